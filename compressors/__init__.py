@@ -1,0 +1,1 @@
+"""Reading MoE models, and everything that changes their weights."""

@@ -1,0 +1,179 @@
+"""The table of supported MoE families: architecture knowledge as data.
+
+One row says where a family keeps each role's tensor on disk, which settings of ``config.json`` it reads, and what the
+two containers call it. To add a family, add a row; to support one whose arithmetic differs, add a field here and the
+arithmetic where it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from compressors.model.errors import UnsupportedError
+
+__all__ = ["FAMILIES", "ConfigKeys", "Family", "GgufFamily", "Role", "family_for"]
+
+
+class Role(StrEnum):
+    """What a tensor does, whatever a checkpoint calls it. The value names it in messages.
+
+    Shapes are torch's (output features first): see the letters in :mod:`compressors.model.shape`.
+    """
+
+    TOKEN_EMBEDDING = "token embedding"  # [V, D]
+    FINAL_NORM = "final norm"  # [D]
+    HEAD = "head"  # [V, D], absent when tied to the embedding
+    ATTENTION_NORM = "attention norm"  # [D]
+    QUERY = "query"  # [H * head_dim, D]
+    KEY = "key"  # [kv heads * head_dim, D]
+    VALUE = "value"  # [kv heads * head_dim, D]
+    ATTENTION_OUTPUT = "attention output"  # [D, H * head_dim]
+    QUERY_NORM = "query norm"  # [head_dim]
+    KEY_NORM = "key norm"  # [head_dim]
+    MOE_NORM = "MoE norm"  # [D]
+    ROUTER = "router"  # [E, D]
+    EXPERT_GATE = "expert gate"  # [F, D] for each expert
+    EXPERT_UP = "expert up"  # [F, D] for each expert
+    EXPERT_DOWN = "expert down"  # [D, F] for each expert
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether every expert of a layer has a tensor of this role."""
+        return self in _EXPERT_ROLES
+
+    @property
+    def is_global(self) -> bool:
+        """Whether the model has one tensor of this role, not one for each layer."""
+        return self in _GLOBAL_ROLES
+
+
+_EXPERT_ROLES = frozenset({Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN})
+_GLOBAL_ROLES = frozenset({Role.TOKEN_EMBEDDING, Role.FINAL_NORM, Role.HEAD})
+
+
+@dataclass(frozen=True)
+class ConfigKeys:
+    """Names in ``config.json`` of the settings that families spell differently."""
+
+    n_experts: str
+    expert_width: str
+    normalize_top_k: str | None  # None: the family always normalises the chosen gates
+
+
+@dataclass(frozen=True)
+class GgufFamily:
+    """How llama.cpp knows the family (``src/llama-arch.cpp``, ``conversion/`` of llama.cpp)."""
+
+    architecture: str
+    rotary_is_interleaved: bool  # query and key rows are permuted from rotate-half to llama.cpp's adjacent pairs
+    normalizes_top_k: bool  # a constant of llama.cpp's graph; a model that disagrees cannot be written
+    writes_expert_width: bool  # the width goes into expert_feed_forward_length, not feed_forward_length
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture. Names on disk are templates of ``{layer}`` and ``{expert}``."""
+
+    model_type: str
+    architecture: str
+    names: Mapping[Role, str]
+    fused_gate_up: str  # [E, 2F, D], gate rows first: how transformers 5 holds all experts of a layer
+    fused_down: str  # [E, D, F]
+    config_keys: ConfigKeys
+    gguf: GgufFamily
+    qk_norm: bool
+    required_settings: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # first value: when absent
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """Every role that the family has, in the order of :class:`Role`."""
+        return tuple(role for role in Role if role in self.names)
+
+    @property
+    def layer_roles(self) -> tuple[Role, ...]:
+        """Roles of one decoder layer, experts left out."""
+        return tuple(role for role in self.roles if not role.is_global and not role.is_expert)
+
+
+_GLOBAL_NAMES = {
+    Role.TOKEN_EMBEDDING: "model.embed_tokens.weight",
+    Role.FINAL_NORM: "model.norm.weight",
+    Role.HEAD: "lm_head.weight",
+}
+_ATTENTION_NAMES = {
+    Role.ATTENTION_NORM: "model.layers.{layer}.input_layernorm.weight",
+    Role.QUERY: "model.layers.{layer}.self_attn.q_proj.weight",
+    Role.KEY: "model.layers.{layer}.self_attn.k_proj.weight",
+    Role.VALUE: "model.layers.{layer}.self_attn.v_proj.weight",
+    Role.ATTENTION_OUTPUT: "model.layers.{layer}.self_attn.o_proj.weight",
+    Role.MOE_NORM: "model.layers.{layer}.post_attention_layernorm.weight",
+}
+_QK_NORM_NAMES = {
+    Role.QUERY_NORM: "model.layers.{layer}.self_attn.q_norm.weight",
+    Role.KEY_NORM: "model.layers.{layer}.self_attn.k_norm.weight",
+}
+_COMMON_SETTINGS: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",), "attention_bias": (False,)}
+
+_QWEN3_MOE = Family(
+    model_type="qwen3_moe",
+    architecture="Qwen3MoeForCausalLM",
+    names={
+        **_GLOBAL_NAMES,
+        **_ATTENTION_NAMES,
+        **_QK_NORM_NAMES,
+        Role.ROUTER: "model.layers.{layer}.mlp.gate.weight",
+        Role.EXPERT_GATE: "model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight",
+        Role.EXPERT_UP: "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight",
+        Role.EXPERT_DOWN: "model.layers.{layer}.mlp.experts.{expert}.down_proj.weight",
+    },
+    fused_gate_up="model.layers.{layer}.mlp.experts.gate_up_proj",
+    fused_down="model.layers.{layer}.mlp.experts.down_proj",
+    config_keys=ConfigKeys("num_experts", "moe_intermediate_size", "norm_topk_prob"),
+    gguf=GgufFamily("qwen3moe", rotary_is_interleaved=False, normalizes_top_k=True, writes_expert_width=True),
+    qk_norm=True,
+    required_settings={
+        **_COMMON_SETTINGS,
+        "use_sliding_window": (False,),
+        "mlp_only_layers": ([], None),
+        "decoder_sparse_step": (1,),
+    },
+)
+
+_MIXTRAL = Family(
+    model_type="mixtral",
+    architecture="MixtralForCausalLM",
+    names={
+        **_GLOBAL_NAMES,
+        **_ATTENTION_NAMES,
+        Role.ROUTER: "model.layers.{layer}.block_sparse_moe.gate.weight",
+        Role.EXPERT_GATE: "model.layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight",
+        Role.EXPERT_UP: "model.layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight",
+        Role.EXPERT_DOWN: "model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight",
+    },
+    fused_gate_up="model.layers.{layer}.mlp.experts.gate_up_proj",
+    fused_down="model.layers.{layer}.mlp.experts.down_proj",
+    config_keys=ConfigKeys("num_local_experts", "intermediate_size", None),
+    gguf=GgufFamily("llama", rotary_is_interleaved=True, normalizes_top_k=True, writes_expert_width=False),
+    qk_norm=False,
+    required_settings={**_COMMON_SETTINGS, "sliding_window": (None,)},
+)
+
+FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (_QWEN3_MOE, _MIXTRAL)}
+
+
+def family_for(model_type: str, where: Path | None = None) -> Family:
+    """The row of ``model_type``.
+
+    Raises:
+        UnsupportedError: the table has no such row; the message lists those it has.
+    """
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    prefix = f"{where}: " if where else ""
+    raise UnsupportedError(
+        f"{prefix}model_type {model_type!r} is not a supported MoE family; supported are {', '.join(sorted(FAMILIES))}"
+    )

@@ -1,0 +1,1 @@
+"""From a MoE checkpoint to files that run on a laptop: job, plan, stages, writers, command line."""

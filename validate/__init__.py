@@ -1,0 +1,1 @@
+"""Proof: runs files in their own runtimes and measures what they became. Imports nothing that compresses."""

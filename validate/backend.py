@@ -1,0 +1,55 @@
+"""What every runtime offers to validation: logits and routing over token chunks.
+
+Letters: B chunks, T tokens of a chunk, S scored positions of a chunk, V vocabulary, L layers, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Backend", "ChunkOutput", "Routing", "scored_positions"]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which experts a router chose, in the numbering of the model that ran, by falling gate weight."""
+
+    experts_LTK: npt.NDArray[np.int32]
+    weights_LTK: npt.NDArray[np.float32]  # gate weights as they were applied
+
+
+@dataclass(frozen=True)
+class ChunkOutput:
+    """One chunk of tokens, run from an empty cache."""
+
+    logits_SV: npt.NDArray[np.float32]  # at the scored positions; position i predicts token i + 1
+    routing: Routing  # at every position
+
+
+class Backend(Protocol):
+    """A model loaded in one runtime."""
+
+    @property
+    def runtime(self) -> str:
+        """The runtime's name: ``torch``, ``llama.cpp`` or ``onnxruntime``."""
+
+    @property
+    def version(self) -> str:
+        """The runtime's version."""
+
+    def run(self, tokens_BT: npt.NDArray[np.int64]) -> Iterator[ChunkOutput]:
+        """Runs every row as a sequence of its own and yields its output, in order."""
+
+
+def scored_positions(n_tokens: int) -> slice:
+    """Positions whose prediction is scored in a chunk: the second half, as in llama-perplexity.
+
+    Positions n/2 ... n-2 predict tokens n/2+1 ... n-1 (``tools/perplexity/perplexity.cpp`` of llama.cpp): at 512
+    tokens 255 predictions.
+    """
+    return slice(n_tokens // 2, n_tokens - 1)
