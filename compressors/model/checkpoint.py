@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -54,6 +55,7 @@ class Checkpoint:
         self.shape: MoeShape = read_shape(folder)
         self.headers: dict[str, TensorHeader] = {}
         self.files = _weight_files(folder)
+        self._readers: dict[Path, Any] = {}  # opening a file parses its whole header: do it once
         for file in self.files:
             self.headers.update(_read_headers(file))
         self._check_tensors()
@@ -142,10 +144,11 @@ class Checkpoint:
     def _read(self, name: str, part: tuple[int, slice] | None = None) -> torch.Tensor:
         file = self.headers[name].file
         try:
-            with safe_open(file, framework="pt") as reader:
-                if part is None:
-                    return reader.get_tensor(name)
-                return reader.get_slice(name)[part[0], part[1]]
+            if file not in self._readers:
+                self._readers[file] = safe_open(file, framework="pt")
+            reader = self._readers[file]
+            tensor: torch.Tensor = reader.get_tensor(name) if part is None else reader.get_slice(name)[part[0], part[1]]
+            return tensor
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file}: tensor {name} cannot be read ({error}); was the file changed or cut off?") from None
 

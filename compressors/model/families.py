@@ -86,6 +86,8 @@ class Family:
     config_keys: ConfigKeys
     gguf: GgufFamily
     qk_norm: bool
+    router_module: str = "mlp.gate"  # inside transformers' decoder layer; returns (logits, gate weights, experts)
+    experts_module: str = "mlp.experts"  # holds gate_up_proj [E, 2F, D] and down_proj [E, D, F]
     required_settings: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # first value: when absent
 
     @property
