@@ -1,0 +1,185 @@
+"""Quantizing rows of weights with ggml's own kernels, so that what we write is what llama.cpp would have written.
+
+The kernels lie in ``libggml-base``, which ships inside the llama-cpp-python wheel (``ggml_quantize_chunk`` in
+``ggml/src/ggml.c``, the formats in ``ggml/src/ggml-quants.c``). They work on one row at a time, so the result depends
+neither on how rows are grouped into calls nor on the number of threads; ctypes releases the interpreter lock while
+they run.
+
+Letters: R rows, N values of a row, Y bytes of a quantized row.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from compressors.model.errors import InputError, UnsupportedError
+
+__all__ = ["GGMLQuantizationType", "dequantize_rows", "fallback_type", "quantize_rows", "row_bytes"]
+
+_FALLBACKS: Mapping[GGMLQuantizationType, GGMLQuantizationType | None] = {
+    GGMLQuantizationType.F32: None,
+    GGMLQuantizationType.BF16: None,
+    GGMLQuantizationType.Q8_0: None,
+    GGMLQuantizationType.Q6_K: GGMLQuantizationType.Q8_0,
+    GGMLQuantizationType.Q5_K: GGMLQuantizationType.Q5_1,
+    GGMLQuantizationType.Q5_1: None,
+    GGMLQuantizationType.Q5_0: None,
+    GGMLQuantizationType.Q4_K: GGMLQuantizationType.Q5_0,
+    GGMLQuantizationType.Q4_0: None,
+}
+"""Every supported type, with the 32-block type that llama.cpp takes when a row is not a multiple of 256 values
+(``tensor_type_fallback`` in ``src/llama-quant.cpp``)."""
+
+_WITHOUT_IMPORTANCE = frozenset({GGMLQuantizationType.F32, GGMLQuantizationType.BF16, GGMLQuantizationType.Q8_0})
+
+
+def fallback_type(ggml_type: GGMLQuantizationType, row_length: int) -> GGMLQuantizationType:
+    """The type that rows of this length get when ``ggml_type`` is asked for: itself, or llama.cpp's stand-in.
+
+    Raises:
+        UnsupportedError: neither the type nor its stand-in fits the row length, or the type is not supported.
+    """
+    if ggml_type not in _FALLBACKS:
+        supported = ", ".join(known.name for known in _FALLBACKS)
+        raise UnsupportedError(f"type {ggml_type.name} is not supported; choose one of {supported}")
+    for candidate in (ggml_type, _FALLBACKS[ggml_type]):
+        if candidate is not None and row_length % GGML_QUANT_SIZES[candidate][0] == 0:
+            return candidate
+    raise UnsupportedError(
+        f"rows of {row_length} values cannot be stored as {ggml_type.name}: "
+        "the length is not a multiple of the block size, 32; choose F32 or BF16"
+    )
+
+
+def row_bytes(ggml_type: GGMLQuantizationType, row_length: int) -> int:
+    """Bytes of one stored row; the row length must be a multiple of the type's block size."""
+    block_length, block_bytes = GGML_QUANT_SIZES[ggml_type]
+    assert row_length % block_length == 0, f"{row_length} values in {ggml_type.name} blocks of {block_length}"
+    return row_length // block_length * block_bytes
+
+
+def quantize_rows(
+    values_RN: npt.NDArray[np.float32],
+    ggml_type: GGMLQuantizationType,
+    importance_N: npt.NDArray[np.float32] | None = None,
+    *,
+    name: str,
+) -> npt.NDArray[np.uint8]:
+    """Quantizes rows; returns uint8 [R, Y].
+
+    ``importance_N`` weighs the squared error of each input feature (mean squared activation, llama.cpp's importance
+    matrix). One that is zero everywhere belongs to an expert that saw no token; like llama-quantize
+    (``load_imatrix`` in ``tools/quantize/quantize.cpp``) we then weigh all features alike. F32, BF16 and Q8_0 have
+    nothing to weigh and ignore it.
+
+    Raises:
+        InputError: a value is not finite; the message calls the weights ``name``.
+    """
+    n_rows, row_length = values_RN.shape
+    values_RN = np.ascontiguousarray(values_RN, dtype=np.float32)
+    if not np.isfinite(values_RN).all():
+        row, feature = np.argwhere(~np.isfinite(values_RN))[0]
+        raise InputError(
+            f"{name}: value [{row}, {feature}] is {values_RN[row, feature]}; weights with NaN or infinity cannot be written"
+        )
+    importance = _checked_importance(importance_N, row_length, name) if ggml_type not in _WITHOUT_IMPORTANCE else None
+    quantized_RY = np.empty((n_rows, row_bytes(ggml_type, row_length)), dtype=np.uint8)
+    library = _library_for(ggml_type)
+    written = library.ggml_quantize_chunk(
+        int(ggml_type),
+        values_RN.ctypes.data,
+        quantized_RY.ctypes.data,
+        0,
+        n_rows,
+        row_length,
+        None if importance is None else importance.ctypes.data,
+    )
+    assert written == quantized_RY.nbytes, f"ggml wrote {written} bytes, not {quantized_RY.nbytes}"
+    return quantized_RY
+
+
+def dequantize_rows(
+    quantized_RY: npt.NDArray[np.uint8], ggml_type: GGMLQuantizationType, row_length: int
+) -> npt.NDArray[np.float32]:
+    """The values that a runtime sees: float32 [R, N]."""
+    n_rows = quantized_RY.shape[0]
+    quantized_RY = np.ascontiguousarray(quantized_RY)
+    assert quantized_RY.shape == (n_rows, row_bytes(ggml_type, row_length)), quantized_RY.shape
+    if ggml_type is GGMLQuantizationType.F32:
+        return quantized_RY.view(np.float32).copy()
+    values_RN = np.empty((n_rows, row_length), dtype=np.float32)
+    traits = _library_for(ggml_type).ggml_get_type_traits(int(ggml_type)).contents
+    traits.to_float(quantized_RY.ctypes.data, values_RN.ctypes.data, n_rows * row_length)
+    return values_RN
+
+
+def _checked_importance(
+    importance_N: npt.NDArray[np.float32] | None, row_length: int, name: str
+) -> npt.NDArray[np.float32] | None:
+    if importance_N is None:
+        return None
+    assert importance_N.shape == (row_length,), f"{name}: importance {importance_N.shape} for rows of {row_length}"
+    importance_N = np.ascontiguousarray(importance_N, dtype=np.float32)
+    if not np.isfinite(importance_N).all() or (importance_N < 0).any():
+        raise InputError(f"{name}: its importance vector holds NaN, infinity or a negative value; calibrate again")
+    if not importance_N.any():
+        return np.ones_like(importance_N)
+    return importance_N
+
+
+_ToFloat = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+
+
+class _TypeTraits(ctypes.Structure):
+    """``struct ggml_type_traits`` of ``ggml/include/ggml.h``."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("block_length", ctypes.c_int64),
+        ("block_length_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", _ToFloat),
+        ("from_float_reference", ctypes.c_void_p),
+    )
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    package = importlib.util.find_spec("llama_cpp")
+    if package is None or package.origin is None:
+        raise InputError("llama-cpp-python is not installed; install it with: pip install llama-cpp-python")
+    folder = Path(package.origin).parent / "lib"
+    candidates = sorted(folder.glob("*ggml-base.*"))
+    if not candidates:
+        raise InputError(f"{folder} holds no ggml-base library; reinstall llama-cpp-python")
+    library = ctypes.CDLL(str(candidates[0]))
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    ]
+    library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
+    library.ggml_get_type_traits.argtypes = [ctypes.c_int]
+    return library
+
+
+@functools.cache
+def _library_for(ggml_type: GGMLQuantizationType) -> ctypes.CDLL:
+    """The library, with the type's tables set up: some kernels read them without checking."""
+    library = _library()
+    library.ggml_quantize_init(ctypes.c_int(int(ggml_type)))
+    return library
