@@ -1,0 +1,37 @@
+# `make demo` compresses the bundled model; `make test` is what CI runs. Both need Python >= 3.11, a C++ compiler and make.
+# Everything is installed into .venv, once, in the versions of constraints.txt.
+.PHONY: demo test lint bench peers
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
+
+demo: .venv/installed
+	$(BIN)/moe-export --budget 10MB --budget-kind file --out demo
+
+# One thread for each of the two pytest workers: more would fight over two cores.
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+bench: .venv/installed-dev
+	$(BIN)/python -m benchmarks.bench
+
+peers: .venv/installed-dev
+	$(BIN)/python -m benchmarks.peers
+
+.venv/installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) '.[cpu]'
+	touch $@
+
+.venv/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) '.[cpu,dev]'
+	touch $@ .venv/installed
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
