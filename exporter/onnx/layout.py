@@ -1,0 +1,215 @@
+"""What the data file of an ONNX model holds: every tensor's name, shape, type and place, before any weight is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+import numpy as np
+import onnx
+
+from compressors.model.checkpoint import role_shape
+from compressors.model.errors import InputError, UnsupportedError
+from compressors.model.families import Role
+from compressors.model.shape import MoeShape
+from exporter.onnx.blocks import BLOCK_SIZE
+
+__all__ = ["DATA_FILE", "MODEL_FILE", "PRESETS", "Encoding", "Preset", "TensorLayout", "TensorPlan", "WeightPlan"]
+__all__ += ["plan_tensors", "preset_named"]
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+
+# Large tensors start on a page, so that the runtime can map them; the ONNX specification recommends 4096.
+_PAGE_BYTES = 4096
+_SMALL_ALIGNMENT = 64
+_SMALL_TENSOR_BYTES = 16 * _PAGE_BYTES
+
+
+class Encoding(StrEnum):
+    """How a weight's values are stored."""
+
+    FLOAT32 = "F32"
+    Q4_0 = "Q4_0"
+    Q8_0 = "Q8_0"
+
+    @property
+    def bits(self) -> int:
+        """Bits of one code, scales not counted."""
+        return {Encoding.FLOAT32: 32, Encoding.Q4_0: 4, Encoding.Q8_0: 8}[self]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Which encoding each kind of weight gets. Routers and norms are always float32."""
+
+    name: str
+    linears: Encoding  # attention projections
+    experts: Encoding
+    embedding: Encoding  # token embedding and output head
+
+    def encoding(self, role: Role) -> Encoding:
+        """The encoding of a role's weights."""
+        if role.is_expert:
+            return self.experts
+        if role in (Role.TOKEN_EMBEDDING, Role.HEAD):
+            return self.embedding
+        if role in (Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUTPUT):
+            return self.linears
+        return Encoding.FLOAT32
+
+
+PRESETS: Mapping[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset("F32", linears=Encoding.FLOAT32, experts=Encoding.FLOAT32, embedding=Encoding.FLOAT32),
+        Preset("Q4_0", linears=Encoding.Q4_0, experts=Encoding.Q4_0, embedding=Encoding.Q8_0),
+    )
+}
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One initialiser of the graph, and where the data file holds it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[np.generic]
+    offset: int
+
+    @property
+    def n_bytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def onnx_type(self) -> int:
+        """The type as ONNX numbers it."""
+        return onnx.helper.np_dtype_to_tensor_dtype(self.dtype)
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """One weight of the model: its codes (or values) and, if it is quantized, its scales.
+
+    ``roles`` are the source roles whose rows are interleaved: gate and up for the first expert matrix (row 2i is gate
+    row i, row 2i + 1 is up row i, which is what the MoE operators' SwiGLU reads), the role itself otherwise.
+    """
+
+    roles: tuple[Role, ...]
+    layer: int | None
+    encoding: Encoding
+    shape: tuple[int, ...]  # of the values: [D], [rows, columns], or [E, rows, columns] for experts
+    codes: TensorPlan
+    scales: TensorPlan | None
+
+    @property
+    def tensors(self) -> tuple[TensorPlan, ...]:
+        """What the data file holds of it."""
+        return (self.codes,) if self.scales is None else (self.codes, self.scales)
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """The data file: weights in the order in which they are written, then the rotary caches."""
+
+    shape: MoeShape
+    preset: Preset
+    weights: tuple[WeightPlan, ...]
+    rotary_cosine: TensorPlan  # [context, head_dim / 2]
+    rotary_sine: TensorPlan
+    data_bytes: int
+
+    def weight(self, role: Role, layer: int | None = None) -> WeightPlan:
+        """The weight that holds a role; a tied head is the embedding."""
+        if role is Role.HEAD and self.shape.tied_embeddings:
+            role = Role.TOKEN_EMBEDDING
+        return self._by_role[role, layer]
+
+    @cached_property
+    def _by_role(self) -> dict[tuple[Role, int | None], WeightPlan]:
+        return {(role, weight.layer): weight for weight in self.weights for role in weight.roles}
+
+    @property
+    def tensors(self) -> Iterator[TensorPlan]:
+        """Everything in the data file, by rising offset."""
+        for weight in self.weights:
+            yield from weight.tensors
+        yield self.rotary_cosine
+        yield self.rotary_sine
+
+
+def preset_named(name: str) -> Preset:
+    """Looks a preset up.
+
+    Raises:
+        InputError: there is none of that name; the message lists those there are.
+    """
+    if name not in PRESETS:
+        raise InputError(f"{name!r} is not an ONNX preset; the presets are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def plan_tensors(shape: MoeShape, preset: str) -> TensorLayout:
+    """Gives every tensor its name, shape, type and offset; reads no weight.
+
+    Raises:
+        InputError: there is no such preset.
+        UnsupportedError: a weight's row length is no multiple of the block size.
+    """
+    return _Planner(shape, preset_named(preset)).plan()
+
+
+class _Planner:
+    def __init__(self, shape: MoeShape, preset: Preset) -> None:
+        self._shape = shape
+        self._preset = preset
+        self._end = 0
+
+    def plan(self) -> TensorLayout:
+        shape, family = self._shape, self._shape.family
+        weights = [self._weight(Role.TOKEN_EMBEDDING, None)]
+        for layer in range(shape.n_layers):
+            weights += [self._weight(role, layer) for role in family.layer_roles]
+            weights.append(self._experts(family.fused_gate_up, (Role.EXPERT_GATE, Role.EXPERT_UP), layer))
+            weights.append(self._experts(family.fused_down, (Role.EXPERT_DOWN,), layer))
+        weights.append(self._weight(Role.FINAL_NORM, None))
+        if not shape.tied_embeddings:
+            weights.append(self._weight(Role.HEAD, None))
+        cache_shape = (shape.context_length, shape.head_dim // 2)
+        cosine = self._place("rotary.cosine", cache_shape, np.dtype(np.float32))
+        sine = self._place("rotary.sine", cache_shape, np.dtype(np.float32))
+        return TensorLayout(shape, self._preset, tuple(weights), cosine, sine, self._end)
+
+    def _weight(self, role: Role, layer: int | None) -> WeightPlan:
+        name = self._shape.family.names[role].format(layer=layer)
+        return self._encoded(name, (role,), layer, role_shape(role, self._shape))
+
+    def _experts(self, template: str, roles: tuple[Role, ...], layer: int) -> WeightPlan:
+        rows, columns = role_shape(roles[0], self._shape)
+        shape = (self._shape.n_experts, len(roles) * rows, columns)
+        return self._encoded(template.format(layer=layer), roles, layer, shape)
+
+    def _encoded(self, name: str, roles: tuple[Role, ...], layer: int | None, shape: tuple[int, ...]) -> WeightPlan:
+        encoding = self._preset.encoding(roles[0])
+        if encoding is Encoding.FLOAT32:
+            values = self._place(name, shape, np.dtype(np.float32))
+            return WeightPlan(roles, layer, encoding, shape, values, None)
+        *rows, columns = shape
+        if columns % BLOCK_SIZE:
+            raise UnsupportedError(
+                f"{name} has rows of {columns} values; {encoding} needs a multiple of {BLOCK_SIZE}: use the preset F32"
+            )
+        codes = self._place(f"{name}.codes", (*rows, columns * encoding.bits // 8), np.dtype(np.uint8))
+        scales = self._place(f"{name}.scales", (*rows, columns // BLOCK_SIZE), np.dtype(np.float16))
+        return WeightPlan(roles, layer, encoding, shape, codes, scales)
+
+    def _place(self, name: str, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> TensorPlan:
+        n_bytes = math.prod(shape) * dtype.itemsize
+        alignment = _PAGE_BYTES if n_bytes >= _SMALL_TENSOR_BYTES else _SMALL_ALIGNMENT
+        offset = -(-self._end // alignment) * alignment
+        self._end = offset + n_bytes
+        return TensorPlan(name, shape, dtype, offset)

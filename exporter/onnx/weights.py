@@ -1,0 +1,107 @@
+"""The nodes that use weights: embedding, linear layers, experts, in whichever encoding the layout gives them."""
+
+from __future__ import annotations
+
+import onnx
+
+from compressors.model.families import Role
+from exporter.onnx.blocks import BLOCK_SIZE
+from exporter.onnx.builder import MICROSOFT, GraphBuilder
+from exporter.onnx.layout import Encoding, TensorLayout, WeightPlan
+
+__all__ = ["WeightNodes"]
+
+# MatMulNBits' accuracy levels. At level 1 activations stay float32. At level 4 they are quantized to int8 in blocks
+# of 32, as llama.cpp does for every Q8_0 product. The 8-bit product needs it: its float32 form widens the whole
+# matrix at every call (measured 50 times slower at one token). Only the head is an 8-bit product, so routing
+# and hidden states stay exact.
+_FLOAT32_ACTIVATIONS = 1
+_INT8_ACTIVATIONS = 4
+
+
+class WeightNodes:
+    """Adds nodes that apply the weights of a layout."""
+
+    def __init__(self, graph: GraphBuilder, layout: TensorLayout) -> None:
+        self._graph = graph
+        self._layout = layout
+        self._float32_scales: dict[str, str] = {}
+
+    def norm(self, role: Role, layer: int | None) -> str:
+        """A norm's scale vector."""
+        return self._graph.external(self._layout.weight(role, layer).codes)
+
+    def rotary_caches(self) -> tuple[str, str]:
+        """Cosine and sine, each [context, head_dim / 2]."""
+        return self._graph.external(self._layout.rotary_cosine), self._graph.external(self._layout.rotary_sine)
+
+    def embedding(self, token_ids: str, output: str) -> str:
+        """Looks rows of the embedding up."""
+        weight = self._layout.weight(Role.TOKEN_EMBEDDING)
+        codes = self._graph.external(weight.codes)
+        if weight.encoding is Encoding.FLOAT32:
+            return self._graph.node("Gather", [codes, token_ids], output)
+        return self._graph.node(
+            "GatherBlockQuantized",
+            [codes, token_ids, self._scales(weight)],
+            output,
+            domain=MICROSOFT,
+            bits=weight.encoding.bits,
+            block_size=BLOCK_SIZE,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+
+    def linear(self, role: Role, layer: int | None, values: str, output: str) -> str:
+        """values @ weight.T; weights keep torch's orientation [rows, columns] in every encoding."""
+        weight = self._layout.weight(role, layer)
+        if weight.encoding is Encoding.FLOAT32:
+            matrix = self._graph.external(weight.codes)
+            return self._graph.node("FusedMatMul", [values, matrix], output, domain=MICROSOFT, transB=1)
+        rows, columns = weight.shape
+        blocks = (rows, columns // BLOCK_SIZE, BLOCK_SIZE * weight.encoding.bits // 8)
+        codes = self._graph.external(weight.codes, shape=blocks, name=f"{weight.codes.name}.matrix")
+        return self._graph.node(
+            "MatMulNBits",
+            [values, codes, self._scales(weight)],
+            output,
+            domain=MICROSOFT,
+            bits=weight.encoding.bits,
+            block_size=BLOCK_SIZE,
+            N=rows,
+            K=columns,
+            accuracy_level=_INT8_ACTIVATIONS if weight.encoding is Encoding.Q8_0 else _FLOAT32_ACTIVATIONS,
+        )
+
+    def experts(self, layer: int, values: str, router_logits: str, output: str) -> str:
+        """The routed experts: softmax over all router logits, top-k, and SwiGLU as silu(gate) * up."""
+        shape = self._layout.shape
+        gate_up = self._layout.weight(Role.EXPERT_GATE, layer)
+        down = self._layout.weight(Role.EXPERT_DOWN, layer)
+        routing = {"k": shape.top_k, "normalize_routing_weights": int(shape.normalize_top_k)}
+        swiglu = {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
+        gate_up_codes, down_codes = self._graph.external(gate_up.codes), self._graph.external(down.codes)
+        if gate_up.encoding is Encoding.FLOAT32:
+            inputs = [values, router_logits, gate_up_codes, "", down_codes]
+            return self._graph.node("MoE", inputs, output, domain=MICROSOFT, **routing, **swiglu)
+        inputs = [values, router_logits, gate_up_codes, self._scales(gate_up), "", down_codes, self._scales(down)]
+        return self._graph.node(
+            "QMoE",
+            inputs,
+            output,
+            domain=MICROSOFT,
+            expert_weight_bits=gate_up.encoding.bits,
+            block_size=BLOCK_SIZE,
+            weights_prepacked=0,  # the codes are plain, not in the order of one GPU's kernels
+            **routing,
+            **swiglu,
+        )
+
+    def _scales(self, weight: WeightPlan) -> str:
+        """Scales as float32, the type of the activations; the file keeps ggml's float16, which loses nothing."""
+        assert weight.scales is not None
+        stored = self._graph.external(weight.scales)
+        if stored not in self._float32_scales:  # a tied head shares the embedding's
+            cast = self._graph.node("Cast", [stored], f"{stored}.float32", to=onnx.TensorProto.FLOAT)
+            self._float32_scales[stored] = cast
+        return self._float32_scales[stored]
