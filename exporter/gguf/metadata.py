@@ -1,0 +1,134 @@
+"""The key-values that describe the model: identity and licence under ``general``, numbers under the architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from gguf import GGML_QUANT_VERSION, Metadata, size_label
+
+from compressors.model.errors import InputError
+from compressors.model.shape import MoeShape, read_shape
+from exporter.gguf.container import Value, float32, string, uint32
+from exporter.gguf.layout import preset_named
+
+__all__ = ["gguf_file_name", "model_metadata", "moe_size_label"]
+
+_HUB_URL = "https://huggingface.co"
+
+
+def model_metadata(shape: MoeShape, source_folder: Path, name: str, preset: str) -> dict[str, Value]:
+    """All metadata apart from the tokenizer's; ``source_folder`` gives licence and ancestry.
+
+    Raises:
+        InputError: the front matter of the source's README.md cannot be read.
+    """
+    return {**_general(shape, source_folder, name, preset), **_architecture(shape)}
+
+
+def moe_size_label(shape: MoeShape) -> str:
+    """Such as ``64x1.5B``: number of experts, and parameters of the shared part plus one expert of each layer.
+
+    As gguf-py counts them (``size_label`` in ``gguf-py/gguf/utility.py``).
+    """
+    expert = shape.n_layers * shape.expert_parameters
+    shared = shape.parameters - shape.n_experts * expert
+    return size_label(shape.parameters, shared, expert, shape.n_experts)
+
+
+def gguf_file_name(name: str, shape: MoeShape, preset: str) -> str:
+    """``NAME-SIZE-TYPE.gguf``, ggml's naming convention (``docs/gguf.md`` of ggml)."""
+    base = name.rsplit("/", 1)[-1].strip().replace(" ", "-")
+    return f"{base}-{moe_size_label(shape)}-{preset_named(preset).name}.gguf"
+
+
+def _general(shape: MoeShape, source_folder: Path, name: str, preset: str) -> dict[str, Value]:
+    # a size in the name, such as 30B, is the source's: gguf-py recognises it by the source's parameters
+    parts = Metadata.get_model_id_components(name, read_shape(source_folder).parameters)
+    _, organization, base_name, finetune, version, _ = parts
+    card = _model_card(source_folder)
+    texts = {
+        "general.architecture": shape.family.gguf.architecture,  # llama.cpp wants it first
+        "general.type": "model",
+        "general.name": name,
+        "general.organization": organization,
+        "general.basename": base_name,
+        "general.finetune": finetune,
+        "general.version": version,
+        "general.size_label": moe_size_label(shape),
+        "general.quantized_by": "moe-export",
+        "general.license": _joined(card.get("license")),
+        "general.license.name": _joined(card.get("license_name")),
+        "general.license.link": _joined(card.get("license_link")),
+    }
+    values = {key: string(text) for key, text in texts.items() if text}
+    values |= _base_models(source_folder, card)
+    values["general.file_type"] = uint32(preset_named(preset).file_type)
+    values["general.quantization_version"] = uint32(GGML_QUANT_VERSION)
+    return values
+
+
+def _architecture(shape: MoeShape) -> dict[str, Value]:
+    """Hyper-parameters (``LLM_KV_NAMES`` in ``src/llama-arch.cpp``)."""
+    gguf = shape.family.gguf
+    width_key = "expert_feed_forward_length" if gguf.writes_expert_width else "feed_forward_length"
+    values = {
+        "block_count": uint32(shape.n_layers),
+        "context_length": uint32(shape.context_length),
+        "embedding_length": uint32(shape.hidden_size),
+        width_key: uint32(shape.expert_width),
+        "attention.head_count": uint32(shape.n_heads),
+        "attention.head_count_kv": uint32(shape.n_kv_heads),
+        "attention.key_length": uint32(shape.head_dim),
+        "attention.value_length": uint32(shape.head_dim),
+        "attention.layer_norm_rms_epsilon": float32(shape.rms_norm_eps),
+        "rope.freq_base": float32(shape.rope_theta),
+        "rope.dimension_count": uint32(shape.head_dim),
+        "expert_count": uint32(shape.n_experts),
+        "expert_used_count": uint32(shape.top_k),
+        "vocab_size": uint32(shape.vocab_size),
+    }
+    return {f"{gguf.architecture}.{key}": value for key, value in values.items()}
+
+
+def _base_models(source_folder: Path, card: Mapping[str, Any]) -> dict[str, Value]:
+    """The model this one was made of: the hub's name for the source, else what the source says about itself."""
+    source = _hub_id(source_folder)
+    named = card.get("base_model") or []
+    ancestors = [source] if source else [named] if isinstance(named, str) else list(named)
+    if not ancestors:
+        return {}
+    values = {"general.base_model.count": uint32(len(ancestors))}
+    for index, ancestor in enumerate(map(str, ancestors)):
+        organization, _, model = ancestor.rpartition("/")
+        values[f"general.base_model.{index}.name"] = string(model)
+        if organization:
+            values[f"general.base_model.{index}.organization"] = string(organization)
+            values[f"general.base_model.{index}.repo_url"] = string(f"{_HUB_URL}/{ancestor}")
+    return values
+
+
+def _hub_id(folder: Path) -> str | None:
+    """``organization/model`` of a folder in the hub's cache: ``models--organization--model/snapshots/revision``."""
+    repository = folder.parent.parent.name
+    if folder.parent.name != "snapshots" or not repository.startswith("models--"):
+        return None
+    return repository.removeprefix("models--").replace("--", "/")
+
+
+def _model_card(folder: Path) -> Mapping[str, Any]:
+    try:
+        return Metadata.load_model_card(folder)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{folder / 'README.md'}: the block between the --- lines is not YAML ({error}); correct or remove it"
+        ) from None
+
+
+def _joined(entry: object) -> str:
+    """A model card's entry as one text; lists are allowed there."""
+    if entry is None:
+        return ""
+    return ",".join(map(str, entry)) if isinstance(entry, list) else str(entry)
