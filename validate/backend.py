@@ -12,15 +12,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from compressors.model.routing import Routing
+
 __all__ = ["Backend", "ChunkOutput", "Routing", "scored_positions"]
-
-
-@dataclass(frozen=True)
-class Routing:
-    """Which experts a router chose, in the numbering of the model that ran, by falling gate weight."""
-
-    experts_LTK: npt.NDArray[np.int32]
-    weights_LTK: npt.NDArray[np.float32]  # gate weights as they were applied
 
 
 @dataclass(frozen=True)

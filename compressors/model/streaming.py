@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,19 @@ from compressors.model.families import Role
 from compressors.model.shape import MoeShape
 from compressors.model.student import Student
 
-__all__ = ["LayerObserver", "StreamedModel", "TrainableTensors", "transformers_config"]
+__all__ = ["LayerObserver", "StreamedModel", "TokenGroup", "TrainableTensors", "transformers_config"]
 
 TrainableTensors = Mapping[tuple[Role, int], torch.Tensor]
 LayerObserver = Callable[[int, nn.Module], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class TokenGroup:
+    """Token blocks that are streamed together, and who watches the layers while they run."""
+
+    tokens_BT: torch.Tensor  # int64; every row is a sequence of its own
+    observers: Sequence[LayerObserver] = ()  # each is called with (layer index, layer) and returns a context
+
 
 _ROWS_AT_ONCE = 4  # token blocks in one call: their activations stay in the processor's cache
 _POSITIONS_AT_ONCE = 1024  # logits are made in chunks of this many positions: with 150k tokens 0.6 GB
@@ -115,37 +125,40 @@ class StreamedModel:
 
     @torch.no_grad()
     def stream(
-        self,
-        tokens_BT: torch.Tensor,
-        observers: Sequence[LayerObserver] = (),
-        progress: Callable[[int], None] | None = None,
-    ) -> torch.Tensor:
-        """Takes all token blocks through all layers, each layer once.
+        self, groups: Sequence[TokenGroup], progress: Callable[[int], None] | None = None
+    ) -> list[torch.Tensor]:
+        """Takes all token blocks of all groups through all layers; each layer is read once.
 
         Args:
-            tokens_BT: int64 token ids; every row is a sequence of its own.
-            observers: each is called with (layer index, layer) and returns a context in which the layer runs.
+            groups: token blocks, each group with the observers that watch it.
             progress: called with 1 for each finished layer.
 
         Returns:
-            Hidden states after the last layer, before the final norm: float32 [B, T, D].
+            For each group the hidden states after the last layer, before the final norm: float32 [B, T, D].
 
         Raises:
             InputError: a layer's output is not finite; the message names the layer.
         """
-        hidden = self.embed(tokens_BT)
+        hidden = [self.embed(group.tokens_BT) for group in groups]
         for index in range(self.shape.n_layers):
-            with self.layer(index) as layer, ExitStack() as stack:
-                for observe in observers:
-                    stack.enter_context(observe(index, layer))
-                for start in range(0, len(hidden), _ROWS_AT_ONCE):
-                    rows = slice(start, start + _ROWS_AT_ONCE)
-                    hidden[rows] = self.run_layer(layer, hidden[rows])
-            if not torch.isfinite(hidden).all():
-                raise InputError(f"{self.student.source.folder}: layer {index} produces values that are not finite")
+            with self.layer(index) as layer:
+                for group, states in zip(groups, hidden, strict=True):
+                    self._run_group(index, layer, group.observers, states)
             if progress is not None:
                 progress(1)
         return hidden
+
+    def _run_group(
+        self, index: int, layer: nn.Module, observers: Sequence[LayerObserver], hidden_BTD: torch.Tensor
+    ) -> None:
+        """Replaces the hidden states by the layer's output, in place."""
+        with ExitStack() as stack:
+            for observe in observers:
+                stack.enter_context(observe(index, layer))
+            for rows in hidden_BTD.split(_ROWS_AT_ONCE):
+                rows.copy_(self.run_layer(layer, rows))
+        if not torch.isfinite(hidden_BTD).all():
+            raise InputError(f"{self.student.source.folder}: layer {index} produces values that are not finite")
 
     def logits_in_chunks(self, hidden_ND: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         """Logits of many positions as (positions, float32 [n, V]), a bounded number at a time."""

@@ -1,0 +1,1 @@
+"""Teaching a compressed model to be itself again."""

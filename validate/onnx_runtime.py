@@ -1,0 +1,280 @@
+"""ONNX Runtime as a backend: logits, routing, greedy text and cost of an exported decoder.
+
+Works on any decoder whose MoE blocks are com.microsoft MoE or QMoE nodes and whose cache inputs and outputs are named
+``past_key_values.N.key`` and ``present.N.key``. The operators do not give away which experts they chose, only the
+logits they are fed are visible: routing is computed from those by the operators' own rule (softmax over all experts,
+top-k, renormalised if the node says so; of two equal logits the lower expert index wins).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+from google.protobuf.message import DecodeError
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from compressors.model.errors import InputError, MoeExportError
+from validate.backend import ChunkOutput, Routing, scored_positions
+from validate.cost import RuntimeCost, peak_rss_bytes
+
+__all__ = ["CHUNK_TOKENS", "OnnxRuntimeBackend", "OnnxRuntimeError", "measure"]
+
+CHUNK_TOKENS = 512  # prompts are fed in pieces of this many tokens
+_MODEL_FILE = "model.onnx"
+_MOE_OPERATORS = ("MoE", "QMoE")
+_ROUTER_INPUT = 1  # position of the router logits among the operators' inputs
+_DECODED_TOKENS = 32  # generated when decoding speed is measured
+_LOAD_ERRORS = (
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NoSuchFile,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+)
+
+
+class OnnxRuntimeError(MoeExportError):
+    """The runtime contradicts itself, so that its routing cannot be trusted."""
+
+
+@dataclass(frozen=True)
+class _MoeNode:
+    """What one MoE operator is told."""
+
+    router_logits: str  # name of the value [tokens, experts]
+    top_k: int
+    normalizes: bool
+
+    def routing(self, logits_TE: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """Experts [T, K] by falling gate weight, and the weights as they are applied."""
+        shifted = np.exp(logits_TE - logits_TE.max(axis=1, keepdims=True))
+        probabilities_TE = shifted / shifted.sum(axis=1, keepdims=True)
+        experts_TK = np.argsort(-logits_TE, axis=1, kind="stable")[:, : self.top_k]
+        weights_TK = np.take_along_axis(probabilities_TE, experts_TK, axis=1)
+        if self.normalizes:
+            weights_TK = weights_TK / weights_TK.sum(axis=1, keepdims=True)
+        return experts_TK.astype(np.int32), weights_TK
+
+
+class OnnxRuntimeBackend:
+    """An exported model in ONNX Runtime on the CPU.
+
+    Args:
+        path: the model's folder, or its ``.onnx`` file.
+        threads: threads inside an operator.
+
+    Raises:
+        InputError: the file is missing or damaged, or its weights are.
+    """
+
+    def __init__(self, path: Path, *, threads: int) -> None:
+        self._path = path / _MODEL_FILE if path.is_dir() else path
+        self._threads = threads
+        self._shipped = _open_session(self._path, str(self._path), threads)
+        self._debug: onnxruntime.InferenceSession | None = None
+        self._moe_nodes: tuple[_MoeNode, ...] = ()
+
+    @property
+    def runtime(self) -> str:
+        """Always ``onnxruntime``."""
+        return "onnxruntime"
+
+    @property
+    def version(self) -> str:
+        """The installed version."""
+        return str(onnxruntime.__version__)
+
+    def run(self, tokens_BT: npt.NDArray[np.int64]) -> Iterator[ChunkOutput]:
+        """Runs every row from an empty cache and yields its logits and routing, in order.
+
+        Routing comes from a debug copy of the graph over the same weight file, with the router logits as further
+        outputs. On the first chunk its logits must be those of the shipped graph, bit for bit.
+
+        Raises:
+            OnnxRuntimeError: they are not.
+        """
+        for tokens in tokens_BT:
+            first = self._debug is None
+            debug = self._open_debug() if self._debug is None else self._debug
+            names = ["logits", *(node.router_logits for node in self._moe_nodes)]
+            logits_TV, *router_logits = _run_from_empty_cache(debug, tokens, names)
+            if first:
+                self._compare_with_shipped(tokens, logits_TV)
+            pairs = [node.routing(each) for node, each in zip(self._moe_nodes, router_logits, strict=True)]
+            experts, weights = zip(*pairs, strict=True)
+            yield ChunkOutput(
+                logits_TV[0, scored_positions(len(tokens))], Routing(np.stack(experts), np.stack(weights))
+            )
+
+    def greedy(self, prompt_ids: Sequence[int], n_tokens: int) -> list[int]:
+        """The ``n_tokens`` most likely next tokens, one after the other, through the cache; stops at nothing."""
+        return _Generation(self._shipped, capacity=len(prompt_ids) + n_tokens).greedy(prompt_ids, n_tokens)
+
+    def _open_debug(self) -> onnxruntime.InferenceSession:
+        """The same graph with the router logits of every MoE node as graph outputs."""
+        model = _read_graph(self._path)
+        self._moe_nodes = tuple(_moe_node(node) for node in model.graph.node if node.op_type in _MOE_OPERATORS)
+        if not self._moe_nodes:
+            raise InputError(f"{self._path} has no MoE or QMoE node: there is no routing to look at")
+        model.graph.output.extend(
+            onnx.helper.make_tensor_value_info(node.router_logits, onnx.TensorProto.FLOAT, None)
+            for node in self._moe_nodes
+        )
+        self._debug = _open_session(self._path, model.SerializeToString(), self._threads)
+        return self._debug
+
+    def _compare_with_shipped(self, tokens: npt.NDArray[np.int64], logits: npt.NDArray[np.float32]) -> None:
+        (shipped,) = _run_from_empty_cache(self._shipped, tokens, ["logits"])
+        if not np.array_equal(shipped, logits):
+            raise OnnxRuntimeError(
+                f"{self._path}: the copy of the graph that shows routing gives other logits than the graph itself "
+                f"(largest difference {np.abs(shipped - logits).max():.3g}); its routing would prove nothing"
+            )
+
+
+def measure(folder: Path, *, context: int, threads: int, prompt_tokens: Sequence[int]) -> RuntimeCost:
+    """Loads the model, fills its cache and generates; call it in a process of its own, or the peak is not the model's.
+
+    The prompt is fed in chunks of 512 tokens until 32 tokens of the context are left, which are then generated.
+    Prefill speed is over the whole prompt; decode speed is at the full context.
+
+    Args:
+        folder: the model's folder, or its ``.onnx`` file.
+        context: tokens of cache to fill, at least 64.
+        threads: threads inside an operator.
+        prompt_tokens: the text to feed, repeated until the cache is full.
+
+    Raises:
+        InputError: the model cannot be loaded, the context is too short or the prompt is empty.
+    """
+    if context < 2 * _DECODED_TOKENS or not prompt_tokens:
+        raise InputError(f"measuring needs a context of at least {2 * _DECODED_TOKENS} tokens and a prompt")
+    base = peak_rss_bytes()
+    started = time.perf_counter()
+    backend = OnnxRuntimeBackend(folder, threads=threads)
+    loaded = time.perf_counter()
+    generation = _Generation(backend._shipped, capacity=context)
+    prompt = np.resize(np.asarray(prompt_tokens, dtype=np.int64), context - _DECODED_TOKENS)
+    token = generation.feed(prompt)
+    filled = time.perf_counter()
+    for _ in range(_DECODED_TOKENS):
+        token = generation.feed(np.array([token]))
+    done = time.perf_counter()
+    return RuntimeCost(
+        peak_rss_bytes=peak_rss_bytes(),
+        base_rss_bytes=base,
+        load_seconds=loaded - started,
+        prefill_tokens_per_second=len(prompt) / (filled - loaded),
+        decode_tokens_per_second=_DECODED_TOKENS / (done - filled),
+    )
+
+
+class _Generation:
+    """One sequence growing in a cache that is allocated once; every step writes its keys and values in place."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, *, capacity: int) -> None:
+        self._session = session
+        self._length = 0
+        self._cache: dict[str, onnxruntime.OrtValue] = {}
+        for name, (heads, head_dim) in _cache_dimensions(session).items():
+            empty = np.zeros((1, heads, capacity, head_dim), dtype=np.float32)
+            self._cache[name] = onnxruntime.OrtValue.ortvalue_from_numpy(empty)
+
+    def greedy(self, prompt_ids: Sequence[int], n_tokens: int) -> list[int]:
+        """Feeds the prompt and generates."""
+        tokens = [self.feed(np.asarray(prompt_ids, dtype=np.int64))]
+        while len(tokens) < n_tokens:
+            tokens.append(self.feed(np.array(tokens[-1:])))
+        return tokens
+
+    def feed(self, tokens: npt.NDArray[np.int64]) -> int:
+        """Appends tokens, in chunks, and returns the most likely next one."""
+        for first in range(0, len(tokens), CHUNK_TOKENS):
+            logits_V = self._step(tokens[first : first + CHUNK_TOKENS])
+        return int(logits_V.argmax())
+
+    def _step(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        past_length = self._length
+        self._length += len(tokens)
+        binding = self._session.io_binding()
+        for name, values in _token_inputs(tokens, past_length).items():
+            binding.bind_cpu_input(name, values)
+        for name, buffer in self._cache.items():
+            binding.bind_ortvalue_input(name, buffer)
+            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), buffer)
+        binding.bind_output("logits")
+        self._session.run_with_iobinding(binding)
+        logits_V: npt.NDArray[np.float32] = binding.get_outputs()[-1].numpy()[0, -1]
+        return logits_V
+
+
+def _run_from_empty_cache(
+    session: onnxruntime.InferenceSession, tokens: npt.NDArray[np.int64], outputs: list[str]
+) -> list[npt.NDArray[np.float32]]:
+    cache = {
+        name: np.zeros((1, heads, 0, head_dim), dtype=np.float32)
+        for name, (heads, head_dim) in _cache_dimensions(session).items()
+    }
+    results: list[npt.NDArray[np.float32]] = session.run(outputs, {**_token_inputs(tokens, 0), **cache})
+    return results
+
+
+def _token_inputs(tokens: npt.NDArray[np.int64], past_length: int) -> dict[str, npt.NDArray[np.int64]]:
+    end = past_length + len(tokens)
+    return {
+        "input_ids": tokens[None],
+        "attention_mask": np.ones((1, end), dtype=np.int64),
+        "position_ids": np.arange(past_length, end, dtype=np.int64)[None],
+    }
+
+
+def _cache_dimensions(session: onnxruntime.InferenceSession) -> dict[str, tuple[int, int]]:
+    """Cache inputs by name, as (heads, head width); the outputs declare them."""
+    outputs = {output.name: output.shape for output in session.get_outputs()}
+    dimensions = {}
+    for name in (value.name for value in session.get_inputs()):
+        if name.startswith("past_key_values"):
+            _, heads, _, head_dim = outputs[name.replace("past_key_values", "present")]
+            dimensions[name] = (heads, head_dim)
+    return dimensions
+
+
+def _moe_node(node: onnx.NodeProto) -> _MoeNode:
+    attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    # Absent attributes have the operators' defaults.
+    return _MoeNode(
+        node.input[_ROUTER_INPUT], attributes.get("k", 1), bool(attributes.get("normalize_routing_weights", 0))
+    )
+
+
+def _read_graph(path: Path) -> onnx.ModelProto:
+    try:
+        return onnx.load(path, load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise InputError(f"{path} cannot be read as an ONNX model ({error}); export it again") from None
+
+
+def _open_session(path: Path, model: str | bytes, threads: int) -> onnxruntime.InferenceSession:
+    """Loads a graph from a path or from bytes; either way its weights lie beside ``path``."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing: give the folder that holds {_MODEL_FILE}, or the file")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # the runtime's warnings are about its own optimisations
+    if isinstance(model, bytes):
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(path.resolve().parent)
+        )
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except _LOAD_ERRORS as error:
+        raise InputError(f"{path} does not load in ONNX Runtime ({error}); export it again") from None

@@ -1,0 +1,101 @@
+"""Routing agreement: do two models send the same tokens to the same experts?
+
+For a token let A be the reference's chosen experts and B the model's. When the reference is the teacher, A is first
+mapped through the expert map: dropped experts leave A, merged ones become one. Tokens whose mapped A is empty say nothing
+about the router and are left out; the surviving share of the teacher's gate weight tells how much that hides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from compressors.model.routing import Routing
+from compressors.model.student import ExpertMap
+
+__all__ = ["LayerAgreement", "RoutingAgreement", "routing_agreement", "same_sets"]
+
+
+@dataclass(frozen=True)
+class LayerAgreement:
+    """Means over the tokens of one layer, each between 0 and 1."""
+
+    overlap: float  # |A & B| / |A|
+    exact: float  # all of A is in B
+    top1: float  # the strongest of A is the strongest of B
+    weighted: float  # share of A's gate weight that lies on experts in B
+    kept_gate_weight: float  # share of the reference's gate weight on experts that survive; 1 without an expert map
+
+
+@dataclass(frozen=True)
+class RoutingAgreement:
+    """Agreement by layer; the overall figures are means over the layers."""
+
+    layers: tuple[LayerAgreement, ...]
+
+    def mean(self, name: str) -> float:
+        """The mean of one figure over the layers."""
+        return float(np.mean([getattr(layer, name) for layer in self.layers]))
+
+
+def routing_agreement(reference: Routing, model: Routing, experts: ExpertMap | None = None) -> RoutingAgreement:
+    """Compares two recordings of the same tokens.
+
+    Args:
+        reference: A; the teacher's own numbering when ``experts`` is given, else the model's.
+        model: B.
+        experts: maps the teacher's experts to the student's.
+    """
+    layers = []
+    for layer, (chosen, weights) in enumerate(zip(reference.experts_LTK, reference.weights_LTK, strict=True)):
+        table = None if experts is None else experts.student_of(layer).numpy()
+        layers.append(_layer_agreement(chosen, weights, model.experts_LTK[layer], table))
+    return RoutingAgreement(tuple(layers))
+
+
+def same_sets(first: Routing, second: Routing) -> npt.NDArray[np.bool_]:
+    """Whether a token's chosen sets are equal in every layer: bool [T]."""
+    same = np.sort(first.experts_LTK, axis=-1) == np.sort(second.experts_LTK, axis=-1)
+    result: npt.NDArray[np.bool_] = same.all(axis=(0, 2))
+    return result
+
+
+def _layer_agreement(
+    chosen_TK: npt.NDArray[np.int32],
+    weights_TK: npt.NDArray[np.float32],
+    model_TK: npt.NDArray[np.int32],
+    table_E: npt.NDArray[np.int64] | None,
+) -> LayerAgreement:
+    mapped = chosen_TK.astype(np.int64) if table_E is None else table_E[chosen_TK]
+    mapped, weights = _collapse(mapped, weights_TK.astype(np.float64))
+    present = mapped >= 0
+    told = present.any(axis=1)
+    if not told.any():
+        return LayerAgreement(0.0, 0.0, 0.0, 0.0, 0.0)
+    kept = (weights * present).sum(1) / weights_TK.sum(1)
+    mapped, weights, present, model = mapped[told], weights[told] * present[told], present[told], model_TK[told]
+    shared = (mapped[:, :, None] == model[:, None, :]).any(-1) & present
+    strongest = np.take_along_axis(mapped, weights.argmax(1)[:, None], 1)[:, 0]
+    return LayerAgreement(
+        overlap=float((shared.sum(1) / present.sum(1)).mean()),
+        exact=float((shared == present).all(1).mean()),
+        top1=float((strongest == model[:, 0]).mean()),
+        weighted=float(((weights * shared).sum(1) / weights.sum(1)).mean()),
+        kept_gate_weight=float(kept.mean()),
+    )
+
+
+def _collapse(
+    mapped_TK: npt.NDArray[np.int64], weights_TK: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Makes each expert appear once per token: later copies become -1 and give their weight to the first."""
+    mapped, weights = mapped_TK.copy(), weights_TK.copy()
+    for slot in range(1, mapped.shape[1]):
+        for earlier in range(slot):
+            copy = (mapped[:, slot] == mapped[:, earlier]) & (mapped[:, slot] >= 0)
+            weights[copy, earlier] += weights[copy, slot]
+            weights[copy, slot] = 0.0
+            mapped[copy, slot] = -1
+    return mapped, weights

@@ -1,0 +1,47 @@
+"""The reference: stock transformers arithmetic in float32, one decoder layer in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from compressors.model.routing import Routing, RoutingRecorder
+from compressors.model.streaming import StreamedModel, TokenGroup
+from compressors.model.student import Student
+from validate.backend import ChunkOutput, scored_positions
+
+__all__ = ["TorchBackend"]
+
+
+class TorchBackend:
+    """A student in torch; implements :class:`validate.backend.Backend`."""
+
+    runtime = "torch"
+
+    def __init__(self, student: Student, progress: Callable[[int], None] | None = None) -> None:
+        self._student = student
+        self._progress = progress
+
+    @property
+    def version(self) -> str:
+        """torch's version."""
+        return torch.__version__
+
+    @torch.no_grad()
+    def run(self, tokens_BT: npt.NDArray[np.int64]) -> Iterator[ChunkOutput]:
+        """Streams all chunks through the layers, then yields them one by one."""
+        model = StreamedModel(self._student)
+        recorder = RoutingRecorder(self._student.shape)
+        (states,) = model.stream([TokenGroup(torch.from_numpy(tokens_BT), [recorder.observe])], self._progress)
+        routing = recorder.routing()
+        n_tokens = tokens_BT.shape[1]
+        scored = scored_positions(n_tokens)
+        for chunk, hidden in enumerate(states):
+            tokens = slice(chunk * n_tokens, (chunk + 1) * n_tokens)
+            yield ChunkOutput(
+                logits_SV=model.logits(hidden[scored]).numpy(),
+                routing=Routing(routing.experts_LTK[:, tokens], routing.weights_LTK[:, tokens]),
+            )
