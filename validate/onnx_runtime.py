@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime
-from google.protobuf.message import DecodeError
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from compressors.model.errors import InputError, MoeExportError
@@ -121,7 +120,7 @@ class OnnxRuntimeBackend:
 
     def _open_debug(self) -> onnxruntime.InferenceSession:
         """The same graph with the router logits of every MoE node as graph outputs."""
-        model = _read_graph(self._path)
+        model = onnx.load(self._path, load_external_data=False)
         self._moe_nodes = tuple(_moe_node(node) for node in model.graph.node if node.op_type in _MOE_OPERATORS)
         if not self._moe_nodes:
             raise InputError(f"{self._path} has no MoE or QMoE node: there is no routing to look at")
@@ -254,13 +253,6 @@ def _moe_node(node: onnx.NodeProto) -> _MoeNode:
     return _MoeNode(
         node.input[_ROUTER_INPUT], attributes.get("k", 1), bool(attributes.get("normalize_routing_weights", 0))
     )
-
-
-def _read_graph(path: Path) -> onnx.ModelProto:
-    try:
-        return onnx.load(path, load_external_data=False)
-    except (OSError, DecodeError) as error:
-        raise InputError(f"{path} cannot be read as an ONNX model ({error}); export it again") from None
 
 
 def _open_session(path: Path, model: str | bytes, threads: int) -> onnxruntime.InferenceSession:

@@ -49,7 +49,7 @@ class _Decoder:
         normed, _ = self._norm(Role.FINAL_NORM, None, residual, branch)
         self._weights.linear(Role.HEAD, None, normed, "logits")
         graph.add_output("logits", _FLOAT, ["batch", "sequence", shape.vocab_size])
-        dimensions: list[str | int] = ["batch", shape.n_kv_heads, "total_sequence", shape.head_dim]
+        dimensions: list[str | int] = ["batch", shape.n_kv_heads, "present_sequence", shape.head_dim]
         for layer in range(shape.n_layers):
             for kind in ("key", "value"):
                 graph.add_output(f"present.{layer}.{kind}", _FLOAT, dimensions)
