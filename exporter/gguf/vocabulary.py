@@ -34,7 +34,7 @@ _SPECIAL_TOKEN_KEYS: Mapping[str, str] = {
     "mask": Keys.Tokenizer.MASK_ID,
 }
 
-_CONTROL_MARKS = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
+_CONTROL_MARKS = (("<|", "|>"), ("<\uff5c", "\uff5c>"), ("<unused", ">"))
 """Begin and end of tokens that llama.cpp's converter takes for control tokens even when the tokenizer does not say so
 (``does_token_look_special`` in ``conversion/base.py``)."""
 
