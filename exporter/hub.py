@@ -1,0 +1,88 @@
+"""Where the inputs come from: a local folder, the Hugging Face hub, or the model and text bundled with this package."""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from compressors.model.errors import InputError
+
+__all__ = ["bundled_text", "resolve_model"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
+_WANTED_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "README.md", "LICENSE*"]
+# Other formats in subfolders, and a second copy of the weights in the trainer's own naming.
+_UNWANTED_FILES = ["*/*", "consolidated*"]
+
+
+def resolve_model(model: str | None, revision: str | None = None, *, offline: bool = False) -> Path:
+    """The folder of the checkpoint: as given, downloaded from the hub (or found in its cache), or bundled for None.
+
+    Pickled weights are never downloaded. ``offline`` takes hub models from the cache only.
+
+    Raises:
+        InputError: there is no such folder, model or revision, the licence was not accepted, or the hub is out of
+            reach.
+    """
+    if model is None:
+        return _bundled("model")
+    if Path(model).expanduser().is_dir():
+        return Path(model).expanduser()
+    if Path(model).exists():
+        raise InputError(f"MODEL: {model} is a file; give the folder that holds config.json and the weights")
+    if _HUB_ID.fullmatch(model) is None:
+        raise InputError(f"MODEL: there is no folder {model}, and it is no hub id (OWNER/NAME) either")
+    return _download(model, revision, offline)
+
+
+def bundled_text(split: str) -> Path:
+    """The folder of the bundled text, one file per domain; ``split`` is ``calibration`` or ``heldout``."""
+    return _bundled("text", split)
+
+
+def _bundled(*parts: str) -> Path:
+    folder = Path(str(importlib.resources.files("exporter").joinpath("demo", *parts)))
+    if not folder.is_dir():
+        raise InputError(f"the bundled files are missing in {folder}; install moe-export again")
+    return folder
+
+
+def _download(model: str, revision: str | None, offline: bool) -> Path:
+    try:
+        return Path(
+            snapshot_download(
+                model,
+                revision=revision,
+                local_files_only=offline,
+                allow_patterns=_WANTED_FILES,
+                ignore_patterns=_UNWANTED_FILES,
+            )
+        )
+    except GatedRepoError:
+        raise InputError(
+            f"MODEL: {model} is gated; accept its licence on its hub page and log in with `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise InputError(
+            f"MODEL: {model} is neither a local folder nor a model on the hub that you may read; "
+            "check the spelling, or log in with `hf auth login` if it is private"
+        ) from None
+    except RevisionNotFoundError:
+        raise InputError(f"--revision: {model} has no revision {revision!r} on the hub") from None
+    except LocalEntryNotFoundError:
+        what = f"{model} (revision {revision})" if revision else model
+        if offline:
+            raise InputError(f"MODEL: {what} is not in the hub's cache; run once without --offline") from None
+        raise InputError(f"MODEL: {what} is no local folder, and the hub cannot be reached to download it") from None
+    except (HfHubHTTPError, OSError) as error:
+        raise InputError(f"MODEL: {model} could not be downloaded ({error}); try again") from None

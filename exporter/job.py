@@ -1,0 +1,231 @@
+"""A job: everything that the command line gives, checked, in one frozen value.
+
+Whatever can be judged without opening the model is judged here, so that a wrong flag fails at once and by name.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from compressors.model.errors import InputError
+from exporter.sizes import parse_size
+
+__all__ = [
+    "BUDGET_KINDS",
+    "DEVICES",
+    "FORMATS",
+    "KV_TYPES",
+    "METHODS",
+    "QUANT_TYPES",
+    "RECOVERIES",
+    "Job",
+    "parse_duration",
+]
+
+BUDGET_KINDS: Final = ("total", "file")
+FORMATS: Final = ("gguf", "onnx")
+KV_TYPES: Final = ("f16", "f32", "q8_0", "q4_0")
+METHODS: Final = ("auto", "reap")
+QUANT_TYPES: Final = ("F32", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_0")
+RECOVERIES: Final = ("auto", "none", "router", "router:published")
+DEVICES: Final = ("auto", "cpu", "cuda")
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600}
+_BUNDLED_MODEL_NAME = "demo"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run of ``moe-export``. Build it with :meth:`create`, which checks every field."""
+
+    model: str | None  # local folder or hub id; None: the bundled model
+    revision: str | None
+    offline: bool
+    budget_bytes: int
+    budget_kind: str  # one of BUDGET_KINDS
+    context: int  # tokens
+    kv_type: str  # one of KV_TYPES
+    formats: tuple[str, ...]  # of FORMATS, in that order
+    calibration: Path | None  # file or folder; None: the bundled text
+    text: Path | None  # held-out file or folder
+    method: str  # one of METHODS
+    experts: int | None  # per layer; None: the planner chooses
+    quant: str | None  # one of QUANT_TYPES; None: the planner chooses
+    recover: str  # one of RECOVERIES
+    recover_seconds: int
+    require: Mapping[str, float]  # threshold of each check that differs from the default
+    recipe: Path | None
+    memory_bytes: int | None  # None: half of the free memory
+    device: str  # one of DEVICES
+    threads: int
+    seed: int
+    out: Path
+    work_dir: Path
+    dry_run: bool
+    save_student: bool
+    force: bool
+    json: bool
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        budget: str,
+        model: str | None = None,
+        revision: str | None = None,
+        offline: bool = False,
+        budget_kind: str = "total",
+        context: int = 8192,
+        kv_type: str = "f16",
+        formats: str = "gguf,onnx",
+        calibration: Path | None = None,
+        text: Path | None = None,
+        method: str = "auto",
+        experts: int | None = None,
+        quant: str | None = None,
+        recover: str = "auto",
+        recover_time: str = "30m",
+        require: Iterable[str] = (),
+        recipe: Path | None = None,
+        memory: str | None = None,
+        device: str = "auto",
+        threads: int | None = None,
+        seed: int = 0,
+        out: Path | None = None,
+        work_dir: Path | None = None,
+        dry_run: bool = False,
+        save_student: bool = False,
+        force: bool = False,
+        json: bool = False,
+    ) -> Job:
+        """Checks what the command line gave, each argument as its flag takes it, and fills in the defaults.
+
+        ``out`` defaults to a folder of the current one named after model and budget, ``work_dir`` to ``OUT.work``
+        beside it, ``threads`` to the processors that this process may use.
+
+        Raises:
+            InputError: a value is wrong; the message names the flag.
+        """
+        budget_bytes = parse_size(budget, "--budget")
+        out = Path(f"{_model_name(model)}-{''.join(budget.split())}") if out is None else out
+        return cls(
+            model=model,
+            revision=revision,
+            offline=offline,
+            budget_bytes=budget_bytes,
+            budget_kind=_one_of("--budget-kind", budget_kind, BUDGET_KINDS),
+            context=_at_least_one("--context", context, "tokens"),
+            kv_type=_one_of("--kv-type", kv_type.lower(), KV_TYPES),
+            formats=_formats(formats),
+            calibration=_existing("--calibration", calibration),
+            text=_existing("--text", text),
+            method=_one_of("--method", method, METHODS),
+            experts=None if experts is None else _at_least_one("--experts", experts, "experts per layer"),
+            quant=None if quant is None else _one_of("--quant", quant.upper(), QUANT_TYPES),
+            recover=_one_of("--recover", recover, RECOVERIES),
+            recover_seconds=parse_duration(recover_time, "--recover-time"),
+            require=_thresholds(require),
+            recipe=_existing_file("--recipe", recipe),
+            memory_bytes=None if memory is None else parse_size(memory, "--memory"),
+            device=_one_of("--device", device, DEVICES),
+            threads=_usable_processors() if threads is None else _at_least_one("--threads", threads, "threads"),
+            seed=_seed(seed),
+            out=_folder_to_be("--out", out),
+            work_dir=_folder_to_be("--work-dir", out.with_name(f"{out.name}.work") if work_dir is None else work_dir),
+            dry_run=dry_run,
+            save_student=save_student,
+            force=force,
+            json=json,
+        )
+
+
+def parse_duration(text: str, flag: str = "duration") -> int:
+    """Seconds of a duration such as ``90s``, ``30m`` or ``1.5h``.
+
+    Raises:
+        InputError: the text is no duration or less than a second; the message names ``flag``.
+    """
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]+)?)\s*([smh])", text.strip().lower(), re.ASCII)
+    seconds = int(float(match[1]) * _SECONDS[match[2]]) if match else 0
+    if seconds < 1:
+        raise InputError(f"{flag}: {text!r} is not a duration; write a positive number and s, m or h, such as 30m")
+    return seconds
+
+
+def _one_of(flag: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise InputError(f"{flag}: {value!r} is not known; choose one of {', '.join(choices)}")
+    return value
+
+
+def _at_least_one(flag: str, value: int, of_what: str) -> int:
+    if value < 1:
+        raise InputError(f"{flag}: {value} {of_what} make no model; give 1 or more")
+    return value
+
+
+def _formats(text: str) -> tuple[str, ...]:
+    wanted = {_one_of("--formats", name.strip().lower(), FORMATS) for name in text.split(",")}
+    return tuple(name for name in FORMATS if name in wanted)
+
+
+def _existing(flag: str, path: Path | None) -> Path | None:
+    if path is not None and not path.exists():
+        raise InputError(f"{flag}: {path} does not exist")
+    return path
+
+
+def _existing_file(flag: str, path: Path | None) -> Path | None:
+    if path is not None and not path.is_file():
+        raise InputError(f"{flag}: {path} is not a file" if path.exists() else f"{flag}: {path} does not exist")
+    return path
+
+
+def _folder_to_be(flag: str, path: Path) -> Path:
+    for folder in (path, *path.parents):
+        if folder.exists():
+            if not folder.is_dir():
+                raise InputError(f"{flag}: {folder} is a file, not a folder; choose another place")
+            break
+    return path
+
+
+def _thresholds(pairs: Iterable[str]) -> dict[str, float]:
+    thresholds: dict[str, float] = {}
+    for pair in pairs:
+        name, _, number = pair.partition("=")
+        name = name.strip()
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        if not re.fullmatch(r"[a-z][a-z0-9_.]*", name) or not math.isfinite(value):
+            raise InputError(f"--require: {pair!r} is not NAME=VALUE with a number as value, such as kld_mean=0.1")
+        if name in thresholds:
+            raise InputError(f"--require: {name} is given twice; keep one")
+        thresholds[name] = value
+    return thresholds
+
+
+def _seed(seed: int) -> int:
+    if not 0 <= seed < 2**32:
+        raise InputError(f"--seed: {seed} is outside 0 ... {2**32 - 1}")
+    return seed
+
+
+def _usable_processors() -> int:
+    """Processors that this process may run on; containers often allow fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _model_name(model: str | None) -> str:
+    """The last part of a folder's path or of a hub id."""
+    if model is None:
+        return _BUNDLED_MODEL_NAME
+    return Path(model).name or Path(model).resolve().name or "model"
