@@ -1,0 +1,368 @@
+"""llama.cpp as a validation backend, through llama-cpp-python's low-level interface.
+
+Routing is read inside the runtime: the scheduler's evaluation callback hands us the very tensors by which the MoE
+layers pick and weigh their experts (``build_moe_ffn`` in ``src/llama-graph.cpp``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import llama_cpp.llama_cpp as api
+import numpy as np
+import numpy.typing as npt
+from llama_cpp import _ggml
+
+from compressors.model.errors import InputError
+from validate.backend import ChunkOutput, Routing, scored_positions
+from validate.cost import RuntimeCost, peak_rss_bytes
+
+__all__ = ["KV_TYPES", "LlamaCppBackend", "measure"]
+
+KV_TYPES: Mapping[str, int] = {
+    "f32": api.GGML_TYPE_F32,
+    "f16": api.GGML_TYPE_F16,
+    "q8_0": api.GGML_TYPE_Q8_0,
+    "q4_0": api.GGML_TYPE_Q4_0,
+}
+"""Storage of keys and values; the quantized ones need flash attention."""
+
+_PHYSICAL_BATCH = 512  # llama.cpp's default n_ubatch
+_DECODED_TOKENS = 32
+
+
+class LlamaCppBackend:
+    """A GGUF file in llama.cpp; implements :class:`validate.backend.Backend`.
+
+    Weights stay as they are stored: repacked and AMX buffers are off, because on virtual machines that list the
+    AMX instructions but trap them llama.cpp dies.
+
+    Raises:
+        InputError: the file is missing, llama.cpp cannot load it, or it cannot set up the context.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        n_ctx: int = 512,
+        kv_type: str = "f16",
+        flash_attention: bool = False,
+        threads: int,
+        gpu_layers: int = 0,
+    ) -> None:
+        self._routing = _RoutingCollector()
+        flash = api.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attention else api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self._session = _Session(
+            path,
+            n_ctx=n_ctx,
+            n_batch=n_ctx,
+            kv_type=kv_type,
+            flash_attention=flash,
+            threads=threads,
+            gpu_layers=gpu_layers,
+            callback=self._routing.callback,
+        )
+
+    @property
+    def runtime(self) -> str:
+        """``llama.cpp``."""
+        return "llama.cpp"
+
+    @property
+    def version(self) -> str:
+        """Version of llama-cpp-python and, in brackets, of the ggml inside it."""
+        ggml = ctypes.string_at(_ggml_function("ggml_version", ctypes.c_void_p)()).decode()
+        commit = ctypes.string_at(_ggml_function("ggml_commit", ctypes.c_void_p)()).decode()
+        return f"{version('llama-cpp-python')} (ggml {ggml}, {commit})"
+
+    def run(self, tokens_BT: npt.NDArray[np.int64]) -> Iterator[ChunkOutput]:
+        """Runs every row as a sequence of its own and yields its output, in order.
+
+        Raises:
+            InputError: a row is longer than the context, or a token is not in the vocabulary.
+        """
+        for tokens_T in tokens_BT:
+            self._session.clear()
+            self._routing.start()
+            # logits everywhere: the last layer's experts run only where an output is wanted, and routing is too
+            logits_TV = self._session.decode(tokens_T, all_logits=True)
+            logits_SV = logits_TV[scored_positions(len(tokens_T))].copy()
+            yield ChunkOutput(logits_SV, self._routing.finish(len(tokens_T)))
+
+    def greedy(self, prompt_ids: Sequence[int], n_tokens: int) -> list[int]:
+        """The ``n_tokens`` tokens that follow the prompt when the most likely one is always taken."""
+        self._session.clear()
+        generated: list[int] = []
+        logits_TV = self._session.decode(np.asarray(prompt_ids, dtype=np.int64))
+        while len(generated) < n_tokens:
+            generated.append(int(logits_TV[-1].argmax()))
+            if len(generated) < n_tokens:
+                logits_TV = self._session.decode(np.asarray(generated[-1:], dtype=np.int64))
+        return generated
+
+
+def measure(path: Path, *, context: int, kv_type: str, threads: int, prompt_tokens: Sequence[int]) -> RuntimeCost:
+    """Loads the model, fills its context and generates; call it in a process of its own, or the peak means nothing.
+
+    The prompt is fed in chunks of 512 tokens until 32 tokens of the context are left, which are then generated. Flash
+    attention is left to llama.cpp's choice. Prefill speed is over the whole prompt; decode speed at the full context.
+
+    Args:
+        path: the GGUF file.
+        context: tokens of cache to fill, at least 64.
+        kv_type: a key of :data:`KV_TYPES`.
+        threads: threads for prompt and generation.
+        prompt_tokens: the text to feed, repeated until the context is full.
+
+    Raises:
+        InputError: the model cannot be loaded, the context is too short or the prompt is empty.
+    """
+    if context < 2 * _DECODED_TOKENS or not len(prompt_tokens):
+        raise InputError(f"measuring needs a context of at least {2 * _DECODED_TOKENS} tokens and a prompt")
+    _start_runtime()
+    base = peak_rss_bytes()
+    started = time.perf_counter()
+    session = _Session(
+        path,
+        n_ctx=context,
+        n_batch=min(context, _PHYSICAL_BATCH),
+        kv_type=kv_type,
+        flash_attention=api.LLAMA_FLASH_ATTN_TYPE_AUTO,
+        threads=threads,
+        gpu_layers=0,
+    )
+    loaded = time.perf_counter()
+    prompt = np.resize(np.asarray(prompt_tokens, dtype=np.int64), context - _DECODED_TOKENS)
+    for first in range(0, len(prompt), _PHYSICAL_BATCH):
+        logits_TV = session.decode(prompt[first : first + _PHYSICAL_BATCH])
+    filled = time.perf_counter()
+    for _ in range(_DECODED_TOKENS):
+        logits_TV = session.decode(logits_TV[-1:].argmax(axis=1))
+    done = time.perf_counter()
+    return RuntimeCost(
+        peak_rss_bytes=peak_rss_bytes(),
+        base_rss_bytes=base,
+        load_seconds=loaded - started,
+        prefill_tokens_per_second=len(prompt) / (filled - loaded),
+        decode_tokens_per_second=_DECODED_TOKENS / (done - filled),
+    )
+
+
+class _Session:
+    """A loaded model with one context holding one sequence; frees both when it goes."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        n_ctx: int,
+        n_batch: int,
+        kv_type: str,
+        flash_attention: int,
+        threads: int,
+        gpu_layers: int,
+        callback: Any = None,
+    ) -> None:
+        self._model: int | None = None
+        self._context: int | None = None
+        self._n_ctx = n_ctx
+        self._length = 0
+        if kv_type not in KV_TYPES:
+            raise InputError(f"--kv-type {kv_type}: no such type; choose one of {', '.join(KV_TYPES)}")
+        _start_runtime()
+        self._model = _load_model(path, gpu_layers)
+        params = api.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, n_batch, min(n_batch, _PHYSICAL_BATCH)
+        params.n_threads = params.n_threads_batch = threads
+        params.type_k = params.type_v = KV_TYPES[kv_type]
+        params.flash_attn_type = flash_attention
+        if callback is not None:
+            params.cb_eval = callback
+        self._context = api.llama_init_from_model(self._model, params)
+        if self._context is None:
+            raise InputError(
+                f"{path}: llama.cpp cannot set up a context of {n_ctx} tokens with {kv_type} keys and values"
+                f"{_last_error()}; quantized ones need flash attention"
+            )
+        vocabulary = api.llama_model_get_vocab(self._model)
+        assert vocabulary is not None
+        self.vocab_size = int(api.llama_vocab_n_tokens(vocabulary))
+
+    def __del__(self) -> None:
+        if self._context is not None:
+            api.llama_free(self._context)
+        if self._model is not None:
+            api.llama_model_free(self._model)
+
+    def clear(self) -> None:
+        """Empties the cache."""
+        assert self._context is not None
+        memory = api.llama_get_memory(self._context)
+        assert memory is not None
+        api.llama_memory_clear(memory, True)
+        self._length = 0
+
+    def decode(self, tokens_T: npt.NDArray[np.int64], *, all_logits: bool = False) -> npt.NDArray[np.float32]:
+        """Appends tokens to the sequence.
+
+        Returns float32 [T, V], or [1, V] for the last position alone: a view that is valid until the next call.
+        """
+        self._check(tokens_T)
+        n_tokens = len(tokens_T)
+        batch = api.llama_batch_init(n_tokens, 0, 1)
+        try:
+            batch.n_tokens = n_tokens
+            for index, token in enumerate(tokens_T.tolist()):
+                batch.token[index] = token
+                batch.pos[index] = self._length + index
+                batch.n_seq_id[index] = 1
+                batch.seq_id[index][0] = 0
+                batch.logits[index] = all_logits or index == n_tokens - 1
+            status = api.llama_decode(self._context, batch)
+        finally:
+            api.llama_batch_free(batch)
+        if status != 0:
+            raise InputError(f"llama.cpp could not evaluate {n_tokens} tokens (status {status}){_last_error()}")
+        self._length += n_tokens
+        pointer = api.llama_get_logits(self._context)
+        return np.ctypeslib.as_array(pointer, shape=(n_tokens if all_logits else 1, self.vocab_size))
+
+    def _check(self, tokens_T: npt.NDArray[np.int64]) -> None:
+        if not 0 < len(tokens_T) <= self._n_ctx - self._length:
+            raise InputError(
+                f"{len(tokens_T)} tokens after {self._length} do not fit a context of {self._n_ctx}; give more"
+            )
+        if tokens_T.min() < 0 or tokens_T.max() >= self.vocab_size:
+            raise InputError(
+                f"token {tokens_T.max()} is not in the vocabulary of {self.vocab_size}; was another tokenizer used?"
+            )
+
+
+class _TensorHead(ctypes.Structure):
+    """The beginning of ``struct ggml_tensor`` (``ggml/include/ggml.h``), up to its name."""
+
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("buffer", ctypes.c_void_p),
+        ("lengths", ctypes.c_int64 * 4),
+        ("strides", ctypes.c_size_t * 4),
+        ("operation", ctypes.c_int),
+        ("operation_params", ctypes.c_int32 * 16),
+        ("flags", ctypes.c_int32),
+        ("sources", ctypes.c_void_p * 10),
+        ("view_source", ctypes.c_void_p),
+        ("view_offset", ctypes.c_size_t),
+        ("data", ctypes.c_void_p),
+        ("name", ctypes.c_char * 64),
+    )
+
+
+_EXPERTS, _WEIGHTS, _NORMALIZED = "ffn_moe_topk", "ffn_moe_weights", "ffn_moe_weights_norm"
+
+
+class _RoutingCollector:
+    """Copies chosen experts and their weights out of the running graph, by (tensor name, layer)."""
+
+    def __init__(self) -> None:
+        # the runtime keeps only the address: this object must live as long as the context
+        self.callback = api.ggml_backend_sched_eval_callback(self._visit)
+        self._copy = _ggml_function("ggml_backend_tensor_get", None)
+        self._copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+        self._parts: dict[tuple[str, int], list[npt.NDArray[Any]]] | None = None
+
+    def start(self) -> None:
+        """Forgets what was collected and begins anew."""
+        self._parts = defaultdict(list)
+
+    def finish(self, n_tokens: int) -> Routing:
+        """What was collected since :meth:`start`."""
+        assert self._parts is not None
+        parts, self._parts = self._parts, None
+        n_layers = 1 + max(layer for _, layer in parts)
+        experts = [np.concatenate(parts[_EXPERTS, layer]) for layer in range(n_layers)]
+        kind = _NORMALIZED if (_NORMALIZED, 0) in parts else _WEIGHTS
+        weights = [np.concatenate(parts[kind, layer]) for layer in range(n_layers)]
+        routing = Routing(np.stack(experts).astype(np.int32), np.stack(weights).astype(np.float32))
+        assert routing.experts_LTK.shape == routing.weights_LTK.shape, "experts and weights disagree"
+        assert routing.experts_LTK.shape[1] == n_tokens, (
+            f"routing of {routing.experts_LTK.shape[1]} of {n_tokens} tokens"
+        )
+        return routing
+
+    def _visit(self, address: int, ask: bool, user_data: int) -> bool:
+        """Called for every node before it runs (``ask``: shall you see it?) and after, if we said yes."""
+        if self._parts is None:
+            return not ask
+        tensor = _TensorHead.from_address(address)
+        matched = _ROUTING_TENSOR.fullmatch(tensor.name)
+        if ask:
+            return matched is not None
+        if matched is not None:
+            key = matched[1].decode(), int(matched[2])
+            self._parts[key].append(self._values(tensor, address, token_dimension=2 if key[0] == _WEIGHTS else 1))
+        return True
+
+    def _values(self, tensor: _TensorHead, address: int, *, token_dimension: int) -> npt.NDArray[Any]:
+        """[T, K] of what ggml, innermost dimension first, holds as [K, T] (perhaps a strided view) or as [1, K, T]."""
+        dtype = np.dtype(np.int32 if tensor.type == api.GGML_TYPE_I32 else np.float32)
+        lengths, strides = tuple(tensor.lengths), tuple(tensor.strides)
+        n_bytes = dtype.itemsize + sum((length - 1) * stride for length, stride in zip(lengths, strides, strict=True))
+        raw = np.empty(n_bytes, dtype=np.uint8)
+        self._copy(address, raw.ctypes.data, 0, n_bytes)
+        values = np.ndarray(lengths[::-1], dtype, buffer=raw.data, strides=strides[::-1])
+        return values.reshape(lengths[token_dimension], -1).copy()
+
+
+_ROUTING_TENSOR = re.compile(f"({_EXPERTS}|{_WEIGHTS}|{_NORMALIZED})-([0-9]+)".encode())
+
+
+def _load_model(path: Path, gpu_layers: int) -> int:
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: give a GGUF file")
+    params = api.llama_model_default_params()
+    params.n_gpu_layers = gpu_layers
+    params.use_extra_bufts = False
+    model: int | None = api.llama_model_load_from_file(str(path).encode(), params)
+    if model is None:
+        raise InputError(f"{path} cannot be loaded by llama.cpp{_last_error()}")
+    return model
+
+
+def _ggml_function(name: str, result: Any) -> Any:
+    """A function of libggml-base that llama-cpp-python does not wrap; the copy that the runtime itself uses."""
+    function = getattr(_ggml.libggml, name)
+    function.restype = result
+    return function
+
+
+_LOG_LEVEL_ERROR = 4  # GGML_LOG_LEVEL_ERROR in ggml/include/ggml.h
+_errors: list[str] = []
+
+
+@api.llama_log_callback  # type: ignore[untyped-decorator]
+def _keep_errors(level: int, text: bytes, user_data: int) -> None:
+    """llama.cpp's log, silenced; the last error goes into our message."""
+    if level == _LOG_LEVEL_ERROR:
+        _errors.append(text.decode("utf-8", errors="replace").strip())
+
+
+@functools.cache
+def _start_runtime() -> None:
+    api.llama_backend_init()
+    api.llama_log_set(_keep_errors, ctypes.c_void_p(0))
+
+
+def _last_error() -> str:
+    """``: message`` of llama.cpp's last error, if there is one; forgets it."""
+    message = f": {_errors[-1]}" if _errors else ""
+    _errors.clear()
+    return message
