@@ -191,7 +191,7 @@ class _Session:
         if self._context is None:
             raise InputError(
                 f"{path}: llama.cpp cannot set up a context of {n_ctx} tokens with {kv_type} keys and values"
-                f"{_last_error()}; quantized ones need flash attention"
+                f"{_logged_error()}; quantized ones need flash attention"
             )
         vocabulary = api.llama_model_get_vocab(self._model)
         assert vocabulary is not None
@@ -231,7 +231,7 @@ class _Session:
         finally:
             api.llama_batch_free(batch)
         if status != 0:
-            raise InputError(f"llama.cpp could not evaluate {n_tokens} tokens (status {status}){_last_error()}")
+            raise InputError(f"llama.cpp could not evaluate {n_tokens} tokens (status {status}){_logged_error()}")
         self._length += n_tokens
         pointer = api.llama_get_logits(self._context)
         return np.ctypeslib.as_array(pointer, shape=(n_tokens if all_logits else 1, self.vocab_size))
@@ -333,7 +333,7 @@ def _load_model(path: Path, gpu_layers: int) -> int:
     params.use_extra_bufts = False
     model: int | None = api.llama_model_load_from_file(str(path).encode(), params)
     if model is None:
-        raise InputError(f"{path} cannot be loaded by llama.cpp{_last_error()}")
+        raise InputError(f"{path} cannot be loaded by llama.cpp{_logged_error()}")
     return model
 
 
@@ -361,8 +361,8 @@ def _start_runtime() -> None:
     api.llama_log_set(_keep_errors, ctypes.c_void_p(0))
 
 
-def _last_error() -> str:
-    """``: message`` of llama.cpp's last error, if there is one; forgets it."""
-    message = f": {_errors[-1]}" if _errors else ""
+def _logged_error() -> str:
+    """``: message`` of llama.cpp, if it said anything: the first of a chain of errors names the cause. Forgets it."""
+    message = f": {_errors[0]}" if _errors else ""
     _errors.clear()
     return message
