@@ -187,6 +187,8 @@ class _Generation:
         for name, (heads, head_dim) in _cache_dimensions(session).items():
             empty = np.zeros((1, heads, capacity, head_dim), dtype=np.float32)
             self._cache[name] = onnxruntime.OrtValue.ortvalue_from_numpy(empty)
+        vocab_size = next(output.shape[-1] for output in session.get_outputs() if output.name == "logits")
+        self._logits_1TV = np.empty((1, min(capacity, CHUNK_TOKENS), vocab_size), dtype=np.float32)
 
     def greedy(self, prompt_ids: Sequence[int], n_tokens: int) -> list[int]:
         """Feeds the prompt and generates."""
@@ -210,9 +212,10 @@ class _Generation:
         for name, buffer in self._cache.items():
             binding.bind_ortvalue_input(name, buffer)
             binding.bind_ortvalue_output(name.replace("past_key_values", "present"), buffer)
-        binding.bind_output("logits")
+        logits = self._logits_1TV[:, : len(tokens)]  # bound, because reading an output of the runtime copies it
+        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         self._session.run_with_iobinding(binding)
-        logits_V: npt.NDArray[np.float32] = binding.get_outputs()[-1].numpy()[0, -1]
+        logits_V: npt.NDArray[np.float32] = logits[0, -1]
         return logits_V
 
 

@@ -1,0 +1,75 @@
+"""What an exported model needs in ONNX Runtime on the CPU, above the process itself: an upper bound by line.
+
+Session options were tried on a 2 GB model and none helped: without prepacking decoding is 50 times slower, the arena,
+``use_device_allocator_for_initializers`` and ``use_external_initializer_file_buffers_directly`` leave the peak where
+it is. Large tensors are mapped from the data file in any case, and given back when they have been packed.
+"""
+
+from __future__ import annotations
+
+from compressors.model.families import Role
+from compressors.model.shape import MoeShape
+from exporter.onnx.layout import TensorLayout, plan_tensors
+from exporter.onnx.writer import with_context
+
+__all__ = ["CHUNK_TOKENS", "predict_runtime_bytes"]
+
+CHUNK_TOKENS = 512
+"""Prompts are fed in pieces of this many tokens: validation does, and genai_config.json tells onnxruntime-genai to."""
+
+_FLOAT_BYTES = 4
+_SESSION_BYTES = 24 << 20  # graph, thread pool, allocator slack: measured 13 to 20 MB whatever the model
+_LIVE_HIDDEN_STATES = 8  # [tokens, D] at a time: residual, normed, branch and what they are made from
+_LIVE_PROJECTIONS = 3  # query, key and value as projected, normed per head, rotated
+
+
+def predict_runtime_bytes(shape: MoeShape, preset: str, *, context: int, threads: int) -> dict[str, int]:
+    """Bytes of ``weights``, ``kv_cache`` and ``compute`` with a cache of ``context`` tokens that is full.
+
+    The cache is float32, allocated once and written in place, as validation and onnxruntime-genai do it; a client
+    that takes the present cache as a new tensor at every step (optimum) holds it twice.
+
+    Args:
+        shape: the model as it is written; its rotary caches cover ``shape.context_length`` tokens.
+        preset: a name from :data:`exporter.onnx.layout.PRESETS`.
+        context: tokens in the cache, at most ``shape.context_length``.
+        threads: threads inside an operator; each holds one widened expert.
+
+    Raises:
+        InputError: there is no such preset, or the model's context is shorter.
+        UnsupportedError: the preset cannot hold the model.
+    """
+    with_context(shape, context)  # refuses one that does not fit
+    layout = plan_tensors(shape, preset)
+    cache = 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * context * _FLOAT_BYTES
+    return {"weights": _weight_bytes(layout), "kv_cache": cache, "compute": _compute_bytes(layout, context, threads)}
+
+
+def _weight_bytes(layout: TensorLayout) -> int:
+    """The data file, with scales widened to float32, and a tied head's packed copy."""
+    widened = sum(weight.scales.n_bytes for weight in layout.weights if weight.scales is not None)
+    return layout.data_bytes + widened + (_packed_head_bytes(layout) if layout.shape.tied_embeddings else 0)
+
+
+def _packed_head_bytes(layout: TensorLayout) -> int:
+    """The head as its product wants it: with float32 scales and, for int8 activations, each block's sum."""
+    head = layout.weight(Role.HEAD)
+    packed = head.codes.n_bytes
+    if head.scales is not None:
+        packed += 2 * 2 * head.scales.n_bytes
+    return packed
+
+
+def _compute_bytes(layout: TensorLayout, context: int, threads: int) -> int:
+    """Buffers while a chunk runs; or, if that is more, the largest tensor, of which loading holds two forms."""
+    shape = layout.shape
+    tokens = min(CHUNK_TOKENS, context)
+    routed = tokens * shape.top_k
+    values = tokens * shape.vocab_size  # logits
+    values += tokens * context  # attention bias
+    values += tokens * shape.hidden_size * _LIVE_HIDDEN_STATES
+    values += tokens * (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim * _LIVE_PROJECTIONS
+    values += routed * (3 * shape.expert_width + 2 * shape.hidden_size)  # gate, up, product; input and output
+    values += threads * (shape.expert_parameters + tokens * shape.hidden_size)  # widened expert, partial sums
+    largest = max(weight.codes.n_bytes for weight in layout.weights)
+    return _SESSION_BYTES + max(values * _FLOAT_BYTES, largest)
