@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -182,8 +182,7 @@ def tokenize(
     streams = [_token_streams(split, tokenizer, bos) for split in in_order]
     for split, stream in zip(in_order, streams, strict=True):
         _check_length(split, stream, block_length)
-    for first, second in combinations(streams, 2):
-        _refuse_shared_block(first, second, block_length)
+    _refuse_shared_blocks(in_order, streams, block_length)
     calibration, selection, heldout = (
         _blocks_of(split.name, stream, block_length, bos) for split, stream in zip(in_order, streams, strict=True)
     )
@@ -238,9 +237,13 @@ def _document_starts(text: str) -> Iterator[int]:
 
 def _load_tokenizer(folder: Path) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder} has no usable tokenizer ({error}); download tokenizer.json again") from None
+    # Without any tokenizer file transformers builds an empty one.
+    if not tokenizer.encode("a", add_special_tokens=False):
+        raise InputError(f"{folder} has no usable tokenizer; download tokenizer.json again")
+    return tokenizer
 
 
 def _bos_token(tokenizer: Any) -> int | None:
@@ -282,19 +285,31 @@ def _full_blocks(tokens: npt.NDArray[np.int64], block_length: int) -> npt.NDArra
     return tokens[: n_blocks * block_length].reshape(n_blocks, block_length)
 
 
-def _refuse_shared_block(first: list[_Stream], second: list[_Stream], block_length: int) -> None:
-    """Raises if a block of ``first`` occurs in ``second``; hashes narrow it down, the tokens themselves decide."""
-    hashes = [np.sort(_window_hashes(tokens, block_length)) for _, tokens in second]
+def _refuse_shared_blocks(splits: Sequence[TextSplit], streams: Sequence[list[_Stream]], block_length: int) -> None:
+    for (first, first_streams), (second, second_streams) in combinations(zip(splits, streams, strict=True), 2):
+        shared = _shared_block(first_streams, second_streams, block_length)
+        if shared is not None:
+            part, other, block = shared
+            raise InputError(
+                f"the {first.name} text ({part.file}) and the {second.name} text ({other.file}) must be kept apart, "
+                f"but share {block_length} tokens in a row (block {block} of the {first.name} text); "
+                "remove them from one"
+            )
+
+
+def _shared_block(
+    first: list[_Stream], second: list[_Stream], block_length: int
+) -> tuple[DomainText, DomainText, int] | None:
+    """The parts that share a block, and its number in the first. Hashes narrow it down, the tokens decide."""
+    hashes = [np.unique(_window_hashes(tokens, block_length)) for _, tokens in second]
     for part, tokens in first:
         blocks_BT = _full_blocks(tokens, block_length)
-        block_hashes = _window_hashes(tokens, block_length)[::block_length][: len(blocks_BT)]
+        block_hashes_B = _window_hashes(tokens, block_length)[::block_length]
         for (other, other_tokens), other_hashes in zip(second, hashes, strict=True):
-            for block in np.flatnonzero(np.isin(block_hashes, other_hashes)):
+            for block in np.flatnonzero(np.isin(block_hashes_B, other_hashes)):
                 if blocks_BT[block].tobytes() in other_tokens.tobytes():
-                    raise InputError(
-                        f"{part.file} and {other.file} share text that must be kept apart: a block of {block_length} "
-                        f"tokens (number {block} of {part.domain}) is in both; remove it from one of them"
-                    )
+                    return part, other, int(block)
+    return None
 
 
 def _window_hashes(tokens: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.uint64]:

@@ -36,12 +36,13 @@ def resolve_model(model: str | None, revision: str | None = None, *, offline: bo
     """
     if model is None:
         return _bundled("model")
-    if Path(model).expanduser().is_dir():
-        return Path(model).expanduser()
-    if Path(model).exists():
+    folder = Path(model).expanduser()
+    if model and folder.is_dir():
+        return folder
+    if model and folder.exists():
         raise InputError(f"MODEL: {model} is a file; give the folder that holds config.json and the weights")
     if _HUB_ID.fullmatch(model) is None:
-        raise InputError(f"MODEL: there is no folder {model}, and it is no hub id (OWNER/NAME) either")
+        raise InputError(f"MODEL: there is no folder {model!r}, and it is no hub id (OWNER/NAME) either")
     return _download(model, revision, offline)
 
 
