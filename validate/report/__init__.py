@@ -1,0 +1,10 @@
+"""What people see of a run: the page, the model card and the last lines in the terminal, all from report.json."""
+
+from __future__ import annotations
+
+from validate.report.html import render_html
+from validate.report.model_card import render_model_card
+from validate.report.run import run_instructions
+from validate.report.terminal import summary
+
+__all__ = ["render_html", "render_model_card", "run_instructions", "summary"]

@@ -1,0 +1,167 @@
+"""What the report says in words: names of models, the verdict, how large a divergence is, what did not run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from validate.report import numbers
+
+__all__ = [
+    "BANDS",
+    "Report",
+    "artifact_name",
+    "band",
+    "checks",
+    "failed_checks",
+    "find",
+    "memory_needed",
+    "model_name",
+    "requirement",
+    "row_name",
+    "shipped_rows",
+    "student_description",
+    "validation_row",
+    "verdict_sentence",
+    "verdict_title",
+]
+
+Report = Mapping[str, Any]
+"""The content of report.json: plain data. What was not measured is None or absent."""
+
+_ARTIFACT_NAMES = {"teacher": "Original", "student": "Student", "gguf": "GGUF", "onnx": "ONNX"}
+_RUNTIME_NAMES = {"torch": "torch", "llama.cpp": "llama.cpp", "onnxruntime": "ONNX Runtime"}
+_SHIPPED = ("gguf", "onnx")
+
+BANDS = ((0.0, 0.005, "like 6-bit"), (0.01, 0.05, "like 4-bit"), (0.1, math.inf, "visibly different"))
+"""Mean divergence (nats) that quantized files of unpruned models have: from, to, what it is like.
+
+Community figures for Qwen-class models, llama-perplexity on wikitext; no accepted band exists for pruned models.
+"""
+
+
+def find(data: Any, *keys: str) -> Any:
+    """The value below nested keys, or None as soon as a key is absent or null."""
+    for key in keys:
+        if not isinstance(data, Mapping):
+            return None
+        data = data.get(key)
+    return data
+
+
+def artifact_name(artifact: str) -> str:
+    """``gguf`` -> ``GGUF``."""
+    return _ARTIFACT_NAMES.get(artifact, artifact)
+
+
+def row_name(row: Mapping[str, Any]) -> str:
+    """``GGUF in llama.cpp``."""
+    return f"{artifact_name(row['artifact'])} in {_RUNTIME_NAMES.get(row['runtime'], row['runtime'])}"
+
+
+def model_name(report: Report) -> str:
+    """The source model without its folder or owner."""
+    return str(report["source"]["model"]).replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
+
+
+def shipped_rows(report: Report) -> list[Mapping[str, Any]]:
+    """The validation rows of files that were written, crashed ones included."""
+    return [row for row in report.get("validation") or [] if row["artifact"] in _SHIPPED]
+
+
+def validation_row(report: Report, artifact: str) -> Mapping[str, Any]:
+    """The first validation row of a model; empty if it was not validated."""
+    rows = (row for row in report.get("validation") or [] if row["artifact"] == artifact)
+    return next(rows, {})
+
+
+def band(mean_divergence: float) -> str:
+    """How a mean divergence reads beside known figures."""
+    if mean_divergence < 0.005:
+        return "about as close as 6-bit quantization"
+    if mean_divergence < 0.01:
+        return "between 6-bit and 4-bit quantization"
+    if mean_divergence <= 0.05:
+        return "in the range of 4-bit quantization"
+    if mean_divergence <= 0.1:
+        return "more than 4-bit quantization usually costs"
+    return "large enough that outputs visibly differ"
+
+
+def memory_needed(report: Report, artifact: str) -> tuple[int | None, bool]:
+    """Bytes to hold against the budget, and whether they were measured; a total falls back on the prediction."""
+    part = "file" if find(report, "budget", "kind") == "file" else "total"
+    measured = find(report, "budget", "measured", artifact, part)
+    if measured is not None:
+        return int(measured), True
+    predicted = find(report, "budget", "predicted", artifact, "weights" if part == "file" else "total")
+    return (None if predicted is None else int(predicted)), False
+
+
+def student_description(report: Report) -> str:
+    """``24 of 32 experts per layer in Q4_K``."""
+    n_teacher, n_student = report["source"]["n_experts"], report["student"]["n_experts"]
+    kept = f"all {n_teacher} experts" if n_student == n_teacher else f"{n_student} of {n_teacher} experts per layer"
+    types = list(dict.fromkeys(artifact["type"] for artifact in report.get("artifacts") or []))
+    return f"{kept} in {' and '.join(types)}" if types else kept
+
+
+def checks(report: Report) -> list[Mapping[str, Any]]:
+    """All checks, failures first."""
+    return sorted(find(report, "verdict", "checks") or [], key=lambda check: bool(check["passed"]))
+
+
+def failed_checks(report: Report) -> list[Mapping[str, Any]]:
+    """The checks that failed."""
+    return [check for check in checks(report) if not check["passed"]]
+
+
+def requirement(check: Mapping[str, Any]) -> str:
+    """``at most 0.05``. The data states no direction: value, threshold and outcome together determine it."""
+    value, threshold, text = check["value"], check["threshold"], numbers.plain(check["threshold"])
+    if value is None or math.isnan(value) or value == threshold:
+        return f"limit {text}"
+    return f"at most {text}" if (value < threshold) == bool(check["passed"]) else f"at least {text}"
+
+
+def verdict_title(report: Report) -> str:
+    """``Passed all 9 checks`` or ``Failed 2 of 9 checks``."""
+    n_checks, n_failed = len(checks(report)), len(failed_checks(report))
+    plural = "check" if n_checks == 1 else "checks"
+    if n_failed:
+        return f"Failed {n_failed} of {n_checks} {plural}"
+    if not find(report, "verdict", "passed"):
+        return "Failed"
+    if not n_checks:
+        return "Built; nothing was checked"
+    return "Passed its only check" if n_checks == 1 else f"Passed all {n_checks} checks"
+
+
+def verdict_sentence(report: Report) -> str:
+    """One sentence: what it became, whether it fits, and how far it is from the original; the worst file counts."""
+    sentence = f"{model_name(report)} with {student_description(report)}{_against_budget(report)}"
+    measured = [row for row in shipped_rows(report) if find(row, "kld", "mean") is not None]
+    if measured:
+        worst = max(measured, key=lambda row: float(row["kld"]["mean"]))
+        before, after = worst.get("perplexity_teacher"), worst.get("perplexity")
+        sentence += (
+            f"; on held-out text perplexity goes from {numbers.perplexity(before)} to {numbers.perplexity(after)} and "
+            f"the mean divergence from the original is {numbers.divergence(worst['kld']['mean'])} nats, "
+            f"{band(worst['kld']['mean'])}"
+        )
+    crashed = [row_name(row) for row in shipped_rows(report) if row.get("error")]
+    if crashed:
+        sentence += f"; {' and '.join(crashed)} did not run"
+    return f"{sentence}."
+
+
+def _against_budget(report: Report) -> str:
+    budget = find(report, "budget", "bytes")
+    needs = [memory_needed(report, artifact["format"])[0] for artifact in report.get("artifacts") or []]
+    known = [need for need in needs if need is not None]
+    if budget is None or not known:
+        return ""
+    verb = "takes" if find(report, "budget", "kind") == "file" else "needs"
+    relation = "within" if max(known) <= budget else "which is over"
+    return f" {verb} {numbers.size(max(known))}, {relation} the budget of {numbers.size(budget)}"

@@ -1,0 +1,111 @@
+"""``report.html``: one file that asks for nothing from outside and needs no scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import yaml
+
+from validate.report import charts, facts, numbers, tables
+from validate.report.facts import Report, find
+
+__all__ = ["render_html"]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One of the figures under the verdict: a title and one line per file."""
+
+    title: str
+    lines: tuple[tuple[str, str], ...]  # label, value
+    note: str
+
+
+def render_html(report: Report) -> str:
+    """Renders the content of report.json as one self-contained page.
+
+    Args:
+        report: as described in the design ("Output"); what is null or absent is shown as not measured.
+
+    Returns:
+        The page. Equal reports give equal text.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("validate.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("report.html.j2").render(_view(report))
+
+
+def _view(report: Report) -> dict[str, Any]:
+    rows = report["validation"]
+    return {
+        "name": facts.model_name(report),
+        "source": report["source"],
+        "tool": report["tool"],
+        "passed": bool(find(report, "verdict", "passed")),
+        "verdict_title": facts.verdict_title(report),
+        "verdict_sentence": facts.verdict_sentence(report),
+        "failed_checks": tables.Table((), tables.check_table(report).rows[: len(facts.failed_checks(report))]),
+        "tiles": _tiles(report),
+        "budget": report["budget"],
+        "budget_bars": charts.budget_bars(report),
+        "budget_table": tables.budget_table(report),
+        "scored_tokens": numbers.count(max((row["tokens"] for row in rows if row.get("tokens")), default=None)),
+        "divergence_chart": charts.divergence_chart(report),
+        "fidelity_table": tables.fidelity_table(report),
+        "across": next((row["kld_vs_other_runtime"] for row in rows if row.get("kld_vs_other_runtime")), None),
+        "routing_charts": charts.routing_charts(report),
+        "routing_table": tables.routing_table(report),
+        "recovery_table": tables.recovery_table(report),
+        "student": report["student"],
+        "expert_grid": charts.expert_grid(report),
+        "kept_ranges": [charts.kept_ranges(layer) for layer in report["student"].get("kept") or []],
+        "cost_table": tables.cost_table(report),
+        "check_table": tables.check_table(report),
+        "command": report.get("command"),
+        "recipe": yaml.safe_dump(dict(report.get("recipe") or {}), sort_keys=False, allow_unicode=True),
+        "artifact_table": tables.artifact_table(report),
+        "text_table": tables.text_table(report),
+        "environment": report.get("environment") or {},
+        "stage_table": tables.stage_table(report),
+        "numbers": numbers,
+        "artifact_name": facts.artifact_name,
+    }
+
+
+def _tiles(report: Report) -> tuple[Tile, ...]:
+    shipped = facts.shipped_rows(report)
+    sizes = [(facts.artifact_name(a["format"]), numbers.size_parts(a["bytes"])[0]) for a in report["artifacts"]]
+    before = next((row["perplexity_teacher"] for row in shipped if row.get("perplexity_teacher")), None)
+    return (
+        Tile("Size on disk", tuple(sizes), f"original {numbers.size_parts(report['source']['bytes'])[0]}"),
+        Tile(
+            "Perplexity",
+            _lines((row, numbers.perplexity(row.get("perplexity"))) for row in shipped),
+            f"original {numbers.perplexity(before)}",
+        ),
+        Tile(
+            "Mean divergence",
+            _lines((row, numbers.divergence(find(row, "kld", "mean"))) for row in shipped),
+            "nats per token from the original",
+        ),
+        Tile(
+            "Routing kept by the export",
+            _lines((row, numbers.percent(find(row, "routing", "vs_torch_student", "overlap"))) for row in shipped),
+            "same experts as torch, same student",
+        ),
+    )
+
+
+def _lines(values: Iterable[tuple[Any, str]]) -> tuple[tuple[str, str], ...]:
+    return tuple(
+        (facts.artifact_name(row["artifact"]), "did not run" if row.get("error") else text) for row, text in values
+    )

@@ -1,0 +1,159 @@
+"""``README.md`` of the output folder: the model card."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from validate.report import facts, numbers, run
+from validate.report.facts import Report, find
+
+__all__ = ["render_model_card"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def render_model_card(report: Report) -> str:
+    """Renders the content of report.json as a Hugging Face model card.
+
+    Order: front matter, engines, table of files, how they were made, how to run them, limits.
+
+    Args:
+        report: as described in the design ("Output").
+
+    Returns:
+        Markdown. Equal reports give equal text.
+    """
+    environment = jinja2.Environment(  # markdown, not HTML: nothing to escape but the separators of tables
+        loader=jinja2.PackageLoader("validate.report"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("model_card.md.j2").render(
+        front_matter=_yaml(_front_matter(report)),
+        name=facts.model_name(report),
+        sentence=facts.verdict_sentence(report),
+        verdict=facts.verdict_title(report),
+        engines=_engines(report),
+        files=_files(report),
+        rows=_measurements(report),
+        source=report["source"],
+        student=report["student"],
+        tool=report["tool"],
+        command=report.get("command"),
+        recipe=_yaml(dict(report.get("recipe") or {})),
+        recovery=report.get("recovery") or [],
+        text=report.get("text") or {},
+        runs=_runs(report),
+        limits=_limits(report),
+        numbers=numbers,
+    )
+
+
+def _yaml(data: dict[str, Any]) -> str:
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def _front_matter(report: Report) -> dict[str, Any]:
+    source, formats = report["source"], [artifact["format"] for artifact in report["artifacts"]]
+    data: dict[str, Any] = {}
+    if source.get("license"):
+        data["license"] = source["license"]
+    # The hub resolves base_model to a page: a local folder has none.
+    if _HUB_ID.fullmatch(str(source["model"])) and not Path(source["model"]).exists():
+        data |= {"base_model": source["model"], "base_model_relation": "quantized"}
+    if formats:
+        data["library_name"] = "gguf" if "gguf" in formats else "onnxruntime"
+    data["pipeline_tag"] = "text-generation"
+    pruned = report["student"]["n_experts"] < source["n_experts"]
+    data["tags"] = [*formats, "moe", "mixture-of-experts", source["family"], "quantized", *["pruned"] * pruned]
+    return data
+
+
+def _engines(report: Report) -> list[str]:
+    """The runtimes that the files were measured in, with versions and outcome."""
+    return [
+        f"{facts.row_name(row)} {row.get('runtime_version') or ''}".rstrip() + (": did not run" if row["error"] else "")
+        for row in facts.shipped_rows(report)
+    ]
+
+
+def _files(report: Report) -> list[tuple[str, ...]]:
+    """Path, type, exact bytes, size, bits per weight, perplexity, divergence of every artifact."""
+    rows = []
+    for artifact in report["artifacts"]:
+        measured = facts.validation_row(report, artifact["format"])
+        rows.append(
+            (
+                f"`{artifact['path']}`",
+                str(artifact["type"]),
+                numbers.count(artifact["bytes"]),
+                numbers.size(artifact["bytes"]),
+                f"{artifact['bits_per_weight']:.2f}",
+                numbers.perplexity(measured.get("perplexity"), measured.get("perplexity_error")),
+                numbers.change(measured.get("perplexity_teacher"), measured.get("perplexity")),
+                numbers.divergence(find(measured, "kld", "mean")),
+            )
+        )
+    return rows
+
+
+def _measurements(report: Report) -> list[tuple[str, ...]]:
+    """Model, median and 99 % divergence, maximum, top-1, routing against torch and against the original."""
+    return [
+        (
+            facts.row_name(row),
+            *(numbers.divergence(find(row, "kld", key)) for key in ("median", "p99", "max")),
+            numbers.percent(row.get("top1_agreement")),
+            numbers.percent(find(row, "routing", "vs_torch_student", "overlap")),
+            numbers.percent(find(row, "routing", "vs_teacher", "overlap")),
+        )
+        for row in report["validation"]
+        if row["artifact"] != "teacher" and not row.get("error")
+    ]
+
+
+def _runs(report: Report) -> list[tuple[str, str, str]]:
+    """Heading, language and code of every example; paths are relative to the card."""
+    runs = []
+    for artifact in report["artifacts"]:
+        path = Path(artifact["path"])
+        if artifact["format"] == "gguf":
+            runs.append(("llama.cpp", "shell", run.llama_cpp_command(report, path)))
+            runs.append(("llama-cpp-python", "shell", run.llama_cpp_python_command(report, path)))
+        else:
+            runs.append(("ONNX Runtime", "python", run.onnxruntime_example(run.onnx_folder(path))))
+    return runs
+
+
+def _limits(report: Report) -> list[str]:
+    """What the figures do not promise, and what went wrong."""
+    limits = []
+    for check in facts.failed_checks(report):
+        value = "not measured" if check["value"] is None else numbers.plain(check["value"])
+        limits.append(f"Failed check: {check['name']} is {value}, required is {facts.requirement(check)}.")
+    for row in facts.shipped_rows(report):
+        if row.get("error"):
+            limits.append(f"{facts.row_name(row)} did not run on the machine that made it: {row['error']}")
+    for row in facts.shipped_rows(report):
+        if find(row, "kld", "mean") is not None:
+            mean = row["kld"]["mean"]
+            limits.append(f"{facts.row_name(row)}: mean divergence {numbers.divergence(mean)} nats, {facts.band(mean)}.")
+        if repetition := row.get("repetition"):
+            limits.append(
+                f"{facts.row_name(row)}: {numbers.percent(repetition['loop_rate'])} of {repetition['prompts']} greedy "
+                f"answers loop, {numbers.percent(repetition['end_of_text_rate'])} end by themselves."
+            )
+    if report["student"]["n_experts"] < report["source"]["n_experts"]:
+        limits.append(
+            "Experts were removed: what only they knew is gone, and it may be knowledge that neither the calibration "
+            "text nor the held-out text asks for."
+        )
+    limits.append("Perplexity and divergence measure closeness to the original on one text; no task benchmark was run.")
+    return limits

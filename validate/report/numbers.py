@@ -1,0 +1,136 @@
+"""Numbers as people read them; the same rounding in every output. ``None`` and NaN were not measured: a dash."""
+
+from __future__ import annotations
+
+import math
+
+__all__ = [
+    "DASH",
+    "change",
+    "count",
+    "divergence",
+    "duration",
+    "exact_bytes",
+    "parameters",
+    "percent",
+    "perplexity",
+    "plain",
+    "size",
+    "size_parts",
+    "speed",
+]
+
+DASH = "–"
+
+_DECIMAL_UNITS = ("B", "KB", "MB", "GB", "TB")
+_BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def size(n_bytes: int | None) -> str:
+    """Bytes in both conventions, which differ by 7 % at this size: ``20.00 GB (18.63 GiB)``."""
+    decimal, binary = size_parts(n_bytes)
+    return decimal if decimal == binary else f"{decimal} ({binary})"
+
+
+def size_parts(n_bytes: int | None) -> tuple[str, str]:
+    """Bytes in units of powers of 1000 and of 1024."""
+    if _missing(n_bytes):
+        return DASH, DASH
+    return _scaled(n_bytes, 1000, _DECIMAL_UNITS), _scaled(n_bytes, 1024, _BINARY_UNITS)
+
+
+def exact_bytes(n_bytes: int | None) -> str:
+    """``9,940,128 bytes``."""
+    return DASH if _missing(n_bytes) else f"{n_bytes:,} bytes"
+
+
+def perplexity(value: float | None, error: float | None = None) -> str:
+    """Two decimals, with the standard error where it is known."""
+    if _missing(value):
+        return DASH
+    return f"{value:,.2f}" if _missing(error) else f"{value:,.2f} ± {error:.2f}"
+
+
+def divergence(nats: float | None) -> str:
+    """Four decimals; what would round to zero without being zero is printed as less than the last digit."""
+    if _missing(nats):
+        return DASH
+    return "< 0.0001" if 0 < nats < 0.00005 else f"{nats:.4f}"
+
+
+def percent(fraction: float | None) -> str:
+    """A fraction of 1 with two decimals of a percent; only what is exactly 1 is printed as 100 %."""
+    if _missing(fraction):
+        return DASH
+    if 0.99995 <= fraction < 1:
+        return "> 99.99 %"
+    return f"{100 * fraction:.2f} %"
+
+
+def change(before: float | None, after: float | None) -> str:
+    """Relative change with its sign: ``+12.3 %``."""
+    if _missing(before) or _missing(after) or not before:
+        return DASH
+    return f"{100 * (after / before - 1):+.1f} %".replace("-", "−")
+
+
+def count(number: int | None) -> str:
+    """Thousands separated by commas."""
+    return DASH if _missing(number) else f"{number:,}"
+
+
+def parameters(number: int | None) -> str:
+    """Three digits: ``21.2 million``, ``30.5 billion``."""
+    if _missing(number):
+        return DASH
+    for unit, name in ((10**12, "trillion"), (10**9, "billion"), (10**6, "million")):
+        if number >= unit:
+            return f"{number / unit:.3g} {name}"
+    return f"{number:,}"
+
+
+def speed(tokens_per_second: float | None) -> str:
+    """Tokens per second; a decimal only below one hundred."""
+    if _missing(tokens_per_second):
+        return DASH
+    return f"{tokens_per_second:,.1f}" if tokens_per_second < 100 else f"{tokens_per_second:,.0f}"
+
+
+def duration(seconds: float | None) -> str:
+    """The two largest units: ``0.4 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    if _missing(seconds):
+        return DASH
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def plain(value: float | None) -> str:
+    """A number of unknown meaning: whole numbers with separators, others with up to four decimals."""
+    if _missing(value):
+        return DASH
+    if math.isinf(value):
+        return "infinite"
+    if value == int(value):
+        return f"{int(value):,}"
+    return f"{value:.4f}".rstrip("0") if abs(value) >= 0.001 else f"{value:.2e}"
+
+
+def _missing(value: float | None) -> bool:
+    return value is None or math.isnan(value)
+
+
+def _scaled(n_bytes: int, base: int, units: tuple[str, ...]) -> str:
+    if n_bytes < base:
+        return f"{n_bytes:,} B"
+    value, unit = float(n_bytes), 0
+    # 999.996 would be printed as 1000.00: the next unit says it better.
+    while round(value, 2) >= base and unit + 1 < len(units):
+        value, unit = value / base, unit + 1
+    return f"{value:.2f} {units[unit]}"

@@ -1,0 +1,243 @@
+"""The tables of the report as rows of text; one macro of the template draws them all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from validate.report import numbers
+from validate.report.facts import Report, artifact_name, checks, find, requirement, row_name
+
+__all__ = [
+    "Cell",
+    "Row",
+    "Table",
+    "artifact_table",
+    "budget_table",
+    "check_table",
+    "cost_table",
+    "fidelity_table",
+    "recovery_table",
+    "routing_table",
+    "stage_table",
+    "text_table",
+]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One value; ``note`` is small print under it, ``tone`` good or bad, ``bar`` a share of the longest bar (0 to 1)."""
+
+    text: str
+    note: str = ""
+    tone: str = ""
+    bar: float | None = None
+    code: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """A named row; with ``error`` set nothing was measured and the row says why instead."""
+
+    name: str
+    cells: tuple[Cell, ...] = ()
+    kind: str = ""  # colour of the mark before the name
+    note: str = ""
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """``headings`` has one entry more than every row has cells: the first stands over the names."""
+
+    headings: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+def budget_table(report: Report) -> Table:
+    """What the memory consists of, by artifact."""
+    predicted = {name: lines for name, lines in (find(report, "budget", "predicted") or {}).items() if lines}
+    measured = find(report, "budget", "measured") or {}
+    limit = report["budget"]["bytes"]
+
+    def row(name: str, values: Sequence[int | None], kind: str = "", limited: bool = False) -> Row:
+        cells = []
+        for value in values:
+            tone = "" if value is None or not limited else "bad" if value > limit else "good"
+            decimal, binary = numbers.size_parts(value)
+            cells.append(Cell(decimal, note="" if decimal == binary else binary, tone=tone))
+        return Row(name, tuple(cells), kind)
+
+    names = list(predicted)
+    of_files = report["budget"]["kind"] == "file"
+    rows = [
+        row("Weights", [predicted[name].get("weights") for name in names], "weights"),
+        row("KV cache", [predicted[name].get("kv_cache") for name in names], "kv_cache"),
+        row("Compute and output buffers", [predicted[name].get("compute") for name in names], "compute"),
+        row("Runtime reserve", [predicted[name].get("reserve") for name in names], "reserve"),
+        row("Predicted total", [predicted[name].get("total") for name in names], limited=not of_files),
+        row("Measured total", [find(measured, name, "total") for name in names], limited=not of_files),
+        row("Measured file", [find(measured, name, "file") for name in names], limited=of_files),
+        row("Budget", [limit] * len(names), "limit"),
+    ]
+    return Table(("", *(artifact_name(name) for name in names)), tuple(rows))
+
+
+def fidelity_table(report: Report) -> Table:
+    """How far every model, in every runtime, is from the original."""
+    rows = []
+    for row in report["validation"]:
+        kld, before = row.get("kld") or {}, row.get("perplexity_teacher")
+        is_teacher = row["artifact"] == "teacher"
+        moved = "" if is_teacher or row.get("perplexity") is None else numbers.change(before, row["perplexity"])
+        cells = (
+            Cell(numbers.perplexity(row.get("perplexity"), row.get("perplexity_error")), note=moved),
+            Cell(numbers.perplexity(None if is_teacher else row.get("perplexity_student_torch"))),
+            *(Cell(numbers.divergence(kld.get(key))) for key in ("mean", "median", "p99", "max")),
+            Cell(numbers.percent(row.get("top1_agreement"))),
+        )
+        rows.append(_measured_row(row, cells))
+    headings = ("Model", "Perplexity", "Same student in torch", "Mean divergence", "Median", "99 %", "Maximum", "Same top token")
+    return Table(headings, tuple(rows))
+
+
+def routing_table(report: Report) -> Table:
+    """Overall routing agreement of every comparison that was made."""
+    across: list[Row] = []
+    export: list[Row] = []
+    compression: list[Row] = []
+    for row in report["validation"]:
+        routing, name = row.get("routing") or {}, artifact_name(row["artifact"])
+        if agreement := routing.get("vs_torch_student"):
+            export.append(_agreement(f"{name} and torch, same student", row["artifact"], agreement))
+        if agreement := routing.get("vs_other_runtime"):
+            across.append(_agreement("llama.cpp and ONNX Runtime, same student", "cross", agreement))
+        if agreement := routing.get("vs_teacher"):
+            compression.append(_agreement(f"{name} and the original", row["artifact"], agreement, mapped=True))
+    # Both files report the comparison with each other: one of them is enough.
+    rows = [*export, *across[:1], *compression]
+    headings = ("Comparison", "Overlap", "Exact set", "Top expert", "Weighted overlap", "Gate weight kept")
+    return Table(headings, tuple(rows))
+
+
+def recovery_table(report: Report) -> Table:
+    """Every rung that was tried, with the divergence on the selection split before and after."""
+    rows = []
+    for rung in report["recovery"]:
+        before, after = rung["selection_kld_before"], rung["selection_kld_after"]
+        accepted = bool(rung["accepted"])
+        cells = (
+            Cell(numbers.divergence(before)),
+            Cell(numbers.divergence(after), note=numbers.change(before, after), tone="good" if accepted else "bad"),
+            Cell("accepted" if accepted else "rejected", tone="good" if accepted else "bad"),
+            Cell(numbers.count(rung.get("steps"))),
+            Cell(numbers.count(rung.get("tokens"))),
+            Cell(numbers.DASH if rung.get("learning_rate") is None else f"{rung['learning_rate']:g}"),
+            Cell(numbers.duration(rung.get("seconds"))),
+        )
+        rows.append(Row(str(rung["rung"]), cells, note=str(rung.get("loss") or "")))
+    headings = ("Rung", "Before", "After", "Outcome", "Steps", "Tokens", "Learning rate", "Time")
+    return Table(headings, tuple(rows))
+
+
+def cost_table(report: Report) -> Table:
+    """Memory, speed and the generation gate by runtime; rows without a measurement are left out unless they crashed."""
+    keys = ("peak_rss_bytes", "load_seconds", "prefill_tokens_per_second", "decode_tokens_per_second", "repetition")
+    rows = []
+    for row in report["validation"]:
+        if not row.get("error") and all(row.get(key) is None for key in keys):
+            continue
+        repetition, peak, base = row.get("repetition") or {}, row.get("peak_rss_bytes"), row.get("base_rss_bytes")
+        loops = f"of {repetition['prompts']} prompts" if repetition else ""
+        cells = (
+            Cell(*numbers.size_parts(peak)),
+            Cell(*numbers.size_parts(base)),
+            Cell(numbers.duration(row.get("load_seconds"))),
+            Cell(numbers.speed(row.get("prefill_tokens_per_second"))),
+            Cell(numbers.speed(row.get("decode_tokens_per_second"))),
+            Cell(numbers.percent(repetition.get("loop_rate")), note=loops),
+            Cell(numbers.percent(repetition.get("end_of_text_rate"))),
+        )
+        rows.append(_measured_row(row, cells))
+    headings = (
+        "Model",
+        "Peak memory",
+        "Runtime alone",
+        "Load",
+        "Prefill, tokens/s",
+        "Decode, tokens/s",
+        "Loops",
+        "End of text",
+    )
+    return Table(headings, tuple(rows))
+
+
+def check_table(report: Report) -> Table:
+    """Every check against its threshold, failures first."""
+    rows = []
+    for check in checks(report):
+        passed = bool(check["passed"])
+        value = "not measured" if check["value"] is None else numbers.plain(check["value"])
+        outcome = Cell("✓ passed" if passed else "✗ failed", tone="good" if passed else "bad")
+        rows.append(Row(str(check["name"]), (outcome, Cell(value), Cell(requirement(check)))))
+    return Table(("Check", "Outcome", "Value", "Required"), tuple(rows))
+
+
+def artifact_table(report: Report) -> Table:
+    """Every written file with its exact size and hash."""
+    rows = []
+    for artifact in report["artifacts"]:
+        for path, file in artifact["files"].items():
+            cells = (
+                Cell(numbers.exact_bytes(file["bytes"]), note=numbers.size(file["bytes"])),
+                Cell(file["sha256"], code=True),
+            )
+            rows.append(Row(path, cells, artifact["format"]))
+    return Table(("File", "Size", "SHA-256"), tuple(rows))
+
+
+def text_table(report: Report) -> Table:
+    """The three splits of text with their hashes."""
+    names = {"calibration": "Calibration", "selection": "Selection", "heldout": "Held-out"}
+    rows = [
+        Row(
+            name,
+            (
+                Cell(numbers.count(split.get("documents"))),
+                Cell(numbers.count(split.get("blocks"))),
+                Cell(str(split["sha256"]), code=True),
+            ),
+        )
+        for key, name in names.items()
+        if (split := find(report, "text", key))
+    ]
+    return Table(("Text", "Documents", "Blocks", "SHA-256"), tuple(rows))
+
+
+def stage_table(report: Report) -> Table:
+    """Time and peak memory of every stage, in the order they ran."""
+    timings, memory = report.get("timings") or {}, report.get("peak_rss_bytes") or {}
+    longest, largest = max([*timings.values(), 1e-9]), max([*memory.values(), 1])
+    rows = []
+    for stage in [*timings, *(name for name in memory if name not in timings)]:
+        seconds, peak = timings.get(stage), memory.get(stage)
+        decimal, binary = numbers.size_parts(peak)
+        cells = (
+            Cell(numbers.duration(seconds), bar=None if seconds is None else seconds / longest),
+            Cell(decimal, note="" if decimal == binary else binary, bar=None if peak is None else peak / largest),
+        )
+        rows.append(Row(stage, cells))
+    return Table(("Stage", "Time", "Peak memory"), tuple(rows))
+
+
+def _measured_row(row: Mapping[str, Any], cells: tuple[Cell, ...]) -> Row:
+    version = str(row.get("runtime_version") or "")
+    return Row(row_name(row), cells, kind=row["artifact"], note=version, error=row.get("error"))
+
+
+def _agreement(name: str, kind: str, agreement: Mapping[str, Any], mapped: bool = False) -> Row:
+    cells = [Cell(numbers.percent(agreement[key])) for key in ("overlap", "exact", "top1", "weighted")]
+    # Without an expert map nothing can be dropped: the figure is 1 by definition and says nothing.
+    cells.append(Cell(numbers.percent(agreement.get("kept_gate_weight") if mapped else None)))
+    return Row(name, tuple(cells), kind)

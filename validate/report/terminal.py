@@ -1,0 +1,82 @@
+"""The last lines of a run in the terminal; everything fits into 100 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from validate.report import facts, numbers
+from validate.report.facts import Report, find
+
+__all__ = ["summary"]
+
+Column = Mapping[str, Any]
+
+
+def summary(report: Report) -> RenderableType:
+    """The table that ends a run: models in columns, figures in rows, then the verdict and what failed."""
+    columns = report.get("validation") or []
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("")
+    for column in columns:
+        table.add_column(_heading(column), justify="right")
+    for name, value in _rows(report):
+        values = [value(column) for column in columns]
+        if any(text != numbers.DASH for text in values):
+            table.add_row(name, *values)
+    title = Text.assemble((facts.model_name(report), "bold"), f": {facts.student_description(report)}")
+    return Group(title, _budget_line(report), Text(), table, Text(), _verdict(report))
+
+
+def _heading(row: Column) -> str:
+    return facts.row_name(row).replace(" in ", "\n", 1)
+
+
+def _rows(report: Report) -> list[tuple[str, Callable[[Column], str]]]:
+    files = {artifact["format"]: artifact["bytes"] for artifact in report.get("artifacts") or []}
+
+    def needed(row: Column) -> int | None:
+        return facts.memory_needed(report, row["artifact"])[0] if row["artifact"] in files else None
+
+    def both_units(n_bytes: int | None) -> str:
+        return "\n".join(dict.fromkeys(numbers.size_parts(n_bytes)))
+
+    def perplexity(row: Column) -> str:
+        return "did not run" if row.get("error") else numbers.perplexity(row.get("perplexity"))
+
+    rows: list[tuple[str, Callable[[Column], str]]] = [
+        ("Size on disk", lambda row: both_units(files.get(row["artifact"]))),
+        ("Perplexity", perplexity),
+        ("Mean divergence, nats", lambda row: numbers.divergence(find(row, "kld", "mean"))),
+        ("99 % divergence, nats", lambda row: numbers.divergence(find(row, "kld", "p99"))),
+        ("Same top token", lambda row: numbers.percent(row.get("top1_agreement"))),
+        ("Routing as in torch", lambda row: numbers.percent(find(row, "routing", "vs_torch_student", "overlap"))),
+        ("Routing as in the original", lambda row: numbers.percent(find(row, "routing", "vs_teacher", "overlap"))),
+        ("Decode, tokens/s", lambda row: numbers.speed(row.get("decode_tokens_per_second"))),
+    ]
+    if find(report, "budget", "kind") != "file":
+        rows.insert(1, ("Memory at full context", lambda row: both_units(needed(row))))
+    return rows
+
+
+def _budget_line(report: Report) -> Text:
+    budget = report["budget"]
+    what = "the file" if budget["kind"] == "file" else f"memory at {numbers.count(budget['context'])} tokens of context"
+    return Text(f"Budget {numbers.size(budget['bytes'])} for {what}; original {numbers.size(report['source']['bytes'])}")
+
+
+def _verdict(report: Report) -> Text:
+    passed = bool(find(report, "verdict", "passed"))
+    style = "bold green" if passed else "bold red"
+    lines = Text(facts.verdict_title(report), style=style)
+    for check in facts.failed_checks(report):
+        value = "not measured" if check["value"] is None else numbers.plain(check["value"])
+        lines.append(f"\n  {check['name']}: {value}, {facts.requirement(check)}", style="red")
+    for row in facts.shipped_rows(report):
+        if row.get("error"):
+            lines.append(f"\n  {facts.row_name(row)} did not run: {row['error']}", style="red")
+    return lines
