@@ -12,7 +12,7 @@ from typing import Any
 
 from compressors.model.errors import UnsupportedError
 
-__all__ = ["pre_tokenizer_name"]
+__all__ = ["PRE_TOKENIZERS", "pre_tokenizer_name"]
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -30,7 +30,7 @@ _TEKKEN = (
 )
 _DIGIT = r"\p{N}"
 
-_NAMES: Mapping[tuple[tuple[str, ...], bool], str] = {
+PRE_TOKENIZERS: Mapping[tuple[tuple[str, ...], bool], str] = {
     ((_GPT2,), False): "gpt-2",
     ((_DIGIT, _GPT2), False): "starcoder",
     ((_QWEN2,), False): "qwen2",
@@ -53,7 +53,7 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any], path: Path) -> str:
         raise UnsupportedError(f"{path}: llama.cpp has no equivalent for the normalizer {normalizer['type']}")
     expressions = tuple(_expressions(tokenizer.get("pre_tokenizer") or {}, path))
     ignores_merges = bool(tokenizer["model"].get("ignore_merges"))
-    name = _NAMES.get((expressions, ignores_merges))
+    name = PRE_TOKENIZERS.get((expressions, ignores_merges))
     if name is None:
         raise UnsupportedError(
             f"{path}: the pre-tokenizer {' then '.join(map(repr, expressions))} (ignore_merges {ignores_merges}) "

@@ -1,0 +1,134 @@
+"""Files are written whole, with the size that was predicted, the same bytes every time, and run in llama.cpp."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import llama_cpp
+import numpy as np
+import pytest
+import torch
+
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.errors import InputError
+from compressors.model.families import Role
+from compressors.model.shape import MoeShape
+from compressors.model.student import ExpertMap, Student
+from compressors.quantize import dequantize_rows, fallback_type, quantize_rows
+from exporter.gguf import writer
+from exporter.gguf.layout import PRESETS
+from exporter.gguf.writer import Importance, predict_file_size, write_gguf
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, toy_checkpoint: Callable[..., Path]) -> Checkpoint:
+    """Two layers of the fine model."""
+    return Checkpoint(toy_checkpoint(tmp_path_factory.mktemp("writer"), n_layers=2))
+
+
+def _keep(checkpoint: Checkpoint, n_experts: int) -> Student:
+    """Different experts in each layer, not in order."""
+    random = np.random.default_rng(n_experts)
+    total = checkpoint.shape.n_experts
+    kept = tuple(tuple(random.permutation(total)[:n_experts].tolist()) for _ in range(checkpoint.shape.n_layers))
+    return Student(checkpoint, ExpertMap(total, kept))
+
+
+def _importance(shape: MoeShape) -> Importance:
+    random = torch.Generator().manual_seed(0)
+    importance = {}
+    for layer in range(shape.n_layers):
+        importance[Role.QUERY, layer] = torch.rand(shape.hidden_size, generator=random)
+        inputs = torch.rand(shape.n_experts, shape.hidden_size, generator=random)
+        importance[Role.EXPERT_GATE, layer] = importance[Role.EXPERT_UP, layer] = inputs
+        importance[Role.EXPERT_DOWN, layer] = torch.rand(shape.n_experts, shape.expert_width, generator=random)
+    return importance
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_size_is_predicted_to_the_byte(checkpoint: Checkpoint, tmp_path: Path, preset: str) -> None:
+    for n_experts in (1, 5, 32):
+        student = _keep(checkpoint, n_experts)
+        path = tmp_path / f"{n_experts}.gguf"
+        written: list[int] = []
+        write_gguf(student, preset, path, name="a name", threads=2, progress=written.append)
+        predicted = predict_file_size(student.shape, checkpoint.folder, preset, "a name")
+        assert path.stat().st_size == predicted
+        assert 0 <= predicted - sum(written) < 32 * 30  # all but the padding
+
+
+def test_bytes_do_not_depend_on_the_run_or_the_number_of_threads(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = _keep(checkpoint, 6)
+    importance = _importance(student.shape)
+    files = []
+    for threads, values_per_task in ((1, 1 << 20), (2, 1 << 20), (2, 5000)):
+        monkeypatch.setattr(writer, "_VALUES_PER_TASK", values_per_task)
+        path = tmp_path / f"{len(files)}.gguf"
+        write_gguf(student, "Q4_K", path, importance=importance, name="x", threads=threads)
+        files.append(path.read_bytes())
+    assert files[0] == files[1] == files[2]
+
+
+def test_each_expert_is_quantized_with_its_own_importance(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    student = _keep(checkpoint, 4)
+    importance = _importance(student.shape)
+    write_gguf(student, "Q4_K", tmp_path / "x.gguf", importance=importance, name="x", threads=2)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors}
+    wanted = PRESETS["Q4_K"].matrices
+    for role, name in ((Role.EXPERT_UP, "ffn_up_exps"), (Role.EXPERT_DOWN, "ffn_down_exps")):
+        stored = tensors[f"blk.1.{name}.weight"]
+        for expert in range(4):
+            values = student.expert(role, 1, expert).float().numpy()
+            ggml_type = fallback_type(wanted, values.shape[1])
+            weights = importance[role, 1][expert].numpy()
+            expected = quantize_rows(values, ggml_type, weights, name=name)
+            np.testing.assert_array_equal(stored.data[expert], expected)
+            assert (expected != quantize_rows(values, ggml_type, name=name)).any()
+            assert np.abs(dequantize_rows(stored.data[expert], ggml_type, values.shape[1]) - values).max() < 0.1
+
+
+def test_overlay_is_what_is_written(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    student = _keep(checkpoint, 3)
+    router = torch.randn(3, 256, generator=torch.Generator().manual_seed(1))
+    student = student.with_overlay({student.name(Role.ROUTER, 1): router})
+    write_gguf(student, "Q4_0", tmp_path / "x.gguf", name="x", threads=1)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors}
+    np.testing.assert_array_equal(tensors["blk.1.ffn_gate_inp.weight"].data, router.numpy())
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_text("old", encoding="ascii")
+    student = _keep(checkpoint, 3)
+    name = student.name(Role.EXPERT_DOWN, 1, 2)
+    damaged = student.expert(Role.EXPERT_DOWN, 1, 2).float()
+    damaged[3, 4] = float("nan")
+    with pytest.raises(InputError, match=r"experts\.2\.down_proj\.weight: value \[3, 4\] is nan"):
+        write_gguf(student.with_overlay({name: damaged}), "Q8_0", path, name="x", threads=2)
+    assert [file.name for file in tmp_path.iterdir()] == ["x.gguf"]
+    assert path.read_text(encoding="ascii") == "old"
+
+
+def test_what_cannot_be_written_is_said_first(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = _keep(checkpoint, 3)
+    with pytest.raises(InputError, match="nowhere is not a folder"):
+        write_gguf(student, "Q8_0", tmp_path / "nowhere" / "x.gguf", name="x", threads=1)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(InputError, match="only 1000 are free"):
+        write_gguf(student, "Q8_0", tmp_path / "x.gguf", name="x", threads=1)
+
+
+def test_stock_llama_cpp_python_generates_text(family_folder: Path, tmp_path: Path) -> None:
+    write_gguf(Student.teacher(Checkpoint(family_folder)), "F32", tmp_path / "x.gguf", name="x", threads=2)
+    llama = llama_cpp.Llama(str(tmp_path / "x.gguf"), n_ctx=64, n_threads=2, verbose=False)
+    answer = llama("The history of", max_tokens=12, temperature=0.0)
+    llama.close()
+    assert len(answer["choices"][0]["text"]) > 10
