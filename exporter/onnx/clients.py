@@ -12,6 +12,7 @@ from compressors.model.student import Student
 from exporter.onnx.layout import MODEL_FILE
 from exporter.onnx.memory import CHUNK_TOKENS
 from exporter.onnx.writer import with_context
+from exporter.work import write_atomically
 
 __all__ = ["write_client_files"]
 
@@ -28,7 +29,7 @@ _TOKENIZER_FILES = (
 )
 
 
-def write_client_files(student: Student, folder: Path, *, context_length: int | None) -> None:
+def write_client_files(student: Student, folder: Path, *, context_length: int | None = None) -> None:
     """Writes ``config.json``, ``generation_config.json`` and ``genai_config.json`` and copies the tokenizer.
 
     Args:
@@ -127,6 +128,4 @@ def _genai_config(shape: MoeShape) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_atomically(path, json.dumps(content, indent=2) + "\n")

@@ -23,7 +23,7 @@ _LIVE_HIDDEN_STATES = 8  # [tokens, D] at a time: residual, normed, branch and w
 _LIVE_PROJECTIONS = 3  # query, key and value as projected, normed per head, rotated
 
 
-def predict_runtime_bytes(shape: MoeShape, preset: str, *, context: int, threads: int) -> dict[str, int]:
+def predict_runtime_bytes(shape: MoeShape, preset: str, context: int, *, threads: int) -> dict[str, int]:
     """Bytes of ``weights``, ``kv_cache`` and ``compute`` with a cache of ``context`` tokens that is full.
 
     The cache is float32, allocated once and written in place, as validation and onnxruntime-genai do it; a client

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -69,15 +70,16 @@ def write_onnx(
     preset: str,
     folder: Path,
     *,
-    importance: Importance | None,
-    context_length: int | None,
+    importance: Importance | None = None,
+    context_length: int | None = None,
     threads: int,
-    progress: Callable[[int], None] | None,
+    progress: Callable[[int], None] | None = None,
 ) -> None:
     """Writes the student's graph and weights into ``folder``, which is made if it is missing.
 
     Weights are quantized with ggml's kernels, so a GGUF file of the same types and importance holds the same numbers.
-    The bytes do not depend on ``threads``. ``model.onnx`` appears last: a folder without it is unfinished.
+    The bytes do not depend on ``threads``. ``model.onnx`` appears last: a folder without it is unfinished. On any
+    failure nothing is left behind, and a model that was there stays as it was.
 
     Args:
         student: the model to write.
@@ -86,7 +88,7 @@ def write_onnx(
         importance: weighs quantization errors; None weighs all input features alike.
         context_length: tokens that the rotary caches cover; None for the model's own maximum.
         threads: experts or row chunks that are quantized at a time.
-        progress: is told the bytes that were added to the data file, again and again.
+        progress: is called with the number of bytes written since its last call.
 
     Raises:
         InputError: no such preset or context; a weight is not finite or cannot be read; the disk is full.
@@ -95,11 +97,12 @@ def write_onnx(
     layout = plan_tensors(with_context(student.shape, context_length), preset)
     model = build_model(layout)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MODEL_FILE).unlink(missing_ok=True)
-    with _replacing(folder / DATA_FILE) as stream, ThreadPoolExecutor(threads) as pool:
-        _DataWriter(student, layout, importance or {}, stream, progress).write(pool)
-    with _replacing(folder / MODEL_FILE) as stream:
-        stream.write(model.SerializeToString(deterministic=True))
+    _check_free_space(folder, layout.data_bytes + model.ByteSize())
+    with _replacing(folder / MODEL_FILE) as graph_stream:
+        graph_stream.write(model.SerializeToString(deterministic=True))
+        with _replacing(folder / DATA_FILE) as stream, ThreadPoolExecutor(threads) as pool:
+            _DataWriter(student, layout, importance or {}, stream, progress).write(pool)
+            (folder / MODEL_FILE).unlink(missing_ok=True)  # an old graph must not be found beside the new weights
 
 
 class _DataWriter:
@@ -197,6 +200,14 @@ def _rotary_caches(shape: MoeShape) -> tuple[torch.Tensor, torch.Tensor]:
     frequencies = 1.0 / (shape.rope_theta**exponents)
     angles = torch.outer(torch.arange(shape.context_length, dtype=torch.float32), frequencies)
     return angles.cos(), angles.sin()
+
+
+def _check_free_space(folder: Path, n_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise InputError(
+            f"{folder} needs {n_bytes} bytes, but only {free} are free there; make room or choose another --out"
+        )
 
 
 @contextmanager
