@@ -35,6 +35,7 @@ __all__ = [
     "TokenizedSplit",
     "read_splits",
     "tokenize",
+    "tokenize_heldout",
 ]
 
 BLOCK_LENGTH = 512
@@ -66,6 +67,11 @@ class TextSplit:
         for part in self.parts:
             digest.update(part.text.encode("utf-8"))
         return digest.hexdigest()
+
+    @property
+    def n_documents(self) -> int:
+        """Documents of all parts together."""
+        return sum(1 for part in self.parts for _ in _document_starts(part.text))
 
 
 @dataclass(frozen=True)
@@ -187,6 +193,22 @@ def tokenize(
         _blocks_of(split.name, stream, block_length, bos) for split, stream in zip(in_order, streams, strict=True)
     )
     return calibration, selection, heldout
+
+
+def tokenize_heldout(
+    path: Path, checkpoint_folder: Path, block_length: int = BLOCK_LENGTH
+) -> tuple[TextSplit, TokenizedSplit]:
+    """Reads and tokenises held-out text alone, when nothing is calibrated.
+
+    Raises:
+        InputError: as :func:`read_splits` and :func:`tokenize`.
+    """
+    split = TextSplit("held-out", _read_parts(path))
+    tokenizer = _load_tokenizer(checkpoint_folder)
+    bos = _bos_token(tokenizer)
+    streams = _token_streams(split, tokenizer, bos)
+    _check_length(split, streams, block_length)
+    return split, _blocks_of(split.name, streams, block_length, bos)
 
 
 _Stream = tuple[DomainText, npt.NDArray[np.int64]]

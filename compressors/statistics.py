@@ -25,12 +25,13 @@ from compressors.model.student import ExpertMap
 __all__ = ["Importance", "LayerStatistics", "StatisticsCollector", "importance", "load_statistics", "save_statistics"]
 
 Importance = dict[tuple[Role, int | None], torch.Tensor]
-"""Mean squared input of each column: float32 [inputs] for a linear layer, [E, inputs] for experts (student numbering)."""
+"""Mean squared input of each column: float32 [inputs] for a linear layer, [E, inputs] for experts in the student's
+numbering. A matrix that is absent is quantized without."""
 
 
 @dataclass
 class LayerStatistics:
-    """Sums over the calibration tokens of one layer; T_e are the tokens that chose expert e, g its gate, f its output."""
+    """Sums over one layer's calibration tokens; T_e are the tokens that chose expert e, g its gate, f its output."""
 
     n_tokens: torch.Tensor  # scalar: tokens seen
     count_E: torch.Tensor  # |T_e|
@@ -196,7 +197,9 @@ def load_statistics(path: Path) -> list[LayerStatistics]:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"the statistics in {path} cannot be read ({error}); remove the file to gather them again") from None
+        raise InputError(
+            f"the statistics in {path} cannot be read ({error}); remove the file to gather them again"
+        ) from None
     n_layers = len(tensors) // len(fields(LayerStatistics))
     return [
         LayerStatistics(**{field.name: tensors[f"layers.{index}.{field.name}"] for field in fields(LayerStatistics)})

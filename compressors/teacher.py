@@ -1,7 +1,8 @@
 """What the teacher says about training tokens, kept on disk so that teacher and student never share memory.
 
 For training tokens the 64 most probable next tokens and their log-probabilities are enough (512 bytes a token):
-everything else is one bucket. Selection and held-out tokens keep the full vocabulary (:mod:`compressors.model.log_probs`).
+everything else is one bucket. Selection and held-out tokens keep the full vocabulary
+(:mod:`compressors.model.log_probs`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from compressors.model.errors import InputError
 from compressors.model.log_probs import LogProbWriter
+from compressors.model.losses import negative_log_likelihood
 from compressors.model.streaming import StreamedModel
 
 __all__ = ["TOP_TOKENS", "TeacherTargets", "top_targets", "write_log_probs"]
@@ -62,10 +64,20 @@ def top_targets(model: StreamedModel, hidden_BTD: torch.Tensor) -> TeacherTarget
 
 
 @torch.no_grad()
-def write_log_probs(model: StreamedModel, hidden_BTD: torch.Tensor, scored: slice, folder: Path) -> None:
-    """Writes the full-vocabulary log-probabilities at the scored positions of each block, block after block."""
+def write_log_probs(
+    model: StreamedModel, tokens_BT: torch.Tensor, hidden_BTD: torch.Tensor, scored: slice, folder: Path
+) -> torch.Tensor:
+    """Writes the full-vocabulary log-probabilities at the scored positions of each block, block after block.
+
+    Returns:
+        The negative log-likelihood of the token that follows each of these positions: float32 [N].
+    """
     hidden = hidden_BTD[:, scored].flatten(0, 1)
+    targets = tokens_BT[:, scored.start + 1 : scored.stop + 1].flatten()
+    likelihoods = torch.empty(len(hidden))
     writer = LogProbWriter(folder, len(hidden), model.shape.vocab_size)
-    for _, logits in model.logits_in_chunks(hidden):
+    for positions, logits in model.logits_in_chunks(hidden):
         writer.append(logits)
+        likelihoods[positions] = negative_log_likelihood(logits, targets[positions])
     writer.close()
+    return likelihoods

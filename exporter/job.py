@@ -8,17 +8,17 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from compressors.model.errors import InputError
 from exporter.sizes import parse_size
+from validate.verdict import REQUIREMENTS
 
 __all__ = [
     "BUDGET_KINDS",
-    "DEVICES",
     "FORMATS",
     "KV_TYPES",
     "METHODS",
@@ -26,6 +26,7 @@ __all__ = [
     "RECOVERIES",
     "Job",
     "parse_duration",
+    "parse_requirements",
 ]
 
 BUDGET_KINDS: Final = ("total", "file")
@@ -34,7 +35,6 @@ KV_TYPES: Final = ("f16", "f32", "q8_0", "q4_0")
 METHODS: Final = ("auto", "reap")
 QUANT_TYPES: Final = ("F32", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_0")
 RECOVERIES: Final = ("auto", "none", "router", "router:published")
-DEVICES: Final = ("auto", "cpu", "cuda")
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 _BUNDLED_MODEL_NAME = "demo"
@@ -62,7 +62,6 @@ class Job:
     require: Mapping[str, float]  # threshold of each check that differs from the default
     recipe: Path | None
     memory_bytes: int | None  # None: half of the free memory
-    device: str  # one of DEVICES
     threads: int
     seed: int
     out: Path
@@ -94,7 +93,6 @@ class Job:
         require: Iterable[str] = (),
         recipe: Path | None = None,
         memory: str | None = None,
-        device: str = "auto",
         threads: int | None = None,
         seed: int = 0,
         out: Path | None = None,
@@ -130,10 +128,9 @@ class Job:
             quant=None if quant is None else _one_of("--quant", quant.upper(), QUANT_TYPES),
             recover=_one_of("--recover", recover, RECOVERIES),
             recover_seconds=parse_duration(recover_time, "--recover-time"),
-            require=_thresholds(require),
+            require=parse_requirements(require),
             recipe=_existing_file("--recipe", recipe),
             memory_bytes=None if memory is None else parse_size(memory, "--memory"),
-            device=_one_of("--device", device, DEVICES),
             threads=_usable_processors() if threads is None else _at_least_one("--threads", threads, "threads"),
             seed=_seed(seed),
             out=_folder_to_be("--out", out),
@@ -196,7 +193,12 @@ def _folder_to_be(flag: str, path: Path) -> Path:
     return path
 
 
-def _thresholds(pairs: Iterable[str]) -> dict[str, float]:
+def parse_requirements(pairs: Iterable[str], allowed: Collection[str] = tuple(REQUIREMENTS)) -> dict[str, float]:
+    """Thresholds of ``--require NAME=VALUE``, by name.
+
+    Raises:
+        InputError: a pair is malformed, given twice, or its name is not among ``allowed``.
+    """
     thresholds: dict[str, float] = {}
     for pair in pairs:
         name, _, number = pair.partition("=")
@@ -206,7 +208,10 @@ def _thresholds(pairs: Iterable[str]) -> dict[str, float]:
         except ValueError:
             value = math.nan
         if not re.fullmatch(r"[a-z][a-z0-9_.]*", name) or not math.isfinite(value):
-            raise InputError(f"--require: {pair!r} is not NAME=VALUE with a number as value, such as kld_mean=0.1")
+            raise InputError(f"--require: {pair!r} is not NAME=VALUE with a number as value, such as kld=0.1")
+        if name not in allowed:
+            known = ", ".join(f"{name} ({REQUIREMENTS[name]})" for name in allowed)
+            raise InputError(f"--require: there is no {name}; known are {known}")
         if name in thresholds:
             raise InputError(f"--require: {name} is given twice; keep one")
         thresholds[name] = value

@@ -5,7 +5,7 @@ Letters: B chunks, T tokens of a chunk, S scored positions of a chunk, V vocabul
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from compressors.model.routing import Routing
 
-__all__ = ["Backend", "ChunkOutput", "Routing", "scored_positions"]
+__all__ = ["Backend", "ChunkOutput", "Routing", "RuntimeBackend", "scored_positions"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,13 @@ class Backend(Protocol):
 
     def run(self, tokens_BT: npt.NDArray[np.int64]) -> Iterator[ChunkOutput]:
         """Runs every row as a sequence of its own and yields its output, in order."""
+
+
+class RuntimeBackend(Backend, Protocol):
+    """A backend that can also generate text with its KV cache."""
+
+    def greedy(self, prompt_ids: Sequence[int], n_tokens: int) -> list[int]:
+        """The next ``n_tokens`` most probable tokens, one after the other; end-of-text does not stop it."""
 
 
 def scored_positions(n_tokens: int) -> slice:

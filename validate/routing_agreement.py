@@ -1,8 +1,8 @@
 """Routing agreement: do two models send the same tokens to the same experts?
 
 For a token let A be the reference's chosen experts and B the model's. When the reference is the teacher, A is first
-mapped through the expert map: dropped experts leave A, merged ones become one. Tokens whose mapped A is empty say nothing
-about the router and are left out; the surviving share of the teacher's gate weight tells how much that hides.
+mapped through the expert map: dropped experts leave A, merged ones become one. Tokens whose mapped A is empty say
+nothing about the router and are left out; the surviving share of the teacher's gate weight tells how much that hides.
 """
 
 from __future__ import annotations

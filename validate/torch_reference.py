@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressors.model.routing import Routing, RoutingRecorder
+from compressors.model.recorder import RoutingRecorder
+from compressors.model.routing import Routing
 from compressors.model.streaming import StreamedModel, TokenGroup
 from compressors.model.student import Student
 from validate.backend import ChunkOutput, scored_positions

@@ -47,7 +47,7 @@ class Checkpoint:
     ``config.json`` implies. Both layouts are read: one tensor per expert, and all experts of a layer fused.
 
     Raises:
-        InputError: a file is missing, truncated or not safetensors; a tensor is missing or has the wrong shape or dtype.
+        InputError: a file is missing, truncated or not safetensors; a tensor is missing or of the wrong shape or dtype.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -150,7 +150,9 @@ class Checkpoint:
             tensor: torch.Tensor = reader.get_tensor(name) if part is None else reader.get_slice(name)[part[0], part[1]]
             return tensor
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{file}: tensor {name} cannot be read ({error}); was the file changed or cut off?") from None
+            raise InputError(
+                f"{file}: tensor {name} cannot be read ({error}); was the file changed or cut off?"
+            ) from None
 
 
 def role_shape(role: Role, shape: MoeShape) -> tuple[int, ...]:

@@ -22,7 +22,12 @@ class ExpertObserver(Protocol):
     """Sees what one expert did with its tokens (n of them)."""
 
     def __call__(
-        self, expert: int, inputs_nD: torch.Tensor, gates_n: torch.Tensor, hidden_nF: torch.Tensor, outputs_nD: torch.Tensor
+        self,
+        expert: int,
+        inputs_nD: torch.Tensor,
+        gates_n: torch.Tensor,
+        hidden_nF: torch.Tensor,
+        outputs_nD: torch.Tensor,
     ) -> None:
         """Inputs, gate weights, intermediate activations and raw (ungated) outputs of ``expert``."""
 
@@ -38,7 +43,8 @@ def _experts_forward(
     experts: nn.Module, hidden_TD: torch.Tensor, chosen_TK: torch.Tensor, gates_TK: torch.Tensor
 ) -> torch.Tensor:
     """transformers' experts interface: the gate-weighted sum of the chosen experts' outputs, [T, D]."""
-    return _GroupedExperts.apply(hidden_TD, gates_TK, chosen_TK, experts)
+    output_TD: torch.Tensor = _GroupedExperts.apply(hidden_TD, gates_TK, chosen_TK, experts)  # type: ignore[no-untyped-call]
+    return output_TD
 
 
 class _GroupedExperts(torch.autograd.Function):

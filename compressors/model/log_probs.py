@@ -75,7 +75,8 @@ class LogProbReader:
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Log-probabilities of positions start..stop: float32 [stop - start, V], -inf for impossible tokens."""
         codes = torch.from_numpy(np.asarray(self._codes[start:stop]).astype(np.int32))
-        scale, smallest = torch.from_numpy(self._ranges[start:stop]).split(1, dim=-1)
+        ranges = torch.from_numpy(self._ranges[start:stop])
+        scale, smallest = ranges[:, :1], ranges[:, 1:]
         log_probs = codes.float() * scale + smallest
         impossible = (codes == 0) & (scale * _STEPS >= _RANGE_NATS * (1 - 1e-6))
         return log_probs.masked_fill(impossible, -torch.inf)

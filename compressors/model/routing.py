@@ -1,24 +1,18 @@
-"""Which experts were chosen: recorded while a model streams, kept on disk, counted by validation."""
+"""Which experts were chosen: kept on disk, counted by validation. Needs numpy only, as the runtimes' processes do."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from torch import nn
 
 from compressors.model.errors import InputError
-from compressors.model.shape import MoeShape
 
-__all__ = ["Routing", "RoutingRecorder"]
+__all__ = ["Routing"]
 
 
 @dataclass(frozen=True)
@@ -51,35 +45,4 @@ class Routing:
         return cls(
             np.concatenate([part.experts_LTK for part in parts], axis=1),
             np.concatenate([part.weights_LTK for part in parts], axis=1),
-        )
-
-
-class RoutingRecorder:
-    """Records the routing of a streamed model; give :meth:`observe` to a ``TokenGroup``."""
-
-    def __init__(self, shape: MoeShape) -> None:
-        self._router_module = shape.family.router_module
-        self._experts: list[list[torch.Tensor]] = [[] for _ in range(shape.n_layers)]
-        self._weights: list[list[torch.Tensor]] = [[] for _ in range(shape.n_layers)]
-
-    @contextmanager
-    def observe(self, index: int, layer: nn.Module) -> Iterator[None]:
-        """Watches one layer's router while it runs."""
-
-        def hook(_module: nn.Module, _inputs: Any, outputs: tuple[torch.Tensor, ...]) -> None:
-            _, weights_TK, experts_TK = outputs
-            self._experts[index].append(experts_TK.to(torch.int32))
-            self._weights[index].append(weights_TK.float())
-
-        handle = layer.get_submodule(self._router_module).register_forward_hook(hook)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    def routing(self) -> Routing:
-        """Everything recorded, tokens in the order in which they ran."""
-        return Routing(
-            torch.stack([torch.cat(parts) for parts in self._experts]).numpy(),
-            torch.stack([torch.cat(parts) for parts in self._weights]).numpy(),
         )

@@ -124,9 +124,7 @@ class StreamedModel:
         return logits
 
     @torch.no_grad()
-    def stream(
-        self, groups: Sequence[TokenGroup], progress: Callable[[int], None] | None = None
-    ) -> list[torch.Tensor]:
+    def stream(self, groups: Sequence[TokenGroup], progress: Callable[[int], None] | None = None) -> list[torch.Tensor]:
         """Takes all token blocks of all groups through all layers; each layer is read once.
 
         Args:
@@ -266,7 +264,9 @@ class StreamedModel:
         self._refuse_not_finite(tensor, role, layer)
         return tensor.float() if widen else tensor
 
-    def _refuse_not_finite(self, tensor: torch.Tensor, role: Role, layer: int | None, expert: int | None = None) -> None:
+    def _refuse_not_finite(
+        self, tensor: torch.Tensor, role: Role, layer: int | None, expert: int | None = None
+    ) -> None:
         if self._check_finite and not torch.isfinite(tensor).all():
             name = self.student.name(role, layer, expert)
             raise InputError(f"{self.student.source.folder}: tensor {name} holds NaN or infinite values")

@@ -99,7 +99,9 @@ class Student:
             experts = ExpertMap.from_json(json.loads(expert_map.read_text(encoding="utf-8")))
             tensors = load_file(overlay) if overlay is not None else None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"the student in {expert_map.parent} cannot be read ({error}); remove the folder") from None
+            raise InputError(
+                f"the student in {expert_map.parent} cannot be read ({error}); remove the folder"
+            ) from None
         return cls(source, experts, tensors)
 
     @property

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -40,15 +41,12 @@ class RouterKdSettings:
     max_gradient_norm: float = 1.0
     seed: int = 42
 
-    PUBLISHED_BLOCKS = 3000
-    PUBLISHED_LEARNING_RATE = 5e-5
-    _BASE_LEARNING_RATE = 3e-3
-    _BASE_HIDDEN_SIZE = 256
+    PUBLISHED_BLOCKS: ClassVar[int] = 3000
 
     @classmethod
-    def published(cls) -> RouterKdSettings:
+    def published(cls, n_blocks: int = PUBLISHED_BLOCKS) -> RouterKdSettings:
         """The paper's schedule: 3,000 texts of 512 tokens, 2 x 4 texts a step (375 steps), learning rate 5e-5."""
-        return cls(n_blocks=cls.PUBLISHED_BLOCKS, learning_rate=cls.PUBLISHED_LEARNING_RATE)
+        return cls(n_blocks=n_blocks, learning_rate=5e-5)
 
     @classmethod
     def sized(cls, hidden_size: int, n_blocks: int, seed: int) -> RouterKdSettings:
@@ -58,8 +56,7 @@ class RouterKdSettings:
         logit moves in proportion to the hidden size: the rate that suits 256 (3e-3, chosen on a selection split) is
         scaled by its inverse.
         """
-        rate = cls._BASE_LEARNING_RATE * cls._BASE_HIDDEN_SIZE / hidden_size
-        return cls(n_blocks=n_blocks, learning_rate=rate, seed=seed)
+        return cls(n_blocks=n_blocks, learning_rate=3e-3 * 256 / hidden_size, seed=seed)
 
     @property
     def n_steps(self) -> int:

@@ -14,7 +14,7 @@ from compressors.model.shape import MoeShape, read_shape
 from exporter.gguf.container import Value, float32, string, uint32
 from exporter.gguf.layout import preset_named
 
-__all__ = ["gguf_file_name", "model_metadata", "moe_size_label"]
+__all__ = ["gguf_file_name", "model_metadata", "moe_size_label", "source_license"]
 
 _HUB_URL = "https://huggingface.co"
 
@@ -125,6 +125,15 @@ def _model_card(folder: Path) -> Mapping[str, Any]:
         raise InputError(
             f"{folder / 'README.md'}: the block between the --- lines is not YAML ({error}); correct or remove it"
         ) from None
+
+
+def source_license(source_folder: Path) -> str | None:
+    """The licence that the source's model card names, None if it names none.
+
+    Raises:
+        InputError: the front matter of the source's README.md cannot be read.
+    """
+    return _joined(_model_card(source_folder).get("license")) or None
 
 
 def _joined(entry: object) -> str:

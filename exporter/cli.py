@@ -1,0 +1,156 @@
+"""The command line. Results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from compressors.model.errors import MoeExportError
+
+__all__ = ["main"]
+
+
+class _DefaultCommand(click.Group):
+    """A group whose first word may be left out: ``moe-export MODEL`` means ``moe-export export MODEL``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Puts the default command's name in front unless another command is named."""
+        named = bool(args) and (args[0] in self.commands or args[0] == "--version")
+        return super().parse_args(ctx, args if named else ["export", *args])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Turns errors made for people into one line and their exit code."""
+        try:
+            return super().invoke(ctx)
+        except MoeExportError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("stopped; the same command goes on where this run was", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=_DefaultCommand)
+@click.version_option(package_name="moe-export")
+def main() -> None:
+    """Compress a Mixture-of-Experts model to a memory budget, write GGUF and ONNX, and prove that they work."""
+
+
+_FOLDER = click.Path(path_type=Path)
+
+
+@main.command(epilog="Other commands: moe-export inspect MODEL; moe-export validate OUT.")
+@click.argument("model", required=False)
+@click.option("--budget", required=True, metavar="SIZE", help="Memory the result may need, such as 20GB or 18.6GiB.")
+@click.option("--budget-kind", default="total", show_default=True, help="total: memory at run time; file: file size.")
+@click.option("--context", default=8192, show_default=True, help="Tokens of KV cache to count (at most the model's).")
+@click.option("--kv-type", default="f16", show_default=True, help="Type of llama.cpp's KV cache.")
+@click.option("--formats", default="gguf,onnx", show_default=True, help="What to write.")
+@click.option("--out", type=_FOLDER, help="Output folder.  [default: MODEL-BUDGET]")
+@click.option("--calibration", type=_FOLDER, help="Text for statistics and recovery: a file, or a folder of *.txt.")
+@click.option("--text", type=_FOLDER, help="Held-out text for the report.")
+@click.option("--method", default="auto", show_default=True, help="How experts are dropped: auto or reap.")
+@click.option("--experts", type=int, help="Experts to keep per layer.  [default: as many as fit]")
+@click.option("--quant", metavar="TYPE", help="Type of the weights, such as Q4_K.  [default: the largest that fits]")
+@click.option("--recover", default="auto", show_default=True, help="auto, none, router or router:published.")
+@click.option("--recover-time", default="30m", show_default=True, help="Most time for recovery.")
+@click.option(
+    "--require", multiple=True, metavar="NAME=VALUE", help="A threshold: kld, top1, routing, perplexity_change."
+)
+@click.option("--recipe", type=_FOLDER, help="Follow this recipe instead of planning.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and write the recipe beside OUT; read no weights.")
+@click.option("--save-student", is_flag=True, help="Also write the student as a Hugging Face checkpoint.")
+@click.option("--memory", metavar="SIZE", help="Memory this run may use.  [default: half of what is free]")
+@click.option("--work-dir", type=_FOLDER, help="Where unfinished work is kept.  [default: OUT.work]")
+@click.option("--force", is_flag=True, help="Start although the disk looks too small.")
+@click.option("--offline", is_flag=True, help="Take hub models from the cache only.")
+@click.option("--revision", help="Revision of a hub model.")
+@click.option("--threads", type=int, help="Threads.  [default: all processors]")
+@click.option("--seed", default=42, show_default=True, help="Order of training blocks.")
+@click.option("--json", "json", is_flag=True, help="Print report.json instead of a table.")
+def export(**arguments: Any) -> None:
+    """Compress MODEL (a local folder or a hub id; without it a small bundled model) to the memory BUDGET."""
+    from exporter.job import Job
+    from exporter.run import make_plan, run_job
+
+    job = Job.create(**arguments)
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    if job.dry_run:
+        _print_plan(make_plan(job, command), job.out, as_json=job.json)
+        return
+    result = run_job(job, command, lambda text: click.echo(text, err=True))
+    if job.json:
+        click.echo(json.dumps(result.report, indent=1))
+    else:
+        _print_result(result.report, result.out)
+    raise SystemExit(result.exit_code)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--offline", is_flag=True, help="Take hub models from the cache only.")
+@click.option("--revision", help="Revision of a hub model.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(model: str, offline: bool, revision: str | None, as_json: bool) -> None:
+    """Show layout, routing rule and sizes of MODEL; reads headers only."""
+    from exporter.hub import resolve_model
+    from exporter.inspection import describe, description_table
+
+    description = describe(resolve_model(model, revision, offline=offline))
+    if as_json:
+        click.echo(json.dumps(description, indent=1))
+    else:
+        _console().print(description_table(description))
+
+
+@main.command()
+@click.argument("out", type=_FOLDER)
+@click.option("--against", metavar="MODEL", help="The original model.  [default: the one the report names]")
+@click.option("--text", type=_FOLDER, help="Held-out text.  [default: the bundled one]")
+@click.option("--threads", type=int, help="Threads.  [default: all processors]")
+@click.option("--gpu-layers", default=0, show_default=True, help="Layers that llama.cpp puts on a GPU.")
+@click.option(
+    "--require", multiple=True, metavar="NAME=VALUE", help="A threshold: kld, top1, routing, perplexity_change."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def validate(out: Path, as_json: bool, **arguments: Any) -> None:
+    """Check the files of OUT again: hashes, perplexity and divergence from the original, in their runtimes."""
+    from exporter.revalidation import revalidate, revalidation_table
+
+    result = revalidate(out, **arguments)
+    if as_json:
+        click.echo(json.dumps(result, indent=1))
+    else:
+        _console().print(revalidation_table(result))
+    raise SystemExit(0 if result["passed"] else 4)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def _print_plan(plan: Any, out: Path, *, as_json: bool) -> None:
+    from exporter.plan_table import plan_table
+    from exporter.recipe import recipe_yaml
+
+    path = out.with_name(f"{out.name}.recipe.yaml")
+    path.write_text(recipe_yaml(plan.recipe), encoding="utf-8")
+    if as_json:
+        click.echo(plan.recipe.model_dump_json(indent=1))
+        return
+    _console().print(plan_table(plan))
+    click.echo(f"\nrecipe: {path} (edit it, then run with --recipe {path})")
+
+
+def _print_result(report: dict[str, Any], out: Path) -> None:
+    from validate.report import run_instructions, summary
+
+    _console().print(summary(report))
+    click.echo(run_instructions(report, out))

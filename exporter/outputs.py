@@ -1,0 +1,114 @@
+"""The output folder: assembled in the work directory, published in one step, complete or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from exporter.plan import Plan
+from exporter.stages.onnx import FOLDER as ONNX_FOLDER
+from exporter.work import WorkDirectory, flush_folder
+
+__all__ = ["Artifact", "FileEntry", "Outputs", "sha256_of"]
+
+_ASSEMBLED = "output"
+_SUMS = "SHA256SUMS"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of an artifact."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A GGUF file, or the folder of an ONNX model with its data."""
+
+    path: str  # below the output folder
+    files: Mapping[str, FileEntry]  # what the budget counts, by path below the output folder
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files together."""
+        return sum(entry.bytes for entry in self.files.values())
+
+
+class Outputs:
+    """Hard links (or copies, across file systems) of the stages' files, in the layout that the user gets."""
+
+    def __init__(self, plan: Plan, work: WorkDirectory) -> None:
+        self._plan = plan
+        self._work = work
+        self.folder = work.folder / _ASSEMBLED
+
+    def collect(self) -> dict[str, Artifact]:
+        """Brings the stages' artifacts together in an empty folder and hashes them."""
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.folder.mkdir()
+        artifacts = {}
+        if "gguf" in self._plan.recipe.artifacts:
+            (file,) = self._work.stage("gguf").glob("*.gguf")
+            _link(file, self.folder / file.name)
+            artifacts["gguf"] = self._artifact(file.name, [file.name])
+        if "onnx" in self._plan.recipe.artifacts:
+            _link_tree(self._work.stage("onnx") / ONNX_FOLDER, self.folder / ONNX_FOLDER)
+            counted = [f"{ONNX_FOLDER}/model.onnx", f"{ONNX_FOLDER}/model.onnx.data"]
+            artifacts["onnx"] = self._artifact(ONNX_FOLDER, counted)
+        if self._plan.recipe.save_student:
+            _link_tree(self._work.stage("student") / "student", self.folder / "student")
+        return artifacts
+
+    def write_text(self, name: str, text: str) -> None:
+        """Adds a text file."""
+        (self.folder / name).write_text(text, encoding="utf-8")
+
+    def publish(self) -> None:
+        """Writes SHA256SUMS of weights and recipe, flushes everything, and moves the folder to its place."""
+        weights = [
+            path for path in self.folder.rglob("*") if path.suffix in (".gguf", ".onnx", ".data", ".safetensors")
+        ]
+        names = sorted(str(path.relative_to(self.folder)) for path in [*weights, self.folder / "recipe.yaml"])
+        self.write_text(_SUMS, "".join(f"{sha256_of(self.folder / name)}  {name}\n" for name in names))
+        flush_folder(self.folder)
+        self._plan.out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.rename(self._plan.out)
+        except OSError:
+            # another file system: copy beside the place, then rename
+            beside = self._plan.out.with_name(f"{self._plan.out.name}.partial")
+            shutil.rmtree(beside, ignore_errors=True)
+            shutil.copytree(self.folder, beside)
+            flush_folder(beside)
+            beside.rename(self._plan.out)
+
+    def _artifact(self, path: str, counted: list[str]) -> Artifact:
+        files = {name: self.folder / name for name in counted}
+        return Artifact(path, {name: FileEntry(file.stat().st_size, sha256_of(file)) for name, file in files.items()})
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _link_tree(source: Path, target: Path) -> None:
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            _link(path, target / path.relative_to(source))
+
+
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,58 @@
+"""A plan: the recipe, where its inputs lie, and what is predicted of its artifacts. The stages read nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from compressors.model.shape import MoeShape, read_shape
+from exporter.prediction import Prediction
+from exporter.recipe import Recipe
+
+__all__ = ["Plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a stage needs to know; kept in the work directory as JSON."""
+
+    recipe: Recipe
+    source: Path  # the checkpoint's folder
+    calibration: Path
+    heldout: Path | None
+    predictions: Mapping[str, Prediction]  # by artifact
+    recover_seconds: int
+    memory_bytes: int
+    require: Mapping[str, float]  # thresholds that differ from the default
+    out: Path
+    command: str  # as it was typed, for the report
+
+    @property
+    def teacher_shape(self) -> MoeShape:
+        """The source's shape."""
+        return read_shape(self.source)
+
+    @property
+    def student_shape(self) -> MoeShape:
+        """The shape after compression."""
+        return self.teacher_shape.with_experts(self.recipe.compress.experts)
+
+    def save(self, path: Path) -> None:
+        """Writes the plan as JSON."""
+        data = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
+        data["recipe"] = self.recipe.model_dump()
+        data["predictions"] = {name: asdict(prediction) for name, prediction in self.predictions.items()}
+        path.write_text(json.dumps(data, indent=1), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """The inverse of :meth:`save`."""
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        data["recipe"] = Recipe.model_validate(data["recipe"])
+        data["predictions"] = {name: Prediction(**lines) for name, lines in data["predictions"].items()}
+        for name in ("source", "calibration", "heldout", "out"):
+            data[name] = None if data[name] is None else Path(data[name])
+        return cls(**data)

@@ -1,0 +1,43 @@
+"""The plan for a terminal: what will be done, and every line of what it will need."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from exporter.plan import Plan
+from exporter.run import disk_bytes
+from exporter.sizes import format_size
+
+__all__ = ["plan_table"]
+
+
+def plan_table(plan: Plan) -> RenderableType:
+    """Choices above, bytes below."""
+    recipe, teacher = plan.recipe, plan.teacher_shape
+    choices = Table(show_header=False, box=None)
+    budget = recipe.budget
+    counted = (
+        "file size" if budget.kind == "file" else f"memory at run time, context {budget.context}, KV {budget.kv_type}"
+    )
+    choices.add_row("budget", f"{format_size(budget.bytes)} of {counted}")
+    choices.add_row("experts", f"{recipe.compress.experts} of {teacher.n_experts} per layer ({recipe.compress.method})")
+    choices.add_row("recovery", _recovery(plan))
+    choices.add_row("work on disk", f"up to {format_size(disk_bytes(plan))}")
+    sizes = Table("artifact", "type", *(name.replace("_", " ") for name in _LINES), box=None)
+    for artifact, prediction in plan.predictions.items():
+        lines = [format_size(getattr(prediction, name)) for name in _LINES]
+        sizes.add_row(artifact, recipe.type_of(artifact), *lines)
+    return Group(choices, "", sizes)
+
+
+_LINES = ("file", "weights", "kv_cache", "compute", "reserve", "total")
+
+
+def _recovery(plan: Plan) -> str:
+    choice = plan.recipe.recover
+    if choice.rung == "none":
+        return "none"
+    steps = -(-choice.blocks // choice.blocks_per_step)
+    limit = f", at most {plan.recover_seconds // 60} min" if plan.recover_seconds else ""
+    return f"Router KD, up to {steps} steps of {choice.blocks_per_step} x 512 tokens{limit}"

@@ -1,0 +1,120 @@
+"""The recipe: every choice that determines the output, as a YAML file that a person can read and edit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from compressors.model.errors import InputError
+
+__all__ = [
+    "BudgetChoice",
+    "CompressChoice",
+    "Recipe",
+    "RecoverChoice",
+    "SourceChoice",
+    "TextChoice",
+    "load_recipe",
+    "recipe_yaml",
+]
+
+
+class _Part(BaseModel):
+    """Unknown keys are refused: a misspelt choice must not pass for the default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SourceChoice(_Part):
+    """The original model."""
+
+    model: str
+    identity: str  # SHA-256 over config.json and the headers of the weight files
+
+
+class BudgetChoice(_Part):
+    """What the result must fit into."""
+
+    bytes: int = Field(gt=0)
+    kind: Literal["total", "file"]
+    context: int = Field(gt=0)  # tokens
+    kv_type: Literal["f16", "f32", "q8_0", "q4_0"]
+
+
+class TextChoice(_Part):
+    """How many blocks of 512 tokens each split gives, and which text it was."""
+
+    calibration_blocks: int = Field(gt=0)
+    selection_blocks: int = Field(gt=0)
+    heldout_chunks_per_file: int = Field(gt=0)
+    calibration_sha256: str
+    selection_sha256: str
+    heldout_sha256: str
+
+
+class CompressChoice(_Part):
+    """Which experts go."""
+
+    method: Literal["none", "reap"]
+    experts: int = Field(gt=0)  # kept per layer
+
+
+class RecoverChoice(_Part):
+    """How the routers are taught again: the schedule of :class:`compressors.recover.router_kd.RouterKdSettings`."""
+
+    rung: Literal["none", "router"]
+    blocks: int = Field(ge=0)
+    blocks_per_step: int = Field(gt=0)
+    learning_rate: float = Field(gt=0)
+    seed: int = Field(ge=0)
+
+
+class Recipe(_Part):
+    """Everything that determines the output. Equal recipes give equal files, byte for byte."""
+
+    version: Literal[1] = 1
+    source: SourceChoice
+    budget: BudgetChoice
+    text: TextChoice
+    compress: CompressChoice
+    recover: RecoverChoice
+    gguf: str | None  # type of the weights, null: no GGUF file
+    onnx: str | None
+    save_student: bool
+    threads: int = Field(gt=0)
+
+    def type_of(self, artifact: str) -> str | None:
+        """The weights' type in an artifact (``gguf`` or ``onnx``), None if it is not written."""
+        return {"gguf": self.gguf, "onnx": self.onnx}[artifact]
+
+    @property
+    def artifacts(self) -> tuple[str, ...]:
+        """The artifacts that are written, in this order."""
+        return tuple(name for name in ("gguf", "onnx") if self.type_of(name) is not None)
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """The recipe as YAML, keys in the order of the class."""
+    text: str = yaml.safe_dump(recipe.model_dump(), sort_keys=False, width=110)
+    return text
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Reads a recipe that a person may have edited.
+
+    Raises:
+        InputError: the file is not YAML, or a choice is missing, unknown or of the wrong type.
+    """
+    try:
+        data: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path} cannot be read as a recipe ({error})") from None
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole file"
+        raise InputError(f"{path}: {where}: {first['msg'].lower()}; --dry-run writes a valid recipe") from None

@@ -1,0 +1,292 @@
+"""Gathers what the stages left into the report's plain data: the content of report.json."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.routing import Routing
+from compressors.model.student import ExpertMap
+from exporter.gguf.metadata import source_license
+from exporter.outputs import Artifact
+from exporter.plan import Plan
+from exporter.recipe import Recipe
+from exporter.stages.artifacts import Calibration, StudentFiles
+from exporter.stages.runtime import MEASUREMENT
+from exporter.stages.validate_gguf import same_numbers
+from exporter.stages.validate_torch import EVALUATION
+from exporter.work import StageRecord, WorkDirectory
+from validate.evaluation import Evaluation, divergence, perplexity
+from validate.routing_agreement import RoutingAgreement, routing_agreement
+from validate.verdict import Check, required_checks
+
+__all__ = ["build_report", "final_recipe"]
+
+_SCHEMA = 1
+_PACKAGES = ("torch", "transformers", "gguf", "llama-cpp-python", "onnx", "onnxruntime", "onnxruntime-gpu")
+_RUNTIMES = {"gguf": "llama.cpp", "onnx": "onnxruntime"}
+
+
+def final_recipe(plan: Plan, work: WorkDirectory) -> Recipe:
+    """The recipe with the number of blocks that the time limit of recovery allowed."""
+    schedule = json.loads((work.stage("schedule") / "schedule.json").read_text(encoding="utf-8"))
+    recover = plan.recipe.recover.model_copy(update={"blocks": schedule["blocks"]})
+    return plan.recipe.model_copy(update={"recover": recover})
+
+
+def build_report(
+    plan: Plan, work: WorkDirectory, records: Mapping[str, StageRecord], artifacts: Mapping[str, Artifact]
+) -> dict[str, Any]:
+    """Everything that the report says, as data for JSON."""
+    recipe = final_recipe(plan, work)
+    source = Checkpoint(plan.source)
+    experts = ExpertMap.from_json(
+        json.loads(StudentFiles(work.stage("compress")).expert_map.read_text(encoding="utf-8"))
+    )
+    student_shape = plan.student_shape
+    summary = json.loads(Calibration.of(work).summary.read_text(encoding="utf-8"))
+    rows = _Rows(plan, work, records, experts, summary["teacher"])
+    validation = [rows.teacher(), rows.student(), *(rows.artifact(name) for name in artifacts)]
+    checks = _checks(plan, artifacts, {row["artifact"]: row for row in validation})
+    return {
+        "schema": _SCHEMA,
+        "tool": {"name": "moe-export", "version": version("moe-export")},
+        "command": plan.command,
+        "source": {
+            "model": recipe.source.model,
+            "identity": recipe.source.identity,
+            "family": source.shape.model_type,
+            "parameters": source.shape.parameters,
+            "bytes": source.n_bytes,
+            "dtype": str(source.dtype).removeprefix("torch."),
+            "n_layers": source.shape.n_layers,
+            "n_experts": source.shape.n_experts,
+            "top_k": source.shape.top_k,
+            "license": source_license(plan.source),
+        },
+        "recipe": recipe.model_dump(),
+        "text": summary["text"],
+        "student": {
+            "n_experts": student_shape.n_experts,
+            "top_k": student_shape.top_k,
+            "parameters": student_shape.parameters,
+            "kept": experts.to_json()["kept"],
+        },
+        "budget": _budget(plan, artifacts, {row["artifact"]: row for row in validation}),
+        "artifacts": [
+            {
+                "format": name,
+                "path": artifact.path,
+                "files": {file: asdict(entry) for file, entry in artifact.files.items()},
+                "bytes": artifact.bytes,
+                "bits_per_weight": 8 * artifact.bytes / student_shape.parameters,
+                "type": recipe.type_of(name),
+            }
+            for name, artifact in artifacts.items()
+        ],
+        "recovery": json.loads(StudentFiles(work.stage("recover")).recovery.read_text(encoding="utf-8")),
+        "validation": validation,
+        "verdict": {"passed": all(check.passed for check in checks), "checks": [asdict(check) for check in checks]},
+        "timings": {name: record.seconds for name, record in records.items()},
+        "peak_rss_bytes": {name: record.peak_rss_bytes for name, record in records.items()},
+        "environment": _environment(recipe.threads),
+    }
+
+
+class _Rows:
+    """The validation table: one row per model and runtime."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        work: WorkDirectory,
+        records: Mapping[str, StageRecord],
+        experts: ExpertMap,
+        teacher: Mapping[str, float],
+    ) -> None:
+        self._plan = plan
+        self._work = work
+        self._records = records
+        self._experts = experts
+        self._teacher = teacher
+        self._teacher_routing = Routing.load(Calibration.of(work).routing)
+        self._evaluations = {
+            artifact: self._load(f"validate_{stage}")
+            for artifact, stage in (("student", "torch"), ("gguf", "gguf"), ("onnx", "onnx"))
+        }
+
+    def teacher(self) -> dict[str, Any]:
+        """The original in torch; it is its own reference."""
+        return self._empty("teacher", "torch", version("torch")) | dict(self._teacher)
+
+    def student(self) -> dict[str, Any]:
+        """The student in torch, unquantized."""
+        evaluation = self._evaluations["student"]
+        assert evaluation is not None, "the stage ends the run when it fails"
+        return self._empty("student", "torch", version("torch")) | self._fidelity("student", evaluation)
+
+    def artifact(self, name: str) -> dict[str, Any]:
+        """A file in its runtime; when the runtime died, the row says how and measures nothing."""
+        crash = self._records[f"validate_{name}"].crash
+        measurement: dict[str, Any] = {"error": crash} if crash else self._measurement(name)
+        evaluation = self._evaluations[name]
+        row = self._empty(name, _RUNTIMES[name], measurement.get("runtime_version"))
+        if measurement["error"] is not None or evaluation is None:
+            return row | {"error": measurement["error"]}
+        other = {"repetition": measurement["repetition"], "kld_vs_other_runtime": _mean_kld(evaluation, "gguf")}
+        return row | self._fidelity(name, evaluation) | dict(measurement["cost"]) | other
+
+    def _load(self, stage: str) -> Evaluation | None:
+        path = self._work.stage(stage) / EVALUATION
+        return Evaluation.load(path) if path.exists() else None
+
+    def _measurement(self, name: str) -> dict[str, Any]:
+        path = self._work.stage(f"validate_{name}") / MEASUREMENT
+        measurement: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return measurement
+
+    def _empty(self, artifact: str, runtime: str, runtime_version: str | None) -> dict[str, Any]:
+        student = self._evaluations["student"]
+        row: dict[str, Any] = dict.fromkeys(_ROW_FIELDS)
+        return row | {
+            "artifact": artifact,
+            "runtime": runtime,
+            "runtime_version": runtime_version,
+            "perplexity_teacher": self._teacher["perplexity"],
+            "perplexity_student_torch": perplexity(student.negative_log_likelihood_N)[0] if student else None,
+            "routing": {"vs_torch_student": None, "vs_other_runtime": None, "vs_teacher": None},
+        }
+
+    def _fidelity(self, name: str, evaluation: Evaluation) -> dict[str, Any]:
+        value, error = perplexity(evaluation.negative_log_likelihood_N)
+        return {
+            "tokens": len(evaluation.negative_log_likelihood_N),
+            "perplexity": value,
+            "perplexity_error": error,
+            "kld": asdict(divergence(evaluation.kl_divergence_N["teacher"])),
+            "top1_agreement": float(np.mean(evaluation.same_top_N["teacher"])),
+            "routing": self._routing(name, evaluation.routing),
+        }
+
+    def _routing(self, name: str, routing: Routing) -> dict[str, Any]:
+        student = self._evaluations["student"]
+        other = self._evaluations["onnx" if name == "gguf" else "gguf"]
+        compare_runtimes = name in _RUNTIMES and other is not None and same_numbers(self._plan)
+        return {
+            "vs_torch_student": _agreement(routing_agreement(student.routing, routing))
+            if student is not None and name in _RUNTIMES
+            else None,
+            "vs_other_runtime": _agreement(routing_agreement(other.routing, routing))
+            if compare_runtimes and other is not None
+            else None,
+            "vs_teacher": _agreement(routing_agreement(self._teacher_routing, routing, self._experts)),
+        }
+
+
+_ROW_FIELDS = (
+    "artifact",
+    "runtime",
+    "runtime_version",
+    "tokens",
+    "perplexity",
+    "perplexity_error",
+    "perplexity_teacher",
+    "perplexity_student_torch",
+    "kld",
+    "top1_agreement",
+    "routing",
+    "kld_vs_other_runtime",
+    "base_rss_bytes",
+    "peak_rss_bytes",
+    "load_seconds",
+    "prefill_tokens_per_second",
+    "decode_tokens_per_second",
+    "repetition",
+    "error",
+)
+
+
+def _mean_kld(evaluation: Evaluation, reference: str) -> float | None:
+    values = evaluation.kl_divergence_N.get(reference)
+    return None if values is None else float(np.mean(values))
+
+
+def _agreement(agreement: RoutingAgreement) -> dict[str, Any]:
+    figures = list(asdict(agreement.layers[0]))
+    overall: dict[str, Any] = {figure: agreement.mean(figure) for figure in figures}
+    return overall | {"per_layer": [asdict(layer) for layer in agreement.layers]}
+
+
+def _budget(plan: Plan, artifacts: Mapping[str, Artifact], rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    budget = plan.recipe.budget
+    return {
+        "bytes": budget.bytes,
+        "kind": budget.kind,
+        "context": budget.context,
+        "kv_type": budget.kv_type,
+        "predicted": {
+            name: asdict(prediction) | {"total": prediction.total} for name, prediction in plan.predictions.items()
+        },
+        "measured": {
+            name: {"file": artifact.bytes, "total": rows[name]["peak_rss_bytes"]}
+            for name, artifact in artifacts.items()
+        },
+    }
+
+
+def _checks(plan: Plan, artifacts: Mapping[str, Artifact], rows: Mapping[str, Mapping[str, Any]]) -> list[Check]:
+    checks: list[Check] = []
+    kind, limit = plan.recipe.budget.kind, plan.recipe.budget.bytes
+    for name, artifact in artifacts.items():
+        row = rows[name]
+        counted = artifact.bytes if kind == "file" else row["peak_rss_bytes"]
+        checks.append(Check.at_most(f"{name}.budget", counted, limit))
+        routing = row["routing"]["vs_torch_student"]
+        change = None if row["perplexity"] is None else abs(row["perplexity"] / row["perplexity_student_torch"] - 1)
+        checks += required_checks(
+            name,
+            plan.recipe.type_of(name) or "",
+            plan.require,
+            kld=row["kld"] and row["kld"]["mean"],
+            top1=row["top1_agreement"],
+            routing=routing and routing["overlap"],
+            perplexity_change=change,
+        )
+    return checks
+
+
+def _environment(threads: int) -> dict[str, Any]:
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processor": _processor(),
+        "threads": threads,
+        **{package: found for package in _PACKAGES if (found := _installed(package)) is not None},
+    }
+
+
+def _installed(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    """The processor's name; Linux tells it in ``/proc/cpuinfo``."""
+    path = Path("/proc/cpuinfo")
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,196 @@
+"""From a job to published files: plan, stages, report. The command line and the tests call the same function."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from compressors.calibration import read_splits, tokenize
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.errors import InputError
+from compressors.model.log_probs import log_prob_bytes
+from exporter.hub import bundled_text, resolve_model
+from exporter.job import Job
+from exporter.outputs import Outputs
+from exporter.pipeline import run_stages, stages_of
+from exporter.plan import Plan
+from exporter.planner import TextCounts, choose_recipe, predict_recipe
+from exporter.recipe import Recipe, load_recipe, recipe_yaml
+from exporter.result import build_report, final_recipe
+from exporter.sizes import format_size
+from exporter.work import WorkDirectory
+from validate.backend import scored_positions
+from validate.report import render_html, render_model_card
+
+__all__ = ["EXIT_CHECK_FAILED", "Result", "disk_bytes", "make_plan", "run_job"]
+
+EXIT_CHECK_FAILED = 4
+_BUNDLED_NAME = "tiny-moe"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run built."""
+
+    report: dict[str, Any]
+    out: Path
+
+    @property
+    def exit_code(self) -> int:
+        """0 when every check passed, 4 when one failed."""
+        return 0 if self.report["verdict"]["passed"] else EXIT_CHECK_FAILED
+
+
+def run_job(job: Job, command: str, announce: Callable[[str], None]) -> Result:
+    """Runs whatever of the job is not done yet.
+
+    Args:
+        job: what to do.
+        command: as it was typed, for the report.
+        announce: told of each stage.
+
+    Raises:
+        MoeExportError: see its kinds in :mod:`compressors.model.errors`; finished stages stay for the next attempt.
+    """
+    identity = _identity(job)
+    if job.out.exists():
+        return _already_published(job, identity)
+    work = WorkDirectory(job.work_dir)
+    plan = _existing_plan(work, identity) or make_plan(job, command)
+    _check_disk(plan, job)
+    with work.lock():
+        work.claim(identity)
+        if not work.plan_path.exists():
+            plan.save(work.plan_path)
+        records = run_stages(plan, work, stages_of(plan), announce)
+        announce("write the report")
+        outputs = Outputs(plan, work)
+        artifacts = outputs.collect()
+        report = build_report(plan, work, records, artifacts) | {"job": identity}
+        outputs.write_text("recipe.yaml", recipe_yaml(final_recipe(plan, work)))
+        outputs.write_text("report.json", json.dumps(report, indent=1))
+        outputs.write_text("report.html", render_html(report))
+        outputs.write_text("README.md", render_model_card(report))
+        outputs.publish()
+    shutil.rmtree(work.folder)
+    return Result(report, job.out)
+
+
+def make_plan(job: Job, command: str) -> Plan:
+    """Decides everything that can be decided from names, shapes and bytes; no weight is read.
+
+    Raises:
+        InputError: the model, a text or the recipe is wrong.
+        BudgetError: nothing fits the budget.
+    """
+    folder = resolve_model(job.model, job.revision, offline=job.offline)
+    checkpoint = Checkpoint(folder)
+    calibration, heldout = _texts(job)
+    splits = read_splits(calibration, heldout)
+    tokenized = tokenize(splits, folder)
+    counts = TextCounts(tokenized[0].n_blocks, tokenized[1].n_blocks, len(tokenized[2].blocks))
+    if job.recipe is None:
+        recipe, predictions = choose_recipe(job, checkpoint, _name(job), splits, counts)
+    else:
+        recipe = load_recipe(job.recipe)
+        _check_recipe(job.recipe, recipe, checkpoint, splits.calibration.sha256)
+        predictions = predict_recipe(recipe, checkpoint)
+    return Plan(
+        recipe=recipe,
+        source=folder.resolve(),
+        calibration=calibration.resolve(),
+        heldout=None if heldout is None else heldout.resolve(),
+        predictions=predictions,
+        # a recipe's number of blocks is followed as it stands, whatever the clock says
+        recover_seconds=job.recover_seconds if job.recipe is None else 0,
+        memory_bytes=job.memory_bytes or psutil.virtual_memory().available // 2,
+        require=dict(job.require),
+        out=job.out.resolve(),
+        command=command,
+    )
+
+
+def disk_bytes(plan: Plan) -> int:
+    """What the run puts on disk at most: artifacts, the teacher's log-probabilities and targets, token blocks."""
+    text, vocab_size = plan.recipe.text, plan.teacher_shape.vocab_size
+    scored = scored_positions(512)
+    n_scored = (scored.stop - scored.start) * (text.selection_blocks + 50)
+    targets = text.calibration_blocks * 512 * 64 * 8
+    artifacts = sum(prediction.file for prediction in plan.predictions.values())
+    return artifacts + 2 * log_prob_bytes(n_scored, vocab_size) + targets
+
+
+def _identity(job: Job) -> dict[str, Any]:
+    """The arguments that make a job this one; equal arguments resume, others are refused."""
+    ignored = {"out", "work_dir", "dry_run", "force", "json"}
+    values = {name: value for name, value in vars(job).items() if name not in ignored}
+    return {name: _plain(value) for name, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value.resolve())
+    return list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, dict) else value
+
+
+def _existing_plan(work: WorkDirectory, identity: dict[str, Any]) -> Plan | None:
+    """The plan of an unfinished run of the same job, None if there is no run to go on with."""
+    if not work.plan_path.exists():
+        return None
+    work.claim(identity)
+    try:
+        return Plan.load(work.plan_path)
+    except (OSError, ValueError, TypeError):
+        raise InputError(f"{work.plan_path} is damaged; remove {work.folder} and start again") from None
+
+
+def _already_published(job: Job, identity: dict[str, Any]) -> Result:
+    try:
+        report: dict[str, Any] = json.loads((job.out / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(
+            f"--out: {job.out} exists and was not written by a finished run; choose another folder, or remove it"
+        ) from None
+    if report.get("job") != identity:
+        raise InputError(f"--out: {job.out} belongs to another run; choose another folder, or remove it")
+    return Result(report, job.out)
+
+
+def _texts(job: Job) -> tuple[Path, Path | None]:
+    if job.calibration is None:
+        return bundled_text("calibration"), job.text or bundled_text("heldout")
+    return job.calibration, job.text
+
+
+def _name(job: Job) -> str:
+    if job.model is None:
+        return _BUNDLED_NAME
+    folder = Path(job.model).expanduser()
+    return folder.resolve().name if folder.is_dir() else job.model
+
+
+def _check_recipe(path: Path, recipe: Recipe, checkpoint: Checkpoint, calibration_sha256: str) -> None:
+    if recipe.source.identity != checkpoint.identity():
+        raise InputError(
+            f"{path} is a recipe for {recipe.source.model}, whose config or weights differ from the model's"
+        )
+    if recipe.text.calibration_sha256 != calibration_sha256:
+        raise InputError(f"{path} was made for another calibration text; give that text with --calibration and --text")
+
+
+def _check_disk(plan: Plan, job: Job) -> None:
+    place = job.work_dir
+    while not place.exists():
+        place = place.parent
+    free, needed = shutil.disk_usage(place).free, disk_bytes(plan)
+    if needed > free and not job.force:
+        raise InputError(
+            f"{place} has {format_size(free)} free, and the run puts up to {format_size(needed)} there; "
+            "free space, choose another --work-dir and --out, or use --force"
+        )

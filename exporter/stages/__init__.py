@@ -1,0 +1,1 @@
+"""One module per stage, each with ``run(context)``: a function of its inputs on disk."""

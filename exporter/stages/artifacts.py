@@ -1,0 +1,128 @@
+"""The files that stages hand to each other, by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.student import Student
+from compressors.recover.router_kd import RouterKdSettings
+from exporter.plan import Plan
+from exporter.recipe import RecoverChoice
+from exporter.work import WorkDirectory
+
+__all__ = ["Blocks", "Calibration", "StudentFiles", "fits_in_memory", "open_student", "settings_of", "use_threads"]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The token blocks of the three splits: int64 [B, T] each."""
+
+    calibration: torch.Tensor
+    selection: torch.Tensor
+    heldout: torch.Tensor
+
+    def save(self, path: Path) -> None:
+        """Writes one safetensors file."""
+        save_file(dict(vars(self)), path)
+
+    @classmethod
+    def load(cls, path: Path) -> Blocks:
+        """The inverse of :meth:`save`."""
+        return cls(**load_file(path))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the teacher's pass leaves behind."""
+
+    folder: Path
+
+    @property
+    def blocks(self) -> Path:
+        """Token blocks of all splits."""
+        return self.folder / "blocks.safetensors"
+
+    @property
+    def statistics(self) -> Path:
+        """Sums over the calibration tokens, by layer and expert."""
+        return self.folder / "statistics.safetensors"
+
+    @property
+    def targets(self) -> Path:
+        """The teacher's most probable next tokens at every calibration token."""
+        return self.folder / "targets.safetensors"
+
+    @property
+    def selection_log_probs(self) -> Path:
+        """The teacher's full log-probabilities at the scored selection positions."""
+        return self.folder / "selection"
+
+    @property
+    def heldout_log_probs(self) -> Path:
+        """The same at the scored held-out positions."""
+        return self.folder / "heldout"
+
+    @property
+    def routing(self) -> Path:
+        """The teacher's routing of all held-out tokens."""
+        return self.folder / "routing.safetensors"
+
+    @property
+    def summary(self) -> Path:
+        """What the report says of texts and teacher (JSON)."""
+        return self.folder / "summary.json"
+
+    @classmethod
+    def of(cls, work: WorkDirectory) -> Calibration:
+        """The finished stage's."""
+        return cls(work.stage("calibrate"))
+
+
+@dataclass(frozen=True)
+class StudentFiles:
+    """The student: which experts stay, and the tensors that changed."""
+
+    folder: Path
+
+    @property
+    def expert_map(self) -> Path:
+        """JSON."""
+        return self.folder / "expert_map.json"
+
+    @property
+    def overlay(self) -> Path:
+        """safetensors; absent when recovery changed nothing."""
+        return self.folder / "overlay.safetensors"
+
+    @property
+    def recovery(self) -> Path:
+        """The rungs that were tried (JSON)."""
+        return self.folder / "recovery.json"
+
+
+def open_student(plan: Plan, work: WorkDirectory, stage: str = "recover") -> Student:
+    """The student as a stage left it."""
+    compressed, recovered = StudentFiles(work.stage("compress")), StudentFiles(work.stage(stage))
+    overlay = recovered.overlay if recovered.overlay.exists() else None
+    return Student.load(Checkpoint(plan.source), compressed.expert_map, overlay)
+
+
+def settings_of(choice: RecoverChoice, n_blocks: int) -> RouterKdSettings:
+    """The schedule that a recipe's choice means, with the number of blocks that the time limit allows."""
+    return RouterKdSettings(n_blocks, choice.learning_rate, choice.blocks_per_step, seed=choice.seed)
+
+
+def fits_in_memory(student: Student, limit_bytes: int) -> bool:
+    """Whether all layers may stay resident: the model in storage dtype takes at most half of the limit."""
+    return 2 * student.shape.parameters * student.source.dtype.itemsize <= limit_bytes
+
+
+def use_threads(plan: Plan) -> None:
+    """Fixes torch's threads and algorithms: results depend on both."""
+    torch.set_num_threads(plan.recipe.threads)
+    torch.use_deterministic_algorithms(True)

@@ -1,0 +1,30 @@
+"""Writes the GGUF file."""
+
+from __future__ import annotations
+
+from compressors.statistics import importance, load_statistics
+from exporter.gguf.metadata import gguf_file_name
+from exporter.gguf.writer import predict_file_size, write_gguf
+from exporter.stage import StageContext
+from exporter.stages.artifacts import Calibration, open_student
+
+__all__ = ["run"]
+
+
+def run(context: StageContext) -> None:
+    """Quantizes the student with the importance matrix of the calibration text."""
+    plan = context.plan
+    weight_type, name = plan.recipe.gguf or "", plan.recipe.source.model
+    student = open_student(plan, context.work)
+    statistics = load_statistics(Calibration.of(context.work).statistics)
+    total = predict_file_size(student.shape, plan.source, weight_type, name)
+    with context.progress.bar("bytes", total) as advance:
+        write_gguf(
+            student,
+            weight_type,
+            context.output / gguf_file_name(name, student.shape, weight_type),
+            importance=importance(statistics, student.experts),
+            name=name,
+            threads=plan.recipe.threads,
+            progress=advance,
+        )

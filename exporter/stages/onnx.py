@@ -1,0 +1,33 @@
+"""Writes the ONNX folder."""
+
+from __future__ import annotations
+
+from compressors.statistics import importance, load_statistics
+from exporter.onnx.clients import write_client_files
+from exporter.onnx.writer import predict_size, write_onnx
+from exporter.stage import StageContext
+from exporter.stages.artifacts import Calibration, open_student
+
+__all__ = ["FOLDER", "run"]
+
+FOLDER = "onnx"
+
+
+def run(context: StageContext) -> None:
+    """Writes graph, weights, and what onnxruntime-genai and optimum want beside them."""
+    plan = context.plan
+    weight_type = plan.recipe.onnx or ""
+    student = open_student(plan, context.work)
+    statistics = load_statistics(Calibration.of(context.work).statistics)
+    folder = context.output / FOLDER
+    with context.progress.bar("bytes", predict_size(student.shape, weight_type)) as advance:
+        write_onnx(
+            student,
+            weight_type,
+            folder,
+            importance=importance(statistics, student.experts),
+            context_length=None,
+            threads=plan.recipe.threads,
+            progress=advance,
+        )
+    write_client_files(student, folder)

@@ -1,0 +1,39 @@
+"""Turns the time limit of recovery into a number of blocks, once: what follows obeys the number, never the clock."""
+
+from __future__ import annotations
+
+import json
+import time
+
+from compressors.recover.router_kd import train_routers
+from compressors.teacher import TeacherTargets
+from exporter.stage import StageContext
+from exporter.stages.artifacts import Blocks, Calibration, fits_in_memory, open_student, settings_of, use_threads
+
+__all__ = ["run", "scheduled_blocks"]
+
+_FILE = "schedule.json"
+
+
+def run(context: StageContext) -> None:
+    """Times one step of Router KD and writes how many blocks fit the limit."""
+    plan = context.plan
+    choice = plan.recipe.recover
+    n_blocks = choice.blocks
+    if choice.rung != "none" and plan.recover_seconds > 0:
+        use_threads(plan)
+        files = Calibration.of(context.work)
+        student = open_student(plan, context.work, "compress")
+        one_step = settings_of(choice, min(choice.blocks_per_step, choice.blocks))
+        blocks, targets = Blocks.load(files.blocks).calibration, TeacherTargets.load(files.targets)
+        start = time.monotonic()
+        train_routers(student, blocks, targets, one_step, keep_layers=fits_in_memory(student, plan.memory_bytes))
+        steps = max(1, int(plan.recover_seconds / (time.monotonic() - start)))
+        n_blocks = min(choice.blocks, steps * choice.blocks_per_step)
+    (context.output / _FILE).write_text(json.dumps({"blocks": n_blocks}), encoding="utf-8")
+
+
+def scheduled_blocks(context: StageContext) -> int:
+    """The number of blocks that a finished schedule stage chose."""
+    blocks: int = json.loads((context.work.stage("schedule") / _FILE).read_text(encoding="utf-8"))["blocks"]
+    return blocks

@@ -1,0 +1,25 @@
+"""Measures the ONNX folder in ONNX Runtime."""
+
+from __future__ import annotations
+
+from compressors.model.log_probs import LogProbReader
+from exporter.stage import StageContext
+from exporter.stages.onnx import FOLDER
+from exporter.stages.runtime import LOG_PROBS, validate_runtime
+from validate.onnx_runtime import OnnxRuntimeBackend
+
+__all__ = ["run"]
+
+
+def run(context: StageContext) -> None:
+    """See :func:`exporter.stages.runtime.validate_runtime`."""
+    path = context.work.stage("onnx") / FOLDER
+    recorded = context.work.stage("validate_gguf") / LOG_PROBS
+    validate_runtime(
+        context,
+        "onnx",
+        path,
+        lambda: OnnxRuntimeBackend(path, threads=context.plan.recipe.threads),
+        references={"gguf": LogProbReader(recorded)} if recorded.exists() else {},
+        record=False,
+    )

@@ -1,0 +1,27 @@
+"""Measures the student in torch: the reference for both artifacts."""
+
+from __future__ import annotations
+
+from compressors.model.log_probs import LogProbReader
+from exporter.stage import StageContext
+from exporter.stages.artifacts import Blocks, Calibration, open_student, use_threads
+from validate.evaluation import evaluate
+from validate.torch_reference import TorchBackend
+
+__all__ = ["EVALUATION", "run"]
+
+EVALUATION = "evaluation.safetensors"
+
+
+def run(context: StageContext) -> None:
+    """Writes what the student predicts on held-out text, beside the teacher's own log-probabilities."""
+    use_threads(context.plan)
+    files = Calibration.of(context.work)
+    student = open_student(context.plan, context.work)
+    with context.progress.bar("layers", student.shape.n_layers) as advance:
+        evaluation = evaluate(
+            TorchBackend(student, advance),
+            Blocks.load(files.blocks).heldout.numpy(),
+            {"teacher": LogProbReader(files.heldout_log_probs)},
+        )
+    evaluation.save(context.output / EVALUATION)

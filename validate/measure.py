@@ -1,0 +1,95 @@
+"""What an artifact costs in its runtime, measured in a process of the runtime's own.
+
+    python -m validate.measure gguf|onnx base
+    python -m validate.measure gguf|onnx run PATH CONTEXT KV_TYPE THREADS PROMPT_FILE
+
+prints one JSON object. The process imports neither torch nor transformers, so its peak is the runtime's; and when the
+runtime crashes, only this process dies.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from compressors.model.errors import MoeExportError
+from validate.cost import RuntimeCost, peak_rss_bytes
+
+__all__ = ["RuntimeCrashError", "measure_artifact", "measure_base"]
+
+_RUNTIMES = {"gguf": "validate.llama_cpp", "onnx": "validate.onnx_runtime"}
+
+
+class RuntimeCrashError(MoeExportError):
+    """The runtime died or refused the file; the message says how."""
+
+
+def measure_base(artifact: str) -> int:
+    """Resident bytes of a process that has loaded the artifact's runtime but no model.
+
+    Raises:
+        RuntimeCrashError: the runtime does not start.
+    """
+    return int(_run(artifact, ["base"])["base_rss_bytes"])
+
+
+def measure_artifact(
+    artifact: str, path: Path, *, context: int, kv_type: str, threads: int, prompt: npt.NDArray[np.int64]
+) -> RuntimeCost:
+    """Loads the artifact, fills its KV cache to ``context`` tokens and decodes: memory and speed.
+
+    Args:
+        artifact: ``gguf`` or ``onnx``.
+        path: the GGUF file, or the folder of model.onnx.
+        context: tokens of the KV cache.
+        kv_type: type of llama.cpp's KV cache.
+        threads: the runtime's threads.
+        prompt: token ids to fill the cache with, repeated as needed.
+
+    Raises:
+        RuntimeCrashError: the runtime crashed or refused the file.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".npy") as file:
+        np.save(file, prompt, allow_pickle=False)
+        file.flush()
+        return RuntimeCost(**_run(artifact, ["run", str(path), str(context), kv_type, str(threads), file.name]))
+
+
+def _run(artifact: str, arguments: list[str]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "validate.measure", artifact, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode < 0:
+        raise RuntimeCrashError(f"the runtime of {artifact} died with {signal.Signals(-result.returncode).name}")
+    if result.returncode > 0:
+        last = result.stderr.strip().splitlines()[-1:] or ["it gave no reason"]
+        raise RuntimeCrashError(f"the runtime of {artifact} failed: {last[0]}")
+    answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return answer
+
+
+def _main(artifact: str, what: str, *arguments: str) -> None:
+    runtime = importlib.import_module(_RUNTIMES[artifact])
+    if what == "base":
+        answer: dict[str, Any] = {"base_rss_bytes": peak_rss_bytes()}
+    else:
+        path, context, kv_type, threads, prompt_file = arguments
+        prompt = np.load(prompt_file, allow_pickle=False).tolist()
+        options = {"context": int(context), "threads": int(threads), "prompt_tokens": prompt}
+        if artifact == "gguf":
+            options["kv_type"] = kv_type
+        answer = asdict(runtime.measure(Path(path), **options))
+    sys.stdout.write(f"\n{json.dumps(answer)}\n")
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
