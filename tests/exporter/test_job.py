@@ -82,6 +82,7 @@ def test_the_output_folder_is_named_after_the_model(model: str, name: str) -> No
         ({"require": ["kld=low"]}, "--require"),
         ({"require": ["kld=nan"]}, "--require"),
         ({"require": ["=1"]}, "--require"),
+        ({"require": ["beauty=1"]}, "--require"),
         ({"require": ["kld=1", "kld=2"]}, "--require"),
         ({"memory": "0"}, "--memory"),
         ({"require": ["speed=1"]}, "--require"),
