@@ -1,4 +1,7 @@
-"""Geometry of the charts. Templates draw it: x in percent of the width, y in pixels, so text keeps its size on a phone."""
+"""Geometry of the charts, which the templates draw: x in percent of the width and y in pixels.
+
+So a chart follows the width of the page, and its text keeps its size.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,9 @@ _BUDGET_PARTS = (
     ("reserve", "Runtime reserve"),
 )
 _MARKERS = ("circle", "square", "diamond")
+_MOST_MARKERS = 24  # on one line; beyond that they hide it
 _TICK_STEPS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+_MOST_COLUMN_LINES = 64  # of the grid; on a phone more would cover the cells
 _LINE_CHART_HEIGHT = 200.0
 
 
@@ -48,7 +53,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class BudgetBar:
-    """The memory of one artifact on a scale that all bars share; ``budget`` and ``measured`` are positions in percent."""
+    """The memory of one artifact; ``budget`` and ``measured`` are positions in percent of a common scale."""
 
     artifact: str
     segments: tuple[Segment, ...]
@@ -62,17 +67,17 @@ def budget_bars(report: Report) -> list[BudgetBar]:
     """One bar per artifact that has a prediction; with a file budget a bar is the file alone."""
     budget = report["budget"]
     part = "file" if budget["kind"] == "file" else "total"
-    parts = _BUDGET_PARTS[:1] if part == "file" else _BUDGET_PARTS
+    parts = (("file", "File"),) if part == "file" else _BUDGET_PARTS
     predicted = {name: lines for name, lines in (budget.get("predicted") or {}).items() if lines}
     measured = {name: ((budget.get("measured") or {}).get(name) or {}).get(part) for name in predicted}
-    totals = {name: sum(lines.get(key) or 0 for key, _ in parts) for name, lines in predicted.items()}
-    scale = 1.02 * max([budget["bytes"], *totals.values(), *(value or 0 for value in measured.values())])
+    totals: dict[str, int] = {name: sum(lines.get(key) or 0 for key, _ in parts) for name, lines in predicted.items()}
+    scale: float = 1.02 * max([budget["bytes"], *totals.values(), *(value or 0 for value in measured.values())])
     bars = []
     for name, lines in predicted.items():
         segments, left = [], 0.0
         for key, label in parts:
             width = 100 * (lines.get(key) or 0) / scale
-            segments.append(Segment(key, "File" if part == "file" else label, lines.get(key) or 0, left, width))
+            segments.append(Segment(key, label, lines.get(key) or 0, left, width))
             left += width
         bars.append(
             BudgetBar(
@@ -189,7 +194,7 @@ def routing_charts(report: Report) -> list[LineChart]:
         if (agreement := (row.get("routing") or {}).get("vs_teacher"))
     ]
     charts = [
-        _line_chart("Did the export keep it? Files of one student", export),
+        _line_chart("Did the export keep it? Against the student", export),
         _line_chart("What did compression change? Against the original", compression),
     ]
     return [chart for chart in charts if chart is not None]
@@ -203,24 +208,21 @@ def _line_chart(title: str, comparisons: Sequence[tuple[str, str, Mapping[str, A
     ]
     if not lines:
         return None
-    smallest = min(min(values) for _, _, values in lines)
-    step = next((step for step in _TICK_STEPS if smallest >= 1 - 5 * step), 0.2)
-    floor = max(0.0, math.floor(smallest / step + 1e-9) * step)
-    floor = min(floor, 1 - 2 * step)
-    n_steps = round((1 - floor) / step)
+    step, n_steps = _axis(min(min(values) for _, _, values in lines))
+    floor = 1 - n_steps * step
     n_layers = max(len(values) for _, _, values in lines)
 
     def x(layer: int) -> float:
         return 50.0 if n_layers == 1 else 100 * layer / (n_layers - 1)
 
     def y(value: float) -> float:
-        return _LINE_CHART_HEIGHT * (1 - value) / (1 - floor)
+        return float(_LINE_CHART_HEIGHT * (1 - value) / (1 - floor))
 
     series = tuple(
         Series(
             label,
             kind,
-            _MARKERS[index % len(_MARKERS)],
+            _MARKERS[index % len(_MARKERS)] if n_layers <= _MOST_MARKERS else "point",
             tuple(
                 (x(layer), y(value), f"{label}, layer {layer}: {numbers.percent(value)}")
                 for layer, value in enumerate(values)
@@ -233,6 +235,13 @@ def _line_chart(title: str, comparisons: Sequence[tuple[str, str, Mapping[str, A
     every = max(1, math.ceil(n_layers / 8))
     x_ticks = tuple(Tick(x(layer), str(layer)) for layer in range(0, n_layers, every))
     return LineChart(title, series, x_ticks, y_ticks, _LINE_CHART_HEIGHT)
+
+
+def _axis(smallest: float) -> tuple[float, int]:
+    """Distance and number of the ticks below 1: at most five, at least two, and the smallest value is above the last."""
+    step = next((step for step in _TICK_STEPS if smallest >= 1 - 5 * step), _TICK_STEPS[-1])
+    # 0.8 is four steps of 0.05 below 1, whatever binary fractions say.
+    return step, max(2, math.ceil((1 - smallest) / step - 1e-9))
 
 
 @dataclass(frozen=True)
@@ -256,15 +265,16 @@ def expert_grid(report: Report) -> ExpertGrid | None:
         for layer, experts in enumerate(kept)
         for first, last in _runs(experts)
     ]
-    lines = [f"M{expert} 0V{len(kept)}" for expert in range(1, n_experts)]
-    lines += [f"M0 {layer}H{n_experts}" for layer in range(1, len(kept))]
+    lines = [f"M0 {layer}H{n_experts}" for layer in range(1, len(kept))]
+    if n_experts <= _MOST_COLUMN_LINES:
+        lines += [f"M{expert} 0V{len(kept)}" for expert in range(1, n_experts)]
     row_height = min(18, max(8, 300 // len(kept)))
     return ExpertGrid(len(kept), n_experts, "".join(path), "".join(lines), row_height)
 
 
 def kept_ranges(experts: Sequence[int]) -> str:
-    """``0–3, 5, 8–9``."""
-    return ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in _runs(experts))
+    """``0-3, 5, 8-9``."""
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in _runs(experts))
 
 
 def _runs(experts: Sequence[int]) -> list[tuple[int, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from validate.report import numbers
@@ -13,9 +13,13 @@ __all__ = [
     "Report",
     "artifact_name",
     "band",
+    "check_name",
+    "check_value",
     "checks",
     "failed_checks",
+    "failures",
     "find",
+    "loss_name",
     "memory_needed",
     "model_name",
     "requirement",
@@ -34,11 +38,25 @@ _ARTIFACT_NAMES = {"teacher": "Original", "student": "Student", "gguf": "GGUF", 
 _RUNTIME_NAMES = {"torch": "torch", "llama.cpp": "llama.cpp", "onnxruntime": "ONNX Runtime"}
 _SHIPPED = ("gguf", "onnx")
 
+_CHECKS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
+    "budget": ("bytes that the budget counts", numbers.size),
+    "perplexity_change": ("change of perplexity from the student in torch", numbers.percent),
+    "routing": ("routing overlap with the student in torch", numbers.percent),
+    "kld": ("mean divergence from the original", numbers.divergence),
+    "top1": ("same top token as the original", numbers.percent),
+}
+_LOSSES = {"kd": "distillation", "ce": "next-token loss"}
+
 BANDS = ((0.0, 0.005, "like 6-bit"), (0.01, 0.05, "like 4-bit"), (0.1, math.inf, "visibly different"))
 """Mean divergence (nats) that quantized files of unpruned models have: from, to, what it is like.
 
 Community figures for Qwen-class models, llama-perplexity on wikitext; no accepted band exists for pruned models.
 """
+
+
+def loss_name(loss: str) -> str:
+    """``kd`` -> ``distillation``."""
+    return _LOSSES.get(loss, loss)
 
 
 def find(data: Any, *keys: str) -> Any:
@@ -95,7 +113,7 @@ def memory_needed(report: Report, artifact: str) -> tuple[int | None, bool]:
     measured = find(report, "budget", "measured", artifact, part)
     if measured is not None:
         return int(measured), True
-    predicted = find(report, "budget", "predicted", artifact, "weights" if part == "file" else "total")
+    predicted = find(report, "budget", "predicted", artifact, part)
     return (None if predicted is None else int(predicted)), False
 
 
@@ -117,11 +135,29 @@ def failed_checks(report: Report) -> list[Mapping[str, Any]]:
     return [check for check in checks(report) if not check["passed"]]
 
 
+def failures(report: Report) -> list[str]:
+    """Each failed check in one line: ``GGUF: mean divergence from the original: 0.3000 (at most 0.2000)``."""
+    return [f"{check_name(check)}: {check_value(check)} ({requirement(check)})" for check in failed_checks(report)]
+
+
+def check_name(check: Mapping[str, Any]) -> str:
+    """``gguf.kld`` in words; a name that is not known is its own description."""
+    artifact, _, what = str(check["name"]).partition(".")
+    if artifact not in _SHIPPED or what not in _CHECKS:
+        return str(check["name"])
+    return f"{artifact_name(artifact)}: {_CHECKS[what][0]}"
+
+
+def check_value(check: Mapping[str, Any]) -> str:
+    """What a check measured."""
+    return "not measured" if _unmeasured(check["value"]) else _check_format(check)(check["value"])
+
+
 def requirement(check: Mapping[str, Any]) -> str:
-    """``at most 0.05``. The data states no direction: value, threshold and outcome together determine it."""
-    value, threshold, text = check["value"], check["threshold"], numbers.plain(check["threshold"])
-    if value is None or math.isnan(value) or value == threshold:
-        return f"limit {text}"
+    """``at most 0.05``. The data states no direction: value and outcome tell it, or nothing does."""
+    value, threshold, text = check["value"], check["threshold"], _check_format(check)(check["threshold"])
+    if _unmeasured(value) or value == threshold:
+        return f"threshold {text}"
     return f"at most {text}" if (value < threshold) == bool(check["passed"]) else f"at least {text}"
 
 
@@ -154,6 +190,15 @@ def verdict_sentence(report: Report) -> str:
     if crashed:
         sentence += f"; {' and '.join(crashed)} did not run"
     return f"{sentence}."
+
+
+def _check_format(check: Mapping[str, Any]) -> Callable[[Any], str]:
+    what = str(check["name"]).partition(".")[2]
+    return _CHECKS[what][1] if what in _CHECKS else numbers.plain
+
+
+def _unmeasured(value: float | None) -> bool:
+    return value is None or math.isnan(value)
 
 
 def _against_budget(report: Report) -> str:

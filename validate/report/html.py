@@ -53,7 +53,7 @@ def _view(report: Report) -> dict[str, Any]:
         "passed": bool(find(report, "verdict", "passed")),
         "verdict_title": facts.verdict_title(report),
         "verdict_sentence": facts.verdict_sentence(report),
-        "failed_checks": tables.Table((), tables.check_table(report).rows[: len(facts.failed_checks(report))]),
+        "failures": facts.failures(report),
         "tiles": _tiles(report),
         "budget": report["budget"],
         "budget_bars": charts.budget_bars(report),
@@ -61,7 +61,7 @@ def _view(report: Report) -> dict[str, Any]:
         "scored_tokens": numbers.count(max((row["tokens"] for row in rows if row.get("tokens")), default=None)),
         "divergence_chart": charts.divergence_chart(report),
         "fidelity_table": tables.fidelity_table(report),
-        "across": next((row["kld_vs_other_runtime"] for row in rows if row.get("kld_vs_other_runtime")), None),
+        "across": next((value for row in rows if (value := row.get("kld_vs_other_runtime")) is not None), None),
         "routing_charts": charts.routing_charts(report),
         "routing_table": tables.routing_table(report),
         "recovery_table": tables.recovery_table(report),
@@ -100,12 +100,10 @@ def _tiles(report: Report) -> tuple[Tile, ...]:
         Tile(
             "Routing kept by the export",
             _lines((row, numbers.percent(find(row, "routing", "vs_torch_student", "overlap"))) for row in shipped),
-            "same experts as torch, same student",
+            "same experts as the student in torch",
         ),
     )
 
 
 def _lines(values: Iterable[tuple[Any, str]]) -> tuple[tuple[str, str], ...]:
-    return tuple(
-        (facts.artifact_name(row["artifact"]), "did not run" if row.get("error") else text) for row, text in values
-    )
+    return tuple((facts.artifact_name(row["artifact"]), "failed" if row.get("error") else text) for row, text in values)

@@ -52,6 +52,7 @@ def render_model_card(report: Report) -> str:
         text=report.get("text") or {},
         runs=_runs(report),
         limits=_limits(report),
+        loss_name=facts.loss_name,
         numbers=numbers,
     )
 
@@ -66,7 +67,7 @@ def _front_matter(report: Report) -> dict[str, Any]:
     if source.get("license"):
         data["license"] = source["license"]
     # The hub resolves base_model to a page: a local folder has none.
-    if _HUB_ID.fullmatch(str(source["model"])) and not Path(source["model"]).exists():
+    if _HUB_ID.fullmatch(str(source["model"])):
         data |= {"base_model": source["model"], "base_model_relation": "quantized"}
     if formats:
         data["library_name"] = "gguf" if "gguf" in formats else "onnxruntime"
@@ -79,14 +80,15 @@ def _front_matter(report: Report) -> dict[str, Any]:
 def _engines(report: Report) -> list[str]:
     """The runtimes that the files were measured in, with versions and outcome."""
     return [
-        f"{facts.row_name(row)} {row.get('runtime_version') or ''}".rstrip() + (": did not run" if row["error"] else "")
+        f"{facts.row_name(row)} {row.get('runtime_version') or ''}".rstrip()
+        + (": did not run" if row.get("error") else "")
         for row in facts.shipped_rows(report)
     ]
 
 
 def _files(report: Report) -> list[tuple[str, ...]]:
     """Path, type, exact bytes, size, bits per weight, perplexity, divergence of every artifact."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for artifact in report["artifacts"]:
         measured = facts.validation_row(report, artifact["format"])
         rows.append(
@@ -134,17 +136,16 @@ def _runs(report: Report) -> list[tuple[str, str, str]]:
 
 def _limits(report: Report) -> list[str]:
     """What the figures do not promise, and what went wrong."""
-    limits = []
-    for check in facts.failed_checks(report):
-        value = "not measured" if check["value"] is None else numbers.plain(check["value"])
-        limits.append(f"Failed check: {check['name']} is {value}, required is {facts.requirement(check)}.")
+    limits = [f"Failed check: {failure}" for failure in facts.failures(report)]
     for row in facts.shipped_rows(report):
         if row.get("error"):
             limits.append(f"{facts.row_name(row)} did not run on the machine that made it: {row['error']}")
     for row in facts.shipped_rows(report):
         if find(row, "kld", "mean") is not None:
             mean = row["kld"]["mean"]
-            limits.append(f"{facts.row_name(row)}: mean divergence {numbers.divergence(mean)} nats, {facts.band(mean)}.")
+            limits.append(
+                f"{facts.row_name(row)}: mean divergence {numbers.divergence(mean)} nats, {facts.band(mean)}."
+            )
         if repetition := row.get("repetition"):
             limits.append(
                 f"{facts.row_name(row)}: {numbers.percent(repetition['loop_rate'])} of {repetition['prompts']} greedy "

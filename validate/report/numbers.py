@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TypeGuard, TypeVar
 
 __all__ = [
     "DASH",
@@ -20,7 +21,9 @@ __all__ = [
     "speed",
 ]
 
-DASH = "–"
+DASH = "\N{EN DASH}"
+
+_Number = TypeVar("_Number", int, float)
 
 _DECIMAL_UNITS = ("B", "KB", "MB", "GB", "TB")
 _BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -34,33 +37,33 @@ def size(n_bytes: int | None) -> str:
 
 def size_parts(n_bytes: int | None) -> tuple[str, str]:
     """Bytes in units of powers of 1000 and of 1024."""
-    if _missing(n_bytes):
+    if not _known(n_bytes):
         return DASH, DASH
     return _scaled(n_bytes, 1000, _DECIMAL_UNITS), _scaled(n_bytes, 1024, _BINARY_UNITS)
 
 
 def exact_bytes(n_bytes: int | None) -> str:
     """``9,940,128 bytes``."""
-    return DASH if _missing(n_bytes) else f"{n_bytes:,} bytes"
+    return DASH if not _known(n_bytes) else f"{n_bytes:,} bytes"
 
 
 def perplexity(value: float | None, error: float | None = None) -> str:
     """Two decimals, with the standard error where it is known."""
-    if _missing(value):
+    if not _known(value):
         return DASH
-    return f"{value:,.2f}" if _missing(error) else f"{value:,.2f} ± {error:.2f}"
+    return f"{value:,.2f}" if not _known(error) else f"{value:,.2f} ± {error:.2f}"
 
 
 def divergence(nats: float | None) -> str:
     """Four decimals; what would round to zero without being zero is printed as less than the last digit."""
-    if _missing(nats):
+    if not _known(nats):
         return DASH
     return "< 0.0001" if 0 < nats < 0.00005 else f"{nats:.4f}"
 
 
 def percent(fraction: float | None) -> str:
     """A fraction of 1 with two decimals of a percent; only what is exactly 1 is printed as 100 %."""
-    if _missing(fraction):
+    if not _known(fraction):
         return DASH
     if 0.99995 <= fraction < 1:
         return "> 99.99 %"
@@ -68,20 +71,21 @@ def percent(fraction: float | None) -> str:
 
 
 def change(before: float | None, after: float | None) -> str:
-    """Relative change with its sign: ``+12.3 %``."""
-    if _missing(before) or _missing(after) or not before:
+    """Relative change with its sign: ``+12.3 %``; below one percent with two decimals."""
+    if not _known(before) or not _known(after) or not before:
         return DASH
-    return f"{100 * (after / before - 1):+.1f} %".replace("-", "−")
+    percents = 100 * (after / before - 1)
+    return f"{percents:+.{1 if abs(percents) >= 1 else 2}f} %".replace("-", "\N{MINUS SIGN}")
 
 
 def count(number: int | None) -> str:
     """Thousands separated by commas."""
-    return DASH if _missing(number) else f"{number:,}"
+    return DASH if not _known(number) else f"{number:,}"
 
 
 def parameters(number: int | None) -> str:
     """Three digits: ``21.2 million``, ``30.5 billion``."""
-    if _missing(number):
+    if not _known(number):
         return DASH
     for unit, name in ((10**12, "trillion"), (10**9, "billion"), (10**6, "million")):
         if number >= unit:
@@ -91,14 +95,14 @@ def parameters(number: int | None) -> str:
 
 def speed(tokens_per_second: float | None) -> str:
     """Tokens per second; a decimal only below one hundred."""
-    if _missing(tokens_per_second):
+    if not _known(tokens_per_second):
         return DASH
     return f"{tokens_per_second:,.1f}" if tokens_per_second < 100 else f"{tokens_per_second:,.0f}"
 
 
 def duration(seconds: float | None) -> str:
     """The two largest units: ``0.4 s``, ``3 min 20 s``, ``2 h 05 min``."""
-    if _missing(seconds):
+    if not _known(seconds):
         return DASH
     if seconds < 9.95:
         return f"{seconds:.1f} s"
@@ -113,7 +117,7 @@ def duration(seconds: float | None) -> str:
 
 def plain(value: float | None) -> str:
     """A number of unknown meaning: whole numbers with separators, others with up to four decimals."""
-    if _missing(value):
+    if not _known(value):
         return DASH
     if math.isinf(value):
         return "infinite"
@@ -122,8 +126,8 @@ def plain(value: float | None) -> str:
     return f"{value:.4f}".rstrip("0") if abs(value) >= 0.001 else f"{value:.2e}"
 
 
-def _missing(value: float | None) -> bool:
-    return value is None or math.isnan(value)
+def _known(value: _Number | None) -> TypeGuard[_Number]:
+    return value is not None and not math.isnan(value)
 
 
 def _scaled(n_bytes: int, base: int, units: tuple[str, ...]) -> str:

@@ -39,7 +39,8 @@ def onnxruntime_example(folder: Path) -> str:
             f"model = genai.Model({json.dumps(str(folder))})",
             "tokenizer, generator = genai.Tokenizer(model), genai.Generator(model, genai.GeneratorParams(model))",
             f"generator.append_tokens(tokenizer.encode({json.dumps(_PROMPT)}))",
-            f"while not generator.is_done() and generator.token_count() < {_NEW_TOKENS}: generator.generate_next_token()",
+            f"while not generator.is_done() and generator.token_count() < {_NEW_TOKENS}:",
+            "    generator.generate_next_token()",
             "print(tokenizer.decode(generator.get_sequence(0)))",
         )
     )

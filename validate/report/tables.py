@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from validate.report import numbers
-from validate.report.facts import Report, artifact_name, checks, find, requirement, row_name
+from validate.report.facts import (
+    Report,
+    artifact_name,
+    check_name,
+    check_value,
+    checks,
+    find,
+    loss_name,
+    requirement,
+    row_name,
+)
 
 __all__ = [
     "Cell",
@@ -27,7 +37,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Cell:
-    """One value; ``note`` is small print under it, ``tone`` good or bad, ``bar`` a share of the longest bar (0 to 1)."""
+    """One value; ``note`` is small print, ``tone`` good or bad, ``bar`` the length of a bar between 0 and 1."""
 
     text: str
     note: str = ""
@@ -91,14 +101,24 @@ def fidelity_table(report: Report) -> Table:
         kld, before = row.get("kld") or {}, row.get("perplexity_teacher")
         is_teacher = row["artifact"] == "teacher"
         moved = "" if is_teacher or row.get("perplexity") is None else numbers.change(before, row["perplexity"])
+        student = None if row["artifact"] in ("teacher", "student") else row.get("perplexity_student_torch")
         cells = (
             Cell(numbers.perplexity(row.get("perplexity"), row.get("perplexity_error")), note=moved),
-            Cell(numbers.perplexity(None if is_teacher else row.get("perplexity_student_torch"))),
+            Cell(numbers.change(student, row.get("perplexity"))),
             *(Cell(numbers.divergence(kld.get(key))) for key in ("mean", "median", "p99", "max")),
             Cell(numbers.percent(row.get("top1_agreement"))),
         )
         rows.append(_measured_row(row, cells))
-    headings = ("Model", "Perplexity", "Same student in torch", "Mean divergence", "Median", "99 %", "Maximum", "Same top token")
+    headings = (
+        "Model",
+        "Perplexity",
+        "From the student",
+        "Mean divergence",
+        "Median",
+        "99 %",
+        "Maximum",
+        "Same top token",
+    )
     return Table(headings, tuple(rows))
 
 
@@ -110,9 +130,9 @@ def routing_table(report: Report) -> Table:
     for row in report["validation"]:
         routing, name = row.get("routing") or {}, artifact_name(row["artifact"])
         if agreement := routing.get("vs_torch_student"):
-            export.append(_agreement(f"{name} and torch, same student", row["artifact"], agreement))
+            export.append(_agreement(f"{name} and the student in torch", row["artifact"], agreement))
         if agreement := routing.get("vs_other_runtime"):
-            across.append(_agreement("llama.cpp and ONNX Runtime, same student", "cross", agreement))
+            across.append(_agreement("llama.cpp and ONNX Runtime", "cross", agreement))
         if agreement := routing.get("vs_teacher"):
             compression.append(_agreement(f"{name} and the original", row["artifact"], agreement, mapped=True))
     # Both files report the comparison with each other: one of them is enough.
@@ -136,7 +156,7 @@ def recovery_table(report: Report) -> Table:
             Cell(numbers.DASH if rung.get("learning_rate") is None else f"{rung['learning_rate']:g}"),
             Cell(numbers.duration(rung.get("seconds"))),
         )
-        rows.append(Row(str(rung["rung"]), cells, note=str(rung.get("loss") or "")))
+        rows.append(Row(str(rung["rung"]), cells, note=loss_name(str(rung.get("loss") or ""))))
     headings = ("Rung", "Before", "After", "Outcome", "Steps", "Tokens", "Learning rate", "Time")
     return Table(headings, tuple(rows))
 
@@ -178,9 +198,9 @@ def check_table(report: Report) -> Table:
     rows = []
     for check in checks(report):
         passed = bool(check["passed"])
-        value = "not measured" if check["value"] is None else numbers.plain(check["value"])
+        note = "" if check_name(check) == check["name"] else str(check["name"])
         outcome = Cell("✓ passed" if passed else "✗ failed", tone="good" if passed else "bad")
-        rows.append(Row(str(check["name"]), (outcome, Cell(value), Cell(requirement(check)))))
+        rows.append(Row(check_name(check), (outcome, Cell(check_value(check)), Cell(requirement(check))), note=note))
     return Table(("Check", "Outcome", "Value", "Required"), tuple(rows))
 
 

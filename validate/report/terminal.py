@@ -29,7 +29,7 @@ def summary(report: Report) -> RenderableType:
         if any(text != numbers.DASH for text in values):
             table.add_row(name, *values)
     title = Text.assemble((facts.model_name(report), "bold"), f": {facts.student_description(report)}")
-    return Group(title, _budget_line(report), Text(), table, Text(), _verdict(report))
+    return Group(title, _budget_line(report), Text(), table, Text(), _verdict(report), Text())
 
 
 def _heading(row: Column) -> str:
@@ -54,7 +54,7 @@ def _rows(report: Report) -> list[tuple[str, Callable[[Column], str]]]:
         ("Mean divergence, nats", lambda row: numbers.divergence(find(row, "kld", "mean"))),
         ("99 % divergence, nats", lambda row: numbers.divergence(find(row, "kld", "p99"))),
         ("Same top token", lambda row: numbers.percent(row.get("top1_agreement"))),
-        ("Routing as in torch", lambda row: numbers.percent(find(row, "routing", "vs_torch_student", "overlap"))),
+        ("Routing as in the student", lambda row: numbers.percent(find(row, "routing", "vs_torch_student", "overlap"))),
         ("Routing as in the original", lambda row: numbers.percent(find(row, "routing", "vs_teacher", "overlap"))),
         ("Decode, tokens/s", lambda row: numbers.speed(row.get("decode_tokens_per_second"))),
     ]
@@ -66,16 +66,17 @@ def _rows(report: Report) -> list[tuple[str, Callable[[Column], str]]]:
 def _budget_line(report: Report) -> Text:
     budget = report["budget"]
     what = "the file" if budget["kind"] == "file" else f"memory at {numbers.count(budget['context'])} tokens of context"
-    return Text(f"Budget {numbers.size(budget['bytes'])} for {what}; original {numbers.size(report['source']['bytes'])}")
+    return Text(
+        f"Budget {numbers.size(budget['bytes'])} for {what}; original {numbers.size(report['source']['bytes'])}"
+    )
 
 
 def _verdict(report: Report) -> Text:
     passed = bool(find(report, "verdict", "passed"))
     style = "bold green" if passed else "bold red"
     lines = Text(facts.verdict_title(report), style=style)
-    for check in facts.failed_checks(report):
-        value = "not measured" if check["value"] is None else numbers.plain(check["value"])
-        lines.append(f"\n  {check['name']}: {value}, {facts.requirement(check)}", style="red")
+    for failure in facts.failures(report):
+        lines.append(f"\n  {failure}", style="red")
     for row in facts.shipped_rows(report):
         if row.get("error"):
             lines.append(f"\n  {facts.row_name(row)} did not run: {row['error']}", style="red")
