@@ -1,0 +1,171 @@
+"""Router KD: the loss by its equation, the schedule as published, training against stock torch."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.errors import InputError
+from compressors.model.families import Role
+from compressors.model.log_probs import LogProbReader
+from compressors.model.losses import kl_divergence, kl_divergence_to_top
+from compressors.model.streaming import StreamedModel, TokenGroup
+from compressors.model.student import ExpertMap, Student
+from compressors.recover.router_kd import RouterKdSettings, mean_divergence, train_routers
+from compressors.teacher import TeacherTargets, top_targets, write_log_probs
+
+
+@pytest.fixture(scope="module")
+def blocks_BT(heldout_tokens: npt.NDArray[np.int64]) -> torch.Tensor:
+    return torch.from_numpy(heldout_tokens[: 48 * 64].reshape(48, 64))
+
+
+@pytest.fixture(scope="module")
+def teacher(fine_folder: Path) -> Student:
+    return Student.teacher(Checkpoint(fine_folder))
+
+
+@pytest.fixture(scope="module")
+def pruned(teacher: Student) -> Student:
+    return Student(teacher.source, ExpertMap(32, (tuple(range(0, 32, 2)),) * teacher.shape.n_layers))
+
+
+@pytest.fixture(scope="module")
+def targets(teacher: Student, blocks_BT: torch.Tensor) -> TeacherTargets:
+    model = StreamedModel(teacher)
+    (hidden,) = model.stream([TokenGroup(blocks_BT)])
+    return top_targets(model, hidden)
+
+
+def test_full_divergence_is_its_definition() -> None:
+    generator = torch.Generator().manual_seed(1)
+    teacher, student = torch.randn(2, 5, 40, generator=generator)
+    p, q = teacher.softmax(-1).double(), student.softmax(-1).double()
+    expected = (p * (p / q).log()).sum(-1)
+    torch.testing.assert_close(kl_divergence(teacher.log_softmax(-1), student).double(), expected, rtol=1e-5, atol=0)
+
+
+def test_divergence_to_top_is_that_of_the_merged_distributions() -> None:
+    generator = torch.Generator().manual_seed(2)
+    teacher, student = torch.randn(2, 5, 40, generator=generator) * 3
+    best = teacher.log_softmax(-1).topk(8)
+
+    def merged(logits: torch.Tensor) -> torch.Tensor:
+        top = logits.softmax(-1).double().gather(-1, best.indices)
+        return torch.cat([top, 1 - top.sum(-1, keepdim=True)], -1)
+
+    p, q = merged(teacher), merged(student)
+    expected = (p * (p / q).log()).sum(-1)
+    found = kl_divergence_to_top(best.values, best.indices, student)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
+    assert (found <= kl_divergence(teacher.log_softmax(-1), student) + 1e-6).all()
+
+
+def test_targets_hold_the_teacher_s_best_tokens(
+    fine_folder: Path, targets: TeacherTargets, blocks_BT: torch.Tensor
+) -> None:
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(fine_folder, dtype=torch.float32)(blocks_BT[:2]).logits
+    best = logits.log_softmax(-1).topk(64)
+    torch.testing.assert_close(targets.log_probs_BTK[:2], best.values, rtol=0, atol=1e-4)
+    assert (targets.tokens_BTK[:2, :, :8] == best.indices[:, :, :8]).float().mean() > 0.999
+
+
+def test_log_probs_in_16_bits_are_exact_enough(teacher: Student, blocks_BT: torch.Tensor, tmp_path: Path) -> None:
+    model = StreamedModel(teacher)
+    (hidden,) = model.stream([TokenGroup(blocks_BT[:2])])
+    scored = slice(32, 63)
+    likelihoods = write_log_probs(model, blocks_BT[:2], hidden, scored, tmp_path / "teacher")
+    with torch.no_grad():
+        expected = model.logits(hidden[:, scored].flatten(0, 1)).log_softmax(-1)
+    reader = LogProbReader(tmp_path / "teacher")
+    decoded = reader.rows(0, len(reader))
+    near = expected > expected.amax(-1, keepdim=True) - 15.99  # the last step below may round to impossible
+    assert (decoded - expected)[near].abs().max() <= 16 / 65535 / 2 + 1e-5
+    assert (decoded[expected < expected.amax(-1, keepdim=True) - 16.01] == -torch.inf).all()
+    following = blocks_BT[:2, 33:64].flatten()
+    torch.testing.assert_close(likelihoods, -expected.gather(-1, following[:, None])[:, 0], rtol=1e-5, atol=1e-5)
+    assert abs(mean_divergence(teacher, blocks_BT[:2], reader, scored)) < 1e-6
+
+
+def test_schedule_is_the_published_one() -> None:
+    settings = RouterKdSettings.published()
+    assert (settings.n_blocks, settings.n_steps, settings.learning_rate) == (3000, 375, 5e-5)
+    rates = [settings.rate_at(step) for step in range(settings.n_steps)]
+    warmup = math.ceil(0.03 * 375)
+    assert rates.index(max(rates)) in (warmup - 1, warmup)
+    assert max(rates) == pytest.approx(5e-5)
+    assert np.all(np.diff(rates[warmup:]) < 0)
+    assert 0 < rates[-1] < 5e-5 / 300
+
+
+def test_training_equals_stock_torch_with_adamw(
+    fine_folder: Path, pruned: Student, blocks_BT: torch.Tensor, targets: TeacherTargets
+) -> None:
+    settings = RouterKdSettings(n_blocks=6, learning_rate=1e-3, blocks_per_step=2, seed=3)
+    taught = train_routers(pruned, blocks_BT, targets, settings)
+    expected = _train_with_autograd(fine_folder, pruned, blocks_BT, targets, settings)
+    for layer, weight in enumerate(expected):
+        before = pruned.tensor(Role.ROUTER, layer).float()
+        moved = taught.tensor(Role.ROUTER, layer) - before
+        assert (moved - (weight - before)).norm() / moved.norm() < 0.02
+        assert taught.tensor(Role.ROUTER, layer).dtype == torch.float32
+
+
+def _train_with_autograd(
+    folder: Path, student: Student, blocks_BT: torch.Tensor, targets: TeacherTargets, settings: RouterKdSettings
+) -> list[torch.Tensor]:
+    """The same schedule on a whole stock model, with autograd's gradients and the loss written out."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
+    routers = []
+    for layer, module in enumerate(model.model.layers):
+        kept = list(student.experts.kept[layer])
+        module.mlp.gate.weight = torch.nn.Parameter(module.mlp.gate.weight[kept].clone())
+        routers.append(module.mlp.gate.weight)
+        experts = module.mlp.experts
+        experts.num_experts = module.mlp.gate.num_experts = len(kept)
+        experts.gate_up_proj = torch.nn.Parameter(experts.gate_up_proj[kept], requires_grad=False)
+        experts.down_proj = torch.nn.Parameter(experts.down_proj[kept], requires_grad=False)
+    optimizer = torch.optim.AdamW(routers, weight_decay=0.0)
+    order = torch.randperm(settings.n_blocks, generator=torch.Generator().manual_seed(settings.seed))
+    for step, chosen in enumerate(order.split(settings.blocks_per_step)):
+        optimizer.param_groups[0]["lr"] = settings.rate_at(step)
+        log_q = functional.log_softmax(model(blocks_BT[chosen]).logits, dim=-1)
+        top = targets.tokens_BTK[chosen].long()
+        p = targets.log_probs_BTK[chosen].exp()
+        q = log_q.exp().gather(-1, top)
+        rest_p, rest_q = 1 - p.sum(-1), 1 - q.sum(-1)
+        divergence = (p * (p / q).log()).sum(-1) + rest_p * (rest_p / rest_q).log()
+        optimizer.zero_grad()
+        divergence[:, :-1].mean().backward()
+        torch.nn.utils.clip_grad_norm_(routers, 1.0)
+        optimizer.step()
+    return [router.detach() for router in routers]
+
+
+def test_training_brings_the_student_nearer_and_is_deterministic(
+    teacher: Student, pruned: Student, blocks_BT: torch.Tensor, targets: TeacherTargets, tmp_path: Path
+) -> None:
+    settings = RouterKdSettings.sized(256, n_blocks=40, seed=0)
+    taught = train_routers(pruned, blocks_BT, targets, settings)
+    again = train_routers(pruned, blocks_BT, targets, settings, keep_layers=True)
+    assert all(torch.equal(taught.overlay[name], again.overlay[name]) for name in taught.overlay)
+    model, unseen, scored = StreamedModel(teacher), blocks_BT[40:], slice(32, 63)
+    (hidden,) = model.stream([TokenGroup(unseen)])
+    write_log_probs(model, unseen, hidden, scored, tmp_path / "teacher")
+    reader = LogProbReader(tmp_path / "teacher")
+    before = mean_divergence(pruned, unseen, reader, scored)
+    assert mean_divergence(taught, unseen, reader, scored) < 0.95 * before
+
+
+def test_too_little_text_is_refused(pruned: Student, blocks_BT: torch.Tensor, targets: TeacherTargets) -> None:
+    with pytest.raises(InputError, match="49 blocks"):
+        train_routers(pruned, blocks_BT, targets, RouterKdSettings(n_blocks=49, learning_rate=1e-3))

@@ -1,0 +1,143 @@
+"""One-pass statistics and REAP against brute force by definition, on trained weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.errors import InputError
+from compressors.model.families import Role
+from compressors.model.shape import MoeShape
+from compressors.model.streaming import StreamedModel, TokenGroup
+from compressors.model.student import ExpertMap, Student
+from compressors.prune import highest, prune_by_reap
+from compressors.statistics import LayerStatistics, StatisticsCollector, importance, load_statistics, save_statistics
+
+
+@pytest.fixture(scope="module")
+def blocks_BT(heldout_tokens: npt.NDArray[np.int64]) -> torch.Tensor:
+    return torch.from_numpy(heldout_tokens[: 8 * 64].reshape(8, 64))
+
+
+def _collect(folder: Path, blocks_BT: torch.Tensor) -> list[LayerStatistics]:
+    model = StreamedModel(Student.teacher(Checkpoint(folder)))
+    collector = StatisticsCollector(model.shape)
+    model.stream([TokenGroup(blocks_BT, [collector.observe])])
+    return collector.layers
+
+
+@torch.no_grad()
+def _reap_by_definition(folder: Path, blocks_BT: torch.Tensor) -> list[torch.Tensor]:
+    """S_j = mean over the tokens whose top-k holds j of g_j ||f_j||: every token by itself, every expert written out."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    inputs: dict[int, torch.Tensor] = {}
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_pre_hook(lambda _m, args, index=index: inputs.update({index: args[0].flatten(0, 1)}))
+    model(blocks_BT)
+    scores = []
+    for index, layer in enumerate(model.model.layers):
+        experts, gate = layer.mlp.experts, layer.mlp.gate
+        total, count = torch.zeros(experts.num_experts), torch.zeros(experts.num_experts)
+        for hidden in inputs[index]:
+            probabilities = torch.softmax(gate.weight @ hidden, dim=0)
+            chosen = probabilities.argsort(descending=True)[: gate.top_k]
+            for expert in chosen.tolist():
+                gate_row, up_row = (experts.gate_up_proj[expert] @ hidden).chunk(2)
+                output = experts.down_proj[expert] @ (torch.nn.functional.silu(gate_row) * up_row)
+                total[expert] += probabilities[expert] / probabilities[chosen].sum() * output.norm()
+                count[expert] += 1
+        scores.append(total / count.clamp_min(1))
+    return scores
+
+
+def test_reap_equals_brute_force(family_folder: Path, blocks_BT: torch.Tensor) -> None:
+    layers = _collect(family_folder, blocks_BT)
+    expected = _reap_by_definition(family_folder, blocks_BT)
+    n_kept = len(expected[0]) // 2
+    kept = prune_by_reap(layers, n_kept).kept
+    for layer, scores, survivors in zip(layers, expected, kept, strict=True):
+        torch.testing.assert_close(layer.reap_scores().float(), scores, rtol=1e-4, atol=1e-6)
+        assert survivors == tuple(sorted(scores.argsort(descending=True)[:n_kept].tolist()))
+
+
+@torch.no_grad()
+def test_second_moments_and_cosines_equal_their_definition(fine_folder: Path, blocks_BT: torch.Tensor) -> None:
+    statistics = _collect(fine_folder, blocks_BT)[2]
+    model = AutoModelForCausalLM.from_pretrained(fine_folder, dtype=torch.float32).eval()
+    layer = model.model.layers[2]
+    seen: dict[str, torch.Tensor] = {}
+    layer.self_attn.q_proj.register_forward_pre_hook(lambda _m, args: seen.update(attention=args[0].flatten(0, 1)))
+    layer.mlp.register_forward_pre_hook(lambda _m, args: seen.update(moe=args[0].flatten(0, 1)))
+    layer.mlp.gate.register_forward_hook(lambda _m, _a, out: seen.update(logits=out[0], chosen=out[2]))
+    layer.register_forward_pre_hook(lambda _m, args: seen.update(before=args[0].flatten(0, 1)))
+    layer.register_forward_hook(lambda _m, _a, out: seen.update(after=out.flatten(0, 1)))
+    model(blocks_BT)
+    n_tokens = blocks_BT.numel()
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(statistics.attention_input_square_D.float(), seen["attention"].square().sum(0), **close)
+    gram = seen["logits"].T @ seen["logits"]
+    torch.testing.assert_close(statistics.router_logit_gram_EE.float(), gram, rtol=1e-4, atol=1e-2)
+    routed = (seen["chosen"] == 7).any(-1)
+    assert statistics.count_E[7] == routed.sum()
+    torch.testing.assert_close(
+        statistics.gate_up_input_square_ED[7].float(), seen["moe"][routed].square().sum(0), **close
+    )
+    cosine = torch.nn.functional.cosine_similarity(seen["before"], seen["after"], dim=-1).sum()
+    assert statistics.block_cosine_sum.item() == pytest.approx(cosine.item(), rel=1e-5)
+    assert statistics.n_tokens == n_tokens
+    assert statistics.count_E.sum() == n_tokens * model.config.num_experts_per_tok
+
+
+def test_statistics_survive_the_disk(fine_folder: Path, blocks_BT: torch.Tensor, tmp_path: Path) -> None:
+    layers = _collect(fine_folder, blocks_BT[:1])
+    save_statistics(layers, tmp_path / "statistics.safetensors")
+    for saved, loaded in zip(layers, load_statistics(tmp_path / "statistics.safetensors"), strict=True):
+        assert all(torch.equal(value, getattr(loaded, name)) for name, value in vars(saved).items())
+
+
+def test_damaged_statistics_are_named(tmp_path: Path) -> None:
+    (tmp_path / "statistics.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    with pytest.raises(InputError, match=r"statistics\.safetensors"):
+        load_statistics(tmp_path / "statistics.safetensors")
+
+
+def test_importance_follows_the_survivors(fine_folder: Path, blocks_BT: torch.Tensor) -> None:
+    layers = _collect(fine_folder, blocks_BT)
+    kept = ((3, 8, 21),) * len(layers)
+    matrix = importance(layers, ExpertMap(32, kept))
+    expected = layers[1].down_input_square_EF[21] / layers[1].count_E[21].clamp_min(1)
+    torch.testing.assert_close(matrix[Role.EXPERT_DOWN, 1][2], expected.float())
+    assert matrix[Role.EXPERT_GATE, 0].shape == (3, 256)
+    assert matrix[Role.QUERY, 5].shape == (256,)
+
+
+@pytest.mark.parametrize(
+    ("scores", "n_experts", "kept"),
+    [
+        ([0.1, 0.9, 0.5, 0.7], 2, (1, 3)),
+        ([0.5, 0.5, 0.5, 0.5], 2, (0, 1)),  # ties: the lower index
+        ([0.0, 0.0, 0.2, 0.0], 2, (0, 2)),  # experts never routed to score 0
+        ([0.3, 0.2], 2, (0, 1)),
+        ([0.3, 0.2, 0.4], 1, (2,)),
+    ],
+)
+def test_highest_scores_survive(scores: list[float], n_experts: int, kept: tuple[int, ...]) -> None:
+    assert highest(torch.tensor(scores), n_experts) == kept
+
+
+def test_an_expert_never_routed_to_scores_zero(fine_folder: Path) -> None:
+    shape: MoeShape = Checkpoint(fine_folder).shape
+    assert LayerStatistics.zeros(shape).reap_scores().tolist() == [0.0] * shape.n_experts
+
+
+@pytest.mark.parametrize("n_experts", [0, 33])
+def test_impossible_counts_are_refused(fine_folder: Path, n_experts: int) -> None:
+    layers = [LayerStatistics.zeros(Checkpoint(fine_folder).shape)]
+    with pytest.raises(InputError, match=str(n_experts)):
+        prune_by_reap(layers, n_experts)
