@@ -75,6 +75,7 @@ def budget_bars(report: Report) -> list[BudgetBar]:
     bars = []
     for name, lines in predicted.items():
         segments, left = [], 0.0
+        found = measured[name]
         for key, label in parts:
             width = 100 * (lines.get(key) or 0) / scale
             segments.append(Segment(key, label, lines.get(key) or 0, left, width))
@@ -83,10 +84,10 @@ def budget_bars(report: Report) -> list[BudgetBar]:
             BudgetBar(
                 artifact=name,
                 segments=tuple(segments),
-                needed=measured[name] or totals[name],
+                needed=found or totals[name],
                 budget=100 * budget["bytes"] / scale,
-                measured=None if measured[name] is None else 100 * measured[name] / scale,
-                over=(measured[name] or totals[name]) > budget["bytes"],
+                measured=None if found is None else 100 * found / scale,
+                over=(found or totals[name]) > budget["bytes"],
             )
         )
     return bars
@@ -238,7 +239,7 @@ def _line_chart(title: str, comparisons: Sequence[tuple[str, str, Mapping[str, A
 
 
 def _axis(smallest: float) -> tuple[float, int]:
-    """Distance and number of the ticks below 1: at most five, at least two, and the smallest value is above the last."""
+    """Distance and number of the ticks below 1: two to five, and the smallest value is not under the last."""
     step = next((step for step in _TICK_STEPS if smallest >= 1 - 5 * step), _TICK_STEPS[-1])
     # 0.8 is four steps of 0.05 below 1, whatever binary fractions say.
     return step, max(2, math.ceil((1 - smallest) / step - 1e-9))

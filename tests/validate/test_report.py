@@ -1,0 +1,578 @@
+"""The page, the card and the terminal lines: all from one plain report, complete and honest when parts are missing."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import re
+import shlex
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from validate.report import charts, facts, numbers, render_html, render_model_card, run_instructions, summary
+
+_SECTIONS = (
+    "Size and budget",
+    "Fidelity",
+    "Routing agreement",
+    "Recovery",
+    "Surviving experts",
+    "Speed and memory",
+    "Checks",
+    "Reproduce",
+    "Time and memory of the run",
+)
+_VOID = {"meta", "br", "hr", "img", "link", "input"}
+_CRASH = "killed by SIGILL (illegal instruction) in libggml-cpu while evaluating <blk.0>"
+
+
+def sample_report() -> dict[str, Any]:
+    """A run like those measured on the bundled model: 24 of 32 experts, both formats, two rungs of recovery."""
+    onnx_files = {
+        "onnx/model.onnx": {"bytes": 48_213, "sha256": "5e" * 32},
+        "onnx/model.onnx.data": {"bytes": 9_887_744, "sha256": "6f" * 32},
+    }
+    return {
+        "schema": 1,
+        "tool": {"name": "moe-export", "version": "0.1.0"},
+        "source": {
+            "model": "example-org/Fine-21M-MoE",
+            "identity": "ab" * 32,
+            "family": "qwen3_moe",
+            "parameters": 21_239_808,
+            "bytes": 42_496_512,
+            "dtype": "bfloat16",
+            "n_layers": 6,
+            "n_experts": 32,
+            "top_k": 4,
+            "license": "apache-2.0",
+        },
+        "command": "moe-export example-org/Fine-21M-MoE --budget 16MB --context 2048 --out fine-16MB",
+        "recipe": {"method": "reap", "experts": 24, "types": {"experts": "Q4_0", "embedding": "Q8_0"}, "seed": 0},
+        "text": {
+            "calibration": {"sha256": "c1" * 32, "documents": 1480, "blocks": 96},
+            "selection": {"sha256": "5e" * 32, "documents": 164, "blocks": 16},
+            "heldout": {"sha256": "4e" * 32, "documents": 410, "blocks": 15},
+        },
+        "student": {"n_experts": 24, "top_k": 4, "parameters": 16_521_216, "kept": _kept(6, 32, 24)},
+        "budget": {
+            "bytes": 16_000_000,
+            "kind": "total",
+            "context": 2048,
+            "kv_type": "f16",
+            "predicted": {
+                "gguf": _lines(9_914_112, 1_572_864, 2_097_152, 1_310_720),
+                "onnx": _lines(9_935_957, 3_145_728, 1_703_936, 1_048_576),
+            },
+            "measured": {
+                "gguf": {"file": 9_914_112, "total": 14_680_064},
+                "onnx": {"file": 9_935_957, "total": 15_466_496},
+            },
+        },
+        "artifacts": [
+            {
+                "format": "gguf",
+                "path": "Fine-24x0.9M-Q4_0.gguf",
+                "files": {"Fine-24x0.9M-Q4_0.gguf": {"bytes": 9_914_112, "sha256": "d7" * 32}},
+                "bytes": 9_914_112,
+                "bits_per_weight": 4.8,
+                "type": "Q4_0",
+            },
+            {
+                "format": "onnx",
+                "path": "onnx",
+                "files": onnx_files,
+                "bytes": 9_935_957,
+                "bits_per_weight": 4.81,
+                "type": "Q4_0",
+            },
+        ],
+        "recovery": [
+            _rung("router", "kd", 5e-4, 0.5412, 0.3829, True),
+            _rung("router + most-used experts", "kd", 1e-4, 0.3829, 0.2604, True),
+            _rung("all", "next-token", 2e-5, 0.2604, 0.2711, False),
+        ],
+        "validation": _validation(),
+        "verdict": {
+            "passed": False,
+            "checks": [
+                {"name": "gguf.budget", "value": 14_680_064, "threshold": 16_000_000, "passed": True},
+                {"name": "gguf.perplexity_change", "value": 0.0004, "threshold": 0.05, "passed": True},
+                {"name": "gguf.routing", "value": 0.9961, "threshold": 0.85, "passed": True},
+                {"name": "gguf.kld", "value": 0.2646, "threshold": 0.2, "passed": False},
+                {"name": "onnx.budget", "value": 15_466_496, "threshold": 16_000_000, "passed": True},
+                {"name": "loops per prompt", "value": None, "threshold": 0.1, "passed": False},
+            ],
+        },
+        "timings": {"inspect": 0.31, "calibrate": 74.2, "compress": 1.9, "recover": 1311.0, "write gguf": 4.4,
+                    "write onnx": 4.9, "validate": 131.7},
+        "peak_rss_bytes": {"inspect": 310_378_496, "calibrate": 912_261_120, "compress": 801_112_064,
+                           "recover": 1_344_274_432, "write gguf": 601_882_624, "write onnx": 688_914_432,
+                           "validate": 1_104_674_816},
+        "environment": {"python": "3.11.2", "torch": "2.13.0", "llama-cpp-python": "0.3.36", "onnxruntime": "1.31.1",
+                        "threads": 2, "processor": "x86-64, 2 cores"},
+    }  # fmt: skip
+
+
+def _kept(n_layers: int, n_experts: int, n_kept: int) -> list[list[int]]:
+    """Different experts in every layer, in no visible pattern."""
+    orders = [sorted(range(n_experts), key=lambda e: (e + 3) * (e + 7 + layer) * 37 % 101) for layer in range(n_layers)]
+    return [sorted(order[:n_kept]) for order in orders]
+
+
+def _lines(weights: int, kv_cache: int, compute: int, reserve: int) -> dict[str, int]:
+    total = weights + kv_cache + compute + reserve
+    parts = {"weights": weights, "kv_cache": kv_cache, "compute": compute, "reserve": reserve}
+    return {"file": weights, **parts, "total": total}
+
+
+def _rung(name: str, loss: str, rate: float, before: float, after: float, accepted: bool) -> dict[str, Any]:
+    return {
+        "rung": name,
+        "loss": loss,
+        "learning_rate": rate,
+        "steps": 120,
+        "tokens": 491_520,
+        "selection_kld_before": before,
+        "selection_kld_after": after,
+        "accepted": accepted,
+        "seconds": 437.0,
+    }
+
+
+def _agreement(overlap: float, kept: float = 1.0) -> dict[str, Any]:
+    layers = []
+    for layer in range(6):
+        value = overlap - (1 - overlap) * 0.25 * math.sin(1.3 * layer)
+        layers.append(
+            {
+                "overlap": value,
+                "exact": value**4,
+                "top1": value**0.5,
+                "weighted": value**0.7,
+                "kept_gate_weight": kept,
+            }
+        )
+    figures = {key: sum(layer[key] for layer in layers) / len(layers) for key in layers[0]}
+    return {**figures, "per_layer": layers}
+
+
+def _kld(mean: float) -> dict[str, float]:
+    shares = {"mean": 1.0, "median": 0.62, "p90": 2.1, "p95": 2.9, "p99": 5.2, "p999": 9.6, "max": 21.0}
+    return {key: mean * share for key, share in shares.items()}
+
+
+def _validation() -> list[dict[str, Any]]:
+    shared = {"tokens": 3825, "perplexity_teacher": 38.412, "kld_vs_other_runtime": None, "error": None}
+    unmeasured = dict.fromkeys(
+        ("base_rss_bytes", "peak_rss_bytes", "load_seconds", "prefill_tokens_per_second", "decode_tokens_per_second",
+         "repetition")
+    )  # fmt: skip
+    nothing = {"vs_torch_student": None, "vs_other_runtime": None, "vs_teacher": None}
+    return [
+        {**shared, **unmeasured, "artifact": "teacher", "runtime": "torch", "runtime_version": "2.13.0",
+         "perplexity": 38.412, "perplexity_error": 0.913, "perplexity_student_torch": None, "kld": None,
+         "top1_agreement": None, "routing": nothing},
+        {**shared, **unmeasured, "artifact": "student", "runtime": "torch", "runtime_version": "2.13.0",
+         "perplexity": 49.207, "perplexity_error": 1.182, "perplexity_student_torch": 49.207, "kld": _kld(0.2641),
+         "top1_agreement": 0.7214, "routing": {**nothing, "vs_teacher": _agreement(0.771, 0.842)}},
+        {**shared, "artifact": "gguf", "runtime": "llama.cpp", "runtime_version": "0.3.36",
+         "perplexity": 49.226, "perplexity_error": 1.183, "perplexity_student_torch": 49.207, "kld": _kld(0.2646),
+         "top1_agreement": 0.7212, "kld_vs_other_runtime": 0.00031,
+         "routing": {"vs_torch_student": _agreement(0.9961), "vs_other_runtime": _agreement(0.9958),
+                     "vs_teacher": _agreement(0.769, 0.842)},
+         "base_rss_bytes": 72_351_744, "peak_rss_bytes": 88_080_384, "load_seconds": 0.09,
+         "prefill_tokens_per_second": 2914.0, "decode_tokens_per_second": 412.5,
+         "repetition": {"prompts": 40, "loop_rate": 0.075, "end_of_text_rate": 0.9}},
+        {**shared, "artifact": "onnx", "runtime": "onnxruntime", "runtime_version": "1.31.1",
+         "perplexity": 49.209, "perplexity_error": 1.182, "perplexity_student_torch": 49.207, "kld": _kld(0.2652),
+         "top1_agreement": 0.7213, "kld_vs_other_runtime": 0.00031,
+         "routing": {"vs_torch_student": _agreement(0.9996), "vs_other_runtime": _agreement(0.9958),
+                     "vs_teacher": _agreement(0.770, 0.842)},
+         "base_rss_bytes": 94_371_840, "peak_rss_bytes": 111_149_056, "load_seconds": 0.14,
+         "prefill_tokens_per_second": 1822.0, "decode_tokens_per_second": 287.1, "repetition": None},
+    ]  # fmt: skip
+
+
+def crashed(report: dict[str, Any], artifact: str) -> dict[str, Any]:
+    """The same run when one runtime died: nothing of that row was measured."""
+    report = copy.deepcopy(report)
+    for row in report["validation"]:
+        if row["artifact"] == artifact:
+            row.update(dict.fromkeys(row.keys() - {"artifact", "runtime", "runtime_version"}), error=_CRASH)
+    report["budget"]["measured"][artifact]["total"] = None
+    return report
+
+
+def only(report: dict[str, Any], artifact: str) -> dict[str, Any]:
+    """The same run with one format."""
+    report = copy.deepcopy(report)
+    other = {"gguf": "onnx", "onnx": "gguf"}[artifact]
+    report["artifacts"] = [entry for entry in report["artifacts"] if entry["format"] == artifact]
+    report["validation"] = [row for row in report["validation"] if row["artifact"] != other]
+    report["verdict"]["checks"] = [c for c in report["verdict"]["checks"] if not c["name"].startswith(other)]
+    for part in ("predicted", "measured"):
+        del report["budget"][part][other]
+    return report
+
+
+def least() -> dict[str, Any]:
+    """The same run with everything absent that can be: nothing pruned, recovered, validated or timed."""
+    report = sample_report()
+    report["student"].update(n_experts=32, kept=[list(range(32))] * 6)
+    report["source"]["license"] = None
+    report["budget"].update(predicted={}, measured={})
+    report.update(artifacts=[], recovery=[], validation=[], timings={}, peak_rss_bytes={}, environment={}, recipe={})
+    report["verdict"] = {"passed": True, "checks": []}
+    del report["command"], report["text"]
+    return report
+
+
+class Page(HTMLParser):
+    """Reads a page: checks that tags nest, and keeps its text, headings, attributes and tables' rows."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.headings: list[str] = []
+        self.rows: list[list[str]] = []
+        self.text: list[str] = []
+        self.feed(page)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attributes]
+        if tag not in _VOID:
+            self.open.append(tag)
+        if tag == "h2":
+            self.headings.append("")
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("th", "td"):
+            self.rows[-1].append("")
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attributes]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes another tag"
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self.open:
+            return
+        self.text.append(data)
+        if "h2" in self.open:
+            self.headings[-1] += data
+        if "th" in self.open or "td" in self.open:
+            self.rows[-1][-1] += data
+
+    def row(self, start: str) -> list[str]:
+        """Cells of the first table row whose name starts so."""
+        return next([cell.strip() for cell in row] for row in self.rows if row[0].startswith(start))
+
+
+@pytest.fixture
+def report() -> dict[str, Any]:
+    return sample_report()
+
+
+@pytest.fixture(
+    params=["whole", "gguf crashed", "onnx crashed", "gguf only", "onnx only", "file budget", "one layer", "least"]
+)
+def variant(request: pytest.FixtureRequest, report: dict[str, Any]) -> dict[str, Any]:
+    """Runs that differ in what they have."""
+    name: str = request.param
+    if name.endswith("crashed"):
+        return crashed(report, name.split()[0])
+    if name.endswith("only"):
+        return only(report, name.split()[0])
+    if name == "file budget":
+        report["budget"]["kind"] = "file"
+    if name == "one layer":
+        report["student"]["kept"] = report["student"]["kept"][:1]
+        for row in report["validation"]:
+            for agreement in filter(None, row["routing"].values()):
+                agreement["per_layer"] = agreement["per_layer"][:1]
+    return least() if name == "least" else report
+
+
+def terminal(report: dict[str, Any]) -> str:
+    """The terminal lines at 100 columns."""
+    console = Console(width=100, file=io.StringIO(), legacy_windows=False)
+    console.print(summary(report))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_page_parses_and_has_every_section_in_order(variant: dict[str, Any]) -> None:
+    assert tuple(Page(render_html(variant)).headings) == _SECTIONS
+
+
+def test_page_asks_for_nothing_from_outside(variant: dict[str, Any]) -> None:
+    html = render_html(variant)
+    assert not re.search(r"https?://|//[a-z]|@import|url\(|<script", html)
+    page = Page(html)
+    assert {tag for tag, _, _ in page.attributes}.isdisjoint({"img", "link", "iframe", "script", "object"})
+    assert all(value.startswith("#") for _, name, value in page.attributes if name in ("href", "src"))
+
+
+def test_outputs_hold_nothing_unprintable(variant: dict[str, Any]) -> None:
+    for text in ("".join(Page(render_html(variant)).text), render_model_card(variant), terminal(variant)):
+        assert not re.search(r"\b(None|nan|Undefined)\b|\{\{|\{%", text)
+
+
+def test_equal_reports_give_equal_text(report: dict[str, Any]) -> None:
+    again = copy.deepcopy(report)
+    assert render_html(report) == render_html(again)
+    assert render_model_card(report) == render_model_card(again)
+
+
+def test_figures_stand_in_the_right_rows(report: dict[str, Any]) -> None:
+    page = Page(render_html(report))
+    assert page.row("GGUF in llama.cpp")[1:] == [
+        "49.23 ± 1.18 +28.2 %",
+        "+0.04 %",
+        "0.2646",
+        "0.1641",
+        "1.3759",
+        "5.5566",
+        "72.12 %",
+    ]
+    assert page.row("GGUF and the student in torch")[1] == numbers.percent(_agreement(0.9961)["overlap"])
+    assert page.row("ONNX and the original")[-1] == "84.20 %"
+    assert page.row("router")[1:4] == ["0.5412", "0.3829 \N{MINUS SIGN}29.2 %", "accepted"]
+    assert page.row("all")[3] == "rejected"
+    assert page.row("Measured total")[1:] == ["14.68 MB 14.00 MiB", "15.47 MB 14.75 MiB"]
+    assert page.row("onnx/model.onnx.data")[1:] == ["9,887,744 bytes 9.89 MB (9.43 MiB)", "6f" * 32]
+    assert page.row("Held-out")[1:] == ["410", "15", "4e" * 32]
+    assert page.row("recover")[1] == "21 min 51 s"
+    text = "".join(page.text)
+    assert report["command"] in text
+    assert "types:\n  experts: Q4_0" in text
+
+
+def test_failed_checks_come_first(report: dict[str, Any]) -> None:
+    html = render_html(report)
+    outcomes = re.findall(r"[✓✗] (passed|failed)", html[html.index('id="checks"') :])
+    assert outcomes == ["failed", "failed", "passed", "passed", "passed", "passed"]
+    assert "Failed 2 of 6 checks" in html
+    assert html.index("GGUF: mean divergence from the original: 0.2646 (at most 0.2000)") < html.index('id="budget"')
+
+
+@pytest.mark.parametrize(
+    ("value", "threshold", "passed", "expected"),
+    [
+        (1.0, 2.0, True, "at most 2"),
+        (3.0, 2.0, False, "at most 2"),
+        (3.0, 2.0, True, "at least 2"),
+        (1.0, 2.0, False, "at least 2"),
+        (2.0, 2.0, True, "threshold 2"),
+        (None, 2.0, False, "threshold 2"),
+        (math.nan, 2.0, False, "threshold 2"),
+    ],
+)
+def test_direction_of_a_check(value: float | None, threshold: float, passed: bool, expected: str) -> None:
+    assert facts.requirement({"name": "x", "value": value, "threshold": threshold, "passed": passed}) == expected
+
+
+@pytest.mark.parametrize(("artifact", "runtime"), [("gguf", "llama.cpp"), ("onnx", "ONNX Runtime")])
+def test_crashed_runtime_is_shown_everywhere(report: dict[str, Any], artifact: str, runtime: str) -> None:
+    broken = crashed(report, artifact)
+    page = Page(render_html(broken))
+    assert page.row(f"{artifact.upper()} in {runtime}")[1:] == [f"did not run: {_CRASH}"]
+    assert f"{artifact.upper()} in {runtime} did not run" in "".join(page.text)
+    assert _CRASH in render_model_card(broken)
+    assert " ".join(_CRASH.split()) in " ".join(terminal(broken).split())
+
+
+def test_texts_of_a_report_are_escaped(report: dict[str, Any]) -> None:
+    report["source"]["model"] = "owner/<script>alert(1)</script>"
+    report["recipe"] = {"note": "<b>bold</b>"}
+    html = render_html(crashed(report, "gguf"))
+    assert "<script" not in html and "<b>bold" not in html and "<blk.0>" not in html
+    Page(html)
+
+
+def test_absent_format_is_not_mentioned(report: dict[str, Any]) -> None:
+    for text in (render_html(only(report, "gguf")), render_model_card(only(report, "gguf"))):
+        assert "ONNX in ONNX Runtime" not in text and "model.onnx" not in text
+    page = Page(render_html(only(report, "gguf")))
+    assert page.row("Budget") == ["Budget", "16.00 MB 15.26 MiB"]
+
+
+def test_nothing_pruned_or_recovered_is_said() -> None:
+    html = render_html(least())
+    assert "Nothing was pruned: all 32 experts" in html
+    assert "No recovery was run" in html
+    assert "Built; nothing was checked" in html
+    assert '<path class="kept"' not in html
+
+
+def test_grid_shows_exactly_the_kept_experts(report: dict[str, Any]) -> None:
+    grid = charts.expert_grid(report)
+    assert grid is not None
+    cells = {
+        (int(layer), expert)
+        for first, layer, width in re.findall(r"M(\d+) (\d+)h(\d+)v1", grid.kept)
+        for expert in range(int(first), int(first) + int(width))
+    }
+    assert cells == {(layer, expert) for layer, kept in enumerate(report["student"]["kept"]) for expert in kept}
+    assert charts.kept_ranges([9, 0, 1, 2, 5, 8]) == "0-2, 5, 8-9"
+
+
+def test_lines_lie_inside_their_axes(report: dict[str, Any]) -> None:
+    export, compression = charts.routing_charts(report)
+    assert [series.kind for series in export.series] == ["gguf", "onnx", "cross"]
+    for chart in (export, compression):
+        assert chart.y_ticks[0].label.startswith("100")
+        assert len(chart.y_ticks) <= 6
+        lowest = chart.y_ticks[-1].at
+        assert lowest == pytest.approx(chart.height)
+        for series in chart.series:
+            assert len(series.points) == 6
+            assert all(0 <= x <= 100 and 0 <= y <= lowest + 1e-6 for x, y, _ in series.points)
+    # Heights are proportional to the values: layer by layer, below 1.
+    values = [layer["overlap"] for layer in report["validation"][1]["routing"]["vs_teacher"]["per_layer"]]
+    heights = [y for _, y, _ in compression.series[0].points]
+    assert [h / heights[0] for h in heights] == pytest.approx([(1 - v) / (1 - values[0]) for v in values])
+
+
+@pytest.mark.parametrize("overlap", [1.0, 0.9999, 0.8, 0.31, 0.0])
+def test_axis_holds_any_agreement(report: dict[str, Any], overlap: float) -> None:
+    for row in report["validation"]:
+        for agreement in filter(None, row["routing"].values()):
+            for layer in agreement["per_layer"]:
+                layer["overlap"] = overlap
+    for chart in charts.routing_charts(report):
+        assert 3 <= len(chart.y_ticks) <= 6
+        assert all(0 <= y <= chart.height + 1e-6 for series in chart.series for _, y, _ in series.points)
+
+
+def test_divergence_axis_is_logarithmic_and_ordered(report: dict[str, Any]) -> None:
+    chart = charts.divergence_chart(report)
+    assert chart is not None
+    assert [row.artifact for row in chart.rows] == ["student", "gguf", "onnx"]
+    for row in chart.rows:
+        assert 0 <= row.median < row.mean < row.p99 < row.maximum <= 100
+    steps = [after.at - before.at for before, after in zip(chart.ticks, chart.ticks[1:], strict=False)]
+    assert steps == pytest.approx([steps[0]] * len(steps))
+    exact = copy.deepcopy(report)
+    for row in exact["validation"]:
+        row["kld"] = row["kld"] and dict.fromkeys(row["kld"], 0.0)
+    assert charts.divergence_chart(exact) is None
+
+
+def test_bars_show_the_budget(report: dict[str, Any]) -> None:
+    gguf, onnx = charts.budget_bars(report)
+    assert not gguf.over and not onnx.over
+    assert sum(segment.width for segment in gguf.segments) / gguf.budget == pytest.approx(14_894_848 / 16_000_000)
+    report["budget"]["measured"]["gguf"]["total"] = 16_000_001
+    assert charts.budget_bars(report)[0].over
+    report["budget"]["kind"] = "file"
+    (segment,) = charts.budget_bars(report)[0].segments
+    assert segment.n_bytes == 9_914_112
+
+
+@pytest.mark.parametrize(
+    ("mean", "expected"),
+    [(0.004, "6-bit"), (0.007, "between"), (0.03, "range of 4-bit"), (0.08, "more than 4-bit"), (0.3, "visibly")],
+)
+def test_bands(mean: float, expected: str) -> None:
+    assert expected in facts.band(mean)
+
+
+def test_model_card_front_matter(report: dict[str, Any]) -> None:
+    _, front_matter, body = render_model_card(report).split("---\n", 2)
+    assert yaml.safe_load(front_matter) == {
+        "license": "apache-2.0",
+        "base_model": "example-org/Fine-21M-MoE",
+        "base_model_relation": "quantized",
+        "library_name": "gguf",
+        "pipeline_tag": "text-generation",
+        "tags": ["gguf", "onnx", "moe", "mixture-of-experts", "qwen3_moe", "quantized", "pruned"],
+    }
+    assert [line for line in body.splitlines() if line.startswith("## ")] == [
+        "## Files",
+        "## How it was made",
+        "## Run",
+        "## Limits",
+    ]
+    assert "| `Fine-24x0.9M-Q4_0.gguf` | Q4_0 | 9,914,112 | 9.91 MB (9.45 MiB) | 4.80 |" in body
+
+
+def test_model_card_of_a_local_model_names_no_page(report: dict[str, Any]) -> None:
+    report["source"].update(model="/somewhere/models/mine", license=None)
+    card = render_model_card(report)
+    front_matter = yaml.safe_load(card.split("---\n", 2)[1])
+    assert front_matter.keys() == {"library_name", "pipeline_tag", "tags"}
+    assert "the original does not state one" in card
+
+
+def test_tables_of_the_card_are_rectangular(variant: dict[str, Any]) -> None:
+    columns: int | None = None
+    for line in render_model_card(variant).splitlines():
+        if not line.startswith("|"):
+            columns = None
+            continue
+        columns = columns or line.count("|")
+        assert line.count("|") == columns
+
+
+def test_summary_fits_and_says_the_verdict(variant: dict[str, Any]) -> None:
+    lines = terminal(variant).splitlines()
+    assert max(len(line) for line in lines) <= 100
+    assert not any("…" in line for line in lines)
+    assert facts.verdict_title(variant) in lines
+
+
+def test_summary_figures(report: dict[str, Any]) -> None:
+    lines = {line[:26].strip(): line[26:].split() for line in terminal(report).splitlines()}
+    assert lines["Perplexity"] == ["38.41", "49.21", "49.23", "49.21"]
+    assert lines["Mean divergence, nats"][1:] == ["0.2641", "0.2646", "0.2652"]
+    assert lines["Memory at full context"][2:] == ["14.68", "MB", "15.47", "MB"]
+
+
+def test_run_instructions_can_be_pasted(report: dict[str, Any]) -> None:
+    report["budget"]["kv_type"] = "q8_0"
+    text = run_instructions(report, Path("my models"))
+    assert "llama-cli -m 'my models/Fine-24x0.9M-Q4_0.gguf' -c 2048 -ctk q8_0 -ctv q8_0 -p \"The history of\"\n" in text
+    example = text.split("Run the ONNX folder:\n")[1]
+    compile(example, "example", "exec")
+    assert 'genai.Model("my models/onnx")' in example
+    code = shlex.split(next(line for line in text.splitlines() if line.startswith("python -c")))[2]
+    compile(code, "one-liner", "exec")
+    assert 'Llama("my models/Fine-24x0.9M-Q4_0.gguf", n_ctx=2048' in code
+    assert run_instructions(least(), Path("out")) == ""
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "expected"),
+    [
+        (999, "999 B"),
+        (20_000_000_000, "20.00 GB (18.63 GiB)"),
+        (999_999_999, "1.00 GB (953.67 MiB)"),
+        (1_000, "1.00 KB (1,000 B)"),
+        (None, numbers.DASH),
+    ],
+)
+def test_sizes(n_bytes: int | None, expected: str) -> None:
+    assert numbers.size(n_bytes) == expected
+
+
+def test_numbers_do_not_round_away_what_matters() -> None:
+    assert numbers.percent(0.999999) == "> 99.99 %"
+    assert numbers.percent(1.0) == "100.00 %"
+    assert numbers.divergence(0.00001) == "< 0.0001"
+    assert numbers.divergence(0.0) == "0.0000"
+    assert [numbers.duration(s) for s in (0.42, 59.7, 200, 7500)] == ["0.4 s", "1 min 00 s", "3 min 20 s", "2 h 05 min"]
+    assert numbers.change(10.0, 9.0) == "\N{MINUS SIGN}10.0 %"
+    assert numbers.plain(0.00012) == "1.20e-04"
+    assert numbers.perplexity(math.nan) == numbers.DASH
