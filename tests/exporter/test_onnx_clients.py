@@ -1,0 +1,74 @@
+"""The folder as other programs see it: onnxruntime-genai generates from it, transformers reads its configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnxruntime_genai
+import pytest
+from transformers import AutoConfig, AutoTokenizer
+
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.errors import InputError
+from compressors.model.shape import read_shape
+from compressors.model.student import ExpertMap, Student
+from exporter.onnx.clients import write_client_files
+from exporter.onnx.layout import PRESETS
+from exporter.onnx.writer import with_context, write_onnx
+from validate.onnx_runtime import OnnxRuntimeBackend
+
+_CONTEXT = 1024
+
+
+@pytest.fixture(scope="module")
+def student(family_folder: Path) -> Student:
+    """Each trained model with six experts left."""
+    source = Checkpoint(family_folder)
+    return Student(source, ExpertMap(source.shape.n_experts, ((0, 2, 3, 5, 6, 7),) * source.shape.n_layers))
+
+
+@pytest.fixture(scope="module", params=sorted(PRESETS))
+def folder(request: pytest.FixtureRequest, student: Student, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The student's whole ONNX folder, in each preset, with a context of 1024 tokens."""
+    path = tmp_path_factory.mktemp("onnx")
+    write_onnx(student, request.param, path, context_length=_CONTEXT, threads=1)
+    write_client_files(student, path, context_length=_CONTEXT)
+    return path
+
+
+def test_genai_generates_the_same_tokens(folder: Path) -> None:
+    """The prompt is longer than genai's chunk of 512 tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer.encode("The lamp stood on the table by the window. " * 60)[:600]
+    expected = OnnxRuntimeBackend(folder, threads=1).greedy(prompt, 24)
+    model = onnxruntime_genai.Model(str(folder))
+    parameters = onnxruntime_genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(prompt) + len(expected))
+    generator = onnxruntime_genai.Generator(model, parameters)
+    generator.append_tokens(prompt)
+    tokens = []
+    while not generator.is_done():
+        generator.generate_next_token()
+        tokens.append(int(generator.get_next_tokens()[0]))
+    assert tokens and tokens == expected[: len(tokens)]
+    assert len(tokens) == len(expected) or tokenizer.eos_token_id in expected[: len(tokens) + 1]
+
+
+def test_genai_reads_the_tokenizer(folder: Path) -> None:
+    tokenizer = onnxruntime_genai.Tokenizer(onnxruntime_genai.Model(str(folder)))
+    text = "The lamp stood on the table."
+    assert tokenizer.encode(text).tolist() == AutoTokenizer.from_pretrained(folder).encode(text)
+
+
+def test_config_describes_the_student(folder: Path, student: Student) -> None:
+    assert read_shape(folder) == with_context(student.shape, _CONTEXT)
+    assert AutoConfig.from_pretrained(folder).num_experts_per_tok == student.shape.top_k
+    genai = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+    assert genai["model"]["context_length"] == genai["search"]["max_length"] == _CONTEXT
+
+
+def test_a_context_that_the_model_lacks_is_refused(student: Student, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="4096"):
+        write_client_files(student, tmp_path, context_length=4096)
+    assert list(tmp_path.iterdir()) == []
