@@ -39,7 +39,7 @@ _RUNTIME_NAMES = {"torch": "torch", "llama.cpp": "llama.cpp", "onnxruntime": "ON
 _SHIPPED = ("gguf", "onnx")
 
 _CHECKS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
-    "budget": ("bytes that the budget counts", numbers.size),
+    "budget": ("size against the budget", numbers.size),
     "perplexity_change": ("change of perplexity from the student in torch", numbers.percent),
     "routing": ("routing overlap with the student in torch", numbers.percent),
     "kld": ("mean divergence from the original", numbers.divergence),
