@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import AutoTokenizer
 
 from compressors.model.errors import InputError
 
@@ -258,6 +257,8 @@ def _document_starts(text: str) -> Iterator[int]:
 
 
 def _load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer  # takes seconds to import, and splitting text does not need it
+
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:

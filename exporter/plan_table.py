@@ -24,14 +24,12 @@ def plan_table(plan: Plan) -> RenderableType:
     choices.add_row("experts", f"{recipe.compress.experts} of {teacher.n_experts} per layer ({recipe.compress.method})")
     choices.add_row("recovery", _recovery(plan))
     choices.add_row("work on disk", f"up to {format_size(disk_bytes(plan))}")
-    sizes = Table("artifact", "type", *(name.replace("_", " ") for name in _LINES), box=None)
-    for artifact, prediction in plan.predictions.items():
-        lines = [format_size(getattr(prediction, name)) for name in _LINES]
-        sizes.add_row(artifact, recipe.type_of(artifact), *lines)
+    sizes = Table("predicted bytes", *plan.predictions, box=None)
+    sizes.add_row("type", *(str(recipe.type_of(artifact)) for artifact in plan.predictions))
+    for name in ("file", "weights", "kv_cache", "compute", "reserve", "total"):
+        values = (format_size(getattr(prediction, name)) for prediction in plan.predictions.values())
+        sizes.add_row(name.replace("_", " "), *values)
     return Group(choices, "", sizes)
-
-
-_LINES = ("file", "weights", "kv_cache", "compute", "reserve", "total")
 
 
 def _recovery(plan: Plan) -> str:

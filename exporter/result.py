@@ -70,6 +70,8 @@ def build_report(
             "n_layers": source.shape.n_layers,
             "n_experts": source.shape.n_experts,
             "top_k": source.shape.top_k,
+            "n_kv_heads": source.shape.n_kv_heads,
+            "head_dim": source.shape.head_dim,
             "license": source_license(plan.source),
         },
         "recipe": recipe.model_dump(),

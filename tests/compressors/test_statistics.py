@@ -34,7 +34,7 @@ def _collect(folder: Path, blocks_BT: torch.Tensor) -> list[LayerStatistics]:
 
 @torch.no_grad()
 def _reap_by_definition(folder: Path, blocks_BT: torch.Tensor) -> list[torch.Tensor]:
-    """S_j = mean over the tokens whose top-k holds j of g_j ||f_j||: every token by itself, every expert written out."""
+    """S_j = mean over the tokens whose top-k holds j of g_j ||f_j||: token by token, expert by expert."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     inputs: dict[int, torch.Tensor] = {}
     for index, layer in enumerate(model.model.layers):

@@ -51,6 +51,8 @@ def sample_report() -> dict[str, Any]:
             "n_layers": 6,
             "n_experts": 32,
             "top_k": 4,
+            "n_kv_heads": 4,
+            "head_dim": 32,
             "license": "apache-2.0",
         },
         "command": "moe-export example-org/Fine-21M-MoE --budget 16MB --context 2048 --out fine-16MB",
@@ -544,9 +546,10 @@ def test_run_instructions_can_be_pasted(report: dict[str, Any]) -> None:
     report["budget"]["kv_type"] = "q8_0"
     text = run_instructions(report, Path("my models"))
     assert "llama-cli -m 'my models/Fine-24x0.9M-Q4_0.gguf' -c 2048 -ctk q8_0 -ctv q8_0 -p \"The history of\"\n" in text
-    example = text.split("Run the ONNX folder:\n")[1]
+    example = text.split("Run the ONNX folder")[1].split("\n", 1)[1]
+    assert len(example.splitlines()) == 3
     compile(example, "example", "exec")
-    assert 'genai.Model("my models/onnx")' in example
+    assert '"my models/onnx/model.onnx"' in example
     code = shlex.split(next(line for line in text.splitlines() if line.startswith("python -c")))[2]
     compile(code, "one-liner", "exec")
     assert 'Llama("my models/Fine-24x0.9M-Q4_0.gguf", n_ctx=2048' in code

@@ -130,7 +130,7 @@ def _runs(report: Report) -> list[tuple[str, str, str]]:
             runs.append(("llama.cpp", "shell", run.llama_cpp_command(report, path)))
             runs.append(("llama-cpp-python", "shell", run.llama_cpp_python_command(report, path)))
         else:
-            runs.append(("ONNX Runtime", "python", run.onnxruntime_example(run.onnx_folder(path))))
+            runs.append(("ONNX Runtime", "python", run.onnxruntime_example(report, run.onnx_folder(path))))
     return runs
 
 

@@ -31,17 +31,18 @@ def llama_cpp_python_command(report: Report, path: Path) -> str:
     return f"python -c {shlex.quote(code)}"
 
 
-def onnxruntime_example(folder: Path) -> str:
-    """Generates through onnxruntime-genai, ONNX Runtime's own generation loop."""
+def onnxruntime_example(report: Report, folder: Path) -> str:
+    """Three lines of Python that predict the next token with plain ONNX Runtime, from an empty cache."""
+    heads, width = find(report, "source", "n_kv_heads"), find(report, "source", "head_dim")
+    model, tokenizer = json.dumps(str(folder / "model.onnx")), json.dumps(str(folder / "tokenizer.json"))
     return "\n".join(
         (
-            "import onnxruntime_genai as genai  # pip install onnxruntime-genai",
-            f"model = genai.Model({json.dumps(str(folder))})",
-            "tokenizer, generator = genai.Tokenizer(model), genai.Generator(model, genai.GeneratorParams(model))",
-            f"generator.append_tokens(tokenizer.encode({json.dumps(_PROMPT)}))",
-            f"while not generator.is_done() and generator.token_count() < {_NEW_TOKENS}:",
-            "    generator.generate_next_token()",
-            "print(tokenizer.decode(generator.get_sequence(0)))",
+            "import numpy as np, onnxruntime, tokenizers; "
+            f"session, tokenizer = onnxruntime.InferenceSession({model}), tokenizers.Tokenizer.from_file({tokenizer})",
+            f"ids = np.array([tokenizer.encode({json.dumps(_PROMPT)}).ids]); "
+            f"feeds = {{i.name: np.zeros((1, {heads}, 0, {width}), np.float32) "
+            'if "past" in i.name else np.ones_like(ids) for i in session.get_inputs()}',
+            'print(tokenizer.decode([session.run(["logits"], feeds | {"input_ids": ids})[0][0, -1].argmax()]))',
         )
     )
 
@@ -63,7 +64,8 @@ def run_instructions(report: Report, out: Path) -> str:
             commands = (llama_cpp_command(report, path), llama_cpp_python_command(report, path))
             paragraphs.append("\n".join(("Run the GGUF file:", *commands)))
         else:
-            paragraphs.append("Run the ONNX folder:\n" + onnxruntime_example(onnx_folder(path)))
+            example = onnxruntime_example(report, onnx_folder(path))
+            paragraphs.append(f"Run the ONNX folder (Python; onnxruntime-genai loads it too):\n{example}")
     return "\n\n".join(paragraphs)
 
 

@@ -1,0 +1,62 @@
+"""A job small enough to run whole: two layers of the bundled model, a little text."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+Command = Callable[..., Sequence[str]]
+
+
+@pytest.fixture(scope="session")
+def toy_model(tmp_path_factory: pytest.TempPathFactory, toy_checkpoint: Callable[..., Path]) -> Path:
+    """Two layers of the bundled model: 32 experts each, trained weights."""
+    return toy_checkpoint(tmp_path_factory.mktemp("model"), n_layers=2)
+
+
+@pytest.fixture(scope="session")
+def small_texts(
+    tmp_path_factory: pytest.TempPathFactory, calibration_folder: Path, heldout_folder: Path
+) -> tuple[Path, Path]:
+    """(calibration, held-out): the beginnings of two of the bundled files, cut at a blank line."""
+    folder = tmp_path_factory.mktemp("text")
+    for name, source, n_characters in (
+        ("calibration", calibration_folder, 90_000),
+        ("heldout", heldout_folder, 30_000),
+    ):
+        (folder / name).mkdir()
+        for domain in ("encyclopedic", "religion"):
+            text = (source / f"{domain}.txt").read_text(encoding="utf-8")[:n_characters]
+            (folder / name / f"{domain}.txt").write_text(text[: text.rindex("\n\n")], encoding="utf-8")
+    return folder / "calibration", folder / "heldout"
+
+
+@pytest.fixture(scope="session")
+def toy_command(toy_model: Path, small_texts: tuple[Path, Path]) -> Command:
+    """The command line of the toy job: ``toy_command(out, *more arguments)``."""
+
+    def command(out: Path, *arguments: str, budget: str = "5MB") -> Sequence[str]:
+        calibration, heldout = small_texts
+        return [
+            *(sys.executable, "-m", "exporter", str(toy_model), "--budget", budget, "--budget-kind", "file"),
+            *("--calibration", str(calibration), "--text", str(heldout)),
+            *("--context", "512", "--threads", "1", "--out", str(out), *arguments),
+        ]
+
+    return command
+
+
+@pytest.fixture(scope="session")
+def run_command() -> Callable[[Sequence[str]], subprocess.CompletedProcess[str]]:
+    """Runs a command line as a person would, and captures what it prints."""
+
+    def run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"PYTHONWARNINGS": "ignore"}
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+    return run

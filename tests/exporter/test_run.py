@@ -1,0 +1,192 @@
+"""The whole pipeline on a toy: what it builds, and that killing it changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM
+
+from exporter.outputs import sha256_of
+
+Run = Callable[[Sequence[str]], subprocess.CompletedProcess[str]]
+Command = Callable[..., Sequence[str]]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, toy_command: Command, run_command: Run) -> tuple[Path, str]:
+    """An uninterrupted run's output folder, and what it printed."""
+    out = tmp_path_factory.mktemp("uninterrupted") / "out"
+    result = run_command(toy_command(out, "--save-student"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return out, result.stdout
+
+
+def _report(out: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    return report
+
+
+def test_everything_promised_is_there(finished: tuple[Path, str]) -> None:
+    out, printed = finished
+    report = _report(out)
+    (gguf,) = out.glob("*.gguf")
+    for name in ("onnx/model.onnx", "onnx/genai_config.json", "recipe.yaml", "report.html", "README.md"):
+        assert (out / name).stat().st_size > 0
+    sums = dict(reversed(line.split("  ")) for line in (out / "SHA256SUMS").read_text().splitlines())
+    assert {gguf.name, "onnx/model.onnx", "onnx/model.onnx.data", "recipe.yaml"} <= set(sums)
+    assert all(sha256_of(out / name) == digest for name, digest in sums.items())
+    assert "llama" in printed
+    assert "onnxruntime" in printed
+    assert not out.with_name("out.work").exists()
+    assert {row["artifact"] for row in report["validation"]} == {"teacher", "student", "gguf", "onnx"}
+
+
+def test_the_budget_holds_for_each_artifact(finished: tuple[Path, str]) -> None:
+    report = _report(finished[0])
+    assert 4 <= report["student"]["n_experts"] < 32
+    for artifact in report["artifacts"]:
+        predicted = report["budget"]["predicted"][artifact["format"]]["file"]
+        assert artifact["bytes"] == predicted <= 5_000_000
+
+
+def test_figures_agree_between_torch_and_the_runtimes(finished: tuple[Path, str]) -> None:
+    report = _report(finished[0])
+    rows = {row["artifact"]: row for row in report["validation"]}
+    assert rows["teacher"]["perplexity"] < rows["student"]["perplexity"]
+    for name in ("gguf", "onnx"):
+        assert rows[name]["perplexity"] == pytest.approx(rows["student"]["perplexity"], rel=0.05)
+        assert rows[name]["routing"]["vs_torch_student"]["overlap"] > 0.85
+        assert rows[name]["peak_rss_bytes"] > rows[name]["base_rss_bytes"] > 10_000_000
+    # the same blocks in both files: the runtimes are nearer to each other than either is to the original
+    assert rows["onnx"]["kld_vs_other_runtime"] < min(rows["gguf"]["kld"]["mean"], rows["onnx"]["kld"]["mean"])
+    assert report["verdict"]["passed"]
+
+
+def test_the_recovery_gate_is_reported(finished: tuple[Path, str]) -> None:
+    (rung,) = _report(finished[0])["recovery"]
+    assert rung["accepted"] == (rung["selection_kld_after"] < rung["selection_kld_before"])
+    assert rung["tokens"] == rung["steps"] * 8 * 512 or rung["tokens"] % 512 == 0
+
+
+def test_the_saved_student_loads_in_stock_transformers(finished: tuple[Path, str]) -> None:
+    out, _ = finished
+    student = AutoModelForCausalLM.from_pretrained(out / "student")
+    assert student.config.num_experts == _report(out)["student"]["n_experts"]
+
+
+def test_the_same_command_again_does_nothing_and_another_is_refused(
+    finished: tuple[Path, str], toy_command: Command, run_command: Run
+) -> None:
+    out, printed = finished
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    again = run_command(toy_command(out, "--save-student"))
+    assert (again.returncode, again.stdout) == (0, printed)
+    other = run_command(toy_command(out, budget="6MB"))
+    assert other.returncode == 2
+    assert "belongs to another run" in other.stderr
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_killed_in_every_stage_it_resumes_to_the_same_bytes(
+    finished: tuple[Path, str], toy_command: Command, tmp_path: Path
+) -> None:
+    expected, _ = finished
+    out = tmp_path / "out"
+    command = toy_command(out, "--save-student")
+    n_stages = len(_report(expected)["timings"])
+    for stage in range(1, n_stages + 1):
+        done = _kill_in_stage(command, stage, n_stages)
+        assert done == [number < stage for number in range(1, stage + 1)], "finished stages are not redone"
+        assert not out.exists()
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert (out / "SHA256SUMS").read_text() == (expected / "SHA256SUMS").read_text()
+    assert _without_times(_report(out)) == _without_times(_report(expected))
+
+
+def _kill_in_stage(command: Sequence[str], stage: int, n_stages: int) -> list[bool]:
+    """Kills the run when it begins a stage; returns for each stage up to that one whether it was done already."""
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    assert process.stderr is not None
+    done: list[bool] = []
+    for line in process.stderr:
+        if line.startswith("["):
+            done.append(line.rstrip().endswith("done already"))
+        if line.startswith(f"[{stage}/{n_stages}]"):
+            break
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    return done
+
+
+def _without_times(report: Any) -> Any:
+    """The report without what legitimately differs: times, rates, peaks, the command line."""
+    differs = {"seconds", "load_seconds", "timings", "peak_rss_bytes", "base_rss_bytes", "total", "reserve", "command"}
+    if isinstance(report, dict):
+        return {
+            key: _without_times(value)
+            for key, value in report.items()
+            if key not in differs and not key.endswith("_per_second")
+        }
+    return [_without_times(item) for item in report] if isinstance(report, list) else report
+
+
+def test_a_recipe_is_followed(
+    finished: tuple[Path, str], toy_command: Command, run_command: Run, tmp_path: Path
+) -> None:
+    recipe = yaml.safe_load((finished[0] / "recipe.yaml").read_text())
+    recipe["recover"]["rung"] = "none"
+    recipe["onnx"] = None
+    recipe["save_student"] = False
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
+    result = run_command(toy_command(tmp_path / "out", "--recipe", str(tmp_path / "mine.yaml")))
+    assert result.returncode == 0, result.stderr
+    report = _report(tmp_path / "out")
+    assert report["recovery"] == []
+    assert [artifact["format"] for artifact in report["artifacts"]] == ["gguf"]
+    assert report["student"]["kept"] == _report(finished[0])["student"]["kept"]
+
+
+def test_a_failed_check_gives_exit_code_4_and_keeps_the_files(
+    finished: tuple[Path, str], toy_command: Command, run_command: Run, tmp_path: Path
+) -> None:
+    recipe = str(finished[0] / "recipe.yaml")
+    out = tmp_path / "out"
+    result = run_command(toy_command(out, "--recipe", recipe, "--require", "kld=0.0001"))
+    assert result.returncode == 4
+    assert not _report(out)["verdict"]["passed"]
+    assert {check["name"] for check in _report(out)["verdict"]["checks"] if not check["passed"]} == {
+        "gguf.kld",
+        "onnx.kld",
+    }
+
+
+def test_validate_measures_published_files_again_and_notices_damage(
+    finished: tuple[Path, str], toy_model: Path, small_texts: tuple[Path, Path], run_command: Run, tmp_path: Path
+) -> None:
+    import shutil
+    import sys
+
+    out = tmp_path / "copy"
+    shutil.copytree(finished[0], out)
+    command = [sys.executable, "-m", "exporter", "validate", str(out), "--text", str(small_texts[1]), "--threads", "1"]
+    good = run_command([*command, "--json"])
+    assert good.returncode == 0, good.stderr
+    assert {row["artifact"] for row in json.loads(good.stdout)["rows"]} == {"gguf", "onnx"}
+    (gguf,) = out.glob("*.gguf")
+    data = bytearray(gguf.read_bytes())
+    data[-200_000:-100_000] = bytes(100_000)
+    gguf.write_bytes(data)
+    bad = run_command([*command, "--json"])
+    assert bad.returncode == 4
+    failed = {check["name"] for check in json.loads(bad.stdout)["checks"] if not check["passed"]}
+    assert {"files changed", "gguf.perplexity_as_reported"} <= failed
