@@ -76,11 +76,10 @@ class OnnxRuntimeBackend:
     """
 
     def __init__(self, path: Path, *, threads: int) -> None:
-        self._path = path / _MODEL_FILE if path.is_dir() else path
+        self._path = _model_file(path)
         self._threads = threads
-        self._shipped = _open_session(self._path, str(self._path), threads)
-        self._debug: onnxruntime.InferenceSession | None = None
-        self._moe_nodes: tuple[_MoeNode, ...] = ()
+        self._session = _open_session(self._path, str(self._path), threads)
+        self._moe_nodes: tuple[_MoeNode, ...] = ()  # filled when the session shows their router logits
 
     @property
     def runtime(self) -> str:
@@ -99,45 +98,42 @@ class OnnxRuntimeBackend:
         outputs. On the first chunk its logits must be those of the shipped graph, bit for bit.
 
         Raises:
-            OnnxRuntimeError: they are not.
+            InputError: the graph has no MoE node.
+            OnnxRuntimeError: the logits differ; the backend cannot be used any more.
         """
         for tokens in tokens_BT:
-            first = self._debug is None
-            debug = self._open_debug() if self._debug is None else self._debug
+            if not self._moe_nodes:
+                self._show_routing(tokens)
             names = ["logits", *(node.router_logits for node in self._moe_nodes)]
-            logits_TV, *router_logits = _run_from_empty_cache(debug, tokens, names)
-            if first:
-                self._compare_with_shipped(tokens, logits_TV)
-            pairs = [node.routing(each) for node, each in zip(self._moe_nodes, router_logits, strict=True)]
+            logits_1TV, *router_logits = _run_from_empty_cache(self._session, tokens, names)
+            pairs = [node.routing(each_TE) for node, each_TE in zip(self._moe_nodes, router_logits, strict=True)]
             experts, weights = zip(*pairs, strict=True)
-            yield ChunkOutput(
-                logits_TV[0, scored_positions(len(tokens))], Routing(np.stack(experts), np.stack(weights))
-            )
+            routing = Routing(np.stack(experts), np.stack(weights))
+            yield ChunkOutput(logits_1TV[0, scored_positions(len(tokens))], routing)
 
     def greedy(self, prompt_ids: Sequence[int], n_tokens: int) -> list[int]:
         """The ``n_tokens`` most likely next tokens, one after the other, through the cache; stops at nothing."""
-        return _Generation(self._shipped, capacity=len(prompt_ids) + n_tokens).greedy(prompt_ids, n_tokens)
+        return _Generation(self._session, capacity=len(prompt_ids) + n_tokens).greedy(prompt_ids, n_tokens)
 
-    def _open_debug(self) -> onnxruntime.InferenceSession:
-        """The same graph with the router logits of every MoE node as graph outputs."""
+    def _show_routing(self, tokens: npt.NDArray[np.int64]) -> None:
+        """Puts the debug copy in the session's place; one after the other, because each holds the weights."""
         model = onnx.load(self._path, load_external_data=False)
-        self._moe_nodes = tuple(_moe_node(node) for node in model.graph.node if node.op_type in _MOE_OPERATORS)
-        if not self._moe_nodes:
+        moe_nodes = tuple(_moe_node(node) for node in model.graph.node if node.op_type in _MOE_OPERATORS)
+        if not moe_nodes:
             raise InputError(f"{self._path} has no MoE or QMoE node: there is no routing to look at")
         model.graph.output.extend(
-            onnx.helper.make_tensor_value_info(node.router_logits, onnx.TensorProto.FLOAT, None)
-            for node in self._moe_nodes
+            onnx.helper.make_tensor_value_info(node.router_logits, onnx.TensorProto.FLOAT, None) for node in moe_nodes
         )
-        self._debug = _open_session(self._path, model.SerializeToString(), self._threads)
-        return self._debug
-
-    def _compare_with_shipped(self, tokens: npt.NDArray[np.int64], logits: npt.NDArray[np.float32]) -> None:
-        (shipped,) = _run_from_empty_cache(self._shipped, tokens, ["logits"])
-        if not np.array_equal(shipped, logits):
+        (shipped,) = _run_from_empty_cache(self._session, tokens, ["logits"])
+        del self._session
+        debug = _open_session(self._path, model.SerializeToString(), self._threads)
+        (copied,) = _run_from_empty_cache(debug, tokens, ["logits"])
+        if not np.array_equal(shipped, copied):
             raise OnnxRuntimeError(
                 f"{self._path}: the copy of the graph that shows routing gives other logits than the graph itself "
-                f"(largest difference {np.abs(shipped - logits).max():.3g}); its routing would prove nothing"
+                f"(largest difference {np.abs(shipped - copied).max():.3g}); its routing would prove nothing"
             )
+        self._session, self._moe_nodes = debug, moe_nodes
 
 
 def measure(folder: Path, *, context: int, threads: int, prompt_tokens: Sequence[int]) -> RuntimeCost:
@@ -155,13 +151,14 @@ def measure(folder: Path, *, context: int, threads: int, prompt_tokens: Sequence
     Raises:
         InputError: the model cannot be loaded, the context is too short or the prompt is empty.
     """
-    if context < 2 * _DECODED_TOKENS or not prompt_tokens:
+    if context < 2 * _DECODED_TOKENS or not len(prompt_tokens):
         raise InputError(f"measuring needs a context of at least {2 * _DECODED_TOKENS} tokens and a prompt")
     base = peak_rss_bytes()
     started = time.perf_counter()
-    backend = OnnxRuntimeBackend(folder, threads=threads)
+    path = _model_file(folder)
+    session = _open_session(path, str(path), threads)
     loaded = time.perf_counter()
-    generation = _Generation(backend._shipped, capacity=context)
+    generation = _Generation(session, capacity=context)
     prompt = np.resize(np.asarray(prompt_tokens, dtype=np.int64), context - _DECODED_TOKENS)
     token = generation.feed(prompt)
     filled = time.perf_counter()
@@ -248,6 +245,10 @@ def _cache_dimensions(session: onnxruntime.InferenceSession) -> dict[str, tuple[
             _, heads, _, head_dim = outputs[name.replace("past_key_values", "present")]
             dimensions[name] = (heads, head_dim)
     return dimensions
+
+
+def _model_file(path: Path) -> Path:
+    return path / _MODEL_FILE if path.is_dir() else path
 
 
 def _moe_node(node: onnx.NodeProto) -> _MoeNode:
