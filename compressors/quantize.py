@@ -88,7 +88,7 @@ def quantize_rows(
     if not np.isfinite(values_RN).all():
         row, feature = np.argwhere(~np.isfinite(values_RN))[0]
         raise InputError(
-            f"{name}: value [{row}, {feature}] is {values_RN[row, feature]}; weights with NaN or infinity cannot be written"
+            f"{name}: value [{row}, {feature}] is {values_RN[row, feature]}; NaN and infinity cannot be written"
         )
     importance = _checked_importance(importance_N, row_length, name) if ggml_type not in _WITHOUT_IMPORTANCE else None
     quantized_RY = np.empty((n_rows, row_bytes(ggml_type, row_length)), dtype=np.uint8)
