@@ -69,12 +69,13 @@ def _layer_agreement(
     table_E: npt.NDArray[np.int64] | None,
 ) -> LayerAgreement:
     mapped = chosen_TK.astype(np.int64) if table_E is None else table_E[chosen_TK]
-    mapped, weights = _collapse(mapped, weights_TK.astype(np.float64))
+    all_weights = weights_TK.astype(np.float64)
+    mapped, weights = _collapse(mapped, all_weights)
     present = mapped >= 0
     told = present.any(axis=1)
     if not told.any():
         return LayerAgreement(0.0, 0.0, 0.0, 0.0, 0.0)
-    kept = (weights * present).sum(1) / weights_TK.sum(1)
+    kept = (weights * present).sum(1) / all_weights.sum(1)
     mapped, weights, present, model = mapped[told], weights[told] * present[told], present[told], model_TK[told]
     shared = (mapped[:, :, None] == model[:, None, :]).any(-1) & present
     strongest = np.take_along_axis(mapped, weights.argmax(1)[:, None], 1)[:, 0]

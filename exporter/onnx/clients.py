@@ -29,13 +29,16 @@ _TOKENIZER_FILES = (
 )
 
 
-def write_client_files(student: Student, folder: Path, *, context_length: int | None = None) -> None:
+def write_client_files(
+    student: Student, folder: Path, *, context_length: int | None = None, max_length: int | None = None
+) -> None:
     """Writes ``config.json``, ``generation_config.json`` and ``genai_config.json`` and copies the tokenizer.
 
     Args:
         student: the model that ``folder`` holds.
         folder: where ``model.onnx`` lies.
         context_length: as it was given to :func:`exporter.onnx.writer.write_onnx`.
+        max_length: tokens of KV cache that onnxruntime-genai allocates unless it is told otherwise; None: the context.
 
     Raises:
         InputError: the context does not fit the model.
@@ -47,7 +50,7 @@ def write_client_files(student: Student, folder: Path, *, context_length: int | 
             shutil.copyfile(source / name, folder / name)
     _write_json(folder / "config.json", _model_config(shape, source / "config.json"))
     _write_json(folder / "generation_config.json", _generation_config(shape, source / "generation_config.json"))
-    _write_json(folder / "genai_config.json", _genai_config(shape))
+    _write_json(folder / "genai_config.json", _genai_config(shape, max_length or shape.context_length))
 
 
 def _model_config(shape: MoeShape, source: Path) -> dict[str, Any]:
@@ -57,9 +60,7 @@ def _model_config(shape: MoeShape, source: Path) -> dict[str, Any]:
     there.
     """
     config: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
-    return config | {
-        shape.family.config_keys.n_experts: shape.n_experts,
-        "num_experts_per_tok": shape.top_k,
+    return shape.in_config(config) | {
         "num_hidden_layers": shape.n_layers,
         "max_position_embeddings": shape.context_length,
         "rope_theta": shape.rope_theta,
@@ -88,7 +89,7 @@ def _special_tokens(shape: MoeShape) -> dict[str, Any]:
     return {name: value for name, value in tokens.items() if value is not None}
 
 
-def _genai_config(shape: MoeShape) -> dict[str, Any]:
+def _genai_config(shape: MoeShape, max_length: int) -> dict[str, Any]:
     """``genai_config.json`` of onnxruntime-genai (``src/config.h``); type ``decoder`` is its plain decoder pipeline."""
     return {
         "model": {
@@ -120,7 +121,7 @@ def _genai_config(shape: MoeShape) -> dict[str, Any]:
         },
         "search": {
             "do_sample": False,
-            "max_length": shape.context_length,
+            "max_length": max_length,
             "chunk_size": CHUNK_TOKENS,
             "past_present_share_buffer": True,
         },

@@ -30,4 +30,5 @@ def run(context: StageContext) -> None:
             threads=plan.recipe.threads,
             progress=advance,
         )
-    write_client_files(student, folder)
+    # onnxruntime-genai allocates a cache of max_length at once: the budget counts the recipe's context
+    write_client_files(student, folder, max_length=plan.recipe.budget.context)
