@@ -68,9 +68,7 @@ def _global(student: Student) -> Iterator[tuple[str, torch.Tensor]]:
 def _write_config(student: Student, folder: Path) -> None:
     source = student.source.folder
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config[student.family.config_keys.n_experts] = student.shape.n_experts
-    config["num_experts_per_tok"] = student.shape.top_k
-    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(student.shape.in_config(config), indent=1), encoding="utf-8")
     for pattern in _COPIED:
         for file in source.glob(pattern):
             shutil.copyfile(file, folder / file.name)

@@ -187,13 +187,13 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
         return (single,)
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
+        files = tuple(folder / name for name in sorted(set(weight_map.values())))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
         raise InputError(f"{index} is not a weight index: download it again") from None
-    missing = [name for name in names if not (folder / name).is_file()]
+    missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise InputError(f"{folder}: the index names {missing[0]}, which is missing; download it again")
-    return tuple(folder / name for name in names)
+    return files
 
 
 def _read_headers(file: Path) -> dict[str, TensorHeader]:

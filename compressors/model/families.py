@@ -59,9 +59,10 @@ _GLOBAL_ROLES = frozenset({Role.TOKEN_EMBEDDING, Role.FINAL_NORM, Role.HEAD})
 class ConfigKeys:
     """Names in ``config.json`` of the settings that families spell differently."""
 
-    n_experts: str
+    n_experts: str  # as the hub's checkpoints spell it
     expert_width: str
     normalize_top_k: str | None  # None: the family always normalises the chosen gates
+    saved_n_experts: str = "num_local_experts"  # as transformers 5 spells it when it saves any family
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,12 @@ class MoeShape:
         """The same model with another number of experts per layer; top-k never exceeds the experts left."""
         return replace(self, n_experts=n_experts, top_k=min(self.top_k, n_experts))
 
+    def in_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """A ``config.json`` of this model's family with this model's expert count, in one spelling, and top-k."""
+        keys = self.family.config_keys
+        others = {key: value for key, value in config.items() if key not in (keys.n_experts, keys.saved_n_experts)}
+        return others | {keys.n_experts: self.n_experts, "num_experts_per_tok": self.top_k}
+
     @property
     def expert_parameters(self) -> int:
         """Parameters of one expert: gate, up and down projection."""
@@ -121,7 +127,7 @@ class _ConfigReader:
             n_heads=n_heads,
             n_kv_heads=self._count("num_key_value_heads", default=n_heads),
             head_dim=self._count("head_dim", default=hidden_size // n_heads),
-            n_experts=self._count(keys.n_experts),
+            n_experts=self._count(keys.n_experts if keys.n_experts in self._raw else keys.saved_n_experts),
             top_k=self._count("num_experts_per_tok"),
             expert_width=self._count(keys.expert_width),
             vocab_size=self._count("vocab_size"),
@@ -148,7 +154,8 @@ class _ConfigReader:
                     f"{self._path}: {key} is {value!r}; {family.model_type} is supported only with "
                     f"{' or '.join(repr(item) for item in allowed)}"
                 )
-        rope_type = (self._raw.get("rope_parameters") or self._raw.get("rope_scaling") or {}).get("rope_type")
+        rope = self._settings("rope_parameters") or self._settings("rope_scaling")
+        rope_type = rope.get("rope_type", rope.get("type"))  # older configs say "type"
         if rope_type not in (None, "default"):
             raise UnsupportedError(
                 f"{self._path}: rope scaling of type {rope_type!r} is not supported; "
@@ -161,10 +168,9 @@ class _ConfigReader:
         return self._flag(family.config_keys.normalize_top_k, default=False)
 
     def _rope_theta(self) -> float:
-        nested = self._raw.get("rope_parameters")
-        if isinstance(nested, dict) and "rope_theta" in nested:
-            return float(nested["rope_theta"])
-        return self._number("rope_theta", default=10000.0)
+        """transformers' default differs from family to family, so there is none here."""
+        nested = self._settings("rope_parameters")
+        return (_ConfigReader(nested, self._path) if "rope_theta" in nested else self)._number("rope_theta")
 
     def _value(self, key: str, default: Any = None) -> Any:
         value = self._raw.get(key)
@@ -172,6 +178,12 @@ class _ConfigReader:
             value = default
         if value is None:
             raise InputError(f"{self._path} lacks {key!r}: the model cannot be read without it")
+        return value
+
+    def _settings(self, key: str) -> Mapping[str, Any]:
+        value = self._raw.get(key) or {}
+        if not isinstance(value, dict):
+            raise InputError(f"{self._path}: {key} must be an object of settings, not {value!r}")
         return value
 
     def _text(self, key: str) -> str:
@@ -186,8 +198,8 @@ class _ConfigReader:
             raise InputError(f"{self._path}: {key} must be a positive whole number, not {value!r}")
         return value
 
-    def _number(self, key: str, default: float | None = None) -> float:
-        value = self._value(key, default)
+    def _number(self, key: str) -> float:
+        value = self._value(key)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
             raise InputError(f"{self._path}: {key} must be a positive number, not {value!r}")
         return float(value)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from compressors.model.checkpoint import Checkpoint
@@ -47,6 +48,18 @@ class ExpertMap:
         if len(counts) != 1:
             raise ValueError(f"the layers keep different numbers of experts: {sorted(counts)}")
         return counts.pop()
+
+    def check_against(self, shape: MoeShape) -> None:
+        """Checks that these are experts of a model of this shape.
+
+        Raises:
+            ValueError: another number of layers or experts, or a layer that keeps none, one twice or one there is not.
+        """
+        if (len(self.kept), self.n_teacher_experts) != (shape.n_layers, shape.n_experts):
+            raise ValueError(f"the map is for {len(self.kept)} layers of {self.n_teacher_experts} experts")
+        for layer, kept in enumerate(self.kept):
+            if not kept or len(set(kept)) < len(kept) or not set(kept) <= set(range(shape.n_experts)):
+                raise ValueError(f"layer {layer} keeps the experts {list(kept)}")
 
     @property
     def is_identity(self) -> bool:
@@ -97,8 +110,9 @@ class Student:
         """
         try:
             experts = ExpertMap.from_json(json.loads(expert_map.read_text(encoding="utf-8")))
+            experts.check_against(source.shape)
             tensors = load_file(overlay) if overlay is not None else None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise InputError(
                 f"the student in {expert_map.parent} cannot be read ({error}); remove the folder"
             ) from None
@@ -114,7 +128,12 @@ class Student:
         return self.family.names[role].format(layer=layer, expert=expert)
 
     def tensor(self, role: Role, layer: int | None = None) -> torch.Tensor:
-        """The tensor of a role that is not an expert's; router rows are the surviving experts' [E, D]."""
+        """The tensor of a role that is not an expert's; router rows are the surviving experts' [E, D].
+
+        A tied head is the embedding, as the student has it.
+        """
+        if role is Role.HEAD and self.shape.tied_embeddings:
+            role = Role.TOKEN_EMBEDDING
         name = self.name(role, layer)
         if name in self.overlay:
             return self.overlay[name]
