@@ -92,4 +92,7 @@ def _main(artifact: str, what: str, *arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    try:
+        _main(*sys.argv[1:])
+    except MoeExportError as error:  # the last line that is printed becomes the message
+        sys.exit(str(error))

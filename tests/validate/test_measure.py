@@ -1,0 +1,97 @@
+"""Runtimes measured in processes of their own: what they need by themselves, and how they fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.errors import InputError, MoeExportError
+from compressors.model.student import Student
+from exporter.gguf.writer import write_gguf
+from exporter.onnx.writer import write_onnx
+from validate.cost import RuntimeCost, peak_rss_bytes
+from validate.measure import RuntimeCrashError, measure_artifact, measure_base
+
+_PROMPT = np.arange(1, 100)
+
+
+def _measure(artifact: str, path: Path, context: int = 128) -> RuntimeCost:
+    return measure_artifact(artifact, path, context=context, kv_type="f16", threads=1, prompt=_PROMPT)
+
+
+@pytest.mark.parametrize("artifact", ["gguf", "onnx"])
+def test_a_runtime_by_itself_needs_megabytes_but_not_torch_s(artifact: str) -> None:
+    """Python with numpy has more than 10 MB; torch alone would add 150 MB."""
+    assert 10_000_000 < measure_base(artifact) < 150_000_000
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory, toy_checkpoint: Callable[..., Path]) -> Student:
+    return Student.teacher(Checkpoint(toy_checkpoint(tmp_path_factory.mktemp("measure"), n_layers=1)))
+
+
+@pytest.fixture(scope="module")
+def artifacts(student: Student, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("artifacts")
+    write_gguf(student, "BF16", folder / "model.gguf", name="toy", threads=1)
+    write_onnx(student, "F32", folder / "onnx", threads=1)
+    return {"gguf": folder / "model.gguf", "onnx": folder / "onnx"}
+
+
+@pytest.mark.parametrize("artifact", ["gguf", "onnx"])
+def test_the_model_comes_on_top_of_the_runtime(artifact: str, artifacts: dict[str, Path], student: Student) -> None:
+    cost = _measure(artifact, artifacts[artifact])
+    experts = 32 * student.shape.expert_parameters * {"gguf": 2, "onnx": 4}[artifact]
+    assert cost.base_rss_bytes > 10_000_000
+    assert cost.peak_rss_bytes - cost.base_rss_bytes > experts
+    assert min(cost.load_seconds, cost.prefill_tokens_per_second, cost.decode_tokens_per_second) > 0
+
+
+def test_a_file_that_is_no_gguf_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_text("This is not a model.")
+    with pytest.raises(RuntimeCrashError) as refused:
+        _measure("gguf", path)
+    message = str(refused.value)
+    assert message.startswith(f"the runtime of gguf failed: {path} cannot be loaded by llama.cpp")
+    assert "\n" not in message
+    assert isinstance(refused.value, MoeExportError)
+    assert not isinstance(refused.value, InputError), "a runtime's failure is a finding, not a wrong flag"
+
+
+def test_a_truncated_gguf_is_refused(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    data = artifacts["gguf"].read_bytes()
+    path.write_bytes(data[: len(data) * 3 // 4])
+    with pytest.raises(RuntimeCrashError, match=r"the runtime of gguf failed: .*model\.gguf cannot be loaded"):
+        _measure("gguf", path)
+
+
+def test_a_file_that_is_no_onnx_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_text("This is not a model.")
+    with pytest.raises(RuntimeCrashError, match=r"the runtime of onnx failed: .*model\.onnx does not load"):
+        _measure("onnx", tmp_path)
+
+
+@pytest.mark.parametrize("artifact", ["gguf", "onnx"])
+def test_a_missing_file_is_named(artifact: str, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeCrashError, match=rf"the runtime of {artifact} failed: .*nowhere"):
+        _measure(artifact, tmp_path / "nowhere")
+
+
+def test_a_context_too_short_to_measure_is_refused(artifacts: dict[str, Path]) -> None:
+    with pytest.raises(RuntimeCrashError, match="the runtime of gguf failed: measuring needs a context of at least"):
+        _measure("gguf", artifacts["gguf"], context=8)
+
+
+def test_the_peak_of_a_process_never_falls() -> None:
+    before = peak_rss_bytes()
+    block = np.ones(8_000_000)
+    with_block = peak_rss_bytes()
+    del block
+    assert before <= with_block <= peak_rss_bytes()
+    assert with_block >= 64_000_000
