@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compressors.model.errors import InputError
 
@@ -68,7 +68,7 @@ class RecoverChoice(_Part):
     rung: Literal["none", "router"]
     blocks: int = Field(ge=0)
     blocks_per_step: int = Field(gt=0)
-    learning_rate: float = Field(gt=0)
+    learning_rate: float = Field(gt=0, allow_inf_nan=False)
     seed: int = Field(ge=0)
 
 
@@ -85,6 +85,12 @@ class Recipe(_Part):
     onnx: str | None
     save_student: bool
     threads: int = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _writes_something(self) -> Recipe:
+        if not self.artifacts:
+            raise ValueError("gguf and onnx are both null, so nothing would be written: give one of them a type")
+        return self
 
     def type_of(self, artifact: str) -> str | None:
         """The weights' type in an artifact (``gguf`` or ``onnx``), None if it is not written."""
