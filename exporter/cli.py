@@ -79,7 +79,7 @@ def export(**arguments: Any) -> None:
     from exporter.run import make_plan, run_job
 
     job = Job.create(**arguments)
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = shlex.join([_program(), *sys.argv[1:]])
     if job.dry_run:
         _print_plan(make_plan(job, command), job.out, as_json=job.json)
         return
@@ -128,6 +128,12 @@ def validate(out: Path, as_json: bool, **arguments: Any) -> None:
     else:
         _console().print(revalidation_table(result))
     raise SystemExit(0 if result["passed"] else 4)
+
+
+def _program() -> str:
+    """The program's name as it was typed."""
+    name = Path(sys.argv[0]).name
+    return "moe-export" if name == "__main__.py" else name
 
 
 def _console() -> Any:

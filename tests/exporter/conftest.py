@@ -40,12 +40,12 @@ def small_texts(
 def toy_command(toy_model: Path, small_texts: tuple[Path, Path]) -> Command:
     """The command line of the toy job: ``toy_command(out, *more arguments)``."""
 
-    def command(out: Path, *arguments: str, budget: str = "5MB") -> Sequence[str]:
+    def command(out: Path, *arguments: str, budget: str = "3MB") -> Sequence[str]:
         calibration, heldout = small_texts
         return [
             *(sys.executable, "-m", "exporter", str(toy_model), "--budget", budget, "--budget-kind", "file"),
             *("--calibration", str(calibration), "--text", str(heldout)),
-            *("--context", "512", "--threads", "1", "--out", str(out), *arguments),
+            *("--quant", "Q4_0", "--context", "512", "--threads", "1", "--out", str(out), *arguments),
         ]
 
     return command

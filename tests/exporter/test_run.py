@@ -54,7 +54,7 @@ def test_the_budget_holds_for_each_artifact(finished: tuple[Path, str]) -> None:
     assert 4 <= report["student"]["n_experts"] < 32
     for artifact in report["artifacts"]:
         predicted = report["budget"]["predicted"][artifact["format"]]["file"]
-        assert artifact["bytes"] == predicted <= 5_000_000
+        assert artifact["bytes"] == predicted <= 3_000_000
 
 
 def test_figures_agree_between_torch_and_the_runtimes(finished: tuple[Path, str]) -> None:
@@ -104,7 +104,8 @@ def test_killed_in_every_stage_it_resumes_to_the_same_bytes(
     n_stages = len(_report(expected)["timings"])
     for stage in range(1, n_stages + 1):
         done = _kill_in_stage(command, stage, n_stages)
-        assert done == [number < stage for number in range(1, stage + 1)], "finished stages are not redone"
+        # the kill before this one hit stage - 1, so everything before that is finished, and is not done again
+        assert done == [number < stage - 1 for number in range(1, stage + 1)]
         assert not out.exists()
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
