@@ -206,5 +206,5 @@ def _recovery(job: Job, checkpoint: Checkpoint, counts: TextCounts, pruned: bool
         blocks=settings.n_blocks if wanted else 0,
         blocks_per_step=settings.blocks_per_step,
         learning_rate=settings.learning_rate,
-        seed=settings.seed,
+        seed=job.seed,
     )

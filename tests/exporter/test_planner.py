@@ -1,0 +1,280 @@
+"""The planner against an exhaustive search over every expert count and type, on the bundled model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compressors.calibration import Splits, read_splits
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.errors import BudgetError, InputError
+from exporter.budget import predict
+from exporter.gguf.writer import predict_file_size
+from exporter.job import Job
+from exporter.onnx.writer import predict_size
+from exporter.planner import TextCounts, choose_recipe, predict_recipe
+from exporter.prediction import Prediction
+from exporter.recipe import BudgetChoice, Recipe
+
+_MODEL = Path(__file__).parents[2] / "exporter" / "demo" / "model"
+_GGUF_TYPES = ("BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0")
+_ONNX_TYPES = ("F32", "Q4_0")
+_COUNTS = TextCounts(calibration=500, selection=60, heldout_files=5)
+
+
+@pytest.fixture(scope="module")
+def splits(small_texts: tuple[Path, Path]) -> Splits:
+    return read_splits(*small_texts)
+
+
+class Planner:
+    """The planner on the bundled model, called as the command line would."""
+
+    def __init__(self, splits: Splits) -> None:
+        self._splits = splits
+        self.checkpoint = Checkpoint(_MODEL)
+
+    def __call__(
+        self, budget: int, counts: TextCounts = _COUNTS, **arguments: Any
+    ) -> tuple[Recipe, dict[str, Prediction]]:
+        job = Job.create(budget=f"{budget}B", threads=1, **{"budget_kind": "file", **arguments})
+        return choose_recipe(job, self.checkpoint, "tiny", self._splits, counts)
+
+
+@pytest.fixture(scope="module")
+def plan(splits: Splits) -> Planner:
+    return Planner(splits)
+
+
+@cache
+def _file_bytes(artifact: str, n_experts: int, weight_type: str) -> int:
+    shape = Checkpoint(_MODEL).shape.with_experts(n_experts)
+    if artifact == "gguf":
+        return predict_file_size(shape, _MODEL, weight_type, "tiny")
+    return predict_size(shape, weight_type)
+
+
+def _exhaustive(budget: int, artifacts: tuple[str, ...]) -> tuple[int, dict[str, str]] | None:
+    """Most experts first; then for each artifact the first type, from the largest, that fits."""
+    ladder = {"gguf": _GGUF_TYPES, "onnx": _ONNX_TYPES}
+    for n_experts in range(32, 3, -1):
+        fitting = {
+            artifact: [name for name in ladder[artifact] if _file_bytes(artifact, n_experts, name) <= budget]
+            for artifact in artifacts
+        }
+        if all(fitting.values()):
+            return n_experts, {artifact: names[0] for artifact, names in fitting.items()}
+    return None
+
+
+def _budgets(artifacts: tuple[str, ...]) -> Iterator[int]:
+    """Even steps, and places where one byte must make a difference."""
+    yield from range(3_000_000, 90_000_000, 7_000_000)
+    for artifact, types in (("gguf", ("BF16", "Q6_K", "Q4_0")), ("onnx", _ONNX_TYPES)):
+        if artifact in artifacts:
+            for n_experts in (32, 31, 4):
+                for weight_type in types:
+                    exact = _file_bytes(artifact, n_experts, weight_type)
+                    yield from (exact, exact - 1)
+
+
+@pytest.mark.parametrize("artifacts", [("gguf",), ("onnx",), ("gguf", "onnx")])
+def test_the_choice_is_the_exhaustive_search_s(plan: Planner, artifacts: tuple[str, ...]) -> None:
+    outcomes = set()
+    for budget in _budgets(artifacts):
+        expected = _exhaustive(budget, artifacts)
+        if expected is None:
+            with pytest.raises(BudgetError):
+                plan(budget, formats=",".join(artifacts))
+            continue
+        recipe, predictions = plan(budget, formats=",".join(artifacts))
+        types = {artifact: recipe.type_of(artifact) for artifact in recipe.artifacts}
+        assert (recipe.compress.experts, types) == expected, budget
+        assert set(predictions) == set(artifacts)
+        for artifact, prediction in predictions.items():
+            assert prediction.file == _file_bytes(artifact, recipe.compress.experts, str(types[artifact])) <= budget
+        outcomes.add(expected[0])
+    assert {32, 4} <= outcomes, "both ends were reached"
+
+
+@pytest.mark.parametrize(("artifact", "step"), [("gguf", 1_500_000), ("onnx", 3_000_000)])
+def test_falling_budgets_never_give_more(plan: Planner, artifact: str, step: int) -> None:
+    ladder = {"gguf": _GGUF_TYPES, "onnx": _ONNX_TYPES}[artifact]
+    last_experts, last_rung, last_bytes = 32, 0, 1 << 40
+    for budget in range(30 * step, 0, -step):
+        try:
+            recipe, predictions = plan(budget, formats=artifact)
+        except BudgetError:
+            break
+        experts, rung = recipe.compress.experts, ladder.index(str(recipe.type_of(artifact)))
+        assert experts <= last_experts
+        assert rung >= last_rung or experts < last_experts
+        assert predictions[artifact].file <= last_bytes
+        assert recipe.compress.method == ("none" if experts == 32 else "reap")
+        last_experts, last_rung, last_bytes = experts, rung, predictions[artifact].file
+    assert last_experts < 16
+
+
+def test_with_room_to_spare_nothing_is_taken_away(plan: Planner) -> None:
+    recipe, _ = plan(1_000_000_000)
+    assert (recipe.compress.method, recipe.compress.experts) == ("none", 32)
+    assert (recipe.gguf, recipe.onnx) == ("BF16", "F32")
+    assert (recipe.recover.rung, recipe.recover.blocks) == ("none", 0)
+
+
+def test_bits_go_before_experts(plan: Planner) -> None:
+    """Down to the 4-bit file with all experts, which is met exactly; one byte less costs experts."""
+    smallest = _file_bytes("gguf", 32, "Q4_0")
+    assert plan(smallest, formats="gguf")[0].compress.experts == 32
+    recipe, _ = plan(smallest - 1, formats="gguf")
+    assert (recipe.compress.method, recipe.compress.experts) == ("reap", 31)
+    assert recipe.recover.rung == "router", "who prunes teaches the routers again"
+
+
+def test_only_the_asked_formats_count(plan: Planner) -> None:
+    budget = _file_bytes("gguf", 32, "Q4_0")
+    assert budget < _file_bytes("onnx", 32, "Q4_0")
+    recipe, predictions = plan(budget, formats="gguf")
+    assert (recipe.artifacts, set(predictions), recipe.compress.experts) == (("gguf",), {"gguf"}, 32)
+    recipe, predictions = plan(budget, formats="onnx")
+    assert (recipe.artifacts, set(predictions), recipe.gguf) == (("onnx",), {"onnx"}, None)
+    assert recipe.compress.experts < 32
+    assert plan(budget)[0].compress.experts == recipe.compress.experts, "one student for both files"
+
+
+def test_pinned_experts_are_obeyed_and_the_budget_still_holds(plan: Planner) -> None:
+    recipe, predictions = plan(1_000_000_000, experts=20)
+    assert (recipe.compress.experts, recipe.compress.method) == (20, "reap")
+    assert predictions["gguf"].file == _file_bytes("gguf", 20, "BF16")
+    recipe, _ = plan(_file_bytes("gguf", 20, "Q6_K"), experts=20, formats="gguf")
+    assert (recipe.compress.experts, recipe.gguf) == (20, "Q6_K")
+    with pytest.raises(BudgetError, match="with 20 experts per layer"):
+        plan(_file_bytes("gguf", 20, "Q4_0") - 1, experts=20, formats="gguf")
+
+
+@pytest.mark.parametrize("experts", [3, 33, 99])
+def test_pinned_experts_stay_between_top_k_and_all(plan: Planner, experts: int) -> None:
+    with pytest.raises(InputError, match=rf"--experts: {experts} experts cannot be kept.*from 4 to 32"):
+        plan(1_000_000_000, experts=experts)
+
+
+@pytest.mark.parametrize(
+    ("quant", "onnx"), [("F32", "F32"), ("BF16", "F32"), ("Q8_0", "Q4_0"), ("Q5_1", "Q4_0"), ("Q4_0", "Q4_0")]
+)
+def test_a_pinned_type_is_obeyed(plan: Planner, quant: str, onnx: str) -> None:
+    recipe, _ = plan(1_000_000_000, quant=quant)
+    assert (recipe.gguf, recipe.onnx, recipe.compress.experts) == (quant, onnx, 32)
+
+
+def test_a_pinned_type_that_does_not_fit_costs_experts(plan: Planner) -> None:
+    budget = _file_bytes("gguf", 23, "Q8_0")
+    recipe, _ = plan(budget, quant="Q8_0", formats="gguf")
+    assert (recipe.gguf, recipe.compress.experts) == ("Q8_0", 23)
+
+
+@pytest.mark.parametrize("kind", ["file", "total"])
+@pytest.mark.parametrize(
+    "pins",
+    [{}, {"formats": "gguf"}, {"formats": "onnx"}, {"experts": 20}, {"quant": "Q8_0"}, {"experts": 9, "quant": "F32"}],
+)
+def test_the_budget_that_an_error_names_works_and_nothing_less(plan: Planner, kind: str, pins: dict[str, Any]) -> None:
+    with pytest.raises(BudgetError) as refused:
+        plan(1_000_000, budget_kind=kind, **pins)
+    assert refused.value.exit_code == 3
+    smallest = int(str(refused.value).rsplit("--budget ", 1)[1].removesuffix("B"))
+    recipe, predictions = plan(smallest, budget_kind=kind, **pins)
+    assert recipe.compress.experts == pins.get("experts", 4), "down to top-k, not below"
+    assert max(prediction.counted(kind) for prediction in predictions.values()) == smallest
+    with pytest.raises(BudgetError):
+        plan(smallest - 1, budget_kind=kind, **pins)
+
+
+def test_the_total_counts_what_the_runtime_needs(plan: Planner) -> None:
+    budget = BudgetChoice(bytes=1, kind="total", context=2048, kv_type="f16")
+    needed = predict("gguf", _MODEL, "tiny", plan.checkpoint.shape, "Q8_0", budget, 1)
+    assert needed.total > needed.file
+    recipe, predictions = plan(needed.total, budget_kind="total", formats="gguf")
+    assert (recipe.gguf, recipe.compress.experts) == ("Q8_0", 32)
+    assert predictions["gguf"] == needed
+    assert plan(needed.total - 1, budget_kind="total", formats="gguf")[0].gguf == "Q6_K"
+
+
+def test_a_longer_context_leaves_less_for_weights(plan: Planner) -> None:
+    """The cache has 2 x 6 layers x 4 heads x 32 values of 2 bytes per token: 3072 bytes."""
+    short, long = (plan(1_000_000_000, context=n, formats="gguf")[1]["gguf"].kv_cache for n in (512, 2048))
+    assert long - short == 1536 * 3072
+
+
+def test_the_context_is_at_most_the_model_s(plan: Planner) -> None:
+    assert plan(1_000_000_000, context=100_000)[0].budget.context == 2048
+    assert plan(1_000_000_000, context=512)[0].budget.context == 512
+
+
+def test_a_recipe_is_predicted_as_it_was_planned(plan: Planner) -> None:
+    recipe, predictions = plan(9_000_000)
+    assert predict_recipe(recipe, plan.checkpoint) == predictions
+
+
+def _edited(recipe: Recipe, **values: Any) -> Recipe:
+    return Recipe.model_validate({**recipe.model_dump(), **values})
+
+
+def test_an_edited_recipe_must_still_fit(plan: Planner) -> None:
+    recipe, _ = plan(9_000_000, formats="gguf")
+    with pytest.raises(BudgetError, match=r"gguf in BF16 needs 42\.5 MB .* budget of 9\.0 MB"):
+        predict_recipe(_edited(recipe, gguf="BF16", compress={"method": "none", "experts": 32}), plan.checkpoint)
+    for experts in (3, 33):
+        with pytest.raises(InputError, match=rf"compress\.experts: {experts} experts cannot be kept"):
+            predict_recipe(_edited(recipe, compress={"method": "reap", "experts": experts}), plan.checkpoint)
+    with pytest.raises(InputError, match="Q3_X"):
+        predict_recipe(_edited(recipe, gguf="Q3_X"), plan.checkpoint)
+    with pytest.raises(InputError, match="Q8_0"):
+        predict_recipe(_edited(recipe, onnx="Q8_0"), plan.checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("recover", "experts", "rung"),
+    [
+        ("auto", 32, "none"),
+        ("auto", 31, "router"),
+        ("none", 20, "none"),
+        ("router", 32, "router"),
+        ("router:published", 20, "router"),
+    ],
+)
+def test_recovery_follows_pruning_or_the_flag(plan: Planner, recover: str, experts: int, rung: str) -> None:
+    recipe, _ = plan(1_000_000_000, recover=recover, experts=experts, seed=7)
+    assert recipe.recover.rung == rung
+    assert recipe.recover.seed == 7
+    assert recipe.recover.blocks == {"none": 0, "router": 500 if "published" in recover else 320}[rung]
+
+
+def test_the_published_schedule_is_the_paper_s(plan: Planner) -> None:
+    many = replace(_COUNTS, calibration=10_000)
+    recipe, _ = plan(1_000_000_000, counts=many, recover="router:published", experts=20)
+    assert (recipe.recover.blocks, recipe.recover.blocks_per_step, recipe.recover.learning_rate) == (3000, 8, 5e-5)
+    assert recipe.text.calibration_blocks == 3000
+
+
+def test_no_more_text_is_planned_than_there_is(plan: Planner) -> None:
+    recipe, _ = plan(5_000_000, counts=TextCounts(calibration=11, selection=2, heldout_files=60))
+    assert (recipe.text.calibration_blocks, recipe.text.selection_blocks) == (11, 2)
+    assert recipe.text.heldout_chunks_per_file == 1
+    assert recipe.recover.blocks == 11
+    recipe, _ = plan(5_000_000)
+    text = recipe.text
+    assert (text.calibration_blocks, text.selection_blocks, text.heldout_chunks_per_file) == (320, 20, 10)
+
+
+def test_the_recipe_names_model_and_texts(plan: Planner, splits: Splits) -> None:
+    recipe, _ = plan(5_000_000, save_student=True)
+    assert recipe.source.identity == plan.checkpoint.identity()
+    assert (recipe.source.model, recipe.save_student, recipe.threads) == ("tiny", True, 1)
+    assert recipe.text.calibration_sha256 == splits.calibration.sha256
+    assert recipe.text.selection_sha256 == splits.selection.sha256
+    assert recipe.text.heldout_sha256 == splits.heldout.sha256
