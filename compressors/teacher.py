@@ -19,9 +19,11 @@ from compressors.model.log_probs import LogProbWriter
 from compressors.model.losses import negative_log_likelihood
 from compressors.model.streaming import StreamedModel
 
-__all__ = ["TOP_TOKENS", "TeacherTargets", "top_targets", "write_log_probs"]
+__all__ = ["TARGET_BYTES", "TOP_TOKENS", "TeacherTargets", "top_targets", "write_log_probs"]
 
 TOP_TOKENS = 64
+TARGET_BYTES = 8 * TOP_TOKENS
+"""Bytes on disk of one training token's targets."""
 
 
 @dataclass(frozen=True)

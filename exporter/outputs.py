@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from exporter.files import flush_folder
 from exporter.plan import Plan
 from exporter.stages.onnx import FOLDER as ONNX_FOLDER
-from exporter.work import WorkDirectory, flush_folder
+from exporter.work import WorkDirectory
 
 __all__ = ["Artifact", "FileEntry", "Outputs", "sha256_of"]
 

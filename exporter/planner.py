@@ -22,7 +22,7 @@ from exporter.prediction import Prediction
 from exporter.recipe import BudgetChoice, CompressChoice, Recipe, RecoverChoice, SourceChoice, TextChoice
 from exporter.sizes import format_size
 
-__all__ = ["TextCounts", "choose_recipe", "predict_recipe"]
+__all__ = ["HELDOUT_CHUNKS", "TextCounts", "choose_recipe", "predict_recipe"]
 
 _LADDER: Mapping[str, Sequence[str]] = {
     "gguf": ("BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0"),
@@ -35,7 +35,8 @@ _ONNX_FOR_PINNED_QUANT = {name: "F32" if name in ("F32", "BF16") else "Q4_0" for
 
 _DEFAULT_BLOCKS = 320  # 163,840 tokens: 40 steps of Router KD
 _SELECTION_BLOCKS = 20
-_HELDOUT_CHUNKS = 50  # of all files together
+HELDOUT_CHUNKS = 50
+"""Chunks that the report measures, of all files together."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def choose_recipe(
             if job.recover != "router:published"
             else min(RouterKdSettings.PUBLISHED_BLOCKS, counts.calibration),
             selection_blocks=min(_SELECTION_BLOCKS, counts.selection),
-            heldout_chunks_per_file=max(1, _HELDOUT_CHUNKS // counts.heldout_files),
+            heldout_chunks_per_file=max(1, HELDOUT_CHUNKS // counts.heldout_files),
             calibration_sha256=splits.calibration.sha256,
             selection_sha256=splits.selection.sha256,
             heldout_sha256=splits.heldout.sha256,

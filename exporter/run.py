@@ -11,16 +11,17 @@ from typing import Any
 
 import psutil
 
-from compressors.calibration import read_splits, tokenize
+from compressors.calibration import BLOCK_LENGTH, read_splits, tokenize
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
 from compressors.model.log_probs import log_prob_bytes
+from compressors.teacher import TARGET_BYTES
 from exporter.hub import bundled_text, resolve_model
 from exporter.job import Job
 from exporter.outputs import Outputs
 from exporter.pipeline import run_stages, stages_of
 from exporter.plan import Plan
-from exporter.planner import TextCounts, choose_recipe, predict_recipe
+from exporter.planner import HELDOUT_CHUNKS, TextCounts, choose_recipe, predict_recipe
 from exporter.recipe import Recipe, load_recipe, recipe_yaml
 from exporter.result import build_report, final_recipe
 from exporter.sizes import format_size
@@ -119,9 +120,9 @@ def make_plan(job: Job, command: str) -> Plan:
 def disk_bytes(plan: Plan) -> int:
     """What the run puts on disk at most: artifacts, the teacher's log-probabilities and targets, token blocks."""
     text, vocab_size = plan.recipe.text, plan.teacher_shape.vocab_size
-    scored = scored_positions(512)
-    n_scored = (scored.stop - scored.start) * (text.selection_blocks + 50)
-    targets = text.calibration_blocks * 512 * 64 * 8
+    scored = scored_positions(BLOCK_LENGTH)
+    n_scored = (scored.stop - scored.start) * (text.selection_blocks + HELDOUT_CHUNKS)
+    targets = text.calibration_blocks * BLOCK_LENGTH * TARGET_BYTES
     artifacts = sum(prediction.file for prediction in plan.predictions.values())
     return artifacts + 2 * log_prob_bytes(n_scored, vocab_size) + targets
 

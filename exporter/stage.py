@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -41,6 +42,7 @@ class StageContext:
 
 def _main(work_folder: Path, name: str) -> int:
     parent = os.getppid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent answers it, and this ends
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     work = WorkDirectory(work_folder)
     output = work.folder / f"{name}.partial"

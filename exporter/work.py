@@ -8,7 +8,6 @@ on; a stage whose fingerprint changed is done again, and so is everything after 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,8 +17,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from compressors.model.errors import InputError
+from exporter.files import flush, flush_folder, write_atomically
 
-__all__ = ["StageRecord", "WorkDirectory", "flush_folder"]
+__all__ = ["StageRecord", "WorkDirectory"]
 
 _JOB = "job.json"
 _PLAN = "plan.json"
@@ -81,7 +81,9 @@ class WorkDirectory:
         try:
             owner = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            raise InputError(f"{path} is damaged; remove {self.folder} and start again") from None
+            owner = None
+        if not isinstance(owner, dict):
+            raise InputError(f"{path} is damaged; remove {self.folder} and start again")
         different = sorted(key for key in {*owner, *job} if owner.get(key) != job.get(key))
         if different:
             raise InputError(
@@ -109,32 +111,7 @@ class WorkDirectory:
         (self._partial(name) / _RECORD).write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
         flush_folder(self._partial(name))
         self._partial(name).rename(self.stage(name))
-        _flush(self.folder)
+        flush(self.folder)
 
     def _partial(self, name: str) -> Path:
         return self.folder / f"{name}.partial"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a small text file so that it is complete or absent."""
-    temporary = path.with_name(f"{path.name}.partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def flush_folder(folder: Path) -> None:
-    """Flushes every file below a folder, and the folders, to disk."""
-    for path in sorted(folder.rglob("*")):
-        _flush(path)
-    _flush(folder)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

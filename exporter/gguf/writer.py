@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressors.model.errors import InputError
 from compressors.model.families import Role
 from compressors.model.shape import MoeShape
 from compressors.model.student import Student
 from compressors.quantize import quantize_rows
+from compressors.statistics import Importance
+from exporter.files import check_free_space, replacing
 from exporter.gguf.container import TensorEntry, aligned, render_header, render_values
 from exporter.gguf.layout import GgufTensor, plan_tensors
 from exporter.gguf.metadata import model_metadata
 from exporter.gguf.vocabulary import vocabulary_metadata
 
-__all__ = ["Importance", "predict_file_size", "write_gguf"]
-
-Importance = Mapping[tuple[Role, int | None], torch.Tensor]
-"""Mean squared inputs, float32: [input features] for a linear layer, [E, input features] for an expert role in the
-student's numbering. What is absent is quantized without."""
+__all__ = ["predict_file_size", "write_gguf"]
 
 _VALUES_PER_TASK = 1 << 20  # 4 MiB in float32: small beside a matrix, large beside the cost of starting a task
 
@@ -67,9 +60,9 @@ def write_gguf(
     tensors = plan_tensors(student.shape, preset)
     header = _header(student.shape, student.source.folder, preset, name, tensors)
     expected_size = _file_size(header, tensors)
-    _check_free_space(path, expected_size)
+    check_free_space(path.parent, expected_size)
     report = progress or (lambda n_bytes: None)
-    with _atomic_file(path) as file, ThreadPoolExecutor(threads) as pool:
+    with replacing(path) as file, ThreadPoolExecutor(threads) as pool:
         file.write(header)
         report(len(header))
         for tensor in tensors:
@@ -158,29 +151,3 @@ def _in_order(pool: ThreadPoolExecutor, tasks: Iterator[_RowTask], ahead: int) -
     finally:
         for future in waiting:
             future.cancel()
-
-
-def _check_free_space(path: Path, n_bytes: int) -> None:
-    if not path.parent.is_dir():
-        raise InputError(f"{path.parent} is not a folder: {path.name} cannot be written there")
-    free = shutil.disk_usage(path.parent).free
-    if free < n_bytes:
-        raise InputError(
-            f"{path} needs {n_bytes} bytes, but only {free} are free there; make room or choose another --out"
-        )
-
-
-@contextmanager
-def _atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name complete and on disk, or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -9,10 +9,10 @@ from typing import Any
 
 from compressors.model.shape import MoeShape
 from compressors.model.student import Student
+from exporter.files import write_atomically
 from exporter.onnx.layout import MODEL_FILE
 from exporter.onnx.memory import CHUNK_TOKENS
 from exporter.onnx.writer import with_context
-from exporter.work import write_atomically
 
 __all__ = ["write_client_files"]
 

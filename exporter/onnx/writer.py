@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,18 +15,16 @@ import numpy.typing as npt
 import torch
 
 from compressors.model.errors import InputError
-from compressors.model.families import Role
 from compressors.model.shape import MoeShape
 from compressors.model.student import Student
 from compressors.quantize import GGMLQuantizationType, quantize_rows
+from compressors.statistics import Importance
+from exporter.files import check_free_space, replacing
 from exporter.onnx.blocks import from_q4_0, from_q8_0
 from exporter.onnx.graph import build_model
 from exporter.onnx.layout import DATA_FILE, MODEL_FILE, Encoding, TensorLayout, TensorPlan, WeightPlan, plan_tensors
 
-__all__ = ["Importance", "predict_size", "with_context", "write_onnx"]
-
-Importance = Mapping[tuple[Role, int | None], torch.Tensor]
-"""Mean squared inputs: float32 [n_in] for a linear layer, [E, n_in] in the student's numbering for an expert role."""
+__all__ = ["predict_size", "with_context", "write_onnx"]
 
 _GGML_TYPES = {
     Encoding.FLOAT32: GGMLQuantizationType.F32,
@@ -97,10 +92,10 @@ def write_onnx(
     layout = plan_tensors(with_context(student.shape, context_length), preset)
     model = build_model(layout)
     folder.mkdir(parents=True, exist_ok=True)
-    _check_free_space(folder, layout.data_bytes + model.ByteSize())
-    with _replacing(folder / MODEL_FILE) as graph_stream:
+    check_free_space(folder, layout.data_bytes + model.ByteSize())
+    with replacing(folder / MODEL_FILE) as graph_stream:
         graph_stream.write(model.SerializeToString(deterministic=True))
-        with _replacing(folder / DATA_FILE) as stream, ThreadPoolExecutor(threads) as pool:
+        with replacing(folder / DATA_FILE) as stream, ThreadPoolExecutor(threads) as pool:
             _DataWriter(student, layout, importance or {}, stream, progress).write(pool)
             (folder / MODEL_FILE).unlink(missing_ok=True)  # an old graph must not be found beside the new weights
 
@@ -200,27 +195,3 @@ def _rotary_caches(shape: MoeShape) -> tuple[torch.Tensor, torch.Tensor]:
     frequencies = 1.0 / (shape.rope_theta**exponents)
     angles = torch.outer(torch.arange(shape.context_length, dtype=torch.float32), frequencies)
     return angles.cos(), angles.sin()
-
-
-def _check_free_space(folder: Path, n_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < n_bytes:
-        raise InputError(
-            f"{folder} needs {n_bytes} bytes, but only {free} are free there; make room or choose another --out"
-        )
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes ``path``'s place once it is whole and on the disk; on an error nothing is left of it."""
-    partial_path = path.with_name(path.name + ".partial")
-    try:
-        with partial_path.open("w+b") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial_path.replace(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); is the disk full?") from None
-    finally:
-        partial_path.unlink(missing_ok=True)
