@@ -18,7 +18,7 @@ from exporter.plan import Plan
 from exporter.stage import OUTCOME
 from exporter.work import StageRecord, WorkDirectory
 
-__all__ = ["Stage", "StageError", "run_stages", "stages_of"]
+__all__ = ["Stage", "StageError", "fingerprints", "run_stages", "stages_of"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,12 @@ _ONNX = Stage("onnx", 1, ("recover",), ("onnx", "budget"), "write the ONNX folde
 _STUDENT = Stage("student", 1, ("recover",), (), "write the student checkpoint")
 _VALIDATE_TORCH = Stage("validate_torch", 1, ("recover",), (), "measure the student in torch")
 _VALIDATE_GGUF = Stage(
-    "validate_gguf", 1, ("gguf",), ("budget",), "measure the GGUF in llama.cpp", crash_is_a_finding=True
+    "validate_gguf",
+    1,
+    ("gguf",),
+    ("budget", "onnx"),  # it records what it says if the other file holds the same numbers
+    "measure the GGUF in llama.cpp",
+    crash_is_a_finding=True,
 )
 _VALIDATE_ONNX = Stage(
     "validate_onnx",
@@ -86,19 +91,30 @@ def run_stages(
     Raises:
         StageError: a stage failed; what was finished stays.
     """
-    fingerprints: dict[str, str] = {}
+    expected = fingerprints(plan, stages)
     records: dict[str, StageRecord] = {}
     for number, stage in enumerate(stages, start=1):
-        fingerprints[stage.name] = _fingerprint(stage, plan, fingerprints)
         record = work.record(stage.name)
-        if record is not None and record.fingerprint == fingerprints[stage.name]:
+        if record is not None and record.fingerprint == expected[stage.name]:
             announce(f"[{number}/{len(stages)}] {stage.what}: done already")
         else:
             announce(f"[{number}/{len(stages)}] {stage.what}")
-            record = _run(stage, work, fingerprints[stage.name])
+            record = _run(stage, work, expected[stage.name])
             announce(f"      {record.seconds:.0f} s, {record.peak_rss_bytes / 1e6:.0f} MB")
         records[stage.name] = record
     return records
+
+
+def fingerprints(plan: Plan, stages: Sequence[Stage]) -> dict[str, str]:
+    """For each stage a digest of everything that its outputs depend on, the stages it needs included.
+
+    Raises:
+        InputError: the source cannot be read.
+    """
+    digests: dict[str, str] = {}
+    for stage in stages:
+        digests[stage.name] = _fingerprint(stage, plan, digests)
+    return digests
 
 
 def _run(stage: Stage, work: WorkDirectory, fingerprint: str) -> StageRecord:
@@ -136,12 +152,12 @@ def _how_it_ended(returncode: int) -> str:
     return f"ended with code {returncode}"
 
 
-def _fingerprint(stage: Stage, plan: Plan, fingerprints: Mapping[str, str]) -> str:
+def _fingerprint(stage: Stage, plan: Plan, earlier: Mapping[str, str]) -> str:
     recipe = plan.recipe.model_dump()
     parts = {
         "stage": [stage.name, stage.version],
         "choices": {choice: recipe[choice] for choice in stage.choices},
-        "needs": [fingerprints[name] for name in stage.needs if name in fingerprints],
+        "needs": [earlier[name] for name in stage.needs if name in earlier],
         "source": _source_state(plan.source) if not stage.needs else None,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -18,7 +18,7 @@ from compressors.model.log_probs import log_prob_bytes
 from compressors.teacher import TARGET_BYTES
 from exporter.hub import bundled_text, resolve_model
 from exporter.job import Job
-from exporter.outputs import Outputs
+from exporter.outputs import Outputs, sha256_of
 from exporter.pipeline import run_stages, stages_of
 from exporter.plan import Plan
 from exporter.planner import HELDOUT_CHUNKS, TextCounts, choose_recipe, predict_recipe
@@ -130,8 +130,8 @@ def disk_bytes(plan: Plan) -> int:
 def _identity(job: Job) -> dict[str, Any]:
     """The arguments that make a job this one; equal arguments resume, others are refused."""
     ignored = {"out", "work_dir", "dry_run", "force", "json"}
-    values = {name: value for name, value in vars(job).items() if name not in ignored}
-    return {name: _plain(value) for name, value in values.items()}
+    values = {name: _plain(value) for name, value in vars(job).items() if name not in ignored}
+    return values | {"recipe": None if job.recipe is None else sha256_of(job.recipe)}  # edited, it is another job
 
 
 def _plain(value: Any) -> Any:

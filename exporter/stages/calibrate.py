@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
-from compressors.calibration import read_splits, tokenize
+from compressors.calibration import Splits, read_splits, tokenize
 from compressors.model.checkpoint import Checkpoint
+from compressors.model.errors import InputError
 from compressors.model.recorder import RoutingRecorder
 from compressors.model.streaming import StreamedModel, TokenGroup
 from compressors.model.student import Student
@@ -26,6 +27,7 @@ def run(context: StageContext) -> None:
     checkpoint = Checkpoint(plan.source)
     text = plan.recipe.text
     splits = read_splits(plan.calibration, plan.heldout)
+    _refuse_changed_inputs(context, checkpoint, splits)
     calibration, selection, heldout = tokenize(splits, checkpoint.folder)
     blocks = Blocks(
         calibration.spread(text.calibration_blocks).tokens_BT,
@@ -57,3 +59,12 @@ def run(context: StageContext) -> None:
     teacher_perplexity, teacher_error = perplexity(likelihoods.numpy())
     summary = {"text": texts, "teacher": {"perplexity": teacher_perplexity, "perplexity_error": teacher_error}}
     files.summary.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+
+
+def _refuse_changed_inputs(context: StageContext, checkpoint: Checkpoint, splits: Splits) -> None:
+    """A run that goes on after an interruption must find what it was planned for."""
+    plan = context.plan
+    calibration = splits.calibration.sha256 == plan.recipe.text.calibration_sha256
+    if not calibration or checkpoint.identity() != plan.recipe.source.identity:
+        changed = plan.source if calibration else plan.calibration
+        raise InputError(f"{changed} has changed since this run was planned; remove {context.work.folder}, start again")
