@@ -135,7 +135,10 @@ def _source(report: dict[str, Any], against: str | None) -> Checkpoint:
 
 def _changed_files(out: Path) -> int:
     """How many files of SHA256SUMS are missing or have another hash."""
-    lines = (out / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+    try:
+        lines = (out / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        raise InputError(f"{out} has no SHA256SUMS; give the output folder of a finished run") from None
     entries = [line.split("  ", 1) for line in lines]
     return sum(not (out / name).is_file() or sha256_of(out / name) != digest for digest, name in entries)
 
