@@ -6,8 +6,10 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from compressors.model.log_probs import LogProbReader, LogProbWriter
@@ -23,6 +25,7 @@ __all__ = ["LOG_PROBS", "MEASUREMENT", "validate_runtime"]
 
 MEASUREMENT = "measurement.json"
 LOG_PROBS = "log_probs"
+_PROMPTS, _PROMPT_TOKENS = 12, 32  # for generations
 
 
 def validate_runtime(
@@ -45,10 +48,10 @@ def validate_runtime(
         record: keep the artifact's own log-probabilities, for the other runtime to be compared with.
     """
     plan = context.plan
-    files = Calibration.of(context.work)
-    heldout = Blocks.load(files.blocks).heldout.numpy()
+    heldout = Blocks.load(Calibration.of(context.work).blocks).heldout.numpy()
     torch.set_num_threads(plan.recipe.threads)
     budget = plan.recipe.budget
+    measurement: dict[str, Any] = {"error": None}
     try:
         cost = measure_artifact(
             artifact,
@@ -59,30 +62,37 @@ def validate_runtime(
             prompt=heldout[0],
         )
     except RuntimeCrashError as crash:
-        (context.output / MEASUREMENT).write_text(json.dumps({"error": str(crash)}), encoding="utf-8")
-        return
-    backend = open_backend()
+        measurement["error"] = str(crash)
+    else:
+        backend = open_backend()
+        _evaluate(context, backend, heldout, references, record=record)
+        prompts = [chunk[:_PROMPT_TOKENS] for chunk in heldout[:: max(1, len(heldout) // _PROMPTS)]]
+        repetition = measure_repetition(backend, prompts, plan.teacher_shape.eos_token_ids)
+        measurement |= {
+            "runtime_version": backend.version,
+            "cost": asdict(cost),
+            "repetition": asdict(repetition),
+        }
+    (context.output / MEASUREMENT).write_text(json.dumps(measurement, indent=1), encoding="utf-8")
+
+
+def _evaluate(
+    context: StageContext,
+    backend: RuntimeBackend,
+    heldout_BT: npt.NDArray[np.int64],
+    references: Mapping[str, LogProbReader],
+    *,
+    record: bool,
+) -> None:
+    """Writes the evaluation and, if wanted, the backend's own log-probabilities."""
     writer = None
     if record:
-        scored = scored_positions(heldout.shape[1])
-        n_scored = len(heldout) * (scored.stop - scored.start)
-        writer = LogProbWriter(context.output / LOG_PROBS, n_scored, plan.teacher_shape.vocab_size)
-    with context.progress.bar("chunks", len(heldout)) as advance:
-        evaluation = evaluate(
-            backend,
-            heldout,
-            {"teacher": LogProbReader(files.heldout_log_probs), **references},
-            record=writer,
-            progress=advance,
-        )
+        scored = scored_positions(heldout_BT.shape[1])
+        n_scored = len(heldout_BT) * (scored.stop - scored.start)
+        writer = LogProbWriter(context.output / LOG_PROBS, n_scored, context.plan.teacher_shape.vocab_size)
+    teacher = LogProbReader(Calibration.of(context.work).heldout_log_probs)
+    with context.progress.bar("chunks", len(heldout_BT)) as advance:
+        evaluation = evaluate(backend, heldout_BT, {"teacher": teacher, **references}, record=writer, progress=advance)
     if writer is not None:
         writer.close()
     evaluation.save(context.output / EVALUATION)
-    prompts = [np.asarray(chunk[:32]) for chunk in heldout[:: max(1, len(heldout) // 12)]]
-    measurement = {
-        "error": None,
-        "runtime_version": backend.version,
-        "cost": asdict(cost),
-        "repetition": asdict(measure_repetition(backend, prompts, plan.teacher_shape.eos_token_ids)),
-    }
-    (context.output / MEASUREMENT).write_text(json.dumps(measurement, indent=1), encoding="utf-8")

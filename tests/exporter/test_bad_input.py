@@ -86,7 +86,7 @@ def test_a_damaged_model_is_refused_before_any_work(
     model: Path, damage: Callable[[Path], None], said: str, run_command: Run
 ) -> None:
     damage(model)
-    _assert_refused(run_command, model.parent, [str(model), "--budget", "3MB", "--budget-kind", "file"], said)
+    assert_refused(run_command, model.parent, [str(model), "--budget", "3MB", "--budget-kind", "file"], said)
 
 
 def test_nan_weights_are_found_when_they_are_read(
@@ -124,7 +124,7 @@ def _empty_text(folder: Path) -> list[str]:
 def test_bad_arguments_are_refused(
     arguments: Callable[[Path], list[str]], said: str, run_command: Run, tmp_path: Path
 ) -> None:
-    _assert_refused(run_command, tmp_path, arguments(tmp_path), said)
+    assert_refused(run_command, tmp_path, arguments(tmp_path), said)
 
 
 def test_a_folder_of_somebody_else_is_not_touched(run_command: Run, tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_budget_that_cannot_be_met_names_the_smallest_that_can(run_command: Ru
     assert run_command([*command, "--budget", too_little, "--dry-run"]).returncode == 3
 
 
-def _assert_refused(run_command: Run, folder: Path, arguments: Sequence[str], said: str) -> None:
+def assert_refused(run_command: Run, folder: Path, arguments: Sequence[str], said: str) -> None:
     out = folder / "out"
     result = run_command([sys.executable, "-m", "exporter", *arguments, "--out", str(out)])
     assert result.returncode == 2, result.stderr
