@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -120,7 +121,7 @@ def fingerprints(plan: Plan, stages: Sequence[Stage]) -> dict[str, str]:
 def _run(stage: Stage, work: WorkDirectory, fingerprint: str) -> StageRecord:
     output = work.begin(stage.name)
     start = time.monotonic()
-    command = [sys.executable, "-m", "exporter.stage", str(work.folder), stage.name]
+    command = [sys.executable, "-m", "exporter.stage", str(work.folder), stage.name, str(os.getpid())]
     process = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False)
     seconds = time.monotonic() - start
     outcome = _outcome(output)

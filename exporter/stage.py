@@ -1,9 +1,9 @@
 """One stage in a process of its own, so that its peak memory is its own.
 
-    python -m exporter.stage WORK_DIRECTORY STAGE
+    python -m exporter.stage WORK_DIRECTORY STAGE PARENT
 
 reads ``plan.json`` of the work directory, writes into ``STAGE.partial`` and leaves ``outcome.json`` there. It ends by
-itself when the run that started it is gone.
+itself when the run that started it, process PARENT, is gone.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ class StageContext:
     progress: Progress
 
 
-def _main(work_folder: Path, name: str) -> int:
-    parent = os.getppid()
+def _main(work_folder: Path, name: str, parent: int) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent answers it, and this ends
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     work = WorkDirectory(work_folder)
@@ -67,10 +66,11 @@ def _main(work_folder: Path, name: str) -> int:
 
 
 def _end_with(parent: int) -> None:
+    # the number is handed over, since the parent may be gone before this process can ask for it
     while os.getppid() == parent:
         time.sleep(0.2)
     os._exit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(_main(Path(sys.argv[1]), sys.argv[2]))
+    sys.exit(_main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])))
