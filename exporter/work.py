@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from compressors.model.errors import InputError
 from exporter.files import flush, flush_folder, write_atomically
 
-__all__ = ["StageRecord", "WorkDirectory"]
+__all__ = ["StageRecord", "WorkDirectory", "write_atomically"]
 
 _JOB = "job.json"
 _PLAN = "plan.json"
