@@ -104,8 +104,8 @@ class Job:
     ) -> Job:
         """Checks what the command line gave, each argument as its flag takes it, and fills in the defaults.
 
-        ``out`` defaults to a folder of the current one named after model and budget, ``work_dir`` to ``OUT.work``
-        beside it, ``threads`` to the processors that this process may use.
+        ``out`` defaults to a folder of the current one named after model and budget, ``work_dir`` to the
+        folder beside it; unfinished work lies in ``OUT.work`` there. ``threads`` defaults to the processors that this process may use.
 
         Raises:
             InputError: a value is wrong; the message names the flag.
@@ -134,7 +134,7 @@ class Job:
             threads=_usable_processors() if threads is None else _at_least_one("--threads", threads, "threads"),
             seed=_seed(seed),
             out=_folder_to_be("--out", out),
-            work_dir=_folder_to_be("--work-dir", out.with_name(f"{out.name}.work") if work_dir is None else work_dir),
+            work_dir=_folder_to_be("--work-dir", (work_dir or out.parent) / f"{out.name}.work"),
             dry_run=dry_run,
             save_student=save_student,
             force=force,

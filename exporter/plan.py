@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from compressors.model.shape import MoeShape, read_shape
+from exporter.files import write_atomically
 from exporter.prediction import Prediction
 from exporter.recipe import Recipe
 
@@ -45,7 +46,7 @@ class Plan:
         data = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
         data["recipe"] = self.recipe.model_dump()
         data["predictions"] = {name: asdict(prediction) for name, prediction in self.predictions.items()}
-        path.write_text(json.dumps(data, indent=1), encoding="utf-8")
+        write_atomically(path, json.dumps(data, indent=1))
 
     @classmethod
     def load(cls, path: Path) -> Plan:

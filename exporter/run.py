@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from compressors.calibration import BLOCK_LENGTH, read_splits, tokenize
+from compressors.calibration import BLOCK_LENGTH, Splits, read_splits, tokenize
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
 from compressors.model.log_probs import log_prob_bytes
@@ -79,7 +79,7 @@ def run_job(job: Job, command: str, announce: Callable[[str], None]) -> Result:
         outputs.write_text("report.html", render_html(report))
         outputs.write_text("README.md", render_model_card(report))
         outputs.publish()
-    shutil.rmtree(work.folder)
+    work.remove()
     return Result(report, job.out)
 
 
@@ -100,7 +100,7 @@ def make_plan(job: Job, command: str) -> Plan:
         recipe, predictions = choose_recipe(job, checkpoint, _name(job), splits, counts)
     else:
         recipe = load_recipe(job.recipe)
-        _check_recipe(job.recipe, recipe, checkpoint, splits.calibration.sha256)
+        _check_recipe(job.recipe, recipe, checkpoint, splits)
         predictions = predict_recipe(recipe, checkpoint)
     return Plan(
         recipe=recipe,
@@ -160,6 +160,7 @@ def _already_published(job: Job, identity: dict[str, Any]) -> Result:
         ) from None
     if report.get("job") != identity:
         raise InputError(f"--out: {job.out} belongs to another run; choose another folder, or remove it")
+    WorkDirectory(job.work_dir).remove()  # left there if the run was killed after publishing
     return Result(report, job.out)
 
 
@@ -176,13 +177,14 @@ def _name(job: Job) -> str:
     return folder.resolve().name if folder.is_dir() else job.model
 
 
-def _check_recipe(path: Path, recipe: Recipe, checkpoint: Checkpoint, calibration_sha256: str) -> None:
+def _check_recipe(path: Path, recipe: Recipe, checkpoint: Checkpoint, splits: Splits) -> None:
     if recipe.source.identity != checkpoint.identity():
         raise InputError(
             f"{path} is a recipe for {recipe.source.model}, whose config or weights differ from the model's"
         )
-    if recipe.text.calibration_sha256 != calibration_sha256:
-        raise InputError(f"{path} was made for another calibration text; give that text with --calibration and --text")
+    for split in vars(splits).values():
+        if split.sha256 not in vars(recipe.text).values():
+            raise InputError(f"{path} was made for another {split.name} text; give that with --calibration and --text")
 
 
 def _check_disk(plan: Plan, job: Job) -> None:

@@ -56,9 +56,11 @@ class WorkDirectory:
         """Keeps a second run out; creates the folder.
 
         Raises:
-            InputError: another run works here right now.
+            InputError: another run works here right now, or the folder holds something else.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / _JOB).exists() and {path.name for path in self.folder.iterdir()} - {_LOCK}:
+            raise InputError(f"{self.folder} holds files that are not a run's; choose another --out or --work-dir")
         lock = FileLock(self.folder / _LOCK)
         try:
             lock.acquire(timeout=0)
@@ -90,6 +92,11 @@ class WorkDirectory:
                 f"{self.folder} belongs to another run (its {', '.join(different)} differ): "
                 "choose another --out, or remove that folder"
             )
+
+    def remove(self) -> None:
+        """Removes the folder, if it is there and a run's."""
+        if (self.folder / _JOB).exists():
+            shutil.rmtree(self.folder)
 
     def record(self, name: str) -> StageRecord | None:
         """The record of a finished stage, None if it is not finished or its record cannot be read."""
