@@ -104,8 +104,9 @@ class Job:
     ) -> Job:
         """Checks what the command line gave, each argument as its flag takes it, and fills in the defaults.
 
-        ``out`` defaults to a folder of the current one named after model and budget, ``work_dir`` to the
-        folder beside it; unfinished work lies in ``OUT.work`` there. ``threads`` defaults to the processors that this process may use.
+        ``out`` defaults to a folder of the current one named after model and budget, ``work_dir`` to the folder that
+        ``out`` is in (unfinished work lies in ``OUT.work`` there), ``threads`` to the processors that this process may
+        use.
 
         Raises:
             InputError: a value is wrong; the message names the flag.
