@@ -19,7 +19,7 @@ from exporter.plan import Plan
 from exporter.stage import OUTCOME
 from exporter.work import StageRecord, WorkDirectory
 
-__all__ = ["Stage", "StageError", "fingerprints", "run_stages", "stages_of"]
+__all__ = ["ALL_STAGES", "Stage", "StageError", "fingerprints", "run_stages", "stages_of"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,20 @@ _VALIDATE_ONNX = Stage(
     crash_is_a_finding=True,
 )
 
+ALL_STAGES = (
+    _CALIBRATE,
+    _COMPRESS,
+    _SCHEDULE,
+    _RECOVER,
+    _GGUF,
+    _ONNX,
+    _STUDENT,
+    _VALIDATE_TORCH,
+    _VALIDATE_GGUF,
+    _VALIDATE_ONNX,
+)
+"""In the order in which they run; a plan leaves out those of artifacts that it does not write."""
+
 
 class StageError(MoeExportError):
     """A stage failed; carries the exit code that the stage asked for."""
@@ -74,14 +88,14 @@ class StageError(MoeExportError):
 def stages_of(plan: Plan) -> tuple[Stage, ...]:
     """The stages of a plan, each after those it needs."""
     recipe = plan.recipe
-    stages = [_CALIBRATE, _COMPRESS, _SCHEDULE, _RECOVER]
-    stages += [stage for name, stage in (("gguf", _GGUF), ("onnx", _ONNX)) if name in recipe.artifacts]
-    stages += [_STUDENT] if recipe.save_student else []
-    stages.append(_VALIDATE_TORCH)
-    stages += [
-        stage for name, stage in (("gguf", _VALIDATE_GGUF), ("onnx", _VALIDATE_ONNX)) if name in recipe.artifacts
-    ]
-    return tuple(stages)
+    wanted = {
+        _GGUF: recipe.gguf is not None,
+        _VALIDATE_GGUF: recipe.gguf is not None,
+        _ONNX: recipe.onnx is not None,
+        _VALIDATE_ONNX: recipe.onnx is not None,
+        _STUDENT: recipe.save_student,
+    }
+    return tuple(stage for stage in ALL_STAGES if wanted.get(stage, True))
 
 
 def run_stages(

@@ -1,0 +1,47 @@
+"""Notices when a writer's output changed: then its stage's version has to be raised, or old work would be taken for new.
+
+Only bytes that are the same on every processor are looked at: copied values and structure, no sums.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.student import ExpertMap, Student
+from exporter.gguf.writer import write_gguf
+from exporter.onnx.graph import build_model
+from exporter.onnx.layout import plan_tensors
+from exporter.pipeline import ALL_STAGES
+
+_GOLDEN = {
+    "gguf": (1, "72229cbe1c0f63c76a6e22bd578af0a7210e92ebf390c8b02669d989d7aa37fc"),
+    "onnx": (1, "31b6a820b203af2d85f0c584d86b4d248e02fb58084833090b0b952df7adf95e"),
+}
+
+
+def _gguf_digest(toy_model: Path, folder: Path) -> str:
+    source = Checkpoint(toy_model)
+    student = Student(source, ExpertMap(32, ((1, 5, 6, 7, 30), (0, 2, 3, 4, 31))))
+    write_gguf(student, "BF16", folder / "toy.gguf", name="toy", threads=1)
+    return hashlib.sha256((folder / "toy.gguf").read_bytes()).hexdigest()
+
+
+def _onnx_digest(toy_model: Path) -> str:
+    shape = Checkpoint(toy_model).shape.with_experts(5)
+    graphs = [
+        build_model(plan_tensors(shape, preset)).SerializeToString(deterministic=True) for preset in ("F32", "Q4_0")
+    ]
+    return hashlib.sha256(b"".join(graphs)).hexdigest()
+
+
+@pytest.mark.parametrize("name", sorted(_GOLDEN))
+def test_a_changed_output_raises_its_stage_s_version(name: str, toy_model: Path, tmp_path: Path) -> None:
+    digest = _gguf_digest(toy_model, tmp_path) if name == "gguf" else _onnx_digest(toy_model)
+    (version,) = (stage.version for stage in ALL_STAGES if stage.name == name)
+    assert (version, digest) == _GOLDEN[name], (
+        f"the output of stage {name} changed: raise its version in exporter/pipeline.py, then put the new pair here"
+    )
