@@ -1,4 +1,4 @@
-"""Notices when a writer's output changed: then its stage's version has to be raised, or old work would be taken for new.
+"""Notices when a writer's output changed: its stage's version must then be raised, or old work would pass for new.
 
 Only bytes that are the same on every processor are looked at: copied values and structure, no sums.
 """
