@@ -18,9 +18,11 @@ from compressors.model.families import Role
 from compressors.model.shape import MoeShape
 from compressors.model.student import ExpertMap, Student
 from compressors.quantize import dequantize_rows, fallback_type, quantize_rows
+from compressors.statistics import Importance
+from exporter import files
 from exporter.gguf import writer
 from exporter.gguf.layout import PRESETS
-from exporter.gguf.writer import Importance, predict_file_size, write_gguf
+from exporter.gguf.writer import predict_file_size, write_gguf
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +123,7 @@ def test_what_cannot_be_written_is_said_first(
     with pytest.raises(InputError, match="nowhere is not a folder"):
         write_gguf(student, "Q8_0", tmp_path / "nowhere" / "x.gguf", name="x", threads=1)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(InputError, match="only 1000 are free"):
         write_gguf(student, "Q8_0", tmp_path / "x.gguf", name="x", threads=1)
 
