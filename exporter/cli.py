@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from compressors.model.errors import MoeExportError
+from compressors.model.errors import InputError, MoeExportError
 
 __all__ = ["main"]
 
@@ -46,7 +48,7 @@ _FOLDER = click.Path(path_type=Path)
 
 @main.command(epilog="Other commands: moe-export inspect MODEL; moe-export validate OUT.")
 @click.argument("model", required=False)
-@click.option("--budget", required=True, metavar="SIZE", help="Memory the result may need, such as 20GB or 18.6GiB.")
+@click.option("--budget", metavar="SIZE", help="Memory the result may need, such as 20GB or 18.6GiB.")
 @click.option("--budget-kind", default="total", show_default=True, help="total: memory at run time; file: file size.")
 @click.option("--context", default=8192, show_default=True, help="Tokens of KV cache to count (at most the model's).")
 @click.option("--kv-type", default="f16", show_default=True, help="Type of llama.cpp's KV cache.")
@@ -62,7 +64,7 @@ _FOLDER = click.Path(path_type=Path)
 @click.option(
     "--require", multiple=True, metavar="NAME=VALUE", help="A threshold: kld, top1, routing, perplexity_change."
 )
-@click.option("--recipe", type=_FOLDER, help="Follow this recipe instead of planning.")
+@click.option("--recipe", type=_FOLDER, help="Follow this recipe instead of planning; it holds every choice.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write the recipe beside OUT; read no weights.")
 @click.option("--save-student", is_flag=True, help="Also write the student as a Hugging Face checkpoint.")
 @click.option("--memory", metavar="SIZE", help="Memory this run may use.  [default: half of what is free]")
@@ -78,6 +80,7 @@ def export(**arguments: Any) -> None:
     from exporter.job import Job
     from exporter.run import make_plan, run_job
 
+    _refuse_choices_beside_a_recipe(arguments)
     job = Job.create(**arguments)
     command = shlex.join([_program(), *sys.argv[1:]])
     if job.dry_run:
@@ -128,6 +131,20 @@ def validate(out: Path, as_json: bool, **arguments: Any) -> None:
     else:
         _console().print(revalidation_table(result))
     raise SystemExit(0 if result["passed"] else 4)
+
+
+_RECIPE_CHOICES = (
+    *("budget", "budget_kind", "context", "kv_type", "formats", "method", "experts", "quant"),
+    *("recover", "recover_time", "save_student", "threads", "seed"),
+)
+
+
+def _refuse_choices_beside_a_recipe(arguments: Mapping[str, Any]) -> None:
+    context = click.get_current_context()
+    for name in _RECIPE_CHOICES if arguments["recipe"] else ():
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag}: the recipe holds this choice; change it there, or leave {flag} out")
 
 
 def _program() -> str:

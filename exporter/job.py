@@ -47,7 +47,7 @@ class Job:
     model: str | None  # local folder or hub id; None: the bundled model
     revision: str | None
     offline: bool
-    budget_bytes: int
+    budget_bytes: int | None  # None: the recipe's
     budget_kind: str  # one of BUDGET_KINDS
     context: int  # tokens
     kv_type: str  # one of KV_TYPES
@@ -75,7 +75,7 @@ class Job:
     def create(
         cls,
         *,
-        budget: str,
+        budget: str | None = None,
         model: str | None = None,
         revision: str | None = None,
         offline: bool = False,
@@ -104,20 +104,22 @@ class Job:
     ) -> Job:
         """Checks what the command line gave, each argument as its flag takes it, and fills in the defaults.
 
-        ``out`` defaults to a folder of the current one named after model and budget, ``work_dir`` to the folder that
-        ``out`` is in (unfinished work lies in ``OUT.work`` there), ``threads`` to the processors that this process may
-        use.
+        ``out`` defaults to a folder of the current one named after model and budget (or recipe), ``work_dir`` to the
+        folder that ``out`` is in (unfinished work lies in ``OUT.work`` there), ``threads`` to the processors that this
+        process may use.
 
         Raises:
             InputError: a value is wrong; the message names the flag.
         """
-        budget_bytes = parse_size(budget, "--budget")
-        out = Path(f"{_model_name(model)}-{''.join(budget.split())}") if out is None else out
+        if budget is None and recipe is None:
+            raise InputError("--budget is missing: say how much memory the result may need, such as --budget 20GB")
+        label = "".join(budget.split()) if budget is not None else Path(str(recipe)).stem
+        out = Path(f"{_model_name(model)}-{label}") if out is None else out
         return cls(
             model=model,
             revision=revision,
             offline=offline,
-            budget_bytes=budget_bytes,
+            budget_bytes=None if budget is None else parse_size(budget, "--budget"),
             budget_kind=_one_of("--budget-kind", budget_kind, BUDGET_KINDS),
             context=_at_least_one("--context", context, "tokens"),
             kv_type=_one_of("--kv-type", kv_type.lower(), KV_TYPES),

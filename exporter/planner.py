@@ -64,6 +64,7 @@ def choose_recipe(
         InputError: ``--experts`` is not possible for this model.
         BudgetError: nothing fits; the message names the smallest budget that would work.
     """
+    assert job.budget_bytes is not None, "only a recipe may stand in for the budget"
     budget = BudgetChoice(
         bytes=job.budget_bytes,
         kind=job.budget_kind,  # type: ignore[arg-type]  # Job.create checked it

@@ -42,10 +42,11 @@ def toy_command(toy_model: Path, small_texts: tuple[Path, Path]) -> Command:
 
     def command(out: Path, *arguments: str, budget: str = "3MB") -> Sequence[str]:
         calibration, heldout = small_texts
+        choices = ("--budget", budget, "--budget-kind", "file", "--quant", "Q4_0", "--context", "512", "--threads", "1")
         return [
-            *(sys.executable, "-m", "exporter", str(toy_model), "--budget", budget, "--budget-kind", "file"),
-            *("--calibration", str(calibration), "--text", str(heldout)),
-            *("--quant", "Q4_0", "--context", "512", "--threads", "1", "--out", str(out), *arguments),
+            *(sys.executable, "-m", "exporter", str(toy_model)),
+            *("--calibration", str(calibration), "--text", str(heldout), "--out", str(out)),
+            *(arguments if "--recipe" in arguments else (*choices, *arguments)),
         ]
 
     return command

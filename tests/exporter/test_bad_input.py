@@ -119,6 +119,7 @@ def _empty_text(folder: Path) -> list[str]:
         (lambda folder: ["--budget", "3GB", "--require", "beauty=1"], "beauty"),
         (lambda folder: ["--budget", "3GB", "--calibration", str(folder / "no.txt")], "no.txt"),
         (lambda folder: [], "--budget"),
+        (lambda folder: ["--recipe", str(folder / "mine.yaml"), "--quant", "Q8_0"], "--quant: the recipe holds"),
     ],
 )
 def test_bad_arguments_are_refused(
