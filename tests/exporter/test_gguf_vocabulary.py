@@ -58,7 +58,7 @@ def _llama_tokens(vocabulary: int, text: str) -> list[int]:
     return list(tokens[:count])
 
 
-def _assert_same_tokens(folder: Path, path: Path, texts: Sequence[str]) -> None:
+def assert_same_tokens(folder: Path, path: Path, texts: Sequence[str]) -> None:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     with _llama_vocabulary(folder, path) as vocabulary:
         for text in texts:
@@ -66,7 +66,7 @@ def _assert_same_tokens(folder: Path, path: Path, texts: Sequence[str]) -> None:
 
 
 def test_trained_models_tokenize_held_out_text_alike(family_folder: Path, tmp_path: Path, heldout_text: str) -> None:
-    _assert_same_tokens(family_folder, tmp_path / "vocabulary.gguf", [heldout_text, _AWKWARD])
+    assert_same_tokens(family_folder, tmp_path / "vocabulary.gguf", [heldout_text, _AWKWARD])
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_every_known_pre_tokenizer_is_the_one_in_llama_cpp(
     tokenizer.train_from_iterator([heldout_text[:200_000]], trainer)
     tokenizer.save(str(folder_with_tokenizer / "tokenizer.json"))
     path = folder_with_tokenizer / "vocabulary.gguf"
-    _assert_same_tokens(folder_with_tokenizer, path, [heldout_text[200_000:400_000], _AWKWARD])
+    assert_same_tokens(folder_with_tokenizer, path, [heldout_text[200_000:400_000], _AWKWARD])
     assert gguf.GGUFReader(path).fields["tokenizer.ggml.pre"].contents() == name
 
 
@@ -137,7 +137,7 @@ def test_sentencepiece_style_tokenizes_alike(folder_with_tokenizer: Path, heldou
     _train_sentencepiece_style(heldout_text[:200_000], folder_with_tokenizer / "tokenizer.json")
     _edit_json(folder_with_tokenizer / "tokenizer_config.json", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     path = folder_with_tokenizer / "vocabulary.gguf"
-    _assert_same_tokens(folder_with_tokenizer, path, [heldout_text[200_000:230_000], _AWKWARD])
+    assert_same_tokens(folder_with_tokenizer, path, [heldout_text[200_000:230_000], _AWKWARD])
     fields = gguf.GGUFReader(path).fields
     assert fields["tokenizer.ggml.model"].contents() == "llama"
     assert fields["tokenizer.ggml.add_bos_token"].contents() is True
