@@ -21,6 +21,7 @@ from exporter.plan import Plan
 from exporter.recipe import Recipe
 from exporter.stages.artifacts import Calibration, StudentFiles
 from exporter.stages.runtime import MEASUREMENT
+from exporter.stages.schedule import scheduled_blocks
 from exporter.stages.validate_gguf import same_numbers
 from exporter.stages.validate_torch import EVALUATION
 from exporter.work import StageRecord, WorkDirectory
@@ -37,8 +38,7 @@ _RUNTIMES = {"gguf": "llama.cpp", "onnx": "onnxruntime"}
 
 def final_recipe(plan: Plan, work: WorkDirectory) -> Recipe:
     """The recipe with the number of blocks that the time limit of recovery allowed."""
-    schedule = json.loads((work.stage("schedule") / "schedule.json").read_text(encoding="utf-8"))
-    recover = plan.recipe.recover.model_copy(update={"blocks": schedule["blocks"]})
+    recover = plan.recipe.recover.model_copy(update={"blocks": scheduled_blocks(work)})
     return plan.recipe.model_copy(update={"recover": recover})
 
 

@@ -35,7 +35,7 @@ def run(context: StageContext) -> None:
     if choice.rung != "none":
         use_threads(context.plan)
         student = open_student(context.plan, context.work, "compress")
-        taught, rung = _router_rung(context, student, settings_of(choice, scheduled_blocks(context)))
+        taught, rung = _router_rung(context, student, settings_of(choice, scheduled_blocks(context.work)))
         rungs.append(rung)
         if rung["accepted"]:
             save_file(taught.overlay, StudentFiles(context.output).overlay)

@@ -9,6 +9,7 @@ from compressors.recover.router_kd import train_routers
 from compressors.teacher import TeacherTargets
 from exporter.stage import StageContext
 from exporter.stages.artifacts import Blocks, Calibration, fits_in_memory, open_student, settings_of, use_threads
+from exporter.work import WorkDirectory
 
 __all__ = ["run", "scheduled_blocks"]
 
@@ -33,7 +34,7 @@ def run(context: StageContext) -> None:
     (context.output / _FILE).write_text(json.dumps({"blocks": n_blocks}), encoding="utf-8")
 
 
-def scheduled_blocks(context: StageContext) -> int:
+def scheduled_blocks(work: WorkDirectory) -> int:
     """The number of blocks that a finished schedule stage chose."""
-    blocks: int = json.loads((context.work.stage("schedule") / _FILE).read_text(encoding="utf-8"))["blocks"]
+    blocks: int = json.loads((work.stage("schedule") / _FILE).read_text(encoding="utf-8"))["blocks"]
     return blocks
