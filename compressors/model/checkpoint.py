@@ -5,39 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from compressors.model.errors import InputError
 from compressors.model.families import Family, Role
 from compressors.model.shape import MoeShape, read_shape
+from compressors.model.weight_file import TensorHeader, WeightFile
 
-__all__ = ["Checkpoint", "TensorHeader", "role_shape"]
+__all__ = ["Checkpoint", "role_shape"]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class TensorHeader:
-    """Where one tensor lies, without its values."""
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def n_bytes(self) -> int:
-        """Size on disk in bytes."""
-        elements = 1
-        for length in self.shape:
-            elements *= length
-        return elements * self.dtype.itemsize
+_WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Checkpoint:
@@ -53,11 +34,11 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.shape: MoeShape = read_shape(folder)
-        self.headers: dict[str, TensorHeader] = {}
         self.files = _weight_files(folder)
-        self._readers: dict[Path, Any] = {}  # opening a file parses its whole header: do it once
-        for file in self.files:
-            self.headers.update(_read_headers(file))
+        self._opened = {file: WeightFile(file) for file in self.files}
+        self.headers: dict[str, TensorHeader] = {}
+        for opened in self._opened.values():
+            self.headers.update(opened.tensors)
         self._check_tensors()
 
     @property
@@ -81,18 +62,33 @@ class Checkpoint:
             role = Role.TOKEN_EMBEDDING
         return self._read(self.family.names[role].format(layer=layer))
 
+    def rows(self, role: Role, layer: int | None, rows: slice) -> torch.Tensor:
+        """Some consecutive rows of a tensor that is not an expert's, in storage dtype."""
+        if role is Role.HEAD and self.shape.tied_embeddings:
+            role = Role.TOKEN_EMBEDDING
+        name = self.family.names[role].format(layer=layer)
+        n_rows, *rest = self.headers[name].shape
+        start, stop, _ = rows.indices(n_rows)
+        out = torch.empty(stop - start, *rest, dtype=self.headers[name].dtype)
+        self._file_of(name).read_into(name, out, start * (out[0].numel() if len(out) else 0))
+        return out
+
     def expert(self, role: Role, layer: int, expert: int) -> torch.Tensor:
         """One expert's gate [F, D], up [F, D] or down [D, F] projection, in storage dtype."""
-        name, fused_rows = self._expert_location(role, layer, expert)
-        if fused_rows is None:
-            return self._read(name)
-        return self._read(name, fused_rows)
+        out = torch.empty(role_shape(role, self.shape), dtype=self.dtype)
+        self.read_expert(role, layer, expert, out)
+        return out
+
+    def read_expert(self, role: Role, layer: int, expert: int, out: torch.Tensor) -> None:
+        """Fills ``out``, contiguous and of the expert's shape, with what :meth:`expert` would return."""
+        name, first = self._expert_location(role, layer, expert)
+        self._file_of(name).read_into(name, out, first)
 
     def identity(self) -> str:
         """SHA-256 over ``config.json`` and the header of every weight file: equal for equal checkpoints."""
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
         for file in self.files:
-            digest.update(f"{file.name} {file.stat().st_size} {_header_digest(file)}".encode())
+            digest.update(f"{file.name} {file.stat().st_size} {self._opened[file].header_sha256}".encode())
         return digest.hexdigest()
 
     def expected_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -128,31 +124,29 @@ class Checkpoint:
                     f"{header.file}: tensor {name} has shape {list(header.shape)}, but config.json implies "
                     f"{list(expected)}; config and weights do not belong together"
                 )
+            if header.dtype not in _WEIGHT_DTYPES:
+                raise InputError(
+                    f"{header.file}: tensor {name} holds {header.dtype}; only float32, float16 and bfloat16 "
+                    "checkpoints are read"
+                )
 
-    def _expert_location(self, role: Role, layer: int, expert: int) -> tuple[str, tuple[int, slice] | None]:
-        """Name on disk, and for fused experts which part of it."""
-        width = self.shape.expert_width
-        fused_gate_up = self.family.fused_gate_up.format(layer=layer)
-        if fused_gate_up not in self.headers:
-            return self.family.names[role].format(layer=layer, expert=expert), None
-        if role is Role.EXPERT_GATE:
-            return fused_gate_up, (expert, slice(0, width))
-        if role is Role.EXPERT_UP:
-            return fused_gate_up, (expert, slice(width, 2 * width))
-        return self.family.fused_down.format(layer=layer), (expert, slice(None))
+    def _expert_location(self, role: Role, layer: int, expert: int) -> tuple[str, int]:
+        """Name on disk, and the flat index in it of the expert's first value."""
+        gate_up, down = (
+            template.format(layer=layer) for template in (self.family.fused_gate_up, self.family.fused_down)
+        )
+        if gate_up not in self.headers:
+            return self.family.names[role].format(layer=layer, expert=expert), 0
+        matrix = self.shape.expert_width * self.shape.hidden_size
+        if role is Role.EXPERT_DOWN:
+            return down, expert * matrix
+        return gate_up, (2 * expert + (role is Role.EXPERT_UP)) * matrix
 
-    def _read(self, name: str, part: tuple[int, slice] | None = None) -> torch.Tensor:
-        file = self.headers[name].file
-        try:
-            if file not in self._readers:
-                self._readers[file] = safe_open(file, framework="pt")
-            reader = self._readers[file]
-            tensor: torch.Tensor = reader.get_tensor(name) if part is None else reader.get_slice(name)[part[0], part[1]]
-            return tensor
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"{file}: tensor {name} cannot be read ({error}); was the file changed or cut off?"
-            ) from None
+    def _read(self, name: str) -> torch.Tensor:
+        return self._file_of(name).read(name)
+
+    def _file_of(self, name: str) -> WeightFile:
+        return self._opened[self.headers[name].file]
 
 
 def role_shape(role: Role, shape: MoeShape) -> tuple[int, ...]:
@@ -194,27 +188,3 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
     if missing:
         raise InputError(f"{folder}: the index names {missing[0]}, which is missing; download it again")
     return files
-
-
-def _read_headers(file: Path) -> dict[str, TensorHeader]:
-    headers = {}
-    try:
-        with safe_open(file, framework="pt") as reader:
-            for name in reader.keys():  # noqa: SIM118 - the reader is not a mapping
-                part = reader.get_slice(name)
-                dtype = part.get_dtype()
-                if dtype not in _DTYPES:
-                    raise InputError(
-                        f"{file}: tensor {name} has dtype {dtype}; only {', '.join(_DTYPES)} checkpoints are read"
-                    )
-                headers[name] = TensorHeader(file, _DTYPES[dtype], tuple(part.get_shape()))
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file} is truncated or not a safetensors file ({error}); download it again") from None
-    return headers
-
-
-def _header_digest(file: Path) -> str:
-    """SHA-256 of a safetensors file's header (8 bytes of length, then JSON)."""
-    with file.open("rb") as stream:
-        length = stream.read(8)
-        return hashlib.sha256(length + stream.read(int.from_bytes(length, "little"))).hexdigest()

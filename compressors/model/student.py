@@ -8,19 +8,19 @@ everything and changes nothing (:meth:`Student.teacher`).
 from __future__ import annotations
 
 import json
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
 from compressors.model.families import Family, Role
 from compressors.model.shape import MoeShape
+from compressors.model.weight_file import StoredTensors
 
 __all__ = ["ExpertMap", "Student"]
 
@@ -93,7 +93,7 @@ class Student:
     ) -> None:
         self.source = source
         self.experts = experts
-        self.overlay = dict(overlay or {})
+        self.overlay: Mapping[str, torch.Tensor] = {} if overlay is None else overlay
         self.shape: MoeShape = source.shape.with_experts(experts.n_experts)
 
     @classmethod
@@ -111,8 +111,8 @@ class Student:
         try:
             experts = ExpertMap.from_json(json.loads(expert_map.read_text(encoding="utf-8")))
             experts.check_against(source.shape)
-            tensors = load_file(overlay) if overlay is not None else None
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            tensors = None if overlay is None else StoredTensors(overlay)
+        except (OSError, ValueError, KeyError, TypeError, InputError) as error:
             raise InputError(
                 f"the student in {expert_map.parent} cannot be read ({error}); remove the folder"
             ) from None
@@ -142,6 +142,14 @@ class Student:
             return tensor[list(self.experts.kept[layer])]
         return tensor
 
+    def rows(self, role: Role, layer: int | None, rows: slice) -> torch.Tensor:
+        """Some consecutive rows of :meth:`tensor`, without reading the others."""
+        if role is Role.HEAD and self.shape.tied_embeddings:
+            role = Role.TOKEN_EMBEDDING
+        if role is Role.ROUTER or self.name(role, layer) in self.overlay:
+            return self.tensor(role, layer)[rows]
+        return self.source.rows(role, layer, rows)
+
     def expert(self, role: Role, layer: int, expert: int) -> torch.Tensor:
         """One surviving expert's gate [F, D], up [F, D] or down [D, F] projection."""
         name = self.name(role, layer, expert)
@@ -149,6 +157,15 @@ class Student:
             return self.overlay[name]
         return self.source.expert(role, layer, self.experts.kept[layer][expert])
 
+    def read_expert(self, role: Role, layer: int, expert: int, out: torch.Tensor) -> None:
+        """Fills ``out``, contiguous and of the expert's shape, with what :meth:`expert` would return."""
+        name = self.name(role, layer, expert)
+        if name in self.overlay:
+            out.copy_(self.overlay[name])
+        else:
+            self.source.read_expert(role, layer, self.experts.kept[layer][expert], out)
+
     def with_overlay(self, overlay: Mapping[str, torch.Tensor]) -> Student:
         """The same student with these tensors in place of what it had."""
-        return Student(self.source, self.experts, {**self.overlay, **overlay})
+        both = ChainMap(dict(overlay), self.overlay)  # type: ignore[arg-type]  # it writes to the first map only
+        return Student(self.source, self.experts, both)

@@ -38,7 +38,7 @@ def run(context: StageContext) -> None:
         taught, rung = _router_rung(context, student, settings_of(choice, scheduled_blocks(context.work)))
         rungs.append(rung)
         if rung["accepted"]:
-            save_file(taught.overlay, StudentFiles(context.output).overlay)
+            save_file(dict(taught.overlay), StudentFiles(context.output).overlay)
     StudentFiles(context.output).recovery.write_text(json.dumps(rungs, indent=1), encoding="utf-8")
 
 
