@@ -15,7 +15,7 @@ from typing import Any
 
 from compressors.model.errors import UnsupportedError
 
-__all__ = ["FAMILIES", "ConfigKeys", "Family", "GgufFamily", "Role", "family_for"]
+__all__ = ["FAMILIES", "ConfigKeys", "Family", "GgufFamily", "QkNorm", "Role", "family_for"]
 
 
 class Role(StrEnum):
@@ -32,8 +32,8 @@ class Role(StrEnum):
     KEY = "key"  # [kv heads * head_dim, D]
     VALUE = "value"  # [kv heads * head_dim, D]
     ATTENTION_OUTPUT = "attention output"  # [D, H * head_dim]
-    QUERY_NORM = "query norm"  # [head_dim]
-    KEY_NORM = "key norm"  # [head_dim]
+    QUERY_NORM = "query norm"  # see QkNorm
+    KEY_NORM = "key norm"
     MOE_NORM = "MoE norm"  # [D]
     ROUTER = "router"  # [E, D]
     EXPERT_GATE = "expert gate"  # [F, D] for each expert
@@ -55,6 +55,14 @@ _EXPERT_ROLES = frozenset({Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN})
 _GLOBAL_ROLES = frozenset({Role.TOKEN_EMBEDDING, Role.FINAL_NORM, Role.HEAD})
 
 
+class QkNorm(StrEnum):
+    """What one RMS norm of the projected queries, and of the keys, runs over before the rotary embedding."""
+
+    NONE = "none"
+    PER_HEAD = "per head"  # scale [head_dim], shared by all heads
+    WHOLE = "whole"  # scale as wide as the projection: [H * head_dim], [kv heads * head_dim]
+
+
 @dataclass(frozen=True)
 class ConfigKeys:
     """Names in ``config.json`` of the settings that families spell differently."""
@@ -73,6 +81,8 @@ class GgufFamily:
     rotary_is_interleaved: bool  # query and key rows are permuted from rotate-half to llama.cpp's adjacent pairs
     normalizes_top_k: bool  # a constant of llama.cpp's graph; a model that disagrees cannot be written
     writes_expert_width: bool  # the width goes into expert_feed_forward_length, not feed_forward_length
+    needs_square_attention: bool = False  # loads query and key only as [D, D]: every head has a key-value head
+    needs_untied_head: bool = False  # loads no file without a head of its own
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,7 @@ class Family:
     fused_down: str  # [E, D, F]
     config_keys: ConfigKeys
     gguf: GgufFamily
-    qk_norm: bool
+    qk_norm: QkNorm
     router_module: str = "mlp.gate"  # inside transformers' decoder layer; returns (logits, gate weights, experts)
     experts_module: str = "mlp.experts"  # holds gate_up_proj [E, 2F, D] and down_proj [E, D, F]
     required_settings: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # first value: when absent
@@ -119,25 +129,23 @@ _QK_NORM_NAMES = {
     Role.QUERY_NORM: "model.layers.{layer}.self_attn.q_norm.weight",
     Role.KEY_NORM: "model.layers.{layer}.self_attn.k_norm.weight",
 }
+_MLP_EXPERT_NAMES = {
+    Role.ROUTER: "model.layers.{layer}.mlp.gate.weight",
+    Role.EXPERT_GATE: "model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight",
+    Role.EXPERT_UP: "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight",
+    Role.EXPERT_DOWN: "model.layers.{layer}.mlp.experts.{expert}.down_proj.weight",
+}
 _COMMON_SETTINGS: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",), "attention_bias": (False,)}
 
 _QWEN3_MOE = Family(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
-    names={
-        **_GLOBAL_NAMES,
-        **_ATTENTION_NAMES,
-        **_QK_NORM_NAMES,
-        Role.ROUTER: "model.layers.{layer}.mlp.gate.weight",
-        Role.EXPERT_GATE: "model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight",
-        Role.EXPERT_UP: "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight",
-        Role.EXPERT_DOWN: "model.layers.{layer}.mlp.experts.{expert}.down_proj.weight",
-    },
+    names={**_GLOBAL_NAMES, **_ATTENTION_NAMES, **_QK_NORM_NAMES, **_MLP_EXPERT_NAMES},
     fused_gate_up="model.layers.{layer}.mlp.experts.gate_up_proj",
     fused_down="model.layers.{layer}.mlp.experts.down_proj",
     config_keys=ConfigKeys("num_experts", "moe_intermediate_size", "norm_topk_prob"),
     gguf=GgufFamily("qwen3moe", rotary_is_interleaved=False, normalizes_top_k=True, writes_expert_width=True),
-    qk_norm=True,
+    qk_norm=QkNorm.PER_HEAD,
     required_settings={
         **_COMMON_SETTINGS,
         "use_sliding_window": (False,),
@@ -161,11 +169,30 @@ _MIXTRAL = Family(
     fused_down="model.layers.{layer}.mlp.experts.down_proj",
     config_keys=ConfigKeys("num_local_experts", "intermediate_size", None),
     gguf=GgufFamily("llama", rotary_is_interleaved=True, normalizes_top_k=True, writes_expert_width=False),
-    qk_norm=False,
+    qk_norm=QkNorm.NONE,
     required_settings={**_COMMON_SETTINGS, "sliding_window": (None,)},
 )
 
-FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (_QWEN3_MOE, _MIXTRAL)}
+_OLMOE = Family(
+    model_type="olmoe",
+    architecture="OlmoeForCausalLM",
+    names={**_GLOBAL_NAMES, **_ATTENTION_NAMES, **_QK_NORM_NAMES, **_MLP_EXPERT_NAMES},
+    fused_gate_up="model.layers.{layer}.mlp.experts.gate_up_proj",
+    fused_down="model.layers.{layer}.mlp.experts.down_proj",
+    config_keys=ConfigKeys("num_experts", "intermediate_size", "norm_topk_prob"),
+    gguf=GgufFamily(
+        "olmoe",
+        rotary_is_interleaved=False,
+        normalizes_top_k=False,
+        writes_expert_width=False,
+        needs_square_attention=True,
+        needs_untied_head=True,
+    ),
+    qk_norm=QkNorm.WHOLE,
+    required_settings={**_COMMON_SETTINGS, "clip_qkv": (None,)},
+)
+
+FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (_QWEN3_MOE, _MIXTRAL, _OLMOE)}
 
 
 def family_for(model_type: str, where: Path | None = None) -> Family:

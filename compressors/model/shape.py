@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.families import Family, family_for
+from compressors.model.families import Family, QkNorm, family_for
 
 __all__ = ["MoeShape", "read_shape"]
 
@@ -60,6 +60,20 @@ class MoeShape:
         return others | {keys.n_experts: self.n_experts, "num_experts_per_tok": self.top_k}
 
     @property
+    def query_norm_width(self) -> int:
+        """Values that one norm of the queries runs over; 0 if the family has none."""
+        return self._qk_norm_width(self.n_heads)
+
+    @property
+    def key_norm_width(self) -> int:
+        """Values that one norm of the keys runs over; 0 if the family has none."""
+        return self._qk_norm_width(self.n_kv_heads)
+
+    def _qk_norm_width(self, n_heads: int) -> int:
+        heads_normed_together = {QkNorm.NONE: 0, QkNorm.PER_HEAD: 1, QkNorm.WHOLE: n_heads}
+        return heads_normed_together[self.family.qk_norm] * self.head_dim
+
+    @property
     def expert_parameters(self) -> int:
         """Parameters of one expert: gate, up and down projection."""
         return 3 * self.hidden_size * self.expert_width
@@ -70,7 +84,7 @@ class MoeShape:
         query = self.n_heads * self.head_dim
         key_value = self.n_kv_heads * self.head_dim
         attention = self.hidden_size * (2 * query + 2 * key_value)
-        norms = 2 * self.hidden_size + (2 * self.head_dim if self.family.qk_norm else 0)
+        norms = 2 * self.hidden_size + self.query_norm_width + self.key_norm_width
         return attention + norms + self.n_experts * self.hidden_size
 
     @property

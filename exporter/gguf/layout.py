@@ -140,6 +140,18 @@ def _check_representable(shape: MoeShape) -> None:
             f"weights of the chosen experts, but this model has normalize_top_k = {shape.normalize_top_k}: "
             "it cannot be written as GGUF; use --formats onnx"
         )
+    attention_widths = {shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim}
+    if gguf.needs_square_attention and attention_widths != {shape.hidden_size}:
+        raise UnsupportedError(
+            f"llama.cpp's {gguf.architecture} graph needs queries and keys as wide as the hidden size; this model has "
+            f"{shape.n_heads} heads and {shape.n_kv_heads} key-value heads of {shape.head_dim} at hidden size "
+            f"{shape.hidden_size}: it cannot be written as GGUF; use --formats onnx"
+        )
+    if gguf.needs_untied_head and shape.tied_embeddings:
+        raise UnsupportedError(
+            f"llama.cpp's {gguf.architecture} graph needs a head of its own, but this model's is tied to the "
+            "embedding: it cannot be written as GGUF; use --formats onnx"
+        )
     if shape.n_experts > _MAX_EXPERTS or shape.n_layers > _MAX_LAYERS:
         raise UnsupportedError(
             f"llama.cpp loads at most {_MAX_EXPERTS} experts and {_MAX_LAYERS} layers; this model has "

@@ -10,7 +10,7 @@ import math
 
 import onnx
 
-from compressors.model.families import Role
+from compressors.model.families import QkNorm, Role
 from exporter.onnx.builder import MICROSOFT, GraphBuilder
 from exporter.onnx.layout import TensorLayout
 from exporter.onnx.padding import AttentionMask, add_attention_mask
@@ -57,15 +57,17 @@ class _Decoder:
 
     def _norm(self, role: Role, layer: int | None, residual: str, branch: str | None) -> tuple[str, str]:
         """Adds the branch to the residual stream and normalises; returns the normed values and the new residual."""
-        scale = self._weights.norm(role, layer)
         prefix = _prefix(layer) + role.replace(" ", "_")
-        epsilon = self._shape.rms_norm_eps
         if branch is None:
-            return self._graph.node("RMSNormalization", [residual, scale], prefix, axis=-1, epsilon=epsilon), residual
+            return self._rms_norm(role, layer, residual, prefix), residual
         outputs = [prefix, "", "", f"{prefix}.residual"]
-        inputs = [branch, residual, scale]
+        inputs = [branch, residual, self._weights.norm(role, layer)]
         normed = self._graph.node(
-            "SkipSimplifiedLayerNormalization", inputs, outputs, domain=MICROSOFT, epsilon=epsilon
+            "SkipSimplifiedLayerNormalization",
+            inputs,
+            outputs,
+            domain=MICROSOFT,
+            epsilon=self._shape.rms_norm_eps,
         )
         return normed, outputs[-1]
 
@@ -74,9 +76,8 @@ class _Decoder:
         query = self._weights.linear(Role.QUERY, layer, normed, f"{prefix}query")
         key = self._weights.linear(Role.KEY, layer, normed, f"{prefix}key")
         value = self._weights.linear(Role.VALUE, layer, normed, f"{prefix}value")
-        if shape.family.qk_norm:
-            query = self._head_norm(Role.QUERY_NORM, layer, query, shape.n_heads)
-            key = self._head_norm(Role.KEY_NORM, layer, key, shape.n_kv_heads)
+        query = self._query_or_key_norm(Role.QUERY_NORM, layer, query, shape.n_heads)
+        key = self._query_or_key_norm(Role.KEY_NORM, layer, key, shape.n_kv_heads)
         past = [self._past(layer, kind) for kind in ("key", "value")]
         rotary = self._weights.rotary_caches()
         attended = self._graph.node(
@@ -92,16 +93,25 @@ class _Decoder:
         )
         return self._weights.linear(Role.ATTENTION_OUTPUT, layer, attended, f"{prefix}attention")
 
-    def _head_norm(self, role: Role, layer: int, values: str, n_heads: int) -> str:
-        """Normalises every head by itself. [batch, sequence * heads, head_dim] in between."""
+    def _query_or_key_norm(self, role: Role, layer: int, values: str, n_heads: int) -> str:
+        """What the family normalises the projected queries or keys over: [batch, sequence, n_heads * head_dim]."""
+        qk_norm = self._shape.family.qk_norm
+        if qk_norm is QkNorm.NONE:
+            return values
+        if qk_norm is QkNorm.WHOLE:
+            return self._rms_norm(role, layer, values, f"{values}.normed")
         graph, width = self._graph, self._shape.head_dim
+        # every head by itself: [batch, sequence * heads, head_dim] in between
         heads = graph.node("Reshape", [values, graph.constant("shape.heads", [0, -1, width])], f"{values}.heads")
-        scale = self._weights.norm(role, layer)
-        normed = graph.node(
-            "RMSNormalization", [heads, scale], f"{values}.normed_heads", axis=-1, epsilon=self._shape.rms_norm_eps
-        )
+        normed = self._rms_norm(role, layer, heads, f"{values}.normed_heads")
         joined = graph.constant(f"shape.{n_heads}_heads_joined", [0, -1, n_heads * width])
         return graph.node("Reshape", [normed, joined], f"{values}.normed")
+
+    def _rms_norm(self, role: Role, layer: int | None, values: str, output: str) -> str:
+        """Normalises the last axis."""
+        scale = self._weights.norm(role, layer)
+        epsilon = self._shape.rms_norm_eps
+        return self._graph.node("RMSNormalization", [values, scale], output, axis=-1, epsilon=epsilon)
 
     def _past(self, layer: int, kind: str) -> str:
         """The cache as it comes in.
