@@ -34,16 +34,19 @@ class Stage:
     needs: tuple[str, ...]  # stages whose outputs it reads, if the plan has them
     choices: tuple[str, ...]  # parts of the recipe that its outputs depend on
     what: str  # for the person who waits
+    resumes: bool = False  # it goes on with the files that a killed attempt left
     crash_is_a_finding: bool = False  # it runs somebody else's runtime, whose death is a result
 
 
-_CALIBRATE = Stage("calibrate", 1, (), ("source", "text", "threads"), "run the teacher over the calibration text")
+_CALIBRATE = Stage(
+    "calibrate", 1, (), ("source", "text", "threads"), "run the teacher over the calibration text", resumes=True
+)
 _COMPRESS = Stage("compress", 1, ("calibrate",), ("compress",), "choose the experts")
 _SCHEDULE = Stage("schedule", 1, ("compress",), ("recover",), "time a step of Router KD")
-_RECOVER = Stage("recover", 1, ("compress", "schedule"), ("recover",), "teach the routers")
-_GGUF = Stage("gguf", 1, ("recover",), ("gguf",), "write the GGUF file")
-_ONNX = Stage("onnx", 1, ("recover",), ("onnx", "budget"), "write the ONNX folder")
-_STUDENT = Stage("student", 1, ("recover",), (), "write the student checkpoint")
+_RECOVER = Stage("recover", 1, ("compress", "schedule"), ("recover",), "teach the routers", resumes=True)
+_GGUF = Stage("gguf", 1, ("recover",), ("gguf",), "write the GGUF file", resumes=True)
+_ONNX = Stage("onnx", 1, ("recover",), ("onnx", "budget"), "write the ONNX folder", resumes=True)
+_STUDENT = Stage("student", 1, ("recover",), (), "write the student checkpoint", resumes=True)
 _VALIDATE_TORCH = Stage("validate_torch", 1, ("recover",), (), "measure the student in torch")
 _VALIDATE_GGUF = Stage(
     "validate_gguf",
@@ -133,7 +136,8 @@ def fingerprints(plan: Plan, stages: Sequence[Stage]) -> dict[str, str]:
 
 
 def _run(stage: Stage, work: WorkDirectory, fingerprint: str) -> StageRecord:
-    output = work.begin(stage.name)
+    output = work.begin(stage.name, fingerprint, resumes=stage.resumes)
+    (output / OUTCOME).unlink(missing_ok=True)  # a killed run may not have read it
     start = time.monotonic()
     command = [sys.executable, "-m", "exporter.stage", str(work.folder), stage.name, str(os.getpid())]
     process = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False)

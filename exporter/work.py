@@ -2,7 +2,8 @@
 
 A stage writes into ``STAGE.partial``; when it is done, that folder is flushed to disk and renamed to ``STAGE`` in one
 step, so a stage is finished or absent. ``stage.json`` in it holds a fingerprint of everything that the outputs depend
-on; a stage whose fingerprint changed is done again, and so is everything after it.
+on; a stage whose fingerprint changed is done again, and so is everything after it. ``STAGE.partial`` of a killed run
+carries the same fingerprint in ``stage.fingerprint``: an attempt with an equal one finds there what the last one left.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ __all__ = ["StageRecord", "WorkDirectory", "write_atomically"]
 _JOB = "job.json"
 _PLAN = "plan.json"
 _RECORD = "stage.json"
+_FINGERPRINT = "stage.fingerprint"
 _LOCK = "lock"
 
 
@@ -99,26 +101,65 @@ class WorkDirectory:
             shutil.rmtree(self.folder)
 
     def record(self, name: str) -> StageRecord | None:
-        """The record of a finished stage, None if it is not finished or its record cannot be read."""
+        """The record of a finished stage; None if it is not finished, or its files are not those that it left."""
+        folder = self.stage(name)
         try:
-            return StageRecord(**json.loads((self.stage(name) / _RECORD).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            kept = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+            return StageRecord(**kept["record"]) if kept["files"] == _sizes(folder) else None
+        except (OSError, ValueError, TypeError, KeyError):
             return None
 
-    def begin(self, name: str) -> Path:
-        """An empty folder for a stage to write into; what an earlier attempt left is removed."""
-        for leftover in (self._partial(name), self.stage(name)):
-            if leftover.exists():
-                shutil.rmtree(leftover)
-        self._partial(name).mkdir()
-        return self._partial(name)
+    def begin(self, name: str, fingerprint: str, *, resumes: bool = True) -> Path:
+        """The folder for a stage to write into: empty, or as a killed attempt with the same fingerprint left it.
+
+        That attempt had the same inputs, so a stage that ``resumes`` goes on with what is there.
+        """
+        _remove_folder(self.stage(name))
+        partial = self._partial(name)
+        if not resumes or _text(partial / _FINGERPRINT) != fingerprint:
+            _remove_folder(partial)
+            partial.mkdir()
+            write_atomically(partial / _FINGERPRINT, fingerprint)
+            flush(partial)
+        return partial
 
     def finish(self, name: str, record: StageRecord) -> None:
         """Makes the partial folder the finished one."""
-        (self._partial(name) / _RECORD).write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
-        flush_folder(self._partial(name))
-        self._partial(name).rename(self.stage(name))
+        partial = self._partial(name)
+        write_atomically(
+            partial / _RECORD,
+            json.dumps({"record": asdict(record), "files": _sizes(partial)}, indent=1, sort_keys=True),
+        )
+        flush_folder(partial)
+        partial.rename(self.stage(name))
         flush(self.folder)
+        (self.stage(name) / _FINGERPRINT).unlink()
 
     def _partial(self, name: str) -> Path:
         return self.folder / f"{name}.partial"
+
+
+def _remove_folder(folder: Path) -> None:
+    """Removes a stage's folder, first what vouches for it: half removed, it must not pass for whole."""
+    if not folder.is_dir():
+        folder.unlink(missing_ok=True)
+        return
+    for name in (_RECORD, _FINGERPRINT):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file below a stage's folder that is the stage's own, by path."""
+    return {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in (_RECORD, _FINGERPRINT)
+    }
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None

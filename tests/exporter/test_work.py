@@ -23,7 +23,7 @@ def work(tmp_path: Path) -> WorkDirectory:
 
 def test_a_stage_is_absent_until_it_is_finished(work: WorkDirectory) -> None:
     assert work.record("gguf") is None
-    output = work.begin("gguf")
+    output = work.begin("gguf", "abc")
     (output / "model.gguf").write_text("weights")
     (output / "below").mkdir()
     (output / "below" / "more").write_text("more")
@@ -36,17 +36,47 @@ def test_a_stage_is_absent_until_it_is_finished(work: WorkDirectory) -> None:
     assert not output.exists()
 
 
-def test_a_crashed_attempt_counts_for_nothing(work: WorkDirectory) -> None:
-    (work.begin("gguf") / "half").write_text("half")
+def test_a_killed_attempt_counts_for_nothing_but_is_gone_on_with(work: WorkDirectory) -> None:
+    (work.begin("gguf", "abc") / "half").write_text("half")
     assert WorkDirectory(work.folder).record("gguf") is None
-    assert list(work.begin("gguf").iterdir()) == [], "what an earlier attempt left is gone"
+    assert (work.begin("gguf", "abc") / "half").read_text() == "half"
+
+
+@pytest.mark.parametrize("damage", ["", "ab", "another"])
+def test_an_attempt_of_other_inputs_is_not_gone_on_with(work: WorkDirectory, damage: str) -> None:
+    partial = work.begin("gguf", "abc")
+    (partial / "half").write_text("half")
+    (partial / "stage.fingerprint").write_text(damage)
+    assert not (work.begin("gguf", "abc") / "half").exists()
+    (partial / "half").write_text("half")
+    assert not (work.begin("gguf", "def") / "half").exists()
+    (partial / "half").write_text("half")
+    assert not (work.begin("gguf", "def", resumes=False) / "half").exists()
+
+
+def test_a_file_in_a_stage_s_place_is_removed(work: WorkDirectory) -> None:
+    (work.folder / "gguf.partial").write_text("not a folder")
+    (work.folder / "gguf").write_text("not a folder")
+    assert work.begin("gguf", "abc").is_dir()
+    work.finish("gguf", _RECORD)
+    assert work.record("gguf") == _RECORD
+
+
+def test_a_stage_that_lost_a_file_is_not_finished(work: WorkDirectory) -> None:
+    (work.begin("gguf", "abc") / "model.gguf").write_text("weights")
+    work.finish("gguf", _RECORD)
+    assert not (work.stage("gguf") / "stage.fingerprint").exists()
+    (work.stage("gguf") / "model.gguf").write_text("weigh")
+    assert work.record("gguf") is None
+    (work.stage("gguf") / "model.gguf").unlink()
+    assert work.record("gguf") is None
 
 
 def test_beginning_again_takes_the_old_result_away(work: WorkDirectory) -> None:
     """Or a crash in the second attempt would leave the first one's outputs for finished."""
-    (work.begin("gguf") / "old").write_text("old")
+    (work.begin("gguf", "abc") / "old").write_text("old")
     work.finish("gguf", _RECORD)
-    work.begin("gguf")
+    work.begin("gguf", "abc")
     assert work.record("gguf") is None
     assert not work.stage("gguf").exists()
     work.finish("gguf", _RECORD)
@@ -55,14 +85,14 @@ def test_beginning_again_takes_the_old_result_away(work: WorkDirectory) -> None:
 
 def test_a_crash_of_the_runtime_is_kept(work: WorkDirectory) -> None:
     record = StageRecord("abc", 1.0, 0, crash="the process died with SIGSEGV")
-    work.begin("validate_gguf")
+    work.begin("validate_gguf", "abc")
     work.finish("validate_gguf", record)
     assert work.record("validate_gguf") == record
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"fingerprint": "abc", "color": "red"}', "\xff"])
 def test_a_damaged_record_is_no_record(work: WorkDirectory, text: str) -> None:
-    work.begin("gguf")
+    work.begin("gguf", "abc")
     work.finish("gguf", _RECORD)
     (work.stage("gguf") / "stage.json").write_bytes(text.encode("latin-1"))
     assert work.record("gguf") is None
