@@ -3,7 +3,7 @@
 The kernels lie in ``libggml-base``, which ships inside the llama-cpp-python wheel (``ggml_quantize_chunk`` in
 ``ggml/src/ggml.c``, the formats in ``ggml/src/ggml-quants.c``). They work on one row at a time, so the result depends
 neither on how rows are grouped into calls nor on the number of threads; ctypes releases the interpreter lock while
-they run.
+they run. Weights are widened to float32 by ggml too, a block of rows at a time: torch would want threads of its own.
 
 Letters: R rows, N values of a row, Y bytes of a quantized row.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from compressors.model.errors import InputError, UnsupportedError
@@ -39,6 +40,8 @@ _FALLBACKS: Mapping[GGMLQuantizationType, GGMLQuantizationType | None] = {
 (``tensor_type_fallback`` in ``src/llama-quant.cpp``)."""
 
 _WITHOUT_IMPORTANCE = frozenset({GGMLQuantizationType.F32, GGMLQuantizationType.BF16, GGMLQuantizationType.Q8_0})
+_STORAGE_TYPES = {torch.bfloat16: GGMLQuantizationType.BF16, torch.float16: GGMLQuantizationType.F16}
+_BLOCK_VALUES = 1 << 17  # half a megabyte of float32: widened, checked and quantized while a core's cache holds it
 
 
 def fallback_type(ggml_type: GGMLQuantizationType, row_length: int) -> GGMLQuantizationType:
@@ -67,13 +70,13 @@ def row_bytes(ggml_type: GGMLQuantizationType, row_length: int) -> int:
 
 
 def quantize_rows(
-    values_RN: npt.NDArray[np.float32],
+    values_RN: torch.Tensor,
     ggml_type: GGMLQuantizationType,
-    importance_N: npt.NDArray[np.float32] | None = None,
+    importance_N: torch.Tensor | None = None,
     *,
     name: str,
 ) -> npt.NDArray[np.uint8]:
-    """Quantizes rows; returns uint8 [R, Y].
+    """Quantizes rows of float32, bfloat16 or float16 values; returns uint8 [R, Y].
 
     ``importance_N`` weighs the squared error of each input feature (mean squared activation, llama.cpp's importance
     matrix). One that is zero everywhere belongs to an expert that saw no token; like llama-quantize
@@ -84,26 +87,47 @@ def quantize_rows(
         InputError: a value is not finite; the message calls the weights ``name``.
     """
     n_rows, row_length = values_RN.shape
-    values_RN = np.ascontiguousarray(values_RN, dtype=np.float32)
-    if not np.isfinite(values_RN).all():
-        row, feature = np.argwhere(~np.isfinite(values_RN))[0]
-        raise InputError(
-            f"{name}: value [{row}, {feature}] is {values_RN[row, feature]}; NaN and infinity cannot be written"
-        )
+    values_RN = values_RN.contiguous()
     importance = _checked_importance(importance_N, row_length, name) if ggml_type not in _WITHOUT_IMPORTANCE else None
     quantized_RY = np.empty((n_rows, row_bytes(ggml_type, row_length)), dtype=np.uint8)
-    library = _library_for(ggml_type)
-    written = library.ggml_quantize_chunk(
-        int(ggml_type),
-        values_RN.ctypes.data,
-        quantized_RY.ctypes.data,
-        0,
-        n_rows,
-        row_length,
-        None if importance is None else importance.ctypes.data,
-    )
-    assert written == quantized_RY.nbytes, f"ggml wrote {written} bytes, not {quantized_RY.nbytes}"
+    quantize = _library_for(ggml_type).ggml_quantize_chunk
+    rows_per_block = max(1, _BLOCK_VALUES // row_length)
+    widened_RN = np.empty((rows_per_block, row_length), dtype=np.float32)
+    for first in range(0, n_rows, rows_per_block):
+        block_RN = _float32(values_RN[first : first + rows_per_block], widened_RN)
+        _check_finite(block_RN, first, name)
+        target = quantized_RY[first : first + rows_per_block]
+        written = quantize(
+            int(ggml_type),
+            block_RN.ctypes.data,
+            target.ctypes.data,
+            0,
+            len(block_RN),
+            row_length,
+            None if importance is None else importance.ctypes.data,
+        )
+        assert written == target.nbytes, f"ggml wrote {written} bytes, not {target.nbytes}"
     return quantized_RY
+
+
+def _float32(values_RN: torch.Tensor, buffer_RN: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The values as float32, in ``buffer_RN`` unless they are float32 already; every value is exact."""
+    if values_RN.dtype == torch.float32:
+        return values_RN.numpy()
+    widened_RN = buffer_RN[: len(values_RN)]
+    traits = _library().ggml_get_type_traits(int(_STORAGE_TYPES[values_RN.dtype])).contents
+    traits.to_float(values_RN.data_ptr(), widened_RN.ctypes.data, values_RN.numel())
+    return widened_RN
+
+
+def _check_finite(values_RN: npt.NDArray[np.float32], first_row: int, name: str) -> None:
+    finite_RN = np.isfinite(values_RN)
+    if not finite_RN.all():
+        row, feature = np.argwhere(~finite_RN)[0]
+        raise InputError(
+            f"{name}: value [{first_row + row}, {feature}] is {values_RN[row, feature]}; "
+            "NaN and infinity cannot be written"
+        )
 
 
 def dequantize_rows(
@@ -122,17 +146,17 @@ def dequantize_rows(
 
 
 def _checked_importance(
-    importance_N: npt.NDArray[np.float32] | None, row_length: int, name: str
+    importance_N: torch.Tensor | None, row_length: int, name: str
 ) -> npt.NDArray[np.float32] | None:
     if importance_N is None:
         return None
     assert importance_N.shape == (row_length,), f"{name}: importance {importance_N.shape} for rows of {row_length}"
-    importance_N = np.ascontiguousarray(importance_N, dtype=np.float32)
-    if not np.isfinite(importance_N).all() or (importance_N < 0).any():
+    checked_N = np.ascontiguousarray(importance_N.numpy(), dtype=np.float32)
+    if not np.isfinite(checked_N).all() or (checked_N < 0).any():
         raise InputError(f"{name}: its importance vector holds NaN, infinity or a negative value; calibrate again")
-    if not importance_N.any():
-        return np.ones_like(importance_N)
-    return importance_N
+    if not checked_N.any():
+        return np.ones_like(checked_N)
+    return checked_N
 
 
 _ToFloat = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)

@@ -5,11 +5,11 @@ Routed experts only: an expert is run on the tokens that chose it, and never on 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from safetensors import SafetensorError
@@ -19,10 +19,18 @@ from torch.nn import functional
 
 from compressors.model.errors import InputError
 from compressors.model.families import Role
+from compressors.model.parallel import reduce_max, reduce_sum
 from compressors.model.shape import MoeShape
 from compressors.model.student import ExpertMap
 
-__all__ = ["Importance", "LayerStatistics", "StatisticsCollector", "importance", "load_statistics", "save_statistics"]
+__all__ = [
+    "Importance",
+    "LayerStatistics",
+    "StatisticsCollector",
+    "StoredStatistics",
+    "importance",
+    "save_statistics",
+]
 
 Importance = dict[tuple[Role, int | None], torch.Tensor]
 """Mean squared input of each column: float32 [inputs] for a linear layer, [E, inputs] for experts in the student's
@@ -52,7 +60,7 @@ class LayerStatistics:
     block_cosine_sum: torch.Tensor  # cos(layer input, layer output)
 
     @classmethod
-    def zeros(cls, shape: MoeShape) -> LayerStatistics:
+    def zeros(cls, shape: MoeShape, device: torch.device | None = None) -> LayerStatistics:
         """Nothing seen yet."""
         sizes: dict[str, tuple[int, ...]] = {
             "output_sum_ED": (shape.n_experts, shape.hidden_size),
@@ -66,7 +74,9 @@ class LayerStatistics:
         return cls(
             **{
                 field.name: torch.zeros(
-                    sizes.get(field.name, () if field.name in scalars else (shape.n_experts,)), dtype=torch.float64
+                    sizes.get(field.name, () if field.name in scalars else (shape.n_experts,)),
+                    dtype=torch.float64,
+                    device=device,
                 )
                 for field in fields(cls)
             }
@@ -84,18 +94,19 @@ class LayerStatistics:
 class StatisticsCollector:
     """Gathers :class:`LayerStatistics` while a :class:`~compressors.model.streaming.StreamedModel` runs.
 
-    Give :meth:`observe` to a ``TokenGroup``; afterwards ``layers`` holds one entry per layer.
+    Give :meth:`observe` to a ``TokenGroup`` and :meth:`take` each layer's statistics when it is done.
     """
 
-    def __init__(self, shape: MoeShape) -> None:
+    def __init__(self, shape: MoeShape, device: torch.device | None = None) -> None:
         self._shape = shape
-        self.layers = [LayerStatistics.zeros(shape) for _ in range(shape.n_layers)]
+        self._device = device
+        self._layers: dict[int, LayerStatistics] = {}
 
     @contextmanager
     def observe(self, index: int, layer: nn.Module) -> Iterator[None]:
         """Watches one layer while it runs."""
         family = self._shape.family
-        sums = self.layers[index]
+        sums = self._layers.setdefault(index, LayerStatistics.zeros(self._shape, self._device))
         experts = layer.get_submodule(family.experts_module)
         experts.observer = _ExpertSums(sums)  # type: ignore[assignment]
         hooks = [
@@ -113,6 +124,17 @@ class StatisticsCollector:
             for hook in hooks:
                 hook.remove()
 
+    def take(self, index: int) -> LayerStatistics:
+        """A finished layer's statistics, over the tokens of all processes; the collector forgets them."""
+        sums = self._layers.pop(index, None) or LayerStatistics.zeros(self._shape)
+        values = {field.name: getattr(sums, field.name).cpu() for field in fields(LayerStatistics)}
+        reduce_sum(value for name, value in values.items() if name not in _MAXIMA)
+        reduce_max(value for name, value in values.items() if name in _MAXIMA)
+        return LayerStatistics(**values)
+
+
+_MAXIMA = frozenset({"norm_max_E", "output_max_E"})
+
 
 class _ExpertSums:
     """The observer of one layer's experts."""
@@ -120,35 +142,31 @@ class _ExpertSums:
     def __init__(self, sums: LayerStatistics) -> None:
         self._sums = sums
 
-    def __call__(
-        self,
-        expert: int,
-        inputs_nD: torch.Tensor,
-        gates_n: torch.Tensor,
-        hidden_nF: torch.Tensor,
-        outputs_nD: torch.Tensor,
-    ) -> None:
+    def __call__(self, expert: int, gates_n: torch.Tensor, hidden_nF: torch.Tensor, outputs_nD: torch.Tensor) -> None:
         sums = self._sums
-        norms = outputs_nD.norm(dim=-1).double()
-        gates = gates_n.double()
-        sums.count_E[expert] += len(gates)
-        sums.gate_sum_E[expert] += gates.sum()
+        norms = torch.linalg.vector_norm(outputs_nD, dim=-1, dtype=torch.float32)
         sums.norm_sum_E[expert] += norms.sum()
-        sums.gate_norm_sum_E[expert] += (gates * norms).sum()
+        sums.gate_norm_sum_E[expert] += (gates_n * norms).sum()
         sums.norm_square_sum_E[expert] += norms.square().sum()
         sums.norm_max_E[expert] = torch.maximum(sums.norm_max_E[expert], norms.max())
-        sums.output_max_E[expert] = torch.maximum(sums.output_max_E[expert], outputs_nD.abs().max().double())
-        sums.output_sum_ED[expert] += outputs_nD.sum(0).double()
-        sums.gate_up_input_square_ED[expert] += inputs_nD.square().sum(0).double()
-        sums.down_input_square_EF[expert] += hidden_nF.square().sum(0).double()
+        lowest, highest = torch.aminmax(outputs_nD)
+        sums.output_max_E[expert] = torch.maximum(sums.output_max_E[expert], torch.maximum(-lowest, highest).double())
+        sums.output_sum_ED[expert] += outputs_nD.sum(0, dtype=torch.float32)
+        sums.down_input_square_EF[expert] += hidden_nF.float().square().sum(0)
 
 
 def _router_hook(sums: LayerStatistics) -> Any:
-    def hook(_module: nn.Module, _inputs: Any, outputs: tuple[torch.Tensor, ...]) -> None:
-        logits_TE = outputs[0].float()
+    def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...]) -> None:
+        logits_TE, gates_TK, chosen_TK = outputs[0].float(), outputs[1].float(), outputs[2]
+        chosen_TE = torch.zeros_like(logits_TE).scatter_(1, chosen_TK, 1.0)
+        gates_TE = torch.zeros_like(logits_TE).scatter_(1, chosen_TK, gates_TK)
         sums.n_tokens += len(logits_TE)
-        sums.router_logit_gram_EE.add_((logits_TE.T @ logits_TE).double())
-        sums.router_probability_sum_E.add_(logits_TE.softmax(-1).sum(0).double())
+        sums.count_E.add_(chosen_TE.sum(0))
+        sums.gate_sum_E.add_(gates_TE.sum(0))
+        # one product for all experts: their tokens' squares, summed
+        sums.gate_up_input_square_ED.add_(chosen_TE.T @ inputs[0].flatten(0, -2).float().square())
+        sums.router_logit_gram_EE.add_(logits_TE.T @ logits_TE)
+        sums.router_probability_sum_E.add_(logits_TE.softmax(-1).sum(0))
 
     return hook
 
@@ -157,7 +175,8 @@ def _square_hook(total: torch.Tensor) -> Any:
     """Adds the squares of a linear layer's inputs to ``total``."""
 
     def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...], _output: torch.Tensor) -> None:
-        total.add_(inputs[0].flatten(0, -2).square().sum(0).double())
+        for block in inputs[0]:
+            total.add_(block.float().square().sum(0))
 
     return hook
 
@@ -169,8 +188,9 @@ def _cosine_hooks(layer: nn.Module, sums: LayerStatistics) -> list[Any]:
         before_moe.append(inputs[0])
 
     def compare(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        sums.moe_cosine_sum.add_(functional.cosine_similarity(before_moe.pop(), output, dim=-1).sum().double())
-        sums.block_cosine_sum.add_(functional.cosine_similarity(inputs[0], output, dim=-1).sum().double())
+        for entered, left, block in zip(before_moe.pop(), output, inputs[0], strict=True):
+            sums.moe_cosine_sum.add_(functional.cosine_similarity(entered.float(), left.float(), dim=-1).sum())
+            sums.block_cosine_sum.add_(functional.cosine_similarity(block.float(), left.float(), dim=-1).sum())
 
     return [
         layer.get_submodule("post_attention_layernorm").register_forward_pre_hook(remember),
@@ -178,36 +198,51 @@ def _cosine_hooks(layer: nn.Module, sums: LayerStatistics) -> list[Any]:
     ]
 
 
-def save_statistics(layers: list[LayerStatistics], path: Path) -> None:
-    """Writes all layers' statistics into one safetensors file."""
-    tensors = {
-        f"layers.{index}.{field.name}": getattr(layer, field.name)
-        for index, layer in enumerate(layers)
-        for field in fields(LayerStatistics)
-    }
-    save_file(tensors, path)
+def save_statistics(statistics: LayerStatistics, folder: Path, layer: int) -> None:
+    """Writes one layer's statistics into its file of the folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({field.name: getattr(statistics, field.name) for field in fields(LayerStatistics)}, _path(folder, layer))
 
 
-def load_statistics(path: Path) -> list[LayerStatistics]:
-    """The inverse of :func:`save_statistics`.
+class StoredStatistics(Sequence[LayerStatistics]):
+    """All layers' statistics, each read when it is asked for.
 
     Raises:
-        InputError: the file is missing or damaged.
+        InputError: on access, a file is missing or damaged.
     """
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"the statistics in {path} cannot be read ({error}); remove the file to gather them again"
-        ) from None
-    n_layers = len(tensors) // len(fields(LayerStatistics))
-    return [
-        LayerStatistics(**{field.name: tensors[f"layers.{index}.{field.name}"] for field in fields(LayerStatistics)})
-        for index in range(n_layers)
-    ]
+
+    def __init__(self, folder: Path, n_layers: int) -> None:
+        self._folder = folder
+        self._n_layers = n_layers
+
+    def __len__(self) -> int:
+        return self._n_layers
+
+    @overload
+    def __getitem__(self, index: int) -> LayerStatistics: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[LayerStatistics]: ...
+
+    def __getitem__(self, index: int | slice) -> LayerStatistics | list[LayerStatistics]:
+        if isinstance(index, slice):
+            return [self[layer] for layer in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        path = _path(self._folder, index % len(self))
+        try:
+            tensors = load_file(path)
+            return LayerStatistics(**{field.name: tensors[field.name] for field in fields(LayerStatistics)})
+        except (OSError, SafetensorError, KeyError) as error:
+            raise InputError(
+                f"the statistics in {path} cannot be read ({error}); remove the folder to gather them again"
+            ) from None
 
 
-def importance(layers: list[LayerStatistics], experts: ExpertMap) -> Importance:
+def _path(folder: Path, layer: int) -> Path:
+    return folder / f"layer-{layer:03d}.safetensors"
+
+
+def importance(layers: Sequence[LayerStatistics], experts: ExpertMap) -> Importance:
     """The importance matrix for a student: sliced with the same indices as its experts.
 
     An expert that no calibration token chose has all zeros, which quantizers read as "all columns alike".

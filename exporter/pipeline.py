@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass
 
 from compressors.model.errors import InputError, MoeExportError
 from exporter.plan import Plan
-from exporter.stage import OUTCOME
+from exporter.source_state import SourceState
+from exporter.stage import source_error
+from exporter.stage_process import Death, run_in_process
 from exporter.work import StageRecord, WorkDirectory
 
-__all__ = ["ALL_STAGES", "Stage", "StageError", "fingerprints", "run_stages", "stages_of"]
+__all__ = ["ALL_STAGES", "Stage", "StageError", "fingerprints", "run_stages", "stages_of", "unfinished"]
 
 
 @dataclass(frozen=True)
@@ -39,11 +35,11 @@ class Stage:
 
 
 _CALIBRATE = Stage(
-    "calibrate", 1, (), ("source", "text", "threads"), "run the teacher over the calibration text", resumes=True
+    "calibrate", 2, (), ("source", "text", "arithmetic", "threads"), "run the teacher over the calibration text", resumes=True
 )
 _COMPRESS = Stage("compress", 1, ("calibrate",), ("compress",), "choose the experts")
-_SCHEDULE = Stage("schedule", 1, ("compress",), ("recover",), "time a step of Router KD")
-_RECOVER = Stage("recover", 1, ("compress", "schedule"), ("recover",), "teach the routers", resumes=True)
+_SCHEDULE = Stage("schedule", 2, ("compress",), ("recover", "arithmetic"), "time a step of Router KD")
+_RECOVER = Stage("recover", 2, ("compress", "schedule"), ("recover", "arithmetic"), "teach the routers", resumes=True)
 _GGUF = Stage("gguf", 1, ("recover",), ("gguf",), "write the GGUF file", resumes=True)
 _ONNX = Stage("onnx", 1, ("recover",), ("onnx", "budget"), "write the ONNX folder", resumes=True)
 _STUDENT = Stage("student", 1, ("recover",), (), "write the student checkpoint", resumes=True)
@@ -107,9 +103,10 @@ def run_stages(
     """Runs what is not finished, each stage in its own process, and returns all records.
 
     Raises:
+        InputError: the checkpoint is not the one that the run began with.
         StageError: a stage failed; what was finished stays.
     """
-    expected = fingerprints(plan, stages)
+    expected = fingerprints(plan, stages, _source(plan, work, announce))
     records: dict[str, StageRecord] = {}
     for number, stage in enumerate(stages, start=1):
         record = work.record(stage.name)
@@ -117,75 +114,81 @@ def run_stages(
             announce(f"[{number}/{len(stages)}] {stage.what}: done already")
         else:
             announce(f"[{number}/{len(stages)}] {stage.what}")
-            record = _run(stage, work, expected[stage.name])
+            record = _run(stage, plan, work, expected[stage.name])
             announce(f"      {record.seconds:.0f} s, {record.peak_rss_bytes / 1e6:.0f} MB")
         records[stage.name] = record
     return records
 
 
-def fingerprints(plan: Plan, stages: Sequence[Stage]) -> dict[str, str]:
-    """For each stage a digest of everything that its outputs depend on, the stages it needs included.
+def unfinished(plan: Plan, work: WorkDirectory, stages: Sequence[Stage]) -> list[str]:
+    """Names of the stages that are still to be run.
 
     Raises:
         InputError: the source cannot be read.
     """
+    expected = fingerprints(plan, stages, SourceState.of(plan.source))
+    records = {stage.name: work.record(stage.name) for stage in stages}
+    return [name for name, record in records.items() if record is None or record.fingerprint != expected[name]]
+
+
+def fingerprints(plan: Plan, stages: Sequence[Stage], source: SourceState) -> dict[str, str]:
+    """For each stage a digest of everything that its outputs depend on, the stages it needs included."""
     digests: dict[str, str] = {}
     for stage in stages:
-        digests[stage.name] = _fingerprint(stage, plan, digests)
+        digests[stage.name] = _fingerprint(stage, plan, source, digests)
     return digests
 
 
-def _run(stage: Stage, work: WorkDirectory, fingerprint: str) -> StageRecord:
-    output = work.begin(stage.name, fingerprint, resumes=stage.resumes)
-    (output / OUTCOME).unlink(missing_ok=True)  # a killed run may not have read it
-    start = time.monotonic()
-    command = [sys.executable, "-m", "exporter.stage", str(work.folder), stage.name, str(os.getpid())]
-    process = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False)
-    seconds = time.monotonic() - start
-    outcome = _outcome(output)
-    if outcome is None:
-        crash = f"the process {_how_it_ended(process.returncode)} without a message"
-        if not stage.crash_is_a_finding:
-            raise StageError(f"stage {stage.name}: {crash}; the run can be resumed with the same command", 1)
-        record = StageRecord(fingerprint, seconds, 0, crash)
-    elif outcome["error"] is not None:
-        raise StageError(outcome["error"], outcome["exit_code"])
-    else:
-        record = StageRecord(fingerprint, seconds, outcome["peak_rss_bytes"])
-    work.finish(stage.name, record)
-    return record
-
-
-def _outcome(output: Path) -> Mapping[str, Any] | None:
-    try:
-        outcome: Mapping[str, Any] = json.loads((output / OUTCOME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    (output / OUTCOME).unlink()
-    return outcome
-
-
-def _how_it_ended(returncode: int) -> str:
-    if returncode < 0:
-        return f"died with {signal.Signals(-returncode).name}"
-    return f"ended with code {returncode}"
-
-
-def _fingerprint(stage: Stage, plan: Plan, earlier: Mapping[str, str]) -> str:
+def _fingerprint(stage: Stage, plan: Plan, source: SourceState, earlier: Mapping[str, str]) -> str:
     recipe = plan.recipe.model_dump()
     parts = {
         "stage": [stage.name, stage.version],
         "choices": {choice: recipe[choice] for choice in stage.choices},
         "needs": [earlier[name] for name in stage.needs if name in earlier],
-        "source": _source_state(plan.source) if not stage.needs else None,
+        "source": asdict(source) if not stage.needs else None,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _source_state(folder: Path) -> list[tuple[str, int, int]]:
-    """Name, size and modification time of the checkpoint's files: a change starts the run again."""
-    try:
-        files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json"))
-        return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    except OSError as error:
-        raise InputError(f"{folder} cannot be read ({error.strerror})") from None
+def _source(plan: Plan, work: WorkDirectory, announce: Callable[[str], None]) -> SourceState:
+    """The checkpoint's state, which every stage compares with what it finds."""
+    now = SourceState.of(plan.source)
+    began = SourceState.load(work.source_path)
+    change = None if began is None else began.change_to(now)
+    if change is not None and not change.touched_only:
+        raise InputError(
+            f"{plan.source} is not the model that this run began with: {change.what}; put the original back, or "
+            f"remove {work.folder} to begin anew"
+        )
+    if began is not None and change is None:
+        return began
+    if change is not None:
+        announce(f"{plan.source}: {change.what} since this run began: starting again from {_CALIBRATE.name}")
+    now.save(work.source_path)
+    return now
+
+
+def _run(stage: Stage, plan: Plan, work: WorkDirectory, fingerprint: str) -> StageRecord:
+    with work.stage_lock():
+        work.begin(stage.name, fingerprint, resumes=stage.resumes)
+    start = time.monotonic()
+    end = run_in_process(work, stage.name)
+    seconds = time.monotonic() - start
+    if isinstance(end, Death):
+        record = StageRecord(fingerprint, seconds, 0, _crash(stage, plan, work, end))
+    elif end.error is not None:
+        raise StageError(end.error, end.exit_code)
+    else:
+        record = StageRecord(fingerprint, seconds, end.peak_rss_bytes)
+    work.finish(stage.name, record)
+    return record
+
+
+def _crash(stage: Stage, plan: Plan, work: WorkDirectory, death: Death) -> str:
+    """How a runtime crashed, if that is what happened; any other death ends the run, which can be resumed."""
+    changed = source_error(plan, work)  # a file that was cut off while it was mapped into memory
+    if changed is not None:
+        raise StageError(str(changed), changed.exit_code)
+    if stage.crash_is_a_finding and death.is_a_crash:
+        return f"the process {death}"
+    raise StageError(f"stage {stage.name}: its process {death}; {death.advice}", 1)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from compressors.calibration import Splits
+from compressors.model.arithmetic import fastest_arithmetic
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import BudgetError, InputError
 from compressors.recover.router_kd import RouterKdSettings
@@ -86,6 +87,7 @@ def choose_recipe(
             selection_sha256=splits.selection.sha256,
             heldout_sha256=splits.heldout.sha256,
         ),
+        arithmetic=fastest_arithmetic(checkpoint.shape, checkpoint.dtype),
         compress=CompressChoice(method="reap" if pruned else "none", experts=chosen.n_experts),
         recover=_recovery(job, checkpoint, counts, pruned),
         gguf=chosen.types.get("gguf"),

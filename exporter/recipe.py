@@ -8,6 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from compressors.model.arithmetic import Arithmetic
 from compressors.model.errors import InputError
 
 __all__ = [
@@ -79,6 +80,7 @@ class Recipe(_Part):
     source: SourceChoice
     budget: BudgetChoice
     text: TextChoice
+    arithmetic: Arithmetic  # of calibration and recovery; what is reported is always computed in float32
     compress: CompressChoice
     recover: RecoverChoice
     gguf: str | None  # type of the weights, null: no GGUF file

@@ -16,7 +16,7 @@ from rich.table import Table
 from compressors.calibration import tokenize_heldout
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
-from compressors.model.log_probs import LogProbReader
+from compressors.model.log_probs import LogProbReader, LogProbWriter
 from compressors.model.recorder import RoutingRecorder
 from compressors.model.routing import Routing
 from compressors.model.streaming import StreamedModel, TokenGroup
@@ -149,7 +149,10 @@ def _teacher(source: Checkpoint, text: Path, report: dict[str, Any], folder: Pat
     model = StreamedModel(Student.teacher(source))
     recorder = RoutingRecorder(model.shape)
     (hidden,) = model.stream([TokenGroup(chunks, [recorder.observe])])
-    likelihoods = write_log_probs(model, chunks, hidden, scored_positions(chunks.shape[1]), folder / "teacher")
+    scored = scored_positions(chunks.shape[1])
+    n_scored = len(chunks) * (scored.stop - scored.start)
+    writer = LogProbWriter(folder / "teacher", n_scored, source.shape.vocab_size)
+    likelihoods = write_log_probs(model, chunks, hidden, scored, writer, range(len(chunks)))
     log_probs = LogProbReader(folder / "teacher")
     return _Reference(chunks, split.sha256, log_probs, recorder.routing(), perplexity(likelihoods.numpy())[0])
 

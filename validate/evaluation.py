@@ -98,7 +98,7 @@ def evaluate(
             divergences[name].append(kl_divergence(reference, logits))
             same_top[name].append(reference.argmax(-1) == logits.argmax(-1))
         if record is not None:
-            record.append(logits)
+            record.write(n_scored, logits)
         routing.append(output.routing)
         n_scored += len(logits)
         if progress is not None:

@@ -1,16 +1,17 @@
 """What an artifact costs in its runtime, measured in a process of the runtime's own.
 
-    python -m validate.measure gguf|onnx base
-    python -m validate.measure gguf|onnx run PATH CONTEXT KV_TYPE THREADS PROMPT_FILE
+    python -m validate.measure PARENT gguf|onnx base
+    python -m validate.measure PARENT gguf|onnx run PATH CONTEXT KV_TYPE THREADS PROMPT_FILE
 
-prints one JSON object. The process imports neither torch nor transformers, so its peak is the runtime's; and when the
-runtime crashes, only this process dies.
+prints one JSON object. The process imports neither torch nor transformers, so its peak is the runtime's; when the
+runtime crashes, only this process dies; and when process PARENT, which started it, is gone, it ends.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import numpy.typing as npt
 
 from compressors.model.errors import MoeExportError
 from validate.cost import RuntimeCost, peak_rss_bytes
+from validate.lifetime import end_with_parent
 
 __all__ = ["RuntimeCrashError", "measure_artifact", "measure_base"]
 
@@ -66,7 +68,7 @@ def measure_artifact(
 
 
 def _run(artifact: str, arguments: list[str]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "validate.measure", artifact, *arguments]
+    command = [sys.executable, "-m", "validate.measure", str(os.getpid()), artifact, *arguments]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode < 0:
         raise RuntimeCrashError(f"the runtime of {artifact} died with {signal.Signals(-result.returncode).name}")
@@ -92,7 +94,8 @@ def _main(artifact: str, what: str, *arguments: str) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent(int(sys.argv[1]))
     try:
-        _main(*sys.argv[1:])
+        _main(*sys.argv[2:])
     except MoeExportError as error:  # the last line that is printed becomes the message
         sys.exit(str(error))

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from compressors.model.memory import MemoryLimit
 from compressors.model.recorder import RoutingRecorder
 from compressors.model.routing import Routing
 from compressors.model.streaming import StreamedModel, TokenGroup
@@ -22,9 +23,12 @@ class TorchBackend:
 
     runtime = "torch"
 
-    def __init__(self, student: Student, progress: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self, student: Student, progress: Callable[[int], None] | None = None, limit: MemoryLimit | None = None
+    ) -> None:
         self._student = student
         self._progress = progress
+        self._limit = limit
 
     @property
     def version(self) -> str:
@@ -34,15 +38,18 @@ class TorchBackend:
     @torch.no_grad()
     def run(self, tokens_BT: npt.NDArray[np.int64]) -> Iterator[ChunkOutput]:
         """Streams all chunks through the layers, then yields them one by one."""
-        model = StreamedModel(self._student)
+        model = StreamedModel(self._student, limit=self._limit)
         recorder = RoutingRecorder(self._student.shape)
-        (states,) = model.stream([TokenGroup(torch.from_numpy(tokens_BT), [recorder.observe])], self._progress)
+        group = TokenGroup(torch.from_numpy(tokens_BT), [recorder.observe])
+        (states,) = model.stream([group], self._progress)
         routing = recorder.routing()
         n_tokens = tokens_BT.shape[1]
         scored = scored_positions(n_tokens)
-        for chunk, hidden in enumerate(states):
-            tokens = slice(chunk * n_tokens, (chunk + 1) * n_tokens)
-            yield ChunkOutput(
-                logits_SV=model.logits(hidden[scored]).numpy(),
-                routing=Routing(routing.experts_LTK[:, tokens], routing.weights_LTK[:, tokens]),
-            )
+        with model.head(torch.float32) as head:
+            for chunk in range(len(states)):
+                tokens = slice(chunk * n_tokens, (chunk + 1) * n_tokens)
+                (hidden_TD,) = states.read(slice(chunk, chunk + 1))
+                yield ChunkOutput(
+                    logits_SV=head(hidden_TD[scored]).numpy(),
+                    routing=Routing(routing.experts_LTK[:, tokens], routing.weights_LTK[:, tokens]),
+                )

@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from compressors.model.array_file import ArrayFile
 from compressors.model.errors import InputError
 
 __all__ = ["LogProbReader", "LogProbWriter", "log_prob_bytes"]
 
 _RANGE_NATS = 16.0
 _STEPS = 65535
+_VALUES_AT_ONCE = 1 << 23  # log-probabilities that are coded together: 32 MB in float32, a few times over
 
 
 def log_prob_bytes(n_positions: int, vocab_size: int) -> int:
@@ -30,32 +32,31 @@ def _paths(folder: Path) -> tuple[Path, Path]:
 
 
 class LogProbWriter:
-    """Writes coded log-probabilities position by position into a new folder."""
+    """Writes coded log-probabilities into ``folder``, which is made, for ``n_positions`` of ``vocab_size`` each.
 
-    def __init__(self, folder: Path, n_positions: int, vocab_size: int) -> None:
-        folder.mkdir(parents=True)
+    With ``join`` the files are another process's of this run, which made them; each writes its own positions.
+    """
+
+    def __init__(self, folder: Path, n_positions: int, vocab_size: int, *, join: bool = False) -> None:
         codes, ranges = _paths(folder)
-        self._codes = np.lib.format.open_memmap(codes, "w+", np.uint16, (n_positions, vocab_size))
-        self._ranges = np.lib.format.open_memmap(ranges, "w+", np.float32, (n_positions, 2))
-        self._next = 0
+        if join:
+            self._codes, self._ranges = (ArrayFile.open(path, writable=True) for path in (codes, ranges))
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._codes = ArrayFile.create(codes, (n_positions, vocab_size), np.uint16)
+            self._ranges = ArrayFile.create(ranges, (n_positions, 2), np.float32)
 
-    def append(self, logits_NV: torch.Tensor) -> None:
-        """Codes the log-softmax of these logits for the next N positions."""
-        log_probs = torch.log_softmax(logits_NV.float(), dim=-1)
-        largest = log_probs.amax(-1, keepdim=True)
-        smallest = torch.maximum(log_probs.amin(-1, keepdim=True), largest - _RANGE_NATS)
-        scale = (largest - smallest) / _STEPS
-        codes = ((log_probs - smallest) / scale.clamp_min(1e-30)).round().clamp(0, _STEPS)
-        rows = slice(self._next, self._next + len(logits_NV))
-        self._codes[rows] = codes.to(torch.int32).numpy().astype(np.uint16)
-        self._ranges[rows] = torch.cat([scale, smallest], dim=-1).numpy()
-        self._next = rows.stop
-
-    def close(self) -> None:
-        """Flushes to disk; every position must have been written."""
-        assert self._next == len(self._codes), f"{self._next} of {len(self._codes)} positions written"
-        self._codes.flush()
-        self._ranges.flush()
+    def write(self, start: int, logits_NV: torch.Tensor) -> None:
+        """Codes the log-softmax of these logits for N positions from ``start`` on."""
+        for logits in logits_NV.split(max(1, _VALUES_AT_ONCE // logits_NV.shape[-1])):
+            log_probs = torch.log_softmax(logits.float(), dim=-1)
+            largest = log_probs.amax(-1, keepdim=True)
+            smallest = torch.maximum(log_probs.amin(-1, keepdim=True), largest - _RANGE_NATS)
+            scale = (largest - smallest) / _STEPS
+            codes = log_probs.sub_(smallest).div_(scale.clamp_min(1e-30)).round_().clamp_(0, _STEPS)
+            self._codes.write(start, codes.numpy().astype(np.uint16))
+            self._ranges.write(start, torch.cat([scale, smallest], dim=-1).numpy())
+            start += len(logits)
 
 
 class LogProbReader:
@@ -64,9 +65,9 @@ class LogProbReader:
     def __init__(self, folder: Path) -> None:
         codes, ranges = _paths(folder)
         try:
-            self._codes = np.load(codes, mmap_mode="r", allow_pickle=False)
-            self._ranges = np.load(ranges, allow_pickle=False)
-        except (OSError, ValueError) as error:
+            self._codes = ArrayFile.open(codes)
+            self._ranges = ArrayFile.open(ranges)
+        except InputError as error:
             raise InputError(f"the teacher's log-probabilities in {folder} cannot be read ({error})") from None
 
     def __len__(self) -> int:
@@ -74,9 +75,8 @@ class LogProbReader:
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Log-probabilities of positions start..stop: float32 [stop - start, V], -inf for impossible tokens."""
-        codes = torch.from_numpy(np.asarray(self._codes[start:stop]).astype(np.int32))
-        ranges = torch.from_numpy(self._ranges[start:stop])
+        codes = torch.from_numpy(self._codes.read(start, stop).astype(np.float32))
+        ranges = torch.from_numpy(self._ranges.read(start, stop))
         scale, smallest = ranges[:, :1], ranges[:, 1:]
-        log_probs = codes.float() * scale + smallest
         impossible = (codes == 0) & (scale * _STEPS >= _RANGE_NATS * (1 - 1e-6))
-        return log_probs.masked_fill(impossible, -torch.inf)
+        return codes.mul_(scale).add_(smallest).masked_fill_(impossible, -torch.inf)

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -16,31 +18,39 @@ __all__ = ["RoutingRecorder"]
 
 
 class RoutingRecorder:
-    """Give :meth:`observe` to a ``TokenGroup``, then ask for :meth:`routing`."""
+    """Give :meth:`observe` to a ``TokenGroup``, then ask for :meth:`routing`, or for each layer's when it is done."""
 
     def __init__(self, shape: MoeShape) -> None:
-        self._router_module = shape.family.router_module
-        self._experts: list[list[torch.Tensor]] = [[] for _ in range(shape.n_layers)]
-        self._weights: list[list[torch.Tensor]] = [[] for _ in range(shape.n_layers)]
+        self._shape = shape
+        self._experts: dict[int, list[torch.Tensor]] = {}
+        self._weights: dict[int, list[torch.Tensor]] = {}
 
     @contextmanager
     def observe(self, index: int, layer: nn.Module) -> Iterator[None]:
         """Watches one layer's router while it runs."""
+        experts, weights = self._experts.setdefault(index, []), self._weights.setdefault(index, [])
 
         def hook(_module: nn.Module, _inputs: Any, outputs: tuple[torch.Tensor, ...]) -> None:
             _, weights_TK, experts_TK = outputs
-            self._experts[index].append(experts_TK.to(torch.int32))
-            self._weights[index].append(weights_TK.float())
+            experts.append(experts_TK.to("cpu", torch.int32))
+            weights.append(weights_TK.float().cpu())
 
-        handle = layer.get_submodule(self._router_module).register_forward_hook(hook)
+        handle = layer.get_submodule(self._shape.family.router_module).register_forward_hook(hook)
         try:
             yield
         finally:
             handle.remove()
 
+    def take(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """A finished layer's chosen experts and gate weights, [T, K] each; the recorder forgets them."""
+        experts, weights = self._experts.pop(index, []), self._weights.pop(index, [])
+        nothing = torch.empty(0, self._shape.top_k)
+        return (
+            torch.cat([nothing.to(torch.int32), *experts]).numpy(),
+            torch.cat([nothing, *weights]).numpy(),
+        )
+
     def routing(self) -> Routing:
         """Everything recorded, tokens in the order in which they ran."""
-        return Routing(
-            torch.stack([torch.cat(parts) for parts in self._experts]).numpy(),
-            torch.stack([torch.cat(parts) for parts in self._weights]).numpy(),
-        )
+        layers = [self.take(index) for index in range(self._shape.n_layers)]
+        return Routing(np.stack([experts for experts, _ in layers]), np.stack([weights for _, weights in layers]))

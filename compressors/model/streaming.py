@@ -1,8 +1,9 @@
-"""Runs a student with one decoder layer's weights resident at a time, forward and backward.
+"""Runs a student with few decoder layers' weights in memory at a time, forward and backward.
 
 transformers' own modules do the arithmetic. They are built on the meta device, which holds no weights; a layer gets its
-weights from the student, works on all token blocks, and lets them go. Activations and all weights but the experts'
-are float32; experts stay in storage dtype and are widened one at a time (:mod:`compressors.model.experts`).
+weights from the student, works on all token blocks, and lets them go. A pass computes in float32, the reference, or
+in bfloat16 where that is asked for; routers are float32 in both. Experts stay in storage dtype and are converted one
+at a time (:mod:`compressors.model.experts`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from torch.nn import functional
 from compressors.model.errors import InputError
 from compressors.model.experts import GROUPED_EXPERTS, register_grouped_experts
 from compressors.model.families import Role
+from compressors.model.hidden_states import HiddenStates
+from compressors.model.layers import LayerReader, LayerWeights, layer_bytes, refuse_not_finite
+from compressors.model.memory import BLOCKS_AT_ONCE, MemoryLimit, Placement, place, positions_at_once
 from compressors.model.shape import MoeShape
 from compressors.model.student import Student
 
@@ -27,6 +31,7 @@ __all__ = ["LayerObserver", "StreamedModel", "TokenGroup", "TrainableTensors", "
 
 TrainableTensors = Mapping[tuple[Role, int], torch.Tensor]
 LayerObserver = Callable[[int, nn.Module], AbstractContextManager[Any]]
+Loss = Callable[[slice, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,10 +40,7 @@ class TokenGroup:
 
     tokens_BT: torch.Tensor  # int64; every row is a sequence of its own
     observers: Sequence[LayerObserver] = ()  # each is called with (layer index, layer) and returns a context
-
-
-_ROWS_AT_ONCE = 4  # token blocks in one call: their activations stay in the processor's cache
-_POSITIONS_AT_ONCE = 1024  # logits are made in chunks of this many positions: with 150k tokens 0.6 GB
+    dtype: torch.dtype = torch.float32  # of the arithmetic
 
 
 def transformers_config(folder: Path, shape: MoeShape) -> Any:
@@ -57,8 +59,10 @@ class StreamedModel:
     Args:
         student: where the weights come from.
         trainable: float32 tensors that stand in for the student's (routers during recovery); gradients reach them.
-        keep_layers: keep every layer's weights in memory after the first visit, when the model fits.
+        limit: memory that this process may use. It decides how many layers stay in memory after the first visit, and
+            whether hidden states lie there or on disk. None: no layer stays, hidden states do.
         check_finite: refuse NaN and infinite weights when a layer is read.
+        device: where layers compute; their weights travel there one layer at a time.
 
     Raises:
         InputError: with ``check_finite``, a tensor holds a value that is not finite.
@@ -69,16 +73,20 @@ class StreamedModel:
         student: Student,
         *,
         trainable: TrainableTensors | None = None,
-        keep_layers: bool = False,
+        limit: MemoryLimit | None = None,
         check_finite: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         from transformers import AutoModelForCausalLM
 
         self.student = student
         self.shape = student.shape
         self.trainable = dict(trainable or {})
-        self._kept: dict[int, dict[str, torch.Tensor]] | None = {} if keep_layers else None
+        self.device = device or torch.device("cpu")
+        self._limit = limit
         self._check_finite = check_finite
+        self._placement: Placement | None = None
+        self._reader: LayerReader | None = None
         register_grouped_experts()
         config = transformers_config(student.source.folder, student.shape)
         with torch.device("meta"):
@@ -86,21 +94,23 @@ class StreamedModel:
                 config, attn_implementation="sdpa", experts_implementation=GROUPED_EXPERTS
             )
         self._layers: nn.ModuleList = model.model.layers.eval()
-        self._rotary: nn.Module = type(model.model.rotary_emb)(config=config)
+        for layer in self._layers:
+            layer.get_submodule(self.shape.family.router_module).register_forward_pre_hook(_in_float32)
+        self._rotary: nn.Module = type(model.model.rotary_emb)(config=config).to(self.device)
         self._final_norm: nn.Module = model.model.norm.eval()
-        self._final_norm.load_state_dict({"weight": self._read(Role.FINAL_NORM)}, assign=True)
-        self._embedding = self._read(Role.TOKEN_EMBEDDING, widen=False)
-        self._head = self._embedding if self.shape.tied_embeddings else self._read(Role.HEAD, widen=False)
+        self._final_norm_weight = self._read(Role.FINAL_NORM).to(self.device)
 
     def embed(self, tokens_BT: torch.Tensor) -> torch.Tensor:
-        """Hidden states that enter the first layer: float32 [B, T, D]."""
-        return functional.embedding(tokens_BT, self._embedding).float()
+        """Hidden states that enter the first layer, in storage dtype: [B, T, D]. Reads the rows it needs."""
+        used, positions = tokens_BT.unique(return_inverse=True)
+        rows = torch.cat([self._read_rows(token) for token in used.tolist()])
+        return rows[positions]
 
     @contextmanager
-    def layer(self, index: int) -> Iterator[nn.Module]:
-        """Decoder layer ``index`` with its weights; they are let go on leaving."""
+    def layer(self, index: int, weights: LayerWeights, dtype: torch.dtype = torch.float32) -> Iterator[nn.Module]:
+        """Decoder layer ``index`` with these weights, computing in ``dtype``; it lets them go on leaving."""
         module = self._layers[index]
-        module.load_state_dict(self._layer_weights(index), assign=True, strict=True)
+        module.load_state_dict(self._module_weights(weights, dtype), assign=True, strict=True)
         module.requires_grad_(False)
         for role, layer in self.trainable:
             if layer == index:
@@ -113,18 +123,17 @@ class StreamedModel:
 
     def run_layer(self, layer: nn.Module, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """The layer's output for these hidden states, causal within each row: [B, T, D]."""
-        positions = torch.arange(hidden_BTD.shape[1])[None]
+        positions = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)[None]
         rotary = self._rotary(hidden_BTD, positions)
         output: torch.Tensor = layer(hidden_BTD, attention_mask=None, position_embeddings=rotary)
         return output
 
-    def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """Final norm and head: float32 [N, V]. Call it on a chunk of positions, not on all."""
-        logits: torch.Tensor = functional.linear(self._final_norm(hidden_ND), self._head.float())
-        return logits
-
     @torch.no_grad()
-    def stream(self, groups: Sequence[TokenGroup], progress: Callable[[int], None] | None = None) -> list[torch.Tensor]:
+    def stream(
+        self,
+        groups: Sequence[TokenGroup],
+        progress: Callable[[int], None] | None = None,
+    ) -> list[HiddenStates]:
         """Takes all token blocks of all groups through all layers; each layer is read once.
 
         Args:
@@ -132,144 +141,199 @@ class StreamedModel:
             progress: called with 1 for each finished layer.
 
         Returns:
-            For each group the hidden states after the last layer, before the final norm: float32 [B, T, D].
+            For each group the hidden states after the last layer, before the final norm.
 
         Raises:
-            InputError: a layer's output is not finite; the message names the layer.
+            InputError: a value is not finite; the message names the layer, and the expert that made it.
         """
-        hidden = [self.embed(group.tokens_BT) for group in groups]
-        for index in range(self.shape.n_layers):
-            with self.layer(index) as layer:
-                for group, states in zip(groups, hidden, strict=True):
-                    self._run_group(index, layer, group.observers, states)
+        hidden = self.first_states(groups)
+        for index in self.advance(groups, hidden, range(self.shape.n_layers)):
+            assert index < self.shape.n_layers
             if progress is not None:
                 progress(1)
         return hidden
 
-    def _run_group(
-        self, index: int, layer: nn.Module, observers: Sequence[LayerObserver], hidden_BTD: torch.Tensor
-    ) -> None:
-        """Replaces the hidden states by the layer's output, in place."""
-        with ExitStack() as stack:
-            for observe in observers:
-                stack.enter_context(observe(index, layer))
-            for rows in hidden_BTD.split(_ROWS_AT_ONCE):
-                rows.copy_(self.run_layer(layer, rows))
-        if not torch.isfinite(hidden_BTD).all():
-            raise InputError(f"{self.student.source.folder}: layer {index} produces values that are not finite")
+    def first_states(self, groups: Sequence[TokenGroup]) -> list[HiddenStates]:
+        """The hidden states that enter the first layer, in memory or on disk as the limit wants."""
+        sizes = [(*group.tokens_BT.shape, self.shape.hidden_size) for group in groups]
+        n_bytes = sum(
+            blocks * tokens * size * group.dtype.itemsize
+            for (blocks, tokens, size), group in zip(sizes, groups, strict=True)
+        )
+        spill = self._place(n_bytes).spill
+        return [
+            self._embedded(group.tokens_BT, HiddenStates(size, group.dtype, spill))
+            for size, group in zip(sizes, groups, strict=True)
+        ]
 
-    def logits_in_chunks(self, hidden_ND: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Logits of many positions as (positions, float32 [n, V]), a bounded number at a time."""
-        for start in range(0, len(hidden_ND), _POSITIONS_AT_ONCE):
-            positions = slice(start, min(start + _POSITIONS_AT_ONCE, len(hidden_ND)))
-            yield positions, self.logits(hidden_ND[positions])
+    @torch.no_grad()
+    def advance(self, groups: Sequence[TokenGroup], hidden: Sequence[HiddenStates], layers: range) -> Iterator[int]:
+        """Takes the hidden states through these layers, in place; yields each layer's index when it is done.
+
+        The errors are those of :meth:`stream`.
+        """
+        for index, weights in self._visit(layers):
+            for group, states in zip(groups, hidden, strict=True):
+                with self.layer(index, weights, group.dtype) as layer, ExitStack() as stack:
+                    for observe in group.observers:
+                        stack.enter_context(observe(index, layer))
+                    self._run_all(index, layer, states, states)
+            yield index
+
+    def logits_in_chunks(self, hidden: HiddenStates, positions: slice) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Logits at these positions of every block, a bounded number at a time.
+
+        Yields:
+            (which of the chosen positions, counted through all blocks; their logits, float32 [n, V]).
+        """
+        n_positions = positions.stop - positions.start
+        blocks_at_once = max(1, positions_at_once(self.shape.vocab_size) // n_positions)
+        with self.head(hidden.dtype) as head:
+            for blocks in hidden.groups(blocks_at_once):
+                states = hidden.read(blocks)[:, positions].flatten(0, 1)
+                for start, part in _chunks(states, self.shape.vocab_size):
+                    first = blocks.start * n_positions + start
+                    yield slice(first, first + len(part)), head(part.to(self.device)).float().cpu()
+
+    @contextmanager
+    def head(self, dtype: torch.dtype) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """Final norm and head as a function from hidden states [N, D] to logits [N, V] in ``dtype``."""
+        if self._reader is not None:
+            self._reader.release()  # their memory is the head's now
+        matrix_VD = self._read_head(dtype)
+        self._final_norm.load_state_dict({"weight": self._final_norm_weight.to(dtype)}, assign=True)
+        self._final_norm.requires_grad_(False)
+        yield lambda states_ND: functional.linear(self._final_norm(states_ND), matrix_VD)
 
     def gradients(
-        self,
-        tokens_BT: torch.Tensor,
-        loss: Callable[[slice, torch.Tensor], torch.Tensor],
+        self, tokens_BT: torch.Tensor, loss: Loss, dtype: torch.dtype = torch.float32
     ) -> tuple[float, dict[tuple[Role, int], torch.Tensor]]:
         """Loss of these blocks and its gradient with respect to every trainable tensor, layer by layer.
 
         The forward pass stores each layer's input; the backward pass runs the layers again in reverse and pulls the
         gradient through each (a vector-Jacobian product), so memory does not grow with the number of layers but for
-        the stored inputs.
+        the stored inputs, which go to disk above the limit.
 
         Args:
             tokens_BT: int64 token ids.
             loss: given (positions of the flattened blocks, logits [n, V]), the summed loss of these positions.
+            dtype: of the arithmetic; gradients are float32.
 
         Returns:
             The loss summed over all positions, and gradients by (role, layer).
         """
-        inputs: list[torch.Tensor] = []
-        hidden = self.embed(tokens_BT)
-        for index in range(self.shape.n_layers):
-            inputs.append(hidden)
-            with torch.no_grad(), self.layer(index) as layer:
-                hidden = self._run_rows(layer, hidden)
-        total, gradient = self._head_gradient(hidden, loss)
-        gradients: dict[tuple[Role, int], torch.Tensor] = {}
-        for index in reversed(range(self.shape.n_layers)):
-            with self.layer(index) as layer:
-                gradient = self._pull_back(index, layer, inputs.pop(), gradient, gradients)
+        size = (*tokens_BT.shape, self.shape.hidden_size)
+        all_bytes = tokens_BT.numel() * self.shape.hidden_size * dtype.itemsize * (self.shape.n_layers + 1)
+        spill, order = self._place(all_bytes).spill, range(self.shape.n_layers)
+        states = [self._embedded(tokens_BT, HiddenStates(size, dtype, spill))]
+        for index, weights in self._visit(order):
+            states.append(HiddenStates(size, dtype, spill))
+            with torch.no_grad(), self.layer(index, weights, dtype) as layer:
+                self._run_all(index, layer, states[-2], states[-1])
+        total, gradient_BTD = self._head_gradient(states.pop(), loss)
+        gradients = {key: torch.zeros_like(value) for key, value in self.trainable.items()}
+        for index, weights in self._visit(order[::-1]):
+            with self.layer(index, weights, dtype) as layer:
+                self._pull_back(index, layer, states.pop(), gradient_BTD, gradients)
         return total, gradients
 
-    def _run_rows(self, layer: nn.Module, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.run_layer(layer, rows) for rows in hidden_BTD.split(_ROWS_AT_ONCE)])
+    def _embedded(self, tokens_BT: torch.Tensor, states: HiddenStates) -> HiddenStates:
+        for blocks in states.groups(BLOCKS_AT_ONCE[states.dtype]):
+            states.write(blocks, self.embed(tokens_BT[blocks]).to(states.dtype))
+        return states
 
-    def _head_gradient(
-        self, hidden_BTD: torch.Tensor, loss: Callable[[slice, torch.Tensor], torch.Tensor]
-    ) -> tuple[float, torch.Tensor]:
-        flat = hidden_BTD.flatten(0, 1)
+    def _run_all(self, index: int, layer: nn.Module, source: HiddenStates, target: HiddenStates) -> None:
+        """Writes the layer's output into ``target``, which may be ``source``."""
+        for blocks in source.groups(BLOCKS_AT_ONCE[source.dtype]):
+            rows = source.read(blocks).to(self.device)
+            output = self.run_layer(layer, rows)
+            if not torch.isfinite(output.sum(dtype=torch.float32)) and not torch.isfinite(output).all():
+                raise self._not_finite(index, layer, rows)
+            target.write(blocks, output.to("cpu"))
+
+    def _not_finite(self, index: int, layer: nn.Module, rows_BTD: torch.Tensor) -> InputError:
+        """Says which layer and expert made a value that is not finite, by running the layer once more."""
+        family = self.shape.family
+        makers: list[str] = []
+
+        def watch_router(_router: nn.Module, inputs: tuple[torch.Tensor, ...], _outputs: Any) -> None:
+            if not torch.isfinite(inputs[0]).all():
+                makers.append("its attention")
+
+        def watch_expert(expert: int, _gates: torch.Tensor, _hidden: torch.Tensor, outputs_nD: torch.Tensor) -> None:
+            if not torch.isfinite(outputs_nD).all():
+                makers.append(f"expert {expert}")
+
+        handle = layer.get_submodule(family.router_module).register_forward_hook(watch_router)
+        layer.get_submodule(family.experts_module).observer = watch_expert  # type: ignore[assignment]
+        self.run_layer(layer, rows_BTD)
+        handle.remove()
+        made_by = makers[0] if makers else "a sum of large values"
+        return InputError(
+            f"{self.student.source.folder}: layer {index} turns the text into NaN or infinite values, first in "
+            f"{made_by}; the checkpoint is damaged there, or does not work in {_dtype_name(rows_BTD.dtype)}"
+        )
+
+    def _head_gradient(self, hidden: HiddenStates, loss: Loss) -> tuple[float, torch.Tensor]:
+        """The loss, and its gradient with respect to the last layer's output [B, T, D]."""
+        flat = hidden.read(slice(0, len(hidden))).flatten(0, 1)
         gradient = torch.empty_like(flat)
         total = 0.0
-        for start in range(0, len(flat), _POSITIONS_AT_ONCE):
-            positions = slice(start, min(start + _POSITIONS_AT_ONCE, len(flat)))
-            part = flat[positions].detach().requires_grad_()
-            value = loss(positions, self.logits(part))
-            (gradient[positions],) = torch.autograd.grad(value, part)
-            total += value.item()
-        return total, gradient.view_as(hidden_BTD)
+        with self.head(hidden.dtype) as head:
+            for start, part in _chunks(flat, self.shape.vocab_size):
+                positions = slice(start, start + len(part))
+                part = part.detach().to(self.device).requires_grad_()
+                value = loss(positions, head(part).float().cpu())
+                (gradient[positions],) = torch.autograd.grad(value, part)
+                total += value.item()
+        return total, gradient.view(hidden.shape)
 
     def _pull_back(
         self,
         index: int,
         layer: nn.Module,
-        inputs_BTD: torch.Tensor,
+        inputs: HiddenStates,
         gradient_BTD: torch.Tensor,
         gradients: dict[tuple[Role, int], torch.Tensor],
-    ) -> torch.Tensor:
-        """Adds this layer's parameter gradients to ``gradients``; returns the gradient of the layer's input."""
+    ) -> None:
+        """Adds this layer's parameter gradients to ``gradients``; replaces ``gradient_BTD`` by that of its input."""
         keys = [key for key in self.trainable if key[1] == index]
         parameters = [self.trainable[key] for key in keys]
-        pulled = []
-        for rows, output_gradient in zip(
-            inputs_BTD.split(_ROWS_AT_ONCE), gradient_BTD.split(_ROWS_AT_ONCE), strict=True
-        ):
-            rows = rows.detach().requires_grad_()
+        for blocks in inputs.groups(BLOCKS_AT_ONCE[inputs.dtype]):
+            rows = inputs.read(blocks).detach().to(self.device).requires_grad_()
             output = self.run_layer(layer, rows)
+            output_gradient = gradient_BTD[blocks].to(self.device)
             input_gradient, *found = torch.autograd.grad(output, [rows, *parameters], output_gradient)
-            pulled.append(input_gradient)
+            gradient_BTD[blocks] = input_gradient.to("cpu")
             for key, value in zip(keys, found, strict=True):
-                gradients[key] = gradients[key] + value if key in gradients else value
-        return torch.cat(pulled)
+                gradients[key] += value.cpu()
 
-    def _layer_weights(self, index: int) -> dict[str, torch.Tensor]:
-        if self._kept is None:
-            return self._read_layer(index)
-        if index not in self._kept:
-            self._kept[index] = self._read_layer(index)
-        return self._kept[index]
+    def _place(self, hidden_bytes: int) -> Placement:
+        """Where things lie; the first pass decides it for all."""
+        if self._placement is None:
+            self._placement = place(self._limit, self.shape, layer_bytes(self.student), hidden_bytes)
+        return self._placement
 
-    def _read_layer(self, index: int) -> dict[str, torch.Tensor]:
-        weights = {self._module_name(role): self._read(role, index) for role in self.student.family.layer_roles}
-        shape, dtype = self.shape, self.student.source.dtype
-        gate_up_EFD = torch.empty(shape.n_experts, 2 * shape.expert_width, shape.hidden_size, dtype=dtype)
-        down_EDF = torch.empty(shape.n_experts, shape.hidden_size, shape.expert_width, dtype=dtype)
-        for expert in range(shape.n_experts):
-            gate_up_EFD[expert, : shape.expert_width] = self._read_expert(Role.EXPERT_GATE, index, expert)
-            gate_up_EFD[expert, shape.expert_width :] = self._read_expert(Role.EXPERT_UP, index, expert)
-            down_EDF[expert] = self._read_expert(Role.EXPERT_DOWN, index, expert)
+    def _visit(self, order: Sequence[int]) -> Iterator[tuple[int, LayerWeights]]:
+        if self._reader is None:
+            placement = self._place(0)
+            self._reader = LayerReader(
+                self.student,
+                n_resident=placement.n_resident,
+                read_ahead=placement.read_ahead,
+                check_finite=self._check_finite,
+            )
+        return self._reader.visit(order)
+
+    def _module_weights(self, weights: LayerWeights, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         experts = self.student.family.experts_module
-        return {**weights, f"{experts}.gate_up_proj": gate_up_EFD, f"{experts}.down_proj": down_EDF}
-
-    def _read_expert(self, role: Role, layer: int, expert: int) -> torch.Tensor:
-        tensor = self.student.expert(role, layer, expert)
-        self._refuse_not_finite(tensor, role, layer, expert)
-        return tensor
-
-    def _read(self, role: Role, layer: int | None = None, *, widen: bool = True) -> torch.Tensor:
-        tensor = self.student.tensor(role, layer)
-        self._refuse_not_finite(tensor, role, layer)
-        return tensor.float() if widen else tensor
-
-    def _refuse_not_finite(
-        self, tensor: torch.Tensor, role: Role, layer: int | None, expert: int | None = None
-    ) -> None:
-        if self._check_finite and not torch.isfinite(tensor).all():
-            name = self.student.name(role, layer, expert)
-            raise InputError(f"{self.student.source.folder}: tensor {name} holds NaN or infinite values")
+        named = {
+            self._module_name(role): tensor.to(self.device, torch.float32 if role is Role.ROUTER else dtype)
+            for role, tensor in weights.others.items()
+        }
+        named[f"{experts}.gate_up_proj"] = weights.gate_up_EFD.to(self.device)
+        named[f"{experts}.down_proj"] = weights.down_EDF.to(self.device)
+        return named
 
     def _module_name(self, role: Role) -> str:
         """Where the role's tensor lives inside transformers' decoder layer."""
@@ -277,3 +341,40 @@ class StreamedModel:
         if role is Role.ROUTER:
             return f"{family.router_module}.weight"
         return family.names[role].removeprefix("model.layers.{layer}.")
+
+    def _read(self, role: Role) -> torch.Tensor:
+        tensor = self.student.tensor(role)
+        if self._check_finite:
+            refuse_not_finite(self.student, tensor, role)
+        return tensor
+
+    def _read_rows(self, token: int) -> torch.Tensor:
+        return self.student.rows(Role.TOKEN_EMBEDDING, None, slice(token, token + 1))
+
+    def _read_head(self, dtype: torch.dtype) -> torch.Tensor:
+        """The head in ``dtype``, [V, D]; read in parts, so that it is in memory once only."""
+        matrix_VD = torch.empty(self.shape.vocab_size, self.shape.hidden_size, dtype=dtype)
+        for start in range(0, len(matrix_VD), _HEAD_ROWS_AT_ONCE):
+            rows = slice(start, min(start + _HEAD_ROWS_AT_ONCE, len(matrix_VD)))
+            matrix_VD[rows] = self.student.rows(Role.HEAD, None, rows)
+        if self._check_finite:
+            refuse_not_finite(self.student, matrix_VD, Role.HEAD)
+        return matrix_VD.to(self.device)
+
+
+_HEAD_ROWS_AT_ONCE = 8192
+
+
+def _in_float32(_router: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return (inputs[0].float(), *inputs[1:])
+
+
+def _chunks(states_ND: torch.Tensor, vocab_size: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first position, states) of chunks whose logits fit."""
+    n_positions = positions_at_once(vocab_size)
+    for start in range(0, len(states_ND), n_positions):
+        yield start, states_ND[start : start + n_positions]
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -12,7 +12,7 @@ its cached targets, so it need not be in memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,11 +23,13 @@ from compressors.model.errors import InputError
 from compressors.model.families import Role
 from compressors.model.log_probs import LogProbReader
 from compressors.model.losses import kl_divergence, kl_divergence_to_top
+from compressors.model.memory import MemoryLimit
+from compressors.model.parallel import reduce_sum, share
 from compressors.model.streaming import StreamedModel, TokenGroup
 from compressors.model.student import Student
-from compressors.teacher import TeacherTargets
+from compressors.teacher import TeacherTargets, by_block
 
-__all__ = ["RouterKdSettings", "mean_divergence", "router_overlay", "train_routers"]
+__all__ = ["RouterKdSettings", "RouterTraining", "mean_divergence", "router_overlay", "train_routers"]
 
 
 @dataclass(frozen=True)
@@ -71,68 +73,132 @@ class RouterKdSettings:
         return self.learning_rate * (self.n_steps - step) / max(1, self.n_steps - warmup)
 
 
-def train_routers(
-    student: Student,
-    tokens_BT: torch.Tensor,
-    targets: TeacherTargets,
-    settings: RouterKdSettings,
-    *,
-    keep_layers: bool = False,
-    progress: Callable[[int, float], None] | None = None,
-) -> Student:
-    """Runs the schedule and returns the student with its new float32 routers.
+class RouterTraining:
+    """The schedule, a step at a time; what :func:`train_routers` runs.
+
+    In a torch.distributed group every process takes its share of each step's blocks, and gradients are summed.
 
     Args:
         student: the compressed model; it is not changed.
         tokens_BT: int64 training blocks.
         targets: the teacher's most probable next tokens at every position of these blocks.
         settings: the schedule; its ``n_blocks`` must not exceed the blocks given.
-        keep_layers: keep all layers in memory between steps, when the model fits.
-        progress: called after each step with (1, mean loss of the step).
+        limit: memory that this process may use; layers that fit stay between steps.
+        dtype: of the arithmetic; routers, their gradients and the optimizer are float32.
 
     Raises:
         InputError: there are fewer blocks than the schedule wants.
     """
-    if settings.n_blocks > len(tokens_BT):
-        raise InputError(
-            f"Router KD wants {settings.n_blocks} blocks of {tokens_BT.shape[1]} tokens, but the calibration text "
-            f"yields {len(tokens_BT)}: give more text, or a smaller number in the recipe"
-        )
-    routers = {
-        (Role.ROUTER, layer): nn.Parameter(student.tensor(Role.ROUTER, layer).float().clone())
-        for layer in range(student.shape.n_layers)
-    }
-    model = StreamedModel(student, trainable=routers, keep_layers=keep_layers)
-    optimizer = torch.optim.AdamW(routers.values(), lr=settings.learning_rate, weight_decay=0.0)
-    order = torch.randperm(settings.n_blocks, generator=torch.Generator().manual_seed(settings.seed))
-    for step, blocks in enumerate(order.split(settings.blocks_per_step)):
-        for group in optimizer.param_groups:
-            group["lr"] = settings.rate_at(step)
-        loss, gradients = _step(model, tokens_BT[blocks], targets, blocks)
-        for key, parameter in routers.items():
+
+    def __init__(
+        self,
+        student: Student,
+        tokens_BT: torch.Tensor,
+        targets: TeacherTargets,
+        settings: RouterKdSettings,
+        *,
+        limit: MemoryLimit | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if settings.n_blocks > len(tokens_BT):
+            raise InputError(
+                f"Router KD wants {settings.n_blocks} blocks of {tokens_BT.shape[1]} tokens, but the calibration text "
+                f"yields {len(tokens_BT)}: give more text, or a smaller number in the recipe"
+            )
+        self.settings = settings
+        self.n_done = 0  # steps
+        self._student = student
+        self._tokens_BT = tokens_BT
+        self._targets = targets
+        self._dtype = dtype
+        self._routers = {
+            (Role.ROUTER, layer): nn.Parameter(student.tensor(Role.ROUTER, layer).float().clone())
+            for layer in range(student.shape.n_layers)
+        }
+        self._model = StreamedModel(student, trainable=self._routers, limit=limit)
+        self._optimizer = torch.optim.AdamW(self._routers.values(), lr=settings.learning_rate, weight_decay=0.0)
+        order = torch.randperm(settings.n_blocks, generator=torch.Generator().manual_seed(settings.seed))
+        self._steps = order.split(settings.blocks_per_step)
+
+    def step(self) -> float:
+        """Does the next step; returns its mean loss in nats."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.settings.rate_at(self.n_done)
+        loss, gradients = self._gradients(self._steps[self.n_done])
+        for key, parameter in self._routers.items():
             parameter.grad = gradients[key]
-        nn.utils.clip_grad_norm_(routers.values(), settings.max_gradient_norm)
-        optimizer.step()
+        nn.utils.clip_grad_norm_(self._routers.values(), self.settings.max_gradient_norm)
+        self._optimizer.step()
+        self.n_done += 1
+        return loss
+
+    def taught(self) -> Student:
+        """The student with the routers as they are now."""
+        return self._student.with_overlay(
+            router_overlay(self._student, {layer: value for (_, layer), value in self._routers.items()})
+        )
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything that the next step depends on, to be given to :meth:`restore`."""
+        tensors = {"n_done": torch.tensor(self.n_done)}
+        for (_, layer), router in self._routers.items():
+            tensors[f"{layer}.router"] = router.detach()
+            for name, value in self._optimizer.state[router].items():
+                tensors[f"{layer}.{name}"] = value
+        return tensors
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Goes on from a :meth:`state`: the steps that follow are those that would have followed there."""
+        self.n_done = int(tensors["n_done"])
+        for (_, layer), router in self._routers.items():
+            router.data.copy_(tensors[f"{layer}.router"])
+            prefix = f"{layer}."
+            self._optimizer.state[router] = {
+                name.removeprefix(prefix): value.clone()
+                for name, value in tensors.items()
+                if name.startswith(prefix) and name != f"{layer}.router"
+            }
+
+    def _gradients(self, blocks: torch.Tensor) -> tuple[float, dict[tuple[Role, int], torch.Tensor]]:
+        """Mean loss and router gradients of one step; the last position of a block predicts nothing."""
+        mine = blocks[share(len(blocks))]
+        n_tokens = self._tokens_BT.shape[1]
+        weight = 1.0 / (len(blocks) * (n_tokens - 1))
+        top_log_probs, top_tokens = self._targets.of_blocks(mine.tolist(), n_tokens)
+        weights = torch.full((len(mine), n_tokens), weight)
+        weights[:, -1] = 0.0
+        weights = weights.flatten()
+
+        def loss(positions: slice, logits_NV: torch.Tensor) -> torch.Tensor:
+            divergence = kl_divergence_to_top(top_log_probs[positions], top_tokens[positions], logits_NV)
+            return (divergence * weights[positions]).sum()
+
+        total, gradients = self._model.gradients(self._tokens_BT[mine], loss, self._dtype)
+        summed = torch.tensor(total, dtype=torch.float64)
+        reduce_sum([summed, *gradients.values()])
+        return summed.item(), gradients
+
+
+def train_routers(
+    training: RouterTraining,
+    *,
+    progress: Callable[[int], None] | None = None,
+    after_step: Callable[[RouterTraining], None] | None = None,
+) -> Student:
+    """Does all steps that are not done yet and returns the student with its new float32 routers.
+
+    Args:
+        training: the schedule and how far it is.
+        progress: called after each step with 1.
+        after_step: called after each step but the last, to keep its state.
+    """
+    while training.n_done < training.settings.n_steps:
+        training.step()
         if progress is not None:
-            progress(1, loss)
-    return student.with_overlay(router_overlay(student, {key[1]: value for key, value in routers.items()}))
-
-
-def _step(
-    model: StreamedModel, tokens_BT: torch.Tensor, targets: TeacherTargets, blocks: torch.Tensor
-) -> tuple[float, dict[tuple[Role, int], torch.Tensor]]:
-    """Mean loss and router gradients of one step. The last position of a block predicts nothing and has no loss."""
-    top_log_probs = targets.log_probs_BTK[blocks].flatten(0, 1)
-    top_tokens = targets.tokens_BTK[blocks].flatten(0, 1).long()
-    predicts = torch.ones(tokens_BT.shape)
-    predicts[:, -1] = 0.0
-    weights = predicts.flatten() / predicts.sum()
-
-    def loss(positions: slice, logits_NV: torch.Tensor) -> torch.Tensor:
-        divergence = kl_divergence_to_top(top_log_probs[positions], top_tokens[positions], logits_NV)
-        return (divergence * weights[positions]).sum()
-
-    return model.gradients(tokens_BT, loss)
+            progress(1)
+        if after_step is not None and training.n_done < training.settings.n_steps:
+            after_step(training)
+    return training.taught()
 
 
 def router_overlay(student: Student, routers: dict[int, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -147,15 +213,27 @@ def mean_divergence(
     teacher: LogProbReader,
     scored: slice,
     progress: Callable[[int], None] | None = None,
+    limit: MemoryLimit | None = None,
 ) -> float:
     """Mean full-vocabulary KL(teacher || student) in nats over the scored positions of the blocks.
 
-    ``teacher`` holds the same positions, block after block; ``progress`` is called with 1 after each layer.
+    Args:
+        student: the model that is judged, in float32.
+        tokens_BT: int64 token blocks.
+        teacher: log-probabilities at the scored positions, block after block.
+        scored: positions of each block.
+        progress: called with 1 after each layer.
+        limit: memory that this process may use.
     """
-    model = StreamedModel(student)
-    (states,) = model.stream([TokenGroup(tokens_BT)], progress)
-    hidden = states[:, scored].flatten(0, 1)
-    total = 0.0
-    for positions, logits in model.logits_in_chunks(hidden):
-        total += kl_divergence(teacher.rows(positions.start, positions.stop), logits).sum().item()
-    return total / len(hidden)
+    model = StreamedModel(student, limit=limit)
+    mine = share(len(tokens_BT))
+    (hidden,) = model.stream([TokenGroup(tokens_BT[mine])], progress)
+    n_scored = scored.stop - scored.start
+    total = torch.zeros((), dtype=torch.float64)
+    for positions, logits in model.logits_in_chunks(hidden, scored):
+        for place, rows in by_block(positions, n_scored, mine):
+            log_probs = teacher.rows(place, place + rows.stop - rows.start)
+            total += kl_divergence(log_probs, logits[rows]).sum().double()
+    reduce_sum([total])
+    mean: float = total.item() / (len(tokens_BT) * n_scored)
+    return mean

@@ -9,13 +9,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compressors.model.checkpoint import Checkpoint
+from compressors.model.memory import MemoryLimit
 from compressors.model.student import Student
 from compressors.recover.router_kd import RouterKdSettings
+from compressors.statistics import StoredStatistics
 from exporter.plan import Plan
 from exporter.recipe import RecoverChoice
+from exporter.stage import StageContext
 from exporter.work import WorkDirectory
 
-__all__ = ["Blocks", "Calibration", "StudentFiles", "fits_in_memory", "open_student", "settings_of", "use_threads"]
+__all__ = ["Blocks", "Calibration", "StudentFiles", "memory_limit", "open_student", "settings_of", "use_threads"]
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,13 @@ class Calibration:
 
     @property
     def statistics(self) -> Path:
-        """Sums over the calibration tokens, by layer and expert."""
-        return self.folder / "statistics.safetensors"
+        """Sums over the calibration tokens: a folder with a file for each layer."""
+        return self.folder / "statistics"
 
     @property
     def targets(self) -> Path:
-        """The teacher's most probable next tokens at every calibration token."""
-        return self.folder / "targets.safetensors"
+        """The teacher's most probable next tokens at every calibration token: a folder."""
+        return self.folder / "targets"
 
     @property
     def selection_log_probs(self) -> Path:
@@ -76,6 +79,10 @@ class Calibration:
     def summary(self) -> Path:
         """What the report says of texts and teacher (JSON)."""
         return self.folder / "summary.json"
+
+    def layer_statistics(self, n_layers: int) -> StoredStatistics:
+        """The sums, each layer's read when it is asked for."""
+        return StoredStatistics(self.statistics, n_layers)
 
     @classmethod
     def of(cls, work: WorkDirectory) -> Calibration:
@@ -117,9 +124,9 @@ def settings_of(choice: RecoverChoice, n_blocks: int) -> RouterKdSettings:
     return RouterKdSettings(n_blocks, choice.learning_rate, choice.blocks_per_step, seed=choice.seed)
 
 
-def fits_in_memory(student: Student, limit_bytes: int) -> bool:
-    """Whether all layers may stay resident: the model in storage dtype takes at most half of the limit."""
-    return 2 * student.shape.parameters * student.source.dtype.itemsize <= limit_bytes
+def memory_limit(context: StageContext) -> MemoryLimit:
+    """What ``--memory`` allows a stage; what does not fit lies below the stage's folder while it runs."""
+    return MemoryLimit(context.plan.memory_bytes, context.output / "spill")
 
 
 def use_threads(plan: Plan) -> None:

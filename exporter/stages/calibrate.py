@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 
+import torch
+
 from compressors.calibration import Splits, read_splits, tokenize
+from compressors.model.arithmetic import dtype_of
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
-from compressors.model.recorder import RoutingRecorder
-from compressors.model.streaming import StreamedModel, TokenGroup
-from compressors.model.student import Student
-from compressors.statistics import StatisticsCollector, save_statistics
-from compressors.teacher import top_targets, write_log_probs
+from compressors.model.parallel import is_first
+from exporter.snapshot import Snapshot
 from exporter.stage import StageContext
-from exporter.stages.artifacts import Blocks, Calibration, use_threads
-from validate.backend import scored_positions
+from exporter.stages.artifacts import Blocks, Calibration, memory_limit, use_threads
+from exporter.stages.teacher_pass import TeacherPass
 from validate.evaluation import perplexity
 
 __all__ = ["run"]
@@ -35,28 +35,22 @@ def run(context: StageContext) -> None:
         heldout.leading(text.heldout_chunks_per_file).tokens_BT,
     )
     files = Calibration(context.output)
-    model = StreamedModel(Student.teacher(checkpoint), check_finite=True)
-    statistics, routing = StatisticsCollector(model.shape), RoutingRecorder(model.shape)
-    groups = [
-        TokenGroup(blocks.calibration, [statistics.observe]),
-        TokenGroup(blocks.selection),
-        TokenGroup(blocks.heldout, [routing.observe]),
-    ]
-    with context.progress.bar("layers", model.shape.n_layers) as advance:
-        calibrated, selected, held = model.stream(groups, advance)
-    scored = scored_positions(blocks.heldout.shape[1])
-    blocks.save(files.blocks)
-    save_statistics(statistics.layers, files.statistics)
-    top_targets(model, calibrated).save(files.targets)
-    write_log_probs(model, blocks.selection, selected, scored, files.selection_log_probs)
-    likelihoods = write_log_probs(model, blocks.heldout, held, scored, files.heldout_log_probs)
-    routing.routing().save(files.routing)
-    used = {"calibration": blocks.calibration, "selection": blocks.selection, "heldout": blocks.heldout}
+    teacher = TeacherPass(checkpoint, blocks, files, dtype_of(plan.recipe.arithmetic), memory_limit(context))
+    with context.progress.bar("layers", checkpoint.shape.n_layers) as advance:
+        for n_done in teacher.run_layers(Snapshot(context.output / "snapshot")):
+            advance(n_done)
+    likelihoods = teacher.write_predictions()
+    if is_first():
+        blocks.save(files.blocks)
+        _write_summary(files, splits, blocks, likelihoods)
+
+
+def _write_summary(files: Calibration, splits: Splits, blocks: Blocks, likelihoods_N: torch.Tensor) -> None:
     texts = {
-        name: {"sha256": split.sha256, "documents": split.n_documents, "blocks": len(used[name])}
+        name: {"sha256": split.sha256, "documents": split.n_documents, "blocks": len(vars(blocks)[name])}
         for name, split in vars(splits).items()
     }
-    teacher_perplexity, teacher_error = perplexity(likelihoods.numpy())
+    teacher_perplexity, teacher_error = perplexity(likelihoods_N.numpy())
     summary = {"text": texts, "teacher": {"perplexity": teacher_perplexity, "perplexity_error": teacher_error}}
     files.summary.write_text(json.dumps(summary, indent=1), encoding="utf-8")
 

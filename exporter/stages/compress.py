@@ -6,7 +6,6 @@ import json
 
 from compressors.model.student import ExpertMap
 from compressors.prune import prune_by_reap
-from compressors.statistics import load_statistics
 from exporter.stage import StageContext
 from exporter.stages.artifacts import Calibration, StudentFiles
 
@@ -19,5 +18,6 @@ def run(context: StageContext) -> None:
     if choice.method == "none":
         experts = ExpertMap.identity(context.plan.teacher_shape)
     else:
-        experts = prune_by_reap(load_statistics(Calibration.of(context.work).statistics), choice.experts)
+        statistics = Calibration.of(context.work).layer_statistics(context.plan.teacher_shape.n_layers)
+        experts = prune_by_reap(statistics, choice.experts)
     StudentFiles(context.output).expert_map.write_text(json.dumps(experts.to_json()), encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compressors.statistics import importance, load_statistics
+from compressors.statistics import importance
 from exporter.gguf.metadata import gguf_file_name
 from exporter.gguf.writer import predict_file_size, write_gguf
 from exporter.stage import StageContext
@@ -16,7 +16,7 @@ def run(context: StageContext) -> None:
     plan = context.plan
     weight_type, name = plan.recipe.gguf or "", plan.recipe.source.model
     student = open_student(plan, context.work)
-    statistics = load_statistics(Calibration.of(context.work).statistics)
+    statistics = Calibration.of(context.work).layer_statistics(student.shape.n_layers)
     total = predict_file_size(student.shape, plan.source, weight_type, name)
     with context.progress.bar("bytes", total) as advance:
         write_gguf(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compressors.statistics import importance, load_statistics
+from compressors.statistics import importance
 from exporter.onnx.clients import write_client_files
 from exporter.onnx.writer import predict_size, write_onnx
 from exporter.stage import StageContext
@@ -18,7 +18,7 @@ def run(context: StageContext) -> None:
     plan = context.plan
     weight_type = plan.recipe.onnx or ""
     student = open_student(plan, context.work)
-    statistics = load_statistics(Calibration.of(context.work).statistics)
+    statistics = Calibration.of(context.work).layer_statistics(student.shape.n_layers)
     folder = context.output / FOLDER
     with context.progress.bar("bytes", predict_size(student.shape, weight_type)) as advance:
         write_onnx(

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
+from compressors.model.arithmetic import dtype_of
 from compressors.model.log_probs import LogProbReader
+from compressors.model.parallel import is_first
 from compressors.model.student import Student
-from compressors.recover.router_kd import RouterKdSettings, mean_divergence, train_routers
+from compressors.model.weight_file import StoredTensors
+from compressors.recover.router_kd import RouterKdSettings, RouterTraining, mean_divergence, train_routers
 from compressors.teacher import TeacherTargets
+from exporter.snapshot import Snapshot
 from exporter.stage import StageContext
 from exporter.stages.artifacts import (
     Blocks,
     Calibration,
     StudentFiles,
-    fits_in_memory,
+    memory_limit,
     open_student,
     settings_of,
     use_threads,
@@ -26,6 +31,8 @@ from exporter.stages.schedule import scheduled_blocks
 from validate.backend import scored_positions
 
 __all__ = ["run"]
+
+_STATE = "training.safetensors"
 
 
 def run(context: StageContext) -> None:
@@ -37,28 +44,30 @@ def run(context: StageContext) -> None:
         student = open_student(context.plan, context.work, "compress")
         taught, rung = _router_rung(context, student, settings_of(choice, scheduled_blocks(context.work)))
         rungs.append(rung)
-        if rung["accepted"]:
+        if rung["accepted"] and is_first():
             save_file(dict(taught.overlay), StudentFiles(context.output).overlay)
-    StudentFiles(context.output).recovery.write_text(json.dumps(rungs, indent=1), encoding="utf-8")
+    if is_first():
+        StudentFiles(context.output).recovery.write_text(json.dumps(rungs, indent=1), encoding="utf-8")
 
 
 def _router_rung(context: StageContext, student: Student, settings: RouterKdSettings) -> tuple[Student, dict[str, Any]]:
+    limit = memory_limit(context)
     files = Calibration.of(context.work)
     blocks = Blocks.load(files.blocks)
     selection = LogProbReader(files.selection_log_probs)
     scored = scored_positions(blocks.selection.shape[1])
     start = time.monotonic()
-    before = mean_divergence(student, blocks.selection, selection, scored)
-    with context.progress.bar("steps", settings.n_steps) as advance:
-        taught = train_routers(
-            student,
-            blocks.calibration,
-            TeacherTargets.load(files.targets),
-            settings,
-            keep_layers=fits_in_memory(student, context.plan.memory_bytes),
-            progress=lambda steps, _loss: advance(steps),
-        )
-    after = mean_divergence(taught, blocks.selection, selection, scored)
+    before = mean_divergence(student, blocks.selection, selection, scored, limit=limit)
+    training = RouterTraining(
+        student,
+        blocks.calibration,
+        TeacherTargets(files.targets),
+        settings,
+        limit=limit,
+        dtype=dtype_of(context.plan.recipe.arithmetic),
+    )
+    taught = _train(context, training)
+    after = mean_divergence(taught, blocks.selection, selection, scored, limit=limit)
     return taught, {
         "rung": "router",
         "loss": "kd",
@@ -70,3 +79,23 @@ def _router_rung(context: StageContext, student: Student, settings: RouterKdSett
         "accepted": after < before,
         "seconds": time.monotonic() - start,
     }
+
+
+def _train(context: StageContext, training: RouterTraining) -> Student:
+    """All steps, from the newest snapshot on if there is one."""
+    snapshot = Snapshot(context.output / "snapshot")
+    found = snapshot.load()
+    if found is not None:
+        training.restore(StoredTensors(found[1] / _STATE))
+
+    def save(folder: Path) -> None:
+        if is_first():  # it is the same in all processes
+            save_file(training.state(), folder / _STATE)
+
+    with context.progress.bar("steps", training.settings.n_steps) as advance:
+        advance(training.n_done)
+        taught = train_routers(
+            training, progress=advance, after_step=lambda training: snapshot.keep(training.n_done, save)
+        )
+    snapshot.remove()
+    return taught

@@ -93,6 +93,4 @@ def _evaluate(
     teacher = LogProbReader(Calibration.of(context.work).heldout_log_probs)
     with context.progress.bar("chunks", len(heldout_BT)) as advance:
         evaluation = evaluate(backend, heldout_BT, {"teacher": teacher, **references}, record=writer, progress=advance)
-    if writer is not None:
-        writer.close()
     evaluation.save(context.output / EVALUATION)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import time
 
-from compressors.recover.router_kd import train_routers
+from compressors.model.arithmetic import dtype_of
+from compressors.model.parallel import is_first
+from compressors.recover.router_kd import RouterTraining
 from compressors.teacher import TeacherTargets
 from exporter.stage import StageContext
-from exporter.stages.artifacts import Blocks, Calibration, fits_in_memory, open_student, settings_of, use_threads
+from exporter.stages.artifacts import Blocks, Calibration, memory_limit, open_student, settings_of, use_threads
 from exporter.work import WorkDirectory
 
 __all__ = ["run", "scheduled_blocks"]
@@ -26,12 +28,20 @@ def run(context: StageContext) -> None:
         files = Calibration.of(context.work)
         student = open_student(plan, context.work, "compress")
         one_step = settings_of(choice, min(choice.blocks_per_step, choice.blocks))
-        blocks, targets = Blocks.load(files.blocks).calibration, TeacherTargets.load(files.targets)
+        training = RouterTraining(
+            student,
+            Blocks.load(files.blocks).calibration,
+            TeacherTargets(files.targets),
+            one_step,
+            limit=memory_limit(context),
+            dtype=dtype_of(plan.recipe.arithmetic),
+        )
         start = time.monotonic()
-        train_routers(student, blocks, targets, one_step, keep_layers=fits_in_memory(student, plan.memory_bytes))
+        training.step()
         steps = max(1, int(plan.recover_seconds / (time.monotonic() - start)))
         n_blocks = min(choice.blocks, steps * choice.blocks_per_step)
-    (context.output / _FILE).write_text(json.dumps({"blocks": n_blocks}), encoding="utf-8")
+    if is_first():
+        (context.output / _FILE).write_text(json.dumps({"blocks": n_blocks}), encoding="utf-8")
 
 
 def scheduled_blocks(work: WorkDirectory) -> int:

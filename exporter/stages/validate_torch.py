@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from compressors.model.log_probs import LogProbReader
 from exporter.stage import StageContext
-from exporter.stages.artifacts import Blocks, Calibration, open_student, use_threads
+from exporter.stages.artifacts import Blocks, Calibration, memory_limit, open_student, use_threads
 from validate.evaluation import evaluate
 from validate.torch_reference import TorchBackend
 
@@ -20,7 +20,7 @@ def run(context: StageContext) -> None:
     student = open_student(context.plan, context.work)
     with context.progress.bar("layers", student.shape.n_layers) as advance:
         evaluation = evaluate(
-            TorchBackend(student, advance),
+            TorchBackend(student, advance, memory_limit(context)),
             Blocks.load(files.blocks).heldout.numpy(),
             {"teacher": LogProbReader(files.heldout_log_probs)},
         )

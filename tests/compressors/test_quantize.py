@@ -12,6 +12,7 @@ import llama_cpp.llama_cpp as api
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from gguf.constants import LlamaFileType
 
 from compressors.model.checkpoint import Checkpoint
@@ -85,10 +86,10 @@ def test_bytes_are_those_of_llama_cpp(
         row_length = tensor.data.shape[-1]
         assert expected.tensor_type == fallback_type(ggml_type, row_length), tensor.name
         matrices = tensor.data.reshape(-1, tensor.data.shape[-2], row_length)
-        weights = ours.get(tensor.name, [None] * len(matrices))
+        weights = torch.from_numpy(ours[tensor.name]) if tensor.name in ours else [None] * len(matrices)
         rows = [
             quantize_rows(matrix, fallback_type(ggml_type, row_length), weights_N, name=tensor.name)
-            for matrix, weights_N in zip(matrices, weights, strict=True)
+            for matrix, weights_N in zip(torch.from_numpy(matrices.copy()), weights, strict=True)
         ]
         assert np.concatenate(rows).tobytes() == expected.data.tobytes(), tensor.name
         checked += 1
@@ -98,7 +99,7 @@ def test_bytes_are_those_of_llama_cpp(
 @pytest.mark.parametrize("ggml_type", _ALL_TYPES, ids=lambda ggml_type: ggml_type.name)
 def test_dequantized_values_are_those_of_gguf_py(ggml_type: GGMLQuantizationType) -> None:
     values = np.random.default_rng(1).standard_normal((5, 512)).astype(np.float32)
-    quantized = quantize_rows(values, ggml_type, name="noise")
+    quantized = quantize_rows(torch.from_numpy(values), ggml_type, name="noise")
     assert quantized.shape == (5, row_bytes(ggml_type, 512))
     restored = dequantize_rows(quantized, ggml_type, 512)
     stored = quantized.view(np.float32) if ggml_type is GGMLQuantizationType.F32 else quantized
@@ -108,7 +109,7 @@ def test_dequantized_values_are_those_of_gguf_py(ggml_type: GGMLQuantizationType
 
 
 def test_bfloat16_rounds_to_nearest_even() -> None:
-    halfway = np.array([[1 + 2.0**-8, 1 + 3 * 2.0**-8]], dtype=np.float32)
+    halfway = torch.tensor([[1 + 2.0**-8, 1 + 3 * 2.0**-8]])
     restored = dequantize_rows(
         quantize_rows(halfway, GGMLQuantizationType.BF16, name="x"), GGMLQuantizationType.BF16, 2
     )
@@ -117,39 +118,52 @@ def test_bfloat16_rounds_to_nearest_even() -> None:
 
 def test_grouping_rows_into_calls_and_threads_changes_nothing() -> None:
     random = np.random.default_rng(2)
-    values = random.standard_normal((64, 256)).astype(np.float32)
-    importance = random.gamma(0.5, size=256).astype(np.float32)
+    values = torch.from_numpy(random.standard_normal((64, 256)).astype(np.float32))
+    importance = torch.from_numpy(random.gamma(0.5, size=256).astype(np.float32))
 
-    def quantize(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    def quantize(rows: torch.Tensor) -> npt.NDArray[np.uint8]:
         return quantize_rows(rows, GGMLQuantizationType.Q4_K, importance, name="noise")
 
     with ThreadPoolExecutor(2) as pool:
-        parts = list(pool.map(quantize, np.split(values, [1, 10, 40])))
+        parts = list(pool.map(quantize, values.tensor_split([1, 10, 40])))
     np.testing.assert_array_equal(np.concatenate(parts), quantize(values))
 
 
 def test_rows_that_are_not_contiguous_are_read_right() -> None:
-    values = np.random.default_rng(3).standard_normal((256, 8)).astype(np.float32).T
+    values = torch.randn(256, 8, generator=torch.Generator().manual_seed(3)).T
     np.testing.assert_array_equal(
         quantize_rows(values, GGMLQuantizationType.Q8_0, name="x"),
-        quantize_rows(np.ascontiguousarray(values), GGMLQuantizationType.Q8_0, name="x"),
+        quantize_rows(values.contiguous(), GGMLQuantizationType.Q8_0, name="x"),
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ggml_type", [GGMLQuantizationType.F32, GGMLQuantizationType.Q4_K], ids=lambda kind: kind.name)
+def test_weights_are_widened_without_loss(dtype: torch.dtype, ggml_type: GGMLQuantizationType) -> None:
+    """More rows than are widened at a time, and the smallest and largest numbers of the dtype."""
+    values = torch.randn(1500, 256, generator=torch.Generator().manual_seed(4)).to(dtype)
+    limits = torch.finfo(dtype)
+    values[700, :4] = torch.tensor([limits.max, limits.min, limits.tiny, limits.smallest_normal / 2]).to(dtype)
+    np.testing.assert_array_equal(
+        quantize_rows(values, ggml_type, name="x"), quantize_rows(values.float(), ggml_type, name="x")
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_weights_that_are_not_finite_are_refused_by_name(bad: float) -> None:
-    values = np.zeros((2, 32), dtype=np.float32)
-    values[1, 7] = bad
-    with pytest.raises(InputError, match=r"blk\.3\.weight: value \[1, 7\]"):
+def test_weights_that_are_not_finite_are_refused_by_name(bad: float, dtype: torch.dtype) -> None:
+    values = torch.zeros(3, 1 << 17, dtype=dtype)
+    values[2, 7] = bad
+    with pytest.raises(InputError, match=r"blk\.3\.weight: value \[2, 7\]"):
         quantize_rows(values, GGMLQuantizationType.Q8_0, name="blk.3.weight")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0])
 def test_bad_importance_is_refused_by_name(bad: float) -> None:
-    importance = np.ones(32, dtype=np.float32)
+    importance = torch.ones(32)
     importance[3] = bad
     with pytest.raises(InputError, match="expert down"):
-        quantize_rows(np.zeros((2, 32), np.float32), GGMLQuantizationType.Q4_0, importance, name="expert down")
+        quantize_rows(torch.zeros(2, 32), GGMLQuantizationType.Q4_0, importance, name="expert down")
 
 
 def test_rows_that_fit_no_block_are_refused() -> None:

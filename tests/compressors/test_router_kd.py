@@ -9,18 +9,21 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
 from compressors.model.families import Role
-from compressors.model.log_probs import LogProbReader
+from compressors.model.log_probs import LogProbReader, LogProbWriter
 from compressors.model.losses import kl_divergence, kl_divergence_to_top
+from compressors.model.memory import MemoryLimit
 from compressors.model.streaming import StreamedModel, TokenGroup
 from compressors.model.student import ExpertMap, Student
-from compressors.recover.router_kd import RouterKdSettings, mean_divergence, train_routers
-from compressors.teacher import TeacherTargets, top_targets, write_log_probs
+from compressors.model.weight_file import StoredTensors
+from compressors.recover.router_kd import RouterKdSettings, RouterTraining, mean_divergence, train_routers
+from compressors.teacher import TeacherTargets, write_log_probs, write_targets
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +42,19 @@ def pruned(teacher: Student) -> Student:
 
 
 @pytest.fixture(scope="module")
-def targets(teacher: Student, blocks_BT: torch.Tensor) -> TeacherTargets:
+def targets(teacher: Student, blocks_BT: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> TeacherTargets:
     model = StreamedModel(teacher)
     (hidden,) = model.stream([TokenGroup(blocks_BT)])
-    return top_targets(model, hidden)
+    targets = TeacherTargets.create(tmp_path_factory.mktemp("targets"), blocks_BT.numel(), model.shape.vocab_size)
+    write_targets(model, hidden, targets, range(len(blocks_BT)))
+    return targets
+
+
+def _write_log_probs(teacher: Student, blocks_BT: torch.Tensor, scored: slice, folder: Path) -> torch.Tensor:
+    model = StreamedModel(teacher)
+    (hidden,) = model.stream([TokenGroup(blocks_BT)])
+    writer = LogProbWriter(folder, len(blocks_BT) * (scored.stop - scored.start), model.shape.vocab_size)
+    return write_log_probs(model, blocks_BT, hidden, scored, writer, range(len(blocks_BT)))
 
 
 def test_full_divergence_is_its_definition() -> None:
@@ -75,17 +87,19 @@ def test_targets_hold_the_teacher_s_best_tokens(
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(fine_folder, dtype=torch.float32)(blocks_BT[:2]).logits
     best = logits.log_softmax(-1).topk(64)
-    torch.testing.assert_close(targets.log_probs_BTK[:2], best.values, rtol=0, atol=1e-4)
-    assert (targets.tokens_BTK[:2, :, :8] == best.indices[:, :, :8]).float().mean() > 0.999
+    log_probs, tokens = targets.of_blocks([0, 1], 64)
+    torch.testing.assert_close(log_probs, best.values.flatten(0, 1), rtol=0, atol=1e-4)
+    assert (tokens[:, :8] == best.indices.flatten(0, 1)[:, :8]).float().mean() > 0.999
+    assert torch.equal(targets.of_blocks([1], 64)[1], tokens[64:])
 
 
 def test_log_probs_in_16_bits_are_exact_enough(teacher: Student, blocks_BT: torch.Tensor, tmp_path: Path) -> None:
+    scored = slice(32, 63)
+    likelihoods = _write_log_probs(teacher, blocks_BT[:2], scored, tmp_path / "teacher")
     model = StreamedModel(teacher)
     (hidden,) = model.stream([TokenGroup(blocks_BT[:2])])
-    scored = slice(32, 63)
-    likelihoods = write_log_probs(model, blocks_BT[:2], hidden, scored, tmp_path / "teacher")
     with torch.no_grad():
-        expected = model.logits(hidden[:, scored].flatten(0, 1)).log_softmax(-1)
+        expected = torch.cat([logits for _, logits in model.logits_in_chunks(hidden, scored)]).log_softmax(-1)
     reader = LogProbReader(tmp_path / "teacher")
     decoded = reader.rows(0, len(reader))
     near = expected > expected.amax(-1, keepdim=True) - 15.99  # the last step below may round to impossible
@@ -111,7 +125,7 @@ def test_training_equals_stock_torch_with_adamw(
     fine_folder: Path, pruned: Student, blocks_BT: torch.Tensor, targets: TeacherTargets
 ) -> None:
     settings = RouterKdSettings(n_blocks=6, learning_rate=1e-3, blocks_per_step=2, seed=3)
-    taught = train_routers(pruned, blocks_BT, targets, settings)
+    taught = train_routers(RouterTraining(pruned, blocks_BT, targets, settings))
     expected = _train_with_autograd(fine_folder, pruned, blocks_BT, targets, settings)
     for layer, weight in enumerate(expected):
         before = pruned.tensor(Role.ROUTER, layer).float()
@@ -139,8 +153,8 @@ def _train_with_autograd(
     for step, chosen in enumerate(order.split(settings.blocks_per_step)):
         optimizer.param_groups[0]["lr"] = settings.rate_at(step)
         log_q = functional.log_softmax(model(blocks_BT[chosen]).logits, dim=-1)
-        top = targets.tokens_BTK[chosen].long()
-        p = targets.log_probs_BTK[chosen].exp()
+        log_probs, top = (found.unflatten(0, (len(chosen), 64)) for found in targets.of_blocks(chosen.tolist(), 64))
+        p = log_probs.exp()
         q = log_q.exp().gather(-1, top)
         rest_p, rest_q = 1 - p.sum(-1), 1 - q.sum(-1)
         divergence = (p * (p / q).log()).sum(-1) + rest_p * (rest_p / rest_q).log()
@@ -155,12 +169,13 @@ def test_training_brings_the_student_nearer_and_is_deterministic(
     teacher: Student, pruned: Student, blocks_BT: torch.Tensor, targets: TeacherTargets, tmp_path: Path
 ) -> None:
     settings = RouterKdSettings.sized(256, n_blocks=40, seed=0)
-    taught = train_routers(pruned, blocks_BT, targets, settings)
-    again = train_routers(pruned, blocks_BT, targets, settings, keep_layers=True)
+    taught = train_routers(RouterTraining(pruned, blocks_BT, targets, settings))
+    scarce = MemoryLimit(1, tmp_path / "spill")  # nothing fits: it decides where things lie, not what they are
+    again = train_routers(RouterTraining(pruned, blocks_BT, targets, settings, limit=scarce))
     assert all(torch.equal(taught.overlay[name], again.overlay[name]) for name in taught.overlay)
-    model, unseen, scored = StreamedModel(teacher), blocks_BT[40:], slice(32, 63)
-    (hidden,) = model.stream([TokenGroup(unseen)])
-    write_log_probs(model, unseen, hidden, scored, tmp_path / "teacher")
+    assert not list((tmp_path / "spill").iterdir())
+    unseen, scored = blocks_BT[40:], slice(32, 63)
+    _write_log_probs(teacher, unseen, scored, tmp_path / "teacher")
     reader = LogProbReader(tmp_path / "teacher")
     before = mean_divergence(pruned, unseen, reader, scored)
     assert mean_divergence(taught, unseen, reader, scored) < 0.95 * before
@@ -168,4 +183,34 @@ def test_training_brings_the_student_nearer_and_is_deterministic(
 
 def test_too_little_text_is_refused(pruned: Student, blocks_BT: torch.Tensor, targets: TeacherTargets) -> None:
     with pytest.raises(InputError, match="49 blocks"):
-        train_routers(pruned, blocks_BT, targets, RouterKdSettings(n_blocks=49, learning_rate=1e-3))
+        RouterTraining(pruned, blocks_BT, targets, RouterKdSettings(n_blocks=49, learning_rate=1e-3))
+
+
+def test_interrupted_training_goes_on_to_the_same_bits(
+    pruned: Student, blocks_BT: torch.Tensor, targets: TeacherTargets, tmp_path: Path
+) -> None:
+    settings = RouterKdSettings(n_blocks=8, learning_rate=1e-3, blocks_per_step=2, seed=5)
+
+    def save(training: RouterTraining) -> None:
+        if training.n_done == 2:
+            save_file(training.state(), tmp_path / "state.safetensors")
+
+    expected = train_routers(RouterTraining(pruned, blocks_BT, targets, settings), after_step=save)
+    resumed = RouterTraining(pruned, blocks_BT, targets, settings)
+    resumed.restore(StoredTensors(tmp_path / "state.safetensors"))
+    assert resumed.n_done == 2
+    taught = train_routers(resumed)
+    assert all(torch.equal(taught.overlay[name], expected.overlay[name]) for name in expected.overlay)
+
+
+def test_training_in_bfloat16_moves_routers_the_same_way(
+    pruned: Student, blocks_BT: torch.Tensor, targets: TeacherTargets
+) -> None:
+    settings = RouterKdSettings(n_blocks=2, learning_rate=1e-3, blocks_per_step=2, seed=5)
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        training = RouterTraining(pruned, blocks_BT, targets, settings, dtype=dtype)
+        training.step()
+        state = training.state()
+        gradients.append(torch.cat([state[f"{layer}.exp_avg"].flatten() for layer in range(6)]))
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.9

@@ -1,4 +1,4 @@
-"""``config.json`` read once: both families, both generations of keys, and errors by their kind."""
+"""``config.json`` read once: every family, both generations of keys, and errors by their kind."""
 
 from __future__ import annotations
 
@@ -32,6 +32,11 @@ def read_qwen(fine_folder: Path, tmp_path: Path) -> Read:
 @pytest.fixture
 def read_mixtral(coarse_folder: Path, tmp_path: Path) -> Read:
     return _reader(coarse_folder, tmp_path)
+
+
+@pytest.fixture
+def read_olmoe(olmoe_folder: Path, tmp_path: Path) -> Read:
+    return _reader(olmoe_folder, tmp_path)
 
 
 def _reader(source: Path, folder: Path) -> Read:
@@ -76,6 +81,25 @@ def test_mixtral_is_read(coarse_folder: Path) -> None:
     assert Role.QUERY_NORM not in shape.family.names
 
 
+def test_olmoe_is_read(olmoe_folder: Path) -> None:
+    shape = read_shape(olmoe_folder)
+    assert (shape.model_type, shape.n_experts, shape.top_k, shape.expert_width) == ("olmoe", 16, 4, 64)
+    assert not shape.normalize_top_k
+    assert not shape.tied_embeddings
+
+
+def test_query_and_key_norms_are_as_wide_as_the_family_has_them(
+    read_qwen: Read, read_mixtral: Read, read_olmoe: Read
+) -> None:
+    """Nine heads of 32 and three key-value heads, whatever the hidden size."""
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 32}
+    widths = {}
+    for read in (read_qwen, read_mixtral, read_olmoe):
+        shape = read(**heads)
+        widths[shape.model_type] = (shape.query_norm_width, shape.key_norm_width)
+    assert widths == {"qwen3_moe": (32, 32), "mixtral": (0, 0), "olmoe": (9 * 32, 3 * 32)}
+
+
 def test_parameters_are_the_elements_on_disk(family_folder: Path) -> None:
     elements = 0
     for file in family_folder.glob("*.safetensors"):
@@ -89,7 +113,8 @@ def test_parameters_are_the_elements_on_disk(family_folder: Path) -> None:
 
 
 def test_an_untied_head_counts(read: Read) -> None:
-    assert read(tie_word_embeddings=False).parameters - read().parameters == 4096 * 256
+    untied, tied = read(tie_word_embeddings=False), read(tie_word_embeddings=True)
+    assert untied.parameters - tied.parameters == 4096 * tied.hidden_size
 
 
 def test_fewer_experts_have_fewer_parameters(fine_folder: Path) -> None:
@@ -133,11 +158,14 @@ def test_several_and_no_end_tokens(read: Read) -> None:
 
 
 def test_head_dim_defaults_to_an_even_share(read: Read) -> None:
-    assert read(drop=("head_dim",)).head_dim == 256 // 8
+    shape = read(drop=("head_dim",))
+    assert shape.head_dim == shape.hidden_size // shape.n_heads == 32
 
 
-def test_norm_topk_prob_is_obeyed(read_qwen: Read) -> None:
+def test_norm_topk_prob_is_obeyed(read_qwen: Read, read_olmoe: Read) -> None:
     assert not read_qwen(norm_topk_prob=False).normalize_top_k
+    assert read_olmoe(norm_topk_prob=True).normalize_top_k
+    assert not read_olmoe(drop=("norm_topk_prob",)).normalize_top_k
 
 
 @pytest.mark.parametrize(
@@ -190,7 +218,7 @@ def test_more_experts_per_token_than_experts_are_refused(read: Read) -> None:
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope scaling of type 'llama3'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_bias": True}, "attention_bias is True"),
-        ({"model_type": "jamba"}, "'jamba' is not a supported MoE family; supported are mixtral, qwen3_moe"),
+        ({"model_type": "jamba"}, "'jamba' is not a supported MoE family; supported are mixtral, olmoe, qwen3_moe"),
     ],
 )
 def test_what_cannot_be_represented_is_refused_by_name(read: Read, values: dict[str, object], said: str) -> None:
@@ -198,7 +226,7 @@ def test_what_cannot_be_represented_is_refused_by_name(read: Read, values: dict[
         read(**values)
 
 
-def test_each_family_s_own_restrictions(read_qwen: Read, read_mixtral: Read) -> None:
+def test_each_family_s_own_restrictions(read_qwen: Read, read_mixtral: Read, read_olmoe: Read) -> None:
     with pytest.raises(UnsupportedError, match="use_sliding_window is True"):
         read_qwen(use_sliding_window=True)
     with pytest.raises(UnsupportedError, match=r"mlp_only_layers is \[0\]"):
@@ -207,6 +235,8 @@ def test_each_family_s_own_restrictions(read_qwen: Read, read_mixtral: Read) -> 
         read_qwen(decoder_sparse_step=2)
     with pytest.raises(UnsupportedError, match="sliding_window is 4096"):
         read_mixtral(sliding_window=4096)
+    with pytest.raises(UnsupportedError, match=r"clip_qkv is 8\.0"):
+        read_olmoe(clip_qkv=8.0)
     assert read_qwen(mlp_only_layers=None, drop=("decoder_sparse_step",)).n_layers == 6
 
 

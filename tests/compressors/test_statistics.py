@@ -17,7 +17,7 @@ from compressors.model.shape import MoeShape
 from compressors.model.streaming import StreamedModel, TokenGroup
 from compressors.model.student import ExpertMap, Student
 from compressors.prune import highest, prune_by_reap
-from compressors.statistics import LayerStatistics, StatisticsCollector, importance, load_statistics, save_statistics
+from compressors.statistics import LayerStatistics, StatisticsCollector, StoredStatistics, importance, save_statistics
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +25,11 @@ def blocks_BT(heldout_tokens: npt.NDArray[np.int64]) -> torch.Tensor:
     return torch.from_numpy(heldout_tokens[: 8 * 64].reshape(8, 64))
 
 
-def _collect(folder: Path, blocks_BT: torch.Tensor) -> list[LayerStatistics]:
+def _collect(folder: Path, blocks_BT: torch.Tensor, dtype: torch.dtype = torch.float32) -> list[LayerStatistics]:
     model = StreamedModel(Student.teacher(Checkpoint(folder)))
     collector = StatisticsCollector(model.shape)
-    model.stream([TokenGroup(blocks_BT, [collector.observe])])
-    return collector.layers
+    model.stream([TokenGroup(blocks_BT, [collector.observe], dtype)])
+    return [collector.take(layer) for layer in range(model.shape.n_layers)]
 
 
 @torch.no_grad()
@@ -96,15 +96,28 @@ def test_second_moments_and_cosines_equal_their_definition(fine_folder: Path, bl
 
 def test_statistics_survive_the_disk(fine_folder: Path, blocks_BT: torch.Tensor, tmp_path: Path) -> None:
     layers = _collect(fine_folder, blocks_BT[:1])
-    save_statistics(layers, tmp_path / "statistics.safetensors")
-    for saved, loaded in zip(layers, load_statistics(tmp_path / "statistics.safetensors"), strict=True):
+    for index, layer in enumerate(layers):
+        save_statistics(layer, tmp_path / "statistics", index)
+    stored = StoredStatistics(tmp_path / "statistics", len(layers))
+    assert len(stored) == len(layers)
+    for saved, loaded in zip(layers, stored, strict=True):
         assert all(torch.equal(value, getattr(loaded, name)) for name, value in vars(saved).items())
 
 
-def test_damaged_statistics_are_named(tmp_path: Path) -> None:
-    (tmp_path / "statistics.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
-    with pytest.raises(InputError, match=r"statistics\.safetensors"):
-        load_statistics(tmp_path / "statistics.safetensors")
+def test_damaged_and_missing_statistics_are_named(tmp_path: Path) -> None:
+    (tmp_path / "layer-000.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    stored = StoredStatistics(tmp_path, 2)
+    for layer in (0, 1):
+        with pytest.raises(InputError, match=rf"layer-00{layer}\.safetensors"):
+            stored[layer]
+
+
+def test_statistics_in_bfloat16_choose_nearly_the_same_experts(family_folder: Path, blocks_BT: torch.Tensor) -> None:
+    exact, rounded = _collect(family_folder, blocks_BT), _collect(family_folder, blocks_BT, torch.bfloat16)
+    for first, second in zip(exact, rounded, strict=True):
+        difference = (first.reap_scores() - second.reap_scores()).norm() / first.reap_scores().norm()
+        assert difference < 0.05
+        assert second.gate_sum_E.dtype == torch.float64
 
 
 def test_importance_follows_the_survivors(fine_folder: Path, blocks_BT: torch.Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,8 @@ from transformers import AutoModelForCausalLM
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
 from compressors.model.families import Role
+from compressors.model.hidden_states import HiddenStates
+from compressors.model.memory import MemoryLimit
 from compressors.model.recorder import RoutingRecorder
 from compressors.model.streaming import StreamedModel, TokenGroup
 from compressors.model.student import ExpertMap, Student
@@ -32,7 +36,12 @@ def _stock(folder: Path) -> nn.Module:
 
 def _logits(model: StreamedModel, tokens_BT: torch.Tensor) -> torch.Tensor:
     (hidden,) = model.stream([TokenGroup(tokens_BT)])
-    return torch.cat([logits for _, logits in model.logits_in_chunks(hidden.flatten(0, 1))]).detach()
+    everywhere = slice(0, tokens_BT.shape[1])
+    return torch.cat([logits for _, logits in model.logits_in_chunks(hidden, everywhere)]).detach()
+
+
+def _all(hidden: HiddenStates) -> torch.Tensor:
+    return hidden.read(slice(0, len(hidden)))
 
 
 @torch.no_grad()
@@ -42,14 +51,41 @@ def test_logits_equal_stock_transformers(family_folder: Path, blocks_BT: torch.T
     assert (logits - expected).abs().max() < 1e-4  # logits reach 15; float32 sums in another order
 
 
-@torch.no_grad()
-def test_kept_layers_and_several_groups_change_nothing(fine_folder: Path, blocks_BT: torch.Tensor) -> None:
+@pytest.mark.parametrize("n_bytes", [1, 10**12])
+def test_memory_and_grouping_change_no_bit(
+    fine_folder: Path, blocks_BT: torch.Tensor, tmp_path: Path, n_bytes: int
+) -> None:
+    """Neither resident layers, nor one buffer instead of two, nor hidden states on disk."""
     teacher = Student.teacher(Checkpoint(fine_folder))
     together = StreamedModel(teacher).stream([TokenGroup(blocks_BT[:4]), TokenGroup(blocks_BT[4:])])
-    kept = StreamedModel(teacher, keep_layers=True)
+    limited = StreamedModel(teacher, limit=MemoryLimit(n_bytes, tmp_path))
     for _ in range(2):
-        (alone,) = kept.stream([TokenGroup(blocks_BT)])
-        assert torch.equal(torch.cat(together), alone)
+        parts = limited.stream([TokenGroup(blocks_BT[:4]), TokenGroup(blocks_BT[4:])])
+        assert all(torch.equal(_all(one), _all(other)) for one, other in zip(together, parts, strict=True))
+    (alone,) = limited.stream([TokenGroup(blocks_BT)])
+    joined = torch.cat([_all(part) for part in together])
+    assert (joined - _all(alone)).abs().max() < 1e-3  # float32 sums over other numbers of tokens
+
+
+@torch.no_grad()
+def test_bfloat16_is_near_the_reference_and_keeps_routers_in_float32(
+    family_folder: Path, blocks_BT: torch.Tensor
+) -> None:
+    model = StreamedModel(Student.teacher(Checkpoint(family_folder)))
+    router_dtypes = set()
+
+    @contextmanager
+    def observe(_index: int, layer: nn.Module) -> Iterator[None]:
+        gate = layer.get_submodule("mlp.gate")
+        handle = gate.register_forward_hook(lambda m, i, o: router_dtypes.update({m.weight.dtype, i[0].dtype}))
+        yield
+        handle.remove()
+
+    exact, rounded = model.stream([TokenGroup(blocks_BT), TokenGroup(blocks_BT, [observe], torch.bfloat16)])
+    assert router_dtypes == {torch.float32}
+    assert rounded.dtype == torch.bfloat16
+    reference = _all(exact)
+    assert (_all(rounded).float() - reference).norm() / reference.norm() < 0.05
 
 
 @torch.no_grad()
@@ -132,3 +168,41 @@ def test_a_weight_that_is_not_finite_is_named(toy_checkpoint: object, tmp_path: 
     model = StreamedModel(Student.teacher(Checkpoint(folder)), check_finite=True)
     with pytest.raises(InputError, match=name):
         model.stream([TokenGroup(torch.zeros(1, 4, dtype=torch.int64))])
+
+
+def test_a_value_that_becomes_not_finite_is_traced_to_its_expert(
+    toy_checkpoint: Callable[..., Path], tmp_path: Path, blocks_BT: torch.Tensor
+) -> None:
+    folder = toy_checkpoint(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    for expert in (9, 20):
+        tensors[f"model.layers.1.mlp.experts.{expert}.down_proj.weight"].fill_(3e38)
+    save_file(tensors, folder / "model.safetensors")
+    model = StreamedModel(Student.teacher(Checkpoint(folder)), check_finite=True)
+    with pytest.raises(InputError, match=r"layer 1 .* expert 9"):
+        model.stream([TokenGroup(blocks_BT)])
+
+
+def test_attention_is_named_when_it_makes_the_value(
+    toy_checkpoint: Callable[..., Path], tmp_path: Path, blocks_BT: torch.Tensor
+) -> None:
+    folder = toy_checkpoint(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.o_proj.weight"].fill_(3e38)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"layer 0 .* its attention"):
+        StreamedModel(Student.teacher(Checkpoint(folder))).stream([TokenGroup(blocks_BT)])
+
+
+def test_a_file_that_changes_during_the_pass_is_named(
+    toy_checkpoint: Callable[..., Path], tmp_path: Path, blocks_BT: torch.Tensor
+) -> None:
+    folder = toy_checkpoint(tmp_path, n_layers=3)
+    model = StreamedModel(Student.teacher(Checkpoint(folder)))
+    groups = [TokenGroup(blocks_BT)]
+    layers = model.advance(groups, model.first_states(groups), range(3))
+    next(layers)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(1_000_000)
+    with pytest.raises(InputError, match=r"model\.safetensors: tensor .* now has 1000000"):
+        list(layers)

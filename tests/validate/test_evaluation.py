@@ -114,7 +114,6 @@ def recorded(
     folder = tmp_path_factory.mktemp("recorded") / "log_probs"
     writer = LogProbWriter(folder, 3 * 31, 4096)
     evaluation = evaluate(TorchBackend(Student.teacher(Checkpoint(toy))), chunks_BT, {}, record=writer)
-    writer.close()
     return evaluation, folder
 
 

@@ -1,0 +1,167 @@
+"""The teacher's one pass over all texts. What a finished layer leaves is on disk at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from compressors.model.array_file import ArrayFile
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.hidden_states import HiddenStates
+from compressors.model.log_probs import LogProbWriter
+from compressors.model.memory import MemoryLimit
+from compressors.model.parallel import is_first, reduce_sum, share, wait_for_all
+from compressors.model.recorder import RoutingRecorder
+from compressors.model.routing import Routing
+from compressors.model.shape import MoeShape
+from compressors.model.streaming import StreamedModel, TokenGroup
+from compressors.model.student import Student
+from compressors.statistics import StatisticsCollector, save_statistics
+from compressors.teacher import TeacherTargets, write_log_probs, write_targets
+from exporter.snapshot import Snapshot
+from exporter.stages.artifacts import Blocks, Calibration
+from validate.backend import scored_positions
+
+__all__ = ["TeacherPass"]
+
+
+class TeacherPass:
+    """Takes this process's share of the token blocks through the teacher.
+
+    Args:
+        checkpoint: the teacher.
+        blocks: of all three splits.
+        files: where the results go.
+        dtype: of the arithmetic on calibration text; the other texts are computed in float32, the reference.
+        limit: memory that this process may use.
+
+    Raises:
+        InputError: the checkpoint cannot be read, or holds values that are not finite, or makes them.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, blocks: Blocks, files: Calibration, dtype: torch.dtype, limit: MemoryLimit
+    ) -> None:
+        self._blocks = blocks
+        self._files = files
+        self._model = StreamedModel(Student.teacher(checkpoint), limit=limit, check_finite=True)
+        self._statistics = StatisticsCollector(checkpoint.shape)
+        self._recorder = RoutingRecorder(checkpoint.shape)
+        self._shares = {name: share(len(tokens_BT)) for name, tokens_BT in vars(blocks).items()}
+        self._groups = [
+            TokenGroup(blocks.calibration[self._shares["calibration"]], [self._statistics.observe], dtype),
+            TokenGroup(blocks.selection[self._shares["selection"]]),
+            TokenGroup(blocks.heldout[self._shares["heldout"]], [self._recorder.observe]),
+        ]
+        self._hidden: list[HiddenStates] = []
+
+    def run_layers(self, snapshot: Snapshot) -> Iterator[int]:
+        """Runs the layers that are not done yet; yields how many became done."""
+        n_layers = self._model.shape.n_layers
+        self._hidden = self._model.first_states(self._groups)
+        n_done = self._resumed(snapshot)
+        yield n_done
+        routing = _RoutingFiles(self._files.folder, self._blocks.heldout, self._model.shape, resumed=n_done > 0)
+        for layer in self._model.advance(self._groups, self._hidden, range(n_done, n_layers)):
+            statistics = self._statistics.take(layer)
+            if is_first():
+                save_statistics(statistics, self._files.statistics, layer)
+            routing.write(layer, self._shares["heldout"], *self._recorder.take(layer))
+            yield 1
+            snapshot.keep(layer + 1, self._save_hidden)
+        wait_for_all()
+        if is_first():
+            routing.collected().save(self._files.routing)
+            routing.remove()
+            snapshot.remove()
+
+    def write_predictions(self) -> torch.Tensor:
+        """Writes targets and log-probabilities from the hidden states after the last layer.
+
+        Returns:
+            The negative log-likelihood at every scored held-out position, of all processes: float32 [N].
+        """
+        blocks, files, vocab_size = self._blocks, self._files, self._model.shape.vocab_size
+        scored = scored_positions(blocks.heldout.shape[1])
+        n_scored = scored.stop - scored.start
+        if is_first():
+            TeacherTargets.create(files.targets, blocks.calibration.numel(), vocab_size)
+            for folder, tokens_BT in (
+                (files.selection_log_probs, blocks.selection),
+                (files.heldout_log_probs, blocks.heldout),
+            ):
+                LogProbWriter(folder, len(tokens_BT) * n_scored, vocab_size)
+        wait_for_all()
+        calibrated, selected, held = self._hidden
+        write_targets(
+            self._model, calibrated, TeacherTargets(files.targets, writable=True), self._shares["calibration"]
+        )
+        self._write_log_probs("selection", selected, files.selection_log_probs, scored)
+        likelihoods = self._write_log_probs("heldout", held, files.heldout_log_probs, scored)
+        reduce_sum([likelihoods])
+        return likelihoods
+
+    def _write_log_probs(self, split: str, hidden: HiddenStates, folder: Path, scored: slice) -> torch.Tensor:
+        """This process's share; elsewhere the returned likelihoods are 0."""
+        tokens_BT, mine = vars(self._blocks)[split], self._shares[split]
+        n_scored = scored.stop - scored.start
+        writer = LogProbWriter(folder, len(tokens_BT) * n_scored, self._model.shape.vocab_size, join=True)
+        likelihoods = torch.zeros(len(tokens_BT), n_scored)
+        found = write_log_probs(self._model, tokens_BT[mine], hidden, scored, writer, mine)
+        likelihoods[mine] = found.view(-1, n_scored)
+        return likelihoods.flatten()
+
+    def _resumed(self, snapshot: Snapshot) -> int:
+        """Takes the hidden states of a snapshot, if there is one; how many layers were done then."""
+        found = snapshot.load()
+        if found is None:
+            return 0
+        n_done, folder = found
+        for states, path in zip(self._hidden, self._hidden_paths(folder), strict=True):
+            states.load(path)
+        return n_done
+
+    def _save_hidden(self, folder: Path) -> None:
+        for states, path in zip(self._hidden, self._hidden_paths(folder), strict=True):
+            states.save(path)
+
+    def _hidden_paths(self, folder: Path) -> list[Path]:
+        return [folder / f"{name}-{mine[0] if mine else 'none'}.npy" for name, mine in self._shares.items()]
+
+
+class _RoutingFiles:
+    """The held-out text's routing while layers are still to come: each process writes its own blocks."""
+
+    def __init__(self, folder: Path, tokens_BT: torch.Tensor, shape: MoeShape, *, resumed: bool) -> None:
+        self._n_blocks, self._n_tokens = tokens_BT.shape
+        self._n_layers = shape.n_layers
+        self._paths = folder / "routing_experts.npy", folder / "routing_weights.npy"
+        if is_first() and not resumed:
+            for path, dtype in zip(self._paths, (np.int32, np.float32), strict=True):
+                ArrayFile.create(path, (self._n_layers * self._n_blocks, self._n_tokens, shape.top_k), dtype)
+        wait_for_all()
+        self._experts, self._weights = (ArrayFile.open(path, writable=True) for path in self._paths)
+
+    def write(
+        self, layer: int, blocks: Sequence[int], experts_TK: npt.NDArray[np.int32], weights_TK: npt.NDArray[np.float32]
+    ) -> None:
+        for position, block in enumerate(blocks):
+            tokens = slice(position * self._n_tokens, (position + 1) * self._n_tokens)
+            self._experts.write(layer * self._n_blocks + block, experts_TK[None, tokens])
+            self._weights.write(layer * self._n_blocks + block, weights_TK[None, tokens])
+
+    def collected(self) -> Routing:
+        """All layers and blocks."""
+        experts, weights = (
+            file.read(0, len(file)).reshape(self._n_layers, self._n_blocks * self._n_tokens, -1)
+            for file in (self._experts, self._weights)
+        )
+        return Routing(experts.astype(np.int32, copy=False), weights.astype(np.float32, copy=False))
+
+    def remove(self) -> None:
+        for path in self._paths:
+            path.unlink()

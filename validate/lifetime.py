@@ -1,0 +1,27 @@
+"""Processes that must not outlive the one that started them, however that ended."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+__all__ = ["end_with_parent"]
+
+_SECONDS_BETWEEN_LOOKS = 0.2
+
+
+def end_with_parent(parent: int) -> None:
+    """Ends this process soon after its parent is gone, and at once if it is gone already.
+
+    ``parent`` is handed over, since the parent may be gone before this process can ask for its number.
+    """
+    if os.getppid() != parent:
+        os._exit(1)
+    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    os._exit(1)
