@@ -1,6 +1,6 @@
 # `make demo` compresses the bundled model; `make test` is what CI runs. Both need Python >= 3.11, a C++ compiler and make.
 # Everything is installed into .venv, once, in the versions of constraints.txt.
-.PHONY: demo test lint bench peers
+.PHONY: demo test lint bench peers scale
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -24,6 +24,10 @@ bench: .venv/installed-dev
 
 peers: .venv/installed-dev
 	$(BIN)/python -m benchmarks.peers
+
+# Hours, and 40 GB of disk: checkpoints of real shape with random weights, every stage measured.
+scale: .venv/installed-dev
+	$(BIN)/python -m benchmarks.scale
 
 .venv/installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) '.[cpu]'
