@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,7 +12,13 @@ from typing import BinaryIO
 
 from compressors.model.errors import InputError
 
-__all__ = ["check_free_space", "flush", "flush_folder", "replacing", "write_atomically"]
+__all__ = ["check_free_space", "flush", "flush_folder", "not_written", "replacing", "write_atomically"]
+
+_ADVICE = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room or have the quota raised",
+    errno.EFBIG: "have larger files allowed (ulimit -f, or another file system)",
+}
 
 
 @contextmanager
@@ -31,7 +38,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); is the disk full?") from error
+        raise not_written(path, error) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -55,6 +62,19 @@ def check_free_space(folder: Path, n_bytes: int) -> None:
         raise InputError(
             f"{folder} needs {n_bytes} bytes, but only {free} are free there; make room or choose another --out"
         )
+
+
+def not_written(path: Path, error: OSError, n_bytes_left: int | None = None) -> InputError:
+    """What to tell the person when a file, of which so many bytes are still to come, could not be written."""
+    advice = _ADVICE.get(error.errno or 0)
+    if advice is None:
+        return InputError(f"{path} cannot be written ({error.strerror})")
+    left = "" if n_bytes_left is None else f": {n_bytes_left} more bytes are needed"
+    return InputError(
+        f"{path.parent} cannot take the rest of {path.name} ({error.strerror}){left}, "
+        f"{shutil.disk_usage(path.parent).free} are free; {advice} and run the same command again, "
+        "it goes on where it stopped"
+    )
 
 
 def flush_folder(folder: Path) -> None:

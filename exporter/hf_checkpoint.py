@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
+from compressors.model.checkpoint import role_shape
 from compressors.model.families import Role
 from compressors.model.student import Student
+from exporter.files import write_atomically
+from exporter.pieces import Piece, row_slices, write_pieces
+from exporter.resumable import Part, is_published, resuming
 
 __all__ = ["write_checkpoint"]
 
@@ -24,51 +30,133 @@ _COPIED = (
     "merges.txt",
     "vocab.json",
 )
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""As safetensors calls them, in the order in which it stores them."""
 
 
-def write_checkpoint(student: Student, folder: Path, progress: Callable[[int], None] | None = None) -> None:
-    """Writes the student into a new folder, a layer at a time.
+def write_checkpoint(
+    student: Student, folder: Path, *, resume: bool = False, progress: Callable[[int], None] | None = None
+) -> None:
+    """Writes the student, a few tensors or slices at a time; ``config.json`` comes last.
 
     Args:
         student: what to write; experts get the student's numbers and one tensor per projection, as on the hub.
         folder: is made.
+        resume: go on with what an attempt for the same student left in ``folder``, and leave what is written there
+            if this one fails. Without it the folder must not exist.
         progress: called with 1 after each layer.
+
+    Raises:
+        InputError: a tensor cannot be read, or the disk is full.
     """
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=resume)
     n_files = student.shape.n_layers + 1
     weight_map: dict[str, str] = {}
     total_bytes = 0
     for number in range(n_files):
-        tensors = dict(_layer(student, number) if number < student.shape.n_layers else _global(student))
-        file = f"model-{number + 1:05d}-of-{n_files:05d}.safetensors"
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-        total_bytes += sum(tensor.nbytes for tensor in tensors.values())
+        tensors = list(_layer(student, number) if number < student.shape.n_layers else _global(student))
+        file = folder / f"model-{number + 1:05d}-of-{n_files:05d}.safetensors"
+        _write_file(student, tensors, file, resume=resume)
+        weight_map |= {tensor.name: file.name for tensor in tensors}
+        total_bytes += sum(tensor.n_bytes for tensor in tensors)
         if progress is not None and number < student.shape.n_layers:
             progress(1)
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+    write_atomically(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
     _write_config(student, folder)
 
 
-def _layer(student: Student, layer: int) -> Iterator[tuple[str, torch.Tensor]]:
+@dataclass(frozen=True)
+class _Tensor:
+    """One tensor of the student, to be read when its turn comes."""
+
+    name: str
+    role: Role
+    layer: int | None
+    expert: int | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def n_bytes(self) -> int:
+        """Size in the file."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def _layer(student: Student, layer: int) -> Iterator[_Tensor]:
     for role in student.family.layer_roles:
-        yield student.name(role, layer), student.tensor(role, layer).contiguous()
+        yield _tensor(student, role, layer)
     for expert in range(student.shape.n_experts):
         for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN):
-            yield student.name(role, layer, expert), student.expert(role, layer, expert).contiguous()
+            yield _tensor(student, role, layer, expert)
 
 
-def _global(student: Student) -> Iterator[tuple[str, torch.Tensor]]:
+def _global(student: Student) -> Iterator[_Tensor]:
     for role in student.family.roles:
         if role.is_global and not (role is Role.HEAD and student.shape.tied_embeddings):
-            yield student.name(role), student.tensor(role).contiguous()
+            yield _tensor(student, role)
+
+
+def _tensor(student: Student, role: Role, layer: int | None = None, expert: int | None = None) -> _Tensor:
+    name, source = student.name(role, layer, expert), student.source
+    if name in student.overlay:
+        dtype = student.overlay[name].dtype
+    else:
+        dtype = source.dtype if role.is_expert else source.headers[name].dtype
+    return _Tensor(name, role, layer, expert, role_shape(role, student.shape), dtype)
+
+
+def _write_file(student: Student, tensors: Sequence[_Tensor], path: Path, *, resume: bool) -> None:
+    """Writes what ``safetensors.torch.save_file`` would, without holding more than a few slices."""
+    order = list(_DTYPE_NAMES)
+    stored = sorted(tensors, key=lambda tensor: (order.index(tensor.dtype), tensor.name))
+    header = _header(stored)
+    pieces = [Piece(len(header), len(header), lambda: lambda: [(0, memoryview(header))])]
+    for tensor in stored:
+        n_rows = tensor.shape[0]
+        row_bytes = tensor.n_bytes // n_rows
+        whole = tensor.expert is not None or len(tensor.shape) == 1
+        start = pieces[-1].end
+        for rows in [slice(0, n_rows)] if whole else row_slices(n_rows, tensor.shape[1]):
+            end = start + rows.stop * row_bytes
+            n_bytes = end - pieces[-1].end
+            pieces.append(Piece(n_bytes, end, partial(_read, student, tensor, rows, pieces[-1].end)))
+    if resume and is_published(path, pieces):
+        return
+    with resuming(path, header, pieces, keep=resume) as file:
+        write_pieces(file, pieces, threads=1)
+
+
+def _header(tensors: Sequence[_Tensor]) -> bytes:
+    """The header's length in 8 bytes, then JSON, padded so that the tensors are aligned to 8 bytes."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + tensor.n_bytes
+        entries[tensor.name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": tensor.shape,
+            "data_offsets": [start, end],
+        }
+    encoded = json.dumps(entries, separators=(",", ":")).encode()
+    encoded = encoded.ljust(-(-len(encoded) // 8) * 8)
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
+def _read(student: Student, tensor: _Tensor, rows: slice, offset: int) -> Callable[[], list[Part]]:
+    if tensor.expert is not None and tensor.layer is not None:
+        values = student.expert(tensor.role, tensor.layer, tensor.expert)
+    elif len(tensor.shape) == 1:
+        values = student.tensor(tensor.role, tensor.layer)
+    else:
+        values = student.rows(tensor.role, tensor.layer, rows)
+    return lambda: [(offset, values.contiguous().reshape(-1).view(torch.uint8).numpy().data)]
 
 
 def _write_config(student: Student, folder: Path) -> None:
     source = student.source.folder
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps(student.shape.in_config(config), indent=1), encoding="utf-8")
     for pattern in _COPIED:
         for file in source.glob(pattern):
             shutil.copyfile(file, folder / file.name)
+    write_atomically(folder / "config.json", json.dumps(student.shape.in_config(config), indent=1))

@@ -1,31 +1,28 @@
-"""Writes a student as one GGUF file, streaming: no more than one matrix is held, and only slices of it in float32."""
+"""Writes a student as one GGUF file, streaming: a few experts or slices of larger matrices are held at a time."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from compressors.model.families import Role
 from compressors.model.shape import MoeShape
 from compressors.model.student import Student
-from compressors.quantize import quantize_rows
+from compressors.quantize import quantize_rows, row_bytes
 from compressors.statistics import Importance
-from exporter.files import check_free_space, replacing
 from exporter.gguf.container import TensorEntry, aligned, render_header, render_values
 from exporter.gguf.layout import GgufTensor, plan_tensors
 from exporter.gguf.metadata import model_metadata
 from exporter.gguf.vocabulary import vocabulary_metadata
+from exporter.pieces import Piece, row_slices, write_pieces
+from exporter.resumable import Part, is_published, resuming
 
 __all__ = ["predict_file_size", "write_gguf"]
-
-_VALUES_PER_TASK = 1 << 20  # 4 MiB in float32: small beside a matrix, large beside the cost of starting a task
 
 
 def predict_file_size(shape: MoeShape, source_folder: Path, preset: str, name: str) -> int:
@@ -46,12 +43,23 @@ def write_gguf(
     importance: Importance | None = None,
     name: str,
     threads: int,
+    resume: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Writes ``path``; on any failure nothing is left behind and a file that was there stays as it was.
+    """Writes ``path``; a file that was there stays as it was until the new one is complete.
 
     The bytes depend on the student, the preset, the importance and the name, not on the number of threads.
-    ``progress`` is called with the number of bytes written since its last call.
+
+    Args:
+        student: the model to write.
+        preset: a name from :data:`exporter.gguf.layout.PRESETS`.
+        path: the file.
+        importance: weighs quantization errors; None weighs all input features alike.
+        name: of the model, for ``general.name``.
+        threads: experts or slices that are quantized at a time.
+        resume: go on with what an attempt with the same arguments left beside ``path``, and leave what is written
+            there if this one fails. Without it nothing is left behind.
+        progress: is called with the number of bytes written since its last call.
 
     Raises:
         InputError: a weight is not finite, the tokenizer is damaged, or the disk is full.
@@ -59,21 +67,14 @@ def write_gguf(
     """
     tensors = plan_tensors(student.shape, preset)
     header = _header(student.shape, student.source.folder, preset, name, tensors)
-    expected_size = _file_size(header, tensors)
-    check_free_space(path.parent, expected_size)
-    report = progress or (lambda n_bytes: None)
-    with replacing(path) as file, ThreadPoolExecutor(threads) as pool:
-        file.write(header)
-        report(len(header))
-        for tensor in tensors:
-            start = file.tell()
-            for rows in _in_order(pool, _row_tasks(student, tensor, importance or {}), ahead=2 * threads):
-                file.write(rows.data)
-                report(rows.nbytes)
-            written = file.tell() - start
-            assert written == tensor.n_bytes, f"{tensor.name}: {written} bytes written, {tensor.n_bytes} declared"
-            file.write(bytes(aligned(written) - written))
-        assert file.tell() == expected_size, f"{path}: {file.tell()} bytes written, {expected_size} declared"
+    pieces = [Piece(len(header), len(header), lambda: lambda: [(0, memoryview(header))])]
+    for rows in _plan_rows(student, tensors, len(header)):
+        pieces.append(Piece(rows.n_bytes, rows.offset + rows.n_bytes, partial(_read, student, rows, importance or {})))
+    assert pieces[-1].end == _file_size(header, tensors), f"{path}: {pieces[-1].end} bytes planned"
+    if resume and is_published(path, pieces):
+        return
+    with resuming(path, header, pieces, keep=resume) as file:
+        write_pieces(file, pieces, threads=threads, progress=progress)
 
 
 def _header(shape: MoeShape, source_folder: Path, preset: str, name: str, tensors: tuple[GgufTensor, ...]) -> bytes:
@@ -90,43 +91,64 @@ def _file_size(header: bytes, tensors: tuple[GgufTensor, ...]) -> int:
 
 
 @dataclass(frozen=True)
-class _RowTask:
-    """Some rows of one matrix, to be quantized."""
+class _Rows:
+    """Consecutive rows of one matrix, and where the file holds them. A norm is a matrix of one row."""
 
-    values_RN: torch.Tensor  # storage dtype
-    importance_N: torch.Tensor | None
     tensor: GgufTensor
-    name: str
+    expert: int | None
+    rows: slice
+    offset: int
+    padding: int  # zeros after them, which the tensor's last rows have
 
-    def run(self) -> npt.NDArray[np.uint8]:
-        importance = None if self.importance_N is None else self.importance_N.float().numpy()
-        values = self.values_RN.float().numpy()
-        return quantize_rows(values, self.tensor.ggml_type, importance, name=self.name)
+    @property
+    def n_bytes(self) -> int:
+        """Their bytes in the file, padding included."""
+        n_rows: int = self.rows.stop - self.rows.start
+        return n_rows * row_bytes(self.tensor.ggml_type, self.tensor.row_length) + self.padding
 
 
-def _row_tasks(student: Student, tensor: GgufTensor, importance: Importance) -> Iterator[_RowTask]:
-    """The tensor's rows in order, each matrix read when its first rows are asked for."""
+def _plan_rows(student: Student, tensors: tuple[GgufTensor, ...], offset: int) -> Iterator[_Rows]:
+    """Everything after the header, in the file's order: whole experts, and slices of other matrices."""
+    for tensor in tensors:
+        n_rows, padding = prod(tensor.shape[:-1]), aligned(tensor.n_bytes) - tensor.n_bytes
+        if tensor.role.is_expert:
+            step = n_rows // tensor.shape[0]
+            slices = [slice(first, first + step) for first in range(0, n_rows, step)]
+        else:  # rows of one head stay together: they may have to be permuted
+            slices = row_slices(n_rows, tensor.row_length, multiple=student.shape.head_dim)
+        for number, rows in enumerate(slices):
+            expert = number if tensor.role.is_expert else None
+            at = offset + rows.start * row_bytes(tensor.ggml_type, tensor.row_length)
+            yield _Rows(tensor, expert, rows, at, padding if rows.stop == n_rows else 0)
+        offset += aligned(tensor.n_bytes)
+
+
+def _read(student: Student, rows: _Rows, importance: Importance) -> Callable[[], list[Part]]:
+    """Reads the values, in storage dtype; what it returns quantizes them."""
+    tensor = rows.tensor
     weights = importance.get((tensor.role, tensor.layer))
-    rows_per_task = max(1, _VALUES_PER_TASK // tensor.row_length)
-    for expert, name, matrix_RN in _matrices(student, tensor):
-        weights_N = weights if weights is None or expert is None else weights[expert]
-        for rows_RN in matrix_RN.split(rows_per_task):
-            yield _RowTask(rows_RN, weights_N, tensor, name)
-
-
-def _matrices(student: Student, tensor: GgufTensor) -> Iterator[tuple[int | None, str, torch.Tensor]]:
-    """(expert, name on disk, values in storage dtype) of each matrix; a norm is a matrix of one row."""
-    if tensor.role.is_expert:
+    if rows.expert is None:
+        values_RN = _matrix_rows(student, tensor, rows.rows)
+    else:
         assert tensor.layer is not None
-        for expert in range(student.shape.n_experts):
-            name = student.name(tensor.role, tensor.layer, expert)
-            yield expert, name, student.expert(tensor.role, tensor.layer, expert)
-        return
-    values = student.tensor(tensor.role, tensor.layer)
+        values_RN = student.expert(tensor.role, tensor.layer, rows.expert)
+        weights = None if weights is None else weights[rows.expert]
+    return partial(_quantize, rows, values_RN, weights, student.name(tensor.role, tensor.layer, rows.expert))
+
+
+def _quantize(rows: _Rows, values_RN: torch.Tensor, weights_N: torch.Tensor | None, name: str) -> list[Part]:
+    data = quantize_rows(values_RN, rows.tensor.ggml_type, weights_N, name=name).data
+    return [(rows.offset, data), (rows.offset + data.nbytes, memoryview(bytes(rows.padding)))]
+
+
+def _matrix_rows(student: Student, tensor: GgufTensor, rows: slice) -> torch.Tensor:
+    """Rows of a tensor that is not an expert's, in storage dtype and llama.cpp's order."""
+    if len(tensor.shape) == 1:
+        return student.tensor(tensor.role, tensor.layer)[None]
+    values_RN = student.rows(tensor.role, tensor.layer, rows)
     if student.family.gguf.rotary_is_interleaved and tensor.role in (Role.QUERY, Role.KEY):
-        n_heads = student.shape.n_heads if tensor.role is Role.QUERY else student.shape.n_kv_heads
-        values = _interleave_rotary_rows(values, n_heads)
-    yield None, student.name(tensor.role, tensor.layer), values.reshape(-1, tensor.row_length)
+        return _interleave_rotary_rows(values_RN, len(values_RN) // student.shape.head_dim)
+    return values_RN
 
 
 def _interleave_rotary_rows(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
@@ -136,18 +158,3 @@ def _interleave_rotary_rows(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
     """
     n_rows, n_inputs = weight.shape
     return weight.reshape(n_heads, 2, n_rows // n_heads // 2, n_inputs).transpose(1, 2).reshape(n_rows, n_inputs)
-
-
-def _in_order(pool: ThreadPoolExecutor, tasks: Iterator[_RowTask], ahead: int) -> Iterator[npt.NDArray[np.uint8]]:
-    """Results in the order of the tasks, with at most ``ahead`` tasks waiting or done before their turn."""
-    waiting: deque[Future[npt.NDArray[np.uint8]]] = deque()
-    try:
-        for task in tasks:
-            waiting.append(pool.submit(task.run))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()

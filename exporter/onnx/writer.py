@@ -1,14 +1,12 @@
-"""Writes ``model.onnx`` and ``model.onnx.data``: the graph at once, the weights one expert or row chunk at a time."""
+"""Writes ``model.onnx`` and ``model.onnx.data``: the graph at once, the weights an expert or a slice at a time."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +17,12 @@ from compressors.model.shape import MoeShape
 from compressors.model.student import Student
 from compressors.quantize import GGMLQuantizationType, quantize_rows
 from compressors.statistics import Importance
-from exporter.files import check_free_space, replacing
+from exporter.files import replacing
 from exporter.onnx.blocks import from_q4_0, from_q8_0
 from exporter.onnx.graph import build_model
-from exporter.onnx.layout import DATA_FILE, MODEL_FILE, Encoding, TensorLayout, TensorPlan, WeightPlan, plan_tensors
+from exporter.onnx.layout import DATA_FILE, MODEL_FILE, Encoding, TensorLayout, WeightPlan, plan_tensors
+from exporter.pieces import Piece, row_slices, write_pieces
+from exporter.resumable import Part, is_published, resuming
 
 __all__ = ["predict_size", "with_context", "write_onnx"]
 
@@ -31,7 +31,6 @@ _GGML_TYPES = {
     Encoding.Q4_0: GGMLQuantizationType.Q4_0,
     Encoding.Q8_0: GGMLQuantizationType.Q8_0,
 }
-_CHUNK_VALUES = 4 << 20  # of a matrix that is no expert: 16 MiB of float32 at a time
 
 
 def with_context(shape: MoeShape, context_length: int | None) -> MoeShape:
@@ -68,13 +67,14 @@ def write_onnx(
     importance: Importance | None = None,
     context_length: int | None = None,
     threads: int,
+    resume: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Writes the student's graph and weights into ``folder``, which is made if it is missing.
 
     Weights are quantized with ggml's kernels, so a GGUF file of the same types and importance holds the same numbers.
     The bytes do not depend on ``threads``. ``model.onnx`` appears last: a folder without it is unfinished. On any
-    failure nothing is left behind, and a model that was there stays as it was.
+    failure a model that was there stays as it was.
 
     Args:
         student: the model to write.
@@ -82,7 +82,9 @@ def write_onnx(
         folder: where the two files go.
         importance: weighs quantization errors; None weighs all input features alike.
         context_length: tokens that the rotary caches cover; None for the model's own maximum.
-        threads: experts or row chunks that are quantized at a time.
+        threads: experts or slices that are quantized at a time.
+        resume: go on with what an attempt with the same arguments left in ``folder``, and leave what is written there
+            if this one fails. Without it nothing is left behind.
         progress: is called with the number of bytes written since its last call.
 
     Raises:
@@ -91,102 +93,114 @@ def write_onnx(
     """
     layout = plan_tensors(with_context(student.shape, context_length), preset)
     model = build_model(layout)
+    graph = model.SerializeToString(deterministic=True)
     folder.mkdir(parents=True, exist_ok=True)
-    check_free_space(folder, layout.data_bytes + model.ByteSize())
+    pieces = list(_plan_pieces(student, layout, importance or {}))
     with replacing(folder / MODEL_FILE) as graph_stream:
-        graph_stream.write(model.SerializeToString(deterministic=True))
-        with replacing(folder / DATA_FILE) as stream, ThreadPoolExecutor(threads) as pool:
-            _DataWriter(student, layout, importance or {}, stream, progress).write(pool)
+        graph_stream.write(graph)
+        if resume and is_published(folder / DATA_FILE, pieces):
+            return
+        with resuming(folder / DATA_FILE, graph, pieces, keep=resume) as file:
+            write_pieces(file, pieces, threads=threads, progress=progress)
             (folder / MODEL_FILE).unlink(missing_ok=True)  # an old graph must not be found beside the new weights
 
 
-class _DataWriter:
-    """Fills the data file: every tensor at its planned offset, and exactly the planned bytes of it."""
-
-    def __init__(
-        self,
-        student: Student,
-        layout: TensorLayout,
-        importance: Importance,
-        stream: BinaryIO,
-        progress: Callable[[int], None] | None,
-    ) -> None:
-        self._student = student
-        self._layout = layout
-        self._importance = importance
-        self._stream = stream
-        self._lock = threading.Lock()
-        self._progress = progress
-        self._written = 0
-
-    def write(self, pool: ThreadPoolExecutor) -> None:
-        """Writes all weights and caches and checks their bytes against the plan."""
-        self._stream.truncate(self._layout.data_bytes)
-        for weight in self._layout.weights:
-            jobs = self._expert_jobs(weight) if weight.roles[0].is_expert else self._matrix_jobs(weight)
-            before = self._written
-            for n_bytes in pool.map(lambda job: job(), jobs):
-                self._advance(n_bytes)
-            declared = sum(tensor.n_bytes for tensor in weight.tensors)
-            assert self._written - before == declared, f"{weight.codes.name}: {declared} bytes planned, not written"
-        for plan, values in zip(
-            (self._layout.rotary_cosine, self._layout.rotary_sine), _rotary_caches(self._layout.shape), strict=True
-        ):
-            self._advance(self._put(plan, 0, values.numpy()))
-
-    def _advance(self, n_bytes: int) -> None:
-        self._written += n_bytes
-        if self._progress is not None:
-            self._progress(n_bytes)
-
-    def _expert_jobs(self, weight: WeightPlan) -> Iterator[Callable[[], int]]:
-        for expert in range(weight.shape[0]):
-            yield partial(self._write_expert, weight, expert)
-
-    def _write_expert(self, weight: WeightPlan, expert: int) -> int:
-        """Reads, quantizes and writes one expert; rows of its roles alternate."""
-        assert weight.layer is not None
-        parts = []
-        for role in weight.roles:
-            values = self._student.expert(role, weight.layer, expert)
-            importance = self._importance.get((role, weight.layer))
-            row_importance = None if importance is None else importance[expert]
-            parts.append(_quantize(weight, values, row_importance, f"{weight.codes.name}[{expert}] ({role})"))
-        rows = np.stack(parts, axis=1).reshape(-1, parts[0].shape[1])
-        return self._put_rows(weight, expert * len(rows), rows)
-
-    def _matrix_jobs(self, weight: WeightPlan) -> Iterator[Callable[[], int]]:
-        values_RN = self._student.tensor(weight.roles[0], weight.layer).reshape(-1, weight.shape[-1])
-        n_rows = max(1, _CHUNK_VALUES // values_RN.shape[1])
-        for first in range(0, len(values_RN), n_rows):
-            yield partial(self._write_rows, weight, first, values_RN[first : first + n_rows])
-
-    def _write_rows(self, weight: WeightPlan, first: int, values_RN: torch.Tensor) -> int:
-        importance = self._importance.get((weight.roles[0], weight.layer))
-        return self._put_rows(weight, first, _quantize(weight, values_RN, importance, weight.codes.name))
-
-    def _put_rows(self, weight: WeightPlan, first: int, rows: npt.NDArray[np.uint8]) -> int:
-        """Stores ggml rows, the first of which is row ``first`` of the weight; returns their bytes in the file."""
-        if weight.scales is None:
-            return self._put(weight.codes, first, rows)
-        blocks = from_q4_0(rows) if weight.encoding is Encoding.Q4_0 else from_q8_0(rows)
-        return self._put(weight.codes, first, blocks.codes) + self._put(weight.scales, first, blocks.scales_RN)
-
-    def _put(self, tensor: TensorPlan, first_row: int, rows: npt.NDArray[np.generic]) -> int:
-        data = np.ascontiguousarray(rows).tobytes()
-        start = first_row * (len(data) // len(rows))
-        assert start + len(data) <= tensor.n_bytes, f"{tensor.name} overflows"
-        with self._lock:
-            self._stream.seek(tensor.offset + start)
-            return self._stream.write(data)
+def _plan_pieces(student: Student, layout: TensorLayout, importance: Importance) -> Iterator[Piece]:
+    """The weights in the file's order, whole experts and slices of other matrices, then the rotary caches."""
+    for weight in layout.weights:
+        if weight.roles[0].is_expert:
+            n_experts, rows_each, _ = weight.shape
+            for expert in range(n_experts):
+                places = _places(weight, slice(expert * rows_each, (expert + 1) * rows_each))
+                yield _piece(places, partial(_read_expert, student, weight, expert, importance, places))
+        else:
+            for rows in row_slices(prod(weight.shape[:-1]), weight.shape[-1]):
+                places = _places(weight, rows)
+                yield _piece(places, partial(_read_rows, student, weight, rows, importance, places))
+    caches = [_Place(tensor.offset, tensor.n_bytes) for tensor in (layout.rotary_cosine, layout.rotary_sine)]
+    yield _piece(caches, lambda: partial(_rotary_parts, layout.shape, caches))
 
 
-def _quantize(
-    weight: WeightPlan, values_RN: torch.Tensor, importance_N: torch.Tensor | None, name: str
-) -> npt.NDArray[np.uint8]:
-    """ggml rows of the weight's encoding: uint8 [R, row bytes]."""
-    importance = None if importance_N is None else importance_N.float().numpy()
-    return quantize_rows(values_RN.float().numpy(), _GGML_TYPES[weight.encoding], importance, name=name)
+@dataclass(frozen=True)
+class _Place:
+    """Some bytes of the data file."""
+
+    offset: int
+    n_bytes: int
+
+    def part(self, values: npt.NDArray[np.generic]) -> Part:
+        """What goes there."""
+        data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+        assert data.nbytes == self.n_bytes, f"{data.nbytes} bytes for a place of {self.n_bytes}"
+        return self.offset, data
+
+
+def _places(weight: WeightPlan, rows: slice) -> list[_Place]:
+    """Where the file holds some rows of a weight: of its codes, and of its scales if it has any."""
+    places = []
+    for tensor in weight.tensors:
+        row_bytes = tensor.n_bytes // prod(weight.shape[:-1])
+        places.append(_Place(tensor.offset + rows.start * row_bytes, (rows.stop - rows.start) * row_bytes))
+    return places
+
+
+def _piece(places: Sequence[_Place], read: Callable[[], Callable[[], list[Part]]]) -> Piece:
+    """The last of the places ends where the piece does: scales lie behind their codes."""
+    return Piece(sum(place.n_bytes for place in places), places[-1].offset + places[-1].n_bytes, read)
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """Rows of one role, with what weighs their columns."""
+
+    values_RN: torch.Tensor  # storage dtype
+    importance_N: torch.Tensor | None
+    name: str
+
+
+def _read_expert(
+    student: Student, weight: WeightPlan, expert: int, importance: Importance, places: Sequence[_Place]
+) -> Callable[[], list[Part]]:
+    """Reads one expert; what it returns quantizes it."""
+    assert weight.layer is not None
+    matrices = []
+    for role in weight.roles:
+        values_RN = student.expert(role, weight.layer, expert)
+        weights = importance.get((role, weight.layer))
+        name = f"{weight.codes.name}[{expert}] ({role})"
+        matrices.append(_Matrix(values_RN, None if weights is None else weights[expert], name))
+    return partial(_encode, matrices, weight.encoding, places)
+
+
+def _read_rows(
+    student: Student, weight: WeightPlan, rows: slice, importance: Importance, places: Sequence[_Place]
+) -> Callable[[], list[Part]]:
+    """Reads rows of a weight that is no expert's; a norm is a matrix of one row."""
+    (role,) = weight.roles
+    if len(weight.shape) == 1:
+        values_RN = student.tensor(role, weight.layer)[None]
+    else:
+        values_RN = student.rows(role, weight.layer, rows)
+    matrix = _Matrix(values_RN, importance.get((role, weight.layer)), weight.codes.name)
+    return partial(_encode, [matrix], weight.encoding, places)
+
+
+def _encode(matrices: Sequence[_Matrix], encoding: Encoding, places: Sequence[_Place]) -> list[Part]:
+    """Quantizes with ggml's kernels; rows of several matrices alternate."""
+    quantized = [
+        quantize_rows(matrix.values_RN, _GGML_TYPES[encoding], matrix.importance_N, name=matrix.name)
+        for matrix in matrices
+    ]
+    rows = np.stack(quantized, axis=1).reshape(-1, quantized[0].shape[1])
+    if encoding is Encoding.FLOAT32:
+        return [places[0].part(rows)]
+    blocks = from_q4_0(rows) if encoding is Encoding.Q4_0 else from_q8_0(rows)
+    return [places[0].part(blocks.codes), places[1].part(blocks.scales_RN)]
+
+
+def _rotary_parts(shape: MoeShape, places: Sequence[_Place]) -> list[Part]:
+    caches = _rotary_caches(shape)
+    return [place.part(cache.numpy()) for place, cache in zip(places, caches, strict=True)]
 
 
 def _rotary_caches(shape: MoeShape) -> tuple[torch.Tensor, torch.Tensor]:

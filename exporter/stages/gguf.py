@@ -26,5 +26,6 @@ def run(context: StageContext) -> None:
             importance=importance(statistics, student.experts),
             name=name,
             threads=plan.recipe.threads,
+            resume=True,
             progress=advance,
         )

@@ -28,6 +28,7 @@ def run(context: StageContext) -> None:
             importance=importance(statistics, student.experts),
             context_length=None,
             threads=plan.recipe.threads,
+            resume=True,
             progress=advance,
         )
     # onnxruntime-genai allocates a cache of max_length at once: the budget counts the recipe's context

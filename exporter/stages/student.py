@@ -13,4 +13,4 @@ def run(context: StageContext) -> None:
     """Routers in float32, everything else in the source's dtype."""
     student = open_student(context.plan, context.work)
     with context.progress.bar("layers", student.shape.n_layers) as advance:
-        write_checkpoint(student, context.output / "student", progress=advance)
+        write_checkpoint(student, context.output / "student", resume=True, progress=advance)

@@ -1,0 +1,80 @@
+"""Makes a large file's pieces in parallel and writes them in order, each once.
+
+One thread reads ahead and writes; the others quantize, which is where the time goes. What waits for its turn is
+bounded, so memory depends on the largest piece and the number of threads, not on the file.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from exporter.resumable import Extent, Part, ResumableFile
+
+__all__ = ["Piece", "row_slices", "write_pieces"]
+
+_PIECE_VALUES = 4 << 20  # about what an expert has
+_AHEAD_BYTES = 64 << 20  # output that may wait for its turn, beyond one piece for each thread
+
+
+@dataclass(frozen=True)
+class Piece(Extent):
+    """A part of a file that is read, made and written as one."""
+
+    read: Callable[[], Callable[[], Sequence[Part]]]  # reads the weights; what it returns quantizes them, in a thread
+
+
+def row_slices(n_rows: int, row_length: int, multiple: int = 1) -> list[slice]:
+    """Cuts a large matrix into slices of a multiple of so many rows; the last one takes what is left."""
+    step = max(1, _PIECE_VALUES // (row_length * multiple)) * multiple
+    return [slice(first, min(first + step, n_rows)) for first in range(0, n_rows, step)]
+
+
+def write_pieces(
+    file: ResumableFile,
+    pieces: Sequence[Piece],
+    *,
+    threads: int,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Writes the pieces that the file lacks; the bytes do not depend on ``threads``.
+
+    Args:
+        file: open, and for these pieces.
+        pieces: all of them, whether or not an earlier attempt has written some.
+        threads: pieces that are made at a time.
+        progress: called with bytes of finished pieces: those of an earlier attempt, then one piece at a time.
+
+    Raises:
+        InputError: a weight is not finite or cannot be read.
+        OSError: the file cannot be written; :func:`~exporter.resumable.resuming` says it in words.
+    """
+    report = progress or (lambda n_bytes: None)
+    report(sum(piece.n_bytes for piece in pieces[: file.n_pieces]))
+    with ThreadPoolExecutor(threads) as pool:
+        for piece, parts in _in_order(pool, pieces[file.n_pieces :], threads):
+            file.write_piece(parts)
+            report(piece.n_bytes)
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, pieces: Sequence[Piece], threads: int
+) -> Iterator[tuple[Piece, Sequence[Part]]]:
+    waiting: deque[tuple[Piece, Future[Sequence[Part]]]] = deque()
+    bytes_waiting = 0
+    try:
+        for piece in pieces:
+            waiting.append((piece, pool.submit(piece.read())))
+            bytes_waiting += piece.n_bytes
+            while len(waiting) > threads and bytes_waiting > _AHEAD_BYTES:
+                first, future = waiting.popleft()
+                bytes_waiting -= first.n_bytes
+                yield first, future.result()
+        while waiting:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    finally:
+        for _, future in waiting:
+            future.cancel()
