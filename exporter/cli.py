@@ -13,8 +13,11 @@ import click
 from click.core import ParameterSource
 
 from compressors.model.errors import InputError, MoeExportError
+from exporter.interruption import exit_code, ignore_further_requests, sigterm_raises
 
 __all__ = ["main"]
+
+_GOES_ON = "exporter.goes_on"  # in click's meta: what was interrupted keeps its work
 
 
 class _DefaultCommand(click.Group):
@@ -26,15 +29,18 @@ class _DefaultCommand(click.Group):
         return super().parse_args(ctx, args if named else ["export", *args])
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Turns errors made for people into one line and their exit code."""
+        """Turns errors made for people, and requests to stop, into one line and their exit code."""
         try:
-            return super().invoke(ctx)
+            with sigterm_raises():
+                return super().invoke(ctx)
         except MoeExportError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("stopped; the same command goes on where this run was", err=True)
-            ctx.exit(130)
+        except KeyboardInterrupt as request:
+            ignore_further_requests()
+            goes_on = "; the same command goes on where this run was" if ctx.meta.get(_GOES_ON) else ""
+            click.echo(f"stopped{goes_on}", err=True)
+            ctx.exit(exit_code(request))
 
 
 @click.group(cls=_DefaultCommand)
@@ -86,6 +92,7 @@ def export(**arguments: Any) -> None:
     if job.dry_run:
         _print_plan(make_plan(job, command), job.out, as_json=job.json)
         return
+    click.get_current_context().meta[_GOES_ON] = True
     result = run_job(job, command, lambda text: click.echo(text, err=True))
     if job.json:
         click.echo(json.dumps(result.report, indent=1))

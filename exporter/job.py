@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from compressors.model.errors import InputError
+from exporter.durations import parse_duration
 from exporter.sizes import parse_size
 from validate.verdict import REQUIREMENTS
 
@@ -36,7 +37,6 @@ METHODS: Final = ("auto", "reap")
 QUANT_TYPES: Final = ("F32", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_0")
 RECOVERIES: Final = ("auto", "none", "router", "router:published")
 
-_SECONDS = {"s": 1, "m": 60, "h": 3600}
 _BUNDLED_MODEL_NAME = "demo"
 
 
@@ -143,19 +143,6 @@ class Job:
             force=force,
             json=json,
         )
-
-
-def parse_duration(text: str, flag: str = "duration") -> int:
-    """Seconds of a duration such as ``90s``, ``30m`` or ``1.5h``.
-
-    Raises:
-        InputError: the text is no duration or less than a second; the message names ``flag``.
-    """
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]+)?)\s*([smh])", text.strip().lower(), re.ASCII)
-    seconds = int(float(match[1]) * _SECONDS[match[2]]) if match else 0
-    if seconds < 1:
-        raise InputError(f"{flag}: {text!r} is not a duration; write a positive number and s, m or h, such as 30m")
-    return seconds
 
 
 def _one_of(flag: str, value: str, choices: tuple[str, ...]) -> str:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporter.files import flush_folder
+from compressors.model.errors import InputError
+from exporter.files import flush, flush_folder
 from exporter.plan import Plan
 from exporter.stages.onnx import FOLDER as ONNX_FOLDER
-from exporter.work import WorkDirectory
+from exporter.work import WorkDirectory, exclusive, make_folder
 
-__all__ = ["Artifact", "FileEntry", "Outputs", "sha256_of"]
+__all__ = ["Artifact", "FileEntry", "Outputs", "reserved", "sha256_of"]
 
 _ASSEMBLED = "output"
 _SUMS = "SHA256SUMS"
@@ -72,27 +75,62 @@ class Outputs:
         (self.folder / name).write_text(text, encoding="utf-8")
 
     def publish(self) -> None:
-        """Writes SHA256SUMS of weights and recipe, flushes everything, and moves the folder to its place."""
+        """Writes SHA256SUMS of weights and recipe, flushes everything, and moves the folder to its place.
+
+        Raises:
+            InputError: something is in that place by now, or it cannot be written to.
+        """
         weights = [
             path for path in self.folder.rglob("*") if path.suffix in (".gguf", ".onnx", ".data", ".safetensors")
         ]
         names = sorted(str(path.relative_to(self.folder)) for path in [*weights, self.folder / "recipe.yaml"])
         self.write_text(_SUMS, "".join(f"{sha256_of(self.folder / name)}  {name}\n" for name in names))
         flush_folder(self.folder)
-        self._plan.out.parent.mkdir(parents=True, exist_ok=True)
+        out = self._plan.out
+        if out.exists():
+            raise InputError(f"{out} was made by somebody else meanwhile; move it away and run the same command again")
         try:
-            self.folder.rename(self._plan.out)
-        except OSError:
-            # another file system: copy beside the place, then rename
-            beside = self._plan.out.with_name(f"{self._plan.out.name}.partial")
+            out.parent.mkdir(parents=True, exist_ok=True)
+            self._move(out)
+            flush(out.parent)
+        except OSError as error:
+            raise InputError(
+                f"{out} cannot be written ({error.strerror}); everything is finished and kept in {self._work.folder}: "
+                "run the same command again when that is mended"
+            ) from None
+
+    def _move(self, out: Path) -> None:
+        """One rename; from another file system, a copy beside the place first."""
+        try:
+            self.folder.rename(out)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            beside = out.with_name(f"{out.name}.partial")
             shutil.rmtree(beside, ignore_errors=True)
             shutil.copytree(self.folder, beside)
             flush_folder(beside)
-            beside.rename(self._plan.out)
+            beside.rename(out)
 
     def _artifact(self, path: str, counted: list[str]) -> Artifact:
         files = {name: self.folder / name for name in counted}
         return Artifact(path, {name: FileEntry(file.stat().st_size, sha256_of(file)) for name, file in files.items()})
+
+
+@contextmanager
+def reserved(out: Path) -> Iterator[None]:
+    """Keeps other runs from building the same output folder elsewhere, by a lock file beside it that goes at the end.
+
+    Raises:
+        InputError: another run builds it right now.
+    """
+    lock = out.with_name(f"{out.name}.lock")
+    make_folder(lock.parent)
+    with exclusive(lock, f"another run builds {out} right now; wait for it, or choose another --out"):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path) -> str:

@@ -35,7 +35,12 @@ class Stage:
 
 
 _CALIBRATE = Stage(
-    "calibrate", 2, (), ("source", "text", "arithmetic", "threads"), "run the teacher over the calibration text", resumes=True
+    "calibrate",
+    2,
+    (),
+    ("source", "text", "arithmetic", "threads"),
+    "run the teacher over the calibration text",
+    resumes=True,
 )
 _COMPRESS = Stage("compress", 1, ("calibrate",), ("compress",), "choose the experts")
 _SCHEDULE = Stage("schedule", 2, ("compress",), ("recover", "arithmetic"), "time a step of Router KD")

@@ -18,10 +18,11 @@ from compressors.model.log_probs import log_prob_bytes
 from compressors.teacher import TARGET_BYTES
 from exporter.hub import bundled_text, resolve_model
 from exporter.job import Job
-from exporter.outputs import Outputs, sha256_of
+from exporter.outputs import Outputs, reserved, sha256_of
 from exporter.pipeline import run_stages, stages_of
 from exporter.plan import Plan
 from exporter.planner import HELDOUT_CHUNKS, TextCounts, choose_recipe, predict_recipe
+from exporter.preflight import nearest_folder, refuse_unwritable_places
 from exporter.recipe import Recipe, load_recipe, recipe_yaml
 from exporter.result import build_report, final_recipe
 from exporter.sizes import format_size
@@ -62,25 +63,36 @@ def run_job(job: Job, command: str, announce: Callable[[str], None]) -> Result:
     identity = _identity(job)
     if job.out.exists():
         return _already_published(job, identity)
+    refuse_unwritable_places(job)
     work = WorkDirectory(job.work_dir)
     plan = _existing_plan(work, identity) or make_plan(job, command)
     _check_disk(plan, job)
-    with work.lock():
+    with reserved(job.out), work.lock():
+        if job.out.exists():  # another run has just published it
+            return _already_published(job, identity)
         work.claim(identity)
         if not work.plan_path.exists():
             plan.save(work.plan_path)
-        records = run_stages(plan, work, stages_of(plan), announce)
-        announce("write the report")
-        outputs = Outputs(plan, work)
-        artifacts = outputs.collect()
-        report = build_report(plan, work, records, artifacts) | {"job": identity}
-        outputs.write_text("recipe.yaml", recipe_yaml(final_recipe(plan, work)))
-        outputs.write_text("report.json", json.dumps(report, indent=1))
-        outputs.write_text("report.html", render_html(report))
-        outputs.write_text("README.md", render_model_card(report))
-        outputs.publish()
-    work.remove()
+        report = _build(plan, work, identity, announce)
+        work.remove()
     return Result(report, job.out)
+
+
+def _build(
+    plan: Plan, work: WorkDirectory, identity: dict[str, Any], announce: Callable[[str], None]
+) -> dict[str, Any]:
+    """Runs the stages and publishes what they made; returns the report."""
+    records = run_stages(plan, work, stages_of(plan), announce)
+    announce("write the report")
+    outputs = Outputs(plan, work)
+    artifacts = outputs.collect()
+    report = build_report(plan, work, records, artifacts) | {"job": identity}
+    outputs.write_text("recipe.yaml", recipe_yaml(final_recipe(plan, work)))
+    outputs.write_text("report.json", json.dumps(report, indent=1))
+    outputs.write_text("report.html", render_html(report))
+    outputs.write_text("README.md", render_model_card(report))
+    outputs.publish()
+    return report
 
 
 def make_plan(job: Job, command: str) -> Plan:
@@ -145,10 +157,7 @@ def _existing_plan(work: WorkDirectory, identity: dict[str, Any]) -> Plan | None
     if not work.plan_path.exists():
         return None
     work.claim(identity)
-    try:
-        return Plan.load(work.plan_path)
-    except (OSError, ValueError, TypeError):
-        raise InputError(f"{work.plan_path} is damaged; remove {work.folder} and start again") from None
+    return work.plan()
 
 
 def _already_published(job: Job, identity: dict[str, Any]) -> Result:
@@ -160,7 +169,7 @@ def _already_published(job: Job, identity: dict[str, Any]) -> Result:
         ) from None
     if report.get("job") != identity:
         raise InputError(f"--out: {job.out} belongs to another run; choose another folder, or remove it")
-    WorkDirectory(job.work_dir).remove()  # left there if the run was killed after publishing
+    WorkDirectory(job.work_dir).remove_leftovers(identity)
     return Result(report, job.out)
 
 
@@ -188,9 +197,7 @@ def _check_recipe(path: Path, recipe: Recipe, checkpoint: Checkpoint, splits: Sp
 
 
 def _check_disk(plan: Plan, job: Job) -> None:
-    place = job.work_dir
-    while not place.exists():
-        place = place.parent
+    place = nearest_folder(job.work_dir)
     free, needed = shutil.disk_usage(place).free, disk_bytes(plan)
     if needed > free and not job.force:
         raise InputError(

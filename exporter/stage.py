@@ -2,8 +2,9 @@
 
     python -m exporter.stage WORK_DIRECTORY STAGE PARENT
 
-reads ``plan.json`` of the work directory, writes into ``STAGE.partial`` and leaves ``outcome.json`` there. It ends by
-itself when the run that started it, process PARENT, is gone.
+reads ``plan.json`` of the work directory, writes into ``STAGE.partial``, and says on standard output, in one JSON
+object, how it went; whatever else is printed goes to standard error. It ends by itself when the run that started it,
+process PARENT, is gone.
 """
 
 from __future__ import annotations
@@ -13,21 +14,20 @@ import json
 import os
 import signal
 import sys
-import threading
-import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
-from compressors.model.errors import MoeExportError
+from compressors.model.errors import InputError, MoeExportError
 from exporter.plan import Plan
 from exporter.progress import Progress
+from exporter.source_state import SourceState
 from exporter.work import WorkDirectory
 from validate.cost import peak_rss_bytes
+from validate.lifetime import end_with_parent
 
-__all__ = ["OUTCOME", "StageContext"]
-
-OUTCOME = "outcome.json"
+__all__ = ["Outcome", "StageContext", "source_error"]
 
 
 @dataclass(frozen=True)
@@ -40,37 +40,72 @@ class StageContext:
     progress: Progress
 
 
-def _main(work_folder: Path, name: str, parent: int) -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent answers it, and this ends
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    work = WorkDirectory(work_folder)
-    output = work.folder / f"{name}.partial"
-    context = StageContext(Plan.load(work.plan_path), work, output, Progress())
-    outcome: dict[str, object] = {"error": None, "exit_code": 0}
+@dataclass(frozen=True)
+class Outcome:
+    """How a stage went."""
+
+    peak_rss_bytes: int
+    error: str | None = None
+    exit_code: int = 0
+
+
+def source_error(plan: Plan, work: WorkDirectory) -> InputError | None:
+    """An error if the checkpoint is not what it was when the run began, which explains any other failure."""
     try:
-        importlib.import_module(f"exporter.stages.{name.replace('-', '_')}").run(context)
-    except MoeExportError as error:
-        outcome = {"error": str(error), "exit_code": error.exit_code}
+        change = work.source().change_to(SourceState.of(plan.source))
+    except InputError as error:
+        return error
+    if change is None:
+        return None
+    what_to_do = (
+        "the same command starts again from calibrate"
+        if change.touched_only
+        else f"put the original back and run the same command again, or remove {work.folder} to begin anew"
+    )
+    return InputError(f"{plan.source} changed while this run was reading it: {change.what}; {what_to_do}")
+
+
+def _main(work: WorkDirectory, name: str, parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent answers it, and this ends
+    with _standard_output() as answer:
+        error: MoeExportError | None = None
+        try:
+            with work.stage_lock():
+                end_with_parent(parent)  # with the lock held: from here on the next run waits for this process
+                error = _run(work, name)
+        except MoeExportError as refusal:
+            error = refusal
+        peak = peak_rss_bytes()
+        outcome = Outcome(peak) if error is None else Outcome(peak, str(error), error.exit_code)
+        json.dump(asdict(outcome), answer)
+
+
+def _run(work: WorkDirectory, name: str) -> MoeExportError | None:
+    plan = work.plan()
+    changed = source_error(plan, work)
+    if changed is not None:
+        return changed
+    context = StageContext(plan, work, work.folder / f"{name}.partial", Progress())
+    error: MoeExportError | None = None
+    try:
+        importlib.import_module(f"exporter.stages.{name}").run(context)
+    except MoeExportError as refusal:
+        error = refusal
     except MemoryError:
-        outcome = {"error": f"stage {name} ran out of memory; lower --memory or close other programs", "exit_code": 1}
-    except OSError as error:
-        outcome = {"error": f"stage {name}: {error}; free space or choose another --work-dir", "exit_code": 1}
+        error = MoeExportError(f"stage {name} ran out of memory; lower --memory or close other programs")
+    except OSError as failure:
+        error = MoeExportError(f"stage {name}: {failure}; free space or choose another --work-dir")
     except Exception:
-        outcome = {
-            "error": f"internal error in stage {name}, please report it:\n{traceback.format_exc()}",
-            "exit_code": 1,
-        }
-    outcome["peak_rss_bytes"] = peak_rss_bytes()
-    (output / OUTCOME).write_text(json.dumps(outcome), encoding="utf-8")
-    return 0
+        error = MoeExportError(f"internal error in stage {name}, please report it:\n{traceback.format_exc()}")
+    return source_error(plan, work) or error
 
 
-def _end_with(parent: int) -> None:
-    # the number is handed over, since the parent may be gone before this process can ask for it
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os._exit(1)
+def _standard_output() -> TextIO:
+    """Standard output for the one answer; what libraries print, in C too, goes to standard error from now on."""
+    answer = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return answer
 
 
 if __name__ == "__main__":
-    sys.exit(_main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])))
+    _main(WorkDirectory(Path(sys.argv[1])), sys.argv[2], int(sys.argv[3]))

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,19 @@ from filelock import FileLock, Timeout
 
 from compressors.model.errors import InputError
 from exporter.files import flush, flush_folder, write_atomically
+from exporter.plan import Plan
+from exporter.source_state import SourceState
 
-__all__ = ["StageRecord", "WorkDirectory", "write_atomically"]
+__all__ = ["StageRecord", "WorkDirectory", "exclusive", "make_folder", "write_atomically"]
 
 _JOB = "job.json"
 _PLAN = "plan.json"
+_SOURCE = "source.json"
 _RECORD = "stage.json"
 _FINGERPRINT = "stage.fingerprint"
 _LOCK = "lock"
+_STAGE_LOCK = "stage.lock"
+_STAGE_ENDS_WITHIN = 20  # seconds; it looks for its parent far more often, if the system is not thrashing
 
 
 @dataclass(frozen=True)
@@ -50,27 +56,61 @@ class WorkDirectory:
         """Where the plan is kept."""
         return self.folder / _PLAN
 
+    @property
+    def source_path(self) -> Path:
+        """Where the state of the checkpoint that the run began with is kept."""
+        return self.folder / _SOURCE
+
+    def plan(self) -> Plan:
+        """The plan that is kept here.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        try:
+            return Plan.load(self.plan_path)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            raise InputError(f"{self.plan_path} is damaged; remove {self.folder} and start again") from None
+
+    def source(self) -> SourceState:
+        """The state of the checkpoint that the run began with.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        state = SourceState.load(self.source_path)
+        if state is None:
+            raise InputError(f"{self.source_path} is damaged; run the same command again")
+        return state
+
     def stage(self, name: str) -> Path:
         """The folder of a finished stage."""
         return self.folder / name
 
-    def lock(self) -> FileLock:
+    @contextmanager
+    def lock(self) -> Iterator[None]:
         """Keeps a second run out; creates the folder.
 
         Raises:
             InputError: another run works here right now, or the folder holds something else.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         if not (self.folder / _JOB).exists() and {path.name for path in self.folder.iterdir()} - {_LOCK}:
             raise InputError(f"{self.folder} holds files that are not a run's; choose another --out or --work-dir")
-        lock = FileLock(self.folder / _LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise InputError(
-                f"another run works in {self.folder} right now; wait for it, or choose another --out"
-            ) from None
-        return lock
+        busy = f"another run works in {self.folder} right now; wait for it, or choose another --out"
+        with exclusive(self.folder / _LOCK, busy):
+            yield
+
+    @contextmanager
+    def stage_lock(self) -> Iterator[None]:
+        """Held by the process that writes into a partial folder: the one of a killed run may outlive it for a moment.
+
+        Raises:
+            InputError: that process does not end.
+        """
+        busy = f"a stage of an earlier run still works in {self.folder}; wait for its process to end, or end it"
+        with exclusive(self.folder / _STAGE_LOCK, busy, timeout=_STAGE_ENDS_WITHIN):
+            yield
 
     def claim(self, job: Mapping[str, Any]) -> None:
         """Makes the folder this job's, or checks that it is.
@@ -96,9 +136,24 @@ class WorkDirectory:
             )
 
     def remove(self) -> None:
-        """Removes the folder, if it is there and a run's."""
-        if (self.folder / _JOB).exists():
-            shutil.rmtree(self.folder)
+        """Removes the folder; call it with the lock held. What tells whose it is goes last."""
+        last = (_JOB, _LOCK)
+        for path in self.folder.iterdir():
+            if path.name not in last:
+                _remove(path)
+        for name in last:
+            (self.folder / name).unlink(missing_ok=True)
+        self.folder.rmdir()
+
+    def remove_leftovers(self, job: Mapping[str, Any]) -> None:
+        """Removes what a killed run of this job left here after it had published, unless a run works here."""
+        try:
+            owner = json.loads((self.folder / _JOB).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return
+        if owner == job:
+            with suppress(InputError), self.lock():
+                self.remove()
 
     def record(self, name: str) -> StageRecord | None:
         """The record of a finished stage; None if it is not finished, or its files are not those that it left."""
@@ -114,10 +169,10 @@ class WorkDirectory:
 
         That attempt had the same inputs, so a stage that ``resumes`` goes on with what is there.
         """
-        _remove_folder(self.stage(name))
+        _remove(self.stage(name))
         partial = self._partial(name)
         if not resumes or _text(partial / _FINGERPRINT) != fingerprint:
-            _remove_folder(partial)
+            _remove(partial)
             partial.mkdir()
             write_atomically(partial / _FINGERPRINT, fingerprint)
             flush(partial)
@@ -139,14 +194,43 @@ class WorkDirectory:
         return self.folder / f"{name}.partial"
 
 
-def _remove_folder(folder: Path) -> None:
-    """Removes a stage's folder, first what vouches for it: half removed, it must not pass for whole."""
-    if not folder.is_dir():
-        folder.unlink(missing_ok=True)
+@contextmanager
+def exclusive(path: Path, busy: str, *, timeout: float = 0) -> Iterator[None]:
+    """Holds a lock file; the system lets it go when the process ends, however it ends.
+
+    Raises:
+        InputError: with the message ``busy``, another process holds it for longer than ``timeout`` seconds.
+    """
+    try:
+        held = FileLock(path).acquire(timeout=timeout)
+    except Timeout:
+        raise InputError(busy) from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); choose another place") from None
+    with held:
+        yield
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made ({error.strerror}); choose another --out or --work-dir") from None
+
+
+def _remove(path: Path) -> None:
+    """Removes a file or folder; first what vouches for a stage: half removed, it must not pass for whole."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
         return
     for name in (_RECORD, _FINGERPRINT):
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder)
+        (path / name).unlink(missing_ok=True)
+    shutil.rmtree(path)
 
 
 def _sizes(folder: Path) -> dict[str, int]:

@@ -19,6 +19,7 @@ from exporter.pipeline import Stage, StageError, fingerprints, run_stages, stage
 from exporter.plan import Plan
 from exporter.recipe import Recipe
 from exporter.run import make_plan, run_job
+from exporter.source_state import SourceState
 from exporter.stage import StageContext
 from exporter.work import WorkDirectory
 
@@ -59,7 +60,8 @@ def _edited(plan: Plan, **parts: Any) -> Plan:
 def _changed(before: Plan, after: Plan) -> set[str]:
     stages = stages_of(before)
     assert stages == stages_of(after)
-    old, new = fingerprints(before, stages), fingerprints(after, stages)
+    source = SourceState.of(before.source)
+    old, new = fingerprints(before, stages, source), fingerprints(after, stages, source)
     return {name for name in old if old[name] != new[name]}
 
 
@@ -92,21 +94,22 @@ def test_what_does_not_determine_outputs_redoes_nothing(plan: Plan) -> None:
 
 
 def test_a_touched_checkpoint_redoes_everything(plan: Plan) -> None:
-    before = fingerprints(plan, stages_of(plan))
+    stages, before = stages_of(plan), SourceState.of(plan.source)
     weights = plan.source / "model.safetensors"
     modified = weights.stat().st_mtime_ns
     os.utime(weights, ns=(modified + 1, modified + 1))
-    after = fingerprints(plan, stages_of(plan))
+    touched = SourceState.of(plan.source)
     os.utime(weights, ns=(modified, modified))
-    assert {name for name in before if before[name] != after[name]} == _ALL
-    assert fingerprints(plan, stages_of(plan)) == before
+    old, new = fingerprints(plan, stages, before), fingerprints(plan, stages, touched)
+    assert {name for name in old if old[name] != new[name]} == _ALL
+    assert fingerprints(plan, stages, SourceState.of(plan.source)) == old
 
 
 def test_a_raised_version_redoes_the_stage_and_what_follows(plan: Plan) -> None:
-    stages = stages_of(plan)
-    before = fingerprints(plan, stages)
+    stages, source = stages_of(plan), SourceState.of(plan.source)
+    before = fingerprints(plan, stages, source)
     raised = [replace(stage, version=stage.version + 1) if stage.name == "onnx" else stage for stage in stages]
-    after = fingerprints(plan, raised)
+    after = fingerprints(plan, raised, source)
     assert {name for name in before if before[name] != after[name]} == {"onnx", "validate_onnx"}
 
 

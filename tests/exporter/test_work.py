@@ -138,16 +138,19 @@ def test_a_second_run_is_kept_out_until_the_first_ends(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from exporter.work import WorkDirectory
-lock = WorkDirectory(Path(sys.argv[1])).lock()
-print("locked", flush=True)
-sys.stdin.read()
+with WorkDirectory(Path(sys.argv[1])).lock():
+    print("locked", flush=True)
+    sys.stdin.read()
 """
     command = [sys.executable, "-c", script, str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "locked\n"
-        with pytest.raises(InputError, match=r"another run works in .*work right now"):
-            WorkDirectory(folder).lock()
+        with (
+            pytest.raises(InputError, match=r"another run works in .*work right now"),
+            WorkDirectory(folder).lock(),
+        ):
+            pass
         other.kill()
     with WorkDirectory(folder).lock():  # a killed run holds nothing
         pass

@@ -1,0 +1,43 @@
+"""Being asked to stop: Ctrl-C (SIGINT) and SIGTERM both end a run with one sentence, and no trace of the stack."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+__all__ = ["Terminated", "exit_code", "ignore_further_requests", "sigterm_raises"]
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived. Whoever cleans up after Ctrl-C cleans up after this too."""
+
+
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """While it lasts, SIGTERM raises :class:`Terminated` in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's business
+        return
+    before = signal.signal(signal.SIGTERM, _raise)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def ignore_further_requests() -> None:
+    """The process is ending: a second Ctrl-C must not interrupt that."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def exit_code(request: KeyboardInterrupt) -> int:
+    """What shells expect: 128 + the signal's number."""
+    return 128 + (signal.SIGTERM if isinstance(request, Terminated) else signal.SIGINT)
+
+
+def _raise(_number: int, _frame: FrameType | None) -> None:
+    raise Terminated
