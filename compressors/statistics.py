@@ -15,7 +15,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn import functional
 
 from compressors.model.errors import InputError
 from compressors.model.families import Role
@@ -144,15 +143,16 @@ class _ExpertSums:
 
     def __call__(self, expert: int, gates_n: torch.Tensor, hidden_nF: torch.Tensor, outputs_nD: torch.Tensor) -> None:
         sums = self._sums
-        norms = torch.linalg.vector_norm(outputs_nD, dim=-1, dtype=torch.float32)
+        # torch adds up in float32 whatever the dtype; asking for it would copy every array first
+        norms = torch.linalg.vector_norm(outputs_nD, dim=-1).float()
         sums.norm_sum_E[expert] += norms.sum()
         sums.gate_norm_sum_E[expert] += (gates_n * norms).sum()
         sums.norm_square_sum_E[expert] += norms.square().sum()
         sums.norm_max_E[expert] = torch.maximum(sums.norm_max_E[expert], norms.max())
         lowest, highest = torch.aminmax(outputs_nD)
         sums.output_max_E[expert] = torch.maximum(sums.output_max_E[expert], torch.maximum(-lowest, highest).double())
-        sums.output_sum_ED[expert] += outputs_nD.sum(0, dtype=torch.float32)
-        sums.down_input_square_EF[expert] += hidden_nF.float().square().sum(0)
+        sums.output_sum_ED[expert] += outputs_nD.sum(0)
+        sums.down_input_square_EF[expert] += hidden_nF.square().sum(0)
 
 
 def _router_hook(sums: LayerStatistics) -> Any:
@@ -175,8 +175,7 @@ def _square_hook(total: torch.Tensor) -> Any:
     """Adds the squares of a linear layer's inputs to ``total``."""
 
     def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...], _output: torch.Tensor) -> None:
-        for block in inputs[0]:
-            total.add_(block.float().square().sum(0))
+        total.add_(inputs[0].flatten(0, -2).square().sum(0))
 
     return hook
 
@@ -188,9 +187,11 @@ def _cosine_hooks(layer: nn.Module, sums: LayerStatistics) -> list[Any]:
         before_moe.append(inputs[0])
 
     def compare(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        for entered, left, block in zip(before_moe.pop(), output, inputs[0], strict=True):
-            sums.moe_cosine_sum.add_(functional.cosine_similarity(entered.float(), left.float(), dim=-1).sum())
-            sums.block_cosine_sum.add_(functional.cosine_similarity(block.float(), left.float(), dim=-1).sum())
+        output_norms = torch.linalg.vector_norm(output, dim=-1).float()
+        for total, before in ((sums.moe_cosine_sum, before_moe.pop()), (sums.block_cosine_sum, inputs[0])):
+            products = (before * output).sum(-1).float()
+            norms = torch.linalg.vector_norm(before, dim=-1).float() * output_norms
+            total.add_((products / norms.clamp_min(1e-30)).sum())
 
     return [
         layer.get_submodule("post_attention_layernorm").register_forward_pre_hook(remember),

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 __all__ = ["GROUPED_EXPERTS", "ExpertObserver", "register_grouped_experts"]
 
@@ -55,46 +56,45 @@ class _GroupedExperts(torch.autograd.Function):
         ctx: Any, hidden_TD: torch.Tensor, gates_TK: torch.Tensor, chosen_TK: torch.Tensor, experts: nn.Module
     ) -> torch.Tensor:
         keeps = any(ctx.needs_input_grad)
-        weights = _ExpertWeights(experts, hidden_TD)
+        weights, choices = _ExpertWeights(experts, hidden_TD), _Choices(chosen_TK, hidden_TD)
         observer: ExpertObserver | None = getattr(experts, "observer", None)
-        output_TD = torch.zeros_like(hidden_TD, dtype=torch.float32)
-        kept: list[torch.Tensor] = []
-        for choice in _choices_by_expert(chosen_TK, weights.pads):
-            inputs_nD = hidden_TD.index_select(0, choice.padded_tokens)
-            gate_up_n2F = inputs_nD @ weights.gate_up(choice.expert).T
-            hidden_nF = _activate(experts, gate_up_n2F)
-            outputs_nD = (hidden_nF @ weights.down(choice.expert).T)[: choice.n]
-            gates_n = gates_TK[choice.tokens, choice.slots]
+        inputs_ = hidden_TD.new_empty(choices.most_rows, hidden_TD.shape[1])
+        gate_up_ = hidden_TD.new_empty(choices.all_rows if keeps else choices.most_rows, weights.gate_up(0).shape[0])
+        outputs_SD = hidden_TD.new_empty(choices.all_rows, hidden_TD.shape[1])
+        for choice in choices:
+            first = choice.start if keeps else 0
+            inputs = torch.index_select(hidden_TD, 0, choice.padded_tokens, out=inputs_[: choice.n_rows])
+            gate_up = torch.mm(inputs, weights.gate_up(choice.expert).T, out=gate_up_[first : first + choice.n_rows])
+            hidden = _activate(experts, gate_up)
+            outputs = torch.mm(hidden, weights.down(choice.expert).T, out=outputs_SD[choice.start :][: choice.n_rows])
             if observer is not None:
-                observer(choice.expert, gates_n, hidden_nF[: choice.n], outputs_nD)
-            output_TD.index_add_(0, choice.tokens, outputs_nD * gates_n[:, None].float())
-            if keeps:
-                kept.append(gate_up_n2F)
+                gates_n = gates_TK[choice.tokens, choice.slots]
+                observer(choice.expert, gates_n, hidden[: choice.n], outputs[: choice.n])
         if keeps:
-            ctx.save_for_backward(gates_TK, chosen_TK, *kept)
+            ctx.save_for_backward(gates_TK, chosen_TK, gate_up_)
             ctx.experts = experts
-        return output_TD.to(hidden_TD.dtype)
+        return choices.sum_by_token(outputs_SD, gates_TK)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         (gradient_TD,) = gradients
-        gates_TK, chosen_TK, *kept = ctx.saved_tensors
-        weights = _ExpertWeights(ctx.experts, gradient_TD)
-        hidden_gradient_TD = torch.zeros_like(gradient_TD, dtype=torch.float32)
+        gates_TK, chosen_TK, gate_up_ = ctx.saved_tensors
+        weights, choices = _ExpertWeights(ctx.experts, gradient_TD), _Choices(chosen_TK, gradient_TD)
+        input_gradients_SD = gradient_TD.new_empty(choices.all_rows, gradient_TD.shape[1])
         gates_gradient_TK = torch.zeros_like(gates_TK)
-        for choice, gate_up_n2F in zip(_choices_by_expert(chosen_TK, weights.pads), kept, strict=True):
+        for choice in choices:
+            rows = slice(choice.start, choice.start + choice.n_rows)
             pulled_nF = gradient_TD.index_select(0, choice.padded_tokens) @ weights.down(choice.expert)
-            gates_n = torch.zeros(len(pulled_nF), dtype=gates_TK.dtype, device=gates_TK.device)
+            gates_n = torch.zeros(choice.n_rows, dtype=gates_TK.dtype, device=gates_TK.device)
             gates_n[: choice.n] = gates_TK[choice.tokens, choice.slots]
             with torch.enable_grad():
-                gate_up_n2F = gate_up_n2F.detach().requires_grad_()
-                hidden_nF = _activate(ctx.experts, gate_up_n2F)
-                (gate_up_gradient,) = torch.autograd.grad(hidden_nF, gate_up_n2F, pulled_nF * gates_n[:, None])
-            input_gradient_nD = (gate_up_gradient @ weights.gate_up(choice.expert))[: choice.n]
-            hidden_gradient_TD.index_add_(0, choice.tokens, input_gradient_nD.float())
-            gate_gradient_n = (pulled_nF.float() * hidden_nF.detach()).sum(-1)
-            gates_gradient_TK[choice.tokens, choice.slots] = gate_gradient_n[: choice.n].to(gates_TK.dtype)
-        return hidden_gradient_TD.to(gradient_TD.dtype), gates_gradient_TK, None, None
+                gate_up = gate_up_[rows].detach().requires_grad_()
+                hidden_nF = _activate(ctx.experts, gate_up)
+                (gate_up_gradient,) = torch.autograd.grad(hidden_nF, gate_up, pulled_nF * gates_n[:, None])
+            torch.mm(gate_up_gradient, weights.gate_up(choice.expert), out=input_gradients_SD[rows])
+            gate_gradient_n = (pulled_nF * hidden_nF.detach()).sum(-1, dtype=torch.float32)[: choice.n]
+            gates_gradient_TK[choice.tokens, choice.slots] = gate_gradient_n.to(gates_TK.dtype)
+        return choices.sum_by_token(input_gradients_SD), gates_gradient_TK, None, None
 
 
 class _ExpertWeights:
@@ -104,7 +104,6 @@ class _ExpertWeights:
         self._gate_up = experts.get_parameter("gate_up_proj")
         self._down = experts.get_parameter("down_proj")
         self._dtype = activations.dtype
-        self.pads = activations.dtype == torch.bfloat16 and activations.device.type == "cpu"
 
     def gate_up(self, expert: int) -> torch.Tensor:
         return self._gate_up[expert].to(self._dtype)
@@ -121,9 +120,10 @@ def _activate(experts: nn.Module, gate_up_n2F: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Choice:
-    """The tokens that chose one expert."""
+    """The tokens that chose one expert; their rows begin at ``start`` of all choices' rows, sorted by expert."""
 
     expert: int
+    start: int
     tokens: torch.Tensor  # [n]
     slots: torch.Tensor  # [n], which of its K choices the expert was
     padded_tokens: torch.Tensor  # the tokens, and then token 0 again as often as the padding wants
@@ -132,19 +132,55 @@ class _Choice:
     def n(self) -> int:
         return len(self.tokens)
 
+    @property
+    def n_rows(self) -> int:
+        """Rows with padding. Those of one expert end in the next one's, which is written later."""
+        return len(self.padded_tokens)
 
-def _choices_by_expert(chosen_TK: torch.Tensor, pads: bool) -> Iterator[_Choice]:
-    """The experts that were chosen, in their order.
+
+class _Choices:
+    """All choices of all tokens, grouped by expert.
 
     On a processor with matrix units every new number of rows costs tens of milliseconds, in which a kernel for this
     shape is made, as long as a product itself: so numbers are rounded up to few different ones.
     """
-    n_slots = chosen_TK.shape[1]
-    flat = chosen_TK.reshape(-1)
-    order = flat.argsort(stable=True)
-    experts, counts = flat[order].unique_consecutive(return_counts=True)
-    for expert, picks in zip(experts.tolist(), order.split(counts.tolist()), strict=True):
-        tokens = picks // n_slots
-        padding = -len(tokens) % (16 if len(tokens) <= 128 else 64) if pads else 0
-        padded = torch.cat([tokens, tokens.new_zeros(padding)]) if padding else tokens
-        yield _Choice(expert, tokens, picks % n_slots, padded)
+
+    def __init__(self, chosen_TK: torch.Tensor, activations: torch.Tensor) -> None:
+        self._chosen_TK = chosen_TK
+        self._pads = activations.dtype == torch.bfloat16 and activations.device.type == "cpu"
+        self._order = chosen_TK.reshape(-1).argsort(stable=True)
+        experts, counts = chosen_TK.reshape(-1)[self._order].unique_consecutive(return_counts=True)
+        self._experts: list[int] = experts.tolist()
+        self._counts: list[int] = counts.tolist()
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of the expert that most tokens chose."""
+        return max((count + self._padding(count) for count in self._counts), default=0)
+
+    @property
+    def all_rows(self) -> int:
+        """Rows of all choices, and room for the padding of the last."""
+        return len(self._order) + max((self._padding(count) for count in self._counts), default=0)
+
+    def __iter__(self) -> Iterator[_Choice]:
+        n_slots, start = self._chosen_TK.shape[1], 0
+        for expert, picks in zip(self._experts, self._order.split(self._counts), strict=True):
+            tokens = picks // n_slots
+            padding = tokens.new_zeros(self._padding(len(tokens)))
+            yield _Choice(expert, start, tokens, picks % n_slots, torch.cat([tokens, padding]))
+            start += len(tokens)
+
+    def sum_by_token(self, rows_SD: torch.Tensor, gates_TK: torch.Tensor | None = None) -> torch.Tensor:
+        """For each token the sum, weighted with its gates if there are any, of its K choices' rows: [T, D]."""
+        rows_of_choices = torch.empty_like(self._order)
+        rows_of_choices[self._order] = torch.arange(len(self._order), device=self._order.device)
+        return functional.embedding_bag(
+            rows_of_choices.view_as(self._chosen_TK),
+            rows_SD,
+            per_sample_weights=None if gates_TK is None else gates_TK.to(rows_SD.dtype),
+            mode="sum",
+        )
+
+    def _padding(self, n_tokens: int) -> int:
+        return -n_tokens % (16 if n_tokens <= 128 else 64) if self._pads else 0

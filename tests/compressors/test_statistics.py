@@ -50,7 +50,8 @@ def _reap_by_definition(folder: Path, blocks_BT: torch.Tensor) -> list[torch.Ten
             for expert in chosen.tolist():
                 gate_row, up_row = (experts.gate_up_proj[expert] @ hidden).chunk(2)
                 output = experts.down_proj[expert] @ (torch.nn.functional.silu(gate_row) * up_row)
-                total[expert] += probabilities[expert] / probabilities[chosen].sum() * output.norm()
+                sum_of_chosen = probabilities[chosen].sum() if getattr(gate, "norm_topk_prob", True) else 1.0
+                total[expert] += probabilities[expert] / sum_of_chosen * output.norm()
                 count[expert] += 1
         scores.append(total / count.clamp_min(1))
     return scores

@@ -1,0 +1,139 @@
+"""What calibration and a step of Router KD cost against a plain forward pass of stock transformers, at real shape.
+
+    python -m benchmarks.scale.speed CHECKPOINT [--tokens 65536] [--arithmetic bfloat16|float32]
+
+The peer has the whole model in memory and its fastest experts implementation; both sides have the same dtype, threads
+and tokens, and run in turns. Loading is excluded on both sides: our layers are in memory after the warm-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM
+
+from compressors.model.arithmetic import dtype_of
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.memory import MemoryLimit
+from compressors.model.streaming import StreamedModel, TokenGroup
+from compressors.model.student import Student
+from compressors.recover.router_kd import RouterKdSettings, RouterTraining
+from compressors.statistics import StatisticsCollector
+from compressors.teacher import TeacherTargets, write_targets
+
+_RESULTS = Path(__file__).parent.parent / "results"
+_BLOCK = 512
+_STEP_BLOCKS = 8
+
+
+def main() -> None:
+    """Measures, prints and appends to ``benchmarks/results/scale_speed.csv``."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--tokens", type=int, default=65536)
+    parser.add_argument("--arithmetic", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    torch.use_deterministic_algorithms(True)
+    tokens_BT = torch.randint(0, 4096, (arguments.tokens // _BLOCK, _BLOCK), generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as folder:
+        sides = _Sides(arguments.checkpoint, tokens_BT, dtype_of(arguments.arithmetic), Path(folder))
+        rows = [
+            ("calibration", *_compare(sides.calibrate, sides.plain_forward, arguments.rounds)),
+            ("Router KD step", *_compare(sides.step, sides.plain_forward_of_a_step, arguments.rounds)),
+        ]
+    _write(rows, arguments)
+
+
+class _Sides:
+    """Both sides, loaded."""
+
+    def __init__(self, folder: Path, tokens_BT: torch.Tensor, dtype: torch.dtype, work: Path) -> None:
+        self._tokens_BT = tokens_BT
+        self._dtype = dtype
+        self._student = Student.teacher(Checkpoint(folder))
+        limit = MemoryLimit(psutil.virtual_memory().available // 2, work / "spill")
+        self._model = StreamedModel(self._student, limit=limit)
+        self._targets = TeacherTargets.create(work / "targets", tokens_BT.numel(), self._model.shape.vocab_size)
+        settings = RouterKdSettings(len(tokens_BT), 1e-5, _STEP_BLOCKS)
+        self._training = RouterTraining(self._student, tokens_BT, self._targets, settings, limit=limit, dtype=dtype)
+        self._stock = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        self._rows = self._choose_fastest()
+
+    def calibrate(self) -> None:
+        """Statistics of all layers, and the targets on disk."""
+        collector = StatisticsCollector(self._model.shape)
+        (hidden,) = self._model.stream([TokenGroup(self._tokens_BT, [collector.observe], self._dtype)])
+        write_targets(self._model, hidden, self._targets, range(len(self._tokens_BT)))
+
+    @torch.no_grad()
+    def plain_forward(self) -> None:
+        """Logits of all tokens."""
+        for rows in self._tokens_BT.split(self._rows):
+            self._stock(rows, use_cache=False)
+
+    def step(self) -> None:
+        """One optimizer step of 8 blocks."""
+        self._training.step()
+
+    @torch.no_grad()
+    def plain_forward_of_a_step(self) -> None:
+        """Logits of as many tokens."""
+        for rows in self._tokens_BT[:_STEP_BLOCKS].split(self._rows):
+            self._stock(rows, use_cache=False)
+
+    def _choose_fastest(self) -> int:
+        """Tries the peer's experts implementations and batch sizes on some tokens; returns the best batch size."""
+        tried = {}
+        for implementation in ("eager", "grouped_mm"):
+            for rows in (2, 8):
+                self._stock.set_experts_implementation(implementation)
+                self._rows = rows
+                self.plain_forward_of_a_step()
+                tried[implementation, rows] = min(_seconds(self.plain_forward_of_a_step) for _ in range(2))
+        implementation, rows = min(tried, key=lambda key: tried[key])
+        print({f"{name}, {n} rows": f"{seconds:.2f} s" for (name, n), seconds in tried.items()})
+        self._stock.set_experts_implementation(implementation)
+        return rows
+
+
+def _compare(ours: Callable[[], None], peer: Callable[[], None], rounds: int) -> tuple[float, float, float]:
+    """Median seconds of ours and of the peer, and the median ratio, after one warm-up of each."""
+    _seconds(ours)
+    _seconds(peer)
+    pairs = [(_seconds(ours), _seconds(peer)) for _ in range(rounds)]
+    ratio = median(first / second for first, second in pairs)
+    return median(first for first, _ in pairs), median(second for _, second in pairs), ratio
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _write(rows: list[tuple[str, float, float, float]], arguments: Any) -> None:
+    for what, ours, peer, ratio in rows:
+        print(f"{what}: {ours:.2f} s, plain forward {peer:.2f} s, ratio {ratio:.2f}")
+    path = _RESULTS / "scale_speed.csv"
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(("what", "tokens", "arithmetic", "threads", "seconds", "stock_forward_seconds", "ratio"))
+        for what, ours, peer, ratio in rows:
+            common = (what, arguments.tokens, arguments.arithmetic, torch.get_num_threads())
+            writer.writerow((*common, f"{ours:.2f}", f"{peer:.2f}", f"{ratio:.2f}"))
+
+
+if __name__ == "__main__":
+    main()
