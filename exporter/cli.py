@@ -75,7 +75,7 @@ _FOLDER = click.Path(path_type=Path)
 @click.option("--save-student", is_flag=True, help="Also write the student as a Hugging Face checkpoint.")
 @click.option("--memory", metavar="SIZE", help="Memory this run may use.  [default: half of what is free]")
 @click.option("--work-dir", type=_FOLDER, help="Where unfinished work is kept, as OUT.work.  [default: beside OUT]")
-@click.option("--force", is_flag=True, help="Start although the disk looks too small.")
+@click.option("--force", is_flag=True, help="Start although disk or memory look too small.")
 @click.option("--offline", is_flag=True, help="Take hub models from the cache only.")
 @click.option("--revision", help="Revision of a hub model.")
 @click.option("--threads", type=int, help="Threads.  [default: all processors]")
@@ -167,15 +167,21 @@ def _console() -> Any:
 
 
 def _print_plan(plan: Any, out: Path, *, as_json: bool) -> None:
+    import psutil
+
+    from exporter.files import write_atomically
+    from exporter.machine import measure_speeds
     from exporter.plan_table import plan_table
     from exporter.recipe import recipe_yaml
+    from exporter.work import make_folder
 
     path = out.with_name(f"{out.name}.recipe.yaml")
-    path.write_text(recipe_yaml(plan.recipe), encoding="utf-8")
+    make_folder(path.parent)
+    write_atomically(path, recipe_yaml(plan.recipe))
     if as_json:
         click.echo(plan.recipe.model_dump_json(indent=1))
         return
-    _console().print(plan_table(plan))
+    _console().print(plan_table(plan, measure_speeds(plan), psutil.virtual_memory().available))
     click.echo(f"\nrecipe: {path} (edit it, then run with --recipe {path})")
 
 

@@ -1,19 +1,22 @@
-"""The plan for a terminal: what will be done, and every line of what it will need."""
+"""The plan for a terminal: what will be done, how long that takes, and every line of what it will need."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from compressors.model.checkpoint import Checkpoint
+from exporter.estimate import Speeds, describe_time, disk_lines, memory_lines, seconds_by_stage
 from exporter.plan import Plan
-from exporter.run import disk_bytes
 from exporter.sizes import format_size
 
 __all__ = ["plan_table"]
 
 
-def plan_table(plan: Plan) -> RenderableType:
-    """Choices above, bytes below."""
+def plan_table(plan: Plan, speeds: Speeds, free_memory: int) -> RenderableType:
+    """Choices above, bytes of the artifacts below, and of the run itself at the end."""
     recipe, teacher = plan.recipe, plan.teacher_shape
     choices = Table(show_header=False, box=None)
     budget = recipe.budget
@@ -23,13 +26,21 @@ def plan_table(plan: Plan) -> RenderableType:
     choices.add_row("budget", f"{format_size(budget.bytes)} of {counted}")
     choices.add_row("experts", f"{recipe.compress.experts} of {teacher.n_experts} per layer ({recipe.compress.method})")
     choices.add_row("recovery", _recovery(plan))
-    choices.add_row("work on disk", f"up to {format_size(disk_bytes(plan))}")
+    choices.add_row("time", describe_time(seconds_by_stage(plan, speeds, free_memory)))
     sizes = Table("predicted bytes", *plan.predictions, box=None)
     sizes.add_row("type", *(str(recipe.type_of(artifact)) for artifact in plan.predictions))
     for name in ("file", "weights", "kv_cache", "compute", "reserve", "total"):
         values = (format_size(getattr(prediction, name)) for prediction in plan.predictions.values())
         sizes.add_row(name.replace("_", " "), *values)
-    return Group(choices, "", sizes)
+    disk, memory = disk_lines(plan), memory_lines(Checkpoint(plan.source))
+    return Group(choices, "", sizes, "", _lines("work on disk, at most", disk), "", _lines("memory, at least", memory))
+
+
+def _lines(what: str, lines: Mapping[str, int]) -> Table:
+    table = Table(what, format_size(sum(lines.values())), box=None)
+    for name, n_bytes in lines.items():
+        table.add_row(name, format_size(n_bytes))
+    return table
 
 
 def _recovery(plan: Plan) -> str:

@@ -1,14 +1,19 @@
-"""What a run is refused for before any work, so that hours are not lost at the end."""
+"""What a run is refused for before any work, so that nobody loses hours to a full disk."""
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from compressors.model.errors import InputError
+from exporter.estimate import disk_lines
 from exporter.job import Job
+from exporter.plan import Plan
+from exporter.sizes import format_size
 
-__all__ = ["nearest_folder", "refuse_unwritable_places"]
+__all__ = ["refuse_too_little_disk", "refuse_too_little_memory", "refuse_unwritable_places"]
 
 
 def refuse_unwritable_places(job: Job) -> None:
@@ -18,7 +23,7 @@ def refuse_unwritable_places(job: Job) -> None:
         InputError: they cannot.
     """
     for flag, place in (("--out", job.out.parent), ("--work-dir", job.work_dir)):
-        folder = nearest_folder(place)
+        folder = _nearest_folder(place)
         try:
             with tempfile.TemporaryFile(dir=folder):
                 pass
@@ -28,7 +33,61 @@ def refuse_unwritable_places(job: Job) -> None:
             ) from None
 
 
-def nearest_folder(place: Path) -> Path:
+def refuse_too_little_disk(plan: Plan, work_folder: Path) -> None:
+    """Compares the free disk with what the run will put there; an unfinished run's files are there already.
+
+    Raises:
+        InputError: it is too little.
+    """
+    lines = disk_lines(plan)
+    needed = sum(lines.values()) - _bytes_below(work_folder)
+    work_place, out_place = _nearest_folder(work_folder), _nearest_folder(plan.out)
+    _refuse_too_little(work_place, needed, lines, "choose another --work-dir and --out")
+    if work_place.stat().st_dev != out_place.stat().st_dev:  # the output is copied there
+        copied = {what: lines[what] for what in lines if what.endswith((" files", " checkpoint"))}
+        _refuse_too_little(out_place, sum(copied.values()), copied, "choose another --out")
+
+
+def refuse_too_little_memory(lines: Mapping[str, int], limit: int, free: int) -> None:
+    """Compares ``--memory`` and the free memory with the least that the stages can do with.
+
+    Args:
+        lines: that least, by what it is for.
+        limit: of the run, in bytes.
+        free: on the machine, in bytes.
+
+    Raises:
+        InputError: one of them is too little.
+    """
+    needed = sum(lines.values())
+    needs = f"the {format_size(needed)} that this model needs ({_listed(lines)})"
+    if free < needed:
+        raise InputError(f"{format_size(free)} of memory are free, less than {needs}; close programs, or use --force")
+    if limit < needed:
+        raise InputError(
+            f"--memory: {format_size(limit)} (without the flag it is half of what is free) are less than {needs}; "
+            f"{format_size(free)} are free: give more of it, close programs, or use --force"
+        )
+
+
+def _refuse_too_little(place: Path, needed: int, lines: Mapping[str, int], instead: str) -> None:
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise InputError(
+            f"{place} has {format_size(free)} free, and the run puts up to {format_size(needed)} there "
+            f"({_listed(lines)}); free space, {instead}, or use --force"
+        )
+
+
+def _listed(lines: Mapping[str, int]) -> str:
+    return ", ".join(f"{what} {format_size(n_bytes)}" for what, n_bytes in lines.items())
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _nearest_folder(place: Path) -> Path:
     """``place``, or the folder above it that exists already."""
     while not place.exists():
         place = place.parent

@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from compressors.calibration import BLOCK_LENGTH, Splits, read_splits, tokenize
+from compressors.calibration import Splits, read_splits, tokenize
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
-from compressors.model.log_probs import log_prob_bytes
-from compressors.teacher import TARGET_BYTES
+from exporter.estimate import describe_time, memory_lines, seconds_by_stage
 from exporter.hub import bundled_text, resolve_model
 from exporter.job import Job
+from exporter.machine import measure_speeds
 from exporter.outputs import Outputs, reserved, sha256_of
-from exporter.pipeline import run_stages, stages_of
+from exporter.pipeline import run_stages, stages_of, unfinished
 from exporter.plan import Plan
-from exporter.planner import HELDOUT_CHUNKS, TextCounts, choose_recipe, predict_recipe
-from exporter.preflight import nearest_folder, refuse_unwritable_places
+from exporter.planner import TextCounts, choose_recipe, predict_recipe
+from exporter.preflight import refuse_too_little_disk, refuse_too_little_memory, refuse_unwritable_places
 from exporter.recipe import Recipe, load_recipe, recipe_yaml
 from exporter.result import build_report, final_recipe
-from exporter.sizes import format_size
 from exporter.work import WorkDirectory
-from validate.backend import scored_positions
 from validate.report import render_html, render_model_card
 
-__all__ = ["EXIT_CHECK_FAILED", "Result", "disk_bytes", "make_plan", "run_job"]
+__all__ = ["EXIT_CHECK_FAILED", "Result", "make_plan", "run_job"]
 
 EXIT_CHECK_FAILED = 4
 _BUNDLED_NAME = "tiny-moe"
@@ -65,8 +62,11 @@ def run_job(job: Job, command: str, announce: Callable[[str], None]) -> Result:
         return _already_published(job, identity)
     refuse_unwritable_places(job)
     work = WorkDirectory(job.work_dir)
-    plan = _existing_plan(work, identity) or make_plan(job, command)
-    _check_disk(plan, job)
+    plan = _existing_plan(work, job, identity) or make_plan(job, command)
+    if not job.force:
+        free_memory = psutil.virtual_memory().available
+        refuse_too_little_memory(memory_lines(Checkpoint(plan.source)), plan.memory_bytes, free_memory)
+        refuse_too_little_disk(plan, work.folder)
     with reserved(job.out), work.lock():
         if job.out.exists():  # another run has just published it
             return _already_published(job, identity)
@@ -82,7 +82,9 @@ def _build(
     plan: Plan, work: WorkDirectory, identity: dict[str, Any], announce: Callable[[str], None]
 ) -> dict[str, Any]:
     """Runs the stages and publishes what they made; returns the report."""
-    records = run_stages(plan, work, stages_of(plan), announce)
+    stages = stages_of(plan)
+    announce(_time_to_go(plan, unfinished(plan, work, stages)))
+    records = run_stages(plan, work, stages, announce)
     announce("write the report")
     outputs = Outputs(plan, work)
     artifacts = outputs.collect()
@@ -129,14 +131,10 @@ def make_plan(job: Job, command: str) -> Plan:
     )
 
 
-def disk_bytes(plan: Plan) -> int:
-    """What the run puts on disk at most: artifacts, the teacher's log-probabilities and targets, token blocks."""
-    text, vocab_size = plan.recipe.text, plan.teacher_shape.vocab_size
-    scored = scored_positions(BLOCK_LENGTH)
-    n_scored = (scored.stop - scored.start) * (text.selection_blocks + HELDOUT_CHUNKS)
-    targets = text.calibration_blocks * BLOCK_LENGTH * TARGET_BYTES
-    artifacts = sum(prediction.file for prediction in plan.predictions.values())
-    return artifacts + 2 * log_prob_bytes(n_scored, vocab_size) + targets
+def _time_to_go(plan: Plan, stages: Collection[str]) -> str:
+    """An estimate for these stages. It is said, and nowhere recorded: outputs must not depend on it."""
+    seconds = seconds_by_stage(plan, measure_speeds(plan), psutil.virtual_memory().available)
+    return f"time to go: {describe_time({stage: seconds[stage] for stage in stages if stage in seconds})}"
 
 
 def _identity(job: Job) -> dict[str, Any]:
@@ -152,12 +150,12 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, dict) else value
 
 
-def _existing_plan(work: WorkDirectory, identity: dict[str, Any]) -> Plan | None:
+def _existing_plan(work: WorkDirectory, job: Job, identity: dict[str, Any]) -> Plan | None:
     """The plan of an unfinished run of the same job, None if there is no run to go on with."""
     if not work.plan_path.exists():
         return None
     work.claim(identity)
-    return work.plan()
+    return replace(work.plan(), out=job.out.resolve())  # the work may go on with another --out
 
 
 def _already_published(job: Job, identity: dict[str, Any]) -> Result:
@@ -194,13 +192,3 @@ def _check_recipe(path: Path, recipe: Recipe, checkpoint: Checkpoint, splits: Sp
     for split in vars(splits).values():
         if split.sha256 not in vars(recipe.text).values():
             raise InputError(f"{path} was made for another {split.name} text; give that with --calibration and --text")
-
-
-def _check_disk(plan: Plan, job: Job) -> None:
-    place = nearest_folder(job.work_dir)
-    free, needed = shutil.disk_usage(place).free, disk_bytes(plan)
-    if needed > free and not job.force:
-        raise InputError(
-            f"{place} has {format_size(free)} free, and the run puts up to {format_size(needed)} there; "
-            "free space, choose another --work-dir and --out, or use --force"
-        )

@@ -1,0 +1,192 @@
+"""What a run needs before it begins: disk and memory line by line, and the hours. Arithmetic only; nothing is measured.
+
+Bytes are upper bounds but for a few kilobytes. Hours follow from three speeds of this machine
+(:mod:`exporter.machine`); they are good to a factor of two, enough for a person to decide whether to wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
+
+import torch
+
+from compressors.calibration import BLOCK_LENGTH
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.log_probs import log_prob_bytes
+from compressors.model.memory import positions_at_once, working_bytes
+from compressors.model.shape import MoeShape
+from compressors.statistics import LayerStatistics
+from compressors.teacher import TARGET_BYTES
+from exporter.durations import format_duration
+from exporter.plan import Plan
+from exporter.stages.validate_gguf import same_numbers
+from validate.backend import scored_positions
+
+__all__ = ["COPIED_TYPES", "Speeds", "describe_time", "disk_lines", "memory_lines", "seconds_by_stage"]
+
+COPIED_TYPES = frozenset({"F32", "BF16"})
+"""Types that no quantizer runs for."""
+
+_PROCESS_BYTES = 750_000_000  # measured: Python, torch and transformers, and what the allocator does not give back
+
+_START_SECONDS = 4  # until a stage's process has its libraries
+
+_STEP_FORWARDS = 3  # a step of Router KD: forward, the same again, and the gradient with respect to the activations
+
+_PARTS: Mapping[str, Collection[str]] = {
+    "calibration": ("calibrate", "compress"),
+    "recovery": ("schedule", "recover"),
+    "writing": ("gguf", "onnx", "student"),
+    "validation": ("validate_torch", "validate_gguf", "validate_onnx"),
+}
+"""What a person is told of the stages."""
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What this machine does in a second, with a model's own sizes and types."""
+
+    read_bytes: float  # from the disk that the checkpoint is on
+    multiply_adds: float  # in products of the experts' size
+    quantized_values: float  # in all threads together
+
+
+def disk_lines(plan: Plan) -> dict[str, int]:
+    """Bytes that the run puts into its work directory at most, by what they are."""
+    text, shape = plan.recipe.text, plan.teacher_shape
+    n_heldout = _heldout_blocks(plan)
+    n_blocks = text.calibration_blocks + text.selection_blocks + n_heldout
+    scored = scored_positions(BLOCK_LENGTH)
+    recorded_blocks = text.selection_blocks + n_heldout * (2 if same_numbers(plan) else 1)
+    n_scored = (scored.stop - scored.start) * recorded_blocks
+    # chosen experts and gate weights, 4 bytes each: the teacher's by layer and together, the student's, each artifact's
+    n_routings = 3 + len(plan.recipe.artifacts)
+    lines = {
+        **{f"{artifact} files": prediction.file for artifact, prediction in plan.predictions.items()},
+        "student checkpoint": _student_bytes(plan) if plan.recipe.save_student else 0,
+        # those in use, the newest snapshot, and the next one while it is written
+        "hidden states": 3 * n_blocks * BLOCK_LENGTH * shape.hidden_size * 4,
+        "log-probabilities in 16 bits": log_prob_bytes(n_scored, shape.vocab_size),
+        "training targets": text.calibration_blocks * BLOCK_LENGTH * TARGET_BYTES,
+        "training": _training_bytes(plan) if plan.recipe.recover.rung != "none" else 0,
+        "routing": n_routings * n_heldout * BLOCK_LENGTH * shape.n_layers * shape.top_k * 8,
+        "statistics": shape.n_layers * _statistics_bytes(shape),
+        "token blocks": n_blocks * BLOCK_LENGTH * 8,
+    }
+    return {what: n_bytes for what, n_bytes in lines.items() if n_bytes}
+
+
+def memory_lines(checkpoint: Checkpoint) -> dict[str, int]:
+    """The least memory that the stages need for this model, whatever its depth, by what it is for."""
+    shape, itemsize = checkpoint.shape, checkpoint.dtype.itemsize
+    layer = shape.dense_layer_parameters + shape.n_experts * shape.expert_parameters
+    head = shape.vocab_size * shape.hidden_size
+    return {
+        # one computes while the next is read; the head is read when the layers are gone, and widened
+        "two decoder layers" if layer >= head else "the head": 2 * max(layer, head) * itemsize,
+        "activations and an expert in float32": working_bytes(shape),
+        "logits": positions_at_once(shape.vocab_size) * shape.vocab_size * 4,
+        "the process itself": _PROCESS_BYTES,
+    }
+
+
+def seconds_by_stage(plan: Plan, speeds: Speeds, free_memory: int) -> dict[str, float]:
+    """How long each stage of the plan takes, about.
+
+    Reading and computing overlap, so a pass takes as long as the slower of them. A checkpoint that fits into the free
+    memory is read from the disk once.
+    """
+    recipe, teacher, student = plan.recipe, plan.teacher_shape, plan.student_shape
+    passes = _Passes(Checkpoint(plan.source), speeds, free_memory)
+    n_heldout = _heldout_blocks(plan)
+    n_teacher = recipe.text.calibration_blocks + recipe.text.selection_blocks + n_heldout
+    seconds = {
+        "calibrate": max(passes.reading(teacher), passes.forward(teacher, n_teacher)),
+        **_recovery(plan, passes),
+        "validate_torch": passes.forward(student, n_heldout),
+    }
+    for artifact, prediction in plan.predictions.items():
+        seconds[artifact] = passes.export(student, recipe.type_of(artifact) or "", prediction.file)
+        # held-out text, and a cache that is filled to see what that costs
+        n_blocks = n_heldout + recipe.budget.context // BLOCK_LENGTH
+        seconds[f"validate_{artifact}"] = passes.forward(student, n_blocks)
+    if recipe.save_student:
+        seconds["student"] = passes.export(student, "BF16", _student_bytes(plan))
+    return {stage: _START_SECONDS + value for stage, value in seconds.items()}
+
+
+def describe_time(seconds: Mapping[str, float]) -> str:
+    """Of stages and their seconds: the sum, and the parts that a person cares about."""
+    parts = {part: sum(seconds.get(stage, 0.0) for stage in stages) for part, stages in _PARTS.items()}
+    named = ", ".join(f"{part} {format_duration(value)}" for part, value in parts.items() if value > 0)
+    return f"about {format_duration(sum(seconds.values()))} ({named})"
+
+
+class _Passes:
+    """Seconds of one pass over a model."""
+
+    def __init__(self, source: Checkpoint, speeds: Speeds, free_memory: int) -> None:
+        self._itemsize = source.dtype.itemsize
+        self._speeds = speeds
+        self._stays_cached = source.n_bytes < free_memory
+
+    def reading(self, shape: MoeShape) -> float:
+        """All weights, from the disk."""
+        return shape.parameters * self._itemsize / self._speeds.read_bytes
+
+    def forward(self, shape: MoeShape, n_blocks: int) -> float:
+        """These token blocks through a model that was read before."""
+        # attention between the tokens of a block is small beside the matrices
+        layer = shape.dense_layer_parameters + shape.top_k * shape.expert_parameters
+        per_token = shape.n_layers * layer + shape.vocab_size * shape.hidden_size
+        computing = n_blocks * BLOCK_LENGTH * per_token / self._speeds.multiply_adds
+        return max(computing, 0.0 if self._stays_cached else self.reading(shape))
+
+    def export(self, shape: MoeShape, weight_type: str, n_bytes: int) -> float:
+        """Quantizing and writing; a disk writes no faster than it reads."""
+        quantizing = 0.0 if weight_type in COPIED_TYPES else shape.parameters / self._speeds.quantized_values
+        reading = 0.0 if self._stays_cached else self.reading(shape)
+        return max(quantizing, reading + n_bytes / self._speeds.read_bytes)
+
+
+def _recovery(plan: Plan, passes: _Passes) -> dict[str, float]:
+    choice, limit = plan.recipe.recover, plan.recover_seconds
+    if choice.rung == "none":
+        return {}
+    step = _STEP_FORWARDS * passes.forward(plan.student_shape, choice.blocks_per_step)
+    steps = step * choice.blocks / choice.blocks_per_step
+    judging = 2 * passes.forward(plan.student_shape, plan.recipe.text.selection_blocks)  # before and after
+    return {"schedule": step if limit else 0.0, "recover": (min(steps, limit) if limit else steps) + judging}
+
+
+def _heldout_blocks(plan: Plan) -> int:
+    """A folder has as many texts as files; a file, or what was set aside of one, is one."""
+    place = plan.heldout or plan.calibration
+    n_files = len(list(place.glob("*.txt"))) if place.is_dir() else 1
+    return n_files * plan.recipe.text.heldout_chunks_per_file
+
+
+def _student_bytes(plan: Plan) -> int:
+    """The student's checkpoint: the source's dtype, but routers in float32."""
+    shape, itemsize = plan.student_shape, Checkpoint(plan.source).dtype.itemsize
+    return shape.parameters * itemsize + _router_values(shape) * (4 - itemsize)
+
+
+def _training_bytes(plan: Plan) -> int:
+    """A step keeps every layer's input; a snapshot has the routers and two moments of each, and so has the next."""
+    shape = plan.student_shape
+    step_tokens = plan.recipe.recover.blocks_per_step * BLOCK_LENGTH
+    layer_inputs = (shape.n_layers + 1) * step_tokens * shape.hidden_size * 4
+    return layer_inputs + 2 * 3 * 4 * _router_values(shape)
+
+
+def _router_values(shape: MoeShape) -> int:
+    return shape.n_layers * shape.n_experts * shape.hidden_size
+
+
+def _statistics_bytes(shape: MoeShape) -> int:
+    """Of one layer."""
+    with torch.device("meta"):
+        layer = LayerStatistics.zeros(shape)
+    return sum(getattr(layer, field.name).nbytes for field in fields(layer))
