@@ -1,6 +1,6 @@
 # `make demo` compresses the bundled model; `make test` is what CI runs. Both need Python >= 3.11, a C++ compiler and make.
 # Everything is installed into .venv, once, in the versions of constraints.txt.
-.PHONY: demo test lint bench peers scale
+.PHONY: demo test lint bench bench-export peers scale
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -21,6 +21,10 @@ lint: .venv/installed-dev
 
 bench: .venv/installed-dev
 	$(BIN)/python -m benchmarks.bench
+
+# Compiles llama-quantize the first time; needs cmake and 10 GB of disk.
+bench-export: .venv/installed-dev
+	$(BIN)/python -m benchmarks.export
 
 peers: .venv/installed-dev
 	$(BIN)/python -m benchmarks.peers

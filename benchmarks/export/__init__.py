@@ -1,0 +1,1 @@
+"""Our GGUF export against llama.cpp's converter and quantizer."""

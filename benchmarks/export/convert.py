@@ -1,0 +1,19 @@
+"""Runs llama.cpp's converter on a checkpoint with the bundled tokenizer: ``convert.py LLAMA_CPP_SOURCES ARGUMENTS``.
+
+The converter knows the splitting expression of a tokenizer by a checksum of what it does to a sample text, and the
+bundled vocabulary is not in its list. Its expression is Qwen2's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import runpy
+import sys
+
+if __name__ == "__main__":
+    sources = sys.argv.pop(1)
+    sys.path[:0] = [sources, f"{sources}/gguf-py"]
+    text_model = importlib.import_module("conversion.base").TextModel
+    text_model.get_vocab_base_pre = lambda self, tokenizer: "qwen2"
+    sys.argv[0] = f"{sources}/convert_hf_to_gguf.py"
+    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,0 +1,55 @@
+"""llama.cpp's converter and quantizer, from the sources that llama-cpp-python ships, built once.
+
+The wheel has the libraries only. The sdist of the version that is installed has all of llama.cpp: ``llama-quantize`` is
+compiled from it, the converter is run from it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Tools", "build_tools"]
+
+_PACKAGE = "llama-cpp-python"
+
+
+@dataclass(frozen=True)
+class Tools:
+    """The commands, without their arguments."""
+
+    convert: tuple[str, ...]  # SOURCE_FOLDER --outfile FILE --outtype TYPE
+    quantize: tuple[str, ...]  # [options] SOURCE TARGET TYPE THREADS
+
+
+def build_tools(folder: Path) -> Tools:
+    """Downloads and compiles into ``folder`` whatever is not there yet; the first time takes minutes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    version = importlib.metadata.version(_PACKAGE)
+    sources = folder / f"llama_cpp_python-{version}" / "vendor" / "llama.cpp"
+    if not sources.exists():
+        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", _PACKAGE]
+        subprocess.run([*download, "--dest", folder, f"{_PACKAGE}=={version}"], check=True)
+        with tarfile.open(folder / f"llama_cpp_python-{version}.tar.gz") as archive:
+            archive.extractall(folder, filter="data")
+    build = folder / f"build-{version}"
+    binary = build / "bin" / "llama-quantize"
+    if not binary.exists():
+        _compile(sources, build)
+    wrapper = Path(__file__).with_name("convert.py")
+    return Tools((sys.executable, str(wrapper), str(sources)), (str(binary),))
+
+
+def _compile(sources: Path, build: Path) -> None:
+    options = {"CMAKE_BUILD_TYPE": "Release", "GGML_NATIVE": "ON", "BUILD_SHARED_LIBS": "OFF"}
+    options |= {f"LLAMA_BUILD_{part}": "OFF" for part in ("TESTS", "EXAMPLES", "SERVER", "APP")}
+    options |= {"LLAMA_CURL": "OFF", "LLAMA_OPENSSL": "OFF"}
+    definitions = [f"-D{name}={value}" for name, value in options.items()]
+    subprocess.run(["cmake", "-S", sources, "-B", build, *definitions], check=True, stdout=subprocess.DEVNULL)
+    jobs = str(os.cpu_count() or 1)
+    subprocess.run(["cmake", "--build", build, "--target", "llama-quantize", "--parallel", jobs], check=True)

@@ -1,0 +1,24 @@
+"""What our stage ``gguf`` does, in a process of its own: ``ours.py SOURCE STATISTICS PRESET TARGET THREADS``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.student import Student
+from compressors.statistics import StoredStatistics, importance
+from exporter.gguf.writer import write_gguf
+
+__all__ = ["main"]
+
+
+def main(source: Path, statistics: Path, preset: str, target: Path, threads: int) -> None:
+    """Writes the GGUF file of the whole model."""
+    student = Student.teacher(Checkpoint(source))
+    matrix = importance(StoredStatistics(statistics, student.shape.n_layers), student.experts)
+    write_gguf(student, preset, target, importance=matrix, name=source.name, threads=threads)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), int(sys.argv[5]))
