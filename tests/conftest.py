@@ -1,4 +1,4 @@
-"""What every test shares: the two trained models, the held-out text, and small checkpoints cut out of the models."""
+"""What every test shares: the trained models, the held-out text, and small checkpoints cut out of the models."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ _REPOSITORY = Path(__file__).parent.parent
 _FOLDERS = {
     "fine": _REPOSITORY / "exporter" / "demo" / "model",
     "coarse": _REPOSITORY / "tests" / "fixtures" / "coarse",
+    "olmoe": _REPOSITORY / "tests" / "fixtures" / "olmoe",
 }
 
 
@@ -32,6 +33,12 @@ def fine_folder() -> Path:
 def coarse_folder() -> Path:
     """Mixtral: 6 layers, 8 experts, top-2; three weight files with an index."""
     return _FOLDERS["coarse"]
+
+
+@pytest.fixture(scope="session")
+def olmoe_folder() -> Path:
+    """OLMoE: 3 layers, 16 experts, top-4, gates not normalised, query and key norms over all heads; untied head."""
+    return _FOLDERS["olmoe"]
 
 
 @pytest.fixture(scope="session", params=sorted(_FOLDERS))
@@ -60,7 +67,7 @@ def heldout_text(heldout_folder: Path) -> str:
 
 @pytest.fixture(scope="session")
 def heldout_tokens(heldout_text: str, fine_folder: Path) -> npt.NDArray[np.int64]:
-    """int64 [tokens]: the held-out text in the vocabulary that both trained models share."""
+    """int64 [tokens]: the held-out text in the vocabulary that the trained models share."""
     tokenizer = Tokenizer.from_file(str(fine_folder / "tokenizer.json"))
     return np.array(tokenizer.encode(heldout_text).ids, dtype=np.int64)
 

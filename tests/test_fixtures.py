@@ -15,18 +15,19 @@ from compressors.model.checkpoint import Checkpoint
 from compressors.model.families import Role
 
 
-def test_the_models_have_the_documented_size(fine_folder: Path, coarse_folder: Path) -> None:
-    fine, coarse = Checkpoint(fine_folder), Checkpoint(coarse_folder)
+def test_the_models_have_the_documented_size(fine_folder: Path, coarse_folder: Path, olmoe_folder: Path) -> None:
+    fine, coarse, olmoe = Checkpoint(fine_folder), Checkpoint(coarse_folder), Checkpoint(olmoe_folder)
     assert (fine.shape.n_layers, fine.shape.n_experts, fine.shape.top_k, len(fine.files)) == (6, 32, 4, 1)
     assert (coarse.shape.n_layers, coarse.shape.n_experts, coarse.shape.top_k, len(coarse.files)) == (6, 8, 2, 3)
+    assert (olmoe.shape.n_layers, olmoe.shape.n_experts, olmoe.shape.top_k, len(olmoe.files)) == (3, 16, 4, 1)
     assert all(file.stat().st_size < 20_000_000 for file in coarse.files)
 
 
-def test_the_models_share_a_tokenizer(fine_folder: Path, coarse_folder: Path) -> None:
-    assert (fine_folder / "tokenizer.json").read_bytes() == (coarse_folder / "tokenizer.json").read_bytes()
+def test_the_models_share_a_tokenizer(fine_folder: Path, family_folder: Path) -> None:
+    assert (family_folder / "tokenizer.json").read_bytes() == (fine_folder / "tokenizer.json").read_bytes()
 
 
-@pytest.mark.parametrize("model", ["fine", "coarse"])
+@pytest.mark.parametrize("model", ["fine", "coarse", "olmoe"])
 def test_a_toy_checkpoint_has_the_first_layers_of_its_model(
     model: str, tmp_path: Path, toy_checkpoint: Callable[..., Path], request: pytest.FixtureRequest
 ) -> None:
@@ -44,4 +45,4 @@ def test_the_trained_model_predicts_held_out_text(family_folder: Path, heldout_t
     tokens_BT = torch.from_numpy(heldout_tokens[: 2 * 256]).view(2, 256)
     with torch.no_grad():
         loss = model(tokens_BT, labels=tokens_BT).loss.item()
-    assert loss < 4.5
+    assert loss < 5

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 import onnx
 
 from compressors.model.families import Role
@@ -17,6 +21,8 @@ __all__ = ["WeightNodes"]
 # and hidden states stay exact.
 _FLOAT32_ACTIVATIONS = 1
 _INT8_ACTIVATIONS = 4
+
+_ROUTER_WEIGHTS_INPUT = 14  # of QMoE
 
 
 class WeightNodes:
@@ -78,14 +84,49 @@ class WeightNodes:
         shape = self._layout.shape
         gate_up = self._layout.weight(Role.EXPERT_GATE, layer)
         down = self._layout.weight(Role.EXPERT_DOWN, layer)
-        routing = {"k": shape.top_k, "normalize_routing_weights": int(shape.normalize_top_k)}
-        swiglu = {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
-        gate_up_codes, down_codes = self._graph.external(gate_up.codes), self._graph.external(down.codes)
+        attributes: dict[str, Any] = {"k": shape.top_k, "normalize_routing_weights": int(shape.normalize_top_k)}
+        attributes |= {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
         if gate_up.encoding is Encoding.FLOAT32:
-            inputs = [values, router_logits, gate_up_codes, "", down_codes]
-            return self._graph.node("MoE", inputs, output, domain=MICROSOFT, **routing, **swiglu)
+            return self._float32_experts(gate_up, down, values, router_logits, output, attributes)
+        return self._quantized_experts(gate_up, down, values, router_logits, output, attributes)
+
+    def _float32_experts(
+        self,
+        gate_up: WeightPlan,
+        down: WeightPlan,
+        values: str,
+        router_logits: str,
+        output: str,
+        attributes: Mapping[str, Any],
+    ) -> str:
+        graph = self._graph
+        inputs = [values, router_logits, graph.external(gate_up.codes), "", graph.external(down.codes)]
+        if self._layout.shape.normalize_top_k:
+            return graph.node("MoE", inputs, output, domain=MICROSOFT, **attributes)
+        # ONNX Runtime 1.31's CPU kernel may write its output over its input. It copies the input first only when it
+        # normalises, and else clears what it is about to read (moe_cpu.cc), so the block would add nothing. A later
+        # node that takes the input too keeps it; this one always selects the experts' output.
+        routed = graph.node("MoE", inputs, f"{output}.routed", domain=MICROSOFT, **attributes)
+        return graph.node("Where", [graph.constant("true", True, np.bool_), routed, values], output)
+
+    def _quantized_experts(
+        self,
+        gate_up: WeightPlan,
+        down: WeightPlan,
+        values: str,
+        router_logits: str,
+        output: str,
+        attributes: Mapping[str, Any],
+    ) -> str:
+        graph = self._graph
+        gate_up_codes, down_codes = graph.external(gate_up.codes), graph.external(down.codes)
         inputs = [values, router_logits, gate_up_codes, self._scales(gate_up), "", down_codes, self._scales(down)]
-        return self._graph.node(
+        if not self._layout.shape.normalize_top_k:
+            # ONNX Runtime 1.31's CPU kernel normalises the chosen gates whatever the attribute says, unless it is given
+            # the gates of all experts (moe_quantization_cpu.cc).
+            gates = graph.node("Softmax", [router_logits], f"{output}.gates", axis=-1)
+            inputs += [""] * (_ROUTER_WEIGHTS_INPUT - len(inputs)) + [gates]
+        return graph.node(
             "QMoE",
             inputs,
             output,
@@ -93,8 +134,7 @@ class WeightNodes:
             expert_weight_bits=gate_up.encoding.bits,
             block_size=BLOCK_SIZE,
             weights_prepacked=0,  # the codes are plain, not in the order of one GPU's kernels
-            **routing,
-            **swiglu,
+            **attributes,
         )
 
     def _scales(self, weight: WeightPlan) -> str:

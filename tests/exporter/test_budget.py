@@ -18,7 +18,12 @@ from exporter.recipe import BudgetChoice
 from validate.measure import measure_base
 
 _KvType = Literal["f16", "f32", "q8_0", "q4_0"]
-_VALUES_PER_TOKEN = 6 * 2 * 4 * 32  # layers, key and value, heads, values
+
+
+def _cached_values(folder: Path) -> int:
+    """Values of one token in the cache: layers, key and value, heads, values of a head."""
+    shape = Checkpoint(folder).shape
+    return shape.n_layers * 2 * shape.n_kv_heads * shape.head_dim
 
 
 def _predict(
@@ -51,12 +56,12 @@ def test_llama_cpp_s_cache_has_the_type_that_was_asked_for(
     family_folder: Path, kv_type: _KvType, bytes_per_32: int
 ) -> None:
     prediction = _predict(family_folder, "gguf", "Q8_0", kv_type=kv_type)
-    assert prediction.kv_cache == 1024 * _VALUES_PER_TOKEN * bytes_per_32 // 32
+    assert prediction.kv_cache == 1024 * _cached_values(family_folder) * bytes_per_32 // 32
 
 
 @pytest.mark.parametrize("kv_type", ["f16", "q4_0"])
 def test_onnx_runtime_s_cache_is_float32_whatever_was_asked_for(family_folder: Path, kv_type: _KvType) -> None:
-    assert _predict(family_folder, "onnx", "Q4_0", kv_type=kv_type).kv_cache == 1024 * _VALUES_PER_TOKEN * 4
+    assert _predict(family_folder, "onnx", "Q4_0", kv_type=kv_type).kv_cache == 1024 * _cached_values(family_folder) * 4
 
 
 @pytest.mark.parametrize(("artifact", "weight_type"), [("gguf", "Q4_0"), ("onnx", "Q4_0")])

@@ -58,3 +58,16 @@ def test_what_llama_cpp_cannot_run_is_refused(fine_folder: Path) -> None:
         plan_tensors(shape, "Q3_X")
     with pytest.raises(UnsupportedError, match="rows of 100 values"):
         plan_tensors(replace(shape, expert_width=100), "Q4_K")
+
+
+def test_what_llama_cpp_s_olmoe_cannot_run_is_refused(olmoe_folder: Path) -> None:
+    shape = read_shape(olmoe_folder)
+    with pytest.raises(UnsupportedError, match="olmoe graph never normalises"):
+        plan_tensors(replace(shape, normalize_top_k=True), "Q8_0")
+    for wrong in (replace(shape, n_kv_heads=2), replace(shape, head_dim=16)):
+        with pytest.raises(
+            UnsupportedError, match="queries and keys as wide as the hidden size"
+        ):
+            plan_tensors(wrong, "Q8_0")
+    with pytest.raises(UnsupportedError, match="needs a head of its own"):
+        plan_tensors(replace(shape, tied_embeddings=True), "Q8_0")

@@ -17,6 +17,7 @@ from exporter.gguf.memory import predict_runtime_bytes
 from exporter.gguf.writer import write_gguf
 
 _REPOSITORY = Path(__file__).parent.parent.parent
+_SMALL = 8 << 20  # bytes by which the prediction may exceed a model of a few MB: buffers that are not touched whole
 _MEASURE = (
     "import dataclasses, json, pathlib, sys; from validate.llama_cpp import measure;"
     "cost = measure(pathlib.Path(sys.argv[1]), context=int(sys.argv[2]), kv_type=sys.argv[3], threads=2,"
@@ -38,7 +39,7 @@ def test_prediction_is_an_upper_bound_and_close(file: Path, family_folder: Path,
     cost = json.loads(subprocess.run(command, cwd=_REPOSITORY, capture_output=True, text=True, check=True).stdout)
     taken = cost["peak_rss_bytes"] - cost["base_rss_bytes"]
     predicted = sum(predict_runtime_bytes(read_shape(family_folder), file.stat().st_size, context, kv_type).values())
-    assert taken <= predicted <= 1.25 * taken
+    assert taken <= predicted <= max(1.25 * taken, taken + _SMALL)
 
 
 def test_every_expert_and_every_layer_counts(fine_folder: Path) -> None:

@@ -66,10 +66,21 @@ def test_identity_and_hyper_parameters(folder: Path) -> None:
     assert metadata["qwen3moe.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-6)
 
 
-def test_mixtral_keeps_the_expert_width_where_llama_cpp_looks(coarse_folder: Path) -> None:
-    metadata = model_metadata(read_shape(coarse_folder), coarse_folder, "coarse", "F32")
-    assert "llama.feed_forward_length" in metadata
-    assert "llama.expert_feed_forward_length" not in metadata
+@pytest.mark.parametrize(
+    ("model", "key", "width"),
+    [
+        ("fine", "qwen3moe.expert_feed_forward_length", 128),
+        ("coarse", "llama.feed_forward_length", 512),
+        ("olmoe", "olmoe.feed_forward_length", 64),
+    ],
+)
+def test_the_expert_width_is_where_llama_cpp_looks(
+    model: str, key: str, width: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    shutil.copyfile(request.getfixturevalue(f"{model}_folder") / "config.json", tmp_path / "config.json")
+    metadata = _read(tmp_path)
+    widths = {name: value for name, value in metadata.items() if name.endswith("feed_forward_length")}
+    assert widths == {key: width}
 
 
 def test_licence_travels_with_the_model(folder: Path) -> None:

@@ -23,6 +23,7 @@ from exporter.onnx.writer import write_onnx
 
 _EXACT = 1e-3  # logits reach 17; float32 in another order of summation gives 2e-5
 _INT8_HEAD = 0.15  # the head's inputs quantized to int8 in blocks of 32
+_EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 _LAYERS, _KV_HEADS, _HEAD_DIM = 6, 4, 32
 
 Tokens = npt.NDArray[np.int64]
@@ -166,7 +167,7 @@ def dequantized_reference(family_folder: Path) -> PreTrainedModel:
     for name, values in model.named_parameters():
         if "norm" in name or "mlp.gate." in name:
             continue
-        kind = gguf.GGMLQuantizationType.Q8_0 if "embed_tokens" in name else gguf.GGMLQuantizationType.Q4_0
+        kind = gguf.GGMLQuantizationType.Q8_0 if name in _EMBEDDINGS else gguf.GGMLQuantizationType.Q4_0
         stored = gguf.quants.dequantize(gguf.quants.quantize(values.detach().numpy(), kind), kind)
         values.data = torch.from_numpy(stored)
     return model
