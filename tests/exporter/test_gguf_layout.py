@@ -65,9 +65,7 @@ def test_what_llama_cpp_s_olmoe_cannot_run_is_refused(olmoe_folder: Path) -> Non
     with pytest.raises(UnsupportedError, match="olmoe graph never normalises"):
         plan_tensors(replace(shape, normalize_top_k=True), "Q8_0")
     for wrong in (replace(shape, n_kv_heads=2), replace(shape, head_dim=16)):
-        with pytest.raises(
-            UnsupportedError, match="queries and keys as wide as the hidden size"
-        ):
+        with pytest.raises(UnsupportedError, match="queries and keys as wide as the hidden size"):
             plan_tensors(wrong, "Q8_0")
     with pytest.raises(UnsupportedError, match="needs a head of its own"):
         plan_tensors(replace(shape, tied_embeddings=True), "Q8_0")
