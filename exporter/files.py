@@ -12,7 +12,15 @@ from typing import BinaryIO
 
 from compressors.model.errors import InputError
 
-__all__ = ["check_free_space", "flush", "flush_folder", "not_written", "replacing", "write_atomically"]
+__all__ = [
+    "check_free_space",
+    "flush",
+    "flush_folder",
+    "not_written",
+    "replacing",
+    "write_atomically",
+    "write_note",
+]
 
 _ADVICE = {
     errno.ENOSPC: "make room",
@@ -30,6 +38,35 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Raises:
         InputError: it cannot be written.
     """
+    try:
+        with _replacing(path) as file:
+            yield file
+    except OSError as error:
+        raise not_written(path, error) from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a small text file so that it is complete or absent.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    with replacing(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def write_note(path: Path, text: str) -> None:
+    """The same for a file that belongs to another, whose writer says what failed.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with _replacing(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
     partial = path.with_name(f"{path.name}.partial")
     try:
         with partial.open("w+b") as file:
@@ -37,16 +74,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError as error:
-        raise not_written(path, error) from error
     finally:
         partial.unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a small text file so that it is complete or absent."""
-    with replacing(path) as file:
-        file.write(text.encode("utf-8"))
 
 
 def check_free_space(folder: Path, n_bytes: int) -> None:

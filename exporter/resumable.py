@@ -16,8 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from compressors.model.errors import InputError
-from exporter.files import check_free_space, not_written, write_atomically
+from exporter.files import check_free_space, not_written, write_note
 
 __all__ = ["Extent", "Part", "ResumableFile", "is_published", "resuming"]
 
@@ -83,6 +82,8 @@ class ResumableFile:
         self._plan = hashlib.sha256(plan + places.encode()).hexdigest()
         self._descriptor = os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o666)
         self.n_pieces = 0 if anew else self._pieces_on_disk()
+        if self.n_pieces == 0:
+            self._journal.unlink(missing_ok=True)  # or it would vouch for what this attempt has not flushed yet
         os.ftruncate(self._descriptor, self._pieces[self.n_pieces - 1].end if self.n_pieces else 0)
         self._unflushed_bytes = 0
         self._flusher = ThreadPoolExecutor(1)
@@ -121,9 +122,9 @@ class ResumableFile:
     def close(self, *, record: bool) -> None:
         """Closes the file; on request records what was written, so that none of it needs to be done again."""
         self._flusher.shutdown()
-        flushes = self._flush is None or self._flush.exception() is None
-        if record and flushes and self._partial.exists():
-            with suppress(OSError, InputError):  # the disk may be what failed; the last record holds
+        flush_passed = self._flush is None or self._flush.exception() is None
+        if record and flush_passed and self._partial.exists():
+            with suppress(OSError):  # the disk may be what failed; the last record holds
                 self._record(self.n_pieces)
         os.close(self._descriptor)
 
@@ -134,7 +135,7 @@ class ResumableFile:
 
     def _record(self, n_pieces: int) -> None:
         os.fdatasync(self._descriptor)
-        write_atomically(self._journal, json.dumps({"plan": self._plan, "pieces": n_pieces}))
+        write_note(self._journal, json.dumps({"plan": self._plan, "pieces": n_pieces}))
 
     def _pieces_on_disk(self) -> int:
         try:

@@ -92,6 +92,14 @@ def test_a_file_that_was_cut_short_is_begun_anew(tmp_path: Path) -> None:
     assert _pieces_found(tmp_path / "file") == 0
 
 
+def test_a_journal_that_is_not_trusted_does_not_outlive_the_file_s_new_beginning(tmp_path: Path) -> None:
+    _attempt(tmp_path / "file", 4)
+    os.truncate(tmp_path / "file.partial", 0)
+    with resuming(tmp_path / "file", b"plan", _PIECES, keep=True) as file:
+        assert not (tmp_path / "file.journal").exists()
+        _write(file)
+
+
 def test_another_plan_or_other_places_are_begun_anew(tmp_path: Path) -> None:
     _attempt(tmp_path / "file", 4)
     assert _pieces_found(tmp_path / "file", plan=b"another") == 0
@@ -150,6 +158,19 @@ def test_a_flush_that_fails_fails_the_file(tmp_path: Path, monkeypatch: pytest.M
         pytest.raises(InputError, match=r"file cannot be written \(Input/output error\)"),
         resuming(path, b"plan", _PIECES, keep=True) as file,
     ):
+        _write(file)
+    assert not path.exists()
+    assert _pieces_found(path) == 0
+
+
+def test_a_journal_that_cannot_be_written_fails_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resumable, "_FLUSH_BYTES", 20)
+    path = tmp_path / "file"
+    with (
+        pytest.raises(InputError, match=r"cannot take the rest of file \(No space left on device\): \d+ more bytes"),
+        resuming(path, b"plan", _PIECES, keep=True) as file,
+    ):
+        (tmp_path / "file.journal.partial").symlink_to("/dev/full")
         _write(file)
     assert not path.exists()
     assert _pieces_found(path) == 0
