@@ -74,6 +74,9 @@ _FOLDER = click.Path(path_type=Path)
 @click.option("--dry-run", is_flag=True, help="Print the plan and write the recipe beside OUT; read no weights.")
 @click.option("--save-student", is_flag=True, help="Also write the student as a Hugging Face checkpoint.")
 @click.option("--memory", metavar="SIZE", help="Memory this run may use.  [default: half of what is free]")
+@click.option(
+    "--device", default="auto", show_default=True, help="Where calibration and recovery compute: cpu or cuda."
+)
 @click.option("--work-dir", type=_FOLDER, help="Where unfinished work is kept, as OUT.work.  [default: beside OUT]")
 @click.option("--force", is_flag=True, help="Start although disk or memory look too small.")
 @click.option("--offline", is_flag=True, help="Take hub models from the cache only.")
@@ -84,7 +87,9 @@ _FOLDER = click.Path(path_type=Path)
 def export(**arguments: Any) -> None:
     """Compress MODEL (a local folder or a hub id; without it a small bundled model) to the memory BUDGET."""
     from exporter.job import Job
+    from exporter.pipeline import follow
     from exporter.run import make_plan, run_job
+    from exporter.team import team
 
     _refuse_choices_beside_a_recipe(arguments)
     job = Job.create(**arguments)
@@ -93,7 +98,11 @@ def export(**arguments: Any) -> None:
         _print_plan(make_plan(job, command), job.out, as_json=job.json)
         return
     click.get_current_context().meta[_GOES_ON] = True
-    result = run_job(job, command, lambda text: click.echo(text, err=True))
+    with team() as members:
+        if members is not None and not members.leads:
+            follow(members)
+            return
+        result = run_job(job, command, lambda text: click.echo(text, err=True), members)
     if job.json:
         click.echo(json.dumps(result.report, indent=1))
     else:

@@ -16,10 +16,12 @@ from typing import Final
 from compressors.model.errors import InputError
 from exporter.durations import parse_duration
 from exporter.sizes import parse_size
+from exporter.team import local_processes
 from validate.verdict import REQUIREMENTS
 
 __all__ = [
     "BUDGET_KINDS",
+    "DEVICES",
     "FORMATS",
     "KV_TYPES",
     "METHODS",
@@ -31,6 +33,7 @@ __all__ = [
 ]
 
 BUDGET_KINDS: Final = ("total", "file")
+DEVICES: Final = ("auto", "cpu", "cuda")
 FORMATS: Final = ("gguf", "onnx")
 KV_TYPES: Final = ("f16", "f32", "q8_0", "q4_0")
 METHODS: Final = ("auto", "reap")
@@ -62,6 +65,7 @@ class Job:
     require: Mapping[str, float]  # threshold of each check that differs from the default
     recipe: Path | None
     memory_bytes: int | None  # None: half of the free memory
+    device: str  # cpu or cuda
     threads: int
     seed: int
     out: Path
@@ -93,6 +97,7 @@ class Job:
         require: Iterable[str] = (),
         recipe: Path | None = None,
         memory: str | None = None,
+        device: str = "auto",
         threads: int | None = None,
         seed: int = 0,
         out: Path | None = None,
@@ -134,6 +139,7 @@ class Job:
             require=parse_requirements(require),
             recipe=_existing_file("--recipe", recipe),
             memory_bytes=None if memory is None else parse_size(memory, "--memory"),
+            device=_device(device),
             threads=_usable_processors() if threads is None else _at_least_one("--threads", threads, "threads"),
             seed=_seed(seed),
             out=_folder_to_be("--out", out),
@@ -214,9 +220,20 @@ def _seed(seed: int) -> int:
     return seed
 
 
+def _device(name: str) -> str:
+    import torch
+
+    _one_of("--device", name, DEVICES)
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise InputError("--device cuda: this torch sees no CUDA device; install a CUDA build, or use --device cpu")
+    return ("cuda" if has_cuda else "cpu") if name == "auto" else name
+
+
 def _usable_processors() -> int:
     """Processors that this process may run on; containers often allow fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, usable // local_processes())
 
 
 def _model_name(model: str | None) -> str:

@@ -7,15 +7,17 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from compressors.model.errors import InputError, MoeExportError
 from exporter.plan import Plan
 from exporter.source_state import SourceState
 from exporter.stage import source_error
 from exporter.stage_process import Death, run_in_process
+from exporter.team import Team
 from exporter.work import StageRecord, WorkDirectory
 
-__all__ = ["ALL_STAGES", "Stage", "StageError", "fingerprints", "run_stages", "stages_of", "unfinished"]
+__all__ = ["ALL_STAGES", "Stage", "StageError", "fingerprints", "follow", "run_stages", "stages_of", "unfinished"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Stage:
     choices: tuple[str, ...]  # parts of the recipe that its outputs depend on
     what: str  # for the person who waits
     resumes: bool = False  # it goes on with the files that a killed attempt left
+    shared: bool = False  # all processes of a team take part
     crash_is_a_finding: bool = False  # it runs somebody else's runtime, whose death is a result
 
 
@@ -41,10 +44,19 @@ _CALIBRATE = Stage(
     ("source", "text", "arithmetic", "threads"),
     "run the teacher over the calibration text",
     resumes=True,
+    shared=True,
 )
 _COMPRESS = Stage("compress", 1, ("calibrate",), ("compress",), "choose the experts")
-_SCHEDULE = Stage("schedule", 2, ("compress",), ("recover", "arithmetic"), "time a step of Router KD")
-_RECOVER = Stage("recover", 2, ("compress", "schedule"), ("recover", "arithmetic"), "teach the routers", resumes=True)
+_SCHEDULE = Stage("schedule", 2, ("compress",), ("recover", "arithmetic"), "time a step of Router KD", shared=True)
+_RECOVER = Stage(
+    "recover",
+    2,
+    ("compress", "schedule"),
+    ("recover", "arithmetic"),
+    "teach the routers",
+    resumes=True,
+    shared=True,
+)
 _GGUF = Stage("gguf", 1, ("recover",), ("gguf",), "write the GGUF file", resumes=True)
 _ONNX = Stage("onnx", 1, ("recover",), ("onnx", "budget"), "write the ONNX folder", resumes=True)
 _STUDENT = Stage("student", 1, ("recover",), (), "write the student checkpoint", resumes=True)
@@ -103,9 +115,15 @@ def stages_of(plan: Plan) -> tuple[Stage, ...]:
 
 
 def run_stages(
-    plan: Plan, work: WorkDirectory, stages: Sequence[Stage], announce: Callable[[str], None]
+    plan: Plan,
+    work: WorkDirectory,
+    stages: Sequence[Stage],
+    announce: Callable[[str], None],
+    team: Team | None = None,
 ) -> dict[str, StageRecord]:
     """Runs what is not finished, each stage in its own process, and returns all records.
+
+    A ``team`` takes part in the stages that can be shared.
 
     Raises:
         InputError: the checkpoint is not the one that the run began with.
@@ -119,7 +137,7 @@ def run_stages(
             announce(f"[{number}/{len(stages)}] {stage.what}: done already")
         else:
             announce(f"[{number}/{len(stages)}] {stage.what}")
-            record = _run(stage, plan, work, expected[stage.name])
+            record = _run(stage, plan, work, expected[stage.name], team if stage.shared else None)
             announce(f"      {record.seconds:.0f} s, {record.peak_rss_bytes / 1e6:.0f} MB")
         records[stage.name] = record
     return records
@@ -173,11 +191,11 @@ def _source(plan: Plan, work: WorkDirectory, announce: Callable[[str], None]) ->
     return now
 
 
-def _run(stage: Stage, plan: Plan, work: WorkDirectory, fingerprint: str) -> StageRecord:
+def _run(stage: Stage, plan: Plan, work: WorkDirectory, fingerprint: str, team: Team | None) -> StageRecord:
     with work.stage_lock():
         work.begin(stage.name, fingerprint, resumes=stage.resumes)
     start = time.monotonic()
-    end = run_in_process(work, stage.name)
+    end = run_in_process(work, stage.name, None if team is None else team.call(_call(work, stage)))
     seconds = time.monotonic() - start
     if isinstance(end, Death):
         record = StageRecord(fingerprint, seconds, 0, _crash(stage, plan, work, end))
@@ -187,6 +205,20 @@ def _run(stage: Stage, plan: Plan, work: WorkDirectory, fingerprint: str) -> Sta
         record = StageRecord(fingerprint, seconds, end.peak_rss_bytes)
     work.finish(stage.name, record)
     return record
+
+
+def follow(team: Team) -> None:
+    """What the other processes of a team do: take part in the stages that the first one calls them to.
+
+    A stage that fails, fails in the first process too, which says so.
+    """
+    for what, group in team.calls():
+        call = json.loads(what)
+        run_in_process(WorkDirectory(Path(call["work"])), call["stage"], group)
+
+
+def _call(work: WorkDirectory, stage: Stage) -> str:
+    return json.dumps({"work": str(work.folder.resolve()), "stage": stage.name})
 
 
 def _crash(stage: Stage, plan: Plan, work: WorkDirectory, death: Death) -> str:

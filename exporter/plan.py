@@ -27,6 +27,7 @@ class Plan:
     predictions: Mapping[str, Prediction]  # by artifact
     recover_seconds: int
     memory_bytes: int
+    device: str  # cpu or cuda: where calibration and recovery compute
     require: Mapping[str, float]  # thresholds that differ from the default
     out: Path
     command: str  # as it was typed, for the report

@@ -87,7 +87,7 @@ def choose_recipe(
             selection_sha256=splits.selection.sha256,
             heldout_sha256=splits.heldout.sha256,
         ),
-        arithmetic=fastest_arithmetic(checkpoint.shape, checkpoint.dtype),
+        arithmetic=fastest_arithmetic(checkpoint.shape, checkpoint.dtype, job.device),
         compress=CompressChoice(method="reap" if pruned else "none", experts=chosen.n_experts),
         recover=_recovery(job, checkpoint, counts, pruned),
         gguf=chosen.types.get("gguf"),

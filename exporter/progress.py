@@ -29,10 +29,10 @@ _BYTES = "bytes"
 
 
 class Progress:
-    """Makes one bar at a time."""
+    """Makes one bar at a time; a ``silent`` one shows nothing."""
 
-    def __init__(self) -> None:
-        self._console = Console(stderr=True)
+    def __init__(self, *, silent: bool = False) -> None:
+        self._console = Console(stderr=True, quiet=silent)
 
     @contextmanager
     def bar(self, what: str, total: int) -> Iterator[Callable[[int], None]]:

@@ -24,6 +24,7 @@ from exporter.planner import TextCounts, choose_recipe, predict_recipe
 from exporter.preflight import refuse_too_little_disk, refuse_too_little_memory, refuse_unwritable_places
 from exporter.recipe import Recipe, load_recipe, recipe_yaml
 from exporter.result import build_report, final_recipe
+from exporter.team import Team, local_processes
 from exporter.work import WorkDirectory
 from validate.report import render_html, render_model_card
 
@@ -46,13 +47,14 @@ class Result:
         return 0 if self.report["verdict"]["passed"] else EXIT_CHECK_FAILED
 
 
-def run_job(job: Job, command: str, announce: Callable[[str], None]) -> Result:
+def run_job(job: Job, command: str, announce: Callable[[str], None], team: Team | None = None) -> Result:
     """Runs whatever of the job is not done yet.
 
     Args:
         job: what to do.
         command: as it was typed, for the report.
         announce: told of each stage.
+        team: the other processes, if torchrun started several; this one leads.
 
     Raises:
         MoeExportError: see its kinds in :mod:`compressors.model.errors`; finished stages stay for the next attempt.
@@ -73,18 +75,18 @@ def run_job(job: Job, command: str, announce: Callable[[str], None]) -> Result:
         work.claim(identity)
         if not work.plan_path.exists():
             plan.save(work.plan_path)
-        report = _build(plan, work, identity, announce)
+        report = _build(plan, work, identity, announce, team)
         work.remove()
     return Result(report, job.out)
 
 
 def _build(
-    plan: Plan, work: WorkDirectory, identity: dict[str, Any], announce: Callable[[str], None]
+    plan: Plan, work: WorkDirectory, identity: dict[str, Any], announce: Callable[[str], None], team: Team | None
 ) -> dict[str, Any]:
     """Runs the stages and publishes what they made; returns the report."""
     stages = stages_of(plan)
     announce(_time_to_go(plan, unfinished(plan, work, stages)))
-    records = run_stages(plan, work, stages, announce)
+    records = run_stages(plan, work, stages, announce, team)
     announce("write the report")
     outputs = Outputs(plan, work)
     artifacts = outputs.collect()
@@ -124,7 +126,8 @@ def make_plan(job: Job, command: str) -> Plan:
         predictions=predictions,
         # a recipe's number of blocks is followed as it stands, whatever the clock says
         recover_seconds=job.recover_seconds if job.recipe is None else 0,
-        memory_bytes=job.memory_bytes or psutil.virtual_memory().available // 2,
+        memory_bytes=job.memory_bytes or psutil.virtual_memory().available // 2 // local_processes(),
+        device=job.device,
         require=dict(job.require),
         out=job.out.resolve(),
         command=command,

@@ -46,12 +46,13 @@ class Death:
         return "the same command goes on where this run was"
 
 
-def run_in_process(work: WorkDirectory, stage: str) -> Outcome | Death:
-    """Runs a stage in a process of its own and returns how that went.
+def run_in_process(work: WorkDirectory, stage: str, group: str | None = None) -> Outcome | Death:
+    """Runs a stage in a process of its own, one of a ``group`` if there is one, and returns how that went.
 
     When waiting is interrupted (KeyboardInterrupt), the process is ended first.
     """
     command = [sys.executable, "-m", "exporter.stage", str(work.folder), stage, str(os.getpid())]
+    command += [] if group is None else [group]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
         try:
             answer, _ = process.communicate()

@@ -20,10 +20,10 @@ Arithmetic = Literal["float32", "bfloat16"]
 _WORTHWHILE_HIDDEN_SIZE = 1024  # below, products are too small to gain
 
 
-def fastest_arithmetic(shape: MoeShape, stored: torch.dtype) -> Arithmetic:
-    """What calibration and recovery compute in on this machine, for weights that are ``stored`` so."""
+def fastest_arithmetic(shape: MoeShape, stored: torch.dtype, device: str) -> Arithmetic:
+    """What calibration and recovery compute in on this machine's ``device``, for weights that are ``stored`` so."""
     worthwhile = stored == torch.bfloat16 and shape.hidden_size >= _WORTHWHILE_HIDDEN_SIZE
-    return "bfloat16" if worthwhile and _has_matrix_units() else "float32"
+    return "bfloat16" if worthwhile and (device == "cuda" or _has_matrix_units()) else "float32"
 
 
 def dtype_of(arithmetic: Arithmetic) -> torch.dtype:

@@ -306,7 +306,7 @@ class StreamedModel:
             input_gradient, *found = torch.autograd.grad(output, [rows, *parameters], output_gradient)
             gradient_BTD[blocks] = input_gradient.to("cpu")
             for key, value in zip(keys, found, strict=True):
-                gradients[key] += value.cpu()
+                gradients[key] += value
 
     def _place(self, hidden_bytes: int) -> Placement:
         """Where things lie; the first pass decides it for all."""

@@ -85,6 +85,7 @@ class RouterTraining:
         settings: the schedule; its ``n_blocks`` must not exceed the blocks given.
         limit: memory that this process may use; layers that fit stay between steps.
         dtype: of the arithmetic; routers, their gradients and the optimizer are float32.
+        device: where layers compute.
 
     Raises:
         InputError: there are fewer blocks than the schedule wants.
@@ -99,6 +100,7 @@ class RouterTraining:
         *,
         limit: MemoryLimit | None = None,
         dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
     ) -> None:
         if settings.n_blocks > len(tokens_BT):
             raise InputError(
@@ -112,10 +114,10 @@ class RouterTraining:
         self._targets = targets
         self._dtype = dtype
         self._routers = {
-            (Role.ROUTER, layer): nn.Parameter(student.tensor(Role.ROUTER, layer).float().clone())
+            (Role.ROUTER, layer): nn.Parameter(student.tensor(Role.ROUTER, layer).float().clone().to(device))
             for layer in range(student.shape.n_layers)
         }
-        self._model = StreamedModel(student, trainable=self._routers, limit=limit)
+        self._model = StreamedModel(student, trainable=self._routers, limit=limit, device=device)
         self._optimizer = torch.optim.AdamW(self._routers.values(), lr=settings.learning_rate, weight_decay=0.0)
         order = torch.randperm(settings.n_blocks, generator=torch.Generator().manual_seed(settings.seed))
         self._steps = order.split(settings.blocks_per_step)
@@ -142,9 +144,9 @@ class RouterTraining:
         """Everything that the next step depends on, to be given to :meth:`restore`."""
         tensors = {"n_done": torch.tensor(self.n_done)}
         for (_, layer), router in self._routers.items():
-            tensors[f"{layer}.router"] = router.detach()
+            tensors[f"{layer}.router"] = router.detach().cpu()
             for name, value in self._optimizer.state[router].items():
-                tensors[f"{layer}.{name}"] = value
+                tensors[f"{layer}.{name}"] = value.cpu()
         return tensors
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -154,7 +156,7 @@ class RouterTraining:
             router.data.copy_(tensors[f"{layer}.router"])
             prefix = f"{layer}."
             self._optimizer.state[router] = {
-                name.removeprefix(prefix): value.clone()
+                name.removeprefix(prefix): value.clone() if name == f"{prefix}step" else value.clone().to(router.device)
                 for name, value in tensors.items()
                 if name.startswith(prefix) and name != f"{layer}.router"
             }
@@ -203,7 +205,7 @@ def train_routers(
 
 def router_overlay(student: Student, routers: dict[int, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Overlay entries for routers given by layer: float32 [E, D]."""
-    return {student.name(Role.ROUTER, layer): weight.detach().float() for layer, weight in routers.items()}
+    return {student.name(Role.ROUTER, layer): weight.detach().float().cpu() for layer, weight in routers.items()}
 
 
 @torch.no_grad()
@@ -214,6 +216,7 @@ def mean_divergence(
     scored: slice,
     progress: Callable[[int], None] | None = None,
     limit: MemoryLimit | None = None,
+    device: torch.device | None = None,
 ) -> float:
     """Mean full-vocabulary KL(teacher || student) in nats over the scored positions of the blocks.
 
@@ -224,8 +227,9 @@ def mean_divergence(
         scored: positions of each block.
         progress: called with 1 after each layer.
         limit: memory that this process may use.
+        device: where layers compute.
     """
-    model = StreamedModel(student, limit=limit)
+    model = StreamedModel(student, limit=limit, device=device)
     mine = share(len(tokens_BT))
     (hidden,) = model.stream([TokenGroup(tokens_BT[mine])], progress)
     n_scored = scored.stop - scored.start

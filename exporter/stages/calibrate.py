@@ -35,7 +35,8 @@ def run(context: StageContext) -> None:
         heldout.leading(text.heldout_chunks_per_file).tokens_BT,
     )
     files = Calibration(context.output)
-    teacher = TeacherPass(checkpoint, blocks, files, dtype_of(plan.recipe.arithmetic), memory_limit(context))
+    dtype = dtype_of(plan.recipe.arithmetic)
+    teacher = TeacherPass(checkpoint, blocks, files, dtype, memory_limit(context), torch.device(plan.device))
     with context.progress.bar("layers", checkpoint.shape.n_layers) as advance:
         for n_done in teacher.run_layers(Snapshot(context.output / "snapshot")):
             advance(n_done)

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
 from compressors.model.arithmetic import dtype_of
@@ -57,7 +58,8 @@ def _router_rung(context: StageContext, student: Student, settings: RouterKdSett
     selection = LogProbReader(files.selection_log_probs)
     scored = scored_positions(blocks.selection.shape[1])
     start = time.monotonic()
-    before = mean_divergence(student, blocks.selection, selection, scored, limit=limit)
+    device = torch.device(context.plan.device)
+    before = mean_divergence(student, blocks.selection, selection, scored, limit=limit, device=device)
     training = RouterTraining(
         student,
         blocks.calibration,
@@ -65,9 +67,10 @@ def _router_rung(context: StageContext, student: Student, settings: RouterKdSett
         settings,
         limit=limit,
         dtype=dtype_of(context.plan.recipe.arithmetic),
+        device=device,
     )
     taught = _train(context, training)
-    after = mean_divergence(taught, blocks.selection, selection, scored, limit=limit)
+    after = mean_divergence(taught, blocks.selection, selection, scored, limit=limit, device=device)
     return taught, {
         "rung": "router",
         "loss": "kd",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import time
 
+import torch
+
 from compressors.model.arithmetic import dtype_of
 from compressors.model.parallel import is_first
 from compressors.recover.router_kd import RouterTraining
@@ -35,6 +37,7 @@ def run(context: StageContext) -> None:
             one_step,
             limit=memory_limit(context),
             dtype=dtype_of(plan.recipe.arithmetic),
+            device=torch.device(plan.device),
         )
         start = time.monotonic()
         training.step()

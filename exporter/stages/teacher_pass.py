@@ -38,18 +38,25 @@ class TeacherPass:
         files: where the results go.
         dtype: of the arithmetic on calibration text; the other texts are computed in float32, the reference.
         limit: memory that this process may use.
+        device: where layers compute.
 
     Raises:
         InputError: the checkpoint cannot be read, or holds values that are not finite, or makes them.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, blocks: Blocks, files: Calibration, dtype: torch.dtype, limit: MemoryLimit
+        self,
+        checkpoint: Checkpoint,
+        blocks: Blocks,
+        files: Calibration,
+        dtype: torch.dtype,
+        limit: MemoryLimit,
+        device: torch.device,
     ) -> None:
         self._blocks = blocks
         self._files = files
-        self._model = StreamedModel(Student.teacher(checkpoint), limit=limit, check_finite=True)
-        self._statistics = StatisticsCollector(checkpoint.shape)
+        self._model = StreamedModel(Student.teacher(checkpoint), limit=limit, check_finite=True, device=device)
+        self._statistics = StatisticsCollector(checkpoint.shape, device)
         self._recorder = RoutingRecorder(checkpoint.shape)
         self._shares = {name: share(len(tokens_BT)) for name, tokens_BT in vars(blocks).items()}
         self._groups = [
