@@ -20,11 +20,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import click
-from gguf import GGUFReader
 
 from benchmarks.export import ours
 from benchmarks.export.importance import write_imatrix, write_statistics
 from benchmarks.export.llama_cpp import Tools, build_tools
+from benchmarks.export.tensors import equal_tensors
 from benchmarks.scale.checkpoints import MODELS, with_layers, write_checkpoint
 from compressors.model.shape import read_shape
 from exporter.gguf.layout import preset_named
@@ -107,10 +107,10 @@ def _compare(preset: str, source: Path, folder: Path, tools: Tools, rounds: int,
         for path in (our_file, their_file, converted):
             path.unlink(missing_ok=True)
         _read_into_page_cache(source)
-        first, second = _cost(convert, threads), _cost([*quantize, str(threads)], threads)
+        first, second = _cost(convert, threads), _cost(quantize, threads)
         _read_into_page_cache(source)
         measured.append((_cost(our_command, threads), first, second))
-    equal, total = _equal_tensors(our_file, their_file)
+    equal, total = equal_tensors(our_file, their_file)
     return Comparison(
         preset,
         ours=_median([we for we, _, _ in measured]),
@@ -153,21 +153,6 @@ def _bytes_written() -> int:
 def _median(costs: Sequence[Cost]) -> Cost:
     ordered = sorted(costs, key=lambda cost: cost.seconds)
     return ordered[len(ordered) // 2]
-
-
-def _equal_tensors(our_file: Path, their_file: Path) -> tuple[int, int]:
-    """How many tensors have the same name, type, shape and bytes in both files, of how many."""
-    our_tensors, their_tensors = (
-        {tensor.name: tensor for tensor in GGUFReader(path).tensors} for path in (our_file, their_file)
-    )
-    equal = 0
-    for name in our_tensors.keys() & their_tensors.keys():
-        one, other = our_tensors[name], their_tensors[name]
-        same_kind = one.tensor_type == other.tensor_type and list(one.shape) == list(other.shape)
-        equal += same_kind and bool((one.data == other.data).all())
-        if not same_kind:
-            print(f"{name}: {one.tensor_type.name} {other.tensor_type.name}")
-    return equal, len(our_tensors.keys() | their_tensors.keys())
 
 
 def _write(comparisons: Sequence[Comparison], layers: int, rounds: int, threads: int) -> None:
