@@ -55,10 +55,9 @@ class TeacherTargets:
 
     def of_blocks(self, blocks: Sequence[int], n_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(log-probabilities, falling, float32; tokens, int64) of blocks of ``n_tokens``: [blocks * n_tokens, K]."""
+        firsts = [block * n_tokens for block in blocks]
         log_probs, tokens = (
-            np.concatenate(
-                [file.read(0, 0), *(file.read(block * n_tokens, (block + 1) * n_tokens) for block in blocks)]
-            )
+            np.concatenate([file.read(0, 0), *(file.read(first, first + n_tokens) for first in firsts)])
             for file in (self._log_probs, self._tokens)
         )
         return torch.from_numpy(log_probs), torch.from_numpy(tokens).long()

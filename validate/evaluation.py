@@ -6,7 +6,7 @@ cache, the second half of each scored, exp of the mean negative log-likelihood.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,8 @@ from compressors.model.routing import Routing
 from validate.backend import Backend, scored_positions
 
 __all__ = ["Divergence", "Evaluation", "divergence", "evaluate", "perplexity"]
+
+_VALUES_AT_ONCE = 1 << 22  # logits that are compared together: 16 MB in float32, a few times over
 
 
 @dataclass(frozen=True)
@@ -90,17 +92,19 @@ def evaluate(
     routing: list[Routing] = []
     n_scored = 0
     for chunk, output in zip(tokens_BT, backend.run(tokens_BT), strict=True):
-        logits = torch.from_numpy(output.logits_SV)
         targets = torch.from_numpy(chunk[scored.start + 1 : scored.stop + 1])
-        likelihoods.append(negative_log_likelihood(logits, targets))
-        for name, reader in references.items():
-            reference = reader.rows(n_scored, n_scored + len(logits))
-            divergences[name].append(kl_divergence(reference, logits))
-            same_top[name].append(reference.argmax(-1) == logits.argmax(-1))
-        if record is not None:
-            record.write(n_scored, logits)
+        # a few positions at a time: the runtime's own memory should be most of this process's
+        for rows in _slices(len(targets), max(1, _VALUES_AT_ONCE // output.logits_SV.shape[1])):
+            logits = torch.from_numpy(output.logits_SV[rows])
+            likelihoods.append(negative_log_likelihood(logits, targets[rows]))
+            for name, reader in references.items():
+                reference = reader.rows(n_scored, n_scored + len(logits))
+                divergences[name].append(kl_divergence(reference, logits))
+                same_top[name].append(reference.argmax(-1) == logits.argmax(-1))
+            if record is not None:
+                record.write(n_scored, logits)
+            n_scored += len(logits)
         routing.append(output.routing)
-        n_scored += len(logits)
         if progress is not None:
             progress(1)
     return Evaluation(
@@ -109,6 +113,11 @@ def evaluate(
         {name: torch.cat(parts).numpy() for name, parts in same_top.items()},
         Routing.concatenate(routing),
     )
+
+
+def _slices(n_items: int, at_once: int) -> Iterator[slice]:
+    for start in range(0, n_items, at_once):
+        yield slice(start, min(start + at_once, n_items))
 
 
 def perplexity(negative_log_likelihood_N: npt.NDArray[np.float32]) -> tuple[float, float]:
