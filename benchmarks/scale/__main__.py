@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
 
-from benchmarks.scale.measure import DEFAULT_FOLDER, ScaleRun, measure, source_folder
-from benchmarks.scale.results import record
+from benchmarks.scale.measure import DEFAULT_FOLDER, ScaleRun, measure_and_record, source_folder
 
 _RUNS = (
     ScaleRun(shape="olmoe", layers=16, memory="3.5GB"),
@@ -17,11 +15,11 @@ _RUNS = (
 
 
 def main() -> None:
-    """Measures every run and writes its figures as soon as it is done; one checkpoint is on the disk at a time."""
+    """Measures every run and writes its figures; one checkpoint is on the disk at a time."""
     DEFAULT_FOLDER.mkdir(parents=True, exist_ok=True)
     for run, following in zip(_RUNS, (*_RUNS[1:], None), strict=True):
         print(run)
-        record(asdict(run), [asdict(cost) for cost in measure(run, DEFAULT_FOLDER, print)])
+        measure_and_record(run, DEFAULT_FOLDER, print)
         source = source_folder(run, DEFAULT_FOLDER)
         if following is None or source_folder(following, DEFAULT_FOLDER) != source:
             shutil.rmtree(source)

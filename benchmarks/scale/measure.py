@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from exporter.plan import Plan
 from exporter.run import make_plan
 from exporter.work import StageRecord, WorkDirectory
 
-__all__ = ["DEFAULT_FOLDER", "ScaleRun", "StageCost", "measure", "source_folder"]
+__all__ = ["DEFAULT_FOLDER", "ScaleRun", "StageCost", "measure_and_record", "source_folder"]
 
 DEFAULT_FOLDER = Path(tempfile.gettempdir()) / "moe-export-scale"
 """Holds checkpoints, which are kept, and the work of the run that goes on."""
@@ -72,7 +72,20 @@ class StageCost:
     output: int  # what the stage left
 
 
-def measure(run: ScaleRun, folder: Path, announce: Callable[[str], None]) -> list[StageCost]:
+def measure_and_record(run: ScaleRun, folder: Path, announce: Callable[[str], None]) -> None:
+    """Measures a run and puts each stage's figures into the results as soon as it is done.
+
+    Raises:
+        MoeExportError: a stage failed; its work directory stays.
+    """
+    costs = []
+    for cost in _stage_costs(run, folder, announce):
+        announce(f"{cost.stage}: {cost.seconds:.1f} s, {cost.peak_rss / 1e6:.0f} MB")
+        costs.append(asdict(cost))
+        record(asdict(run), costs)
+
+
+def _stage_costs(run: ScaleRun, folder: Path, announce: Callable[[str], None]) -> Iterator[StageCost]:
     """Makes the checkpoint if ``folder`` has none of its kind, runs all stages and removes their outputs.
 
     Raises:
@@ -88,17 +101,13 @@ def measure(run: ScaleRun, folder: Path, announce: Callable[[str], None]) -> lis
     plan = _plan(run, source, folder)
     plan.save(work.plan_path)
     stages = stages_of(plan)
-    costs = []
     for number, stage in enumerate(stages, start=1):
         if run.cold:
             _drop_from_page_cache(source)
         before = _io_counters()
         records = run_stages(plan, work, stages[:number], lambda text: None)
-        cost = _cost(stage, work, records[stage.name], before)
-        announce(f"{cost.stage}: {cost.seconds:.1f} s, {cost.peak_rss / 1e6:.0f} MB")
-        costs.append(cost)
+        yield _cost(stage, work, records[stage.name], before)
     shutil.rmtree(work.folder)
-    return costs
 
 
 def source_folder(run: ScaleRun, folder: Path) -> Path:
@@ -184,10 +193,9 @@ def main(folder: Path, shape: str, layers: int | None, **choices: Any) -> None:
     run = ScaleRun(shape=shape, layers=layers or MODELS[shape]["num_hidden_layers"], **choices)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        costs = measure(run, folder, click.echo)
+        measure_and_record(run, folder, click.echo)
     except MoeExportError as error:
         raise click.ClickException(str(error)) from None
-    record(asdict(run), [asdict(cost) for cost in costs])
 
 
 if __name__ == "__main__":
