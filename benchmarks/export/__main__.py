@@ -88,20 +88,13 @@ def main(layers: int, rounds: int, threads: int, tools: Path, folder: Path) -> N
 
 def _compare(preset: str, source: Path, folder: Path, tools: Tools, rounds: int, threads: int) -> Comparison:
     our_file, their_file, converted = folder / "ours.gguf", folder / "theirs.gguf", folder / "converted.gguf"
-    our_command = [sys.executable, "-m", ours.__name__, source, folder / "statistics", preset, our_file, str(threads)]
+    our_command: list[str | Path] = [sys.executable, "-m", ours.__name__]
+    our_command += [source, folder / "statistics", preset, our_file, str(threads)]
     convert: list[str | Path] = [*tools.convert, source, "--outfile", converted, "--outtype", "bf16"]
     embeddings = preset_named(preset).embeddings.name
-    types = ["--pure", "--token-embedding-type", embeddings, "--output-tensor-type", embeddings]
-    file_type = {"Q4_K": "Q4_K_S"}.get(preset, preset)
-    quantize: list[str | Path] = [
-        *tools.quantize,
-        "--imatrix",
-        folder / "imatrix.gguf",
-        *types,
-        converted,
-        their_file,
-        file_type,
-    ]
+    quantize: list[str | Path] = [*tools.quantize, "--imatrix", folder / "imatrix.gguf"]
+    quantize += ["--pure", "--token-embedding-type", embeddings, "--output-tensor-type", embeddings]
+    quantize += [converted, their_file, {"Q4_K": "Q4_K_S"}.get(preset, preset), str(threads)]
     measured: list[tuple[Cost, Cost, Cost]] = []
     for _ in range(rounds):
         for path in (our_file, their_file, converted):
