@@ -77,9 +77,13 @@ def disk_lines(plan: Plan) -> dict[str, int]:
     return {what: n_bytes for what, n_bytes in lines.items() if n_bytes}
 
 
-def memory_lines(checkpoint: Checkpoint) -> dict[str, int]:
-    """The least memory that the stages need for this model, whatever its depth, by what it is for."""
-    shape, itemsize = checkpoint.shape, checkpoint.dtype.itemsize
+def memory_lines(shape: MoeShape, itemsize: int) -> dict[str, int]:
+    """The least memory that the stages need, whatever the depth, by what it is for.
+
+    Args:
+        shape: the source's.
+        itemsize: bytes of a stored weight.
+    """
     layer = shape.dense_layer_parameters + shape.n_experts * shape.expert_parameters
     head = shape.vocab_size * shape.hidden_size
     return {

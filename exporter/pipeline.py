@@ -17,7 +17,17 @@ from exporter.stage_process import Death, run_in_process
 from exporter.team import Team
 from exporter.work import StageRecord, WorkDirectory
 
-__all__ = ["ALL_STAGES", "Stage", "StageError", "fingerprints", "follow", "run_stages", "stages_of", "unfinished"]
+__all__ = [
+    "ALL_STAGES",
+    "Stage",
+    "StageError",
+    "fingerprints",
+    "follow",
+    "run_stages",
+    "source_of_run",
+    "stages_of",
+    "unfinished",
+]
 
 
 @dataclass(frozen=True)
@@ -129,7 +139,11 @@ def run_stages(
         InputError: the checkpoint is not the one that the run began with.
         StageError: a stage failed; what was finished stays.
     """
-    expected = fingerprints(plan, stages, _source(plan, work, announce))
+    source, touched = source_of_run(plan, work)
+    if touched is not None:
+        announce(f"{plan.source}: {touched} since this run began: starting again from {_CALIBRATE.name}")
+    source.save(work.source_path)
+    expected = fingerprints(plan, stages, source)
     records: dict[str, StageRecord] = {}
     for number, stage in enumerate(stages, start=1):
         record = work.record(stage.name)
@@ -143,13 +157,36 @@ def run_stages(
     return records
 
 
+def source_of_run(plan: Plan, work: WorkDirectory) -> tuple[SourceState, str | None]:
+    """The checkpoint's state, with which every stage compares what it finds.
+
+    Returns:
+        The state, and which file was touched since the run began, its size and header being the same, if one was.
+
+    Raises:
+        InputError: the checkpoint is not the one that the run began with, or cannot be read.
+    """
+    now, began = SourceState.of(plan.source), SourceState.load(work.source_path)
+    if began is None:
+        return now, None
+    change = began.change_to(now)
+    if change is None:
+        return began, None
+    if not change.touched_only:
+        raise InputError(
+            f"{plan.source} is not the model that this run began with: {change.what}; put the original back, or "
+            f"remove {work.folder} to begin anew"
+        )
+    return now, change.what
+
+
 def unfinished(plan: Plan, work: WorkDirectory, stages: Sequence[Stage]) -> list[str]:
     """Names of the stages that are still to be run.
 
     Raises:
-        InputError: the source cannot be read.
+        InputError: the checkpoint is not the one that the run began with.
     """
-    expected = fingerprints(plan, stages, SourceState.of(plan.source))
+    expected = fingerprints(plan, stages, source_of_run(plan, work)[0])
     records = {stage.name: work.record(stage.name) for stage in stages}
     return [name for name, record in records.items() if record is None or record.fingerprint != expected[name]]
 
@@ -171,24 +208,6 @@ def _fingerprint(stage: Stage, plan: Plan, source: SourceState, earlier: Mapping
         "source": asdict(source) if not stage.needs else None,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _source(plan: Plan, work: WorkDirectory, announce: Callable[[str], None]) -> SourceState:
-    """The checkpoint's state, which every stage compares with what it finds."""
-    now = SourceState.of(plan.source)
-    began = SourceState.load(work.source_path)
-    change = None if began is None else began.change_to(now)
-    if change is not None and not change.touched_only:
-        raise InputError(
-            f"{plan.source} is not the model that this run began with: {change.what}; put the original back, or "
-            f"remove {work.folder} to begin anew"
-        )
-    if began is not None and change is None:
-        return began
-    if change is not None:
-        announce(f"{plan.source}: {change.what} since this run began: starting again from {_CALIBRATE.name}")
-    now.save(work.source_path)
-    return now
 
 
 def _run(stage: Stage, plan: Plan, work: WorkDirectory, fingerprint: str, team: Team | None) -> StageRecord:

@@ -18,7 +18,7 @@ from exporter.hub import bundled_text, resolve_model
 from exporter.job import Job
 from exporter.machine import measure_speeds
 from exporter.outputs import Outputs, reserved, sha256_of
-from exporter.pipeline import run_stages, stages_of, unfinished
+from exporter.pipeline import run_stages, source_of_run, stages_of, unfinished
 from exporter.plan import Plan
 from exporter.planner import TextCounts, choose_recipe, predict_recipe
 from exporter.preflight import refuse_too_little_disk, refuse_too_little_memory, refuse_unwritable_places
@@ -66,8 +66,8 @@ def run_job(job: Job, command: str, announce: Callable[[str], None], team: Team 
     work = WorkDirectory(job.work_dir)
     plan = _existing_plan(work, job, identity) or make_plan(job, command)
     if not job.force:
-        free_memory = psutil.virtual_memory().available
-        refuse_too_little_memory(memory_lines(Checkpoint(plan.source)), plan.memory_bytes, free_memory)
+        least = memory_lines(plan.teacher_shape, Checkpoint(plan.source).dtype.itemsize)
+        refuse_too_little_memory(least, plan.memory_bytes, psutil.virtual_memory().available)
         refuse_too_little_disk(plan, work.folder)
     with reserved(job.out), work.lock():
         if job.out.exists():  # another run has just published it
@@ -85,7 +85,8 @@ def _build(
 ) -> dict[str, Any]:
     """Runs the stages and publishes what they made; returns the report."""
     stages = stages_of(plan)
-    announce(_time_to_go(plan, unfinished(plan, work, stages)))
+    if to_do := unfinished(plan, work, stages):
+        announce(_time_to_go(plan, to_do))
     records = run_stages(plan, work, stages, announce, team)
     announce("write the report")
     outputs = Outputs(plan, work)
@@ -158,7 +159,9 @@ def _existing_plan(work: WorkDirectory, job: Job, identity: dict[str, Any]) -> P
     if not work.plan_path.exists():
         return None
     work.claim(identity)
-    return replace(work.plan(), out=job.out.resolve())  # the work may go on with another --out
+    plan = replace(work.plan(), out=job.out.resolve())  # the work may go on with another --out
+    source_of_run(plan, work)  # before anything else is said of a model that is not the one
+    return plan
 
 
 def _already_published(job: Job, identity: dict[str, Any]) -> Result:

@@ -22,19 +22,13 @@ class FileState:
 
     size: int
     modified_ns: int
-    digest: str  # SHA-256: of a weight file's header, of the whole of any other file
+    digest: str  # SHA-256 of a weight file's header, of all contents of any other file
 
     @classmethod
     def of(cls, path: Path) -> FileState:
         """The file's state now."""
         status = path.stat()
         return cls(status.st_size, status.st_mtime_ns, _digest(path))
-
-    def difference(self, now: FileState) -> str | None:
-        """What is different now, apart from the time of modification; None if nothing is."""
-        if self.size != now.size:
-            return f"its size went from {self.size:,} to {now.size:,} bytes"
-        return None if self.digest == now.digest else "its header is another"
 
 
 @dataclass(frozen=True)
@@ -82,7 +76,7 @@ class SourceState:
         for name, file in self.files.items():
             if name not in now.files:
                 return Change(f"{name} is gone", touched_only=False)
-            difference = file.difference(now.files[name])
+            difference = _difference(name, file, now.files[name])
             if difference is not None:
                 return Change(f"{name} changed: {difference}", touched_only=False)
         for name in now.files:
@@ -94,9 +88,22 @@ class SourceState:
         return None
 
 
+def _difference(name: str, before: FileState, now: FileState) -> str | None:
+    """What is different, apart from the time of modification; None if nothing is."""
+    if before.size != now.size:
+        return f"its size went from {before.size:,} to {now.size:,} bytes"
+    if before.digest != now.digest:
+        return "its header is another" if _is_weights(name) else "its contents are others"
+    return None
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(".safetensors")
+
+
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
-        if path.suffix != ".safetensors":
+        if not _is_weights(path.name):
             return hashlib.file_digest(file, "sha256").hexdigest()
         length = file.read(8)  # of the JSON that follows; in a damaged file it may be any number
         header = file.read(min(int.from_bytes(length, "little"), _LARGEST_HEADER))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,8 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 
 Command = Callable[..., Sequence[str]]
+Completed = subprocess.CompletedProcess[str]
 
 
 @pytest.fixture(scope="session")
@@ -53,10 +56,25 @@ def toy_command(toy_model: Path, small_texts: tuple[Path, Path]) -> Command:
 
 
 @pytest.fixture(scope="session")
-def run_command() -> Callable[[Sequence[str]], subprocess.CompletedProcess[str]]:
+def tiny_recipe(
+    tmp_path_factory: pytest.TempPathFactory, toy_command: Command, run_command: Callable[[Sequence[str]], Completed]
+) -> Path:
+    """The toy job's recipe with as little text as possible: every stage runs, most of its time is the start."""
+    folder = tmp_path_factory.mktemp("recipe")
+    planned = run_command(toy_command(folder / "out", "--dry-run", "--json"))
+    assert planned.returncode == 0, planned.stderr
+    recipe = json.loads(planned.stdout)
+    recipe["text"] |= {"calibration_blocks": 2, "selection_blocks": 1, "heldout_chunks_per_file": 1}
+    recipe["recover"] |= {"blocks": 2, "blocks_per_step": 1}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    return folder / "tiny.yaml"
+
+
+@pytest.fixture(scope="session")
+def run_command() -> Callable[[Sequence[str]], Completed]:
     """Runs a command line as a person would, and captures what it prints."""
 
-    def run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    def run(command: Sequence[str]) -> Completed:
         environment = os.environ | {"PYTHONWARNINGS": "ignore"}
         return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 

@@ -75,7 +75,7 @@ def _edit_config(model: Path, *, drop: Sequence[str] = (), **values: object) -> 
     [
         (_no_config, "config.json"),
         (_dense, "dense"),
-        (_unsupported_family, "mixtral, qwen3_moe"),
+        (_unsupported_family, "supported are mixtral, olmoe, qwen3_moe"),
         (_missing_shard, "model-00001-of-00001.safetensors"),
         (_missing_tensor, "model.layers.0.mlp.experts.3.up_proj.weight"),
         (_truncated, "truncated"),
@@ -135,6 +135,39 @@ def test_a_folder_of_somebody_else_is_not_touched(run_command: Run, tmp_path: Pa
     assert result.returncode == 2
     assert "choose another folder" in result.stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious.txt"]
+
+
+@pytest.mark.parametrize("flag", ["--out", "--work-dir"])
+def test_a_place_where_nothing_can_be_written_is_refused_before_any_work(
+    flag: str, run_command: Run, tmp_path: Path
+) -> None:
+    """/proc takes no files, not even root's."""
+    places = ["--out", str(tmp_path / "out"), flag, "/proc/self/moe-export"]
+    result = run_command([sys.executable, "-m", "exporter", "--budget", "10MB", *places])
+    assert result.returncode == 2
+    assert f"error: {flag}: nothing can be written in /proc/self" in result.stderr
+    assert result.stderr.endswith("; choose another place\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_that_is_too_little_is_refused_with_the_figures(run_command: Run, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "exporter", "--budget-kind", "file", "--budget", "10MB", "--memory", "200MB"]
+    result = run_command([*command, "--out", str(tmp_path / "out")])
+    assert result.returncode == 2
+    assert "error: --memory: 200.0 MB (190.7 MiB) (without the flag it is half of what is free) are" in result.stderr
+    assert "less than the 864.5 MB (824.4 MiB) that this model needs (two decoder layers 13.4 MB" in result.stderr
+    assert "give more of it, close programs, or use --force" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_shows_the_time_and_what_the_run_itself_needs(run_command: Run, tmp_path: Path) -> None:
+    """Nothing is refused: the plan is there to be looked at."""
+    command = [sys.executable, "-m", "exporter", "--budget-kind", "file", "--budget", "10MB", "--memory", "200MB"]
+    result = run_command([*command, "--out", str(tmp_path / "new" / "out"), "--dry-run"])
+    assert result.returncode == 0, result.stderr
+    for line in ("time ", "(calibration ", "work on disk, at most ", "hidden states ", "memory, at least "):
+        assert line in result.stdout
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.recipe.yaml"]
 
 
 def test_a_budget_that_cannot_be_met_names_the_smallest_that_can(run_command: Run, tmp_path: Path) -> None:

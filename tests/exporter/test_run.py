@@ -1,14 +1,11 @@
-"""The whole pipeline on a toy: what it builds, and that killing it changes nothing."""
+"""The whole pipeline on a toy: what it builds."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,56 +93,6 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(
     assert other.returncode == 2
     assert "belongs to another run" in other.stderr
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
-
-
-def test_killed_in_every_stage_it_resumes_to_the_same_bytes(
-    finished: tuple[Path, str], toy_command: Command, tmp_path: Path
-) -> None:
-    expected, _ = finished
-    out = tmp_path / "out"
-    command = toy_command(out, "--save-student")
-    names = list(_report(expected)["timings"])
-    for stage in range(1, len(names) + 1):
-        done = _kill_in_stage(command, out.with_name("out.work") / names[stage - 1], stage, len(names))
-        # the kill before this one hit stage - 1, so everything before that is finished, and is not done again
-        assert all(done[: max(0, stage - 2)])
-        assert not done[stage - 1]
-        assert not out.exists()
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert (out / "SHA256SUMS").read_text() == (expected / "SHA256SUMS").read_text()
-    assert _without_times(_report(out)) == _without_times(_report(expected))
-
-
-def _kill_in_stage(command: Sequence[str], folder: Path, stage: int, n_stages: int) -> list[bool]:
-    """Kills the run when a stage has begun to write; returns for each stage up to that one whether it was done."""
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    assert process.stderr is not None
-    done: list[bool] = []
-    for line in process.stderr:
-        if line.startswith("["):
-            done.append(line.rstrip().endswith("done already"))
-        if line.startswith(f"[{stage}/{n_stages}]"):
-            break
-    partial = folder.with_name(f"{folder.name}.partial")
-    while not folder.exists() and not (partial.exists() and any(partial.iterdir())):
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
-    return done
-
-
-def _without_times(report: Any) -> Any:
-    """The report without what legitimately differs: times, rates, peaks, the command line."""
-    differs = {"seconds", "load_seconds", "timings", "peak_rss_bytes", "base_rss_bytes", "total", "reserve", "command"}
-    if isinstance(report, dict):
-        return {
-            key: _without_times(value)
-            for key, value in report.items()
-            if key not in differs and not key.endswith("_per_second")
-        }
-    return [_without_times(item) for item in report] if isinstance(report, list) else report
 
 
 def test_a_recipe_is_followed_and_a_failed_check_gives_exit_code_4(

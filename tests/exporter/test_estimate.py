@@ -1,0 +1,222 @@
+"""What a run is said to need, against sums that were made in another way."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.errors import InputError
+from exporter.estimate import Speeds, describe_time, disk_lines, memory_lines, seconds_by_stage
+from exporter.job import Job
+from exporter.machine import measure_speeds
+from exporter.plan import Plan
+from exporter.preflight import refuse_too_little_disk, refuse_too_little_memory
+from exporter.recipe import Recipe
+from exporter.run import make_plan, run_job
+
+_START = 4
+_FAST = Speeds(read_bytes=1e15, multiply_adds=1e6, quantized_values=1e15)
+_PLENTY = 10**15
+
+
+@pytest.fixture(scope="module")
+def job(toy_model: Path, small_texts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """The toy's job: 12 of 32 experts, routers taught, both artifacts in Q4_0, and the student's checkpoint."""
+    calibration, text = small_texts
+    out = tmp_path_factory.mktemp("estimate") / "out"
+    return Job.create(
+        model=str(toy_model),
+        budget="3MB",
+        budget_kind="file",
+        quant="Q4_0",
+        calibration=calibration,
+        text=text,
+        threads=1,
+        context=512,
+        save_student=True,
+        out=out,
+    )
+
+
+@pytest.fixture(scope="module")
+def plan(job: Job) -> Plan:
+    """With round numbers of blocks: 40, 4, and 3 of each of the two held-out files."""
+    plan = make_plan(job, "moe-export")
+    text = {"calibration_blocks": 40, "selection_blocks": 4, "heldout_chunks_per_file": 3}
+    return _edited(plan, text=text, recover={"blocks": 40, "blocks_per_step": 8})
+
+
+def _edited(plan: Plan, **parts: Mapping[str, Any]) -> Plan:
+    recipe = plan.recipe.model_dump()
+    for name, part in parts.items():
+        recipe[name] |= part
+    return replace(plan, recipe=Recipe.model_validate(recipe))
+
+
+def _matrix_values(plan: Plan, n_experts_per_token: int) -> int:
+    """Weights that one token meets: all but norms, with its share of the experts. The embedding is the head."""
+    headers = Checkpoint(plan.source).headers
+    sizes = {name: prod(header.shape) for name, header in headers.items() if len(header.shape) == 2}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    others = sum(size for name, size in sizes.items() if ".experts." not in name)
+    assert plan.teacher_shape.tied_embeddings
+    return others + experts * n_experts_per_token // plan.teacher_shape.n_experts
+
+
+def test_seconds_are_tokens_times_weights_where_reading_costs_nothing(plan: Plan) -> None:
+    seconds = seconds_by_stage(plan, _FAST, _PLENTY)
+    per_block = 512 * _matrix_values(plan, plan.teacher_shape.top_k) / 1e6
+    assert seconds["calibrate"] - _START == pytest.approx((40 + 4 + 6) * per_block, rel=0.001)
+    # the student lacks router rows of 20 experts in 2 layers
+    per_block -= 512 * 2 * 20 * plan.teacher_shape.hidden_size / 1e6
+    assert seconds["validate_torch"] - _START == pytest.approx(6 * per_block, rel=0.001)
+    assert seconds["validate_gguf"] - _START == pytest.approx((6 + 1) * per_block, rel=0.001)
+    assert seconds["schedule"] - _START == pytest.approx(3 * 8 * per_block, rel=0.001)
+    assert seconds["gguf"] == pytest.approx(_START, abs=0.01)
+    assert set(seconds) == {
+        *("calibrate", "schedule", "recover", "gguf", "onnx", "student"),
+        *("validate_torch", "validate_gguf", "validate_onnx"),
+    }
+
+
+def test_recovery_takes_its_steps_or_its_time_limit(plan: Plan) -> None:
+    step = seconds_by_stage(plan, _FAST, _PLENTY)["schedule"] - _START
+    judging = 2 * 4 / 8 * step / 3
+    for limit, steps in ((10**9, 5 * step), (7, 7)):
+        seconds = seconds_by_stage(replace(plan, recover_seconds=limit), _FAST, _PLENTY)
+        assert seconds["recover"] - _START == pytest.approx(steps + judging)
+    recipe = replace(plan, recover_seconds=0)
+    assert seconds_by_stage(recipe, _FAST, _PLENTY)["schedule"] == _START, "a recipe's steps are not timed"
+    none = _edited(plan, recover={"rung": "none", "blocks": 0})
+    assert not {"schedule", "recover"} & set(seconds_by_stage(none, _FAST, _PLENTY))
+
+
+def test_a_checkpoint_larger_than_the_free_memory_is_read_in_every_pass(plan: Plan) -> None:
+    slow_disk = Speeds(read_bytes=1e6, multiply_adds=1e15, quantized_values=1e15)
+    checkpoint = Checkpoint(plan.source)
+    once = checkpoint.n_bytes / 1e6
+    fits = seconds_by_stage(plan, slow_disk, checkpoint.n_bytes + 1)
+    assert fits["calibrate"] - _START == pytest.approx(once, rel=0.001)
+    assert fits["validate_torch"] == pytest.approx(_START, abs=0.01)
+    does_not = seconds_by_stage(plan, slow_disk, checkpoint.n_bytes)
+    student = plan.student_shape.parameters * 2 / 1e6
+    assert does_not["validate_torch"] - _START == pytest.approx(student)
+    assert does_not["recover"] - _START == pytest.approx((5 * 3 + 2) * student)
+    assert does_not["gguf"] - _START == pytest.approx(student + plan.predictions["gguf"].file / 1e6)
+
+
+def test_quantizing_counts_for_types_that_are_quantized(plan: Plan) -> None:
+    slow = Speeds(read_bytes=1e15, multiply_adds=1e15, quantized_values=1e6)
+    quantizing = plan.student_shape.parameters / 1e6
+    seconds = seconds_by_stage(plan, slow, _PLENTY)
+    assert seconds["gguf"] - _START == seconds["onnx"] - _START == pytest.approx(quantizing)
+    assert seconds["student"] == pytest.approx(_START, abs=0.01)
+
+
+def test_the_time_is_told_in_parts() -> None:
+    seconds = {"calibrate": 1500.0, "recover": 1800.0, "schedule": 60.0, "gguf": 300.0, "onnx": 240.0}
+    assert describe_time(seconds | {"validate_torch": 1200.0, "validate_gguf": 600.0}) == (
+        "about 1 h 35 min (calibration 25 min, recovery 31 min, writing 9 min, validation 30 min)"
+    )
+    assert describe_time({"onnx": 30.0}) == "about 30 s (writing 30 s)"
+
+
+def test_the_machine_is_measured(plan: Plan) -> None:
+    speeds = measure_speeds(plan)
+    for speed in vars(speeds).values():
+        assert 1e5 < speed < 1e14
+    copied = replace(plan, recipe=plan.recipe.model_copy(update={"gguf": "BF16", "onnx": "F32"}))
+    assert measure_speeds(copied).quantized_values == float("inf")
+
+
+def test_every_file_of_a_run_has_a_line(plan: Plan) -> None:
+    shape = plan.teacher_shape
+    lines = disk_lines(plan)
+    n_blocks = 40 + 4 + 6
+    assert lines["hidden states"] == 3 * n_blocks * 512 * shape.hidden_size * 4
+    assert lines["training targets"] == 40 * 512 * 64 * 8
+    # 255 of 512 positions are scored; the GGUF's are recorded for the ONNX file to be compared with
+    assert lines["log-probabilities in 16 bits"] == (4 + 2 * 6) * 255 * (2 * shape.vocab_size + 8)
+    assert lines["training"] == (3 * 8 * 512 + 2 * 3 * 2 * 12) * shape.hidden_size * 4
+    assert {"gguf files", "onnx files", "student checkpoint", "statistics", "routing", "token blocks"} <= set(lines)
+    without = _edited(plan, recover={"rung": "none"})
+    without = replace(without, recipe=without.recipe.model_copy(update={"save_student": False}))
+    assert set(lines) - set(disk_lines(without)) == {"training", "student checkpoint"}
+
+
+def test_memory_does_not_grow_with_depth_and_fits_the_promises(plan: Plan) -> None:
+    olmoe = replace(
+        plan.teacher_shape, n_layers=16, hidden_size=2048, n_heads=16, n_kv_heads=16, head_dim=128, n_experts=64,
+        top_k=8, expert_width=1024, vocab_size=50304,
+    )  # fmt: skip
+    qwen = replace(olmoe, n_layers=48, n_heads=32, n_kv_heads=4, n_experts=128, expert_width=768, vocab_size=151936)
+    lines = memory_lines(olmoe, 2)
+    assert lines["two decoder layers"] == pytest.approx(2 * 2 * (64 * 3 * 2048 * 1024 + 4 * 2048**2), rel=0.001)
+    assert sum(lines.values()) < 3.5e9
+    assert sum(memory_lines(qwen, 2).values()) < 5e9
+    assert memory_lines(replace(qwen, n_layers=6), 2) == memory_lines(qwen, 2)
+    wide = replace(plan.teacher_shape, vocab_size=1_000_000)
+    assert memory_lines(wide, 2)["the head"] == 2 * 2 * 1_000_000 * wide.hidden_size
+
+
+def test_too_little_memory_is_refused_with_figures() -> None:
+    lines = {"two decoder layers": 2_000_000_000, "the process itself": 1_000_000_000}
+    refuse_too_little_memory(lines, 3_000_000_000, 3_000_000_000)
+    with pytest.raises(
+        InputError, match=r"^2\.9 GB .* of memory are free, less than the 3\.0 GB .* \(two decoder layers"
+    ):
+        refuse_too_little_memory(lines, 9_000_000_000, 2_900_000_000)
+    with pytest.raises(InputError, match=r"^--memory: 2\.9 GB .* less than the 3\.0 GB .* 8\.0 GB .* are free: give"):
+        refuse_too_little_memory(lines, 2_900_000_000, 8_000_000_000)
+
+
+def test_too_little_disk_is_refused_with_figures(plan: Plan, tmp_path: Path) -> None:
+    work = tmp_path / "out.work"
+    refuse_too_little_disk(plan, work)
+    predictions = plan.predictions | {"gguf": replace(plan.predictions["gguf"], file=10**18)}
+    large = replace(plan, predictions=predictions)
+    with pytest.raises(InputError) as refused:
+        refuse_too_little_disk(large, work)
+    assert re.match(
+        rf"{tmp_path} has .* free, and the run puts up to 1000000\.\d TB \(.*\) there "
+        r"\(gguf files .*, onnx files .*\); free space, choose another --work-dir and --out, or use --force",
+        str(refused.value),
+    )
+
+
+def test_what_an_unfinished_run_has_written_is_not_needed_again(plan: Plan, tmp_path: Path) -> None:
+    gguf = replace(plan.predictions["gguf"], file=shutil.disk_usage(tmp_path).free)
+    large = replace(plan, predictions=plan.predictions | {"gguf": gguf})
+    work = tmp_path / "out.work"
+    with pytest.raises(InputError):
+        refuse_too_little_disk(large, work)
+    work.mkdir()
+    with (work / "sparse").open("wb") as file:
+        file.truncate(sum(disk_lines(large).values()))
+    refuse_too_little_disk(large, work)
+
+
+class _Begun(Exception):
+    pass
+
+
+def _begun(line: str) -> None:
+    assert line.startswith("time to go: about ")
+    raise _Begun
+
+
+def test_force_overrides_the_refusals_and_the_time_is_announced(job: Job) -> None:
+    too_little = replace(job, memory_bytes=1_000_000)
+    with pytest.raises(InputError, match="--memory"):
+        run_job(too_little, "moe-export", _begun)
+    assert not job.work_dir.exists()
+    with pytest.raises(_Begun):
+        run_job(replace(too_little, force=True), "moe-export", _begun)
