@@ -1,6 +1,6 @@
 """What a run needs before it begins: disk and memory line by line, and the hours. Arithmetic only; nothing is measured.
 
-Bytes are upper bounds but for a few kilobytes. Hours follow from three speeds of this machine
+Bytes are upper bounds but for a few kilobytes. Hours follow from a few speeds of this machine
 (:mod:`exporter.machine`); they are good to a factor of two, enough for a person to decide whether to wait.
 """
 
@@ -48,7 +48,8 @@ class Speeds:
     """What this machine does in a second, with a model's own sizes and types."""
 
     read_bytes: float  # from the disk that the checkpoint is on
-    multiply_adds: float  # in products of the experts' size
+    multiply_adds: float  # in products of the experts' size, in the arithmetic of calibration and recovery
+    reference_multiply_adds: float  # the same in float32, in which everything that is reported is computed
     quantized_values: float  # in all threads together
 
 
@@ -104,17 +105,18 @@ def seconds_by_stage(plan: Plan, speeds: Speeds, free_memory: int) -> dict[str, 
     recipe, teacher, student = plan.recipe, plan.teacher_shape, plan.student_shape
     passes = _Passes(Checkpoint(plan.source), speeds, free_memory)
     n_heldout = _heldout_blocks(plan)
-    n_teacher = recipe.text.calibration_blocks + recipe.text.selection_blocks + n_heldout
+    n_reference = recipe.text.selection_blocks + n_heldout
+    computing = passes.computing(teacher, recipe.text.calibration_blocks, n_reference)
     seconds = {
-        "calibrate": max(passes.reading(teacher), passes.forward(teacher, n_teacher)),
+        "calibrate": max(passes.reading(teacher), computing),
         **_recovery(plan, passes),
-        "validate_torch": passes.forward(student, n_heldout),
+        "validate_torch": passes.forward(student, n_reference=n_heldout),
     }
     for artifact, prediction in plan.predictions.items():
         seconds[artifact] = passes.export(student, recipe.type_of(artifact) or "", prediction.file)
         # held-out text, and a cache that is filled to see what that costs
         n_blocks = n_heldout + recipe.budget.context // BLOCK_LENGTH
-        seconds[f"validate_{artifact}"] = passes.forward(student, n_blocks)
+        seconds[f"validate_{artifact}"] = passes.forward(student, n_reference=n_blocks)
     if recipe.save_student:
         seconds["student"] = passes.export(student, "BF16", _student_bytes(plan))
     return {stage: _START_SECONDS + value for stage, value in seconds.items()}
@@ -139,13 +141,18 @@ class _Passes:
         """All weights, from the disk."""
         return shape.parameters * self._itemsize / self._speeds.read_bytes
 
-    def forward(self, shape: MoeShape, n_blocks: int) -> float:
-        """These token blocks through a model that was read before."""
+    def computing(self, shape: MoeShape, n_blocks: int, n_reference: int) -> float:
+        """Arithmetic of these token blocks, and of others in float32."""
         # attention between the tokens of a block is small beside the matrices
         layer = shape.dense_layer_parameters + shape.top_k * shape.expert_parameters
-        per_token = shape.n_layers * layer + shape.vocab_size * shape.hidden_size
-        computing = n_blocks * BLOCK_LENGTH * per_token / self._speeds.multiply_adds
-        return max(computing, 0.0 if self._stays_cached else self.reading(shape))
+        per_block = BLOCK_LENGTH * (shape.n_layers * layer + shape.vocab_size * shape.hidden_size)
+        speeds = self._speeds
+        return per_block * (n_blocks / speeds.multiply_adds + n_reference / speeds.reference_multiply_adds)
+
+    def forward(self, shape: MoeShape, n_blocks: int = 0, *, n_reference: int = 0) -> float:
+        """Token blocks through a model that was read before."""
+        reading = 0.0 if self._stays_cached else self.reading(shape)
+        return max(self.computing(shape, n_blocks, n_reference), reading)
 
     def export(self, shape: MoeShape, weight_type: str, n_bytes: int) -> float:
         """Quantizing and writing; a disk writes no faster than it reads."""
@@ -160,7 +167,7 @@ def _recovery(plan: Plan, passes: _Passes) -> dict[str, float]:
         return {}
     step = _STEP_FORWARDS * passes.forward(plan.student_shape, choice.blocks_per_step)
     steps = step * choice.blocks / choice.blocks_per_step
-    judging = 2 * passes.forward(plan.student_shape, plan.recipe.text.selection_blocks)  # before and after
+    judging = 2 * passes.forward(plan.student_shape, n_reference=plan.recipe.text.selection_blocks)  # before and after
     return {"schedule": step if limit else 0.0, "recover": (min(steps, limit) if limit else steps) + judging}
 
 

@@ -31,7 +31,11 @@ _QUANTIZED_ROWS = 32
 def measure_speeds(plan: Plan) -> Speeds:
     """The speeds of a plan's own sizes, types and threads."""
     largest = max(Checkpoint(plan.source).files, key=lambda file: file.stat().st_size)
-    return Speeds(_read_bytes_per_second(largest), _multiply_adds_per_second(plan), _quantized_per_second(plan))
+    arithmetic = dtype_of(plan.recipe.arithmetic)
+    reference = multiply_adds = _multiply_adds_per_second(plan, torch.float32)
+    if arithmetic is not torch.float32:
+        multiply_adds = _multiply_adds_per_second(plan, arithmetic)
+    return Speeds(_read_bytes_per_second(largest), multiply_adds, reference, _quantized_per_second(plan))
 
 
 def _read_bytes_per_second(file: Path) -> float:
@@ -50,9 +54,9 @@ def _read_bytes_per_second(file: Path) -> float:
         return n_bytes / (time.perf_counter() - start)
 
 
-def _multiply_adds_per_second(plan: Plan) -> float:
+def _multiply_adds_per_second(plan: Plan, dtype: torch.dtype) -> float:
     """Of the tokens that one expert gets in one call, with its gate and up projection."""
-    shape, dtype = plan.teacher_shape, dtype_of(plan.recipe.arithmetic)
+    shape = plan.teacher_shape
     n_rows = max(1, BLOCKS_AT_ONCE[dtype] * BLOCK_LENGTH * shape.top_k // shape.n_experts)
     inputs = torch.ones(n_rows, shape.hidden_size, dtype=dtype)
     weights = torch.ones(2 * shape.expert_width, shape.hidden_size, dtype=dtype)

@@ -23,7 +23,7 @@ from exporter.recipe import Recipe
 from exporter.run import make_plan, run_job
 
 _START = 4
-_FAST = Speeds(read_bytes=1e15, multiply_adds=1e6, quantized_values=1e15)
+_FAST = Speeds(read_bytes=1e15, multiply_adds=1e6, reference_multiply_adds=1e6, quantized_values=1e15)
 _PLENTY = 10**15
 
 
@@ -87,6 +87,17 @@ def test_seconds_are_tokens_times_weights_where_reading_costs_nothing(plan: Plan
     }
 
 
+def test_what_is_reported_is_computed_in_float32(plan: Plan) -> None:
+    """Four times as slow as the arithmetic of calibration, on a processor with matrix units."""
+    usual = seconds_by_stage(plan, _FAST, _PLENTY)
+    slow_reference = seconds_by_stage(plan, replace(_FAST, reference_multiply_adds=1e6 / 4), _PLENTY)
+    assert slow_reference["schedule"] == usual["schedule"]
+    for stage in ("validate_torch", "validate_gguf"):
+        assert slow_reference[stage] - _START == pytest.approx(4 * (usual[stage] - _START))
+    calibrate = usual["calibrate"] - _START
+    assert slow_reference["calibrate"] - _START == pytest.approx(calibrate * (40 + 4 * (4 + 6)) / (40 + 4 + 6))
+
+
 def test_recovery_takes_its_steps_or_its_time_limit(plan: Plan) -> None:
     step = seconds_by_stage(plan, _FAST, _PLENTY)["schedule"] - _START
     judging = 2 * 4 / 8 * step / 3
@@ -100,7 +111,7 @@ def test_recovery_takes_its_steps_or_its_time_limit(plan: Plan) -> None:
 
 
 def test_a_checkpoint_larger_than_the_free_memory_is_read_in_every_pass(plan: Plan) -> None:
-    slow_disk = Speeds(read_bytes=1e6, multiply_adds=1e15, quantized_values=1e15)
+    slow_disk = Speeds(read_bytes=1e6, multiply_adds=1e15, reference_multiply_adds=1e15, quantized_values=1e15)
     checkpoint = Checkpoint(plan.source)
     once = checkpoint.n_bytes / 1e6
     fits = seconds_by_stage(plan, slow_disk, checkpoint.n_bytes + 1)
@@ -114,7 +125,7 @@ def test_a_checkpoint_larger_than_the_free_memory_is_read_in_every_pass(plan: Pl
 
 
 def test_quantizing_counts_for_types_that_are_quantized(plan: Plan) -> None:
-    slow = Speeds(read_bytes=1e15, multiply_adds=1e15, quantized_values=1e6)
+    slow = Speeds(read_bytes=1e15, multiply_adds=1e15, reference_multiply_adds=1e15, quantized_values=1e6)
     quantizing = plan.student_shape.parameters / 1e6
     seconds = seconds_by_stage(plan, slow, _PLENTY)
     assert seconds["gguf"] - _START == seconds["onnx"] - _START == pytest.approx(quantizing)
