@@ -44,14 +44,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # as the stages do
     tokens_BT = torch.randint(0, 4096, (arguments.tokens // _BLOCK, _BLOCK), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as folder:
         sides = _Sides(arguments.checkpoint, tokens_BT, dtype_of(arguments.arithmetic), Path(folder))
-        rows = [
-            ("calibration", *_compare(sides.calibrate, sides.plain_forward, arguments.rounds)),
-            ("Router KD step", *_compare(sides.step, sides.plain_forward_of_a_step, arguments.rounds)),
-        ]
-    _write(rows, arguments)
+        # the short ones first: they warm up both sides for the long ones
+        sides.step()
+        _measure("Router KD step", sides.step, sides.plain_forward_of_a_step, 2 * arguments.rounds, arguments)
+        sides.calibrate(_STEP_BLOCKS)
+        _measure("calibration", sides.calibrate, sides.plain_forward, arguments.rounds, arguments)
 
 
 class _Sides:
@@ -69,11 +70,12 @@ class _Sides:
         self._stock = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         self._rows = self._choose_fastest()
 
-    def calibrate(self) -> None:
-        """Statistics of all layers, and the targets on disk."""
+    def calibrate(self, n_blocks: int | None = None) -> None:
+        """Statistics of all layers, and the targets on disk, of all blocks or the first ones."""
+        tokens_BT = self._tokens_BT[:n_blocks]
         collector = StatisticsCollector(self._model.shape)
-        (hidden,) = self._model.stream([TokenGroup(self._tokens_BT, [collector.observe], self._dtype)])
-        write_targets(self._model, hidden, self._targets, range(len(self._tokens_BT)))
+        (hidden,) = self._model.stream([TokenGroup(tokens_BT, [collector.observe], self._dtype)])
+        write_targets(self._model, hidden, self._targets, range(len(tokens_BT)))
 
     @torch.no_grad()
     def plain_forward(self) -> None:
@@ -99,20 +101,18 @@ class _Sides:
                 self._stock.set_experts_implementation(implementation)
                 self._rows = rows
                 self.plain_forward_of_a_step()
-                tried[implementation, rows] = min(_seconds(self.plain_forward_of_a_step) for _ in range(2))
+                tried[implementation, rows] = _seconds(self.plain_forward_of_a_step)
         implementation, rows = min(tried, key=lambda key: tried[key])
         print({f"{name}, {n} rows": f"{seconds:.2f} s" for (name, n), seconds in tried.items()})
         self._stock.set_experts_implementation(implementation)
         return rows
 
 
-def _compare(ours: Callable[[], None], peer: Callable[[], None], rounds: int) -> tuple[float, float, float]:
-    """Median seconds of ours and of the peer, and the median ratio, after one warm-up of each."""
-    _seconds(ours)
-    _seconds(peer)
+def _measure(what: str, ours: Callable[[], None], peer: Callable[[], None], rounds: int, arguments: Any) -> None:
+    """Runs both in turns; prints and records the median seconds of each, and the median ratio."""
     pairs = [(_seconds(ours), _seconds(peer)) for _ in range(rounds)]
     ratio = median(first / second for first, second in pairs)
-    return median(first for first, _ in pairs), median(second for _, second in pairs), ratio
+    _write(what, median(first for first, _ in pairs), median(second for _, second in pairs), ratio, arguments)
 
 
 def _seconds(work: Callable[[], None]) -> float:
@@ -121,18 +121,16 @@ def _seconds(work: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def _write(rows: list[tuple[str, float, float, float]], arguments: Any) -> None:
-    for what, ours, peer, ratio in rows:
-        print(f"{what}: {ours:.2f} s, plain forward {peer:.2f} s, ratio {ratio:.2f}")
+def _write(what: str, ours: float, peer: float, ratio: float, arguments: Any) -> None:
+    print(f"{what}: {ours:.2f} s, plain forward {peer:.2f} s, ratio {ratio:.2f}", flush=True)
     path = _RESULTS / "scale_speed.csv"
     new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         if new:
             writer.writerow(("what", "tokens", "arithmetic", "threads", "seconds", "stock_forward_seconds", "ratio"))
-        for what, ours, peer, ratio in rows:
-            common = (what, arguments.tokens, arguments.arithmetic, torch.get_num_threads())
-            writer.writerow((*common, f"{ours:.2f}", f"{peer:.2f}", f"{ratio:.2f}"))
+        common = (what, arguments.tokens, arguments.arithmetic, torch.get_num_threads())
+        writer.writerow((*common, f"{ours:.2f}", f"{peer:.2f}", f"{ratio:.2f}"))
 
 
 if __name__ == "__main__":

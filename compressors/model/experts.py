@@ -85,14 +85,14 @@ class _GroupedExperts(torch.autograd.Function):
         for choice in choices:
             rows = slice(choice.start, choice.start + choice.n_rows)
             pulled_nF = gradient_TD.index_select(0, choice.padded_tokens) @ weights.down(choice.expert)
-            gates_n = torch.zeros(choice.n_rows, dtype=gates_TK.dtype, device=gates_TK.device)
+            gates_n = gradient_TD.new_zeros(choice.n_rows)
             gates_n[: choice.n] = gates_TK[choice.tokens, choice.slots]
             with torch.enable_grad():
                 gate_up = gate_up_[rows].detach().requires_grad_()
                 hidden_nF = _activate(ctx.experts, gate_up)
                 (gate_up_gradient,) = torch.autograd.grad(hidden_nF, gate_up, pulled_nF * gates_n[:, None])
             torch.mm(gate_up_gradient, weights.gate_up(choice.expert), out=input_gradients_SD[rows])
-            gate_gradient_n = (pulled_nF * hidden_nF.detach()).sum(-1, dtype=torch.float32)[: choice.n]
+            gate_gradient_n = (pulled_nF * hidden_nF.detach()).sum(-1)[: choice.n]
             gates_gradient_TK[choice.tokens, choice.slots] = gate_gradient_n.to(gates_TK.dtype)
         return choices.sum_by_token(input_gradients_SD), gates_gradient_TK, None, None
 

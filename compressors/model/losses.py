@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn import functional
 
@@ -37,9 +39,36 @@ def kl_divergence_to_top(
         top_tokens_NK: their ids.
         logits_NV: the student's logits.
     """
-    student = functional.log_softmax(logits_NV.float(), dim=-1)
-    student_top = student.gather(-1, top_tokens_NK)
-    student_rest = student.scatter(-1, top_tokens_NK, -torch.inf).logsumexp(-1)
-    top = top_log_probs_NK.exp()
-    rest = (1.0 - top.sum(-1)).clamp_min(torch.finfo(torch.float32).tiny)
-    return (top * (top_log_probs_NK - student_top)).sum(-1) + rest * (rest.log() - student_rest)
+    divergence_N: torch.Tensor = _DivergenceToTop.apply(logits_NV.float(), top_log_probs_NK, top_tokens_NK)  # type: ignore[no-untyped-call]
+    return divergence_N
+
+
+class _DivergenceToTop(torch.autograd.Function):
+    """With p and q of the top tokens, and r and s of the rest: sum p log(p / q) + r log(r / s).
+
+    Its gradient with respect to a logit is q - p for a top token and q (1 - r / s) for another. Written out, because
+    autograd would hold several arrays of the logits' size.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_NV: torch.Tensor, top_log_probs_NK: torch.Tensor, top_tokens_NK: torch.Tensor
+    ) -> torch.Tensor:
+        student_NV = torch.softmax(logits_NV, dim=-1)
+        log_sums = logits_NV.logsumexp(-1, keepdim=True)
+        student_top_log_NK = logits_NV.gather(-1, top_tokens_NK) - log_sums
+        student_NV.scatter_(-1, top_tokens_NK, 0.0)
+        tiny = torch.finfo(torch.float32).tiny
+        student_rest = student_NV.sum(-1, keepdim=True).clamp_min(tiny)
+        top_NK = top_log_probs_NK.exp()
+        rest = (1.0 - top_NK.sum(-1, keepdim=True)).clamp_min(tiny)
+        ctx.save_for_backward(student_NV, student_top_log_NK, student_rest, top_NK, rest, top_tokens_NK)
+        of_top = (top_NK * (top_log_probs_NK - student_top_log_NK)).sum(-1)
+        return of_top + (rest * (rest.log() - student_rest.log()))[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        student_NV, student_top_log_NK, student_rest, top_NK, rest, top_tokens_NK = ctx.saved_tensors
+        gradient_NV = student_NV * (1.0 - rest / student_rest)
+        gradient_NV.scatter_(-1, top_tokens_NK, student_top_log_NK.exp() - top_NK)
+        return gradient_NV.mul_(gradients[0][:, None]), None, None

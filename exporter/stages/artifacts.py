@@ -133,3 +133,4 @@ def use_threads(plan: Plan) -> None:
     """Fixes torch's threads and algorithms: results depend on both."""
     torch.set_num_threads(plan.recipe.threads)
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # or all is written twice
