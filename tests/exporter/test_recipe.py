@@ -25,6 +25,7 @@ _DATA: dict[str, Any] = {
         "selection_sha256": "2e5",  # looks like a number
         "heldout_sha256": "3" * 64,
     },
+    "arithmetic": "bfloat16",
     "compress": {"method": "reap", "experts": 24},
     "recover": {"rung": "router", "blocks": 320, "blocks_per_step": 8, "learning_rate": 0.00075, "seed": 42},
     "gguf": "Q4_0",
