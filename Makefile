@@ -20,7 +20,7 @@ lint: .venv/installed-dev
 	$(BIN)/lint-imports --no-logo
 
 bench: .venv/installed-dev
-	$(BIN)/python -m benchmarks.bench
+	$(BIN)/python -m benchmarks.speed
 
 # Compiles llama-quantize the first time; needs cmake and 10 GB of disk.
 bench-export: .venv/installed-dev

@@ -1,6 +1,8 @@
-"""What calibration and a step of Router KD cost against a plain forward pass of stock transformers, at real shape.
+"""``make bench``: what calibration and a step of Router KD cost against a plain forward pass of stock transformers.
 
-    python -m benchmarks.scale.speed CHECKPOINT [--tokens 65536] [--arithmetic bfloat16|float32]
+    python -m benchmarks.speed [CHECKPOINT] [--tokens 65536] [--arithmetic bfloat16|float32]
+
+The bundled model takes seconds; ``benchmarks.scale.checkpoints`` makes checkpoints of real shape.
 
 The peer has the whole model in memory and its fastest experts implementation; both sides have the same dtype, threads
 and tokens, and run in turns. Loading is excluded on both sides: our layers are in memory after the warm-up.
@@ -29,18 +31,19 @@ from compressors.model.student import Student
 from compressors.recover.router_kd import RouterKdSettings, RouterTraining
 from compressors.statistics import StatisticsCollector
 from compressors.teacher import TeacherTargets, write_targets
+from exporter.hub import resolve_model
 
-_RESULTS = Path(__file__).parent.parent / "results"
+_RESULTS = Path(__file__).parent / "results"
 _BLOCK = 512
 _STEP_BLOCKS = 8
 
 
 def main() -> None:
-    """Measures, prints and appends to ``benchmarks/results/scale_speed.csv``."""
+    """Measures, prints and appends to ``benchmarks/results/speed.csv``."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--tokens", type=int, default=65536)
-    parser.add_argument("--arithmetic", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("checkpoint", nargs="?", type=resolve_model, default=resolve_model(None))
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--arithmetic", choices=("bfloat16", "float32"), default="float32")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     torch.use_deterministic_algorithms(True)
@@ -123,14 +126,23 @@ def _seconds(work: Callable[[], None]) -> float:
 
 def _write(what: str, ours: float, peer: float, ratio: float, arguments: Any) -> None:
     print(f"{what}: {ours:.2f} s, plain forward {peer:.2f} s, ratio {ratio:.2f}", flush=True)
-    path = _RESULTS / "scale_speed.csv"
+    row = {
+        "model": arguments.checkpoint.name,
+        "what": what,
+        "tokens": arguments.tokens,
+        "arithmetic": arguments.arithmetic,
+        "threads": torch.get_num_threads(),
+        "seconds": f"{ours:.2f}",
+        "stock_forward_seconds": f"{peer:.2f}",
+        "ratio": f"{ratio:.2f}",
+    }
+    path = _RESULTS / "speed.csv"
     new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
+        writer = csv.DictWriter(file, fieldnames=list(row))
         if new:
-            writer.writerow(("what", "tokens", "arithmetic", "threads", "seconds", "stock_forward_seconds", "ratio"))
-        common = (what, arguments.tokens, arguments.arithmetic, torch.get_num_threads())
-        writer.writerow((*common, f"{ours:.2f}", f"{peer:.2f}", f"{ratio:.2f}"))
+            writer.writeheader()
+        writer.writerow(row)
 
 
 if __name__ == "__main__":
