@@ -8,6 +8,7 @@ at a time (:mod:`compressors.model.experts`).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -44,13 +45,26 @@ class TokenGroup:
 
 
 def transformers_config(folder: Path, shape: MoeShape) -> Any:
-    """transformers' configuration of the checkpoint in ``folder``, with the student's expert count and top-k."""
+    """transformers' configuration of the checkpoint in ``folder``, with the student's sizes."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    setattr(config, shape.family.config_keys.n_experts, shape.n_experts)
+    return _with_sizes(AutoConfig.from_pretrained(folder, local_files_only=True), shape)
+
+
+def _with_sizes(config: Any, shape: MoeShape) -> Any:
+    keys = shape.family.config_keys
+    setattr(config, keys.n_experts, shape.n_experts)
+    setattr(config, keys.expert_width, shape.expert_width)
+    config.num_hidden_layers = shape.n_layers
     config.num_experts_per_tok = shape.top_k
     return config
+
+
+class _Nothing(nn.Module):
+    """Stands where a MoE sub-layer was dropped: it adds nothing to the residual stream."""
+
+    def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(hidden_BTD)
 
 
 class StreamedModel:
@@ -93,9 +107,7 @@ class StreamedModel:
             model = AutoModelForCausalLM.from_config(
                 config, attn_implementation="sdpa", experts_implementation=GROUPED_EXPERTS
             )
-        self._layers: nn.ModuleList = model.model.layers.eval()
-        for layer in self._layers:
-            layer.get_submodule(self.shape.family.router_module).register_forward_pre_hook(_in_float32)
+        self._layers = [self._fitted(layer, index, model.config) for index, layer in enumerate(model.model.layers)]
         self._rotary: nn.Module = type(model.model.rotary_emb)(config=config).to(self.device)
         self._final_norm: nn.Module = model.model.norm.eval()
         self._final_norm_weight = self._read(Role.FINAL_NORM).to(self.device)
@@ -105,6 +117,19 @@ class StreamedModel:
         used, positions = tokens_BT.unique(return_inverse=True)
         rows = torch.cat([self._read_rows(token) for token in used.tolist()])
         return rows[positions]
+
+    def _fitted(self, layer: nn.Module, index: int, config: Any) -> nn.Module:
+        """transformers' decoder layer, on the meta device, with this layer's sizes where layers differ."""
+        family, shape = self.shape.family, self.shape.layer(index)
+        if shape.has_moe and self.shape.sizes is not None:
+            with torch.device("meta"):
+                layer = type(layer)(_with_sizes(copy.deepcopy(config), shape), index)
+        if shape.has_moe:
+            layer.get_submodule(family.router_module).register_forward_pre_hook(_in_float32)
+        else:
+            setattr(layer, self._module_name(Role.MOE_NORM).removesuffix(".weight"), nn.Identity())
+            setattr(layer, family.experts_module.split(".")[0], _Nothing())
+        return layer.eval()
 
     @contextmanager
     def layer(self, index: int, weights: LayerWeights, dtype: torch.dtype = torch.float32) -> Iterator[nn.Module]:
@@ -264,10 +289,11 @@ class StreamedModel:
             if not torch.isfinite(outputs_nD).all():
                 makers.append(f"expert {expert}")
 
-        handle = layer.get_submodule(family.router_module).register_forward_hook(watch_router)
-        layer.get_submodule(family.experts_module).observer = watch_expert  # type: ignore[assignment]
-        self.run_layer(layer, rows_BTD)
-        handle.remove()
+        if self.shape.layer(index).has_moe:
+            handle = layer.get_submodule(family.router_module).register_forward_hook(watch_router)
+            layer.get_submodule(family.experts_module).observer = watch_expert  # type: ignore[assignment]
+            self.run_layer(layer, rows_BTD)
+            handle.remove()
         made_by = makers[0] if makers else "a sum of large values"
         return InputError(
             f"{self.student.source.folder}: layer {index} turns the text into NaN or infinite values, first in "
@@ -331,8 +357,9 @@ class StreamedModel:
             self._module_name(role): tensor.to(self.device, torch.float32 if role is Role.ROUTER else dtype)
             for role, tensor in weights.others.items()
         }
-        named[f"{experts}.gate_up_proj"] = weights.gate_up_EFD.to(self.device)
-        named[f"{experts}.down_proj"] = weights.down_EDF.to(self.device)
+        if len(weights.down_EDF):
+            named[f"{experts}.gate_up_proj"] = weights.gate_up_EFD.to(self.device)
+            named[f"{experts}.down_proj"] = weights.down_EDF.to(self.device)
         return named
 
     def _module_name(self, role: Role) -> str:

@@ -115,8 +115,10 @@ class StudentFiles:
 def open_student(plan: Plan, work: WorkDirectory, stage: str = "recover") -> Student:
     """The student as a stage left it."""
     compressed, recovered = StudentFiles(work.stage("compress")), StudentFiles(work.stage(stage))
-    overlay = recovered.overlay if recovered.overlay.exists() else None
-    return Student.load(Checkpoint(plan.source), compressed.expert_map, overlay)
+    overlays = dict.fromkeys((recovered.overlay, compressed.overlay))  # what recovery changed comes first
+    return Student.load(
+        Checkpoint(plan.source), compressed.expert_map, [overlay for overlay in overlays if overlay.exists()]
+    )
 
 
 def settings_of(choice: RecoverChoice, n_blocks: int) -> RouterKdSettings:

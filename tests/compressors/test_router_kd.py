@@ -38,7 +38,7 @@ def teacher(fine_folder: Path) -> Student:
 
 @pytest.fixture(scope="module")
 def pruned(teacher: Student) -> Student:
-    return Student(teacher.source, ExpertMap(32, (tuple(range(0, 32, 2)),) * teacher.shape.n_layers))
+    return Student(teacher.source, ExpertMap.keeping(32, (tuple(range(0, 32, 2)),) * teacher.shape.n_layers))
 
 
 @pytest.fixture(scope="module")

@@ -124,7 +124,7 @@ def test_statistics_in_bfloat16_choose_nearly_the_same_experts(family_folder: Pa
 def test_importance_follows_the_survivors(fine_folder: Path, blocks_BT: torch.Tensor) -> None:
     layers = _collect(fine_folder, blocks_BT)
     kept = ((3, 8, 21),) * len(layers)
-    matrix = importance(layers, ExpertMap(32, kept))
+    matrix = importance(layers, ExpertMap.keeping(32, kept))
     expected = layers[1].down_input_square_EF[21] / layers[1].count_E[21].clamp_min(1)
     torch.testing.assert_close(matrix[Role.EXPERT_DOWN, 1][2], expected.float())
     assert matrix[Role.EXPERT_GATE, 0].shape == (3, 256)

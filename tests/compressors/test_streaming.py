@@ -136,7 +136,7 @@ def test_a_pruned_student_equals_stock_transformers_with_sliced_weights(
         module.mlp.experts.gate_up_proj = nn.Parameter(module.mlp.experts.gate_up_proj[list(kept[layer])])
         module.mlp.experts.down_proj = nn.Parameter(module.mlp.experts.down_proj[list(kept[layer])])
     expected = stock(blocks_BT).logits.flatten(0, 1)
-    logits = _logits(StreamedModel(Student(source, ExpertMap(shape.n_experts, kept))), blocks_BT)
+    logits = _logits(StreamedModel(Student(source, ExpertMap.keeping(shape.n_experts, kept))), blocks_BT)
     assert (logits - expected).abs().max() < 1e-4
 
 

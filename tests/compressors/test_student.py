@@ -30,20 +30,20 @@ _KEPT = ((1, 4, 30, 31, 7), (0, 2, 3, 5, 6))
 
 @pytest.fixture
 def pruned(source: Checkpoint) -> Student:
-    return Student(source, ExpertMap(32, _KEPT))
+    return Student(source, ExpertMap.keeping(32, _KEPT))
 
 
 def test_student_of_tells_where_each_teacher_expert_went() -> None:
-    experts = ExpertMap(6, ((5, 0, 3), (0, 1, 2)))
+    experts = ExpertMap.keeping(6, ((5, 0, 3), (0, 1, 2)))
     assert experts.student_of(0).tolist() == [1, -1, -1, 2, -1, 0]
     assert experts.student_of(1).tolist() == [0, 1, 2, -1, -1, -1]
     assert experts.student_of(0).dtype == torch.int64
 
 
 def test_the_number_of_experts_is_that_of_every_layer() -> None:
-    assert ExpertMap(6, ((5, 0, 3), (0, 1, 2))).n_experts == 3
+    assert ExpertMap.keeping(6, ((5, 0, 3), (0, 1, 2))).n_experts == 3
     with pytest.raises(ValueError, match=r"\[1, 2\]"):
-        _ = ExpertMap(6, ((5, 0), (1,))).n_experts
+        _ = ExpertMap.keeping(6, ((5, 0), (1,))).n_experts
 
 
 def test_the_identity_keeps_everything_in_place(source: Checkpoint) -> None:
@@ -51,12 +51,12 @@ def test_the_identity_keeps_everything_in_place(source: Checkpoint) -> None:
     assert identity.is_identity
     assert identity.n_experts == 32
     assert identity.student_of(1).tolist() == list(range(32))
-    assert not ExpertMap(3, ((0, 1, 2), (0, 1))).is_identity
-    assert not ExpertMap(3, ((0, 1, 2), (1, 0, 2))).is_identity, "the order is the numbering"
+    assert not ExpertMap.keeping(3, ((0, 1, 2), (0, 1))).is_identity
+    assert not ExpertMap.keeping(3, ((0, 1, 2), (1, 0, 2))).is_identity, "the order is the numbering"
 
 
 def test_the_map_survives_json(tmp_path: Path, source: Checkpoint) -> None:
-    experts = ExpertMap(32, _KEPT)
+    experts = ExpertMap.keeping(32, _KEPT)
     text = json.dumps(experts.to_json())
     assert ExpertMap.from_json(json.loads(text)) == experts
     (tmp_path / "map.json").write_text(text)
@@ -94,7 +94,7 @@ def test_an_expert_that_does_not_exist_is_an_error(pruned: Student) -> None:
 @pytest.mark.parametrize(("n_experts", "top_k"), [(32, 4), (5, 4), (4, 4), (3, 3), (1, 1)])
 def test_top_k_never_exceeds_the_experts_left(source: Checkpoint, n_experts: int, top_k: int) -> None:
     kept = tuple(range(n_experts))
-    shape = Student(source, ExpertMap(32, (kept, kept))).shape
+    shape = Student(source, ExpertMap.keeping(32, (kept, kept))).shape
     assert shape == replace(source.shape, n_experts=n_experts, top_k=top_k)
 
 
