@@ -25,13 +25,14 @@ class REAM:
     similar experts that are still free, until its group has ``group_size``; so a few groups are large, and most
     centroids stay alone. Two experts are as similar as the mean of their router logits' cosine and of their outputs'
     mean cosine, both mapped to [0, 1]. Neurons are aligned to the centroid's by weights and activations; a group
-    becomes the mean weighted by saliency, and keeps the centroid's router row. An expert that was never routed to has no
+    becomes the mean weighted by saliency, and keeps the centroid's router row. An expert that no token chose has no
     saliency: it joins a group, and adds nothing.
 
     No expert is left over: where the groups cannot hold all experts the walk cannot end, and the number is refused, as
-    in the public code (SamsungSAILMontreal/ream). Where that code departs from the paper this follows the paper: the
-    code compares the outputs' means over the tokens instead of the outputs, scales the gates' distances by the largest
-    in the layer, and gives experts never routed to the least saliency of the others.
+    in the public code (SamsungSAILMontreal/ream). The similarity is that of equations 5, 7 and 8 as independent
+    implementations quote them. The public code instead compares the outputs' means over the tokens, and scales the
+    gates' distances by the largest in the layer; it also gives experts that no token chose the least saliency of the
+    others.
     Recomputing the inputs of the layers behind is for the stage that calls the method.
 
     Raises (when called):
