@@ -129,23 +129,18 @@ def test_gptq_weights_are_on_a_grid_of_16_values(fine_folder: Path, trained_bloc
         assert all(len(group.unique()) <= 16 for group in matrix.split(32))
 
 
-def test_awq_takes_the_best_scale_of_its_grid(fine_folder: Path, trained_block: TrainedBlock) -> None:
+@pytest.mark.parametrize("name", ["gate", "down"])
+def test_awq_takes_the_best_scale_of_its_grid(fine_folder: Path, trained_block: TrainedBlock, name: str) -> None:
     block, evidence = _small(trained_block, fine_folder)
-    found = Awq()(block, evidence).block
-    inputs = _inputs(block, evidence.sample_TD, 0)
-    for name in ("gate", "down"):
-        weights, x = getattr(block, name)(0).double().numpy()[:24], inputs[name]
-        means = abs(x).mean(0)
-        candidates = [_rounded_matrix(weights * means ** (i / 20)) / means ** (i / 20) for i in range(21)]
-        distances = [abs(candidate - getattr(found, name)(0).numpy()[:24]).max() for candidate in candidates]
-        # one of the grid, whose error over all rows is not above that of any other
-        assert min(distances) < 1e-4 * abs(weights).max()
-        full = getattr(block, name)(0).double().numpy()
-        errors = [
-            (((_rounded_matrix(full * means ** (i / 20)) / means ** (i / 20) - full) @ x.T) ** 2).sum()
-            for i in range(21)
-        ]
-        assert errors[int(np.argmin(distances))] == min(errors)
+    found = getattr(Awq()(block, evidence).block, name)(0).numpy()
+    x, weights = _inputs(block, evidence.sample_TD, 0)[name], getattr(block, name)(0).double().numpy()
+    candidates, errors = [], []
+    for step in range(21):
+        scales = abs(x).mean(0) ** (step / 20)
+        candidates.append(_rounded_matrix(weights * scales) / scales)
+        errors.append((((candidates[-1] - weights) @ x.T) ** 2).sum())
+    best = int(np.argmin(errors))
+    np.testing.assert_allclose(found, candidates[best], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("model", ["fine", "olmoe"])
