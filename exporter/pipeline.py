@@ -56,7 +56,7 @@ _CALIBRATE = Stage(
     resumes=True,
     shared=True,
 )
-_COMPRESS = Stage("compress", 1, ("calibrate",), ("compress",), "choose the experts")
+_COMPRESS = Stage("compress", 2, ("calibrate",), ("compress", "arithmetic"), "compress the experts")
 _SCHEDULE = Stage("schedule", 2, ("compress",), ("recover", "arithmetic"), "time a step of Router KD", shared=True)
 _RECOVER = Stage(
     "recover",

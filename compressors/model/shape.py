@@ -16,7 +16,7 @@ from typing import Any
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.families import Family, QkNorm, Role, family_for
 
-__all__ = ["MoeShape", "MoeSize", "read_shape"]
+__all__ = ["NO_MOE", "MoeShape", "MoeSize", "read_shape"]
 
 _EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -25,8 +25,12 @@ _EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "m
 class MoeSize:
     """The experts of one layer."""
 
-    n_experts: int  # 0: the layer has no MoE sub-layer
+    n_experts: int
     expert_width: int
+
+
+NO_MOE = MoeSize(0, 0)
+"""The size of a layer without a MoE sub-layer."""
 
 
 @dataclass(frozen=True)

@@ -199,11 +199,38 @@ class StreamedModel:
         """
         for index, weights in self._visit(layers):
             for group, states in zip(groups, hidden, strict=True):
-                with self.layer(index, weights, group.dtype) as layer, ExitStack() as stack:
-                    for observe in group.observers:
-                        stack.enter_context(observe(index, layer))
-                    self._run_all(index, layer, states, states)
+                self.run(index, weights, states, states, group.observers)
             yield index
+
+    def weights(self, layers: range) -> Iterator[tuple[int, LayerWeights]]:
+        """Each layer with its weights, which are valid until the next one is asked for."""
+        return self._visit(layers)
+
+    @torch.no_grad()
+    def run(
+        self,
+        index: int,
+        weights: LayerWeights,
+        source: HiddenStates,
+        target: HiddenStates | None,
+        observers: Sequence[LayerObserver] = (),
+    ) -> None:
+        """Runs one layer with these weights over all blocks.
+
+        Args:
+            index: which layer's place and sizes.
+            weights: what it computes with.
+            source: the states that enter, and the dtype of the arithmetic.
+            target: where those that leave go; it may be ``source``. None: they are only looked at.
+            observers: as a :class:`TokenGroup` has them.
+
+        Raises:
+            InputError: a value is not finite; the message names the layer, and the expert that made it.
+        """
+        with self.layer(index, weights, source.dtype) as layer, ExitStack() as stack:
+            for observe in observers:
+                stack.enter_context(observe(index, layer))
+            self._run_all(index, layer, source, target)
 
     def logits_in_chunks(self, hidden: HiddenStates, positions: slice) -> Iterator[tuple[slice, torch.Tensor]]:
         """Logits at these positions of every block, a bounded number at a time.
@@ -267,14 +294,15 @@ class StreamedModel:
             states.write(blocks, self.embed(tokens_BT[blocks]).to(states.dtype))
         return states
 
-    def _run_all(self, index: int, layer: nn.Module, source: HiddenStates, target: HiddenStates) -> None:
+    def _run_all(self, index: int, layer: nn.Module, source: HiddenStates, target: HiddenStates | None) -> None:
         """Writes the layer's output into ``target``, which may be ``source``."""
         for blocks in source.groups(BLOCKS_AT_ONCE[source.dtype]):
             rows = source.read(blocks).to(self.device)
             output = self.run_layer(layer, rows)
             if not torch.isfinite(output.sum(dtype=torch.float32)) and not torch.isfinite(output).all():
                 raise self._not_finite(index, layer, rows)
-            target.write(blocks, output.to("cpu"))
+            if target is not None:
+                target.write(blocks, output.to("cpu"))
 
     def _not_finite(self, index: int, layer: nn.Module, rows_BTD: torch.Tensor) -> InputError:
         """Says which layer and expert made a value that is not finite, by running the layer once more."""

@@ -19,7 +19,7 @@ import torch
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
 from compressors.model.families import Family, Role
-from compressors.model.shape import MoeShape, MoeSize
+from compressors.model.shape import NO_MOE, MoeShape, MoeSize
 from compressors.model.weight_file import StoredTensors
 
 __all__ = ["ExpertMap", "LayerMap", "Student"]
@@ -59,6 +59,10 @@ class ExpertMap:
         layers = [LayerMap(layer, tuple((expert,) for expert in experts)) for layer, experts in enumerate(kept)]
         return cls(n_teacher_experts, tuple(layers))
 
+    def of_itself(self) -> ExpertMap:
+        """The student in its own numbering, all of whose experts it keeps."""
+        return ExpertMap.keeping(self.n_teacher_experts, [range(len(layer.groups)) for layer in self.layers])
+
     @property
     def kept(self) -> tuple[tuple[int, ...], ...]:
         """[L][student expert]: the teacher's expert that it comes from."""
@@ -89,7 +93,10 @@ class ExpertMap:
     def shape_of(self, teacher: MoeShape) -> MoeShape:
         """The student's shape."""
         return teacher.with_sizes(
-            [MoeSize(len(layer.groups), layer.width or teacher.expert_width) for layer in self.layers]
+            [
+                MoeSize(len(layer.groups), layer.width or teacher.expert_width) if layer.groups else NO_MOE
+                for layer in self.layers
+            ]
         )
 
     def student_of(self, layer: int) -> torch.Tensor:

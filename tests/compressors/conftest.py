@@ -26,18 +26,20 @@ _N_BLOCKS = 8
 def trained_block(calibration_folder: Path) -> Callable[..., tuple[MoeBlock, Evidence]]:
     """``trained_block(folder, layer)``: a trained model's MoE block; its statistics and inputs over 4,096 tokens."""
     seen: dict[Path, list[tuple[MoeBlock, Evidence]]] = {}
+    tokens: list[torch.Tensor] = []  # the trained models share one vocabulary
 
     def block_of(folder: Path, layer: int) -> tuple[MoeBlock, Evidence]:
+        if not tokens:
+            tokens.append(tokenize(read_splits(calibration_folder, None), folder)[0].spread(_N_BLOCKS).tokens_BT)
         if folder not in seen:
-            seen[folder] = _all_blocks(folder, calibration_folder)
+            seen[folder] = _all_blocks(folder, tokens[0])
         return seen[folder][layer]
 
     return block_of
 
 
-def _all_blocks(folder: Path, text: Path) -> list[tuple[MoeBlock, Evidence]]:
+def _all_blocks(folder: Path, tokens_BT: torch.Tensor) -> list[tuple[MoeBlock, Evidence]]:
     student = Student.teacher(Checkpoint(folder))
-    tokens_BT = tokenize(read_splits(text, None), folder)[0].spread(_N_BLOCKS).tokens_BT
     model, collector = StreamedModel(student), StatisticsCollector(student.shape)
     inputs: dict[int, list[torch.Tensor]] = {}
 

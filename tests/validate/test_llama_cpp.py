@@ -40,7 +40,7 @@ def _sliced_reference(folder: Path, experts: ExpertMap) -> Any:
     """Stock transformers with only the kept experts, float32."""
     source = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     config = AutoConfig.from_pretrained(folder)
-    config.num_experts = config.num_local_experts = experts.n_experts
+    config.num_experts = config.num_local_experts = len(experts.kept[0])
     state = source.state_dict()
     for name, tensor in state.items():
         if ".mlp.experts." in name or ".mlp.gate." in name:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-import torch
 
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.families import Role
 from compressors.model.routing import Routing
-from compressors.model.student import ExpertMap, Student
+from compressors.model.student import ExpertMap, LayerMap, Student
 from validate.evaluation import evaluate
 from validate.routing_agreement import LayerAgreement, routing_agreement, same_sets
 from validate.torch_reference import TorchBackend
@@ -111,12 +110,8 @@ def test_gate_weights_that_are_not_normalised() -> None:
     assert agreement["kept_gate_weight"] == pytest.approx(0.8)
 
 
-@dataclass(frozen=True)
-class _Merged(ExpertMap):
-    """Teacher experts 0 and 1 became the student's 0; 2 and 3 its 1; 4 was dropped."""
-
-    def student_of(self, layer: int) -> torch.Tensor:
-        return torch.tensor([0, 0, 1, 1, -1])
+_MERGED = ExpertMap(5, (LayerMap(0, ((0, 1), (2, 3))),))
+"""Teacher experts 0 and 1 became the student's 0; 2 and 3 its 1; 4 was dropped."""
 
 
 def test_merged_experts_become_one_and_add_their_weights() -> None:
@@ -127,7 +122,7 @@ def test_merged_experts_become_one_and_add_their_weights() -> None:
     """
     reference: _Layer = [((2, 0, 1), (0.4, 0.3, 0.3)), ((2, 0, 1), (0.4, 0.3, 0.3)), ((4, 0, 1), (0.5, 0.25, 0.25))]
     model: _Layer = [((0, 1), (0.6, 0.4)), ((1, 1), (0.6, 0.4)), ((0, 1), (0.6, 0.4))]
-    assert _agreement(reference, model, _Merged(5, ((0, 2),))) == pytest.approx(
+    assert _agreement(reference, model, _MERGED) == pytest.approx(
         {
             "overlap": (1 + 1 / 2 + 1) / 3,
             "exact": 2 / 3,
@@ -136,6 +131,16 @@ def test_merged_experts_become_one_and_add_their_weights() -> None:
             "kept_gate_weight": (1 + 1 + 0.5) / 3,
         }
     )
+
+
+def test_layers_are_compared_with_those_they_come_from() -> None:
+    reference = _routing([((0, 1), (0.6, 0.4))], [((2, 3), (0.6, 0.4))], [((1, 2), (0.6, 0.4))])
+    model = _routing([((1, 2), (0.6, 0.4))], [((-1, -1), (0.0, 0.0))])
+    experts = ExpertMap(4, (LayerMap(2, ((0,), (1,), (2,))), LayerMap(1, ())))
+    agreement = routing_agreement(reference, model, experts)
+    assert agreement.layers[1] is None, "without experts there is nothing to agree on"
+    assert agreement.layers[0] is not None and agreement.layers[0].exact == 1.0
+    assert agreement.mean("overlap") == 1.0, "the mean is over the layers that have experts"
 
 
 def test_layers_are_judged_one_by_one_with_their_own_map() -> None:
