@@ -62,6 +62,14 @@ class _Choice:
         lowest, highest_dropped = self.scores_E[list(self.cut)].tolist()
         return float((lowest - highest_dropped) / lowest)
 
+    def score_difference(self, other: _Choice) -> float:
+        """The largest relative difference of an expert's score."""
+        return float(((other.scores_E - self.scores_E).abs() / self.scores_E.clamp_min(1e-30)).max())
+
+    def n_others(self, other: _Choice) -> int:
+        """Survivors of the other choice that are not this one's."""
+        return len(set(other.kept) - set(self.kept))
+
 
 @dataclass(frozen=True)
 class _Layer:
@@ -94,12 +102,6 @@ class _Layer:
         return set(self.differing) <= set(self.ties)
 
     @property
-    def score_difference(self) -> float:
-        """The largest relative difference of an expert's score."""
-        peer_E, ours_E = self.peer.scores_E, self.ours.scores_E
-        return float(((ours_E - peer_E).abs() / peer_E.clamp_min(1e-30)).max())
-
-    @property
     def count_difference(self) -> int:
         """The largest difference of an expert's token count: near-ties in a router round either way."""
         return int((self.ours.counts_E - self.peer.counts_E).abs().max())
@@ -125,22 +127,23 @@ def compare() -> tuple[list[str], bool]:
 
 def _heading(versions: dict[str, str], tokens_BT: torch.Tensor) -> list[str]:
     packages = ", ".join(f"{package} {number}" for package, number in versions.items())
-    n_blocks, length = tokens_BT.shape
+    tokens = f"{tokens_BT.shape[0]} blocks of {tokens_BT.shape[1]} tokens"
     return [
         "## Survivors of REAP, chosen layer by layer",
         "",
-        f"`REAPPruningModifier` of {packages}; ours with transformers {version('transformers')}. Float32 on a CPU,",
-        f"gates renormalised over the top-k, {n_blocks} blocks of {length} tokens of the bundled calibration text,",
-        "each a sequence of its own. On both sides a layer's saliencies are measured on hidden states that went",
-        "through the pruned layers before it.",
+        f"`REAPPruningModifier` of {packages};",
+        f"ours with transformers {version('transformers')}. Float32 on a CPU, gates renormalised over the top-k,",
+        f"{tokens} of the bundled calibration text, each a sequence of its own. On both sides a",
+        "layer's saliencies are measured on hidden states that went through the pruned layers before it.",
         "",
         "- *margin*: how far the scores of the worst kept and the best dropped expert are apart, relatively",
         f"- *tied*: experts whose score is within {_TIE:g}, relatively, of the other side of that cut",
         "- *score*, *count*: the largest difference of any expert's score (relative) and token count",
         "- *one-shot*: a control; survivors that are not the peer's if all layers are measured on the unpruned model",
-        "- *own mask*: survivors of the peer that change when its samples carry an attention mask of ones, as",
-        "  tokenizers make it, in place of a causal mask. There should be none; llmcompressor 0.14.0.1 then calibrates",
-        "  with no mask at all, every token seeing its whole block (`benchmarks/peers/llm_compressor_survivors.py`)",
+        "- *own mask*: survivors of the peer that change, and the largest change of a score, when its samples carry an",
+        "  attention mask of ones, as tokenizers make it, in place of a causal mask. There should be none;",
+        "  llmcompressor 0.14.0.1 then calibrates with no mask at all, every token seeing its whole block",
+        "  (`benchmarks/peers/llm_compressor_survivors.py` says why)",
         "",
     ]
 
@@ -221,8 +224,9 @@ def _section(title: str, layers: list[_Layer]) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
         *(
             f"| {index} | {_verdict(layer)} | {layer.ours.margin:.2e} / {layer.peer.margin:.2e} "
-            f"| {_listed(layer.ties)} | {layer.score_difference:.1e} | {layer.count_difference} "
-            f"| {_n_others(layer.one_shot, layer.peer)} | {_n_others(layer.peer_own_mask, layer.peer)} |"
+            f"| {_listed(layer.ties)} | {layer.peer.score_difference(layer.ours):.1e} | {layer.count_difference} "
+            f"| {layer.peer.n_others(layer.one_shot)} "
+            f"| {layer.peer.n_others(layer.peer_own_mask)} ({layer.peer.score_difference(layer.peer_own_mask):.1e}) |"
             for index, layer in enumerate(layers)
         ),
         "",
@@ -233,10 +237,6 @@ def _verdict(layer: _Layer) -> str:
     if not layer.differing:
         return f"same {len(layer.ours.kept)}"
     return f"{'tied' if layer.agrees else 'DIFFERENT'}: {_listed(layer.differing)}"
-
-
-def _n_others(choice: _Choice, reference: _Choice) -> int:
-    return len(set(choice.kept) - set(reference.kept))
 
 
 def _listed(experts: tuple[int, ...]) -> str:
