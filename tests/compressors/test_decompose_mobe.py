@@ -159,3 +159,13 @@ def test_rank_is_the_width_unless_given(trained: tuple[MoeBlock, Evidence]) -> N
 def test_impossible_targets_are_refused(method: Mobe, message: str, trained: tuple[MoeBlock, Evidence]) -> None:
     with pytest.raises(InputError, match=message):
         method(*trained)
+
+
+def test_the_best_state_is_kept_when_later_steps_are_worse(trained: tuple[MoeBlock, Evidence]) -> None:
+    block, evidence = trained
+    few = block.keep(range(2))
+    errors = [
+        relative_errors(few, Mobe(1, rank=16, steps=steps, learning_rate=30.0).decompose(few, evidence)).gate
+        for steps in (1, 2, 3)
+    ]
+    assert errors[0] == errors[1] == errors[2] < 1
