@@ -14,7 +14,7 @@ import torch
 from compressors.calibration import BLOCK_LENGTH
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.log_probs import log_prob_bytes
-from compressors.model.memory import positions_at_once, working_bytes
+from compressors.model.memory import PROCESS_BYTES, positions_at_once, working_bytes
 from compressors.model.shape import MoeShape
 from compressors.statistics import LayerStatistics
 from compressors.teacher import TARGET_BYTES
@@ -27,8 +27,6 @@ __all__ = ["COPIED_TYPES", "Speeds", "describe_time", "disk_lines", "memory_line
 
 COPIED_TYPES = frozenset({"F32", "BF16"})
 """Types that no quantizer runs for."""
-
-_PROCESS_BYTES = 750_000_000  # measured: Python, torch and transformers, and what the allocator does not give back
 
 _START_SECONDS = 4  # until a stage's process has its libraries
 
@@ -92,7 +90,7 @@ def memory_lines(shape: MoeShape, itemsize: int) -> dict[str, int]:
         "two decoder layers" if layer >= head else "the head": 2 * max(layer, head) * itemsize,
         "activations and an expert in float32": working_bytes(shape),
         "logits": positions_at_once(shape.vocab_size) * shape.vocab_size * 4,
-        "the process itself": _PROCESS_BYTES,
+        "the process itself": PROCESS_BYTES,
     }
 
 

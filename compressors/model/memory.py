@@ -6,6 +6,7 @@ so results are the same bits under every limit.
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,19 @@ import torch
 
 from compressors.model.shape import MoeShape
 
-__all__ = ["BLOCKS_AT_ONCE", "MemoryLimit", "Placement", "place", "positions_at_once", "working_bytes"]
+__all__ = [
+    "BLOCKS_AT_ONCE",
+    "PROCESS_BYTES",
+    "MemoryLimit",
+    "Placement",
+    "give_back_freed",
+    "place",
+    "positions_at_once",
+    "working_bytes",
+]
+
+PROCESS_BYTES = 750_000_000
+"""Measured: Python, torch and transformers, and what the allocator keeps."""
 
 BLOCKS_AT_ONCE = {torch.float32: 8, torch.bfloat16: 16}
 """Token blocks in one call of a layer: enough tokens for every expert's products to be efficient."""
@@ -72,11 +85,28 @@ def place(
     """
     if limit is None:
         return Placement(0, True, None)
-    held = psutil.Process().memory_info().rss if held_bytes is None else held_bytes
-    free = limit.n_bytes - held - working_bytes(shape) - layer_bytes
-    read_ahead = free >= layer_bytes
-    free -= layer_bytes if read_ahead else 0
+    # a process that has just begun has not all its libraries yet
+    held = max(psutil.Process().memory_info().rss, PROCESS_BYTES) if held_bytes is None else held_bytes
+    head = _head_bytes(shape)  # takes the place of the layers that take turns
+    one, two = (max(n_layers * layer_bytes + working_bytes(shape), head) for n_layers in (1, 2))
+    read_ahead = limit.n_bytes - held >= two
+    free = limit.n_bytes - held - (two if read_ahead else one)
     fits = free >= hidden_bytes
     free -= hidden_bytes if fits else 0
     n_resident = max(0, min(shape.n_layers, free // layer_bytes))
     return Placement(n_resident, read_ahead, None if fits else limit.spill)
+
+
+def give_back_freed() -> None:
+    """Returns memory that was freed to the system.
+
+    glibc keeps what lies between live arrays; while layers stream it grows by up to 150 MB a layer (measured).
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other allocators have no such thing
+    if trim is not None:
+        trim(0)
+
+
+def _head_bytes(shape: MoeShape) -> int:
+    """The head in float32, and logits of one chunk with what is computed from them."""
+    return 4 * shape.vocab_size * (shape.hidden_size + 2 * positions_at_once(shape.vocab_size))

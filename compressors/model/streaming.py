@@ -24,7 +24,14 @@ from compressors.model.experts import GROUPED_EXPERTS, register_grouped_experts
 from compressors.model.families import Role
 from compressors.model.hidden_states import HiddenStates
 from compressors.model.layers import LayerReader, LayerWeights, layer_bytes, refuse_not_finite
-from compressors.model.memory import BLOCKS_AT_ONCE, MemoryLimit, Placement, place, positions_at_once
+from compressors.model.memory import (
+    BLOCKS_AT_ONCE,
+    MemoryLimit,
+    Placement,
+    give_back_freed,
+    place,
+    positions_at_once,
+)
 from compressors.model.shape import MoeShape
 from compressors.model.student import Student
 
@@ -377,7 +384,10 @@ class StreamedModel:
                 read_ahead=placement.read_ahead,
                 check_finite=self._check_finite,
             )
-        return self._reader.visit(order)
+        for index, weights in self._reader.visit(order):
+            yield index, weights
+            if self._limit is not None:
+                give_back_freed()
 
     def _module_weights(self, weights: LayerWeights, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         experts = self.student.family.experts_module

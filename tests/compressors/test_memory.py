@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,8 +61,23 @@ def test_hidden_states_keep_their_bits(tmp_path: Path, dtype: torch.dtype, spill
         assert not list((tmp_path / "spill").iterdir()), "the file has no name, so a kill leaves nothing"
 
 
+def test_the_head_takes_the_place_of_the_layers(shape: MoeShape, tmp_path: Path) -> None:
+    large_head = replace(shape, vocab_size=1_000_000)
+    head = 4 * 1_000_000 * (shape.hidden_size + 2 * positions_at_once(1_000_000))
+    layer, hidden = 1000, 2500
+
+    def placed(n_bytes: int) -> tuple[int, bool, bool]:
+        placement = place(MemoryLimit(n_bytes, tmp_path), large_head, layer, hidden, held_bytes=0)
+        return placement.n_resident, placement.read_ahead, placement.spill is None
+
+    assert placed(head - 1) == (0, False, False)
+    assert placed(head) == (0, True, False), "beside such a head two small layers cost nothing"
+    assert placed(head + hidden + 2 * layer) == (2, True, True)
+
+
 def test_room_goes_to_reading_ahead_then_hidden_states_then_layers(shape: MoeShape, tmp_path: Path) -> None:
     layer, hidden, held = 1000, 2500, 70
+    shape = replace(shape, vocab_size=256)  # the head is smaller than what a layer's computation needs
     least = held + working_bytes(shape) + layer
 
     def placed(n_bytes: int) -> tuple[int, bool, bool]:
@@ -111,8 +127,6 @@ def test_a_layer_s_bytes_are_those_on_disk(family_folder: Path) -> None:
 
 
 def test_small_models_and_other_processors_compute_in_float32(shape: MoeShape, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
     large = replace(shape, hidden_size=2048)
     assert fastest_arithmetic(shape, torch.bfloat16, "cuda") == "float32"
     assert fastest_arithmetic(large, torch.float16, "cuda") == "float32"
