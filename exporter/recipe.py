@@ -51,7 +51,7 @@ class SourceChoice(_Part):
     """The original model."""
 
     model: str
-    identity: str  # SHA-256 over config.json and the headers of the weight files
+    identity: str | None = None  # SHA-256 over config.json and the headers of the weight files; null: any
 
 
 class BudgetChoice(_Part):
@@ -64,14 +64,14 @@ class BudgetChoice(_Part):
 
 
 class TextChoice(_Part):
-    """How many blocks of 512 tokens each split gives, and which text it was."""
+    """How many blocks of 512 tokens each split gives, and which text it was; null: any."""
 
     calibration_blocks: int = Field(gt=0)
     selection_blocks: int = Field(gt=0)
     heldout_chunks_per_file: int = Field(gt=0)
-    calibration_sha256: str
-    selection_sha256: str
-    heldout_sha256: str
+    calibration_sha256: str | None = None
+    selection_sha256: str | None = None
+    heldout_sha256: str | None = None
 
 
 class CompressChoice(_Part):
