@@ -55,7 +55,8 @@ def write_checkpoint(
     """Writes the student, a few tensors or slices at a time; ``config.json`` comes last.
 
     Args:
-        student: what to write; experts get the student's numbers and one tensor per projection, as on the hub.
+        student: what to write; experts get the student's numbers and one tensor per projection, as on the hub. A
+            dense one becomes a checkpoint of the family's dense counterpart.
         folder: is made.
         resume: go on with what an attempt for the same student left in ``folder``, and leave what is written there
             if this one fails. Without it the folder must not exist.
@@ -101,21 +102,22 @@ class _Tensor:
 
 
 def _layer(student: Student, layer: int) -> Iterator[_Tensor]:
-    for role in student.family.layer_roles:
-        yield _tensor(student, role, layer)
+    for role in student.shape.layer_roles(layer):
+        if role in student.shape.stored_roles:
+            yield _tensor(student, role, layer)
     for expert in range(student.shape.n_experts):
         for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN):
             yield _tensor(student, role, layer, expert)
 
 
 def _global(student: Student) -> Iterator[_Tensor]:
-    for role in student.family.roles:
-        if role.is_global and not (role is Role.HEAD and student.shape.tied_embeddings):
+    for role in student.shape.stored_roles:
+        if role.is_global:
             yield _tensor(student, role)
 
 
 def _tensor(student: Student, role: Role, layer: int | None = None, expert: int | None = None) -> _Tensor:
-    name, dtype = student.name(role, layer, expert), student.dtype(role, layer, expert)
+    name, dtype = student.shape.stored_name(role, layer, expert), student.dtype(role, layer, expert)
     return _Tensor(name, role, layer, expert, role_shape(role, student.shape), dtype)
 
 

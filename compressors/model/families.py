@@ -15,7 +15,7 @@ from typing import Any
 
 from compressors.model.errors import UnsupportedError
 
-__all__ = ["FAMILIES", "ConfigKeys", "Family", "GgufFamily", "QkNorm", "Role", "family_for"]
+__all__ = ["FAMILIES", "ConfigKeys", "DenseFamily", "Family", "GgufFamily", "QkNorm", "Role", "family_for"]
 
 
 class Role(StrEnum):
@@ -85,6 +85,29 @@ class GgufFamily:
     needs_untied_head: bool = False  # loads no file without a head of its own
 
 
+_DENSE_NAMES = {
+    Role.EXPERT_GATE: "model.layers.{layer}.mlp.gate_proj.weight",
+    Role.EXPERT_UP: "model.layers.{layer}.mlp.up_proj.weight",
+    Role.EXPERT_DOWN: "model.layers.{layer}.mlp.down_proj.weight",
+}
+
+
+@dataclass(frozen=True)
+class DenseFamily:
+    """The dense architecture that differs from a MoE family in nothing but the feed-forward.
+
+    It computes what the MoE model does when each layer has one expert, which every token chooses with gate 1.
+    Everything else, names included, is the MoE family's.
+    """
+
+    model_type: str
+    architecture: str
+    gguf_architecture: str
+    width_key: str = "intermediate_size"  # in config.json
+    settings: Mapping[str, Any] = field(default_factory=dict)  # where transformers' default is not the MoE family's
+    names: Mapping[Role, str] = field(default_factory=lambda: _DENSE_NAMES)  # of the feed-forward's projections
+
+
 @dataclass(frozen=True)
 class Family:
     """One architecture. Names on disk are templates of ``{layer}`` and ``{expert}``."""
@@ -100,6 +123,12 @@ class Family:
     router_module: str = "mlp.gate"  # inside transformers' decoder layer; returns (logits, gate weights, experts)
     experts_module: str = "mlp.experts"  # holds gate_up_proj [E, 2F, D] and down_proj [E, D, F]
     required_settings: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # first value: when absent
+    dense: DenseFamily | None = None  # its counterpart without experts
+
+    @property
+    def moe_settings(self) -> frozenset[str]:
+        """Names in ``config.json`` of what only a model with experts has."""
+        return _MOE_SETTINGS | {name for name in vars(self.config_keys).values() if name is not None}
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -135,6 +164,16 @@ _MLP_EXPERT_NAMES = {
     Role.EXPERT_UP: "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight",
     Role.EXPERT_DOWN: "model.layers.{layer}.mlp.experts.{expert}.down_proj.weight",
 }
+_MOE_SETTINGS = frozenset(
+    {
+        "num_experts_per_tok",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "output_router_logits",
+        "decoder_sparse_step",
+        "mlp_only_layers",
+    }
+)
 _COMMON_SETTINGS: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",), "attention_bias": (False,)}
 
 _QWEN3_MOE = Family(
@@ -152,6 +191,7 @@ _QWEN3_MOE = Family(
         "mlp_only_layers": ([], None),
         "decoder_sparse_step": (1,),
     },
+    dense=DenseFamily("qwen3", "Qwen3ForCausalLM", "qwen3"),
 )
 
 _MIXTRAL = Family(
@@ -171,8 +211,11 @@ _MIXTRAL = Family(
     gguf=GgufFamily("llama", rotary_is_interleaved=True, normalizes_top_k=True, writes_expert_width=False),
     qk_norm=QkNorm.NONE,
     required_settings={**_COMMON_SETTINGS, "sliding_window": (None,)},
+    dense=DenseFamily("mistral", "MistralForCausalLM", "llama", settings={"sliding_window": None}),
 )
 
+# No dense model is what OLMoE is apart from its experts: OLMo's norms have no weights, and OLMo 2 and 3 normalise what
+# attention and feed-forward put out, not what they take in.
 _OLMOE = Family(
     model_type="olmoe",
     architecture="OlmoeForCausalLM",

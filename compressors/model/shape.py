@@ -97,14 +97,47 @@ class MoeShape:
         """Whether every layer (of a shape that :meth:`layer` gave: this one) has experts."""
         return self.n_experts > 0
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether files hold a dense feed-forward in each layer, in the architecture of the family's dense counterpart.
+
+        They do when no layer has more than one expert: every token chooses it, and its gate, a softmax over one logit,
+        is 1 whatever the router says. (A shape that :meth:`layer` gave tells about a model of such layers alone.)
+        """
+        return self.n_experts == 1 and self.family.dense is not None
+
+    @property
+    def stored_roles(self) -> tuple[Role, ...]:
+        """Roles whose tensors files hold: a tied head is the embedding, and a dense model needs no router."""
+        absent = {Role.HEAD} if self.tied_embeddings else set()
+        if self.is_dense:
+            absent.add(Role.ROUTER)
+        return tuple(role for role in self.family.roles if role not in absent)
+
+    def stored_name(self, role: Role, layer: int | None = None, expert: int | None = None) -> str:
+        """What a Hugging Face checkpoint of this model calls a tensor."""
+        dense = self.family.dense if self.is_dense else None
+        names = self.family.names if dense is None or role not in dense.names else dense.names
+        return names[role].format(layer=layer, expert=expert)
+
     def in_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """A ``config.json`` of this model's family with this model's expert count, in one spelling, and top-k."""
-        keys = self.family.config_keys
+        """A ``config.json`` of this model's family with this model's expert count, in one spelling, and top-k.
+
+        A dense model's is of the dense counterpart, and says nothing about experts.
+        """
+        keys, dense = self.family.config_keys, self.family.dense
         others = {key: value for key, value in config.items() if key not in (keys.n_experts, keys.saved_n_experts)}
         if "layer_types" in others:  # all alike, or the family would have been refused
             others["layer_types"] = others["layer_types"][: self.n_layers]
+        others["num_hidden_layers"] = self.n_layers
+        if self.is_dense and dense is not None:
+            return {key: value for key, value in others.items() if key not in self.family.moe_settings} | {
+                "model_type": dense.model_type,
+                "architectures": [dense.architecture],
+                dense.width_key: self.expert_width,
+                **dense.settings,
+            }
         return others | {
-            "num_hidden_layers": self.n_layers,
             keys.n_experts: self.n_experts,
             keys.expert_width: self.expert_width,
             "num_experts_per_tok": self.top_k,
@@ -154,6 +187,8 @@ class MoeShape:
         """All parameters; tied embeddings count once."""
         layers = [self.layer(index) for index in range(self.n_layers)]
         in_layers = sum(layer.dense_layer_parameters + layer.n_experts * layer.expert_parameters for layer in layers)
+        if self.is_dense:  # without the routers
+            in_layers -= sum(layer.n_experts * self.hidden_size for layer in layers)
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         return in_layers + embeddings + self.hidden_size
 

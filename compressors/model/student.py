@@ -33,7 +33,7 @@ class LayerMap:
     groups: tuple[tuple[int, ...], ...]
     """[student expert]: the teacher's experts that it stands for, first the one that it comes from. Pruning keeps
     groups of one, merging makes larger ones; without any the layer has lost its MoE sub-layer."""
-    width: int | None = None  # of each expert; None: the teacher's
+    width: int | None = None  # of each expert; None: the teacher's. One expert for all may be as wide as its group
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -87,7 +87,8 @@ class ExpertMap:
                 or not set(members) <= set(range(shape.n_experts))
             ):
                 raise ValueError(f"layer {layer.source} keeps the experts {[list(group) for group in layer.groups]}")
-            if layer.width is not None and not 1 <= layer.width <= shape.expert_width:
+            widest = shape.expert_width * (len(members) if len(layer.groups) == 1 else 1)
+            if layer.width is not None and not 1 <= layer.width <= widest:
                 raise ValueError(f"layer {layer.source} has experts of width {layer.width}")
 
     def shape_of(self, teacher: MoeShape) -> MoeShape:

@@ -14,7 +14,7 @@ from compressors.model.families import Role
 from compressors.model.shape import MoeShape
 from compressors.quantize import GGMLQuantizationType, fallback_type, row_bytes
 
-__all__ = ["PRESETS", "GgufTensor", "Preset", "check_uniform", "plan_tensors", "preset_named"]
+__all__ = ["PRESETS", "GgufTensor", "Preset", "architecture", "check_uniform", "plan_tensors", "preset_named"]
 
 _MAX_EXPERTS, _MAX_LAYERS = 1024, 512  # LLAMA_MAX_EXPERTS and LLAMA_MAX_LAYERS in src/llama-hparams.h
 
@@ -66,6 +66,13 @@ _NAMES: Mapping[Role, str] = {
 }
 """llama.cpp's names (``LLM_TENSOR_NAMES`` in ``src/llama-arch.cpp``), the same for every family."""
 
+_DENSE_NAMES: Mapping[Role, str] = {
+    Role.EXPERT_GATE: "blk.{layer}.ffn_gate.weight",
+    Role.EXPERT_UP: "blk.{layer}.ffn_up.weight",
+    Role.EXPERT_DOWN: "blk.{layer}.ffn_down.weight",
+}
+"""The same of a dense feed-forward."""
+
 _EMBEDDING_ROLES = frozenset({Role.TOKEN_EMBEDDING, Role.HEAD})
 _FLOAT32_ROLES = frozenset(
     {Role.FINAL_NORM, Role.ATTENTION_NORM, Role.MOE_NORM, Role.QUERY_NORM, Role.KEY_NORM, Role.ROUTER}
@@ -74,7 +81,7 @@ _FLOAT32_ROLES = frozenset(
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor of the file; all experts of a layer are one tensor [E, F, D] or [E, D, F]."""
+    """One tensor of the file; all experts of a layer are one tensor [E, F, D] or [E, D, F], one without E if dense."""
 
     name: str
     role: Role
@@ -104,6 +111,12 @@ def preset_named(name: str) -> Preset:
     return PRESETS[name]
 
 
+def architecture(shape: MoeShape) -> str:
+    """What llama.cpp calls the model's architecture."""
+    family = shape.family
+    return family.dense.gguf_architecture if shape.is_dense and family.dense else family.gguf.architecture
+
+
 def plan_tensors(shape: MoeShape, preset: str) -> tuple[GgufTensor, ...]:
     """Every tensor of the file, in the file's order.
 
@@ -113,23 +126,24 @@ def plan_tensors(shape: MoeShape, preset: str) -> tuple[GgufTensor, ...]:
     """
     types = preset_named(preset)
     _check_representable(shape)
-    roles = [role for role in shape.family.roles if not (role is Role.HEAD and shape.tied_embeddings)]
-    tensors = [_tensor(role, None, shape, types) for role in roles if role.is_global]
+    tensors = [_tensor(role, None, shape, types) for role in shape.stored_roles if role.is_global]
     for layer in range(shape.n_layers):
-        tensors += [_tensor(role, layer, shape, types) for role in roles if not role.is_global]
+        tensors += [_tensor(role, layer, shape, types) for role in shape.stored_roles if not role.is_global]
     return tuple(tensors)
 
 
 def _tensor(role: Role, layer: int | None, shape: MoeShape, types: Preset) -> GgufTensor:
-    dimensions = role_shape(role, shape)
-    if role.is_expert:
+    dimensions, name = role_shape(role, shape), _NAMES[role]
+    if role.is_expert and shape.is_dense:
+        name = _DENSE_NAMES[role]
+    elif role.is_expert:
         dimensions = (shape.n_experts, *dimensions)
     if role in _FLOAT32_ROLES:
         ggml_type = GGMLQuantizationType.F32
     else:
         wanted = types.embeddings if role in _EMBEDDING_ROLES else types.matrices
         ggml_type = fallback_type(wanted, dimensions[-1])
-    return GgufTensor(_NAMES[role].format(layer=layer), role, layer, dimensions, ggml_type)
+    return GgufTensor(name.format(layer=layer), role, layer, dimensions, ggml_type)
 
 
 def check_uniform(shape: MoeShape) -> None:
@@ -138,10 +152,9 @@ def check_uniform(shape: MoeShape) -> None:
     Raises:
         UnsupportedError: they do.
     """
-    gguf = shape.family.gguf
     if shape.sizes is not None or not shape.has_moe:
         raise UnsupportedError(
-            f"llama.cpp's {gguf.architecture} graph has one number of experts and one expert width for all layers; "
+            f"llama.cpp's {architecture(shape)} graph has one number of experts and one expert width for all layers; "
             f"these layers have {shape.described_sizes}: they cannot be written as GGUF; give all layers the same, "
             "or use --formats onnx"
         )
@@ -150,7 +163,7 @@ def check_uniform(shape: MoeShape) -> None:
 def _check_representable(shape: MoeShape) -> None:
     gguf = shape.family.gguf
     check_uniform(shape)
-    if shape.normalize_top_k != gguf.normalizes_top_k:
+    if not shape.is_dense and shape.normalize_top_k != gguf.normalizes_top_k:
         raise UnsupportedError(
             f"llama.cpp's {gguf.architecture} graph {'always' if gguf.normalizes_top_k else 'never'} normalises the "
             f"weights of the chosen experts, but this model has normalize_top_k = {shape.normalize_top_k}: "

@@ -12,7 +12,7 @@ from gguf import GGML_QUANT_VERSION, Metadata, size_label
 from compressors.model.errors import InputError
 from compressors.model.shape import MoeShape, read_shape
 from exporter.gguf.container import Value, float32, string, uint32
-from exporter.gguf.layout import preset_named
+from exporter.gguf.layout import architecture, preset_named
 
 __all__ = ["gguf_file_name", "model_metadata", "moe_size_label", "source_license"]
 
@@ -31,8 +31,11 @@ def model_metadata(shape: MoeShape, source_folder: Path, name: str, preset: str)
 def moe_size_label(shape: MoeShape) -> str:
     """Such as ``64x1.5B``: number of experts, and parameters of the shared part plus one expert of each layer.
 
-    As gguf-py counts them (``size_label`` in ``gguf-py/gguf/utility.py``).
+    A dense model's is the number of its parameters, such as ``1.5B``. As gguf-py counts them (``size_label`` in
+    ``gguf-py/gguf/utility.py``).
     """
+    if shape.is_dense:
+        return size_label(shape.parameters, shape.parameters, 0, 0)
     expert = shape.n_layers * shape.expert_parameters
     shared = shape.parameters - shape.n_experts * expert
     return size_label(shape.parameters, shared, expert, shape.n_experts)
@@ -50,7 +53,7 @@ def _general(shape: MoeShape, source_folder: Path, name: str, preset: str) -> di
     _, organization, base_name, finetune, version, _ = parts
     card = _model_card(source_folder)
     texts = {
-        "general.architecture": shape.family.gguf.architecture,  # llama.cpp wants it first
+        "general.architecture": architecture(shape),  # llama.cpp wants it first
         "general.type": "model",
         "general.name": name,
         "general.organization": organization,
@@ -72,8 +75,9 @@ def _general(shape: MoeShape, source_folder: Path, name: str, preset: str) -> di
 
 def _architecture(shape: MoeShape) -> dict[str, Value]:
     """Hyper-parameters (``LLM_KV_NAMES`` in ``src/llama-arch.cpp``)."""
-    gguf = shape.family.gguf
-    width_key = "expert_feed_forward_length" if gguf.writes_expert_width else "feed_forward_length"
+    in_experts = shape.family.gguf.writes_expert_width and not shape.is_dense
+    width_key = "expert_feed_forward_length" if in_experts else "feed_forward_length"
+    experts = {"expert_count": uint32(shape.n_experts), "expert_used_count": uint32(shape.top_k)}
     values = {
         "block_count": uint32(shape.n_layers),
         "context_length": uint32(shape.context_length),
@@ -86,11 +90,10 @@ def _architecture(shape: MoeShape) -> dict[str, Value]:
         "attention.layer_norm_rms_epsilon": float32(shape.rms_norm_eps),
         "rope.freq_base": float32(shape.rope_theta),
         "rope.dimension_count": uint32(shape.head_dim),
-        "expert_count": uint32(shape.n_experts),
-        "expert_used_count": uint32(shape.top_k),
+        **({} if shape.is_dense else experts),
         "vocab_size": uint32(shape.vocab_size),
     }
-    return {f"{gguf.architecture}.{key}": value for key, value in values.items()}
+    return {f"{architecture(shape)}.{key}": value for key, value in values.items()}
 
 
 def _base_models(source_folder: Path, card: Mapping[str, Any]) -> dict[str, Value]:

@@ -112,7 +112,7 @@ def _plan_rows(student: Student, tensors: tuple[GgufTensor, ...], offset: int) -
     for tensor in tensors:
         n_rows, padding = prod(tensor.shape[:-1]), aligned(tensor.n_bytes) - tensor.n_bytes
         if tensor.role.is_expert:
-            step = n_rows // tensor.shape[0]
+            step = n_rows // student.shape.n_experts
             slices = [slice(first, first + step) for first in range(0, n_rows, step)]
         else:  # rows of one head stay together: they may have to be permuted
             slices = row_slices(n_rows, tensor.row_length, multiple=student.shape.head_dim)

@@ -1,4 +1,5 @@
-"""The decoder as an ONNX graph: grouped-query attention with rotary embedding, and a MoE block in every layer.
+"""The decoder as an ONNX graph: grouped-query attention with rotary embedding, and a MoE block (or, in a dense
+model, a feed-forward) in every layer.
 
 Inputs and outputs have the names that onnxruntime-genai and optimum expect. The graph serves prompts and single
 steps, any batch size, and padding on either side.
@@ -46,7 +47,7 @@ class _Decoder:
             branch = self._attention(layer, normed, attention_mask)
             if shape.layer(layer).has_moe:
                 normed, residual = self._norm(Role.MOE_NORM, layer, residual, branch)
-                branch = self._moe(layer, normed)
+                branch = self._feed_forward(layer, normed) if shape.is_dense else self._moe(layer, normed)
         normed, _ = self._norm(Role.FINAL_NORM, None, residual, branch)
         self._weights.linear(Role.HEAD, None, normed, "logits")
         graph.add_output("logits", _FLOAT, ["batch", "sequence", shape.vocab_size])
@@ -54,7 +55,8 @@ class _Decoder:
         for layer in range(shape.n_layers):
             for kind in ("key", "value"):
                 graph.add_output(f"present.{layer}.{kind}", _FLOAT, dimensions)
-        return graph.model(shape.model_type)
+        dense = shape.family.dense if shape.is_dense else None
+        return graph.model(dense.model_type if dense else shape.model_type)
 
     def _norm(self, role: Role, layer: int | None, residual: str, branch: str | None) -> tuple[str, str]:
         """Adds the branch to the residual stream and normalises; returns the normed values and the new residual."""
@@ -132,6 +134,16 @@ class _Decoder:
         rows = graph.constant(f"shape.router_of_{n_experts}", [-1, n_experts])
         logits_TE = graph.node("Reshape", [logits, rows], f"{prefix}router_logits")
         return self._weights.experts(layer, normed, logits_TE, f"{prefix}moe")
+
+    def _feed_forward(self, layer: int, normed: str) -> str:
+        """The one expert of a dense model's layer: SwiGLU as silu(gate) * up, silu(x) being x * sigmoid(x)."""
+        graph, prefix = self._graph, f"{_prefix(layer)}feed_forward"
+        gate = self._weights.linear(Role.EXPERT_GATE, layer, normed, f"{prefix}.gate")
+        up = self._weights.linear(Role.EXPERT_UP, layer, normed, f"{prefix}.up")
+        sigmoid = graph.node("Sigmoid", [gate], f"{prefix}.sigmoid")
+        silu = graph.node("Mul", [gate, sigmoid], f"{prefix}.silu")
+        hidden = graph.node("Mul", [silu, up], f"{prefix}.hidden")
+        return self._weights.linear(Role.EXPERT_DOWN, layer, hidden, prefix)
 
 
 def _prefix(layer: int | None) -> str:

@@ -102,7 +102,7 @@ class WeightPlan:
     roles: tuple[Role, ...]
     layer: int | None
     encoding: Encoding
-    shape: tuple[int, ...]  # of the values: [D], [rows, columns], or [E, rows, columns] for experts
+    shape: tuple[int, ...]  # of the values: [D], [rows, columns], or [E, rows, columns] for experts (not if dense)
     codes: TensorPlan
     scales: TensorPlan | None
 
@@ -170,13 +170,12 @@ class _Planner:
         self._end = 0
 
     def plan(self) -> TensorLayout:
-        shape, family = self._shape, self._shape.family
+        shape = self._shape
         weights = [self._weight(Role.TOKEN_EMBEDDING, None)]
         for layer in range(shape.n_layers):
-            weights += [self._weight(role, layer) for role in shape.layer_roles(layer)]
+            weights += [self._weight(role, layer) for role in shape.layer_roles(layer) if role in shape.stored_roles]
             if shape.layer(layer).has_moe:
-                weights.append(self._experts(family.fused_gate_up, (Role.EXPERT_GATE, Role.EXPERT_UP), layer))
-                weights.append(self._experts(family.fused_down, (Role.EXPERT_DOWN,), layer))
+                weights += self._feed_forward(layer)
         weights.append(self._weight(Role.FINAL_NORM, None))
         if not shape.tied_embeddings:
             weights.append(self._weight(Role.HEAD, None))
@@ -186,9 +185,18 @@ class _Planner:
         return TensorLayout(shape, self._preset, tuple(weights), cosine, sine, self._end)
 
     def _weight(self, role: Role, layer: int | None) -> WeightPlan:
-        name = self._shape.family.names[role].format(layer=layer)
+        name = self._shape.stored_name(role, layer)
         shape = self._shape if layer is None else self._shape.layer(layer)
         return self._encoded(name, (role,), layer, role_shape(role, shape))
+
+    def _feed_forward(self, layer: int) -> list[WeightPlan]:
+        if self._shape.is_dense:
+            return [self._weight(role, layer) for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)]
+        family = self._shape.family
+        return [
+            self._experts(family.fused_gate_up, (Role.EXPERT_GATE, Role.EXPERT_UP), layer),
+            self._experts(family.fused_down, (Role.EXPERT_DOWN,), layer),
+        ]
 
     def _experts(self, template: str, roles: tuple[Role, ...], layer: int) -> WeightPlan:
         layer_shape = self._shape.layer(layer)

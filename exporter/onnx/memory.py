@@ -70,7 +70,8 @@ def _compute_bytes(layout: TensorLayout, context: int, threads: int) -> int:
     values += tokens * shape.hidden_size * _LIVE_HIDDEN_STATES
     values += tokens * (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim * _LIVE_PROJECTIONS
     values += routed * (3 * shape.expert_width + 2 * shape.hidden_size)  # gate, up, product; input and output
-    values += threads * (shape.expert_parameters + tokens * shape.hidden_size)  # widened expert, partial sums
+    if not shape.is_dense:
+        values += threads * (shape.expert_parameters + tokens * shape.hidden_size)  # widened expert, partial sums
     # The embedding is not packed; where it is the head too, the packed copy counts among the weights.
     largest = max(weight.codes.n_bytes for weight in layout.weights if Role.TOKEN_EMBEDDING not in weight.roles)
     return _SESSION_BYTES + max(values * _FLOAT_BYTES, largest)

@@ -109,8 +109,8 @@ def _plan_pieces(student: Student, layout: TensorLayout, importance: Importance)
     """The weights in the file's order, whole experts and slices of other matrices, then the rotary caches."""
     for weight in layout.weights:
         if weight.roles[0].is_expert:
-            n_experts, rows_each, _ = weight.shape
-            for expert in range(n_experts):
+            *n_experts, rows_each, _ = weight.shape  # a dense feed-forward is the only expert
+            for expert in range(prod(n_experts)):
                 places = _places(weight, slice(expert * rows_each, (expert + 1) * rows_each))
                 yield _piece(places, partial(_read_expert, student, weight, expert, importance, places))
         else:

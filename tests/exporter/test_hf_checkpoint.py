@@ -107,12 +107,13 @@ def _digests(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
 
 
-def test_top_k_falls_with_the_experts(student: Student, tmp_path: Path) -> None:
-    """One expert left: stock transformers must not look for two."""
-    alone = Student(student.source, ExpertMap.keeping(student.source.shape.n_experts, ((3,), (1,))))
-    write_checkpoint(alone, tmp_path / "alone")
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "alone", dtype=torch.float32)
-    assert stock.config.num_experts_per_tok == 1
+def test_top_k_falls_with_the_experts(toy_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Two experts left: stock transformers must not look for four."""
+    source = Checkpoint(toy_checkpoint(tmp_path, n_layers=2))
+    pair = Student(source, ExpertMap.keeping(source.shape.n_experts, ((3, 4), (1, 7))))
+    write_checkpoint(pair, tmp_path / "pair")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "pair", dtype=torch.float32)
+    assert stock.config.num_experts_per_tok == 2
     assert torch.isfinite(stock(torch.arange(8)[None]).logits).all()
 
 
