@@ -2,7 +2,8 @@
 
 Plugged into transformers' MoE blocks through its experts interface, so one function serves every family whose experts
 module holds ``gate_up_proj`` [E, 2F, D] and ``down_proj`` [E, D, F]. Weights stay in storage dtype and are converted
-one expert at a time when the activations have another.
+one expert at a time when the activations have another. Where the module has an attribute ``trained``
+(:class:`~compressors.model.trained_experts.TrainedExperts`), those weights stand in for its own, and get gradients.
 
 Letters: n tokens of one expert, S = T * K choices of all tokens.
 """
@@ -16,6 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.nn import functional
+
+from compressors.model.trained_experts import TrainedExperts
 
 __all__ = ["GROUPED_EXPERTS", "ExpertObserver", "register_grouped_experts"]
 
@@ -40,12 +43,14 @@ def _experts_forward(
     experts: nn.Module, hidden_TD: torch.Tensor, chosen_TK: torch.Tensor, gates_TK: torch.Tensor
 ) -> torch.Tensor:
     """transformers' experts interface: the gate-weighted sum of the chosen experts' outputs, [T, D]."""
-    output_TD: torch.Tensor = _GroupedExperts.apply(hidden_TD, gates_TK, chosen_TK, experts)  # type: ignore[no-untyped-call]
+    trained: TrainedExperts | None = getattr(experts, "trained", None)
+    tensors = trained.tensors.values() if trained is not None and torch.is_grad_enabled() else ()
+    output_TD: torch.Tensor = _GroupedExperts.apply(hidden_TD, gates_TK, chosen_TK, experts, *tensors)  # type: ignore[no-untyped-call]
     return output_TD
 
 
 class _GroupedExperts(torch.autograd.Function):
-    """The gradient with respect to inputs and gates; experts' weights are constants.
+    """The gradient with respect to inputs, gates and the tensors of trained experts; other experts are constants.
 
     Of the activations only the first product is kept for backward: the gradient of a gate, <dL/dy, down h>, equals
     <down^T dL/dy, h>, so backward needs no expert's output, and a product less than running the expert again.
@@ -53,7 +58,12 @@ class _GroupedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: torch.Tensor, gates_TK: torch.Tensor, chosen_TK: torch.Tensor, experts: nn.Module
+        ctx: Any,
+        hidden_TD: torch.Tensor,
+        gates_TK: torch.Tensor,
+        chosen_TK: torch.Tensor,
+        experts: nn.Module,
+        *trained: torch.Tensor,  # named for autograd; their values come with the experts
     ) -> torch.Tensor:
         keeps = any(ctx.needs_input_grad)
         weights, choices = _ExpertWeights(experts, hidden_TD), _Choices(chosen_TK, hidden_TD)
@@ -71,20 +81,23 @@ class _GroupedExperts(torch.autograd.Function):
                 gates_n = gates_TK[choice.tokens, choice.slots]
                 observer(choice.expert, gates_n, hidden[: choice.n], outputs[: choice.n])
         if keeps:
-            ctx.save_for_backward(gates_TK, chosen_TK, gate_up_)
+            ctx.save_for_backward(hidden_TD if trained else None, gates_TK, chosen_TK, gate_up_)
             ctx.experts = experts
         return choices.sum_by_token(outputs_SD, gates_TK)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient_TD,) = gradients
-        gates_TK, chosen_TK, gate_up_ = ctx.saved_tensors
+        hidden_TD, gates_TK, chosen_TK, gate_up_ = ctx.saved_tensors
         weights, choices = _ExpertWeights(ctx.experts, gradient_TD), _Choices(chosen_TK, gradient_TD)
+        trained: TrainedExperts | None = getattr(ctx.experts, "trained", None)
+        sums = [] if trained is None else [torch.zeros_like(tensor) for tensor in trained.tensors.values()]
         input_gradients_SD = gradient_TD.new_empty(choices.all_rows, gradient_TD.shape[1])
         gates_gradient_TK = torch.zeros_like(gates_TK)
         for choice in choices:
             rows = slice(choice.start, choice.start + choice.n_rows)
-            pulled_nF = gradient_TD.index_select(0, choice.padded_tokens) @ weights.down(choice.expert)
+            gradient_nD = gradient_TD.index_select(0, choice.padded_tokens)
+            pulled_nF = gradient_nD @ weights.down(choice.expert)
             gates_n = gradient_TD.new_zeros(choice.n_rows)
             gates_n[: choice.n] = gates_TK[choice.tokens, choice.slots]
             with torch.enable_grad():
@@ -94,22 +107,30 @@ class _GroupedExperts(torch.autograd.Function):
             torch.mm(gate_up_gradient, weights.gate_up(choice.expert), out=input_gradients_SD[rows])
             gate_gradient_n = (pulled_nF * hidden_nF.detach()).sum(-1)[: choice.n]
             gates_gradient_TK[choice.tokens, choice.slots] = gate_gradient_n.to(gates_TK.dtype)
-        return choices.sum_by_token(input_gradients_SD), gates_gradient_TK, None, None
+            if trained is not None and choice.expert in trained.experts:  # gates of padding are zero
+                inputs_nD = hidden_TD.index_select(0, choice.padded_tokens)
+                of_gate_up = (gate_up_gradient, inputs_nD)
+                of_down = (gradient_nD * gates_n[:, None], hidden_nF.detach())
+                trained.add_gradients(sums, choice.expert, of_gate_up, of_down)
+        return choices.sum_by_token(input_gradients_SD), gates_gradient_TK, None, None, *sums
 
 
 class _ExpertWeights:
-    """The experts' weights in the dtype of the activations."""
+    """The experts' weights in the dtype of the activations: what is trained in place of what is stored."""
 
     def __init__(self, experts: nn.Module, activations: torch.Tensor) -> None:
         self._gate_up = experts.get_parameter("gate_up_proj")
         self._down = experts.get_parameter("down_proj")
+        self._trained: TrainedExperts | None = getattr(experts, "trained", None)
         self._dtype = activations.dtype
 
     def gate_up(self, expert: int) -> torch.Tensor:
-        return self._gate_up[expert].to(self._dtype)
+        stored = self._gate_up[expert]
+        return (stored if self._trained is None else self._trained.gate_up_weight(expert, stored)).to(self._dtype)
 
     def down(self, expert: int) -> torch.Tensor:
-        return self._down[expert].to(self._dtype)
+        stored = self._down[expert]
+        return (stored if self._trained is None else self._trained.down_weight(expert, stored)).to(self._dtype)
 
 
 def _activate(experts: nn.Module, gate_up_n2F: torch.Tensor) -> torch.Tensor:

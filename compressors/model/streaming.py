@@ -34,12 +34,24 @@ from compressors.model.memory import (
 )
 from compressors.model.shape import MoeShape
 from compressors.model.student import Student
+from compressors.model.trained_experts import TrainedExperts
 
-__all__ = ["LayerObserver", "StreamedModel", "TokenGroup", "TrainableTensors", "transformers_config"]
+__all__ = [
+    "LayerObserver",
+    "NotFiniteError",
+    "StreamedModel",
+    "TokenGroup",
+    "TrainableTensors",
+    "position_chunks",
+    "transformers_config",
+]
 
 TrainableTensors = Mapping[tuple[Role, int], torch.Tensor]
 LayerObserver = Callable[[int, nn.Module], AbstractContextManager[Any]]
-Loss = Callable[[slice, torch.Tensor], torch.Tensor]
+
+
+class NotFiniteError(InputError):
+    """The computation, not the weights, made a value that is not finite."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +92,7 @@ class StreamedModel:
     Args:
         student: where the weights come from.
         trainable: float32 tensors that stand in for the student's (routers during recovery); gradients reach them.
+        trained_experts: likewise for experts, by layer.
         limit: memory that this process may use. It decides how many layers stay in memory after the first visit, and
             whether hidden states lie there or on disk. None: no layer stays, hidden states do.
         check_finite: refuse NaN and infinite weights when a layer is read.
@@ -94,6 +107,7 @@ class StreamedModel:
         student: Student,
         *,
         trainable: TrainableTensors | None = None,
+        trained_experts: Mapping[int, TrainedExperts] | None = None,
         limit: MemoryLimit | None = None,
         check_finite: bool = False,
         device: torch.device | None = None,
@@ -103,6 +117,7 @@ class StreamedModel:
         self.student = student
         self.shape = student.shape
         self.trainable = dict(trainable or {})
+        self.trained_experts = dict(trained_experts or {})
         self.device = device or torch.device("cpu")
         self._limit = limit
         self._check_finite = check_finite
@@ -115,6 +130,8 @@ class StreamedModel:
                 config, attn_implementation="sdpa", experts_implementation=GROUPED_EXPERTS
             )
         self._layers = [self._fitted(layer, index, model.config) for index, layer in enumerate(model.model.layers)]
+        for index, trained in self.trained_experts.items():
+            self._layers[index].get_submodule(self.shape.family.experts_module).trained = trained  # type: ignore[assignment]
         self._rotary: nn.Module = type(model.model.rotary_emb)(config=config).to(self.device)
         self._final_norm: nn.Module = model.model.norm.eval()
         self._final_norm_weight = self._read(Role.FINAL_NORM).to(self.device)
@@ -176,7 +193,7 @@ class StreamedModel:
             For each group the hidden states after the last layer, before the final norm.
 
         Raises:
-            InputError: a value is not finite; the message names the layer, and the expert that made it.
+            NotFiniteError: a value is not finite; the message names the layer, and the expert that made it.
         """
         hidden = self.first_states(groups)
         for index in self.advance(groups, hidden, range(self.shape.n_layers)):
@@ -185,14 +202,14 @@ class StreamedModel:
                 progress(1)
         return hidden
 
-    def first_states(self, groups: Sequence[TokenGroup]) -> list[HiddenStates]:
-        """The hidden states that enter the first layer, in memory or on disk as the limit wants."""
+    def first_states(self, groups: Sequence[TokenGroup], n_kept: int = 1) -> list[HiddenStates]:
+        """The hidden states that enter the first layer; ``n_kept`` such arrays fit the limit, or lie on disk."""
         sizes = [(*group.tokens_BT.shape, self.shape.hidden_size) for group in groups]
         n_bytes = sum(
             blocks * tokens * size * group.dtype.itemsize
             for (blocks, tokens, size), group in zip(sizes, groups, strict=True)
         )
-        spill = self._place(n_bytes).spill
+        spill = self._place(n_kept * n_bytes).spill
         return [
             self._embedded(group.tokens_BT, HiddenStates(size, group.dtype, spill))
             for size, group in zip(sizes, groups, strict=True)
@@ -209,7 +226,7 @@ class StreamedModel:
                 self.run(index, weights, states, states, group.observers)
             yield index
 
-    def weights(self, layers: range) -> Iterator[tuple[int, LayerWeights]]:
+    def weights(self, layers: Sequence[int]) -> Iterator[tuple[int, LayerWeights]]:
         """Each layer with its weights, which are valid until the next one is asked for."""
         return self._visit(layers)
 
@@ -232,7 +249,7 @@ class StreamedModel:
             observers: as a :class:`TokenGroup` has them.
 
         Raises:
-            InputError: a value is not finite; the message names the layer, and the expert that made it.
+            NotFiniteError: a value is not finite; the message names the layer, and the expert that made it.
         """
         with self.layer(index, weights, source.dtype) as layer, ExitStack() as stack:
             for observe in observers:
@@ -250,7 +267,7 @@ class StreamedModel:
         with self.head(hidden.dtype) as head:
             for blocks in hidden.groups(blocks_at_once):
                 states = hidden.read(blocks)[:, positions].flatten(0, 1)
-                for start, part in _chunks(states, self.shape.vocab_size):
+                for start, part in position_chunks(states, self.shape.vocab_size):
                     first = blocks.start * n_positions + start
                     yield slice(first, first + len(part)), head(part.to(self.device)).float().cpu()
 
@@ -264,37 +281,11 @@ class StreamedModel:
         self._final_norm.requires_grad_(False)
         yield lambda states_ND: functional.linear(self._final_norm(states_ND), matrix_VD)
 
-    def gradients(
-        self, tokens_BT: torch.Tensor, loss: Loss, dtype: torch.dtype = torch.float32
-    ) -> tuple[float, dict[tuple[Role, int], torch.Tensor]]:
-        """Loss of these blocks and its gradient with respect to every trainable tensor, layer by layer.
-
-        The forward pass stores each layer's input; the backward pass runs the layers again in reverse and pulls the
-        gradient through each (a vector-Jacobian product), so memory does not grow with the number of layers but for
-        the stored inputs, which go to disk above the limit.
-
-        Args:
-            tokens_BT: int64 token ids.
-            loss: given (positions of the flattened blocks, logits [n, V]), the summed loss of these positions.
-            dtype: of the arithmetic; gradients are float32.
-
-        Returns:
-            The loss summed over all positions, and gradients by (role, layer).
-        """
-        size = (*tokens_BT.shape, self.shape.hidden_size)
-        all_bytes = tokens_BT.numel() * self.shape.hidden_size * dtype.itemsize * (self.shape.n_layers + 1)
-        spill, order = self._place(all_bytes).spill, range(self.shape.n_layers)
-        states = [self._embedded(tokens_BT, HiddenStates(size, dtype, spill))]
-        for index, weights in self._visit(order):
-            states.append(HiddenStates(size, dtype, spill))
-            with torch.no_grad(), self.layer(index, weights, dtype) as layer:
-                self._run_all(index, layer, states[-2], states[-1])
-        total, gradient_BTD = self._head_gradient(states.pop(), loss)
-        gradients = {key: torch.zeros_like(value) for key, value in self.trainable.items()}
-        for index, weights in self._visit(order[::-1]):
-            with self.layer(index, weights, dtype) as layer:
-                self._pull_back(index, layer, states.pop(), gradient_BTD, gradients)
-        return total, gradients
+    def trained(self, layer: int) -> dict[tuple[str, int], torch.Tensor]:
+        """The trainable tensors of a layer, by name and layer."""
+        experts = self.trained_experts.get(layer)
+        of_experts = {} if experts is None else {(name, layer): tensor for name, tensor in experts.tensors.items()}
+        return {key: tensor for key, tensor in self.trainable.items() if key[1] == layer} | of_experts
 
     def _embedded(self, tokens_BT: torch.Tensor, states: HiddenStates) -> HiddenStates:
         for blocks in states.groups(BLOCKS_AT_ONCE[states.dtype]):
@@ -311,7 +302,7 @@ class StreamedModel:
             if target is not None:
                 target.write(blocks, output.to("cpu"))
 
-    def _not_finite(self, index: int, layer: nn.Module, rows_BTD: torch.Tensor) -> InputError:
+    def _not_finite(self, index: int, layer: nn.Module, rows_BTD: torch.Tensor) -> NotFiniteError:
         """Says which layer and expert made a value that is not finite, by running the layer once more."""
         family = self.shape.family
         makers: list[str] = []
@@ -330,44 +321,11 @@ class StreamedModel:
             self.run_layer(layer, rows_BTD)
             handle.remove()
         made_by = makers[0] if makers else "a sum of large values"
-        return InputError(
+        dtype = str(rows_BTD.dtype).removeprefix("torch.")
+        return NotFiniteError(
             f"{self.student.source.folder}: layer {index} turns the text into NaN or infinite values, first in "
-            f"{made_by}; the checkpoint is damaged there, or does not work in {_dtype_name(rows_BTD.dtype)}"
+            f"{made_by}; the checkpoint is damaged there, or does not work in {dtype}"
         )
-
-    def _head_gradient(self, hidden: HiddenStates, loss: Loss) -> tuple[float, torch.Tensor]:
-        """The loss, and its gradient with respect to the last layer's output [B, T, D]."""
-        flat = hidden.read(slice(0, len(hidden))).flatten(0, 1)
-        gradient = torch.empty_like(flat)
-        total = 0.0
-        with self.head(hidden.dtype) as head:
-            for start, part in _chunks(flat, self.shape.vocab_size):
-                positions = slice(start, start + len(part))
-                part = part.detach().to(self.device).requires_grad_()
-                value = loss(positions, head(part).float().cpu())
-                (gradient[positions],) = torch.autograd.grad(value, part)
-                total += value.item()
-        return total, gradient.view(hidden.shape)
-
-    def _pull_back(
-        self,
-        index: int,
-        layer: nn.Module,
-        inputs: HiddenStates,
-        gradient_BTD: torch.Tensor,
-        gradients: dict[tuple[Role, int], torch.Tensor],
-    ) -> None:
-        """Adds this layer's parameter gradients to ``gradients``; replaces ``gradient_BTD`` by that of its input."""
-        keys = [key for key in self.trainable if key[1] == index]
-        parameters = [self.trainable[key] for key in keys]
-        for blocks in inputs.groups(BLOCKS_AT_ONCE[inputs.dtype]):
-            rows = inputs.read(blocks).detach().to(self.device).requires_grad_()
-            output = self.run_layer(layer, rows)
-            output_gradient = gradient_BTD[blocks].to(self.device)
-            input_gradient, *found = torch.autograd.grad(output, [rows, *parameters], output_gradient)
-            gradient_BTD[blocks] = input_gradient.to("cpu")
-            for key, value in zip(keys, found, strict=True):
-                gradients[key] += value
 
     def _place(self, hidden_bytes: int) -> Placement:
         """Where things lie; the first pass decides it for all."""
@@ -434,12 +392,8 @@ def _in_float32(_router: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[t
     return (inputs[0].float(), *inputs[1:])
 
 
-def _chunks(states_ND: torch.Tensor, vocab_size: int) -> Iterator[tuple[int, torch.Tensor]]:
+def position_chunks(states_ND: torch.Tensor, vocab_size: int) -> Iterator[tuple[int, torch.Tensor]]:
     """(first position, states) of chunks whose logits fit."""
     n_positions = positions_at_once(vocab_size)
     for start in range(0, len(states_ND), n_positions):
         yield start, states_ND[start : start + n_positions]
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

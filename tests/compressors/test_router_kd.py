@@ -189,7 +189,8 @@ def test_only_layers_with_experts_are_taught_and_only_their_routers_are_handed_o
     student = Student(teacher.source, ExpertMap(32, layers))
     changed = student.name(Role.EXPERT_UP, 0, 3)
     merged = student.with_overlay({changed: student.expert(Role.EXPERT_UP, 0, 3) * 2})
-    training = RouterTraining(merged, blocks_BT, targets, RouterKdSettings(n_blocks=2, learning_rate=1e-3, seed=5))
+    settings = RouterKdSettings(n_blocks=2, learning_rate=1e-3, blocks_per_step=2, seed=5)
+    training = RouterTraining(merged, blocks_BT, targets, settings)
     taught = train_routers(training)
     routers = {student.name(Role.ROUTER, layer) for layer in (0, 2, 3)}
     assert set(training.overlay()) == routers
@@ -229,5 +230,5 @@ def test_training_in_bfloat16_moves_routers_the_same_way(
         training = RouterTraining(pruned, blocks_BT, targets, settings, dtype=dtype)
         training.step()
         state = training.state()
-        gradients.append(torch.cat([state[f"{layer}.exp_avg"].flatten() for layer in range(6)]))
+        gradients.append(torch.cat([state[f"{layer}.router.exp_avg"].flatten() for layer in range(6)]))
     assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.9

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
 from compressors.model.families import Role
+from compressors.model.gradients import streamed_gradients
 from compressors.model.hidden_states import HiddenStates
 from compressors.model.memory import MemoryLimit
 from compressors.model.recorder import RoutingRecorder
@@ -115,7 +116,7 @@ def test_gradients_equal_autograd_on_the_whole_model(family_folder: Path, blocks
     def loss(positions: slice, logits: torch.Tensor) -> torch.Tensor:
         return functional.cross_entropy(logits, targets[positions], reduction="sum")
 
-    total, gradients = StreamedModel(student, trainable=routers).gradients(blocks_BT, loss)
+    total, gradients = streamed_gradients(StreamedModel(student, trainable=routers), blocks_BT, loss)
     stock = _stock(family_folder)
     expected = loss(slice(None), stock(blocks_BT).logits.flatten(0, 1))
     expected.backward()
@@ -225,7 +226,7 @@ def test_gradients_of_a_student_whose_layers_differ_equal_autograd(
     def loss(positions: slice, logits: torch.Tensor) -> torch.Tensor:
         return functional.cross_entropy(logits, targets[positions], reduction="sum")
 
-    total, gradients = StreamedModel(student, trainable=routers).gradients(blocks_BT, loss)
+    total, gradients = streamed_gradients(StreamedModel(student, trainable=routers), blocks_BT, loss)
     stock = _stock_like(student)
     expected = loss(slice(None), stock(blocks_BT, use_cache=False).logits.flatten(0, 1))
     expected.backward()

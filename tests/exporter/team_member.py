@@ -39,7 +39,7 @@ def _main(model: Path, folder: Path) -> None:
     training = RouterTraining(student, tokens_BT, targets, RouterKdSettings(5, 1e-3, blocks_per_step=5))
     training.step()
     if is_first():
-        moments = [training.state()[f"{layer}.exp_avg"] for layer in range(source.shape.n_layers)]
+        moments = [training.state()[f"{layer}.router.exp_avg"] for layer in range(source.shape.n_layers)]
         save_file({str(layer): moment for layer, moment in enumerate(moments)}, folder / "gradients.safetensors")
     distributed.destroy_process_group()
 

@@ -1,0 +1,135 @@
+"""Gradients of a model that runs layer by layer.
+
+The forward pass stores each layer's input; the backward pass runs the layers again in reverse and pulls the gradient
+through each (a vector-Jacobian product), so memory does not grow with the number of layers but for the stored inputs,
+which go to disk above the limit, and for what is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressors.model.hidden_states import HiddenStates
+from compressors.model.memory import BLOCKS_AT_ONCE
+from compressors.model.streaming import StreamedModel, TokenGroup, position_chunks
+
+__all__ = ["Loss", "ParameterKey", "RouterLoss", "streamed_gradients"]
+
+ParameterKey = tuple[str, int]
+"""A trainable tensor's name, and its layer."""
+
+Loss = Callable[[slice, torch.Tensor], torch.Tensor]
+"""(positions of the flattened blocks, their logits [n, V]) -> the summed loss of these positions."""
+
+RouterLoss = Callable[[int, slice, torch.Tensor], torch.Tensor]
+"""(layer, blocks, their tokens' router logits [b * T, E]) -> the summed loss of these tokens in this layer."""
+
+
+def streamed_gradients(
+    model: StreamedModel,
+    tokens_BT: torch.Tensor,
+    loss: Loss | None,
+    dtype: torch.dtype = torch.float32,
+    router_loss: RouterLoss | None = None,
+) -> tuple[float, dict[ParameterKey, torch.Tensor]]:
+    """Loss of these blocks and its gradient with respect to every trainable tensor of the model.
+
+    Args:
+        model: with the tensors that are trained.
+        tokens_BT: int64 token ids.
+        loss: of the logits; None leaves the head alone.
+        dtype: of the arithmetic; gradients are float32.
+        router_loss: of the router logits of each layer that has experts, added to the other.
+
+    Returns:
+        The sum of all losses, and gradients by (name, layer).
+
+    Raises:
+        NotFiniteError: a hidden state is NaN or infinite.
+    """
+    n_layers = model.shape.n_layers
+    states = model.first_states([TokenGroup(tokens_BT, dtype=dtype)], n_kept=n_layers + 1)
+    for index, weights in model.weights(range(n_layers)):
+        states.append(HiddenStates(states[0].shape, dtype, states[0].spill))
+        model.run(index, weights, states[-2], states[-1])
+    last = states.pop()
+    if loss is None:
+        total, gradient_BTD = 0.0, torch.zeros(last.shape, dtype=dtype)
+    else:
+        total, gradient_BTD = _head_gradient(model, last, loss)
+    gradients: dict[ParameterKey, torch.Tensor] = {}
+    for index, weights in model.weights(range(n_layers)[::-1]):
+        with model.layer(index, weights, dtype) as layer:
+            value, found = _pull_back(model, index, layer, states.pop(), gradient_BTD, router_loss)
+        total += value
+        gradients |= found
+    return total, gradients
+
+
+def _head_gradient(model: StreamedModel, hidden: HiddenStates, loss: Loss) -> tuple[float, torch.Tensor]:
+    """The loss, and its gradient with respect to the last layer's output [B, T, D]."""
+    flat = hidden.read(slice(0, len(hidden))).flatten(0, 1)
+    gradient = torch.empty_like(flat)
+    total = 0.0
+    with model.head(hidden.dtype) as head:
+        for start, part in position_chunks(flat, model.shape.vocab_size):
+            positions = slice(start, start + len(part))
+            part = part.detach().to(model.device).requires_grad_()
+            value = loss(positions, head(part).float().cpu())
+            (gradient[positions],) = torch.autograd.grad(value, part)
+            total += value.item()
+    return total, gradient.view(hidden.shape)
+
+
+def _pull_back(
+    model: StreamedModel,
+    index: int,
+    layer: nn.Module,
+    inputs: HiddenStates,
+    gradient_BTD: torch.Tensor,
+    router_loss: RouterLoss | None,
+) -> tuple[float, dict[ParameterKey, torch.Tensor]]:
+    """Replaces ``gradient_BTD``, of the layer's output, by that of its input.
+
+    Returns:
+        The layer's own loss, and the gradients of its trainable tensors.
+    """
+    parameters = model.trained(index)
+    gradients = {key: torch.zeros_like(tensor) for key, tensor in parameters.items()}
+    total = 0.0
+    for blocks in inputs.groups(BLOCKS_AT_ONCE[inputs.dtype]):
+        rows = inputs.read(blocks).detach().to(model.device).requires_grad_()
+        output, router_logits = _run(model, index, layer, rows)
+        outputs: list[torch.Tensor] = [output]
+        output_gradients: list[torch.Tensor | None] = [gradient_BTD[blocks].to(model.device)]
+        if router_loss is not None and router_logits is not None:
+            outputs.append(router_loss(index, blocks, router_logits))
+            output_gradients.append(None)  # one
+            total += outputs[-1].item()
+        input_gradient, *found = torch.autograd.grad(outputs, [rows, *parameters.values()], output_gradients)
+        gradient_BTD[blocks] = input_gradient.to("cpu")
+        for key, value in zip(parameters, found, strict=True):
+            gradients[key] += value
+    return total, gradients
+
+
+def _run(
+    model: StreamedModel, index: int, layer: nn.Module, rows_BTD: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The layer's output, and its router's logits if it has one."""
+    if not model.shape.layer(index).has_moe:
+        return model.run_layer(layer, rows_BTD), None
+    seen: list[torch.Tensor] = []
+
+    def hook(_router: nn.Module, _inputs: Any, outputs: tuple[torch.Tensor, ...]) -> None:
+        seen.append(outputs[0])
+
+    handle = layer.get_submodule(model.shape.family.router_module).register_forward_hook(hook)
+    try:
+        return model.run_layer(layer, rows_BTD), seen[0]
+    finally:
+        handle.remove()

@@ -1,0 +1,156 @@
+"""What training makes smaller: divergence from the teacher, the next token's loss, or the distance of router logits.
+
+All are means over the tokens of a step, in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from compressors.model.errors import InputError
+from compressors.model.gradients import Loss, RouterLoss
+from compressors.model.losses import kl_divergence_to_top, negative_log_likelihood
+from compressors.model.streaming import StreamedModel, TokenGroup
+from compressors.model.student import Student
+from compressors.teacher import TeacherTargets
+
+__all__ = ["Distillation", "NextToken", "Objective", "RouterLogitMatching", "StepLoss"]
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """The parts of a step's loss; their sum over all processes is the mean over the step."""
+
+    of_logits: Loss | None = None
+    of_routers: RouterLoss | None = None
+
+
+class Objective(Protocol):
+    """A way of measuring how far a student is from what it should be."""
+
+    def of_step(self, tokens_BT: torch.Tensor, blocks: Sequence[int], n_blocks: int) -> StepLoss:
+        """The loss of this process's part of a step.
+
+        Args:
+            tokens_BT: all training blocks.
+            blocks: those that this process works on.
+            n_blocks: how many blocks the step has, with those of other processes.
+        """
+
+
+class Distillation:
+    """Router KD's loss (arXiv 2603.02217, equation 3) at temperature 1: KL(teacher || student) of the next token.
+
+    Tokens other than the teacher's most probable ones are one bucket
+    (:func:`compressors.model.losses.kl_divergence_to_top`).
+
+    Args:
+        targets: what the teacher says at every position of the training blocks.
+        student: the model that is trained, for its vocabulary.
+
+    Raises:
+        InputError: from :meth:`of_step`: the teacher names a token that the student does not have.
+    """
+
+    def __init__(self, targets: TeacherTargets, student: Student) -> None:
+        self._targets = targets
+        self._vocab_size = student.shape.vocab_size
+
+    def of_step(self, tokens_BT: torch.Tensor, blocks: Sequence[int], n_blocks: int) -> StepLoss:
+        """The divergence, averaged over the positions that have a next token."""
+        n_tokens = tokens_BT.shape[1]
+        log_probs, top = self._targets.of_blocks(blocks, n_tokens)
+        if top.numel() and int(top.max()) >= self._vocab_size:
+            raise InputError(
+                f"the teacher's targets name token {int(top.max())}, but the student's vocabulary has "
+                f"{self._vocab_size}: teacher and student must share one tokenizer; gather the targets again"
+            )
+        weights = _position_weights(len(blocks), n_tokens, n_blocks)
+
+        def loss(positions: slice, logits_NV: torch.Tensor) -> torch.Tensor:
+            divergence = kl_divergence_to_top(log_probs[positions], top[positions], logits_NV)
+            return (divergence * weights[positions]).sum()
+
+        return StepLoss(of_logits=loss)
+
+
+class NextToken:
+    """Cross-entropy of the text's own next token: no teacher."""
+
+    def of_step(self, tokens_BT: torch.Tensor, blocks: Sequence[int], n_blocks: int) -> StepLoss:
+        """The negative log-likelihood, averaged over the positions that have a next token."""
+        mine_BT = tokens_BT[list(blocks)]
+        following = mine_BT.roll(-1, dims=1).flatten()  # after the last position comes nothing: its weight is zero
+        weights = _position_weights(len(mine_BT), mine_BT.shape[1], n_blocks)
+
+        def loss(positions: slice, logits_NV: torch.Tensor) -> torch.Tensor:
+            return (negative_log_likelihood(logits_NV, following[positions]) * weights[positions]).sum()
+
+        return StepLoss(of_logits=loss)
+
+
+class RouterLogitMatching:
+    """Mean squared difference between the student's router logits and the teacher's logits of the retained experts.
+
+    A baseline of Hyeon and Do, "Beyond Retraining-Free MoE Compression" (arXiv 2609.06076): the mean over a layer's
+    experts and tokens, then over layers. A merged expert is compared with the expert it comes from. Only the student's
+    own hidden states enter its routers, so the gradient also reaches the layers in front.
+
+    Args:
+        teacher: the original model, streamed over the tokens of each step.
+        student: the model that is trained.
+        dtype: of the teacher's arithmetic; router logits are float32.
+    """
+
+    def __init__(self, teacher: StreamedModel, student: Student, dtype: torch.dtype = torch.float32) -> None:
+        self._teacher = teacher
+        self._student = student
+        self._dtype = dtype
+        self._layers = {layer.source: index for index, layer in enumerate(student.experts.layers) if layer.groups}
+
+    def of_step(self, tokens_BT: torch.Tensor, blocks: Sequence[int], n_blocks: int) -> StepLoss:
+        """The squared difference, averaged over experts, tokens and layers."""
+        n_tokens = tokens_BT.shape[1]
+        wanted = self._teacher_logits(tokens_BT[list(blocks)])
+        weight = 1.0 / (n_blocks * n_tokens * len(self._layers))
+
+        def loss(layer: int, part: slice, logits_TE: torch.Tensor) -> torch.Tensor:
+            wanted_TE = wanted[layer][part.start * n_tokens : part.stop * n_tokens].to(logits_TE.device)
+            return (logits_TE - wanted_TE).square().mean(-1).sum() * weight
+
+        return StepLoss(of_routers=loss)
+
+    def _teacher_logits(self, tokens_BT: torch.Tensor) -> dict[int, torch.Tensor]:
+        """By the student's layer, where that has experts: float32 [tokens, student's experts]."""
+        found: dict[int, list[torch.Tensor]] = {index: [] for index in self._layers.values()}
+
+        @contextmanager
+        def observe(source: int, layer: nn.Module) -> Iterator[None]:
+            if source not in self._layers:
+                yield
+                return
+            index = self._layers[source]
+            kept = list(self._student.experts.layers[index].kept)
+
+            def hook(_router: nn.Module, _inputs: Any, outputs: tuple[torch.Tensor, ...]) -> None:
+                found[index].append(outputs[0][:, kept].float().cpu())
+
+            handle = layer.get_submodule(self._teacher.shape.family.router_module).register_forward_hook(hook)
+            yield
+            handle.remove()
+
+        self._teacher.stream([TokenGroup(tokens_BT, [observe], self._dtype)])
+        return {index: torch.cat(parts) for index, parts in found.items() if parts}
+
+
+def _position_weights(n_mine: int, n_tokens: int, n_blocks: int) -> torch.Tensor:
+    """What each position of this process's blocks counts; the last of a block predicts nothing: float32 [N]."""
+    weights = torch.full((n_mine, n_tokens), 1.0 / (n_blocks * (n_tokens - 1)))
+    weights[:, -1] = 0.0
+    return weights.flatten()

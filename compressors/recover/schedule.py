@@ -1,0 +1,59 @@
+"""How long and how fast to train: one epoch of AdamW, with linear warm-up and linear decay to zero."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from compressors.model.errors import InputError
+
+__all__ = ["Schedule"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The schedule of the Router KD paper (arXiv 2603.02217); every kind of recovery uses it."""
+
+    n_blocks: int
+    learning_rate: float
+    blocks_per_step: int = 8
+    warmup_ratio: float = 0.03
+    max_gradient_norm: float = 1.0
+    seed: int = 42
+
+    @property
+    def n_steps(self) -> int:
+        """Optimizer steps of the one epoch; the last may have fewer blocks."""
+        return math.ceil(self.n_blocks / self.blocks_per_step)
+
+    def rate_at(self, step: int) -> float:
+        """Learning rate of step 0 ... n_steps - 1."""
+        warmup = math.ceil(self.warmup_ratio * self.n_steps)
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        return self.learning_rate * (self.n_steps - step) / max(1, self.n_steps - warmup)
+
+    def steps(self) -> tuple[torch.Tensor, ...]:
+        """The blocks of each step, in an order that the seed decides: int64."""
+        order = torch.randperm(self.n_blocks, generator=torch.Generator().manual_seed(self.seed))
+        return torch.split(order, self.blocks_per_step)
+
+    def check_against(self, tokens_BT: torch.Tensor) -> None:
+        """Checks that the text is enough.
+
+        Raises:
+            InputError: there are fewer blocks than the schedule wants, or than one step takes.
+        """
+        n_blocks, n_tokens = tokens_BT.shape
+        if self.n_blocks > n_blocks:
+            raise InputError(
+                f"recovery wants {self.n_blocks} blocks of {n_tokens} tokens, but the calibration text yields "
+                f"{n_blocks}: give more text, or a smaller number in the recipe"
+            )
+        if self.n_blocks < self.blocks_per_step:
+            raise InputError(
+                f"recovery has {self.n_blocks} blocks of {n_tokens} tokens, but one step takes "
+                f"{self.blocks_per_step}: give more text, or fewer blocks per step in the recipe"
+            )

@@ -1,0 +1,193 @@
+"""Training a student: a schedule, an objective, and the tensors that a scope names, a step at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from compressors.model.errors import InputError
+from compressors.model.gradients import ParameterKey, streamed_gradients
+from compressors.model.memory import MemoryLimit
+from compressors.model.parallel import reduce_sum, share
+from compressors.model.streaming import NotFiniteError
+from compressors.model.student import Student
+from compressors.recover.objectives import Objective
+from compressors.recover.schedule import Schedule
+from compressors.recover.scopes import Scope
+from compressors.recover.trained_student import TrainedStudent
+from compressors.recover.training_memory import refuse_too_large, training_bytes
+
+__all__ = ["Training", "TrainingDivergedError", "train"]
+
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of each tensor
+
+
+class TrainingDivergedError(InputError):
+    """Loss or gradients became NaN or infinite. The student that was trained is what it was."""
+
+
+class Training:
+    """A schedule and how far it is.
+
+    In a torch.distributed group every process takes its share of each step's blocks, and gradients are summed.
+
+    Args:
+        student: the compressed model; it is not changed.
+        tokens_BT: int64 training blocks.
+        objective: what becomes smaller.
+        settings: the schedule; its ``n_blocks`` must not exceed the blocks given.
+        scope: which tensors are trained.
+        usage: how many tokens chose each expert, by layer; needed for a scope of the most used experts.
+        limit: memory that this process may use; layers that fit stay between steps.
+        dtype: of the arithmetic; what is trained, its gradients and the optimizer are float32.
+        device: where layers compute.
+
+    Raises:
+        InputError: there are fewer blocks than the schedule wants or than one step takes, a token is not in the
+            student's vocabulary, the scope does not fit the student, or its training does not fit the limit.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        tokens_BT: torch.Tensor,
+        objective: Objective,
+        settings: Schedule,
+        *,
+        scope: Scope | None = None,
+        usage: Sequence[torch.Tensor] | None = None,
+        limit: MemoryLimit | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        scope = scope or Scope.routers()
+        settings.check_against(tokens_BT)
+        _check_vocabulary(tokens_BT, student)
+        if limit is not None and scope != Scope.routers():
+            refuse_too_large(scope, student, limit)
+        self.settings = settings
+        self.n_done = 0  # steps
+        self._student = student
+        self._tokens_BT = tokens_BT
+        self._objective = objective
+        self._dtype = dtype
+        self._trained = TrainedStudent(student, scope, usage=usage, seed=settings.seed, device=device)
+        self._parameters = self._trained.parameters
+        if limit is not None:  # gradients and moments are still to come
+            later = training_bytes(scope, student.shape).later
+            limit = replace(limit, n_bytes=max(1, limit.n_bytes - later))
+        self._model = self._trained.streamed(limit)
+        self._optimizer = torch.optim.AdamW(self._parameters.values(), lr=settings.learning_rate, weight_decay=0.0)
+        self._steps = settings.steps()
+
+    def step(self) -> float:
+        """Does the next step; returns its mean loss.
+
+        Raises:
+            TrainingDivergedError: the loss or a gradient is NaN or infinite; nothing was changed by this step.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.settings.rate_at(self.n_done)
+        try:
+            loss, gradients = self._gradients(self._steps[self.n_done])
+        except NotFiniteError as error:
+            if self.n_done == 0:
+                raise  # it is not training's fault
+            raise self._diverged(str(error)) from error
+        for key, parameter in self._parameters.items():
+            parameter.grad = gradients[key]
+        norm = nn.utils.clip_grad_norm_(self._parameters.values(), self.settings.max_gradient_norm).item()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise self._diverged(f"the loss is {loss}, the norm of the gradients {norm}")
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.n_done += 1
+        return loss
+
+    def overlay(self) -> dict[str, torch.Tensor]:
+        """The trained tensors as they are now, by their name in the student; later steps do not change these copies."""
+        return self._trained.overlay()
+
+    def taught(self) -> Student:
+        """The student with these tensors."""
+        return self._student.with_overlay(self.overlay())
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything that the next step depends on, to be given to :meth:`restore`; the next step changes it."""
+        tensors = {"n_done": torch.tensor(self.n_done)}
+        for (name, layer), parameter in self._parameters.items():
+            tensors[f"{layer}.{name}"] = parameter.detach().cpu()
+            for moment, value in self._optimizer.state[parameter].items():
+                tensors[f"{layer}.{name}.{moment}"] = value.cpu()
+        return tensors
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Goes on from a :meth:`state`: the steps that follow are those that would have followed there."""
+        self.n_done = int(tensors["n_done"])
+        for (name, layer), parameter in self._parameters.items():
+            parameter.data.copy_(tensors[f"{layer}.{name}"])
+            if self.n_done:
+                moments = {moment: tensors[f"{layer}.{name}.{moment}"].clone() for moment in _MOMENTS}
+                self._optimizer.state[parameter] = {
+                    moment: value if moment == "step" else value.to(parameter.device)
+                    for moment, value in moments.items()
+                }
+
+    def _gradients(self, blocks: torch.Tensor) -> tuple[float, dict[ParameterKey, torch.Tensor]]:
+        """Mean loss and gradients of one step."""
+        mine = blocks[share(len(blocks))].tolist()
+        loss = self._objective.of_step(self._tokens_BT, mine, len(blocks))
+        total, gradients = streamed_gradients(
+            self._model, self._tokens_BT[mine], loss.of_logits, self._dtype, loss.of_routers
+        )
+        summed = torch.tensor(total, dtype=torch.float64)
+        reduce_sum([summed, *gradients.values()])
+        return summed.item(), gradients
+
+    def _diverged(self, what: str) -> TrainingDivergedError:
+        return TrainingDivergedError(
+            f"step {self.n_done + 1} of {self.settings.n_steps} of recovery failed: {what}; lower the learning rate "
+            f"(it is {self.settings.learning_rate:g}), or recover in float32. The student before recovery is unharmed"
+        )
+
+
+AnyTraining = TypeVar("AnyTraining", bound=Training)
+
+
+def train(
+    training: AnyTraining,
+    *,
+    progress: Callable[[int], None] | None = None,
+    after_step: Callable[[AnyTraining], None] | None = None,
+) -> Student:
+    """Does all steps that are not done yet and returns the student with what they taught it.
+
+    Args:
+        training: the schedule and how far it is.
+        progress: called after each step with 1.
+        after_step: called after each step but the last, to keep its state.
+
+    Raises:
+        TrainingDivergedError: a step made NaN or infinite values.
+    """
+    while training.n_done < training.settings.n_steps:
+        training.step()
+        if progress is not None:
+            progress(1)
+        if after_step is not None and training.n_done < training.settings.n_steps:
+            after_step(training)
+    return training.taught()
+
+
+def _check_vocabulary(tokens_BT: torch.Tensor, student: Student) -> None:
+    largest = int(tokens_BT.max())
+    if largest >= student.shape.vocab_size:
+        raise InputError(
+            f"the training text has token {largest}, but the student's vocabulary has {student.shape.vocab_size}: "
+            "text and student must share one tokenizer"
+        )
