@@ -31,6 +31,7 @@ class TrainedStudent:
 
     Raises:
         InputError: the scope does not fit the student.
+        ValueError: the scope needs ``usage``, and there is none.
     """
 
     def __init__(
@@ -43,6 +44,8 @@ class TrainedStudent:
         device: torch.device | None = None,
     ) -> None:
         scope.check_against(student.shape)
+        if scope.n_experts and usage is None:
+            raise ValueError("the most used experts are known by their usage")
         self.student = student
         self._device = device
         self._generator = torch.Generator().manual_seed(seed)
