@@ -226,9 +226,10 @@ def test_stock_transformers_loads_the_dense_architecture(
     config = json.loads((tmp_path / "student" / "config.json").read_text(encoding="utf-8"))
     assert (config["model_type"], config["architectures"]) == (_TYPES[model][0], [_TYPES[model][1]])
     assert not [key for key in config if "expert" in key or "moe" in key or "router" in key]
-    stock, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         tmp_path / "student", dtype=torch.float32, output_loading_info=True
     )
+    stock, report = loaded
     assert type(stock).__name__ == _TYPES[model][1]
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     found_TV = stock.eval()(torch.from_numpy(tokens_T)[None]).logits[0].numpy()
