@@ -230,7 +230,7 @@ def test_a_vocabulary_that_differs_is_refused(pruned: Student, blocks_BT: torch.
     n_tokens = pruned.shape.vocab_size
     settings = Schedule(2, 1e-3, 2)
     wider = TeacherTargets.create(tmp_path / "targets", blocks_BT.numel(), n_tokens + 8)
-    logits = torch.zeros(blocks_BT.numel(), n_tokens + 8)
+    logits = -torch.arange(n_tokens + 8.0).repeat(blocks_BT.numel(), 1)
     logits[:, n_tokens + 3] = 9.0
     wider.write(0, logits)
     with pytest.raises(InputError, match=f"name token {n_tokens + 3}.*one tokenizer"):
