@@ -110,7 +110,7 @@ class OnnxRuntimeBackend:
             pairs = [node.routing(each_TE) for node, each_TE in zip(self._moe_nodes, router_logits, strict=True)]
             experts, weights = zip(*pairs, strict=True)
             routing = Routing(np.stack(experts), np.stack(weights))
-            yield ChunkOutput(logits_TV[scored_positions(len(tokens))].copy(), routing)
+            yield ChunkOutput(logits_TV[scored_positions(len(tokens))], routing)
 
     def greedy(self, prompt_ids: Sequence[int], n_tokens: int) -> list[int]:
         """The ``n_tokens`` most likely next tokens, one after the other, through the cache; stops at nothing."""
