@@ -228,7 +228,10 @@ def _run_from_empty_cache(
     binding.bind_output("logits", "cpu", 0, np.float32, logits_1TV.shape, logits_1TV.ctypes.data)
     for name in outputs:
         binding.bind_output(name)
-    session.run_with_iobinding(binding)
+    options = onnxruntime.RunOptions()
+    # the arena would keep what one chunk needed, and grow with the next
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    session.run_with_iobinding(binding, options)
     _, *others = binding.get_outputs()
     return logits_1TV[0], [output.numpy() for output in others]
 

@@ -212,6 +212,10 @@ class StreamedModel:
         self._final_norm.requires_grad_(False)
         yield lambda states_ND: functional.linear(self._final_norm(states_ND), matrix_VD)
 
+    def release(self) -> None:
+        """Lets all weights go; another pass would read them again."""
+        self._reader = self._placement = None
+
     def gradients(
         self, tokens_BT: torch.Tensor, loss: Loss, dtype: torch.dtype = torch.float32
     ) -> tuple[float, dict[tuple[Role, int], torch.Tensor]]:
