@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from compressors.allocation import allocate_globally, super_experts
-from compressors.criteria import CRITERIA
+from compressors.criteria import CRITERIA, REMOVAL_ERROR
 from compressors.decompose import ActivationSvd, D2Moe, Mobe
 from compressors.drop import block_similarities, moe_similarities, most_similar, window_similarities
 from compressors.layerwise import LayerTarget
@@ -27,7 +27,15 @@ from exporter.gguf.layout import check_uniform
 from exporter.hf_checkpoint import check_loadable
 from exporter.recipe import CompressChoice, Recipe
 
-__all__ = ["check_compression", "described_compression", "expected_shape", "fewest_experts", "layer_targets"]
+__all__ = [
+    "changes_experts",
+    "check_compression",
+    "described_compression",
+    "expected_shape",
+    "fewest_experts",
+    "layer_targets",
+    "runs_text",
+]
 
 _MERGING: Mapping[str, Callable[[int], Method]] = {"m-smoe": MSMoE, "hc-smoe": HCSMoE, "ream": REAM}
 _EDITING: Mapping[str, Callable[[int], Method]] = {"svd": ActivationSvd, "d2-moe": D2Moe, "mobe": Mobe}
@@ -92,6 +100,16 @@ def check_compression(recipe: Recipe, teacher: MoeShape) -> None:
         check_uniform(shape)
     if recipe.save_student:
         check_loadable(shape)
+
+
+def changes_experts(choice: CompressChoice) -> bool:
+    """Whether experts get weights of their own, which the overlay holds."""
+    return choice.method in _MERGING or choice.width is not None or choice.edit_size is not None
+
+
+def runs_text(choice: CompressChoice) -> bool:
+    """Whether compressing takes text through the model, because the sums of calibration do not suffice."""
+    return choice.sequential or choice.consecutive_blocks or choice.method == REMOVAL_ERROR or changes_experts(choice)
 
 
 def described_compression(choice: CompressChoice, teacher: MoeShape) -> str:
