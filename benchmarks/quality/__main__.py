@@ -1,13 +1,18 @@
-"""``make quality``: every method on both trained models; writes ``benchmarks/results/quality.{csv,md,png}``."""
+"""``make quality``: every method on both trained models; writes ``benchmarks/results/quality.{csv,md,png}``.
+
+A run that was killed goes on where it stopped: what it knew lies in ``--folder``, which a finished run removes.
+"""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
@@ -29,37 +34,40 @@ _LOADED_BEFORE = [
 
 @click.command()
 @click.option("--jobs", default=1, show_default=True, help="Rows that are measured at a time, one thread each.")
-def main(jobs: int) -> None:
+@click.option(
+    "--folder", default=Path(tempfile.gettempdir()) / "moe-export-quality", type=Path, help="For what is measured."
+)
+def main(jobs: int, folder: Path) -> None:
     """Measure every row in a process of its own."""
     os.environ["OMP_NUM_THREADS"] = "1"
     # rows are forked from a process that has done nothing but load the libraries, which takes longer than most rows
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_LOADED_BEFORE)
-    results: list[Measured] = []
-    with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(jobs) as threads:
-        for model in MODELS:
-            folder = Path(work) / model
-            folder.mkdir()
-            print(f"{model}: calibration took {prepare(model, folder):.1f} CPU seconds", flush=True)
-            rows = [(arm.name, share) for arm in ARMS.values() for share in arm.shares]
-            for result in threads.map(lambda row, place=folder: _measured(context, place, *row), rows):
-                results.append(result)
-                print(_line(result), flush=True)
-                write_csv(results, _RESULTS / "quality.csv")
+    rows = [(model, arm.name, share) for model in MODELS for arm in ARMS.values() for share in arm.shares]
+    for model in MODELS:
+        prepare(model, folder / model)
+    with ThreadPoolExecutor(jobs) as threads:
+        results = list(threads.map(partial(_measured, context, folder), rows))
+    write_csv(results, _RESULTS / "quality.csv")
     write_markdown(results, _RESULTS / "quality.md")
     write_chart(results, _RESULTS / "quality.png")
+    shutil.rmtree(folder)
 
 
-def _measured(context: ForkServerContext, folder: Path, method: str, share: float) -> Measured:
-    """Runs one row in a process that ends with it."""
-    found = folder / f"{method.replace(' ', '-').replace(':', '-')}-{share}.json"
-    process = context.Process(target=measure_into, args=(found, folder.name, method, share, folder))
-    process.start()
-    process.join()
-    if process.exitcode != 0:
-        sys.exit(f"{folder.name}, {method}, {share:.0%}: the process ended with {process.exitcode}")
+def _measured(context: ForkServerContext, folder: Path, row: tuple[str, str, float]) -> Measured:
+    """Runs one row in a process that ends with it, unless its result is there."""
+    model, method, share = row
+    found = folder / model / f"{method.replace(' ', '-').replace(':', '-')}-{share}.json"
+    if not found.exists():
+        process = context.Process(target=measure_into, args=(found, model, method, share, folder / model))
+        process.start()
+        process.join()
+        if process.exitcode != 0:
+            sys.exit(f"{model}, {method}, {share:.0%}: the process ended with {process.exitcode}")
     values = json.loads(found.read_text(encoding="utf-8"))
-    return Measured(**values | {"chunk_divergences": tuple(values["chunk_divergences"])})
+    result = Measured(**values | {"chunk_divergences": tuple(values["chunk_divergences"])})
+    print(_line(result), flush=True)
+    return result
 
 
 def _line(result: Measured) -> str:

@@ -29,6 +29,7 @@ def write_chart(results: Sequence[Measured], path: Path) -> None:
     matplotlib.use("Agg")  # no display
     from matplotlib import pyplot
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     models = list(dict.fromkeys(result.model for result in results))
     share = max(SHARES)
@@ -47,7 +48,10 @@ def write_chart(results: Sequence[Measured], path: Path) -> None:
             label.set_fontweight("bold" if result.method == FREQUENCY else "normal")
         panel.invert_yaxis()
         panel.set_xscale("log")
-        panel.grid(axis="x", which="both", color="#DDDDDD", linewidth=0.6)
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.grid(axis="x", color="#DDDDDD", linewidth=0.6)
         panel.set_axisbelow(True)
         panel.set_title(f"{model}: {share:.0%} of expert parameters removed, no recovery", fontsize=10)
         panel.set_xlabel("KL divergence from the original, nats (left is better)", fontsize=9)
@@ -56,7 +60,7 @@ def write_chart(results: Sequence[Measured], path: Path) -> None:
     legend = [Line2D([], [], marker="o", linestyle="", color=_COLOURS[kind], label=kind) for kind in kinds]
     legend.append(Line2D([], [], marker="o", linestyle="", color="black", mfc="white", label="no file gets smaller"))
     legend.append(Line2D([], [], color="black", linestyle="--", linewidth=1, label="frequency pruning"))
-    figure.legend(handles=legend, loc="lower center", ncols=len(legend), fontsize=8, frameon=False)
+    figure.legend(handles=legend, loc="lower center", ncols=4 * len(models), fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(path, dpi=130, facecolor="white", metadata={"Software": None})
     pyplot.close(figure)

@@ -21,6 +21,7 @@ from compressors.model.log_probs import LogProbReader, LogProbWriter
 from compressors.model.streaming import StreamedModel, TokenGroup
 from compressors.model.student import Student
 from compressors.statistics import StatisticsCollector, StoredStatistics, save_statistics
+from exporter.files import write_atomically
 from validate.backend import scored_positions
 from validate.evaluation import evaluate, perplexity
 from validate.torch_reference import TorchBackend
@@ -37,6 +38,7 @@ MODELS: Mapping[str, Path] = {
 CALIBRATION_BLOCKS = 64
 HELDOUT_CHUNKS = 30
 
+_TOKENS = "tokens.safetensors"
 _SCORED = scored_positions(BLOCK_LENGTH)
 
 
@@ -58,32 +60,26 @@ class Measured:
     chunk_divergences: tuple[float, ...]
 
 
-def prepare(model: str, folder: Path) -> float:
-    """Puts tokens, statistics and the teacher's held-out log-probabilities into the folder.
-
-    Returns:
-        CPU seconds of the calibration pass.
-    """
+def prepare(model: str, folder: Path) -> None:
+    """Puts the teacher's statistics, its held-out log-probabilities and, last, the tokens into the folder."""
+    if (folder / _TOKENS).exists():
+        return
     torch.set_num_threads(1)
     source = Checkpoint(MODELS[model])
-    splits = read_splits(_TEXT / "calibration", _TEXT / "heldout")
-    calibration, _, heldout = tokenize(splits, source.folder)
-    tokens = {
-        "calibration": calibration.spread(CALIBRATION_BLOCKS).tokens_BT,
-        "heldout": heldout.spread(HELDOUT_CHUNKS).tokens_BT,
-    }
-    save_file(tokens, folder / "tokens.safetensors")
     teacher = Student.teacher(source)
-    start = time.process_time()
+    calibration, _, heldout = tokenize(read_splits(_TEXT / "calibration", _TEXT / "heldout"), source.folder)
+    calibration_BT, heldout_BT = (
+        calibration.spread(CALIBRATION_BLOCKS).tokens_BT,
+        heldout.spread(HELDOUT_CHUNKS).tokens_BT,
+    )
     collector = StatisticsCollector(source.shape)
-    StreamedModel(teacher).stream([TokenGroup(tokens["calibration"], [collector.observe])])
+    StreamedModel(teacher).stream([TokenGroup(calibration_BT, [collector.observe])])
     for layer in range(source.shape.n_layers):
         save_statistics(collector.take(layer), folder / "statistics", layer)
-    seconds = time.process_time() - start
     n_positions = HELDOUT_CHUNKS * (_SCORED.stop - _SCORED.start)
     writer = LogProbWriter(folder / "log_probs", n_positions, source.shape.vocab_size)
-    evaluate(TorchBackend(teacher), tokens["heldout"].numpy(), {}, record=writer)
-    return seconds
+    evaluate(TorchBackend(teacher), heldout_BT.numpy(), {}, record=writer)
+    save_file({"calibration": calibration_BT, "heldout": heldout_BT}, folder / _TOKENS)
 
 
 def measure(model: str, method: str, share: float, folder: Path) -> Measured:
@@ -91,7 +87,7 @@ def measure(model: str, method: str, share: float, folder: Path) -> Measured:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # as the stages do
-    source, tokens, arm = Checkpoint(MODELS[model]), load_file(folder / "tokens.safetensors"), ARMS[method]
+    source, tokens, arm = Checkpoint(MODELS[model]), load_file(folder / _TOKENS), ARMS[method]
     teacher = Teacher(source, StoredStatistics(folder / "statistics", source.shape.n_layers), tokens["calibration"])
     start = time.process_time()
     try:
@@ -120,5 +116,5 @@ def measure(model: str, method: str, share: float, folder: Path) -> Measured:
 
 
 def measure_into(path: Path, model: str, method: str, share: float, folder: Path) -> None:
-    """:func:`measure` with its result in a JSON file."""
-    path.write_text(json.dumps(asdict(measure(model, method, share, folder))), encoding="utf-8")
+    """:func:`measure` with its result in a JSON file, which is complete or absent."""
+    write_atomically(path, json.dumps(asdict(measure(model, method, share, folder))))

@@ -48,7 +48,7 @@ SHARES = (0.25, 0.5)
 SAMPLE_BLOCKS = 32
 """Calibration blocks whose states methods see that need more than sums."""
 
-MOBE_STEPS = 500
+MOBE_STEPS = 200
 """Adam steps of MoBE, published with 10,000 to 15,000: as many as a processor can afford here."""
 
 FREQUENCY = "frequency"

@@ -15,18 +15,17 @@ from benchmarks.quality.methods import FREQUENCY, SAMPLE_BLOCKS, SHARES
 __all__ = ["Difference", "beyond_frequency", "by_divergence", "read", "write_csv", "write_markdown"]
 
 _LARGE_SHARE = max(SHARES)
+_FALLING = sorted(SHARES, reverse=True)
 
 _EXPLANATION = f"""\
 # Every way of shrinking experts, on the trained models
 
-{CALIBRATION_BLOCKS} blocks of 512 calibration tokens, of which methods that need inputs see {SAMPLE_BLOCKS}; nothing is
-trained afterwards. Perplexity, and the mean divergence KL(original || student) in nats over the full vocabulary, are
-those of {HELDOUT_CHUNKS} chunks of 512 held-out tokens of five domains, the second half of each scored, in float32;
-students' experts are bfloat16, as in the checkpoints. *Removed* is the share of expert parameters that is gone, as
-counted. Seconds are of one processor core, and without the calibration pass that all but the sequential ones share (as
-long as plain pruning takes sequentially); peak memory is that of the method's own process, which has {{base}} MB of
-libraries in it before it starts. *Against frequency*: how much less the divergence is than plain frequency pruning's,
-with two standard errors of the difference over the chunks. Written by `make quality`.
+Two small models lose a quarter and a half of their expert parameters (*removed*: as counted); nothing is trained after.
+Perplexity and *KL*, the mean divergence from the original in nats over the full vocabulary, are those of the second
+halves of {HELDOUT_CHUNKS} held-out chunks of 512 tokens, five domains, in float32; experts are stored in bfloat16.
+Methods know {CALIBRATION_BLOCKS} calibration blocks by their statistics, whose pass *CPU s* leaves out (sequential ones
+make their own), and see {SAMPLE_BLOCKS} of them; *peak* includes {{base}} MB of libraries. *Against frequency*: KL
+minus that of plain frequency pruning, with two standard errors over the chunks. Written by `make quality`.
 """
 
 
@@ -130,30 +129,33 @@ def _listed(names: Sequence[str]) -> str:
 
 def _methods(results: Sequence[Measured], model: str) -> list[str]:
     """From the least divergence at the larger share; each share has its columns."""
-    heads = [f"{share:.0%}: removed | perplexity | KL | against frequency" for share in sorted(SHARES, reverse=True)]
+    heads = [f"removed | perplexity | KL at {share:.0%}" for share in _FALLING]
     lines = [
-        f"| method | kind | at {_LARGE_SHARE:.0%} | smaller files | {' | '.join(heads)} | CPU s | peak, MB |",
-        "|" + "---|" * (6 + 4 * len(SHARES)),
+        f"| method | kind | at {_LARGE_SHARE:.0%} | smaller files | {' | against frequency | '.join(heads)} "
+        "| CPU s | peak, MB |",
+        "|" + "---|" * (7 + 3 * len(SHARES)),
     ]
     for result in by_divergence(results, model, _LARGE_SHARE):
         name = f"**{result.method}**" if result.method == FREQUENCY else result.method
         cells = [name, result.kind, result.setting, result.smaller_files or "-"]
-        for share in sorted(SHARES, reverse=True):
-            cells += _figures(results, model, result.method, share)
+        cells += [*_figures(result), _compared(results, result)]
+        for share in _FALLING[1:]:
+            cells += _figures(*(one for one in by_divergence(results, model, share) if one.method == result.method))
         lines.append(_line([*cells, *_cost(result)]))
     return lines
 
 
-def _figures(results: Sequence[Measured], model: str, method: str, share: float) -> list[str]:
-    found = [result for result in by_divergence(results, model, share) if result.method == method]
-    if not found or found[0].divergence is None:
-        return ["-"] * 4
-    (result,) = found
+def _figures(result: Measured | None = None) -> list[str]:
+    if result is None or result.divergence is None:
+        return ["-"] * 3
+    return [f"{result.removed:.1%}", f"{result.perplexity:.2f}", f"{result.divergence:.4f}"]
+
+
+def _compared(results: Sequence[Measured], result: Measured) -> str:
     difference = beyond_frequency(results, result)
-    compared = "-"
-    if difference is not None and method != FREQUENCY:
-        compared = f"{difference.mean:+.3f} ± {difference.two_errors:.3f} {difference.verdict}"
-    return [f"{result.removed:.1%}", f"{result.perplexity:.2f}", f"{result.divergence:.4f}", compared]
+    if difference is None or result.method == FREQUENCY:
+        return "-"
+    return f"{difference.mean:+.3f} ± {difference.two_errors:.3f} {difference.verdict}"
 
 
 def _references(results: Sequence[Measured], model: str) -> list[str]:
