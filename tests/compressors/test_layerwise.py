@@ -306,9 +306,6 @@ def test_what_comes_out_loads_as_a_student(
         for name in ("gate", "up", "down")
     }
     assert torch.equal(_logits(loaded, tokens_BT[:2]), _logits(student, tokens_BT[:2]))
-    before, after = (_logits(model, tokens_BT[:2]) for model in (Student.teacher(source), student))
-    assert torch.isfinite(after).all()
-    assert not torch.equal(before, after)
 
 
 def test_experts_that_did_not_change_are_not_written(
@@ -337,8 +334,8 @@ def test_what_one_method_changed_is_written_though_the_next_leaves_it_alone(
         expert = f"model.layers.{index}.mlp.experts."
         assert {int(name.removeprefix(expert).split(".")[0]) for name in after.overlay} == changed
         for new in changed:
-            name = f"{expert}{new}.down_proj.weight"
-            assert torch.equal(after.overlay[name], before.overlay[f"{expert}{survivors[new]}.down_proj.weight"])
+            old = f"{expert}{survivors[new]}.down_proj.weight"
+            assert torch.equal(after.overlay[f"{expert}{new}.down_proj.weight"], before.overlay[old])
 
 
 def test_a_float32_source_s_overlay_can_be_written(
