@@ -139,6 +139,10 @@ class RouterTraining:
         """The routers as they are now, by their name in the student."""
         return router_overlay(self._student, {layer: value for (_, layer), value in self._routers.items()})
 
+    def release(self) -> None:
+        """Lets the student's weights go, which further steps would read again; the routers stay."""
+        self._model.release()
+
     def taught(self) -> Student:
         """The student with these routers."""
         return self._student.with_overlay(self.overlay())
@@ -203,6 +207,7 @@ def train_routers(
             progress(1)
         if after_step is not None and training.n_done < training.settings.n_steps:
             after_step(training)
+    training.release()
     return training.taught()
 
 
@@ -241,6 +246,7 @@ def mean_divergence(
         for place, rows in by_block(positions, n_scored, mine):
             log_probs = teacher.rows(place, place + rows.stop - rows.start)
             total += kl_divergence(log_probs, logits[rows]).sum().double()
+    model.release()
     reduce_sum([total])
     mean: float = total.item() / (len(tokens_BT) * n_scored)
     return mean
