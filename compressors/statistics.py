@@ -60,7 +60,7 @@ class LayerStatistics:
 
     @classmethod
     def zeros(cls, shape: MoeShape, device: torch.device | None = None) -> LayerStatistics:
-        """Nothing seen yet."""
+        """Nothing seen yet of a layer of this shape."""
         sizes: dict[str, tuple[int, ...]] = {
             "output_sum_ED": (shape.n_experts, shape.hidden_size),
             "gate_up_input_square_ED": (shape.n_experts, shape.hidden_size),
@@ -105,27 +105,31 @@ class StatisticsCollector:
     def observe(self, index: int, layer: nn.Module) -> Iterator[None]:
         """Watches one layer while it runs."""
         family = self._shape.family
-        sums = self._layers.setdefault(index, LayerStatistics.zeros(self._shape, self._device))
-        experts = layer.get_submodule(family.experts_module)
-        experts.observer = _ExpertSums(sums)  # type: ignore[assignment]
+        if index not in self._layers:
+            self._layers[index] = LayerStatistics.zeros(self._shape.layer(index), self._device)
+        sums = self._layers[index]
         hooks = [
-            layer.get_submodule(family.router_module).register_forward_hook(_router_hook(sums)),
             layer.get_submodule("self_attn.q_proj").register_forward_hook(_square_hook(sums.attention_input_square_D)),
             layer.get_submodule("self_attn.o_proj").register_forward_hook(
                 _square_hook(sums.attention_output_input_square)
             ),
             *_cosine_hooks(layer, sums),
         ]
+        if self._shape.layer(index).has_moe:
+            experts = layer.get_submodule(family.experts_module)
+            experts.observer = _ExpertSums(sums)  # type: ignore[assignment]
+            hooks.append(layer.get_submodule(family.router_module).register_forward_hook(_router_hook(sums)))
         try:
             yield
         finally:
-            del experts.observer
+            if self._shape.layer(index).has_moe:
+                del layer.get_submodule(family.experts_module).observer
             for hook in hooks:
                 hook.remove()
 
     def take(self, index: int) -> LayerStatistics:
         """A finished layer's statistics, over the tokens of all processes; the collector forgets them."""
-        sums = self._layers.pop(index, None) or LayerStatistics.zeros(self._shape)
+        sums = self._layers.pop(index, None) or LayerStatistics.zeros(self._shape.layer(index))
         values = {field.name: getattr(sums, field.name).cpu() for field in fields(LayerStatistics)}
         reduce_sum(value for name, value in values.items() if name not in _MAXIMA)
         reduce_max(value for name, value in values.items() if name in _MAXIMA)
@@ -160,7 +164,6 @@ def _router_hook(sums: LayerStatistics) -> Any:
         logits_TE, gates_TK, chosen_TK = outputs[0].float(), outputs[1].float(), outputs[2]
         chosen_TE = torch.zeros_like(logits_TE).scatter_(1, chosen_TK, 1.0)
         gates_TE = torch.zeros_like(logits_TE).scatter_(1, chosen_TK, gates_TK)
-        sums.n_tokens += len(logits_TE)
         sums.count_E.add_(chosen_TE.sum(0))
         sums.gate_sum_E.add_(gates_TE.sum(0))
         # one product for all experts: their tokens' squares, summed
@@ -188,6 +191,7 @@ def _cosine_hooks(layer: nn.Module, sums: LayerStatistics) -> list[Any]:
 
     def compare(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         output_norms = torch.linalg.vector_norm(output, dim=-1).float()
+        sums.n_tokens += output_norms.numel()
         for total, before in ((sums.moe_cosine_sum, before_moe.pop()), (sums.block_cosine_sum, inputs[0])):
             products = (before * output).sum(-1).float()
             norms = torch.linalg.vector_norm(before, dim=-1).float() * output_norms
@@ -244,18 +248,23 @@ def _path(folder: Path, layer: int) -> Path:
 
 
 def importance(layers: Sequence[LayerStatistics], experts: ExpertMap) -> Importance:
-    """The importance matrix for a student: sliced with the same indices as its experts.
+    """The importance matrix for a student whose experts are the teacher's own: sliced with the same indices.
 
     An expert that no calibration token chose has all zeros, which quantizers read as "all columns alike".
+
+    Args:
+        layers: by layer of the model that was watched: the teacher, or a student.
+        experts: the student in terms of that model; :meth:`ExpertMap.identity` if it is the one that was watched.
     """
     found: Importance = {}
-    for index, layer in enumerate(layers):
-        kept = list(experts.kept[index])
+    for index, came_from in enumerate(experts.layers):
+        layer = layers[came_from.source]
         attention = (layer.attention_input_square_D / layer.n_tokens).float()
-        counts = layer.count_E[kept, None].clamp_min(1)
-        gate_up = (layer.gate_up_input_square_ED[kept] / counts).float()
         found[Role.QUERY, index] = found[Role.KEY, index] = found[Role.VALUE, index] = attention
         found[Role.ATTENTION_OUTPUT, index] = (layer.attention_output_input_square / layer.n_tokens).float()
+        kept = list(came_from.kept)
+        counts = layer.count_E[kept, None].clamp_min(1)
+        gate_up = (layer.gate_up_input_square_ED[kept] / counts).float()
         found[Role.EXPERT_GATE, index] = found[Role.EXPERT_UP, index] = gate_up
         found[Role.EXPERT_DOWN, index] = (layer.down_input_square_EF[kept] / counts).float()
     return found

@@ -13,13 +13,15 @@ from pathlib import Path
 import torch
 
 from compressors.model.checkpoint import role_shape
+from compressors.model.errors import UnsupportedError
 from compressors.model.families import Role
+from compressors.model.shape import MoeShape
 from compressors.model.student import Student
 from exporter.files import write_atomically
 from exporter.pieces import Piece, row_slices, write_pieces
 from exporter.resumable import Part, is_published, resuming
 
-__all__ = ["write_checkpoint"]
+__all__ = ["check_loadable", "write_checkpoint"]
 
 _COPIED = (
     "tokenizer*",
@@ -32,6 +34,19 @@ _COPIED = (
 )
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """As safetensors calls them, in the order in which it stores them."""
+
+
+def check_loadable(shape: MoeShape) -> None:
+    """Refuses a student that stock transformers could not load.
+
+    Raises:
+        UnsupportedError: its layers differ.
+    """
+    if shape.sizes is not None or not shape.has_moe:
+        raise UnsupportedError(
+            f"a checkpoint has one number of experts and one expert width for all layers; these have "
+            f"{shape.described_sizes}, which transformers could not load: leave --save-student out"
+        )
 
 
 def write_checkpoint(
@@ -48,7 +63,9 @@ def write_checkpoint(
 
     Raises:
         InputError: a tensor cannot be read, or the disk is full.
+        UnsupportedError: its layers differ.
     """
+    check_loadable(student.shape)
     folder.mkdir(parents=True, exist_ok=resume)
     n_files = student.shape.n_layers + 1
     weight_map: dict[str, str] = {}
@@ -98,11 +115,7 @@ def _global(student: Student) -> Iterator[_Tensor]:
 
 
 def _tensor(student: Student, role: Role, layer: int | None = None, expert: int | None = None) -> _Tensor:
-    name, source = student.name(role, layer, expert), student.source
-    if name in student.overlay:
-        dtype = student.overlay[name].dtype
-    else:
-        dtype = source.dtype if role.is_expert else source.headers[name].dtype
+    name, dtype = student.name(role, layer, expert), student.dtype(role, layer, expert)
     return _Tensor(name, role, layer, expert, role_shape(role, student.shape), dtype)
 
 

@@ -11,10 +11,11 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, get_args
 
 from compressors.model.errors import InputError
 from exporter.durations import parse_duration
+from exporter.recipe import ExpertMethod
 from exporter.sizes import parse_size
 from exporter.team import local_processes
 from validate.verdict import REQUIREMENTS
@@ -27,6 +28,7 @@ __all__ = [
     "METHODS",
     "QUANT_TYPES",
     "RECOVERIES",
+    "WHOLE_LAYER_METHODS",
     "Job",
     "parse_duration",
     "parse_requirements",
@@ -36,7 +38,8 @@ BUDGET_KINDS: Final = ("total", "file")
 DEVICES: Final = ("auto", "cpu", "cuda")
 FORMATS: Final = ("gguf", "onnx")
 KV_TYPES: Final = ("f16", "f32", "q8_0", "q4_0")
-METHODS: Final = ("auto", "reap")
+WHOLE_LAYER_METHODS: Final = ("slim", "block-drop", "layer-drop")
+METHODS: Final = ("auto", *(name for name in get_args(ExpertMethod) if name != "none"), *WHOLE_LAYER_METHODS)
 QUANT_TYPES: Final = ("F32", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_0")
 RECOVERIES: Final = ("auto", "none", "router", "router:published")
 

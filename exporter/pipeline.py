@@ -56,7 +56,7 @@ _CALIBRATE = Stage(
     resumes=True,
     shared=True,
 )
-_COMPRESS = Stage("compress", 1, ("calibrate",), ("compress",), "choose the experts")
+_COMPRESS = Stage("compress", 2, ("calibrate",), ("compress", "arithmetic"), "compress the experts")
 _SCHEDULE = Stage("schedule", 2, ("compress",), ("recover", "arithmetic"), "time a step of Router KD", shared=True)
 _RECOVER = Stage(
     "recover",
@@ -68,7 +68,7 @@ _RECOVER = Stage(
     shared=True,
 )
 _GGUF = Stage("gguf", 1, ("recover",), ("gguf",), "write the GGUF file", resumes=True)
-_ONNX = Stage("onnx", 1, ("recover",), ("onnx", "budget"), "write the ONNX folder", resumes=True)
+_ONNX = Stage("onnx", 2, ("recover",), ("onnx", "budget"), "write the ONNX folder", resumes=True)
 _STUDENT = Stage("student", 1, ("recover",), (), "write the student checkpoint", resumes=True)
 _VALIDATE_TORCH = Stage("validate_torch", 1, ("recover",), (), "measure the student in torch")
 _VALIDATE_GGUF = Stage(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from compressors.model.shape import MoeShape, read_shape
+from exporter.compression import expected_shape
 from exporter.files import write_atomically
 from exporter.prediction import Prediction
 from exporter.recipe import Recipe
@@ -39,8 +40,8 @@ class Plan:
 
     @property
     def student_shape(self) -> MoeShape:
-        """The shape after compression."""
-        return self.teacher_shape.with_experts(self.recipe.compress.experts)
+        """The shape after compression; where the statistics will decide which layers shrink, the last ones do here."""
+        return expected_shape(self.recipe.compress, self.teacher_shape)
 
     def save(self, path: Path) -> None:
         """Writes the plan as JSON."""

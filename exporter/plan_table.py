@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from compressors.model.checkpoint import Checkpoint
+from exporter.compression import described_compression
 from exporter.estimate import Speeds, describe_time, disk_lines, memory_lines, seconds_by_stage
 from exporter.plan import Plan
 from exporter.sizes import format_size
@@ -24,7 +25,7 @@ def plan_table(plan: Plan, speeds: Speeds, free_memory: int) -> RenderableType:
         "file size" if budget.kind == "file" else f"memory at run time, context {budget.context}, KV {budget.kv_type}"
     )
     choices.add_row("budget", f"{format_size(budget.bytes)} of {counted}")
-    choices.add_row("experts", f"{recipe.compress.experts} of {teacher.n_experts} per layer ({recipe.compress.method})")
+    choices.add_row("keeps", described_compression(recipe.compress, teacher))
     choices.add_row("recovery", _recovery(plan))
     choices.add_row("time", describe_time(seconds_by_stage(plan, speeds, free_memory)))
     sizes = Table("predicted bytes", *plan.predictions, box=None)

@@ -1,8 +1,8 @@
 """Chooses the recipe: how many experts to keep and how many bits to give them, so that every artifact fits the budget.
 
-The rule is simple and honest about public evidence, which says that bits are cheaper to give up than experts: keep all
-experts and lower the type down to 4 bits; only when that does not fit, drop experts, as few as possible. Each artifact
-then takes the largest type that fits it. Names, shapes and bytes decide; no weight is read.
+The rule is simple and honest about public evidence, which says that bits are cheaper to give up than experts: keep
+everything and lower the type down to 4 bits; only when that does not fit, compress by the method, as little as
+possible. Each artifact then takes the largest type that fits it. Names, shapes and bytes decide; no weight is read.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from compressors.model.arithmetic import fastest_arithmetic
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import BudgetError, InputError
 from compressors.recover.router_kd import RouterKdSettings
+from compressors.slim import GGUF_WIDTH_MULTIPLE
 from exporter.budget import predict
+from exporter.compression import check_compression, described_compression, expected_shape, fewest_experts
 from exporter.gguf.layout import PRESETS as GGUF_PRESETS
-from exporter.job import Job
+from exporter.job import WHOLE_LAYER_METHODS, Job
 from exporter.prediction import Prediction
 from exporter.recipe import BudgetChoice, CompressChoice, Recipe, RecoverChoice, SourceChoice, TextChoice
 from exporter.sizes import format_size
@@ -33,6 +35,11 @@ _LADDER: Mapping[str, Sequence[str]] = {
 
 _ONNX_FOR_PINNED_QUANT = {name: "F32" if name in ("F32", "BF16") else "Q4_0" for name in GGUF_PRESETS}
 """ONNX Runtime's operators offer float32 and 4 bits; a pinned ``--quant`` takes the nearer one."""
+
+_DEFAULT_METHOD = "reap"
+
+_SEQUENTIAL = frozenset({"ream"})
+"""Methods that are defined with the layers in front compressed already."""
 
 _DEFAULT_BLOCKS = 320  # 163,840 tokens: 40 steps of Router KD
 _SELECTION_BLOCKS = 20
@@ -51,7 +58,7 @@ class TextCounts:
 
 @dataclass(frozen=True)
 class _Candidate:
-    n_experts: int
+    compress: CompressChoice
     types: Mapping[str, str]
     predictions: Mapping[str, Prediction]
 
@@ -73,7 +80,7 @@ def choose_recipe(
         kv_type=job.kv_type,  # type: ignore[arg-type]
     )
     chosen = _Search(job, checkpoint, name, budget).best()
-    pruned = chosen.n_experts < checkpoint.shape.n_experts
+    changed = chosen.compress != CompressChoice(experts=checkpoint.shape.n_experts)
     recipe = Recipe(
         source=SourceChoice(model=name, identity=checkpoint.identity()),
         budget=budget,
@@ -88,13 +95,14 @@ def choose_recipe(
             heldout_sha256=splits.heldout.sha256,
         ),
         arithmetic=fastest_arithmetic(checkpoint.shape, checkpoint.dtype, job.device),
-        compress=CompressChoice(method="reap" if pruned else "none", experts=chosen.n_experts),
-        recover=_recovery(job, checkpoint, counts, pruned),
+        compress=chosen.compress,
+        recover=_recovery(job, checkpoint, counts, changed),
         gguf=chosen.types.get("gguf"),
         onnx=chosen.types.get("onnx"),
         save_student=job.save_student,
         threads=job.threads,
     )
+    check_compression(recipe, checkpoint.shape)
     return recipe, dict(chosen.predictions)
 
 
@@ -102,11 +110,12 @@ def predict_recipe(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Predicti
     """What a given recipe's artifacts need.
 
     Raises:
-        InputError: the recipe keeps more experts than there are, or fewer than the model's top-k.
+        InputError: the recipe asks for what this model does not have, such as more experts than there are.
+        UnsupportedError: an artifact cannot hold what it asks for.
         BudgetError: an artifact exceeds the recipe's budget.
     """
-    _check_experts("compress.experts", recipe.compress.experts, checkpoint)
-    shape = checkpoint.shape.with_experts(recipe.compress.experts)
+    check_compression(recipe, checkpoint.shape)
+    shape = expected_shape(recipe.compress, checkpoint.shape)
     predictions = {}
     for artifact in recipe.artifacts:
         weight_type = recipe.type_of(artifact) or ""
@@ -124,7 +133,7 @@ def predict_recipe(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Predicti
 
 
 class _Search:
-    """Tries expert counts from all downwards, and for each the types of each artifact."""
+    """Tries the method's choices from the one that changes least, and for each the types of each artifact."""
 
     def __init__(self, job: Job, checkpoint: Checkpoint, name: str, budget: BudgetChoice) -> None:
         self._job = job
@@ -133,30 +142,43 @@ class _Search:
         self._budget = budget
 
     def best(self) -> _Candidate:
-        if self._job.experts is not None:
-            _check_experts("--experts", self._job.experts, self._checkpoint)
-            counts: Sequence[int] = [self._job.experts]
-        else:
-            shape = self._checkpoint.shape
-            counts = range(shape.n_experts, shape.top_k - 1, -1)
-        # fewer experts never need more bytes, so the first count that fits is found by halving
-        first = bisect_left(counts, True, key=lambda n_experts: self._with_experts(n_experts) is not None)
-        candidate = self._with_experts(counts[first]) if first < len(counts) else None
+        choices = self._choices()
+        if (candidate := self._fitting(choices[0])) is not None:
+            return candidate
+        # a choice further on never needs more bytes, so the first that fits is found by halving
+        first = bisect_left(choices, True, lo=1, key=lambda choice: self._fitting(choice) is not None)
+        candidate = self._fitting(choices[first]) if first < len(choices) else None
         if candidate is None:
-            raise BudgetError(self._nothing_fits(counts[-1]))
+            raise BudgetError(self._nothing_fits(choices[-1]))
         return candidate
 
-    def _with_experts(self, n_experts: int) -> _Candidate | None:
+    def _choices(self) -> Sequence[CompressChoice]:
+        method, shape = self._job.method, self._checkpoint.shape
+        whole = CompressChoice(experts=shape.n_experts)
+        if self._job.experts is not None:
+            _check_experts(self._job, self._checkpoint)
+            return [_with_experts(method, self._job.experts, whole)]
+        if method == "slim":
+            widths = range(shape.expert_width - 1, 0, -1)
+            return [whole, *(_with(whole, width=width) for width in widths if width % GGUF_WIDTH_MULTIPLE == 0)]
+        if method == "block-drop":
+            return [_with(whole, drop_blocks=n_blocks) for n_blocks in range(shape.n_layers)]
+        if method == "layer-drop":
+            return [_with(whole, drop_moe_layers=n_layers) for n_layers in range(shape.n_layers)]
+        counts = range(shape.n_experts, fewest_experts(method, shape) - 1, -1)
+        return [_with_experts(method, n_experts, whole) for n_experts in counts]
+
+    def _fitting(self, choice: CompressChoice) -> _Candidate | None:
         types, predictions = {}, {}
         for artifact in self._job.formats:
             for weight_type in self._types(artifact):
-                prediction = self._predict(artifact, n_experts, weight_type)
+                prediction = self._predict(artifact, choice, weight_type)
                 if prediction.counted(self._budget.kind) <= self._budget.bytes:
                     types[artifact], predictions[artifact] = weight_type, prediction
                     break
             else:
                 return None
-        return _Candidate(n_experts, types, predictions)
+        return _Candidate(choice, types, predictions)
 
     def _types(self, artifact: str) -> Sequence[str]:
         quant = self._job.quant
@@ -164,16 +186,16 @@ class _Search:
             return _LADDER[artifact]
         return [quant if artifact == "gguf" else _ONNX_FOR_PINNED_QUANT[quant]]
 
-    def _predict(self, artifact: str, n_experts: int, weight_type: str) -> Prediction:
-        shape = self._checkpoint.shape.with_experts(n_experts)
+    def _predict(self, artifact: str, choice: CompressChoice, weight_type: str) -> Prediction:
+        shape = expected_shape(choice, self._checkpoint.shape)
         return predict(
             artifact, self._checkpoint.folder, self._name, shape, weight_type, self._budget, self._job.threads
         )
 
-    def _nothing_fits(self, n_experts: int) -> str:
+    def _nothing_fits(self, choice: CompressChoice) -> str:
         needs = {
             artifact: min(
-                (self._predict(artifact, n_experts, weight_type).counted(self._budget.kind), weight_type)
+                (self._predict(artifact, choice, weight_type).counted(self._budget.kind), weight_type)
                 for weight_type in self._types(artifact)
             )
             for artifact in self._job.formats
@@ -181,30 +203,45 @@ class _Search:
         largest = max(needs, key=lambda artifact: needs[artifact][0])
         n_bytes, weight_type = needs[largest]
         counted = "file" if self._budget.kind == "file" else f"memory at {self._budget.context} tokens of context"
+        left = described_compression(choice, self._checkpoint.shape)
         return (
-            f"nothing fits a budget of {format_size(self._budget.bytes)}: with {n_experts} experts per layer the "
+            f"nothing fits a budget of {format_size(self._budget.bytes)}: with {left} the "
             f"smallest {largest} ({weight_type}) needs {format_size(n_bytes)} of {counted}. "
             f"The smallest budget that works is --budget {n_bytes}B"
         )
 
 
-def _check_experts(what: str, n_experts: int, checkpoint: Checkpoint) -> None:
-    shape = checkpoint.shape
-    if not shape.top_k <= n_experts <= shape.n_experts:
+def _with(choice: CompressChoice, **changes: int) -> CompressChoice:
+    return choice.model_copy(update=changes)
+
+
+def _with_experts(method: str, n_experts: int, whole: CompressChoice) -> CompressChoice:
+    if n_experts == whole.experts:
+        return whole
+    chosen = _DEFAULT_METHOD if method == "auto" else method
+    return whole.model_copy(update={"method": chosen, "experts": n_experts, "sequential": chosen in _SEQUENTIAL})
+
+
+def _check_experts(job: Job, checkpoint: Checkpoint) -> None:
+    shape, n_experts = checkpoint.shape, job.experts
+    if job.method in WHOLE_LAYER_METHODS:
+        raise InputError(f"--experts: --method {job.method} keeps all experts; leave --experts out, or name another")
+    fewest = fewest_experts(job.method, shape)
+    if n_experts is None or not fewest <= n_experts <= shape.n_experts:
         raise InputError(
-            f"{what}: {n_experts} experts cannot be kept; the model has {shape.n_experts} per layer and uses "
-            f"{shape.top_k} for each token, so give a number from {shape.top_k} to {shape.n_experts}"
+            f"--experts: {n_experts} experts cannot be kept; the model has {shape.n_experts} per layer and uses "
+            f"{shape.top_k} for each token, so give a number from {fewest} to {shape.n_experts}"
         )
 
 
-def _recovery(job: Job, checkpoint: Checkpoint, counts: TextCounts, pruned: bool) -> RecoverChoice:
-    """Routers are taught again when experts were dropped, or when it is asked for by name."""
+def _recovery(job: Job, checkpoint: Checkpoint, counts: TextCounts, changed: bool) -> RecoverChoice:
+    """Routers are taught again when anything was compressed, or when it is asked for by name."""
     if job.recover == "router:published":
         settings = RouterKdSettings.published(min(RouterKdSettings.PUBLISHED_BLOCKS, counts.calibration))
     else:
         n_blocks = min(_DEFAULT_BLOCKS, counts.calibration)
         settings = RouterKdSettings.sized(checkpoint.shape.hidden_size, n_blocks, job.seed)
-    wanted = job.recover.startswith("router") or (job.recover == "auto" and pruned)
+    wanted = job.recover.startswith("router") or (job.recover == "auto" and changed)
     return RecoverChoice(
         rung="router" if wanted else "none",
         blocks=settings.n_blocks if wanted else 0,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from compressors.model.arithmetic import Arithmetic
 from compressors.model.errors import InputError
@@ -14,6 +14,7 @@ from compressors.model.errors import InputError
 __all__ = [
     "BudgetChoice",
     "CompressChoice",
+    "ExpertMethod",
     "Recipe",
     "RecoverChoice",
     "SourceChoice",
@@ -21,6 +22,23 @@ __all__ = [
     "load_recipe",
     "recipe_yaml",
 ]
+
+
+ExpertMethod = Literal[
+    "none",
+    "frequency",
+    "gate-frequency",
+    "ean",
+    "reap",
+    "man",
+    "msan",
+    "expert-drop",
+    "removal-error",
+    "m-smoe",
+    "hc-smoe",
+    "ream",
+]
+"""Pruning criteria of :mod:`compressors.criteria`, then merging methods of :mod:`compressors.merge`."""
 
 
 class _Part(BaseModel):
@@ -33,7 +51,7 @@ class SourceChoice(_Part):
     """The original model."""
 
     model: str
-    identity: str  # SHA-256 over config.json and the headers of the weight files
+    identity: str | None = None  # SHA-256 over config.json and the headers of the weight files; null: any
 
 
 class BudgetChoice(_Part):
@@ -46,21 +64,41 @@ class BudgetChoice(_Part):
 
 
 class TextChoice(_Part):
-    """How many blocks of 512 tokens each split gives, and which text it was."""
+    """How many blocks of 512 tokens each split gives, and which text it was; null: any."""
 
     calibration_blocks: int = Field(gt=0)
     selection_blocks: int = Field(gt=0)
     heldout_chunks_per_file: int = Field(gt=0)
-    calibration_sha256: str
-    selection_sha256: str
-    heldout_sha256: str
+    calibration_sha256: str | None = None
+    selection_sha256: str | None = None
+    heldout_sha256: str | None = None
 
 
 class CompressChoice(_Part):
-    """Which experts go."""
+    """What goes. The steps are taken in the order of the fields; :mod:`exporter.compression` says what each means."""
 
-    method: Literal["none", "reap"]
-    experts: int = Field(gt=0)  # kept per layer
+    drop_blocks: int = Field(default=0, ge=0)  # decoder layers, attention and experts
+    consecutive_blocks: bool = False  # neighbours
+    drop_moe_layers: int = Field(default=0, ge=0)  # MoE sub-layers of the layers that are left
+    method: ExpertMethod = "none"  # how experts become fewer
+    experts: (
+        PositiveInt | tuple[PositiveInt, ...]
+    )  # left in each layer; a list has one number for each layer that is left
+    allocation: Literal["layer", "global"] = "layer"  # global: as many in all layers together, where scores are high
+    protect_super_experts: bool = False
+    width: PositiveInt | tuple[PositiveInt, ...] | None = None  # of each expert; null: as it is
+    edit: Literal["none", "svd", "d2-moe", "mobe"] = "none"
+    edit_size: PositiveInt | None = None  # the rank; of mobe the number of bases
+    sequential: bool = False  # layers are judged by what the compressed layers in front make of the text
+    sample_blocks: int = Field(default=32, gt=0)  # whose states methods see that need more than sums
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> CompressChoice:
+        if (self.edit == "none") != (self.edit_size is None):
+            raise ValueError("edit and edit_size go together: give both or neither")
+        if self.allocation == "global" and not isinstance(self.experts, int):
+            raise ValueError("allocation is global, so experts must be one number, the mean of all layers")
+        return self
 
 
 class RecoverChoice(_Part):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,20 @@ import numpy as np
 
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.routing import Routing
+from compressors.model.shape import MoeShape
 from compressors.model.student import ExpertMap
 from exporter.gguf.metadata import source_license
 from exporter.outputs import Artifact
 from exporter.plan import Plan
 from exporter.recipe import Recipe
-from exporter.stages.artifacts import Calibration, StudentFiles
+from exporter.stages.artifacts import Calibration, StudentFiles, open_student
 from exporter.stages.runtime import MEASUREMENT
 from exporter.stages.schedule import scheduled_blocks
 from exporter.stages.validate_gguf import same_numbers
 from exporter.stages.validate_torch import EVALUATION
 from exporter.work import StageRecord, WorkDirectory
 from validate.evaluation import Evaluation, divergence, perplexity
-from validate.routing_agreement import RoutingAgreement, routing_agreement
+from validate.routing_agreement import LayerAgreement, RoutingAgreement, routing_agreement
 from validate.verdict import Check, required_checks
 
 __all__ = ["build_report", "final_recipe"]
@@ -48,10 +49,8 @@ def build_report(
     """Everything that the report says, as data for JSON."""
     recipe = final_recipe(plan, work)
     source = Checkpoint(plan.source)
-    experts = ExpertMap.from_json(
-        json.loads(StudentFiles(work.stage("compress")).expert_map.read_text(encoding="utf-8"))
-    )
-    student_shape = plan.student_shape
+    experts = open_student(plan, work).experts
+    student_shape = experts.shape_of(source.shape)
     summary = json.loads(Calibration.of(work).summary.read_text(encoding="utf-8"))
     rows = _Rows(plan, work, records, experts, summary["teacher"])
     validation = [rows.teacher(), rows.student(), *(rows.artifact(name) for name in artifacts)]
@@ -69,6 +68,7 @@ def build_report(
             "dtype": str(source.dtype).removeprefix("torch."),
             "n_layers": source.shape.n_layers,
             "n_experts": source.shape.n_experts,
+            "expert_width": source.shape.expert_width,
             "top_k": source.shape.top_k,
             "n_kv_heads": source.shape.n_kv_heads,
             "head_dim": source.shape.head_dim,
@@ -76,12 +76,7 @@ def build_report(
         },
         "recipe": recipe.model_dump(),
         "text": summary["text"],
-        "student": {
-            "n_experts": student_shape.n_experts,
-            "top_k": student_shape.top_k,
-            "parameters": student_shape.parameters,
-            "kept": experts.to_json()["kept"],
-        },
+        "student": _student(source.shape, experts),
         "budget": _budget(plan, artifacts, {row["artifact"]: row for row in validation}),
         "artifacts": [
             {
@@ -100,6 +95,25 @@ def build_report(
         "timings": {name: record.seconds for name, record in records.items()},
         "peak_rss_bytes": {name: record.peak_rss_bytes for name, record in records.items()},
         "environment": _environment(recipe.threads),
+    }
+
+
+def _student(teacher: MoeShape, experts: ExpertMap) -> dict[str, Any]:
+    """What is left of the original."""
+    shape = experts.shape_of(teacher)
+    layers = {layer.source: layer for layer in experts.layers}
+    return {
+        "n_layers": shape.n_layers,
+        "n_moe_layers": sum(shape.layer(index).has_moe for index in range(shape.n_layers)),
+        "n_experts": shape.n_experts,  # of the layer with the most
+        "fewest_experts": min(len(layer.groups) for layer in experts.layers if layer.groups),
+        "expert_width": shape.expert_width,
+        "top_k": shape.top_k,
+        "parameters": shape.parameters,
+        # by layer of the original: its experts that go on living, by themselves or in the name of a merged group
+        "kept": [sorted(layers[layer].kept) if layer in layers else [] for layer in range(teacher.n_layers)],
+        "merged": any(len(group) > 1 for layer in experts.layers for group in layer.groups),
+        "expert_map": experts.to_json(),
     }
 
 
@@ -222,9 +236,8 @@ def _mean_kld(evaluation: Evaluation, reference: str) -> float | None:
 
 
 def _agreement(agreement: RoutingAgreement) -> dict[str, Any]:
-    figures = list(asdict(agreement.layers[0]))
-    overall: dict[str, Any] = {figure: agreement.mean(figure) for figure in figures}
-    return overall | {"per_layer": [asdict(layer) for layer in agreement.layers]}
+    overall: dict[str, Any] = {figure.name: agreement.mean(figure.name) for figure in fields(LayerAgreement)}
+    return overall | {"per_layer": [None if layer is None else asdict(layer) for layer in agreement.layers]}
 
 
 def _budget(plan: Plan, artifacts: Mapping[str, Artifact], rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -171,7 +171,7 @@ def _measure(
     thresholds: dict[str, float],
 ) -> tuple[dict[str, Any], list[Check]]:
     evaluation = evaluate(backend, reference.chunks_BT.numpy(), {"teacher": reference.log_probs})
-    experts = ExpertMap(report["source"]["n_experts"], tuple(map(tuple, report["student"]["kept"])))
+    experts = ExpertMap.from_json(report["student"]["expert_map"])
     row: dict[str, Any] = {
         "artifact": artifact,
         "runtime": backend.runtime,

@@ -116,8 +116,7 @@ def make_plan(job: Job, command: str) -> Plan:
     if job.recipe is None:
         recipe, predictions = choose_recipe(job, checkpoint, _name(job), splits, counts)
     else:
-        recipe = load_recipe(job.recipe)
-        _check_recipe(job.recipe, recipe, checkpoint, splits)
+        recipe = _completed(job.recipe, load_recipe(job.recipe), checkpoint, splits)
         predictions = predict_recipe(recipe, checkpoint)
     return Plan(
         recipe=recipe,
@@ -190,11 +189,20 @@ def _name(job: Job) -> str:
     return folder.resolve().name if folder.is_dir() else job.model
 
 
-def _check_recipe(path: Path, recipe: Recipe, checkpoint: Checkpoint, splits: Splits) -> None:
-    if recipe.source.identity != checkpoint.identity():
+def _completed(path: Path, recipe: Recipe, checkpoint: Checkpoint, splits: Splits) -> Recipe:
+    """The recipe with what a person left open: which weights and which text, if any will do."""
+    identity = checkpoint.identity()
+    if recipe.source.identity not in (None, identity):
         raise InputError(
             f"{path} is a recipe for {recipe.source.model}, whose config or weights differ from the model's"
         )
-    for split in vars(splits).values():
-        if split.sha256 not in vars(recipe.text).values():
-            raise InputError(f"{path} was made for another {split.name} text; give that with --calibration and --text")
+    digests = {f"{name}_sha256": split.sha256 for name, split in vars(splits).items()}
+    for name, split in vars(splits).items():
+        if getattr(recipe.text, f"{name}_sha256") not in (None, split.sha256):
+            raise InputError(f"{path} was made for another {name} text; give that with --calibration and --text")
+    return recipe.model_copy(
+        update={
+            "source": recipe.source.model_copy(update={"identity": identity}),
+            "text": recipe.text.model_copy(update=digests),
+        }
+    )

@@ -21,7 +21,8 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from compressors.model.errors import InputError, MoeExportError
-from validate.backend import ChunkOutput, Routing, scored_positions
+from compressors.model.routing import NO_EXPERT, Routing
+from validate.backend import ChunkOutput, scored_positions
 from validate.cost import RuntimeCost, peak_rss_bytes
 
 __all__ = ["CHUNK_TOKENS", "OnnxRuntimeBackend", "OnnxRuntimeError", "measure"]
@@ -29,6 +30,7 @@ __all__ = ["CHUNK_TOKENS", "OnnxRuntimeBackend", "OnnxRuntimeError", "measure"]
 CHUNK_TOKENS = 512  # prompts are fed in pieces of this many tokens
 _MODEL_FILE = "model.onnx"
 _MOE_OPERATORS = ("MoE", "QMoE")
+_ATTENTION_OPERATORS = ("GroupQueryAttention", "MultiHeadAttention", "Attention")
 _ROUTER_INPUT = 1  # position of the router logits among the operators' inputs
 _DECODED_TOKENS = 32  # generated when decoding speed is measured
 _LOAD_ERRORS = (
@@ -50,6 +52,7 @@ class OnnxRuntimeError(MoeExportError):
 class _MoeNode:
     """What one MoE operator is told."""
 
+    layer: int
     router_logits: str  # name of the value [tokens, experts]
     top_k: int
     normalizes: bool
@@ -81,6 +84,7 @@ class OnnxRuntimeBackend:
         self._threads = threads
         self._session = _open_session(self._path, str(self._path), threads)
         self._moe_nodes: tuple[_MoeNode, ...] = ()  # filled when the session shows their router logits
+        self._n_layers = len(_cache_dimensions(self._session)) // 2
 
     @property
     def runtime(self) -> str:
@@ -107,10 +111,16 @@ class OnnxRuntimeBackend:
                 self._show_routing(tokens)
             names = [node.router_logits for node in self._moe_nodes]
             logits_TV, router_logits = _run_from_empty_cache(self._session, tokens, names)
-            pairs = [node.routing(each_TE) for node, each_TE in zip(self._moe_nodes, router_logits, strict=True)]
-            experts, weights = zip(*pairs, strict=True)
-            routing = Routing(np.stack(experts), np.stack(weights))
-            yield ChunkOutput(logits_TV[scored_positions(len(tokens))], routing)
+            yield ChunkOutput(logits_TV[scored_positions(len(tokens))], self._routing(router_logits))
+
+    def _routing(self, router_logits: Sequence[npt.NDArray[np.float32]]) -> Routing:
+        """Layers without experts, and places beyond a layer's top-k, hold no expert."""
+        size = (self._n_layers, len(router_logits[0]), max(node.top_k for node in self._moe_nodes))
+        experts_LTK = np.full(size, NO_EXPERT, dtype=np.int32)
+        weights_LTK = np.zeros(size, dtype=np.float32)
+        for node, logits_TE in zip(self._moe_nodes, router_logits, strict=True):
+            experts_LTK[node.layer, :, : node.top_k], weights_LTK[node.layer, :, : node.top_k] = node.routing(logits_TE)
+        return Routing(experts_LTK, weights_LTK)
 
     def greedy(self, prompt_ids: Sequence[int], n_tokens: int) -> list[int]:
         """The ``n_tokens`` most likely next tokens, one after the other, through the cache; stops at nothing."""
@@ -119,7 +129,7 @@ class OnnxRuntimeBackend:
     def _show_routing(self, tokens: npt.NDArray[np.int64]) -> None:
         """Puts the debug copy in the session's place; one after the other, because each holds the weights."""
         model = onnx.load(self._path, load_external_data=False)
-        moe_nodes = tuple(_moe_node(node) for node in model.graph.node if node.op_type in _MOE_OPERATORS)
+        moe_nodes = tuple(_moe_nodes(model.graph))
         if not moe_nodes:
             raise InputError(f"{self._path} has no MoE or QMoE node: there is no routing to look at")
         model.graph.output.extend(
@@ -269,12 +279,17 @@ def _model_file(path: Path) -> Path:
     return path / _MODEL_FILE if path.is_dir() else path
 
 
-def _moe_node(node: onnx.NodeProto) -> _MoeNode:
-    attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
-    # Absent attributes have the operators' defaults.
-    return _MoeNode(
-        node.input[_ROUTER_INPUT], attributes.get("k", 1), bool(attributes.get("normalize_routing_weights", 0))
-    )
+def _moe_nodes(graph: onnx.GraphProto) -> Iterator[_MoeNode]:
+    """Nodes are in the order in which they run: a layer's experts come after its attention."""
+    layer = -1
+    for node in graph.node:
+        if node.op_type in _ATTENTION_OPERATORS:
+            layer += 1
+        elif node.op_type in _MOE_OPERATORS:
+            attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+            # absent attributes have the operators' defaults
+            normalizes = bool(attributes.get("normalize_routing_weights", 0))
+            yield _MoeNode(layer, node.input[_ROUTER_INPUT], attributes.get("k", 1), normalizes)
 
 
 def _open_session(path: Path, model: str | bytes, threads: int) -> onnxruntime.InferenceSession:

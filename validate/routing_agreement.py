@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from compressors.model.routing import Routing
+from compressors.model.routing import NO_EXPERT, Routing
 from compressors.model.student import ExpertMap
 
 __all__ = ["LayerAgreement", "RoutingAgreement", "routing_agreement", "same_sets"]
@@ -31,13 +31,13 @@ class LayerAgreement:
 
 @dataclass(frozen=True)
 class RoutingAgreement:
-    """Agreement by layer; the overall figures are means over the layers."""
+    """Agreement by layer, None where the layer has no experts; the overall figures are means over the others."""
 
-    layers: tuple[LayerAgreement, ...]
+    layers: tuple[LayerAgreement | None, ...]
 
     def mean(self, name: str) -> float:
-        """The mean of one figure over the layers."""
-        return float(np.mean([getattr(layer, name) for layer in self.layers]))
+        """The mean of one figure over the layers that have experts."""
+        return float(np.mean([getattr(layer, name) for layer in self.layers if layer is not None]))
 
 
 def routing_agreement(reference: Routing, model: Routing, experts: ExpertMap | None = None) -> RoutingAgreement:
@@ -48,10 +48,14 @@ def routing_agreement(reference: Routing, model: Routing, experts: ExpertMap | N
         model: B.
         experts: maps the teacher's experts to the student's.
     """
-    layers = []
-    for layer, (chosen, weights) in enumerate(zip(reference.experts_LTK, reference.weights_LTK, strict=True)):
+    layers: list[LayerAgreement | None] = []
+    for layer, model_TK in enumerate(model.experts_LTK):
+        if (model_TK == NO_EXPERT).all():
+            layers.append(None)
+            continue
+        source = layer if experts is None else experts.layers[layer].source
         table = None if experts is None else experts.student_of(layer).numpy()
-        layers.append(_layer_agreement(chosen, weights, model.experts_LTK[layer], table))
+        layers.append(_layer_agreement(reference.experts_LTK[source], reference.weights_LTK[source], model_TK, table))
     return RoutingAgreement(tuple(layers))
 
 

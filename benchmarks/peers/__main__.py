@@ -1,7 +1,9 @@
-"""``make peers``: exports both trained models to ONNX and has optimum's ORTModelForCausalLM generate from them.
+"""``make peers``: what other tools make of our files, and of the same models.
 
-optimum-onnx does not work with transformers 5, so it gets a virtual environment of its own, kept between runs. The
-reference tokens are stock transformers' in float32. Writes ``benchmarks/results/peers.md``.
+optimum's ORTModelForCausalLM generates from both trained models, exported to ONNX; the reference tokens are stock
+transformers' in float32. llm-compressor's REAP modifier and our sequential pruning choose survivors for the same tokens
+(:mod:`benchmarks.peers.llm_compressor`). Each tool works with a transformers of its own, so each gets a virtual
+environment, kept between runs. Writes ``benchmarks/results/peers.md``.
 """
 
 from __future__ import annotations
@@ -10,28 +12,41 @@ import json
 import subprocess
 import sys
 import tempfile
-import venv
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.peers import llm_compressor
+from benchmarks.peers.environment import REPOSITORY, environment
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.student import Student
 from exporter.onnx.clients import write_client_files
 from exporter.onnx.writer import write_onnx
 
-_REPOSITORY = Path(__file__).parents[2]
-_ENVIRONMENT = _REPOSITORY / ".venv-optimum"
 _PACKAGES = ("torch==2.13.0", "optimum-onnx==0.1.0", "transformers==4.57.6", "onnxruntime==1.31.1")
-_MODELS = {"fine": _REPOSITORY / "exporter/demo/model", "coarse": _REPOSITORY / "tests/fixtures/coarse"}
+_MODELS = {"fine": REPOSITORY / "exporter/demo/model", "coarse": REPOSITORY / "tests/fixtures/coarse"}
 _PROMPTS = ("The history of", "Returns a new list of the", "In the beginning God", "def main():\n")
 _NEW_TOKENS = 32
 
 
 def main() -> int:
-    """Compares both models and returns the exit code: 1 if any token differs."""
-    python = _environment()
+    """Asks both tools and returns the exit code: 1 if a token or a survivor differs."""
+    lines = ["# The same models in other tools", ""]
+    passed = True
+    for compare in (_compare_onnx, llm_compressor.compare):
+        section, agrees = compare()
+        lines += section
+        passed &= agrees
+    results = REPOSITORY / "benchmarks/results"
+    results.mkdir(exist_ok=True)
+    (results / "peers.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    return 0 if passed else 1
+
+
+def _compare_onnx() -> tuple[list[str], bool]:
+    """The lines of the report, and whether optimum generates the tokens it should."""
+    python = environment("optimum", _PACKAGES)
     rows = []
     for name, source in _MODELS.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -41,23 +56,13 @@ def main() -> int:
             write_client_files(student, out)
             expected = Path(folder) / "expected.json"
             expected.write_text(json.dumps(_reference(source)), encoding="utf-8")
-            script = _REPOSITORY / "benchmarks/peers/optimum_onnx.py"
+            script = REPOSITORY / "benchmarks/peers/optimum_onnx.py"
             result = subprocess.run(
                 [python, script, out, expected], stdout=subprocess.PIPE, text=True, check=False, cwd=folder
             )
         rows.append((name, json.loads(result.stdout.splitlines()[-1]) if result.stdout else {}))
         print(*rows[-1])
-    _write_results(rows)
-    passed = all(outcome and all(outcome.values()) for _, outcome in rows)
-    return 0 if passed else 1
-
-
-def _environment() -> Path:
-    python = _ENVIRONMENT / "bin/python"
-    if not python.exists():
-        venv.create(_ENVIRONMENT, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *_PACKAGES], check=True)
-    return python
+    return _onnx_section(rows), all(outcome and all(outcome.values()) for _, outcome in rows)
 
 
 @torch.no_grad()
@@ -74,22 +79,22 @@ def _reference(source: Path) -> list[dict[str, list[int]]]:
     return cases
 
 
-def _write_results(rows: list[tuple[str, dict[str, bool]]]) -> None:
-    lines = [
-        "# Our ONNX folders in other tools",
+def _onnx_section(rows: list[tuple[str, dict[str, bool]]]) -> list[str]:
+    words = {True: "equal", False: "DIFFERENT", None: "failed to run"}
+    return [
+        "## Our ONNX folders in optimum",
         "",
         f"{', '.join(_PACKAGES)}: greedy tokens of `ORTModelForCausalLM` against stock transformers in float32,",
-        f"{len(_PROMPTS)} prompts of {_NEW_TOKENS} tokens each. Written by `make peers`.",
+        f"{len(_PROMPTS)} prompts of {_NEW_TOKENS} tokens each. Written by `make peers`, as is all of this page.",
         "",
         "| model | each prompt alone | all prompts as one batch, padded on the left |",
         "|---|---|---|",
+        *(
+            f"| {name} | {words[outcome.get('single')]} | {words[outcome.get('left_padded_batch')]} |"
+            for name, outcome in rows
+        ),
+        "",
     ]
-    words = {True: "equal", False: "DIFFERENT", None: "failed to run"}
-    for name, outcome in rows:
-        lines.append(f"| {name} | {words[outcome.get('single')]} | {words[outcome.get('left_padded_batch')]} |")
-    folder = _REPOSITORY / "benchmarks/results"
-    folder.mkdir(exist_ok=True)
-    (folder / "peers.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ class HiddenStates:
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, spill: Path | None = None) -> None:
         self.shape = shape
         self.dtype = dtype
+        self.spill = spill
         self._memory = torch.empty(shape, dtype=dtype) if spill is None else None
         self._file = None if spill is None else _nameless_file(spill, shape, dtype)
 

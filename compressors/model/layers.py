@@ -17,7 +17,7 @@ __all__ = ["LayerReader", "LayerWeights", "layer_bytes", "refuse_not_finite"]
 
 @dataclass
 class LayerWeights:
-    """One decoder layer, in storage dtype."""
+    """One decoder layer, in storage dtype; without a MoE sub-layer both arrays are empty."""
 
     gate_up_EFD: torch.Tensor  # [E, 2F, D], gate rows first
     down_EDF: torch.Tensor
@@ -25,7 +25,7 @@ class LayerWeights:
 
 
 def layer_bytes(student: Student) -> int:
-    """Bytes of one decoder layer in storage dtype."""
+    """Bytes of the largest decoder layer in storage dtype."""
     shape = student.shape
     return (shape.dense_layer_parameters + shape.n_experts * shape.expert_parameters) * student.source.dtype.itemsize
 
@@ -46,7 +46,8 @@ class LayerReader:
         self._n_resident = n_resident
         self._n_shared = 2 if read_ahead else 1
         self._check_finite = check_finite
-        self._buffers: dict[int, LayerWeights] = {}
+        self._buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # room for gate and up, and down, of any layer
+        self._weights: dict[int, LayerWeights] = {}  # what the buffers hold
         self._holds: dict[int, int] = {}  # buffer -> layer
 
     def visit(self, order: Sequence[int]) -> Iterator[tuple[int, LayerWeights]]:
@@ -68,7 +69,7 @@ class LayerReader:
     def release(self) -> None:
         """Lets the buffers of layers that are not resident go."""
         for slot in [slot for slot in self._buffers if slot < 0]:
-            del self._buffers[slot], self._holds[slot]
+            del self._buffers[slot], self._weights[slot], self._holds[slot]
 
     def _slot(self, index: int) -> int:
         """Resident layers have a buffer of their own; neighbours among the others have different ones."""
@@ -80,24 +81,30 @@ class LayerReader:
             if slot not in self._buffers:
                 self._buffers[slot] = self._new_buffer()
             self._holds.pop(slot, None)
-            self._fill(self._buffers[slot], index)
+            self._weights[slot] = self._fill(self._buffers[slot], index)
             self._holds[slot] = index
-        return self._buffers[slot]
+        return self._weights[slot]
 
-    def _new_buffer(self) -> LayerWeights:
+    def _new_buffer(self) -> tuple[torch.Tensor, torch.Tensor]:
         shape, dtype = self._student.shape, self._student.source.dtype
-        return LayerWeights(
-            torch.empty(shape.n_experts, 2 * shape.expert_width, shape.hidden_size, dtype=dtype),
-            torch.empty(shape.n_experts, shape.hidden_size, shape.expert_width, dtype=dtype),
+        n_down = max(
+            layer.n_experts * layer.expert_width * layer.hidden_size
+            for layer in map(shape.layer, range(shape.n_layers))
         )
+        return torch.empty(2 * n_down, dtype=dtype), torch.empty(n_down, dtype=dtype)
 
-    def _fill(self, buffer: LayerWeights, index: int) -> None:
-        student, width = self._student, self._student.shape.expert_width
-        for role in student.family.layer_roles:
-            buffer.others[role] = student.tensor(role, index)
-            self._check(buffer.others[role], role, index)
-        for expert in range(student.shape.n_experts):
-            gate_up, down = buffer.gate_up_EFD[expert], buffer.down_EDF[expert]
+    def _fill(self, buffer: tuple[torch.Tensor, torch.Tensor], index: int) -> LayerWeights:
+        student, shape = self._student, self._student.shape.layer(index)
+        n_experts, width, hidden_size = shape.n_experts, shape.expert_width, shape.hidden_size
+        weights = LayerWeights(
+            buffer[0][: 2 * n_experts * width * hidden_size].view(n_experts, 2 * width, hidden_size),
+            buffer[1][: n_experts * width * hidden_size].view(n_experts, hidden_size, width),
+        )
+        for role in student.shape.layer_roles(index):
+            weights.others[role] = student.tensor(role, index)
+            self._check(weights.others[role], role, index)
+        for expert in range(n_experts):
+            gate_up, down = weights.gate_up_EFD[expert], weights.down_EDF[expert]
             for role, out in (
                 (Role.EXPERT_GATE, gate_up[:width]),
                 (Role.EXPERT_UP, gate_up[width:]),
@@ -105,6 +112,7 @@ class LayerReader:
             ):
                 student.read_expert(role, index, expert, out)
                 self._check(out, role, index, expert)
+        return weights
 
     def _check(self, values: torch.Tensor, role: Role, layer: int, expert: int | None = None) -> None:
         if self._check_finite:

@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.nn import functional
 
-from compressors.model.routing import Routing
+from compressors.model.routing import NO_EXPERT, Routing
 from compressors.model.shape import MoeShape
 
 __all__ = ["RoutingRecorder"]
@@ -32,14 +33,26 @@ class RoutingRecorder:
 
         def hook(_module: nn.Module, _inputs: Any, outputs: tuple[torch.Tensor, ...]) -> None:
             _, weights_TK, experts_TK = outputs
-            experts.append(experts_TK.to("cpu", torch.int32))
-            weights.append(weights_TK.float().cpu())
+            experts.append(self._padded(experts_TK.to("cpu", torch.int32), NO_EXPERT))
+            weights.append(self._padded(weights_TK.float().cpu(), 0.0))
 
-        handle = layer.get_submodule(self._shape.family.router_module).register_forward_hook(hook)
+        def hook_without_router(_module: nn.Module, inputs: tuple[torch.Tensor, ...], _output: Any) -> None:
+            n_tokens = inputs[0].shape[:-1].numel()
+            experts.append(self._padded(torch.empty(n_tokens, 0, dtype=torch.int32), NO_EXPERT))
+            weights.append(self._padded(torch.empty(n_tokens, 0), 0.0))
+
+        if self._shape.layer(index).has_moe:
+            handle = layer.get_submodule(self._shape.family.router_module).register_forward_hook(hook)
+        else:
+            handle = layer.register_forward_hook(hook_without_router)
         try:
             yield
         finally:
             handle.remove()
+
+    def _padded(self, values_TK: torch.Tensor, filler: float) -> torch.Tensor:
+        """As many columns as the layer with the largest top-k has."""
+        return functional.pad(values_TK, (0, self._shape.top_k - values_TK.shape[1]), value=filler)
 
     def take(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """A finished layer's chosen experts and gate weights, [T, K] each; the recorder forgets them."""

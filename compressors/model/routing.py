@@ -12,7 +12,10 @@ from safetensors.numpy import load_file, save_file
 
 from compressors.model.errors import InputError
 
-__all__ = ["Routing"]
+__all__ = ["NO_EXPERT", "Routing"]
+
+NO_EXPERT = -1
+"""Fills up the choices of layers with fewer than the largest top-k, or none; its gate weight is 0."""
 
 
 @dataclass(frozen=True)

@@ -8,22 +8,37 @@ Letters in names of arrays, here and everywhere:
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.families import Family, QkNorm, family_for
+from compressors.model.families import Family, QkNorm, Role, family_for
 
-__all__ = ["MoeShape", "read_shape"]
+__all__ = ["NO_MOE", "MoeShape", "MoeSize", "read_shape"]
 
 _EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True)
+class MoeSize:
+    """The experts of one layer."""
+
+    n_experts: int
+    expert_width: int
+
+
+NO_MOE = MoeSize(0, 0)
+"""The size of a layer without a MoE sub-layer."""
+
+
+@dataclass(frozen=True)
 class MoeShape:
-    """Everything about a model that its computation and its containers depend on, apart from the weights."""
+    """Everything about a model that its computation and its containers depend on, apart from the weights.
+
+    Where layers differ, ``n_experts``, ``top_k`` and ``expert_width`` are the largest of any layer.
+    """
 
     model_type: str
     n_layers: int
@@ -43,6 +58,7 @@ class MoeShape:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
+    sizes: tuple[MoeSize, ...] | None = None  # by layer, where layers differ
 
     @property
     def family(self) -> Family:
@@ -50,14 +66,59 @@ class MoeShape:
         return family_for(self.model_type)
 
     def with_experts(self, n_experts: int) -> MoeShape:
-        """The same model with another number of experts per layer; top-k never exceeds the experts left."""
-        return replace(self, n_experts=n_experts, top_k=min(self.top_k, n_experts))
+        """The same model with another number of experts in every layer; top-k never exceeds the experts left."""
+        return self.with_sizes([MoeSize(n_experts, self.expert_width)] * self.n_layers)
+
+    def with_sizes(self, sizes: Sequence[MoeSize]) -> MoeShape:
+        """The same model with as many layers as there are sizes, and their experts."""
+        n_experts = max(size.n_experts for size in sizes)
+        return replace(
+            self,
+            n_layers=len(sizes),
+            n_experts=n_experts,
+            top_k=min(self.top_k, n_experts),
+            expert_width=max(size.expert_width for size in sizes),
+            sizes=None if len(set(sizes)) == 1 else tuple(sizes),
+        )
+
+    def layer(self, index: int) -> MoeShape:
+        """A model whose layers are all like this one."""
+        return self if self.sizes is None else self.with_sizes([self.sizes[index]] * self.n_layers)
+
+    def layer_roles(self, layer: int) -> tuple[Role, ...]:
+        """Roles of one decoder layer, experts left out; without a MoE sub-layer it has no router, and no norm of it."""
+        roles = self.family.layer_roles
+        if self.layer(layer).has_moe:
+            return roles
+        return tuple(role for role in roles if role not in (Role.MOE_NORM, Role.ROUTER))
+
+    @property
+    def has_moe(self) -> bool:
+        """Whether every layer (of a shape that :meth:`layer` gave: this one) has experts."""
+        return self.n_experts > 0
 
     def in_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """A ``config.json`` of this model's family with this model's expert count, in one spelling, and top-k."""
         keys = self.family.config_keys
         others = {key: value for key, value in config.items() if key not in (keys.n_experts, keys.saved_n_experts)}
-        return others | {keys.n_experts: self.n_experts, "num_experts_per_tok": self.top_k}
+        if "layer_types" in others:  # all alike, or the family would have been refused
+            others["layer_types"] = others["layer_types"][: self.n_layers]
+        return others | {
+            "num_hidden_layers": self.n_layers,
+            keys.n_experts: self.n_experts,
+            keys.expert_width: self.expert_width,
+            "num_experts_per_tok": self.top_k,
+        }
+
+    @property
+    def described_sizes(self) -> str:
+        """The different sizes of layers, for messages: ``16 experts of width 128, 12 experts of width 96``."""
+        layers = [self.layer(index) for index in range(self.n_layers)]
+        sizes = (
+            f"{layer.n_experts} experts of width {layer.expert_width}" if layer.has_moe else "no experts"
+            for layer in layers
+        )
+        return ", ".join(dict.fromkeys(sizes))
 
     @property
     def query_norm_width(self) -> int:
@@ -84,15 +145,17 @@ class MoeShape:
         query = self.n_heads * self.head_dim
         key_value = self.n_kv_heads * self.head_dim
         attention = self.hidden_size * (2 * query + 2 * key_value)
-        norms = 2 * self.hidden_size + self.query_norm_width + self.key_norm_width
+        n_norms = 2 if self.has_moe else 1
+        norms = n_norms * self.hidden_size + self.query_norm_width + self.key_norm_width
         return attention + norms + self.n_experts * self.hidden_size
 
     @property
     def parameters(self) -> int:
         """All parameters; tied embeddings count once."""
-        layer = self.dense_layer_parameters + self.n_experts * self.expert_parameters
+        layers = [self.layer(index) for index in range(self.n_layers)]
+        in_layers = sum(layer.dense_layer_parameters + layer.n_experts * layer.expert_parameters for layer in layers)
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
-        return self.n_layers * layer + embeddings + self.hidden_size
+        return in_layers + embeddings + self.hidden_size
 
 
 def read_shape(folder: Path) -> MoeShape:

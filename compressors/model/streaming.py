@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from torch import nn
 from torch.nn import functional
 
 from compressors.model.errors import InputError
-from compressors.model.experts import GROUPED_EXPERTS, register_grouped_experts
 from compressors.model.families import Role
 from compressors.model.hidden_states import HiddenStates
 from compressors.model.layers import LayerReader, LayerWeights, layer_bytes, refuse_not_finite
@@ -31,10 +29,10 @@ from compressors.model.memory import (
     place,
     positions_at_once,
 )
-from compressors.model.shape import MoeShape
+from compressors.model.skeleton import Skeleton
 from compressors.model.student import Student
 
-__all__ = ["LayerObserver", "StreamedModel", "TokenGroup", "TrainableTensors", "transformers_config"]
+__all__ = ["LayerObserver", "StreamedModel", "TokenGroup", "TrainableTensors"]
 
 TrainableTensors = Mapping[tuple[Role, int], torch.Tensor]
 LayerObserver = Callable[[int, nn.Module], AbstractContextManager[Any]]
@@ -48,16 +46,6 @@ class TokenGroup:
     tokens_BT: torch.Tensor  # int64; every row is a sequence of its own
     observers: Sequence[LayerObserver] = ()  # each is called with (layer index, layer) and returns a context
     dtype: torch.dtype = torch.float32  # of the arithmetic
-
-
-def transformers_config(folder: Path, shape: MoeShape) -> Any:
-    """transformers' configuration of the checkpoint in ``folder``, with the student's expert count and top-k."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    setattr(config, shape.family.config_keys.n_experts, shape.n_experts)
-    config.num_experts_per_tok = shape.top_k
-    return config
 
 
 class StreamedModel:
@@ -84,8 +72,6 @@ class StreamedModel:
         check_finite: bool = False,
         device: torch.device | None = None,
     ) -> None:
-        from transformers import AutoModelForCausalLM
-
         self.student = student
         self.shape = student.shape
         self.trainable = dict(trainable or {})
@@ -94,17 +80,8 @@ class StreamedModel:
         self._check_finite = check_finite
         self._placement: Placement | None = None
         self._reader: LayerReader | None = None
-        register_grouped_experts()
-        config = transformers_config(student.source.folder, student.shape)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, attn_implementation="sdpa", experts_implementation=GROUPED_EXPERTS
-            )
-        self._layers: nn.ModuleList = model.model.layers.eval()
-        for layer in self._layers:
-            layer.get_submodule(self.shape.family.router_module).register_forward_pre_hook(_in_float32)
-        self._rotary: nn.Module = type(model.model.rotary_emb)(config=config).to(self.device)
-        self._final_norm: nn.Module = model.model.norm.eval()
+        self._skeleton = Skeleton(student.source.folder, student.shape)
+        self._rotary = self._skeleton.rotary.to(self.device)
         self._final_norm_weight = self._read(Role.FINAL_NORM).to(self.device)
 
     def embed(self, tokens_BT: torch.Tensor) -> torch.Tensor:
@@ -116,12 +93,12 @@ class StreamedModel:
     @contextmanager
     def layer(self, index: int, weights: LayerWeights, dtype: torch.dtype = torch.float32) -> Iterator[nn.Module]:
         """Decoder layer ``index`` with these weights, computing in ``dtype``; it lets them go on leaving."""
-        module = self._layers[index]
-        module.load_state_dict(self._module_weights(weights, dtype), assign=True, strict=True)
+        module = self._skeleton.layers[index]
+        module.load_state_dict(self._skeleton.state(weights, dtype, self.device), assign=True, strict=True)
         module.requires_grad_(False)
         for role, layer in self.trainable:
             if layer == index:
-                owner, name = self._module_name(role).rsplit(".", 1)
+                owner, name = self._skeleton.name(role).rsplit(".", 1)
                 setattr(module.get_submodule(owner), name, self.trainable[role, layer])
         try:
             yield module
@@ -181,11 +158,38 @@ class StreamedModel:
         """
         for index, weights in self._visit(layers):
             for group, states in zip(groups, hidden, strict=True):
-                with self.layer(index, weights, group.dtype) as layer, ExitStack() as stack:
-                    for observe in group.observers:
-                        stack.enter_context(observe(index, layer))
-                    self._run_all(index, layer, states, states)
+                self.run(index, weights, states, states, group.observers)
             yield index
+
+    def weights(self, layers: range) -> Iterator[tuple[int, LayerWeights]]:
+        """Each layer with its weights, which are valid until the next one is asked for."""
+        return self._visit(layers)
+
+    @torch.no_grad()
+    def run(
+        self,
+        index: int,
+        weights: LayerWeights,
+        source: HiddenStates,
+        target: HiddenStates | None,
+        observers: Sequence[LayerObserver] = (),
+    ) -> None:
+        """Runs one layer with these weights over all blocks.
+
+        Args:
+            index: which layer's place and sizes.
+            weights: what it computes with.
+            source: the states that enter, and the dtype of the arithmetic.
+            target: where those that leave go; it may be ``source``. None: they are only looked at.
+            observers: as a :class:`TokenGroup` has them.
+
+        Raises:
+            InputError: a value is not finite; the message names the layer, and the expert that made it.
+        """
+        with self.layer(index, weights, source.dtype) as layer, ExitStack() as stack:
+            for observe in observers:
+                stack.enter_context(observe(index, layer))
+            self._run_all(index, layer, source, target)
 
     def logits_in_chunks(self, hidden: HiddenStates, positions: slice) -> Iterator[tuple[slice, torch.Tensor]]:
         """Logits at these positions of every block, a bounded number at a time.
@@ -208,9 +212,9 @@ class StreamedModel:
         if self._reader is not None:
             self._reader.release()  # their memory is the head's now
         matrix_VD = self._read_head(dtype)
-        self._final_norm.load_state_dict({"weight": self._final_norm_weight.to(dtype)}, assign=True)
-        self._final_norm.requires_grad_(False)
-        yield lambda states_ND: functional.linear(self._final_norm(states_ND), matrix_VD)
+        self._skeleton.final_norm.load_state_dict({"weight": self._final_norm_weight.to(dtype)}, assign=True)
+        self._skeleton.final_norm.requires_grad_(False)
+        yield lambda states_ND: functional.linear(self._skeleton.final_norm(states_ND), matrix_VD)
 
     def release(self) -> None:
         """Lets all weights go; another pass would read them again."""
@@ -253,14 +257,15 @@ class StreamedModel:
             states.write(blocks, self.embed(tokens_BT[blocks]).to(states.dtype))
         return states
 
-    def _run_all(self, index: int, layer: nn.Module, source: HiddenStates, target: HiddenStates) -> None:
+    def _run_all(self, index: int, layer: nn.Module, source: HiddenStates, target: HiddenStates | None) -> None:
         """Writes the layer's output into ``target``, which may be ``source``."""
         for blocks in source.groups(BLOCKS_AT_ONCE[source.dtype]):
             rows = source.read(blocks).to(self.device)
             output = self.run_layer(layer, rows)
             if not torch.isfinite(output.sum(dtype=torch.float32)) and not torch.isfinite(output).all():
                 raise self._not_finite(index, layer, rows)
-            target.write(blocks, output.to("cpu"))
+            if target is not None:
+                target.write(blocks, output.to("cpu"))
 
     def _not_finite(self, index: int, layer: nn.Module, rows_BTD: torch.Tensor) -> InputError:
         """Says which layer and expert made a value that is not finite, by running the layer once more."""
@@ -275,10 +280,11 @@ class StreamedModel:
             if not torch.isfinite(outputs_nD).all():
                 makers.append(f"expert {expert}")
 
-        handle = layer.get_submodule(family.router_module).register_forward_hook(watch_router)
-        layer.get_submodule(family.experts_module).observer = watch_expert  # type: ignore[assignment]
-        self.run_layer(layer, rows_BTD)
-        handle.remove()
+        if self.shape.layer(index).has_moe:
+            handle = layer.get_submodule(family.router_module).register_forward_hook(watch_router)
+            layer.get_submodule(family.experts_module).observer = watch_expert  # type: ignore[assignment]
+            self.run_layer(layer, rows_BTD)
+            handle.remove()
         made_by = makers[0] if makers else "a sum of large values"
         return InputError(
             f"{self.student.source.folder}: layer {index} turns the text into NaN or infinite values, first in "
@@ -339,23 +345,6 @@ class StreamedModel:
             if self._limit is not None:
                 give_back_freed()
 
-    def _module_weights(self, weights: LayerWeights, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        experts = self.student.family.experts_module
-        named = {
-            self._module_name(role): tensor.to(self.device, torch.float32 if role is Role.ROUTER else dtype)
-            for role, tensor in weights.others.items()
-        }
-        named[f"{experts}.gate_up_proj"] = weights.gate_up_EFD.to(self.device)
-        named[f"{experts}.down_proj"] = weights.down_EDF.to(self.device)
-        return named
-
-    def _module_name(self, role: Role) -> str:
-        """Where the role's tensor lives inside transformers' decoder layer."""
-        family = self.student.family
-        if role is Role.ROUTER:
-            return f"{family.router_module}.weight"
-        return family.names[role].removeprefix("model.layers.{layer}.")
-
     def _read(self, role: Role) -> torch.Tensor:
         tensor = self.student.tensor(role)
         if self._check_finite:
@@ -377,10 +366,6 @@ class StreamedModel:
 
 
 _HEAD_ROWS_AT_ONCE = 8192
-
-
-def _in_float32(_router: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return (inputs[0].float(), *inputs[1:])
 
 
 def _chunks(states_ND: torch.Tensor, vocab_size: int) -> Iterator[tuple[int, torch.Tensor]]:

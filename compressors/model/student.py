@@ -1,4 +1,4 @@
-"""A student: a source checkpoint, the experts that are kept, and an overlay of the tensors whose values changed.
+"""A student: a source checkpoint, what became of its layers and experts, and an overlay of the tensors that changed.
 
 Pruning writes no expert: the student reads the survivors from the source. Every reader of a student, the streamed
 torch reference and both writers included, goes through :class:`Student`. The teacher is the student that keeps
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,67 +19,109 @@ import torch
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
 from compressors.model.families import Family, Role
-from compressors.model.shape import MoeShape
+from compressors.model.shape import NO_MOE, MoeShape, MoeSize
 from compressors.model.weight_file import StoredTensors
 
-__all__ = ["ExpertMap", "Student"]
+__all__ = ["ExpertMap", "LayerMap", "Student"]
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """What became of one decoder layer of the teacher."""
+
+    source: int  # the teacher's layer
+    groups: tuple[tuple[int, ...], ...]
+    """[student expert]: the teacher's experts that it stands for, first the one that it comes from. Pruning keeps
+    groups of one, merging makes larger ones; without any the layer has lost its MoE sub-layer."""
+    width: int | None = None  # of each expert; None: the teacher's
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The teacher's expert that each of the student's comes from."""
+        return tuple(group[0] for group in self.groups)
 
 
 @dataclass(frozen=True)
 class ExpertMap:
-    """For each layer the teacher's experts that survive; their order is the student's numbering."""
+    """What became of every layer and expert of the teacher; the order is the student's numbering."""
 
     n_teacher_experts: int
-    kept: tuple[tuple[int, ...], ...]  # [L][student expert] -> teacher expert
+    layers: tuple[LayerMap, ...]
 
     @classmethod
     def identity(cls, shape: MoeShape) -> ExpertMap:
-        """Keeps every expert."""
-        return cls(shape.n_experts, (tuple(range(shape.n_experts)),) * shape.n_layers)
+        """Keeps everything."""
+        return cls.keeping(shape.n_experts, [range(shape.n_experts)] * shape.n_layers)
+
+    @classmethod
+    def keeping(cls, n_teacher_experts: int, kept: Sequence[Sequence[int]]) -> ExpertMap:
+        """Keeps all layers, and of each these experts."""
+        layers = [LayerMap(layer, tuple((expert,) for expert in experts)) for layer, experts in enumerate(kept)]
+        return cls(n_teacher_experts, tuple(layers))
+
+    def of_itself(self) -> ExpertMap:
+        """The student in its own numbering, all of whose experts it keeps."""
+        return ExpertMap.keeping(self.n_teacher_experts, [range(len(layer.groups)) for layer in self.layers])
 
     @property
-    def n_experts(self) -> int:
-        """Experts in each layer of the student.
-
-        Raises:
-            ValueError: the layers differ; ask for each layer instead.
-        """
-        counts = {len(layer) for layer in self.kept}
-        if len(counts) != 1:
-            raise ValueError(f"the layers keep different numbers of experts: {sorted(counts)}")
-        return counts.pop()
+    def kept(self) -> tuple[tuple[int, ...], ...]:
+        """[L][student expert]: the teacher's expert that it comes from."""
+        return tuple(layer.kept for layer in self.layers)
 
     def check_against(self, shape: MoeShape) -> None:
-        """Checks that these are experts of a model of this shape.
+        """Checks that these are layers and experts of a model of this shape.
 
         Raises:
-            ValueError: another number of layers or experts, or a layer that keeps none, one twice or one there is not.
+            ValueError: another number of experts, a layer or an expert that is there twice or not at all.
         """
-        if (len(self.kept), self.n_teacher_experts) != (shape.n_layers, shape.n_experts):
-            raise ValueError(f"the map is for {len(self.kept)} layers of {self.n_teacher_experts} experts")
-        for layer, kept in enumerate(self.kept):
-            if not kept or len(set(kept)) < len(kept) or not set(kept) <= set(range(shape.n_experts)):
-                raise ValueError(f"layer {layer} keeps the experts {list(kept)}")
+        sources = [layer.source for layer in self.layers]
+        if self.n_teacher_experts != shape.n_experts or not sources:
+            raise ValueError(f"the map is for {len(sources)} layers of {self.n_teacher_experts} experts")
+        if sources != sorted(set(sources)) or not set(sources) <= set(range(shape.n_layers)):
+            raise ValueError(f"the map names the layers {sources}")
+        for layer in self.layers:
+            members = [expert for group in layer.groups for expert in group]
+            if (
+                () in layer.groups
+                or len(set(members)) < len(members)
+                or not set(members) <= set(range(shape.n_experts))
+            ):
+                raise ValueError(f"layer {layer.source} keeps the experts {[list(group) for group in layer.groups]}")
+            if layer.width is not None and not 1 <= layer.width <= shape.expert_width:
+                raise ValueError(f"layer {layer.source} has experts of width {layer.width}")
 
-    @property
-    def is_identity(self) -> bool:
-        """Whether nothing was dropped."""
-        return all(layer == tuple(range(self.n_teacher_experts)) for layer in self.kept)
+    def shape_of(self, teacher: MoeShape) -> MoeShape:
+        """The student's shape."""
+        return teacher.with_sizes(
+            [
+                MoeSize(len(layer.groups), layer.width or teacher.expert_width) if layer.groups else NO_MOE
+                for layer in self.layers
+            ]
+        )
 
     def student_of(self, layer: int) -> torch.Tensor:
         """int64 [teacher experts]: the student's expert that stands for each teacher expert, -1 for a dropped one."""
         table = torch.full((self.n_teacher_experts,), -1, dtype=torch.int64)
-        table[list(self.kept[layer])] = torch.arange(len(self.kept[layer]))
+        for expert, group in enumerate(self.layers[layer].groups):
+            table[list(group)] = expert
         return table
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for a JSON or YAML file."""
-        return {"teacher_experts": self.n_teacher_experts, "kept": [list(layer) for layer in self.kept]}
+        layers = [
+            {"source": layer.source, "groups": [list(group) for group in layer.groups], "width": layer.width}
+            for layer in self.layers
+        ]
+        return {"teacher_experts": self.n_teacher_experts, "layers": layers}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ExpertMap:
         """The inverse of :meth:`to_json`."""
-        return cls(int(data["teacher_experts"]), tuple(tuple(layer) for layer in data["kept"]))
+        layers = [
+            LayerMap(int(layer["source"]), tuple(map(tuple, layer["groups"])), layer["width"])
+            for layer in data["layers"]
+        ]
+        return cls(int(data["teacher_experts"]), tuple(layers))
 
 
 class Student:
@@ -94,7 +136,7 @@ class Student:
         self.source = source
         self.experts = experts
         self.overlay: Mapping[str, torch.Tensor] = {} if overlay is None else overlay
-        self.shape: MoeShape = source.shape.with_experts(experts.n_experts)
+        self.shape: MoeShape = experts.shape_of(source.shape)
 
     @classmethod
     def teacher(cls, source: Checkpoint) -> Student:
@@ -102,8 +144,8 @@ class Student:
         return cls(source, ExpertMap.identity(source.shape))
 
     @classmethod
-    def load(cls, source: Checkpoint, expert_map: Path, overlay: Path | None = None) -> Student:
-        """Opens a student from its expert map (JSON) and its overlay (safetensors), if it has one.
+    def load(cls, source: Checkpoint, expert_map: Path, overlays: Sequence[Path] = ()) -> Student:
+        """Opens a student from its expert map (JSON) and its overlays (safetensors); the first that has a tensor wins.
 
         Raises:
             InputError: a file is missing or damaged.
@@ -111,7 +153,7 @@ class Student:
         try:
             experts = ExpertMap.from_json(json.loads(expert_map.read_text(encoding="utf-8")))
             experts.check_against(source.shape)
-            tensors = None if overlay is None else StoredTensors(overlay)
+            tensors: Mapping[str, torch.Tensor] = ChainMap(*map(StoredTensors, overlays))  # type: ignore[arg-type]
         except (OSError, ValueError, KeyError, TypeError, InputError) as error:
             raise InputError(
                 f"the student in {expert_map.parent} cannot be read ({error}); remove the folder"
@@ -137,9 +179,9 @@ class Student:
         name = self.name(role, layer)
         if name in self.overlay:
             return self.overlay[name]
-        tensor = self.source.tensor(role, layer)
+        tensor = self.source.tensor(role, self._source_layer(layer))
         if role is Role.ROUTER and layer is not None:
-            return tensor[list(self.experts.kept[layer])]
+            return tensor[list(self.experts.layers[layer].kept)]
         return tensor
 
     def rows(self, role: Role, layer: int | None, rows: slice) -> torch.Tensor:
@@ -148,14 +190,15 @@ class Student:
             role = Role.TOKEN_EMBEDDING
         if role is Role.ROUTER or self.name(role, layer) in self.overlay:
             return self.tensor(role, layer)[rows]
-        return self.source.rows(role, layer, rows)
+        return self.source.rows(role, self._source_layer(layer), rows)
 
     def expert(self, role: Role, layer: int, expert: int) -> torch.Tensor:
-        """One surviving expert's gate [F, D], up [F, D] or down [D, F] projection."""
+        """One expert's gate [F, D], up [F, D] or down [D, F] projection."""
         name = self.name(role, layer, expert)
         if name in self.overlay:
             return self.overlay[name]
-        return self.source.expert(role, layer, self.experts.kept[layer][expert])
+        came_from = self.experts.layers[layer]
+        return self.source.expert(role, came_from.source, came_from.kept[expert])
 
     def read_expert(self, role: Role, layer: int, expert: int, out: torch.Tensor) -> None:
         """Fills ``out``, contiguous and of the expert's shape, with what :meth:`expert` would return."""
@@ -163,9 +206,22 @@ class Student:
         if name in self.overlay:
             out.copy_(self.overlay[name])
         else:
-            self.source.read_expert(role, layer, self.experts.kept[layer][expert], out)
+            came_from = self.experts.layers[layer]
+            self.source.read_expert(role, came_from.source, came_from.kept[expert], out)
+
+    def dtype(self, role: Role, layer: int | None = None, expert: int | None = None) -> torch.dtype:
+        """Storage dtype of a tensor."""
+        name = self.name(role, layer, expert)
+        if name in self.overlay:
+            return self.overlay[name].dtype
+        if role.is_expert:
+            return self.source.dtype
+        return self.source.headers[self.family.names[role].format(layer=self._source_layer(layer))].dtype
 
     def with_overlay(self, overlay: Mapping[str, torch.Tensor]) -> Student:
         """The same student with these tensors in place of what it had."""
         both = ChainMap(dict(overlay), self.overlay)  # type: ignore[arg-type]  # it writes to the first map only
         return Student(self.source, self.experts, both)
+
+    def _source_layer(self, layer: int | None) -> int | None:
+        return None if layer is None else self.experts.layers[layer].source

@@ -116,6 +116,7 @@ class RouterTraining:
         self._routers = {
             (Role.ROUTER, layer): nn.Parameter(student.tensor(Role.ROUTER, layer).float().clone().to(device))
             for layer in range(student.shape.n_layers)
+            if student.shape.layer(layer).has_moe
         }
         self._model = StreamedModel(student, trainable=self._routers, limit=limit, device=device)
         self._optimizer = torch.optim.AdamW(self._routers.values(), lr=settings.learning_rate, weight_decay=0.0)
@@ -134,15 +135,17 @@ class RouterTraining:
         self.n_done += 1
         return loss
 
+    def overlay(self) -> dict[str, torch.Tensor]:
+        """The routers as they are now, by their name in the student."""
+        return router_overlay(self._student, {layer: value for (_, layer), value in self._routers.items()})
+
     def release(self) -> None:
         """Lets the student's weights go, which further steps would read again; the routers stay."""
         self._model.release()
 
     def taught(self) -> Student:
-        """The student with the routers as they are now."""
-        return self._student.with_overlay(
-            router_overlay(self._student, {layer: value for (_, layer), value in self._routers.items()})
-        )
+        """The student with these routers."""
+        return self._student.with_overlay(self.overlay())
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything that the next step depends on, to be given to :meth:`restore`."""

@@ -14,7 +14,7 @@ from compressors.model.families import Role
 from compressors.model.shape import MoeShape
 from compressors.quantize import GGMLQuantizationType, fallback_type, row_bytes
 
-__all__ = ["PRESETS", "GgufTensor", "Preset", "plan_tensors", "preset_named"]
+__all__ = ["PRESETS", "GgufTensor", "Preset", "check_uniform", "plan_tensors", "preset_named"]
 
 _MAX_EXPERTS, _MAX_LAYERS = 1024, 512  # LLAMA_MAX_EXPERTS and LLAMA_MAX_LAYERS in src/llama-hparams.h
 
@@ -132,8 +132,24 @@ def _tensor(role: Role, layer: int | None, shape: MoeShape, types: Preset) -> Gg
     return GgufTensor(_NAMES[role].format(layer=layer), role, layer, dimensions, ggml_type)
 
 
+def check_uniform(shape: MoeShape) -> None:
+    """Refuses layers that differ.
+
+    Raises:
+        UnsupportedError: they do.
+    """
+    gguf = shape.family.gguf
+    if shape.sizes is not None or not shape.has_moe:
+        raise UnsupportedError(
+            f"llama.cpp's {gguf.architecture} graph has one number of experts and one expert width for all layers; "
+            f"these layers have {shape.described_sizes}: they cannot be written as GGUF; give all layers the same, "
+            "or use --formats onnx"
+        )
+
+
 def _check_representable(shape: MoeShape) -> None:
     gguf = shape.family.gguf
+    check_uniform(shape)
     if shape.normalize_top_k != gguf.normalizes_top_k:
         raise UnsupportedError(
             f"llama.cpp's {gguf.architecture} graph {'always' if gguf.normalizes_top_k else 'never'} normalises the "

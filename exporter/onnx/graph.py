@@ -44,8 +44,9 @@ class _Decoder:
         for layer in range(shape.n_layers):
             normed, residual = self._norm(Role.ATTENTION_NORM, layer, residual, branch)
             branch = self._attention(layer, normed, attention_mask)
-            normed, residual = self._norm(Role.MOE_NORM, layer, residual, branch)
-            branch = self._moe(layer, normed)
+            if shape.layer(layer).has_moe:
+                normed, residual = self._norm(Role.MOE_NORM, layer, residual, branch)
+                branch = self._moe(layer, normed)
         normed, _ = self._norm(Role.FINAL_NORM, None, residual, branch)
         self._weights.linear(Role.HEAD, None, normed, "logits")
         graph.add_output("logits", _FLOAT, ["batch", "sequence", shape.vocab_size])
@@ -127,7 +128,8 @@ class _Decoder:
     def _moe(self, layer: int, normed: str) -> str:
         graph, prefix = self._graph, _prefix(layer)
         logits = self._weights.linear(Role.ROUTER, layer, normed, f"{prefix}router")
-        rows = graph.constant("shape.router", [-1, self._shape.n_experts])
+        n_experts = self._shape.layer(layer).n_experts
+        rows = graph.constant(f"shape.router_of_{n_experts}", [-1, n_experts])
         logits_TE = graph.node("Reshape", [logits, rows], f"{prefix}router_logits")
         return self._weights.experts(layer, normed, logits_TE, f"{prefix}moe")
 

@@ -173,9 +173,10 @@ class _Planner:
         shape, family = self._shape, self._shape.family
         weights = [self._weight(Role.TOKEN_EMBEDDING, None)]
         for layer in range(shape.n_layers):
-            weights += [self._weight(role, layer) for role in family.layer_roles]
-            weights.append(self._experts(family.fused_gate_up, (Role.EXPERT_GATE, Role.EXPERT_UP), layer))
-            weights.append(self._experts(family.fused_down, (Role.EXPERT_DOWN,), layer))
+            weights += [self._weight(role, layer) for role in shape.layer_roles(layer)]
+            if shape.layer(layer).has_moe:
+                weights.append(self._experts(family.fused_gate_up, (Role.EXPERT_GATE, Role.EXPERT_UP), layer))
+                weights.append(self._experts(family.fused_down, (Role.EXPERT_DOWN,), layer))
         weights.append(self._weight(Role.FINAL_NORM, None))
         if not shape.tied_embeddings:
             weights.append(self._weight(Role.HEAD, None))
@@ -186,11 +187,13 @@ class _Planner:
 
     def _weight(self, role: Role, layer: int | None) -> WeightPlan:
         name = self._shape.family.names[role].format(layer=layer)
-        return self._encoded(name, (role,), layer, role_shape(role, self._shape))
+        shape = self._shape if layer is None else self._shape.layer(layer)
+        return self._encoded(name, (role,), layer, role_shape(role, shape))
 
     def _experts(self, template: str, roles: tuple[Role, ...], layer: int) -> WeightPlan:
-        rows, columns = role_shape(roles[0], self._shape)
-        shape = (self._shape.n_experts, len(roles) * rows, columns)
+        layer_shape = self._shape.layer(layer)
+        rows, columns = role_shape(roles[0], layer_shape)
+        shape = (layer_shape.n_experts, len(roles) * rows, columns)
         return self._encoded(template.format(layer=layer), roles, layer, shape)
 
     def _encoded(self, name: str, roles: tuple[Role, ...], layer: int | None, shape: tuple[int, ...]) -> WeightPlan:

@@ -81,7 +81,7 @@ class WeightNodes:
 
     def experts(self, layer: int, values: str, router_logits: str, output: str) -> str:
         """The routed experts: softmax over all router logits, top-k, and SwiGLU as silu(gate) * up."""
-        shape = self._layout.shape
+        shape = self._layout.shape.layer(layer)
         gate_up = self._layout.weight(Role.EXPERT_GATE, layer)
         down = self._layout.weight(Role.EXPERT_DOWN, layer)
         attributes: dict[str, Any] = {"k": shape.top_k, "normalize_routing_weights": int(shape.normalize_top_k)}

@@ -12,13 +12,22 @@ from compressors.model.checkpoint import Checkpoint
 from compressors.model.memory import MemoryLimit
 from compressors.model.student import Student
 from compressors.recover.router_kd import RouterKdSettings
-from compressors.statistics import StoredStatistics
+from compressors.statistics import Importance, StoredStatistics, importance
 from exporter.plan import Plan
 from exporter.recipe import RecoverChoice
 from exporter.stage import StageContext
 from exporter.work import WorkDirectory
 
-__all__ = ["Blocks", "Calibration", "StudentFiles", "memory_limit", "open_student", "settings_of", "use_threads"]
+__all__ = [
+    "Blocks",
+    "Calibration",
+    "StudentFiles",
+    "importance_of",
+    "memory_limit",
+    "open_student",
+    "settings_of",
+    "use_threads",
+]
 
 
 @dataclass(frozen=True)
@@ -106,6 +115,24 @@ class StudentFiles:
         """safetensors; absent when recovery changed nothing."""
         return self.folder / "overlay.safetensors"
 
+    def layer_overlay(self, layer: int) -> Path:
+        """safetensors, what compression changed in one of the student's layers; absent where it changed nothing."""
+        return self.folder / f"overlay-{layer:03d}.safetensors"
+
+    @property
+    def statistics(self) -> Path:
+        """Sums over the calibration tokens as the student sees them; absent where its experts are the teacher's."""
+        return self.folder / "statistics"
+
+    def open(self, source: Checkpoint, recovered: Path | None = None) -> Student:
+        """The student, with what recovery changed if that is given.
+
+        Raises:
+            InputError: a file is missing or damaged.
+        """
+        overlays = [path for path in (recovered,) if path is not None and path.exists()]
+        return Student.load(source, self.expert_map, [*overlays, *sorted(self.folder.glob("overlay-*.safetensors"))])
+
     @property
     def recovery(self) -> Path:
         """The rungs that were tried (JSON)."""
@@ -114,9 +141,17 @@ class StudentFiles:
 
 def open_student(plan: Plan, work: WorkDirectory, stage: str = "recover") -> Student:
     """The student as a stage left it."""
-    compressed, recovered = StudentFiles(work.stage("compress")), StudentFiles(work.stage(stage))
-    overlay = recovered.overlay if recovered.overlay.exists() else None
-    return Student.load(Checkpoint(plan.source), compressed.expert_map, overlay)
+    recovered = StudentFiles(work.stage(stage)).overlay if stage == "recover" else None
+    return StudentFiles(work.stage("compress")).open(Checkpoint(plan.source), recovered)
+
+
+def importance_of(student: Student, work: WorkDirectory) -> Importance:
+    """The importance matrix of a student's weights."""
+    own = StudentFiles(work.stage("compress")).statistics
+    if own.exists():
+        return importance(StoredStatistics(own, student.shape.n_layers), student.experts.of_itself())
+    statistics = Calibration.of(work).layer_statistics(student.source.shape.n_layers)
+    return importance(statistics, student.experts)
 
 
 def settings_of(choice: RecoverChoice, n_blocks: int) -> RouterKdSettings:

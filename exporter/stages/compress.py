@@ -1,23 +1,80 @@
-"""Chooses the experts that survive."""
+"""Compresses the model layer by layer: what becomes of its experts, and the tensors that change."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
-from compressors.model.student import ExpertMap
-from compressors.prune import prune_by_reap
+import torch
+from safetensors.torch import save_file
+
+from compressors.layerwise import LayerTarget, LayerwiseCompression
+from compressors.model.arithmetic import dtype_of
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.streaming import StreamedModel, TokenGroup
+from compressors.model.student import ExpertMap, LayerMap, Student
+from compressors.statistics import StatisticsCollector, save_statistics
+from exporter.compression import layer_targets
 from exporter.stage import StageContext
-from exporter.stages.artifacts import Calibration, StudentFiles
+from exporter.stages.artifacts import Blocks, Calibration, StudentFiles, memory_limit, use_threads
 
 __all__ = ["run"]
 
 
 def run(context: StageContext) -> None:
-    """Writes the expert map from the statistics."""
-    choice = context.plan.recipe.compress
-    if choice.method == "none":
-        experts = ExpertMap.identity(context.plan.teacher_shape)
-    else:
-        statistics = Calibration.of(context.work).layer_statistics(context.plan.teacher_shape.n_layers)
-        experts = prune_by_reap(statistics, choice.experts)
-    StudentFiles(context.output).expert_map.write_text(json.dumps(experts.to_json()), encoding="utf-8")
+    """Writes the expert map, an overlay for each layer that changed, and, if experts changed, their statistics."""
+    use_threads(context.plan)
+    files = StudentFiles(context.output)
+    tokens_BT = Blocks.load(Calibration.of(context.work).blocks).calibration
+    layers, changed = _compressed(context, files, tokens_BT)
+    experts = ExpertMap(context.plan.teacher_shape.n_experts, tuple(layers))
+    files.expert_map.write_text(json.dumps(experts.to_json()), encoding="utf-8")
+    if changed:
+        _write_statistics(context, files, tokens_BT)
+
+
+def _compressed(context: StageContext, files: StudentFiles, tokens_BT: torch.Tensor) -> tuple[list[LayerMap], bool]:
+    """What became of each layer, and whether any expert is no longer one of the teacher's."""
+    plan = context.plan
+    choice, source = plan.recipe.compress, Checkpoint(plan.source)
+    statistics = Calibration.of(context.work).layer_statistics(source.shape.n_layers)
+    limit, device = memory_limit(context), torch.device(plan.device)
+
+    def open_teacher() -> StreamedModel:
+        return StreamedModel(Student.teacher(source), limit=limit, device=device)
+
+    sample_BT = tokens_BT[: choice.sample_blocks]
+    targets: Sequence[LayerTarget] = layer_targets(choice, source.shape, statistics, open_teacher, sample_BT)
+    compression = LayerwiseCompression(
+        source,
+        targets,
+        statistics,
+        tokens_BT,
+        n_sample_blocks=choice.sample_blocks,
+        sequential=choice.sequential,
+        limit=limit,
+        dtype=dtype_of(plan.recipe.arithmetic),
+        device=device,
+    )
+    layers, changed = [], False
+    with context.progress.bar("layers", len(targets)) as advance:
+        for number, layer in enumerate(compression.run()):
+            layers.append(layer.map)
+            if layer.overlay:
+                save_file(layer.overlay, files.layer_overlay(number))
+                changed = True
+            advance(1)
+    return layers, changed
+
+
+def _write_statistics(context: StageContext, files: StudentFiles, tokens_BT: torch.Tensor) -> None:
+    """What the new experts see of the calibration text: the importance of their weights' columns."""
+    plan = context.plan
+    student = files.open(Checkpoint(plan.source))
+    collector = StatisticsCollector(student.shape)
+    model = StreamedModel(student, limit=memory_limit(context), device=torch.device(plan.device))
+    group = TokenGroup(tokens_BT, [collector.observe], dtype_of(plan.recipe.arithmetic))
+    with context.progress.bar("layers", student.shape.n_layers) as advance:
+        for index in model.advance([group], model.first_states([group]), range(student.shape.n_layers)):
+            save_statistics(collector.take(index), files.statistics, index)
+            advance(1)

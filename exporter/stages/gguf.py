@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from compressors.statistics import importance
 from exporter.gguf.metadata import gguf_file_name
 from exporter.gguf.writer import predict_file_size, write_gguf
 from exporter.stage import StageContext
-from exporter.stages.artifacts import Calibration, open_student
+from exporter.stages.artifacts import importance_of, open_student
 
 __all__ = ["run"]
 
@@ -16,14 +15,13 @@ def run(context: StageContext) -> None:
     plan = context.plan
     weight_type, name = plan.recipe.gguf or "", plan.recipe.source.model
     student = open_student(plan, context.work)
-    statistics = Calibration.of(context.work).layer_statistics(student.shape.n_layers)
     total = predict_file_size(student.shape, plan.source, weight_type, name)
     with context.progress.bar("bytes", total) as advance:
         write_gguf(
             student,
             weight_type,
             context.output / gguf_file_name(name, student.shape, weight_type),
-            importance=importance(statistics, student.experts),
+            importance=importance_of(student, context.work),
             name=name,
             threads=plan.recipe.threads,
             resume=True,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from compressors.statistics import importance
 from exporter.onnx.clients import write_client_files
 from exporter.onnx.writer import predict_size, write_onnx
 from exporter.stage import StageContext
-from exporter.stages.artifacts import Calibration, open_student
+from exporter.stages.artifacts import importance_of, open_student
 
 __all__ = ["FOLDER", "run"]
 
@@ -18,14 +17,13 @@ def run(context: StageContext) -> None:
     plan = context.plan
     weight_type = plan.recipe.onnx or ""
     student = open_student(plan, context.work)
-    statistics = Calibration.of(context.work).layer_statistics(student.shape.n_layers)
     folder = context.output / FOLDER
     with context.progress.bar("bytes", predict_size(student.shape, weight_type)) as advance:
         write_onnx(
             student,
             weight_type,
             folder,
-            importance=importance(statistics, student.experts),
+            importance=importance_of(student, context.work),
             context_length=None,
             threads=plan.recipe.threads,
             resume=True,

@@ -43,15 +43,18 @@ def run(context: StageContext) -> None:
     if choice.rung != "none":
         use_threads(context.plan)
         student = open_student(context.plan, context.work, "compress")
-        taught, rung = _router_rung(context, student, settings_of(choice, scheduled_blocks(context.work)))
+        routers, rung = _router_rung(context, student, settings_of(choice, scheduled_blocks(context.work)))
         rungs.append(rung)
         if rung["accepted"] and is_first():
-            save_file(dict(taught.overlay), StudentFiles(context.output).overlay)
+            save_file(routers, StudentFiles(context.output).overlay)
     if is_first():
         StudentFiles(context.output).recovery.write_text(json.dumps(rungs, indent=1), encoding="utf-8")
 
 
-def _router_rung(context: StageContext, student: Student, settings: RouterKdSettings) -> tuple[Student, dict[str, Any]]:
+def _router_rung(
+    context: StageContext, student: Student, settings: RouterKdSettings
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The routers that were taught, and what it brought."""
     limit = memory_limit(context)
     files = Calibration.of(context.work)
     blocks = Blocks.load(files.blocks)
@@ -71,7 +74,7 @@ def _router_rung(context: StageContext, student: Student, settings: RouterKdSett
     )
     taught = _train(context, training)
     after = mean_divergence(taught, blocks.selection, selection, scored, limit=limit, device=device)
-    return taught, {
+    return training.overlay(), {
         "rung": "router",
         "loss": "kd",
         "learning_rate": settings.learning_rate,

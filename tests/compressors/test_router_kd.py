@@ -20,7 +20,7 @@ from compressors.model.log_probs import LogProbReader, LogProbWriter
 from compressors.model.losses import kl_divergence, kl_divergence_to_top
 from compressors.model.memory import MemoryLimit
 from compressors.model.streaming import StreamedModel, TokenGroup
-from compressors.model.student import ExpertMap, Student
+from compressors.model.student import ExpertMap, LayerMap, Student
 from compressors.model.weight_file import StoredTensors
 from compressors.recover.router_kd import RouterKdSettings, RouterTraining, mean_divergence, train_routers
 from compressors.teacher import TeacherTargets, write_log_probs, write_targets
@@ -38,7 +38,7 @@ def teacher(fine_folder: Path) -> Student:
 
 @pytest.fixture(scope="module")
 def pruned(teacher: Student) -> Student:
-    return Student(teacher.source, ExpertMap(32, (tuple(range(0, 32, 2)),) * teacher.shape.n_layers))
+    return Student(teacher.source, ExpertMap.keeping(32, (tuple(range(0, 32, 2)),) * teacher.shape.n_layers))
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +179,23 @@ def test_training_brings_the_student_nearer_and_is_deterministic(
     reader = LogProbReader(tmp_path / "teacher")
     before = mean_divergence(pruned, unseen, reader, scored)
     assert mean_divergence(taught, unseen, reader, scored) < 0.95 * before
+
+
+def test_only_layers_with_experts_are_taught_and_only_their_routers_are_handed_on(
+    teacher: Student, blocks_BT: torch.Tensor, targets: TeacherTargets
+) -> None:
+    half = tuple((expert,) for expert in range(0, 32, 2))
+    layers = (LayerMap(0, half), LayerMap(1, ()), LayerMap(3, half[:1]), LayerMap(5, half))
+    student = Student(teacher.source, ExpertMap(32, layers))
+    changed = student.name(Role.EXPERT_UP, 0, 3)
+    merged = student.with_overlay({changed: student.expert(Role.EXPERT_UP, 0, 3) * 2})
+    training = RouterTraining(merged, blocks_BT, targets, RouterKdSettings(n_blocks=2, learning_rate=1e-3, seed=5))
+    taught = train_routers(training)
+    routers = {student.name(Role.ROUTER, layer) for layer in (0, 2, 3)}
+    assert set(training.overlay()) == routers
+    assert set(taught.overlay) == routers | {changed}
+    for layer in (0, 3):
+        assert not torch.equal(taught.tensor(Role.ROUTER, layer), student.tensor(Role.ROUTER, layer).float())
 
 
 def test_too_little_text_is_refused(pruned: Student, blocks_BT: torch.Tensor, targets: TeacherTargets) -> None:

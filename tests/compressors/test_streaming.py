@@ -21,8 +21,11 @@ from compressors.model.families import Role
 from compressors.model.hidden_states import HiddenStates
 from compressors.model.memory import MemoryLimit
 from compressors.model.recorder import RoutingRecorder
+from compressors.model.routing import NO_EXPERT
 from compressors.model.streaming import StreamedModel, TokenGroup
-from compressors.model.student import ExpertMap, Student
+from compressors.model.student import ExpertMap, LayerMap, Student
+
+_EXPERT_ROLES = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +139,124 @@ def test_a_pruned_student_equals_stock_transformers_with_sliced_weights(
         module.mlp.experts.gate_up_proj = nn.Parameter(module.mlp.experts.gate_up_proj[list(kept[layer])])
         module.mlp.experts.down_proj = nn.Parameter(module.mlp.experts.down_proj[list(kept[layer])])
     expected = stock(blocks_BT).logits.flatten(0, 1)
-    logits = _logits(StreamedModel(Student(source, ExpertMap(shape.n_experts, kept))), blocks_BT)
+    logits = _logits(StreamedModel(Student(source, ExpertMap.keeping(shape.n_experts, kept))), blocks_BT)
     assert (logits - expected).abs().max() < 1e-4
+
+
+def _student_whose_layers_differ(source: Checkpoint) -> Student:
+    """A dropped block, a layer without experts, one with fewer, one with a single expert, and narrow ones."""
+    full, n_experts = source.shape.expert_width, source.shape.n_experts
+    everything = tuple((expert,) for expert in range(n_experts))
+    layers = (
+        LayerMap(0, ((5,), (0,), (7,), (2,), (3,))),
+        LayerMap(2, ()),
+        LayerMap(3, everything, full // 2),
+        LayerMap(4, ((6,),), full // 4),
+        LayerMap(5, everything),
+    )
+    layers = tuple(layer for layer in layers if layer.source < source.shape.n_layers)
+    overlay = {}
+    pruned = Student(source, ExpertMap(n_experts, layers))
+    for index, layer in enumerate(layers):
+        for number, (expert,) in enumerate(layer.groups if layer.width else ()):
+            neurons = list(range(expert % 2, full, full // (layer.width or full)))[: layer.width]
+            for role in _EXPERT_ROLES:
+                values = source.expert(role, layer.source, expert)
+                overlay[pruned.name(role, index, number)] = (
+                    values[:, neurons] if role is Role.EXPERT_DOWN else values[neurons]
+                )
+    return pruned.with_overlay(overlay)
+
+
+class _AddsNothing(nn.Module):
+    def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        return hidden_BTD * 0
+
+
+def _stock_like(student: Student) -> nn.Module:
+    """Stock transformers, cut to the student by hand."""
+    stock, layers = _stock(student.source.folder), student.experts.layers
+    for index, layer in enumerate(layers):
+        module = stock.model.layers[layer.source]
+        if not layer.groups:
+            module.mlp = _AddsNothing()
+            continue
+        kept, gate, experts = list(layer.kept), module.mlp.gate, module.mlp.experts
+        gate.weight = nn.Parameter(gate.weight[kept].detach())
+        gate.num_experts = experts.num_experts = len(kept)
+        gate.top_k = min(gate.top_k, len(kept))
+        gate_up, down = experts.gate_up_proj[kept].detach(), experts.down_proj[kept].detach()
+        if layer.width is not None:
+            parts = {
+                role: torch.stack(
+                    [student.overlay[student.name(role, index, number)] for number in range(len(kept))]
+                ).float()
+                for role in _EXPERT_ROLES
+            }
+            gate_up = torch.cat([parts[Role.EXPERT_GATE], parts[Role.EXPERT_UP]], dim=1)
+            down = parts[Role.EXPERT_DOWN]
+        experts.gate_up_proj, experts.down_proj = nn.Parameter(gate_up), nn.Parameter(down)
+    stock.model.layers = nn.ModuleList([stock.model.layers[layer.source] for layer in layers])
+    stock.config.num_hidden_layers = len(layers)
+    return stock
+
+
+@torch.no_grad()
+def test_a_student_whose_layers_differ_equals_stock_transformers_cut_by_hand(
+    family_folder: Path, blocks_BT: torch.Tensor, tmp_path: Path
+) -> None:
+    student = _student_whose_layers_differ(Checkpoint(family_folder))
+    assert student.shape.sizes is not None
+    expected = _stock_like(student)(blocks_BT, use_cache=False).logits.flatten(0, 1)
+    for limit in (None, MemoryLimit(1, tmp_path), MemoryLimit(10**12, tmp_path)):
+        model = StreamedModel(student, limit=limit, check_finite=True)
+        for _ in range(2):  # buffers are used again, by layers of other sizes
+            assert (_logits(model, blocks_BT) - expected).abs().max() < 1e-4
+
+
+def test_gradients_of_a_student_whose_layers_differ_equal_autograd(
+    family_folder: Path, blocks_BT: torch.Tensor
+) -> None:
+    student = _student_whose_layers_differ(Checkpoint(family_folder))
+    with_experts = [layer for layer in range(student.shape.n_layers) if student.shape.layer(layer).has_moe]
+    routers = {(Role.ROUTER, layer): nn.Parameter(student.tensor(Role.ROUTER, layer).float()) for layer in with_experts}
+    targets = blocks_BT.flatten().roll(-1)
+
+    def loss(positions: slice, logits: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(logits, targets[positions], reduction="sum")
+
+    total, gradients = StreamedModel(student, trainable=routers).gradients(blocks_BT, loss)
+    stock = _stock_like(student)
+    expected = loss(slice(None), stock(blocks_BT, use_cache=False).logits.flatten(0, 1))
+    expected.backward()
+    assert total == pytest.approx(expected.item(), rel=1e-5)
+    assert {layer for _, layer in gradients} == set(with_experts)
+    for layer in with_experts:
+        wanted = stock.model.layers[layer].mlp.gate.weight.grad
+        assert gradients[Role.ROUTER, layer].shape == wanted.shape
+        assert (gradients[Role.ROUTER, layer] - wanted).norm() <= 1e-4 * wanted.norm() + 1e-6
+
+
+@torch.no_grad()
+def test_recorded_routing_holds_no_expert_where_there_is_none(fine_folder: Path, blocks_BT: torch.Tensor) -> None:
+    student = _student_whose_layers_differ(Checkpoint(fine_folder))
+    recorder = RoutingRecorder(student.shape)
+    StreamedModel(student).stream([TokenGroup(blocks_BT, [recorder.observe])])
+    routing = recorder.routing()
+    stock = _stock_like(student)
+    chosen: dict[int, torch.Tensor] = {}
+    for layer in (0, 2, 3, 4):
+        stock.model.layers[layer].mlp.gate.register_forward_hook(
+            lambda _module, _inputs, output, layer=layer: chosen.update({layer: output[2]})
+        )
+    stock(blocks_BT, use_cache=False)
+    assert routing.experts_LTK.shape == routing.weights_LTK.shape == (5, blocks_BT.numel(), 4)
+    assert (routing.experts_LTK[1] == NO_EXPERT).all()
+    assert not routing.weights_LTK[1].any()
+    assert (routing.experts_LTK[3] == [0, NO_EXPERT, NO_EXPERT, NO_EXPERT]).all()
+    np.testing.assert_allclose(routing.weights_LTK[3], np.array([[1.0, 0, 0, 0]]).repeat(blocks_BT.numel(), 0))
+    for layer in (0, 2, 4):
+        assert (routing.experts_LTK[layer] == chosen[layer].numpy()).mean() > 0.999
 
 
 @torch.no_grad()

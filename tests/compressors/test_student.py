@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
 from compressors.model.families import Role
-from compressors.model.student import ExpertMap, Student
+from compressors.model.student import ExpertMap, LayerMap, Student
 
 _EXPERT_ROLES = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
 
@@ -30,33 +30,54 @@ _KEPT = ((1, 4, 30, 31, 7), (0, 2, 3, 5, 6))
 
 @pytest.fixture
 def pruned(source: Checkpoint) -> Student:
-    return Student(source, ExpertMap(32, _KEPT))
+    return Student(source, ExpertMap.keeping(32, _KEPT))
 
 
 def test_student_of_tells_where_each_teacher_expert_went() -> None:
-    experts = ExpertMap(6, ((5, 0, 3), (0, 1, 2)))
+    experts = ExpertMap.keeping(6, ((5, 0, 3), (0, 1, 2)))
     assert experts.student_of(0).tolist() == [1, -1, -1, 2, -1, 0]
     assert experts.student_of(1).tolist() == [0, 1, 2, -1, -1, -1]
     assert experts.student_of(0).dtype == torch.int64
 
 
-def test_the_number_of_experts_is_that_of_every_layer() -> None:
-    assert ExpertMap(6, ((5, 0, 3), (0, 1, 2))).n_experts == 3
-    with pytest.raises(ValueError, match=r"\[1, 2\]"):
-        _ = ExpertMap(6, ((5, 0), (1,))).n_experts
+def test_every_member_of_a_group_goes_where_the_group_went() -> None:
+    experts = ExpertMap(6, (LayerMap(0, ((4, 1, 2), (0, 5))),))
+    assert experts.student_of(0).tolist() == [1, 0, 0, -1, 0, 1]
+    assert experts.kept == ((4, 0),), "an expert comes from the first of its group"
 
 
 def test_the_identity_keeps_everything_in_place(source: Checkpoint) -> None:
     identity = ExpertMap.identity(source.shape)
-    assert identity.is_identity
-    assert identity.n_experts == 32
+    identity.check_against(source.shape)
+    assert identity.shape_of(source.shape) == source.shape
     assert identity.student_of(1).tolist() == list(range(32))
-    assert not ExpertMap(3, ((0, 1, 2), (0, 1))).is_identity
-    assert not ExpertMap(3, ((0, 1, 2), (1, 0, 2))).is_identity, "the order is the numbering"
+
+
+def test_layers_may_differ_and_go(source: Checkpoint) -> None:
+    experts = ExpertMap(32, (LayerMap(0, ((3,), (7, 8), (9,)), 64), LayerMap(1, ())))
+    student = Student(source, experts)
+    shape = student.shape
+    assert (shape.n_layers, shape.n_experts, shape.top_k, shape.expert_width) == (2, 3, 3, 64)
+    assert (shape.layer(0).n_experts, shape.layer(0).expert_width, shape.layer(0).has_moe) == (3, 64, True)
+    assert (shape.layer(1).n_experts, shape.layer(1).top_k, shape.layer(1).has_moe) == (0, 0, False)
+    assert shape.described_sizes == "3 experts of width 64, no experts"
+    attention = source.shape.dense_layer_parameters - 32 * 256 - 256  # neither router nor the norm before it
+    embedding = source.shape.vocab_size * 256 * (1 if source.shape.tied_embeddings else 2)
+    assert shape.parameters == 2 * attention + 256 + 3 * 256 + 3 * (3 * 64 * 256) + embedding + 256
+
+
+def test_a_layer_that_is_left_alone_comes_from_where_it_was(source: Checkpoint) -> None:
+    student = Student(source, ExpertMap(32, (LayerMap(1, ((5,), (6,))),)))
+    assert student.shape == replace(source.shape, n_layers=1, n_experts=2, top_k=2)
+    assert torch.equal(student.tensor(Role.QUERY, 0), source.tensor(Role.QUERY, 1))
+    assert torch.equal(student.rows(Role.QUERY, 0, slice(3, 5)), source.tensor(Role.QUERY, 1)[3:5])
+    assert torch.equal(student.tensor(Role.ROUTER, 0), source.tensor(Role.ROUTER, 1)[5:7])
+    assert torch.equal(student.expert(Role.EXPERT_DOWN, 0, 1), source.expert(Role.EXPERT_DOWN, 1, 6))
+    assert student.dtype(Role.QUERY, 0) == source.dtype
 
 
 def test_the_map_survives_json(tmp_path: Path, source: Checkpoint) -> None:
-    experts = ExpertMap(32, _KEPT)
+    experts = ExpertMap.keeping(32, _KEPT)
     text = json.dumps(experts.to_json())
     assert ExpertMap.from_json(json.loads(text)) == experts
     (tmp_path / "map.json").write_text(text)
@@ -94,7 +115,7 @@ def test_an_expert_that_does_not_exist_is_an_error(pruned: Student) -> None:
 @pytest.mark.parametrize(("n_experts", "top_k"), [(32, 4), (5, 4), (4, 4), (3, 3), (1, 1)])
 def test_top_k_never_exceeds_the_experts_left(source: Checkpoint, n_experts: int, top_k: int) -> None:
     kept = tuple(range(n_experts))
-    shape = Student(source, ExpertMap(32, (kept, kept))).shape
+    shape = Student(source, ExpertMap.keeping(32, (kept, kept))).shape
     assert shape == replace(source.shape, n_experts=n_experts, top_k=top_k)
 
 
@@ -132,9 +153,14 @@ def test_load_reads_map_and_overlay(pruned: Student, source: Checkpoint, tmp_pat
     router = torch.randn(5, 256)
     (tmp_path / "map.json").write_text(json.dumps(pruned.experts.to_json()))
     save_file({"model.layers.0.mlp.gate.weight": router}, tmp_path / "overlay.safetensors")
-    student = Student.load(source, tmp_path / "map.json", tmp_path / "overlay.safetensors")
+    student = Student.load(source, tmp_path / "map.json", [tmp_path / "overlay.safetensors"])
     assert torch.equal(student.tensor(Role.ROUTER, 0), router)
     assert student.shape == pruned.shape
+
+
+def _map(*layers: dict[str, object], n_experts: object = 32) -> str:
+    entries = [{"source": 0, "groups": [[0]], "width": None, **layer} for layer in layers]
+    return json.dumps({"teacher_experts": n_experts, "layers": entries})
 
 
 @pytest.mark.parametrize(
@@ -144,15 +170,19 @@ def test_load_reads_map_and_overlay(pruned: Student, source: Checkpoint, tmp_pat
         "[]",
         "{}",
         '{"teacher_experts": 32}',
-        '{"teacher_experts": "many", "kept": []}',
-        '{"teacher_experts": 32, "kept": [1, 2]}',
-        '{"teacher_experts": 32, "kept": [[0, 1]]}',  # one layer, but the model has two
-        '{"teacher_experts": 16, "kept": [[0, 1], [0, 1]]}',  # another model's
-        '{"teacher_experts": 32, "kept": [[0, 32], [0, 1]]}',  # there is no expert 32
-        '{"teacher_experts": 32, "kept": [[0, -1], [0, 1]]}',
-        '{"teacher_experts": 32, "kept": [[0, "1"], [0, 1]]}',
-        '{"teacher_experts": 32, "kept": [[0, 0], [0, 1]]}',  # twice the same
-        '{"teacher_experts": 32, "kept": [[], []]}',
+        '{"teacher_experts": 32, "layers": [1, 2]}',
+        _map({}, n_experts="many"),
+        _map(),
+        _map({}, n_experts=16),  # another model's
+        _map({"groups": [[32]]}),  # there is no expert 32
+        _map({"groups": [[-1]]}),
+        _map({"groups": [["1"]]}),
+        _map({"groups": [[0], [0]]}),  # twice the same
+        _map({"groups": [[0], []]}),  # a group of none
+        _map({"source": 2}),  # there is no layer 2
+        _map({"source": 1}, {"source": 0}),  # not in order
+        _map({"width": 129}),  # wider than they were
+        _map({"width": 0}),
     ],
 )
 def test_a_damaged_map_is_named(source: Checkpoint, tmp_path: Path, text: str) -> None:
@@ -164,7 +194,7 @@ def test_a_damaged_map_is_named(source: Checkpoint, tmp_path: Path, text: str) -
 def test_a_damaged_or_missing_overlay_is_named(pruned: Student, source: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "map.json").write_text(json.dumps(pruned.experts.to_json()))
     with pytest.raises(InputError, match=r"the student in .* cannot be read"):
-        Student.load(source, tmp_path / "map.json", tmp_path / "overlay.safetensors")
+        Student.load(source, tmp_path / "map.json", [tmp_path / "overlay.safetensors"])
     (tmp_path / "overlay.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0damaged!")
     with pytest.raises(InputError, match=r"the student in .* cannot be read"):
-        Student.load(source, tmp_path / "map.json", tmp_path / "overlay.safetensors")
+        Student.load(source, tmp_path / "map.json", [tmp_path / "overlay.safetensors"])

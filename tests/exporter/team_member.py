@@ -35,7 +35,7 @@ def _main(model: Path, folder: Path) -> None:
     targets = TeacherTargets(folder / "targets", writable=True)
     write_targets(teacher, hidden, targets, mine)
     distributed.barrier()
-    student = Student(source, ExpertMap(32, (tuple(range(16)),) * source.shape.n_layers))
+    student = Student(source, ExpertMap.keeping(32, (tuple(range(16)),) * source.shape.n_layers))
     training = RouterTraining(student, tokens_BT, targets, RouterKdSettings(5, 1e-3, blocks_per_step=5))
     training.step()
     if is_first():

@@ -36,7 +36,7 @@ def _keep(checkpoint: Checkpoint, n_experts: int) -> Student:
     random = np.random.default_rng(n_experts)
     total = checkpoint.shape.n_experts
     kept = tuple(tuple(random.permutation(total)[:n_experts].tolist()) for _ in range(checkpoint.shape.n_layers))
-    return Student(checkpoint, ExpertMap(total, kept))
+    return Student(checkpoint, ExpertMap.keeping(total, kept))
 
 
 def _importance(shape: MoeShape) -> Importance:

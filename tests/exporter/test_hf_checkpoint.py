@@ -28,7 +28,9 @@ def student(
     """Two layers, half of the experts (another half in each layer), and float32 routers as recovery leaves them."""
     source = Checkpoint(toy_checkpoint(tmp_path_factory.mktemp(request.param), n_layers=2, model=request.param))
     n_experts = source.shape.n_experts
-    pruned = Student(source, ExpertMap(n_experts, (tuple(range(0, n_experts, 2)), tuple(range(1, n_experts, 2)))))
+    pruned = Student(
+        source, ExpertMap.keeping(n_experts, (tuple(range(0, n_experts, 2)), tuple(range(1, n_experts, 2))))
+    )
     generator = torch.Generator().manual_seed(0)
     routers = {}
     for layer in range(2):
@@ -107,7 +109,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 def test_top_k_falls_with_the_experts(student: Student, tmp_path: Path) -> None:
     """One expert left: stock transformers must not look for two."""
-    alone = Student(student.source, ExpertMap(student.source.shape.n_experts, ((3,), (1,))))
+    alone = Student(student.source, ExpertMap.keeping(student.source.shape.n_experts, ((3,), (1,))))
     write_checkpoint(alone, tmp_path / "alone")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "alone", dtype=torch.float32)
     assert stock.config.num_experts_per_tok == 1

@@ -25,7 +25,7 @@ _CONTEXT = 1024
 def student(family_folder: Path) -> Student:
     """Each trained model with six experts left."""
     source = Checkpoint(family_folder)
-    return Student(source, ExpertMap(source.shape.n_experts, ((0, 2, 3, 5, 6, 7),) * source.shape.n_layers))
+    return Student(source, ExpertMap.keeping(source.shape.n_experts, ((0, 2, 3, 5, 6, 7),) * source.shape.n_layers))
 
 
 @pytest.fixture(scope="module", params=sorted(PRESETS))

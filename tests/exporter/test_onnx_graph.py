@@ -132,7 +132,7 @@ def test_pruned_student(
     source = Checkpoint(family_folder)
     for n_experts in (5, 1):
         kept = tuple(tuple((7 * layer + 3 * i) % 8 for i in range(n_experts)) for layer in range(source.shape.n_layers))
-        student = Student(source, ExpertMap(source.shape.n_experts, kept))
+        student = Student(source, ExpertMap.keeping(source.shape.n_experts, kept))
         session = _Session(_export(tmp_path / str(n_experts), student, "F32"))
         tokens = heldout_tokens[None, 2000:2200]
         expected = _logits(_pruned_reference(family_folder, reference, kept), tokens)

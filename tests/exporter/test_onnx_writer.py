@@ -28,7 +28,7 @@ def toy(request: pytest.FixtureRequest, tmp_path: Path, toy_checkpoint: Callable
 
 
 def _pruned(source: Checkpoint, kept: tuple[int, ...]) -> Student:
-    return Student(source, ExpertMap(source.shape.n_experts, (kept,) * source.shape.n_layers))
+    return Student(source, ExpertMap.keeping(source.shape.n_experts, (kept,) * source.shape.n_layers))
 
 
 def _read(folder: Path) -> tuple[bytes, bytes]:

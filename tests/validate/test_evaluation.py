@@ -77,7 +77,7 @@ def chunks_BT(heldout_tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 
 def _pruned(toy: Path) -> Student:
-    return Student(Checkpoint(toy), ExpertMap(32, (tuple(range(12)), tuple(range(20, 32)))))
+    return Student(Checkpoint(toy), ExpertMap.keeping(32, (tuple(range(12)), tuple(range(20, 32)))))
 
 
 def _log_softmax(logits: Floats) -> Floats:

@@ -41,7 +41,7 @@ def _sliced_reference(folder: Path, experts: ExpertMap) -> Any:
     """Stock transformers with only the kept experts, float32."""
     source = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     config = AutoConfig.from_pretrained(folder)
-    config.num_experts = config.num_local_experts = experts.n_experts
+    config.num_experts = config.num_local_experts = len(experts.kept[0])
     state = source.state_dict()
     for name, tensor in state.items():
         if ".mlp.experts." in name or ".mlp.gate." in name:
@@ -58,7 +58,7 @@ def pair(request: pytest.FixtureRequest, family_folder: Path, tmp_path_factory: 
     if request.param != "all experts":
         random, total = np.random.default_rng(5), checkpoint.shape.n_experts
         kept = [tuple(random.permutation(total)[: total // 2].tolist()) for _ in range(checkpoint.shape.n_layers)]
-        student = Student(checkpoint, ExpertMap(total, tuple(kept)))
+        student = Student(checkpoint, ExpertMap.keeping(total, tuple(kept)))
     path = tmp_path_factory.mktemp("llama_cpp") / "f32.gguf"
     write_gguf(student, "F32", path, name="x", threads=2)
     return _Pair(_sliced_reference(family_folder, student.experts), path)

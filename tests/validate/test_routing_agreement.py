@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-import torch
 
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.families import Role
 from compressors.model.routing import Routing
-from compressors.model.student import ExpertMap, Student
+from compressors.model.student import ExpertMap, LayerMap, Student
 from validate.evaluation import evaluate
 from validate.routing_agreement import LayerAgreement, routing_agreement, same_sets
 from validate.torch_reference import TorchBackend
@@ -39,7 +38,7 @@ def test_identical_routing_agrees_completely() -> None:
     tokens: _Layer = [((3, 1), (0.7, 0.3)), ((0, 2), (0.6, 0.4))]
     wanted = {"overlap": 1.0, "exact": 1.0, "top1": 1.0, "weighted": 1.0, "kept_gate_weight": 1.0}
     assert _agreement(tokens, tokens) == pytest.approx(wanted)
-    assert _agreement(tokens, tokens, ExpertMap(4, ((0, 1, 2, 3),))) == pytest.approx(wanted)
+    assert _agreement(tokens, tokens, ExpertMap.keeping(4, ((0, 1, 2, 3),))) == pytest.approx(wanted)
 
 
 def test_disjoint_routing_does_not_agree() -> None:
@@ -75,7 +74,7 @@ def test_dropped_experts_leave_the_reference() -> None:
         ((1, 0, 2), (0.4, 0.3, 0.3)),
         ((0, 1, 0), (0.4, 0.3, 0.3)),
     ]
-    assert _agreement(reference, model, ExpertMap(6, ((4, 1, 2),))) == pytest.approx(
+    assert _agreement(reference, model, ExpertMap.keeping(6, ((4, 1, 2),))) == pytest.approx(
         {
             "overlap": (1 + 1 + 1 / 2) / 3,
             "exact": 2 / 3,
@@ -89,7 +88,7 @@ def test_dropped_experts_leave_the_reference() -> None:
 def test_tokens_that_lost_every_expert_say_nothing_but_count_as_lost_weight() -> None:
     reference: _Layer = [((2, 3), (0.7, 0.3)), ((0, 3), (0.9, 0.1))]
     model: _Layer = [((1, 0), (0.5, 0.5)), ((0, 1), (0.5, 0.5))]
-    assert _agreement(reference, model, ExpertMap(4, ((0, 1),))) == pytest.approx(
+    assert _agreement(reference, model, ExpertMap.keeping(4, ((0, 1),))) == pytest.approx(
         {"overlap": 1.0, "exact": 1.0, "top1": 1.0, "weighted": 1.0, "kept_gate_weight": (0.0 + 0.9) / 2}
     )
 
@@ -97,24 +96,22 @@ def test_tokens_that_lost_every_expert_say_nothing_but_count_as_lost_weight() ->
 def test_a_layer_that_lost_all_its_tokens_agrees_on_nothing() -> None:
     reference: _Layer = [((2, 3), (0.7, 0.3))]
     model: _Layer = [((0, 1), (0.5, 0.5))]
-    assert _agreement(reference, model, ExpertMap(4, ((0, 1),))) == asdict(LayerAgreement(0.0, 0.0, 0.0, 0.0, 0.0))
+    assert _agreement(reference, model, ExpertMap.keeping(4, ((0, 1),))) == asdict(
+        LayerAgreement(0.0, 0.0, 0.0, 0.0, 0.0)
+    )
 
 
 def test_gate_weights_that_are_not_normalised() -> None:
     """Models without norm_topk_prob apply weights that sum to less than 1; shares do not change."""
     reference: _Layer = [((1, 3), (0.08, 0.02))]
     model: _Layer = [((1, 0), (0.05, 0.01))]
-    agreement = _agreement(reference, model, ExpertMap(4, ((0, 1),)))
+    agreement = _agreement(reference, model, ExpertMap.keeping(4, ((0, 1),)))
     assert agreement["weighted"] == pytest.approx(1.0)
     assert agreement["kept_gate_weight"] == pytest.approx(0.8)
 
 
-@dataclass(frozen=True)
-class _Merged(ExpertMap):
-    """Teacher experts 0 and 1 became the student's 0; 2 and 3 its 1; 4 was dropped."""
-
-    def student_of(self, layer: int) -> torch.Tensor:
-        return torch.tensor([0, 0, 1, 1, -1])
+_MERGED = ExpertMap(5, (LayerMap(0, ((0, 1), (2, 3))),))
+"""Teacher experts 0 and 1 became the student's 0; 2 and 3 its 1; 4 was dropped."""
 
 
 def test_merged_experts_become_one_and_add_their_weights() -> None:
@@ -125,7 +122,7 @@ def test_merged_experts_become_one_and_add_their_weights() -> None:
     """
     reference: _Layer = [((2, 0, 1), (0.4, 0.3, 0.3)), ((2, 0, 1), (0.4, 0.3, 0.3)), ((4, 0, 1), (0.5, 0.25, 0.25))]
     model: _Layer = [((0, 1), (0.6, 0.4)), ((1, 1), (0.6, 0.4)), ((0, 1), (0.6, 0.4))]
-    assert _agreement(reference, model, _Merged(5, ((0, 2),))) == pytest.approx(
+    assert _agreement(reference, model, _MERGED) == pytest.approx(
         {
             "overlap": (1 + 1 / 2 + 1) / 3,
             "exact": 2 / 3,
@@ -136,10 +133,32 @@ def test_merged_experts_become_one_and_add_their_weights() -> None:
     )
 
 
+def test_layers_are_compared_with_those_they_come_from() -> None:
+    reference = _routing([((0, 1), (0.6, 0.4))], [((2, 3), (0.6, 0.4))], [((1, 2), (0.6, 0.4))])
+    model = _routing([((1, 2), (0.6, 0.4))], [((-1, -1), (0.0, 0.0))])
+    experts = ExpertMap(4, (LayerMap(2, ((0,), (1,), (2,))), LayerMap(1, ())))
+    agreement = routing_agreement(reference, model, experts)
+    assert agreement.layers[1] is None, "without experts there is nothing to agree on"
+    assert agreement.layers[0] is not None and agreement.layers[0].exact == 1.0
+    assert agreement.mean("overlap") == 1.0, "the mean is over the layers that have experts"
+
+
+def test_layers_with_a_smaller_top_k_are_padded_with_no_expert() -> None:
+    """One of two experts is right; a place that holds none agrees with nothing, not even with another such place."""
+    reference: _Layer = [((3, 1, -1), (0.7, 0.3, 0.0)), ((2, -1, -1), (1.0, 0.0, 0.0))]
+    model: _Layer = [((3, 0, -1), (0.7, 0.3, 0.0)), ((0, -1, -1), (1.0, 0.0, 0.0))]
+    assert _agreement(reference, model) == pytest.approx(
+        {"overlap": 0.25, "exact": 0.0, "top1": 0.5, "weighted": 0.35, "kept_gate_weight": 1.0}
+    )
+    assert _agreement(reference, reference) == pytest.approx(
+        {"overlap": 1.0, "exact": 1.0, "top1": 1.0, "weighted": 1.0, "kept_gate_weight": 1.0}
+    )
+
+
 def test_layers_are_judged_one_by_one_with_their_own_map() -> None:
     reference = _routing([((0, 1), (0.6, 0.4))], [((0, 1), (0.6, 0.4))])
     model = _routing([((0, 1), (0.6, 0.4))], [((0, 1), (0.6, 0.4))])
-    agreement = routing_agreement(reference, model, ExpertMap(4, ((0, 1), (2, 1))))
+    agreement = routing_agreement(reference, model, ExpertMap.keeping(4, ((0, 1), (2, 1))))
     assert [layer.overlap for layer in agreement.layers] == [1.0, 1.0]  # in layer 1 A is {1}, which B has
     assert [layer.top1 for layer in agreement.layers] == [1.0, 0.0]
     assert agreement.mean("top1") == 0.5
@@ -186,7 +205,7 @@ def test_a_pruned_first_layer_routes_as_the_teacher_among_the_survivors(
 ) -> None:
     """Layer 0 sees the teacher's inputs: whoever of A is left is in B, and the order by gate weight stays."""
     tokens_BT = heldout_tokens[:256].reshape(2, 128)
-    experts = ExpertMap(32, (tuple(range(0, 32, 2)), tuple(range(16))))
+    experts = ExpertMap.keeping(32, (tuple(range(0, 32, 2)), tuple(range(16))))
     reference = _run(Student.teacher(source), tokens_BT)
     agreement = routing_agreement(reference, _run(Student(source, experts), tokens_BT), experts)
     first = agreement.layers[0]

@@ -203,15 +203,15 @@ def routing_charts(report: Report) -> list[LineChart]:
 
 def _line_chart(title: str, comparisons: Sequence[tuple[str, str, Mapping[str, Any]]]) -> LineChart | None:
     lines = [
-        (label, kind, [layer["overlap"] for layer in agreement["per_layer"]])
+        (label, kind, {number: layer["overlap"] for number, layer in enumerate(agreement["per_layer"]) if layer})
         for label, kind, agreement in comparisons
         if agreement.get("per_layer")
     ]
     if not lines:
         return None
-    step, n_steps = _axis(min(min(values) for _, _, values in lines))
+    step, n_steps = _axis(min(min(values.values()) for _, _, values in lines))
     floor = 1 - n_steps * step
-    n_layers = max(len(values) for _, _, values in lines)
+    n_layers = 1 + max(max(values) for _, _, values in lines)
 
     def x(layer: int) -> float:
         return 50.0 if n_layers == 1 else 100 * layer / (n_layers - 1)
@@ -226,7 +226,7 @@ def _line_chart(title: str, comparisons: Sequence[tuple[str, str, Mapping[str, A
             _MARKERS[index % len(_MARKERS)] if n_layers <= _MOST_MARKERS else "point",
             tuple(
                 (x(layer), y(value), f"{label}, layer {layer}: {numbers.percent(value)}")
-                for layer, value in enumerate(values)
+                for layer, value in values.items()
             ),
         )
         for index, (label, kind, values) in enumerate(lines)

@@ -29,6 +29,7 @@ __all__ = [
     "validation_row",
     "verdict_sentence",
     "verdict_title",
+    "what_is_left",
 ]
 
 Report = Mapping[str, Any]
@@ -119,10 +120,30 @@ def memory_needed(report: Report, artifact: str) -> tuple[int | None, bool]:
 
 def student_description(report: Report) -> str:
     """``24 of 32 experts per layer in Q4_K``."""
-    n_teacher, n_student = report["source"]["n_experts"], report["student"]["n_experts"]
-    kept = f"all {n_teacher} experts" if n_student == n_teacher else f"{n_student} of {n_teacher} experts per layer"
     types = list(dict.fromkeys(artifact["type"] for artifact in report.get("artifacts") or []))
-    return f"{kept} in {' and '.join(types)}" if types else kept
+    return f"{what_is_left(report)} in {' and '.join(types)}" if types else what_is_left(report)
+
+
+def what_is_left(report: Report) -> str:
+    """Of layers and experts: ``5 of 6 layers, 24 of 32 experts per layer``."""
+    source, student = report["source"], report["student"]
+    n_teacher, n_student = source["n_experts"], student["n_experts"]
+    parts = []
+    if student["n_moe_layers"] < source["n_layers"]:
+        parts.append(f"{student['n_layers']} of {source['n_layers']} layers")
+    if student["n_moe_layers"] < student["n_layers"]:
+        parts.append(f"experts in {student['n_moe_layers']} of them")
+    if student["fewest_experts"] < n_student:
+        parts.append(f"{student['fewest_experts']} to {n_student} of {n_teacher} experts per layer")
+    elif n_student == n_teacher:
+        parts.append(f"all {n_teacher} experts")
+    elif student["merged"]:
+        parts.append(f"{n_teacher} experts per layer merged into {n_student}")
+    else:
+        parts.append(f"{n_student} of {n_teacher} experts per layer")
+    if student["expert_width"] < source["expert_width"]:
+        parts.append(f"experts {student['expert_width']} of {source['expert_width']} wide")
+    return ", ".join(parts)
 
 
 def checks(report: Report) -> list[Mapping[str, Any]]:

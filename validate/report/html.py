@@ -66,6 +66,7 @@ def _view(report: Report) -> dict[str, Any]:
         "routing_table": tables.routing_table(report),
         "recovery_table": tables.recovery_table(report),
         "student": report["student"],
+        "what_is_left": facts.what_is_left(report),
         "expert_grid": charts.expert_grid(report),
         "kept_ranges": [charts.kept_ranges(layer) for layer in report["student"].get("kept") or []],
         "cost_table": tables.cost_table(report),

@@ -45,6 +45,7 @@ def render_model_card(report: Report) -> str:
         rows=_measurements(report),
         source=report["source"],
         student=report["student"],
+        what_is_left=facts.what_is_left(report),
         tool=report["tool"],
         command=report.get("command"),
         recipe=_yaml(dict(report.get("recipe") or {})),
@@ -72,7 +73,7 @@ def _front_matter(report: Report) -> dict[str, Any]:
     if formats:
         data["library_name"] = "gguf" if "gguf" in formats else "onnxruntime"
     data["pipeline_tag"] = "text-generation"
-    pruned = report["student"]["n_experts"] < source["n_experts"]
+    pruned = report["student"]["parameters"] < source["parameters"]
     data["tags"] = [*formats, "moe", "mixture-of-experts", source["family"], "quantized", *["pruned"] * pruned]
     return data
 
@@ -151,10 +152,10 @@ def _limits(report: Report) -> list[str]:
                 f"{facts.row_name(row)}: {numbers.percent(repetition['loop_rate'])} of {repetition['prompts']} greedy "
                 f"answers loop, {numbers.percent(repetition['end_of_text_rate'])} end by themselves."
             )
-    if report["student"]["n_experts"] < report["source"]["n_experts"]:
+    if report["student"]["parameters"] < report["source"]["parameters"]:
         limits.append(
-            "Experts were removed: what only they knew is gone, and it may be knowledge that neither the calibration "
-            "text nor the held-out text asks for."
+            "Parameters were removed: what only they held is gone, and it may be knowledge that neither the "
+            "calibration text nor the held-out text asks for."
         )
     limits.append("Perplexity and divergence measure closeness to the original on one text; no task benchmark was run.")
     return limits

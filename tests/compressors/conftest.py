@@ -1,0 +1,74 @@
+"""Blocks of the trained models with what the calibration text tells about them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from compressors.calibration import read_splits, tokenize
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.families import Role
+from compressors.model.streaming import StreamedModel, TokenGroup
+from compressors.model.student import Student
+from compressors.moe_block import Evidence, MoeBlock
+from compressors.statistics import StatisticsCollector
+
+_N_BLOCKS = 8
+
+
+@pytest.fixture(scope="session")
+def trained_block(calibration_folder: Path) -> Callable[..., tuple[MoeBlock, Evidence]]:
+    """``trained_block(folder, layer)``: a trained model's MoE block; its statistics and inputs over 4,096 tokens."""
+    seen: dict[Path, list[tuple[MoeBlock, Evidence]]] = {}
+    tokens: list[torch.Tensor] = []  # the trained models share one vocabulary
+
+    def block_of(folder: Path, layer: int) -> tuple[MoeBlock, Evidence]:
+        if not tokens:
+            tokens.append(tokenize(read_splits(calibration_folder, None), folder)[0].spread(_N_BLOCKS).tokens_BT)
+        if folder not in seen:
+            seen[folder] = _all_blocks(folder, tokens[0])
+        return seen[folder][layer]
+
+    return block_of
+
+
+def _all_blocks(folder: Path, tokens_BT: torch.Tensor) -> list[tuple[MoeBlock, Evidence]]:
+    student = Student.teacher(Checkpoint(folder))
+    model, collector = StreamedModel(student), StatisticsCollector(student.shape)
+    inputs: dict[int, list[torch.Tensor]] = {}
+
+    @contextmanager
+    def keep_inputs(index: int, layer: nn.Module) -> Iterator[None]:
+        def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            inputs.setdefault(index, []).append(arguments[0].reshape(-1, student.shape.hidden_size).clone())
+
+        handle = layer.get_submodule(student.family.router_module).register_forward_pre_hook(hook)
+        yield
+        handle.remove()
+
+    model.stream([TokenGroup(tokens_BT, [collector.observe, keep_inputs])])
+    return [
+        (_block(student, layer), Evidence(collector.take(layer), torch.cat(inputs[layer])))
+        for layer in range(student.shape.n_layers)
+    ]
+
+
+def _block(student: Student, layer: int) -> MoeBlock:
+    shape = student.shape
+
+    def experts(role: Role) -> torch.Tensor:
+        return torch.stack([student.expert(role, layer, expert) for expert in range(shape.n_experts)])
+
+    return MoeBlock(
+        student.tensor(Role.ROUTER, layer).float(),
+        torch.cat([experts(Role.EXPERT_GATE), experts(Role.EXPERT_UP)], dim=1),
+        experts(Role.EXPERT_DOWN),
+        shape.top_k,
+        shape.normalize_top_k,
+    )
