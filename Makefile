@@ -1,6 +1,6 @@
 # `make demo` compresses the bundled model; `make test` is what CI runs. Both need Python >= 3.11, a C++ compiler and make.
 # Everything is installed into .venv, once, in the versions of constraints.txt.
-.PHONY: demo test lint bench bench-export peers scale
+.PHONY: demo test lint bench bench-export quality peers scale
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -25,6 +25,10 @@ bench: .venv/installed-dev
 # Compiles llama-quantize the first time; needs cmake and 10 GB of disk.
 bench-export: .venv/installed-dev
 	$(BIN)/python -m benchmarks.export
+
+# Every way of shrinking experts on both trained models: half an hour.
+quality: .venv/installed-dev
+	$(BIN)/python -m benchmarks.quality
 
 peers: .venv/installed-dev
 	$(BIN)/python -m benchmarks.peers

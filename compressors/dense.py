@@ -8,13 +8,14 @@ architecture of the family's dense counterpart (:attr:`compressors.model.shape.M
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
 from compressors.model.errors import UnsupportedError
 from compressors.model.families import FAMILIES
 from compressors.model.shape import MoeShape, MoeSize
-from compressors.moe_block import CompressedBlock, Evidence, MoeBlock
+from compressors.moe_block import CompressedBlock, Evidence, MoeBlock, Needs
 from compressors.prune import highest
 
 __all__ = ["Condense", "check_dense", "dense_size"]
@@ -31,10 +32,7 @@ class Condense:
     instead and gives no initialisation.
     """
 
-    @property
-    def needs_inputs(self) -> bool:
-        """Statistics are enough."""
-        return False
+    needs: ClassVar[Needs] = Needs.WEIGHTS
 
     def __call__(self, block: MoeBlock, evidence: Evidence) -> CompressedBlock:
         """The block of the one wide expert; it stands for those whose neurons it has."""

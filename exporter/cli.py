@@ -62,7 +62,12 @@ _FOLDER = click.Path(path_type=Path)
 @click.option("--out", type=_FOLDER, help="Output folder.  [default: MODEL-BUDGET]")
 @click.option("--calibration", type=_FOLDER, help="Text for statistics and recovery: a file, or a folder of *.txt.")
 @click.option("--text", type=_FOLDER, help="Held-out text for the report.")
-@click.option("--method", default="auto", show_default=True, help="How experts are dropped: auto or reap.")
+@click.option(
+    "--method",
+    default="auto",
+    show_default=True,
+    help="How it gets smaller: reap, removal-error, ream, hc-smoe, slim, block-drop ...; docs/compression.md has all.",
+)
 @click.option("--experts", type=int, help="Experts to keep per layer.  [default: as many as fit]")
 @click.option("--quant", metavar="TYPE", help="Type of the weights, such as Q4_K.  [default: the largest that fits]")
 @click.option("--recover", default="auto", show_default=True, help="auto, none, router or router:published.")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from compressors.allocation import allocate_globally, super_experts
-from compressors.criteria import CRITERIA
+from compressors.criteria import CRITERIA, REMOVAL_ERROR
 from compressors.decompose import ActivationSvd, D2Moe, Mobe
 from compressors.drop import block_similarities, moe_similarities, most_similar, window_similarities
 from compressors.layerwise import LayerTarget
@@ -27,20 +27,38 @@ from exporter.gguf.layout import check_uniform
 from exporter.hf_checkpoint import check_loadable
 from exporter.recipe import CompressChoice, Recipe
 
-__all__ = ["check_compression", "described_compression", "expected_shape", "layer_targets"]
+__all__ = [
+    "changes_experts",
+    "check_compression",
+    "described_compression",
+    "expected_shape",
+    "fewest_experts",
+    "layer_targets",
+    "runs_text",
+]
 
 _MERGING: Mapping[str, Callable[[int], Method]] = {"m-smoe": MSMoE, "hc-smoe": HCSMoE, "ream": REAM}
 _EDITING: Mapping[str, Callable[[int], Method]] = {"svd": ActivationSvd, "d2-moe": D2Moe, "mobe": Mobe}
 
 
+def fewest_experts(method: str, teacher: MoeShape) -> int:
+    """What each layer must keep at least: as many as a token uses, and as REAM's groups of bounded size can hold."""
+    groups = -(-teacher.n_experts // REAM.group_size) if method == "ream" else 1
+    return max(teacher.top_k, groups)
+
+
 def expected_shape(choice: CompressChoice, teacher: MoeShape) -> MoeShape:
-    """The student's shape. Bytes do not depend on which layers shrink; here the last ones lose their experts."""
+    """The student's shape, where the statistics decide which layers shrink as if the last ones lost their experts.
+
+    Files of this shape have the student's bytes, exactly if its layers are alike; if they differ, each may be padded
+    by a page more or less.
+    """
     n_layers = teacher.n_layers - choice.drop_blocks
     n_moe = n_layers - choice.drop_moe_layers
     widths = [width or teacher.expert_width for width in _by_layer(choice.width, n_moe)]
     experts = [int(count or 0) for count in _by_layer(choice.experts, n_moe)]
     sizes = [MoeSize(count, width) for count, width in zip(experts, widths, strict=True)]
-    if choice.allocation == "global" and n_moe > 1 and experts[0] < teacher.n_experts:
+    if choice.allocation == "global" and n_moe > 1 and teacher.top_k < experts[0] < teacher.n_experts:
         # a tilt that stands for any: one layer keeps one more, another one less
         sizes[:2] = [MoeSize(sizes[0].n_experts + 1, widths[0]), MoeSize(sizes[1].n_experts - 1, widths[1])]
     return teacher.with_sizes(sizes + [NO_MOE] * choice.drop_moe_layers)
@@ -60,8 +78,9 @@ def check_compression(recipe: Recipe, teacher: MoeShape) -> None:
     n_moe = n_layers - choice.drop_moe_layers
     if n_moe < 1:
         raise InputError(_out_of_range("drop_moe_layers", choice.drop_moe_layers, 0, n_layers - 1))
-    _check_numbers("experts", choice.experts, n_moe, teacher.top_k, teacher.n_experts)
+    _check_numbers("experts", choice.experts, n_moe, fewest_experts(choice.method, teacher), teacher.n_experts)
     _check_numbers("width", choice.width, n_moe, 1, teacher.expert_width)
+    _check_numbers("edit_size", choice.edit_size, n_moe, 1, _largest_edit(choice, teacher, n_moe))
     if "gguf" in recipe.artifacts:
         for width in _by_layer(choice.width, n_moe):
             check_width(width or teacher.expert_width, teacher.expert_width, for_gguf=width is not None)
@@ -81,6 +100,16 @@ def check_compression(recipe: Recipe, teacher: MoeShape) -> None:
         check_uniform(shape)
     if recipe.save_student:
         check_loadable(shape)
+
+
+def changes_experts(choice: CompressChoice) -> bool:
+    """Whether experts get weights of their own, which the overlay holds."""
+    return choice.method in _MERGING or choice.width is not None or choice.edit_size is not None
+
+
+def runs_text(choice: CompressChoice) -> bool:
+    """Whether compressing takes text through the model, because the sums of calibration do not suffice."""
+    return choice.sequential or choice.consecutive_blocks or choice.method == REMOVAL_ERROR or changes_experts(choice)
 
 
 def described_compression(choice: CompressChoice, teacher: MoeShape) -> str:
@@ -156,7 +185,8 @@ def _layers_left(
 def _counts(choice: CompressChoice, teacher: MoeShape, statistics: Sequence[LayerStatistics]) -> list[int]:
     if choice.allocation == "global" and isinstance(choice.experts, int):
         scores = [CRITERIA[choice.method](layer) for layer in statistics]
-        return allocate_globally(scores, choice.experts * len(statistics), teacher.top_k)
+        shares = [scores_E / scores_E.sum() for scores_E in scores]  # norms grow with the depth of most models
+        return allocate_globally(shares, choice.experts * len(statistics), teacher.top_k)
     return [int(count or 0) for count in _by_layer(choice.experts, len(statistics))]
 
 
@@ -188,6 +218,15 @@ def _check_numbers(field: str, value: int | tuple[int, ...] | None, n_layers: in
     for number in numbers:
         if not lowest <= number <= highest:
             raise InputError(_out_of_range(field, number, lowest, highest))
+
+
+def _largest_edit(choice: CompressChoice, teacher: MoeShape, n_moe: int) -> int:
+    """The full rank of the narrowest experts; of MoBE as many bases as the layer with the fewest experts has."""
+    if choice.edit == "mobe":
+        fewest = teacher.top_k if choice.allocation == "global" else None
+        return fewest or min(int(count or 0) for count in _by_layer(choice.experts, n_moe))
+    widths = [width or teacher.expert_width for width in _by_layer(choice.width, n_moe)]
+    return min(*widths, teacher.hidden_size)
 
 
 def _out_of_range(field: str, number: int, lowest: int, highest: int) -> str:

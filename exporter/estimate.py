@@ -18,6 +18,7 @@ from compressors.model.memory import PROCESS_BYTES, positions_at_once, working_b
 from compressors.model.shape import MoeShape
 from compressors.statistics import LayerStatistics
 from compressors.teacher import TARGET_BYTES
+from exporter.compression import changes_experts, runs_text
 from exporter.durations import format_duration
 from exporter.plan import Plan
 from exporter.stages.validate_gguf import same_numbers
@@ -63,6 +64,7 @@ def disk_lines(plan: Plan) -> dict[str, int]:
     n_routings = 3 + len(plan.recipe.artifacts)
     lines = {
         **{f"{artifact} files": prediction.file for artifact, prediction in plan.predictions.items()},
+        "changed experts": _expert_bytes(plan) if changes_experts(plan.recipe.compress) else 0,
         "student checkpoint": _student_bytes(plan) if plan.recipe.save_student else 0,
         # those in use, the newest snapshot, and the next one while it is written
         "hidden states": 3 * n_blocks * BLOCK_LENGTH * shape.hidden_size * 4,
@@ -107,6 +109,7 @@ def seconds_by_stage(plan: Plan, speeds: Speeds, free_memory: int) -> dict[str, 
     computing = passes.computing(teacher, recipe.text.calibration_blocks, n_reference)
     seconds = {
         "calibrate": max(passes.reading(teacher), computing),
+        "compress": _compression(plan, passes),
         **_recovery(plan, passes),
         "validate_torch": passes.forward(student, n_reference=n_heldout),
     }
@@ -159,6 +162,14 @@ class _Passes:
         return max(quantizing, reading + n_bytes / self._speeds.read_bytes)
 
 
+def _compression(plan: Plan, passes: _Passes) -> float:
+    """A pass over the text that methods see, and one of the student whose experts changed, for their statistics."""
+    choice, n_blocks = plan.recipe.compress, plan.recipe.text.calibration_blocks
+    n_seen = n_blocks if choice.sequential else min(choice.sample_blocks, n_blocks)
+    looking = passes.forward(plan.teacher_shape, n_seen) if runs_text(choice) else 0.0
+    return looking + (passes.forward(plan.student_shape, n_blocks) if changes_experts(choice) else 0.0)
+
+
 def _recovery(plan: Plan, passes: _Passes) -> dict[str, float]:
     choice, limit = plan.recipe.recover, plan.recover_seconds
     if choice.rung == "none":
@@ -180,6 +191,13 @@ def _student_bytes(plan: Plan) -> int:
     """The student's checkpoint: the source's dtype, but routers in float32."""
     shape, itemsize = plan.student_shape, Checkpoint(plan.source).dtype.itemsize
     return shape.parameters * itemsize + _router_values(shape) * (4 - itemsize)
+
+
+def _expert_bytes(plan: Plan) -> int:
+    """All of the student's experts in the source's dtype."""
+    shape, itemsize = plan.student_shape, Checkpoint(plan.source).dtype.itemsize
+    layers = map(shape.layer, range(shape.n_layers))
+    return sum(layer.n_experts * layer.expert_parameters for layer in layers) * itemsize
 
 
 def _training_bytes(plan: Plan) -> int:

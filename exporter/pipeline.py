@@ -68,7 +68,7 @@ _RECOVER = Stage(
     shared=True,
 )
 _GGUF = Stage("gguf", 1, ("recover",), ("gguf",), "write the GGUF file", resumes=True)
-_ONNX = Stage("onnx", 1, ("recover",), ("onnx", "budget"), "write the ONNX folder", resumes=True)
+_ONNX = Stage("onnx", 2, ("recover",), ("onnx", "budget"), "write the ONNX folder", resumes=True)
 _STUDENT = Stage("student", 1, ("recover",), (), "write the student checkpoint", resumes=True)
 _VALIDATE_TORCH = Stage("validate_torch", 1, ("recover",), (), "measure the student in torch")
 _VALIDATE_GGUF = Stage(

@@ -18,7 +18,7 @@ from compressors.model.errors import BudgetError, InputError
 from compressors.recover.router_kd import RouterKdSettings
 from compressors.slim import GGUF_WIDTH_MULTIPLE
 from exporter.budget import predict
-from exporter.compression import check_compression, described_compression, expected_shape
+from exporter.compression import check_compression, described_compression, expected_shape, fewest_experts
 from exporter.gguf.layout import PRESETS as GGUF_PRESETS
 from exporter.job import WHOLE_LAYER_METHODS, Job
 from exporter.prediction import Prediction
@@ -143,8 +143,10 @@ class _Search:
 
     def best(self) -> _Candidate:
         choices = self._choices()
+        if (candidate := self._fitting(choices[0])) is not None:
+            return candidate
         # a choice further on never needs more bytes, so the first that fits is found by halving
-        first = bisect_left(choices, True, key=lambda choice: self._fitting(choice) is not None)
+        first = bisect_left(choices, True, lo=1, key=lambda choice: self._fitting(choice) is not None)
         candidate = self._fitting(choices[first]) if first < len(choices) else None
         if candidate is None:
             raise BudgetError(self._nothing_fits(choices[-1]))
@@ -163,7 +165,8 @@ class _Search:
             return [_with(whole, drop_blocks=n_blocks) for n_blocks in range(shape.n_layers)]
         if method == "layer-drop":
             return [_with(whole, drop_moe_layers=n_layers) for n_layers in range(shape.n_layers)]
-        return [_with_experts(method, n_experts, whole) for n_experts in range(shape.n_experts, shape.top_k - 1, -1)]
+        counts = range(shape.n_experts, fewest_experts(method, shape) - 1, -1)
+        return [_with_experts(method, n_experts, whole) for n_experts in counts]
 
     def _fitting(self, choice: CompressChoice) -> _Candidate | None:
         types, predictions = {}, {}
@@ -223,10 +226,11 @@ def _check_experts(job: Job, checkpoint: Checkpoint) -> None:
     shape, n_experts = checkpoint.shape, job.experts
     if job.method in WHOLE_LAYER_METHODS:
         raise InputError(f"--experts: --method {job.method} keeps all experts; leave --experts out, or name another")
-    if n_experts is None or not shape.top_k <= n_experts <= shape.n_experts:
+    fewest = fewest_experts(job.method, shape)
+    if n_experts is None or not fewest <= n_experts <= shape.n_experts:
         raise InputError(
             f"--experts: {n_experts} experts cannot be kept; the model has {shape.n_experts} per layer and uses "
-            f"{shape.top_k} for each token, so give a number from {shape.top_k} to {shape.n_experts}"
+            f"{shape.top_k} for each token, so give a number from {fewest} to {shape.n_experts}"
         )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from compressors.model.arithmetic import Arithmetic
 from compressors.model.errors import InputError
@@ -81,12 +81,14 @@ class CompressChoice(_Part):
     consecutive_blocks: bool = False  # neighbours
     drop_moe_layers: int = Field(default=0, ge=0)  # MoE sub-layers of the layers that are left
     method: ExpertMethod = "none"  # how experts become fewer
-    experts: int | tuple[int, ...]  # left in each layer; a list has one number for each layer that is left
+    experts: (
+        PositiveInt | tuple[PositiveInt, ...]
+    )  # left in each layer; a list has one number for each layer that is left
     allocation: Literal["layer", "global"] = "layer"  # global: as many in all layers together, where scores are high
     protect_super_experts: bool = False
-    width: int | tuple[int, ...] | None = None  # of each expert; null: as it is
+    width: PositiveInt | tuple[PositiveInt, ...] | None = None  # of each expert; null: as it is
     edit: Literal["none", "svd", "d2-moe", "mobe"] = "none"
-    edit_size: int | None = None  # the rank; of mobe the number of bases
+    edit_size: PositiveInt | None = None  # the rank; of mobe the number of bases
     sequential: bool = False  # layers are judged by what the compressed layers in front make of the text
     sample_blocks: int = Field(default=32, gt=0)  # whose states methods see that need more than sums
 

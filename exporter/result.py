@@ -104,7 +104,9 @@ def _student(teacher: MoeShape, experts: ExpertMap) -> dict[str, Any]:
     layers = {layer.source: layer for layer in experts.layers}
     return {
         "n_layers": shape.n_layers,
+        "n_moe_layers": sum(shape.layer(index).has_moe for index in range(shape.n_layers)),
         "n_experts": shape.n_experts,  # of the layer with the most
+        "fewest_experts": min(len(layer.groups) for layer in experts.layers if layer.groups),
         "expert_width": shape.expert_width,
         "top_k": shape.top_k,
         "parameters": shape.parameters,

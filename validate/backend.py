@@ -19,7 +19,7 @@ __all__ = ["Backend", "ChunkOutput", "Routing", "RuntimeBackend", "scored_positi
 
 @dataclass(frozen=True)
 class ChunkOutput:
-    """One chunk of tokens, run from an empty cache."""
+    """One chunk of tokens, run from an empty cache. The logits are valid until the next chunk is asked for."""
 
     logits_SV: npt.NDArray[np.float32]  # at the scored positions; position i predicts token i + 1
     routing: Routing  # at every position

@@ -24,7 +24,7 @@ from validate.backend import Backend, scored_positions
 
 __all__ = ["Divergence", "Evaluation", "divergence", "evaluate", "perplexity"]
 
-_VALUES_AT_ONCE = 1 << 22  # logits that are compared together: 16 MB in float32, a few times over
+_VALUES_AT_ONCE = 1 << 20  # logits that are compared together: 4 MB in float32, a few times over
 
 
 @dataclass(frozen=True)

@@ -92,10 +92,13 @@ class LlamaCppBackend:
         """
         for tokens_T in tokens_BT:
             self._session.clear()
+            self._session.check(tokens_T)
             self._routing.start()
-            # logits everywhere: the last layer's experts run only where an output is wanted, and routing is too
-            logits_TV = self._session.decode(tokens_T, all_logits=True)
-            logits_SV = logits_TV[scored_positions(len(tokens_T))].copy()
+            # logits everywhere: the last layer's experts run only where an output is wanted, and routing is too;
+            # in halves, so that half of them are in memory at a time: those that are scored come last
+            scored = scored_positions(len(tokens_T))
+            self._session.decode(tokens_T[: scored.start], all_logits=True)
+            logits_SV = self._session.decode(tokens_T[scored.start :], all_logits=True)[: scored.stop - scored.start]
             yield ChunkOutput(logits_SV, self._routing.finish(len(tokens_T)))
 
     def greedy(self, prompt_ids: Sequence[int], n_tokens: int) -> list[int]:
@@ -216,7 +219,7 @@ class _Session:
 
         Returns float32 [T, V], or [1, V] for the last position alone: a view that is valid until the next call.
         """
-        self._check(tokens_T)
+        self.check(tokens_T)
         n_tokens = len(tokens_T)
         batch = api.llama_batch_init(n_tokens, 0, 1)
         try:
@@ -233,10 +236,15 @@ class _Session:
         if status != 0:
             raise InputError(f"llama.cpp could not evaluate {n_tokens} tokens (status {status}){_logged_error()}")
         self._length += n_tokens
-        pointer = api.llama_get_logits(self._context)
-        return np.ctypeslib.as_array(pointer, shape=(n_tokens if all_logits else 1, self.vocab_size))
+        n_rows = n_tokens if all_logits else 1
+        pointer = ctypes.cast(api.llama_get_logits(self._context), ctypes.c_void_p)
+        assert pointer.value is not None
+        logits = (ctypes.c_float * (n_rows * self.vocab_size)).from_address(pointer.value)
+        logits.session = self  # type: ignore[attr-defined]  # the memory is the context's: it must not go before
+        return np.ctypeslib.as_array(logits).reshape(n_rows, self.vocab_size)
 
-    def _check(self, tokens_T: npt.NDArray[np.int64]) -> None:
+    def check(self, tokens_T: npt.NDArray[np.int64]) -> None:
+        """Refuses tokens that cannot be appended."""
         if not 0 < len(tokens_T) <= self._n_ctx - self._length:
             raise InputError(
                 f"{len(tokens_T)} tokens after {self._length} do not fit a context of {self._n_ctx}; give more"

@@ -111,7 +111,7 @@ class OnnxRuntimeBackend:
                 self._show_routing(tokens)
             names = [node.router_logits for node in self._moe_nodes]
             logits_TV, router_logits = _run_from_empty_cache(self._session, tokens, names)
-            yield ChunkOutput(logits_TV[scored_positions(len(tokens))].copy(), self._routing(router_logits))
+            yield ChunkOutput(logits_TV[scored_positions(len(tokens))], self._routing(router_logits))
 
     def _routing(self, router_logits: Sequence[npt.NDArray[np.float32]]) -> Routing:
         """Layers without experts, and places beyond a layer's top-k, hold no expert."""
@@ -238,7 +238,10 @@ def _run_from_empty_cache(
     binding.bind_output("logits", "cpu", 0, np.float32, logits_1TV.shape, logits_1TV.ctypes.data)
     for name in outputs:
         binding.bind_output(name)
-    session.run_with_iobinding(binding)
+    options = onnxruntime.RunOptions()
+    # the arena would keep what one chunk needed, and grow with the next
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    session.run_with_iobinding(binding, options)
     _, *others = binding.get_outputs()
     return logits_1TV[0], [output.numpy() for output in others]
 

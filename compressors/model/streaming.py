@@ -8,11 +8,9 @@ at a time (:mod:`compressors.model.experts`).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +18,6 @@ from torch import nn
 from torch.nn import functional
 
 from compressors.model.errors import InputError
-from compressors.model.experts import GROUPED_EXPERTS, register_grouped_experts
 from compressors.model.families import Role
 from compressors.model.hidden_states import HiddenStates
 from compressors.model.layers import LayerReader, LayerWeights, layer_bytes, refuse_not_finite
@@ -32,19 +29,11 @@ from compressors.model.memory import (
     place,
     positions_at_once,
 )
-from compressors.model.shape import MoeShape
+from compressors.model.skeleton import Skeleton
 from compressors.model.student import Student
 from compressors.model.trained_experts import TrainedExperts
 
-__all__ = [
-    "LayerObserver",
-    "NotFiniteError",
-    "StreamedModel",
-    "TokenGroup",
-    "TrainableTensors",
-    "position_chunks",
-    "transformers_config",
-]
+__all__ = ["LayerObserver", "NotFiniteError", "StreamedModel", "TokenGroup", "TrainableTensors", "position_chunks"]
 
 TrainableTensors = Mapping[tuple[Role, int], torch.Tensor]
 LayerObserver = Callable[[int, nn.Module], AbstractContextManager[Any]]
@@ -61,29 +50,6 @@ class TokenGroup:
     tokens_BT: torch.Tensor  # int64; every row is a sequence of its own
     observers: Sequence[LayerObserver] = ()  # each is called with (layer index, layer) and returns a context
     dtype: torch.dtype = torch.float32  # of the arithmetic
-
-
-def transformers_config(folder: Path, shape: MoeShape) -> Any:
-    """transformers' configuration of the checkpoint in ``folder``, with the student's sizes."""
-    from transformers import AutoConfig
-
-    return _with_sizes(AutoConfig.from_pretrained(folder, local_files_only=True), shape)
-
-
-def _with_sizes(config: Any, shape: MoeShape) -> Any:
-    keys = shape.family.config_keys
-    setattr(config, keys.n_experts, shape.n_experts)
-    setattr(config, keys.expert_width, shape.expert_width)
-    config.num_hidden_layers = shape.n_layers
-    config.num_experts_per_tok = shape.top_k
-    return config
-
-
-class _Nothing(nn.Module):
-    """Stands where a MoE sub-layer was dropped: it adds nothing to the residual stream."""
-
-    def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(hidden_BTD)
 
 
 class StreamedModel:
@@ -112,8 +78,6 @@ class StreamedModel:
         check_finite: bool = False,
         device: torch.device | None = None,
     ) -> None:
-        from transformers import AutoModelForCausalLM
-
         self.student = student
         self.shape = student.shape
         self.trainable = dict(trainable or {})
@@ -123,17 +87,11 @@ class StreamedModel:
         self._check_finite = check_finite
         self._placement: Placement | None = None
         self._reader: LayerReader | None = None
-        register_grouped_experts()
-        config = transformers_config(student.source.folder, student.shape)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, attn_implementation="sdpa", experts_implementation=GROUPED_EXPERTS
-            )
-        self._layers = [self._fitted(layer, index, model.config) for index, layer in enumerate(model.model.layers)]
+        self._skeleton = Skeleton(student.source.folder, student.shape)
         for index, trained in self.trained_experts.items():
-            self._layers[index].get_submodule(self.shape.family.experts_module).trained = trained  # type: ignore[assignment]
-        self._rotary: nn.Module = type(model.model.rotary_emb)(config=config).to(self.device)
-        self._final_norm: nn.Module = model.model.norm.eval()
+            experts = self._skeleton.layers[index].get_submodule(self.shape.family.experts_module)
+            experts.trained = trained  # type: ignore[assignment]
+        self._rotary = self._skeleton.rotary.to(self.device)
         self._final_norm_weight = self._read(Role.FINAL_NORM).to(self.device)
 
     def embed(self, tokens_BT: torch.Tensor) -> torch.Tensor:
@@ -142,28 +100,15 @@ class StreamedModel:
         rows = torch.cat([self._read_rows(token) for token in used.tolist()])
         return rows[positions]
 
-    def _fitted(self, layer: nn.Module, index: int, config: Any) -> nn.Module:
-        """transformers' decoder layer, on the meta device, with this layer's sizes where layers differ."""
-        family, shape = self.shape.family, self.shape.layer(index)
-        if shape.has_moe and self.shape.sizes is not None:
-            with torch.device("meta"):
-                layer = type(layer)(_with_sizes(copy.deepcopy(config), shape), index)
-        if shape.has_moe:
-            layer.get_submodule(family.router_module).register_forward_pre_hook(_in_float32)
-        else:
-            setattr(layer, self._module_name(Role.MOE_NORM).removesuffix(".weight"), nn.Identity())
-            setattr(layer, family.experts_module.split(".")[0], _Nothing())
-        return layer.eval()
-
     @contextmanager
     def layer(self, index: int, weights: LayerWeights, dtype: torch.dtype = torch.float32) -> Iterator[nn.Module]:
         """Decoder layer ``index`` with these weights, computing in ``dtype``; it lets them go on leaving."""
-        module = self._layers[index]
-        module.load_state_dict(self._module_weights(weights, dtype), assign=True, strict=True)
+        module = self._skeleton.layers[index]
+        module.load_state_dict(self._skeleton.state(weights, dtype, self.device), assign=True, strict=True)
         module.requires_grad_(False)
         for role, layer in self.trainable:
             if layer == index:
-                owner, name = self._module_name(role).rsplit(".", 1)
+                owner, name = self._skeleton.name(role).rsplit(".", 1)
                 setattr(module.get_submodule(owner), name, self.trainable[role, layer])
         try:
             yield module
@@ -277,9 +222,13 @@ class StreamedModel:
         if self._reader is not None:
             self._reader.release()  # their memory is the head's now
         matrix_VD = self._read_head(dtype)
-        self._final_norm.load_state_dict({"weight": self._final_norm_weight.to(dtype)}, assign=True)
-        self._final_norm.requires_grad_(False)
-        yield lambda states_ND: functional.linear(self._final_norm(states_ND), matrix_VD)
+        self._skeleton.final_norm.load_state_dict({"weight": self._final_norm_weight.to(dtype)}, assign=True)
+        self._skeleton.final_norm.requires_grad_(False)
+        yield lambda states_ND: functional.linear(self._skeleton.final_norm(states_ND), matrix_VD)
+
+    def release(self) -> None:
+        """Lets all weights go; another pass would read them again."""
+        self._reader = self._placement = None
 
     def trained(self, layer: int) -> dict[tuple[str, int], torch.Tensor]:
         """The trainable tensors of a layer, by name and layer."""
@@ -347,24 +296,6 @@ class StreamedModel:
             if self._limit is not None:
                 give_back_freed()
 
-    def _module_weights(self, weights: LayerWeights, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        experts = self.student.family.experts_module
-        named = {
-            self._module_name(role): tensor.to(self.device, torch.float32 if role is Role.ROUTER else dtype)
-            for role, tensor in weights.others.items()
-        }
-        if len(weights.down_EDF):
-            named[f"{experts}.gate_up_proj"] = weights.gate_up_EFD.to(self.device)
-            named[f"{experts}.down_proj"] = weights.down_EDF.to(self.device)
-        return named
-
-    def _module_name(self, role: Role) -> str:
-        """Where the role's tensor lives inside transformers' decoder layer."""
-        family = self.student.family
-        if role is Role.ROUTER:
-            return f"{family.router_module}.weight"
-        return family.names[role].removeprefix("model.layers.{layer}.")
-
     def _read(self, role: Role) -> torch.Tensor:
         tensor = self.student.tensor(role)
         if self._check_finite:
@@ -386,10 +317,6 @@ class StreamedModel:
 
 
 _HEAD_ROWS_AT_ONCE = 8192
-
-
-def _in_float32(_router: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return (inputs[0].float(), *inputs[1:])
 
 
 def position_chunks(states_ND: torch.Tensor, vocab_size: int) -> Iterator[tuple[int, torch.Tensor]]:

@@ -52,6 +52,7 @@ def mean_divergence(
         for place, rows in by_block(positions, n_scored, mine):
             log_probs = teacher.rows(place, place + rows.stop - rows.start)
             total += kl_divergence(log_probs, logits[rows]).sum().double()
+    model.release()
     reduce_sum([total])
     mean: float = total.item() / (len(tokens_BT) * n_scored)
     return mean

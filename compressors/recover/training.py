@@ -113,6 +113,10 @@ class Training:
         """The trained tensors as they are now, by their name in the student; later steps do not change these copies."""
         return self._trained.overlay()
 
+    def release(self) -> None:
+        """Lets the student's weights go, which further steps would read again; what is trained stays."""
+        self._model.release()
+
     def taught(self) -> Student:
         """The student with these tensors."""
         return self._student.with_overlay(self.overlay())
@@ -181,6 +185,7 @@ def train(
             progress(1)
         if after_step is not None and training.n_done < training.settings.n_steps:
             after_step(training)
+    training.release()
     return training.taught()
 
 

@@ -82,9 +82,28 @@ def test_seconds_are_tokens_times_weights_where_reading_costs_nothing(plan: Plan
     assert seconds["schedule"] - _START == pytest.approx(3 * 8 * per_block, rel=0.001)
     assert seconds["gguf"] == pytest.approx(_START, abs=0.01)
     assert set(seconds) == {
-        *("calibrate", "schedule", "recover", "gguf", "onnx", "student"),
+        *("calibrate", "compress", "schedule", "recover", "gguf", "onnx", "student"),
         *("validate_torch", "validate_gguf", "validate_onnx"),
     }
+
+
+def test_methods_that_look_at_text_take_a_pass_or_two(plan: Plan) -> None:
+    """Of the 40 blocks: a sample of 32 through the teacher, then all through the student whose experts changed."""
+    assert seconds_by_stage(plan, _FAST, _PLENTY)["compress"] == _START, "REAP reads the sums of calibration"
+    per_block = 512 * _matrix_values(plan, plan.teacher_shape.top_k) / 1e6
+    student_block = per_block - 512 * 2 * 20 * plan.teacher_shape.hidden_size / 1e6
+    for method, sequential, passes in (
+        ("removal-error", False, 32 * per_block),
+        ("reap", True, 40 * per_block),
+        ("hc-smoe", False, 32 * per_block + 40 * student_block),
+        ("ream", True, 40 * per_block + 40 * student_block),
+    ):
+        edited = _edited(plan, compress={"method": method, "sequential": sequential})
+        seconds = seconds_by_stage(edited, _FAST, _PLENTY)["compress"] - _START
+        assert seconds == pytest.approx(passes, rel=0.001), method
+    experts = 2 * 12 * 3 * 128 * 256 * 2
+    assert disk_lines(_edited(plan, compress={"method": "m-smoe"}))["changed experts"] == experts
+    assert "changed experts" not in disk_lines(plan)
 
 
 def test_what_is_reported_is_computed_in_float32(plan: Plan) -> None:

@@ -364,7 +364,7 @@ def _redone(toy: Toy, out: Path) -> list[str]:
 def test_a_stage_with_a_damaged_record_is_done_again(toy: Toy, expected: str, tmp_path: Path, damage: str) -> None:
     path = toy.finished_work(tmp_path / "out").stage("compress") / "stage.json"
     path.write_bytes(_DAMAGES[damage](path.read_bytes()))
-    assert _redone(toy, tmp_path / "out") == ["[2/9] choose the experts"]
+    assert _redone(toy, tmp_path / "out") == ["[2/9] compress the experts"]
     assert (tmp_path / "out" / "SHA256SUMS").read_text(encoding="utf-8") == expected
 
 
@@ -373,7 +373,7 @@ def test_stages_that_lost_a_file_or_half_of_one_are_done_again(toy: Toy, expecte
     (work.stage("compress") / "expert_map.json").unlink()
     (gguf,) = work.stage("gguf").glob("*.gguf")
     os.truncate(gguf, gguf.stat().st_size // 2)
-    assert _redone(toy, tmp_path / "out") == ["[2/9] choose the experts", "[5/9] write the GGUF file"]
+    assert _redone(toy, tmp_path / "out") == ["[2/9] compress the experts", "[5/9] write the GGUF file"]
     assert (tmp_path / "out" / "SHA256SUMS").read_text(encoding="utf-8") == expected
 
 

@@ -12,14 +12,16 @@ import pytest
 
 from compressors.calibration import Splits, read_splits
 from compressors.model.checkpoint import Checkpoint
-from compressors.model.errors import BudgetError, InputError
+from compressors.model.errors import BudgetError, InputError, UnsupportedError
+from compressors.model.shape import NO_MOE, MoeShape, MoeSize
 from exporter.budget import predict
+from exporter.compression import fewest_experts
 from exporter.gguf.writer import predict_file_size
 from exporter.job import Job
 from exporter.onnx.writer import predict_size
 from exporter.planner import TextCounts, choose_recipe, predict_recipe
 from exporter.prediction import Prediction
-from exporter.recipe import BudgetChoice, Recipe
+from exporter.recipe import BudgetChoice, CompressChoice, Recipe
 
 _MODEL = Path(__file__).parents[2] / "exporter" / "demo" / "model"
 _GGUF_TYPES = ("BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0")
@@ -102,6 +104,90 @@ def test_the_choice_is_the_exhaustive_search_s(plan: Planner, artifacts: tuple[s
     assert {32, 4} <= outcomes, "both ends were reached"
 
 
+_WAYS: dict[str, list[dict[str, Any]]] = {
+    "frequency": [{"method": "frequency", "experts": n_experts} for n_experts in range(31, 3, -1)],
+    "ream": [{"method": "ream", "experts": n_experts, "sequential": True} for n_experts in range(31, 3, -1)],
+    "hc-smoe": [{"method": "hc-smoe", "experts": n_experts} for n_experts in range(31, 3, -1)],
+    "slim": [{"width": width} for width in (96, 64, 32)],
+    "block-drop": [{"drop_blocks": n_blocks} for n_blocks in range(1, 6)],
+    "layer-drop": [{"drop_moe_layers": n_layers} for n_layers in range(1, 6)],
+}
+"""What each method may do to the bundled model, from the least."""
+
+
+def _shape_by_hand(way: dict[str, Any]) -> MoeShape:
+    """The same for every layer that is left; MoE sub-layers go from the end."""
+    teacher = Checkpoint(_MODEL).shape
+    n_without = way.get("drop_moe_layers", 0)
+    size = MoeSize(way.get("experts", 32), way.get("width", 128))
+    return teacher.with_sizes([size] * (6 - way.get("drop_blocks", 0) - n_without) + [NO_MOE] * n_without)
+
+
+def _bytes_of(artifact: str, way: dict[str, Any], weight_type: str) -> int:
+    shape = _shape_by_hand(way)
+    return (
+        predict_file_size(shape, _MODEL, weight_type, "tiny")
+        if artifact == "gguf"
+        else predict_size(shape, weight_type)
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "artifacts"),
+    [
+        *((method, ("onnx",)) for method in sorted(_WAYS)),
+        *((method, ("gguf", "onnx")) for method in sorted(_WAYS) if method != "layer-drop"),
+    ],
+)
+def test_each_method_takes_the_least_away_that_fits(plan: Planner, method: str, artifacts: tuple[str, ...]) -> None:
+    """Budgets at which a way just fits, and one byte less; bits go first whatever the method."""
+    ladder = {"gguf": _GGUF_TYPES, "onnx": _ONNX_TYPES}
+    ways = [{}, *_WAYS[method]]
+    needs = [{name: _bytes_of(name, way, ladder[name][-1]) for name in artifacts} for way in ways]
+    smallest = [max(need.values()) for need in needs]
+    assert smallest == sorted(smallest, reverse=True)
+    formats = ",".join(artifacts)
+    for position in {1, 2, len(ways) // 2, len(ways) - 1}:
+        for budget, expected in ((smallest[position], position), (smallest[position] - 1, position + 1)):
+            if expected == len(ways):
+                with pytest.raises(BudgetError, match=f"works is --budget {smallest[-1]}B"):
+                    plan(budget, method=method, formats=formats)
+                continue
+            recipe, predictions = plan(budget, method=method, formats=formats)
+            assert recipe.compress == CompressChoice(**{"experts": 32} | ways[expected])
+            assert recipe.recover.rung == "router"
+            for name in artifacts:
+                fitting = (kind for kind in ladder[name] if _bytes_of(name, ways[expected], kind) <= budget)
+                assert recipe.type_of(name) == next(fitting)
+                assert predictions[name].file == _bytes_of(name, ways[expected], str(recipe.type_of(name)))
+
+
+@pytest.mark.parametrize("method", sorted(_WAYS))
+def test_with_room_to_spare_no_method_takes_anything_away(plan: Planner, method: str) -> None:
+    recipe, _ = plan(1_000_000_000, method=method)
+    assert recipe.compress == CompressChoice(experts=32)
+    assert recipe.recover.rung == "none"
+
+
+def test_layer_drop_is_refused_with_gguf(plan: Planner) -> None:
+    with pytest.raises(UnsupportedError, match=r"32 experts of width 128, no experts: .*--formats onnx"):
+        plan(_bytes_of("gguf", {}, "Q4_0") - 1, method="layer-drop", formats="gguf")
+
+
+@pytest.mark.parametrize("method", ["slim", "block-drop", "layer-drop"])
+def test_methods_that_keep_all_experts_refuse_a_number_of_them(plan: Planner, method: str) -> None:
+    with pytest.raises(InputError, match=rf"--experts: --method {method} keeps all experts"):
+        plan(1_000_000_000, method=method, experts=20)
+
+
+def test_ream_keeps_as_many_experts_as_its_groups_need(plan: Planner) -> None:
+    """Groups of 16 at most: 32 experts need 2 of them, less than the 4 that a token uses; 256 would need 16."""
+    shape = plan.checkpoint.shape
+    assert fewest_experts("ream", shape) == fewest_experts("reap", shape) == 4
+    assert fewest_experts("ream", shape.with_experts(256)) == 16
+    assert fewest_experts("ream", shape.with_experts(257)) == 17
+
+
 @pytest.mark.parametrize(("artifact", "step"), [("gguf", 1_500_000), ("onnx", 3_000_000)])
 def test_falling_budgets_never_give_more(plan: Planner, artifact: str, step: int) -> None:
     ladder = {"gguf": _GGUF_TYPES, "onnx": _ONNX_TYPES}[artifact]
@@ -153,7 +239,7 @@ def test_pinned_experts_are_obeyed_and_the_budget_still_holds(plan: Planner) -> 
     assert predictions["gguf"].file == _file_bytes("gguf", 20, "BF16")
     recipe, _ = plan(_file_bytes("gguf", 20, "Q6_K"), experts=20, formats="gguf")
     assert (recipe.compress.experts, recipe.gguf) == (20, "Q6_K")
-    with pytest.raises(BudgetError, match="with 20 experts per layer"):
+    with pytest.raises(BudgetError, match=r"with 20 of 32 experts per layer \(reap\)"):
         plan(_file_bytes("gguf", 20, "Q4_0") - 1, experts=20, formats="gguf")
 
 
@@ -229,7 +315,7 @@ def test_an_edited_recipe_must_still_fit(plan: Planner) -> None:
     with pytest.raises(BudgetError, match=r"gguf in BF16 needs 42\.5 MB .* budget of 9\.0 MB"):
         predict_recipe(_edited(recipe, gguf="BF16", compress={"method": "none", "experts": 32}), plan.checkpoint)
     for experts in (3, 33):
-        with pytest.raises(InputError, match=rf"compress\.experts: {experts} experts cannot be kept"):
+        with pytest.raises(InputError, match=rf"compress\.experts: {experts} is not possible.* from 4 to 32"):
             predict_recipe(_edited(recipe, compress={"method": "reap", "experts": experts}), plan.checkpoint)
     with pytest.raises(InputError, match="Q3_X"):
         predict_recipe(_edited(recipe, gguf="Q3_X"), plan.checkpoint)

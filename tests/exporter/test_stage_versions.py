@@ -19,7 +19,7 @@ from exporter.pipeline import ALL_STAGES
 
 _GOLDEN = {
     "gguf": (1, "72229cbe1c0f63c76a6e22bd578af0a7210e92ebf390c8b02669d989d7aa37fc"),
-    "onnx": (1, "31b6a820b203af2d85f0c584d86b4d248e02fb58084833090b0b952df7adf95e"),
+    "onnx": (2, "b627dfe1d91b0e59b09022f38541e415ab31edfc5c5de8d49db8846b75fd4dd9"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -130,12 +131,20 @@ def test_chunks_longer_than_a_batch_are_routed_whole(
     assert (np.diff(np.sort(output.routing.experts_LTK)) > 0).all()  # no expert twice
 
 
+def test_logits_outlive_the_backend(quantized_file: Path, heldout_tokens: npt.NDArray[np.int64]) -> None:
+    (output,) = LlamaCppBackend(quantized_file, n_ctx=128, threads=2).run(heldout_tokens[:96].reshape(1, 96))
+    gc.collect()
+    assert np.isfinite(output.logits_SV).all()
+    assert output.logits_SV.shape == (47, 4096)
+
+
 def test_every_row_starts_from_an_empty_cache(quantized_file: Path, heldout_tokens: npt.NDArray[np.int64]) -> None:
     tokens_BT = heldout_tokens[:192].reshape(2, 96)
     backend = LlamaCppBackend(quantized_file, n_ctx=128, flash_attention=True, threads=2)
     _, second = backend.run(tokens_BT)
+    second_SV = second.logits_SV.copy()
     (alone,) = backend.run(tokens_BT[1:])
-    np.testing.assert_array_equal(second.logits_SV, alone.logits_SV)
+    np.testing.assert_array_equal(second_SV, alone.logits_SV)
     np.testing.assert_array_equal(second.routing.experts_LTK, alone.routing.experts_LTK)
 
 

@@ -65,7 +65,9 @@ def sample_report() -> dict[str, Any]:
         },
         "student": {
             "n_layers": 6,
+            "n_moe_layers": 6,
             "n_experts": 24,
+            "fewest_experts": 24,
             "expert_width": 128,
             "top_k": 4,
             "parameters": 16_521_216,
@@ -236,7 +238,7 @@ def only(report: dict[str, Any], artifact: str) -> dict[str, Any]:
 def least() -> dict[str, Any]:
     """The same run with everything absent that can be: nothing pruned, recovered, validated or timed."""
     report = sample_report()
-    report["student"].update(n_experts=32, kept=[list(range(32))] * 6)
+    report["student"].update(n_experts=32, fewest_experts=32, kept=[list(range(32))] * 6)
     report["source"]["license"] = None
     report["budget"].update(predicted={}, measured={})
     report.update(artifacts=[], recovery=[], validation=[], timings={}, peak_rss_bytes={}, environment={}, recipe={})
@@ -588,3 +590,19 @@ def test_numbers_do_not_round_away_what_matters() -> None:
     assert numbers.change(10.0, 9.0) == "\N{MINUS SIGN}10.0 %"
     assert numbers.plain(0.00012) == "1.20e-04"
     assert numbers.perplexity(math.nan) == numbers.DASH
+
+
+@pytest.mark.parametrize(
+    ("student", "left"),
+    [
+        ({}, "24 of 32 experts per layer"),
+        ({"merged": True}, "32 experts per layer merged into 24"),
+        ({"n_experts": 32, "fewest_experts": 32, "expert_width": 96}, "all 32 experts, experts 96 of 128 wide"),
+        ({"n_layers": 5, "n_moe_layers": 5}, "5 of 6 layers, 24 of 32 experts per layer"),
+        ({"n_moe_layers": 4}, "6 of 6 layers, experts in 4 of them, 24 of 32 experts per layer"),
+        ({"fewest_experts": 19}, "19 to 24 of 32 experts per layer"),
+    ],
+)
+def test_what_is_left_is_said_in_words(report: dict[str, Any], student: dict[str, Any], left: str) -> None:
+    report["student"] |= student
+    assert facts.what_is_left(report) == left

@@ -143,6 +143,18 @@ def test_layers_are_compared_with_those_they_come_from() -> None:
     assert agreement.mean("overlap") == 1.0, "the mean is over the layers that have experts"
 
 
+def test_layers_with_a_smaller_top_k_are_padded_with_no_expert() -> None:
+    """One of two experts is right; a place that holds none agrees with nothing, not even with another such place."""
+    reference: _Layer = [((3, 1, -1), (0.7, 0.3, 0.0)), ((2, -1, -1), (1.0, 0.0, 0.0))]
+    model: _Layer = [((3, 0, -1), (0.7, 0.3, 0.0)), ((0, -1, -1), (1.0, 0.0, 0.0))]
+    assert _agreement(reference, model) == pytest.approx(
+        {"overlap": 0.25, "exact": 0.0, "top1": 0.5, "weighted": 0.35, "kept_gate_weight": 1.0}
+    )
+    assert _agreement(reference, reference) == pytest.approx(
+        {"overlap": 1.0, "exact": 1.0, "top1": 1.0, "weighted": 1.0, "kept_gate_weight": 1.0}
+    )
+
+
 def test_layers_are_judged_one_by_one_with_their_own_map() -> None:
     reference = _routing([((0, 1), (0.6, 0.4))], [((0, 1), (0.6, 0.4))])
     model = _routing([((0, 1), (0.6, 0.4))], [((0, 1), (0.6, 0.4))])

@@ -129,9 +129,13 @@ def what_is_left(report: Report) -> str:
     source, student = report["source"], report["student"]
     n_teacher, n_student = source["n_experts"], student["n_experts"]
     parts = []
-    if student["n_layers"] < source["n_layers"]:
+    if student["n_moe_layers"] < source["n_layers"]:
         parts.append(f"{student['n_layers']} of {source['n_layers']} layers")
-    if n_student == n_teacher:
+    if student["n_moe_layers"] < student["n_layers"]:
+        parts.append(f"experts in {student['n_moe_layers']} of them")
+    if student["fewest_experts"] < n_student:
+        parts.append(f"{student['fewest_experts']} to {n_student} of {n_teacher} experts per layer")
+    elif n_student == n_teacher:
         parts.append(f"all {n_teacher} experts")
     elif student["merged"]:
         parts.append(f"{n_teacher} experts per layer merged into {n_student}")
