@@ -97,11 +97,11 @@ def removal_error(block: MoeBlock, inputs_TD: torch.Tensor) -> torch.Tensor:
         logits_TE = functional.linear(piece_TD.float(), block.router_ED)
         ranked_TR = logits_TE.topk(n_choices, dim=-1).indices
         outputs_TRD = _outputs_of_choices(block, piece_TD, ranked_TR)
-        gates_TR = functional.pad(_gates(block, logits_TE, ranked_TR[:, : block.top_k]), (0, n_choices - block.top_k))
+        gates_TR = functional.pad(block.gates(logits_TE, ranked_TR[:, : block.top_k]), (0, n_choices - block.top_k))
         output_square += _weighted_sum(gates_TR, outputs_TRD).square().sum(dtype=torch.float64)
         for dropped_T1 in ranked_TR[:, : block.top_k].split(1, dim=1):
             # the same outputs with other gates, 0 for the dropped expert: the experts need not run again
-            change_TR = gates_TR - _gates(block, logits_TE.scatter(1, dropped_T1, -torch.inf), ranked_TR)
+            change_TR = gates_TR - block.gates(logits_TE.scatter(1, dropped_T1, -torch.inf), ranked_TR)
             square_T = _weighted_sum(change_TR, outputs_TRD).square().sum(-1, dtype=torch.float64)
             change_E.index_add_(0, dropped_T1[:, 0], square_T)
     return change_E / output_square.clamp_min(1e-30)
@@ -114,12 +114,6 @@ def _outputs_of_choices(block: MoeBlock, inputs_TD: torch.Tensor, ranked_TR: tor
         tokens, ranks = (ranked_TR == expert).nonzero(as_tuple=True)
         outputs_TRD[tokens, ranks] = block.output(expert, inputs_TD[tokens])
     return outputs_TRD
-
-
-def _gates(block: MoeBlock, logits_TE: torch.Tensor, choices_Tn: torch.Tensor) -> torch.Tensor:
-    """The gates of chosen experts: float32 [T, n]."""
-    gates_Tn = logits_TE.softmax(-1).gather(1, choices_Tn)
-    return gates_Tn / gates_Tn.sum(-1, keepdim=True) if block.normalize_top_k else gates_Tn
 
 
 def _weighted_sum(weights_TR: torch.Tensor, outputs_TRD: torch.Tensor) -> torch.Tensor:

@@ -23,8 +23,7 @@ from compressors.model.memory import MemoryLimit
 from compressors.model.shape import NO_MOE, MoeSize
 from compressors.model.streaming import StreamedModel, TokenGroup
 from compressors.model.student import ExpertMap, LayerMap, Student
-from compressors.moe_block import CompressedBlock, Evidence, Method, MoeBlock
-from compressors.prune import Prune
+from compressors.moe_block import CompressedBlock, Evidence, Method, MoeBlock, Needs
 from compressors.statistics import LayerStatistics, StatisticsCollector
 
 __all__ = ["CompressedLayer", "LayerTarget", "LayerwiseCompression"]
@@ -37,6 +36,15 @@ class LayerTarget:
     source: int  # the teacher's layer
     size: MoeSize  # of its experts in the end
     methods: tuple[Method, ...] = ()  # applied in turn
+
+    @property
+    def needs(self) -> Needs:
+        """What its methods look at."""
+        return max((method.needs for method in self.methods), default=Needs.STATISTICS)
+
+    def placeholder(self, size: MoeSize) -> LayerMap:
+        """The layer with experts of this size, whichever they come from."""
+        return LayerMap(self.source, tuple((expert,) for expert in range(size.n_experts)), size.expert_width or None)
 
 
 @dataclass(frozen=True)
@@ -83,8 +91,8 @@ class LayerwiseCompression:
         self._limit = limit
         self._dtype = dtype
         self._device = device
-        experts = ExpertMap(source.shape.n_experts, tuple(map(_untouched, targets, [source] * len(targets))))
-        self._before = Student(source, experts)
+        whole = MoeSize(source.shape.n_experts, source.shape.expert_width)
+        self._before = self._student(source, [NO_MOE if target.size == NO_MOE else whole for target in targets])
 
     def run(self) -> Iterator[CompressedLayer]:
         """Yields every layer of the student when it is done.
@@ -92,15 +100,17 @@ class LayerwiseCompression:
         Raises:
             InputError: a method cannot do what its fields say, or a weight or a state is not finite.
         """
-        if self._sequential or any(method.needs_inputs for target in self._targets for method in target.methods):
+        if self._sequential or max(target.needs for target in self._targets) == Needs.INPUTS:
             yield from self._run_with_text()
-            return
-        chosen_only = [index for index, target in enumerate(self._targets) if all(map(_only_chooses, target.methods))]
-        others = [index for index in range(len(self._targets)) if index not in chosen_only]
-        reader = LayerReader(self._before, n_resident=0, read_ahead=False, check_finite=True)
-        read = reader.visit(others)
+        else:
+            yield from self._run_without_text()
+
+    def _run_without_text(self) -> Iterator[CompressedLayer]:
+        """Reads only the layers whose weights a method looks at."""
+        looked_at = [index for index, target in enumerate(self._targets) if target.needs >= Needs.WEIGHTS]
+        read = LayerReader(self._before, n_resident=0, read_ahead=False, check_finite=True).visit(looked_at)
         for index in range(len(self._targets)):
-            weights = self._without_values(index) if index in chosen_only else next(read)[1]
+            weights = next(read)[1] if index in looked_at else self._without_values(index)
             yield self._compress(index, weights, self._teacher_statistics(index), None)[0]
 
     def _run_with_text(self) -> Iterator[CompressedLayer]:
@@ -173,29 +183,14 @@ class LayerwiseCompression:
     def _teacher_statistics(self, index: int) -> LayerStatistics:
         return self._statistics[self._targets[index].source]
 
+    def _student(self, source: Checkpoint, sizes: Sequence[MoeSize]) -> Student:
+        layers = [target.placeholder(size) for target, size in zip(self._targets, sizes, strict=True)]
+        return Student(source, ExpertMap(source.shape.n_experts, tuple(layers)))
+
     def _model_of_final_sizes(self) -> StreamedModel:
         """Gives decoder layers of the student's sizes; the weights they run with are handed to it."""
-        layers = [
-            LayerMap(
-                target.source, tuple((expert,) for expert in range(target.size.n_experts)), target.size.expert_width
-            )
-            if target.size != NO_MOE
-            else LayerMap(target.source, ())
-            for target in self._targets
-        ]
-        source = self._before.source
-        return StreamedModel(Student(source, ExpertMap(source.shape.n_experts, tuple(layers))), device=self._device)
-
-
-def _only_chooses(method: Method) -> bool:
-    """Whether statistics alone decide, and no weight changes."""
-    return isinstance(method, Prune) and not method.needs_inputs
-
-
-def _untouched(target: LayerTarget, source: Checkpoint) -> LayerMap:
-    """All experts of a layer that stays, none of one whose MoE sub-layer goes."""
-    n_experts = 0 if target.size == NO_MOE else source.shape.n_experts
-    return LayerMap(target.source, tuple((expert,) for expert in range(n_experts)))
+        student = self._student(self._before.source, [target.size for target in self._targets])
+        return StreamedModel(student, device=self._device)
 
 
 def _then(first: CompressedBlock, second: CompressedBlock) -> CompressedBlock:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from enum import IntEnum
 from typing import Protocol
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn import functional
 
 from compressors.statistics import LayerStatistics
 
-__all__ = ["CompressedBlock", "Evidence", "Method", "MoeBlock", "Routes"]
+__all__ = ["CompressedBlock", "Evidence", "Method", "MoeBlock", "Needs", "Routes", "second_moment"]
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,13 @@ class MoeBlock:
     def route(self, inputs_TD: torch.Tensor) -> Routes:
         """Softmax over all experts, the ``top_k`` largest, normalised over them where the model does so."""
         logits_TE = functional.linear(inputs_TD.float(), self.router_ED)
-        gates_TK, chosen_TK = logits_TE.softmax(-1).topk(self.top_k, dim=-1)
-        if self.normalize_top_k:
-            gates_TK = gates_TK / gates_TK.sum(-1, keepdim=True)
-        return Routes(logits_TE, chosen_TK, gates_TK)
+        chosen_TK = logits_TE.softmax(-1).topk(self.top_k, dim=-1).indices
+        return Routes(logits_TE, chosen_TK, self.gates(logits_TE, chosen_TK))
+
+    def gates(self, logits_TE: torch.Tensor, chosen_Tn: torch.Tensor) -> torch.Tensor:
+        """The gates of chosen experts: float32 [T, n]."""
+        gates_Tn = logits_TE.softmax(-1).gather(1, chosen_Tn)
+        return gates_Tn / gates_Tn.sum(-1, keepdim=True) if self.normalize_top_k else gates_Tn
 
     def hidden(self, expert: int, inputs_nD: torch.Tensor) -> torch.Tensor:
         """Intermediate activations of an expert, silu(gate x) * up x: float32 [n, F]."""
@@ -116,7 +120,7 @@ class Evidence:
 
     @property
     def sample_TD(self) -> torch.Tensor:
-        """The sample, for methods that set ``needs_inputs``."""
+        """The sample, for methods that need inputs."""
         assert self.inputs_TD is not None, "the method did not say that it needs inputs"
         return self.inputs_TD
 
@@ -135,13 +139,39 @@ class CompressedBlock:
         """Nothing was done yet."""
         return cls(block, tuple((expert,) for expert in range(block.n_experts)))
 
+    @classmethod
+    def rewritten(cls, block: MoeBlock, gate_up_EFD: torch.Tensor, down_EDF: torch.Tensor) -> CompressedBlock:
+        """Every expert got other matrices; none was merged or dropped, and the router is untouched."""
+        changed = replace(block, gate_up_EFD=gate_up_EFD, down_EDF=down_EDF)
+        return replace(cls.unchanged(changed), changed_experts=frozenset(range(block.n_experts)))
+
+
+class Needs(IntEnum):
+    """What a method looks at, each including those before."""
+
+    STATISTICS = 1  # it only chooses, so weights may lie on the meta device
+    WEIGHTS = 2
+    INPUTS = 3  # the evidence has ``inputs_TD``
+
 
 class Method(Protocol):
     """A way of shrinking a MoE block."""
 
     @property
-    def needs_inputs(self) -> bool:
-        """Whether statistics are not enough: the evidence must have ``inputs_TD``."""
+    def needs(self) -> Needs:
+        """What has to be there when it is called."""
 
     def __call__(self, block: MoeBlock, evidence: Evidence) -> CompressedBlock:
         """Shrinks a block; the targets (experts, width, rank) are the method's fields."""
+
+
+def second_moment(inputs_nN: torch.Tensor) -> torch.Tensor:
+    """Sum of x x^T over the inputs: float64 [N, N], zeros if there are none."""
+    total_NN = torch.zeros(2 * inputs_nN.shape[1:], dtype=torch.float64)
+    for part_nN in inputs_nN.split(_TOKENS_AT_ONCE):
+        part_nN = part_nN.double()
+        total_NN += part_nN.T @ part_nN
+    return total_NN
+
+
+_TOKENS_AT_ONCE = 4096  # widened to float64

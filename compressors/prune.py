@@ -8,7 +8,7 @@ import torch
 
 from compressors.criteria import CRITERIA, CRITERION_NAMES, REMOVAL_ERROR, removal_error
 from compressors.model.errors import InputError
-from compressors.moe_block import CompressedBlock, Evidence, MoeBlock
+from compressors.moe_block import CompressedBlock, Evidence, MoeBlock, Needs
 
 __all__ = ["Prune", "highest", "scores"]
 
@@ -34,9 +34,9 @@ class Prune:
         _check_criterion(self.criterion)
 
     @property
-    def needs_inputs(self) -> bool:
-        """Whether statistics are not enough."""
-        return self.criterion == REMOVAL_ERROR
+    def needs(self) -> Needs:
+        """Sums of the calibration pass, but for the removal error."""
+        return Needs.INPUTS if self.criterion == REMOVAL_ERROR else Needs.STATISTICS
 
     def __call__(self, block: MoeBlock, evidence: Evidence) -> CompressedBlock:
         """The block of the survivors."""

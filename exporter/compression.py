@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from compressors.allocation import allocate_globally, super_experts
-from compressors.criteria import CRITERIA, REMOVAL_ERROR
+from compressors.criteria import CRITERIA
 from compressors.decompose import ActivationSvd, D2Moe, Mobe
 from compressors.drop import block_similarities, moe_similarities, most_similar, window_similarities
 from compressors.layerwise import LayerTarget
@@ -19,7 +19,7 @@ from compressors.merge import REAM, HCSMoE, MSMoE
 from compressors.model.errors import InputError
 from compressors.model.shape import NO_MOE, MoeShape, MoeSize
 from compressors.model.streaming import StreamedModel
-from compressors.moe_block import Method
+from compressors.moe_block import Method, Needs
 from compressors.prune import Prune
 from compressors.slim import SlimWidth, check_width
 from compressors.statistics import LayerStatistics
@@ -55,8 +55,8 @@ def expected_shape(choice: CompressChoice, teacher: MoeShape) -> MoeShape:
     """
     n_layers = teacher.n_layers - choice.drop_blocks
     n_moe = n_layers - choice.drop_moe_layers
-    widths = [width or teacher.expert_width for width in _by_layer(choice.width, n_moe)]
-    experts = [int(count or 0) for count in _by_layer(choice.experts, n_moe)]
+    widths = _by_layer(choice.width, n_moe, teacher.expert_width)
+    experts = _by_layer(choice.experts, n_moe, teacher.n_experts)
     sizes = [MoeSize(count, width) for count, width in zip(experts, widths, strict=True)]
     if choice.allocation == "global" and n_moe > 1 and teacher.top_k < experts[0] < teacher.n_experts:
         # a tilt that stands for any: one layer keeps one more, another one less
@@ -82,10 +82,9 @@ def check_compression(recipe: Recipe, teacher: MoeShape) -> None:
     _check_numbers("width", choice.width, n_moe, 1, teacher.expert_width)
     _check_numbers("edit_size", choice.edit_size, n_moe, 1, _largest_edit(choice, teacher, n_moe))
     if "gguf" in recipe.artifacts:
-        for width in _by_layer(choice.width, n_moe):
-            check_width(width or teacher.expert_width, teacher.expert_width, for_gguf=width is not None)
-    counts = set(_by_layer(choice.experts, n_moe))
-    if choice.method == "none" and counts != {teacher.n_experts}:
+        for width in _by_layer(choice.width, n_moe, teacher.expert_width):
+            check_width(width, teacher.expert_width, for_gguf=choice.width is not None)
+    if choice.method == "none" and set(_by_layer(choice.experts, n_moe, teacher.n_experts)) != {teacher.n_experts}:
         raise InputError(
             f"compress.experts: {choice.experts} of {teacher.n_experts} experts shall stay, but compress.method is "
             "none: name the method by which they become fewer, such as reap"
@@ -107,9 +106,14 @@ def changes_experts(choice: CompressChoice) -> bool:
     return choice.method in _MERGING or choice.width is not None or choice.edit_size is not None
 
 
-def runs_text(choice: CompressChoice) -> bool:
+def runs_text(choice: CompressChoice, teacher: MoeShape) -> bool:
     """Whether compressing takes text through the model, because the sums of calibration do not suffice."""
-    return choice.sequential or choice.consecutive_blocks or choice.method == REMOVAL_ERROR or changes_experts(choice)
+    if choice.sequential or choice.consecutive_blocks:
+        return True
+    fewest = min(_by_layer(choice.experts, 1, teacher.n_experts))
+    narrowest = min(_by_layer(choice.width, 1, teacher.expert_width))
+    methods = _methods(choice, teacher, fewest, narrowest, frozenset())
+    return any(method.needs == Needs.INPUTS for method in methods)
 
 
 def described_compression(choice: CompressChoice, teacher: MoeShape) -> str:
@@ -155,7 +159,7 @@ def layer_targets(
     with_moe = [layer for number, layer in enumerate(layers) if number not in dropped]
     counts = _counts(choice, teacher, [statistics[layer] for layer in with_moe])
     protected = super_experts(statistics) if choice.protect_super_experts else [frozenset[int]()] * teacher.n_layers
-    widths = [width or teacher.expert_width for width in _by_layer(choice.width, len(with_moe))]
+    widths = _by_layer(choice.width, len(with_moe), teacher.expert_width)
     targets = {
         layer: LayerTarget(
             layer, MoeSize(count, width), tuple(_methods(choice, teacher, count, width, protected[layer]))
@@ -172,22 +176,21 @@ def _layers_left(
     open_teacher: Callable[[], StreamedModel],
     tokens_BT: torch.Tensor,
 ) -> list[int]:
-    everything = range(teacher.n_layers)
     if choice.drop_blocks and choice.consecutive_blocks:
         scores = window_similarities(open_teacher(), tokens_BT, choice.drop_blocks)
-        (first,) = most_similar(scores, 1, "windows") if len(scores) > 1 else (0,)
+        (first,) = most_similar(scores, 1, "windows")
         dropped: Sequence[int] = range(first, first + choice.drop_blocks)
     else:
         dropped = most_similar(block_similarities(list(statistics)), choice.drop_blocks, "blocks")
-    return [layer for layer in everything if layer not in dropped]
+    return [layer for layer in range(teacher.n_layers) if layer not in dropped]
 
 
-def _counts(choice: CompressChoice, teacher: MoeShape, statistics: Sequence[LayerStatistics]) -> list[int]:
+def _counts(choice: CompressChoice, teacher: MoeShape, statistics: Sequence[LayerStatistics]) -> Sequence[int]:
     if choice.allocation == "global" and isinstance(choice.experts, int):
         scores = [CRITERIA[choice.method](layer) for layer in statistics]
         shares = [scores_E / scores_E.sum() for scores_E in scores]  # norms grow with the depth of most models
         return allocate_globally(shares, choice.experts * len(statistics), teacher.top_k)
-    return [int(count or 0) for count in _by_layer(choice.experts, len(statistics))]
+    return _by_layer(choice.experts, len(statistics), teacher.n_experts)
 
 
 def _methods(
@@ -204,29 +207,28 @@ def _methods(
     return methods
 
 
-def _by_layer(value: int | tuple[int, ...] | None, n_layers: int) -> Sequence[int | None]:
-    return value if isinstance(value, tuple) else [value] * n_layers
+def _by_layer(value: int | tuple[int, ...] | None, n_layers: int, default: int) -> Sequence[int]:
+    return value if isinstance(value, tuple) else [default if value is None else value] * n_layers
 
 
 def _check_numbers(field: str, value: int | tuple[int, ...] | None, n_layers: int, lowest: int, highest: int) -> None:
-    numbers = [number for number in _by_layer(value, n_layers) if number is not None]
     if isinstance(value, tuple) and len(value) != n_layers:
         raise InputError(
             f"compress.{field}: {len(value)} numbers for {n_layers} layers with experts; give one for each, "
             "or one for all"
         )
-    for number in numbers:
+    for number in _by_layer(value, n_layers, default=highest):
         if not lowest <= number <= highest:
             raise InputError(_out_of_range(field, number, lowest, highest))
 
 
 def _largest_edit(choice: CompressChoice, teacher: MoeShape, n_moe: int) -> int:
     """The full rank of the narrowest experts; of MoBE as many bases as the layer with the fewest experts has."""
+    if choice.edit == "mobe" and choice.allocation == "global":
+        return teacher.top_k
     if choice.edit == "mobe":
-        fewest = teacher.top_k if choice.allocation == "global" else None
-        return fewest or min(int(count or 0) for count in _by_layer(choice.experts, n_moe))
-    widths = [width or teacher.expert_width for width in _by_layer(choice.width, n_moe)]
-    return min(*widths, teacher.hidden_size)
+        return min(_by_layer(choice.experts, n_moe, teacher.n_experts))
+    return min(*_by_layer(choice.width, n_moe, teacher.expert_width), teacher.hidden_size)
 
 
 def _out_of_range(field: str, number: int, lowest: int, highest: int) -> str:

@@ -166,7 +166,7 @@ def _compression(plan: Plan, passes: _Passes) -> float:
     """A pass over the text that methods see, and one of the student whose experts changed, for their statistics."""
     choice, n_blocks = plan.recipe.compress, plan.recipe.text.calibration_blocks
     n_seen = n_blocks if choice.sequential else min(choice.sample_blocks, n_blocks)
-    looking = passes.forward(plan.teacher_shape, n_seen) if runs_text(choice) else 0.0
+    looking = passes.forward(plan.teacher_shape, n_seen) if runs_text(choice, plan.teacher_shape) else 0.0
     return looking + (passes.forward(plan.student_shape, n_blocks) if changes_experts(choice) else 0.0)
 
 

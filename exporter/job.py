@@ -26,9 +26,9 @@ __all__ = [
     "FORMATS",
     "KV_TYPES",
     "METHODS",
+    "METHODS_WITHOUT_EXPERTS",
     "QUANT_TYPES",
     "RECOVERIES",
-    "WHOLE_LAYER_METHODS",
     "Job",
     "parse_duration",
     "parse_requirements",
@@ -38,8 +38,10 @@ BUDGET_KINDS: Final = ("total", "file")
 DEVICES: Final = ("auto", "cpu", "cuda")
 FORMATS: Final = ("gguf", "onnx")
 KV_TYPES: Final = ("f16", "f32", "q8_0", "q4_0")
-WHOLE_LAYER_METHODS: Final = ("slim", "block-drop", "layer-drop")
-METHODS: Final = ("auto", *(name for name in get_args(ExpertMethod) if name != "none"), *WHOLE_LAYER_METHODS)
+METHODS_WITHOUT_EXPERTS: Final = ("slim", "block-drop", "layer-drop")
+"""Methods for which ``--experts`` says nothing."""
+
+METHODS: Final = ("auto", *(name for name in get_args(ExpertMethod) if name != "none"), *METHODS_WITHOUT_EXPERTS)
 QUANT_TYPES: Final = ("F32", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_0")
 RECOVERIES: Final = ("auto", "none", "router", "router:published")
 

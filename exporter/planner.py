@@ -20,7 +20,7 @@ from compressors.slim import GGUF_WIDTH_MULTIPLE
 from exporter.budget import predict
 from exporter.compression import check_compression, described_compression, expected_shape, fewest_experts
 from exporter.gguf.layout import PRESETS as GGUF_PRESETS
-from exporter.job import WHOLE_LAYER_METHODS, Job
+from exporter.job import METHODS_WITHOUT_EXPERTS, Job
 from exporter.prediction import Prediction
 from exporter.recipe import BudgetChoice, CompressChoice, Recipe, RecoverChoice, SourceChoice, TextChoice
 from exporter.sizes import format_size
@@ -224,7 +224,7 @@ def _with_experts(method: str, n_experts: int, whole: CompressChoice) -> Compres
 
 def _check_experts(job: Job, checkpoint: Checkpoint) -> None:
     shape, n_experts = checkpoint.shape, job.experts
-    if job.method in WHOLE_LAYER_METHODS:
+    if job.method in METHODS_WITHOUT_EXPERTS:
         raise InputError(f"--experts: --method {job.method} keeps all experts; leave --experts out, or name another")
     fewest = fewest_experts(job.method, shape)
     if n_experts is None or not fewest <= n_experts <= shape.n_experts:

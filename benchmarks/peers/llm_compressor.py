@@ -26,7 +26,7 @@ from compressors.model.checkpoint import Checkpoint
 from compressors.model.shape import MoeSize
 from compressors.model.streaming import StreamedModel, TokenGroup
 from compressors.model.student import Student
-from compressors.moe_block import CompressedBlock, Evidence, MoeBlock
+from compressors.moe_block import CompressedBlock, Evidence, MoeBlock, Needs
 from compressors.prune import Prune, highest
 from compressors.statistics import LayerStatistics, StatisticsCollector
 
@@ -196,7 +196,7 @@ class _Recorded:
 
     n_experts: int
     choices: list[_Choice]
-    needs_inputs: bool = False
+    needs: Needs = Needs.STATISTICS
 
     def __call__(self, block: MoeBlock, evidence: Evidence) -> CompressedBlock:
         self.choices.append(_choice(evidence.statistics, self.n_experts))

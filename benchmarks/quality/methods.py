@@ -34,7 +34,7 @@ from compressors.model.families import Role
 from compressors.model.shape import NO_MOE, MoeShape, MoeSize
 from compressors.model.streaming import StreamedModel
 from compressors.model.student import ExpertMap, LayerMap, Student
-from compressors.moe_block import CompressedBlock, Evidence, Method, MoeBlock
+from compressors.moe_block import CompressedBlock, Evidence, Method, MoeBlock, Needs
 from compressors.prune import Prune, scores
 from compressors.slim import GGUF_WIDTH_MULTIPLE, Awq, Gptq, RoundToNearest, SlimWidth, SparseGpt, Wanda
 from compressors.statistics import LayerStatistics
@@ -167,7 +167,7 @@ class _RecordScores:
 
     criterion: str
     found: list[torch.Tensor]
-    needs_inputs: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs.INPUTS
 
     def __call__(self, block: MoeBlock, evidence: Evidence) -> CompressedBlock:
         self.found.append(scores(self.criterion, block, evidence))

@@ -9,7 +9,7 @@ import torch
 
 from compressors.decompose.factors import ExpertMatrices, check_rank, with_factors
 from compressors.decompose.svd import SvdFactors, decompose_experts
-from compressors.moe_block import CompressedBlock, Evidence, MoeBlock
+from compressors.moe_block import CompressedBlock, Evidence, MoeBlock, Needs
 
 __all__ = ["D2Moe", "D2MoeFactors", "usage_weighted_base"]
 
@@ -43,7 +43,7 @@ class D2Moe:
     """
 
     rank: int
-    needs_inputs: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs.INPUTS
 
     def decompose(self, block: MoeBlock, evidence: Evidence) -> D2MoeFactors:
         """The factors of a block's experts.

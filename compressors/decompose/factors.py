@@ -7,7 +7,7 @@ matrix (gate and up: O = F, I = D; down: O = D, I = F).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -106,14 +106,8 @@ def relative_errors(block: MoeBlock, factors: Factors) -> MatrixErrors:
 
 
 def with_factors(block: MoeBlock, factors: Factors) -> CompressedBlock:
-    """The block with the factors multiplied out: every expert changed, none merged or dropped, the router untouched."""
-    gate_up_EFD, down_EDF = factors.materialize()
-    unchanged = CompressedBlock.unchanged(block)
-    return replace(
-        unchanged,
-        block=replace(block, gate_up_EFD=gate_up_EFD, down_EDF=down_EDF),
-        changed_experts=frozenset(range(block.n_experts)),
-    )
+    """The block with the factors multiplied out."""
+    return CompressedBlock.rewritten(block, *factors.materialize())
 
 
 def check_rank(rank: int, block: MoeBlock) -> None:

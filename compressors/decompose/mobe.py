@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from compressors.decompose.factors import check_rank, with_factors
 from compressors.model.errors import InputError
-from compressors.moe_block import CompressedBlock, Evidence, MoeBlock
+from compressors.moe_block import CompressedBlock, Evidence, MoeBlock, Needs
 
 __all__ = ["Activation", "Mobe", "MobeFactors", "SharedBases"]
 
@@ -79,7 +79,7 @@ class Mobe:
     steps: int = 10_000
     learning_rate: float = 0.07
     activation: Activation = "silu"
-    needs_inputs: ClassVar[bool] = False
+    needs: ClassVar[Needs] = Needs.WEIGHTS
 
     def decompose(self, block: MoeBlock, evidence: Evidence) -> MobeFactors:
         """The factors of a block's experts.

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from compressors.decompose.factors import ExpertMatrices, LowRank, check_rank, with_factors
-from compressors.moe_block import CompressedBlock, Evidence, MoeBlock, Routes
+from compressors.moe_block import CompressedBlock, Evidence, MoeBlock, Needs, Routes, second_moment
 
 __all__ = ["ActivationSvd", "ExpertMoments", "SvdFactors", "decompose_experts", "expert_moments", "truncate"]
 
@@ -49,7 +49,7 @@ class ActivationSvd:
     """
 
     rank: int
-    needs_inputs: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs.INPUTS
 
     def decompose(self, block: MoeBlock, evidence: Evidence) -> SvdFactors:
         """The factors of a block's experts.
@@ -84,7 +84,7 @@ def expert_moments(block: MoeBlock, evidence: Evidence, routes: Routes, expert: 
     """Second moments of one expert's inputs, and of its intermediate activations, over its routed sample tokens."""
     tokens, _gates = routes.of_expert(expert)
     inputs_nD = evidence.sample_TD[tokens]
-    return ExpertMoments(_second_moment(inputs_nD), _second_moment(block.hidden(expert, inputs_nD)))
+    return ExpertMoments(_whitening_moment(inputs_nD), _whitening_moment(block.hidden(expert, inputs_nD)))
 
 
 def truncate(matrix_OI: torch.Tensor, moment_II: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,15 +102,13 @@ def truncate(matrix_OI: torch.Tensor, moment_II: torch.Tensor, rank: int) -> tup
     return left_Or, left_Or.T @ matrix_OI
 
 
-def _second_moment(inputs_nI: torch.Tensor) -> torch.Tensor:
+def _whitening_moment(inputs_nI: torch.Tensor) -> torch.Tensor:
     """The sum of x x^T with one token of mean norm added in every direction; the identity, so plain SVD, for no tokens.
 
     The ridge fades as tokens come in. Without it the cut overfits a few hundred tokens: on tokens outside the sample
     it is worse, on other text even worse than plain SVD. Half or twice the ridge was no better on the trained fixtures.
     """
-    identity_II = torch.eye(inputs_nI.shape[1], dtype=torch.float64)
-    inputs_nI = inputs_nI.double()
-    mean_square = inputs_nI.square().sum() / max(len(inputs_nI), 1)
-    if mean_square == 0:
-        return identity_II
-    return inputs_nI.T @ inputs_nI + mean_square * identity_II
+    moment_II = second_moment(inputs_nI)
+    mean_square = moment_II.trace() / max(len(inputs_nI), 1)
+    moment_II.diagonal().add_(mean_square if mean_square > 0 else 1.0)
+    return moment_II

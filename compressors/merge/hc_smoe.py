@@ -10,7 +10,7 @@ from scipy.cluster.hierarchy import linkage
 
 from compressors.merge.average import merge_groups, ordered, require_possible
 from compressors.merge.similarity import mean_outputs
-from compressors.moe_block import CompressedBlock, Evidence, MoeBlock
+from compressors.moe_block import CompressedBlock, Evidence, MoeBlock, Needs
 
 __all__ = ["HCSMoE"]
 
@@ -30,7 +30,7 @@ class HCSMoE:
     """
 
     n_experts: int
-    needs_inputs: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs.INPUTS
 
     def __call__(self, block: MoeBlock, evidence: Evidence) -> CompressedBlock:
         """Merges a block's experts; a cluster's most used expert, of equals the lowest, is the one it comes from."""

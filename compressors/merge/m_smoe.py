@@ -11,7 +11,7 @@ import torch
 from compressors.merge.alignment import match_weights
 from compressors.merge.average import merge_groups, ordered, require_possible
 from compressors.merge.similarity import router_logit_cosines
-from compressors.moe_block import CompressedBlock, Evidence, MoeBlock
+from compressors.moe_block import CompressedBlock, Evidence, MoeBlock, Needs
 from compressors.prune import highest
 
 __all__ = ["MSMoE"]
@@ -34,7 +34,7 @@ class MSMoE:
     """
 
     n_experts: int
-    needs_inputs: ClassVar[bool] = False
+    needs: ClassVar[Needs] = Needs.WEIGHTS
 
     def __call__(self, block: MoeBlock, evidence: Evidence) -> CompressedBlock:
         """Merges a block's experts; of equally used or equally similar experts the lower index wins."""

@@ -12,7 +12,7 @@ from compressors.merge.alignment import match_weights_and_activations
 from compressors.merge.average import merge_groups, ordered, require_possible
 from compressors.merge.similarity import output_cosines, router_logit_cosines
 from compressors.model.errors import InputError
-from compressors.moe_block import CompressedBlock, Evidence, MoeBlock
+from compressors.moe_block import CompressedBlock, Evidence, MoeBlock, Needs
 
 __all__ = ["REAM"]
 
@@ -41,7 +41,7 @@ class REAM:
 
     n_experts: int
     group_size: int = 16  # C of the paper, the centroid included
-    needs_inputs: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs.INPUTS
 
     def __call__(self, block: MoeBlock, evidence: Evidence) -> CompressedBlock:
         """Merges a block's experts; of equally salient or equally similar experts the lower index wins."""

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from compressors.moe_block import CompressedBlock, Evidence, MoeBlock
-from compressors.slim.matrices import Change, change_matrices, second_moment
+from compressors.moe_block import CompressedBlock, Evidence, MoeBlock, Needs, second_moment
+from compressors.slim.matrices import Change, change_matrices
 from compressors.slim.rounding import round_to_nearest
 
 __all__ = ["Awq"]
@@ -29,7 +29,7 @@ class Awq:
     that no sample token chose is rounded to nearest. For comparison, in torch: the containers gain nothing.
     """
 
-    needs_inputs: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs.INPUTS
 
     def __call__(self, block: MoeBlock, evidence: Evidence) -> CompressedBlock:
         """The block with experts rounded under the best scales.

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from compressors.slim.matrices import second_moment
+from compressors.moe_block import second_moment
 
 __all__ = ["BLOCK", "Settle", "inverse_factor", "sweep"]
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from compressors.moe_block import CompressedBlock, Evidence, MoeBlock
+from compressors.moe_block import CompressedBlock, Evidence, MoeBlock, Needs
 from compressors.slim.column_sweep import inverse_factor, sweep
 from compressors.slim.matrices import Change, change_matrices
 from compressors.slim.rounding import GROUP_SIZE, group_scales, on_grid
@@ -25,7 +25,7 @@ class Gptq:
     dequantized float32, and the containers gain nothing beyond their own quantization.
     """
 
-    needs_inputs: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs.INPUTS
 
     def __call__(self, block: MoeBlock, evidence: Evidence) -> CompressedBlock:
         """The block with its experts on the 4-bit grid.

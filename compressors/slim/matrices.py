@@ -6,21 +6,18 @@ Letters as in :mod:`compressors.moe_block`; a matrix has R rows (outputs) and N 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 
 from compressors.moe_block import CompressedBlock, Evidence, MoeBlock
 
-__all__ = ["Calibrate", "Change", "change_matrices", "second_moment", "with_matrices"]
+__all__ = ["Calibrate", "Change", "change_matrices"]
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 """A matrix [R, N] to the one that replaces it."""
 
 Calibrate = Callable[[torch.Tensor], Change]
 """Inputs [n, N] to the change of every matrix that has these inputs."""
-
-_TOKENS_AT_ONCE = 4096
 
 
 def change_matrices(block: MoeBlock, evidence: Evidence, calibrate: Calibrate) -> CompressedBlock:
@@ -37,21 +34,4 @@ def change_matrices(block: MoeBlock, evidence: Evidence, calibrate: Calibrate) -
         change = calibrate(inputs_nD)
         gate_up_EFD[expert] = torch.cat([change(block.gate(expert)), change(block.up(expert))])
         down_EDF[expert] = calibrate(block.hidden(expert, inputs_nD))(block.down(expert))
-    return with_matrices(block, gate_up_EFD, down_EDF)
-
-
-def with_matrices(block: MoeBlock, gate_up_EFD: torch.Tensor, down_EDF: torch.Tensor) -> CompressedBlock:
-    """The block with other matrices in every expert; each expert stands for itself."""
-    return replace(
-        CompressedBlock.unchanged(replace(block, gate_up_EFD=gate_up_EFD, down_EDF=down_EDF)),
-        changed_experts=frozenset(range(block.n_experts)),
-    )
-
-
-def second_moment(inputs_nN: torch.Tensor) -> torch.Tensor:
-    """Sum of x x^T over the inputs: float64 [N, N], zeros if there are none."""
-    total_NN = torch.zeros(2 * inputs_nN.shape[1:], dtype=torch.float64)
-    for part_nN in inputs_nN.split(_TOKENS_AT_ONCE):
-        part_nN = part_nN.double()
-        total_NN += part_nN.T @ part_nN
-    return total_NN
+    return CompressedBlock.rewritten(block, gate_up_EFD, down_EDF)

@@ -8,8 +8,7 @@ from typing import ClassVar
 import torch
 
 from compressors.model.errors import InputError
-from compressors.moe_block import CompressedBlock, Evidence, MoeBlock
-from compressors.slim.matrices import with_matrices
+from compressors.moe_block import CompressedBlock, Evidence, MoeBlock, Needs
 
 __all__ = ["GROUP_SIZE", "RoundToNearest", "group_scales", "on_grid", "round_to_nearest"]
 
@@ -56,7 +55,7 @@ class RoundToNearest:
     Weights are dequantized float32, in torch; the containers gain nothing beyond their own quantization.
     """
 
-    needs_inputs: ClassVar[bool] = False
+    needs: ClassVar[Needs] = Needs.WEIGHTS
 
     def __call__(self, block: MoeBlock, evidence: Evidence) -> CompressedBlock:
         """The block with its experts on the grid.
@@ -68,4 +67,4 @@ class RoundToNearest:
             torch.stack([round_to_nearest(weights.float()) for weights in matrices])
             for matrices in (block.gate_up_EFD, block.down_EDF)
         ]
-        return with_matrices(block, *rounded)
+        return CompressedBlock.rewritten(block, *rounded)

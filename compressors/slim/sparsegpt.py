@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
-from compressors.moe_block import CompressedBlock, Evidence, MoeBlock
 from compressors.slim.column_sweep import BLOCK, inverse_factor, sweep
-from compressors.slim.matrices import Change, change_matrices
-from compressors.slim.sparsity import Pattern, check_columns, check_sparsity, highest_mask, two_of_four_mask
+from compressors.slim.matrices import Change
+from compressors.slim.sparsity import Sparsity, highest_mask, two_of_four_mask
 
 __all__ = ["SparseGpt"]
 
 
 @dataclass(frozen=True)
-class SparseGpt:
+class SparseGpt(Sparsity):
     """Frantar and Alistarh, "SparseGPT" (arXiv 2301.00774), algorithm 1.
 
     A weight's score is w^2 / [H_F^-1]_jj, what setting it to zero costs, F being its column and those after it.
@@ -26,28 +24,9 @@ class SparseGpt:
     weight too many is dropped per block (``<=`` its threshold), and inputs that are always zero lose their weights.
     An expert that no sample token chose is pruned by magnitude. For comparison, in torch: the containers store zeros
     like any other weight.
-
-    Raises:
-        InputError: when made, the sparsity or the pattern is not possible.
     """
 
-    sparsity: float
-    pattern: Pattern = "unstructured"
-    needs_inputs: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_sparsity(self.sparsity, self.pattern)
-
-    def __call__(self, block: MoeBlock, evidence: Evidence) -> CompressedBlock:
-        """The block with sparse experts.
-
-        Raises:
-            InputError: the pattern is 2:4 and the hidden size or the width is not a multiple of 4.
-        """
-        return change_matrices(block, evidence, self._calibrate)
-
     def _calibrate(self, inputs_nN: torch.Tensor) -> Change:
-        check_columns(inputs_nN.shape[1], self.pattern)
         factor_NN = inverse_factor(inputs_nN)
         costs_N = factor_NN.diagonal().square()
         n_together = 4 if self.pattern == "2:4" else BLOCK

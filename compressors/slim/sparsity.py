@@ -2,16 +2,53 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 
 from compressors.model.errors import InputError
+from compressors.moe_block import CompressedBlock, Evidence, MoeBlock, Needs
+from compressors.slim.matrices import Change, change_matrices
 
-__all__ = ["Pattern", "check_columns", "check_sparsity", "highest_mask", "two_of_four_mask"]
+__all__ = ["Pattern", "Sparsity", "check_columns", "check_sparsity", "highest_mask", "two_of_four_mask"]
 
 Pattern = Literal["unstructured", "2:4"]
 """Where the zeros may lie: anywhere, or exactly two in each group of four consecutive inputs."""
+
+
+@dataclass(frozen=True)
+class Sparsity(ABC):
+    """A method that sets a share of every expert matrix to zero.
+
+    Raises:
+        InputError: when made, the sparsity or the pattern is not possible.
+    """
+
+    sparsity: float
+    pattern: Pattern = "unstructured"
+    needs: ClassVar[Needs] = Needs.INPUTS
+
+    def __post_init__(self) -> None:
+        """Checks what can be checked before there is a block."""
+        check_sparsity(self.sparsity, self.pattern)
+
+    def __call__(self, block: MoeBlock, evidence: Evidence) -> CompressedBlock:
+        """The block with sparse experts.
+
+        Raises:
+            InputError: the pattern is 2:4 and the hidden size or the width is not a multiple of 4.
+        """
+        return change_matrices(block, evidence, self._checked)
+
+    def _checked(self, inputs_nN: torch.Tensor) -> Change:
+        check_columns(inputs_nN.shape[1], self.pattern)
+        return self._calibrate(inputs_nN)
+
+    @abstractmethod
+    def _calibrate(self, inputs_nN: torch.Tensor) -> Change:
+        """What becomes of the matrices that have these inputs."""
 
 
 def check_sparsity(sparsity: float, pattern: Pattern) -> None:

@@ -11,9 +11,8 @@ from typing import ClassVar
 import torch
 
 from compressors.model.errors import InputError
-from compressors.moe_block import CompressedBlock, Evidence, MoeBlock
+from compressors.moe_block import CompressedBlock, Evidence, MoeBlock, Needs, second_moment
 from compressors.prune import highest
-from compressors.slim.matrices import second_moment, with_matrices
 
 __all__ = ["GGUF_WIDTH_MULTIPLE", "SlimWidth", "check_width", "compensated_down", "neuron_importance"]
 
@@ -55,7 +54,7 @@ class SlimWidth:
     """
 
     width: int
-    needs_inputs: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs.INPUTS
 
     def __call__(self, block: MoeBlock, evidence: Evidence) -> CompressedBlock:
         """The block with every expert ``width`` neurons wide; down projections are float32.
@@ -76,7 +75,7 @@ class SlimWidth:
             gate_up.append(block.gate_up_EFD[expert, rows])
             ridge = _PRIOR_TOKENS * float(moment_FF.diagonal().mean()) / max(len(hidden_nF), 1)
             down.append(compensated_down(block.down(expert), moment_FF, kept, ridge))
-        return with_matrices(block, torch.stack(gate_up), torch.stack(down))
+        return CompressedBlock.rewritten(block, torch.stack(gate_up), torch.stack(down))
 
 
 def neuron_importance(block: MoeBlock, expert: int, hidden_square_F: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from compressors.criteria import CRITERION_NAMES, REMOVAL_ERROR
 from compressors.model.errors import InputError
-from compressors.moe_block import Evidence, MoeBlock
+from compressors.moe_block import Evidence, MoeBlock, Needs
 from compressors.prune import Prune, highest, scores
 
 TrainedBlock = Callable[..., tuple[MoeBlock, Evidence]]
@@ -75,8 +75,8 @@ def test_of_equal_experts_the_first_stays(coarse_folder: Path, trained_block: Tr
 @pytest.mark.parametrize("criterion", CRITERION_NAMES)
 def test_only_the_removal_error_asks_for_inputs(fine_folder: Path, trained_block: TrainedBlock, criterion: str) -> None:
     method = Prune(criterion, 16)
-    assert method.needs_inputs == (criterion == REMOVAL_ERROR)
-    if not method.needs_inputs:
+    assert (method.needs == Needs.INPUTS) == (criterion == REMOVAL_ERROR)
+    if method.needs == Needs.STATISTICS:
         block, evidence = trained_block(fine_folder, 0)
         assert method(block, replace(evidence, inputs_TD=None)).groups == method(block, evidence).groups
 

@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from compressors.model.errors import InputError
-from compressors.moe_block import Evidence, MoeBlock
+from compressors.moe_block import Evidence, MoeBlock, second_moment
 from compressors.slim import SlimWidth, check_width
-from compressors.slim.matrices import second_moment
 from compressors.slim.width import compensated_down
 
 TrainedBlock = Callable[..., tuple[MoeBlock, Evidence]]
