@@ -1,0 +1,147 @@
+"""The arms of the comparison: each teaches a student in one way, by the code that the recover stage runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.recovery.layer_local import train_routers_locally
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.losses import kl_divergence
+from compressors.model.streaming import StreamedModel, TokenGroup
+from compressors.model.student import Student
+from compressors.recover.objectives import Distillation, NextToken, Objective, RouterLogitMatching, StepLoss
+from compressors.recover.schedule import Schedule
+from compressors.recover.scopes import Scope, expert_usage
+from compressors.recover.training import Training, train
+from compressors.statistics import LayerStatistics
+from compressors.teacher import TeacherTargets
+
+__all__ = ["ARMS", "FULL_VOCABULARY", "NONE", "PUBLISHED", "ROUTER_KD", "SWEEP_RATES", "Arm", "Knowledge"]
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What every arm is given."""
+
+    source: Checkpoint
+    statistics: Sequence[LayerStatistics]  # the teacher's
+    tokens_BT: torch.Tensor  # training text
+    targets: TeacherTargets  # of the training text
+
+
+Train = Callable[[Knowledge, Student, Schedule], Student]
+MakeObjective = Callable[[Knowledge, Student], Objective]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the table."""
+
+    name: str
+    scope: Scope | None  # None: nothing is trained
+    learning_rate: float
+    train: Train
+
+
+def _by(make_objective: MakeObjective, scope: Scope) -> Train:
+    def teach(knowledge: Knowledge, student: Student, schedule: Schedule) -> Student:
+        usage = expert_usage(knowledge.statistics, student.experts)
+        objective = make_objective(knowledge, student)
+        return train(Training(student, knowledge.tokens_BT, objective, schedule, scope=scope, usage=usage))
+
+    return teach
+
+
+def _layer_local(knowledge: Knowledge, student: Student, schedule: Schedule) -> Student:
+    return train_routers_locally(Student.teacher(knowledge.source), student, knowledge.tokens_BT, schedule)
+
+
+def _distillation(knowledge: Knowledge, student: Student) -> Objective:
+    return Distillation(knowledge.targets, student)
+
+
+def _next_token(_knowledge: Knowledge, _student: Student) -> Objective:
+    return NextToken()
+
+
+def _router_logits(knowledge: Knowledge, student: Student) -> Objective:
+    return RouterLogitMatching(StreamedModel(Student.teacher(knowledge.source)), student)
+
+
+class FullDistillation:
+    """What :class:`~compressors.recover.objectives.Distillation` approximates: KL over the full vocabulary.
+
+    The teacher says anew at each step what it thinks of the step's blocks, in float32; nothing is cached.
+    """
+
+    def __init__(self, knowledge: Knowledge, _student: Student) -> None:
+        self._teacher = StreamedModel(Student.teacher(knowledge.source))
+
+    @torch.no_grad()
+    def _log_probs(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        (hidden,) = self._teacher.stream([TokenGroup(tokens_BT)])
+        every = slice(0, tokens_BT.shape[1])
+        chunks = self._teacher.logits_in_chunks(hidden, every)
+        return torch.cat([torch.log_softmax(logits, dim=-1) for _, logits in chunks])
+
+    def of_step(self, tokens_BT: torch.Tensor, blocks: Sequence[int], n_blocks: int) -> StepLoss:
+        """The divergence, averaged over the positions that have a next token."""
+        mine_BT = tokens_BT[list(blocks)]
+        log_probs = self._log_probs(mine_BT)
+        n_tokens = mine_BT.shape[1]
+        weights_BT = torch.full(mine_BT.shape, 1.0 / (n_blocks * (n_tokens - 1)))
+        weights_BT[:, -1] = 0.0  # after it comes nothing
+        weights = weights_BT.flatten()
+
+        def loss(positions: slice, logits_NV: torch.Tensor) -> torch.Tensor:
+            return (kl_divergence(log_probs[positions], logits_NV) * weights[positions]).sum()
+
+        return StepLoss(of_logits=loss)
+
+
+NONE = "none"
+PUBLISHED = "router: KD, published rate"
+ROUTER_KD = "router: KD"
+FULL_VOCABULARY = "router: KD, full vocabulary"
+
+_ROUTER_RATE = 3e-3
+_EXPERTS_RATE = 1e-3
+_ADAPTERS_RATE = 3e-3
+_MATCHING_RATE = 3e-3
+_LOCAL_RATE = 1e-3
+
+SWEEP_RATES: Mapping[str, tuple[float, ...]] = {
+    ROUTER_KD: (1e-3, 3e-3, 1e-2),
+    "router + all experts: KD": (5e-4, 1e-3, 2e-3),
+    "router + adapters: KD": (1e-3, 3e-3, 1e-2),
+    "router + all experts: next token": (5e-4, 1e-3, 2e-3),
+    "router: logits matched": (1e-3, 3e-3, 1e-2),
+    "router: layer-local": (1e-4, 1e-3, 3e-3),
+}
+"""Learning rates that were tried, on the selection split; arms that are not here take that of their scope's KD."""
+
+
+def _arms() -> list[Arm]:
+    routers, experts = Scope.routers(), Scope.all_experts()
+    some, adapters = Scope.most_used(8), Scope.adapters(8)
+    return [
+        Arm(NONE, None, 0.0, lambda _knowledge, student, _schedule: student),
+        Arm(ROUTER_KD, routers, _ROUTER_RATE, _by(_distillation, routers)),
+        Arm("router + all experts: KD", experts, _EXPERTS_RATE, _by(_distillation, experts)),
+        Arm("router + all experts: next token", experts, _EXPERTS_RATE, _by(_next_token, experts)),
+        Arm(PUBLISHED, routers, 5e-5, _by(_distillation, routers)),
+        Arm("router + adapters: KD", adapters, _ADAPTERS_RATE, _by(_distillation, adapters)),
+        Arm("router + 8 experts: KD", some, _EXPERTS_RATE, _by(_distillation, some)),
+        Arm("router: logits matched", routers, _MATCHING_RATE, _by(_router_logits, routers)),
+        Arm("router: layer-local", routers, _LOCAL_RATE, _layer_local),
+        Arm(FULL_VOCABULARY, routers, _ROUTER_RATE, _by(FullDistillation, routers)),
+        Arm("router + 8 experts: next token", some, _EXPERTS_RATE, _by(_next_token, some)),
+        Arm("router + adapters: next token", adapters, _ADAPTERS_RATE, _by(_next_token, adapters)),
+    ]
+
+
+ARMS: Mapping[str, Arm] = {arm.name: arm for arm in _arms()}
+"""By name, the most telling first."""

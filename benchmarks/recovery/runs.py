@@ -1,0 +1,72 @@
+"""Which runs the comparison takes, the most telling first, so that one that is cut off still tells something."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.recovery.arms import ARMS, NONE, ROUTER_KD, SWEEP_RATES
+from benchmarks.recovery.students import EDITED, MERGED, PRUNED, UNCHANGED
+
+__all__ = ["KINDS", "LADDER_BLOCKS", "MODELS", "SEEDS", "SHORT_BLOCKS", "SWEEP_BLOCKS", "Run", "all_runs"]
+
+MODELS = ("fine", "coarse")
+LADDER_BLOCKS = 782
+"""Blocks of 512 tokens, 400 thousand tokens in all."""
+
+SHORT_BLOCKS = 320
+"""164 thousand tokens: for the comparison of both models, and for the statistics that compressing looks at."""
+
+SWEEP_BLOCKS = 160
+"""82 thousand tokens: for the choice of learning rates."""
+
+SEEDS = (0, 1, 2)
+KINDS = (PRUNED, MERGED, EDITED)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One student that one arm teaches."""
+
+    model: str
+    student: str
+    arm: str
+    learning_rate: float
+    n_blocks: int  # of the one epoch; 0: nothing is trained
+    seed: int  # of the order of the blocks, and of what adapters begin with
+
+    @property
+    def file_name(self) -> str:
+        """For its result."""
+        words = f"{self.model} {self.student} {self.arm} {self.learning_rate:g} {self.n_blocks} {self.seed}"
+        return words.replace(":", "").replace(",", "").replace(" ", "-") + ".json"
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether it only helps to choose a learning rate; such a run never sees held-out text."""
+        return self.n_blocks == SWEEP_BLOCKS
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether there is anything to train."""
+        return self.n_blocks > 0
+
+
+def all_runs() -> list[Run]:
+    """The sweep, then every seed of the ladder and of the comparison of both models."""
+    untaught = [_untaught(model, student) for model in MODELS for student in (UNCHANGED, *KINDS)]
+    sweep = [
+        Run("fine", PRUNED, arm, rate, SWEEP_BLOCKS, SEEDS[0]) for arm, rates in SWEEP_RATES.items() for rate in rates
+    ]
+    runs = [*untaught, *sweep]
+    for seed in SEEDS:
+        runs += [_run("fine", PRUNED, arm, LADDER_BLOCKS, seed) for arm in ARMS if arm != NONE]
+        runs += [_run(model, student, ROUTER_KD, SHORT_BLOCKS, seed) for student in KINDS for model in MODELS]
+    return runs
+
+
+def _untaught(model: str, student: str) -> Run:
+    return Run(model, student, NONE, 0.0, 0, 0)
+
+
+def _run(model: str, student: str, arm: str, n_blocks: int, seed: int) -> Run:
+    return Run(model, student, arm, ARMS[arm].learning_rate, n_blocks, seed)
