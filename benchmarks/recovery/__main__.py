@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -18,10 +18,13 @@ from typing import Any
 
 import click
 
+from benchmarks.recovery.chart import write_comparison, write_ladder
 from benchmarks.recovery.measure import Measured, load, measure_into, prepare
 from benchmarks.recovery.runs import MODELS, Run, all_runs
+from benchmarks.recovery.table import write_csv, write_markdown
 
 _RESULTS = Path(__file__).parents[1] / "results"
+_FOUND = "found"
 _LOADED_BEFORE = [
     "benchmarks.recovery.measure",
     "transformers.models.auto.modeling_auto",
@@ -35,21 +38,33 @@ _LOADED_BEFORE = [
 @click.option(
     "--folder", default=Path(tempfile.gettempdir()) / "moe-export-recovery", type=Path, help="For what is measured."
 )
-def main(jobs: int, folder: Path) -> None:
+@click.option("--only-tables", is_flag=True, help="Write the tables of the runs that are done, and do no other.")
+def main(jobs: int, folder: Path, only_tables: bool) -> None:
     """Does every run in a process of its own."""
+    if only_tables:
+        _write(
+            [load(folder / _FOUND / run.file_name) for run in all_runs() if (folder / _FOUND / run.file_name).exists()]
+        )
+        return
     os.environ["OMP_NUM_THREADS"] = "1"
     # runs are forked from a process that has done nothing but load the libraries
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_LOADED_BEFORE)
     with ThreadPoolExecutor(jobs) as threads:
         list(threads.map(lambda model: _in_own_process(context, prepare, model, folder / model), MODELS))
-        results = list(threads.map(lambda run: _measured(context, folder, run), all_runs()))
-    print(len(results))
+        _write(list(threads.map(lambda run: _measured(context, folder, run), all_runs())))
     shutil.rmtree(folder)
 
 
+def _write(results: Sequence[Measured]) -> None:
+    write_csv(results, _RESULTS / "recovery.csv")
+    write_markdown(results, _RESULTS / "recovery.md")
+    write_ladder(results, _RESULTS / "recovery.png")
+    write_comparison(results, _RESULTS / "recovery_fine_coarse.png")
+
+
 def _measured(context: ForkServerContext, folder: Path, run: Run) -> Measured:
-    found = folder / "found" / run.file_name
+    found = folder / _FOUND / run.file_name
     if not found.exists():
         found.parent.mkdir(exist_ok=True)
         _in_own_process(context, measure_into, found, run, folder / run.model)

@@ -52,16 +52,19 @@ class Run:
 
 
 def all_runs() -> list[Run]:
-    """The sweep, then every seed of the ladder and of the comparison of both models."""
-    untaught = [_untaught(model, student) for model in MODELS for student in (UNCHANGED, *KINDS)]
-    sweep = [
-        Run("fine", PRUNED, arm, rate, SWEEP_BLOCKS, SEEDS[0]) for arm, rates in SWEEP_RATES.items() for rate in rates
-    ]
-    runs = [*untaught, *sweep]
+    """Seed by seed the ladder and the comparison of both models; an arm's learning rates are tried before it."""
+    runs = [_untaught(model, student) for model in MODELS for student in (UNCHANGED, *KINDS)]
     for seed in SEEDS:
-        runs += [_run("fine", PRUNED, arm, LADDER_BLOCKS, seed) for arm in ARMS if arm != NONE]
+        for arm in ARMS:
+            if arm != NONE:
+                runs += _sweep(arm) if seed == SEEDS[0] else []
+                runs.append(_run("fine", PRUNED, arm, LADDER_BLOCKS, seed))
         runs += [_run(model, student, ROUTER_KD, SHORT_BLOCKS, seed) for student in KINDS for model in MODELS]
     return runs
+
+
+def _sweep(arm: str) -> list[Run]:
+    return [Run("fine", PRUNED, arm, rate, SWEEP_BLOCKS, SEEDS[0]) for rate in SWEEP_RATES.get(arm, ())]
 
 
 def _untaught(model: str, student: str) -> Run:

@@ -23,7 +23,7 @@ DENSE = "dense"
 UNCHANGED = "teacher"
 
 _EDITED_SHARE = 0.85
-"""Share of the expert parameters that the decomposition removes: at a half it hardly harms, and nothing could be won."""
+"""Share of the expert parameters that the decomposition removes: a half hardly harms, and nothing could be won back."""
 
 
 def _compressed(method: str, share: float = 0.5) -> Callable[[Teacher], Student]:
