@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.recovery.layer_local import train_routers_locally
+from benchmarks.recovery.students import DENSE, PRUNED
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.losses import kl_divergence
 from compressors.model.streaming import StreamedModel, TokenGroup
@@ -44,6 +45,7 @@ class Arm:
     scope: Scope | None  # None: nothing is trained
     learning_rate: float
     train: Train
+    student: str = PRUNED  # that the ladder teaches so
 
 
 def _by(make_objective: MakeObjective, scope: Scope) -> Train:
@@ -112,16 +114,18 @@ _EXPERTS_RATE = 1e-3
 _ADAPTERS_RATE = 3e-3
 _MATCHING_RATE = 3e-3
 _LOCAL_RATE = 1e-3
+_DENSE_RATE = 1e-3
 
 SWEEP_RATES: Mapping[str, tuple[float, ...]] = {
     ROUTER_KD: (1e-3, 3e-3, 1e-2),
     "router + all experts: KD": (5e-4, 1e-3, 2e-3),
+    "router + all experts: next token": (1e-3, 2e-3),
     "router + adapters: KD": (1e-3, 3e-3, 1e-2),
-    "router + all experts: next token": (5e-4, 1e-3, 2e-3),
-    "router: logits matched": (1e-3, 3e-3, 1e-2),
-    "router: layer-local": (1e-4, 1e-3, 3e-3),
+    "router: logits matched": (3e-3, 1e-2),
+    "router: layer-local": (1e-4, 1e-3),
+    "feed-forward: next token": (1e-3, 3e-3),
 }
-"""Learning rates that were tried, on the selection split; arms that are not here take that of their scope's KD."""
+"""Learning rates that were tried, on the selection split; arms that are not here take that of their scope."""
 
 
 def _arms() -> list[Arm]:
@@ -132,14 +136,16 @@ def _arms() -> list[Arm]:
         Arm(ROUTER_KD, routers, _ROUTER_RATE, _by(_distillation, routers)),
         Arm("router + all experts: KD", experts, _EXPERTS_RATE, _by(_distillation, experts)),
         Arm("router + all experts: next token", experts, _EXPERTS_RATE, _by(_next_token, experts)),
+        Arm(FULL_VOCABULARY, routers, _ROUTER_RATE, _by(FullDistillation, routers)),
         Arm(PUBLISHED, routers, 5e-5, _by(_distillation, routers)),
         Arm("router + adapters: KD", adapters, _ADAPTERS_RATE, _by(_distillation, adapters)),
         Arm("router + 8 experts: KD", some, _EXPERTS_RATE, _by(_distillation, some)),
         Arm("router: logits matched", routers, _MATCHING_RATE, _by(_router_logits, routers)),
         Arm("router: layer-local", routers, _LOCAL_RATE, _layer_local),
-        Arm(FULL_VOCABULARY, routers, _ROUTER_RATE, _by(FullDistillation, routers)),
         Arm("router + 8 experts: next token", some, _EXPERTS_RATE, _by(_next_token, some)),
         Arm("router + adapters: next token", adapters, _ADAPTERS_RATE, _by(_next_token, adapters)),
+        Arm("feed-forward: next token", experts, _DENSE_RATE, _by(_next_token, experts), DENSE),
+        Arm("feed-forward: KD", experts, _DENSE_RATE, _by(_distillation, experts), DENSE),
     ]
 
 

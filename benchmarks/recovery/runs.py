@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.recovery.arms import ARMS, NONE, ROUTER_KD, SWEEP_RATES
-from benchmarks.recovery.students import EDITED, MERGED, PRUNED, UNCHANGED
+from benchmarks.recovery.arms import ARMS, NONE, ROUTER_KD, SWEEP_RATES, Arm
+from benchmarks.recovery.students import DENSE, EDITED, MERGED, PRUNED, UNCHANGED
 
 __all__ = ["KINDS", "LADDER_BLOCKS", "MODELS", "SEEDS", "SHORT_BLOCKS", "SWEEP_BLOCKS", "Run", "all_runs"]
 
@@ -52,24 +52,23 @@ class Run:
 
 
 def all_runs() -> list[Run]:
-    """Seed by seed the ladder and the comparison of both models; an arm's learning rates are tried before it."""
+    """Seed by seed the ladders and the comparison of both models; an arm's learning rates are tried before it."""
     runs = [_untaught(model, student) for model in MODELS for student in (UNCHANGED, *KINDS)]
+    runs.append(_untaught("fine", DENSE))
     for seed in SEEDS:
-        for arm in ARMS:
-            if arm != NONE:
+        for arm in ARMS.values():
+            if arm.name != NONE:
                 runs += _sweep(arm) if seed == SEEDS[0] else []
-                runs.append(_run("fine", PRUNED, arm, LADDER_BLOCKS, seed))
-        runs += [_run(model, student, ROUTER_KD, SHORT_BLOCKS, seed) for student in KINDS for model in MODELS]
+                runs.append(Run("fine", arm.student, arm.name, arm.learning_rate, LADDER_BLOCKS, seed))
+        rate = ARMS[ROUTER_KD].learning_rate
+        runs += [Run(model, student, ROUTER_KD, rate, SHORT_BLOCKS, seed) for student in KINDS for model in MODELS]
     return runs
 
 
-def _sweep(arm: str) -> list[Run]:
-    return [Run("fine", PRUNED, arm, rate, SWEEP_BLOCKS, SEEDS[0]) for rate in SWEEP_RATES.get(arm, ())]
+def _sweep(arm: Arm) -> list[Run]:
+    rates = SWEEP_RATES.get(arm.name, ())
+    return [Run("fine", arm.student, arm.name, rate, SWEEP_BLOCKS, SEEDS[0]) for rate in rates]
 
 
 def _untaught(model: str, student: str) -> Run:
     return Run(model, student, NONE, 0.0, 0, 0)
-
-
-def _run(model: str, student: str, arm: str, n_blocks: int, seed: int) -> Run:
-    return Run(model, student, arm, ARMS[arm].learning_rate, n_blocks, seed)

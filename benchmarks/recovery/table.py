@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.recovery.arms import ARMS, FULL_VOCABULARY, NONE, ROUTER_KD
 from benchmarks.recovery.measure import HELDOUT_CHUNKS, SELECTION_CHUNKS, Measured
 from benchmarks.recovery.runs import KINDS, LADDER_BLOCKS, MODELS, SEEDS, SHORT_BLOCKS, SWEEP_BLOCKS, Run
-from benchmarks.recovery.students import PRUNED, UNCHANGED
+from benchmarks.recovery.students import DENSE, PRUNED, UNCHANGED
 
 __all__ = ["Taught", "ladder", "read", "short", "untaught", "write_csv", "write_markdown"]
 
@@ -132,6 +132,8 @@ def write_markdown(results: Sequence[Measured], path: Path) -> None:
     lines = _EXPLANATION.splitlines()
     lines += ["", f"## fine, 16 of 32 experts left by REAP, {LADDER_BLOCKS * 512:,} tokens", ""]
     lines += [*_ladder(results, PRUNED), "", *_vocabulary(results), "![KL after recovery](recovery.png)"]
+    lines += ["", f"## fine, each layer's experts condensed into one feed-forward, {LADDER_BLOCKS * 512:,} tokens", ""]
+    lines += _ladder(results, DENSE)
     lines += ["", f"## fine against coarse: router KD with {SHORT_BLOCKS * 512:,} tokens", "", *_comparison(results)]
     lines += ["", "![fine against coarse](recovery_fine_coarse.png)"]
     lines += ["", f"## Learning rates, chosen on the selection split: {SWEEP_BLOCKS * 512:,} tokens, seed 0", ""]
