@@ -147,12 +147,12 @@ def _ladder(results: Sequence[Measured], student: str) -> list[str]:
         "| memory, MB | CPU s | peak, MB"
     )
     lines = [f"| {head} |", "|" + "---|" * 12]
-    for name in (UNCHANGED, student):
-        one = untaught(results, "fine", name)
-        if one is not None:
-            label = "*the original*" if name == UNCHANGED else "**no recovery**"
-            figures = [f"{one.perplexity:.2f}", f"{one.divergence:.4f}", "-", f"{one.selection:.4f}"]
-            lines.append(_line([label, "-", "-", *figures, *["-"] * 5]))
+    original, before = (untaught(results, "fine", name) for name in (UNCHANGED, student))
+    if original is not None:
+        lines.append(_line(["*the original*", "-", "-", f"{original.perplexity:.2f}", "0", "-", "0", *["-"] * 5]))
+    if before is not None:
+        figures = [f"{before.perplexity:.2f}", f"{before.divergence:.4f}", "-", f"{before.selection:.4f}"]
+        lines.append(_line(["**no recovery**", "-", "-", *figures, *["-"] * 5]))
     return lines + [_line(_row(taught)) for taught in ladder(results, student)]
 
 
