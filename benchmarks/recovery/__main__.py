@@ -86,8 +86,10 @@ def _line(result: Measured) -> str:
     figures = "diverged" if result.selection is None else f"selection {result.selection:.4f}"
     if result.divergence is not None:
         figures += f", held-out {result.divergence:.4f}, perplexity {result.perplexity:.2f}"
-    what = f"{run.model} {run.student}, {run.arm}, {run.learning_rate:g}, {run.n_blocks} blocks, seed {run.seed}"
-    return f"{what}: {figures}, {result.seconds:.0f} s"
+    what = (
+        f"{run.model} {run.student}, {run.arm}, {run.learning_rate:g}, {run.blocks_per_step} of {run.n_blocks} blocks"
+    )
+    return f"{what}, seed {run.seed}: {figures}, {result.seconds:.0f} s"
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from compressors.recover.training import Training, train
 from compressors.statistics import LayerStatistics
 from compressors.teacher import TeacherTargets
 
-__all__ = ["ARMS", "FULL_VOCABULARY", "NONE", "PUBLISHED", "ROUTER_KD", "SWEEP_RATES", "Arm", "Knowledge"]
+__all__ = ["ARMS", "FULL_VOCABULARY", "NONE", "PUBLISHED", "ROUTER_KD", "SWEEP", "Arm", "Knowledge", "Pace"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,14 @@ class Knowledge:
     targets: TeacherTargets  # of the training text
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How fast: what was chosen, while everything else of the schedule is as published."""
+
+    learning_rate: float
+    blocks_per_step: int
+
+
 Train = Callable[[Knowledge, Student, Schedule], Student]
 MakeObjective = Callable[[Knowledge, Student], Objective]
 
@@ -43,7 +51,7 @@ class Arm:
 
     name: str
     scope: Scope | None  # None: nothing is trained
-    learning_rate: float
+    pace: Pace
     train: Train
     student: str = PRUNED  # that the ladder teaches so
 
@@ -109,43 +117,44 @@ PUBLISHED = "router: KD, published rate"
 ROUTER_KD = "router: KD"
 FULL_VOCABULARY = "router: KD, full vocabulary"
 
-_ROUTER_RATE = 3e-3
-_EXPERTS_RATE = 1e-3
-_ADAPTERS_RATE = 3e-3
-_MATCHING_RATE = 3e-3
-_LOCAL_RATE = 1e-3
-_DENSE_RATE = 1e-3
+_PUBLISHED_PACE = Pace(5e-5, 8)
+_ROUTER_PACE = Pace(3e-3, 2)
+_EXPERTS_PACE = Pace(1e-3, 2)
+_ADAPTERS_PACE = Pace(3e-3, 2)
+_MATCHING_PACE = Pace(3e-3, 2)
+_LOCAL_PACE = Pace(1e-3, 2)
+_DENSE_PACE = Pace(1e-3, 2)
 
-SWEEP_RATES: Mapping[str, tuple[float, ...]] = {
-    ROUTER_KD: (1e-3, 3e-3, 1e-2),
-    "router + all experts: KD": (5e-4, 1e-3, 2e-3),
-    "router + all experts: next token": (1e-3, 2e-3),
-    "router + adapters: KD": (1e-3, 3e-3, 1e-2),
-    "router: logits matched": (3e-3, 1e-2),
-    "router: layer-local": (1e-4, 1e-3),
-    "feed-forward: next token": (1e-3, 3e-3),
+SWEEP: Mapping[str, tuple[Pace, ...]] = {
+    ROUTER_KD: (Pace(1e-3, 8), Pace(3e-3, 8), Pace(1e-2, 8), Pace(1e-3, 2), Pace(3e-3, 2)),
+    "router + all experts: KD": (Pace(5e-4, 8), Pace(5e-4, 2), Pace(1e-3, 2), Pace(2e-3, 2)),
+    "router + all experts: next token": (Pace(5e-4, 2), Pace(1e-3, 2)),
+    "router + adapters: KD": (Pace(1e-3, 2), Pace(3e-3, 2), Pace(1e-2, 2)),
+    "router: logits matched": (Pace(1e-3, 2), Pace(3e-3, 2)),
+    "router: layer-local": (Pace(1e-4, 2), Pace(1e-3, 2)),
+    "feed-forward: next token": (Pace(1e-3, 2), Pace(3e-3, 2)),
 }
-"""Learning rates that were tried, on the selection split; arms that are not here take that of their scope."""
+"""What was tried, on the selection split; arms that are not here take the pace of their scope."""
 
 
 def _arms() -> list[Arm]:
     routers, experts = Scope.routers(), Scope.all_experts()
     some, adapters = Scope.most_used(8), Scope.adapters(8)
     return [
-        Arm(NONE, None, 0.0, lambda _knowledge, student, _schedule: student),
-        Arm(ROUTER_KD, routers, _ROUTER_RATE, _by(_distillation, routers)),
-        Arm("router + all experts: KD", experts, _EXPERTS_RATE, _by(_distillation, experts)),
-        Arm("router + all experts: next token", experts, _EXPERTS_RATE, _by(_next_token, experts)),
-        Arm(FULL_VOCABULARY, routers, _ROUTER_RATE, _by(FullDistillation, routers)),
-        Arm(PUBLISHED, routers, 5e-5, _by(_distillation, routers)),
-        Arm("router + adapters: KD", adapters, _ADAPTERS_RATE, _by(_distillation, adapters)),
-        Arm("router + 8 experts: KD", some, _EXPERTS_RATE, _by(_distillation, some)),
-        Arm("router: logits matched", routers, _MATCHING_RATE, _by(_router_logits, routers)),
-        Arm("router: layer-local", routers, _LOCAL_RATE, _layer_local),
-        Arm("router + 8 experts: next token", some, _EXPERTS_RATE, _by(_next_token, some)),
-        Arm("router + adapters: next token", adapters, _ADAPTERS_RATE, _by(_next_token, adapters)),
-        Arm("feed-forward: next token", experts, _DENSE_RATE, _by(_next_token, experts), DENSE),
-        Arm("feed-forward: KD", experts, _DENSE_RATE, _by(_distillation, experts), DENSE),
+        Arm(NONE, None, Pace(0.0, 0), lambda _knowledge, student, _schedule: student),
+        Arm(ROUTER_KD, routers, _ROUTER_PACE, _by(_distillation, routers)),
+        Arm("router + all experts: KD", experts, _EXPERTS_PACE, _by(_distillation, experts)),
+        Arm("router + all experts: next token", experts, _EXPERTS_PACE, _by(_next_token, experts)),
+        Arm(FULL_VOCABULARY, routers, _ROUTER_PACE, _by(FullDistillation, routers)),
+        Arm(PUBLISHED, routers, _PUBLISHED_PACE, _by(_distillation, routers)),
+        Arm("router + adapters: KD", adapters, _ADAPTERS_PACE, _by(_distillation, adapters)),
+        Arm("router + 8 experts: KD", some, _EXPERTS_PACE, _by(_distillation, some)),
+        Arm("router: logits matched", routers, _MATCHING_PACE, _by(_router_logits, routers)),
+        Arm("router: layer-local", routers, _LOCAL_PACE, _layer_local),
+        Arm("router + 8 experts: next token", some, _EXPERTS_PACE, _by(_next_token, some)),
+        Arm("router + adapters: next token", adapters, _ADAPTERS_PACE, _by(_next_token, adapters)),
+        Arm("feed-forward: next token", experts, _DENSE_PACE, _by(_next_token, experts), DENSE),
+        Arm("feed-forward: KD", experts, _DENSE_PACE, _by(_distillation, experts), DENSE),
     ]
 
 

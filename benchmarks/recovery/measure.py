@@ -134,7 +134,7 @@ def load(path: Path) -> Measured:
 
 
 def _schedule(run: Run) -> Schedule:
-    return Schedule(run.n_blocks, run.learning_rate, seed=run.seed)
+    return Schedule(run.n_blocks, run.learning_rate, run.blocks_per_step, seed=run.seed)
 
 
 def _size(scope: Scope | None, shape: MoeShape) -> tuple[int, int]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from benchmarks.recovery.arms import ARMS, NONE, ROUTER_KD, SWEEP_RATES, Arm
+from benchmarks.recovery.arms import ARMS, NONE, ROUTER_KD, SWEEP, Arm
 from benchmarks.recovery.students import DENSE, EDITED, MERGED, PRUNED, UNCHANGED
 
 __all__ = ["KINDS", "LADDER_BLOCKS", "MODELS", "SEEDS", "SHORT_BLOCKS", "SWEEP_BLOCKS", "Run", "all_runs"]
@@ -31,13 +31,15 @@ class Run:
     student: str
     arm: str
     learning_rate: float
+    blocks_per_step: int
     n_blocks: int  # of the one epoch; 0: nothing is trained
     seed: int  # of the order of the blocks, and of what adapters begin with
 
     @property
     def file_name(self) -> str:
         """For its result."""
-        words = f"{self.model} {self.student} {self.arm} {self.learning_rate:g} {self.n_blocks} {self.seed}"
+        words = f"{self.model} {self.student} {self.arm} {self.learning_rate:g} {self.blocks_per_step} "
+        words += f"{self.n_blocks} {self.seed}"
         return words.replace(":", "").replace(",", "").replace(" ", "-") + ".json"
 
     @property
@@ -59,16 +61,21 @@ def all_runs() -> list[Run]:
         for arm in ARMS.values():
             if arm.name != NONE:
                 runs += _sweep(arm) if seed == SEEDS[0] else []
-                runs.append(Run("fine", arm.student, arm.name, arm.learning_rate, LADDER_BLOCKS, seed))
-        rate = ARMS[ROUTER_KD].learning_rate
-        runs += [Run(model, student, ROUTER_KD, rate, SHORT_BLOCKS, seed) for student in KINDS for model in MODELS]
+                runs.append(_taught("fine", arm.student, arm, LADDER_BLOCKS, seed))
+        runs += [_taught(model, student, ARMS[ROUTER_KD], SHORT_BLOCKS, seed) for student in KINDS for model in MODELS]
     return runs
 
 
 def _sweep(arm: Arm) -> list[Run]:
-    rates = SWEEP_RATES.get(arm.name, ())
-    return [Run("fine", arm.student, arm.name, rate, SWEEP_BLOCKS, SEEDS[0]) for rate in rates]
+    return [
+        _taught("fine", arm.student, replace(arm, pace=pace), SWEEP_BLOCKS, SEEDS[0])
+        for pace in SWEEP.get(arm.name, ())
+    ]
 
 
 def _untaught(model: str, student: str) -> Run:
-    return Run(model, student, NONE, 0.0, 0, 0)
+    return _taught(model, student, ARMS[NONE], 0, 0)
+
+
+def _taught(model: str, student: str, arm: Arm, n_blocks: int, seed: int) -> Run:
+    return Run(model, student, arm.name, arm.pace.learning_rate, arm.pace.blocks_per_step, n_blocks, seed)

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.recovery.arms import ARMS, FULL_VOCABULARY, NONE, ROUTER_KD
+from benchmarks.recovery.arms import ARMS, FULL_VOCABULARY, NONE, ROUTER_KD, Pace
 from benchmarks.recovery.measure import HELDOUT_CHUNKS, SELECTION_CHUNKS, Measured
 from benchmarks.recovery.runs import KINDS, LADDER_BLOCKS, MODELS, SEEDS, SHORT_BLOCKS, SWEEP_BLOCKS, Run
 from benchmarks.recovery.students import DENSE, PRUNED, UNCHANGED
@@ -82,7 +82,13 @@ def _text(value: Any) -> str:
 
 def _measured(row: Mapping[str, str]) -> Measured:
     run = Run(
-        row["model"], row["student"], row["arm"], float(row["learning_rate"]), int(row["n_blocks"]), int(row["seed"])
+        row["model"],
+        row["student"],
+        row["arm"],
+        float(row["learning_rate"]),
+        int(row["blocks_per_step"]),
+        int(row["n_blocks"]),
+        int(row["seed"]),
     )
     judged = {name: float(row[name]) if row[name] else None for name in ("selection", "perplexity", "divergence")}
     whole = {name: int(row[name]) for name in ("trained_parameters", "training_bytes", "peak_bytes")}
@@ -121,9 +127,10 @@ Means over seeds ({", ".join(map(str, SEEDS))}: the order of the blocks, and wha
 many were run. Perplexity and *KL*, the mean divergence from the original in nats over the full vocabulary, are those of
 the second halves of {HELDOUT_CHUNKS} held-out chunks of 512 tokens, five domains, in float32; ± is the standard
 deviation over seeds. *Gap closed* is the share of the untaught student's KL that is gone. *Selection* is the KL on
-{SELECTION_CHUNKS} chunks of the selection split, which decides: the ladder accepts what lowers it. Steps have 8 blocks,
-AdamW, 3 % warm-up, linear decay, one epoch. *Memory* is that of float32 weights, gradients and Adam's moments, by
-arithmetic; *peak* the process's, its libraries included; *CPU s* the training's, on one core. Written by `make bench`.
+{SELECTION_CHUNKS} chunks of the selection split, which decides: the ladder accepts what lowers it. Training is one
+epoch of AdamW at *rate*, with 3 % warm-up and linear decay; a step has so many *blocks* of 512 tokens. *Memory* is that
+of float32 weights, gradients and Adam's moments, by arithmetic; *peak* the process's, its libraries included; *CPU s*
+the training's, on one core. Written by `make bench`.
 """
 
 
@@ -143,21 +150,22 @@ def write_markdown(results: Sequence[Measured], path: Path) -> None:
 
 def _ladder(results: Sequence[Measured], student: str) -> list[str]:
     head = (
-        "arm | seeds | rate | perplexity | KL | gap closed | selection | accepted | trained parameters "
+        "arm | seeds | rate | blocks | perplexity | KL | gap closed | selection | accepted | trained parameters "
         "| memory, MB | CPU s | peak, MB"
     )
-    lines = [f"| {head} |", "|" + "---|" * 12]
+    lines = [f"| {head} |", "|" + "---|" * 13]
     original, before = (untaught(results, "fine", name) for name in (UNCHANGED, student))
     if original is not None:
-        lines.append(_line(["*the original*", "-", "-", f"{original.perplexity:.2f}", "0", "-", "0", *["-"] * 5]))
+        lines.append(_line(["*the original*", *["-"] * 3, f"{original.perplexity:.2f}", "0", "-", "0", *["-"] * 5]))
     if before is not None:
         figures = [f"{before.perplexity:.2f}", f"{before.divergence:.4f}", "-", f"{before.selection:.4f}"]
-        lines.append(_line(["**no recovery**", "-", "-", *figures, *["-"] * 5]))
+        lines.append(_line(["**no recovery**", *["-"] * 3, *figures, *["-"] * 5]))
     return lines + [_line(_row(taught)) for taught in ladder(results, student)]
 
 
 def _row(taught: Taught) -> list[str]:
     cells = [taught.run.arm, str(len(taught.results)), f"{taught.run.learning_rate:g}"]
+    cells.append(str(taught.run.blocks_per_step))
     if taught.diverged:
         cells += ["diverged", *["-"] * 3]
     else:
@@ -208,13 +216,12 @@ def _comparison(results: Sequence[Measured]) -> list[str]:
 
 
 def _sweep(results: Sequence[Measured]) -> list[str]:
-    lines = ["| arm | rate | selection KL |", "|" + "---|" * 3]
-    for result in results:
-        if result.run.is_sweep:
-            found = "diverged" if result.selection is None else f"{result.selection:.4f}"
-            chosen = result.run.learning_rate == ARMS[result.run.arm].learning_rate
-            name, rate = result.run.arm, f"{result.run.learning_rate:g}"
-            lines.append(_line([name, f"**{rate}**" if chosen else rate, found]))
+    lines = ["| arm | rate | blocks | selection KL |", "|" + "---|" * 4]
+    for run, found in ((one.run, one.selection) for one in results if one.run.is_sweep):
+        rate = f"{run.learning_rate:g}"
+        chosen = Pace(run.learning_rate, run.blocks_per_step) == ARMS[run.arm].pace
+        cells = [run.arm, f"**{rate}**" if chosen else rate, str(run.blocks_per_step)]
+        lines.append(_line([*cells, "diverged" if found is None else f"{found:.4f}"]))
     return lines
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from benchmarks.recovery.arms import ARMS, FULL_VOCABULARY, NONE, ROUTER_KD, SWEEP_RATES, FullDistillation, Knowledge
+from benchmarks.recovery.arms import ARMS, FULL_VOCABULARY, NONE, ROUTER_KD, SWEEP, FullDistillation, Knowledge, Pace
 from benchmarks.recovery.layer_local import train_routers_locally
 from benchmarks.recovery.measure import Measured
 from benchmarks.recovery.runs import LADDER_BLOCKS, SEEDS, SHORT_BLOCKS, SWEEP_BLOCKS, Run, all_runs
@@ -108,16 +108,16 @@ def test_every_arm_is_run_with_every_seed_after_its_learning_rates_were_tried() 
     trained = [run for run in runs if run.n_blocks == LADDER_BLOCKS]
     assert all(run.student == ARMS[run.arm].student for run in trained)
     assert {(run.arm, run.seed) for run in trained} == {(arm, seed) for arm in ARMS if arm != NONE for seed in SEEDS}
-    for arm, rates in SWEEP_RATES.items():
+    for arm, paces in SWEEP.items():
         tried = [place for place, run in enumerate(runs) if run.is_sweep and run.arm == arm]
-        assert {runs[place].learning_rate for place in tried} == set(rates)
-        assert ARMS[arm].learning_rate in rates
+        assert {Pace(runs[place].learning_rate, runs[place].blocks_per_step) for place in tried} == set(paces)
+        assert ARMS[arm].pace in paces
         first = next(place for place, run in enumerate(runs) if run.arm == arm and run.n_blocks == LADDER_BLOCKS)
         assert max(tried) < first
 
 
 def _measured(arm: str, seed: int, divergence: float | None, n_blocks: int = LADDER_BLOCKS) -> Measured:
-    run = Run("fine", PRUNED, arm, ARMS[arm].learning_rate, n_blocks, seed)
+    run = Run("fine", PRUNED, arm, ARMS[arm].pace.learning_rate, ARMS[arm].pace.blocks_per_step, n_blocks, seed)
     perplexity = None if divergence is None else 40 + 50 * divergence
     return Measured(run, divergence, perplexity, divergence, 24_576, 393_216, 300.0, 500_400_000)
 
@@ -138,8 +138,8 @@ _SHORT = [
     for one in (_measured(ROUTER_KD, 0, after, SHORT_BLOCKS), _measured(NONE, 0, 1.0, 0))
 ]
 _SWEEP = [
-    replace(_measured(ROUTER_KD, 0, 0.8, SWEEP_BLOCKS), run=Run("fine", PRUNED, ROUTER_KD, rate, SWEEP_BLOCKS, 0))
-    for rate in (ARMS[ROUTER_KD].learning_rate, 1.0)
+    replace(_measured(ROUTER_KD, 0, 0.8, SWEEP_BLOCKS), run=Run("fine", PRUNED, ROUTER_KD, rate, 2, SWEEP_BLOCKS, 0))
+    for rate in (ARMS[ROUTER_KD].pace.learning_rate, 1.0)
 ]
 _ALL = [*_UNTAUGHT, *_TAUGHT, *_SHORT[:1], *_SHORT[2:], *_SWEEP]
 
@@ -164,12 +164,12 @@ def test_the_tables_say_what_was_measured(tmp_path: Path) -> None:
     write_markdown(_ALL, tmp_path / "recovery.md")
     lines = (tmp_path / "recovery.md").read_text().splitlines()
     figures = "70.00 | 0.6000 ± 0.0100 | 40.0% | 0.6000 | yes | 24,576 | 0.4 | 300 | 500 |"
-    assert f"| {ROUTER_KD} | 3 | {ARMS[ROUTER_KD].learning_rate:g} | {figures}" in lines
+    assert f"| {ROUTER_KD} | 3 | {ARMS[ROUTER_KD].pace.learning_rate:g} | 2 | {figures}" in lines
     assert any(line.startswith("| router + all experts: KD | 1 |") and "| diverged |" in line for line in lines)
     # both seeds that both were run with: 0.595 against 0.585
     assert any(
         "reach a KL of 0.5950; from its full vocabulary 0.5850: a difference of +1.71%." in line for line in lines
     )
     assert "| pruned | coarse | 1 | 1.0000 | 0.9000 | 10.0% |" in lines
-    assert f"| {ROUTER_KD} | **{ARMS[ROUTER_KD].learning_rate:g}** | 0.8000 |" in lines
-    assert f"| {ROUTER_KD} | 1 | 0.8000 |" in lines
+    assert f"| {ROUTER_KD} | **{ARMS[ROUTER_KD].pace.learning_rate:g}** | 2 | 0.8000 |" in lines
+    assert f"| {ROUTER_KD} | 1 | 2 | 0.8000 |" in lines
