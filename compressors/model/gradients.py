@@ -16,7 +16,7 @@ from torch import nn
 from compressors.model.hidden_states import HiddenStates
 from compressors.model.streaming import LayerObserver, StreamedModel, TokenGroup, position_chunks
 
-__all__ = ["Loss", "ParameterKey", "RouterLoss", "StateLoss", "streamed_gradients"]
+__all__ = ["Head", "Loss", "ParameterKey", "RouterLoss", "StateLoss", "streamed_gradients"]
 
 ParameterKey = tuple[str, int]
 """A trainable tensor's name, and its layer."""
@@ -24,9 +24,12 @@ ParameterKey = tuple[str, int]
 Loss = Callable[[slice, torch.Tensor], torch.Tensor]
 """(positions of the flattened blocks, their logits [n, V]) -> the summed loss of these positions."""
 
-StateLoss = Callable[[slice, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]], torch.Tensor]
-"""(positions of the flattened blocks, their states after the last layer [n, D], final norm and head) -> the summed loss
-of these positions: for a loss that takes another model's states through the same head."""
+Head = Callable[[torch.Tensor], torch.Tensor]
+"""Final norm and head: states after the last layer [n, D] -> logits [n, V]."""
+
+StateLoss = Callable[[slice, torch.Tensor, Head], torch.Tensor]
+"""(positions of the flattened blocks, their states after the last layer [n, D], the head) -> the summed loss of these
+positions: for a loss that takes another model's states through the same head."""
 
 RouterLoss = Callable[[int, slice, torch.Tensor], torch.Tensor]
 """(layer, blocks, their tokens' router logits [b * T, E]) -> the summed loss of these tokens in this layer."""

@@ -75,7 +75,9 @@ class _ReverseDivergence(torch.autograd.Function):
         gradient_N1, student_NV = gradients[0][:, None], log_student_NV.exp()
         of_student = of_teacher = None
         if ctx.needs_input_grad[0]:
-            of_student = (log_student_NV - log_teacher_NV).sub_(divergence_N[:, None]).mul_(student_NV).mul_(gradient_N1)
+            of_student = (
+                (log_student_NV - log_teacher_NV).sub_(divergence_N[:, None]).mul_(student_NV).mul_(gradient_N1)
+            )
         if ctx.needs_input_grad[1]:
             of_teacher = log_teacher_NV.exp().sub_(student_NV).mul_(gradient_N1)
         return of_student, of_teacher

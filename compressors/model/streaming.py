@@ -135,9 +135,7 @@ class StreamedModel:
         """
         positions = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)[None] + first_position
         rotary = self._rotary(hidden_BTD, positions)
-        output: torch.Tensor = layer(
-            hidden_BTD, attention_mask=None, position_embeddings=rotary, past_key_values=cache
-        )
+        output: torch.Tensor = layer(hidden_BTD, attention_mask=None, position_embeddings=rotary, past_key_values=cache)
         return output
 
     def blocks_at_once(self, dtype: torch.dtype) -> int:

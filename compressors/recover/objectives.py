@@ -36,9 +36,7 @@ class StepLoss:
 class Objective(Protocol):
     """A way of measuring how far a student is from what it should be."""
 
-    def of_step(
-        self, model: StreamedModel, tokens_BT: torch.Tensor, blocks: Sequence[int], n_blocks: int
-    ) -> StepLoss:
+    def of_step(self, model: StreamedModel, tokens_BT: torch.Tensor, blocks: Sequence[int], n_blocks: int) -> StepLoss:
         """The loss of this process's part of the next step.
 
         Args:
@@ -84,9 +82,7 @@ class Distillation(Stateless):
         self._targets = targets
         self._vocab_size = student.shape.vocab_size
 
-    def of_step(
-        self, model: StreamedModel, tokens_BT: torch.Tensor, blocks: Sequence[int], n_blocks: int
-    ) -> StepLoss:
+    def of_step(self, model: StreamedModel, tokens_BT: torch.Tensor, blocks: Sequence[int], n_blocks: int) -> StepLoss:
         """The divergence, averaged over the positions that have a next token."""
         n_tokens = tokens_BT.shape[1]
         log_probs, top = self._targets.of_blocks(blocks, n_tokens)
@@ -107,9 +103,7 @@ class Distillation(Stateless):
 class NextToken(Stateless):
     """Cross-entropy of the text's own next token: no teacher."""
 
-    def of_step(
-        self, model: StreamedModel, tokens_BT: torch.Tensor, blocks: Sequence[int], n_blocks: int
-    ) -> StepLoss:
+    def of_step(self, model: StreamedModel, tokens_BT: torch.Tensor, blocks: Sequence[int], n_blocks: int) -> StepLoss:
         """The negative log-likelihood, averaged over the positions that have a next token."""
         mine_BT = tokens_BT[list(blocks)]
         following = mine_BT.roll(-1, dims=1).flatten()  # after the last position comes nothing: its weight is zero
@@ -140,9 +134,7 @@ class RouterLogitMatching(Stateless):
         self._dtype = dtype
         self._layers = {layer.source: index for index, layer in enumerate(student.experts.layers) if layer.groups}
 
-    def of_step(
-        self, model: StreamedModel, tokens_BT: torch.Tensor, blocks: Sequence[int], n_blocks: int
-    ) -> StepLoss:
+    def of_step(self, model: StreamedModel, tokens_BT: torch.Tensor, blocks: Sequence[int], n_blocks: int) -> StepLoss:
         """The squared difference, averaged over experts, tokens and layers."""
         n_tokens = tokens_BT.shape[1]
         wanted = self._teacher_logits(tokens_BT[list(blocks)])

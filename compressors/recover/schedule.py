@@ -16,7 +16,7 @@ __all__ = ["Schedule"]
 class Schedule:
     """The schedule of the Router KD paper (arXiv 2603.02217); every kind of recovery uses it.
 
-    ``updates_per_batch`` steps in a row use the same blocks; one, but for objectives that see them differently each time.
+    ``updates_per_batch`` steps in a row use the same blocks: one, unless the objective sees them anew each time.
     """
 
     n_blocks: int
