@@ -129,7 +129,8 @@ class OnPolicyDistillation(ABC):
         n_new = tokens_BT.shape[1] - n_prompt
         uniform_BN = torch.stack([random_numbers((_TEXTS, self._schedule.seed, *key), n_new) for key in keys])[mine]
         texts_BT = torch.zeros(len(blocks), tokens_BT.shape[1], dtype=torch.int64)
-        texts_BT[mine] = sample_texts(model, tokens_BT[blocks[mine], :n_prompt], uniform_BN, self._dtype)
+        if mine:
+            texts_BT[mine] = sample_texts(model, tokens_BT[blocks[mine], :n_prompt], uniform_BN, self._dtype)
         reduce_sum([texts_BT])
         return texts_BT
 
