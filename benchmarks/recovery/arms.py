@@ -13,9 +13,11 @@ from compressors.model.checkpoint import Checkpoint
 from compressors.model.losses import kl_divergence
 from compressors.model.streaming import StreamedModel, TokenGroup
 from compressors.model.student import Student
-from compressors.recover.objectives import Distillation, NextToken, Objective, RouterLogitMatching, StepLoss
+from compressors.recover.knowledge_augmentation import UPDATES_PER_BATCH, KnowledgeAugmentation
+from compressors.recover.objectives import Distillation, NextToken, Objective, RouterLogitMatching, Stateless, StepLoss
 from compressors.recover.schedule import Schedule
 from compressors.recover.scopes import Scope, expert_usage
+from compressors.recover.student_aware_router import StudentAwareRouter
 from compressors.recover.training import Training, train
 from compressors.statistics import LayerStatistics
 from compressors.teacher import TeacherTargets
@@ -42,7 +44,7 @@ class Pace:
 
 
 Train = Callable[[Knowledge, Student, Schedule], Student]
-MakeObjective = Callable[[Knowledge, Student], Objective]
+MakeObjective = Callable[[Knowledge, Student, Schedule], Objective]
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,13 @@ class Arm:
     pace: Pace
     train: Train
     student: str = PRUNED  # that the ladder teaches so
+    updates_per_batch: int = 1
 
 
 def _by(make_objective: MakeObjective, scope: Scope) -> Train:
     def teach(knowledge: Knowledge, student: Student, schedule: Schedule) -> Student:
         usage = expert_usage(knowledge.statistics, student.experts)
-        objective = make_objective(knowledge, student)
+        objective = make_objective(knowledge, student, schedule)
         return train(Training(student, knowledge.tokens_BT, objective, schedule, scope=scope, usage=usage))
 
     return teach
@@ -69,25 +72,33 @@ def _layer_local(knowledge: Knowledge, student: Student, schedule: Schedule) -> 
     return train_routers_locally(Student.teacher(knowledge.source), student, knowledge.tokens_BT, schedule)
 
 
-def _distillation(knowledge: Knowledge, student: Student) -> Objective:
+def _distillation(knowledge: Knowledge, student: Student, _schedule: Schedule) -> Objective:
     return Distillation(knowledge.targets, student)
 
 
-def _next_token(_knowledge: Knowledge, _student: Student) -> Objective:
+def _next_token(_knowledge: Knowledge, _student: Student, _schedule: Schedule) -> Objective:
     return NextToken()
 
 
-def _router_logits(knowledge: Knowledge, student: Student) -> Objective:
+def _router_logits(knowledge: Knowledge, student: Student, _schedule: Schedule) -> Objective:
     return RouterLogitMatching(StreamedModel(Student.teacher(knowledge.source)), student)
 
 
-class FullDistillation:
+def _augmentation(_knowledge: Knowledge, student: Student, schedule: Schedule) -> Objective:
+    return KnowledgeAugmentation(student, schedule)
+
+
+def _aware_router(_knowledge: Knowledge, student: Student, schedule: Schedule) -> Objective:
+    return StudentAwareRouter(student, schedule)
+
+
+class FullDistillation(Stateless):
     """What :class:`~compressors.recover.objectives.Distillation` approximates: KL over the full vocabulary.
 
     The teacher says anew at each step what it thinks of the step's blocks, in float32; nothing is cached.
     """
 
-    def __init__(self, knowledge: Knowledge, _student: Student) -> None:
+    def __init__(self, knowledge: Knowledge, _student: Student, _schedule: Schedule) -> None:
         self._teacher = StreamedModel(Student.teacher(knowledge.source))
 
     @torch.no_grad()
@@ -97,7 +108,7 @@ class FullDistillation:
         chunks = self._teacher.logits_in_chunks(hidden, every)
         return torch.cat([torch.log_softmax(logits, dim=-1) for _, logits in chunks])
 
-    def of_step(self, tokens_BT: torch.Tensor, blocks: Sequence[int], n_blocks: int) -> StepLoss:
+    def of_step(self, model: StreamedModel, tokens_BT: torch.Tensor, blocks: Sequence[int], n_blocks: int) -> StepLoss:
         """The divergence, averaged over the positions that have a next token."""
         mine_BT = tokens_BT[list(blocks)]
         log_probs = self._log_probs(mine_BT)
@@ -124,6 +135,7 @@ _ADAPTERS_PACE = Pace(3e-3, 2)
 _MATCHING_PACE = Pace(3e-3, 8)
 _LOCAL_PACE = Pace(1e-3, 8)
 _DENSE_PACE = Pace(1e-3, 2)
+_LIVE_PACE = Pace(1e-3, 8)  # a batch of texts is written token by token: few batches
 
 SWEEP: Mapping[str, tuple[Pace, ...]] = {
     ROUTER_KD: (Pace(1e-3, 8), Pace(3e-3, 8), Pace(1e-2, 8), Pace(3e-3, 2)),
@@ -155,6 +167,10 @@ def _arms() -> list[Arm]:
         Arm("router + adapters: next token", adapters, _ADAPTERS_PACE, _by(_next_token, adapters)),
         Arm("feed-forward: next token", experts, _DENSE_PACE, _by(_next_token, experts), DENSE),
         Arm("feed-forward: KD", experts, _DENSE_PACE, _by(_distillation, experts), DENSE),
+        Arm("router + all experts: KA", experts, _LIVE_PACE, _by(_augmentation, experts), PRUNED, UPDATES_PER_BATCH),
+        Arm("router + all experts: SAR", experts, _LIVE_PACE, _by(_aware_router, experts)),
+        Arm("feed-forward: KA", experts, _LIVE_PACE, _by(_augmentation, experts), DENSE, UPDATES_PER_BATCH),
+        Arm("feed-forward: SAR", experts, _LIVE_PACE, _by(_aware_router, experts), DENSE),
     ]
 
 

@@ -134,7 +134,8 @@ def load(path: Path) -> Measured:
 
 
 def _schedule(run: Run) -> Schedule:
-    return Schedule(run.n_blocks, run.learning_rate, run.blocks_per_step, seed=run.seed)
+    updates = ARMS[run.arm].updates_per_batch
+    return Schedule(run.n_blocks, run.learning_rate, run.blocks_per_step, seed=run.seed, updates_per_batch=updates)
 
 
 def _size(scope: Scope | None, shape: MoeShape) -> tuple[int, int]:

@@ -83,8 +83,9 @@ def test_full_distillation_is_its_definition(
     source: Checkpoint, pruned: Student, blocks_BT: torch.Tensor, tmp_path: Path
 ) -> None:
     targets = TeacherTargets.create(tmp_path, 1, 4096)  # which it does not read
-    objective = FullDistillation(Knowledge(source, [], blocks_BT, targets), pruned)
-    training = Training(pruned, blocks_BT, objective, Schedule(4, 1e-3, blocks_per_step=4))
+    schedule = Schedule(4, 1e-3, blocks_per_step=4)
+    objective = FullDistillation(Knowledge(source, [], blocks_BT, targets), pruned, schedule)
+    training = Training(pruned, blocks_BT, objective, schedule)
     wanted, found = (
         torch.log_softmax(_logits(student, blocks_BT[:4])[:, :-1].flatten(0, 1), dim=-1)
         for student in (Student.teacher(source), pruned)
@@ -138,7 +139,7 @@ _SHORT = [
     for one in (_measured(ROUTER_KD, 0, after, SHORT_BLOCKS), _measured(NONE, 0, 1.0, 0))
 ]
 _SWEEP = [
-    replace(_measured(ROUTER_KD, 0, 0.8, SWEEP_BLOCKS), run=Run("fine", PRUNED, ROUTER_KD, rate, 2, SWEEP_BLOCKS, 0))
+    replace(_measured(ROUTER_KD, 0, 0.8, SWEEP_BLOCKS), run=Run("fine", PRUNED, ROUTER_KD, rate, 8, SWEEP_BLOCKS, 0))
     for rate in (ARMS[ROUTER_KD].pace.learning_rate, 1.0)
 ]
 _ALL = [*_UNTAUGHT, *_TAUGHT, *_SHORT[:1], *_SHORT[2:], *_SWEEP]
@@ -163,13 +164,14 @@ def test_the_csv_file_holds_everything(tmp_path: Path) -> None:
 def test_the_tables_say_what_was_measured(tmp_path: Path) -> None:
     write_markdown(_ALL, tmp_path / "recovery.md")
     lines = (tmp_path / "recovery.md").read_text().splitlines()
+    pace = ARMS[ROUTER_KD].pace
     figures = "70.00 | 0.6000 ± 0.0100 | 40.0% | 0.6000 | yes | 24,576 | 0.4 | 300 | 500 |"
-    assert f"| {ROUTER_KD} | 3 | {ARMS[ROUTER_KD].pace.learning_rate:g} | 2 | {figures}" in lines
+    assert f"| {ROUTER_KD} | 3 | {pace.learning_rate:g} | {pace.blocks_per_step} | {figures}" in lines
     assert any(line.startswith("| router + all experts: KD | 1 |") and "| diverged |" in line for line in lines)
     # both seeds that both were run with: 0.595 against 0.585
     assert any(
         "reach a KL of 0.5950; from its full vocabulary 0.5850: a difference of +1.71%." in line for line in lines
     )
     assert "| pruned | coarse | 1 | 1.0000 | 0.9000 | 10.0% |" in lines
-    assert f"| {ROUTER_KD} | **{ARMS[ROUTER_KD].pace.learning_rate:g}** | 2 | 0.8000 |" in lines
-    assert f"| {ROUTER_KD} | 1 | 2 | 0.8000 |" in lines
+    assert f"| {ROUTER_KD} | **{pace.learning_rate:g}** | 8 | 0.8000 |" in lines
+    assert f"| {ROUTER_KD} | 1 | 8 | 0.8000 |" in lines
