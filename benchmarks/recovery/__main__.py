@@ -20,8 +20,8 @@ import click
 
 from benchmarks.recovery.chart import write_comparison, write_ladder
 from benchmarks.recovery.measure import Measured, load, measure_into, prepare
-from benchmarks.recovery.runs import MODELS, Run, all_runs
-from benchmarks.recovery.table import write_csv, write_markdown
+from benchmarks.recovery.runs import KINDS, MODELS, Run, all_runs
+from benchmarks.recovery.table import short, write_csv, write_markdown
 
 _RESULTS = Path(__file__).parents[1] / "results"
 _FOUND = "found"
@@ -60,7 +60,8 @@ def _write(results: Sequence[Measured]) -> None:
     write_csv(results, _RESULTS / "recovery.csv")
     write_markdown(results, _RESULTS / "recovery.md")
     write_ladder(results, _RESULTS / "recovery.png")
-    write_comparison(results, _RESULTS / "recovery_fine_coarse.png")
+    if any(short(results, model, student) for model in MODELS for student in KINDS):
+        write_comparison(results, _RESULTS / "recovery_fine_coarse.png")
 
 
 def _measured(context: ForkServerContext, folder: Path, run: Run) -> Measured:

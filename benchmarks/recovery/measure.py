@@ -68,7 +68,7 @@ def prepare(model: str, folder: Path) -> None:
     _settle()
     source = Checkpoint(MODELS[model])
     calibration, selection, heldout = tokenize(read_splits(_TEXT / "calibration", _TEXT / "heldout"), source.folder)
-    training_BT = calibration.spread(_TRAINING_BLOCKS[model]).tokens_BT
+    training_BT = _in_any_order(calibration.spread(LADDER_BLOCKS).tokens_BT)[: _TRAINING_BLOCKS[model]]
     judged = {
         "selection": selection.spread(SELECTION_CHUNKS).tokens_BT,
         "heldout": heldout.spread(HELDOUT_CHUNKS).tokens_BT,
@@ -82,6 +82,11 @@ def prepare(model: str, folder: Path) -> None:
     for name, build in STUDENTS.items():
         store_student(build(Teacher(source, statistics, training_BT[:SHORT_BLOCKS])), folder / "students" / name)
     save_file({"training": training_BT, **judged}, folder / _TOKENS)
+
+
+def _in_any_order(tokens_BT: torch.Tensor) -> torch.Tensor:
+    """So that any leading part comes from all of each file, not from its beginning."""
+    return tokens_BT[torch.randperm(len(tokens_BT), generator=torch.Generator().manual_seed(0))]
 
 
 def _watch(source: Checkpoint, training_BT: torch.Tensor, folder: Path) -> None:

@@ -127,24 +127,31 @@ Means over seeds ({", ".join(map(str, SEEDS))}: the order of the blocks, and wha
 many were run. Perplexity and *KL*, the mean divergence from the original in nats over the full vocabulary, are those of
 the second halves of {HELDOUT_CHUNKS} held-out chunks of 512 tokens, five domains, in float32; ± is the standard
 deviation over seeds. *Gap closed* is the share of the untaught student's KL that is gone. *Selection* is the KL on
-{SELECTION_CHUNKS} chunks of the selection split, which decides: the ladder accepts what lowers it. Training is one
-epoch of AdamW at *rate*, with 3 % warm-up and linear decay; a step has so many *blocks* of 512 tokens. *Memory* is that
-of float32 weights, gradients and Adam's moments, by arithmetic; *peak* the process's, its libraries included; *CPU s*
-the training's, on one core. Written by `make bench`.
+{SELECTION_CHUNKS} chunks of the selection split, which decides: the ladder accepts what lowers it. Each arm starts from
+the untaught student. Training is one epoch of AdamW at *rate*, with 3 % warm-up and linear decay; a step has so many
+*blocks* of 512 tokens. *Memory* is that of float32 weights, gradients and Adam's moments, by arithmetic; *peak* the
+process's, its libraries included; *CPU s* the training's, on one core. Written by `make bench`.
 """
 
 
 def write_markdown(results: Sequence[Measured], path: Path) -> None:
-    """Writes the explanation and all tables."""
+    """Writes the explanation and a table for everything that was run."""
+    sections = {
+        f"fine, 16 of 32 experts left by REAP, {LADDER_BLOCKS * 512:,} tokens": [
+            *_ladder(results, PRUNED),
+            "",
+            *_vocabulary(results),
+            "![KL after recovery](recovery.png)",
+        ],
+        f"fine, each layer's experts condensed into one feed-forward, {LADDER_BLOCKS * 512:,} tokens": (
+            _ladder(results, DENSE) if ladder(results, DENSE) else []
+        ),
+        f"fine against coarse: router KD with {SHORT_BLOCKS * 512:,} tokens": _comparison(results),
+        f"Pace, chosen on the selection split: {SWEEP_BLOCKS * 512:,} tokens, seed 0": _sweep(results),
+    }
     lines = _EXPLANATION.splitlines()
-    lines += ["", f"## fine, 16 of 32 experts left by REAP, {LADDER_BLOCKS * 512:,} tokens", ""]
-    lines += [*_ladder(results, PRUNED), "", *_vocabulary(results), "![KL after recovery](recovery.png)"]
-    lines += ["", f"## fine, each layer's experts condensed into one feed-forward, {LADDER_BLOCKS * 512:,} tokens", ""]
-    lines += _ladder(results, DENSE)
-    lines += ["", f"## fine against coarse: router KD with {SHORT_BLOCKS * 512:,} tokens", "", *_comparison(results)]
-    lines += ["", "![fine against coarse](recovery_fine_coarse.png)"]
-    lines += ["", f"## Learning rates, chosen on the selection split: {SWEEP_BLOCKS * 512:,} tokens, seed 0", ""]
-    lines += _sweep(results)
+    for title, section in sections.items():
+        lines += ["", f"## {title}", "", *section] if section else []
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -204,7 +211,7 @@ def _vocabulary(results: Sequence[Measured]) -> list[str]:
 
 
 def _comparison(results: Sequence[Measured]) -> list[str]:
-    lines = ["| student | model | seeds | KL before | KL after | gap closed |", "|" + "---|" * 6]
+    lines = []
     for student in KINDS:
         for model in MODELS:
             taught = short(results, model, student)
@@ -212,7 +219,10 @@ def _comparison(results: Sequence[Measured]) -> list[str]:
                 before = f"{taught.before.divergence:.4f}"
                 after, closed = _with_deviation(taught, "divergence"), f"{mean(taught.closed):.1%}"
                 lines.append(_line([student, model, str(len(taught.results)), before, after, closed]))
-    return lines
+    if not lines:
+        return []
+    head = ["| student | model | seeds | KL before | KL after | gap closed |", "|" + "---|" * 6]
+    return [*head, *lines, "", "![fine against coarse](recovery_fine_coarse.png)"]
 
 
 def _sweep(results: Sequence[Measured]) -> list[str]:
