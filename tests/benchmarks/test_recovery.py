@@ -27,8 +27,6 @@ from compressors.recover.schedule import Schedule
 from compressors.recover.training import Training
 from compressors.teacher import TeacherTargets
 
-_RESULTS = Path(__file__).parents[2] / "benchmarks/results"
-
 
 @pytest.fixture(scope="module")
 def source(toy_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
@@ -175,16 +173,3 @@ def test_the_tables_say_what_was_measured(tmp_path: Path) -> None:
     assert "| pruned | coarse | 1 | 1.0000 | 0.9000 | 10.0% |" in lines
     assert f"| {ROUTER_KD} | **{pace.learning_rate:g}** | 8 | 0.8000 |" in lines
     assert f"| {ROUTER_KD} | 1 | 8 | 0.8000 |" in lines
-
-
-def test_learning_rates_are_the_best_of_those_that_were_tried() -> None:
-    results = [result for result in read(_RESULTS / "recovery.csv") if result.run.is_sweep]
-    for arm, paces in SWEEP.items():
-        alike = [pace for pace in paces if pace.blocks_per_step == ARMS[arm].pace.blocks_per_step]
-        found = {
-            Pace(result.run.learning_rate, result.run.blocks_per_step): result.selection
-            for result in results
-            if result.run.arm == arm and result.selection is not None
-        }
-        tried = [pace for pace in alike if pace in found]
-        assert not tried or ARMS[arm].pace == min(tried, key=lambda pace: found[pace] or 0.0)
