@@ -12,10 +12,22 @@ from compressors.recover.scopes import Scope
 from compressors.recover.training_memory import refuse_too_large
 from exporter.recipe import RecoverChoice, RungChoice
 
-__all__ = ["PUBLISHED_BLOCKS", "RECOVERIES", "Machine", "RefusedRung", "choose_ladder", "schedule_of", "scope_of"]
+__all__ = [
+    "AFTER_QUANTIZING",
+    "PUBLISHED_BLOCKS",
+    "RECOVERIES",
+    "Machine",
+    "RefusedRung",
+    "choose_ladder",
+    "schedule_of",
+    "scope_of",
+]
 
 PUBLISHED_BLOCKS = 3000
 """Texts of the published Router KD (arXiv 2603.02217)."""
+
+AFTER_QUANTIZING = "router, quantized experts"
+"""What plan and report call the rung that teaches the routers of the written files."""
 
 _PUBLISHED_RATE = 5e-5
 _DEFAULT_BLOCKS = 320  # 163,840 tokens: 40 steps
