@@ -18,6 +18,7 @@ __all__ = [
     "RECOVERIES",
     "Machine",
     "RefusedRung",
+    "check_after_quantizing",
     "choose_ladder",
     "schedule_of",
     "scope_of",
@@ -108,6 +109,19 @@ def choose_ladder(
             refused.append(RefusedRung(scope_of(candidate).name, candidate.loss, reason))
     per_step = min(_BLOCKS_PER_STEP, machine.calibration_blocks)
     return RecoverChoice(rungs=tuple(rungs), blocks_per_step=per_step, seed=seed), tuple(refused)
+
+
+def check_after_quantizing(choice: RecoverChoice, student: MoeShape) -> None:
+    """Refuses to teach routers that no file has.
+
+    Raises:
+        InputError: the student is dense.
+    """
+    if choice.after_quantizing is not None and student.is_dense:
+        raise InputError(
+            "the recipe's after_quantizing teaches the routers of the written files, but those of a dense student have "
+            "none: set it to null"
+        )
 
 
 def scope_of(rung: RungChoice) -> Scope:
