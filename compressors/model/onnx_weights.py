@@ -119,6 +119,8 @@ class OnnxWeights:
 
     def rows(self, role: Role, layer: int | None, rows: slice) -> torch.Tensor:
         """Some consecutive rows of :meth:`tensor`."""
+        if (role, layer) not in self._weights:
+            return self.tensor(role, layer)[rows]
         weight = self._weights[role, layer]
         start, stop, _ = rows.indices(weight.n_rows)
         return self._rows(weight, start, stop - start)
