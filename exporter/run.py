@@ -118,6 +118,8 @@ def make_plan(job: Job, command: str) -> Plan:
     else:
         recipe = _completed(job.recipe, load_recipe(job.recipe), checkpoint, splits)
         predictions = predict_recipe(recipe, checkpoint)
+    if recipe.compress.student == "dense" and "routing" in job.require:
+        raise InputError("--require routing: a dense student has no routing to compare; leave it out")
     return Plan(
         recipe=recipe,
         source=folder.resolve(),
