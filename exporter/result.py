@@ -15,7 +15,7 @@ import numpy as np
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.routing import Routing
 from compressors.model.shape import MoeShape
-from compressors.model.student import ExpertMap
+from compressors.model.student import ExpertMap, LayerMap
 from exporter.gguf.metadata import source_license
 from exporter.outputs import Artifact
 from exporter.plan import Plan
@@ -112,11 +112,16 @@ def _student(teacher: MoeShape, experts: ExpertMap) -> dict[str, Any]:
         "expert_width": shape.expert_width,  # of a dense student's layers: the width of the feed-forward
         "top_k": shape.top_k if not is_dense else None,
         "parameters": shape.parameters,
-        # by layer of the original: its experts that go on living, by themselves or in the name of a merged group
-        "kept": [sorted(layers[layer].kept) if layer in layers else [] for layer in range(teacher.n_layers)],
-        "merged": any(len(group) > 1 for layer in experts.layers for group in layer.groups),
+        # by layer of the original: its experts that go on living, by themselves, in the name of a merged group, or as
+        # neurons of the dense feed-forward
+        "kept": [_kept(layers[layer], is_dense) if layer in layers else [] for layer in range(teacher.n_layers)],
+        "merged": not is_dense and any(len(group) > 1 for layer in experts.layers for group in layer.groups),
         "expert_map": experts.to_json(),
     }
+
+
+def _kept(layer: LayerMap, is_dense: bool) -> list[int]:
+    return sorted(expert for group in layer.groups for expert in group) if is_dense else sorted(layer.kept)
 
 
 class _Rows:

@@ -66,7 +66,7 @@ def run_job(job: Job, command: str, announce: Callable[[str], None], team: Team 
     work = WorkDirectory(job.work_dir)
     plan = _existing_plan(work, job, identity) or make_plan(job, command)
     if not job.force:
-        least = memory_lines(plan.teacher_shape, Checkpoint(plan.source).dtype.itemsize)
+        least = memory_lines(plan.teacher_shape, plan.student_shape, Checkpoint(plan.source).dtype.itemsize)
         refuse_too_little_memory(least, plan.memory_bytes, psutil.virtual_memory().available)
         refuse_too_little_disk(plan, work.folder)
     with reserved(job.out), work.lock():
