@@ -76,7 +76,12 @@ _FOLDER = click.Path(path_type=Path)
     help="moe, or dense: one feed-forward in each layer, as wide as the experts that a token uses.",
 )
 @click.option("--quant", metavar="TYPE", help="Type of the weights, such as Q4_K.  [default: the largest that fits]")
-@click.option("--recover", default="auto", show_default=True, help="auto, none, router or router:published.")
+@click.option(
+    "--recover",
+    default="auto",
+    show_default=True,
+    help="auto, none, router, top-experts, experts or adapters; docs/recovery.md has all.",
+)
 @click.option("--recover-time", default="30m", show_default=True, help="Most time for recovery.")
 @click.option(
     "--require", multiple=True, metavar="NAME=VALUE", help="A threshold: kld, top1, routing, perplexity_change."

@@ -77,7 +77,7 @@ def check_compression(recipe: Recipe, teacher: MoeShape) -> None:
     """
     choice = recipe.compress
     if choice.student == "dense":
-        _check_dense_choice(choice, teacher)
+        _check_dense_recipe(recipe, teacher)
     n_layers = teacher.n_layers - choice.drop_blocks
     if n_layers < 1:
         raise InputError(_out_of_range("drop_blocks", choice.drop_blocks, 0, teacher.n_layers - 1))
@@ -226,9 +226,15 @@ def _dense_size(teacher: MoeShape, width: int) -> MoeSize:
     return dense_size(teacher.with_sizes([MoeSize(teacher.n_experts, width)]))
 
 
-def _check_dense_choice(choice: CompressChoice, teacher: MoeShape) -> None:
+def _check_dense_recipe(recipe: Recipe, teacher: MoeShape) -> None:
     """Refuses what a dense student cannot have, or what would change nothing about it."""
     check_dense(teacher)
+    choice, recover = recipe.compress, recipe.recover
+    if recover.after_quantizing is not None or any(rung.scope == "router" for rung in recover.rungs):
+        raise InputError(
+            "recover: compress.student is dense, which leaves no routers to teach: leave out after_quantizing and "
+            "rungs whose scope is router"
+        )
     fields = {
         "method": choice.method != "none",
         "experts": set(_by_layer(choice.experts, 1, teacher.n_experts)) != {teacher.n_experts},

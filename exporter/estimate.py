@@ -16,11 +16,13 @@ from compressors.model.checkpoint import Checkpoint
 from compressors.model.log_probs import log_prob_bytes
 from compressors.model.memory import PROCESS_BYTES, positions_at_once, working_bytes
 from compressors.model.shape import MoeShape
+from compressors.recover.training_memory import training_bytes
 from compressors.statistics import LayerStatistics
 from compressors.teacher import TARGET_BYTES
 from exporter.compression import changes_experts, runs_text
 from exporter.durations import format_duration
 from exporter.plan import Plan
+from exporter.recovery import scope_of
 from exporter.stages.validate_gguf import same_numbers
 from validate.backend import scored_positions
 
@@ -31,7 +33,8 @@ COPIED_TYPES = frozenset({"F32", "BF16"})
 
 _START_SECONDS = 4  # until a stage's process has its libraries
 
-_STEP_FORWARDS = 3  # a step of Router KD: forward, the same again, and the gradient with respect to the activations
+_STEP_FORWARDS = 3  # of routers: forward, the same again, and the gradient with respect to the activations
+_WEIGHTS_FORWARDS = 1  # and the gradient with respect to experts
 
 _PARTS: Mapping[str, Collection[str]] = {
     "calibration": ("calibrate", "compress"),
@@ -70,7 +73,7 @@ def disk_lines(plan: Plan) -> dict[str, int]:
         "hidden states": 3 * n_blocks * BLOCK_LENGTH * shape.hidden_size * 4,
         "log-probabilities in 16 bits": log_prob_bytes(n_scored, shape.vocab_size),
         "training targets": text.calibration_blocks * BLOCK_LENGTH * TARGET_BYTES,
-        "training": _training_bytes(plan) if plan.recipe.recover.rung != "none" else 0,
+        "training": _training_bytes(plan),
         "routing": n_routings * n_heldout * BLOCK_LENGTH * shape.n_layers * shape.top_k * 8,
         "statistics": shape.n_layers * _statistics_bytes(shape),
         "token blocks": n_blocks * BLOCK_LENGTH * 8,
@@ -86,7 +89,7 @@ def memory_lines(shape: MoeShape, student: MoeShape, itemsize: int) -> dict[str,
         student: the student's; the one expert of a dense layer is wider than any of the source's.
         itemsize: bytes of a stored weight.
     """
-    layer = shape.dense_layer_parameters + shape.n_experts * shape.expert_parameters
+    layer = shape.layer_parameters
     head = shape.vocab_size * shape.hidden_size
     return {
         # one computes while the next is read; the head is read when the layers are gone, and widened
@@ -173,12 +176,20 @@ def _compression(plan: Plan, passes: _Passes) -> float:
 
 def _recovery(plan: Plan, passes: _Passes) -> dict[str, float]:
     choice, limit = plan.recipe.recover, plan.recover_seconds
-    if choice.rung == "none":
+    if not choice.rungs:
         return {}
-    step = _STEP_FORWARDS * passes.forward(plan.student_shape, choice.blocks_per_step)
-    steps = step * choice.blocks / choice.blocks_per_step
-    judging = 2 * passes.forward(plan.student_shape, n_reference=plan.recipe.text.selection_blocks)  # before and after
-    return {"schedule": step if limit else 0.0, "recover": (min(steps, limit) if limit else steps) + judging}
+    forward = passes.forward(plan.student_shape, choice.blocks_per_step)
+    one_step, all_steps = 0.0, 0.0
+    for rung in choice.rungs:
+        step = forward * (_STEP_FORWARDS + (_WEIGHTS_FORWARDS if rung.scope != "router" else 0))
+        one_step += step
+        all_steps += step * rung.blocks / choice.blocks_per_step
+    n_judged = 1 + len(choice.rungs)  # before, and after each
+    judging = n_judged * passes.forward(plan.student_shape, n_reference=plan.recipe.text.selection_blocks)
+    return {
+        "schedule": one_step if limit else 0.0,
+        "recover": (min(all_steps, limit) if limit else all_steps) + judging,
+    }
 
 
 def _heldout_blocks(plan: Plan) -> int:
@@ -203,11 +214,18 @@ def _expert_bytes(plan: Plan) -> int:
 
 
 def _training_bytes(plan: Plan) -> int:
-    """A step keeps every layer's input; a snapshot has the routers and two moments of each, and so has the next."""
-    shape = plan.student_shape
-    step_tokens = plan.recipe.recover.blocks_per_step * BLOCK_LENGTH
-    layer_inputs = (shape.n_layers + 1) * step_tokens * shape.hidden_size * 4
-    return layer_inputs + 2 * 3 * 4 * _router_values(shape)
+    """A step keeps every layer's input; a snapshot has what is trained and two moments of it, and so has the next.
+
+    What a rung taught is kept beside: routers in float32, experts in storage dtype.
+    """
+    shape, choice = plan.student_shape, plan.recipe.recover
+    if not choice.rungs:
+        return 0
+    layer_inputs = (shape.n_layers + 1) * choice.blocks_per_step * BLOCK_LENGTH * shape.hidden_size * 4
+    snapshots = 2 * 3 * max(training_bytes(scope_of(rung), shape).weights for rung in choice.rungs)
+    n_with_experts = sum(rung.scope != "router" for rung in choice.rungs)
+    taught = len(choice.rungs) * 4 * _router_values(shape) + n_with_experts * _expert_bytes(plan)
+    return layer_inputs + snapshots + taught
 
 
 def _router_values(shape: MoeShape) -> int:

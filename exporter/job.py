@@ -16,6 +16,7 @@ from typing import Final, get_args
 from compressors.model.errors import InputError
 from exporter.durations import parse_duration
 from exporter.recipe import ExpertMethod, Student
+from exporter.recovery import RECOVERIES
 from exporter.sizes import parse_size
 from exporter.team import local_processes
 from validate.verdict import REQUIREMENTS
@@ -28,7 +29,6 @@ __all__ = [
     "METHODS",
     "METHODS_WITHOUT_EXPERTS",
     "QUANT_TYPES",
-    "RECOVERIES",
     "STUDENTS",
     "Job",
     "parse_duration",
@@ -45,7 +45,6 @@ METHODS_WITHOUT_EXPERTS: Final = ("slim", "block-drop", "layer-drop")
 METHODS: Final = ("auto", *(name for name in get_args(ExpertMethod) if name != "none"), *METHODS_WITHOUT_EXPERTS)
 QUANT_TYPES: Final = ("F32", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_0")
 STUDENTS: Final = get_args(Student)
-RECOVERIES: Final = ("auto", "none", "router", "router:published")
 
 _BUNDLED_MODEL_NAME = "demo"
 

@@ -57,13 +57,13 @@ _CALIBRATE = Stage(
     shared=True,
 )
 _COMPRESS = Stage("compress", 2, ("calibrate",), ("compress", "arithmetic"), "compress the experts")
-_SCHEDULE = Stage("schedule", 2, ("compress",), ("recover", "arithmetic"), "time a step of Router KD", shared=True)
+_SCHEDULE = Stage("schedule", 3, ("compress",), ("recover", "arithmetic"), "time a step of recovery", shared=True)
 _RECOVER = Stage(
     "recover",
-    2,
+    3,
     ("compress", "schedule"),
     ("recover", "arithmetic"),
-    "teach the routers",
+    "recover what compressing lost",
     resumes=True,
     shared=True,
 )

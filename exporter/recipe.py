@@ -17,6 +17,8 @@ __all__ = [
     "ExpertMethod",
     "Recipe",
     "RecoverChoice",
+    "RungChoice",
+    "RungLoss",
     "SourceChoice",
     "Student",
     "TextChoice",
@@ -44,6 +46,9 @@ ExpertMethod = Literal[
 
 Student = Literal["moe", "dense"]
 """What is built: a smaller MoE, or a dense model (:mod:`compressors.dense`)."""
+
+RungLoss = Literal["kd", "next-token", "router-logits", "ka", "sar"]
+"""Objectives of :mod:`compressors.recover`."""
 
 
 class _Part(BaseModel):
@@ -107,14 +112,40 @@ class CompressChoice(_Part):
         return self
 
 
-class RecoverChoice(_Part):
-    """How the routers are taught again: the schedule of :class:`compressors.recover.router_kd.RouterKdSettings`."""
+class RungChoice(_Part):
+    """A rung of the recovery ladder: what is trained, towards what, and for how long (docs/recovery.md)."""
 
-    rung: Literal["none", "router"]
-    blocks: int = Field(ge=0)
-    blocks_per_step: int = Field(gt=0)
+    scope: Literal["router", "top-experts", "experts", "adapters"]
+    experts: PositiveInt | None = None  # of top-experts: how many of each layer, those that most tokens choose
+    rank: PositiveInt | None = None  # of adapters
+    loss: RungLoss = "kd"
+    blocks: PositiveInt
     learning_rate: float = Field(gt=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> RungChoice:
+        if (self.scope == "top-experts") != (self.experts is not None):
+            raise ValueError("experts says how many top-experts are trained: give it with that scope, and no other")
+        if (self.scope == "adapters") != (self.rank is not None):
+            raise ValueError("rank is the adapters': give it with that scope, and no other")
+        if self.loss == "router-logits" and self.scope != "router":
+            raise ValueError("the loss router-logits looks at routers alone: its scope must be router")
+        return self
+
+
+class RecoverChoice(_Part):
+    """How the compressed model learns again. Each rung goes on from the last that was kept."""
+
+    rungs: tuple[RungChoice, ...] = ()  # climbed in this order, each kept only if the divergence falls
+    after_quantizing: RungChoice | None = None  # routers once more, beside experts as the files hold them
+    blocks_per_step: PositiveInt
     seed: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> RecoverChoice:
+        if self.after_quantizing is not None and self.after_quantizing.scope != "router":
+            raise ValueError("after_quantizing trains routers alone, which no file quantizes: its scope must be router")
+        return self
 
 
 class Recipe(_Part):

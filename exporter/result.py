@@ -38,8 +38,13 @@ _RUNTIMES = {"gguf": "llama.cpp", "onnx": "onnxruntime"}
 
 
 def final_recipe(plan: Plan, work: WorkDirectory) -> Recipe:
-    """The recipe with the number of blocks that the time limit of recovery allowed."""
-    recover = plan.recipe.recover.model_copy(update={"blocks": scheduled_blocks(work)})
+    """The recipe with the numbers of blocks that the time limit of recovery allowed."""
+    choice = plan.recipe.recover
+    rungs = (
+        rung.model_copy(update={"blocks": n_blocks})
+        for rung, n_blocks in zip(choice.rungs, scheduled_blocks(work), strict=True)
+    )
+    recover = choice.model_copy(update={"rungs": tuple(rungs)})
     return plan.recipe.model_copy(update={"recover": recover})
 
 
@@ -89,13 +94,19 @@ def build_report(
             }
             for name, artifact in artifacts.items()
         ],
-        "recovery": json.loads(StudentFiles(work.stage("recover")).recovery.read_text(encoding="utf-8")),
+        "recovery": _recovery(plan, work),
         "validation": validation,
         "verdict": {"passed": all(check.passed for check in checks), "checks": [asdict(check) for check in checks]},
         "timings": {name: record.seconds for name, record in records.items()},
         "peak_rss_bytes": {name: record.peak_rss_bytes for name, record in records.items()},
         "environment": _environment(recipe.threads),
     }
+
+
+def _recovery(plan: Plan, work: WorkDirectory) -> list[dict[str, Any]]:
+    """The rungs that were refused, then those that were tried."""
+    tried: list[dict[str, Any]] = json.loads(StudentFiles(work.stage("recover")).recovery.read_text(encoding="utf-8"))
+    return [asdict(refused) for refused in plan.refused_rungs] + tried
 
 
 def _student(teacher: MoeShape, experts: ExpertMap) -> dict[str, Any]:

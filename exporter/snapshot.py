@@ -21,10 +21,14 @@ from exporter.outputs import sha256_of
 __all__ = ["Snapshot"]
 
 _CONTENTS = "contents.json"
+_LEAST_SHARE_OF_WORK = 20  # seconds of work for each second of writing
 
 
 class Snapshot:
-    """The newest snapshot of a stage, in ``folder``; at most one every ``seconds``."""
+    """The newest snapshot of a stage, in ``folder``.
+
+    There is at most one every ``seconds``, and where writing takes long fewer, so that little time goes into it.
+    """
 
     def __init__(self, folder: Path, seconds: float = 30.0) -> None:
         self._folder = folder
@@ -42,6 +46,7 @@ class Snapshot:
         reduce_max([due])  # all processes or none
         if not due:
             return
+        start = time.monotonic()
         new = self._folder.with_name(f"{self._folder.name}.new")
         if is_first():
             shutil.rmtree(new, ignore_errors=True)
@@ -53,6 +58,7 @@ class Snapshot:
             self._publish(new, position)
         wait_for_all()
         self._last = time.monotonic()
+        self._seconds = max(self._seconds, _LEAST_SHARE_OF_WORK * (self._last - start))
 
     def load(self) -> tuple[int, Path] | None:
         """(position, folder) of the newest whole snapshot, None if there is none."""

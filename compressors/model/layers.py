@@ -26,8 +26,7 @@ class LayerWeights:
 
 def layer_bytes(student: Student) -> int:
     """Bytes of the largest decoder layer in storage dtype."""
-    shape = student.shape
-    return (shape.dense_layer_parameters + shape.n_experts * shape.expert_parameters) * student.source.dtype.itemsize
+    return student.shape.layer_parameters * student.source.dtype.itemsize
 
 
 class LayerReader:

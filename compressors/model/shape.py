@@ -173,6 +173,11 @@ class MoeShape:
         return 3 * self.hidden_size * self.expert_width
 
     @property
+    def layer_parameters(self) -> int:
+        """Parameters of one decoder layer."""
+        return self.dense_layer_parameters + self.n_experts * self.expert_parameters
+
+    @property
     def dense_layer_parameters(self) -> int:
         """Parameters of one decoder layer without its experts: attention, norms and router."""
         query = self.n_heads * self.head_dim
@@ -186,7 +191,7 @@ class MoeShape:
     def parameters(self) -> int:
         """All parameters; tied embeddings count once."""
         layers = [self.layer(index) for index in range(self.n_layers)]
-        in_layers = sum(layer.dense_layer_parameters + layer.n_experts * layer.expert_parameters for layer in layers)
+        in_layers = sum(layer.layer_parameters for layer in layers)
         if self.is_dense:  # without the routers
             in_layers -= sum(layer.n_experts * self.hidden_size for layer in layers)
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)

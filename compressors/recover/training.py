@@ -49,7 +49,8 @@ class Training:
 
     Raises:
         InputError: there are fewer blocks than the schedule wants or than one step takes, a token is not in the
-            student's vocabulary, the scope does not fit the student, or its training does not fit the limit.
+            student's vocabulary, or the scope does not fit the student.
+        TooLargeError: its training does not fit the limit.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Training:
         settings.check_against(tokens_BT)
         _check_vocabulary(tokens_BT, student)
         if limit is not None and scope != Scope.routers():
-            refuse_too_large(scope, student, limit)
+            refuse_too_large(scope, student.shape, student.source.dtype.itemsize, limit.n_bytes)
         self.settings = settings
         self.n_done = 0  # steps
         self._student = student

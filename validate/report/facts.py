@@ -25,6 +25,7 @@ __all__ = [
     "model_name",
     "requirement",
     "row_name",
+    "rung_outcome",
     "shipped_rows",
     "student_description",
     "validation_row",
@@ -47,13 +48,26 @@ _CHECKS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "kld": ("mean divergence from the original", numbers.divergence),
     "top1": ("same top token as the original", numbers.percent),
 }
-_LOSSES = {"kd": "distillation", "ce": "next-token loss"}
+_LOSSES = {
+    "kd": "distillation",
+    "next-token": "next-token loss",
+    "router-logits": "router logits matched",
+    "ka": "distillation from augmented experts",
+    "sar": "distillation from a student-aware router",
+}
 
 BANDS = ((0.0, 0.005, "like 6-bit"), (0.01, 0.05, "like 4-bit"), (0.1, math.inf, "visibly different"))
 """Mean divergence (nats) that quantized files of unpruned models have: from, to, what it is like.
 
 Community figures for Qwen-class models, llama-perplexity on wikitext; no accepted band exists for pruned models.
 """
+
+
+def rung_outcome(rung: Mapping[str, Any]) -> str:
+    """What became of a rung of recovery: kept, rejected (or its training failed), or refused."""
+    if rung.get("accepted"):
+        return "accepted"
+    return "refused" if rung.get("selection_kld_before") is None else "rejected"
 
 
 def loss_name(loss: str) -> str:

@@ -55,6 +55,7 @@ def render_model_card(report: Report) -> str:
         runs=_runs(report),
         limits=_limits(report),
         loss_name=facts.loss_name,
+        rung_outcome=facts.rung_outcome,
         numbers=numbers,
     )
 

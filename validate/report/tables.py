@@ -17,6 +17,7 @@ from validate.report.facts import (
     loss_name,
     requirement,
     row_name,
+    rung_outcome,
 )
 
 __all__ = [
@@ -142,22 +143,26 @@ def routing_table(report: Report) -> Table:
 
 
 def recovery_table(report: Report) -> Table:
-    """Every rung that was tried, with the divergence on the selection split before and after."""
+    """Every rung that was tried or refused, with what the selection split said before and after."""
     rows = []
     for rung in report["recovery"]:
-        before, after = rung["selection_kld_before"], rung["selection_kld_after"]
-        accepted = bool(rung["accepted"])
+        before, after = rung.get("selection_kld_before"), rung.get("selection_kld_after")
+        tone = "good" if rung.get("accepted") else "bad"
         cells = (
             Cell(numbers.divergence(before)),
-            Cell(numbers.divergence(after), note=numbers.change(before, after), tone="good" if accepted else "bad"),
-            Cell("accepted" if accepted else "rejected", tone="good" if accepted else "bad"),
+            Cell(numbers.divergence(after), note=numbers.change(before, after), tone=tone),
+            Cell(
+                numbers.perplexity(rung.get("selection_perplexity_after")),
+                note=f"before {numbers.perplexity(rung.get('selection_perplexity_before'))}",
+            ),
+            Cell(rung_outcome(rung), note=rung.get("why") or "", tone=tone),
             Cell(numbers.count(rung.get("steps"))),
             Cell(numbers.count(rung.get("tokens"))),
             Cell(numbers.DASH if rung.get("learning_rate") is None else f"{rung['learning_rate']:g}"),
             Cell(numbers.duration(rung.get("seconds"))),
         )
         rows.append(Row(str(rung["rung"]), cells, note=loss_name(str(rung.get("loss") or ""))))
-    headings = ("Rung", "Before", "After", "Outcome", "Steps", "Tokens", "Learning rate", "Time")
+    headings = ("Rung", "Before", "After", "Perplexity", "Outcome", "Steps", "Tokens", "Learning rate", "Time")
     return Table(headings, tuple(rows))
 
 

@@ -1,0 +1,157 @@
+"""The recovery ladder: which rungs a machine can climb, and what a recipe's rung means for training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from compressors.model.errors import InputError
+from compressors.model.shape import MoeShape
+from compressors.recover.schedule import Schedule
+from compressors.recover.scopes import Scope
+from compressors.recover.training_memory import refuse_too_large
+from exporter.recipe import RecoverChoice, RungChoice
+
+__all__ = ["PUBLISHED_BLOCKS", "RECOVERIES", "Machine", "RefusedRung", "choose_ladder", "schedule_of", "scope_of"]
+
+PUBLISHED_BLOCKS = 3000
+"""Texts of the published Router KD (arXiv 2603.02217)."""
+
+_PUBLISHED_RATE = 5e-5
+_DEFAULT_BLOCKS = 320  # 163,840 tokens: 40 steps
+_BLOCKS_PER_STEP = 8  # as published
+
+_LOSSES = {
+    "router": ("kd", "next-token", "router-logits", "ka", "sar"),
+    "top-experts": ("kd", "next-token", "ka", "sar"),
+    "experts": ("kd", "next-token", "ka", "sar"),
+    "adapters": ("kd", "next-token", "ka", "sar"),
+}
+
+RECOVERIES = (
+    *("auto", "none", "router:published"),
+    *_LOSSES,
+    *(f"{scope}:{loss}" for scope, losses in _LOSSES.items() for loss in losses),
+)
+"""What ``--recover`` takes: the ladder, nothing, the published schedule, or one rung, ``SCOPE`` or ``SCOPE:LOSS``."""
+
+_RATES = {"router": 3e-3, "top-experts": 1e-3, "experts": 1e-3, "adapters": 3e-3}
+_RATES_HIDDEN_SIZE = 256
+"""Learning rates chosen on a selection split (benchmarks/results/recovery.md), and the hidden size of that model.
+
+An Adam step moves each of a row's weights by about the learning rate, so a product moves in proportion to the hidden
+size: other models' rates are scaled by its inverse.
+"""
+
+_TOP_EXPERTS = 8  # of each layer, as in the smallest wider scope of arXiv 2609.06076
+_ADAPTER_RANKS = (8, 4, 2, 1)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What training may use."""
+
+    memory_bytes: int
+    calibration_blocks: int  # that the text yields
+
+
+@dataclass(frozen=True)
+class RefusedRung:
+    """A rung that was not tried."""
+
+    rung: str
+    loss: str
+    why: str
+
+
+def choose_ladder(
+    wish: str, student: MoeShape, itemsize: int, machine: Machine, seed: int
+) -> tuple[RecoverChoice, tuple[RefusedRung, ...]]:
+    """The rungs that a wish of ``--recover`` means for this student on this machine.
+
+    ``auto`` teaches the routers, and then routers and experts together, of a dense student the feed-forwards only. A
+    rung whose training does not fit the memory is replaced by adapters of the largest rank that fits.
+
+    Args:
+        wish: one of :data:`RECOVERIES`.
+        student: the compressed model's shape.
+        itemsize: bytes of a stored weight.
+        machine: what there is.
+        seed: of the order of blocks, and of adapters' beginnings.
+
+    Returns:
+        The recipe's choice, and what was refused.
+    """
+    rungs: list[RungChoice] = []
+    refused: list[RefusedRung] = []
+    for rung in _wanted(wish, student, machine.calibration_blocks):
+        candidates = [rung]
+        if rung.scope in ("top-experts", "experts"):
+            candidates += [_adapters(rung, rank, student) for rank in _ADAPTER_RANKS]
+        for candidate in candidates:
+            reason = _obstacle(candidate, student, itemsize, machine.memory_bytes)
+            if reason is None:
+                rungs.append(candidate)
+                break
+            refused.append(RefusedRung(scope_of(candidate).name, candidate.loss, reason))
+    per_step = min(_BLOCKS_PER_STEP, machine.calibration_blocks)
+    return RecoverChoice(rungs=tuple(rungs), blocks_per_step=per_step, seed=seed), tuple(refused)
+
+
+def scope_of(rung: RungChoice) -> Scope:
+    """Which tensors a rung trains."""
+    if rung.scope == "adapters":
+        assert rung.rank is not None, "the recipe checks it"
+        return Scope.adapters(rung.rank)
+    if rung.scope == "top-experts":
+        assert rung.experts is not None, "the recipe checks it"
+        return Scope.most_used(rung.experts)
+    return Scope.routers() if rung.scope == "router" else Scope.all_experts()
+
+
+def schedule_of(choice: RecoverChoice, rung: RungChoice, n_blocks: int) -> Schedule:
+    """A rung's schedule, with the number of blocks that the time limit allows."""
+    return Schedule(n_blocks, rung.learning_rate, min(choice.blocks_per_step, n_blocks), seed=choice.seed)
+
+
+def _wanted(wish: str, student: MoeShape, n_text: int) -> Sequence[RungChoice]:
+    if wish == "none":
+        return []
+    if wish == "router:published":
+        return [RungChoice(scope="router", blocks=min(PUBLISHED_BLOCKS, n_text), learning_rate=_PUBLISHED_RATE)]
+    if wish == "auto":
+        scopes = ["experts"] if student.is_dense else ["router", "experts"]
+        return [_rung(scope, "kd", student, n_text) for scope in scopes]
+    scope, _, loss = wish.partition(":")
+    return [_rung(scope, loss or "kd", student, n_text)]
+
+
+def _rung(scope: str, loss: str, student: MoeShape, n_text: int) -> RungChoice:
+    return RungChoice(
+        scope=scope,  # type: ignore[arg-type]  # one of RECOVERIES
+        experts=min(_TOP_EXPERTS, student.n_experts) if scope == "top-experts" else None,
+        rank=max(_ADAPTER_RANKS) if scope == "adapters" else None,
+        loss=loss,  # type: ignore[arg-type]
+        blocks=min(_DEFAULT_BLOCKS, n_text),
+        learning_rate=_rate(scope, student),
+    )
+
+
+def _adapters(rung: RungChoice, rank: int, student: MoeShape) -> RungChoice:
+    changes = {"scope": "adapters", "experts": None, "rank": rank, "learning_rate": _rate("adapters", student)}
+    return rung.model_copy(update=changes)
+
+
+def _rate(scope: str, student: MoeShape) -> float:
+    return _RATES[scope] * _RATES_HIDDEN_SIZE / student.hidden_size
+
+
+def _obstacle(rung: RungChoice, student: MoeShape, itemsize: int, memory_bytes: int) -> str | None:
+    """Why a rung cannot be trained within this memory, None if it can. Routers alone always can."""
+    if rung.scope == "router":
+        return None
+    try:
+        refuse_too_large(scope_of(rung), student, itemsize, memory_bytes)
+    except InputError as error:
+        return str(error)
+    return None
