@@ -22,7 +22,7 @@ _REPOSITORY = Path(__file__).parents[2]
 _ARCHITECTURES = {"fine": ("qwen3", "qwen3"), "coarse": ("llama", "mistral")}
 """Of the GGUF file and of the ONNX graph."""
 
-_TEXT = {"calibration_blocks": 2, "selection_blocks": 1, "heldout_chunks_per_file": 1}
+_TEXT = {"calibration_blocks": 16, "selection_blocks": 1, "heldout_chunks_per_file": 1}
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,9 @@ def run(
     assert planned.returncode == 0, planned.stderr
     recipe = json.loads(planned.stdout)
     recipe["text"] |= _TEXT
+    recipe["recover"]["blocks_per_step"] = 2
+    (rung,) = recipe["recover"]["rungs"]
+    rung["blocks"] = 16
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     result = _command(*inputs, "--recipe", str(path))
@@ -104,6 +107,14 @@ def test_both_runtimes_agree_with_torch_and_nothing_is_said_of_routing(run: _Run
     assert report["verdict"]["passed"]
 
 
+def test_recovery_teaches_the_feed_forwards_as_nothing_else_could_be(run: _Run) -> None:
+    (rung,) = run.report["recipe"]["recover"]["rungs"]
+    assert (rung["scope"], rung["loss"]) == ("experts", "kd")
+    (tried,) = run.report["recovery"]
+    assert (tried["rung"], tried["accepted"]) == ("feed-forwards", True)
+    assert tried["selection_kld_after"] < tried["selection_kld_before"]
+
+
 def test_page_card_and_terminal_say_that_it_is_dense(run: _Run) -> None:
     teacher = read_shape(run.source)
     width = teacher.top_k * teacher.expert_width
@@ -116,6 +127,7 @@ def test_page_card_and_terminal_say_that_it_is_dense(run: _Run) -> None:
     assert "- dense\n" in card and "mixture-of-experts" not in card
 
 
+@pytest.mark.parametrize("run", ["fine"], indirect=True)
 def test_validate_judges_the_published_files_again(run: _Run, small_texts: tuple[Path, Path]) -> None:
     again = _command("validate", str(run.out), "--text", str(small_texts[1]), "--threads", "1", "--json")
     assert again.returncode == 0, again.stderr
