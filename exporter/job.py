@@ -180,13 +180,11 @@ def _student(student: str, method: str, experts: int | None, recover: str) -> st
             raise InputError("--experts: a dense student has none; leave --experts out, or --student dense")
         if method != "auto":
             raise InputError(
-                f"--method {method}: a dense student is made in one way, as large as the experts that a token uses; "
-                "leave --method out, or --student dense"
+                f"--method: a dense student takes neurons from the experts of the highest scores, which {method} does "
+                "not choose; leave --method out, or --student dense"
             )
         if recover.startswith("router"):
-            raise InputError(
-                f"--recover {recover}: a dense student has no routers to teach; use --recover auto, or none"
-            )
+            raise InputError("--recover: a dense student has no routers to teach; use auto, experts, adapters or none")
     return student
 
 

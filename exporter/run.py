@@ -126,7 +126,7 @@ def make_plan(job: Job, command: str) -> Plan:
         recipe = _completed(job.recipe, load_recipe(job.recipe), checkpoint, splits)
         predictions, refused = predict_recipe(recipe, checkpoint), ()
     if recipe.compress.student == "dense" and "routing" in job.require:
-        raise InputError("--require routing: a dense student has no routing to compare; leave it out")
+        raise InputError("--require: a dense student has no routing to compare; leave routing out")
     return Plan(
         recipe=recipe,
         source=folder.resolve(),
