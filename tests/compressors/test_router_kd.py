@@ -22,7 +22,8 @@ from compressors.model.memory import MemoryLimit
 from compressors.model.streaming import StreamedModel, TokenGroup
 from compressors.model.student import ExpertMap, LayerMap, Student
 from compressors.model.weight_file import StoredTensors
-from compressors.recover.router_kd import RouterKdSettings, RouterTraining, mean_divergence, train_routers
+from compressors.recover.divergence import judge
+from compressors.recover.router_kd import RouterKdSettings, RouterTraining, train_routers
 from compressors.teacher import TeacherTargets, write_log_probs, write_targets
 
 
@@ -107,7 +108,7 @@ def test_log_probs_in_16_bits_are_exact_enough(teacher: Student, blocks_BT: torc
     assert (decoded[expected < expected.amax(-1, keepdim=True) - 16.01] == -torch.inf).all()
     following = blocks_BT[:2, 33:64].flatten()
     torch.testing.assert_close(likelihoods, -expected.gather(-1, following[:, None])[:, 0], rtol=1e-5, atol=1e-5)
-    assert abs(mean_divergence(teacher, blocks_BT[:2], reader, scored)) < 1e-6
+    assert abs(judge(teacher, blocks_BT[:2], reader, scored).divergence) < 1e-6
 
 
 def test_schedule_is_the_published_one() -> None:
@@ -177,8 +178,8 @@ def test_training_brings_the_student_nearer_and_is_deterministic(
     unseen, scored = blocks_BT[40:], slice(32, 63)
     _write_log_probs(teacher, unseen, scored, tmp_path / "teacher")
     reader = LogProbReader(tmp_path / "teacher")
-    before = mean_divergence(pruned, unseen, reader, scored)
-    assert mean_divergence(taught, unseen, reader, scored) < 0.95 * before
+    before = judge(pruned, unseen, reader, scored).divergence
+    assert judge(taught, unseen, reader, scored).divergence < 0.95 * before
 
 
 def test_only_layers_with_experts_are_taught_and_only_their_routers_are_handed_on(

@@ -23,6 +23,7 @@ from exporter.recipe import Recipe
 from exporter.run import make_plan, run_job
 
 _START = 4
+_ROUTER = {"scope": "router", "blocks": 40, "learning_rate": 0.001}
 _FAST = Speeds(read_bytes=1e15, multiply_adds=1e6, reference_multiply_adds=1e6, quantized_values=1e15)
 _PLENTY = 10**15
 
@@ -51,7 +52,7 @@ def plan(job: Job) -> Plan:
     """With round numbers of blocks: 40, 4, and 3 of each of the two held-out files."""
     plan = make_plan(job, "moe-export")
     text = {"calibration_blocks": 40, "selection_blocks": 4, "heldout_chunks_per_file": 3}
-    return _edited(plan, text=text, recover={"blocks": 40, "blocks_per_step": 8})
+    return _edited(plan, text=text, recover={"rungs": [_ROUTER], "blocks_per_step": 8})
 
 
 def _edited(plan: Plan, **parts: Mapping[str, Any]) -> Plan:
@@ -125,7 +126,11 @@ def test_recovery_takes_its_steps_or_its_time_limit(plan: Plan) -> None:
         assert seconds["recover"] - _START == pytest.approx(steps + judging)
     recipe = replace(plan, recover_seconds=0)
     assert seconds_by_stage(recipe, _FAST, _PLENTY)["schedule"] == _START, "a recipe's steps are not timed"
-    none = _edited(plan, recover={"rung": "none", "blocks": 0})
+    two = _edited(plan, recover={"rungs": [_ROUTER, _ROUTER | {"scope": "experts", "blocks": 24}]})
+    seconds = seconds_by_stage(replace(two, recover_seconds=10**9), _FAST, _PLENTY)
+    assert seconds["schedule"] - _START == pytest.approx(step * (3 + 4) / 3), "experts have gradients of their own"
+    assert seconds["recover"] - _START == pytest.approx(step * (5 + 3 * 4 / 3) + judging * 3 / 2)
+    none = _edited(plan, recover={"rungs": []})
     assert not {"schedule", "recover"} & set(seconds_by_stage(none, _FAST, _PLENTY))
 
 
@@ -175,9 +180,13 @@ def test_every_file_of_a_run_has_a_line(plan: Plan) -> None:
     assert lines["training targets"] == 40 * 512 * 64 * 8
     # 255 of 512 positions are scored; the GGUF's are recorded for the ONNX file to be compared with
     assert lines["log-probabilities in 16 bits"] == (4 + 2 * 6) * 255 * (2 * shape.vocab_size + 8)
-    assert lines["training"] == (3 * 8 * 512 + 2 * 3 * 2 * 12) * shape.hidden_size * 4
+    # inputs of layers and head, two snapshots of routers and moments, and the routers that were taught
+    assert lines["training"] == (3 * 8 * 512 + (2 * 3 + 1) * 2 * 12) * shape.hidden_size * 4
     assert {"gguf files", "onnx files", "student checkpoint", "statistics", "routing", "token blocks"} <= set(lines)
-    without = _edited(plan, recover={"rung": "none"})
+    with_experts = disk_lines(_edited(plan, recover={"rungs": [_ROUTER | {"scope": "experts"}]}))["training"]
+    experts = 2 * 12 * 3 * shape.hidden_size * shape.expert_width
+    assert with_experts == lines["training"] + experts * (2 * 3 * 4 + 2)  # two snapshots, and the overlay
+    without = _edited(plan, recover={"rungs": []})
     without = replace(without, recipe=without.recipe.model_copy(update={"save_student": False}))
     assert set(lines) - set(disk_lines(without)) == {"training", "student checkpoint"}
 

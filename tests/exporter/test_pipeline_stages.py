@@ -24,6 +24,7 @@ from exporter.stage import StageContext
 from exporter.work import WorkDirectory
 
 _FROM_COMPRESS = {"compress", "schedule", "recover", "gguf", "onnx", "student", "validate_torch"}
+_RUNG = {"scope": "router", "blocks": 8, "learning_rate": 0.001}
 _VALIDATIONS = {"validate_gguf", "validate_onnx"}
 _ALL = {"calibrate"} | _FROM_COMPRESS | _VALIDATIONS
 
@@ -74,7 +75,7 @@ def _changed(before: Plan, after: Plan) -> set[str]:
         ({"text": {"heldout_chunks_per_file": 3}}, _ALL),
         ({"threads": 2}, _ALL),
         ({"compress": {"method": "reap", "experts": 8}}, _FROM_COMPRESS | _VALIDATIONS),
-        ({"recover": {"rung": "router", "blocks": 8}}, _FROM_COMPRESS - {"compress"} | _VALIDATIONS),
+        ({"recover": {"rungs": [_RUNG]}}, _FROM_COMPRESS - {"compress"} | _VALIDATIONS),
         ({"recover": {"seed": 5}}, _FROM_COMPRESS - {"compress"} | _VALIDATIONS),
         ({"gguf": "Q8_0"}, {"gguf"} | _VALIDATIONS),
         ({"onnx": "Q4_0"}, {"onnx"} | _VALIDATIONS),

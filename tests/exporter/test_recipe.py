@@ -40,12 +40,23 @@ _DATA: dict[str, Any] = {
         "sequential": False,
         "sample_blocks": 32,
     },
-    "recover": {"rung": "router", "blocks": 320, "blocks_per_step": 8, "learning_rate": 0.00075, "seed": 42},
+    "recover": {
+        "rungs": [
+            {"scope": "router", "experts": None, "rank": None, "loss": "kd", "blocks": 320, "learning_rate": 0.00075},
+            {"scope": "adapters", "experts": None, "rank": 8, "loss": "next-token", "blocks": 8, "learning_rate": 1.0},
+        ],
+        "after_quantizing": None,
+        "blocks_per_step": 8,
+        "seed": 42,
+    },
     "gguf": "Q4_0",
     "onnx": None,
     "save_student": False,
     "threads": 2,
 }
+
+
+_RUNG = _DATA["recover"]["rungs"][0]
 
 
 def _write(folder: Path, data: object) -> Path:
@@ -63,7 +74,8 @@ def _changed(part: str | None, **values: object) -> dict[str, Any]:
     [
         _DATA,
         _changed(None, gguf=None, onnx="F32"),
-        _changed("recover", learning_rate=5e-05, rung="none", blocks=0),
+        _changed("recover", rungs=[]),
+        _changed("recover", rungs=[_RUNG | {"scope": "top-experts", "experts": 3}], after_quantizing=_RUNG),
         _changed("compress", experts=[24, 20, 16, 32], drop_moe_layers=2, width=[96, 128, 64, 32]),
         _changed("compress", drop_blocks=5, consecutive_blocks=True, method="none", edit="svd", edit_size=64),
         _changed("source", model="Größe: #1 'quoted' - model\nwith a line"),
@@ -127,10 +139,20 @@ def test_which_artifacts_are_written() -> None:
         ("budget", {"bytes": -1}, r"budget\.bytes"),
         ("budget", {"kind": "both"}, r"budget\.kind"),
         ("budget", {"kv_type": "f8"}, r"budget\.kv_type"),
-        ("recover", {"rung": "all"}, r"recover\.rung"),
-        ("recover", {"learning_rate": 0}, r"recover\.learning_rate"),
-        ("recover", {"learning_rate": math.nan}, r"recover\.learning_rate"),
-        ("recover", {"learning_rate": math.inf}, r"recover\.learning_rate"),
+        ("recover", {"rungs": "all"}, r"recover\.rungs"),
+        ("recover", {"blocks_per_step": 0}, r"recover\.blocks_per_step"),
+        ("recover", {"rungs": [_RUNG | {"scope": "all"}]}, r"recover\.rungs\.0\.scope"),
+        ("recover", {"rungs": [_RUNG, _RUNG | {"blocks": 0}]}, r"recover\.rungs\.1\.blocks"),
+        ("recover", {"rungs": [_RUNG | {"loss": "mse"}]}, r"recover\.rungs\.0\.loss"),
+        ("recover", {"rungs": [_RUNG | {"learning_rate": 0}]}, r"recover\.rungs\.0\.learning_rate"),
+        ("recover", {"rungs": [_RUNG | {"learning_rate": math.nan}]}, r"recover\.rungs\.0\.learning_rate"),
+        ("recover", {"rungs": [_RUNG | {"learning_rate": math.inf}]}, r"recover\.rungs\.0\.learning_rate"),
+        ("recover", {"rungs": [_RUNG | {"experts": 8}]}, "experts says how many top-experts"),
+        ("recover", {"rungs": [_RUNG | {"scope": "top-experts"}]}, "experts says how many top-experts"),
+        ("recover", {"rungs": [_RUNG | {"scope": "adapters"}]}, "rank is the adapters'"),
+        ("recover", {"rungs": [_RUNG | {"rank": 8}]}, "rank is the adapters'"),
+        ("recover", {"rungs": [_RUNG | {"scope": "experts", "loss": "router-logits"}]}, "its scope must be router"),
+        ("recover", {"after_quantizing": _RUNG | {"scope": "experts"}}, "its scope must be router"),
         ("text", {"calibration_blocks": None}, r"text\.calibration_blocks"),
         ("source", {"model": 3}, r"source\.model"),
         (None, {"save_student": "perhaps"}, "save_student"),

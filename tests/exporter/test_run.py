@@ -71,9 +71,16 @@ def test_figures_agree_between_torch_and_the_runtimes(finished: tuple[Path, str]
 
 
 def test_the_recovery_gate_is_reported(finished: tuple[Path, str]) -> None:
-    (rung,) = _report(finished[0])["recovery"]
-    assert rung["accepted"] == (rung["selection_kld_after"] < rung["selection_kld_before"])
-    assert rung["tokens"] == rung["steps"] * 8 * 512 or rung["tokens"] % 512 == 0
+    rungs = _report(finished[0])["recovery"]
+    assert [rung["rung"] for rung in rungs] == ["router", "router + all experts"]
+    for rung in rungs:
+        assert rung["accepted"] == (rung["selection_kld_after"] < rung["selection_kld_before"])
+        assert rung["tokens"] == rung["steps"] * 8 * 512 or rung["tokens"] % 512 == 0
+    first, second = rungs
+    left = "after" if first["accepted"] else "before"
+    for figure in ("kld", "perplexity"):
+        # it goes on from there
+        assert second[f"selection_{figure}_before"] == first[f"selection_{figure}_{left}"]
 
 
 def test_the_saved_student_loads_in_stock_transformers(finished: tuple[Path, str]) -> None:
@@ -99,7 +106,7 @@ def test_a_recipe_is_followed_and_a_failed_check_gives_exit_code_4(
     finished: tuple[Path, str], toy_command: Command, run_command: Run, tmp_path: Path
 ) -> None:
     recipe = yaml.safe_load((finished[0] / "recipe.yaml").read_text())
-    recipe["recover"]["rung"] = "none"
+    recipe["recover"]["rungs"] = []
     recipe["onnx"] = None
     recipe["save_student"] = False
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))

@@ -154,7 +154,10 @@ def _rung(name: str, loss: str, rate: float, before: float, after: float, accept
         "tokens": 491_520,
         "selection_kld_before": before,
         "selection_kld_after": after,
+        "selection_perplexity_before": 100 * before,
+        "selection_perplexity_after": 100 * after,
         "accepted": accepted,
+        "why": None,
         "seconds": 437.0,
     }
 
@@ -385,8 +388,8 @@ def test_figures_stand_in_the_right_rows(report: dict[str, Any]) -> None:
     ]
     assert page.row("GGUF and the student in torch")[1] == numbers.percent(_agreement(0.9961)["overlap"])
     assert page.row("ONNX and the original")[-1] == "84.20 %"
-    assert page.row("router")[1:4] == ["0.5412", "0.3829 \N{MINUS SIGN}29.2 %", "accepted"]
-    assert page.row("all")[3] == "rejected"
+    assert page.row("router")[1:5] == ["0.5412", "0.3829 \N{MINUS SIGN}29.2 %", "38.29 before 54.12", "accepted"]
+    assert page.row("all")[4] == "rejected"
     assert page.row("Measured total")[1:] == ["14.68 MB 14.00 MiB", "15.47 MB 14.75 MiB"]
     assert page.row("onnx/model.onnx.data")[1:] == ["9,887,744 bytes 9.89 MB (9.43 MiB)", "6f" * 32]
     assert page.row("Held-out")[1:] == ["410", "15", "4e" * 32]
@@ -443,6 +446,26 @@ def test_absent_format_is_not_mentioned(report: dict[str, Any]) -> None:
         assert "ONNX in ONNX Runtime" not in text and "model.onnx" not in text
     page = Page(render_html(only(report, "gguf")))
     assert page.row("Budget") == ["Budget", "16.00 MB 15.26 MiB"]
+
+
+def test_rungs_that_were_not_kept_say_why(report: dict[str, Any]) -> None:
+
+    failed = _rung("all", "kd", 1e9, 0.4, 0.4, False) | {
+        "selection_kld_after": None,
+        "selection_perplexity_after": None,
+    }
+    report["recovery"] = [
+        {"rung": "all", "loss": "kd", "why": "training it needs 90 GB"},
+        failed | {"why": "the loss is NaN"},
+    ]
+    page = Page(render_html(report))
+    refused, rejected = ([cell.strip() for cell in row] for row in page.rows if row[0].startswith("all"))
+    dash = numbers.DASH
+    assert refused[1:6] == [dash, dash, dash, "refused training it needs 90 GB", dash]
+    assert rejected[1:5] == ["0.4000", dash, dash, "rejected the loss is NaN"]
+    card = render_model_card(report)
+    assert "refused (training it needs 90 GB)" in card
+    assert "rejected (the loss is NaN)" in card
 
 
 def test_nothing_pruned_or_recovered_is_said() -> None:

@@ -150,11 +150,8 @@ def recovery_table(report: Report) -> Table:
         tone = "good" if rung.get("accepted") else "bad"
         cells = (
             Cell(numbers.divergence(before)),
-            Cell(numbers.divergence(after), note=numbers.change(before, after), tone=tone),
-            Cell(
-                numbers.perplexity(rung.get("selection_perplexity_after")),
-                note=f"before {numbers.perplexity(rung.get('selection_perplexity_before'))}",
-            ),
+            Cell(numbers.divergence(after), note="" if after is None else numbers.change(before, after), tone=tone),
+            _perplexities(rung.get("selection_perplexity_before"), rung.get("selection_perplexity_after")),
             Cell(rung_outcome(rung), note=rung.get("why") or "", tone=tone),
             Cell(numbers.count(rung.get("steps"))),
             Cell(numbers.count(rung.get("tokens"))),
@@ -164,6 +161,11 @@ def recovery_table(report: Report) -> Table:
         rows.append(Row(str(rung["rung"]), cells, note=loss_name(str(rung.get("loss") or ""))))
     headings = ("Rung", "Before", "After", "Perplexity", "Outcome", "Steps", "Tokens", "Learning rate", "Time")
     return Table(headings, tuple(rows))
+
+
+def _perplexities(before: float | None, after: float | None) -> Cell:
+    note = "" if before is None or after is None else f"before {numbers.perplexity(before)}"
+    return Cell(numbers.perplexity(after), note=note)
 
 
 def cost_table(report: Report) -> Table:
