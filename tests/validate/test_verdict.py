@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
@@ -60,9 +61,8 @@ def test_every_type_that_can_be_written_has_thresholds(weight_type: str) -> None
 def test_requirements_replace_the_defaults_and_add_checks() -> None:
     require = {"perplexity_change": 0.2, "routing": 0.5, "kld": 0.1, "top1": 0.9}
     assert set(require) == set(REQUIREMENTS)
-    checks = required_checks(
-        "gguf", "Q4_0", require, kld=0.11, top1=0.9, routing=0.49, perplexity_change=0.2
-    )
+    found = {"kld": 0.11, "top1": 0.9, "routing": 0.49, "perplexity_change": 0.2}
+    checks = required_checks("gguf", "Q4_0", require, **_PERFECT | found)
     assert checks == [
         Check("gguf.perplexity_change", 0.2, 0.2, True),
         Check("gguf.routing", 0.49, 0.5, False),
