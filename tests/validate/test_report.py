@@ -587,6 +587,16 @@ def test_model_card_front_matter(report: dict[str, Any]) -> None:
     assert "| `Fine-24x0.9M-Q4_0.gguf` | Q4_0 | 9,914,112 | 9.91 MB (9.45 MiB) | 4.80 |" in body
 
 
+def test_model_card_lists_each_rung_on_its_line(report: dict[str, Any]) -> None:
+    lines = render_model_card(report).splitlines()
+    rungs = [line for line in lines if "): divergence " in line]
+    assert len(rungs) == len(report["recovery"])
+    for line, rung in zip(rungs, report["recovery"], strict=True):
+        assert line.startswith(f"- {rung['rung']} (")
+        assert line.endswith(f"({rung['why']})" if rung.get("why") else facts.rung_outcome(rung))
+    assert lines[lines.index(rungs[-1]) + 1] == ""
+
+
 def test_model_card_of_a_local_model_names_no_page(report: dict[str, Any]) -> None:
     report["source"].update(model="/somewhere/models/mine", license=None)
     card = render_model_card(report)
