@@ -75,7 +75,7 @@ def disk_lines(plan: Plan) -> dict[str, int]:
         "training targets": text.calibration_blocks * BLOCK_LENGTH * TARGET_BYTES,
         "training": _training_bytes(plan),
         "routing": n_routings * n_heldout * BLOCK_LENGTH * shape.n_layers * shape.top_k * 8,
-        "statistics": shape.n_layers * _statistics_bytes(shape),
+        "statistics": shape.n_layers * _statistics_bytes(shape) + _own_statistics_bytes(plan),
         "token blocks": n_blocks * BLOCK_LENGTH * 8,
     }
     return {what: n_bytes for what, n_bytes in lines.items() if n_bytes}
@@ -230,6 +230,12 @@ def _training_bytes(plan: Plan) -> int:
 
 def _router_values(shape: MoeShape) -> int:
     return shape.n_layers * shape.n_experts * shape.hidden_size
+
+
+def _own_statistics_bytes(plan: Plan) -> int:
+    """What a student whose experts changed sees of the calibration text is kept beside what the teacher saw."""
+    shape = plan.student_shape
+    return shape.n_layers * _statistics_bytes(shape) if changes_experts(plan.recipe.compress) else 0
 
 
 def _statistics_bytes(shape: MoeShape) -> int:

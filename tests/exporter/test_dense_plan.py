@@ -182,6 +182,9 @@ def test_no_line_is_for_routers_or_routing(planned: Planned, fine_folder: Path) 
     assert dense_lines["student checkpoint"] == 2 * shape.parameters, "nothing in float32"
     assert dense_lines["changed experts"] == 2 * 6 * 3 * 256 * 512
     assert dense_lines["routing"] * 5 == moe_lines["routing"] * 2, "the teacher's own two, of five with both files'"
+    own = dense_lines["statistics"] - moe_lines["statistics"]
+    inputs = 4 * 256 + 512  # of attention, its output, gate and up; the output's sum; of the down projection
+    assert 6 * 8 * inputs < own < 6 * 8 * (inputs + 20), "and a few sums of one value"
     teacher = plan.teacher_shape
     wide = replace(teacher, top_k=8, hidden_size=2048, expert_width=2048)
     lines = memory_lines(wide, wide.with_sizes([MoeSize(1, 8 * 2048)] * 6), 2)
