@@ -20,6 +20,7 @@ __all__ = [
     "RungChoice",
     "RungLoss",
     "SourceChoice",
+    "Student",
     "TextChoice",
     "load_recipe",
     "recipe_yaml",
@@ -42,6 +43,9 @@ ExpertMethod = Literal[
 ]
 """Pruning criteria of :mod:`compressors.criteria`, then merging methods of :mod:`compressors.merge`."""
 
+
+Student = Literal["moe", "dense"]
+"""What is built: a smaller MoE, or a dense model (:mod:`compressors.dense`)."""
 
 RungLoss = Literal["kd", "next-token", "router-logits", "ka", "sar"]
 """Objectives of :mod:`compressors.recover`."""
@@ -95,6 +99,7 @@ class CompressChoice(_Part):
     width: PositiveInt | tuple[PositiveInt, ...] | None = None  # of each expert; null: as it is
     edit: Literal["none", "svd", "d2-moe", "mobe"] = "none"
     edit_size: PositiveInt | None = None  # the rank; of mobe the number of bases
+    student: Student = "moe"  # dense: each layer's experts become one feed-forward
     sequential: bool = False  # layers are judged by what the compressed layers in front make of the text
     sample_blocks: int = Field(default=32, gt=0)  # whose states methods see that need more than sums
 

@@ -96,7 +96,7 @@ def choose_ladder(
             if reason is None:
                 rungs.append(candidate)
                 break
-            refused.append(RefusedRung(scope_of(candidate).name, candidate.loss, reason))
+            refused.append(RefusedRung(scope_of(candidate).name_in(student), candidate.loss, reason))
     per_step = min(_BLOCKS_PER_STEP, machine.calibration_blocks)
     return RecoverChoice(rungs=tuple(rungs), blocks_per_step=per_step, seed=seed), tuple(refused)
 

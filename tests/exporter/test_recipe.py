@@ -37,6 +37,7 @@ _DATA: dict[str, Any] = {
         "width": None,
         "edit": "none",
         "edit_size": None,
+        "student": "moe",
         "sequential": False,
         "sample_blocks": 32,
     },
