@@ -55,19 +55,14 @@ def _objective(context: StageContext, student: Student, rung: RungChoice, schedu
         return NextToken()
     if rung.loss == "kd":
         return Distillation(TeacherTargets(Calibration.of(context.work).targets), student)
-    limit, device, dtype = (
-        memory_limit(context),
-        torch.device(context.plan.device),
-        dtype_of(context.plan.recipe.arithmetic),
-    )
-    if rung.batches_per_round is not None:
-        live_teacher = _LIVE_TEACHERS[rung.loss]
-        return live_teacher(
-            student, schedule, batches_per_round=rung.batches_per_round, limit=limit, dtype=dtype, device=device
-        )
-    half = replace(limit, n_bytes=limit.n_bytes // 2)  # the student needs room too
-    return RouterLogitMatching(
-        StreamedModel(Student.teacher(student.source), limit=half, device=device), student, dtype
+    limit, device = memory_limit(context), torch.device(context.plan.device)
+    dtype = dtype_of(context.plan.recipe.arithmetic)
+    if rung.loss == "router-logits":
+        half = replace(limit, n_bytes=limit.n_bytes // 2)  # the student needs room too
+        teacher = StreamedModel(Student.teacher(student.source), limit=half, device=device)
+        return RouterLogitMatching(teacher, student, dtype)
+    return _LIVE_TEACHERS[rung.loss](
+        student, schedule, batches_per_round=rung.batches_per_round, limit=limit, dtype=dtype, device=device
     )
 
 
