@@ -69,6 +69,12 @@ _FOLDER = click.Path(path_type=Path)
     help="How it gets smaller: reap, removal-error, ream, hc-smoe, slim, block-drop ...; docs/compression.md has all.",
 )
 @click.option("--experts", type=int, help="Experts to keep per layer.  [default: as many as fit]")
+@click.option(
+    "--student",
+    default="moe",
+    show_default=True,
+    help="moe, or dense: one feed-forward in each layer, as wide as the experts that a token uses.",
+)
 @click.option("--quant", metavar="TYPE", help="Type of the weights, such as Q4_K.  [default: the largest that fits]")
 @click.option(
     "--recover",
@@ -160,7 +166,7 @@ def validate(out: Path, as_json: bool, **arguments: Any) -> None:
 
 
 _RECIPE_CHOICES = (
-    *("budget", "budget_kind", "context", "kv_type", "formats", "method", "experts", "quant"),
+    *("budget", "budget_kind", "context", "kv_type", "formats", "method", "experts", "student", "quant"),
     *("recover", "recover_time", "save_student", "threads", "seed"),
 )
 

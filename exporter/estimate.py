@@ -64,7 +64,7 @@ def disk_lines(plan: Plan) -> dict[str, int]:
     recorded_blocks = text.selection_blocks + n_heldout * (2 if same_numbers(plan) else 1)
     n_scored = (scored.stop - scored.start) * recorded_blocks
     # chosen experts and gate weights, 4 bytes each: the teacher's by layer and together, the student's, each artifact's
-    n_routings = 3 + len(plan.recipe.artifacts)
+    n_routings = 2 if plan.student_shape.is_dense else 3 + len(plan.recipe.artifacts)
     lines = {
         **{f"{artifact} files": prediction.file for artifact, prediction in plan.predictions.items()},
         "changed experts": _expert_bytes(plan) if changes_experts(plan.recipe.compress) else 0,
@@ -75,17 +75,18 @@ def disk_lines(plan: Plan) -> dict[str, int]:
         "training targets": text.calibration_blocks * BLOCK_LENGTH * TARGET_BYTES,
         "training": _training_bytes(plan),
         "routing": n_routings * n_heldout * BLOCK_LENGTH * shape.n_layers * shape.top_k * 8,
-        "statistics": shape.n_layers * _statistics_bytes(shape),
+        "statistics": shape.n_layers * _statistics_bytes(shape) + _own_statistics_bytes(plan),
         "token blocks": n_blocks * BLOCK_LENGTH * 8,
     }
     return {what: n_bytes for what, n_bytes in lines.items() if n_bytes}
 
 
-def memory_lines(shape: MoeShape, itemsize: int) -> dict[str, int]:
+def memory_lines(shape: MoeShape, student: MoeShape, itemsize: int) -> dict[str, int]:
     """The least memory that the stages need, whatever the depth, by what it is for.
 
     Args:
         shape: the source's.
+        student: the student's; the one expert of a dense layer is wider than any of the source's.
         itemsize: bytes of a stored weight.
     """
     layer = shape.layer_parameters
@@ -93,7 +94,7 @@ def memory_lines(shape: MoeShape, itemsize: int) -> dict[str, int]:
     return {
         # one computes while the next is read; the head is read when the layers are gone, and widened
         "two decoder layers" if layer >= head else "the head": 2 * max(layer, head) * itemsize,
-        "activations and an expert in float32": working_bytes(shape),
+        "activations and an expert in float32": max(working_bytes(shape), working_bytes(student)),
         "logits": positions_at_once(shape.vocab_size) * shape.vocab_size * 4,
         "the process itself": PROCESS_BYTES,
     }
@@ -200,9 +201,10 @@ def _heldout_blocks(plan: Plan) -> int:
 
 
 def _student_bytes(plan: Plan) -> int:
-    """The student's checkpoint: the source's dtype, but routers in float32."""
+    """The student's checkpoint: the source's dtype, but routers, if it has any, in float32."""
     shape, itemsize = plan.student_shape, Checkpoint(plan.source).dtype.itemsize
-    return shape.parameters * itemsize + _router_values(shape) * (4 - itemsize)
+    n_router_values = 0 if shape.is_dense else _router_values(shape)
+    return shape.parameters * itemsize + n_router_values * (4 - itemsize)
 
 
 def _expert_bytes(plan: Plan) -> int:
@@ -229,6 +231,12 @@ def _training_bytes(plan: Plan) -> int:
 
 def _router_values(shape: MoeShape) -> int:
     return shape.n_layers * shape.n_experts * shape.hidden_size
+
+
+def _own_statistics_bytes(plan: Plan) -> int:
+    """What a student whose experts changed sees of the calibration text is kept beside what the teacher saw."""
+    shape = plan.student_shape
+    return shape.n_layers * _statistics_bytes(shape) if changes_experts(plan.recipe.compress) else 0
 
 
 def _statistics_bytes(shape: MoeShape) -> int:

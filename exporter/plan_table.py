@@ -36,7 +36,7 @@ def plan_table(plan: Plan, speeds: Speeds, free_memory: int) -> RenderableType:
     for name in ("file", "weights", "kv_cache", "compute", "reserve", "total"):
         values = (format_size(getattr(prediction, name)) for prediction in plan.predictions.values())
         sizes.add_row(name.replace("_", " "), *values)
-    disk, memory = disk_lines(plan), memory_lines(teacher, Checkpoint(plan.source).dtype.itemsize)
+    disk, memory = disk_lines(plan), memory_lines(teacher, plan.student_shape, Checkpoint(plan.source).dtype.itemsize)
     return Group(choices, "", sizes, "", _lines("work on disk, at most", disk), "", _lines("memory, at least", memory))
 
 
@@ -53,7 +53,7 @@ def _recovery(plan: Plan) -> list[str]:
     lines = [f"{refused.rung} ({refused.loss}): refused, {refused.why}" for refused in plan.refused_rungs]
     for rung in choice.trained:
         steps = schedule_of(choice, rung, rung.blocks).n_steps
-        name = AFTER_QUANTIZING if rung is choice.after_quantizing else scope_of(rung).name
+        name = AFTER_QUANTIZING if rung is choice.after_quantizing else scope_of(rung).name_in(plan.student_shape)
         lines.append(f"{name} ({rung.loss}), up to {steps} steps of {choice.blocks_per_step} x 512 tokens")
     if choice.trained and plan.recover_seconds:
         lines[-1] += f"; at most {format_duration(plan.recover_seconds)} in all"

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from compressors.calibration import Splits
+from compressors.dense import check_dense
 from compressors.model.arithmetic import fastest_arithmetic
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import BudgetError, InputError
@@ -70,6 +71,7 @@ def choose_recipe(
 
     Raises:
         InputError: ``--experts`` is not possible for this model.
+        UnsupportedError: a dense student is asked for, and the family has no dense counterpart.
         BudgetError: nothing fits; the message names the smallest budget that would work.
     """
     assert job.budget_bytes is not None, "only a recipe may stand in for the budget"
@@ -85,7 +87,7 @@ def choose_recipe(
         _wanted_recovery(job, checkpoint, chosen.compress),
         expected_shape(chosen.compress, checkpoint.shape),
         checkpoint.dtype.itemsize,
-        Machine(memory_bytes, n_blocks),
+        Machine(memory_bytes, n_blocks, teacher_stays=checkpoint.n_bytes < memory_bytes // 2),
         job.seed,
     )
     recipe = Recipe(
@@ -161,6 +163,9 @@ class _Search:
     def _choices(self) -> Sequence[CompressChoice]:
         method, shape = self._job.method, self._checkpoint.shape
         whole = CompressChoice(experts=shape.n_experts)
+        if self._job.student == "dense":
+            check_dense(shape)
+            return [whole.model_copy(update={"student": "dense"})]
         if self._job.experts is not None:
             _check_experts(self._job, self._checkpoint)
             return [_with_experts(method, self._job.experts, whole)]

@@ -20,6 +20,7 @@ __all__ = [
     "RungChoice",
     "RungLoss",
     "SourceChoice",
+    "Student",
     "TextChoice",
     "load_recipe",
     "recipe_yaml",
@@ -42,6 +43,9 @@ ExpertMethod = Literal[
 ]
 """Pruning criteria of :mod:`compressors.criteria`, then merging methods of :mod:`compressors.merge`."""
 
+
+Student = Literal["moe", "dense"]
+"""What is built: a smaller MoE, or a dense model (:mod:`compressors.dense`)."""
 
 RungLoss = Literal["kd", "next-token", "router-logits", "ka", "sar"]
 """Objectives of :mod:`compressors.recover`."""
@@ -95,6 +99,7 @@ class CompressChoice(_Part):
     width: PositiveInt | tuple[PositiveInt, ...] | None = None  # of each expert; null: as it is
     edit: Literal["none", "svd", "d2-moe", "mobe"] = "none"
     edit_size: PositiveInt | None = None  # the rank; of mobe the number of bases
+    student: Student = "moe"  # dense: each layer's experts become one feed-forward
     sequential: bool = False  # layers are judged by what the compressed layers in front make of the text
     sample_blocks: int = Field(default=32, gt=0)  # whose states methods see that need more than sums
 
@@ -114,6 +119,7 @@ class RungChoice(_Part):
     experts: PositiveInt | None = None  # of top-experts: how many of each layer, those that most tokens choose
     rank: PositiveInt | None = None  # of adapters
     loss: RungLoss = "kd"
+    batches_per_round: PositiveInt | None = None  # of ka and sar: written by the student, then judged, together
     blocks: PositiveInt
     learning_rate: float = Field(gt=0, allow_inf_nan=False)
 
@@ -123,6 +129,8 @@ class RungChoice(_Part):
             raise ValueError("experts says how many top-experts are trained: give it with that scope, and no other")
         if (self.scope == "adapters") != (self.rank is not None):
             raise ValueError("rank is the adapters': give it with that scope, and no other")
+        if (self.loss in ("ka", "sar")) != (self.batches_per_round is not None):
+            raise ValueError("batches_per_round belongs to ka and sar: give it with these losses, and no other")
         if self.loss == "router-logits" and self.scope != "router":
             raise ValueError("the loss router-logits looks at routers alone: its scope must be router")
         return self

@@ -15,7 +15,7 @@ import numpy as np
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.routing import Routing
 from compressors.model.shape import MoeShape
-from compressors.model.student import ExpertMap
+from compressors.model.student import ExpertMap, LayerMap
 from exporter.gguf.metadata import source_license
 from exporter.outputs import Artifact
 from exporter.plan import Plan
@@ -27,7 +27,7 @@ from exporter.stages.validate_gguf import same_numbers
 from exporter.stages.validate_torch import EVALUATION
 from exporter.work import StageRecord, WorkDirectory
 from validate.evaluation import Evaluation, divergence, perplexity
-from validate.routing_agreement import LayerAgreement, RoutingAgreement, routing_agreement
+from validate.routing_agreement import LayerAgreement, routing_agreement
 from validate.verdict import Check, required_checks
 
 __all__ = ["build_report", "final_recipe"]
@@ -119,19 +119,26 @@ def _student(teacher: MoeShape, experts: ExpertMap) -> dict[str, Any]:
     """What is left of the original."""
     shape = experts.shape_of(teacher)
     layers = {layer.source: layer for layer in experts.layers}
+    is_dense = shape.is_dense
     return {
+        "dense": is_dense,
         "n_layers": shape.n_layers,
-        "n_moe_layers": sum(shape.layer(index).has_moe for index in range(shape.n_layers)),
-        "n_experts": shape.n_experts,  # of the layer with the most
-        "fewest_experts": min(len(layer.groups) for layer in experts.layers if layer.groups),
-        "expert_width": shape.expert_width,
-        "top_k": shape.top_k,
+        "n_moe_layers": sum(shape.layer(index).has_moe for index in range(shape.n_layers)) if not is_dense else None,
+        "n_experts": shape.n_experts if not is_dense else None,  # of the layer with the most
+        "fewest_experts": min(len(layer.groups) for layer in experts.layers if layer.groups) if not is_dense else None,
+        "expert_width": shape.expert_width,  # of a dense student's layers: the width of the feed-forward
+        "top_k": shape.top_k if not is_dense else None,
         "parameters": shape.parameters,
-        # by layer of the original: its experts that go on living, by themselves or in the name of a merged group
-        "kept": [sorted(layers[layer].kept) if layer in layers else [] for layer in range(teacher.n_layers)],
-        "merged": any(len(group) > 1 for layer in experts.layers for group in layer.groups),
+        # by layer of the original: its experts that go on living, by themselves, in the name of a merged group, or as
+        # neurons of the dense feed-forward
+        "kept": [_kept(layers[layer], is_dense) if layer in layers else [] for layer in range(teacher.n_layers)],
+        "merged": not is_dense and any(len(group) > 1 for layer in experts.layers for group in layer.groups),
         "expert_map": experts.to_json(),
     }
+
+
+def _kept(layer: LayerMap, is_dense: bool) -> list[int]:
+    return sorted(expert for group in layer.groups for expert in group) if is_dense else sorted(layer.kept)
 
 
 class _Rows:
@@ -209,19 +216,21 @@ class _Rows:
             "routing": self._routing(name, evaluation.routing),
         }
 
-    def _routing(self, name: str, routing: Routing) -> dict[str, Any]:
-        student = self._evaluations["student"]
-        other = self._evaluations["onnx" if name == "gguf" else "gguf"]
-        compare_runtimes = name in _RUNTIMES and other is not None and same_numbers(self._plan)
+    def _routing(self, name: str, routing: Routing | None) -> dict[str, Any]:
+        """Each comparison that can be made; a dense student has no routing to compare."""
+        other = "onnx" if name == "gguf" else "gguf"
+        is_file = name in _RUNTIMES
         return {
-            "vs_torch_student": _agreement(routing_agreement(student.routing, routing))
-            if student is not None and name in _RUNTIMES
+            "vs_torch_student": _agreement(self._routing_of("student"), routing) if is_file else None,
+            "vs_other_runtime": _agreement(self._routing_of(other), routing)
+            if is_file and same_numbers(self._plan)
             else None,
-            "vs_other_runtime": _agreement(routing_agreement(other.routing, routing))
-            if compare_runtimes and other is not None
-            else None,
-            "vs_teacher": _agreement(routing_agreement(self._teacher_routing, routing, self._experts)),
+            "vs_teacher": _agreement(self._teacher_routing, routing, self._experts),
         }
+
+    def _routing_of(self, name: str) -> Routing | None:
+        evaluation = self._evaluations[name]
+        return None if evaluation is None else evaluation.routing
 
 
 _ROW_FIELDS = (
@@ -252,7 +261,12 @@ def _mean_kld(evaluation: Evaluation, reference: str) -> float | None:
     return None if values is None else float(np.mean(values))
 
 
-def _agreement(agreement: RoutingAgreement) -> dict[str, Any]:
+def _agreement(
+    reference: Routing | None, routing: Routing | None, experts: ExpertMap | None = None
+) -> dict[str, Any] | None:
+    if reference is None or routing is None:
+        return None
+    agreement = routing_agreement(reference, routing, experts)
     overall: dict[str, Any] = {figure.name: agreement.mean(figure.name) for figure in fields(LayerAgreement)}
     return overall | {"per_layer": [None if layer is None else asdict(layer) for layer in agreement.layers]}
 
@@ -287,6 +301,7 @@ def _checks(plan: Plan, artifacts: Mapping[str, Artifact], rows: Mapping[str, Ma
             name,
             plan.recipe.type_of(name) or "",
             plan.require,
+            is_routed=not plan.student_shape.is_dense,
             kld=row["kld"] and row["kld"]["mean"],
             top1=row["top1_agreement"],
             routing=routing and routing["overlap"],

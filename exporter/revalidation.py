@@ -109,7 +109,7 @@ def revalidation_table(result: dict[str, Any]) -> Table:
             f"{row['perplexity']:.2f}",
             f"{row['kld']['mean']:.4f}",
             f"{row['top1_agreement']:.1%}",
-            f"{row['routing_overlap_vs_teacher']:.3f}",
+            "" if row["routing_overlap_vs_teacher"] is None else f"{row['routing_overlap_vs_teacher']:.3f}",
         )
     for check in result["checks"]:
         if not check["passed"]:
@@ -178,7 +178,9 @@ def _measure(
         "perplexity": perplexity(evaluation.negative_log_likelihood_N)[0],
         "kld": asdict(divergence(evaluation.kl_divergence_N["teacher"])),
         "top1_agreement": float(evaluation.same_top_N["teacher"].mean()),
-        "routing_overlap_vs_teacher": routing_agreement(reference.routing, evaluation.routing, experts).mean("overlap"),
+        "routing_overlap_vs_teacher": None
+        if evaluation.routing is None  # of a dense student
+        else routing_agreement(reference.routing, evaluation.routing, experts).mean("overlap"),
     }
     checks = []
     if reference.text_sha256 == report["text"]["heldout"]["sha256"]:

@@ -71,7 +71,7 @@ def run_job(job: Job, command: str, announce: Callable[[str], None], team: Team 
     work = WorkDirectory(job.work_dir)
     plan = _existing_plan(work, job, identity) or make_plan(job, command)
     if not job.force:
-        least = memory_lines(plan.teacher_shape, Checkpoint(plan.source).dtype.itemsize)
+        least = memory_lines(plan.teacher_shape, plan.student_shape, Checkpoint(plan.source).dtype.itemsize)
         refuse_too_little_memory(least, plan.memory_bytes, psutil.virtual_memory().available)
         refuse_too_large_rungs(plan)
         refuse_too_little_disk(plan, work.folder)
@@ -125,6 +125,8 @@ def make_plan(job: Job, command: str) -> Plan:
     else:
         recipe = _completed(job.recipe, load_recipe(job.recipe), checkpoint, splits)
         predictions, refused = predict_recipe(recipe, checkpoint), ()
+    if recipe.compress.student == "dense" and "routing" in job.require:
+        raise InputError("--require: a dense student has no routing to compare; leave routing out")
     return Plan(
         recipe=recipe,
         source=folder.resolve(),

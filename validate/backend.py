@@ -22,7 +22,7 @@ class ChunkOutput:
     """One chunk of tokens, run from an empty cache. The logits are valid until the next chunk is asked for."""
 
     logits_SV: npt.NDArray[np.float32]  # at the scored positions; position i predicts token i + 1
-    routing: Routing  # at every position
+    routing: Routing | None  # at every position; None of a dense model
 
 
 class Backend(Protocol):

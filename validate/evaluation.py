@@ -29,20 +29,21 @@ _VALUES_AT_ONCE = 1 << 20  # logits that are compared together: 4 MB in float32,
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Per-position results at the scored positions (N) and routing at all positions."""
+    """Per-position results at the scored positions (N), and routing at all positions: None of a dense model."""
 
     negative_log_likelihood_N: npt.NDArray[np.float32]
     kl_divergence_N: Mapping[str, npt.NDArray[np.float32]]  # by reference: KL(reference || this model), nats
     same_top_N: Mapping[str, npt.NDArray[np.bool_]]  # by reference: do both find the same token most probable?
-    routing: Routing
+    routing: Routing | None
 
     def save(self, path: Path) -> None:
         """Writes everything into one safetensors file."""
         tensors: dict[str, npt.NDArray[np.generic]] = {
             "negative_log_likelihood": self.negative_log_likelihood_N,
-            "routing.experts": self.routing.experts_LTK,
-            "routing.weights": self.routing.weights_LTK,
         }
+        if self.routing is not None:
+            tensors["routing.experts"] = self.routing.experts_LTK
+            tensors["routing.weights"] = self.routing.weights_LTK
         for reference, values in self.kl_divergence_N.items():
             tensors[f"kl_divergence.{reference}"] = values
             tensors[f"same_top.{reference}"] = self.same_top_N[reference]
@@ -64,7 +65,7 @@ class Evaluation:
             tensors["negative_log_likelihood"],
             {reference: tensors[f"kl_divergence.{reference}"] for reference in references},
             {reference: tensors[f"same_top.{reference}"] for reference in references},
-            Routing(tensors["routing.experts"], tensors["routing.weights"]),
+            Routing(tensors["routing.experts"], tensors["routing.weights"]) if "routing.experts" in tensors else None,
         )
 
 
@@ -104,14 +105,15 @@ def evaluate(
             if record is not None:
                 record.write(n_scored, logits)
             n_scored += len(logits)
-        routing.append(output.routing)
+        if output.routing is not None:
+            routing.append(output.routing)
         if progress is not None:
             progress(1)
     return Evaluation(
         torch.cat(likelihoods).numpy(),
         {name: torch.cat(parts).numpy() for name, parts in divergences.items()},
         {name: torch.cat(parts).numpy() for name, parts in same_top.items()},
-        Routing.concatenate(routing),
+        Routing.concatenate(routing) if routing else None,
     )
 
 

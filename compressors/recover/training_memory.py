@@ -61,7 +61,7 @@ def refuse_too_large(scope: Scope, shape: MoeShape, itemsize: int, limit_bytes: 
     needed = PROCESS_BYTES + least_bytes(shape, shape.layer_parameters * itemsize) + trained
     if needed > limit_bytes:
         raise TooLargeError(
-            f"training {scope.name} needs {needed / 1e9:.2f} GB of memory, {trained / 1e9:.2f} GB of it for float32 "
-            f"weights, gradients and Adam's moments, but the limit is {limit_bytes / 1e9:.2f} GB: "
+            f"training {scope.name_in(shape)} needs {needed / 1e9:.2f} GB of memory, {trained / 1e9:.2f} GB of it for "
+            f"float32 weights, gradients and Adam's moments, but the limit is {limit_bytes / 1e9:.2f} GB: "
             "train adapters, of a smaller rank, or raise --memory"
         )

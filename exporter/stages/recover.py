@@ -84,7 +84,7 @@ class Ladder:
         after, why = self._taught(number, rung, n_blocks)
         accepted = after is not None and after.divergence < before.divergence
         return {
-            "rung": scope_of(rung).name,
+            "rung": scope_of(rung).name_in(self.student.shape),
             "loss": rung.loss,
             "learning_rate": rung.learning_rate,
             "steps": schedule_of(self._context.plan.recipe.recover, rung, n_blocks).n_steps,

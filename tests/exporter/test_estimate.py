@@ -203,13 +203,13 @@ def test_memory_does_not_grow_with_depth_and_fits_the_promises(plan: Plan) -> No
         top_k=8, expert_width=1024, vocab_size=50304,
     )  # fmt: skip
     qwen = replace(olmoe, n_layers=48, n_heads=32, n_kv_heads=4, n_experts=128, expert_width=768, vocab_size=151936)
-    lines = memory_lines(olmoe, 2)
+    lines = memory_lines(olmoe, olmoe, 2)
     assert lines["two decoder layers"] == pytest.approx(2 * 2 * (64 * 3 * 2048 * 1024 + 4 * 2048**2), rel=0.001)
     assert sum(lines.values()) < 3.5e9
-    assert sum(memory_lines(qwen, 2).values()) < 5e9
-    assert memory_lines(replace(qwen, n_layers=6), 2) == memory_lines(qwen, 2)
+    assert sum(memory_lines(qwen, qwen, 2).values()) < 5e9
+    assert memory_lines(replace(qwen, n_layers=6), qwen, 2) == memory_lines(qwen, qwen, 2)
     wide = replace(plan.teacher_shape, vocab_size=1_000_000)
-    assert memory_lines(wide, 2)["the head"] == 2 * 2 * 1_000_000 * wide.hidden_size
+    assert memory_lines(wide, wide, 2)["the head"] == 2 * 2 * 1_000_000 * wide.hidden_size
 
 
 def test_too_little_memory_is_refused_with_figures() -> None:

@@ -17,7 +17,7 @@ from exporter.recovery import RECOVERIES, Machine, check_after_quantizing, choos
 from exporter.stages.schedule import shared_out
 
 _ROUTER = RungChoice(scope="router", blocks=8, learning_rate=0.001)
-_PLENTY = Machine(10**12, 10_000)
+_PLENTY = Machine(10**12, 10_000, teacher_stays=True)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +85,14 @@ def test_a_dense_student_has_no_routers_to_teach(pruned: MoeShape) -> None:
     check_after_quantizing(choice, dense)
     with pytest.raises(InputError, match=r"after_quantizing .* set it to null"):
         check_after_quantizing(taught, dense)
+
+
+def test_a_live_teacher_is_read_for_several_batches_if_it_does_not_stay(pruned: MoeShape) -> None:
+    for stays, batches in ((True, 1), (False, 8)):
+        choice, _ = choose_ladder("experts:ka", pruned, 2, replace(_PLENTY, teacher_stays=stays), 0)
+        (rung,) = choice.rungs
+        assert rung.batches_per_round == batches
+        assert schedule_of(choice, rung, 16).n_steps == 4, "two updates for each batch"
 
 
 def test_rates_fall_with_the_hidden_size(pruned: MoeShape) -> None:

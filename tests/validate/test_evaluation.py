@@ -200,6 +200,13 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert np.array_equal(loaded.routing.weights_LTK, saved.routing.weights_LTK)
 
 
+def test_save_and_load_without_routing(tmp_path: Path) -> None:
+    Evaluation(np.ones(3, np.float32), {}, {}, None).save(tmp_path / "dense.safetensors")
+    loaded = Evaluation.load(tmp_path / "dense.safetensors")
+    assert loaded.routing is None
+    assert np.array_equal(loaded.negative_log_likelihood_N, np.ones(3, np.float32))
+
+
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "evaluation.safetensors"
     with pytest.raises(InputError, match=r"evaluation\.safetensors cannot be read"):

@@ -238,6 +238,18 @@ def only(report: dict[str, Any], artifact: str) -> dict[str, Any]:
     return report
 
 
+def dense(report: dict[str, Any]) -> dict[str, Any]:
+    """The same run when the student is dense: no row of the validation has routing."""
+    report = copy.deepcopy(report)
+    report["student"] |= {"dense": True, "expert_width": 512, "kept": _kept(6, 32, 4)}
+    report["student"] |= dict.fromkeys(("n_experts", "fewest_experts", "n_moe_layers", "top_k"))
+    for row in report["validation"]:
+        row["routing"] = dict.fromkeys(row["routing"])
+    checks = report["verdict"]["checks"]
+    report["verdict"]["checks"] = [check for check in checks if not check["name"].endswith(".routing")]
+    return report
+
+
 def least() -> dict[str, Any]:
     """The same run with everything absent that can be: nothing pruned, recovered, validated or timed."""
     report = sample_report()
@@ -301,7 +313,17 @@ def report() -> dict[str, Any]:
 
 
 @pytest.fixture(
-    params=["whole", "gguf crashed", "onnx crashed", "gguf only", "onnx only", "file budget", "one layer", "least"]
+    params=[
+        "whole",
+        "gguf crashed",
+        "onnx crashed",
+        "gguf only",
+        "onnx only",
+        "file budget",
+        "one layer",
+        "dense",
+        "least",
+    ]
 )
 def variant(request: pytest.FixtureRequest, report: dict[str, Any]) -> dict[str, Any]:
     """Runs that differ in what they have."""
@@ -310,6 +332,8 @@ def variant(request: pytest.FixtureRequest, report: dict[str, Any]) -> dict[str,
         return crashed(report, name.split()[0])
     if name.endswith("only"):
         return only(report, name.split()[0])
+    if name == "dense":
+        return dense(report)
     if name == "file budget":
         report["budget"]["kind"] = "file"
     if name == "one layer":
@@ -452,6 +476,25 @@ def test_nothing_pruned_or_recovered_is_said() -> None:
     assert '<path class="kept"' not in html
 
 
+def test_a_dense_student_is_called_so_and_its_routing_left_out(report: dict[str, Any]) -> None:
+    report = dense(report)
+    left = "one dense feed-forward per layer (512 wide, from 4 of 32 experts)"
+    assert facts.what_is_left(report) == left
+    page, card, lines = Page(render_html(report)), render_model_card(report), terminal(report)
+    text = " ".join(page.text)
+    assert f"Of the original: {left}. Filled:" in text and "The student is dense" in text
+    assert "Routing kept by the export" not in text and "Overlap" not in text and "Not measured" not in text
+    assert charts.routing_charts(report) == []
+    assert f"Of the original: {left}: a dense model, without routers." in card
+    assert "| | Median divergence | 99 % | Maximum | Same top token |\n|---|---:|---:|---:|---:|\n| Student" in card
+    assert "outing" not in card.replace("without routers", "") + lines
+    assert yaml.safe_load(card.split("---\n", 2)[1])["tags"] == [
+        "gguf", "onnx", "dense", "qwen3_moe", "quantized", "pruned",
+    ]  # fmt: skip
+    report["student"]["n_layers"] = 5
+    assert facts.what_is_left(report) == f"5 of 6 layers, {left}"
+
+
 def test_grid_shows_exactly_the_kept_experts(report: dict[str, Any]) -> None:
     grid = charts.expert_grid(report)
     assert grid is not None
@@ -542,6 +585,16 @@ def test_model_card_front_matter(report: dict[str, Any]) -> None:
         "## Limits",
     ]
     assert "| `Fine-24x0.9M-Q4_0.gguf` | Q4_0 | 9,914,112 | 9.91 MB (9.45 MiB) | 4.80 |" in body
+
+
+def test_model_card_lists_each_rung_on_its_line(report: dict[str, Any]) -> None:
+    lines = render_model_card(report).splitlines()
+    rungs = [line for line in lines if "): divergence " in line]
+    assert len(rungs) == len(report["recovery"])
+    for line, rung in zip(rungs, report["recovery"], strict=True):
+        assert line.startswith(f"- {rung['rung']} (")
+        assert line.endswith(f"({rung['why']})" if rung.get("why") else facts.rung_outcome(rung))
+    assert lines[lines.index(rungs[-1]) + 1] == ""
 
 
 def test_model_card_of_a_local_model_names_no_page(report: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ __all__ = [
     "failed_checks",
     "failures",
     "find",
+    "is_dense",
     "loss_name",
     "memory_needed",
     "model_name",
@@ -138,13 +139,21 @@ def student_description(report: Report) -> str:
     return f"{what_is_left(report)} in {' and '.join(types)}" if types else what_is_left(report)
 
 
+def is_dense(report: Report) -> bool:
+    """Whether the student is a dense model: it has no experts to choose from, so nothing is said of routing."""
+    return bool(find(report, "student", "dense"))
+
+
 def what_is_left(report: Report) -> str:
     """Of layers and experts: ``5 of 6 layers, 24 of 32 experts per layer``."""
     source, student = report["source"], report["student"]
     n_teacher, n_student = source["n_experts"], student["n_experts"]
     parts = []
-    if student["n_moe_layers"] < source["n_layers"]:
+    if (student["n_layers"] if is_dense(report) else student["n_moe_layers"]) < source["n_layers"]:
         parts.append(f"{student['n_layers']} of {source['n_layers']} layers")
+    if is_dense(report):
+        made_of = f"from {max(map(len, student['kept']))} of {n_teacher} experts"
+        return ", ".join((*parts, f"one dense feed-forward per layer ({student['expert_width']} wide, {made_of})"))
     if student["n_moe_layers"] < student["n_layers"]:
         parts.append(f"experts in {student['n_moe_layers']} of them")
     if student["fewest_experts"] < n_student:

@@ -62,6 +62,7 @@ def _view(report: Report) -> dict[str, Any]:
         "divergence_chart": charts.divergence_chart(report),
         "fidelity_table": tables.fidelity_table(report),
         "across": next((value for row in rows if (value := row.get("kld_vs_other_runtime")) is not None), None),
+        "is_dense": facts.is_dense(report),
         "routing_charts": charts.routing_charts(report),
         "routing_table": tables.routing_table(report),
         "recovery_table": tables.recovery_table(report),
@@ -86,7 +87,7 @@ def _tiles(report: Report) -> tuple[Tile, ...]:
     shipped = facts.shipped_rows(report)
     sizes = [(facts.artifact_name(a["format"]), numbers.size_parts(a["bytes"])[0]) for a in report["artifacts"]]
     before = next((row["perplexity_teacher"] for row in shipped if row.get("perplexity_teacher")), None)
-    return (
+    tiles = [
         Tile("Size on disk", tuple(sizes), f"original {numbers.size_parts(report['source']['bytes'])[0]}"),
         Tile(
             "Perplexity",
@@ -98,12 +99,11 @@ def _tiles(report: Report) -> tuple[Tile, ...]:
             _lines((row, numbers.divergence(find(row, "kld", "mean"))) for row in shipped),
             "nats per token from the original",
         ),
-        Tile(
-            "Routing kept by the export",
-            _lines((row, numbers.percent(find(row, "routing", "vs_torch_student", "overlap"))) for row in shipped),
-            "same experts as the student in torch",
-        ),
-    )
+    ]
+    if not facts.is_dense(report):
+        overlap = ((row, numbers.percent(find(row, "routing", "vs_torch_student", "overlap"))) for row in shipped)
+        tiles.append(Tile("Routing kept by the export", _lines(overlap), "same experts as the student in torch"))
+    return tuple(tiles)
 
 
 def _lines(values: Iterable[tuple[Any, str]]) -> tuple[tuple[str, str], ...]:

@@ -45,6 +45,7 @@ def render_model_card(report: Report) -> str:
         rows=_measurements(report),
         source=report["source"],
         student=report["student"],
+        is_dense=facts.is_dense(report),
         what_is_left=facts.what_is_left(report),
         tool=report["tool"],
         command=report.get("command"),
@@ -75,7 +76,8 @@ def _front_matter(report: Report) -> dict[str, Any]:
         data["library_name"] = "gguf" if "gguf" in formats else "onnxruntime"
     data["pipeline_tag"] = "text-generation"
     pruned = report["student"]["parameters"] < source["parameters"]
-    data["tags"] = [*formats, "moe", "mixture-of-experts", source["family"], "quantized", *["pruned"] * pruned]
+    kind = ["dense"] if facts.is_dense(report) else ["moe", "mixture-of-experts"]
+    data["tags"] = [*formats, *kind, source["family"], "quantized", *["pruned"] * pruned]
     return data
 
 
@@ -109,14 +111,14 @@ def _files(report: Report) -> list[tuple[str, ...]]:
 
 
 def _measurements(report: Report) -> list[tuple[str, ...]]:
-    """Model, median and 99 % divergence, maximum, top-1, routing against torch and against the original."""
+    """Model, median and 99 % divergence, maximum, top-1; unless dense, routing against torch and the original."""
+    comparisons = () if facts.is_dense(report) else ("vs_torch_student", "vs_teacher")
     return [
         (
             facts.row_name(row),
             *(numbers.divergence(find(row, "kld", key)) for key in ("median", "p99", "max")),
             numbers.percent(row.get("top1_agreement")),
-            numbers.percent(find(row, "routing", "vs_torch_student", "overlap")),
-            numbers.percent(find(row, "routing", "vs_teacher", "overlap")),
+            *(numbers.percent(find(row, "routing", comparison, "overlap")) for comparison in comparisons),
         )
         for row in report["validation"]
         if row["artifact"] != "teacher" and not row.get("error")
