@@ -119,6 +119,7 @@ class RungChoice(_Part):
     experts: PositiveInt | None = None  # of top-experts: how many of each layer, those that most tokens choose
     rank: PositiveInt | None = None  # of adapters
     loss: RungLoss = "kd"
+    batches_per_round: PositiveInt | None = None  # of ka and sar: written by the student, then judged, together
     blocks: PositiveInt
     learning_rate: float = Field(gt=0, allow_inf_nan=False)
 
@@ -128,6 +129,8 @@ class RungChoice(_Part):
             raise ValueError("experts says how many top-experts are trained: give it with that scope, and no other")
         if (self.scope == "adapters") != (self.rank is not None):
             raise ValueError("rank is the adapters': give it with that scope, and no other")
+        if (self.loss in ("ka", "sar")) != (self.batches_per_round is not None):
+            raise ValueError("batches_per_round belongs to ka and sar: give it with these losses, and no other")
         if self.loss == "router-logits" and self.scope != "router":
             raise ValueError("the loss router-logits looks at routers alone: its scope must be router")
         return self

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from compressors.model.errors import InputError
 from compressors.model.shape import MoeShape
+from compressors.recover.knowledge_augmentation import UPDATES_PER_BATCH
 from compressors.recover.schedule import Schedule
 from compressors.recover.scopes import Scope
 from compressors.recover.training_memory import refuse_too_large
@@ -45,6 +46,7 @@ size: other models' rates are scaled by its inverse.
 
 _TOP_EXPERTS = 8  # of each layer, as in the smallest wider scope of arXiv 2609.06076
 _ADAPTER_RANKS = (8, 4, 2, 1)
+_STREAMED_BATCHES_PER_ROUND = 8  # of a live teacher that is read from the disk for each round
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Machine:
 
     memory_bytes: int
     calibration_blocks: int  # that the text yields
+    teacher_stays: bool  # in memory, once it was read
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def choose_ladder(
     """
     rungs: list[RungChoice] = []
     refused: list[RefusedRung] = []
-    for rung in _wanted(wish, student, machine.calibration_blocks):
+    for rung in _wanted(wish, student, machine):
         candidates = [rung]
         if rung.scope in ("top-experts", "experts"):
             candidates += [_adapters(rung, rank, student) for rank in _ADAPTER_RANKS]
@@ -111,28 +114,37 @@ def scope_of(rung: RungChoice) -> Scope:
 
 def schedule_of(choice: RecoverChoice, rung: RungChoice, n_blocks: int) -> Schedule:
     """A rung's schedule, with the number of blocks that the time limit allows."""
-    return Schedule(n_blocks, rung.learning_rate, min(choice.blocks_per_step, n_blocks), seed=choice.seed)
+    return Schedule(
+        n_blocks,
+        rung.learning_rate,
+        min(choice.blocks_per_step, n_blocks),
+        seed=choice.seed,
+        updates_per_batch=UPDATES_PER_BATCH if rung.loss == "ka" else 1,
+    )
 
 
-def _wanted(wish: str, student: MoeShape, n_text: int) -> Sequence[RungChoice]:
+def _wanted(wish: str, student: MoeShape, machine: Machine) -> Sequence[RungChoice]:
     if wish == "none":
         return []
     if wish == "router:published":
-        return [RungChoice(scope="router", blocks=min(PUBLISHED_BLOCKS, n_text), learning_rate=_PUBLISHED_RATE)]
+        n_blocks = min(PUBLISHED_BLOCKS, machine.calibration_blocks)
+        return [RungChoice(scope="router", blocks=n_blocks, learning_rate=_PUBLISHED_RATE)]
     if wish == "auto":
         scopes = ["experts"] if student.is_dense else ["router", "experts"]
-        return [_rung(scope, "kd", student, n_text) for scope in scopes]
+        return [_rung(scope, "kd", student, machine) for scope in scopes]
     scope, _, loss = wish.partition(":")
-    return [_rung(scope, loss or "kd", student, n_text)]
+    return [_rung(scope, loss or "kd", student, machine)]
 
 
-def _rung(scope: str, loss: str, student: MoeShape, n_text: int) -> RungChoice:
+def _rung(scope: str, loss: str, student: MoeShape, machine: Machine) -> RungChoice:
+    per_round = 1 if machine.teacher_stays else _STREAMED_BATCHES_PER_ROUND
     return RungChoice(
         scope=scope,  # type: ignore[arg-type]  # one of RECOVERIES
         experts=min(_TOP_EXPERTS, student.n_experts) if scope == "top-experts" else None,
         rank=max(_ADAPTER_RANKS) if scope == "adapters" else None,
         loss=loss,  # type: ignore[arg-type]
-        blocks=min(_DEFAULT_BLOCKS, n_text),
+        batches_per_round=per_round if loss in ("ka", "sar") else None,
+        blocks=min(_DEFAULT_BLOCKS, machine.calibration_blocks),
         learning_rate=_rate(scope, student),
     )
 

@@ -7,23 +7,29 @@ which go to disk above the limit, and for what is trained.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from compressors.model.hidden_states import HiddenStates
-from compressors.model.memory import BLOCKS_AT_ONCE
-from compressors.model.streaming import StreamedModel, TokenGroup, position_chunks
+from compressors.model.streaming import LayerObserver, StreamedModel, TokenGroup, position_chunks
 
-__all__ = ["Loss", "ParameterKey", "RouterLoss", "streamed_gradients"]
+__all__ = ["Head", "Loss", "ParameterKey", "RouterLoss", "StateLoss", "streamed_gradients"]
 
 ParameterKey = tuple[str, int]
 """A trainable tensor's name, and its layer."""
 
 Loss = Callable[[slice, torch.Tensor], torch.Tensor]
 """(positions of the flattened blocks, their logits [n, V]) -> the summed loss of these positions."""
+
+Head = Callable[[torch.Tensor], torch.Tensor]
+"""Final norm and head: states after the last layer [n, D] -> logits [n, V]."""
+
+StateLoss = Callable[[slice, torch.Tensor, Head], torch.Tensor]
+"""(positions of the flattened blocks, their states after the last layer [n, D], the head) -> the summed loss of these
+positions: for a loss that takes another model's states through the same head."""
 
 RouterLoss = Callable[[int, slice, torch.Tensor], torch.Tensor]
 """(layer, blocks, their tokens' router logits [b * T, E]) -> the summed loss of these tokens in this layer."""
@@ -35,15 +41,19 @@ def streamed_gradients(
     loss: Loss | None,
     dtype: torch.dtype = torch.float32,
     router_loss: RouterLoss | None = None,
+    state_loss: StateLoss | None = None,
+    observers: Sequence[LayerObserver] = (),
 ) -> tuple[float, dict[ParameterKey, torch.Tensor]]:
     """Loss of these blocks and its gradient with respect to every trainable tensor of the model.
 
     Args:
         model: with the tensors that are trained.
         tokens_BT: int64 token ids.
-        loss: of the logits; None leaves the head alone.
+        loss: of the logits.
         dtype: of the arithmetic; gradients are float32.
-        router_loss: of the router logits of each layer that has experts, added to the other.
+        router_loss: of the router logits of each layer that has experts, added to the others.
+        state_loss: in place of ``loss``; without either the head is left alone.
+        observers: watch the layers in the forward pass, all of which comes before any loss is asked for.
 
     Returns:
         The sum of all losses, and gradients by (name, layer).
@@ -55,12 +65,14 @@ def streamed_gradients(
     states = model.first_states([TokenGroup(tokens_BT, dtype=dtype)], n_kept=n_layers + 1)
     for index, weights in model.weights(range(n_layers)):
         states.append(HiddenStates(states[0].shape, dtype, states[0].spill))
-        model.run(index, weights, states[-2], states[-1])
+        model.run(index, weights, states[-2], states[-1], observers)
     last = states.pop()
-    if loss is None:
+    if loss is not None:
+        state_loss = _of_states(loss)
+    if state_loss is None:
         total, gradient_BTD = 0.0, torch.zeros(last.shape, dtype=dtype)
     else:
-        total, gradient_BTD = _head_gradient(model, last, loss)
+        total, gradient_BTD = _head_gradient(model, last, state_loss)
     gradients: dict[ParameterKey, torch.Tensor] = {}
     for index, weights in model.weights(range(n_layers)[::-1]):
         with model.layer(index, weights, dtype) as layer:
@@ -70,7 +82,11 @@ def streamed_gradients(
     return total, gradients
 
 
-def _head_gradient(model: StreamedModel, hidden: HiddenStates, loss: Loss) -> tuple[float, torch.Tensor]:
+def _of_states(loss: Loss) -> StateLoss:
+    return lambda positions, states_nD, head: loss(positions, head(states_nD).float().cpu())
+
+
+def _head_gradient(model: StreamedModel, hidden: HiddenStates, loss: StateLoss) -> tuple[float, torch.Tensor]:
     """The loss, and its gradient with respect to the last layer's output [B, T, D]."""
     flat = hidden.read(slice(0, len(hidden))).flatten(0, 1)
     gradient = torch.empty_like(flat)
@@ -79,7 +95,7 @@ def _head_gradient(model: StreamedModel, hidden: HiddenStates, loss: Loss) -> tu
         for start, part in position_chunks(flat, model.shape.vocab_size):
             positions = slice(start, start + len(part))
             part = part.detach().to(model.device).requires_grad_()
-            value = loss(positions, head(part).float().cpu())
+            value = loss(positions, part, head)
             (gradient[positions],) = torch.autograd.grad(value, part)
             total += value.item()
     return total, gradient.view(hidden.shape)
@@ -101,7 +117,7 @@ def _pull_back(
     parameters = model.trained(index)
     gradients = {key: torch.zeros_like(tensor) for key, tensor in parameters.items()}
     total = 0.0
-    for blocks in inputs.groups(BLOCKS_AT_ONCE[inputs.dtype]):
+    for blocks in inputs.groups(model.blocks_at_once(inputs.dtype)):
         rows = inputs.read(blocks).detach().to(model.device).requires_grad_()
         output, router_logits = _run(model, index, layer, rows)
         outputs: list[torch.Tensor] = [output]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-__all__ = ["kl_divergence", "kl_divergence_to_top", "negative_log_likelihood"]
+__all__ = ["kl_divergence", "kl_divergence_to_top", "negative_log_likelihood", "reverse_kl_divergence"]
 
 
 def negative_log_likelihood(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
@@ -41,6 +41,46 @@ def kl_divergence_to_top(
     """
     divergence_N: torch.Tensor = _DivergenceToTop.apply(logits_NV.float(), top_log_probs_NK, top_tokens_NK)  # type: ignore[no-untyped-call]
     return divergence_N
+
+
+def reverse_kl_divergence(logits_NV: torch.Tensor, teacher_logits_NV: torch.Tensor) -> torch.Tensor:
+    """KL(student || teacher) over the full vocabulary at each position: float32 [N]. Gradients reach both.
+
+    Args:
+        logits_NV: the student's logits.
+        teacher_logits_NV: the teacher's.
+    """
+    divergence_N: torch.Tensor = _ReverseDivergence.apply(logits_NV.float(), teacher_logits_NV.float())  # type: ignore[no-untyped-call]
+    return divergence_N
+
+
+class _ReverseDivergence(torch.autograd.Function):
+    """With q of the student, p of the teacher and D their divergence: sum q log(q / p).
+
+    Its gradient with respect to the student's logits is q (log(q / p) - D), to the teacher's p - q. Written out,
+    because autograd would hold several arrays of the logits' size.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: torch.Tensor, teacher_logits_NV: torch.Tensor) -> torch.Tensor:
+        log_student_NV = functional.log_softmax(logits_NV, dim=-1)
+        log_teacher_NV = functional.log_softmax(teacher_logits_NV, dim=-1)
+        divergence_N = (log_student_NV.exp() * (log_student_NV - log_teacher_NV)).sum(-1)
+        ctx.save_for_backward(log_student_NV, log_teacher_NV, divergence_N)
+        return divergence_N
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        log_student_NV, log_teacher_NV, divergence_N = ctx.saved_tensors
+        gradient_N1, student_NV = gradients[0][:, None], log_student_NV.exp()
+        of_student = of_teacher = None
+        if ctx.needs_input_grad[0]:
+            of_student = (
+                (log_student_NV - log_teacher_NV).sub_(divergence_N[:, None]).mul_(student_NV).mul_(gradient_N1)
+            )
+        if ctx.needs_input_grad[1]:
+            of_teacher = log_teacher_NV.exp().sub_(student_NV).mul_(gradient_N1)
+        return of_student, of_teacher
 
 
 class _DivergenceToTop(torch.autograd.Function):

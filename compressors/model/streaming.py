@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from compressors.model.errors import InputError
+from compressors.model.expert_choice import ExpertChoice, choosing
 from compressors.model.families import Role
 from compressors.model.hidden_states import HiddenStates
 from compressors.model.layers import LayerReader, LayerWeights, layer_bytes, refuse_not_finite
@@ -32,6 +33,9 @@ from compressors.model.memory import (
 from compressors.model.skeleton import Skeleton
 from compressors.model.student import Student
 from compressors.model.trained_experts import TrainedExperts
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 __all__ = ["LayerObserver", "NotFiniteError", "StreamedModel", "TokenGroup", "TrainableTensors", "position_chunks"]
 
@@ -63,6 +67,7 @@ class StreamedModel:
             whether hidden states lie there or on disk. None: no layer stays, hidden states do.
         check_finite: refuse NaN and infinite weights when a layer is read.
         device: where layers compute; their weights travel there one layer at a time.
+        choice: chooses the experts in place of the routers' top-k; it may be changed between passes.
 
     Raises:
         InputError: with ``check_finite``, a tensor holds a value that is not finite.
@@ -77,9 +82,11 @@ class StreamedModel:
         limit: MemoryLimit | None = None,
         check_finite: bool = False,
         device: torch.device | None = None,
+        choice: ExpertChoice | None = None,
     ) -> None:
         self.student = student
         self.shape = student.shape
+        self.choice = choice
         self.trainable = dict(trainable or {})
         self.trained_experts = dict(trained_experts or {})
         self.device = device or torch.device("cpu")
@@ -111,16 +118,34 @@ class StreamedModel:
                 owner, name = self._skeleton.name(role).rsplit(".", 1)
                 setattr(module.get_submodule(owner), name, self.trainable[role, layer])
         try:
-            yield module
+            if self.choice is not None and self.shape.layer(index).has_moe:
+                with choosing(self.choice, self.shape, index, module):
+                    yield module
+            else:
+                yield module
         finally:
             module.to_empty(device="meta")
 
-    def run_layer(self, layer: nn.Module, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        """The layer's output for these hidden states, causal within each row: [B, T, D]."""
-        positions = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)[None]
+    def run_layer(
+        self, layer: nn.Module, hidden_BTD: torch.Tensor, first_position: int = 0, cache: Cache | None = None
+    ) -> torch.Tensor:
+        """The layer's output for these hidden states, causal within each row: [B, T, D].
+
+        With a cache of keys and values of what came before, the states are those of one position, or the first.
+        """
+        positions = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)[None] + first_position
         rotary = self._rotary(hidden_BTD, positions)
-        output: torch.Tensor = layer(hidden_BTD, attention_mask=None, position_embeddings=rotary)
+        output: torch.Tensor = layer(hidden_BTD, attention_mask=None, position_embeddings=rotary, past_key_values=cache)
         return output
+
+    def blocks_at_once(self, dtype: torch.dtype) -> int:
+        """Token blocks in one call of a layer; fewer where tokens use more experts than the router's top-k."""
+        n_blocks = BLOCKS_AT_ONCE[dtype]
+        return n_blocks if self.choice is None else max(1, n_blocks * self.shape.top_k // self.choice.n_chosen)
+
+    def reserve(self, n_bytes: int) -> bool:
+        """Whether arrays of this size fit beside a layer; more layers stay only beside them. Before a first pass."""
+        return self._place(n_bytes).spill is None
 
     @torch.no_grad()
     def stream(
@@ -227,8 +252,10 @@ class StreamedModel:
         yield lambda states_ND: functional.linear(self._skeleton.final_norm(states_ND), matrix_VD)
 
     def release(self) -> None:
-        """Lets all weights go; another pass would read them again."""
+        """Lets all weights go; another pass would read them again, and decide anew where things lie."""
         self._reader = self._placement = None
+        if self._limit is not None:
+            give_back_freed()
 
     def trained(self, layer: int) -> dict[tuple[str, int], torch.Tensor]:
         """The trainable tensors of a layer, by name and layer."""
@@ -243,7 +270,7 @@ class StreamedModel:
 
     def _run_all(self, index: int, layer: nn.Module, source: HiddenStates, target: HiddenStates | None) -> None:
         """Writes the layer's output into ``target``, which may be ``source``."""
-        for blocks in source.groups(BLOCKS_AT_ONCE[source.dtype]):
+        for blocks in source.groups(self.blocks_at_once(source.dtype)):
             rows = source.read(blocks).to(self.device)
             output = self.run_layer(layer, rows)
             if not torch.isfinite(output.sum(dtype=torch.float32)) and not torch.isfinite(output).all():

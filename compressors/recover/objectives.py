@@ -5,7 +5,7 @@ All are means over the tokens of a step, in float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from compressors.model.errors import InputError
-from compressors.model.gradients import Loss, RouterLoss
+from compressors.model.gradients import Loss, RouterLoss, StateLoss
 from compressors.model.losses import kl_divergence_to_top, negative_log_likelihood
 from compressors.model.streaming import StreamedModel, TokenGroup
 from compressors.model.student import Student
 from compressors.teacher import TeacherTargets
 
-__all__ = ["Distillation", "NextToken", "Objective", "RouterLogitMatching", "StepLoss"]
+__all__ = ["Distillation", "NextToken", "Objective", "RouterLogitMatching", "Stateless", "StepLoss"]
 
 
 @dataclass(frozen=True)
@@ -29,22 +29,42 @@ class StepLoss:
 
     of_logits: Loss | None = None
     of_routers: RouterLoss | None = None
+    of_states: StateLoss | None = None  # in place of ``of_logits``
+    tokens_BT: torch.Tensor | None = None  # the texts that the student reads; None: the step's blocks
 
 
 class Objective(Protocol):
     """A way of measuring how far a student is from what it should be."""
 
-    def of_step(self, tokens_BT: torch.Tensor, blocks: Sequence[int], n_blocks: int) -> StepLoss:
-        """The loss of this process's part of a step.
+    def of_step(self, model: StreamedModel, tokens_BT: torch.Tensor, blocks: Sequence[int], n_blocks: int) -> StepLoss:
+        """The loss of this process's part of the next step.
 
         Args:
+            model: the student as it is now.
             tokens_BT: all training blocks.
             blocks: those that this process works on.
             n_blocks: how many blocks the step has, with those of other processes.
         """
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """What the next :meth:`of_step` depends on beside its arguments."""
 
-class Distillation:
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Goes on from a :meth:`state`."""
+
+
+class Stateless:
+    """An objective's part that remembers nothing between steps."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Nothing."""
+        return {}
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Nothing to do."""
+
+
+class Distillation(Stateless):
     """Router KD's loss (arXiv 2603.02217, equation 3) at temperature 1: KL(teacher || student) of the next token.
 
     Tokens other than the teacher's most probable ones are one bucket
@@ -62,7 +82,7 @@ class Distillation:
         self._targets = targets
         self._vocab_size = student.shape.vocab_size
 
-    def of_step(self, tokens_BT: torch.Tensor, blocks: Sequence[int], n_blocks: int) -> StepLoss:
+    def of_step(self, model: StreamedModel, tokens_BT: torch.Tensor, blocks: Sequence[int], n_blocks: int) -> StepLoss:
         """The divergence, averaged over the positions that have a next token."""
         n_tokens = tokens_BT.shape[1]
         log_probs, top = self._targets.of_blocks(blocks, n_tokens)
@@ -80,10 +100,10 @@ class Distillation:
         return StepLoss(of_logits=loss)
 
 
-class NextToken:
+class NextToken(Stateless):
     """Cross-entropy of the text's own next token: no teacher."""
 
-    def of_step(self, tokens_BT: torch.Tensor, blocks: Sequence[int], n_blocks: int) -> StepLoss:
+    def of_step(self, model: StreamedModel, tokens_BT: torch.Tensor, blocks: Sequence[int], n_blocks: int) -> StepLoss:
         """The negative log-likelihood, averaged over the positions that have a next token."""
         mine_BT = tokens_BT[list(blocks)]
         following = mine_BT.roll(-1, dims=1).flatten()  # after the last position comes nothing: its weight is zero
@@ -95,7 +115,7 @@ class NextToken:
         return StepLoss(of_logits=loss)
 
 
-class RouterLogitMatching:
+class RouterLogitMatching(Stateless):
     """Mean squared difference between the student's router logits and the teacher's logits of the retained experts.
 
     A baseline of Hyeon and Do, "Beyond Retraining-Free MoE Compression" (arXiv 2609.06076): the mean over a layer's
@@ -114,7 +134,7 @@ class RouterLogitMatching:
         self._dtype = dtype
         self._layers = {layer.source: index for index, layer in enumerate(student.experts.layers) if layer.groups}
 
-    def of_step(self, tokens_BT: torch.Tensor, blocks: Sequence[int], n_blocks: int) -> StepLoss:
+    def of_step(self, model: StreamedModel, tokens_BT: torch.Tensor, blocks: Sequence[int], n_blocks: int) -> StepLoss:
         """The squared difference, averaged over experts, tokens and layers."""
         n_tokens = tokens_BT.shape[1]
         wanted = self._teacher_logits(tokens_BT[list(blocks)])

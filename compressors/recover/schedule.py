@@ -14,7 +14,10 @@ __all__ = ["Schedule"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """The schedule of the Router KD paper (arXiv 2603.02217); every kind of recovery uses it."""
+    """The schedule of the Router KD paper (arXiv 2603.02217); every kind of recovery uses it.
+
+    ``updates_per_batch`` steps in a row use the same blocks: one, unless the objective sees them anew each time.
+    """
 
     n_blocks: int
     learning_rate: float
@@ -22,11 +25,12 @@ class Schedule:
     warmup_ratio: float = 0.03
     max_gradient_norm: float = 1.0
     seed: int = 42
+    updates_per_batch: int = 1
 
     @property
     def n_steps(self) -> int:
         """Optimizer steps of the one epoch; the last may have fewer blocks."""
-        return math.ceil(self.n_blocks / self.blocks_per_step)
+        return math.ceil(self.n_blocks / self.blocks_per_step) * self.updates_per_batch
 
     def rate_at(self, step: int) -> float:
         """Learning rate of step 0 ... n_steps - 1."""
@@ -38,7 +42,8 @@ class Schedule:
     def steps(self) -> tuple[torch.Tensor, ...]:
         """The blocks of each step, in an order that the seed decides: int64."""
         order = torch.randperm(self.n_blocks, generator=torch.Generator().manual_seed(self.seed))
-        return torch.split(order, self.blocks_per_step)
+        batches = torch.split(order, self.blocks_per_step)
+        return tuple(batch for batch in batches for _ in range(self.updates_per_batch))
 
     def check_against(self, tokens_BT: torch.Tensor) -> None:
         """Checks that the text is enough.

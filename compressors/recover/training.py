@@ -24,6 +24,7 @@ from compressors.recover.training_memory import refuse_too_large, training_bytes
 
 __all__ = ["Training", "TrainingDivergedError", "train"]
 
+_OF_OBJECTIVE = "objective."
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of each tensor
 
 
@@ -129,7 +130,7 @@ class Training:
             tensors[f"{layer}.{name}"] = parameter.detach().cpu()
             for moment, value in self._optimizer.state[parameter].items():
                 tensors[f"{layer}.{name}.{moment}"] = value.cpu()
-        return tensors
+        return tensors | {_OF_OBJECTIVE + name: value for name, value in self._objective.state().items()}
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Goes on from a :meth:`state`: the steps that follow are those that would have followed there."""
@@ -142,13 +143,16 @@ class Training:
                     moment: value if moment == "step" else value.to(parameter.device)
                     for moment, value in moments.items()
                 }
+        of_objective = [name for name in tensors if name.startswith(_OF_OBJECTIVE)]
+        self._objective.restore({name.removeprefix(_OF_OBJECTIVE): tensors[name] for name in of_objective})
 
     def _gradients(self, blocks: torch.Tensor) -> tuple[float, dict[ParameterKey, torch.Tensor]]:
         """Mean loss and gradients of one step."""
         mine = blocks[share(len(blocks))].tolist()
-        loss = self._objective.of_step(self._tokens_BT, mine, len(blocks))
+        loss = self._objective.of_step(self._model, self._tokens_BT, mine, len(blocks))
+        tokens_BT = self._tokens_BT[mine] if loss.tokens_BT is None else loss.tokens_BT
         total, gradients = streamed_gradients(
-            self._model, self._tokens_BT[mine], loss.of_logits, self._dtype, loss.of_routers
+            self._model, tokens_BT, loss.of_logits, self._dtype, loss.of_routers, loss.of_states
         )
         summed = torch.tensor(total, dtype=torch.float64)
         reduce_sum([summed, *gradients.values()])

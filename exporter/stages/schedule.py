@@ -20,18 +20,18 @@ _FILE = "schedule.json"
 
 
 def run(context: StageContext) -> None:
-    """Times one step of each rung and writes how many blocks of it fit the limit."""
+    """Times one batch of each rung and writes how many blocks of it fit the limit."""
     plan = context.plan
     choice = plan.recipe.recover
     blocks = [rung.blocks for rung in choice.rungs]
     if choice.rungs and plan.recover_seconds > 0:
         use_threads(plan)
-        seconds = [_seconds_of_step(context, rung) for rung in choice.rungs]
+        seconds = [_seconds_of_batch(context, rung) for rung in choice.rungs]
         most = [-(-rung.blocks // choice.blocks_per_step) for rung in choice.rungs]
-        steps = shared_out(plan.recover_seconds, seconds, most)
+        batches = shared_out(plan.recover_seconds, seconds, most)
         blocks = [
-            min(rung.blocks, n_steps * choice.blocks_per_step)
-            for rung, n_steps in zip(choice.rungs, steps, strict=True)
+            min(rung.blocks, n_batches * choice.blocks_per_step)
+            for rung, n_batches in zip(choice.rungs, batches, strict=True)
         ]
     if is_first():
         (context.output / _FILE).write_text(json.dumps({"blocks": blocks}), encoding="utf-8")
@@ -43,20 +43,20 @@ def scheduled_blocks(work: WorkDirectory) -> list[int]:
     return blocks
 
 
-def shared_out(limit: float, seconds_per_step: Sequence[float], most_steps: Sequence[int]) -> list[int]:
-    """Steps of each rung: equal shares of the time, and what a rung does not need is left to those after it.
+def shared_out(limit: float, seconds_per_batch: Sequence[float], most: Sequence[int]) -> list[int]:
+    """Batches of each rung: equal shares of the time, and what a rung does not need is left to those after it.
 
-    Every rung gets one step at least.
+    Every rung gets one at least.
     """
-    steps: list[int] = []
-    for number, (seconds, most) in enumerate(zip(seconds_per_step, most_steps, strict=True)):
-        share = limit / (len(most_steps) - number)
-        steps.append(min(most, max(1, int(share / seconds))))
-        limit -= steps[-1] * seconds
-    return steps
+    batches: list[int] = []
+    for number, seconds in enumerate(seconds_per_batch):
+        share = limit / (len(most) - number)
+        batches.append(min(most[number], max(1, int(share / seconds))))
+        limit -= batches[-1] * seconds
+    return batches
 
 
-def _seconds_of_step(context: StageContext, rung: RungChoice) -> float:
+def _seconds_of_batch(context: StageContext, rung: RungChoice) -> float:
     choice = context.plan.recipe.recover
     student = open_student(context.plan, context.work, "compress")
     try:
@@ -64,5 +64,6 @@ def _seconds_of_step(context: StageContext, rung: RungChoice) -> float:
     except TooLargeError:
         return 1.0  # the rung will be rejected
     start = time.monotonic()
-    training.step()
+    for _ in range(training.settings.n_steps):
+        training.step()
     return time.monotonic() - start

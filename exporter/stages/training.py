@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -9,8 +10,11 @@ import torch
 from compressors.model.arithmetic import dtype_of
 from compressors.model.streaming import StreamedModel
 from compressors.model.student import Student
+from compressors.recover.knowledge_augmentation import KnowledgeAugmentation
 from compressors.recover.objectives import Distillation, NextToken, Objective, RouterLogitMatching
+from compressors.recover.schedule import Schedule
 from compressors.recover.scopes import expert_usage
+from compressors.recover.student_aware_router import StudentAwareRouter
 from compressors.recover.training import Training
 from compressors.statistics import StoredStatistics
 from compressors.teacher import TeacherTargets
@@ -21,6 +25,8 @@ from exporter.stages.artifacts import Blocks, Calibration, StudentFiles, memory_
 
 __all__ = ["training_of"]
 
+_LIVE_TEACHERS: Mapping[str, Callable[..., Objective]] = {"ka": KnowledgeAugmentation, "sar": StudentAwareRouter}
+
 
 def training_of(context: StageContext, student: Student, rung: RungChoice, n_blocks: int) -> Training:
     """The training of a student by a rung, over this many blocks.
@@ -30,11 +36,12 @@ def training_of(context: StageContext, student: Student, rung: RungChoice, n_blo
         TooLargeError: it does not fit the memory.
     """
     plan = context.plan
+    schedule = schedule_of(plan.recipe.recover, rung, n_blocks)
     return Training(
         student,
         Blocks.load(Calibration.of(context.work).blocks).calibration,
-        _objective(context, student, rung),
-        schedule_of(plan.recipe.recover, rung, n_blocks),
+        _objective(context, student, rung, schedule),
+        schedule,
         scope=scope_of(rung),
         usage=_usage(context, student),
         limit=memory_limit(context),
@@ -43,18 +50,20 @@ def training_of(context: StageContext, student: Student, rung: RungChoice, n_blo
     )
 
 
-def _objective(context: StageContext, student: Student, rung: RungChoice) -> Objective:
+def _objective(context: StageContext, student: Student, rung: RungChoice, schedule: Schedule) -> Objective:
     if rung.loss == "next-token":
         return NextToken()
     if rung.loss == "kd":
         return Distillation(TeacherTargets(Calibration.of(context.work).targets), student)
-    limit = memory_limit(context)
-    teacher = StreamedModel(
-        Student.teacher(student.source),
-        limit=replace(limit, n_bytes=limit.n_bytes // 2),  # the student needs room too
-        device=torch.device(context.plan.device),
+    limit, device = memory_limit(context), torch.device(context.plan.device)
+    dtype = dtype_of(context.plan.recipe.arithmetic)
+    if rung.loss == "router-logits":
+        half = replace(limit, n_bytes=limit.n_bytes // 2)  # the student needs room too
+        teacher = StreamedModel(Student.teacher(student.source), limit=half, device=device)
+        return RouterLogitMatching(teacher, student, dtype)
+    return _LIVE_TEACHERS[rung.loss](
+        student, schedule, batches_per_round=rung.batches_per_round, limit=limit, dtype=dtype, device=device
     )
-    return RouterLogitMatching(teacher, student, dtype_of(context.plan.recipe.arithmetic))
 
 
 def _usage(context: StageContext, student: Student) -> list[torch.Tensor]:

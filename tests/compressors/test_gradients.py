@@ -156,7 +156,7 @@ def test_router_logit_matching_equals_its_definition(folder: Path, blocks_BT: to
     routers = {(Role.ROUTER, layer): nn.Parameter(student.tensor(Role.ROUTER, layer).float() * 0.9) for layer in (0, 1)}
     objective = RouterLogitMatching(StreamedModel(Student.teacher(source)), student)
     chosen = [3, 1, 9]
-    loss = objective.of_step(blocks_BT, chosen, 6)  # half of the step's blocks
+    loss = objective.of_step(StreamedModel(student), blocks_BT, chosen, 6)  # half of the step's blocks
     total, gradients = streamed_gradients(
         StreamedModel(student, trainable=routers), blocks_BT[chosen], None, router_loss=loss.of_routers
     )

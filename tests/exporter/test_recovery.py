@@ -15,7 +15,7 @@ from exporter.recipe import RungChoice, RungLoss
 from exporter.recovery import RECOVERIES, Machine, choose_ladder, schedule_of, scope_of
 from exporter.stages.schedule import shared_out
 
-_PLENTY = Machine(10**12, 10_000)
+_PLENTY = Machine(10**12, 10_000, teacher_stays=True)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,14 @@ def test_a_dense_student_has_no_routers_to_teach(pruned: MoeShape) -> None:
     assert dense.is_dense
     choice, _ = choose_ladder("auto", dense, 2, _PLENTY, 0)
     assert [rung.scope for rung in choice.rungs] == ["experts"]
+
+
+def test_a_live_teacher_is_read_for_several_batches_if_it_does_not_stay(pruned: MoeShape) -> None:
+    for stays, batches in ((True, 1), (False, 8)):
+        choice, _ = choose_ladder("experts:ka", pruned, 2, replace(_PLENTY, teacher_stays=stays), 0)
+        (rung,) = choice.rungs
+        assert rung.batches_per_round == batches
+        assert schedule_of(choice, rung, 16).n_steps == 4, "two updates for each batch"
 
 
 def test_rates_fall_with_the_hidden_size(pruned: MoeShape) -> None:

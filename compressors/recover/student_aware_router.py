@@ -1,0 +1,209 @@
+"""Student-Aware Router (SAR): the teacher's routers learn to say what the student can follow, with all experts on.
+
+"Every Expert Matters" (arXiv 2502.12947). For each batch of texts that the student wrote,
+
+1. the teacher's routers alone take an AdamW step on
+
+       L_SAR = D_KL(q_student || p_all) + beta L_b,   L_b = CV(importance)^2 + CV(load)^2
+
+   with every expert on;
+2. the student minimises D_KL(q_student || p_SAR) with the updated routers, every expert on.
+
+The paper's routers have a second matrix, W_noise, which the families here lack: only W_g is trained. Without noise,
+and with every expert on, each expert's load is the number of tokens: CV(load) is zero. An expert's importance is the
+sum of its gates over the batch (Shazeer et al., arXiv 1701.06538, equation 6); L_b is summed over layers, and CV is
+the coefficient of variation with the population's variance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressors.model.expert_choice import AllExperts, ExpertChoice
+from compressors.model.gradients import ParameterKey, streamed_gradients
+from compressors.model.losses import reverse_kl_divergence
+from compressors.model.memory import MemoryLimit
+from compressors.model.parallel import reduce_sum, share
+from compressors.model.streaming import NotFiniteError, StreamedModel, TokenGroup
+from compressors.model.student import Student
+from compressors.recover.on_policy import OnPolicyDistillation, divergence_from_states, sampled_weights
+from compressors.recover.schedule import Schedule
+from compressors.recover.scopes import Scope
+from compressors.recover.trained_student import TrainedStudent
+
+__all__ = ["BALANCE", "ROUTER_LEARNING_RATE", "StudentAwareRouter", "squared_variation", "teacher_router_gradients"]
+
+BALANCE = 0.01
+"""The paper's beta."""
+
+ROUTER_LEARNING_RATE = 1e-5
+"""The paper's, for routers and student alike."""
+
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of each tensor
+
+
+class StudentAwareRouter(OnPolicyDistillation):
+    """SAR as an objective. The teacher's routers, which it trains, are its own: the teacher's files do not change.
+
+    With several batches in a round the routers take a step for each, before the teacher judges them all.
+
+    Args:
+        student: what is trained; the teacher is its source.
+        schedule: that of the training.
+        batches_per_round: how many batches of texts are written together, one as published.
+        router_learning_rate: of the teacher's routers.
+        balance: beta.
+        limit: memory that this process may use.
+        dtype: of the arithmetic; the routers, their gradients and the optimizer are float32.
+        device: where layers compute.
+
+    Raises:
+        UnsupportedError: the student's final norm or head is not the teacher's.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        schedule: Schedule,
+        *,
+        batches_per_round: int = 1,
+        router_learning_rate: float = ROUTER_LEARNING_RATE,
+        balance: float = BALANCE,
+        limit: MemoryLimit | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        trained = TrainedStudent(Student.teacher(student.source), Scope.routers(), device=device)
+        teacher = trained.streamed(limit)
+        teacher.choice = AllExperts(teacher.shape.n_experts)
+        super().__init__(student, teacher, schedule, batches_per_round=batches_per_round, dtype=dtype)
+        self._routers = trained.parameters
+        self._balance = balance
+        self._optimizer = torch.optim.AdamW(self._routers.values(), lr=router_learning_rate, weight_decay=0.0)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Also the teacher's routers and what Adam keeps of them."""
+        tensors = super().state()
+        for (_, layer), router in self._routers.items():
+            tensors[f"router.{layer}"] = router.detach().cpu()
+            for moment, value in self._optimizer.state[router].items():
+                tensors[f"router.{layer}.{moment}"] = value.cpu()
+        return tensors
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Goes on from a :meth:`state`."""
+        super().restore(tensors)
+        for (_, layer), router in self._routers.items():
+            router.data.copy_(tensors[f"router.{layer}"])
+            moments = {moment: f"router.{layer}.{moment}" for moment in _MOMENTS}
+            if moments["step"] in tensors:
+                self._optimizer.state[router] = {
+                    moment: tensors[name].clone() if moment == "step" else tensors[name].to(router.device, copy=True)
+                    for moment, name in moments.items()
+                }
+
+    def _choice(self, texts: Sequence[tuple[int, int]], n_tokens: int) -> ExpertChoice:
+        return AllExperts(self._teacher.shape.n_experts)
+
+    def _prepare(self, model: StreamedModel) -> None:
+        """The first phase, for each batch of the round."""
+        for texts_BT in self._batches():
+            mine_BT = texts_BT[share(len(texts_BT))]
+            (student,) = model.stream([TokenGroup(mine_BT, dtype=self._dtype)])
+            model.release()
+            states_BTD = student.read(slice(0, len(student)))
+            _, gradients = teacher_router_gradients(
+                self._teacher, mine_BT, states_BTD, len(texts_BT), self._balance, self._dtype
+            )
+            for key, router in self._routers.items():
+                router.grad = gradients[key]
+            norm = nn.utils.get_total_norm(list(gradients.values())).item()
+            if not math.isfinite(norm):
+                raise NotFiniteError("the gradients of the teacher's routers became NaN or infinite")
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+        self._teacher.release()
+
+
+def teacher_router_gradients(
+    teacher: StreamedModel,
+    texts_BT: torch.Tensor,
+    student_BTD: torch.Tensor,
+    n_texts: int,
+    balance: float,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[float, dict[ParameterKey, torch.Tensor]]:
+    """L_SAR of a batch and its gradient with respect to the teacher's routers; sums over all processes.
+
+    The squared coefficient of variation is no sum over tokens. Its importances are complete after the forward pass;
+    in the backward pass each token's gates get their share of the gradient, dL/dI_e.
+
+    Args:
+        teacher: with all experts on, and its routers trainable.
+        texts_BT: this process's texts of the batch.
+        student_BTD: the student's states after the last layer.
+        n_texts: of the batch, with those of other processes.
+        balance: beta.
+        dtype: of the arithmetic.
+
+    Raises:
+        NotFiniteError: a hidden state is NaN or infinite.
+    """
+    importance = _Importance(teacher)
+
+    def router_loss(layer: int, _blocks: slice, logits_TE: torch.Tensor) -> torch.Tensor:
+        _, slope_E = squared_variation(importance.totals[layer])
+        # over all tokens this sums to zero, since the variation does not change with the importances' scale
+        return balance * (logits_TE.softmax(-1) @ slope_E.to(logits_TE)).sum()
+
+    def divergence(teacher_nV: torch.Tensor, student_nV: torch.Tensor) -> torch.Tensor:
+        return reverse_kl_divergence(student_nV, teacher_nV)
+
+    total, gradients = streamed_gradients(
+        teacher,
+        texts_BT,
+        None,
+        dtype,
+        router_loss,
+        divergence_from_states(divergence, student_BTD, sampled_weights(len(texts_BT), texts_BT.shape[1], n_texts)),
+        [importance.observe],
+    )
+    summed = torch.tensor(total, dtype=torch.float64)
+    reduce_sum([summed, *gradients.values()])
+    variations = [squared_variation(total_E)[0] for total_E in importance.totals.values()]
+    return summed.item() + balance * sum(variations), gradients
+
+
+def squared_variation(importance_E: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """CV^2 = E sum I^2 / (sum I)^2 - 1 of the importances, and its gradient with respect to them."""
+    n_experts, total, squares = len(importance_E), importance_E.sum(), importance_E.square().sum()
+    slope_E = 2 * n_experts * (importance_E - squares / total) / total**2
+    return (n_experts * squares / total**2 - 1).item(), slope_E
+
+
+class _Importance:
+    """Sums the gates of each expert over a forward pass of all processes, by layer: float64 [E]."""
+
+    def __init__(self, teacher: StreamedModel) -> None:
+        self._shape = teacher.shape
+        self.totals: dict[int, torch.Tensor] = {}
+
+    @contextmanager
+    def observe(self, index: int, layer: nn.Module) -> Iterator[None]:
+        total_E = self.totals[index] = torch.zeros(self._shape.n_experts, dtype=torch.float64)
+
+        def hook(_router: nn.Module, _inputs: Any, outputs: tuple[torch.Tensor, ...]) -> None:
+            total_E.add_(outputs[1].double().sum(0).cpu())  # all experts, in order
+
+        handle = layer.get_submodule(self._shape.family.router_module).register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+        reduce_sum([total_E])
