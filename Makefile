@@ -21,6 +21,7 @@ lint: .venv/installed-dev
 
 bench: .venv/installed-dev
 	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.quantized_recovery
 
 # Compiles llama-quantize the first time; needs cmake and 10 GB of disk.
 bench-export: .venv/installed-dev

@@ -38,7 +38,7 @@ _WEIGHTS_FORWARDS = 1  # and the gradient with respect to experts
 
 _PARTS: Mapping[str, Collection[str]] = {
     "calibration": ("calibrate", "compress"),
-    "recovery": ("schedule", "recover"),
+    "recovery": ("schedule", "recover", "retune"),
     "writing": ("gguf", "onnx", "student"),
     "validation": ("validate_torch", "validate_gguf", "validate_onnx"),
 }
@@ -176,20 +176,21 @@ def _compression(plan: Plan, passes: _Passes) -> float:
 
 def _recovery(plan: Plan, passes: _Passes) -> dict[str, float]:
     choice, limit = plan.recipe.recover, plan.recover_seconds
-    if not choice.rungs:
+    if not choice.trained:
         return {}
     forward = passes.forward(plan.student_shape, choice.blocks_per_step)
-    one_step, all_steps = 0.0, 0.0
-    for rung in choice.rungs:
-        step = forward * (_STEP_FORWARDS + (_WEIGHTS_FORWARDS if rung.scope != "router" else 0))
-        one_step += step
-        all_steps += step * rung.blocks / choice.blocks_per_step
-    n_judged = 1 + len(choice.rungs)  # before, and after each
-    judging = n_judged * passes.forward(plan.student_shape, n_reference=plan.recipe.text.selection_blocks)
-    return {
-        "schedule": one_step if limit else 0.0,
-        "recover": (min(all_steps, limit) if limit else all_steps) + judging,
-    }
+    judging = passes.forward(plan.student_shape, n_reference=plan.recipe.text.selection_blocks)
+    steps = [
+        forward * (_STEP_FORWARDS + (_WEIGHTS_FORWARDS if rung.scope != "router" else 0)) for rung in choice.trained
+    ]
+    training = [step * rung.blocks / choice.blocks_per_step for step, rung in zip(steps, choice.trained, strict=True)]
+    shorter = min(1.0, limit / sum(training)) if limit else 1.0
+    n_rungs = len(choice.rungs)
+    seconds = {"schedule": sum(steps) if limit else 0.0}
+    for stage, rungs in (("recover", slice(0, n_rungs)), ("retune", slice(n_rungs, None))):
+        if training[rungs]:  # judged before, and after each
+            seconds[stage] = shorter * sum(training[rungs]) + (1 + len(training[rungs])) * judging
+    return seconds
 
 
 def _heldout_blocks(plan: Plan) -> int:
@@ -219,12 +220,12 @@ def _training_bytes(plan: Plan) -> int:
     What a rung taught is kept beside: routers in float32, experts in storage dtype.
     """
     shape, choice = plan.student_shape, plan.recipe.recover
-    if not choice.rungs:
+    if not choice.trained:
         return 0
     layer_inputs = (shape.n_layers + 1) * choice.blocks_per_step * BLOCK_LENGTH * shape.hidden_size * 4
-    snapshots = 2 * 3 * max(training_bytes(scope_of(rung), shape).weights for rung in choice.rungs)
+    snapshots = 2 * 3 * max(training_bytes(scope_of(rung), shape).weights for rung in choice.trained)
     n_with_experts = sum(rung.scope != "router" for rung in choice.rungs)
-    taught = len(choice.rungs) * 4 * _router_values(shape) + n_with_experts * _expert_bytes(plan)
+    taught = len(choice.trained) * 4 * _router_values(shape) + n_with_experts * _expert_bytes(plan)
     return layer_inputs + snapshots + taught
 
 

@@ -12,7 +12,7 @@ from exporter.compression import described_compression
 from exporter.durations import format_duration
 from exporter.estimate import Speeds, describe_time, disk_lines, memory_lines, seconds_by_stage
 from exporter.plan import Plan
-from exporter.recovery import schedule_of, scope_of
+from exporter.recovery import AFTER_QUANTIZING, schedule_of, scope_of
 from exporter.sizes import format_size
 
 __all__ = ["plan_table"]
@@ -51,10 +51,10 @@ def _recovery(plan: Plan) -> list[str]:
     """A line for each rung, and for each that was refused."""
     choice = plan.recipe.recover
     lines = [f"{refused.rung} ({refused.loss}): refused, {refused.why}" for refused in plan.refused_rungs]
-    for rung in choice.rungs:
+    for rung in choice.trained:
         steps = schedule_of(choice, rung, rung.blocks).n_steps
-        name = scope_of(rung).name_in(plan.student_shape)
+        name = AFTER_QUANTIZING if rung is choice.after_quantizing else scope_of(rung).name_in(plan.student_shape)
         lines.append(f"{name} ({rung.loss}), up to {steps} steps of {choice.blocks_per_step} x 512 tokens")
-    if choice.rungs and plan.recover_seconds:
+    if choice.trained and plan.recover_seconds:
         lines[-1] += f"; at most {format_duration(plan.recover_seconds)} in all"
     return lines or ["none"]

@@ -23,7 +23,7 @@ from exporter.gguf.layout import PRESETS as GGUF_PRESETS
 from exporter.job import METHODS_WITHOUT_EXPERTS, Job
 from exporter.prediction import Prediction
 from exporter.recipe import BudgetChoice, CompressChoice, Recipe, SourceChoice, TextChoice
-from exporter.recovery import PUBLISHED_BLOCKS, Machine, RefusedRung, choose_ladder
+from exporter.recovery import PUBLISHED_BLOCKS, Machine, RefusedRung, check_after_quantizing, choose_ladder
 from exporter.sizes import format_size
 
 __all__ = ["HELDOUT_CHUNKS", "TextCounts", "choose_recipe", "predict_recipe"]
@@ -123,6 +123,7 @@ def predict_recipe(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Predicti
     """
     check_compression(recipe, checkpoint.shape)
     shape = expected_shape(recipe.compress, checkpoint.shape)
+    check_after_quantizing(recipe.recover, shape)
     predictions = {}
     for artifact in recipe.artifacts:
         weight_type = recipe.type_of(artifact) or ""

@@ -144,6 +144,11 @@ class RecoverChoice(_Part):
     blocks_per_step: PositiveInt
     seed: int = Field(ge=0)
 
+    @property
+    def trained(self) -> tuple[RungChoice, ...]:
+        """Everything that is trained, in its order."""
+        return self.rungs if self.after_quantizing is None else (*self.rungs, self.after_quantizing)
+
     @model_validator(mode="after")
     def _is_consistent(self) -> RecoverChoice:
         if self.after_quantizing is not None and self.after_quantizing.scope != "router":

@@ -13,10 +13,23 @@ from compressors.recover.scopes import Scope
 from compressors.recover.training_memory import refuse_too_large
 from exporter.recipe import RecoverChoice, RungChoice
 
-__all__ = ["PUBLISHED_BLOCKS", "RECOVERIES", "Machine", "RefusedRung", "choose_ladder", "schedule_of", "scope_of"]
+__all__ = [
+    "AFTER_QUANTIZING",
+    "PUBLISHED_BLOCKS",
+    "RECOVERIES",
+    "Machine",
+    "RefusedRung",
+    "check_after_quantizing",
+    "choose_ladder",
+    "schedule_of",
+    "scope_of",
+]
 
 PUBLISHED_BLOCKS = 3000
 """Texts of the published Router KD (arXiv 2603.02217)."""
+
+AFTER_QUANTIZING = "router, quantized experts"
+"""What plan and report call the rung that teaches the routers of the written files."""
 
 _PUBLISHED_RATE = 5e-5
 _DEFAULT_BLOCKS = 320  # 163,840 tokens: 40 steps
@@ -99,6 +112,19 @@ def choose_ladder(
             refused.append(RefusedRung(scope_of(candidate).name_in(student), candidate.loss, reason))
     per_step = min(_BLOCKS_PER_STEP, machine.calibration_blocks)
     return RecoverChoice(rungs=tuple(rungs), blocks_per_step=per_step, seed=seed), tuple(refused)
+
+
+def check_after_quantizing(choice: RecoverChoice, student: MoeShape) -> None:
+    """Refuses to teach routers that no file has.
+
+    Raises:
+        InputError: the student is dense.
+    """
+    if choice.after_quantizing is not None and student.is_dense:
+        raise InputError(
+            "the recipe's after_quantizing teaches the routers of the written files, but those of a dense student have "
+            "none: set it to null"
+        )
 
 
 def scope_of(rung: RungChoice) -> Scope:

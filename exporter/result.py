@@ -40,11 +40,12 @@ _RUNTIMES = {"gguf": "llama.cpp", "onnx": "onnxruntime"}
 def final_recipe(plan: Plan, work: WorkDirectory) -> Recipe:
     """The recipe with the numbers of blocks that the time limit of recovery allowed."""
     choice = plan.recipe.recover
-    rungs = (
+    trained = [
         rung.model_copy(update={"blocks": n_blocks})
-        for rung, n_blocks in zip(choice.rungs, scheduled_blocks(work), strict=True)
-    )
-    recover = choice.model_copy(update={"rungs": tuple(rungs)})
+        for rung, n_blocks in zip(choice.trained, scheduled_blocks(work), strict=True)
+    ]
+    after_quantizing = trained.pop() if choice.after_quantizing is not None else None
+    recover = choice.model_copy(update={"rungs": tuple(trained), "after_quantizing": after_quantizing})
     return plan.recipe.model_copy(update={"recover": recover})
 
 
@@ -105,7 +106,12 @@ def build_report(
 
 def _recovery(plan: Plan, work: WorkDirectory) -> list[dict[str, Any]]:
     """The rungs that were refused, then those that were tried."""
-    tried: list[dict[str, Any]] = json.loads(StudentFiles(work.stage("recover")).recovery.read_text(encoding="utf-8"))
+    stages = ["recover"] if plan.recipe.recover.after_quantizing is None else ["recover", "retune"]
+    tried = [
+        result
+        for stage in stages
+        for result in json.loads(StudentFiles(work.stage(stage)).recovery.read_text(encoding="utf-8"))
+    ]
     return [asdict(refused) for refused in plan.refused_rungs] + tried
 
 

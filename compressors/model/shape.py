@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.families import Family, QkNorm, Role, family_for
+from compressors.model.families import DENSE_GGUF_NAMES, GGUF_NAMES, Family, QkNorm, Role, family_for
 
 __all__ = ["NO_MOE", "MoeShape", "MoeSize", "read_shape"]
 
@@ -119,6 +119,18 @@ class MoeShape:
         dense = self.family.dense if self.is_dense else None
         names = self.family.names if dense is None or role not in dense.names else dense.names
         return names[role].format(layer=layer, expert=expert)
+
+    def gguf_name(self, role: Role, layer: int | None = None) -> str:
+        """What llama.cpp calls a tensor of this model; all experts of a layer are one."""
+        names = DENSE_GGUF_NAMES if self.is_dense and role.is_expert else GGUF_NAMES
+        return names[role].format(layer=layer)
+
+    def onnx_name(self, role: Role, layer: int | None = None) -> str:
+        """What our ONNX graphs call a weight; all experts' gate and up projections of a layer are one."""
+        if not role.is_expert or self.is_dense:
+            return self.stored_name(role, layer)
+        fused = self.family.fused_down if role is Role.EXPERT_DOWN else self.family.fused_gate_up
+        return fused.format(layer=layer)
 
     def in_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """A ``config.json`` of this model's family with this model's expert count, in one spelling, and top-k.

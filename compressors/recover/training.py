@@ -71,7 +71,7 @@ class Training:
         settings.check_against(tokens_BT)
         _check_vocabulary(tokens_BT, student)
         if limit is not None and scope != Scope.routers():
-            refuse_too_large(scope, student.shape, student.source.dtype.itemsize, limit.n_bytes)
+            refuse_too_large(scope, student.shape, student.expert_dtype.itemsize, limit.n_bytes)
         self.settings = settings
         self.n_done = 0  # steps
         self._student = student

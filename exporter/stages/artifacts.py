@@ -144,10 +144,12 @@ class StudentFiles:
         return self.folder / "recovery.json"
 
 
-def open_student(plan: Plan, work: WorkDirectory, stage: str = "recover") -> Student:
-    """The student as a stage left it."""
-    recovered = StudentFiles(work.stage(stage)).rungs if stage == "recover" else []
-    return StudentFiles(work.stage("compress")).open(Checkpoint(plan.source), recovered)
+def open_student(plan: Plan, work: WorkDirectory, stage: str = "retune") -> Student:
+    """The student as a stage left it: ``compress``, ``recover``, or ``retune``, the last to change it, if it runs."""
+    teaching = ["retune", "recover"] if plan.recipe.recover.after_quantizing is not None else ["recover"]
+    stages = {"compress": [], "recover": ["recover"], "retune": teaching}[stage]
+    taught = [overlay for name in stages for overlay in StudentFiles(work.stage(name)).rungs]
+    return StudentFiles(work.stage("compress")).open(Checkpoint(plan.source), taught)
 
 
 def importance_of(student: Student, work: WorkDirectory) -> Importance:

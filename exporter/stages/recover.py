@@ -28,7 +28,7 @@ from exporter.stages.schedule import scheduled_blocks
 from exporter.stages.training import training_of
 from validate.backend import scored_positions
 
-__all__ = ["run"]
+__all__ = ["Ladder", "run"]
 
 _STATE = "training.safetensors"
 
@@ -39,20 +39,25 @@ def run(context: StageContext) -> None:
     results: list[Mapping[str, Any]] = []
     if rungs:
         use_threads(context.plan)
-        ladder = _Ladder(context)
-        for number, n_blocks in enumerate(scheduled_blocks(context.work)):
-            results.append(ladder.climb(number, rungs[number], n_blocks))
+        ladder = Ladder(context, open_student(context.plan, context.work, "compress"))
+        for number, (rung, n_blocks) in enumerate(zip(rungs, scheduled_blocks(context.work), strict=False)):
+            results.append(ladder.climb(number, rung, n_blocks))
     if is_first():
         StudentFiles(context.output).recovery.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
-class _Ladder:
-    """The student as the last rung that was kept left it, and how it is judged."""
+class Ladder:
+    """The student as the last rung that was kept left it, and how it is judged.
 
-    def __init__(self, context: StageContext) -> None:
+    Args:
+        context: of the stage, into whose folder each rung's overlay and result go.
+        student: where the ladder begins.
+    """
+
+    def __init__(self, context: StageContext, student: Student) -> None:
         self._context = context
         self._files = StudentFiles(context.output)
-        self._student = open_student(context.plan, context.work, "compress")
+        self.student = student
         self._judgement: Judgement | None = None  # of that student, once it is known
 
     def climb(self, number: int, rung: RungChoice, n_blocks: int) -> Mapping[str, Any]:
@@ -66,7 +71,7 @@ class _Ladder:
         self._snapshot(number).remove()
         result: dict[str, Any] = json.loads(result_path.read_text(encoding="utf-8"))
         if result["accepted"]:
-            self._student = self._student.with_overlay(StoredTensors(self._files.rung_overlay(number)))
+            self.student = self.student.with_overlay(StoredTensors(self._files.rung_overlay(number)))
             self._judgement = Judgement(result["selection_kld_after"], result["selection_perplexity_after"])
         elif is_first():
             self._files.rung_overlay(number).unlink(missing_ok=True)
@@ -74,12 +79,12 @@ class _Ladder:
 
     def _tried(self, number: int, rung: RungChoice, n_blocks: int) -> dict[str, Any]:
         start = time.monotonic()
-        before = self._judgement or self._judge(self._student)
+        before = self._judgement or self._judge(self.student)
         self._judgement = before
         after, why = self._taught(number, rung, n_blocks)
         accepted = after is not None and after.divergence < before.divergence
         return {
-            "rung": scope_of(rung).name_in(self._student.shape),
+            "rung": scope_of(rung).name_in(self.student.shape),
             "loss": rung.loss,
             "learning_rate": rung.learning_rate,
             "steps": schedule_of(self._context.plan.recipe.recover, rung, n_blocks).n_steps,
@@ -97,7 +102,7 @@ class _Ladder:
         """Leaves what the rung taught in its overlay; how that is judged, or why there is nothing to judge."""
         path = self._files.rung_overlay(number)
         try:
-            training = training_of(self._context, self._student, rung, n_blocks)
+            training = training_of(self._context, self.student, rung, n_blocks)
             self._train(training, number)
         except (TooLargeError, TrainingDivergedError) as error:
             return None, str(error)
@@ -105,7 +110,7 @@ class _Ladder:
             save_file(training.overlay(), path)
         wait_for_all()
         del training  # its weights and moments must be gone before another model takes their place
-        after = self._judge(self._student.with_overlay(StoredTensors(path)))
+        after = self._judge(self.student.with_overlay(StoredTensors(path)))
         return after, None
 
     def _train(self, training: Training, number: int) -> None:

@@ -20,25 +20,28 @@ _FILE = "schedule.json"
 
 
 def run(context: StageContext) -> None:
-    """Times one batch of each rung and writes how many blocks of it fit the limit."""
+    """Times one batch of each rung and writes how many blocks of it fit the limit.
+
+    A batch after quantizing takes as long as one before: reading and converting weights is little beside computing.
+    """
     plan = context.plan
     choice = plan.recipe.recover
-    blocks = [rung.blocks for rung in choice.rungs]
-    if choice.rungs and plan.recover_seconds > 0:
+    blocks = [rung.blocks for rung in choice.trained]
+    if choice.trained and plan.recover_seconds > 0:
         use_threads(plan)
-        seconds = [_seconds_of_batch(context, rung) for rung in choice.rungs]
-        most = [-(-rung.blocks // choice.blocks_per_step) for rung in choice.rungs]
+        seconds = [_seconds_of_batch(context, rung) for rung in choice.trained]
+        most = [-(-rung.blocks // choice.blocks_per_step) for rung in choice.trained]
         batches = shared_out(plan.recover_seconds, seconds, most)
         blocks = [
             min(rung.blocks, n_batches * choice.blocks_per_step)
-            for rung, n_batches in zip(choice.rungs, batches, strict=True)
+            for rung, n_batches in zip(choice.trained, batches, strict=True)
         ]
     if is_first():
         (context.output / _FILE).write_text(json.dumps({"blocks": blocks}), encoding="utf-8")
 
 
 def scheduled_blocks(work: WorkDirectory) -> list[int]:
-    """The numbers of blocks that a finished schedule stage chose, by rung."""
+    """The numbers of blocks that a finished schedule stage chose, for everything that the recipe trains."""
     blocks: list[int] = json.loads((work.stage("schedule") / _FILE).read_text(encoding="utf-8"))["blocks"]
     return blocks
 

@@ -130,8 +130,14 @@ def test_recovery_takes_its_steps_or_its_time_limit(plan: Plan) -> None:
     seconds = seconds_by_stage(replace(two, recover_seconds=10**9), _FAST, _PLENTY)
     assert seconds["schedule"] - _START == pytest.approx(step * (3 + 4) / 3), "experts have gradients of their own"
     assert seconds["recover"] - _START == pytest.approx(step * (5 + 3 * 4 / 3) + judging * 3 / 2)
+    after = _edited(plan, recover={"after_quantizing": _ROUTER | {"blocks": 80}})
+    seconds = seconds_by_stage(replace(after, recover_seconds=10**9), _FAST, _PLENTY)
+    assert seconds["retune"] - _START == pytest.approx(step * 10 + judging)
+    assert seconds["recover"] - _START == pytest.approx(step * 5 + judging)
+    seconds = seconds_by_stage(replace(after, recover_seconds=3), _FAST, _PLENTY)
+    assert seconds["retune"] - _START == pytest.approx(2 + judging), "time is shared out by what there is to do"
     none = _edited(plan, recover={"rungs": []})
-    assert not {"schedule", "recover"} & set(seconds_by_stage(none, _FAST, _PLENTY))
+    assert not {"schedule", "recover", "retune"} & set(seconds_by_stage(none, _FAST, _PLENTY))
 
 
 def test_a_checkpoint_larger_than_the_free_memory_is_read_in_every_pass(plan: Plan) -> None:

@@ -9,12 +9,14 @@ from typing import get_args
 import pytest
 
 from compressors.model.checkpoint import Checkpoint
+from compressors.model.errors import InputError
 from compressors.model.shape import MoeShape
 from compressors.recover.training_memory import training_bytes
 from exporter.recipe import RungChoice, RungLoss
-from exporter.recovery import RECOVERIES, Machine, choose_ladder, schedule_of, scope_of
+from exporter.recovery import RECOVERIES, Machine, check_after_quantizing, choose_ladder, schedule_of, scope_of
 from exporter.stages.schedule import shared_out
 
+_ROUTER = RungChoice(scope="router", blocks=8, learning_rate=0.001)
 _PLENTY = Machine(10**12, 10_000, teacher_stays=True)
 
 
@@ -78,6 +80,11 @@ def test_a_dense_student_has_no_routers_to_teach(pruned: MoeShape) -> None:
     assert dense.is_dense
     choice, _ = choose_ladder("auto", dense, 2, _PLENTY, 0)
     assert [rung.scope for rung in choice.rungs] == ["experts"]
+    taught = choice.model_copy(update={"after_quantizing": _ROUTER})
+    check_after_quantizing(taught, pruned)
+    check_after_quantizing(choice, dense)
+    with pytest.raises(InputError, match=r"after_quantizing .* set it to null"):
+        check_after_quantizing(taught, dense)
 
 
 def test_a_live_teacher_is_read_for_several_batches_if_it_does_not_stay(pruned: MoeShape) -> None:
