@@ -17,6 +17,7 @@ from compressors.model.parallel import reduce_sum, share
 from compressors.model.streaming import NotFiniteError
 from compressors.model.student import Student
 from compressors.recover.objectives import Objective
+from compressors.recover.optimizer_state import optimizer_state, restore_optimizer
 from compressors.recover.schedule import Schedule
 from compressors.recover.scopes import Scope
 from compressors.recover.trained_student import TrainedStudent
@@ -25,7 +26,6 @@ from compressors.recover.training_memory import refuse_too_large, training_bytes
 __all__ = ["Training", "TrainingDivergedError", "train"]
 
 _OF_OBJECTIVE = "objective."
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of each tensor
 
 
 class TrainingDivergedError(InputError):
@@ -126,25 +126,18 @@ class Training:
     def state(self) -> dict[str, torch.Tensor]:
         """Everything that the next step depends on, to be given to :meth:`restore`; the next step changes it."""
         tensors = {"n_done": torch.tensor(self.n_done)}
-        for (name, layer), parameter in self._parameters.items():
-            tensors[f"{layer}.{name}"] = parameter.detach().cpu()
-            for moment, value in self._optimizer.state[parameter].items():
-                tensors[f"{layer}.{name}.{moment}"] = value.cpu()
+        tensors |= optimizer_state(self._optimizer, self._named_parameters())
         return tensors | {_OF_OBJECTIVE + name: value for name, value in self._objective.state().items()}
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Goes on from a :meth:`state`: the steps that follow are those that would have followed there."""
         self.n_done = int(tensors["n_done"])
-        for (name, layer), parameter in self._parameters.items():
-            parameter.data.copy_(tensors[f"{layer}.{name}"])
-            if self.n_done:
-                moments = {moment: tensors[f"{layer}.{name}.{moment}"].clone() for moment in _MOMENTS}
-                self._optimizer.state[parameter] = {
-                    moment: value if moment == "step" else value.to(parameter.device)
-                    for moment, value in moments.items()
-                }
+        restore_optimizer(self._optimizer, self._named_parameters(), tensors)
         of_objective = [name for name in tensors if name.startswith(_OF_OBJECTIVE)]
         self._objective.restore({name.removeprefix(_OF_OBJECTIVE): tensors[name] for name in of_objective})
+
+    def _named_parameters(self) -> dict[str, torch.Tensor]:
+        return {f"{layer}.{name}": parameter for (name, layer), parameter in self._parameters.items()}
 
     def _gradients(self, blocks: torch.Tensor) -> tuple[float, dict[ParameterKey, torch.Tensor]]:
         """Mean loss and gradients of one step."""
