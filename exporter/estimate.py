@@ -178,12 +178,13 @@ def _recovery(plan: Plan, passes: _Passes) -> dict[str, float]:
     choice, limit = plan.recipe.recover, plan.recover_seconds
     if not choice.trained:
         return {}
-    forward = passes.forward(plan.student_shape, choice.blocks_per_step)
     judging = passes.forward(plan.student_shape, n_reference=plan.recipe.text.selection_blocks)
     steps = [
-        forward * (_STEP_FORWARDS + (_WEIGHTS_FORWARDS if rung.scope != "router" else 0)) for rung in choice.trained
+        passes.forward(plan.student_shape, rung.blocks_per_step)
+        * (_STEP_FORWARDS + (_WEIGHTS_FORWARDS if rung.scope != "router" else 0))
+        for rung in choice.trained
     ]
-    training = [step * rung.blocks / choice.blocks_per_step for step, rung in zip(steps, choice.trained, strict=True)]
+    training = [step * rung.blocks / rung.blocks_per_step for step, rung in zip(steps, choice.trained, strict=True)]
     shorter = min(1.0, limit / sum(training)) if limit else 1.0
     n_rungs = len(choice.rungs)
     seconds = {"schedule": sum(steps) if limit else 0.0}
@@ -222,7 +223,13 @@ def _training_bytes(plan: Plan) -> int:
     shape, choice = plan.student_shape, plan.recipe.recover
     if not choice.trained:
         return 0
-    layer_inputs = (shape.n_layers + 1) * choice.blocks_per_step * BLOCK_LENGTH * shape.hidden_size * 4
+    layer_inputs = (
+        (shape.n_layers + 1)
+        * max(rung.blocks_per_step for rung in choice.trained)
+        * BLOCK_LENGTH
+        * shape.hidden_size
+        * 4
+    )
     snapshots = 2 * 3 * max(training_bytes(scope_of(rung), shape).weights for rung in choice.trained)
     n_with_experts = sum(rung.scope != "router" for rung in choice.rungs)
     taught = len(choice.trained) * 4 * _router_values(shape) + n_with_experts * _expert_bytes(plan)

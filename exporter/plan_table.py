@@ -54,7 +54,7 @@ def _recovery(plan: Plan) -> list[str]:
     for rung in choice.trained:
         steps = schedule_of(choice, rung, rung.blocks).n_steps
         name = AFTER_QUANTIZING if rung is choice.after_quantizing else scope_of(rung).name_in(plan.student_shape)
-        lines.append(f"{name} ({rung.loss}), up to {steps} steps of {choice.blocks_per_step} x 512 tokens")
+        lines.append(f"{name} ({rung.loss}), up to {steps} steps of {rung.blocks_per_step} x 512 tokens")
     if choice.trained and plan.recover_seconds:
         lines[-1] += f"; at most {format_duration(plan.recover_seconds)} in all"
     return lines or ["none"]

@@ -87,7 +87,7 @@ def choose_recipe(
         _wanted_recovery(job, checkpoint, chosen.compress),
         expected_shape(chosen.compress, checkpoint.shape),
         checkpoint.dtype.itemsize,
-        Machine(memory_bytes, n_blocks, teacher_stays=checkpoint.n_bytes < memory_bytes // 2),
+        Machine(memory_bytes, n_blocks, models_stay=checkpoint.n_bytes < memory_bytes // 2),
         job.seed,
     )
     recipe = Recipe(

@@ -121,6 +121,7 @@ class RungChoice(_Part):
     loss: RungLoss = "kd"
     batches_per_round: PositiveInt | None = None  # of ka and sar: written by the student, then judged, together
     blocks: PositiveInt
+    blocks_per_step: PositiveInt
     learning_rate: float = Field(gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
@@ -141,7 +142,6 @@ class RecoverChoice(_Part):
 
     rungs: tuple[RungChoice, ...] = ()  # climbed in this order, each kept only if the divergence falls
     after_quantizing: RungChoice | None = None  # routers once more, beside experts as the files hold them
-    blocks_per_step: PositiveInt
     seed: int = Field(ge=0)
 
     @property

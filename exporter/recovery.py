@@ -33,7 +33,10 @@ AFTER_QUANTIZING = "router, quantized experts"
 
 _PUBLISHED_RATE = 5e-5
 _DEFAULT_BLOCKS = 320  # 163,840 tokens: 40 steps
-_BLOCKS_PER_STEP = 8  # as published
+_BLOCKS_PER_STEP = 8  # as published, for routers
+_SMALL_STEP = 2
+"""Blocks in a step of experts or adapters: four times the steps bring more than longer ones (recovery.md), but each
+reads the model, so only where that stays in memory."""
 
 _LOSSES = {
     "router": ("kd", "next-token", "router-logits", "ka", "sar"),
@@ -68,7 +71,7 @@ class Machine:
 
     memory_bytes: int
     calibration_blocks: int  # that the text yields
-    teacher_stays: bool  # in memory, once it was read
+    models_stay: bool  # in memory, once they were read
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,7 @@ def choose_ladder(
                 rungs.append(candidate)
                 break
             refused.append(RefusedRung(scope_of(candidate).name_in(student), candidate.loss, reason))
-    per_step = min(_BLOCKS_PER_STEP, machine.calibration_blocks)
-    return RecoverChoice(rungs=tuple(rungs), blocks_per_step=per_step, seed=seed), tuple(refused)
+    return RecoverChoice(rungs=tuple(rungs), seed=seed), tuple(refused)
 
 
 def check_after_quantizing(choice: RecoverChoice, student: MoeShape) -> None:
@@ -143,7 +145,7 @@ def schedule_of(choice: RecoverChoice, rung: RungChoice, n_blocks: int) -> Sched
     return Schedule(
         n_blocks,
         rung.learning_rate,
-        min(choice.blocks_per_step, n_blocks),
+        min(rung.blocks_per_step, n_blocks),
         seed=choice.seed,
         updates_per_batch=UPDATES_PER_BATCH if rung.loss == "ka" else 1,
     )
@@ -154,7 +156,14 @@ def _wanted(wish: str, student: MoeShape, machine: Machine) -> Sequence[RungChoi
         return []
     if wish == "router:published":
         n_blocks = min(PUBLISHED_BLOCKS, machine.calibration_blocks)
-        return [RungChoice(scope="router", blocks=n_blocks, learning_rate=_PUBLISHED_RATE)]
+        return [
+            RungChoice(
+                scope="router",
+                blocks=n_blocks,
+                blocks_per_step=min(_BLOCKS_PER_STEP, n_blocks),
+                learning_rate=_PUBLISHED_RATE,
+            )
+        ]
     if wish == "auto":
         scopes = ["experts"] if student.is_dense else ["router", "experts"]
         return [_rung(scope, "kd", student, machine) for scope in scopes]
@@ -163,7 +172,9 @@ def _wanted(wish: str, student: MoeShape, machine: Machine) -> Sequence[RungChoi
 
 
 def _rung(scope: str, loss: str, student: MoeShape, machine: Machine) -> RungChoice:
-    per_round = 1 if machine.teacher_stays else _STREAMED_BATCHES_PER_ROUND
+    per_round = 1 if machine.models_stay else _STREAMED_BATCHES_PER_ROUND
+    small_steps = scope != "router" and loss in ("kd", "next-token") and machine.models_stay
+    per_step = _SMALL_STEP if small_steps else _BLOCKS_PER_STEP
     return RungChoice(
         scope=scope,  # type: ignore[arg-type]  # one of RECOVERIES
         experts=min(_TOP_EXPERTS, student.n_experts) if scope == "top-experts" else None,
@@ -171,6 +182,7 @@ def _rung(scope: str, loss: str, student: MoeShape, machine: Machine) -> RungCho
         loss=loss,  # type: ignore[arg-type]
         batches_per_round=per_round if loss in ("ka", "sar") else None,
         blocks=min(_DEFAULT_BLOCKS, machine.calibration_blocks),
+        blocks_per_step=min(per_step, machine.calibration_blocks),
         learning_rate=_rate(scope, student),
     )
 

@@ -30,10 +30,10 @@ def run(context: StageContext) -> None:
     if choice.trained and plan.recover_seconds > 0:
         use_threads(plan)
         seconds = [_seconds_of_batch(context, rung) for rung in choice.trained]
-        most = [-(-rung.blocks // choice.blocks_per_step) for rung in choice.trained]
+        most = [-(-rung.blocks // rung.blocks_per_step) for rung in choice.trained]
         batches = shared_out(plan.recover_seconds, seconds, most)
         blocks = [
-            min(rung.blocks, n_batches * choice.blocks_per_step)
+            min(rung.blocks, n_batches * rung.blocks_per_step)
             for rung, n_batches in zip(choice.trained, batches, strict=True)
         ]
     if is_first():
@@ -60,10 +60,9 @@ def shared_out(limit: float, seconds_per_batch: Sequence[float], most: Sequence[
 
 
 def _seconds_of_batch(context: StageContext, rung: RungChoice) -> float:
-    choice = context.plan.recipe.recover
     student = open_student(context.plan, context.work, "compress")
     try:
-        training = training_of(context, student, rung, min(choice.blocks_per_step, rung.blocks))
+        training = training_of(context, student, rung, min(rung.blocks_per_step, rung.blocks))
     except TooLargeError:
         return 1.0  # the rung will be rejected
     start = time.monotonic()

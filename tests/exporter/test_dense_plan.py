@@ -134,7 +134,7 @@ def test_choices_of_a_recipe_that_do_not_fit_are_named(
 
 @pytest.mark.parametrize("part", ["rungs", "after_quantizing"])
 def test_recovery_of_routers_is_refused(recipe: Recipe, fine_folder: Path, part: str) -> None:
-    rung = {"scope": "router", "blocks": 8, "learning_rate": 0.001}
+    rung = {"scope": "router", "blocks": 8, "blocks_per_step": 8, "learning_rate": 0.001}
     changed = _edited(recipe, "recover", **{part: [rung] if part == "rungs" else rung})
     with pytest.raises(InputError, match=r"^recover: compress.student is dense, which leaves no routers to teach"):
         check_compression(changed, read_shape(fine_folder))

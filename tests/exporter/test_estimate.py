@@ -23,7 +23,7 @@ from exporter.recipe import Recipe
 from exporter.run import make_plan, run_job
 
 _START = 4
-_ROUTER = {"scope": "router", "blocks": 40, "learning_rate": 0.001}
+_ROUTER = {"scope": "router", "blocks": 40, "blocks_per_step": 8, "learning_rate": 0.001}
 _FAST = Speeds(read_bytes=1e15, multiply_adds=1e6, reference_multiply_adds=1e6, quantized_values=1e15)
 _PLENTY = 10**15
 
@@ -52,7 +52,7 @@ def plan(job: Job) -> Plan:
     """With round numbers of blocks: 40, 4, and 3 of each of the two held-out files."""
     plan = make_plan(job, "moe-export")
     text = {"calibration_blocks": 40, "selection_blocks": 4, "heldout_chunks_per_file": 3}
-    return _edited(plan, text=text, recover={"rungs": [_ROUTER], "blocks_per_step": 8})
+    return _edited(plan, text=text, recover={"rungs": [_ROUTER]})
 
 
 def _edited(plan: Plan, **parts: Mapping[str, Any]) -> Plan:

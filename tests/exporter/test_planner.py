@@ -351,7 +351,7 @@ def test_the_published_schedule_is_the_paper_s(plan: Planner) -> None:
     many = replace(_COUNTS, calibration=10_000)
     recipe, _ = plan(1_000_000_000, counts=many, recover="router:published", experts=20)
     (rung,) = recipe.recover.rungs
-    assert (rung.blocks, recipe.recover.blocks_per_step, rung.learning_rate) == (3000, 8, 5e-5)
+    assert (rung.blocks, rung.blocks_per_step, rung.learning_rate) == (3000, 8, 5e-5)
     assert recipe.text.calibration_blocks == 3000
 
 

@@ -17,7 +17,7 @@ from exporter.recovery import RECOVERIES, Machine, check_after_quantizing, choos
 from exporter.stages.schedule import shared_out
 
 _ROUTER = RungChoice(scope="router", blocks=8, learning_rate=0.001)
-_PLENTY = Machine(10**12, 10_000, teacher_stays=True)
+_PLENTY = Machine(10**12, 10_000, models_stay=True)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def pruned(fine_folder: Path) -> MoeShape:
 
 
 def _trained(scope: str, shape: MoeShape, rank: int | None = None) -> int:
-    rung = RungChoice(scope=scope, rank=rank, blocks=1, learning_rate=1)  # type: ignore[arg-type]
+    rung = RungChoice(scope=scope, rank=rank, blocks=1, blocks_per_step=1, learning_rate=1)  # type: ignore[arg-type]
     return training_bytes(scope_of(rung), shape).total
 
 
@@ -89,10 +89,16 @@ def test_a_dense_student_has_no_routers_to_teach(pruned: MoeShape) -> None:
 
 def test_a_live_teacher_is_read_for_several_batches_if_it_does_not_stay(pruned: MoeShape) -> None:
     for stays, batches in ((True, 1), (False, 8)):
-        choice, _ = choose_ladder("experts:ka", pruned, 2, replace(_PLENTY, teacher_stays=stays), 0)
+        choice, _ = choose_ladder("experts:ka", pruned, 2, replace(_PLENTY, models_stay=stays), 0)
         (rung,) = choice.rungs
         assert rung.batches_per_round == batches
         assert schedule_of(choice, rung, 16).n_steps == 4, "two updates for each batch"
+
+
+def test_experts_take_small_steps_unless_each_reads_the_model_again(pruned: MoeShape) -> None:
+    for stays, per_step in ((True, 2), (False, 8)):
+        choice, _ = choose_ladder("auto", pruned, 2, replace(_PLENTY, models_stay=stays), 0)
+        assert [rung.blocks_per_step for rung in choice.rungs] == [8, per_step]
 
 
 def test_rates_fall_with_the_hidden_size(pruned: MoeShape) -> None:
@@ -104,7 +110,7 @@ def test_rates_fall_with_the_hidden_size(pruned: MoeShape) -> None:
 
 def test_a_short_text_makes_small_steps(pruned: MoeShape) -> None:
     choice, _ = choose_ladder("router", pruned, 2, replace(_PLENTY, calibration_blocks=3), 0)
-    assert (choice.blocks_per_step, choice.rungs[0].blocks) == (3, 3)
+    assert (choice.rungs[0].blocks_per_step, choice.rungs[0].blocks) == (3, 3)
     assert schedule_of(choice, choice.rungs[0], 2).blocks_per_step == 2
 
 

@@ -31,7 +31,7 @@ from exporter.stages import calibrate, compress, gguf, onnx, recover, retune, sc
 from exporter.stages.artifacts import importance_of, open_student
 from exporter.work import WorkDirectory
 
-_RUNG = RungChoice(scope="router", blocks=6, learning_rate=3e-3)
+_RUNG = RungChoice(scope="router", blocks=6, blocks_per_step=2, learning_rate=3e-3)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def written(tmp_path_factory: pytest.TempPathFactory, toy_model: Path, small_tex
 
 def _planned(plan: Plan, **recover: Any) -> Plan:
     recipe = plan.recipe.model_dump()
-    recipe["recover"] |= {"blocks_per_step": 2} | recover
+    recipe["recover"] |= recover
     recipe["text"] |= {"calibration_blocks": 6, "selection_blocks": 1, "heldout_chunks_per_file": 1}
     return replace(plan, recipe=Recipe.model_validate(recipe))
 

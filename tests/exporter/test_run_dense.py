@@ -62,9 +62,8 @@ def run(
     assert planned.returncode == 0, planned.stderr
     recipe = json.loads(planned.stdout)
     recipe["text"] |= _TEXT
-    recipe["recover"]["blocks_per_step"] = 2
     (rung,) = recipe["recover"]["rungs"]
-    rung["blocks"] = 16
+    rung |= {"blocks": 16, "blocks_per_step": 2}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     result = _command(*inputs, "--recipe", str(path))

@@ -39,9 +39,8 @@ def stopped_before_publishing(
         out = tmp_path_factory.mktemp(name) / "out"
         recipe = yaml.safe_load(tiny_recipe.read_text())
         recipe["text"] |= {"calibration_blocks": 3, "heldout_chunks_per_file": 3}  # uneven shares
-        recipe["recover"]["blocks_per_step"] = 2
         for rung in recipe["recover"]["rungs"]:
-            rung["blocks"] = 3  # the last step has one block: nothing for the second
+            rung |= {"blocks": 3, "blocks_per_step": 2}  # the last step has one block: nothing for the second
         path = out.parent / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe))
         command = toy_command(out, "--recipe", str(path))
