@@ -32,7 +32,9 @@ from compressors.model.streaming import StreamedModel, TokenGroup
 from compressors.model.student import ExpertMap, Student
 from compressors.prune import highest
 from compressors.recover.divergence import judge
-from compressors.recover.router_kd import RouterKdSettings, RouterTraining, train_routers
+from compressors.recover.objectives import Distillation
+from compressors.recover.schedule import Schedule
+from compressors.recover.training import Training, train
 from compressors.statistics import LayerStatistics, StatisticsCollector, importance
 from compressors.teacher import TeacherTargets, write_log_probs, write_targets
 from exporter.gguf.writer import write_gguf
@@ -102,9 +104,10 @@ class Bench:
     def taught(self, student: Student, learning_rate: float) -> Student:
         """One epoch of Router KD."""
         targets = TeacherTargets(self._folder / "targets")
-        settings = RouterKdSettings(_CALIBRATION_BLOCKS, learning_rate)
-        training = RouterTraining(student, self._texts["calibration"], targets, settings, limit=self._limit)
-        return train_routers(training)
+        settings = Schedule(_CALIBRATION_BLOCKS, learning_rate)
+        objective = Distillation(targets, student)
+        training = Training(student, self._texts["calibration"], objective, settings, limit=self._limit)
+        return train(training)
 
     def measured(self, arm: str, student: Student) -> Measured:
         """Puts a student's routers into both files and runs them."""

@@ -16,6 +16,7 @@ from compressors.dense import check_dense
 from compressors.model.arithmetic import fastest_arithmetic
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import BudgetError, InputError
+from compressors.recover.schedule import Schedule
 from compressors.slim import GGUF_WIDTH_MULTIPLE
 from exporter.budget import predict
 from exporter.compression import check_compression, described_compression, expected_shape, fewest_experts
@@ -23,7 +24,7 @@ from exporter.gguf.layout import PRESETS as GGUF_PRESETS
 from exporter.job import METHODS_WITHOUT_EXPERTS, Job
 from exporter.prediction import Prediction
 from exporter.recipe import BudgetChoice, CompressChoice, Recipe, SourceChoice, TextChoice
-from exporter.recovery import PUBLISHED_BLOCKS, Machine, RefusedRung, check_after_quantizing, choose_ladder
+from exporter.recovery import Machine, RefusedRung, check_after_quantizing, choose_ladder
 from exporter.sizes import format_size
 
 __all__ = ["HELDOUT_CHUNKS", "TextCounts", "choose_recipe", "predict_recipe"]
@@ -82,7 +83,8 @@ def choose_recipe(
         kv_type=job.kv_type,  # type: ignore[arg-type]
     )
     chosen = _Search(job, checkpoint, name, budget).best()
-    n_blocks = min(PUBLISHED_BLOCKS if job.recover == "router:published" else _CALIBRATION_BLOCKS, counts.calibration)
+    wanted_blocks = Schedule.PUBLISHED_BLOCKS if job.recover == "router:published" else _CALIBRATION_BLOCKS
+    n_blocks = min(wanted_blocks, counts.calibration)
     recover, refused = choose_ladder(
         _wanted_recovery(job, checkpoint, chosen.compress),
         expected_shape(chosen.compress, checkpoint.shape),

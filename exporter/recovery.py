@@ -15,7 +15,6 @@ from exporter.recipe import RecoverChoice, RungChoice
 
 __all__ = [
     "AFTER_QUANTIZING",
-    "PUBLISHED_BLOCKS",
     "RECOVERIES",
     "Machine",
     "RefusedRung",
@@ -25,13 +24,9 @@ __all__ = [
     "scope_of",
 ]
 
-PUBLISHED_BLOCKS = 3000
-"""Texts of the published Router KD (arXiv 2603.02217)."""
-
 AFTER_QUANTIZING = "router, quantized experts"
 """What plan and report call the rung that teaches the routers of the written files."""
 
-_PUBLISHED_RATE = 5e-5
 _DEFAULT_BLOCKS = 320  # 163,840 tokens: 40 steps
 _BLOCKS_PER_STEP = 8  # as published, for routers
 _SMALL_STEP = 2
@@ -155,13 +150,13 @@ def _wanted(wish: str, student: MoeShape, machine: Machine) -> Sequence[RungChoi
     if wish == "none":
         return []
     if wish == "router:published":
-        n_blocks = min(PUBLISHED_BLOCKS, machine.calibration_blocks)
+        published = Schedule.published(min(Schedule.PUBLISHED_BLOCKS, machine.calibration_blocks))
         return [
             RungChoice(
                 scope="router",
-                blocks=n_blocks,
-                blocks_per_step=min(_BLOCKS_PER_STEP, n_blocks),
-                learning_rate=_PUBLISHED_RATE,
+                blocks=published.n_blocks,
+                blocks_per_step=min(published.blocks_per_step, published.n_blocks),
+                learning_rate=published.learning_rate,
             )
         ]
     if wish == "auto":

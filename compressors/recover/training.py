@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 from torch import nn
@@ -158,14 +157,11 @@ class Training:
         )
 
 
-AnyTraining = TypeVar("AnyTraining", bound=Training)
-
-
 def train(
-    training: AnyTraining,
+    training: Training,
     *,
     progress: Callable[[int], None] | None = None,
-    after_step: Callable[[AnyTraining], None] | None = None,
+    after_step: Callable[[Training], None] | None = None,
 ) -> Student:
     """Does all steps that are not done yet and returns the student with what they taught it.
 
