@@ -49,7 +49,7 @@ class Stage:
 
 _CALIBRATE = Stage(
     "calibrate",
-    2,
+    3,
     (),
     ("source", "text", "arithmetic", "threads"),
     "run the teacher over the calibration text",
@@ -70,10 +70,10 @@ _RECOVER = Stage(
 _GGUF = Stage("gguf", 1, ("recover",), ("gguf",), "write the GGUF file", resumes=True)
 _ONNX = Stage("onnx", 2, ("recover",), ("onnx", "budget"), "write the ONNX folder", resumes=True)
 _STUDENT = Stage("student", 1, ("recover",), (), "write the student checkpoint", resumes=True)
-_VALIDATE_TORCH = Stage("validate_torch", 1, ("recover",), (), "measure the student in torch")
+_VALIDATE_TORCH = Stage("validate_torch", 2, ("recover",), (), "measure the student in torch")
 _VALIDATE_GGUF = Stage(
     "validate_gguf",
-    1,
+    2,
     ("gguf",),
     ("budget", "onnx"),  # it records what it says if the other file holds the same numbers
     "measure the GGUF in llama.cpp",
@@ -81,7 +81,7 @@ _VALIDATE_GGUF = Stage(
 )
 _VALIDATE_ONNX = Stage(
     "validate_onnx",
-    1,
+    2,
     ("onnx", "validate_gguf"),
     ("budget",),
     "measure the ONNX in ONNX Runtime",

@@ -26,8 +26,10 @@ from exporter.stages.schedule import scheduled_blocks
 from exporter.stages.validate_gguf import same_numbers
 from exporter.stages.validate_torch import EVALUATION
 from exporter.work import StageRecord, WorkDirectory
-from validate.evaluation import Evaluation, divergence, perplexity
+from validate.evaluation import Evaluation
+from validate.figures import fidelity_figures
 from validate.routing_agreement import LayerAgreement, RoutingAgreement, routing_agreement
+from validate.statistics import perplexity
 from validate.verdict import Check, required_checks
 
 __all__ = ["build_report", "final_recipe"]
@@ -126,7 +128,7 @@ class _Rows:
         work: WorkDirectory,
         records: Mapping[str, StageRecord],
         experts: ExpertMap,
-        teacher: Mapping[str, float],
+        teacher: Mapping[str, Any],
     ) -> None:
         self._plan = plan
         self._work = work
@@ -182,28 +184,23 @@ class _Rows:
         }
 
     def _fidelity(self, name: str, evaluation: Evaluation) -> dict[str, Any]:
-        value, error = perplexity(evaluation.negative_log_likelihood_N)
-        return {
-            "tokens": len(evaluation.negative_log_likelihood_N),
-            "perplexity": value,
-            "perplexity_error": error,
-            "kld": asdict(divergence(evaluation.kl_divergence_N["teacher"])),
-            "top1_agreement": float(np.mean(evaluation.same_top_N["teacher"])),
-            "routing": self._routing(name, evaluation.routing),
-        }
+        return fidelity_figures(evaluation, "teacher") | {"routing": self._routing(name, evaluation)}
 
-    def _routing(self, name: str, routing: Routing) -> dict[str, Any]:
+    def _routing(self, name: str, evaluation: Evaluation) -> dict[str, Any]:
+        routing, n_chunks = evaluation.routing, evaluation.n_chunks
         student = self._evaluations["student"]
         other = self._evaluations["onnx" if name == "gguf" else "gguf"]
         compare_runtimes = name in _RUNTIMES and other is not None and same_numbers(self._plan)
         return {
-            "vs_torch_student": _agreement(routing_agreement(student.routing, routing))
+            "vs_torch_student": _agreement(routing_agreement(student.routing, routing, n_chunks=n_chunks))
             if student is not None and name in _RUNTIMES
             else None,
-            "vs_other_runtime": _agreement(routing_agreement(other.routing, routing))
+            "vs_other_runtime": _agreement(routing_agreement(other.routing, routing, n_chunks=n_chunks))
             if compare_runtimes and other is not None
             else None,
-            "vs_teacher": _agreement(routing_agreement(self._teacher_routing, routing, self._experts)),
+            "vs_teacher": _agreement(
+                routing_agreement(self._teacher_routing, routing, self._experts, n_chunks=n_chunks)
+            ),
         }
 
 
@@ -212,12 +209,18 @@ _ROW_FIELDS = (
     "runtime",
     "runtime_version",
     "tokens",
+    "chunks",
     "perplexity",
     "perplexity_error",
+    "perplexity_interval",
     "perplexity_teacher",
     "perplexity_student_torch",
+    "perplexity_vs_teacher",
     "kld",
+    "delta_p",
     "top1_agreement",
+    "top1_agreement_error",
+    "top1_agreement_interval",
     "routing",
     "kld_vs_other_runtime",
     "base_rss_bytes",
@@ -231,12 +234,13 @@ _ROW_FIELDS = (
 
 
 def _mean_kld(evaluation: Evaluation, reference: str) -> float | None:
-    values = evaluation.kl_divergence_N.get(reference)
-    return None if values is None else float(np.mean(values))
+    against = evaluation.against.get(reference)
+    return None if against is None else float(np.mean(against.kl_divergence_N))
 
 
 def _agreement(agreement: RoutingAgreement) -> dict[str, Any]:
     overall: dict[str, Any] = {figure.name: agreement.mean(figure.name) for figure in fields(LayerAgreement)}
+    overall["overlap_interval"] = agreement.overlap_interval
     return overall | {"per_layer": [None if layer is None else asdict(layer) for layer in agreement.layers]}
 
 
