@@ -105,7 +105,7 @@ def evaluate(
         InputError: a reference has another vocabulary than the model.
     """
     scored = scored_positions(tokens_BT.shape[1])
-    collected = _Collected(references)
+    collected = _Collected(references, len(tokens_BT) * (scored.stop - scored.start))
     routing: list[Routing] = []
     for chunk, output in zip(tokens_BT, backend.run(tokens_BT), strict=True):
         targets = torch.from_numpy(chunk[scored.start + 1 : scored.stop + 1])
@@ -118,44 +118,43 @@ def evaluate(
         routing.append(output.routing)
         if progress is not None:
             progress(1)
-    return collected.evaluation(len(tokens_BT), Routing.concatenate(routing))
+    return Evaluation(len(tokens_BT), collected.likelihood_N, collected.against, Routing.concatenate(routing))
 
 
 class _Collected:
-    """Scores of the positions so far."""
+    """Scores of the positions so far, in arrays for all.
 
-    def __init__(self, references: Mapping[str, ReferenceLogProbs]) -> None:
+    Many small arrays that stay, made between large ones that go, would leave the allocator's memory full of holes.
+    """
+
+    def __init__(self, references: Mapping[str, ReferenceLogProbs], n_positions: int) -> None:
         self.n_scored = 0
         self._references = references
-        self._likelihoods: list[torch.Tensor] = []
-        self._against: dict[str, list[tuple[torch.Tensor, ...]]] = {name: [] for name in references}
+        self.likelihood_N = np.empty(n_positions, np.float32)
+        self.against = {
+            name: AgainstReference(
+                np.empty(n_positions, np.float32), np.empty(n_positions, np.bool_), np.empty(n_positions, np.float32)
+            )
+            for name in references
+        }
 
     def add(self, logits_NV: torch.Tensor, targets_N: torch.Tensor) -> None:
         """The next positions."""
+        place = slice(self.n_scored, self.n_scored + len(logits_NV))
         scores = Scores(logits_NV, targets_N)
-        self._likelihoods.append(scores.negative_log_likelihood())
+        self.likelihood_N[place] = scores.negative_log_likelihood()
         for name, reference in self._references.items():
-            reference_NV = reference.decoded(self.n_scored, self.n_scored + len(logits_NV))
+            reference_NV = reference.decoded(place.start, place.stop)
             if reference_NV.shape != logits_NV.shape:
                 raise InputError(
                     f"the reference has a vocabulary of {reference_NV.shape[1]:,} and the model one of "
                     f"{logits_NV.shape[1]:,}: they cannot be compared"
                 )
-            self._against[name].append(
-                (
-                    scores.kl_divergence(reference_NV),
-                    scores.same_top(reference_NV),
-                    scores.reference_likelihood(reference_NV),
-                )
-            )
-        self.n_scored += len(logits_NV)
-
-    def evaluation(self, n_chunks: int, routing: Routing) -> Evaluation:
-        against = {
-            name: AgainstReference(*(torch.cat(parts).numpy() for parts in zip(*found, strict=True)))
-            for name, found in self._against.items()
-        }
-        return Evaluation(n_chunks, torch.cat(self._likelihoods).numpy(), against, routing)
+            against = self.against[name]
+            against.kl_divergence_N[place] = scores.kl_divergence(reference_NV)
+            against.same_top_N[place] = scores.same_top(reference_NV)
+            against.negative_log_likelihood_N[place] = scores.reference_likelihood(reference_NV)
+        self.n_scored = place.stop
 
 
 def _slices(n_items: int, at_once: int) -> Iterator[slice]:
