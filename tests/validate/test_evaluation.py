@@ -116,6 +116,8 @@ def test_divergence_from_a_reference_equals_stock_transformers(
     np.testing.assert_allclose(
         evaluation.against["teacher"].kl_divergence_N, expected, atol=2 * _CODING_STEP, rtol=1e-3
     )
+    of_teacher = -np.take_along_axis(teacher_log_probs, chunks_BT[:, 33:64, None], -1).ravel()
+    np.testing.assert_allclose(evaluation.against["teacher"].negative_log_likelihood_N, of_teacher, atol=_CODING_STEP)
     same_top = (teacher_log_probs.argmax(-1) == log_probs.argmax(-1)).ravel()
     assert 0.0 < same_top.mean() < 1.0
     assert (evaluation.against["teacher"].same_top_N == same_top).all()
