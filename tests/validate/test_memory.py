@@ -13,9 +13,15 @@ from exporter.gguf.writer import write_gguf
 
 _VOCABULARY = 151_936
 _SMALL = {
-    **{"hidden_size": 64, "num_hidden_layers": 1, "num_experts": 4, "num_experts_per_tok": 2},
-    **{"moe_intermediate_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1},
-    **{"head_dim": 32},
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
 }
 _SCRIPT = """
 import sys

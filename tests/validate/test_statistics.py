@@ -15,8 +15,16 @@ from validate.statistics import compare_perplexities, divergence, perplexity, pr
 Floats = npt.NDArray[np.float32]
 
 _FRACTIONS = {
-    **{"p001": 0.001, "p01": 0.01, "p05": 0.05, "p10": 0.1, "p25": 0.25, "p75": 0.75},
-    **{"p90": 0.9, "p95": 0.95, "p99": 0.99, "p999": 0.999},
+    "p001": 0.001,
+    "p01": 0.01,
+    "p05": 0.05,
+    "p10": 0.1,
+    "p25": 0.25,
+    "p75": 0.75,
+    "p90": 0.9,
+    "p95": 0.95,
+    "p99": 0.99,
+    "p999": 0.999,
 }
 
 

@@ -13,6 +13,7 @@ __all__ = [
     "divergence",
     "duration",
     "exact_bytes",
+    "fixed",
     "interval",
     "parameters",
     "percent",
@@ -64,6 +65,14 @@ def divergence(nats: float | None) -> str:
     if not _known(nats):
         return DASH
     return "< 0.0001" if 0 < abs(nats) < 0.00005 else _signed(f"{nats:.4f}")
+
+
+def fixed(value: float | None, digits: int, scale: float = 1.0, error: float | None = None) -> str:
+    """``scale`` times a value with so many decimals, and its standard error where it is known: ``-0.028 ± 0.021``."""
+    if not _known(value):
+        return DASH
+    text = _signed(f"{scale * value:.{digits}f}")
+    return text if not _known(error) else f"{text} ± {scale * error:.{digits}f}"
 
 
 def percent(fraction: float | None) -> str:
