@@ -113,10 +113,10 @@ def perplexity(negative_log_likelihood_N: Floats) -> tuple[float, float]:
 
 
 def compare_perplexities(negative_log_likelihood_N: Floats, reference_likelihood_N: Floats) -> PerplexityComparison:
-    """Compares two models' negative log-likelihoods of the same tokens."""
-    (log_q, log_q_error), (log_base, log_base_error) = map(
-        _mean_and_error, (negative_log_likelihood_N, reference_likelihood_N)
-    )
+    """Compares two models' negative log-likelihoods of the same tokens, both float32."""
+    log_q, log_base = (float(v.mean(dtype=np.float64)) for v in (negative_log_likelihood_N, reference_likelihood_N))
+    log_q_error = math.sqrt(_covariance_of_means(negative_log_likelihood_N, negative_log_likelihood_N))
+    log_base_error = math.sqrt(_covariance_of_means(reference_likelihood_N, reference_likelihood_N))
     covariance = _covariance_of_means(negative_log_likelihood_N, reference_likelihood_N)
     both_errors = log_q_error * log_base_error
     q, base, ratio = np.exp([log_q, log_base, log_q - log_base]).tolist()
@@ -169,8 +169,16 @@ def _mean_and_error(values_N: Floats) -> tuple[float, float]:
 
 
 def _covariance_of_means(first_N: Floats, second_N: Floats) -> float:
-    first, second = (values.astype(np.float64) - values.mean(dtype=np.float64) for values in (first_N, second_N))
-    return float((first * second).mean()) / max(1, len(first) - 1)
+    """From plain sums of float32 products, as the tool's; at least 0 for one sequence with itself.
+
+    Deviations from the means would be more exact, which shows only where a model is compared with itself: then the
+    errors of ratio and difference are the rounding of these products, and the tool's digits are to be ours.
+    """
+    products = (first_N * second_N).mean(dtype=np.float64)
+    covariance = float(products - first_N.mean(dtype=np.float64) * second_N.mean(dtype=np.float64))
+    if first_N is second_N:
+        covariance = max(0.0, covariance)
+    return covariance / max(1, len(first_N) - 1)
 
 
 def _probability(negative_log_likelihood_N: Floats) -> npt.NDArray[np.float32]:
