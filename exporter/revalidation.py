@@ -131,7 +131,7 @@ def revalidation_table(result: dict[str, Any]) -> Table:
         )
         table.add_row(row["artifact"], row["runtime"], *("\n".join(filter(None, figure)) for figure in figures))
     if any(row["perplexity_interval"] for row in result["rows"]):
-        table.caption = f"second lines: {CONFIDENCE:.0%} intervals (block bootstrap over chunks)"
+        table.caption = f"second lines: {100 * CONFIDENCE:.0f} % intervals (block bootstrap over chunks)"
     for check in result["checks"]:
         if not check["passed"]:
             table.add_row(f"failed: {check['name']}", f"{check['value']} against {check['threshold']}", "", "", "", "")

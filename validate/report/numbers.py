@@ -85,8 +85,8 @@ def percent(fraction: float | None) -> str:
 
 
 def interval(ends: Sequence[float] | None, style: Callable[[float], str]) -> str:
-    """``1.20 to 1.40``, both ends in the style of their figure; empty where there is none."""
-    return "" if ends is None else f"{style(ends[0])} to {style(ends[1])}"
+    """``1.20 to 1.40``, both ends in the style of their figure, the unit once; empty where there is none."""
+    return "" if ends is None else f"{style(ends[0]).removesuffix(' %')} to {style(ends[1])}"
 
 
 def change(before: float | None, after: float | None) -> str:

@@ -30,7 +30,7 @@ def summary(report: Report) -> RenderableType:
         if any(text != numbers.DASH for text in values):
             table.add_row(name, *values)
     if any(column.get("perplexity_interval") for column in columns):
-        table.caption = f"second lines: {CONFIDENCE:.0%} intervals by bootstrap over chunks of text"
+        table.caption = f"second lines: {100 * CONFIDENCE:.0f} % intervals by bootstrap over chunks of text"
         table.caption_justify = "left"
     title = Text.assemble((facts.model_name(report), "bold"), f": {facts.student_description(report)}")
     return Group(title, _budget_line(report), Text(), table, Text(), _verdict(report), Text())
