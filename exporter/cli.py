@@ -147,6 +147,12 @@ def inspect(model: str, offline: bool, revision: str | None, as_json: bool) -> N
 @click.argument("out", type=_FOLDER)
 @click.option("--against", metavar="MODEL", help="The original model.  [default: the one the report names]")
 @click.option("--text", type=_FOLDER, help="Held-out text.  [default: the bundled one]")
+@click.option(
+    "--reference-logits",
+    type=_FOLDER,
+    help="In place of the original: the file of llama-perplexity --kl-divergence-base, with its text.",
+)
+@click.option("--save-reference-logits", type=_FOLDER, help="Write such a file of the original.")
 @click.option("--threads", type=int, help="Threads.  [default: all processors]")
 @click.option("--gpu-layers", default=0, show_default=True, help="Layers that llama.cpp puts on a GPU.")
 @click.option(

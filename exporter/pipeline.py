@@ -49,7 +49,7 @@ class Stage:
 
 _CALIBRATE = Stage(
     "calibrate",
-    2,
+    3,
     (),
     ("source", "text", "arithmetic", "threads"),
     "run the teacher over the calibration text",
@@ -79,10 +79,10 @@ _RETUNE = Stage(
     shared=True,
 )
 _STUDENT = Stage("student", 1, ("recover", "retune"), (), "write the student checkpoint", resumes=True)
-_VALIDATE_TORCH = Stage("validate_torch", 1, ("recover", "retune"), (), "measure the student in torch")
+_VALIDATE_TORCH = Stage("validate_torch", 2, ("recover", "retune"), (), "measure the student in torch")
 _VALIDATE_GGUF = Stage(
     "validate_gguf",
-    1,
+    2,
     ("gguf", "retune"),
     ("budget", "onnx"),  # it records what it says if the other file holds the same numbers
     "measure the GGUF in llama.cpp",
@@ -90,7 +90,7 @@ _VALIDATE_GGUF = Stage(
 )
 _VALIDATE_ONNX = Stage(
     "validate_onnx",
-    1,
+    2,
     ("onnx", "retune", "validate_gguf"),
     ("budget",),
     "measure the ONNX in ONNX Runtime",

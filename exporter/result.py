@@ -26,8 +26,10 @@ from exporter.stages.schedule import scheduled_blocks
 from exporter.stages.validate_gguf import same_numbers
 from exporter.stages.validate_torch import EVALUATION
 from exporter.work import StageRecord, WorkDirectory
-from validate.evaluation import Evaluation, divergence, perplexity
+from validate.evaluation import Evaluation
+from validate.figures import fidelity_figures
 from validate.routing_agreement import LayerAgreement, routing_agreement
+from validate.statistics import perplexity
 from validate.verdict import Check, required_checks
 
 __all__ = ["build_report", "final_recipe"]
@@ -150,7 +152,7 @@ class _Rows:
         work: WorkDirectory,
         records: Mapping[str, StageRecord],
         experts: ExpertMap,
-        teacher: Mapping[str, float],
+        teacher: Mapping[str, Any],
     ) -> None:
         self._plan = plan
         self._work = work
@@ -206,26 +208,18 @@ class _Rows:
         }
 
     def _fidelity(self, name: str, evaluation: Evaluation) -> dict[str, Any]:
-        value, error = perplexity(evaluation.negative_log_likelihood_N)
-        return {
-            "tokens": len(evaluation.negative_log_likelihood_N),
-            "perplexity": value,
-            "perplexity_error": error,
-            "kld": asdict(divergence(evaluation.kl_divergence_N["teacher"])),
-            "top1_agreement": float(np.mean(evaluation.same_top_N["teacher"])),
-            "routing": self._routing(name, evaluation.routing),
-        }
+        return fidelity_figures(evaluation, "teacher") | {"routing": self._routing(name, evaluation)}
 
-    def _routing(self, name: str, routing: Routing | None) -> dict[str, Any]:
+    def _routing(self, name: str, evaluation: Evaluation) -> dict[str, Any]:
         """Each comparison that can be made; a dense student has no routing to compare."""
         other = "onnx" if name == "gguf" else "gguf"
         is_file = name in _RUNTIMES
         return {
-            "vs_torch_student": _agreement(self._routing_of("student"), routing) if is_file else None,
-            "vs_other_runtime": _agreement(self._routing_of(other), routing)
+            "vs_torch_student": _agreement(self._routing_of("student"), evaluation) if is_file else None,
+            "vs_other_runtime": _agreement(self._routing_of(other), evaluation)
             if is_file and same_numbers(self._plan)
             else None,
-            "vs_teacher": _agreement(self._teacher_routing, routing, self._experts),
+            "vs_teacher": _agreement(self._teacher_routing, evaluation, self._experts),
         }
 
     def _routing_of(self, name: str) -> Routing | None:
@@ -238,12 +232,18 @@ _ROW_FIELDS = (
     "runtime",
     "runtime_version",
     "tokens",
+    "chunks",
     "perplexity",
     "perplexity_error",
+    "perplexity_interval",
     "perplexity_teacher",
     "perplexity_student_torch",
+    "perplexity_vs_teacher",
     "kld",
+    "delta_p",
     "top1_agreement",
+    "top1_agreement_error",
+    "top1_agreement_interval",
     "routing",
     "kld_vs_other_runtime",
     "base_rss_bytes",
@@ -257,17 +257,18 @@ _ROW_FIELDS = (
 
 
 def _mean_kld(evaluation: Evaluation, reference: str) -> float | None:
-    values = evaluation.kl_divergence_N.get(reference)
-    return None if values is None else float(np.mean(values))
+    against = evaluation.against.get(reference)
+    return None if against is None else float(np.mean(against.kl_divergence_N))
 
 
 def _agreement(
-    reference: Routing | None, routing: Routing | None, experts: ExpertMap | None = None
+    reference: Routing | None, evaluation: Evaluation, experts: ExpertMap | None = None
 ) -> dict[str, Any] | None:
-    if reference is None or routing is None:
+    if reference is None or evaluation.routing is None:
         return None
-    agreement = routing_agreement(reference, routing, experts)
+    agreement = routing_agreement(reference, evaluation.routing, experts, n_chunks=evaluation.n_chunks)
     overall: dict[str, Any] = {figure.name: agreement.mean(figure.name) for figure in fields(LayerAgreement)}
+    overall["overlap_interval"] = agreement.overlap_interval
     return overall | {"per_layer": [None if layer is None else asdict(layer) for layer in agreement.layers]}
 
 

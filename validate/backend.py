@@ -43,6 +43,10 @@ class Backend(Protocol):
 class RuntimeBackend(Backend, Protocol):
     """A backend that can also generate text with its KV cache."""
 
+    @property
+    def bos_token(self) -> int | None:
+        """The token that the model wants before a text; None if it wants none."""
+
     def greedy(self, prompt_ids: Sequence[int], n_tokens: int) -> list[int]:
         """The next ``n_tokens`` most probable tokens, one after the other; end-of-text does not stop it."""
 

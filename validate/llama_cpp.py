@@ -84,6 +84,11 @@ class LlamaCppBackend:
         commit = ctypes.string_at(_ggml_function("ggml_commit", ctypes.c_void_p)()).decode()
         return f"{version('llama-cpp-python')} (ggml {ggml}, {commit})"
 
+    @property
+    def bos_token(self) -> int | None:
+        """The token that llama.cpp puts before a text; None if it puts none."""
+        return self._session.bos_token
+
     def run(self, tokens_BT: npt.NDArray[np.int64]) -> Iterator[ChunkOutput]:
         """Runs every row as a sequence of its own and yields its output, in order; a dense file's has no routing.
 
@@ -202,6 +207,8 @@ class _Session:
         vocabulary = api.llama_model_get_vocab(self._model)
         assert vocabulary is not None
         self.vocab_size = int(api.llama_vocab_n_tokens(vocabulary))
+        adds_bos = api.llama_vocab_get_add_bos(vocabulary)
+        self.bos_token = int(api.llama_vocab_bos(vocabulary)) if adds_bos else None
 
     def __del__(self) -> None:
         if self._context is not None:

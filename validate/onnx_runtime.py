@@ -19,6 +19,7 @@ import numpy.typing as npt
 import onnx
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+from tokenizers import Tokenizer
 
 from compressors.model.errors import InputError, MoeExportError
 from compressors.model.routing import NO_EXPERT, Routing
@@ -96,6 +97,20 @@ class OnnxRuntimeBackend:
         """The installed version."""
         return str(onnxruntime.__version__)
 
+    @property
+    def bos_token(self) -> int | None:
+        """The token that the tokenizer beside the model puts before a text; None if it puts none.
+
+        Raises:
+            InputError: there is no tokenizer.
+        """
+        path = self._path.parent / "tokenizer.json"
+        if not path.is_file():
+            raise InputError(f"{path} is missing: without it nobody knows how a text begins")
+        tokenizer = Tokenizer.from_file(str(path))
+        tokens, alone = (tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
+        return tokens[0] if tokens[0] != alone[0] else None
+
     def run(self, tokens_BT: npt.NDArray[np.int64]) -> Iterator[ChunkOutput]:
         """Runs every row from an empty cache and yields its logits and routing, in order.
 
@@ -104,8 +119,12 @@ class OnnxRuntimeBackend:
         nodes is a dense model's: it has no routing, and needs no copy.
 
         Raises:
+            InputError: a token is not in the vocabulary.
             OnnxRuntimeError: the logits differ; the backend cannot be used any more.
         """
+        size = _vocab_size(self._session)
+        if tokens_BT.min() < 0 or tokens_BT.max() >= size:
+            raise InputError(f"token {tokens_BT.max()} is not in the vocabulary of {size}; was another tokenizer used?")
         for tokens in tokens_BT:
             if self._moe_nodes is None:
                 self._moe_nodes = self._show_routing(tokens)

@@ -16,6 +16,7 @@ import yaml
 from rich.console import Console
 
 from validate.report import charts, facts, numbers, render_html, render_model_card, run_instructions, summary
+from validate.report.statistics import STATISTICS
 
 _SECTIONS = (
     "Size and budget",
@@ -176,12 +177,40 @@ def _agreement(overlap: float, kept: float = 1.0) -> dict[str, Any]:
             }
         )
     figures = {key: sum(layer[key] for layer in layers) / len(layers) for key in layers[0]}
-    return {**figures, "per_layer": layers}
+    return {
+        **figures,
+        "overlap_interval": (figures["overlap"] - 0.003, figures["overlap"] + 0.0002),
+        "per_layer": layers,
+    }
 
 
-def _kld(mean: float) -> dict[str, float]:
-    shares = {"mean": 1.0, "median": 0.62, "p90": 2.1, "p95": 2.9, "p99": 5.2, "p999": 9.6, "max": 21.0}
-    return {key: mean * share for key, share in shares.items()}
+_LOWER = {"min": -0.00001, "p001": 0.01, "p01": 0.06, "p05": 0.13, "p10": 0.21}
+_UPPER = {"p90": 2.1, "p95": 2.9, "p99": 5.2, "p999": 9.6, "max": 21.0}
+
+
+def _kld(mean: float) -> dict[str, Any]:
+    shares = {"mean": 1.0, "mean_error": 0.01, **_LOWER, "median": 0.62, **_UPPER}
+    return {**{key: mean * share for key, share in shares.items()}, "mean_interval": (0.95 * mean, 1.06 * mean)}
+
+
+def _statistics(perplexity: float) -> dict[str, Any]:
+    """The rest of llama-perplexity's list, and the intervals."""
+    ratio = perplexity / 38.412
+    upper = {key: 0.01 * share for key, share in _UPPER.items()}
+    lower = {key: -value for key, value in zip(_LOWER, reversed(upper.values()), strict=True)}
+    return {
+        "chunks": 15,
+        "perplexity_interval": (0.92 * perplexity, 1.09 * perplexity),
+        "top1_agreement_error": 0.0072,
+        "top1_agreement_interval": (0.7093, 0.7341),
+        "perplexity_vs_teacher": {
+            "base": 38.412, "base_error": 0.913, "correlation": 0.9712, "log_ratio": math.log(ratio),
+            "log_ratio_error": 0.0061, "ratio": ratio, "ratio_error": 0.0061 * ratio,
+            "difference": perplexity - 38.412, "difference_error": 0.31,
+        },
+        "delta_p": {"mean": -0.0213, "mean_error": 0.0009, "rms": 0.0711, "rms_error": 0.0021, "p25": -0.001,
+                    "median": -0.0000004, "p75": 0.0008, **lower, **upper},
+    }  # fmt: skip
 
 
 def _validation() -> list[dict[str, Any]]:
@@ -197,9 +226,11 @@ def _validation() -> list[dict[str, Any]]:
          "top1_agreement": None, "routing": nothing},
         {**shared, **unmeasured, "artifact": "student", "runtime": "torch", "runtime_version": "2.13.0",
          "perplexity": 49.207, "perplexity_error": 1.182, "perplexity_student_torch": 49.207, "kld": _kld(0.2641),
+         **_statistics(49.207),
          "top1_agreement": 0.7214, "routing": {**nothing, "vs_teacher": _agreement(0.771, 0.842)}},
         {**shared, "artifact": "gguf", "runtime": "llama.cpp", "runtime_version": "0.3.36",
          "perplexity": 49.226, "perplexity_error": 1.183, "perplexity_student_torch": 49.207, "kld": _kld(0.2646),
+         **_statistics(49.226),
          "top1_agreement": 0.7212, "kld_vs_other_runtime": 0.00031,
          "routing": {"vs_torch_student": _agreement(0.9961), "vs_other_runtime": _agreement(0.9958),
                      "vs_teacher": _agreement(0.769, 0.842)},
@@ -208,6 +239,7 @@ def _validation() -> list[dict[str, Any]]:
          "repetition": {"prompts": 40, "loop_rate": 0.075, "end_of_text_rate": 0.9}},
         {**shared, "artifact": "onnx", "runtime": "onnxruntime", "runtime_version": "1.31.1",
          "perplexity": 49.209, "perplexity_error": 1.182, "perplexity_student_torch": 49.207, "kld": _kld(0.2652),
+         **_statistics(49.209),
          "top1_agreement": 0.7213, "kld_vs_other_runtime": 0.00031,
          "routing": {"vs_torch_student": _agreement(0.9996), "vs_other_runtime": _agreement(0.9958),
                      "vs_teacher": _agreement(0.770, 0.842)},
@@ -378,15 +410,19 @@ def test_equal_reports_give_equal_text(report: dict[str, Any]) -> None:
 def test_figures_stand_in_the_right_rows(report: dict[str, Any]) -> None:
     page = Page(render_html(report))
     assert page.row("GGUF in llama.cpp")[1:] == [
-        "49.23 ± 1.18 +28.2 %",
+        "49.23 ± 1.18 45.29 to 53.66",
+        "+28.2 %",
         "+0.04 %",
-        "0.2646",
+        "0.2646 0.2514 to 0.2805",
         "0.1641",
         "1.3759",
         "5.5566",
-        "72.12 %",
+        "72.12 % 70.93 to 73.41 %",
     ]
-    assert page.row("GGUF and the student in torch")[1] == numbers.percent(_agreement(0.9961)["overlap"])
+    assert page.row("Original in torch")[1:3] == ["38.41 ± 0.91", numbers.DASH]
+    agreement = _agreement(0.9961)
+    low, high = (f"{100 * end:.2f}" for end in agreement["overlap_interval"])
+    assert page.row("GGUF and the student in torch")[1] == f"{numbers.percent(agreement['overlap'])} {low} to {high} %"
     assert page.row("ONNX and the original")[-1] == "84.20 %"
     assert page.row("router")[1:5] == ["0.5412", "0.3829 \N{MINUS SIGN}29.2 %", "38.29 before 54.12", "accepted"]
     assert page.row("all")[4] == "rejected"
@@ -397,6 +433,36 @@ def test_figures_stand_in_the_right_rows(report: dict[str, Any]) -> None:
     text = "".join(page.text)
     assert report["command"] in text
     assert "types:\n  experts: Q4_0" in text
+
+
+def test_all_of_llama_perplexity_s_list_is_there(report: dict[str, Any]) -> None:
+    page = Page(render_html(report))
+    columns = ["Student in torch", "GGUF in llama.cpp", "ONNX in ONNX Runtime"]
+    start = next(index for index, row in enumerate(page.rows) if row[1:] == columns)
+    rows = {row[0]: row[1:] for row in page.rows[start + 1 : start + 1 + len(STATISTICS)]}
+    assert list(rows) == [statistic.name for statistic in STATISTICS]
+    assert rows["Mean PPL(Q)"][1] == "49.226000 ± 1.183000"
+    assert rows["Mean PPL(base)"] == ["38.412000 ± 0.913000"] * 3
+    assert rows["Cor(ln(PPL(Q)), ln(PPL(base)))"][1] == "97.12 %"
+    assert rows["Mean KLD"][1] == "0.264600 ± 0.002646"
+    assert rows["0.1% KLD"][1] == "0.002646"
+    assert rows["Minimum KLD"][1] == "\N{MINUS SIGN}0.000003"
+    assert rows["Median Δp"][1] == "0.000 %"
+    assert rows["Mean Δp"][1] == "\N{MINUS SIGN}2.130 ± 0.090 %"
+    assert rows["Same top p"][1] == "72.120 ± 0.720 %"
+    assert not any(numbers.DASH in cells for cells in rows.values())
+
+
+def test_reports_without_intervals_do_not_speak_of_them(report: dict[str, Any]) -> None:
+    """A single chunk of text has none."""
+    for row in report["validation"]:
+        row["perplexity_interval"] = row["top1_agreement_interval"] = None
+        if row["kld"]:
+            row["kld"]["mean_interval"] = None
+        for agreement in filter(None, row["routing"].values()):
+            agreement["overlap_interval"] = None
+    for text in (render_html(report), render_model_card(report), terminal(report)):
+        assert "interval" not in text
 
 
 def test_failed_checks_come_first(report: dict[str, Any]) -> None:
@@ -662,6 +728,12 @@ def test_numbers_do_not_round_away_what_matters() -> None:
     assert numbers.percent(1.0) == "100.00 %"
     assert numbers.divergence(0.00001) == "< 0.0001"
     assert numbers.divergence(0.0) == "0.0000"
+    assert numbers.divergence(-0.00001) == "< 0.0001"
+    assert numbers.divergence(-0.0) == "0.0000"
+    assert numbers.percent(-0.000001) == "0.00 %"
+    assert numbers.change(10.0, 9.9999999) == "0.00 %"
+    assert numbers.fixed(-0.0000004, 3, 100.0) == "0.000"
+    assert numbers.fixed(-0.00028, 3, 100.0, 0.00021) == "\N{MINUS SIGN}0.028 ± 0.021"
     assert [numbers.duration(s) for s in (0.42, 59.7, 200, 7500)] == ["0.4 s", "1 min 00 s", "3 min 20 s", "2 h 05 min"]
     assert numbers.change(10.0, 9.0) == "\N{MINUS SIGN}10.0 %"
     assert numbers.plain(0.00012) == "1.20e-04"

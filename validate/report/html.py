@@ -9,8 +9,10 @@ from typing import Any
 import jinja2
 import yaml
 
+from validate.bootstrap import CONFIDENCE
 from validate.report import charts, facts, numbers, tables
 from validate.report.facts import Report, find
+from validate.report.statistics import statistics_table
 
 __all__ = ["render_html"]
 
@@ -61,6 +63,9 @@ def _view(report: Report) -> dict[str, Any]:
         "scored_tokens": numbers.count(max((row["tokens"] for row in rows if row.get("tokens")), default=None)),
         "divergence_chart": charts.divergence_chart(report),
         "fidelity_table": tables.fidelity_table(report),
+        "statistics_table": statistics_table(report),
+        "confidence": CONFIDENCE,
+        "has_intervals": any(row.get("perplexity_interval") for row in rows),
         "across": next((value for row in rows if (value := row.get("kld_vs_other_runtime")) is not None), None),
         "is_dense": facts.is_dense(report),
         "routing_charts": charts.routing_charts(report),

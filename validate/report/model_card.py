@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def render_model_card(report: Report) -> str:
         engines=_engines(report),
         files=_files(report),
         rows=_measurements(report),
+        has_intervals=any(row.get("perplexity_interval") for row in report["validation"]),
         source=report["source"],
         student=report["student"],
         is_dense=facts.is_dense(report),
@@ -95,6 +97,7 @@ def _files(report: Report) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for artifact in report["artifacts"]:
         measured = facts.validation_row(report, artifact["format"])
+        kld = measured.get("kld") or {}
         rows.append(
             (
                 f"`{artifact['path']}`",
@@ -104,7 +107,7 @@ def _files(report: Report) -> list[tuple[str, ...]]:
                 f"{artifact['bits_per_weight']:.2f}",
                 numbers.perplexity(measured.get("perplexity"), measured.get("perplexity_error")),
                 numbers.change(measured.get("perplexity_teacher"), measured.get("perplexity")),
-                numbers.divergence(find(measured, "kld", "mean")),
+                _with_interval(numbers.divergence, kld.get("mean"), kld.get("mean_interval")),
             )
         )
     return rows
@@ -117,12 +120,24 @@ def _measurements(report: Report) -> list[tuple[str, ...]]:
         (
             facts.row_name(row),
             *(numbers.divergence(find(row, "kld", key)) for key in ("median", "p99", "max")),
-            numbers.percent(row.get("top1_agreement")),
-            *(numbers.percent(find(row, "routing", comparison, "overlap")) for comparison in comparisons),
+            _with_interval(numbers.percent, row.get("top1_agreement"), row.get("top1_agreement_interval")),
+            *(
+                _with_interval(
+                    numbers.percent,
+                    find(row, "routing", comparison, "overlap"),
+                    find(row, "routing", comparison, "overlap_interval"),
+                )
+                for comparison in comparisons
+            ),
         )
         for row in report["validation"]
         if row["artifact"] != "teacher" and not row.get("error")
     ]
+
+
+def _with_interval(style: Callable[[float | None], str], value: float | None, ends: Sequence[float] | None) -> str:
+    interval = numbers.interval(ends, style)
+    return f"{style(value)} ({interval})" if interval else style(value)
 
 
 def _runs(report: Report) -> list[tuple[str, str, str]]:

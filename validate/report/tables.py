@@ -99,20 +99,32 @@ def fidelity_table(report: Report) -> Table:
     """How far every model, in every runtime, is from the original."""
     rows = []
     for row in report["validation"]:
-        kld, before = row.get("kld") or {}, row.get("perplexity_teacher")
+        kld, before, value = row.get("kld") or {}, row.get("perplexity_teacher"), row.get("perplexity")
         is_teacher = row["artifact"] == "teacher"
-        moved = "" if is_teacher or row.get("perplexity") is None else numbers.change(before, row["perplexity"])
+        moved = "" if is_teacher or value is None else numbers.change(before, value)
         student = None if row["artifact"] in ("teacher", "student") else row.get("perplexity_student_torch")
         cells = (
-            Cell(numbers.perplexity(row.get("perplexity"), row.get("perplexity_error")), note=moved),
-            Cell(numbers.change(student, row.get("perplexity"))),
-            *(Cell(numbers.divergence(kld.get(key))) for key in ("mean", "median", "p99", "max")),
-            Cell(numbers.percent(row.get("top1_agreement"))),
+            Cell(
+                numbers.perplexity(value, row.get("perplexity_error")),
+                note=numbers.interval(row.get("perplexity_interval"), numbers.perplexity),
+            ),
+            Cell(moved or numbers.DASH),
+            Cell(numbers.change(student, value)),
+            Cell(
+                numbers.divergence(kld.get("mean")),
+                note=numbers.interval(kld.get("mean_interval"), numbers.divergence),
+            ),
+            *(Cell(numbers.divergence(kld.get(key))) for key in ("median", "p99", "max")),
+            Cell(
+                numbers.percent(row.get("top1_agreement")),
+                note=numbers.interval(row.get("top1_agreement_interval"), numbers.percent),
+            ),
         )
         rows.append(_measured_row(row, cells))
     headings = (
         "Model",
         "Perplexity",
+        "From the original",
         "From the student",
         "Mean divergence",
         "Median",
@@ -264,7 +276,9 @@ def _measured_row(row: Mapping[str, Any], cells: tuple[Cell, ...]) -> Row:
 
 
 def _agreement(name: str, kind: str, agreement: Mapping[str, Any], mapped: bool = False) -> Row:
-    cells = [Cell(numbers.percent(agreement[key])) for key in ("overlap", "exact", "top1", "weighted")]
+    overlap_interval = numbers.interval(agreement.get("overlap_interval"), numbers.percent)
+    cells = [Cell(numbers.percent(agreement["overlap"]), note=overlap_interval)]
+    cells += [Cell(numbers.percent(agreement[key])) for key in ("exact", "top1", "weighted")]
     # Without an expert map nothing can be dropped: the figure is 1 by definition and says nothing.
     cells.append(Cell(numbers.percent(agreement.get("kept_gate_weight") if mapped else None)))
     return Row(name, tuple(cells), kind)
