@@ -1,0 +1,171 @@
+"""Measures one run: what the teacher knows, and the students, are made once and lie in a folder."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks.quality.measure import MODELS
+from benchmarks.quality.methods import TEACHER, Teacher
+from benchmarks.recovery.arms import ARMS, Knowledge
+from benchmarks.recovery.runs import LADDER_BLOCKS, SHORT_BLOCKS, Run
+from benchmarks.recovery.students import STUDENTS, load_student, store_student
+from compressors.calibration import BLOCK_LENGTH, read_splits, tokenize
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.log_probs import LogProbReader, LogProbWriter
+from compressors.model.shape import MoeShape
+from compressors.model.streaming import StreamedModel, TokenGroup
+from compressors.model.student import Student
+from compressors.recover.divergence import mean_divergence
+from compressors.recover.schedule import Schedule
+from compressors.recover.scopes import Scope
+from compressors.recover.training import TrainingDivergedError
+from compressors.recover.training_memory import training_bytes
+from compressors.statistics import StatisticsCollector, StoredStatistics, save_statistics
+from compressors.teacher import TeacherTargets, write_targets
+from exporter.files import write_atomically
+from validate.backend import scored_positions
+from validate.evaluation import evaluate, perplexity
+from validate.torch_reference import TorchBackend
+
+__all__ = ["HELDOUT_CHUNKS", "SELECTION_CHUNKS", "Measured", "load", "measure_into", "prepare"]
+
+_TEXT = Path(__file__).parents[2] / "exporter/demo/text"
+SELECTION_CHUNKS = 40
+HELDOUT_CHUNKS = 50
+_TRAINING_BLOCKS: Mapping[str, int] = {"fine": LADDER_BLOCKS, "coarse": SHORT_BLOCKS}
+
+_TOKENS = "tokens.safetensors"
+_SCORED = scored_positions(BLOCK_LENGTH)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run gave. Divergences are full-vocabulary means over the scored positions, in nats."""
+
+    run: Run
+    selection: float | None  # divergence; None, here and below: training diverged
+    perplexity: float | None  # of held-out text; None also where that was not looked at
+    divergence: float | None  # of held-out text, likewise
+    trained_parameters: int
+    training_bytes: int  # float32 weights, gradients and Adam's moments, by arithmetic
+    seconds: float  # processor time of the training
+    peak_bytes: int  # of the process, after the training
+
+
+def prepare(model: str, folder: Path) -> None:
+    """Puts what the teacher knows, every student and, last, the tokens into the folder."""
+    if (folder / _TOKENS).exists():
+        return
+    _settle()
+    source = Checkpoint(MODELS[model])
+    calibration, selection, heldout = tokenize(read_splits(_TEXT / "calibration", _TEXT / "heldout"), source.folder)
+    training_BT = _in_any_order(calibration.spread(LADDER_BLOCKS).tokens_BT)[: _TRAINING_BLOCKS[model]]
+    judged = {
+        "selection": selection.spread(SELECTION_CHUNKS).tokens_BT,
+        "heldout": heldout.spread(HELDOUT_CHUNKS).tokens_BT,
+    }
+    _watch(source, training_BT, folder)
+    for name, tokens_BT in judged.items():
+        n_positions = len(tokens_BT) * (_SCORED.stop - _SCORED.start)
+        writer = LogProbWriter(folder / name, n_positions, source.shape.vocab_size)
+        evaluate(TorchBackend(Student.teacher(source)), tokens_BT.numpy(), {}, record=writer)
+    statistics = StoredStatistics(folder / "statistics", source.shape.n_layers)
+    for name, build in STUDENTS.items():
+        store_student(build(Teacher(source, statistics, training_BT[:SHORT_BLOCKS])), folder / "students" / name)
+    save_file({"training": training_BT, **judged}, folder / _TOKENS)
+
+
+def _in_any_order(tokens_BT: torch.Tensor) -> torch.Tensor:
+    """So that any leading part comes from all of each file, not from its beginning."""
+    return tokens_BT[torch.randperm(len(tokens_BT), generator=torch.Generator().manual_seed(0))]
+
+
+def _watch(source: Checkpoint, training_BT: torch.Tensor, folder: Path) -> None:
+    """Writes statistics over the first training blocks, and the targets of all."""
+    collector = StatisticsCollector(source.shape)
+    model = StreamedModel(Student.teacher(source))
+    parts = [range(SHORT_BLOCKS), range(SHORT_BLOCKS, len(training_BT))]
+    observers = [[collector.observe], []]
+    groups = [
+        TokenGroup(training_BT[part.start : part.stop], watching)
+        for part, watching in zip(parts, observers, strict=True)
+        if part
+    ]
+    states = model.stream(groups)
+    for layer in range(source.shape.n_layers):
+        save_statistics(collector.take(layer), folder / "statistics", layer)
+    targets = TeacherTargets.create(folder / "targets", training_BT.numel(), source.shape.vocab_size)
+    for part, hidden in zip(parts, states, strict=False):
+        write_targets(model, hidden, targets, part)
+
+
+def measure(run: Run, folder: Path) -> Measured:
+    """Does a run on what :func:`prepare` left, in a process of its own: its peak memory is the process's so far."""
+    _settle()
+    source, tokens, arm = Checkpoint(MODELS[run.model]), load_file(folder / _TOKENS), ARMS[run.arm]
+    statistics = StoredStatistics(folder / "statistics", source.shape.n_layers)
+    knowledge = Knowledge(source, statistics, tokens["training"], TeacherTargets(folder / "targets"))
+    student = load_student(source, folder / "students" / run.student)
+    n_parameters, n_bytes = _size(arm.scope, student.shape)
+    start = time.process_time()
+    try:
+        taught = arm.train(knowledge, student, _schedule(run)) if run.is_trained else student
+    except TrainingDivergedError:
+        taught = None
+    seconds = time.process_time() - start
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    judged = (None, None, None) if taught is None else _judge(taught, tokens, folder, on_heldout=not run.is_sweep)
+    return Measured(run, *judged, n_parameters, n_bytes, seconds, peak_bytes)
+
+
+def measure_into(path: Path, run: Run, folder: Path) -> None:
+    """:func:`measure` with its result in a JSON file, which is complete or absent."""
+    write_atomically(path, json.dumps(asdict(measure(run, folder))))
+
+
+def load(path: Path) -> Measured:
+    """Reads what :func:`measure_into` wrote."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return Measured(**values | {"run": Run(**values["run"])})
+
+
+def _schedule(run: Run) -> Schedule:
+    updates = ARMS[run.arm].updates_per_batch
+    return Schedule(run.n_blocks, run.learning_rate, run.blocks_per_step, seed=run.seed, updates_per_batch=updates)
+
+
+def _size(scope: Scope | None, shape: MoeShape) -> tuple[int, int]:
+    """Trained parameters, and bytes by arithmetic."""
+    if scope is None:
+        return 0, 0
+    n_parameters = sum(scope.parameters(shape.layer(layer)) for layer in range(shape.n_layers))
+    return n_parameters, training_bytes(scope, shape).total
+
+
+def _judge(
+    student: Student, tokens: Mapping[str, torch.Tensor], folder: Path, *, on_heldout: bool
+) -> tuple[float, float | None, float | None]:
+    """Selection divergence, held-out perplexity and held-out divergence."""
+    selection = mean_divergence(student, tokens["selection"], LogProbReader(folder / "selection"), _SCORED)
+    if not on_heldout:
+        return selection, None, None
+    reference = LogProbReader(folder / "heldout")
+    evaluation = evaluate(TorchBackend(student), tokens["heldout"].numpy(), {TEACHER: reference})
+    divergence = float(evaluation.kl_divergence_N[TEACHER].astype("float64").mean())
+    return selection, perplexity(evaluation.negative_log_likelihood_N)[0], divergence
+
+
+def _settle() -> None:
+    """One thread and the same bits again, as the stages do."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False

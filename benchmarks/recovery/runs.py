@@ -1,0 +1,81 @@
+"""Which runs the comparison takes, the most telling first, so that one that is cut off still tells something."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from benchmarks.recovery.arms import ARMS, NONE, ROUTER_KD, SWEEP, Arm
+from benchmarks.recovery.students import DENSE, EDITED, MERGED, PRUNED, UNCHANGED
+
+__all__ = ["KINDS", "LADDER_BLOCKS", "MODELS", "SEEDS", "SHORT_BLOCKS", "SWEEP_BLOCKS", "Run", "all_runs"]
+
+MODELS = ("fine", "coarse")
+LADDER_BLOCKS = 782
+"""Blocks of 512 tokens, 400 thousand tokens in all."""
+
+SHORT_BLOCKS = 320
+"""164 thousand tokens: for the comparison of both models, and for the statistics that compressing looks at."""
+
+SWEEP_BLOCKS = 160
+"""82 thousand tokens: for the choice of learning rates."""
+
+SEEDS = (0, 1, 2)
+KINDS = (PRUNED, MERGED, EDITED)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One student that one arm teaches."""
+
+    model: str
+    student: str
+    arm: str
+    learning_rate: float
+    blocks_per_step: int
+    n_blocks: int  # of the one epoch; 0: nothing is trained
+    seed: int  # of the order of the blocks, and of what adapters begin with
+
+    @property
+    def file_name(self) -> str:
+        """For its result."""
+        words = f"{self.model} {self.student} {self.arm} {self.learning_rate:g} {self.blocks_per_step} "
+        words += f"{self.n_blocks} {self.seed}"
+        return words.replace(":", "").replace(",", "").replace(" ", "-") + ".json"
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether it only helps to choose a learning rate; such a run never sees held-out text."""
+        return self.n_blocks == SWEEP_BLOCKS
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether there is anything to train."""
+        return self.n_blocks > 0
+
+
+def all_runs() -> list[Run]:
+    """Seed by seed the ladders and the comparison of both models; an arm's learning rates are tried before it."""
+    runs = [_untaught(model, student) for model in MODELS for student in (UNCHANGED, *KINDS)]
+    runs.append(_untaught("fine", DENSE))
+    for seed in SEEDS:
+        for arm in ARMS.values():
+            if arm.name != NONE:
+                runs += _sweep(arm) if seed == SEEDS[0] else []
+                runs.append(_taught("fine", arm.student, arm, LADDER_BLOCKS, seed))
+        runs += [_taught(model, student, ARMS[ROUTER_KD], SHORT_BLOCKS, seed) for student in KINDS for model in MODELS]
+    return runs
+
+
+def _sweep(arm: Arm) -> list[Run]:
+    return [
+        _taught("fine", arm.student, replace(arm, pace=pace), SWEEP_BLOCKS, SEEDS[0])
+        for pace in SWEEP.get(arm.name, ())
+    ]
+
+
+def _untaught(model: str, student: str) -> Run:
+    return _taught(model, student, ARMS[NONE], 0, 0)
+
+
+def _taught(model: str, student: str, arm: Arm, n_blocks: int, seed: int) -> Run:
+    return Run(model, student, arm.name, arm.pace.learning_rate, arm.pace.blocks_per_step, n_blocks, seed)

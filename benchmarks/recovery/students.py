@@ -1,0 +1,64 @@
+"""The students that are taught: what compressing left of the two trained models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from benchmarks.quality.methods import ARMS as COMPRESSIONS
+from benchmarks.quality.methods import Teacher
+from compressors.dense import Condense, dense_size
+from compressors.layerwise import LayerTarget, LayerwiseCompression
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.student import ExpertMap, LayerMap, Student
+from exporter.files import write_atomically
+
+__all__ = ["DENSE", "EDITED", "MERGED", "PRUNED", "STUDENTS", "UNCHANGED", "load_student", "store_student"]
+
+PRUNED, MERGED, EDITED = "pruned", "merged", "edited"
+DENSE = "dense"
+UNCHANGED = "teacher"
+
+_EDITED_SHARE = 0.85
+"""Share of the expert parameters that the decomposition removes: a half hardly harms, and nothing could be won back."""
+
+
+def _compressed(method: str, share: float = 0.5) -> Callable[[Teacher], Student]:
+    return lambda teacher: COMPRESSIONS[method].build(teacher, share).student
+
+
+def _dense(teacher: Teacher) -> Student:
+    shape = teacher.shape
+    targets = [LayerTarget(layer, dense_size(shape), (Condense(),)) for layer in range(shape.n_layers)]
+    layers: list[LayerMap] = []
+    overlay = {}
+    for layer in LayerwiseCompression(
+        teacher.source, targets, teacher.statistics, teacher.tokens_BT, n_sample_blocks=0
+    ).run():
+        layers.append(layer.map)
+        overlay |= layer.overlay
+    return Student(teacher.source, ExpertMap(shape.n_experts, tuple(layers)), overlay)
+
+
+STUDENTS: Mapping[str, Callable[[Teacher], Student]] = {
+    UNCHANGED: lambda teacher: Student.teacher(teacher.source),
+    PRUNED: _compressed("reap"),
+    MERGED: _compressed("REAM"),
+    EDITED: _compressed("activation SVD", _EDITED_SHARE),
+    DENSE: _dense,
+}
+
+
+def store_student(student: Student, folder: Path) -> None:
+    """Writes expert map and overlay."""
+    folder.mkdir(parents=True)
+    save_file(dict(student.overlay), folder / "overlay.safetensors")
+    write_atomically(folder / "map.json", json.dumps(student.experts.to_json()))
+
+
+def load_student(source: Checkpoint, folder: Path) -> Student:
+    """The inverse of :func:`store_student`."""
+    return Student.load(source, folder / "map.json", [folder / "overlay.safetensors"])
