@@ -94,7 +94,9 @@ def revalidate(
             logits_file = save_reference_logits or Path(folder) / "teacher"
             reference = _teacher(source, text or bundled_text("heldout"), report, logits_file)
         elif against or text or save_reference_logits:
-            raise InputError("--reference-logits holds original and text: leave out --against, --text, --save-...")
+            raise InputError(
+                "--reference-logits holds original and text: leave out --against, --text and --save-reference-logits"
+            )
         else:
             reference = _stored(reference_logits)
         rows = []
