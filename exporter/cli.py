@@ -13,7 +13,7 @@ import click
 from click.core import ParameterSource
 
 from compressors.model.errors import InputError, MoeExportError
-from exporter.interruption import exit_code, ignore_further_requests, sigterm_raises
+from exporter.interruption import exit_code, ignore_further_requests, requests_wait, sigterm_raises
 
 __all__ = ["main"]
 
@@ -102,10 +102,11 @@ _FOLDER = click.Path(path_type=Path)
 @click.option("--json", "json", is_flag=True, help="Print report.json instead of a table.")
 def export(**arguments: Any) -> None:
     """Compress MODEL (a local folder or a hub id; without it a small bundled model) to the memory BUDGET."""
-    from exporter.job import Job
-    from exporter.pipeline import follow
-    from exporter.run import make_plan, run_job
-    from exporter.team import team
+    with requests_wait():
+        from exporter.job import Job
+        from exporter.pipeline import follow
+        from exporter.run import make_plan, run_job
+        from exporter.team import team
 
     _refuse_choices_beside_a_recipe(arguments)
     job = Job.create(**arguments)
@@ -133,8 +134,9 @@ def export(**arguments: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(model: str, offline: bool, revision: str | None, as_json: bool) -> None:
     """Show layout, routing rule and sizes of MODEL; reads headers only."""
-    from exporter.hub import resolve_model
-    from exporter.inspection import describe, description_table
+    with requests_wait():
+        from exporter.hub import resolve_model
+        from exporter.inspection import describe, description_table
 
     description = describe(resolve_model(model, revision, offline=offline))
     if as_json:
@@ -161,7 +163,8 @@ def inspect(model: str, offline: bool, revision: str | None, as_json: bool) -> N
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def validate(out: Path, as_json: bool, **arguments: Any) -> None:
     """Check the files of OUT again: hashes, perplexity and divergence from the original, in their runtimes."""
-    from exporter.revalidation import revalidate, revalidation_table
+    with requests_wait():
+        from exporter.revalidation import revalidate, revalidation_table
 
     result = revalidate(out, **arguments)
     if as_json:

@@ -21,18 +21,18 @@ from exporter.outputs import sha256_of
 __all__ = ["Snapshot"]
 
 _CONTENTS = "contents.json"
-_LEAST_SHARE_OF_WORK = 20  # seconds of work for each second of writing
+_SHORT_WRITING = 1.5  # seconds that a snapshot may take; one that takes longer comes so much more seldom
 
 
 class Snapshot:
     """The newest snapshot of a stage, in ``folder``.
 
-    There is at most one every ``seconds``, and where writing takes long fewer, so that little time goes into it.
+    There is at most one every ``seconds``, and fewer where writing takes long, so that little time goes into it.
     """
 
     def __init__(self, folder: Path, seconds: float = 30.0) -> None:
         self._folder = folder
-        self._seconds = seconds
+        self._seconds = self._pause = seconds
         self._last = time.monotonic()
 
     def keep(self, position: int, write: Callable[[Path], None]) -> None:
@@ -42,7 +42,7 @@ class Snapshot:
             position: how far the stage is, such as layers or steps done.
             write: writes files into the folder that it is given; every process of a group writes its own.
         """
-        due = torch.tensor(time.monotonic() - self._last >= self._seconds, dtype=torch.int32)
+        due = torch.tensor(time.monotonic() - self._last >= self._pause, dtype=torch.int32)
         reduce_max([due])  # all processes or none
         if not due:
             return
@@ -58,7 +58,7 @@ class Snapshot:
             self._publish(new, position)
         wait_for_all()
         self._last = time.monotonic()
-        self._seconds = max(self._seconds, _LEAST_SHARE_OF_WORK * (self._last - start))
+        self._pause = self._seconds * max(1.0, (self._last - start) / _SHORT_WRITING)
 
     def load(self) -> tuple[int, Path] | None:
         """(position, folder) of the newest whole snapshot, None if there is none."""

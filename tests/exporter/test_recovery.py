@@ -16,7 +16,7 @@ from exporter.recipe import RungChoice, RungLoss
 from exporter.recovery import RECOVERIES, Machine, check_after_quantizing, choose_ladder, schedule_of, scope_of
 from exporter.stages.schedule import shared_out
 
-_ROUTER = RungChoice(scope="router", blocks=8, learning_rate=0.001)
+_ROUTER = RungChoice(scope="router", blocks=8, blocks_per_step=8, learning_rate=0.001)
 _PLENTY = Machine(10**12, 10_000, models_stay=True)
 
 

@@ -26,9 +26,10 @@ from exporter.gguf.layout import PRESETS, plan_tensors
 from exporter.gguf.writer import write_gguf
 from exporter.onnx.layout import DATA_FILE, MODEL_FILE
 from exporter.onnx.writer import write_onnx
-from validate.evaluation import evaluate, perplexity
+from validate.evaluation import evaluate
 from validate.llama_cpp import LlamaCppBackend
 from validate.onnx_runtime import OnnxRuntimeBackend
+from validate.statistics import perplexity
 from validate.torch_reference import TorchBackend
 
 Tokens = npt.NDArray[np.int64]
@@ -135,7 +136,7 @@ def test_the_streamed_file_predicts_what_the_runtimes_predict(
         in_runtime = evaluate(runtime, tokens_BT, {}, record=record)
         reference = {"runtime": LogProbReader(tmp_path / name)}
         in_torch, unquantized = (evaluate(TorchBackend(it), tokens_BT, reference) for it in (written, student))
-        floor, distance = (float(it.kl_divergence_N["runtime"].mean()) for it in (in_torch, unquantized))
+        floor, distance = (float(it.against["runtime"].kl_divergence_N.mean()) for it in (in_torch, unquantized))
         assert floor < 0.1 * distance
         measured, same, other = (
             perplexity(it.negative_log_likelihood_N)[0] for it in (in_runtime, in_torch, unquantized)
