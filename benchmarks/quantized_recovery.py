@@ -123,7 +123,7 @@ class Bench:
             OnnxRuntimeBackend(self._folder, threads=self._threads),
         ):
             evaluation = evaluate(backend, self._texts["heldout"].numpy(), {"teacher": known["heldout"]})
-            chunks = evaluation.kl_divergence_N["teacher"].astype(np.float64).reshape(_CHUNKS, -1)
+            chunks = evaluation.against["teacher"].kl_divergence_N.astype(np.float64).reshape(_CHUNKS, -1)
             heldout[backend.runtime] = chunks.mean(axis=1)
         means = ", ".join(f"{runtime} {chunks.mean():.4f}" for runtime, chunks in heldout.items())
         print(f"{arm}: selection {judgement.divergence:.4f}, {means}", flush=True)
