@@ -22,6 +22,7 @@ lint: .venv/installed-dev
 # How fast calibration and training are, and, for hours, what every way of teaching a compressed model brings.
 bench: .venv/installed-dev
 	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.quantized_recovery
 	$(BIN)/python -m benchmarks.recovery
 
 # Compiles llama-quantize the first time; needs cmake and 10 GB of disk.

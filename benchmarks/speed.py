@@ -28,7 +28,9 @@ from compressors.model.checkpoint import Checkpoint
 from compressors.model.memory import MemoryLimit
 from compressors.model.streaming import StreamedModel, TokenGroup
 from compressors.model.student import Student
-from compressors.recover.router_kd import RouterKdSettings, RouterTraining
+from compressors.recover.objectives import Distillation
+from compressors.recover.schedule import Schedule
+from compressors.recover.training import Training
 from compressors.statistics import StatisticsCollector
 from compressors.teacher import TeacherTargets, write_targets
 from exporter.hub import resolve_model
@@ -68,8 +70,9 @@ class _Sides:
         limit = MemoryLimit(psutil.virtual_memory().available // 2, work / "spill")
         self._model = StreamedModel(self._student, limit=limit)
         self._targets = TeacherTargets.create(work / "targets", tokens_BT.numel(), self._model.shape.vocab_size)
-        settings = RouterKdSettings(len(tokens_BT), 1e-5, _STEP_BLOCKS)
-        self._training = RouterTraining(self._student, tokens_BT, self._targets, settings, limit=limit, dtype=dtype)
+        settings = Schedule(len(tokens_BT), 1e-5, _STEP_BLOCKS)
+        objective = Distillation(self._targets, self._student)
+        self._training = Training(self._student, tokens_BT, objective, settings, limit=limit, dtype=dtype)
         self._stock = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         self._rows = self._choose_fastest()
 

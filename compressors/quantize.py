@@ -1,27 +1,30 @@
 """Quantizing rows of weights with ggml's own kernels, so that what we write is what llama.cpp would have written.
 
-The kernels lie in ``libggml-base``, which ships inside the llama-cpp-python wheel (``ggml_quantize_chunk`` in
-``ggml/src/ggml.c``, the formats in ``ggml/src/ggml-quants.c``). They work on one row at a time, so the result depends
-neither on how rows are grouped into calls nor on the number of threads; ctypes releases the interpreter lock while
-they run. Weights are widened to float32 by ggml too, a block of rows at a time: torch would want threads of its own.
+The kernels (:mod:`compressors.model.ggml`; ``ggml_quantize_chunk`` in ``ggml/src/ggml.c``, the formats in
+``ggml/src/ggml-quants.c``) work on one row at a time, so the result depends neither on how rows are grouped into calls
+nor on the number of threads. Weights are widened to float32 by ggml too, a block of rows at a time: torch would want
+threads of its own.
 
 Letters: R rows, N values of a row, Y bytes of a quantized row.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import importlib.util
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES
 
 from compressors.model.errors import InputError, UnsupportedError
+from compressors.model.ggml import (
+    GGMLQuantizationType,
+    dequantize_into,
+    dequantize_rows,
+    ggml_library_for,
+    row_bytes,
+)
 
 __all__ = ["GGMLQuantizationType", "dequantize_rows", "fallback_type", "quantize_rows", "row_bytes"]
 
@@ -62,13 +65,6 @@ def fallback_type(ggml_type: GGMLQuantizationType, row_length: int) -> GGMLQuant
     )
 
 
-def row_bytes(ggml_type: GGMLQuantizationType, row_length: int) -> int:
-    """Bytes of one stored row; the row length must be a multiple of the type's block size."""
-    block_length, block_bytes = GGML_QUANT_SIZES[ggml_type]
-    assert row_length % block_length == 0, f"{row_length} values in {ggml_type.name} blocks of {block_length}"
-    return row_length // block_length * block_bytes
-
-
 def quantize_rows(
     values_RN: torch.Tensor,
     ggml_type: GGMLQuantizationType,
@@ -90,7 +86,7 @@ def quantize_rows(
     values_RN = values_RN.contiguous()
     importance = _checked_importance(importance_N, row_length, name) if ggml_type not in _WITHOUT_IMPORTANCE else None
     quantized_RY = np.empty((n_rows, row_bytes(ggml_type, row_length)), dtype=np.uint8)
-    quantize = _library_for(ggml_type).ggml_quantize_chunk
+    quantize = ggml_library_for(ggml_type).ggml_quantize_chunk
     rows_per_block = max(1, _BLOCK_VALUES // row_length)
     widened_RN = np.empty((rows_per_block, row_length), dtype=np.float32)
     for first in range(0, n_rows, rows_per_block):
@@ -115,8 +111,8 @@ def _float32(values_RN: torch.Tensor, buffer_RN: npt.NDArray[np.float32]) -> npt
     if values_RN.dtype == torch.float32:
         return values_RN.numpy()
     widened_RN = buffer_RN[: len(values_RN)]
-    traits = _library().ggml_get_type_traits(int(_STORAGE_TYPES[values_RN.dtype])).contents
-    traits.to_float(values_RN.data_ptr(), widened_RN.ctypes.data, values_RN.numel())
+    stored_RY = values_RN.view(torch.uint8).numpy()
+    dequantize_into(stored_RY, _STORAGE_TYPES[values_RN.dtype], torch.from_numpy(widened_RN))
     return widened_RN
 
 
@@ -128,21 +124,6 @@ def _check_finite(values_RN: npt.NDArray[np.float32], first_row: int, name: str)
             f"{name}: value [{first_row + row}, {feature}] is {values_RN[row, feature]}; "
             "NaN and infinity cannot be written"
         )
-
-
-def dequantize_rows(
-    quantized_RY: npt.NDArray[np.uint8], ggml_type: GGMLQuantizationType, row_length: int
-) -> npt.NDArray[np.float32]:
-    """The values that a runtime sees: float32 [R, N]."""
-    n_rows = quantized_RY.shape[0]
-    quantized_RY = np.ascontiguousarray(quantized_RY)
-    assert quantized_RY.shape == (n_rows, row_bytes(ggml_type, row_length)), quantized_RY.shape
-    if ggml_type is GGMLQuantizationType.F32:
-        return quantized_RY.view(np.float32).copy()
-    values_RN = np.empty((n_rows, row_length), dtype=np.float32)
-    traits = _library_for(ggml_type).ggml_get_type_traits(int(ggml_type)).contents
-    traits.to_float(quantized_RY.ctypes.data, values_RN.ctypes.data, n_rows * row_length)
-    return values_RN
 
 
 def _checked_importance(
@@ -157,53 +138,3 @@ def _checked_importance(
     if not checked_N.any():
         return np.ones_like(checked_N)
     return checked_N
-
-
-_ToFloat = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
-
-
-class _TypeTraits(ctypes.Structure):
-    """``struct ggml_type_traits`` of ``ggml/include/ggml.h``."""
-
-    _fields_ = (
-        ("type_name", ctypes.c_char_p),
-        ("block_length", ctypes.c_int64),
-        ("block_length_interleave", ctypes.c_int64),
-        ("type_size", ctypes.c_size_t),
-        ("is_quantized", ctypes.c_bool),
-        ("to_float", _ToFloat),
-        ("from_float_reference", ctypes.c_void_p),
-    )
-
-
-@functools.cache
-def _library() -> ctypes.CDLL:
-    package = importlib.util.find_spec("llama_cpp")
-    if package is None or package.origin is None:
-        raise InputError("llama-cpp-python is not installed; install it with: pip install llama-cpp-python")
-    folder = Path(package.origin).parent / "lib"
-    candidates = sorted(folder.glob("*ggml-base.*"))
-    if not candidates:
-        raise InputError(f"{folder} holds no ggml-base library; reinstall llama-cpp-python")
-    library = ctypes.CDLL(str(candidates[0]))
-    library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    library.ggml_quantize_chunk.argtypes = [
-        ctypes.c_int,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_int64,
-        ctypes.c_int64,
-        ctypes.c_int64,
-        ctypes.c_void_p,
-    ]
-    library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
-    library.ggml_get_type_traits.argtypes = [ctypes.c_int]
-    return library
-
-
-@functools.cache
-def _library_for(ggml_type: GGMLQuantizationType) -> ctypes.CDLL:
-    """The library, with the type's tables set up: some kernels read them without checking."""
-    library = _library()
-    library.ggml_quantize_init(ctypes.c_int(int(ggml_type)))
-    return library

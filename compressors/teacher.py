@@ -15,7 +15,7 @@ import torch
 
 from compressors.model.array_file import ArrayFile
 from compressors.model.hidden_states import HiddenStates
-from compressors.model.log_probs import LogProbWriter
+from compressors.model.log_probs import LogProbSink
 from compressors.model.losses import negative_log_likelihood
 from compressors.model.streaming import StreamedModel
 
@@ -85,7 +85,7 @@ def write_log_probs(
     tokens_BT: torch.Tensor,
     hidden: HiddenStates,
     scored: slice,
-    writer: LogProbWriter,
+    writer: LogProbSink,
     blocks: Sequence[int],
 ) -> torch.Tensor:
     """Writes the full-vocabulary log-probabilities at the scored positions of each block, block after block.

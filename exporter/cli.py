@@ -13,7 +13,7 @@ import click
 from click.core import ParameterSource
 
 from compressors.model.errors import InputError, MoeExportError
-from exporter.interruption import exit_code, ignore_further_requests, sigterm_raises
+from exporter.interruption import exit_code, ignore_further_requests, requests_wait, sigterm_raises
 
 __all__ = ["main"]
 
@@ -69,8 +69,19 @@ _FOLDER = click.Path(path_type=Path)
     help="How it gets smaller: reap, removal-error, ream, hc-smoe, slim, block-drop ...; docs/compression.md has all.",
 )
 @click.option("--experts", type=int, help="Experts to keep per layer.  [default: as many as fit]")
+@click.option(
+    "--student",
+    default="moe",
+    show_default=True,
+    help="moe, or dense: one feed-forward in each layer, as wide as the experts that a token uses.",
+)
 @click.option("--quant", metavar="TYPE", help="Type of the weights, such as Q4_K.  [default: the largest that fits]")
-@click.option("--recover", default="auto", show_default=True, help="auto, none, router or router:published.")
+@click.option(
+    "--recover",
+    default="auto",
+    show_default=True,
+    help="auto, none, router, top-experts, experts or adapters; docs/recovery.md has all.",
+)
 @click.option("--recover-time", default="30m", show_default=True, help="Most time for recovery.")
 @click.option(
     "--require", multiple=True, metavar="NAME=VALUE", help="A threshold: kld, top1, routing, perplexity_change."
@@ -91,10 +102,11 @@ _FOLDER = click.Path(path_type=Path)
 @click.option("--json", "json", is_flag=True, help="Print report.json instead of a table.")
 def export(**arguments: Any) -> None:
     """Compress MODEL (a local folder or a hub id; without it a small bundled model) to the memory BUDGET."""
-    from exporter.job import Job
-    from exporter.pipeline import follow
-    from exporter.run import make_plan, run_job
-    from exporter.team import team
+    with requests_wait():
+        from exporter.job import Job
+        from exporter.pipeline import follow
+        from exporter.run import make_plan, run_job
+        from exporter.team import team
 
     _refuse_choices_beside_a_recipe(arguments)
     job = Job.create(**arguments)
@@ -122,8 +134,9 @@ def export(**arguments: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(model: str, offline: bool, revision: str | None, as_json: bool) -> None:
     """Show layout, routing rule and sizes of MODEL; reads headers only."""
-    from exporter.hub import resolve_model
-    from exporter.inspection import describe, description_table
+    with requests_wait():
+        from exporter.hub import resolve_model
+        from exporter.inspection import describe, description_table
 
     description = describe(resolve_model(model, revision, offline=offline))
     if as_json:
@@ -136,6 +149,12 @@ def inspect(model: str, offline: bool, revision: str | None, as_json: bool) -> N
 @click.argument("out", type=_FOLDER)
 @click.option("--against", metavar="MODEL", help="The original model.  [default: the one the report names]")
 @click.option("--text", type=_FOLDER, help="Held-out text.  [default: the bundled one]")
+@click.option(
+    "--reference-logits",
+    type=_FOLDER,
+    help="In place of the original: the file of llama-perplexity --kl-divergence-base, with its text.",
+)
+@click.option("--save-reference-logits", type=_FOLDER, help="Write such a file of the original.")
 @click.option("--threads", type=int, help="Threads.  [default: all processors]")
 @click.option("--gpu-layers", default=0, show_default=True, help="Layers that llama.cpp puts on a GPU.")
 @click.option(
@@ -144,7 +163,8 @@ def inspect(model: str, offline: bool, revision: str | None, as_json: bool) -> N
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def validate(out: Path, as_json: bool, **arguments: Any) -> None:
     """Check the files of OUT again: hashes, perplexity and divergence from the original, in their runtimes."""
-    from exporter.revalidation import revalidate, revalidation_table
+    with requests_wait():
+        from exporter.revalidation import revalidate, revalidation_table
 
     result = revalidate(out, **arguments)
     if as_json:
@@ -155,7 +175,7 @@ def validate(out: Path, as_json: bool, **arguments: Any) -> None:
 
 
 _RECIPE_CHOICES = (
-    *("budget", "budget_kind", "context", "kv_type", "formats", "method", "experts", "quant"),
+    *("budget", "budget_kind", "context", "kv_type", "formats", "method", "experts", "student", "quant"),
     *("recover", "recover_time", "save_student", "threads", "seed"),
 )
 

@@ -1,7 +1,8 @@
 """From the recipe's ``compress`` choice to what becomes of each layer.
 
 The steps are always taken in this order: blocks go (Block Drop), MoE sub-layers go (Layer Drop), experts become fewer
-(pruning or merging), experts become narrower, experts are rewritten as factors. Any may be left out.
+(pruning or merging), experts become narrower, experts are rewritten as factors. Any may be left out. A dense student's
+layers end as one feed-forward each; of the others it goes with blocks that go and with narrower experts alone.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from compressors.allocation import allocate_globally, super_experts
 from compressors.criteria import CRITERIA
 from compressors.decompose import ActivationSvd, D2Moe, Mobe
+from compressors.dense import Condense, check_dense, dense_size
 from compressors.drop import block_similarities, moe_similarities, most_similar, window_similarities
 from compressors.layerwise import LayerTarget
 from compressors.merge import REAM, HCSMoE, MSMoE
@@ -61,6 +63,8 @@ def expected_shape(choice: CompressChoice, teacher: MoeShape) -> MoeShape:
     if choice.allocation == "global" and n_moe > 1 and teacher.top_k < experts[0] < teacher.n_experts:
         # a tilt that stands for any: one layer keeps one more, another one less
         sizes[:2] = [MoeSize(sizes[0].n_experts + 1, widths[0]), MoeSize(sizes[1].n_experts - 1, widths[1])]
+    if choice.student == "dense":
+        sizes = [_dense_size(teacher, width) for width in widths]
     return teacher.with_sizes(sizes + [NO_MOE] * choice.drop_moe_layers)
 
 
@@ -72,6 +76,8 @@ def check_compression(recipe: Recipe, teacher: MoeShape) -> None:
         UnsupportedError: an artifact cannot hold the result.
     """
     choice = recipe.compress
+    if choice.student == "dense":
+        _check_dense_recipe(recipe, teacher)
     n_layers = teacher.n_layers - choice.drop_blocks
     if n_layers < 1:
         raise InputError(_out_of_range("drop_blocks", choice.drop_blocks, 0, teacher.n_layers - 1))
@@ -103,7 +109,8 @@ def check_compression(recipe: Recipe, teacher: MoeShape) -> None:
 
 def changes_experts(choice: CompressChoice) -> bool:
     """Whether experts get weights of their own, which the overlay holds."""
-    return choice.method in _MERGING or choice.width is not None or choice.edit_size is not None
+    rewritten = choice.width is not None or choice.edit_size is not None or choice.student == "dense"
+    return choice.method in _MERGING or rewritten
 
 
 def runs_text(choice: CompressChoice, teacher: MoeShape) -> bool:
@@ -122,9 +129,12 @@ def described_compression(choice: CompressChoice, teacher: MoeShape) -> str:
     parts = [f"{n_layers} of {teacher.n_layers} layers"] if choice.drop_blocks else []
     if choice.drop_moe_layers:
         parts.append(f"experts in {n_layers - choice.drop_moe_layers} of {n_layers} layers")
-    experts = ", ".join(map(str, choice.experts)) if isinstance(choice.experts, tuple) else choice.experts
-    method = "" if choice.method == "none" else f" ({choice.method})"
-    parts.append(f"{experts} of {teacher.n_experts} experts per layer{method}")
+    if choice.student == "dense":
+        parts.append(f"{teacher.top_k} of {teacher.n_experts} experts per layer as one dense feed-forward")
+    else:
+        experts = ", ".join(map(str, choice.experts)) if isinstance(choice.experts, tuple) else choice.experts
+        method = "" if choice.method == "none" else f" ({choice.method})"
+        parts.append(f"{experts} of {teacher.n_experts} experts per layer{method}")
     if choice.width is not None:
         widths = ", ".join(map(str, choice.width)) if isinstance(choice.width, tuple) else choice.width
         parts.append(f"{widths} of {teacher.expert_width} neurons per expert")
@@ -162,7 +172,9 @@ def layer_targets(
     widths = _by_layer(choice.width, len(with_moe), teacher.expert_width)
     targets = {
         layer: LayerTarget(
-            layer, MoeSize(count, width), tuple(_methods(choice, teacher, count, width, protected[layer]))
+            layer,
+            _dense_size(teacher, width) if choice.student == "dense" else MoeSize(count, width),
+            tuple(_methods(choice, teacher, count, width, protected[layer])),
         )
         for layer, count, width in zip(with_moe, counts, widths, strict=True)
     }
@@ -204,7 +216,40 @@ def _methods(
         methods.append(SlimWidth(width))
     if choice.edit_size is not None:
         methods.append(_EDITING[choice.edit](choice.edit_size))
+    if choice.student == "dense":
+        methods.append(Condense())
     return methods
+
+
+def _dense_size(teacher: MoeShape, width: int) -> MoeSize:
+    """What a layer's experts of this width become."""
+    return dense_size(teacher.with_sizes([MoeSize(teacher.n_experts, width)]))
+
+
+def _check_dense_recipe(recipe: Recipe, teacher: MoeShape) -> None:
+    """Refuses what a dense student cannot have, or what would change nothing about it."""
+    check_dense(teacher)
+    choice, recover = recipe.compress, recipe.recover
+    if recover.after_quantizing is not None or any(rung.scope == "router" for rung in recover.rungs):
+        raise InputError(
+            "recover: compress.student is dense, which leaves no routers to teach: leave out after_quantizing and "
+            "rungs whose scope is router"
+        )
+    fields = {
+        "method": choice.method != "none",
+        "experts": set(_by_layer(choice.experts, 1, teacher.n_experts)) != {teacher.n_experts},
+        "drop_moe_layers": choice.drop_moe_layers > 0,
+        "allocation": choice.allocation != "layer",
+        "protect_super_experts": choice.protect_super_experts,
+        "edit": choice.edit != "none",
+    }
+    unfit = [f"compress.{field}" for field, is_set in fields.items() if is_set]
+    if unfit:
+        raise InputError(
+            f"{', '.join(unfit)}: compress.student is dense, so the {teacher.top_k} best of all {teacher.n_experts} "
+            "experts of each layer become one feed-forward; leave these choices as they are in a recipe that "
+            "--student dense --dry-run writes (drop_blocks and width may change)"
+        )
 
 
 def _by_layer(value: int | tuple[int, ...] | None, n_layers: int, default: int) -> Sequence[int]:

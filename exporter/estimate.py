@@ -16,11 +16,13 @@ from compressors.model.checkpoint import Checkpoint
 from compressors.model.log_probs import log_prob_bytes
 from compressors.model.memory import PROCESS_BYTES, positions_at_once, working_bytes
 from compressors.model.shape import MoeShape
+from compressors.recover.training_memory import training_bytes
 from compressors.statistics import LayerStatistics
 from compressors.teacher import TARGET_BYTES
 from exporter.compression import changes_experts, runs_text
 from exporter.durations import format_duration
 from exporter.plan import Plan
+from exporter.recovery import scope_of
 from exporter.stages.validate_gguf import same_numbers
 from validate.backend import scored_positions
 
@@ -31,11 +33,12 @@ COPIED_TYPES = frozenset({"F32", "BF16"})
 
 _START_SECONDS = 4  # until a stage's process has its libraries
 
-_STEP_FORWARDS = 3  # a step of Router KD: forward, the same again, and the gradient with respect to the activations
+_STEP_FORWARDS = 3  # of routers: forward, the same again, and the gradient with respect to the activations
+_WEIGHTS_FORWARDS = 1  # and the gradient with respect to experts
 
 _PARTS: Mapping[str, Collection[str]] = {
     "calibration": ("calibrate", "compress"),
-    "recovery": ("schedule", "recover"),
+    "recovery": ("schedule", "recover", "retune"),
     "writing": ("gguf", "onnx", "student"),
     "validation": ("validate_torch", "validate_gguf", "validate_onnx"),
 }
@@ -61,7 +64,7 @@ def disk_lines(plan: Plan) -> dict[str, int]:
     recorded_blocks = text.selection_blocks + n_heldout * (2 if same_numbers(plan) else 1)
     n_scored = (scored.stop - scored.start) * recorded_blocks
     # chosen experts and gate weights, 4 bytes each: the teacher's by layer and together, the student's, each artifact's
-    n_routings = 3 + len(plan.recipe.artifacts)
+    n_routings = 2 if plan.student_shape.is_dense else 3 + len(plan.recipe.artifacts)
     lines = {
         **{f"{artifact} files": prediction.file for artifact, prediction in plan.predictions.items()},
         "changed experts": _expert_bytes(plan) if changes_experts(plan.recipe.compress) else 0,
@@ -70,27 +73,28 @@ def disk_lines(plan: Plan) -> dict[str, int]:
         "hidden states": 3 * n_blocks * BLOCK_LENGTH * shape.hidden_size * 4,
         "log-probabilities in 16 bits": log_prob_bytes(n_scored, shape.vocab_size),
         "training targets": text.calibration_blocks * BLOCK_LENGTH * TARGET_BYTES,
-        "training": _training_bytes(plan) if plan.recipe.recover.rung != "none" else 0,
+        "training": _training_bytes(plan),
         "routing": n_routings * n_heldout * BLOCK_LENGTH * shape.n_layers * shape.top_k * 8,
-        "statistics": shape.n_layers * _statistics_bytes(shape),
+        "statistics": shape.n_layers * _statistics_bytes(shape) + _own_statistics_bytes(plan),
         "token blocks": n_blocks * BLOCK_LENGTH * 8,
     }
     return {what: n_bytes for what, n_bytes in lines.items() if n_bytes}
 
 
-def memory_lines(shape: MoeShape, itemsize: int) -> dict[str, int]:
+def memory_lines(shape: MoeShape, student: MoeShape, itemsize: int) -> dict[str, int]:
     """The least memory that the stages need, whatever the depth, by what it is for.
 
     Args:
         shape: the source's.
+        student: the student's; the one expert of a dense layer is wider than any of the source's.
         itemsize: bytes of a stored weight.
     """
-    layer = shape.dense_layer_parameters + shape.n_experts * shape.expert_parameters
+    layer = shape.layer_parameters
     head = shape.vocab_size * shape.hidden_size
     return {
         # one computes while the next is read; the head is read when the layers are gone, and widened
         "two decoder layers" if layer >= head else "the head": 2 * max(layer, head) * itemsize,
-        "activations and an expert in float32": working_bytes(shape),
+        "activations and an expert in float32": max(working_bytes(shape), working_bytes(student)),
         "logits": positions_at_once(shape.vocab_size) * shape.vocab_size * 4,
         "the process itself": PROCESS_BYTES,
     }
@@ -172,12 +176,22 @@ def _compression(plan: Plan, passes: _Passes) -> float:
 
 def _recovery(plan: Plan, passes: _Passes) -> dict[str, float]:
     choice, limit = plan.recipe.recover, plan.recover_seconds
-    if choice.rung == "none":
+    if not choice.trained:
         return {}
-    step = _STEP_FORWARDS * passes.forward(plan.student_shape, choice.blocks_per_step)
-    steps = step * choice.blocks / choice.blocks_per_step
-    judging = 2 * passes.forward(plan.student_shape, n_reference=plan.recipe.text.selection_blocks)  # before and after
-    return {"schedule": step if limit else 0.0, "recover": (min(steps, limit) if limit else steps) + judging}
+    judging = passes.forward(plan.student_shape, n_reference=plan.recipe.text.selection_blocks)
+    steps = [
+        passes.forward(plan.student_shape, rung.blocks_per_step)
+        * (_STEP_FORWARDS + (_WEIGHTS_FORWARDS if rung.scope != "router" else 0))
+        for rung in choice.trained
+    ]
+    training = [step * rung.blocks / rung.blocks_per_step for step, rung in zip(steps, choice.trained, strict=True)]
+    shorter = min(1.0, limit / sum(training)) if limit else 1.0
+    n_rungs = len(choice.rungs)
+    seconds = {"schedule": sum(steps) if limit else 0.0}
+    for stage, rungs in (("recover", slice(0, n_rungs)), ("retune", slice(n_rungs, None))):
+        if training[rungs]:  # judged before, and after each
+            seconds[stage] = shorter * sum(training[rungs]) + (1 + len(training[rungs])) * judging
+    return seconds
 
 
 def _heldout_blocks(plan: Plan) -> int:
@@ -188,9 +202,10 @@ def _heldout_blocks(plan: Plan) -> int:
 
 
 def _student_bytes(plan: Plan) -> int:
-    """The student's checkpoint: the source's dtype, but routers in float32."""
+    """The student's checkpoint: the source's dtype, but routers, if it has any, in float32."""
     shape, itemsize = plan.student_shape, Checkpoint(plan.source).dtype.itemsize
-    return shape.parameters * itemsize + _router_values(shape) * (4 - itemsize)
+    n_router_values = 0 if shape.is_dense else _router_values(shape)
+    return shape.parameters * itemsize + n_router_values * (4 - itemsize)
 
 
 def _expert_bytes(plan: Plan) -> int:
@@ -201,15 +216,34 @@ def _expert_bytes(plan: Plan) -> int:
 
 
 def _training_bytes(plan: Plan) -> int:
-    """A step keeps every layer's input; a snapshot has the routers and two moments of each, and so has the next."""
-    shape = plan.student_shape
-    step_tokens = plan.recipe.recover.blocks_per_step * BLOCK_LENGTH
-    layer_inputs = (shape.n_layers + 1) * step_tokens * shape.hidden_size * 4
-    return layer_inputs + 2 * 3 * 4 * _router_values(shape)
+    """A step keeps every layer's input; a snapshot has what is trained and two moments of it, and so has the next.
+
+    What a rung taught is kept beside: routers in float32, experts in storage dtype.
+    """
+    shape, choice = plan.student_shape, plan.recipe.recover
+    if not choice.trained:
+        return 0
+    layer_inputs = (
+        (shape.n_layers + 1)
+        * max(rung.blocks_per_step for rung in choice.trained)
+        * BLOCK_LENGTH
+        * shape.hidden_size
+        * 4
+    )
+    snapshots = 2 * 3 * max(training_bytes(scope_of(rung), shape).weights for rung in choice.trained)
+    n_with_experts = sum(rung.scope != "router" for rung in choice.rungs)
+    taught = len(choice.trained) * 4 * _router_values(shape) + n_with_experts * _expert_bytes(plan)
+    return layer_inputs + snapshots + taught
 
 
 def _router_values(shape: MoeShape) -> int:
     return shape.n_layers * shape.n_experts * shape.hidden_size
+
+
+def _own_statistics_bytes(plan: Plan) -> int:
+    """What a student whose experts changed sees of the calibration text is kept beside what the teacher saw."""
+    shape = plan.student_shape
+    return shape.n_layers * _statistics_bytes(shape) if changes_experts(plan.recipe.compress) else 0
 
 
 def _statistics_bytes(shape: MoeShape) -> int:

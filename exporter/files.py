@@ -18,6 +18,7 @@ __all__ = [
     "flush_folder",
     "not_written",
     "replacing",
+    "write_at",
     "write_atomically",
     "write_note",
 ]
@@ -120,3 +121,12 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_at(descriptor: int, offset: int, data: memoryview) -> int:
+    """Writes all of the data at this place of an open file; returns how many bytes that were."""
+    rest = data.cast("B")
+    while rest:  # the system may take less than it is given
+        written = os.pwrite(descriptor, rest, offset)
+        rest, offset = rest[written:], offset + written
+    return data.nbytes

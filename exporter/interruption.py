@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["Terminated", "exit_code", "ignore_further_requests", "sigterm_raises"]
+__all__ = ["Terminated", "exit_code", "ignore_further_requests", "requests_wait", "sigterm_raises"]
+
+
+_REQUESTS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Terminated(KeyboardInterrupt):
@@ -26,6 +29,26 @@ def sigterm_raises() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def requests_wait() -> Iterator[None]:
+    """While it lasts, SIGINT and SIGTERM wait; then the first that arrived has its usual effect.
+
+    For imports: a C++ library that meets an exception while it loads ends the process.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: arrived.append(number)) for number in _REQUESTS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if arrived:
+        signal.raise_signal(arrived[0])
 
 
 def ignore_further_requests() -> None:

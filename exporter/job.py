@@ -15,7 +15,8 @@ from typing import Final, get_args
 
 from compressors.model.errors import InputError
 from exporter.durations import parse_duration
-from exporter.recipe import ExpertMethod
+from exporter.recipe import ExpertMethod, Student
+from exporter.recovery import RECOVERIES
 from exporter.sizes import parse_size
 from exporter.team import local_processes
 from validate.verdict import REQUIREMENTS
@@ -28,7 +29,7 @@ __all__ = [
     "METHODS",
     "METHODS_WITHOUT_EXPERTS",
     "QUANT_TYPES",
-    "RECOVERIES",
+    "STUDENTS",
     "Job",
     "parse_duration",
     "parse_requirements",
@@ -43,7 +44,7 @@ METHODS_WITHOUT_EXPERTS: Final = ("slim", "block-drop", "layer-drop")
 
 METHODS: Final = ("auto", *(name for name in get_args(ExpertMethod) if name != "none"), *METHODS_WITHOUT_EXPERTS)
 QUANT_TYPES: Final = ("F32", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_0")
-RECOVERIES: Final = ("auto", "none", "router", "router:published")
+STUDENTS: Final = get_args(Student)
 
 _BUNDLED_MODEL_NAME = "demo"
 
@@ -62,6 +63,7 @@ class Job:
     formats: tuple[str, ...]  # of FORMATS, in that order
     calibration: Path | None  # file or folder; None: the bundled text
     text: Path | None  # held-out file or folder
+    student: str  # one of STUDENTS
     method: str  # one of METHODS
     experts: int | None  # per layer; None: the planner chooses
     quant: str | None  # one of QUANT_TYPES; None: the planner chooses
@@ -94,6 +96,7 @@ class Job:
         formats: str = "gguf,onnx",
         calibration: Path | None = None,
         text: Path | None = None,
+        student: str = "moe",
         method: str = "auto",
         experts: int | None = None,
         quant: str | None = None,
@@ -136,6 +139,7 @@ class Job:
             formats=_formats(formats),
             calibration=_existing("--calibration", calibration),
             text=_existing("--text", text),
+            student=_student(student, method, experts, recover),
             method=_one_of("--method", method, METHODS),
             experts=None if experts is None else _at_least_one("--experts", experts, "experts per layer"),
             quant=None if quant is None else _one_of("--quant", quant.upper(), QUANT_TYPES),
@@ -166,6 +170,22 @@ def _at_least_one(flag: str, value: int, of_what: str) -> int:
     if value < 1:
         raise InputError(f"{flag}: {value} {of_what} make no model; give 1 or more")
     return value
+
+
+def _student(student: str, method: str, experts: int | None, recover: str) -> str:
+    """A dense student has one size, and no routers."""
+    _one_of("--student", student, STUDENTS)
+    if student == "dense":
+        if experts is not None:
+            raise InputError("--experts: a dense student has none; leave --experts out, or --student dense")
+        if method != "auto":
+            raise InputError(
+                f"--method: a dense student takes neurons from the experts of the highest scores, which {method} does "
+                "not choose; leave --method out, or --student dense"
+            )
+        if recover.startswith("router"):
+            raise InputError("--recover: a dense student has no routers to teach; use auto, experts, adapters or none")
+    return student
 
 
 def _formats(text: str) -> tuple[str, ...]:

@@ -49,7 +49,7 @@ class Stage:
 
 _CALIBRATE = Stage(
     "calibrate",
-    2,
+    3,
     (),
     ("source", "text", "arithmetic", "threads"),
     "run the teacher over the calibration text",
@@ -57,32 +57,41 @@ _CALIBRATE = Stage(
     shared=True,
 )
 _COMPRESS = Stage("compress", 2, ("calibrate",), ("compress", "arithmetic"), "compress the experts")
-_SCHEDULE = Stage("schedule", 2, ("compress",), ("recover", "arithmetic"), "time a step of Router KD", shared=True)
+_SCHEDULE = Stage("schedule", 3, ("compress",), ("recover", "arithmetic"), "time a step of recovery", shared=True)
 _RECOVER = Stage(
     "recover",
-    2,
+    3,
     ("compress", "schedule"),
     ("recover", "arithmetic"),
-    "teach the routers",
+    "recover what compressing lost",
     resumes=True,
     shared=True,
 )
 _GGUF = Stage("gguf", 1, ("recover",), ("gguf",), "write the GGUF file", resumes=True)
 _ONNX = Stage("onnx", 2, ("recover",), ("onnx", "budget"), "write the ONNX folder", resumes=True)
-_STUDENT = Stage("student", 1, ("recover",), (), "write the student checkpoint", resumes=True)
-_VALIDATE_TORCH = Stage("validate_torch", 1, ("recover",), (), "measure the student in torch")
+_RETUNE = Stage(
+    "retune",
+    1,
+    ("recover", "schedule", "gguf", "onnx"),
+    ("recover", "arithmetic"),
+    "teach the routers beside the quantized experts",
+    resumes=True,
+    shared=True,
+)
+_STUDENT = Stage("student", 1, ("recover", "retune"), (), "write the student checkpoint", resumes=True)
+_VALIDATE_TORCH = Stage("validate_torch", 2, ("recover", "retune"), (), "measure the student in torch")
 _VALIDATE_GGUF = Stage(
     "validate_gguf",
-    1,
-    ("gguf",),
+    2,
+    ("gguf", "retune"),
     ("budget", "onnx"),  # it records what it says if the other file holds the same numbers
     "measure the GGUF in llama.cpp",
     crash_is_a_finding=True,
 )
 _VALIDATE_ONNX = Stage(
     "validate_onnx",
-    1,
-    ("onnx", "validate_gguf"),
+    2,
+    ("onnx", "retune", "validate_gguf"),
     ("budget",),
     "measure the ONNX in ONNX Runtime",
     crash_is_a_finding=True,
@@ -95,6 +104,7 @@ ALL_STAGES = (
     _RECOVER,
     _GGUF,
     _ONNX,
+    _RETUNE,
     _STUDENT,
     _VALIDATE_TORCH,
     _VALIDATE_GGUF,
@@ -119,6 +129,7 @@ def stages_of(plan: Plan) -> tuple[Stage, ...]:
         _VALIDATE_GGUF: recipe.gguf is not None,
         _ONNX: recipe.onnx is not None,
         _VALIDATE_ONNX: recipe.onnx is not None,
+        _RETUNE: recipe.recover.after_quantizing is not None,
         _STUDENT: recipe.save_student,
     }
     return tuple(stage for stage in ALL_STAGES if wanted.get(stage, True))

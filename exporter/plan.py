@@ -13,6 +13,7 @@ from exporter.compression import expected_shape
 from exporter.files import write_atomically
 from exporter.prediction import Prediction
 from exporter.recipe import Recipe
+from exporter.recovery import RefusedRung
 
 __all__ = ["Plan"]
 
@@ -27,6 +28,7 @@ class Plan:
     heldout: Path | None
     predictions: Mapping[str, Prediction]  # by artifact
     recover_seconds: int
+    refused_rungs: tuple[RefusedRung, ...]  # of recovery, which this machine cannot train
     memory_bytes: int
     device: str  # cpu or cuda: where calibration and recovery compute
     require: Mapping[str, float]  # thresholds that differ from the default
@@ -48,6 +50,7 @@ class Plan:
         data = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
         data["recipe"] = self.recipe.model_dump()
         data["predictions"] = {name: asdict(prediction) for name, prediction in self.predictions.items()}
+        data["refused_rungs"] = [asdict(refused) for refused in self.refused_rungs]
         write_atomically(path, json.dumps(data, indent=1))
 
     @classmethod
@@ -56,6 +59,7 @@ class Plan:
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         data["recipe"] = Recipe.model_validate(data["recipe"])
         data["predictions"] = {name: Prediction(**lines) for name, lines in data["predictions"].items()}
+        data["refused_rungs"] = tuple(RefusedRung(**refused) for refused in data["refused_rungs"])
         for name in ("source", "calibration", "heldout", "out"):
             data[name] = None if data[name] is None else Path(data[name])
         return cls(**data)

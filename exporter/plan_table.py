@@ -9,8 +9,10 @@ from rich.table import Table
 
 from compressors.model.checkpoint import Checkpoint
 from exporter.compression import described_compression
+from exporter.durations import format_duration
 from exporter.estimate import Speeds, describe_time, disk_lines, memory_lines, seconds_by_stage
 from exporter.plan import Plan
+from exporter.recovery import AFTER_QUANTIZING, schedule_of, scope_of
 from exporter.sizes import format_size
 
 __all__ = ["plan_table"]
@@ -26,14 +28,15 @@ def plan_table(plan: Plan, speeds: Speeds, free_memory: int) -> RenderableType:
     )
     choices.add_row("budget", f"{format_size(budget.bytes)} of {counted}")
     choices.add_row("keeps", described_compression(recipe.compress, teacher))
-    choices.add_row("recovery", _recovery(plan))
+    for number, line in enumerate(_recovery(plan)):
+        choices.add_row("" if number else "recovery", line)
     choices.add_row("time", describe_time(seconds_by_stage(plan, speeds, free_memory)))
     sizes = Table("predicted bytes", *plan.predictions, box=None)
     sizes.add_row("type", *(str(recipe.type_of(artifact)) for artifact in plan.predictions))
     for name in ("file", "weights", "kv_cache", "compute", "reserve", "total"):
         values = (format_size(getattr(prediction, name)) for prediction in plan.predictions.values())
         sizes.add_row(name.replace("_", " "), *values)
-    disk, memory = disk_lines(plan), memory_lines(teacher, Checkpoint(plan.source).dtype.itemsize)
+    disk, memory = disk_lines(plan), memory_lines(teacher, plan.student_shape, Checkpoint(plan.source).dtype.itemsize)
     return Group(choices, "", sizes, "", _lines("work on disk, at most", disk), "", _lines("memory, at least", memory))
 
 
@@ -44,10 +47,14 @@ def _lines(what: str, lines: Mapping[str, int]) -> Table:
     return table
 
 
-def _recovery(plan: Plan) -> str:
+def _recovery(plan: Plan) -> list[str]:
+    """A line for each rung, and for each that was refused."""
     choice = plan.recipe.recover
-    if choice.rung == "none":
-        return "none"
-    steps = -(-choice.blocks // choice.blocks_per_step)
-    limit = f", at most {plan.recover_seconds // 60} min" if plan.recover_seconds else ""
-    return f"Router KD, up to {steps} steps of {choice.blocks_per_step} x 512 tokens{limit}"
+    lines = [f"{refused.rung} ({refused.loss}): refused, {refused.why}" for refused in plan.refused_rungs]
+    for rung in choice.trained:
+        steps = schedule_of(choice, rung, rung.blocks).n_steps
+        name = AFTER_QUANTIZING if rung is choice.after_quantizing else scope_of(rung).name_in(plan.student_shape)
+        lines.append(f"{name} ({rung.loss}), up to {steps} steps of {rung.blocks_per_step} x 512 tokens")
+    if choice.trained and plan.recover_seconds:
+        lines[-1] += f"; at most {format_duration(plan.recover_seconds)} in all"
+    return lines or ["none"]

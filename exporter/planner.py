@@ -12,17 +12,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from compressors.calibration import Splits
+from compressors.dense import check_dense
 from compressors.model.arithmetic import fastest_arithmetic
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import BudgetError, InputError
-from compressors.recover.router_kd import RouterKdSettings
+from compressors.recover.schedule import Schedule
 from compressors.slim import GGUF_WIDTH_MULTIPLE
 from exporter.budget import predict
 from exporter.compression import check_compression, described_compression, expected_shape, fewest_experts
 from exporter.gguf.layout import PRESETS as GGUF_PRESETS
 from exporter.job import METHODS_WITHOUT_EXPERTS, Job
 from exporter.prediction import Prediction
-from exporter.recipe import BudgetChoice, CompressChoice, Recipe, RecoverChoice, SourceChoice, TextChoice
+from exporter.recipe import BudgetChoice, CompressChoice, Recipe, SourceChoice, TextChoice
+from exporter.recovery import Machine, RefusedRung, check_after_quantizing, choose_ladder
 from exporter.sizes import format_size
 
 __all__ = ["HELDOUT_CHUNKS", "TextCounts", "choose_recipe", "predict_recipe"]
@@ -41,7 +43,7 @@ _DEFAULT_METHOD = "reap"
 _SEQUENTIAL = frozenset({"ream"})
 """Methods that are defined with the layers in front compressed already."""
 
-_DEFAULT_BLOCKS = 320  # 163,840 tokens: 40 steps of Router KD
+_CALIBRATION_BLOCKS = 320  # 163,840 tokens
 _SELECTION_BLOCKS = 20
 HELDOUT_CHUNKS = 50
 """Chunks that the report measures, of all files together."""
@@ -64,12 +66,13 @@ class _Candidate:
 
 
 def choose_recipe(
-    job: Job, checkpoint: Checkpoint, name: str, splits: Splits, counts: TextCounts
-) -> tuple[Recipe, dict[str, Prediction]]:
-    """The recipe for a job, and what is predicted of each artifact.
+    job: Job, checkpoint: Checkpoint, name: str, splits: Splits, counts: TextCounts, memory_bytes: int
+) -> tuple[Recipe, dict[str, Prediction], tuple[RefusedRung, ...]]:
+    """The recipe for a job, what is predicted of each artifact, and the rungs of recovery that do not fit the memory.
 
     Raises:
         InputError: ``--experts`` is not possible for this model.
+        UnsupportedError: a dense student is asked for, and the family has no dense counterpart.
         BudgetError: nothing fits; the message names the smallest budget that would work.
     """
     assert job.budget_bytes is not None, "only a recipe may stand in for the budget"
@@ -80,14 +83,20 @@ def choose_recipe(
         kv_type=job.kv_type,  # type: ignore[arg-type]
     )
     chosen = _Search(job, checkpoint, name, budget).best()
-    changed = chosen.compress != CompressChoice(experts=checkpoint.shape.n_experts)
+    wanted_blocks = Schedule.PUBLISHED_BLOCKS if job.recover == "router:published" else _CALIBRATION_BLOCKS
+    n_blocks = min(wanted_blocks, counts.calibration)
+    recover, refused = choose_ladder(
+        _wanted_recovery(job, checkpoint, chosen.compress),
+        expected_shape(chosen.compress, checkpoint.shape),
+        checkpoint.dtype.itemsize,
+        Machine(memory_bytes, n_blocks, models_stay=checkpoint.n_bytes < memory_bytes // 2),
+        job.seed,
+    )
     recipe = Recipe(
         source=SourceChoice(model=name, identity=checkpoint.identity()),
         budget=budget,
         text=TextChoice(
-            calibration_blocks=min(_DEFAULT_BLOCKS, counts.calibration)
-            if job.recover != "router:published"
-            else min(RouterKdSettings.PUBLISHED_BLOCKS, counts.calibration),
+            calibration_blocks=n_blocks,
             selection_blocks=min(_SELECTION_BLOCKS, counts.selection),
             heldout_chunks_per_file=max(1, HELDOUT_CHUNKS // counts.heldout_files),
             calibration_sha256=splits.calibration.sha256,
@@ -96,14 +105,14 @@ def choose_recipe(
         ),
         arithmetic=fastest_arithmetic(checkpoint.shape, checkpoint.dtype, job.device),
         compress=chosen.compress,
-        recover=_recovery(job, checkpoint, counts, changed),
+        recover=recover,
         gguf=chosen.types.get("gguf"),
         onnx=chosen.types.get("onnx"),
         save_student=job.save_student,
         threads=job.threads,
     )
     check_compression(recipe, checkpoint.shape)
-    return recipe, dict(chosen.predictions)
+    return recipe, dict(chosen.predictions), refused
 
 
 def predict_recipe(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Prediction]:
@@ -116,6 +125,7 @@ def predict_recipe(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Predicti
     """
     check_compression(recipe, checkpoint.shape)
     shape = expected_shape(recipe.compress, checkpoint.shape)
+    check_after_quantizing(recipe.recover, shape)
     predictions = {}
     for artifact in recipe.artifacts:
         weight_type = recipe.type_of(artifact) or ""
@@ -155,6 +165,9 @@ class _Search:
     def _choices(self) -> Sequence[CompressChoice]:
         method, shape = self._job.method, self._checkpoint.shape
         whole = CompressChoice(experts=shape.n_experts)
+        if self._job.student == "dense":
+            check_dense(shape)
+            return [whole.model_copy(update={"student": "dense"})]
         if self._job.experts is not None:
             _check_experts(self._job, self._checkpoint)
             return [_with_experts(method, self._job.experts, whole)]
@@ -234,18 +247,7 @@ def _check_experts(job: Job, checkpoint: Checkpoint) -> None:
         )
 
 
-def _recovery(job: Job, checkpoint: Checkpoint, counts: TextCounts, changed: bool) -> RecoverChoice:
-    """Routers are taught again when anything was compressed, or when it is asked for by name."""
-    if job.recover == "router:published":
-        settings = RouterKdSettings.published(min(RouterKdSettings.PUBLISHED_BLOCKS, counts.calibration))
-    else:
-        n_blocks = min(_DEFAULT_BLOCKS, counts.calibration)
-        settings = RouterKdSettings.sized(checkpoint.shape.hidden_size, n_blocks, job.seed)
-    wanted = job.recover.startswith("router") or (job.recover == "auto" and changed)
-    return RecoverChoice(
-        rung="router" if wanted else "none",
-        blocks=settings.n_blocks if wanted else 0,
-        blocks_per_step=settings.blocks_per_step,
-        learning_rate=settings.learning_rate,
-        seed=job.seed,
-    )
+def _wanted_recovery(job: Job, checkpoint: Checkpoint, chosen: CompressChoice) -> str:
+    """Nothing has to be recovered where nothing was compressed, unless it is asked for by name."""
+    unchanged = chosen == CompressChoice(experts=checkpoint.shape.n_experts)
+    return "none" if job.recover == "auto" and unchanged else job.recover

@@ -7,13 +7,16 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
+from compressors.recover.training_memory import refuse_too_large
 from exporter.estimate import disk_lines
 from exporter.job import Job
 from exporter.plan import Plan
+from exporter.recovery import scope_of
 from exporter.sizes import format_size
 
-__all__ = ["refuse_too_little_disk", "refuse_too_little_memory", "refuse_unwritable_places"]
+__all__ = ["refuse_too_large_rungs", "refuse_too_little_disk", "refuse_too_little_memory", "refuse_unwritable_places"]
 
 
 def refuse_unwritable_places(job: Job) -> None:
@@ -68,6 +71,18 @@ def refuse_too_little_memory(lines: Mapping[str, int], limit: int, free: int) ->
             f"--memory: {format_size(limit)} (without the flag it is half of what is free) are less than {needs}; "
             f"{format_size(free)} are free: give more of it, close programs, or use --force"
         )
+
+
+def refuse_too_large_rungs(plan: Plan) -> None:
+    """Compares ``--memory`` with what the recipe's rungs of recovery need in training.
+
+    Raises:
+        InputError: it is too little for one.
+    """
+    itemsize = Checkpoint(plan.source).dtype.itemsize
+    for rung in plan.recipe.recover.rungs:
+        if rung.scope != "router":  # which need no more than inference
+            refuse_too_large(scope_of(rung), plan.student_shape, itemsize, plan.memory_bytes)
 
 
 def _refuse_too_little(place: Path, needed: int, lines: Mapping[str, int], instead: str) -> None:

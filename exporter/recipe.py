@@ -17,7 +17,10 @@ __all__ = [
     "ExpertMethod",
     "Recipe",
     "RecoverChoice",
+    "RungChoice",
+    "RungLoss",
     "SourceChoice",
+    "Student",
     "TextChoice",
     "load_recipe",
     "recipe_yaml",
@@ -39,6 +42,13 @@ ExpertMethod = Literal[
     "ream",
 ]
 """Pruning criteria of :mod:`compressors.criteria`, then merging methods of :mod:`compressors.merge`."""
+
+
+Student = Literal["moe", "dense"]
+"""What is built: a smaller MoE, or a dense model (:mod:`compressors.dense`)."""
+
+RungLoss = Literal["kd", "next-token", "router-logits", "ka", "sar"]
+"""Objectives of :mod:`compressors.recover`."""
 
 
 class _Part(BaseModel):
@@ -89,6 +99,7 @@ class CompressChoice(_Part):
     width: PositiveInt | tuple[PositiveInt, ...] | None = None  # of each expert; null: as it is
     edit: Literal["none", "svd", "d2-moe", "mobe"] = "none"
     edit_size: PositiveInt | None = None  # the rank; of mobe the number of bases
+    student: Student = "moe"  # dense: each layer's experts become one feed-forward
     sequential: bool = False  # layers are judged by what the compressed layers in front make of the text
     sample_blocks: int = Field(default=32, gt=0)  # whose states methods see that need more than sums
 
@@ -101,14 +112,48 @@ class CompressChoice(_Part):
         return self
 
 
-class RecoverChoice(_Part):
-    """How the routers are taught again: the schedule of :class:`compressors.recover.router_kd.RouterKdSettings`."""
+class RungChoice(_Part):
+    """A rung of the recovery ladder: what is trained, towards what, and for how long (docs/recovery.md)."""
 
-    rung: Literal["none", "router"]
-    blocks: int = Field(ge=0)
-    blocks_per_step: int = Field(gt=0)
+    scope: Literal["router", "top-experts", "experts", "adapters"]
+    experts: PositiveInt | None = None  # of top-experts: how many of each layer, those that most tokens choose
+    rank: PositiveInt | None = None  # of adapters
+    loss: RungLoss = "kd"
+    batches_per_round: PositiveInt | None = None  # of ka and sar: written by the student, then judged, together
+    blocks: PositiveInt
+    blocks_per_step: PositiveInt
     learning_rate: float = Field(gt=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> RungChoice:
+        if (self.scope == "top-experts") != (self.experts is not None):
+            raise ValueError("experts says how many top-experts are trained: give it with that scope, and no other")
+        if (self.scope == "adapters") != (self.rank is not None):
+            raise ValueError("rank is the adapters': give it with that scope, and no other")
+        if (self.loss in ("ka", "sar")) != (self.batches_per_round is not None):
+            raise ValueError("batches_per_round belongs to ka and sar: give it with these losses, and no other")
+        if self.loss == "router-logits" and self.scope != "router":
+            raise ValueError("the loss router-logits looks at routers alone: its scope must be router")
+        return self
+
+
+class RecoverChoice(_Part):
+    """How the compressed model learns again. Each rung goes on from the last that was kept."""
+
+    rungs: tuple[RungChoice, ...] = ()  # climbed in this order, each kept only if the divergence falls
+    after_quantizing: RungChoice | None = None  # routers once more, beside experts as the files hold them
     seed: int = Field(ge=0)
+
+    @property
+    def trained(self) -> tuple[RungChoice, ...]:
+        """Everything that is trained, in its order."""
+        return self.rungs if self.after_quantizing is None else (*self.rungs, self.after_quantizing)
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> RecoverChoice:
+        if self.after_quantizing is not None and self.after_quantizing.scope != "router":
+            raise ValueError("after_quantizing trains routers alone, which no file quantizes: its scope must be router")
+        return self
 
 
 class Recipe(_Part):

@@ -15,7 +15,7 @@ import numpy as np
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.routing import Routing
 from compressors.model.shape import MoeShape
-from compressors.model.student import ExpertMap
+from compressors.model.student import ExpertMap, LayerMap
 from exporter.gguf.metadata import source_license
 from exporter.outputs import Artifact
 from exporter.plan import Plan
@@ -26,8 +26,10 @@ from exporter.stages.schedule import scheduled_blocks
 from exporter.stages.validate_gguf import same_numbers
 from exporter.stages.validate_torch import EVALUATION
 from exporter.work import StageRecord, WorkDirectory
-from validate.evaluation import Evaluation, divergence, perplexity
-from validate.routing_agreement import LayerAgreement, RoutingAgreement, routing_agreement
+from validate.evaluation import Evaluation
+from validate.figures import fidelity_figures
+from validate.routing_agreement import LayerAgreement, routing_agreement
+from validate.statistics import perplexity
 from validate.verdict import Check, required_checks
 
 __all__ = ["build_report", "final_recipe"]
@@ -38,8 +40,14 @@ _RUNTIMES = {"gguf": "llama.cpp", "onnx": "onnxruntime"}
 
 
 def final_recipe(plan: Plan, work: WorkDirectory) -> Recipe:
-    """The recipe with the number of blocks that the time limit of recovery allowed."""
-    recover = plan.recipe.recover.model_copy(update={"blocks": scheduled_blocks(work)})
+    """The recipe with the numbers of blocks that the time limit of recovery allowed."""
+    choice = plan.recipe.recover
+    trained = [
+        rung.model_copy(update={"blocks": n_blocks})
+        for rung, n_blocks in zip(choice.trained, scheduled_blocks(work), strict=True)
+    ]
+    after_quantizing = trained.pop() if choice.after_quantizing is not None else None
+    recover = choice.model_copy(update={"rungs": tuple(trained), "after_quantizing": after_quantizing})
     return plan.recipe.model_copy(update={"recover": recover})
 
 
@@ -89,7 +97,7 @@ def build_report(
             }
             for name, artifact in artifacts.items()
         ],
-        "recovery": json.loads(StudentFiles(work.stage("recover")).recovery.read_text(encoding="utf-8")),
+        "recovery": _recovery(plan, work),
         "validation": validation,
         "verdict": {"passed": all(check.passed for check in checks), "checks": [asdict(check) for check in checks]},
         "timings": {name: record.seconds for name, record in records.items()},
@@ -98,23 +106,41 @@ def build_report(
     }
 
 
+def _recovery(plan: Plan, work: WorkDirectory) -> list[dict[str, Any]]:
+    """The rungs that were refused, then those that were tried."""
+    stages = ["recover"] if plan.recipe.recover.after_quantizing is None else ["recover", "retune"]
+    tried = [
+        result
+        for stage in stages
+        for result in json.loads(StudentFiles(work.stage(stage)).recovery.read_text(encoding="utf-8"))
+    ]
+    return [asdict(refused) for refused in plan.refused_rungs] + tried
+
+
 def _student(teacher: MoeShape, experts: ExpertMap) -> dict[str, Any]:
     """What is left of the original."""
     shape = experts.shape_of(teacher)
     layers = {layer.source: layer for layer in experts.layers}
+    is_dense = shape.is_dense
     return {
+        "dense": is_dense,
         "n_layers": shape.n_layers,
-        "n_moe_layers": sum(shape.layer(index).has_moe for index in range(shape.n_layers)),
-        "n_experts": shape.n_experts,  # of the layer with the most
-        "fewest_experts": min(len(layer.groups) for layer in experts.layers if layer.groups),
-        "expert_width": shape.expert_width,
-        "top_k": shape.top_k,
+        "n_moe_layers": sum(shape.layer(index).has_moe for index in range(shape.n_layers)) if not is_dense else None,
+        "n_experts": shape.n_experts if not is_dense else None,  # of the layer with the most
+        "fewest_experts": min(len(layer.groups) for layer in experts.layers if layer.groups) if not is_dense else None,
+        "expert_width": shape.expert_width,  # of a dense student's layers: the width of the feed-forward
+        "top_k": shape.top_k if not is_dense else None,
         "parameters": shape.parameters,
-        # by layer of the original: its experts that go on living, by themselves or in the name of a merged group
-        "kept": [sorted(layers[layer].kept) if layer in layers else [] for layer in range(teacher.n_layers)],
-        "merged": any(len(group) > 1 for layer in experts.layers for group in layer.groups),
+        # by layer of the original: its experts that go on living, by themselves, in the name of a merged group, or as
+        # neurons of the dense feed-forward
+        "kept": [_kept(layers[layer], is_dense) if layer in layers else [] for layer in range(teacher.n_layers)],
+        "merged": not is_dense and any(len(group) > 1 for layer in experts.layers for group in layer.groups),
         "expert_map": experts.to_json(),
     }
+
+
+def _kept(layer: LayerMap, is_dense: bool) -> list[int]:
+    return sorted(expert for group in layer.groups for expert in group) if is_dense else sorted(layer.kept)
 
 
 class _Rows:
@@ -126,7 +152,7 @@ class _Rows:
         work: WorkDirectory,
         records: Mapping[str, StageRecord],
         experts: ExpertMap,
-        teacher: Mapping[str, float],
+        teacher: Mapping[str, Any],
     ) -> None:
         self._plan = plan
         self._work = work
@@ -182,29 +208,23 @@ class _Rows:
         }
 
     def _fidelity(self, name: str, evaluation: Evaluation) -> dict[str, Any]:
-        value, error = perplexity(evaluation.negative_log_likelihood_N)
+        return fidelity_figures(evaluation, "teacher") | {"routing": self._routing(name, evaluation)}
+
+    def _routing(self, name: str, evaluation: Evaluation) -> dict[str, Any]:
+        """Each comparison that can be made; a dense student has no routing to compare."""
+        other = "onnx" if name == "gguf" else "gguf"
+        is_file = name in _RUNTIMES
         return {
-            "tokens": len(evaluation.negative_log_likelihood_N),
-            "perplexity": value,
-            "perplexity_error": error,
-            "kld": asdict(divergence(evaluation.kl_divergence_N["teacher"])),
-            "top1_agreement": float(np.mean(evaluation.same_top_N["teacher"])),
-            "routing": self._routing(name, evaluation.routing),
+            "vs_torch_student": _agreement(self._routing_of("student"), evaluation) if is_file else None,
+            "vs_other_runtime": _agreement(self._routing_of(other), evaluation)
+            if is_file and same_numbers(self._plan)
+            else None,
+            "vs_teacher": _agreement(self._teacher_routing, evaluation, self._experts),
         }
 
-    def _routing(self, name: str, routing: Routing) -> dict[str, Any]:
-        student = self._evaluations["student"]
-        other = self._evaluations["onnx" if name == "gguf" else "gguf"]
-        compare_runtimes = name in _RUNTIMES and other is not None and same_numbers(self._plan)
-        return {
-            "vs_torch_student": _agreement(routing_agreement(student.routing, routing))
-            if student is not None and name in _RUNTIMES
-            else None,
-            "vs_other_runtime": _agreement(routing_agreement(other.routing, routing))
-            if compare_runtimes and other is not None
-            else None,
-            "vs_teacher": _agreement(routing_agreement(self._teacher_routing, routing, self._experts)),
-        }
+    def _routing_of(self, name: str) -> Routing | None:
+        evaluation = self._evaluations[name]
+        return None if evaluation is None else evaluation.routing
 
 
 _ROW_FIELDS = (
@@ -212,12 +232,18 @@ _ROW_FIELDS = (
     "runtime",
     "runtime_version",
     "tokens",
+    "chunks",
     "perplexity",
     "perplexity_error",
+    "perplexity_interval",
     "perplexity_teacher",
     "perplexity_student_torch",
+    "perplexity_vs_teacher",
     "kld",
+    "delta_p",
     "top1_agreement",
+    "top1_agreement_error",
+    "top1_agreement_interval",
     "routing",
     "kld_vs_other_runtime",
     "base_rss_bytes",
@@ -231,12 +257,18 @@ _ROW_FIELDS = (
 
 
 def _mean_kld(evaluation: Evaluation, reference: str) -> float | None:
-    values = evaluation.kl_divergence_N.get(reference)
-    return None if values is None else float(np.mean(values))
+    against = evaluation.against.get(reference)
+    return None if against is None else float(np.mean(against.kl_divergence_N))
 
 
-def _agreement(agreement: RoutingAgreement) -> dict[str, Any]:
+def _agreement(
+    reference: Routing | None, evaluation: Evaluation, experts: ExpertMap | None = None
+) -> dict[str, Any] | None:
+    if reference is None or evaluation.routing is None:
+        return None
+    agreement = routing_agreement(reference, evaluation.routing, experts, n_chunks=evaluation.n_chunks)
     overall: dict[str, Any] = {figure.name: agreement.mean(figure.name) for figure in fields(LayerAgreement)}
+    overall["overlap_interval"] = agreement.overlap_interval
     return overall | {"per_layer": [None if layer is None else asdict(layer) for layer in agreement.layers]}
 
 
@@ -270,6 +302,7 @@ def _checks(plan: Plan, artifacts: Mapping[str, Artifact], rows: Mapping[str, Ma
             name,
             plan.recipe.type_of(name) or "",
             plan.require,
+            is_routed=not plan.student_shape.is_dense,
             kld=row["kld"] and row["kld"]["mean"],
             top1=row["top1_agreement"],
             routing=routing and routing["overlap"],

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporter.files import check_free_space, not_written, write_note
+from exporter.files import check_free_space, not_written, write_at, write_note
 
 __all__ = ["Extent", "Part", "ResumableFile", "is_published", "resuming"]
 
@@ -96,7 +96,7 @@ class ResumableFile:
 
     def write_piece(self, parts: Iterable[Part]) -> None:
         """Writes the next piece: its parts, each at its offset."""
-        n_bytes = sum(_write_at(self._descriptor, offset, data) for offset, data in parts)
+        n_bytes = sum(write_at(self._descriptor, offset, data) for offset, data in parts)
         declared = self._pieces[self.n_pieces].n_bytes
         assert n_bytes == declared, f"{self._path}: {n_bytes} bytes written, {declared} declared"
         self.n_pieces += 1
@@ -148,11 +148,3 @@ class ResumableFile:
         if type(n_pieces) is not int or not 0 < n_pieces <= len(self._pieces):
             return 0
         return n_pieces if os.fstat(self._descriptor).st_size >= self._pieces[n_pieces - 1].end else 0
-
-
-def _write_at(descriptor: int, offset: int, data: memoryview) -> int:
-    rest = data.cast("B")
-    while rest:  # the system may take less than it is given
-        written = os.pwrite(descriptor, rest, offset)
-        rest, offset = rest[written:], offset + written
-    return data.nbytes

@@ -21,7 +21,12 @@ from exporter.outputs import Outputs, reserved, sha256_of
 from exporter.pipeline import run_stages, source_of_run, stages_of, unfinished
 from exporter.plan import Plan
 from exporter.planner import TextCounts, choose_recipe, predict_recipe
-from exporter.preflight import refuse_too_little_disk, refuse_too_little_memory, refuse_unwritable_places
+from exporter.preflight import (
+    refuse_too_large_rungs,
+    refuse_too_little_disk,
+    refuse_too_little_memory,
+    refuse_unwritable_places,
+)
 from exporter.recipe import Recipe, load_recipe, recipe_yaml
 from exporter.result import build_report, final_recipe
 from exporter.team import Team, local_processes
@@ -66,8 +71,9 @@ def run_job(job: Job, command: str, announce: Callable[[str], None], team: Team 
     work = WorkDirectory(job.work_dir)
     plan = _existing_plan(work, job, identity) or make_plan(job, command)
     if not job.force:
-        least = memory_lines(plan.teacher_shape, Checkpoint(plan.source).dtype.itemsize)
+        least = memory_lines(plan.teacher_shape, plan.student_shape, Checkpoint(plan.source).dtype.itemsize)
         refuse_too_little_memory(least, plan.memory_bytes, psutil.virtual_memory().available)
+        refuse_too_large_rungs(plan)
         refuse_too_little_disk(plan, work.folder)
     with reserved(job.out), work.lock():
         if job.out.exists():  # another run has just published it
@@ -113,11 +119,14 @@ def make_plan(job: Job, command: str) -> Plan:
     splits = read_splits(calibration, heldout)
     tokenized = tokenize(splits, folder)
     counts = TextCounts(tokenized[0].n_blocks, tokenized[1].n_blocks, len(tokenized[2].blocks))
+    memory_bytes = job.memory_bytes or psutil.virtual_memory().available // 2 // local_processes()
     if job.recipe is None:
-        recipe, predictions = choose_recipe(job, checkpoint, _name(job), splits, counts)
+        recipe, predictions, refused = choose_recipe(job, checkpoint, _name(job), splits, counts, memory_bytes)
     else:
         recipe = _completed(job.recipe, load_recipe(job.recipe), checkpoint, splits)
-        predictions = predict_recipe(recipe, checkpoint)
+        predictions, refused = predict_recipe(recipe, checkpoint), ()
+    if recipe.compress.student == "dense" and "routing" in job.require:
+        raise InputError("--require: a dense student has no routing to compare; leave routing out")
     return Plan(
         recipe=recipe,
         source=folder.resolve(),
@@ -126,7 +135,8 @@ def make_plan(job: Job, command: str) -> Plan:
         predictions=predictions,
         # a recipe's number of blocks is followed as it stands, whatever the clock says
         recover_seconds=job.recover_seconds if job.recipe is None else 0,
-        memory_bytes=job.memory_bytes or psutil.virtual_memory().available // 2 // local_processes(),
+        refused_rungs=refused,
+        memory_bytes=memory_bytes,
         device=job.device,
         require=dict(job.require),
         out=job.out.resolve(),

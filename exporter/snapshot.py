@@ -21,14 +21,18 @@ from exporter.outputs import sha256_of
 __all__ = ["Snapshot"]
 
 _CONTENTS = "contents.json"
+_SHORT_WRITING = 1.5  # seconds that a snapshot may take; one that takes longer comes so much more seldom
 
 
 class Snapshot:
-    """The newest snapshot of a stage, in ``folder``; at most one every ``seconds``."""
+    """The newest snapshot of a stage, in ``folder``.
+
+    There is at most one every ``seconds``, and fewer where writing takes long, so that little time goes into it.
+    """
 
     def __init__(self, folder: Path, seconds: float = 30.0) -> None:
         self._folder = folder
-        self._seconds = seconds
+        self._seconds = self._pause = seconds
         self._last = time.monotonic()
 
     def keep(self, position: int, write: Callable[[Path], None]) -> None:
@@ -38,10 +42,11 @@ class Snapshot:
             position: how far the stage is, such as layers or steps done.
             write: writes files into the folder that it is given; every process of a group writes its own.
         """
-        due = torch.tensor(time.monotonic() - self._last >= self._seconds, dtype=torch.int32)
+        due = torch.tensor(time.monotonic() - self._last >= self._pause, dtype=torch.int32)
         reduce_max([due])  # all processes or none
         if not due:
             return
+        start = time.monotonic()
         new = self._folder.with_name(f"{self._folder.name}.new")
         if is_first():
             shutil.rmtree(new, ignore_errors=True)
@@ -53,6 +58,7 @@ class Snapshot:
             self._publish(new, position)
         wait_for_all()
         self._last = time.monotonic()
+        self._pause = self._seconds * max(1.0, (self._last - start) / _SHORT_WRITING)
 
     def load(self) -> tuple[int, Path] | None:
         """(position, folder) of the newest whole snapshot, None if there is none."""

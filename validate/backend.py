@@ -22,7 +22,7 @@ class ChunkOutput:
     """One chunk of tokens, run from an empty cache. The logits are valid until the next chunk is asked for."""
 
     logits_SV: npt.NDArray[np.float32]  # at the scored positions; position i predicts token i + 1
-    routing: Routing  # at every position
+    routing: Routing | None  # at every position; None of a dense model
 
 
 class Backend(Protocol):
@@ -42,6 +42,10 @@ class Backend(Protocol):
 
 class RuntimeBackend(Backend, Protocol):
     """A backend that can also generate text with its KV cache."""
+
+    @property
+    def bos_token(self) -> int | None:
+        """The token that the model wants before a text; None if it wants none."""
 
     def greedy(self, prompt_ids: Sequence[int], n_tokens: int) -> list[int]:
         """The next ``n_tokens`` most probable tokens, one after the other; end-of-text does not stop it."""

@@ -84,8 +84,13 @@ class LlamaCppBackend:
         commit = ctypes.string_at(_ggml_function("ggml_commit", ctypes.c_void_p)()).decode()
         return f"{version('llama-cpp-python')} (ggml {ggml}, {commit})"
 
+    @property
+    def bos_token(self) -> int | None:
+        """The token that llama.cpp puts before a text; None if it puts none."""
+        return self._session.bos_token
+
     def run(self, tokens_BT: npt.NDArray[np.int64]) -> Iterator[ChunkOutput]:
-        """Runs every row as a sequence of its own and yields its output, in order.
+        """Runs every row as a sequence of its own and yields its output, in order; a dense file's has no routing.
 
         Raises:
             InputError: a row is longer than the context, or a token is not in the vocabulary.
@@ -93,13 +98,14 @@ class LlamaCppBackend:
         for tokens_T in tokens_BT:
             self._session.clear()
             self._session.check(tokens_T)
-            self._routing.start()
+            if self._session.has_experts:
+                self._routing.start()
             # logits everywhere: the last layer's experts run only where an output is wanted, and routing is too;
             # in halves, so that half of them are in memory at a time: those that are scored come last
             scored = scored_positions(len(tokens_T))
             self._session.decode(tokens_T[: scored.start], all_logits=True)
             logits_SV = self._session.decode(tokens_T[scored.start :], all_logits=True)[: scored.stop - scored.start]
-            yield ChunkOutput(logits_SV, self._routing.finish(len(tokens_T)))
+            yield ChunkOutput(logits_SV, self._routing.finish(len(tokens_T)) if self._session.has_experts else None)
 
     def greedy(self, prompt_ids: Sequence[int], n_tokens: int) -> list[int]:
         """The ``n_tokens`` tokens that follow the prompt when the most likely one is always taken."""
@@ -183,6 +189,8 @@ class _Session:
             raise InputError(f"--kv-type {kv_type}: no such type; choose one of {', '.join(KV_TYPES)}")
         _start_runtime()
         self._model = _load_model(path, gpu_layers)
+        architecture = _metadata(self._model, "general.architecture")
+        self.has_experts = int(_metadata(self._model, f"{architecture}.expert_count") or 0) > 0
         params = api.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, n_batch, min(n_batch, _PHYSICAL_BATCH)
         params.n_threads = params.n_threads_batch = threads
@@ -199,6 +207,8 @@ class _Session:
         vocabulary = api.llama_model_get_vocab(self._model)
         assert vocabulary is not None
         self.vocab_size = int(api.llama_vocab_n_tokens(vocabulary))
+        adds_bos = api.llama_vocab_get_add_bos(vocabulary)
+        self.bos_token = int(api.llama_vocab_bos(vocabulary)) if adds_bos else None
 
     def __del__(self) -> None:
         if self._context is not None:
@@ -343,6 +353,13 @@ def _load_model(path: Path, gpu_layers: int) -> int:
     if model is None:
         raise InputError(f"{path} cannot be loaded by llama.cpp{_logged_error()}")
     return model
+
+
+def _metadata(model: int, key: str) -> str | None:
+    """A value of the file's metadata as text, None if it has no such key."""
+    text = ctypes.create_string_buffer(64)
+    length = api.llama_model_meta_val_str(model, key.encode(), text, len(text))
+    return None if length < 0 else text.value.decode()
 
 
 def _ggml_function(name: str, result: Any) -> Any:

@@ -1,9 +1,9 @@
 """ONNX Runtime as a backend: logits, routing, greedy text and cost of an exported decoder.
 
-Works on any decoder whose MoE blocks are com.microsoft MoE or QMoE nodes and whose cache inputs and outputs are named
-``past_key_values.N.key`` and ``present.N.key``. The operators do not give away which experts they chose, only the
-logits they are fed are visible: routing is computed from those by the operators' own rule (softmax over all experts,
-top-k, renormalised if the node says so; of two equal logits the lower expert index wins).
+Works on any decoder whose cache inputs and outputs are named ``past_key_values.N.key`` and ``present.N.key`` and whose
+MoE blocks, if it is not dense, are com.microsoft MoE or QMoE nodes. The operators do not give away which experts they
+chose, only the logits they are fed are visible: routing is computed from those by the operators' own rule (softmax over
+all experts, top-k, renormalised if the node says so; of two equal logits the lower expert index wins).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy.typing as npt
 import onnx
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+from tokenizers import Tokenizer
 
 from compressors.model.errors import InputError, MoeExportError
 from compressors.model.routing import NO_EXPERT, Routing
@@ -83,7 +84,7 @@ class OnnxRuntimeBackend:
         self._path = _model_file(path)
         self._threads = threads
         self._session = _open_session(self._path, str(self._path), threads)
-        self._moe_nodes: tuple[_MoeNode, ...] = ()  # filled when the session shows their router logits
+        self._moe_nodes: tuple[_MoeNode, ...] | None = None  # known when the session shows their router logits
         self._n_layers = len(_cache_dimensions(self._session)) // 2
 
     @property
@@ -96,29 +97,48 @@ class OnnxRuntimeBackend:
         """The installed version."""
         return str(onnxruntime.__version__)
 
+    @property
+    def bos_token(self) -> int | None:
+        """The token that the tokenizer beside the model puts before a text; None if it puts none.
+
+        Raises:
+            InputError: there is no tokenizer.
+        """
+        path = self._path.parent / "tokenizer.json"
+        if not path.is_file():
+            raise InputError(f"{path} is missing: without it nobody knows how a text begins")
+        tokenizer = Tokenizer.from_file(str(path))
+        tokens, alone = (tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
+        return tokens[0] if tokens[0] != alone[0] else None
+
     def run(self, tokens_BT: npt.NDArray[np.int64]) -> Iterator[ChunkOutput]:
         """Runs every row from an empty cache and yields its logits and routing, in order.
 
         Routing comes from a debug copy of the graph over the same weight file, with the router logits as further
-        outputs. On the first chunk its logits must be those of the shipped graph, bit for bit.
+        outputs. On the first chunk its logits must be those of the shipped graph, bit for bit. A graph without MoE
+        nodes is a dense model's: it has no routing, and needs no copy.
 
         Raises:
-            InputError: the graph has no MoE node.
+            InputError: a token is not in the vocabulary.
             OnnxRuntimeError: the logits differ; the backend cannot be used any more.
         """
+        size = _vocab_size(self._session)
+        if tokens_BT.min() < 0 or tokens_BT.max() >= size:
+            raise InputError(f"token {tokens_BT.max()} is not in the vocabulary of {size}; was another tokenizer used?")
         for tokens in tokens_BT:
-            if not self._moe_nodes:
-                self._show_routing(tokens)
+            if self._moe_nodes is None:
+                self._moe_nodes = self._show_routing(tokens)
             names = [node.router_logits for node in self._moe_nodes]
             logits_TV, router_logits = _run_from_empty_cache(self._session, tokens, names)
-            yield ChunkOutput(logits_TV[scored_positions(len(tokens))], self._routing(router_logits))
+            routing = self._routing(self._moe_nodes, router_logits) if self._moe_nodes else None
+            yield ChunkOutput(logits_TV[scored_positions(len(tokens))], routing)
 
-    def _routing(self, router_logits: Sequence[npt.NDArray[np.float32]]) -> Routing:
+    def _routing(self, nodes: Sequence[_MoeNode], router_logits: Sequence[npt.NDArray[np.float32]]) -> Routing:
         """Layers without experts, and places beyond a layer's top-k, hold no expert."""
-        size = (self._n_layers, len(router_logits[0]), max(node.top_k for node in self._moe_nodes))
+        size = (self._n_layers, len(router_logits[0]), max(node.top_k for node in nodes))
         experts_LTK = np.full(size, NO_EXPERT, dtype=np.int32)
         weights_LTK = np.zeros(size, dtype=np.float32)
-        for node, logits_TE in zip(self._moe_nodes, router_logits, strict=True):
+        for node, logits_TE in zip(nodes, router_logits, strict=True):
             experts_LTK[node.layer, :, : node.top_k], weights_LTK[node.layer, :, : node.top_k] = node.routing(logits_TE)
         return Routing(experts_LTK, weights_LTK)
 
@@ -126,12 +146,15 @@ class OnnxRuntimeBackend:
         """The ``n_tokens`` most likely next tokens, one after the other, through the cache; stops at nothing."""
         return _Generation(self._session, capacity=len(prompt_ids) + n_tokens).greedy(prompt_ids, n_tokens)
 
-    def _show_routing(self, tokens: npt.NDArray[np.int64]) -> None:
-        """Puts the debug copy in the session's place; one after the other, because each holds the weights."""
+    def _show_routing(self, tokens: npt.NDArray[np.int64]) -> tuple[_MoeNode, ...]:
+        """Puts the debug copy in the session's place; one after the other, because each holds the weights.
+
+        Returns the MoE nodes whose router logits it shows; if there are none, the session stays.
+        """
         model = onnx.load(self._path, load_external_data=False)
         moe_nodes = tuple(_moe_nodes(model.graph))
         if not moe_nodes:
-            raise InputError(f"{self._path} has no MoE or QMoE node: there is no routing to look at")
+            return ()
         model.graph.output.extend(
             onnx.helper.make_tensor_value_info(node.router_logits, onnx.TensorProto.FLOAT, None) for node in moe_nodes
         )
@@ -143,7 +166,8 @@ class OnnxRuntimeBackend:
                 f"{self._path}: the copy of the graph that shows routing gives other logits than the graph itself; "
                 "its routing would prove nothing"
             )
-        self._session, self._moe_nodes = debug, moe_nodes
+        self._session = debug
+        return moe_nodes
 
 
 def measure(folder: Path, *, context: int, threads: int, prompt_tokens: Sequence[int]) -> RuntimeCost:

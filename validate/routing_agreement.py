@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from compressors.model.routing import NO_EXPERT, Routing
 from compressors.model.student import ExpertMap
+from validate.bootstrap import Interval, bootstrap_interval
 
 __all__ = ["LayerAgreement", "RoutingAgreement", "routing_agreement", "same_sets"]
 
@@ -34,29 +35,38 @@ class RoutingAgreement:
     """Agreement by layer, None where the layer has no experts; the overall figures are means over the others."""
 
     layers: tuple[LayerAgreement | None, ...]
+    overlap_interval: Interval | None  # of the overall overlap, by block bootstrap; None for a single block
 
     def mean(self, name: str) -> float:
         """The mean of one figure over the layers that have experts."""
         return float(np.mean([getattr(layer, name) for layer in self.layers if layer is not None]))
 
 
-def routing_agreement(reference: Routing, model: Routing, experts: ExpertMap | None = None) -> RoutingAgreement:
+def routing_agreement(
+    reference: Routing, model: Routing, experts: ExpertMap | None = None, *, n_chunks: int = 1
+) -> RoutingAgreement:
     """Compares two recordings of the same tokens.
 
     Args:
         reference: A; the teacher's own numbering when ``experts`` is given, else the model's.
         model: B.
         experts: maps the teacher's experts to the student's.
+        n_chunks: chunks of equal length that the tokens consist of; the interval draws whole chunks.
     """
     layers: list[LayerAgreement | None] = []
+    overlaps: list[_ChunkOverlap] = []
     for layer, model_TK in enumerate(model.experts_LTK):
         if (model_TK == NO_EXPERT).all():
             layers.append(None)
             continue
         source = layer if experts is None else experts.layers[layer].source
         table = None if experts is None else experts.student_of(layer).numpy()
-        layers.append(_layer_agreement(reference.experts_LTK[source], reference.weights_LTK[source], model_TK, table))
-    return RoutingAgreement(tuple(layers))
+        layer_agreement, overlap = _layer_agreement(
+            reference.experts_LTK[source], reference.weights_LTK[source], model_TK, table, n_chunks
+        )
+        layers.append(layer_agreement)
+        overlaps.append(overlap)
+    return RoutingAgreement(tuple(layers), bootstrap_interval(n_chunks, lambda draws: _mean_overlap(overlaps, draws)))
 
 
 def same_sets(first: Routing, second: Routing) -> npt.NDArray[np.bool_]:
@@ -66,30 +76,50 @@ def same_sets(first: Routing, second: Routing) -> npt.NDArray[np.bool_]:
     return result
 
 
+@dataclass(frozen=True)
+class _ChunkOverlap:
+    """One layer's overlap, by chunk (B), and the tokens that it is the sum of."""
+
+    sum_B: npt.NDArray[np.float64]
+    tokens_B: npt.NDArray[np.int64]
+
+
+def _mean_overlap(overlaps: list[_ChunkOverlap], draws_DB: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The overall overlap of texts that take each chunk so often: [D]."""
+    layers_LD = [draws_DB @ layer.sum_B / np.maximum(draws_DB @ layer.tokens_B, 1) for layer in overlaps]
+    means_D: npt.NDArray[np.float64] = np.mean(layers_LD, axis=0)
+    return means_D
+
+
 def _layer_agreement(
     chosen_TK: npt.NDArray[np.int32],
     weights_TK: npt.NDArray[np.float32],
     model_TK: npt.NDArray[np.int32],
     table_E: npt.NDArray[np.int64] | None,
-) -> LayerAgreement:
+    n_chunks: int,
+) -> tuple[LayerAgreement, _ChunkOverlap]:
     mapped = chosen_TK.astype(np.int64) if table_E is None else table_E[chosen_TK]
     all_weights = weights_TK.astype(np.float64)
     mapped, weights = _collapse(mapped, all_weights)
     present = mapped >= 0
     told = present.any(axis=1)
+    told_B = told.reshape(n_chunks, -1).sum(1)
     if not told.any():
-        return LayerAgreement(0.0, 0.0, 0.0, 0.0, 0.0)
+        return LayerAgreement(0.0, 0.0, 0.0, 0.0, 0.0), _ChunkOverlap(np.zeros(n_chunks), told_B)
     kept = (weights * present).sum(1) / all_weights.sum(1)
     mapped, weights, present, model = mapped[told], weights[told] * present[told], present[told], model_TK[told]
     shared = (mapped[:, :, None] == model[:, None, :]).any(-1) & present
+    overlap_T = np.zeros(len(chosen_TK))
+    overlap_T[told] = shared.sum(1) / present.sum(1)
     strongest = np.take_along_axis(mapped, weights.argmax(1)[:, None], 1)[:, 0]
-    return LayerAgreement(
-        overlap=float((shared.sum(1) / present.sum(1)).mean()),
+    agreement = LayerAgreement(
+        overlap=float(overlap_T[told].mean()),
         exact=float((shared == present).all(1).mean()),
         top1=float((strongest == model[:, 0]).mean()),
         weighted=float(((weights * shared).sum(1) / weights.sum(1)).mean()),
         kept_gate_weight=float(kept.mean()),
     )
+    return agreement, _ChunkOverlap(overlap_T.reshape(n_chunks, -1).sum(1), told_B)
 
 
 def _collapse(

@@ -19,7 +19,10 @@ __all__ = ["TorchBackend"]
 
 
 class TorchBackend:
-    """A student in torch; implements :class:`validate.backend.Backend`."""
+    """A student in torch; implements :class:`validate.backend.Backend`.
+
+    A dense student's one expert is chosen whatever its router says: there is no routing to tell of.
+    """
 
     runtime = "torch"
 
@@ -40,9 +43,10 @@ class TorchBackend:
         """Streams all chunks through the layers, then yields them one by one."""
         model = StreamedModel(self._student, limit=self._limit)
         recorder = RoutingRecorder(self._student.shape)
-        group = TokenGroup(torch.from_numpy(tokens_BT), [recorder.observe])
+        is_dense = self._student.shape.is_dense
+        group = TokenGroup(torch.from_numpy(tokens_BT), [] if is_dense else [recorder.observe])
         (states,) = model.stream([group], self._progress)
-        routing = recorder.routing()
+        routing = None if is_dense else recorder.routing()
         n_tokens = tokens_BT.shape[1]
         scored = scored_positions(n_tokens)
         with model.head(torch.float32) as head:
@@ -51,5 +55,7 @@ class TorchBackend:
                 (hidden_TD,) = states.read(slice(chunk, chunk + 1))
                 yield ChunkOutput(
                     logits_SV=head(hidden_TD[scored]).numpy(),
-                    routing=Routing(routing.experts_LTK[:, tokens], routing.weights_LTK[:, tokens]),
+                    routing=None
+                    if routing is None
+                    else Routing(routing.experts_LTK[:, tokens], routing.weights_LTK[:, tokens]),
                 )

@@ -68,12 +68,16 @@ def required_checks(
     weight_type: str,
     require: Mapping[str, float],
     *,
+    is_routed: bool,
     kld: float | None,
     top1: float | None,
     routing: float | None,
     perplexity_change: float | None,
 ) -> list[Check]:
-    """The fidelity checks of one artifact: defaults of its type, replaced and joined by what was required."""
+    """The fidelity checks of one artifact: defaults of its type, replaced and joined by what was required.
+
+    A dense model is not ``is_routed``: nothing is asked of its routing.
+    """
     default = fidelity_for(weight_type)
     checks = [
         Check.at_most(
@@ -81,8 +85,9 @@ def required_checks(
             perplexity_change,
             require.get("perplexity_change", default.perplexity_change),
         ),
-        Check.at_least(f"{artifact}.routing", routing, require.get("routing", default.routing_overlap)),
     ]
+    if is_routed:
+        checks.append(Check.at_least(f"{artifact}.routing", routing, require.get("routing", default.routing_overlap)))
     if "kld" in require:
         checks.append(Check.at_most(f"{artifact}.kld", kld, require["kld"]))
     if "top1" in require:

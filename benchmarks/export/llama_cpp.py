@@ -1,7 +1,7 @@
-"""llama.cpp's converter and quantizer, from the sources that llama-cpp-python ships, built once.
+"""llama.cpp's converter, quantizer and perplexity tool, from the sources that llama-cpp-python ships, built once.
 
-The wheel has the libraries only. The sdist of the version that is installed has all of llama.cpp: ``llama-quantize`` is
-compiled from it, the converter is run from it.
+The wheel has the libraries only. The sdist of the version that is installed has all of llama.cpp: ``llama-quantize``
+and ``llama-perplexity`` are compiled from it, the converter is run from it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 __all__ = ["Tools", "build_tools"]
 
 _PACKAGE = "llama-cpp-python"
+_PROGRAMS = ("llama-quantize", "llama-perplexity")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Tools:
 
     convert: tuple[str, ...]  # SOURCE_FOLDER --outfile FILE --outtype TYPE
     quantize: tuple[str, ...]  # [options] SOURCE TARGET TYPE THREADS
+    perplexity: tuple[str, ...]  # -m FILE -f TEXT [options]
 
 
 def build_tools(folder: Path) -> Tools:
@@ -38,11 +40,11 @@ def build_tools(folder: Path) -> Tools:
         with tarfile.open(folder / f"llama_cpp_python-{version}.tar.gz") as archive:
             archive.extractall(folder, filter="data")
     build = folder / f"build-{version}"
-    binary = build / "bin" / "llama-quantize"
-    if not binary.exists():
+    quantize, perplexity = (build / "bin" / program for program in _PROGRAMS)
+    if not (quantize.exists() and perplexity.exists()):
         _compile(sources, build)
     wrapper = Path(__file__).with_name("convert.py")
-    return Tools((sys.executable, str(wrapper), str(sources)), (str(binary),))
+    return Tools((sys.executable, str(wrapper), str(sources)), (str(quantize),), (str(perplexity),))
 
 
 def _compile(sources: Path, build: Path) -> None:
@@ -52,4 +54,4 @@ def _compile(sources: Path, build: Path) -> None:
     definitions = [f"-D{name}={value}" for name, value in options.items()]
     subprocess.run(["cmake", "-S", sources, "-B", build, *definitions], check=True, stdout=subprocess.DEVNULL)
     jobs = str(os.cpu_count() or 1)
-    subprocess.run(["cmake", "--build", build, "--target", "llama-quantize", "--parallel", jobs], check=True)
+    subprocess.run(["cmake", "--build", build, "--target", *_PROGRAMS, "--parallel", jobs], check=True)

@@ -23,7 +23,8 @@ from compressors.model.student import Student
 from compressors.statistics import StatisticsCollector, StoredStatistics, save_statistics
 from exporter.files import write_atomically
 from validate.backend import scored_positions
-from validate.evaluation import evaluate, perplexity
+from validate.evaluation import evaluate
+from validate.statistics import perplexity
 from validate.torch_reference import TorchBackend
 
 __all__ = ["CALIBRATION_BLOCKS", "HELDOUT_CHUNKS", "MODELS", "Measured", "measure", "measure_into", "prepare"]
@@ -98,7 +99,7 @@ def measure(model: str, method: str, share: float, folder: Path) -> Measured:
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     reference = LogProbReader(folder / "log_probs")
     evaluation = evaluate(TorchBackend(shrunk.student), tokens["heldout"].numpy(), {TEACHER: reference})
-    divergence_N = evaluation.kl_divergence_N[TEACHER].astype("float64")
+    divergence_N = evaluation.against[TEACHER].kl_divergence_N.astype("float64")
     return Measured(
         model,
         method,

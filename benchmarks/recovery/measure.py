@@ -24,7 +24,7 @@ from compressors.model.log_probs import LogProbReader, LogProbWriter
 from compressors.model.shape import MoeShape
 from compressors.model.streaming import StreamedModel, TokenGroup
 from compressors.model.student import Student
-from compressors.recover.divergence import mean_divergence
+from compressors.recover.divergence import judge
 from compressors.recover.schedule import Schedule
 from compressors.recover.scopes import Scope
 from compressors.recover.training import TrainingDivergedError
@@ -33,7 +33,8 @@ from compressors.statistics import StatisticsCollector, StoredStatistics, save_s
 from compressors.teacher import TeacherTargets, write_targets
 from exporter.files import write_atomically
 from validate.backend import scored_positions
-from validate.evaluation import evaluate, perplexity
+from validate.evaluation import evaluate
+from validate.statistics import perplexity
 from validate.torch_reference import TorchBackend
 
 __all__ = ["HELDOUT_CHUNKS", "SELECTION_CHUNKS", "Measured", "load", "measure_into", "prepare"]
@@ -155,12 +156,12 @@ def _judge(
     student: Student, tokens: Mapping[str, torch.Tensor], folder: Path, *, on_heldout: bool
 ) -> tuple[float, float | None, float | None]:
     """Selection divergence, held-out perplexity and held-out divergence."""
-    selection = mean_divergence(student, tokens["selection"], LogProbReader(folder / "selection"), _SCORED)
+    selection = judge(student, tokens["selection"], LogProbReader(folder / "selection"), _SCORED).divergence
     if not on_heldout:
         return selection, None, None
     reference = LogProbReader(folder / "heldout")
     evaluation = evaluate(TorchBackend(student), tokens["heldout"].numpy(), {TEACHER: reference})
-    divergence = float(evaluation.kl_divergence_N[TEACHER].astype("float64").mean())
+    divergence = float(evaluation.against[TEACHER].kl_divergence_N.astype("float64").mean())
     return selection, perplexity(evaluation.negative_log_likelihood_N)[0], divergence
 
 

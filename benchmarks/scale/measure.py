@@ -124,6 +124,7 @@ def _plan(run: ScaleRun, source: Path, folder: Path) -> Plan:
         formats=run.formats,
         experts=int(_KEPT_EXPERTS * read_shape(source).n_experts),
         quant=run.quant,
+        recover="router",
         memory=run.memory,
         threads=run.threads,
         out=folder / "run",
@@ -134,11 +135,12 @@ def _plan(run: ScaleRun, source: Path, folder: Path) -> Plan:
         "selection_blocks": _SELECTION_BLOCKS,
         "heldout_chunks_per_file": 1,
     }
-    recover = {"blocks": min(run.blocks, _RECOVERY_STEPS * plan.recipe.recover.blocks_per_step)}
+    (rung,) = plan.recipe.recover.rungs
+    rung = rung.model_copy(update={"blocks": min(run.blocks, _RECOVERY_STEPS * rung.blocks_per_step)})
     recipe = plan.recipe.model_copy(
         update={
             "text": plan.recipe.text.model_copy(update=text),
-            "recover": plan.recipe.recover.model_copy(update=recover),
+            "recover": plan.recipe.recover.model_copy(update={"rungs": (rung,)}),
         }
     )
     return replace(plan, recipe=recipe, recover_seconds=0)

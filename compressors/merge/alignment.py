@@ -7,7 +7,6 @@ Finding the best order is a linear assignment problem (Ainsworth et al., "Git Re
 from __future__ import annotations
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch.nn.functional import normalize
 
 from compressors.merge.similarity import TOKENS_AT_ONCE
@@ -69,5 +68,7 @@ def _unit_distances(cosines_FF: torch.Tensor) -> torch.Tensor:
 
 
 def _assign(cost_FF: torch.Tensor) -> torch.Tensor:
+    from scipy.optimize import linear_sum_assignment  # takes long, which every process would wait for
+
     _, columns = linear_sum_assignment(cost_FF.numpy())
     return torch.from_numpy(columns)

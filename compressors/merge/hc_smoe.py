@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from scipy.cluster.hierarchy import linkage
 
 from compressors.merge.average import merge_groups, ordered, require_possible
 from compressors.merge.similarity import mean_outputs
@@ -43,6 +42,8 @@ class HCSMoE:
 
 def _clusters(features_ED: torch.Tensor, n_clusters: int) -> list[list[int]]:
     """Agglomerative clustering: the two nearest clusters are joined until ``n_clusters`` are left."""
+    from scipy.cluster.hierarchy import linkage  # takes a second, which every process would wait for
+
     n_experts = len(features_ED)
     clusters = {expert: [expert] for expert in range(n_experts)}
     if n_clusters < n_experts:

@@ -15,7 +15,8 @@ from typing import Any
 
 from compressors.model.errors import UnsupportedError
 
-__all__ = ["FAMILIES", "ConfigKeys", "DenseFamily", "Family", "GgufFamily", "QkNorm", "Role", "family_for"]
+__all__ = ["DENSE_GGUF_NAMES", "FAMILIES", "GGUF_NAMES", "ConfigKeys", "DenseFamily", "Family", "GgufFamily"]
+__all__ += ["QkNorm", "Role", "family_for"]
 
 
 class Role(StrEnum):
@@ -234,6 +235,32 @@ _OLMOE = Family(
     qk_norm=QkNorm.WHOLE,
     required_settings={**_COMMON_SETTINGS, "clip_qkv": (None,)},
 )
+
+GGUF_NAMES: Mapping[Role, str] = {
+    Role.TOKEN_EMBEDDING: "token_embd.weight",
+    Role.FINAL_NORM: "output_norm.weight",
+    Role.HEAD: "output.weight",
+    Role.ATTENTION_NORM: "blk.{layer}.attn_norm.weight",
+    Role.QUERY: "blk.{layer}.attn_q.weight",
+    Role.KEY: "blk.{layer}.attn_k.weight",
+    Role.VALUE: "blk.{layer}.attn_v.weight",
+    Role.ATTENTION_OUTPUT: "blk.{layer}.attn_output.weight",
+    Role.QUERY_NORM: "blk.{layer}.attn_q_norm.weight",
+    Role.KEY_NORM: "blk.{layer}.attn_k_norm.weight",
+    Role.MOE_NORM: "blk.{layer}.ffn_norm.weight",
+    Role.ROUTER: "blk.{layer}.ffn_gate_inp.weight",
+    Role.EXPERT_GATE: "blk.{layer}.ffn_gate_exps.weight",
+    Role.EXPERT_UP: "blk.{layer}.ffn_up_exps.weight",
+    Role.EXPERT_DOWN: "blk.{layer}.ffn_down_exps.weight",
+}
+"""llama.cpp's names (``LLM_TENSOR_NAMES`` in ``src/llama-arch.cpp``), the same for every family."""
+
+DENSE_GGUF_NAMES: Mapping[Role, str] = {
+    Role.EXPERT_GATE: "blk.{layer}.ffn_gate.weight",
+    Role.EXPERT_UP: "blk.{layer}.ffn_up.weight",
+    Role.EXPERT_DOWN: "blk.{layer}.ffn_down.weight",
+}
+"""The same of a dense feed-forward."""
 
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (_QWEN3_MOE, _MIXTRAL, _OLMOE)}
 

@@ -26,8 +26,7 @@ class LayerWeights:
 
 def layer_bytes(student: Student) -> int:
     """Bytes of the largest decoder layer in storage dtype."""
-    shape = student.shape
-    return (shape.dense_layer_parameters + shape.n_experts * shape.expert_parameters) * student.source.dtype.itemsize
+    return student.shape.layer_parameters * student.expert_dtype.itemsize
 
 
 class LayerReader:
@@ -86,7 +85,7 @@ class LayerReader:
         return self._weights[slot]
 
     def _new_buffer(self) -> tuple[torch.Tensor, torch.Tensor]:
-        shape, dtype = self._student.shape, self._student.source.dtype
+        shape, dtype = self._student.shape, self._student.expert_dtype
         n_down = max(
             layer.n_experts * layer.expert_width * layer.hidden_size
             for layer in map(shape.layer, range(shape.n_layers))

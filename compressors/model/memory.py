@@ -21,6 +21,7 @@ __all__ = [
     "MemoryLimit",
     "Placement",
     "give_back_freed",
+    "least_bytes",
     "place",
     "positions_at_once",
     "working_bytes",
@@ -87,14 +88,18 @@ def place(
         return Placement(0, True, None)
     # a process that has just begun has not all its libraries yet
     held = max(psutil.Process().memory_info().rss, PROCESS_BYTES) if held_bytes is None else held_bytes
-    head = _head_bytes(shape)  # takes the place of the layers that take turns
-    one, two = (max(n_layers * layer_bytes + working_bytes(shape), head) for n_layers in (1, 2))
+    one, two = (least_bytes(shape, n_layers * layer_bytes) for n_layers in (1, 2))
     read_ahead = limit.n_bytes - held >= two
     free = limit.n_bytes - held - (two if read_ahead else one)
     fits = free >= hidden_bytes
     free -= hidden_bytes if fits else 0
     n_resident = max(0, min(shape.n_layers, free // layer_bytes))
     return Placement(n_resident, read_ahead, None if fits else limit.spill)
+
+
+def least_bytes(shape: MoeShape, layer_bytes: int) -> int:
+    """What a pass needs beside the process itself: layers of so many bytes with their work, or the head after them."""
+    return max(layer_bytes + working_bytes(shape), _head_bytes(shape))
 
 
 def give_back_freed() -> None:

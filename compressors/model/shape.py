@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.families import Family, QkNorm, Role, family_for
+from compressors.model.families import DENSE_GGUF_NAMES, GGUF_NAMES, Family, QkNorm, Role, family_for
 
 __all__ = ["NO_MOE", "MoeShape", "MoeSize", "read_shape"]
 
@@ -120,6 +120,18 @@ class MoeShape:
         names = self.family.names if dense is None or role not in dense.names else dense.names
         return names[role].format(layer=layer, expert=expert)
 
+    def gguf_name(self, role: Role, layer: int | None = None) -> str:
+        """What llama.cpp calls a tensor of this model; all experts of a layer are one."""
+        names = DENSE_GGUF_NAMES if self.is_dense and role.is_expert else GGUF_NAMES
+        return names[role].format(layer=layer)
+
+    def onnx_name(self, role: Role, layer: int | None = None) -> str:
+        """What our ONNX graphs call a weight; all experts' gate and up projections of a layer are one."""
+        if not role.is_expert or self.is_dense:
+            return self.stored_name(role, layer)
+        fused = self.family.fused_down if role is Role.EXPERT_DOWN else self.family.fused_gate_up
+        return fused.format(layer=layer)
+
     def in_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """A ``config.json`` of this model's family with this model's expert count, in one spelling, and top-k.
 
@@ -173,6 +185,11 @@ class MoeShape:
         return 3 * self.hidden_size * self.expert_width
 
     @property
+    def layer_parameters(self) -> int:
+        """Parameters of one decoder layer."""
+        return self.dense_layer_parameters + self.n_experts * self.expert_parameters
+
+    @property
     def dense_layer_parameters(self) -> int:
         """Parameters of one decoder layer without its experts: attention, norms and router."""
         query = self.n_heads * self.head_dim
@@ -186,7 +203,7 @@ class MoeShape:
     def parameters(self) -> int:
         """All parameters; tied embeddings count once."""
         layers = [self.layer(index) for index in range(self.n_layers)]
-        in_layers = sum(layer.dense_layer_parameters + layer.n_experts * layer.expert_parameters for layer in layers)
+        in_layers = sum(layer.layer_parameters for layer in layers)
         if self.is_dense:  # without the routers
             in_layers -= sum(layer.n_experts * self.hidden_size for layer in layers)
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
-from compressors.model.checkpoint import Checkpoint
+from compressors.model.checkpoint import Checkpoint, role_shape
 from compressors.model.errors import InputError
 from compressors.model.families import Family, Role
 from compressors.model.shape import NO_MOE, MoeShape, MoeSize
 from compressors.model.weight_file import StoredTensors
+from compressors.model.weights import Weights, WrittenWeights
 
 __all__ = ["ExpertMap", "LayerMap", "Student"]
 
@@ -129,15 +130,26 @@ class Student:
     """The compressed model as a set of tensors by role, numbered as the student numbers its experts.
 
     Tensors come in storage dtype (overlay tensors in theirs, float32 for routers).
+
+    Args:
+        source: the teacher's checkpoint.
+        experts: what became of its layers and experts.
+        overlay: tensors by their name in the student, in place of all others.
+        weights: where the other tensors come from; None: from the source.
     """
 
     def __init__(
-        self, source: Checkpoint, experts: ExpertMap, overlay: Mapping[str, torch.Tensor] | None = None
+        self,
+        source: Checkpoint,
+        experts: ExpertMap,
+        overlay: Mapping[str, torch.Tensor] | None = None,
+        weights: Weights | None = None,
     ) -> None:
         self.source = source
         self.experts = experts
         self.overlay: Mapping[str, torch.Tensor] = {} if overlay is None else overlay
         self.shape: MoeShape = experts.shape_of(source.shape)
+        self._weights: Weights = _KeptWeights(source, experts) if weights is None else weights
 
     @classmethod
     def teacher(cls, source: Checkpoint) -> Student:
@@ -178,28 +190,24 @@ class Student:
         if role is Role.HEAD and self.shape.tied_embeddings:
             role = Role.TOKEN_EMBEDDING
         name = self.name(role, layer)
-        if name in self.overlay:
-            return self.overlay[name]
-        tensor = self.source.tensor(role, self._source_layer(layer))
-        if role is Role.ROUTER and layer is not None:
-            return tensor[list(self.experts.layers[layer].kept)]
-        return tensor
+        return self.overlay[name] if name in self.overlay else self._weights.tensor(role, layer)
 
     def rows(self, role: Role, layer: int | None, rows: slice) -> torch.Tensor:
         """Some consecutive rows of :meth:`tensor`, without reading the others."""
         if role is Role.HEAD and self.shape.tied_embeddings:
             role = Role.TOKEN_EMBEDDING
-        if role is Role.ROUTER or self.name(role, layer) in self.overlay:
+        if self.name(role, layer) in self.overlay:
             return self.tensor(role, layer)[rows]
-        return self.source.rows(role, self._source_layer(layer), rows)
+        return self._weights.rows(role, layer, rows)
 
     def expert(self, role: Role, layer: int, expert: int) -> torch.Tensor:
         """One expert's gate [F, D], up [F, D] or down [D, F] projection."""
         name = self.name(role, layer, expert)
         if name in self.overlay:
             return self.overlay[name]
-        came_from = self.experts.layers[layer]
-        return self.source.expert(role, came_from.source, came_from.kept[expert])
+        out = torch.empty(role_shape(role, self.shape.layer(layer)), dtype=self.expert_dtype)
+        self._weights.read_expert(role, layer, expert, out)
+        return out
 
     def read_expert(self, role: Role, layer: int, expert: int, out: torch.Tensor) -> None:
         """Fills ``out``, contiguous and of the expert's shape, with what :meth:`expert` would return."""
@@ -207,22 +215,58 @@ class Student:
         if name in self.overlay:
             out.copy_(self.overlay[name])
         else:
-            came_from = self.experts.layers[layer]
-            self.source.read_expert(role, came_from.source, came_from.kept[expert], out)
+            self._weights.read_expert(role, layer, expert, out)
+
+    @property
+    def expert_dtype(self) -> torch.dtype:
+        """Storage dtype of the experts."""
+        return self._weights.dtype
 
     def dtype(self, role: Role, layer: int | None = None, expert: int | None = None) -> torch.dtype:
         """Storage dtype of a tensor."""
         name = self.name(role, layer, expert)
         if name in self.overlay:
             return self.overlay[name].dtype
-        if role.is_expert:
-            return self.source.dtype
-        return self.source.headers[self.family.names[role].format(layer=self._source_layer(layer))].dtype
+        return self.expert_dtype if role.is_expert else self._weights.dtype_of(role, layer)
 
     def with_overlay(self, overlay: Mapping[str, torch.Tensor]) -> Student:
         """The same student with these tensors in place of what it had."""
         both = ChainMap(dict(overlay), self.overlay)  # type: ignore[arg-type]  # it writes to the first map only
-        return Student(self.source, self.experts, both)
+        return Student(self.source, self.experts, both, self._weights)
 
-    def _source_layer(self, layer: int | None) -> int | None:
-        return None if layer is None else self.experts.layers[layer].source
+    def as_written(self, weights: WrittenWeights) -> Student:
+        """The same student with the numbers that a file holds in place of all it had, its overlay included."""
+        return Student(self.source, self.experts, weights=weights)
+
+
+class _KeptWeights:
+    """The source's tensors that a student keeps; implements :class:`~compressors.model.weights.Weights`."""
+
+    def __init__(self, source: Checkpoint, experts: ExpertMap) -> None:
+        self._source = source
+        self._experts = experts
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._source.dtype
+
+    def dtype_of(self, role: Role, layer: int | None) -> torch.dtype:
+        return self._source.headers[self._source.family.names[role].format(layer=self._layer(layer))].dtype
+
+    def tensor(self, role: Role, layer: int | None) -> torch.Tensor:
+        tensor = self._source.tensor(role, self._layer(layer))
+        if role is Role.ROUTER and layer is not None:
+            return tensor[list(self._experts.layers[layer].kept)]
+        return tensor
+
+    def rows(self, role: Role, layer: int | None, rows: slice) -> torch.Tensor:
+        if role is Role.ROUTER:
+            return self.tensor(role, layer)[rows]
+        return self._source.rows(role, self._layer(layer), rows)
+
+    def read_expert(self, role: Role, layer: int, expert: int, out: torch.Tensor) -> None:
+        came_from = self._experts.layers[layer]
+        self._source.read_expert(role, came_from.source, came_from.kept[expert], out)
+
+    def _layer(self, layer: int | None) -> int | None:
+        return None if layer is None else self._experts.layers[layer].source

@@ -1,8 +1,7 @@
-"""One safetensors file, read with plain reads into memory of our own.
+"""One safetensors file, read with plain reads into memory of our own (the library maps files into memory).
 
-The library maps files into memory, and mapped pages count as resident: after one pass over a 60 GB checkpoint the
-process would seem to hold all of it. Here a tensor goes from the file into the buffer that will be computed with, and
-nowhere else. The format: 8 bytes of header length, a JSON header, then the tensors' bytes.
+A tensor goes from the file into the buffer that will be computed with, and nowhere else. The format: 8 bytes of header
+length, a JSON header, then the tensors' bytes.
 """
 
 from __future__ import annotations
@@ -10,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +17,9 @@ from typing import Any
 import torch
 
 from compressors.model.errors import InputError
+from compressors.model.raw_file import RawFile
 
-__all__ = ["FileState", "StoredTensors", "TensorHeader", "WeightFile"]
+__all__ = ["StoredTensors", "TensorHeader", "WeightFile"]
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPES |= {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
@@ -43,26 +41,6 @@ class TensorHeader:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-@dataclass(frozen=True)
-class FileState:
-    """What tells that a file is still the one that was opened."""
-
-    size: int
-    modified_ns: int
-
-    @classmethod
-    def of(cls, path: Path) -> FileState:
-        """The file's state now."""
-        status = path.stat()
-        return cls(status.st_size, status.st_mtime_ns)
-
-    def change_to(self, now: FileState) -> str | None:
-        """What is different now, for a person; None if nothing is."""
-        if self.size != now.size:
-            return f"it had {self.size} bytes and now has {now.size}"
-        return None if self == now else "its time of modification is another"
-
-
 class WeightFile:
     """The tensors of one file by name.
 
@@ -72,12 +50,7 @@ class WeightFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self._state = FileState.of(path)
-            self._descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise InputError(f"{path} cannot be opened ({error.strerror})") from None
-        weakref.finalize(self, os.close, self._descriptor)
+        self._file = RawFile(path)
         header, self.header_sha256 = self._read_header()
         self.tensors: Mapping[str, TensorHeader] = {
             name: self._tensor_header(name, entry) for name, entry in header.items() if name != "__metadata__"
@@ -108,41 +81,17 @@ class WeightFile:
         header = self.tensors[name]
         assert out.is_contiguous() and first + out.numel() <= math.prod(header.shape), name
         stored = out if out.dtype == header.dtype else torch.empty_like(out, dtype=header.dtype)
-        self._fill(name, stored.view(-1).view(torch.uint8), header.offset + first * header.dtype.itemsize)
+        bytes_ = stored.view(-1).view(torch.uint8).numpy().data
+        self._file.fill(name, bytes_, header.offset + first * header.dtype.itemsize)
         if stored is not out:
             out.copy_(stored)
 
-    def _fill(self, name: str, bytes_: torch.Tensor, offset: int) -> None:
-        problem = self._change()
-        target = bytes_.numpy().data
-        while problem is None and len(target) > 0:
-            try:
-                n_read = os.preadv(self._descriptor, [target], offset)
-            except OSError as error:
-                problem = str(error.strerror)
-                break
-            if n_read == 0:
-                problem = "the file ends too early"
-            target, offset = target[n_read:], offset + n_read
-        if problem is not None:
-            raise InputError(
-                f"{self.path}: tensor {name} cannot be read: {problem}. Was the file changed or cut off while this "
-                "run was reading it? Put the original back, then start again"
-            )
-
-    def _change(self) -> str | None:
-        """What happened to the file since it was opened, None if nothing did."""
-        try:
-            return self._state.change_to(FileState.of(self.path))
-        except OSError as error:
-            return str(error.strerror)
-
     def _read_header(self) -> tuple[Mapping[str, Any], str]:
-        length = os.pread(self._descriptor, 8, 0)
+        length = self._file.start(8)
         n_bytes = int.from_bytes(length, "little")
-        if len(length) < 8 or not 0 < n_bytes <= min(_LARGEST_HEADER, self._state.size - 8):
+        if len(length) < 8 or not 0 < n_bytes <= min(_LARGEST_HEADER, self._file.size - 8):
             raise self._damaged("its header is not whole")
-        text = os.pread(self._descriptor, n_bytes, 8)
+        text = self._file.start(n_bytes, offset=8)
         try:
             header = json.loads(text)
         except ValueError:
@@ -163,7 +112,7 @@ class WeightFile:
         header = TensorHeader(self.path, _DTYPES[dtype], shape, self._first_byte + start)
         if start < 0 or min(shape, default=0) < 0 or header.n_bytes != end - start:
             raise self._damaged(f"the entry of tensor {name} is damaged")
-        if self._first_byte + end > self._state.size:
+        if self._first_byte + end > self._file.size:
             raise self._damaged(f"tensor {name} ends after the file does")
         return header
 

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from compressors.model.errors import InputError
 from compressors.model.log_probs import LogProbReader
-from compressors.model.losses import kl_divergence
+from compressors.model.losses import kl_divergence, negative_log_likelihood
 from compressors.model.memory import MemoryLimit
 from compressors.model.parallel import reduce_sum, share
 from compressors.model.streaming import StreamedModel, TokenGroup
 from compressors.model.student import Student
 from compressors.teacher import by_block
 
-__all__ = ["mean_divergence"]
+__all__ = ["Judgement", "judge"]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a split that no training sees says of a student."""
+
+    divergence: float  # mean full-vocabulary KL(teacher || student), nats
+    perplexity: float
 
 
 @torch.no_grad()
-def mean_divergence(
+def judge(
     student: Student,
     tokens_BT: torch.Tensor,
     teacher: LogProbReader,
@@ -27,14 +37,14 @@ def mean_divergence(
     progress: Callable[[int], None] | None = None,
     limit: MemoryLimit | None = None,
     device: torch.device | None = None,
-) -> float:
-    """Mean full-vocabulary KL(teacher || student) in nats over the scored positions of the blocks.
+) -> Judgement:
+    """Divergence from the teacher and perplexity, over the scored positions of the blocks.
 
     Args:
         student: the model that is judged, in float32.
         tokens_BT: int64 token blocks.
         teacher: log-probabilities at the scored positions, block after block.
-        scored: positions of each block.
+        scored: positions of each block; each has a next token.
         progress: called with 1 after each layer.
         limit: memory that this process may use.
         device: where layers compute.
@@ -47,15 +57,17 @@ def mean_divergence(
     mine = share(len(tokens_BT))
     (hidden,) = model.stream([TokenGroup(tokens_BT[mine])], progress)
     n_scored = scored.stop - scored.start
-    total = torch.zeros((), dtype=torch.float64)
+    following = tokens_BT[mine, scored.start + 1 : scored.stop + 1].flatten()
+    totals = torch.zeros(2, dtype=torch.float64)
     for positions, logits in model.logits_in_chunks(hidden, scored):
+        totals[1] += negative_log_likelihood(logits, following[positions]).sum().double()
         for place, rows in by_block(positions, n_scored, mine):
             log_probs = teacher.rows(place, place + rows.stop - rows.start)
-            total += kl_divergence(log_probs, logits[rows]).sum().double()
+            totals[0] += kl_divergence(log_probs, logits[rows]).sum().double()
     model.release()
-    reduce_sum([total])
-    mean: float = total.item() / (len(tokens_BT) * n_scored)
-    return mean
+    reduce_sum([totals])
+    divergence, likelihood = (totals / (len(tokens_BT) * n_scored)).tolist()
+    return Judgement(divergence, math.exp(likelihood))
 
 
 def _check_vocabulary(teacher: LogProbReader, student: Student) -> None:

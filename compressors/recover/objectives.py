@@ -65,7 +65,13 @@ class Stateless:
 
 
 class Distillation(Stateless):
-    """Router KD's loss (arXiv 2603.02217, equation 3) at temperature 1: KL(teacher || student) of the next token.
+    """Router KD's loss at temperature 1: Hyeon and Do, "Is Retraining-Free Enough?" (arXiv 2603.02217), equation 3,
+
+        L = 1/N sum_t KL(teacher(. | x_<=t) || student(. | x_<=t))
+
+    over the N positions that have a next token. With routers alone it is that method: the choice of the top-k is not
+    differentiated, the gradient reaches a router through the gates of the chosen experts. The teacher is read from its
+    cached targets, so it need not be in memory.
 
     Tokens other than the teacher's most probable ones are one bucket
     (:func:`compressors.model.losses.kl_divergence_to_top`).

@@ -43,7 +43,8 @@ class OnPolicyDistillation(ABC):
     Args:
         student: what is trained; only its size and its head matter here.
         teacher: the student's source, streamed.
-        schedule: that of the training. Its ``updates_per_batch`` is how often the student learns from one text.
+        schedule: that of the training, whose steps this counts. Its ``updates_per_batch`` is how often the student
+            learns from one text.
         batches_per_round: batches that are written, and judged, together.
         dtype: of the arithmetic.
 
@@ -82,10 +83,10 @@ class OnPolicyDistillation(ABC):
         """The reverse divergence, averaged over the tokens that the student wrote."""
         step = self._n_done
         if step % self._steps_per_round == 0:
+            self._targets = None
             self._texts_BT = self._write(model, tokens_BT)
             model.release()
             self._prepare(model)
-            self._targets = None
         if self._targets is None:
             self._targets = self._judge()
             self._teacher.release()

@@ -17,14 +17,13 @@ import torch
 
 from compressors.model.memory import MemoryLimit
 from compressors.model.student import Student
-from compressors.recover.divergence import mean_divergence
 from compressors.recover.objectives import Distillation
 from compressors.recover.schedule import Schedule
 from compressors.recover.training import Training
 from compressors.recover.training import train as train_routers
 from compressors.teacher import TeacherTargets
 
-__all__ = ["RouterKdSettings", "RouterTraining", "mean_divergence", "train_routers"]
+__all__ = ["RouterKdSettings", "RouterTraining", "train_routers"]
 
 
 class RouterKdSettings(Schedule):

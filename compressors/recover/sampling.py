@@ -74,7 +74,7 @@ def sample_texts(
     if not model.reserve(n_bytes):
         raise InputError(
             f"{n_texts} texts that the student writes together need {n_bytes / 1e9:.2f} GB for their keys and "
-            "values, which the memory limit has no room for: take fewer steps per round, or raise --memory"
+            "values, which the memory limit has no room for: take fewer batches in a round, or raise --memory"
         )
     cache = _Cache(model, n_texts, n_tokens, dtype)
     for place in range(n_prompt, n_prompt + n_new):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -26,6 +27,13 @@ class Schedule:
     max_gradient_norm: float = 1.0
     seed: int = 42
     updates_per_batch: int = 1
+
+    PUBLISHED_BLOCKS: ClassVar[int] = 3000
+
+    @classmethod
+    def published(cls, n_blocks: int = PUBLISHED_BLOCKS) -> Schedule:
+        """The paper's: 3,000 texts of 512 tokens, 2 x 4 texts a step (375 steps), learning rate 5e-5."""
+        return cls(n_blocks=n_blocks, learning_rate=5e-5)
 
     @property
     def n_steps(self) -> int:

@@ -56,6 +56,12 @@ class Scope:
             return f"router + adapters of rank {self.adapter_rank}"
         return "router + all experts" if self.n_experts is None else f"router + {self.n_experts} experts"
 
+    def name_in(self, student: MoeShape) -> str:
+        """The same for a student of this shape: a dense one has feed-forwards, and routers that decide nothing."""
+        if not student.is_dense:
+            return self.name
+        return "feed-forwards" if self.adapter_rank is None else f"adapters of rank {self.adapter_rank}"
+
     def check_against(self, shape: MoeShape) -> None:
         """Checks that a model of this shape can be trained so.
 

@@ -33,6 +33,7 @@ from compressors.model.parallel import reduce_sum, share
 from compressors.model.streaming import NotFiniteError, StreamedModel, TokenGroup
 from compressors.model.student import Student
 from compressors.recover.on_policy import OnPolicyDistillation, divergence_from_states, sampled_weights
+from compressors.recover.optimizer_state import optimizer_state, restore_optimizer
 from compressors.recover.schedule import Schedule
 from compressors.recover.scopes import Scope
 from compressors.recover.trained_student import TrainedStudent
@@ -44,8 +45,6 @@ BALANCE = 0.01
 
 ROUTER_LEARNING_RATE = 1e-5
 """The paper's, for routers and student alike."""
-
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of each tensor
 
 
 class StudentAwareRouter(OnPolicyDistillation):
@@ -89,37 +88,29 @@ class StudentAwareRouter(OnPolicyDistillation):
 
     def state(self) -> dict[str, torch.Tensor]:
         """Also the teacher's routers and what Adam keeps of them."""
-        tensors = super().state()
-        for (_, layer), router in self._routers.items():
-            tensors[f"router.{layer}"] = router.detach().cpu()
-            for moment, value in self._optimizer.state[router].items():
-                tensors[f"router.{layer}.{moment}"] = value.cpu()
-        return tensors
+        return super().state() | optimizer_state(self._optimizer, self._named_routers())
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Goes on from a :meth:`state`."""
         super().restore(tensors)
-        for (_, layer), router in self._routers.items():
-            router.data.copy_(tensors[f"router.{layer}"])
-            moments = {moment: f"router.{layer}.{moment}" for moment in _MOMENTS}
-            if moments["step"] in tensors:
-                self._optimizer.state[router] = {
-                    moment: tensors[name].clone() if moment == "step" else tensors[name].to(router.device, copy=True)
-                    for moment, name in moments.items()
-                }
+        restore_optimizer(self._optimizer, self._named_routers(), tensors)
 
     def _choice(self, texts: Sequence[tuple[int, int]], n_tokens: int) -> ExpertChoice:
         return AllExperts(self._teacher.shape.n_experts)
 
     def _prepare(self, model: StreamedModel) -> None:
         """The first phase, for each batch of the round."""
-        for texts_BT in self._batches():
-            mine_BT = texts_BT[share(len(texts_BT))]
-            (student,) = model.stream([TokenGroup(mine_BT, dtype=self._dtype)])
-            model.release()
+        sizes = [len(batch_BT) for batch_BT in self._batches()]
+        groups = [
+            TokenGroup(batch_BT[share(size)], dtype=self._dtype)
+            for batch_BT, size in zip(self._batches(), sizes, strict=True)
+        ]
+        of_student = model.stream(groups)
+        model.release()
+        for group, student, size in zip(groups, of_student, sizes, strict=True):
             states_BTD = student.read(slice(0, len(student)))
             _, gradients = teacher_router_gradients(
-                self._teacher, mine_BT, states_BTD, len(texts_BT), self._balance, self._dtype
+                self._teacher, group.tokens_BT, states_BTD, size, self._balance, self._dtype
             )
             for key, router in self._routers.items():
                 router.grad = gradients[key]
@@ -129,6 +120,9 @@ class StudentAwareRouter(OnPolicyDistillation):
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
         self._teacher.release()
+
+    def _named_routers(self) -> dict[str, torch.Tensor]:
+        return {f"router.{layer}": router for (_, layer), router in self._routers.items()}
 
 
 def teacher_router_gradients(

@@ -93,7 +93,7 @@ class TrainedStudent:
 
     @torch.no_grad()
     def _merged(self, layer: int, expert: int, trained: TrainedExperts) -> dict[str, torch.Tensor]:
-        student, dtype = self.student, self.student.source.dtype
+        student, dtype = self.student, self.student.expert_dtype
         gate_up = trained.gate_up_weight(expert, self._gate_up(layer, expert).to(self._device))
         down = trained.down_weight(expert, student.expert(Role.EXPERT_DOWN, layer, expert).to(self._device))
         gate, up = gate_up.chunk(2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +16,7 @@ from compressors.model.parallel import reduce_sum, share
 from compressors.model.streaming import NotFiniteError
 from compressors.model.student import Student
 from compressors.recover.objectives import Objective
+from compressors.recover.optimizer_state import optimizer_state, restore_optimizer
 from compressors.recover.schedule import Schedule
 from compressors.recover.scopes import Scope
 from compressors.recover.trained_student import TrainedStudent
@@ -25,7 +25,6 @@ from compressors.recover.training_memory import refuse_too_large, training_bytes
 __all__ = ["Training", "TrainingDivergedError", "train"]
 
 _OF_OBJECTIVE = "objective."
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of each tensor
 
 
 class TrainingDivergedError(InputError):
@@ -50,7 +49,8 @@ class Training:
 
     Raises:
         InputError: there are fewer blocks than the schedule wants or than one step takes, a token is not in the
-            student's vocabulary, the scope does not fit the student, or its training does not fit the limit.
+            student's vocabulary, or the scope does not fit the student.
+        TooLargeError: its training does not fit the limit.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Training:
         settings.check_against(tokens_BT)
         _check_vocabulary(tokens_BT, student)
         if limit is not None and scope != Scope.routers():
-            refuse_too_large(scope, student, limit)
+            refuse_too_large(scope, student.shape, student.expert_dtype.itemsize, limit.n_bytes)
         self.settings = settings
         self.n_done = 0  # steps
         self._student = student
@@ -125,25 +125,18 @@ class Training:
     def state(self) -> dict[str, torch.Tensor]:
         """Everything that the next step depends on, to be given to :meth:`restore`; the next step changes it."""
         tensors = {"n_done": torch.tensor(self.n_done)}
-        for (name, layer), parameter in self._parameters.items():
-            tensors[f"{layer}.{name}"] = parameter.detach().cpu()
-            for moment, value in self._optimizer.state[parameter].items():
-                tensors[f"{layer}.{name}.{moment}"] = value.cpu()
+        tensors |= optimizer_state(self._optimizer, self._named_parameters())
         return tensors | {_OF_OBJECTIVE + name: value for name, value in self._objective.state().items()}
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Goes on from a :meth:`state`: the steps that follow are those that would have followed there."""
         self.n_done = int(tensors["n_done"])
-        for (name, layer), parameter in self._parameters.items():
-            parameter.data.copy_(tensors[f"{layer}.{name}"])
-            if self.n_done:
-                moments = {moment: tensors[f"{layer}.{name}.{moment}"].clone() for moment in _MOMENTS}
-                self._optimizer.state[parameter] = {
-                    moment: value if moment == "step" else value.to(parameter.device)
-                    for moment, value in moments.items()
-                }
+        restore_optimizer(self._optimizer, self._named_parameters(), tensors)
         of_objective = [name for name in tensors if name.startswith(_OF_OBJECTIVE)]
         self._objective.restore({name.removeprefix(_OF_OBJECTIVE): tensors[name] for name in of_objective})
+
+    def _named_parameters(self) -> dict[str, torch.Tensor]:
+        return {f"{layer}.{name}": parameter for (name, layer), parameter in self._parameters.items()}
 
     def _gradients(self, blocks: torch.Tensor) -> tuple[float, dict[ParameterKey, torch.Tensor]]:
         """Mean loss and gradients of one step."""
@@ -164,14 +157,11 @@ class Training:
         )
 
 
-AnyTraining = TypeVar("AnyTraining", bound=Training)
-
-
 def train(
-    training: AnyTraining,
+    training: Training,
     *,
     progress: Callable[[int], None] | None = None,
-    after_step: Callable[[AnyTraining], None] | None = None,
+    after_step: Callable[[Training], None] | None = None,
 ) -> Student:
     """Does all steps that are not done yet and returns the student with what they taught it.
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from compressors.model.errors import InputError
-from compressors.model.layers import layer_bytes
-from compressors.model.memory import PROCESS_BYTES, MemoryLimit, working_bytes
+from compressors.model.memory import PROCESS_BYTES, least_bytes
 from compressors.model.shape import MoeShape
-from compressors.model.student import Student
 from compressors.recover.scopes import Scope
 
-__all__ = ["TrainingBytes", "refuse_too_large", "training_bytes"]
+__all__ = ["TooLargeError", "TrainingBytes", "refuse_too_large", "training_bytes"]
 
 _FLOAT32 = 4
+
+
+class TooLargeError(InputError):
+    """What is to be trained does not fit the memory."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +45,23 @@ def training_bytes(scope: Scope, shape: MoeShape) -> TrainingBytes:
     return TrainingBytes(all_bytes, all_bytes, 2 * all_bytes, _FLOAT32 * max(parameters))
 
 
-def refuse_too_large(scope: Scope, student: Student, limit: MemoryLimit) -> None:
+def refuse_too_large(scope: Scope, shape: MoeShape, itemsize: int, limit_bytes: int) -> None:
     """Refuses a scope that cannot be trained within the limit with a single layer in memory.
 
+    Args:
+        scope: what is trained.
+        shape: the student's.
+        itemsize: bytes of a stored weight.
+        limit_bytes: what the process may use.
+
     Raises:
-        InputError: the message says how much would be needed.
+        TooLargeError: the message says how much would be needed.
     """
-    trained = training_bytes(scope, student.shape).total
-    needed = PROCESS_BYTES + layer_bytes(student) + working_bytes(student.shape) + trained
-    if needed > limit.n_bytes:
-        raise InputError(
-            f"training {scope.name} needs {needed / 1e9:.2f} GB of memory, {trained / 1e9:.2f} GB of it for float32 "
-            f"weights, gradients and Adam's moments, but the limit is {limit.n_bytes / 1e9:.2f} GB: "
+    trained = training_bytes(scope, shape).total
+    needed = PROCESS_BYTES + least_bytes(shape, shape.layer_parameters * itemsize) + trained
+    if needed > limit_bytes:
+        raise TooLargeError(
+            f"training {scope.name_in(shape)} needs {needed / 1e9:.2f} GB of memory, {trained / 1e9:.2f} GB of it for "
+            f"float32 weights, gradients and Adam's moments, but the limit is {limit_bytes / 1e9:.2f} GB: "
             "train adapters, of a smaller rank, or raise --memory"
         )

@@ -47,32 +47,6 @@ PRESETS: Mapping[str, Preset] = {
 }
 """By name, from the most bits of an expert's weight to the fewest; between equals the better quantizer first."""
 
-_NAMES: Mapping[Role, str] = {
-    Role.TOKEN_EMBEDDING: "token_embd.weight",
-    Role.FINAL_NORM: "output_norm.weight",
-    Role.HEAD: "output.weight",
-    Role.ATTENTION_NORM: "blk.{layer}.attn_norm.weight",
-    Role.QUERY: "blk.{layer}.attn_q.weight",
-    Role.KEY: "blk.{layer}.attn_k.weight",
-    Role.VALUE: "blk.{layer}.attn_v.weight",
-    Role.ATTENTION_OUTPUT: "blk.{layer}.attn_output.weight",
-    Role.QUERY_NORM: "blk.{layer}.attn_q_norm.weight",
-    Role.KEY_NORM: "blk.{layer}.attn_k_norm.weight",
-    Role.MOE_NORM: "blk.{layer}.ffn_norm.weight",
-    Role.ROUTER: "blk.{layer}.ffn_gate_inp.weight",
-    Role.EXPERT_GATE: "blk.{layer}.ffn_gate_exps.weight",
-    Role.EXPERT_UP: "blk.{layer}.ffn_up_exps.weight",
-    Role.EXPERT_DOWN: "blk.{layer}.ffn_down_exps.weight",
-}
-"""llama.cpp's names (``LLM_TENSOR_NAMES`` in ``src/llama-arch.cpp``), the same for every family."""
-
-_DENSE_NAMES: Mapping[Role, str] = {
-    Role.EXPERT_GATE: "blk.{layer}.ffn_gate.weight",
-    Role.EXPERT_UP: "blk.{layer}.ffn_up.weight",
-    Role.EXPERT_DOWN: "blk.{layer}.ffn_down.weight",
-}
-"""The same of a dense feed-forward."""
-
 _EMBEDDING_ROLES = frozenset({Role.TOKEN_EMBEDDING, Role.HEAD})
 _FLOAT32_ROLES = frozenset(
     {Role.FINAL_NORM, Role.ATTENTION_NORM, Role.MOE_NORM, Role.QUERY_NORM, Role.KEY_NORM, Role.ROUTER}
@@ -133,17 +107,15 @@ def plan_tensors(shape: MoeShape, preset: str) -> tuple[GgufTensor, ...]:
 
 
 def _tensor(role: Role, layer: int | None, shape: MoeShape, types: Preset) -> GgufTensor:
-    dimensions, name = role_shape(role, shape), _NAMES[role]
-    if role.is_expert and shape.is_dense:
-        name = _DENSE_NAMES[role]
-    elif role.is_expert:
+    dimensions = role_shape(role, shape)
+    if role.is_expert and not shape.is_dense:
         dimensions = (shape.n_experts, *dimensions)
     if role in _FLOAT32_ROLES:
         ggml_type = GGMLQuantizationType.F32
     else:
         wanted = types.embeddings if role in _EMBEDDING_ROLES else types.matrices
         ggml_type = fallback_type(wanted, dimensions[-1])
-    return GgufTensor(name.format(layer=layer), role, layer, dimensions, ggml_type)
+    return GgufTensor(shape.gguf_name(role, layer), role, layer, dimensions, ggml_type)
 
 
 def check_uniform(shape: MoeShape) -> None:

@@ -14,14 +14,12 @@ import onnx
 from compressors.model.checkpoint import role_shape
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.families import Role
+from compressors.model.onnx_blocks import BLOCK_SIZE
+from compressors.model.onnx_weights import CODES, DATA_FILE, MODEL_FILE, SCALES
 from compressors.model.shape import MoeShape
-from exporter.onnx.blocks import BLOCK_SIZE
 
 __all__ = ["DATA_FILE", "MODEL_FILE", "PRESETS", "Encoding", "Preset", "TensorLayout", "TensorPlan", "WeightPlan"]
 __all__ += ["plan_tensors", "preset_named"]
-
-MODEL_FILE = "model.onnx"
-DATA_FILE = "model.onnx.data"
 
 # Large tensors start on a page, so that the runtime can map them; the ONNX specification recommends 4096.
 _PAGE_BYTES = 4096
@@ -185,24 +183,23 @@ class _Planner:
         return TensorLayout(shape, self._preset, tuple(weights), cosine, sine, self._end)
 
     def _weight(self, role: Role, layer: int | None) -> WeightPlan:
-        name = self._shape.stored_name(role, layer)
+        name = self._shape.onnx_name(role, layer)
         shape = self._shape if layer is None else self._shape.layer(layer)
         return self._encoded(name, (role,), layer, role_shape(role, shape))
 
     def _feed_forward(self, layer: int) -> list[WeightPlan]:
         if self._shape.is_dense:
             return [self._weight(role, layer) for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)]
-        family = self._shape.family
         return [
-            self._experts(family.fused_gate_up, (Role.EXPERT_GATE, Role.EXPERT_UP), layer),
-            self._experts(family.fused_down, (Role.EXPERT_DOWN,), layer),
+            self._experts((Role.EXPERT_GATE, Role.EXPERT_UP), layer),
+            self._experts((Role.EXPERT_DOWN,), layer),
         ]
 
-    def _experts(self, template: str, roles: tuple[Role, ...], layer: int) -> WeightPlan:
+    def _experts(self, roles: tuple[Role, ...], layer: int) -> WeightPlan:
         layer_shape = self._shape.layer(layer)
         rows, columns = role_shape(roles[0], layer_shape)
         shape = (layer_shape.n_experts, len(roles) * rows, columns)
-        return self._encoded(template.format(layer=layer), roles, layer, shape)
+        return self._encoded(self._shape.onnx_name(roles[0], layer), roles, layer, shape)
 
     def _encoded(self, name: str, roles: tuple[Role, ...], layer: int | None, shape: tuple[int, ...]) -> WeightPlan:
         encoding = self._preset.encoding(roles[0])
@@ -214,8 +211,8 @@ class _Planner:
             raise UnsupportedError(
                 f"{name} has rows of {columns} values; {encoding} needs a multiple of {BLOCK_SIZE}: use the preset F32"
             )
-        codes = self._place(f"{name}.codes", (*rows, columns * encoding.bits // 8), np.dtype(np.uint8))
-        scales = self._place(f"{name}.scales", (*rows, columns // BLOCK_SIZE), np.dtype(np.float16))
+        codes = self._place(name + CODES, (*rows, columns * encoding.bits // 8), np.dtype(np.uint8))
+        scales = self._place(name + SCALES, (*rows, columns // BLOCK_SIZE), np.dtype(np.float16))
         return WeightPlan(roles, layer, encoding, shape, codes, scales)
 
     def _place(self, name: str, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> TensorPlan:

@@ -9,7 +9,8 @@ import numpy as np
 import onnx
 
 from compressors.model.families import Role
-from exporter.onnx.blocks import BLOCK_SIZE
+from compressors.model.onnx_blocks import BLOCK_SIZE
+from compressors.model.onnx_weights import MATRIX
 from exporter.onnx.builder import MICROSOFT, GraphBuilder
 from exporter.onnx.layout import Encoding, TensorLayout, WeightPlan
 
@@ -66,7 +67,7 @@ class WeightNodes:
             return self._graph.node("FusedMatMul", [values, matrix], output, domain=MICROSOFT, transB=1)
         rows, columns = weight.shape
         blocks = (rows, columns // BLOCK_SIZE, BLOCK_SIZE * weight.encoding.bits // 8)
-        codes = self._graph.external(weight.codes, shape=blocks, name=f"{weight.codes.name}.matrix")
+        codes = self._graph.external(weight.codes, shape=blocks, name=weight.codes.name + MATRIX)
         return self._graph.node(
             "MatMulNBits",
             [values, codes, self._scales(weight)],

@@ -13,12 +13,12 @@ import numpy.typing as npt
 import torch
 
 from compressors.model.errors import InputError
+from compressors.model.onnx_blocks import from_q4_0, from_q8_0
 from compressors.model.shape import MoeShape
 from compressors.model.student import Student
 from compressors.quantize import GGMLQuantizationType, quantize_rows
 from compressors.statistics import Importance
 from exporter.files import replacing
-from exporter.onnx.blocks import from_q4_0, from_q8_0
 from exporter.onnx.graph import build_model
 from exporter.onnx.layout import DATA_FILE, MODEL_FILE, Encoding, TensorLayout, WeightPlan, plan_tensors
 from exporter.pieces import Piece, row_slices, write_pieces

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +12,8 @@ from safetensors.torch import load_file, save_file
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.memory import MemoryLimit
 from compressors.model.student import Student
-from compressors.recover.router_kd import RouterKdSettings
 from compressors.statistics import Importance, StoredStatistics, importance
 from exporter.plan import Plan
-from exporter.recipe import RecoverChoice
 from exporter.stage import StageContext
 from exporter.work import WorkDirectory
 
@@ -25,7 +24,6 @@ __all__ = [
     "importance_of",
     "memory_limit",
     "open_student",
-    "settings_of",
     "use_threads",
 ]
 
@@ -110,10 +108,18 @@ class StudentFiles:
         """JSON."""
         return self.folder / "expert_map.json"
 
+    def rung_overlay(self, number: int) -> Path:
+        """safetensors, what a rung of recovery taught; absent where it was not kept."""
+        return self.folder / f"rung-{number}.safetensors"
+
+    def rung_result(self, number: int) -> Path:
+        """What a rung that is done brought (JSON)."""
+        return self.folder / f"rung-{number}.json"
+
     @property
-    def overlay(self) -> Path:
-        """safetensors; absent when recovery changed nothing."""
-        return self.folder / "overlay.safetensors"
+    def rungs(self) -> list[Path]:
+        """Overlays of the rungs that were kept, the last first."""
+        return sorted(self.folder.glob("rung-*.safetensors"), reverse=True)
 
     def layer_overlay(self, layer: int) -> Path:
         """safetensors, what compression changed in one of the student's layers; absent where it changed nothing."""
@@ -124,14 +130,13 @@ class StudentFiles:
         """Sums over the calibration tokens as the student sees them; absent where its experts are the teacher's."""
         return self.folder / "statistics"
 
-    def open(self, source: Checkpoint, recovered: Path | None = None) -> Student:
-        """The student, with what recovery changed if that is given.
+    def open(self, source: Checkpoint, recovered: Sequence[Path] = ()) -> Student:
+        """The student, with what recovery changed: of these overlays the first that has a tensor wins.
 
         Raises:
             InputError: a file is missing or damaged.
         """
-        overlays = [path for path in (recovered,) if path is not None and path.exists()]
-        return Student.load(source, self.expert_map, [*overlays, *sorted(self.folder.glob("overlay-*.safetensors"))])
+        return Student.load(source, self.expert_map, [*recovered, *sorted(self.folder.glob("overlay-*.safetensors"))])
 
     @property
     def recovery(self) -> Path:
@@ -139,10 +144,12 @@ class StudentFiles:
         return self.folder / "recovery.json"
 
 
-def open_student(plan: Plan, work: WorkDirectory, stage: str = "recover") -> Student:
-    """The student as a stage left it."""
-    recovered = StudentFiles(work.stage(stage)).overlay if stage == "recover" else None
-    return StudentFiles(work.stage("compress")).open(Checkpoint(plan.source), recovered)
+def open_student(plan: Plan, work: WorkDirectory, stage: str = "retune") -> Student:
+    """The student as a stage left it: ``compress``, ``recover``, or ``retune``, the last to change it, if it runs."""
+    teaching = ["retune", "recover"] if plan.recipe.recover.after_quantizing is not None else ["recover"]
+    stages = {"compress": [], "recover": ["recover"], "retune": teaching}[stage]
+    taught = [overlay for name in stages for overlay in StudentFiles(work.stage(name)).rungs]
+    return StudentFiles(work.stage("compress")).open(Checkpoint(plan.source), taught)
 
 
 def importance_of(student: Student, work: WorkDirectory) -> Importance:
@@ -152,11 +159,6 @@ def importance_of(student: Student, work: WorkDirectory) -> Importance:
         return importance(StoredStatistics(own, student.shape.n_layers), student.experts.of_itself())
     statistics = Calibration.of(work).layer_statistics(student.source.shape.n_layers)
     return importance(statistics, student.experts)
-
-
-def settings_of(choice: RecoverChoice, n_blocks: int) -> RouterKdSettings:
-    """The schedule that a recipe's choice means, with the number of blocks that the time limit allows."""
-    return RouterKdSettings(n_blocks, choice.learning_rate, choice.blocks_per_step, seed=choice.seed)
 
 
 def memory_limit(context: StageContext) -> MemoryLimit:

@@ -15,7 +15,8 @@ from exporter.snapshot import Snapshot
 from exporter.stage import StageContext
 from exporter.stages.artifacts import Blocks, Calibration, memory_limit, use_threads
 from exporter.stages.teacher_pass import TeacherPass
-from validate.evaluation import perplexity
+from validate.bootstrap import perplexity_interval
+from validate.statistics import perplexity
 
 __all__ = ["run"]
 
@@ -51,8 +52,10 @@ def _write_summary(files: Calibration, splits: Splits, blocks: Blocks, likelihoo
         name: {"sha256": split.sha256, "documents": split.n_documents, "blocks": len(vars(blocks)[name])}
         for name, split in vars(splits).items()
     }
-    teacher_perplexity, teacher_error = perplexity(likelihoods_N.numpy())
-    summary = {"text": texts, "teacher": {"perplexity": teacher_perplexity, "perplexity_error": teacher_error}}
+    value, error = perplexity(likelihoods_N.numpy())
+    interval = perplexity_interval(likelihoods_N.numpy(), len(blocks.heldout))
+    teacher = {"perplexity": value, "perplexity_error": error, "perplexity_interval": interval}
+    summary = {"text": texts, "teacher": teacher}
     files.summary.write_text(json.dumps(summary, indent=1), encoding="utf-8")
 
 

@@ -14,7 +14,7 @@ def run(context: StageContext) -> None:
     """Quantizes the student with the importance matrix of the calibration text."""
     plan = context.plan
     weight_type, name = plan.recipe.gguf or "", plan.recipe.source.model
-    student = open_student(plan, context.work)
+    student = open_student(plan, context.work, "recover")
     total = predict_file_size(student.shape, plan.source, weight_type, name)
     with context.progress.bar("bytes", total) as advance:
         write_gguf(

@@ -16,7 +16,7 @@ def run(context: StageContext) -> None:
     """Writes graph, weights, and what onnxruntime-genai and optimum want beside them."""
     plan = context.plan
     weight_type = plan.recipe.onnx or ""
-    student = open_student(plan, context.work)
+    student = open_student(plan, context.work, "recover")
     folder = context.output / FOLDER
     with context.progress.bar("bytes", predict_size(student.shape, weight_type)) as advance:
         write_onnx(

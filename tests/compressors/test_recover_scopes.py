@@ -88,20 +88,21 @@ def test_only_the_most_used_need_counts(student: Student) -> None:
 
 def test_a_scope_that_does_not_fit_the_memory_is_refused_before_it_starts(student: Student, tmp_path: Path) -> None:
     whole, adapters = Scope.all_experts(), Scope.adapters(1)
+    itemsize = student.source.dtype.itemsize
     between = training_bytes(whole, student.shape).total - 1
     room = 0
     with pytest.raises(InputError, match="adapters"):
-        refuse_too_large(whole, student, MemoryLimit(between, tmp_path))
+        refuse_too_large(whole, student.shape, itemsize, between)
     needed = 10**12
     while needed > room + 1:  # the smallest limit under which adapters may begin
         middle = (room + needed) // 2
         try:
-            refuse_too_large(adapters, student, MemoryLimit(middle, tmp_path))
+            refuse_too_large(adapters, student.shape, itemsize, middle)
             needed = middle
         except InputError:
             room = middle
     extra = training_bytes(whole, student.shape).total - training_bytes(adapters, student.shape).total
-    refuse_too_large(whole, student, MemoryLimit(needed + extra, tmp_path))
+    refuse_too_large(whole, student.shape, itemsize, needed + extra)
     limit = MemoryLimit(needed + extra - 1, tmp_path)
     tokens_BT = torch.zeros(1, 4, dtype=torch.int64)
     with pytest.raises(InputError, match=r"router \+ all experts needs .* train adapters"):

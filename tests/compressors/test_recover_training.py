@@ -22,7 +22,7 @@ from compressors.model.memory import MemoryLimit
 from compressors.model.streaming import StreamedModel, TokenGroup
 from compressors.model.student import ExpertMap, Student
 from compressors.model.weight_file import StoredTensors
-from compressors.recover.divergence import mean_divergence
+from compressors.recover.divergence import judge
 from compressors.recover.objectives import Distillation, NextToken, RouterLogitMatching
 from compressors.recover.schedule import Schedule
 from compressors.recover.scopes import Scope
@@ -165,7 +165,7 @@ def test_every_scope_brings_the_student_nearer(
     writer = LogProbWriter(tmp_path, len(unseen) * 23, teacher.shape.vocab_size)
     write_log_probs(teacher, unseen, hidden, scored, writer, range(len(unseen)))
     reader = LogProbReader(tmp_path)
-    assert mean_divergence(taught, unseen, reader, scored) < 0.98 * mean_divergence(pruned, unseen, reader, scored)
+    assert judge(taught, unseen, reader, scored).divergence < 0.98 * judge(pruned, unseen, reader, scored).divergence
 
 
 def test_next_token_loss_is_its_definition(pruned: Student, blocks_BT: torch.Tensor) -> None:
@@ -237,6 +237,6 @@ def test_a_vocabulary_that_differs_is_refused(pruned: Student, blocks_BT: torch.
         Training(pruned, blocks_BT, Distillation(wider, pruned), settings).step()
     LogProbWriter(tmp_path / "selection", 30, n_tokens + 8).write(0, logits[:30])
     with pytest.raises(InputError, match=re.escape(f"are of {n_tokens + 8} tokens")):
-        mean_divergence(pruned, blocks_BT[:2], LogProbReader(tmp_path / "selection"), slice(0, 15))
+        judge(pruned, blocks_BT[:2], LogProbReader(tmp_path / "selection"), slice(0, 15))
     with pytest.raises(InputError, match=f"has token {n_tokens}"):
         Training(pruned, torch.full((2, 4), n_tokens), NextToken(), settings)

@@ -114,5 +114,5 @@ def test_more_texts_than_fit_are_refused(
     student = Student.teacher(Checkpoint(toy_checkpoint(tmp_path)))
     assert cache_bytes(student.shape, 10, 28) == 10 * 28 * 4 * (2 * 2 * 4 * 32 + 256)
     assert cache_bytes(replace(student.shape, n_layers=1), 10, 28, torch.bfloat16) == 10 * 28 * 2 * (2 * 4 * 32 + 256)
-    with pytest.raises(InputError, match="10 texts .* together need 0.00 GB .* fewer steps per round"):
+    with pytest.raises(InputError, match=r"10 texts .* together need 0\.00 GB .* fewer batches in a round"):
         sample_texts(StreamedModel(student, limit=MemoryLimit(10**6, tmp_path)), prompts_BP, uniform_BN)

@@ -65,7 +65,8 @@ def tiny_recipe(
     assert planned.returncode == 0, planned.stderr
     recipe = json.loads(planned.stdout)
     recipe["text"] |= {"calibration_blocks": 2, "selection_blocks": 1, "heldout_chunks_per_file": 1}
-    recipe["recover"] |= {"blocks": 2, "blocks_per_step": 1}
+    for rung in recipe["recover"]["rungs"]:
+        rung |= {"blocks": 2, "blocks_per_step": 1}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     return folder / "tiny.yaml"
 

@@ -13,7 +13,9 @@ from compressors.model.checkpoint import Checkpoint
 from compressors.model.parallel import is_first, share
 from compressors.model.streaming import StreamedModel, TokenGroup
 from compressors.model.student import ExpertMap, Student
-from compressors.recover.router_kd import RouterKdSettings, RouterTraining
+from compressors.recover.objectives import Distillation
+from compressors.recover.schedule import Schedule
+from compressors.recover.training import Training
 from compressors.statistics import StatisticsCollector, save_statistics
 from compressors.teacher import TeacherTargets, write_targets
 
@@ -36,7 +38,7 @@ def _main(model: Path, folder: Path) -> None:
     write_targets(teacher, hidden, targets, mine)
     distributed.barrier()
     student = Student(source, ExpertMap.keeping(32, (tuple(range(16)),) * source.shape.n_layers))
-    training = RouterTraining(student, tokens_BT, targets, RouterKdSettings(5, 1e-3, blocks_per_step=5))
+    training = Training(student, tokens_BT, Distillation(targets, student), Schedule(5, 1e-3, blocks_per_step=5))
     training.step()
     if is_first():
         moments = [training.state()[f"{layer}.router.exp_avg"] for layer in range(source.shape.n_layers)]

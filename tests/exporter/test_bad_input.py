@@ -120,6 +120,8 @@ def _empty_text(folder: Path) -> list[str]:
         (lambda folder: ["--budget", "3GB", "--calibration", str(folder / "no.txt")], "no.txt"),
         (lambda folder: [], "--budget"),
         (lambda folder: ["--recipe", str(folder / "mine.yaml"), "--quant", "Q8_0"], "--quant: the recipe holds"),
+        (lambda folder: ["--recipe", str(folder / "mine.yaml"), "--student", "dense"], "--student: the recipe holds"),
+        (lambda folder: ["--budget", "3GB", "--student", "dense", "--experts", "9"], "--experts: a dense student"),
     ],
 )
 def test_bad_arguments_are_refused(

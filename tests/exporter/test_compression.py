@@ -51,7 +51,7 @@ def _recipe(gguf: str | None = "Q4_0", onnx: str | None = None, save_student: bo
             "text": {"calibration_blocks": 2, "selection_blocks": 1, "heldout_chunks_per_file": 1},
             "arithmetic": "float32",
             "compress": {"experts": 32} | choice,
-            "recover": {"rung": "none", "blocks": 0, "blocks_per_step": 1, "learning_rate": 0.001, "seed": 0},
+            "recover": {"seed": 0},
             "gguf": gguf,
             "onnx": onnx,
             "save_student": save_student,

@@ -34,8 +34,11 @@ from exporter.hf_checkpoint import write_checkpoint
 from exporter.onnx.clients import write_client_files
 from exporter.onnx.layout import DATA_FILE, MODEL_FILE
 from exporter.onnx.writer import predict_size, write_onnx
+from validate.backend import Backend, scored_positions
+from validate.evaluation import evaluate
 from validate.llama_cpp import LlamaCppBackend
 from validate.onnx_runtime import OnnxRuntimeBackend
+from validate.torch_reference import TorchBackend
 
 _EXACT = 1e-3  # logits reach 17; float32 in another order of summation
 _N_TOKENS = 96
@@ -181,6 +184,25 @@ def test_onnx_in_q4_0(student: Student, tokens_T: Tokens, logits_TV: Logits, tmp
     write_onnx(student, "Q4_0", tmp_path / "onnx", threads=1)
     assert _written_bytes(tmp_path / "onnx") == predict_size(student.shape, "Q4_0")
     assert 0 < _divergence(logits_TV, _run_onnx(student, tmp_path / "onnx", tokens_T)) < 0.1
+
+
+def test_no_backend_tells_of_routing_and_all_give_the_same_logits(
+    student: Student, tokens_T: Tokens, logits_TV: Logits, tmp_path: Path
+) -> None:
+    write_gguf(student, "F32", tmp_path / "f32.gguf", name="x", threads=1)
+    write_onnx(student, "F32", tmp_path / "onnx", threads=1)
+    backends: Sequence[Backend] = (
+        TorchBackend(student),
+        LlamaCppBackend(tmp_path / "f32.gguf", n_ctx=_N_TOKENS, kv_type="f32", threads=1),
+        OnnxRuntimeBackend(tmp_path / "onnx", threads=1),
+    )
+    expected_SV = logits_TV[scored_positions(_N_TOKENS)]
+    for backend in backends:
+        for output in backend.run(np.stack([tokens_T, tokens_T])):
+            assert output.routing is None
+            assert np.abs(output.logits_SV - expected_SV).max() < _EXACT
+        evaluation = evaluate(backend, tokens_T[None], {})
+        assert evaluation.routing is None
 
 
 def _written_bytes(folder: Path) -> int:

@@ -23,6 +23,7 @@ from exporter.recipe import Recipe
 from exporter.run import make_plan, run_job
 
 _START = 4
+_ROUTER = {"scope": "router", "blocks": 40, "blocks_per_step": 8, "learning_rate": 0.001}
 _FAST = Speeds(read_bytes=1e15, multiply_adds=1e6, reference_multiply_adds=1e6, quantized_values=1e15)
 _PLENTY = 10**15
 
@@ -51,7 +52,7 @@ def plan(job: Job) -> Plan:
     """With round numbers of blocks: 40, 4, and 3 of each of the two held-out files."""
     plan = make_plan(job, "moe-export")
     text = {"calibration_blocks": 40, "selection_blocks": 4, "heldout_chunks_per_file": 3}
-    return _edited(plan, text=text, recover={"blocks": 40, "blocks_per_step": 8})
+    return _edited(plan, text=text, recover={"rungs": [_ROUTER]})
 
 
 def _edited(plan: Plan, **parts: Mapping[str, Any]) -> Plan:
@@ -125,8 +126,18 @@ def test_recovery_takes_its_steps_or_its_time_limit(plan: Plan) -> None:
         assert seconds["recover"] - _START == pytest.approx(steps + judging)
     recipe = replace(plan, recover_seconds=0)
     assert seconds_by_stage(recipe, _FAST, _PLENTY)["schedule"] == _START, "a recipe's steps are not timed"
-    none = _edited(plan, recover={"rung": "none", "blocks": 0})
-    assert not {"schedule", "recover"} & set(seconds_by_stage(none, _FAST, _PLENTY))
+    two = _edited(plan, recover={"rungs": [_ROUTER, _ROUTER | {"scope": "experts", "blocks": 24}]})
+    seconds = seconds_by_stage(replace(two, recover_seconds=10**9), _FAST, _PLENTY)
+    assert seconds["schedule"] - _START == pytest.approx(step * (3 + 4) / 3), "experts have gradients of their own"
+    assert seconds["recover"] - _START == pytest.approx(step * (5 + 3 * 4 / 3) + judging * 3 / 2)
+    after = _edited(plan, recover={"after_quantizing": _ROUTER | {"blocks": 80}})
+    seconds = seconds_by_stage(replace(after, recover_seconds=10**9), _FAST, _PLENTY)
+    assert seconds["retune"] - _START == pytest.approx(step * 10 + judging)
+    assert seconds["recover"] - _START == pytest.approx(step * 5 + judging)
+    seconds = seconds_by_stage(replace(after, recover_seconds=3), _FAST, _PLENTY)
+    assert seconds["retune"] - _START == pytest.approx(2 + judging), "time is shared out by what there is to do"
+    none = _edited(plan, recover={"rungs": []})
+    assert not {"schedule", "recover", "retune"} & set(seconds_by_stage(none, _FAST, _PLENTY))
 
 
 def test_a_checkpoint_larger_than_the_free_memory_is_read_in_every_pass(plan: Plan) -> None:
@@ -175,9 +186,13 @@ def test_every_file_of_a_run_has_a_line(plan: Plan) -> None:
     assert lines["training targets"] == 40 * 512 * 64 * 8
     # 255 of 512 positions are scored; the GGUF's are recorded for the ONNX file to be compared with
     assert lines["log-probabilities in 16 bits"] == (4 + 2 * 6) * 255 * (2 * shape.vocab_size + 8)
-    assert lines["training"] == (3 * 8 * 512 + 2 * 3 * 2 * 12) * shape.hidden_size * 4
+    # inputs of layers and head, two snapshots of routers and moments, and the routers that were taught
+    assert lines["training"] == (3 * 8 * 512 + (2 * 3 + 1) * 2 * 12) * shape.hidden_size * 4
     assert {"gguf files", "onnx files", "student checkpoint", "statistics", "routing", "token blocks"} <= set(lines)
-    without = _edited(plan, recover={"rung": "none"})
+    with_experts = disk_lines(_edited(plan, recover={"rungs": [_ROUTER | {"scope": "experts"}]}))["training"]
+    experts = 2 * 12 * 3 * shape.hidden_size * shape.expert_width
+    assert with_experts == lines["training"] + experts * (2 * 3 * 4 + 2)  # two snapshots, and the overlay
+    without = _edited(plan, recover={"rungs": []})
     without = replace(without, recipe=without.recipe.model_copy(update={"save_student": False}))
     assert set(lines) - set(disk_lines(without)) == {"training", "student checkpoint"}
 
@@ -188,13 +203,13 @@ def test_memory_does_not_grow_with_depth_and_fits_the_promises(plan: Plan) -> No
         top_k=8, expert_width=1024, vocab_size=50304,
     )  # fmt: skip
     qwen = replace(olmoe, n_layers=48, n_heads=32, n_kv_heads=4, n_experts=128, expert_width=768, vocab_size=151936)
-    lines = memory_lines(olmoe, 2)
+    lines = memory_lines(olmoe, olmoe, 2)
     assert lines["two decoder layers"] == pytest.approx(2 * 2 * (64 * 3 * 2048 * 1024 + 4 * 2048**2), rel=0.001)
     assert sum(lines.values()) < 3.5e9
-    assert sum(memory_lines(qwen, 2).values()) < 5e9
-    assert memory_lines(replace(qwen, n_layers=6), 2) == memory_lines(qwen, 2)
+    assert sum(memory_lines(qwen, qwen, 2).values()) < 5e9
+    assert memory_lines(replace(qwen, n_layers=6), qwen, 2) == memory_lines(qwen, qwen, 2)
     wide = replace(plan.teacher_shape, vocab_size=1_000_000)
-    assert memory_lines(wide, 2)["the head"] == 2 * 2 * 1_000_000 * wide.hidden_size
+    assert memory_lines(wide, wide, 2)["the head"] == 2 * 2 * 1_000_000 * wide.hidden_size
 
 
 def test_too_little_memory_is_refused_with_figures() -> None:

@@ -14,9 +14,9 @@ import torch
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.families import Role
+from compressors.model.onnx_blocks import from_q4_0
 from compressors.model.student import ExpertMap, Student
 from compressors.quantize import GGMLQuantizationType, quantize_rows
-from exporter.onnx.blocks import from_q4_0
 from exporter.onnx.layout import DATA_FILE, MODEL_FILE, PRESETS, plan_tensors
 from exporter.onnx.writer import predict_size, write_onnx
 

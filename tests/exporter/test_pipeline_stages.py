@@ -24,6 +24,7 @@ from exporter.stage import StageContext
 from exporter.work import WorkDirectory
 
 _FROM_COMPRESS = {"compress", "schedule", "recover", "gguf", "onnx", "student", "validate_torch"}
+_RUNG = {"scope": "router", "blocks": 8, "blocks_per_step": 8, "learning_rate": 0.001}
 _VALIDATIONS = {"validate_gguf", "validate_onnx"}
 _ALL = {"calibrate"} | _FROM_COMPRESS | _VALIDATIONS
 
@@ -74,7 +75,7 @@ def _changed(before: Plan, after: Plan) -> set[str]:
         ({"text": {"heldout_chunks_per_file": 3}}, _ALL),
         ({"threads": 2}, _ALL),
         ({"compress": {"method": "reap", "experts": 8}}, _FROM_COMPRESS | _VALIDATIONS),
-        ({"recover": {"rung": "router", "blocks": 8}}, _FROM_COMPRESS - {"compress"} | _VALIDATIONS),
+        ({"recover": {"rungs": [_RUNG]}}, _FROM_COMPRESS - {"compress"} | _VALIDATIONS),
         ({"recover": {"seed": 5}}, _FROM_COMPRESS - {"compress"} | _VALIDATIONS),
         ({"gguf": "Q8_0"}, {"gguf"} | _VALIDATIONS),
         ({"onnx": "Q4_0"}, {"onnx"} | _VALIDATIONS),
@@ -119,8 +120,12 @@ def test_every_part_of_a_recipe_matters_to_a_stage(plan: Plan) -> None:
     assert parts == set(Recipe.model_fields) - {"version", "save_student"}
 
 
+def _all_stages(plan: Plan) -> Sequence[Stage]:
+    return stages_of(_edited(plan, recover={"after_quantizing": _RUNG}))
+
+
 def test_every_stage_has_a_module_that_runs_it(plan: Plan) -> None:
-    for stage in stages_of(plan):
+    for stage in _all_stages(plan):
         module = importlib.import_module(f"exporter.stages.{stage.name}")
         assert "run" in module.__all__
         (parameter,) = inspect.signature(module.run, eval_str=True).parameters.values()
@@ -130,14 +135,16 @@ def test_every_stage_has_a_module_that_runs_it(plan: Plan) -> None:
 
 
 def test_every_stage_comes_after_what_it_needs(plan: Plan) -> None:
-    names = [stage.name for stage in stages_of(plan)]
-    assert set(names) == _ALL
-    assert len(names) == len(_ALL)
-    for position, stage in enumerate(stages_of(plan)):
+    stages = _all_stages(plan)
+    names = [stage.name for stage in stages]
+    assert set(names) == _ALL | {"retune"}
+    assert len(set(names)) == len(names)
+    for position, stage in enumerate(stages):
         assert set(stage.needs) <= set(names[:position]), stage.name
 
 
 def test_only_what_the_recipe_wants_is_planned(plan: Plan) -> None:
+    assert {stage.name for stage in stages_of(plan)} == _ALL
     without = {"onnx", "validate_onnx", "student"}
     assert {stage.name for stage in stages_of(_edited(plan, onnx=None, save_student=False))} == _ALL - without
     assert {stage.name for stage in stages_of(_edited(plan, gguf=None))} == _ALL - {"gguf", "validate_gguf"}

@@ -26,12 +26,17 @@ from exporter.recipe import BudgetChoice, CompressChoice, Recipe
 _MODEL = Path(__file__).parents[2] / "exporter" / "demo" / "model"
 _GGUF_TYPES = ("BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0")
 _ONNX_TYPES = ("F32", "Q4_0")
+_MEMORY = 8_000_000_000  # enough to train all experts of the bundled model
 _COUNTS = TextCounts(calibration=500, selection=60, heldout_files=5)
 
 
 @pytest.fixture(scope="module")
 def splits(small_texts: tuple[Path, Path]) -> Splits:
     return read_splits(*small_texts)
+
+
+def _scopes(recipe: Recipe) -> list[str]:
+    return [rung.scope for rung in recipe.recover.rungs]
 
 
 class Planner:
@@ -45,7 +50,8 @@ class Planner:
         self, budget: int, counts: TextCounts = _COUNTS, **arguments: Any
     ) -> tuple[Recipe, dict[str, Prediction]]:
         job = Job.create(budget=f"{budget}B", threads=1, **{"budget_kind": "file", **arguments})
-        return choose_recipe(job, self.checkpoint, "tiny", self._splits, counts)
+        recipe, predictions, _ = choose_recipe(job, self.checkpoint, "tiny", self._splits, counts, _MEMORY)
+        return recipe, predictions
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +161,7 @@ def test_each_method_takes_the_least_away_that_fits(plan: Planner, method: str, 
                 continue
             recipe, predictions = plan(budget, method=method, formats=formats)
             assert recipe.compress == CompressChoice(**{"experts": 32} | ways[expected])
-            assert recipe.recover.rung == "router"
+            assert _scopes(recipe) == ["router", "experts"]
             for name in artifacts:
                 fitting = (kind for kind in ladder[name] if _bytes_of(name, ways[expected], kind) <= budget)
                 assert recipe.type_of(name) == next(fitting)
@@ -166,7 +172,7 @@ def test_each_method_takes_the_least_away_that_fits(plan: Planner, method: str, 
 def test_with_room_to_spare_no_method_takes_anything_away(plan: Planner, method: str) -> None:
     recipe, _ = plan(1_000_000_000, method=method)
     assert recipe.compress == CompressChoice(experts=32)
-    assert recipe.recover.rung == "none"
+    assert _scopes(recipe) == []
 
 
 def test_layer_drop_is_refused_with_gguf(plan: Planner) -> None:
@@ -210,7 +216,7 @@ def test_with_room_to_spare_nothing_is_taken_away(plan: Planner) -> None:
     recipe, _ = plan(1_000_000_000)
     assert (recipe.compress.method, recipe.compress.experts) == ("none", 32)
     assert (recipe.gguf, recipe.onnx) == ("BF16", "F32")
-    assert (recipe.recover.rung, recipe.recover.blocks) == ("none", 0)
+    assert _scopes(recipe) == []
 
 
 def test_bits_go_before_experts(plan: Planner) -> None:
@@ -219,7 +225,7 @@ def test_bits_go_before_experts(plan: Planner) -> None:
     assert plan(smallest, formats="gguf")[0].compress.experts == 32
     recipe, _ = plan(smallest - 1, formats="gguf")
     assert (recipe.compress.method, recipe.compress.experts) == ("reap", 31)
-    assert recipe.recover.rung == "router", "who prunes teaches the routers again"
+    assert _scopes(recipe) == ["router", "experts"], "who prunes recovers"
 
 
 def test_only_the_asked_formats_count(plan: Planner) -> None:
@@ -324,26 +330,28 @@ def test_an_edited_recipe_must_still_fit(plan: Planner) -> None:
 
 
 @pytest.mark.parametrize(
-    ("recover", "experts", "rung"),
+    ("recover", "experts", "scopes"),
     [
-        ("auto", 32, "none"),
-        ("auto", 31, "router"),
-        ("none", 20, "none"),
-        ("router", 32, "router"),
-        ("router:published", 20, "router"),
+        ("auto", 32, []),
+        ("auto", 31, ["router", "experts"]),
+        ("none", 20, []),
+        ("router", 32, ["router"]),
+        ("router:published", 20, ["router"]),
+        ("adapters:next-token", 20, ["adapters"]),
     ],
 )
-def test_recovery_follows_pruning_or_the_flag(plan: Planner, recover: str, experts: int, rung: str) -> None:
+def test_recovery_follows_pruning_or_the_flag(plan: Planner, recover: str, experts: int, scopes: list[str]) -> None:
     recipe, _ = plan(1_000_000_000, recover=recover, experts=experts, seed=7)
-    assert recipe.recover.rung == rung
+    assert _scopes(recipe) == scopes
     assert recipe.recover.seed == 7
-    assert recipe.recover.blocks == {"none": 0, "router": 500 if "published" in recover else 320}[rung]
+    assert {rung.blocks for rung in recipe.recover.rungs} <= {500 if "published" in recover else 320}
 
 
 def test_the_published_schedule_is_the_paper_s(plan: Planner) -> None:
     many = replace(_COUNTS, calibration=10_000)
     recipe, _ = plan(1_000_000_000, counts=many, recover="router:published", experts=20)
-    assert (recipe.recover.blocks, recipe.recover.blocks_per_step, recipe.recover.learning_rate) == (3000, 8, 5e-5)
+    (rung,) = recipe.recover.rungs
+    assert (rung.blocks, rung.blocks_per_step, rung.learning_rate) == (3000, 8, 5e-5)
     assert recipe.text.calibration_blocks == 3000
 
 
@@ -351,7 +359,7 @@ def test_no_more_text_is_planned_than_there_is(plan: Planner) -> None:
     recipe, _ = plan(5_000_000, counts=TextCounts(calibration=11, selection=2, heldout_files=60))
     assert (recipe.text.calibration_blocks, recipe.text.selection_blocks) == (11, 2)
     assert recipe.text.heldout_chunks_per_file == 1
-    assert recipe.recover.blocks == 11
+    assert {rung.blocks for rung in recipe.recover.rungs} == {11}
     recipe, _ = plan(5_000_000)
     text = recipe.text
     assert (text.calibration_blocks, text.selection_blocks, text.heldout_chunks_per_file) == (320, 20, 10)

@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
 from exporter.outputs import sha256_of
+from validate.logits_file import LogitsFileWriter
 
 Run = Callable[[Sequence[str]], subprocess.CompletedProcess[str]]
 Command = Callable[..., Sequence[str]]
@@ -65,15 +67,30 @@ def test_figures_agree_between_torch_and_the_runtimes(finished: tuple[Path, str]
         assert rows[name]["perplexity"] == pytest.approx(rows["student"]["perplexity"], rel=0.05)
         assert rows[name]["routing"]["vs_torch_student"]["overlap"] > 0.85
         assert rows[name]["peak_rss_bytes"] > rows[name]["base_rss_bytes"] > 10_000_000
+        assert rows[name]["perplexity_vs_teacher"]["base"] == pytest.approx(rows["teacher"]["perplexity"], rel=1e-4)
+        for figures, figure, interval in (
+            (rows[name], "perplexity", "perplexity_interval"),
+            (rows[name], "top1_agreement", "top1_agreement_interval"),
+            (rows[name]["kld"], "mean", "mean_interval"),
+            (rows[name]["routing"]["vs_torch_student"], "overlap", "overlap_interval"),
+        ):
+            assert figures[interval][0] < figures[figure] < figures[interval][1]
     # the same blocks in both files: the runtimes are nearer to each other than either is to the original
     assert rows["onnx"]["kld_vs_other_runtime"] < min(rows["gguf"]["kld"]["mean"], rows["onnx"]["kld"]["mean"])
     assert report["verdict"]["passed"]
 
 
 def test_the_recovery_gate_is_reported(finished: tuple[Path, str]) -> None:
-    (rung,) = _report(finished[0])["recovery"]
-    assert rung["accepted"] == (rung["selection_kld_after"] < rung["selection_kld_before"])
-    assert rung["tokens"] == rung["steps"] * 8 * 512 or rung["tokens"] % 512 == 0
+    rungs = _report(finished[0])["recovery"]
+    assert [rung["rung"] for rung in rungs] == ["router", "router + all experts"]
+    for rung in rungs:
+        assert rung["accepted"] == (rung["selection_kld_after"] < rung["selection_kld_before"])
+        assert rung["tokens"] == rung["steps"] * 8 * 512 or rung["tokens"] % 512 == 0
+    first, second = rungs
+    left = "after" if first["accepted"] else "before"
+    for figure in ("kld", "perplexity"):
+        # it goes on from there
+        assert second[f"selection_{figure}_before"] == first[f"selection_{figure}_{left}"]
 
 
 def test_the_saved_student_loads_in_stock_transformers(finished: tuple[Path, str]) -> None:
@@ -99,7 +116,7 @@ def test_a_recipe_is_followed_and_a_failed_check_gives_exit_code_4(
     finished: tuple[Path, str], toy_command: Command, run_command: Run, tmp_path: Path
 ) -> None:
     recipe = yaml.safe_load((finished[0] / "recipe.yaml").read_text())
-    recipe["recover"]["rung"] = "none"
+    recipe["recover"]["rungs"] = []
     recipe["onnx"] = None
     recipe["save_student"] = False
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
@@ -131,3 +148,27 @@ def test_validate_measures_published_files_again_and_notices_damage(
     assert bad.returncode == 4
     failed = {check["name"] for check in json.loads(bad.stdout)["checks"] if not check["passed"]}
     assert {"files changed", "gguf.perplexity_as_reported"} <= failed
+
+
+def test_a_logits_file_stands_for_the_original(
+    finished: tuple[Path, str], small_texts: tuple[Path, Path], run_command: Run, tmp_path: Path
+) -> None:
+    """The file of llama-perplexity: written from the original, then read in its place."""
+    command = [sys.executable, "-m", "exporter", "validate", str(finished[0]), "--threads", "1", "--json"]
+    path = tmp_path / "base.kld"
+    saved = run_command([*command, "--text", str(small_texts[1]), "--save-reference-logits", str(path)])
+    assert saved.returncode == 0, saved.stderr
+    read = run_command([*command, "--reference-logits", str(path)])
+    assert read.returncode == 0, read.stderr
+    with_original, with_file = json.loads(saved.stdout), json.loads(read.stdout)
+    assert with_file["perplexity_teacher"] == with_original["perplexity_teacher"]
+    for expected, found in zip(with_original["rows"], with_file["rows"], strict=True):
+        assert expected["kld"]["mean"] > 0.001
+        assert found == expected | {"routing_overlap_vs_teacher": None, "routing_overlap_interval": None}
+    both = run_command([*command, "--reference-logits", str(path), "--text", str(small_texts[1])])
+    assert both.returncode == 2
+    assert "--reference-logits holds original and text" in both.stderr
+    LogitsFileWriter(path, np.zeros((2, 64), np.int64), 100)
+    other = run_command([*command, "--reference-logits", str(path)])
+    assert other.returncode == 2
+    assert "the reference has a vocabulary of 100 and the model one of 4,096" in other.stderr

@@ -39,7 +39,8 @@ def stopped_before_publishing(
         out = tmp_path_factory.mktemp(name) / "out"
         recipe = yaml.safe_load(tiny_recipe.read_text())
         recipe["text"] |= {"calibration_blocks": 3, "heldout_chunks_per_file": 3}  # uneven shares
-        recipe["recover"] |= {"blocks": 3, "blocks_per_step": 2}  # the last step has one block: nothing for the second
+        for rung in recipe["recover"]["rungs"]:
+            rung |= {"blocks": 3, "blocks_per_step": 2}  # the last step has one block: nothing for the second
         path = out.parent / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe))
         command = toy_command(out, "--recipe", str(path))
@@ -54,8 +55,9 @@ def test_both_choose_the_same_experts_and_write_the_same_recipe(stopped_before_p
     assert one["student"]["kept"] == two["student"]["kept"]
     first, second = (yaml.safe_load((out / "recipe.yaml").read_text()) for out in stopped_before_publishing)
     assert first == second
-    for key in ("selection_kld_before", "selection_kld_after"):
-        assert one["recovery"][0][key] == pytest.approx(two["recovery"][0][key], rel=1e-4)
+    for by_one, by_two in zip(one["recovery"], two["recovery"], strict=True):
+        for key in ("selection_kld_before", "selection_kld_after", "selection_perplexity_after"):
+            assert by_one[key] == pytest.approx(by_two[key], rel=1e-4)
     for row, other in zip(one["validation"], two["validation"], strict=True):
         assert row["perplexity"] == pytest.approx(other["perplexity"], rel=1e-3)
 

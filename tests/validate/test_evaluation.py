@@ -1,9 +1,8 @@
-"""Perplexity, divergence and one pass over text, against numpy in float64 and stock transformers."""
+"""One pass over text, against stock transformers and numpy in float64."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,46 +17,12 @@ from compressors.model.log_probs import LogProbReader, LogProbWriter
 from compressors.model.routing import Routing
 from compressors.model.student import ExpertMap, Student
 from validate.backend import scored_positions
-from validate.evaluation import Evaluation, divergence, evaluate, perplexity
+from validate.evaluation import AgainstReference, Evaluation, evaluate
 from validate.torch_reference import TorchBackend
 
 _CODING_STEP = 16 / 65535  # nats: log-probabilities on disk are at most half of this off
 
 Floats = npt.NDArray[np.float64]
-
-
-def test_perplexity_of_a_uniform_guess_is_the_vocabulary() -> None:
-    value, error = perplexity(np.full(40, np.log(4096), np.float32))
-    assert value == pytest.approx(4096, rel=1e-6)
-    assert error == 0.0
-
-
-def test_perplexity_and_its_error_by_hand() -> None:
-    """Mean 2, variance (1 + 0 + 1) / 3, error of the mean sqrt(2/3 / 2); the perplexity's is exp(2) times that."""
-    value, error = perplexity(np.array([1.0, 2.0, 3.0], np.float32))
-    assert value == pytest.approx(7.38905609893065)
-    assert error == pytest.approx(7.38905609893065 * np.sqrt(1 / 3))
-
-
-def test_perplexity_of_one_position_has_no_error() -> None:
-    value, error = perplexity(np.array([1.0], np.float32))
-    assert value == pytest.approx(2.718281828459045)
-    assert error == 0.0
-
-
-def test_perplexity_sums_in_double_precision() -> None:
-    """A million values of 5 with a tiny part that float32 sums would lose."""
-    value, _ = perplexity(np.full(1_000_000, 5.000001, np.float32))
-    assert value == pytest.approx(np.exp(float(np.float32(5.000001))), rel=1e-12)
-
-
-def test_divergence_is_summarised_by_interpolated_percentiles() -> None:
-    """0, 1, ..., 1000 in any order: percentile q is 10 q."""
-    values = np.random.default_rng(0).permutation(1001).astype(np.float32)
-    assert asdict(divergence(values)) == pytest.approx(
-        {"mean": 500.0, "median": 500.0, "p90": 900.0, "p95": 950.0, "p99": 990.0, "p999": 999.0, "max": 1000.0}
-    )
-    assert divergence(np.array([0.0, 1.0], np.float32)).p90 == pytest.approx(0.9)
 
 
 def test_scored_positions_are_llama_perplexity_s() -> None:
@@ -125,7 +90,8 @@ def test_likelihoods_equal_stock_transformers(
     evaluation, _ = recorded
     assert evaluation.negative_log_likelihood_N.shape == (93,)
     np.testing.assert_allclose(evaluation.negative_log_likelihood_N, expected, atol=1e-4)
-    assert evaluation.kl_divergence_N == {}
+    assert evaluation.against == {}
+    assert evaluation.n_chunks == 3
     assert evaluation.routing.experts_LTK.shape == (2, 192, 4), "routing is kept at every position, scored or not"
 
 
@@ -147,10 +113,14 @@ def test_divergence_from_a_reference_equals_stock_transformers(
     expected = (np.exp(teacher_log_probs) * (teacher_log_probs - log_probs)).sum(-1).ravel()
     assert expected.mean() > 0.01, "the student differs"
     # p log p and the sum of p, both from log-probabilities half a step off
-    np.testing.assert_allclose(evaluation.kl_divergence_N["teacher"], expected, atol=2 * _CODING_STEP, rtol=1e-3)
+    np.testing.assert_allclose(
+        evaluation.against["teacher"].kl_divergence_N, expected, atol=2 * _CODING_STEP, rtol=1e-3
+    )
+    of_teacher = -np.take_along_axis(teacher_log_probs, chunks_BT[:, 33:64, None], -1).ravel()
+    np.testing.assert_allclose(evaluation.against["teacher"].negative_log_likelihood_N, of_teacher, atol=_CODING_STEP)
     same_top = (teacher_log_probs.argmax(-1) == log_probs.argmax(-1)).ravel()
     assert 0.0 < same_top.mean() < 1.0
-    assert (evaluation.same_top_N["teacher"] == same_top).all()
+    assert (evaluation.against["teacher"].same_top_N == same_top).all()
 
 
 def test_a_model_does_not_diverge_from_its_own_recording(
@@ -164,8 +134,8 @@ def test_a_model_does_not_diverge_from_its_own_recording(
         {"itself": LogProbReader(folder)},
         progress=progress.append,
     )
-    assert np.abs(again.kl_divergence_N["itself"]).max() < _CODING_STEP
-    assert again.same_top_N["itself"].all()
+    assert np.abs(again.against["itself"].kl_divergence_N).max() < _CODING_STEP
+    assert again.against["itself"].same_top_N.all()
     assert np.array_equal(again.negative_log_likelihood_N, first.negative_log_likelihood_N)
     assert progress == [1, 1, 1]
 
@@ -177,27 +147,51 @@ def test_a_reference_in_another_order_is_noticed(
     reversed_chunks = np.ascontiguousarray(chunks_BT[::-1])
     reference = {"teacher": LogProbReader(recorded[1])}
     evaluation = evaluate(TorchBackend(Student.teacher(Checkpoint(toy))), reversed_chunks, reference)
-    assert evaluation.kl_divergence_N["teacher"].mean() > 0.5
+    assert evaluation.against["teacher"].kl_divergence_N.mean() > 0.5
+
+
+def _values(generator: np.random.Generator) -> AgainstReference:
+    floats = generator.random((2, 5), np.float32)
+    return AgainstReference(floats[0], generator.random(5) > 0.5, floats[1])
 
 
 def test_save_and_load(tmp_path: Path) -> None:
     generator = np.random.default_rng(1)
     saved = Evaluation(
+        5,
         generator.random(5, np.float32),
-        {"teacher": generator.random(5, np.float32), "gguf": generator.random(5, np.float32)},
-        {"teacher": generator.random(5) > 0.5, "gguf": generator.random(5) > 0.5},
-        Routing(generator.integers(0, 8, (2, 7, 2), np.int32), generator.random((2, 7, 2), np.float32)),
+        {"teacher": _values(generator), "gguf": _values(generator)},
+        Routing(generator.integers(0, 8, (2, 10, 2), np.int32), generator.random((2, 10, 2), np.float32)),
     )
     saved.save(tmp_path / "evaluation.safetensors")
     loaded = Evaluation.load(tmp_path / "evaluation.safetensors")
+    assert loaded.n_chunks == 5
     assert np.array_equal(loaded.negative_log_likelihood_N, saved.negative_log_likelihood_N)
-    assert set(loaded.kl_divergence_N) == set(loaded.same_top_N) == {"teacher", "gguf"}
-    for name in ("teacher", "gguf"):
-        assert np.array_equal(loaded.kl_divergence_N[name], saved.kl_divergence_N[name])
-        assert np.array_equal(loaded.same_top_N[name], saved.same_top_N[name])
-        assert loaded.same_top_N[name].dtype == np.bool_
+    assert set(loaded.against) == {"teacher", "gguf"}
+    for name, expected in saved.against.items():
+        for field, values in vars(expected).items():
+            found = getattr(loaded.against[name], field)
+            assert found.dtype == values.dtype
+            assert np.array_equal(found, values)
     assert np.array_equal(loaded.routing.experts_LTK, saved.routing.experts_LTK)
     assert np.array_equal(loaded.routing.weights_LTK, saved.routing.weights_LTK)
+
+
+def test_save_and_load_without_routing(tmp_path: Path) -> None:
+    Evaluation(1, np.ones(3, np.float32), {}, None).save(tmp_path / "dense.safetensors")
+    loaded = Evaluation.load(tmp_path / "dense.safetensors")
+    assert loaded.routing is None
+    assert np.array_equal(loaded.negative_log_likelihood_N, np.ones(3, np.float32))
+
+
+def test_a_reference_of_another_vocabulary_is_refused(
+    toy: Path, chunks_BT: npt.NDArray[np.int64], tmp_path: Path
+) -> None:
+    writer = LogProbWriter(tmp_path / "other", 3 * 31, 100)
+    writer.write(0, torch.zeros(3 * 31, 100))
+    backend = TorchBackend(Student.teacher(Checkpoint(toy)))
+    with pytest.raises(InputError, match=r"a vocabulary of 100 and the model one of 4,096"):
+        evaluate(backend, chunks_BT, {"other": LogProbReader(tmp_path / "other")})
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import yaml
 from rich.console import Console
 
 from validate.report import charts, facts, numbers, render_html, render_model_card, run_instructions, summary
+from validate.report.statistics import STATISTICS
 
 _SECTIONS = (
     "Size and budget",
@@ -154,7 +155,10 @@ def _rung(name: str, loss: str, rate: float, before: float, after: float, accept
         "tokens": 491_520,
         "selection_kld_before": before,
         "selection_kld_after": after,
+        "selection_perplexity_before": 100 * before,
+        "selection_perplexity_after": 100 * after,
         "accepted": accepted,
+        "why": None,
         "seconds": 437.0,
     }
 
@@ -173,12 +177,40 @@ def _agreement(overlap: float, kept: float = 1.0) -> dict[str, Any]:
             }
         )
     figures = {key: sum(layer[key] for layer in layers) / len(layers) for key in layers[0]}
-    return {**figures, "per_layer": layers}
+    return {
+        **figures,
+        "overlap_interval": (figures["overlap"] - 0.003, figures["overlap"] + 0.0002),
+        "per_layer": layers,
+    }
 
 
-def _kld(mean: float) -> dict[str, float]:
-    shares = {"mean": 1.0, "median": 0.62, "p90": 2.1, "p95": 2.9, "p99": 5.2, "p999": 9.6, "max": 21.0}
-    return {key: mean * share for key, share in shares.items()}
+_LOWER = {"min": -0.00001, "p001": 0.01, "p01": 0.06, "p05": 0.13, "p10": 0.21}
+_UPPER = {"p90": 2.1, "p95": 2.9, "p99": 5.2, "p999": 9.6, "max": 21.0}
+
+
+def _kld(mean: float) -> dict[str, Any]:
+    shares = {"mean": 1.0, "mean_error": 0.01, **_LOWER, "median": 0.62, **_UPPER}
+    return {**{key: mean * share for key, share in shares.items()}, "mean_interval": (0.95 * mean, 1.06 * mean)}
+
+
+def _statistics(perplexity: float) -> dict[str, Any]:
+    """The rest of llama-perplexity's list, and the intervals."""
+    ratio = perplexity / 38.412
+    upper = {key: 0.01 * share for key, share in _UPPER.items()}
+    lower = {key: -value for key, value in zip(_LOWER, reversed(upper.values()), strict=True)}
+    return {
+        "chunks": 15,
+        "perplexity_interval": (0.92 * perplexity, 1.09 * perplexity),
+        "top1_agreement_error": 0.0072,
+        "top1_agreement_interval": (0.7093, 0.7341),
+        "perplexity_vs_teacher": {
+            "base": 38.412, "base_error": 0.913, "correlation": 0.9712, "log_ratio": math.log(ratio),
+            "log_ratio_error": 0.0061, "ratio": ratio, "ratio_error": 0.0061 * ratio,
+            "difference": perplexity - 38.412, "difference_error": 0.31,
+        },
+        "delta_p": {"mean": -0.0213, "mean_error": 0.0009, "rms": 0.0711, "rms_error": 0.0021, "p25": -0.001,
+                    "median": -0.0000004, "p75": 0.0008, **lower, **upper},
+    }  # fmt: skip
 
 
 def _validation() -> list[dict[str, Any]]:
@@ -194,9 +226,11 @@ def _validation() -> list[dict[str, Any]]:
          "top1_agreement": None, "routing": nothing},
         {**shared, **unmeasured, "artifact": "student", "runtime": "torch", "runtime_version": "2.13.0",
          "perplexity": 49.207, "perplexity_error": 1.182, "perplexity_student_torch": 49.207, "kld": _kld(0.2641),
+         **_statistics(49.207),
          "top1_agreement": 0.7214, "routing": {**nothing, "vs_teacher": _agreement(0.771, 0.842)}},
         {**shared, "artifact": "gguf", "runtime": "llama.cpp", "runtime_version": "0.3.36",
          "perplexity": 49.226, "perplexity_error": 1.183, "perplexity_student_torch": 49.207, "kld": _kld(0.2646),
+         **_statistics(49.226),
          "top1_agreement": 0.7212, "kld_vs_other_runtime": 0.00031,
          "routing": {"vs_torch_student": _agreement(0.9961), "vs_other_runtime": _agreement(0.9958),
                      "vs_teacher": _agreement(0.769, 0.842)},
@@ -205,6 +239,7 @@ def _validation() -> list[dict[str, Any]]:
          "repetition": {"prompts": 40, "loop_rate": 0.075, "end_of_text_rate": 0.9}},
         {**shared, "artifact": "onnx", "runtime": "onnxruntime", "runtime_version": "1.31.1",
          "perplexity": 49.209, "perplexity_error": 1.182, "perplexity_student_torch": 49.207, "kld": _kld(0.2652),
+         **_statistics(49.209),
          "top1_agreement": 0.7213, "kld_vs_other_runtime": 0.00031,
          "routing": {"vs_torch_student": _agreement(0.9996), "vs_other_runtime": _agreement(0.9958),
                      "vs_teacher": _agreement(0.770, 0.842)},
@@ -232,6 +267,18 @@ def only(report: dict[str, Any], artifact: str) -> dict[str, Any]:
     report["verdict"]["checks"] = [c for c in report["verdict"]["checks"] if not c["name"].startswith(other)]
     for part in ("predicted", "measured"):
         del report["budget"][part][other]
+    return report
+
+
+def dense(report: dict[str, Any]) -> dict[str, Any]:
+    """The same run when the student is dense: no row of the validation has routing."""
+    report = copy.deepcopy(report)
+    report["student"] |= {"dense": True, "expert_width": 512, "kept": _kept(6, 32, 4)}
+    report["student"] |= dict.fromkeys(("n_experts", "fewest_experts", "n_moe_layers", "top_k"))
+    for row in report["validation"]:
+        row["routing"] = dict.fromkeys(row["routing"])
+    checks = report["verdict"]["checks"]
+    report["verdict"]["checks"] = [check for check in checks if not check["name"].endswith(".routing")]
     return report
 
 
@@ -298,7 +345,17 @@ def report() -> dict[str, Any]:
 
 
 @pytest.fixture(
-    params=["whole", "gguf crashed", "onnx crashed", "gguf only", "onnx only", "file budget", "one layer", "least"]
+    params=[
+        "whole",
+        "gguf crashed",
+        "onnx crashed",
+        "gguf only",
+        "onnx only",
+        "file budget",
+        "one layer",
+        "dense",
+        "least",
+    ]
 )
 def variant(request: pytest.FixtureRequest, report: dict[str, Any]) -> dict[str, Any]:
     """Runs that differ in what they have."""
@@ -307,6 +364,8 @@ def variant(request: pytest.FixtureRequest, report: dict[str, Any]) -> dict[str,
         return crashed(report, name.split()[0])
     if name.endswith("only"):
         return only(report, name.split()[0])
+    if name == "dense":
+        return dense(report)
     if name == "file budget":
         report["budget"]["kind"] = "file"
     if name == "one layer":
@@ -351,18 +410,22 @@ def test_equal_reports_give_equal_text(report: dict[str, Any]) -> None:
 def test_figures_stand_in_the_right_rows(report: dict[str, Any]) -> None:
     page = Page(render_html(report))
     assert page.row("GGUF in llama.cpp")[1:] == [
-        "49.23 ± 1.18 +28.2 %",
+        "49.23 ± 1.18 45.29 to 53.66",
+        "+28.2 %",
         "+0.04 %",
-        "0.2646",
+        "0.2646 0.2514 to 0.2805",
         "0.1641",
         "1.3759",
         "5.5566",
-        "72.12 %",
+        "72.12 % 70.93 to 73.41 %",
     ]
-    assert page.row("GGUF and the student in torch")[1] == numbers.percent(_agreement(0.9961)["overlap"])
+    assert page.row("Original in torch")[1:3] == ["38.41 ± 0.91", numbers.DASH]
+    agreement = _agreement(0.9961)
+    low, high = (f"{100 * end:.2f}" for end in agreement["overlap_interval"])
+    assert page.row("GGUF and the student in torch")[1] == f"{numbers.percent(agreement['overlap'])} {low} to {high} %"
     assert page.row("ONNX and the original")[-1] == "84.20 %"
-    assert page.row("router")[1:4] == ["0.5412", "0.3829 \N{MINUS SIGN}29.2 %", "accepted"]
-    assert page.row("all")[3] == "rejected"
+    assert page.row("router")[1:5] == ["0.5412", "0.3829 \N{MINUS SIGN}29.2 %", "38.29 before 54.12", "accepted"]
+    assert page.row("all")[4] == "rejected"
     assert page.row("Measured total")[1:] == ["14.68 MB 14.00 MiB", "15.47 MB 14.75 MiB"]
     assert page.row("onnx/model.onnx.data")[1:] == ["9,887,744 bytes 9.89 MB (9.43 MiB)", "6f" * 32]
     assert page.row("Held-out")[1:] == ["410", "15", "4e" * 32]
@@ -370,6 +433,36 @@ def test_figures_stand_in_the_right_rows(report: dict[str, Any]) -> None:
     text = "".join(page.text)
     assert report["command"] in text
     assert "types:\n  experts: Q4_0" in text
+
+
+def test_all_of_llama_perplexity_s_list_is_there(report: dict[str, Any]) -> None:
+    page = Page(render_html(report))
+    columns = ["Student in torch", "GGUF in llama.cpp", "ONNX in ONNX Runtime"]
+    start = next(index for index, row in enumerate(page.rows) if row[1:] == columns)
+    rows = {row[0]: row[1:] for row in page.rows[start + 1 : start + 1 + len(STATISTICS)]}
+    assert list(rows) == [statistic.name for statistic in STATISTICS]
+    assert rows["Mean PPL(Q)"][1] == "49.226000 ± 1.183000"
+    assert rows["Mean PPL(base)"] == ["38.412000 ± 0.913000"] * 3
+    assert rows["Cor(ln(PPL(Q)), ln(PPL(base)))"][1] == "97.12 %"
+    assert rows["Mean KLD"][1] == "0.264600 ± 0.002646"
+    assert rows["0.1% KLD"][1] == "0.002646"
+    assert rows["Minimum KLD"][1] == "\N{MINUS SIGN}0.000003"
+    assert rows["Median Δp"][1] == "0.000 %"
+    assert rows["Mean Δp"][1] == "\N{MINUS SIGN}2.130 ± 0.090 %"
+    assert rows["Same top p"][1] == "72.120 ± 0.720 %"
+    assert not any(numbers.DASH in cells for cells in rows.values())
+
+
+def test_reports_without_intervals_do_not_speak_of_them(report: dict[str, Any]) -> None:
+    """A single chunk of text has none."""
+    for row in report["validation"]:
+        row["perplexity_interval"] = row["top1_agreement_interval"] = None
+        if row["kld"]:
+            row["kld"]["mean_interval"] = None
+        for agreement in filter(None, row["routing"].values()):
+            agreement["overlap_interval"] = None
+    for text in (render_html(report), render_model_card(report), terminal(report)):
+        assert "interval" not in text
 
 
 def test_failed_checks_come_first(report: dict[str, Any]) -> None:
@@ -421,12 +514,51 @@ def test_absent_format_is_not_mentioned(report: dict[str, Any]) -> None:
     assert page.row("Budget") == ["Budget", "16.00 MB 15.26 MiB"]
 
 
+def test_rungs_that_were_not_kept_say_why(report: dict[str, Any]) -> None:
+
+    failed = _rung("all", "kd", 1e9, 0.4, 0.4, False) | {
+        "selection_kld_after": None,
+        "selection_perplexity_after": None,
+    }
+    report["recovery"] = [
+        {"rung": "all", "loss": "kd", "why": "training it needs 90 GB"},
+        failed | {"why": "the loss is NaN"},
+    ]
+    page = Page(render_html(report))
+    refused, rejected = ([cell.strip() for cell in row] for row in page.rows if row[0].startswith("all"))
+    dash = numbers.DASH
+    assert refused[1:6] == [dash, dash, dash, "refused training it needs 90 GB", dash]
+    assert rejected[1:5] == ["0.4000", dash, dash, "rejected the loss is NaN"]
+    card = render_model_card(report)
+    assert "refused (training it needs 90 GB)" in card
+    assert "rejected (the loss is NaN)" in card
+
+
 def test_nothing_pruned_or_recovered_is_said() -> None:
     html = render_html(least())
     assert "Nothing was pruned: all 32 experts" in html
     assert "No recovery was run" in html
     assert "Built; nothing was checked" in html
     assert '<path class="kept"' not in html
+
+
+def test_a_dense_student_is_called_so_and_its_routing_left_out(report: dict[str, Any]) -> None:
+    report = dense(report)
+    left = "one dense feed-forward per layer (512 wide, from 4 of 32 experts)"
+    assert facts.what_is_left(report) == left
+    page, card, lines = Page(render_html(report)), render_model_card(report), terminal(report)
+    text = " ".join(page.text)
+    assert f"Of the original: {left}. Filled:" in text and "The student is dense" in text
+    assert "Routing kept by the export" not in text and "Overlap" not in text and "Not measured" not in text
+    assert charts.routing_charts(report) == []
+    assert f"Of the original: {left}: a dense model, without routers." in card
+    assert "| | Median divergence | 99 % | Maximum | Same top token |\n|---|---:|---:|---:|---:|\n| Student" in card
+    assert "outing" not in card.replace("without routers", "") + lines
+    assert yaml.safe_load(card.split("---\n", 2)[1])["tags"] == [
+        "gguf", "onnx", "dense", "qwen3_moe", "quantized", "pruned",
+    ]  # fmt: skip
+    report["student"]["n_layers"] = 5
+    assert facts.what_is_left(report) == f"5 of 6 layers, {left}"
 
 
 def test_grid_shows_exactly_the_kept_experts(report: dict[str, Any]) -> None:
@@ -521,6 +653,16 @@ def test_model_card_front_matter(report: dict[str, Any]) -> None:
     assert "| `Fine-24x0.9M-Q4_0.gguf` | Q4_0 | 9,914,112 | 9.91 MB (9.45 MiB) | 4.80 |" in body
 
 
+def test_model_card_lists_each_rung_on_its_line(report: dict[str, Any]) -> None:
+    lines = render_model_card(report).splitlines()
+    rungs = [line for line in lines if "): divergence " in line]
+    assert len(rungs) == len(report["recovery"])
+    for line, rung in zip(rungs, report["recovery"], strict=True):
+        assert line.startswith(f"- {rung['rung']} (")
+        assert line.endswith(f"({rung['why']})" if rung.get("why") else facts.rung_outcome(rung))
+    assert lines[lines.index(rungs[-1]) + 1] == ""
+
+
 def test_model_card_of_a_local_model_names_no_page(report: dict[str, Any]) -> None:
     report["source"].update(model="/somewhere/models/mine", license=None)
     card = render_model_card(report)
@@ -586,6 +728,12 @@ def test_numbers_do_not_round_away_what_matters() -> None:
     assert numbers.percent(1.0) == "100.00 %"
     assert numbers.divergence(0.00001) == "< 0.0001"
     assert numbers.divergence(0.0) == "0.0000"
+    assert numbers.divergence(-0.00001) == "< 0.0001"
+    assert numbers.divergence(-0.0) == "0.0000"
+    assert numbers.percent(-0.000001) == "0.00 %"
+    assert numbers.change(10.0, 9.9999999) == "0.00 %"
+    assert numbers.fixed(-0.0000004, 3, 100.0) == "0.000"
+    assert numbers.fixed(-0.00028, 3, 100.0, 0.00021) == "\N{MINUS SIGN}0.028 ± 0.021"
     assert [numbers.duration(s) for s in (0.42, 59.7, 200, 7500)] == ["0.4 s", "1 min 00 s", "3 min 20 s", "2 h 05 min"]
     assert numbers.change(10.0, 9.0) == "\N{MINUS SIGN}10.0 %"
     assert numbers.plain(0.00012) == "1.20e-04"

@@ -14,6 +14,7 @@ from compressors.model.checkpoint import Checkpoint
 from compressors.model.families import Role
 from compressors.model.routing import Routing
 from compressors.model.student import ExpertMap, LayerMap, Student
+from validate.bootstrap import mean_interval
 from validate.evaluation import evaluate
 from validate.routing_agreement import LayerAgreement, routing_agreement, same_sets
 from validate.torch_reference import TorchBackend
@@ -214,3 +215,29 @@ def test_a_pruned_first_layer_routes_as_the_teacher_among_the_survivors(
     even = (reference.experts_LTK[0] % 2 == 0) * reference.weights_LTK[0]
     assert first.kept_gate_weight == pytest.approx(float((even.sum(1) / reference.weights_LTK[0].sum(1)).mean()))
     assert agreement.layers[1].overlap < 1.0, "layer 1 sees other inputs"
+
+
+def test_interval_of_the_overlap_is_that_of_its_chunks() -> None:
+    """Twelve chunks of ten tokens, two layers; whole chunks agree or do not, so the interval is wide."""
+    generator = np.random.default_rng(8)
+    good = np.repeat(generator.random((2, 12)) < 0.7, 10, axis=1)
+    reference = Routing(np.zeros((2, 120, 1), np.int32), np.ones((2, 120, 1), np.float32))
+    model = Routing(np.where(good, 0, 1).astype(np.int32)[..., None], reference.weights_LTK)
+    found = routing_agreement(reference, model, n_chunks=12)
+    assert found.mean("overlap") == pytest.approx(good.mean())
+    assert found.overlap_interval == pytest.approx(mean_interval(good.mean(0), 12))
+    alone = routing_agreement(reference, model, n_chunks=120).overlap_interval
+    assert alone is not None and found.overlap_interval is not None
+    assert np.diff(found.overlap_interval) > 2 * np.diff(alone)
+    assert routing_agreement(reference, model).overlap_interval is None
+
+
+def test_interval_counts_only_tokens_that_say_something() -> None:
+    """Expert 1 is dropped: of the second chunk a single token is left, and it weighs as one token."""
+    chosen = np.array([0, 0, 0, 0, 1, 1, 1, 0], np.int32).reshape(1, 8, 1)
+    reference = Routing(chosen, np.ones((1, 8, 1), np.float32))
+    model = Routing(np.array([0, 0, 0, 0, 0, 0, 0, 7], np.int32).reshape(1, 8, 1), reference.weights_LTK)
+    experts = ExpertMap.keeping(8, ((0, 2, 3, 4, 5, 6, 7),))
+    found = routing_agreement(reference, model, experts, n_chunks=2)
+    assert found.mean("overlap") == pytest.approx(4 / 5)
+    assert found.overlap_interval == pytest.approx((0.0, 1.0)), "each chunk drawn twice"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from exporter.gguf.layout import PRESETS
 from exporter.job import QUANT_TYPES
 from validate.verdict import REQUIREMENTS, Check, fidelity_for, required_checks
 
-_PERFECT = {"kld": 0.0, "top1": 1.0, "routing": 1.0, "perplexity_change": 0.0}
+_PERFECT: dict[str, Any] = {"is_routed": True, "kld": 0.0, "top1": 1.0, "routing": 1.0, "perplexity_change": 0.0}
 
 
 @pytest.mark.parametrize(("value", "passed"), [(0.0, True), (0.5, True), (0.500001, False), (math.inf, False)])
@@ -60,7 +61,8 @@ def test_every_type_that_can_be_written_has_thresholds(weight_type: str) -> None
 def test_requirements_replace_the_defaults_and_add_checks() -> None:
     require = {"perplexity_change": 0.2, "routing": 0.5, "kld": 0.1, "top1": 0.9}
     assert set(require) == set(REQUIREMENTS)
-    checks = required_checks("gguf", "Q4_0", require, kld=0.11, top1=0.9, routing=0.49, perplexity_change=0.2)
+    found = {"kld": 0.11, "top1": 0.9, "routing": 0.49, "perplexity_change": 0.2}
+    checks = required_checks("gguf", "Q4_0", require, **_PERFECT | found)
     assert checks == [
         Check("gguf.perplexity_change", 0.2, 0.2, True),
         Check("gguf.routing", 0.49, 0.5, False),
@@ -78,7 +80,20 @@ def test_each_requirement_is_checked_by_its_name(name: str) -> None:
 
 def test_a_crashed_runtime_fails_every_check() -> None:
     checks = required_checks(
-        "gguf", "Q8_0", {"kld": 1.0, "top1": 0.1}, kld=None, top1=None, routing=None, perplexity_change=None
+        "gguf",
+        "Q8_0",
+        {"kld": 1.0, "top1": 0.1},
+        is_routed=True,
+        kld=None,
+        top1=None,
+        routing=None,
+        perplexity_change=None,
     )
     assert len(checks) == 4
     assert not any(check.passed for check in checks)
+
+
+def test_nothing_is_asked_of_a_dense_model_s_routing() -> None:
+    require = {"routing": 0.5, "kld": 1.0}
+    checks = required_checks("onnx", "Q8_0", require, **_PERFECT | {"is_routed": False, "routing": None})
+    assert [(check.name, check.passed) for check in checks] == [("onnx.perplexity_change", True), ("onnx.kld", True)]

@@ -19,11 +19,13 @@ __all__ = [
     "failed_checks",
     "failures",
     "find",
+    "is_dense",
     "loss_name",
     "memory_needed",
     "model_name",
     "requirement",
     "row_name",
+    "rung_outcome",
     "shipped_rows",
     "student_description",
     "validation_row",
@@ -46,13 +48,26 @@ _CHECKS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "kld": ("mean divergence from the original", numbers.divergence),
     "top1": ("same top token as the original", numbers.percent),
 }
-_LOSSES = {"kd": "distillation", "ce": "next-token loss"}
+_LOSSES = {
+    "kd": "distillation",
+    "next-token": "next-token loss",
+    "router-logits": "router logits matched",
+    "ka": "distillation from augmented experts",
+    "sar": "distillation from a student-aware router",
+}
 
 BANDS = ((0.0, 0.005, "like 6-bit"), (0.01, 0.05, "like 4-bit"), (0.1, math.inf, "visibly different"))
 """Mean divergence (nats) that quantized files of unpruned models have: from, to, what it is like.
 
 Community figures for Qwen-class models, llama-perplexity on wikitext; no accepted band exists for pruned models.
 """
+
+
+def rung_outcome(rung: Mapping[str, Any]) -> str:
+    """What became of a rung of recovery: kept, rejected (or its training failed), or refused."""
+    if rung.get("accepted"):
+        return "accepted"
+    return "refused" if rung.get("selection_kld_before") is None else "rejected"
 
 
 def loss_name(loss: str) -> str:
@@ -124,13 +139,21 @@ def student_description(report: Report) -> str:
     return f"{what_is_left(report)} in {' and '.join(types)}" if types else what_is_left(report)
 
 
+def is_dense(report: Report) -> bool:
+    """Whether the student is a dense model: it has no experts to choose from, so nothing is said of routing."""
+    return bool(find(report, "student", "dense"))
+
+
 def what_is_left(report: Report) -> str:
     """Of layers and experts: ``5 of 6 layers, 24 of 32 experts per layer``."""
     source, student = report["source"], report["student"]
     n_teacher, n_student = source["n_experts"], student["n_experts"]
     parts = []
-    if student["n_moe_layers"] < source["n_layers"]:
+    if (student["n_layers"] if is_dense(report) else student["n_moe_layers"]) < source["n_layers"]:
         parts.append(f"{student['n_layers']} of {source['n_layers']} layers")
+    if is_dense(report):
+        made_of = f"from {max(map(len, student['kept']))} of {n_teacher} experts"
+        return ", ".join((*parts, f"one dense feed-forward per layer ({student['expert_width']} wide, {made_of})"))
     if student["n_moe_layers"] < student["n_layers"]:
         parts.append(f"experts in {student['n_moe_layers']} of them")
     if student["fewest_experts"] < n_student:

@@ -9,8 +9,10 @@ from typing import Any
 import jinja2
 import yaml
 
+from validate.bootstrap import CONFIDENCE
 from validate.report import charts, facts, numbers, tables
 from validate.report.facts import Report, find
+from validate.report.statistics import statistics_table
 
 __all__ = ["render_html"]
 
@@ -61,7 +63,11 @@ def _view(report: Report) -> dict[str, Any]:
         "scored_tokens": numbers.count(max((row["tokens"] for row in rows if row.get("tokens")), default=None)),
         "divergence_chart": charts.divergence_chart(report),
         "fidelity_table": tables.fidelity_table(report),
+        "statistics_table": statistics_table(report),
+        "confidence": CONFIDENCE,
+        "has_intervals": any(row.get("perplexity_interval") for row in rows),
         "across": next((value for row in rows if (value := row.get("kld_vs_other_runtime")) is not None), None),
+        "is_dense": facts.is_dense(report),
         "routing_charts": charts.routing_charts(report),
         "routing_table": tables.routing_table(report),
         "recovery_table": tables.recovery_table(report),
@@ -86,7 +92,7 @@ def _tiles(report: Report) -> tuple[Tile, ...]:
     shipped = facts.shipped_rows(report)
     sizes = [(facts.artifact_name(a["format"]), numbers.size_parts(a["bytes"])[0]) for a in report["artifacts"]]
     before = next((row["perplexity_teacher"] for row in shipped if row.get("perplexity_teacher")), None)
-    return (
+    tiles = [
         Tile("Size on disk", tuple(sizes), f"original {numbers.size_parts(report['source']['bytes'])[0]}"),
         Tile(
             "Perplexity",
@@ -98,12 +104,11 @@ def _tiles(report: Report) -> tuple[Tile, ...]:
             _lines((row, numbers.divergence(find(row, "kld", "mean"))) for row in shipped),
             "nats per token from the original",
         ),
-        Tile(
-            "Routing kept by the export",
-            _lines((row, numbers.percent(find(row, "routing", "vs_torch_student", "overlap"))) for row in shipped),
-            "same experts as the student in torch",
-        ),
-    )
+    ]
+    if not facts.is_dense(report):
+        overlap = ((row, numbers.percent(find(row, "routing", "vs_torch_student", "overlap"))) for row in shipped)
+        tiles.append(Tile("Routing kept by the export", _lines(overlap), "same experts as the student in torch"))
+    return tuple(tiles)
 
 
 def _lines(values: Iterable[tuple[Any, str]]) -> tuple[tuple[str, str], ...]:

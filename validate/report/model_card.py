@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,10 @@ def render_model_card(report: Report) -> str:
         engines=_engines(report),
         files=_files(report),
         rows=_measurements(report),
+        has_intervals=any(row.get("perplexity_interval") for row in report["validation"]),
         source=report["source"],
         student=report["student"],
+        is_dense=facts.is_dense(report),
         what_is_left=facts.what_is_left(report),
         tool=report["tool"],
         command=report.get("command"),
@@ -54,6 +57,7 @@ def render_model_card(report: Report) -> str:
         runs=_runs(report),
         limits=_limits(report),
         loss_name=facts.loss_name,
+        rung_outcome=facts.rung_outcome,
         numbers=numbers,
     )
 
@@ -74,7 +78,8 @@ def _front_matter(report: Report) -> dict[str, Any]:
         data["library_name"] = "gguf" if "gguf" in formats else "onnxruntime"
     data["pipeline_tag"] = "text-generation"
     pruned = report["student"]["parameters"] < source["parameters"]
-    data["tags"] = [*formats, "moe", "mixture-of-experts", source["family"], "quantized", *["pruned"] * pruned]
+    kind = ["dense"] if facts.is_dense(report) else ["moe", "mixture-of-experts"]
+    data["tags"] = [*formats, *kind, source["family"], "quantized", *["pruned"] * pruned]
     return data
 
 
@@ -92,6 +97,7 @@ def _files(report: Report) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for artifact in report["artifacts"]:
         measured = facts.validation_row(report, artifact["format"])
+        kld = measured.get("kld") or {}
         rows.append(
             (
                 f"`{artifact['path']}`",
@@ -101,25 +107,37 @@ def _files(report: Report) -> list[tuple[str, ...]]:
                 f"{artifact['bits_per_weight']:.2f}",
                 numbers.perplexity(measured.get("perplexity"), measured.get("perplexity_error")),
                 numbers.change(measured.get("perplexity_teacher"), measured.get("perplexity")),
-                numbers.divergence(find(measured, "kld", "mean")),
+                _with_interval(numbers.divergence, kld.get("mean"), kld.get("mean_interval")),
             )
         )
     return rows
 
 
 def _measurements(report: Report) -> list[tuple[str, ...]]:
-    """Model, median and 99 % divergence, maximum, top-1, routing against torch and against the original."""
+    """Model, median and 99 % divergence, maximum, top-1; unless dense, routing against torch and the original."""
+    comparisons = () if facts.is_dense(report) else ("vs_torch_student", "vs_teacher")
     return [
         (
             facts.row_name(row),
             *(numbers.divergence(find(row, "kld", key)) for key in ("median", "p99", "max")),
-            numbers.percent(row.get("top1_agreement")),
-            numbers.percent(find(row, "routing", "vs_torch_student", "overlap")),
-            numbers.percent(find(row, "routing", "vs_teacher", "overlap")),
+            _with_interval(numbers.percent, row.get("top1_agreement"), row.get("top1_agreement_interval")),
+            *(
+                _with_interval(
+                    numbers.percent,
+                    find(row, "routing", comparison, "overlap"),
+                    find(row, "routing", comparison, "overlap_interval"),
+                )
+                for comparison in comparisons
+            ),
         )
         for row in report["validation"]
         if row["artifact"] != "teacher" and not row.get("error")
     ]
+
+
+def _with_interval(style: Callable[[float | None], str], value: float | None, ends: Sequence[float] | None) -> str:
+    interval = numbers.interval(ends, style)
+    return f"{style(value)} ({interval})" if interval else style(value)
 
 
 def _runs(report: Report) -> list[tuple[str, str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import TypeGuard, TypeVar
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "divergence",
     "duration",
     "exact_bytes",
+    "fixed",
+    "interval",
     "parameters",
     "percent",
     "perplexity",
@@ -55,10 +58,21 @@ def perplexity(value: float | None, error: float | None = None) -> str:
 
 
 def divergence(nats: float | None) -> str:
-    """Four decimals; what would round to zero without being zero is printed as less than the last digit."""
+    """Four decimals; what would round to zero without being zero is printed as less than the last digit.
+
+    A reference in 16 bits can make it a little less than zero, where it is zero.
+    """
     if not _known(nats):
         return DASH
-    return "< 0.0001" if 0 < nats < 0.00005 else f"{nats:.4f}"
+    return "< 0.0001" if 0 < abs(nats) < 0.00005 else _signed(f"{nats:.4f}")
+
+
+def fixed(value: float | None, digits: int, scale: float = 1.0, error: float | None = None) -> str:
+    """``scale`` times a value with so many decimals, and its standard error where it is known: ``-0.028 ± 0.021``."""
+    if not _known(value):
+        return DASH
+    text = _signed(f"{scale * value:.{digits}f}")
+    return text if not _known(error) else f"{text} ± {scale * error:.{digits}f}"
 
 
 def percent(fraction: float | None) -> str:
@@ -67,7 +81,12 @@ def percent(fraction: float | None) -> str:
         return DASH
     if 0.99995 <= fraction < 1:
         return "> 99.99 %"
-    return f"{100 * fraction:.2f} %"
+    return _signed(f"{100 * fraction:.2f} %")
+
+
+def interval(ends: Sequence[float] | None, style: Callable[[float], str]) -> str:
+    """``1.20 to 1.40``, both ends in the style of their figure, the unit once; empty where there is none."""
+    return "" if ends is None else f"{style(ends[0]).removesuffix(' %')} to {style(ends[1])}"
 
 
 def change(before: float | None, after: float | None) -> str:
@@ -75,7 +94,7 @@ def change(before: float | None, after: float | None) -> str:
     if not _known(before) or not _known(after) or not before:
         return DASH
     percents = 100 * (after / before - 1)
-    return f"{percents:+.{1 if abs(percents) >= 1 else 2}f} %".replace("-", "\N{MINUS SIGN}")
+    return _signed(f"{percents:+.{1 if abs(percents) >= 1 else 2}f} %")
 
 
 def count(number: int | None) -> str:
@@ -124,6 +143,13 @@ def plain(value: float | None) -> str:
     if value == int(value):
         return f"{int(value):,}"
     return f"{value:.4f}".rstrip("0") if abs(value) >= 0.001 else f"{value:.2e}"
+
+
+def _signed(text: str) -> str:
+    """With a real minus sign, and without a sign where all digits are zero."""
+    if not any(digit in text for digit in "123456789"):
+        return text.lstrip("+-")
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def _known(value: _Number | None) -> TypeGuard[_Number]:

@@ -17,6 +17,7 @@ from validate.report.facts import (
     loss_name,
     requirement,
     row_name,
+    rung_outcome,
 )
 
 __all__ = [
@@ -98,20 +99,32 @@ def fidelity_table(report: Report) -> Table:
     """How far every model, in every runtime, is from the original."""
     rows = []
     for row in report["validation"]:
-        kld, before = row.get("kld") or {}, row.get("perplexity_teacher")
+        kld, before, value = row.get("kld") or {}, row.get("perplexity_teacher"), row.get("perplexity")
         is_teacher = row["artifact"] == "teacher"
-        moved = "" if is_teacher or row.get("perplexity") is None else numbers.change(before, row["perplexity"])
+        moved = "" if is_teacher or value is None else numbers.change(before, value)
         student = None if row["artifact"] in ("teacher", "student") else row.get("perplexity_student_torch")
         cells = (
-            Cell(numbers.perplexity(row.get("perplexity"), row.get("perplexity_error")), note=moved),
-            Cell(numbers.change(student, row.get("perplexity"))),
-            *(Cell(numbers.divergence(kld.get(key))) for key in ("mean", "median", "p99", "max")),
-            Cell(numbers.percent(row.get("top1_agreement"))),
+            Cell(
+                numbers.perplexity(value, row.get("perplexity_error")),
+                note=numbers.interval(row.get("perplexity_interval"), numbers.perplexity),
+            ),
+            Cell(moved or numbers.DASH),
+            Cell(numbers.change(student, value)),
+            Cell(
+                numbers.divergence(kld.get("mean")),
+                note=numbers.interval(kld.get("mean_interval"), numbers.divergence),
+            ),
+            *(Cell(numbers.divergence(kld.get(key))) for key in ("median", "p99", "max")),
+            Cell(
+                numbers.percent(row.get("top1_agreement")),
+                note=numbers.interval(row.get("top1_agreement_interval"), numbers.percent),
+            ),
         )
         rows.append(_measured_row(row, cells))
     headings = (
         "Model",
         "Perplexity",
+        "From the original",
         "From the student",
         "Mean divergence",
         "Median",
@@ -142,23 +155,29 @@ def routing_table(report: Report) -> Table:
 
 
 def recovery_table(report: Report) -> Table:
-    """Every rung that was tried, with the divergence on the selection split before and after."""
+    """Every rung that was tried or refused, with what the selection split said before and after."""
     rows = []
     for rung in report["recovery"]:
-        before, after = rung["selection_kld_before"], rung["selection_kld_after"]
-        accepted = bool(rung["accepted"])
+        before, after = rung.get("selection_kld_before"), rung.get("selection_kld_after")
+        tone = "good" if rung.get("accepted") else "bad"
         cells = (
             Cell(numbers.divergence(before)),
-            Cell(numbers.divergence(after), note=numbers.change(before, after), tone="good" if accepted else "bad"),
-            Cell("accepted" if accepted else "rejected", tone="good" if accepted else "bad"),
+            Cell(numbers.divergence(after), note="" if after is None else numbers.change(before, after), tone=tone),
+            _perplexities(rung.get("selection_perplexity_before"), rung.get("selection_perplexity_after")),
+            Cell(rung_outcome(rung), note=rung.get("why") or "", tone=tone),
             Cell(numbers.count(rung.get("steps"))),
             Cell(numbers.count(rung.get("tokens"))),
             Cell(numbers.DASH if rung.get("learning_rate") is None else f"{rung['learning_rate']:g}"),
             Cell(numbers.duration(rung.get("seconds"))),
         )
         rows.append(Row(str(rung["rung"]), cells, note=loss_name(str(rung.get("loss") or ""))))
-    headings = ("Rung", "Before", "After", "Outcome", "Steps", "Tokens", "Learning rate", "Time")
+    headings = ("Rung", "Before", "After", "Perplexity", "Outcome", "Steps", "Tokens", "Learning rate", "Time")
     return Table(headings, tuple(rows))
+
+
+def _perplexities(before: float | None, after: float | None) -> Cell:
+    note = "" if before is None or after is None else f"before {numbers.perplexity(before)}"
+    return Cell(numbers.perplexity(after), note=note)
 
 
 def cost_table(report: Report) -> Table:
@@ -257,7 +276,9 @@ def _measured_row(row: Mapping[str, Any], cells: tuple[Cell, ...]) -> Row:
 
 
 def _agreement(name: str, kind: str, agreement: Mapping[str, Any], mapped: bool = False) -> Row:
-    cells = [Cell(numbers.percent(agreement[key])) for key in ("overlap", "exact", "top1", "weighted")]
+    overlap_interval = numbers.interval(agreement.get("overlap_interval"), numbers.percent)
+    cells = [Cell(numbers.percent(agreement["overlap"]), note=overlap_interval)]
+    cells += [Cell(numbers.percent(agreement[key])) for key in ("exact", "top1", "weighted")]
     # Without an expert map nothing can be dropped: the figure is 1 by definition and says nothing.
     cells.append(Cell(numbers.percent(agreement.get("kept_gate_weight") if mapped else None)))
     return Row(name, tuple(cells), kind)

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from validate.bootstrap import CONFIDENCE
 from validate.report import facts, numbers
 from validate.report.facts import Report, find
 
@@ -28,6 +29,9 @@ def summary(report: Report) -> RenderableType:
         values = [value(column) for column in columns]
         if any(text != numbers.DASH for text in values):
             table.add_row(name, *values)
+    if any(column.get("perplexity_interval") for column in columns):
+        table.caption = f"second lines: {100 * CONFIDENCE:.0f} % intervals by bootstrap over chunks of text"
+        table.caption_justify = "left"
     title = Text.assemble((facts.model_name(report), "bold"), f": {facts.student_description(report)}")
     return Group(title, _budget_line(report), Text(), table, Text(), _verdict(report), Text())
 
@@ -45,17 +49,31 @@ def _rows(report: Report) -> list[tuple[str, Callable[[Column], str]]]:
     def both_units(n_bytes: int | None) -> str:
         return "\n".join(dict.fromkeys(numbers.size_parts(n_bytes)))
 
+    def with_interval(style: Callable[[float | None], str], interval: str, *keys: str) -> Callable[[Column], str]:
+        """The figure, and under it its interval, which stands beside it in the report under this name."""
+        return lambda row: "\n".join(
+            filter(None, (style(find(row, *keys)), numbers.interval(find(row, *keys[:-1], interval), style)))
+        )
+
+    measured_perplexity = with_interval(numbers.perplexity, "perplexity_interval", "perplexity")
+
     def perplexity(row: Column) -> str:
-        return "did not run" if row.get("error") else numbers.perplexity(row.get("perplexity"))
+        return "did not run" if row.get("error") else measured_perplexity(row)
 
     rows: list[tuple[str, Callable[[Column], str]]] = [
         ("Size on disk", lambda row: both_units(files.get(row["artifact"]))),
         ("Perplexity", perplexity),
-        ("Mean divergence, nats", lambda row: numbers.divergence(find(row, "kld", "mean"))),
+        ("Mean divergence, nats", with_interval(numbers.divergence, "mean_interval", "kld", "mean")),
         ("99 % divergence, nats", lambda row: numbers.divergence(find(row, "kld", "p99"))),
-        ("Same top token", lambda row: numbers.percent(row.get("top1_agreement"))),
-        ("Routing as in the student", lambda row: numbers.percent(find(row, "routing", "vs_torch_student", "overlap"))),
-        ("Routing as in the original", lambda row: numbers.percent(find(row, "routing", "vs_teacher", "overlap"))),
+        ("Same top token", with_interval(numbers.percent, "top1_agreement_interval", "top1_agreement")),
+        (
+            "Routing as in the student",
+            with_interval(numbers.percent, "overlap_interval", "routing", "vs_torch_student", "overlap"),
+        ),
+        (
+            "Routing as in the original",
+            with_interval(numbers.percent, "overlap_interval", "routing", "vs_teacher", "overlap"),
+        ),
         ("Decode, tokens/s", lambda row: numbers.speed(row.get("decode_tokens_per_second"))),
     ]
     if find(report, "budget", "kind") != "file":

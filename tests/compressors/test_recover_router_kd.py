@@ -22,7 +22,10 @@ from compressors.model.memory import MemoryLimit
 from compressors.model.streaming import StreamedModel, TokenGroup
 from compressors.model.student import ExpertMap, LayerMap, Student
 from compressors.model.weight_file import StoredTensors
-from compressors.recover.router_kd import RouterKdSettings, RouterTraining, mean_divergence, train_routers
+from compressors.recover.divergence import judge
+from compressors.recover.objectives import Distillation
+from compressors.recover.schedule import Schedule
+from compressors.recover.training import Training, train
 from compressors.teacher import TeacherTargets, write_log_probs, write_targets
 
 
@@ -107,11 +110,11 @@ def test_log_probs_in_16_bits_are_exact_enough(teacher: Student, blocks_BT: torc
     assert (decoded[expected < expected.amax(-1, keepdim=True) - 16.01] == -torch.inf).all()
     following = blocks_BT[:2, 33:64].flatten()
     torch.testing.assert_close(likelihoods, -expected.gather(-1, following[:, None])[:, 0], rtol=1e-5, atol=1e-5)
-    assert abs(mean_divergence(teacher, blocks_BT[:2], reader, scored)) < 1e-6
+    assert abs(judge(teacher, blocks_BT[:2], reader, scored).divergence) < 1e-6
 
 
 def test_schedule_is_the_published_one() -> None:
-    settings = RouterKdSettings.published()
+    settings = Schedule.published()
     assert (settings.n_blocks, settings.n_steps, settings.learning_rate) == (3000, 375, 5e-5)
     rates = [settings.rate_at(step) for step in range(settings.n_steps)]
     warmup = math.ceil(0.03 * 375)
@@ -124,8 +127,8 @@ def test_schedule_is_the_published_one() -> None:
 def test_training_equals_stock_torch_with_adamw(
     fine_folder: Path, pruned: Student, blocks_BT: torch.Tensor, targets: TeacherTargets
 ) -> None:
-    settings = RouterKdSettings(n_blocks=6, learning_rate=1e-3, blocks_per_step=2, seed=3)
-    taught = train_routers(RouterTraining(pruned, blocks_BT, targets, settings))
+    settings = Schedule(n_blocks=6, learning_rate=1e-3, blocks_per_step=2, seed=3)
+    taught = train(Training(pruned, blocks_BT, Distillation(targets, pruned), settings))
     expected = _train_with_autograd(fine_folder, pruned, blocks_BT, targets, settings)
     for layer, weight in enumerate(expected):
         before = pruned.tensor(Role.ROUTER, layer).float()
@@ -135,7 +138,7 @@ def test_training_equals_stock_torch_with_adamw(
 
 
 def _train_with_autograd(
-    folder: Path, student: Student, blocks_BT: torch.Tensor, targets: TeacherTargets, settings: RouterKdSettings
+    folder: Path, student: Student, blocks_BT: torch.Tensor, targets: TeacherTargets, settings: Schedule
 ) -> list[torch.Tensor]:
     """The same schedule on a whole stock model, with autograd's gradients and the loss written out."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
@@ -168,17 +171,17 @@ def _train_with_autograd(
 def test_training_brings_the_student_nearer_and_is_deterministic(
     teacher: Student, pruned: Student, blocks_BT: torch.Tensor, targets: TeacherTargets, tmp_path: Path
 ) -> None:
-    settings = RouterKdSettings.sized(256, n_blocks=40, seed=0)
-    taught = train_routers(RouterTraining(pruned, blocks_BT, targets, settings))
+    settings = Schedule(n_blocks=40, learning_rate=3e-3, seed=0)
+    taught = train(Training(pruned, blocks_BT, Distillation(targets, pruned), settings))
     scarce = MemoryLimit(1, tmp_path / "spill")  # nothing fits: it decides where things lie, not what they are
-    again = train_routers(RouterTraining(pruned, blocks_BT, targets, settings, limit=scarce))
+    again = train(Training(pruned, blocks_BT, Distillation(targets, pruned), settings, limit=scarce))
     assert all(torch.equal(taught.overlay[name], again.overlay[name]) for name in taught.overlay)
     assert not list((tmp_path / "spill").iterdir())
     unseen, scored = blocks_BT[40:], slice(32, 63)
     _write_log_probs(teacher, unseen, scored, tmp_path / "teacher")
     reader = LogProbReader(tmp_path / "teacher")
-    before = mean_divergence(pruned, unseen, reader, scored)
-    assert mean_divergence(taught, unseen, reader, scored) < 0.95 * before
+    before = judge(pruned, unseen, reader, scored).divergence
+    assert judge(taught, unseen, reader, scored).divergence < 0.95 * before
 
 
 def test_only_layers_with_experts_are_taught_and_only_their_routers_are_handed_on(
@@ -189,9 +192,9 @@ def test_only_layers_with_experts_are_taught_and_only_their_routers_are_handed_o
     student = Student(teacher.source, ExpertMap(32, layers))
     changed = student.name(Role.EXPERT_UP, 0, 3)
     merged = student.with_overlay({changed: student.expert(Role.EXPERT_UP, 0, 3) * 2})
-    settings = RouterKdSettings(n_blocks=2, learning_rate=1e-3, blocks_per_step=2, seed=5)
-    training = RouterTraining(merged, blocks_BT, targets, settings)
-    taught = train_routers(training)
+    settings = Schedule(n_blocks=2, learning_rate=1e-3, blocks_per_step=2, seed=5)
+    training = Training(merged, blocks_BT, Distillation(targets, merged), settings)
+    taught = train(training)
     routers = {student.name(Role.ROUTER, layer) for layer in (0, 2, 3)}
     assert set(training.overlay()) == routers
     assert set(taught.overlay) == routers | {changed}
@@ -201,33 +204,33 @@ def test_only_layers_with_experts_are_taught_and_only_their_routers_are_handed_o
 
 def test_too_little_text_is_refused(pruned: Student, blocks_BT: torch.Tensor, targets: TeacherTargets) -> None:
     with pytest.raises(InputError, match="49 blocks"):
-        RouterTraining(pruned, blocks_BT, targets, RouterKdSettings(n_blocks=49, learning_rate=1e-3))
+        Training(pruned, blocks_BT, Distillation(targets, pruned), Schedule(n_blocks=49, learning_rate=1e-3))
 
 
 def test_interrupted_training_goes_on_to_the_same_bits(
     pruned: Student, blocks_BT: torch.Tensor, targets: TeacherTargets, tmp_path: Path
 ) -> None:
-    settings = RouterKdSettings(n_blocks=8, learning_rate=1e-3, blocks_per_step=2, seed=5)
+    settings = Schedule(n_blocks=8, learning_rate=1e-3, blocks_per_step=2, seed=5)
 
-    def save(training: RouterTraining) -> None:
+    def save(training: Training) -> None:
         if training.n_done == 2:
             save_file(training.state(), tmp_path / "state.safetensors")
 
-    expected = train_routers(RouterTraining(pruned, blocks_BT, targets, settings), after_step=save)
-    resumed = RouterTraining(pruned, blocks_BT, targets, settings)
+    expected = train(Training(pruned, blocks_BT, Distillation(targets, pruned), settings), after_step=save)
+    resumed = Training(pruned, blocks_BT, Distillation(targets, pruned), settings)
     resumed.restore(StoredTensors(tmp_path / "state.safetensors"))
     assert resumed.n_done == 2
-    taught = train_routers(resumed)
+    taught = train(resumed)
     assert all(torch.equal(taught.overlay[name], expected.overlay[name]) for name in expected.overlay)
 
 
 def test_training_in_bfloat16_moves_routers_the_same_way(
     pruned: Student, blocks_BT: torch.Tensor, targets: TeacherTargets
 ) -> None:
-    settings = RouterKdSettings(n_blocks=2, learning_rate=1e-3, blocks_per_step=2, seed=5)
+    settings = Schedule(n_blocks=2, learning_rate=1e-3, blocks_per_step=2, seed=5)
     gradients = []
     for dtype in (torch.float32, torch.bfloat16):
-        training = RouterTraining(pruned, blocks_BT, targets, settings, dtype=dtype)
+        training = Training(pruned, blocks_BT, Distillation(targets, pruned), settings, dtype=dtype)
         training.step()
         state = training.state()
         gradients.append(torch.cat([state[f"{layer}.router.exp_avg"].flatten() for layer in range(6)]))

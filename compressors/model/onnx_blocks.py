@@ -29,6 +29,17 @@ class BlockWeights:
     codes: npt.NDArray[np.uint8]  # [R, N * 16] for 4 bits, [R, N * 32] for 8
     scales_RN: npt.NDArray[np.float16]
 
+    def values(self) -> npt.NDArray[np.float32]:
+        """The numbers, float32 [R, N * 32]: those of ggml's kernels, since a code times a scale is rounded once."""
+        n_rows, n_blocks = self.scales_RN.shape
+        if self.codes.shape[1] == n_blocks * BLOCK_SIZE:
+            zero_point, codes = 128, self.codes
+        else:
+            zero_point, codes = 8, np.stack([self.codes & np.uint8(0x0F), self.codes >> np.uint8(4)], axis=-1)
+        signed = codes.reshape(n_rows, n_blocks, BLOCK_SIZE).astype(np.float32) - np.float32(zero_point)
+        values: npt.NDArray[np.float32] = signed * self.scales_RN.astype(np.float32)[..., None]
+        return values.reshape(n_rows, -1)
+
 
 def from_q4_0(rows: npt.NDArray[np.uint8]) -> BlockWeights:
     """Converts ggml Q4_0 rows, uint8 [R, N * 18].

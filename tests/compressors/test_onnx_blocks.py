@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from compressors.model.onnx_blocks import BLOCK_SIZE, from_q4_0, from_q8_0
 from compressors.quantize import GGMLQuantizationType, quantize_rows
-from exporter.onnx.blocks import BLOCK_SIZE, from_q4_0, from_q8_0
 
 
 def _rows() -> torch.Tensor:

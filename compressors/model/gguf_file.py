@@ -1,0 +1,160 @@
+"""The tensor directory of a GGUF file, and its tensors' stored bytes.
+
+The format is version 3, little endian (``docs/gguf.md`` of ggml): counts, metadata, a directory of tensors, and after
+padding their data. gguf-py's reader maps the file into memory and makes an array of every token of the vocabulary;
+here metadata is only walked over.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC, GGUF_VERSION, GGUFValueType, Keys
+
+from compressors.model.errors import InputError
+from compressors.model.ggml import GGMLQuantizationType, can_dequantize, row_bytes
+from compressors.model.raw_file import RawFile
+
+__all__ = ["GgufEntry", "GgufFile"]
+
+_VALUE_BYTES = {
+    GGUFValueType.UINT8: 1,
+    GGUFValueType.INT8: 1,
+    GGUFValueType.BOOL: 1,
+    GGUFValueType.UINT16: 2,
+    GGUFValueType.INT16: 2,
+    GGUFValueType.UINT32: 4,
+    GGUFValueType.INT32: 4,
+    GGUFValueType.FLOAT32: 4,
+    GGUFValueType.UINT64: 8,
+    GGUFValueType.INT64: 8,
+    GGUFValueType.FLOAT64: 8,
+}
+
+
+@dataclass(frozen=True)
+class GgufEntry:
+    """One tensor."""
+
+    name: str
+    shape: tuple[int, ...]  # torch's order
+    ggml_type: GGMLQuantizationType
+    offset: int  # of its first byte, from the start of the file
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one stored row."""
+        return row_bytes(self.ggml_type, self.shape[-1])
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the tensor, padding left out."""
+        return prod(self.shape[:-1]) * self.row_bytes
+
+
+class GgufFile:
+    """The tensors of one file by name; opening reads the header alone.
+
+    Raises:
+        InputError: the file is missing, truncated or not GGUF, or has a tensor of a type that ggml cannot dequantize.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = RawFile(path)
+        try:
+            with path.open("rb") as stream:
+                self.tensors: Mapping[str, GgufEntry] = _Header(stream, path).tensors()
+        except (EOFError, ValueError, OverflowError, OSError) as error:
+            raise InputError(
+                f"{path} is truncated or not a GGUF file ({error or 'its header ends too early'}): write it again"
+            ) from None
+        for entry in self.tensors.values():
+            if entry.offset + entry.n_bytes > self._file.size:
+                raise InputError(f"{path} is truncated: tensor {entry.name} ends after the file does; write it again")
+
+    def read_rows(self, entry: GgufEntry, first: int, n_rows: int) -> npt.NDArray[np.uint8]:
+        """The stored bytes of rows of a tensor, counted through all its leading axes: uint8 [rows, bytes of one].
+
+        Raises:
+            InputError: the file was changed or cut off since it was opened.
+        """
+        stored = np.empty((n_rows, entry.row_bytes), dtype=np.uint8)
+        self._file.fill(entry.name, stored.reshape(-1).data, entry.offset + first * entry.row_bytes)
+        return stored
+
+
+class _Header:
+    """Reads a header from its beginning to its end."""
+
+    def __init__(self, stream: BinaryIO, path: Path) -> None:
+        self._stream = stream
+        self._path = path
+        self._alignment = GGUF_DEFAULT_ALIGNMENT
+
+    def tensors(self) -> dict[str, GgufEntry]:
+        magic, version, n_tensors, n_values = self._numbers("<IIQQ")
+        if magic != GGUF_MAGIC or version != GGUF_VERSION:
+            raise ValueError(f"it does not begin as one of version {GGUF_VERSION} does")
+        for _ in range(n_values):
+            self._walk_over_value(self._text())
+        entries = [self._entry() for _ in range(n_tensors)]
+        data = -(-self._stream.tell() // self._alignment) * self._alignment
+        return {name: GgufEntry(name, shape, ggml_type, data + offset) for name, shape, ggml_type, offset in entries}
+
+    def _entry(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
+        name = self._text()
+        (n_dimensions,) = self._numbers("<I")
+        shape = self._numbers(f"<{n_dimensions}Q")[::-1]  # ggml counts dimensions from the innermost one
+        type_number, offset = self._numbers("<IQ")
+        return name, shape, self._type(name, shape, type_number), offset
+
+    def _type(self, name: str, shape: tuple[int, ...], number: int) -> GGMLQuantizationType:
+        known = number in set(GGMLQuantizationType)
+        if not known or not can_dequantize(GGMLQuantizationType(number)):
+            called = GGMLQuantizationType(number).name if known else f"number {number}"
+            raise InputError(f"{self._path}: tensor {name} is of type {called}, which ggml cannot turn into numbers")
+        ggml_type = GGMLQuantizationType(number)
+        if not shape or shape[-1] % GGML_QUANT_SIZES[ggml_type][0]:
+            raise ValueError(f"tensor {name} of shape {list(shape)} cannot be of type {ggml_type.name}")
+        return ggml_type
+
+    def _walk_over_value(self, key: str) -> None:
+        (kind,) = self._numbers("<I")
+        if key == Keys.General.ALIGNMENT:
+            (self._alignment,) = self._numbers("<I")
+        elif kind == GGUFValueType.ARRAY:
+            self._walk_over_items(*self._numbers("<IQ"))
+        else:
+            self._walk_over_items(kind, 1)
+
+    def _walk_over_items(self, kind: int, n_items: int) -> None:
+        if kind == GGUFValueType.STRING:
+            for _ in range(n_items):
+                (length,) = self._numbers("<Q")
+                self._stream.seek(length, 1)
+        else:
+            self._stream.seek(_VALUE_BYTES[GGUFValueType(kind)] * n_items, 1)
+
+    def _text(self) -> str:
+        (length,) = self._numbers("<Q")
+        return self._bytes(length).decode("utf-8")
+
+    def _numbers(self, layout: str) -> tuple[int, ...]:
+        return struct.unpack(layout, self._bytes(struct.calcsize(layout)))
+
+    def _bytes(self, length: int) -> bytes:
+        data = self._stream.read(length) if length <= _LONGEST_TEXT else b""
+        if len(data) < length:
+            raise EOFError
+        return data
+
+
+_LONGEST_TEXT = 1 << 20  # of a key or a tensor's name; llama.cpp allows 65535 and 64 bytes

@@ -1,0 +1,206 @@
+"""A model's weights as our ONNX folder holds them, dequantized: what ONNX Runtime computes with.
+
+``model.onnx`` names its weights and says where in ``model.onnx.data`` they lie. A weight is one float32 tensor, or
+codes and scales (:mod:`compressors.model.onnx_blocks`). Gate and up projections of all experts of a layer are one
+weight, whose rows alternate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # it has none
+
+from compressors.model.checkpoint import role_shape
+from compressors.model.errors import InputError
+from compressors.model.families import Role
+from compressors.model.onnx_blocks import BLOCK_SIZE, BlockWeights
+from compressors.model.raw_file import RawFile
+from compressors.model.shape import MoeShape
+from compressors.model.weights import Place
+
+__all__ = ["CODES", "DATA_FILE", "MATRIX", "MODEL_FILE", "SCALES", "OnnxWeights"]
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+CODES, SCALES = ".codes", ".scales"  # what a quantized weight's name gets
+MATRIX = ".matrix"  # what the name of codes gets that appear in the shape of a linear layer's operator
+
+_NUMPY_TYPES: Mapping[int, np.dtype[Any]] = {
+    onnx.TensorProto.FLOAT: np.dtype(np.float32),
+    onnx.TensorProto.UINT8: np.dtype(np.uint8),
+    onnx.TensorProto.FLOAT16: np.dtype(np.float16),
+}
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """One tensor of the data file."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def n_values(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def n_bytes(self) -> int:
+        return self.n_values * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A weight: all its rows' values, or their codes and scales."""
+
+    shape: tuple[int, ...]
+    codes: _Stored
+    scales: _Stored | None
+
+    @property
+    def n_rows(self) -> int:
+        return prod(self.shape[:-1])
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the stored tensors are of this shape and of types that belong together."""
+        codes, scales, n_values = self.codes, self.scales, prod(self.shape)
+        if scales is None:
+            return codes.dtype == np.float32 and codes.shape == self.shape
+        types = codes.dtype == np.uint8 and scales.dtype == np.float16
+        return types and scales.n_values * BLOCK_SIZE == n_values and codes.n_values in (n_values // 2, n_values)
+
+
+class OnnxWeights:
+    """Implements :class:`~compressors.model.weights.WrittenWeights`; opening reads the graph.
+
+    Args:
+        folder: with ``model.onnx`` and ``model.onnx.data``.
+        shape: of the model that it should hold.
+
+    Raises:
+        InputError: a file is missing, truncated or damaged, or lacks a tensor of a model of this shape.
+    """
+
+    dtype = torch.float32
+
+    def __init__(self, folder: Path, shape: MoeShape) -> None:
+        self._graph_file = folder / MODEL_FILE
+        self._data = RawFile(folder / DATA_FILE)
+        self._shape = shape
+        tensors = self._tensors()
+        self._weights = {
+            (role, layer): self._weight(role, layer, tensors)
+            for role in shape.stored_roles
+            for layer in ([None] if role.is_global else range(shape.n_layers))
+            if layer is None or self._has(role, layer)
+        }
+
+    def dtype_of(self, role: Role, layer: int | None) -> torch.dtype:
+        """Always float32."""
+        return self.dtype
+
+    def tensor(self, role: Role, layer: int | None) -> torch.Tensor:
+        """The tensor of a role that is not an expert's, float32."""
+        weight = self._weights.get((role, layer))
+        if weight is None:  # the router of one expert: a softmax over one logit, whatever it is
+            return torch.zeros(role_shape(role, self._shape))
+        return self._rows(weight, 0, weight.n_rows).view(weight.shape)
+
+    def rows(self, role: Role, layer: int | None, rows: slice) -> torch.Tensor:
+        """Some consecutive rows of :meth:`tensor`."""
+        if (role, layer) not in self._weights:
+            return self.tensor(role, layer)[rows]
+        weight = self._weights[role, layer]
+        start, stop, _ = rows.indices(weight.n_rows)
+        return self._rows(weight, start, stop - start)
+
+    def read_expert(self, role: Role, layer: int, expert: int, out: torch.Tensor) -> None:
+        """Fills ``out`` with one expert's projection."""
+        weight = self._weights[role, layer]
+        if role is Role.EXPERT_DOWN or self._shape.is_dense:
+            out.copy_(self._rows(weight, expert * len(out), len(out)))
+        else:
+            gate_and_up = self._rows(weight, expert * 2 * len(out), 2 * len(out))
+            out.copy_(gate_and_up[int(role is Role.EXPERT_UP) :: 2])
+
+    def router_place(self, layer: int) -> Place:
+        """Where a layer's router lies.
+
+        Raises:
+            InputError: it is not there as float32.
+        """
+        weight = self._weights.get((Role.ROUTER, layer))
+        if weight is None:
+            raise InputError(f"{self._graph_file}: layer {layer} has no router")
+        if weight.scales is not None:
+            raise InputError(f"{self._graph_file}: {weight.codes.name} is quantized; routers must be float32")
+        return Place(self._data.path, weight.codes.name, weight.codes.offset, weight.shape)
+
+    def _has(self, role: Role, layer: int) -> bool:
+        return (role.is_expert and self._shape.layer(layer).has_moe) or role in self._shape.layer_roles(layer)
+
+    def _rows(self, weight: _Weight, first: int, n_rows: int) -> torch.Tensor:
+        """Rows counted through all leading axes: float32 [rows, columns]."""
+        codes = self._read(weight, weight.codes, first, n_rows)
+        if weight.scales is None:
+            return torch.from_numpy(codes)
+        scales_RN = self._read(weight, weight.scales, first, n_rows)
+        return torch.from_numpy(BlockWeights(codes, scales_RN).values())
+
+    def _read(self, weight: _Weight, stored: _Stored, first: int, n_rows: int) -> npt.NDArray[Any]:
+        columns = stored.n_values // weight.n_rows
+        values = np.empty((n_rows, columns), dtype=stored.dtype)
+        offset = stored.offset + first * columns * stored.dtype.itemsize
+        self._data.fill(stored.name, values.reshape(-1).view(np.uint8).data, offset)
+        return values
+
+    def _tensors(self) -> dict[str, _Stored]:
+        """Everything in the data file, by name."""
+        try:
+            model = onnx.load(self._graph_file, load_external_data=False)
+            found = [tensor for tensor in model.graph.initializer if tensor.external_data]
+            return {tensor.name: self._stored(tensor) for tensor in found}
+        except OSError as error:
+            raise InputError(f"{self._graph_file} cannot be opened ({error.strerror})") from None
+        except (DecodeError, KeyError, ValueError) as error:
+            raise InputError(f"{self._graph_file} is truncated or no model of ours ({error}): write it again") from None
+
+    def _stored(self, tensor: onnx.TensorProto) -> _Stored:
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        if place["location"] != DATA_FILE or tensor.data_type not in _NUMPY_TYPES:
+            raise ValueError(f"tensor {tensor.name} is of another kind")
+        stored = _Stored(tensor.name, _NUMPY_TYPES[tensor.data_type], tuple(tensor.dims), int(place["offset"]))
+        if stored.offset + stored.n_bytes > self._data.size:
+            raise InputError(f"{self._data.path} is truncated: tensor {tensor.name} ends after the file does")
+        return stored
+
+    def _weight(self, role: Role, layer: int | None, tensors: dict[str, _Stored]) -> _Weight:
+        name, shape = self._shape.onnx_name(role, layer), self._expected_shape(role, layer)
+        codes = next((tensors[key] for key in (name, name + CODES, name + CODES + MATRIX) if key in tensors), None)
+        if codes is None:
+            raise InputError(f"{self._graph_file} has no tensor {name}: it does not hold this model")
+        weight = _Weight(shape, codes, None if codes.name == name else tensors.get(name + SCALES))
+        if not weight.is_whole:
+            raise InputError(
+                f"{self._graph_file}: tensor {codes.name} has shape {list(codes.shape)}, which is not that of the "
+                f"model's, {list(shape)}"
+            )
+        return weight
+
+    def _expected_shape(self, role: Role, layer: int | None) -> tuple[int, ...]:
+        of_layer = self._shape if layer is None else self._shape.layer(layer)
+        rows, *columns = role_shape(role, of_layer)
+        if not role.is_expert or self._shape.is_dense:
+            return (rows, *columns)
+        return (of_layer.n_experts, rows if role is Role.EXPERT_DOWN else 2 * rows, *columns)

@@ -1,0 +1,54 @@
+"""Where a student's tensors come from: the source checkpoint, or a file that was written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from compressors.model.families import Role
+
+__all__ = ["Place", "Weights", "WrittenWeights"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a file holds a float32 tensor."""
+
+    file: Path
+    name: str  # in the file
+    offset: int  # of its first byte
+    shape: tuple[int, ...]
+
+
+class Weights(Protocol):
+    """A student's tensors by role, in the student's numbering. A tied head is not among them."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the experts."""
+
+    def dtype_of(self, role: Role, layer: int | None) -> torch.dtype:
+        """Dtype of the tensors of a role that is not an expert's."""
+
+    def tensor(self, role: Role, layer: int | None) -> torch.Tensor:
+        """The tensor of a role that is not an expert's."""
+
+    def rows(self, role: Role, layer: int | None, rows: slice) -> torch.Tensor:
+        """Some consecutive rows of :meth:`tensor`, without reading all others where it is large."""
+
+    def read_expert(self, role: Role, layer: int, expert: int, out: torch.Tensor) -> None:
+        """Fills ``out``, contiguous, with one expert's gate [F, D], up [F, D] or down [D, F] projection."""
+
+
+class WrittenWeights(Weights, Protocol):
+    """The tensors of a written file, dequantized: float32."""
+
+    def router_place(self, layer: int) -> Place:
+        """Where a layer's router [E, D] lies in the file.
+
+        Raises:
+            InputError: it is not there as float32.
+        """

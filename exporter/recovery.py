@@ -1,0 +1,202 @@
+"""The recovery ladder: which rungs a machine can climb, and what a recipe's rung means for training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from compressors.model.errors import InputError
+from compressors.model.shape import MoeShape
+from compressors.recover.knowledge_augmentation import UPDATES_PER_BATCH
+from compressors.recover.schedule import Schedule
+from compressors.recover.scopes import Scope
+from compressors.recover.training_memory import refuse_too_large
+from exporter.recipe import RecoverChoice, RungChoice
+
+__all__ = [
+    "AFTER_QUANTIZING",
+    "RECOVERIES",
+    "Machine",
+    "RefusedRung",
+    "check_after_quantizing",
+    "choose_ladder",
+    "schedule_of",
+    "scope_of",
+]
+
+AFTER_QUANTIZING = "router, quantized experts"
+"""What plan and report call the rung that teaches the routers of the written files."""
+
+_DEFAULT_BLOCKS = 320  # 163,840 tokens: 40 steps
+_BLOCKS_PER_STEP = 8  # as published, for routers
+_SMALL_STEP = 2
+"""Blocks in a step of experts or adapters: four times the steps bring more than longer ones (recovery.md), but each
+reads the model, so only where that stays in memory."""
+
+_LOSSES = {
+    "router": ("kd", "next-token", "router-logits", "ka", "sar"),
+    "top-experts": ("kd", "next-token", "ka", "sar"),
+    "experts": ("kd", "next-token", "ka", "sar"),
+    "adapters": ("kd", "next-token", "ka", "sar"),
+}
+
+RECOVERIES = (
+    *("auto", "none", "router:published"),
+    *_LOSSES,
+    *(f"{scope}:{loss}" for scope, losses in _LOSSES.items() for loss in losses),
+)
+"""What ``--recover`` takes: the ladder, nothing, the published schedule, or one rung, ``SCOPE`` or ``SCOPE:LOSS``."""
+
+_RATES = {"router": 3e-3, "top-experts": 1e-3, "experts": 1e-3, "adapters": 3e-3}
+_RATES_HIDDEN_SIZE = 256
+"""Learning rates chosen on a selection split (benchmarks/results/recovery.md), and the hidden size of that model.
+
+An Adam step moves each of a row's weights by about the learning rate, so a product moves in proportion to the hidden
+size: other models' rates are scaled by its inverse.
+"""
+
+_TOP_EXPERTS = 8  # of each layer, as in the smallest wider scope of arXiv 2609.06076
+_ADAPTER_RANKS = (8, 4, 2, 1)
+_STREAMED_BATCHES_PER_ROUND = 8  # of a live teacher that is read from the disk for each round
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What training may use."""
+
+    memory_bytes: int
+    calibration_blocks: int  # that the text yields
+    models_stay: bool  # in memory, once they were read
+
+
+@dataclass(frozen=True)
+class RefusedRung:
+    """A rung that was not tried."""
+
+    rung: str
+    loss: str
+    why: str
+
+
+def choose_ladder(
+    wish: str, student: MoeShape, itemsize: int, machine: Machine, seed: int
+) -> tuple[RecoverChoice, tuple[RefusedRung, ...]]:
+    """The rungs that a wish of ``--recover`` means for this student on this machine.
+
+    ``auto`` teaches the routers, and then routers and experts together, of a dense student the feed-forwards only. A
+    rung whose training does not fit the memory is replaced by adapters of the largest rank that fits.
+
+    Args:
+        wish: one of :data:`RECOVERIES`.
+        student: the compressed model's shape.
+        itemsize: bytes of a stored weight.
+        machine: what there is.
+        seed: of the order of blocks, and of adapters' beginnings.
+
+    Returns:
+        The recipe's choice, and what was refused.
+    """
+    rungs: list[RungChoice] = []
+    refused: list[RefusedRung] = []
+    for rung in _wanted(wish, student, machine):
+        candidates = [rung]
+        if rung.scope in ("top-experts", "experts"):
+            candidates += [_adapters(rung, rank, student) for rank in _ADAPTER_RANKS]
+        for candidate in candidates:
+            reason = _obstacle(candidate, student, itemsize, machine.memory_bytes)
+            if reason is None:
+                rungs.append(candidate)
+                break
+            refused.append(RefusedRung(scope_of(candidate).name_in(student), candidate.loss, reason))
+    return RecoverChoice(rungs=tuple(rungs), seed=seed), tuple(refused)
+
+
+def check_after_quantizing(choice: RecoverChoice, student: MoeShape) -> None:
+    """Refuses to teach routers that no file has.
+
+    Raises:
+        InputError: the student is dense.
+    """
+    if choice.after_quantizing is not None and student.is_dense:
+        raise InputError(
+            "the recipe's after_quantizing teaches the routers of the written files, but those of a dense student have "
+            "none: set it to null"
+        )
+
+
+def scope_of(rung: RungChoice) -> Scope:
+    """Which tensors a rung trains."""
+    if rung.scope == "adapters":
+        assert rung.rank is not None, "the recipe checks it"
+        return Scope.adapters(rung.rank)
+    if rung.scope == "top-experts":
+        assert rung.experts is not None, "the recipe checks it"
+        return Scope.most_used(rung.experts)
+    return Scope.routers() if rung.scope == "router" else Scope.all_experts()
+
+
+def schedule_of(choice: RecoverChoice, rung: RungChoice, n_blocks: int) -> Schedule:
+    """A rung's schedule, with the number of blocks that the time limit allows."""
+    return Schedule(
+        n_blocks,
+        rung.learning_rate,
+        min(rung.blocks_per_step, n_blocks),
+        seed=choice.seed,
+        updates_per_batch=UPDATES_PER_BATCH if rung.loss == "ka" else 1,
+    )
+
+
+def _wanted(wish: str, student: MoeShape, machine: Machine) -> Sequence[RungChoice]:
+    if wish == "none":
+        return []
+    if wish == "router:published":
+        published = Schedule.published(min(Schedule.PUBLISHED_BLOCKS, machine.calibration_blocks))
+        return [
+            RungChoice(
+                scope="router",
+                blocks=published.n_blocks,
+                blocks_per_step=min(published.blocks_per_step, published.n_blocks),
+                learning_rate=published.learning_rate,
+            )
+        ]
+    if wish == "auto":
+        scopes = ["experts"] if student.is_dense else ["router", "experts"]
+        return [_rung(scope, "kd", student, machine) for scope in scopes]
+    scope, _, loss = wish.partition(":")
+    return [_rung(scope, loss or "kd", student, machine)]
+
+
+def _rung(scope: str, loss: str, student: MoeShape, machine: Machine) -> RungChoice:
+    per_round = 1 if machine.models_stay else _STREAMED_BATCHES_PER_ROUND
+    small_steps = scope != "router" and loss in ("kd", "next-token") and machine.models_stay
+    per_step = _SMALL_STEP if small_steps else _BLOCKS_PER_STEP
+    return RungChoice(
+        scope=scope,  # type: ignore[arg-type]  # one of RECOVERIES
+        experts=min(_TOP_EXPERTS, student.n_experts) if scope == "top-experts" else None,
+        rank=max(_ADAPTER_RANKS) if scope == "adapters" else None,
+        loss=loss,  # type: ignore[arg-type]
+        batches_per_round=per_round if loss in ("ka", "sar") else None,
+        blocks=min(_DEFAULT_BLOCKS, machine.calibration_blocks),
+        blocks_per_step=min(per_step, machine.calibration_blocks),
+        learning_rate=_rate(scope, student),
+    )
+
+
+def _adapters(rung: RungChoice, rank: int, student: MoeShape) -> RungChoice:
+    changes = {"scope": "adapters", "experts": None, "rank": rank, "learning_rate": _rate("adapters", student)}
+    return rung.model_copy(update=changes)
+
+
+def _rate(scope: str, student: MoeShape) -> float:
+    return _RATES[scope] * _RATES_HIDDEN_SIZE / student.hidden_size
+
+
+def _obstacle(rung: RungChoice, student: MoeShape, itemsize: int, memory_bytes: int) -> str | None:
+    """Why a rung cannot be trained within this memory, None if it can. Routers alone always can."""
+    if rung.scope == "router":
+        return None
+    try:
+        refuse_too_large(scope_of(rung), student, itemsize, memory_bytes)
+    except InputError as error:
+        return str(error)
+    return None

@@ -1,0 +1,75 @@
+"""A rung of the recipe as a training that can take steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+
+from compressors.model.arithmetic import dtype_of
+from compressors.model.streaming import StreamedModel
+from compressors.model.student import Student
+from compressors.recover.knowledge_augmentation import KnowledgeAugmentation
+from compressors.recover.objectives import Distillation, NextToken, Objective, RouterLogitMatching
+from compressors.recover.schedule import Schedule
+from compressors.recover.scopes import expert_usage
+from compressors.recover.student_aware_router import StudentAwareRouter
+from compressors.recover.training import Training
+from compressors.statistics import StoredStatistics
+from compressors.teacher import TeacherTargets
+from exporter.recipe import RungChoice
+from exporter.recovery import schedule_of, scope_of
+from exporter.stage import StageContext
+from exporter.stages.artifacts import Blocks, Calibration, StudentFiles, memory_limit
+
+__all__ = ["training_of"]
+
+_LIVE_TEACHERS: Mapping[str, Callable[..., Objective]] = {"ka": KnowledgeAugmentation, "sar": StudentAwareRouter}
+
+
+def training_of(context: StageContext, student: Student, rung: RungChoice, n_blocks: int) -> Training:
+    """The training of a student by a rung, over this many blocks.
+
+    Raises:
+        InputError: text, targets and student do not fit each other.
+        TooLargeError: it does not fit the memory.
+    """
+    plan = context.plan
+    schedule = schedule_of(plan.recipe.recover, rung, n_blocks)
+    return Training(
+        student,
+        Blocks.load(Calibration.of(context.work).blocks).calibration,
+        _objective(context, student, rung, schedule),
+        schedule,
+        scope=scope_of(rung),
+        usage=_usage(context, student),
+        limit=memory_limit(context),
+        dtype=dtype_of(plan.recipe.arithmetic),
+        device=torch.device(plan.device),
+    )
+
+
+def _objective(context: StageContext, student: Student, rung: RungChoice, schedule: Schedule) -> Objective:
+    if rung.loss == "next-token":
+        return NextToken()
+    if rung.loss == "kd":
+        return Distillation(TeacherTargets(Calibration.of(context.work).targets), student)
+    limit, device = memory_limit(context), torch.device(context.plan.device)
+    dtype = dtype_of(context.plan.recipe.arithmetic)
+    if rung.loss == "router-logits":
+        half = replace(limit, n_bytes=limit.n_bytes // 2)  # the student needs room too
+        teacher = StreamedModel(Student.teacher(student.source), limit=half, device=device)
+        return RouterLogitMatching(teacher, student, dtype)
+    return _LIVE_TEACHERS[rung.loss](
+        student, schedule, batches_per_round=rung.batches_per_round, limit=limit, dtype=dtype, device=device
+    )
+
+
+def _usage(context: StageContext, student: Student) -> list[torch.Tensor]:
+    """How many calibration tokens chose each of the student's experts."""
+    own = StudentFiles(context.work.stage("compress")).statistics
+    if own.exists():
+        return expert_usage(StoredStatistics(own, student.shape.n_layers), student.experts.of_itself())
+    statistics = Calibration.of(context.work).layer_statistics(student.source.shape.n_layers)
+    return expert_usage(statistics, student.experts)
