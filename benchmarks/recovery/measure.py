@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.quality.measure import MODELS
-from benchmarks.quality.methods import TEACHER, Teacher
+from benchmarks.quality.methods import Teacher
 from benchmarks.recovery.arms import ARMS, Knowledge
 from benchmarks.recovery.runs import LADDER_BLOCKS, SHORT_BLOCKS, Run
 from benchmarks.recovery.students import STUDENTS, load_student, store_student
@@ -34,7 +34,6 @@ from compressors.teacher import TeacherTargets, write_targets
 from exporter.files import write_atomically
 from validate.backend import scored_positions
 from validate.evaluation import evaluate
-from validate.statistics import perplexity
 from validate.torch_reference import TorchBackend
 
 __all__ = ["HELDOUT_CHUNKS", "SELECTION_CHUNKS", "Measured", "load", "measure_into", "prepare"]
@@ -156,13 +155,11 @@ def _judge(
     student: Student, tokens: Mapping[str, torch.Tensor], folder: Path, *, on_heldout: bool
 ) -> tuple[float, float | None, float | None]:
     """Selection divergence, held-out perplexity and held-out divergence."""
-    selection = judge(student, tokens["selection"], LogProbReader(folder / "selection"), _SCORED).divergence
+    selection = judge(student, tokens["selection"], LogProbReader(folder / "selection"), _SCORED)
     if not on_heldout:
-        return selection, None, None
-    reference = LogProbReader(folder / "heldout")
-    evaluation = evaluate(TorchBackend(student), tokens["heldout"].numpy(), {TEACHER: reference})
-    divergence = float(evaluation.against[TEACHER].kl_divergence_N.astype("float64").mean())
-    return selection, perplexity(evaluation.negative_log_likelihood_N)[0], divergence
+        return selection.divergence, None, None
+    heldout = judge(student, tokens["heldout"], LogProbReader(folder / "heldout"), _SCORED)
+    return selection.divergence, heldout.perplexity, heldout.divergence
 
 
 def _settle() -> None:
