@@ -54,7 +54,7 @@ STUDENTS: Mapping[str, Callable[[Teacher], Student]] = {
 
 def store_student(student: Student, folder: Path) -> None:
     """Writes expert map and overlay."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)  # a killed run may have begun it
     save_file(dict(student.overlay), folder / "overlay.safetensors")
     write_atomically(folder / "map.json", json.dumps(student.experts.to_json()))
 
