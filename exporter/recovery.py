@@ -30,8 +30,8 @@ AFTER_QUANTIZING = "router, quantized experts"
 _DEFAULT_BLOCKS = 320  # 163,840 tokens: 40 steps
 _BLOCKS_PER_STEP = 8  # as published, for routers
 _SMALL_STEP = 2
-"""Blocks in a step of experts or adapters: four times the steps bring more than longer ones (recovery.md), but each
-reads the model, so only where that stays in memory."""
+"""Blocks in a step of experts or adapters: four times the steps bring more than longer ones, but each reads the model, so
+only where that stays in memory."""
 
 _LOSSES = {
     "router": ("kd", "next-token", "router-logits", "ka", "sar"),
@@ -49,7 +49,7 @@ RECOVERIES = (
 
 _RATES = {"router": 3e-3, "top-experts": 1e-3, "experts": 1e-3, "adapters": 3e-3}
 _RATES_HIDDEN_SIZE = 256
-"""Learning rates chosen on a selection split (benchmarks/results/recovery.md), and the hidden size of that model.
+"""Learning rates chosen on a selection split (docs/recovery.md), and the hidden size of that model.
 
 An Adam step moves each of a row's weights by about the learning rate, so a product moves in proportion to the hidden
 size: other models' rates are scaled by its inverse.

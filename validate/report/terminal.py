@@ -51,9 +51,12 @@ def _rows(report: Report) -> list[tuple[str, Callable[[Column], str]]]:
 
     def with_interval(style: Callable[[float | None], str], interval: str, *keys: str) -> Callable[[Column], str]:
         """The figure, and under it its interval, which stands beside it in the report under this name."""
-        return lambda row: "\n".join(
-            filter(None, (style(find(row, *keys)), numbers.interval(find(row, *keys[:-1], interval), style)))
-        )
+
+        def value(row: Column) -> str:
+            ends = numbers.interval(find(row, *keys[:-1], interval), style).replace(" to ", numbers.DASH)
+            return "\n".join(filter(None, (style(find(row, *keys)), ends.removesuffix(" %"))))  # columns are narrow
+
+        return value
 
     measured_perplexity = with_interval(numbers.perplexity, "perplexity_interval", "perplexity")
 
