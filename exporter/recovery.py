@@ -30,8 +30,8 @@ AFTER_QUANTIZING = "router, quantized experts"
 _DEFAULT_BLOCKS = 320  # 163,840 tokens: 40 steps
 _BLOCKS_PER_STEP = 8  # as published, for routers
 _SMALL_STEP = 2
-"""Blocks in a step of experts or adapters: four times the steps bring more than longer ones, but each reads the model, so
-only where that stays in memory."""
+"""Blocks in a step of experts or adapters: four times the steps bring more than longer ones. Each step reads the model,
+so only where that stays in memory."""
 
 _LOSSES = {
     "router": ("kd", "next-token", "router-logits", "ka", "sar"),
