@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.quality.measure import CALIBRATION_BLOCKS, HELDOUT_CHUNKS, Measured
 from benchmarks.quality.methods import FREQUENCY, SAMPLE_BLOCKS, SHARES
 
-__all__ = ["Difference", "beyond_frequency", "by_divergence", "read", "write_csv", "write_markdown"]
+__all__ = ["Difference", "beyond_frequency", "by_divergence", "csv_text", "read", "write_csv", "write_markdown"]
 
 _LARGE_SHARE = max(SHARES)
 _FALLING = sorted(SHARES, reverse=True)
@@ -50,7 +50,7 @@ def write_csv(results: Iterable[Measured], path: Path) -> None:
         writer = csv.DictWriter(file, [field.name for field in fields(Measured)])
         writer.writeheader()
         for result in results:
-            row = {name: _text(value) for name, value in asdict(result).items()}
+            row = {name: csv_text(value) for name, value in asdict(result).items()}
             writer.writerow(row | {"chunk_divergences": " ".join(f"{value:.5g}" for value in result.chunk_divergences)})
 
 
@@ -60,7 +60,8 @@ def read(path: Path) -> list[Measured]:
         return [_measured(row) for row in csv.DictReader(file)]
 
 
-def _text(value: Any) -> str:
+def csv_text(value: Any) -> str:
+    """A cell of a CSV file: six digits of a float, nothing for None."""
     if isinstance(value, float):
         return f"{value:.6g}"
     return "" if value is None else str(value)

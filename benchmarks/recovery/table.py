@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
+from benchmarks.quality.table import csv_text
 from benchmarks.recovery.arms import ARMS, FULL_VOCABULARY, NONE, ROUTER_KD, Pace
 from benchmarks.recovery.measure import HELDOUT_CHUNKS, SELECTION_CHUNKS, Measured
 from benchmarks.recovery.runs import KINDS, LADDER_BLOCKS, MODELS, SEEDS, SHORT_BLOCKS, SWEEP_BLOCKS, Run
@@ -65,19 +65,13 @@ def write_csv(results: Iterable[Measured], path: Path) -> None:
         for result in results:
             values = asdict(result)
             values |= values.pop("run")
-            writer.writerow({name: _text(value) for name, value in values.items()})
+            writer.writerow({name: csv_text(value) for name, value in values.items()})
 
 
 def read(path: Path) -> list[Measured]:
     """The inverse of :func:`write_csv`, to as many digits as it wrote."""
     with path.open(newline="", encoding="utf-8") as file:
         return [_measured(row) for row in csv.DictReader(file)]
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return "" if value is None else str(value)
 
 
 def _measured(row: Mapping[str, str]) -> Measured:

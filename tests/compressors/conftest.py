@@ -9,17 +9,33 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from compressors.calibration import read_splits, tokenize
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.families import Role
 from compressors.model.streaming import StreamedModel, TokenGroup
-from compressors.model.student import Student
+from compressors.model.student import ExpertMap, Student
 from compressors.moe_block import Evidence, MoeBlock
 from compressors.statistics import StatisticsCollector
 
 _N_BLOCKS = 8
+
+
+@pytest.fixture(scope="module")
+def float32_toy(toy_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Two layers of the bundled model, stored in float32, so that what is written back is not rounded."""
+    folder = toy_checkpoint(tmp_path_factory.mktemp("toy"))
+    file = folder / "model.safetensors"
+    save_file({name: tensor.float() for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    return Checkpoint(folder)
+
+
+@pytest.fixture(scope="module")
+def pruned_toy(float32_toy: Checkpoint) -> Student:
+    """Every other of its 32 experts."""
+    return Student(float32_toy, ExpertMap.keeping(32, (tuple(range(0, 32, 2)),) * 2))
 
 
 @pytest.fixture(scope="session")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
@@ -40,29 +39,15 @@ def blocks_BT(heldout_tokens: npt.NDArray[np.int64]) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def source(toy_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """Two layers in float32."""
-    folder = toy_checkpoint(tmp_path_factory.mktemp("toy"))
-    file = folder / "model.safetensors"
-    save_file({name: tensor.float() for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
-    return Checkpoint(folder)
-
-
-@pytest.fixture(scope="module")
-def pruned(source: Checkpoint) -> Student:
-    return Student(source, ExpertMap.keeping(32, (tuple(range(0, 32, 2)),) * 2))
-
-
-@pytest.fixture(scope="module")
-def dense(source: Checkpoint) -> Student:
+def dense(float32_toy: Checkpoint) -> Student:
     """One expert a layer: the first four, side by side, a quarter of each."""
-    teacher, overlay = Student.teacher(source), {}
+    teacher, overlay = Student.teacher(float32_toy), {}
     experts = ExpertMap(32, tuple(LayerMap(layer, ((0, 1, 2, 3),), 512) for layer in (0, 1)))
     for layer in (0, 1):
         for role, dim, scale in ((Role.EXPERT_GATE, 0, 1), (Role.EXPERT_UP, 0, 1), (Role.EXPERT_DOWN, 1, 0.25)):
             matrices = [teacher.expert(role, layer, expert) for expert in range(4)]
             overlay[teacher.name(role, layer, 0)] = torch.cat(matrices, dim=dim) * scale
-    return Student(source, experts, overlay)
+    return Student(float32_toy, experts, overlay)
 
 
 def _schedule(objective: type[OnPolicyDistillation], n_blocks: int, rate: float = 1e-3, per_step: int = 2) -> Schedule:
@@ -101,23 +86,23 @@ def test_reverse_divergence_and_its_gradients_equal_a_direct_computation() -> No
 
 
 def test_the_first_loss_is_the_divergence_from_the_teacher_on_the_student_s_texts(
-    source: Checkpoint, pruned: Student, blocks_BT: torch.Tensor
+    float32_toy: Checkpoint, pruned_toy: Student, blocks_BT: torch.Tensor
 ) -> None:
     """Without augmentation the teacher is stock transformers with the top-k one below the number of experts."""
     settings = _schedule(KnowledgeAugmentation, 12, per_step=10)  # the second step has two blocks
-    objective = KnowledgeAugmentation(pruned, settings, augmentation=0.0)
-    training = Training(pruned, blocks_BT, objective, settings)
+    objective = KnowledgeAugmentation(pruned_toy, settings, augmentation=0.0)
+    training = Training(pruned_toy, blocks_BT, objective, settings)
     found = training.step()
     first = settings.steps()[0]
     texts = training.state()["objective.texts"]
     assert torch.equal(texts[:, : _N_TOKENS // 2], blocks_BT[first, : _N_TOKENS // 2])
     uniform = torch.stack([random_numbers((0, 11, 0, place), _N_TOKENS // 2) for place in range(10)])
-    assert torch.equal(texts, sample_texts(StreamedModel(pruned), blocks_BT[first, : _N_TOKENS // 2], uniform))
+    assert torch.equal(texts, sample_texts(StreamedModel(pruned_toy), blocks_BT[first, : _N_TOKENS // 2], uniform))
 
-    stock = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32, num_experts_per_tok=31)
+    stock = AutoModelForCausalLM.from_pretrained(float32_toy.folder, dtype=torch.float32, num_experts_per_tok=31)
     with torch.no_grad():
         logits_BTV = stock(texts, use_cache=False).logits[:, _N_TOKENS // 2 - 1 : -1]
-    student_log = _log_probs(StreamedModel(pruned), texts)
+    student_log = _log_probs(StreamedModel(pruned_toy), texts)
     expected = functional.kl_div(
         functional.log_softmax(logits_BTV.flatten(0, 1), dim=-1), student_log, log_target=True, reduction="none"
     )
@@ -127,14 +112,14 @@ def test_the_first_loss_is_the_divergence_from_the_teacher_on_the_student_s_text
 
 @pytest.mark.parametrize("objective", _OBJECTIVES)
 def test_runs_are_the_same_bits_interrupted_or_not(
-    pruned: Student, blocks_BT: torch.Tensor, tmp_path: Path, objective: type[KnowledgeAugmentation]
+    pruned_toy: Student, blocks_BT: torch.Tensor, tmp_path: Path, objective: type[KnowledgeAugmentation]
 ) -> None:
     """Interrupted after every step: between the updates of a batch, in a round, and between rounds, the last of
     which is shorter and has a smaller batch."""
     settings = _schedule(objective, 5)
 
     def training() -> Training:
-        return Training(pruned, blocks_BT, objective(pruned, settings, batches_per_round=2), settings)
+        return Training(pruned_toy, blocks_BT, objective(pruned_toy, settings, batches_per_round=2), settings)
 
     def save(training: Training) -> None:
         save_file(training.state(), tmp_path / f"{training.n_done}.safetensors")
@@ -153,12 +138,12 @@ def test_runs_are_the_same_bits_interrupted_or_not(
 
 @pytest.mark.parametrize("objective", _OBJECTIVES)
 def test_memory_limit_changes_no_bit(
-    pruned: Student, blocks_BT: torch.Tensor, tmp_path: Path, objective: type[KnowledgeAugmentation]
+    pruned_toy: Student, blocks_BT: torch.Tensor, tmp_path: Path, objective: type[KnowledgeAugmentation]
 ) -> None:
     settings = _schedule(objective, 2)
     states = []
     for limit in (None, MemoryLimit(10**12, tmp_path)):
-        training = Training(pruned, blocks_BT, objective(pruned, settings, limit=limit), settings, limit=limit)
+        training = Training(pruned_toy, blocks_BT, objective(pruned_toy, settings, limit=limit), settings, limit=limit)
         train(training)
         states.append(training.state())
     for name, tensor in states[0].items():
@@ -168,8 +153,8 @@ def test_memory_limit_changes_no_bit(
 @pytest.mark.parametrize(
     ("which", "scope", "objective"),
     [
-        ("pruned", Scope.routers(), KnowledgeAugmentation),
-        ("pruned", Scope.routers(), StudentAwareRouter),
+        ("pruned_toy", Scope.routers(), KnowledgeAugmentation),
+        ("pruned_toy", Scope.routers(), StudentAwareRouter),
         ("dense", Scope.adapters(16), KnowledgeAugmentation),
         ("dense", Scope.all_experts(), StudentAwareRouter),
     ],
@@ -194,8 +179,8 @@ def test_the_student_comes_nearer_where_it_goes(
     assert divergences[1] < 0.97 * divergences[0], divergences
 
 
-def test_a_student_with_a_head_of_its_own_is_refused(pruned: Student) -> None:
-    name = pruned.name(Role.TOKEN_EMBEDDING)
-    changed = pruned.with_overlay({name: pruned.tensor(Role.TOKEN_EMBEDDING) * 1.01})
+def test_a_student_with_a_head_of_its_own_is_refused(pruned_toy: Student) -> None:
+    name = pruned_toy.name(Role.TOKEN_EMBEDDING)
+    changed = pruned_toy.with_overlay({name: pruned_toy.tensor(Role.TOKEN_EMBEDDING) * 1.01})
     with pytest.raises(UnsupportedError, match="no longer the teacher's in this student"):
         KnowledgeAugmentation(changed, _schedule(KnowledgeAugmentation, 4))

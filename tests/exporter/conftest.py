@@ -6,10 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 Command = Callable[..., Sequence[str]]
@@ -69,6 +70,15 @@ def tiny_recipe(
         rung |= {"blocks": 2, "blocks_per_step": 1}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     return folder / "tiny.yaml"
+
+
+@pytest.fixture
+def torch_left_as_it_was() -> Iterator[None]:
+    """For tests that run stages in this process: stages, which have one of their own, set torch up as they like."""
+    threads = torch.get_num_threads()
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

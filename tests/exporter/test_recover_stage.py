@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from exporter.stage import StageContext
 from exporter.stages import calibrate, compress, recover, schedule
 from exporter.stages.artifacts import open_student
 from exporter.work import WorkDirectory
+
+pytestmark = pytest.mark.usefixtures("torch_left_as_it_was")
 
 _ROUTER = {"scope": "router", "blocks": 6, "blocks_per_step": 2, "learning_rate": 3e-3}
 _EXPERTS = _ROUTER | {"scope": "experts", "learning_rate": 1e-3}
@@ -65,15 +67,6 @@ class _Climbed:
 
     def student(self, stage: str = "recover") -> Student:
         return open_student(self.plan, WorkDirectory(self.folder), stage)
-
-
-@pytest.fixture(autouse=True)
-def _leave_torch_as_it_was() -> Iterator[None]:
-    """Stages, which have a process of their own, set it up as they like."""
-    threads = torch.get_num_threads()
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

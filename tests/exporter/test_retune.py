@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from exporter.stages import calibrate, compress, gguf, onnx, recover, retune, sc
 from exporter.stages.artifacts import importance_of, open_student
 from exporter.work import WorkDirectory
 
+pytestmark = pytest.mark.usefixtures("torch_left_as_it_was")
+
 _RUNG = RungChoice(scope="router", blocks=6, blocks_per_step=2, learning_rate=3e-3)
 
 
@@ -44,15 +46,6 @@ class _Written:
     def copy(self, folder: Path) -> WorkDirectory:
         shutil.copytree(self.folder, folder)
         return WorkDirectory(folder)
-
-
-@pytest.fixture(autouse=True)
-def _leave_torch_as_it_was() -> Iterator[None]:
-    """Stages, which have a process of their own, set it up as they like."""
-    threads = torch.get_num_threads()
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
