@@ -11,6 +11,7 @@ from benchmarks.recovery.layer_local import train_routers_locally
 from benchmarks.recovery.students import DENSE, PRUNED
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.losses import kl_divergence
+from compressors.model.memory import MemoryLimit
 from compressors.model.streaming import StreamedModel, TokenGroup
 from compressors.model.student import Student
 from compressors.recover.knowledge_augmentation import UPDATES_PER_BATCH, KnowledgeAugmentation
@@ -33,6 +34,7 @@ class Knowledge:
     statistics: Sequence[LayerStatistics]  # the teacher's
     tokens_BT: torch.Tensor  # training text
     targets: TeacherTargets  # of the training text
+    limit: MemoryLimit  # for models that should stay in memory; it changes no result
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,18 @@ class Arm:
     train: Train
     student: str = PRUNED  # that the ladder teaches so
     updates_per_batch: int = 1
+    n_seeds: int = 3
+    is_live: bool = False  # the teacher judges what the student writes
 
 
-def _by(make_objective: MakeObjective, scope: Scope) -> Train:
+def _by(make_objective: MakeObjective, scope: Scope, *, writes: bool = False) -> Train:
+    """By an objective; a student that writes texts visits every layer for each token, so its layers stay."""
+
     def teach(knowledge: Knowledge, student: Student, schedule: Schedule) -> Student:
         usage = expert_usage(knowledge.statistics, student.experts)
         objective = make_objective(knowledge, student, schedule)
-        return train(Training(student, knowledge.tokens_BT, objective, schedule, scope=scope, usage=usage))
+        limit = knowledge.limit if writes else None
+        return train(Training(student, knowledge.tokens_BT, objective, schedule, scope=scope, usage=usage, limit=limit))
 
     return teach
 
@@ -84,12 +91,12 @@ def _router_logits(knowledge: Knowledge, student: Student, _schedule: Schedule) 
     return RouterLogitMatching(StreamedModel(Student.teacher(knowledge.source)), student)
 
 
-def _augmentation(_knowledge: Knowledge, student: Student, schedule: Schedule) -> Objective:
-    return KnowledgeAugmentation(student, schedule)
+def _augmentation(knowledge: Knowledge, student: Student, schedule: Schedule) -> Objective:
+    return KnowledgeAugmentation(student, schedule, batches_per_round=_BATCHES_PER_ROUND, limit=knowledge.limit)
 
 
-def _aware_router(_knowledge: Knowledge, student: Student, schedule: Schedule) -> Objective:
-    return StudentAwareRouter(student, schedule)
+def _aware_router(knowledge: Knowledge, student: Student, schedule: Schedule) -> Objective:
+    return StudentAwareRouter(student, schedule, batches_per_round=_BATCHES_PER_ROUND, limit=knowledge.limit)
 
 
 class FullDistillation(Stateless):
@@ -135,7 +142,8 @@ _ADAPTERS_PACE = Pace(3e-3, 2)
 _MATCHING_PACE = Pace(3e-3, 8)
 _LOCAL_PACE = Pace(1e-3, 8)
 _DENSE_PACE = Pace(1e-3, 2)
-_LIVE_PACE = Pace(1e-3, 8)  # a batch of texts is written token by token: few batches
+_LIVE_PACE = Pace(1e-3, 2)
+_BATCHES_PER_ROUND = 40  # 80 texts are written together, token by token
 
 SWEEP: Mapping[str, tuple[Pace, ...]] = {
     ROUTER_KD: (Pace(1e-3, 8), Pace(3e-3, 8), Pace(1e-2, 8), Pace(3e-3, 2)),
@@ -144,7 +152,7 @@ SWEEP: Mapping[str, tuple[Pace, ...]] = {
     "router + adapters: KD": (Pace(1e-3, 2), Pace(3e-3, 2), Pace(1e-2, 2)),
     "router: logits matched": (Pace(1e-3, 8), Pace(3e-3, 8), Pace(1e-2, 8)),
     "router: layer-local": (Pace(1e-4, 8), Pace(1e-3, 8), Pace(3e-3, 8)),
-    "feed-forward: next token": (Pace(5e-4, 2), Pace(1e-3, 2), Pace(3e-3, 2)),
+    "feed-forward: next token": (Pace(1e-3, 2), Pace(3e-3, 2)),
 }
 """What was tried, on the selection split; arms that are not here take the pace of their scope."""
 
@@ -152,27 +160,29 @@ SWEEP: Mapping[str, tuple[Pace, ...]] = {
 def _arms() -> list[Arm]:
     routers, experts = Scope.routers(), Scope.all_experts()
     some, adapters = Scope.most_used(8), Scope.adapters(8)
+    by_augmentation, by_aware_router = (_by(make, experts, writes=True) for make in (_augmentation, _aware_router))
     return [
         Arm(NONE, None, Pace(0.0, 0), lambda _knowledge, student, _schedule: student),
         Arm(ROUTER_KD, routers, _ROUTER_PACE, _by(_distillation, routers)),
         Arm("router + all experts: KD", experts, _EXPERTS_PACE, _by(_distillation, experts)),
         Arm("router + all experts: next token", experts, _EXPERTS_PACE, _by(_next_token, experts)),
-        Arm(FULL_VOCABULARY, routers, _ROUTER_PACE, _by(FullDistillation, routers)),
-        Arm(PUBLISHED, routers, _PUBLISHED_PACE, _by(_distillation, routers)),
         Arm("router + adapters: KD", adapters, _ADAPTERS_PACE, _by(_distillation, adapters)),
-        Arm("router + 8 experts: KD", some, _EXPERTS_PACE, _by(_distillation, some)),
-        Arm("router: logits matched", routers, _MATCHING_PACE, _by(_router_logits, routers)),
-        Arm("router: layer-local", routers, _LOCAL_PACE, _layer_local),
-        Arm("router + 8 experts: next token", some, _EXPERTS_PACE, _by(_next_token, some)),
         Arm("router + adapters: next token", adapters, _ADAPTERS_PACE, _by(_next_token, adapters)),
-        Arm("feed-forward: next token", experts, _DENSE_PACE, _by(_next_token, experts), DENSE),
-        Arm("feed-forward: KD", experts, _DENSE_PACE, _by(_distillation, experts), DENSE),
-        Arm("router + all experts: KA", experts, _LIVE_PACE, _by(_augmentation, experts), PRUNED, UPDATES_PER_BATCH),
-        Arm("router + all experts: SAR", experts, _LIVE_PACE, _by(_aware_router, experts)),
-        Arm("feed-forward: KA", experts, _LIVE_PACE, _by(_augmentation, experts), DENSE, UPDATES_PER_BATCH),
-        Arm("feed-forward: SAR", experts, _LIVE_PACE, _by(_aware_router, experts), DENSE),
+        Arm("router + 8 experts: KD", some, _EXPERTS_PACE, _by(_distillation, some)),
+        Arm("router + 8 experts: next token", some, _EXPERTS_PACE, _by(_next_token, some)),
+        Arm("router: next token", routers, _ROUTER_PACE, _by(_next_token, routers)),
+        Arm("router: logits matched", routers, _MATCHING_PACE, _by(_router_logits, routers)),
+        Arm(FULL_VOCABULARY, routers, _ROUTER_PACE, _by(FullDistillation, routers), n_seeds=1),
+        Arm("router + all experts: KA", experts, _LIVE_PACE, by_augmentation, PRUNED, UPDATES_PER_BATCH, is_live=True),
+        Arm("router + all experts: SAR", experts, _LIVE_PACE, by_aware_router, is_live=True),
+        Arm(PUBLISHED, routers, _PUBLISHED_PACE, _by(_distillation, routers), n_seeds=1),
+        Arm("router: layer-local", routers, _LOCAL_PACE, _layer_local, n_seeds=1),
+        Arm("feed-forward: next token", experts, _DENSE_PACE, _by(_next_token, experts), DENSE, n_seeds=1),
+        Arm("feed-forward: KD", experts, _DENSE_PACE, _by(_distillation, experts), DENSE, n_seeds=1),
+        Arm("feed-forward: KA", experts, _LIVE_PACE, by_augmentation, DENSE, UPDATES_PER_BATCH, 1, is_live=True),
+        Arm("feed-forward: SAR", experts, _LIVE_PACE, by_aware_router, DENSE, n_seeds=1, is_live=True),
     ]
 
 
 ARMS: Mapping[str, Arm] = {arm.name: arm for arm in _arms()}
-"""By name, the most telling first."""
+"""By name."""

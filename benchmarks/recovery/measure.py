@@ -21,6 +21,7 @@ from benchmarks.recovery.students import STUDENTS, load_student, store_student
 from compressors.calibration import BLOCK_LENGTH, read_splits, tokenize
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.log_probs import LogProbReader, LogProbWriter
+from compressors.model.memory import MemoryLimit
 from compressors.model.shape import MoeShape
 from compressors.model.streaming import StreamedModel, TokenGroup
 from compressors.model.student import Student
@@ -42,6 +43,8 @@ _TEXT = Path(__file__).parents[2] / "exporter/demo/text"
 SELECTION_CHUNKS = 40
 HELDOUT_CHUNKS = 50
 _TRAINING_BLOCKS: Mapping[str, int] = {"fine": LADDER_BLOCKS, "coarse": SHORT_BLOCKS}
+
+_MEMORY_BYTES = 6_000_000_000  # room enough for everything to stay
 
 _TOKENS = "tokens.safetensors"
 _SCORED = scored_positions(BLOCK_LENGTH)
@@ -113,7 +116,8 @@ def measure(run: Run, folder: Path) -> Measured:
     _settle()
     source, tokens, arm = Checkpoint(MODELS[run.model]), load_file(folder / _TOKENS), ARMS[run.arm]
     statistics = StoredStatistics(folder / "statistics", source.shape.n_layers)
-    knowledge = Knowledge(source, statistics, tokens["training"], TeacherTargets(folder / "targets"))
+    limit = MemoryLimit(_MEMORY_BYTES, folder)
+    knowledge = Knowledge(source, statistics, tokens["training"], TeacherTargets(folder / "targets"), limit)
     student = load_student(source, folder / "students" / run.student)
     n_parameters, n_bytes = _size(arm.scope, student.shape)
     start = time.process_time()

@@ -54,16 +54,28 @@ class Run:
 
 
 def all_runs() -> list[Run]:
-    """Seed by seed the ladders and the comparison of both models; an arm's learning rates are tried before it."""
+    """Seed by seed the ladders and the comparison of both models; an arm's learning rates are tried before it.
+
+    Arms whose teacher is live come last: each takes as long as several others.
+    """
     runs = [_untaught(model, student) for model in MODELS for student in (UNCHANGED, *KINDS)]
     runs.append(_untaught("fine", DENSE))
     for seed in SEEDS:
-        for arm in ARMS.values():
-            if arm.name != NONE:
-                runs += _sweep(arm) if seed == SEEDS[0] else []
-                runs.append(_taught("fine", arm.student, arm, LADDER_BLOCKS, seed))
+        for arm in _trained(live=False):
+            runs += _arm(arm, seed)
         runs += [_taught(model, student, ARMS[ROUTER_KD], SHORT_BLOCKS, seed) for student in KINDS for model in MODELS]
-    return runs
+    return runs + [run for seed in SEEDS for arm in _trained(live=True) for run in _arm(arm, seed)]
+
+
+def _trained(*, live: bool) -> list[Arm]:
+    return [arm for arm in ARMS.values() if arm.name != NONE and arm.is_live == live]
+
+
+def _arm(arm: Arm, seed: int) -> list[Run]:
+    if seed not in SEEDS[: arm.n_seeds]:
+        return []
+    taught = _taught("fine", arm.student, arm, LADDER_BLOCKS, seed)
+    return [*_sweep(arm), taught] if seed == SEEDS[0] else [taught]
 
 
 def _sweep(arm: Arm) -> list[Run]:

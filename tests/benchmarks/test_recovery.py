@@ -21,6 +21,7 @@ from benchmarks.recovery.table import ladder, read, write_csv, write_markdown
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.families import Role
 from compressors.model.hidden_states import HiddenStates
+from compressors.model.memory import MemoryLimit
 from compressors.model.streaming import StreamedModel, TokenGroup
 from compressors.model.student import ExpertMap, Student
 from compressors.recover.schedule import Schedule
@@ -82,7 +83,7 @@ def test_full_distillation_is_its_definition(
 ) -> None:
     targets = TeacherTargets.create(tmp_path, 1, 4096)  # which it does not read
     schedule = Schedule(4, 1e-3, blocks_per_step=4)
-    objective = FullDistillation(Knowledge(source, [], blocks_BT, targets), pruned, schedule)
+    objective = FullDistillation(Knowledge(source, [], blocks_BT, targets, MemoryLimit(1, tmp_path)), pruned, schedule)
     training = Training(pruned, blocks_BT, objective, schedule)
     wanted, found = (
         torch.log_softmax(_logits(student, blocks_BT[:4])[:, :-1].flatten(0, 1), dim=-1)
@@ -106,7 +107,9 @@ def test_every_arm_is_run_with_every_seed_after_its_learning_rates_were_tried() 
     assert len({run.file_name for run in runs}) == len(runs)
     trained = [run for run in runs if run.n_blocks == LADDER_BLOCKS]
     assert all(run.student == ARMS[run.arm].student for run in trained)
-    assert {(run.arm, run.seed) for run in trained} == {(arm, seed) for arm in ARMS if arm != NONE for seed in SEEDS}
+    assert {(run.arm, run.seed) for run in trained} == {
+        (arm.name, seed) for arm in ARMS.values() if arm.name != NONE for seed in SEEDS[: arm.n_seeds]
+    }
     for arm, paces in SWEEP.items():
         tried = [place for place, run in enumerate(runs) if run.is_sweep and run.arm == arm]
         assert {Pace(runs[place].learning_rate, runs[place].blocks_per_step) for place in tried} == set(paces)
