@@ -136,22 +136,22 @@ ROUTER_KD = "router: KD"
 FULL_VOCABULARY = "router: KD, full vocabulary"
 
 _PUBLISHED_PACE = Pace(5e-5, 8)
-_ROUTER_PACE = Pace(3e-3, 8)
+_ROUTER_PACE = Pace(3e-3, 2)
 _EXPERTS_PACE = Pace(1e-3, 2)
 _ADAPTERS_PACE = Pace(3e-3, 2)
-_MATCHING_PACE = Pace(3e-3, 8)
-_LOCAL_PACE = Pace(1e-3, 8)
+_MATCHING_PACE = Pace(3e-3, 2)
+_LOCAL_PACE = Pace(1e-3, 2)
 _DENSE_PACE = Pace(1e-3, 2)
 _LIVE_PACE = Pace(1e-3, 2)
 _BATCHES_PER_ROUND = 40  # 80 texts are written together, token by token
 
 SWEEP: Mapping[str, tuple[Pace, ...]] = {
-    ROUTER_KD: (Pace(1e-3, 8), Pace(3e-3, 8), Pace(1e-2, 8), Pace(3e-3, 2)),
+    ROUTER_KD: (Pace(1e-3, 8), Pace(3e-3, 8), Pace(1e-2, 8), Pace(1e-3, 2), Pace(3e-3, 2), Pace(6e-3, 2)),
     "router + all experts: KD": (Pace(1e-3, 8), Pace(5e-4, 2), Pace(1e-3, 2), Pace(2e-3, 2)),
     "router + all experts: next token": (Pace(5e-4, 2), Pace(1e-3, 2), Pace(2e-3, 2)),
     "router + adapters: KD": (Pace(1e-3, 2), Pace(3e-3, 2), Pace(1e-2, 2)),
-    "router: logits matched": (Pace(1e-3, 8), Pace(3e-3, 8), Pace(1e-2, 8)),
-    "router: layer-local": (Pace(1e-4, 8), Pace(1e-3, 8), Pace(3e-3, 8)),
+    "router: logits matched": (Pace(1e-3, 2), Pace(3e-3, 2), Pace(1e-2, 2)),
+    "router: layer-local": (Pace(1e-4, 2), Pace(1e-3, 2), Pace(3e-3, 2)),
     "feed-forward: next token": (Pace(1e-3, 2), Pace(3e-3, 2)),
 }
 """What was tried, on the selection split; arms that are not here take the pace of their scope."""
