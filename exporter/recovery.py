@@ -27,11 +27,11 @@ __all__ = [
 AFTER_QUANTIZING = "router, quantized experts"
 """What plan and report call the rung that teaches the routers of the written files."""
 
-_DEFAULT_BLOCKS = 320  # 163,840 tokens: 40 steps
-_BLOCKS_PER_STEP = 8  # as published, for routers
+_DEFAULT_BLOCKS = 320  # 163,840 tokens
+_BLOCKS_PER_STEP = 8  # as published
 _SMALL_STEP = 2
-"""Blocks in a step of experts or adapters: four times the steps bring more than longer ones. Each step reads the model,
-so only where that stays in memory."""
+"""Blocks in a step where that is as cheap: four times the steps bring more than longer ones. But each step reads the
+model that does not stay in memory, and what a student writes for one step is the dearer the fewer texts it writes."""
 
 _LOSSES = {
     "router": ("kd", "next-token", "router-logits", "ka", "sar"),
@@ -168,7 +168,7 @@ def _wanted(wish: str, student: MoeShape, machine: Machine) -> Sequence[RungChoi
 
 def _rung(scope: str, loss: str, student: MoeShape, machine: Machine) -> RungChoice:
     per_round = 1 if machine.models_stay else _STREAMED_BATCHES_PER_ROUND
-    small_steps = scope != "router" and loss in ("kd", "next-token") and machine.models_stay
+    small_steps = loss not in ("ka", "sar") and machine.models_stay
     per_step = _SMALL_STEP if small_steps else _BLOCKS_PER_STEP
     return RungChoice(
         scope=scope,  # type: ignore[arg-type]  # one of RECOVERIES
