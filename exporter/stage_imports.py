@@ -4,10 +4,10 @@ Neither runtime is among it: just the stages that validate its files load it, an
 fork would lose.
 """
 
+# ruff: noqa: F401 - importing is all it is for
 from __future__ import annotations
 
-import torch._inductor.config  # torch.use_deterministic_algorithms imports it, in two seconds
-import transformers.modeling_utils  # what all its model classes are made of
+import transformers.modeling_utils  # what all its model classes are made of; with torch it is most of the time
 
 import exporter.stages.calibrate
 import exporter.stages.compress
@@ -16,4 +16,4 @@ import exporter.stages.onnx
 import exporter.stages.recover
 import exporter.stages.retune
 import exporter.stages.student
-import exporter.stages.validate_torch  # noqa: F401
+import exporter.stages.validate_torch
