@@ -1,10 +1,8 @@
-"""One stage in a process of its own, so that its peak memory is its own.
+"""One stage, in a process of its own, so that its peak memory is its own.
 
-    python -m exporter.stage WORK_DIRECTORY STAGE PARENT [GROUP]
-
-reads ``plan.json`` of the work directory, writes into ``STAGE.partial``, and says on standard output, in one JSON
-object, how it went; whatever else is printed goes to standard error. It ends by itself when the run that started it,
-process PARENT, is gone. With GROUP it shares the stage with other processes (:mod:`exporter.team`).
+:mod:`exporter.stage_process` starts that process and is told how the stage went. Whatever the stage prints goes to
+standard error. The process ends by itself when the run that asked for it is gone. A stage can be shared with the
+processes of other runs, as one of a group (:mod:`exporter.team`).
 """
 
 from __future__ import annotations
@@ -13,23 +11,23 @@ import importlib
 import json
 import os
 import signal
-import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TextIO
 
 from compressors.model.errors import InputError, MoeExportError
 from exporter.plan import Plan
 from exporter.progress import Progress
 from exporter.source_state import SourceState
+from exporter.surroundings import Surroundings
 from exporter.work import WorkDirectory
 from validate.cost import peak_rss_bytes
-from validate.lifetime import end_with_parent
+from validate.lifetime import end_with_creator
 
-__all__ = ["Outcome", "StageContext", "source_error"]
+__all__ = ["Outcome", "StageContext", "run_stage", "source_error"]
 
 
 @dataclass(frozen=True)
@@ -67,19 +65,22 @@ def source_error(plan: Plan, work: WorkDirectory) -> InputError | None:
     return InputError(f"{plan.source} changed while this run was reading it: {change.what}; {what_to_do}")
 
 
-def _main(work: WorkDirectory, name: str, parent: int, group: str | None = None) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent answers it, and this ends
-    with _standard_output() as answer:
-        error: MoeExportError | None = None
-        try:
-            with _place(work, group):
-                end_with_parent(parent)  # with the lock held: from here on the next run waits for this process
-                error = _run(work, name, group)
-        except MoeExportError as refusal:
-            error = refusal
-        peak = peak_rss_bytes()
-        outcome = Outcome(peak) if error is None else Outcome(peak, str(error), error.exit_code)
-        json.dump(asdict(outcome), answer)
+def run_stage(
+    work: WorkDirectory, name: str, group: str | None, surroundings: Surroundings, answer: Connection[bytes, None]
+) -> None:
+    """What the stage's process does: writes into ``STAGE.partial``, and answers with an outcome, as a JSON object."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the run answers it, and ends this
+    surroundings.enter()
+    error: MoeExportError | None = None
+    try:
+        with _place(work, group):
+            end_with_creator()  # with the lock held: from here on the next run waits for this process
+            error = _run(work, name, group)
+    except MoeExportError as refusal:
+        error = refusal
+    peak = peak_rss_bytes()
+    outcome = Outcome(peak) if error is None else Outcome(peak, str(error), error.exit_code)
+    answer.send_bytes(json.dumps(asdict(outcome)).encode())
 
 
 def _place(work: WorkDirectory, group: str | None) -> AbstractContextManager[None]:
@@ -123,14 +124,3 @@ def _joined(group: str, plan: Plan) -> Iterator[None]:
     except RuntimeError as failure:  # torch.distributed's way to say that another process is gone
         first_line = str(failure).splitlines()[0]
         raise ConnectionError(f"another process of the group failed or was lost ({first_line})") from failure
-
-
-def _standard_output() -> TextIO:
-    """Standard output for the one answer; what libraries print, in C too, goes to standard error from now on."""
-    answer = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    return answer
-
-
-if __name__ == "__main__":
-    _main(WorkDirectory(Path(sys.argv[1])), sys.argv[2], int(sys.argv[3]), *sys.argv[4:])

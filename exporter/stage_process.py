@@ -1,29 +1,44 @@
-"""Starts a stage's process, waits for it, and makes sure that it does not outlive the wait."""
+"""Starts a stage's process, waits for it, and makes sure that it does not outlive the wait.
+
+Importing torch and what else a stage needs takes seconds of processor time, and a run has a dozen stages. So on Linux
+they are forked from a server that has imported it all once (:mod:`multiprocessing`, start method "forkserver"). It
+begins with the first stage and ends with the run; it does nothing but fork, so it has no thread and no CUDA. Elsewhere,
+where system libraries do not bear a fork, each stage's process starts from nothing ("spawn").
+"""
 
 from __future__ import annotations
 
 import json
-import os
+import multiprocessing
 import signal
-import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
+from types import ModuleType
 
 from exporter.progress import restore_terminal
-from exporter.stage import Outcome
+from exporter.stage import Outcome, run_stage
+from exporter.surroundings import Surroundings
 from exporter.work import WorkDirectory
 
 __all__ = ["Death", "run_in_process"]
 
+_PRELOADED = "exporter.stage_imports"
 _CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT}
 _SECONDS_TO_END = 2
+_UNKNOWN_CODE = 255  # multiprocessing's, when the server died before the stage
 
 
 @dataclass(frozen=True)
 class Death:
     """The process ended without saying how it went."""
 
-    returncode: int  # as subprocess gives it: minus the signal's number
+    returncode: int  # as multiprocessing gives it: minus the signal's number
 
     def __str__(self) -> str:
         if self.returncode < 0:
@@ -33,7 +48,7 @@ class Death:
     @property
     def is_a_crash(self) -> bool:
         """Whether the program did it itself; signals such as SIGTERM or SIGKILL come from outside."""
-        return self.returncode > 0 or -self.returncode in _CRASHES
+        return self.returncode not in (0, _UNKNOWN_CODE) and (self.returncode > 0 or -self.returncode in _CRASHES)
 
     @property
     def advice(self) -> str:
@@ -51,26 +66,72 @@ def run_in_process(work: WorkDirectory, stage: str, group: str | None = None) ->
 
     When waiting is interrupted (KeyboardInterrupt), the process is ended first.
     """
-    command = [sys.executable, "-m", "exporter.stage", str(work.folder), stage, str(os.getpid())]
-    command += [] if group is None else [group]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
+    context = _context()
+    answer, answers = context.Pipe(duplex=False)
+    process = context.Process(target=run_stage, args=(work, stage, group, Surroundings.here(), answers))
+    with answer:
         try:
-            answer, _ = process.communicate()
+            with answers, _main_module_hidden():
+                process.start()
+        except (EOFError, ConnectionError):  # the server was killed
+            return Death(_UNKNOWN_CODE)
+        try:
+            outcome = _outcome(answer)
+            process.join()
         finally:
             _end(process)
-    try:
-        return Outcome(**json.loads(answer))
-    except (ValueError, TypeError):
+    death = Death(_UNKNOWN_CODE if process.exitcode is None else process.exitcode)
+    process.close()
+    if outcome is None:
         restore_terminal()
-        return Death(process.returncode)
+    return outcome or death
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    if process.poll() is not None:
+def _outcome(answer: Connection[None, bytes]) -> Outcome | None:
+    """Waits for the stage's answer; None if it ended without."""
+    try:
+        return Outcome(**json.loads(answer.recv_bytes()))
+    except EOFError:
+        return None
+
+
+def _end(process: BaseProcess) -> None:
+    if process.exitcode is not None:
         return
     process.terminate()
-    try:
-        process.wait(_SECONDS_TO_END)
-    except subprocess.TimeoutExpired:
+    process.join(_SECONDS_TO_END)
+    if process.exitcode is None:
         process.kill()
+        process.join()
     restore_terminal()
+
+
+def _context() -> BaseContext:
+    """How processes are started here; the server, if it is one, runs."""
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    resource_tracker.ensure_running()  # multiprocessing's second process; starting it would unblock signals
+    multiprocessing.set_forkserver_preload([_PRELOADED])
+    # Ctrl-C reaches the whole group: the server and what it forks must not answer, not even while they start.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    except OSError:  # it listens on a socket in the folder for temporary files, whose path may be too long for that
+        return multiprocessing.get_context("spawn")
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return multiprocessing.get_context("forkserver")
+
+
+@contextmanager
+def _main_module_hidden() -> Iterator[None]:
+    """While it lasts, multiprocessing does not find the program that calls, and so does not run it again in the child.
+
+    A stage needs nothing of it, and a script that exports a model need not expect that.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main

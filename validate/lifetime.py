@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import threading
 import time
+from multiprocessing.process import BaseProcess
 
-__all__ = ["end_with_parent"]
+__all__ = ["end_with_creator", "end_with_parent"]
 
 _SECONDS_BETWEEN_LOOKS = 0.2
 
@@ -19,6 +21,23 @@ def end_with_parent(parent: int) -> None:
     if os.getppid() != parent:
         os._exit(1)
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+
+
+def end_with_creator() -> None:
+    """Ends this process as soon as the one that started it by :mod:`multiprocessing` is gone.
+
+    That is not always its parent: of a fork server's children the server is.
+    """
+    creator = multiprocessing.parent_process()
+    assert creator is not None, "for processes of multiprocessing"
+    if not creator.is_alive():
+        os._exit(1)
+    threading.Thread(target=_outlive, args=(creator,), daemon=True).start()
+
+
+def _outlive(creator: BaseProcess) -> None:
+    creator.join()
+    os._exit(1)
 
 
 def _watch(parent: int) -> None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-import psutil
 import pytest
 
 from compressors.model.errors import InputError
@@ -22,11 +21,10 @@ from exporter.job import Job
 from exporter.plan import Plan
 from exporter.run import run_job
 from exporter.work import WorkDirectory
+from tests.exporter.processes import are_gone, stage_of
 
 Run = Callable[[Sequence[str]], subprocess.CompletedProcess[str]]
 Command = Callable[..., Sequence[str]]
-
-_SECONDS_TO_END = 5  # of a stage's process; far less when the machine is not busy
 
 
 @dataclass(frozen=True)
@@ -127,24 +125,6 @@ def _wait_for_line(process: subprocess.Popen[str], start: str) -> None:
     raise AssertionError("".join(said))
 
 
-def _stage_of(process: subprocess.Popen[str]) -> psutil.Process:
-    """The stage's process, once it has started to write."""
-    parent = psutil.Process(process.pid)
-    while True:
-        for child in parent.children():
-            if "exporter.stage" in child.cmdline():
-                return child
-        time.sleep(0.02)
-
-
-def _is_gone(process: psutil.Process) -> bool:
-    try:
-        process.wait(_SECONDS_TO_END)
-    except psutil.TimeoutExpired:
-        return False
-    return True
-
-
 def _parent(process: subprocess.Popen[str], number: int) -> None:
     os.kill(process.pid, number)
 
@@ -154,7 +134,7 @@ def _group(process: subprocess.Popen[str], number: int) -> None:
 
 
 def _stage(process: subprocess.Popen[str], number: int) -> None:
-    _stage_of(process).send_signal(number)
+    stage_of(process.pid).send_signal(number)
 
 
 _GOES_ON = "stopped; the same command goes on where this run was\n"
@@ -195,11 +175,11 @@ def test_a_signal_ends_the_run_with_one_sentence(
     work = toy.unfinished_work(out, "recover")
     with _started(toy.command(toy_command, out)) as process:
         _wait_for_line(process, "[4/")
-        stage = _stage_of(process)
+        stage = stage_of(process.pid)
         to_whom(process, number)
         assert _stderr(process).read() == said
         assert process.wait() == code
-        assert _is_gone(stage)
+        assert are_gone([stage])
     with work.lock():
         assert work.record("compress") is not None
         assert (work.folder / "recover.partial" / "stage.fingerprint").exists()
@@ -279,7 +259,7 @@ def test_a_model_that_is_cut_off_while_it_is_read(
     with _put_back(weights):
         with _started(toy.command(toy_command, out)) as process:
             _wait_for_line(process, "[1/")
-            _stage_of(process)
+            stage_of(process.pid)
             os.truncate(weights, size // 2)
             said = _stderr(process).read()
             assert process.wait() == 2
@@ -300,7 +280,7 @@ def test_a_model_that_is_touched_while_it_is_read_is_read_again(toy: Toy, toy_co
     with _put_back(weights):
         with _started(toy.command(toy_command, out)) as process:
             _wait_for_line(process, "[1/")
-            _stage_of(process)
+            stage_of(process.pid)
             os.utime(weights)
             said = _stderr(process).read()
             assert process.wait() == 2

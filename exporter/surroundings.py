@@ -1,0 +1,50 @@
+"""What a forked process has from the one that forks it, and a stage shall have from the run that asks for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing import reduction
+from typing import Any
+
+__all__ = ["Surroundings"]
+
+_STDOUT, _STDERR = 1, 2
+
+
+class _OpenFile:
+    """A file descriptor that is handed over when a process is started; there it arrives as a number."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _handed_over, (reduction.DupFd(self._descriptor),)
+
+
+def _handed_over(descriptor: Any) -> int:
+    number: int = descriptor.detach()
+    return number
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Environment variables and standard error; the working directory is handed over by multiprocessing itself."""
+
+    environment: Mapping[str, str]
+    stderr: _OpenFile | int  # the number of the file descriptor, in the process that it was handed over to
+
+    @classmethod
+    def here(cls) -> Surroundings:
+        """Those of this process, to be handed over."""
+        return cls(dict(os.environ), _OpenFile(_STDERR))
+
+    def enter(self) -> None:
+        """Makes them this process's. What libraries print, in C too, goes to standard error from now on."""
+        os.environ.clear()
+        os.environ.update(self.environment)
+        assert isinstance(self.stderr, int), "they are handed over first"
+        for descriptor in (_STDOUT, _STDERR):
+            os.dup2(self.stderr, descriptor)
+        os.close(self.stderr)

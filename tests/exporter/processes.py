@@ -1,0 +1,37 @@
+"""Looking at the processes of a run from outside."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+
+import psutil
+
+__all__ = ["are_gone", "stage_of"]
+
+_SECONDS_BETWEEN_LOOKS = 0.05
+_LOOKS = 4000
+_SECONDS_TO_END = 5  # far less when the machine is not busy
+
+
+def stage_of(run: int) -> psutil.Process:
+    """The process of the stage that the run works on, as soon as there is one: its parent is the run's fork server.
+
+    Raises:
+        AssertionError: there is none for minutes.
+    """
+    for _ in range(_LOOKS):
+        for child in psutil.Process(run).children():
+            with suppress(psutil.NoSuchProcess):
+                if any("multiprocessing.forkserver" in word for word in child.cmdline()):
+                    for stage in child.children():
+                        return stage
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    raise AssertionError("no stage was started")
+
+
+def are_gone(processes: Iterable[psutil.Process]) -> bool:
+    """Whether they all end, or have ended."""
+    _, alive = psutil.wait_procs(list(processes), timeout=_SECONDS_TO_END)
+    return not alive
