@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from validate.report import numbers
-from validate.report.facts import Report, artifact_name, find, row_name, shipped_rows
+from validate.report.facts import Report, artifact_name, find, is_dense, row_name, shipped_rows
 from validate.report.tables import Cell, Row, Table
 
 __all__ = ["FLOOR_SENTENCE", "floor_rows", "floor_table"]
@@ -30,29 +30,31 @@ _HEADINGS = (
 
 def floor_table(report: Report) -> Table:
     """Every runtime beside torch with the same weights; no rows if that was not measured."""
-    rows = []
+    rows, with_routing = [], not is_dense(report)
     for row in shipped_rows(report):
         same_weights, teacher = find(row, "floor", "same_weights"), find(row, "floor", "teacher")
         if same_weights is not None:
-            rows.append(_row(row, f"{artifact_name(row['artifact'])}'s weights", same_weights))
+            rows.append(_row(row, f"{artifact_name(row['artifact'])}'s weights", same_weights, with_routing))
         if teacher is not None:
-            rows.append(_row(row, _of_teacher(teacher), teacher))
-    return Table(_HEADINGS, tuple(rows))
+            rows.append(_row(row, _of_teacher(teacher), teacher, with_routing))
+    return Table(_HEADINGS if with_routing else _HEADINGS[:-1], tuple(rows))
 
 
 def floor_rows(report: Report) -> list[tuple[str, ...]]:
-    """The same as text, intervals in brackets."""
-    return [
+    """The same as text, headings first, intervals in brackets; empty if nothing was measured."""
+    table = floor_table(report)
+    rows = [
         (
             row.name + (f", {row.note}" if row.note else ""),
             *(f"{cell.text} ({cell.note})" if cell.note else cell.text for cell in row.cells),
         )
-        for row in floor_table(report).rows
+        for row in table.rows
         if row.error is None
     ]
+    return [table.headings, *rows] if rows else []
 
 
-def _row(measured: Mapping[str, Any], weights: str, figures: Mapping[str, Any]) -> Row:
+def _row(measured: Mapping[str, Any], weights: str, figures: Mapping[str, Any], with_routing: bool) -> Row:
     name, kind = f"{row_name(measured).partition(' in ')[2]}, {weights}", str(measured["artifact"])
     if figures.get("error"):
         return Row(name, kind=kind, error=str(figures["error"]))
@@ -74,7 +76,7 @@ def _row(measured: Mapping[str, Any], weights: str, figures: Mapping[str, Any]) 
             note=numbers.interval(routing.get("overlap_interval"), numbers.percent),
         ),
     )
-    return Row(name, cells, kind, note=f"{figures['chunks']} chunks")
+    return Row(name, cells if with_routing else cells[:-1], kind, note=f"{figures['chunks']} chunks")
 
 
 def _change(ratio: float) -> str:
