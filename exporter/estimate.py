@@ -23,7 +23,8 @@ from exporter.compression import changes_experts, runs_text
 from exporter.durations import format_duration
 from exporter.plan import Plan
 from exporter.recovery import scope_of
-from exporter.stages.validate_gguf import same_numbers
+from exporter.stages.artifacts import same_numbers
+from exporter.teacher_floor import first_layers
 from validate.backend import scored_positions
 
 __all__ = ["COPIED_TYPES", "Speeds", "describe_time", "disk_lines", "memory_lines", "seconds_by_stage"]
@@ -40,7 +41,10 @@ _PARTS: Mapping[str, Collection[str]] = {
     "calibration": ("calibrate", "compress"),
     "recovery": ("schedule", "recover", "retune"),
     "writing": ("gguf", "onnx", "student"),
-    "validation": ("validate_torch", "validate_gguf", "validate_onnx"),
+    "validation": (
+        *("validate_torch", "validate_written", "validate_gguf", "validate_onnx"),
+        *("teacher_gguf", "teacher_onnx"),
+    ),
 }
 """What a person is told of the stages."""
 
@@ -61,10 +65,15 @@ def disk_lines(plan: Plan) -> dict[str, int]:
     n_heldout = _heldout_blocks(plan)
     n_blocks = text.calibration_blocks + text.selection_blocks + n_heldout
     scored = scored_positions(BLOCK_LENGTH)
-    recorded_blocks = text.selection_blocks + n_heldout * (2 if same_numbers(plan) else 1)
+    # the teacher's; of the held-out text also torch's with each file's numbers; if they are the same, the GGUF's own
+    recorded_blocks = text.selection_blocks + n_heldout * (
+        1 + (2 if same_numbers(plan) else len(plan.recipe.artifacts))
+    )
     n_scored = (scored.stop - scored.start) * recorded_blocks
     # chosen experts and gate weights, 4 bytes each: the teacher's by layer and together, the student's, each artifact's
-    n_routings = 2 if plan.student_shape.is_dense else 3 + len(plan.recipe.artifacts)
+    # in its runtime and in torch; some chunks of the original in each runtime and in torch
+    n_artifacts = len(plan.recipe.artifacts)
+    n_routings = 2 * n_artifacts + (2 if plan.student_shape.is_dense else 3 + 2 * n_artifacts)
     lines = {
         **{f"{artifact} files": prediction.file for artifact, prediction in plan.predictions.items()},
         "changed experts": _expert_bytes(plan) if changes_experts(plan.recipe.compress) else 0,
@@ -74,6 +83,9 @@ def disk_lines(plan: Plan) -> dict[str, int]:
         "log-probabilities in 16 bits": log_prob_bytes(n_scored, shape.vocab_size),
         "training targets": text.calibration_blocks * BLOCK_LENGTH * TARGET_BYTES,
         "training": _training_bytes(plan),
+        "the original, unquantized, while it is measured": max(
+            (floor.file_bytes for floor in plan.teacher_floors.values()), default=0
+        ),
         "routing": n_routings * n_heldout * BLOCK_LENGTH * shape.n_layers * shape.top_k * 8,
         "statistics": shape.n_layers * _statistics_bytes(shape) + _own_statistics_bytes(plan),
         "token blocks": n_blocks * BLOCK_LENGTH * 8,
@@ -122,6 +134,9 @@ def seconds_by_stage(plan: Plan, speeds: Speeds, free_memory: int) -> dict[str, 
         # held-out text, and a cache that is filled to see what that costs
         n_blocks = n_heldout + recipe.budget.context // BLOCK_LENGTH
         seconds[f"validate_{artifact}"] = passes.forward(student, n_reference=n_blocks)
+    n_different = 1 if same_numbers(plan) else len(plan.predictions)
+    seconds["validate_written"] = n_different * passes.forward(student, n_reference=n_heldout)
+    seconds |= {f"teacher_{artifact}": _teacher_seconds(plan, passes, artifact) for artifact in plan.teacher_floors}
     if recipe.save_student:
         seconds["student"] = passes.export(student, "BF16", _student_bytes(plan))
     return {stage: _START_SECONDS + value for stage, value in seconds.items()}
@@ -172,6 +187,16 @@ def _compression(plan: Plan, passes: _Passes) -> float:
     n_seen = n_blocks if choice.sequential else min(choice.sample_blocks, n_blocks)
     looking = passes.forward(plan.teacher_shape, n_seen) if runs_text(choice, plan.teacher_shape) else 0.0
     return looking + (passes.forward(plan.student_shape, n_blocks) if changes_experts(choice) else 0.0)
+
+
+def _teacher_seconds(plan: Plan, passes: _Passes, artifact: str) -> float:
+    """Writing the original's first layers, and a few chunks through them; twice, if they are not all of its layers."""
+    floor = plan.teacher_floors[artifact]
+    shape = first_layers(Checkpoint(plan.source), floor.n_layers).shape
+    n_passes = 1 if floor.n_layers == plan.teacher_shape.n_layers else 2
+    n_chunks = min(floor.n_chunks, _heldout_blocks(plan))
+    writing = passes.export(shape, floor.weight_type, floor.file_bytes)
+    return writing + n_passes * passes.forward(shape, n_reference=n_chunks)
 
 
 def _recovery(plan: Plan, passes: _Passes) -> dict[str, float]:

@@ -49,7 +49,7 @@ class Stage:
 
 _CALIBRATE = Stage(
     "calibrate",
-    3,
+    4,
     (),
     ("source", "text", "arithmetic", "threads"),
     "run the teacher over the calibration text",
@@ -80,21 +80,33 @@ _RETUNE = Stage(
 )
 _STUDENT = Stage("student", 1, ("recover", "retune"), (), "write the student checkpoint", resumes=True)
 _VALIDATE_TORCH = Stage("validate_torch", 2, ("recover", "retune"), (), "measure the student in torch")
+_VALIDATE_WRITTEN = Stage("validate_written", 1, ("gguf", "onnx", "retune"), (), "measure the written weights in torch")
 _VALIDATE_GGUF = Stage(
     "validate_gguf",
-    2,
-    ("gguf", "retune"),
+    3,
+    ("gguf", "retune", "validate_written"),
     ("budget", "onnx"),  # it records what it says if the other file holds the same numbers
     "measure the GGUF in llama.cpp",
     crash_is_a_finding=True,
 )
 _VALIDATE_ONNX = Stage(
     "validate_onnx",
-    2,
-    ("onnx", "retune", "validate_gguf"),
+    3,
+    ("onnx", "retune", "validate_written", "validate_gguf"),
     ("budget",),
     "measure the ONNX in ONNX Runtime",
     crash_is_a_finding=True,
+)
+_TEACHER_GGUF = Stage(
+    "teacher_gguf",
+    1,
+    ("calibrate",),
+    ("budget",),
+    "measure the original in llama.cpp",
+    crash_is_a_finding=True,
+)
+_TEACHER_ONNX = Stage(
+    "teacher_onnx", 1, ("calibrate",), (), "measure the original in ONNX Runtime", crash_is_a_finding=True
 )
 
 ALL_STAGES = (
@@ -107,8 +119,11 @@ ALL_STAGES = (
     _RETUNE,
     _STUDENT,
     _VALIDATE_TORCH,
+    _VALIDATE_WRITTEN,
     _VALIDATE_GGUF,
     _VALIDATE_ONNX,
+    _TEACHER_GGUF,
+    _TEACHER_ONNX,
 )
 """In the order in which they run; a plan leaves out those of artifacts that it does not write."""
 
@@ -131,6 +146,8 @@ def stages_of(plan: Plan) -> tuple[Stage, ...]:
         _VALIDATE_ONNX: recipe.onnx is not None,
         _RETUNE: recipe.recover.after_quantizing is not None,
         _STUDENT: recipe.save_student,
+        _TEACHER_GGUF: "gguf" in plan.teacher_floors and recipe.gguf is not None,
+        _TEACHER_ONNX: "onnx" in plan.teacher_floors and recipe.onnx is not None,
     }
     return tuple(stage for stage in ALL_STAGES if wanted.get(stage, True))
 

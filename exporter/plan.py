@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from exporter.files import write_atomically
 from exporter.prediction import Prediction
 from exporter.recipe import Recipe
 from exporter.recovery import RefusedRung
+from exporter.teacher_floor import TeacherFloor
 
 __all__ = ["Plan"]
 
@@ -34,6 +35,7 @@ class Plan:
     require: Mapping[str, float]  # thresholds that differ from the default
     out: Path
     command: str  # as it was typed, for the report
+    teacher_floors: Mapping[str, TeacherFloor] = field(default_factory=dict)  # by artifact; absent: nothing fits
 
     @property
     def teacher_shape(self) -> MoeShape:
@@ -51,6 +53,7 @@ class Plan:
         data["recipe"] = self.recipe.model_dump()
         data["predictions"] = {name: asdict(prediction) for name, prediction in self.predictions.items()}
         data["refused_rungs"] = [asdict(refused) for refused in self.refused_rungs]
+        data["teacher_floors"] = {name: asdict(floor) for name, floor in self.teacher_floors.items()}
         write_atomically(path, json.dumps(data, indent=1))
 
     @classmethod
@@ -60,6 +63,7 @@ class Plan:
         data["recipe"] = Recipe.model_validate(data["recipe"])
         data["predictions"] = {name: Prediction(**lines) for name, lines in data["predictions"].items()}
         data["refused_rungs"] = tuple(RefusedRung(**refused) for refused in data["refused_rungs"])
+        data["teacher_floors"] = {name: TeacherFloor(**floor) for name, floor in data.get("teacher_floors", {}).items()}
         for name in ("source", "calibration", "heldout", "out"):
             data[name] = None if data[name] is None else Path(data[name])
         return cls(**data)

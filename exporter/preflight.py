@@ -16,7 +16,13 @@ from exporter.plan import Plan
 from exporter.recovery import scope_of
 from exporter.sizes import format_size
 
-__all__ = ["refuse_too_large_rungs", "refuse_too_little_disk", "refuse_too_little_memory", "refuse_unwritable_places"]
+__all__ = [
+    "refuse_too_large_rungs",
+    "refuse_too_little_disk",
+    "refuse_too_little_memory",
+    "refuse_unwritable_places",
+    "spare_disk",
+]
 
 
 def refuse_unwritable_places(job: Job) -> None:
@@ -49,6 +55,11 @@ def refuse_too_little_disk(plan: Plan, work_folder: Path) -> None:
     if work_place.stat().st_dev != out_place.stat().st_dev:  # the output is copied there
         copied = {what: lines[what] for what in lines if what.endswith((" files", " checkpoint"))}
         _refuse_too_little(out_place, sum(copied.values()), copied, "choose another --out")
+
+
+def spare_disk(plan: Plan, work_folder: Path) -> int:
+    """Bytes that a new run leaves free on the disk of its work; negative if it does not fit."""
+    return shutil.disk_usage(_nearest_folder(work_folder)).free - sum(disk_lines(plan).values())
 
 
 def refuse_too_little_memory(lines: Mapping[str, int], limit: int, free: int) -> None:

@@ -16,16 +16,17 @@ from compressors.model.checkpoint import Checkpoint
 from compressors.model.routing import Routing
 from compressors.model.shape import MoeShape
 from compressors.model.student import ExpertMap, LayerMap
+from exporter.floors import floors_of
 from exporter.gguf.metadata import source_license
 from exporter.outputs import Artifact
 from exporter.plan import Plan
 from exporter.recipe import Recipe
-from exporter.stages.artifacts import Calibration, StudentFiles, open_student
+from exporter.stages.artifacts import Calibration, StudentFiles, open_student, same_numbers
 from exporter.stages.runtime import MEASUREMENT
 from exporter.stages.schedule import scheduled_blocks
-from exporter.stages.validate_gguf import same_numbers
 from exporter.stages.validate_torch import EVALUATION
 from exporter.work import StageRecord, WorkDirectory
+from validate.domains import domain_figures
 from validate.evaluation import Evaluation
 from validate.figures import fidelity_figures
 from validate.routing_agreement import LayerAgreement, routing_agreement
@@ -160,6 +161,7 @@ class _Rows:
         self._experts = experts
         self._teacher = teacher
         self._teacher_routing = Routing.load(Calibration.of(work).routing)
+        self._domains = Calibration.of(work).heldout_domains
         self._evaluations = {
             artifact: self._load(f"validate_{stage}")
             for artifact, stage in (("student", "torch"), ("gguf", "gguf"), ("onnx", "onnx"))
@@ -183,7 +185,11 @@ class _Rows:
         row = self._empty(name, _RUNTIMES[name], measurement.get("runtime_version"))
         if measurement["error"] is not None or evaluation is None:
             return row | {"error": measurement["error"]}
-        other = {"repetition": measurement["repetition"], "kld_vs_other_runtime": _mean_kld(evaluation, "gguf")}
+        other = {
+            "repetition": measurement["repetition"],
+            "kld_vs_other_runtime": _mean_kld(evaluation, "gguf"),
+            "floor": floors_of(name, evaluation, self._plan, self._work, self._records),
+        }
         return row | self._fidelity(name, evaluation) | dict(measurement["cost"]) | other
 
     def _load(self, stage: str) -> Evaluation | None:
@@ -208,7 +214,10 @@ class _Rows:
         }
 
     def _fidelity(self, name: str, evaluation: Evaluation) -> dict[str, Any]:
-        return fidelity_figures(evaluation, "teacher") | {"routing": self._routing(name, evaluation)}
+        return fidelity_figures(evaluation, "teacher") | {
+            "domains": domain_figures(evaluation, "teacher", self._domains),
+            "routing": self._routing(name, evaluation),
+        }
 
     def _routing(self, name: str, evaluation: Evaluation) -> dict[str, Any]:
         """Each comparison that can be made; a dense student has no routing to compare."""
@@ -244,7 +253,9 @@ _ROW_FIELDS = (
     "top1_agreement",
     "top1_agreement_error",
     "top1_agreement_interval",
+    "domains",
     "routing",
+    "floor",
     "kld_vs_other_runtime",
     "base_rss_bytes",
     "peak_rss_bytes",

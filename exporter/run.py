@@ -26,9 +26,11 @@ from exporter.preflight import (
     refuse_too_little_disk,
     refuse_too_little_memory,
     refuse_unwritable_places,
+    spare_disk,
 )
 from exporter.recipe import Recipe, load_recipe, recipe_yaml
 from exporter.result import build_report, final_recipe
+from exporter.teacher_floor import TeacherFloor, choose_teacher_floor
 from exporter.team import Team, local_processes
 from exporter.work import WorkDirectory
 from validate.report import render_html, render_model_card
@@ -127,7 +129,7 @@ def make_plan(job: Job, command: str) -> Plan:
         predictions, refused = predict_recipe(recipe, checkpoint), ()
     if recipe.compress.student == "dense" and "routing" in job.require:
         raise InputError("--require: a dense student has no routing to compare; leave routing out")
-    return Plan(
+    plan = Plan(
         recipe=recipe,
         source=folder.resolve(),
         calibration=calibration.resolve(),
@@ -142,6 +144,19 @@ def make_plan(job: Job, command: str) -> Plan:
         out=job.out.resolve(),
         command=command,
     )
+    return replace(plan, teacher_floors=_teacher_floors(plan, checkpoint, spare_disk(plan, job.work_dir)))
+
+
+def _teacher_floors(plan: Plan, checkpoint: Checkpoint, disk_bytes: int) -> dict[str, TeacherFloor]:
+    """A file within the budget is loaded in any case: so much memory may be used, whatever the limit of the stages."""
+    memory_bytes = max(plan.memory_bytes, *(prediction.total for prediction in plan.predictions.values()))
+    chosen = {
+        artifact: choose_teacher_floor(
+            artifact, checkpoint, plan.recipe, memory_bytes=memory_bytes, disk_bytes=disk_bytes
+        )
+        for artifact in plan.recipe.artifacts
+    }
+    return {artifact: floor for artifact, floor in chosen.items() if floor is not None}
 
 
 def _time_to_go(plan: Plan, stages: Collection[str]) -> str:

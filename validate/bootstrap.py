@@ -12,7 +12,14 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["CONFIDENCE", "Interval", "bootstrap_interval", "mean_interval", "perplexity_interval"]
+__all__ = [
+    "CONFIDENCE",
+    "Interval",
+    "bootstrap_interval",
+    "mean_interval",
+    "perplexity_interval",
+    "perplexity_ratio_interval",
+]
 
 CONFIDENCE = 0.95
 """The share of draws that an interval holds."""
@@ -54,3 +61,11 @@ def perplexity_interval(negative_log_likelihood_N: npt.NDArray[np.generic], n_bl
     """The interval of the perplexity."""
     of_logs = mean_interval(negative_log_likelihood_N, n_blocks)
     return None if of_logs is None else (float(np.exp(of_logs[0])), float(np.exp(of_logs[1])))
+
+
+def perplexity_ratio_interval(
+    negative_log_likelihood_N: npt.NDArray[np.generic], reference_likelihood_N: npt.NDArray[np.generic], n_blocks: int
+) -> Interval | None:
+    """The interval of the ratio of two models' perplexities on the same text; both get the same draws."""
+    differences_N = negative_log_likelihood_N.astype(np.float64) - reference_likelihood_N.astype(np.float64)
+    return perplexity_interval(differences_N, n_blocks)

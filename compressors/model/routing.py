@@ -27,7 +27,10 @@ class Routing:
 
     def save(self, path: Path) -> None:
         """Writes both arrays into one safetensors file."""
-        save_file({"experts": self.experts_LTK, "weights": self.weights_LTK}, path)
+        # safetensors writes an array's memory as it lies, whatever its strides
+        save_file(
+            {"experts": np.ascontiguousarray(self.experts_LTK), "weights": np.ascontiguousarray(self.weights_LTK)}, path
+        )
 
     @classmethod
     def load(cls, path: Path) -> Routing:

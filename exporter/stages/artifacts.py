@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ __all__ = [
     "importance_of",
     "memory_limit",
     "open_student",
+    "same_numbers",
     "use_threads",
 ]
 
@@ -86,6 +88,12 @@ class Calibration:
     def summary(self) -> Path:
         """What the report says of texts and teacher (JSON)."""
         return self.folder / "summary.json"
+
+    @property
+    def heldout_domains(self) -> list[str]:
+        """The domain of each held-out chunk: the name of the file that it is from."""
+        domains: list[str] = json.loads(self.summary.read_text(encoding="utf-8"))["heldout_domains"]
+        return domains
 
     def layer_statistics(self, n_layers: int) -> StoredStatistics:
         """The sums, each layer's read when it is asked for."""
@@ -150,6 +158,11 @@ def open_student(plan: Plan, work: WorkDirectory, stage: str = "retune") -> Stud
     stages = {"compress": [], "recover": ["recover"], "retune": teaching}[stage]
     taught = [overlay for name in stages for overlay in StudentFiles(work.stage(name)).rungs]
     return StudentFiles(work.stage("compress")).open(Checkpoint(plan.source), taught)
+
+
+def same_numbers(plan: Plan) -> bool:
+    """Whether both files hold the same numbers, so that the runtimes can be compared with each other."""
+    return plan.recipe.gguf is not None and plan.recipe.gguf == plan.recipe.onnx
 
 
 def importance_of(student: Student, work: WorkDirectory) -> Importance:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import torch
 
@@ -30,10 +31,11 @@ def run(context: StageContext) -> None:
     splits = read_splits(plan.calibration, plan.heldout)
     _refuse_changed_inputs(context, checkpoint, splits)
     calibration, selection, heldout = tokenize(splits, checkpoint.folder)
+    measured = heldout.leading(text.heldout_chunks_per_file)
     blocks = Blocks(
         calibration.spread(text.calibration_blocks).tokens_BT,
         selection.spread(text.selection_blocks).tokens_BT,
-        heldout.leading(text.heldout_chunks_per_file).tokens_BT,
+        measured.tokens_BT,
     )
     files = Calibration(context.output)
     dtype = dtype_of(plan.recipe.arithmetic)
@@ -44,10 +46,12 @@ def run(context: StageContext) -> None:
     likelihoods = teacher.write_predictions()
     if is_first():
         blocks.save(files.blocks)
-        _write_summary(files, splits, blocks, likelihoods)
+        _write_summary(files, splits, blocks, measured.domains_B, likelihoods)
 
 
-def _write_summary(files: Calibration, splits: Splits, blocks: Blocks, likelihoods_N: torch.Tensor) -> None:
+def _write_summary(
+    files: Calibration, splits: Splits, blocks: Blocks, domains_B: Sequence[str], likelihoods_N: torch.Tensor
+) -> None:
     texts = {
         name: {"sha256": split.sha256, "documents": split.n_documents, "blocks": len(vars(blocks)[name])}
         for name, split in vars(splits).items()
@@ -55,7 +59,7 @@ def _write_summary(files: Calibration, splits: Splits, blocks: Blocks, likelihoo
     value, error = perplexity(likelihoods_N.numpy())
     interval = perplexity_interval(likelihoods_N.numpy(), len(blocks.heldout))
     teacher = {"perplexity": value, "perplexity_error": error, "perplexity_interval": interval}
-    summary = {"text": texts, "teacher": teacher}
+    summary = {"text": texts, "heldout_domains": domains_B, "teacher": teacher}
     files.summary.write_text(json.dumps(summary, indent=1), encoding="utf-8")
 
 

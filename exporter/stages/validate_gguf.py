@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from exporter.plan import Plan
 from exporter.stage import StageContext
+from exporter.stages.artifacts import same_numbers
 from exporter.stages.runtime import validate_runtime
+from exporter.stages.validate_written import same_weights
 from validate.llama_cpp import LlamaCppBackend
 
-__all__ = ["run", "same_numbers"]
+__all__ = ["run"]
 
 
 def run(context: StageContext) -> None:
@@ -19,11 +20,6 @@ def run(context: StageContext) -> None:
         "gguf",
         path,
         lambda: LlamaCppBackend(path, kv_type=plan.recipe.budget.kv_type, threads=plan.recipe.threads),
-        references={},
+        references=same_weights(context, "gguf"),
         record=same_numbers(plan),
     )
-
-
-def same_numbers(plan: Plan) -> bool:
-    """Whether both files hold the same numbers, so that the runtimes can be compared with each other."""
-    return plan.recipe.gguf is not None and plan.recipe.gguf == plan.recipe.onnx

@@ -62,6 +62,10 @@ def _edited(plan: Plan, **parts: Mapping[str, Any]) -> Plan:
     return replace(plan, recipe=Recipe.model_validate(recipe))
 
 
+def _with_types(plan: Plan, gguf: str, onnx: str) -> Plan:
+    return replace(plan, recipe=plan.recipe.model_copy(update={"gguf": gguf, "onnx": onnx}))
+
+
 def _matrix_values(plan: Plan, n_experts_per_token: int) -> int:
     """Weights that one token meets: all but norms, with its share of the experts. The embedding is the head."""
     headers = Checkpoint(plan.source).headers
@@ -81,11 +85,28 @@ def test_seconds_are_tokens_times_weights_where_reading_costs_nothing(plan: Plan
     assert seconds["validate_torch"] - _START == pytest.approx(6 * per_block, rel=0.001)
     assert seconds["validate_gguf"] - _START == pytest.approx((6 + 1) * per_block, rel=0.001)
     assert seconds["schedule"] - _START == pytest.approx(3 * 8 * per_block, rel=0.001)
+    # both files hold the same numbers
+    assert seconds["validate_written"] == seconds["validate_torch"]
+    different = _with_types(plan, "Q8_0", "Q4_0")
+    twice = seconds_by_stage(different, _FAST, _PLENTY)["validate_written"]
+    assert twice - _START == pytest.approx(2 * (seconds["validate_torch"] - _START))
     assert seconds["gguf"] == pytest.approx(_START, abs=0.01)
     assert set(seconds) == {
         *("calibrate", "compress", "schedule", "recover", "gguf", "onnx", "student"),
-        *("validate_torch", "validate_gguf", "validate_onnx"),
+        *("validate_torch", "validate_written", "validate_gguf", "validate_onnx", "teacher_gguf", "teacher_onnx"),
     }
+
+
+def test_a_part_of_the_original_is_run_by_torch_too(plan: Plan) -> None:
+    """Six chunks through both layers in the runtime alone, or through one in the runtime and in torch."""
+    seconds = seconds_by_stage(plan, _FAST, _PLENTY)
+    whole = 512 * _matrix_values(plan, plan.teacher_shape.top_k) / 1e6
+    assert seconds["teacher_gguf"] - _START == pytest.approx(6 * whole, rel=0.001)
+    one_layer = replace(plan.teacher_floors["onnx"], n_layers=1)
+    cut = seconds_by_stage(replace(plan, teacher_floors={"onnx": one_layer}), _FAST, _PLENTY)
+    assert "teacher_gguf" not in cut
+    head = 512 * plan.teacher_shape.vocab_size * plan.teacher_shape.hidden_size / 1e6
+    assert cut["teacher_onnx"] - _START == pytest.approx(2 * 6 * (head + (whole - head) / 2), rel=0.001)
 
 
 def test_methods_that_look_at_text_take_a_pass_or_two(plan: Plan) -> None:
@@ -184,8 +205,11 @@ def test_every_file_of_a_run_has_a_line(plan: Plan) -> None:
     n_blocks = 40 + 4 + 6
     assert lines["hidden states"] == 3 * n_blocks * 512 * shape.hidden_size * 4
     assert lines["training targets"] == 40 * 512 * 64 * 8
-    # 255 of 512 positions are scored; the GGUF's are recorded for the ONNX file to be compared with
-    assert lines["log-probabilities in 16 bits"] == (4 + 2 * 6) * 255 * (2 * shape.vocab_size + 8)
+    # 255 of 512 positions are scored, by the teacher, by torch with the files' numbers, which are the same, and the
+    # GGUF's are recorded for the ONNX file to be compared with
+    assert lines["log-probabilities in 16 bits"] == (4 + 3 * 6) * 255 * (2 * shape.vocab_size + 8)
+    floors = plan.teacher_floors.values()
+    assert lines["the original, unquantized, while it is measured"] == max(floor.file_bytes for floor in floors)
     # inputs of layers and head, two snapshots of routers and moments, and the routers that were taught
     assert lines["training"] == (3 * 8 * 512 + (2 * 3 + 1) * 2 * 12) * shape.hidden_size * 4
     assert {"gguf files", "onnx files", "student checkpoint", "statistics", "routing", "token blocks"} <= set(lines)

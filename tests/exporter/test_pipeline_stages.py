@@ -25,8 +25,8 @@ from exporter.work import WorkDirectory
 
 _FROM_COMPRESS = {"compress", "schedule", "recover", "gguf", "onnx", "student", "validate_torch"}
 _RUNG = {"scope": "router", "blocks": 8, "blocks_per_step": 8, "learning_rate": 0.001}
-_VALIDATIONS = {"validate_gguf", "validate_onnx"}
-_ALL = {"calibrate"} | _FROM_COMPRESS | _VALIDATIONS
+_VALIDATIONS = {"validate_written", "validate_gguf", "validate_onnx"}
+_ALL = {"calibrate", "teacher_gguf", "teacher_onnx"} | _FROM_COMPRESS | _VALIDATIONS
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +79,9 @@ def _changed(before: Plan, after: Plan) -> set[str]:
         ({"recover": {"seed": 5}}, _FROM_COMPRESS - {"compress"} | _VALIDATIONS),
         ({"gguf": "Q8_0"}, {"gguf"} | _VALIDATIONS),
         ({"onnx": "Q4_0"}, {"onnx"} | _VALIDATIONS),
-        ({"budget": {"context": 256}}, {"onnx"} | _VALIDATIONS),  # genai_config.json names the context
-        ({"budget": {"kv_type": "q8_0"}}, {"onnx"} | _VALIDATIONS),
+        # genai_config.json names the context
+        ({"budget": {"context": 256}}, {"onnx", "teacher_gguf"} | _VALIDATIONS),
+        ({"budget": {"kv_type": "q8_0"}}, {"onnx", "teacher_gguf"} | _VALIDATIONS),
     ],
 )
 def test_a_changed_choice_redoes_exactly_what_depends_on_it(
@@ -111,7 +112,7 @@ def test_a_raised_version_redoes_the_stage_and_what_follows(plan: Plan) -> None:
     before = fingerprints(plan, stages, source)
     raised = [replace(stage, version=stage.version + 1) if stage.name == "onnx" else stage for stage in stages]
     after = fingerprints(plan, raised, source)
-    assert {name for name in before if before[name] != after[name]} == {"onnx", "validate_onnx"}
+    assert {name for name in before if before[name] != after[name]} == {"onnx"} | _VALIDATIONS
 
 
 def test_every_part_of_a_recipe_matters_to_a_stage(plan: Plan) -> None:
@@ -145,14 +146,18 @@ def test_every_stage_comes_after_what_it_needs(plan: Plan) -> None:
 
 def test_only_what_the_recipe_wants_is_planned(plan: Plan) -> None:
     assert {stage.name for stage in stages_of(plan)} == _ALL
-    without = {"onnx", "validate_onnx", "student"}
+    without = {"onnx", "validate_onnx", "teacher_onnx", "student"}
     assert {stage.name for stage in stages_of(_edited(plan, onnx=None, save_student=False))} == _ALL - without
-    assert {stage.name for stage in stages_of(_edited(plan, gguf=None))} == _ALL - {"gguf", "validate_gguf"}
+    without = {"gguf", "validate_gguf", "teacher_gguf"}
+    assert {stage.name for stage in stages_of(_edited(plan, gguf=None))} == _ALL - without
+    no_floor = replace(plan, teacher_floors={})
+    assert {stage.name for stage in stages_of(no_floor)} == _ALL - {"teacher_gguf", "teacher_onnx"}
 
 
 def test_a_plan_survives_its_file(plan: Plan, tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
+    assert set(plan.teacher_floors) == {"gguf", "onnx"}
     replace(plan, heldout=None).save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json").heldout is None
     assert plan.student_shape == plan.teacher_shape.with_experts(plan.recipe.compress.experts)

@@ -80,6 +80,42 @@ def test_figures_agree_between_torch_and_the_runtimes(finished: tuple[Path, str]
     assert report["verdict"]["passed"]
 
 
+def test_floors_stand_beside_the_figures(finished: tuple[Path, str]) -> None:
+    """Both files hold the same numbers, which one pass of torch served."""
+    out, printed = finished
+    rows = {row["artifact"]: row for row in _report(out)["validation"]}
+    same = {name: rows[name]["floor"]["same_weights"] for name in ("gguf", "onnx")}
+    assert same["gguf"]["perplexity_torch"] == same["onnx"]["perplexity_torch"]
+    for name, floor in same.items():
+        assert floor["perplexity"] == rows[name]["perplexity"]
+        assert floor["chunks"] == rows[name]["chunks"]
+        assert floor["perplexity_ratio"] == pytest.approx(1, abs=0.003)
+        assert floor["kld"]["mean"] < 0.05 * rows[name]["kld"]["mean"]
+        # the numbers are the same, so it routes more alike than the student before they were rounded
+        assert floor["routing"]["overlap"] > rows[name]["routing"]["vs_torch_student"]["overlap"]
+    for name, weight_type in (("gguf", "BF16"), ("onnx", "F32")):
+        floor = rows[name]["floor"]["teacher"]
+        assert (floor["type"], floor["n_layers"], floor["of_layers"], floor["error"]) == (weight_type, 2, 2, None)
+        assert floor["perplexity_torch"] == pytest.approx(floor["perplexity"], rel=0.002)
+        assert floor["routing"]["overlap"] > 0.99
+    assert rows["teacher"]["floor"] is rows["student"]["floor"] is None
+    assert "floor" in printed
+
+
+def test_domains_make_up_the_whole(finished: tuple[Path, str]) -> None:
+    out, printed = finished
+    assert "Worst domain: " in printed
+    for row in _report(out)["validation"][1:]:
+        domains = row["domains"]
+        assert [figures["domain"] for figures in domains] == ["encyclopedic", "religion"]
+        tokens = [figures["tokens"] for figures in domains]
+        assert sum(tokens) == row["tokens"]
+        mean = np.average([figures["kld"]["mean"] for figures in domains], weights=tokens)
+        assert row["kld"]["mean"] == pytest.approx(mean)
+        logs = np.average(np.log([figures["perplexity"] for figures in domains]), weights=tokens)
+        assert row["perplexity"] == pytest.approx(np.exp(logs))
+
+
 def test_the_recovery_gate_is_reported(finished: tuple[Path, str]) -> None:
     rungs = _report(finished[0])["recovery"]
     assert [rung["rung"] for rung in rungs] == ["router", "router + all experts"]

@@ -213,6 +213,32 @@ def _statistics(perplexity: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _floor(kld: float, teacher_type: str, n_layers: int) -> dict[str, Any]:
+    """A runtime that is off by so much, in nats."""
+    figures = {
+        "tokens": 3825, "chunks": 15, "perplexity": 49.2, "perplexity_torch": 49.21, "perplexity_difference": -0.01,
+        "perplexity_difference_error": 0.02, "perplexity_ratio": 0.9998, "perplexity_ratio_interval": (0.9991, 1.0004),
+        "kld": _kld(kld), "top1_agreement": 0.9934, "top1_agreement_interval": (0.9921, 0.9946),
+        "routing": {key: value for key, value in _agreement(0.9987).items() if key != "per_layer"},
+    }  # fmt: skip
+    teacher = {"type": teacher_type, "n_layers": n_layers, "of_layers": 6, "error": None, **figures, "chunks": 10}
+    return {"same_weights": figures, "teacher": teacher}
+
+
+def _domains(kld: float) -> list[dict[str, Any]]:
+    """Code is hit hardest; of prose there is one chunk."""
+    return [
+        {
+            "domain": name, "chunks": chunks, "tokens": 255 * chunks, "perplexity": 40.0 * share,
+            "perplexity_error": 1.0, "perplexity_teacher": 40.0, "perplexity_ratio": share,
+            "perplexity_ratio_interval": None if chunks == 1 else (0.98 * share, 1.02 * share),
+            "kld": {"mean": kld * share, "mean_interval": None if chunks == 1 else (0.9 * kld, 1.8 * kld)},
+            "top1_agreement": 0.7, "top1_agreement_interval": None if chunks == 1 else (0.69, 0.71),
+        }
+        for name, chunks, share in (("code", 14, 1.4), ("prose", 1, 1.1))
+    ]  # fmt: skip
+
+
 def _validation() -> list[dict[str, Any]]:
     shared = {"tokens": 3825, "perplexity_teacher": 38.412, "kld_vs_other_runtime": None, "error": None}
     unmeasured = dict.fromkeys(
@@ -232,6 +258,7 @@ def _validation() -> list[dict[str, Any]]:
          "perplexity": 49.226, "perplexity_error": 1.183, "perplexity_student_torch": 49.207, "kld": _kld(0.2646),
          **_statistics(49.226),
          "top1_agreement": 0.7212, "kld_vs_other_runtime": 0.00031,
+         "floor": _floor(0.00112, "BF16", 6), "domains": _domains(0.2646),
          "routing": {"vs_torch_student": _agreement(0.9961), "vs_other_runtime": _agreement(0.9958),
                      "vs_teacher": _agreement(0.769, 0.842)},
          "base_rss_bytes": 72_351_744, "peak_rss_bytes": 88_080_384, "load_seconds": 0.09,
@@ -241,6 +268,7 @@ def _validation() -> list[dict[str, Any]]:
          "perplexity": 49.209, "perplexity_error": 1.182, "perplexity_student_torch": 49.207, "kld": _kld(0.2652),
          **_statistics(49.209),
          "top1_agreement": 0.7213, "kld_vs_other_runtime": 0.00031,
+         "floor": _floor(0.00021, "F32", 4), "domains": _domains(0.2652),
          "routing": {"vs_torch_student": _agreement(0.9996), "vs_other_runtime": _agreement(0.9958),
                      "vs_teacher": _agreement(0.770, 0.842)},
          "base_rss_bytes": 94_371_840, "peak_rss_bytes": 111_149_056, "load_seconds": 0.14,
@@ -277,6 +305,8 @@ def dense(report: dict[str, Any]) -> dict[str, Any]:
     report["student"] |= dict.fromkeys(("n_experts", "fewest_experts", "n_moe_layers", "top_k"))
     for row in report["validation"]:
         row["routing"] = dict.fromkeys(row["routing"])
+        if row.get("floor"):
+            row["floor"]["same_weights"]["routing"] = None
     checks = report["verdict"]["checks"]
     report["verdict"]["checks"] = [check for check in checks if not check["name"].endswith(".routing")]
     return report
@@ -413,16 +443,18 @@ def test_figures_stand_in_the_right_rows(report: dict[str, Any]) -> None:
         "49.23 ± 1.18 45.29 to 53.66",
         "+28.2 %",
         "+0.04 %",
-        "0.2646 0.2514 to 0.2805",
+        "0.2646 0.2514 to 0.2805 floor 0.0011",
         "0.1641",
         "1.3759",
         "5.5566",
-        "72.12 % 70.93 to 73.41 %",
+        "72.12 % 70.93 to 73.41 % floor 99.34 %",
     ]
     assert page.row("Original in torch")[1:3] == ["38.41 ± 0.91", numbers.DASH]
     agreement = _agreement(0.9961)
     low, high = (f"{100 * end:.2f}" for end in agreement["overlap_interval"])
-    assert page.row("GGUF and the student in torch")[1] == f"{numbers.percent(agreement['overlap'])} {low} to {high} %"
+    assert page.row("GGUF and the student in torch")[1] == (
+        f"{numbers.percent(agreement['overlap'])} {low} to {high} % floor 99.87 %"
+    )
     assert page.row("ONNX and the original")[-1] == "84.20 %"
     assert page.row("router")[1:5] == ["0.5412", "0.3829 \N{MINUS SIGN}29.2 %", "38.29 before 54.12", "accepted"]
     assert page.row("all")[4] == "rejected"
@@ -451,6 +483,45 @@ def test_all_of_llama_perplexity_s_list_is_there(report: dict[str, Any]) -> None
     assert rows["Mean Δp"][1] == "\N{MINUS SIGN}2.130 ± 0.090 %"
     assert rows["Same top p"][1] == "72.120 ± 0.720 %"
     assert not any(numbers.DASH in cells for cells in rows.values())
+
+
+def test_floors_stand_beside_what_they_bound(report: dict[str, Any]) -> None:
+    page, less, dash = Page(render_html(report)), "\N{MINUS SIGN}", numbers.DASH
+    assert page.row("llama.cpp, the original in BF16")[3].startswith("0.0011")
+    assert page.row("ONNX Runtime, first 4 of 6 layers of the original in F32")[2].startswith(f"{less}0.02 %")
+    card = render_model_card(report)
+    assert f"| ONNX Runtime, ONNX's weights, 15 chunks | 49.20 | {less}0.02 % ({less}0.09 to +0.04 %) | 0.0002" in card
+    lines = terminal(report).splitlines()
+    (place,) = (number for number, line in enumerate(lines) if line.startswith("Mean divergence"))
+    assert re.split(r"\s{2,}", lines[place + 2].strip()) == ["floor of the runtime", dash, dash, "0.0011", "0.0002"]
+
+
+def test_a_floor_that_was_not_measured_is_not_spoken_of(report: dict[str, Any]) -> None:
+    for row in report["validation"]:
+        row["floor"] = None
+    for text in (render_html(report), render_model_card(report), terminal(report)):
+        assert "floor" not in re.sub(r"<style>.*</style>", "", text, flags=re.DOTALL).lower()
+
+
+def test_an_original_that_crashed_says_so(report: dict[str, Any]) -> None:
+    floor = report["validation"][2]["floor"]
+    floor["teacher"] = {"type": "BF16", "n_layers": 6, "of_layers": 6, "error": _CRASH}
+    assert Page(render_html(report)).row("llama.cpp, the original in BF16")[1] == f"did not run: {_CRASH}"
+    assert "llama.cpp, the original" not in render_model_card(report)
+
+
+def test_domains_are_told_apart_and_the_worst_is_named(report: dict[str, Any]) -> None:
+    rows = [row for row in Page(render_html(report)).rows if row[0].startswith(("code", "prose"))]
+    assert [row[0] for row in rows] == [
+        f"{domain} {model}" for domain in ("code", "prose") for model in ("GGUF in llama.cpp", "ONNX in ONNX Runtime")
+    ]
+    assert rows[0][1:5] == ["56.00", "40.00", "+40.0 %", "0.3704 0.2381 to 0.4763"]
+    assert "| prose | GGUF in llama.cpp | 44.00 | 40.00 | +10.0 % | 0.2911 | 70.00 % |" in render_model_card(report)
+    assert "Worst domain: code (ONNX): mean divergence 0.3713 nats, perplexity +40.0 %" in terminal(report)
+    for row in report["validation"]:
+        row["domains"] = (row.get("domains") or [])[:1]
+    for text in (render_html(report), render_model_card(report), terminal(report)):
+        assert "domain" not in text.lower().replace("worst-domain", "")
 
 
 def test_reports_without_intervals_do_not_speak_of_them(report: dict[str, Any]) -> None:

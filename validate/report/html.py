@@ -11,7 +11,9 @@ import yaml
 
 from validate.bootstrap import CONFIDENCE
 from validate.report import charts, facts, numbers, tables
+from validate.report.domains import domain_table
 from validate.report.facts import Report, find
+from validate.report.floors import FLOOR_SENTENCE, floor_table
 from validate.report.statistics import statistics_table
 
 __all__ = ["render_html"]
@@ -63,6 +65,9 @@ def _view(report: Report) -> dict[str, Any]:
         "scored_tokens": numbers.count(max((row["tokens"] for row in rows if row.get("tokens")), default=None)),
         "divergence_chart": charts.divergence_chart(report),
         "fidelity_table": tables.fidelity_table(report),
+        "floor_table": floor_table(report),
+        "floor_sentence": FLOOR_SENTENCE,
+        "domain_table": domain_table(report),
         "statistics_table": statistics_table(report),
         "confidence": CONFIDENCE,
         "has_intervals": any(row.get("perplexity_interval") for row in rows),

@@ -11,7 +11,9 @@ import jinja2
 import yaml
 
 from validate.report import facts, numbers, run
+from validate.report.domains import domain_rows
 from validate.report.facts import Report, find
+from validate.report.floors import FLOOR_SENTENCE, floor_rows
 
 __all__ = ["render_model_card"]
 
@@ -44,6 +46,9 @@ def render_model_card(report: Report) -> str:
         engines=_engines(report),
         files=_files(report),
         rows=_measurements(report),
+        floors=floor_rows(report),
+        floor_sentence=FLOOR_SENTENCE,
+        domains=domain_rows(report),
         has_intervals=any(row.get("perplexity_interval") for row in report["validation"]),
         source=report["source"],
         student=report["student"],

@@ -38,13 +38,17 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Cell:
-    """One value; ``note`` is small print, ``tone`` good or bad, ``bar`` the length of a bar between 0 and 1."""
+    """One value; ``note`` is small print, ``tone`` good or bad, ``bar`` the length of a bar between 0 and 1.
+
+    ``floor`` is what the runtime has by itself of the same figure.
+    """
 
     text: str
     note: str = ""
     tone: str = ""
     bar: float | None = None
     code: bool = False
+    floor: str = numbers.DASH
 
 
 @dataclass(frozen=True)
@@ -113,11 +117,13 @@ def fidelity_table(report: Report) -> Table:
             Cell(
                 numbers.divergence(kld.get("mean")),
                 note=numbers.interval(kld.get("mean_interval"), numbers.divergence),
+                floor=numbers.divergence(find(row, "floor", "same_weights", "kld", "mean")),
             ),
             *(Cell(numbers.divergence(kld.get(key))) for key in ("median", "p99", "max")),
             Cell(
                 numbers.percent(row.get("top1_agreement")),
                 note=numbers.interval(row.get("top1_agreement_interval"), numbers.percent),
+                floor=numbers.percent(find(row, "floor", "same_weights", "top1_agreement")),
             ),
         )
         rows.append(_measured_row(row, cells))
@@ -143,7 +149,8 @@ def routing_table(report: Report) -> Table:
     for row in report["validation"]:
         routing, name = row.get("routing") or {}, artifact_name(row["artifact"])
         if agreement := routing.get("vs_torch_student"):
-            export.append(_agreement(f"{name} and the student in torch", row["artifact"], agreement))
+            floor = find(row, "floor", "same_weights", "routing", "overlap")
+            export.append(_agreement(f"{name} and the student in torch", row["artifact"], agreement, floor=floor))
         if agreement := routing.get("vs_other_runtime"):
             across.append(_agreement("llama.cpp and ONNX Runtime", "cross", agreement))
         if agreement := routing.get("vs_teacher"):
@@ -275,9 +282,11 @@ def _measured_row(row: Mapping[str, Any], cells: tuple[Cell, ...]) -> Row:
     return Row(row_name(row), cells, kind=row["artifact"], note=version, error=row.get("error"))
 
 
-def _agreement(name: str, kind: str, agreement: Mapping[str, Any], mapped: bool = False) -> Row:
+def _agreement(
+    name: str, kind: str, agreement: Mapping[str, Any], mapped: bool = False, floor: float | None = None
+) -> Row:
     overlap_interval = numbers.interval(agreement.get("overlap_interval"), numbers.percent)
-    cells = [Cell(numbers.percent(agreement["overlap"]), note=overlap_interval)]
+    cells = [Cell(numbers.percent(agreement["overlap"]), note=overlap_interval, floor=numbers.percent(floor))]
     cells += [Cell(numbers.percent(agreement[key])) for key in ("exact", "top1", "weighted")]
     # Without an expert map nothing can be dropped: the figure is 1 by definition and says nothing.
     cells.append(Cell(numbers.percent(agreement.get("kept_gate_weight") if mapped else None)))

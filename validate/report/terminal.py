@@ -11,11 +11,14 @@ from rich.text import Text
 
 from validate.bootstrap import CONFIDENCE
 from validate.report import facts, numbers
+from validate.report.domains import worst_domain
 from validate.report.facts import Report, find
 
 __all__ = ["summary"]
 
 Column = Mapping[str, Any]
+
+_SAME_WEIGHTS = ("floor", "same_weights")
 
 
 def summary(report: Report) -> RenderableType:
@@ -29,11 +32,16 @@ def summary(report: Report) -> RenderableType:
         values = [value(column) for column in columns]
         if any(text != numbers.DASH for text in values):
             table.add_row(name, *values)
+    captions = []
     if any(column.get("perplexity_interval") for column in columns):
-        table.caption = f"second lines: {100 * CONFIDENCE:.0f} % intervals by bootstrap over chunks of text"
-        table.caption_justify = "left"
+        captions.append(f"second lines: {100 * CONFIDENCE:.0f} % intervals by bootstrap over chunks of text")
+    if any(find(column, *_SAME_WEIGHTS) for column in columns):
+        captions.append("floor: the runtime beside torch computing with the same weights")
+    table.caption, table.caption_justify = "\n".join(captions) or None, "left"
+    worst = worst_domain(report)
+    domains = (Text(), Text(worst)) if worst else ()
     title = Text.assemble((facts.model_name(report), "bold"), f": {facts.student_description(report)}")
-    return Group(title, _budget_line(report), Text(), table, Text(), _verdict(report), Text())
+    return Group(title, _budget_line(report), Text(), table, *domains, Text(), _verdict(report), Text())
 
 
 def _heading(row: Column) -> str:
@@ -67,12 +75,15 @@ def _rows(report: Report) -> list[tuple[str, Callable[[Column], str]]]:
         ("Size on disk", lambda row: both_units(files.get(row["artifact"]))),
         ("Perplexity", perplexity),
         ("Mean divergence, nats", with_interval(numbers.divergence, "mean_interval", "kld", "mean")),
+        ("  floor of the runtime", lambda row: numbers.divergence(find(row, *_SAME_WEIGHTS, "kld", "mean"))),
         ("99 % divergence, nats", lambda row: numbers.divergence(find(row, "kld", "p99"))),
         ("Same top token", with_interval(numbers.percent, "top1_agreement_interval", "top1_agreement")),
+        ("  floor of the runtime", lambda row: numbers.percent(find(row, *_SAME_WEIGHTS, "top1_agreement"))),
         (
             "Routing as in the student",
             with_interval(numbers.percent, "overlap_interval", "routing", "vs_torch_student", "overlap"),
         ),
+        ("  floor of the runtime", lambda row: numbers.percent(find(row, *_SAME_WEIGHTS, "routing", "overlap"))),
         (
             "Routing as in the original",
             with_interval(numbers.percent, "overlap_interval", "routing", "vs_teacher", "overlap"),

@@ -1,0 +1,117 @@
+"""What both stages share that measure the original, unquantized, in a runtime: its floor.
+
+The original is written as the runtime takes it, in a type that holds its numbers exactly, and removed when it has been
+measured. The whole original was run by torch in calibration; its first layers alone are run here.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.log_probs import LogProbReader, LogProbWriter
+from compressors.model.routing import Routing
+from compressors.model.student import Student
+from compressors.teacher import by_block
+from exporter.stage import StageContext
+from exporter.stages.artifacts import Blocks, Calibration, memory_limit, use_threads
+from exporter.stages.validate_torch import EVALUATION
+from exporter.teacher_floor import first_layers
+from validate.backend import RuntimeBackend, scored_positions
+from validate.evaluation import evaluate
+from validate.positions import ReferenceLogProbs
+from validate.torch_reference import TorchBackend
+
+__all__ = ["ROUTING", "measure_teacher"]
+
+ROUTING = "routing.safetensors"
+
+Tokens = npt.NDArray[np.int64]
+
+
+def measure_teacher(
+    context: StageContext,
+    artifact: str,
+    write: Callable[[Student, str, Path, Callable[[int], None]], Path],
+    open_backend: Callable[[Path], RuntimeBackend],
+) -> None:
+    """Writes the runtime's evaluation against torch with the same weights, and torch's routing.
+
+    Args:
+        context: of the stage.
+        artifact: ``gguf`` or ``onnx``.
+        write: writes a model in a type of weights into a folder, telling the bytes written; returns what to open.
+        open_backend: loads that.
+    """
+    floor = context.plan.teacher_floors[artifact]
+    use_threads(context.plan)
+    heldout_BT = Blocks.load(Calibration.of(context.work).blocks).heldout.numpy()
+    chunks = _spread(len(heldout_BT), floor.n_chunks)
+    tokens_BT = heldout_BT[chunks]
+    folder = context.output / "removed"
+    try:
+        teacher = first_layers(Checkpoint(context.plan.source), floor.n_layers)
+        if floor.n_layers == teacher.source.shape.n_layers:
+            reference, routing = _of_calibration(context, chunks, heldout_BT.shape[1])
+        else:
+            reference, routing = _by_torch(context, teacher, tokens_BT, folder)
+        with context.progress.bar("bytes", floor.file_bytes) as advance:
+            path = write(teacher, floor.weight_type, folder, advance)
+        with context.progress.bar("chunks", len(chunks)) as advance:
+            evaluation = evaluate(open_backend(path), tokens_BT, {"teacher": reference}, progress=advance)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    evaluation.save(context.output / EVALUATION)
+    routing.save(context.output / ROUTING)
+
+
+def _spread(n_chunks: int, n_wanted: int) -> list[int]:
+    """The middle one of each of ``n_wanted`` equal stretches, so that every domain has some; all if there are fewer."""
+    n_taken = min(n_chunks, n_wanted)
+    return [(2 * index + 1) * n_chunks // (2 * n_taken) for index in range(n_taken)]
+
+
+def _of_calibration(context: StageContext, chunks: Sequence[int], n_tokens: int) -> tuple[ReferenceLogProbs, Routing]:
+    """What the teacher's pass said of these chunks."""
+    files = Calibration.of(context.work)
+    routing = Routing.load(files.routing)
+    tokens = np.concatenate([np.arange(chunk * n_tokens, (chunk + 1) * n_tokens) for chunk in chunks])
+    scored = scored_positions(n_tokens)
+    reference = _SomeChunks(LogProbReader(files.heldout_log_probs), chunks, scored.stop - scored.start)
+    return reference, Routing(routing.experts_LTK[:, tokens], routing.weights_LTK[:, tokens])
+
+
+def _by_torch(
+    context: StageContext, model: Student, tokens_BT: Tokens, folder: Path
+) -> tuple[ReferenceLogProbs, Routing]:
+    """Runs the model in torch; its log-probabilities go into the folder."""
+    scored = scored_positions(tokens_BT.shape[1])
+    n_scored = len(tokens_BT) * (scored.stop - scored.start)
+    record = LogProbWriter(folder / "log_probs", n_scored, model.shape.vocab_size)
+    with context.progress.bar("layers", model.shape.n_layers) as advance:
+        evaluation = evaluate(TorchBackend(model, advance, memory_limit(context)), tokens_BT, {}, record=record)
+    assert evaluation.routing is not None, "every original has experts"
+    return LogProbReader(folder / "log_probs"), evaluation.routing
+
+
+class _SomeChunks:
+    """Some chunks of what was written for all, one after the other."""
+
+    def __init__(self, whole: LogProbReader, chunks: Sequence[int], n_scored: int) -> None:
+        self._whole = whole
+        self._chunks = chunks
+        self._n_scored = n_scored
+
+    def __len__(self) -> int:
+        return len(self._chunks) * self._n_scored
+
+    def decoded(self, start: int, stop: int) -> torch.Tensor:
+        """Of positions start..stop of these chunks: float32 [stop - start, V]."""
+        pieces = by_block(slice(start, stop), self._n_scored, self._chunks)
+        return torch.cat([self._whole.decoded(place, place + rows.stop - rows.start) for place, rows in pieces])
