@@ -16,7 +16,7 @@ from compressors.model.routing import NO_EXPERT, Routing
 from compressors.model.student import ExpertMap
 from validate.bootstrap import Interval, bootstrap_interval
 
-__all__ = ["LayerAgreement", "RoutingAgreement", "routing_agreement", "same_sets"]
+__all__ = ["LayerAgreement", "RoutingAgreement", "overlaps", "routing_agreement", "same_sets"]
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,23 @@ def routing_agreement(
 
 
 def same_sets(first: Routing, second: Routing) -> npt.NDArray[np.bool_]:
-    """Whether a token's chosen sets are equal in every layer: bool [T]."""
+    """Whether a token's chosen sets are equal in a layer: bool [L, T]."""
     same = np.sort(first.experts_LTK, axis=-1) == np.sort(second.experts_LTK, axis=-1)
-    result: npt.NDArray[np.bool_] = same.all(axis=(0, 2))
+    result: npt.NDArray[np.bool_] = same.all(axis=-1)
     return result
+
+
+def overlaps(reference: Routing, model: Routing) -> npt.NDArray[np.float64]:
+    """overlap@k of two routings of one student, by layer and token: [L, T]; 0 where no expert is chosen."""
+    layers = zip(reference.experts_LTK, model.experts_LTK, strict=True)
+    return np.stack([_overlaps_of_layer(reference_TK, model_TK) for reference_TK, model_TK in layers])
+
+
+def _overlaps_of_layer(reference_TK: npt.NDArray[np.int32], model_TK: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+    chosen = reference_TK != NO_EXPERT
+    shared = (reference_TK[:, :, None] == model_TK[:, None, :]).any(axis=-1) & chosen
+    shares_T: npt.NDArray[np.float64] = shared.sum(axis=-1) / np.maximum(chosen.sum(axis=-1), 1)
+    return shares_T
 
 
 @dataclass(frozen=True)
