@@ -79,19 +79,19 @@ _RETUNE = Stage(
     shared=True,
 )
 _STUDENT = Stage("student", 1, ("recover", "retune"), (), "write the student checkpoint", resumes=True)
-_VALIDATE_TORCH = Stage("validate_torch", 2, ("recover", "retune"), (), "measure the student in torch")
+_VALIDATE_TORCH = Stage("validate_torch", 3, ("recover", "retune"), (), "measure the student in torch")
 _VALIDATE_GGUF = Stage(
     "validate_gguf",
-    2,
-    ("gguf", "retune"),
+    3,
+    ("gguf", "retune", "validate_torch"),
     ("budget", "onnx"),  # it records what it says if the other file holds the same numbers
     "measure the GGUF in llama.cpp",
     crash_is_a_finding=True,
 )
 _VALIDATE_ONNX = Stage(
     "validate_onnx",
-    2,
-    ("onnx", "retune", "validate_gguf"),
+    3,
+    ("onnx", "retune", "validate_torch", "validate_gguf"),
     ("budget",),
     "measure the ONNX in ONNX Runtime",
     crash_is_a_finding=True,

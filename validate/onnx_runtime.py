@@ -170,7 +170,7 @@ class OnnxRuntimeBackend:
         states_1TD = inputs.states(node.layer, 0, n_tokens)[None]
         try:
             (logits_TE,) = session.run([node.router_logits], {node.states: states_1TD})
-        except ort_errors.InvalidArgument as error:
+        except (ort_errors.Fail, ort_errors.InvalidArgument) as error:
             raise InputError(f"{self._path}: the states are not those of this model ({error})") from None
         result: npt.NDArray[np.float32] = logits_TE
         return result

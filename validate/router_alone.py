@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from compressors.model.routing import Routing
 from compressors.model.shape import MoeShape
 from validate.router_inputs import RouterInputs
 from validate.routing_agreement import RoutingAgreement, routing_agreement, same_sets
+from validate.ties import Ties, find_ties
 
 __all__ = ["RouterAlone", "RouterInputRecorder", "router_alone"]
 
@@ -85,6 +86,13 @@ class RouterAlone:
     margin_error: float
     """The largest difference between both margins of a token whose experts are the same: the noise of the runtime's
     arithmetic, in router logits. A choice whose margin is smaller may fall either way."""
+    ties: Ties | None
+
+    def figures(self) -> dict[str, Any]:
+        """Plain data for JSON: those of a routing agreement, and what is said of equal inputs only."""
+        ties = None if self.ties is None else asdict(self.ties)
+        own = {"chunks": self.n_chunks, "margin_error": self.margin_error, "ties": ties}
+        return self.agreement.figures() | own
 
 
 def router_alone(inputs: RouterInputs, found: Routing) -> RouterAlone:
@@ -102,4 +110,5 @@ def router_alone(inputs: RouterInputs, found: Routing) -> RouterAlone:
         n_chunks,
         routing_agreement(reference, found, n_chunks=n_chunks),
         float(errors.max(initial=0.0)),
+        find_ties(reference, found),
     )

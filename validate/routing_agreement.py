@@ -7,7 +7,8 @@ nothing about the router and are left out; the surviving share of the teacher's 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +41,12 @@ class RoutingAgreement:
     def mean(self, name: str) -> float:
         """The mean of one figure over the layers that have experts."""
         return float(np.mean([getattr(layer, name) for layer in self.layers if layer is not None]))
+
+    def figures(self) -> dict[str, Any]:
+        """Means, interval and layers as plain data for JSON."""
+        overall: dict[str, Any] = {figure.name: self.mean(figure.name) for figure in fields(LayerAgreement)}
+        overall["overlap_interval"] = self.overlap_interval
+        return overall | {"per_layer": [None if layer is None else asdict(layer) for layer in self.layers]}
 
 
 def routing_agreement(

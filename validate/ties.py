@@ -47,7 +47,8 @@ def find_ties(reference: Routing, model: Routing) -> Ties | None:
     tied_LT, differs_LT = margins_LT < TIE_MARGIN, ~same_sets(reference, model)
     overlap_LT = overlaps(reference, model)
     by_layer = [overlap[~tied].mean() for overlap, tied in zip(overlap_LT, tied_LT, strict=True) if not tied.all()]
-    change_LT = None if model.margins_LT is None else np.abs(model.margins_LT - margins_LT)[np.isfinite(margins_LT)]
+    known_LT = np.isfinite(margins_LT)
+    moved = None if model.margins_LT is None else np.abs(model.margins_LT[known_LT] - margins_LT[known_LT])
     return Ties(
         threshold=TIE_MARGIN,
         tokens=float(tied_LT.mean()),
@@ -56,7 +57,7 @@ def find_ties(reference: Routing, model: Routing) -> Ties | None:
         overlap_without_ties=float(np.mean(by_layer)) if by_layer else None,
         median_margin=_median(margins_LT),
         median_margin_differing=_median(margins_LT[differs_LT]),
-        median_margin_change=None if change_LT is None else _median(change_LT),
+        median_margin_change=None if moved is None else _median(moved),
     )
 
 
