@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         writer = csv.DictWriter(file, [field.name for field in fields(Compared)], lineterminator="\n")
         writer.writeheader()
         writer.writerows({name: _cell(value) for name, value in asdict(compared).items()} for compared in found)
-    (_RESULTS / "same_blocks.md").write_text(_page(found), encoding="utf-8")
+    (_RESULTS / "same_blocks.md").write_text(page(found), encoding="utf-8")
 
 
 def compare(
@@ -178,7 +178,8 @@ def _cell(value: str | int | float | None) -> str | int:
     return "" if value is None else f"{value:.6g}" if isinstance(value, float) else value
 
 
-def _page(found: Sequence[Compared]) -> str:
+def page(found: Sequence[Compared]) -> str:
+    """The table."""
     lines = [*_INTRODUCTION, f"| {' | '.join(_HEADINGS)} |", "|---" * len(_HEADINGS) + "|"]
     for row in found:
         interval: Interval | None = None if row.low is None or row.high is None else (row.low, row.high)
