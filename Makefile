@@ -19,10 +19,12 @@ lint: .venv/installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-# How fast calibration and training are, and, for hours, what every way of teaching a compressed model brings.
+# How fast calibration and training are, whether both runtimes route alike, and, for hours, what every way of teaching a
+# compressed model brings.
 bench: .venv/installed-dev
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.quantized_recovery
+	$(BIN)/python -m benchmarks.same_blocks
 	$(BIN)/python -m benchmarks.recovery
 
 # Compiles llama-quantize the first time; needs cmake and 10 GB of disk.

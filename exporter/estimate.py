@@ -26,6 +26,7 @@ from exporter.recovery import scope_of
 from exporter.stages.artifacts import same_numbers
 from exporter.teacher_floor import first_layers
 from validate.backend import scored_positions
+from validate.router_inputs import ROUTER_CHUNKS
 
 __all__ = ["COPIED_TYPES", "Speeds", "describe_time", "disk_lines", "memory_lines", "seconds_by_stage"]
 
@@ -70,8 +71,8 @@ def disk_lines(plan: Plan) -> dict[str, int]:
         1 + (2 if same_numbers(plan) else len(plan.recipe.artifacts))
     )
     n_scored = (scored.stop - scored.start) * recorded_blocks
-    # chosen experts and gate weights, 4 bytes each: the teacher's by layer and together, the student's, each artifact's
-    # in its runtime and in torch; some chunks of the original in each runtime and in torch
+    # chosen experts and gate weights, 4 bytes each, and a margin: the teacher's by layer and together, the student's, each
+    # artifact's in its runtime and in torch; some chunks of the original in each runtime and in torch
     n_artifacts = len(plan.recipe.artifacts)
     n_routings = 2 * n_artifacts + (2 if plan.student_shape.is_dense else 3 + 2 * n_artifacts)
     lines = {
@@ -86,7 +87,8 @@ def disk_lines(plan: Plan) -> dict[str, int]:
         "the original, unquantized, while it is measured": max(
             (floor.file_bytes for floor in plan.teacher_floors.values()), default=0
         ),
-        "routing": n_routings * n_heldout * BLOCK_LENGTH * shape.n_layers * shape.top_k * 8,
+        "routing": n_routings * n_heldout * BLOCK_LENGTH * shape.n_layers * (shape.top_k * 8 + 4),
+        "router inputs": _router_input_bytes(plan),
         "statistics": shape.n_layers * _statistics_bytes(shape) + _own_statistics_bytes(plan),
         "token blocks": n_blocks * BLOCK_LENGTH * 8,
     }
@@ -224,6 +226,15 @@ def _heldout_blocks(plan: Plan) -> int:
     place = plan.heldout or plan.calibration
     n_files = len(list(place.glob("*.txt"))) if place.is_dir() else 1
     return n_files * plan.recipe.text.heldout_chunks_per_file
+
+
+def _router_input_bytes(plan: Plan) -> int:
+    """What reaches the student's routers on a few held-out blocks, in float32, and what they chose."""
+    shape = plan.student_shape
+    if shape.is_dense:
+        return 0
+    n_tokens = min(ROUTER_CHUNKS, _heldout_blocks(plan)) * BLOCK_LENGTH
+    return n_tokens * shape.n_layers * (shape.hidden_size * 4 + shape.top_k * 8 + 4)
 
 
 def _student_bytes(plan: Plan) -> int:

@@ -79,12 +79,12 @@ _RETUNE = Stage(
     shared=True,
 )
 _STUDENT = Stage("student", 1, ("recover", "retune"), (), "write the student checkpoint", resumes=True)
-_VALIDATE_TORCH = Stage("validate_torch", 2, ("recover", "retune"), (), "measure the student in torch")
+_VALIDATE_TORCH = Stage("validate_torch", 3, ("recover", "retune"), (), "measure the student in torch")
 _VALIDATE_WRITTEN = Stage("validate_written", 1, ("gguf", "onnx", "retune"), (), "measure the written weights in torch")
 _VALIDATE_GGUF = Stage(
     "validate_gguf",
     3,
-    ("gguf", "retune", "validate_written"),
+    ("gguf", "retune", "validate_torch", "validate_written"),
     ("budget", "onnx"),  # it records what it says if the other file holds the same numbers
     "measure the GGUF in llama.cpp",
     crash_is_a_finding=True,
@@ -92,7 +92,7 @@ _VALIDATE_GGUF = Stage(
 _VALIDATE_ONNX = Stage(
     "validate_onnx",
     3,
-    ("onnx", "retune", "validate_written", "validate_gguf"),
+    ("onnx", "retune", "validate_torch", "validate_written", "validate_gguf"),
     ("budget",),
     "measure the ONNX in ONNX Runtime",
     crash_is_a_finding=True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,10 @@ from exporter.work import StageRecord, WorkDirectory
 from validate.domains import domain_figures
 from validate.evaluation import Evaluation
 from validate.figures import fidelity_figures
-from validate.routing_agreement import LayerAgreement, routing_agreement
+from validate.load import expert_load, load_figures
+from validate.routing_agreement import routing_agreement
 from validate.statistics import perplexity
+from validate.ties import find_ties
 from validate.verdict import Check, required_checks
 
 __all__ = ["build_report", "final_recipe"]
@@ -100,6 +102,7 @@ def build_report(
         ],
         "recovery": _recovery(plan, work),
         "validation": validation,
+        "load": rows.load(),
         "verdict": {"passed": all(check.passed for check in checks), "checks": [asdict(check) for check in checks]},
         "timings": {name: record.seconds for name, record in records.items()},
         "peak_rss_bytes": {name: record.peak_rss_bytes for name, record in records.items()},
@@ -190,7 +193,23 @@ class _Rows:
             "kld_vs_other_runtime": _mean_kld(evaluation, "gguf"),
             "floor": floors_of(name, evaluation, self._plan, self._work, self._records),
         }
-        return row | self._fidelity(name, evaluation) | dict(measurement["cost"]) | other
+        fidelity = self._fidelity(name, evaluation)
+        fidelity["routing"] |= {"router_alone": measurement["router_alone"]}
+        return row | fidelity | dict(measurement["cost"]) | other
+
+    def load(self) -> dict[str, Any]:
+        """Which share of the held-out tokens each expert gets, by model; a dense student has no experts."""
+        teacher = self._plan.teacher_shape
+        sizes = {"teacher": [teacher.n_experts] * teacher.n_layers}
+        routings: dict[str, Routing | None] = {"teacher": self._teacher_routing}
+        for name in self._evaluations:
+            sizes[name] = [len(layer.groups) for layer in self._experts.layers]
+            routings[name] = self._routing_of(name)
+        return {
+            name: load_figures(expert_load(routing, sizes[name]))
+            for name, routing in routings.items()
+            if routing is not None
+        }
 
     def _load(self, stage: str) -> Evaluation | None:
         path = self._work.stage(stage) / EVALUATION
@@ -210,7 +229,12 @@ class _Rows:
             "runtime_version": runtime_version,
             "perplexity_teacher": self._teacher["perplexity"],
             "perplexity_student_torch": perplexity(student.negative_log_likelihood_N)[0] if student else None,
-            "routing": {"vs_torch_student": None, "vs_other_runtime": None, "vs_teacher": None},
+            "routing": {
+                "vs_torch_student": None,
+                "vs_other_runtime": None,
+                "vs_teacher": None,
+                "router_alone": None,
+            },
         }
 
     def _fidelity(self, name: str, evaluation: Evaluation) -> dict[str, Any]:
@@ -229,6 +253,7 @@ class _Rows:
             if is_file and same_numbers(self._plan)
             else None,
             "vs_teacher": _agreement(self._teacher_routing, evaluation, self._experts),
+            "router_alone": None,
         }
 
     def _routing_of(self, name: str) -> Routing | None:
@@ -278,9 +303,8 @@ def _agreement(
     if reference is None or evaluation.routing is None:
         return None
     agreement = routing_agreement(reference, evaluation.routing, experts, n_chunks=evaluation.n_chunks)
-    overall: dict[str, Any] = {figure.name: agreement.mean(figure.name) for figure in fields(LayerAgreement)}
-    overall["overlap_interval"] = agreement.overlap_interval
-    return overall | {"per_layer": [None if layer is None else asdict(layer) for layer in agreement.layers]}
+    ties = find_ties(reference, evaluation.routing) if experts is None else None
+    return agreement.figures() | {"ties": None if ties is None else asdict(ties)}
 
 
 def _budget(plan: Plan, artifacts: Mapping[str, Artifact], rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compressors.model.routing import Routing
+from validate.router_inputs import RouterInputs
 
 __all__ = ["Backend", "ChunkOutput", "Routing", "RuntimeBackend", "scored_positions"]
 
@@ -46,6 +47,9 @@ class RuntimeBackend(Backend, Protocol):
     @property
     def bos_token(self) -> int | None:
         """The token that the model wants before a text; None if it wants none."""
+
+    def route(self, tokens_BT: npt.NDArray[np.int64], inputs: RouterInputs) -> Routing:
+        """What the routers of these chunks choose when they are given ``inputs``, which were recorded on the same."""
 
     def greedy(self, prompt_ids: Sequence[int], n_tokens: int) -> list[int]:
         """The next ``n_tokens`` most probable tokens, one after the other; end-of-text does not stop it."""

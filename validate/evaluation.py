@@ -57,6 +57,8 @@ class Evaluation:
         if self.routing is not None:
             tensors["routing.experts"] = self.routing.experts_LTK
             tensors["routing.weights"] = self.routing.weights_LTK
+            if self.routing.margins_LT is not None:
+                tensors["routing.margins"] = self.routing.margins_LT
         for reference, values in self.against.items():
             tensors |= {f"against.{reference}.{name}": array for name, array in vars(values).items()}
         save_file(tensors, path)
@@ -81,7 +83,9 @@ class Evaluation:
             int(tensors["n_chunks"]),
             tensors["negative_log_likelihood"],
             {reference: AgainstReference(**arrays) for reference, arrays in against.items()},
-            Routing(tensors["routing.experts"], tensors["routing.weights"]) if "routing.experts" in tensors else None,
+            Routing(tensors["routing.experts"], tensors["routing.weights"], tensors.get("routing.margins"))
+            if "routing.experts" in tensors
+            else None,
         )
 
 

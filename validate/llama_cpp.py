@@ -1,16 +1,14 @@
 """llama.cpp as a validation backend, through llama-cpp-python's low-level interface.
 
 Routing is read inside the runtime: the scheduler's evaluation callback hands us the very tensors by which the MoE
-layers pick and weigh their experts (``build_moe_ffn`` in ``src/llama-graph.cpp``).
+layers pick and weigh their experts (:mod:`validate.llama_cpp_routing`).
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import re
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -19,11 +17,12 @@ from typing import Any
 import llama_cpp.llama_cpp as api
 import numpy as np
 import numpy.typing as npt
-from llama_cpp import _ggml
 
 from compressors.model.errors import InputError
 from validate.backend import ChunkOutput, Routing, scored_positions
 from validate.cost import RuntimeCost, peak_rss_bytes
+from validate.llama_cpp_routing import RoutingCollector, ggml_function
+from validate.router_inputs import RouterInputs
 
 __all__ = ["KV_TYPES", "LlamaCppBackend", "measure"]
 
@@ -59,7 +58,7 @@ class LlamaCppBackend:
         threads: int,
         gpu_layers: int = 0,
     ) -> None:
-        self._routing = _RoutingCollector()
+        self._routing = RoutingCollector()
         flash = api.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attention else api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._session = _Session(
             path,
@@ -80,8 +79,8 @@ class LlamaCppBackend:
     @property
     def version(self) -> str:
         """Version of llama-cpp-python and, in brackets, of the ggml inside it."""
-        ggml = ctypes.string_at(_ggml_function("ggml_version", ctypes.c_void_p)()).decode()
-        commit = ctypes.string_at(_ggml_function("ggml_commit", ctypes.c_void_p)()).decode()
+        ggml = ctypes.string_at(ggml_function("ggml_version", ctypes.c_void_p)()).decode()
+        commit = ctypes.string_at(ggml_function("ggml_commit", ctypes.c_void_p)()).decode()
         return f"{version('llama-cpp-python')} (ggml {ggml}, {commit})"
 
     @property
@@ -96,16 +95,36 @@ class LlamaCppBackend:
             InputError: a row is longer than the context, or a token is not in the vocabulary.
         """
         for tokens_T in tokens_BT:
-            self._session.clear()
-            self._session.check(tokens_T)
             if self._session.has_experts:
                 self._routing.start()
-            # logits everywhere: the last layer's experts run only where an output is wanted, and routing is too;
-            # in halves, so that half of them are in memory at a time: those that are scored come last
-            scored = scored_positions(len(tokens_T))
-            self._session.decode(tokens_T[: scored.start], all_logits=True)
-            logits_SV = self._session.decode(tokens_T[scored.start :], all_logits=True)[: scored.stop - scored.start]
+            logits_SV = self._decode_chunk(tokens_T)
             yield ChunkOutput(logits_SV, self._routing.finish(len(tokens_T)) if self._session.has_experts else None)
+
+    def route(self, tokens_BT: npt.NDArray[np.int64], inputs: RouterInputs) -> Routing:
+        """What the routers of these chunks choose when torch's hidden states reach every one of them.
+
+        The states take the place of the normalised input of each layer's MoE block while the graph runs, so that no
+        layer's router sees what the layers before it did.
+
+        Raises:
+            InputError: the states are of another model, or the graph is not one whose routers can be fed.
+        """
+        parts = []
+        for chunk, tokens_T in enumerate(tokens_BT):
+            self._routing.start(inputs, first=chunk * len(tokens_T))
+            self._decode_chunk(tokens_T)
+            parts.append(self._routing.finish(len(tokens_T)))
+        return Routing.concatenate(parts)
+
+    def _decode_chunk(self, tokens_T: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Logits at the scored positions, of a sequence of its own."""
+        self._session.clear()
+        self._session.check(tokens_T)
+        # logits everywhere: the last layer's experts run only where an output is wanted, and routing is too;
+        # in halves, so that half of them are in memory at a time: those that are scored come last
+        scored = scored_positions(len(tokens_T))
+        self._session.decode(tokens_T[: scored.start], all_logits=True)
+        return self._session.decode(tokens_T[scored.start :], all_logits=True)[: scored.stop - scored.start]
 
     def greedy(self, prompt_ids: Sequence[int], n_tokens: int) -> list[int]:
         """The ``n_tokens`` tokens that follow the prompt when the most likely one is always taken."""
@@ -265,84 +284,6 @@ class _Session:
             )
 
 
-class _TensorHead(ctypes.Structure):
-    """The beginning of ``struct ggml_tensor`` (``ggml/include/ggml.h``), up to its name."""
-
-    _fields_ = (
-        ("type", ctypes.c_int),
-        ("buffer", ctypes.c_void_p),
-        ("lengths", ctypes.c_int64 * 4),
-        ("strides", ctypes.c_size_t * 4),
-        ("operation", ctypes.c_int),
-        ("operation_params", ctypes.c_int32 * 16),
-        ("flags", ctypes.c_int32),
-        ("sources", ctypes.c_void_p * 10),
-        ("view_source", ctypes.c_void_p),
-        ("view_offset", ctypes.c_size_t),
-        ("data", ctypes.c_void_p),
-        ("name", ctypes.c_char * 64),
-    )
-
-
-_EXPERTS, _WEIGHTS, _NORMALIZED = "ffn_moe_topk", "ffn_moe_weights", "ffn_moe_weights_norm"
-
-
-class _RoutingCollector:
-    """Copies chosen experts and their weights out of the running graph, by (tensor name, layer)."""
-
-    def __init__(self) -> None:
-        # the runtime keeps only the address: this object must live as long as the context
-        self.callback = api.ggml_backend_sched_eval_callback(self._visit)
-        self._copy = _ggml_function("ggml_backend_tensor_get", None)
-        self._copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
-        self._parts: dict[tuple[str, int], list[npt.NDArray[Any]]] | None = None
-
-    def start(self) -> None:
-        """Forgets what was collected and begins anew."""
-        self._parts = defaultdict(list)
-
-    def finish(self, n_tokens: int) -> Routing:
-        """What was collected since :meth:`start`."""
-        assert self._parts is not None
-        parts, self._parts = self._parts, None
-        n_layers = 1 + max(layer for _, layer in parts)
-        experts = [np.concatenate(parts[_EXPERTS, layer]) for layer in range(n_layers)]
-        kind = _NORMALIZED if (_NORMALIZED, 0) in parts else _WEIGHTS
-        weights = [np.concatenate(parts[kind, layer]) for layer in range(n_layers)]
-        routing = Routing(np.stack(experts).astype(np.int32), np.stack(weights).astype(np.float32))
-        assert routing.experts_LTK.shape == routing.weights_LTK.shape, "experts and weights disagree"
-        assert routing.experts_LTK.shape[1] == n_tokens, (
-            f"routing of {routing.experts_LTK.shape[1]} of {n_tokens} tokens"
-        )
-        return routing
-
-    def _visit(self, address: int, ask: bool, user_data: int) -> bool:
-        """Called for every node before it runs (``ask``: shall you see it?) and after, if we said yes."""
-        if self._parts is None:
-            return not ask
-        tensor = _TensorHead.from_address(address)
-        matched = _ROUTING_TENSOR.fullmatch(tensor.name)
-        if ask:
-            return matched is not None
-        if matched is not None:
-            key = matched[1].decode(), int(matched[2])
-            self._parts[key].append(self._values(tensor, address, token_dimension=2 if key[0] == _WEIGHTS else 1))
-        return True
-
-    def _values(self, tensor: _TensorHead, address: int, *, token_dimension: int) -> npt.NDArray[Any]:
-        """[T, K] of what ggml, innermost dimension first, holds as [K, T] (perhaps a strided view) or as [1, K, T]."""
-        dtype = np.dtype(np.int32 if tensor.type == api.GGML_TYPE_I32 else np.float32)
-        lengths, strides = tuple(tensor.lengths), tuple(tensor.strides)
-        n_bytes = dtype.itemsize + sum((length - 1) * stride for length, stride in zip(lengths, strides, strict=True))
-        raw = np.empty(n_bytes, dtype=np.uint8)
-        self._copy(address, raw.ctypes.data, 0, n_bytes)
-        values = np.ndarray(lengths[::-1], dtype, buffer=raw.data, strides=strides[::-1])
-        return values.reshape(lengths[token_dimension], -1).copy()
-
-
-_ROUTING_TENSOR = re.compile(f"({_EXPERTS}|{_WEIGHTS}|{_NORMALIZED})-([0-9]+)".encode())
-
-
 def _load_model(path: Path, gpu_layers: int) -> int:
     if not path.is_file():
         raise InputError(f"{path} does not exist: give a GGUF file")
@@ -360,13 +301,6 @@ def _metadata(model: int, key: str) -> str | None:
     text = ctypes.create_string_buffer(64)
     length = api.llama_model_meta_val_str(model, key.encode(), text, len(text))
     return None if length < 0 else text.value.decode()
-
-
-def _ggml_function(name: str, result: Any) -> Any:
-    """A function of libggml-base that llama-cpp-python does not wrap; the copy that the runtime itself uses."""
-    function = getattr(_ggml.libggml, name)
-    function.restype = result
-    return function
 
 
 _LOG_LEVEL_ERROR = 4  # GGML_LOG_LEVEL_ERROR in ggml/include/ggml.h

@@ -22,9 +22,11 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from tokenizers import Tokenizer
 
 from compressors.model.errors import InputError, MoeExportError
-from compressors.model.routing import NO_EXPERT, Routing
+from compressors.model.routing import NO_EXPERT, Routing, selection_margins
 from validate.backend import ChunkOutput, scored_positions
 from validate.cost import RuntimeCost, peak_rss_bytes
+from validate.onnx_router import router_graph
+from validate.router_inputs import RouterInputs
 
 __all__ = ["CHUNK_TOKENS", "OnnxRuntimeBackend", "OnnxRuntimeError", "measure"]
 
@@ -54,6 +56,7 @@ class _MoeNode:
     """What one MoE operator is told."""
 
     layer: int
+    states: str  # name of the value that the router reads too: [batch, sequence, hidden size]
     router_logits: str  # name of the value [tokens, experts]
     top_k: int
     normalizes: bool
@@ -138,9 +141,39 @@ class OnnxRuntimeBackend:
         size = (self._n_layers, len(router_logits[0]), max(node.top_k for node in nodes))
         experts_LTK = np.full(size, NO_EXPERT, dtype=np.int32)
         weights_LTK = np.zeros(size, dtype=np.float32)
+        margins_LT = np.full(size[:2], np.inf, dtype=np.float32)
         for node, logits_TE in zip(nodes, router_logits, strict=True):
             experts_LTK[node.layer, :, : node.top_k], weights_LTK[node.layer, :, : node.top_k] = node.routing(logits_TE)
-        return Routing(experts_LTK, weights_LTK)
+            margins_LT[node.layer] = selection_margins(logits_TE, node.top_k)
+        return Routing(experts_LTK, weights_LTK, margins_LT)
+
+    def route(self, tokens_BT: npt.NDArray[np.int64], inputs: RouterInputs) -> Routing:
+        """What the routers of these chunks choose when torch's hidden states reach every one of them.
+
+        Each router runs as a graph of its own, cut out of the model's, with the model's weights.
+
+        Raises:
+            InputError: the states are of another model, or a router does not read what its experts do.
+        """
+        model = onnx.load(self._path, load_external_data=False)
+        nodes, n_tokens = tuple(_moe_nodes(model.graph)), tokens_BT.size
+        return self._routing(nodes, [self._router_logits(model, node, inputs, n_tokens) for node in nodes])
+
+    def _router_logits(
+        self, model: onnx.ModelProto, node: _MoeNode, inputs: RouterInputs, n_tokens: int
+    ) -> npt.NDArray[np.float32]:
+        """One router's logits, [T, E]."""
+        graph = router_graph(model, node.states, node.router_logits)
+        if graph is None:
+            raise InputError(f"{self._path}: the router of layer {node.layer} does not read what its experts read")
+        session = _open_session(self._path, graph.SerializeToString(), self._threads)
+        states_1TD = inputs.states(node.layer, 0, n_tokens)[None]
+        try:
+            (logits_TE,) = session.run([node.router_logits], {node.states: states_1TD})
+        except (ort_errors.Fail, ort_errors.InvalidArgument) as error:
+            raise InputError(f"{self._path}: the states are not those of this model ({error})") from None
+        result: npt.NDArray[np.float32] = logits_TE
+        return result
 
     def greedy(self, prompt_ids: Sequence[int], n_tokens: int) -> list[int]:
         """The ``n_tokens`` most likely next tokens, one after the other, through the cache; stops at nothing."""
@@ -313,7 +346,8 @@ def _moe_nodes(graph: onnx.GraphProto) -> Iterator[_MoeNode]:
             attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
             # absent attributes have the operators' defaults
             normalizes = bool(attributes.get("normalize_routing_weights", 0))
-            yield _MoeNode(layer, node.input[_ROUTER_INPUT], attributes.get("k", 1), normalizes)
+            states, router_logits = node.input[0], node.input[_ROUTER_INPUT]
+            yield _MoeNode(layer, states, router_logits, attributes.get("k", 1), normalizes)
 
 
 def _open_session(path: Path, model: str | bytes, threads: int) -> onnxruntime.InferenceSession:

@@ -7,7 +7,8 @@ nothing about the router and are left out; the surviving share of the teacher's 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ from compressors.model.routing import NO_EXPERT, Routing
 from compressors.model.student import ExpertMap
 from validate.bootstrap import Interval, bootstrap_interval
 
-__all__ = ["LayerAgreement", "RoutingAgreement", "routing_agreement", "same_sets"]
+__all__ = ["LayerAgreement", "RoutingAgreement", "overlaps", "routing_agreement", "same_sets"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,12 @@ class RoutingAgreement:
     def mean(self, name: str) -> float:
         """The mean of one figure over the layers that have experts."""
         return float(np.mean([getattr(layer, name) for layer in self.layers if layer is not None]))
+
+    def figures(self) -> dict[str, Any]:
+        """Means, interval and layers as plain data for JSON."""
+        overall: dict[str, Any] = {figure.name: self.mean(figure.name) for figure in fields(LayerAgreement)}
+        overall["overlap_interval"] = self.overlap_interval
+        return overall | {"per_layer": [None if layer is None else asdict(layer) for layer in self.layers]}
 
 
 def routing_agreement(
@@ -70,10 +77,23 @@ def routing_agreement(
 
 
 def same_sets(first: Routing, second: Routing) -> npt.NDArray[np.bool_]:
-    """Whether a token's chosen sets are equal in every layer: bool [T]."""
+    """Whether a token's chosen sets are equal in a layer: bool [L, T]."""
     same = np.sort(first.experts_LTK, axis=-1) == np.sort(second.experts_LTK, axis=-1)
-    result: npt.NDArray[np.bool_] = same.all(axis=(0, 2))
+    result: npt.NDArray[np.bool_] = same.all(axis=-1)
     return result
+
+
+def overlaps(reference: Routing, model: Routing) -> npt.NDArray[np.float64]:
+    """overlap@k of two routings of one student, by layer and token: [L, T]; 0 where no expert is chosen."""
+    layers = zip(reference.experts_LTK, model.experts_LTK, strict=True)
+    return np.stack([_overlaps_of_layer(reference_TK, model_TK) for reference_TK, model_TK in layers])
+
+
+def _overlaps_of_layer(reference_TK: npt.NDArray[np.int32], model_TK: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+    chosen = reference_TK != NO_EXPERT
+    shared = (reference_TK[:, :, None] == model_TK[:, None, :]).any(axis=-1) & chosen
+    shares_T: npt.NDArray[np.float64] = shared.sum(axis=-1) / np.maximum(chosen.sum(axis=-1), 1)
+    return shares_T
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -10,8 +10,7 @@ import torch
 
 from compressors.model.memory import MemoryLimit
 from compressors.model.recorder import RoutingRecorder
-from compressors.model.routing import Routing
-from compressors.model.streaming import StreamedModel, TokenGroup
+from compressors.model.streaming import LayerObserver, StreamedModel, TokenGroup
 from compressors.model.student import Student
 from validate.backend import ChunkOutput, scored_positions
 
@@ -27,11 +26,16 @@ class TorchBackend:
     runtime = "torch"
 
     def __init__(
-        self, student: Student, progress: Callable[[int], None] | None = None, limit: MemoryLimit | None = None
+        self,
+        student: Student,
+        progress: Callable[[int], None] | None = None,
+        limit: MemoryLimit | None = None,
+        observers: Sequence[LayerObserver] = (),
     ) -> None:
         self._student = student
         self._progress = progress
         self._limit = limit
+        self._observers = observers
 
     @property
     def version(self) -> str:
@@ -44,7 +48,7 @@ class TorchBackend:
         model = StreamedModel(self._student, limit=self._limit)
         recorder = RoutingRecorder(self._student.shape)
         is_dense = self._student.shape.is_dense
-        group = TokenGroup(torch.from_numpy(tokens_BT), [] if is_dense else [recorder.observe])
+        group = TokenGroup(torch.from_numpy(tokens_BT), [*self._observers, *([] if is_dense else [recorder.observe])])
         (states,) = model.stream([group], self._progress)
         routing = None if is_dense else recorder.routing()
         n_tokens = tokens_BT.shape[1]
@@ -55,7 +59,5 @@ class TorchBackend:
                 (hidden_TD,) = states.read(slice(chunk, chunk + 1))
                 yield ChunkOutput(
                     logits_SV=head(hidden_TD[scored]).numpy(),
-                    routing=None
-                    if routing is None
-                    else Routing(routing.experts_LTK[:, tokens], routing.weights_LTK[:, tokens]),
+                    routing=None if routing is None else routing.tokens(tokens),
                 )

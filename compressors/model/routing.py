@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from compressors.model.errors import InputError
 
-__all__ = ["NO_EXPERT", "Routing"]
+__all__ = ["NO_EXPERT", "Routing", "selection_margins"]
 
 NO_EXPERT = -1
 """Fills up the choices of layers with fewer than the largest top-k, or none; its gate weight is 0."""
@@ -24,13 +24,13 @@ class Routing:
 
     experts_LTK: npt.NDArray[np.int32]
     weights_LTK: npt.NDArray[np.float32]  # gate weights as they were applied
+    margins_LT: npt.NDArray[np.float32] | None = None  # see selection_margins; None where nobody recorded them
 
     def save(self, path: Path) -> None:
-        """Writes both arrays into one safetensors file."""
-        # safetensors writes an array's memory as it lies, whatever its strides
-        save_file(
-            {"experts": np.ascontiguousarray(self.experts_LTK), "weights": np.ascontiguousarray(self.weights_LTK)}, path
-        )
+        """Writes the arrays into one safetensors file."""
+        tensors = {"experts": self.experts_LTK, "weights": self.weights_LTK, "margins": self.margins_LT}
+        # safetensors writes an array's memory as it lies, whatever its strides say
+        save_file({name: np.ascontiguousarray(array) for name, array in tensors.items() if array is not None}, path)
 
     @classmethod
     def load(cls, path: Path) -> Routing:
@@ -43,12 +43,33 @@ class Routing:
             tensors = load_file(path)
         except (OSError, SafetensorError) as error:
             raise InputError(f"the routing in {path} cannot be read ({error})") from None
-        return cls(tensors["experts"], tensors["weights"])
+        return cls(tensors["experts"], tensors["weights"], tensors.get("margins"))
+
+    def tokens(self, tokens: slice | npt.NDArray[np.int64]) -> Routing:
+        """The routing of these tokens alone."""
+        margins_LT = None if self.margins_LT is None else self.margins_LT[:, tokens]
+        return Routing(self.experts_LTK[:, tokens], self.weights_LTK[:, tokens], margins_LT)
 
     @classmethod
     def concatenate(cls, parts: list[Routing]) -> Routing:
         """Joins the tokens of several recordings of one model."""
+        margins = [part.margins_LT for part in parts if part.margins_LT is not None]
         return cls(
             np.concatenate([part.experts_LTK for part in parts], axis=1),
             np.concatenate([part.weights_LTK for part in parts], axis=1),
+            np.concatenate(margins, axis=1) if len(margins) == len(parts) else None,
         )
+
+
+def selection_margins(logits_TE: npt.NDArray[np.float32], top_k: int) -> npt.NDArray[np.float32]:
+    """How far a token is from choosing another expert: its k-th largest router logit less the next, float32 [T].
+
+    The logarithm of the ratio of both experts' gate weights; infinite where all experts are chosen.
+    """
+    n_tokens, n_experts = logits_TE.shape
+    if top_k == n_experts:
+        return np.full(n_tokens, np.inf, dtype=np.float32)
+    last, first_left_out = n_experts - top_k, n_experts - top_k - 1  # by rising logit
+    sorted_TE = np.partition(logits_TE, (first_left_out, last), axis=1)
+    margins_T: npt.NDArray[np.float32] = sorted_TE[:, last] - sorted_TE[:, first_left_out]
+    return margins_T.astype(np.float32, copy=False)

@@ -15,11 +15,13 @@ import torch
 from compressors.model.log_probs import LogProbReader, LogProbWriter
 from exporter.stage import StageContext
 from exporter.stages.artifacts import Blocks, Calibration
-from exporter.stages.validate_torch import EVALUATION
+from exporter.stages.validate_torch import EVALUATION, ROUTER_INPUTS
 from validate.backend import RuntimeBackend, scored_positions
 from validate.evaluation import evaluate
 from validate.measure import RuntimeCrashError, measure_artifact
 from validate.repetition import measure_repetition
+from validate.router_alone import router_alone
+from validate.router_inputs import RouterInputs
 
 __all__ = ["LOG_PROBS", "MEASUREMENT", "validate_runtime"]
 
@@ -72,8 +74,19 @@ def validate_runtime(
             "runtime_version": backend.version,
             "cost": asdict(cost),
             "repetition": asdict(repetition),
+            "router_alone": _router_alone(context, backend, heldout),
         }
     (context.output / MEASUREMENT).write_text(json.dumps(measurement, indent=1), encoding="utf-8")
+
+
+def _router_alone(
+    context: StageContext, backend: RuntimeBackend, heldout_BT: npt.NDArray[np.int64]
+) -> dict[str, Any] | None:
+    """Gives the runtime's routers what the student's routers had in torch; None of a dense student."""
+    inputs = RouterInputs(context.work.stage("validate_torch") / ROUTER_INPUTS)
+    if not inputs.folder.exists():
+        return None
+    return router_alone(inputs, backend.route(heldout_BT[inputs.chunks()], inputs)).figures()
 
 
 def _evaluate(

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from compressors.model.array_file import ArrayFile
@@ -77,7 +76,7 @@ class TeacherPass:
             statistics = self._statistics.take(layer)
             if is_first():
                 save_statistics(statistics, self._files.statistics, layer)
-            routing.write(layer, self._shares["heldout"], *self._recorder.take(layer))
+            routing.write(layer, self._shares["heldout"], self._recorder.take(layer))
             yield 1
             snapshot.keep(layer + 1, self._save_hidden)
         wait_for_all()
@@ -153,13 +152,12 @@ class _RoutingFiles:
         wait_for_all()
         self._experts, self._weights = (ArrayFile.open(path, writable=True) for path in self._paths)
 
-    def write(
-        self, layer: int, blocks: Sequence[int], experts_TK: npt.NDArray[np.int32], weights_TK: npt.NDArray[np.float32]
-    ) -> None:
+    def write(self, layer: int, blocks: Sequence[int], routing: Routing) -> None:
+        """Puts one layer's routing of these blocks in its place."""
         for position, block in enumerate(blocks):
-            tokens = slice(position * self._n_tokens, (position + 1) * self._n_tokens)
-            self._experts.write(layer * self._n_blocks + block, experts_TK[None, tokens])
-            self._weights.write(layer * self._n_blocks + block, weights_TK[None, tokens])
+            of_block = routing.tokens(slice(position * self._n_tokens, (position + 1) * self._n_tokens))
+            self._experts.write(layer * self._n_blocks + block, of_block.experts_LTK)
+            self._weights.write(layer * self._n_blocks + block, of_block.weights_LTK)
 
     def collected(self) -> Routing:
         """All layers and blocks."""

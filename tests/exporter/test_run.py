@@ -66,6 +66,8 @@ def test_figures_agree_between_torch_and_the_runtimes(finished: tuple[Path, str]
     for name in ("gguf", "onnx"):
         assert rows[name]["perplexity"] == pytest.approx(rows["student"]["perplexity"], rel=0.05)
         assert rows[name]["routing"]["vs_torch_student"]["overlap"] > 0.85
+        assert rows[name]["routing"]["router_alone"]["overlap"] > 0.999
+        assert rows[name]["routing"]["vs_torch_student"]["ties"]["differing_tied"] < 1
         assert rows[name]["peak_rss_bytes"] > rows[name]["base_rss_bytes"] > 10_000_000
         assert rows[name]["perplexity_vs_teacher"]["base"] == pytest.approx(rows["teacher"]["perplexity"], rel=1e-4)
         for figures, figure, interval in (
@@ -75,6 +77,12 @@ def test_figures_agree_between_torch_and_the_runtimes(finished: tuple[Path, str]
             (rows[name]["routing"]["vs_torch_student"], "overlap", "overlap_interval"),
         ):
             assert figures[interval][0] < figures[figure] < figures[interval][1]
+    assert list(report["load"]) == ["teacher", "student", "gguf", "onnx"]
+    sizes = {"teacher": 32, **dict.fromkeys(["student", "gguf", "onnx"], report["student"]["n_experts"])}
+    for name, load in report["load"].items():
+        assert [len(layer) for layer in load["tokens"]] == [sizes[name]] * 2
+        np.testing.assert_allclose(np.sum(load["tokens"], axis=1), report["student"]["top_k"], rtol=1e-3)
+        np.testing.assert_allclose(np.sum(load["gate_weight"], axis=1), 1, rtol=1e-3)
     # the same blocks in both files: the runtimes are nearer to each other than either is to the original
     assert rows["onnx"]["kld_vs_other_runtime"] < min(rows["gguf"]["kld"]["mean"], rows["onnx"]["kld"]["mean"])
     assert report["verdict"]["passed"]

@@ -74,7 +74,7 @@ def _streamed(student: Student, tokens_BT: Tokens) -> tuple[npt.NDArray[np.float
 
 def _tokens_of(routing: Routing, block: int, n_tokens: int) -> Routing:
     tokens = slice(block * n_tokens, (block + 1) * n_tokens)
-    return Routing(routing.experts_LTK[:, tokens], routing.weights_LTK[:, tokens])
+    return routing.tokens(tokens)
 
 
 def _assert_equal_runs(

@@ -24,6 +24,7 @@ _SECTIONS = (
     "Routing agreement",
     "Recovery",
     "Surviving experts",
+    "Load of the experts",
     "Speed and memory",
     "Checks",
     "Reproduce",
@@ -74,7 +75,15 @@ def sample_report() -> dict[str, Any]:
             "parameters": 16_521_216,
             "kept": _kept(6, 32, 24),
             "merged": False,
+            "expert_map": {
+                "teacher_experts": 32,
+                "layers": [
+                    {"source": layer, "groups": [[expert] for expert in kept], "width": None}
+                    for layer, kept in enumerate(_kept(6, 32, 24))
+                ],
+            },
         },
+        "load": {"teacher": _load(32), "student": _load(24), "gguf": _load(24), "onnx": _load(24)},
         "budget": {
             "bytes": 16_000_000,
             "kind": "total",
@@ -140,6 +149,16 @@ def _kept(n_layers: int, n_experts: int, n_kept: int) -> list[list[int]]:
     return [sorted(order[:n_kept]) for order in orders]
 
 
+def _load(n_experts: int) -> dict[str, Any]:
+    """One expert of each layer gets nothing, another six times its share."""
+    even = 4 / n_experts
+    layer = [0.0, 6 * even, *[even * (n_experts - 6) / (n_experts - 2)] * (n_experts - 2)]
+    return {
+        "tokens": [layer] * 6, "gate_weight": [[share / 4 for share in layer]] * 6,
+        "variation": [1.0351] * 6, "dead": [[0]] * 6, "mean_variation": 1.0351, "n_dead": 6, "largest": 6.0,
+    }  # fmt: skip
+
+
 def _lines(weights: int, kv_cache: int, compute: int, reserve: int) -> dict[str, int]:
     total = weights + kv_cache + compute + reserve
     parts = {"weights": weights, "kv_cache": kv_cache, "compute": compute, "reserve": reserve}
@@ -163,7 +182,7 @@ def _rung(name: str, loss: str, rate: float, before: float, after: float, accept
     }
 
 
-def _agreement(overlap: float, kept: float = 1.0) -> dict[str, Any]:
+def _agreement(overlap: float, kept: float = 1.0, ties: dict[str, Any] | None = None) -> dict[str, Any]:
     layers = []
     for layer in range(6):
         value = overlap - (1 - overlap) * 0.25 * math.sin(1.3 * layer)
@@ -180,9 +199,14 @@ def _agreement(overlap: float, kept: float = 1.0) -> dict[str, Any]:
     return {
         **figures,
         "overlap_interval": (figures["overlap"] - 0.003, figures["overlap"] + 0.0002),
+        "ties": ties,
         "per_layer": layers,
     }
 
+
+_TIES = {"threshold": 0.01, "tokens": 0.0526, "differing": 0.0151, "differing_tied": 0.7612,
+         "overlap_without_ties": 0.99923, "median_margin": 0.131, "median_margin_differing": 0.0041,
+         "median_margin_change": 0.0047}  # fmt: skip
 
 _LOWER = {"min": -0.00001, "p001": 0.01, "p01": 0.06, "p05": 0.13, "p10": 0.21}
 _UPPER = {"p90": 2.1, "p95": 2.9, "p99": 5.2, "p999": 9.6, "max": 21.0}
@@ -259,8 +283,8 @@ def _validation() -> list[dict[str, Any]]:
          **_statistics(49.226),
          "top1_agreement": 0.7212, "kld_vs_other_runtime": 0.00031,
          "floor": _floor(0.00112, "BF16", 6), "domains": _domains(0.2646),
-         "routing": {"vs_torch_student": _agreement(0.9961), "vs_other_runtime": _agreement(0.9958),
-                     "vs_teacher": _agreement(0.769, 0.842)},
+         "routing": {"vs_torch_student": _agreement(0.9961, ties=_TIES), "vs_other_runtime": _agreement(0.9958),
+                     "vs_teacher": _agreement(0.769, 0.842), "router_alone": _agreement(0.999871)},
          "base_rss_bytes": 72_351_744, "peak_rss_bytes": 88_080_384, "load_seconds": 0.09,
          "prefill_tokens_per_second": 2914.0, "decode_tokens_per_second": 412.5,
          "repetition": {"prompts": 40, "loop_rate": 0.075, "end_of_text_rate": 0.9}},
@@ -303,6 +327,7 @@ def dense(report: dict[str, Any]) -> dict[str, Any]:
     report = copy.deepcopy(report)
     report["student"] |= {"dense": True, "expert_width": 512, "kept": _kept(6, 32, 4)}
     report["student"] |= dict.fromkeys(("n_experts", "fewest_experts", "n_moe_layers", "top_k"))
+    report["load"] = {"teacher": report["load"]["teacher"]}
     for row in report["validation"]:
         row["routing"] = dict.fromkeys(row["routing"])
         if row.get("floor"):
@@ -320,7 +345,7 @@ def least() -> dict[str, Any]:
     report["budget"].update(predicted={}, measured={})
     report.update(artifacts=[], recovery=[], validation=[], timings={}, peak_rss_bytes={}, environment={}, recipe={})
     report["verdict"] = {"passed": True, "checks": []}
-    del report["command"], report["text"]
+    del report["command"], report["text"], report["load"]
     return report
 
 
@@ -400,6 +425,9 @@ def variant(request: pytest.FixtureRequest, report: dict[str, Any]) -> dict[str,
         report["budget"]["kind"] = "file"
     if name == "one layer":
         report["student"]["kept"] = report["student"]["kept"][:1]
+        report["student"]["expert_map"]["layers"] = report["student"]["expert_map"]["layers"][:1]
+        for load in report["load"].values():
+            load |= {"tokens": load["tokens"][:1], "gate_weight": load["gate_weight"][:1]}
         for row in report["validation"]:
             for agreement in filter(None, row["routing"].values()):
                 agreement["per_layer"] = agreement["per_layer"][:1]
@@ -455,6 +483,8 @@ def test_figures_stand_in_the_right_rows(report: dict[str, Any]) -> None:
     assert page.row("GGUF and the student in torch")[1] == (
         f"{numbers.percent(agreement['overlap'])} {low} to {high} % floor 99.87 %"
     )
+    assert page.row("GGUF and the student in torch")[2] == "99.92 % 76.12 % of differing are ties"
+    assert page.row("GGUF, routers alone")[1].startswith("99.99 %")
     assert page.row("ONNX and the original")[-1] == "84.20 %"
     assert page.row("router")[1:5] == ["0.5412", "0.3829 \N{MINUS SIGN}29.2 %", "38.29 before 54.12", "accepted"]
     assert page.row("all")[4] == "rejected"
@@ -642,6 +672,17 @@ def test_grid_shows_exactly_the_kept_experts(report: dict[str, Any]) -> None:
     }
     assert cells == {(layer, expert) for layer, kept in enumerate(report["student"]["kept"]) for expert in kept}
     assert charts.kept_ranges([9, 0, 1, 2, 5, 8]) == "0-2, 5, 8-9"
+
+
+def test_loads_are_shown_before_and_after(report: dict[str, Any]) -> None:
+    page = render_html(report)
+    assert "Before: the original" in page and "After: the GGUF" in page
+    rows = [[cell.strip() for cell in row] for row in Page(page).rows]
+    assert ["Student", "1.04", "6.0 even shares", "6 of 144"] in rows
+    without = Page(render_html(least()))
+    assert "Before: the original" not in "".join(without.text)
+    of_dense = render_html(dense(report))
+    assert "Before: the original" not in of_dense and "it has no experts to choose from" in of_dense
 
 
 def test_lines_lie_inside_their_axes(report: dict[str, Any]) -> None:

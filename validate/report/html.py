@@ -10,7 +10,7 @@ import jinja2
 import yaml
 
 from validate.bootstrap import CONFIDENCE
-from validate.report import charts, facts, numbers, tables
+from validate.report import charts, facts, heat_map, numbers, tables
 from validate.report.domains import domain_table
 from validate.report.facts import Report, find
 from validate.report.floors import FLOOR_SENTENCE, floor_table
@@ -80,6 +80,9 @@ def _view(report: Report) -> dict[str, Any]:
         "what_is_left": facts.what_is_left(report),
         "expert_grid": charts.expert_grid(report),
         "kept_ranges": [charts.kept_ranges(layer) for layer in report["student"].get("kept") or []],
+        "load_maps": heat_map.load_maps(report),
+        "load_levels": heat_map.LEVELS,
+        "load_table": tables.load_table(report),
         "cost_table": tables.cost_table(report),
         "check_table": tables.check_table(report),
         "command": report.get("command"),

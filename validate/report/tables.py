@@ -29,6 +29,7 @@ __all__ = [
     "check_table",
     "cost_table",
     "fidelity_table",
+    "load_table",
     "recovery_table",
     "routing_table",
     "stage_table",
@@ -151,14 +152,41 @@ def routing_table(report: Report) -> Table:
         if agreement := routing.get("vs_torch_student"):
             floor = find(row, "floor", "same_weights", "routing", "overlap")
             export.append(_agreement(f"{name} and the student in torch", row["artifact"], agreement, floor=floor))
+        if agreement := routing.get("router_alone"):
+            export.append(_agreement(f"{name}, routers alone", row["artifact"], agreement))
         if agreement := routing.get("vs_other_runtime"):
             across.append(_agreement("llama.cpp and ONNX Runtime", "cross", agreement))
         if agreement := routing.get("vs_teacher"):
             compression.append(_agreement(f"{name} and the original", row["artifact"], agreement, mapped=True))
     # Both files report the comparison with each other: one of them is enough.
     rows = [*export, *across[:1], *compression]
-    headings = ("Comparison", "Overlap", "Exact set", "Top expert", "Weighted overlap", "Gate weight kept")
+    headings = (
+        "Comparison",
+        "Overlap",
+        "Without ties",
+        "Exact set",
+        "Top expert",
+        "Weighted overlap",
+        "Gate weight kept",
+    )
     return Table(headings, tuple(rows))
+
+
+def load_table(report: Report) -> Table:
+    """How evenly each model spreads its tokens over its experts."""
+    rows = []
+    for name, load in (report.get("load") or {}).items():
+        cells = (
+            Cell(f"{load['mean_variation']:.2f}"),
+            Cell(f"{load['largest']:.1f}", note="even shares"),
+            Cell(numbers.count(load["n_dead"]), note=f"of {numbers.count(_n_experts(load))}"),
+        )
+        rows.append(Row(artifact_name(name), cells, kind=name))
+    return Table(("Model", "Coefficient of variation", "Busiest expert", "Dead experts"), tuple(rows))
+
+
+def _n_experts(load: Mapping[str, Any]) -> int:
+    return sum(len(layer) for layer in load["tokens"] if layer)
 
 
 def recovery_table(report: Report) -> Table:
@@ -286,8 +314,16 @@ def _agreement(
     name: str, kind: str, agreement: Mapping[str, Any], mapped: bool = False, floor: float | None = None
 ) -> Row:
     overlap_interval = numbers.interval(agreement.get("overlap_interval"), numbers.percent)
-    cells = [Cell(numbers.percent(agreement["overlap"]), note=overlap_interval, floor=numbers.percent(floor))]
+    overlap = Cell(numbers.percent(agreement["overlap"]), note=overlap_interval, floor=numbers.percent(floor))
+    cells = [overlap, _without_ties(agreement)]
     cells += [Cell(numbers.percent(agreement[key])) for key in ("exact", "top1", "weighted")]
     # Without an expert map nothing can be dropped: the figure is 1 by definition and says nothing.
     cells.append(Cell(numbers.percent(agreement.get("kept_gate_weight") if mapped else None)))
     return Row(name, tuple(cells), kind)
+
+
+def _without_ties(agreement: Mapping[str, Any]) -> Cell:
+    ties = agreement.get("ties") or {}
+    differing = ties.get("differing_tied")
+    note = "" if differing is None else f"{numbers.percent(differing)} of differing are ties"
+    return Cell(numbers.percent(ties.get("overlap_without_ties")), note=note)
