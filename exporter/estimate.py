@@ -25,6 +25,7 @@ from exporter.plan import Plan
 from exporter.recovery import scope_of
 from exporter.stages.validate_gguf import same_numbers
 from validate.backend import scored_positions
+from validate.generation import NEW_TOKENS, PROMPT_TOKENS, PROMPTS
 
 __all__ = ["COPIED_TYPES", "Speeds", "describe_time", "disk_lines", "memory_lines", "seconds_by_stage"]
 
@@ -40,7 +41,7 @@ _PARTS: Mapping[str, Collection[str]] = {
     "calibration": ("calibrate", "compress"),
     "recovery": ("schedule", "recover", "retune"),
     "writing": ("gguf", "onnx", "student"),
-    "validation": ("validate_torch", "validate_gguf", "validate_onnx"),
+    "validation": ("teacher_texts", "validate_torch", "validate_gguf", "validate_onnx"),
 }
 """What a person is told of the stages."""
 
@@ -115,6 +116,7 @@ def seconds_by_stage(plan: Plan, speeds: Speeds, free_memory: int) -> dict[str, 
         "calibrate": max(passes.reading(teacher), computing),
         "compress": _compression(plan, passes),
         **_recovery(plan, passes),
+        "teacher_texts": passes.writing(teacher, 2 * min(PROMPTS, n_heldout)),
         "validate_torch": passes.forward(student, n_reference=n_heldout),
     }
     for artifact, prediction in plan.predictions.items():
@@ -158,6 +160,12 @@ class _Passes:
         """Token blocks through a model that was read before."""
         reading = 0.0 if self._stays_cached else self.reading(shape)
         return max(self.computing(shape, n_blocks, n_reference), reading)
+
+    def writing(self, shape: MoeShape, n_texts: int) -> float:
+        """Texts of the generation gate: the model is read once for each new token of all of them."""
+        n_blocks = n_texts * (PROMPT_TOKENS + NEW_TOKENS) // BLOCK_LENGTH
+        reading = 0.0 if self._stays_cached else NEW_TOKENS * self.reading(shape)
+        return max(self.computing(shape, 0, n_blocks), reading)
 
     def export(self, shape: MoeShape, weight_type: str, n_bytes: int) -> float:
         """Quantizing and writing; a disk writes no faster than it reads."""

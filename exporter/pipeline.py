@@ -79,10 +79,11 @@ _RETUNE = Stage(
     shared=True,
 )
 _STUDENT = Stage("student", 1, ("recover", "retune"), (), "write the student checkpoint", resumes=True)
+_TEACHER_TEXTS = Stage("teacher_texts", 1, ("calibrate",), (), "let the original write a few texts")
 _VALIDATE_TORCH = Stage("validate_torch", 2, ("recover", "retune"), (), "measure the student in torch")
 _VALIDATE_GGUF = Stage(
     "validate_gguf",
-    2,
+    3,
     ("gguf", "retune"),
     ("budget", "onnx"),  # it records what it says if the other file holds the same numbers
     "measure the GGUF in llama.cpp",
@@ -90,7 +91,7 @@ _VALIDATE_GGUF = Stage(
 )
 _VALIDATE_ONNX = Stage(
     "validate_onnx",
-    2,
+    3,
     ("onnx", "retune", "validate_gguf"),
     ("budget",),
     "measure the ONNX in ONNX Runtime",
@@ -106,6 +107,7 @@ ALL_STAGES = (
     _ONNX,
     _RETUNE,
     _STUDENT,
+    _TEACHER_TEXTS,
     _VALIDATE_TORCH,
     _VALIDATE_GGUF,
     _VALIDATE_ONNX,

@@ -23,6 +23,7 @@ from exporter.recipe import Recipe
 from exporter.stages.artifacts import Calibration, StudentFiles, open_student
 from exporter.stages.runtime import MEASUREMENT
 from exporter.stages.schedule import scheduled_blocks
+from exporter.stages.teacher_texts import GENERATION
 from exporter.stages.validate_gguf import same_numbers
 from exporter.stages.validate_torch import EVALUATION
 from exporter.work import StageRecord, WorkDirectory
@@ -167,7 +168,9 @@ class _Rows:
 
     def teacher(self) -> dict[str, Any]:
         """The original in torch; it is its own reference."""
-        return self._empty("teacher", "torch", version("torch")) | dict(self._teacher)
+        path = self._work.stage("teacher_texts") / GENERATION
+        generation = _generation(json.loads(path.read_text(encoding="utf-8")))
+        return self._empty("teacher", "torch", version("torch")) | dict(self._teacher) | generation
 
     def student(self) -> dict[str, Any]:
         """The student in torch, unquantized."""
@@ -183,7 +186,7 @@ class _Rows:
         row = self._empty(name, _RUNTIMES[name], measurement.get("runtime_version"))
         if measurement["error"] is not None or evaluation is None:
             return row | {"error": measurement["error"]}
-        other = {"repetition": measurement["repetition"], "kld_vs_other_runtime": _mean_kld(evaluation, "gguf")}
+        other = _generation(measurement["generation"]) | {"kld_vs_other_runtime": _mean_kld(evaluation, "gguf")}
         return row | self._fidelity(name, evaluation) | dict(measurement["cost"]) | other
 
     def _load(self, stage: str) -> Evaluation | None:
@@ -252,8 +255,15 @@ _ROW_FIELDS = (
     "prefill_tokens_per_second",
     "decode_tokens_per_second",
     "repetition",
+    "generation",
     "error",
 )
+
+
+def _generation(figures: dict[str, Any]) -> dict[str, Any]:
+    """The texts' figures; the greedy rates stand under an older name too."""
+    rates = {name: figures["greedy"][name] for name in ("loop_rate", "end_of_text_rate")}
+    return {"generation": figures, "repetition": {"prompts": figures["prompts"], **rates}}
 
 
 def _mean_kld(evaluation: Evaluation, reference: str) -> float | None:

@@ -5,7 +5,7 @@ Letters: B chunks, T tokens of a chunk, S scored positions of a chunk, V vocabul
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +14,10 @@ import numpy.typing as npt
 
 from compressors.model.routing import Routing
 
-__all__ = ["Backend", "ChunkOutput", "Routing", "RuntimeBackend", "scored_positions"]
+__all__ = ["Backend", "ChooseToken", "ChunkOutput", "Routing", "RuntimeBackend", "scored_positions"]
+
+ChooseToken = Callable[[npt.NDArray[np.float32]], int]
+"""The next token from its logits [V], which are valid during the call only."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class RuntimeBackend(Backend, Protocol):
     def bos_token(self) -> int | None:
         """The token that the model wants before a text; None if it wants none."""
 
-    def greedy(self, prompt_ids: Sequence[int], n_tokens: int) -> list[int]:
-        """The next ``n_tokens`` most probable tokens, one after the other; end-of-text does not stop it."""
+    def generate(self, prompt_ids: Sequence[int], n_tokens: int, choose: ChooseToken) -> list[int]:
+        """The ``n_tokens`` tokens that follow the prompt, one after the other; end-of-text does not stop it."""
 
 
 def scored_positions(n_tokens: int) -> slice:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from llama_cpp import _ggml
 
 from compressors.model.errors import InputError
-from validate.backend import ChunkOutput, Routing, scored_positions
+from validate.backend import ChooseToken, ChunkOutput, Routing, scored_positions
 from validate.cost import RuntimeCost, peak_rss_bytes
 
 __all__ = ["KV_TYPES", "LlamaCppBackend", "measure"]
@@ -107,13 +107,13 @@ class LlamaCppBackend:
             logits_SV = self._session.decode(tokens_T[scored.start :], all_logits=True)[: scored.stop - scored.start]
             yield ChunkOutput(logits_SV, self._routing.finish(len(tokens_T)) if self._session.has_experts else None)
 
-    def greedy(self, prompt_ids: Sequence[int], n_tokens: int) -> list[int]:
-        """The ``n_tokens`` tokens that follow the prompt when the most likely one is always taken."""
+    def generate(self, prompt_ids: Sequence[int], n_tokens: int, choose: ChooseToken) -> list[int]:
+        """The ``n_tokens`` tokens that follow the prompt, each chosen from the logits of the last position."""
         self._session.clear()
         generated: list[int] = []
         logits_TV = self._session.decode(np.asarray(prompt_ids, dtype=np.int64))
         while len(generated) < n_tokens:
-            generated.append(int(logits_TV[-1].argmax()))
+            generated.append(choose(logits_TV[-1]))
             if len(generated) < n_tokens:
                 logits_TV = self._session.decode(np.asarray(generated[-1:], dtype=np.int64))
         return generated

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 from compressors.model.errors import InputError, MoeExportError
 from compressors.model.routing import NO_EXPERT, Routing
-from validate.backend import ChunkOutput, scored_positions
+from validate.backend import ChooseToken, ChunkOutput, scored_positions
 from validate.cost import RuntimeCost, peak_rss_bytes
 
 __all__ = ["CHUNK_TOKENS", "OnnxRuntimeBackend", "OnnxRuntimeError", "measure"]
@@ -142,9 +142,13 @@ class OnnxRuntimeBackend:
             experts_LTK[node.layer, :, : node.top_k], weights_LTK[node.layer, :, : node.top_k] = node.routing(logits_TE)
         return Routing(experts_LTK, weights_LTK)
 
-    def greedy(self, prompt_ids: Sequence[int], n_tokens: int) -> list[int]:
-        """The ``n_tokens`` most likely next tokens, one after the other, through the cache; stops at nothing."""
-        return _Generation(self._session, capacity=len(prompt_ids) + n_tokens).greedy(prompt_ids, n_tokens)
+    def generate(self, prompt_ids: Sequence[int], n_tokens: int, choose: ChooseToken) -> list[int]:
+        """The ``n_tokens`` tokens that follow the prompt, one after the other, through the cache; stops at nothing."""
+        generation = _Generation(self._session, capacity=len(prompt_ids) + n_tokens)
+        tokens = [choose(generation.feed(np.asarray(prompt_ids, dtype=np.int64)))]
+        while len(tokens) < n_tokens:
+            tokens.append(choose(generation.feed(np.array(tokens[-1:]))))
+        return tokens
 
     def _show_routing(self, tokens: npt.NDArray[np.int64]) -> tuple[_MoeNode, ...]:
         """Puts the debug copy in the session's place; one after the other, because each holds the weights.
@@ -194,10 +198,10 @@ def measure(folder: Path, *, context: int, threads: int, prompt_tokens: Sequence
     loaded = time.perf_counter()
     generation = _Generation(session, capacity=context)
     prompt = np.resize(np.asarray(prompt_tokens, dtype=np.int64), context - _DECODED_TOKENS)
-    token = generation.feed(prompt)
+    logits_V = generation.feed(prompt)
     filled = time.perf_counter()
     for _ in range(_DECODED_TOKENS):
-        token = generation.feed(np.array([token]))
+        logits_V = generation.feed(np.array([logits_V.argmax()]))
     done = time.perf_counter()
     return RuntimeCost(
         peak_rss_bytes=peak_rss_bytes(),
@@ -220,18 +224,11 @@ class _Generation:
             self._cache[name] = onnxruntime.OrtValue.ortvalue_from_numpy(empty)
         self._logits_1TV = np.empty((1, min(capacity, CHUNK_TOKENS), _vocab_size(session)), dtype=np.float32)
 
-    def greedy(self, prompt_ids: Sequence[int], n_tokens: int) -> list[int]:
-        """Feeds the prompt and generates."""
-        tokens = [self.feed(np.asarray(prompt_ids, dtype=np.int64))]
-        while len(tokens) < n_tokens:
-            tokens.append(self.feed(np.array(tokens[-1:])))
-        return tokens
-
-    def feed(self, tokens: npt.NDArray[np.int64]) -> int:
-        """Appends tokens, in chunks, and returns the most likely next one."""
+    def feed(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Appends tokens, in chunks, and returns the next one's logits [V], valid until the next call."""
         for first in range(0, len(tokens), CHUNK_TOKENS):
             logits_V = self._step(tokens[first : first + CHUNK_TOKENS])
-        return int(logits_V.argmax())
+        return logits_V
 
     def _step(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         past_length = self._length
