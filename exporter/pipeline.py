@@ -49,7 +49,7 @@ class Stage:
 
 _CALIBRATE = Stage(
     "calibrate",
-    3,
+    4,
     (),
     ("source", "text", "arithmetic", "threads"),
     "run the teacher over the calibration text",
@@ -80,7 +80,7 @@ _RETUNE = Stage(
 )
 _STUDENT = Stage("student", 1, ("recover", "retune"), (), "write the student checkpoint", resumes=True)
 _TEACHER_TEXTS = Stage("teacher_texts", 1, ("calibrate",), (), "let the original write a few texts")
-_VALIDATE_TORCH = Stage("validate_torch", 2, ("recover", "retune"), (), "measure the student in torch")
+_VALIDATE_TORCH = Stage("validate_torch", 3, ("recover", "retune"), (), "measure the student in torch")
 _VALIDATE_GGUF = Stage(
     "validate_gguf",
     3,

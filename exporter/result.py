@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.routing import Routing
 from compressors.model.shape import MoeShape
 from compressors.model.student import ExpertMap, LayerMap
+from exporter.against_original import against_original
 from exporter.gguf.metadata import source_license
 from exporter.outputs import Artifact
 from exporter.plan import Plan
@@ -27,6 +29,7 @@ from exporter.stages.teacher_texts import GENERATION
 from exporter.stages.validate_gguf import same_numbers
 from exporter.stages.validate_torch import EVALUATION
 from exporter.work import StageRecord, WorkDirectory
+from validate.cloze import cloze_figures, load_last_words
 from validate.evaluation import Evaluation
 from validate.figures import fidelity_figures
 from validate.routing_agreement import LayerAgreement, routing_agreement
@@ -64,6 +67,7 @@ def build_report(
     rows = _Rows(plan, work, records, experts, summary["teacher"])
     validation = [rows.teacher(), rows.student(), *(rows.artifact(name) for name in artifacts)]
     checks = _checks(plan, artifacts, {row["artifact"]: row for row in validation})
+    tried = _tried(plan, work)
     return {
         "schema": _SCHEMA,
         "tool": {"name": "moe-export", "version": version("moe-export")},
@@ -98,7 +102,10 @@ def build_report(
             }
             for name, artifact in artifacts.items()
         ],
-        "recovery": _recovery(plan, work),
+        "recovery": [asdict(refused) for refused in plan.refused_rungs] + tried,
+        "against_original": against_original(
+            artifacts, source.n_bytes, validation, zip(recipe.recover.trained, tried, strict=True), student_shape
+        ),
         "validation": validation,
         "verdict": {"passed": all(check.passed for check in checks), "checks": [asdict(check) for check in checks]},
         "timings": {name: record.seconds for name, record in records.items()},
@@ -107,15 +114,14 @@ def build_report(
     }
 
 
-def _recovery(plan: Plan, work: WorkDirectory) -> list[dict[str, Any]]:
-    """The rungs that were refused, then those that were tried."""
+def _tried(plan: Plan, work: WorkDirectory) -> list[dict[str, Any]]:
+    """How each rung of the recipe went."""
     stages = ["recover"] if plan.recipe.recover.after_quantizing is None else ["recover", "retune"]
-    tried = [
+    return [
         result
         for stage in stages
         for result in json.loads(StudentFiles(work.stage(stage)).recovery.read_text(encoding="utf-8"))
     ]
-    return [asdict(refused) for refused in plan.refused_rungs] + tried
 
 
 def _student(teacher: MoeShape, experts: ExpertMap) -> dict[str, Any]:
@@ -161,6 +167,8 @@ class _Rows:
         self._experts = experts
         self._teacher = teacher
         self._teacher_routing = Routing.load(Calibration.of(work).routing)
+        self._domains = Calibration.of(work).heldout_domains
+        self._last_words = load_last_words(Calibration.of(work).last_words)
         self._evaluations = {
             artifact: self._load(f"validate_{stage}")
             for artifact, stage in (("student", "torch"), ("gguf", "gguf"), ("onnx", "onnx"))
@@ -170,7 +178,11 @@ class _Rows:
         """The original in torch; it is its own reference."""
         path = self._work.stage("teacher_texts") / GENERATION
         generation = _generation(json.loads(path.read_text(encoding="utf-8")))
-        return self._empty("teacher", "torch", version("torch")) | dict(self._teacher) | generation
+        row = self._empty("teacher", "torch", version("torch")) | dict(self._teacher) | generation
+        student = self._evaluations["student"]
+        if student is not None:
+            row["cloze"] = self._cloze(student.against["teacher"].right_N, student)
+        return row
 
     def student(self) -> dict[str, Any]:
         """The student in torch, unquantized."""
@@ -211,7 +223,13 @@ class _Rows:
         }
 
     def _fidelity(self, name: str, evaluation: Evaluation) -> dict[str, Any]:
-        return fidelity_figures(evaluation, "teacher") | {"routing": self._routing(name, evaluation)}
+        return fidelity_figures(evaluation, "teacher") | {
+            "cloze": self._cloze(evaluation.right_N, evaluation),
+            "routing": self._routing(name, evaluation),
+        }
+
+    def _cloze(self, right_N: npt.NDArray[np.bool_], evaluation: Evaluation) -> dict[str, Any] | None:
+        return cloze_figures(right_N, evaluation.against["teacher"].right_N, self._last_words, self._domains)
 
     def _routing(self, name: str, evaluation: Evaluation) -> dict[str, Any]:
         """Each comparison that can be made; a dense student has no routing to compare."""
@@ -247,6 +265,7 @@ _ROW_FIELDS = (
     "top1_agreement",
     "top1_agreement_error",
     "top1_agreement_interval",
+    "cloze",
     "routing",
     "kld_vs_other_runtime",
     "base_rss_bytes",

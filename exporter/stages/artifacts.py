@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,17 @@ class Calibration:
     def summary(self) -> Path:
         """What the report says of texts and teacher (JSON)."""
         return self.folder / "summary.json"
+
+    @property
+    def heldout_domains(self) -> list[str]:
+        """The domain of each held-out chunk: the name of the file that it is from."""
+        domains: list[str] = json.loads(self.summary.read_text(encoding="utf-8"))["heldout_domains"]
+        return domains
+
+    @property
+    def last_words(self) -> Path:
+        """Where sentences and lines of the held-out text end with a word (JSON)."""
+        return self.folder / "last_words.json"
 
     def layer_statistics(self, n_layers: int) -> StoredStatistics:
         """The sums, each layer's read when it is asked for."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import torch
 
-from compressors.calibration import Splits, read_splits, tokenize
+from compressors.calibration import Splits, load_tokenizer, read_splits, tokenize
 from compressors.model.arithmetic import dtype_of
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
@@ -16,6 +17,7 @@ from exporter.stage import StageContext
 from exporter.stages.artifacts import Blocks, Calibration, memory_limit, use_threads
 from exporter.stages.teacher_pass import TeacherPass
 from validate.bootstrap import perplexity_interval
+from validate.cloze import find_last_words, save_last_words
 from validate.statistics import perplexity
 
 __all__ = ["run"]
@@ -30,10 +32,11 @@ def run(context: StageContext) -> None:
     splits = read_splits(plan.calibration, plan.heldout)
     _refuse_changed_inputs(context, checkpoint, splits)
     calibration, selection, heldout = tokenize(splits, checkpoint.folder)
+    measured = heldout.leading(text.heldout_chunks_per_file)
     blocks = Blocks(
         calibration.spread(text.calibration_blocks).tokens_BT,
         selection.spread(text.selection_blocks).tokens_BT,
-        heldout.leading(text.heldout_chunks_per_file).tokens_BT,
+        measured.tokens_BT,
     )
     files = Calibration(context.output)
     dtype = dtype_of(plan.recipe.arithmetic)
@@ -44,10 +47,13 @@ def run(context: StageContext) -> None:
     likelihoods = teacher.write_predictions()
     if is_first():
         blocks.save(files.blocks)
-        _write_summary(files, splits, blocks, likelihoods)
+        _write_summary(files, splits, blocks, measured.domains_B, likelihoods)
+        save_last_words(find_last_words(blocks.heldout.numpy(), load_tokenizer(checkpoint.folder)), files.last_words)
 
 
-def _write_summary(files: Calibration, splits: Splits, blocks: Blocks, likelihoods_N: torch.Tensor) -> None:
+def _write_summary(
+    files: Calibration, splits: Splits, blocks: Blocks, domains_B: Sequence[str], likelihoods_N: torch.Tensor
+) -> None:
     texts = {
         name: {"sha256": split.sha256, "documents": split.n_documents, "blocks": len(vars(blocks)[name])}
         for name, split in vars(splits).items()
@@ -55,7 +61,7 @@ def _write_summary(files: Calibration, splits: Splits, blocks: Blocks, likelihoo
     value, error = perplexity(likelihoods_N.numpy())
     interval = perplexity_interval(likelihoods_N.numpy(), len(blocks.heldout))
     teacher = {"perplexity": value, "perplexity_error": error, "perplexity_interval": interval}
-    summary = {"text": texts, "teacher": teacher}
+    summary = {"text": texts, "heldout_domains": domains_B, "teacher": teacher}
     files.summary.write_text(json.dumps(summary, indent=1), encoding="utf-8")
 
 

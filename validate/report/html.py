@@ -10,7 +10,7 @@ import jinja2
 import yaml
 
 from validate.bootstrap import CONFIDENCE
-from validate.report import charts, facts, numbers, tables
+from validate.report import charts, facts, numbers, tables, use
 from validate.report.facts import Report, find
 from validate.report.statistics import statistics_table
 
@@ -76,6 +76,10 @@ def _view(report: Report) -> dict[str, Any]:
         "expert_grid": charts.expert_grid(report),
         "kept_ranges": [charts.kept_ranges(layer) for layer in report["student"].get("kept") or []],
         "cost_table": tables.cost_table(report),
+        "use_table": use.use_table(report),
+        "trained": use.trained_sentence(report),
+        "last_words_table": use.last_words_table(report),
+        "generation_table": use.generation_table(report),
         "check_table": tables.check_table(report),
         "command": report.get("command"),
         "recipe": yaml.safe_dump(dict(report.get("recipe") or {}), sort_keys=False, allow_unicode=True),

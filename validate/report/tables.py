@@ -181,22 +181,19 @@ def _perplexities(before: float | None, after: float | None) -> Cell:
 
 
 def cost_table(report: Report) -> Table:
-    """Memory, speed and the generation gate by runtime; rows without a measurement are left out unless they crashed."""
-    keys = ("peak_rss_bytes", "load_seconds", "prefill_tokens_per_second", "decode_tokens_per_second", "repetition")
+    """Memory and speed by runtime; rows without a measurement are left out unless they crashed."""
+    keys = ("peak_rss_bytes", "load_seconds", "prefill_tokens_per_second", "decode_tokens_per_second")
     rows = []
     for row in report["validation"]:
         if not row.get("error") and all(row.get(key) is None for key in keys):
             continue
-        repetition, peak, base = row.get("repetition") or {}, row.get("peak_rss_bytes"), row.get("base_rss_bytes")
-        loops = f"of {repetition['prompts']} prompts" if repetition else ""
+        peak, base = row.get("peak_rss_bytes"), row.get("base_rss_bytes")
         cells = (
             Cell(*numbers.size_parts(peak)),
             Cell(*numbers.size_parts(base)),
             Cell(numbers.duration(row.get("load_seconds"))),
             Cell(numbers.speed(row.get("prefill_tokens_per_second"))),
             Cell(numbers.speed(row.get("decode_tokens_per_second"))),
-            Cell(numbers.percent(repetition.get("loop_rate")), note=loops),
-            Cell(numbers.percent(repetition.get("end_of_text_rate"))),
         )
         rows.append(_measured_row(row, cells))
     headings = (
@@ -206,8 +203,6 @@ def cost_table(report: Report) -> Table:
         "Load",
         "Prefill, tokens/s",
         "Decode, tokens/s",
-        "Loops",
-        "End of text",
     )
     return Table(headings, tuple(rows))
 
