@@ -272,7 +272,11 @@ _ROW_FIELDS = (
     "peak_rss_bytes",
     "load_seconds",
     "prefill_tokens_per_second",
+    "prefill_runs",
     "decode_tokens_per_second",
+    "decode_runs",
+    "buffers",
+    "device_bytes",
     "repetition",
     "generation",
     "error",
@@ -312,7 +316,11 @@ def _budget(plan: Plan, artifacts: Mapping[str, Artifact], rows: Mapping[str, Ma
             name: asdict(prediction) | {"total": prediction.total} for name, prediction in plan.predictions.items()
         },
         "measured": {
-            name: {"file": artifact.bytes, "total": rows[name]["peak_rss_bytes"]}
+            name: {
+                "file": artifact.bytes,
+                "total": rows[name]["peak_rss_bytes"],
+                "buffers": rows[name]["buffers"],
+            }
             for name, artifact in artifacts.items()
         },
     }

@@ -14,10 +14,10 @@ import numpy.typing as npt
 
 from compressors.model.routing import Routing
 
-__all__ = ["Backend", "ChooseToken", "ChunkOutput", "Routing", "RuntimeBackend", "scored_positions"]
+__all__ = ["Backend", "ChooseToken", "ChunkOutput", "Routing", "RuntimeBackend", "TextModel", "scored_positions"]
 
-ChooseToken = Callable[[npt.NDArray[np.float32]], int]
-"""The next token from its logits [V], which are valid during the call only."""
+ChooseToken = Callable[[npt.NDArray[np.float32]], int | None]
+"""The next token from its logits [V], which are valid during the call only; None ends the text."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,25 @@ class Backend(Protocol):
         """Runs every row as a sequence of its own and yields its output, in order."""
 
 
-class RuntimeBackend(Backend, Protocol):
+class TextModel(Protocol):
+    """A model that scores and continues single texts, as tasks ask for it."""
+
+    def last_logits(self, texts: Sequence[Sequence[int]], counts: Sequence[int]) -> Iterator[npt.NDArray[np.float32]]:
+        """For each text, from an empty cache, the logits of its last ``count`` positions: [count, V].
+
+        They are valid until the next text is asked for.
+        """
+
+    def generate(self, prompt_ids: Sequence[int], n_tokens: int, choose: ChooseToken) -> list[int]:
+        """At most ``n_tokens`` tokens that follow the prompt, until ``choose`` ends the text; end-of-text does not."""
+
+
+class RuntimeBackend(Backend, TextModel, Protocol):
     """A backend that can also generate text with its KV cache."""
 
     @property
     def bos_token(self) -> int | None:
         """The token that the model wants before a text; None if it wants none."""
-
-    def generate(self, prompt_ids: Sequence[int], n_tokens: int, choose: ChooseToken) -> list[int]:
-        """The ``n_tokens`` tokens that follow the prompt, one after the other; end-of-text does not stop it."""
 
 
 def scored_positions(n_tokens: int) -> slice:

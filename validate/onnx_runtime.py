@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from compressors.model.errors import InputError, MoeExportError
 from compressors.model.routing import NO_EXPERT, Routing
 from validate.backend import ChooseToken, ChunkOutput, scored_positions
-from validate.cost import RuntimeCost, peak_rss_bytes
+from validate.cost import Runs, RuntimeCost, peak_rss_bytes
 
 __all__ = ["CHUNK_TOKENS", "OnnxRuntimeBackend", "OnnxRuntimeError", "measure"]
 
@@ -143,12 +143,23 @@ class OnnxRuntimeBackend:
         return Routing(experts_LTK, weights_LTK)
 
     def generate(self, prompt_ids: Sequence[int], n_tokens: int, choose: ChooseToken) -> list[int]:
-        """The ``n_tokens`` tokens that follow the prompt, one after the other, through the cache; stops at nothing."""
+        """At most ``n_tokens`` tokens that follow the prompt, one after the other, through the cache."""
         generation = _Generation(self._session, capacity=len(prompt_ids) + n_tokens)
-        tokens = [choose(generation.feed(np.asarray(prompt_ids, dtype=np.int64)))]
-        while len(tokens) < n_tokens:
-            tokens.append(choose(generation.feed(np.array(tokens[-1:]))))
+        tokens: list[int] = []
+        logits_V = generation.feed(np.asarray(prompt_ids, dtype=np.int64))
+        while (token := choose(logits_V)) is not None:
+            tokens.append(token)
+            if len(tokens) == n_tokens:
+                break
+            logits_V = generation.feed(np.array(tokens[-1:]))
         return tokens
+
+    def last_logits(self, texts: Sequence[Sequence[int]], counts: Sequence[int]) -> Iterator[npt.NDArray[np.float32]]:
+        """For each text the logits of its last ``count`` positions: [count, V]."""
+        names = [node.router_logits for node in self._moe_nodes or ()]
+        for text, count in zip(texts, counts, strict=True):
+            logits_TV, _ = _run_from_empty_cache(self._session, np.asarray(text, dtype=np.int64), names)
+            yield logits_TV[-count:]
 
     def _show_routing(self, tokens: npt.NDArray[np.int64]) -> tuple[_MoeNode, ...]:
         """Puts the debug copy in the session's place; one after the other, because each holds the weights.
@@ -178,7 +189,8 @@ def measure(folder: Path, *, context: int, threads: int, prompt_tokens: Sequence
     """Loads the model, fills its cache and generates; call it in a process of its own, or the peak is not the model's.
 
     The prompt is fed in chunks of 512 tokens until 32 tokens of the context are left, which are then generated.
-    Prefill speed is over the whole prompt; decode speed is at the full context.
+    Prefill speed is the median over the chunks; decode speed that over the tokens, at the full context. The runtime's
+    Python interface tells nothing of its buffers.
 
     Args:
         folder: the model's folder, or its ``.onnx`` file.
@@ -195,20 +207,26 @@ def measure(folder: Path, *, context: int, threads: int, prompt_tokens: Sequence
     started = time.perf_counter()
     path = _model_file(folder)
     session = _open_session(path, str(path), threads)
-    loaded = time.perf_counter()
+    load_seconds = time.perf_counter() - started
     generation = _Generation(session, capacity=context)
     prompt = np.resize(np.asarray(prompt_tokens, dtype=np.int64), context - _DECODED_TOKENS)
-    logits_V = generation.feed(prompt)
-    filled = time.perf_counter()
+    prefill = Runs()
+    for first in range(0, len(prompt), CHUNK_TOKENS):
+        piece = prompt[first : first + CHUNK_TOKENS]
+        logits_V = generation.feed(piece)
+        prefill.done(len(piece))
+    decode = Runs()
     for _ in range(_DECODED_TOKENS):
         logits_V = generation.feed(np.array([logits_V.argmax()]))
-    done = time.perf_counter()
+        decode.done(1)
     return RuntimeCost(
         peak_rss_bytes=peak_rss_bytes(),
         base_rss_bytes=base,
-        load_seconds=loaded - started,
-        prefill_tokens_per_second=len(prompt) / (filled - loaded),
-        decode_tokens_per_second=_DECODED_TOKENS / (done - filled),
+        load_seconds=load_seconds,
+        prefill_tokens_per_second=prefill.tokens_per_second,
+        prefill_runs=len(prefill),
+        decode_tokens_per_second=decode.tokens_per_second,
+        decode_runs=len(decode),
     )
 
 

@@ -186,4 +186,11 @@ def test_cost_is_measured_in_a_process_of_its_own(quantized_file: Path) -> None:
     answer = subprocess.run(command, cwd=_REPOSITORY, capture_output=True, text=True, check=True)
     cost = json.loads(answer.stdout)
     assert cost["peak_rss_bytes"] > cost["base_rss_bytes"] + quantized_file.stat().st_size
-    assert all(value > 0 for value in cost.values())
+    assert (cost["prefill_runs"], cost["decode_runs"]) == (2, 32)  # 992 tokens in pieces of 512
+    buffers, file_bytes = cost.pop("buffers"), quantized_file.stat().st_size
+    assert cost.pop("device_bytes") is None and all(value > 0 for value in cost.values())
+    assert buffers["kv_cache"] == 2 * 1024 * 2 * 4 * 32 * 2  # layers, tokens, keys and values, heads, width, bytes
+    assert 0.95 * file_bytes < buffers["weights"] <= file_bytes, "all but tokenizer and header, to 10 KB"
+    assert buffers["output"] == pytest.approx(4 * 4096, abs=0.01 * 2**20)  # logits of one position, printed in 10 KB
+    assert buffers["compute"] > 4 * 512 * 256
+    assert buffers["recurrent_state"] == 0

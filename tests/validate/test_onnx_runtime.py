@@ -161,5 +161,7 @@ def test_cost_is_measured_in_a_process_of_its_own(folder: Path, chunks: Tokens) 
     cost = measure_artifact("onnx", folder, context=128, kv_type="f32", threads=1, prompt=chunks[0])
     assert cost.peak_rss_bytes > cost.base_rss_bytes > 0
     assert min(cost.load_seconds, cost.prefill_tokens_per_second, cost.decode_tokens_per_second) > 0
+    assert (cost.prefill_runs, cost.decode_runs) == (1, 32)
+    assert cost.buffers is None, "ONNX Runtime tells nothing"
     with pytest.raises(RuntimeCrashError, match="nowhere is missing"):
         measure_artifact("onnx", folder / "nowhere", context=128, kv_type="f32", threads=1, prompt=chunks[0])
