@@ -32,6 +32,7 @@ __all__ = [
     "TextSplit",
     "TokenBlocks",
     "TokenizedSplit",
+    "load_tokenizer",
     "read_splits",
     "tokenize",
     "tokenize_heldout",
@@ -181,7 +182,7 @@ def tokenize(
         InputError: the checkpoint has no usable tokenizer, a split has no full block, or a block of one split occurs
             in another, at whatever position.
     """
-    tokenizer = _load_tokenizer(checkpoint_folder)
+    tokenizer = load_tokenizer(checkpoint_folder)
     bos = _bos_token(tokenizer)
     in_order = (splits.calibration, splits.selection, splits.heldout)
     streams = [_token_streams(split, tokenizer, bos) for split in in_order]
@@ -203,7 +204,7 @@ def tokenize_heldout(
         InputError: as :func:`read_splits` and :func:`tokenize`.
     """
     split = TextSplit("held-out", _read_parts(path))
-    tokenizer = _load_tokenizer(checkpoint_folder)
+    tokenizer = load_tokenizer(checkpoint_folder)
     bos = _bos_token(tokenizer)
     streams = _token_streams(split, tokenizer, bos)
     _check_length(split, streams, block_length)
@@ -256,7 +257,12 @@ def _document_starts(text: str) -> Iterator[int]:
         yield start
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """The checkpoint's tokenizer, as transformers loads it; nothing is downloaded.
+
+    Raises:
+        InputError: there is none that can be used.
+    """
     from transformers import AutoTokenizer  # takes seconds to import, and splitting text does not need it
 
     try:

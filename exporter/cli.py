@@ -160,17 +160,25 @@ def inspect(model: str, offline: bool, revision: str | None, as_json: bool) -> N
 @click.option(
     "--require", multiple=True, metavar="NAME=VALUE", help="A threshold: kld, top1, routing, perplexity_change."
 )
+@click.option(
+    "--tasks", type=_FOLDER, help="Tasks of lm-evaluation-harness to run too: a YAML file or a folder (extra: tasks)."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def validate(out: Path, as_json: bool, **arguments: Any) -> None:
+def validate(out: Path, as_json: bool, tasks: Path | None, **arguments: Any) -> None:
     """Check the files of OUT again: hashes, perplexity and divergence from the original, in their runtimes."""
     with requests_wait():
         from exporter.revalidation import revalidate, revalidation_table
+        from exporter.task_runs import task_results, tasks_table
 
-    result = revalidate(out, **arguments)
+    beside = {name: arguments[name] for name in ("against", "threads", "gpu_layers")}
+    ran = None if tasks is None else task_results(out, tasks, **beside)  # first: a task that is wrong is met at once
+    result = revalidate(out, **arguments) | ({} if ran is None else {"tasks": ran})
     if as_json:
         click.echo(json.dumps(result, indent=1))
     else:
         _console().print(revalidation_table(result))
+        if ran is not None:
+            _console().print(tasks_table(ran))
     raise SystemExit(0 if result["passed"] else 4)
 
 

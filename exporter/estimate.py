@@ -26,6 +26,7 @@ from exporter.recovery import scope_of
 from exporter.stages.artifacts import same_numbers
 from exporter.teacher_floor import first_layers
 from validate.backend import scored_positions
+from validate.generation import NEW_TOKENS, PROMPT_TOKENS, PROMPTS
 from validate.router_inputs import ROUTER_CHUNKS
 
 __all__ = ["COPIED_TYPES", "Speeds", "describe_time", "disk_lines", "memory_lines", "seconds_by_stage"]
@@ -43,7 +44,7 @@ _PARTS: Mapping[str, Collection[str]] = {
     "recovery": ("schedule", "recover", "retune"),
     "writing": ("gguf", "onnx", "student"),
     "validation": (
-        *("validate_torch", "validate_written", "validate_gguf", "validate_onnx"),
+        *("teacher_texts", "validate_torch", "validate_written", "validate_gguf", "validate_onnx"),
         *("teacher_gguf", "teacher_onnx"),
     ),
 }
@@ -71,8 +72,8 @@ def disk_lines(plan: Plan) -> dict[str, int]:
         1 + (2 if same_numbers(plan) else len(plan.recipe.artifacts))
     )
     n_scored = (scored.stop - scored.start) * recorded_blocks
-    # chosen experts and gate weights, 4 bytes each, and a margin: the teacher's by layer and together, the student's, each
-    # artifact's in its runtime and in torch; some chunks of the original in each runtime and in torch
+    # chosen experts and gate weights, 4 bytes each, and a margin: the teacher's by layer and together, the student's,
+    # each artifact's in its runtime and in torch; some chunks of the original in each runtime and in torch
     n_artifacts = len(plan.recipe.artifacts)
     n_routings = 2 * n_artifacts + (2 if plan.student_shape.is_dense else 3 + 2 * n_artifacts)
     lines = {
@@ -129,6 +130,7 @@ def seconds_by_stage(plan: Plan, speeds: Speeds, free_memory: int) -> dict[str, 
         "calibrate": max(passes.reading(teacher), computing),
         "compress": _compression(plan, passes),
         **_recovery(plan, passes),
+        "teacher_texts": passes.writing(teacher, 2 * min(PROMPTS, n_heldout)),
         "validate_torch": passes.forward(student, n_reference=n_heldout),
     }
     for artifact, prediction in plan.predictions.items():
@@ -175,6 +177,12 @@ class _Passes:
         """Token blocks through a model that was read before."""
         reading = 0.0 if self._stays_cached else self.reading(shape)
         return max(self.computing(shape, n_blocks, n_reference), reading)
+
+    def writing(self, shape: MoeShape, n_texts: int) -> float:
+        """Texts of the generation gate: the model is read once for each new token of all of them."""
+        n_blocks = n_texts * (PROMPT_TOKENS + NEW_TOKENS) // BLOCK_LENGTH
+        reading = 0.0 if self._stays_cached else NEW_TOKENS * self.reading(shape)
+        return max(self.computing(shape, 0, n_blocks), reading)
 
     def export(self, shape: MoeShape, weight_type: str, n_bytes: int) -> float:
         """Quantizing and writing; a disk writes no faster than it reads."""

@@ -79,11 +79,12 @@ _RETUNE = Stage(
     shared=True,
 )
 _STUDENT = Stage("student", 1, ("recover", "retune"), (), "write the student checkpoint", resumes=True)
+_TEACHER_TEXTS = Stage("teacher_texts", 1, ("calibrate",), (), "let the original write a few texts")
 _VALIDATE_TORCH = Stage("validate_torch", 3, ("recover", "retune"), (), "measure the student in torch")
 _VALIDATE_WRITTEN = Stage("validate_written", 1, ("gguf", "onnx", "retune"), (), "measure the written weights in torch")
 _VALIDATE_GGUF = Stage(
     "validate_gguf",
-    3,
+    4,
     ("gguf", "retune", "validate_torch", "validate_written"),
     ("budget", "onnx"),  # it records what it says if the other file holds the same numbers
     "measure the GGUF in llama.cpp",
@@ -118,6 +119,7 @@ ALL_STAGES = (
     _ONNX,
     _RETUNE,
     _STUDENT,
+    _TEACHER_TEXTS,
     _VALIDATE_TORCH,
     _VALIDATE_WRITTEN,
     _VALIDATE_GGUF,

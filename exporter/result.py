@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.routing import Routing
 from compressors.model.shape import MoeShape
 from compressors.model.student import ExpertMap, LayerMap
+from exporter.against_original import against_original
 from exporter.floors import floors_of
 from exporter.gguf.metadata import source_license
 from exporter.outputs import Artifact
@@ -24,8 +26,10 @@ from exporter.recipe import Recipe
 from exporter.stages.artifacts import Calibration, StudentFiles, open_student, same_numbers
 from exporter.stages.runtime import MEASUREMENT
 from exporter.stages.schedule import scheduled_blocks
+from exporter.stages.teacher_texts import GENERATION
 from exporter.stages.validate_torch import EVALUATION
 from exporter.work import StageRecord, WorkDirectory
+from validate.cloze import cloze_figures, load_last_words
 from validate.domains import domain_figures
 from validate.evaluation import Evaluation
 from validate.figures import fidelity_figures
@@ -66,6 +70,7 @@ def build_report(
     rows = _Rows(plan, work, records, experts, summary["teacher"])
     validation = [rows.teacher(), rows.student(), *(rows.artifact(name) for name in artifacts)]
     checks = _checks(plan, artifacts, {row["artifact"]: row for row in validation})
+    tried = _tried(plan, work)
     return {
         "schema": _SCHEMA,
         "tool": {"name": "moe-export", "version": version("moe-export")},
@@ -100,7 +105,10 @@ def build_report(
             }
             for name, artifact in artifacts.items()
         ],
-        "recovery": _recovery(plan, work),
+        "recovery": [asdict(refused) for refused in plan.refused_rungs] + tried,
+        "against_original": against_original(
+            artifacts, source.n_bytes, validation, zip(recipe.recover.trained, tried, strict=True), student_shape
+        ),
         "validation": validation,
         "load": rows.load(),
         "verdict": {"passed": all(check.passed for check in checks), "checks": [asdict(check) for check in checks]},
@@ -110,15 +118,14 @@ def build_report(
     }
 
 
-def _recovery(plan: Plan, work: WorkDirectory) -> list[dict[str, Any]]:
-    """The rungs that were refused, then those that were tried."""
+def _tried(plan: Plan, work: WorkDirectory) -> list[dict[str, Any]]:
+    """How each rung of the recipe went."""
     stages = ["recover"] if plan.recipe.recover.after_quantizing is None else ["recover", "retune"]
-    tried = [
+    return [
         result
         for stage in stages
         for result in json.loads(StudentFiles(work.stage(stage)).recovery.read_text(encoding="utf-8"))
     ]
-    return [asdict(refused) for refused in plan.refused_rungs] + tried
 
 
 def _student(teacher: MoeShape, experts: ExpertMap) -> dict[str, Any]:
@@ -165,6 +172,7 @@ class _Rows:
         self._teacher = teacher
         self._teacher_routing = Routing.load(Calibration.of(work).routing)
         self._domains = Calibration.of(work).heldout_domains
+        self._last_words = load_last_words(Calibration.of(work).last_words)
         self._evaluations = {
             artifact: self._load(f"validate_{stage}")
             for artifact, stage in (("student", "torch"), ("gguf", "gguf"), ("onnx", "onnx"))
@@ -172,7 +180,13 @@ class _Rows:
 
     def teacher(self) -> dict[str, Any]:
         """The original in torch; it is its own reference."""
-        return self._empty("teacher", "torch", version("torch")) | dict(self._teacher)
+        path = self._work.stage("teacher_texts") / GENERATION
+        generation = _generation(json.loads(path.read_text(encoding="utf-8")))
+        row = self._empty("teacher", "torch", version("torch")) | dict(self._teacher) | generation
+        student = self._evaluations["student"]
+        if student is not None:
+            row["cloze"] = self._cloze(student.against["teacher"].right_N, student)
+        return row
 
     def student(self) -> dict[str, Any]:
         """The student in torch, unquantized."""
@@ -188,8 +202,7 @@ class _Rows:
         row = self._empty(name, _RUNTIMES[name], measurement.get("runtime_version"))
         if measurement["error"] is not None or evaluation is None:
             return row | {"error": measurement["error"]}
-        other = {
-            "repetition": measurement["repetition"],
+        other = _generation(measurement["generation"]) | {
             "kld_vs_other_runtime": _mean_kld(evaluation, "gguf"),
             "floor": floors_of(name, evaluation, self._plan, self._work, self._records),
         }
@@ -240,8 +253,12 @@ class _Rows:
     def _fidelity(self, name: str, evaluation: Evaluation) -> dict[str, Any]:
         return fidelity_figures(evaluation, "teacher") | {
             "domains": domain_figures(evaluation, "teacher", self._domains),
+            "cloze": self._cloze(evaluation.right_N, evaluation),
             "routing": self._routing(name, evaluation),
         }
+
+    def _cloze(self, right_N: npt.NDArray[np.bool_], evaluation: Evaluation) -> dict[str, Any] | None:
+        return cloze_figures(right_N, evaluation.against["teacher"].right_N, self._last_words, self._domains)
 
     def _routing(self, name: str, evaluation: Evaluation) -> dict[str, Any]:
         """Each comparison that can be made; a dense student has no routing to compare."""
@@ -279,6 +296,7 @@ _ROW_FIELDS = (
     "top1_agreement_error",
     "top1_agreement_interval",
     "domains",
+    "cloze",
     "routing",
     "floor",
     "kld_vs_other_runtime",
@@ -286,10 +304,21 @@ _ROW_FIELDS = (
     "peak_rss_bytes",
     "load_seconds",
     "prefill_tokens_per_second",
+    "prefill_runs",
     "decode_tokens_per_second",
+    "decode_runs",
+    "buffers",
+    "device_bytes",
     "repetition",
+    "generation",
     "error",
 )
+
+
+def _generation(figures: dict[str, Any]) -> dict[str, Any]:
+    """The texts' figures; the greedy rates stand under an older name too."""
+    rates = {name: figures["greedy"][name] for name in ("loop_rate", "end_of_text_rate")}
+    return {"generation": figures, "repetition": {"prompts": figures["prompts"], **rates}}
 
 
 def _mean_kld(evaluation: Evaluation, reference: str) -> float | None:
@@ -318,7 +347,11 @@ def _budget(plan: Plan, artifacts: Mapping[str, Artifact], rows: Mapping[str, Ma
             name: asdict(prediction) | {"total": prediction.total} for name, prediction in plan.predictions.items()
         },
         "measured": {
-            name: {"file": artifact.bytes, "total": rows[name]["peak_rss_bytes"]}
+            name: {
+                "file": artifact.bytes,
+                "total": rows[name]["peak_rss_bytes"],
+                "buffers": rows[name]["buffers"],
+            }
             for name, artifact in artifacts.items()
         },
     }

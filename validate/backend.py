@@ -5,7 +5,7 @@ Letters: B chunks, T tokens of a chunk, S scored positions of a chunk, V vocabul
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +15,10 @@ import numpy.typing as npt
 from compressors.model.routing import Routing
 from validate.router_inputs import RouterInputs
 
-__all__ = ["Backend", "ChunkOutput", "Routing", "RuntimeBackend", "scored_positions"]
+__all__ = ["Backend", "ChooseToken", "ChunkOutput", "Routing", "RuntimeBackend", "TextModel", "scored_positions"]
+
+ChooseToken = Callable[[npt.NDArray[np.float32]], int | None]
+"""The next token from its logits [V], which are valid during the call only; None ends the text."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,20 @@ class Backend(Protocol):
         """Runs every row as a sequence of its own and yields its output, in order."""
 
 
-class RuntimeBackend(Backend, Protocol):
+class TextModel(Protocol):
+    """A model that scores and continues single texts, as tasks ask for it."""
+
+    def last_logits(self, texts: Sequence[Sequence[int]], counts: Sequence[int]) -> Iterator[npt.NDArray[np.float32]]:
+        """For each text, from an empty cache, the logits of its last ``count`` positions: [count, V].
+
+        They are valid until the next text is asked for.
+        """
+
+    def generate(self, prompt_ids: Sequence[int], n_tokens: int, choose: ChooseToken) -> list[int]:
+        """At most ``n_tokens`` tokens that follow the prompt, until ``choose`` ends the text; end-of-text does not."""
+
+
+class RuntimeBackend(Backend, TextModel, Protocol):
     """A backend that can also generate text with its KV cache."""
 
     @property
@@ -50,9 +66,6 @@ class RuntimeBackend(Backend, Protocol):
 
     def route(self, tokens_BT: npt.NDArray[np.int64], inputs: RouterInputs) -> Routing:
         """What the routers of these chunks choose when they are given ``inputs``, which were recorded on the same."""
-
-    def greedy(self, prompt_ids: Sequence[int], n_tokens: int) -> list[int]:
-        """The next ``n_tokens`` most probable tokens, one after the other; end-of-text does not stop it."""
 
 
 def scored_positions(n_tokens: int) -> slice:

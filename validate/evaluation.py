@@ -37,6 +37,7 @@ class AgainstReference:
     kl_divergence_N: npt.NDArray[np.float32]  # KL(reference || this model), nats
     same_top_N: npt.NDArray[np.bool_]  # do both find the same token most probable?
     negative_log_likelihood_N: npt.NDArray[np.float32]  # the reference's own, of the same tokens
+    right_N: npt.NDArray[np.bool_]  # does the reference find the token that follows most probable?
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,14 @@ class Evaluation:
     negative_log_likelihood_N: npt.NDArray[np.float32]
     against: Mapping[str, AgainstReference]  # by the reference's name
     routing: Routing | None
+    right_N: npt.NDArray[np.bool_]  # is the token that follows the model's most probable one?
 
     def save(self, path: Path) -> None:
         """Writes everything into one safetensors file."""
         tensors: dict[str, npt.NDArray[np.generic]] = {
             "n_chunks": np.array(self.n_chunks),
             "negative_log_likelihood": self.negative_log_likelihood_N,
+            "right": self.right_N,
         }
         if self.routing is not None:
             tensors["routing.experts"] = self.routing.experts_LTK
@@ -86,6 +89,7 @@ class Evaluation:
             Routing(tensors["routing.experts"], tensors["routing.weights"], tensors.get("routing.margins"))
             if "routing.experts" in tensors
             else None,
+            tensors["right"],
         )
 
 
@@ -129,6 +133,7 @@ def evaluate(
         collected.likelihood_N,
         collected.against,
         Routing.concatenate(routing) if routing else None,
+        collected.right_N,
     )
 
 
@@ -142,9 +147,13 @@ class _Collected:
         self.n_scored = 0
         self._references = references
         self.likelihood_N = np.empty(n_positions, np.float32)
+        self.right_N = np.empty(n_positions, np.bool_)
         self.against = {
             name: AgainstReference(
-                np.empty(n_positions, np.float32), np.empty(n_positions, np.bool_), np.empty(n_positions, np.float32)
+                np.empty(n_positions, np.float32),
+                np.empty(n_positions, np.bool_),
+                np.empty(n_positions, np.float32),
+                np.empty(n_positions, np.bool_),
             )
             for name in references
         }
@@ -154,6 +163,7 @@ class _Collected:
         place = slice(self.n_scored, self.n_scored + len(logits_NV))
         scores = Scores(logits_NV, targets_N)
         self.likelihood_N[place] = scores.negative_log_likelihood()
+        self.right_N[place] = scores.right()
         for name, reference in self._references.items():
             reference_NV = reference.decoded(place.start, place.stop)
             if reference_NV.shape != logits_NV.shape:
@@ -165,6 +175,7 @@ class _Collected:
             against.kl_divergence_N[place] = scores.kl_divergence(reference_NV)
             against.same_top_N[place] = scores.same_top(reference_NV)
             against.negative_log_likelihood_N[place] = scores.reference_likelihood(reference_NV)
+            against.right_N[place] = scores.reference_right(reference_NV)
         self.n_scored = place.stop
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -19,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from compressors.model.errors import InputError
-from validate.backend import ChunkOutput, Routing, scored_positions
-from validate.cost import RuntimeCost, peak_rss_bytes
+from validate.backend import ChooseToken, ChunkOutput, Routing, scored_positions
+from validate.cost import Runs, RuntimeCost, peak_rss_bytes
 from validate.llama_cpp_routing import RoutingCollector, ggml_function
 from validate.router_inputs import RouterInputs
 
@@ -126,23 +127,37 @@ class LlamaCppBackend:
         self._session.decode(tokens_T[: scored.start], all_logits=True)
         return self._session.decode(tokens_T[scored.start :], all_logits=True)[: scored.stop - scored.start]
 
-    def greedy(self, prompt_ids: Sequence[int], n_tokens: int) -> list[int]:
-        """The ``n_tokens`` tokens that follow the prompt when the most likely one is always taken."""
+    def generate(self, prompt_ids: Sequence[int], n_tokens: int, choose: ChooseToken) -> list[int]:
+        """At most ``n_tokens`` tokens that follow the prompt, each chosen from the logits of the last position."""
         self._session.clear()
         generated: list[int] = []
         logits_TV = self._session.decode(np.asarray(prompt_ids, dtype=np.int64))
-        while len(generated) < n_tokens:
-            generated.append(int(logits_TV[-1].argmax()))
-            if len(generated) < n_tokens:
-                logits_TV = self._session.decode(np.asarray(generated[-1:], dtype=np.int64))
+        while (token := choose(logits_TV[-1])) is not None:
+            generated.append(token)
+            if len(generated) == n_tokens:
+                break
+            logits_TV = self._session.decode(np.asarray(generated[-1:], dtype=np.int64))
         return generated
 
+    def last_logits(self, texts: Sequence[Sequence[int]], counts: Sequence[int]) -> Iterator[npt.NDArray[np.float32]]:
+        """For each text the logits of its last ``count`` positions: [count, V], valid until the next one."""
+        for text, count in zip(texts, counts, strict=True):
+            tokens_T = np.asarray(text, dtype=np.int64)
+            self._session.clear()
+            self._session.check(tokens_T)
+            if count < len(tokens_T):
+                self._session.decode(tokens_T[:-count])
+            yield self._session.decode(tokens_T[-count:], all_logits=True)
 
-def measure(path: Path, *, context: int, kv_type: str, threads: int, prompt_tokens: Sequence[int]) -> RuntimeCost:
+
+def measure(
+    path: Path, *, context: int, kv_type: str, threads: int, prompt_tokens: Sequence[int], gpu_layers: int = 0
+) -> RuntimeCost:
     """Loads the model, fills its context and generates; call it in a process of its own, or the peak means nothing.
 
     The prompt is fed in chunks of 512 tokens until 32 tokens of the context are left, which are then generated. Flash
-    attention is left to llama.cpp's choice. Prefill speed is over the whole prompt; decode speed at the full context.
+    attention is left to llama.cpp's choice. Prefill speed is the median over the chunks; decode speed that over the
+    tokens, at the full context. Buffers are those that llama.cpp's log names.
 
     Args:
         path: the GGUF file.
@@ -150,6 +165,7 @@ def measure(path: Path, *, context: int, kv_type: str, threads: int, prompt_toke
         kv_type: a key of :data:`KV_TYPES`.
         threads: threads for prompt and generation.
         prompt_tokens: the text to feed, repeated until the context is full.
+        gpu_layers: layers on a GPU.
 
     Raises:
         InputError: the model cannot be loaded, the context is too short or the prompt is empty.
@@ -158,6 +174,7 @@ def measure(path: Path, *, context: int, kv_type: str, threads: int, prompt_toke
         raise InputError(f"measuring needs a context of at least {2 * _DECODED_TOKENS} tokens and a prompt")
     _start_runtime()
     base = peak_rss_bytes()
+    _buffers.clear()
     started = time.perf_counter()
     session = _Session(
         path,
@@ -166,22 +183,33 @@ def measure(path: Path, *, context: int, kv_type: str, threads: int, prompt_toke
         kv_type=kv_type,
         flash_attention=api.LLAMA_FLASH_ATTN_TYPE_AUTO,
         threads=threads,
-        gpu_layers=0,
+        gpu_layers=gpu_layers,
     )
-    loaded = time.perf_counter()
+    load_seconds = time.perf_counter() - started
     prompt = np.resize(np.asarray(prompt_tokens, dtype=np.int64), context - _DECODED_TOKENS)
+    prefill = Runs()
     for first in range(0, len(prompt), _PHYSICAL_BATCH):
-        logits_TV = session.decode(prompt[first : first + _PHYSICAL_BATCH])
-    filled = time.perf_counter()
+        piece = prompt[first : first + _PHYSICAL_BATCH]
+        logits_TV = session.decode(piece)
+        prefill.done(len(piece))
+    decode = Runs()
     for _ in range(_DECODED_TOKENS):
         logits_TV = session.decode(logits_TV[-1:].argmax(axis=1))
-    done = time.perf_counter()
+        decode.done(1)
+    on_device = [n_bytes for (device, _), n_bytes in _buffers.items() if not _HOST_BUFFER.fullmatch(device)]
     return RuntimeCost(
         peak_rss_bytes=peak_rss_bytes(),
         base_rss_bytes=base,
-        load_seconds=loaded - started,
-        prefill_tokens_per_second=len(prompt) / (filled - loaded),
-        decode_tokens_per_second=_DECODED_TOKENS / (done - filled),
+        load_seconds=load_seconds,
+        prefill_tokens_per_second=prefill.tokens_per_second,
+        prefill_runs=len(prefill),
+        decode_tokens_per_second=decode.tokens_per_second,
+        decode_runs=len(decode),
+        buffers={
+            ours: sum(n_bytes for (_, purpose), n_bytes in _buffers.items() if purpose == theirs)
+            for theirs, ours in _BUFFER_PURPOSES.items()
+        },
+        device_bytes=sum(on_device) or None,
     )
 
 
@@ -306,10 +334,26 @@ def _metadata(model: int, key: str) -> str | None:
 _LOG_LEVEL_ERROR = 4  # GGML_LOG_LEVEL_ERROR in ggml/include/ggml.h
 _errors: list[str] = []
 
+_BUFFER_PURPOSES = {
+    "model": "weights",
+    "KV": "kv_cache",
+    "RS": "recurrent_state",
+    "compute": "compute",
+    "output": "output",
+}
+_BUFFER_LINE = re.compile(rb"\s(\S+)\s+(model|KV|RS|compute|output) buffer size = +([0-9.]+) MiB")
+"""As ``load_tensors``, ``llama_kv_cache``, ``llama_memory_recurrent`` and ``llama_context`` log them."""
+_HOST_BUFFER = re.compile("CPU.*|.*_Host")
+_buffers: dict[tuple[str, str], int] = {}
+"""Bytes by device and purpose; what is reported again for the same pair replaces what was."""
+
 
 @api.llama_log_callback  # type: ignore[untyped-decorator]
 def _keep_errors(level: int, text: bytes, user_data: int) -> None:
-    """llama.cpp's log, silenced; the last error goes into our message."""
+    """llama.cpp's log, silenced; errors go into our messages, and buffers are remembered."""
+    buffer = _BUFFER_LINE.search(text)
+    if buffer is not None:
+        _buffers[buffer[1].decode(), buffer[2].decode()] = round(float(buffer[3]) * 2**20)
     if level == _LOG_LEVEL_ERROR:
         _errors.append(text.decode("utf-8", errors="replace").strip())
 

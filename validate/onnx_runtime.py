@@ -23,8 +23,8 @@ from tokenizers import Tokenizer
 
 from compressors.model.errors import InputError, MoeExportError
 from compressors.model.routing import NO_EXPERT, Routing, selection_margins
-from validate.backend import ChunkOutput, scored_positions
-from validate.cost import RuntimeCost, peak_rss_bytes
+from validate.backend import ChooseToken, ChunkOutput, scored_positions
+from validate.cost import Runs, RuntimeCost, peak_rss_bytes
 from validate.onnx_router import router_graph
 from validate.router_inputs import RouterInputs
 
@@ -175,9 +175,24 @@ class OnnxRuntimeBackend:
         result: npt.NDArray[np.float32] = logits_TE
         return result
 
-    def greedy(self, prompt_ids: Sequence[int], n_tokens: int) -> list[int]:
-        """The ``n_tokens`` most likely next tokens, one after the other, through the cache; stops at nothing."""
-        return _Generation(self._session, capacity=len(prompt_ids) + n_tokens).greedy(prompt_ids, n_tokens)
+    def generate(self, prompt_ids: Sequence[int], n_tokens: int, choose: ChooseToken) -> list[int]:
+        """At most ``n_tokens`` tokens that follow the prompt, one after the other, through the cache."""
+        generation = _Generation(self._session, capacity=len(prompt_ids) + n_tokens)
+        tokens: list[int] = []
+        logits_V = generation.feed(np.asarray(prompt_ids, dtype=np.int64))
+        while (token := choose(logits_V)) is not None:
+            tokens.append(token)
+            if len(tokens) == n_tokens:
+                break
+            logits_V = generation.feed(np.array(tokens[-1:]))
+        return tokens
+
+    def last_logits(self, texts: Sequence[Sequence[int]], counts: Sequence[int]) -> Iterator[npt.NDArray[np.float32]]:
+        """For each text the logits of its last ``count`` positions: [count, V]."""
+        names = [node.router_logits for node in self._moe_nodes or ()]
+        for text, count in zip(texts, counts, strict=True):
+            logits_TV, _ = _run_from_empty_cache(self._session, np.asarray(text, dtype=np.int64), names)
+            yield logits_TV[-count:]
 
     def _show_routing(self, tokens: npt.NDArray[np.int64]) -> tuple[_MoeNode, ...]:
         """Puts the debug copy in the session's place; one after the other, because each holds the weights.
@@ -207,7 +222,8 @@ def measure(folder: Path, *, context: int, threads: int, prompt_tokens: Sequence
     """Loads the model, fills its cache and generates; call it in a process of its own, or the peak is not the model's.
 
     The prompt is fed in chunks of 512 tokens until 32 tokens of the context are left, which are then generated.
-    Prefill speed is over the whole prompt; decode speed is at the full context.
+    Prefill speed is the median over the chunks; decode speed that over the tokens, at the full context. The runtime's
+    Python interface tells nothing of its buffers.
 
     Args:
         folder: the model's folder, or its ``.onnx`` file.
@@ -224,20 +240,26 @@ def measure(folder: Path, *, context: int, threads: int, prompt_tokens: Sequence
     started = time.perf_counter()
     path = _model_file(folder)
     session = _open_session(path, str(path), threads)
-    loaded = time.perf_counter()
+    load_seconds = time.perf_counter() - started
     generation = _Generation(session, capacity=context)
     prompt = np.resize(np.asarray(prompt_tokens, dtype=np.int64), context - _DECODED_TOKENS)
-    token = generation.feed(prompt)
-    filled = time.perf_counter()
+    prefill = Runs()
+    for first in range(0, len(prompt), CHUNK_TOKENS):
+        piece = prompt[first : first + CHUNK_TOKENS]
+        logits_V = generation.feed(piece)
+        prefill.done(len(piece))
+    decode = Runs()
     for _ in range(_DECODED_TOKENS):
-        token = generation.feed(np.array([token]))
-    done = time.perf_counter()
+        logits_V = generation.feed(np.array([logits_V.argmax()]))
+        decode.done(1)
     return RuntimeCost(
         peak_rss_bytes=peak_rss_bytes(),
         base_rss_bytes=base,
-        load_seconds=loaded - started,
-        prefill_tokens_per_second=len(prompt) / (filled - loaded),
-        decode_tokens_per_second=_DECODED_TOKENS / (done - filled),
+        load_seconds=load_seconds,
+        prefill_tokens_per_second=prefill.tokens_per_second,
+        prefill_runs=len(prefill),
+        decode_tokens_per_second=decode.tokens_per_second,
+        decode_runs=len(decode),
     )
 
 
@@ -253,18 +275,11 @@ class _Generation:
             self._cache[name] = onnxruntime.OrtValue.ortvalue_from_numpy(empty)
         self._logits_1TV = np.empty((1, min(capacity, CHUNK_TOKENS), _vocab_size(session)), dtype=np.float32)
 
-    def greedy(self, prompt_ids: Sequence[int], n_tokens: int) -> list[int]:
-        """Feeds the prompt and generates."""
-        tokens = [self.feed(np.asarray(prompt_ids, dtype=np.int64))]
-        while len(tokens) < n_tokens:
-            tokens.append(self.feed(np.array(tokens[-1:])))
-        return tokens
-
-    def feed(self, tokens: npt.NDArray[np.int64]) -> int:
-        """Appends tokens, in chunks, and returns the most likely next one."""
+    def feed(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Appends tokens, in chunks, and returns the next one's logits [V], valid until the next call."""
         for first in range(0, len(tokens), CHUNK_TOKENS):
             logits_V = self._step(tokens[first : first + CHUNK_TOKENS])
-        return int(logits_V.argmax())
+        return logits_V
 
     def _step(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         past_length = self._length

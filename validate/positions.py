@@ -64,3 +64,14 @@ class Scores:
         Equal ones are no rarity in the reference: 65,536 steps over 16 nats.
         """
         return torch.from_numpy(reference_NV.numpy().argmax(-1) == self._logits_NV.numpy().argmax(-1))
+
+    def right(self) -> torch.Tensor:
+        """Whether the model finds the target most probable: bool [N]."""
+        return self._is_top(self._logits_NV)
+
+    def reference_right(self, reference_NV: torch.Tensor) -> torch.Tensor:
+        """Whether the reference does."""
+        return self._is_top(reference_NV)
+
+    def _is_top(self, values_NV: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(values_NV.numpy().argmax(-1) == self._targets_N1[:, 0].numpy())

@@ -12,7 +12,7 @@ from compressors.model.memory import MemoryLimit
 from compressors.model.recorder import RoutingRecorder
 from compressors.model.streaming import LayerObserver, StreamedModel, TokenGroup
 from compressors.model.student import Student
-from validate.backend import ChunkOutput, scored_positions
+from validate.backend import ChooseToken, ChunkOutput, scored_positions
 
 __all__ = ["TorchBackend"]
 
@@ -61,3 +61,30 @@ class TorchBackend:
                     logits_SV=head(hidden_TD[scored]).numpy(),
                     routing=None if routing is None else routing.tokens(tokens),
                 )
+
+    @torch.no_grad()
+    def last_logits(self, texts: Sequence[Sequence[int]], counts: Sequence[int]) -> Iterator[npt.NDArray[np.float32]]:
+        """For each text the logits of its last ``count`` positions: [count, V].
+
+        All texts go through the layers together; what fills the shorter ones comes after them, where it changes
+        nothing.
+        """
+        n_longest = max(map(len, texts))
+        padded_BT = torch.tensor([[*text, *[0] * (n_longest - len(text))] for text in texts])
+        model = StreamedModel(self._student, limit=self._limit)
+        (states,) = model.stream([TokenGroup(padded_BT)], self._progress)
+        with model.head(torch.float32) as head:
+            for index, (text, count) in enumerate(zip(texts, counts, strict=True)):
+                (hidden_TD,) = states.read(slice(index, index + 1))
+                yield head(hidden_TD[len(text) - count : len(text)]).numpy()
+
+    def generate(self, prompt_ids: Sequence[int], n_tokens: int, choose: ChooseToken) -> list[int]:
+        """At most ``n_tokens`` tokens that follow the prompt; every one takes the whole text through the layers."""
+        tokens: list[int] = []
+        while len(tokens) < n_tokens:
+            (logits_1V,) = self.last_logits([[*prompt_ids, *tokens]], [1])
+            token = choose(logits_1V[0])
+            if token is None:
+                break
+            tokens.append(token)
+        return tokens

@@ -25,11 +25,12 @@ from compressors.model.families import Role
 from compressors.model.gradients import Head, StateLoss
 from compressors.model.hidden_states import HiddenStates
 from compressors.model.losses import reverse_kl_divergence
+from compressors.model.next_token import random_numbers
 from compressors.model.parallel import reduce_sum, share
 from compressors.model.streaming import StreamedModel, TokenGroup
 from compressors.model.student import Student
 from compressors.recover.objectives import StepLoss
-from compressors.recover.sampling import random_numbers, sample_texts
+from compressors.recover.sampling import sample_texts
 from compressors.recover.schedule import Schedule
 
 __all__ = ["OnPolicyDistillation", "divergence_from_states", "sampled_weights"]

@@ -1,42 +1,29 @@
-"""Texts that a student writes: what it is taught on, so that it is corrected where it goes (on-policy distillation)."""
+"""Texts that a model writes in torch, layer by layer.
+
+A student is taught on its own, so that it is corrected where it goes (on-policy distillation); the teacher's show how
+often the original loops.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
-import numpy as np
 import torch
 
 from compressors.model.errors import InputError
 from compressors.model.memory import BLOCKS_AT_ONCE
+from compressors.model.next_token import draw_tokens
 from compressors.model.shape import MoeShape
 from compressors.model.streaming import StreamedModel, position_chunks
 
 if TYPE_CHECKING:
     from transformers import Cache
 
-__all__ = ["cache_bytes", "draw_tokens", "random_numbers", "sample_texts"]
+__all__ = ["Choose", "cache_bytes", "continue_texts", "sample_texts"]
 
-
-def random_numbers(key: Sequence[int], n: int) -> torch.Tensor:
-    """Even in [0, 1), float64 [n]; the key alone decides them, so that they do not depend on who asks and when."""
-    return torch.from_numpy(np.random.default_rng(list(key)).random(n))
-
-
-def draw_tokens(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
-    """A token from each softmax, at temperature 1: the first whose cumulative probability exceeds the number.
-
-    Args:
-        logits_BV: of the next token.
-        uniform_B: float64 in [0, 1).
-
-    Returns:
-        int64 [B].
-    """
-    cumulative_BV = logits_BV.double().softmax(-1).cumsum(-1)
-    threshold_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
-    return torch.searchsorted(cumulative_BV, threshold_B1, right=True)[:, 0].clamp_max(logits_BV.shape[1] - 1)
+Choose = Callable[[torch.Tensor, slice, int], torch.Tensor]
+"""Next tokens, int64 [b], from logits [b, V] of these texts, for the n-th new token."""
 
 
 def cache_bytes(shape: MoeShape, n_texts: int, n_tokens: int, dtype: torch.dtype = torch.float32) -> int:
@@ -45,11 +32,33 @@ def cache_bytes(shape: MoeShape, n_texts: int, n_tokens: int, dtype: torch.dtype
     return n_texts * n_tokens * per_token * dtype.itemsize
 
 
-@torch.no_grad()
 def sample_texts(
     model: StreamedModel, prompts_BP: torch.Tensor, uniform_BN: torch.Tensor, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Continues each prompt by N tokens, drawn from the model at temperature 1.
+    """Continues each prompt by N tokens, drawn from the model at temperature 1: see :func:`continue_texts`.
+
+    Args:
+        model: what writes.
+        prompts_BP: int64 token ids.
+        uniform_BN: float64 in [0, 1), one for each token to draw.
+        dtype: of the arithmetic.
+    """
+
+    def choose(logits_bV: torch.Tensor, texts: slice, place: int) -> torch.Tensor:
+        return draw_tokens(logits_bV, uniform_BN[texts, place])
+
+    return continue_texts(model, prompts_BP, uniform_BN.shape[1], choose, dtype)
+
+
+@torch.no_grad()
+def continue_texts(
+    model: StreamedModel,
+    prompts_BP: torch.Tensor,
+    n_new: int,
+    choose: Choose,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Continues each prompt by N tokens.
 
     Keys and values are kept, so each new token costs one position. Layers are visited once for the prompts and once
     for each token after the first, for all texts together: a model whose layers do not stay in memory is read N times,
@@ -58,7 +67,8 @@ def sample_texts(
     Args:
         model: what writes.
         prompts_BP: int64 token ids.
-        uniform_BN: float64 in [0, 1), one for each token to draw.
+        n_new: N.
+        choose: picks the next token of each text.
         dtype: of the arithmetic.
 
     Returns:
@@ -67,20 +77,20 @@ def sample_texts(
     Raises:
         InputError: keys and values do not fit the memory limit.
     """
-    n_prompt, n_new = prompts_BP.shape[1], uniform_BN.shape[1]
+    n_prompt = prompts_BP.shape[1]
     texts_BT = torch.cat([prompts_BP, prompts_BP.new_zeros(len(prompts_BP), n_new)], dim=1)
     n_texts, n_tokens = texts_BT.shape
     n_bytes = cache_bytes(model.shape, n_texts, n_tokens, dtype)
     if not model.reserve(n_bytes):
         raise InputError(
-            f"{n_texts} texts that the student writes together need {n_bytes / 1e9:.2f} GB for their keys and "
-            "values, which the memory limit has no room for: take fewer batches in a round, or raise --memory"
+            f"{n_texts} texts that are written together need {n_bytes / 1e9:.2f} GB for their keys and values, which "
+            "the memory limit has no room for: take fewer batches in a round, or raise --memory"
         )
     cache = _Cache(model, n_texts, n_tokens, dtype)
-    for place in range(n_prompt, n_prompt + n_new):
+    for place in range(n_prompt, n_tokens):
         known = slice(0, place) if place == n_prompt else slice(place - 1, place)
         hidden_BtD = _through_layers(model, texts_BT[:, known], known.start, cache, dtype)
-        texts_BT[:, place] = _next_tokens(model, hidden_BtD[:, -1], uniform_BN[:, place - n_prompt])
+        texts_BT[:, place] = _next_tokens(model, hidden_BtD[:, -1], place - n_prompt, choose)
     return texts_BT
 
 
@@ -101,13 +111,13 @@ def _through_layers(
     return hidden_BtD
 
 
-def _next_tokens(model: StreamedModel, hidden_BD: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
+def _next_tokens(model: StreamedModel, hidden_BD: torch.Tensor, place: int, choose: Choose) -> torch.Tensor:
     with model.head(hidden_BD.dtype) as head:
-        drawn = [
-            draw_tokens(head(part.to(model.device)).cpu(), uniform_B[start : start + len(part)])
+        chosen = [
+            choose(head(part.to(model.device)).cpu(), slice(start, start + len(part)), place)
             for start, part in position_chunks(hidden_BD, model.shape.vocab_size)
         ]
-    return torch.cat(drawn)
+    return torch.cat(chosen)
 
 
 class _Cache:

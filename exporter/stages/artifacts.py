@@ -95,6 +95,11 @@ class Calibration:
         domains: list[str] = json.loads(self.summary.read_text(encoding="utf-8"))["heldout_domains"]
         return domains
 
+    @property
+    def last_words(self) -> Path:
+        """Where sentences and lines of the held-out text end with a word (JSON)."""
+        return self.folder / "last_words.json"
+
     def layer_statistics(self, n_layers: int) -> StoredStatistics:
         """The sums, each layer's read when it is asked for."""
         return StoredStatistics(self.statistics, n_layers)

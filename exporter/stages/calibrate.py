@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from compressors.calibration import Splits, read_splits, tokenize
+from compressors.calibration import Splits, load_tokenizer, read_splits, tokenize
 from compressors.model.arithmetic import dtype_of
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
@@ -17,6 +17,7 @@ from exporter.stage import StageContext
 from exporter.stages.artifacts import Blocks, Calibration, memory_limit, use_threads
 from exporter.stages.teacher_pass import TeacherPass
 from validate.bootstrap import perplexity_interval
+from validate.cloze import find_last_words, save_last_words
 from validate.statistics import perplexity
 
 __all__ = ["run"]
@@ -47,6 +48,7 @@ def run(context: StageContext) -> None:
     if is_first():
         blocks.save(files.blocks)
         _write_summary(files, splits, blocks, measured.domains_B, likelihoods)
+        save_last_words(find_last_words(blocks.heldout.numpy(), load_tokenizer(checkpoint.folder)), files.last_words)
 
 
 def _write_summary(

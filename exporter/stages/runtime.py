@@ -18,8 +18,8 @@ from exporter.stages.artifacts import Blocks, Calibration
 from exporter.stages.validate_torch import EVALUATION, ROUTER_INPUTS
 from validate.backend import RuntimeBackend, scored_positions
 from validate.evaluation import evaluate
+from validate.generation import generate_texts, generation_figures, prompts_of
 from validate.measure import RuntimeCrashError, measure_artifact
-from validate.repetition import measure_repetition
 from validate.router_alone import router_alone
 from validate.router_inputs import RouterInputs
 
@@ -27,7 +27,6 @@ __all__ = ["LOG_PROBS", "MEASUREMENT", "validate_runtime"]
 
 MEASUREMENT = "measurement.json"
 LOG_PROBS = "log_probs"
-_PROMPTS, _PROMPT_TOKENS = 12, 32  # for generations
 
 
 def validate_runtime(
@@ -68,12 +67,13 @@ def validate_runtime(
     else:
         backend = open_backend()
         _evaluate(context, backend, heldout, references, record=record)
-        prompts = [chunk[:_PROMPT_TOKENS] for chunk in heldout[:: max(1, len(heldout) // _PROMPTS)]]
-        repetition = measure_repetition(backend, prompts, plan.teacher_shape.eos_token_ids)
+        prompts_PT = prompts_of(heldout)
+        with context.progress.bar("texts", 2 * len(prompts_PT)) as advance:
+            texts = generate_texts(backend, prompts_PT, advance)
         measurement |= {
             "runtime_version": backend.version,
             "cost": asdict(cost),
-            "repetition": asdict(repetition),
+            "generation": generation_figures(texts, plan.teacher_shape.eos_token_ids),
             "router_alone": _router_alone(context, backend, heldout),
         }
     (context.output / MEASUREMENT).write_text(json.dumps(measurement, indent=1), encoding="utf-8")

@@ -18,12 +18,13 @@ from compressors.model.expert_choice import AllExperts
 from compressors.model.families import Role
 from compressors.model.losses import reverse_kl_divergence
 from compressors.model.memory import MemoryLimit
+from compressors.model.next_token import random_numbers
 from compressors.model.streaming import StreamedModel, TokenGroup
 from compressors.model.student import ExpertMap, LayerMap, Student
 from compressors.model.weight_file import StoredTensors
 from compressors.recover.knowledge_augmentation import KnowledgeAugmentation
 from compressors.recover.on_policy import OnPolicyDistillation
-from compressors.recover.sampling import random_numbers, sample_texts
+from compressors.recover.sampling import sample_texts
 from compressors.recover.schedule import Schedule
 from compressors.recover.scopes import Scope
 from compressors.recover.student_aware_router import StudentAwareRouter

@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
 from compressors.model.memory import MemoryLimit
+from compressors.model.next_token import draw_tokens, random_numbers
 from compressors.model.shape import NO_MOE
 from compressors.model.streaming import StreamedModel, TokenGroup
 from compressors.model.student import ExpertMap, LayerMap, Student
 from compressors.recover import sampling
-from compressors.recover.sampling import cache_bytes, draw_tokens, random_numbers, sample_texts
+from compressors.recover.sampling import cache_bytes, sample_texts
 from compressors.recover.scopes import Scope
 from compressors.recover.trained_student import TrainedStudent
 

@@ -36,6 +36,7 @@ from exporter.onnx.layout import DATA_FILE, MODEL_FILE
 from exporter.onnx.writer import predict_size, write_onnx
 from validate.backend import Backend, scored_positions
 from validate.evaluation import evaluate
+from validate.generation import greedy
 from validate.llama_cpp import LlamaCppBackend
 from validate.onnx_runtime import OnnxRuntimeBackend
 from validate.torch_reference import TorchBackend
@@ -162,7 +163,7 @@ def test_q4_0_has_the_predicted_size_and_the_quantized_neurons(
         values = student.expert(role, 1, 0)
         expected = quantize_rows(values, GGMLQuantizationType.Q4_0, matrix[role, 1][0], name=name)
         np.testing.assert_array_equal(stored[f"blk.1.{name}.weight"].data, expected)
-    (following,) = LlamaCppBackend(path, n_ctx=128, kv_type="f32", threads=1).greedy(tokens_T.tolist(), 1)
+    (following,) = LlamaCppBackend(path, n_ctx=128, kv_type="f32", threads=1).generate(tokens_T.tolist(), 1, greedy)
     assert following in logits_TV[-1].argsort()[-3:], "4 bits cost a little"
 
 
@@ -177,7 +178,7 @@ def test_onnx_runtime_runs_it_without_a_moe_node(
     assert not [tensor.name for tensor in graph.initializer if "expert" in tensor.name or "mlp.gate." in tensor.name]
     assert np.abs(_run_onnx(student, tmp_path / "onnx", tokens_T) - logits_TV).max() < _EXACT
     backend = OnnxRuntimeBackend(tmp_path / "onnx", threads=1)
-    assert backend.greedy(tokens_T.tolist(), 1) == [logits_TV[-1].argmax()]
+    assert backend.generate(tokens_T.tolist(), 1, greedy) == [logits_TV[-1].argmax()]
 
 
 def test_onnx_in_q4_0(student: Student, tokens_T: Tokens, logits_TV: Logits, tmp_path: Path) -> None:
@@ -292,5 +293,5 @@ def test_a_family_without_a_dense_counterpart_keeps_its_one_expert(
     path = tmp_path / "x.gguf"
     write_gguf(student, "F32", path, name="x", threads=1)
     assert gguf.GGUFReader(path).fields["olmoe.expert_count"].contents() == 1
-    (following,) = LlamaCppBackend(path, n_ctx=128, kv_type="f32", threads=1).greedy(tokens_T.tolist(), 1)
+    (following,) = LlamaCppBackend(path, n_ctx=128, kv_type="f32", threads=1).generate(tokens_T.tolist(), 1, greedy)
     assert following == _streamed(student, tokens_T)[-1].argmax()

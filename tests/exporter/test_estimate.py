@@ -93,7 +93,8 @@ def test_seconds_are_tokens_times_weights_where_reading_costs_nothing(plan: Plan
     assert seconds["gguf"] == pytest.approx(_START, abs=0.01)
     assert set(seconds) == {
         *("calibrate", "compress", "schedule", "recover", "gguf", "onnx", "student"),
-        *("validate_torch", "validate_written", "validate_gguf", "validate_onnx", "teacher_gguf", "teacher_onnx"),
+        *("teacher_texts", "validate_torch", "validate_written", "validate_gguf", "validate_onnx"),
+        *("teacher_gguf", "teacher_onnx"),
     }
 
 

@@ -16,6 +16,7 @@ from compressors.model.student import ExpertMap, Student
 from exporter.onnx.clients import write_client_files
 from exporter.onnx.layout import PRESETS
 from exporter.onnx.writer import with_context, write_onnx
+from validate.generation import greedy
 from validate.onnx_runtime import OnnxRuntimeBackend
 
 _CONTEXT = 1024
@@ -41,7 +42,7 @@ def test_genai_generates_the_same_tokens(folder: Path) -> None:
     """The prompt is longer than genai's chunk of 512 tokens."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer.encode("The lamp stood on the table by the window. " * 60)[:600]
-    expected = OnnxRuntimeBackend(folder, threads=1).greedy(prompt, 24)
+    expected = OnnxRuntimeBackend(folder, threads=1).generate(prompt, 24, greedy)
     model = onnxruntime_genai.Model(str(folder))
     parameters = onnxruntime_genai.GeneratorParams(model)
     parameters.set_search_options(max_length=len(prompt) + len(expected))

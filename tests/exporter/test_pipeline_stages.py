@@ -26,7 +26,7 @@ from exporter.work import WorkDirectory
 _FROM_COMPRESS = {"compress", "schedule", "recover", "gguf", "onnx", "student", "validate_torch"}
 _RUNG = {"scope": "router", "blocks": 8, "blocks_per_step": 8, "learning_rate": 0.001}
 _VALIDATIONS = {"validate_written", "validate_gguf", "validate_onnx"}
-_ALL = {"calibrate", "teacher_gguf", "teacher_onnx"} | _FROM_COMPRESS | _VALIDATIONS
+_ALL = {"calibrate", "teacher_gguf", "teacher_onnx", "teacher_texts"} | _FROM_COMPRESS | _VALIDATIONS
 
 
 @pytest.fixture(scope="module")

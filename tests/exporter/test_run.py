@@ -15,7 +15,9 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
+from compressors.model.errors import InputError
 from exporter.outputs import sha256_of
+from exporter.task_runs import task_results, tasks_table
 from validate.logits_file import LogitsFileWriter
 
 Run = Callable[[Sequence[str]], subprocess.CompletedProcess[str]]
@@ -216,3 +218,25 @@ def test_a_logits_file_stands_for_the_original(
     other = run_command([*command, "--reference-logits", str(path)])
     assert other.returncode == 2
     assert "the reference has a vocabulary of 100 and the model one of 4,096" in other.stderr
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:ResourceWarning")
+def test_tasks_are_run_on_the_files_and_on_the_original(finished: tuple[Path, str], tmp_path: Path) -> None:
+    """By the adapter that tests/validate/test_tasks.py compares with the harness's own model."""
+    fixture = Path(__file__).parent.parent / "fixtures" / "tasks"
+    text = (fixture / "last_word.yaml").read_text(encoding="utf-8").replace("DATA", str(fixture))
+    (tmp_path / "last_word.yaml").write_text(text, encoding="utf-8")
+    results = task_results(finished[0], tmp_path, threads=1)
+    assert [(result["artifact"], result["runtime"]) for result in results] == [
+        ("teacher", "torch"),
+        ("gguf", "llama.cpp"),
+        ("onnx", "onnxruntime"),
+    ]
+    for result in results:
+        accuracy = result["tasks"]["last_word"]["acc"]
+        assert round(20 * accuracy) == pytest.approx(20 * accuracy)
+    table = tasks_table(results)
+    assert table.row_count == 1
+    assert list(table.columns[0].cells) == ["last_word: acc"]
+    with pytest.raises(InputError, match=r"has no readable report\.json"):
+        task_results(tmp_path, tmp_path / "last_word.yaml")

@@ -27,6 +27,7 @@ from exporter.gguf.writer import predict_file_size, write_gguf
 from exporter.hf_checkpoint import write_checkpoint
 from exporter.onnx.writer import predict_size, write_onnx
 from validate.backend import scored_positions
+from validate.generation import greedy
 from validate.llama_cpp import LlamaCppBackend
 from validate.onnx_runtime import OnnxRuntimeBackend
 
@@ -123,7 +124,7 @@ def test_onnx_runs_layers_that_differ(
     write_onnx(student, "F32", tmp_path / "onnx", threads=1)
     backend = OnnxRuntimeBackend(tmp_path / "onnx", threads=1)
     prompt = tokens_BT[0, :20].tolist()
-    generated = backend.greedy(prompt, 5)
+    generated = backend.generate(prompt, 5, greedy)
     _assert_equal_runs(backend, student, tokens_BT, with_experts)
     whole = np.array([*prompt, *generated], dtype=np.int64)[None]
     best = _streamed(student, whole)[0][0].argmax(-1)

@@ -152,7 +152,7 @@ def test_a_reference_in_another_order_is_noticed(
 
 def _values(generator: np.random.Generator) -> AgainstReference:
     floats = generator.random((2, 5), np.float32)
-    return AgainstReference(floats[0], generator.random(5) > 0.5, floats[1])
+    return AgainstReference(floats[0], generator.random(5) > 0.5, floats[1], generator.random(5) > 0.5)
 
 
 def test_save_and_load(tmp_path: Path) -> None:
@@ -162,11 +162,13 @@ def test_save_and_load(tmp_path: Path) -> None:
         generator.random(5, np.float32),
         {"teacher": _values(generator), "gguf": _values(generator)},
         Routing(generator.integers(0, 8, (2, 10, 2), np.int32), generator.random((2, 10, 2), np.float32)),
+        generator.random(5) > 0.5,
     )
     saved.save(tmp_path / "evaluation.safetensors")
     loaded = Evaluation.load(tmp_path / "evaluation.safetensors")
     assert loaded.n_chunks == 5
     assert np.array_equal(loaded.negative_log_likelihood_N, saved.negative_log_likelihood_N)
+    assert np.array_equal(loaded.right_N, saved.right_N)
     assert set(loaded.against) == {"teacher", "gguf"}
     for name, expected in saved.against.items():
         for field, values in vars(expected).items():
@@ -178,7 +180,7 @@ def test_save_and_load(tmp_path: Path) -> None:
 
 
 def test_save_and_load_without_routing(tmp_path: Path) -> None:
-    Evaluation(1, np.ones(3, np.float32), {}, None).save(tmp_path / "dense.safetensors")
+    Evaluation(1, np.ones(3, np.float32), {}, None, np.ones(3, np.bool_)).save(tmp_path / "dense.safetensors")
     loaded = Evaluation.load(tmp_path / "dense.safetensors")
     assert loaded.routing is None
     assert np.array_equal(loaded.negative_log_likelihood_N, np.ones(3, np.float32))

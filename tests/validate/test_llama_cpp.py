@@ -22,6 +22,7 @@ from compressors.model.errors import InputError
 from compressors.model.student import ExpertMap, Student
 from exporter.gguf.writer import write_gguf
 from validate.backend import scored_positions
+from validate.generation import greedy
 from validate.llama_cpp import LlamaCppBackend
 
 _LOGIT_TOLERANCE = 1e-3
@@ -109,7 +110,7 @@ def test_greedy_text_is_that_of_transformers(pair: _Pair, heldout_tokens: npt.ND
         torch.from_numpy(prompt)[None], max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0
     )
     backend = LlamaCppBackend(pair.path, kv_type="f32", threads=2)
-    assert backend.greedy(prompt.tolist(), 12) == generated[0, 40:].tolist()
+    assert backend.generate(prompt.tolist(), 12, greedy) == generated[0, 40:].tolist()
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +173,7 @@ def test_bad_input_is_named(quantized_file: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="100 tokens after 0"):
         list(backend.run(np.zeros((1, 100), dtype=np.int64)))
     with pytest.raises(InputError, match="token 4096 is not in the vocabulary"):
-        backend.greedy([4096], 1)
+        backend.generate([4096], 1, greedy)
 
 
 def test_cost_is_measured_in_a_process_of_its_own(quantized_file: Path) -> None:
@@ -185,4 +186,11 @@ def test_cost_is_measured_in_a_process_of_its_own(quantized_file: Path) -> None:
     answer = subprocess.run(command, cwd=_REPOSITORY, capture_output=True, text=True, check=True)
     cost = json.loads(answer.stdout)
     assert cost["peak_rss_bytes"] > cost["base_rss_bytes"] + quantized_file.stat().st_size
-    assert all(value > 0 for value in cost.values())
+    assert (cost["prefill_runs"], cost["decode_runs"]) == (2, 32)  # 992 tokens in pieces of 512
+    buffers, file_bytes = cost.pop("buffers"), quantized_file.stat().st_size
+    assert cost.pop("device_bytes") is None and all(value > 0 for value in cost.values())
+    assert buffers["kv_cache"] == 2 * 1024 * 2 * 4 * 32 * 2  # layers, tokens, keys and values, heads, width, bytes
+    assert 0.95 * file_bytes < buffers["weights"] <= file_bytes, "all but tokenizer and header, to 10 KB"
+    assert buffers["output"] == pytest.approx(4 * 4096, abs=0.01 * 2**20)  # logits of one position, printed in 10 KB
+    assert buffers["compute"] > 4 * 512 * 256
+    assert buffers["recurrent_state"] == 0

@@ -15,7 +15,7 @@ from compressors.model.errors import InputError, MoeExportError
 from compressors.model.student import Student
 from exporter.gguf.writer import write_gguf
 from exporter.onnx.writer import write_onnx
-from validate.cost import RuntimeCost
+from validate.cost import Runs, RuntimeCost
 from validate.measure import RuntimeCrashError, measure_artifact, measure_base
 
 _PROMPT = np.arange(1, 100)
@@ -23,6 +23,15 @@ _PROMPT = np.arange(1, 100)
 
 def _measure(artifact: str, path: Path, context: int = 128) -> RuntimeCost:
     return measure_artifact(artifact, path, context=context, kv_type="f16", threads=1, prompt=_PROMPT)
+
+
+def test_one_disturbed_run_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([10.0, 10.5, 11.0, 21.0, 21.5, 22.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    runs = Runs()
+    for _ in range(5):
+        runs.done(100)
+    assert (len(runs), runs.tokens_per_second) == (5, 200.0)
 
 
 @pytest.mark.parametrize("artifact", ["gguf", "onnx"])

@@ -20,6 +20,7 @@ from compressors.model.student import Student
 from exporter.onnx.layout import DATA_FILE, MODEL_FILE
 from exporter.onnx.writer import write_onnx
 from validate.backend import ChunkOutput, scored_positions
+from validate.generation import greedy
 from validate.measure import RuntimeCrashError, measure_artifact
 from validate.onnx_runtime import OnnxRuntimeBackend, OnnxRuntimeError, measure
 
@@ -84,16 +85,16 @@ def test_greedy_tokens_through_the_cache(folder: Path, reference: PreTrainedMode
     with torch.no_grad():
         expected = reference.generate(prompt, max_new_tokens=32, min_new_tokens=32, do_sample=False)[0, 40:]
     backend = OnnxRuntimeBackend(folder, threads=1)
-    assert backend.greedy(prompt[0].tolist(), 32) == expected.tolist()
+    assert backend.generate(prompt[0].tolist(), 32, greedy) == expected.tolist()
     list(backend.run(chunks[:1]))  # from now on the debug copy runs
-    assert backend.greedy(prompt[0].tolist(), 32) == expected.tolist()
+    assert backend.generate(prompt[0].tolist(), 32, greedy) == expected.tolist()
 
 
 def test_a_prompt_longer_than_a_chunk(folder: Path, reference: PreTrainedModel, heldout_tokens: Tokens) -> None:
     prompt = torch.tensor(heldout_tokens[None, 5000:5700])
     with torch.no_grad():
         expected = reference.generate(prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False)[0, 700:]
-    assert OnnxRuntimeBackend(folder, threads=1).greedy(prompt[0].tolist(), 4) == expected.tolist()
+    assert OnnxRuntimeBackend(folder, threads=1).generate(prompt[0].tolist(), 4, greedy) == expected.tolist()
 
 
 def test_permuted_router_rows_are_noticed(family_folder: Path, folder: Path, tmp_path: Path, chunks: Tokens) -> None:
@@ -160,5 +161,7 @@ def test_cost_is_measured_in_a_process_of_its_own(folder: Path, chunks: Tokens) 
     cost = measure_artifact("onnx", folder, context=128, kv_type="f32", threads=1, prompt=chunks[0])
     assert cost.peak_rss_bytes > cost.base_rss_bytes > 0
     assert min(cost.load_seconds, cost.prefill_tokens_per_second, cost.decode_tokens_per_second) > 0
+    assert (cost.prefill_runs, cost.decode_runs) == (1, 32)
+    assert cost.buffers is None, "ONNX Runtime tells nothing"
     with pytest.raises(RuntimeCrashError, match="nowhere is missing"):
         measure_artifact("onnx", folder / "nowhere", context=128, kv_type="f32", threads=1, prompt=chunks[0])

@@ -25,6 +25,7 @@ _SECTIONS = (
     "Recovery",
     "Surviving experts",
     "Load of the experts",
+    "What it is worth in use",
     "Speed and memory",
     "Checks",
     "Reproduce",
@@ -57,6 +58,14 @@ def sample_report() -> dict[str, Any]:
             "n_kv_heads": 4,
             "head_dim": 32,
             "license": "apache-2.0",
+        },
+        "against_original": {
+            "trained_parameters": 46_080,
+            "trained_share": 46_080 / 16_521_216,
+            "files": {
+                "gguf": {"size_ratio": 0.2333, "decode_speed_ratio": None, "last_words_kept": 0.31 / 0.42},
+                "onnx": {"size_ratio": 0.24, "decode_speed_ratio": 0.8, "last_words_kept": None},
+            },
         },
         "command": "moe-export example-org/Fine-21M-MoE --budget 16MB --context 2048 --out fine-16MB",
         "recipe": {"method": "reap", "experts": 24, "types": {"experts": "Q4_0", "embedding": "Q8_0"}, "seed": 0},
@@ -263,6 +272,20 @@ def _domains(kld: float) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def _generation(loop_rate: float) -> dict[str, Any]:
+    figures = {"loop_rate": loop_rate, "loop_rate_interval": (0.02, 0.31), "end_of_text_rate": 0.9,
+               "end_of_text_rate_interval": (0.7, 0.98), "longest_repeat_mean": 7.25,
+               "longest_repeat_max": 41}  # fmt: skip
+    return {"prompts": 24, "prompt_tokens": 32, "new_tokens": 64, "greedy": figures,
+            "sampled": figures | {"loop_rate": 0.0}}  # fmt: skip
+
+
+def _cloze(accuracy: float) -> dict[str, Any]:
+    figures = {"words": 412, "accuracy": accuracy, "accuracy_interval": (accuracy - 0.05, accuracy + 0.05),
+               "teacher_accuracy": 0.42, "kept": accuracy / 0.42, "kept_interval": (0.66, 0.81)}  # fmt: skip
+    return figures | {"domains": {"code": figures, "prose": figures | {"accuracy": 0.17}}}
+
+
 def _validation() -> list[dict[str, Any]]:
     shared = {"tokens": 3825, "perplexity_teacher": 38.412, "kld_vs_other_runtime": None, "error": None}
     unmeasured = dict.fromkeys(
@@ -273,7 +296,7 @@ def _validation() -> list[dict[str, Any]]:
     return [
         {**shared, **unmeasured, "artifact": "teacher", "runtime": "torch", "runtime_version": "2.13.0",
          "perplexity": 38.412, "perplexity_error": 0.913, "perplexity_student_torch": None, "kld": None,
-         "top1_agreement": None, "routing": nothing},
+         "top1_agreement": None, "routing": nothing, "generation": _generation(0.0417), "cloze": _cloze(0.42)},
         {**shared, **unmeasured, "artifact": "student", "runtime": "torch", "runtime_version": "2.13.0",
          "perplexity": 49.207, "perplexity_error": 1.182, "perplexity_student_torch": 49.207, "kld": _kld(0.2641),
          **_statistics(49.207),
@@ -287,7 +310,8 @@ def _validation() -> list[dict[str, Any]]:
                      "vs_teacher": _agreement(0.769, 0.842), "router_alone": _agreement(0.999871)},
          "base_rss_bytes": 72_351_744, "peak_rss_bytes": 88_080_384, "load_seconds": 0.09,
          "prefill_tokens_per_second": 2914.0, "decode_tokens_per_second": 412.5,
-         "repetition": {"prompts": 40, "loop_rate": 0.075, "end_of_text_rate": 0.9}},
+         "repetition": {"prompts": 24, "loop_rate": 0.125, "end_of_text_rate": 0.9},
+         "generation": _generation(0.125), "cloze": _cloze(0.31)},
         {**shared, "artifact": "onnx", "runtime": "onnxruntime", "runtime_version": "1.31.1",
          "perplexity": 49.209, "perplexity_error": 1.182, "perplexity_student_torch": 49.207, "kld": _kld(0.2652),
          **_statistics(49.209),
@@ -495,6 +519,40 @@ def test_figures_stand_in_the_right_rows(report: dict[str, Any]) -> None:
     text = "".join(page.text)
     assert report["command"] in text
     assert "types:\n  experts: Q4_0" in text
+
+
+def test_use_is_told_beside_the_original(report: dict[str, Any]) -> None:
+    page = Page(render_html(report))
+    assert page.row("GGUF beside")[1:] == [
+        "23.33 %",
+        "not known the original was not run in this runtime",
+        "73.81 % 66.00 to 81.00 %",
+    ]
+    assert page.row("Original in torch, greedy")[1:] == [
+        "4.17 % 2.00 to 31.00 %",
+        "90.00 % 70.00 to 98.00 %",
+        "7.2",
+        "41",
+    ]
+    assert page.row("GGUF in llama.cpp, sampled")[1] == "0.00 % 2.00 to 31.00 %"
+    assert "Recovery trained 0.28 % of the parameters (46,080)." in "".join(page.text)
+    card = render_model_card(report)
+    assert (
+        "- GGUF in llama.cpp: 23.33 % of the original's size; decode speed beside the original not known, because the "
+        "original was not run in this runtime; finds 31.00 % of 412 last words of sentences and lines, the original "
+        "42.00 %; texts that loop: 12.50 % greedy, 0.00 % sampled (the original 4.17 %, 0.00 %)."
+    ) in card
+    report["against_original"]["files"]["gguf"]["decode_speed_ratio"] = 1.5
+    report["against_original"] |= {"trained_parameters": 0, "trained_share": 0.0}
+    page = Page(render_html(report))
+    assert page.row("GGUF beside")[2] == "1.50x"
+    assert "No parameter was trained." in "".join(page.text)
+    assert "1.50 times the original's decode speed" in render_model_card(report)
+
+
+def test_a_small_share_is_not_rounded_away(report: dict[str, Any]) -> None:
+    report["against_original"]["trained_share"] = 0.00016
+    assert "Recovery trained 0.016 % of the parameters" in render_model_card(report)
 
 
 def test_all_of_llama_perplexity_s_list_is_there(report: dict[str, Any]) -> None:
@@ -758,6 +816,7 @@ def test_model_card_front_matter(report: dict[str, Any]) -> None:
     }
     assert [line for line in body.splitlines() if line.startswith("## ")] == [
         "## Files",
+        "## What it is worth in use",
         "## How it was made",
         "## Run",
         "## Limits",

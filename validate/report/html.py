@@ -10,7 +10,7 @@ import jinja2
 import yaml
 
 from validate.bootstrap import CONFIDENCE
-from validate.report import charts, facts, heat_map, numbers, tables
+from validate.report import charts, facts, heat_map, numbers, tables, use
 from validate.report.domains import domain_table
 from validate.report.facts import Report, find
 from validate.report.floors import FLOOR_SENTENCE, floor_table
@@ -84,6 +84,10 @@ def _view(report: Report) -> dict[str, Any]:
         "load_levels": heat_map.LEVELS,
         "load_table": tables.load_table(report),
         "cost_table": tables.cost_table(report),
+        "use_table": use.use_table(report),
+        "trained": use.trained_sentence(report),
+        "last_words_table": use.last_words_table(report),
+        "generation_table": use.generation_table(report),
         "check_table": tables.check_table(report),
         "command": report.get("command"),
         "recipe": yaml.safe_dump(dict(report.get("recipe") or {}), sort_keys=False, allow_unicode=True),

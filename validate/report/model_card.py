@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from validate.report import facts, numbers, run
+from validate.report import facts, numbers, run, use
 from validate.report.domains import domain_rows
 from validate.report.facts import Report, find
 from validate.report.floors import FLOOR_SENTENCE, floor_rows
@@ -60,6 +60,7 @@ def render_model_card(report: Report) -> str:
         recovery=report.get("recovery") or [],
         text=report.get("text") or {},
         runs=_runs(report),
+        worth=use.sentences(report),
         limits=_limits(report),
         loss_name=facts.loss_name,
         rung_outcome=facts.rung_outcome,
@@ -170,15 +171,10 @@ def _limits(report: Report) -> list[str]:
             limits.append(
                 f"{facts.row_name(row)}: mean divergence {numbers.divergence(mean)} nats, {facts.band(mean)}."
             )
-        if repetition := row.get("repetition"):
-            limits.append(
-                f"{facts.row_name(row)}: {numbers.percent(repetition['loop_rate'])} of {repetition['prompts']} greedy "
-                f"answers loop, {numbers.percent(repetition['end_of_text_rate'])} end by themselves."
-            )
     if report["student"]["parameters"] < report["source"]["parameters"]:
         limits.append(
             "Parameters were removed: what only they held is gone, and it may be knowledge that neither the "
             "calibration text nor the held-out text asks for."
         )
-    limits.append("Perplexity and divergence measure closeness to the original on one text; no task benchmark was run.")
+    limits.append("Perplexity, divergence and last words measure closeness to the original on one text.")
     return limits

@@ -71,6 +71,15 @@ class Table:
     rows: tuple[Row, ...]
 
 
+_BUFFERS = {
+    "weights": "weights",
+    "kv_cache": "KV cache",
+    "recurrent_state": "recurrent state",
+    "compute": "compute",
+    "output": "output",
+}
+
+
 def budget_table(report: Report) -> Table:
     """What the memory consists of, by artifact."""
     predicted = {name: lines for name, lines in (find(report, "budget", "predicted") or {}).items() if lines}
@@ -93,6 +102,11 @@ def budget_table(report: Report) -> Table:
         row("Compute and output buffers", [predicted[name].get("compute") for name in names], "compute"),
         row("Runtime reserve", [predicted[name].get("reserve") for name in names], "reserve"),
         row("Predicted total", [predicted[name].get("total") for name in names], limited=not of_files),
+        *(
+            row(f"Reported by the runtime: {what}", [find(measured, name, "buffers", key) for name in names])
+            for key, what in _BUFFERS.items()
+            if any(find(measured, name, "buffers", key) for name in names)
+        ),
         row("Measured total", [find(measured, name, "total") for name in names], limited=not of_files),
         row("Measured file", [find(measured, name, "file") for name in names], limited=of_files),
         row("Budget", [limit] * len(names), "limit"),
@@ -216,22 +230,19 @@ def _perplexities(before: float | None, after: float | None) -> Cell:
 
 
 def cost_table(report: Report) -> Table:
-    """Memory, speed and the generation gate by runtime; rows without a measurement are left out unless they crashed."""
-    keys = ("peak_rss_bytes", "load_seconds", "prefill_tokens_per_second", "decode_tokens_per_second", "repetition")
+    """Memory and speed by runtime; rows without a measurement are left out unless they crashed."""
+    keys = ("peak_rss_bytes", "load_seconds", "prefill_tokens_per_second", "decode_tokens_per_second")
     rows = []
     for row in report["validation"]:
         if not row.get("error") and all(row.get(key) is None for key in keys):
             continue
-        repetition, peak, base = row.get("repetition") or {}, row.get("peak_rss_bytes"), row.get("base_rss_bytes")
-        loops = f"of {repetition['prompts']} prompts" if repetition else ""
+        peak, base = row.get("peak_rss_bytes"), row.get("base_rss_bytes")
         cells = (
             Cell(*numbers.size_parts(peak)),
             Cell(*numbers.size_parts(base)),
             Cell(numbers.duration(row.get("load_seconds"))),
-            Cell(numbers.speed(row.get("prefill_tokens_per_second"))),
-            Cell(numbers.speed(row.get("decode_tokens_per_second"))),
-            Cell(numbers.percent(repetition.get("loop_rate")), note=loops),
-            Cell(numbers.percent(repetition.get("end_of_text_rate"))),
+            Cell(numbers.speed(row.get("prefill_tokens_per_second")), note=_of_runs(row.get("prefill_runs"))),
+            Cell(numbers.speed(row.get("decode_tokens_per_second")), note=_of_runs(row.get("decode_runs"))),
         )
         rows.append(_measured_row(row, cells))
     headings = (
@@ -241,10 +252,12 @@ def cost_table(report: Report) -> Table:
         "Load",
         "Prefill, tokens/s",
         "Decode, tokens/s",
-        "Loops",
-        "End of text",
     )
     return Table(headings, tuple(rows))
+
+
+def _of_runs(n_runs: int | None) -> str:
+    return "" if n_runs is None else "of one run" if n_runs == 1 else f"median of {n_runs} runs"
 
 
 def check_table(report: Report) -> Table:

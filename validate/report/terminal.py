@@ -88,6 +88,9 @@ def _rows(report: Report) -> list[tuple[str, Callable[[Column], str]]]:
             "Routing as in the original",
             with_interval(numbers.percent, "overlap_interval", "routing", "vs_teacher", "overlap"),
         ),
+        ("Last words found", with_interval(numbers.percent, "accuracy_interval", "cloze", "accuracy")),
+        ("Greedy texts that loop", lambda row: numbers.percent(find(row, "generation", "greedy", "loop_rate"))),
+        ("Sampled texts that loop", lambda row: numbers.percent(find(row, "generation", "sampled", "loop_rate"))),
         ("Decode, tokens/s", lambda row: numbers.speed(row.get("decode_tokens_per_second"))),
     ]
     if find(report, "budget", "kind") != "file":

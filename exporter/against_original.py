@@ -1,0 +1,62 @@
+"""What an export gives up and gains beside the original: size, speed, what was trained, and what is kept of a task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from compressors.model.shape import MoeShape
+from exporter.outputs import Artifact
+from exporter.recipe import RungChoice
+from exporter.recovery import scope_of
+
+__all__ = ["against_original"]
+
+
+def against_original(
+    artifacts: Mapping[str, Artifact],
+    source_bytes: int,
+    rows: Sequence[Mapping[str, Any]],
+    trained: Iterable[tuple[RungChoice, Mapping[str, Any]]],
+    student: MoeShape,
+) -> dict[str, Any]:
+    """Plain data for JSON.
+
+    Args:
+        artifacts: the files, by format.
+        source_bytes: of the original's weights.
+        rows: of the validation.
+        trained: the rungs of recovery, each with how it went.
+        student: the student's shape.
+    """
+    n_trained = max((_parameters(rung, student) for rung, result in trained if result["accepted"]), default=0)
+    by_artifact = {row["artifact"]: row for row in rows}
+    return {
+        "trained_parameters": n_trained,
+        "trained_share": n_trained / student.parameters,
+        "files": {
+            name: {
+                "size_ratio": artifact.bytes / source_bytes,
+                "decode_speed_ratio": _speed_ratio(by_artifact[name], rows),
+                "last_words_kept": (by_artifact[name]["cloze"] or {}).get("kept"),
+            }
+            for name, artifact in artifacts.items()
+        },
+    }
+
+
+def _parameters(rung: RungChoice, student: MoeShape) -> int:
+    """What a rung trains; a wider rung trains what a narrower one did, and more."""
+    scope = scope_of(rung)
+    return sum(scope.parameters(student.layer(layer)) for layer in range(student.n_layers))
+
+
+def _speed_ratio(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """None unless the original itself was run in the same runtime."""
+    original = (
+        other["decode_tokens_per_second"]
+        for other in rows
+        if other["artifact"] == "teacher" and other["runtime"] == row["runtime"]
+    )
+    speed, base = row["decode_tokens_per_second"], next(original, None)
+    return None if speed is None or base is None else speed / base
