@@ -25,7 +25,7 @@ from compressors.model.errors import InputError
 from validate.backend import ChunkOutput, Routing, scored_positions
 from validate.cost import RuntimeCost, peak_rss_bytes
 
-__all__ = ["KV_TYPES", "LlamaCppBackend", "measure"]
+__all__ = ["KV_TYPES", "LlamaCppBackend", "measure", "start_runtime"]
 
 KV_TYPES: Mapping[str, int] = {
     "f32": api.GGML_TYPE_F32,
@@ -85,6 +85,11 @@ class LlamaCppBackend:
         return f"{version('llama-cpp-python')} (ggml {ggml}, {commit})"
 
     @property
+    def vocab_size(self) -> int:
+        """Logits of one position."""
+        return self._session.vocab_size
+
+    @property
     def bos_token(self) -> int | None:
         """The token that llama.cpp puts before a text; None if it puts none."""
         return self._session.bos_token
@@ -137,7 +142,7 @@ def measure(path: Path, *, context: int, kv_type: str, threads: int, prompt_toke
     """
     if context < 2 * _DECODED_TOKENS or not len(prompt_tokens):
         raise InputError(f"measuring needs a context of at least {2 * _DECODED_TOKENS} tokens and a prompt")
-    _start_runtime()
+    start_runtime()
     base = peak_rss_bytes()
     started = time.perf_counter()
     session = _Session(
@@ -187,7 +192,7 @@ class _Session:
         self._length = 0
         if kv_type not in KV_TYPES:
             raise InputError(f"--kv-type {kv_type}: no such type; choose one of {', '.join(KV_TYPES)}")
-        _start_runtime()
+        start_runtime()
         self._model = _load_model(path, gpu_layers)
         architecture = _metadata(self._model, "general.architecture")
         self.has_experts = int(_metadata(self._model, f"{architecture}.expert_count") or 0) > 0
@@ -381,7 +386,8 @@ def _keep_errors(level: int, text: bytes, user_data: int) -> None:
 
 
 @functools.cache
-def _start_runtime() -> None:
+def start_runtime() -> None:
+    """Sets llama.cpp up, once; its log goes nowhere but into our error messages."""
     api.llama_backend_init()
     api.llama_log_set(_keep_errors, ctypes.c_void_p(0))
 
