@@ -20,7 +20,7 @@ from validate.figures import fidelity_figures
 from validate.model_file import ModelFile, RuntimeChoice
 from validate.positions import ReferenceLogProbs
 from validate.routing_agreement import LayerAgreement, RoutingAgreement, routing_agreement
-from validate.symptoms import divergence_symptoms, routing_symptoms, setting_symptoms, weight_symptoms
+from validate.symptoms import coarse_symptoms, divergence_symptoms, routing_symptoms, setting_symptoms, weight_symptoms
 from validate.verdict import Check, Figures, band_of, required_checks
 from validate.vocabulary import FirstTokens, FirstTokensOf, check_padding, check_same_tokens
 from validate.weight_comparison import WeightComparison, compare_weights
@@ -108,11 +108,16 @@ def validate_file(
     settings = [] if reference.source is None else setting_symptoms(file.facts, reference.source.shape)
     figures = fidelity_figures(evaluation, "reference")
     checks = _checks(file, figures, agreement, expectation, reference, require)
-    checks += [] if reference.source is None else [Check.at_most(f"{file.format}.settings", len(settings), 0)]
-    checks += [Check.at_most(f"{file.format}.damaged_weights", len(comparison.damage), 0)] if comparison else []
-    symptoms = settings + (weight_symptoms(comparison) if comparison else [])
+    symptoms = settings
+    if reference.source is not None:
+        checks.append(Check.at_most(f"{file.format}.settings", len(settings), 0))
+    if comparison is not None:
+        coarse = coarse_symptoms(comparison)
+        checks.append(Check.at_most(f"{file.format}.damaged_weights", len(comparison.damage), 0))
+        checks.append(Check.at_most(f"{file.format}.coarse_weights", len(coarse), 0))
+        symptoms = [*symptoms, *weight_symptoms(comparison), *coarse]
     if not all(check.passed for check in checks):
-        symptoms += _measured_symptoms(reference, evaluation, agreement, expectation)
+        symptoms = symptoms + _measured_symptoms(reference, evaluation, agreement, expectation)
     band = band_of(file.facts.bits_per_weight)
     row = {
         "artifact": file.format,
@@ -226,13 +231,15 @@ def _checks(
 def _measured_symptoms(
     reference: Reference, evaluation: Evaluation, agreement: RoutingAgreement | None, expectation: Expectation
 ) -> list[str]:
-    symptoms = []
+    """Only of a file that numbers its experts as the original does."""
     original, found = reference.routing, evaluation.routing
-    if agreement is not None and original is not None and found is not None and expectation.is_whole:
-        symptoms += routing_symptoms(agreement, original, found)
+    if original is None or not expectation.is_whole:
+        return []
     divergence_N = evaluation.against["reference"].kl_divergence_N
-    chunk_length = reference.chunks_BT.shape[1]
-    return symptoms + divergence_symptoms(divergence_N, evaluation.n_chunks, chunk_length, original)
+    symptoms = divergence_symptoms(divergence_N, evaluation.n_chunks, reference.chunks_BT.shape[1], original)
+    if agreement is not None and found is not None:
+        symptoms = routing_symptoms(agreement, original, found) + symptoms
+    return symptoms
 
 
 def _routing(agreement: RoutingAgreement | None) -> dict[str, Any] | None:

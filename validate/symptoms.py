@@ -2,8 +2,9 @@
 
 Tensors that are damaged, and settings that are not the model's, are facts. Everything else is read from the
 measurements, and worth saying only of a file that failed: a layer whose routing falls, a router whose choices are the
-original's under other numbers, an expert whose tokens diverge, a divergence that grows with the position. Layers and
-experts are counted from 0, as in the files.
+original's under other numbers, an expert whose tokens diverge. (Where in a chunk the divergence is says nothing: among
+the scored positions, the second half, that of a wrong rotary base does not grow.) Layers and experts are counted from
+0, as in the files.
 """
 
 from __future__ import annotations
@@ -23,14 +24,13 @@ from validate.report import numbers
 from validate.routing_agreement import RoutingAgreement
 from validate.weight_comparison import Damage, Unit, WeightComparison
 
-__all__ = ["divergence_symptoms", "routing_symptoms", "setting_symptoms", "weight_symptoms"]
+__all__ = ["coarse_symptoms", "divergence_symptoms", "routing_symptoms", "setting_symptoms", "weight_symptoms"]
 
 _SAME_SETTING = 0.1  # relative; a rotary base that was read from a table of cosines in float16 is up to 5 % off
 _FALL = 0.75  # a layer that agrees by less than this share of the layer before falls
 _SAME_EXPERT = 0.8  # of the tokens that choose one of the original's experts, if they choose one of the file's
 _COARSE, _COARSER = 0.2, 2.5  # relative error of a 2-bit tensor, and how many times the others'
-_DIVERGES, _TOKENS = 2.0, 20  # an expert's tokens against the others', and how many there must be
-_GROWS = 1.3  # divergence in the last quarter of the scored positions against the first
+_DIVERGES, _TOKENS = 5.0, 20  # an expert's tokens against the others', and how many there must be
 
 
 def setting_symptoms(facts: FileFacts, shape: MoeShape) -> list[str]:
@@ -48,11 +48,27 @@ def setting_symptoms(facts: FileFacts, shape: MoeShape) -> list[str]:
 
 
 def weight_symptoms(comparison: WeightComparison) -> list[str]:
-    """What became of damaged tensors, and tensors that are far coarser than the others."""
+    """What became of damaged tensors."""
     zero = [damage for damage in comparison.damage if damage.is_zero]
     elsewhere = [damage for damage in comparison.damage if damage.holds is not None]
     unknown = [damage for damage in comparison.damage if not damage.is_zero and damage.holds is None]
-    return [*_zeroed(zero), *_mixed_up(elsewhere), *_unlike(unknown), *_coarse(comparison)]
+    return [*_zeroed(zero), *_mixed_up(elsewhere), *_unlike(unknown)]
+
+
+def coarse_symptoms(comparison: WeightComparison) -> list[str]:
+    """Tensors in about 2 bits where the file has more: each makes it another file than its size promises."""
+    by_tensor: dict[tuple[int | None, Role], list[float]] = defaultdict(list)
+    damaged = {entry.unit for entry in comparison.damage}
+    for unit, error in comparison.errors.items():
+        if unit not in damaged:
+            by_tensor[unit.layer, unit.role].append(error)
+    errors = {tensor: float(np.median(values)) for tensor, values in by_tensor.items()}
+    usual = float(np.median(list(errors.values()) or [0.0]))
+    return [
+        f"{_place(layer)}{role.value} is much coarser than the rest: relative error {error:.2g} against {usual:.2g}"
+        for (layer, role), error in errors.items()
+        if error > max(_COARSE, _COARSER * usual)
+    ]
 
 
 def routing_symptoms(agreement: RoutingAgreement, reference: Routing, found: Routing) -> list[str]:
@@ -70,28 +86,13 @@ def routing_symptoms(agreement: RoutingAgreement, reference: Routing, found: Rou
 
 
 def divergence_symptoms(
-    kl_divergence_N: npt.NDArray[np.float32], n_chunks: int, chunk_length: int, reference: Routing | None
+    kl_divergence_N: npt.NDArray[np.float32], n_chunks: int, chunk_length: int, reference: Routing
 ) -> list[str]:
-    """Where the divergence is: at which positions of a chunk, and at the tokens of which expert."""
+    """The expert whose tokens diverge most, if they do so several times as much as all others."""
     kld_BS = kl_divergence_N.reshape(n_chunks, -1).astype(np.float64)
     scored = scored_positions(chunk_length)
-    quarter = max(1, kld_BS.shape[1] // 4)
-    first, last = kld_BS[:, :quarter].mean(), kld_BS[:, -quarter:].mean()
-    symptoms = []
-    if last > _GROWS * first > 0:
-        symptoms.append(
-            f"the divergence is position-dependent: {numbers.divergence(first)} at positions {scored.start} to "
-            f"{scored.start + quarter - 1}, {numbers.divergence(last)} at the last {quarter}; that is how a wrong "
-            "rotary embedding looks"
-        )
-    if reference is not None:
-        symptoms += _expert_that_diverges(kld_BS, scored, reference)
-    return symptoms
-
-
-def _expert_that_diverges(kld_BS: npt.NDArray[np.float64], scored: slice, reference: Routing) -> list[str]:
     n_layers, _, top_k = reference.experts_LTK.shape
-    chosen_LBTK = reference.experts_LTK.reshape(n_layers, len(kld_BS), -1, top_k)
+    chosen_LBTK = reference.experts_LTK.reshape(n_layers, n_chunks, chunk_length, top_k)
     worst, text = _DIVERGES, []
     for layer, chosen_BTK in enumerate(chosen_LBTK):
         chosen_BSK = chosen_BTK[:, scored]
@@ -99,12 +100,12 @@ def _expert_that_diverges(kld_BS: npt.NDArray[np.float64], scored: slice, refere
             by_expert = (chosen_BSK == expert).any(-1)
             if not _TOKENS <= by_expert.sum() < by_expert.size:
                 continue
-            its_own, others = kld_BS[by_expert].mean(), kld_BS[~by_expert].mean()
-            if its_own > worst * others:
-                worst = its_own / others if others else np.inf
+            its_own, others = float(kld_BS[by_expert].mean()), float(kld_BS[~by_expert].mean())
+            if its_own > worst * others > 0:
+                worst = its_own / others
                 text = [
-                    f"layer {layer}: tokens that expert {expert} gets diverge by {numbers.divergence(its_own)}, the "
-                    f"others by {numbers.divergence(others)}"
+                    f"layer {layer}: tokens that expert {expert} gets diverge by {numbers.divergence(its_own)} nats, "
+                    f"the others by {numbers.divergence(others)}: that expert"
                 ]
     return text
 
@@ -186,21 +187,6 @@ def _unlike(damage: Iterable[Damage]) -> list[str]:
         f"{_place(entry.unit.layer)}{_described(entry.unit)} does not resemble the original's "
         f"(relative error {entry.relative_error:.2f})"
         for entry in damage
-    ]
-
-
-def _coarse(comparison: WeightComparison) -> list[str]:
-    by_tensor: dict[tuple[int | None, Role], list[float]] = defaultdict(list)
-    damaged = {entry.unit for entry in comparison.damage}
-    for unit, error in comparison.errors.items():
-        if unit not in damaged:
-            by_tensor[unit.layer, unit.role].append(error)
-    errors = {tensor: float(np.median(values)) for tensor, values in by_tensor.items()}
-    usual = float(np.median(list(errors.values()) or [0.0]))
-    return [
-        f"{_place(layer)}{role.value} is much coarser than the rest: relative error {error:.2g} against {usual:.2g}"
-        for (layer, role), error in errors.items()
-        if error > max(_COARSE, _COARSER * usual)
     ]
 
 

@@ -49,10 +49,10 @@ class Band:
 
 
 BANDS = (
-    Band("32-bit", 24.0, Fidelity(0.001, 0.99, 0.005, 0.98)),
-    Band("16-bit", 12.0, Fidelity(0.003, 0.97, 0.01, 0.97)),
-    Band("8-bit", 7.0, Fidelity(0.005, 0.97, 0.015, 0.96)),
-    Band("6-bit", 6.25, Fidelity(0.01, 0.95, 0.02, 0.95)),
+    Band("32-bit", 24.0, Fidelity(0.001, 0.99, 0.0005, 0.99)),
+    Band("16-bit", 12.0, Fidelity(0.003, 0.97, 0.005, 0.97)),
+    Band("8-bit", 7.0, Fidelity(0.005, 0.97, 0.01, 0.96)),
+    Band("6-bit", 6.25, Fidelity(0.01, 0.95, 0.015, 0.94)),
     Band("5-bit", 5.0, Fidelity(0.02, 0.92, 0.03, 0.92)),
     Band("4-bit", 4.0, Fidelity(0.05, 0.85, 0.06, 0.88)),
     Band("3-bit", 3.0, Fidelity(0.15, 0.75, 0.2, 0.8)),

@@ -50,6 +50,7 @@ _CHECKS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "perplexity_as_reported": ("change of perplexity since the report", numbers.percent),
     "routing_as_reported": ("change of routing overlap since the report", numbers.percent),
     "damaged_weights": ("tensors, experts or router rows that are not the original's", numbers.plain),
+    "coarse_weights": ("tensors much coarser than the rest", numbers.plain),
     "settings": ("settings that are not the original's", numbers.plain),
 }
 _LOSSES = {
