@@ -63,14 +63,17 @@ class Expectation:
     def of_file(cls, file: ModelFile, reference: Reference) -> Expectation:
         """Of somebody's file: the reference's experts and layers, if it has as many."""
         facts, n_experts = file.facts, reference.n_experts
-        if facts.n_experts is None or n_experts is None:
-            return cls(None, reference.routing is None, None)
-        if facts.n_experts != n_experts or facts.n_layers != reference.n_layers:
-            note = (
-                f"it has {facts.n_experts} experts in {facts.n_layers} layers, the original {n_experts} in "
-                f"{reference.n_layers}, and nothing says which they are: routing is not compared, and no threshold is "
-                "set unless --require does"
-            )
+        if facts.n_experts != n_experts or facts.n_layers != reference.n_layers or n_experts is None:
+            said = "; routing is not compared, and no threshold is set unless --require does"
+            if n_experts is None:
+                note = f"nothing is known of the original's experts{said}"
+            elif facts.n_experts is None:
+                note = f"it does not tell of its experts, as MoE and QMoE operators in a graph would{said}"
+            else:
+                note = (
+                    f"it has {facts.n_experts} experts in {facts.n_layers} layers, the original {n_experts} in "
+                    f"{reference.n_layers}, and nothing says which they are{said}"
+                )
             return cls(None, False, None, notes=(note,))
         original = None if reference.source is None else Student.teacher(reference.source)
         return cls(ExpertMap.keeping(n_experts, [range(n_experts)] * (facts.n_layers or 0)), True, original)
@@ -103,7 +106,7 @@ def validate_file(
     agreement = _agreement(reference, evaluation, expectation)
     notes = [*expectation.notes, *notes]
     if agreement is None and expectation.experts is not None and reference.routing is not None:
-        notes.append("its graph has no MoE or QMoE nodes that tell how they route: routing is not compared")
+        notes.append("its MoE operators route by a rule that they do not tell: routing is not compared")
     comparison = _comparison(file, expectation, notes)
     settings = [] if reference.source is None else setting_symptoms(file.facts, reference.source.shape)
     figures = fidelity_figures(evaluation, "reference")
