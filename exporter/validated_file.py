@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
-from compressors.model.student import ExpertMap, Student
+from compressors.model.student import ExpertMap, LayerMap, Student
 from exporter.references import Reference
 from validate.backend import Backend, RuntimeBackend
 from validate.evaluation import Evaluation, evaluate
@@ -46,9 +46,9 @@ class Expectation:
     def of_report(cls, out: Path, report: Mapping[str, Any], reference: Reference) -> Expectation:
         """Of a file that a run of ours published."""
         experts = ExpertMap.from_json(report["student"]["expert_map"])
-        pruned = experts.kept != ExpertMap.keeping(experts.n_teacher_experts, _all(experts)).kept
-        reshaped = any(layer.width is not None or len(layer.kept) < _members(layer.groups) for layer in experts.layers)
-        is_edited = reshaped or report["recipe"]["compress"]["edit"] != "none"
+        n_experts = experts.n_teacher_experts
+        everything = ExpertMap.keeping(n_experts, [range(n_experts)] * report["source"]["n_layers"])
+        is_edited = report["recipe"]["compress"]["edit"] != "none" or any(map(_is_changed, experts.layers))
         saved = out / "student"
         if saved.is_dir() and not report["student"]["dense"]:
             original: Student | None = Student.teacher(Checkpoint(saved))
@@ -56,8 +56,8 @@ class Expectation:
             original = Student(reference.source, experts)
         else:
             original = None
-        known = experts if reference.n_experts == experts.n_teacher_experts else None
-        return cls(known, not pruned and not is_edited, original, not saved.is_dir(), report)
+        known = experts if reference.n_experts == n_experts else None
+        return cls(known, experts == everything and not is_edited, original, not saved.is_dir(), report)
 
     @classmethod
     def of_file(cls, file: ModelFile, reference: Reference) -> Expectation:
@@ -79,12 +79,9 @@ class Expectation:
         return cls(ExpertMap.keeping(n_experts, [range(n_experts)] * (facts.n_layers or 0)), True, original)
 
 
-def _all(experts: ExpertMap) -> list[range]:
-    return [range(experts.n_teacher_experts)] * (1 + max(layer.source for layer in experts.layers))
-
-
-def _members(groups: tuple[tuple[int, ...], ...]) -> int:
-    return sum(map(len, groups))
+def _is_changed(layer: LayerMap) -> bool:
+    """Whether a layer's experts are not the original's: merged, or of another width."""
+    return layer.width is not None or any(len(group) > 1 for group in layer.groups)
 
 
 def validate_file(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -76,15 +77,18 @@ def test_of_an_original_that_was_only_quantized_its_divergence_is_asked_too() ->
         (6.0, "5-bit"),
         (5.5, "5-bit"),
         (4.85, "4-bit"),
-    ]
-    + [(4.25, "4-bit"), (3.44, "3-bit"), (2.63, "2-bit"), (1.6, "2-bit")],
+        (4.25, "4-bit"),
+        (3.44, "3-bit"),
+        (2.63, "2-bit"),
+        (1.6, "2-bit"),
+    ],
 )
 def test_every_number_of_bits_has_its_band(bits: float, name: str) -> None:
     assert band_of(bits).name == name
 
 
 def test_bands_stand_above_published_good_files_and_below_bad_ones() -> None:
-    """Mean divergences of Llama-3-8B and Qwen3.6-35B-A3B files, the larger of the two; docs/validation.md cites them."""
+    """Mean divergences of Llama-3-8B and Qwen3.6-35B-A3B files, the larger of both; docs/validation.md cites."""
     published = {"8-bit": 0.0059, "6-bit": 0.0055, "5-bit": 0.0108, "4-bit": 0.036, "3-bit": 0.18, "2-bit": 0.45}
     allowed = {band.name: band.fidelity.kld for band in BANDS}
     for name, divergence in published.items():
@@ -92,7 +96,7 @@ def test_bands_stand_above_published_good_files_and_below_bad_ones() -> None:
 
 
 def test_more_bits_are_held_to_more() -> None:
-    for better, worse in zip(BANDS, BANDS[1:], strict=False):
+    for better, worse in pairwise(BANDS):
         assert better.least_bits > worse.least_bits
         assert better.fidelity.perplexity_change < worse.fidelity.perplexity_change
         assert better.fidelity.routing_overlap >= worse.fidelity.routing_overlap
