@@ -56,8 +56,9 @@ class Expectation:
             original = Student(reference.source, experts)
         else:
             original = None
+        is_trained = not saved.is_dir() and any(rung.get("accepted") for rung in report["recovery"])
         known = experts if reference.n_experts == n_experts else None
-        return cls(known, experts == everything and not is_edited, original, not saved.is_dir(), report)
+        return cls(known, experts == everything and not is_edited, original, is_trained, report)
 
     @classmethod
     def of_file(cls, file: ModelFile, reference: Reference) -> Expectation:
@@ -104,20 +105,12 @@ def validate_file(
     notes = [*expectation.notes, *notes]
     if agreement is None and expectation.experts is not None and reference.routing is not None:
         notes.append("its MoE operators route by a rule that they do not tell: routing is not compared")
-    comparison = _comparison(file, expectation, notes)
-    settings = [] if reference.source is None else setting_symptoms(file.facts, reference.source.shape)
     figures = fidelity_figures(evaluation, "reference")
     checks = _checks(file, figures, agreement, expectation, reference, require)
-    symptoms = settings
-    if reference.source is not None:
-        checks.append(Check.at_most(f"{file.format}.settings", len(settings), 0))
-    if comparison is not None:
-        coarse = coarse_symptoms(comparison)
-        checks.append(Check.at_most(f"{file.format}.damaged_weights", len(comparison.damage), 0))
-        checks.append(Check.at_most(f"{file.format}.coarse_weights", len(coarse), 0))
-        symptoms = [*symptoms, *weight_symptoms(comparison), *coarse]
+    in_file, symptoms = _inspect(file, expectation, reference, notes)
+    checks += in_file
     if not all(check.passed for check in checks):
-        symptoms = symptoms + _measured_symptoms(reference, evaluation, agreement, expectation)
+        symptoms += _measured_symptoms(reference, evaluation, agreement, expectation)
     band = band_of(file.facts.bits_per_weight)
     row = {
         "artifact": file.format,
@@ -172,6 +165,30 @@ def _agreement(reference: Reference, evaluation: Evaluation, expectation: Expect
     return routing_agreement(reference.routing, evaluation.routing, expectation.experts, n_chunks=evaluation.n_chunks)
 
 
+def _inspect(
+    file: ModelFile, expectation: Expectation, reference: Reference, notes: list[str]
+) -> tuple[list[Check], list[str]]:
+    """What can be seen in the file itself, beside the original's settings and weights."""
+    checks: list[Check] = []
+    symptoms: list[str] = []
+    if reference.source is not None:
+        symptoms += setting_symptoms(file.facts, reference.source.shape)
+        checks.append(Check.at_most(f"{file.format}.settings", len(symptoms), 0))
+    comparison = _comparison(file, expectation, notes)
+    if comparison is None:
+        return checks, symptoms
+    damage = comparison.damage
+    if expectation.is_trained:  # what training made of a tensor is not known: only what certainly is wrong counts
+        damage = tuple(entry for entry in damage if entry.is_zero or entry.holds is not None)
+    symptoms += weight_symptoms(damage)
+    checks.append(Check.at_most(f"{file.format}.damaged_weights", len(damage), 0))
+    if not expectation.is_trained:
+        coarse = coarse_symptoms(comparison)
+        symptoms += coarse
+        checks.append(Check.at_most(f"{file.format}.coarse_weights", len(coarse), 0))
+    return checks, symptoms
+
+
 def _comparison(file: ModelFile, expectation: Expectation, notes: list[str]) -> WeightComparison | None:
     """The file's weights beside the original's; None where that cannot be done, which goes into the notes."""
     original = expectation.original
@@ -185,11 +202,7 @@ def _comparison(file: ModelFile, expectation: Expectation, notes: list[str]) -> 
         notes.append(f"weights were not compared with the original's ({error})")
         return None
     with_vocabulary = shape.vocab_size == original.shape.vocab_size
-    comparison = compare_weights(original, original.as_written(weights), with_vocabulary=with_vocabulary)
-    if expectation.is_trained:  # what training made of a tensor is not known: only what certainly is wrong counts
-        damage = tuple(entry for entry in comparison.damage if entry.is_zero or entry.holds is not None)
-        comparison = replace(comparison, damage=damage)
-    return comparison
+    return compare_weights(original, original.as_written(weights), with_vocabulary=with_vocabulary)
 
 
 def _checks(

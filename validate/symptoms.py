@@ -32,6 +32,11 @@ _SAME_EXPERT = 0.8  # of the tokens that choose one of the original's experts, i
 _COARSE, _COARSER = 0.2, 2.5  # relative error of a 2-bit tensor, and how many times the others'
 _DIVERGES, _TOKENS = 5.0, 20  # an expert's tokens against the others', and how many there must be
 
+_QUANTIZED_ROLES = frozenset(
+    {Role.TOKEN_EMBEDDING, Role.HEAD, Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUTPUT}
+    | {role for role in Role if role.is_expert}
+)
+
 
 def setting_symptoms(facts: FileFacts, shape: MoeShape) -> list[str]:
     """Settings of the file that are not the model's."""
@@ -47,11 +52,11 @@ def setting_symptoms(facts: FileFacts, shape: MoeShape) -> list[str]:
     ]
 
 
-def weight_symptoms(comparison: WeightComparison) -> list[str]:
+def weight_symptoms(damage: Sequence[Damage]) -> list[str]:
     """What became of damaged tensors."""
-    zero = [damage for damage in comparison.damage if damage.is_zero]
-    elsewhere = [damage for damage in comparison.damage if damage.holds is not None]
-    unknown = [damage for damage in comparison.damage if not damage.is_zero and damage.holds is None]
+    zero = [entry for entry in damage if entry.is_zero]
+    elsewhere = [entry for entry in damage if entry.holds is not None]
+    unknown = [entry for entry in damage if not entry.is_zero and entry.holds is None]
     return [*_zeroed(zero), *_mixed_up(elsewhere), *_unlike(unknown)]
 
 
@@ -60,7 +65,7 @@ def coarse_symptoms(comparison: WeightComparison) -> list[str]:
     by_tensor: dict[tuple[int | None, Role], list[float]] = defaultdict(list)
     damaged = {entry.unit for entry in comparison.damage}
     for unit, error in comparison.errors.items():
-        if unit not in damaged:
+        if unit not in damaged and unit.role in _QUANTIZED_ROLES:
             by_tensor[unit.layer, unit.role].append(error)
     errors = {tensor: float(np.median(values)) for tensor, values in by_tensor.items()}
     usual = float(np.median(list(errors.values()) or [0.0]))
@@ -122,7 +127,9 @@ def _router(reference_TK: npt.NDArray[np.int32], found_TK: npt.NDArray[np.int32]
     partner = together.argmax(1)
     sure = [expert for expert in often if together[expert, partner[expert]] > _SAME_EXPERT * tokens[expert]]
     moved = [expert for expert in sure if partner[expert] != expert]
-    if not moved or 2 * len(sure) < len(often):
+    # two routers that both prefer a few experts choose those together too: a permutation gives each its own
+    is_permutation = len(set(partner[sure])) == len(sure)
+    if not moved or not is_permutation or 2 * len(sure) < len(often):
         return ": its router, or what comes into it"
     expert = moved[0]
     return (
