@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ __all__ = [
     "DomainText",
     "Splits",
     "TextSplit",
+    "TextTokenizer",
     "TokenBlocks",
     "TokenizedSplit",
     "load_tokenizer",
@@ -42,6 +43,17 @@ BLOCK_LENGTH = 512
 """Tokens of a block: llama-perplexity's default context."""
 
 _BLANK_LINES = re.compile(r"\n(?:[ \t\r]*\n)+")
+
+
+class TextTokenizer(Protocol):
+    """As much of a tokenizer of transformers as is needed here."""
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """BOS, whether it is put before a text or not."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, verbose: bool = False) -> list[int]:
+        """The tokens of a text."""
 
 
 @dataclass(frozen=True)
@@ -196,15 +208,18 @@ def tokenize(
 
 
 def tokenize_heldout(
-    path: Path, checkpoint_folder: Path, block_length: int = BLOCK_LENGTH
+    path: Path, tokenizer: Path | TextTokenizer, block_length: int = BLOCK_LENGTH
 ) -> tuple[TextSplit, TokenizedSplit]:
     """Reads and tokenises held-out text alone, when nothing is calibrated.
+
+    ``tokenizer`` is one, or the folder of one (such as a checkpoint's).
 
     Raises:
         InputError: as :func:`read_splits` and :func:`tokenize`.
     """
     split = TextSplit("held-out", _read_parts(path))
-    tokenizer = load_tokenizer(checkpoint_folder)
+    if isinstance(tokenizer, Path):
+        tokenizer = load_tokenizer(tokenizer)
     bos = _bos_token(tokenizer)
     streams = _token_streams(split, tokenizer, bos)
     _check_length(split, streams, block_length)
@@ -257,7 +272,7 @@ def _document_starts(text: str) -> Iterator[int]:
         yield start
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> TextTokenizer:
     """The checkpoint's tokenizer, as transformers loads it; nothing is downloaded.
 
     Raises:
@@ -266,7 +281,7 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer  # takes seconds to import, and splitting text does not need it
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer: TextTokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder} has no usable tokenizer ({error}); download tokenizer.json again") from None
     # Without any tokenizer file transformers builds an empty one.
@@ -275,13 +290,13 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def _bos_token(tokenizer: Any) -> int | None:
+def _bos_token(tokenizer: TextTokenizer) -> int | None:
     """The id of BOS if the tokenizer puts it before a text."""
     bos: int | None = tokenizer.bos_token_id
     return bos if bos is not None and tokenizer.encode("a")[0] == bos else None
 
 
-def _token_streams(split: TextSplit, tokenizer: Any, bos: int | None) -> list[_Stream]:
+def _token_streams(split: TextSplit, tokenizer: TextTokenizer, bos: int | None) -> list[_Stream]:
     streams = []
     for part in split.parts:
         tokens = tokenizer.encode(part.text, add_special_tokens=False, verbose=False)

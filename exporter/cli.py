@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,15 @@ def main() -> None:
 
 
 _FOLDER = click.Path(path_type=Path)
+_REQUIRE = click.option(
+    "--require",
+    multiple=True,
+    metavar="NAME=VALUE[,...]",
+    help="Thresholds: kld, top1, routing, perplexity_change.",
+)
 
 
-@main.command(epilog="Other commands: moe-export inspect MODEL; moe-export validate OUT.")
+@main.command(epilog="Other commands: moe-export inspect MODEL; moe-export validate FILE_OR_FOLDER.")
 @click.argument("model", required=False)
 @click.option("--budget", metavar="SIZE", help="Memory the result may need, such as 20GB or 18.6GiB.")
 @click.option("--budget-kind", default="total", show_default=True, help="total: memory at run time; file: file size.")
@@ -83,9 +89,7 @@ _FOLDER = click.Path(path_type=Path)
     help="auto, none, router, top-experts, experts or adapters; docs/recovery.md has all.",
 )
 @click.option("--recover-time", default="30m", show_default=True, help="Most time for recovery.")
-@click.option(
-    "--require", multiple=True, metavar="NAME=VALUE", help="A threshold: kld, top1, routing, perplexity_change."
-)
+@_REQUIRE
 @click.option("--recipe", type=_FOLDER, help="Follow this recipe instead of planning; it holds every choice.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write the recipe beside OUT; read no weights.")
 @click.option("--save-student", is_flag=True, help="Also write the student as a Hugging Face checkpoint.")
@@ -124,6 +128,7 @@ def export(**arguments: Any) -> None:
         click.echo(json.dumps(result.report, indent=1))
     else:
         _print_result(result.report, result.out)
+    _name_failures(result.failures)
     raise SystemExit(result.exit_code)
 
 
@@ -146,8 +151,12 @@ def inspect(model: str, offline: bool, revision: str | None, as_json: bool) -> N
 
 
 @main.command()
-@click.argument("out", type=_FOLDER)
-@click.option("--against", metavar="MODEL", help="The original model.  [default: the one the report names]")
+@click.argument("file_or_folder", type=_FOLDER)
+@click.option(
+    "--against",
+    metavar="MODEL",
+    help="The original: a checkpoint's folder, a hub id, or another file.  [default: the one the report names]",
+)
 @click.option("--text", type=_FOLDER, help="Held-out text.  [default: the bundled one]")
 @click.option(
     "--reference-logits",
@@ -157,29 +166,40 @@ def inspect(model: str, offline: bool, revision: str | None, as_json: bool) -> N
 @click.option("--save-reference-logits", type=_FOLDER, help="Write such a file of the original.")
 @click.option("--threads", type=int, help="Threads.  [default: all processors]")
 @click.option("--gpu-layers", default=0, show_default=True, help="Layers that llama.cpp puts on a GPU.")
-@click.option(
-    "--require", multiple=True, metavar="NAME=VALUE", help="A threshold: kld, top1, routing, perplexity_change."
-)
+@click.option("--providers", default="cpu", show_default=True, help="Where ONNX Runtime computes: cpu or cuda.")
+@_REQUIRE
 @click.option(
     "--tasks", type=_FOLDER, help="Tasks of lm-evaluation-harness to run too: a YAML file or a folder (extra: tasks)."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def validate(out: Path, as_json: bool, tasks: Path | None, **arguments: Any) -> None:
-    """Check the files of OUT again: hashes, perplexity and divergence from the original, in their runtimes."""
+def validate(file_or_folder: Path, as_json: bool, tasks: Path | None, **arguments: Any) -> None:
+    """Measure files in their runtimes: ours (the folder OUT), or any GGUF or ONNX of the same model.
+
+    Perplexity, divergence from the original, routing and weights are checked; what is wrong is named.
+    """
     with requests_wait():
-        from exporter.revalidation import revalidate, revalidation_table
+        from exporter.revalidation import revalidate
+        from exporter.revalidation_table import revalidation_table
         from exporter.task_runs import task_results, tasks_table
 
     beside = {name: arguments[name] for name in ("against", "threads", "gpu_layers")}
-    ran = None if tasks is None else task_results(out, tasks, **beside)  # first: a task that is wrong is met at once
-    result = revalidate(out, **arguments) | ({} if ran is None else {"tasks": ran})
+    # first: a task that is wrong is met at once
+    ran = None if tasks is None else task_results(file_or_folder, tasks, **beside)
+    result = revalidate(file_or_folder, **arguments) | ({} if ran is None else {"tasks": ran})
     if as_json:
         click.echo(json.dumps(result, indent=1))
     else:
         _console().print(revalidation_table(result))
         if ran is not None:
             _console().print(tasks_table(ran))
+    _name_failures(result["failures"])
     raise SystemExit(0 if result["passed"] else 4)
+
+
+def _name_failures(failures: Iterable[str]) -> None:
+    """On stderr: whoever reads the exit code of a script finds there what it means."""
+    for failure in failures:
+        click.echo(f"failed: {failure}", err=True)
 
 
 _RECIPE_CHOICES = (

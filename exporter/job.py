@@ -215,13 +215,13 @@ def _folder_to_be(flag: str, path: Path) -> Path:
 
 
 def parse_requirements(pairs: Iterable[str], allowed: Collection[str] = tuple(REQUIREMENTS)) -> dict[str, float]:
-    """Thresholds of ``--require NAME=VALUE``, by name.
+    """Thresholds of ``--require NAME=VALUE``, by name; several may be in one, separated by commas.
 
     Raises:
         InputError: a pair is malformed, given twice, or its name is not among ``allowed``.
     """
     thresholds: dict[str, float] = {}
-    for pair in pairs:
+    for pair in (pair for text in pairs for pair in text.split(",")):
         name, _, number = pair.partition("=")
         name = name.strip()
         try:

@@ -37,7 +37,7 @@ from validate.load import expert_load, load_figures
 from validate.routing_agreement import routing_agreement
 from validate.statistics import perplexity
 from validate.ties import find_ties
-from validate.verdict import Check, required_checks
+from validate.verdict import Check, Figures, fidelity_for, required_checks
 
 __all__ = ["build_report", "final_recipe"]
 
@@ -366,15 +366,19 @@ def _checks(plan: Plan, artifacts: Mapping[str, Artifact], rows: Mapping[str, Ma
         checks.append(Check.at_most(f"{name}.budget", counted, limit))
         routing = row["routing"]["vs_torch_student"]
         change = None if row["perplexity"] is None else abs(row["perplexity"] / row["perplexity_student_torch"] - 1)
-        checks += required_checks(
-            name,
-            plan.recipe.type_of(name) or "",
-            plan.require,
-            is_routed=not plan.student_shape.is_dense,
+        figures = Figures(
             kld=row["kld"] and row["kld"]["mean"],
             top1=row["top1_agreement"],
             routing=routing and routing["overlap"],
             perplexity_change=change,
+        )
+        checks += required_checks(
+            name,
+            fidelity_for(plan.recipe.type_of(name) or ""),
+            plan.require,
+            figures,
+            is_routed=not plan.student_shape.is_dense,
+            is_whole=plan.student_shape == plan.teacher_shape and plan.recipe.compress.edit == "none",
         )
     return checks
 

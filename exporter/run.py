@@ -35,6 +35,7 @@ from exporter.teacher_floor import TeacherFloor, choose_teacher_floor
 from exporter.team import Team, local_processes
 from exporter.work import WorkDirectory
 from validate.report import render_html, render_model_card
+from validate.report.facts import failures
 
 __all__ = ["EXIT_CHECK_FAILED", "Result", "make_plan", "run_job"]
 
@@ -53,6 +54,11 @@ class Result:
     def exit_code(self) -> int:
         """0 when every check passed, 4 when one failed."""
         return 0 if self.report["verdict"]["passed"] else EXIT_CHECK_FAILED
+
+    @property
+    def failures(self) -> list[str]:
+        """The checks that failed, each with its value and threshold."""
+        return failures(self.report)
 
 
 def run_job(job: Job, command: str, announce: Callable[[str], None], team: Team | None = None) -> Result:

@@ -61,6 +61,10 @@ class RuntimeBackend(Backend, TextModel, Protocol):
     """A backend that can also generate text with its KV cache."""
 
     @property
+    def vocab_size(self) -> int:
+        """Logits of one position."""
+
+    @property
     def bos_token(self) -> int | None:
         """The token that the model wants before a text; None if it wants none."""
 

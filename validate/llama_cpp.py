@@ -25,7 +25,7 @@ from validate.cost import Runs, RuntimeCost, peak_rss_bytes
 from validate.llama_cpp_routing import RoutingCollector, ggml_function
 from validate.router_inputs import RouterInputs
 
-__all__ = ["KV_TYPES", "LlamaCppBackend", "measure"]
+__all__ = ["KV_TYPES", "LlamaCppBackend", "measure", "start_runtime"]
 
 KV_TYPES: Mapping[str, int] = {
     "f32": api.GGML_TYPE_F32,
@@ -83,6 +83,11 @@ class LlamaCppBackend:
         ggml = ctypes.string_at(ggml_function("ggml_version", ctypes.c_void_p)()).decode()
         commit = ctypes.string_at(ggml_function("ggml_commit", ctypes.c_void_p)()).decode()
         return f"{version('llama-cpp-python')} (ggml {ggml}, {commit})"
+
+    @property
+    def vocab_size(self) -> int:
+        """Logits of one position."""
+        return self._session.vocab_size
 
     @property
     def bos_token(self) -> int | None:
@@ -172,7 +177,7 @@ def measure(
     """
     if context < 2 * _DECODED_TOKENS or not len(prompt_tokens):
         raise InputError(f"measuring needs a context of at least {2 * _DECODED_TOKENS} tokens and a prompt")
-    _start_runtime()
+    start_runtime()
     base = peak_rss_bytes()
     _buffers.clear()
     started = time.perf_counter()
@@ -234,7 +239,7 @@ class _Session:
         self._length = 0
         if kv_type not in KV_TYPES:
             raise InputError(f"--kv-type {kv_type}: no such type; choose one of {', '.join(KV_TYPES)}")
-        _start_runtime()
+        start_runtime()
         self._model = _load_model(path, gpu_layers)
         architecture = _metadata(self._model, "general.architecture")
         self.has_experts = int(_metadata(self._model, f"{architecture}.expert_count") or 0) > 0
@@ -359,7 +364,8 @@ def _keep_errors(level: int, text: bytes, user_data: int) -> None:
 
 
 @functools.cache
-def _start_runtime() -> None:
+def start_runtime() -> None:
+    """Sets llama.cpp up, once; its log goes nowhere but into our error messages."""
     api.llama_backend_init()
     api.llama_log_set(_keep_errors, ctypes.c_void_p(0))
 

@@ -1,7 +1,8 @@
 """ONNX Runtime as a backend: logits, routing, greedy text and cost of an exported decoder.
 
-Works on any decoder whose cache inputs and outputs are named ``past_key_values.N.key`` and ``present.N.key`` and whose
-MoE blocks, if it is not dense, are com.microsoft MoE or QMoE nodes. The operators do not give away which experts they
+Works on any decoder whose cache inputs and outputs are named ``past_key_values.N.key`` and ``present.N.key``, as
+onnxruntime-genai and optimum name them, in float32 or float16. Routing is read where the MoE blocks are com.microsoft
+MoE or QMoE nodes. The operators do not give away which experts they
 chose, only the logits they are fed are visible: routing is computed from those by the operators' own rule (softmax over
 all experts, top-k, renormalised if the node says so; of two equal logits the lower expert index wins).
 """
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,16 +27,18 @@ from compressors.model.errors import InputError, MoeExportError
 from compressors.model.routing import NO_EXPERT, Routing, selection_margins
 from validate.backend import ChooseToken, ChunkOutput, scored_positions
 from validate.cost import Runs, RuntimeCost, peak_rss_bytes
+from validate.onnx_files import onnx_model_file
+from validate.onnx_inputs import check_decoder, float_type
 from validate.onnx_router import router_graph
 from validate.router_inputs import RouterInputs
 
 __all__ = ["CHUNK_TOKENS", "OnnxRuntimeBackend", "OnnxRuntimeError", "measure"]
 
 CHUNK_TOKENS = 512  # prompts are fed in pieces of this many tokens
-_MODEL_FILE = "model.onnx"
 _MOE_OPERATORS = ("MoE", "QMoE")
 _ATTENTION_OPERATORS = ("GroupQueryAttention", "MultiHeadAttention", "Attention")
 _ROUTER_INPUT = 1  # position of the router logits among the operators' inputs
+_MIXING_INPUT = 14  # where QMoE takes gate weights from that are no softmax of these logits
 _DECODED_TOKENS = 32  # generated when decoding speed is measured
 _LOAD_ERRORS = (
     ort_errors.Fail,
@@ -73,20 +77,23 @@ class _MoeNode:
 
 
 class OnnxRuntimeBackend:
-    """An exported model in ONNX Runtime on the CPU.
+    """An exported model in ONNX Runtime.
 
     Args:
         path: the model's folder, or its ``.onnx`` file.
         threads: threads inside an operator.
+        providers: execution providers, the first that can run a node runs it.
 
     Raises:
-        InputError: the file is missing or damaged, or its weights are.
+        InputError: the file is missing or damaged, or its weights are; or it is no decoder with these names.
     """
 
-    def __init__(self, path: Path, *, threads: int) -> None:
-        self._path = _model_file(path)
+    def __init__(self, path: Path, *, threads: int, providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
+        self._path = onnx_model_file(path)
         self._threads = threads
-        self._session = _open_session(self._path, str(self._path), threads)
+        self._providers = tuple(providers)
+        self._session = _open_session(self._path, str(self._path), threads, self._providers)
+        check_decoder(self._path, self._session, _cache_dimensions(self._session))
         self._moe_nodes: tuple[_MoeNode, ...] | None = None  # known when the session shows their router logits
         self._n_layers = len(_cache_dimensions(self._session)) // 2
 
@@ -99,6 +106,11 @@ class OnnxRuntimeBackend:
     def version(self) -> str:
         """The installed version."""
         return str(onnxruntime.__version__)
+
+    @property
+    def vocab_size(self) -> int:
+        """Logits of one position."""
+        return _vocab_size(self._session)
 
     @property
     def bos_token(self) -> int | None:
@@ -133,6 +145,7 @@ class OnnxRuntimeBackend:
                 self._moe_nodes = self._show_routing(tokens)
             names = [node.router_logits for node in self._moe_nodes]
             logits_TV, router_logits = _run_from_empty_cache(self._session, tokens, names)
+            router_logits = [logits.reshape(len(tokens), -1).astype(np.float32) for logits in router_logits]
             routing = self._routing(self._moe_nodes, router_logits) if self._moe_nodes else None
             yield ChunkOutput(logits_TV[scored_positions(len(tokens))], routing)
 
@@ -203,12 +216,11 @@ class OnnxRuntimeBackend:
         moe_nodes = tuple(_moe_nodes(model.graph))
         if not moe_nodes:
             return ()
-        model.graph.output.extend(
-            onnx.helper.make_tensor_value_info(node.router_logits, onnx.TensorProto.FLOAT, None) for node in moe_nodes
-        )
+        # of the type that the runtime infers
+        model.graph.output.extend(onnx.ValueInfoProto(name=node.router_logits) for node in moe_nodes)
         shipped = _logits_digest(self._session, tokens)
         del self._session
-        debug = _open_session(self._path, model.SerializeToString(), self._threads)
+        debug = _open_session(self._path, model.SerializeToString(), self._threads, self._providers)
         if _logits_digest(debug, tokens) != shipped:
             raise OnnxRuntimeError(
                 f"{self._path}: the copy of the graph that shows routing gives other logits than the graph itself; "
@@ -238,7 +250,7 @@ def measure(folder: Path, *, context: int, threads: int, prompt_tokens: Sequence
         raise InputError(f"measuring needs a context of at least {2 * _DECODED_TOKENS} tokens and a prompt")
     base = peak_rss_bytes()
     started = time.perf_counter()
-    path = _model_file(folder)
+    path = onnx_model_file(folder)
     session = _open_session(path, str(path), threads)
     load_seconds = time.perf_counter() - started
     generation = _Generation(session, capacity=context)
@@ -271,9 +283,9 @@ class _Generation:
         self._length = 0
         self._cache: dict[str, onnxruntime.OrtValue] = {}
         for name, (heads, head_dim) in _cache_dimensions(session).items():
-            empty = np.zeros((1, heads, capacity, head_dim), dtype=np.float32)
+            empty = np.zeros((1, heads, capacity, head_dim), dtype=float_type(session.get_inputs(), name))
             self._cache[name] = onnxruntime.OrtValue.ortvalue_from_numpy(empty)
-        self._logits_1TV = np.empty((1, min(capacity, CHUNK_TOKENS), _vocab_size(session)), dtype=np.float32)
+        self._logits_1TV = _empty_logits(session, min(capacity, CHUNK_TOKENS))
 
     def feed(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Appends tokens, in chunks, and returns the next one's logits [V], valid until the next call."""
@@ -285,15 +297,15 @@ class _Generation:
         past_length = self._length
         self._length += len(tokens)
         binding = self._session.io_binding()
-        for name, values in _token_inputs(tokens, past_length).items():
+        for name, values in _token_inputs(self._session, tokens, past_length).items():
             binding.bind_cpu_input(name, values)
         for name, buffer in self._cache.items():
             binding.bind_ortvalue_input(name, buffer)
             binding.bind_ortvalue_output(name.replace("past_key_values", "present"), buffer)
         logits = self._logits_1TV[:, : len(tokens)]  # bound, because reading an output of the runtime copies it
-        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
         self._session.run_with_iobinding(binding)
-        logits_V: npt.NDArray[np.float32] = logits[0, -1]
+        logits_V: npt.NDArray[np.float32] = logits[0, -1].astype(np.float32)
         return logits_V
 
 
@@ -302,12 +314,13 @@ def _run_from_empty_cache(
 ) -> tuple[npt.NDArray[np.float32], list[npt.NDArray[np.float32]]]:
     """Logits [T, V], written by the runtime into our memory instead of copied there, and the other outputs."""
     binding = session.io_binding()
-    for name, values in _token_inputs(tokens, 0).items():
+    for name, values in _token_inputs(session, tokens, 0).items():
         binding.bind_cpu_input(name, values)
     for name, (heads, head_dim) in _cache_dimensions(session).items():
-        binding.bind_cpu_input(name, np.zeros((1, heads, 0, head_dim), dtype=np.float32))
-    logits_1TV = np.empty((1, len(tokens), _vocab_size(session)), dtype=np.float32)
-    binding.bind_output("logits", "cpu", 0, np.float32, logits_1TV.shape, logits_1TV.ctypes.data)
+        empty = np.zeros((1, heads, 0, head_dim), dtype=float_type(session.get_inputs(), name))
+        binding.bind_cpu_input(name, empty)
+    logits_1TV = _empty_logits(session, len(tokens))
+    binding.bind_output("logits", "cpu", 0, logits_1TV.dtype, logits_1TV.shape, logits_1TV.ctypes.data)
     for name in outputs:
         binding.bind_output(name)
     options = onnxruntime.RunOptions()
@@ -315,7 +328,7 @@ def _run_from_empty_cache(
     options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     session.run_with_iobinding(binding, options)
     _, *others = binding.get_outputs()
-    return logits_1TV[0], [output.numpy() for output in others]
+    return logits_1TV[0].astype(np.float32, copy=False), [output.numpy() for output in others]
 
 
 def _logits_digest(session: onnxruntime.InferenceSession, tokens: npt.NDArray[np.int64]) -> str:
@@ -327,28 +340,39 @@ def _vocab_size(session: onnxruntime.InferenceSession) -> int:
     return next(int(output.shape[-1]) for output in session.get_outputs() if output.name == "logits")
 
 
-def _token_inputs(tokens: npt.NDArray[np.int64], past_length: int) -> dict[str, npt.NDArray[np.int64]]:
+def _empty_logits(session: onnxruntime.InferenceSession, n_tokens: int) -> npt.NDArray[Any]:
+    return np.empty((1, n_tokens, _vocab_size(session)), dtype=float_type(session.get_outputs(), "logits"))
+
+
+def _token_inputs(
+    session: onnxruntime.InferenceSession, tokens: npt.NDArray[np.int64], past_length: int
+) -> dict[str, npt.NDArray[np.int64]]:
+    """Those that the graph has: not every exporter feeds positions."""
     end = past_length + len(tokens)
-    return {
+    values = {
         "input_ids": tokens[None],
         "attention_mask": np.ones((1, end), dtype=np.int64),
         "position_ids": np.arange(past_length, end, dtype=np.int64)[None],
     }
+    known = {value.name: value for value in session.get_inputs()}
+    return {
+        name: array.astype(np.int32) if known[name].type == "tensor(int32)" else array
+        for name, array in values.items()
+        if name in known
+    }
 
 
 def _cache_dimensions(session: onnxruntime.InferenceSession) -> dict[str, tuple[int, int]]:
-    """Cache inputs by name, as (heads, head width); the outputs declare them."""
+    """Cache inputs by name, as (heads, head width); the outputs declare them, or the inputs do."""
     outputs = {output.name: output.shape for output in session.get_outputs()}
     dimensions = {}
-    for name in (value.name for value in session.get_inputs()):
-        if name.startswith("past_key_values"):
-            _, heads, _, head_dim = outputs[name.replace("past_key_values", "present")]
-            dimensions[name] = (heads, head_dim)
+    for value in session.get_inputs():
+        if value.name.startswith("past_key_values"):
+            for _, heads, _, head_dim in (outputs[value.name.replace("past_key_values", "present")], value.shape):
+                if isinstance(heads, int) and isinstance(head_dim, int):
+                    dimensions[value.name] = (heads, head_dim)
+                    break
     return dimensions
-
-
-def _model_file(path: Path) -> Path:
-    return path / _MODEL_FILE if path.is_dir() else path
 
 
 def _moe_nodes(graph: onnx.GraphProto) -> Iterator[_MoeNode]:
@@ -359,16 +383,18 @@ def _moe_nodes(graph: onnx.GraphProto) -> Iterator[_MoeNode]:
             layer += 1
         elif node.op_type in _MOE_OPERATORS:
             attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+            if attributes.get("use_sparse_mixer", 0) or any(node.input[_MIXING_INPUT:]):
+                continue  # routed by another rule, which is not told
             # absent attributes have the operators' defaults
             normalizes = bool(attributes.get("normalize_routing_weights", 0))
             states, router_logits = node.input[0], node.input[_ROUTER_INPUT]
             yield _MoeNode(layer, states, router_logits, attributes.get("k", 1), normalizes)
 
 
-def _open_session(path: Path, model: str | bytes, threads: int) -> onnxruntime.InferenceSession:
+def _open_session(
+    path: Path, model: str | bytes, threads: int, providers: Sequence[str] = ("CPUExecutionProvider",)
+) -> onnxruntime.InferenceSession:
     """Loads a graph from a path or from bytes; either way its weights lie beside ``path``."""
-    if not path.is_file():
-        raise InputError(f"{path} is missing: give the folder that holds {_MODEL_FILE}, or the file")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # the runtime's warnings are about its own optimisations
@@ -377,6 +403,6 @@ def _open_session(path: Path, model: str | bytes, threads: int) -> onnxruntime.I
             "session.model_external_initializers_file_folder_path", str(path.resolve().parent)
         )
     try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(model, options, providers=list(providers))
     except _LOAD_ERRORS as error:
         raise InputError(f"{path} does not load in ONNX Runtime ({error}); export it again") from None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-__all__ = ["REQUIREMENTS", "Check", "Fidelity", "fidelity_for", "required_checks"]
+__all__ = ["BANDS", "REQUIREMENTS", "Band", "Check", "Fidelity", "Figures"]
+__all__ += ["band_of", "fidelity_for", "required_checks"]
 
 
 @dataclass(frozen=True)
@@ -30,28 +31,65 @@ class Check:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How near a file must come to the unquantized student that it was written from."""
+    """How near a file must come to the unquantized model that it was written from."""
 
-    perplexity_change: float  # largest |perplexity / student's perplexity - 1|
+    perplexity_change: float  # largest |perplexity / model's perplexity - 1|
     routing_overlap: float  # smallest mean overlap of the chosen experts
+    kld: float  # largest mean divergence, nats
+    top1: float  # smallest share of positions with the same token most probable
 
 
-_FIDELITY = {
-    "F32": Fidelity(0.001, 0.99),
-    "BF16": Fidelity(0.003, 0.97),
-    "Q8_0": Fidelity(0.005, 0.97),
-    "Q6_K": Fidelity(0.01, 0.95),
-    "Q5_1": Fidelity(0.02, 0.92),
-    "Q5_K": Fidelity(0.02, 0.92),
-    "Q5_0": Fidelity(0.02, 0.92),
-    "Q4_K": Fidelity(0.05, 0.85),
-    "Q4_0": Fidelity(0.05, 0.85),
+@dataclass(frozen=True)
+class Band:
+    """Files of about the same bits per weight, and what may be expected of them."""
+
+    name: str
+    least_bits: float  # per weight of the experts, scales included
+    fidelity: Fidelity
+
+
+BANDS = (
+    Band("32-bit", 24.0, Fidelity(0.001, 0.99, 0.0005, 0.99)),
+    Band("16-bit", 12.0, Fidelity(0.003, 0.97, 0.005, 0.97)),
+    Band("8-bit", 7.0, Fidelity(0.005, 0.97, 0.01, 0.96)),
+    Band("6-bit", 6.25, Fidelity(0.01, 0.95, 0.015, 0.94)),
+    Band("5-bit", 5.0, Fidelity(0.02, 0.92, 0.03, 0.92)),
+    Band("4-bit", 4.0, Fidelity(0.05, 0.85, 0.06, 0.88)),
+    Band("3-bit", 3.0, Fidelity(0.15, 0.75, 0.2, 0.8)),
+    Band("2-bit", 0.0, Fidelity(0.5, 0.5, 0.6, 0.65)),
+)
+"""From the most bits down. Divergence and same top stand above what good files of the band are known to have.
+
+Published mean divergences (nats) of quantized, unpruned models, llama-perplexity on wikitext: Llama-3-8B (llama.cpp,
+tools/perplexity/README.md) q8_0 0.0014, q6_K 0.0055 with 96.0 % same top, q5_K_M 0.0108, q4_K_M 0.031 with 91.9 %,
+q3_K_M 0.084 to 0.10, iq3_XXS 0.18, q2_K 0.33 to 0.45 with 71 %; Qwen3.6-35B-A3B (model card of mudler's APEX files)
+Q8_0 0.0059, where batches decide ties between experts, Q5 0.0083, Q4 0.0138, Q3 0.0435; 4-bit files of
+Qwen3.5-35B-A3B from 0.0102 to 0.0524. The logits of float16 models alone differ by 0.00055. Nobody has published
+routing overlaps: those, and changes of perplexity, are what our own two trained models allow down to 4 bits, and
+guesses below.
+"""
+
+_BITS = {
+    "F32": 32.0,
+    "BF16": 16.0,
+    "Q8_0": 8.5,
+    "Q6_K": 6.5625,
+    "Q5_1": 6.0,
+    "Q5_K": 5.5,
+    "Q5_0": 5.5,
+    "Q4_K": 4.5,
+    "Q4_0": 4.5,
 }
+
+
+def band_of(bits_per_weight: float) -> Band:
+    """The band of a file."""
+    return next(band for band in BANDS if bits_per_weight >= band.least_bits)
 
 
 def fidelity_for(weight_type: str) -> Fidelity:
     """The default thresholds for a type of weights."""
-    return _FIDELITY[weight_type]
+    return band_of(_BITS[weight_type]).fidelity
 
 
 REQUIREMENTS: Mapping[str, str] = {
@@ -63,33 +101,54 @@ REQUIREMENTS: Mapping[str, str] = {
 """Names that ``--require NAME=VALUE`` knows."""
 
 
+@dataclass(frozen=True)
+class Figures:
+    """What is judged; None is what was not measured."""
+
+    kld: float | None  # from the original
+    top1: float | None
+    routing: float | None  # with the unquantized model that the file was written from
+    perplexity_change: float | None  # from that model
+
+
 def required_checks(
     artifact: str,
-    weight_type: str,
+    fidelity: Fidelity | None,
     require: Mapping[str, float],
+    figures: Figures,
     *,
     is_routed: bool,
-    kld: float | None,
-    top1: float | None,
-    routing: float | None,
-    perplexity_change: float | None,
+    is_whole: bool,
 ) -> list[Check]:
-    """The fidelity checks of one artifact: defaults of its type, replaced and joined by what was required.
+    """The fidelity checks of one artifact: defaults, replaced and joined by what was required.
 
-    A dense model is not ``is_routed``: nothing is asked of its routing.
+    Args:
+        artifact: what the names of the checks begin with.
+        fidelity: the defaults of its band; None: only what is required is checked.
+        require: thresholds by name.
+        figures: what was measured.
+        is_routed: a dense model is not: nothing is asked of its routing.
+        is_whole: whether the original was quantized and nothing else. No band of divergences exists for models that
+            were pruned or merged, so nothing is asked of theirs by default.
     """
-    default = fidelity_for(weight_type)
-    checks = [
-        Check.at_most(
-            f"{artifact}.perplexity_change",
-            perplexity_change,
-            require.get("perplexity_change", default.perplexity_change),
-        ),
+    defaults: dict[str, float] = {}
+    if fidelity is not None:
+        defaults["perplexity_change"] = fidelity.perplexity_change
+        if is_routed:
+            defaults["routing"] = fidelity.routing_overlap
+        if is_whole:
+            defaults |= {"kld": fidelity.kld, "top1": fidelity.top1}
+    thresholds = defaults | dict(require)
+    return [
+        judge(f"{artifact}.{name}", getattr(figures, name), thresholds[name])
+        for name, judge in _JUDGES.items()
+        if name in thresholds and (is_routed or name != "routing")
     ]
-    if is_routed:
-        checks.append(Check.at_least(f"{artifact}.routing", routing, require.get("routing", default.routing_overlap)))
-    if "kld" in require:
-        checks.append(Check.at_most(f"{artifact}.kld", kld, require["kld"]))
-    if "top1" in require:
-        checks.append(Check.at_least(f"{artifact}.top1", top1, require["top1"]))
-    return checks
+
+
+_JUDGES: Mapping[str, Callable[[str, float | None, float], Check]] = {
+    "perplexity_change": Check.at_most,
+    "routing": Check.at_least,
+    "kld": Check.at_most,
+    "top1": Check.at_least,
+}

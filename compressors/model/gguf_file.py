@@ -2,7 +2,7 @@
 
 The format is version 3, little endian (``docs/gguf.md`` of ggml): counts, metadata, a directory of tensors, and after
 padding their data. gguf-py's reader maps the file into memory and makes an array of every token of the vocabulary;
-here metadata is only walked over.
+here single values of the metadata are kept, and of arrays their lengths.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -22,20 +22,22 @@ from compressors.model.errors import InputError
 from compressors.model.ggml import GGMLQuantizationType, can_dequantize, row_bytes
 from compressors.model.raw_file import RawFile
 
-__all__ = ["GgufEntry", "GgufFile"]
+__all__ = ["GgufEntry", "GgufFile", "Value"]
 
-_VALUE_BYTES = {
-    GGUFValueType.UINT8: 1,
-    GGUFValueType.INT8: 1,
-    GGUFValueType.BOOL: 1,
-    GGUFValueType.UINT16: 2,
-    GGUFValueType.INT16: 2,
-    GGUFValueType.UINT32: 4,
-    GGUFValueType.INT32: 4,
-    GGUFValueType.FLOAT32: 4,
-    GGUFValueType.UINT64: 8,
-    GGUFValueType.INT64: 8,
-    GGUFValueType.FLOAT64: 8,
+Value = int | float | bool | str
+
+_LAYOUTS = {
+    GGUFValueType.UINT8: "<B",
+    GGUFValueType.INT8: "<b",
+    GGUFValueType.BOOL: "<?",
+    GGUFValueType.UINT16: "<H",
+    GGUFValueType.INT16: "<h",
+    GGUFValueType.UINT32: "<I",
+    GGUFValueType.INT32: "<i",
+    GGUFValueType.FLOAT32: "<f",
+    GGUFValueType.UINT64: "<Q",
+    GGUFValueType.INT64: "<q",
+    GGUFValueType.FLOAT64: "<d",
 }
 
 
@@ -60,7 +62,12 @@ class GgufEntry:
 
 
 class GgufFile:
-    """The tensors of one file by name; opening reads the header alone.
+    """One file; opening reads the header alone.
+
+    Attributes:
+        tensors: by name.
+        metadata: the single values, by key.
+        array_lengths: how many items the metadata's arrays have, by key.
 
     Raises:
         InputError: the file is missing, truncated or not GGUF, or has a tensor of a type that ggml cannot dequantize.
@@ -71,11 +78,14 @@ class GgufFile:
         self._file = RawFile(path)
         try:
             with path.open("rb") as stream:
-                self.tensors: Mapping[str, GgufEntry] = _Header(stream, path).tensors()
+                header = _Header(stream, path)
+                self.tensors: Mapping[str, GgufEntry] = header.tensors()
         except (EOFError, ValueError, OverflowError, OSError) as error:
             raise InputError(
                 f"{path} is truncated or not a GGUF file ({error or 'its header ends too early'}): write it again"
             ) from None
+        self.metadata: Mapping[str, Value] = header.values
+        self.array_lengths: Mapping[str, int] = header.array_lengths
         for entry in self.tensors.values():
             if entry.offset + entry.n_bytes > self._file.size:
                 raise InputError(f"{path} is truncated: tensor {entry.name} ends after the file does; write it again")
@@ -97,16 +107,18 @@ class _Header:
     def __init__(self, stream: BinaryIO, path: Path) -> None:
         self._stream = stream
         self._path = path
-        self._alignment = GGUF_DEFAULT_ALIGNMENT
+        self.values: dict[str, Value] = {}
+        self.array_lengths: dict[str, int] = {}
 
     def tensors(self) -> dict[str, GgufEntry]:
         magic, version, n_tensors, n_values = self._numbers("<IIQQ")
         if magic != GGUF_MAGIC or version != GGUF_VERSION:
             raise ValueError(f"it does not begin as one of version {GGUF_VERSION} does")
         for _ in range(n_values):
-            self._walk_over_value(self._text())
+            self._read_value(self._text())
         entries = [self._entry() for _ in range(n_tensors)]
-        data = -(-self._stream.tell() // self._alignment) * self._alignment
+        alignment = int(self.values.get(Keys.General.ALIGNMENT, GGUF_DEFAULT_ALIGNMENT))
+        data = -(-self._stream.tell() // alignment) * alignment
         return {name: GgufEntry(name, shape, ggml_type, data + offset) for name, shape, ggml_type, offset in entries}
 
     def _entry(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
@@ -126,14 +138,19 @@ class _Header:
             raise ValueError(f"tensor {name} of shape {list(shape)} cannot be of type {ggml_type.name}")
         return ggml_type
 
-    def _walk_over_value(self, key: str) -> None:
+    def _read_value(self, key: str) -> None:
         (kind,) = self._numbers("<I")
-        if key == Keys.General.ALIGNMENT:
-            (self._alignment,) = self._numbers("<I")
-        elif kind == GGUFValueType.ARRAY:
-            self._walk_over_items(*self._numbers("<IQ"))
+        if kind == GGUFValueType.ARRAY:
+            kind, self.array_lengths[key] = self._numbers("<IQ")
+            self._walk_over_items(kind, self.array_lengths[key])
+        elif kind == GGUFValueType.STRING:
+            (length,) = self._numbers("<Q")
+            if length > _LONGEST_TEXT:  # a whole tokenizer.json
+                self._stream.seek(length, 1)
+            else:
+                self.values[key] = self._bytes(length).decode("utf-8", errors="replace")
         else:
-            self._walk_over_items(kind, 1)
+            (self.values[key],) = self._numbers(_LAYOUTS[GGUFValueType(kind)])
 
     def _walk_over_items(self, kind: int, n_items: int) -> None:
         if kind == GGUFValueType.STRING:
@@ -141,13 +158,13 @@ class _Header:
                 (length,) = self._numbers("<Q")
                 self._stream.seek(length, 1)
         else:
-            self._stream.seek(_VALUE_BYTES[GGUFValueType(kind)] * n_items, 1)
+            self._stream.seek(struct.calcsize(_LAYOUTS[GGUFValueType(kind)]) * n_items, 1)
 
     def _text(self) -> str:
         (length,) = self._numbers("<Q")
         return self._bytes(length).decode("utf-8")
 
-    def _numbers(self, layout: str) -> tuple[int, ...]:
+    def _numbers(self, layout: str) -> tuple[Any, ...]:
         return struct.unpack(layout, self._bytes(struct.calcsize(layout)))
 
     def _bytes(self, length: int) -> bytes:
@@ -157,4 +174,4 @@ class _Header:
         return data
 
 
-_LONGEST_TEXT = 1 << 20  # of a key or a tensor's name; llama.cpp allows 65535 and 64 bytes
+_LONGEST_TEXT = 1 << 20  # that is read; llama.cpp allows keys of 65,535 bytes and names of tensors of 64

@@ -35,7 +35,7 @@ def test_what_is_given_is_kept(tmp_path: Path) -> None:
         quant="q4_k",
         recover="router:published",
         recover_time="90s",
-        require=["kld=0.1", "routing=0.9"],
+        require=["kld=0.1,top1=0.5", "routing=0.9"],
         recipe=recipe,
         memory="4GB",
         threads=3,
@@ -44,7 +44,7 @@ def test_what_is_given_is_kept(tmp_path: Path) -> None:
     assert job.formats == ("gguf", "onnx")
     assert (job.kv_type, job.experts, job.quant) == ("q8_0", 4, "Q4_K")
     assert (job.recover, job.recover_seconds) == ("router:published", 90)
-    assert job.require == {"kld": 0.1, "routing": 0.9}
+    assert job.require == {"kld": 0.1, "top1": 0.5, "routing": 0.9}
     assert (job.recipe, job.memory_bytes, job.threads) == (recipe, 4 * 10**9, 3)
     assert job.work_dir == tmp_path / "out.work"
 

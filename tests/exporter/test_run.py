@@ -174,6 +174,7 @@ def test_a_recipe_is_followed_and_a_failed_check_gives_exit_code_4(
     assert [artifact["format"] for artifact in report["artifacts"]] == ["gguf"]
     assert report["student"]["kept"] == _report(finished[0])["student"]["kept"]
     assert [check["name"] for check in report["verdict"]["checks"] if not check["passed"]] == ["gguf.kld"]
+    assert "failed: GGUF: mean divergence from the original: 0." in result.stderr
     assert next((tmp_path / "out").glob("*.gguf")).stat().st_size > 0
 
 
@@ -193,7 +194,8 @@ def test_validate_measures_published_files_again_and_notices_damage(
     bad = run_command([*command, "--json"])
     assert bad.returncode == 4
     failed = {check["name"] for check in json.loads(bad.stdout)["checks"] if not check["passed"]}
-    assert {"files changed", "gguf.perplexity_as_reported"} <= failed
+    assert {"files changed", "gguf.perplexity_as_reported", "gguf.routing_as_reported"} <= failed
+    assert "failed: GGUF: change of perplexity since the report: " in bad.stderr
 
 
 def test_a_logits_file_stands_for_the_original(
@@ -210,7 +212,8 @@ def test_a_logits_file_stands_for_the_original(
     assert with_file["perplexity_teacher"] == with_original["perplexity_teacher"]
     for expected, found in zip(with_original["rows"], with_file["rows"], strict=True):
         assert expected["kld"]["mean"] > 0.001
-        assert found == expected | {"routing_overlap_vs_teacher": None, "routing_overlap_interval": None}
+        unknown = dict.fromkeys(("routing", "routing_overlap_vs_teacher", "routing_overlap_interval"))
+        assert found == expected | unknown
     both = run_command([*command, "--reference-logits", str(path), "--text", str(small_texts[1])])
     assert both.returncode == 2
     assert "--reference-logits holds original and text" in both.stderr

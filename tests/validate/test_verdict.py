@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from exporter.gguf.layout import PRESETS
 from exporter.job import QUANT_TYPES
-from validate.verdict import REQUIREMENTS, Check, fidelity_for, required_checks
+from validate.verdict import BANDS, REQUIREMENTS, Check, Figures, band_of, fidelity_for, required_checks
 
-_PERFECT: dict[str, Any] = {"is_routed": True, "kld": 0.0, "top1": 1.0, "routing": 1.0, "perplexity_change": 0.0}
+_PERFECT: dict[str, float] = {"kld": 0.0, "top1": 1.0, "routing": 1.0, "perplexity_change": 0.0}
+
+
+def _checks(
+    artifact: str,
+    weight_type: str,
+    require: dict[str, float],
+    *,
+    routed: bool = True,
+    whole: bool = False,
+    **found: Any,
+) -> list[Check]:
+    figures = Figures(**_PERFECT | found)
+    return required_checks(artifact, fidelity_for(weight_type), require, figures, is_routed=routed, is_whole=whole)
 
 
 @pytest.mark.parametrize(("value", "passed"), [(0.0, True), (0.5, True), (0.500001, False), (math.inf, False)])
@@ -31,19 +45,63 @@ def test_what_was_not_measured_fails(value: float | None) -> None:
 
 
 def test_the_defaults_are_those_of_the_type() -> None:
-    checks = required_checks("gguf", "Q4_0", {}, **_PERFECT)
+    checks = _checks("gguf", "Q4_0", {})
     assert [(check.name, check.threshold, check.passed) for check in checks] == [
         ("gguf.perplexity_change", 0.05, True),
         ("gguf.routing", 0.85, True),
     ]
-    exact = required_checks("onnx", "F32", {}, **_PERFECT)
+    exact = _checks("onnx", "F32", {})
     assert [(check.name, check.threshold) for check in exact] == [
         ("onnx.perplexity_change", 0.001),
         ("onnx.routing", 0.99),
     ]
 
 
+def test_of_an_original_that_was_only_quantized_its_divergence_is_asked_too() -> None:
+    checks = _checks("gguf", "Q4_K", {"top1": 0.5}, whole=True, kld=0.0601, top1=0.5)
+    assert [(check.name, check.threshold, check.passed) for check in checks] == [
+        ("gguf.perplexity_change", 0.05, True),
+        ("gguf.routing", 0.85, True),
+        ("gguf.kld", 0.06, False),
+        ("gguf.top1", 0.5, True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("bits", "name"),
+    [
+        (32.0, "32-bit"),
+        (16.0, "16-bit"),
+        (8.5, "8-bit"),
+        (6.5625, "6-bit"),
+        (6.0, "5-bit"),
+        (5.5, "5-bit"),
+        (4.85, "4-bit"),
+        (4.25, "4-bit"),
+        (3.44, "3-bit"),
+        (2.63, "2-bit"),
+        (1.6, "2-bit"),
+    ],
+)
+def test_every_number_of_bits_has_its_band(bits: float, name: str) -> None:
+    assert band_of(bits).name == name
+
+
+def test_bands_stand_above_published_good_files_and_below_bad_ones() -> None:
+    """Mean divergences of Llama-3-8B and Qwen3.6-35B-A3B files, the larger of both; docs/validation.md cites."""
+    published = {"8-bit": 0.0059, "6-bit": 0.0055, "5-bit": 0.0108, "4-bit": 0.036, "3-bit": 0.18, "2-bit": 0.45}
+    allowed = {band.name: band.fidelity.kld for band in BANDS}
+    for name, divergence in published.items():
+        assert divergence < allowed[name] < 4 * divergence
+
+
 def test_more_bits_are_held_to_more() -> None:
+    for better, worse in pairwise(BANDS):
+        assert better.least_bits > worse.least_bits
+        assert better.fidelity.perplexity_change < worse.fidelity.perplexity_change
+        assert better.fidelity.routing_overlap >= worse.fidelity.routing_overlap
+        assert better.fidelity.kld < worse.fidelity.kld
+        assert better.fidelity.top1 > worse.fidelity.top1
     by_bits = ["F32", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K"]
     changes = [fidelity_for(name).perplexity_change for name in by_bits]
     overlaps = [fidelity_for(name).routing_overlap for name in by_bits]
@@ -62,7 +120,7 @@ def test_requirements_replace_the_defaults_and_add_checks() -> None:
     require = {"perplexity_change": 0.2, "routing": 0.5, "kld": 0.1, "top1": 0.9}
     assert set(require) == set(REQUIREMENTS)
     found = {"kld": 0.11, "top1": 0.9, "routing": 0.49, "perplexity_change": 0.2}
-    checks = required_checks("gguf", "Q4_0", require, **_PERFECT | found)
+    checks = _checks("gguf", "Q4_0", require, **found)
     assert checks == [
         Check("gguf.perplexity_change", 0.2, 0.2, True),
         Check("gguf.routing", 0.49, 0.5, False),
@@ -74,26 +132,18 @@ def test_requirements_replace_the_defaults_and_add_checks() -> None:
 @pytest.mark.parametrize("name", sorted(REQUIREMENTS))
 def test_each_requirement_is_checked_by_its_name(name: str) -> None:
     worst = {"kld": 9.0, "top1": 0.0, "routing": 0.0, "perplexity_change": 9.0}
-    checks = required_checks("onnx", "Q4_0", {name: 0.5}, **_PERFECT | {name: worst[name]})
+    checks = _checks("onnx", "Q4_0", {name: 0.5}, **{name: worst[name]})
     assert [check.name for check in checks if not check.passed] == [f"onnx.{name}"]
 
 
 def test_a_crashed_runtime_fails_every_check() -> None:
-    checks = required_checks(
-        "gguf",
-        "Q8_0",
-        {"kld": 1.0, "top1": 0.1},
-        is_routed=True,
-        kld=None,
-        top1=None,
-        routing=None,
-        perplexity_change=None,
-    )
+    nothing = dict.fromkeys(_PERFECT)
+    checks = _checks("gguf", "Q8_0", {"kld": 1.0, "top1": 0.1}, **nothing)
     assert len(checks) == 4
     assert not any(check.passed for check in checks)
 
 
 def test_nothing_is_asked_of_a_dense_model_s_routing() -> None:
     require = {"routing": 0.5, "kld": 1.0}
-    checks = required_checks("onnx", "Q8_0", require, **_PERFECT | {"is_routed": False, "routing": None})
+    checks = _checks("onnx", "Q8_0", require, routed=False, routing=None)
     assert [(check.name, check.passed) for check in checks] == [("onnx.perplexity_change", True), ("onnx.kld", True)]

@@ -43,10 +43,15 @@ _SHIPPED = ("gguf", "onnx")
 
 _CHECKS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "budget": ("size against the budget", numbers.size),
-    "perplexity_change": ("change of perplexity from the student in torch", numbers.percent),
-    "routing": ("routing overlap with the student in torch", numbers.percent),
+    "perplexity_change": ("change of perplexity from the unquantized model", numbers.percent),
+    "routing": ("routing overlap with the unquantized model", numbers.percent),
     "kld": ("mean divergence from the original", numbers.divergence),
     "top1": ("same top token as the original", numbers.percent),
+    "perplexity_as_reported": ("change of perplexity since the report", numbers.percent),
+    "routing_as_reported": ("change of routing overlap since the report", numbers.percent),
+    "damaged_weights": ("tensors, experts or router rows that are not the original's", numbers.plain),
+    "coarse_weights": ("tensors much coarser than the rest", numbers.plain),
+    "settings": ("settings that are not the original's", numbers.plain),
 }
 _LOSSES = {
     "kd": "distillation",

@@ -1,0 +1,264 @@
+"""One file of ``moe-export validate``: what is expected of it, its figures, its checks, and what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.errors import InputError
+from compressors.model.student import ExpertMap, LayerMap, Student
+from exporter.references import Reference
+from validate.backend import Backend, RuntimeBackend
+from validate.evaluation import Evaluation, evaluate
+from validate.figures import fidelity_figures
+from validate.model_file import ModelFile, RuntimeChoice
+from validate.positions import ReferenceLogProbs
+from validate.routing_agreement import LayerAgreement, RoutingAgreement, routing_agreement
+from validate.symptoms import coarse_symptoms, divergence_symptoms, routing_symptoms, setting_symptoms, weight_symptoms
+from validate.verdict import Check, Figures, band_of, required_checks
+from validate.vocabulary import FirstTokens, FirstTokensOf, check_padding, check_same_tokens
+from validate.weight_comparison import WeightComparison, compare_weights
+
+__all__ = ["Expectation", "validate_file"]
+
+_SAME_TEXT_TOLERANCE = 0.001  # of perplexity, on the text that the report was made with
+_SAME_ROUTING_TOLERANCE = 0.01  # of the overlap; other threads decide other ties
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What a file should be."""
+
+    experts: ExpertMap | None  # what it kept of the reference; None: not known
+    is_whole: bool  # the original was quantized and nothing else
+    original: Student | None  # whose weights it should hold; None: not known
+    is_trained: bool = False  # its weights went on from the original's
+    reported: Mapping[str, Any] | None = None  # our report on it
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of_report(cls, out: Path, report: Mapping[str, Any], reference: Reference) -> Expectation:
+        """Of a file that a run of ours published."""
+        experts = ExpertMap.from_json(report["student"]["expert_map"])
+        n_experts = experts.n_teacher_experts
+        everything = ExpertMap.keeping(n_experts, [range(n_experts)] * report["source"]["n_layers"])
+        is_edited = report["recipe"]["compress"]["edit"] != "none" or any(map(_is_changed, experts.layers))
+        saved = out / "student"
+        if saved.is_dir() and not report["student"]["dense"]:
+            original: Student | None = Student.teacher(Checkpoint(saved))
+        elif reference.source is not None and not is_edited:
+            original = Student(reference.source, experts)
+        else:
+            original = None
+        is_trained = not saved.is_dir() and any(rung.get("accepted") for rung in report["recovery"])
+        known = experts if reference.n_experts == n_experts else None
+        return cls(known, experts == everything and not is_edited, original, is_trained, report)
+
+    @classmethod
+    def of_file(cls, file: ModelFile, reference: Reference) -> Expectation:
+        """Of somebody's file: the reference's experts and layers, if it has as many."""
+        facts, n_experts = file.facts, reference.n_experts
+        if facts.n_experts != n_experts or facts.n_layers != reference.n_layers or n_experts is None:
+            said = "; routing is not compared, and no threshold is set unless --require does"
+            if n_experts is None:
+                note = f"nothing is known of the original's experts{said}"
+            elif facts.n_experts is None:
+                note = f"it does not tell of its experts, as MoE and QMoE operators in a graph would{said}"
+            else:
+                note = (
+                    f"it has {facts.n_experts} experts in {facts.n_layers} layers, the original {n_experts} in "
+                    f"{reference.n_layers}, and nothing says which they are{said}"
+                )
+            return cls(None, False, None, notes=(note,))
+        original = None if reference.source is None else Student.teacher(reference.source)
+        return cls(ExpertMap.keeping(n_experts, [range(n_experts)] * (facts.n_layers or 0)), True, original)
+
+
+def _is_changed(layer: LayerMap) -> bool:
+    """Whether a layer's experts are not the original's: merged, or of another width."""
+    return layer.width is not None or any(len(group) > 1 for group in layer.groups)
+
+
+def validate_file(
+    file: ModelFile, reference: Reference, expectation: Expectation, how: RuntimeChoice, require: Mapping[str, float]
+) -> tuple[dict[str, Any], list[Check]]:
+    """Runs a file over the reference's chunks.
+
+    Returns:
+        Its row of the report, and its checks.
+
+    Raises:
+        InputError: the file cannot be run, or its vocabulary is another.
+        MissingGpuError: the installed runtime has no GPU, and one is asked for.
+    """
+    backend = file.open(how, reference.chunks_BT.shape[1])
+    runtime, version = backend.runtime, backend.version
+    evaluation, notes = _evaluate(file, backend, reference)
+    del backend  # before its weights are read by us
+    agreement = _agreement(reference, evaluation, expectation)
+    notes = [*expectation.notes, *notes]
+    if agreement is None and expectation.experts is not None and reference.routing is not None:
+        notes.append("its MoE operators route by a rule that they do not tell: routing is not compared")
+    figures = fidelity_figures(evaluation, "reference")
+    checks = _checks(file, figures, agreement, expectation, reference, require)
+    in_file, symptoms = _inspect(file, expectation, reference, notes)
+    checks += in_file
+    if not all(check.passed for check in checks):
+        symptoms += _measured_symptoms(reference, evaluation, agreement, expectation)
+    band = band_of(file.facts.bits_per_weight)
+    row = {
+        "artifact": file.format,
+        "path": str(file.path),
+        "runtime": runtime,
+        "runtime_version": version,
+        "bits_per_weight": file.facts.bits_per_weight,
+        "band": band.name,
+        **figures,
+        "routing": _routing(agreement),
+        "routing_overlap_vs_teacher": None if agreement is None else agreement.mean("overlap"),
+        "routing_overlap_interval": None if agreement is None else agreement.overlap_interval,
+        "notes": notes,
+        "symptoms": symptoms,
+    }
+    return row, checks
+
+
+def _evaluate(file: ModelFile, backend: RuntimeBackend, reference: Reference) -> tuple[Evaluation, list[str]]:
+    """The evaluation, over the tokens that both vocabularies have, and what is to be said of those."""
+    model: Backend = backend
+    log_probs: ReferenceLogProbs = reference.log_probs
+    chunks_BT, notes = _chunks_for(backend, reference), []
+    if reference.vocabulary is not None:
+        own = file.vocabulary()
+        if own is not None:
+            check_same_tokens(own, reference.vocabulary, chunks_BT)
+        sizes = backend.vocab_size, reference.log_probs.vocab_size
+        n_common = min(sizes)
+        if sizes[0] != sizes[1]:
+            check_padding(own if sizes[0] > n_common else reference.vocabulary, n_common, max(sizes))
+            model, log_probs = FirstTokens(backend, n_common), FirstTokensOf(log_probs, n_common)
+            notes.append(
+                f"its vocabulary has {sizes[0]:,} tokens, the original's {sizes[1]:,}: what is beyond {n_common:,} is "
+                "padding and was left out on both sides"
+            )
+    return evaluate(model, chunks_BT, {"reference": log_probs}), notes
+
+
+def _chunks_for(backend: RuntimeBackend, reference: Reference) -> npt.NDArray[np.int64]:
+    """The chunks with BOS where llama-perplexity puts it; its file has the text's own token there."""
+    chunks_BT = reference.chunks_BT
+    if reference.text_sha256 is None and backend.bos_token is not None:
+        chunks_BT = chunks_BT.copy()
+        chunks_BT[:, 0] = backend.bos_token
+    return chunks_BT
+
+
+def _agreement(reference: Reference, evaluation: Evaluation, expectation: Expectation) -> RoutingAgreement | None:
+    if reference.routing is None or evaluation.routing is None or expectation.experts is None:
+        return None
+    return routing_agreement(reference.routing, evaluation.routing, expectation.experts, n_chunks=evaluation.n_chunks)
+
+
+def _inspect(
+    file: ModelFile, expectation: Expectation, reference: Reference, notes: list[str]
+) -> tuple[list[Check], list[str]]:
+    """What can be seen in the file itself, beside the original's settings and weights."""
+    checks: list[Check] = []
+    symptoms: list[str] = []
+    if reference.source is not None:
+        symptoms += setting_symptoms(file.facts, reference.source.shape)
+        checks.append(Check.at_most(f"{file.format}.settings", len(symptoms), 0))
+    comparison = _comparison(file, expectation, notes)
+    if comparison is None:
+        return checks, symptoms
+    damage = comparison.damage
+    if expectation.is_trained:  # what training made of a tensor is not known: only what certainly is wrong counts
+        damage = tuple(entry for entry in damage if entry.is_zero or entry.holds is not None)
+    symptoms += weight_symptoms(damage)
+    checks.append(Check.at_most(f"{file.format}.damaged_weights", len(damage), 0))
+    if not expectation.is_trained:
+        coarse = coarse_symptoms(comparison)
+        symptoms += coarse
+        checks.append(Check.at_most(f"{file.format}.coarse_weights", len(coarse), 0))
+    return checks, symptoms
+
+
+def _comparison(file: ModelFile, expectation: Expectation, notes: list[str]) -> WeightComparison | None:
+    """The file's weights beside the original's; None where that cannot be done, which goes into the notes."""
+    original = expectation.original
+    if original is None:
+        return None
+    n_tokens = file.facts.vocab_size
+    shape = original.shape if n_tokens is None else replace(original.shape, vocab_size=n_tokens)
+    try:
+        weights = file.weights(shape)
+    except InputError as error:
+        notes.append(f"weights were not compared with the original's ({error})")
+        return None
+    with_vocabulary = shape.vocab_size == original.shape.vocab_size
+    return compare_weights(original, original.as_written(weights), with_vocabulary=with_vocabulary)
+
+
+def _checks(
+    file: ModelFile,
+    figures: Mapping[str, Any],
+    agreement: RoutingAgreement | None,
+    expectation: Expectation,
+    reference: Reference,
+    require: Mapping[str, float],
+) -> list[Check]:
+    overlap = None if agreement is None else agreement.mean("overlap")
+    judged = Figures(
+        kld=figures["kld"]["mean"],
+        top1=figures["top1_agreement"],
+        routing=overlap,
+        perplexity_change=abs(figures["perplexity_vs_teacher"]["ratio"] - 1),
+    )
+    checks = required_checks(
+        file.format,
+        band_of(file.facts.bits_per_weight).fidelity if expectation.is_whole else None,
+        require,
+        judged,
+        is_routed=agreement is not None or "routing" in require,
+        is_whole=expectation.is_whole,
+    )
+    report = expectation.reported
+    if report is None or reference.text_sha256 != report["text"]["heldout"]["sha256"]:
+        return checks
+    (entry,) = (row for row in report["validation"] if row["artifact"] == file.format)
+    reported, routing = entry["perplexity"], (entry["routing"] or {}).get("vs_teacher")
+    change = None if reported is None else abs(figures["perplexity"] / reported - 1)
+    checks.append(Check.at_most(f"{file.format}.perplexity_as_reported", change, _SAME_TEXT_TOLERANCE))
+    if reference.source is not None and routing is not None and overlap is not None:
+        change = abs(overlap - routing["overlap"])
+        checks.append(Check.at_most(f"{file.format}.routing_as_reported", change, _SAME_ROUTING_TOLERANCE))
+    return checks
+
+
+def _measured_symptoms(
+    reference: Reference, evaluation: Evaluation, agreement: RoutingAgreement | None, expectation: Expectation
+) -> list[str]:
+    """Only of a file that numbers its experts as the original does."""
+    original, found = reference.routing, evaluation.routing
+    if original is None or not expectation.is_whole:
+        return []
+    divergence_N = evaluation.against["reference"].kl_divergence_N
+    symptoms = divergence_symptoms(divergence_N, evaluation.n_chunks, reference.chunks_BT.shape[1], original)
+    if agreement is not None and found is not None:
+        symptoms = routing_symptoms(agreement, original, found) + symptoms
+    return symptoms
+
+
+def _routing(agreement: RoutingAgreement | None) -> dict[str, Any] | None:
+    """As in a row of an export's report."""
+    if agreement is None:
+        return None
+    overall: dict[str, Any] = {figure.name: agreement.mean(figure.name) for figure in fields(LayerAgreement)}
+    overall["overlap_interval"] = agreement.overlap_interval
+    return overall | {"per_layer": [None if layer is None else asdict(layer) for layer in agreement.layers]}

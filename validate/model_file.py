@@ -1,0 +1,122 @@
+"""A model that somebody wrote as a file: found, described and opened, whoever wrote it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from compressors.model.errors import InputError
+from compressors.model.gguf_weights import GgufWeights
+from compressors.model.onnx_weights import OnnxWeights
+from compressors.model.shape import MoeShape
+from compressors.model.weights import WrittenWeights
+from validate.backend import RuntimeBackend
+from validate.file_facts import FileFacts, gguf_facts, onnx_facts
+from validate.gpu import PROVIDERS, check_gpu_layers, check_provider
+from validate.llama_cpp import LlamaCppBackend
+from validate.onnx_files import find_onnx_model, onnx_model_file
+from validate.onnx_runtime import OnnxRuntimeBackend
+from validate.vocabulary import GgufVocabulary, TokenizerVocabulary, Vocabulary
+
+__all__ = ["ModelFile", "RuntimeChoice", "find_model_file"]
+
+_GGUF_MAGIC = b"GGUF"
+
+
+@dataclass(frozen=True)
+class RuntimeChoice:
+    """How files are run."""
+
+    threads: int
+    gpu_layers: int = 0  # of llama.cpp
+    providers: str = "cpu"  # of ONNX Runtime: a key of validate.gpu.PROVIDERS
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A GGUF file, or an ONNX graph with its weights."""
+
+    format: Literal["gguf", "onnx"]
+    path: Path  # of the file; of a graph, not of its folder
+
+    @cached_property
+    def facts(self) -> FileFacts:
+        """What it says about itself.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        return gguf_facts(self.path) if self.format == "gguf" else onnx_facts(self.path)
+
+    def check_can_run(self, choice: RuntimeChoice) -> None:
+        """Refuses a GPU that the installed runtime cannot use.
+
+        Raises:
+            MissingGpuError: it is asked for.
+        """
+        if self.format == "gguf":
+            check_gpu_layers(choice.gpu_layers)
+        else:
+            check_provider(choice.providers)
+
+    def open(self, choice: RuntimeChoice, n_tokens: int) -> RuntimeBackend:
+        """Loads it in its runtime, for sequences of up to ``n_tokens``.
+
+        Raises:
+            InputError: the runtime cannot load it.
+            MissingGpuError: the installed runtime has no GPU, and one is asked for.
+        """
+        self.check_can_run(choice)
+        if self.format == "gguf":
+            return LlamaCppBackend(self.path, n_ctx=n_tokens, threads=choice.threads, gpu_layers=choice.gpu_layers)
+        return OnnxRuntimeBackend(self.path, threads=choice.threads, providers=PROVIDERS[choice.providers])
+
+    def weights(self, shape: MoeShape) -> WrittenWeights:
+        """Its tensors by role.
+
+        Raises:
+            InputError: they are not where a model of this shape has them; only graphs of ours can be read.
+        """
+        if self.format == "gguf":
+            return GgufWeights(self.path, shape)
+        return OnnxWeights(self.path.parent, shape)
+
+    def vocabulary(self) -> Vocabulary | None:
+        """Its own; a graph's is that of the tokenizer beside it, None if there is none."""
+        if self.format == "gguf":
+            return GgufVocabulary(self.path)
+        folder = self.tokenizer_folder
+        return None if folder is None else TokenizerVocabulary(folder)
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """Where a graph's tokenizer lies: beside it, or a folder above, as on the hub."""
+        folders = (self.path.parent, self.path.parent.parent)
+        return next((folder for folder in folders if (folder / "tokenizer.json").is_file()), None)
+
+
+def find_model_file(path: Path) -> ModelFile | None:
+    """The model at a path: a GGUF file, an ``.onnx`` file, or the folder of an ONNX model or of a single GGUF file.
+
+    Returns:
+        None if there is no such file, or the folder holds something else.
+
+    Raises:
+        InputError: the folder holds several GGUF files.
+    """
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(_GGUF_MAGIC)) == _GGUF_MAGIC:
+                return ModelFile("gguf", path)
+        return ModelFile("onnx", onnx_model_file(path)) if path.suffix == ".onnx" else None
+    if not path.is_dir():
+        return None
+    graph = find_onnx_model(path)
+    if graph is not None:
+        return ModelFile("onnx", graph)
+    files = sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        raise InputError(f"{path} holds {len(files)} GGUF files; give the one that is meant, such as {files[0]}")
+    return ModelFile("gguf", files[0]) if files else None

@@ -1,0 +1,40 @@
+"""Where the graph lies in a folder that somebody exported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from compressors.model.errors import InputError
+
+__all__ = ["find_onnx_model", "onnx_model_file"]
+
+_NAMES = ("model.onnx", "onnx/model.onnx", "decoder_model_merged.onnx", "decoder_with_past_model.onnx")
+
+
+def find_onnx_model(folder: Path) -> Path | None:
+    """The graph that onnxruntime-genai's configuration names, or one under optimum's names; None if there is none."""
+    named = _named_by_genai(folder / "genai_config.json")
+    candidates = [folder / name for name in (*([named] if named else []), *_NAMES)]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def onnx_model_file(path: Path) -> Path:
+    """The graph of a folder, or the file itself.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = find_onnx_model(path) if path.is_dir() else path
+    if found is None or not found.is_file():
+        missing = path / _NAMES[0] if path.is_dir() else path
+        raise InputError(f"{missing} is missing: give the folder that holds {_NAMES[0]}, or the file")
+    return found
+
+
+def _named_by_genai(config: Path) -> str | None:
+    try:
+        name = json.loads(config.read_text(encoding="utf-8"))["model"]["decoder"]["filename"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return name if isinstance(name, str) else None

@@ -1,0 +1,178 @@
+"""Vocabularies: of a checkpoint's tokenizer, and of a file that brings its own; and whether two of them are the same.
+
+Models are compared token by token, so a token must be the same text in both. They may differ in padding: a head is
+often made larger than the vocabulary so that its size is a round number, and converters keep those rows or do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import llama_cpp.llama_cpp as api
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from compressors.model.errors import InputError
+from validate.backend import Backend, ChunkOutput
+from validate.llama_cpp import start_runtime
+from validate.positions import ReferenceLogProbs
+
+__all__ = ["FirstTokens", "FirstTokensOf", "GgufVocabulary", "TokenizerVocabulary", "Vocabulary"]
+__all__ += ["check_padding", "check_same_tokens"]
+
+
+class Vocabulary(Protocol):
+    """The texts of tokens."""
+
+    @property
+    def where(self) -> str:
+        """For messages: the file that it is from."""
+
+    def text(self, token: int) -> str | None:
+        """How the tokenizer writes a token; None if it has none of that number."""
+
+
+class TokenizerVocabulary:
+    """Of a folder with a Hugging Face tokenizer.
+
+    Raises:
+        InputError: there is none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoTokenizer  # takes seconds to import
+
+        self.where = str(folder)
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{folder} has no usable tokenizer ({error}); put tokenizer.json there") from None
+
+    def text(self, token: int) -> str | None:
+        """See :class:`Vocabulary`."""
+        text: str | None = self._tokenizer.convert_ids_to_tokens(token) if token < len(self._tokenizer) else None
+        return text
+
+
+class GgufVocabulary:
+    """Of a GGUF file, as llama.cpp reads it; no weight is loaded.
+
+    Encodes as the tokenizers of transformers do, so that :func:`compressors.calibration.tokenize_heldout` takes it.
+
+    Raises:
+        InputError: the file is missing, or llama.cpp cannot read its vocabulary.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._model: int | None = None
+        self.where = str(path)
+        if not path.is_file():
+            raise InputError(f"{path} does not exist: give a GGUF file")
+        start_runtime()
+        params = api.llama_model_default_params()
+        params.vocab_only = True
+        self._model = api.llama_model_load_from_file(str(path).encode(), params)
+        vocabulary = api.llama_model_get_vocab(self._model) if self._model is not None else None
+        if vocabulary is None or not api.llama_vocab_n_tokens(vocabulary):
+            raise InputError(f"{path}: llama.cpp cannot read its vocabulary; convert the model again")
+        self._vocabulary = vocabulary
+        adds_bos = api.llama_vocab_get_add_bos(vocabulary)
+        self.bos_token_id = int(api.llama_vocab_bos(vocabulary)) if adds_bos else None
+
+    def __del__(self) -> None:
+        if self._model is not None:
+            api.llama_model_free(self._model)
+
+    def __len__(self) -> int:
+        return int(api.llama_vocab_n_tokens(self._vocabulary))
+
+    def text(self, token: int) -> str | None:
+        """See :class:`Vocabulary`; tokens that the file marks as unused are padding."""
+        if token >= len(self) or api.llama_vocab_get_attr(self._vocabulary, token) & api.LLAMA_TOKEN_ATTR_UNUSED:
+            return None
+        text: bytes = api.llama_vocab_get_text(self._vocabulary, token)
+        return text.decode("utf-8", errors="replace")
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, verbose: bool = False) -> list[int]:
+        """The tokens of a text, BOS before them if the model wants it; special tokens in the text stay text."""
+        data = text.encode("utf-8")
+        room = len(data) + 8
+        tokens = (api.llama_token * room)()
+        count = api.llama_tokenize(self._vocabulary, data, len(data), tokens, room, add_special_tokens, False)
+        if count < 0:
+            raise InputError(f"{self.where}: llama.cpp cannot tokenise the text ({-count} tokens)")
+        return list(tokens[:count])
+
+
+def check_same_tokens(first: Vocabulary, second: Vocabulary, tokens_BT: npt.NDArray[np.int64]) -> None:
+    """Whether the tokens of a text are the same texts in both vocabularies.
+
+    Raises:
+        InputError: one is not; the message names it.
+    """
+    for token in np.unique(tokens_BT).tolist():
+        one, other = first.text(token), second.text(token)
+        if one != other:
+            raise InputError(
+                f"token {token} is {one!r} in {first.where} and {other!r} in {second.where}: models of different "
+                "vocabularies cannot be compared"
+            )
+
+
+def check_padding(larger: Vocabulary | None, first: int, size: int) -> None:
+    """Whether the tokens from ``first`` to ``size`` are padding: no tokenizer makes them of any text.
+
+    Raises:
+        InputError: one is a token of the vocabulary; the message names it.
+    """
+    texts = ((token, None if larger is None else larger.text(token)) for token in range(first, size))
+    used = next(((token, text) for token, text in texts if text is not None), None)
+    if larger is not None and used is not None:
+        raise InputError(
+            f"{larger.where} has {size:,} tokens and the other model {first:,}; token {used[0]} is {used[1]!r}, which "
+            "is no padding: models of different vocabularies cannot be compared"
+        )
+
+
+class FirstTokens:
+    """A backend without its last logits, which belong to padding; implements :class:`validate.backend.Backend`."""
+
+    def __init__(self, backend: Backend, n_tokens: int) -> None:
+        self._backend = backend
+        self._n_tokens = n_tokens
+
+    @property
+    def runtime(self) -> str:
+        """The backend's."""
+        return self._backend.runtime
+
+    @property
+    def version(self) -> str:
+        """The backend's."""
+        return self._backend.version
+
+    def run(self, tokens_BT: npt.NDArray[np.int64]) -> Iterator[ChunkOutput]:
+        """See :class:`validate.backend.Backend`."""
+        for output in self._backend.run(tokens_BT):
+            yield ChunkOutput(np.ascontiguousarray(output.logits_SV[:, : self._n_tokens]), output.routing)
+
+
+class FirstTokensOf:
+    """A reference as it were without padding; implements :class:`validate.positions.ReferenceLogProbs`.
+
+    What it gave to the padding is given to the other tokens in proportion.
+    """
+
+    def __init__(self, log_probs: ReferenceLogProbs, n_tokens: int) -> None:
+        self._log_probs = log_probs
+        self._n_tokens = n_tokens
+
+    def __len__(self) -> int:
+        return len(self._log_probs)
+
+    def decoded(self, start: int, stop: int) -> torch.Tensor:
+        """See :class:`validate.positions.ReferenceLogProbs`."""
+        return self._log_probs.decoded(start, stop)[:, : self._n_tokens].log_softmax(-1).contiguous()
