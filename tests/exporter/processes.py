@@ -11,7 +11,7 @@ import psutil
 __all__ = ["are_gone", "stage_of"]
 
 _SECONDS_BETWEEN_LOOKS = 0.05
-_LOOKS = 4000
+_LOOKS = 12_000
 _SECONDS_TO_END = 5  # far less when the machine is not busy
 
 
