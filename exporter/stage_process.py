@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
-from multiprocessing.context import BaseContext
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from types import ModuleType
 
@@ -106,7 +106,7 @@ def _end(process: BaseProcess) -> None:
     restore_terminal()
 
 
-def _context() -> BaseContext:
+def _context() -> ForkServerContext | SpawnContext:
     """How processes are started here; the server, if it is one, runs."""
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")

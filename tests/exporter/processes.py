@@ -11,7 +11,7 @@ import psutil
 __all__ = ["are_gone", "stage_of"]
 
 _SECONDS_BETWEEN_LOOKS = 0.05
-_LOOKS = 4000
+_LOOKS = 12_000
 _SECONDS_TO_END = 5  # far less when the machine is not busy
 
 
@@ -19,10 +19,12 @@ def stage_of(run: int) -> psutil.Process:
     """The process of the stage that the run works on, as soon as there is one: its parent is the run's fork server.
 
     Raises:
-        AssertionError: there is none for minutes.
+        AssertionError: the run has ended, or there is no stage for minutes.
     """
+    process = psutil.Process(run)
     for _ in range(_LOOKS):
-        for child in psutil.Process(run).children():
+        assert process.status() != psutil.STATUS_ZOMBIE, "the run has ended"
+        for child in process.children():
             with suppress(psutil.NoSuchProcess):
                 if any("multiprocessing.forkserver" in word for word in child.cmdline()):
                     for stage in child.children():

@@ -8,12 +8,14 @@ import random
 import signal
 import subprocess
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
 
 from exporter.outputs import sha256_of
+from tests.exporter.processes import stage_of
 
 Run = Callable[[Sequence[str]], subprocess.CompletedProcess[str]]
 Command = Callable[..., Sequence[str]]
@@ -73,12 +75,17 @@ class _Attempt:
         return self._process.stderr
 
     def wait_for_stage(self) -> int | None:
-        """Which stage it begins with, counted from 0; None if it has none left. None is done that was finished."""
+        """Which stage it begins with, counted from 0; None if it has none left. None is done that was finished.
+
+        The stage's process is there then: the moment of the kill shall fall into its work, not into the server's start.
+        """
         n_done = 0
         for line in self._stderr:
             if line.startswith("["):
                 if not line.endswith("done already\n"):
                     assert n_done >= self._finished, "a finished stage is done again"
+                    with suppress(AssertionError):  # it was quick, and the last
+                        stage_of(self._process.pid)
                     return n_done
                 n_done += 1
         return None
