@@ -118,7 +118,9 @@ def _found(right_BS: npt.NDArray[np.bool_], words: Sequence[LastWord]) -> npt.ND
 def _figures(found_W: Floats, teacher_W: Floats, chunk_W: npt.NDArray[np.int64]) -> dict[str, Any]:
     """Of some words; the intervals draw the chunks that hold them."""
     _, block_W = np.unique(chunk_W, return_inverse=True)
-    found_B, teacher_B, words_B = (np.bincount(block_W, weights=part) for part in (found_W, teacher_W, found_W * 0 + 1))
+    found_B, teacher_B, words_B = (
+        np.bincount(block_W, weights=part).astype(np.float64) for part in (found_W, teacher_W, np.ones(len(found_W)))
+    )
     n_teacher = float(teacher_W.sum())
     return {
         "words": len(found_W),
@@ -135,7 +137,9 @@ def _ratio_interval(numerator_B: Floats, denominator_B: Floats) -> Interval | No
 
     def ratios(draws_DB: Floats) -> Floats:
         below_D = draws_DB @ denominator_B
-        return np.divide(draws_DB @ numerator_B, below_D, out=np.full(len(below_D), np.nan), where=below_D > 0)
+        ratios_D = np.full(len(below_D), np.nan)
+        np.divide(draws_DB @ numerator_B, below_D, out=ratios_D, where=below_D > 0)
+        return ratios_D
 
     ends = bootstrap_interval(len(denominator_B), ratios)
     return None if ends is None or np.isnan(ends).any() else ends

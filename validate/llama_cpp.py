@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from compressors.model.errors import InputError
 from validate.backend import ChooseToken, ChunkOutput, Routing, scored_positions
+from validate.buffers import ReportedBuffers
 from validate.cost import Runs, RuntimeCost, peak_rss_bytes
 from validate.llama_cpp_routing import RoutingCollector, ggml_function
 from validate.router_inputs import RouterInputs
@@ -201,7 +202,6 @@ def measure(
     for _ in range(_DECODED_TOKENS):
         logits_TV = session.decode(logits_TV[-1:].argmax(axis=1))
         decode.done(1)
-    on_device = [n_bytes for (device, _), n_bytes in _buffers.items() if not _HOST_BUFFER.fullmatch(device)]
     return RuntimeCost(
         peak_rss_bytes=peak_rss_bytes(),
         base_rss_bytes=base,
@@ -210,11 +210,8 @@ def measure(
         prefill_runs=len(prefill),
         decode_tokens_per_second=decode.tokens_per_second,
         decode_runs=len(decode),
-        buffers={
-            ours: sum(n_bytes for (_, purpose), n_bytes in _buffers.items() if purpose == theirs)
-            for theirs, ours in _BUFFER_PURPOSES.items()
-        },
-        device_bytes=sum(on_device) or None,
+        buffers=_buffers.by_purpose,
+        device_bytes=_buffers.on_device,
     )
 
 
@@ -338,29 +335,16 @@ def _metadata(model: int, key: str) -> str | None:
 
 _LOG_LEVEL_ERROR = 4  # GGML_LOG_LEVEL_ERROR in ggml/include/ggml.h
 _errors: list[str] = []
-
-_BUFFER_PURPOSES = {
-    "model": "weights",
-    "KV": "kv_cache",
-    "RS": "recurrent_state",
-    "compute": "compute",
-    "output": "output",
-}
-_BUFFER_LINE = re.compile(rb"\s(\S+)\s+(model|KV|RS|compute|output) buffer size = +([0-9.]+) MiB")
-"""As ``load_tensors``, ``llama_kv_cache``, ``llama_memory_recurrent`` and ``llama_context`` log them."""
-_HOST_BUFFER = re.compile("CPU.*|.*_Host")
-_buffers: dict[tuple[str, str], int] = {}
-"""Bytes by device and purpose; what is reported again for the same pair replaces what was."""
+_buffers = ReportedBuffers()
 
 
 @api.llama_log_callback  # type: ignore[untyped-decorator]
 def _keep_errors(level: int, text: bytes, user_data: int) -> None:
     """llama.cpp's log, silenced; errors go into our messages, and buffers are remembered."""
-    buffer = _BUFFER_LINE.search(text)
-    if buffer is not None:
-        _buffers[buffer[1].decode(), buffer[2].decode()] = round(float(buffer[3]) * 2**20)
+    message = text.decode("utf-8", errors="replace")
+    _buffers.read(message)
     if level == _LOG_LEVEL_ERROR:
-        _errors.append(text.decode("utf-8", errors="replace").strip())
+        _errors.append(message.strip())
 
 
 @functools.cache
