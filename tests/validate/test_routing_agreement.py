@@ -241,3 +241,15 @@ def test_interval_counts_only_tokens_that_say_something() -> None:
     found = routing_agreement(reference, model, experts, n_chunks=2)
     assert found.mean("overlap") == pytest.approx(4 / 5)
     assert found.overlap_interval == pytest.approx((0.0, 1.0)), "each chunk drawn twice"
+
+
+def test_a_selection_of_tokens_survives_its_file(tmp_path: Path) -> None:
+    """numpy gives chosen columns in another memory order, which safetensors would write as it lies."""
+    experts = np.arange(2 * 6 * 3, dtype=np.int32).reshape(2, 6, 3)
+    chosen = Routing(experts, experts / np.float32(7))
+    chosen = Routing(chosen.experts_LTK[:, [1, 4]], chosen.weights_LTK[:, [1, 4]])
+    assert not chosen.experts_LTK.flags.c_contiguous
+    chosen.save(tmp_path / "routing.safetensors")
+    found = Routing.load(tmp_path / "routing.safetensors")
+    np.testing.assert_array_equal(found.experts_LTK, experts[:, [1, 4]])
+    np.testing.assert_array_equal(found.weights_LTK, chosen.weights_LTK)
