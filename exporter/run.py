@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from compressors.model.errors import InputError
 from exporter.estimate import describe_time, memory_lines, seconds_by_stage
 from exporter.hub import bundled_text, resolve_model
 from exporter.job import Job
+from exporter.json_text import json_text
 from exporter.machine import measure_speeds
 from exporter.outputs import Outputs, reserved, sha256_of
 from exporter.pipeline import run_stages, source_of_run, stages_of, unfinished
@@ -108,20 +108,11 @@ def _build(
     artifacts = outputs.collect()
     report = build_report(plan, work, records, artifacts) | {"job": identity}
     outputs.write_text("recipe.yaml", recipe_yaml(final_recipe(plan, work)))
-    outputs.write_text("report.json", _json_text(report))
+    outputs.write_text("report.json", json_text(report))
     outputs.write_text("report.html", render_html(report))
     outputs.write_text("README.md", render_model_card(report))
     outputs.publish()
     return report
-
-
-def _json_text(report: dict[str, Any]) -> str:
-    """Indented, but lists of numbers on one line: loads and figures by layer would take thousands.
-
-    Only the layout has line ends: in JSON's strings they are written as two characters.
-    """
-    text = json.dumps(report, indent=1)
-    return re.sub(r"\[\n([^][{}\"]*)\n *\]", lambda found: f"[{' '.join(found[1].split())}]", text)
 
 
 def make_plan(job: Job, command: str) -> Plan:

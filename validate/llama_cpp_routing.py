@@ -16,6 +16,7 @@ and follows their sources, reads memory that nobody wrote.
 from __future__ import annotations
 
 import ctypes
+import functools
 import re
 from collections import defaultdict
 from typing import Any
@@ -175,6 +176,7 @@ def ggml_function(name: str, result: Any) -> Any:
     return function
 
 
+@functools.cache
 def _ggml_copy(name: str) -> Any:
     """``ggml_backend_tensor_get`` or ``_set``: (tensor, our memory, offset, bytes), wherever the tensor lies."""
     function = ggml_function(name, None)
