@@ -1,6 +1,6 @@
 """Do the runtimes route alike? Writes ``results/same_blocks.{csv,md}``.
 
-    python -m benchmarks.same_blocks [--chunks 8] [--threads 1]
+    python -m benchmarks.same_blocks [--chunks 5] [--threads 1]
 
 Both trained models, every expert kept, are written as GGUF and ONNX of types whose files hold the same numbers: Q4_0
 (experts and linears in the same 4-bit blocks, embedding and head in Q8_0) and, as a control, F32. The routing of all
@@ -97,7 +97,7 @@ class Compared:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compares, and writes both files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chunks", type=int, default=8, help="chunks of 512 tokens of each of the five domains")
+    parser.add_argument("--chunks", type=int, default=5, help="chunks of 512 tokens of each of the five domains")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)

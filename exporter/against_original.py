@@ -37,7 +37,7 @@ def against_original(
         "files": {
             name: {
                 "size_ratio": artifact.bytes / source_bytes,
-                "decode_speed_ratio": _speed_ratio(by_artifact[name], rows),
+                "decode_speed_ratio": _speed_ratio(by_artifact[name]),
                 "last_words_kept": (by_artifact[name]["cloze"] or {}).get("kept"),
             }
             for name, artifact in artifacts.items()
@@ -51,12 +51,8 @@ def _parameters(rung: RungChoice, student: MoeShape) -> int:
     return sum(scope.parameters(student.layer(layer)) for layer in range(student.n_layers))
 
 
-def _speed_ratio(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """None unless the original itself was run in the same runtime."""
-    original = (
-        other["decode_tokens_per_second"]
-        for other in rows
-        if other["artifact"] == "teacher" and other["runtime"] == row["runtime"]
-    )
-    speed, base = row["decode_tokens_per_second"], next(original, None)
-    return None if speed is None or base is None else speed / base
+def _speed_ratio(row: Mapping[str, Any]) -> float | None:
+    """None unless the whole original was measured in the same runtime."""
+    original = ((row["floor"] or {}).get("teacher") or {}).get("decode_tokens_per_second")
+    speed = row["decode_tokens_per_second"]
+    return None if speed is None or original is None else speed / original

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from compressors.model.routing import Routing
 from exporter.plan import Plan
-from exporter.stages.teacher import ROUTING
+from exporter.stages.teacher import COST, ROUTING
 from exporter.stages.validate_torch import EVALUATION
 from exporter.stages.validate_written import SAME_WEIGHTS, written_evaluation
 from exporter.work import StageRecord, WorkDirectory
@@ -15,6 +16,8 @@ from validate.evaluation import Evaluation
 from validate.floors import floor_figures
 
 __all__ = ["floors_of"]
+
+_COSTS = ("peak_rss_bytes", "load_seconds", "prefill_tokens_per_second", "decode_tokens_per_second")
 
 
 def floors_of(
@@ -53,4 +56,6 @@ def _teacher(
     if records[stage].crash is not None:
         return of_what
     evaluation = Evaluation.load(work.stage(stage) / EVALUATION)
+    cost = json.loads((work.stage(stage) / COST).read_text(encoding="utf-8")) or {}
+    of_what |= {name: cost.get(name) for name in _COSTS}
     return of_what | floor_figures(evaluation, "teacher", Routing.load(work.stage(stage) / ROUTING))

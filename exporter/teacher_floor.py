@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from compressors.calibration import BLOCK_LENGTH
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.memory import PROCESS_BYTES
 from compressors.model.shape import MoeShape
@@ -45,18 +44,16 @@ def choose_teacher_floor(
     Args:
         artifact: ``gguf`` or ``onnx``.
         checkpoint: the original.
-        recipe: names cache type and threads.
+        recipe: names context, cache type and threads.
         memory_bytes: what the run may use.
         disk_bytes: what it leaves free on the disk of its work.
     """
     weight_type = exact_type(artifact, checkpoint.dtype)
-    context = min(BLOCK_LENGTH, checkpoint.shape.context_length)
-    budget = recipe.budget.model_copy(update={"context": context})
 
     def prediction(n_layers: int) -> Prediction:
         shape = _first_layers_map(checkpoint.shape, n_layers).shape_of(checkpoint.shape)
         name, threads = recipe.source.model, recipe.threads
-        return predict(artifact, checkpoint.folder, name, shape, weight_type, budget, threads)
+        return predict(artifact, checkpoint.folder, name, shape, weight_type, recipe.budget, threads)
 
     def is_too_large(n_layers: int) -> bool:
         found = prediction(n_layers)

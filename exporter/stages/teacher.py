@@ -6,9 +6,12 @@ measured. The whole original was run by torch in calibration; its first layers a
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +28,14 @@ from exporter.stages.validate_torch import EVALUATION
 from exporter.teacher_floor import first_layers
 from validate.backend import RuntimeBackend, scored_positions
 from validate.evaluation import evaluate
+from validate.measure import RuntimeCrashError, measure_artifact
 from validate.positions import ReferenceLogProbs
 from validate.torch_reference import TorchBackend
 
-__all__ = ["ROUTING", "measure_teacher"]
+__all__ = ["COST", "ROUTING", "measure_teacher"]
 
 ROUTING = "routing.safetensors"
+COST = "cost.json"
 
 Tokens = npt.NDArray[np.int64]
 
@@ -41,7 +46,7 @@ def measure_teacher(
     write: Callable[[Student, str, Path, Callable[[int], None]], Path],
     open_backend: Callable[[Path], RuntimeBackend],
 ) -> None:
-    """Writes the runtime's evaluation against torch with the same weights, and torch's routing.
+    """Writes the runtime's evaluation against torch with the same weights, torch's routing, and the whole's cost.
 
     Args:
         context: of the stage.
@@ -57,18 +62,34 @@ def measure_teacher(
     folder = context.output / "removed"
     try:
         teacher = first_layers(Checkpoint(context.plan.source), floor.n_layers)
-        if floor.n_layers == teacher.source.shape.n_layers:
+        is_whole = floor.n_layers == teacher.source.shape.n_layers
+        if is_whole:
             reference, routing = _of_calibration(context, chunks, heldout_BT.shape[1])
         else:
             reference, routing = _by_torch(context, teacher, tokens_BT, folder)
         with context.progress.bar("bytes", floor.file_bytes) as advance:
             path = write(teacher, floor.weight_type, folder, advance)
+        cost = _cost(context, artifact, path, tokens_BT[0]) if is_whole else None
         with context.progress.bar("chunks", len(chunks)) as advance:
             evaluation = evaluate(open_backend(path), tokens_BT, {"teacher": reference}, progress=advance)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     evaluation.save(context.output / EVALUATION)
     routing.save(context.output / ROUTING)
+    (context.output / COST).write_text(json.dumps(cost), encoding="utf-8")
+
+
+def _cost(context: StageContext, artifact: str, path: Path, prompt: npt.NDArray[np.int64]) -> dict[str, Any] | None:
+    """What the file costs, measured as the shipped ones are; None if the runtime dies of that."""
+    recipe = context.plan.recipe
+    budget = recipe.budget
+    try:
+        cost = measure_artifact(
+            artifact, path, context=budget.context, kv_type=budget.kv_type, threads=recipe.threads, prompt=prompt
+        )
+    except RuntimeCrashError:
+        return None
+    return asdict(cost)
 
 
 def _spread(n_chunks: int, n_wanted: int) -> list[int]:

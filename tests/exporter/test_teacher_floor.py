@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from exporter.run import make_plan
 from exporter.stage import StageContext
 from exporter.stages import calibrate, teacher_gguf, teacher_onnx
 from exporter.stages.artifacts import Blocks, Calibration
-from exporter.stages.teacher import ROUTING
+from exporter.stages.teacher import COST, ROUTING
 from exporter.stages.validate_torch import EVALUATION
 from exporter.teacher_floor import TeacherFloor, choose_teacher_floor, exact_type
 from exporter.work import WorkDirectory
@@ -116,7 +117,12 @@ def test_the_runtime_does_what_torch_does(
     here.folder.mkdir()
     here.stage("calibrate").symlink_to(work.stage("calibrate"))
     folder = _run(_STAGES[artifact], planned, here)
-    assert {path.name for path in folder.iterdir()} == {EVALUATION, ROUTING}, "the original is removed again"
+    assert {path.name for path in folder.iterdir()} == {EVALUATION, ROUTING, COST}, "the original is removed again"
+    cost = json.loads((folder / COST).read_text())
+    if n_layers == 2:
+        assert cost["decode_tokens_per_second"] > 0
+    else:
+        assert cost is None, "a part of the original has no speed that says anything"
     figures = floor_figures(Evaluation.load(folder / EVALUATION), "teacher", Routing.load(folder / ROUTING))
     limits = {"gguf": (3e-4, 0.995), "onnx": (1e-5, 0.9999)}[artifact]
     assert abs(figures["kld"]["mean"]) < limits[0]
