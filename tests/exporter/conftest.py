@@ -7,11 +7,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from jsonschema import Draft202012Validator
 
 Command = Callable[..., Sequence[str]]
 Completed = subprocess.CompletedProcess[str]
@@ -90,3 +93,12 @@ def run_command() -> Callable[[Sequence[str]], Completed]:
         return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def schema_errors() -> Callable[[Any], list[str]]:
+    """Says what in a report is not as the schema that is shipped describes it."""
+    schema = json.loads(resources.files("validate.report").joinpath("report.schema.json").read_text(encoding="utf-8"))
+    Draft202012Validator.check_schema(schema)
+    validator = Draft202012Validator(schema)
+    return lambda report: [f"{error.json_path}: {error.message}" for error in validator.iter_errors(report)]

@@ -53,6 +53,16 @@ def test_everything_promised_is_there(finished: tuple[Path, str]) -> None:
     assert {row["artifact"] for row in report["validation"]} == {"teacher", "student", "gguf", "onnx"}
 
 
+def test_the_report_is_what_its_schema_says(
+    finished: tuple[Path, str], schema_errors: Callable[[Any], list[str]]
+) -> None:
+    report = _report(finished[0])
+    assert schema_errors(report) == []
+    report["validation"][2]["tokens"] = "many"
+    report["verdict"]["passes"] = True
+    assert len(schema_errors(report)) == 2
+
+
 def test_the_budget_holds_for_each_artifact(finished: tuple[Path, str]) -> None:
     report = _report(finished[0])
     assert 4 <= report["student"]["n_experts"] < 32

@@ -90,6 +90,10 @@ def test_both_files_hold_the_dense_architecture_and_the_predicted_bytes(run: _Ru
         assert artifact["bytes"] == report["budget"]["predicted"][artifact["format"]]["file"]
 
 
+def test_the_report_is_what_its_schema_says(run: _Run, schema_errors: Callable[[Any], list[str]]) -> None:
+    assert schema_errors(run.report) == []
+
+
 def test_both_runtimes_agree_with_torch_and_nothing_is_said_of_routing(run: _Run) -> None:
     report = run.report
     rows = {row["artifact"]: row for row in report["validation"]}
