@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
