@@ -110,6 +110,8 @@ _TEACHER_ONNX = Stage(
     "teacher_onnx", 1, ("calibrate",), (), "measure the original in ONNX Runtime", crash_is_a_finding=True
 )
 
+_FEW = 2  # stages to be run, that start sooner by themselves than from a server that imports what all stages need
+
 ALL_STAGES = (
     _CALIBRATE,
     _COMPRESS,
@@ -175,13 +177,14 @@ def run_stages(
     source.save(work.source_path)
     expected = fingerprints(plan, stages, source)
     records: dict[str, StageRecord] = {}
+    few = len(unfinished(plan, work, stages)) <= _FEW
     for number, stage in enumerate(stages, start=1):
         record = work.record(stage.name)
         if record is not None and record.fingerprint == expected[stage.name]:
             announce(f"[{number}/{len(stages)}] {stage.what}: done already")
         else:
             announce(f"[{number}/{len(stages)}] {stage.what}")
-            record = _run(stage, plan, work, expected[stage.name], team if stage.shared else None)
+            record = _run(stage, plan, work, expected[stage.name], team if stage.shared else None, alone=few)
             announce(f"      {record.seconds:.0f} s, {record.peak_rss_bytes / 1e6:.0f} MB")
         records[stage.name] = record
     return records
@@ -240,11 +243,13 @@ def _fingerprint(stage: Stage, plan: Plan, source: SourceState, earlier: Mapping
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _run(stage: Stage, plan: Plan, work: WorkDirectory, fingerprint: str, team: Team | None) -> StageRecord:
+def _run(
+    stage: Stage, plan: Plan, work: WorkDirectory, fingerprint: str, team: Team | None, *, alone: bool
+) -> StageRecord:
     with work.stage_lock():
         work.begin(stage.name, fingerprint, resumes=stage.resumes)
     start = time.monotonic()
-    end = run_in_process(work, stage.name, None if team is None else team.call(_call(work, stage)))
+    end = run_in_process(work, stage.name, None if team is None else team.call(_call(work, stage)), alone=alone)
     seconds = time.monotonic() - start
     if isinstance(end, Death):
         record = StageRecord(fingerprint, seconds, 0, _crash(stage, plan, work, end))

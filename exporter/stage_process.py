@@ -61,12 +61,20 @@ class Death:
         return "the same command goes on where this run was"
 
 
-def run_in_process(work: WorkDirectory, stage: str, group: str | None = None) -> Outcome | Death:
-    """Runs a stage in a process of its own, one of a ``group`` if there is one, and returns how that went.
+def run_in_process(
+    work: WorkDirectory, stage: str, group: str | None = None, *, alone: bool = False
+) -> Outcome | Death:
+    """Runs a stage in a process of its own and returns how that went.
 
     When waiting is interrupted (KeyboardInterrupt), the process is ended first.
+
+    Args:
+        work: of the run.
+        stage: its name.
+        group: of the processes that share it, if they do.
+        alone: no more than another stage is to follow: the server would import more than it saves.
     """
-    context = _context()
+    context = multiprocessing.get_context("spawn") if alone else _context()
     answer, answers = context.Pipe(duplex=False)
     process = context.Process(target=run_stage, args=(work, stage, group, Surroundings.here(), answers))
     with answer:

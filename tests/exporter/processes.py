@@ -16,7 +16,9 @@ _SECONDS_TO_END = 5  # far less when the machine is not busy
 
 
 def stage_of(run: int) -> psutil.Process:
-    """The process of the stage that the run works on, as soon as there is one: its parent is the run's fork server.
+    """The process of the stage that the run works on, as soon as there is one.
+
+    Its parent is the run's fork server, or the run itself when few stages are left.
 
     Raises:
         AssertionError: the run has ended, or there is no stage for minutes.
@@ -26,7 +28,10 @@ def stage_of(run: int) -> psutil.Process:
         assert process.status() != psutil.STATUS_ZOMBIE, "the run has ended"
         for child in process.children():
             with suppress(psutil.NoSuchProcess):
-                if any("multiprocessing.forkserver" in word for word in child.cmdline()):
+                words = " ".join(child.cmdline())
+                if "multiprocessing.spawn" in words:
+                    return child
+                if "multiprocessing.forkserver" in words:
                     for stage in child.children():
                         return stage
         time.sleep(_SECONDS_BETWEEN_LOOKS)
