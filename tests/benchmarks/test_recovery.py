@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
@@ -140,8 +140,8 @@ _SHORT = [
     for one in (_measured(ROUTER_KD, 0, after, SHORT_BLOCKS), _measured(NONE, 0, 1.0, 0))
 ]
 _SWEEP = [
-    replace(_measured(ROUTER_KD, 0, 0.8, SWEEP_BLOCKS), run=Run("fine", PRUNED, ROUTER_KD, rate, 8, SWEEP_BLOCKS, 0))
-    for rate in (ARMS[ROUTER_KD].pace.learning_rate, 1.0)
+    replace(_measured(ROUTER_KD, 0, 0.8, SWEEP_BLOCKS), run=Run("fine", PRUNED, ROUTER_KD, *pace, SWEEP_BLOCKS, 0))
+    for pace in (astuple(ARMS[ROUTER_KD].pace), (1.0, 8))
 ]
 _ALL = [*_UNTAUGHT, *_TAUGHT, *_SHORT[:1], *_SHORT[2:], *_SWEEP]
 
@@ -174,5 +174,5 @@ def test_the_tables_say_what_was_measured(tmp_path: Path) -> None:
         "reach a KL of 0.5950; from its full vocabulary 0.5850: a difference of +1.71%." in line for line in lines
     )
     assert "| pruned | coarse | 1 | 1.0000 | 0.9000 | 10.0% |" in lines
-    assert f"| {ROUTER_KD} | **{pace.learning_rate:g}** | 8 | 0.8000 |" in lines
+    assert f"| {ROUTER_KD} | **{pace.learning_rate:g}** | {pace.blocks_per_step} | 0.8000 |" in lines
     assert f"| {ROUTER_KD} | 1 | 8 | 0.8000 |" in lines

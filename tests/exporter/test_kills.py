@@ -44,7 +44,7 @@ def _without_times(report: Any) -> Any:
         return {
             key: _without_times(value)
             for key, value in report.items()
-            if key not in differs and not key.endswith("_per_second")
+            if key not in differs and not key.endswith(("_per_second", "speed_ratio"))
         }
     return [_without_times(item) for item in report] if isinstance(report, list) else report
 
