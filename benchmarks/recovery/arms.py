@@ -138,6 +138,7 @@ FULL_VOCABULARY = "router: KD, full vocabulary"
 _PUBLISHED_PACE = Pace(5e-5, 8)
 _ROUTER_PACE = Pace(3e-3, 2)
 _EXPERTS_PACE = Pace(1e-3, 2)
+_NEXT_TOKEN_PACE = Pace(5e-4, 2)  # of experts
 _ADAPTERS_PACE = Pace(3e-3, 2)
 _MATCHING_PACE = Pace(3e-3, 2)
 _LOCAL_PACE = Pace(1e-3, 2)
@@ -148,7 +149,7 @@ _BATCHES_PER_ROUND = 40  # 80 texts are written together, token by token
 SWEEP: Mapping[str, tuple[Pace, ...]] = {
     ROUTER_KD: (Pace(1e-3, 8), Pace(3e-3, 8), Pace(1e-2, 8), Pace(1e-3, 2), Pace(3e-3, 2), Pace(6e-3, 2)),
     "router + all experts: KD": (Pace(1e-3, 8), Pace(5e-4, 2), Pace(1e-3, 2), Pace(2e-3, 2)),
-    "router + all experts: next token": (Pace(5e-4, 2), Pace(1e-3, 2), Pace(2e-3, 2)),
+    "router + all experts: next token": (Pace(2.5e-4, 2), Pace(5e-4, 2), Pace(1e-3, 2), Pace(2e-3, 2)),
     "router + adapters: KD": (Pace(1e-3, 2), Pace(3e-3, 2), Pace(1e-2, 2)),
     "router: logits matched": (Pace(1e-3, 2), Pace(3e-3, 2), Pace(1e-2, 2)),
     "router: layer-local": (Pace(1e-4, 2), Pace(1e-3, 2), Pace(3e-3, 2)),
@@ -165,11 +166,11 @@ def _arms() -> list[Arm]:
         Arm(NONE, None, Pace(0.0, 0), lambda _knowledge, student, _schedule: student),
         Arm(ROUTER_KD, routers, _ROUTER_PACE, _by(_distillation, routers)),
         Arm("router + all experts: KD", experts, _EXPERTS_PACE, _by(_distillation, experts)),
-        Arm("router + all experts: next token", experts, _EXPERTS_PACE, _by(_next_token, experts)),
+        Arm("router + all experts: next token", experts, _NEXT_TOKEN_PACE, _by(_next_token, experts)),
         Arm("router + adapters: KD", adapters, _ADAPTERS_PACE, _by(_distillation, adapters)),
         Arm("router + adapters: next token", adapters, _ADAPTERS_PACE, _by(_next_token, adapters)),
         Arm("router + 8 experts: KD", some, _EXPERTS_PACE, _by(_distillation, some)),
-        Arm("router + 8 experts: next token", some, _EXPERTS_PACE, _by(_next_token, some)),
+        Arm("router + 8 experts: next token", some, _NEXT_TOKEN_PACE, _by(_next_token, some)),
         Arm("router: next token", routers, _ROUTER_PACE, _by(_next_token, routers)),
         Arm("router: logits matched", routers, _MATCHING_PACE, _by(_router_logits, routers)),
         Arm(FULL_VOCABULARY, routers, _ROUTER_PACE, _by(FullDistillation, routers), n_seeds=1),
