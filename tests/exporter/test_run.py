@@ -184,7 +184,7 @@ def test_a_recipe_is_followed_and_a_failed_check_gives_exit_code_4(
     assert [artifact["format"] for artifact in report["artifacts"]] == ["gguf"]
     assert report["student"]["kept"] == _report(finished[0])["student"]["kept"]
     assert [check["name"] for check in report["verdict"]["checks"] if not check["passed"]] == ["gguf.kld"]
-    assert "failed: GGUF: mean divergence from the original: 0." in result.stderr
+    assert "failed: GGUF: mean divergence from the original: " in result.stderr
     assert next((tmp_path / "out").glob("*.gguf")).stat().st_size > 0
 
 
@@ -199,7 +199,8 @@ def test_validate_measures_published_files_again_and_notices_damage(
     assert {row["artifact"] for row in json.loads(good.stdout)["rows"]} == {"gguf", "onnx"}
     (gguf,) = out.glob("*.gguf")
     data = bytearray(gguf.read_bytes())
-    data[-200_000:-100_000] = bytes(100_000)
+    middle = len(data) // 2  # in the first layer, whose damage moves the routing of the second
+    data[middle - 100_000 : middle] = bytes(100_000)
     gguf.write_bytes(data)
     bad = run_command([*command, "--json"])
     assert bad.returncode == 4
