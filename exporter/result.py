@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,7 @@ from compressors.model.routing import Routing
 from compressors.model.shape import MoeShape
 from compressors.model.student import ExpertMap, LayerMap
 from exporter.against_original import against_original
+from exporter.environment import environment
 from exporter.floors import floors_of
 from exporter.gguf.metadata import source_license
 from exporter.outputs import Artifact
@@ -42,7 +41,6 @@ from validate.verdict import Check, Figures, fidelity_for, required_checks
 __all__ = ["build_report", "final_recipe"]
 
 _SCHEMA = 1
-_PACKAGES = ("torch", "transformers", "gguf", "llama-cpp-python", "onnx", "onnxruntime", "onnxruntime-gpu")
 _RUNTIMES = {"gguf": "llama.cpp", "onnx": "onnxruntime"}
 
 
@@ -114,7 +112,7 @@ def build_report(
         "verdict": {"passed": all(check.passed for check in checks), "checks": [asdict(check) for check in checks]},
         "timings": {name: record.seconds for name, record in records.items()},
         "peak_rss_bytes": {name: record.peak_rss_bytes for name, record in records.items()},
-        "environment": _environment(recipe.threads),
+        "environment": environment(recipe.threads),
     }
 
 
@@ -381,32 +379,3 @@ def _checks(plan: Plan, artifacts: Mapping[str, Artifact], rows: Mapping[str, Ma
             is_whole=plan.student_shape == plan.teacher_shape and plan.recipe.compress.edit == "none",
         )
     return checks
-
-
-def _environment(threads: int) -> dict[str, Any]:
-    return {
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "processor": _processor(),
-        "threads": threads,
-        **{package: found for package in _PACKAGES if (found := _installed(package)) is not None},
-    }
-
-
-def _installed(package: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    """The processor's name; Linux tells it in ``/proc/cpuinfo``."""
-    path = Path("/proc/cpuinfo")
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

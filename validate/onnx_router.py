@@ -1,10 +1,60 @@
-"""Cuts one router out of an ONNX graph, to run it on inputs of our own."""
+"""The routers of an ONNX graph: what each is told, and how to cut one out, to run it on inputs of our own."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 import onnx
 
-__all__ = ["router_graph"]
+__all__ = ["MoeNode", "moe_nodes", "router_graph"]
+
+_MOE_OPERATORS = ("MoE", "QMoE")
+_ATTENTION_OPERATORS = ("GroupQueryAttention", "MultiHeadAttention", "Attention")
+_ROUTER_INPUT = 1  # position of the router logits among the operators' inputs
+_MIXING_INPUT = 14  # where QMoE takes gate weights from that are no softmax of these logits
+
+
+@dataclass(frozen=True)
+class MoeNode:
+    """What one MoE operator is told."""
+
+    layer: int
+    states: str  # name of the value that the router reads too: [batch, sequence, hidden size]
+    router_logits: str  # name of the value [tokens, experts]
+    top_k: int
+    normalizes: bool
+
+    def routing(self, logits_TE: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """Experts [T, K] by falling gate weight, and the weights as they are applied."""
+        shifted = np.exp(logits_TE - logits_TE.max(axis=1, keepdims=True))
+        probabilities_TE = shifted / shifted.sum(axis=1, keepdims=True)
+        experts_TK = np.argsort(-logits_TE, axis=1, kind="stable")[:, : self.top_k]
+        weights_TK = np.take_along_axis(probabilities_TE, experts_TK, axis=1)
+        if self.normalizes:
+            weights_TK = weights_TK / weights_TK.sum(axis=1, keepdims=True)
+        return experts_TK.astype(np.int32), weights_TK
+
+
+def moe_nodes(graph: onnx.GraphProto) -> Iterator[MoeNode]:
+    """The MoE operators of a graph.
+
+    Nodes are in the order in which they run: a layer's experts come after its attention.
+    """
+    layer = -1
+    for node in graph.node:
+        if node.op_type in _ATTENTION_OPERATORS:
+            layer += 1
+        elif node.op_type in _MOE_OPERATORS:
+            attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+            if attributes.get("use_sparse_mixer", 0) or any(node.input[_MIXING_INPUT:]):
+                continue  # routed by another rule, which is not told
+            # absent attributes have the operators' defaults
+            normalizes = bool(attributes.get("normalize_routing_weights", 0))
+            states, router_logits = node.input[0], node.input[_ROUTER_INPUT]
+            yield MoeNode(layer, states, router_logits, attributes.get("k", 1), normalizes)
 
 
 def router_graph(model: onnx.ModelProto, states: str, logits: str) -> onnx.ModelProto | None:

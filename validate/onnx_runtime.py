@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +28,12 @@ from validate.backend import ChooseToken, ChunkOutput, scored_positions
 from validate.cost import Runs, RuntimeCost, peak_rss_bytes
 from validate.onnx_files import onnx_model_file
 from validate.onnx_inputs import check_decoder, float_type
-from validate.onnx_router import router_graph
+from validate.onnx_router import MoeNode, moe_nodes, router_graph
 from validate.router_inputs import RouterInputs
 
 __all__ = ["CHUNK_TOKENS", "OnnxRuntimeBackend", "OnnxRuntimeError", "measure"]
 
 CHUNK_TOKENS = 512  # prompts are fed in pieces of this many tokens
-_MOE_OPERATORS = ("MoE", "QMoE")
-_ATTENTION_OPERATORS = ("GroupQueryAttention", "MultiHeadAttention", "Attention")
-_ROUTER_INPUT = 1  # position of the router logits among the operators' inputs
-_MIXING_INPUT = 14  # where QMoE takes gate weights from that are no softmax of these logits
 _DECODED_TOKENS = 32  # generated when decoding speed is measured
 _LOAD_ERRORS = (
     ort_errors.Fail,
@@ -53,27 +48,6 @@ _LOAD_ERRORS = (
 
 class OnnxRuntimeError(MoeExportError):
     """The runtime contradicts itself, so that its routing cannot be trusted."""
-
-
-@dataclass(frozen=True)
-class _MoeNode:
-    """What one MoE operator is told."""
-
-    layer: int
-    states: str  # name of the value that the router reads too: [batch, sequence, hidden size]
-    router_logits: str  # name of the value [tokens, experts]
-    top_k: int
-    normalizes: bool
-
-    def routing(self, logits_TE: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-        """Experts [T, K] by falling gate weight, and the weights as they are applied."""
-        shifted = np.exp(logits_TE - logits_TE.max(axis=1, keepdims=True))
-        probabilities_TE = shifted / shifted.sum(axis=1, keepdims=True)
-        experts_TK = np.argsort(-logits_TE, axis=1, kind="stable")[:, : self.top_k]
-        weights_TK = np.take_along_axis(probabilities_TE, experts_TK, axis=1)
-        if self.normalizes:
-            weights_TK = weights_TK / weights_TK.sum(axis=1, keepdims=True)
-        return experts_TK.astype(np.int32), weights_TK
 
 
 class OnnxRuntimeBackend:
@@ -94,7 +68,7 @@ class OnnxRuntimeBackend:
         self._providers = tuple(providers)
         self._session = _open_session(self._path, str(self._path), threads, self._providers)
         check_decoder(self._path, self._session, _cache_dimensions(self._session))
-        self._moe_nodes: tuple[_MoeNode, ...] | None = None  # known when the session shows their router logits
+        self._moe_nodes: tuple[MoeNode, ...] | None = None  # known when the session shows their router logits
         self._n_layers = len(_cache_dimensions(self._session)) // 2
 
     @property
@@ -149,7 +123,7 @@ class OnnxRuntimeBackend:
             routing = self._routing(self._moe_nodes, router_logits) if self._moe_nodes else None
             yield ChunkOutput(logits_TV[scored_positions(len(tokens))], routing)
 
-    def _routing(self, nodes: Sequence[_MoeNode], router_logits: Sequence[npt.NDArray[np.float32]]) -> Routing:
+    def _routing(self, nodes: Sequence[MoeNode], router_logits: Sequence[npt.NDArray[np.float32]]) -> Routing:
         """Layers without experts, and places beyond a layer's top-k, hold no expert."""
         size = (self._n_layers, len(router_logits[0]), max(node.top_k for node in nodes))
         experts_LTK = np.full(size, NO_EXPERT, dtype=np.int32)
@@ -169,11 +143,11 @@ class OnnxRuntimeBackend:
             InputError: the states are of another model, or a router does not read what its experts do.
         """
         model = onnx.load(self._path, load_external_data=False)
-        nodes, n_tokens = tuple(_moe_nodes(model.graph)), tokens_BT.size
+        nodes, n_tokens = tuple(moe_nodes(model.graph)), tokens_BT.size
         return self._routing(nodes, [self._router_logits(model, node, inputs, n_tokens) for node in nodes])
 
     def _router_logits(
-        self, model: onnx.ModelProto, node: _MoeNode, inputs: RouterInputs, n_tokens: int
+        self, model: onnx.ModelProto, node: MoeNode, inputs: RouterInputs, n_tokens: int
     ) -> npt.NDArray[np.float32]:
         """One router's logits, [T, E]."""
         graph = router_graph(model, node.states, node.router_logits)
@@ -207,17 +181,17 @@ class OnnxRuntimeBackend:
             logits_TV, _ = _run_from_empty_cache(self._session, np.asarray(text, dtype=np.int64), names)
             yield logits_TV[-count:]
 
-    def _show_routing(self, tokens: npt.NDArray[np.int64]) -> tuple[_MoeNode, ...]:
+    def _show_routing(self, tokens: npt.NDArray[np.int64]) -> tuple[MoeNode, ...]:
         """Puts the debug copy in the session's place; one after the other, because each holds the weights.
 
         Returns the MoE nodes whose router logits it shows; if there are none, the session stays.
         """
         model = onnx.load(self._path, load_external_data=False)
-        moe_nodes = tuple(_moe_nodes(model.graph))
-        if not moe_nodes:
+        found = tuple(moe_nodes(model.graph))
+        if not found:
             return ()
         # of the type that the runtime infers
-        model.graph.output.extend(onnx.ValueInfoProto(name=node.router_logits) for node in moe_nodes)
+        model.graph.output.extend(onnx.ValueInfoProto(name=node.router_logits) for node in found)
         shipped = _logits_digest(self._session, tokens)
         del self._session
         debug = _open_session(self._path, model.SerializeToString(), self._threads, self._providers)
@@ -227,7 +201,7 @@ class OnnxRuntimeBackend:
                 "its routing would prove nothing"
             )
         self._session = debug
-        return moe_nodes
+        return found
 
 
 def measure(folder: Path, *, context: int, threads: int, prompt_tokens: Sequence[int]) -> RuntimeCost:
@@ -373,22 +347,6 @@ def _cache_dimensions(session: onnxruntime.InferenceSession) -> dict[str, tuple[
                     dimensions[value.name] = (heads, head_dim)
                     break
     return dimensions
-
-
-def _moe_nodes(graph: onnx.GraphProto) -> Iterator[_MoeNode]:
-    """Nodes are in the order in which they run: a layer's experts come after its attention."""
-    layer = -1
-    for node in graph.node:
-        if node.op_type in _ATTENTION_OPERATORS:
-            layer += 1
-        elif node.op_type in _MOE_OPERATORS:
-            attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
-            if attributes.get("use_sparse_mixer", 0) or any(node.input[_MIXING_INPUT:]):
-                continue  # routed by another rule, which is not told
-            # absent attributes have the operators' defaults
-            normalizes = bool(attributes.get("normalize_routing_weights", 0))
-            states, router_logits = node.input[0], node.input[_ROUTER_INPUT]
-            yield _MoeNode(layer, states, router_logits, attributes.get("k", 1), normalizes)
 
 
 def _open_session(

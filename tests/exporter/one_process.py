@@ -11,7 +11,7 @@ from exporter.work import WorkDirectory
 from validate.cost import peak_rss_bytes
 
 
-def _run_here(work: WorkDirectory, name: str, group: str | None = None) -> stage.Outcome:
+def _run_here(work: WorkDirectory, name: str, group: str | None = None, *, alone: bool) -> stage.Outcome:
     error = stage._run(work, name, group)
     peak = peak_rss_bytes()
     return stage.Outcome(peak) if error is None else stage.Outcome(peak, str(error), error.exit_code)

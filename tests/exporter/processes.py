@@ -12,7 +12,7 @@ __all__ = ["are_gone", "stage_of"]
 
 _SECONDS_BETWEEN_LOOKS = 0.05
 _LOOKS = 12_000
-_SECONDS_TO_END = 5  # far less when the machine is not busy
+_SECONDS_TO_END = 60  # far less when the machine is not busy
 
 
 def stage_of(run: int) -> psutil.Process:
@@ -28,12 +28,15 @@ def stage_of(run: int) -> psutil.Process:
         assert process.status() != psutil.STATUS_ZOMBIE, "the run has ended"
         for child in process.children():
             with suppress(psutil.NoSuchProcess):
-                words = " ".join(child.cmdline())
-                if "multiprocessing.spawn" in words:
+                command = child.cmdline()
+                if "multiprocessing.spawn" in " ".join(command):
                     return child
-                if "multiprocessing.forkserver" in words:
+                if "multiprocessing.forkserver" in " ".join(command):
                     for stage in child.children():
-                        return stage
+                        # what the server imports may start a program, which is a copy of the server for a moment
+                        time.sleep(_SECONDS_BETWEEN_LOOKS)
+                        if stage.cmdline() == command:
+                            return stage
         time.sleep(_SECONDS_BETWEEN_LOOKS)
     raise AssertionError("no stage was started")
 

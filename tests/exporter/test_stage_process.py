@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -47,6 +47,12 @@ def _waiting(work: WorkDirectory) -> Iterator[tuple[psutil.Process, Future[Outco
     with ThreadPoolExecutor(1) as threads, work.stage_lock():
         end = threads.submit(run_in_process, work, "calibrate")
         yield stage_of(os.getpid()), end
+
+
+def _wait_for_lock(stage: psutil.Process) -> None:
+    """Until the stage waits for the lock, and so the server has told of it."""
+    while not any(Path(file.path).name == "stage.lock" for file in stage.open_files()):
+        time.sleep(0.02)
 
 
 @contextmanager
@@ -139,9 +145,11 @@ def test_a_stage_outlives_its_server_and_the_next_one_has_another(work: WorkDire
     with _waiting(work) as (stage, end):
         server = stage.parent()
         assert server is not None
+        _wait_for_lock(stage)
         server.kill()
-        while server.status() != psutil.STATUS_ZOMBIE:  # waiting for it is multiprocessing's business
-            time.sleep(0.02)
+        with suppress(psutil.NoSuchProcess):  # waiting for it is multiprocessing's business
+            while server.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.02)
         assert not end.done()
     assert isinstance(end.result(), Outcome)
     with _waiting(work) as (stage, end):
@@ -169,11 +177,12 @@ def test_a_program_is_not_run_again_in_its_stage_and_leaves_no_process(work: Wor
 
 
 def test_a_program_that_is_killed_leaves_no_process(work: WorkDirectory, tmp_path: Path) -> None:
-    with work.stage_lock(), _program(work, tmp_path) as program:
-        stage_of(program.pid)
-        processes = psutil.Process(program.pid).children(recursive=True)
-        program.kill()
-        program.wait()
+    with _program(work, tmp_path) as program:
+        with work.stage_lock():
+            stage_of(program.pid)
+            processes = psutil.Process(program.pid).children(recursive=True)
+            program.kill()
+            program.wait()
         assert are_gone(processes)
 
 

@@ -21,9 +21,10 @@ def _evaluation(chunks: list[int]) -> Evaluation:
         reference = generator.gamma(2.0, 1.0 + chunk, _SCORED).astype(np.float32)
         model = reference + generator.normal(0.1, 0.2, _SCORED).astype(np.float32)
         divergence = generator.gamma(1.0, 0.1 * (1 + chunk), _SCORED).astype(np.float32)
-        parts.append((model, divergence, generator.random(_SCORED) < 0.7, reference))
+        same, right = generator.random((2, _SCORED)) < 0.7
+        parts.append((model, divergence, same, reference, right))
     model, *against = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return Evaluation(len(chunks), model, {"teacher": AgainstReference(*against)}, None)
+    return Evaluation(len(chunks), model, {"teacher": AgainstReference(*against)}, None, np.zeros(len(model), np.bool_))
 
 
 def test_each_domain_is_what_its_chunks_say() -> None:

@@ -30,8 +30,10 @@ def evaluation() -> Evaluation:
         generator.gamma(1.0, 0.001, len(reference)).astype(np.float32),
         generator.random(len(reference)) < 0.9,
         reference,
+        np.zeros(len(reference), np.bool_),
     )
-    return Evaluation(_CHUNKS, (reference + off).astype(np.float32), {"torch": against}, _routing(generator))
+    likelihood = (reference + off).astype(np.float32)
+    return Evaluation(_CHUNKS, likelihood, {"torch": against}, _routing(generator), np.zeros(len(reference), np.bool_))
 
 
 def test_figures_are_those_of_the_scores(evaluation: Evaluation) -> None:
