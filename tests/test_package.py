@@ -41,7 +41,7 @@ def test_importing_has_no_side_effects() -> None:
 import importlib, logging, os, sys, warnings
 import torch, transformers, click, gguf, rich, yaml, jinja2, psutil, llama_cpp, onnx, onnxruntime, huggingface_hub
 import optimum.commands.optimum_cli, transformers.models.auto, tokenizers, safetensors.torch
-import scipy.cluster.hierarchy, scipy.optimize, transformers.modeling_utils
+import scipy.cluster.hierarchy, scipy.optimize, transformers.modeling_utils, lm_eval.evaluator
 
 def state():
     return (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 
 import psutil
@@ -15,10 +15,14 @@ _LOOKS = 12_000
 _SECONDS_TO_END = 60  # far less when the machine is not busy
 
 
-def stage_of(run: int) -> psutil.Process:
+def stage_of(run: int, but: Collection[psutil.Process] = ()) -> psutil.Process:
     """The process of the stage that the run works on, as soon as there is one.
 
     Its parent is the run's fork server, or the run itself when few stages are left.
+
+    Args:
+        run: the run's process.
+        but: processes of earlier stages, which may not be gone yet.
 
     Raises:
         AssertionError: the run has ended, or there is no stage for minutes.
@@ -33,9 +37,9 @@ def stage_of(run: int) -> psutil.Process:
                     return child
                 if "multiprocessing.forkserver" in " ".join(command):
                     for stage in child.children():
-                        # what the server imports may start a program, which is a copy of the server for a moment
+                        # by then the server has told the run of it; a program that an import starts looks otherwise
                         time.sleep(_SECONDS_BETWEEN_LOOKS)
-                        if stage.cmdline() == command:
+                        if stage not in but and stage.cmdline() == command:
                             return stage
         time.sleep(_SECONDS_BETWEEN_LOOKS)
     raise AssertionError("no stage was started")

@@ -60,6 +60,9 @@ def uninterrupted(
     return out
 
 
+_STAGES_BETWEEN = 4  # less than so many are finished between one kill and the next
+
+
 class _Attempt:
     """One start of the command, in a process group of its own."""
 
@@ -74,20 +77,24 @@ class _Attempt:
         assert self._process.stderr is not None
         return self._process.stderr
 
-    def wait_for_stage(self) -> int | None:
-        """Which stage it begins with, counted from 0; None if it has none left. None is done that was finished.
+    def wait_for_stage(self, n_before: int) -> int | None:
+        """Which stage it begins with after so many others, counted from 0; None if it has none left.
 
         The stage's process is there then: the moment of the kill shall fall into its work, not into the server's start.
+        None is done that was finished.
         """
-        n_done = 0
+        begun = number = 0
         for line in self._stderr:
-            if line.startswith("["):
-                if not line.endswith("done already\n"):
-                    assert n_done >= self._finished, "a finished stage is done again"
+            if not line.startswith("["):
+                continue
+            if not line.endswith("done already\n"):
+                assert begun or number >= self._finished, "a finished stage is done again"
+                if begun == n_before:
                     with suppress(AssertionError):  # it was quick, and the last
                         stage_of(self._process.pid)
-                    return n_done
-                n_done += 1
+                    return number
+                begun += 1
+            number += 1
         return None
 
     def kill(self, seconds: float, *, whole_group: bool) -> bool:
@@ -113,7 +120,7 @@ def test_killed_at_random_moments_it_builds_the_same_bytes(
         out = tmp_path / f"{runs}"
         attempt = _Attempt(toy_command(out, "--recipe", str(tiny_recipe)), out)
         early = kills % 3 == 2  # while it plans, looks at what is there, or takes its locks
-        stage = None if early else attempt.wait_for_stage()
+        stage = None if early else attempt.wait_for_stage(moments.randrange(_STAGES_BETWEEN))
         longest = 3.0 if stage is None else _MOMENT * seconds[stage]
         if attempt.kill(moments.uniform(0, longest), whole_group=kills % 2 == 0):
             kills += 1

@@ -44,15 +44,10 @@ def work(tmp_path: Path) -> WorkDirectory:
 @contextmanager
 def _waiting(work: WorkDirectory) -> Iterator[tuple[psutil.Process, Future[Outcome | Death]]]:
     """A stage that was started in this process and waits for the lock, and how it will have ended."""
+    earlier = psutil.Process().children(recursive=True)
     with ThreadPoolExecutor(1) as threads, work.stage_lock():
         end = threads.submit(run_in_process, work, "calibrate")
-        yield stage_of(os.getpid()), end
-
-
-def _wait_for_lock(stage: psutil.Process) -> None:
-    """Until the stage waits for the lock, and so the server has told of it."""
-    while not any(Path(file.path).name == "stage.lock" for file in stage.open_files()):
-        time.sleep(0.02)
+        yield stage_of(os.getpid(), earlier), end
 
 
 @contextmanager
@@ -145,7 +140,6 @@ def test_a_stage_outlives_its_server_and_the_next_one_has_another(work: WorkDire
     with _waiting(work) as (stage, end):
         server = stage.parent()
         assert server is not None
-        _wait_for_lock(stage)
         server.kill()
         with suppress(psutil.NoSuchProcess):  # waiting for it is multiprocessing's business
             while server.status() != psutil.STATUS_ZOMBIE:
