@@ -54,7 +54,7 @@ _REQUIRE = click.option(
     "--require",
     multiple=True,
     metavar="NAME=VALUE[,...]",
-    help="Thresholds: kld, top1, routing, perplexity_change.",
+    help="Thresholds: kld, top1, routing, perplexity_change; of an export also loops.",
 )
 
 

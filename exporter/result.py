@@ -369,6 +369,8 @@ def _checks(plan: Plan, artifacts: Mapping[str, Artifact], rows: Mapping[str, Ma
             top1=row["top1_agreement"],
             routing=routing and routing["overlap"],
             perplexity_change=change,
+            loops=row["generation"] and row["generation"]["greedy"]["loop_rate"],
+            loops_allowed=rows["teacher"]["generation"]["greedy"]["loop_rate_interval"][1],
         )
         checks += required_checks(
             name,

@@ -23,7 +23,7 @@ from exporter.validated_file import Expectation, validate_file
 from validate.gpu import PROVIDERS
 from validate.model_file import ModelFile, RuntimeChoice, find_model_file
 from validate.report.facts import failures
-from validate.verdict import Check
+from validate.verdict import REQUIREMENTS, Check
 
 __all__ = ["revalidate"]
 
@@ -60,20 +60,18 @@ def revalidate(
         InputError: a file is damaged, of another vocabulary, or not what it is said to be.
         MissingGpuError: the installed runtime has no GPU, and one is asked for.
     """
-    if providers not in PROVIDERS:
-        raise InputError(f"--providers: {providers!r} is not known; choose one of {', '.join(PROVIDERS)}")
-    thresholds = parse_requirements(require)
-    n_threads = threads or len(os.sched_getaffinity(0))
-    torch.set_num_threads(n_threads)
-    how = RuntimeChoice(n_threads, gpu_layers, providers)
+    # an export's texts are not written again
+    thresholds = parse_requirements(require, [name for name in REQUIREMENTS if name != "loops"])
+    how = _runtimes(threads, gpu_layers, providers)
     report = _read_report(path)
     files = _files(path, report)
     for file in files:
         file.check_can_run(how)
     checks = [] if report is None else [Check.at_most("files changed", _changed_files(path), 0)]
+    rows = []
     with tempfile.TemporaryDirectory(prefix="moe-export-") as folder:
-        logits_file = save_reference_logits or Path(folder) / "reference"
         if reference_logits is None:
+            logits_file = save_reference_logits or Path(folder) / "reference"
             reference = _reference(report, against, text or bundled_text("heldout"), logits_file, how)
         elif against or text or save_reference_logits:
             raise InputError(
@@ -81,15 +79,25 @@ def revalidate(
             )
         else:
             reference = against_logits_file(reference_logits)
-        rows = []
         for file in files:
-            expectation = (
-                Expectation.of_report(path, report, reference) if report else Expectation.of_file(file, reference)
-            )
-            row, found = validate_file(file, reference, expectation, how, thresholds)
+            row, found = validate_file(file, reference, _expectation(path, report, file, reference), how, thresholds)
             rows.append(row)
             checks += found
     return _result(reference, rows, checks)
+
+
+def _runtimes(threads: int | None, gpu_layers: int, providers: str) -> RuntimeChoice:
+    if providers not in PROVIDERS:
+        raise InputError(f"--providers: {providers!r} is not known; choose one of {', '.join(PROVIDERS)}")
+    n_threads = threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(n_threads)
+    return RuntimeChoice(n_threads, gpu_layers, providers)
+
+
+def _expectation(path: Path, report: Mapping[str, Any] | None, file: ModelFile, reference: Reference) -> Expectation:
+    if report is None:
+        return Expectation.of_file(file, reference)
+    return Expectation.of_report(path, report, reference)
 
 
 def _result(reference: Reference, rows: list[dict[str, Any]], checks: list[Check]) -> dict[str, Any]:

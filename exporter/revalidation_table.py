@@ -46,6 +46,16 @@ def _figures(row: Mapping[str, Any]) -> list[str]:
     return ["\n".join(filter(None, (value, _narrow(ends)))) for value, ends in figures]
 
 
+def _cost(row: Mapping[str, Any]) -> str:
+    memory, on_gpu = (numbers.size_parts(row[name])[0] for name in ("peak_rss_bytes", "device_bytes"))
+    reads, writes = (numbers.speed(row[f"{name}_tokens_per_second"]) for name in ("prefill", "decode"))
+    where = f" and {on_gpu} on the GPU" if row["device_bytes"] else ""
+    return (
+        f"{memory} of memory{where} with {row['context']:,} tokens of context; loads in "
+        f"{numbers.duration(row['load_seconds'])}, reads {reads} and writes {writes} tokens/s"
+    )
+
+
 def _narrow(ends: str) -> str:
     return ends.replace(" to ", numbers.DASH).removesuffix(" %")
 
@@ -53,6 +63,7 @@ def _narrow(ends: str) -> str:
 def _remarks(result: Mapping[str, Any]) -> Text:
     remarks = Text()
     for row in result["rows"]:
+        remarks.append(f"{row['artifact'].upper()}: {_cost(row)}\n")
         for note in row["notes"]:
             remarks.append(f"{row['artifact'].upper()}: {note}\n")
     n_checks = len(result["checks"])

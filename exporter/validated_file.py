@@ -15,6 +15,7 @@ from compressors.model.errors import InputError
 from compressors.model.student import ExpertMap, LayerMap, Student
 from exporter.references import Reference
 from validate.backend import Backend, RuntimeBackend
+from validate.cost import LEAST_CONTEXT
 from validate.evaluation import Evaluation, evaluate
 from validate.figures import fidelity_figures
 from validate.model_file import ModelFile, RuntimeChoice
@@ -96,11 +97,13 @@ def validate_file(
     Raises:
         InputError: the file cannot be run, or its vocabulary is another.
         MissingGpuError: the installed runtime has no GPU, and one is asked for.
+        RuntimeCrashError: the runtime died while memory and speed were measured.
     """
     backend = file.open(how, reference.chunks_BT.shape[1])
     runtime, version = backend.runtime, backend.version
     evaluation, notes = _evaluate(file, backend, reference)
-    del backend  # before its weights are read by us
+    del backend  # before it is measured, and its weights are read by us
+    cost = file.measure(how, reference.chunks_BT[0])
     agreement = _agreement(reference, evaluation, expectation)
     notes = [*expectation.notes, *notes]
     if agreement is None and expectation.experts is not None and reference.routing is not None:
@@ -120,6 +123,8 @@ def validate_file(
         "bits_per_weight": file.facts.bits_per_weight,
         "band": band.name,
         **figures,
+        "context": max(reference.chunks_BT.shape[1], LEAST_CONTEXT),
+        **asdict(cost),
         "routing": _routing(agreement),
         "routing_overlap_vs_teacher": None if agreement is None else agreement.mean("overlap"),
         "routing_overlap_interval": None if agreement is None else agreement.overlap_interval,

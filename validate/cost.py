@@ -8,11 +8,24 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Runs", "RuntimeCost", "peak_rss_bytes"]
+import numpy as np
+import numpy.typing as npt
+
+from compressors.model.errors import InputError
+
+__all__ = ["LEAST_CONTEXT", "Feed", "Runs", "RuntimeCost", "measure_cost", "peak_rss_bytes"]
+
+Feed = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float32]]
+"""Appends tokens to a model's sequence; returns the next one's logits [V], valid until the next call."""
+
+_PIECE_TOKENS = 512  # of the prompt: what both runtimes take at once by default
+_DECODED_TOKENS = 32
+LEAST_CONTEXT = 2 * _DECODED_TOKENS
+"""Tokens of cache without which nothing can be measured."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +41,47 @@ class RuntimeCost:
     decode_runs: int  # those tokens
     buffers: Mapping[str, int] | None = None  # bytes by purpose, as the runtime itself reports them
     device_bytes: int | None = None  # of those buffers, what lies on a GPU; None if the runtime reports none
+
+
+def measure_cost(load: Callable[[], Feed], *, context: int, prompt_tokens: Sequence[int]) -> RuntimeCost:
+    """Loads a model, fills its cache and generates; call it in a process of its own, or the peak is not the model's.
+
+    The prompt is fed in pieces of 512 tokens until 32 tokens of the context are left, which are then generated.
+    Prefill speed is the median over the pieces, decode speed that over the tokens, at the full context.
+
+    Args:
+        load: opens the model with an empty cache.
+        context: tokens of cache to fill, at least 64.
+        prompt_tokens: the text to feed, repeated until the cache is full.
+
+    Raises:
+        InputError: the model cannot be loaded, the context is too short or the prompt is empty.
+    """
+    if context < LEAST_CONTEXT or not len(prompt_tokens):
+        raise InputError(f"measuring needs a context of at least {LEAST_CONTEXT} tokens and a prompt")
+    base = peak_rss_bytes()
+    started = time.perf_counter()
+    feed = load()
+    load_seconds = time.perf_counter() - started
+    prompt = np.resize(np.asarray(prompt_tokens, dtype=np.int64), context - _DECODED_TOKENS)
+    prefill = Runs()
+    for first in range(0, len(prompt), _PIECE_TOKENS):
+        piece = prompt[first : first + _PIECE_TOKENS]
+        logits_V = feed(piece)
+        prefill.done(len(piece))
+    decode = Runs()
+    for _ in range(_DECODED_TOKENS):
+        logits_V = feed(np.array([logits_V.argmax()]))
+        decode.done(1)
+    return RuntimeCost(
+        peak_rss_bytes=peak_rss_bytes(),
+        base_rss_bytes=base,
+        load_seconds=load_seconds,
+        prefill_tokens_per_second=prefill.tokens_per_second,
+        prefill_runs=len(prefill),
+        decode_tokens_per_second=decode.tokens_per_second,
+        decode_runs=len(decode),
+    )
 
 
 class Runs:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import numpy.typing as npt
 from compressors.model.errors import InputError
 from validate.backend import ChooseToken, ChunkOutput, Routing, scored_positions
 from validate.buffers import ReportedBuffers
-from validate.cost import Runs, RuntimeCost, peak_rss_bytes
+from validate.cost import Feed, RuntimeCost, measure_cost
 from validate.llama_cpp_routing import RoutingCollector, ggml_function
 from validate.router_inputs import RouterInputs
 
@@ -36,7 +36,6 @@ KV_TYPES: Mapping[str, int] = {
 """Storage of keys and values; the quantized ones need flash attention."""
 
 _PHYSICAL_BATCH = 512  # llama.cpp's default n_ubatch
-_DECODED_TOKENS = 32
 
 
 class LlamaCppBackend:
@@ -158,11 +157,9 @@ class LlamaCppBackend:
 def measure(
     path: Path, *, context: int, kv_type: str, threads: int, prompt_tokens: Sequence[int], gpu_layers: int = 0
 ) -> RuntimeCost:
-    """Loads the model, fills its context and generates; call it in a process of its own, or the peak means nothing.
+    """:func:`validate.cost.measure_cost`, and the buffers that llama.cpp's log names.
 
-    The prompt is fed in chunks of 512 tokens until 32 tokens of the context are left, which are then generated. Flash
-    attention is left to llama.cpp's choice. Prefill speed is the median over the chunks; decode speed that over the
-    tokens, at the full context. Buffers are those that llama.cpp's log names.
+    Flash attention is left to llama.cpp's choice.
 
     Args:
         path: the GGUF file.
@@ -175,43 +172,23 @@ def measure(
     Raises:
         InputError: the model cannot be loaded, the context is too short or the prompt is empty.
     """
-    if context < 2 * _DECODED_TOKENS or not len(prompt_tokens):
-        raise InputError(f"measuring needs a context of at least {2 * _DECODED_TOKENS} tokens and a prompt")
+
+    def load() -> Feed:
+        session = _Session(
+            path,
+            n_ctx=context,
+            n_batch=min(context, _PHYSICAL_BATCH),
+            kv_type=kv_type,
+            flash_attention=api.LLAMA_FLASH_ATTN_TYPE_AUTO,
+            threads=threads,
+            gpu_layers=gpu_layers,
+        )
+        return lambda tokens_T: session.decode(tokens_T)[-1]
+
     start_runtime()
-    base = peak_rss_bytes()
     _buffers.clear()
-    started = time.perf_counter()
-    session = _Session(
-        path,
-        n_ctx=context,
-        n_batch=min(context, _PHYSICAL_BATCH),
-        kv_type=kv_type,
-        flash_attention=api.LLAMA_FLASH_ATTN_TYPE_AUTO,
-        threads=threads,
-        gpu_layers=gpu_layers,
-    )
-    load_seconds = time.perf_counter() - started
-    prompt = np.resize(np.asarray(prompt_tokens, dtype=np.int64), context - _DECODED_TOKENS)
-    prefill = Runs()
-    for first in range(0, len(prompt), _PHYSICAL_BATCH):
-        piece = prompt[first : first + _PHYSICAL_BATCH]
-        logits_TV = session.decode(piece)
-        prefill.done(len(piece))
-    decode = Runs()
-    for _ in range(_DECODED_TOKENS):
-        logits_TV = session.decode(logits_TV[-1:].argmax(axis=1))
-        decode.done(1)
-    return RuntimeCost(
-        peak_rss_bytes=peak_rss_bytes(),
-        base_rss_bytes=base,
-        load_seconds=load_seconds,
-        prefill_tokens_per_second=prefill.tokens_per_second,
-        prefill_runs=len(prefill),
-        decode_tokens_per_second=decode.tokens_per_second,
-        decode_runs=len(decode),
-        buffers=_buffers.by_purpose,
-        device_bytes=_buffers.on_device,
-    )
+    cost = measure_cost(load, context=context, prompt_tokens=prompt_tokens)
+    return replace(cost, buffers=_buffers.by_purpose, device_bytes=_buffers.on_device)
 
 
 class _Session:

@@ -1,10 +1,11 @@
 """What an artifact costs in its runtime, measured in a process of the runtime's own.
 
     python -m validate.measure PARENT gguf|onnx base
-    python -m validate.measure PARENT gguf|onnx run PATH CONTEXT KV_TYPE THREADS PROMPT_FILE
+    python -m validate.measure PARENT gguf|onnx run PATH PROMPT_FILE OPTIONS
 
-prints one JSON object. The process imports neither torch nor transformers, so its peak is the runtime's; when the
-runtime crashes, only this process dies; and when process PARENT, which started it, is gone, it ends.
+prints one JSON object; OPTIONS is one too: what the runtime's own ``measure`` takes. The process imports neither torch
+nor transformers, so its peak is the runtime's; when the runtime crashes, only this process dies; and when process
+PARENT, which started it, is gone, it ends.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,25 +48,40 @@ def measure_base(artifact: str) -> int:
 
 
 def measure_artifact(
-    artifact: str, path: Path, *, context: int, kv_type: str, threads: int, prompt: npt.NDArray[np.int64]
+    artifact: str,
+    path: Path,
+    *,
+    context: int,
+    kv_type: str,
+    threads: int,
+    prompt: npt.NDArray[np.int64],
+    gpu_layers: int = 0,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
 ) -> RuntimeCost:
     """Loads the artifact, fills its KV cache to ``context`` tokens and decodes: memory and speed.
 
     Args:
         artifact: ``gguf`` or ``onnx``.
-        path: the GGUF file, or the folder of model.onnx.
+        path: the GGUF file, or the folder of model.onnx or that file.
         context: tokens of the KV cache.
         kv_type: type of llama.cpp's KV cache.
         threads: the runtime's threads.
         prompt: token ids to fill the cache with, repeated as needed.
+        gpu_layers: layers that llama.cpp puts on a GPU.
+        providers: ONNX Runtime's, the first that can run a node runs it.
 
     Raises:
         RuntimeCrashError: the runtime crashed or refused the file.
     """
+    options: dict[str, Any] = {"context": context, "threads": threads}
+    if artifact == "gguf":
+        options |= {"kv_type": kv_type, "gpu_layers": gpu_layers}
+    else:
+        options["providers"] = list(providers)
     with tempfile.NamedTemporaryFile(suffix=".npy") as file:
         np.save(file, prompt, allow_pickle=False)
         file.flush()
-        return RuntimeCost(**_run(artifact, ["run", str(path), str(context), kv_type, str(threads), file.name]))
+        return RuntimeCost(**_run(artifact, ["run", str(path), file.name, json.dumps(options)]))
 
 
 def _run(artifact: str, arguments: list[str]) -> dict[str, Any]:
@@ -84,12 +101,9 @@ def _main(artifact: str, what: str, *arguments: str) -> None:
     if what == "base":
         answer: dict[str, Any] = {"base_rss_bytes": peak_rss_bytes()}
     else:
-        path, context, kv_type, threads, prompt_file = arguments
+        path, prompt_file, options = arguments
         prompt = np.load(prompt_file, allow_pickle=False).tolist()
-        options = {"context": int(context), "threads": int(threads), "prompt_tokens": prompt}
-        if artifact == "gguf":
-            options["kv_type"] = kv_type
-        answer = asdict(runtime.measure(Path(path), **options))
+        answer = asdict(runtime.measure(Path(path), prompt_tokens=prompt, **json.loads(options)))
     sys.stdout.write(f"\n{json.dumps(answer)}\n")
 
 

@@ -7,15 +7,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from compressors.model.errors import InputError
 from compressors.model.gguf_weights import GgufWeights
 from compressors.model.onnx_weights import OnnxWeights
 from compressors.model.shape import MoeShape
 from compressors.model.weights import WrittenWeights
 from validate.backend import RuntimeBackend
+from validate.cost import LEAST_CONTEXT, RuntimeCost
 from validate.file_facts import FileFacts, gguf_facts, onnx_facts
 from validate.gpu import PROVIDERS, check_gpu_layers, check_provider
 from validate.llama_cpp import LlamaCppBackend
+from validate.measure import measure_artifact
 from validate.onnx_files import find_onnx_model, onnx_model_file
 from validate.onnx_runtime import OnnxRuntimeBackend
 from validate.vocabulary import GgufVocabulary, TokenizerVocabulary, Vocabulary
@@ -72,6 +77,23 @@ class ModelFile:
         if self.format == "gguf":
             return LlamaCppBackend(self.path, n_ctx=n_tokens, threads=choice.threads, gpu_layers=choice.gpu_layers)
         return OnnxRuntimeBackend(self.path, threads=choice.threads, providers=PROVIDERS[choice.providers])
+
+    def measure(self, choice: RuntimeChoice, prompt_T: npt.NDArray[np.int64]) -> RuntimeCost:
+        """Memory and speed with a cache for the prompt, in a process of its own.
+
+        Raises:
+            RuntimeCrashError: the runtime crashed or refused the file.
+        """
+        return measure_artifact(
+            self.format,
+            self.path,
+            context=max(len(prompt_T), LEAST_CONTEXT),
+            kv_type="f16",
+            threads=choice.threads,
+            prompt=prompt_T,
+            gpu_layers=choice.gpu_layers,
+            providers=PROVIDERS[choice.providers],
+        )
 
     def weights(self, shape: MoeShape) -> WrittenWeights:
         """Its tensors by role.

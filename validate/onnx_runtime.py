@@ -10,7 +10,6 @@ all experts, top-k, renormalised if the node says so; of two equal logits the lo
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from tokenizers import Tokenizer
 from compressors.model.errors import InputError, MoeExportError
 from compressors.model.routing import NO_EXPERT, Routing, selection_margins
 from validate.backend import ChooseToken, ChunkOutput, scored_positions
-from validate.cost import Runs, RuntimeCost, peak_rss_bytes
+from validate.cost import Feed, RuntimeCost, measure_cost
 from validate.onnx_files import onnx_model_file
 from validate.onnx_inputs import check_decoder, float_type
 from validate.onnx_router import MoeNode, moe_nodes, router_graph
@@ -34,7 +33,6 @@ from validate.router_inputs import RouterInputs
 __all__ = ["CHUNK_TOKENS", "OnnxRuntimeBackend", "OnnxRuntimeError", "measure"]
 
 CHUNK_TOKENS = 512  # prompts are fed in pieces of this many tokens
-_DECODED_TOKENS = 32  # generated when decoding speed is measured
 _LOAD_ERRORS = (
     ort_errors.Fail,
     ort_errors.InvalidArgument,
@@ -204,49 +202,32 @@ class OnnxRuntimeBackend:
         return found
 
 
-def measure(folder: Path, *, context: int, threads: int, prompt_tokens: Sequence[int]) -> RuntimeCost:
-    """Loads the model, fills its cache and generates; call it in a process of its own, or the peak is not the model's.
-
-    The prompt is fed in chunks of 512 tokens until 32 tokens of the context are left, which are then generated.
-    Prefill speed is the median over the chunks; decode speed that over the tokens, at the full context. The runtime's
-    Python interface tells nothing of its buffers.
+def measure(
+    folder: Path,
+    *,
+    context: int,
+    threads: int,
+    prompt_tokens: Sequence[int],
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+) -> RuntimeCost:
+    """:func:`validate.cost.measure_cost`. The runtime's Python interface tells nothing of its buffers.
 
     Args:
         folder: the model's folder, or its ``.onnx`` file.
         context: tokens of cache to fill, at least 64.
         threads: threads inside an operator.
         prompt_tokens: the text to feed, repeated until the cache is full.
+        providers: execution providers, the first that can run a node runs it.
 
     Raises:
         InputError: the model cannot be loaded, the context is too short or the prompt is empty.
     """
-    if context < 2 * _DECODED_TOKENS or not len(prompt_tokens):
-        raise InputError(f"measuring needs a context of at least {2 * _DECODED_TOKENS} tokens and a prompt")
-    base = peak_rss_bytes()
-    started = time.perf_counter()
-    path = onnx_model_file(folder)
-    session = _open_session(path, str(path), threads)
-    load_seconds = time.perf_counter() - started
-    generation = _Generation(session, capacity=context)
-    prompt = np.resize(np.asarray(prompt_tokens, dtype=np.int64), context - _DECODED_TOKENS)
-    prefill = Runs()
-    for first in range(0, len(prompt), CHUNK_TOKENS):
-        piece = prompt[first : first + CHUNK_TOKENS]
-        logits_V = generation.feed(piece)
-        prefill.done(len(piece))
-    decode = Runs()
-    for _ in range(_DECODED_TOKENS):
-        logits_V = generation.feed(np.array([logits_V.argmax()]))
-        decode.done(1)
-    return RuntimeCost(
-        peak_rss_bytes=peak_rss_bytes(),
-        base_rss_bytes=base,
-        load_seconds=load_seconds,
-        prefill_tokens_per_second=prefill.tokens_per_second,
-        prefill_runs=len(prefill),
-        decode_tokens_per_second=decode.tokens_per_second,
-        decode_runs=len(decode),
-    )
+
+    def load() -> Feed:
+        path = onnx_model_file(folder)
+        return _Generation(_open_session(path, str(path), threads, providers), capacity=context).feed
+
+    return measure_cost(load, context=context, prompt_tokens=prompt_tokens)
 
 
 class _Generation:

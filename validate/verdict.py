@@ -97,6 +97,7 @@ REQUIREMENTS: Mapping[str, str] = {
     "top1": "smallest share of positions where teacher and file find the same token most probable",
     "routing": "smallest overlap of a file's experts with the student's in torch",
     "perplexity_change": "largest relative change of perplexity from the student in torch to a file",
+    "loops": "largest share of a file's greedy texts that end in a loop; an export measures it",
 }
 """Names that ``--require NAME=VALUE`` knows."""
 
@@ -109,6 +110,8 @@ class Figures:
     top1: float | None
     routing: float | None  # with the unquantized model that the file was written from
     perplexity_change: float | None  # from that model
+    loops: float | None = None  # share of greedy texts
+    loops_allowed: float | None = None  # the share that is no more than the original's own may be by chance
 
 
 def required_checks(
@@ -136,6 +139,8 @@ def required_checks(
         defaults["perplexity_change"] = fidelity.perplexity_change
         if is_routed:
             defaults["routing"] = fidelity.routing_overlap
+        if figures.loops_allowed is not None:
+            defaults["loops"] = figures.loops_allowed
         if is_whole:
             defaults |= {"kld": fidelity.kld, "top1": fidelity.top1}
     thresholds = defaults | dict(require)
@@ -151,4 +156,5 @@ _JUDGES: Mapping[str, Callable[[str, float | None, float], Check]] = {
     "routing": Check.at_least,
     "kld": Check.at_most,
     "top1": Check.at_least,
+    "loops": Check.at_most,
 }

@@ -98,6 +98,22 @@ def test_padding_is_left_out_on_either_side(
         assert "padding" in note
 
 
+def test_memory_and_speed_are_measured(original: Path, gguf_file: Path, validate: Callable[..., Result]) -> None:
+    row = _row(validate(gguf_file, original, "--json"))
+    assert row["peak_rss_bytes"] - row["base_rss_bytes"] > 0.9 * gguf_file.stat().st_size
+    assert 0.9 * gguf_file.stat().st_size < row["buffers"]["weights"] < 1.1 * gguf_file.stat().st_size
+    assert row["device_bytes"] is None
+    assert min(row[f"{way}_tokens_per_second"] for way in ("prefill", "decode")) > 1
+    shown = validate(gguf_file, original).stdout
+    assert re.search(r"GGUF: [\d.]+ MB of memory with 512\s+tokens\s+of\s+context;", shown)
+
+
+def test_loops_are_not_asked_of_files(original: Path, gguf_file: Path, validate: Callable[..., Result]) -> None:
+    result = validate(gguf_file, original, "--require", "loops=0.1")
+    assert result.exit_code == 2
+    assert "--require: there is no loops; known are kld (" in result.stderr
+
+
 def test_another_vocabulary_is_refused(
     original: Path, gguf_file: Path, validate: Callable[..., Result], tmp_path: Path
 ) -> None:

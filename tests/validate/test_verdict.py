@@ -10,9 +10,10 @@ import pytest
 
 from exporter.gguf.layout import PRESETS
 from exporter.job import QUANT_TYPES
+from validate.generation import rate_interval
 from validate.verdict import BANDS, REQUIREMENTS, Check, Figures, band_of, fidelity_for, required_checks
 
-_PERFECT: dict[str, float] = {"kld": 0.0, "top1": 1.0, "routing": 1.0, "perplexity_change": 0.0}
+_PERFECT: dict[str, float] = {"kld": 0.0, "top1": 1.0, "routing": 1.0, "perplexity_change": 0.0, "loops": 0.0}
 
 
 def _checks(
@@ -117,23 +118,34 @@ def test_every_type_that_can_be_written_has_thresholds(weight_type: str) -> None
 
 
 def test_requirements_replace_the_defaults_and_add_checks() -> None:
-    require = {"perplexity_change": 0.2, "routing": 0.5, "kld": 0.1, "top1": 0.9}
+    require = {"perplexity_change": 0.2, "routing": 0.5, "kld": 0.1, "top1": 0.9, "loops": 0.25}
     assert set(require) == set(REQUIREMENTS)
-    found = {"kld": 0.11, "top1": 0.9, "routing": 0.49, "perplexity_change": 0.2}
+    found = {"kld": 0.11, "top1": 0.9, "routing": 0.49, "perplexity_change": 0.2, "loops": 0.3, "loops_allowed": 0.5}
     checks = _checks("gguf", "Q4_0", require, **found)
     assert checks == [
         Check("gguf.perplexity_change", 0.2, 0.2, True),
         Check("gguf.routing", 0.49, 0.5, False),
         Check("gguf.kld", 0.11, 0.1, False),
         Check("gguf.top1", 0.9, 0.9, True),
+        Check("gguf.loops", 0.3, 0.25, False),
     ]
 
 
 @pytest.mark.parametrize("name", sorted(REQUIREMENTS))
 def test_each_requirement_is_checked_by_its_name(name: str) -> None:
-    worst = {"kld": 9.0, "top1": 0.0, "routing": 0.0, "perplexity_change": 9.0}
+    worst = {"kld": 9.0, "top1": 0.0, "routing": 0.0, "perplexity_change": 9.0, "loops": 1.0}
     checks = _checks("onnx", "Q4_0", {name: 0.5}, **{name: worst[name]})
     assert [check.name for check in checks if not check.passed] == [f"onnx.{name}"]
+
+
+@pytest.mark.parametrize(("rate", "passed"), [(0.0, True), (3 / 24, True), (4 / 24, False)])
+def test_a_file_may_loop_as_often_as_the_original_may_by_chance(rate: float, passed: bool) -> None:
+    """None of the original's 24 texts loops, which leaves room for up to 14 %."""
+    _, allowed = rate_interval(0, 24)
+    (check,) = [
+        check for check in _checks("gguf", "Q8_0", {}, loops=rate, loops_allowed=allowed) if "loops" in check.name
+    ]
+    assert (check.value, check.passed) == (rate, passed)
 
 
 def test_a_crashed_runtime_fails_every_check() -> None:

@@ -47,6 +47,7 @@ _CHECKS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "routing": ("routing overlap with the unquantized model", numbers.percent),
     "kld": ("mean divergence from the original", numbers.divergence),
     "top1": ("same top token as the original", numbers.percent),
+    "loops": ("greedy texts that loop", numbers.percent),
     "perplexity_as_reported": ("change of perplexity since the report", numbers.percent),
     "routing_as_reported": ("change of routing overlap since the report", numbers.percent),
     "damaged_weights": ("tensors, experts or router rows that are not the original's", numbers.plain),
