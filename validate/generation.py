@@ -31,6 +31,8 @@ __all__ = [
     "generate_texts",
     "generation_figures",
     "greedy",
+    "largest_share_by_chance",
+    "least_difference",
     "longest_repeat",
     "loops",
     "prompts_of",
@@ -180,3 +182,22 @@ def rate_interval(n_yes: int, n_all: int) -> Interval:
     center = (share + squared / (2 * n_all)) / (1 + squared / n_all)
     spread = math.sqrt(share * (1 - share) / n_all + squared / (4 * n_all**2)) / (1 + squared / n_all)
     return max(0.0, center - _NORMAL_QUANTILE * spread), min(1.0, center + _NORMAL_QUANTILE * spread)
+
+
+def least_difference(n_yes: int, n_all: int, n_others: int, n_all_others: int) -> float:
+    """The lower end of the 95 % interval of the difference of two shares, the first less the others'.
+
+    R. Newcombe, Interval Estimation for the Difference Between Independent Proportions, 1998, method 10: from Wilson's
+    intervals of both.
+    """
+    share, others = n_yes / n_all, n_others / n_all_others
+    below, above = share - rate_interval(n_yes, n_all)[0], rate_interval(n_others, n_all_others)[1] - others
+    return share - others - math.hypot(below, above)
+
+
+def largest_share_by_chance(n_yes: int, n_all: int) -> float:
+    """Up to which share another model's as many texts are not certainly more."""
+    not_more = [
+        n_others for n_others in range(n_yes, n_all + 1) if least_difference(n_others, n_all, n_yes, n_all) <= 0
+    ]
+    return max(not_more) / n_all

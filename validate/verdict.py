@@ -111,7 +111,7 @@ class Figures:
     routing: float | None  # with the unquantized model that the file was written from
     perplexity_change: float | None  # from that model
     loops: float | None = None  # share of greedy texts
-    loops_allowed: float | None = None  # the share that is no more than the original's own may be by chance
+    loops_allowed: float | None = None  # the largest share that is not certainly more than the original's
 
 
 def required_checks(

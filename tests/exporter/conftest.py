@@ -10,11 +10,15 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from jsonschema import Draft202012Validator
+
+from exporter.cli import main
 
 Command = Callable[..., Sequence[str]]
 Completed = subprocess.CompletedProcess[str]
@@ -86,6 +90,26 @@ def torch_left_as_it_was() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def run_command() -> Callable[[Sequence[str]], Completed]:
+    """Runs a command line of the exporter in this process, and captures what it prints.
+
+    Its stages have processes of their own, forked from one server for all tests: to start another program and another
+    server takes longer than a toy's stages.
+    """
+
+    def run(command: Sequence[str]) -> Completed:
+        program, arguments = command[:3], command[3:]
+        assert list(program) == [sys.executable, "-m", "exporter"]
+        with mock.patch.object(sys, "argv", ["moe-export", *arguments]):
+            result = CliRunner().invoke(main, arguments)
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return subprocess.CompletedProcess(command, result.exit_code, result.stdout, result.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def start_command() -> Callable[[Sequence[str]], Completed]:
     """Runs a command line as a person would, and captures what it prints."""
 
     def run(command: Sequence[str]) -> Completed:

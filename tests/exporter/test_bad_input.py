@@ -93,14 +93,18 @@ def test_nan_weights_are_found_when_they_are_read(
     model: Path, small_texts: tuple[Path, Path], run_command: Run
 ) -> None:
     _nan(model)
-    texts = ["--calibration", str(small_texts[0]), "--text", str(small_texts[1])]
-    arguments = [str(model), "--budget", "3MB", "--budget-kind", "file", "--threads", "1", *texts]
+    arguments = [str(model), "--budget", "3MB", "--budget-kind", "file", "--threads", "1", *_given(small_texts)]
     out = model.parent / "out"
     result = run_command([sys.executable, "-m", "exporter", *arguments, "--out", str(out)])
     assert result.returncode == 2
     assert "model.layers.0.mlp.experts.9.down_proj.weight holds NaN" in result.stderr
     assert "Traceback" not in result.stderr
     assert not out.exists()
+
+
+def _given(texts: tuple[Path, Path]) -> list[str]:
+    """Little text, since that of the bundled model takes seconds to tokenize."""
+    return ["--calibration", str(texts[0]), "--text", str(texts[1])]
 
 
 def _empty_text(folder: Path) -> list[str]:
@@ -152,8 +156,11 @@ def test_a_place_where_nothing_can_be_written_is_refused_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_memory_that_is_too_little_is_refused_with_the_figures(run_command: Run, tmp_path: Path) -> None:
+def test_memory_that_is_too_little_is_refused_with_the_figures(
+    run_command: Run, small_texts: tuple[Path, Path], tmp_path: Path
+) -> None:
     command = [sys.executable, "-m", "exporter", "--budget-kind", "file", "--budget", "10MB", "--memory", "200MB"]
+    command += _given(small_texts)
     result = run_command([*command, "--out", str(tmp_path / "out")])
     assert result.returncode == 2
     assert "error: --memory: 200.0 MB (190.7 MiB) (without the flag it is half of what is free) are" in result.stderr
@@ -162,9 +169,12 @@ def test_memory_that_is_too_little_is_refused_with_the_figures(run_command: Run,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_plan_shows_the_time_and_what_the_run_itself_needs(run_command: Run, tmp_path: Path) -> None:
+def test_a_plan_shows_the_time_and_what_the_run_itself_needs(
+    run_command: Run, small_texts: tuple[Path, Path], tmp_path: Path
+) -> None:
     """Nothing is refused: the plan is there to be looked at."""
     command = [sys.executable, "-m", "exporter", "--budget-kind", "file", "--budget", "10MB", "--memory", "200MB"]
+    command += _given(small_texts)
     result = run_command([*command, "--out", str(tmp_path / "new" / "out"), "--dry-run"])
     assert result.returncode == 0, result.stderr
     for line in ("time ", "(calibration ", "work on disk, at most ", "hidden states ", "memory, at least "):
@@ -172,8 +182,11 @@ def test_a_plan_shows_the_time_and_what_the_run_itself_needs(run_command: Run, t
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.recipe.yaml"]
 
 
-def test_a_budget_that_cannot_be_met_names_the_smallest_that_can(run_command: Run, tmp_path: Path) -> None:
+def test_a_budget_that_cannot_be_met_names_the_smallest_that_can(
+    run_command: Run, small_texts: tuple[Path, Path], tmp_path: Path
+) -> None:
     command = [sys.executable, "-m", "exporter", "--budget-kind", "file", "--out", str(tmp_path / "out")]
+    command += _given(small_texts)
     result = run_command([*command, "--budget", "1MB"])
     assert result.returncode == 3
     smallest = result.stderr.strip().rsplit(" ", 1)[1]

@@ -16,6 +16,7 @@ from typing import IO
 import pytest
 
 from compressors.model.errors import InputError
+from exporter import pipeline
 from exporter.estimate import disk_lines
 from exporter.job import Job
 from exporter.pipeline import ALL_STAGES
@@ -61,6 +62,12 @@ class Toy:
         work = self.finished_work(out)
         shutil.rmtree(work.stage(stage))
         return work
+
+
+@pytest.fixture(autouse=True)
+def server_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process stages are forked even if few are left: the server is there from the test before."""
+    monkeypatch.setattr(pipeline, "_FEW", 0)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ import yaml
 
 from compressors.model.shape import read_shape
 
-_REPOSITORY = Path(__file__).parents[2]
+Run = Callable[[Sequence[str]], subprocess.CompletedProcess[str]]
+
+_PROGRAM = (sys.executable, "-m", "exporter")
 _ARCHITECTURES = {"fine": ("qwen3", "qwen3"), "coarse": ("llama", "mistral")}
 """Of the GGUF file and of the ONNX graph."""
 
@@ -40,17 +42,13 @@ class _Run:
         return report
 
 
-def _command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tests.exporter.one_process", *arguments]
-    return subprocess.run(command, cwd=_REPOSITORY, capture_output=True, text=True, check=False)
-
-
 @pytest.fixture(scope="module", params=sorted(_ARCHITECTURES))
 def run(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
     toy_checkpoint: Callable[..., Path],
     small_texts: tuple[Path, Path],
+    run_command: Run,
 ) -> _Run:
     """The command's own recipe with less text, each family in both containers and as a checkpoint."""
     folder = tmp_path_factory.mktemp(f"dense-{request.param}")
@@ -58,7 +56,7 @@ def run(
     calibration, heldout = small_texts
     inputs = [str(source), "--calibration", str(calibration), "--text", str(heldout), "--out", str(folder / "out")]
     choices = ["--student", "dense", "--budget", "50MB", "--budget-kind", "file", "--quant", "Q4_0", "--save-student"]
-    planned = _command(*inputs, *choices, "--context", "512", "--threads", "1", "--dry-run", "--json")
+    planned = run_command([*_PROGRAM, *inputs, *choices, "--context", "512", "--threads", "1", "--dry-run", "--json"])
     assert planned.returncode == 0, planned.stderr
     recipe = json.loads(planned.stdout)
     recipe["text"] |= _TEXT
@@ -66,7 +64,7 @@ def run(
     rung |= {"blocks": 16, "blocks_per_step": 2}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    result = _command(*inputs, "--recipe", str(path))
+    result = run_command([*_PROGRAM, *inputs, "--recipe", str(path)])
     assert result.returncode == 0, result.stdout + result.stderr
     return _Run(request.param, source, folder / "out", result.stdout)
 
@@ -106,7 +104,7 @@ def test_both_runtimes_agree_with_torch_and_nothing_is_said_of_routing(run: _Run
     assert 0 < rows["onnx"]["kld_vs_other_runtime"] < 0.01, "the same numbers in both runtimes"
     assert rows["teacher"]["perplexity"] < rows["student"]["perplexity"]
     names = {check["name"] for check in report["verdict"]["checks"]}
-    assert names == {f"{name}.{what}" for name in ("gguf", "onnx") for what in ("budget", "perplexity_change")}
+    assert names == {f"{name}.{what}" for name in ("gguf", "onnx") for what in ("budget", "perplexity_change", "loops")}
     assert report["verdict"]["passed"]
 
 
@@ -131,8 +129,9 @@ def test_page_card_and_terminal_say_that_it_is_dense(run: _Run) -> None:
 
 
 @pytest.mark.parametrize("run", ["fine"], indirect=True)
-def test_validate_judges_the_published_files_again(run: _Run, small_texts: tuple[Path, Path]) -> None:
-    again = _command("validate", str(run.out), "--text", str(small_texts[1]), "--threads", "1", "--json")
+def test_validate_judges_the_published_files_again(run: _Run, small_texts: tuple[Path, Path], run_command: Run) -> None:
+    command = ["validate", str(run.out), "--text", str(small_texts[1]), "--threads", "1", "--json"]
+    again = run_command([*_PROGRAM, *command])
     assert again.returncode == 0, again.stderr
     result = json.loads(again.stdout)
     assert [row["routing_overlap_vs_teacher"] for row in result["rows"]] == [None, None]

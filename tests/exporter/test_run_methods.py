@@ -15,7 +15,7 @@ from compressors.model.shape import read_shape
 
 Command = Callable[..., Sequence[str]]
 
-_REPOSITORY = Path(__file__).parents[2]
+Run = Callable[[Sequence[str]], subprocess.CompletedProcess[str]]
 
 
 def _write_recipe(tiny_recipe: Path, folder: Path, choice: dict[str, Any], **others: Any) -> Path:
@@ -28,22 +28,20 @@ def _write_recipe(tiny_recipe: Path, folder: Path, choice: dict[str, Any], **oth
     return path
 
 
-def _built(out: Path, recipe: Path, toy_command: Command) -> dict[str, Any]:
+def _built(out: Path, recipe: Path, toy_command: Command, run_command: Run) -> dict[str, Any]:
     """The report of a run."""
-    python, flag, _, *arguments = toy_command(out, "--recipe", str(recipe))
-    command = [python, flag, "tests.exporter.one_process", *arguments]
-    result = subprocess.run(command, cwd=_REPOSITORY, capture_output=True, text=True, check=False)
+    result = run_command(toy_command(out, "--recipe", str(recipe)))
     assert result.returncode == 0, result.stdout + result.stderr
     report: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
     return report
 
 
 def test_merged_and_slimmed_experts_arrive_in_both_files(
-    toy_model: Path, tiny_recipe: Path, toy_command: Command, tmp_path: Path
+    toy_model: Path, tiny_recipe: Path, toy_command: Command, run_command: Run, tmp_path: Path
 ) -> None:
     choice = {"method": "ream", "experts": 12, "width": 96, "sequential": True, "sample_blocks": 1}
     recipe, out = _write_recipe(tiny_recipe, tmp_path, choice, gguf="Q4_K", onnx="F32"), tmp_path / "out"
-    report = _built(out, recipe, toy_command)
+    report = _built(out, recipe, toy_command, run_command)
     student = report["student"]
     assert (student["n_layers"], student["n_experts"], student["expert_width"], student["top_k"]) == (2, 12, 96, 4)
     assert student["merged"] is True
@@ -70,11 +68,13 @@ def test_merged_and_slimmed_experts_arrive_in_both_files(
     assert "32 experts per layer merged into 12" in (out / "README.md").read_text()
 
 
-def test_a_layer_without_experts_arrives_in_onnx(tiny_recipe: Path, toy_command: Command, tmp_path: Path) -> None:
+def test_a_layer_without_experts_arrives_in_onnx(
+    tiny_recipe: Path, toy_command: Command, run_command: Run, tmp_path: Path
+) -> None:
     """Layer Drop, then pruning of what is left; taught routers, whose layer is the only one."""
     choice = {"drop_moe_layers": 1, "method": "reap", "experts": [9]}
     recipe, out = _write_recipe(tiny_recipe, tmp_path, choice, gguf=None, onnx="Q4_0"), tmp_path / "out"
-    report = _built(out, recipe, toy_command)
+    report = _built(out, recipe, toy_command, run_command)
     groups = [layer["groups"] for layer in report["student"]["expert_map"]["layers"]]
     assert sorted(map(len, groups)) == [0, 9]
     empty = [len(layer) for layer in groups].index(0)

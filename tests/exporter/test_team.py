@@ -31,7 +31,7 @@ def _by_two(command: Sequence[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def stopped_before_publishing(
-    tmp_path_factory: pytest.TempPathFactory, toy_command: Command, run_command: Run, tiny_recipe: Path
+    tmp_path_factory: pytest.TempPathFactory, toy_command: Command, start_command: Run, tiny_recipe: Path
 ) -> tuple[Path, Path]:
     """Work directories of one process and of two, each with the files of all shared stages."""
     works = []
@@ -44,7 +44,7 @@ def stopped_before_publishing(
         path = out.parent / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe))
         command = toy_command(out, "--recipe", str(path))
-        result = run_command(_by_two(command) if name == "two" else command)
+        result = start_command(_by_two(command) if name == "two" else command)
         assert result.returncode == 0, result.stdout + result.stderr
         works.append(out)
     return works[0], works[1]
@@ -88,12 +88,12 @@ def _assert_equal(first: LayerStatistics, second: LayerStatistics) -> None:
         assert difference <= _STATISTICS_TOLERANCE * value.norm(), name
 
 
-def test_a_failure_of_one_ends_all_with_one_sentence(tmp_path: Path, toy_command: Command, run_command: Run) -> None:
+def test_a_failure_of_one_ends_all_with_one_sentence(tmp_path: Path, toy_command: Command, start_command: Run) -> None:
     calibration = tmp_path / "empty.txt"
     calibration.write_text("")
     command = [*toy_command(tmp_path / "out")]
     command[command.index("--calibration") + 1] = str(calibration)
-    result = run_command(_by_two(command))
+    result = start_command(_by_two(command))
     assert result.returncode != 0
     assert "empty.txt" in result.stderr
     assert not (tmp_path / "out").exists()

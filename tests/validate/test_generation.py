@@ -25,6 +25,8 @@ from validate.generation import (
     GeneratedTexts,
     generate_texts,
     generation_figures,
+    largest_share_by_chance,
+    least_difference,
     longest_repeat,
     loops,
     prompts_of,
@@ -96,6 +98,17 @@ def test_the_longest_repeat_may_overlap_itself(tokens: list[int], length: int) -
 def test_the_interval_of_a_rate_is_wilson_s(n_yes: int) -> None:
     expected = binomtest(n_yes, 24).proportion_ci(method="wilson")
     assert rate_interval(n_yes, 24) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_the_difference_of_two_shares_is_newcombe_s() -> None:
+    """His first example, 56 of 70 against 48 of 80: 0.0524 to 0.3339 by method 10."""
+    assert least_difference(56, 70, 48, 80) == pytest.approx(0.0524, abs=5e-5)
+    assert -least_difference(48, 80, 56, 70) == pytest.approx(0.3339, abs=5e-5)
+
+
+@pytest.mark.parametrize(("original", "most"), [(0, 4), (10, 16), (24, 24)])
+def test_how_many_more_may_loop_by_chance(original: int, most: int) -> None:
+    assert largest_share_by_chance(original, 24) == most / 24
 
 
 def test_prompts_come_from_everywhere() -> None:
