@@ -107,13 +107,13 @@ _REQUIRE = click.option(
 def export(**arguments: Any) -> None:
     """Compress MODEL (a local folder or a hub id; without it a small bundled model) to the memory BUDGET."""
     with requests_wait():
-        from exporter.job import Job
+        from exporter.job import Flags
         from exporter.pipeline import follow
         from exporter.run import make_plan, run_job
         from exporter.team import team
 
     _refuse_choices_beside_a_recipe(arguments)
-    job = Job.create(**arguments)
+    job = Flags(**arguments).job()
     command = shlex.join([_program(), *sys.argv[1:]])
     if job.dry_run:
         _print_plan(make_plan(job, command), job.out, as_json=job.json)

@@ -30,6 +30,7 @@ __all__ = [
     "METHODS_WITHOUT_EXPERTS",
     "QUANT_TYPES",
     "STUDENTS",
+    "Flags",
     "Job",
     "parse_duration",
     "parse_requirements",
@@ -51,7 +52,7 @@ _BUNDLED_MODEL_NAME = "demo"
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One run of ``moe-export``. Build it with :meth:`create`, which checks every field."""
+    """One run of ``moe-export``, as :class:`Flags` makes it."""
 
     model: str | None  # local folder or hub id; None: the bundled model
     revision: str | None
@@ -82,81 +83,86 @@ class Job:
     force: bool
     json: bool
 
-    @classmethod
-    def create(
-        cls,
-        *,
-        budget: str | None = None,
-        model: str | None = None,
-        revision: str | None = None,
-        offline: bool = False,
-        budget_kind: str = "total",
-        context: int = 8192,
-        kv_type: str = "f16",
-        formats: str = "gguf,onnx",
-        calibration: Path | None = None,
-        text: Path | None = None,
-        student: str = "moe",
-        method: str = "auto",
-        experts: int | None = None,
-        quant: str | None = None,
-        recover: str = "auto",
-        recover_time: str = "30m",
-        require: Iterable[str] = (),
-        recipe: Path | None = None,
-        memory: str | None = None,
-        device: str = "auto",
-        threads: int | None = None,
-        seed: int = 0,
-        out: Path | None = None,
-        work_dir: Path | None = None,
-        dry_run: bool = False,
-        save_student: bool = False,
-        force: bool = False,
-        json: bool = False,
-    ) -> Job:
-        """Checks what the command line gave, each argument as its flag takes it, and fills in the defaults.
 
-        ``out`` defaults to a folder of the current one named after model and budget (or recipe), ``work_dir`` to the
-        folder that ``out`` is in (unfinished work lies in ``OUT.work`` there), ``threads`` to the processors that this
-        process may use.
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """What the command line gives, each as its flag takes it.
+
+    ``out`` defaults to a folder of the current one named after model and budget (or recipe), ``work_dir`` to the folder
+    that ``out`` is in (unfinished work lies in ``OUT.work`` there), ``threads`` to the processors that this process may
+    use.
+    """
+
+    budget: str | None = None
+    model: str | None = None
+    revision: str | None = None
+    offline: bool = False
+    budget_kind: str = "total"
+    context: int = 8192
+    kv_type: str = "f16"
+    formats: str = "gguf,onnx"
+    calibration: Path | None = None
+    text: Path | None = None
+    student: str = "moe"
+    method: str = "auto"
+    experts: int | None = None
+    quant: str | None = None
+    recover: str = "auto"
+    recover_time: str = "30m"
+    require: Iterable[str] = ()
+    recipe: Path | None = None
+    memory: str | None = None
+    device: str = "auto"
+    threads: int | None = None
+    seed: int = 0
+    out: Path | None = None
+    work_dir: Path | None = None
+    dry_run: bool = False
+    save_student: bool = False
+    force: bool = False
+    json: bool = False
+
+    def job(self) -> Job:
+        """The job, checked and with all defaults filled in.
 
         Raises:
             InputError: a value is wrong; the message names the flag.
         """
-        if budget is None and recipe is None:
+        if self.budget is None and self.recipe is None:
             raise InputError("--budget is missing: say how much memory the result may need, such as --budget 20GB")
-        label = "".join(budget.split()) if budget is not None else Path(str(recipe)).stem
-        out = Path(f"{_model_name(model)}-{label}") if out is None else out
-        return cls(
-            model=model,
-            revision=revision,
-            offline=offline,
-            budget_bytes=None if budget is None else parse_size(budget, "--budget"),
-            budget_kind=_one_of("--budget-kind", budget_kind, BUDGET_KINDS),
-            context=_at_least_one("--context", context, "tokens"),
-            kv_type=_one_of("--kv-type", kv_type.lower(), KV_TYPES),
-            formats=_formats(formats),
-            calibration=_existing("--calibration", calibration),
-            text=_existing("--text", text),
-            student=_student(student, method, experts, recover),
-            method=_one_of("--method", method, METHODS),
-            experts=None if experts is None else _at_least_one("--experts", experts, "experts per layer"),
-            quant=None if quant is None else _one_of("--quant", quant.upper(), QUANT_TYPES),
-            recover=_one_of("--recover", recover, RECOVERIES),
-            recover_seconds=parse_duration(recover_time, "--recover-time"),
-            require=parse_requirements(require),
-            recipe=_existing_file("--recipe", recipe),
-            memory_bytes=None if memory is None else parse_size(memory, "--memory"),
-            device=_device(device),
-            threads=_usable_processors() if threads is None else _at_least_one("--threads", threads, "threads"),
-            seed=_seed(seed),
+        label = "".join(self.budget.split()) if self.budget is not None else Path(str(self.recipe)).stem
+        out = self.out or Path(f"{_model_name(self.model)}-{label}")
+        return Job(
+            model=self.model,
+            revision=self.revision,
+            offline=self.offline,
+            budget_bytes=None if self.budget is None else parse_size(self.budget, "--budget"),
+            budget_kind=_one_of("--budget-kind", self.budget_kind, BUDGET_KINDS),
+            context=_at_least_one("--context", self.context, "tokens"),
+            kv_type=_one_of("--kv-type", self.kv_type.lower(), KV_TYPES),
+            formats=_formats(self.formats),
+            calibration=_existing("--calibration", self.calibration),
+            text=_existing("--text", self.text),
+            student=_student(self.student, self.method, self.experts, self.recover),
+            method=_one_of("--method", self.method, METHODS),
+            experts=None if self.experts is None else _at_least_one("--experts", self.experts, "experts per layer"),
+            quant=None if self.quant is None else _one_of("--quant", self.quant.upper(), QUANT_TYPES),
+            recover=_one_of("--recover", self.recover, RECOVERIES),
+            recover_seconds=parse_duration(self.recover_time, "--recover-time"),
+            require=parse_requirements(self.require),
+            recipe=_existing_file("--recipe", self.recipe),
+            memory_bytes=None if self.memory is None else parse_size(self.memory, "--memory"),
+            device=_device(self.device),
+            threads=_usable_processors()
+            if self.threads is None
+            else _at_least_one("--threads", self.threads, "threads"),
+            seed=_seed(self.seed),
             out=_folder_to_be("--out", out),
-            work_dir=_folder_to_be("--work-dir", (work_dir or out.parent) / f"{out.name}.work"),
-            dry_run=dry_run,
-            save_student=save_student,
-            force=force,
-            json=json,
+            work_dir=_folder_to_be("--work-dir", (self.work_dir or out.parent) / f"{out.name}.work"),
+            dry_run=self.dry_run,
+            save_student=self.save_student,
+            force=self.force,
+            json=self.json,
         )
 
 

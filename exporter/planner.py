@@ -78,7 +78,7 @@ def choose_recipe(
     assert job.budget_bytes is not None, "only a recipe may stand in for the budget"
     budget = BudgetChoice(
         bytes=job.budget_bytes,
-        kind=job.budget_kind,  # type: ignore[arg-type]  # Job.create checked it
+        kind=job.budget_kind,  # type: ignore[arg-type]  # Flags checked it
         context=min(job.context, checkpoint.shape.context_length),
         kv_type=job.kv_type,  # type: ignore[arg-type]
     )

@@ -128,7 +128,8 @@ class LlamaCppBackend:
         # logits everywhere: the last layer's experts run only where an output is wanted, and routing is too;
         # in halves, so that half of them are in memory at a time: those that are scored come last
         scored = scored_positions(len(tokens_T))
-        self._session.decode(tokens_T[: scored.start], all_logits=True)
+        with self._routing.without_logits(self._session.n_layers - 1):
+            self._session.decode(tokens_T[: scored.start], all_logits=True)
         return self._session.decode(tokens_T[scored.start :], all_logits=True)[: scored.stop - scored.start]
 
     def generate(self, prompt_ids: Sequence[int], n_tokens: int, choose: ChooseToken) -> list[int]:
@@ -215,6 +216,7 @@ class _Session:
         start_runtime()
         self._model = _load_model(path, gpu_layers)
         architecture = _metadata(self._model, "general.architecture")
+        self.n_layers = int(_metadata(self._model, f"{architecture}.block_count") or 0)
         self.has_experts = int(_metadata(self._model, f"{architecture}.expert_count") or 0) > 0
         params = api.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, n_batch, min(n_batch, _PHYSICAL_BATCH)

@@ -19,6 +19,8 @@ import ctypes
 import functools
 import re
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import llama_cpp.llama_cpp as api
@@ -57,6 +59,11 @@ _INPUT, _LOGITS = "ffn_norm", "ffn_moe_logits"
 _EXPERTS, _WEIGHTS, _NORMALIZED = "ffn_moe_topk", "ffn_moe_weights", "ffn_moe_weights_norm"
 _NODE = re.compile(f"({_INPUT}|{_LOGITS}|{_EXPERTS}|{_WEIGHTS}|{_NORMALIZED})-([0-9]+)".encode())
 
+_FINAL_NORM = b"result_norm"
+"""The final norm's output, as every model's graph names it."""
+
+_BEFORE_HEAD = ("result_norm", -1)
+
 
 class RoutingCollector:
     """Copies the choices of every router out of the running graph."""
@@ -66,6 +73,8 @@ class RoutingCollector:
         self.callback = api.ggml_backend_sched_eval_callback(self._visit)
         self._parts: dict[tuple[str, int], list[npt.NDArray[Any]]] | None = None
         self._feed: _Feed | None = None
+        self._last_read = _BEFORE_HEAD  # of a pass: what it is and its layer
+        self._end: tuple[str, int] | None = None
 
     def start(self, inputs: RouterInputs | None = None, first: int = 0) -> None:
         """Forgets what was collected and begins anew.
@@ -89,6 +98,7 @@ class RoutingCollector:
             raise feed.error
         n_layers = 1 + max(layer for _, layer in parts)
         weights = _NORMALIZED if (_NORMALIZED, 0) in parts else _WEIGHTS
+        self._last_read = weights, n_layers - 1
         experts_LTK, weights_LTK, margins_LT = (
             np.stack([np.concatenate(parts[kind, layer]) for layer in range(n_layers)])
             for kind in (_EXPERTS, weights, _LOGITS)
@@ -97,11 +107,26 @@ class RoutingCollector:
         assert experts_LTK.shape[1] == n_tokens, f"routing of {experts_LTK.shape[1]} of {n_tokens} tokens"
         return Routing(experts_LTK.astype(np.int32), weights_LTK.astype(np.float32), margins_LT)
 
+    @contextmanager
+    def without_logits(self, last_layer: int) -> Iterator[None]:
+        """While it lasts, graphs end where nothing is left that is wanted but logits, which would cost the most.
+
+        That is behind the routing of the model's last layer; in a first pass, which finds out what its last node is,
+        and where that layer has no experts, it is before the output head.
+        """
+        self._end = self._last_read if self._last_read[1] == last_layer else _BEFORE_HEAD
+        try:
+            yield
+        finally:
+            self._end = None
+
     def _visit(self, address: int, ask: bool, user_data: int) -> bool:
         """Called for every node before it runs (``ask``: shall you see it?) and after, if we said yes."""
+        tensor = _TensorHead.from_address(address)
+        if self._end is not None and tensor.name == _FINAL_NORM:
+            return ask  # afterwards no: the graph ends here
         if self._parts is None or (self._feed is not None and self._feed.error is not None):
             return not ask
-        tensor = _TensorHead.from_address(address)
         matched = _NODE.fullmatch(tensor.name)
         if ask:
             return matched is not None and (matched[1].decode() != _INPUT or self._feed is not None)
@@ -117,7 +142,7 @@ class RoutingCollector:
         if node == _EXPERTS:  # now k is known, and margins take less room than logits
             logits_TE = self._parts[_LOGITS, layer].pop()
             self._parts[_LOGITS, layer].append(selection_margins(logits_TE, values.shape[1]))
-        return True
+        return (node, layer) != self._end
 
 
 class _Feed:

@@ -25,7 +25,7 @@ from benchmarks.scale.checkpoints import MODELS, with_layers, write_checkpoint
 from benchmarks.scale.results import record
 from compressors.model.errors import MoeExportError
 from compressors.model.shape import read_shape
-from exporter.job import Job
+from exporter.job import Flags
 from exporter.pipeline import Stage, run_stages, stages_of
 from exporter.plan import Plan
 from exporter.run import make_plan
@@ -116,7 +116,7 @@ def source_folder(run: ScaleRun, folder: Path) -> Path:
 
 
 def _plan(run: ScaleRun, source: Path, folder: Path) -> Plan:
-    job = Job.create(
+    job = Flags(
         model=str(source),
         budget=_NO_LIMIT,
         budget_kind="file",
@@ -128,7 +128,7 @@ def _plan(run: ScaleRun, source: Path, folder: Path) -> Plan:
         memory=run.memory,
         threads=run.threads,
         out=folder / "run",
-    )
+    ).job()
     plan = make_plan(job, command="")
     text = {
         "calibration_blocks": run.blocks,

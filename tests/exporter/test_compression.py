@@ -28,7 +28,7 @@ from compressors.slim import SlimWidth
 from compressors.statistics import LayerStatistics, StatisticsCollector
 from exporter.compression import check_compression, described_compression, expected_shape, layer_targets
 from exporter.gguf.writer import predict_file_size, write_gguf
-from exporter.job import Job
+from exporter.job import Flags
 from exporter.onnx.layout import DATA_FILE, MODEL_FILE
 from exporter.onnx.writer import predict_size, write_onnx
 from exporter.recipe import CompressChoice, Recipe, recipe_yaml
@@ -163,7 +163,7 @@ def test_a_recipe_is_refused_before_any_work(
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe_yaml(_recipe(**choice)))
     calibration, text = small_texts
-    job = Job.create(model=str(toy_model), recipe=path, calibration=calibration, text=text, out=tmp_path / "out")
+    job = Flags(model=str(toy_model), recipe=path, calibration=calibration, text=text, out=tmp_path / "out").job()
     with pytest.raises(kind, match=said):
         make_plan(job, "moe-export")
     assert [file.name for file in tmp_path.iterdir()] == ["recipe.yaml"]
@@ -176,7 +176,7 @@ def test_a_recipe_with_a_list_of_counts_is_planned(
     path.write_text(recipe_yaml(_recipe(method="reap", experts=[9, 5], **_ONNX)))
     assert yaml.safe_load(path.read_text())["compress"]["experts"] == [9, 5]
     calibration, text = small_texts
-    job = Job.create(model=str(toy_model), recipe=path, calibration=calibration, text=text, out=tmp_path / "out")
+    job = Flags(model=str(toy_model), recipe=path, calibration=calibration, text=text, out=tmp_path / "out").job()
     plan = make_plan(job, "moe-export")
     assert plan.recipe.compress.experts == (9, 5)
     assert plan.student_shape.sizes == (MoeSize(9, 128), MoeSize(5, 128))

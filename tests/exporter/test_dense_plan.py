@@ -22,7 +22,7 @@ from compressors.statistics import LayerStatistics
 from exporter.compression import check_compression, described_compression, expected_shape, layer_targets
 from exporter.estimate import Speeds, disk_lines, memory_lines, seconds_by_stage
 from exporter.gguf.writer import predict_file_size
-from exporter.job import Job
+from exporter.job import Flags
 from exporter.onnx.writer import predict_size
 from exporter.plan import Plan
 from exporter.planner import predict_recipe
@@ -44,7 +44,7 @@ def planned(fine_folder: Path, small_texts: tuple[Path, Path], tmp_path_factory:
     def plan(budget: str = "1GB", model: Path = fine_folder, **arguments: Any) -> Plan:
         given = {"student": "dense", "budget_kind": "file", "threads": 1} | arguments
         inputs = {"calibration": calibration, "text": text, "out": out}
-        return make_plan(Job.create(model=str(model), budget=budget, **inputs, **given), "moe-export")
+        return make_plan(Flags(model=str(model), budget=budget, **inputs, **given).job(), "moe-export")
 
     return plan
 

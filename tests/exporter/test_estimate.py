@@ -15,7 +15,7 @@ import pytest
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
 from exporter.estimate import Speeds, describe_time, disk_lines, memory_lines, seconds_by_stage
-from exporter.job import Job
+from exporter.job import Flags, Job
 from exporter.machine import measure_speeds
 from exporter.plan import Plan
 from exporter.preflight import refuse_too_little_disk, refuse_too_little_memory
@@ -33,7 +33,7 @@ def job(toy_model: Path, small_texts: tuple[Path, Path], tmp_path_factory: pytes
     """The toy's job: 12 of 32 experts, routers taught, both artifacts in Q4_0, and the student's checkpoint."""
     calibration, text = small_texts
     out = tmp_path_factory.mktemp("estimate") / "out"
-    return Job.create(
+    return Flags(
         model=str(toy_model),
         budget="3MB",
         budget_kind="file",
@@ -44,7 +44,7 @@ def job(toy_model: Path, small_texts: tuple[Path, Path], tmp_path_factory: pytes
         context=512,
         save_student=True,
         out=out,
-    )
+    ).job()
 
 
 @pytest.fixture(scope="module")

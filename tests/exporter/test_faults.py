@@ -18,7 +18,7 @@ import pytest
 from compressors.model.errors import InputError
 from exporter import pipeline
 from exporter.estimate import disk_lines
-from exporter.job import Job
+from exporter.job import Flags, Job
 from exporter.pipeline import ALL_STAGES
 from exporter.plan import Plan
 from exporter.run import run_job
@@ -47,9 +47,9 @@ class Toy:
     def job(self, out: Path) -> Job:
         """The same job, to be run in this process."""
         calibration, text = self.texts
-        return Job.create(
+        return Flags(
             model=str(self.model), calibration=calibration, text=text, recipe=self.recipe, out=out, seed=42
-        )
+        ).job()
 
     def finished_work(self, out: Path) -> WorkDirectory:
         """A copy of the work, all stages finished, for a run that shall build ``out``."""

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from compressors.model.errors import InputError
-from exporter.job import Job, parse_duration
+from exporter.job import Flags, parse_duration
 
 
 def test_a_budget_is_enough() -> None:
-    job = Job.create(budget="20 GB")
+    job = Flags(budget="20 GB").job()
     assert (job.model, job.budget_bytes, job.budget_kind) == (None, 20 * 10**9, "total")
     assert (job.context, job.kv_type, job.formats) == (8192, "f16", ("gguf", "onnx"))
     assert (job.method, job.experts, job.quant, job.recover, job.recover_seconds) == ("auto", None, None, "auto", 1800)
@@ -25,7 +25,7 @@ def test_a_budget_is_enough() -> None:
 def test_what_is_given_is_kept(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.touch()
-    job = Job.create(
+    job = Flags(
         model="owner/name",
         budget="1GiB",
         budget_kind="file",
@@ -40,7 +40,7 @@ def test_what_is_given_is_kept(tmp_path: Path) -> None:
         memory="4GB",
         threads=3,
         out=tmp_path / "out",
-    )
+    ).job()
     assert job.formats == ("gguf", "onnx")
     assert (job.kv_type, job.experts, job.quant) == ("q8_0", 4, "Q4_K")
     assert (job.recover, job.recover_seconds) == ("router:published", 90)
@@ -50,14 +50,14 @@ def test_what_is_given_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_job_cannot_be_changed() -> None:
-    job = Job.create(budget="1GB")
+    job = Flags(budget="1GB").job()
     with pytest.raises(FrozenInstanceError):
         job.seed = 1  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(("model", "name"), [("org/Big-MoE", "Big-MoE"), ("/models/tiny/", "tiny"), ("tiny", "tiny")])
 def test_the_output_folder_is_named_after_the_model(model: str, name: str) -> None:
-    assert Job.create(model=model, budget="20GB").out == Path(f"{name}-20GB")
+    assert Flags(model=model, budget="20GB").job().out == Path(f"{name}-20GB")
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_the_output_folder_is_named_after_the_model(model: str, name: str) -> No
 )
 def test_a_wrong_value_is_refused_by_flag(arguments: dict[str, Any], flag: str) -> None:
     with pytest.raises(InputError) as caught:
-        Job.create(**{"budget": "1GB", **arguments})
+        Flags(**{"budget": "1GB", **arguments}).job()
     assert str(caught.value).startswith(f"{flag}: ")
 
 

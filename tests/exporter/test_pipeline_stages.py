@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from compressors.model.errors import InputError
-from exporter.job import Job
+from exporter.job import Flags, Job
 from exporter.pipeline import Stage, StageError, fingerprints, run_stages, stages_of
 from exporter.plan import Plan
 from exporter.recipe import Recipe
@@ -41,13 +41,13 @@ def plan(
 
 def _job(model: Path, texts: tuple[Path, Path], **arguments: Any) -> Job:
     calibration, text = texts
-    return Job.create(
+    return Flags(
         **{"model": str(model), "budget": "90MB", "budget_kind": "file"} | arguments,
         calibration=calibration,
         text=text,
         context=512,
         threads=1,
-    )
+    ).job()
 
 
 def _edited(plan: Plan, **parts: Any) -> Plan:

@@ -17,7 +17,7 @@ from compressors.model.shape import NO_MOE, MoeShape, MoeSize
 from exporter.budget import predict
 from exporter.compression import fewest_experts
 from exporter.gguf.writer import predict_file_size
-from exporter.job import Job
+from exporter.job import Flags
 from exporter.onnx.writer import predict_size
 from exporter.planner import TextCounts, choose_recipe, predict_recipe
 from exporter.prediction import Prediction
@@ -49,7 +49,7 @@ class Planner:
     def __call__(
         self, budget: int, counts: TextCounts = _COUNTS, **arguments: Any
     ) -> tuple[Recipe, dict[str, Prediction]]:
-        job = Job.create(budget=f"{budget}B", threads=1, **{"budget_kind": "file", **arguments})
+        job = Flags(budget=f"{budget}B", threads=1, **{"budget_kind": "file", **arguments}).job()
         recipe, predictions, _ = choose_recipe(job, self.checkpoint, "tiny", self._splits, counts, _MEMORY)
         return recipe, predictions
 

@@ -14,7 +14,7 @@ import torch
 
 from compressors.model.families import Role
 from compressors.model.student import Student
-from exporter.job import Job
+from exporter.job import Flags
 from exporter.plan import Plan
 from exporter.progress import Progress
 from exporter.recipe import Recipe
@@ -77,7 +77,7 @@ def compressed(
     calibration, text = small_texts
     choices = {"budget": "90MB", "budget_kind": "file", "context": 512, "threads": 1, "recover": "none"}
     plan = make_plan(
-        Job.create(model=str(toy_model), calibration=calibration, text=text, experts=16, **choices), "moe-export"
+        Flags(model=str(toy_model), calibration=calibration, text=text, experts=16, **choices).job(), "moe-export"
     )
     recipe = plan.recipe.model_dump()
     recipe["text"] |= {"calibration_blocks": 6, "selection_blocks": 1, "heldout_chunks_per_file": 1}

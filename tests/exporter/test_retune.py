@@ -16,7 +16,7 @@ from compressors.model.families import Role
 from compressors.model.student import Student
 from exporter.gguf.metadata import gguf_file_name
 from exporter.gguf.writer import write_gguf
-from exporter.job import Job
+from exporter.job import Flags
 from exporter.onnx.writer import write_onnx
 from exporter.pipeline import fingerprints, stages_of
 from exporter.plan import Plan
@@ -53,7 +53,7 @@ def written(tmp_path_factory: pytest.TempPathFactory, toy_model: Path, small_tex
     """Half of the experts by REAP, in Q4_0; no router is taught before they are written."""
     calibration, text = small_texts
     choices = {"budget": "90MB", "budget_kind": "file", "quant": "Q4_0", "context": 512, "threads": 1}
-    job = Job.create(model=str(toy_model), calibration=calibration, text=text, experts=16, recover="none", **choices)
+    job = Flags(model=str(toy_model), calibration=calibration, text=text, experts=16, recover="none", **choices).job()
     plan = _planned(make_plan(job, "moe-export"), after_quantizing=_RUNG.model_dump())
     work = WorkDirectory(tmp_path_factory.mktemp("retune"))
     for stage in (calibrate, compress, schedule, recover, gguf, onnx):

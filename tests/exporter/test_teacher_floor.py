@@ -16,7 +16,7 @@ from compressors.model.checkpoint import Checkpoint
 from compressors.model.memory import PROCESS_BYTES
 from compressors.model.routing import Routing
 from exporter.budget import predict
-from exporter.job import Job
+from exporter.job import Flags
 from exporter.plan import Plan
 from exporter.progress import Progress
 from exporter.recipe import Recipe
@@ -42,7 +42,7 @@ def plan(toy_model: Path, small_texts: tuple[Path, Path]) -> Plan:
     """Two layers, whose original fits; two held-out chunks of each of two files."""
     calibration, text = small_texts
     choices = {"budget": "90MB", "budget_kind": "file", "quant": "Q4_0", "context": 512, "threads": 1}
-    job = Job.create(model=str(toy_model), calibration=calibration, text=text, recover="none", **choices)
+    job = Flags(model=str(toy_model), calibration=calibration, text=text, recover="none", **choices).job()
     plan = make_plan(job, "moe-export")
     recipe = plan.recipe.model_dump()
     recipe["text"] |= {"calibration_blocks": 1, "selection_blocks": 1, "heldout_chunks_per_file": 2}

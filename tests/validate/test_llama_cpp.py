@@ -7,7 +7,8 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from exporter.gguf.writer import write_gguf
 from validate.backend import scored_positions
 from validate.generation import greedy
 from validate.llama_cpp import LlamaCppBackend
+from validate.llama_cpp_routing import RoutingCollector
 
 _LOGIT_TOLERANCE = 1e-3
 _ROUTING_TOLERANCE = 1e-3  # share of positions where float rounding may decide between two experts
@@ -102,6 +104,23 @@ def test_logits_and_routing_are_those_of_transformers(pair: _Pair, heldout_token
         np.testing.assert_allclose(_by_expert(routing.experts_LTK, routing.weights_LTK)[:, same_T], expected, atol=1e-4)
         assert (np.diff(routing.weights_LTK) <= 0).all()  # by falling weight
     assert different <= _ROUTING_TOLERANCE * chunks_BT.size
+
+
+def test_what_only_makes_logits_is_skipped_where_they_are_not_wanted(
+    pair: _Pair, heldout_tokens: npt.NDArray[np.int64], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes after it is the same to the bit."""
+    chunks_BT = heldout_tokens[20_000:21_024].reshape(2, 512)
+    found = [replace(output, logits_SV=output.logits_SV.copy()) for output in _llama_cpp(pair.path).run(chunks_BT)]
+    monkeypatch.setattr(RoutingCollector, "without_logits", lambda collector, last_layer: nullcontext())
+    for output, whole in zip(found, _llama_cpp(pair.path).run(chunks_BT), strict=True):
+        np.testing.assert_array_equal(output.logits_SV, whole.logits_SV)
+        np.testing.assert_array_equal(output.routing.experts_LTK, whole.routing.experts_LTK)
+        np.testing.assert_array_equal(output.routing.weights_LTK, whole.routing.weights_LTK)
+
+
+def _llama_cpp(path: Path) -> LlamaCppBackend:
+    return LlamaCppBackend(path, threads=2)
 
 
 def test_greedy_text_is_that_of_transformers(pair: _Pair, heldout_tokens: npt.NDArray[np.int64]) -> None:
