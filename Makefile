@@ -40,6 +40,7 @@ floors: .venv/installed-dev
 
 peers: .venv/installed-dev
 	$(BIN)/python -m benchmarks.peers
+	$(BIN)/python -m benchmarks.validation
 
 # Hours, and 40 GB of disk: checkpoints of real shape with random weights, every stage measured.
 scale: .venv/installed-dev

@@ -54,21 +54,24 @@ class Run:
 
 
 def all_runs() -> list[Run]:
-    """Seed by seed the ladders and the comparison of both models; an arm's learning rates are tried before it.
+    """The first seed's ladder, the comparison of both models, the other seeds' ladders.
 
-    Arms whose teacher is live come last: each takes as long as several others.
+    An arm's learning rates are tried before it. Arms whose teacher is live come last: each takes as long as several
+    others.
     """
     runs = [_untaught(model, student) for model in MODELS for student in (UNCHANGED, *KINDS)]
     runs.append(_untaught("fine", DENSE))
+    first, *others = SEEDS
+    runs += _ladder(first, live=False)
     for seed in SEEDS:
-        for arm in _trained(live=False):
-            runs += _arm(arm, seed)
         runs += [_taught(model, student, ARMS[ROUTER_KD], SHORT_BLOCKS, seed) for student in KINDS for model in MODELS]
-    return runs + [run for seed in SEEDS for arm in _trained(live=True) for run in _arm(arm, seed)]
+    for seed in others:
+        runs += _ladder(seed, live=False)
+    return runs + [run for seed in SEEDS for run in _ladder(seed, live=True)]
 
 
-def _trained(*, live: bool) -> list[Arm]:
-    return [arm for arm in ARMS.values() if arm.name != NONE and arm.is_live == live]
+def _ladder(seed: int, *, live: bool) -> list[Run]:
+    return [run for arm in ARMS.values() if arm.name != NONE and arm.is_live == live for run in _arm(arm, seed)]
 
 
 def _arm(arm: Arm, seed: int) -> list[Run]:
