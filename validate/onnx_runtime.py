@@ -2,9 +2,9 @@
 
 Works on any decoder whose cache inputs and outputs are named ``past_key_values.N.key`` and ``present.N.key``, as
 onnxruntime-genai and optimum name them, in float32 or float16. Routing is read where the MoE blocks are com.microsoft
-MoE or QMoE nodes. The operators do not give away which experts they
-chose, only the logits they are fed are visible: routing is computed from those by the operators' own rule (softmax over
-all experts, top-k, renormalised if the node says so; of two equal logits the lower expert index wins).
+MoE or QMoE nodes. The operators do not give away which experts they chose, only the logits they are fed are visible:
+routing is computed from those by the operators' own rule (softmax over all experts, top-k, renormalised if the node
+says so; of two equal logits the lower expert index wins).
 """
 
 from __future__ import annotations

@@ -28,8 +28,7 @@ def spread_chunks(n_chunks: int) -> npt.NDArray[np.int64]:
 class RouterInputs:
     """The files in one folder; :class:`validate.router_alone.RouterInputRecorder` writes them.
 
-    Tokens (T) are those of the chosen chunks, one
-    chunk after the other.
+    Tokens (T) are those of the chosen chunks, one chunk after the other.
     """
 
     def __init__(self, folder: Path) -> None:
