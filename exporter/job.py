@@ -6,7 +6,6 @@ Whatever can be judged without opening the model is judged here, so that a wrong
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from exporter.durations import parse_duration
 from exporter.recipe import ExpertMethod, Student
 from exporter.recovery import RECOVERIES
 from exporter.sizes import parse_size
-from exporter.team import local_processes
+from exporter.team import usable_processors
 from validate.verdict import REQUIREMENTS
 
 __all__ = [
@@ -153,7 +152,7 @@ class Flags:
             recipe=_existing_file("--recipe", self.recipe),
             memory_bytes=None if self.memory is None else parse_size(self.memory, "--memory"),
             device=_device(self.device),
-            threads=_usable_processors()
+            threads=usable_processors()
             if self.threads is None
             else _at_least_one("--threads", self.threads, "threads"),
             seed=_seed(self.seed),
@@ -259,12 +258,6 @@ def _device(name: str) -> str:
     if name == "cuda" and not has_cuda:
         raise InputError("--device cuda: this torch sees no CUDA device; install a CUDA build, or use --device cpu")
     return ("cuda" if has_cuda else "cpu") if name == "auto" else name
-
-
-def _usable_processors() -> int:
-    """Processors that this process may run on; containers often allow fewer than the machine has."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, usable // local_processes())
 
 
 def _model_name(model: str | None) -> str:

@@ -74,18 +74,18 @@ def run_in_process(
         group: of the processes that share it, if they do.
         alone: no more than another stage is to follow: the server would import more than it saves.
     """
+    resource_tracker.ensure_running()  # multiprocessing's second process; starting it would unblock signals
     context = multiprocessing.get_context("spawn") if alone else _context()
     answer, answers = context.Pipe(duplex=False)
     process = context.Process(target=run_stage, args=(work, stage, group, Surroundings.here(), answers))
     with answer:
         try:
-            with answers, _main_module_hidden():
+            with answers, _main_module_hidden(), _deaf_to_ctrl_c():
                 process.start()
-        except (EOFError, ConnectionError):  # the server was killed
-            return Death(_UNKNOWN_CODE)
-        try:
             outcome = _outcome(answer)
             process.join()
+        except (EOFError, ConnectionError):  # the server was killed
+            return Death(_UNKNOWN_CODE)
         finally:
             _end(process)
     death = Death(_UNKNOWN_CODE if process.exitcode is None else process.exitcode)
@@ -104,7 +104,7 @@ def _outcome(answer: Connection[None, bytes]) -> Outcome | None:
 
 
 def _end(process: BaseProcess) -> None:
-    if process.exitcode is not None:
+    if process.pid is None or process.exitcode is not None:
         return
     process.terminate()
     process.join(_SECONDS_TO_END)
@@ -118,17 +118,26 @@ def _context() -> ForkServerContext | SpawnContext:
     """How processes are started here; the server, if it is one, runs."""
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
-    resource_tracker.ensure_running()  # multiprocessing's second process; starting it would unblock signals
     multiprocessing.set_forkserver_preload([_PRELOADED])
-    # Ctrl-C reaches the whole group: the server and what it forks must not answer, not even while they start.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        forkserver.ensure_running()
+        with _deaf_to_ctrl_c():
+            forkserver.ensure_running()
     except OSError:  # it listens on a socket in the folder for temporary files, whose path may be too long for that
         return multiprocessing.get_context("spawn")
+    return multiprocessing.get_context("forkserver")
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """While it lasts, SIGINT waits, and processes that are started never get it.
+
+    It reaches the whole group. The run answers it; the server, and stages, must not, not even while they start.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return multiprocessing.get_context("forkserver")
 
 
 @contextmanager

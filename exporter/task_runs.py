@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
 from compressors.model.student import Student
 from exporter.hub import resolve_model
+from exporter.team import usable_processors
 from validate.backend import TextModel
 from validate.llama_cpp import LlamaCppBackend
 from validate.onnx_runtime import OnnxRuntimeBackend
@@ -56,7 +56,7 @@ def task_results(
     source = Checkpoint(resolve_model(against or job["model"], job["revision"], offline=False))
     if source.identity() != report["source"]["identity"]:
         raise InputError(f"--against: {source.folder} is not the model that these files were made from")
-    n_threads = threads or len(os.sched_getaffinity(0))
+    n_threads = threads or usable_processors()
     torch.set_num_threads(n_threads)
     length = min(_LONGEST_TEXT, source.shape.context_length)
     tokenizer = load_tokenizer(source.folder)

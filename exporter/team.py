@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # importing torch takes a second, and most runs have no team
     import torch
     from torch.distributed import Store  # type: ignore[attr-defined]
 
-__all__ = ["Team", "join_group", "local_processes", "team"]
+__all__ = ["Team", "join_group", "local_processes", "team", "usable_processors"]
 
 _PATIENCE = timedelta(hours=12)  # of a process that waits for the slowest in a reduction
 _DISMISSED = "dismissed"
@@ -30,6 +30,15 @@ _POLL_SECONDS = 0.1
 def local_processes() -> int:
     """Processes of the team on this machine, which share its processors and memory."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def usable_processors() -> int:
+    """Processors that this process may run on; containers often allow fewer than the machine has.
+
+    Processes that torchrun started here share them.
+    """
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, usable // local_processes())
 
 
 @contextmanager

@@ -67,7 +67,8 @@ class _Attempt:
     """One start of the command, in a process group of its own."""
 
     def __init__(self, command: Sequence[str], out: Path) -> None:
-        self._finished = len(list(out.with_name(f"{out.name}.work").glob("*/stage.json")))
+        records = out.with_name(f"{out.name}.work").glob("*/stage.json")
+        self._finished = {path.parent.name for path in records if path.parent.suffix != ".partial"}
         self._process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
@@ -88,7 +89,7 @@ class _Attempt:
             if not line.startswith("["):
                 continue
             if not line.endswith("done already\n"):
-                assert begun or number >= self._finished, "a finished stage is done again"
+                assert begun or number >= len(self._finished), f"one of {self._finished} is done again: {line}"
                 if begun == n_before:
                     with suppress(AssertionError):  # it was quick, and the last
                         stage_of(self._process.pid)
