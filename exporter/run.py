@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -204,7 +205,9 @@ def _already_published(job: Job, identity: dict[str, Any]) -> Result:
         ) from None
     if report.get("job") != identity:
         raise InputError(f"--out: {job.out} belongs to another run; choose another folder, or remove it")
-    WorkDirectory(job.work_dir).remove_leftovers(identity)
+    # a run that was killed just after it had published leaves work or its lock
+    with suppress(InputError), reserved(job.out):
+        WorkDirectory(job.work_dir).remove_leftovers(identity)
     return Result(report, job.out)
 
 

@@ -305,6 +305,15 @@ def test_a_model_that_is_touched_while_it_is_read_is_read_again(toy: Toy, toy_co
     assert lines[2].endswith(f"] {_WHAT['calibrate']}")
 
 
+def test_a_lock_that_a_killed_run_left_after_publishing_goes(toy: Toy, expected: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    toy.finished_work(out)
+    assert _finish(toy, out) == expected
+    out.with_name("out.lock").touch()
+    assert _finish(toy, out) == expected
+    assert list(tmp_path.iterdir()) == [out]
+
+
 class _Enough(Exception):
     pass
 
