@@ -5,7 +5,7 @@
 The bundled model (32 experts, top-4) keeps 16 experts of each layer by REAP and is written in Q4_0 as GGUF and ONNX,
 which then hold the same numbers. Router KD teaches its routers before quantization, or after it, beside experts as the
 files hold them. What is compared saw the same tokens; it is judged by the divergence from the teacher on held-out text,
-inside each runtime.
+inside each runtime. The same with all 32 experts, where quantization is all that there is to make good.
 """
 
 from __future__ import annotations
@@ -41,15 +41,17 @@ from exporter.gguf.writer import write_gguf
 from exporter.hub import bundled_text, resolve_model
 from exporter.onnx.writer import write_onnx
 from exporter.routers import rewrite_routers
-from validate.backend import scored_positions
+from validate.backend import RuntimeBackend, scored_positions
 from validate.evaluation import evaluate
 from validate.llama_cpp import LlamaCppBackend
 from validate.onnx_runtime import OnnxRuntimeBackend
 
 _RESULTS = Path(__file__).parent / "results"
-_CALIBRATION_BLOCKS, _SELECTION_BLOCKS, _CHUNKS = 80, 20, 32  # the first are 10 steps of Router KD
+_CALIBRATION_BLOCKS, _SELECTION_BLOCKS, _CHUNKS = 80, 20, 32
+_BLOCKS_PER_STEP = 2  # of Router KD
 _TYPE = "Q4_0"
 _RATE, _RATE_AGAIN = 3e-3, 1e-3  # of routers that were not taught yet, and of those that were
+_RATES_OF_WHOLE = (3e-5, 1e-4, 3e-4)  # of routers that have lost no expert
 _SCORED = scored_positions(BLOCK_LENGTH)
 _RESAMPLES = 10_000
 
@@ -61,12 +63,13 @@ class Measured:
     """What routers are worth in the quantized student."""
 
     arm: str
-    selection: float  # divergence in torch, of the student as the files hold it, nats
+    unquantized: float  # divergence on the selection split in torch, beside experts as they were, nats
+    selection: float  # the same of the student as the files hold it
     heldout: Mapping[str, npt.NDArray[np.float64]]  # by runtime: mean divergence of each chunk, nats
 
 
 class Bench:
-    """The teacher's knowledge, gathered once, and files whose routers change.
+    """The teacher's knowledge, gathered once.
 
     Args:
         folder: for all of it.
@@ -74,93 +77,125 @@ class Bench:
     """
 
     def __init__(self, folder: Path, threads: int) -> None:
-        self._folder = folder
-        self._threads = threads
-        source = Checkpoint(resolve_model(None))
-        splits = tokenize(read_splits(bundled_text("calibration"), bundled_text("heldout")), source.folder)
+        self.folder = folder
+        self.threads = threads
+        self.source = Checkpoint(resolve_model(None))
+        splits = tokenize(read_splits(bundled_text("calibration"), bundled_text("heldout")), self.source.folder)
         counts = (_CALIBRATION_BLOCKS, _SELECTION_BLOCKS, _CHUNKS)
         self._texts = {
             name: split.spread(count).tokens_BT
             for name, split, count in zip(("calibration", "selection", "heldout"), splits, counts, strict=True)
         }
         self._limit = MemoryLimit(4_000_000_000, folder / "spill")
-        statistics = self._run_teacher(source)
-        kept = [highest(layer.reap_scores(), source.shape.n_experts // 2) for layer in statistics]
-        self.pruned = Student(source, ExpertMap.keeping(source.shape.n_experts, kept))
-        weights = importance(statistics, self.pruned.experts)
-        write_gguf(self.pruned, _TYPE, self._gguf, importance=weights, name="student", threads=threads)
-        write_onnx(self.pruned, _TYPE, folder, importance=weights, context_length=BLOCK_LENGTH, threads=threads)
+        self.statistics = self._run_teacher()
+
+    def taught(self, student: Student, learning_rate: float) -> Student:
+        """One epoch of Router KD."""
+        objective = Distillation(TeacherTargets(self.folder / "targets"), student)
+        settings = Schedule(_CALIBRATION_BLOCKS, learning_rate, _BLOCKS_PER_STEP)
+        training = Training(student, self._texts["calibration"], objective, settings, limit=self._limit)
+        return train(training)
+
+    def divergence(self, student: Student) -> float:
+        """On the selection split, in torch."""
+        known = LogProbReader(self.folder / "selection")
+        return judge(student, self._texts["selection"], known, _SCORED, limit=self._limit).divergence
+
+    def heldout(self, backend: RuntimeBackend) -> npt.NDArray[np.float64]:
+        """Mean divergence of each held-out chunk in a runtime."""
+        known = {"teacher": LogProbReader(self.folder / "heldout")}
+        evaluation = evaluate(backend, self._texts["heldout"].numpy(), known)
+        divergence_CT = evaluation.against["teacher"].kl_divergence_N.reshape(_CHUNKS, -1)
+        means_C: npt.NDArray[np.float64] = divergence_CT.mean(axis=1, dtype=np.float64)
+        return means_C
+
+    def _run_teacher(self) -> list[LayerStatistics]:
+        """Leaves its targets and log-probabilities in the folder."""
+        shape = self.source.shape
+        teacher, collector = StreamedModel(Student.teacher(self.source), limit=self._limit), StatisticsCollector(shape)
+        groups = [TokenGroup(self._texts["calibration"], [collector.observe])]
+        groups += [TokenGroup(self._texts[name]) for name in ("selection", "heldout")]
+        states = teacher.stream(groups)
+        targets = TeacherTargets.create(self.folder / "targets", self._texts["calibration"].numel(), shape.vocab_size)
+        write_targets(teacher, states[0], targets, range(_CALIBRATION_BLOCKS))
+        for name, hidden in zip(("selection", "heldout"), states[1:], strict=True):
+            n_blocks = len(self._texts[name])
+            writer = LogProbWriter(self.folder / name, n_blocks * (_SCORED.stop - _SCORED.start), shape.vocab_size)
+            write_log_probs(teacher, self._texts[name], hidden, _SCORED, writer, range(n_blocks))
+        teacher.release()
+        return [collector.take(layer) for layer in range(shape.n_layers)]
+
+
+class Files:
+    """A student with some experts of each layer, in both containers, whose routers change.
+
+    Args:
+        bench: the teacher's knowledge.
+        n_experts: how many of each layer stay, those of the highest REAP scores.
+    """
+
+    def __init__(self, bench: Bench, n_experts: int) -> None:
+        self._bench = bench
+        self._folder = bench.folder / f"{n_experts}-experts"
+        self._folder.mkdir()
+        kept = [highest(layer.reap_scores(), n_experts) for layer in bench.statistics]
+        self.student = Student(bench.source, ExpertMap.keeping(bench.source.shape.n_experts, kept))
+        weights, threads = importance(bench.statistics, self.student.experts), bench.threads
+        write_gguf(self.student, _TYPE, self._gguf, importance=weights, name="student", threads=threads)
+        write_onnx(self.student, _TYPE, self._folder, importance=weights, context_length=BLOCK_LENGTH, threads=threads)
 
     @property
     def _gguf(self) -> Path:
         return self._folder / "student.gguf"
 
     def shipped(self, routers: Student) -> Student:
-        """The pruned student with the numbers of its files, and a student's routers."""
-        written = self.pruned.as_written(GgufWeights(self._gguf, self.pruned.shape))
-        tensors = {written.name(Role.ROUTER, layer): router for layer, router in _routers(routers).items()}
-        return written.with_overlay(tensors)
+        """The student with the numbers of its files, and a student's routers."""
+        return _with_routers(self.student.as_written(GgufWeights(self._gguf, self.student.shape)), routers)
 
-    def taught(self, student: Student, learning_rate: float) -> Student:
-        """One epoch of Router KD."""
-        targets = TeacherTargets(self._folder / "targets")
-        settings = Schedule(_CALIBRATION_BLOCKS, learning_rate)
-        objective = Distillation(targets, student)
-        training = Training(student, self._texts["calibration"], objective, settings, limit=self._limit)
-        return train(training)
-
-    def measured(self, arm: str, student: Student) -> Measured:
+    def measured(self, arm: str, routers: Student) -> Measured:
         """Puts a student's routers into both files and runs them."""
-        for weights in (GgufWeights(self._gguf, self.pruned.shape), OnnxWeights(self._folder, self.pruned.shape)):
-            rewrite_routers(weights, _routers(student))
-        known = {name: LogProbReader(self._folder / name) for name in ("selection", "heldout")}
-        judgement = judge(
-            self.shipped(student), self._texts["selection"], known["selection"], _SCORED, limit=self._limit
+        for weights in (GgufWeights(self._gguf, self.student.shape), OnnxWeights(self._folder, self.student.shape)):
+            rewrite_routers(weights, _routers(routers))
+        threads = self._bench.threads
+        backends = (LlamaCppBackend(self._gguf, threads=threads), OnnxRuntimeBackend(self._folder, threads=threads))
+        result = Measured(
+            arm,
+            self._bench.divergence(_with_routers(self.student, routers)),
+            self._bench.divergence(self.shipped(routers)),
+            {backend.runtime: self._bench.heldout(backend) for backend in backends},
         )
-        heldout = {}
-        for backend in (
-            LlamaCppBackend(self._gguf, threads=self._threads),
-            OnnxRuntimeBackend(self._folder, threads=self._threads),
-        ):
-            evaluation = evaluate(backend, self._texts["heldout"].numpy(), {"teacher": known["heldout"]})
-            chunks = evaluation.against["teacher"].kl_divergence_N.astype(np.float64).reshape(_CHUNKS, -1)
-            heldout[backend.runtime] = chunks.mean(axis=1)
-        means = ", ".join(f"{runtime} {chunks.mean():.4f}" for runtime, chunks in heldout.items())
-        print(f"{arm}: selection {judgement.divergence:.4f}, {means}", flush=True)
-        return Measured(arm, judgement.divergence, heldout)
+        print(" | ".join(_row(result)), flush=True)
+        return result
 
-    def _run_teacher(self, source: Checkpoint) -> list[LayerStatistics]:
-        """Leaves its targets and log-probabilities in the folder."""
-        teacher, collector = (
-            StreamedModel(Student.teacher(source), limit=self._limit),
-            StatisticsCollector(source.shape),
-        )
-        groups = [TokenGroup(self._texts["calibration"], [collector.observe])]
-        groups += [TokenGroup(self._texts[name]) for name in ("selection", "heldout")]
-        states = teacher.stream(groups)
-        vocab_size = source.shape.vocab_size
-        targets = TeacherTargets.create(self._folder / "targets", self._texts["calibration"].numel(), vocab_size)
-        write_targets(teacher, states[0], targets, range(_CALIBRATION_BLOCKS))
-        for name, hidden in zip(("selection", "heldout"), states[1:], strict=True):
-            n_blocks = len(self._texts[name])
-            writer = LogProbWriter(self._folder / name, n_blocks * (_SCORED.stop - _SCORED.start), vocab_size)
-            write_log_probs(teacher, self._texts[name], hidden, _SCORED, writer, range(n_blocks))
-        teacher.release()
-        return [collector.take(layer) for layer in range(source.shape.n_layers)]
+
+def _with_routers(student: Student, routers: Student) -> Student:
+    return student.with_overlay(
+        {student.name(Role.ROUTER, layer): router for layer, router in _routers(routers).items()}
+    )
 
 
 def _routers(student: Student) -> dict[int, torch.Tensor]:
     return {layer: student.tensor(Role.ROUTER, layer).float() for layer in range(student.shape.n_layers)}
 
 
-def _run_arms(bench: Bench) -> list[Measured]:
-    before = bench.taught(bench.pruned, _RATE)
+def _pruned_arms(bench: Bench) -> list[Measured]:
+    files = Files(bench, bench.source.shape.n_experts // 2)
+    before = bench.taught(files.student, _RATE)
     return [
-        bench.measured("none", bench.pruned),
-        bench.measured("before", before),
-        bench.measured("after", bench.taught(bench.shipped(bench.pruned), _RATE)),
-        bench.measured("before, twice", bench.taught(before, _RATE_AGAIN)),
-        bench.measured("before, then after", bench.taught(bench.shipped(before), _RATE_AGAIN)),
+        files.measured("none", files.student),
+        files.measured("before", before),
+        files.measured("after", bench.taught(files.shipped(files.student), _RATE)),
+        files.measured("before, twice", bench.taught(before, _RATE_AGAIN)),
+        files.measured("before, then after", bench.taught(files.shipped(before), _RATE_AGAIN)),
+    ]
+
+
+def _whole_arms(bench: Bench) -> list[Measured]:
+    files = Files(bench, bench.source.shape.n_experts)
+    shipped = files.shipped(files.student)
+    return [
+        files.measured("none", files.student),
+        *(files.measured(f"after, rate {rate:g}", bench.taught(shipped, rate)) for rate in _RATES_OF_WHOLE),
     ]
 
 
@@ -172,44 +207,76 @@ def interval(differences_C: npt.NDArray[np.float64], seed: int = 0) -> tuple[flo
     return low, high
 
 
-def write_csv(results: Sequence[Measured], path: Path) -> None:
-    """A line for each arm."""
+def write_csv(tables: Mapping[int, Sequence[Measured]], path: Path) -> None:
+    """A line for each arm; tables are by experts left."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["routers", "selection", *results[0].heldout])
-        for result in results:
-            means = (chunks.mean() for chunks in result.heldout.values())
-            writer.writerow([result.arm, *(f"{value:.4f}" for value in (result.selection, *means))])
+        writer.writerow(["experts", "routers", "unquantized", "selection", *_runtimes(tables)])
+        for n_experts, results in tables.items():
+            writer.writerows([n_experts, *_row(result)] for result in results)
 
 
-def write_markdown(results: Sequence[Measured], path: Path) -> None:
+def write_markdown(tables: Mapping[int, Sequence[Measured]], path: Path) -> None:
     """The arms, and what is compared, with intervals."""
-    runtimes, by_arm = list(results[0].heldout), {result.arm: result for result in results}
+    pruned, whole = tables
     lines = [
         "# Routers taught before and after quantization",
         "",
-        f"The bundled model, 32 experts pruned to 16 by REAP, {_TYPE}; Router KD with {_CALIBRATION_BLOCKS} blocks of "
-        f"{BLOCK_LENGTH} tokens each time. Divergence from the teacher in nats: on the selection split in torch, with "
-        f"the numbers that the files hold, and on {_CHUNKS} held-out chunks in each runtime. `make bench` writes this "
-        "page.",
+        f"The bundled model in {_TYPE}; Router KD with {_CALIBRATION_BLOCKS} blocks of {BLOCK_LENGTH} tokens each "
+        f"time, {_BLOCKS_PER_STEP} in a step. Divergence from the teacher in nats: on the selection split in torch, "
+        "beside experts as they were (*unquantized*) and as the files hold them, and on "
+        f"{_CHUNKS} held-out chunks in each runtime. `make bench` writes this page.",
         "",
-        f"| routers taught | selection | {' | '.join(runtimes)} |",
-        f"|---|---|{'---|' * len(runtimes)}",
+        f"## 32 experts pruned to {pruned} by REAP",
+        "",
+        *_table(tables[pruned], _runtimes(tables)),
+        "",
+        "Change by teaching after instead of before, with the same tokens (95 % interval, paired):",
+        "",
+        *_comparisons(tables[pruned], _COMPARED),
+        "",
+        f"## All {whole} experts",
+        "",
+        "What quantization costs is all that can be made good here.",
+        "",
+        *_table(tables[whole], _runtimes(tables)),
+        "",
+        *_comparisons(tables[whole], [(tables[whole][0].arm, taught.arm) for taught in tables[whole][1:]]),
     ]
-    for result in results:
-        values = [result.selection, *(result.heldout[runtime].mean() for runtime in runtimes)]
-        lines.append(f"| {result.arm} | {' | '.join(f'{value:.4f}' for value in values)} |")
-    lines += ["", "Change by teaching after instead of before, with the same tokens (95 % interval, paired):", ""]
-    for before, after in _COMPARED:
-        for runtime in runtimes:
-            differences_C = by_arm[after].heldout[runtime] - by_arm[before].heldout[runtime]
-            low, high = interval(differences_C)
-            share = differences_C.mean() / by_arm[before].heldout[runtime].mean()
-            lines.append(
-                f"- {after} against {before}, {runtime}: {differences_C.mean():+.4f} nats ({low:+.4f} to {high:+.4f}), "
-                f"{share:+.2%}"
-            )
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _runtimes(tables: Mapping[int, Sequence[Measured]]) -> list[str]:
+    return list(next(iter(tables.values()))[0].heldout)
+
+
+def _row(result: Measured) -> list[str]:
+    means = (chunks.mean() for chunks in result.heldout.values())
+    return [result.arm, *(f"{value:.4f}" for value in (result.unquantized, result.selection, *means))]
+
+
+def _table(results: Sequence[Measured], runtimes: Sequence[str]) -> list[str]:
+    lines = [
+        f"| routers taught | unquantized | selection | {' | '.join(runtimes)} |",
+        f"|---|---|---|{'---|' * len(runtimes)}",
+    ]
+    return lines + [f"| {' | '.join(_row(result))} |" for result in results]
+
+
+def _comparisons(results: Sequence[Measured], pairs: Sequence[tuple[str, str]]) -> list[str]:
+    by_arm = {result.arm: result.heldout for result in results}
+    return [
+        _comparison(f"{other} against {one}, {runtime}", by_arm[one][runtime], by_arm[other][runtime])
+        for one, other in pairs
+        for runtime in by_arm[one]
+    ]
+
+
+def _comparison(what: str, one_C: npt.NDArray[np.float64], other_C: npt.NDArray[np.float64]) -> str:
+    differences_C = other_C - one_C
+    low, high = interval(differences_C)
+    share = differences_C.mean() / one_C.mean()
+    return f"- {what}: {differences_C.mean():+.4f} nats ({low:+.4f} to {high:+.4f}), {share:+.2%}"
 
 
 def main() -> None:
@@ -221,9 +288,11 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # as the stages do
     with tempfile.TemporaryDirectory() as folder:
-        results = _run_arms(Bench(Path(folder), threads))
-    write_csv(results, _RESULTS / "quantized_recovery.csv")
-    write_markdown(results, _RESULTS / "quantized_recovery.md")
+        bench = Bench(Path(folder), threads)
+        n_experts = bench.source.shape.n_experts
+        tables = {n_experts // 2: _pruned_arms(bench), n_experts: _whole_arms(bench)}
+    write_csv(tables, _RESULTS / "quantized_recovery.csv")
+    write_markdown(tables, _RESULTS / "quantized_recovery.md")
 
 
 if __name__ == "__main__":

@@ -103,7 +103,8 @@ def validate_file(
     runtime, version = backend.runtime, backend.version
     evaluation, notes = _evaluate(file, backend, reference)
     del backend  # before it is measured, and its weights are read by us
-    cost = file.measure(how, reference.chunks_BT[0])
+    context = max(reference.chunks_BT.shape[1], LEAST_CONTEXT)
+    cost = file.measure(how, reference.chunks_BT[0], context)
     agreement = _agreement(reference, evaluation, expectation)
     notes = [*expectation.notes, *notes]
     if agreement is None and expectation.experts is not None and reference.routing is not None:
@@ -123,7 +124,7 @@ def validate_file(
         "bits_per_weight": file.facts.bits_per_weight,
         "band": band.name,
         **figures,
-        "context": max(reference.chunks_BT.shape[1], LEAST_CONTEXT),
+        "context": context,
         **asdict(cost),
         "routing": _routing(agreement),
         "routing_overlap_vs_teacher": None if agreement is None else agreement.mean("overlap"),

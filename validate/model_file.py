@@ -16,7 +16,7 @@ from compressors.model.onnx_weights import OnnxWeights
 from compressors.model.shape import MoeShape
 from compressors.model.weights import WrittenWeights
 from validate.backend import RuntimeBackend
-from validate.cost import LEAST_CONTEXT, RuntimeCost
+from validate.cost import RuntimeCost
 from validate.file_facts import FileFacts, gguf_facts, onnx_facts
 from validate.gpu import PROVIDERS, check_gpu_layers, check_provider
 from validate.llama_cpp import LlamaCppBackend
@@ -78,8 +78,8 @@ class ModelFile:
             return LlamaCppBackend(self.path, n_ctx=n_tokens, threads=choice.threads, gpu_layers=choice.gpu_layers)
         return OnnxRuntimeBackend(self.path, threads=choice.threads, providers=PROVIDERS[choice.providers])
 
-    def measure(self, choice: RuntimeChoice, prompt_T: npt.NDArray[np.int64]) -> RuntimeCost:
-        """Memory and speed with a cache for the prompt, in a process of its own.
+    def measure(self, choice: RuntimeChoice, prompt_T: npt.NDArray[np.int64], context: int) -> RuntimeCost:
+        """Memory and speed with a cache of so many tokens, in a process of its own.
 
         Raises:
             RuntimeCrashError: the runtime crashed or refused the file.
@@ -87,7 +87,7 @@ class ModelFile:
         return measure_artifact(
             self.format,
             self.path,
-            context=max(len(prompt_T), LEAST_CONTEXT),
+            context=context,
             kv_type="f16",
             threads=choice.threads,
             prompt=prompt_T,

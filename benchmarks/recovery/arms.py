@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.recovery.layer_local import train_routers_locally
 from benchmarks.recovery.students import DENSE, PRUNED
+from benchmarks.recovery.unfinished import Unfinished
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.losses import kl_divergence
 from compressors.model.memory import MemoryLimit
@@ -19,7 +20,7 @@ from compressors.recover.objectives import Distillation, NextToken, Objective, R
 from compressors.recover.schedule import Schedule
 from compressors.recover.scopes import Scope, expert_usage
 from compressors.recover.student_aware_router import StudentAwareRouter
-from compressors.recover.training import Training, train
+from compressors.recover.training import Training
 from compressors.statistics import LayerStatistics
 from compressors.teacher import TeacherTargets
 
@@ -35,6 +36,7 @@ class Knowledge:
     tokens_BT: torch.Tensor  # training text
     targets: TeacherTargets  # of the training text
     limit: MemoryLimit  # for models that should stay in memory; it changes no result
+    unfinished: Unfinished  # the run, when it was killed before
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ def _by(make_objective: MakeObjective, scope: Scope, *, writes: bool = False) ->
         usage = expert_usage(knowledge.statistics, student.experts)
         objective = make_objective(knowledge, student, schedule)
         limit = knowledge.limit if writes else None
-        return train(Training(student, knowledge.tokens_BT, objective, schedule, scope=scope, usage=usage, limit=limit))
+        training = Training(student, knowledge.tokens_BT, objective, schedule, scope=scope, usage=usage, limit=limit)
+        return knowledge.unfinished.train(training)
 
     return teach
 
@@ -141,7 +144,7 @@ _EXPERTS_PACE = Pace(1e-3, 2)
 _NEXT_TOKEN_PACE = Pace(5e-4, 2)  # of experts
 _ADAPTERS_PACE = Pace(3e-3, 2)
 _MATCHING_PACE = Pace(3e-3, 2)
-_LOCAL_PACE = Pace(1e-3, 2)
+_LOCAL_PACE = Pace(3e-3, 2)
 _DENSE_PACE = Pace(1e-3, 2)
 _LIVE_PACE = Pace(1e-3, 2)
 _BATCHES_PER_ROUND = 40  # 80 texts are written together, token by token
@@ -152,7 +155,7 @@ SWEEP: Mapping[str, tuple[Pace, ...]] = {
     "router + all experts: next token": (Pace(2.5e-4, 2), Pace(5e-4, 2), Pace(1e-3, 2), Pace(2e-3, 2)),
     "router + adapters: KD": (Pace(1e-3, 2), Pace(3e-3, 2), Pace(1e-2, 2)),
     "router: logits matched": (Pace(1e-3, 2), Pace(3e-3, 2), Pace(1e-2, 2)),
-    "router: layer-local": (Pace(1e-4, 2), Pace(1e-3, 2), Pace(3e-3, 2)),
+    "router: layer-local": (Pace(1e-4, 2), Pace(1e-3, 2), Pace(3e-3, 2), Pace(1e-2, 2)),
     "feed-forward: next token": (Pace(1e-3, 2), Pace(3e-3, 2)),
 }
 """What was tried, on the selection split; arms that are not here take the pace of their scope."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import resource
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from benchmarks.quality.methods import Teacher
 from benchmarks.recovery.arms import ARMS, Knowledge
 from benchmarks.recovery.runs import LADDER_BLOCKS, SHORT_BLOCKS, Run
 from benchmarks.recovery.students import STUDENTS, load_student, store_student
+from benchmarks.recovery.unfinished import Unfinished
 from compressors.calibration import BLOCK_LENGTH, read_splits, tokenize
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.log_probs import LogProbReader, LogProbWriter
@@ -111,21 +111,20 @@ def _watch(source: Checkpoint, training_BT: torch.Tensor, folder: Path) -> None:
         write_targets(model, hidden, targets, part)
 
 
-def measure(run: Run, folder: Path) -> Measured:
+def measure(run: Run, folder: Path, unfinished: Unfinished) -> Measured:
     """Does a run on what :func:`prepare` left, in a process of its own: its peak memory is the process's so far."""
     _settle()
     source, tokens, arm = Checkpoint(MODELS[run.model]), load_file(folder / _TOKENS), ARMS[run.arm]
     statistics = StoredStatistics(folder / "statistics", source.shape.n_layers)
-    limit = MemoryLimit(_MEMORY_BYTES, folder)
-    knowledge = Knowledge(source, statistics, tokens["training"], TeacherTargets(folder / "targets"), limit)
+    limit, targets = MemoryLimit(_MEMORY_BYTES, folder), TeacherTargets(folder / "targets")
+    knowledge = Knowledge(source, statistics, tokens["training"], targets, limit, unfinished)
     student = load_student(source, folder / "students" / run.student)
     n_parameters, n_bytes = _size(arm.scope, student.shape)
-    start = time.process_time()
     try:
         taught = arm.train(knowledge, student, _schedule(run)) if run.is_trained else student
     except TrainingDivergedError:
         taught = None
-    seconds = time.process_time() - start
+    seconds = unfinished.seconds
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     judged = (None, None, None) if taught is None else _judge(taught, tokens, folder, on_heldout=not run.is_sweep)
     return Measured(run, *judged, n_parameters, n_bytes, seconds, peak_bytes)
@@ -133,7 +132,9 @@ def measure(run: Run, folder: Path) -> Measured:
 
 def measure_into(path: Path, run: Run, folder: Path) -> None:
     """:func:`measure` with its result in a JSON file, which is complete or absent."""
-    write_atomically(path, json.dumps(asdict(measure(run, folder))))
+    unfinished = Unfinished(folder / "unfinished" / path.stem)
+    write_atomically(path, json.dumps(asdict(measure(run, folder, unfinished))))
+    unfinished.remove()
 
 
 def load(path: Path) -> Measured:

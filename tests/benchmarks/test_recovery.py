@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import astuple, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +19,14 @@ from benchmarks.recovery.measure import Measured
 from benchmarks.recovery.runs import LADDER_BLOCKS, SEEDS, SHORT_BLOCKS, SWEEP_BLOCKS, Run, all_runs
 from benchmarks.recovery.students import DENSE, PRUNED, UNCHANGED, load_student, store_student
 from benchmarks.recovery.table import ladder, read, write_csv, write_markdown
+from benchmarks.recovery.unfinished import Unfinished
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.families import Role
 from compressors.model.hidden_states import HiddenStates
 from compressors.model.memory import MemoryLimit
 from compressors.model.streaming import StreamedModel, TokenGroup
 from compressors.model.student import ExpertMap, Student
+from compressors.recover.objectives import NextToken, StepLoss
 from compressors.recover.schedule import Schedule
 from compressors.recover.training import Training
 from compressors.teacher import TeacherTargets
@@ -83,7 +86,8 @@ def test_full_distillation_is_its_definition(
 ) -> None:
     targets = TeacherTargets.create(tmp_path, 1, 4096)  # which it does not read
     schedule = Schedule(4, 1e-3, blocks_per_step=4)
-    objective = FullDistillation(Knowledge(source, [], blocks_BT, targets, MemoryLimit(1, tmp_path)), pruned, schedule)
+    knowledge = Knowledge(source, [], blocks_BT, targets, MemoryLimit(1, tmp_path), Unfinished(tmp_path / "unfinished"))
+    objective = FullDistillation(knowledge, pruned, schedule)
     training = Training(pruned, blocks_BT, objective, schedule)
     wanted, found = (
         torch.log_softmax(_logits(student, blocks_BT[:4])[:, :-1].flatten(0, 1), dim=-1)
@@ -91,6 +95,42 @@ def test_full_distillation_is_its_definition(
     )
     expected = functional.kl_div(found, wanted, log_target=True, reduction="batchmean")
     assert training.step() == pytest.approx(expected.item(), rel=1e-5)
+
+
+class _Killed(Exception):
+    pass
+
+
+class _KilledBefore(NextToken):
+    def __init__(self, step: int) -> None:
+        self._left = step
+
+    def of_step(self, *arguments: Any) -> StepLoss:
+        if self._left == 0:
+            raise _Killed
+        self._left -= 1
+        return super().of_step(*arguments)
+
+
+def test_a_killed_run_goes_on_where_it_stopped(pruned: Student, blocks_BT: torch.Tensor, tmp_path: Path) -> None:
+    def training(objective: NextToken) -> Training:
+        return Training(pruned, blocks_BT, objective, Schedule(12, 1e-3, blocks_per_step=2))
+
+    expected = Unfinished(tmp_path / "never killed", pause=0.0).train(training(NextToken()))
+    first = Unfinished(tmp_path / "killed", pause=0.0)
+    with pytest.raises(_Killed):
+        first.train(training(_KilledBefore(4)))
+    second = Unfinished(tmp_path / "killed", pause=0.0)
+    own = second.seconds
+    with pytest.raises(_Killed):  # two steps are left
+        second.train(training(_KilledBefore(1)))
+    assert second.seconds > own + 0.5 * first.seconds
+    third = Unfinished(tmp_path / "killed", pause=0.0)
+    found = third.train(training(NextToken()))
+    assert expected.overlay.keys() == found.overlay.keys()
+    assert all(torch.equal(expected.overlay[name], found.overlay[name]) for name in expected.overlay)
+    third.remove()
+    assert not (tmp_path / "killed").exists()
 
 
 def test_students_are_stored(pruned: Student, tmp_path: Path) -> None:
