@@ -192,11 +192,11 @@ def _pruned_arms(bench: Bench) -> list[Measured]:
 
 def _whole_arms(bench: Bench) -> list[Measured]:
     files = Files(bench, bench.source.shape.n_experts)
-    shipped = files.shipped(files.student)
-    return [
-        files.measured("none", files.student),
-        *(files.measured(f"after, rate {rate:g}", bench.taught(shipped, rate)) for rate in _RATES_OF_WHOLE),
-    ]
+    results = [files.measured("none", files.student)]
+    for rate in _RATES_OF_WHOLE:
+        taught = bench.taught(files.shipped(files.student), rate)
+        results.append(files.measured(f"after, rate {rate:g}", taught))
+    return results
 
 
 def interval(differences_C: npt.NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
@@ -252,7 +252,8 @@ def _runtimes(tables: Mapping[int, Sequence[Measured]]) -> list[str]:
 
 def _row(result: Measured) -> list[str]:
     means = (chunks.mean() for chunks in result.heldout.values())
-    return [result.arm, *(f"{value:.4f}" for value in (result.unquantized, result.selection, *means))]
+    # the original's own divergence is zero but for rounding
+    return [result.arm, *(f"{max(0.0, value):.4f}" for value in (result.unquantized, result.selection, *means))]
 
 
 def _table(results: Sequence[Measured], runtimes: Sequence[str]) -> list[str]:
