@@ -16,10 +16,11 @@ from benchmarks.quality.measure import MODELS
 from benchmarks.quality.methods import Teacher
 from benchmarks.recovery.arms import ARMS, Knowledge
 from benchmarks.recovery.runs import LADDER_BLOCKS, SHORT_BLOCKS, Run
-from benchmarks.recovery.students import STUDENTS, load_student, store_student
+from benchmarks.recovery.students import ALL_EXPERTS_ON, STUDENTS, load_student, store_student
 from benchmarks.recovery.unfinished import Unfinished
 from compressors.calibration import BLOCK_LENGTH, read_splits, tokenize
 from compressors.model.checkpoint import Checkpoint
+from compressors.model.expert_choice import AllExperts
 from compressors.model.log_probs import LogProbReader, LogProbWriter
 from compressors.model.memory import MemoryLimit
 from compressors.model.shape import MoeShape
@@ -126,7 +127,7 @@ def measure(run: Run, folder: Path, unfinished: Unfinished) -> Measured:
         taught = None
     seconds = unfinished.seconds
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    judged = (None, None, None) if taught is None else _judge(taught, tokens, folder, on_heldout=not run.is_sweep)
+    judged = (None, None, None) if taught is None else _judge(taught, run, tokens, folder)
     return Measured(run, *judged, n_parameters, n_bytes, seconds, peak_bytes)
 
 
@@ -157,14 +158,17 @@ def _size(scope: Scope | None, shape: MoeShape) -> tuple[int, int]:
 
 
 def _judge(
-    student: Student, tokens: Mapping[str, torch.Tensor], folder: Path, *, on_heldout: bool
+    student: Student, run: Run, tokens: Mapping[str, torch.Tensor], folder: Path
 ) -> tuple[float, float | None, float | None]:
     """Selection divergence, held-out perplexity and held-out divergence."""
-    selection = judge(student, tokens["selection"], LogProbReader(folder / "selection"), _SCORED)
-    if not on_heldout:
+    choice = AllExperts(student.shape.n_experts) if run.student == ALL_EXPERTS_ON else None
+    selection, *heldout = (
+        judge(student, tokens[name], LogProbReader(folder / name), _SCORED, choice=choice)
+        for name in (["selection"] if run.is_sweep else ["selection", "heldout"])
+    )
+    if not heldout:
         return selection.divergence, None, None
-    heldout = judge(student, tokens["heldout"], LogProbReader(folder / "heldout"), _SCORED)
-    return selection.divergence, heldout.perplexity, heldout.divergence
+    return selection.divergence, heldout[0].perplexity, heldout[0].divergence
 
 
 def _settle() -> None:

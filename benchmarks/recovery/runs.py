@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from benchmarks.recovery.arms import ARMS, NONE, ROUTER_KD, SWEEP, Arm
-from benchmarks.recovery.students import DENSE, EDITED, MERGED, PRUNED, UNCHANGED
+from benchmarks.recovery.students import ALL_EXPERTS_ON, DENSE, EDITED, MERGED, PRUNED, UNCHANGED
 
 __all__ = ["KINDS", "LADDER_BLOCKS", "MODELS", "SEEDS", "SHORT_BLOCKS", "SWEEP_BLOCKS", "Run", "all_runs"]
 
@@ -60,7 +60,7 @@ def all_runs() -> list[Run]:
     others.
     """
     runs = [_untaught(model, student) for model in MODELS for student in (UNCHANGED, *KINDS)]
-    runs.append(_untaught("fine", DENSE))
+    runs += [_untaught("fine", student) for student in (DENSE, ALL_EXPERTS_ON)]
     first, *others = SEEDS
     runs += _ladder(first, live=False)
     for seed in SEEDS:

@@ -16,11 +16,23 @@ from compressors.model.checkpoint import Checkpoint
 from compressors.model.student import ExpertMap, LayerMap, Student
 from exporter.files import write_atomically
 
-__all__ = ["DENSE", "EDITED", "MERGED", "PRUNED", "STUDENTS", "UNCHANGED", "load_student", "store_student"]
+__all__ = [
+    "ALL_EXPERTS_ON",
+    "DENSE",
+    "EDITED",
+    "MERGED",
+    "PRUNED",
+    "STUDENTS",
+    "UNCHANGED",
+    "load_student",
+    "store_student",
+]
 
 PRUNED, MERGED, EDITED = "pruned", "merged", "edited"
 DENSE = "dense"
 UNCHANGED = "teacher"
+ALL_EXPERTS_ON = "teacher, all experts on"
+"""What SAR begins to learn from, and nearly what KA does."""
 
 _EDITED_SHARE = 0.85
 """Share of the expert parameters that the decomposition removes: a half hardly harms, and nothing could be won back."""
@@ -44,7 +56,7 @@ def _dense(teacher: Teacher) -> Student:
 
 
 STUDENTS: Mapping[str, Callable[[Teacher], Student]] = {
-    UNCHANGED: lambda teacher: Student.teacher(teacher.source),
+    **dict.fromkeys((UNCHANGED, ALL_EXPERTS_ON), lambda teacher: Student.teacher(teacher.source)),
     PRUNED: _compressed("reap"),
     MERGED: _compressed("REAM"),
     EDITED: _compressed("activation SVD", _EDITED_SHARE),

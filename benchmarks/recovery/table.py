@@ -12,7 +12,7 @@ from benchmarks.quality.table import csv_text
 from benchmarks.recovery.arms import ARMS, FULL_VOCABULARY, NONE, ROUTER_KD, Pace
 from benchmarks.recovery.measure import HELDOUT_CHUNKS, SELECTION_CHUNKS, Measured
 from benchmarks.recovery.runs import KINDS, LADDER_BLOCKS, MODELS, SEEDS, SHORT_BLOCKS, SWEEP_BLOCKS, Run
-from benchmarks.recovery.students import DENSE, PRUNED, UNCHANGED
+from benchmarks.recovery.students import ALL_EXPERTS_ON, DENSE, PRUNED, UNCHANGED
 
 __all__ = ["Taught", "ladder", "read", "short", "untaught", "write_csv", "write_markdown"]
 
@@ -155,12 +155,14 @@ def _ladder(results: Sequence[Measured], student: str) -> list[str]:
         "| memory, MB | CPU s | peak, MB"
     )
     lines = [f"| {head} |", "|" + "---|" * 13]
-    original, before = (untaught(results, "fine", name) for name in (UNCHANGED, student))
-    if original is not None:
-        lines.append(_line(["*the original*", *["-"] * 3, f"{original.perplexity:.2f}", "0", "-", "0", *["-"] * 5]))
-    if before is not None:
-        figures = [f"{before.perplexity:.2f}", f"{before.divergence:.4f}", "-", f"{before.selection:.4f}"]
-        lines.append(_line(["**no recovery**", *["-"] * 3, *figures, *["-"] * 5]))
+    rows = {UNCHANGED: "*the original*", ALL_EXPERTS_ON: "*the original, all experts on*", student: "**no recovery**"}
+    for name, title in rows.items():
+        found = untaught(results, "fine", name)
+        if found is not None:
+            perplexity, divergence, selection = found.perplexity or 0.0, found.divergence or 0.0, found.selection or 0.0
+            # the original's own is zero but for rounding
+            figures = [f"{perplexity:.2f}", f"{max(0.0, divergence):.4f}", "-", f"{max(0.0, selection):.4f}"]
+            lines.append(_line([title, *["-"] * 3, *figures, *["-"] * 5]))
     return lines + [_line(_row(taught)) for taught in ladder(results, student)]
 
 

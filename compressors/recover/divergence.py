@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from compressors.model.errors import InputError
+from compressors.model.expert_choice import ExpertChoice
 from compressors.model.log_probs import LogProbReader
 from compressors.model.losses import kl_divergence, negative_log_likelihood
 from compressors.model.memory import MemoryLimit
@@ -37,6 +38,7 @@ def judge(
     progress: Callable[[int], None] | None = None,
     limit: MemoryLimit | None = None,
     device: torch.device | None = None,
+    choice: ExpertChoice | None = None,
 ) -> Judgement:
     """Divergence from the teacher and perplexity, over the scored positions of the blocks.
 
@@ -48,12 +50,13 @@ def judge(
         progress: called with 1 after each layer.
         limit: memory that this process may use.
         device: where layers compute.
+        choice: of experts, in place of the student's top-k.
 
     Raises:
         InputError: teacher and student have different vocabularies.
     """
     _check_vocabulary(teacher, student)
-    model = StreamedModel(student, limit=limit, device=device)
+    model = StreamedModel(student, limit=limit, device=device, choice=choice)
     mine = share(len(tokens_BT))
     (hidden,) = model.stream([TokenGroup(tokens_BT[mine])], progress)
     n_scored = scored.stop - scored.start

@@ -17,7 +17,7 @@ from benchmarks.recovery.arms import ARMS, FULL_VOCABULARY, NONE, ROUTER_KD, SWE
 from benchmarks.recovery.layer_local import train_routers_locally
 from benchmarks.recovery.measure import Measured
 from benchmarks.recovery.runs import LADDER_BLOCKS, SEEDS, SHORT_BLOCKS, SWEEP_BLOCKS, Run, all_runs
-from benchmarks.recovery.students import DENSE, PRUNED, UNCHANGED, load_student, store_student
+from benchmarks.recovery.students import ALL_EXPERTS_ON, DENSE, PRUNED, UNCHANGED, load_student, store_student
 from benchmarks.recovery.table import ladder, read, write_csv, write_markdown
 from benchmarks.recovery.unfinished import Unfinished
 from compressors.model.checkpoint import Checkpoint
@@ -160,13 +160,14 @@ def test_every_arm_is_run_with_every_seed_after_its_learning_rates_were_tried() 
 
 def _measured(arm: str, seed: int, divergence: float | None, n_blocks: int = LADDER_BLOCKS) -> Measured:
     run = Run("fine", PRUNED, arm, ARMS[arm].pace.learning_rate, ARMS[arm].pace.blocks_per_step, n_blocks, seed)
-    perplexity = None if divergence is None else 40 + 50 * divergence
+    perplexity = None if divergence is None else round(40 + 50 * divergence, 3)
     return Measured(run, divergence, perplexity, divergence, 24_576, 393_216, 300.0, 500_400_000)
 
 
 _UNTAUGHT = [
     replace(one, run=replace(one.run, student=student))
-    for one, student in ((_measured(NONE, 0, 1.0, 0), PRUNED), (_measured(NONE, 0, 0.0, 0), UNCHANGED))
+    for divergence, student in ((1.0, PRUNED), (-1e-7, UNCHANGED), (0.36, ALL_EXPERTS_ON))
+    for one in (_measured(NONE, 0, divergence, 0),)
 ]
 _TAUGHT = [
     *(_measured(ROUTER_KD, seed, divergence) for seed, divergence in enumerate((0.59, 0.60, 0.61))),
@@ -213,6 +214,8 @@ def test_the_tables_say_what_was_measured(tmp_path: Path) -> None:
     assert any(
         "reach a KL of 0.5950; from its full vocabulary 0.5850: a difference of +1.71%." in line for line in lines
     )
+    assert "| *the original* | - | - | - | 40.00 | 0.0000 | - | 0.0000 | - | - | - | - | - |" in lines
+    assert "| *the original, all experts on* | - | - | - | 58.00 | 0.3600 | - | 0.3600 | - | - | - | - | - |" in lines
     assert "| pruned | coarse | 1 | 1.0000 | 0.9000 | 10.0% |" in lines
     assert f"| {ROUTER_KD} | **{pace.learning_rate:g}** | {pace.blocks_per_step} | 0.8000 |" in lines
     assert f"| {ROUTER_KD} | 1 | 8 | 0.8000 |" in lines

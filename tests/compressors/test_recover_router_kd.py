@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
+from compressors.model.expert_choice import AllExperts
 from compressors.model.families import Role
 from compressors.model.log_probs import LogProbReader, LogProbWriter
 from compressors.model.losses import kl_divergence, kl_divergence_to_top
@@ -111,6 +112,27 @@ def test_log_probs_in_16_bits_are_exact_enough(teacher: Student, blocks_BT: torc
     following = blocks_BT[:2, 33:64].flatten()
     torch.testing.assert_close(likelihoods, -expected.gather(-1, following[:, None])[:, 0], rtol=1e-5, atol=1e-5)
     assert abs(judge(teacher, blocks_BT[:2], reader, scored).divergence) < 1e-6
+
+
+def test_a_student_is_judged_with_another_choice_of_experts(
+    teacher: Student, blocks_BT: torch.Tensor, tmp_path: Path
+) -> None:
+    tokens_BT, scored = blocks_BT[:2], slice(32, 63)
+    _write_log_probs(teacher, tokens_BT, scored, tmp_path / "teacher")
+    with torch.no_grad():
+        known, found = (
+            torch.cat([logits for _, logits in model.logits_in_chunks(*model.stream([TokenGroup(tokens_BT)]), scored)])
+            for model in (StreamedModel(teacher), StreamedModel(teacher, choice=AllExperts(32)))
+        )
+    expected = functional.kl_div(
+        found.log_softmax(-1), known.log_softmax(-1), log_target=True, reduction="batchmean"
+    ).item()
+    judged = judge(teacher, tokens_BT, LogProbReader(tmp_path / "teacher"), scored, choice=AllExperts(32))
+    assert expected > 0.1
+    assert judged.divergence == pytest.approx(expected, rel=1e-3)
+    assert judged.perplexity == pytest.approx(
+        functional.cross_entropy(found, tokens_BT[:, 33:64].flatten()).exp().item(), rel=1e-4
+    )
 
 
 def test_schedule_is_the_published_one() -> None:
