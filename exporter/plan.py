@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compressors.model.shape import MoeShape, read_shape
+from compressors.model.config import read_shape
+from compressors.model.shape import MoeShape
 from exporter.compression import expected_shape
+from exporter.deviations import Deviation
 from exporter.files import write_atomically
 from exporter.prediction import Prediction
 from exporter.recipe import Recipe
@@ -36,6 +38,7 @@ class Plan:
     out: Path
     command: str  # as it was typed, for the report
     teacher_floors: Mapping[str, TeacherFloor] = field(default_factory=dict)  # by artifact; absent: nothing fits
+    deviations: tuple[Deviation, ...] = ()  # of the files from the original, that no file can mend
 
     @property
     def teacher_shape(self) -> MoeShape:
@@ -53,6 +56,7 @@ class Plan:
         data["recipe"] = self.recipe.model_dump()
         data["predictions"] = {name: asdict(prediction) for name, prediction in self.predictions.items()}
         data["refused_rungs"] = [asdict(refused) for refused in self.refused_rungs]
+        data["deviations"] = [asdict(deviation) for deviation in self.deviations]
         data["teacher_floors"] = {name: asdict(floor) for name, floor in self.teacher_floors.items()}
         write_atomically(path, json.dumps(data, indent=1))
 
@@ -63,6 +67,7 @@ class Plan:
         data["recipe"] = Recipe.model_validate(data["recipe"])
         data["predictions"] = {name: Prediction(**lines) for name, lines in data["predictions"].items()}
         data["refused_rungs"] = tuple(RefusedRung(**refused) for refused in data["refused_rungs"])
+        data["deviations"] = tuple(Deviation(**deviation) for deviation in data.get("deviations", ()))
         data["teacher_floors"] = {name: TeacherFloor(**floor) for name, floor in data.get("teacher_floors", {}).items()}
         for name in ("source", "calibration", "heldout", "out"):
             data[name] = None if data[name] is None else Path(data[name])

@@ -14,6 +14,7 @@ from exporter.estimate import Speeds, describe_time, disk_lines, memory_lines, s
 from exporter.plan import Plan
 from exporter.recovery import AFTER_QUANTIZING, schedule_of, scope_of
 from exporter.sizes import format_size
+from validate.report.facts import artifact_name
 
 __all__ = ["plan_table"]
 
@@ -30,6 +31,8 @@ def plan_table(plan: Plan, speeds: Speeds, free_memory: int) -> RenderableType:
     choices.add_row("keeps", described_compression(recipe.compress, teacher))
     for number, line in enumerate(_recovery(plan)):
         choices.add_row("" if number else "recovery", line)
+    for number, deviation in enumerate(plan.deviations):
+        choices.add_row("" if number else "differs", f"{artifact_name(deviation.artifact)}: {deviation.what}")
     choices.add_row("time", describe_time(seconds_by_stage(plan, speeds, free_memory)))
     sizes = Table("predicted bytes", *plan.predictions, box=None)
     sizes.add_row("type", *(str(recipe.type_of(artifact)) for artifact in plan.predictions))

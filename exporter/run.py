@@ -14,6 +14,7 @@ import psutil
 from compressors.calibration import Splits, read_splits, tokenize
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
+from exporter.deviations import find_deviations
 from exporter.estimate import describe_time, memory_lines, seconds_by_stage
 from exporter.hub import bundled_text, resolve_model
 from exporter.job import Job
@@ -151,6 +152,7 @@ def make_plan(job: Job, command: str) -> Plan:
         require=dict(job.require),
         out=job.out.resolve(),
         command=command,
+        deviations=find_deviations(checkpoint, recipe.artifacts),
     )
     return replace(plan, teacher_floors=_teacher_floors(plan, checkpoint, spare_disk(plan, job.work_dir)))
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
+from compressors.model.config import read_shape
 from compressors.model.errors import InputError
 from compressors.model.families import Family, Role
-from compressors.model.shape import MoeShape, read_shape
+from compressors.model.shape import MoeShape
 from compressors.model.weight_file import TensorHeader, WeightFile
 
 __all__ = ["Checkpoint", "role_shape"]

@@ -9,8 +9,9 @@ from typing import Any
 import yaml
 from gguf import GGML_QUANT_VERSION, Metadata, size_label
 
+from compressors.model.config import read_shape
 from compressors.model.errors import InputError
-from compressors.model.shape import MoeShape, read_shape
+from compressors.model.shape import MoeShape
 from exporter.gguf.container import Value, float32, string, uint32
 from exporter.gguf.layout import architecture, preset_named
 

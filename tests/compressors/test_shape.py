@@ -11,9 +11,10 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoConfig
 
+from compressors.model.config import read_shape
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.families import FAMILIES, Role
-from compressors.model.shape import MoeShape, read_shape
+from compressors.model.shape import MoeShape
 
 Read = Callable[..., MoeShape]
 

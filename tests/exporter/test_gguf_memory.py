@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from compressors.model.checkpoint import Checkpoint
+from compressors.model.config import read_shape
 from compressors.model.errors import InputError
-from compressors.model.shape import read_shape
 from compressors.model.student import Student
 from exporter.gguf.memory import predict_runtime_bytes
 from exporter.gguf.writer import write_gguf

@@ -9,8 +9,9 @@ from typing import Any
 import gguf
 import pytest
 
+from compressors.model.config import read_shape
 from compressors.model.errors import InputError
-from compressors.model.shape import MoeShape, read_shape
+from compressors.model.shape import MoeShape
 from exporter.gguf.container import TensorEntry, render_header, render_values
 from exporter.gguf.layout import plan_tensors
 from exporter.gguf.metadata import gguf_file_name, model_metadata, moe_size_label

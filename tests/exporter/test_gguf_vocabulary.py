@@ -15,8 +15,8 @@ import llama_cpp.llama_cpp as api
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from compressors.model.config import read_shape
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.shape import read_shape
 from exporter.gguf.container import render_header, render_values
 from exporter.gguf.metadata import model_metadata
 from exporter.gguf.pre_tokenizers import PRE_TOKENIZERS

@@ -13,9 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from compressors.model.checkpoint import Checkpoint
+from compressors.model.config import read_shape
 from compressors.model.errors import InputError
 from compressors.model.families import Role
-from compressors.model.shape import MoeShape, read_shape
+from compressors.model.shape import MoeShape
 from compressors.model.student import Student
 from exporter.onnx.layout import DATA_FILE, MODEL_FILE
 from exporter.onnx.writer import write_onnx

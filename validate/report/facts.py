@@ -16,6 +16,7 @@ __all__ = [
     "check_name",
     "check_value",
     "checks",
+    "deviations",
     "failed_checks",
     "failures",
     "find",
@@ -98,6 +99,11 @@ def artifact_name(artifact: str) -> str:
 def row_name(row: Mapping[str, Any]) -> str:
     """``GGUF in llama.cpp``."""
     return f"{artifact_name(row['artifact'])} in {_RUNTIME_NAMES.get(row['runtime'], row['runtime'])}"
+
+
+def deviations(report: Report) -> list[str]:
+    """Where a file differs from the original because its container knows nothing better, in sentences."""
+    return [f"{artifact_name(entry['artifact'])}: {entry['what']}" for entry in report.get("deviations") or []]
 
 
 def model_name(report: Report) -> str:
