@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from compressors.model.json_file import read_json
 from compressors.model.shape import MoeShape
 from compressors.model.student import Student
 from exporter.files import write_atomically
@@ -59,7 +60,7 @@ def _model_config(shape: MoeShape, source: Path) -> dict[str, Any]:
     transformers 4 reads ``rope_theta`` and ``torch_dtype``, transformers 5 ``rope_parameters`` and ``dtype``: both are
     there.
     """
-    config: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
+    config = read_json(source)
     return shape.in_config(config) | {
         "num_hidden_layers": shape.n_layers,
         "max_position_embeddings": shape.context_length,
@@ -74,8 +75,7 @@ def _model_config(shape: MoeShape, source: Path) -> dict[str, Any]:
 def _generation_config(shape: MoeShape, source: Path) -> dict[str, Any]:
     """The source's own, or the special tokens if it has none."""
     if source.is_file():
-        config: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
-        return config
+        return read_json(source)
     return {"_from_model_config": True, **_special_tokens(shape)}
 
 
