@@ -62,8 +62,8 @@ def _what_file(path: Path) -> str:
     """What a file is that was given in place of a folder, and what to give."""
     if path.suffix == ".gguf":
         return (
-            "a GGUF file, which is compressed already: give the folder of the original checkpoint (GGUF files are "
-            "checked with `moe-export validate FILE`)"
+            "a file; GGUF files are compressed already: give the folder of the original checkpoint "
+            "(`moe-export validate FILE` checks GGUF files)"
         )
     return "a file; give the folder that holds config.json and the weights"
 

@@ -149,7 +149,10 @@ def test_the_dtype_is_the_one_that_config_json_names(fp8: Path, name: str, dtype
             "_scale_inv holds U8; only scales in F32, BF16, F16",
         ),
         (lambda t: t.update({_QUERY: t[_QUERY].bfloat16()}), "has dtype BF16, but scales for float8"),
-        (lambda t: t.update({_QUERY: t[_QUERY].float().to(torch.float8_e5m2)}), "has dtype F8_E5M2; only F32, F16, BF16, and F8_E4M3 with scales of blocks"),
+        (
+            lambda t: t.update({_QUERY: t[_QUERY].float().to(torch.float8_e5m2)}),
+            "has dtype F8_E5M2; only F32, F16, BF16, and F8_E4M3 with scales of blocks",
+        ),
     ],
 )
 def test_scales_that_do_not_fit_are_named(
@@ -195,5 +198,5 @@ def test_other_quantized_checkpoints_are_refused_before_their_tensors(
 
 def test_float8_without_a_word_in_config_json_is_refused(fp8: Path) -> None:
     _edit_config(fp8, quantization_config=None)
-    with pytest.raises(InputError, match="quantized already.*though config.json has no quantization_config"):
+    with pytest.raises(InputError, match=r"quantized already.*though config.json has no quantization_config"):
         Checkpoint(fp8)

