@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -12,7 +13,6 @@ import torch
 
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
-from compressors.model.json_file import read_json
 from exporter.hub import bundled_text, resolve_model
 from exporter.job import parse_requirements
 from exporter.outputs import sha256_of
@@ -114,9 +114,13 @@ def _result(reference: Reference, rows: list[dict[str, Any]], checks: list[Check
 
 def _read_report(path: Path) -> dict[str, Any] | None:
     """The report of a folder that a run published; None for anything else."""
-    if not (path / "report.json").exists():
+    try:
+        report: dict[str, Any] = json.loads((path / "report.json").read_text(encoding="utf-8"))
+    except OSError:
         return None
-    return read_json(path / "report.json", "is damaged; give the output folder of a finished run")
+    except ValueError:
+        raise InputError(f"{path / 'report.json'} is damaged; give the output folder of a finished run") from None
+    return report
 
 
 def _files(path: Path, report: Mapping[str, Any] | None) -> list[ModelFile]:

@@ -7,6 +7,7 @@ expression. SentencePiece-style BPE (Mixtral), which ``tokenizer.json`` holds as
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from gguf.constants import Keys, TokenType
 from gguf.vocab import SpecialVocab
 
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.json_file import read_json
 from exporter.gguf.container import Value, boolean, float32_array, int32_array, string, string_array, uint32
 from exporter.gguf.pre_tokenizers import pre_tokenizer_name
 
@@ -62,7 +62,7 @@ def _vocabulary_metadata(folder: Path, vocab_size: int, state: object) -> Mappin
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
     try:
-        tokenizer = read_json(path)
+        tokenizer = json.loads(path.read_text(encoding="utf-8"))
         special = SpecialVocab(folder, load_merges=True, n_vocab=vocab_size)
         model = tokenizer["model"]
         if model["type"] != "BPE":
