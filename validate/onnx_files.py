@@ -42,7 +42,5 @@ def _named_by_genai(config: Path) -> str | None:
     if not isinstance(name, str):
         return None
     if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise InputError(
-            f"{config} names {shown(name)}, which lies outside of the folder: put the model into the folder"
-        )
+        raise InputError(f"{config} names {shown(name)}, which lies outside of its folder: put the model there")
     return name
