@@ -174,5 +174,6 @@ def _write_config(student: Student, folder: Path) -> None:
     config = read_json(source / "config.json")
     for pattern in _COPIED:
         for file in source.glob(pattern):
-            shutil.copyfile(file, folder / file.name)
+            if file.is_file():  # no folder, pipe or device
+                shutil.copyfile(file, folder / file.name)
     write_atomically(folder / "config.json", json.dumps(student.shape.in_config(config), indent=1))
