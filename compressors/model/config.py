@@ -106,8 +106,8 @@ class _ConfigReader:
         settings = self._settings
         if not settings.raw.get("is_causal", True):
             raise UnsupportedError(
-                f"{settings.named('is_causal')} is {shown(settings.raw['is_causal'])}: attention to later tokens is not "
-                "supported, because neither container can generate with it"
+                f"{settings.named('is_causal')} is {shown(settings.raw['is_causal'])}: attention to later tokens "
+                "is not supported, because neither container can generate with it"
             )
         for key, what in (("per_layer_config", "settings of single layers"), ("text_config", "a model inside a model")):
             if settings.raw.get(key) is not None:

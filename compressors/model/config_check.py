@@ -1,7 +1,7 @@
 """Compares a shape that was read from ``config.json`` with what transformers makes of the same file.
 
-A net under :mod:`compressors.model.config`: should a version of transformers take a setting in another way, the run ends
-with the setting's name before any work, not with a file that computes something else.
+A net under :mod:`compressors.model.config`: should a version of transformers take a setting in another way, the run
+ends with the setting's name before any work, not with a file that computes something else.
 """
 
 from __future__ import annotations

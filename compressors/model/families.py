@@ -40,6 +40,7 @@ class Role(StrEnum):
     EXPERT_GATE = "expert gate"  # [F, D] for each expert
     EXPERT_UP = "expert up"  # [F, D] for each expert
     EXPERT_DOWN = "expert down"  # [D, F] for each expert
+    ROPE_FACTORS = "rope factors"  # [head_dim / 2], in GGUF files only: made from config.json, in no checkpoint
 
     @property
     def is_expert(self) -> bool:

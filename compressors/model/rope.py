@@ -48,10 +48,13 @@ class Rope:
     long_factors: tuple[float, ...] = ()
 
     @property
-    def longest_context(self) -> int:
-        """Tokens up to which the angles depend on the position alone, whatever the length of the text."""
-        switching = self.kind is RopeKind.LONGROPE and self.short_factors != self.long_factors
-        return self.original_context if switching else self.trained_context
+    def switches_after(self) -> int | None:
+        """Tokens of the longest text that is turned by the short factors; None: all texts are turned alike.
+
+        Dynamic scaling is not meant: it begins beyond the trained context, for which nothing is written.
+        """
+        switches = self.kind is RopeKind.LONGROPE and self.short_factors != self.long_factors
+        return self.original_context if switches else None
 
     def inverse_frequencies(self, n_tokens: int) -> torch.Tensor:
         """Angles per position, float32 [width / 2], of a text of so many tokens."""

@@ -147,16 +147,14 @@ class MoeShape:
         others["tie_word_embeddings"] = self.tied_embeddings  # the weights may have had a head of their own
         if self.is_dense and dense is not None:
             kept = {key: value for key, value in others.items() if key not in self.family.moe_settings}
-            return (
-                dense.settings
-                | kept
-                | self._written_out()
-                | {
-                    "model_type": dense.model_type,
-                    "architectures": [dense.architecture],
-                    dense.width_key: self.expert_width,
-                }
-            )
+            return {
+                **dense.settings,
+                **kept,
+                **self._written_out(),
+                "model_type": dense.model_type,
+                "architectures": [dense.architecture],
+                dense.width_key: self.expert_width,
+            }
         return others | {
             keys.n_experts: self.n_experts,
             keys.expert_width: self.expert_width,
