@@ -2,8 +2,9 @@
 
 ``ggml_rope_cache_init`` and ``rope_yarn`` in ``ggml/src/ggml-cpu/ops.cpp``; ``llama_context`` in
 ``src/llama-context.cpp``, which for YaRN puts its own attention factor in place of every other and multiplies it by
-``rope.scaling.attn_factor``; ``get_rope_factors`` in ``src/llama-model.cpp``. Keys are those of
-``LLM_KV_NAMES`` in ``src/llama-arch.cpp`` without the architecture.
+``rope.scaling.attn_factor``; ``get_rope_factors`` in ``src/llama-model.cpp``. Keys are those of ``LLM_KV_NAMES`` in
+``src/llama-arch.cpp`` without the architecture. (``rope.scaling.yarn_beta_fast`` and ``..._slow`` are there too, but
+of the architectures that we write none reads them: its constants are 32 and 1, whatever a file says.)
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ PLAIN_FACTORS, LONG_FACTORS, SHORT_FACTORS = (
     "rope_factors_long.weight",
     "rope_factors_short.weight",
 )
+_BETA_FAST, _BETA_SLOW = 32.0, 1.0  # constants of llama.cpp's graphs
 _SAME = 1e-5  # relative; llama.cpp computes its frequencies in float32, by repeated multiplication
 
 
@@ -43,10 +45,13 @@ def gguf_rope(rope: Rope, architecture: str, *, takes_factors: bool) -> GgufRope
     """
     written = _written(rope, takes_factors=takes_factors)
     if written is None:
+        numbers = (
+            f" with beta_fast {rope.beta_fast:g}, beta_slow {rope.beta_slow:g}, truncate {str(rope.truncate).lower()}"
+        )
         raise UnsupportedError(
             f"llama.cpp's {architecture} graph cannot turn by the angles of rope_type {rope.kind.value!r}"
-            f"{'' if rope.truncate else ' with truncate false'}, which the model was trained with: it cannot be "
-            "written as GGUF; use --formats onnx"
+            f"{numbers if rope.kind is RopeKind.YARN else ''}, which the model was trained with: it cannot be written "
+            "as GGUF; use --formats onnx"
         )
     return written
 
@@ -82,8 +87,6 @@ def _yarn_keys(rope: Rope) -> Mapping[str, str | int | float]:
         "rope.scaling.type": "yarn",
         "rope.scaling.factor": rope.factor,
         "rope.scaling.original_context_length": rope.original_context,
-        "rope.scaling.yarn_beta_fast": rope.beta_fast,
-        "rope.scaling.yarn_beta_slow": rope.beta_slow,
     }
     by_itself = 1.0 if rope.factor <= 1 else 1.0 + 0.1 * math.log(rope.factor)
     return keys | _attention_factor(rope.attention_factor / by_itself)
@@ -94,7 +97,7 @@ def _attention_factor(factor: float) -> dict[str, str | int | float]:
 
 
 def _computes_yarn(rope: Rope) -> bool:
-    """Whether ``ggml_rope_yarn_corr_dims`` and ``rope_yarn_ramp``, which know no ``truncate``, give these angles."""
+    """Whether ``ggml_rope_yarn_corr_dims`` and ``rope_yarn_ramp``, which always truncate, give these angles."""
     half = rope.width // 2
     plain = replace(rope, kind=RopeKind.DEFAULT).inverse_frequencies(1).double()
 
@@ -102,8 +105,8 @@ def _computes_yarn(rope: Rope) -> bool:
         turns = math.log(rope.original_context / (n_rotations * 2 * math.pi))
         return rope.width * turns / (2 * math.log(rope.theta))
 
-    low = max(0, math.floor(dimension(rope.beta_fast)))
-    high = min(rope.width - 1, math.ceil(dimension(rope.beta_slow)))
+    low = max(0, math.floor(dimension(_BETA_FAST)))
+    high = min(rope.width - 1, math.ceil(dimension(_BETA_SLOW)))
     ramp = 1 - ((torch.arange(half) - low) / max(0.001, high - low)).clamp(0, 1)
     found = plain / rope.factor * (1 - ramp) + plain * ramp
     return torch.allclose(found, rope.inverse_frequencies(1).double(), rtol=_SAME, atol=0)
