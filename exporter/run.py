@@ -154,7 +154,7 @@ def make_plan(job: Job, command: str) -> Plan:
         out=job.out.resolve(),
         command=command,
         end_tokens=special_tokens(folder, checkpoint.shape.vocab_size).ends,
-        deviations=find_deviations(checkpoint, recipe.artifacts),
+        deviations=find_deviations(checkpoint, recipe.artifacts, recipe.source.model),
     )
     return replace(plan, teacher_floors=_teacher_floors(plan, checkpoint, spare_disk(plan, job.work_dir)))
 

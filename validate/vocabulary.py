@@ -17,7 +17,7 @@ import numpy.typing as npt
 from compressors.model.errors import InputError
 from compressors.model.tokenizer_files import load_tokenizer
 from validate.backend import Backend, ChunkOutput
-from validate.llama_cpp import start_runtime
+from validate.llama_cpp import logged_error, start_runtime
 
 if TYPE_CHECKING:  # a process that only tokenizes does without torch
     import torch
@@ -76,7 +76,7 @@ class GgufVocabulary:
         self._model = api.llama_model_load_from_file(str(path).encode(), params)
         vocabulary = api.llama_model_get_vocab(self._model) if self._model is not None else None
         if vocabulary is None or not api.llama_vocab_n_tokens(vocabulary):
-            raise InputError(f"{path}: llama.cpp cannot read its vocabulary; convert the model again")
+            raise InputError(f"{path}: llama.cpp cannot read its vocabulary{logged_error()}; convert the model again")
         self._vocabulary = vocabulary
         adds_bos = api.llama_vocab_get_add_bos(vocabulary)
         self.bos_token_id = int(api.llama_vocab_bos(vocabulary)) if adds_bos else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["TOKENIZER_FILES", "files_state", "load_tokenizer", "read_tokenizer_json"]
+__all__ = ["TOKENIZER_FILES", "files_state", "load_tokenizer", "own_code", "read_tokenizer_json", "tokens_of"]
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -70,6 +70,24 @@ def _load_tokenizer(folder: Path, state: object) -> PreTrainedTokenizerFast:
     return loaded
 
 
+def tokens_of(folder: Path, texts: Sequence[str], *, read_special_as_text: bool = False) -> list[tuple[int, ...]]:
+    """Returns the token ids of texts by the tokenizer of ``folder``, with nothing put before or behind them.
+
+    Tokens that it calls special are recognised inside a text, unless they are to be read as text.
+
+    Raises:
+        InputError: as :func:`load_tokenizer`, or the tokenizer has no token for a part of a text.
+    """
+    tokenizer = load_tokenizer(folder)
+    encoded = _guarded(
+        lambda: tokenizer(
+            list(texts), add_special_tokens=False, split_special_tokens=read_special_as_text, verbose=False
+        ),
+        folder,
+    )
+    return [tuple(tokens) for tokens in encoded["input_ids"]]
+
+
 def read_tokenizer_json(path: Path) -> Tokenizer:
     """Returns the tokenizer of one ``tokenizer.json``, as the ``tokenizers`` library reads it by itself.
 
@@ -80,6 +98,18 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
 
     tokenizer: Tokenizer = _guarded(lambda: Tokenizer.from_file(str(path)), path.parent)
     return tokenizer
+
+
+def own_code(folder: Path) -> str | None:
+    """Returns the class outside of transformers that ``tokenizer_config.json`` names, None if it names none.
+
+    It is never run: ``tokenizer.json`` is read instead.
+    """
+    path = folder / "tokenizer_config.json"
+    names = read_json(path).get("auto_map") if path.is_file() else None
+    named = names.get("AutoTokenizer") if isinstance(names, dict) else names
+    chosen = [name for name in (named if isinstance(named, list) else [named]) if name]
+    return str(chosen[0]) if chosen else None
 
 
 def _guarded(action: Callable[[], Any], folder: Path) -> Any:
@@ -108,7 +138,7 @@ def _sentence(folder: Path, error: BaseException) -> str:
             f"{folder}: its tokenizer files cannot be read by the installed transformers {version('transformers')} "
             f"({reason}); download tokenizer_config.json and tokenizer.json again, or update transformers"
         )
-    code = _own_code(folder)
+    code = own_code(folder)
     if code is not None:
         return (
             f"{folder / 'tokenizer_config.json'} names Python code of its own ({code}), which is never run here, and "
@@ -159,15 +189,6 @@ def _described(data: dict[str, Any], part: str) -> str:
 def _steps(settings: dict[str, Any]) -> list[Any]:
     lists = [value for value in settings.values() if isinstance(value, list)]
     return lists[0] if lists else []
-
-
-def _own_code(folder: Path) -> str | None:
-    """The class outside of transformers that ``tokenizer_config.json`` names, None if it names none."""
-    path = folder / "tokenizer_config.json"
-    names = read_json(path).get("auto_map") if path.is_file() else None
-    named = names.get("AutoTokenizer") if isinstance(names, dict) else names
-    chosen = [name for name in (named if isinstance(named, list) else [named]) if name]
-    return str(chosen[0]) if chosen else None
 
 
 def _first_line(error: BaseException) -> str:
