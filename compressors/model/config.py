@@ -12,9 +12,11 @@ from pathlib import Path
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.families import FAMILIES, Family, family_for
 from compressors.model.json_file import read_json
+from compressors.model.names import shown
 from compressors.model.rope_config import read_rope
-from compressors.model.settings import Settings, shown
+from compressors.model.settings import Settings
 from compressors.model.shape import MoeShape
+from compressors.model.special_tokens import configured_tokens
 
 __all__ = ["read_shape"]
 
@@ -54,6 +56,8 @@ class _ConfigReader:
         trained_context = self._count("max_position_embeddings")
         window = self._window()
         self._check_heads(n_heads, n_kv_heads, head_dim)
+        vocab_size = self._count("vocab_size")
+        tokens = configured_tokens(self._settings.path.parent, vocab_size)
         shape = MoeShape(
             model_type=family.model_type,
             n_layers=self._count("num_hidden_layers"),
@@ -64,7 +68,7 @@ class _ConfigReader:
             n_experts=self._count(keys.other_n_experts if keys.other_n_experts in self._settings else keys.n_experts),
             top_k=self._count("num_experts_per_tok"),
             expert_width=self._count(keys.expert_width),
-            vocab_size=self._count("vocab_size"),
+            vocab_size=vocab_size,
             context_length=trained_context if window is None else min(trained_context, window),
             rms_norm_eps=self._settings.number("rms_norm_eps", family.defaults["rms_norm_eps"]),
             rope=read_rope(
@@ -72,9 +76,9 @@ class _ConfigReader:
             ),
             tied_embeddings=self._settings.flag("tie_word_embeddings", default=False),
             normalize_top_k=self._normalize_top_k(),
-            bos_token_id=self._token("bos_token_id"),
-            eos_token_ids=self._tokens("eos_token_id"),
-            pad_token_id=self._token("pad_token_id"),
+            bos_token_id=tokens.bos,
+            eos_token_ids=tokens.ends,
+            pad_token_id=tokens.pad,
             window=window,
         )
         if shape.top_k > shape.n_experts:
@@ -155,14 +159,6 @@ class _ConfigReader:
         if key in self._family.nullable and self._settings.raw.get(key, 0) is None and default is not None:
             return default
         return self._settings.count(key, default)
-
-    def _tokens(self, key: str) -> tuple[int, ...]:
-        default = self._family.defaults.get(key)
-        return self._settings.tokens(key, () if default is None else (default,))
-
-    def _token(self, key: str) -> int | None:
-        tokens = self._tokens(key)
-        return tokens[0] if tokens else None
 
 
 def _are_kinds(value: object, n_layers: int) -> bool:

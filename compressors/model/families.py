@@ -240,8 +240,6 @@ _MIXTRAL = Family(
         "intermediate_size": 14336,
         "num_experts_per_tok": 2,
         "num_local_experts": 8,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
     },
     nullable=frozenset({"head_dim", "sliding_window"}),
     rope_theta=1_000_000.0,
@@ -276,8 +274,6 @@ _OLMOE = Family(
         "intermediate_size": 2048,
         "num_experts_per_tok": 8,
         "num_experts": 64,
-        "pad_token_id": 1,
-        "eos_token_id": 50279,
     },
     nullable=frozenset({"num_key_value_heads"}),
     gguf=GgufFamily(

@@ -13,8 +13,9 @@ from dataclasses import replace
 import torch
 
 from compressors.model.errors import UnsupportedError
+from compressors.model.names import shown
 from compressors.model.rope import Rope, RopeKind
-from compressors.model.settings import Settings, shown
+from compressors.model.settings import Settings
 
 __all__ = ["read_rope"]
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from compressors.model.errors import InputError
+from compressors.model.names import shown
 
-__all__ = ["Settings", "shown"]
+__all__ = ["Settings"]
 
 _LARGEST_COUNT = 2**31 - 1
 
@@ -87,14 +87,6 @@ class Settings:
             raise self._wrong(key, "true or false")
         return value
 
-    def tokens(self, key: str, default: Sequence[int] = ()) -> tuple[int, ...]:
-        """Token ids, from one or a list of them; none where the value is null."""
-        value = self.raw.get(key, list(default))
-        tokens = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(token, int) for token in tokens):
-            raise self._wrong(key, "a token id or a list of them")
-        return tuple(tokens)
-
     def _value(self, key: str, default: object) -> Any:
         if key in self.raw:
             return self.raw[key]
@@ -110,9 +102,3 @@ def _is_positive(value: object) -> bool:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False
     return 0 < value < 1e300 and math.isfinite(value)
-
-
-def shown(value: object) -> str:
-    """A value as JSON writes it, cut off where it is long."""
-    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
