@@ -226,7 +226,8 @@ class _Session:
         params.flash_attn_type = flash_attention
         if callback is not None:
             params.cb_eval = callback
-        self._context = api.llama_init_from_model(self._model, params)
+        with time_limit.working():
+            self._context = api.llama_init_from_model(self._model, params)
         if self._context is None:
             raise InputError(
                 f"{path}: llama.cpp cannot set up a context of {n_ctx} tokens with {kv_type} keys and values"
@@ -272,12 +273,14 @@ class _Session:
                 batch.n_seq_id[index] = 1
                 batch.seq_id[index][0] = 0
                 batch.logits[index] = all_logits or index == n_tokens - 1
-            status = api.llama_decode(self._context, batch)
+            with time_limit.working():
+                status = api.llama_decode(self._context, batch)
         finally:
             api.llama_batch_free(batch)
         if status != 0:
-            raise RuntimeCrashError(f"it could not evaluate {n_tokens} tokens (status {status}){_logged_error()}")
-        time_limit.renew()
+            raise RuntimeCrashError(
+                f"llama.cpp could not evaluate {n_tokens} tokens (status {status}){_logged_error()}"
+            )
         self._length += n_tokens
         n_rows = n_tokens if all_logits else 1
         pointer = ctypes.cast(api.llama_get_logits(self._context), ctypes.c_void_p)
@@ -304,10 +307,10 @@ def _load_model(path: Path, gpu_layers: int) -> int:
     params = api.llama_model_default_params()
     params.n_gpu_layers = gpu_layers
     params.use_extra_bufts = False
-    model: int | None = api.llama_model_load_from_file(str(path).encode(), params)
+    with time_limit.working():
+        model: int | None = api.llama_model_load_from_file(str(path).encode(), params)
     if model is None:
         raise InputError(f"{path} cannot be loaded by llama.cpp{_logged_error()}")
-    time_limit.renew()
     return model
 
 

@@ -304,12 +304,12 @@ def _run_from_empty_cache(
 
 @contextmanager
 def _running() -> Iterator[None]:
-    """While it lasts, what the runtime raises is a finding about the graph; that it comes back, is progress."""
+    """While it lasts, what the runtime raises is a finding about the graph, and so is it that nothing comes back."""
     try:
-        yield
+        with time_limit.working():
+            yield
     except _ERRORS as error:
-        raise RuntimeCrashError(f"it could not run the graph: {' '.join(str(error).split())}") from None
-    time_limit.renew()
+        raise RuntimeCrashError(f"ONNX Runtime could not run the graph: {' '.join(str(error).split())}") from None
 
 
 def _logits_digest(session: onnxruntime.InferenceSession, tokens: npt.NDArray[np.int64]) -> str:
@@ -355,8 +355,7 @@ def _open_session(
             "session.model_external_initializers_file_folder_path", str(path.resolve().parent)
         )
     try:
-        session = onnxruntime.InferenceSession(model, options, providers=list(providers))
+        with time_limit.working():
+            return onnxruntime.InferenceSession(model, options, providers=list(providers))
     except _ERRORS as error:
         raise InputError(f"{path} does not load in ONNX Runtime ({error}); export it again") from None
-    time_limit.renew()
-    return session

@@ -48,7 +48,8 @@ class TokenizerVocabulary:
 
         self.where = str(folder)
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            with time_limit.working():
+                self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{folder} has no usable tokenizer ({error}); put tokenizer.json there") from None
 
@@ -75,12 +76,12 @@ class GgufVocabulary:
         start_runtime()
         params = api.llama_model_default_params()
         params.vocab_only = True
-        self._model = api.llama_model_load_from_file(str(path).encode(), params)
+        with time_limit.working():
+            self._model = api.llama_model_load_from_file(str(path).encode(), params)
         vocabulary = api.llama_model_get_vocab(self._model) if self._model is not None else None
         if vocabulary is None or not api.llama_vocab_n_tokens(vocabulary):
             raise InputError(f"{path}: llama.cpp cannot read its vocabulary; convert the model again")
         self._vocabulary = vocabulary
-        time_limit.renew()
         adds_bos = api.llama_vocab_get_add_bos(vocabulary)
         self.bos_token_id = int(api.llama_vocab_bos(vocabulary)) if adds_bos else None
 
@@ -103,7 +104,8 @@ class GgufVocabulary:
         data = text.encode("utf-8")
         room = len(data) + 8
         tokens = (api.llama_token * room)()
-        count = api.llama_tokenize(self._vocabulary, data, len(data), tokens, room, add_special_tokens, False)
+        with time_limit.working():
+            count = api.llama_tokenize(self._vocabulary, data, len(data), tokens, room, add_special_tokens, False)
         if count < 0:
             raise InputError(f"{self.where}: llama.cpp cannot tokenise the text ({-count} tokens)")
         return list(tokens[:count])
