@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from compressors.model.errors import InputError
 from compressors.model.tokenizer_files import load_tokenizer
+from validate import time_limit
 from validate.backend import Backend, ChunkOutput
 from validate.llama_cpp import logged_error, start_runtime
 
@@ -48,7 +49,8 @@ class TokenizerVocabulary:
 
     def __init__(self, folder: Path) -> None:
         self.where = str(folder)
-        self._tokenizer: Any = load_tokenizer(folder)
+        with time_limit.working():
+            self._tokenizer: Any = load_tokenizer(folder)
 
     def text(self, token: int) -> str | None:
         """See :class:`Vocabulary`."""
@@ -73,7 +75,8 @@ class GgufVocabulary:
         start_runtime()
         params = api.llama_model_default_params()
         params.vocab_only = True
-        self._model = api.llama_model_load_from_file(str(path).encode(), params)
+        with time_limit.working():
+            self._model = api.llama_model_load_from_file(str(path).encode(), params)
         vocabulary = api.llama_model_get_vocab(self._model) if self._model is not None else None
         if vocabulary is None or not api.llama_vocab_n_tokens(vocabulary):
             raise InputError(f"{path}: llama.cpp cannot read its vocabulary{logged_error()}; convert the model again")
@@ -112,9 +115,10 @@ class GgufVocabulary:
         room = len(data) + 8
         while True:
             tokens = (api.llama_token * room)()
-            count = api.llama_tokenize(
-                self._vocabulary, data, len(data), tokens, room, add_special_tokens, parse_special
-            )
+            with time_limit.working():
+                count = api.llama_tokenize(
+                    self._vocabulary, data, len(data), tokens, room, add_special_tokens, parse_special
+                )
             if count >= 0:
                 return list(tokens[:count])
             if -count <= room:
