@@ -30,7 +30,7 @@ def ensure_server(preloaded: str) -> None:
     Raises:
         OSError: it cannot listen, such as where the path of the folder for temporary files is too long.
     """
-    server: Any = forkserver._forkserver  # type: ignore[attr-defined]  # where it listens is in a private attribute
+    server: Any = forkserver._forkserver  # where it listens is in a private attribute
     multiprocessing.set_forkserver_preload([preloaded])
     before = server._forkserver_address
     with tempfile.TemporaryDirectory(prefix="moe-export-") as folder, _sockets_in(folder):

@@ -53,7 +53,7 @@ def state():
     )
 
 before = state()
-from compressors.model.no_telemetry import VARIABLES
+from compressors.model.quiet_libraries import VARIABLES
 before = (before[0] | VARIABLES, *before[1:])
 for name in sys.argv[1:]:
     importlib.import_module(name)

@@ -8,10 +8,11 @@ starts.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from typing import Final
 
-__all__ = ["VARIABLES"]
+__all__ = ["VARIABLES", "leave_no_cache"]
 
 VARIABLES: Final[Mapping[str, str]] = {
     "ORT_DISABLE_TELEMETRY": "1",  # onnxruntime
@@ -21,3 +22,12 @@ VARIABLES: Final[Mapping[str, str]] = {
 """What importing this module sets, whatever the user's environment says."""
 
 os.environ.update(VARIABLES)
+
+
+def leave_no_cache() -> None:
+    """Keeps torch from making an empty folder for compiled code in the folder for temporary files.
+
+    It does so on import, and nothing here is compiled. For programs of this project only: in somebody else's process
+    the folder may be of use. A folder that the user chose stays.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
