@@ -13,6 +13,7 @@ import click
 from click.core import ParameterSource
 
 from compressors.model.errors import InputError, MoeExportError
+from compressors.model.quiet_libraries import leave_no_cache
 from exporter.interruption import exit_code, ignore_further_requests, requests_wait, sigterm_raises
 
 __all__ = ["main"]
@@ -30,6 +31,7 @@ class _DefaultCommand(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Turns errors made for people, and requests to stop, into one line and their exit code."""
+        leave_no_cache()
         try:
             with sigterm_raises():
                 return super().invoke(ctx)
