@@ -10,6 +10,7 @@ from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.families import Family, family_for
 from compressors.model.json_file import read_json
 from compressors.model.shape import MoeShape
+from compressors.model.special_tokens import configured_tokens
 
 __all__ = ["read_shape"]
 
@@ -49,6 +50,8 @@ class _ConfigReader:
         hidden_size = self._count("hidden_size")
         n_heads = self._count("num_attention_heads")
         context_length = self._count("max_position_embeddings")
+        vocab_size = self._count("vocab_size")
+        tokens = configured_tokens(self._path.parent, vocab_size)
         shape = MoeShape(
             model_type=family.model_type,
             n_layers=self._count("num_hidden_layers"),
@@ -59,15 +62,15 @@ class _ConfigReader:
             n_experts=self._count(keys.n_experts if keys.n_experts in self._raw else keys.saved_n_experts),
             top_k=self._count("num_experts_per_tok"),
             expert_width=self._count(keys.expert_width),
-            vocab_size=self._count("vocab_size"),
+            vocab_size=vocab_size,
             context_length=context_length,
             rms_norm_eps=self._number("rms_norm_eps"),
             rope_theta=self._rope_theta(),
             tied_embeddings=self._flag("tie_word_embeddings", default=False),
             normalize_top_k=self._normalize_top_k(family),
-            bos_token_id=self._token("bos_token_id"),
-            eos_token_ids=self._tokens("eos_token_id"),
-            pad_token_id=self._token("pad_token_id"),
+            bos_token_id=tokens.bos,
+            eos_token_ids=tokens.ends,
+            pad_token_id=tokens.pad,
         )
         if shape.top_k > shape.n_experts:
             raise InputError(
@@ -138,14 +141,3 @@ class _ConfigReader:
         if not isinstance(value, bool):
             raise InputError(f"{self._path}: {key} must be true or false, not {value!r}")
         return value
-
-    def _tokens(self, key: str) -> tuple[int, ...]:
-        value = self._raw.get(key)
-        tokens = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(token, int) for token in tokens):
-            raise InputError(f"{self._path}: {key} must be a token id or a list of them, not {value!r}")
-        return tuple(tokens)
-
-    def _token(self, key: str) -> int | None:
-        tokens = self._tokens(key)
-        return tokens[0] if tokens else None
