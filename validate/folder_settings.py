@@ -78,10 +78,10 @@ def _genai_symptoms(
         if value != wanted:
             yield f"genai_config.json: {found} is {value!r}, the model's is {wanted!r}"
     positions = _table_length(proto)
-    context = model.get("context_length")
+    context: Any = model.get("context_length")
     longest = min(shape.context_length, positions or shape.context_length)
     if not _is_count(context) or context > longest or (positions is not None and context != longest):
-        yield f"genai_config.json: context_length is {context!r}, the graph's rotary tables and the model have {longest}"
+        yield f"genai_config.json: context_length is {context!r}, that of graph and model is {longest}"
     yield from _name_symptoms(decoder, proto)
     yield from _token_symptoms("genai_config.json", model, source, generation)
     length = search.get("max_length")
@@ -89,7 +89,7 @@ def _genai_symptoms(
         yield f"genai_config.json: max_length of search is {length!r}, the context {context!r}"
     for name, neutral in _SAMPLING.items():
         if name in search and search[name] not in neutral and search[name] != generation.get(name):
-            yield f"genai_config.json: {name} of search is {search[name]!r}, which the original's generation does not ask"
+            yield f"genai_config.json: {name} of search is {search[name]!r}, which the original does not ask for"
     chunk = search.get("chunk_size")
     if chunk is not None and not _is_count(chunk):
         yield f"genai_config.json: chunk_size of search is {chunk!r}, and must be a number of tokens"

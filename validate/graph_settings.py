@@ -76,12 +76,16 @@ def graph_setting_symptoms(path: Path, shape: MoeShape) -> list[str]:
             allowed |= _of_ours(node)
         for name, values in allowed.items():
             if name in found and not any(_is_same(found[name], value) for value in values):
-                sentence = f"{node.op_type} {name}: {_shown(found[name])} in the graph, the model's is {_shown(values[0])}"
+                sentence = (
+                    f"{node.op_type} {name}: {_shown(found[name])} in the graph, the model's is {_shown(values[0])}"
+                )
                 symptoms.setdefault(sentence, []).append(node.output[0])
             elif name not in found and None not in values:
                 sentence = f"{node.op_type} {name}: absent in the graph, the model's is {_shown(values[0])}"
                 symptoms.setdefault(sentence, []).append(node.output[0])
-        for name in found.keys() - allowed.keys() - _HARMLESS if node.op_type in (*_ATTENTION, *_NORMS, *_EXPERTS) else ():
+        for name in (
+            found.keys() - allowed.keys() - _HARMLESS if node.op_type in (*_ATTENTION, *_NORMS, *_EXPERTS) else ()
+        ):
             symptoms.setdefault(f"{node.op_type} {name}: the model has no such setting", []).append(node.output[0])
     found_symptoms = [f"{sentence} ({_places(nodes)})" for sentence, nodes in symptoms.items()]
     if model.producer_name == _OURS:
@@ -92,9 +96,7 @@ def graph_setting_symptoms(path: Path, shape: MoeShape) -> list[str]:
 _Allowed = dict[str, tuple[Any, ...]]  # None among the values: the attribute may be absent
 
 
-def _allowed(
-    node: onnx.NodeProto, shape: MoeShape, layer: int, weights: Mapping[str, onnx.TensorProto]
-) -> _Allowed:
+def _allowed(node: onnx.NodeProto, shape: MoeShape, layer: int, weights: Mapping[str, onnx.TensorProto]) -> _Allowed:
     """Attributes of an operator that any exporter uses, with the values that are right."""
     kind = node.op_type
     if kind in _NORMS:
@@ -131,7 +133,7 @@ def _attention(node: onnx.NodeProto, shape: MoeShape) -> _Allowed:
         allowed |= {"kv_num_heads": (shape.n_kv_heads,), "rotary_interleaved": (0, None)}
         # another exporter may rotate before
         allowed["do_rotary"] = (1,) if len(node.input) > 7 and node.input[7] else (0, None)
-        allowed |= {name: (0, None) for name in ("qk_output", "k_quant_type", "v_quant_type", "kv_cache_bit_width")}
+        allowed |= dict.fromkeys(("qk_output", "kv_cache_bit_width"), (0, None))
     return allowed
 
 

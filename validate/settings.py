@@ -47,6 +47,11 @@ _NEUTRAL: Mapping[str, tuple[MetadataValue, ...]] = {
 }
 """Keys that models of our families do not need, with the values that change nothing."""
 
+_READ_ALWAYS = (
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.attn_factor",
+)
 _DESCRIPTIVE = ("rope.scaling.finetuned", "rope.scaling.original_context_length", "tensor_data_layout")
 
 _NAMES: Mapping[str, str] = {
@@ -114,9 +119,8 @@ def _unexpected(settings: Mapping[str, MetadataValue], shape: MoeShape) -> Itera
     for key, value in settings.items():
         if key in known or key in _DESCRIPTIVE or (key == "feed_forward_length" and not shape.is_dense):
             continue
-        if key.startswith("rope.scaling.") and key != "rope.scaling.type" and scaling_is_off:
-            if key != "rope.scaling.factor":
-                continue  # read by no kind of scaling that is on
+        if scaling_is_off and key.startswith("rope.scaling.") and key not in _READ_ALWAYS:
+            continue
         if key not in allowed:
             yield f"{key}: {_shown(value)} in the file, and the model has no such setting"
         elif not any(_is_same(value, neutral) for neutral in allowed[key]):
@@ -136,7 +140,7 @@ def _is_same(found: Any, wanted: MetadataValue) -> bool:
 def _shown(value: MetadataValue | None) -> str:
     if value is None:
         return "absent"
-    if isinstance(value, bool) or isinstance(value, str):
+    if isinstance(value, bool | str):
         return repr(value)
     if isinstance(value, int):
         return f"{value:,}"

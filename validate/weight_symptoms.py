@@ -1,6 +1,6 @@
 """What is wrong with a file's weights, in words: a sentence for each tensor, expert or group of rows.
 
-Layers, experts and rows are counted from 0, as in the files; a row of the embedding is a token, and shown with its text.
+Layers, experts and rows are counted from 0, as in the files; a row of the embedding is a token, shown with its text.
 """
 
 from __future__ import annotations
@@ -137,7 +137,8 @@ def _verdict(entries: Sequence[Damage]) -> str:
         case Fault.CHANGED:
             return f"is not the original's, though stored as {worst.type_name} ({error})"
         case Fault.TOO_FAR:
-            return f"is further from the original's than {worst.type_name} makes it ({error}, usual {worst.usual_error:.2g})"
+            usual = f"usual {worst.usual_error:.2g}"
+            return f"is further from the original's than {worst.type_name} makes it ({error}, {usual})"
         case _:
             return f"does not resemble the original's ({error})"
 
