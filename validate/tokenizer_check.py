@@ -181,8 +181,8 @@ def _compare_texts(
         different = [one for one in different if one not in known]
         if known:
             findings.notes.append(
-                f"llama.cpp cuts {len(known)} of {len(texts):,} texts otherwise than the original's tokenizer, whatever "
-                f"a file says: {_shown_text(known[0])}"
+                f"llama.cpp cuts {len(known)} of {len(texts):,} texts otherwise than the original's tokenizer does, "
+                f"whatever a file says: {_shown_text(known[0])}"
             )
     if different:
         shown = "; ".join(_described(one, original) for one in different[:_SHOWN])
