@@ -98,6 +98,30 @@ class GgufVocabulary:
         text: bytes = api.llama_vocab_get_text(self._vocabulary, token)
         return text.decode("utf-8", errors="replace")
 
+    def attributes(self, token: int) -> int:
+        """What kind of token it is: ``enum llama_token_attr`` of ``llama.h``."""
+        return int(api.llama_vocab_get_attr(self._vocabulary, token))
+
+    @property
+    def begin_token(self) -> int:
+        """The token that begins a text; -1 if there is none."""
+        return int(api.llama_vocab_bos(self._vocabulary))
+
+    @property
+    def end_token(self) -> int:
+        """The token that ends a text first of all; -1 if there is none."""
+        return int(api.llama_vocab_eos(self._vocabulary))
+
+    @property
+    def adds_begin(self) -> bool:
+        """Whether a text gets the first of them."""
+        return bool(api.llama_vocab_get_add_bos(self._vocabulary))
+
+    @property
+    def adds_end(self) -> bool:
+        """Whether a text gets the second."""
+        return bool(api.llama_vocab_get_add_eos(self._vocabulary))
+
     @property
     def end_tokens(self) -> frozenset[int]:
         """All tokens at which llama.cpp ends a text: those that the file names, and those it knows by their text."""
