@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.shape import MoeShape
@@ -25,6 +25,9 @@ from exporter.gguf.special_values import tokens_around
 from exporter.gguf.vocabulary import vocabulary_metadata
 from validate.tokenization import AWKWARD_TEXTS, texts_around
 from validate.vocabulary_process import LlamaTokens, ask_llama_cpp
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 __all__ = ["vocabulary_deviations"]
 
@@ -49,12 +52,12 @@ def vocabulary_deviations(folder: Path, shape: MoeShape, name: str) -> Iterator[
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     texts = [*AWKWARD_TEXTS, *texts_around(tokenizer.get_added_vocab())]
     plain_texts = [*AWKWARD_TEXTS, *texts_around(special)]
-    data = json.loads(tokenizer.backend_tokenizer.to_str())
-    rewritings = _rewritings(data)
+    parts = _parts(tokenizer)
+    rewritings = _rewritings(parts)
     asked = list(dict.fromkeys([*texts, *(rewrite(text) for rewrite in rewritings.values() for text in texts)]))
     llama = _ask(folder, shape, name, asked)
     marks = llama.marks | set(tokenizer.get_added_vocab())
-    judge = _Judge(folder, rewritings, marks, is_close=_is_close(data, folder))
+    judge = _Judge(folder, rewritings, marks, is_close=_is_close(parts, folder))
     parsed, plain = (dict(zip(asked, tokens, strict=True)) for tokens in (llama.parsed, llama.plain))
     read_as_text = tokens_of(folder, plain_texts, read_special_as_text=True)
     sentences = [
@@ -84,6 +87,14 @@ def _ask(folder: Path, shape: MoeShape, name: str, texts: Sequence[str]) -> Llam
             raise UnsupportedError(
                 f"{folder}: its tokenizer cannot be brought into a GGUF file ({reason}); use --formats onnx"
             ) from None
+
+
+def _parts(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """A ``tokenizer.json`` without vocabulary and merges, which take long to write and to read."""
+    backend = tokenizer.backend_tokenizer
+    steps = {"normalizer": backend.normalizer, "pre_tokenizer": backend.pre_tokenizer}
+    parts = {name: None if step is None else json.loads(step.__getstate__()) for name, step in steps.items()}
+    return {**parts, "model": {"ignore_merges": backend.model.ignore_merges}}
 
 
 def _rewritings(tokenizer: Mapping[str, Any]) -> Mapping[str, _Rewriting]:
@@ -123,7 +134,7 @@ class _Judge:
             if tokens != found[text]:
                 by_reason.setdefault(self._reason(text, tokens, found, around), []).append(text)
         for reason, texts in by_reason.items():
-            yield f"llama.cpp cuts text {reason} otherwise, such as {' and '.join(map(_short, texts[:_SHOWN]))}"
+            yield f"llama.cpp cuts text {reason} otherwise, such as {' and '.join(map(_short, sorted(texts, key=len)[:_SHOWN]))}"
 
     def _reason(self, text: str, tokens: tuple[int, ...], found: _Tokens, around: str) -> str:
         for what, rewrite in self.rewritings.items():
@@ -153,10 +164,10 @@ def _ends_of_generation(folder: Path, shape: MoeShape, found: frozenset[int]) ->
     """Compares the tokens at which a text ends: llama.cpp has keys for three, and knows some by their text alone."""
     tokenizer = load_tokenizer(folder)
     wanted = set(special_tokens(folder, shape.vocab_size).ends)
-    used = set(tokenizer.get_vocab().values())  # rows without a token stand for no end
+    used = {token for token in found if tokenizer.convert_ids_to_tokens(token) is not None}  # others are only rows
     if missing := _named(folder, sorted(wanted - found)):
         yield f"llama.cpp does not end a text at {missing}, though the model does"
-    if further := _named(folder, sorted((found & used) - wanted)):
+    if further := _named(folder, sorted(used - wanted)):
         yield f"llama.cpp ends a text at {further} too, which the model's files do not name as end of a text"
 
 
