@@ -18,6 +18,7 @@ from exporter.tokenizer_copy import write_tokenizer
 
 __all__ = ["write_client_files"]
 
+
 def write_client_files(
     student: Student, folder: Path, *, context_length: int | None = None, max_length: int | None = None
 ) -> None:
