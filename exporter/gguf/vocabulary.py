@@ -1,7 +1,7 @@
 """The tokenizer of a checkpoint as GGUF metadata, so that llama.cpp splits text into the same tokens.
 
-The source is the tokenizer that ``AutoTokenizer`` makes of the files, which adds tokens that only
-``tokenizer_config.json`` names. Two kinds are known. Byte-level BPE (Qwen, Llama 3, GPT-2) needs the name that llama.cpp gives to the splitting
+The source is the tokenizer that ``AutoTokenizer`` makes of the files, with tokens that only ``tokenizer_config.json``
+names. Two kinds are known. Byte-level BPE (Qwen, Llama 3, GPT-2) needs the name that llama.cpp gives to the splitting
 expression. SentencePiece-style BPE (Mixtral), which transformers holds as BPE with byte fallback, needs scores.
 """
 
