@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # it has none
 from onnx import external_data_helper
@@ -131,12 +132,20 @@ def _rope_base(graph: onnx.GraphProto, weights: Mapping[str, onnx.TensorProto], 
     if table is None or len(table.dims) != 2 or table.dims[0] < 2 or table.dims[1] < 2:
         return None
     half, dtype = table.dims[1], onnx.helper.tensor_dtype_to_np_dtype(table.data_type)
-    if table.external_data:
-        place = external_data_helper.ExternalDataInfo(table)
-        start = (place.offset or 0) + half * dtype.itemsize
-        row = np.fromfile(folder / place.location, dtype, half, offset=start)
-    else:
-        row = onnx.numpy_helper.to_array(table)[1]
+    row = _stored_row(table, folder, half, dtype) if table.external_data else onnx.numpy_helper.to_array(table)[1]
     column = 1  # column 0 is 1 whatever the base; angles further on are small, where a cosine says little
     angle = math.acos(min(1.0, max(-1.0, float(row[column]))))
     return angle ** -(half / column) if angle > 0 else None
+
+
+def _stored_row(table: onnx.TensorProto, folder: Path, width: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Row 1 of a table [rows, width] that lies in another file."""
+    place = external_data_helper.ExternalDataInfo(table)
+    path = folder / place.location
+    inside = not Path(place.location).is_absolute() and ".." not in Path(place.location).parts
+    if not inside or not path.is_file():
+        raise InputError(f"{path}, which should hold the weights of the graph, is no file of its folder; put it there")
+    row = np.fromfile(path, dtype, width, offset=(place.offset or 0) + width * dtype.itemsize)
+    if len(row) < width:
+        raise InputError(f"{path} is truncated: tensor {table.name} ends after the file does; export it again")
+    return row

@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from compressors.model.errors import InputError
-from validate.backend import ChooseToken, ChunkOutput, Routing, scored_positions
+from validate import time_limit
+from validate.backend import ChooseToken, ChunkOutput, Routing, RuntimeCrashError, scored_positions
 from validate.buffers import ReportedBuffers
 from validate.cost import Feed, RuntimeCost, measure_cost
 from validate.llama_cpp_routing import RoutingCollector, ggml_function
@@ -225,7 +226,8 @@ class _Session:
         params.flash_attn_type = flash_attention
         if callback is not None:
             params.cb_eval = callback
-        self._context = api.llama_init_from_model(self._model, params)
+        with time_limit.working():
+            self._context = api.llama_init_from_model(self._model, params)
         if self._context is None:
             raise InputError(
                 f"{path}: llama.cpp cannot set up a context of {n_ctx} tokens with {kv_type} keys and values"
@@ -255,6 +257,10 @@ class _Session:
         """Appends tokens to the sequence.
 
         Returns float32 [T, V], or [1, V] for the last position alone: a view that is valid until the next call.
+
+        Raises:
+            InputError: the tokens cannot be appended.
+            RuntimeCrashError: llama.cpp could not evaluate them.
         """
         self.check(tokens_T)
         n_tokens = len(tokens_T)
@@ -267,11 +273,12 @@ class _Session:
                 batch.n_seq_id[index] = 1
                 batch.seq_id[index][0] = 0
                 batch.logits[index] = all_logits or index == n_tokens - 1
-            status = api.llama_decode(self._context, batch)
+            with time_limit.working():
+                status = api.llama_decode(self._context, batch)
         finally:
             api.llama_batch_free(batch)
         if status != 0:
-            raise InputError(f"llama.cpp could not evaluate {n_tokens} tokens (status {status}){logged_error()}")
+            raise RuntimeCrashError(f"llama.cpp could not evaluate {n_tokens} tokens (status {status}){logged_error()}")
         self._length += n_tokens
         n_rows = n_tokens if all_logits else 1
         pointer = ctypes.cast(api.llama_get_logits(self._context), ctypes.c_void_p)
@@ -298,7 +305,8 @@ def _load_model(path: Path, gpu_layers: int) -> int:
     params = api.llama_model_default_params()
     params.n_gpu_layers = gpu_layers
     params.use_extra_bufts = False
-    model: int | None = api.llama_model_load_from_file(str(path).encode(), params)
+    with time_limit.working():
+        model: int | None = api.llama_model_load_from_file(str(path).encode(), params)
     if model is None:
         raise InputError(f"{path} cannot be loaded by llama.cpp{logged_error()}")
     return model

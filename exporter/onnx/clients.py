@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compressors.model.json_file import read_json
+from compressors.model.rope import RopeKind
 from compressors.model.shape import MoeShape
 from compressors.model.special_tokens import SpecialTokens, configured_tokens, special_tokens
 from compressors.model.student import Student
@@ -45,19 +46,26 @@ def write_client_files(
 def _model_config(shape: MoeShape, source: Path) -> dict[str, Any]:
     """The source's ``config.json`` with the student's numbers.
 
-    transformers 4 reads ``rope_theta`` and ``torch_dtype``, transformers 5 ``rope_parameters`` and ``dtype``: both are
-    there.
+    transformers 4 reads ``rope_theta``, ``rope_scaling`` and ``torch_dtype``, transformers 5 ``rope_parameters`` and
+    ``dtype``: both are there. The graph knows no window: it is written for a context within it.
     """
     config: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
-    return shape.in_config(config) | {
-        "num_hidden_layers": shape.n_layers,
-        "max_position_embeddings": shape.context_length,
-        "rope_theta": shape.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
-        "dtype": "float32",
-        "torch_dtype": "float32",
-        "use_cache": True,
-    }
+    rope = shape.rope.in_config()
+    windows = {"sliding_window": None, "use_sliding_window": False} if shape.window is not None else {}
+    return (
+        shape.in_config(config)
+        | windows
+        | {
+            "num_hidden_layers": shape.n_layers,
+            "max_position_embeddings": shape.context_length,
+            "rope_theta": shape.rope_theta,
+            "rope_scaling": None if shape.rope.kind is RopeKind.DEFAULT else rope,
+            "rope_parameters": rope,
+            "dtype": "float32",
+            "torch_dtype": "float32",
+            "use_cache": True,
+        }
+    )
 
 
 def _generation_config(source: Path, vocab_size: int, special: SpecialTokens) -> dict[str, Any]:
