@@ -153,6 +153,7 @@ def make_plan(job: Job, command: str) -> Plan:
         require=dict(job.require),
         out=job.out.resolve(),
         command=command,
+        own_head=not checkpoint.shape.tied_embeddings,
         end_tokens=special_tokens(folder, checkpoint.shape.vocab_size).ends,
         deviations=find_deviations(checkpoint, recipe.artifacts, recipe.source.model),
     )
