@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from compressors.calibration import Splits, read_splits, tokenize
+from compressors.calibration import BlockCounts, Splits, read_splits, tokenize
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
 from exporter.deviations import find_deviations
@@ -23,7 +23,7 @@ from exporter.machine import measure_speeds
 from exporter.outputs import Outputs, reserved, sha256_of
 from exporter.pipeline import run_stages, source_of_run, stages_of, unfinished
 from exporter.plan import Plan
-from exporter.planner import TextCounts, choose_recipe, predict_recipe
+from exporter.planner import TextCounts, choose_recipe, predict_recipe, wanted_blocks
 from exporter.preflight import (
     refuse_too_large_rungs,
     refuse_too_little_disk,
@@ -128,13 +128,17 @@ def make_plan(job: Job, command: str) -> Plan:
     checkpoint = Checkpoint(folder)
     calibration, heldout = _texts(job)
     splits = read_splits(calibration, heldout)
-    tokenized = tokenize(splits, folder)
+    recipe = None if job.recipe is None else load_recipe(job.recipe)
+    wanted = wanted_blocks(job, len(splits.heldout.parts)) if recipe is None else recipe.text.blocks
+    tokenized = tokenize(splits, folder, wanted=wanted)
     counts = TextCounts(tokenized[0].n_blocks, tokenized[1].n_blocks, len(tokenized[2].blocks))
     memory_bytes = job.memory_bytes or psutil.virtual_memory().available // 2 // local_processes()
-    if job.recipe is None:
+    if recipe is None:
         recipe, predictions, refused = choose_recipe(job, checkpoint, _name(job), splits, counts, memory_bytes)
     else:
-        recipe = _completed(job.recipe, load_recipe(job.recipe), checkpoint, splits)
+        tokenized[0].spread(recipe.text.calibration_blocks)  # refused now, not by the stage
+        tokenized[1].spread(recipe.text.selection_blocks)
+        recipe = _completed(str(job.recipe), recipe, checkpoint, splits)
         predictions, refused = predict_recipe(recipe, checkpoint), ()
     if recipe.compress.student == "dense" and "routing" in job.require:
         raise InputError("--require: a dense student has no routing to compare; leave routing out")
@@ -226,7 +230,7 @@ def _name(job: Job) -> str:
     return folder.resolve().name if folder.is_dir() else job.model
 
 
-def _completed(path: Path, recipe: Recipe, checkpoint: Checkpoint, splits: Splits) -> Recipe:
+def _completed(path: str, recipe: Recipe, checkpoint: Checkpoint, splits: Splits) -> Recipe:
     """The recipe with what a person left open: which weights and which text, if any will do."""
     identity = checkpoint.identity()
     if recipe.source.identity not in (None, identity):

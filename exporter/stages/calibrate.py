@@ -31,7 +31,7 @@ def run(context: StageContext) -> None:
     text = plan.recipe.text
     splits = read_splits(plan.calibration, plan.heldout)
     _refuse_changed_inputs(context, checkpoint, splits)
-    calibration, selection, heldout = tokenize(splits, checkpoint.folder)
+    calibration, selection, heldout = tokenize(splits, checkpoint.folder, wanted=text.blocks)
     measured = heldout.leading(text.heldout_chunks_per_file)
     blocks = Blocks(
         calibration.spread(text.calibration_blocks).tokens_BT,
