@@ -25,8 +25,8 @@ from compressors.documents import DomainText, cut_parts, digest_of, read_parts
 from compressors.model.errors import InputError
 from compressors.separation import Stream, shared_block, shared_text
 from compressors.token_streams import (
-    WHOLE_BYTES,
     TextTokenizer,
+    is_short,
     leading_streams,
     shares_of,
     spaced_streams,
@@ -68,11 +68,6 @@ class TextSplit:
     def n_documents(self) -> int:
         """Documents of all parts together."""
         return sum(part.n_documents for part in self.parts)
-
-    @property
-    def n_bytes(self) -> int:
-        """Size of the parts' UTF-8 text."""
-        return sum(part.n_bytes for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -183,8 +178,7 @@ def tokenize(
         splits: the texts.
         checkpoint_folder: where the tokenizer is.
         block_length: tokens of a block.
-        wanted: blocks that are enough of a text that is longer than :data:`compressors.token_streams.WHOLE_BYTES`;
-            None: all.
+        wanted: blocks that are enough of a long text (:mod:`compressors.token_streams`); None: all.
 
     Raises:
         InputError: the checkpoint has no usable tokenizer, a split has no full block, or two splits share a block of
@@ -269,7 +263,7 @@ def _streams(
     """
     bos = _bos_token(tokenizer)
     streams: list[Stream] | None = None
-    if split.n_bytes <= WHOLE_BYTES:
+    if is_short(split.parts):
         streams = whole_streams(split.parts, tokenizer, bos)
     elif spaced is not None:
         streams = spaced_streams(split.parts, tokenizer, bos, spaced, block_length)

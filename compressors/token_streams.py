@@ -1,6 +1,6 @@
 """Text -> streams of tokens: all of a short text, and of a long one not much more than is asked for.
 
-A text of up to :data:`WHOLE_BYTES` is tokenised whole, file by file, as llama-perplexity does. A longer one would cost
+A text of up to 4 MB, in files of up to 1 MB, is tokenised whole, file by file, as llama-perplexity does. A longer one would cost
 minutes and gigabytes for tokens that nobody looks at: only its beginning is tokenised, or as many places of it, evenly
 spaced, as blocks are wanted.
 """
@@ -17,11 +17,10 @@ import numpy.typing as npt
 from compressors.documents import DomainText
 from compressors.separation import Stream
 
-__all__ = ["WHOLE_BYTES", "TextTokenizer", "leading_streams", "shares_of", "spaced_streams", "whole_streams"]
+__all__ = ["TextTokenizer", "is_short", "leading_streams", "shares_of", "spaced_streams", "whole_streams"]
 
-WHOLE_BYTES = 4_000_000
-"""UTF-8 bytes of a split, all its files together, up to which it is tokenised whole."""
-
+_WHOLE_BYTES = 4_000_000  # of a split, all its files together
+_WHOLE_FILE_BYTES = 1_000_000  # of each: tokenising takes 100 bytes of memory for one of text
 _STRETCH_BYTES = 8192  # at least, for each block that is taken of a long text: a few times what it needs
 _BYTES_PER_TOKEN = 6  # more than most text has
 _SPARE_TOKENS = 8  # where text is cut, the tokens beside the cut are not those of the whole text
@@ -38,6 +37,12 @@ class TextTokenizer(Protocol):
 
     def encode(self, text: str, *, add_special_tokens: bool = True, verbose: bool = False) -> list[int]:
         """The tokens of a text."""
+
+
+def is_short(parts: Sequence[DomainText]) -> bool:
+    """Whether the text is tokenised whole."""
+    sizes = [part.n_bytes for part in parts]
+    return sum(sizes) <= _WHOLE_BYTES and max(sizes) <= _WHOLE_FILE_BYTES
 
 
 def whole_streams(parts: Sequence[DomainText], tokenizer: TextTokenizer, bos: int | None) -> list[Stream]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from compressors.calibration import BlockCounts, Splits, read_splits, tokenize
+from compressors.calibration import Splits, read_splits, tokenize
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
 from exporter.deviations import find_deviations
@@ -31,10 +31,11 @@ from exporter.preflight import (
     refuse_unwritable_places,
     spare_disk,
 )
-from exporter.recipe import Recipe, load_recipe, recipe_yaml
+from exporter.recipe import Recipe, TextChoice, load_recipe, recipe_yaml
 from exporter.result import build_report, final_recipe
 from exporter.teacher_floor import TeacherFloor, choose_teacher_floor
 from exporter.team import Team, local_processes
+from exporter.text_state import refuse_changed_texts
 from exporter.work import WorkDirectory
 from validate.report import render_html, render_model_card
 from validate.report.facts import failures
@@ -199,6 +200,8 @@ def _existing_plan(work: WorkDirectory, job: Job, identity: dict[str, Any]) -> P
     work.claim(identity)
     plan = replace(work.plan(), out=job.out.resolve())  # the work may go on with another --out
     source_of_run(plan, work)  # before anything else is said of a model that is not the one
+    what_to_do = f"put it back, or remove {work.folder} and start again"
+    refuse_changed_texts(plan.recipe.text, plan.calibration, plan.heldout, what_to_do)
     return plan
 
 
@@ -211,6 +214,8 @@ def _already_published(job: Job, identity: dict[str, Any]) -> Result:
         ) from None
     if report.get("job") != identity:
         raise InputError(f"--out: {job.out} belongs to another run; choose another folder, or remove it")
+    text = TextChoice.model_validate(report["recipe"]["text"])
+    refuse_changed_texts(text, *_texts(job), f"{job.out} was made with the earlier one: choose another --out")
     # a run that was killed just after it had published leaves work or its lock
     with suppress(InputError), reserved(job.out):
         WorkDirectory(job.work_dir).remove_leftovers(identity)
