@@ -1,6 +1,6 @@
 """``make damage``: the whole grid of damaged files, and whole files that must pass. Writes ``results/damage.md``.
 
-    python -m benchmarks.damage [--files gguf:Q8_0 --files onnx:F32 ...]
+python -m benchmarks.damage [--files gguf:Q8_0 --files onnx:F32 ...]
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def main(files: Sequence[str], write: bool) -> None:
 def _report(results: Sequence[Result], wholes: Sequence[Whole]) -> Iterator[str]:
     yield "# Damaged files: what the static checks of `moe-export validate` find"
     yield ""
-    yield "`make damage`. The original is `fine` cut to its first two layers; every file is damaged in one place. Found and"
-    yield "named: a check fails, and a symptom names the tensor, token or setting, or the file is refused by it."
+    yield "`make damage`. The original is `fine` cut to its first two layers; every file is damaged in one place. Found"
+    yield "and named: a check fails, and a symptom names the tensor, token or setting, or the file is refused by it."
     yield ""
     yield "| file | kind | damages | found and named | found | missed |"
     yield "|---|---|---|---|---|---|"

@@ -24,7 +24,11 @@ class FolderDamage:
 
 
 _ATTRIBUTES: tuple[tuple[str, str, Any], ...] = (
-    *((kind, "epsilon", value) for kind in ("RMSNormalization", "SkipSimplifiedLayerNormalization") for value in (1e-5, 1.05e-6)),
+    *(
+        (kind, "epsilon", value)
+        for kind in ("RMSNormalization", "SkipSimplifiedLayerNormalization")
+        for value in (1e-5, 1.05e-6)
+    ),
     ("RMSNormalization", "axis", 0),
     ("GroupQueryAttention", "scale", 1.0),
     ("GroupQueryAttention", "scale", 0.18),
@@ -81,7 +85,9 @@ def graph_damages(folder: Path) -> Iterator[FolderDamage]:
     kinds = {node.op_type for node in model.graph.node}
     for kind, name, value in _ATTRIBUTES:
         if kind in kinds:
-            yield FolderDamage(f"{kind} {name} = {value}", (f"{kind} {name}", f"{kind}/{name}"), _attribute(kind, name, value))
+            yield FolderDamage(
+                f"{kind} {name} = {value}", (f"{kind} {name}", f"{kind}/{name}"), _attribute(kind, name, value)
+            )
     for name in ("bias.removed", "zero", "one", "axis.1"):
         yield FolderDamage(f"constant {name}", (f"constant {name}",), _constant(name))
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -152,7 +158,7 @@ def configuration_damages(folder: Path) -> Iterator[FolderDamage]:
     """Yields damages of every value of genai_config.json, and of the numbers in the other two configurations."""
     genai = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
     for place, value in _leaves(genai):
-        if place[0] == "search" and place[-1] in ("past_present_share_buffer",) or place[-1] == "type":
+        if (place[0] == "search" and place[-1] in ("past_present_share_buffer",)) or place[-1] == "type":
             continue  # how memory is used, and the one pipeline that there is for us
         yield _edit("genai_config.json", place, _other(value))
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
@@ -198,7 +204,9 @@ def tokenizer_file_damages(folder: Path) -> Iterator[FolderDamage]:
     yield tokenizer("two tokens exchanged", exchange)
     yield tokenizer("merges reversed", lambda content: content["model"]["merges"].reverse())
     yield tokenizer("one merge dropped", lambda content: content["model"]["merges"].pop(100))
-    yield tokenizer("every second merge dropped", lambda content: content["model"]["merges"].__delitem__(slice(0, None, 2)))
+    yield tokenizer(
+        "every second merge dropped", lambda content: content["model"]["merges"].__delitem__(slice(0, None, 2))
+    )
     yield tokenizer("normalizer dropped", lambda content: content.update(normalizer=None))
     yield tokenizer("pre-tokenizer of GPT-2", lambda content: content.update(pre_tokenizer=_GPT2))
     yield tokenizer("a special token dropped", lambda content: content["added_tokens"].pop())

@@ -32,7 +32,9 @@ def grid(folder: Path, files: Sequence[str]) -> Iterator[Result]:
         path = folder / f"whole-{preset}.{file_format}"
         workshop.write(workshop.student, file_format, preset, path)
         if file_format == "onnx":
-            yield from _folder(workshop, path, f"ONNX {preset}", folder / "damaged-folder", everything="onnx" not in seen)
+            yield from _folder(
+                workshop, path, f"ONNX {preset}", folder / "damaged-folder", everything="onnx" not in seen
+            )
         elif "gguf" not in seen:
             metadata, tokens = metadata_damages(workshop.student.shape), tokenizer_damages(path)
             yield from _metadata(workshop, path, f"GGUF {preset}", "metadata", metadata)

@@ -26,7 +26,7 @@ from exporter.gguf.container import (
 )
 from validate.settings import gguf_architecture
 
-__all__ = ["MetadataDamage", "metadata_damages", "rewrite", "tokenizer_damages"]
+__all__ = ["MetadataDamage", "key_values", "metadata_damages", "rewrite", "tokenizer_damages"]
 
 Changes = Mapping[str, Value | None]  # None: the key is left out
 
@@ -43,10 +43,7 @@ class MetadataDamage:
 def rewrite(source: Path, target: Path, changes: Changes) -> None:
     """Copies a GGUF file with other key-values."""
     reader = GGUFReader(source)
-    values: dict[str, Value] = {}
-    for key, field in reader.fields.items():
-        if not key.startswith("GGUF."):
-            values[key] = _value(field.types, field.contents())
+    values = key_values(reader)
     for key, value in changes.items():
         if value is None:
             values.pop(key, None)
@@ -58,6 +55,15 @@ def rewrite(source: Path, target: Path, changes: Changes) -> None:
     ]
     data = source.read_bytes()[reader.data_offset :]
     target.write_bytes(render_header(len(values), render_values(values), entries) + data)
+
+
+def key_values(reader: GGUFReader) -> dict[str, Value]:
+    """A file's key-values, to be written again."""
+    return {
+        key: _value(field.types, field.contents())
+        for key, field in reader.fields.items()
+        if not key.startswith("GGUF.")
+    }
 
 
 def _value(types: list[GGUFValueType], content: Any) -> Value:

@@ -35,7 +35,10 @@ def _train(text: str) -> Tokenizer:
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = trainers.BpeTrainer(
-        vocab_size=_TOKENS, special_tokens=["<unk>", "<s>", "</s>", *byte_tokens], limit_alphabet=80, show_progress=False
+        vocab_size=_TOKENS,
+        special_tokens=["<unk>", "<s>", "</s>", *byte_tokens],
+        limit_alphabet=80,
+        show_progress=False,
     )
     trained.train_from_iterator(text.splitlines(), trainer)
     vocabulary = trained.get_vocab()

@@ -58,7 +58,9 @@ def _of_tensor(student: Student, role: Role, layer: int | None) -> Iterator[Weig
     if role is Role.FINAL_NORM:
         neighbour = student.tensor(Role.ATTENTION_NORM, _LAYER).float()
     for kind, change in _changes(None).items():
-        yield WeightDamage(f"{role.value}: {kind}", (role.value,), {name: neighbour if change is None else change(values)})
+        yield WeightDamage(
+            f"{role.value}: {kind}", (role.value,), {name: neighbour if change is None else change(values)}
+        )
     part = "one value" if values.dim() == 1 else "one row"
     for kind, change in _changes(_ROW).items():
         assert change is not None
