@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.fuzz.commands import judge_command
 from tests.fuzz.kinds import KINDS, Kind
 from tests.fuzz.oracle import judge
 from tests.fuzz.places import remove
@@ -54,6 +55,12 @@ class Case:
         with self.made(inputs, place) as (folder, rng), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a command shows none as an error
             return judge(lambda: self.of_kind.read(folder, rng, inputs), folder)
+
+    def command(self, inputs: Path, place: Path, seconds: float) -> tuple[str, str | None]:
+        """Gives it to a whole command; see :func:`tests.fuzz.commands.judge_command`."""
+        assert self.of_kind.command is not None
+        with self.made(inputs, place) as (folder, _):
+            return judge_command(self.of_kind.command(folder, inputs), folder, seconds)
 
 
 def cases_of(n_inputs: int, seed: int) -> list[Case]:

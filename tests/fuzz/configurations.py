@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from tests.fuzz.places import damaged_bytes, something_else
+from tests.fuzz.places import damaged_bytes, edit, something_else
 from tests.fuzz.values import NAMES, VALUES, damaged_document, damaged_json, encoded
 
 __all__ = ["damage_config", "damage_index", "damage_tokenizer"]
@@ -128,8 +128,7 @@ def damage_tokenizer(rng: random.Random, folder: Path) -> None:
     if kind < 0.6:
         path.write_bytes(damaged_json(rng, tokenizer))
         return
-    for _ in range(rng.choice((1, 1, 2))):
-        _edit_tokenizer(rng, tokenizer)
+    edit(rng, tokenizer, (_edit_tokenizer,))
     path.write_text(json.dumps(tokenizer), encoding="utf-8")
 
 

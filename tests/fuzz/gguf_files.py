@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.fuzz.places import damaged_bytes, something_else
+from tests.fuzz.places import damaged_bytes, edit, something_else
 from tests.fuzz.values import NAMES, NUMBERS
 
 __all__ = ["damage_gguf"]
@@ -137,8 +137,7 @@ def damage_gguf(rng: random.Random, folder: Path) -> None:
     elif kind < 0.3:
         path.write_bytes(damaged_bytes(rng, data, header=len(parts.header())))
     else:
-        for _ in range(rng.choice((1, 1, 2))):
-            rng.choice(_EDITS)(rng, parts)
+        edit(rng, parts, _EDITS)
         path.write_bytes(parts.file(rng.choice((32, 32, 32, 1, 64))))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, helper
 
-from tests.fuzz.places import damaged_bytes, something_else
+from tests.fuzz.places import damaged_bytes, edit, something_else
 from tests.fuzz.values import NAMES, NUMBERS, damaged_json
 
 __all__ = ["damage_onnx"]
@@ -38,8 +38,7 @@ def damage_onnx(rng: random.Random, folder: Path) -> None:
         (folder / _GRAPH).write_bytes(damaged_bytes(rng, data, header=len(data)))
     else:
         model = onnx.load(folder / _GRAPH, load_external_data=False)
-        for _ in range(rng.choice((1, 1, 2))):
-            rng.choice(_EDITS)(rng, model)
+        edit(rng, model, _EDITS)
         (folder / _GRAPH).write_bytes(model.SerializeToString())
 
 

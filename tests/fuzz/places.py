@@ -5,9 +5,23 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import struct
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
-__all__ = ["damaged_bytes", "something_else"]
+__all__ = ["damaged_bytes", "edit", "remove", "something_else"]
+
+Part = TypeVar("Part")
+
+
+def edit(rng: random.Random, part: Part, edits: Sequence[Callable[[random.Random, Part], None]]) -> None:
+    """Takes one or two edits; the second does nothing where the first left nothing that it could change."""
+    rng.choice(edits)(rng, part)
+    if rng.random() < 0.35:
+        with suppress(AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError, struct.error):
+            rng.choice(edits)(rng, part)
 
 
 def damaged_bytes(rng: random.Random, data: bytes, header: int) -> bytes:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.fuzz.places import damaged_bytes, something_else
+from tests.fuzz.places import damaged_bytes, edit, something_else
 from tests.fuzz.values import NAMES, NUMBERS, VALUES, damaged_json
 
 __all__ = ["damage_weights"]
@@ -33,8 +33,7 @@ def damage_weights(rng: random.Random, folder: Path) -> None:
     if kind < 0.45:
         text = damaged_json(rng, header)
     else:
-        for _ in range(rng.choice((1, 1, 2))):
-            rng.choice(_EDITS)(rng, header)
+        edit(rng, header, _EDITS)
         text = json.dumps(header, ensure_ascii=rng.random() < 0.5).encode("utf-8", errors="surrogatepass")
     size = len(text) if rng.random() < 0.9 else rng.choice((0, 1, len(text) - 1, len(text) + 1, 2**31, 2**63, 2**64 - 1))
     path.write_bytes(size.to_bytes(8, "little") + text + body)
