@@ -130,10 +130,12 @@ class MoeShape:
     def in_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """A ``config.json`` of this model's family with this model's expert count, in one spelling, and top-k.
 
-        A dense model's is of the dense counterpart, and says nothing about experts.
+        A dense model's is of the dense counterpart, and says nothing about experts. What is written is not quantized as
+        the source may be.
         """
         keys, dense = self.family.config_keys, self.family.dense
-        others = {key: value for key, value in config.items() if key not in (keys.n_experts, keys.saved_n_experts)}
+        absent = (keys.n_experts, keys.saved_n_experts, "quantization_config")
+        others = {key: value for key, value in config.items() if key not in absent}
         if "layer_types" in others:  # all alike, or the family would have been refused
             others["layer_types"] = others["layer_types"][: self.n_layers]
         others["num_hidden_layers"] = self.n_layers
