@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from compressors.model.errors import InputError
-from validate.backend import ChooseToken, ChunkOutput, Routing, scored_positions
+from validate import time_limit
+from validate.backend import ChooseToken, ChunkOutput, Routing, RuntimeCrashError, scored_positions
 from validate.buffers import ReportedBuffers
 from validate.cost import Feed, RuntimeCost, measure_cost
 from validate.llama_cpp_routing import RoutingCollector, ggml_function
@@ -255,6 +256,10 @@ class _Session:
         """Appends tokens to the sequence.
 
         Returns float32 [T, V], or [1, V] for the last position alone: a view that is valid until the next call.
+
+        Raises:
+            InputError: the tokens cannot be appended.
+            RuntimeCrashError: llama.cpp could not evaluate them.
         """
         self.check(tokens_T)
         n_tokens = len(tokens_T)
@@ -271,7 +276,8 @@ class _Session:
         finally:
             api.llama_batch_free(batch)
         if status != 0:
-            raise InputError(f"llama.cpp could not evaluate {n_tokens} tokens (status {status}){_logged_error()}")
+            raise RuntimeCrashError(f"it could not evaluate {n_tokens} tokens (status {status}){_logged_error()}")
+        time_limit.renew()
         self._length += n_tokens
         n_rows = n_tokens if all_logits else 1
         pointer = ctypes.cast(api.llama_get_logits(self._context), ctypes.c_void_p)
@@ -301,6 +307,7 @@ def _load_model(path: Path, gpu_layers: int) -> int:
     model: int | None = api.llama_model_load_from_file(str(path).encode(), params)
     if model is None:
         raise InputError(f"{path} cannot be loaded by llama.cpp{_logged_error()}")
+    time_limit.renew()
     return model
 
 

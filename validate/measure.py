@@ -1,11 +1,11 @@
 """What an artifact costs in its runtime, measured in a process of the runtime's own.
 
-    python -m validate.measure PARENT gguf|onnx base
-    python -m validate.measure PARENT gguf|onnx run PATH PROMPT_FILE OPTIONS
+    python -m validate.measure PARENT SECONDS gguf|onnx base
+    python -m validate.measure PARENT SECONDS gguf|onnx run PATH PROMPT_FILE OPTIONS
 
 prints one JSON object; OPTIONS is one too: what the runtime's own ``measure`` takes. The process imports neither torch
-nor transformers, so its peak is the runtime's; when the runtime crashes, only this process dies; and when process
-PARENT, which started it, is gone, it ends.
+nor transformers, so its peak is the runtime's; when the runtime crashes, only this process dies; when it finishes
+nothing for SECONDS, it is ended; and when process PARENT, which started it, is gone, it ends.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ import numpy as np
 import numpy.typing as npt
 
 from compressors.model.errors import MoeExportError
+from validate import time_limit
+from validate.backend import RuntimeCrashError
 from validate.cost import RuntimeCost, peak_rss_bytes
+from validate.last_words import telling_line
 from validate.lifetime import end_with_parent
+from validate.onnx_files import onnx_bytes
 
 __all__ = ["RuntimeCrashError", "measure_artifact", "measure_base"]
 
 _RUNTIMES = {"gguf": "validate.llama_cpp", "onnx": "validate.onnx_runtime"}
-
-
-class RuntimeCrashError(MoeExportError):
-    """The runtime died or refused the file; the message says how."""
 
 
 def measure_base(artifact: str) -> int:
@@ -44,7 +44,7 @@ def measure_base(artifact: str) -> int:
     Raises:
         RuntimeCrashError: the runtime does not start.
     """
-    return int(_run(artifact, ["base"])["base_rss_bytes"])
+    return int(_run(artifact, time_limit.patience(0), ["base"])["base_rss_bytes"])
 
 
 def measure_artifact(
@@ -71,8 +71,10 @@ def measure_artifact(
         providers: ONNX Runtime's, the first that can run a node runs it.
 
     Raises:
-        RuntimeCrashError: the runtime crashed or refused the file.
+        RuntimeCrashError: the runtime crashed, refused the file or did not end.
     """
+    n_bytes = onnx_bytes(path) if artifact == "onnx" else path.stat().st_size if path.exists() else 0
+    limit = time_limit.seconds() or time_limit.patience(n_bytes, context)
     options: dict[str, Any] = {"context": context, "threads": threads}
     if artifact == "gguf":
         options |= {"kv_type": kv_type, "gpu_layers": gpu_layers}
@@ -81,18 +83,26 @@ def measure_artifact(
     with tempfile.NamedTemporaryFile(suffix=".npy") as file:
         np.save(file, prompt, allow_pickle=False)
         file.flush()
-        return RuntimeCost(**_run(artifact, ["run", str(path), file.name, json.dumps(options)]))
+        return RuntimeCost(**_run(artifact, limit, ["run", str(path), file.name, json.dumps(options)]))
 
 
-def _run(artifact: str, arguments: list[str]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "validate.measure", str(os.getpid()), artifact, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+def _run(artifact: str, limit: float, arguments: list[str]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "validate.measure", str(os.getpid()), str(limit), artifact, *arguments]
+    variables = os.environ | {"GGML_NO_BACKTRACE": "1"}  # a debugger would print for half a minute
+    with time_limit.suspended():  # the process has its own
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=variables)
+    if result.returncode == -signal.SIGALRM:
+        raise RuntimeCrashError(f"the runtime of {artifact} finished nothing in {limit:,.0f} s and was ended")
+    said = telling_line(result.stderr)
     if result.returncode < 0:
-        raise RuntimeCrashError(f"the runtime of {artifact} died with {signal.Signals(-result.returncode).name}")
+        name = signal.Signals(-result.returncode).name
+        raise RuntimeCrashError(f"the runtime of {artifact} died with {name}" + (f": {said}" if said else ""))
     if result.returncode > 0:
-        last = result.stderr.strip().splitlines()[-1:] or ["it gave no reason"]
-        raise RuntimeCrashError(f"the runtime of {artifact} failed: {last[0]}")
-    answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+        raise RuntimeCrashError(f"the runtime of {artifact} failed: {said or 'it gave no reason'}")
+    try:
+        answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        raise RuntimeCrashError(f"the runtime of {artifact} ended with code 0 without an answer") from None
     return answer
 
 
@@ -109,7 +119,8 @@ def _main(artifact: str, what: str, *arguments: str) -> None:
 
 if __name__ == "__main__":
     end_with_parent(int(sys.argv[1]))
+    time_limit.start(float(sys.argv[2]))
     try:
-        _main(*sys.argv[2:])
+        _main(*sys.argv[3:])
     except MoeExportError as error:  # the last line that is printed becomes the message
         sys.exit(str(error))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from compressors.model.errors import InputError
 
-__all__ = ["find_onnx_model", "onnx_model_file"]
+__all__ = ["find_onnx_model", "onnx_bytes", "onnx_model_file"]
 
 _NAMES = ("model.onnx", "onnx/model.onnx", "decoder_model_merged.onnx", "decoder_with_past_model.onnx")
 
@@ -30,6 +30,18 @@ def onnx_model_file(path: Path) -> Path:
         missing = path / _NAMES[0] if path.is_dir() else path
         raise InputError(f"{missing} is missing: give the folder that holds {_NAMES[0]}, or the file")
     return found
+
+
+def onnx_bytes(path: Path) -> int:
+    """Bytes of the files beside a graph, in which its weights may lie, and of the graph; 0 if there is nothing.
+
+    Args:
+        path: the graph, or its folder.
+    """
+    folder = path if path.is_dir() else path.parent
+    if not folder.is_dir():
+        return 0
+    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
 
 
 def _named_by_genai(config: Path) -> str | None:

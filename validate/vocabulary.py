@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from compressors.model.errors import InputError
+from validate import time_limit
 from validate.backend import Backend, ChunkOutput
 from validate.llama_cpp import start_runtime
 from validate.positions import ReferenceLogProbs
@@ -79,6 +80,7 @@ class GgufVocabulary:
         if vocabulary is None or not api.llama_vocab_n_tokens(vocabulary):
             raise InputError(f"{path}: llama.cpp cannot read its vocabulary; convert the model again")
         self._vocabulary = vocabulary
+        time_limit.renew()
         adds_bos = api.llama_vocab_get_add_bos(vocabulary)
         self.bos_token_id = int(api.llama_vocab_bos(vocabulary)) if adds_bos else None
 

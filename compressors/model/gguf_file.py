@@ -20,13 +20,14 @@ from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC,
 
 from compressors.model.errors import InputError
 from compressors.model.ggml import GGMLQuantizationType, can_dequantize, row_bytes
+from compressors.model.gguf_split import COUNT_KEY, NUMBER_KEY, TENSORS_KEY, split_parts
 from compressors.model.raw_file import RawFile
 
 __all__ = ["GgufEntry", "GgufFile", "Value"]
 
 Value = int | float | bool | str
 
-_LAYOUTS = {
+_LAYOUTS: Mapping[int, str] = {
     GGUFValueType.UINT8: "<B",
     GGUFValueType.INT8: "<b",
     GGUFValueType.BOOL: "<?",
@@ -49,6 +50,7 @@ class GgufEntry:
     shape: tuple[int, ...]  # torch's order
     ggml_type: GGMLQuantizationType
     offset: int  # of its first byte, from the start of the file
+    part: int = 0  # which of the model's files, if it was split
 
     @property
     def row_bytes(self) -> int:
@@ -62,7 +64,7 @@ class GgufEntry:
 
 
 class GgufFile:
-    """One file; opening reads the header alone.
+    """One file, or all parts of a model that was split; opening reads the headers alone.
 
     Attributes:
         tensors: by name.
@@ -70,25 +72,45 @@ class GgufFile:
         array_lengths: how many items the metadata's arrays have, by key.
 
     Raises:
-        InputError: the file is missing, truncated or not GGUF, or has a tensor of a type that ggml cannot dequantize.
+        InputError: a file is missing, truncated or not GGUF, or has a tensor of a type that ggml cannot dequantize; or
+            the file is another part than the first.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = RawFile(path)
-        try:
-            with path.open("rb") as stream:
-                header = _Header(stream, path)
-                self.tensors: Mapping[str, GgufEntry] = header.tensors()
-        except (EOFError, ValueError, OverflowError, OSError) as error:
+        first = _Part(path, 0)
+        self._parts = [first]
+        self.metadata: Mapping[str, Value] = first.header.values
+        self.array_lengths: Mapping[str, int] = first.header.array_lengths
+        self.tensors: Mapping[str, GgufEntry] = first.tensors
+        if (n_parts := self.metadata.get(COUNT_KEY, 1)) not in (0, 1):
+            self._add_parts(n_parts)
+
+    def path_of(self, entry: GgufEntry) -> Path:
+        """The file that holds a tensor."""
+        return self._parts[entry.part].path
+
+    def _add_parts(self, n_parts: Value) -> None:
+        """Opens the other parts, as llama.cpp finds them."""
+        paths = split_parts(self.path)
+        if len(paths) != n_parts or self.path != paths[0]:
             raise InputError(
-                f"{path} is truncated or not a GGUF file ({error or 'its header ends too early'}): write it again"
-            ) from None
-        self.metadata: Mapping[str, Value] = header.values
-        self.array_lengths: Mapping[str, int] = header.array_lengths
-        for entry in self.tensors.values():
-            if entry.offset + entry.n_bytes > self._file.size:
-                raise InputError(f"{path} is truncated: tensor {entry.name} ends after the file does; write it again")
+                f"{self.path} is a part of a model that was split into {n_parts}, and not the first by its name; give "
+                "the one whose name ends in -00001-of- and that number, with the others beside it"
+            )
+        tensors = dict(self.tensors)
+        for number, path in enumerate(paths[1:], start=1):
+            part = _Part(path, number)
+            if part.header.values.get(NUMBER_KEY) != number or part.header.values.get(COUNT_KEY) != n_parts:
+                raise InputError(f"{path} is not part {number + 1} of {n_parts} of this model; put the right one there")
+            tensors |= part.tensors
+            self._parts.append(part)
+        expected = self.metadata.get(TENSORS_KEY, len(tensors))
+        if len(tensors) != expected or len(tensors) != sum(len(part.tensors) for part in self._parts):
+            raise InputError(
+                f"{self.path}: its parts hold {len(tensors)} tensors, and it says {expected}; split it again"
+            )
+        self.tensors = tensors
 
     def read_rows(self, entry: GgufEntry, first: int, n_rows: int) -> npt.NDArray[np.uint8]:
         """The stored bytes of rows of a tensor, counted through all its leading axes: uint8 [rows, bytes of one].
@@ -97,16 +119,36 @@ class GgufFile:
             InputError: the file was changed or cut off since it was opened.
         """
         stored = np.empty((n_rows, entry.row_bytes), dtype=np.uint8)
-        self._file.fill(entry.name, stored.reshape(-1).data, entry.offset + first * entry.row_bytes)
+        self._parts[entry.part].file.fill(entry.name, stored.reshape(-1).data, entry.offset + first * entry.row_bytes)
         return stored
+
+
+class _Part:
+    """One file's header."""
+
+    def __init__(self, path: Path, number: int) -> None:
+        self.path = path
+        self.file = RawFile(path)
+        try:
+            with path.open("rb") as stream:
+                self.header = _Header(stream, path, number)
+                self.tensors = self.header.tensors()
+        except (EOFError, ValueError, OverflowError, struct.error, OSError) as error:
+            raise InputError(
+                f"{path} is truncated or not a GGUF file ({error or 'its header ends too early'}): write it again"
+            ) from None
+        for entry in self.tensors.values():
+            if entry.offset + entry.n_bytes > self.file.size:
+                raise InputError(f"{path} is truncated: tensor {entry.name} ends after the file does; write it again")
 
 
 class _Header:
     """Reads a header from its beginning to its end."""
 
-    def __init__(self, stream: BinaryIO, path: Path) -> None:
+    def __init__(self, stream: BinaryIO, path: Path, part: int) -> None:
         self._stream = stream
         self._path = path
+        self._part = part
         self.values: dict[str, Value] = {}
         self.array_lengths: dict[str, int] = {}
 
@@ -117,9 +159,19 @@ class _Header:
         for _ in range(n_values):
             self._read_value(self._text())
         entries = [self._entry() for _ in range(n_tensors)]
-        alignment = int(self.values.get(Keys.General.ALIGNMENT, GGUF_DEFAULT_ALIGNMENT))
+        alignment = self._alignment()
         data = -(-self._stream.tell() // alignment) * alignment
-        return {name: GgufEntry(name, shape, ggml_type, data + offset) for name, shape, ggml_type, offset in entries}
+        return {
+            name: GgufEntry(name, shape, ggml_type, data + offset, self._part)
+            for name, shape, ggml_type, offset in entries
+        }
+
+    def _alignment(self) -> int:
+        """Of the tensors' data: a power of two, as ``gguf_init_from_file_impl`` in ggml/src/gguf.cpp wants it."""
+        value = self.values.get(Keys.General.ALIGNMENT, GGUF_DEFAULT_ALIGNMENT)
+        if type(value) is not int or value < 1 or value & (value - 1):
+            raise ValueError(f"its {Keys.General.ALIGNMENT} is {value!r}, which is no power of two")
+        return value
 
     def _entry(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
         name = self._text()
@@ -150,7 +202,7 @@ class _Header:
             else:
                 self.values[key] = self._bytes(length).decode("utf-8", errors="replace")
         else:
-            (self.values[key],) = self._numbers(_LAYOUTS[GGUFValueType(kind)])
+            (self.values[key],) = self._numbers(_layout(kind))
 
     def _walk_over_items(self, kind: int, n_items: int) -> None:
         if kind == GGUFValueType.STRING:
@@ -158,7 +210,7 @@ class _Header:
                 (length,) = self._numbers("<Q")
                 self._stream.seek(length, 1)
         else:
-            self._stream.seek(struct.calcsize(_LAYOUTS[GGUFValueType(kind)]) * n_items, 1)
+            self._stream.seek(struct.calcsize(_layout(kind)) * n_items, 1)
 
     def _text(self) -> str:
         (length,) = self._numbers("<Q")
@@ -172,6 +224,14 @@ class _Header:
         if len(data) < length:
             raise EOFError
         return data
+
+
+def _layout(kind: int) -> str:
+    """How a single value of a kind is packed."""
+    layout = _LAYOUTS.get(kind)
+    if layout is None:
+        raise ValueError(f"it has a value of kind {kind}, which a single value cannot be")
+    return layout
 
 
 _LONGEST_TEXT = 1 << 20  # that is read; llama.cpp allows keys of 65,535 bytes and names of tensors of 64
