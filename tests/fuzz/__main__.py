@@ -1,7 +1,7 @@
 """``make fuzz``: thousands of damaged inputs, and a table of what came of them.
 
-    python -m tests.fuzz [--inputs 5000] [--seed 1] [--every 10] [--processes 2]
-    python -m tests.fuzz --case gguf:17 [--seed 1] [--keep FOLDER]    makes one again and shows what it does
+python -m tests.fuzz [--inputs 5000] [--seed 1] [--every 10] [--processes 2]
+python -m tests.fuzz --case gguf:17 [--seed 1] [--keep FOLDER]    makes one again and shows what it does
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description="Damaged inputs from fixed seeds.")
     parser.add_argument("--inputs", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--every", type=int, default=10, help="of each kind every so-manieth input meets a whole command too")
+    parser.add_argument(
+        "--every", type=int, default=10, help="of each kind every so-manieth input meets a whole command too"
+    )
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--kinds", nargs="*", choices=KINDS, help="only these")
     parser.add_argument("--case", help="one input, as KIND:NUMBER")
@@ -73,7 +75,9 @@ def _many(given: argparse.Namespace, inputs: Path, folder: Path) -> int:
     for way in ("read", "command"):
         _table(way, [outcome for outcome in outcomes if outcome.way == way])
     n_wrong = sum(outcome.complaint is not None for outcome in outcomes)
-    _print(f"{len(cases)} inputs, {len(outcomes) - len(cases)} of them given to whole commands too, seed {given.seed}: ")
+    _print(
+        f"{len(cases)} inputs, {len(outcomes) - len(cases)} of them given to whole commands too, seed {given.seed}: "
+    )
     _print(f"{n_wrong} to be complained about; {time.monotonic() - start:.0f} s")
     return int(n_wrong > 0)
 

@@ -42,7 +42,9 @@ def judge_command(words: Sequence[str], folder: Path, seconds: float) -> tuple[s
         return "traceback", said[-400:]
     last = said.strip().rsplit("\n", 1)[-1]
     if code in (2, 3):
-        complaint = complaint_about(last.removeprefix("error: "), folder) if last.startswith("error: ") else f"{said[-300:]!r}"
+        complaint = (
+            complaint_about(last.removeprefix("error: "), folder) if last.startswith("error: ") else f"{said[-300:]!r}"
+        )
         if complaint is not None:
             return "message", complaint
     changed = {path for path in folder.rglob("*")} ^ before

@@ -82,7 +82,14 @@ def damage_index(rng: random.Random, folder: Path) -> None:
     for name in rng.sample(names, rng.choice((1, 2, len(names)))):
         file = index["weight_map"][name]
         outside = str(folder / file)
-        others = ("model-00001-of-00002.safetensors", "", f"./{file}", f"x/../{file}", outside, f"../{folder.name}/{file}")
+        others = (
+            "model-00001-of-00002.safetensors",
+            "",
+            f"./{file}",
+            f"x/../{file}",
+            outside,
+            f"../{folder.name}/{file}",
+        )
         index["weight_map"][name] = rng.choice((*NAMES, *VALUES, *others, "config.json", f"{file}\x00", file.upper()))
     path.write_text(json.dumps(index), encoding="utf-8")
 
@@ -95,7 +102,10 @@ _PIECES: tuple[Any, ...] = (
     {"type": "Split", "pattern": {"Regex": "(a+)+b|(?=x)"}, "behavior": "Removed", "invert": True},
     *({"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "never", "split": True}, {"type": "Digits"}),
     *({"type": "Metaspace", "replacement": "long", "prepend_scheme": "first"}, {"type": "ByteLevel"}),
-    *({"type": "ByteLevel", "add_prefix_space": True, "use_regex": True, "trim_offsets": True}, {"type": "Precompiled"}),
+    *(
+        {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True, "trim_offsets": True},
+        {"type": "Precompiled"},
+    ),
     {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
     *({"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}}, {"type": "BertNormalizer"}),
     {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "[x]", "type_id": 0}}], "special_tokens": {}},
@@ -114,7 +124,9 @@ def damage_tokenizer(rng: random.Random, folder: Path) -> None:
         _damage_settings(rng, path)
         return
     if kind < 0.3:
-        template = rng.choice((b"", b"{% for %}", b"\xff\xfe", b"{{ 1/0 }}", b"{% include '/etc/passwd' %}", b"x" * 10**6))
+        template = rng.choice(
+            (b"", b"{% for %}", b"\xff\xfe", b"{{ 1/0 }}", b"{% include '/etc/passwd' %}", b"x" * 10**6)
+        )
         (folder / "chat_template.jinja").write_bytes(template)
         return
     path = folder / "tokenizer.json"
@@ -138,7 +150,13 @@ def _damage_settings(rng: random.Random, path: Path) -> None:
         return
     settings = json.loads(path.read_text(encoding="utf-8"))
     names = (*settings, "bos_token", "unk_token", "add_bos_token", "add_eos_token", "added_tokens_decoder", "auto_map")
-    names += ("extra_special_tokens", "additional_special_tokens", "model_max_length", "tokenizer_class", "chat_template")
+    names += (
+        "extra_special_tokens",
+        "additional_special_tokens",
+        "model_max_length",
+        "tokenizer_class",
+        "chat_template",
+    )
     for _ in range(rng.choice((1, 1, 2))):
         settings[rng.choice(names)] = rng.choice((*VALUES, {"content": 3}, {"content": "x", "lstrip": True}, {"0": {}}))
     path.write_bytes(damaged_json(rng, settings) if rng.random() < 0.3 else json.dumps(settings).encode())

@@ -77,7 +77,9 @@ def _text(data: bytes) -> bytes:
 def _number(kind: int, number: float) -> bytes:
     layout = "<" + _LAYOUTS.get(kind, "I")
     if kind in _FLOATS:
-        return struct.pack(layout, number) if abs(number) < 1e38 or number != number else struct.pack(layout, number > 0)
+        return (
+            struct.pack(layout, number) if abs(number) < 1e38 or number != number else struct.pack(layout, number > 0)
+        )
     size = struct.calcsize(layout)
     whole = int(number) if abs(number) < float("inf") else 0
     return (whole & (1 << 8 * size) - 1).to_bytes(size, "little")
@@ -86,7 +88,11 @@ def _number(kind: int, number: float) -> bytes:
 def _packed(value: _Value) -> bytes:
     if value.kind == _ARRAY:
         kind, said, items = value.value
-        return _u32(kind) + _u64(said) + b"".join(_text(item) if kind == _STRING else _number(kind, item) for item in items)
+        return (
+            _u32(kind)
+            + _u64(said)
+            + b"".join(_text(item) if kind == _STRING else _number(kind, item) for item in items)
+        )
     return _text(value.value) if value.kind == _STRING else _number(value.kind, value.value)
 
 
@@ -173,7 +179,15 @@ def _another_kind(rng: random.Random, parts: _Parts) -> None:
 def _another_text(rng: random.Random, parts: _Parts) -> None:
     texts = [value for _, value in parts.values if value.kind == _STRING]
     if texts:
-        names = (*(name.encode("utf-8") for name in NAMES), b"\xff\xfe", b"llama", b"qwen3moe", b"mamba", b"clip", b"a" * 70_000)
+        names = (
+            *(name.encode("utf-8") for name in NAMES),
+            b"\xff\xfe",
+            b"llama",
+            b"qwen3moe",
+            b"mamba",
+            b"clip",
+            b"a" * 70_000,
+        )
         rng.choice(texts).value = rng.choice(names)
 
 
@@ -217,7 +231,13 @@ def _alignment(rng: random.Random, parts: _Parts) -> None:
 def _new_setting(rng: random.Random, parts: _Parts) -> None:
     """Of those that llama.cpp reads where they are there."""
     architecture = next((value.value for key, value in parts.values if key == b"general.architecture"), b"x")
-    names = ("expert_group_count", "expert_group_used_count", "rope.scaling.factor", "attention.sliding_window", "leading")
+    names = (
+        "expert_group_count",
+        "expert_group_used_count",
+        "rope.scaling.factor",
+        "attention.sliding_window",
+        "leading",
+    )
     names += ("rope.dimension_count", "expert_weights_scale", "attention.causal", "pooling_type", "expert_shared_count")
     name = str(architecture, "utf-8", "replace").encode() + b"." + rng.choice(names).encode()
     parts.values.append((name, _Value(rng.choice((4, 5, 6, 7)), rng.choice(NUMBERS))))
@@ -230,7 +250,9 @@ def _split(rng: random.Random, parts: _Parts) -> None:
 
 
 def _counts(rng: random.Random, parts: _Parts) -> None:
-    count = rng.choice((0, 1, 2**20, 2**31, 2**40, 2**60, 2**63, 2**64 - 1, len(parts.values) + 1, len(parts.tensors) - 1))
+    count = rng.choice(
+        (0, 1, 2**20, 2**31, 2**40, 2**60, 2**63, 2**64 - 1, len(parts.values) + 1, len(parts.tensors) - 1)
+    )
     if rng.random() < 0.5:
         parts.n_values = count
     else:

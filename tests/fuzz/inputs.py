@@ -21,8 +21,8 @@ from exporter.outputs import sha256_of
 from exporter.recipe import (
     BudgetChoice,
     CompressChoice,
-    RecoverChoice,
     Recipe,
+    RecoverChoice,
     RungChoice,
     SourceChoice,
     TextChoice,

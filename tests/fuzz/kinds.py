@@ -129,7 +129,16 @@ def _export(folder: Path, inputs: Path, *more: str) -> list[str]:
 
 
 def _around(folder: Path, inputs: Path) -> list[str]:
-    return [*_texts(inputs / "text"), "--dry-run", "--memory", "2GB", "--threads", "1", "--out", str(folder.parent / "out")]
+    return [
+        *_texts(inputs / "text"),
+        "--dry-run",
+        "--memory",
+        "2GB",
+        "--threads",
+        "1",
+        "--out",
+        str(folder.parent / "out"),
+    ]
 
 
 def _texts(folder: Path) -> list[str]:

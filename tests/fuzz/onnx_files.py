@@ -69,7 +69,9 @@ def _utf8(rng: random.Random) -> str:
 def _weight(rng: random.Random, model: onnx.ModelProto) -> TensorProto:
     weights = list(model.graph.initializer)
     if rng.random() < 0.3:  # those that facts are read from
-        names = [name for node in model.graph.node if node.op_type in ("GroupQueryAttention", "QMoE") for name in node.input]
+        names = [
+            name for node in model.graph.node if node.op_type in ("GroupQueryAttention", "QMoE") for name in node.input
+        ]
         weights = [weight for weight in weights if weight.name in names] or weights
     return rng.choice(weights)
 
@@ -77,7 +79,17 @@ def _weight(rng: random.Random, model: onnx.ModelProto) -> TensorProto:
 def _dimensions(rng: random.Random, model: onnx.ModelProto) -> None:
     weight = _weight(rng, model)
     dims, number = list(weight.dims), rng.choice(_INTEGERS)
-    changes = ([], [0], [number], [number, *dims[1:]], [*dims[:-1], number], [*dims, 1], dims[1:], dims[::-1], [1] * 100)
+    changes = (
+        [],
+        [0],
+        [number],
+        [number, *dims[1:]],
+        [*dims[:-1], number],
+        [*dims, 1],
+        dims[1:],
+        dims[::-1],
+        [1] * 100,
+    )
     weight.dims[:] = rng.choice((*changes, [2**32, 2**32], [2**62, 4], [0, 2**62]))
 
 
@@ -87,7 +99,7 @@ def _data_type(rng: random.Random, model: onnx.ModelProto) -> None:
 
 def _location(rng: random.Random, model: onnx.ModelProto) -> None:
     """Where a weight's values lie: in another file, beyond the end, nowhere."""
-    weights = [weight for weight in (*(_weight(rng, model) for _ in range(20)), *model.graph.initializer)]
+    weights = (*(_weight(rng, model) for _ in range(20)), *model.graph.initializer)
     weight = next((weight for weight in weights if weight.external_data), None)
     if weight is None:
         return
@@ -166,9 +178,13 @@ def _node(rng: random.Random, model: onnx.ModelProto) -> None:
     elif kind == 3:
         del node.input[rng.randrange(len(node.input) + 1) :]
     elif kind == 4 and node.input:
-        node.input[rng.randrange(len(node.input))] = rng.choice(("", _utf8(rng), rng.choice(model.graph.node).output[0]))
+        node.input[rng.randrange(len(node.input))] = rng.choice(
+            ("", _utf8(rng), rng.choice(model.graph.node).output[0])
+        )
     elif kind == 5 and node.output:
-        node.output[rng.randrange(len(node.output))] = rng.choice(("", _utf8(rng), rng.choice(model.graph.node).output[0]))
+        node.output[rng.randrange(len(node.output))] = rng.choice(
+            ("", _utf8(rng), rng.choice(model.graph.node).output[0])
+        )
     elif kind == 6:
         del node.output[:]
     elif kind == 7:

@@ -1,4 +1,4 @@
-"""Damage that needs no knowledge of a format: bytes that are cut off or changed, and something else in a file's place."""
+"""Damage that needs no knowledge of a format: bytes cut off or changed, and something else in a file's place."""
 
 from __future__ import annotations
 

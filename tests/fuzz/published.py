@@ -6,8 +6,12 @@ import json
 import random
 from pathlib import Path
 
+from exporter.published import changed_files, read_report
+from exporter.references import Reference
+from exporter.validated_file import Expectation
 from tests.fuzz.places import damaged_bytes, something_else
 from tests.fuzz.values import NAMES, VALUES, damaged_json
+from validate.model_file import find_model_file
 
 __all__ = ["damage_published", "read_published"]
 
@@ -64,15 +68,10 @@ def _damaged_sums(rng: random.Random, data: bytes) -> bytes:
 
 def read_published(folder: Path, rng: random.Random, inputs: Path) -> None:
     """Reads what validation needs of the folder."""
-    from exporter import revalidation
-    from exporter.references import Reference
-    from exporter.validated_file import Expectation
-
-    report = revalidation._read_report(folder)
-    files = revalidation._files(folder, report)
-    for file in files:
-        str(file.facts)
-    if report is not None:
-        revalidation._changed_files(folder)
-        Expectation.of_report(folder, report, Reference("x", "x", None, None))  # type: ignore[arg-type]
-        str(report["recipe"]["text"]["heldout_chunks_per_file"])
+    report = read_report(folder)
+    if report is None:
+        return
+    changed_files(folder, report)
+    for artifact in report["artifacts"]:
+        find_model_file(folder / artifact["path"])
+    Expectation.of_report(folder, report, Reference("x", "x", None, None))  # type: ignore[arg-type]

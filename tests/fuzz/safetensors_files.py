@@ -35,7 +35,9 @@ def damage_weights(rng: random.Random, folder: Path) -> None:
     else:
         edit(rng, header, _EDITS)
         text = json.dumps(header, ensure_ascii=rng.random() < 0.5).encode("utf-8", errors="surrogatepass")
-    size = len(text) if rng.random() < 0.9 else rng.choice((0, 1, len(text) - 1, len(text) + 1, 2**31, 2**63, 2**64 - 1))
+    size = (
+        len(text) if rng.random() < 0.9 else rng.choice((0, 1, len(text) - 1, len(text) + 1, 2**31, 2**63, 2**64 - 1))
+    )
     path.write_bytes(size.to_bytes(8, "little") + text + body)
 
 

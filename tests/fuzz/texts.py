@@ -90,17 +90,57 @@ def damage_logits(rng: random.Random, folder: Path) -> None:
 
 
 _TEXTS = (
-    *("20GB", "0", "-1", "1e3GB", "1..2GB", ".GB", "9" * 5000, "9" * 17 + "TB", "٣GB", "1 GB", "1gib", "nan", "inf", "1XB"),
+    *(
+        "20GB",
+        "0",
+        "-1",
+        "1e3GB",
+        "1..2GB",
+        ".GB",
+        "9" * 5000,
+        "9" * 17 + "TB",
+        "٣GB",
+        "1 GB",
+        "1gib",
+        "nan",
+        "inf",
+        "1XB",
+    ),
     *("30m", "0s", "1.5h", "999999999h", "9" * 9 + ".9h", "1d", "kld=0.1", "kld=", "=1", "kld=nan", "kld=1,kld=2", ","),
-    *("top1=1e999", "perplexity_change=-1", "gguf", "gguf,onnx", "gguf,,", "Q4_K", "q4_k", "cpu", "cuda", "auto", "none"),
+    *(
+        "top1=1e999",
+        "perplexity_change=-1",
+        "gguf",
+        "gguf,onnx",
+        "gguf,,",
+        "Q4_K",
+        "q4_k",
+        "cpu",
+        "cuda",
+        "auto",
+        "none",
+    ),
     *("reap", "block-drop", "dense", "moe", "router", "adapters", "f16", "q8_0", "total", "file", *NAMES),
 )
-_PATHS = ("", ".", "/", "/dev/null", "/dev/zero", "/proc/self/x", "x" * 300, "a\nb", "\udcff", "/dev/null/x", "~", "a" * 5000)
+_PATHS = (
+    "",
+    ".",
+    "/",
+    "/dev/null",
+    "/dev/zero",
+    "/proc/self/x",
+    "x" * 300,
+    "a\nb",
+    "\udcff",
+    "/dev/null/x",
+    "~",
+    "a" * 5000,
+)
 _INTEGERS = (0, 1, -1, 2, 10**6, 2**31, 2**32, 2**63, 2**64, 10**30)
 
 
 def awkward_flags(rng: random.Random, text: Path) -> dict[str, Any]:
-    """Values for :class:`exporter.job.Flags`, of the types that the command line hands over, two of them or more odd."""
+    """Values for :class:`exporter.job.Flags`, of the types that the command line hands over; some are odd."""
     odd: dict[str, Any] = {
         **{name: rng.choice(_TEXTS) for name in ("budget", "budget_kind", "kv_type", "formats", "student", "method")},
         **{name: rng.choice(_TEXTS) for name in ("quant", "recover", "recover_time", "memory", "device", "model")},
