@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 
 from compressors.model.errors import InputError
+from compressors.model.tokenizer_files import load_tokenizer
 
 __all__ = [
     "BLOCK_LENGTH",
@@ -270,24 +271,6 @@ def _document_starts(text: str) -> Iterator[int]:
         start = separator.end()
     if text[start:].strip():
         yield start
-
-
-def load_tokenizer(folder: Path) -> TextTokenizer:
-    """The checkpoint's tokenizer, as transformers loads it; nothing is downloaded.
-
-    Raises:
-        InputError: there is none that can be used.
-    """
-    from transformers import AutoTokenizer  # takes seconds to import, and splitting text does not need it
-
-    try:
-        tokenizer: TextTokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder} has no usable tokenizer ({error}); download tokenizer.json again") from None
-    # Without any tokenizer file transformers builds an empty one.
-    if not tokenizer.encode("a", add_special_tokens=False):
-        raise InputError(f"{folder} has no usable tokenizer; download tokenizer.json again")
-    return tokenizer
 
 
 def _bos_token(tokenizer: TextTokenizer) -> int | None:

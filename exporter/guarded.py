@@ -44,7 +44,7 @@ _NO_MEMORY = re.compile(r"can't allocate memory|bad_?alloc|bad allocation|[Ff]ai
 class Limits:
     """What a process may take."""
 
-    seconds: float  # in which something must be finished
+    seconds: float  # for a step, such as a chunk
     memory_bytes: int | None = None  # private memory, on top of what it begins with; None: as much as there is
 
     @classmethod
@@ -70,7 +70,7 @@ class Limits:
         if self.memory_bytes is not None and hasattr(resource, "RLIMIT_DATA"):
             limit = _private_bytes() + self.memory_bytes
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-        time_limit.start(self.seconds, tell)
+        time_limit.set_limit(self.seconds, tell)
 
 
 @dataclass
@@ -112,7 +112,7 @@ def run_guarded(file: ModelFile, limits: Limits, function: Callable[..., Any], *
         if result is None:
             raise RuntimeCrashError(_obituary(file, death, limits, messages.doing, output))
     if "failure" in result:
-        raise RuntimeCrashError(f"{file.runtime}: {result['failure']} (while {messages.doing})")
+        raise RuntimeCrashError(f"{result['failure']} (while {messages.doing})")
     if "error" in result:
         raise _refusal(result["error"], result["exit_code"])
     return result["answer"]
@@ -120,7 +120,7 @@ def run_guarded(file: ModelFile, limits: Limits, function: Callable[..., Any], *
 
 def _obituary(file: ModelFile, death: Death, limits: Limits, doing: str, output: IO[bytes]) -> str:
     if death.returncode == -signal.SIGALRM:
-        return f"{file.runtime} did not finish {doing}: nothing came of it in {limits.seconds:,.0f} s, so it was ended"
+        return f"{file.runtime} was ended, because {doing} did not come on for {limits.seconds:,.0f} s"
     said = last_words(output)
     return f"{file.runtime} {death} while {doing}" + (f": {said}" if said else "")
 
@@ -165,8 +165,8 @@ def _result(function: Callable[..., Any], arguments: tuple[Any, ...], limits: Li
             return {"failure": _too_large(limits)}
         place = traceback.extract_tb(error.__traceback__)[-1]
         return {
-            "failure": f"it cannot be validated: {type(error).__name__}: {_one_line(error)} "
-            f"({Path(place.filename).name}:{place.lineno})"
+            "failure": f"it contradicts itself, or this program cannot read it: {type(error).__name__}: "
+            f"{_one_line(error)} ({Path(place.filename).name}:{place.lineno})"
         }
 
 

@@ -38,6 +38,7 @@ class Plan:
     out: Path
     command: str  # as it was typed, for the report
     teacher_floors: Mapping[str, TeacherFloor] = field(default_factory=dict)  # by artifact; absent: nothing fits
+    end_tokens: tuple[int, ...] = ()  # of the source: each ends a text
     deviations: tuple[Deviation, ...] = ()  # of the files from the original, that no file can mend
 
     @property
@@ -68,6 +69,7 @@ class Plan:
         data["predictions"] = {name: Prediction(**lines) for name, lines in data["predictions"].items()}
         data["refused_rungs"] = tuple(RefusedRung(**refused) for refused in data["refused_rungs"])
         data["deviations"] = tuple(Deviation(**deviation) for deviation in data.get("deviations", ()))
+        data["end_tokens"] = tuple(data.get("end_tokens", ()))
         data["teacher_floors"] = {name: TeacherFloor(**floor) for name, floor in data.get("teacher_floors", {}).items()}
         for name in ("source", "calibration", "heldout", "out"):
             data[name] = None if data[name] is None else Path(data[name])

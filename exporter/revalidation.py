@@ -22,7 +22,7 @@ from exporter.references import StoredReference, against_checkpoint, against_fil
 from exporter.team import usable_processors
 from validate.backend import RuntimeCrashError
 from validate.gpu import PROVIDERS
-from validate.model_file import ModelFile, RuntimeChoice, find_model_file
+from validate.model_file import ModelFile, RuntimeChoice, find_model_file, published_files
 from validate.report.facts import artifact_name, failures
 from validate.verdict import REQUIREMENTS, Check
 
@@ -137,13 +137,7 @@ def _files(path: Path, report: Mapping[str, Any] | None) -> list[ModelFile]:
                 "output folder of moe-export, a GGUF file, or the folder of an ONNX model"
             )
         return [found]
-    files = []
-    for artifact in report["artifacts"]:
-        found = find_model_file(path / artifact["path"])
-        if found is None:
-            raise InputError(f"{path / artifact['path']}, which report.json names, is missing or damaged; export again")
-        files.append(found)
-    return files
+    return published_files(path, report)
 
 
 def _reference(

@@ -14,6 +14,7 @@ import psutil
 from compressors.calibration import Splits, read_splits, tokenize
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
+from compressors.model.special_tokens import special_tokens
 from exporter.deviations import find_deviations
 from exporter.estimate import describe_time, memory_lines, seconds_by_stage
 from exporter.hub import bundled_text, resolve_model
@@ -152,7 +153,8 @@ def make_plan(job: Job, command: str) -> Plan:
         require=dict(job.require),
         out=job.out.resolve(),
         command=command,
-        deviations=find_deviations(checkpoint, recipe.artifacts),
+        end_tokens=special_tokens(folder, checkpoint.shape.vocab_size).ends,
+        deviations=find_deviations(checkpoint, recipe.artifacts, recipe.source.model),
     )
     return replace(plan, teacher_floors=_teacher_floors(plan, checkpoint, spare_disk(plan, job.work_dir)))
 

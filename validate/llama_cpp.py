@@ -26,7 +26,7 @@ from validate.cost import Feed, RuntimeCost, measure_cost
 from validate.llama_cpp_routing import RoutingCollector, ggml_function
 from validate.router_inputs import RouterInputs
 
-__all__ = ["KV_TYPES", "LlamaCppBackend", "measure", "start_runtime"]
+__all__ = ["KV_TYPES", "LlamaCppBackend", "logged_error", "measure", "start_runtime"]
 
 KV_TYPES: Mapping[str, int] = {
     "f32": api.GGML_TYPE_F32,
@@ -226,11 +226,12 @@ class _Session:
         params.flash_attn_type = flash_attention
         if callback is not None:
             params.cb_eval = callback
-        self._context = api.llama_init_from_model(self._model, params)
+        with time_limit.working():
+            self._context = api.llama_init_from_model(self._model, params)
         if self._context is None:
             raise InputError(
                 f"{path}: llama.cpp cannot set up a context of {n_ctx} tokens with {kv_type} keys and values"
-                f"{_logged_error()}; quantized ones need flash attention"
+                f"{logged_error()}; quantized ones need flash attention"
             )
         vocabulary = api.llama_model_get_vocab(self._model)
         assert vocabulary is not None
@@ -272,12 +273,12 @@ class _Session:
                 batch.n_seq_id[index] = 1
                 batch.seq_id[index][0] = 0
                 batch.logits[index] = all_logits or index == n_tokens - 1
-            status = api.llama_decode(self._context, batch)
+            with time_limit.working():
+                status = api.llama_decode(self._context, batch)
         finally:
             api.llama_batch_free(batch)
         if status != 0:
-            raise RuntimeCrashError(f"it could not evaluate {n_tokens} tokens (status {status}){_logged_error()}")
-        time_limit.renew()
+            raise RuntimeCrashError(f"llama.cpp could not evaluate {n_tokens} tokens (status {status}){logged_error()}")
         self._length += n_tokens
         n_rows = n_tokens if all_logits else 1
         pointer = ctypes.cast(api.llama_get_logits(self._context), ctypes.c_void_p)
@@ -304,10 +305,10 @@ def _load_model(path: Path, gpu_layers: int) -> int:
     params = api.llama_model_default_params()
     params.n_gpu_layers = gpu_layers
     params.use_extra_bufts = False
-    model: int | None = api.llama_model_load_from_file(str(path).encode(), params)
+    with time_limit.working():
+        model: int | None = api.llama_model_load_from_file(str(path).encode(), params)
     if model is None:
-        raise InputError(f"{path} cannot be loaded by llama.cpp{_logged_error()}")
-    time_limit.renew()
+        raise InputError(f"{path} cannot be loaded by llama.cpp{logged_error()}")
     return model
 
 
@@ -339,7 +340,7 @@ def start_runtime() -> None:
     api.llama_log_set(_keep_errors, ctypes.c_void_p(0))
 
 
-def _logged_error() -> str:
+def logged_error() -> str:
     """``: message`` of llama.cpp, if it said anything: the first of a chain of errors names the cause. Forgets it."""
     message = f": {_errors[0]}" if _errors else ""
     _errors.clear()

@@ -4,8 +4,8 @@
     python -m validate.measure PARENT SECONDS gguf|onnx run PATH PROMPT_FILE OPTIONS
 
 prints one JSON object; OPTIONS is one too: what the runtime's own ``measure`` takes. The process imports neither torch
-nor transformers, so its peak is the runtime's; when the runtime crashes, only this process dies; when it finishes
-nothing for SECONDS, it is ended; and when process PARENT, which started it, is gone, it ends.
+nor transformers, so its peak is the runtime's; when the runtime crashes, only this process dies; when a step
+takes longer than SECONDS, it is ended; and when process PARENT, which started it, is gone, it ends.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def measure_artifact(
         RuntimeCrashError: the runtime crashed, refused the file or did not end.
     """
     n_bytes = onnx_bytes(path) if artifact == "onnx" else path.stat().st_size if path.exists() else 0
-    limit = time_limit.seconds() or time_limit.patience(n_bytes, context)
+    limit = time_limit.limit_seconds() or time_limit.patience(n_bytes, context)
     options: dict[str, Any] = {"context": context, "threads": threads}
     if artifact == "gguf":
         options |= {"kv_type": kv_type, "gpu_layers": gpu_layers}
@@ -89,10 +89,9 @@ def measure_artifact(
 def _run(artifact: str, limit: float, arguments: list[str]) -> dict[str, Any]:
     command = [sys.executable, "-m", "validate.measure", str(os.getpid()), str(limit), artifact, *arguments]
     variables = os.environ | {"GGML_NO_BACKTRACE": "1"}  # a debugger would print for half a minute
-    with time_limit.suspended():  # the process has its own
-        result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=variables)
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=variables)
     if result.returncode == -signal.SIGALRM:
-        raise RuntimeCrashError(f"the runtime of {artifact} finished nothing in {limit:,.0f} s and was ended")
+        raise RuntimeCrashError(f"the runtime of {artifact} did not finish a step in {limit:,.0f} s and was ended")
     said = telling_line(result.stderr)
     if result.returncode < 0:
         name = signal.Signals(-result.returncode).name
@@ -119,7 +118,7 @@ def _main(artifact: str, what: str, *arguments: str) -> None:
 
 if __name__ == "__main__":
     end_with_parent(int(sys.argv[1]))
-    time_limit.start(float(sys.argv[2]))
+    time_limit.set_limit(float(sys.argv[2]))
     try:
         _main(*sys.argv[3:])
     except MoeExportError as error:  # the last line that is printed becomes the message

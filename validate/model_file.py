@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,10 +26,9 @@ from validate.llama_cpp import LlamaCppBackend
 from validate.measure import measure_artifact
 from validate.onnx_files import find_onnx_model, onnx_bytes, onnx_model_file
 from validate.onnx_runtime import OnnxRuntimeBackend
-from validate.timed_weights import TimedWeights
 from validate.vocabulary import GgufVocabulary, TokenizerVocabulary, Vocabulary
 
-__all__ = ["ModelFile", "RuntimeChoice", "find_model_file"]
+__all__ = ["ModelFile", "RuntimeChoice", "find_model_file", "published_files"]
 
 _GGUF_MAGIC = b"GGUF"
 
@@ -56,8 +56,9 @@ class ModelFile:
         Raises:
             InputError: it cannot be read.
         """
-        time_limit.begin("reading its header")
-        return gguf_facts(self.path) if self.format == "gguf" else onnx_facts(self.path)
+        time_limit.tell("reading its header")
+        with time_limit.working():
+            return gguf_facts(self.path) if self.format == "gguf" else onnx_facts(self.path)
 
     @property
     def runtime(self) -> str:
@@ -94,14 +95,10 @@ class ModelFile:
             MissingGpuError: the installed runtime has no GPU, and one is asked for.
         """
         self.check_can_run(choice)
-        time_limit.begin("loading it")
-        backend: RuntimeBackend
+        time_limit.tell("loading it")
         if self.format == "gguf":
-            backend = LlamaCppBackend(self.path, n_ctx=n_tokens, threads=choice.threads, gpu_layers=choice.gpu_layers)
-        else:
-            backend = OnnxRuntimeBackend(self.path, threads=choice.threads, providers=PROVIDERS[choice.providers])
-        time_limit.begin("running it")
-        return backend
+            return LlamaCppBackend(self.path, n_ctx=n_tokens, threads=choice.threads, gpu_layers=choice.gpu_layers)
+        return OnnxRuntimeBackend(self.path, threads=choice.threads, providers=PROVIDERS[choice.providers])
 
     def measure(self, choice: RuntimeChoice, prompt_T: npt.NDArray[np.int64], context: int) -> RuntimeCost:
         """Memory and speed with a cache of so many tokens, in a process of its own.
@@ -109,7 +106,7 @@ class ModelFile:
         Raises:
             RuntimeCrashError: the runtime crashed or refused the file.
         """
-        time_limit.begin("measuring its memory and speed")
+        time_limit.tell("measuring its memory and speed")
         return measure_artifact(
             self.format,
             self.path,
@@ -127,13 +124,13 @@ class ModelFile:
         Raises:
             InputError: they are not where a model of this shape has them; only graphs of ours can be read.
         """
-        time_limit.begin("reading its weights")
-        weights = GgufWeights(self.path, shape) if self.format == "gguf" else OnnxWeights(self.path.parent, shape)
-        return TimedWeights(weights)
+        time_limit.tell("reading its weights")
+        with time_limit.working():
+            return GgufWeights(self.path, shape) if self.format == "gguf" else OnnxWeights(self.path.parent, shape)
 
     def vocabulary(self) -> Vocabulary | None:
         """Its own; a graph's is that of the tokenizer beside it, None if there is none."""
-        time_limit.begin("reading its vocabulary")
+        time_limit.tell("reading its vocabulary")
         if self.format == "gguf":
             return GgufVocabulary(self.path)
         folder = self.tokenizer_folder
@@ -144,6 +141,21 @@ class ModelFile:
         """Where a graph's tokenizer lies: beside it, or a folder above, as on the hub."""
         folders = (self.path.parent, self.path.parent.parent)
         return next((folder for folder in folders if (folder / "tokenizer.json").is_file()), None)
+
+
+def published_files(out: Path, report: Mapping[str, Any]) -> list[ModelFile]:
+    """The files that a run of ours published.
+
+    Raises:
+        InputError: one is gone, or is no model any more.
+    """
+    files = []
+    for artifact in report["artifacts"]:
+        found = find_model_file(out / artifact["path"])
+        if found is None:
+            raise InputError(f"{out / artifact['path']}, which report.json names, is missing or damaged; export again")
+        files.append(found)
+    return files
 
 
 def find_model_file(path: Path) -> ModelFile | None:

@@ -20,10 +20,10 @@ import numpy.typing as npt
 import onnx
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
-from tokenizers import Tokenizer
 
 from compressors.model.errors import InputError, MoeExportError
 from compressors.model.routing import NO_EXPERT, Routing, selection_margins
+from compressors.model.tokenizer_files import read_tokenizer_json
 from validate import time_limit
 from validate.backend import ChooseToken, ChunkOutput, RuntimeCrashError, scored_positions
 from validate.cost import Feed, RuntimeCost, measure_cost
@@ -103,9 +103,9 @@ class OnnxRuntimeBackend:
         path = self._path.parent / "tokenizer.json"
         if not path.is_file():
             raise InputError(f"{path} is missing: without it nobody knows how a text begins")
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = read_tokenizer_json(path)
         tokens, alone = (tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
-        return tokens[0] if tokens[0] != alone[0] else None
+        return tokens[0] if tokens[:1] != alone[:1] else None
 
     def run(self, tokens_BT: npt.NDArray[np.int64]) -> Iterator[ChunkOutput]:
         """Runs every row from an empty cache and yields its logits and routing, in order.
@@ -304,12 +304,12 @@ def _run_from_empty_cache(
 
 @contextmanager
 def _running() -> Iterator[None]:
-    """While it lasts, what the runtime raises is a finding about the graph; that it comes back, is progress."""
+    """While it lasts, what the runtime raises is a finding about the graph, and so is it that nothing comes back."""
     try:
-        yield
+        with time_limit.working():
+            yield
     except _ERRORS as error:
-        raise RuntimeCrashError(f"it could not run the graph: {' '.join(str(error).split())}") from None
-    time_limit.renew()
+        raise RuntimeCrashError(f"ONNX Runtime could not run the graph: {' '.join(str(error).split())}") from None
 
 
 def _logits_digest(session: onnxruntime.InferenceSession, tokens: npt.NDArray[np.int64]) -> str:
@@ -355,8 +355,7 @@ def _open_session(
             "session.model_external_initializers_file_folder_path", str(path.resolve().parent)
         )
     try:
-        session = onnxruntime.InferenceSession(model, options, providers=list(providers))
+        with time_limit.working():
+            return onnxruntime.InferenceSession(model, options, providers=list(providers))
     except _ERRORS as error:
         raise InputError(f"{path} does not load in ONNX Runtime ({error}); export it again") from None
-    time_limit.renew()
-    return session

@@ -1,8 +1,8 @@
-"""A limit on the time in which a process may finish nothing, so that a file cannot keep a runtime busy for ever.
+"""A limit on the time that a runtime may take for one call, so that a file cannot keep it busy for ever.
 
-Slow machines and large models are not to be ended: what counts is the time since a call of the runtime last came back,
-not that since the beginning. The kernel's timer ends the process by SIGALRM (setitimer(2)), whatever it is doing, and
-whoever holds Python's lock; a process that was started by another program does not have that one's timer.
+Slow machines and large models are not to be ended: what is limited is a single step, such as loading a file or running
+a chunk, not the whole. The kernel's timer ends the process by SIGALRM (setitimer(2)), whatever it is doing, and whoever
+holds Python's lock. Processes that it starts do not inherit the timer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-__all__ = ["TimeLimit", "begin", "patience", "renew", "seconds", "start", "suspended"]
+__all__ = ["limit_seconds", "patience", "set_limit", "tell", "working"]
 
 _LEAST_SECONDS = 30.0
 _BYTES_PER_SECOND = 10e6  # of a file's bytes, in the slowest step: a chunk of 512 tokens through all of them
@@ -21,18 +21,19 @@ _TIMES_THE_REFERENCE = 20
 
 
 @dataclass
-class TimeLimit:
-    """The limit that this process has."""
+class _Limit:
+    """What was set for this process."""
 
     seconds: float
-    tell: Callable[[str], None]  # is told what begins
+    tell: Callable[[str], None]
+    depth: int = 0  # of nested steps
 
 
-_limit: TimeLimit | None = None
+_limit: _Limit | None = None
 
 
 def patience(n_bytes: int, n_tokens: int = _CHUNK_TOKENS, reference_seconds: float = 0.0) -> float:
-    """Seconds in which an honest runtime finishes a step: loading a file, or running a chunk.
+    """Seconds in which an honest runtime finishes a step.
 
     Args:
         n_bytes: of the file's weights.
@@ -43,37 +44,39 @@ def patience(n_bytes: int, n_tokens: int = _CHUNK_TOKENS, reference_seconds: flo
     return times_longer * (_LEAST_SECONDS + n_bytes / _BYTES_PER_SECOND) + _TIMES_THE_REFERENCE * reference_seconds
 
 
-def start(limit: float, tell: Callable[[str], None] = lambda _: None) -> None:
-    """From now on this process ends by SIGALRM when ``limit`` seconds pass without :func:`renew` or :func:`begin`."""
+def set_limit(seconds: float, tell: Callable[[str], None] = lambda _: None) -> None:
+    """From now on this process ends by SIGALRM when a step takes longer; without a call of this nothing is limited.
+
+    Args:
+        seconds: for a step.
+        tell: is told what is being done, for whoever waits for this process.
+    """
     global _limit  # the kernel has one such timer for a process
-    _limit = TimeLimit(limit, tell)
-    renew()
+    _limit = _Limit(seconds, tell)
 
 
-def seconds() -> float | None:
+def limit_seconds() -> float | None:
     """The limit that was set; None if there is none."""
     return None if _limit is None else _limit.seconds
 
 
-def begin(what: str) -> None:
-    """Another step begins, such as ``loading it``: whoever started this process is told."""
+def tell(what: str) -> None:
+    """Says what comes now, such as ``loading it``."""
     if _limit is not None:
         _limit.tell(what)
-    renew()
-
-
-def renew() -> None:
-    """Something was finished; without a limit nothing happens."""
-    if _limit is not None:
-        signal.setitimer(signal.ITIMER_REAL, _limit.seconds)
 
 
 @contextmanager
-def suspended() -> Iterator[None]:
-    """While it lasts, nothing is asked of this process: it waits for one that has a limit of its own."""
-    if _limit is not None:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+def working() -> Iterator[None]:
+    """One step. When one ends inside another, the other's time begins anew: something was finished."""
+    limit = _limit
+    if limit is None:
+        yield
+        return
+    limit.depth += 1
+    signal.setitimer(signal.ITIMER_REAL, limit.seconds)
     try:
         yield
     finally:
-        renew()
+        limit.depth -= 1
+        signal.setitimer(signal.ITIMER_REAL, limit.seconds if limit.depth else 0)

@@ -108,9 +108,7 @@ class GgufFile:
             self._parts.append(part)
         expected = self.metadata.get(TENSORS_KEY, len(tensors))
         if len(tensors) != expected or len(tensors) != sum(len(part.tensors) for part in self._parts):
-            raise InputError(
-                f"{self.path}: its parts hold {len(tensors)} tensors, and it says {expected}; split it again"
-            )
+            raise InputError(f"{self.path}: its parts hold {len(tensors)} tensors, but it says {expected}; split again")
         self.tensors = tensors
 
     def read_rows(self, entry: GgufEntry, first: int, n_rows: int) -> npt.NDArray[np.uint8]:

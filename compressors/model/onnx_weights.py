@@ -21,6 +21,7 @@ import torch
 from compressors.model.checkpoint import role_shape
 from compressors.model.errors import InputError
 from compressors.model.families import Role
+from compressors.model.ggml import GGMLQuantizationType
 from compressors.model.names import shown
 from compressors.model.onnx_blocks import BLOCK_SIZE, BlockWeights
 from compressors.model.onnx_graph import external_place, read_graph
@@ -110,6 +111,14 @@ class OnnxWeights:
     def dtype_of(self, role: Role, layer: int | None) -> torch.dtype:
         """Always float32."""
         return self.dtype
+
+    def stored_type(self, role: Role, layer: int | None) -> GGMLQuantizationType:
+        """ggml's type of the same numbers: F32, or blocks of 32 values in 4 or 8 bits."""
+        weight = self._weights.get((role, layer))
+        if weight is None or weight.scales is None:
+            return GGMLQuantizationType.F32
+        is_packed = 2 * weight.codes.n_values == prod(weight.shape)
+        return GGMLQuantizationType.Q4_0 if is_packed else GGMLQuantizationType.Q8_0
 
     def tensor(self, role: Role, layer: int | None) -> torch.Tensor:
         """The tensor of a role that is not an expert's, float32."""

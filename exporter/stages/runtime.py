@@ -73,7 +73,7 @@ def validate_runtime(
         measurement |= {
             "runtime_version": backend.version,
             "cost": asdict(cost),
-            "generation": generation_figures(texts, plan.teacher_shape.eos_token_ids),
+            "generation": generation_figures(texts, plan.end_tokens),
             "router_alone": _router_alone(context, backend, heldout),
         }
     (context.output / MEASUREMENT).write_text(json.dumps(measurement, indent=1), encoding="utf-8")

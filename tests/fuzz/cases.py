@@ -38,7 +38,7 @@ class Case:
 
     @contextmanager
     def made(self, inputs: Path, place: Path) -> Iterator[tuple[Path, random.Random]]:
-        """The damaged input, in a folder below ``place`` that goes afterwards, and the numbers that go on from there."""
+        """The damaged input, in a folder below ``place`` that goes afterwards, and numbers to go on with."""
         rng = random.Random(f"{self.seed} {self.kind} {self.number}")
         folder = place / "case" / "input"
         remove(folder.parent)

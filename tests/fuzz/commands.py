@@ -10,6 +10,16 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+# what a command imports, so that the forked processes have it
+import exporter.hub
+import exporter.inspection
+import exporter.pipeline
+import exporter.plan_table
+import exporter.revalidation
+import exporter.revalidation_table
+import exporter.run
+import exporter.task_runs
+from exporter.cli import main
 from tests.fuzz.oracle import complaint_about
 
 __all__ = ["judge_command"]
@@ -24,7 +34,7 @@ def judge_command(words: Sequence[str], folder: Path, seconds: float) -> tuple[s
         How it ended (its exit code, or what it should not have done), and what is wrong with that, if anything.
     """
     place = folder.parent
-    before = {path for path in folder.rglob("*")}
+    before = set(folder.rglob("*"))
     for name in ("cwd", "tmp"):
         (place / name).mkdir(exist_ok=True)
     errors = place / "stderr"
@@ -47,7 +57,7 @@ def judge_command(words: Sequence[str], folder: Path, seconds: float) -> tuple[s
         )
         if complaint is not None:
             return "message", complaint
-    changed = {path for path in folder.rglob("*")} ^ before
+    changed = set(folder.rglob("*")) ^ before
     left = changed | set((place / "cwd").rglob("*"))
     return ("written", f"files came or went: {sorted(map(str, left))[:3]}") if left else (_EXIT_CODES[code], None)
 
@@ -65,8 +75,6 @@ def _run(words: Sequence[str], place: Path, errors: Path) -> None:
         os.dup2(error, 2)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
         sys.argv = ["moe-export", *words]
-        from exporter.cli import main
-
         main(list(words), prog_name="moe-export")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1

@@ -1,4 +1,4 @@
-"""A limit on the memory of this process, so that an input that asks for all of it is a failure and not a dead machine."""
+"""A limit on the memory of this process, so that an input that asks for all is no dead machine."""
 
 from __future__ import annotations
 

@@ -19,8 +19,18 @@ from tests.fuzz.oracle import complaint_about, judge
 
 _SEED = 16
 _COUNTS = {
-    **{"safetensors": 200, "config": 150, "index": 40, "tokenizer": 120, "recipe": 80, "published": 60},
-    **{"text": 25, "logits": 30, "flags": 60, "words": 40, "gguf": 300, "onnx": 200},
+    "safetensors": 200,
+    "config": 150,
+    "index": 40,
+    "tokenizer": 120,
+    "recipe": 80,
+    "published": 60,
+    "text": 25,
+    "logits": 30,
+    "flags": 60,
+    "words": 40,
+    "gguf": 300,
+    "onnx": 200,
 }
 _GROUP = 100  # cases of a test
 

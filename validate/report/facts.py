@@ -51,8 +51,10 @@ _CHECKS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "loops": ("greedy texts that loop", numbers.percent),
     "perplexity_as_reported": ("change of perplexity since the report", numbers.percent),
     "routing_as_reported": ("change of routing overlap since the report", numbers.percent),
-    "damaged_weights": ("tensors, experts or router rows that are not the original's", numbers.plain),
+    "damaged_weights": ("tensors, experts or rows that are not the original's", numbers.plain),
     "coarse_weights": ("tensors much coarser than the rest", numbers.plain),
+    "finite": ("scored tokens with a finite probability", numbers.percent),
+    "tokenizer": ("ways in which its tokenizer is not the original's", numbers.plain),
     "settings": ("settings that are not the original's", numbers.plain),
 }
 _LOSSES = {
