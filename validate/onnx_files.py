@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from compressors.model.errors import InputError
+from compressors.model.json_file import read_json
 
 __all__ = ["find_onnx_model", "onnx_bytes", "onnx_model_file"]
 
@@ -45,8 +45,14 @@ def onnx_bytes(path: Path) -> int:
 
 
 def _named_by_genai(config: Path) -> str | None:
+    """A name of a place in the folder of the configuration; None if it names none."""
     try:
-        name = json.loads(config.read_text(encoding="utf-8"))["model"]["decoder"]["filename"]
-    except (OSError, ValueError, KeyError, TypeError):
+        name = read_json(config)["model"]["decoder"]["filename"]
+    except (InputError, KeyError, TypeError):
         return None
-    return name if isinstance(name, str) else None
+    if not isinstance(name, str) or not name.isprintable() or len(name) > _LONGEST_NAME:
+        return None
+    return name if not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts else None
+
+
+_LONGEST_NAME = 60  # characters of up to 4 bytes, and a file system takes 255

@@ -91,7 +91,7 @@ class _Worker:
         self._process: int | None = os.fork() if self._to_do else None
         if self._process == 0:
             try:
-                with limited_memory(_MEMORY), self._log.open("a", encoding="utf-8", buffering=1) as log:
+                with self._log.open("a", encoding="utf-8", buffering=1) as log:
                     _silence()
                     for case, way in self._to_do:
                         log.write(json.dumps(run(case, way, self._inputs, self._folder)) + "\n")
@@ -101,6 +101,11 @@ class _Worker:
 
 def run(case: Case, way: str, inputs: Path, folder: Path) -> tuple[str, str | None]:
     """Runs one case in one way."""
+    with limited_memory(_MEMORY):
+        return _run(case, way, inputs, folder)
+
+
+def _run(case: Case, way: str, inputs: Path, folder: Path) -> tuple[str, str | None]:
     return case.read(inputs, folder) if way == "read" else case.command(inputs, folder, _COMMAND_SECONDS)
 
 

@@ -18,7 +18,7 @@ import exporter.plan_table
 import exporter.revalidation
 import exporter.revalidation_table
 import exporter.run
-import exporter.task_runs
+import exporter.task_runs  # noqa: F401
 from exporter.cli import main
 from tests.fuzz.oracle import complaint_about
 
