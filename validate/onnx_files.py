@@ -47,12 +47,16 @@ def onnx_bytes(path: Path) -> int:
 
 
 def _named_by_genai(config: Path) -> str | None:
+    """A name of a place in the folder of the configuration; None if it names none."""
     try:
         name = read_json(config)["model"]["decoder"]["filename"]
     except (InputError, KeyError, TypeError):
         return None
-    if not isinstance(name, str):
+    if not isinstance(name, str) or not name.isprintable() or len(name) > _LONGEST_NAME:
         return None
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise InputError(f"{config} names {shown(name)}, which lies outside of its folder: put the model there")
     return name
+
+
+_LONGEST_NAME = 60  # characters of up to 4 bytes, and a file system takes 255
