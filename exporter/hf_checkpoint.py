@@ -21,18 +21,11 @@ from compressors.model.student import Student
 from exporter.files import write_atomically
 from exporter.pieces import Piece, row_slices, write_pieces
 from exporter.resumable import Part, is_published, resuming
+from exporter.tokenizer_copy import copy_tokenizer
 
 __all__ = ["check_loadable", "write_checkpoint"]
 
-_COPIED = (
-    "tokenizer*",
-    "*.jinja",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "LICENSE*",
-    "merges.txt",
-    "vocab.json",
-)
+_COPIED = ("tokenizer*", "*.jinja", "generation_config.json", "LICENSE*")
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """As safetensors calls them, in the order in which it stores them."""
 
@@ -176,4 +169,5 @@ def _write_config(student: Student, folder: Path) -> None:
         for file in source.glob(pattern):
             if file.is_file():  # no folder, pipe or device
                 shutil.copyfile(file, folder / file.name)
+    copy_tokenizer(source, folder)
     write_atomically(folder / "config.json", json.dumps(student.shape.in_config(config), indent=1))

@@ -16,6 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+from compressors.model import quiet_libraries as quiet_libraries  # before a test imports a runtime
+
 _REPOSITORY = Path(__file__).parent.parent
 _FOLDERS = {
     "fine": _REPOSITORY / "exporter" / "demo" / "model",

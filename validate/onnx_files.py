@@ -9,7 +9,7 @@ from compressors.model.errors import InputError
 from compressors.model.json_file import read_json
 from compressors.model.names import shown
 
-__all__ = ["find_onnx_model", "onnx_model_file"]
+__all__ = ["find_onnx_model", "onnx_bytes", "onnx_model_file"]
 
 _NAMES = ("model.onnx", "onnx/model.onnx", "decoder_model_merged.onnx", "decoder_with_past_model.onnx")
 
@@ -34,13 +34,29 @@ def onnx_model_file(path: Path) -> Path:
     return found
 
 
+def onnx_bytes(path: Path) -> int:
+    """Bytes of the files beside a graph, in which its weights may lie, and of the graph; 0 if there is nothing.
+
+    Args:
+        path: the graph, or its folder.
+    """
+    folder = path if path.is_dir() else path.parent
+    if not folder.is_dir():
+        return 0
+    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+
+
 def _named_by_genai(config: Path) -> str | None:
+    """A name of a place in the folder of the configuration; None if it names none."""
     try:
         name = read_json(config)["model"]["decoder"]["filename"]
     except (InputError, KeyError, TypeError):
         return None
-    if not isinstance(name, str):
+    if not isinstance(name, str) or not name.isprintable() or len(name) > _LONGEST_NAME:
         return None
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise InputError(f"{config} names {shown(name)}, which lies outside of its folder: put the model there")
     return name
+
+
+_LONGEST_NAME = 60  # characters of up to 4 bytes, and a file system takes 255

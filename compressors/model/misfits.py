@@ -72,6 +72,12 @@ def likely_cause(folder: Path, config: Mapping[str, Any], names: Collection[str]
             f"the tensors' names begin with {shown(prefix)}, as parts of a larger model's do, where transformers looks "
             f"for {_PREFIX}: save the language model alone (load it with AutoModelForCausalLM, then save_pretrained)"
         )
+    only_head = missing == "model.embed_tokens.weight" and "lm_head.weight" in names
+    if only_head and config.get("tie_word_embeddings") is True:
+        return (
+            "tie_word_embeddings is true, and of the two tensors only lm_head.weight is there, which transformers takes "
+            "for both: load it with AutoModelForCausalLM and save it again (save_pretrained)"
+        )
     if missing == "lm_head.weight":
         return (
             f"this is {_architecture(config) or 'a checkpoint'} without lm_head.weight, and tie_word_embeddings is not "

@@ -14,7 +14,7 @@ from compressors.model.errors import InputError
 from compressors.model.names import shown
 from compressors.model.shape import MoeShape
 from exporter.gguf.container import Value, float32, string, uint32
-from exporter.gguf.layout import architecture, preset_named
+from exporter.gguf.layout import architecture, preset_named, rope_settings
 
 __all__ = ["gguf_file_name", "model_metadata", "moe_size_label", "source_license"]
 
@@ -96,7 +96,14 @@ def _architecture(shape: MoeShape) -> dict[str, Value]:
         **({} if shape.is_dense else experts),
         "vocab_size": uint32(shape.vocab_size),
     }
+    values |= {key: _value(value) for key, value in rope_settings(shape).keys.items()}
     return {f"{architecture(shape)}.{key}": value for key, value in values.items()}
+
+
+def _value(value: str | int | float) -> Value:
+    if isinstance(value, str):
+        return string(value)
+    return uint32(value) if isinstance(value, int) else float32(value)
 
 
 def _base_models(source_folder: Path, card: Mapping[str, Any]) -> dict[str, Value]:
