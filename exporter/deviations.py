@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.special_tokens import configured_tokens
 from compressors.model.tokenizer_files import own_code
+from exporter.settings_deviations import settings_deviations
 from exporter.vocabulary_check import vocabulary_deviations
 
 __all__ = ["Deviation", "find_deviations"]
@@ -34,7 +35,9 @@ def find_deviations(checkpoint: Checkpoint, artifacts: Iterable[str], name: str)
         UnsupportedError: a difference is so large that the file must not be written.
     """
     return tuple(
-        Deviation(artifact, what) for artifact in artifacts for what in _of_tokenizer(checkpoint, artifact, name)
+        Deviation(artifact, what)
+        for artifact in artifacts
+        for what in (*settings_deviations(checkpoint, artifact), *_of_tokenizer(checkpoint, artifact, name))
     )
 
 

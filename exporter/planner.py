@@ -15,7 +15,7 @@ from compressors.calibration import Splits
 from compressors.dense import check_dense
 from compressors.model.arithmetic import fastest_arithmetic
 from compressors.model.checkpoint import Checkpoint
-from compressors.model.errors import BudgetError, InputError
+from compressors.model.errors import BudgetError, InputError, UnsupportedError
 from compressors.recover.schedule import Schedule
 from compressors.slim import GGUF_WIDTH_MULTIPLE
 from exporter.budget import predict
@@ -35,8 +35,8 @@ _LADDER: Mapping[str, Sequence[str]] = {
 }
 """Types that the rule may choose, largest first. F32 is left out of GGUF: it only repeats a 16-bit source's values."""
 
-_ONNX_FOR_PINNED_QUANT = {name: "F32" if name in ("F32", "BF16") else "Q4_0" for name in GGUF_PRESETS}
-"""ONNX Runtime's operators offer float32 and 4 bits; a pinned ``--quant`` takes the nearer one."""
+_ONNX_FOR_PINNED_QUANT = {name: ("F32",) if name in ("F32", "BF16") else ("Q4_0", "F32") for name in GGUF_PRESETS}
+"""ONNX Runtime's operators offer float32 and 4 bits; a pinned ``--quant`` takes the nearer one that holds the model."""
 
 _DEFAULT_METHOD = "reap"
 
@@ -184,8 +184,7 @@ class _Search:
     def _fitting(self, choice: CompressChoice) -> _Candidate | None:
         types, predictions = {}, {}
         for artifact in self._job.formats:
-            for weight_type in self._types(artifact):
-                prediction = self._predict(artifact, choice, weight_type)
+            for weight_type, prediction in self._possible(artifact, choice).items():
                 if prediction.counted(self._budget.kind) <= self._budget.bytes:
                     types[artifact], predictions[artifact] = weight_type, prediction
                     break
@@ -193,11 +192,27 @@ class _Search:
                 return None
         return _Candidate(choice, types, predictions)
 
+    def _possible(self, artifact: str, choice: CompressChoice) -> dict[str, Prediction]:
+        """The predictions by type, of those that can hold the student: rows of a length may not fit a type's blocks.
+
+        Raises:
+            UnsupportedError: no type can; the reason is that of the largest.
+        """
+        possible, refusal = {}, None
+        for weight_type in self._types(artifact):
+            try:
+                possible[weight_type] = self._predict(artifact, choice, weight_type)
+            except UnsupportedError as error:
+                refusal = refusal or error
+        if not possible and refusal is not None:
+            raise refusal
+        return possible
+
     def _types(self, artifact: str) -> Sequence[str]:
         quant = self._job.quant
         if quant is None:
             return _LADDER[artifact]
-        return [quant if artifact == "gguf" else _ONNX_FOR_PINNED_QUANT[quant]]
+        return [quant] if artifact == "gguf" else _ONNX_FOR_PINNED_QUANT[quant]
 
     def _predict(self, artifact: str, choice: CompressChoice, weight_type: str) -> Prediction:
         shape = expected_shape(choice, self._checkpoint.shape)
@@ -208,8 +223,8 @@ class _Search:
     def _nothing_fits(self, choice: CompressChoice) -> str:
         needs = {
             artifact: min(
-                (self._predict(artifact, choice, weight_type).counted(self._budget.kind), weight_type)
-                for weight_type in self._types(artifact)
+                (prediction.counted(self._budget.kind), weight_type)
+                for weight_type, prediction in self._possible(artifact, choice).items()
             )
             for artifact in self._job.formats
         }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ import psutil
 from compressors.calibration import Splits, read_splits, tokenize
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
+from compressors.model.json_file import read_json
 from compressors.model.special_tokens import special_tokens
 from exporter.deviations import find_deviations
 from exporter.estimate import describe_time, memory_lines, seconds_by_stage
@@ -153,6 +153,7 @@ def make_plan(job: Job, command: str) -> Plan:
         require=dict(job.require),
         out=job.out.resolve(),
         command=command,
+        own_head=not checkpoint.shape.tied_embeddings,
         end_tokens=special_tokens(folder, checkpoint.shape.vocab_size).ends,
         deviations=find_deviations(checkpoint, recipe.artifacts, recipe.source.model),
     )
@@ -202,8 +203,8 @@ def _existing_plan(work: WorkDirectory, job: Job, identity: dict[str, Any]) -> P
 
 def _already_published(job: Job, identity: dict[str, Any]) -> Result:
     try:
-        report: dict[str, Any] = json.loads((job.out / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        report = read_json(job.out / "report.json")
+    except InputError:
         raise InputError(
             f"--out: {job.out} exists and was not written by a finished run; choose another folder, or remove it"
         ) from None
