@@ -113,7 +113,7 @@ def validate_file(
     Raises:
         InputError: the file cannot be run, or its vocabulary is another.
         MissingGpuError: the installed runtime has no GPU, and one is asked for.
-        RuntimeCrashError: the runtime died while memory and speed were measured.
+        RuntimeCrashError: the runtime failed, or died while memory and speed were measured.
     """
     backend = file.open(how, reference.chunks_BT.shape[1])
     runtime, version = backend.runtime, backend.version
@@ -152,6 +152,7 @@ def validate_file(
         "routing_overlap_interval": None if agreement is None else agreement.overlap_interval,
         "notes": notes,
         "symptoms": symptoms,
+        "error": None,
     }
     return row, checks
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["AWKWARD_TEXTS", "Difference", "Encode", "tokenization_differences"]
+__all__ = ["AWKWARD_TEXTS", "Difference", "Encode", "texts_around", "tokenization_differences"]
 
 Encode = Callable[[str], Sequence[int]]
 """Token ids of a text in which special tokens are recognised; nothing is put before or behind it."""
@@ -38,6 +38,16 @@ AWKWARD_TEXTS: tuple[str, ...] = (
     "<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n",
 )
 """Chat turns, digits, spaces, code, other scripts, emoji, control characters, and special tokens inside text."""
+
+
+def texts_around(tokens: Iterable[str]) -> Iterator[str]:
+    """Yields texts with each of a vocabulary's special tokens: at both ends, beside letters, spaces and line ends."""
+    for token in tokens:
+        yield token
+        yield f"{token}user"
+        yield f"a{token}b"
+        yield f"the {token} house"
+        yield f"{token}\n\n{token} {token}{token}  "
 
 
 @dataclass(frozen=True)

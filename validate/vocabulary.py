@@ -16,8 +16,9 @@ import numpy.typing as npt
 
 from compressors.model.errors import InputError
 from compressors.model.tokenizer_files import load_tokenizer
+from validate import time_limit
 from validate.backend import Backend, ChunkOutput
-from validate.llama_cpp import start_runtime
+from validate.llama_cpp import logged_error, start_runtime
 
 if TYPE_CHECKING:  # a process that only tokenizes does without torch
     import torch
@@ -48,7 +49,8 @@ class TokenizerVocabulary:
 
     def __init__(self, folder: Path) -> None:
         self.where = str(folder)
-        self._tokenizer: Any = load_tokenizer(folder)
+        with time_limit.working():
+            self._tokenizer: Any = load_tokenizer(folder)
 
     def text(self, token: int) -> str | None:
         """See :class:`Vocabulary`."""
@@ -73,10 +75,11 @@ class GgufVocabulary:
         start_runtime()
         params = api.llama_model_default_params()
         params.vocab_only = True
-        self._model = api.llama_model_load_from_file(str(path).encode(), params)
+        with time_limit.working():
+            self._model = api.llama_model_load_from_file(str(path).encode(), params)
         vocabulary = api.llama_model_get_vocab(self._model) if self._model is not None else None
         if vocabulary is None or not api.llama_vocab_n_tokens(vocabulary):
-            raise InputError(f"{path}: llama.cpp cannot read its vocabulary; convert the model again")
+            raise InputError(f"{path}: llama.cpp cannot read its vocabulary{logged_error()}; convert the model again")
         self._vocabulary = vocabulary
         adds_bos = api.llama_vocab_get_add_bos(vocabulary)
         self.bos_token_id = int(api.llama_vocab_bos(vocabulary)) if adds_bos else None
@@ -124,6 +127,13 @@ class GgufVocabulary:
         """All tokens at which llama.cpp ends a text: those that the file names, and those it knows by their text."""
         return frozenset(token for token in range(len(self)) if api.llama_vocab_is_eog(self._vocabulary, token))
 
+    @property
+    def marks(self) -> frozenset[str]:
+        """The texts of all tokens that llama.cpp looks for in a text before it cuts it: those with a meaning."""
+        kinds = api.LLAMA_TOKEN_ATTR_CONTROL | api.LLAMA_TOKEN_ATTR_USER_DEFINED | api.LLAMA_TOKEN_ATTR_UNKNOWN
+        found = (token for token in range(len(self)) if api.llama_vocab_get_attr(self._vocabulary, token) & kinds)
+        return frozenset(text for token in found if (text := self.text(token)) is not None)
+
     def encode(
         self, text: str, *, add_special_tokens: bool = True, verbose: bool = False, parse_special: bool = False
     ) -> list[int]:
@@ -136,9 +146,10 @@ class GgufVocabulary:
         room = len(data) + 8
         while True:
             tokens = (api.llama_token * room)()
-            count = api.llama_tokenize(
-                self._vocabulary, data, len(data), tokens, room, add_special_tokens, parse_special
-            )
+            with time_limit.working():
+                count = api.llama_tokenize(
+                    self._vocabulary, data, len(data), tokens, room, add_special_tokens, parse_special
+                )
             if count >= 0:
                 return list(tokens[:count])
             if -count <= room:

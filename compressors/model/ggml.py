@@ -103,12 +103,15 @@ def _library() -> ctypes.CDLL:
 
 @functools.cache
 def ggml_library_for(ggml_type: GGMLQuantizationType) -> ctypes.CDLL:
-    """The library, with the type's tables set up: some kernels read them without checking."""
+    """The library, with the tables set up that quantizing to the type needs: some kernels read them without checking.
+
+    Those of the IQ types take seconds; reading such types needs none of them.
+    """
     library = _library()
     library.ggml_quantize_init(ctypes.c_int(int(ggml_type)))
     return library
 
 
 def _traits(ggml_type: GGMLQuantizationType) -> _TypeTraits:
-    traits: _TypeTraits = ggml_library_for(ggml_type).ggml_get_type_traits(int(ggml_type)).contents
+    traits: _TypeTraits = _library().ggml_get_type_traits(int(ggml_type)).contents
     return traits

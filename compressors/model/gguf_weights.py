@@ -89,7 +89,7 @@ class GgufWeights:
             raise InputError(
                 f"{self._file.path}: {entry.name} is stored as {entry.ggml_type.name}; routers must be F32"
             )
-        return Place(self._file.path, entry.name, entry.offset, entry.shape)
+        return Place(self._file.path_of(entry), entry.name, entry.offset, entry.shape)
 
     def _rows(self, role: Role, layer: int | None, first: int, n_rows: int) -> torch.Tensor:
         entry = self._entries[role, layer]

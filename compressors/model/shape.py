@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from compressors.model.families import DENSE_GGUF_NAMES, GGUF_NAMES, Family, QkNorm, Role, family_for
+from compressors.model.rope import Rope
 
 __all__ = ["NO_MOE", "MoeShape", "MoeSize"]
 
@@ -45,20 +46,26 @@ class MoeShape:
     top_k: int
     expert_width: int
     vocab_size: int
-    context_length: int
+    context_length: int  # tokens that files are written for; where attention has a window, no more than that
     rms_norm_eps: float
-    rope_theta: float
+    rope: Rope
     tied_embeddings: bool
     normalize_top_k: bool
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
     sizes: tuple[MoeSize, ...] | None = None  # by layer, where layers differ
+    window: int | None = None  # tokens that attention reaches back over, itself included; None: all
 
     @property
     def family(self) -> Family:
         """The architecture's row in the table of families."""
         return family_for(self.model_type)
+
+    @property
+    def rope_theta(self) -> float:
+        """The base of the rotary embedding."""
+        return self.rope.theta
 
     def with_experts(self, n_experts: int) -> MoeShape:
         """The same model with another number of experts in every layer; top-k never exceeds the experts left."""
@@ -130,24 +137,44 @@ class MoeShape:
     def in_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """A ``config.json`` of this model's family with this model's expert count, in one spelling, and top-k.
 
-        A dense model's is of the dense counterpart, and says nothing about experts.
+        A dense model's is of the dense counterpart, and says nothing about experts. What is written is not quantized as
+        the source may be.
         """
         keys, dense = self.family.config_keys, self.family.dense
-        others = {key: value for key, value in config.items() if key not in (keys.n_experts, keys.saved_n_experts)}
-        if "layer_types" in others:  # all alike, or the family would have been refused
+        absent = (keys.n_experts, keys.other_n_experts, "quantization_config")
+        others = {key: value for key, value in config.items() if key not in absent}
+        if others.get("layer_types") is not None:
             others["layer_types"] = others["layer_types"][: self.n_layers]
         others["num_hidden_layers"] = self.n_layers
+        others["tie_word_embeddings"] = self.tied_embeddings  # the weights may have had a head of their own
         if self.is_dense and dense is not None:
-            return {key: value for key, value in others.items() if key not in self.family.moe_settings} | {
+            kept = {key: value for key, value in others.items() if key not in self.family.moe_settings}
+            return {
+                **dense.settings,
+                **kept,
+                **self._written_out(),
                 "model_type": dense.model_type,
                 "architectures": [dense.architecture],
                 dense.width_key: self.expert_width,
-                **dense.settings,
             }
         return others | {
             keys.n_experts: self.n_experts,
             keys.expert_width: self.expert_width,
             "num_experts_per_tok": self.top_k,
+        }
+
+    def _written_out(self) -> dict[str, Any]:
+        """Settings that another class of transformers has other defaults for."""
+        return {
+            "num_attention_heads": self.n_heads,
+            "num_key_value_heads": self.n_kv_heads,
+            "head_dim": self.head_dim,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_scaling": None,
+            "rope_parameters": self.rope.in_config(),
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": list(self.eos_token_ids) if len(self.eos_token_ids) > 1 else (*self.eos_token_ids, None)[0],
+            "pad_token_id": self.pad_token_id,
         }
 
     @property

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["TOKENIZER_FILES", "files_state", "load_tokenizer", "read_tokenizer_json"]
+__all__ = ["TOKENIZER_FILES", "files_state", "load_tokenizer", "own_code", "read_tokenizer_json", "tokens_of"]
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -70,6 +73,24 @@ def _load_tokenizer(folder: Path, state: object) -> PreTrainedTokenizerFast:
     return loaded
 
 
+def tokens_of(folder: Path, texts: Sequence[str], *, read_special_as_text: bool = False) -> list[tuple[int, ...]]:
+    """Returns the token ids of texts by the tokenizer of ``folder``, with nothing put before or behind them.
+
+    Tokens that it calls special are recognised inside a text, unless they are to be read as text.
+
+    Raises:
+        InputError: as :func:`load_tokenizer`, or the tokenizer has no token for a part of a text.
+    """
+    tokenizer = load_tokenizer(folder)
+    encoded = _guarded(
+        lambda: tokenizer(
+            list(texts), add_special_tokens=False, split_special_tokens=read_special_as_text, verbose=False
+        ),
+        folder,
+    )
+    return [tuple(tokens) for tokens in encoded["input_ids"]]
+
+
 def read_tokenizer_json(path: Path) -> Tokenizer:
     """Returns the tokenizer of one ``tokenizer.json``, as the ``tokenizers`` library reads it by itself.
 
@@ -82,14 +103,42 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
     return tokenizer
 
 
+def own_code(folder: Path) -> str | None:
+    """Returns the class outside of transformers that ``tokenizer_config.json`` names, None if it names none.
+
+    It is never run: ``tokenizer.json`` is read instead.
+    """
+    path = folder / "tokenizer_config.json"
+    names = read_json(path).get("auto_map") if path.is_file() else None
+    named = names.get("AutoTokenizer") if isinstance(names, dict) else names
+    chosen = [name for name in (named if isinstance(named, list) else [named]) if name]
+    return str(chosen[0]) if chosen else None
+
+
 def _guarded(action: Callable[[], Any], folder: Path) -> Any:
     """Turns whatever the libraries raise into one sentence: plain exceptions, and panics, which are none."""
     try:
-        return action()
+        with _quiet():
+            return action()
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # a panic in Rust is no Exception
         raise InputError(_sentence(folder, error)) from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the libraries' warnings and a panic's stack off the terminal: what matters becomes our sentence."""
+    sys.stderr.flush()
+    shown = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(shown, 2)
+        os.close(shown)
 
 
 def _sentence(folder: Path, error: BaseException) -> str:
@@ -108,7 +157,7 @@ def _sentence(folder: Path, error: BaseException) -> str:
             f"{folder}: its tokenizer files cannot be read by the installed transformers {version('transformers')} "
             f"({reason}); download tokenizer_config.json and tokenizer.json again, or update transformers"
         )
-    code = _own_code(folder)
+    code = own_code(folder)
     if code is not None:
         return (
             f"{folder / 'tokenizer_config.json'} names Python code of its own ({code}), which is never run here, and "
@@ -138,7 +187,8 @@ def _is_readable(data: dict[str, Any]) -> bool:
     from tokenizers import Tokenizer
 
     try:
-        Tokenizer.from_str(json.dumps(data))
+        with _quiet():
+            Tokenizer.from_str(json.dumps(data))
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException:
@@ -147,27 +197,15 @@ def _is_readable(data: dict[str, Any]) -> bool:
 
 
 def _described(data: dict[str, Any], part: str) -> str:
-    """Such as ``model of type 'SuperBPE'``."""
+    """Such as ``model of type 'SuperBPE'``, or ``pre_tokenizer (Split, ByteLevel)``."""
     settings = data.get(part)
-    kind = settings.get("type") if isinstance(settings, dict) else None
-    if kind == "Sequence":
-        steps = [step.get("type") for step in _steps(settings) if isinstance(step, dict)]
-        return f"{part} ({', '.join(map(str, steps))})"
-    return part if kind is None else f"{part} of type {str(kind)[:40]!r}"
-
-
-def _steps(settings: dict[str, Any]) -> list[Any]:
-    lists = [value for value in settings.values() if isinstance(value, list)]
-    return lists[0] if lists else []
-
-
-def _own_code(folder: Path) -> str | None:
-    """The class outside of transformers that ``tokenizer_config.json`` names, None if it names none."""
-    path = folder / "tokenizer_config.json"
-    names = read_json(path).get("auto_map") if path.is_file() else None
-    named = names.get("AutoTokenizer") if isinstance(names, dict) else names
-    chosen = [name for name in (named if isinstance(named, list) else [named]) if name]
-    return str(chosen[0]) if chosen else None
+    if not isinstance(settings, dict) or "type" not in settings:
+        return part
+    steps = settings.get("pretokenizers", settings.get("normalizers"))
+    if isinstance(steps, list):
+        kinds = [str(step.get("type")) for step in steps if isinstance(step, dict)]
+        return f"{part} ({', '.join(kinds)[:80]})"
+    return f"{part} of type {str(settings['type'])[:40]!r}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gguf.constants import Keys, TokenType
 
@@ -18,15 +17,12 @@ from compressors.model.special_tokens import special_tokens
 from compressors.model.tokenizer_files import load_tokenizer
 from exporter.gguf.container import Value, boolean, uint32
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-__all__ = ["special_token_values"]
+__all__ = ["special_token_values", "tokens_around"]
 
 _ENDS_BY_TEXT = frozenset({
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
     "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
-    "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~[",
+    "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<\uff5cend▁of▁sentence\uff5c>", "[e~[",
 })  # fmt: skip
 """Texts at which llama.cpp ends without a key; they leave the keys to others."""
 
@@ -47,7 +43,7 @@ def special_token_values(
         UnsupportedError: the model ends texts with no token, and every token of it occurs in texts.
     """
     tokenizer, special = load_tokenizer(folder), special_tokens(folder, vocab_size)
-    before, behind = _added_tokens(tokenizer)
+    before, behind = tokens_around(tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False))
     adds_bos, adds_eos = len(before) == 1, len(behind) == 1 and behind[0] in special.ends
     own = {
         "bos": before[0] if adds_bos else tokenizer.bos_token_id,
@@ -72,20 +68,25 @@ def special_token_values(
     return values
 
 
-def _added_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
-    """The tokens that the tokenizer puts before and behind a text of its own accord."""
-    text: list[int] = tokenizer.encode("a", add_special_tokens=False)
-    whole: list[int] = tokenizer.encode("a")
+def tokens_around(whole: Sequence[int], text: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Splits the tokens of a text with those that were put before and behind it; empty where ``text`` is not inside."""
     for start in range(len(whole) - len(text) + 1):
-        if whole[start : start + len(text)] == text:
-            return whole[:start], whole[start + len(text) :]
-    return [], []
+        if list(whole[start : start + len(text)]) == list(text):
+            return tuple(whole[:start]), tuple(whole[start + len(text) :])
+    return (), ()
 
 
 def _further_ends(ends: Sequence[int], eos: int, tokens: Sequence[str]) -> dict[str, int]:
-    """Puts the other end tokens under the two keys that are left, first those that llama.cpp would not know by text."""
-    others = sorted((token for token in ends if token != eos), key=lambda token: tokens[token] in _ENDS_BY_TEXT)
-    return dict(zip(("eot", "eom"), others, strict=False))
+    """Puts the other end tokens under further keys, first those that llama.cpp would not know by their text.
+
+    It also ends texts at the paddings and separators of fill-in-the-middle, for which hardly any model has a use: their
+    keys are the last resort.
+    """
+    unknown = [token for token in ends if token != eos and tokens[token] not in _ENDS_BY_TEXT]
+    known = [token for token in ends if token != eos and tokens[token] in _ENDS_BY_TEXT]
+    keys = ("eot", "eom", "fim_pad", "fim_rep", "fim_sep")
+    placed = dict(zip(keys, unknown, strict=False))
+    return placed | dict(zip((key for key in keys[:2] if key not in placed), known, strict=False))
 
 
 def _never_in_a_text(folder: Path, tokens: Sequence[str], types: Sequence[int], marks: Sequence[int]) -> int:
