@@ -1,4 +1,4 @@
-"""``config.json`` against ``AutoConfig``: every setting absent, null and otherwise, every way to write a rotary scaling.
+"""``config.json`` against ``AutoConfig``: every setting absent, null and otherwise, all ways to write a rotary scaling.
 
 Whatever is accepted must be what transformers computes with, to the last bit; everything else is refused by its name.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,7 @@ def _follows(key: str, message: str) -> bool:
 
 
 def test_every_spelling_of_a_scaling_is_read_as_transformers_does(config: dict[str, Any], tmp_path: Path) -> None:
+    module = _rotary_module(_write(tmp_path, config))
     n_accepted, kinds = 0, set()
     for settings in _spellings(config):
         folder = _write(tmp_path, settings)
@@ -163,7 +164,7 @@ def test_every_spelling_of_a_scaling_is_read_as_transformers_does(config: dict[s
         except InputError as refused:
             assert "rope_" in str(refused) or "original_max_position_embeddings" in str(refused)
             continue
-        _check_rope(folder, shape)
+        _check_rope(module, AutoConfig.from_pretrained(folder), shape)
         n_accepted += 1
         kinds.add(shape.rope.kind)
     assert kinds == set(RopeKind)
@@ -175,7 +176,6 @@ def _spellings(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
         older = {"type" if key == "rope_type" else key: value for key, value in scaling.items()}
         for written in (scaling, older):
             for names in (
-                {"rope_scaling": written},
                 {"rope_parameters": written},
                 {"rope_scaling": written, "rope_parameters": _BESIDE},
                 {"rope_parameters": _BESIDE, "rope_scaling": written},
@@ -184,17 +184,20 @@ def _spellings(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 yield config | top | names
 
 
-def _check_rope(folder: Path, shape: MoeShape) -> None:
-    """Compares with the rotary module of transformers' model, at every length that makes a difference."""
-    loaded = AutoConfig.from_pretrained(folder)
+def _rotary_module(folder: Path) -> Callable[..., torch.nn.Module]:
+    """The class of transformers that makes the family's cosines and sines."""
     with torch.device("meta"):
-        module = type(AutoModelForCausalLM.from_config(loaded).model.rotary_emb)
-    for n_tokens in (8, 600, 2 * _TRAINED):
-        rotary = module(config=loaded)
-        cosine, _ = rotary(torch.zeros(1), torch.arange(n_tokens)[None])
+        return type(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).model.rotary_emb)
+
+
+def _check_rope(module: Callable[..., torch.nn.Module], loaded: PreTrainedConfig, shape: MoeShape) -> None:
+    """Compares at every length that makes a difference, and for which files are written."""
+    longest = _TRAINED if shape.rope.kind is RopeKind.DYNAMIC else 2 * _TRAINED
+    for n_tokens in (8, 600, longest):
+        cosine, _ = module(config=loaded)(torch.zeros(1), torch.arange(n_tokens)[None])
         angles = torch.outer(torch.arange(n_tokens).float(), shape.rope.inverse_frequencies(n_tokens))
         found = torch.cat((angles, angles), dim=-1).cos() * shape.rope.attention_factor
-        assert torch.equal(found, cosine[0]), json.loads((folder / "config.json").read_text())
+        assert torch.equal(found, cosine[0]), loaded.rope_parameters
 
 
 def test_what_is_written_out_reads_equal(config: dict[str, Any], tmp_path: Path) -> None:
