@@ -79,25 +79,6 @@ def scaled(toy_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPat
     return checkpoint
 
 
-def _transformerslog_probs(folder: Path, tokens_BT: npt.NDArray[np.int64]) -> torch.Tensor:
-    """float32 [B, S, V] at the positions that a backend scores, by stock transformers."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    with torch.no_grad():
-        logits = model(torch.from_numpy(tokens_BT)).logits[:, scored_positions(tokens_BT.shape[1])]
-    return torch.log_softmax(logits, -1)
-
-
-def divergence(reference: torch.Tensor, backend: Backend, tokens_BT: npt.NDArray[np.int64]) -> float:
-    """Mean KL divergence of a backend from the reference, in nats."""
-    outputs = torch.stack([torch.from_numpy(output.logits_SV.copy()) for output in backend.run(tokens_BT)])
-    found = torch.log_softmax(outputs, -1)
-    return float((reference.exp() * (reference - found)).sum(-1).mean())
-
-
-def _blocks(tokens: npt.NDArray[np.int64], n_tokens: int) -> npt.NDArray[np.int64]:
-    return tokens[: 2 * n_tokens].reshape(2, n_tokens)
-
-
 _CASES = [("coarse", scaling) for scaling in _SCALINGS] + [
     ("fine", "linear"),
     ("fine", "yarn"),

@@ -208,7 +208,7 @@ def test_rows_that_no_block_fits_take_a_larger_type_or_fewer_experts(toy: Path, 
     assert _plan(checkpoint, small_texts, 12_000_000, formats="onnx", quant="Q4_0").onnx == "F32"
     with pytest.raises(BudgetError, match=r"smallest .* needs"):
         _plan(checkpoint, small_texts, 100_000, formats="gguf,onnx")
-    with pytest.raises(UnsupportedError, match="rows of 48 values cannot be stored as Q4_0: .* choose F32 or BF16"):
+    with pytest.raises(UnsupportedError, match=r"rows of 48 values cannot be stored as Q4_0: .* choose F32 or BF16"):
         _plan(checkpoint, small_texts, 12_000_000, formats="gguf", quant="Q4_0")
 
 
