@@ -13,6 +13,7 @@ import click
 from click.core import ParameterSource
 
 from compressors.model.errors import InputError, MoeExportError
+from compressors.model.quiet_libraries import leave_no_cache
 from exporter.interruption import exit_code, ignore_further_requests, requests_wait, sigterm_raises
 
 __all__ = ["main"]
@@ -30,6 +31,7 @@ class _DefaultCommand(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Turns errors made for people, and requests to stop, into one line and their exit code."""
+        leave_no_cache()
         try:
             with sigterm_raises():
                 return super().invoke(ctx)
@@ -180,12 +182,15 @@ def validate(file_or_folder: Path, as_json: bool, tasks: Path | None, **argument
     with requests_wait():
         from exporter.revalidation import revalidate
         from exporter.revalidation_table import revalidation_table
-        from exporter.task_runs import task_results, tasks_table
+        from exporter.task_runs import task_failures, task_results, tasks_table
 
     beside = {name: arguments[name] for name in ("against", "threads", "gpu_layers")}
     # first: a task that is wrong is met at once
     ran = None if tasks is None else task_results(file_or_folder, tasks, **beside)
-    result = revalidate(file_or_folder, **arguments) | ({} if ran is None else {"tasks": ran})
+    result = revalidate(file_or_folder, **arguments)
+    if ran is not None:
+        deaths = task_failures(ran)
+        result |= {"tasks": ran, "failures": result["failures"] + deaths, "passed": result["passed"] and not deaths}
     if as_json:
         click.echo(json.dumps(result, indent=1))
     else:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final, get_args
 
 from compressors.model.errors import InputError
+from compressors.model.names import shown
 from exporter.durations import parse_duration
 from exporter.recipe import ExpertMethod, Student
 from exporter.recovery import RECOVERIES
@@ -167,7 +168,7 @@ class Flags:
 
 def _one_of(flag: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
-        raise InputError(f"{flag}: {value!r} is not known; choose one of {', '.join(choices)}")
+        raise InputError(f"{flag}: '{shown(value)}' is not known; choose one of {', '.join(choices)}")
     return value
 
 
@@ -199,20 +200,33 @@ def _formats(text: str) -> tuple[str, ...]:
 
 
 def _existing(flag: str, path: Path | None) -> Path | None:
-    if path is not None and not path.exists():
+    if path is not None and not _exists(flag, path):
         raise InputError(f"{flag}: {path} does not exist")
     return path
 
 
 def _existing_file(flag: str, path: Path | None) -> Path | None:
-    if path is not None and not path.is_file():
-        raise InputError(f"{flag}: {path} is not a file" if path.exists() else f"{flag}: {path} does not exist")
+    if _existing(flag, path) is not None and path is not None and not path.is_file():
+        raise InputError(f"{flag}: {path} is not a file")
     return path
+
+
+def _exists(flag: str, path: Path) -> bool:
+    """Whether something is there.
+
+    Raises:
+        InputError: no file system can have such a path, or this one may not be looked at.
+    """
+    try:
+        return path.exists()
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{flag}: {shown(str(path))} cannot be used ({why}); choose another place") from None
 
 
 def _folder_to_be(flag: str, path: Path) -> Path:
     for folder in (path, *path.parents):
-        if folder.exists():
+        if _exists(flag, folder):
             if not folder.is_dir():
                 raise InputError(f"{flag}: {folder} is a file, not a folder; choose another place")
             break
@@ -234,10 +248,10 @@ def parse_requirements(pairs: Iterable[str], allowed: Collection[str] = tuple(RE
         except ValueError:
             value = math.nan
         if not re.fullmatch(r"[a-z][a-z0-9_.]*", name) or not math.isfinite(value):
-            raise InputError(f"--require: {pair!r} is not NAME=VALUE with a number as value, such as kld=0.1")
+            raise InputError(f"--require: '{shown(pair)}' is not NAME=VALUE with a number as value, such as kld=0.1")
         if name not in allowed:
             known = ", ".join(f"{name} ({REQUIREMENTS[name]})" for name in allowed)
-            raise InputError(f"--require: there is no {name}; known are {known}")
+            raise InputError(f"--require: there is no {shown(name)}; known are {known}")
         if name in thresholds:
             raise InputError(f"--require: {name} is given twice; keep one")
         thresholds[name] = value

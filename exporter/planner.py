@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from compressors.calibration import Splits
+from compressors.calibration import BlockCounts, Splits
 from compressors.dense import check_dense
 from compressors.model.arithmetic import fastest_arithmetic
 from compressors.model.checkpoint import Checkpoint
@@ -27,7 +27,7 @@ from exporter.recipe import BudgetChoice, CompressChoice, Recipe, SourceChoice, 
 from exporter.recovery import Machine, RefusedRung, check_after_quantizing, choose_ladder
 from exporter.sizes import format_size
 
-__all__ = ["HELDOUT_CHUNKS", "TextCounts", "choose_recipe", "predict_recipe"]
+__all__ = ["HELDOUT_CHUNKS", "TextCounts", "choose_recipe", "predict_recipe", "wanted_blocks"]
 
 _LADDER: Mapping[str, Sequence[str]] = {
     "gguf": ("BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0"),
@@ -83,8 +83,8 @@ def choose_recipe(
         kv_type=job.kv_type,  # type: ignore[arg-type]
     )
     chosen = _Search(job, checkpoint, name, budget).best()
-    wanted_blocks = Schedule.PUBLISHED_BLOCKS if job.recover == "router:published" else _CALIBRATION_BLOCKS
-    n_blocks = min(wanted_blocks, counts.calibration)
+    wanted = wanted_blocks(job, counts.heldout_files)
+    n_blocks = min(wanted.calibration, counts.calibration)
     recover, refused = choose_ladder(
         _wanted_recovery(job, checkpoint, chosen.compress),
         expected_shape(chosen.compress, checkpoint.shape),
@@ -97,8 +97,8 @@ def choose_recipe(
         budget=budget,
         text=TextChoice(
             calibration_blocks=n_blocks,
-            selection_blocks=min(_SELECTION_BLOCKS, counts.selection),
-            heldout_chunks_per_file=max(1, HELDOUT_CHUNKS // counts.heldout_files),
+            selection_blocks=min(wanted.selection, counts.selection),
+            heldout_chunks_per_file=wanted.heldout_per_file,
             calibration_sha256=splits.calibration.sha256,
             selection_sha256=splits.selection.sha256,
             heldout_sha256=splits.heldout.sha256,
@@ -113,6 +113,12 @@ def choose_recipe(
     )
     check_compression(recipe, checkpoint.shape)
     return recipe, dict(chosen.predictions), refused
+
+
+def wanted_blocks(job: Job, n_heldout_files: int) -> BlockCounts:
+    """How much text a recipe for the job takes, where there is as much."""
+    calibration = Schedule.PUBLISHED_BLOCKS if job.recover == "router:published" else _CALIBRATION_BLOCKS
+    return BlockCounts(calibration, _SELECTION_BLOCKS, max(1, HELDOUT_CHUNKS // n_heldout_files))
 
 
 def predict_recipe(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Prediction]:

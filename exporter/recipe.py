@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
+from compressors.calibration import BlockCounts
 from compressors.model.arithmetic import Arithmetic
 from compressors.model.errors import InputError
+from compressors.model.names import shown
+from exporter.yaml_file import read_yaml
 
 __all__ = [
     "BudgetChoice",
@@ -82,6 +85,11 @@ class TextChoice(_Part):
     calibration_sha256: str | None = None
     selection_sha256: str | None = None
     heldout_sha256: str | None = None
+
+    @property
+    def blocks(self) -> BlockCounts:
+        """The numbers of blocks."""
+        return BlockCounts(self.calibration_blocks, self.selection_blocks, self.heldout_chunks_per_file)
 
 
 class CompressChoice(_Part):
@@ -199,13 +207,10 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         InputError: the file is not YAML, or a choice is missing, unknown or of the wrong type.
     """
-    try:
-        data: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path} cannot be read as a recipe ({error})") from None
+    data = read_yaml(path, "a recipe")
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the whole file"
+        where = ".".join(shown(part) for part in first["loc"]) or "the whole file"
         raise InputError(f"{path}: {where}: {first['msg'].lower()}; --dry-run writes a valid recipe") from None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from compressors.calibration import TextTokenizer, TokenBlocks, tokenize_heldout
 from compressors.model.checkpoint import Checkpoint
@@ -16,13 +19,14 @@ from compressors.model.routing import Routing
 from compressors.model.streaming import StreamedModel, TokenGroup
 from compressors.model.student import Student
 from compressors.teacher import write_log_probs
+from exporter.guarded import Limits, run_guarded
 from validate.backend import scored_positions
 from validate.evaluation import evaluate
 from validate.logits_file import LogitsFile, LogitsFileWriter
 from validate.model_file import ModelFile, RuntimeChoice
 from validate.vocabulary import GgufVocabulary, TokenizerVocabulary, Vocabulary
 
-__all__ = ["Reference", "against_checkpoint", "against_file", "against_logits_file"]
+__all__ = ["Reference", "StoredReference", "against_checkpoint", "against_file", "against_logits_file"]
 
 
 @dataclass(frozen=True)
@@ -45,66 +49,135 @@ class Reference:
         return None if self.routing is None else len(self.routing.experts_LTK)
 
 
-def against_checkpoint(source: Checkpoint, text: Path, chunks_per_file: int, logits_file: Path) -> Reference:
-    """Runs a checkpoint, layer by layer, and writes its log-probabilities into the file.
+@dataclass(frozen=True)
+class StoredReference:
+    """A reference in files, which processes hand to each other."""
+
+    name: str
+    runtime: str
+    logits: Path
+    n_tokens: int  # of a chunk
+    text_sha256: str | None = None
+    routing: Path | None = None
+    n_experts: int | None = None
+    source: Path | None = None  # the checkpoint
+    file: ModelFile | None = None  # somebody else's
+    seconds_per_chunk: float = 0.0  # 0 if nobody knows
+
+    def open(self) -> Reference:
+        """Opens it; a vocabulary of somebody's file among it, so that this is for a guarded process.
+
+        Raises:
+            InputError: a file was changed or removed meanwhile.
+        """
+        log_probs = LogitsFile(self.logits)
+        source = None if self.source is None else Checkpoint(self.source)
+        vocabulary: Vocabulary | None = None
+        if self.source is not None:
+            vocabulary = TokenizerVocabulary(self.source)
+        elif self.file is not None:
+            vocabulary = self.file.vocabulary()
+        return Reference(
+            name=self.name,
+            runtime=self.runtime,
+            chunks_BT=log_probs.tokens_BT,
+            log_probs=log_probs,
+            text_sha256=self.text_sha256,
+            routing=None if self.routing is None else Routing.load(self.routing),
+            n_experts=self.n_experts,
+            vocabulary=vocabulary,
+            source=source,
+        )
+
+
+def against_checkpoint(
+    source: Checkpoint, text: Path, chunks_per_file: int, logits_file: Path, folder: Path
+) -> StoredReference:
+    """Runs a checkpoint, layer by layer, and writes its log-probabilities into the file, its routing into the folder.
 
     Raises:
         InputError: the text, the tokenizer or the checkpoint cannot be used.
     """
-    split, blocks = tokenize_heldout(text, source.folder)
+    split, blocks = tokenize_heldout(text, source.folder, blocks_per_file=chunks_per_file)
     chunks = blocks.leading(chunks_per_file).tokens_BT
     writer = LogitsFileWriter(logits_file, chunks.numpy(), source.shape.vocab_size)
     model = StreamedModel(Student.teacher(source))
     recorder = RoutingRecorder(model.shape)
+    began = time.monotonic()
     (hidden,) = model.stream([TokenGroup(chunks, [recorder.observe])])
     write_log_probs(model, chunks, hidden, scored_positions(chunks.shape[1]), writer, range(len(chunks)))
-    return Reference(
+    seconds = time.monotonic() - began
+    return StoredReference(
         name=str(source.folder),
         runtime="torch",
-        chunks_BT=chunks.numpy(),
-        log_probs=LogitsFile(logits_file),
+        logits=logits_file,
+        n_tokens=chunks.shape[1],
         text_sha256=split.sha256,
-        routing=recorder.routing(),
+        routing=_stored(recorder.routing(), folder),
         n_experts=source.shape.n_experts,
-        vocabulary=TokenizerVocabulary(source.folder),
-        source=source,
+        source=source.folder,
+        seconds_per_chunk=seconds / len(chunks),
     )
 
 
-def against_file(file: ModelFile, text: Path, chunks_per_file: int, logits_file: Path, how: RuntimeChoice) -> Reference:
-    """Runs a file in its runtime over text in its own vocabulary, and writes its log-probabilities.
+def against_file(
+    file: ModelFile, text: Path, chunks_per_file: int, logits_file: Path, folder: Path, how: RuntimeChoice
+) -> StoredReference:
+    """Runs a file in its runtime over text in its own vocabulary, and writes the same.
 
     Raises:
         InputError: the file has no tokenizer, or it or the text cannot be used.
         MissingGpuError: the installed runtime has no GPU, and one is asked for.
+        RuntimeCrashError: the runtime died of the file, did not end or failed.
     """
+    limits = Limits.of_file(file, on_gpu=file.may_use_gpu(how))
+    said = run_guarded(file, limits, _run_file, file, text, chunks_per_file, logits_file, folder, how)
+    routing = None if said["routing"] is None else Path(said["routing"])
+    return StoredReference(name=str(file.path), logits=logits_file, file=file, **said | {"routing": routing})
+
+
+def _run_file(
+    file: ModelFile, text: Path, chunks_per_file: int, logits_file: Path, folder: Path, how: RuntimeChoice
+) -> dict[str, Any]:
+    """What a guarded process does for :func:`against_file`; returns parts of a :class:`StoredReference`."""
+    torch.set_num_threads(how.threads)
     vocabulary = file.vocabulary()
     if vocabulary is None:
         raise InputError(f"--against: {file.path} has no tokenizer beside it; put tokenizer.json there")
     tokenizer: Path | TextTokenizer = vocabulary if isinstance(vocabulary, GgufVocabulary) else Path(vocabulary.where)
-    split, blocks = tokenize_heldout(text, tokenizer)
+    split, blocks = tokenize_heldout(text, tokenizer, blocks_per_file=chunks_per_file)
     chosen: TokenBlocks = blocks.leading(chunks_per_file)
     chunks_BT = chosen.tokens_BT.numpy()
+    n_experts = file.facts.n_experts
     backend = file.open(how, chunks_BT.shape[1])
     writer = LogitsFileWriter(logits_file, chunks_BT, backend.vocab_size)
+    began = time.monotonic()
     evaluation = evaluate(backend, chunks_BT, {}, record=writer)
-    return Reference(
-        name=str(file.path),
-        runtime=backend.runtime,
-        chunks_BT=chunks_BT,
-        log_probs=LogitsFile(logits_file),
-        text_sha256=split.sha256,
-        routing=evaluation.routing,
-        n_experts=file.facts.n_experts,
-        vocabulary=vocabulary,
-    )
+    seconds = time.monotonic() - began
+    routing = _stored(evaluation.routing, folder)
+    return {
+        "runtime": backend.runtime,
+        "n_tokens": chunks_BT.shape[1],
+        "text_sha256": split.sha256,
+        "routing": None if routing is None else str(routing),
+        "n_experts": n_experts,
+        "seconds_per_chunk": seconds / len(chunks_BT),
+    }
 
 
-def against_logits_file(path: Path) -> Reference:
+def against_logits_file(path: Path) -> StoredReference:
     """What somebody's llama-perplexity, or an earlier run, said about a model.
 
     Raises:
         InputError: the file is damaged.
     """
-    log_probs = LogitsFile(path)
-    return Reference(name=str(path), runtime="unknown", chunks_BT=log_probs.tokens_BT, log_probs=log_probs)
+    n_tokens = LogitsFile(path).tokens_BT.shape[1]
+    return StoredReference(name=str(path), runtime="unknown", logits=path, n_tokens=n_tokens)
+
+
+def _stored(routing: Routing | None, folder: Path) -> Path | None:
+    if routing is None:
+        return None
+    path = folder / "routing.safetensors"
+    routing.save(path)
+    return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -13,16 +12,18 @@ import torch
 
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
+from exporter.child_process import start_server
+from exporter.guarded_validation import measured
 from exporter.hub import bundled_text, resolve_model
 from exporter.job import parse_requirements
-from exporter.outputs import sha256_of
 from exporter.planner import HELDOUT_CHUNKS
-from exporter.references import Reference, against_checkpoint, against_file, against_logits_file
+from exporter.published import changed_files, read_report
+from exporter.references import StoredReference, against_checkpoint, against_file, against_logits_file
 from exporter.team import usable_processors
-from exporter.validated_file import Expectation, validate_file
+from validate.backend import RuntimeCrashError
 from validate.gpu import PROVIDERS
-from validate.model_file import ModelFile, RuntimeChoice, find_model_file
-from validate.report.facts import failures
+from validate.model_file import ModelFile, RuntimeChoice, find_model_file, published_files
+from validate.report.facts import artifact_name, failures
 from validate.verdict import REQUIREMENTS, Check
 
 __all__ = ["revalidate"]
@@ -63,16 +64,20 @@ def revalidate(
     # an export's texts are not written again
     thresholds = parse_requirements(require, [name for name in REQUIREMENTS if name != "loops"])
     how = _runtimes(threads, gpu_layers, providers)
-    report = _read_report(path)
+    report = read_report(path)
     files = _files(path, report)
     for file in files:
         file.check_can_run(how)
-    checks = [] if report is None else [Check.at_most("files changed", _changed_files(path), 0)]
-    rows = []
+    start_server()  # it has time until the original was run
+    checks = [] if report is None else [Check.at_most("files changed", changed_files(path, report), 0)]
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="moe-export-") as folder:
         if reference_logits is None:
             logits_file = save_reference_logits or Path(folder) / "reference"
-            reference = _reference(report, against, text or bundled_text("heldout"), logits_file, how)
+            try:
+                reference = _reference(report, against, text or bundled_text("heldout"), logits_file, Path(folder), how)
+            except RuntimeCrashError as death:
+                return _without_reference(str(against), str(death), checks)
         elif against or text or save_reference_logits:
             raise InputError(
                 "--reference-logits holds original and text: leave out --against, --text and --save-reference-logits"
@@ -80,7 +85,7 @@ def revalidate(
         else:
             reference = against_logits_file(reference_logits)
         for file in files:
-            row, found = validate_file(file, reference, _expectation(path, report, file, reference), how, thresholds)
+            row, found = measured(file, reference, None if report is None else (path, report), how, thresholds)
             rows.append(row)
             checks += found
     return _result(reference, rows, checks)
@@ -94,33 +99,33 @@ def _runtimes(threads: int | None, gpu_layers: int, providers: str) -> RuntimeCh
     return RuntimeChoice(n_threads, gpu_layers, providers)
 
 
-def _expectation(path: Path, report: Mapping[str, Any] | None, file: ModelFile, reference: Reference) -> Expectation:
-    if report is None:
-        return Expectation.of_file(file, reference)
-    return Expectation.of_report(path, report, reference)
+def _result(reference: StoredReference, rows: list[dict[str, Any]], checks: list[Check]) -> dict[str, Any]:
+    measured_rows = (row for row in rows if row["error"] is None)
+    perplexity = next((row["perplexity_vs_teacher"]["base"] for row in measured_rows), None)
+    about = {"reference": {"name": reference.name, "runtime": reference.runtime}, "perplexity_teacher": perplexity}
+    deaths = [f"{artifact_name(row['artifact'])}: {row['error']}" for row in rows if row["error"] is not None]
+    return _verdict(about, rows, checks, deaths)
 
 
-def _result(reference: Reference, rows: list[dict[str, Any]], checks: list[Check]) -> dict[str, Any]:
+def _without_reference(name: str, death: str, checks: list[Check]) -> dict[str, Any]:
+    """The result when the file that stands for the original killed its runtime."""
+    about = {"reference": {"name": name, "runtime": "unknown"}, "perplexity_teacher": None}
+    return _verdict(about, [], [*checks, Check.at_least("reference.runs", 0, 1)], [f"--against: {name}: {death}"])
+
+
+def _verdict(
+    about: Mapping[str, Any], rows: list[dict[str, Any]], checks: list[Check], deaths: list[str]
+) -> dict[str, Any]:
+    """The whole report; a death stands among the failures in the words of what died."""
     verdict = {"passed": all(check.passed for check in checks), "checks": [asdict(check) for check in checks]}
+    others = [asdict(check) for check in checks if not check.name.endswith(".runs")]
     return {
         "passed": verdict["passed"],
-        "reference": {"name": reference.name, "runtime": reference.runtime},
-        "perplexity_teacher": rows[0]["perplexity_vs_teacher"]["base"],
+        **about,
         "rows": rows,
         "checks": verdict["checks"],
-        "failures": failures({"verdict": verdict}),
+        "failures": deaths + failures({"verdict": {"checks": others}}),
     }
-
-
-def _read_report(path: Path) -> dict[str, Any] | None:
-    """The report of a folder that a run published; None for anything else."""
-    try:
-        report: dict[str, Any] = json.loads((path / "report.json").read_text(encoding="utf-8"))
-    except OSError:
-        return None
-    except ValueError:
-        raise InputError(f"{path / 'report.json'} is damaged; give the output folder of a finished run") from None
-    return report
 
 
 def _files(path: Path, report: Mapping[str, Any] | None) -> list[ModelFile]:
@@ -132,33 +137,33 @@ def _files(path: Path, report: Mapping[str, Any] | None) -> list[ModelFile]:
                 "output folder of moe-export, a GGUF file, or the folder of an ONNX model"
             )
         return [found]
-    files = []
-    for artifact in report["artifacts"]:
-        found = find_model_file(path / artifact["path"])
-        if found is None:
-            raise InputError(f"{path / artifact['path']}, which report.json names, is missing or damaged; export again")
-        files.append(found)
-    return files
+    return published_files(path, report)
 
 
 def _reference(
-    report: Mapping[str, Any] | None, against: str | None, text: Path, logits_file: Path, how: RuntimeChoice
-) -> Reference:
-    """Runs the original."""
+    report: Mapping[str, Any] | None,
+    against: str | None,
+    text: Path,
+    logits_file: Path,
+    folder: Path,
+    how: RuntimeChoice,
+) -> StoredReference:
+    """Runs the original; what it leaves beside its logits goes into the folder."""
     file = None if against is None else _reference_file(Path(against))
     if file is not None:
         file.check_can_run(how)
-        return against_file(file, text, _chunks_per_file(text), logits_file, how)
+        return against_file(file, text, _chunks_per_file(text), logits_file, folder, how)
     if report is None:
         if against is None:
             raise InputError(
                 "--against is missing: give the original, as a checkpoint's folder, a hub id or another file"
             )
-        return against_checkpoint(Checkpoint(resolve_model(against)), text, _chunks_per_file(text), logits_file)
+        source = Checkpoint(resolve_model(against))
+        return against_checkpoint(source, text, _chunks_per_file(text), logits_file, folder)
     source = Checkpoint(resolve_model(against or report["job"]["model"], report["job"]["revision"], offline=False))
     if source.identity() != report["source"]["identity"]:
         raise InputError(f"--against: {source.folder} is not the model that these files were made from")
-    return against_checkpoint(source, text, report["recipe"]["text"]["heldout_chunks_per_file"], logits_file)
+    return against_checkpoint(source, text, report["recipe"]["text"]["heldout_chunks_per_file"], logits_file, folder)
 
 
 def _reference_file(path: Path) -> ModelFile | None:
@@ -172,13 +177,3 @@ def _chunks_per_file(text: Path) -> int:
     """As an export would take."""
     n_files = len(list(text.glob("*.txt"))) if text.is_dir() else 1
     return max(1, HELDOUT_CHUNKS // max(1, n_files))
-
-
-def _changed_files(out: Path) -> int:
-    """How many files of SHA256SUMS are missing or have another hash."""
-    try:
-        lines = (out / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        raise InputError(f"{out} has no SHA256SUMS; give the output folder of a finished run") from None
-    entries = [line.split("  ", 1) for line in lines]
-    return sum(not (out / name).is_file() or sha256_of(out / name) != digest for digest, name in entries)

@@ -25,12 +25,17 @@ def revalidation_table(result: Mapping[str, Any]) -> RenderableType:
     reference = result["reference"]
     runtime = _RUNTIMES.get(reference["runtime"], reference["runtime"])
     table.add_row(f"Original\n{runtime}", numbers.perplexity(result["perplexity_teacher"]))
-    for row in result["rows"]:
+    for row in _measured(result):
         table.add_row(f"{row['artifact'].upper()}, {row['band']}\n{_RUNTIMES[row['runtime']]}", *_figures(row))
-    if any(row["perplexity_interval"] for row in result["rows"]):
+    if any(row["perplexity_interval"] for row in _measured(result)):
         table.caption = f"second lines: {100 * CONFIDENCE:.0f} % intervals by bootstrap over chunks of text"
         table.caption_justify = "left"
     return Group(table, Text(), _remarks(result))
+
+
+def _measured(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The files whose runtime lived; what killed another's stands among the failures."""
+    return [row for row in result["rows"] if row["error"] is None]
 
 
 def _figures(row: Mapping[str, Any]) -> list[str]:
@@ -62,18 +67,20 @@ def _narrow(ends: str) -> str:
 
 def _remarks(result: Mapping[str, Any]) -> Text:
     remarks = Text()
-    for row in result["rows"]:
+    for row in _measured(result):
         remarks.append(f"{row['artifact'].upper()}: {_cost(row)}\n")
         for note in row["notes"]:
             remarks.append(f"{row['artifact'].upper()}: {note}\n")
     n_checks = len(result["checks"])
-    verdict = f"Passed all {n_checks} checks" if n_checks else "Nothing was checked: give --require"
+    verdict = f"Passed all {n_checks} checks"
+    if all(check["name"].endswith(".finite") for check in result["checks"]):
+        verdict = "Only that the logits are numbers was checked: give --require for more"
     if not result["passed"]:
         verdict = f"Failed {len(result['failures'])} of {n_checks} checks"
     remarks.append(verdict, style="bold green" if result["passed"] else "bold red")
     for failure in result["failures"]:
         remarks.append(f"\n  {failure}", style="red")
-    for row in result["rows"]:
+    for row in _measured(result):
         for symptom in row["symptoms"]:
             remarks.append(f"\n  {row['artifact'].upper()}: {symptom}", style="yellow")
     return remarks

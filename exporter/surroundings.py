@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from multiprocessing import reduction
 from typing import Any
 
-__all__ = ["Surroundings"]
+__all__ = ["STDERR", "Surroundings"]
 
-_STDOUT, _STDERR = 1, 2
+STDERR = 2
+_STDOUT = 1
 
 
 class _OpenFile:
@@ -30,21 +31,21 @@ def _handed_over(descriptor: Any) -> int:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """Environment variables and standard error; the working directory is handed over by multiprocessing itself."""
+    """Environment variables and where to print; the working directory is handed over by multiprocessing itself."""
 
     environment: Mapping[str, str]
-    stderr: _OpenFile | int  # the number of the file descriptor, in the process that it was handed over to
+    output: _OpenFile | int  # the number of the file descriptor, in the process that it was handed over to
 
     @classmethod
-    def here(cls) -> Surroundings:
-        """Those of this process, to be handed over."""
-        return cls(dict(os.environ), _OpenFile(_STDERR))
+    def here(cls, output: int = STDERR) -> Surroundings:
+        """Those of this process, to be handed over; what is printed goes to the file descriptor ``output``."""
+        return cls(dict(os.environ), _OpenFile(output))
 
     def enter(self) -> None:
-        """Makes them this process's. What libraries print, in C too, goes to standard error from now on."""
+        """Makes them this process's. What libraries print, in C too, goes to the output from now on."""
         os.environ.clear()
         os.environ.update(self.environment)
-        assert isinstance(self.stderr, int), "they are handed over first"
-        for descriptor in (_STDOUT, _STDERR):
-            os.dup2(self.stderr, descriptor)
-        os.close(self.stderr)
+        assert isinstance(self.output, int), "they are handed over first"
+        for descriptor in (_STDOUT, STDERR):
+            os.dup2(self.output, descriptor)
+        os.close(self.output)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +11,23 @@ from rich.table import Table
 from compressors.calibration import load_tokenizer
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
+from compressors.model.json_file import read_json
 from compressors.model.student import Student
+from exporter.guarded import Limits, run_guarded
 from exporter.hub import resolve_model
 from exporter.team import usable_processors
-from validate.backend import TextModel
-from validate.llama_cpp import LlamaCppBackend
-from validate.onnx_runtime import OnnxRuntimeBackend
+from validate.backend import RuntimeCrashError
+from validate.model_file import ModelFile, RuntimeChoice, published_files
 from validate.report import facts, numbers
 from validate.tasks import check_tasks, run_tasks
+from validate.time_limit import tell
 from validate.torch_reference import TorchBackend
 
-__all__ = ["task_results", "tasks_table"]
+__all__ = ["task_failures", "task_results", "tasks_table"]
 
 _LONGEST_TEXT = 2048
 """Tokens that a task's text may have; longer ones lose their beginning, in every model alike."""
+_RUNTIMES = {"gguf": "llama.cpp", "onnx": "onnxruntime"}
 
 
 def task_results(
@@ -42,15 +43,16 @@ def task_results(
         gpu_layers: layers that llama.cpp puts on a GPU.
 
     Returns:
-        For the original and each file: ``artifact``, ``runtime`` and by task the harness's metrics.
+        For the original and each file: ``artifact``, ``runtime``, by task the harness's metrics, and as ``error`` how
+        a runtime died of a file, which then has no tasks.
 
     Raises:
         InputError: the extra is missing, a task cannot be loaded, or the folder is not one of ours.
     """
     check_tasks(tasks)
     try:
-        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        report = read_json(out / "report.json")
+    except InputError:
         raise InputError(f"{out} has no readable report.json; give the output folder of a finished run") from None
     job = report["job"]
     source = Checkpoint(resolve_model(against or job["model"], job["revision"], offline=False))
@@ -59,27 +61,38 @@ def task_results(
     n_threads = threads or usable_processors()
     torch.set_num_threads(n_threads)
     length = min(_LONGEST_TEXT, source.shape.context_length)
-    tokenizer = load_tokenizer(source.folder)
-    return [
-        {"artifact": artifact, "runtime": runtime, "tasks": run_tasks(model, tokenizer, tasks, max_length=length)}
-        for artifact, runtime, model in _models(out, report, source, length, n_threads, gpu_layers)
-    ]
+    files = published_files(out, report)
+    teacher = TorchBackend(Student.teacher(source))
+    metrics = run_tasks(teacher, load_tokenizer(source.folder), tasks, max_length=length)
+    original = {"artifact": "teacher", "runtime": "torch", "tasks": metrics, "error": None}
+    how = RuntimeChoice(n_threads, gpu_layers)
+    return [original, *(_of_file(file, source.folder, tasks, length, how) for file in files)]
 
 
-def _models(
-    out: Path, report: dict[str, Any], source: Checkpoint, length: int, threads: int, gpu_layers: int
-) -> Iterator[tuple[str, str, TextModel]]:
-    yield "teacher", "torch", TorchBackend(Student.teacher(source))
-    for artifact in report["artifacts"]:
-        path = out / artifact["path"]
-        if artifact["format"] == "gguf":
-            yield "gguf", "llama.cpp", LlamaCppBackend(path, n_ctx=length, threads=threads, gpu_layers=gpu_layers)
-        else:
-            yield "onnx", "onnxruntime", OnnxRuntimeBackend(path, threads=threads)
+def _of_file(file: ModelFile, tokenizer: Path, tasks: Path, length: int, how: RuntimeChoice) -> dict[str, Any]:
+    """What a file reaches, in a guarded process."""
+    limits = Limits.of_file(file, n_tokens=length, on_gpu=file.may_use_gpu(how))
+    metrics, error = None, None
+    try:
+        metrics = run_guarded(file, limits, _run_file, file, tokenizer, tasks, length, how)
+    except RuntimeCrashError as death:
+        error = str(death)
+    return {"artifact": file.format, "runtime": _RUNTIMES[file.format], "tasks": metrics, "error": error}
+
+
+def _run_file(
+    file: ModelFile, tokenizer: Path, tasks: Path, length: int, how: RuntimeChoice
+) -> dict[str, dict[str, float]]:
+    """What the guarded process does."""
+    torch.set_num_threads(how.threads)
+    backend = file.open(how, length)
+    tell("running tasks with it")
+    return run_tasks(backend, load_tokenizer(tokenizer), tasks, max_length=length)
 
 
 def tasks_table(results: list[dict[str, Any]]) -> Table:
-    """The results for a terminal: models in columns, metrics in rows; standard errors behind ±."""
+    """The results for a terminal: models that ran in columns, metrics in rows; standard errors behind ±."""
+    results = [result for result in results if result["error"] is None]
     table = Table("task", *(facts.row_name(result) for result in results), title="tasks")
     first, *_ = results
     for task, metrics in first["tasks"].items():
@@ -87,6 +100,15 @@ def tasks_table(results: list[dict[str, Any]]) -> Table:
             if "_stderr" not in metric:
                 table.add_row(f"{task}: {metric}", *(_cell(result["tasks"][task], metric) for result in results))
     return table
+
+
+def task_failures(results: list[dict[str, Any]]) -> list[str]:
+    """The deaths of runtimes, each in one line."""
+    return [
+        f"{facts.artifact_name(result['artifact'])}, tasks: {result['error']}"
+        for result in results
+        if result["error"] is not None
+    ]
 
 
 def _cell(metrics: dict[str, float], metric: str) -> str:

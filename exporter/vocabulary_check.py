@@ -1,4 +1,4 @@
-"""Whether llama.cpp cuts text as the checkpoint's tokenizer does: compared before any work, by a file of metadata alone.
+"""Compares llama.cpp's tokens with those of the checkpoint's tokenizer before any work, by a file of metadata alone.
 
 Ordinary text that is cut otherwise is refused: the model would read other words. What llama.cpp has no rule for, such
 as spaces that a special token swallows, becomes a deviation that plan and report name.
@@ -18,7 +18,7 @@ from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.shape import MoeShape
 from compressors.model.special_tokens import special_tokens
 from compressors.model.tokenizer_files import load_tokenizer, tokens_of
-from exporter.gguf.container import render_header, render_values, string
+from exporter.gguf.container import Value, render_header, render_values, string
 from exporter.gguf.layout import architecture
 from exporter.gguf.pre_tokenizers import CLOSE_PRE_TOKENIZERS, is_byte_level, pre_tokenizer_name, steps_of
 from exporter.gguf.special_values import tokens_around
@@ -48,6 +48,7 @@ def vocabulary_deviations(folder: Path, shape: MoeShape, name: str) -> Iterator[
         InputError: the tokenizer is missing or damaged.
         UnsupportedError: llama.cpp cannot read it, or cuts ordinary text otherwise; the message shows which.
     """
+    vocabulary = vocabulary_metadata(folder, shape.vocab_size)
     tokenizer = load_tokenizer(folder)
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     texts = [*AWKWARD_TEXTS, *texts_around(tokenizer.get_added_vocab())]
@@ -55,7 +56,7 @@ def vocabulary_deviations(folder: Path, shape: MoeShape, name: str) -> Iterator[
     parts = _parts(tokenizer)
     rewritings = _rewritings(parts)
     asked = list(dict.fromkeys([*texts, *(rewrite(text) for rewrite in rewritings.values() for text in texts)]))
-    llama = _ask(folder, shape, name, asked)
+    llama = _ask(folder, shape, name, vocabulary, asked)
     marks = llama.marks | set(tokenizer.get_added_vocab())
     judge = _Judge(folder, rewritings, marks, is_close=_is_close(parts, folder))
     parsed, plain = (dict(zip(asked, tokens, strict=True)) for tokens in (llama.parsed, llama.plain))
@@ -71,11 +72,13 @@ def vocabulary_deviations(folder: Path, shape: MoeShape, name: str) -> Iterator[
     yield from _ends_of_generation(folder, shape, llama.ends)
 
 
-def _ask(folder: Path, shape: MoeShape, name: str, texts: Sequence[str]) -> LlamaTokens:
+def _ask(
+    folder: Path, shape: MoeShape, name: str, vocabulary: Mapping[str, Value], texts: Sequence[str]
+) -> LlamaTokens:
     values = {
         "general.architecture": string(architecture(shape)),
         "general.name": string(name),
-        **vocabulary_metadata(folder, shape.vocab_size),
+        **vocabulary,
     }
     with tempfile.TemporaryDirectory(prefix="moe-export-") as place:
         file = Path(place) / "vocabulary.gguf"
@@ -85,8 +88,15 @@ def _ask(folder: Path, shape: MoeShape, name: str, texts: Sequence[str]) -> Llam
         except InputError as error:
             reason = str(error).removeprefix(f"{file}: ").removesuffix("; convert the model again")
             raise UnsupportedError(
-                f"{folder}: its tokenizer cannot be brought into a GGUF file ({reason}); use --formats onnx"
+                f"{folder}: its tokenizer cannot be brought into a GGUF file ({reason}); {_instead(name)}"
             ) from None
+
+
+def _instead(name: str) -> str:
+    """A way out; by their name llama.cpp takes models for Phi-3 and looks for its tokens (``src/llama-vocab.cpp``)."""
+    if any(mark in name.lower() for mark in ("phi-3", "phi3")):
+        return f"llama.cpp takes a model named {name!r} for Phi-3, whose tokens it lacks: give it another name"
+    return "use --formats onnx"
 
 
 def _parts(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
@@ -121,9 +131,7 @@ class _Judge:
     marks: Collection[str]  # texts of special tokens, of either side
     is_close: bool  # the pre-tokenizer is not quite the tokenizer's
 
-    def sentences(
-        self, expected: Iterable[tuple[str, tuple[int, ...]]], found: _Tokens, around: str
-    ) -> Iterator[str]:
+    def sentences(self, expected: Iterable[tuple[str, tuple[int, ...]]], found: _Tokens, around: str) -> Iterator[str]:
         """Yields a sentence for each reason, with some of its texts; ``around`` is one, for texts with special tokens.
 
         Raises:
@@ -134,7 +142,8 @@ class _Judge:
             if tokens != found[text]:
                 by_reason.setdefault(self._reason(text, tokens, found, around), []).append(text)
         for reason, texts in by_reason.items():
-            yield f"llama.cpp cuts text {reason} otherwise, such as {' and '.join(map(_short, sorted(texts, key=len)[:_SHOWN]))}"
+            shown = " and ".join(map(_short, sorted(texts, key=len)[:_SHOWN]))
+            yield f"llama.cpp cuts text {reason} otherwise, such as {shown}"
 
     def _reason(self, text: str, tokens: tuple[int, ...], found: _Tokens, around: str) -> str:
         for what, rewrite in self.rewritings.items():

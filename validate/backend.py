@@ -12,13 +12,19 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from compressors.model.errors import MoeExportError
 from compressors.model.routing import Routing
 from validate.router_inputs import RouterInputs
 
-__all__ = ["Backend", "ChooseToken", "ChunkOutput", "Routing", "RuntimeBackend", "TextModel", "scored_positions"]
+__all__ = ["Backend", "ChooseToken", "ChunkOutput", "Routing", "RuntimeBackend", "RuntimeCrashError", "TextModel"]
+__all__ += ["scored_positions"]
 
 ChooseToken = Callable[[npt.NDArray[np.float32]], int | None]
 """The next token from its logits [V], which are valid during the call only; None ends the text."""
+
+
+class RuntimeCrashError(MoeExportError):
+    """The runtime died, never ended, or failed at what it had loaded; the message says how."""
 
 
 @dataclass(frozen=True)

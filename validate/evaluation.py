@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from compressors.model.errors import InputError
 from compressors.model.log_probs import LogProbSink
 from compressors.model.routing import Routing
+from validate import time_limit
 from validate.backend import Backend, scored_positions
 from validate.positions import ReferenceLogProbs, Scores
 
@@ -113,6 +114,7 @@ def evaluate(
     Raises:
         InputError: a reference has another vocabulary than the model.
     """
+    time_limit.tell("running it")
     scored = scored_positions(tokens_BT.shape[1])
     collected = _Collected(references, len(tokens_BT) * (scored.stop - scored.start))
     routing: list[Routing] = []

@@ -9,7 +9,7 @@ import onnxruntime
 
 from compressors.model.errors import MoeExportError
 
-__all__ = ["PROVIDERS", "MissingGpuError", "check_gpu_layers", "check_provider"]
+__all__ = ["PROVIDERS", "MissingGpuError", "check_gpu_layers", "check_provider", "offloads"]
 
 PROVIDERS = {
     "cpu": ("CPUExecutionProvider",),
@@ -22,6 +22,11 @@ class MissingGpuError(MoeExportError):
     """A GPU was asked for, and the installed build of a runtime cannot use one: exit code 1."""
 
 
+def offloads() -> bool:
+    """Whether llama.cpp was built with a GPU's backend."""
+    return bool(api.llama_supports_gpu_offload())
+
+
 def check_gpu_layers(gpu_layers: int, *, supported: bool | None = None) -> None:
     """Refuses layers on a GPU where llama.cpp was built without one.
 
@@ -32,7 +37,7 @@ def check_gpu_layers(gpu_layers: int, *, supported: bool | None = None) -> None:
     Raises:
         MissingGpuError: it cannot.
     """
-    if not gpu_layers or (api.llama_supports_gpu_offload() if supported is None else supported):
+    if not gpu_layers or (offloads() if supported is None else supported):
         return
     from importlib.metadata import version
 

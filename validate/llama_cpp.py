@@ -19,13 +19,22 @@ import numpy as np
 import numpy.typing as npt
 
 from compressors.model.errors import InputError
-from validate.backend import ChooseToken, ChunkOutput, Routing, scored_positions
+from validate import time_limit
+from validate.backend import ChooseToken, ChunkOutput, Routing, RuntimeCrashError, scored_positions
 from validate.buffers import ReportedBuffers
 from validate.cost import Feed, RuntimeCost, measure_cost
 from validate.llama_cpp_routing import RoutingCollector, ggml_function
 from validate.router_inputs import RouterInputs
 
-__all__ = ["KV_TYPES", "LlamaCppBackend", "logged_error", "measure", "start_runtime"]
+__all__ = [
+    "KV_TYPES",
+    "QUANTIZED_KV_TYPES",
+    "LlamaCppBackend",
+    "exact_kv_type",
+    "logged_error",
+    "measure",
+    "start_runtime",
+]
 
 KV_TYPES: Mapping[str, int] = {
     "f32": api.GGML_TYPE_F32,
@@ -34,6 +43,14 @@ KV_TYPES: Mapping[str, int] = {
     "q4_0": api.GGML_TYPE_Q4_0,
 }
 """Storage of keys and values; the quantized ones need flash attention."""
+QUANTIZED_KV_TYPES = ("q8_0", "q4_0")
+"""A file is compared with torch without them: what a coarse cache costs is not the file's fault, and stands apart."""
+
+
+def exact_kv_type(kv_type: str) -> str:
+    """The type of cache that a file is compared with: f16 in the place of a quantized one."""
+    return "f16" if kv_type in QUANTIZED_KV_TYPES else kv_type
+
 
 _PHYSICAL_BATCH = 512  # llama.cpp's default n_ubatch
 
@@ -41,6 +58,7 @@ _PHYSICAL_BATCH = 512  # llama.cpp's default n_ubatch
 class LlamaCppBackend:
     """A GGUF file in llama.cpp; implements :class:`validate.backend.Backend`.
 
+    Flash attention is on where the cache is quantized, as llama.cpp and its users then have it, and off elsewhere.
     Weights stay as they are stored: repacked and AMX buffers are off, because on virtual machines that list the
     AMX instructions but trap them llama.cpp dies.
 
@@ -59,6 +77,7 @@ class LlamaCppBackend:
         gpu_layers: int = 0,
     ) -> None:
         self._routing = RoutingCollector()
+        flash_attention = flash_attention or kv_type in QUANTIZED_KV_TYPES
         flash = api.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attention else api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._session = _Session(
             path,
@@ -225,7 +244,8 @@ class _Session:
         params.flash_attn_type = flash_attention
         if callback is not None:
             params.cb_eval = callback
-        self._context = api.llama_init_from_model(self._model, params)
+        with time_limit.working():
+            self._context = api.llama_init_from_model(self._model, params)
         if self._context is None:
             raise InputError(
                 f"{path}: llama.cpp cannot set up a context of {n_ctx} tokens with {kv_type} keys and values"
@@ -255,6 +275,10 @@ class _Session:
         """Appends tokens to the sequence.
 
         Returns float32 [T, V], or [1, V] for the last position alone: a view that is valid until the next call.
+
+        Raises:
+            InputError: the tokens cannot be appended.
+            RuntimeCrashError: llama.cpp could not evaluate them.
         """
         self.check(tokens_T)
         n_tokens = len(tokens_T)
@@ -267,11 +291,12 @@ class _Session:
                 batch.n_seq_id[index] = 1
                 batch.seq_id[index][0] = 0
                 batch.logits[index] = all_logits or index == n_tokens - 1
-            status = api.llama_decode(self._context, batch)
+            with time_limit.working():
+                status = api.llama_decode(self._context, batch)
         finally:
             api.llama_batch_free(batch)
         if status != 0:
-            raise InputError(f"llama.cpp could not evaluate {n_tokens} tokens (status {status}){logged_error()}")
+            raise RuntimeCrashError(f"llama.cpp could not evaluate {n_tokens} tokens (status {status}){logged_error()}")
         self._length += n_tokens
         n_rows = n_tokens if all_logits else 1
         pointer = ctypes.cast(api.llama_get_logits(self._context), ctypes.c_void_p)
@@ -298,7 +323,8 @@ def _load_model(path: Path, gpu_layers: int) -> int:
     params = api.llama_model_default_params()
     params.n_gpu_layers = gpu_layers
     params.use_extra_bufts = False
-    model: int | None = api.llama_model_load_from_file(str(path).encode(), params)
+    with time_limit.working():
+        model: int | None = api.llama_model_load_from_file(str(path).encode(), params)
     if model is None:
         raise InputError(f"{path} cannot be loaded by llama.cpp{logged_error()}")
     return model

@@ -1,11 +1,11 @@
 """What an artifact costs in its runtime, measured in a process of the runtime's own.
 
-    python -m validate.measure PARENT gguf|onnx base
-    python -m validate.measure PARENT gguf|onnx run PATH PROMPT_FILE OPTIONS
+    python -m validate.measure PARENT SECONDS gguf|onnx base
+    python -m validate.measure PARENT SECONDS gguf|onnx run PATH PROMPT_FILE OPTIONS
 
 prints one JSON object; OPTIONS is one too: what the runtime's own ``measure`` takes. The process imports neither torch
-nor transformers, so its peak is the runtime's; when the runtime crashes, only this process dies; and when process
-PARENT, which started it, is gone, it ends.
+nor transformers, so its peak is the runtime's; when the runtime crashes, only this process dies; when a step
+takes longer than SECONDS, it is ended; and when process PARENT, which started it, is gone, it ends.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ import numpy as np
 import numpy.typing as npt
 
 from compressors.model.errors import MoeExportError
+from compressors.model.gguf_split import split_parts
+from validate import time_limit
+from validate.backend import RuntimeCrashError
 from validate.cost import RuntimeCost, peak_rss_bytes
+from validate.last_words import telling_line
 from validate.lifetime import end_with_parent
+from validate.onnx_files import onnx_bytes
 
-__all__ = ["RuntimeCrashError", "measure_artifact", "measure_base"]
+__all__ = ["RuntimeCrashError", "artifact_bytes", "measure_artifact", "measure_base"]
 
 _RUNTIMES = {"gguf": "validate.llama_cpp", "onnx": "validate.onnx_runtime"}
-
-
-class RuntimeCrashError(MoeExportError):
-    """The runtime died or refused the file; the message says how."""
 
 
 def measure_base(artifact: str) -> int:
@@ -44,7 +45,7 @@ def measure_base(artifact: str) -> int:
     Raises:
         RuntimeCrashError: the runtime does not start.
     """
-    return int(_run(artifact, ["base"])["base_rss_bytes"])
+    return int(_run(artifact, time_limit.patience(0), ["base"])["base_rss_bytes"])
 
 
 def measure_artifact(
@@ -57,6 +58,7 @@ def measure_artifact(
     prompt: npt.NDArray[np.int64],
     gpu_layers: int = 0,
     providers: Sequence[str] = ("CPUExecutionProvider",),
+    seconds: float | None = None,
 ) -> RuntimeCost:
     """Loads the artifact, fills its KV cache to ``context`` tokens and decodes: memory and speed.
 
@@ -69,10 +71,12 @@ def measure_artifact(
         prompt: token ids to fill the cache with, repeated as needed.
         gpu_layers: layers that llama.cpp puts on a GPU.
         providers: ONNX Runtime's, the first that can run a node runs it.
+        seconds: for a step of the runtime; None: what an honest one needs at most.
 
     Raises:
-        RuntimeCrashError: the runtime crashed or refused the file.
+        RuntimeCrashError: the runtime crashed, refused the file or did not end.
     """
+    limit = seconds or time_limit.patience(artifact_bytes(artifact, path), context)
     options: dict[str, Any] = {"context": context, "threads": threads}
     if artifact == "gguf":
         options |= {"kv_type": kv_type, "gpu_layers": gpu_layers}
@@ -81,18 +85,32 @@ def measure_artifact(
     with tempfile.NamedTemporaryFile(suffix=".npy") as file:
         np.save(file, prompt, allow_pickle=False)
         file.flush()
-        return RuntimeCost(**_run(artifact, ["run", str(path), file.name, json.dumps(options)]))
+        return RuntimeCost(**_run(artifact, limit, ["run", str(path), file.name, json.dumps(options)]))
 
 
-def _run(artifact: str, arguments: list[str]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "validate.measure", str(os.getpid()), artifact, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+def artifact_bytes(artifact: str, path: Path) -> int:
+    """Its size on disk; 0 if there is nothing."""
+    if artifact == "onnx":
+        return onnx_bytes(path)
+    return sum(part.stat().st_size for part in split_parts(path) if part.is_file())
+
+
+def _run(artifact: str, limit: float, arguments: list[str]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "validate.measure", str(os.getpid()), str(limit), artifact, *arguments]
+    variables = os.environ | {"GGML_NO_BACKTRACE": "1"}  # a debugger would print for half a minute
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=variables)
+    if result.returncode == -signal.SIGALRM:
+        raise RuntimeCrashError(f"the runtime of {artifact} did not finish a step in {limit:,.0f} s and was ended")
+    said = telling_line(result.stderr)
     if result.returncode < 0:
-        raise RuntimeCrashError(f"the runtime of {artifact} died with {signal.Signals(-result.returncode).name}")
+        name = signal.Signals(-result.returncode).name
+        raise RuntimeCrashError(f"the runtime of {artifact} died with {name}" + (f": {said}" if said else ""))
     if result.returncode > 0:
-        last = result.stderr.strip().splitlines()[-1:] or ["it gave no reason"]
-        raise RuntimeCrashError(f"the runtime of {artifact} failed: {last[0]}")
-    answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+        raise RuntimeCrashError(f"the runtime of {artifact} failed: {said or 'it gave no reason'}")
+    try:
+        answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        raise RuntimeCrashError(f"the runtime of {artifact} ended with code 0 without an answer") from None
     return answer
 
 
@@ -109,7 +127,8 @@ def _main(artifact: str, what: str, *arguments: str) -> None:
 
 if __name__ == "__main__":
     end_with_parent(int(sys.argv[1]))
+    time_limit.set_limit(float(sys.argv[2]))
     try:
-        _main(*sys.argv[2:])
+        _main(*sys.argv[3:])
     except MoeExportError as error:  # the last line that is printed becomes the message
         sys.exit(str(error))

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from compressors.model.errors import InputError
+from compressors.model.gguf_split import one_split_model
 from compressors.model.gguf_weights import GgufWeights
 from compressors.model.onnx_weights import OnnxWeights
 from compressors.model.shape import MoeShape
 from compressors.model.weights import WrittenWeights
+from validate import time_limit
 from validate.backend import RuntimeBackend
 from validate.cost import RuntimeCost
 from validate.file_facts import FileFacts, gguf_facts, onnx_facts
-from validate.gpu import PROVIDERS, check_gpu_layers, check_provider
+from validate.gpu import PROVIDERS, check_gpu_layers, check_provider, offloads
 from validate.llama_cpp import LlamaCppBackend
-from validate.measure import measure_artifact
+from validate.measure import artifact_bytes, measure_artifact
 from validate.onnx_files import find_onnx_model, onnx_model_file
 from validate.onnx_runtime import OnnxRuntimeBackend
 from validate.vocabulary import GgufVocabulary, TokenizerVocabulary, Vocabulary
 
-__all__ = ["ModelFile", "RuntimeChoice", "find_model_file"]
+__all__ = ["ModelFile", "RuntimeChoice", "find_model_file", "published_files"]
 
 _GGUF_MAGIC = b"GGUF"
 
@@ -53,7 +56,23 @@ class ModelFile:
         Raises:
             InputError: it cannot be read.
         """
-        return gguf_facts(self.path) if self.format == "gguf" else onnx_facts(self.path)
+        time_limit.tell("reading its header")
+        with time_limit.working():
+            return gguf_facts(self.path) if self.format == "gguf" else onnx_facts(self.path)
+
+    @property
+    def runtime(self) -> str:
+        """The runtime's name, for sentences."""
+        return "llama.cpp" if self.format == "gguf" else "ONNX Runtime"
+
+    @property
+    def n_bytes(self) -> int:
+        """Its size, with what lies beside a graph; 0 if it is gone."""
+        return artifact_bytes(self.format, self.path)
+
+    def may_use_gpu(self, choice: RuntimeChoice) -> bool:
+        """Whether the runtime as it is installed has to do with a GPU's driver."""
+        return offloads() if self.format == "gguf" else choice.providers != "cpu"
 
     def check_can_run(self, choice: RuntimeChoice) -> None:
         """Refuses a GPU that the installed runtime cannot use.
@@ -74,6 +93,7 @@ class ModelFile:
             MissingGpuError: the installed runtime has no GPU, and one is asked for.
         """
         self.check_can_run(choice)
+        time_limit.tell("loading it")
         if self.format == "gguf":
             return LlamaCppBackend(self.path, n_ctx=n_tokens, threads=choice.threads, gpu_layers=choice.gpu_layers)
         return OnnxRuntimeBackend(self.path, threads=choice.threads, providers=PROVIDERS[choice.providers])
@@ -84,6 +104,7 @@ class ModelFile:
         Raises:
             RuntimeCrashError: the runtime crashed or refused the file.
         """
+        time_limit.tell("measuring its memory and speed")
         return measure_artifact(
             self.format,
             self.path,
@@ -93,6 +114,7 @@ class ModelFile:
             prompt=prompt_T,
             gpu_layers=choice.gpu_layers,
             providers=PROVIDERS[choice.providers],
+            seconds=time_limit.limit_seconds(),
         )
 
     def weights(self, shape: MoeShape) -> WrittenWeights:
@@ -101,12 +123,13 @@ class ModelFile:
         Raises:
             InputError: they are not where a model of this shape has them; only graphs of ours can be read.
         """
-        if self.format == "gguf":
-            return GgufWeights(self.path, shape)
-        return OnnxWeights(self.path.parent, shape)
+        time_limit.tell("reading its weights")
+        with time_limit.working():
+            return GgufWeights(self.path, shape) if self.format == "gguf" else OnnxWeights(self.path.parent, shape)
 
     def vocabulary(self) -> Vocabulary | None:
         """Its own; a graph's is that of the tokenizer beside it, None if there is none."""
+        time_limit.tell("reading its vocabulary")
         if self.format == "gguf":
             return GgufVocabulary(self.path)
         folder = self.tokenizer_folder
@@ -119,14 +142,31 @@ class ModelFile:
         return next((folder for folder in folders if (folder / "tokenizer.json").is_file()), None)
 
 
+def published_files(out: Path, report: Mapping[str, Any]) -> list[ModelFile]:
+    """The files that a run of ours published.
+
+    Raises:
+        InputError: one is gone, or is no model any more.
+    """
+    files = []
+    for artifact in report["artifacts"]:
+        found = find_model_file(out / artifact["path"])
+        if found is None:
+            raise InputError(f"{out / artifact['path']}, which report.json names, is missing or damaged; export again")
+        files.append(found)
+    return files
+
+
 def find_model_file(path: Path) -> ModelFile | None:
-    """The model at a path: a GGUF file, an ``.onnx`` file, or the folder of an ONNX model or of a single GGUF file.
+    """The model at a path: a GGUF file, an ``.onnx`` file, or the folder of an ONNX model or of a single GGUF model.
+
+    A model that was split into parts is its first part.
 
     Returns:
         None if there is no such file, or the folder holds something else.
 
     Raises:
-        InputError: the folder holds several GGUF files.
+        InputError: the folder holds several GGUF models, or a part of one is missing.
     """
     if path.is_file():
         with path.open("rb") as file:
@@ -139,6 +179,12 @@ def find_model_file(path: Path) -> ModelFile | None:
     if graph is not None:
         return ModelFile("onnx", graph)
     files = sorted(path.glob("*.gguf"))
+    parts = one_split_model(files)
+    if parts is not None:
+        missing = [part for part in parts if part not in files]
+        if missing:
+            raise InputError(f"{missing[0]} is missing: the model was split into {len(parts)} parts; put all there")
+        return ModelFile("gguf", parts[0])
     if len(files) > 1:
         raise InputError(f"{path} holds {len(files)} GGUF files; give the one that is meant, such as {files[0]}")
     return ModelFile("gguf", files[0]) if files else None

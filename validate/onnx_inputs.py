@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import onnxruntime
 
 from compressors.model.errors import InputError
 
-__all__ = ["check_decoder", "float_type"]
+__all__ = ["cache_dimensions", "check_decoder", "float_type"]
 
 _NUMPY_TYPES: Mapping[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
@@ -19,36 +19,64 @@ _NUMPY_TYPES: Mapping[str, np.dtype[Any]] = {
 }
 
 
+_INTEGERS = ("tensor(int64)", "tensor(int32)")
+_TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
+_CACHE = "past_key_values."
+_CACHE_RANK, _LOGITS_RANK = 4, 3
+
+
 def float_type(values: Sequence[onnxruntime.NodeArg], name: str) -> np.dtype[Any]:
     """numpy's type of a cache or of the logits, among a session's inputs or outputs."""
     return next(_NUMPY_TYPES[value.type] for value in values if value.name == name)
 
 
-def check_decoder(path: Path, session: onnxruntime.InferenceSession, cache_sizes: Collection[str]) -> None:
+def cache_dimensions(session: onnxruntime.InferenceSession) -> dict[str, tuple[int, int]]:
+    """Cache inputs by name, as (heads, head width); the outputs declare them, or the inputs do. Others are left out."""
+    outputs = {output.name: output.shape for output in session.get_outputs()}
+    dimensions = {}
+    for value in session.get_inputs():
+        if value.name.startswith(_CACHE):
+            for shape in (outputs.get(_present(value.name), []), value.shape):
+                if len(shape) == _CACHE_RANK and isinstance(shape[1], int) and isinstance(shape[3], int):
+                    dimensions[value.name] = (shape[1], shape[3])
+                    break
+    return dimensions
+
+
+def check_decoder(path: Path, session: onnxruntime.InferenceSession) -> None:
     """Refuses a graph that cannot be fed, naming what is in the way.
 
     Args:
         path: of the graph.
         session: the loaded graph.
-        cache_sizes: names of the cache inputs whose size is known.
 
     Raises:
         InputError: an input is unknown, or something is missing or of another type.
     """
     inputs = {value.name: value for value in session.get_inputs()}
     outputs = {value.name: value for value in session.get_outputs()}
-    caches = [name for name in inputs if name.startswith("past_key_values.")]
-    unknown = set(inputs) - set(caches) - {"input_ids", "attention_mask", "position_ids"}
+    caches = [name for name in inputs if name.startswith(_CACHE)]
+    unknown = set(inputs) - set(caches) - set(_TOKEN_INPUTS)
     absent = ({"input_ids"} - set(inputs)) | ({"logits"} - set(outputs))
-    absent |= {name.replace("past_key_values", "present") for name in caches} - set(outputs)
+    absent |= {_present(name) for name in caches} - set(outputs)
     what = "it is no decoder as onnxruntime-genai and optimum export them; export it with a key-value cache"
     if unknown or absent:
         sentence = [f"input {', '.join(sorted(unknown))} is unknown"] if unknown else []
         sentence += [f"{', '.join(sorted(absent))} is missing"] if absent else []
         raise InputError(f"{path}: {' and '.join(sentence)}: {what}")
-    strange = [inputs[name] for name in caches if inputs[name].type not in _NUMPY_TYPES]
-    strange += [outputs["logits"]] if outputs["logits"].type not in _NUMPY_TYPES else []
+    numbers = [inputs[name] for name in inputs if name not in caches]
+    strange = [value for value in numbers if value.type not in _INTEGERS]
+    if strange:
+        raise InputError(f"{path}: {strange[0].name} is of type {strange[0].type}; int64 and int32 can be given")
+    floats = [*(inputs[name] for name in caches), *(outputs[_present(name)] for name in caches), outputs["logits"]]
+    strange = [value for value in floats if value.type not in _NUMPY_TYPES]
     if strange:
         raise InputError(f"{path}: {strange[0].name} is of type {strange[0].type}; float32 and float16 can be run")
-    if set(cache_sizes) != set(caches) or not isinstance(outputs["logits"].shape[-1], int):
+    logits = outputs["logits"].shape
+    if len(logits) != _LOGITS_RANK or not isinstance(logits[-1], int) or set(cache_dimensions(session)) != set(caches):
         raise InputError(f"{path} does not declare the size of its cache or of its vocabulary: {what}")
+
+
+def _present(cache: str) -> str:
+    """The output that goes on from a cache input."""
+    return cache.replace("past_key_values", "present")

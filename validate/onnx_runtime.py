@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +24,33 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from compressors.model.errors import InputError, MoeExportError
 from compressors.model.routing import NO_EXPERT, Routing, selection_margins
 from compressors.model.tokenizer_files import read_tokenizer_json
-from validate.backend import ChooseToken, ChunkOutput, scored_positions
+from validate import time_limit
+from validate.backend import ChooseToken, ChunkOutput, RuntimeCrashError, scored_positions
 from validate.cost import Feed, RuntimeCost, measure_cost
 from validate.onnx_files import onnx_model_file
-from validate.onnx_inputs import check_decoder, float_type
+from validate.onnx_inputs import cache_dimensions, check_decoder, float_type
 from validate.onnx_router import MoeNode, moe_nodes, router_graph
 from validate.router_inputs import RouterInputs
 
 __all__ = ["CHUNK_TOKENS", "OnnxRuntimeBackend", "OnnxRuntimeError", "measure"]
 
 CHUNK_TOKENS = 512  # prompts are fed in pieces of this many tokens
-_LOAD_ERRORS = (
+_ERRORS = (
+    ort_errors.EPFail,
+    ort_errors.EngineError,
     ort_errors.Fail,
     ort_errors.InvalidArgument,
     ort_errors.InvalidGraph,
     ort_errors.InvalidProtobuf,
+    ort_errors.ModelLoaded,
+    ort_errors.NoModel,
     ort_errors.NoSuchFile,
     ort_errors.NotImplemented,
     ort_errors.RuntimeException,
+    RuntimeError,  # what reaches Python without a status: of bound inputs and outputs, and exceptions of the library
+    ValueError,
 )
+"""The runtime's errors have no base of their own."""
 
 
 class OnnxRuntimeError(MoeExportError):
@@ -65,9 +74,9 @@ class OnnxRuntimeBackend:
         self._threads = threads
         self._providers = tuple(providers)
         self._session = _open_session(self._path, str(self._path), threads, self._providers)
-        check_decoder(self._path, self._session, _cache_dimensions(self._session))
+        check_decoder(self._path, self._session)
         self._moe_nodes: tuple[MoeNode, ...] | None = None  # known when the session shows their router logits
-        self._n_layers = len(_cache_dimensions(self._session)) // 2
+        self._n_layers = len(cache_dimensions(self._session)) // 2
 
     @property
     def runtime(self) -> str:
@@ -108,6 +117,7 @@ class OnnxRuntimeBackend:
         Raises:
             InputError: a token is not in the vocabulary.
             OnnxRuntimeError: the logits differ; the backend cannot be used any more.
+            RuntimeCrashError: the runtime could not run the graph.
         """
         size = _vocab_size(self._session)
         if tokens_BT.min() < 0 or tokens_BT.max() >= size:
@@ -139,6 +149,7 @@ class OnnxRuntimeBackend:
 
         Raises:
             InputError: the states are of another model, or a router does not read what its experts do.
+            RuntimeCrashError: the runtime could not run a router.
         """
         model = onnx.load(self._path, load_external_data=False)
         nodes, n_tokens = tuple(moe_nodes(model.graph)), tokens_BT.size
@@ -153,10 +164,8 @@ class OnnxRuntimeBackend:
             raise InputError(f"{self._path}: the router of layer {node.layer} does not read what its experts read")
         session = _open_session(self._path, graph.SerializeToString(), self._threads)
         states_1TD = inputs.states(node.layer, 0, n_tokens)[None]
-        try:
+        with _running():
             (logits_TE,) = session.run([node.router_logits], {node.states: states_1TD})
-        except (ort_errors.Fail, ort_errors.InvalidArgument) as error:
-            raise InputError(f"{self._path}: the states are not those of this model ({error})") from None
         result: npt.NDArray[np.float32] = logits_TE
         return result
 
@@ -188,6 +197,11 @@ class OnnxRuntimeBackend:
         found = tuple(moe_nodes(model.graph))
         if not found:
             return ()
+        if any(not 0 <= node.layer < self._n_layers for node in found):
+            raise InputError(
+                f"{self._path} has caches of {self._n_layers} layers, but MoE and attention operators of another "
+                "number; export it again"
+            )
         # of the type that the runtime infers
         model.graph.output.extend(onnx.ValueInfoProto(name=node.router_logits) for node in found)
         shipped = _logits_digest(self._session, tokens)
@@ -237,7 +251,7 @@ class _Generation:
         self._session = session
         self._length = 0
         self._cache: dict[str, onnxruntime.OrtValue] = {}
-        for name, (heads, head_dim) in _cache_dimensions(session).items():
+        for name, (heads, head_dim) in cache_dimensions(session).items():
             empty = np.zeros((1, heads, capacity, head_dim), dtype=float_type(session.get_inputs(), name))
             self._cache[name] = onnxruntime.OrtValue.ortvalue_from_numpy(empty)
         self._logits_1TV = _empty_logits(session, min(capacity, CHUNK_TOKENS))
@@ -259,7 +273,8 @@ class _Generation:
             binding.bind_ortvalue_output(name.replace("past_key_values", "present"), buffer)
         logits = self._logits_1TV[:, : len(tokens)]  # bound, because reading an output of the runtime copies it
         binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
-        self._session.run_with_iobinding(binding)
+        with _running():
+            self._session.run_with_iobinding(binding)
         logits_V: npt.NDArray[np.float32] = logits[0, -1].astype(np.float32)
         return logits_V
 
@@ -271,7 +286,7 @@ def _run_from_empty_cache(
     binding = session.io_binding()
     for name, values in _token_inputs(session, tokens, 0).items():
         binding.bind_cpu_input(name, values)
-    for name, (heads, head_dim) in _cache_dimensions(session).items():
+    for name, (heads, head_dim) in cache_dimensions(session).items():
         empty = np.zeros((1, heads, 0, head_dim), dtype=float_type(session.get_inputs(), name))
         binding.bind_cpu_input(name, empty)
     logits_1TV = _empty_logits(session, len(tokens))
@@ -281,9 +296,20 @@ def _run_from_empty_cache(
     options = onnxruntime.RunOptions()
     # the arena would keep what one chunk needed, and grow with the next
     options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-    session.run_with_iobinding(binding, options)
+    with _running():
+        session.run_with_iobinding(binding, options)
     _, *others = binding.get_outputs()
     return logits_1TV[0].astype(np.float32, copy=False), [output.numpy() for output in others]
+
+
+@contextmanager
+def _running() -> Iterator[None]:
+    """While it lasts, what the runtime raises is a finding about the graph, and so is it that nothing comes back."""
+    try:
+        with time_limit.working():
+            yield
+    except _ERRORS as error:
+        raise RuntimeCrashError(f"ONNX Runtime could not run the graph: {' '.join(str(error).split())}") from None
 
 
 def _logits_digest(session: onnxruntime.InferenceSession, tokens: npt.NDArray[np.int64]) -> str:
@@ -317,19 +343,6 @@ def _token_inputs(
     }
 
 
-def _cache_dimensions(session: onnxruntime.InferenceSession) -> dict[str, tuple[int, int]]:
-    """Cache inputs by name, as (heads, head width); the outputs declare them, or the inputs do."""
-    outputs = {output.name: output.shape for output in session.get_outputs()}
-    dimensions = {}
-    for value in session.get_inputs():
-        if value.name.startswith("past_key_values"):
-            for _, heads, _, head_dim in (outputs[value.name.replace("past_key_values", "present")], value.shape):
-                if isinstance(heads, int) and isinstance(head_dim, int):
-                    dimensions[value.name] = (heads, head_dim)
-                    break
-    return dimensions
-
-
 def _open_session(
     path: Path, model: str | bytes, threads: int, providers: Sequence[str] = ("CPUExecutionProvider",)
 ) -> onnxruntime.InferenceSession:
@@ -342,6 +355,7 @@ def _open_session(
             "session.model_external_initializers_file_folder_path", str(path.resolve().parent)
         )
     try:
-        return onnxruntime.InferenceSession(model, options, providers=list(providers))
-    except _LOAD_ERRORS as error:
+        with time_limit.working():
+            return onnxruntime.InferenceSession(model, options, providers=list(providers))
+    except _ERRORS as error:
         raise InputError(f"{path} does not load in ONNX Runtime ({error}); export it again") from None

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from compressors.model.errors import InputError
 from compressors.model.tokenizer_files import load_tokenizer
+from validate import time_limit
 from validate.backend import Backend, ChunkOutput
 from validate.llama_cpp import logged_error, start_runtime
 
@@ -48,7 +49,8 @@ class TokenizerVocabulary:
 
     def __init__(self, folder: Path) -> None:
         self.where = str(folder)
-        self._tokenizer: Any = load_tokenizer(folder)
+        with time_limit.working():
+            self._tokenizer: Any = load_tokenizer(folder)
 
     def text(self, token: int) -> str | None:
         """See :class:`Vocabulary`."""
@@ -73,7 +75,8 @@ class GgufVocabulary:
         start_runtime()
         params = api.llama_model_default_params()
         params.vocab_only = True
-        self._model = api.llama_model_load_from_file(str(path).encode(), params)
+        with time_limit.working():
+            self._model = api.llama_model_load_from_file(str(path).encode(), params)
         vocabulary = api.llama_model_get_vocab(self._model) if self._model is not None else None
         if vocabulary is None or not api.llama_vocab_n_tokens(vocabulary):
             raise InputError(f"{path}: llama.cpp cannot read its vocabulary{logged_error()}; convert the model again")
@@ -94,6 +97,30 @@ class GgufVocabulary:
             return None
         text: bytes = api.llama_vocab_get_text(self._vocabulary, token)
         return text.decode("utf-8", errors="replace")
+
+    def attributes(self, token: int) -> int:
+        """What kind of token it is: ``enum llama_token_attr`` of ``llama.h``."""
+        return int(api.llama_vocab_get_attr(self._vocabulary, token))
+
+    @property
+    def begin_token(self) -> int:
+        """The token that begins a text; -1 if there is none."""
+        return int(api.llama_vocab_bos(self._vocabulary))
+
+    @property
+    def end_token(self) -> int:
+        """The token that ends a text first of all; -1 if there is none."""
+        return int(api.llama_vocab_eos(self._vocabulary))
+
+    @property
+    def adds_begin(self) -> bool:
+        """Whether a text gets the first of them."""
+        return bool(api.llama_vocab_get_add_bos(self._vocabulary))
+
+    @property
+    def adds_end(self) -> bool:
+        """Whether a text gets the second."""
+        return bool(api.llama_vocab_get_add_eos(self._vocabulary))
 
     @property
     def end_tokens(self) -> frozenset[int]:
@@ -119,9 +146,10 @@ class GgufVocabulary:
         room = len(data) + 8
         while True:
             tokens = (api.llama_token * room)()
-            count = api.llama_tokenize(
-                self._vocabulary, data, len(data), tokens, room, add_special_tokens, parse_special
-            )
+            with time_limit.working():
+                count = api.llama_tokenize(
+                    self._vocabulary, data, len(data), tokens, room, add_special_tokens, parse_special
+                )
             if count >= 0:
                 return list(tokens[:count])
             if -count <= room:

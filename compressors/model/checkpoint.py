@@ -15,7 +15,7 @@ from compressors.model.block_scaled import FLOAT8, GIVE_THE_ORIGINAL, BlockScale
 from compressors.model.config import read_shape
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.families import Family, Role
-from compressors.model.foreign_folder import check_folder
+from compressors.model.foreign_folder import check_folder, refuse_other_inputs
 from compressors.model.json_file import read_json
 from compressors.model.misfits import is_classifier, likely_cause, with_prefix
 from compressors.model.names import shown
@@ -49,6 +49,7 @@ class Checkpoint:
         self.folder = folder
         check_folder(folder)
         self.block_scaled: BlockScaled | None = read_block_scaled(folder)
+        refuse_other_inputs(folder)
         self.shape: MoeShape = read_shape(folder)
         self._weights = find_weights(folder)
         self.files = self._weights.files
@@ -214,7 +215,7 @@ class Checkpoint:
                 holders.setdefault(name, []).append(file.name)
         for name, files in holders.items():
             if len(files) > 1:
-                yield f"tensor {shown(name)} is in {len(files)} files; the last one counts, {files[-1]}, as in transformers"
+                yield f"tensor {shown(name)} is in {len(files)} files; as in transformers the last counts, {files[-1]}"
             elif self._weights.index.get(name, files[0]) != files[0]:
                 yield (
                     f"the index says that tensor {shown(name)} lies in {shown(self._weights.index[name])}; it is read "

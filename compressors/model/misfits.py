@@ -55,7 +55,7 @@ def likely_cause(folder: Path, config: Mapping[str, Any], names: Collection[str]
     """
     note = next((name for name in _NOTES if (folder / name).is_file()), None)
     quantized = next((name for name in names if _QUANTIZED.fullmatch(name)), None)
-    if note is not None or quantized is not None:
+    if config.get("quantization_config") is None and (note is not None or quantized is not None):
         sign = note or f"tensor {shown(quantized)}"
         return f"the weights are quantized already ({sign}, though config.json has no quantization_config); " + (
             GIVE_THE_ORIGINAL

@@ -187,7 +187,8 @@ def test_an_undamaged_file_passes(workshop: Workshop, whole: Path, file_format: 
     exit_code, report, stderr = _validate(workshop, whole)
     assert (exit_code, report["failures"], stderr) == (0, [], "")
     assert report["rows"][0]["symptoms"] == []
-    names = {"perplexity_change", "routing", "kld", "top1", "settings", "damaged_weights", "coarse_weights"}
+    names = {"finite", "perplexity_change", "routing", "kld", "top1"}
+    names |= {"settings", "tokenizer", "damaged_weights", "coarse_weights"}
     assert {check["name"] for check in report["checks"]} == {f"{file_format}.{name}" for name in names}
 
 

@@ -1,0 +1,184 @@
+"""Work on a file that somebody else wrote, in a process of its own with limits: its death is a finding, not ours.
+
+A runtime asserts, crashes, exhausts memory or never ends when a file's metadata or graph contradict themselves. So
+nothing of such a file is opened in the process that reports on it. What comes back is plain data, as JSON; arrays are
+written into a folder of the caller's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+import tempfile
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+from compressors.model.errors import InputError, MoeExportError
+from exporter.child_process import Child, Death, run_child
+from exporter.surroundings import Surroundings
+from validate import time_limit
+from validate.backend import RuntimeCrashError
+from validate.last_words import last_words
+from validate.lifetime import end_with_creator
+from validate.model_file import ModelFile
+from validate.time_limit import patience
+
+__all__ = ["Limits", "run_guarded"]
+
+_LEAST_BYTES = 4 << 30
+"""For a small file: logits of a chunk, several times over, and the libraries."""
+_TIMES_ITS_SIZE = 8  # a runtime may unpack 4-bit codes into float32, and pack them again for its kernels
+_NO_MEMORY = re.compile(r"can't allocate memory|bad_?alloc|bad allocation|[Ff]ailed to allocate", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a process may take."""
+
+    seconds: float  # for a step, such as a chunk
+    memory_bytes: int | None = None  # private memory, on top of what it begins with; None: as much as there is
+
+    @classmethod
+    def of_file(
+        cls, file: ModelFile, *, n_tokens: int = 512, reference_seconds: float = 0.0, on_gpu: bool = False
+    ) -> Limits:
+        """Limits that every honest file of this size stays within.
+
+        Args:
+            file: what is opened.
+            n_tokens: of a chunk.
+            reference_seconds: that the reference took for a chunk; 0 if it is not known.
+            on_gpu: a GPU's driver reserves address space as it likes: memory is not limited.
+        """
+        n_bytes = file.n_bytes
+        there_is = psutil.virtual_memory().available + psutil.swap_memory().free
+        memory = None if on_gpu else min(there_is, _LEAST_BYTES + _TIMES_ITS_SIZE * n_bytes)
+        return cls(patience(n_bytes, n_tokens, reference_seconds), memory)
+
+    def enter(self, tell: Callable[[str], None]) -> None:
+        """Puts this process under them."""
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if self.memory_bytes is not None and hasattr(resource, "RLIMIT_DATA"):
+            limit = _private_bytes() + self.memory_bytes
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        time_limit.set_limit(self.seconds, tell)
+
+
+@dataclass
+class _Messages:
+    """What the process said."""
+
+    doing: str = "opening it"
+    result: dict[str, Any] | None = field(default=None)
+
+    def take(self, message: bytes) -> None:
+        content = json.loads(message)
+        if "doing" in content:
+            self.doing = content["doing"]
+        else:
+            self.result = content
+
+
+def run_guarded(file: ModelFile, limits: Limits, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls ``function(*arguments)`` in a process of its own.
+
+    Args:
+        file: that it opens.
+        limits: of the process.
+        function: at a module's top level; returns plain data for JSON.
+        *arguments: ours, no data of the file.
+
+    Returns:
+        What the function returned.
+
+    Raises:
+        MoeExportError: the function refused the file; with the exit code that it asked for.
+        RuntimeCrashError: it died, did not end, or failed; the message names what in one line.
+    """
+    messages = _Messages()
+    with tempfile.TemporaryFile() as output:
+        child = Child(_work, (function, arguments, limits), output=output.fileno(), leads_group=True)
+        death = run_child(child, messages.take)
+        result = messages.result
+        if result is None:
+            raise RuntimeCrashError(_obituary(file, death, limits, messages.doing, output))
+    if "failure" in result:
+        raise RuntimeCrashError(f"{result['failure']} (while {messages.doing})")
+    if "error" in result:
+        raise _refusal(result["error"], result["exit_code"])
+    return result["answer"]
+
+
+def _obituary(file: ModelFile, death: Death, limits: Limits, doing: str, output: IO[bytes]) -> str:
+    if death.returncode == -signal.SIGALRM:
+        return f"{file.runtime} was ended, because {doing} did not come on for {limits.seconds:,.0f} s"
+    said = last_words(output)
+    return f"{file.runtime} {death} while {doing}" + (f": {said}" if said else "")
+
+
+def _refusal(message: str, exit_code: int) -> MoeExportError:
+    error = InputError(message) if exit_code == InputError.exit_code else MoeExportError(message)
+    error.exit_code = exit_code
+    return error
+
+
+def _work(
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    limits: Limits,
+    surroundings: Surroundings,
+    answers: Connection[bytes, None],
+) -> None:
+    """What the process does."""
+    os.setsid()  # who ends it ends what it starts
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    surroundings.enter()
+    end_with_creator()
+    os.environ["GGML_NO_BACKTRACE"] = "1"  # a debugger would print for half a minute
+    limits.enter(lambda what: answers.send_bytes(json.dumps({"doing": what}).encode()))
+    result = _result(function, arguments, limits)
+    answers.send_bytes(json.dumps(result).encode())
+
+
+def _result(function: Callable[..., Any], arguments: tuple[Any, ...], limits: Limits) -> dict[str, Any]:
+    """The answer, or in one line why there is none: whatever is raised here, a file is the cause."""
+    try:
+        return {"answer": function(*arguments)}
+    except RuntimeCrashError as failure:
+        return {"failure": _one_line(failure)}
+    except MoeExportError as refusal:
+        return {"error": str(refusal), "exit_code": refusal.exit_code}
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "
+        return {"error": f"{where}{error.strerror or error}", "exit_code": InputError.exit_code}
+    except Exception as error:
+        if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
+            return {"failure": _too_large(limits)}
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return {
+            "failure": f"it contradicts itself, or this program cannot read it: {type(error).__name__}: "
+            f"{_one_line(error)} ({Path(place.filename).name}:{place.lineno})"
+        }
+
+
+def _too_large(limits: Limits) -> str:
+    allowed = "there is" if limits.memory_bytes is None else f"the {limits.memory_bytes / 1e9:.1f} GB that it may take"
+    return f"it asks for more memory than {allowed}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]
+
+
+def _private_bytes() -> int:
+    """What counts against RLIMIT_DATA (VmData of proc(5)): private memory that can be written; no mapped files."""
+    return psutil.Process().memory_info().data

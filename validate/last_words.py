@@ -1,0 +1,27 @@
+"""The line of a dead process's output that says why it died."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import IO
+
+__all__ = ["last_words", "telling_line"]
+
+_READ_BYTES = 16 << 10
+_LONGEST = 300  # characters
+_TELLING = re.compile(r"GGML_ASSERT|GGML_ABORT|fatal error|what\(\):|memory allocation of")
+_FOLDERS = re.compile(r"^(/[^\s:]+/)([^/\s:]+:\d+:)")
+
+
+def last_words(output: IO[bytes]) -> str:
+    """The telling line at the end of a file of output; empty if nothing was printed."""
+    output.seek(max(0, output.seek(0, os.SEEK_END) - _READ_BYTES))
+    return telling_line(output.read().decode("utf-8", errors="replace"))
+
+
+def telling_line(text: str) -> str:
+    """An assertion of ggml, a C++ exception's text, or else the last line; without the folder it was compiled in."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    told = [line for line in lines if _TELLING.search(line)] or lines[-1:]
+    return _FOLDERS.sub(r"\2", told[0])[:_LONGEST] if told else ""

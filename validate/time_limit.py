@@ -1,0 +1,82 @@
+"""A limit on the time that a runtime may take for one call, so that a file cannot keep it busy for ever.
+
+Slow machines and large models are not to be ended: what is limited is a single step, such as loading a file or running
+a chunk, not the whole. The kernel's timer ends the process by SIGALRM (setitimer(2)), whatever it is doing, and whoever
+holds Python's lock. Processes that it starts do not inherit the timer.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+__all__ = ["limit_seconds", "patience", "set_limit", "tell", "working"]
+
+_LEAST_SECONDS = 30.0
+_BYTES_PER_SECOND = 10e6  # of a file's bytes, in the slowest step: a chunk of 512 tokens through all of them
+_CHUNK_TOKENS = 512
+_TIMES_THE_REFERENCE = 20
+
+
+@dataclass
+class _Limit:
+    """What was set for this process."""
+
+    seconds: float
+    tell: Callable[[str], None]
+    depth: int = 0  # of nested steps
+
+
+_limit: _Limit | None = None
+
+
+def patience(n_bytes: int, n_tokens: int = _CHUNK_TOKENS, reference_seconds: float = 0.0) -> float:
+    """Seconds in which an honest runtime finishes a step.
+
+    Args:
+        n_bytes: of the file's weights.
+        n_tokens: of the chunk, or of the cache that is filled.
+        reference_seconds: what another model of about this size took for such a chunk, if it is known.
+    """
+    times_longer = max(1.0, n_tokens / _CHUNK_TOKENS)
+    return times_longer * (_LEAST_SECONDS + n_bytes / _BYTES_PER_SECOND) + _TIMES_THE_REFERENCE * reference_seconds
+
+
+def set_limit(seconds: float, tell: Callable[[str], None] = lambda _: None) -> None:
+    """From now on this process ends by SIGALRM when a step takes longer; without a call of this nothing is limited.
+
+    Args:
+        seconds: for a step.
+        tell: is told what is being done, for whoever waits for this process.
+    """
+    global _limit  # the kernel has one such timer for a process
+    _limit = _Limit(seconds, tell)
+
+
+def limit_seconds() -> float | None:
+    """The limit that was set; None if there is none."""
+    return None if _limit is None else _limit.seconds
+
+
+def tell(what: str) -> None:
+    """Says what comes now, such as ``loading it``."""
+    if _limit is not None:
+        _limit.tell(what)
+
+
+@contextmanager
+def working() -> Iterator[None]:
+    """One step. When one ends inside another, the other's time begins anew: something was finished."""
+    limit = _limit
+    if limit is None:
+        yield
+        return
+    limit.depth += 1
+    signal.setitimer(signal.ITIMER_REAL, limit.seconds)
+    try:
+        yield
+    finally:
+        limit.depth -= 1
+        signal.setitimer(signal.ITIMER_REAL, limit.seconds if limit.depth else 0)
