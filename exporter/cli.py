@@ -188,7 +188,13 @@ def inspect(model: str, offline: bool, revision: str | None, as_json: bool) -> N
 )
 @click.option("--save-reference-logits", type=_FOLDER, help="Write such a file of the original.")
 @click.option("--threads", type=int, help="Threads.  [default: all processors]")
-@click.option("--gpu-layers", default=0, show_default=True, help="Layers that llama.cpp puts on a GPU.")
+@click.option(
+    "--gpu-layers",
+    type=click.IntRange(0, 2**31 - 1),
+    default=0,
+    show_default=True,
+    help="Layers that llama.cpp puts on a GPU.",
+)
 @click.option("--providers", default="cpu", show_default=True, help="Where ONNX Runtime computes: cpu or cuda.")
 @_REQUIRE
 @click.option(
