@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.special_tokens import configured_tokens
 from compressors.model.tokenizer_files import own_code
+from exporter.settings_deviations import settings_deviations
 from exporter.vocabulary_check import vocabulary_deviations
 
 __all__ = ["Deviation", "find_deviations"]
@@ -34,14 +35,16 @@ def find_deviations(checkpoint: Checkpoint, artifacts: Iterable[str], name: str)
         UnsupportedError: a difference is so large that the file must not be written.
     """
     return tuple(
-        Deviation(artifact, what) for artifact in artifacts for what in _of_tokenizer(checkpoint, artifact, name)
+        Deviation(artifact, what)
+        for artifact in artifacts
+        for what in (*settings_deviations(checkpoint, artifact), *_of_tokenizer(checkpoint, artifact, name))
     )
 
 
 def _of_tokenizer(checkpoint: Checkpoint, artifact: str, name: str) -> Iterator[str]:
     folder, shape = checkpoint.folder, checkpoint.shape
     if (code := own_code(folder)) is not None:
-        yield f"text is cut as tokenizer.json says; {code}, which tokenizer_config.json names, is foreign code and not run"
+        yield f"text is cut as tokenizer.json says: {code}, which tokenizer_config.json names, is code and is not run"
     if without_row := configured_tokens(folder, shape.vocab_size).without_row:
         ids = ", ".join(map(str, without_row))
         yield f"the end token {ids} is left out: the model has {shape.vocab_size:,} tokens, counted from 0"

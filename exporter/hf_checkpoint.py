@@ -15,6 +15,7 @@ import torch
 from compressors.model.checkpoint import role_shape
 from compressors.model.errors import UnsupportedError
 from compressors.model.families import Role
+from compressors.model.json_file import read_json
 from compressors.model.shape import MoeShape
 from compressors.model.student import Student
 from exporter.files import write_atomically
@@ -163,9 +164,10 @@ def _read(student: Student, tensor: _Tensor, rows: slice, offset: int) -> Callab
 
 def _write_config(student: Student, folder: Path) -> None:
     source = student.source.folder
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = read_json(source / "config.json")
     for pattern in _COPIED:
         for file in source.glob(pattern):
-            shutil.copyfile(file, folder / file.name)
+            if file.is_file():  # no folder, pipe or device
+                shutil.copyfile(file, folder / file.name)
     copy_tokenizer(source, folder)
     write_atomically(folder / "config.json", json.dumps(student.shape.in_config(config), indent=1))

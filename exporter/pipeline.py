@@ -84,7 +84,7 @@ _VALIDATE_TORCH = Stage("validate_torch", 3, ("recover", "retune"), (), "measure
 _VALIDATE_WRITTEN = Stage("validate_written", 1, ("gguf", "onnx", "retune"), (), "measure the written weights in torch")
 _VALIDATE_GGUF = Stage(
     "validate_gguf",
-    4,
+    5,
     ("gguf", "retune", "validate_torch", "validate_written"),
     ("budget", "onnx"),  # it records what it says if the other file holds the same numbers
     "measure the GGUF in llama.cpp",
@@ -92,7 +92,7 @@ _VALIDATE_GGUF = Stage(
 )
 _VALIDATE_ONNX = Stage(
     "validate_onnx",
-    3,
+    4,
     ("onnx", "retune", "validate_torch", "validate_written", "validate_gguf"),
     ("budget",),
     "measure the ONNX in ONNX Runtime",
@@ -100,7 +100,7 @@ _VALIDATE_ONNX = Stage(
 )
 _TEACHER_GGUF = Stage(
     "teacher_gguf",
-    1,
+    2,
     ("calibrate",),
     ("budget",),
     "measure the original in llama.cpp",
@@ -253,6 +253,8 @@ def _run(
     seconds = time.monotonic() - start
     if isinstance(end, Death):
         record = StageRecord(fingerprint, seconds, 0, _crash(stage, plan, work, end))
+    elif end.error is not None and stage.crash_is_a_finding and end.is_finding:
+        record = StageRecord(fingerprint, seconds, end.peak_rss_bytes, end.error)
     elif end.error is not None:
         raise StageError(end.error, end.exit_code)
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,14 @@ class Plan:
     command: str  # as it was typed, for the report
     teacher_floors: Mapping[str, TeacherFloor] = field(default_factory=dict)  # by artifact; absent: nothing fits
     end_tokens: tuple[int, ...] = ()  # of the source: each ends a text
+    own_head: bool = False  # of the source, though config.json says that its head is tied
     deviations: tuple[Deviation, ...] = ()  # of the files from the original, that no file can mend
 
     @property
     def teacher_shape(self) -> MoeShape:
         """The source's shape."""
-        return read_shape(self.source)
+        shape = read_shape(self.source)
+        return replace(shape, tied_embeddings=False) if self.own_head else shape
 
     @property
     def student_shape(self) -> MoeShape:

@@ -8,6 +8,7 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
+from compressors.calibration import BlockCounts
 from compressors.model.arithmetic import Arithmetic
 from compressors.model.errors import InputError
 from compressors.model.names import shown
@@ -84,6 +85,11 @@ class TextChoice(_Part):
     calibration_sha256: str | None = None
     selection_sha256: str | None = None
     heldout_sha256: str | None = None
+
+    @property
+    def blocks(self) -> BlockCounts:
+        """The numbers of blocks."""
+        return BlockCounts(self.calibration_blocks, self.selection_blocks, self.heldout_chunks_per_file)
 
 
 class CompressChoice(_Part):

@@ -98,7 +98,7 @@ def against_checkpoint(
     Raises:
         InputError: the text, the tokenizer or the checkpoint cannot be used.
     """
-    split, blocks = tokenize_heldout(text, source.folder)
+    split, blocks = tokenize_heldout(text, source.folder, blocks_per_file=chunks_per_file)
     chunks = blocks.leading(chunks_per_file).tokens_BT
     writer = LogitsFileWriter(logits_file, chunks.numpy(), source.shape.vocab_size)
     model = StreamedModel(Student.teacher(source))
@@ -145,7 +145,7 @@ def _run_file(
     if vocabulary is None:
         raise InputError(f"--against: {file.path} has no tokenizer beside it; put tokenizer.json there")
     tokenizer: Path | TextTokenizer = vocabulary if isinstance(vocabulary, GgufVocabulary) else Path(vocabulary.where)
-    split, blocks = tokenize_heldout(text, tokenizer)
+    split, blocks = tokenize_heldout(text, tokenizer, blocks_per_file=chunks_per_file)
     chosen: TokenBlocks = blocks.leading(chunks_per_file)
     chunks_BT = chosen.tokens_BT.numpy()
     n_experts = file.facts.n_experts

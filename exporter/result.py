@@ -204,6 +204,7 @@ class _Rows:
             return row | {"error": measurement["error"]}
         other = _generation(measurement["generation"]) | {
             "kld_vs_other_runtime": _mean_kld(evaluation, "gguf"),
+            "quantized_cache": measurement["quantized_cache"],
             "floor": floors_of(name, evaluation, self._plan, self._work, self._records),
         }
         fidelity = self._fidelity(name, evaluation)
@@ -300,6 +301,7 @@ _ROW_FIELDS = (
     "routing",
     "floor",
     "kld_vs_other_runtime",
+    "quantized_cache",
     "base_rss_bytes",
     "peak_rss_bytes",
     "load_seconds",

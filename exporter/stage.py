@@ -24,6 +24,7 @@ from exporter.progress import Progress
 from exporter.source_state import SourceState
 from exporter.surroundings import Surroundings
 from exporter.work import WorkDirectory
+from validate.backend import RuntimeCrashError
 from validate.cost import peak_rss_bytes
 from validate.lifetime import end_with_creator
 
@@ -47,6 +48,7 @@ class Outcome:
     peak_rss_bytes: int
     error: str | None = None
     exit_code: int = 0
+    is_finding: bool = False  # about a runtime, not about this program
 
 
 def source_error(plan: Plan, work: WorkDirectory) -> InputError | None:
@@ -79,7 +81,11 @@ def run_stage(
     except MoeExportError as refusal:
         error = refusal
     peak = peak_rss_bytes()
-    outcome = Outcome(peak) if error is None else Outcome(peak, str(error), error.exit_code)
+    outcome = (
+        Outcome(peak)
+        if error is None
+        else Outcome(peak, str(error), error.exit_code, isinstance(error, RuntimeCrashError))
+    )
     answer.send_bytes(json.dumps(asdict(outcome)).encode())
 
 

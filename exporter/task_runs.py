@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from rich.table import Table
 from compressors.calibration import load_tokenizer
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
+from compressors.model.json_file import read_json
 from compressors.model.student import Student
 from exporter.guarded import Limits, run_guarded
 from exporter.hub import resolve_model
@@ -51,8 +51,8 @@ def task_results(
     """
     check_tasks(tasks)
     try:
-        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        report = read_json(out / "report.json")
+    except InputError:
         raise InputError(f"{out} has no readable report.json; give the output folder of a finished run") from None
     job = report["job"]
     source = Checkpoint(resolve_model(against or job["model"], job["revision"], offline=False))

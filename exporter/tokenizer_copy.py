@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer beside weights that were made of it, so that every client cuts text as the original's does."""
+"""A checkpoint's tokenizer beside the weights that were made of it: every client cuts text as the original's does."""
 
 from __future__ import annotations
 

@@ -26,7 +26,15 @@ from validate.cost import Feed, RuntimeCost, measure_cost
 from validate.llama_cpp_routing import RoutingCollector, ggml_function
 from validate.router_inputs import RouterInputs
 
-__all__ = ["KV_TYPES", "LlamaCppBackend", "logged_error", "measure", "start_runtime"]
+__all__ = [
+    "KV_TYPES",
+    "QUANTIZED_KV_TYPES",
+    "LlamaCppBackend",
+    "exact_kv_type",
+    "logged_error",
+    "measure",
+    "start_runtime",
+]
 
 KV_TYPES: Mapping[str, int] = {
     "f32": api.GGML_TYPE_F32,
@@ -35,6 +43,14 @@ KV_TYPES: Mapping[str, int] = {
     "q4_0": api.GGML_TYPE_Q4_0,
 }
 """Storage of keys and values; the quantized ones need flash attention."""
+QUANTIZED_KV_TYPES = ("q8_0", "q4_0")
+"""A file is compared with torch without them: what a coarse cache costs is not the file's fault, and stands apart."""
+
+
+def exact_kv_type(kv_type: str) -> str:
+    """The type of cache that a file is compared with: f16 in the place of a quantized one."""
+    return "f16" if kv_type in QUANTIZED_KV_TYPES else kv_type
+
 
 _PHYSICAL_BATCH = 512  # llama.cpp's default n_ubatch
 
@@ -42,6 +58,7 @@ _PHYSICAL_BATCH = 512  # llama.cpp's default n_ubatch
 class LlamaCppBackend:
     """A GGUF file in llama.cpp; implements :class:`validate.backend.Backend`.
 
+    Flash attention is on where the cache is quantized, as llama.cpp and its users then have it, and off elsewhere.
     Weights stay as they are stored: repacked and AMX buffers are off, because on virtual machines that list the
     AMX instructions but trap them llama.cpp dies.
 
@@ -60,6 +77,7 @@ class LlamaCppBackend:
         gpu_layers: int = 0,
     ) -> None:
         self._routing = RoutingCollector()
+        flash_attention = flash_attention or kv_type in QUANTIZED_KV_TYPES
         flash = api.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attention else api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._session = _Session(
             path,

@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compressors.model.errors import MoeExportError
+from compressors.model.gguf_split import split_parts
 from validate import time_limit
 from validate.backend import RuntimeCrashError
 from validate.cost import RuntimeCost, peak_rss_bytes
@@ -33,7 +34,7 @@ from validate.last_words import telling_line
 from validate.lifetime import end_with_parent
 from validate.onnx_files import onnx_bytes
 
-__all__ = ["RuntimeCrashError", "measure_artifact", "measure_base"]
+__all__ = ["RuntimeCrashError", "artifact_bytes", "measure_artifact", "measure_base"]
 
 _RUNTIMES = {"gguf": "validate.llama_cpp", "onnx": "validate.onnx_runtime"}
 
@@ -57,6 +58,7 @@ def measure_artifact(
     prompt: npt.NDArray[np.int64],
     gpu_layers: int = 0,
     providers: Sequence[str] = ("CPUExecutionProvider",),
+    seconds: float | None = None,
 ) -> RuntimeCost:
     """Loads the artifact, fills its KV cache to ``context`` tokens and decodes: memory and speed.
 
@@ -69,12 +71,12 @@ def measure_artifact(
         prompt: token ids to fill the cache with, repeated as needed.
         gpu_layers: layers that llama.cpp puts on a GPU.
         providers: ONNX Runtime's, the first that can run a node runs it.
+        seconds: for a step of the runtime; None: what an honest one needs at most.
 
     Raises:
         RuntimeCrashError: the runtime crashed, refused the file or did not end.
     """
-    n_bytes = onnx_bytes(path) if artifact == "onnx" else path.stat().st_size if path.exists() else 0
-    limit = time_limit.limit_seconds() or time_limit.patience(n_bytes, context)
+    limit = seconds or time_limit.patience(artifact_bytes(artifact, path), context)
     options: dict[str, Any] = {"context": context, "threads": threads}
     if artifact == "gguf":
         options |= {"kv_type": kv_type, "gpu_layers": gpu_layers}
@@ -84,6 +86,13 @@ def measure_artifact(
         np.save(file, prompt, allow_pickle=False)
         file.flush()
         return RuntimeCost(**_run(artifact, limit, ["run", str(path), file.name, json.dumps(options)]))
+
+
+def artifact_bytes(artifact: str, path: Path) -> int:
+    """Its size on disk; 0 if there is nothing."""
+    if artifact == "onnx":
+        return onnx_bytes(path)
+    return sum(part.stat().st_size for part in split_parts(path) if part.is_file())
 
 
 def _run(artifact: str, limit: float, arguments: list[str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compressors.model.errors import InputError
-from compressors.model.gguf_split import one_split_model, split_parts
+from compressors.model.gguf_split import one_split_model
 from compressors.model.gguf_weights import GgufWeights
 from compressors.model.onnx_weights import OnnxWeights
 from compressors.model.shape import MoeShape
@@ -23,8 +23,8 @@ from validate.cost import RuntimeCost
 from validate.file_facts import FileFacts, gguf_facts, onnx_facts
 from validate.gpu import PROVIDERS, check_gpu_layers, check_provider, offloads
 from validate.llama_cpp import LlamaCppBackend
-from validate.measure import measure_artifact
-from validate.onnx_files import find_onnx_model, onnx_bytes, onnx_model_file
+from validate.measure import artifact_bytes, measure_artifact
+from validate.onnx_files import find_onnx_model, onnx_model_file
 from validate.onnx_runtime import OnnxRuntimeBackend
 from validate.vocabulary import GgufVocabulary, TokenizerVocabulary, Vocabulary
 
@@ -68,9 +68,7 @@ class ModelFile:
     @property
     def n_bytes(self) -> int:
         """Its size, with what lies beside a graph; 0 if it is gone."""
-        if self.format == "onnx":
-            return onnx_bytes(self.path)
-        return sum(part.stat().st_size for part in split_parts(self.path) if part.is_file())
+        return artifact_bytes(self.format, self.path)
 
     def may_use_gpu(self, choice: RuntimeChoice) -> bool:
         """Whether the runtime as it is installed has to do with a GPU's driver."""
@@ -116,6 +114,7 @@ class ModelFile:
             prompt=prompt_T,
             gpu_layers=choice.gpu_layers,
             providers=PROVIDERS[choice.providers],
+            seconds=time_limit.limit_seconds(),
         )
 
     def weights(self, shape: MoeShape) -> WrittenWeights:

@@ -22,7 +22,7 @@ import torch
 
 from compressors.model.ggml import GGMLQuantizationType, dequantize_rows, ggml_library_for, row_bytes
 
-__all__ = ["MatrixError", "requantized"]
+__all__ = ["MatrixError", "quantized"]
 
 _FLOAT_TYPES = frozenset(
     {GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16, GGMLQuantizationType.F64}
@@ -38,17 +38,24 @@ _USUAL_ROWS = 64  # of random values, to know a type's usual error
 _Sums = npt.NDArray[np.float64]
 
 
-def requantized(values_RN: torch.Tensor, ggml_type: GGMLQuantizationType) -> torch.Tensor:
-    """What ggml's kernel makes of float32 rows without an importance matrix: float32 [R, N]."""
+def quantized(
+    values_RN: torch.Tensor, ggml_type: GGMLQuantizationType, importance_N: npt.NDArray[np.float32] | None = None
+) -> npt.NDArray[np.uint8]:
+    """What ggml's kernel stores of float32 rows: uint8 [R, Y]; None weighs all input features alike."""
     n_rows, length = values_RN.shape
     source = values_RN.float().contiguous()
     stored_RY = np.empty((n_rows, row_bytes(ggml_type, length)), np.uint8)
     library = ggml_library_for(ggml_type)
-    # types of 2 bits and less refuse to work without one: all features alike
-    alike = np.ones(length, np.float32) if library.ggml_quantize_requires_imatrix(int(ggml_type)) else None
-    importance = None if alike is None else alike.ctypes.data
+    if importance_N is None and library.ggml_quantize_requires_imatrix(int(ggml_type)):
+        importance_N = np.ones(length, np.float32)  # types of about 2 bits refuse to work without
+    importance = None if importance_N is None else importance_N.ctypes.data
     library.ggml_quantize_chunk(int(ggml_type), source.data_ptr(), stored_RY.ctypes.data, 0, n_rows, length, importance)
-    return torch.from_numpy(dequantize_rows(stored_RY, ggml_type, length))
+    return stored_RY
+
+
+def requantized(values_RN: torch.Tensor, ggml_type: GGMLQuantizationType) -> torch.Tensor:
+    """What a runtime sees of that, without an importance matrix: float32 [R, N]."""
+    return torch.from_numpy(dequantize_rows(quantized(values_RN, ggml_type), ggml_type, values_RN.shape[1]))
 
 
 class MatrixError:

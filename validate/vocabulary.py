@@ -127,6 +127,13 @@ class GgufVocabulary:
         """All tokens at which llama.cpp ends a text: those that the file names, and those it knows by their text."""
         return frozenset(token for token in range(len(self)) if api.llama_vocab_is_eog(self._vocabulary, token))
 
+    @property
+    def marks(self) -> frozenset[str]:
+        """The texts of all tokens that llama.cpp looks for in a text before it cuts it: those with a meaning."""
+        kinds = api.LLAMA_TOKEN_ATTR_CONTROL | api.LLAMA_TOKEN_ATTR_USER_DEFINED | api.LLAMA_TOKEN_ATTR_UNKNOWN
+        found = (token for token in range(len(self)) if api.llama_vocab_get_attr(self._vocabulary, token) & kinds)
+        return frozenset(text for token in found if (text := self.text(token)) is not None)
+
     def encode(
         self, text: str, *, add_special_tokens: bool = True, verbose: bool = False, parse_special: bool = False
     ) -> list[int]:

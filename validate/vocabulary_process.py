@@ -34,6 +34,7 @@ class LlamaTokens:
     plain: tuple[tuple[int, ...], ...]  # they are not
     whole: tuple[tuple[int, ...], ...]  # recognised, and the tokens that begin and end a text are put around it
     ends: frozenset[int]
+    marks: frozenset[str]  # texts of the tokens that it takes for special, some by their text alone
 
 
 def ask_llama_cpp(path: Path, texts: Sequence[str]) -> LlamaTokens:
@@ -57,7 +58,7 @@ def ask_llama_cpp(path: Path, texts: Sequence[str]) -> LlamaTokens:
         raise InputError(last[0])
     answer = json.loads(result.stdout.splitlines()[-1])
     modes = {name: tuple(map(tuple, answer[name])) for name in ("parsed", "plain", "whole")}
-    return LlamaTokens(**modes, ends=frozenset(answer["ends"]))
+    return LlamaTokens(**modes, ends=frozenset(answer["ends"]), marks=frozenset(answer["marks"]))
 
 
 def _answer(path: Path, texts: Sequence[str]) -> dict[str, object]:
@@ -67,6 +68,7 @@ def _answer(path: Path, texts: Sequence[str]) -> dict[str, object]:
         "plain": [vocabulary.encode(text, add_special_tokens=False, parse_special=False) for text in texts],
         "whole": [vocabulary.encode(text, add_special_tokens=True, parse_special=True) for text in texts],
         "ends": sorted(vocabulary.end_tokens),
+        "marks": sorted(vocabulary.marks),
     }
 
 

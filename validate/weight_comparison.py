@@ -30,7 +30,8 @@ _RESEMBLES = 0.6  # cosine of signatures, and of rows
 _PLACES = 256
 _ROWS_AT_ONCE = 4096  # of embedding and head
 _VOCABULARY_ROLES = (Role.TOKEN_EMBEDDING, Role.HEAD)
-_SAME_SIZE = 1e-3  # what the coefficient of float values may be off where the rest is their change
+_SAME_SIZE = 1e-3  # what a coefficient may be off
+_MORE = 2.0  # times the type's error that is no second fault
 
 StoredType = Callable[[Role, int | None], GGMLQuantizationType]
 """How a file stores the tensors of a role in a layer."""
@@ -192,12 +193,16 @@ class _Comparison:
 
 def _whole_damage(unit: Unit, matrix: MatrixError) -> Damage:
     fault = Fault.CHANGED if matrix.is_float else Fault.TOO_FAR
-    deviation = abs(matrix.scale - 1)
-    if not matrix.is_float:
-        fault = Fault.SCALED if matrix.is_scaled and not matrix.is_too_far else fault
-    elif deviation > _SAME_SIZE and abs(matrix.relative_error - deviation) < _SAME_SIZE + 0.1 * deviation:
-        fault = Fault.SCALED  # nothing but the size is another
+    if _is_only_scaled(matrix.scale, matrix.relative_error, matrix.usual_error):
+        fault = Fault.SCALED
     return Damage(unit, fault, matrix.relative_error, matrix.usual_error, matrix.type_name, matrix.scale)
+
+
+def _is_only_scaled(scale: float, relative_error: float, usual_error: float) -> bool:
+    """Whether another size explains the error: what is left of it is no more than the type makes."""
+    deviation = abs(scale - 1)
+    left = max(relative_error**2 - deviation**2, 0.0) ** 0.5
+    return deviation > _SAME_SIZE and left <= _MORE * usual_error + 0.01 * deviation
 
 
 def _row_damage(
@@ -218,8 +223,7 @@ def _row_damage(
         if best != row and cosines[best] > _RESEMBLES:
             return replace(entry, fault=Fault.HOLDS_ANOTHER, holds=replace(unit, row=before + best))
         return replace(entry, fault=Fault.UNLIKE)
-    cosine = scale * size / float(its.norm())
-    if abs(scale - 1) > _SAME_SIZE and abs(1 - cosine) < max(matrix.usual_error**2, 1e-6):
+    if _is_only_scaled(scale, relative, matrix.usual_error):
         return replace(entry, fault=Fault.SCALED)
     return replace(entry, fault=Fault.CHANGED if matrix.is_float else Fault.TOO_FAR)
 

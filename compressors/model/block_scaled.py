@@ -44,6 +44,9 @@ class BlockScaled:
     block: tuple[int, int]  # rows and columns that share a scale
     dtype: torch.dtype  # of the weights
 
+    def __str__(self) -> str:
+        return f"FP8, block {self.block[0]}x{self.block[1]}"
+
     @staticmethod
     def scales_of(name: str) -> str:
         """The name of the scales that belong to a tensor."""

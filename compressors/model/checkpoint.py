@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,10 +15,11 @@ from compressors.model.block_scaled import FLOAT8, GIVE_THE_ORIGINAL, BlockScale
 from compressors.model.config import read_shape
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.families import Family, Role
-from compressors.model.foreign_folder import check_folder
+from compressors.model.foreign_folder import check_folder, refuse_other_inputs
 from compressors.model.json_file import read_json
 from compressors.model.misfits import is_classifier, likely_cause, with_prefix
 from compressors.model.names import shown
+from compressors.model.output_head import is_own_head
 from compressors.model.safetensors_header import TensorHeader
 from compressors.model.shape import MoeShape
 from compressors.model.weight_file import WeightFile
@@ -31,7 +34,7 @@ _READ = ", ".join(_FORMATS)
 class Checkpoint:
     """The tensors of a MoE checkpoint by role, in their storage dtype.
 
-    Opening reads only headers, and checks that every tensor the family needs is there with the shape that
+    Opening reads only headers (and, where the head may be the embedding or not, these two), and checks that every tensor the family needs is there with the shape that
     ``config.json`` implies. Both layouts are read: one tensor per expert, and all experts of a layer fused; tensors
     saved from the model without its head, too, whose names lack ``model.``. Float8 with a scale per block is read as
     the dtype that ``config.json`` names.
@@ -46,6 +49,7 @@ class Checkpoint:
         self.folder = folder
         check_folder(folder)
         self.block_scaled: BlockScaled | None = read_block_scaled(folder)
+        refuse_other_inputs(folder)
         self.shape: MoeShape = read_shape(folder)
         self._weights = find_weights(folder)
         self.files = self._weights.files
@@ -54,6 +58,8 @@ class Checkpoint:
         for opened in self._opened.values():
             self.headers.update({with_prefix(name): header for name, header in opened.tensors.items()})
         self._check_tensors()
+        if self._has_own_head():
+            self.shape = replace(self.shape, tied_embeddings=False)
 
     @property
     def family(self) -> Family:
@@ -90,7 +96,9 @@ class Checkpoint:
 
     def rows(self, role: Role, layer: int | None, rows: slice) -> torch.Tensor:
         """Some consecutive rows of a tensor that is not an expert's, in storage dtype."""
-        name = self._name(role, layer)
+        return self._read_rows(self._name(role, layer), rows)
+
+    def _read_rows(self, name: str, rows: slice) -> torch.Tensor:
         n_rows, *rest = self.headers[name].shape
         start, stop, _ = rows.indices(n_rows)
         out = torch.empty(stop - start, *rest, dtype=self._dtype(name))
@@ -137,6 +145,17 @@ class Checkpoint:
         for expert in range(shape.n_experts):
             for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN):
                 yield self.family.names[role].format(layer=layer, expert=expert), role_shape(role, shape)
+
+    def _has_own_head(self) -> bool:
+        """Whether the weights hold a head of other values, though ``tie_word_embeddings`` is true."""
+        names = [self.family.names[role] for role in (Role.HEAD, Role.TOKEN_EMBEDDING)]
+        if not self.shape.tied_embeddings or names[0] not in self.headers:
+            return False
+        if (problem := self._problem(names[0], role_shape(Role.HEAD, self.shape))) is not None:
+            raise InputError(problem)
+        head, embedding = (partial(self._read_rows, name) for name in names)
+        state = [(file, stat.st_size, stat.st_mtime_ns) for file in self.files for stat in [file.stat()]]
+        return is_own_head(tuple(state), self.shape.vocab_size, head, embedding)
 
     def _check_tensors(self) -> None:
         config = read_json(self.folder / "config.json")
@@ -196,7 +215,7 @@ class Checkpoint:
                 holders.setdefault(name, []).append(file.name)
         for name, files in holders.items():
             if len(files) > 1:
-                yield f"tensor {shown(name)} is in {len(files)} files; the last one counts, {files[-1]}, as in transformers"
+                yield f"tensor {shown(name)} is in {len(files)} files; as in transformers the last counts, {files[-1]}"
             elif self._weights.index.get(name, files[0]) != files[0]:
                 yield (
                     f"the index says that tensor {shown(name)} lies in {shown(self._weights.index[name])}; it is read "

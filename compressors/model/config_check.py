@@ -57,7 +57,6 @@ def _settings(config: Any, shape: MoeShape) -> Iterator[tuple[str, object, objec
         "num_experts_per_tok": shape.top_k,
         keys.expert_width: shape.expert_width,
         "vocab_size": shape.vocab_size,
-        "max_position_embeddings": shape.rope.trained_context,
         "rms_norm_eps": shape.rms_norm_eps,
     }
     if keys.normalize_top_k is not None:
@@ -69,7 +68,10 @@ def _settings(config: Any, shape: MoeShape) -> Iterator[tuple[str, object, objec
         shape.head_dim,
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
     )
-    yield "sliding_window", shape.window, getattr(config, "sliding_window", None)
+    window = getattr(config, "sliding_window", None)
+    yield "sliding_window", shape.window, window
+    longest = config.max_position_embeddings if window is None else min(config.max_position_embeddings, window)
+    yield "max_position_embeddings", shape.context_length, longest
     config.head_dim = shape.head_dim  # which transformers' functions do not all work out
     yield from _rope_settings(config, shape.rope)
 
@@ -82,7 +84,7 @@ def _rope_settings(config: Any, rope: Rope) -> Iterator[tuple[str, object, objec
     yield "rope_theta", rope.theta, float(config.rope_parameters["rope_theta"])
     if rope.kind is RopeKind.DEFAULT:
         return
-    for n_tokens in (1, (rope.original_context or rope.trained_context) + 1, 2 * rope.trained_context):
+    for n_tokens in (1, rope.original_context + 1, 2 * config.max_position_embeddings):
         theirs, attention_factor = ROPE_INIT_FUNCTIONS[rope.kind.value](config, None, seq_len=n_tokens)
         yield "attention_factor", rope.attention_factor, float(attention_factor)
         same = torch.equal(rope.inverse_frequencies(n_tokens), theirs)

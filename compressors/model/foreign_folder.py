@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.json_file import read_json
 from compressors.model.names import shown
 from compressors.model.raw_file import FileState, RawFile, instead_of_a_file
 
-__all__ = ["JSON_FILES", "TEXT_FILES", "check_folder"]
+__all__ = ["JSON_FILES", "TEXT_FILES", "check_folder", "refuse_other_inputs"]
 
 JSON_FILES = (
     "config.json",
@@ -43,7 +41,6 @@ def check_folder(folder: Path) -> None:
 
     Raises:
         InputError: one is damaged, or no regular file; the folder holds an adapter.
-        UnsupportedError: the model has other inputs than text.
     """
     if os.path.lexists(folder / _ADAPTER):
         raise InputError(
@@ -54,8 +51,6 @@ def check_folder(folder: Path) -> None:
         path = folder / name
         if os.path.lexists(path):
             _check(path, _state(path))
-    if os.path.lexists(folder / "config.json"):
-        _refuse_other_inputs(folder / "config.json", read_json(folder / "config.json"))
 
 
 def _state(path: Path) -> FileState | None:
@@ -75,7 +70,7 @@ def _check(path: Path, state: FileState | None) -> None:
     if file.size > _LARGEST_TEXT:
         raise InputError(f"{path} has {file.size:,} bytes, too many for such a file: download it again")
     text = file.start(_LARGEST_TEXT)
-    if (other := instead_of_a_file(text[:200])) is not None and path.stat().st_size:
+    if text and (other := instead_of_a_file(text[:200])) is not None:
         raise InputError(f"{path} cannot be used ({other}): download it again")
     try:
         if path.suffix != ".model":
@@ -84,7 +79,15 @@ def _check(path: Path, state: FileState | None) -> None:
         raise InputError(f"{path} is no UTF-8 text (byte {error.start:,}): download it again") from None
 
 
-def _refuse_other_inputs(path: Path, config: Mapping[str, Any]) -> None:
+def refuse_other_inputs(folder: Path) -> None:
+    """Refuses what ``config.json`` calls more than a language model.
+
+    Raises:
+        InputError: the file cannot be read.
+        UnsupportedError: the model has other inputs than text.
+    """
+    path = folder / "config.json"
+    config = read_json(path) if path.exists() else {}
     for key in ("text_config", "vision_config", "audio_config"):
         if isinstance(config.get(key), dict):
             raise UnsupportedError(

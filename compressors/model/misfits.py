@@ -55,7 +55,7 @@ def likely_cause(folder: Path, config: Mapping[str, Any], names: Collection[str]
     """
     note = next((name for name in _NOTES if (folder / name).is_file()), None)
     quantized = next((name for name in names if _QUANTIZED.fullmatch(name)), None)
-    if note is not None or quantized is not None:
+    if config.get("quantization_config") is None and (note is not None or quantized is not None):
         sign = note or f"tensor {shown(quantized)}"
         return f"the weights are quantized already ({sign}, though config.json has no quantization_config); " + (
             GIVE_THE_ORIGINAL
@@ -71,6 +71,12 @@ def likely_cause(folder: Path, config: Mapping[str, Any], names: Collection[str]
         return (
             f"the tensors' names begin with {shown(prefix)}, as parts of a larger model's do, where transformers looks "
             f"for {_PREFIX}: save the language model alone (load it with AutoModelForCausalLM, then save_pretrained)"
+        )
+    only_head = missing == "model.embed_tokens.weight" and "lm_head.weight" in names
+    if only_head and config.get("tie_word_embeddings") is True:
+        return (
+            "tie_word_embeddings is true, and of the two tensors only lm_head.weight is there, which transformers takes "
+            "for both: load it with AutoModelForCausalLM and save it again (save_pretrained)"
         )
     if missing == "lm_head.weight":
         return (

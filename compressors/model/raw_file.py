@@ -51,7 +51,8 @@ class RawFile:
             # without O_NONBLOCK, opening a pipe waits for somebody who writes into it
             self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         except OSError as error:
-            raise InputError(f"{path} cannot be opened ({error.strerror})") from None
+            link = f"; it is a link to {shown(os.readlink(path))}: download the file again" if path.is_symlink() else ""
+            raise InputError(f"{path} cannot be opened ({error.strerror}){link}") from None
         weakref.finalize(self, os.close, self._descriptor)
         status = os.fstat(self._descriptor)
         if not stat.S_ISREG(status.st_mode):

@@ -35,7 +35,7 @@ class Rope:
     kind: RopeKind
     theta: float  # the base
     width: int  # values of a head, all of which are turned
-    trained_context: int  # max_position_embeddings
+    trained_context: int = 0  # of dynamic scaling: it begins beyond so many tokens
     factor: float = 1.0
     original_context: int = 0  # tokens that the model was trained on before it was scaled
     attention_factor: float = 1.0  # of cosine and sine

@@ -37,14 +37,14 @@ def read_rope(config: Settings, *, head_dim: int, trained_context: int, default_
     _refuse_by_layer_type(chosen)
     kind = _kind(chosen)
     theta_owner = chosen if "rope_theta" in chosen else config
-    plain = Rope(kind, theta_owner.number("rope_theta", default_theta), head_dim, trained_context)
+    plain = Rope(kind, theta_owner.number("rope_theta", default_theta), head_dim)
     if kind is RopeKind.DEFAULT:
         return plain  # transformers' default ignores everything else, partial_rotary_factor included
     _refuse_partial(config, chosen, head_dim)
     if kind in _WITH_ORIGINAL_CONTEXT:
         original = config if _ORIGINAL in config else chosen
         plain = replace(plain, original_context=original.count(_ORIGINAL, trained_context))
-    rope = _READERS[kind](plain, chosen)
+    rope = _READERS[kind](plain, chosen, trained_context)
     _refuse_impossible(rope, chosen)
     return rope
 
@@ -81,13 +81,17 @@ def _refuse_partial(config: Settings, chosen: Settings, head_dim: int) -> None:
         )
 
 
-def _linear(rope: Rope, chosen: Settings) -> Rope:
+def _linear(rope: Rope, chosen: Settings, _trained_context: int) -> Rope:
     return replace(rope, factor=chosen.number("factor"))
 
 
-def _yarn(rope: Rope, chosen: Settings) -> Rope:
+def _dynamic(rope: Rope, chosen: Settings, trained_context: int) -> Rope:
+    return replace(rope, factor=chosen.number("factor"), trained_context=trained_context)
+
+
+def _yarn(rope: Rope, chosen: Settings, trained_context: int) -> Rope:
     """A factor that is null stands for the ratio of the contexts; the paper's attention factor for one left out."""
-    ratio = rope.trained_context / rope.original_context
+    ratio = trained_context / rope.original_context
     factor = ratio if "factor" in chosen and chosen.raw["factor"] is None else chosen.number("factor")
     attention_factor = chosen.number_or_null("attention_factor")
     scale, scale_all = chosen.raw.get("mscale"), chosen.raw.get("mscale_all_dim")
@@ -110,8 +114,8 @@ def _attention_scale(factor: float, multiplier: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0
 
 
-def _longrope(rope: Rope, chosen: Settings) -> Rope:
-    factor = chosen.number_or_null("factor") or rope.trained_context / rope.original_context
+def _longrope(rope: Rope, chosen: Settings, trained_context: int) -> Rope:
+    factor = chosen.number_or_null("factor") or trained_context / rope.original_context
     attention_factor = chosen.number_or_null("attention_factor")
     if attention_factor is None:
         known = factor <= 1 or rope.original_context == 1
@@ -125,7 +129,7 @@ def _longrope(rope: Rope, chosen: Settings) -> Rope:
     )
 
 
-def _llama3(rope: Rope, chosen: Settings) -> Rope:
+def _llama3(rope: Rope, chosen: Settings, _trained_context: int) -> Rope:
     low, high = chosen.number("low_freq_factor"), chosen.number("high_freq_factor")
     if high == low:
         raise UnsupportedError(f"{chosen.named('high_freq_factor')} equals low_freq_factor: there is nothing between")
@@ -134,7 +138,7 @@ def _llama3(rope: Rope, chosen: Settings) -> Rope:
 
 _READERS = {
     RopeKind.LINEAR: _linear,
-    RopeKind.DYNAMIC: _linear,
+    RopeKind.DYNAMIC: _dynamic,
     RopeKind.YARN: _yarn,
     RopeKind.LONGROPE: _longrope,
     RopeKind.LLAMA3: _llama3,

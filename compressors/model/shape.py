@@ -169,7 +169,6 @@ class MoeShape:
             "num_attention_heads": self.n_heads,
             "num_key_value_heads": self.n_kv_heads,
             "head_dim": self.head_dim,
-            "max_position_embeddings": self.rope.trained_context,
             "rms_norm_eps": self.rms_norm_eps,
             "rope_scaling": None,
             "rope_parameters": self.rope.in_config(),

@@ -52,8 +52,8 @@ def special_tokens(folder: Path, vocab_size: int) -> SpecialTokens:
     ends = configured.ends if own is None or own in configured.ends else (*configured.ends, own)
     if not ends and configured.without_row:
         raise InputError(
-            f"{folder}: eos_token_id is {configured.without_row[0]}, but the model has {vocab_size} tokens; name its end "
-            f"token in {_GENERATION_CONFIG} or config.json"
+            f"{folder}: eos_token_id is {configured.without_row[0]}, but the model has {vocab_size} tokens; name its "
+            f"end token in {_GENERATION_CONFIG} or config.json"
         )
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else configured.bos
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else configured.pad

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,11 +118,27 @@ def own_code(folder: Path) -> str | None:
 def _guarded(action: Callable[[], Any], folder: Path) -> Any:
     """Turns whatever the libraries raise into one sentence: plain exceptions, and panics, which are none."""
     try:
-        return action()
+        with _quiet():
+            return action()
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # a panic in Rust is no Exception
         raise InputError(_sentence(folder, error)) from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the libraries' warnings and a panic's stack off the terminal: what matters becomes our sentence."""
+    sys.stderr.flush()
+    shown = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(shown, 2)
+        os.close(shown)
 
 
 def _sentence(folder: Path, error: BaseException) -> str:
@@ -168,7 +187,8 @@ def _is_readable(data: dict[str, Any]) -> bool:
     from tokenizers import Tokenizer
 
     try:
-        Tokenizer.from_str(json.dumps(data))
+        with _quiet():
+            Tokenizer.from_str(json.dumps(data))
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException:
@@ -177,18 +197,15 @@ def _is_readable(data: dict[str, Any]) -> bool:
 
 
 def _described(data: dict[str, Any], part: str) -> str:
-    """Such as ``model of type 'SuperBPE'``."""
+    """Such as ``model of type 'SuperBPE'``, or ``pre_tokenizer (Split, ByteLevel)``."""
     settings = data.get(part)
-    kind = settings.get("type") if isinstance(settings, dict) else None
-    if kind == "Sequence":
-        steps = [step.get("type") for step in _steps(settings) if isinstance(step, dict)]
-        return f"{part} ({', '.join(map(str, steps))})"
-    return part if kind is None else f"{part} of type {str(kind)[:40]!r}"
-
-
-def _steps(settings: dict[str, Any]) -> list[Any]:
-    lists = [value for value in settings.values() if isinstance(value, list)]
-    return lists[0] if lists else []
+    if not isinstance(settings, dict) or "type" not in settings:
+        return part
+    steps = settings.get("pretokenizers", settings.get("normalizers"))
+    if isinstance(steps, list):
+        kinds = [str(step.get("type")) for step in steps if isinstance(step, dict)]
+        return f"{part} ({', '.join(kinds)[:80]})"
+    return f"{part} of type {str(settings['type'])[:40]!r}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fractions import Fraction
 
-from compressors.model.errors import InputError
+from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.shape import MoeShape
 
 __all__ = ["predict_runtime_bytes"]
@@ -23,6 +23,9 @@ _CACHE_BYTES: Mapping[str, Fraction] = {
     "q4_0": Fraction(18, 32),
 }
 """Bytes of one cached value."""
+
+_QUANTIZED = ("q8_0", "q4_0")
+_QUANTIZED_BLOCK = 32  # a head must be whole blocks (llama_init_from_model in src/llama-context.cpp)
 
 _BATCH = 512  # n_batch and n_ubatch
 _CONTEXT_STEP = 256  # contexts are rounded up to it (llama_context in src/llama-context.cpp)
@@ -38,9 +41,15 @@ def predict_runtime_bytes(shape: MoeShape, file_bytes: int, context: int, kv_typ
 
     Raises:
         InputError: there is no such cache type.
+        UnsupportedError: a head of the model is no multiple of the type's blocks.
     """
     if kv_type not in _CACHE_BYTES:
         raise InputError(f"--kv-type {kv_type}: no such type; choose one of {', '.join(_CACHE_BYTES)}")
+    if kv_type in _QUANTIZED and shape.head_dim % _QUANTIZED_BLOCK:
+        raise UnsupportedError(
+            f"--kv-type {kv_type}: llama.cpp stores such keys and values in blocks of {_QUANTIZED_BLOCK}, and this "
+            f"model's heads are {shape.head_dim} wide: use --kv-type f16"
+        )
     cells = -(-context // _CONTEXT_STEP) * _CONTEXT_STEP
     key_value = 2 * shape.n_kv_heads * shape.head_dim  # values cached for a token in a layer
     compute = (

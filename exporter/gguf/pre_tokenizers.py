@@ -12,7 +12,8 @@ from typing import Any
 
 from compressors.model.errors import UnsupportedError
 
-__all__ = ["PRE_TOKENIZERS", "is_byte_level", "pre_tokenizer_name", "refuse_unknown_normalizer", "steps_of"]
+__all__ = ["CLOSE_PRE_TOKENIZERS", "PRE_TOKENIZERS"]
+__all__ += ["is_byte_level", "pre_tokenizer_name", "refuse_unknown_normalizer", "steps_of"]
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -23,10 +24,27 @@ _QWEN35 = (
     rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
     r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CASED = (  # words by upper and lower case, as o200k cuts them
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
+)
+_SLASH_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_TEKKEN = rf"{_CASED[0]}|{_CASED[1]}|\p{{N}}|{_SLASH_TAIL}"
+_GPT4O = rf"{_CASED[0]}{_CONTRACTIONS}?|{_CASED[1]}{_CONTRACTIONS}?|\p{{N}}{{1,3}}|{_SLASH_TAIL}"
+_DEEPSEEK3 = (
+    r"\p{N}{1,3}",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+_SEED = (
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_BAILING = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+_EXAONE_MOE = (
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 _DIGIT = r"\p{N}"
 _SPACE_STEPS = (
@@ -43,8 +61,16 @@ PRE_TOKENIZERS: Mapping[tuple[tuple[str, ...], bool], str] = {
     ((_LLAMA3,), False): "smaug-bpe",
     ((_LLAMA3,), True): "llama-bpe",
     ((_TEKKEN,), True): "tekken",
+    ((_GPT4O,), False): "gpt-4o",
+    (_DEEPSEEK3, False): "deepseek-v3",
+    ((_SEED,), False): "seed-coder",
+    ((_BAILING,), False): "bailingmoe",
+    ((_EXAONE_MOE,), False): "exaone-moe",
 }
 """(expressions in order, whether a word that is a token skips the merges) -> llama.cpp's name."""
+
+CLOSE_PRE_TOKENIZERS = frozenset({"tekken", "gpt-4o"})
+"""Those that llama.cpp has only nearly: other than in ASCII it does not tell upper from lower case, nor marks apart."""
 
 
 def steps_of(part: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:

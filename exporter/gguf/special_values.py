@@ -22,7 +22,7 @@ __all__ = ["special_token_values", "tokens_around"]
 _ENDS_BY_TEXT = frozenset({
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
     "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
-    "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~[",
+    "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<\uff5cend▁of▁sentence\uff5c>", "[e~[",
 })  # fmt: skip
 """Texts at which llama.cpp ends without a key; they leave the keys to others."""
 
@@ -77,9 +77,16 @@ def tokens_around(whole: Sequence[int], text: Sequence[int]) -> tuple[tuple[int,
 
 
 def _further_ends(ends: Sequence[int], eos: int, tokens: Sequence[str]) -> dict[str, int]:
-    """Puts the other end tokens under the two keys that are left, first those that llama.cpp would not know by text."""
-    others = sorted((token for token in ends if token != eos), key=lambda token: tokens[token] in _ENDS_BY_TEXT)
-    return dict(zip(("eot", "eom"), others, strict=False))
+    """Puts the other end tokens under further keys, first those that llama.cpp would not know by their text.
+
+    It also ends texts at the paddings and separators of fill-in-the-middle, for which hardly any model has a use: their
+    keys are the last resort.
+    """
+    unknown = [token for token in ends if token != eos and tokens[token] not in _ENDS_BY_TEXT]
+    known = [token for token in ends if token != eos and tokens[token] in _ENDS_BY_TEXT]
+    keys = ("eot", "eom", "fim_pad", "fim_rep", "fim_sep")
+    placed = dict(zip(keys, unknown, strict=False))
+    return placed | dict(zip((key for key in keys[:2] if key not in placed), known, strict=False))
 
 
 def _never_in_a_text(folder: Path, tokens: Sequence[str], types: Sequence[int], marks: Sequence[int]) -> int:

@@ -1,6 +1,6 @@
 """The tokenizer of a checkpoint as GGUF metadata, so that llama.cpp splits text into the same tokens.
 
-The source is the tokenizer that ``AutoTokenizer`` makes of the files: it adds tokens that only ``tokenizer_config.json``
+The source is the tokenizer that ``AutoTokenizer`` makes of the files, with tokens that only ``tokenizer_config.json``
 names. Two kinds are known. Byte-level BPE (Qwen, Llama 3, GPT-2) needs the name that llama.cpp gives to the splitting
 expression. SentencePiece-style BPE (Mixtral), which transformers holds as BPE with byte fallback, needs scores.
 """
@@ -74,8 +74,8 @@ def _tokens(tokenizer: Mapping[str, Any], vocab_size: int, path: Path) -> tuple[
     beyond = next((token_id for token_id in known if token_id >= vocab_size), None)
     if beyond is not None:
         raise InputError(
-            f"{path}: token {known[beyond]!r} has number {beyond}, but config.json says vocab_size {vocab_size}; "
-            "tokenizer and model do not belong together"
+            f"{path.parent}: token {known[beyond]!r} has number {beyond}, but config.json says vocab_size "
+            f"{vocab_size}; tokenizer and model do not belong together"
         )
     texts = set(known.values())
     if len(texts) < len(known):

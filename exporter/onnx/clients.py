@@ -49,7 +49,7 @@ def _model_config(shape: MoeShape, source: Path) -> dict[str, Any]:
     transformers 4 reads ``rope_theta``, ``rope_scaling`` and ``torch_dtype``, transformers 5 ``rope_parameters`` and
     ``dtype``: both are there. The graph knows no window: it is written for a context within it.
     """
-    config: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
+    config = read_json(source)
     rope = shape.rope.in_config()
     windows = {"sliding_window": None, "use_sliding_window": False} if shape.window is not None else {}
     return (

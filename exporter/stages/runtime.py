@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,14 +17,16 @@ from compressors.model.log_probs import LogProbReader, LogProbWriter
 from exporter.stage import StageContext
 from exporter.stages.artifacts import Blocks, Calibration
 from exporter.stages.validate_torch import EVALUATION, ROUTER_INPUTS
-from validate.backend import RuntimeBackend, scored_positions
+from validate.backend import RuntimeBackend, RuntimeCrashError, scored_positions
 from validate.evaluation import evaluate
+from validate.figures import fidelity_figures
 from validate.generation import generate_texts, generation_figures, prompts_of
-from validate.measure import RuntimeCrashError, measure_artifact
+from validate.measure import artifact_bytes, measure_artifact
 from validate.router_alone import router_alone
 from validate.router_inputs import RouterInputs
+from validate.time_limit import patience, set_limit
 
-__all__ = ["LOG_PROBS", "MEASUREMENT", "validate_runtime"]
+__all__ = ["LOG_PROBS", "MEASUREMENT", "limit_runtime", "validate_runtime"]
 
 MEASUREMENT = "measurement.json"
 LOG_PROBS = "log_probs"
@@ -37,6 +40,7 @@ def validate_runtime(
     *,
     references: Mapping[str, LogProbReader],
     record: bool,
+    open_quantized: Callable[[], RuntimeBackend] | None = None,
 ) -> None:
     """Writes the artifact's evaluation and measurement.
 
@@ -47,11 +51,13 @@ def validate_runtime(
         open_backend: loads it for evaluation; called after the cost was measured, so a crash is met outside first.
         references: other models' log-probabilities beside the teacher's.
         record: keep the artifact's own log-probabilities, for the other runtime to be compared with.
+        open_quantized: loads it with the quantized cache that it is meant for, if it is; what that costs is measured
+            on top.
     """
-    plan = context.plan
-    heldout = Blocks.load(Calibration.of(context.work).blocks).heldout.numpy()
-    torch.set_num_threads(plan.recipe.threads)
-    budget = plan.recipe.budget
+    recipe = context.plan.recipe
+    budget, heldout = recipe.budget, Blocks.load(Calibration.of(context.work).blocks).heldout.numpy()
+    torch.set_num_threads(recipe.threads)
+    limit_runtime(artifact, path, heldout.shape[1])
     measurement: dict[str, Any] = {"error": None}
     try:
         cost = measure_artifact(
@@ -59,24 +65,56 @@ def validate_runtime(
             path,
             context=budget.context,
             kv_type=budget.kv_type,
-            threads=plan.recipe.threads,
+            threads=recipe.threads,
             prompt=heldout[0],
         )
+        figures = _figures(context, open_backend(), heldout, references, record=record)
+        cache = None if open_quantized is None else _with_quantized_cache(context, open_quantized(), heldout)
     except RuntimeCrashError as crash:
         measurement["error"] = str(crash)
     else:
-        backend = open_backend()
-        _evaluate(context, backend, heldout, references, record=record)
-        prompts_PT = prompts_of(heldout)
-        with context.progress.bar("texts", 2 * len(prompts_PT)) as advance:
-            texts = generate_texts(backend, prompts_PT, advance)
-        measurement |= {
-            "runtime_version": backend.version,
-            "cost": asdict(cost),
-            "generation": generation_figures(texts, plan.end_tokens),
-            "router_alone": _router_alone(context, backend, heldout),
-        }
+        measurement |= {"cost": asdict(cost), "quantized_cache": cache, **figures}
     (context.output / MEASUREMENT).write_text(json.dumps(measurement, indent=1), encoding="utf-8")
+
+
+def limit_runtime(artifact: str, path: Path, n_tokens: int) -> None:
+    """From now on a runtime that is busy with an artifact for too long ends this process, and that is a finding."""
+    os.environ["GGML_NO_BACKTRACE"] = "1"  # a debugger would print for half a minute
+    set_limit(patience(artifact_bytes(artifact, path), n_tokens))
+
+
+def _figures(
+    context: StageContext,
+    backend: RuntimeBackend,
+    heldout_BT: npt.NDArray[np.int64],
+    references: Mapping[str, LogProbReader],
+    *,
+    record: bool,
+) -> dict[str, Any]:
+    """Parts of the measurement; the evaluation goes into a file."""
+    _evaluate(context, backend, heldout_BT, references, record=record)
+    prompts_PT = prompts_of(heldout_BT)
+    with context.progress.bar("texts", 2 * len(prompts_PT)) as advance:
+        texts = generate_texts(backend, prompts_PT, advance)
+    return {
+        "runtime_version": backend.version,
+        "generation": generation_figures(texts, context.plan.end_tokens),
+        "router_alone": _router_alone(context, backend, heldout_BT),
+    }
+
+
+def _with_quantized_cache(
+    context: StageContext, backend: RuntimeBackend, heldout_BT: npt.NDArray[np.int64]
+) -> dict[str, Any]:
+    """Fidelity to the teacher as a user of that cache has it."""
+    teacher = LogProbReader(Calibration.of(context.work).heldout_log_probs)
+    with context.progress.bar("chunks", len(heldout_BT)) as advance:
+        evaluation = evaluate(backend, heldout_BT, {"teacher": teacher}, progress=advance)
+    figures = fidelity_figures(evaluation, "teacher")
+    return {
+        "kv_type": context.plan.recipe.budget.kv_type,
+        **{name: figures[name] for name in ("perplexity", "perplexity_interval", "kld", "top1_agreement")},
+    }
 
 
 def _router_alone(

@@ -24,6 +24,7 @@ from compressors.model.student import Student
 from compressors.teacher import by_block
 from exporter.stage import StageContext
 from exporter.stages.artifacts import Blocks, Calibration, memory_limit, use_threads
+from exporter.stages.runtime import limit_runtime
 from exporter.stages.validate_torch import EVALUATION
 from exporter.teacher_floor import first_layers
 from validate.backend import RuntimeBackend, scored_positions
@@ -69,6 +70,7 @@ def measure_teacher(
             reference, routing = _by_torch(context, teacher, tokens_BT, folder)
         with context.progress.bar("bytes", floor.file_bytes) as advance:
             path = write(teacher, floor.weight_type, folder, advance)
+        limit_runtime(artifact, path, tokens_BT.shape[1])
         cost = _cost(context, artifact, path, tokens_BT[0]) if is_whole else None
         with context.progress.bar("chunks", len(chunks)) as advance:
             evaluation = evaluate(open_backend(path), tokens_BT, {"teacher": reference}, progress=advance)

@@ -9,7 +9,7 @@ from compressors.model.student import Student
 from exporter.gguf.writer import write_gguf
 from exporter.stage import StageContext
 from exporter.stages.teacher import measure_teacher
-from validate.llama_cpp import LlamaCppBackend
+from validate.llama_cpp import LlamaCppBackend, exact_kv_type
 
 __all__ = ["run"]
 
@@ -29,5 +29,5 @@ def run(context: StageContext) -> None:
         context,
         "gguf",
         write,
-        lambda path: LlamaCppBackend(path, kv_type=recipe.budget.kv_type, threads=recipe.threads),
+        lambda path: LlamaCppBackend(path, kv_type=exact_kv_type(recipe.budget.kv_type), threads=recipe.threads),
     )

@@ -13,6 +13,7 @@ __all__ = [
     "Report",
     "artifact_name",
     "band",
+    "cache_sentence",
     "check_name",
     "check_value",
     "checks",
@@ -244,10 +245,22 @@ def verdict_sentence(report: Report) -> str:
             f"the mean divergence from the original is {numbers.divergence(worst['kld']['mean'])} nats, "
             f"{band(worst['kld']['mean'])}"
         )
+    for row in shipped_rows(report):
+        if (cache := row.get("quantized_cache")) is not None:
+            sentence += f"; {cache_sentence(row, cache)}"
     crashed = [row_name(row) for row in shipped_rows(report) if row.get("error")]
     if crashed:
         sentence += f"; {' and '.join(crashed)} did not run"
     return f"{sentence}."
+
+
+def cache_sentence(row: Mapping[str, Any], cache: Mapping[str, Any]) -> str:
+    """What a quantized cache costs on top, whose share is in no other figure."""
+    return (
+        f"{row_name(row)} was compared with an f16 cache; with its {cache['kv_type']} cache perplexity is "
+        f"{numbers.perplexity(cache['perplexity'])}, mean divergence {numbers.divergence(cache['kld']['mean'])} nats "
+        f"and same top token {numbers.percent(cache['top1_agreement'])}"
+    )
 
 
 def _check_format(check: Mapping[str, Any]) -> Callable[[Any], str]:

@@ -110,7 +110,11 @@ def _budget_line(report: Report) -> Text:
 def _verdict(report: Report) -> Text:
     passed = bool(find(report, "verdict", "passed"))
     style = "bold green" if passed else "bold red"
-    lines = Text(facts.verdict_title(report), style=style)
+    lines = Text()
+    for row in facts.shipped_rows(report):
+        if (cache := row.get("quantized_cache")) is not None:
+            lines.append(f"{facts.cache_sentence(row, cache)}\n\n")
+    lines.append(facts.verdict_title(report), style=style)
     for failure in facts.failures(report):
         lines.append(f"\n  {failure}", style="red")
     for row in facts.shipped_rows(report):
