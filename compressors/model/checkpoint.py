@@ -153,6 +153,7 @@ class Checkpoint:
             return False
         if (problem := self._problem(names[0], role_shape(Role.HEAD, self.shape))) is not None:
             raise InputError(problem)
+        self._check_scales(names[0])
         head, embedding = (partial(self._read_rows, name) for name in names)
         state = [(file, stat.st_size, stat.st_mtime_ns) for file in self.files for stat in [file.stat()]]
         return is_own_head(tuple(state), self.shape.vocab_size, head, embedding)
