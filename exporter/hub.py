@@ -20,7 +20,7 @@ from compressors.model.errors import InputError
 __all__ = ["bundled_text", "resolve_model"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
-_WANTED_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "README.md", "LICENSE*"]
+_WANTED_FILES = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja", "README.md", "LICENSE*"]
 # Other formats in subfolders, and a second copy of the weights in the trainer's own naming.
 _UNWANTED_FILES = ["*/*", "consolidated*"]
 

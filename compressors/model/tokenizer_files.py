@@ -112,7 +112,7 @@ def own_code(folder: Path) -> str | None:
     names = read_json(path).get("auto_map") if path.is_file() else None
     named = names.get("AutoTokenizer") if isinstance(names, dict) else names
     chosen = [name for name in (named if isinstance(named, list) else [named]) if name]
-    return str(chosen[0]) if chosen else None
+    return str(chosen[0])[:80] if chosen else None
 
 
 def _guarded(action: Callable[[], Any], folder: Path) -> Any:
@@ -129,6 +129,9 @@ def _guarded(action: Callable[[], Any], folder: Path) -> Any:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps the libraries' warnings and a panic's stack off the terminal: what matters becomes our sentence."""
+    if sys.stderr is None:  # closed by whoever started us
+        yield
+        return
     sys.stderr.flush()
     shown = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
