@@ -67,7 +67,8 @@ def test_damaged_factors_and_tables_are_named(student: Student, tmp_path: Path) 
         with (tmp_path / "model.gguf").open("r+b") as stream:
             stream.seek(file.tensors[name].offset)
             stream.write(np.full(16, 3.0, np.float32).tobytes())
-        assert any(name in symptom for symptom in rope_factor_symptoms(file, student.shape))
+        damaged = GgufFile(tmp_path / "model.gguf")
+        assert any(name in symptom for symptom in rope_factor_symptoms(damaged, student.shape))
     write_onnx(student, "Q4_0", tmp_path / "onnx", threads=1)
     table = plan_tensors(student.shape, "Q4_0").rotary_sine
     last = table.offset + table.n_bytes - 4
