@@ -37,7 +37,8 @@ _SAMPLING: Mapping[str, tuple[Any, ...]] = {
 """``search`` of genai_config.json: what changes no choice, where the original's generation_config.json says nothing."""
 
 _NOT_COMPARED = frozenset({"_from_model_config", "transformers_version"})
-_FREE_FIELDS = frozenset({"context_length", "sizes", "bos_token_id", "eos_token_ids", "pad_token_id"})
+_FREE_FIELDS = frozenset({"context_length", "window", "sizes", "bos_token_id", "eos_token_ids", "pad_token_id"})
+"""Compared by rules of their own, or by the graph: it has no window, and its context is within the model's."""
 
 
 def folder_setting_symptoms(graph: Path, source: Checkpoint, shape: MoeShape) -> list[str]:

@@ -42,6 +42,7 @@ _PREPARATION: Mapping[tuple[str, str], Any] = {
     ("sequence.length", "start"): 1,
     ("sequence.length", "end"): 2,
     ("embedding", "axis"): 0,
+    ("rotary.length", "to"): onnx.TensorProto.INT64,
 }
 """Attributes of our graphs' nodes that feed the others, by the node's first output."""
 
@@ -215,6 +216,13 @@ def _of_ours(node: onnx.NodeProto) -> _Allowed:
 def _constant_symptoms(weights: Mapping[str, onnx.TensorProto], shape: MoeShape) -> Iterator[str]:
     expected = dict(_CONSTANTS)
     expected |= {"shape.past": [0, shape.n_kv_heads, 0, shape.head_dim], "shape.heads": [0, -1, shape.head_dim]}
+    shorter = shape.rope.table_lengths(shape.context_length)[0]
+    expected |= {
+        "rotary.shorter": shorter,
+        "rotary.first_long": [shorter],
+        "rotary.first_short": [0],
+        "rotary.axis": [0],
+    }
     for n_heads in (shape.n_heads, shape.n_kv_heads):
         expected[f"shape.{n_heads}_heads_joined"] = [0, -1, n_heads * shape.head_dim]
     for layer in range(shape.n_layers):
@@ -235,27 +243,36 @@ def _table_symptoms(
     """Every table of cosines and of sines that a node rotates with."""
     places = {"GroupQueryAttention": (7, 8), "RotaryEmbedding": (2, 3)}
     tables: dict[str, bool] = {}  # whether it holds sines
+    sliced = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Slice"}
     for node in graph.node:
         for is_sine, place in enumerate(places.get(node.op_type, ())):
-            if len(node.input) > place and node.input[place] in weights:
-                tables[node.input[place]] = bool(is_sine)
+            if len(node.input) > place:
+                name = sliced.get(node.input[place], node.input[place])
+                if name in weights:
+                    tables[name] = bool(is_sine)
     for name, is_sine in tables.items():
-        yield from rotary_symptoms(name, _pieces(weights[name], folder), shape, is_sine=is_sine)
+        n_rows = weights[name].dims[0] if weights[name].dims else 0
+        yield from rotary_symptoms(name, _pieces(weights[name], folder), shape, n_rows, is_sine=is_sine)
 
 
 def rotary_symptoms(
-    name: str, pieces: Iterator[npt.NDArray[np.floating[Any]]], shape: MoeShape, *, is_sine: bool
+    name: str, pieces: Iterator[npt.NDArray[np.floating[Any]]], shape: MoeShape, n_rows: int, *, is_sine: bool
 ) -> Iterator[str]:
-    """Yields a sentence if a table [positions, head_dim / 2] is not the model's at every position."""
-    frequencies = shape.rope_theta ** (-np.arange(0, shape.head_dim, 2, dtype=np.float64) / shape.head_dim)
+    """Yields a sentence if a table [n_rows, head_dim / 2] is not the model's at every position."""
+    lengths = shape.rope.table_lengths(shape.context_length)
+    lengths = lengths if sum(lengths) == n_rows else (n_rows,)
+    frequencies = [_frequencies(shape, length) for length in lengths]
     first = 0
     for piece in pieces:
-        if piece.shape[1] != len(frequencies):
-            yield f"table {name} has {piece.shape[1]} columns, the model's head {len(frequencies)} pairs"
+        if piece.shape[1] != shape.head_dim // 2:
+            yield f"table {name} has {piece.shape[1]} columns, the model's head {shape.head_dim // 2} pairs"
             return
-        positions = np.arange(first, first + len(piece), dtype=np.float64)[:, None]
-        angles = positions * frequencies
-        wanted = np.sin(angles) if is_sine else np.cos(angles)
+        rows = np.arange(first, first + len(piece))[:, None]
+        # the second table, if there is one, begins anew
+        angles = np.where(
+            rows < lengths[0], rows * frequencies[0], (rows - lengths[0]).astype(np.float64) * frequencies[-1]
+        )
+        wanted = (np.sin(angles) if is_sine else np.cos(angles)) * shape.rope.attention_factor
         allowed = float(np.finfo(piece.dtype).eps) * 2 + 1e-5 + 4e-7 * angles  # angles are computed in float32
         wrong = ~(np.abs(piece.astype(np.float64) - wanted) <= allowed)
         if wrong.any():
@@ -266,6 +283,11 @@ def rotary_symptoms(
             )
             return
         first += len(piece)
+
+
+def _frequencies(shape: MoeShape, n_tokens: int) -> npt.NDArray[np.float64]:
+    values: npt.NDArray[np.float64] = shape.rope.inverse_frequencies(n_tokens).double().numpy()
+    return values
 
 
 def _pieces(tensor: onnx.TensorProto, folder: Path) -> Iterator[npt.NDArray[np.floating[Any]]]:

@@ -12,9 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from compressors.model.errors import UnsupportedError
+from compressors.model.ggml import GGMLQuantizationType
+from compressors.model.gguf_file import GgufFile
+from compressors.model.gguf_rope import LONG_FACTORS, PLAIN_FACTORS, SHORT_FACTORS, GgufRope, gguf_rope
 from compressors.model.shape import MoeShape
 
-__all__ = ["MetadataValue", "gguf_architecture", "gguf_setting_symptoms"]
+__all__ = ["MetadataValue", "gguf_architecture", "gguf_setting_symptoms", "rope_factor_symptoms"]
 
 MetadataValue = int | float | bool | str
 
@@ -98,9 +102,42 @@ def _expected(shape: MoeShape) -> Iterator[tuple[str, MetadataValue, MetadataVal
     yield "attention.layer_norm_rms_epsilon", shape.rms_norm_eps, None
     yield "rope.freq_base", shape.rope_theta, _LLAMA_CPP_ROPE_BASE
     yield "rope.dimension_count", shape.head_dim, shape.head_dim
+    for key, value in _rope(shape).keys.items():
+        yield key, value, shape.context_length if key == "rope.scaling.original_context_length" else None
     if not shape.is_dense:
         yield "expert_count", shape.n_experts, 0
         yield "expert_used_count", shape.top_k, 0
+
+
+def _rope(shape: MoeShape) -> GgufRope:
+    """What a file says about a scaled rotary embedding; nothing where llama.cpp cannot hold it."""
+    try:
+        return gguf_rope(shape.rope, gguf_architecture(shape), takes_factors=shape.family.gguf.takes_rope_factors)
+    except UnsupportedError:
+        return GgufRope()
+
+
+def rope_factor_symptoms(file: GgufFile, shape: MoeShape) -> list[str]:
+    """Where the tensors by which llama.cpp divides the rotary angles are not the model's: a sentence for each.
+
+    Raises:
+        InputError: the file is truncated.
+    """
+    expected = _rope(shape).factors
+    symptoms = []
+    for name in (PLAIN_FACTORS, SHORT_FACTORS, LONG_FACTORS):
+        wanted = np.array(expected.get(name, (1.0,)), np.float32)
+        entry = file.tensors.get(name)
+        if entry is None:
+            if name in expected:
+                symptoms.append(f"tensor {name} is missing: the model's rotary angles are divided by it")
+        elif entry.ggml_type is not GGMLQuantizationType.F32:
+            symptoms.append(f"tensor {name} is stored as {entry.ggml_type.name}; llama.cpp needs F32")
+        else:
+            found = file.read_rows(entry, 0, 1).reshape(-1).view(np.float32)
+            if len(wanted) not in (1, len(found)) or not np.allclose(found, wanted, rtol=1e-5, atol=0):
+                symptoms.append(f"tensor {name} does not hold the factors of the model's rotary angles")
+    return symptoms
 
 
 def _unexpected(settings: Mapping[str, MetadataValue], shape: MoeShape) -> Iterator[str]:

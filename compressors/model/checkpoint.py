@@ -34,7 +34,7 @@ _READ = ", ".join(_FORMATS)
 class Checkpoint:
     """The tensors of a MoE checkpoint by role, in their storage dtype.
 
-    Opening reads only headers (and, where the head may be the embedding or not, these two), and checks that every
+    Opening reads only headers (and, where a head stands beside a tied embedding, these two), and checks that every
     tensor the family needs is there with the shape that ``config.json`` implies. Both layouts are read: one tensor per
     expert, and all experts of a layer fused; tensors saved from the model without its head, too, whose names lack
     ``model.``. Float8 with a scale per block is read as the dtype that ``config.json`` names.
