@@ -39,6 +39,13 @@ _SAMPLING: Mapping[str, tuple[Any, ...]] = {
 
 _NOT_COMPARED = frozenset({"_from_model_config", "transformers_version"})
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_KEYS = {
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "top_k": "num_experts_per_tok",
+    "tied_embeddings": "tie_word_embeddings",
+}
 _FREE_FIELDS = frozenset({"context_length", "sizes", "rope", "window", "bos_token_id", "eos_token_ids", "pad_token_id"})
 
 
@@ -144,7 +151,7 @@ def _config_symptoms(folder: Path, source: Checkpoint, shape: MoeShape) -> Itera
     for field in fields(MoeShape):
         value, wanted = getattr(found, field.name), getattr(shape, field.name)
         if field.name not in _FREE_FIELDS and value != wanted:
-            yield f"config.json: {field.name} is {value!r}, the model's is {wanted!r}"
+            yield f"config.json: {_key(field.name, shape)} is {value!r}, the model's is {wanted!r}"
     rope = replace(found.rope, trained_context=shape.rope.trained_context)  # files may be written for a shorter context
     if rope != shape.rope:
         yield f"config.json: rope_parameters are {found.rope.in_config()}, the model's {shape.rope.in_config()}"
@@ -154,6 +161,17 @@ def _config_symptoms(folder: Path, source: Checkpoint, shape: MoeShape) -> Itera
     for name in _TOKEN_IDS:
         if _ids(config.get(name)) != _ids(original.get(name)):
             yield f"config.json: {name} is {config.get(name)!r}, the original's {original.get(name)!r}"
+
+
+def _key(name: str, shape: MoeShape) -> str:
+    """What config.json calls a field of a shape."""
+    keys = shape.family.config_keys
+    own = {
+        "n_experts": keys.n_experts,
+        "expert_width": keys.expert_width,
+        "normalize_top_k": keys.normalize_top_k or "norm_topk_prob",
+    }
+    return (own | _KEYS).get(name, name)
 
 
 def _generation_symptoms(path: Path, source: Checkpoint, original: Mapping[str, Any] | None) -> Iterator[str]:
