@@ -82,5 +82,17 @@ def test_every_error_is_public_and_has_an_exit_code() -> None:
     assert codes == {"MoeExportError": 1, "InputError": 2, "UnsupportedError": 2, "BudgetError": 3}
 
 
+def test_a_message_for_people_is_one_line_that_can_be_printed() -> None:
+    message = str(
+        errors.InputError("x.gguf: tensor a\x1b[31m\u202eb is wrong\r\n  in line 3;\n\ndownload it\ud800 again")
+    )
+    assert message == r"x.gguf: tensor a\x1b[31m\u202eb is wrong in line 3; download it\ud800 again"
+    long = str(errors.UnsupportedError("x.gguf: " + "y" * 5000 + "; download it again"))
+    assert len(long) == 1000
+    assert long.startswith("x.gguf: yyy")
+    assert long.endswith("yyy; download it again")
+    assert str(errors.InputError("x.gguf: é — 文 is wrong")) == "x.gguf: é — 文 is wrong"
+
+
 def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()

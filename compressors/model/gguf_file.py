@@ -134,7 +134,7 @@ class _Part:
                 self.tensors = self.header.tensors()
         except (EOFError, ValueError, OverflowError, struct.error, OSError) as error:
             raise InputError(
-                f"{path} is truncated or not a GGUF file ({error or 'its header ends too early'}): write it again"
+                f"{path} is truncated or not a GGUF file ({str(error) or 'its header ends too early'}): write it again"
             ) from None
         for entry in self.tensors.values():
             if entry.offset + entry.n_bytes > self.file.size:

@@ -12,7 +12,7 @@ from typing import Any
 from tests.fuzz.places import damaged_bytes, edit, something_else
 from tests.fuzz.values import NAMES, NUMBERS
 
-__all__ = ["damage_gguf"]
+__all__ = ["Parts", "Tensor", "Value", "damage_gguf", "taken_apart"]
 
 _LAYOUTS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -20,13 +20,17 @@ _FLOATS = (6, 12)
 
 
 @dataclass
-class _Value:
+class Value:
+    """One value of the metadata."""
+
     kind: int
     value: Any  # of an array: its items' kind, how many it says there are, and the items
 
 
 @dataclass
-class _Tensor:
+class Tensor:
+    """One entry of the directory."""
+
     name: bytes
     dimensions: list[int]
     kind: int
@@ -34,13 +38,13 @@ class _Tensor:
 
 
 @dataclass
-class _Parts:
+class Parts:
     """A file's parts, each of which may be wrong."""
 
     magic: bytes = b"GGUF"
     version: int = 3
-    values: list[tuple[bytes, _Value]] = field(default_factory=list)
-    tensors: list[_Tensor] = field(default_factory=list)
+    values: list[tuple[bytes, Value]] = field(default_factory=list)
+    tensors: list[Tensor] = field(default_factory=list)
     data: bytes = b""
     n_values: int | None = None  # said, if it is not how many there are
     n_tensors: int | None = None
@@ -85,7 +89,7 @@ def _number(kind: int, number: float) -> bytes:
     return (whole & (1 << 8 * size) - 1).to_bytes(size, "little")
 
 
-def _packed(value: _Value) -> bytes:
+def _packed(value: Value) -> bytes:
     if value.kind == _ARRAY:
         kind, said, items = value.value
         return (
@@ -110,33 +114,38 @@ class _Reader:
         self.place += length
         return self.data[self.place - length : self.place]
 
-    def value(self) -> _Value:
+    def value(self) -> Value:
         kind = self.take("I")
         if kind == _STRING:
-            return _Value(kind, self.text())
+            return Value(kind, self.text())
         if kind != _ARRAY:
-            return _Value(kind, self.take(_LAYOUTS[kind]))
+            return Value(kind, self.take(_LAYOUTS[kind]))
         item_kind, length = self.take("I"), self.take("Q")
         items = [self.text() if item_kind == _STRING else self.take(_LAYOUTS[item_kind]) for _ in range(length)]
-        return _Value(kind, (item_kind, length, items))
+        return Value(kind, (item_kind, length, items))
 
-    def parts(self) -> _Parts:
+    def parts(self) -> Parts:
         self.place = 8
         n_tensors, n_values = self.take("Q"), self.take("Q")
-        parts = _Parts(values=[(self.text(), self.value()) for _ in range(n_values)])
+        parts = Parts(values=[(self.text(), self.value()) for _ in range(n_values)])
         for _ in range(n_tensors):
             name = self.text()
             dimensions = [self.take("Q") for _ in range(self.take("I"))]
-            parts.tensors.append(_Tensor(name, dimensions, self.take("I"), self.take("Q")))
+            parts.tensors.append(Tensor(name, dimensions, self.take("I"), self.take("Q")))
         parts.data = self.data[-(-self.place // 32) * 32 :]
         return parts
+
+
+def taken_apart(data: bytes) -> Parts:
+    """The parts of a whole file."""
+    return _Reader(data).parts()
 
 
 def damage_gguf(rng: random.Random, folder: Path) -> None:
     """Damages the file ``model.gguf``."""
     path = folder / "model.gguf"
     data = path.read_bytes()
-    parts = _Reader(data).parts()
+    parts = taken_apart(data)
     kind = rng.random()
     if kind < 0.04:
         something_else(rng, path)
@@ -147,12 +156,12 @@ def damage_gguf(rng: random.Random, folder: Path) -> None:
         path.write_bytes(parts.file(rng.choice((32, 32, 32, 1, 64))))
 
 
-def _settings(parts: _Parts) -> list[int]:
+def _settings(parts: Parts) -> list[int]:
     """Places of the values that are no arrays: they decide more than the vocabulary does."""
     return [place for place, (_, value) in enumerate(parts.values) if value.kind != _ARRAY] or [0]
 
 
-def _another_number(rng: random.Random, parts: _Parts) -> None:
+def _another_number(rng: random.Random, parts: Parts) -> None:
     numbers = [value for _, value in parts.values if value.kind in _LAYOUTS]
     if numbers:
         value = rng.choice(numbers)
@@ -160,7 +169,7 @@ def _another_number(rng: random.Random, parts: _Parts) -> None:
         value.value = rng.choice(special) if value.kind in _FLOATS else rng.choice(NUMBERS)
 
 
-def _another_kind(rng: random.Random, parts: _Parts) -> None:
+def _another_kind(rng: random.Random, parts: Parts) -> None:
     place = rng.choice(_settings(parts))
     key, value = parts.values[place]
     kind = rng.choice((*_LAYOUTS, _STRING, _ARRAY, 13, 255, 2**31))
@@ -173,10 +182,10 @@ def _another_kind(rng: random.Random, parts: _Parts) -> None:
         new = 0
     elif isinstance(value.value, (int, float)) and rng.random() < 0.5:
         new = value.value
-    parts.values[place] = (key, _Value(kind, new))
+    parts.values[place] = (key, Value(kind, new))
 
 
-def _another_text(rng: random.Random, parts: _Parts) -> None:
+def _another_text(rng: random.Random, parts: Parts) -> None:
     texts = [value for _, value in parts.values if value.kind == _STRING]
     if texts:
         names = (
@@ -191,7 +200,7 @@ def _another_text(rng: random.Random, parts: _Parts) -> None:
         rng.choice(texts).value = rng.choice(names)
 
 
-def _array(rng: random.Random, parts: _Parts) -> None:
+def _array(rng: random.Random, parts: Parts) -> None:
     arrays = [value for _, value in parts.values if value.kind == _ARRAY and value.value[2]]
     if not arrays:
         return
@@ -210,25 +219,25 @@ def _array(rng: random.Random, parts: _Parts) -> None:
     )
 
 
-def _key(rng: random.Random, parts: _Parts) -> None:
+def _key(rng: random.Random, parts: Parts) -> None:
     place = rng.randrange(len(parts.values))
     key, value = parts.values[place]
     other = rng.choice((rng.choice(NAMES).encode(), rng.choice(parts.values)[0], key[:-1], b"\xff", b"k" * 70_000))
     parts.values[place] = (other, value)
 
 
-def _no_value(rng: random.Random, parts: _Parts) -> None:
+def _no_value(rng: random.Random, parts: Parts) -> None:
     places = _settings(parts) if rng.random() < 0.7 else range(len(parts.values))
     del parts.values[rng.choice(places)]
 
 
-def _alignment(rng: random.Random, parts: _Parts) -> None:
+def _alignment(rng: random.Random, parts: Parts) -> None:
     kind = rng.choice((4, 4, 4, 5, 6, 7, 10, 12))
     number = rng.choice((*NUMBERS, 8, 16, 33, 4096))
-    parts.values.append((b"general.alignment", _Value(kind, number)))
+    parts.values.append((b"general.alignment", Value(kind, number)))
 
 
-def _new_setting(rng: random.Random, parts: _Parts) -> None:
+def _new_setting(rng: random.Random, parts: Parts) -> None:
     """Of those that llama.cpp reads where they are there."""
     architecture = next((value.value for key, value in parts.values if key == b"general.architecture"), b"x")
     names = (
@@ -240,16 +249,16 @@ def _new_setting(rng: random.Random, parts: _Parts) -> None:
     )
     names += ("rope.dimension_count", "expert_weights_scale", "attention.causal", "pooling_type", "expert_shared_count")
     name = str(architecture, "utf-8", "replace").encode() + b"." + rng.choice(names).encode()
-    parts.values.append((name, _Value(rng.choice((4, 5, 6, 7)), rng.choice(NUMBERS))))
+    parts.values.append((name, Value(rng.choice((4, 5, 6, 7)), rng.choice(NUMBERS))))
 
 
-def _split(rng: random.Random, parts: _Parts) -> None:
+def _split(rng: random.Random, parts: Parts) -> None:
     for name in (b"split.no", b"split.count", b"split.tensors.count"):
         if rng.random() < 0.8:
-            parts.values.append((name, _Value(rng.choice((2, 2, 4, 5)), rng.choice((0, 1, 2, 3, 65535)))))
+            parts.values.append((name, Value(rng.choice((2, 2, 4, 5)), rng.choice((0, 1, 2, 3, 65535)))))
 
 
-def _counts(rng: random.Random, parts: _Parts) -> None:
+def _counts(rng: random.Random, parts: Parts) -> None:
     count = rng.choice(
         (0, 1, 2**20, 2**31, 2**40, 2**60, 2**63, 2**64 - 1, len(parts.values) + 1, len(parts.tensors) - 1)
     )
@@ -259,7 +268,7 @@ def _counts(rng: random.Random, parts: _Parts) -> None:
         parts.n_tensors = count
 
 
-def _tensor(rng: random.Random, parts: _Parts) -> None:
+def _tensor(rng: random.Random, parts: Parts) -> None:
     tensor = rng.choice(parts.tensors)
     kind = rng.randrange(5)
     if kind == 0:
@@ -282,14 +291,14 @@ def _tensor(rng: random.Random, parts: _Parts) -> None:
         parts.tensors.remove(tensor)
 
 
-def _head(rng: random.Random, parts: _Parts) -> None:
+def _head(rng: random.Random, parts: Parts) -> None:
     if rng.random() < 0.7:
         parts.version = rng.choice((0, 1, 2, 4, 0x03000000, 2**32 - 1))
     else:
         parts.magic = rng.choice((b"FUGG", b"GGML", b"\0\0\0\0", b"GGU"))
 
 
-def _values_of_weights(rng: random.Random, parts: _Parts) -> None:
+def _values_of_weights(rng: random.Random, parts: Parts) -> None:
     """Scales of blocks that are NaN, infinite or anything."""
     data = bytearray(parts.data)
     for _ in range(rng.choice((1, 100))):
@@ -298,7 +307,7 @@ def _values_of_weights(rng: random.Random, parts: _Parts) -> None:
     parts.data = bytes(data)
 
 
-_EDITS: tuple[Callable[[random.Random, _Parts], None], ...] = (
+_EDITS: tuple[Callable[[random.Random, Parts], None], ...] = (
     *(_another_number,) * 5,
     *(_another_kind, _another_kind, _another_text, _another_text, _array, _array, _array, _key, _no_value, _no_value),
     *(_alignment, _new_setting, _new_setting, _split, _counts, _head, _values_of_weights, *(_tensor,) * 6),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class Kind:
 
 
 def _read_checkpoint(folder: Path, rng: random.Random, inputs: Path) -> None:
-    Console(file=open("/dev/null", "w", encoding="utf-8")).print(description_table(describe(folder)))  # noqa: SIM115
+    Console(file=io.StringIO()).print(description_table(describe(folder)))
     checkpoint = Checkpoint(folder)
     for file in checkpoint.files:
         weights = WeightFile(file)
