@@ -24,7 +24,8 @@ from validate.folder_settings import folder_setting_symptoms
 from validate.graph_settings import graph_setting_symptoms
 from validate.model_file import ModelFile
 from validate.original_tokenizer import original_tokenizer
-from validate.settings import gguf_setting_symptoms, rope_factor_symptoms
+from validate.rope_factors import rope_factor_symptoms
+from validate.settings import gguf_setting_symptoms
 from validate.symptoms import setting_symptoms
 from validate.tokenization import Encode
 from validate.tokenizer_check import TokenizerFindings, check_folder_tokenizer, check_gguf_tokenizer
@@ -101,8 +102,8 @@ def check_description(
 
 def _setting_symptoms(file: ModelFile, source: Checkpoint, shape: MoeShape) -> list[str]:
     if file.format == "gguf":
-        opened = GgufFile(file.path)
-        return [*gguf_setting_symptoms(opened.metadata, shape), *rope_factor_symptoms(opened, shape)]
+        gguf = GgufFile(file.path)
+        return [*gguf_setting_symptoms(gguf.metadata, shape), *rope_factor_symptoms(gguf, shape)]
     return [
         *setting_symptoms(file.facts, shape),
         *graph_setting_symptoms(file.path, shape),

@@ -42,7 +42,6 @@ _PREPARATION: Mapping[tuple[str, str], Any] = {
     ("sequence.length", "start"): 1,
     ("sequence.length", "end"): 2,
     ("embedding", "axis"): 0,
-    ("rotary.length", "to"): onnx.TensorProto.INT64,
 }
 """Attributes of our graphs' nodes that feed the others, by the node's first output."""
 
@@ -109,8 +108,8 @@ def _allowed(node: onnx.NodeProto, shape: MoeShape, layer: int, weights: Mapping
         return _experts(node, shape.layer(layer), weights)
     if kind == "RotaryEmbedding":
         return {"interleaved": (0, None), "scale": (1.0, None)}
-    if kind == "MatMulNBits" and node.input[1] in weights and node.input[2] in weights:
-        return _quantized_matrix(node, weights)
+    if kind == "MatMulNBits" and len(weights.get(node.input[1], onnx.TensorProto()).dims) == 3:
+        return _quantized_matrix(node, shape, weights)
     if kind == "GatherBlockQuantized":
         return {"gather_axis": (0, None), "quantize_axis": (1, -1), "bits": (_row_bits(node, shape, weights), None)} | (
             _block_size(node, weights, 2, shape.hidden_size)
@@ -126,7 +125,7 @@ def _attention(node: onnx.NodeProto, shape: MoeShape) -> _Allowed:
         "scale": (1.0 / math.sqrt(shape.head_dim), 0.0, None),
         "softcap": (0.0, None),
         "smooth_softmax": (0, None),
-        "local_window_size": (-1, None),
+        "local_window_size": (-1, shape.window or -1, None),
         "mask_filter_value": (-10000.0, None),
         "unidirectional": (1, 0, None),
     }
@@ -162,18 +161,22 @@ def _experts(node: onnx.NodeProto, layer: MoeShape, weights: Mapping[str, onnx.T
     return allowed
 
 
-def _quantized_matrix(node: onnx.NodeProto, weights: Mapping[str, onnx.TensorProto]) -> _Allowed:
+def _quantized_matrix(node: onnx.NodeProto, shape: MoeShape, weights: Mapping[str, onnx.TensorProto]) -> _Allowed:
+    """Codes are [N, blocks, bytes of a block]; K is one of the widths that the model has."""
     rows, blocks, block_bytes = weights[node.input[1]].dims
     found = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
-    block, bits = found.get("block_size", 0), found.get("bits", 4)
-    # codes tell the product of both only; a block of 16 bytes is 32 values in 4 bits, or 16 in 8
-    is_consistent = block * bits == 8 * block_bytes
-    columns = found.get("K", 0)
-    allowed: _Allowed = {"N": (rows,)}
-    if not is_consistent or -(-columns // max(1, block)) != blocks:
-        right = 8 * block_bytes * blocks // max(1, columns)
-        allowed |= {"bits": (right,), "block_size": (columns // max(1, blocks),)}
-    return allowed
+    widths = (shape.hidden_size, shape.n_heads * shape.head_dim, shape.expert_width)
+    block = found.get("block_size", 0)
+    fitting = [width for width in widths if width % blocks == 0 and (block_bytes * blocks * 8) % width == 0]
+    columns = found["K"] if found.get("K") in fitting else (fitting or widths)[0]
+    if -(-columns // max(1, block)) == blocks and block * found.get("bits", 4) == 8 * block_bytes:
+        return {"N": (rows,), "K": (columns,)}
+    return {
+        "N": (rows,),
+        "K": (columns,),
+        "bits": (8 * block_bytes * blocks // columns, None),
+        "block_size": (columns // blocks,),
+    }
 
 
 def _row_bits(node: onnx.NodeProto, shape: MoeShape, weights: Mapping[str, onnx.TensorProto]) -> int | None:
@@ -216,13 +219,6 @@ def _of_ours(node: onnx.NodeProto) -> _Allowed:
 def _constant_symptoms(weights: Mapping[str, onnx.TensorProto], shape: MoeShape) -> Iterator[str]:
     expected = dict(_CONSTANTS)
     expected |= {"shape.past": [0, shape.n_kv_heads, 0, shape.head_dim], "shape.heads": [0, -1, shape.head_dim]}
-    shorter = shape.rope.table_lengths(shape.context_length)[0]
-    expected |= {
-        "rotary.shorter": shorter,
-        "rotary.first_long": [shorter],
-        "rotary.first_short": [0],
-        "rotary.axis": [0],
-    }
     for n_heads in (shape.n_heads, shape.n_kv_heads):
         expected[f"shape.{n_heads}_heads_joined"] = [0, -1, n_heads * shape.head_dim]
     for layer in range(shape.n_layers):
@@ -243,38 +239,36 @@ def _table_symptoms(
     """Every table of cosines and of sines that a node rotates with."""
     places = {"GroupQueryAttention": (7, 8), "RotaryEmbedding": (2, 3)}
     tables: dict[str, bool] = {}  # whether it holds sines
-    sliced = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Slice"}
     for node in graph.node:
         for is_sine, place in enumerate(places.get(node.op_type, ())):
-            if len(node.input) > place:
-                name = sliced.get(node.input[place], node.input[place])
-                if name in weights:
-                    tables[name] = bool(is_sine)
+            if len(node.input) > place and node.input[place] in weights:
+                tables[node.input[place]] = bool(is_sine)
+    # where the angles depend on a text's length, nodes choose among tables
+    tables |= {name: name == "rotary.sine" for name in ("rotary.cosine", "rotary.sine") if name in weights}
     for name, is_sine in tables.items():
-        n_rows = weights[name].dims[0] if weights[name].dims else 0
-        yield from rotary_symptoms(name, _pieces(weights[name], folder), shape, n_rows, is_sine=is_sine)
+        n_rows = weights[name].dims[0]
+        yield from rotary_symptoms(name, _pieces(weights[name], folder), n_rows, shape, is_sine=is_sine)
 
 
 def rotary_symptoms(
-    name: str, pieces: Iterator[npt.NDArray[np.floating[Any]]], shape: MoeShape, n_rows: int, *, is_sine: bool
+    name: str, pieces: Iterator[npt.NDArray[np.floating[Any]]], n_rows: int, shape: MoeShape, *, is_sine: bool
 ) -> Iterator[str]:
-    """Yields a sentence if a table [n_rows, head_dim / 2] is not the model's at every position."""
-    lengths = shape.rope.table_lengths(shape.context_length)
-    lengths = lengths if sum(lengths) == n_rows else (n_rows,)
-    frequencies = [_frequencies(shape, length) for length in lengths]
-    first = 0
+    """Yields a sentence if a table [positions, head_dim / 2] is not the model's at every position.
+
+    A table for short texts may stand before that for long ones.
+    """
+    rope, first = shape.rope, 0
+    short = rope.switches_after if rope.switches_after is not None and n_rows > rope.switches_after else 0
+    of_short, of_long = (rope.inverse_frequencies(n_tokens).double().numpy() for n_tokens in (short, n_rows - short))
     for piece in pieces:
-        if piece.shape[1] != shape.head_dim // 2:
-            yield f"table {name} has {piece.shape[1]} columns, the model's head {shape.head_dim // 2} pairs"
+        if piece.shape[1] != len(of_long):
+            yield f"table {name} has {piece.shape[1]} columns, the model's head {len(of_long)} pairs"
             return
-        rows = np.arange(first, first + len(piece))[:, None]
-        # the second table, if there is one, begins anew
-        angles = np.where(
-            rows < lengths[0], rows * frequencies[0], (rows - lengths[0]).astype(np.float64) * frequencies[-1]
-        )
-        wanted = (np.sin(angles) if is_sine else np.cos(angles)) * shape.rope.attention_factor
+        rows = np.arange(first, first + len(piece), dtype=np.float64)[:, None]
+        angles = np.where(rows < short, rows * of_short, (rows - short) * of_long)
+        wanted = rope.attention_factor * (np.sin(angles) if is_sine else np.cos(angles))
         allowed = float(np.finfo(piece.dtype).eps) * 2 + 1e-5 + 4e-7 * angles  # angles are computed in float32
-        wrong = ~(np.abs(piece.astype(np.float64) - wanted) <= allowed)
+        wrong = ~(np.abs(piece.astype(np.float64) - wanted) <= allowed * max(1.0, rope.attention_factor))
         if wrong.any():
             row, column = np.argwhere(wrong)[0]
             yield (
@@ -283,11 +277,6 @@ def rotary_symptoms(
             )
             return
         first += len(piece)
-
-
-def _frequencies(shape: MoeShape, n_tokens: int) -> npt.NDArray[np.float64]:
-    values: npt.NDArray[np.float64] = shape.rope.inverse_frequencies(n_tokens).double().numpy()
-    return values
 
 
 def _pieces(tensor: onnx.TensorProto, folder: Path) -> Iterator[npt.NDArray[np.floating[Any]]]:

@@ -30,10 +30,13 @@ _DIVERGES, _TOKENS = 5.0, 20  # an expert's tokens against the others', and how 
 
 def setting_symptoms(facts: FileFacts, shape: MoeShape) -> list[str]:
     """Settings of the file that are not the model's."""
-    # a table of scaled angles does not tell the base
-    base = facts.rope_base if shape.rope.kind in (RopeKind.DEFAULT, RopeKind.DYNAMIC) else None
+    is_plain = shape.rope.kind is RopeKind.DEFAULT  # a scaled one's table has no base to read off
     settings = (
-        ("rope base (position-dependent: every rotation is another)", base, shape.rope_theta),
+        (
+            "rope base (position-dependent: every rotation is another)",
+            facts.rope_base if is_plain else None,
+            shape.rope_theta,
+        ),
         ("epsilon of the norms", facts.rms_norm_eps, shape.rms_norm_eps),
         ("number of experts per token", facts.top_k, min(shape.top_k, facts.n_experts or shape.top_k)),
     )

@@ -19,7 +19,8 @@ from exporter.onnx.layout import DATA_FILE, MODEL_FILE, plan_tensors
 from exporter.onnx.writer import write_onnx
 from validate.file_facts import onnx_facts
 from validate.graph_settings import graph_setting_symptoms
-from validate.settings import gguf_setting_symptoms, rope_factor_symptoms
+from validate.rope_factors import rope_factor_symptoms
+from validate.settings import gguf_setting_symptoms
 from validate.symptoms import setting_symptoms
 
 _ORIGINAL = {"original_max_position_embeddings": 256}
