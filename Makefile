@@ -1,9 +1,11 @@
 # `make demo` compresses the bundled model; `make test` is what CI runs. Both need Python >= 3.11, a C++ compiler and make.
 # Everything is installed into .venv, once, in the versions of constraints.txt.
-.PHONY: demo test lint bench bench-export floors quality peers scale
+.PHONY: demo test lint fuzz bench bench-export damage floors quality peers scale
 
 PYTHON ?= python3
 BIN := .venv/bin
+INPUTS ?= 5000
+SEED ?= 1
 INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 
 demo: .venv/installed
@@ -18,6 +20,10 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+# Thousands of damaged files, flags and folders, for every reader and for whole commands: INPUTS=5000 SEED=1.
+fuzz: .venv/installed-dev
+	$(BIN)/python -m tests.fuzz --inputs $(INPUTS) --seed $(SEED)
 
 # How fast calibration and training are, whether both runtimes route alike, and, for hours, what every way of teaching a
 # compressed model brings.
@@ -34,6 +40,10 @@ bench-export: .venv/installed-dev
 # Every way of shrinking experts on both trained models: half an hour.
 quality: .venv/installed-dev
 	$(BIN)/python -m benchmarks.quality
+
+# Hundreds of files with one damage each, and whole ones that must pass: half an hour.
+damage: .venv/installed-dev
+	$(BIN)/python -m benchmarks.damage
 
 floors: .venv/installed-dev
 	$(BIN)/python -m benchmarks.floors

@@ -15,13 +15,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from types import ModuleType
 from typing import Any
 
+from exporter.fork_server import ensure_server
 from exporter.progress import restore_terminal
 from exporter.surroundings import STDERR, Surroundings
 
@@ -140,11 +141,10 @@ def _context() -> ForkServerContext | SpawnContext:
     """How processes are started here; the server, if it is one, runs."""
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
-    multiprocessing.set_forkserver_preload([_PRELOADED])
     try:
         with _deaf_to_ctrl_c():
-            forkserver.ensure_running()
-    except OSError:  # it listens on a socket in the folder for temporary files, whose path may be too long for that
+            ensure_server(_PRELOADED)
+    except OSError:  # the path of the folder for temporary files may be too long for a socket in it
         return multiprocessing.get_context("spawn")
     return multiprocessing.get_context("forkserver")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from compressors.model.errors import InputError
+from compressors.model.names import shown
 
 __all__ = ["format_duration", "parse_duration"]
 
@@ -21,7 +22,9 @@ def parse_duration(text: str, flag: str = "duration") -> int:
     match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]+)?)\s*([smh])", text.strip().lower(), re.ASCII)
     seconds = int(float(match[1]) * _SECONDS[match[2]]) if match else 0
     if seconds < 1:
-        raise InputError(f"{flag}: {text!r} is not a duration; write a positive number and s, m or h, such as 30m")
+        raise InputError(
+            f"{flag}: '{shown(text)}' is not a duration; write a positive number and s, m or h, such as 30m"
+        )
     return seconds
 
 

@@ -15,23 +15,17 @@ import torch
 from compressors.model.checkpoint import role_shape
 from compressors.model.errors import UnsupportedError
 from compressors.model.families import Role
+from compressors.model.json_file import read_json
 from compressors.model.shape import MoeShape
 from compressors.model.student import Student
 from exporter.files import write_atomically
 from exporter.pieces import Piece, row_slices, write_pieces
 from exporter.resumable import Part, is_published, resuming
+from exporter.tokenizer_copy import copy_tokenizer
 
 __all__ = ["check_loadable", "write_checkpoint"]
 
-_COPIED = (
-    "tokenizer*",
-    "*.jinja",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "LICENSE*",
-    "merges.txt",
-    "vocab.json",
-)
+_COPIED = ("tokenizer*", "*.jinja", "generation_config.json", "LICENSE*")
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """As safetensors calls them, in the order in which it stores them."""
 
@@ -170,8 +164,10 @@ def _read(student: Student, tensor: _Tensor, rows: slice, offset: int) -> Callab
 
 def _write_config(student: Student, folder: Path) -> None:
     source = student.source.folder
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = read_json(source / "config.json")
     for pattern in _COPIED:
         for file in source.glob(pattern):
-            shutil.copyfile(file, folder / file.name)
+            if file.is_file():  # no folder, pipe or device
+                shutil.copyfile(file, folder / file.name)
+    copy_tokenizer(source, folder)
     write_atomically(folder / "config.json", json.dumps(student.shape.in_config(config), indent=1))

@@ -40,7 +40,7 @@ def resolve_model(model: str | None, revision: str | None = None, *, offline: bo
     if model and folder.is_dir():
         return folder
     if model and folder.exists():
-        raise InputError(f"MODEL: {model} is a file; give the folder that holds config.json and the weights")
+        raise InputError(f"MODEL: {model} is {_what_file(folder)}")
     if _HUB_ID.fullmatch(model) is None:
         raise InputError(f"MODEL: there is no folder {model!r}, and it is no hub id (OWNER/NAME) either")
     return _download(model, revision, offline)
@@ -56,6 +56,16 @@ def _bundled(*parts: str) -> Path:
     if not folder.is_dir():
         raise InputError(f"the bundled files are missing in {folder}; install moe-export again")
     return folder
+
+
+def _what_file(path: Path) -> str:
+    """What a file is that was given in place of a folder, and what to give."""
+    if path.suffix == ".gguf":
+        return (
+            "a file; GGUF files are compressed already: give the folder of the original checkpoint "
+            "(`moe-export validate FILE` checks GGUF files)"
+        )
+    return "a file; give the folder that holds config.json and the weights"
 
 
 def _download(model: str, revision: str | None, offline: bool) -> Path:

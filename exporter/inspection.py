@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from compressors.model.checkpoint import Checkpoint
@@ -38,6 +39,8 @@ def describe(folder: Path) -> dict[str, Any]:
         "context": shape.context_length,
         "tied_embeddings": shape.tied_embeddings,
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
+        "stored_as": None if checkpoint.block_scaled is None else str(checkpoint.block_scaled),
+        "notes": list(checkpoint.notes),
         "weight_files": len(checkpoint.files),
         "parameters": shape.parameters,
         "active_parameters": active,
@@ -55,7 +58,8 @@ def description_table(description: dict[str, Any]) -> Table:
         "model": f"{description['folder']} ({description['family']}, {description['architecture']})",
         "parameters": f"{description['parameters']:,} ({description['active_parameters']:,} active per token)",
         "size": f"{format_size(description['bytes'])} in {description['dtype']}, {share:.0%} of it experts",
-        "files": f"{description['weight_files']} of weights",
+        "files": f"{description['weight_files']} of weights"
+        + (f", {description['stored_as']}, read as {description['dtype']}" if description["stored_as"] else ""),
         "layers": f"{description['layers']}, hidden size {description['hidden_size']}",
         "experts": f"{experts['per_layer']} per layer, {experts['per_token']} per token, width {experts['width']}",
         "routing": description["routing"],
@@ -67,5 +71,7 @@ def description_table(description: dict[str, Any]) -> Table:
     }
     table = Table(show_header=False, box=None)
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
+    for note in description["notes"]:
+        table.add_row("note", escape(note))
     return table

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Final, get_args
 
 from compressors.model.errors import InputError
+from compressors.model.names import shown
 from exporter.durations import parse_duration
 from exporter.recipe import ExpertMethod, Student
 from exporter.recovery import RECOVERIES
 from exporter.sizes import parse_size
-from exporter.team import usable_processors
+from exporter.team import checked_threads
+from validate.cost import LEAST_CONTEXT
 from validate.verdict import REQUIREMENTS
 
 __all__ = [
@@ -137,7 +139,7 @@ class Flags:
             offline=self.offline,
             budget_bytes=None if self.budget is None else parse_size(self.budget, "--budget"),
             budget_kind=_one_of("--budget-kind", self.budget_kind, BUDGET_KINDS),
-            context=_at_least_one("--context", self.context, "tokens"),
+            context=_context(self.context),
             kv_type=_one_of("--kv-type", self.kv_type.lower(), KV_TYPES),
             formats=_formats(self.formats),
             calibration=_existing("--calibration", self.calibration),
@@ -152,9 +154,7 @@ class Flags:
             recipe=_existing_file("--recipe", self.recipe),
             memory_bytes=None if self.memory is None else parse_size(self.memory, "--memory"),
             device=_device(self.device),
-            threads=usable_processors()
-            if self.threads is None
-            else _at_least_one("--threads", self.threads, "threads"),
+            threads=checked_threads(self.threads),
             seed=_seed(self.seed),
             out=_folder_to_be("--out", out),
             work_dir=_folder_to_be("--work-dir", (self.work_dir or out.parent) / f"{out.name}.work"),
@@ -167,7 +167,7 @@ class Flags:
 
 def _one_of(flag: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
-        raise InputError(f"{flag}: {value!r} is not known; choose one of {', '.join(choices)}")
+        raise InputError(f"{flag}: '{shown(value)}' is not known; choose one of {', '.join(choices)}")
     return value
 
 
@@ -175,6 +175,12 @@ def _at_least_one(flag: str, value: int, of_what: str) -> int:
     if value < 1:
         raise InputError(f"{flag}: {value} {of_what} make no model; give 1 or more")
     return value
+
+
+def _context(tokens: int) -> int:
+    if tokens < LEAST_CONTEXT:
+        raise InputError(f"--context: {tokens} tokens are too few to measure anything; give {LEAST_CONTEXT} or more")
+    return tokens
 
 
 def _student(student: str, method: str, experts: int | None, recover: str) -> str:
@@ -199,20 +205,33 @@ def _formats(text: str) -> tuple[str, ...]:
 
 
 def _existing(flag: str, path: Path | None) -> Path | None:
-    if path is not None and not path.exists():
+    if path is not None and not _exists(flag, path):
         raise InputError(f"{flag}: {path} does not exist")
     return path
 
 
 def _existing_file(flag: str, path: Path | None) -> Path | None:
-    if path is not None and not path.is_file():
-        raise InputError(f"{flag}: {path} is not a file" if path.exists() else f"{flag}: {path} does not exist")
+    if _existing(flag, path) is not None and path is not None and not path.is_file():
+        raise InputError(f"{flag}: {path} is not a file")
     return path
+
+
+def _exists(flag: str, path: Path) -> bool:
+    """Whether something is there.
+
+    Raises:
+        InputError: no file system can have such a path, or this one may not be looked at.
+    """
+    try:
+        return path.exists()
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{flag}: {shown(str(path))} cannot be used ({why}); choose another place") from None
 
 
 def _folder_to_be(flag: str, path: Path) -> Path:
     for folder in (path, *path.parents):
-        if folder.exists():
+        if _exists(flag, folder):
             if not folder.is_dir():
                 raise InputError(f"{flag}: {folder} is a file, not a folder; choose another place")
             break
@@ -234,10 +253,10 @@ def parse_requirements(pairs: Iterable[str], allowed: Collection[str] = tuple(RE
         except ValueError:
             value = math.nan
         if not re.fullmatch(r"[a-z][a-z0-9_.]*", name) or not math.isfinite(value):
-            raise InputError(f"--require: {pair!r} is not NAME=VALUE with a number as value, such as kld=0.1")
+            raise InputError(f"--require: '{shown(pair)}' is not NAME=VALUE with a number as value, such as kld=0.1")
         if name not in allowed:
             known = ", ".join(f"{name} ({REQUIREMENTS[name]})" for name in allowed)
-            raise InputError(f"--require: there is no {name}; known are {known}")
+            raise InputError(f"--require: there is no {shown(name)}; known are {known}")
         if name in thresholds:
             raise InputError(f"--require: {name} is given twice; keep one")
         thresholds[name] = value

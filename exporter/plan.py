@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from compressors.model.shape import MoeShape, read_shape
+from compressors.model.config import read_shape
+from compressors.model.shape import MoeShape
 from exporter.compression import expected_shape
+from exporter.deviations import Deviation
 from exporter.files import write_atomically
 from exporter.prediction import Prediction
 from exporter.recipe import Recipe
@@ -36,11 +38,15 @@ class Plan:
     out: Path
     command: str  # as it was typed, for the report
     teacher_floors: Mapping[str, TeacherFloor] = field(default_factory=dict)  # by artifact; absent: nothing fits
+    end_tokens: tuple[int, ...] = ()  # of the source: each ends a text
+    own_head: bool = False  # of the source, though config.json says that its head is tied
+    deviations: tuple[Deviation, ...] = ()  # of the files from the original, that no file can mend
 
     @property
     def teacher_shape(self) -> MoeShape:
         """The source's shape."""
-        return read_shape(self.source)
+        shape = read_shape(self.source)
+        return replace(shape, tied_embeddings=False) if self.own_head else shape
 
     @property
     def student_shape(self) -> MoeShape:
@@ -53,6 +59,7 @@ class Plan:
         data["recipe"] = self.recipe.model_dump()
         data["predictions"] = {name: asdict(prediction) for name, prediction in self.predictions.items()}
         data["refused_rungs"] = [asdict(refused) for refused in self.refused_rungs]
+        data["deviations"] = [asdict(deviation) for deviation in self.deviations]
         data["teacher_floors"] = {name: asdict(floor) for name, floor in self.teacher_floors.items()}
         write_atomically(path, json.dumps(data, indent=1))
 
@@ -63,6 +70,8 @@ class Plan:
         data["recipe"] = Recipe.model_validate(data["recipe"])
         data["predictions"] = {name: Prediction(**lines) for name, lines in data["predictions"].items()}
         data["refused_rungs"] = tuple(RefusedRung(**refused) for refused in data["refused_rungs"])
+        data["deviations"] = tuple(Deviation(**deviation) for deviation in data.get("deviations", ()))
+        data["end_tokens"] = tuple(data.get("end_tokens", ()))
         data["teacher_floors"] = {name: TeacherFloor(**floor) for name, floor in data.get("teacher_floors", {}).items()}
         for name in ("source", "calibration", "heldout", "out"):
             data[name] = None if data[name] is None else Path(data[name])

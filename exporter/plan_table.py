@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 from compressors.model.checkpoint import Checkpoint
@@ -14,13 +15,14 @@ from exporter.estimate import Speeds, describe_time, disk_lines, memory_lines, s
 from exporter.plan import Plan
 from exporter.recovery import AFTER_QUANTIZING, schedule_of, scope_of
 from exporter.sizes import format_size
+from validate.report.facts import artifact_name
 
 __all__ = ["plan_table"]
 
 
 def plan_table(plan: Plan, speeds: Speeds, free_memory: int) -> RenderableType:
     """Choices above, bytes of the artifacts below, and of the run itself at the end."""
-    recipe, teacher = plan.recipe, plan.teacher_shape
+    recipe, teacher, source = plan.recipe, plan.teacher_shape, Checkpoint(plan.source)
     choices = Table(show_header=False, box=None)
     budget = recipe.budget
     counted = (
@@ -30,13 +32,17 @@ def plan_table(plan: Plan, speeds: Speeds, free_memory: int) -> RenderableType:
     choices.add_row("keeps", described_compression(recipe.compress, teacher))
     for number, line in enumerate(_recovery(plan)):
         choices.add_row("" if number else "recovery", line)
+    for number, deviation in enumerate(plan.deviations):
+        choices.add_row("" if number else "differs", f"{artifact_name(deviation.artifact)}: {deviation.what}")
+    for number, note in enumerate(source.notes):
+        choices.add_row("" if number else "note", escape(note))
     choices.add_row("time", describe_time(seconds_by_stage(plan, speeds, free_memory)))
     sizes = Table("predicted bytes", *plan.predictions, box=None)
     sizes.add_row("type", *(str(recipe.type_of(artifact)) for artifact in plan.predictions))
     for name in ("file", "weights", "kv_cache", "compute", "reserve", "total"):
         values = (format_size(getattr(prediction, name)) for prediction in plan.predictions.values())
         sizes.add_row(name.replace("_", " "), *values)
-    disk, memory = disk_lines(plan), memory_lines(teacher, plan.student_shape, Checkpoint(plan.source).dtype.itemsize)
+    disk, memory = disk_lines(plan), memory_lines(teacher, plan.student_shape, source.dtype.itemsize)
     return Group(choices, "", sizes, "", _lines("work on disk, at most", disk), "", _lines("memory, at least", memory))
 
 

@@ -11,11 +11,11 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from compressors.calibration import Splits
+from compressors.calibration import BlockCounts, Splits
 from compressors.dense import check_dense
 from compressors.model.arithmetic import fastest_arithmetic
 from compressors.model.checkpoint import Checkpoint
-from compressors.model.errors import BudgetError, InputError
+from compressors.model.errors import BudgetError, InputError, UnsupportedError
 from compressors.recover.schedule import Schedule
 from compressors.slim import GGUF_WIDTH_MULTIPLE
 from exporter.budget import predict
@@ -27,7 +27,7 @@ from exporter.recipe import BudgetChoice, CompressChoice, Recipe, SourceChoice, 
 from exporter.recovery import Machine, RefusedRung, check_after_quantizing, choose_ladder
 from exporter.sizes import format_size
 
-__all__ = ["HELDOUT_CHUNKS", "TextCounts", "choose_recipe", "predict_recipe"]
+__all__ = ["HELDOUT_CHUNKS", "TextCounts", "choose_recipe", "predict_recipe", "wanted_blocks"]
 
 _LADDER: Mapping[str, Sequence[str]] = {
     "gguf": ("BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0"),
@@ -35,8 +35,8 @@ _LADDER: Mapping[str, Sequence[str]] = {
 }
 """Types that the rule may choose, largest first. F32 is left out of GGUF: it only repeats a 16-bit source's values."""
 
-_ONNX_FOR_PINNED_QUANT = {name: "F32" if name in ("F32", "BF16") else "Q4_0" for name in GGUF_PRESETS}
-"""ONNX Runtime's operators offer float32 and 4 bits; a pinned ``--quant`` takes the nearer one."""
+_ONNX_FOR_PINNED_QUANT = {name: ("F32",) if name in ("F32", "BF16") else ("Q4_0", "F32") for name in GGUF_PRESETS}
+"""ONNX Runtime's operators offer float32 and 4 bits; a pinned ``--quant`` takes the nearer one that holds the model."""
 
 _DEFAULT_METHOD = "reap"
 
@@ -83,8 +83,8 @@ def choose_recipe(
         kv_type=job.kv_type,  # type: ignore[arg-type]
     )
     chosen = _Search(job, checkpoint, name, budget).best()
-    wanted_blocks = Schedule.PUBLISHED_BLOCKS if job.recover == "router:published" else _CALIBRATION_BLOCKS
-    n_blocks = min(wanted_blocks, counts.calibration)
+    wanted = wanted_blocks(job, counts.heldout_files)
+    n_blocks = min(wanted.calibration, counts.calibration)
     recover, refused = choose_ladder(
         _wanted_recovery(job, checkpoint, chosen.compress),
         expected_shape(chosen.compress, checkpoint.shape),
@@ -97,8 +97,8 @@ def choose_recipe(
         budget=budget,
         text=TextChoice(
             calibration_blocks=n_blocks,
-            selection_blocks=min(_SELECTION_BLOCKS, counts.selection),
-            heldout_chunks_per_file=max(1, HELDOUT_CHUNKS // counts.heldout_files),
+            selection_blocks=min(wanted.selection, counts.selection),
+            heldout_chunks_per_file=wanted.heldout_per_file,
             calibration_sha256=splits.calibration.sha256,
             selection_sha256=splits.selection.sha256,
             heldout_sha256=splits.heldout.sha256,
@@ -115,6 +115,12 @@ def choose_recipe(
     return recipe, dict(chosen.predictions), refused
 
 
+def wanted_blocks(job: Job, n_heldout_files: int) -> BlockCounts:
+    """How much text a recipe for the job takes, where there is as much."""
+    calibration = Schedule.PUBLISHED_BLOCKS if job.recover == "router:published" else _CALIBRATION_BLOCKS
+    return BlockCounts(calibration, _SELECTION_BLOCKS, max(1, HELDOUT_CHUNKS // n_heldout_files))
+
+
 def predict_recipe(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Prediction]:
     """What a given recipe's artifacts need.
 
@@ -124,6 +130,11 @@ def predict_recipe(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Predicti
         BudgetError: an artifact exceeds the recipe's budget.
     """
     check_compression(recipe, checkpoint.shape)
+    if recipe.budget.context > checkpoint.shape.context_length:
+        raise InputError(
+            f"the recipe's budget.context is {recipe.budget.context} tokens, and the model was made for "
+            f"{checkpoint.shape.context_length}; lower it"
+        )
     shape = expected_shape(recipe.compress, checkpoint.shape)
     check_after_quantizing(recipe.recover, shape)
     predictions = {}
@@ -184,8 +195,7 @@ class _Search:
     def _fitting(self, choice: CompressChoice) -> _Candidate | None:
         types, predictions = {}, {}
         for artifact in self._job.formats:
-            for weight_type in self._types(artifact):
-                prediction = self._predict(artifact, choice, weight_type)
+            for weight_type, prediction in self._possible(artifact, choice).items():
                 if prediction.counted(self._budget.kind) <= self._budget.bytes:
                     types[artifact], predictions[artifact] = weight_type, prediction
                     break
@@ -193,11 +203,27 @@ class _Search:
                 return None
         return _Candidate(choice, types, predictions)
 
+    def _possible(self, artifact: str, choice: CompressChoice) -> dict[str, Prediction]:
+        """The predictions by type, of those that can hold the student: rows of a length may not fit a type's blocks.
+
+        Raises:
+            UnsupportedError: no type can; the reason is that of the largest.
+        """
+        possible, refusal = {}, None
+        for weight_type in self._types(artifact):
+            try:
+                possible[weight_type] = self._predict(artifact, choice, weight_type)
+            except UnsupportedError as error:
+                refusal = refusal or error
+        if not possible and refusal is not None:
+            raise refusal
+        return possible
+
     def _types(self, artifact: str) -> Sequence[str]:
         quant = self._job.quant
         if quant is None:
             return _LADDER[artifact]
-        return [quant if artifact == "gguf" else _ONNX_FOR_PINNED_QUANT[quant]]
+        return [quant] if artifact == "gguf" else _ONNX_FOR_PINNED_QUANT[quant]
 
     def _predict(self, artifact: str, choice: CompressChoice, weight_type: str) -> Prediction:
         shape = expected_shape(choice, self._checkpoint.shape)
@@ -208,8 +234,8 @@ class _Search:
     def _nothing_fits(self, choice: CompressChoice) -> str:
         needs = {
             artifact: min(
-                (self._predict(artifact, choice, weight_type).counted(self._budget.kind), weight_type)
-                for weight_type in self._types(artifact)
+                (prediction.counted(self._budget.kind), weight_type)
+                for weight_type, prediction in self._possible(artifact, choice).items()
             )
             for artifact in self._job.formats
         }

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressors.calibration import TextTokenizer, TokenBlocks, tokenize_heldout
+from compressors.calibration import TextTokenizer, TokenBlocks, block_length_of, tokenize_heldout
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
 from compressors.model.recorder import RoutingRecorder
@@ -98,7 +98,8 @@ def against_checkpoint(
     Raises:
         InputError: the text, the tokenizer or the checkpoint cannot be used.
     """
-    split, blocks = tokenize_heldout(text, source.folder)
+    block_length = block_length_of(source.shape.context_length)
+    split, blocks = tokenize_heldout(text, source.folder, block_length, chunks_per_file)
     chunks = blocks.leading(chunks_per_file).tokens_BT
     writer = LogitsFileWriter(logits_file, chunks.numpy(), source.shape.vocab_size)
     model = StreamedModel(Student.teacher(source))
@@ -146,7 +147,7 @@ def _run_file(
     if vocabulary is None:
         raise InputError(f"--against: {file.path} has no tokenizer beside it; put tokenizer.json there")
     tokenizer: Path | TextTokenizer = vocabulary if isinstance(vocabulary, GgufVocabulary) else Path(vocabulary.where)
-    split, blocks = tokenize_heldout(text, tokenizer)
+    split, blocks = tokenize_heldout(text, tokenizer, blocks_per_file=chunks_per_file)
     chosen: TokenBlocks = blocks.leading(chunks_per_file)
     chunks_BT = chosen.tokens_BT.numpy()
     backend = file.open(how, chunks_BT.shape[1])

@@ -91,6 +91,7 @@ def build_report(
         },
         "recipe": recipe.model_dump(),
         "text": summary["text"],
+        "deviations": [asdict(deviation) for deviation in plan.deviations],
         "student": _student(source.shape, experts),
         "budget": _budget(plan, artifacts, {row["artifact"]: row for row in validation}),
         "artifacts": [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -17,10 +16,10 @@ from exporter.child_process import start_server
 from exporter.guarded_validation import measured
 from exporter.hub import bundled_text, resolve_model
 from exporter.job import parse_requirements
-from exporter.outputs import sha256_of
 from exporter.planner import HELDOUT_CHUNKS
+from exporter.published import changed_files, read_report
 from exporter.references import StoredReference, against_checkpoint, against_file, against_logits_file
-from exporter.team import usable_processors
+from exporter.team import checked_threads
 from validate.backend import RuntimeCrashError
 from validate.gpu import PROVIDERS
 from validate.model_file import ModelFile, RuntimeChoice, find_model_file, published_files
@@ -65,12 +64,12 @@ def revalidate(
     # an export's texts are not written again
     thresholds = parse_requirements(require, [name for name in REQUIREMENTS if name != "loops"])
     how = _runtimes(threads, gpu_layers, providers)
-    report = _read_report(path)
+    report = read_report(path)
     files = _files(path, report)
     for file in files:
         file.check_can_run(how)
     start_server()  # it has time until the original was run
-    checks = [] if report is None else [Check.at_most("files changed", _changed_files(path), 0)]
+    checks = [] if report is None else [Check.at_most("files changed", changed_files(path, report), 0)]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="moe-export-") as folder:
         if reference_logits is None:
@@ -95,7 +94,7 @@ def revalidate(
 def _runtimes(threads: int | None, gpu_layers: int, providers: str) -> RuntimeChoice:
     if providers not in PROVIDERS:
         raise InputError(f"--providers: {providers!r} is not known; choose one of {', '.join(PROVIDERS)}")
-    n_threads = threads or usable_processors()
+    n_threads = checked_threads(threads)
     torch.set_num_threads(n_threads)
     return RuntimeChoice(n_threads, gpu_layers, providers)
 
@@ -127,17 +126,6 @@ def _verdict(
         "checks": verdict["checks"],
         "failures": deaths + failures({"verdict": {"checks": others}}),
     }
-
-
-def _read_report(path: Path) -> dict[str, Any] | None:
-    """The report of a folder that a run published; None for anything else."""
-    try:
-        report: dict[str, Any] = json.loads((path / "report.json").read_text(encoding="utf-8"))
-    except OSError:
-        return None
-    except ValueError:
-        raise InputError(f"{path / 'report.json'} is damaged; give the output folder of a finished run") from None
-    return report
 
 
 def _files(path: Path, report: Mapping[str, Any] | None) -> list[ModelFile]:
@@ -189,13 +177,3 @@ def _chunks_per_file(text: Path) -> int:
     """As an export would take."""
     n_files = len(list(text.glob("*.txt"))) if text.is_dir() else 1
     return max(1, HELDOUT_CHUNKS // max(1, n_files))
-
-
-def _changed_files(out: Path) -> int:
-    """How many files of SHA256SUMS are missing or have another hash."""
-    try:
-        lines = (out / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        raise InputError(f"{out} has no SHA256SUMS; give the output folder of a finished run") from None
-    entries = [line.split("  ", 1) for line in lines]
-    return sum(not (out / name).is_file() or sha256_of(out / name) != digest for digest, name in entries)

@@ -72,7 +72,9 @@ def _remarks(result: Mapping[str, Any]) -> Text:
         for note in row["notes"]:
             remarks.append(f"{row['artifact'].upper()}: {note}\n")
     n_checks = len(result["checks"])
-    verdict = f"Passed all {n_checks} checks" if n_checks else "Nothing was checked: give --require"
+    verdict = f"Passed all {n_checks} checks"
+    if all(check["name"].endswith(".finite") for check in result["checks"]):
+        verdict = "Only that the logits are numbers was checked: give --require for more"
     if not result["passed"]:
         verdict = f"Failed {len(result['failures'])} of {n_checks} checks"
     remarks.append(verdict, style="bold green" if result["passed"] else "bold red")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -11,9 +10,12 @@ from typing import Any
 
 import psutil
 
-from compressors.calibration import Splits, read_splits, tokenize
+from compressors.calibration import Splits, block_length_of, read_splits, tokenize
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
+from compressors.model.json_file import read_json
+from compressors.model.special_tokens import special_tokens
+from exporter.deviations import find_deviations
 from exporter.estimate import describe_time, memory_lines, seconds_by_stage
 from exporter.hub import bundled_text, resolve_model
 from exporter.job import Job
@@ -22,18 +24,20 @@ from exporter.machine import measure_speeds
 from exporter.outputs import Outputs, reserved, sha256_of
 from exporter.pipeline import run_stages, source_of_run, stages_of, unfinished
 from exporter.plan import Plan
-from exporter.planner import TextCounts, choose_recipe, predict_recipe
+from exporter.planner import TextCounts, choose_recipe, predict_recipe, wanted_blocks
 from exporter.preflight import (
     refuse_too_large_rungs,
     refuse_too_little_disk,
     refuse_too_little_memory,
+    refuse_too_short_a_context,
     refuse_unwritable_places,
     spare_disk,
 )
-from exporter.recipe import Recipe, load_recipe, recipe_yaml
+from exporter.recipe import Recipe, TextChoice, load_recipe, recipe_yaml
 from exporter.result import build_report, final_recipe
 from exporter.teacher_floor import TeacherFloor, choose_teacher_floor
 from exporter.team import Team, local_processes
+from exporter.text_state import refuse_changed_texts
 from exporter.work import WorkDirectory
 from validate.report import render_html, render_model_card
 from validate.report.facts import failures
@@ -125,15 +129,20 @@ def make_plan(job: Job, command: str) -> Plan:
     """
     folder = resolve_model(job.model, job.revision, offline=job.offline)
     checkpoint = Checkpoint(folder)
+    refuse_too_short_a_context(checkpoint.shape)
     calibration, heldout = _texts(job)
     splits = read_splits(calibration, heldout)
-    tokenized = tokenize(splits, folder)
+    recipe = None if job.recipe is None else load_recipe(job.recipe)
+    wanted = wanted_blocks(job, len(splits.heldout.parts)) if recipe is None else recipe.text.blocks
+    tokenized = tokenize(splits, folder, block_length_of(checkpoint.shape.context_length), wanted)
     counts = TextCounts(tokenized[0].n_blocks, tokenized[1].n_blocks, len(tokenized[2].blocks))
     memory_bytes = job.memory_bytes or psutil.virtual_memory().available // 2 // local_processes()
-    if job.recipe is None:
+    if recipe is None:
         recipe, predictions, refused = choose_recipe(job, checkpoint, _name(job), splits, counts, memory_bytes)
     else:
-        recipe = _completed(job.recipe, load_recipe(job.recipe), checkpoint, splits)
+        tokenized[0].spread(recipe.text.calibration_blocks)  # refused now, not by the stage
+        tokenized[1].spread(recipe.text.selection_blocks)
+        recipe = _completed(str(job.recipe), recipe, checkpoint, splits)
         predictions, refused = predict_recipe(recipe, checkpoint), ()
     if recipe.compress.student == "dense" and "routing" in job.require:
         raise InputError("--require: a dense student has no routing to compare; leave routing out")
@@ -151,6 +160,9 @@ def make_plan(job: Job, command: str) -> Plan:
         require=dict(job.require),
         out=job.out.resolve(),
         command=command,
+        own_head=not checkpoint.shape.tied_embeddings,
+        end_tokens=special_tokens(folder, checkpoint.shape.vocab_size).ends,
+        deviations=find_deviations(checkpoint, recipe.artifacts, recipe.source.model),
     )
     return replace(plan, teacher_floors=_teacher_floors(plan, checkpoint, spare_disk(plan, job.work_dir)))
 
@@ -193,18 +205,22 @@ def _existing_plan(work: WorkDirectory, job: Job, identity: dict[str, Any]) -> P
     work.claim(identity)
     plan = replace(work.plan(), out=job.out.resolve())  # the work may go on with another --out
     source_of_run(plan, work)  # before anything else is said of a model that is not the one
+    what_to_do = f"put it back, or remove {work.folder} and start again"
+    refuse_changed_texts(plan.recipe.text, plan.calibration, plan.heldout, what_to_do)
     return plan
 
 
 def _already_published(job: Job, identity: dict[str, Any]) -> Result:
     try:
-        report: dict[str, Any] = json.loads((job.out / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        report = read_json(job.out / "report.json")
+    except InputError:
         raise InputError(
             f"--out: {job.out} exists and was not written by a finished run; choose another folder, or remove it"
         ) from None
     if report.get("job") != identity:
         raise InputError(f"--out: {job.out} belongs to another run; choose another folder, or remove it")
+    text = TextChoice.model_validate(report["recipe"]["text"])
+    refuse_changed_texts(text, *_texts(job), f"{job.out} was made with the earlier one: choose another --out")
     # a run that was killed just after it had published leaves work or its lock
     with suppress(InputError), reserved(job.out):
         WorkDirectory(job.work_dir).remove_leftovers(identity)
@@ -224,7 +240,7 @@ def _name(job: Job) -> str:
     return folder.resolve().name if folder.is_dir() else job.model
 
 
-def _completed(path: Path, recipe: Recipe, checkpoint: Checkpoint, splits: Splits) -> Recipe:
+def _completed(path: str, recipe: Recipe, checkpoint: Checkpoint, splits: Splits) -> Recipe:
     """The recipe with what a person left open: which weights and which text, if any will do."""
     identity = checkpoint.identity()
     if recipe.source.identity not in (None, identity):

@@ -6,6 +6,7 @@ import re
 from decimal import Decimal
 
 from compressors.model.errors import InputError
+from compressors.model.names import shown
 
 __all__ = ["format_size", "parse_size"]
 
@@ -31,17 +32,19 @@ def parse_size(text: str, flag: str = "size") -> int:
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise InputError(f"{flag}: {text!r} is not a size; write a positive number and a unit, such as 20GB or 18.6GiB")
+        raise InputError(
+            f"{flag}: '{shown(text)}' is not a size; write a positive number and a unit, such as 20GB or 18.6GiB"
+        )
     unit = match["unit"].upper() or "B"
     if unit not in _UNITS:
         raise InputError(
-            f"{flag}: the unit of {text!r} is not known; write KB, MB, GB or TB (powers of 1000), "
+            f"{flag}: the unit of '{shown(text)}' is not known; write KB, MB, GB or TB (powers of 1000), "
             "KiB, MiB, GiB or TiB (powers of 1024), or B"
         )
     # Decimal, because 18.6 * 2^30 in binary floating point can miss a byte.
     n_bytes = int(Decimal(match["number"]) * _UNITS[unit])
     if n_bytes < 1:
-        raise InputError(f"{flag}: {text!r} is less than one byte; write a size such as 20GB")
+        raise InputError(f"{flag}: '{shown(text)}' is less than one byte; write a size such as 20GB")
     return n_bytes
 
 

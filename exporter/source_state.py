@@ -9,11 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from compressors.model.errors import InputError
+from compressors.model.foreign_folder import JSON_FILES, TEXT_FILES
+from compressors.model.safetensors_header import LARGEST_HEADER
 from exporter.files import write_atomically
 
 __all__ = ["Change", "FileState", "SourceState"]
 
-_LARGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
+_READ_BY_NAME = frozenset({*JSON_FILES, *TEXT_FILES})
+"""They decide what is written as soon as they are there."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class SourceState:
             InputError: the folder or a file in it cannot be read.
         """
         try:
-            paths = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".json")]
+            paths = [path for path in sorted(folder.iterdir()) if _may_be_read(path) and path.is_file()]
             return cls({path.name: FileState.of(path) for path in paths})
         except OSError as error:
             raise InputError(f"{error.filename or folder} cannot be read ({error.strerror})") from None
@@ -72,7 +75,7 @@ class SourceState:
             return None
 
     def change_to(self, now: SourceState) -> Change | None:
-        """What is different now; None if nothing is. New files are no change, unless they hold weights."""
+        """What is different now; None if nothing is. New files are no change, unless they would be read."""
         for name, file in self.files.items():
             if name not in now.files:
                 return Change(f"{name} is gone", touched_only=False)
@@ -80,7 +83,7 @@ class SourceState:
             if difference is not None:
                 return Change(f"{name} changed: {difference}", touched_only=False)
         for name in now.files:
-            if name not in self.files and name.endswith((".safetensors", ".index.json")):
+            if name not in self.files and (name in _READ_BY_NAME or name.endswith((".safetensors", ".index.json"))):
                 return Change(f"{name} is new", touched_only=False)
         for name, file in self.files.items():
             if file != now.files[name]:
@@ -97,6 +100,10 @@ def _difference(name: str, before: FileState, now: FileState) -> str | None:
     return None
 
 
+def _may_be_read(path: Path) -> bool:
+    return path.suffix in (".safetensors", ".json") or path.name in _READ_BY_NAME
+
+
 def _is_weights(name: str) -> bool:
     return name.endswith(".safetensors")
 
@@ -106,5 +113,5 @@ def _digest(path: Path) -> str:
         if not _is_weights(path.name):
             return hashlib.file_digest(file, "sha256").hexdigest()
         length = file.read(8)  # of the JSON that follows; in a damaged file it may be any number
-        header = file.read(min(int.from_bytes(length, "little"), _LARGEST_HEADER))
+        header = file.read(min(int.from_bytes(length, "little"), LARGEST_HEADER))
         return hashlib.sha256(length + header).hexdigest()

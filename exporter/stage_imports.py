@@ -8,6 +8,7 @@ fork would lose.
 from __future__ import annotations
 
 import transformers.modeling_utils  # what all its model classes are made of; with torch it is most of the time
+import transformers.models.auto.tokenization_auto  # which the writers of both containers load the tokenizer with
 
 import exporter.stages.calibrate
 import exporter.stages.compress

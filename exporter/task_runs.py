@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ from rich.table import Table
 from compressors.calibration import load_tokenizer
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
+from compressors.model.json_file import read_json
 from compressors.model.student import Student
 from exporter.guarded import Limits, run_guarded
 from exporter.hub import resolve_model
-from exporter.team import usable_processors
+from exporter.team import checked_threads
 from validate.backend import RuntimeCrashError
 from validate.model_file import ModelFile, RuntimeChoice, published_files
 from validate.report import facts, numbers
@@ -51,14 +51,14 @@ def task_results(
     """
     check_tasks(tasks)
     try:
-        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        report = read_json(out / "report.json")
+    except InputError:
         raise InputError(f"{out} has no readable report.json; give the output folder of a finished run") from None
     job = report["job"]
     source = Checkpoint(resolve_model(against or job["model"], job["revision"], offline=False))
     if source.identity() != report["source"]["identity"]:
         raise InputError(f"--against: {source.folder} is not the model that these files were made from")
-    n_threads = threads or usable_processors()
+    n_threads = checked_threads(threads)
     torch.set_num_threads(n_threads)
     length = min(_LONGEST_TEXT, source.shape.context_length)
     files = published_files(out, report)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from compressors.model.checkpoint import Checkpoint
+from compressors.model.errors import UnsupportedError
 from compressors.model.memory import PROCESS_BYTES
 from compressors.model.shape import MoeShape
 from compressors.model.student import ExpertMap, Student
@@ -39,7 +40,7 @@ class TeacherFloor:
 def choose_teacher_floor(
     artifact: str, checkpoint: Checkpoint, recipe: Recipe, *, memory_bytes: int, disk_bytes: int
 ) -> TeacherFloor | None:
-    """What can be measured of the original in an artifact's runtime; None if not one layer fits.
+    """What can be measured of the original in an artifact's runtime; None if not one layer fits, or it cannot hold it.
 
     Args:
         artifact: ``gguf`` or ``onnx``.
@@ -59,6 +60,10 @@ def choose_teacher_floor(
         found = prediction(n_layers)
         return PROCESS_BYTES + found.total > memory_bytes // _SHARE or found.file > disk_bytes // _SHARE
 
+    try:
+        prediction(1)
+    except UnsupportedError:  # the student may be something else, such as fewer experts than llama.cpp's limit
+        return None
     n_layers = bisect_left(range(1, checkpoint.shape.n_layers + 1), True, key=is_too_large)
     if n_layers == 0:
         return None

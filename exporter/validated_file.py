@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from compressors.model.checkpoint import Checkpoint
-from compressors.model.errors import InputError
+from compressors.model.families import Role
+from compressors.model.shape import MoeShape
 from compressors.model.student import ExpertMap, LayerMap, Student
+from exporter.recovery import AFTER_QUANTIZING
 from exporter.references import Reference
+from exporter.static_checks import StaticFindings, check_description, check_weights, expected_shape
 from validate.backend import Backend, RuntimeBackend
 from validate.cost import LEAST_CONTEXT
 from validate.evaluation import Evaluation, evaluate
@@ -21,10 +24,9 @@ from validate.figures import fidelity_figures
 from validate.model_file import ModelFile, RuntimeChoice
 from validate.positions import ReferenceLogProbs
 from validate.routing_agreement import LayerAgreement, RoutingAgreement, routing_agreement
-from validate.symptoms import coarse_symptoms, divergence_symptoms, routing_symptoms, setting_symptoms, weight_symptoms
+from validate.symptoms import divergence_symptoms, routing_symptoms
 from validate.verdict import Check, Figures, band_of, required_checks
 from validate.vocabulary import FirstTokens, FirstTokensOf, check_padding, check_same_tokens
-from validate.weight_comparison import WeightComparison, compare_weights
 
 __all__ = ["Expectation", "validate_file"]
 
@@ -39,7 +41,8 @@ class Expectation:
     experts: ExpertMap | None  # what it kept of the reference; None: not known
     is_whole: bool  # the original was quantized and nothing else
     original: Student | None  # whose weights it should hold; None: not known
-    is_trained: bool = False  # its weights went on from the original's
+    trained: frozenset[Role] = frozenset()  # whose weights went on from the original's
+    shape: MoeShape | None = None  # None: as many experts and layers as it has
     reported: Mapping[str, Any] | None = None  # our report on it
     notes: tuple[str, ...] = ()
 
@@ -57,9 +60,10 @@ class Expectation:
             original = Student(reference.source, experts)
         else:
             original = None
-        is_trained = not saved.is_dir() and any(rung.get("accepted") for rung in report["recovery"])
         known = experts if reference.n_experts == n_experts else None
-        return cls(known, experts == everything and not is_edited, original, is_trained, report)
+        shape = None if reference.source is None else experts.shape_of(reference.source.shape)
+        is_whole = experts == everything and not is_edited
+        return cls(known, is_whole, original, _trained_roles(report, saved.is_dir()), shape, report)
 
     @classmethod
     def of_file(cls, file: ModelFile, reference: Reference) -> Expectation:
@@ -79,6 +83,18 @@ class Expectation:
             return cls(None, False, None, notes=(note,))
         original = None if reference.source is None else Student.teacher(reference.source)
         return cls(ExpertMap.keeping(n_experts, [range(n_experts)] * (facts.n_layers or 0)), True, original)
+
+
+def _trained_roles(report: Mapping[str, Any], is_saved: bool) -> frozenset[Role]:
+    """Roles that recovery changed, beside the saved student if there is one: it has all but what came after writing."""
+    scopes = [str(rung["rung"]) for rung in report["recovery"] if rung.get("accepted")]
+    if is_saved:
+        scopes = [scope for scope in scopes if scope == AFTER_QUANTIZING]
+    if not scopes:
+        return frozenset()
+    experts = {role for role in Role if role.is_expert}
+    only_routers = all(scope in ("router", AFTER_QUANTIZING) for scope in scopes)
+    return frozenset({Role.ROUTER} if only_routers else {Role.ROUTER} | experts)
 
 
 def _is_changed(layer: LayerMap) -> bool:
@@ -110,9 +126,14 @@ def validate_file(
     if agreement is None and expectation.experts is not None and reference.routing is not None:
         notes.append("its MoE operators route by a rule that they do not tell: routing is not compared")
     figures = fidelity_figures(evaluation, "reference")
-    checks = _checks(file, figures, agreement, expectation, reference, require)
-    in_file, symptoms = _inspect(file, expectation, reference, notes)
-    checks += in_file
+    finite = float(np.isfinite(evaluation.negative_log_likelihood_N).mean())
+    checks = [Check.at_least(f"{file.format}.finite", finite, 1.0)]
+    checks += _checks(file, figures, agreement, expectation, reference, require)
+    symptoms = []
+    for in_file in _inspect(file, expectation, reference):
+        checks += in_file.checks
+        notes += in_file.notes
+        symptoms += in_file.symptoms
     if not all(check.passed for check in checks):
         symptoms += _measured_symptoms(reference, evaluation, agreement, expectation)
     band = band_of(file.facts.bits_per_weight)
@@ -172,44 +193,15 @@ def _agreement(reference: Reference, evaluation: Evaluation, expectation: Expect
     return routing_agreement(reference.routing, evaluation.routing, expectation.experts, n_chunks=evaluation.n_chunks)
 
 
-def _inspect(
-    file: ModelFile, expectation: Expectation, reference: Reference, notes: list[str]
-) -> tuple[list[Check], list[str]]:
-    """What can be seen in the file itself, beside the original's settings and weights."""
-    checks: list[Check] = []
-    symptoms: list[str] = []
-    if reference.source is not None:
-        symptoms += setting_symptoms(file.facts, reference.source.shape)
-        checks.append(Check.at_most(f"{file.format}.settings", len(symptoms), 0))
-    comparison = _comparison(file, expectation, notes)
-    if comparison is None:
-        return checks, symptoms
-    damage = comparison.damage
-    if expectation.is_trained:  # what training made of a tensor is not known: only what certainly is wrong counts
-        damage = tuple(entry for entry in damage if entry.is_zero or entry.holds is not None)
-    symptoms += weight_symptoms(damage)
-    checks.append(Check.at_most(f"{file.format}.damaged_weights", len(damage), 0))
-    if not expectation.is_trained:
-        coarse = coarse_symptoms(comparison)
-        symptoms += coarse
-        checks.append(Check.at_most(f"{file.format}.coarse_weights", len(coarse), 0))
-    return checks, symptoms
-
-
-def _comparison(file: ModelFile, expectation: Expectation, notes: list[str]) -> WeightComparison | None:
-    """The file's weights beside the original's; None where that cannot be done, which goes into the notes."""
-    original = expectation.original
-    if original is None:
-        return None
-    n_tokens = file.facts.vocab_size
-    shape = original.shape if n_tokens is None else replace(original.shape, vocab_size=n_tokens)
-    try:
-        weights = file.weights(shape)
-    except InputError as error:
-        notes.append(f"weights were not compared with the original's ({error})")
-        return None
-    with_vocabulary = shape.vocab_size == original.shape.vocab_size
-    return compare_weights(original, original.as_written(weights), with_vocabulary=with_vocabulary)
+def _inspect(file: ModelFile, expectation: Expectation, reference: Reference) -> list[StaticFindings]:
+    """What can be seen in the file itself, beside the original's settings, tokenizer and weights."""
+    source, found = reference.source, []
+    if source is not None:
+        shape = expectation.shape or expected_shape(file.facts, source.shape)
+        found.append(check_description(file, source, shape, reference.chunks_BT))
+    if expectation.original is not None:
+        found.append(check_weights(file, expectation.original, expectation.trained))
+    return found
 
 
 def _checks(

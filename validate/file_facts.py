@@ -7,19 +7,18 @@ its caches of layers, and the cosine table of its attention of the rotary base.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # it has none
-from onnx import external_data_helper
+from onnx import TensorProto
 
-from compressors.model.errors import InputError
 from compressors.model.gguf_file import GgufEntry, GgufFile
+from compressors.model.onnx_graph import external_place, read_graph
+from compressors.model.raw_file import RawFile
 
 __all__ = ["FileFacts", "gguf_facts", "onnx_facts"]
 
@@ -48,15 +47,19 @@ def gguf_facts(path: Path) -> FileFacts:
     experts = [entry for entry in matrices if len(entry.shape) == 3]
     architecture = file.metadata.get("general.architecture", "")
 
-    def number(key: str) -> Any:
+    def number(key: str) -> float | None:
         value = file.metadata.get(f"{architecture}.{key}")
         return value if isinstance(value, (int, float)) else None
 
+    def count(key: str) -> int | None:
+        value = number(key)
+        return value if type(value) is int else None
+
     return FileFacts(
         bits_per_weight=_bits_per_weight(experts or matrices),
-        n_layers=number("block_count"),
-        n_experts=number("expert_count") or None,
-        top_k=number("expert_used_count") or None,
+        n_layers=count("block_count"),
+        n_experts=count("expert_count") or None,
+        top_k=count("expert_used_count") or None,
         rope_base=number("rope.freq_base") or _LLAMA_CPP_ROPE_BASE,
         rms_norm_eps=number("attention.layer_norm_rms_epsilon"),
         vocab_size=file.array_lengths.get("tokenizer.ggml.tokens"),
@@ -80,19 +83,16 @@ def onnx_facts(path: Path) -> FileFacts:
     Raises:
         InputError: the file is missing or no ONNX graph.
     """
-    try:
-        graph = onnx.load(path, load_external_data=False).graph
-    except (OSError, DecodeError) as error:
-        raise InputError(f"{path} is no readable ONNX graph ({error}); export it again") from None
+    graph = read_graph(path)
     weights = {tensor.name: tensor for tensor in graph.initializer}
     moe = [node for node in graph.node if node.op_type in ("MoE", "QMoE")]
     caches = [value for value in graph.input if value.name.startswith("past_key_values.")]
     return FileFacts(
         bits_per_weight=_operator_bits(graph, weights),
         n_layers=len(caches) // 2,
-        n_experts=max((weights[node.input[2]].dims[0] for node in moe if node.input[2] in weights), default=None),
-        top_k=max((_attributes(node).get("k", 1) for node in moe), default=None),
-        rope_base=_rope_base(graph, weights, path.parent),
+        n_experts=max((tensor.dims[0] for tensor in _inputs(moe, 2, weights) if tensor.dims), default=None),
+        top_k=max((_number(node, "k", 1) for node in moe), default=None),
+        rope_base=_rope_base(graph, weights, path),
         rms_norm_eps=None,
         vocab_size=next((_last_dimension(value) for value in graph.output if value.name == "logits"), None),
     )
@@ -103,8 +103,18 @@ def _last_dimension(value: onnx.ValueInfoProto) -> int | None:
     return (dimensions[-1].dim_value or None) if dimensions else None
 
 
-def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
-    return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+def _number(node: onnx.NodeProto, name: str, default: int) -> int:
+    """A whole number among the node's attributes; the default too where there is something else of that name."""
+    kind = onnx.AttributeProto.INT
+    return next((int(entry.i) for entry in node.attribute if entry.name == name and entry.type == kind), default)
+
+
+def _inputs(
+    nodes: Iterable[onnx.NodeProto], place: int, weights: Mapping[str, onnx.TensorProto]
+) -> Iterator[onnx.TensorProto]:
+    """The weights that these nodes take at a place of their inputs."""
+    names = (node.input[place] for node in nodes if len(node.input) > place)
+    return (weights[name] for name in names if name in weights)
 
 
 def _operator_bits(graph: onnx.GraphProto, weights: Mapping[str, onnx.TensorProto]) -> float:
@@ -113,39 +123,59 @@ def _operator_bits(graph: onnx.GraphProto, weights: Mapping[str, onnx.TensorProt
         nodes = [node for node in graph.node if node.op_type == kind]
         if not nodes:
             continue
-        attributes = _attributes(nodes[0])
         if not bits_name:
-            return _bits_of_type(weights[nodes[0].input[2]]) if nodes[0].input[2] in weights else 32.0
-        block_size = attributes.get("block_size", 0)
-        return float(attributes.get(bits_name, 4)) + (16 / block_size if block_size > 0 else 0.0)
+            return max(map(_bits_of_type, _inputs(nodes[:1], 2, weights)), default=32.0)
+        block_size = _number(nodes[0], "block_size", 0)
+        return _number(nodes[0], bits_name, 4) + (16 / block_size if block_size > 0 else 0.0)
     return _bits_of_type(max(weights.values(), key=lambda tensor: math.prod(tensor.dims))) if weights else 32.0
 
 
 def _bits_of_type(tensor: onnx.TensorProto) -> float:
-    return 8.0 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    dtype = _numpy_dtype(tensor)
+    return 32.0 if dtype is None else 8.0 * dtype.itemsize
 
 
-def _rope_base(graph: onnx.GraphProto, weights: Mapping[str, onnx.TensorProto], folder: Path) -> float | None:
+def _numpy_dtype(tensor: onnx.TensorProto) -> np.dtype[Any] | None:
+    """None of a type that numpy does not have, or nobody."""
+    known = tensor.data_type in TensorProto.DataType.values() and tensor.data_type != TensorProto.UNDEFINED
+    return onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type) if known else None
+
+
+def _rope_base(graph: onnx.GraphProto, weights: Mapping[str, onnx.TensorProto], graph_file: Path) -> float | None:
     """From position 1 of the cosine table [positions, half]: its angle in column i is base^(-i / half)."""
-    tables = [node.input[7] for node in graph.node if node.op_type == "GroupQueryAttention" and len(node.input) > 7]
-    table = next((weights[name] for name in tables if name in weights), None)
+    attention = (node for node in graph.node if node.op_type == "GroupQueryAttention")
+    table = next(_inputs(attention, 7, weights), None)
     if table is None or len(table.dims) != 2 or table.dims[0] < 2 or table.dims[1] < 2:
         return None
-    half, dtype = table.dims[1], onnx.helper.tensor_dtype_to_np_dtype(table.data_type)
-    row = _stored_row(table, folder, half, dtype) if table.external_data else onnx.numpy_helper.to_array(table)[1]
-    column = 1  # column 0 is 1 whatever the base; angles further on are small, where a cosine says little
-    angle = math.acos(min(1.0, max(-1.0, float(row[column]))))
-    return angle ** -(half / column) if angle > 0 else None
+    half, column = table.dims[1], 1  # column 0 is 1 whatever the base; angles further on are small and say little
+    cosine = _value(table, half + column, graph_file)
+    if cosine is None:
+        return None
+    angle = math.acos(min(1.0, max(-1.0, cosine)))
+    return _power(angle, -(half / column)) if angle > 0 else None
 
 
-def _stored_row(table: onnx.TensorProto, folder: Path, width: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """Row 1 of a table [rows, width] that lies in another file."""
-    place = external_data_helper.ExternalDataInfo(table)
-    path = folder / place.location
-    inside = not Path(place.location).is_absolute() and ".." not in Path(place.location).parts
-    if not inside or not path.is_file():
-        raise InputError(f"{path}, which should hold the weights of the graph, is no file of its folder; put it there")
-    row = np.fromfile(path, dtype, width, offset=(place.offset or 0) + width * dtype.itemsize)
-    if len(row) < width:
-        raise InputError(f"{path} is truncated: tensor {table.name} ends after the file does; export it again")
-    return row
+def _power(base: float, exponent: float) -> float | None:
+    try:
+        return float(base**exponent)
+    except OverflowError:
+        return None
+
+
+def _value(tensor: onnx.TensorProto, index: int, graph_file: Path) -> float | None:
+    """One value of a floating point tensor by its flat index; None where it is not there or is no number."""
+    dtype = _numpy_dtype(tensor)
+    if dtype is None or dtype.kind != "f":
+        return None
+    if tensor.external_data:
+        place = external_place(graph_file, tensor)
+        file, start = RawFile(place.file), place.offset + index * dtype.itemsize
+        data = file.start(dtype.itemsize, start) if start < file.size else b""
+    elif tensor.raw_data:
+        data = tensor.raw_data[index * dtype.itemsize : (index + 1) * dtype.itemsize]
+    else:
+        return float(tensor.float_data[index]) if index < len(tensor.float_data) else None
+    if len(data) < dtype.itemsize:
+        return None
+    value = float(np.frombuffer(data, dtype)[0])
+    return value if math.isfinite(value) else None

@@ -26,7 +26,15 @@ from validate.cost import Feed, RuntimeCost, measure_cost
 from validate.llama_cpp_routing import RoutingCollector, ggml_function
 from validate.router_inputs import RouterInputs
 
-__all__ = ["KV_TYPES", "QUANTIZED_KV_TYPES", "LlamaCppBackend", "exact_kv_type", "measure", "start_runtime"]
+__all__ = [
+    "KV_TYPES",
+    "QUANTIZED_KV_TYPES",
+    "LlamaCppBackend",
+    "exact_kv_type",
+    "logged_error",
+    "measure",
+    "start_runtime",
+]
 
 KV_TYPES: Mapping[str, int] = {
     "f32": api.GGML_TYPE_F32,
@@ -241,7 +249,7 @@ class _Session:
         if self._context is None:
             raise InputError(
                 f"{path}: llama.cpp cannot set up a context of {n_ctx} tokens with {kv_type} keys and values"
-                f"{_logged_error()}; quantized ones need flash attention"
+                f"{logged_error()}; quantized ones need flash attention"
             )
         vocabulary = api.llama_model_get_vocab(self._model)
         assert vocabulary is not None
@@ -288,9 +296,7 @@ class _Session:
         finally:
             api.llama_batch_free(batch)
         if status != 0:
-            raise RuntimeCrashError(
-                f"llama.cpp could not evaluate {n_tokens} tokens (status {status}){_logged_error()}"
-            )
+            raise RuntimeCrashError(f"llama.cpp could not evaluate {n_tokens} tokens (status {status}){logged_error()}")
         self._length += n_tokens
         n_rows = n_tokens if all_logits else 1
         pointer = ctypes.cast(api.llama_get_logits(self._context), ctypes.c_void_p)
@@ -320,7 +326,7 @@ def _load_model(path: Path, gpu_layers: int) -> int:
     with time_limit.working():
         model: int | None = api.llama_model_load_from_file(str(path).encode(), params)
     if model is None:
-        raise InputError(f"{path} cannot be loaded by llama.cpp{_logged_error()}")
+        raise InputError(f"{path} cannot be loaded by llama.cpp{logged_error()}")
     return model
 
 
@@ -352,7 +358,7 @@ def start_runtime() -> None:
     api.llama_log_set(_keep_errors, ctypes.c_void_p(0))
 
 
-def _logged_error() -> str:
+def logged_error() -> str:
     """``: message`` of llama.cpp, if it said anything: the first of a chain of errors names the cause. Forgets it."""
     message = f": {_errors[0]}" if _errors else ""
     _errors.clear()

@@ -40,8 +40,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the extra may be missin
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text."""
-        return int(self.tokenizer.eos_token_id)
+        """The token that ends a text; of a tokenizer without one, another that no text holds."""
+        named = (self.tokenizer.eos_token_id, self.tokenizer.bos_token_id, self.tokenizer.pad_token_id)
+        return next((int(token) for token in named if token is not None), 0)
 
     @property
     def prefix_token_id(self) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 
 from compressors.model.errors import InputError
+from compressors.model.json_file import read_json
+from compressors.model.names import shown
 
 __all__ = ["find_onnx_model", "onnx_bytes", "onnx_model_file"]
 
@@ -16,7 +18,7 @@ def find_onnx_model(folder: Path) -> Path | None:
     """The graph that onnxruntime-genai's configuration names, or one under optimum's names; None if there is none."""
     named = _named_by_genai(folder / "genai_config.json")
     candidates = [folder / name for name in (*([named] if named else []), *_NAMES)]
-    return next((path for path in candidates if path.is_file()), None)
+    return next((path for path in candidates if os.path.isfile(path)), None)
 
 
 def onnx_model_file(path: Path) -> Path:
@@ -45,8 +47,16 @@ def onnx_bytes(path: Path) -> int:
 
 
 def _named_by_genai(config: Path) -> str | None:
+    """A name of a place in the folder of the configuration; None if it names none."""
     try:
-        name = json.loads(config.read_text(encoding="utf-8"))["model"]["decoder"]["filename"]
-    except (OSError, ValueError, KeyError, TypeError):
+        name = read_json(config)["model"]["decoder"]["filename"]
+    except (InputError, KeyError, TypeError):
         return None
-    return name if isinstance(name, str) else None
+    if not isinstance(name, str) or not name.isprintable() or len(name) > _LONGEST_NAME:
+        return None
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise InputError(f"{config} names {shown(name)}, which lies outside of its folder: put the model there")
+    return name
+
+
+_LONGEST_NAME = 60  # characters of up to 4 bytes, and a file system takes 255

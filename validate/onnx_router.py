@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ __all__ = ["MoeNode", "moe_nodes", "router_graph"]
 _MOE_OPERATORS = ("MoE", "QMoE")
 _ATTENTION_OPERATORS = ("GroupQueryAttention", "MultiHeadAttention", "Attention")
 _ROUTER_INPUT = 1  # position of the router logits among the operators' inputs
-_MIXING_INPUT = 14  # where QMoE takes gate weights from that are no softmax of these logits
+_MIXING_INPUT = 14  # where QMoE takes the gate weights of all experts from, if it does not compute them itself
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,27 @@ def moe_nodes(graph: onnx.GraphProto) -> Iterator[MoeNode]:
     Nodes are in the order in which they run: a layer's experts come after its attention.
     """
     layer = -1
+    makers = {output: node for node in graph.node for output in node.output}
     for node in graph.node:
         if node.op_type in _ATTENTION_OPERATORS:
             layer += 1
         elif node.op_type in _MOE_OPERATORS:
             attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
-            if attributes.get("use_sparse_mixer", 0) or any(node.input[_MIXING_INPUT:]):
+            if attributes.get("use_sparse_mixer", 0) or not _mixes_by_softmax(node, makers):
                 continue  # routed by another rule, which is not told
             # absent attributes have the operators' defaults
             normalizes = bool(attributes.get("normalize_routing_weights", 0))
             states, router_logits = node.input[0], node.input[_ROUTER_INPUT]
             yield MoeNode(layer, states, router_logits, attributes.get("k", 1), normalizes)
+
+
+def _mixes_by_softmax(node: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto]) -> bool:
+    """Whether gate weights are the softmax of the router logits: the operator's own, or that of a node before it."""
+    mixing = next(iter(node.input[_MIXING_INPUT:]), "")
+    if not mixing:
+        return True
+    maker = makers.get(mixing)
+    return maker is not None and maker.op_type == "Softmax" and maker.input[0] == node.input[_ROUTER_INPUT]
 
 
 def router_graph(model: onnx.ModelProto, states: str, logits: str) -> onnx.ModelProto | None:

@@ -20,10 +20,10 @@ import numpy.typing as npt
 import onnx
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
-from tokenizers import Tokenizer
 
 from compressors.model.errors import InputError, MoeExportError
 from compressors.model.routing import NO_EXPERT, Routing, selection_margins
+from compressors.model.tokenizer_files import read_tokenizer_json
 from validate import time_limit
 from validate.backend import ChooseToken, ChunkOutput, RuntimeCrashError, scored_positions
 from validate.cost import Feed, RuntimeCost, measure_cost
@@ -103,9 +103,9 @@ class OnnxRuntimeBackend:
         path = self._path.parent / "tokenizer.json"
         if not path.is_file():
             raise InputError(f"{path} is missing: without it nobody knows how a text begins")
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = read_tokenizer_json(path)
         tokens, alone = (tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
-        return tokens[0] if tokens[0] != alone[0] else None
+        return tokens[0] if tokens[:1] != alone[:1] else None
 
     def run(self, tokens_BT: npt.NDArray[np.int64]) -> Iterator[ChunkOutput]:
         """Runs every row from an empty cache and yields its logits and routing, in order.

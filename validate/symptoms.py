@@ -9,33 +9,22 @@ the scored positions, the second half, that of a wrong rotary base does not grow
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-
 import numpy as np
 import numpy.typing as npt
 
-from compressors.model.families import Role
 from compressors.model.routing import NO_EXPERT, Routing
 from compressors.model.shape import MoeShape
 from validate.backend import scored_positions
 from validate.file_facts import FileFacts
 from validate.report import numbers
 from validate.routing_agreement import RoutingAgreement
-from validate.weight_comparison import Damage, Unit, WeightComparison
 
-__all__ = ["coarse_symptoms", "divergence_symptoms", "routing_symptoms", "setting_symptoms", "weight_symptoms"]
+__all__ = ["divergence_symptoms", "routing_symptoms", "setting_symptoms"]
 
 _SAME_SETTING = 0.1  # relative; a rotary base that was read from a table of cosines in float16 is up to 5 % off
 _FALL = 0.75  # a layer that agrees by less than this share of the layer before falls
 _SAME_EXPERT = 0.8  # of the tokens that choose one of the original's experts, if they choose one of the file's
-_COARSE, _COARSER = 0.2, 2.5  # relative error of a 2-bit tensor, and how many times the others'
 _DIVERGES, _TOKENS = 5.0, 20  # an expert's tokens against the others', and how many there must be
-
-_QUANTIZED_ROLES = frozenset(
-    {Role.TOKEN_EMBEDDING, Role.HEAD, Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUTPUT}
-    | {role for role in Role if role.is_expert}
-)
 
 
 def setting_symptoms(facts: FileFacts, shape: MoeShape) -> list[str]:
@@ -49,30 +38,6 @@ def setting_symptoms(facts: FileFacts, shape: MoeShape) -> list[str]:
         f"{name}: {_number(found)} in the file, {_number(expected)} in config.json"
         for name, found, expected in settings
         if found is not None and abs(found / expected - 1) > _SAME_SETTING
-    ]
-
-
-def weight_symptoms(damage: Sequence[Damage]) -> list[str]:
-    """What became of damaged tensors."""
-    zero = [entry for entry in damage if entry.is_zero]
-    elsewhere = [entry for entry in damage if entry.holds is not None]
-    unknown = [entry for entry in damage if not entry.is_zero and entry.holds is None]
-    return [*_zeroed(zero), *_mixed_up(elsewhere), *_unlike(unknown)]
-
-
-def coarse_symptoms(comparison: WeightComparison) -> list[str]:
-    """Tensors in about 2 bits where the file has more: each makes it another file than its size promises."""
-    by_tensor: dict[tuple[int | None, Role], list[float]] = defaultdict(list)
-    damaged = {entry.unit for entry in comparison.damage}
-    for unit, error in comparison.errors.items():
-        if unit not in damaged and unit.role in _QUANTIZED_ROLES:
-            by_tensor[unit.layer, unit.role].append(error)
-    errors = {tensor: float(np.median(values)) for tensor, values in by_tensor.items()}
-    usual = float(np.median(list(errors.values()) or [0.0]))
-    return [
-        f"{_place(layer)}{role.value} is much coarser than the rest: relative error {error:.2g} against {usual:.2g}"
-        for (layer, role), error in errors.items()
-        if error > max(_COARSE, _COARSER * usual)
     ]
 
 
@@ -136,74 +101,6 @@ def _router(reference_TK: npt.NDArray[np.int32], found_TK: npt.NDArray[np.int32]
         f": its router's rows are permuted; tokens of expert {expert} go to {partner[expert]}, and so on for "
         f"{len(moved)} of {len(often)} experts"
     )
-
-
-def _zeroed(damage: Iterable[Damage]) -> list[str]:
-    roles: dict[tuple[int | None, int | None, bool], list[str]] = defaultdict(list)
-    for entry in damage:
-        unit = entry.unit
-        roles[unit.layer, unit.index, unit.role.is_expert].append(unit.role.value)
-    return [
-        f"expert {index} of layer {layer} is zero ({', '.join(names)})"
-        if is_expert
-        else f"{_place(layer)}{names[0]}{'' if index is None else f' row {index}'} is zero"
-        for (layer, index, is_expert), names in roles.items()
-    ]
-
-
-def _mixed_up(damage: Sequence[Damage]) -> list[str]:
-    exchanged: dict[int | None, list[Damage]] = defaultdict(list)
-    permuted: dict[tuple[int | None, Role], list[tuple[Unit, Unit]]] = defaultdict(list)
-    layers: dict[tuple[int | None, int | None], int] = defaultdict(int)
-    for entry in damage:
-        unit, holds = entry.unit, entry.holds
-        assert holds is not None
-        if holds.layer != unit.layer:
-            layers[unit.layer, holds.layer] += 1
-        elif holds.role is not unit.role:
-            exchanged[unit.layer].append(entry)
-        else:
-            permuted[unit.layer, unit.role].append((unit, holds))
-    symptoms = []
-    for layer, entries in exchanged.items():
-        names = " and ".join(sorted({entry.unit.role.value for entry in entries}))
-        experts = len({entry.unit.index for entry in entries})
-        symptoms.append(f"layer {layer}: {names} projections are exchanged ({experts} experts)")
-    for (layer, role), pairs in permuted.items():
-        unit, holds = pairs[0]
-        what = "rows of its router" if role is Role.ROUTER else f"{role.value} projections"
-        symptoms.append(
-            f"layer {layer}: {len(pairs)} {what} are permuted (number {unit.index} is the original's {holds.index})"
-        )
-    return symptoms + _swapped(layers)
-
-
-def _swapped(layers: dict[tuple[int | None, int | None], int]) -> list[str]:
-    symptoms = []
-    for (layer, source), count in layers.items():
-        if (source, layer) not in layers:
-            symptoms.append(f"layer {layer} holds {count} tensors of layer {source}")
-        elif (layer or 0) < (source or 0):
-            both = count + layers[source, layer]
-            symptoms.append(f"layers {layer} and {source} are swapped ({both} tensors, experts and router rows apart)")
-    return symptoms
-
-
-def _unlike(damage: Iterable[Damage]) -> list[str]:
-    return [
-        f"{_place(entry.unit.layer)}{_described(entry.unit)} does not resemble the original's "
-        f"(relative error {entry.relative_error:.2f})"
-        for entry in damage
-    ]
-
-
-def _described(unit: Unit) -> str:
-    number = "" if unit.index is None else f" {unit.index}"
-    return f"{unit.role.value}{' row' if unit.role is Role.ROUTER else ''}{number}"
-
-
-def _place(layer: int | None) -> str:
-    return "" if layer is None else f"layer {layer}: "
 
 
 def _number(value: float) -> str:

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import llama_cpp.llama_cpp as api
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from compressors.model.errors import InputError
+from compressors.model.tokenizer_files import load_tokenizer
 from validate import time_limit
 from validate.backend import Backend, ChunkOutput
-from validate.llama_cpp import start_runtime
-from validate.positions import ReferenceLogProbs
+from validate.llama_cpp import logged_error, start_runtime
+
+if TYPE_CHECKING:  # a process that only tokenizes does without torch
+    import torch
+
+    from validate.positions import ReferenceLogProbs
 
 __all__ = ["FirstTokens", "FirstTokensOf", "GgufVocabulary", "TokenizerVocabulary", "Vocabulary"]
 __all__ += ["check_padding", "check_same_tokens"]
@@ -44,14 +48,9 @@ class TokenizerVocabulary:
     """
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoTokenizer  # takes seconds to import
-
         self.where = str(folder)
-        try:
-            with time_limit.working():
-                self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{folder} has no usable tokenizer ({error}); put tokenizer.json there") from None
+        with time_limit.working():
+            self._tokenizer: Any = load_tokenizer(folder)
 
     def text(self, token: int) -> str | None:
         """See :class:`Vocabulary`."""
@@ -80,7 +79,7 @@ class GgufVocabulary:
             self._model = api.llama_model_load_from_file(str(path).encode(), params)
         vocabulary = api.llama_model_get_vocab(self._model) if self._model is not None else None
         if vocabulary is None or not api.llama_vocab_n_tokens(vocabulary):
-            raise InputError(f"{path}: llama.cpp cannot read its vocabulary; convert the model again")
+            raise InputError(f"{path}: llama.cpp cannot read its vocabulary{logged_error()}; convert the model again")
         self._vocabulary = vocabulary
         adds_bos = api.llama_vocab_get_add_bos(vocabulary)
         self.bos_token_id = int(api.llama_vocab_bos(vocabulary)) if adds_bos else None
@@ -99,16 +98,63 @@ class GgufVocabulary:
         text: bytes = api.llama_vocab_get_text(self._vocabulary, token)
         return text.decode("utf-8", errors="replace")
 
-    def encode(self, text: str, *, add_special_tokens: bool = True, verbose: bool = False) -> list[int]:
-        """The tokens of a text, BOS before them if the model wants it; special tokens in the text stay text."""
+    def attributes(self, token: int) -> int:
+        """What kind of token it is: ``enum llama_token_attr`` of ``llama.h``."""
+        return int(api.llama_vocab_get_attr(self._vocabulary, token))
+
+    @property
+    def begin_token(self) -> int:
+        """The token that begins a text; -1 if there is none."""
+        return int(api.llama_vocab_bos(self._vocabulary))
+
+    @property
+    def end_token(self) -> int:
+        """The token that ends a text first of all; -1 if there is none."""
+        return int(api.llama_vocab_eos(self._vocabulary))
+
+    @property
+    def adds_begin(self) -> bool:
+        """Whether a text gets the first of them."""
+        return bool(api.llama_vocab_get_add_bos(self._vocabulary))
+
+    @property
+    def adds_end(self) -> bool:
+        """Whether a text gets the second."""
+        return bool(api.llama_vocab_get_add_eos(self._vocabulary))
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """All tokens at which llama.cpp ends a text: those that the file names, and those it knows by their text."""
+        return frozenset(token for token in range(len(self)) if api.llama_vocab_is_eog(self._vocabulary, token))
+
+    @property
+    def marks(self) -> frozenset[str]:
+        """The texts of all tokens that llama.cpp looks for in a text before it cuts it: those with a meaning."""
+        kinds = api.LLAMA_TOKEN_ATTR_CONTROL | api.LLAMA_TOKEN_ATTR_USER_DEFINED | api.LLAMA_TOKEN_ATTR_UNKNOWN
+        found = (token for token in range(len(self)) if api.llama_vocab_get_attr(self._vocabulary, token) & kinds)
+        return frozenset(text for token in found if (text := self.text(token)) is not None)
+
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, verbose: bool = False, parse_special: bool = False
+    ) -> list[int]:
+        """The tokens of a text, BOS before them if the model wants it; without ``parse_special`` none in it is special.
+
+        Raises:
+            InputError: llama.cpp cannot tokenise it.
+        """
         data = text.encode("utf-8")
         room = len(data) + 8
-        tokens = (api.llama_token * room)()
-        with time_limit.working():
-            count = api.llama_tokenize(self._vocabulary, data, len(data), tokens, room, add_special_tokens, False)
-        if count < 0:
-            raise InputError(f"{self.where}: llama.cpp cannot tokenise the text ({-count} tokens)")
-        return list(tokens[:count])
+        while True:
+            tokens = (api.llama_token * room)()
+            with time_limit.working():
+                count = api.llama_tokenize(
+                    self._vocabulary, data, len(data), tokens, room, add_special_tokens, parse_special
+                )
+            if count >= 0:
+                return list(tokens[:count])
+            if -count <= room:
+                raise InputError(f"{self.where}: llama.cpp cannot tokenise the text ({count})")
+            room = -count  # spaces and unknown characters may become several tokens each
 
 
 def check_same_tokens(first: Vocabulary, second: Vocabulary, tokens_BT: npt.NDArray[np.int64]) -> None:

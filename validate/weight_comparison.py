@@ -1,30 +1,40 @@
 """A file's weights beside those that it should hold: which tensors are damaged, and what they hold instead.
 
-Each expert's projection, each row of a router and each other tensor is a unit. Quantization leaves a unit within a few
-percent of what it should be; a unit that is further off than 80 % does not hold it. What it holds is found by a
-signature, the values at 256 fixed places: those of unrelated tensors have a cosine near 0, those of a tensor and its
-quantized copy near 1. So a mix-up is named without holding two models in memory.
+Each expert's projection, each row of a router and each other tensor is a unit; where only some rows of a unit are
+damaged, those are named. What a unit may be off is the business of :mod:`validate.quantization_error`. What a unit
+holds that is further off than 80 % is found by a signature, the values at 256 fixed places: those of unrelated tensors
+have a cosine near 0, those of a tensor and its quantized copy near 1. So a mix-up is named without holding two models
+in memory.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from enum import Enum, auto
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from compressors.model.families import Role
+from compressors.model.ggml import GGMLQuantizationType
 from compressors.model.student import Student
+from validate.quantization_error import MatrixError
 
-__all__ = ["Damage", "Unit", "WeightComparison", "compare_weights"]
+__all__ = ["Damage", "Fault", "StoredType", "Unit", "WeightComparison", "compare_weights"]
 
 _ANOTHER_TENSOR = 0.8  # relative error; an unrelated tensor's is at least 1, that of 2-bit types about 0.3
-_RESEMBLES = 0.6  # cosine of signatures
+_RESEMBLES = 0.6  # cosine of signatures, and of rows
 _PLACES = 256
 _ROWS_AT_ONCE = 4096  # of embedding and head
+_VOCABULARY_ROLES = (Role.TOKEN_EMBEDDING, Role.HEAD)
+_SAME_SIZE = 1e-3  # what a coefficient may be off
+_MORE = 2.0  # times the type's error that is no second fault
+
+StoredType = Callable[[Role, int | None], GGMLQuantizationType]
+"""How a file stores the tensors of a role in a layer."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,18 @@ class Unit:
     role: Role
     layer: int | None
     index: int | None  # the expert, or the router's row
+    row: int | None = None  # None: the whole
+
+
+class Fault(Enum):
+    """What is wrong with a unit."""
+
+    ZERO = auto()
+    HOLDS_ANOTHER = auto()  # unit or row of the original
+    UNLIKE = auto()  # resembles nothing of the original
+    TOO_FAR = auto()  # further off than its type makes it
+    SCALED = auto()
+    CHANGED = auto()  # stored in float and yet not equal
 
 
 @dataclass(frozen=True)
@@ -41,28 +63,37 @@ class Damage:
     """A unit that does not hold what it should."""
 
     unit: Unit
+    fault: Fault
     relative_error: float
-    is_zero: bool
-    holds: Unit | None  # the original's unit that it resembles
+    usual_error: float = 0.0  # what its type makes
+    type_name: str = ""
+    scale: float = 1.0
+    holds: Unit | None = None  # the original's unit that it resembles
 
 
 @dataclass(frozen=True)
 class WeightComparison:
-    """Relative errors |found - expected| / |expected| of all units, and those that are damaged."""
+    """Relative errors |found - expected| / |expected| of all units, and what is damaged."""
 
     errors: Mapping[Unit, float]
     damage: tuple[Damage, ...]
 
 
 def compare_weights(
-    expected: Student, found: Student, *, with_vocabulary: bool = True, progress: Callable[[int], None] | None = None
+    expected: Student,
+    found: Student,
+    stored_type: StoredType,
+    *,
+    n_tokens: int | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> WeightComparison:
     """Compares two students of one shape, a tensor at a time.
 
     Args:
         expected: what the file should hold.
         found: what it holds (:meth:`~compressors.model.student.Student.as_written`).
-        with_vocabulary: compare embedding and head too; not if they are of different sizes.
+        stored_type: how it stores it.
+        n_tokens: rows of embedding and head that are compared; None: all.
         progress: called with 1 after each layer.
 
     Raises:
@@ -71,36 +102,40 @@ def compare_weights(
     comparison = _Comparison()
     for layer in [None, *range(expected.shape.n_layers)]:
         for role in expected.shape.stored_roles:
-            if role.is_global == (layer is None) and (with_vocabulary or role not in _VOCABULARY_ROLES):
-                _compare_tensor(comparison, expected, found, role, layer)
+            if role.is_global == (layer is None):
+                for unit, pieces in _units(expected, found, role, layer, n_tokens):
+                    comparison.add(unit, stored_type(role, layer), pieces)
         if layer is not None and progress is not None:
             progress(1)
     return comparison.result()
 
 
-_VOCABULARY_ROLES = (Role.TOKEN_EMBEDDING, Role.HEAD)
+_Pieces = Iterable[tuple[torch.Tensor, torch.Tensor]]  # expected and found rows, float32
 
 
-def _compare_tensor(comparison: _Comparison, expected: Student, found: Student, role: Role, layer: int | None) -> None:
+def _units(
+    expected: Student, found: Student, role: Role, layer: int | None, n_tokens: int | None
+) -> Iterator[tuple[Unit, _Pieces]]:
     if layer is not None and role.is_expert:
         for expert in range(expected.shape.layer(layer).n_experts):
-            values = [student.expert(role, layer, expert).float() for student in (expected, found)]
-            comparison.add(Unit(role, layer, expert), iter([tuple(values)]))
+            values = (expected.expert(role, layer, expert).float(), found.expert(role, layer, expert).float())
+            yield Unit(role, layer, expert), [values]
     elif role in _VOCABULARY_ROLES:
-        comparison.add(Unit(role, layer, None), _vocabulary_rows(expected, found, role))
+        yield Unit(role, layer, None), _vocabulary_rows(expected, found, role, n_tokens or expected.shape.vocab_size)
     elif layer is None or role in expected.shape.layer_roles(layer):
-        both = [student.tensor(role, layer).float() for student in (expected, found)]
+        both = (expected.tensor(role, layer).float(), found.tensor(role, layer).float())
         if role is Role.ROUTER:
-            for row, pair in enumerate(zip(*both, strict=True)):
-                comparison.add(Unit(role, layer, row), iter([pair]))
+            for row, (one, other) in enumerate(zip(*both, strict=True)):
+                yield Unit(role, layer, row), [(one[None], other[None])]
         else:
-            comparison.add(Unit(role, layer, None), iter([tuple(both)]))
+            width = both[0].shape[-1]
+            yield Unit(role, layer, None), [(both[0].reshape(-1, width), both[1].reshape(-1, width))]
 
 
-def _vocabulary_rows(expected: Student, found: Student, role: Role) -> Iterator[tuple[torch.Tensor, ...]]:
-    for start in range(0, expected.shape.vocab_size, _ROWS_AT_ONCE):
-        rows = slice(start, min(start + _ROWS_AT_ONCE, expected.shape.vocab_size))
-        yield tuple(student.rows(role, None, rows).float() for student in (expected, found))
+def _vocabulary_rows(expected: Student, found: Student, role: Role, n_tokens: int) -> _Pieces:
+    for start in range(0, n_tokens, _ROWS_AT_ONCE):
+        rows = slice(start, min(start + _ROWS_AT_ONCE, n_tokens))
+        yield expected.rows(role, None, rows).float(), found.rows(role, None, rows).float()
 
 
 class _Comparison:
@@ -108,41 +143,89 @@ class _Comparison:
 
     def __init__(self) -> None:
         self._errors: dict[Unit, float] = {}
-        self._zeros: set[Unit] = set()
+        self._suspects: dict[Unit, MatrixError] = {}
+        self._damage: list[Damage] = []
         self._expected: dict[Unit, npt.NDArray[np.float32]] = {}
         self._found: dict[Unit, npt.NDArray[np.float32]] = {}
         self._sizes: dict[Unit, int] = {}
 
-    def add(self, unit: Unit, pieces: Iterator[tuple[torch.Tensor, ...]]) -> None:
+    def add(self, unit: Unit, stored_type: GGMLQuantizationType, pieces: _Pieces) -> None:
         """A unit's expected and found values, in pieces; its signature is the first piece's."""
-        squares, found_squares, error_squares = 0.0, 0.0, 0.0
+        matrix = MatrixError(stored_type)
+        of_rows: list[Damage] = []
+        n_rows = 0
         for expected, found in pieces:
             if unit not in self._expected:
                 self._expected[unit], self._found[unit] = _signature(expected), _signature(found)
                 self._sizes[unit] = expected.numel()
-            squares += float(expected.square().sum())
-            found_squares += float(found.square().sum())
-            error_squares += float((found - expected).square_().sum())
-        self._errors[unit] = (error_squares / squares) ** 0.5 if squares else float(found_squares > 0)
-        if squares and not found_squares:
-            self._zeros.add(unit)
+            damaged = matrix.add(expected, found)
+            of_rows += [_row_damage(unit, matrix, expected, found, row, n_rows) for row in damaged]
+            n_rows += len(expected)
+        self._errors[unit] = matrix.relative_error
+        if of_rows and n_rows > 1 and not matrix.is_mostly_damaged:
+            self._damage += of_rows
+        elif not matrix.relative_error <= _ANOTHER_TENSOR:
+            self._suspects[unit] = matrix
+        elif of_rows or matrix.is_too_far or matrix.is_scaled:
+            self._damage.append(_whole_damage(unit, matrix))
 
     def result(self) -> WeightComparison:
-        suspects = [unit for unit, error in self._errors.items() if not error <= _ANOTHER_TENSOR]
         by_size: dict[int, list[Unit]] = defaultdict(list)
-        for unit, size in self._sizes.items() if suspects else ():
+        for unit, size in self._sizes.items() if self._suspects else ():
             by_size[size].append(unit)
-        damage = []
-        for unit in suspects:
-            holds = None if unit in self._zeros else self._resembled(unit, by_size[self._sizes[unit]])
-            damage.append(Damage(unit, self._errors[unit], unit in self._zeros, holds))
-        return WeightComparison(self._errors, tuple(damage))
+        damage = [self._other(unit, matrix, by_size) for unit, matrix in self._suspects.items()]
+        return WeightComparison(self._errors, (*damage, *self._damage))
+
+    def _other(self, unit: Unit, matrix: MatrixError, by_size: Mapping[int, list[Unit]]) -> Damage:
+        if matrix.is_zero:
+            return Damage(unit, Fault.ZERO, matrix.relative_error)
+        holds = self._resembled(unit, by_size[self._sizes[unit]])
+        if holds == unit:  # itself, and yet far off
+            return _whole_damage(unit, matrix)
+        return Damage(unit, Fault.UNLIKE if holds is None else Fault.HOLDS_ANOTHER, matrix.relative_error, holds=holds)
 
     def _resembled(self, unit: Unit, candidates: list[Unit]) -> Unit | None:
         signatures = np.stack([self._expected[candidate] for candidate in candidates])
         cosines = signatures @ self._found[unit]
         best = int(np.argmax(cosines))
         return candidates[best] if cosines[best] > _RESEMBLES else None
+
+
+def _whole_damage(unit: Unit, matrix: MatrixError) -> Damage:
+    fault = Fault.CHANGED if matrix.is_float else Fault.TOO_FAR
+    if _is_only_scaled(matrix.scale, matrix.relative_error, matrix.usual_error):
+        fault = Fault.SCALED
+    return Damage(unit, fault, matrix.relative_error, matrix.usual_error, matrix.type_name, matrix.scale)
+
+
+def _is_only_scaled(scale: float, relative_error: float, usual_error: float) -> bool:
+    """Whether another size explains the error: what is left of it is no more than the type makes."""
+    deviation = abs(scale - 1)
+    left = max(relative_error**2 - deviation**2, 0.0) ** 0.5
+    return deviation > _SAME_SIZE and left <= _MORE * usual_error + 0.01 * deviation
+
+
+def _row_damage(
+    unit: Unit, matrix: MatrixError, expected: torch.Tensor, found: torch.Tensor, row: int, before: int
+) -> Damage:
+    """What became of one row of a piece, ``before`` rows of which came earlier."""
+    its, wanted = found[row], expected[row]
+    place = replace(unit, row=before + row)
+    size = float(wanted.norm())
+    relative = float((its - wanted).norm()) / size if size else float("inf")
+    scale = float(its @ wanted) / size**2 if size else 1.0
+    entry = Damage(place, Fault.TOO_FAR, relative, matrix.usual_error, matrix.type_name, scale)
+    if not its.any():
+        return replace(entry, fault=Fault.ZERO)
+    if not relative <= _ANOTHER_TENSOR:
+        cosines = expected @ its / (expected.norm(dim=1) * its.norm()).clamp_min(torch.finfo(torch.float32).tiny)
+        best = int(cosines.argmax())
+        if best != row and cosines[best] > _RESEMBLES:
+            return replace(entry, fault=Fault.HOLDS_ANOTHER, holds=replace(unit, row=before + best))
+        return replace(entry, fault=Fault.UNLIKE)
+    if _is_only_scaled(scale, relative, matrix.usual_error):
+        return replace(entry, fault=Fault.SCALED)
+    return replace(entry, fault=Fault.CHANGED if matrix.is_float else Fault.TOO_FAR)
 
 
 def _signature(values: torch.Tensor) -> npt.NDArray[np.float32]:

@@ -23,9 +23,10 @@ import numpy.typing as npt
 import torch
 
 from compressors.model.checkpoint import role_shape
+from compressors.model.config import read_shape
 from compressors.model.errors import InputError
 from compressors.model.families import Role
-from compressors.model.shape import MoeShape, read_shape
+from compressors.model.shape import MoeShape
 from exporter.hub import resolve_model
 from exporter.sizes import format_size
 

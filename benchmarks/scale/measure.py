@@ -23,8 +23,8 @@ import click
 
 from benchmarks.scale.checkpoints import MODELS, with_layers, write_checkpoint
 from benchmarks.scale.results import record
+from compressors.model.config import read_shape
 from compressors.model.errors import MoeExportError
-from compressors.model.shape import read_shape
 from exporter.job import Flags
 from exporter.pipeline import Stage, run_stages, stages_of
 from exporter.plan import Plan

@@ -3,43 +3,63 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from compressors.model.errors import InputError
+from compressors.model.block_scaled import FLOAT8, GIVE_THE_ORIGINAL, BlockScaled, read_block_scaled
+from compressors.model.config import read_shape
+from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.families import Family, Role
-from compressors.model.shape import MoeShape, read_shape
-from compressors.model.weight_file import TensorHeader, WeightFile
+from compressors.model.foreign_folder import check_folder, refuse_other_inputs
+from compressors.model.json_file import read_json
+from compressors.model.misfits import is_classifier, likely_cause, with_prefix
+from compressors.model.names import shown
+from compressors.model.output_head import is_own_head
+from compressors.model.safetensors_header import TensorHeader
+from compressors.model.shape import MoeShape
+from compressors.model.weight_file import WeightFile
+from compressors.model.weight_folder import INDEX, SINGLE, find_weights
 
 __all__ = ["Checkpoint", "role_shape"]
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-_WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_FORMATS = ("F32", "F16", "BF16")
+_READ = ", ".join(_FORMATS)
 
 
 class Checkpoint:
     """The tensors of a MoE checkpoint by role, in their storage dtype.
 
-    Opening reads only headers, and checks that every tensor the family needs is there with the shape that
-    ``config.json`` implies. Both layouts are read: one tensor per expert, and all experts of a layer fused.
+    Opening reads only headers (and, where the head may be the embedding or not, these two), and checks that every tensor the family needs is there with the shape that
+    ``config.json`` implies. Both layouts are read: one tensor per expert, and all experts of a layer fused; tensors
+    saved from the model without its head, too, whose names lack ``model.``. Float8 with a scale per block is read as
+    the dtype that ``config.json`` names.
 
     Raises:
         InputError: a file is missing, truncated or not safetensors; a tensor is missing or of the wrong shape or dtype.
+        UnsupportedError: the checkpoint is quantized in another way, is no language model, or has a setting that
+            cannot be represented.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        check_folder(folder)
+        self.block_scaled: BlockScaled | None = read_block_scaled(folder)
+        refuse_other_inputs(folder)
         self.shape: MoeShape = read_shape(folder)
-        self.files = _weight_files(folder)
+        self._weights = find_weights(folder)
+        self.files = self._weights.files
         self._opened = {file: WeightFile(file) for file in self.files}
-        self.headers: dict[str, TensorHeader] = {}
+        self.headers: dict[str, TensorHeader] = {}  # by the names of the whole language model
         for opened in self._opened.values():
-            self.headers.update(opened.tensors)
+            self.headers.update({with_prefix(name): header for name, header in opened.tensors.items()})
         self._check_tensors()
+        if self._has_own_head():
+            self.shape = replace(self.shape, tied_embeddings=False)
 
     @property
     def family(self) -> Family:
@@ -49,28 +69,40 @@ class Checkpoint:
     @property
     def dtype(self) -> torch.dtype:
         """Storage dtype of the experts."""
-        return self.headers[self._expert_location(Role.EXPERT_DOWN, 0, 0)[0]].dtype
+        return self._dtype(self._expert_location(Role.EXPERT_DOWN, 0, 0)[0])
+
+    def dtype_of(self, role: Role, layer: int | None = None) -> torch.dtype:
+        """Storage dtype of a tensor that is not an expert's."""
+        return self._dtype(self._name(role, layer))
 
     @property
     def n_bytes(self) -> int:
-        """Size of all tensors on disk in bytes."""
-        return sum(header.n_bytes for header in self.headers.values())
+        """Size in bytes of all weights in storage dtype."""
+        scales = {BlockScaled.scales_of(name) for name, header in self.headers.items() if header.format == FLOAT8}
+        return sum(
+            math.prod(header.shape) * self._dtype(name).itemsize if header.format == FLOAT8 else header.n_bytes
+            for name, header in self.headers.items()
+            if name not in scales
+        )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is odd about the files, though they are read: sentences without a full stop."""
+        return tuple(self._find_notes())
 
     def tensor(self, role: Role, layer: int | None = None) -> torch.Tensor:
         """The tensor of a role that is not an expert's, in storage dtype; a tied head is the embedding."""
-        if role is Role.HEAD and self.shape.tied_embeddings:
-            role = Role.TOKEN_EMBEDDING
-        return self._read(self.family.names[role].format(layer=layer))
+        return self.rows(role, layer, slice(None))
 
     def rows(self, role: Role, layer: int | None, rows: slice) -> torch.Tensor:
         """Some consecutive rows of a tensor that is not an expert's, in storage dtype."""
-        if role is Role.HEAD and self.shape.tied_embeddings:
-            role = Role.TOKEN_EMBEDDING
-        name = self.family.names[role].format(layer=layer)
+        return self._read_rows(self._name(role, layer), rows)
+
+    def _read_rows(self, name: str, rows: slice) -> torch.Tensor:
         n_rows, *rest = self.headers[name].shape
         start, stop, _ = rows.indices(n_rows)
-        out = torch.empty(stop - start, *rest, dtype=self.headers[name].dtype)
-        self._file_of(name).read_into(name, out, start * (out[0].numel() if len(out) else 0))
+        out = torch.empty(stop - start, *rest, dtype=self._dtype(name))
+        self._read_into(name, out, start * (out[0].numel() if len(out) else 0))
         return out
 
     def expert(self, role: Role, layer: int, expert: int) -> torch.Tensor:
@@ -82,7 +114,7 @@ class Checkpoint:
     def read_expert(self, role: Role, layer: int, expert: int, out: torch.Tensor) -> None:
         """Fills ``out``, contiguous and of the expert's shape, with what :meth:`expert` would return."""
         name, first = self._expert_location(role, layer, expert)
-        self._file_of(name).read_into(name, out, first)
+        self._read_into(name, out, first)
 
     def identity(self) -> str:
         """SHA-256 over ``config.json`` and the header of every weight file: equal for equal checkpoints."""
@@ -114,21 +146,92 @@ class Checkpoint:
             for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN):
                 yield self.family.names[role].format(layer=layer, expert=expert), role_shape(role, shape)
 
+    def _has_own_head(self) -> bool:
+        """Whether the weights hold a head of other values, though ``tie_word_embeddings`` is true."""
+        names = [self.family.names[role] for role in (Role.HEAD, Role.TOKEN_EMBEDDING)]
+        if not self.shape.tied_embeddings or names[0] not in self.headers:
+            return False
+        if (problem := self._problem(names[0], role_shape(Role.HEAD, self.shape))) is not None:
+            raise InputError(problem)
+        head, embedding = (partial(self._read_rows, name) for name in names)
+        state = [(file, stat.st_size, stat.st_mtime_ns) for file in self.files for stat in [file.stat()]]
+        return is_own_head(tuple(state), self.shape.vocab_size, head, embedding)
+
     def _check_tensors(self) -> None:
+        config = read_json(self.folder / "config.json")
+        if (classifier := is_classifier(config, self.headers)) is not None:
+            raise UnsupportedError(f"{self.folder}: {classifier}")
         for name, expected in self.expected_shapes():
-            header = self.headers.get(name)
-            if header is None:
-                raise InputError(f"{self.folder}: tensor {name} is in none of the weight files; download them again")
-            if header.shape != expected:
-                raise InputError(
-                    f"{header.file}: tensor {name} has shape {list(header.shape)}, but config.json implies "
-                    f"{list(expected)}; config and weights do not belong together"
+            problem = self._problem(name, expected)
+            if problem is not None:
+                cause = likely_cause(self.folder, config, self.headers, name)
+                raise InputError(problem if cause is None else f"{self.folder}: {cause}")
+            self._check_scales(name)
+
+    def _problem(self, name: str, expected: tuple[int, ...]) -> str | None:
+        """What is wrong with a tensor that the family needs; None if nothing is."""
+        header = self.headers.get(name)
+        if header is None:
+            return f"{self.folder}: tensor {name} is in none of the weight files; {self._where_to_look(name)}"
+        if header.shape != expected:
+            return (
+                f"{header.file}: tensor {name} has shape {list(header.shape)}, but config.json implies "
+                f"{list(expected)}; config and weights do not belong together"
+            )
+        has_dtype = f"{header.file}: tensor {name} has dtype {header.format}"
+        if header.format == FLOAT8 and self.block_scaled is None:
+            return f"{has_dtype}, but config.json has no quantization_config; without, only {_READ} are read"
+        if header.format not in (*_FORMATS, FLOAT8):
+            return f"{has_dtype}; only {_READ}, and {FLOAT8} with scales of blocks, are read: {GIVE_THE_ORIGINAL}"
+        return None
+
+    def _where_to_look(self, name: str) -> str:
+        if self._weights.beside_index:
+            return f"{SINGLE} is read, as transformers does, and not {INDEX} beside it: remove the one that is old"
+        if self._weights.without_index:
+            return f"{INDEX} is missing: download it, and the files that it names"
+        if name in self._weights.index:
+            return f"the index says that it lies in {shown(self._weights.index[name])}: download that file again"
+        return "download them again"
+
+    def _check_scales(self, name: str) -> None:
+        header, scales = self.headers[name], self.headers.get(BlockScaled.scales_of(name))
+        if header.format == FLOAT8 and self.block_scaled is not None:
+            self.block_scaled.check(header, scales)
+        elif scales is not None:
+            raise InputError(
+                f"{header.file}: tensor {name} has dtype {header.format}, but scales for float8 "
+                f"({shown(scales.name)}); remove them, or download the files again"
+            )
+
+    def _find_notes(self) -> Iterator[str]:
+        if self._weights.beside_index:
+            yield f"{SINGLE} is read, as transformers does, and not {INDEX} beside it"
+        if self._weights.without_index:
+            yield f"{INDEX} is missing; all {len(self.files)} shards are read"
+        holders: dict[str, list[str]] = {}
+        for file, opened in self._opened.items():
+            for name in opened.tensors:
+                holders.setdefault(name, []).append(file.name)
+        for name, files in holders.items():
+            if len(files) > 1:
+                yield f"tensor {shown(name)} is in {len(files)} files; as in transformers the last counts, {files[-1]}"
+            elif self._weights.index.get(name, files[0]) != files[0]:
+                yield (
+                    f"the index says that tensor {shown(name)} lies in {shown(self._weights.index[name])}; it is read "
+                    f"from {files[0]}, as in transformers"
                 )
-            if header.dtype not in _WEIGHT_DTYPES:
-                raise InputError(
-                    f"{header.file}: tensor {name} holds {header.dtype}; only float32, float16 and bfloat16 "
-                    "checkpoints are read"
-                )
+
+    def _name(self, role: Role, layer: int | None) -> str:
+        if role is Role.HEAD and self.shape.tied_embeddings:
+            role = Role.TOKEN_EMBEDDING
+        return self.family.names[role].format(layer=layer)
+
+    def _dtype(self, name: str) -> torch.dtype:
+        header = self.headers[name]
+        if header.format == FLOAT8 and self.block_scaled is not None:
+            return self.block_scaled.dtype
+        return header.dtype
 
     def _expert_location(self, role: Role, layer: int, expert: int) -> tuple[str, int]:
         """Name on disk, and the flat index in it of the expert's first value."""
@@ -142,11 +245,18 @@ class Checkpoint:
             return down, expert * matrix
         return gate_up, (2 * expert + (role is Role.EXPERT_UP)) * matrix
 
-    def _read(self, name: str) -> torch.Tensor:
-        return self._file_of(name).read(name)
+    def _read_into(self, name: str, out: torch.Tensor, first: int) -> None:
+        file, stored = self._located(name)
+        if self.block_scaled is not None and self.headers[name].format == FLOAT8:
+            scales = self._located(BlockScaled.scales_of(name))
+            self.block_scaled.fill(out, first, (file, stored), scales)
+        else:
+            file.read_into(stored, out, first)
 
-    def _file_of(self, name: str) -> WeightFile:
-        return self._opened[self.headers[name].file]
+    def _located(self, name: str) -> tuple[WeightFile, str]:
+        """The file that holds a tensor, and the tensor's name in it."""
+        header = self.headers[name]
+        return self._opened[header.file], header.name
 
 
 def role_shape(role: Role, shape: MoeShape) -> tuple[int, ...]:
@@ -170,21 +280,3 @@ def role_shape(role: Role, shape: MoeShape) -> tuple[int, ...]:
         Role.EXPERT_UP: (shape.expert_width, hidden),
         Role.EXPERT_DOWN: (hidden, shape.expert_width),
     }[role]
-
-
-def _weight_files(folder: Path) -> tuple[Path, ...]:
-    index = folder / _INDEX
-    if not index.is_file():
-        single = folder / _SINGLE
-        if not single.is_file():
-            raise InputError(f"{folder} holds neither {_SINGLE} nor {_INDEX}: only safetensors checkpoints are read")
-        return (single,)
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = tuple(folder / name for name in sorted(set(weight_map.values())))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{index} is not a weight index: download it again") from None
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise InputError(f"{folder}: the index names {missing[0]}, which is missing; download it again")
-    return files

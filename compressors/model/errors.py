@@ -5,11 +5,13 @@
     ├── UnsupportedError    the model or a choice cannot be represented              exit code 2
     └── BudgetError         no recipe fits the budget                                exit code 3
 
-A message names the file, tensor, flag or number at fault and says what to do. Any other exception is a bug of ours
-and exits with code 1.
+A message names the file, tensor, flag or number at fault and says what to do. It is one line that can be printed,
+whatever the text is that it quotes. Any other exception is a bug of ours and exits with code 1.
 """
 
 from __future__ import annotations
+
+from compressors.model.names import one_line
 
 __all__ = ["BudgetError", "InputError", "MoeExportError", "UnsupportedError"]
 
@@ -24,6 +26,9 @@ class InputError(MoeExportError):
     """A file, flag, text or number that was given is wrong."""
 
     exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class UnsupportedError(InputError):

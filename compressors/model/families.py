@@ -40,6 +40,7 @@ class Role(StrEnum):
     EXPERT_GATE = "expert gate"  # [F, D] for each expert
     EXPERT_UP = "expert up"  # [F, D] for each expert
     EXPERT_DOWN = "expert down"  # [D, F] for each expert
+    ROPE_FACTORS = "rope factors"  # [head_dim / 2], in GGUF files only: made from config.json, in no checkpoint
 
     @property
     def is_expert(self) -> bool:
@@ -71,7 +72,7 @@ class ConfigKeys:
     n_experts: str  # as the hub's checkpoints spell it
     expert_width: str
     normalize_top_k: str | None  # None: the family always normalises the chosen gates
-    saved_n_experts: str = "num_local_experts"  # as transformers 5 spells it when it saves any family
+    other_n_experts: str = "num_local_experts"  # the other spelling; where both are there, transformers takes this one
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class GgufFamily:
     writes_expert_width: bool  # the width goes into expert_feed_forward_length, not feed_forward_length
     needs_square_attention: bool = False  # loads query and key only as [D, D]: every head has a key-value head
     needs_untied_head: bool = False  # loads no file without a head of its own
+    takes_rope_factors: bool = False  # its graph divides the rotary angles by a tensor of the file
 
 
 _DENSE_NAMES = {
@@ -124,6 +126,10 @@ class Family:
     router_module: str = "mlp.gate"  # inside transformers' decoder layer; returns (logits, gate weights, experts)
     experts_module: str = "mlp.experts"  # holds gate_up_proj [E, 2F, D] and down_proj [E, D, F]
     required_settings: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # first value: when absent
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # transformers', of settings that config.json leaves out
+    nullable: frozenset[str] = frozenset()  # of which transformers takes null as if they were absent
+    rope_theta: float = 10_000.0  # likewise
+    always_windowed: bool = True  # a sliding_window counts by itself, without use_sliding_window
     dense: DenseFamily | None = None  # its counterpart without experts
 
     @property
@@ -175,7 +181,7 @@ _MOE_SETTINGS = frozenset(
         "mlp_only_layers",
     }
 )
-_COMMON_SETTINGS: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",), "attention_bias": (False,)}
+_COMMON_SETTINGS: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish"), "attention_bias": (False,)}
 
 _QWEN3_MOE = Family(
     model_type="qwen3_moe",
@@ -184,11 +190,25 @@ _QWEN3_MOE = Family(
     fused_gate_up="model.layers.{layer}.mlp.experts.gate_up_proj",
     fused_down="model.layers.{layer}.mlp.experts.down_proj",
     config_keys=ConfigKeys("num_experts", "moe_intermediate_size", "norm_topk_prob"),
+    defaults={
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "sliding_window": 4096,
+        "moe_intermediate_size": 768,
+        "num_experts_per_tok": 8,
+        "num_experts": 128,
+    },
+    nullable=frozenset({"sliding_window"}),
+    always_windowed=False,
     gguf=GgufFamily("qwen3moe", rotary_is_interleaved=False, normalizes_top_k=True, writes_expert_width=True),
     qk_norm=QkNorm.PER_HEAD,
     required_settings={
         **_COMMON_SETTINGS,
-        "use_sliding_window": (False,),
         "mlp_only_layers": ([], None),
         "decoder_sparse_step": (1,),
     },
@@ -208,10 +228,30 @@ _MIXTRAL = Family(
     },
     fused_gate_up="model.layers.{layer}.mlp.experts.gate_up_proj",
     fused_down="model.layers.{layer}.mlp.experts.down_proj",
-    config_keys=ConfigKeys("num_local_experts", "intermediate_size", None),
-    gguf=GgufFamily("llama", rotary_is_interleaved=True, normalizes_top_k=True, writes_expert_width=False),
+    config_keys=ConfigKeys("num_local_experts", "intermediate_size", None, other_n_experts="num_experts"),
+    defaults={
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "intermediate_size": 14336,
+        "num_experts_per_tok": 2,
+        "num_local_experts": 8,
+    },
+    nullable=frozenset({"head_dim", "sliding_window"}),
+    rope_theta=1_000_000.0,
+    gguf=GgufFamily(
+        "llama",
+        rotary_is_interleaved=True,
+        normalizes_top_k=True,
+        writes_expert_width=False,
+        takes_rope_factors=True,
+    ),
     qk_norm=QkNorm.NONE,
-    required_settings={**_COMMON_SETTINGS, "sliding_window": (None,)},
+    required_settings=_COMMON_SETTINGS,
     dense=DenseFamily("mistral", "MistralForCausalLM", "llama", settings={"sliding_window": None}),
 )
 
@@ -224,6 +264,18 @@ _OLMOE = Family(
     fused_gate_up="model.layers.{layer}.mlp.experts.gate_up_proj",
     fused_down="model.layers.{layer}.mlp.experts.down_proj",
     config_keys=ConfigKeys("num_experts", "intermediate_size", "norm_topk_prob"),
+    defaults={
+        "vocab_size": 50304,
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "intermediate_size": 2048,
+        "num_experts_per_tok": 8,
+        "num_experts": 64,
+    },
+    nullable=frozenset({"num_key_value_heads"}),
     gguf=GgufFamily(
         "olmoe",
         rotary_is_interleaved=False,

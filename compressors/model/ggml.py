@@ -94,6 +94,8 @@ def _library() -> ctypes.CDLL:
         ctypes.c_int64,
         ctypes.c_void_p,
     ]
+    library.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
+    library.ggml_quantize_requires_imatrix.argtypes = [ctypes.c_int]
     library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
     library.ggml_get_type_traits.argtypes = [ctypes.c_int]
     return library
@@ -101,12 +103,15 @@ def _library() -> ctypes.CDLL:
 
 @functools.cache
 def ggml_library_for(ggml_type: GGMLQuantizationType) -> ctypes.CDLL:
-    """The library, with the type's tables set up: some kernels read them without checking."""
+    """The library, with the tables set up that quantizing to the type needs: some kernels read them without checking.
+
+    Those of the IQ types take seconds; reading such types needs none of them.
+    """
     library = _library()
     library.ggml_quantize_init(ctypes.c_int(int(ggml_type)))
     return library
 
 
 def _traits(ggml_type: GGMLQuantizationType) -> _TypeTraits:
-    traits: _TypeTraits = ggml_library_for(ggml_type).ggml_get_type_traits(int(ggml_type)).contents
+    traits: _TypeTraits = _library().ggml_get_type_traits(int(ggml_type)).contents
     return traits

@@ -21,6 +21,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC,
 from compressors.model.errors import InputError
 from compressors.model.ggml import GGMLQuantizationType, can_dequantize, row_bytes
 from compressors.model.gguf_split import COUNT_KEY, NUMBER_KEY, TENSORS_KEY, split_parts
+from compressors.model.names import shown
 from compressors.model.raw_file import RawFile
 
 __all__ = ["GgufEntry", "GgufFile", "Value"]
@@ -133,11 +134,13 @@ class _Part:
                 self.tensors = self.header.tensors()
         except (EOFError, ValueError, OverflowError, struct.error, OSError) as error:
             raise InputError(
-                f"{path} is truncated or not a GGUF file ({error or 'its header ends too early'}): write it again"
+                f"{path} is truncated or not a GGUF file ({str(error) or 'its header ends too early'}): write it again"
             ) from None
         for entry in self.tensors.values():
             if entry.offset + entry.n_bytes > self.file.size:
-                raise InputError(f"{path} is truncated: tensor {entry.name} ends after the file does; write it again")
+                raise InputError(
+                    f"{path} is truncated: tensor {shown(entry.name)} ends after the file does; write it again"
+                )
 
 
 class _Header:
@@ -155,14 +158,24 @@ class _Header:
         if magic != GGUF_MAGIC or version != GGUF_VERSION:
             raise ValueError(f"it does not begin as one of version {GGUF_VERSION} does")
         for _ in range(n_values):
-            self._read_value(self._text())
+            key = self._text()
+            if key in self.values or key in self.array_lengths:
+                raise ValueError(f"its metadata has {shown(key)} twice")
+            self._read_value(key)
         entries = [self._entry() for _ in range(n_tensors)]
         alignment = self._alignment()
         data = -(-self._stream.tell() // alignment) * alignment
-        return {
-            name: GgufEntry(name, shape, ggml_type, data + offset, self._part)
-            for name, shape, ggml_type, offset in entries
-        }
+        found: dict[str, GgufEntry] = {}
+        expected = data
+        for name, shape, ggml_type, offset in entries:
+            entry = GgufEntry(name, shape, ggml_type, data + offset, self._part)
+            if name in found:
+                raise ValueError(f"tensor {shown(name)} is there twice")
+            if entry.offset != expected:  # gguf_init_from_file_impl demands it too
+                raise ValueError(f"tensor {shown(name)} does not begin where the one before it ends")
+            expected += -(-entry.n_bytes // alignment) * alignment
+            found[name] = entry
+        return found
 
     def _alignment(self) -> int:
         """Of the tensors' data: a power of two, as ``gguf_init_from_file_impl`` in ggml/src/gguf.cpp wants it."""
@@ -174,6 +187,8 @@ class _Header:
     def _entry(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
         name = self._text()
         (n_dimensions,) = self._numbers("<I")
+        if not 1 <= n_dimensions <= _MOST_DIMENSIONS:
+            raise ValueError(f"tensor {shown(name)} has {n_dimensions} dimensions")
         shape = self._numbers(f"<{n_dimensions}Q")[::-1]  # ggml counts dimensions from the innermost one
         type_number, offset = self._numbers("<IQ")
         return name, shape, self._type(name, shape, type_number), offset
@@ -182,10 +197,12 @@ class _Header:
         known = number in set(GGMLQuantizationType)
         if not known or not can_dequantize(GGMLQuantizationType(number)):
             called = GGMLQuantizationType(number).name if known else f"number {number}"
-            raise InputError(f"{self._path}: tensor {name} is of type {called}, which ggml cannot turn into numbers")
+            raise InputError(
+                f"{self._path}: tensor {shown(name)} is of type {called}, which ggml cannot turn into numbers"
+            )
         ggml_type = GGMLQuantizationType(number)
-        if not shape or shape[-1] % GGML_QUANT_SIZES[ggml_type][0]:
-            raise ValueError(f"tensor {name} of shape {list(shape)} cannot be of type {ggml_type.name}")
+        if shape[-1] % GGML_QUANT_SIZES[ggml_type][0]:
+            raise ValueError(f"tensor {shown(name)} of shape {list(shape)} cannot be of type {ggml_type.name}")
         return ggml_type
 
     def _read_value(self, key: str) -> None:
@@ -232,4 +249,5 @@ def _layout(kind: int) -> str:
     return layout
 
 
+_MOST_DIMENSIONS = 4  # GGML_MAX_DIMS of ggml/include/ggml.h
 _LONGEST_TEXT = 1 << 20  # that is read; llama.cpp allows keys of 65,535 bytes and names of tensors of 64

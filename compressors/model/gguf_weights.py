@@ -49,6 +49,11 @@ class GgufWeights:
         """Always float32."""
         return self.dtype
 
+    def stored_type(self, role: Role, layer: int | None) -> GGMLQuantizationType:
+        """The type of a tensor."""
+        entry = self._entries.get((role, layer))
+        return GGMLQuantizationType.F32 if entry is None else entry.ggml_type
+
     def tensor(self, role: Role, layer: int | None) -> torch.Tensor:
         """The tensor of a role that is not an expert's, float32."""
         if (role, layer) not in self._entries:  # the router of one expert: a softmax over one logit, whatever it is

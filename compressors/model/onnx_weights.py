@@ -17,12 +17,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # it has none
 
 from compressors.model.checkpoint import role_shape
 from compressors.model.errors import InputError
 from compressors.model.families import Role
+from compressors.model.ggml import GGMLQuantizationType
+from compressors.model.names import shown
 from compressors.model.onnx_blocks import BLOCK_SIZE, BlockWeights
+from compressors.model.onnx_graph import external_place, read_graph
 from compressors.model.raw_file import RawFile
 from compressors.model.shape import MoeShape
 from compressors.model.weights import Place
@@ -110,6 +112,14 @@ class OnnxWeights:
         """Always float32."""
         return self.dtype
 
+    def stored_type(self, role: Role, layer: int | None) -> GGMLQuantizationType:
+        """ggml's type of the same numbers: F32, or blocks of 32 values in 4 or 8 bits."""
+        weight = self._weights.get((role, layer))
+        if weight is None or weight.scales is None:
+            return GGMLQuantizationType.F32
+        is_packed = 2 * weight.codes.n_values == prod(weight.shape)
+        return GGMLQuantizationType.Q4_0 if is_packed else GGMLQuantizationType.Q8_0
+
     def tensor(self, role: Role, layer: int | None) -> torch.Tensor:
         """The tensor of a role that is not an expert's, float32."""
         weight = self._weights.get((role, layer))
@@ -167,22 +177,16 @@ class OnnxWeights:
 
     def _tensors(self) -> dict[str, _Stored]:
         """Everything in the data file, by name."""
-        try:
-            model = onnx.load(self._graph_file, load_external_data=False)
-            found = [tensor for tensor in model.graph.initializer if tensor.external_data]
-            return {tensor.name: self._stored(tensor) for tensor in found}
-        except OSError as error:
-            raise InputError(f"{self._graph_file} cannot be opened ({error.strerror})") from None
-        except (DecodeError, KeyError, ValueError) as error:
-            raise InputError(f"{self._graph_file} is truncated or no model of ours ({error}): write it again") from None
+        found = [tensor for tensor in read_graph(self._graph_file).initializer if tensor.external_data]
+        return {tensor.name: self._stored(tensor) for tensor in found}
 
     def _stored(self, tensor: onnx.TensorProto) -> _Stored:
-        place = {entry.key: entry.value for entry in tensor.external_data}
-        if place["location"] != DATA_FILE or tensor.data_type not in _NUMPY_TYPES:
-            raise ValueError(f"tensor {tensor.name} is of another kind")
-        stored = _Stored(tensor.name, _NUMPY_TYPES[tensor.data_type], tuple(tensor.dims), int(place["offset"]))
+        place = external_place(self._graph_file, tensor)
+        if place.file.name != DATA_FILE or tensor.data_type not in _NUMPY_TYPES:
+            raise InputError(f"{self._graph_file} is no model of ours (tensor {shown(tensor.name)} is of another kind)")
+        stored = _Stored(tensor.name, _NUMPY_TYPES[tensor.data_type], tuple(tensor.dims), place.offset)
         if stored.offset + stored.n_bytes > self._data.size:
-            raise InputError(f"{self._data.path} is truncated: tensor {tensor.name} ends after the file does")
+            raise InputError(f"{self._data.path} is truncated: tensor {shown(tensor.name)} ends after the file does")
         return stored
 
     def _weight(self, role: Role, layer: int | None, tensors: dict[str, _Stored]) -> _Weight:

@@ -1,4 +1,4 @@
-"""A weight file that is read with plain reads into memory of our own, and watched while it is read.
+"""A file from outside that is read with plain reads into memory of our own, and watched while it is read.
 
 Files are not mapped into memory: mapped pages count as resident, and after one pass over a 60 GB model the process
 would seem to hold all of it.
@@ -7,13 +7,15 @@ would seem to hold all of it.
 from __future__ import annotations
 
 import os
+import stat
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
 from compressors.model.errors import InputError
+from compressors.model.names import shown
 
-__all__ = ["FileState", "RawFile"]
+__all__ = ["FileState", "RawFile", "instead_of_a_file"]
 
 
 @dataclass(frozen=True)
@@ -40,17 +42,22 @@ class RawFile:
     """The bytes of a file.
 
     Raises:
-        InputError: the file cannot be opened.
+        InputError: the file cannot be opened, or is none: a folder, a pipe, a socket, a device.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._state = FileState.of(path)
-            self._descriptor = os.open(path, os.O_RDONLY)
+            # without O_NONBLOCK, opening a pipe waits for somebody who writes into it
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         except OSError as error:
-            raise InputError(f"{path} cannot be opened ({error.strerror})") from None
+            link = f"; it is a link to {shown(os.readlink(path))}: download the file again" if path.is_symlink() else ""
+            raise InputError(f"{path} cannot be opened ({error.strerror}){link}") from None
         weakref.finalize(self, os.close, self._descriptor)
+        status = os.fstat(self._descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{path} is no file but {_kind(status.st_mode)}: put the real file in its place")
+        self._state = FileState(status.st_size, status.st_mtime_ns)
 
     @property
     def size(self) -> int:
@@ -58,8 +65,15 @@ class RawFile:
         return self._state.size
 
     def start(self, n_bytes: int, offset: int = 0) -> bytes:
-        """The bytes from ``offset`` on, fewer if the file ends before: for headers."""
-        return os.pread(self._descriptor, n_bytes, offset)
+        """The bytes from ``offset`` on, fewer if the file ends before: for headers.
+
+        Raises:
+            InputError: they cannot be read.
+        """
+        try:
+            return os.pread(self._descriptor, n_bytes, offset)
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be read ({error.strerror})") from None
 
     def fill(self, name: str, target: memoryview, offset: int) -> None:
         """Fills ``target``, bytes, with those from ``offset`` on.
@@ -79,8 +93,8 @@ class RawFile:
             target, offset = target[n_read:], offset + n_read
         if problem is not None:
             raise InputError(
-                f"{self.path}: tensor {name} cannot be read: {problem}. Was the file changed or cut off while this "
-                "run was reading it? Put the original back, then start again"
+                f"{self.path}: tensor {shown(name)} cannot be read: {problem}. Was the file changed or cut off while "
+                "this run was reading it? Put the original back, then start again"
             )
 
     def _change(self) -> str | None:
@@ -89,3 +103,26 @@ class RawFile:
             return self._state.change_to(FileState.of(self.path))
         except OSError as error:
             return str(error.strerror)
+
+
+def instead_of_a_file(start: bytes) -> str | None:
+    """Says what came in a file's place, in half a sentence; None if its first bytes do not tell.
+
+    Args:
+        start: the first 200 bytes or more, all of them if the file has fewer.
+    """
+    if not start:
+        return "it is empty: its download was cut off or never began"
+    if not start.strip(b"\0"):
+        return "it begins with zeros: its download reserved the room and was cut off"
+    text = start.lstrip().lower()
+    if text.startswith(b"version https://git-lfs"):
+        return "it is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder"
+    if text.startswith((b"<!doctype", b"<html")):
+        return "it is a web page: the download gave the page about the file, not the file"
+    return None
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")

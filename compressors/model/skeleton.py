@@ -85,6 +85,7 @@ def _with_sizes(config: Any, shape: MoeShape) -> Any:
     setattr(config, keys.expert_width, shape.expert_width)
     config.num_hidden_layers = shape.n_layers
     config.num_experts_per_tok = shape.top_k
+    config.head_dim = shape.head_dim  # some kinds of rotary embedding do not work it out themselves
     return config
 
 

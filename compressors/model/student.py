@@ -251,7 +251,7 @@ class _KeptWeights:
         return self._source.dtype
 
     def dtype_of(self, role: Role, layer: int | None) -> torch.dtype:
-        return self._source.headers[self._source.family.names[role].format(layer=self._layer(layer))].dtype
+        return self._source.dtype_of(role, self._layer(layer))
 
     def tensor(self, role: Role, layer: int | None) -> torch.Tensor:
         tensor = self._source.tensor(role, self._layer(layer))

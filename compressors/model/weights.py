@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from compressors.model.families import Role
+from compressors.model.ggml import GGMLQuantizationType
 
 __all__ = ["Place", "Weights", "WrittenWeights"]
 
@@ -45,6 +46,9 @@ class Weights(Protocol):
 
 class WrittenWeights(Weights, Protocol):
     """The tensors of a written file, dequantized: float32."""
+
+    def stored_type(self, role: Role, layer: int | None) -> GGMLQuantizationType:
+        """How the file stores the tensors of a role; ggml's name where a graph holds the same numbers."""
 
     def router_place(self, layer: int) -> Place:
         """Where a layer's router [E, D] lies in the file.

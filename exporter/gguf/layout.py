@@ -11,10 +11,12 @@ from gguf.constants import LlamaFileType
 from compressors.model.checkpoint import role_shape
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.families import Role
+from compressors.model.gguf_rope import GgufRope, gguf_rope
 from compressors.model.shape import MoeShape
 from compressors.quantize import GGMLQuantizationType, fallback_type, row_bytes
 
 __all__ = ["PRESETS", "GgufTensor", "Preset", "architecture", "check_uniform", "plan_tensors", "preset_named"]
+__all__ += ["rope_settings"]
 
 _MAX_EXPERTS, _MAX_LAYERS = 1024, 512  # LLAMA_MAX_EXPERTS and LLAMA_MAX_LAYERS in src/llama-hparams.h
 
@@ -62,6 +64,7 @@ class GgufTensor:
     layer: int | None
     shape: tuple[int, ...]  # torch's order
     ggml_type: GGMLQuantizationType
+    values: tuple[float, ...] | None = None  # of a tensor that is made from config.json; None: it has its role's
 
     @property
     def row_length(self) -> int:
@@ -91,6 +94,15 @@ def architecture(shape: MoeShape) -> str:
     return family.dense.gguf_architecture if shape.is_dense and family.dense else family.gguf.architecture
 
 
+def rope_settings(shape: MoeShape) -> GgufRope:
+    """What the file says about the rotary embedding, its base and width apart.
+
+    Raises:
+        UnsupportedError: llama.cpp would compute other angles whatever the file says.
+    """
+    return gguf_rope(shape.rope, architecture(shape), takes_factors=shape.family.gguf.takes_rope_factors)
+
+
 def plan_tensors(shape: MoeShape, preset: str) -> tuple[GgufTensor, ...]:
     """Every tensor of the file, in the file's order.
 
@@ -101,6 +113,8 @@ def plan_tensors(shape: MoeShape, preset: str) -> tuple[GgufTensor, ...]:
     types = preset_named(preset)
     _check_representable(shape)
     tensors = [_tensor(role, None, shape, types) for role in shape.stored_roles if role.is_global]
+    for name, values in rope_settings(shape).factors.items():
+        tensors.append(GgufTensor(name, Role.ROPE_FACTORS, None, (len(values),), _T.F32, values))
     for layer in range(shape.n_layers):
         tensors += [_tensor(role, layer, shape, types) for role in shape.stored_roles if not role.is_global]
     return tuple(tensors)

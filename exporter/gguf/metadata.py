@@ -9,14 +9,17 @@ from typing import Any
 import yaml
 from gguf import GGML_QUANT_VERSION, Metadata, size_label
 
+from compressors.model.config import read_shape
 from compressors.model.errors import InputError
-from compressors.model.shape import MoeShape, read_shape
+from compressors.model.names import shown
+from compressors.model.shape import MoeShape
 from exporter.gguf.container import Value, float32, string, uint32
-from exporter.gguf.layout import architecture, preset_named
+from exporter.gguf.layout import architecture, preset_named, rope_settings
 
 __all__ = ["gguf_file_name", "model_metadata", "moe_size_label", "source_license"]
 
 _HUB_URL = "https://huggingface.co"
+_LARGEST_CARD = 16_000_000  # bytes
 
 
 def model_metadata(shape: MoeShape, source_folder: Path, name: str, preset: str) -> dict[str, Value]:
@@ -93,7 +96,14 @@ def _architecture(shape: MoeShape) -> dict[str, Value]:
         **({} if shape.is_dense else experts),
         "vocab_size": uint32(shape.vocab_size),
     }
+    values |= {key: _value(value) for key, value in rope_settings(shape).keys.items()}
     return {f"{architecture(shape)}.{key}": value for key, value in values.items()}
+
+
+def _value(value: str | int | float) -> Value:
+    if isinstance(value, str):
+        return string(value)
+    return uint32(value) if isinstance(value, int) else float32(value)
 
 
 def _base_models(source_folder: Path, card: Mapping[str, Any]) -> dict[str, Value]:
@@ -121,13 +131,32 @@ def _hub_id(folder: Path) -> str | None:
     return repository.removeprefix("models--").replace("--", "/")
 
 
-def _model_card(folder: Path) -> Mapping[str, Any]:
+def _model_card(folder: Path) -> Mapping[str, str | list[str]]:
+    """The texts and lists of texts between the --- lines of README.md; nothing else there is repeated in files."""
+    path = folder / "README.md"
     try:
-        return Metadata.load_model_card(folder)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        if path.is_file() and path.stat().st_size > _LARGEST_CARD:
+            raise InputError(
+                f"{path} has {path.stat().st_size:,} bytes, too many for a model card: shorten or remove it"
+            )
+        card = Metadata.load_model_card(folder)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise InputError(
-            f"{folder / 'README.md'}: the block between the --- lines is not YAML ({error}); correct or remove it"
+            f"{path}: the block between the --- lines is not YAML ({shown(str(error))}); correct or remove it"
         ) from None
+    entries = {key: [text for text in map(_text, _listed(entry)) if text] for key, entry in card.items()}
+    return {key: texts if isinstance(card[key], list) else texts[0] for key, texts in entries.items() if texts}
+
+
+def _listed(entry: object) -> list[object]:
+    return entry if isinstance(entry, list) else [entry]
+
+
+def _text(entry: object) -> str:
+    """A text or number of a model card as UTF-8 can hold it; empty for anything else."""
+    return str(entry).encode("utf-8", "ignore").decode("utf-8") if isinstance(entry, str | int | float) else ""
 
 
 def source_license(source_folder: Path) -> str | None:

@@ -1,7 +1,8 @@
 """The tokenizer of a checkpoint as GGUF metadata, so that llama.cpp splits text into the same tokens.
 
-Two kinds are known. Byte-level BPE (Qwen, Llama 3, GPT-2) needs the name that llama.cpp gives to the splitting
-expression. SentencePiece-style BPE (Mixtral), which ``tokenizer.json`` holds as BPE with byte fallback, needs scores.
+The source is the tokenizer that ``AutoTokenizer`` makes of the files, with tokens that only ``tokenizer_config.json``
+names. Two kinds are known. Byte-level BPE (Qwen, Llama 3, GPT-2) needs the name that llama.cpp gives to the splitting
+expression. SentencePiece-style BPE (Mixtral), which transformers holds as BPE with byte fallback, needs scores.
 """
 
 from __future__ import annotations
@@ -13,26 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from gguf.constants import Keys, TokenType
-from gguf.vocab import SpecialVocab
 
 from compressors.model.errors import InputError, UnsupportedError
-from exporter.gguf.container import Value, boolean, float32_array, int32_array, string, string_array, uint32
-from exporter.gguf.pre_tokenizers import pre_tokenizer_name
+from compressors.model.tokenizer_files import files_state, load_tokenizer
+from exporter.gguf.container import Value, boolean, float32_array, int32_array, string, string_array
+from exporter.gguf.pre_tokenizers import is_byte_level, pre_tokenizer_name, refuse_unknown_normalizer, steps_of
+from exporter.gguf.special_values import special_token_values
 
 __all__ = ["vocabulary_metadata"]
-
-_FILES = ("tokenizer.json", "tokenizer_config.json", "config.json", "chat_template.jinja", "chat_template.json")
-
-_SPECIAL_TOKEN_KEYS: Mapping[str, str] = {
-    "bos": Keys.Tokenizer.BOS_ID,
-    "eos": Keys.Tokenizer.EOS_ID,
-    "eot": Keys.Tokenizer.EOT_ID,
-    "eom": Keys.Tokenizer.EOM_ID,
-    "unk": Keys.Tokenizer.UNK_ID,
-    "sep": Keys.Tokenizer.SEP_ID,
-    "pad": Keys.Tokenizer.PAD_ID,
-    "mask": Keys.Tokenizer.MASK_ID,
-}
 
 _CONTROL_MARKS = (("<|", "|>"), ("<\uff5c", "\uff5c>"), ("<unused", ">"))
 """Begin and end of tokens that llama.cpp's converter takes for control tokens even when the tokenizer does not say so
@@ -45,54 +34,81 @@ def vocabulary_metadata(folder: Path, vocab_size: int) -> dict[str, Value]:
     The result is remembered for as long as the files do not change: planning asks for it again and again.
 
     Raises:
-        InputError: tokenizer.json is missing or damaged, or has more tokens than the model.
+        InputError: the tokenizer is missing or damaged, or has more tokens than the model.
         UnsupportedError: llama.cpp has no equivalent of the tokenizer; the message names the part at fault.
     """
-    present = [path for path in (folder / name for name in _FILES) if path.is_file()]
-    state = tuple((path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in present)
-    return dict(_vocabulary_metadata(folder, vocab_size, state))
+    return dict(_vocabulary_metadata(folder, vocab_size, files_state(folder)))
 
 
 @functools.lru_cache(maxsize=2)
 def _vocabulary_metadata(folder: Path, vocab_size: int, state: object) -> Mapping[str, Value]:
     path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise InputError(
-            f"{folder} has no tokenizer.json; make one with transformers: "
-            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+    loaded = load_tokenizer(folder)
+    tokenizer = json.loads(loaded.backend_tokenizer.to_str())
+    model = tokenizer["model"]
+    if model["type"] != "BPE":
+        raise UnsupportedError(
+            f"{path}: llama.cpp has no equivalent for a tokenizer of type {model['type']} in this architecture; "
+            "use --formats onnx"
         )
-    try:
-        tokenizer = json.loads(path.read_text(encoding="utf-8"))
-        special = SpecialVocab(folder, load_merges=True, n_vocab=vocab_size)
-        model = tokenizer["model"]
-        if model["type"] != "BPE":
-            raise UnsupportedError(f"{path}: llama.cpp has no equivalent for a tokenizer of type {model['type']}")
-        tokens, types = _tokens(tokenizer, vocab_size, path)
-        if model.get("byte_fallback"):
-            values = _sentencepiece_values(tokenizer, tokens, types)
-        else:
-            values = _byte_level_values(tokenizer, tokens, types, special.merges, path)
-        return {**values, **_special_token_values(special), **_chat_template_values(special.chat_template)}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} or tokenizer_config.json is damaged ({error!r}): download them again") from None
+    tokens, types = _tokens(tokenizer, vocab_size, path)
+    refuse_unknown_normalizer(tokenizer, path)
+    if model.get("byte_fallback") and not is_byte_level(tokenizer):
+        values = _sentencepiece_values(tokenizer, tokens, types)
+    else:
+        values = _byte_level_values(tokenizer, tokens, types, path)
+    special = special_token_values(folder, vocab_size, tokens, types)
+    return {**values, **special, **_chat_template_values(loaded.chat_template)}
 
 
 def _tokens(tokenizer: Mapping[str, Any], vocab_size: int, path: Path) -> tuple[list[str], list[int]]:
     """Texts and types by token id; ids without a token are unused, as in llama.cpp's converter."""
-    tokens = [f"[PAD{token_id}]" for token_id in range(vocab_size)]
-    types: list[int] = [TokenType.UNUSED] * vocab_size
     added = {entry["id"]: entry for entry in tokenizer["added_tokens"]}
-    known = {token_id: text for text, token_id in tokenizer["model"]["vocab"].items()}
-    known.update({token_id: entry["content"] for token_id, entry in added.items()})
-    for token_id, text in known.items():
-        if token_id >= vocab_size:
+    known: dict[int, str] = {}
+    for text, token_id in tokenizer["model"]["vocab"].items():
+        if known.setdefault(token_id, text) != text:
             raise InputError(
-                f"{path}: token {text!r} has number {token_id}, but config.json says vocab_size {vocab_size}; "
-                "tokenizer and model do not belong together"
+                f"{path}: {known[token_id]!r} and {text!r} have the same number {token_id}; download it again"
             )
-        tokens[token_id] = text
-        types[token_id] = _added_token_type(added[token_id]) if token_id in added else TokenType.NORMAL
+    known.update({token_id: entry["content"] for token_id, entry in added.items()})
+    beyond = next((token_id for token_id in known if token_id >= vocab_size), None)
+    if beyond is not None:
+        raise InputError(
+            f"{path.parent}: token {known[beyond]!r} has number {beyond}, but config.json says vocab_size "
+            f"{vocab_size}; tokenizer and model do not belong together"
+        )
+    texts = set(known.values())
+    if len(texts) < len(known):
+        _refuse_duplicate(known, path)
+    tokens = [
+        known[token_id] if token_id in known else _padding_text(token_id, texts) for token_id in range(vocab_size)
+    ]
+    types = [_token_type(token_id, known, added) for token_id in range(vocab_size)]
     return tokens, types
+
+
+def _refuse_duplicate(known: Mapping[int, str], path: Path) -> None:
+    first: dict[str, int] = {}
+    for token_id, text in sorted(known.items()):
+        if first.setdefault(text, token_id) != token_id:
+            raise UnsupportedError(
+                f"{path}: the tokens {first[text]} and {token_id} are both {text!r}, and llama.cpp reads no file with "
+                "two equal tokens; use --formats onnx"
+            )
+
+
+def _padding_text(token_id: int, texts: set[str]) -> str:
+    """What llama.cpp's converter writes for an id without a token; another text if a token has that one."""
+    text = f"[PAD{token_id}]"
+    while text in texts:
+        text = f"[{text}]"
+    return text
+
+
+def _token_type(token_id: int, known: Mapping[int, str], added: Mapping[int, Mapping[str, Any]]) -> int:
+    if token_id not in known:
+        return int(TokenType.UNUSED)
+    return int(_added_token_type(added[token_id]) if token_id in added else TokenType.NORMAL)
 
 
 def _added_token_type(entry: Mapping[str, Any]) -> TokenType:
@@ -103,14 +119,14 @@ def _added_token_type(entry: Mapping[str, Any]) -> TokenType:
 
 
 def _byte_level_values(
-    tokenizer: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int], merges: Sequence[str], path: Path
+    tokenizer: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int], path: Path
 ) -> dict[str, Value]:
     return {
         Keys.Tokenizer.MODEL: string("gpt2"),
         Keys.Tokenizer.PRE: string(pre_tokenizer_name(tokenizer, path)),
         Keys.Tokenizer.LIST: string_array(tokens),
         Keys.Tokenizer.TOKEN_TYPE: int32_array(types),
-        Keys.Tokenizer.MERGES: string_array(merges),
+        Keys.Tokenizer.MERGES: string_array([f"{left} {right}" for left, right in tokenizer["model"]["merges"]]),
     }
 
 
@@ -123,8 +139,7 @@ def _sentencepiece_values(
     """
     ranks: dict[str, int] = {}
     merges = tokenizer["model"]["merges"]
-    for rank, merge in enumerate(merges):
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
+    for rank, (left, right) in enumerate(merges):
         ranks.setdefault(left + right, rank)
     scores = [-float(ranks.get(token, len(merges))) for token in tokens]
     types = [_piece_type(token, token_type, tokenizer) for token, token_type in zip(tokens, types, strict=True)]
@@ -147,32 +162,19 @@ def _piece_type(token: str, token_type: int, tokenizer: Mapping[str, Any]) -> in
 
 def _prepends_space(tokenizer: Mapping[str, Any]) -> bool:
     """Whether a space is put before the text: by a normalizer in older files, by the pre-tokenizer in newer ones."""
-    normalizer = tokenizer.get("normalizer") or {}
-    steps = normalizer.get("normalizers", [normalizer])
-    pre_tokenizer = tokenizer.get("pre_tokenizer") or {}
-    return any(step.get("type") == "Prepend" for step in steps) or (
-        pre_tokenizer.get("type") == "Metaspace" and pre_tokenizer.get("prepend_scheme", "always") != "never"
+    return any(step["type"] == "Prepend" for step in steps_of(tokenizer.get("normalizer"))) or any(
+        step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never"
+        for step in steps_of(tokenizer.get("pre_tokenizer"))
     )
 
 
-def _special_token_values(special: SpecialVocab) -> dict[str, Value]:
-    values = {
-        _SPECIAL_TOKEN_KEYS[kind]: uint32(token_id)
-        for kind, token_id in special.special_token_ids.items()
-        if kind in _SPECIAL_TOKEN_KEYS
-    }
-    # always said: without these keys llama.cpp takes a default that depends on the kind of tokenizer
-    values[Keys.Tokenizer.ADD_BOS] = boolean(special.add_special_token.get("bos", False))
-    values[Keys.Tokenizer.ADD_EOS] = boolean(special.add_special_token.get("eos", False))
-    return values
-
-
-def _chat_template_values(template: str | Sequence[Mapping[str, str]] | None) -> dict[str, Value]:
-    if template is None:
-        return {}
+def _chat_template_values(template: object) -> dict[str, Value]:
+    """``AutoTokenizer``'s template, or several by name."""
     if isinstance(template, str):
         return {Keys.Tokenizer.CHAT_TEMPLATE: string(template)}
-    named = {entry["name"]: entry["template"] for entry in template}
+    if not isinstance(template, dict):
+        return {}
+    named = dict(template)
     values = {Keys.Tokenizer.CHAT_TEMPLATE: string(named.pop("default"))} if "default" in named else {}
     if named:
         values[Keys.Tokenizer.CHAT_TEMPLATES] = string_array(sorted(named))

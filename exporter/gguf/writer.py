@@ -126,6 +126,8 @@ def _plan_rows(student: Student, tensors: tuple[GgufTensor, ...], offset: int) -
 def _read(student: Student, rows: _Rows, importance: Importance) -> Callable[[], list[Part]]:
     """Reads the values, in storage dtype; what it returns quantizes them."""
     tensor = rows.tensor
+    if tensor.values is not None:
+        return partial(_quantize, rows, torch.tensor(tensor.values)[None], None, tensor.name)
     weights = importance.get((tensor.role, tensor.layer))
     if rows.expert is None:
         values_RN = _matrix_rows(student, tensor, rows.rows)

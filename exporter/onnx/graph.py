@@ -82,7 +82,7 @@ class _Decoder:
         query = self._query_or_key_norm(Role.QUERY_NORM, layer, query, shape.n_heads)
         key = self._query_or_key_norm(Role.KEY_NORM, layer, key, shape.n_kv_heads)
         past = [self._past(layer, kind) for kind in ("key", "value")]
-        rotary = self._weights.rotary_caches()
+        rotary = self._weights.rotary_caches(mask.total_length)
         attended = self._graph.node(
             "GroupQueryAttention",
             [query, key, value, *past, mask.last_positions, mask.total_length, *rotary, "", mask.bias],

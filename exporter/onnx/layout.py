@@ -19,10 +19,11 @@ from compressors.model.onnx_weights import CODES, DATA_FILE, MODEL_FILE, SCALES
 from compressors.model.shape import MoeShape
 
 __all__ = ["DATA_FILE", "MODEL_FILE", "PRESETS", "Encoding", "Preset", "TensorLayout", "TensorPlan", "WeightPlan"]
-__all__ += ["plan_tensors", "preset_named"]
+__all__ += ["plan_tensors", "preset_named", "rotary_rows"]
 
 # Large tensors start on a page, so that the runtime can map them; the ONNX specification recommends 4096.
 _PAGE_BYTES = 4096
+_HEAD_MULTIPLE = 16
 _SMALL_ALIGNMENT = 64
 _SMALL_TENSOR_BYTES = 16 * _PAGE_BYTES
 
@@ -117,7 +118,7 @@ class TensorLayout:
     shape: MoeShape
     preset: Preset
     weights: tuple[WeightPlan, ...]
-    rotary_cosine: TensorPlan  # [context, head_dim / 2]
+    rotary_cosine: TensorPlan  # [rows, head_dim / 2], see rotary_rows
     rotary_sine: TensorPlan
     data_bytes: int
 
@@ -151,14 +152,33 @@ def preset_named(name: str) -> Preset:
     return PRESETS[name]
 
 
+def rotary_rows(shape: MoeShape) -> tuple[int, ...]:
+    """Positions of each rotary table: one for the context, or before it a table for shorter texts, turned otherwise."""
+    shorter = shape.rope.switches_after
+    if shorter is None or shorter >= shape.context_length:
+        return (shape.context_length,)
+    return shorter, shape.context_length
+
+
 def plan_tensors(shape: MoeShape, preset: str) -> TensorLayout:
     """Gives every tensor its name, shape, type and offset; reads no weight.
 
     Raises:
         InputError: there is no such preset.
-        UnsupportedError: a weight's row length is no multiple of the block size.
+        UnsupportedError: the operators cannot run heads of this size, or a weight's row length is no multiple of the
+            block size.
     """
+    _check_heads(shape)
     return _Planner(shape, preset_named(preset)).plan()
+
+
+def _check_heads(shape: MoeShape) -> None:
+    """The attention operator checks it only when it runs (``gqa_attention_base.h`` in ONNX Runtime)."""
+    if shape.head_dim % _HEAD_MULTIPLE:
+        raise UnsupportedError(
+            f"ONNX Runtime's GroupQueryAttention with a rotary embedding runs heads of a multiple of {_HEAD_MULTIPLE} "
+            f"values; this model's have {shape.head_dim}: it cannot be written as ONNX; use --formats gguf"
+        )
 
 
 class _Planner:
@@ -177,7 +197,7 @@ class _Planner:
         weights.append(self._weight(Role.FINAL_NORM, None))
         if not shape.tied_embeddings:
             weights.append(self._weight(Role.HEAD, None))
-        cache_shape = (shape.context_length, shape.head_dim // 2)
+        cache_shape = (sum(rotary_rows(shape)), shape.head_dim // 2)
         cosine = self._place("rotary.cosine", cache_shape, np.dtype(np.float32))
         sine = self._place("rotary.sine", cache_shape, np.dtype(np.float32))
         return TensorLayout(shape, self._preset, tuple(weights), cosine, sine, self._end)

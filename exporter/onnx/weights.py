@@ -12,7 +12,7 @@ from compressors.model.families import Role
 from compressors.model.onnx_blocks import BLOCK_SIZE
 from compressors.model.onnx_weights import MATRIX
 from exporter.onnx.builder import MICROSOFT, GraphBuilder
-from exporter.onnx.layout import Encoding, TensorLayout, WeightPlan
+from exporter.onnx.layout import Encoding, TensorLayout, WeightPlan, rotary_rows
 
 __all__ = ["WeightNodes"]
 
@@ -33,14 +33,37 @@ class WeightNodes:
         self._graph = graph
         self._layout = layout
         self._float32_scales: dict[str, str] = {}
+        self._rotary: tuple[str, str] | None = None
 
     def norm(self, role: Role, layer: int | None) -> str:
         """A norm's scale vector."""
         return self._graph.external(self._layout.weight(role, layer).codes)
 
-    def rotary_caches(self) -> tuple[str, str]:
-        """Cosine and sine, each [context, head_dim / 2]."""
-        return self._graph.external(self._layout.rotary_cosine), self._graph.external(self._layout.rotary_sine)
+    def rotary_caches(self, total_length: str) -> tuple[str, str]:
+        """Cosine and sine, each [context, head_dim / 2]; where short texts are turned otherwise, the rows in use.
+
+        ``total_length`` is int32, and decides as transformers does: by the text so far, the cached part included.
+        """
+        tables = self._graph.external(self._layout.rotary_cosine), self._graph.external(self._layout.rotary_sine)
+        shorter, *longer = rotary_rows(self._layout.shape)
+        if not longer:
+            return tables
+        if self._rotary is None:
+            self._rotary = self._chosen_rows(tables, total_length, shorter)
+        return self._rotary
+
+    def _chosen_rows(self, tables: tuple[str, str], total_length: str, shorter: int) -> tuple[str, str]:
+        graph = self._graph
+        is_long = graph.node(
+            "Greater", [total_length, graph.constant("rotary.shorter", shorter, np.int32)], "rotary.is_long"
+        )
+        rows = graph.constant("rotary.first_long", [shorter]), graph.constant("rotary.first_short", [0])
+        start = graph.node("Where", [is_long, *rows], "rotary.start")
+        length = graph.node("Cast", [total_length], "rotary.length", to=onnx.TensorProto.INT64)
+        end = graph.node("Add", [start, length], "rotary.end")
+        axis = graph.constant("rotary.axis", [0])
+        cosine, sine = (graph.node("Slice", [table, start, end, axis], f"{table}.in_use") for table in tables)
+        return cosine, sine
 
     def embedding(self, token_ids: str, output: str) -> str:
         """Looks rows of the embedding up."""

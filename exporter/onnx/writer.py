@@ -20,7 +20,7 @@ from compressors.quantize import GGMLQuantizationType, quantize_rows
 from compressors.statistics import Importance
 from exporter.files import replacing
 from exporter.onnx.graph import build_model
-from exporter.onnx.layout import DATA_FILE, MODEL_FILE, Encoding, TensorLayout, WeightPlan, plan_tensors
+from exporter.onnx.layout import DATA_FILE, MODEL_FILE, Encoding, TensorLayout, WeightPlan, plan_tensors, rotary_rows
 from exporter.pieces import Piece, row_slices, write_pieces
 from exporter.resumable import Part, is_published, resuming
 
@@ -204,8 +204,13 @@ def _rotary_parts(shape: MoeShape, places: Sequence[_Place]) -> list[Part]:
 
 
 def _rotary_caches(shape: MoeShape) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of every position's angles, float32 [context, head_dim / 2], as transformers computes them."""
-    exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
-    frequencies = 1.0 / (shape.rope_theta**exponents)
-    angles = torch.outer(torch.arange(shape.context_length, dtype=torch.float32), frequencies)
-    return angles.cos(), angles.sin()
+    """Cosine and sine of every position's angles, float32 [rows, head_dim / 2], as transformers computes them.
+
+    Each table is that of a text as long as its rows.
+    """
+    tables = [
+        torch.outer(torch.arange(n_tokens, dtype=torch.float32), shape.rope.inverse_frequencies(n_tokens))
+        for n_tokens in rotary_rows(shape)
+    ]
+    angles = torch.cat(tables)
+    return angles.cos() * shape.rope.attention_factor, angles.sin() * shape.rope.attention_factor

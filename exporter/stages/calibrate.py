@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from compressors.calibration import Splits, load_tokenizer, read_splits, tokenize
+from compressors.calibration import Splits, block_length_of, load_tokenizer, read_splits, tokenize
 from compressors.model.arithmetic import dtype_of
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
@@ -16,6 +16,7 @@ from exporter.snapshot import Snapshot
 from exporter.stage import StageContext
 from exporter.stages.artifacts import Blocks, Calibration, memory_limit, use_threads
 from exporter.stages.teacher_pass import TeacherPass
+from exporter.text_state import refuse_changed_texts
 from validate.bootstrap import perplexity_interval
 from validate.cloze import find_last_words, save_last_words
 from validate.statistics import perplexity
@@ -31,7 +32,9 @@ def run(context: StageContext) -> None:
     text = plan.recipe.text
     splits = read_splits(plan.calibration, plan.heldout)
     _refuse_changed_inputs(context, checkpoint, splits)
-    calibration, selection, heldout = tokenize(splits, checkpoint.folder)
+    calibration, selection, heldout = tokenize(
+        splits, checkpoint.folder, block_length_of(checkpoint.shape.context_length), text.blocks
+    )
     measured = heldout.leading(text.heldout_chunks_per_file)
     blocks = Blocks(
         calibration.spread(text.calibration_blocks).tokens_BT,
@@ -68,7 +71,7 @@ def _write_summary(
 def _refuse_changed_inputs(context: StageContext, checkpoint: Checkpoint, splits: Splits) -> None:
     """A run that goes on after an interruption must find what it was planned for."""
     plan = context.plan
-    calibration = splits.calibration.sha256 == plan.recipe.text.calibration_sha256
-    if not calibration or checkpoint.identity() != plan.recipe.source.identity:
-        changed = plan.source if calibration else plan.calibration
-        raise InputError(f"{changed} has changed since this run was planned; remove {context.work.folder}, start again")
+    what_to_do = f"put it back, or remove {context.work.folder} and start again"
+    refuse_changed_texts(plan.recipe.text, plan.calibration, plan.heldout, what_to_do, splits)
+    if checkpoint.identity() != plan.recipe.source.identity:
+        raise InputError(f"{plan.source} has changed since this run was planned; {what_to_do}")

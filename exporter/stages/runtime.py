@@ -98,7 +98,7 @@ def _figures(
         texts = generate_texts(backend, prompts_PT, advance)
     return {
         "runtime_version": backend.version,
-        "generation": generation_figures(texts, context.plan.teacher_shape.eos_token_ids),
+        "generation": generation_figures(texts, context.plan.end_tokens),
         "router_alone": _router_alone(context, backend, heldout_BT),
     }
 

@@ -32,7 +32,7 @@ def run(context: StageContext) -> None:
     prompts_PT = prompts_of(Blocks.load(Calibration.of(context.work).blocks).heldout.numpy())
     with context.progress.bar("tokens", 2 * len(prompts_PT) * NEW_TOKENS) as advance:
         texts = streamed_texts(model, prompts_PT, advance)
-    figures = generation_figures(texts, plan.teacher_shape.eos_token_ids)
+    figures = generation_figures(texts, plan.end_tokens)
     (context.output / GENERATION).write_text(json.dumps(figures, indent=1), encoding="utf-8")
 
 

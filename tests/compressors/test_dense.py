@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from compressors.dense import Condense, check_dense, dense_size
+from compressors.model.config import read_shape
 from compressors.model.errors import UnsupportedError
-from compressors.model.shape import read_shape
 from compressors.model.student import ExpertMap, LayerMap
 from compressors.moe_block import CompressedBlock, Evidence, MoeBlock
 

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from compressors.model.checkpoint import Checkpoint
+from compressors.model.config import read_shape
 from compressors.model.expert_choice import AllExperts, ExpertChoice, choosing
-from compressors.model.shape import read_shape
 from compressors.model.streaming import StreamedModel, TokenGroup
 from compressors.model.student import Student
 from compressors.recover.knowledge_augmentation import AllButOne

@@ -88,7 +88,7 @@ def test_the_header_s_digest_is_that_of_its_bytes(path: Path) -> None:
         ({"dtype": "F32", "shape": [-2], "data_offsets": [0, -8]}, "tensor x is damaged"),
         ({"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}, "tensor x ends after"),
         ({"dtype": "F32", "shape": ["a"], "data_offsets": [0, 8]}, "tensor x is damaged"),
-        ({"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}, "tensor x has dtype F8_E4M3"),
+        ({"dtype": "F8_E3M4", "shape": [8], "data_offsets": [0, 8]}, "tensor x has dtype F8_E3M4"),
         ({}, "tensor x is damaged"),
         (3, "tensor x is damaged"),
     ],

@@ -18,8 +18,9 @@ from compressors.drop import block_similarities, moe_similarities, window_simila
 from compressors.layerwise import LayerTarget, LayerwiseCompression
 from compressors.merge import REAM, HCSMoE, MSMoE
 from compressors.model.checkpoint import Checkpoint
+from compressors.model.config import read_shape
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.shape import NO_MOE, MoeShape, MoeSize, read_shape
+from compressors.model.shape import NO_MOE, MoeShape, MoeSize
 from compressors.model.streaming import StreamedModel, TokenGroup
 from compressors.model.student import ExpertMap, Student
 from compressors.moe_block import Method

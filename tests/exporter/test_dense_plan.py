@@ -13,9 +13,10 @@ import torch
 from compressors.dense import Condense
 from compressors.layerwise import LayerTarget
 from compressors.model.checkpoint import Checkpoint
+from compressors.model.config import read_shape
 from compressors.model.errors import BudgetError, InputError, UnsupportedError
 from compressors.model.memory import working_bytes
-from compressors.model.shape import MoeSize, read_shape
+from compressors.model.shape import MoeSize
 from compressors.model.streaming import StreamedModel
 from compressors.slim import SlimWidth
 from compressors.statistics import LayerStatistics

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from compressors.model.shape import MoeShape, read_shape
+from compressors.model.config import read_shape
+from compressors.model.shape import MoeShape
 from exporter.compression import check_compression, expected_shape
 from exporter.gguf.layout import plan_tensors
 from exporter.recipe import load_recipe

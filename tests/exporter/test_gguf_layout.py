@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from compressors.model.config import read_shape
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.families import Role
-from compressors.model.shape import read_shape
 from compressors.quantize import GGMLQuantizationType
 from exporter.gguf.layout import PRESETS, plan_tensors
 

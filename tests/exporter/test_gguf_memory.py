@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from compressors.model.checkpoint import Checkpoint
+from compressors.model.config import read_shape
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.shape import read_shape
 from compressors.model.student import Student
 from exporter.gguf.memory import predict_runtime_bytes
 from exporter.gguf.writer import write_gguf

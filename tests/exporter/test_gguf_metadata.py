@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import gguf
 import pytest
 
+from compressors.model.config import read_shape
 from compressors.model.errors import InputError
-from compressors.model.shape import MoeShape, read_shape
+from compressors.model.shape import MoeShape
 from exporter.gguf.container import TensorEntry, render_header, render_values
 from exporter.gguf.layout import plan_tensors
-from exporter.gguf.metadata import gguf_file_name, model_metadata, moe_size_label
+from exporter.gguf.metadata import gguf_file_name, model_metadata, moe_size_label, source_license
 
 
 @pytest.fixture
@@ -99,6 +101,32 @@ def test_outside_the_hub_cache_the_card_names_the_ancestor(fine_folder: Path, tm
     assert metadata["general.base_model.0.organization"] == "Qwen"
     (tmp_path / "README.md").unlink()
     assert "general.base_model.count" not in _read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        "license: {a: b}\nbase_model: [[1], null, {}]",
+        "license: 2026-01-01\nbase_model: 2026-01-01",
+        'license: "\\ud800"\nbase_model: ["\\ud800", a/b]',
+        "- a list",
+        "base_model: &a [*a, *a]",
+        "",
+    ],
+)
+def test_what_a_card_has_no_place_for_is_left_out(folder: Path, card: str) -> None:
+    (folder / "README.md").write_text(f"---\n{card}\n---\n", encoding="utf-8")
+    assert not source_license(folder)
+    assert _read(folder)["general.base_model.0.name"] == "Fine-32x3M"
+
+
+def test_a_card_without_bounds_is_refused(folder: Path) -> None:
+    (folder / "README.md").write_text(f"---\nlicense: {'[' * 100_000}\n---\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"README\.md: the block between the --- lines is not YAML"):
+        source_license(folder)
+    os.truncate(folder / "README.md", 10**12)
+    with pytest.raises(InputError, match=r"README\.md has 1,000,000,000,000 bytes"):
+        source_license(folder)
 
 
 def test_a_damaged_card_is_refused(folder: Path) -> None:

@@ -15,12 +15,13 @@ import llama_cpp.llama_cpp as api
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from compressors.model.config import read_shape
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.shape import read_shape
 from exporter.gguf.container import render_header, render_values
 from exporter.gguf.metadata import model_metadata
-from exporter.gguf.pre_tokenizers import PRE_TOKENIZERS
+from exporter.gguf.pre_tokenizers import CLOSE_PRE_TOKENIZERS, PRE_TOKENIZERS
 from exporter.gguf.vocabulary import vocabulary_metadata
+from exporter.vocabulary_check import vocabulary_deviations
 
 _AWKWARD = (
     "  Don't we'LL  stop? 1234567 + 3.14\n\n\n\tdef f(x):\n        return x**2  # ok\r\n"
@@ -102,6 +103,72 @@ def test_every_known_pre_tokenizer_is_the_one_in_llama_cpp(
     path = folder_with_tokenizer / "vocabulary.gguf"
     assert_same_tokens(folder_with_tokenizer, path, [heldout_text[200_000:400_000], _AWKWARD])
     assert gguf.GGUFReader(path).fields["tokenizer.ggml.pre"].contents() == name
+
+
+@pytest.fixture(scope="module")
+def long_words(heldout_text: str) -> dict[str, Any]:
+    """A tokenizer.json whose merges know no words: nearly any cut that a pre-tokenizer makes changes the tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=3800, initial_alphabet=alphabet, show_progress=False)
+    texts = [heldout_text[start : start + 200] for start in range(0, 20_000, 200)]
+    tokenizer.train_from_iterator([*_CUTS * 3, *texts], trainer)
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    data: dict[str, Any] = json.loads(tokenizer.to_str())
+    return data
+
+
+_MARKS_AND_CAPITALS = (
+    "cafe\u0301 A\u030a E\u0301cole",
+    "\u0939\u093f\u0928\u094d\u0926\u0940 \u092e\u0947\u0902 \u092a\u093e\u0920",
+    "\u043f\u0440\u0438\u0412\u0435\u0442",
+)
+_CUTS = (
+    "fooBar FooBarBaz HTTPServer don't DON'T we'Ll 's 'S it's",
+    "a/b//c\n/d\n\n /\n x=1;y=[2,3]\n\n\n  z",
+    "12345678 12 1 1234 $100 +5 <a> ^b ~c `d` 3.14 1,000",
+    "日本語2024年カタカナabc漢字 한국어 텍스트 中文没有空格。",
+    "  \n  a\n\n b\t\tc   d\r\n\r\n e \n",
+    "naïve café \u201cquoted\u201d \u2026 €£¥ ﬁ½² \u00a0b\u3000c 😀👍🏽",
+    "word word, word. (word) [word] word: word; word! word?",
+    *_MARKS_AND_CAPITALS,
+)
+
+
+@pytest.mark.parametrize("row", PRE_TOKENIZERS.items(), ids=list(PRE_TOKENIZERS.values()))
+def test_every_known_pre_tokenizer_cuts_everything_alike(
+    folder_with_tokenizer: Path, long_words: dict[str, Any], row: tuple[tuple[tuple[str, ...], bool], str]
+) -> None:
+    (expressions, ignore_merges), name = row
+    tokenizer = Tokenizer.from_str(json.dumps(long_words))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            *(pre_tokenizers.Split(Regex(expression), "isolated") for expression in expressions),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    data = json.loads(tokenizer.to_str())
+    data["model"]["ignore_merges"] = ignore_merges
+    (folder_with_tokenizer / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    texts = [text for text in _CUTS if name not in CLOSE_PRE_TOKENIZERS or text not in _MARKS_AND_CAPITALS]
+    assert_same_tokens(folder_with_tokenizer, folder_with_tokenizer / "vocabulary.gguf", texts)
+
+
+@pytest.mark.parametrize("name", sorted(CLOSE_PRE_TOKENIZERS))
+def test_close_pre_tokenizers_are_named_with_their_texts(
+    folder_with_tokenizer: Path, long_words: dict[str, Any], name: str
+) -> None:
+    (expressions, ignore_merges) = next(key for key, value in PRE_TOKENIZERS.items() if value == name)
+    tokenizer = Tokenizer.from_str(json.dumps(long_words))
+    split = pre_tokenizers.Split(Regex(expressions[0]), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    data = json.loads(tokenizer.to_str())
+    data["model"]["ignore_merges"] = ignore_merges
+    (folder_with_tokenizer / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    said = list(vocabulary_deviations(folder_with_tokenizer, read_shape(folder_with_tokenizer), "toy"))
+    assert any("combining marks" in sentence for sentence in said)
 
 
 def _train_sentencepiece_style(text: str, path: Path) -> None:

@@ -88,6 +88,8 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
     file.touch()
     with pytest.raises(InputError, match="is a file"):
         resolve_model(str(file))
+    with pytest.raises(InputError, match=r"compressed already: give the folder of the original.*moe-export validate"):
+        resolve_model(str(file))
 
 
 @pytest.mark.parametrize(

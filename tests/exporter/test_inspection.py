@@ -84,6 +84,17 @@ def test_the_table_says_what_matters(fine_folder: Path) -> None:
         assert part in text, part
 
 
+def test_what_is_odd_about_the_files_is_said(tmp_path: Path, toy_checkpoint: Callable[..., Path]) -> None:
+    folder = toy_checkpoint(tmp_path, n_layers=1)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"[bold]": "x.safetensors"}}')
+    description = describe(folder)
+    (note,) = description["notes"]
+    printed = io.StringIO()
+    Console(file=printed, width=200).print(description_table(description))
+    assert note == "model.safetensors is read, as transformers does, and not model.safetensors.index.json beside it"
+    assert note in printed.getvalue()
+
+
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"config\.json"):
         describe(tmp_path)

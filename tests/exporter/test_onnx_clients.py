@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer
 
 from compressors.model.checkpoint import Checkpoint
+from compressors.model.config import read_shape
 from compressors.model.errors import InputError
-from compressors.model.shape import read_shape
 from compressors.model.student import ExpertMap, Student
 from exporter.onnx.clients import write_client_files
 from exporter.onnx.layout import PRESETS

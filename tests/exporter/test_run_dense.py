@@ -16,7 +16,7 @@ import onnx
 import pytest
 import yaml
 
-from compressors.model.shape import read_shape
+from compressors.model.config import read_shape
 
 Run = Callable[[Sequence[str]], subprocess.CompletedProcess[str]]
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from compressors.model.shape import read_shape
+from compressors.model.config import read_shape
 
 Command = Callable[..., Sequence[str]]
 

@@ -49,6 +49,14 @@ def _add_weights(model: Path) -> None:
     (model / "more.safetensors").write_bytes(b"")
 
 
+def _add_a_chat_template(model: Path) -> None:
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+
+
+def _add_generation_settings(model: Path) -> None:
+    (model / "generation_config.json").write_text("{}")
+
+
 def _add_an_index(model: Path) -> None:
     (model / "model.safetensors.index.json").write_text("{}")
 
@@ -63,6 +71,8 @@ def _add_an_index(model: Path) -> None:
         (_edit_config, "config.json changed: its contents are others", False),
         (_remove, "tokenizer.json is gone", False),
         (_add_weights, "more.safetensors is new", False),
+        (_add_a_chat_template, "chat_template.jinja is new", False),
+        (_add_generation_settings, "generation_config.json is new", False),
         (_add_an_index, "model.safetensors.index.json is new", False),
     ],
 )
@@ -79,6 +89,25 @@ def test_what_a_run_does_not_read_may_come_and_go(model: Path) -> None:
     before = SourceState.of(model)
     (model / "README.md").write_text("notes")
     (model / "notes.json").write_text("{}")
+    assert before.change_to(SourceState.of(model)) is None
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "merges.txt", "tokenizer.model"])
+def test_texts_that_decide_what_is_written_are_watched(model: Path, name: str) -> None:
+    (model / name).write_text("before")
+    before = SourceState.of(model)
+    (model / name).write_text("behind")
+    found = before.change_to(SourceState.of(model))
+    assert found is not None
+    assert found.what == f"{name} changed: its contents are others"
+
+
+def test_what_is_no_file_is_not_waited_for(model: Path) -> None:
+    """Whoever would read it refuses it."""
+    before = SourceState.of(model)
+    os.mkfifo(model / "notes.json")
+    (model / "folder.json").mkdir()
+    (model / "broken.json").symlink_to("nowhere")
     assert before.change_to(SourceState.of(model)) is None
 
 

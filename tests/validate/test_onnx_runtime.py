@@ -13,9 +13,13 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from compressors.model.checkpoint import Checkpoint
+from compressors.model.config import read_shape
 from compressors.model.errors import InputError
 from compressors.model.families import Role
-from compressors.model.shape import MoeShape, read_shape
+from compressors.model.onnx_weights import OnnxWeights
+from compressors.model.recorder import RoutingRecorder
+from compressors.model.shape import MoeShape
+from compressors.model.streaming import StreamedModel, TokenGroup
 from compressors.model.student import Student
 from exporter.onnx.layout import DATA_FILE, MODEL_FILE
 from exporter.onnx.writer import write_onnx
@@ -165,3 +169,19 @@ def test_cost_is_measured_in_a_process_of_its_own(folder: Path, chunks: Tokens) 
     assert cost.buffers is None, "ONNX Runtime tells nothing"
     with pytest.raises(RuntimeCrashError, match="nowhere is missing"):
         measure_artifact("onnx", folder / "nowhere", context=128, kv_type="f32", threads=1, prompt=chunks[0])
+
+
+def test_four_bit_routing_without_renormalisation_is_read(olmoe_folder: Path, chunks: Tokens, tmp_path: Path) -> None:
+    """QMoE is given the gates of all experts there, by a node that must be recognised as the softmax of its logits."""
+    student = Student.teacher(Checkpoint(olmoe_folder))
+    write_onnx(student, "Q4_0", tmp_path, threads=1)
+    (output,) = OnnxRuntimeBackend(tmp_path, threads=1).run(chunks[:1])
+    assert output.routing is not None
+    written = student.as_written(OnnxWeights(tmp_path, student.shape))
+    recorder = RoutingRecorder(student.shape)
+    StreamedModel(written).stream([TokenGroup(torch.from_numpy(chunks[:1]), [recorder.observe])])
+    expected = recorder.routing()
+    same_LT = np.all(np.sort(output.routing.experts_LTK) == np.sort(expected.experts_LTK), axis=-1)
+    assert same_LT.mean() > 0.99
+    weights_LTK = np.sort(output.routing.weights_LTK)[same_LT]
+    assert np.abs(weights_LTK - np.sort(expected.weights_LTK)[same_LT]).max() < 1e-3

@@ -59,6 +59,7 @@ def sample_report() -> dict[str, Any]:
             "head_dim": 32,
             "license": "apache-2.0",
         },
+        "deviations": [{"artifact": "gguf", "what": "llama.cpp adds 1e-6 where the model adds 1e-20"}],
         "against_original": {
             "trained_parameters": 46_080,
             "trained_share": 46_080 / 16_521_216,

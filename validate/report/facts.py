@@ -17,6 +17,7 @@ __all__ = [
     "check_name",
     "check_value",
     "checks",
+    "deviations",
     "failed_checks",
     "failures",
     "find",
@@ -51,8 +52,10 @@ _CHECKS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "loops": ("greedy texts that loop", numbers.percent),
     "perplexity_as_reported": ("change of perplexity since the report", numbers.percent),
     "routing_as_reported": ("change of routing overlap since the report", numbers.percent),
-    "damaged_weights": ("tensors, experts or router rows that are not the original's", numbers.plain),
+    "damaged_weights": ("tensors, experts or rows that are not the original's", numbers.plain),
     "coarse_weights": ("tensors much coarser than the rest", numbers.plain),
+    "finite": ("scored tokens with a finite probability", numbers.percent),
+    "tokenizer": ("ways in which its tokenizer is not the original's", numbers.plain),
     "settings": ("settings that are not the original's", numbers.plain),
 }
 _LOSSES = {
@@ -99,6 +102,11 @@ def artifact_name(artifact: str) -> str:
 def row_name(row: Mapping[str, Any]) -> str:
     """``GGUF in llama.cpp``."""
     return f"{artifact_name(row['artifact'])} in {_RUNTIME_NAMES.get(row['runtime'], row['runtime'])}"
+
+
+def deviations(report: Report) -> list[str]:
+    """Where a file differs from the original because its container knows nothing better, in sentences."""
+    return [f"{artifact_name(entry['artifact'])}: {entry['what']}" for entry in report.get("deviations") or []]
 
 
 def model_name(report: Report) -> str:

@@ -58,6 +58,7 @@ def _view(report: Report) -> dict[str, Any]:
         "verdict_title": facts.verdict_title(report),
         "verdict_sentence": facts.verdict_sentence(report),
         "failures": facts.failures(report),
+        "deviations": facts.deviations(report),
         "tiles": _tiles(report),
         "budget": report["budget"],
         "budget_bars": charts.budget_bars(report),

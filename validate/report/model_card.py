@@ -162,6 +162,7 @@ def _runs(report: Report) -> list[tuple[str, str, str]]:
 def _limits(report: Report) -> list[str]:
     """What the figures do not promise, and what went wrong."""
     limits = [f"Failed check: {failure}" for failure in facts.failures(report)]
+    limits += [f"Known difference from the original: {deviation}." for deviation in facts.deviations(report)]
     for row in facts.shipped_rows(report):
         if row.get("error"):
             limits.append(f"{facts.row_name(row)} did not run on the machine that made it: {row['error']}")

@@ -40,8 +40,9 @@ def summary(report: Report) -> RenderableType:
     table.caption, table.caption_justify = "\n".join(captions) or None, "left"
     worst = worst_domain(report)
     domains = (Text(), Text(worst)) if worst else ()
+    known = [Text(f"Known difference: {deviation}") for deviation in facts.deviations(report)]
     title = Text.assemble((facts.model_name(report), "bold"), f": {facts.student_description(report)}")
-    return Group(title, _budget_line(report), Text(), table, *domains, Text(), _verdict(report), Text())
+    return Group(title, _budget_line(report), Text(), table, *domains, *known, Text(), _verdict(report), Text())
 
 
 def _heading(row: Column) -> str:

@@ -1,0 +1,139 @@
+"""The rotary position embedding of a model: which angles it turns by, as transformers computes them.
+
+transformers' ``modeling_rope_utils.py`` is the definition; every function here does the same float32 operations in the
+same order, so that results are equal bit for bit. The scalings: linear (Chen et al., 2023), dynamic NTK (bloc97 and
+emozilla, 2023), YaRN (Peng et al., 2023), LongRoPE (Ding et al., 2024) and Llama 3.1's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+
+__all__ = ["Rope", "RopeKind"]
+
+
+class RopeKind(StrEnum):
+    """How the angles are scaled; the values are those of ``rope_type`` in ``config.json``."""
+
+    DEFAULT = "default"
+    LINEAR = "linear"
+    DYNAMIC = "dynamic"
+    YARN = "yarn"
+    LONGROPE = "longrope"
+    LLAMA3 = "llama3"
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Everything that the angles depend on; what a kind does not use keeps its default."""
+
+    kind: RopeKind
+    theta: float  # the base
+    width: int  # values of a head, all of which are turned
+    trained_context: int = 0  # of dynamic scaling: it begins beyond so many tokens
+    factor: float = 1.0
+    original_context: int = 0  # tokens that the model was trained on before it was scaled
+    attention_factor: float = 1.0  # of cosine and sine
+    beta_fast: float = 32.0  # YaRN: rotations within the original context ...
+    beta_slow: float = 1.0
+    truncate: bool = True  # ... between whose dimensions, whole or not, it goes from one frequency to the other
+    low_frequency_factor: float = 1.0  # Llama 3
+    high_frequency_factor: float = 4.0
+    short_factors: tuple[float, ...] = ()  # LongRoPE, [width / 2]
+    long_factors: tuple[float, ...] = ()
+
+    @property
+    def switches_after(self) -> int | None:
+        """Tokens of the longest text that is turned by the short factors; None: all texts are turned alike.
+
+        Dynamic scaling is not meant: it begins beyond the trained context, for which nothing is written.
+        """
+        switches = self.kind is RopeKind.LONGROPE and self.short_factors != self.long_factors
+        return self.original_context if switches else None
+
+    def inverse_frequencies(self, n_tokens: int) -> torch.Tensor:
+        """Angles per position, float32 [width / 2], of a text of so many tokens."""
+        if self.kind is RopeKind.LINEAR:
+            return self._plain() / self.factor
+        if self.kind is RopeKind.DYNAMIC:
+            return self._dynamic(max(n_tokens, self.trained_context))
+        if self.kind is RopeKind.YARN:
+            return self._yarn()
+        if self.kind is RopeKind.LONGROPE:
+            factors = self.long_factors if n_tokens > self.original_context else self.short_factors
+            return 1.0 / (torch.tensor(factors, dtype=torch.float32) * self._powers())
+        return self._llama3() if self.kind is RopeKind.LLAMA3 else self._plain()
+
+    def in_config(self) -> dict[str, Any]:
+        """``rope_parameters`` of ``config.json``, everything written out."""
+        used: dict[RopeKind, dict[str, Any]] = {
+            RopeKind.DEFAULT: {},
+            RopeKind.LINEAR: {"factor": self.factor},
+            RopeKind.DYNAMIC: {"factor": self.factor},
+            RopeKind.YARN: {
+                "factor": self.factor,
+                "attention_factor": self.attention_factor,
+                "beta_fast": self.beta_fast,
+                "beta_slow": self.beta_slow,
+                "truncate": self.truncate,
+            },
+            RopeKind.LONGROPE: {
+                "factor": self.factor,
+                "attention_factor": self.attention_factor,
+                "short_factor": list(self.short_factors),
+                "long_factor": list(self.long_factors),
+            },
+            RopeKind.LLAMA3: {
+                "factor": self.factor,
+                "low_freq_factor": self.low_frequency_factor,
+                "high_freq_factor": self.high_frequency_factor,
+            },
+        }
+        original = {"original_max_position_embeddings": self.original_context} if self.original_context else {}
+        return {"rope_type": self.kind.value, "rope_theta": self.theta, **used[self.kind], **original}
+
+    def _powers(self, theta: float | None = None) -> torch.Tensor:
+        exponents = torch.arange(0, self.width, 2, dtype=torch.int64).float() / self.width
+        powers: torch.Tensor = (self.theta if theta is None else theta) ** exponents
+        return powers
+
+    def _plain(self) -> torch.Tensor:
+        return 1.0 / self._powers()
+
+    def _dynamic(self, n_tokens: int) -> torch.Tensor:
+        stretched = (self.factor * n_tokens / self.trained_context) - (self.factor - 1)
+        return 1.0 / self._powers(self.theta * stretched ** (self.width / (self.width - 2)))
+
+    def _yarn(self) -> torch.Tensor:
+        powers = self._powers()
+        low, high = self._corrected_dimension(self.beta_fast), self._corrected_dimension(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, self.width - 1)
+        if low == high:
+            high += 0.001
+        ramp = torch.clamp((torch.arange(self.width // 2, dtype=torch.float32) - low) / (high - low), 0, 1)
+        kept = 1 - ramp
+        return (1.0 / (self.factor * powers)) * (1 - kept) + (1.0 / powers) * kept
+
+    def _corrected_dimension(self, n_rotations: float) -> float:
+        """The dimension that turns so often within the original context."""
+        turns = math.log(self.original_context / (n_rotations * 2 * math.pi))
+        return (self.width * turns) / (2 * math.log(self.theta))
+
+    def _llama3(self) -> torch.Tensor:
+        plain = self._plain()
+        wavelengths = 2 * math.pi / plain
+        longest = self.original_context / self.low_frequency_factor
+        shortest = self.original_context / self.high_frequency_factor
+        scaled = torch.where(wavelengths > longest, plain / self.factor, plain)
+        smooth = (self.original_context / wavelengths - self.low_frequency_factor) / (
+            self.high_frequency_factor - self.low_frequency_factor
+        )
+        between = (1 - smooth) * scaled / self.factor + smooth * scaled
+        return torch.where(~(wavelengths < shortest) & ~(wavelengths > longest), between, scaled)

@@ -1,0 +1,104 @@
+"""Typed values out of a JSON object of settings, and errors that name the key."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compressors.model.errors import InputError
+from compressors.model.names import shown
+
+__all__ = ["Settings"]
+
+_LARGEST_COUNT = 2**31 - 1
+
+
+class Settings:
+    """The settings of ``config.json``, or of an object in it.
+
+    A method that takes a ``default`` returns it where the key is absent; without one the key is required. A value of
+    the wrong type, null included, is refused, as transformers' strict configurations refuse it.
+
+    Args:
+        raw: the object.
+        path: of the file, for messages.
+        name: of the object inside the file, for messages; empty for the file itself.
+    """
+
+    def __init__(self, raw: Mapping[str, Any], path: Path, name: str = "") -> None:
+        self.raw = raw
+        self.path = path
+        self._prefix = f"{name}." if name else ""
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.raw
+
+    def named(self, key: str) -> str:
+        """File and key, as messages begin: ``config.json: rope_parameters.factor``."""
+        return f"{self.path}: {self._prefix}{key}"
+
+    def objects(self, key: str) -> Settings:
+        """The object of settings under a key; an empty one where the key is absent or null."""
+        value = self.raw.get(key)
+        if value is None:
+            value = {}
+        if not isinstance(value, dict):
+            raise self._wrong(key, "an object of settings")
+        return Settings(value, self.path, f"{self._prefix}{key}")
+
+    def text(self, key: str, default: str | None = None) -> str:
+        """A text."""
+        value = self._value(key, default)
+        if not isinstance(value, str):
+            raise self._wrong(key, "a text")
+        return value
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A whole number from 1 to 2^31 - 1."""
+        value = self._value(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST_COUNT:
+            raise self._wrong(key, "a positive whole number")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive, finite number."""
+        value = self._value(key, default)
+        if not _is_positive(value):
+            raise self._wrong(key, "a positive number")
+        return float(value)
+
+    def number_or_null(self, key: str) -> float | None:
+        """A positive, finite number; None where the key is absent or null."""
+        return None if self.raw.get(key) is None else self.number(key)
+
+    def numbers(self, key: str, length: int) -> tuple[float, ...]:
+        """A list of so many positive, finite numbers."""
+        value = self._value(key, None)
+        if not isinstance(value, list) or len(value) != length or not all(map(_is_positive, value)):
+            raise self._wrong(key, f"a list of {length} positive numbers")
+        return tuple(map(float, value))
+
+    def flag(self, key: str, default: bool | None = None) -> bool:
+        """True or false."""
+        value = self._value(key, default)
+        if not isinstance(value, bool):
+            raise self._wrong(key, "true or false")
+        return value
+
+    def _value(self, key: str, default: object) -> Any:
+        if key in self.raw:
+            return self.raw[key]
+        if default is None:
+            raise InputError(f"{self.path} lacks {self._prefix + key!r}: the model cannot be read without it")
+        return default
+
+    def _wrong(self, key: str, wanted: str) -> InputError:
+        return InputError(f"{self.named(key)} must be {wanted}, not {shown(self.raw.get(key))}")
+
+
+def _is_positive(value: object) -> bool:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return 0 < value < 1e300 and math.isfinite(value)

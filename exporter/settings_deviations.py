@@ -1,0 +1,46 @@
+"""What a container cannot hold of a model's settings, though nothing in the file is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.config_check import check_against_transformers
+from compressors.model.rope import RopeKind
+from compressors.model.shape import MoeShape
+
+__all__ = ["settings_deviations"]
+
+
+def settings_deviations(checkpoint: Checkpoint, artifact: str) -> Iterator[str]:
+    """Yields a sentence for each difference of an artifact (gguf or onnx).
+
+    Raises:
+        UnsupportedError: transformers reads ``config.json`` in another way; the message names the setting.
+    """
+    shape = checkpoint.shape
+    check_against_transformers(checkpoint.folder, shape)
+    yield from _of_window(shape)
+    yield from _of_rope(shape, artifact)
+
+
+def _of_window(shape: MoeShape) -> Iterator[str]:
+    if shape.window is not None:
+        yield (
+            f"the file is written for {shape.context_length:,} tokens: attention reaches back over "
+            f"sliding_window = {shape.window:,} of them, so within that it is the original's, and beyond it would not be"
+        )
+
+
+def _of_rope(shape: MoeShape, artifact: str) -> Iterator[str]:
+    if shape.rope.kind is RopeKind.DYNAMIC:
+        yield (
+            f"the file is written for the {shape.context_length:,} tokens that the model was trained on; the dynamic "
+            "scaling of longer texts is not in it"
+        )
+    shorter = shape.rope.switches_after
+    if artifact == "gguf" and shorter is not None and shorter < shape.context_length:
+        yield (
+            f"llama.cpp turns all texts by the long factors if its context is set above {shorter:,} tokens, and by the "
+            f"short ones if not (-c {shorter}); the original turns each text by its own length"
+        )

@@ -1,0 +1,187 @@
+"""The kinds of inputs: what each is made from, how it is damaged, how the tool reads it, and the command that does."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from rich.console import Console
+
+from compressors.calibration import load_tokenizer, read_splits
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.families import Role
+from compressors.model.gguf_weights import GgufWeights
+from compressors.model.onnx_weights import OnnxWeights
+from compressors.model.shape import MoeShape
+from compressors.model.weight_file import WeightFile
+from compressors.model.weights import WrittenWeights
+from exporter.durations import parse_duration
+from exporter.gguf.vocabulary import vocabulary_metadata
+from exporter.inspection import describe, description_table
+from exporter.job import Flags, parse_requirements
+from exporter.recipe import load_recipe, recipe_yaml
+from exporter.sizes import format_size, parse_size
+from tests.fuzz.configurations import damage_config, damage_index, damage_tokenizer
+from tests.fuzz.gguf_files import damage_gguf
+from tests.fuzz.onnx_files import damage_onnx
+from tests.fuzz.published import damage_published, read_published
+from tests.fuzz.safetensors_files import damage_weights
+from tests.fuzz.texts import awkward_flags, awkward_words, damage_logits, damage_recipe, damage_text
+from validate.logits_file import LogitsFile
+from validate.model_file import find_model_file
+
+__all__ = ["KINDS", "Kind"]
+
+Damage = Callable[[random.Random, Path], None]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of input."""
+
+    sources: tuple[str, ...]  # folders of the undamaged inputs, one of which is copied
+    damage: Damage | None
+    read: Callable[[Path, random.Random, Path], None]  # a damaged folder, numbers, and the undamaged inputs
+    command: Callable[[Path, Path], list[str]] | None = None  # a damaged folder, and the undamaged inputs
+    share: int = 1  # of a hundred inputs
+
+
+def _read_checkpoint(folder: Path, rng: random.Random, inputs: Path) -> None:
+    Console(file=io.StringIO()).print(description_table(describe(folder)))
+    checkpoint = Checkpoint(folder)
+    for file in checkpoint.files:
+        weights = WeightFile(file)
+        for name in weights.tensors:
+            weights.read(name)
+    vocabulary_metadata(folder, checkpoint.shape.vocab_size)
+    load_tokenizer(folder)
+
+
+@cache
+def _shape(inputs: Path) -> MoeShape:
+    return Checkpoint(inputs / "qwen").shape
+
+
+def _read_gguf(folder: Path, rng: random.Random, inputs: Path) -> None:
+    found = find_model_file(folder)
+    if found is not None:
+        str(found.facts)
+    path = folder / "model.gguf"
+    _read_weights(GgufWeights(path, _shape(inputs)), _shape(inputs))
+
+
+def _read_onnx(folder: Path, rng: random.Random, inputs: Path) -> None:
+    found = find_model_file(folder)
+    if found is not None:
+        str(found.facts)
+        str(found.tokenizer_folder)
+    _read_weights(OnnxWeights(folder, _shape(inputs)), _shape(inputs))
+
+
+def _read_weights(weights: WrittenWeights, shape: MoeShape) -> None:
+    for role in shape.stored_roles:
+        for layer in [None] if role.is_global else range(shape.n_layers):
+            if not role.is_expert:
+                weights.tensor(role, layer)
+    import torch
+
+    for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN):
+        weights.read_expert(role, 0, 1, torch.empty(64, 64))
+    weights.router_place(0)
+
+
+def _read_recipe(folder: Path, rng: random.Random, inputs: Path) -> None:
+    recipe_yaml(load_recipe(folder / "recipe.yaml"))
+
+
+def _read_text(folder: Path, rng: random.Random, inputs: Path) -> None:
+    read_splits(folder / "calibration", folder / "heldout")
+
+
+def _read_logits(folder: Path, rng: random.Random, inputs: Path) -> None:
+    logits = LogitsFile(folder / "logits")
+    logits.decoded(0, len(logits))
+
+
+def _read_flags(folder: Path, rng: random.Random, inputs: Path) -> None:
+    Flags(**awkward_flags(rng, folder)).job()
+
+
+def _read_words(folder: Path, rng: random.Random, inputs: Path) -> None:
+    size, duration, *pairs = awkward_words(rng)
+    readers: tuple[Callable[[], object], ...] = (
+        lambda: format_size(parse_size(size, "--budget")),
+        lambda: parse_duration(duration, "--recover-time"),
+        lambda: parse_requirements(pairs),
+    )
+    rng.choice(readers)()
+
+
+def _inspect(folder: Path, inputs: Path) -> list[str]:
+    return ["inspect", str(folder)]
+
+
+def _export(folder: Path, inputs: Path, *more: str) -> list[str]:
+    return ["export", str(folder), "--budget", "2MB", *_around(folder, inputs), *more]
+
+
+def _around(folder: Path, inputs: Path) -> list[str]:
+    return [
+        *_texts(inputs / "text"),
+        "--dry-run",
+        "--memory",
+        "2GB",
+        "--threads",
+        "1",
+        "--out",
+        str(folder.parent / "out"),
+    ]
+
+
+def _texts(folder: Path) -> list[str]:
+    return ["--calibration", str(folder / "calibration"), "--text", str(folder / "heldout")]
+
+
+def _with_recipe(folder: Path, inputs: Path) -> list[str]:
+    out = ["--dry-run", "--memory", "2GB", "--out", str(folder.parent / "out")]
+    return ["export", str(inputs / "qwen"), "--recipe", str(folder / "recipe.yaml"), *_texts(inputs / "text"), *out]
+
+
+def _with_texts(folder: Path, inputs: Path) -> list[str]:
+    out = ["--budget", "2MB", "--dry-run", "--memory", "2GB", "--threads", "1", "--out", str(folder.parent / "out")]
+    return ["export", str(inputs / "qwen"), *_texts(folder), *out]
+
+
+def _validate(file: str) -> Callable[[Path, Path], list[str]]:
+    def command(folder: Path, inputs: Path) -> list[str]:
+        against = ["--against", str(inputs / "qwen"), "--text", str(inputs / "text" / "heldout" / "words.txt")]
+        return ["validate", str(folder / file), *against, "--threads", "1"]
+
+    return command
+
+
+def _validate_beside_logits(folder: Path, inputs: Path) -> list[str]:
+    logits = ["--reference-logits", str(folder / "logits"), "--threads", "1"]
+    return ["validate", str(inputs / "gguf" / "model.gguf"), *logits]
+
+
+_CHECKPOINTS = ("qwen", "qwen", "mixtral")
+
+KINDS = {
+    "safetensors": Kind(_CHECKPOINTS, damage_weights, _read_checkpoint, _inspect, share=18),
+    "config": Kind(_CHECKPOINTS, damage_config, _read_checkpoint, _export, share=14),
+    "index": Kind(("mixtral", "mixtral", "qwen"), damage_index, _read_checkpoint, _export, share=4),
+    "tokenizer": Kind(("qwen", "mixtral"), damage_tokenizer, _read_checkpoint, _export, share=12),
+    "recipe": Kind(("recipe",), damage_recipe, _read_recipe, _with_recipe, share=8),
+    "text": Kind(("text",), damage_text, _read_text, _with_texts, share=3),
+    "logits": Kind(("logits",), damage_logits, _read_logits, _validate_beside_logits, share=3),
+    "flags": Kind(("empty",), None, _read_flags, share=3),
+    "words": Kind(("empty",), None, _read_words, share=3),
+    "published": Kind(("published",), damage_published, read_published, _validate(""), share=6),
+    "gguf": Kind(("gguf",), damage_gguf, _read_gguf, _validate("model.gguf"), share=15),
+    "onnx": Kind(("onnx",), damage_onnx, _read_onnx, _validate(""), share=11),
+}
