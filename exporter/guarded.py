@@ -121,6 +121,8 @@ def run_guarded(file: ModelFile, limits: Limits, function: Callable[..., Any], *
 def _obituary(file: ModelFile, death: Death, limits: Limits, doing: str, output: IO[bytes]) -> str:
     if death.returncode == -signal.SIGALRM:
         return f"{file.runtime} was ended, because {doing} did not come on for {limits.seconds:,.0f} s"
+    if death.returncode == -signal.SIGKILL:
+        return f"{file.runtime} {death} while {doing}; if nobody killed it, the system ran out of memory"
     said = last_words(output)
     return f"{file.runtime} {death} while {doing}" + (f": {said}" if said else "")
 
