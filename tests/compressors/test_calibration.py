@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from compressors.calibration import Splits, TextSplit, TokenizedSplit, read_splits, tokenize
+from compressors.calibration import Splits, TextSplit, TokenizedSplit, read_splits, tokenize, tokenize_heldout
 from compressors.model.errors import InputError
 
 _LENGTH = 8
@@ -180,6 +180,22 @@ def test_text_in_no_two_splits_is_accepted(tmp_path: Path, fine_folder: Path) ->
     splits = tokenize(read_splits(calibration, heldout), fine_folder, _LENGTH)
     assert [split.name for split in splits] == ["calibration", "selection", "held-out"]
     assert all(split.n_blocks > 0 for split in splits)
+
+
+def test_a_few_blocks_in_common_are_left_out(tmp_path: Path, fine_folder: Path) -> None:
+    """A licence text in many files is no reason to refuse them, but nothing may be in two splits."""
+    licence = " ".join(hashlib.sha256(f"permission {number}".encode()).hexdigest() for number in range(2))
+    apples = _documents("apple", 1000)
+    middle = apples.index("\n\n", len(apples) // 3)
+    calibration, heldout = tmp_path / "calibration.txt", tmp_path / "heldout.txt"
+    calibration.write_text(f"{apples[:middle]}\n\n{licence}{apples[middle:]}")
+    heldout.write_text(f"{_documents('pear', 20)}\n\nfirst: {licence}")
+    kept, selection, measured = tokenize(read_splits(calibration, heldout), fine_folder, _LENGTH)
+    everything = tokenize_heldout(calibration, fine_folder, _LENGTH)[1].n_blocks
+    assert 0 < everything - kept.n_blocks - selection.n_blocks < everything // 100
+    tokens_T = measured.leading().tokens_BT.flatten().tolist()
+    windows = {tuple(tokens_T[start : start + _LENGTH]) for start in range(len(tokens_T) - _LENGTH + 1)}
+    assert not windows & {tuple(block_T) for block_T in kept.leading().tokens_BT.tolist()}
 
 
 def test_the_bundled_splits_share_nothing(bundled: Splits, fine_folder: Path) -> None:
