@@ -13,7 +13,7 @@ import torch
 
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
-from exporter.hub import bundled_text, resolve_model
+from exporter.hub import bundled_text, resolve_model, resolve_original
 from exporter.job import parse_requirements
 from exporter.outputs import sha256_of
 from exporter.planner import HELDOUT_CHUNKS
@@ -155,7 +155,7 @@ def _reference(
                 "--against is missing: give the original, as a checkpoint's folder, a hub id or another file"
             )
         return against_checkpoint(Checkpoint(resolve_model(against)), text, _chunks_per_file(text), logits_file)
-    source = Checkpoint(resolve_model(against or report["job"]["model"], report["job"]["revision"], offline=False))
+    source = Checkpoint(resolve_original(against, report["job"]))
     if source.identity() != report["source"]["identity"]:
         raise InputError(f"--against: {source.folder} is not the model that these files were made from")
     return against_checkpoint(source, text, report["recipe"]["text"]["heldout_chunks_per_file"], logits_file)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compressors.model.errors import InputError
+from compressors.model.regular_file import refuse_special
 
 __all__ = ["FileState", "RawFile"]
 
@@ -40,11 +41,12 @@ class RawFile:
     """The bytes of a file.
 
     Raises:
-        InputError: the file cannot be opened.
+        InputError: the file cannot be opened, or is a folder, a pipe or a device.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        refuse_special(path)
         try:
             self._state = FileState.of(path)
             self._descriptor = os.open(path, os.O_RDONLY)
