@@ -245,7 +245,18 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
     # Without any tokenizer file transformers builds an empty one.
     if not tokenizer.encode("a", add_special_tokens=False):
         raise InputError(f"{folder} has no usable tokenizer; download tokenizer.json again")
+    _refuse_dropout(tokenizer, folder)
     return tokenizer
+
+
+def _refuse_dropout(tokenizer: TextTokenizer, folder: Path) -> None:
+    """BPE dropout is for training; transformers leaves it on, and each reading of a text gives other tokens."""
+    dropout = getattr(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None), "dropout", None)
+    if dropout:
+        raise InputError(
+            f"{folder / 'tokenizer.json'}: model.dropout is {dropout:.4g} (BPE dropout), so the same text gives other "
+            "tokens each time, and nothing could be measured or repeated; set it to null"
+        )
 
 
 def _bos_token(tokenizer: TextTokenizer) -> int | None:

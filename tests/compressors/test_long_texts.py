@@ -48,7 +48,7 @@ def test_of_a_long_text_only_what_is_wanted_becomes_tokens(
     splits = read_splits(*texts)
     calibration, selection, heldout = tokenize(splits, fine_folder, wanted=_WANTED)
     assert (calibration.n_blocks, selection.n_blocks) == (6, 31)  # the selection is short
-    assert 3 <= heldout.n_blocks < 8
+    assert 3 <= heldout.n_blocks < 30  # of 126
     tokenizer = Tokenizer.from_file(str(fine_folder / "tokenizer.json"))
     text = texts[0].read_text()
     for index, tokens_T in enumerate(calibration.spread(6).tokens_BT):
