@@ -21,6 +21,7 @@ import torch
 from compressors.model.array_file import ArrayFile
 from compressors.model.errors import InputError
 from compressors.model.log_probs import decode_log_probs, encode_log_probs
+from compressors.model.regular_file import refuse_special
 from validate.backend import scored_positions
 
 __all__ = ["LogitsFile", "LogitsFileWriter"]
@@ -75,6 +76,7 @@ class LogitsFile:
     """
 
     def __init__(self, path: Path) -> None:
+        refuse_special(path)
         try:
             with path.open("rb") as file:
                 layout = _read_layout(path, file.read(_HEAD))

@@ -70,7 +70,18 @@ def _load_tokenizer(folder: Path, state: object) -> PreTrainedTokenizerFast:
     )
     if not _guarded(lambda: loaded.encode("a", add_special_tokens=False), folder):
         raise InputError(f"{folder} has no usable tokenizer: it makes no token of the text 'a'; download it again")
+    _refuse_dropout(loaded, folder)
     return loaded
+
+
+def _refuse_dropout(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """BPE dropout is for training; transformers leaves it on, and each reading of a text gives other tokens."""
+    dropout = getattr(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None), "dropout", None)
+    if dropout:
+        raise InputError(
+            f"{folder / 'tokenizer.json'}: model.dropout is {dropout:.4g} (BPE dropout), so the same text gives other "
+            "tokens each time, and nothing could be measured or repeated; set it to null"
+        )
 
 
 def tokens_of(folder: Path, texts: Sequence[str], *, read_special_as_text: bool = False) -> list[tuple[int, ...]]:
