@@ -1,6 +1,6 @@
 # `make demo` compresses the bundled model; `make test` is what CI runs. Both need Python >= 3.11, a C++ compiler and make.
 # Everything is installed into .venv, once, in the versions of constraints.txt.
-.PHONY: demo test lint fuzz bench bench-export floors quality peers scale
+.PHONY: demo test lint fuzz bench bench-export damage floors quality peers scale
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -40,6 +40,10 @@ bench-export: .venv/installed-dev
 # Every way of shrinking experts on both trained models: half an hour.
 quality: .venv/installed-dev
 	$(BIN)/python -m benchmarks.quality
+
+# Hundreds of files with one damage each, and whole ones that must pass: half an hour.
+damage: .venv/installed-dev
+	$(BIN)/python -m benchmarks.damage
 
 floors: .venv/installed-dev
 	$(BIN)/python -m benchmarks.floors

@@ -43,6 +43,7 @@ __all__ = [
     "TextTokenizer",
     "TokenBlocks",
     "TokenizedSplit",
+    "block_length_of",
     "load_tokenizer",
     "read_splits",
     "tokenize",
@@ -50,7 +51,12 @@ __all__ = [
 ]
 
 BLOCK_LENGTH = 512
-"""Tokens of a block: llama-perplexity's default context."""
+"""Tokens of a block: llama-perplexity's default context. A model of a shorter context has blocks as long as that."""
+
+
+def block_length_of(context_length: int) -> int:
+    """Tokens of a block for a model of this context."""
+    return min(BLOCK_LENGTH, context_length)
 
 
 @dataclass(frozen=True)

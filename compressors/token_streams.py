@@ -1,8 +1,8 @@
 """Text -> streams of tokens: all of a short text, and of a long one not much more than is asked for.
 
-A text of up to 4 MB, in files of up to 1 MB, is tokenised whole, file by file, as llama-perplexity does. A longer one would cost
-minutes and gigabytes for tokens that nobody looks at: only its beginning is tokenised, or as many places of it, evenly
-spaced, as blocks are wanted.
+A text of up to 4 MB, in files of up to 1 MB, is tokenised whole, file by file, as llama-perplexity does. A longer one
+would cost minutes and gigabytes for tokens that nobody looks at: only its beginning is tokenised, or as many places of
+it, evenly spaced, as blocks are wanted.
 """
 
 from __future__ import annotations

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,7 @@ class _DefaultCommand(click.Group):
         """Turns errors made for people, and requests to stop, into one line and their exit code."""
         leave_no_cache()
         try:
-            with sigterm_raises():
+            with sigterm_raises(), _storage_errors_for_people(ctx):
                 return super().invoke(ctx)
         except MoeExportError as error:
             click.echo(f"error: {error}", err=True)
@@ -43,6 +46,24 @@ class _DefaultCommand(click.Group):
             goes_on = "; the same command goes on where this run was" if ctx.meta.get(_GOES_ON) else ""
             click.echo(f"stopped{goes_on}", err=True)
             ctx.exit(exit_code(request))
+
+
+@contextmanager
+def _storage_errors_for_people(ctx: click.Context) -> Iterator[None]:
+    """A full disk may be met anywhere; whoever closes our standard output early (EPIPE) is click's business."""
+    try:
+        yield
+    except MoeExportError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.EPIPE:
+            raise
+        from exporter.files import storage_error
+
+        said = storage_error(error, Path(tempfile.gettempdir()), goes_on=bool(ctx.meta.get(_GOES_ON)))
+        if said is None:
+            raise
+        raise said from error
 
 
 @click.group(cls=_DefaultCommand)
@@ -167,7 +188,13 @@ def inspect(model: str, offline: bool, revision: str | None, as_json: bool) -> N
 )
 @click.option("--save-reference-logits", type=_FOLDER, help="Write such a file of the original.")
 @click.option("--threads", type=int, help="Threads.  [default: all processors]")
-@click.option("--gpu-layers", default=0, show_default=True, help="Layers that llama.cpp puts on a GPU.")
+@click.option(
+    "--gpu-layers",
+    type=click.IntRange(0, 2**31 - 1),
+    default=0,
+    show_default=True,
+    help="Layers that llama.cpp puts on a GPU.",
+)
 @click.option("--providers", default="cpu", show_default=True, help="Where ONNX Runtime computes: cpu or cuda.")
 @_REQUIRE
 @click.option(

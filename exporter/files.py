@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ __all__ = [
     "flush_folder",
     "not_written",
     "replacing",
+    "storage_error",
     "write_at",
     "write_atomically",
     "write_note",
@@ -94,17 +96,47 @@ def check_free_space(folder: Path, n_bytes: int) -> None:
         )
 
 
-def not_written(path: Path, error: OSError, n_bytes_left: int | None = None) -> InputError:
-    """What to tell the person when a file, of which so many bytes are still to come, could not be written."""
-    advice = _ADVICE.get(error.errno or 0)
+def not_written(path: Path, error: OSError, n_bytes_left: int | None = None, *, goes_on: bool = True) -> InputError:
+    """What to tell the person when a file, of which so many bytes are still to come, could not be written.
+
+    Args:
+        path: of the file, or of the folder that it was for.
+        error: the system's.
+        n_bytes_left: of the file.
+        goes_on: whether the same command goes on with the work of this one.
+    """
+    advice, reason = _ADVICE.get(error.errno or 0), error.strerror or str(error) or type(error).__name__
     if advice is None:
-        return InputError(f"{path} cannot be written ({error.strerror})")
+        return InputError(f"{path} cannot be written ({reason})")
+    folder = path if path.is_dir() else path.parent
+    rest = "any more files" if folder == path else f"the rest of {path.name}"
     left = "" if n_bytes_left is None else f": {n_bytes_left} more bytes are needed"
+    free = f", {shutil.disk_usage(folder).free} are free" if folder.is_dir() else ""
     return InputError(
-        f"{path.parent} cannot take the rest of {path.name} ({error.strerror}){left}, "
-        f"{shutil.disk_usage(path.parent).free} are free; {advice} and run the same command again, "
-        "it goes on where it stopped"
+        f"{folder} cannot take {rest} ({reason}){left}{free}; {advice} and run the same command again"
+        + (", it goes on where it stopped" if goes_on else "")
     )
+
+
+def storage_error(error: Exception, place: Path, *, goes_on: bool = True) -> InputError | None:
+    """What to tell the person of a file that could not be written or read; None if the error is about something else.
+
+    Libraries written in Rust put the system's error into their message; NumPy says no more than that bytes are left.
+
+    Args:
+        error: of the system or a library.
+        place: the folder that was written to, should the error not name the file.
+        goes_on: whether the same command goes on with the work of this one.
+    """
+    if isinstance(error, OSError):
+        path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else place
+        if error.errno is None and re.search(r"requested and \d+ written|free space", str(error)):
+            error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return not_written(path, error, goes_on=goes_on)
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    if number is None:
+        return None
+    return not_written(place, OSError(int(number[1]), os.strerror(int(number[1]))), goes_on=goes_on)
 
 
 def flush_folder(folder: Path) -> None:

@@ -18,7 +18,8 @@ from exporter.durations import parse_duration
 from exporter.recipe import ExpertMethod, Student
 from exporter.recovery import RECOVERIES
 from exporter.sizes import parse_size
-from exporter.team import usable_processors
+from exporter.team import checked_threads
+from validate.cost import LEAST_CONTEXT
 from validate.verdict import REQUIREMENTS
 
 __all__ = [
@@ -138,7 +139,7 @@ class Flags:
             offline=self.offline,
             budget_bytes=None if self.budget is None else parse_size(self.budget, "--budget"),
             budget_kind=_one_of("--budget-kind", self.budget_kind, BUDGET_KINDS),
-            context=_at_least_one("--context", self.context, "tokens"),
+            context=_context(self.context),
             kv_type=_one_of("--kv-type", self.kv_type.lower(), KV_TYPES),
             formats=_formats(self.formats),
             calibration=_existing("--calibration", self.calibration),
@@ -153,9 +154,7 @@ class Flags:
             recipe=_existing_file("--recipe", self.recipe),
             memory_bytes=None if self.memory is None else parse_size(self.memory, "--memory"),
             device=_device(self.device),
-            threads=usable_processors()
-            if self.threads is None
-            else _at_least_one("--threads", self.threads, "threads"),
+            threads=checked_threads(self.threads),
             seed=_seed(self.seed),
             out=_folder_to_be("--out", out),
             work_dir=_folder_to_be("--work-dir", (self.work_dir or out.parent) / f"{out.name}.work"),
@@ -176,6 +175,12 @@ def _at_least_one(flag: str, value: int, of_what: str) -> int:
     if value < 1:
         raise InputError(f"{flag}: {value} {of_what} make no model; give 1 or more")
     return value
+
+
+def _context(tokens: int) -> int:
+    if tokens < LEAST_CONTEXT:
+        raise InputError(f"--context: {tokens} tokens are too few to measure anything; give {LEAST_CONTEXT} or more")
+    return tokens
 
 
 def _student(student: str, method: str, experts: int | None, recover: str) -> str:

@@ -130,6 +130,11 @@ def predict_recipe(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Predicti
         BudgetError: an artifact exceeds the recipe's budget.
     """
     check_compression(recipe, checkpoint.shape)
+    if recipe.budget.context > checkpoint.shape.context_length:
+        raise InputError(
+            f"the recipe's budget.context is {recipe.budget.context} tokens, and the model was made for "
+            f"{checkpoint.shape.context_length}; lower it"
+        )
     shape = expected_shape(recipe.compress, checkpoint.shape)
     check_after_quantizing(recipe.recover, shape)
     predictions = {}

@@ -8,18 +8,22 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from compressors.model.checkpoint import Checkpoint
-from compressors.model.errors import InputError
+from compressors.model.errors import InputError, UnsupportedError
+from compressors.model.shape import MoeShape
 from compressors.recover.training_memory import refuse_too_large
 from exporter.estimate import disk_lines
 from exporter.job import Job
 from exporter.plan import Plan
 from exporter.recovery import scope_of
 from exporter.sizes import format_size
+from validate.cost import LEAST_CONTEXT
+from validate.generation import NEW_TOKENS, PROMPT_TOKENS
 
 __all__ = [
     "refuse_too_large_rungs",
     "refuse_too_little_disk",
     "refuse_too_little_memory",
+    "refuse_too_short_a_context",
     "refuse_unwritable_places",
     "spare_disk",
 ]
@@ -81,6 +85,20 @@ def refuse_too_little_memory(lines: Mapping[str, int], limit: int, free: int) ->
         raise InputError(
             f"--memory: {format_size(limit)} (without the flag it is half of what is free) are less than {needs}; "
             f"{format_size(free)} are free: give more of it, close programs, or use --force"
+        )
+
+
+def refuse_too_short_a_context(shape: MoeShape) -> None:
+    """Compares the model's context with the texts that it is to write, and the cache that is measured.
+
+    Raises:
+        UnsupportedError: it is too short for them.
+    """
+    least = max(PROMPT_TOKENS + NEW_TOKENS, LEAST_CONTEXT)
+    if shape.context_length < least:
+        raise UnsupportedError(
+            f"the model's context is {shape.context_length} tokens (max_position_embeddings in config.json), and "
+            f"validation lets it write texts of {least}: a model of so short a context is not supported"
         )
 
 

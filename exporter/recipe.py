@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compressors.calibration import BlockCounts
 from compressors.model.arithmetic import Arithmetic
 from compressors.model.errors import InputError
 from compressors.model.names import shown
+from exporter.team import MOST_THREADS
 from exporter.yaml_file import read_yaml
+from validate.cost import LEAST_CONTEXT
 
 __all__ = [
     "BudgetChoice",
@@ -54,6 +56,10 @@ RungLoss = Literal["kd", "next-token", "router-logits", "ka", "sar"]
 """Objectives of :mod:`compressors.recover`."""
 
 
+Count = Annotated[int, Field(gt=0, lt=2**31)]
+"""A number of things; the bound is that of the integers in the files."""
+
+
 class _Part(BaseModel):
     """Unknown keys are refused: a misspelt choice must not pass for the default."""
 
@@ -70,18 +76,18 @@ class SourceChoice(_Part):
 class BudgetChoice(_Part):
     """What the result must fit into."""
 
-    bytes: int = Field(gt=0)
+    bytes: int = Field(gt=0, le=10**30)
     kind: Literal["total", "file"]
-    context: int = Field(gt=0)  # tokens
+    context: int = Field(ge=LEAST_CONTEXT, lt=2**31)  # tokens
     kv_type: Literal["f16", "f32", "q8_0", "q4_0"]
 
 
 class TextChoice(_Part):
     """How many blocks of 512 tokens each split gives, and which text it was; null: any."""
 
-    calibration_blocks: int = Field(gt=0)
-    selection_blocks: int = Field(gt=0)
-    heldout_chunks_per_file: int = Field(gt=0)
+    calibration_blocks: Count
+    selection_blocks: Count
+    heldout_chunks_per_file: Count
     calibration_sha256: str | None = None
     selection_sha256: str | None = None
     heldout_sha256: str | None = None
@@ -99,17 +105,15 @@ class CompressChoice(_Part):
     consecutive_blocks: bool = False  # neighbours
     drop_moe_layers: int = Field(default=0, ge=0)  # MoE sub-layers of the layers that are left
     method: ExpertMethod = "none"  # how experts become fewer
-    experts: (
-        PositiveInt | tuple[PositiveInt, ...]
-    )  # left in each layer; a list has one number for each layer that is left
+    experts: Count | tuple[Count, ...]  # left in each layer; a list has one number for each layer that is left
     allocation: Literal["layer", "global"] = "layer"  # global: as many in all layers together, where scores are high
     protect_super_experts: bool = False
-    width: PositiveInt | tuple[PositiveInt, ...] | None = None  # of each expert; null: as it is
+    width: Count | tuple[Count, ...] | None = None  # of each expert; null: as it is
     edit: Literal["none", "svd", "d2-moe", "mobe"] = "none"
-    edit_size: PositiveInt | None = None  # the rank; of mobe the number of bases
+    edit_size: Count | None = None  # the rank; of mobe the number of bases
     student: Student = "moe"  # dense: each layer's experts become one feed-forward
     sequential: bool = False  # layers are judged by what the compressed layers in front make of the text
-    sample_blocks: int = Field(default=32, gt=0)  # whose states methods see that need more than sums
+    sample_blocks: Count = 32  # whose states methods see that need more than sums
 
     @model_validator(mode="after")
     def _is_consistent(self) -> CompressChoice:
@@ -124,12 +128,12 @@ class RungChoice(_Part):
     """A rung of the recovery ladder: what is trained, towards what, and for how long (docs/recovery.md)."""
 
     scope: Literal["router", "top-experts", "experts", "adapters"]
-    experts: PositiveInt | None = None  # of top-experts: how many of each layer, those that most tokens choose
-    rank: PositiveInt | None = None  # of adapters
+    experts: Count | None = None  # of top-experts: how many of each layer, those that most tokens choose
+    rank: Count | None = None  # of adapters
     loss: RungLoss = "kd"
-    batches_per_round: PositiveInt | None = None  # of ka and sar: written by the student, then judged, together
-    blocks: PositiveInt
-    blocks_per_step: PositiveInt
+    batches_per_round: Count | None = None  # of ka and sar: written by the student, then judged, together
+    blocks: Count
+    blocks_per_step: Count
     learning_rate: float = Field(gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
@@ -150,7 +154,7 @@ class RecoverChoice(_Part):
 
     rungs: tuple[RungChoice, ...] = ()  # climbed in this order, each kept only if the divergence falls
     after_quantizing: RungChoice | None = None  # routers once more, beside experts as the files hold them
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, lt=2**32)
 
     @property
     def trained(self) -> tuple[RungChoice, ...]:
@@ -177,7 +181,7 @@ class Recipe(_Part):
     gguf: str | None  # type of the weights, null: no GGUF file
     onnx: str | None
     save_student: bool
-    threads: int = Field(gt=0)
+    threads: int = Field(gt=0, le=MOST_THREADS)
 
     @model_validator(mode="after")
     def _writes_something(self) -> Recipe:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressors.calibration import TextTokenizer, TokenBlocks, tokenize_heldout
+from compressors.calibration import TextTokenizer, TokenBlocks, block_length_of, tokenize_heldout
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
 from compressors.model.recorder import RoutingRecorder
@@ -98,7 +98,8 @@ def against_checkpoint(
     Raises:
         InputError: the text, the tokenizer or the checkpoint cannot be used.
     """
-    split, blocks = tokenize_heldout(text, source.folder, blocks_per_file=chunks_per_file)
+    block_length = block_length_of(source.shape.context_length)
+    split, blocks = tokenize_heldout(text, source.folder, block_length, chunks_per_file)
     chunks = blocks.leading(chunks_per_file).tokens_BT
     writer = LogitsFileWriter(logits_file, chunks.numpy(), source.shape.vocab_size)
     model = StreamedModel(Student.teacher(source))

@@ -19,7 +19,7 @@ from exporter.job import parse_requirements
 from exporter.planner import HELDOUT_CHUNKS
 from exporter.published import changed_files, read_report
 from exporter.references import StoredReference, against_checkpoint, against_file, against_logits_file
-from exporter.team import usable_processors
+from exporter.team import checked_threads
 from validate.backend import RuntimeCrashError
 from validate.gpu import PROVIDERS
 from validate.model_file import ModelFile, RuntimeChoice, find_model_file, published_files
@@ -94,7 +94,7 @@ def revalidate(
 def _runtimes(threads: int | None, gpu_layers: int, providers: str) -> RuntimeChoice:
     if providers not in PROVIDERS:
         raise InputError(f"--providers: {providers!r} is not known; choose one of {', '.join(PROVIDERS)}")
-    n_threads = threads or usable_processors()
+    n_threads = checked_threads(threads)
     torch.set_num_threads(n_threads)
     return RuntimeChoice(n_threads, gpu_layers, providers)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from compressors.calibration import Splits, read_splits, tokenize
+from compressors.calibration import Splits, block_length_of, read_splits, tokenize
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
 from compressors.model.json_file import read_json
@@ -29,6 +29,7 @@ from exporter.preflight import (
     refuse_too_large_rungs,
     refuse_too_little_disk,
     refuse_too_little_memory,
+    refuse_too_short_a_context,
     refuse_unwritable_places,
     spare_disk,
 )
@@ -128,11 +129,12 @@ def make_plan(job: Job, command: str) -> Plan:
     """
     folder = resolve_model(job.model, job.revision, offline=job.offline)
     checkpoint = Checkpoint(folder)
+    refuse_too_short_a_context(checkpoint.shape)
     calibration, heldout = _texts(job)
     splits = read_splits(calibration, heldout)
     recipe = None if job.recipe is None else load_recipe(job.recipe)
     wanted = wanted_blocks(job, len(splits.heldout.parts)) if recipe is None else recipe.text.blocks
-    tokenized = tokenize(splits, folder, wanted=wanted)
+    tokenized = tokenize(splits, folder, block_length_of(checkpoint.shape.context_length), wanted)
     counts = TextCounts(tokenized[0].n_blocks, tokenized[1].n_blocks, len(tokenized[2].blocks))
     memory_bytes = job.memory_bytes or psutil.virtual_memory().available // 2 // local_processes()
     if recipe is None:

@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from compressors.model.errors import InputError, MoeExportError
+from exporter.files import storage_error
 from exporter.plan import Plan
 from exporter.progress import Progress
 from exporter.source_state import SourceState
@@ -111,10 +112,10 @@ def _run(work: WorkDirectory, name: str, group: str | None) -> MoeExportError | 
         error = MoeExportError(f"stage {name} ran out of memory; lower --memory or close other programs")
     except ConnectionError as failure:
         error = MoeExportError(f"stage {name}: {failure}; the same command goes on where this run was")
-    except OSError as failure:
-        error = MoeExportError(f"stage {name}: {failure}; free space or choose another --work-dir")
-    except Exception:
-        error = MoeExportError(f"internal error in stage {name}, please report it:\n{traceback.format_exc()}")
+    except Exception as failure:
+        error = storage_error(failure, context.output) or MoeExportError(
+            f"internal error in stage {name}, please report it:\n{traceback.format_exc()}"
+        )
     return source_error(plan, work) or error
 
 

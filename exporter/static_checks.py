@@ -23,7 +23,7 @@ from validate.file_facts import FileFacts
 from validate.folder_settings import folder_setting_symptoms
 from validate.graph_settings import graph_setting_symptoms
 from validate.model_file import ModelFile
-from validate.original_tokenizer import OriginalTokenizer
+from validate.original_tokenizer import original_tokenizer
 from validate.settings import gguf_setting_symptoms
 from validate.symptoms import setting_symptoms
 from validate.tokenization import Encode
@@ -33,7 +33,7 @@ from validate.vocabulary import GgufVocabulary
 from validate.weight_comparison import Fault, compare_weights
 from validate.weight_symptoms import coarse_symptoms, weight_symptoms
 
-__all__ = ["StaticFindings", "expected_shape", "static_checks"]
+__all__ = ["StaticFindings", "check_description", "check_weights", "expected_shape"]
 
 
 @dataclass(frozen=True)
@@ -48,35 +48,6 @@ class StaticFindings:
         """A check that passes without symptoms."""
         self.checks.append(Check.at_most(name, len(symptoms) if count is None else count, 0))
         self.symptoms.extend(symptoms)
-
-
-def static_checks(
-    file: ModelFile,
-    source: Checkpoint | None,
-    shape: MoeShape | None,
-    original: Student | None,
-    trained: frozenset[Role],
-    chunks_BT: npt.NDArray[np.int64],
-) -> StaticFindings:
-    """Compares a file with the original, without running it.
-
-    Args:
-        file: the file.
-        source: the original; None: it is not known, and nothing is compared.
-        shape: of the model that the file should hold; None: nothing says, and its settings are not compared.
-        original: the student whose weights it should hold; None: not known.
-        trained: roles whose weights went on from that student's.
-        chunks_BT: tokens of held-out text.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
-    findings = StaticFindings()
-    if source is not None:
-        _check_settings_and_tokenizer(findings, file, source, shape, chunks_BT)
-    if original is not None and source is not None:
-        _check_weights(findings, file, source, original, trained)
-    return findings
 
 
 def expected_shape(facts: FileFacts, source: MoeShape) -> MoeShape | None:
@@ -95,13 +66,21 @@ def expected_shape(facts: FileFacts, source: MoeShape) -> MoeShape | None:
     )
 
 
-def _check_settings_and_tokenizer(
-    findings: StaticFindings,
-    file: ModelFile,
-    source: Checkpoint,
-    shape: MoeShape | None,
-    chunks_BT: npt.NDArray[np.int64],
-) -> None:
+def check_description(
+    file: ModelFile, source: Checkpoint, shape: MoeShape | None, chunks_BT: npt.NDArray[np.int64]
+) -> StaticFindings:
+    """Compares a file's settings and its tokenizer with the original's.
+
+    Args:
+        file: the file.
+        source: the original.
+        shape: of the model that the file should hold; None: nothing says, and its settings are not compared.
+        chunks_BT: tokens of held-out text.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    findings = StaticFindings()
     settings: list[str] = []
     if shape is None:
         findings.notes.append("its settings were not compared with the original's: it is no model with experts")
@@ -117,6 +96,7 @@ def _check_settings_and_tokenizer(
     findings.add(f"{file.format}.settings", settings)
     if tokenizer is not None:
         findings.add(f"{file.format}.tokenizer", tokenizer.symptoms)
+    return findings
 
 
 def _setting_symptoms(file: ModelFile, source: Checkpoint, shape: MoeShape) -> list[str]:
@@ -133,7 +113,7 @@ def _tokenizer_findings(
     file: ModelFile, source: Checkpoint, chunks_BT: npt.NDArray[np.int64]
 ) -> TokenizerFindings | None:
     """None of a graph that has no tokenizer."""
-    original, chunks = OriginalTokenizer(source.folder, source.shape.vocab_size), chunks_BT.tolist()
+    original, chunks = original_tokenizer(source.folder, source.shape.vocab_size), chunks_BT.tolist()
     if file.format == "gguf":
         metadata = GgufFile(file.path).metadata
         return check_gguf_tokenizer(file.path, metadata, original, chunks, lambda: _best_vocabulary(source))
@@ -156,16 +136,25 @@ def _best_vocabulary(source: Checkpoint) -> Encode | None:
     return lambda text: vocabulary.encode(text, add_special_tokens=False, parse_special=True)
 
 
-def _check_weights(
-    findings: StaticFindings, file: ModelFile, source: Checkpoint, original: Student, trained: frozenset[Role]
-) -> None:
+def check_weights(file: ModelFile, original: Student, trained: frozenset[Role] = frozenset()) -> StaticFindings:
+    """Compares a file's weights with those that it should hold.
+
+    Args:
+        file: the file.
+        original: the student that has them.
+        trained: roles whose weights went on from that student's.
+
+    Raises:
+        InputError: the file or the student cannot be read.
+    """
+    findings = StaticFindings()
     n_tokens = file.facts.vocab_size
     shape = original.shape if n_tokens is None else replace(original.shape, vocab_size=n_tokens)
     try:
         weights = file.weights(shape)
     except InputError as error:
         findings.notes.append(f"weights were not compared with the original's ({error})")
-        return
+        return findings
     comparison = compare_weights(
         original,
         original.as_written(weights),
@@ -181,5 +170,8 @@ def _check_weights(
     ]
     if not trained - {Role.ROUTER}:
         findings.add(f"{file.format}.coarse_weights", coarse_symptoms(comparison))
-    vocabulary = OriginalTokenizer(source.folder, source.shape.vocab_size)
-    findings.add(f"{file.format}.damaged_weights", weight_symptoms(damage, vocabulary.text), len(damage))
+    text = None
+    if any(entry.unit.row is not None for entry in damage):
+        text = original_tokenizer(original.source.folder, original.shape.vocab_size).text
+    findings.add(f"{file.format}.damaged_weights", weight_symptoms(damage, text), len(damage))
+    return findings

@@ -15,7 +15,7 @@ from compressors.model.json_file import read_json
 from compressors.model.student import Student
 from exporter.guarded import Limits, run_guarded
 from exporter.hub import resolve_model
-from exporter.team import usable_processors
+from exporter.team import checked_threads
 from validate.backend import RuntimeCrashError
 from validate.model_file import ModelFile, RuntimeChoice, published_files
 from validate.report import facts, numbers
@@ -58,7 +58,7 @@ def task_results(
     source = Checkpoint(resolve_model(against or job["model"], job["revision"], offline=False))
     if source.identity() != report["source"]["identity"]:
         raise InputError(f"--against: {source.folder} is not the model that these files were made from")
-    n_threads = threads or usable_processors()
+    n_threads = checked_threads(threads)
     torch.set_num_threads(n_threads)
     length = min(_LONGEST_TEXT, source.shape.context_length)
     files = published_files(out, report)

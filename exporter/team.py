@@ -16,15 +16,34 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from compressors.model.errors import InputError
+
 if TYPE_CHECKING:  # importing torch takes a second, and most runs have no team
     import torch
     from torch.distributed import Store  # type: ignore[attr-defined]
 
-__all__ = ["Team", "join_group", "local_processes", "team", "usable_processors"]
+__all__ = ["MOST_THREADS", "Team", "checked_threads", "join_group", "local_processes", "team", "usable_processors"]
 
 _PATIENCE = timedelta(hours=12)  # of a process that waits for the slowest in a reduction
 _DISMISSED = "dismissed"
 _POLL_SECONDS = 0.1
+
+
+MOST_THREADS = 512
+"""That ggml can use (``GGML_MAX_N_THREADS``); more than the system can start end the process with a signal."""
+
+
+def checked_threads(threads: int | None) -> int:
+    """The number of ``--threads``; None: all processors.
+
+    Raises:
+        InputError: it is less than one or more than :data:`MOST_THREADS`.
+    """
+    if threads is None:
+        return usable_processors()
+    if not 1 <= threads <= MOST_THREADS:
+        raise InputError(f"--threads: {threads} is outside 1 ... {MOST_THREADS}; leave it out to use all processors")
+    return threads
 
 
 def local_processes() -> int:
@@ -38,7 +57,7 @@ def usable_processors() -> int:
     Processes that torchrun started here share them.
     """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, usable // local_processes())
+    return min(MOST_THREADS, max(1, usable // local_processes()))
 
 
 @contextmanager

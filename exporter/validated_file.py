@@ -16,7 +16,7 @@ from compressors.model.shape import MoeShape
 from compressors.model.student import ExpertMap, LayerMap, Student
 from exporter.recovery import AFTER_QUANTIZING
 from exporter.references import Reference
-from exporter.static_checks import StaticFindings, expected_shape, static_checks
+from exporter.static_checks import StaticFindings, check_description, check_weights, expected_shape
 from validate.backend import Backend, RuntimeBackend
 from validate.cost import LEAST_CONTEXT
 from validate.evaluation import Evaluation, evaluate
@@ -129,10 +129,11 @@ def validate_file(
     finite = float(np.isfinite(evaluation.negative_log_likelihood_N).mean())
     checks = [Check.at_least(f"{file.format}.finite", finite, 1.0)]
     checks += _checks(file, figures, agreement, expectation, reference, require)
-    in_file = _inspect(file, expectation, reference)
-    checks += in_file.checks
-    notes += in_file.notes
-    symptoms = list(in_file.symptoms)
+    symptoms = []
+    for in_file in _inspect(file, expectation, reference):
+        checks += in_file.checks
+        notes += in_file.notes
+        symptoms += in_file.symptoms
     if not all(check.passed for check in checks):
         symptoms += _measured_symptoms(reference, evaluation, agreement, expectation)
     band = band_of(file.facts.bits_per_weight)
@@ -192,12 +193,15 @@ def _agreement(reference: Reference, evaluation: Evaluation, expectation: Expect
     return routing_agreement(reference.routing, evaluation.routing, expectation.experts, n_chunks=evaluation.n_chunks)
 
 
-def _inspect(file: ModelFile, expectation: Expectation, reference: Reference) -> StaticFindings:
+def _inspect(file: ModelFile, expectation: Expectation, reference: Reference) -> list[StaticFindings]:
     """What can be seen in the file itself, beside the original's settings, tokenizer and weights."""
-    source, shape = reference.source, expectation.shape
-    if source is not None and shape is None:
-        shape = expected_shape(file.facts, source.shape)
-    return static_checks(file, source, shape, expectation.original, expectation.trained, reference.chunks_BT)
+    source, found = reference.source, []
+    if source is not None:
+        shape = expectation.shape or expected_shape(file.facts, source.shape)
+        found.append(check_description(file, source, shape, reference.chunks_BT))
+    if expectation.original is not None:
+        found.append(check_weights(file, expectation.original, expectation.trained))
+    return found
 
 
 def _checks(

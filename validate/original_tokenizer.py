@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from compressors.model.special_tokens import special_tokens
-from compressors.model.tokenizer_files import load_tokenizer
+from compressors.model.tokenizer_files import files_state, load_tokenizer
 from validate.tokenization import AWKWARD_TEXTS
 
-__all__ = ["OriginalTokenizer"]
+__all__ = ["OriginalTokenizer", "original_tokenizer"]
+
+
+def original_tokenizer(folder: Path, vocab_size: int) -> OriginalTokenizer:
+    """A checkpoint's tokenizer, remembered with what it made of texts for as long as its files do not change.
+
+    Raises:
+        InputError: it has none that can be used.
+    """
+    return _remembered(folder, vocab_size, files_state(folder))
+
+
+@functools.lru_cache(maxsize=2)
+def _remembered(folder: Path, vocab_size: int, state: object) -> OriginalTokenizer:
+    return OriginalTokenizer(folder, vocab_size)
 
 
 class OriginalTokenizer:
@@ -33,6 +48,7 @@ class OriginalTokenizer:
     def __init__(self, folder: Path, vocab_size: int) -> None:
         self.tokenizer: Any = load_tokenizer(folder)
         self.special = special_tokens(folder, vocab_size)
+        self._cut: tuple[tuple[tuple[int, ...], ...], dict[str, list[int]]] | None = None
         self.added: Mapping[int, Any] = self.tokenizer.added_tokens_decoder
         self.has_bytes = bool(getattr(self.tokenizer.backend_tokenizer.model, "byte_fallback", False))
 
@@ -51,9 +67,12 @@ class OriginalTokenizer:
 
     def cut(self, chunks: Iterable[Sequence[int]]) -> dict[str, list[int]]:
         """Texts and their tokens: awkward ones, special tokens in text, chunks of text, and every token's own."""
-        texts = list(dict.fromkeys(self._texts(chunks)))
-        tokens = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        return dict(zip(texts, tokens, strict=True))
+        wanted = tuple(map(tuple, chunks))
+        if self._cut is None or self._cut[0] != wanted:
+            texts = list(dict.fromkeys(self._texts(wanted)))
+            tokens = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            self._cut = wanted, dict(zip(texts, tokens, strict=True))
+        return self._cut[1]
 
     def _texts(self, chunks: Iterable[Sequence[int]]) -> list[str]:
         special = [str(token) for token in self.added.values()]

@@ -29,8 +29,12 @@ _FLOAT_TYPES = frozenset(
 )
 _MATRIX, _ROW = 1.8, 3.0  # times the kernel's error; measured: up to 1.49 and 2.1
 _SCREEN = 1.6  # times the type's usual error: rows above are quantized again to know theirs
-_MATRIX_COEFFICIENT = (0.01, 0.1)  # what a matrix's may be off, and how much more for each unit of relative error
-_ROW_COEFFICIENT = (0.01, 7.0)  # the same of a row, the second part divided by the root of its length
+_COEFFICIENT = 0.01  # what may be off, beside what the type's error makes:
+_MATRIX_COEFFICIENT = 0.1  # for each unit of relative error of a matrix,
+_ROW_COEFFICIENT = (
+    3.5  # of a row, times the root of its values' fourth powers over its squares (1.7 over the root of N)
+)
+_SHRINKING = 3.5  # times as much downwards: quantizers that weigh values make those that weigh little too small
 _SAMPLE, _SUSPECTS = 32, 256  # rows of a matrix (of a piece of one) that are quantized again
 _FEWEST_ROWS = 8  # of a matrix that is judged as a whole
 _USUAL_ROWS = 64  # of random values, to know a type's usual error
@@ -126,9 +130,8 @@ class MatrixError:
         """Whether the matrix as a whole is larger or smaller than its type makes it."""
         if not self._is_judged_as_whole or not self._sampled_squares:
             return False
-        constant, per_error = _MATRIX_COEFFICIENT
-        excess = abs(self._excess) / self._sampled_squares
-        return not excess <= constant + per_error * self.usual_error
+        excess = _upwards(self._excess / self._sampled_squares)
+        return not excess <= _COEFFICIENT + _MATRIX_COEFFICIENT * self.usual_error
 
     def add(self, original_RN: torch.Tensor, found_RN: torch.Tensor) -> list[int]:
         """Takes the next rows, float32; returns which of them are damaged, counted within the piece."""
@@ -149,18 +152,19 @@ class MatrixError:
         usual, usual_coefficient = _usual(self._type, length)
         yard_R = usual**2 * sums.squares_R
         own_R = np.full(n_rows, usual_coefficient)
-        constant, per_error = _ROW_COEFFICIENT
         off_R = _outside(sums.coefficient_R, own_R)
-        suspect_R = ~(sums.error_R <= _SCREEN**2 * yard_R) | ~(off_R <= constant)
+        suspect_R = ~(sums.error_R <= _SCREEN**2 * yard_R) | ~(off_R <= _COEFFICIENT)
+        spread_R = np.full(n_rows, 3**0.5 / length**0.5)
         sample = np.unique(np.linspace(0, n_rows - 1, min(n_rows, _SAMPLE)).astype(int))
         again = np.union1d(sample, _spread(np.flatnonzero(suspect_R), _SUSPECTS))
         rows_RN = original_RN[torch.from_numpy(again)]
         known = _RowSums(rows_RN, requantized(rows_RN, self._type))
         yard_R[again] = np.maximum(yard_R[again], known.error_R)
         own_R[again] = known.coefficient_R
+        spread_R[again] = _spread_of_values(rows_RN)
         self._take_sample(sample, sums, yard_R, own_R)
         relative_R = np.sqrt(yard_R / np.maximum(sums.squares_R, np.finfo(np.float64).tiny))
-        allowed_R = constant + per_error * relative_R / length**0.5
+        allowed_R = _COEFFICIENT + _ROW_COEFFICIENT * relative_R * spread_R
         off_R = _outside(sums.coefficient_R, own_R)
         bad_R: npt.NDArray[np.bool_] = ~(sums.error_R <= _ROW**2 * yard_R) | ~(off_R <= allowed_R)
         return bad_R
@@ -201,9 +205,22 @@ def _products(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> _
 
 
 def _outside(coefficient_R: _Sums, kernel_R: _Sums) -> _Sums:
-    """How far coefficients lie outside of what is between the kernel's and 1."""
+    """How far coefficients lie outside of what is between the kernel's and 1; see :func:`_upwards`."""
     low_R, high_R = np.minimum(kernel_R, 1.0), np.maximum(kernel_R, 1.0)
-    return np.maximum(np.maximum(low_R - coefficient_R, coefficient_R - high_R), 0.0)
+    return np.maximum((low_R - coefficient_R) / _SHRINKING, np.maximum(coefficient_R - high_R, 0.0))
+
+
+def _upwards(excess: float) -> float:
+    """A coefficient's distance from what is usual, as if it were upwards."""
+    return max(-excess / _SHRINKING, excess) if excess == excess else excess
+
+
+def _spread_of_values(rows_RN: torch.Tensor) -> _Sums:
+    """The root of the sum of fourth powers over the sum of squares: what a few large values weigh in a row."""
+    squares = np.square(rows_RN.numpy())
+    sums = squares.sum(1, dtype=np.float64)
+    roots: _Sums = np.sqrt(_products(squares, squares)) / np.maximum(sums, np.finfo(np.float64).tiny)
+    return roots
 
 
 def _spread(places: npt.NDArray[np.int64], most: int) -> npt.NDArray[np.int64]:

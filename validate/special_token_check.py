@@ -50,7 +50,7 @@ def _begin_symptoms(vocabulary: GgufVocabulary, original: OriginalTokenizer) -> 
     found = vocabulary.begin_token
     if allowed and found not in allowed:
         yield f"tokenizer: the begin token in llama.cpp is {found}, the original's {_listed(allowed)}"
-    if vocabulary.adds_begin != bool(before):
+    if vocabulary.adds_begin != (len(before) == 1):  # it has no way to put several: a difference that is known before
         does, should = ("puts a", "does not") if vocabulary.adds_begin else ("puts no", "does")
         yield f"tokenizer: llama.cpp {does} begin token before a text; the original {should}"
 
@@ -60,7 +60,7 @@ def _end_symptoms(
 ) -> Iterator[str]:
     """Every end token of the original must end a text in llama.cpp, and no token that occurs in texts may."""
     _, behind = original.around()
-    if vocabulary.adds_end != bool(behind):
+    if vocabulary.adds_end != (len(behind) == 1 and behind[0] in original.special.ends):  # it puts no other token
         does, should = ("puts an", "does not") if vocabulary.adds_end else ("puts no", "does")
         yield f"tokenizer: llama.cpp {does} end token behind a text; the original {should}"
     right, found = original.special.ends, vocabulary.end_token
@@ -70,7 +70,8 @@ def _end_symptoms(
     missing = [token for token in right if token not in ends]
     if missing:
         yield f"tokenizer: {_tokens(missing, original)} ends a text of the original, and not in llama.cpp"
-    ordinary = [token for token in sorted(ends) if token not in original.added and token not in right]
+    allowed = {*original.added, *right}
+    ordinary = [token for token in sorted(ends) if token not in allowed and original.text(token) is not None]
     if ordinary:
         yield f"tokenizer: {_tokens(ordinary, original)}, which occurs in texts, ends them in llama.cpp"
     for key in ("eot_token_id", "eom_token_id"):

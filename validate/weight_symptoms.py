@@ -102,9 +102,9 @@ def _swapped(layers: dict[tuple[int | None, int | None], list[str]]) -> list[str
     for (layer, source), names in layers.items():
         where = "the whole model" if source is None else f"layer {source}"
         if layer is None or source is None or (source, layer) not in layers:
-            what = names[0] if len(names) == 1 else f"{len(names)} tensors"
-            target = f"layer {layer} holds" if layer is not None else "the model holds"
-            symptoms.append(f"{target} {what} of {where}" if len(names) > 1 else f"{_place(layer)}{what} is {where}'s")
+            count = "" if len(names) == 1 else f" ({len(names)} experts or rows)"
+            for role in dict.fromkeys(names):
+                symptoms.append(f"{_place(layer)}{role} is that of {where}{count if len(set(names)) == 1 else ''}")
         elif layer < source:
             both = len(names) + len(layers[source, layer])
             symptoms.append(f"layers {layer} and {source} are swapped ({both} tensors, experts and router rows apart)")

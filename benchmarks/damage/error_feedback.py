@@ -17,7 +17,7 @@ from compressors.model.ggml import GGMLQuantizationType, dequantize_rows
 from compressors.model.student import Student
 from validate.quantization_error import quantized
 
-__all__ = ["FEEDBACK_TYPES", "with_error_feedback"]
+__all__ = ["FEEDBACK_TYPES", "fed_back", "with_error_feedback"]
 
 _T = GGMLQuantizationType
 _DAMPING = 0.05  # of the mean diagonal
@@ -49,9 +49,9 @@ def with_error_feedback(student: Student, ggml_type: GGMLQuantizationType) -> di
     for layer, role, expert in _places(student):
         values = student.expert(role, layer, expert).float()
         if values.shape[1] % GGML_QUANT_SIZES[ggml_type][0] == 0:
-            overlay[student.name(role, layer, expert)] = _fed_back(values, ggml_type)
+            overlay[student.name(role, layer, expert)] = fed_back(values, ggml_type)
         else:
-            overlay[student.name(role, layer, expert)] = _fed_back(values, _T.IQ4_NL)
+            overlay[student.name(role, layer, expert)] = fed_back(values, _T.IQ4_NL)
     return overlay
 
 
@@ -62,7 +62,8 @@ def _places(student: Student) -> Iterator[tuple[int, Role, int]]:
                 yield layer, role, expert
 
 
-def _fed_back(values_RN: torch.Tensor, ggml_type: GGMLQuantizationType) -> torch.Tensor:
+def fed_back(values_RN: torch.Tensor, ggml_type: GGMLQuantizationType) -> torch.Tensor:
+    """The values of rows whose codes are chosen column by column, the error of each made up by the others."""
     n_rows, length = values_RN.shape
     moments_NN = _moments(length)
     levels_RNC = _levels(values_RN, moments_NN.diagonal().float().numpy(), ggml_type).double()

@@ -27,7 +27,7 @@ from exporter.hub import resolve_model
 from exporter.onnx.clients import write_client_files
 from exporter.onnx.layout import PRESETS as ONNX_PRESETS
 from exporter.onnx.writer import write_onnx
-from exporter.static_checks import static_checks
+from exporter.static_checks import check_description, check_weights
 from validate.model_file import find_model_file
 from validate.quantization_error import quantized
 from validate.weight_comparison import compare_weights
@@ -36,6 +36,7 @@ from validate.weight_symptoms import weight_symptoms
 __all__ = ["Whole", "importance_like", "whole_files"]
 
 _T = GGMLQuantizationType
+_EXPERTS = 4  # of each layer: kernels of 2 bits are slow
 _OTHERS = (_T.Q4_1, _T.IQ4_NL, _T.IQ4_XS, _T.Q3_K, _T.Q2_K, _T.IQ3_S, _T.IQ3_XXS, _T.IQ2_S, _T.IQ2_XS, _T.IQ2_XXS)
 _OTHERS += (_T.IQ1_M, _T.IQ1_S, _T.MXFP4, _T.TQ2_0, _T.F16)
 
@@ -52,7 +53,7 @@ def whole_files(folder: Path, models: dict[str, Path] | None = None) -> Iterator
     """Yields what the checks say of undamaged files of two layers of each model; None: of the bundled one."""
     folder.mkdir(parents=True)
     for name, model in (models or {"fine": resolve_model(None)}).items():
-        workshop = Workshop.open(make_original(model, folder / name))
+        workshop = Workshop.open(make_original(model, folder / name), _EXPERTS)
         check = partial(_checked, workshop, folder / "file", name)
         yield from _ours(workshop, check)
         for ggml_type in _OTHERS:
@@ -142,8 +143,9 @@ def _checked(
     found = find_model_file(path)
     assert found is not None, path
     student = original or workshop.student
-    findings = static_checks(found, workshop.source, student.shape, student, trained, workshop.chunks_BT)
-    return Whole(f"{model}: {what}", tuple(findings.symptoms))
+    symptoms = check_weights(found, student, trained).symptoms
+    symptoms += check_description(found, workshop.source, student.shape, workshop.chunks_BT).symptoms
+    return Whole(f"{model}: {what}", tuple(symptoms))
 
 
 def _write_type(workshop: Workshop, ggml_type: GGMLQuantizationType, is_weighted: bool, path: Path) -> None:

@@ -22,7 +22,7 @@ from exporter.gguf.writer import write_gguf
 from exporter.hub import bundled_text
 from exporter.onnx.clients import write_client_files
 from exporter.onnx.writer import write_onnx
-from exporter.static_checks import static_checks
+from exporter.static_checks import check_description, check_weights
 from validate.model_file import find_model_file
 
 __all__ = ["CONTEXT", "Outcome", "Result", "Workshop", "judge", "make_original"]
@@ -83,9 +83,10 @@ def judge(workshop: Workshop, path: Path, file: str, kind: str, what: str, names
     try:
         found = find_model_file(path)
         assert found is not None, path
-        findings = static_checks(
-            found, workshop.source, workshop.student.shape, workshop.student, frozenset(), workshop.chunks_BT
-        )
+        if kind == "weights":
+            findings = check_weights(found, workshop.student)
+        else:
+            findings = check_description(found, workshop.source, workshop.student.shape, workshop.chunks_BT)
         said, has_failed = findings.symptoms, not all(check.passed for check in findings.checks)
     except MoeExportError as error:
         said, has_failed = [str(error)], True

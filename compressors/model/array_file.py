@@ -80,11 +80,18 @@ class ArrayFile:
         return out
 
     def write(self, start: int, rows: npt.NDArray[np.generic]) -> None:
-        """Puts these rows at row ``start`` and after."""
+        """Puts these rows at row ``start`` and after.
+
+        Raises:
+            OSError: the disk is full or failed; it names the file.
+        """
         assert rows.dtype == self.dtype and rows.shape[1:] == self.shape[1:], (rows.dtype, rows.shape)
         assert start + len(rows) <= len(self), f"{start} + {len(rows)} rows in {self.path}"
         source = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
         offset = self._offset + start * self._row_bytes
         while source:
-            n_written = os.pwrite(self._descriptor, source, offset)
+            try:
+                n_written = os.pwrite(self._descriptor, source, offset)
+            except OSError as error:  # a full disk: the system knows the descriptor only
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
             source, offset = source[n_written:], offset + n_written

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from compressors.calibration import Splits, load_tokenizer, read_splits, tokenize
+from compressors.calibration import Splits, block_length_of, load_tokenizer, read_splits, tokenize
 from compressors.model.arithmetic import dtype_of
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
@@ -32,7 +32,9 @@ def run(context: StageContext) -> None:
     text = plan.recipe.text
     splits = read_splits(plan.calibration, plan.heldout)
     _refuse_changed_inputs(context, checkpoint, splits)
-    calibration, selection, heldout = tokenize(splits, checkpoint.folder, wanted=text.blocks)
+    calibration, selection, heldout = tokenize(
+        splits, checkpoint.folder, block_length_of(checkpoint.shape.context_length), text.blocks
+    )
     measured = heldout.leading(text.heldout_chunks_per_file)
     blocks = Blocks(
         calibration.spread(text.calibration_blocks).tokens_BT,

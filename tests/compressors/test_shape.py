@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from compressors.model.config import read_shape
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.families import FAMILIES, Role
+from compressors.model.rope import Rope, RopeKind
 from compressors.model.shape import MoeShape
 
 Read = Callable[..., MoeShape]
@@ -65,7 +66,7 @@ def test_qwen3_moe_is_read(fine_folder: Path) -> None:
         vocab_size=4096,
         context_length=2048,
         rms_norm_eps=1e-6,
-        rope_theta=10000.0,
+        rope=Rope(RopeKind.DEFAULT, theta=10000.0, width=32),
         tied_embeddings=True,
         normalize_top_k=True,
         bos_token_id=0,
@@ -192,19 +193,10 @@ def test_norm_topk_prob_is_obeyed(read_qwen: Read, read_olmoe: Read) -> None:
     ],
 )
 def test_a_value_of_the_wrong_type_is_named(read: Read, key: str, value: object) -> None:
-    named = "rope_theta" if isinstance(value, dict) else key
+    named = "rope_parameters.rope_theta" if isinstance(value, dict) else key
     with pytest.raises(InputError, match=rf"config\.json: {named} must be ") as refused:
         read(**{key: value})
     assert not isinstance(refused.value, UnsupportedError)
-
-
-@pytest.mark.parametrize(
-    "key", ["hidden_size", "num_hidden_layers", "num_experts_per_tok", "vocab_size", "rms_norm_eps", "rope_theta"]
-)
-def test_a_missing_value_is_named(read: Read, key: str) -> None:
-    """rope_theta too: transformers' default differs between the families, so a guess would be wrong for one."""
-    with pytest.raises(InputError, match=rf"config\.json lacks '{key}'"):
-        read(drop=(key,))
 
 
 def test_more_experts_per_token_than_experts_are_refused(read: Read) -> None:
@@ -215,11 +207,14 @@ def test_more_experts_per_token_than_experts_are_refused(read: Read) -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling of type 'yarn'"),
-        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope scaling of type 'linear'"),  # the old spelling
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope scaling of type 'llama3'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_bias": True}, "attention_bias is True"),
+        ({"is_causal": False}, "is_causal is False"),
+        ({"is_causal": None}, "is_causal is None"),
+        ({"per_layer_config": {"0": {"hidden_act": "gelu"}}}, "per_layer_config: settings of single layers"),
+        ({"text_config": {"model_type": "llama"}}, "text_config: a model inside a model"),
+        ({"layer_types": ["full_attention"]}, "layer_types must name .* for each of the"),
+        ({"layer_types": ["linear_attention"] * 6, "num_hidden_layers": 6}, "layer_types must name"),
         ({"model_type": "jamba"}, "'jamba' is not a supported MoE family; supported are mixtral, olmoe, qwen3_moe"),
     ],
 )
@@ -228,18 +223,33 @@ def test_what_cannot_be_represented_is_refused_by_name(read: Read, values: dict[
         read(**values)
 
 
-def test_each_family_s_own_restrictions(read_qwen: Read, read_mixtral: Read, read_olmoe: Read) -> None:
-    with pytest.raises(UnsupportedError, match="use_sliding_window is True"):
-        read_qwen(use_sliding_window=True)
+def test_each_family_s_own_restrictions(read_qwen: Read, read_olmoe: Read) -> None:
     with pytest.raises(UnsupportedError, match=r"mlp_only_layers is \[0\]"):
         read_qwen(mlp_only_layers=[0])
     with pytest.raises(UnsupportedError, match="decoder_sparse_step is 2"):
         read_qwen(decoder_sparse_step=2)
-    with pytest.raises(UnsupportedError, match="sliding_window is 4096"):
-        read_mixtral(sliding_window=4096)
     with pytest.raises(UnsupportedError, match=r"clip_qkv is 8\.0"):
         read_olmoe(clip_qkv=8.0)
     assert read_qwen(mlp_only_layers=None, drop=("decoder_sparse_step",)).n_layers == 6
+
+
+def test_a_window_shortens_the_context(read_qwen: Read, read_mixtral: Read) -> None:
+    """Within it attention sees everything, so up to there the model is the same without it."""
+    assert (read_mixtral(sliding_window=512).context_length, read_mixtral(sliding_window=512).window) == (512, 512)
+    assert read_mixtral(sliding_window=2048).context_length == read_mixtral(sliding_window=9999).context_length == 2048
+    assert (
+        read_qwen(sliding_window=512).window is read_qwen(sliding_window=512, use_sliding_window=False).window is None
+    )
+    assert read_qwen(sliding_window=512, use_sliding_window=True).context_length == 512
+    assert read_qwen(use_sliding_window=True).window == 4096, "the default of transformers"
+    assert read_qwen(sliding_window=None, use_sliding_window=True).window is None
+
+
+def test_heads_that_cannot_be_shared_or_turned_are_named(read: Read) -> None:
+    with pytest.raises(InputError, match="num_key_value_heads 3 does not divide"):
+        read(num_key_value_heads=3, head_dim=32)
+    with pytest.raises(InputError, match="heads of 33 values"):
+        read(head_dim=33)
 
 
 def test_a_dense_model_is_told_apart(read_qwen: Read) -> None:

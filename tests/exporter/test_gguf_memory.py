@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.config import read_shape
-from compressors.model.errors import InputError
+from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.student import Student
 from exporter.gguf.memory import predict_runtime_bytes
 from exporter.gguf.writer import write_gguf
@@ -33,7 +34,9 @@ def file(family_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("context", "kv_type"), [(512, "f16"), (2048, "f16"), (2048, "f32"), (2048, "q8_0")])
+@pytest.mark.parametrize(
+    ("context", "kv_type"), [(512, "f16"), (2048, "f16"), (2048, "f32"), (2048, "q8_0"), (2048, "q4_0")]
+)
 def test_prediction_is_an_upper_bound_and_close(file: Path, family_folder: Path, context: int, kv_type: str) -> None:
     command = [sys.executable, "-c", _MEASURE, str(file), str(context), kv_type]
     cost = json.loads(subprocess.run(command, cwd=_REPOSITORY, capture_output=True, text=True, check=True).stdout)
@@ -53,3 +56,10 @@ def test_every_expert_and_every_layer_counts(fine_folder: Path) -> None:
 def test_unknown_cache_types_are_refused(fine_folder: Path) -> None:
     with pytest.raises(InputError, match="--kv-type q3: no such type; choose one of f32, f16, q8_0, q4_0"):
         predict_runtime_bytes(read_shape(fine_folder), 1, 512, "q3")
+
+
+@pytest.mark.parametrize("kv_type", ["q8_0", "q4_0"])
+def test_heads_that_are_no_whole_blocks_of_a_quantized_cache_are_refused(fine_folder: Path, kv_type: str) -> None:
+    shape = replace(read_shape(fine_folder), head_dim=48)
+    with pytest.raises(UnsupportedError, match=f"--kv-type {kv_type}: .* blocks of 32, .* heads are 48 wide"):
+        predict_runtime_bytes(shape, 1, 512, kv_type)

@@ -22,13 +22,13 @@ from exporter.gguf.layout import plan_tensors
 from exporter.gguf.writer import predict_file_size, write_gguf
 from exporter.onnx.layout import DATA_FILE, MODEL_FILE
 from exporter.onnx.writer import predict_size, write_onnx
-from validate.backend import Backend, scored_positions
+from tests.exporter.against_transformers import SAME, divergence, log_probs
+from validate.backend import Backend
 from validate.llama_cpp import LlamaCppBackend
 from validate.onnx_runtime import OnnxRuntimeBackend
 from validate.torch_reference import TorchBackend
 
 _HALF_HEAD = 16
-_SAME = 1e-6  # nats; two float32 implementations of one model differ by less than 1e-8
 
 _LINEAR = {"rope_type": "linear", "factor": 4.0}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 96}
@@ -79,25 +79,6 @@ def scaled(toy_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPat
     return checkpoint
 
 
-def _transformers_log_probs(folder: Path, tokens_BT: npt.NDArray[np.int64]) -> torch.Tensor:
-    """float32 [B, S, V] at the positions that a backend scores, by stock transformers."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    with torch.no_grad():
-        logits = model(torch.from_numpy(tokens_BT)).logits[:, scored_positions(tokens_BT.shape[1])]
-    return torch.log_softmax(logits, -1)
-
-
-def _divergence(reference: torch.Tensor, backend: Backend, tokens_BT: npt.NDArray[np.int64]) -> float:
-    """Mean KL divergence of a backend from the reference, in nats."""
-    outputs = torch.stack([torch.from_numpy(output.logits_SV.copy()) for output in backend.run(tokens_BT)])
-    found = torch.log_softmax(outputs, -1)
-    return float((reference.exp() * (reference - found)).sum(-1).mean())
-
-
-def _blocks(tokens: npt.NDArray[np.int64], n_tokens: int) -> npt.NDArray[np.int64]:
-    return tokens[: 2 * n_tokens].reshape(2, n_tokens)
-
-
 _CASES = [("coarse", scaling) for scaling in _SCALINGS] + [
     ("fine", "linear"),
     ("fine", "yarn"),
@@ -121,12 +102,12 @@ def test_both_runtimes_compute_what_transformers_does(
     reference = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, local_files_only=True)
     for n_tokens in (320, 64):
         tokens_BT = heldout_tokens[: 2 * n_tokens].reshape(2, n_tokens)
-        expected = _log_probs(reference, tokens_BT)
+        expected = log_probs(reference, tokens_BT)
         backends: list[Backend] = [TorchBackend(student), OnnxRuntimeBackend(tmp_path / "onnx", threads=1)]
         if in_gguf:
             backends.append(_gguf(student, tmp_path / "model.gguf", n_ctx=n_tokens))
         for backend in backends:
-            assert _divergence(expected, backend, tokens_BT) < _SAME, (backend.runtime, n_tokens)
+            assert divergence(expected, backend, tokens_BT) < SAME, (backend.runtime, n_tokens)
 
 
 def test_what_llama_cpp_cannot_turn_by_is_refused_by_name(scaled: Scaled) -> None:
@@ -155,24 +136,10 @@ def test_llama_cpp_takes_the_long_factors_for_short_texts_in_a_long_context(
     tokens_BT = heldout_tokens[:128].reshape(2, 64)
     reference = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, local_files_only=True)
     gguf = _gguf(Student.teacher(checkpoint), tmp_path / "model.gguf", n_ctx=512)
-    assert _divergence(_log_probs(reference, tokens_BT), gguf, tokens_BT) > 1e-3
+    assert divergence(log_probs(reference, tokens_BT), gguf, tokens_BT) > 1e-3
 
 
 def _gguf(student: Student, path: Path, n_ctx: int) -> LlamaCppBackend:
     write_gguf(student, "F32", path, name="toy", threads=1)
     assert predict_file_size(student.shape, student.source.folder, "F32", "toy") == path.stat().st_size
     return LlamaCppBackend(path, n_ctx=n_ctx, kv_type="f32", threads=1)
-
-
-def _log_probs(model: torch.nn.Module, tokens_BT: npt.NDArray[np.int64]) -> torch.Tensor:
-    """float32 [B, S, V] at the positions that a backend scores, by stock transformers."""
-    with torch.no_grad():
-        logits = model(torch.from_numpy(tokens_BT)).logits[:, scored_positions(tokens_BT.shape[1])]
-    return torch.log_softmax(logits, -1)
-
-
-def _divergence(expected: torch.Tensor, backend: Backend, tokens_BT: npt.NDArray[np.int64]) -> float:
-    """Mean KL divergence of a backend from the reference, in nats."""
-    outputs = torch.stack([torch.from_numpy(output.logits_SV.copy()) for output in backend.run(tokens_BT)])
-    found = torch.log_softmax(outputs, -1)
-    return float((expected.exp() * (expected - found)).sum(-1).mean())

@@ -66,6 +66,13 @@ def _row(result: Result) -> dict[str, Any]:
     return dict(row)
 
 
+def _other_notes(row: dict[str, Any]) -> list[str]:
+    """The notes but one: this vocabulary's tokenizer normalizes text (NFC), which llama.cpp does not."""
+    is_known = [note.startswith("llama.cpp cuts 1 of 4,") and "cafe\u0301" in note for note in row["notes"]]
+    assert sum(is_known) == 1
+    return [note for note, known in zip(row["notes"], is_known, strict=True) if not known]
+
+
 def _padded(original: Path, folder: Path, size: int) -> Path:
     """The same checkpoint with rows of padding in its embedding, which is its head too."""
     shutil.copytree(original, folder)
@@ -85,7 +92,7 @@ def test_padding_is_left_out_on_either_side(
     padded = _padded(original, tmp_path / "padded", 4160)
     write_gguf(Student.teacher(Checkpoint(padded)), "F32", tmp_path / "padded.gguf", name="x", threads=1)
     plain = _row(validate(gguf_file, original, "--json"))
-    assert plain["notes"] == []
+    assert _other_notes(plain) == []
     for path, against, sizes in (
         (gguf_file, padded, "4,096 tokens, the original's 4,160"),
         (tmp_path / "padded.gguf", original, "4,160 tokens, the original's 4,096"),
@@ -93,7 +100,7 @@ def test_padding_is_left_out_on_either_side(
         row = _row(validate(path, against, "--json"))
         assert row["kld"]["mean"] == pytest.approx(plain["kld"]["mean"], abs=1e-5)
         assert row["perplexity"] == pytest.approx(plain["perplexity"], rel=1e-5)
-        (note,) = row["notes"]
+        (note,) = _other_notes(row)
         assert sizes in note
         assert "padding" in note
 
@@ -137,7 +144,7 @@ def test_a_pruned_file_is_compared_without_routing(
     row = _row(validate(tmp_path / "pruned.gguf", original, "--json"))
     assert row["kld"]["mean"] > 0.005
     assert row["routing"] is row["routing_overlap_vs_teacher"] is None
-    (note,) = row["notes"]
+    (note,) = _other_notes(row)
     assert note.startswith("it has 16 experts in 1 layers, the original 32 in 1, and nothing says which they are")
     shown = validate(tmp_path / "pruned.gguf", original, "--require", "kld=0.001,top1=0.1", "--require", "routing=0.5")
     assert shown.exit_code == 4

@@ -21,6 +21,7 @@ from click.testing import CliRunner
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.families import Role
 from compressors.model.ggml import GGMLQuantizationType, dequantize_rows, ggml_library_for, row_bytes
+from compressors.model.gguf_file import GgufFile
 from compressors.model.student import Student
 from exporter.cli import main
 from exporter.gguf.writer import write_gguf
@@ -237,3 +238,27 @@ def test_routing_alone_catches_a_permuted_router(workshop: Workshop, whole: Path
     assert any("its router's rows are permuted" in symptom for symptom in report["rows"][0]["symptoms"])
     again, report, _ = _validate(workshop, whole, "--require", allowed, against=whole)
     assert (again, report["rows"][0]["routing"]["overlap"]) == (0, 1.0)
+
+
+def test_logits_that_are_no_numbers_fail_where_nothing_else_is_known(workshop: Workshop) -> None:
+    """V1: the original is known by its log-probabilities alone, so that neither settings nor weights are compared."""
+    whole = workshop.write(workshop.original, "gguf", "whole")
+    base = workshop.folder / "base.kld"
+    _validate(workshop, whole, "--save-reference-logits", str(base))
+    broken = workshop.folder / "not-a-number.gguf"
+    shutil.copy(whole, broken)
+    norm = GgufFile(broken).tensors["output_norm.weight"]
+    with broken.open("r+b") as stream:
+        stream.seek(norm.offset)
+        stream.write(np.full(norm.shape, np.nan, np.float32).tobytes())
+    for path, exit_code in ((broken, 4), (whole, 0)):
+        result = CliRunner().invoke(
+            main, ["validate", str(path), "--reference-logits", str(base), "--threads", "1", "--json"]
+        )
+        assert result.exit_code == exit_code, result.stderr
+        (check,) = json.loads(result.stdout)["checks"]
+        assert check["name"] == "gguf.finite"
+        if exit_code:
+            assert result.stderr.startswith("failed: GGUF: scored tokens with a finite probability: 0.00 %")
+    shown = CliRunner().invoke(main, ["validate", str(whole), "--reference-logits", str(base), "--threads", "1"])
+    assert "Only that the logits are numbers was checked" in shown.stdout
