@@ -108,7 +108,7 @@ def _allowed(node: onnx.NodeProto, shape: MoeShape, layer: int, weights: Mapping
         return _experts(node, shape.layer(layer), weights)
     if kind == "RotaryEmbedding":
         return {"interleaved": (0, None), "scale": (1.0, None)}
-    if kind == "MatMulNBits" and node.input[1] in weights and node.input[2] in weights:
+    if kind == "MatMulNBits" and _input(node, 2) in weights and _has_axes(weights.get(_input(node, 1)), 3):
         return _quantized_matrix(node, weights)
     if kind == "GatherBlockQuantized":
         return {"gather_axis": (0, None), "quantize_axis": (1, -1), "bits": (_row_bits(node, shape, weights), None)} | (
@@ -150,8 +150,8 @@ def _experts(node: onnx.NodeProto, layer: MoeShape, weights: Mapping[str, onnx.T
         "swiglu_limit": (math.inf, None),
         "use_sparse_mixer": (0, None),
     }
-    if node.op_type == "QMoE" and node.input[2] in weights:
-        codes = weights[node.input[2]].dims
+    if node.op_type == "QMoE" and _has_axes(weights.get(_input(node, 2)), 3):
+        codes = weights[_input(node, 2)].dims
         allowed |= {
             "expert_weight_bits": (8 * codes[-1] // layer.hidden_size, None),
             "weights_prepacked": (0, -1, None),
@@ -164,10 +164,11 @@ def _experts(node: onnx.NodeProto, layer: MoeShape, weights: Mapping[str, onnx.T
 def _quantized_matrix(node: onnx.NodeProto, weights: Mapping[str, onnx.TensorProto]) -> _Allowed:
     rows, blocks, block_bytes = weights[node.input[1]].dims
     found = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
-    block, bits = found.get("block_size", 0), found.get("bits", 4)
+    numbers = {name: value for name, value in found.items() if isinstance(value, int)}
+    block, bits = numbers.get("block_size", 0), numbers.get("bits", 4)
     # codes tell the product of both only; a block of 16 bytes is 32 values in 4 bits, or 16 in 8
     is_consistent = block * bits == 8 * block_bytes
-    columns = found.get("K", 0)
+    columns = numbers.get("K", 0)
     allowed: _Allowed = {"N": (rows,)}
     if not is_consistent or -(-columns // max(1, block)) != blocks:
         right = 8 * block_bytes * blocks // max(1, columns)
@@ -176,18 +177,27 @@ def _quantized_matrix(node: onnx.NodeProto, weights: Mapping[str, onnx.TensorPro
 
 
 def _row_bits(node: onnx.NodeProto, shape: MoeShape, weights: Mapping[str, onnx.TensorProto]) -> int | None:
-    codes = weights.get(node.input[0])
-    return None if codes is None else 8 * codes.dims[-1] // shape.hidden_size
+    codes = weights.get(_input(node, 0))
+    return None if codes is None or not codes.dims else 8 * codes.dims[-1] // shape.hidden_size
 
 
 def _block_size(
     node: onnx.NodeProto, weights: Mapping[str, onnx.TensorProto], scales_input: int, columns: int
 ) -> _Allowed:
     """The block size that the scales' shape tells; scales may be cast before they are used."""
-    name = node.input[scales_input].removesuffix(".float32")
-    if name not in weights or len(weights[name].dims) < 2 or columns % weights[name].dims[-1]:
+    name = _input(node, scales_input).removesuffix(".float32")
+    if name not in weights or len(weights[name].dims) < 2 or columns % max(1, weights[name].dims[-1]):
         return {}
-    return {"block_size": (columns // weights[name].dims[-1],)}
+    return {"block_size": (columns // max(1, weights[name].dims[-1]),)}
+
+
+def _input(node: onnx.NodeProto, place: int) -> str:
+    """Its name; empty where the node has no such input."""
+    return str(node.input[place]) if place < len(node.input) else ""
+
+
+def _has_axes(weight: onnx.TensorProto | None, number: int) -> bool:
+    return weight is not None and len(weight.dims) == number
 
 
 def _of_ours(node: onnx.NodeProto) -> _Allowed:
@@ -224,8 +234,15 @@ def _constant_symptoms(weights: Mapping[str, onnx.TensorProto], shape: MoeShape)
         tensor = weights.get(name)
         if tensor is None or tensor.external_data:
             continue
+        if tensor.data_type not in _CONSTANT_TYPES:
+            yield f"constant {name} is of type number {tensor.data_type}, which no constant of ours has"
+            continue
         found, wanted = onnx.numpy_helper.to_array(tensor), np.asarray(value)
-        if found.shape != wanted.shape or not np.allclose(found.astype(float), wanted.astype(float)):
+        if (
+            found.shape != wanted.shape
+            or found.dtype.kind not in "biuf"
+            or not np.allclose(found.astype(float), wanted.astype(float))
+        ):
             yield f"constant {name}: {found.tolist()} in the graph, the model needs {wanted.tolist()}"
 
 
@@ -240,7 +257,17 @@ def _table_symptoms(
             if len(node.input) > place and node.input[place] in weights:
                 tables[node.input[place]] = bool(is_sine)
     for name, is_sine in tables.items():
+        if len(weights[name].dims) != 2 or weights[name].data_type not in _TABLE_TYPES:
+            yield f"table {name} is no matrix of floating point numbers"
+            continue
         yield from rotary_symptoms(name, _pieces(weights[name], folder), shape, is_sine=is_sine)
+
+
+_CONSTANT_TYPES = (
+    *(onnx.TensorProto.FLOAT, onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.UINT8),
+    onnx.TensorProto.BOOL,
+)
+_TABLE_TYPES = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
 
 
 def rotary_symptoms(
