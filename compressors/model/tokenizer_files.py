@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressors.model.errors import InputError
 from compressors.model.json_file import read_json
+from compressors.model.names import shown
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -65,6 +66,7 @@ def _load_tokenizer(folder: Path, state: object) -> PreTrainedTokenizerFast:
     config = folder / "tokenizer_config.json"
     if config.is_file():
         read_json(config)
+    _refuse_huge_numbers(folder / "tokenizer.json")
     loaded: PreTrainedTokenizerFast = _guarded(
         lambda: AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False), folder
     )
@@ -110,8 +112,23 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
     """
     from tokenizers import Tokenizer
 
+    _refuse_huge_numbers(path)
     tokenizer: Tokenizer = _guarded(lambda: Tokenizer.from_file(str(path)), path.parent)
     return tokenizer
+
+
+def _refuse_huge_numbers(path: Path) -> None:
+    """The library makes a table as long as the largest number of a token; where it has no room it aborts."""
+    model = read_json(path).get("model") if path.is_file() else None
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    for token, number in vocabulary.items() if isinstance(vocabulary, dict) else ():
+        if type(number) is int and number >= _MOST_TOKENS:
+            raise InputError(
+                f"{path}: token {shown(token)} has number {number}, and no vocabulary is so large; download it again"
+            )
+
+
+_MOST_TOKENS = 1 << 24
 
 
 def own_code(folder: Path) -> str | None:

@@ -60,7 +60,7 @@ def _vocabulary_metadata(folder: Path, vocab_size: int, state: object) -> Mappin
     else:
         values = _byte_level_values(tokenizer, tokens, types, path)
     special = special_token_values(folder, vocab_size, tokens, types)
-    return {**values, **special, **_chat_template_values(loaded.chat_template)}
+    return {**values, **special, **_chat_template_values(loaded.chat_template, folder)}
 
 
 def _tokens(tokenizer: Mapping[str, Any], vocab_size: int, path: Path) -> tuple[list[str], list[int]]:
@@ -153,12 +153,16 @@ def _prepends_space(tokenizer: Mapping[str, Any]) -> bool:
     )
 
 
-def _chat_template_values(template: object) -> dict[str, Value]:
+def _chat_template_values(template: object, folder: Path) -> dict[str, Value]:
     """``AutoTokenizer``'s template, or several by name."""
     if isinstance(template, str):
         return {Keys.Tokenizer.CHAT_TEMPLATE: string(template)}
     if not isinstance(template, dict):
         return {}
+    if not all(isinstance(text, str) for item in template.items() for text in item):
+        raise InputError(
+            f"{folder / 'tokenizer_config.json'}: chat_template must be a text, or texts by name; download it again"
+        )
     named = dict(template)
     values = {Keys.Tokenizer.CHAT_TEMPLATE: string(named.pop("default"))} if "default" in named else {}
     if named:
