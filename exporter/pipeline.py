@@ -68,7 +68,7 @@ _RECOVER = Stage(
     shared=True,
 )
 _GGUF = Stage("gguf", 1, ("recover",), ("gguf",), "write the GGUF file", resumes=True)
-_ONNX = Stage("onnx", 2, ("recover",), ("onnx", "budget"), "write the ONNX folder", resumes=True)
+_ONNX = Stage("onnx", 3, ("recover",), ("onnx", "budget"), "write the ONNX folder", resumes=True)
 _RETUNE = Stage(
     "retune",
     1,
@@ -78,7 +78,7 @@ _RETUNE = Stage(
     resumes=True,
     shared=True,
 )
-_STUDENT = Stage("student", 1, ("recover", "retune"), (), "write the student checkpoint", resumes=True)
+_STUDENT = Stage("student", 2, ("recover", "retune"), (), "write the student checkpoint", resumes=True)
 _TEACHER_TEXTS = Stage("teacher_texts", 1, ("calibrate",), (), "let the original write a few texts")
 _VALIDATE_TORCH = Stage("validate_torch", 3, ("recover", "retune"), (), "measure the student in torch")
 _VALIDATE_WRITTEN = Stage("validate_written", 1, ("gguf", "onnx", "retune"), (), "measure the written weights in torch")

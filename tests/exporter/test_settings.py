@@ -26,14 +26,17 @@ from exporter.gguf.writer import write_gguf
 from exporter.hf_checkpoint import write_checkpoint
 from exporter.job import Flags
 from exporter.onnx.clients import write_client_files
-from exporter.onnx.layout import plan_tensors
+from exporter.onnx.layout import MODEL_FILE, plan_tensors
 from exporter.onnx.writer import write_onnx
 from exporter.planner import TextCounts, choose_recipe
 from exporter.recipe import Recipe
 from tests.exporter.against_transformers import SAME, divergence, log_probs
 from validate.backend import Backend
+from validate.folder_settings import folder_setting_symptoms
+from validate.graph_settings import graph_setting_symptoms
 from validate.llama_cpp import LlamaCppBackend
 from validate.onnx_runtime import OnnxRuntimeBackend
+from validate.settings import gguf_setting_symptoms
 from validate.torch_reference import TorchBackend
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -134,7 +137,11 @@ def test_a_window_becomes_the_context_of_both_files(
     }
     assert (written["config.json"]["max_position_embeddings"], written["config.json"]["sliding_window"]) == (96, None)
     assert written["genai_config.json"]["model"]["context_length"] == 96
-    assert GgufFile(tmp_path / "model.gguf").metadata["llama.context_length"] == 96
+    file, graph = GgufFile(tmp_path / "model.gguf"), tmp_path / "onnx" / MODEL_FILE
+    assert file.metadata["llama.context_length"] == 96
+    assert not gguf_setting_symptoms(file.metadata, checkpoint.shape)
+    assert not graph_setting_symptoms(graph, checkpoint.shape)
+    assert not folder_setting_symptoms(graph, checkpoint, checkpoint.shape)
     named = find_deviations(checkpoint, ("gguf", "onnx"), "toy")
     assert [entry.artifact for entry in named if "sliding_window = 96" in entry.what] == ["gguf", "onnx"]
 
