@@ -142,8 +142,15 @@ class _Judge:
             if tokens != found[text]:
                 by_reason.setdefault(self._reason(text, tokens, found, around), []).append(text)
         for reason, texts in by_reason.items():
-            shown = " and ".join(map(_short, sorted(texts, key=len)[:_SHOWN]))
+            different = {self._form(text): text for text in texts}  # tokens added last, such as turns, stand for all
+            shown = " and ".join(map(_short, sorted(different.values(), key=len)[:_SHOWN]))
             yield f"llama.cpp cuts text {reason} otherwise, such as {shown}"
+
+    def _form(self, text: str) -> str:
+        """A text without what tells its special tokens apart."""
+        for mark in self.marks:
+            text = text.replace(mark, "")
+        return text
 
     def _reason(self, text: str, tokens: tuple[int, ...], found: _Tokens, around: str) -> str:
         for what, rewrite in self.rewritings.items():
