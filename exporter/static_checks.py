@@ -62,8 +62,9 @@ def expected_shape(file: ModelFile, source: MoeShape) -> MoeShape | None:
     """
     facts = file.facts
     n_layers, n_experts = facts.n_layers, facts.n_experts
-    if file.format == "gguf":  # by its tensors: what it says of them may be wrong
-        entries = GgufFile(file.path).tensors.values()
+    gguf = GgufFile(file.path) if file.format == "gguf" else None
+    if gguf is not None and "split.count" not in gguf.metadata:  # by its tensors: what it says of them may be wrong
+        entries = gguf.tensors.values()
         layers = [int(entry.name.split(".")[1]) for entry in entries if re.match(r"blk\.\d+\.", entry.name)]
         n_layers = max(layers, default=-1) + 1
         n_experts = next((entry.shape[0] for entry in entries if len(entry.shape) == 3), None)
