@@ -108,7 +108,7 @@ def _allowed(node: onnx.NodeProto, shape: MoeShape, layer: int, weights: Mapping
         return _experts(node, shape.layer(layer), weights)
     if kind == "RotaryEmbedding":
         return {"interleaved": (0, None), "scale": (1.0, None)}
-    if kind == "MatMulNBits" and len(weights.get(node.input[1], onnx.TensorProto()).dims) == 3:
+    if kind == "MatMulNBits" and _input(node, 2) in weights and _has_axes(weights.get(_input(node, 1)), 3):
         return _quantized_matrix(node, shape, weights)
     if kind == "GatherBlockQuantized":
         return {"gather_axis": (0, None), "quantize_axis": (1, -1), "bits": (_row_bits(node, shape, weights), None)} | (
@@ -150,8 +150,8 @@ def _experts(node: onnx.NodeProto, layer: MoeShape, weights: Mapping[str, onnx.T
         "swiglu_limit": (math.inf, None),
         "use_sparse_mixer": (0, None),
     }
-    if node.op_type == "QMoE" and node.input[2] in weights:
-        codes = weights[node.input[2]].dims
+    if node.op_type == "QMoE" and _has_axes(weights.get(_input(node, 2)), 3):
+        codes = weights[_input(node, 2)].dims
         allowed |= {
             "expert_weight_bits": (8 * codes[-1] // layer.hidden_size, None),
             "weights_prepacked": (0, -1, None),
@@ -164,12 +164,12 @@ def _experts(node: onnx.NodeProto, layer: MoeShape, weights: Mapping[str, onnx.T
 def _quantized_matrix(node: onnx.NodeProto, shape: MoeShape, weights: Mapping[str, onnx.TensorProto]) -> _Allowed:
     """Codes are [N, blocks, bytes of a block]; K is one of the widths that the model has."""
     rows, blocks, block_bytes = weights[node.input[1]].dims
-    found = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    numbers = {attribute.name: attribute.i for attribute in node.attribute if attribute.type == _WHOLE_NUMBER}
     widths = (shape.hidden_size, shape.n_heads * shape.head_dim, shape.expert_width)
-    block = found.get("block_size", 0)
+    block, blocks = numbers.get("block_size", 0), max(1, blocks)
     fitting = [width for width in widths if width % blocks == 0 and (block_bytes * blocks * 8) % width == 0]
-    columns = found["K"] if found.get("K") in fitting else (fitting or widths)[0]
-    if -(-columns // max(1, block)) == blocks and block * found.get("bits", 4) == 8 * block_bytes:
+    columns = numbers["K"] if numbers.get("K") in fitting else (fitting or widths)[0]
+    if -(-columns // max(1, block)) == blocks and block * numbers.get("bits", 4) == 8 * block_bytes:
         return {"N": (rows,), "K": (columns,)}
     return {
         "N": (rows,),
@@ -180,18 +180,27 @@ def _quantized_matrix(node: onnx.NodeProto, shape: MoeShape, weights: Mapping[st
 
 
 def _row_bits(node: onnx.NodeProto, shape: MoeShape, weights: Mapping[str, onnx.TensorProto]) -> int | None:
-    codes = weights.get(node.input[0])
-    return None if codes is None else 8 * codes.dims[-1] // shape.hidden_size
+    codes = weights.get(_input(node, 0))
+    return None if codes is None or not codes.dims else 8 * codes.dims[-1] // shape.hidden_size
 
 
 def _block_size(
     node: onnx.NodeProto, weights: Mapping[str, onnx.TensorProto], scales_input: int, columns: int
 ) -> _Allowed:
     """The block size that the scales' shape tells; scales may be cast before they are used."""
-    name = node.input[scales_input].removesuffix(".float32")
-    if name not in weights or len(weights[name].dims) < 2 or columns % weights[name].dims[-1]:
+    name = _input(node, scales_input).removesuffix(".float32")
+    if name not in weights or len(weights[name].dims) < 2 or columns % max(1, weights[name].dims[-1]):
         return {}
-    return {"block_size": (columns // weights[name].dims[-1],)}
+    return {"block_size": (columns // max(1, weights[name].dims[-1]),)}
+
+
+def _input(node: onnx.NodeProto, place: int) -> str:
+    """Its name; empty where the node has no such input."""
+    return str(node.input[place]) if place < len(node.input) else ""
+
+
+def _has_axes(weight: onnx.TensorProto | None, number: int) -> bool:
+    return weight is not None and len(weight.dims) == number
 
 
 def _of_ours(node: onnx.NodeProto) -> _Allowed:
@@ -228,8 +237,15 @@ def _constant_symptoms(weights: Mapping[str, onnx.TensorProto], shape: MoeShape)
         tensor = weights.get(name)
         if tensor is None or tensor.external_data:
             continue
+        if tensor.data_type not in _CONSTANT_TYPES:
+            yield f"constant {name} is of type number {tensor.data_type}, which no constant of ours has"
+            continue
         found, wanted = onnx.numpy_helper.to_array(tensor), np.asarray(value)
-        if found.shape != wanted.shape or not np.allclose(found.astype(float), wanted.astype(float)):
+        if (
+            found.shape != wanted.shape
+            or found.dtype.kind not in "biuf"
+            or not np.allclose(found.astype(float), wanted.astype(float))
+        ):
             yield f"constant {name}: {found.tolist()} in the graph, the model needs {wanted.tolist()}"
 
 
@@ -246,8 +262,19 @@ def _table_symptoms(
     # where the angles depend on a text's length, nodes choose among tables
     tables |= {name: name == "rotary.sine" for name in ("rotary.cosine", "rotary.sine") if name in weights}
     for name, is_sine in tables.items():
+        if len(weights[name].dims) != 2 or weights[name].data_type not in _TABLE_TYPES:
+            yield f"table {name} is no matrix of floating point numbers"
+            continue
         n_rows = weights[name].dims[0]
         yield from rotary_symptoms(name, _pieces(weights[name], folder), n_rows, shape, is_sine=is_sine)
+
+
+_WHOLE_NUMBER = onnx.AttributeProto.INT
+_CONSTANT_TYPES = (
+    *(onnx.TensorProto.FLOAT, onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.UINT8),
+    onnx.TensorProto.BOOL,
+)
+_TABLE_TYPES = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
 
 
 def rotary_symptoms(

@@ -21,6 +21,7 @@ import torch
 from compressors.model.array_file import ArrayFile
 from compressors.model.errors import InputError
 from compressors.model.log_probs import decode_log_probs, encode_log_probs
+from compressors.model.raw_file import RawFile
 from validate.backend import scored_positions
 
 __all__ = ["LogitsFile", "LogitsFileWriter"]
@@ -75,15 +76,12 @@ class LogitsFile:
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            with path.open("rb") as file:
-                layout = _read_layout(path, file.read(_HEAD))
-                missing = layout.n_bytes - path.stat().st_size
-                if missing > 0:
-                    raise InputError(f"{path} was cut off: {missing:,} bytes are missing at its end; write it again")
-                tokens = np.fromfile(file, _NUMBER, layout.n_chunks * layout.n_tokens)
-        except OSError as error:
-            raise InputError(f"{path} cannot be read ({error.strerror})") from None
+        file = RawFile(path)
+        layout = _read_layout(path, file.start(_HEAD))
+        missing = layout.n_bytes - file.size
+        if missing > 0:
+            raise InputError(f"{path} was cut off: {missing:,} bytes are missing at its end; write it again")
+        tokens = np.frombuffer(file.start(layout.n_chunks * layout.n_tokens * _NUMBER.itemsize, _HEAD), _NUMBER)
         self.tokens_BT: npt.NDArray[np.int64] = tokens.reshape(layout.n_chunks, layout.n_tokens).astype(np.int64)
         self.vocab_size = layout.vocab_size
         if self.tokens_BT.min() < 0 or self.tokens_BT.max() >= self.vocab_size:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path, PurePosixPath
 
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # it has none
+from onnx import TensorProto
 
 from compressors.model.errors import InputError
 from compressors.model.names import shown
@@ -29,7 +31,8 @@ def read_graph(path: Path) -> onnx.GraphProto:
     """Reads a graph without the values that lie in other files.
 
     Raises:
-        InputError: the file cannot be opened, or is no ONNX model with a graph.
+        InputError: the file cannot be opened, or is no ONNX model with a graph; a name is no text, or a weight has
+            another number of values than its shape says, or lies elsewhere than in the graph's folder.
     """
     file = RawFile(path)
     if file.size > _LARGEST:
@@ -41,10 +44,55 @@ def read_graph(path: Path) -> onnx.GraphProto:
     graph: onnx.GraphProto = model.graph
     if not graph.node and not graph.initializer:
         raise InputError(f"{path} is no readable ONNX graph (there is nothing in it); export it again")
+    _check_names(path, graph)
     for weight in graph.initializer:
-        if any(length < 0 for length in weight.dims):
-            raise InputError(f"{path}: tensor {shown(weight.name)} has a negative dimension; export it again")
+        _check_weight(path, weight)
     return graph
+
+
+def _check_names(path: Path, graph: onnx.GraphProto) -> None:
+    """protobuf gives bytes where a text is no UTF-8."""
+    named = [value.name for values in (graph.input, graph.output, graph.initializer) for value in values]
+    for node in graph.node:
+        named += [node.op_type, *node.input, *node.output]
+        if not node.output:
+            raise InputError(f"{path}: a node of type {shown(node.op_type)} has no output; export it again")
+    wrong = next((name for name in named if not isinstance(name, str)), None)
+    if wrong is not None:
+        raise InputError(f"{path}: the name {shown(wrong)} is no UTF-8; export it again")
+
+
+def _check_weight(path: Path, weight: onnx.TensorProto) -> None:
+    """A weight must have as many values as its shape says."""
+    name, dims = f"{path}: tensor {shown(weight.name)}", list(weight.dims)
+    if any(length < 0 for length in dims) or len(dims) > _MOST_DIMENSIONS:
+        raise InputError(f"{name} has dimensions {shown(dims)}, which no tensor has; export it again")
+    if weight.data_type not in TensorProto.DataType.values() or weight.data_type == TensorProto.UNDEFINED:
+        raise InputError(f"{name} is of type number {weight.data_type}, which ONNX does not have; export it again")
+    n_values, value_bytes = prod(dims), _VALUE_BYTES.get(weight.data_type)
+    if weight.external_data:
+        place = external_place(path, weight)
+        size = RawFile(place.file).size
+        if value_bytes is not None and place.offset + n_values * value_bytes > size:
+            raise InputError(f"{place.file} is truncated: tensor {shown(weight.name)} ends after the file does")
+        return
+    if weight.raw_data:
+        n_stored = None if value_bytes is None else len(weight.raw_data) / value_bytes
+    else:
+        fields = (weight.float_data, weight.int32_data, weight.int64_data, weight.double_data, weight.uint64_data)
+        n_stored = None if value_bytes is None else max(map(len, fields))
+    if n_stored is not None and n_stored != n_values:
+        raise InputError(f"{name} of shape {dims} has another number of values ({n_stored:g}); export it again")
+
+
+_MOST_DIMENSIONS = 8
+_VALUE_BYTES: dict[int, int] = {
+    **dict.fromkeys((TensorProto.UINT8, TensorProto.INT8, TensorProto.BOOL), 1),
+    **dict.fromkeys((TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.INT16, TensorProto.UINT16), 2),
+    **dict.fromkeys((TensorProto.FLOAT, TensorProto.INT32, TensorProto.UINT32), 4),
+    **dict.fromkeys((TensorProto.DOUBLE, TensorProto.INT64, TensorProto.UINT64), 8),
+}
+"""Of types whose values are whole bytes; texts and packed types are left to the runtime."""
 
 
 def external_place(graph_file: Path, weight: onnx.TensorProto) -> ExternalPlace:

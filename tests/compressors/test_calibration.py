@@ -15,6 +15,7 @@ from tokenizers.processors import TemplateProcessing
 
 from compressors.calibration import Splits, TextSplit, TokenizedSplit, read_splits, tokenize, tokenize_heldout
 from compressors.model.errors import InputError
+from compressors.model.tokenizer_files import load_tokenizer
 
 _LENGTH = 8
 
@@ -241,6 +242,19 @@ def test_a_checkpoint_without_tokenizer_is_refused(tmp_path: Path, fine_folder: 
     file.write_text(_documents("apple", 5))
     with pytest.raises(InputError, match="has no usable tokenizer"):
         tokenize(read_splits(file), tmp_path, _LENGTH)
+
+
+def test_a_tokenizer_that_draws_its_tokens_is_refused(tmp_path: Path, toy_checkpoint: Callable[..., Path]) -> None:
+    folder = toy_checkpoint(tmp_path, n_layers=1)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    for dropout in (0.25, 0.0, None):
+        tokenizer["model"]["dropout"] = dropout
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+        if dropout:
+            with pytest.raises(InputError, match=r"tokenizer\.json: model\.dropout is 0\.25 .* set it to null"):
+                load_tokenizer(folder)
+        else:
+            assert load_tokenizer(folder).encode("the end")
 
 
 def _numbered(first: int, n_blocks: int) -> torch.Tensor:

@@ -102,3 +102,11 @@ def test_what_was_read_is_forgotten_when_a_file_changes(folder: Path) -> None:
     assert load_tokenizer(folder).eos_token == "<|endoftext|>"
     _edit(folder / "tokenizer_config.json", lambda data: data.update(eos_token="<|im_end|>"))
     assert load_tokenizer(folder).eos_token == "<|im_end|>"
+
+
+def test_a_number_that_no_vocabulary_reaches_is_refused_before_the_library_makes_room_for_it(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    _edit(path, lambda data: data["model"]["vocab"].update(huge=2**32 - 1))
+    for read in (lambda: load_tokenizer(folder), lambda: read_tokenizer_json(path)):
+        with pytest.raises(InputError, match=r"token huge has number 4294967295, and no vocabulary is so large"):
+            read()

@@ -225,6 +225,13 @@ def test_chat_template_is_kept_byte_for_byte(folder_with_tokenizer: Path, where:
     assert gguf.GGUFReader(folder_with_tokenizer / "v.gguf").fields["tokenizer.chat_template"].contents() == template
 
 
+@pytest.mark.parametrize("templates", [[{"name": "default", "template": True}], [{"name": 3, "template": "x"}]])
+def test_chat_templates_that_are_no_texts_are_refused(folder_with_tokenizer: Path, templates: object) -> None:
+    _edit_json(folder_with_tokenizer / "tokenizer_config.json", chat_template=templates)
+    with pytest.raises(InputError, match=r"tokenizer_config\.json: chat_template must be a text, or texts by name"):
+        vocabulary_metadata(folder_with_tokenizer, 4096)
+
+
 def test_named_chat_templates_are_all_kept(folder_with_tokenizer: Path) -> None:
     templates = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
     _edit_json(folder_with_tokenizer / "tokenizer_config.json", chat_template=templates)

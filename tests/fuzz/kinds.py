@@ -14,6 +14,7 @@ from rich.console import Console
 from compressors.calibration import load_tokenizer, read_splits
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.families import Role
+from compressors.model.gguf_file import GgufFile
 from compressors.model.gguf_weights import GgufWeights
 from compressors.model.onnx_weights import OnnxWeights
 from compressors.model.shape import MoeShape
@@ -31,8 +32,11 @@ from tests.fuzz.onnx_files import damage_onnx
 from tests.fuzz.published import damage_published, read_published
 from tests.fuzz.safetensors_files import damage_weights
 from tests.fuzz.texts import awkward_flags, awkward_words, damage_logits, damage_recipe, damage_text
+from validate.folder_settings import folder_setting_symptoms
+from validate.graph_settings import graph_setting_symptoms
 from validate.logits_file import LogitsFile
 from validate.model_file import find_model_file
+from validate.settings import gguf_setting_symptoms
 
 __all__ = ["KINDS", "Kind"]
 
@@ -71,6 +75,7 @@ def _read_gguf(folder: Path, rng: random.Random, inputs: Path) -> None:
     if found is not None:
         str(found.facts)
     path = folder / "model.gguf"
+    gguf_setting_symptoms(GgufFile(path).metadata, _shape(inputs))
     _read_weights(GgufWeights(path, _shape(inputs)), _shape(inputs))
 
 
@@ -79,6 +84,8 @@ def _read_onnx(folder: Path, rng: random.Random, inputs: Path) -> None:
     if found is not None:
         str(found.facts)
         str(found.tokenizer_folder)
+        graph_setting_symptoms(found.path, _shape(inputs))
+        folder_setting_symptoms(found.path, Checkpoint(inputs / "qwen"), _shape(inputs))
     _read_weights(OnnxWeights(folder, _shape(inputs)), _shape(inputs))
 
 

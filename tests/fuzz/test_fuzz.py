@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 import random
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from tests.fuzz.kinds import KINDS
 from tests.fuzz.limits import limited_memory
 from tests.fuzz.oracle import complaint_about, judge
 
+_REPOSITORY = Path(__file__).parent.parent.parent
 _SEED = 16
 _COUNTS = {
     "safetensors": 200,
@@ -49,14 +53,24 @@ def test_undamaged_inputs_are_read(inputs: Path, tmp_path: Path) -> None:
             kind.read(inputs / source, random.Random(name), inputs)
 
 
-@pytest.mark.parametrize("first", range(0, max(_COUNTS.values()), _GROUP))
-@pytest.mark.parametrize("kind", _COUNTS)
+@pytest.mark.parametrize(
+    ("kind", "first"), [(kind, first) for kind in _COUNTS for first in range(0, _COUNTS[kind], _GROUP)]
+)
 def test_damaged_inputs_are_read_or_refused(kind: str, first: int, inputs: Path, tmp_path: Path) -> None:
     cases = [Case(kind, number, _SEED) for number in range(first, min(first + _GROUP, _COUNTS[kind]))]
     with limited_memory(4 * 10**9):
         results = {case.name: case.read(inputs, tmp_path) for case in cases}
     complaints = {name: f"{end}: {complaint}" for name, (end, complaint) in results.items() if complaint is not None}
     assert complaints == {}, f"again with: python -m tests.fuzz --seed {_SEED} --case NAME"
+
+
+def test_whole_commands_end_with_an_exit_code_and_the_figures_are_printed() -> None:
+    """In processes of their own: a runtime may die of such a file."""
+    command = [sys.executable, "-m", "tests.fuzz", "--seed", str(_SEED), "--inputs", "30", "--every", "2"]
+    done = subprocess.run([*command, "--kinds", "gguf", "onnx"], cwd=_REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^command .*\ngguf .*\nonnx ", done.stdout, re.MULTILINE), done.stdout
+    assert done.stdout.splitlines()[-1].startswith("0 to be complained about"), done.stdout
 
 
 def test_a_case_is_the_same_every_time(inputs: Path, tmp_path: Path) -> None:
