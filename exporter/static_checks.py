@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,6 @@ from compressors.model.student import Student
 from exporter.gguf.container import render_header, render_values
 from exporter.gguf.metadata import model_metadata
 from exporter.gguf.vocabulary import vocabulary_metadata
-from validate.file_facts import FileFacts
 from validate.folder_settings import folder_setting_symptoms
 from validate.graph_settings import graph_setting_symptoms
 from validate.model_file import ModelFile
@@ -51,20 +51,28 @@ class StaticFindings:
         self.symptoms.extend(symptoms)
 
 
-def expected_shape(facts: FileFacts, source: MoeShape) -> MoeShape | None:
+def expected_shape(file: ModelFile, source: MoeShape) -> MoeShape | None:
     """The shape of somebody's file of a model: the original's, with as many experts and layers as the file has.
 
     Returns:
         None where the file is no model with experts: nothing says how wide its feed-forward should be.
+
+    Raises:
+        InputError: the file cannot be read.
     """
-    if facts.n_experts is None or facts.n_layers is None:
+    facts = file.facts
+    n_layers, n_experts = facts.n_layers, facts.n_experts
+    gguf = GgufFile(file.path) if file.format == "gguf" else None
+    if gguf is not None and "split.count" not in gguf.metadata:  # by its tensors: what it says of them may be wrong
+        entries = gguf.tensors.values()
+        layers = [int(entry.name.split(".")[1]) for entry in entries if re.match(r"blk\.\d+\.", entry.name)]
+        n_layers = max(layers, default=-1) + 1
+        n_experts = next((entry.shape[0] for entry in entries if len(entry.shape) == 3), None)
+    if not n_experts or not n_layers:
         return None
-    sizes = [MoeSize(facts.n_experts, source.expert_width)] * facts.n_layers
-    return (
-        source
-        if facts.n_experts == source.n_experts and facts.n_layers == source.n_layers
-        else source.with_sizes(sizes)
-    )
+    if (n_experts, n_layers) == (source.n_experts, source.n_layers):
+        return source
+    return source.with_sizes([MoeSize(n_experts, source.expert_width)] * n_layers)
 
 
 def check_description(

@@ -211,7 +211,7 @@ def describe_file(file: ModelFile, reference: Reference, expectation: Expectatio
     source = reference.source
     if source is None:
         return None
-    shape = expectation.shape or expected_shape(file.facts, source.shape)
+    shape = expectation.shape or expected_shape(file, source.shape)
     return check_description(file, source, shape, reference.chunks_BT)
 
 
