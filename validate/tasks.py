@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +64,26 @@ def run_tasks(model: TextModel, tokenizer: Any, path: Path, *, max_length: int) 
     from validate.lm_eval_adapter import HarnessModel
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_defaults=False)
-    tasks = [task for file in files for task in _loaded(manager, file)]
-    result = simple_evaluate(
-        HarnessModel(model, tokenizer, max_length), tasks=tasks, task_manager=manager, log_samples=False
-    )
+    with _data_sets_elsewhere():
+        manager = TaskManager(include_defaults=False)
+        tasks = [task for file in files for task in _loaded(manager, file)]
+        result = simple_evaluate(
+            HarnessModel(model, tokenizer, max_length), tasks=tasks, task_manager=manager, log_samples=False
+        )
     return {name: _metrics(metrics) for name, metrics in result["results"].items()}
+
+
+@contextmanager
+def _data_sets_elsewhere() -> Iterator[None]:
+    """While it lasts, data sets are converted in a temporary folder; they would stay in the user's cache otherwise."""
+    config: Any = importlib.import_module("datasets.config")
+    before = config.HF_DATASETS_CACHE
+    with tempfile.TemporaryDirectory(prefix="moe-export-") as folder:
+        config.HF_DATASETS_CACHE = Path(folder)
+        try:
+            yield
+        finally:
+            config.HF_DATASETS_CACHE = before
 
 
 def _loaded(manager: Any, file: Path) -> list[Any]:

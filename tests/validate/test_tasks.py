@@ -126,3 +126,14 @@ def test_without_the_extra_it_is_named(task: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"--tasks needs lm-evaluation-harness.*pip install 'moe-export\[tasks\]'"):
         check_tasks(task)
+
+
+def test_data_sets_leave_nothing_in_the_user_s_cache(
+    models: dict[str, TextModel], folder: Path, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets.config
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    run_tasks(models["llama.cpp"], load_tokenizer(folder), task.parent, max_length=128)
+    assert tmp_path / "cache" == datasets.config.HF_DATASETS_CACHE
+    assert list(tmp_path.iterdir()) == []
