@@ -24,7 +24,7 @@ import torch
 from compressors.documents import DomainText, cut_parts, digest_of, read_parts
 from compressors.model.errors import InputError
 from compressors.model.tokenizer_files import load_tokenizer
-from compressors.separation import Stream, shared_block, shared_text
+from compressors.separation import Stream, shared_blocks, shared_text, without_blocks
 from compressors.token_streams import (
     TextTokenizer,
     is_short,
@@ -188,8 +188,8 @@ def tokenize(
         wanted: blocks that are enough of a long text (:mod:`compressors.token_streams`); None: all.
 
     Raises:
-        InputError: the checkpoint has no usable tokenizer, a split has no full block, or two splits share a block of
-            tokens, at whatever position, or as much text in another form.
+        InputError: the checkpoint has no usable tokenizer, a split has no full block, or two splits share more than
+            a few blocks of tokens, at whatever position, or as much text in another form.
     """
     tokenizer = load_tokenizer(checkpoint_folder)
     in_order = (splits.calibration, splits.selection, splits.heldout)
@@ -199,7 +199,7 @@ def tokenize(
     streams = [
         _streams(split, tokenizer, block_length, **of_split) for split, of_split in zip(in_order, enough, strict=True)
     ]
-    _refuse_shared_text(in_order, streams, block_length)
+    streams = _kept_apart(in_order, streams, block_length)
     bos = _bos_token(tokenizer)
     calibration, selection, heldout = (
         _blocks_of(split, stream, block_length, bos) for split, stream in zip(in_order, streams, strict=True)
@@ -285,21 +285,32 @@ def _full_blocks(tokens: npt.NDArray[np.int64], block_length: int) -> npt.NDArra
     return tokens[: n_blocks * block_length].reshape(n_blocks, block_length)
 
 
-def _refuse_shared_text(splits: Sequence[TextSplit], streams: Sequence[list[Stream]], block_length: int) -> None:
-    for (first, first_streams), (second, second_streams) in combinations(zip(splits, streams, strict=True), 2):
-        tokens = shared_block(first_streams, second_streams, block_length)
-        text = shared_text(first.parts, second.parts) if tokens is None else None
-        if tokens is not None:
-            part, other, what = *tokens, f"{block_length} tokens in a row"
-        elif text is not None:
+def _kept_apart(splits: Sequence[TextSplit], streams: Sequence[list[Stream]], block_length: int) -> list[list[Stream]]:
+    """The streams without the few blocks (licence texts, tables) that a later split has too; more are refused."""
+    kept = list(streams)
+    for (index, first), (later, second) in combinations(enumerate(splits), 2):
+        shared = list(shared_blocks(kept[index], kept[later], block_length))
+        n_blocks = sum(len(tokens) // block_length for _, tokens in kept[index])
+        if len(shared) * _MOST_SHARED > n_blocks:
+            raise _not_apart(first, second, shared[0].part, shared[0].other, f"{block_length} tokens in a row")
+        text = shared_text(first.parts, second.parts)
+        if text is not None:
             part, other, begin = text
             what = f"the text that begins {begin!r}, apart from white space, line ends and the form of accents"
-        else:
-            continue
-        raise InputError(
-            f"the {first.name} text ({part.file}) and the {second.name} text ({other.file}) must be kept apart, but "
-            f"share {what}; remove it from one"
-        )
+            raise _not_apart(first, second, part, other, what)
+        if shared:
+            kept[index] = without_blocks(kept[index], shared, block_length)
+    return kept
+
+
+_MOST_SHARED = 100  # one block in so many may be left out
+
+
+def _not_apart(first: TextSplit, second: TextSplit, part: DomainText, other: DomainText, what: str) -> InputError:
+    return InputError(
+        f"the {first.name} text ({part.file}) and the {second.name} text ({other.file}) must be kept apart, but "
+        f"share {what}; remove it from one"
+    )
 
 
 def _evenly_spaced(blocks_BT: torch.Tensor, count: int) -> torch.Tensor:

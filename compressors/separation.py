@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 from compressors.documents import DomainText
 
-__all__ = ["Stream", "shared_block", "shared_text", "window_hashes"]
+__all__ = ["SharedBlock", "Stream", "shared_blocks", "shared_text", "window_hashes", "without_blocks"]
 
 Stream = tuple[DomainText, npt.NDArray[np.int64]]
 """Consecutive tokens, and the text that they are from."""
@@ -26,20 +27,36 @@ _SCANNED_BYTES = 1 << 17  # that are hashed together, 8 bytes for each a few tim
 _MULTIPLIER = 6364136223846793005  # of Knuth's linear congruential generator: odd, bits well spread
 
 
-def shared_block(
-    first: Sequence[Stream], second: Sequence[Stream], block_length: int
-) -> tuple[DomainText, DomainText] | None:
-    """The parts of a block of the first that occurs in the second at any position; None if none does."""
-    hashes = [window_hashes(tokens, block_length) for _, tokens in second]
-    windows = np.sort(np.concatenate(hashes))
-    for part, tokens in first:
+@dataclass(frozen=True)
+class SharedBlock:
+    """A block of tokens that another text has too."""
+
+    stream: int  # its place among the streams
+    block: int  # its place in the stream
+    part: DomainText
+    other: DomainText
+
+
+def shared_blocks(first: Sequence[Stream], second: Sequence[Stream], block_length: int) -> Iterator[SharedBlock]:
+    """Yields the blocks of the first that occur in the second, at any position there."""
+    windows = np.sort(np.concatenate([window_hashes(tokens, block_length) for _, tokens in second]))
+    for stream, (part, tokens) in enumerate(first):
         block_hashes_B = window_hashes(tokens, block_length)[::block_length]
-        for block in np.flatnonzero(_are_among(block_hashes_B, windows)):
+        for block in np.flatnonzero(_are_among(block_hashes_B, windows)).tolist():
             wanted = tokens[block * block_length : (block + 1) * block_length].tobytes()
-            for other, other_tokens in second:
-                if wanted in other_tokens.tobytes():
-                    return part, other
-    return None
+            other = next((other for other, others in second if wanted in others.tobytes()), None)
+            if other is not None:
+                yield SharedBlock(stream, block, part, other)
+
+
+def without_blocks(streams: Sequence[Stream], left_out: Sequence[SharedBlock], block_length: int) -> list[Stream]:
+    """Cuts some blocks out of their streams."""
+    kept = []
+    for index, (part, tokens) in enumerate(streams):
+        blocks = {found.block for found in left_out if found.stream == index}
+        is_kept = np.array([position // block_length not in blocks for position in range(0, len(tokens), block_length)])
+        kept.append((part, tokens[np.repeat(is_kept, block_length)[: len(tokens)]]))
+    return kept
 
 
 def shared_text(first: Sequence[DomainText], second: Sequence[DomainText]) -> tuple[DomainText, DomainText, str] | None:

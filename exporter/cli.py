@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shlex
 import sys
 import tempfile
@@ -51,6 +52,10 @@ class _DefaultCommand(click.Group):
 @contextmanager
 def _storage_errors_for_people(ctx: click.Context) -> Iterator[None]:
     """A full disk may be met anywhere; whoever closes our standard output early (EPIPE) is click's business."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise InputError("the folder that this command was started in is gone; change to another one") from None
     try:
         yield
     except MoeExportError:

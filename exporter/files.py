@@ -132,6 +132,8 @@ def storage_error(error: Exception, place: Path, *, goes_on: bool = True) -> Inp
         path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else place
         if error.errno is None and re.search(r"requested and \d+ written|free space", str(error)):
             error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if error.errno not in _ADVICE:
+            return InputError(f"{path}: {error.strerror or error}")
         return not_written(path, error, goes_on=goes_on)
     number = re.search(r"\(os error (\d+)\)", str(error))
     if number is None:

@@ -12,6 +12,7 @@ import os
 import re
 import resource
 import signal
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -67,9 +68,11 @@ class Limits:
     def enter(self, tell: Callable[[str], None]) -> None:
         """Puts this process under them."""
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        if self.memory_bytes is not None and hasattr(resource, "RLIMIT_DATA"):
+        if self.memory_bytes is not None and sys.platform == "linux":
+            _, most = resource.getrlimit(resource.RLIMIT_DATA)
             limit = _private_bytes() + self.memory_bytes
-            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+            if most == resource.RLIM_INFINITY or limit < most:
+                resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         time_limit.set_limit(self.seconds, tell)
 
 
@@ -121,7 +124,9 @@ def run_guarded(file: ModelFile, limits: Limits, function: Callable[..., Any], *
 def _obituary(file: ModelFile, death: Death, limits: Limits, doing: str, output: IO[bytes]) -> str:
     if death.returncode == -signal.SIGALRM:
         return f"{file.runtime} was ended, because {doing} did not come on for {limits.seconds:,.0f} s"
-    said = last_words(output)
+    if death.returncode == -signal.SIGKILL:
+        return f"{file.runtime} {death} while {doing}; if nobody killed it, the system ran out of memory"
+    said = last_words(output, aborted=death.returncode == -signal.SIGABRT)
     return f"{file.runtime} {death} while {doing}" + (f": {said}" if said else "")
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from compressors.model.errors import InputError, MoeExportError
 from exporter.guarded import Limits, run_guarded
-from exporter.references import StoredReference
-from exporter.validated_file import Expectation, validate_file
+from exporter.references import Reference, StoredReference
+from exporter.validated_file import Expectation, describe_file, validate_file
 from validate.backend import RuntimeCrashError
 from validate.model_file import ModelFile, RuntimeChoice
 from validate.verdict import Check
@@ -57,9 +58,41 @@ def measured(
     try:
         row, checks = run_guarded(file, limits, _validate, file, reference, published, how, dict(require))
     except RuntimeCrashError as death:
-        row = {"artifact": file.format, "path": str(file.path), "error": str(death)}
-        return row, [Check.at_least(f"{file.format}.runs", 0, 1)]
+        checks, symptoms = _seen(file, reference, published, limits)
+        row = {"artifact": file.format, "path": str(file.path), "error": str(death), "symptoms": symptoms}
+        return row, [Check.at_least(f"{file.format}.runs", 0, 1), *checks]
+    except InputError as refusal:
+        _, symptoms = _seen(file, reference, published, limits)
+        if symptoms:
+            raise InputError(f"{refusal}; what is wrong in the file: {symptoms[0]}") from None
+        raise
     return row, [Check(**check) for check in checks]
+
+
+def _seen(
+    file: ModelFile, reference: StoredReference, published: _Published | None, limits: Limits
+) -> tuple[list[Check], list[str]]:
+    """Checks and symptoms of settings and tokenizer of a file that cannot run: they may say why."""
+    try:
+        found = run_guarded(file, limits, _describe, file, reference, published)
+    except MoeExportError:
+        return [], []
+    return [Check(**check) for check in found["checks"]], found["symptoms"]
+
+
+def _describe(file: ModelFile, stored: StoredReference, published: _Published | None) -> dict[str, Any]:
+    """What the guarded process does for :func:`_seen`."""
+    reference = stored.open()
+    findings = describe_file(file, reference, _expectation(file, reference, published))
+    if findings is None:
+        return {"checks": [], "symptoms": []}
+    return {"checks": [asdict(check) for check in findings.checks], "symptoms": findings.symptoms}
+
+
+def _expectation(file: ModelFile, reference: Reference, published: _Published | None) -> Expectation:
+    if published is None:
+        return Expectation.of_file(file, reference)
+    return Expectation.of_report(*published, reference)
 
 
 def _validate(
@@ -72,9 +105,5 @@ def _validate(
     """What the guarded process does."""
     torch.set_num_threads(how.threads)
     reference = stored.open()
-    if published is None:
-        expectation = Expectation.of_file(file, reference)
-    else:
-        expectation = Expectation.of_report(*published, reference)
-    row, checks = validate_file(file, reference, expectation, how, require)
+    row, checks = validate_file(file, reference, _expectation(file, reference, published), how, require)
     return row, [asdict(check) for check in checks]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.resources
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -16,11 +18,12 @@ from huggingface_hub.errors import (
 )
 
 from compressors.model.errors import InputError
+from compressors.model.regular_file import refuse_special
 
-__all__ = ["bundled_text", "resolve_model"]
+__all__ = ["bundled_text", "resolve_model", "resolve_original"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
-_WANTED_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "README.md", "LICENSE*"]
+_WANTED_FILES = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja", "README.md", "LICENSE*"]
 # Other formats in subfolders, and a second copy of the weights in the trainer's own naming.
 _UNWANTED_FILES = ["*/*", "consolidated*"]
 
@@ -38,12 +41,39 @@ def resolve_model(model: str | None, revision: str | None = None, *, offline: bo
         return _bundled("model")
     folder = Path(model).expanduser()
     if model and folder.is_dir():
+        _refuse_special_files(folder)
         return folder
     if model and folder.exists():
         raise InputError(f"MODEL: {model} is {_what_file(folder)}")
     if _HUB_ID.fullmatch(model) is None:
         raise InputError(f"MODEL: there is no folder {model!r}, and it is no hub id (OWNER/NAME) either")
     return _download(model, revision, offline)
+
+
+def resolve_original(against: str | None, job: Mapping[str, Any]) -> Path:
+    """The checkpoint that published files are compared with.
+
+    Args:
+        against: of ``--against``; None: the one that the files were made from.
+        job: of the files' report.
+
+    Raises:
+        InputError: as :func:`resolve_model`; of a local folder that is gone the message says so.
+    """
+    recorded = job["model"]
+    if against is None and isinstance(recorded, str) and Path(recorded).is_absolute() and not Path(recorded).is_dir():
+        raise InputError(f"{recorded}, which these files were made from, is not there any more; name it with --against")
+    return resolve_model(against or recorded, job["revision"])
+
+
+def _refuse_special_files(folder: Path) -> None:
+    """Nothing in a checkpoint is a pipe, a device or a socket: whoever opened one might wait for ever."""
+    try:
+        files = [path for path in sorted(folder.iterdir()) if not path.is_dir()]
+    except OSError as error:
+        raise InputError(f"MODEL: {folder} cannot be read ({error.strerror})") from None
+    for path in files:
+        refuse_special(path, "MODEL: ")
 
 
 def bundled_text(split: str) -> Path:

@@ -37,6 +37,8 @@ def describe(folder: Path) -> dict[str, Any]:
         + (", weights normalised" if shape.normalize_top_k else ""),
         "vocabulary": shape.vocab_size,
         "context": shape.context_length,
+        "sliding_window": shape.window,
+        "rope_type": shape.rope.kind.value,
         "tied_embeddings": shape.tied_embeddings,
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
         "stored_as": None if checkpoint.block_scaled is None else str(checkpoint.block_scaled),
@@ -66,7 +68,11 @@ def description_table(description: dict[str, Any]) -> Table:
         "attention": f"{attention['heads']} heads, {attention['kv_heads']} key-value heads of {attention['head_dim']}",
         "vocabulary": f"{description['vocabulary']:,} tokens, "
         f"embeddings {'tied' if description['tied_embeddings'] else 'not tied'}",
-        "context": f"{description['context']:,} tokens",
+        "context": f"{description['context']:,} tokens"
+        + (
+            f", within the sliding window of {description['sliding_window']:,}" if description["sliding_window"] else ""
+        ),
+        "rotary": str(description["rope_type"]),
         "GGUF": f"architecture {description['gguf_architecture']}",
     }
     table = Table(show_header=False, box=None)

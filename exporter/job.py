@@ -6,6 +6,7 @@ Whatever can be judged without opening the model is judged here, so that a wrong
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Final, get_args
 from compressors.model.errors import InputError
 from compressors.model.names import shown
 from exporter.durations import parse_duration
+from exporter.model_name import model_name
 from exporter.recipe import ExpertMethod, Student
 from exporter.recovery import RECOVERIES
 from exporter.sizes import parse_size
@@ -49,6 +51,8 @@ QUANT_TYPES: Final = ("F32", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4
 STUDENTS: Final = get_args(Student)
 
 _BUNDLED_MODEL_NAME = "demo"
+_LONGEST_NAME = 230
+"""Bytes of a name; most systems allow 255, and what lies beside OUT is called OUT.recipe.yaml.partial and the like."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +234,12 @@ def _exists(flag: str, path: Path) -> bool:
 
 
 def _folder_to_be(flag: str, path: Path) -> Path:
+    for part in path.parts:
+        if len(os.fsencode(part)) > _LONGEST_NAME:
+            raise InputError(
+                f"{flag}: {part[:20]}... has {len(os.fsencode(part))} bytes; a name may have {_LONGEST_NAME}, since "
+                "files beside it have longer ones"
+            )
     for folder in (path, *path.parents):
         if _exists(flag, folder):
             if not folder.is_dir():
@@ -283,4 +293,4 @@ def _model_name(model: str | None) -> str:
     """The last part of a folder's path or of a hub id."""
     if model is None:
         return _BUNDLED_MODEL_NAME
-    return Path(model).name or Path(model).resolve().name or "model"
+    return Path(model_name(model)).name or "model"

@@ -49,7 +49,7 @@ class Stage:
 
 _CALIBRATE = Stage(
     "calibrate",
-    4,
+    5,
     (),
     ("source", "text", "arithmetic", "threads"),
     "run the teacher over the calibration text",

@@ -39,7 +39,7 @@ class Plan:
     command: str  # as it was typed, for the report
     teacher_floors: Mapping[str, TeacherFloor] = field(default_factory=dict)  # by artifact; absent: nothing fits
     end_tokens: tuple[int, ...] = ()  # of the source: each ends a text
-    own_head: bool = False  # of the source, though config.json says that its head is tied
+    own_head: bool = False  # the source has a head beside the embedding, whatever config.json says
     deviations: tuple[Deviation, ...] = ()  # of the files from the original, that no file can mend
 
     @property

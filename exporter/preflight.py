@@ -96,8 +96,9 @@ def refuse_too_short_a_context(shape: MoeShape) -> None:
     """
     least = max(PROMPT_TOKENS + NEW_TOKENS, LEAST_CONTEXT)
     if shape.context_length < least:
+        key = "sliding_window" if shape.window == shape.context_length else "max_position_embeddings"
         raise UnsupportedError(
-            f"the model's context is {shape.context_length} tokens (max_position_embeddings in config.json), and "
+            f"the model's context is {shape.context_length} tokens ({key} in config.json), and "
             f"validation lets it write texts of {least}: a model of so short a context is not supported"
         )
 

@@ -142,6 +142,7 @@ def _run_file(
 ) -> dict[str, Any]:
     """What a guarded process does for :func:`against_file`; returns parts of a :class:`StoredReference`."""
     torch.set_num_threads(how.threads)
+    n_experts = file.facts.n_experts  # first: our reader says more of a bad header than llama.cpp does
     vocabulary = file.vocabulary()
     if vocabulary is None:
         raise InputError(f"--against: {file.path} has no tokenizer beside it; put tokenizer.json there")
@@ -149,7 +150,6 @@ def _run_file(
     split, blocks = tokenize_heldout(text, tokenizer, blocks_per_file=chunks_per_file)
     chosen: TokenBlocks = blocks.leading(chunks_per_file)
     chunks_BT = chosen.tokens_BT.numpy()
-    n_experts = file.facts.n_experts
     backend = file.open(how, chunks_BT.shape[1])
     writer = LogitsFileWriter(logits_file, chunks_BT, backend.vocab_size)
     began = time.monotonic()

@@ -14,7 +14,7 @@ from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
 from exporter.child_process import start_server
 from exporter.guarded_validation import measured
-from exporter.hub import bundled_text, resolve_model
+from exporter.hub import bundled_text, resolve_model, resolve_original
 from exporter.job import parse_requirements
 from exporter.planner import HELDOUT_CHUNKS
 from exporter.published import changed_files, read_report
@@ -160,7 +160,7 @@ def _reference(
             )
         source = Checkpoint(resolve_model(against))
         return against_checkpoint(source, text, _chunks_per_file(text), logits_file, folder)
-    source = Checkpoint(resolve_model(against or report["job"]["model"], report["job"]["revision"], offline=False))
+    source = Checkpoint(resolve_original(against, report["job"]))
     if source.identity() != report["source"]["identity"]:
         raise InputError(f"--against: {source.folder} is not the model that these files were made from")
     return against_checkpoint(source, text, report["recipe"]["text"]["heldout_chunks_per_file"], logits_file, folder)

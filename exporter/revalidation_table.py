@@ -80,7 +80,7 @@ def _remarks(result: Mapping[str, Any]) -> Text:
     remarks.append(verdict, style="bold green" if result["passed"] else "bold red")
     for failure in result["failures"]:
         remarks.append(f"\n  {failure}", style="red")
-    for row in _measured(result):
+    for row in result["rows"]:
         for symptom in row["symptoms"]:
             remarks.append(f"\n  {row['artifact'].upper()}: {symptom}", style="yellow")
     return remarks

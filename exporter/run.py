@@ -21,6 +21,7 @@ from exporter.hub import bundled_text, resolve_model
 from exporter.job import Job
 from exporter.json_text import json_text
 from exporter.machine import measure_speeds
+from exporter.model_name import local_path, model_name
 from exporter.outputs import Outputs, reserved, sha256_of
 from exporter.pipeline import run_stages, source_of_run, stages_of, unfinished
 from exporter.plan import Plan
@@ -189,6 +190,7 @@ def _identity(job: Job) -> dict[str, Any]:
     """The arguments that make a job this one; equal arguments resume, others are refused."""
     ignored = {"out", "work_dir", "dry_run", "force", "json"}
     values = {name: _plain(value) for name, value in vars(job).items() if name not in ignored}
+    values["model"] = None if job.model is None else local_path(job.model)  # validate finds it from any folder
     return values | {"recipe": None if job.recipe is None else sha256_of(job.recipe)}  # edited, it is another job
 
 
@@ -234,10 +236,7 @@ def _texts(job: Job) -> tuple[Path, Path | None]:
 
 
 def _name(job: Job) -> str:
-    if job.model is None:
-        return _BUNDLED_NAME
-    folder = Path(job.model).expanduser()
-    return folder.resolve().name if folder.is_dir() else job.model
+    return _BUNDLED_NAME if job.model is None else model_name(job.model)
 
 
 def _completed(path: str, recipe: Recipe, checkpoint: Checkpoint, splits: Splits) -> Recipe:

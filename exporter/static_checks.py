@@ -24,6 +24,7 @@ from validate.folder_settings import folder_setting_symptoms
 from validate.graph_settings import graph_setting_symptoms
 from validate.model_file import ModelFile
 from validate.original_tokenizer import original_tokenizer
+from validate.rope_factors import rope_factor_symptoms
 from validate.settings import gguf_setting_symptoms
 from validate.symptoms import setting_symptoms
 from validate.tokenization import Encode
@@ -101,7 +102,8 @@ def check_description(
 
 def _setting_symptoms(file: ModelFile, source: Checkpoint, shape: MoeShape) -> list[str]:
     if file.format == "gguf":
-        return gguf_setting_symptoms(GgufFile(file.path).metadata, shape)
+        gguf = GgufFile(file.path)
+        return [*gguf_setting_symptoms(gguf.metadata, shape), *rope_factor_symptoms(gguf, shape)]
     return [
         *setting_symptoms(file.facts, shape),
         *graph_setting_symptoms(file.path, shape),

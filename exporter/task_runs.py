@@ -14,7 +14,7 @@ from compressors.model.errors import InputError
 from compressors.model.json_file import read_json
 from compressors.model.student import Student
 from exporter.guarded import Limits, run_guarded
-from exporter.hub import resolve_model
+from exporter.hub import resolve_original
 from exporter.team import checked_threads
 from validate.backend import RuntimeCrashError
 from validate.model_file import ModelFile, RuntimeChoice, published_files
@@ -55,7 +55,7 @@ def task_results(
     except InputError:
         raise InputError(f"{out} has no readable report.json; give the output folder of a finished run") from None
     job = report["job"]
-    source = Checkpoint(resolve_model(against or job["model"], job["revision"], offline=False))
+    source = Checkpoint(resolve_original(against, job))
     if source.identity() != report["source"]["identity"]:
         raise InputError(f"--against: {source.folder} is not the model that these files were made from")
     n_threads = checked_threads(threads)

@@ -28,7 +28,7 @@ from validate.symptoms import divergence_symptoms, routing_symptoms
 from validate.verdict import Check, Figures, band_of, required_checks
 from validate.vocabulary import FirstTokens, FirstTokensOf, check_padding, check_same_tokens
 
-__all__ = ["Expectation", "validate_file"]
+__all__ = ["Expectation", "describe_file", "validate_file"]
 
 _SAME_TEXT_TOLERANCE = 0.001  # of perplexity, on the text that the report was made with
 _SAME_ROUTING_TOLERANCE = 0.01  # of the overlap; other threads decide other ties
@@ -195,13 +195,24 @@ def _agreement(reference: Reference, evaluation: Evaluation, expectation: Expect
 
 def _inspect(file: ModelFile, expectation: Expectation, reference: Reference) -> list[StaticFindings]:
     """What can be seen in the file itself, beside the original's settings, tokenizer and weights."""
-    source, found = reference.source, []
-    if source is not None:
-        shape = expectation.shape or expected_shape(file.facts, source.shape)
-        found.append(check_description(file, source, shape, reference.chunks_BT))
+    described = describe_file(file, reference, expectation)
+    found = [] if described is None else [described]
     if expectation.original is not None:
         found.append(check_weights(file, expectation.original, expectation.trained))
     return found
+
+
+def describe_file(file: ModelFile, reference: Reference, expectation: Expectation) -> StaticFindings | None:
+    """Compares settings and tokenizer, for which a file need not run; None if the original's are not known.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    source = reference.source
+    if source is None:
+        return None
+    shape = expectation.shape or expected_shape(file.facts, source.shape)
+    return check_description(file, source, shape, reference.chunks_BT)
 
 
 def _checks(

@@ -7,7 +7,7 @@ transformers' and optimum's. A number there that is not the model's, or not the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from compressors.model.config import read_shape
 from compressors.model.errors import MoeExportError
 from compressors.model.json_file import read_json
 from compressors.model.shape import MoeShape
+from compressors.model.tokenizer_files import load_tokenizer
 
 __all__ = ["folder_setting_symptoms"]
 
@@ -37,7 +38,15 @@ _SAMPLING: Mapping[str, tuple[Any, ...]] = {
 """``search`` of genai_config.json: what changes no choice, where the original's generation_config.json says nothing."""
 
 _NOT_COMPARED = frozenset({"_from_model_config", "transformers_version"})
-_FREE_FIELDS = frozenset({"context_length", "sizes", "bos_token_id", "eos_token_ids", "pad_token_id"})
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_KEYS = {
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "top_k": "num_experts_per_tok",
+    "tied_embeddings": "tie_word_embeddings",
+}
+_FREE_FIELDS = frozenset({"context_length", "sizes", "rope", "window", "bos_token_id", "eos_token_ids", "pad_token_id"})
 
 
 def folder_setting_symptoms(graph: Path, source: Checkpoint, shape: MoeShape) -> list[str]:
@@ -51,7 +60,7 @@ def folder_setting_symptoms(graph: Path, source: Checkpoint, shape: MoeShape) ->
     folder, generation = graph.parent, _read(source.folder / "generation_config.json")
     return [
         *_genai_symptoms(folder / "genai_config.json", graph, source, shape, generation or {}),
-        *_config_symptoms(folder, shape),
+        *_config_symptoms(folder, source, shape),
         *_generation_symptoms(folder / "generation_config.json", source, generation),
     ]
 
@@ -77,7 +86,7 @@ def _genai_symptoms(
         value = decoder.get(found.partition(".")[2]) if found.startswith("decoder.") else model.get(found)
         if value != wanted:
             yield f"genai_config.json: {found} is {value!r}, the model's is {wanted!r}"
-    positions = _table_length(proto)
+    positions = _table_length(proto, shape)
     context: Any = model.get("context_length")
     longest = min(shape.context_length, positions or shape.context_length)
     if not _is_count(context) or context > longest or (positions is not None and context != longest):
@@ -115,7 +124,7 @@ def _token_symptoms(
     """Ids of begin, end and padding: those of the original's configurations, or of its tokenizer."""
     config = _read(source.folder / "config.json") or {}
     tokenizer = _tokenizer_ids(source.folder)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    for name in _TOKEN_IDS:
         known = [_ids(place.get(name)) for place in (generation, config, tokenizer)]
         allowed = set().union(*known)
         value = _ids(found.get(name))
@@ -128,7 +137,7 @@ def _token_symptoms(
             yield f"{where}: {name} is absent, the original's {sorted(allowed)}"
 
 
-def _config_symptoms(folder: Path, shape: MoeShape) -> Iterator[str]:
+def _config_symptoms(folder: Path, source: Checkpoint, shape: MoeShape) -> Iterator[str]:
     """``config.json`` as it would be read as a checkpoint's."""
     path = folder / "config.json"
     config = _read(path)
@@ -142,12 +151,27 @@ def _config_symptoms(folder: Path, shape: MoeShape) -> Iterator[str]:
     for field in fields(MoeShape):
         value, wanted = getattr(found, field.name), getattr(shape, field.name)
         if field.name not in _FREE_FIELDS and value != wanted:
-            yield f"config.json: {field.name} is {value!r}, the model's is {wanted!r}"
+            yield f"config.json: {_key(field.name, shape)} is {value!r}, the model's is {wanted!r}"
+    rope = replace(found.rope, trained_context=shape.rope.trained_context)  # files may be written for a shorter context
+    if rope != shape.rope:
+        yield f"config.json: rope_parameters are {found.rope.in_config()}, the model's {shape.rope.in_config()}"
     if found.context_length > shape.context_length:
         yield f"config.json: max_position_embeddings is {found.context_length}, the model's {shape.context_length}"
-    for name in ("bos_token_id", "eos_token_ids", "pad_token_id"):
-        if getattr(found, name) != getattr(shape, name):
-            yield f"config.json: {name} is {getattr(found, name)!r}, the original's {getattr(shape, name)!r}"
+    original = _read(source.folder / "config.json") or {}
+    for name in _TOKEN_IDS:
+        if _ids(config.get(name)) != _ids(original.get(name)):
+            yield f"config.json: {name} is {config.get(name)!r}, the original's {original.get(name)!r}"
+
+
+def _key(name: str, shape: MoeShape) -> str:
+    """What config.json calls a field of a shape."""
+    keys = shape.family.config_keys
+    own = {
+        "n_experts": keys.n_experts,
+        "expert_width": keys.expert_width,
+        "normalize_top_k": keys.normalize_top_k or "norm_topk_prob",
+    }
+    return (own | _KEYS).get(name, name)
 
 
 def _generation_symptoms(path: Path, source: Checkpoint, original: Mapping[str, Any] | None) -> Iterator[str]:
@@ -162,26 +186,28 @@ def _generation_symptoms(path: Path, source: Checkpoint, original: Mapping[str, 
             if name in found and found[name] not in neutral:
                 yield f"generation_config.json: {name} is {found[name]!r}; the original says nothing of it"
         return
-    for name in sorted((found.keys() | original.keys()) - _NOT_COMPARED):
+    yield from _token_symptoms("generation_config.json", found, source, original)
+    for name in sorted((found.keys() | original.keys()) - _NOT_COMPARED - set(_TOKEN_IDS)):
         if found.get(name) != original.get(name):
             yield f"generation_config.json: {name} is {found.get(name)!r}, the original's {original.get(name)!r}"
 
 
-def _table_length(graph: onnx.GraphProto) -> int | None:
+def _table_length(graph: onnx.GraphProto, shape: MoeShape) -> int | None:
     """Positions that the rotary tables cover; None if there are none."""
-    weights = {tensor.name: tensor.dims for tensor in graph.initializer}
+    lengths = {tensor.name: int(tensor.dims[0]) for tensor in graph.initializer if len(tensor.dims) == 2}
+    names = ["rotary.cosine"]
     for node in graph.node:
         place = {"GroupQueryAttention": 7, "RotaryEmbedding": 2}.get(node.op_type)
-        if place is not None and len(node.input) > place and node.input[place] in weights:
-            return int(weights[node.input[place]][0])
-    return None
+        if place is not None and len(node.input) > place:
+            names.append(node.input[place])
+    length = next((lengths[name] for name in names if name in lengths), None)
+    short = shape.rope.switches_after
+    return length - short if length is not None and short is not None and length > short else length
 
 
 def _tokenizer_ids(folder: Path) -> Mapping[str, Any]:
-    from transformers import AutoTokenizer  # takes seconds to import
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    tokenizer = load_tokenizer(folder)
+    return {name: getattr(tokenizer, name) for name in _TOKEN_IDS}
 
 
 def _ids(value: Any) -> set[int]:

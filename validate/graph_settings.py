@@ -109,7 +109,7 @@ def _allowed(node: onnx.NodeProto, shape: MoeShape, layer: int, weights: Mapping
     if kind == "RotaryEmbedding":
         return {"interleaved": (0, None), "scale": (1.0, None)}
     if kind == "MatMulNBits" and _input(node, 2) in weights and _has_axes(weights.get(_input(node, 1)), 3):
-        return _quantized_matrix(node, weights)
+        return _quantized_matrix(node, shape, weights)
     if kind == "GatherBlockQuantized":
         return {"gather_axis": (0, None), "quantize_axis": (1, -1), "bits": (_row_bits(node, shape, weights), None)} | (
             _block_size(node, weights, 2, shape.hidden_size)
@@ -125,7 +125,7 @@ def _attention(node: onnx.NodeProto, shape: MoeShape) -> _Allowed:
         "scale": (1.0 / math.sqrt(shape.head_dim), 0.0, None),
         "softcap": (0.0, None),
         "smooth_softmax": (0, None),
-        "local_window_size": (-1, None),
+        "local_window_size": (-1, shape.window or -1, None),
         "mask_filter_value": (-10000.0, None),
         "unidirectional": (1, 0, None),
     }
@@ -161,19 +161,22 @@ def _experts(node: onnx.NodeProto, layer: MoeShape, weights: Mapping[str, onnx.T
     return allowed
 
 
-def _quantized_matrix(node: onnx.NodeProto, weights: Mapping[str, onnx.TensorProto]) -> _Allowed:
+def _quantized_matrix(node: onnx.NodeProto, shape: MoeShape, weights: Mapping[str, onnx.TensorProto]) -> _Allowed:
+    """Codes are [N, blocks, bytes of a block]; K is one of the widths that the model has."""
     rows, blocks, block_bytes = weights[node.input[1]].dims
-    found = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
-    numbers = {name: value for name, value in found.items() if isinstance(value, int)}
-    block, bits = numbers.get("block_size", 0), numbers.get("bits", 4)
-    # codes tell the product of both only; a block of 16 bytes is 32 values in 4 bits, or 16 in 8
-    is_consistent = block * bits == 8 * block_bytes
-    columns = numbers.get("K", 0)
-    allowed: _Allowed = {"N": (rows,)}
-    if not is_consistent or -(-columns // max(1, block)) != blocks:
-        right = 8 * block_bytes * blocks // max(1, columns)
-        allowed |= {"bits": (right,), "block_size": (columns // max(1, blocks),)}
-    return allowed
+    numbers = {attribute.name: attribute.i for attribute in node.attribute if attribute.type == _WHOLE_NUMBER}
+    widths = (shape.hidden_size, shape.n_heads * shape.head_dim, shape.expert_width)
+    block, blocks = numbers.get("block_size", 0), max(1, blocks)
+    fitting = [width for width in widths if width % blocks == 0 and (block_bytes * blocks * 8) % width == 0]
+    columns = numbers["K"] if numbers.get("K") in fitting else (fitting or widths)[0]
+    if -(-columns // max(1, block)) == blocks and block * numbers.get("bits", 4) == 8 * block_bytes:
+        return {"N": (rows,), "K": (columns,)}
+    return {
+        "N": (rows,),
+        "K": (columns,),
+        "bits": (8 * block_bytes * blocks // columns, None),
+        "block_size": (columns // blocks,),
+    }
 
 
 def _row_bits(node: onnx.NodeProto, shape: MoeShape, weights: Mapping[str, onnx.TensorProto]) -> int | None:
@@ -256,13 +259,17 @@ def _table_symptoms(
         for is_sine, place in enumerate(places.get(node.op_type, ())):
             if len(node.input) > place and node.input[place] in weights:
                 tables[node.input[place]] = bool(is_sine)
+    # where the angles depend on a text's length, nodes choose among tables
+    tables |= {name: name == "rotary.sine" for name in ("rotary.cosine", "rotary.sine") if name in weights}
     for name, is_sine in tables.items():
         if len(weights[name].dims) != 2 or weights[name].data_type not in _TABLE_TYPES:
             yield f"table {name} is no matrix of floating point numbers"
             continue
-        yield from rotary_symptoms(name, _pieces(weights[name], folder), shape, is_sine=is_sine)
+        n_rows = weights[name].dims[0]
+        yield from rotary_symptoms(name, _pieces(weights[name], folder), n_rows, shape, is_sine=is_sine)
 
 
+_WHOLE_NUMBER = onnx.AttributeProto.INT
 _CONSTANT_TYPES = (
     *(onnx.TensorProto.FLOAT, onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.UINT8),
     onnx.TensorProto.BOOL,
@@ -271,20 +278,24 @@ _TABLE_TYPES = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorPro
 
 
 def rotary_symptoms(
-    name: str, pieces: Iterator[npt.NDArray[np.floating[Any]]], shape: MoeShape, *, is_sine: bool
+    name: str, pieces: Iterator[npt.NDArray[np.floating[Any]]], n_rows: int, shape: MoeShape, *, is_sine: bool
 ) -> Iterator[str]:
-    """Yields a sentence if a table [positions, head_dim / 2] is not the model's at every position."""
-    frequencies = shape.rope_theta ** (-np.arange(0, shape.head_dim, 2, dtype=np.float64) / shape.head_dim)
-    first = 0
+    """Yields a sentence if a table [positions, head_dim / 2] is not the model's at every position.
+
+    A table for short texts may stand before that for long ones.
+    """
+    rope, first = shape.rope, 0
+    short = rope.switches_after if rope.switches_after is not None and n_rows > rope.switches_after else 0
+    of_short, of_long = (rope.inverse_frequencies(n_tokens).double().numpy() for n_tokens in (short, n_rows - short))
     for piece in pieces:
-        if piece.shape[1] != len(frequencies):
-            yield f"table {name} has {piece.shape[1]} columns, the model's head {len(frequencies)} pairs"
+        if piece.shape[1] != len(of_long):
+            yield f"table {name} has {piece.shape[1]} columns, the model's head {len(of_long)} pairs"
             return
-        positions = np.arange(first, first + len(piece), dtype=np.float64)[:, None]
-        angles = positions * frequencies
-        wanted = np.sin(angles) if is_sine else np.cos(angles)
+        rows = np.arange(first, first + len(piece), dtype=np.float64)[:, None]
+        angles = np.where(rows < short, rows * of_short, (rows - short) * of_long)
+        wanted = rope.attention_factor * (np.sin(angles) if is_sine else np.cos(angles))
         allowed = float(np.finfo(piece.dtype).eps) * 2 + 1e-5 + 4e-7 * angles  # angles are computed in float32
-        wrong = ~(np.abs(piece.astype(np.float64) - wanted) <= allowed)
+        wrong = ~(np.abs(piece.astype(np.float64) - wanted) <= allowed * max(1.0, rope.attention_factor))
         if wrong.any():
             row, column = np.argwhere(wrong)[0]
             yield (

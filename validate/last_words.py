@@ -14,10 +14,16 @@ _TELLING = re.compile(r"GGML_ASSERT|GGML_ABORT|fatal error|what\(\):|memory allo
 _FOLDERS = re.compile(r"^(/[^\s:]+/)([^/\s:]+:\d+:)")
 
 
-def last_words(output: IO[bytes]) -> str:
-    """The telling line at the end of a file of output; empty if nothing was printed."""
+def last_words(output: IO[bytes], *, aborted: bool) -> str:
+    """The telling line at the end of a file of output; empty if there is none.
+
+    Args:
+        output: what was printed.
+        aborted: the process called abort(), before which a library says why: then the last line is telling.
+    """
     output.seek(max(0, output.seek(0, os.SEEK_END) - _READ_BYTES))
-    return telling_line(output.read().decode("utf-8", errors="replace"))
+    line = telling_line(output.read().decode("utf-8", errors="replace"))
+    return line if aborted or _TELLING.search(line) else ""
 
 
 def telling_line(text: str) -> str:

@@ -1,11 +1,12 @@
 """What an artifact costs in its runtime, measured in a process of the runtime's own.
 
     python -m validate.measure PARENT SECONDS gguf|onnx base
-    python -m validate.measure PARENT SECONDS gguf|onnx run PATH PROMPT_FILE OPTIONS
+    python -m validate.measure PARENT SECONDS gguf|onnx run PATH OPTIONS
 
-prints one JSON object; OPTIONS is one too: what the runtime's own ``measure`` takes. The process imports neither torch
-nor transformers, so its peak is the runtime's; when the runtime crashes, only this process dies; when a step
-takes longer than SECONDS, it is ended; and when process PARENT, which started it, is gone, it ends.
+reads the prompt's token ids from standard input, as a JSON list, and prints one JSON object; OPTIONS is one too: what
+the runtime's own ``measure`` takes. The process imports neither torch nor transformers, so its peak is the runtime's;
+when the runtime crashes, only this process dies; when a step takes longer than SECONDS, it is ended; and when process
+PARENT, which started it, is gone, it ends.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -82,10 +82,7 @@ def measure_artifact(
         options |= {"kv_type": kv_type, "gpu_layers": gpu_layers}
     else:
         options["providers"] = list(providers)
-    with tempfile.NamedTemporaryFile(suffix=".npy") as file:
-        np.save(file, prompt, allow_pickle=False)
-        file.flush()
-        return RuntimeCost(**_run(artifact, limit, ["run", str(path), file.name, json.dumps(options)]))
+    return RuntimeCost(**_run(artifact, limit, ["run", str(path), json.dumps(options)], prompt.tolist()))
 
 
 def artifact_bytes(artifact: str, path: Path) -> int:
@@ -95,10 +92,18 @@ def artifact_bytes(artifact: str, path: Path) -> int:
     return sum(part.stat().st_size for part in split_parts(path) if part.is_file())
 
 
-def _run(artifact: str, limit: float, arguments: list[str]) -> dict[str, Any]:
+def _run(artifact: str, limit: float, arguments: list[str], prompt: Sequence[int] = ()) -> dict[str, Any]:
     command = [sys.executable, "-m", "validate.measure", str(os.getpid()), str(limit), artifact, *arguments]
     variables = os.environ | {"GGML_NO_BACKTRACE": "1"}  # a debugger would print for half a minute
-    result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=variables)
+    result = subprocess.run(
+        command,
+        input=json.dumps(prompt),
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        env=variables,
+    )
     if result.returncode == -signal.SIGALRM:
         raise RuntimeCrashError(f"the runtime of {artifact} did not finish a step in {limit:,.0f} s and was ended")
     said = telling_line(result.stderr)
@@ -119,9 +124,8 @@ def _main(artifact: str, what: str, *arguments: str) -> None:
     if what == "base":
         answer: dict[str, Any] = {"base_rss_bytes": peak_rss_bytes()}
     else:
-        path, prompt_file, options = arguments
-        prompt = np.load(prompt_file, allow_pickle=False).tolist()
-        answer = asdict(runtime.measure(Path(path), prompt_tokens=prompt, **json.loads(options)))
+        path, options = arguments
+        answer = asdict(runtime.measure(Path(path), prompt_tokens=json.load(sys.stdin), **json.loads(options)))
     sys.stdout.write(f"\n{json.dumps(answer)}\n")
 
 

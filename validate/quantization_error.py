@@ -31,9 +31,7 @@ _MATRIX, _ROW = 1.8, 3.0  # times the kernel's error; measured: up to 1.49 and 2
 _SCREEN = 1.6  # times the type's usual error: rows above are quantized again to know theirs
 _COEFFICIENT = 0.01  # what may be off, beside what the type's error makes:
 _MATRIX_COEFFICIENT = 0.1  # for each unit of relative error of a matrix,
-_ROW_COEFFICIENT = (
-    3.5  # of a row, times the root of its values' fourth powers over its squares (1.7 over the root of N)
-)
+_ROW_COEFFICIENT = 3.0  # of a row, times the root of its values' fourth powers over their squares (1.7 / root of N)
 _SHRINKING = 3.5  # times as much downwards: quantizers that weigh values make those that weigh little too small
 _SAMPLE, _SUSPECTS = 32, 256  # rows of a matrix (of a piece of one) that are quantized again
 _FEWEST_ROWS = 8  # of a matrix that is judged as a whole

@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from compressors.model.errors import UnsupportedError
+from compressors.model.gguf_rope import GgufRope, gguf_rope
 from compressors.model.shape import MoeShape
 
-__all__ = ["MetadataValue", "gguf_architecture", "gguf_setting_symptoms"]
+__all__ = ["MetadataValue", "expected_rope", "gguf_architecture", "gguf_setting_symptoms"]
 
 MetadataValue = int | float | bool | str
 
@@ -26,7 +28,6 @@ _NEUTRAL: Mapping[str, tuple[MetadataValue, ...]] = {
     "attention.clamp_kqv": (0.0,),
     "attention.group_norm_groups": (0,),
     "attention.max_alibi_bias": (0.0,),
-    "attention.sliding_window": (0,),
     "attn_logit_softcapping": (0.0,),
     "embedding_scale": (0.0, 1.0),
     "expert_group_count": (0, 1),
@@ -52,7 +53,12 @@ _READ_ALWAYS = (
     "rope.scaling.factor",
     "rope.scaling.attn_factor",
 )
-_DESCRIPTIVE = ("rope.scaling.finetuned", "rope.scaling.original_context_length", "tensor_data_layout")
+_DESCRIPTIVE = (
+    "rope.scaling.finetuned",
+    "rope.scaling.yarn_beta_fast",  # read by other architectures only
+    "rope.scaling.yarn_beta_slow",
+    "tensor_data_layout",
+)
 
 _NAMES: Mapping[str, str] = {
     "attention.layer_norm_rms_epsilon": "epsilon of the norms",
@@ -67,6 +73,14 @@ def gguf_architecture(shape: MoeShape) -> str:
     return family.dense.gguf_architecture if shape.is_dense and family.dense else family.gguf.architecture
 
 
+def expected_rope(shape: MoeShape) -> GgufRope | None:
+    """What a file has to say about the rotary embedding; None if llama.cpp cannot turn by the model's angles at all."""
+    try:
+        return gguf_rope(shape.rope, gguf_architecture(shape), takes_factors=shape.family.gguf.takes_rope_factors)
+    except UnsupportedError:
+        return None
+
+
 def gguf_setting_symptoms(metadata: Mapping[str, MetadataValue], shape: MoeShape) -> list[str]:
     """Where a GGUF file's numbers are not those of a model of this shape: a sentence for each key."""
     architecture = gguf_architecture(shape)
@@ -75,6 +89,8 @@ def gguf_setting_symptoms(metadata: Mapping[str, MetadataValue], shape: MoeShape
         return [f"general.architecture: {found!r} in the file, but the model is llama.cpp's {architecture!r}"]
     prefix = f"{architecture}."
     settings = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    if settings.get("context_length") == shape.rope.trained_context:  # longer than a window, and no worse for it
+        settings["context_length"] = shape.context_length
     symptoms = [
         f"{_NAMES.get(key, key)}: {_shown(settings.get(key))} in the file, {_shown(wanted)} in config.json"
         for key, wanted, default in _expected(shape)
@@ -98,6 +114,9 @@ def _expected(shape: MoeShape) -> Iterator[tuple[str, MetadataValue, MetadataVal
     yield "attention.layer_norm_rms_epsilon", shape.rms_norm_eps, None
     yield "rope.freq_base", shape.rope_theta, _LLAMA_CPP_ROPE_BASE
     yield "rope.dimension_count", shape.head_dim, shape.head_dim
+    rope = expected_rope(shape)
+    for key, value in ({} if rope is None else rope.keys).items():
+        yield key, value, 1.0 if key == "rope.scaling.attn_factor" else None
     if not shape.is_dense:
         yield "expert_count", shape.n_experts, 0
         yield "expert_used_count", shape.top_k, 0
@@ -108,6 +127,7 @@ def _unexpected(settings: Mapping[str, MetadataValue], shape: MoeShape) -> Itera
     known = {key for key, _, _ in _expected(shape)}
     allowed: dict[str, tuple[MetadataValue, ...]] = {
         **_NEUTRAL,
+        "attention.sliding_window": (0, shape.window or 0),
         "attention.scale": (0.0, 1 / math.sqrt(shape.head_dim)),
         "expert_gating_func": (0, _SOFTMAX),
         "expert_weights_norm": (shape.normalize_top_k,),
@@ -118,6 +138,8 @@ def _unexpected(settings: Mapping[str, MetadataValue], shape: MoeShape) -> Itera
     scaling_is_off = settings.get("rope.scaling.type", "none") == "none"
     for key, value in settings.items():
         if key in known or key in _DESCRIPTIVE or (key == "feed_forward_length" and not shape.is_dense):
+            continue
+        if expected_rope(shape) is None and key.startswith("rope.scaling."):
             continue
         if scaling_is_off and key.startswith("rope.scaling.") and key not in _READ_ALWAYS:
             continue

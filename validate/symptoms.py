@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from compressors.model.rope import RopeKind
 from compressors.model.routing import NO_EXPERT, Routing
 from compressors.model.shape import MoeShape
 from validate.backend import scored_positions
@@ -29,8 +30,13 @@ _DIVERGES, _TOKENS = 5.0, 20  # an expert's tokens against the others', and how 
 
 def setting_symptoms(facts: FileFacts, shape: MoeShape) -> list[str]:
     """Settings of the file that are not the model's."""
+    is_plain = shape.rope.kind is RopeKind.DEFAULT  # a scaled one's table has no base to read off
     settings = (
-        ("rope base (position-dependent: every rotation is another)", facts.rope_base, shape.rope_theta),
+        (
+            "rope base (position-dependent: every rotation is another)",
+            facts.rope_base if is_plain else None,
+            shape.rope_theta,
+        ),
         ("epsilon of the norms", facts.rms_norm_eps, shape.rms_norm_eps),
         ("number of experts per token", facts.top_k, min(shape.top_k, facts.n_experts or shape.top_k)),
     )

@@ -15,8 +15,10 @@ import click
 from benchmarks.damage.grid import grid
 from benchmarks.damage.whole_files import Whole, whole_files
 from benchmarks.damage.workshop import Outcome, Result
+from exporter.hub import resolve_model
 
 _RESULTS = Path(__file__).parents[1] / "results" / "damage.md"
+_MODELS = {"fine": resolve_model(None), "coarse": Path(__file__).parents[2] / "tests" / "fixtures" / "coarse"}
 _FILES = ("gguf:Q8_0", "gguf:Q4_0", "onnx:F32", "onnx:Q4_0")
 
 
@@ -27,7 +29,7 @@ def main(files: Sequence[str], write: bool) -> None:
     """Measures, prints and writes the results."""
     with tempfile.TemporaryDirectory(prefix="moe-export-damage-") as folder:
         wholes = []
-        for whole in whole_files(Path(folder) / "whole"):
+        for whole in whole_files(Path(folder) / "whole", _MODELS):
             wholes.append(whole)
             if whole.symptoms:
                 print(f"FALSE ALARM {whole.what}: {whole.symptoms[0]}", flush=True)

@@ -158,7 +158,7 @@ def configuration_damages(folder: Path) -> Iterator[FolderDamage]:
     """Yields damages of every value of genai_config.json, and of the numbers in the other two configurations."""
     genai = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
     for place, value in _leaves(genai):
-        if (place[0] == "search" and place[-1] in ("past_present_share_buffer",)) or place[-1] == "type":
+        if place[-1] in ("past_present_share_buffer", "chunk_size", "type"):
             continue  # how memory is used, and the one pipeline that there is for us
         yield _edit("genai_config.json", place, _other(value))
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):

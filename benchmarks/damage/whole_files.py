@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,6 @@ from compressors.statistics import Importance
 from exporter.gguf.container import TensorEntry, aligned, render_header, render_values
 from exporter.gguf.layout import PRESETS as GGUF_PRESETS
 from exporter.gguf.writer import write_gguf
-from exporter.hub import resolve_model
 from exporter.onnx.clients import write_client_files
 from exporter.onnx.layout import PRESETS as ONNX_PRESETS
 from exporter.onnx.writer import write_onnx
@@ -49,10 +48,10 @@ class Whole:
     symptoms: tuple[str, ...]
 
 
-def whole_files(folder: Path, models: dict[str, Path] | None = None) -> Iterator[Whole]:
-    """Yields what the checks say of undamaged files of two layers of each model; None: of the bundled one."""
+def whole_files(folder: Path, models: Mapping[str, Path]) -> Iterator[Whole]:
+    """Yields what the checks say of undamaged files of two layers of each model, given by name."""
     folder.mkdir(parents=True)
-    for name, model in (models or {"fine": resolve_model(None)}).items():
+    for name, model in models.items():
         workshop = Workshop.open(make_original(model, folder / name), _EXPERTS)
         check = partial(_checked, workshop, folder / "file", name)
         yield from _ours(workshop, check)

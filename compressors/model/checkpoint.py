@@ -34,10 +34,10 @@ _READ = ", ".join(_FORMATS)
 class Checkpoint:
     """The tensors of a MoE checkpoint by role, in their storage dtype.
 
-    Opening reads only headers (and, where the head may be the embedding or not, these two), and checks that every tensor the family needs is there with the shape that
-    ``config.json`` implies. Both layouts are read: one tensor per expert, and all experts of a layer fused; tensors
-    saved from the model without its head, too, whose names lack ``model.``. Float8 with a scale per block is read as
-    the dtype that ``config.json`` names.
+    Opening reads only headers (and, where a head stands beside a tied embedding, these two), and checks that every
+    tensor the family needs is there with the shape that ``config.json`` implies. Both layouts are read: one tensor per
+    expert, and all experts of a layer fused; tensors saved from the model without its head, too, whose names lack
+    ``model.``. Float8 with a scale per block is read as the dtype that ``config.json`` names.
 
     Raises:
         InputError: a file is missing, truncated or not safetensors; a tensor is missing or of the wrong shape or dtype.
@@ -153,6 +153,7 @@ class Checkpoint:
             return False
         if (problem := self._problem(names[0], role_shape(Role.HEAD, self.shape))) is not None:
             raise InputError(problem)
+        self._check_scales(names[0])
         head, embedding = (partial(self._read_rows, name) for name in names)
         state = [(file, stat.st_size, stat.st_mtime_ns) for file in self.files for stat in [file.stat()]]
         return is_own_head(tuple(state), self.shape.vocab_size, head, embedding)

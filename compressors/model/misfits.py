@@ -75,8 +75,8 @@ def likely_cause(folder: Path, config: Mapping[str, Any], names: Collection[str]
     only_head = missing == "model.embed_tokens.weight" and "lm_head.weight" in names
     if only_head and config.get("tie_word_embeddings") is True:
         return (
-            "tie_word_embeddings is true, and of the two tensors only lm_head.weight is there, which transformers takes "
-            "for both: load it with AutoModelForCausalLM and save it again (save_pretrained)"
+            "tie_word_embeddings is true, and of the two tensors only lm_head.weight is there, which transformers "
+            "takes for both: load it with AutoModelForCausalLM and save it again (save_pretrained)"
         )
     if missing == "lm_head.weight":
         return (

@@ -56,6 +56,13 @@ class Rope:
         switches = self.kind is RopeKind.LONGROPE and self.short_factors != self.long_factors
         return self.original_context if switches else None
 
+    def table_lengths(self, context_length: int) -> tuple[int, ...]:
+        """Positions of each table of cosines and sines: one for the context, or before it one for shorter texts."""
+        shorter = self.switches_after
+        if shorter is None or shorter >= context_length:
+            return (context_length,)
+        return shorter, context_length
+
     def inverse_frequencies(self, n_tokens: int) -> torch.Tensor:
         """Angles per position, float32 [width / 2], of a text of so many tokens."""
         if self.kind is RopeKind.LINEAR:

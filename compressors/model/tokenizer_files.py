@@ -72,7 +72,18 @@ def _load_tokenizer(folder: Path, state: object) -> PreTrainedTokenizerFast:
     )
     if not _guarded(lambda: loaded.encode("a", add_special_tokens=False), folder):
         raise InputError(f"{folder} has no usable tokenizer: it makes no token of the text 'a'; download it again")
+    _refuse_dropout(loaded, folder)
     return loaded
+
+
+def _refuse_dropout(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """BPE dropout is for training; transformers leaves it on, and each reading of a text gives other tokens."""
+    dropout = getattr(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None), "dropout", None)
+    if dropout:
+        raise InputError(
+            f"{folder / 'tokenizer.json'}: model.dropout is {dropout:.4g} (BPE dropout), so the same text gives other "
+            "tokens each time, and nothing could be measured or repeated; set it to null"
+        )
 
 
 def tokens_of(folder: Path, texts: Sequence[str], *, read_special_as_text: bool = False) -> list[tuple[int, ...]]:
@@ -129,7 +140,7 @@ def own_code(folder: Path) -> str | None:
     names = read_json(path).get("auto_map") if path.is_file() else None
     named = names.get("AutoTokenizer") if isinstance(names, dict) else names
     chosen = [name for name in (named if isinstance(named, list) else [named]) if name]
-    return str(chosen[0]) if chosen else None
+    return str(chosen[0])[:80] if chosen else None
 
 
 def _guarded(action: Callable[[], Any], folder: Path) -> Any:
@@ -146,6 +157,9 @@ def _guarded(action: Callable[[], Any], folder: Path) -> Any:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps the libraries' warnings and a panic's stack off the terminal: what matters becomes our sentence."""
+    if sys.stderr is None:  # closed by whoever started us
+        yield
+        return
     sys.stderr.flush()
     shown = os.dup(2)
     with open(os.devnull, "wb") as nowhere:

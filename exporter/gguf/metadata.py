@@ -15,6 +15,7 @@ from compressors.model.names import shown
 from compressors.model.shape import MoeShape
 from exporter.gguf.container import Value, float32, string, uint32
 from exporter.gguf.layout import architecture, preset_named, rope_settings
+from exporter.model_name import hub_id
 
 __all__ = ["gguf_file_name", "model_metadata", "moe_size_label", "source_license"]
 
@@ -108,7 +109,7 @@ def _value(value: str | int | float) -> Value:
 
 def _base_models(source_folder: Path, card: Mapping[str, Any]) -> dict[str, Value]:
     """The model this one was made of: the hub's name for the source, else what the source says about itself."""
-    source = _hub_id(source_folder)
+    source = hub_id(source_folder)
     named = card.get("base_model") or []
     ancestors = [source] if source else [named] if isinstance(named, str) else list(named)
     if not ancestors:
@@ -121,14 +122,6 @@ def _base_models(source_folder: Path, card: Mapping[str, Any]) -> dict[str, Valu
             values[f"general.base_model.{index}.organization"] = string(organization)
             values[f"general.base_model.{index}.repo_url"] = string(f"{_HUB_URL}/{ancestor}")
     return values
-
-
-def _hub_id(folder: Path) -> str | None:
-    """``organization/model`` of a folder in the hub's cache: ``models--organization--model/snapshots/revision``."""
-    repository = folder.parent.parent.name
-    if folder.parent.name != "snapshots" or not repository.startswith("models--"):
-        return None
-    return repository.removeprefix("models--").replace("--", "/")
 
 
 def _model_card(folder: Path) -> Mapping[str, str | list[str]]:

@@ -52,6 +52,8 @@ def _vocabulary_metadata(folder: Path, vocab_size: int, state: object) -> Mappin
             "use --formats onnx"
         )
     tokens, types = _tokens(tokenizer, vocab_size, path)
+    if len(model["vocab"]) < loaded.backend_tokenizer.get_vocab_size(with_added_tokens=False):
+        raise InputError(f"{path}: two tokens of its vocabulary have the same number; download it again")
     refuse_unknown_normalizer(tokenizer, path)
     if model.get("byte_fallback") and not is_byte_level(tokenizer):
         values = _sentencepiece_values(tokenizer, tokens, types)
@@ -64,12 +66,7 @@ def _vocabulary_metadata(folder: Path, vocab_size: int, state: object) -> Mappin
 def _tokens(tokenizer: Mapping[str, Any], vocab_size: int, path: Path) -> tuple[list[str], list[int]]:
     """Texts and types by token id; ids without a token are unused, as in llama.cpp's converter."""
     added = {entry["id"]: entry for entry in tokenizer["added_tokens"]}
-    known: dict[int, str] = {}
-    for text, token_id in tokenizer["model"]["vocab"].items():
-        if known.setdefault(token_id, text) != text:
-            raise InputError(
-                f"{path}: {known[token_id]!r} and {text!r} have the same number {token_id}; download it again"
-            )
+    known = {token_id: text for text, token_id in tokenizer["model"]["vocab"].items()}
     known.update({token_id: entry["content"] for token_id, entry in added.items()})
     beyond = next((token_id for token_id in known if token_id >= vocab_size), None)
     if beyond is not None:
@@ -78,23 +75,11 @@ def _tokens(tokenizer: Mapping[str, Any], vocab_size: int, path: Path) -> tuple[
             f"{vocab_size}; tokenizer and model do not belong together"
         )
     texts = set(known.values())
-    if len(texts) < len(known):
-        _refuse_duplicate(known, path)
     tokens = [
         known[token_id] if token_id in known else _padding_text(token_id, texts) for token_id in range(vocab_size)
     ]
     types = [_token_type(token_id, known, added) for token_id in range(vocab_size)]
     return tokens, types
-
-
-def _refuse_duplicate(known: Mapping[int, str], path: Path) -> None:
-    first: dict[str, int] = {}
-    for token_id, text in sorted(known.items()):
-        if first.setdefault(text, token_id) != token_id:
-            raise UnsupportedError(
-                f"{path}: the tokens {first[text]} and {token_id} are both {text!r}, and llama.cpp reads no file with "
-                "two equal tokens; use --formats onnx"
-            )
 
 
 def _padding_text(token_id: int, texts: set[str]) -> str:

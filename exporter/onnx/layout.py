@@ -19,7 +19,7 @@ from compressors.model.onnx_weights import CODES, DATA_FILE, MODEL_FILE, SCALES
 from compressors.model.shape import MoeShape
 
 __all__ = ["DATA_FILE", "MODEL_FILE", "PRESETS", "Encoding", "Preset", "TensorLayout", "TensorPlan", "WeightPlan"]
-__all__ += ["plan_tensors", "preset_named", "rotary_rows"]
+__all__ += ["plan_tensors", "preset_named"]
 
 # Large tensors start on a page, so that the runtime can map them; the ONNX specification recommends 4096.
 _PAGE_BYTES = 4096
@@ -118,7 +118,7 @@ class TensorLayout:
     shape: MoeShape
     preset: Preset
     weights: tuple[WeightPlan, ...]
-    rotary_cosine: TensorPlan  # [rows, head_dim / 2], see rotary_rows
+    rotary_cosine: TensorPlan  # [rows, head_dim / 2], see Rope.table_lengths
     rotary_sine: TensorPlan
     data_bytes: int
 
@@ -150,14 +150,6 @@ def preset_named(name: str) -> Preset:
     if name not in PRESETS:
         raise InputError(f"{name!r} is not an ONNX preset; the presets are {', '.join(PRESETS)}")
     return PRESETS[name]
-
-
-def rotary_rows(shape: MoeShape) -> tuple[int, ...]:
-    """Positions of each rotary table: one for the context, or before it a table for shorter texts, turned otherwise."""
-    shorter = shape.rope.switches_after
-    if shorter is None or shorter >= shape.context_length:
-        return (shape.context_length,)
-    return shorter, shape.context_length
 
 
 def plan_tensors(shape: MoeShape, preset: str) -> TensorLayout:
@@ -197,7 +189,7 @@ class _Planner:
         weights.append(self._weight(Role.FINAL_NORM, None))
         if not shape.tied_embeddings:
             weights.append(self._weight(Role.HEAD, None))
-        cache_shape = (sum(rotary_rows(shape)), shape.head_dim // 2)
+        cache_shape = (sum(shape.rope.table_lengths(shape.context_length)), shape.head_dim // 2)
         cosine = self._place("rotary.cosine", cache_shape, np.dtype(np.float32))
         sine = self._place("rotary.sine", cache_shape, np.dtype(np.float32))
         return TensorLayout(shape, self._preset, tuple(weights), cosine, sine, self._end)

@@ -12,7 +12,7 @@ from compressors.model.families import Role
 from compressors.model.onnx_blocks import BLOCK_SIZE
 from compressors.model.onnx_weights import MATRIX
 from exporter.onnx.builder import MICROSOFT, GraphBuilder
-from exporter.onnx.layout import Encoding, TensorLayout, WeightPlan, rotary_rows
+from exporter.onnx.layout import Encoding, TensorLayout, WeightPlan
 
 __all__ = ["WeightNodes"]
 
@@ -45,7 +45,8 @@ class WeightNodes:
         ``total_length`` is int32, and decides as transformers does: by the text so far, the cached part included.
         """
         tables = self._graph.external(self._layout.rotary_cosine), self._graph.external(self._layout.rotary_sine)
-        shorter, *longer = rotary_rows(self._layout.shape)
+        shape = self._layout.shape
+        shorter, *longer = shape.rope.table_lengths(shape.context_length)
         if not longer:
             return tables
         if self._rotary is None:

@@ -20,7 +20,7 @@ from compressors.quantize import GGMLQuantizationType, quantize_rows
 from compressors.statistics import Importance
 from exporter.files import replacing
 from exporter.onnx.graph import build_model
-from exporter.onnx.layout import DATA_FILE, MODEL_FILE, Encoding, TensorLayout, WeightPlan, plan_tensors, rotary_rows
+from exporter.onnx.layout import DATA_FILE, MODEL_FILE, Encoding, TensorLayout, WeightPlan, plan_tensors
 from exporter.pieces import Piece, row_slices, write_pieces
 from exporter.resumable import Part, is_published, resuming
 
@@ -210,7 +210,7 @@ def _rotary_caches(shape: MoeShape) -> tuple[torch.Tensor, torch.Tensor]:
     """
     tables = [
         torch.outer(torch.arange(n_tokens, dtype=torch.float32), shape.rope.inverse_frequencies(n_tokens))
-        for n_tokens in rotary_rows(shape)
+        for n_tokens in shape.rope.table_lengths(shape.context_length)
     ]
     angles = torch.cat(tables)
     return angles.cos() * shape.rope.attention_factor, angles.sin() * shape.rope.attention_factor

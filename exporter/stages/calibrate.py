@@ -11,6 +11,7 @@ from compressors.calibration import Splits, block_length_of, load_tokenizer, rea
 from compressors.model.arithmetic import dtype_of
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
+from compressors.model.finite import check_vocabulary_is_finite
 from compressors.model.parallel import is_first
 from exporter.snapshot import Snapshot
 from exporter.stage import StageContext
@@ -41,6 +42,8 @@ def run(context: StageContext) -> None:
         selection.spread(text.selection_blocks).tokens_BT,
         measured.tokens_BT,
     )
+    if is_first():
+        check_vocabulary_is_finite(checkpoint)  # now, and not by a writer hours later
     files = Calibration(context.output)
     dtype = dtype_of(plan.recipe.arithmetic)
     teacher = TeacherPass(checkpoint, blocks, files, dtype, memory_limit(context), torch.device(plan.device))

@@ -196,6 +196,18 @@ def test_other_quantized_checkpoints_are_refused_before_their_tensors(
         Checkpoint(tmp_path)
 
 
+def test_a_head_in_float8_beside_tied_embeddings(fp8: Path) -> None:
+    """It counts if its values are others; its scales are looked at like any tensor's."""
+    head = torch.ones(4096, 256).to(torch.float8_e4m3fn)
+    _edit_tensors(fp8, lambda tensors: tensors.update({"lm_head.weight": head}))
+    with pytest.raises(
+        InputError, match=r"lm_head\.weight is float8, but its scales lm_head\.weight_scale_inv are in none"
+    ):
+        Checkpoint(fp8)
+    _edit_tensors(fp8, lambda tensors: tensors.update({"lm_head.weight_scale_inv": torch.full((32, 2), 0.5)}))
+    assert torch.equal(Checkpoint(fp8).tensor(Role.HEAD), torch.full((4096, 256), 0.5, dtype=torch.bfloat16))
+
+
 def test_float8_without_a_word_in_config_json_is_refused(fp8: Path) -> None:
     _edit_config(fp8, quantization_config=None)
     with pytest.raises(InputError, match=r"quantized already.*though config.json has no quantization_config"):

@@ -13,8 +13,9 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from compressors.calibration import Splits, TextSplit, TokenizedSplit, read_splits, tokenize
+from compressors.calibration import Splits, TextSplit, TokenizedSplit, read_splits, tokenize, tokenize_heldout
 from compressors.model.errors import InputError
+from compressors.model.tokenizer_files import load_tokenizer
 
 _LENGTH = 8
 
@@ -182,6 +183,22 @@ def test_text_in_no_two_splits_is_accepted(tmp_path: Path, fine_folder: Path) ->
     assert all(split.n_blocks > 0 for split in splits)
 
 
+def test_a_few_blocks_in_common_are_left_out(tmp_path: Path, fine_folder: Path) -> None:
+    """A licence text in many files is no reason to refuse them, but nothing may be in two splits."""
+    licence = " ".join(hashlib.sha256(f"permission {number}".encode()).hexdigest() for number in range(2))
+    apples = _documents("apple", 1000)
+    middle = apples.index("\n\n", len(apples) // 3)
+    calibration, heldout = tmp_path / "calibration.txt", tmp_path / "heldout.txt"
+    calibration.write_text(f"{apples[:middle]}\n\n{licence}{apples[middle:]}")
+    heldout.write_text(f"{_documents('pear', 20)}\n\nfirst: {licence}")
+    kept, selection, measured = tokenize(read_splits(calibration, heldout), fine_folder, _LENGTH)
+    everything = tokenize_heldout(calibration, fine_folder, _LENGTH)[1].n_blocks
+    assert 0 < everything - kept.n_blocks - selection.n_blocks < everything // 100
+    tokens_T = measured.leading().tokens_BT.flatten().tolist()
+    windows = {tuple(tokens_T[start : start + _LENGTH]) for start in range(len(tokens_T) - _LENGTH + 1)}
+    assert not windows & {tuple(block_T) for block_T in kept.leading().tokens_BT.tolist()}
+
+
 def test_the_bundled_splits_share_nothing(bundled: Splits, fine_folder: Path) -> None:
     calibration, selection, heldout = tokenize(bundled, fine_folder)
     assert (calibration.n_blocks, selection.n_blocks, heldout.n_blocks) == (2009, 161, 413)
@@ -225,6 +242,19 @@ def test_a_checkpoint_without_tokenizer_is_refused(tmp_path: Path, fine_folder: 
     file.write_text(_documents("apple", 5))
     with pytest.raises(InputError, match="has no usable tokenizer"):
         tokenize(read_splits(file), tmp_path, _LENGTH)
+
+
+def test_a_tokenizer_that_draws_its_tokens_is_refused(tmp_path: Path, toy_checkpoint: Callable[..., Path]) -> None:
+    folder = toy_checkpoint(tmp_path, n_layers=1)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    for dropout in (0.25, 0.0, None):
+        tokenizer["model"]["dropout"] = dropout
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+        if dropout:
+            with pytest.raises(InputError, match=r"tokenizer\.json: model\.dropout is 0\.25 .* set it to null"):
+                load_tokenizer(folder)
+        else:
+            assert load_tokenizer(folder).encode("the end")
 
 
 def _numbered(first: int, n_blocks: int) -> torch.Tensor:

@@ -143,7 +143,10 @@ def test_a_setting_is_what_transformers_takes_or_refused_by_name(
         except InputError as refused:
             assert key in str(refused) or _follows(key, str(refused)), (value, str(refused))
             continue
-        assert _runs(folder), f"{key} {value!r} is accepted, and transformers refuses it"
+        if not _runs(folder):  # strict classes look at keys, too, that their models do not use
+            with pytest.raises(UnsupportedError, match=key):
+                check_against_transformers(folder, shape)
+            continue
         check_against_transformers(folder, shape)
         assert shape.tied_embeddings == AutoConfig.from_pretrained(folder).tie_word_embeddings
 
@@ -168,13 +171,13 @@ def test_every_spelling_of_a_scaling_is_read_as_transformers_does(config: dict[s
         n_accepted += 1
         kinds.add(shape.rope.kind)
     assert kinds == set(RopeKind)
-    assert n_accepted > 200
+    assert n_accepted > 150
 
 
 def _spellings(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for scaling, top in itertools.product(_SCALINGS, _AT_TOP):
         older = {"type" if key == "rope_type" else key: value for key, value in scaling.items()}
-        for written in (scaling, older):
+        for written in (scaling,) if top else (scaling, older):
             for names in (
                 {"rope_parameters": written},
                 {"rope_scaling": written, "rope_parameters": _BESIDE},

@@ -143,3 +143,30 @@ def _gguf(student: Student, path: Path, n_ctx: int) -> LlamaCppBackend:
     write_gguf(student, "F32", path, name="toy", threads=1)
     assert predict_file_size(student.shape, student.source.folder, "F32", "toy") == path.stat().st_size
     return LlamaCppBackend(path, n_ctx=n_ctx, kv_type="f32", threads=1)
+
+
+def test_onnx_runtime_turns_a_growing_text_as_transformers_does(
+    scaled: Scaled, tmp_path: Path, heldout_tokens: npt.NDArray[np.int64]
+) -> None:
+    """From the 257th token on by the long factors; what is in the cache stays as it was turned."""
+    checkpoint = scaled("coarse", "longrope")
+    write_onnx(Student.teacher(checkpoint), "F32", tmp_path / "onnx", threads=1)
+    prompt = heldout_tokens[:250].tolist()
+    logits: list[torch.Tensor] = []
+
+    def choose(logits_V: npt.NDArray[np.float32]) -> int:
+        logits.append(torch.from_numpy(logits_V.copy()))
+        return int(logits_V.argmax())
+
+    OnnxRuntimeBackend(tmp_path / "onnx", threads=1).generate(prompt, 12, choose)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, local_files_only=True)
+    expected = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=None,
+        output_logits=True,
+        return_dict_in_generate=True,
+    ).logits
+    torch.testing.assert_close(torch.stack(logits), torch.cat(expected), atol=1e-3, rtol=0)

@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from gguf import GGUFValueType
 from transformers import AutoModelForCausalLM
 
 from compressors.model.errors import InputError
 from exporter.outputs import sha256_of
-from exporter.task_runs import task_results, tasks_table
+from exporter.task_runs import task_failures, task_results, tasks_table
+from tests.gguf_copies import copy_gguf
 from validate.cost import RuntimeCost
 from validate.logits_file import LogitsFileWriter
 
@@ -235,6 +237,47 @@ def test_a_logits_file_stands_for_the_original(
     other = run_command([*command, "--reference-logits", str(path)])
     assert other.returncode == 2
     assert "the reference has a vocabulary of 100 and the model one of 4,096" in other.stderr
+
+
+@pytest.fixture(scope="module")
+def with_a_deadly_file(finished: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder, whose GGUF file makes llama.cpp abort."""
+    out = tmp_path_factory.mktemp("deadly") / "out"
+    shutil.copytree(finished[0], out)
+    (gguf,) = out.glob("*.gguf")
+    (whole,) = finished[0].glob("*.gguf")
+    copy_gguf(whole, gguf, {"qwen3moe.expert_used_count": (0, GGUFValueType.UINT32)})
+    return out
+
+
+def test_a_file_that_kills_its_runtime_does_not_keep_the_other_from_being_measured(
+    with_a_deadly_file: Path,
+    finished: tuple[Path, str],
+    toy_model: Path,
+    small_texts: tuple[Path, Path],
+    run_command: Run,
+) -> None:
+    command = [sys.executable, "-m", "exporter", "validate", str(with_a_deadly_file), "--against", str(toy_model)]
+    result = run_command([*command, "--text", str(small_texts[1]), "--threads", "1", "--json"])
+    assert result.returncode == 4
+    report = json.loads(result.stdout)
+    assert [row["artifact"] for row in report["rows"]] == ["gguf", "onnx"]
+    assert report["rows"][1]["error"] is None
+    assert report["rows"][1]["perplexity"] > 1
+    assert report["failures"][0].startswith("GGUF: llama.cpp died with SIGABRT while loading it: llama-model.cpp:")
+    assert f"failed: {report['failures'][0]}" in result.stderr.splitlines()
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:ResourceWarning")
+def test_tasks_of_a_file_that_kills_its_runtime_are_a_failed_check(with_a_deadly_file: Path, tmp_path: Path) -> None:
+    fixture = Path(__file__).parent.parent / "fixtures" / "tasks"
+    text = (fixture / "last_word.yaml").read_text(encoding="utf-8").replace("DATA", str(fixture))
+    (tmp_path / "last_word.yaml").write_text(text, encoding="utf-8")
+    results = task_results(with_a_deadly_file, tmp_path, threads=1)
+    assert [result["error"] is None for result in results] == [True, False, True]
+    assert len(tasks_table(results).columns) == 3
+    (failure,) = task_failures(results)
+    assert failure.startswith("GGUF, tasks: llama.cpp died with SIGABRT while loading it: ")
 
 
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:ResourceWarning")

@@ -210,6 +210,21 @@ def test_a_token_named_like_padding_is_no_duplicate(folder: Path) -> None:
     assert _in_llama_cpp(folder, [f"[PAD{_ROWS - 1}]"]).parsed == ((number,),)
 
 
+def test_two_tokens_of_one_number_are_refused(folder: Path) -> None:
+    _change_tokenizer(folder, lambda data: data["model"]["vocab"].update(zzzzq=300))
+    with pytest.raises(InputError, match="two tokens of its vocabulary have the same number"):
+        _deviations(folder)
+
+
+def test_tokens_that_the_library_numbers_anew_are_written_as_it_numbers_them(folder: Path) -> None:
+    entry = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    far = {"id": _ROWS - 1, "content": "<|far|>", **entry}
+    _change_tokenizer(folder, lambda data: data["added_tokens"].append(far))
+    (number,) = tokens_of(folder, ["<|far|>"])[0]
+    assert number == _FIRST_FREE
+    assert _in_llama_cpp(folder, ["<|far|>"]).parsed == ((number,),)
+
+
 def test_a_name_by_which_llama_cpp_expects_other_tokens_is_refused(folder: Path) -> None:
     with pytest.raises(UnsupportedError, match="another name"):
         _deviations(folder, name="my-Phi-3-moe")

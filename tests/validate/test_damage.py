@@ -18,12 +18,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from benchmarks.damage.metadata import rewrite
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.families import Role
 from compressors.model.ggml import GGMLQuantizationType, dequantize_rows, ggml_library_for, row_bytes
 from compressors.model.gguf_file import GgufFile
 from compressors.model.student import Student
 from exporter.cli import main
+from exporter.gguf.container import uint32
 from exporter.gguf.writer import write_gguf
 from exporter.onnx.clients import write_client_files
 from exporter.onnx.writer import write_onnx
@@ -262,3 +264,17 @@ def test_logits_that_are_no_numbers_fail_where_nothing_else_is_known(workshop: W
             assert result.stderr.startswith("failed: GGUF: scored tokens with a finite probability: 0.00 %")
     shown = CliRunner().invoke(main, ["validate", str(whole), "--reference-logits", str(base), "--threads", "1"])
     assert "Only that the logits are numbers was checked" in shown.stdout
+
+
+@pytest.mark.parametrize(("key", "value", "exit_code"), [("expert_used_count", 0, 4), ("block_count", 3, 2)])
+def test_a_file_that_cannot_run_is_told_its_wrong_setting(
+    workshop: Workshop, key: str, value: int, exit_code: int
+) -> None:
+    """llama.cpp dies of the one and refuses the other, and says neither key."""
+    damaged = workshop.folder / f"{key}.gguf"
+    rewrite(workshop.write(workshop.original, "gguf", "whole"), damaged, {f"qwen3moe.{key}": uint32(value)})
+    command = ["validate", str(damaged), "--against", str(workshop.checkpoint), "--text", str(workshop.text)]
+    result = CliRunner().invoke(main, [*command, "--threads", "1"])
+    assert result.exit_code == exit_code, result.stderr
+    name = {"expert_used_count": "number of experts per token"}.get(key, key)
+    assert f"{name}: {value} in the file" in " ".join((result.stdout + result.stderr).split())

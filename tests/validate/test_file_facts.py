@@ -48,7 +48,7 @@ def test_other_settings_are_named(student: Student, tmp_path: Path) -> None:
     write_gguf(student, "Q8_0", tmp_path / "x.gguf", name="x", threads=1)
     facts = gguf_facts(tmp_path / "x.gguf")
     assert facts.bits_per_weight == 8.5
-    other = replace(student.shape, rope_theta=5e5, rms_norm_eps=1e-4, top_k=1)
+    other = replace(student.shape, rope=replace(student.shape.rope, theta=5e5), rms_norm_eps=1e-4, top_k=1)
     rope, epsilon, top_k = setting_symptoms(facts, other)
     assert rope.endswith("10,000 in the file, 500,000 in config.json")
     assert epsilon.startswith("epsilon of the norms: 1e-0")

@@ -111,3 +111,28 @@ print(before, peak_rss_bytes())
     before, after = map(int, result.stdout.split())
     assert before < 100_000_000, "what the parent process had is not its own"
     assert 99_000_000 < after - before < 120_000_000
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("exit 0", "the runtime of gguf ended with code 0 without an answer"),
+        ("echo no JSON", "the runtime of gguf ended with code 0 without an answer"),
+        (
+            "echo '/tmp/b/ggml.c:7: GGML_ASSERT(x) failed' >&2; kill -ABRT $$",
+            "died with SIGABRT: ggml.c:7: GGML_ASSERT(x)",
+        ),
+        ("kill -ALRM $$", "the runtime of gguf did not finish a step in 30 s and was ended"),
+    ],
+    ids=["silent", "nonsense", "assertion", "time"],
+)
+def test_however_the_process_ends_it_is_told(
+    program: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = tmp_path / "runtime"
+    runtime.write_text(f"#!/bin/sh\n{program}\n", encoding="ascii")
+    runtime.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(runtime))
+    with pytest.raises(RuntimeCrashError) as death:
+        measure_base("gguf")
+    assert message in str(death.value)

@@ -1,0 +1,33 @@
+"""What a model is called: by its hub id, also in the hub's cache, or by its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = ["hub_id", "is_folder", "local_path", "model_name"]
+
+
+def hub_id(folder: Path) -> str | None:
+    """``organization/model`` of a folder in the hub's cache: ``models--organization--model/snapshots/revision``."""
+    repository = folder.parent.parent.name
+    if folder.parent.name != "snapshots" or not repository.startswith("models--"):
+        return None
+    return repository.removeprefix("models--").replace("--", "/")
+
+
+def model_name(model: str) -> str:
+    """The hub id, or the name of the folder, however its path is written (``.``, ``..``, a slash at the end)."""
+    if not is_folder(model):
+        return model
+    folder = Path(local_path(model))
+    return hub_id(folder) or folder.name or "model"
+
+
+def local_path(model: str) -> str:
+    """The absolute path of a local model, so that it means the same from every folder; a hub id as it stands."""
+    return str(Path(model).expanduser().resolve()) if is_folder(model) else model
+
+
+def is_folder(model: str) -> bool:
+    """Whether the model is a local folder; a hub id is not."""
+    return bool(model) and Path(model).expanduser().is_dir()
