@@ -40,10 +40,12 @@ def read_graph(path: Path) -> onnx.GraphProto:
     try:
         model = onnx.ModelProto.FromString(file.start(_LARGEST))
     except DecodeError as error:
-        raise InputError(f"{path} is no readable ONNX graph ({error}); export it again") from None
+        raise InputError(
+            f"{path} is truncated or no model (no readable ONNX graph: {error}); export it again"
+        ) from None
     graph: onnx.GraphProto = model.graph
     if not graph.node and not graph.initializer:
-        raise InputError(f"{path} is no readable ONNX graph (there is nothing in it); export it again")
+        raise InputError(f"{path} is truncated or no model (no readable ONNX graph: it is empty); export it again")
     _check_names(path, graph)
     for weight in graph.initializer:
         _check_weight(path, weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -46,15 +47,50 @@ def test_a_graph_is_read_and_what_is_none_is_refused(tmp_path: Path) -> None:
     assert read_graph(path).node[0].op_type == "Identity"
     for data in (b"", b"\xff" * 40, onnx.ModelProto(ir_version=8).SerializeToString()):
         path.write_bytes(data)
-        with pytest.raises(InputError, match=r"m\.onnx is no readable ONNX graph"):
+        with pytest.raises(InputError, match=r"m\.onnx is truncated or no model"):
             read_graph(path)
     with pytest.raises(InputError, match=r"none\.onnx cannot be opened"):
         read_graph(tmp_path / "none.onnx")
 
 
-def test_negative_dimensions_are_refused(tmp_path: Path) -> None:
-    weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[-1])
-    graph = helper.make_graph([helper.make_node("Identity", ["w"], ["y"])], "g", [], [], [weight])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"dims": [-1]}, r"tensor w has dimensions [-1], which no tensor has"),
+        ({"dims": [1] * 100}, r"which no tensor has"),
+        ({"dims": [2**62, 4]}, r"has another number of values (3)"),
+        ({"dims": [4]}, r"tensor w of shape [4] has another number of values (3)"),
+        ({"raw_data": b"xy"}, r"tensor w of shape [3] has another number of values (0.5)"),
+        ({"data_type": 99}, r"tensor w is of type number 99, which ONNX does not have"),
+        ({"data_type": 0}, r"tensor w is of type number 0, which ONNX does not have"),
+    ],
+)
+def test_a_weight_that_contradicts_itself_is_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    weight = {"name": "w", "data_type": TensorProto.FLOAT, "dims": [3], "float_data": [1.0, 2.0, 3.0]}
+    for values in (weight, weight | changes):
+        graph = helper.make_graph([helper.make_node("Identity", ["w"], ["y"])], "g", [], [])
+        graph.initializer.append(TensorProto(**values))
+        path.write_bytes(helper.make_model(graph).SerializeToString())
+        if values is weight:
+            assert read_graph(path).initializer[0].dims == [3]
+    with pytest.raises(InputError) as raised:
+        read_graph(path)
+    assert said in str(raised.value)
+
+
+def test_a_weight_beyond_the_end_of_its_file_is_refused(tmp_path: Path) -> None:
+    graph = helper.make_graph([helper.make_node("Identity", ["w"], ["y"])], "g", [], [], [_weight(location="data")])
     (tmp_path / "m.onnx").write_bytes(helper.make_model(graph).SerializeToString())
-    with pytest.raises(InputError, match=r"tensor w has a negative dimension"):
+    (tmp_path / "data").write_bytes(b"1234567")
+    with pytest.raises(InputError, match=r"data is truncated: tensor w\\x1b ends after the file does"):
+        read_graph(tmp_path / "m.onnx")
+    (tmp_path / "data").write_bytes(b"12345678")
+    assert len(read_graph(tmp_path / "m.onnx").initializer) == 1
+
+
+def test_a_node_without_outputs_is_refused(tmp_path: Path) -> None:
+    graph = helper.make_graph([helper.make_node("Identity", ["w"], [])], "g", [], [])
+    (tmp_path / "m.onnx").write_bytes(helper.make_model(graph).SerializeToString())
+    with pytest.raises(InputError, match=r"a node of type Identity has no output"):
         read_graph(tmp_path / "m.onnx")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 
@@ -135,7 +136,7 @@ def test_of_equally_probable_tokens_the_first_is_the_top(
 
 def test_damaged_and_foreign_files_are_refused(case: tuple[npt.NDArray[np.int64], Logits], tmp_path: Path) -> None:
     path = tmp_path / "base.kld"
-    with pytest.raises(InputError, match=r"base\.kld cannot be read \(No such file"):
+    with pytest.raises(InputError, match=r"base\.kld cannot be opened \(No such file"):
         LogitsFile(path)
     path.write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(InputError, match=r"base\.kld is not a logits file of llama\.cpp; llama-perplexity"):
@@ -160,3 +161,9 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"x\.kld needs [\d.]+ GB, and [\d.]+ GB are free there"):
         LogitsFileWriter(tmp_path / "x.kld", np.broadcast_to(tokens_BT, (1_000_000, 12)), 1_000_000)
     assert not (tmp_path / "x.kld").exists()
+
+
+def test_a_pipe_does_not_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "base.kld")
+    with pytest.raises(InputError, match=r"base\.kld is no file but a pipe"):
+        LogitsFile(tmp_path / "base.kld")
