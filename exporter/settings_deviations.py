@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.config_check import check_against_transformers
+from compressors.model.gguf_rope import yarn_constants
 from compressors.model.rope import RopeKind
 from compressors.model.shape import MoeShape
 
@@ -38,6 +39,10 @@ def _of_rope(shape: MoeShape, artifact: str) -> Iterator[str]:
             f"the file is written for the {shape.context_length:,} tokens that the model was trained on; the dynamic "
             "scaling of longer texts is not in it"
         )
+    if artifact == "gguf":
+        constants = yarn_constants(shape.rope, takes_factors=shape.family.gguf.takes_rope_factors)
+        if constants is not None:
+            yield constants
     shorter = shape.rope.switches_after
     if artifact == "gguf" and shorter is not None and shorter < shape.context_length:
         yield (

@@ -4,7 +4,8 @@
 ``src/llama-context.cpp``, which for YaRN puts its own attention factor in place of every other and multiplies it by
 ``rope.scaling.attn_factor``; ``get_rope_factors`` in ``src/llama-model.cpp``. Keys are those of ``LLM_KV_NAMES`` in
 ``src/llama-arch.cpp`` without the architecture. (``rope.scaling.yarn_beta_fast`` and ``..._slow`` are there too, but
-of the architectures that we write none reads them: its constants are 32 and 1, whatever a file says.)
+of the architectures that we write none reads them: 32 and 1 are constants there. Where no factors can make up for
+that, the file is written all the same, and :func:`yarn_constants` says so.)
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from compressors.model.errors import UnsupportedError
 from compressors.model.rope import Rope, RopeKind
 
-__all__ = ["LONG_FACTORS", "PLAIN_FACTORS", "SHORT_FACTORS", "GgufRope", "gguf_rope"]
+__all__ = ["LONG_FACTORS", "PLAIN_FACTORS", "SHORT_FACTORS", "GgufRope", "gguf_rope", "yarn_constants"]
 
 PLAIN_FACTORS, LONG_FACTORS, SHORT_FACTORS = (
     "rope_freqs.weight",
@@ -45,15 +46,24 @@ def gguf_rope(rope: Rope, architecture: str, *, takes_factors: bool) -> GgufRope
     """
     written = _written(rope, takes_factors=takes_factors)
     if written is None:
-        numbers = (
-            f" with beta_fast {rope.beta_fast:g}, beta_slow {rope.beta_slow:g}, truncate {str(rope.truncate).lower()}"
-        )
         raise UnsupportedError(
-            f"llama.cpp's {architecture} graph cannot turn by the angles of rope_type {rope.kind.value!r}"
-            f"{numbers if rope.kind is RopeKind.YARN else ''}, which the model was trained with: it cannot be written "
-            "as GGUF; use --formats onnx"
+            f"llama.cpp's {architecture} graph cannot turn by the angles of rope_type {rope.kind.value!r}, which the "
+            "model was trained with: it cannot be written as GGUF; use --formats onnx"
         )
     return written
+
+
+def yarn_constants(rope: Rope, *, takes_factors: bool) -> str | None:
+    """Says how llama.cpp's angles differ, where its graph has constants for YaRN's settings; None: they do not.
+
+    Other betas moved the predictions of the trained toys by 0.003 to 0.01 nats (docs/settings.md).
+    """
+    if rope.kind is not RopeKind.YARN or takes_factors or _computes_yarn(rope):
+        return None
+    return (
+        f"llama.cpp turns by YaRN with beta_fast {_BETA_FAST:g}, beta_slow {_BETA_SLOW:g} and truncate true, whatever "
+        f"a file says; the original's are {rope.beta_fast:g}, {rope.beta_slow:g} and {str(rope.truncate).lower()}"
+    )
 
 
 def _written(rope: Rope, *, takes_factors: bool) -> GgufRope | None:
@@ -61,7 +71,7 @@ def _written(rope: Rope, *, takes_factors: bool) -> GgufRope | None:
         return GgufRope()
     if rope.kind is RopeKind.LINEAR:
         return GgufRope({"rope.scaling.type": "linear", "rope.scaling.factor": rope.factor})
-    if rope.kind is RopeKind.YARN and _computes_yarn(rope):
+    if rope.kind is RopeKind.YARN and (_computes_yarn(rope) or not takes_factors):
         return GgufRope(_yarn_keys(rope))
     if not takes_factors:
         return None

@@ -22,6 +22,7 @@ from exporter.gguf.layout import plan_tensors
 from exporter.gguf.writer import predict_file_size, write_gguf
 from exporter.onnx.layout import DATA_FILE, MODEL_FILE
 from exporter.onnx.writer import predict_size, write_onnx
+from exporter.settings_deviations import settings_deviations
 from tests.exporter.against_transformers import SAME, divergence, log_probs
 from validate.backend import Backend
 from validate.llama_cpp import LlamaCppBackend
@@ -111,11 +112,26 @@ def test_both_runtimes_compute_what_transformers_does(
 
 
 def test_what_llama_cpp_cannot_turn_by_is_refused_by_name(scaled: Scaled) -> None:
-    for scaling in _NEEDS_FACTORS:
+    for scaling in ("llama3", "longrope"):
         shape = scaled("fine", scaling).shape
         kind = _SCALINGS[scaling]["rope_type"]
         with pytest.raises(UnsupportedError, match=f"qwen3moe graph cannot turn by the angles of rope_type '{kind}'"):
             plan_tensors(shape, "F32")
+
+
+@pytest.mark.parametrize("scaling", ["yarn, other betas", "yarn, not truncated"])
+def test_constants_of_llama_cpp_s_yarn_are_written_and_named(
+    scaling: str, scaled: Scaled, tmp_path: Path, heldout_tokens: npt.NDArray[np.int64]
+) -> None:
+    checkpoint = scaled("fine", scaling)
+    (named,) = settings_deviations(checkpoint, "gguf")
+    assert "beta_fast 32, beta_slow 1 and truncate true" in named
+    assert not list(settings_deviations(checkpoint, "onnx"))
+    tokens_BT = heldout_tokens[:640].reshape(2, 320)
+    reference = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, local_files_only=True)
+    backend = _gguf(Student.teacher(checkpoint), tmp_path / "model.gguf", n_ctx=320)
+    # small, and no smaller than what is said: without the scaling it would be far more
+    assert SAME < divergence(log_probs(reference, tokens_BT), backend, tokens_BT) < 0.1
 
 
 def test_factors_are_tensors_of_the_file(scaled: Scaled, tmp_path: Path) -> None:
@@ -131,7 +147,7 @@ def test_factors_are_tensors_of_the_file(scaled: Scaled, tmp_path: Path) -> None
 def test_llama_cpp_takes_the_long_factors_for_short_texts_in_a_long_context(
     scaled: Scaled, tmp_path: Path, heldout_tokens: npt.NDArray[np.int64]
 ) -> None:
-    """The one difference that no file can mend; the plan names it, see test_settings_deviations."""
+    """A difference that no file can mend; the plan names it."""
     checkpoint = scaled("coarse", "longrope")
     tokens_BT = heldout_tokens[:128].reshape(2, 64)
     reference = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, local_files_only=True)
