@@ -39,6 +39,7 @@ class OriginalTokenizer:
         tokenizer: transformers' object.
         special: begin, end and padding, configurations included.
         added: the tokens that are recognised in text, by number.
+        is_byte_level: whether it is BPE over bytes, as GPT-2's.
         has_bytes: whether tokens such as ``<0x0A>`` stand for bytes.
 
     Raises:
@@ -50,6 +51,7 @@ class OriginalTokenizer:
         self.special = special_tokens(folder, vocab_size)
         self._cut: tuple[tuple[tuple[int, ...], ...], dict[str, list[int]]] | None = None
         self.added: Mapping[int, Any] = self.tokenizer.added_tokens_decoder
+        self.is_byte_level = _is_byte_level(self.tokenizer.backend_tokenizer)
         self.has_bytes = bool(getattr(self.tokenizer.backend_tokenizer.model, "byte_fallback", False))
 
     def __len__(self) -> int:
@@ -92,3 +94,7 @@ class OriginalTokenizer:
     def _decoded(self, tokens: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
+
+
+def _is_byte_level(backend: Any) -> bool:
+    return type(backend.model).__name__ == "BPE" and type(backend.decoder).__name__ == "ByteLevel"

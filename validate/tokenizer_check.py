@@ -64,8 +64,12 @@ def check_gguf_tokenizer(
     Raises:
         InputError: llama.cpp cannot read the vocabulary.
     """
-    vocabulary = GgufVocabulary(path)
     findings = TokenizerFindings()
+    kind = metadata.get("tokenizer.ggml.model")
+    if original.is_byte_level and kind != "gpt2":  # llama.cpp dies of some that are not what they are said to be
+        findings.symptoms.append(f"tokenizer: its kind is {kind!r}; the original's, byte-level BPE, is 'gpt2'")
+        return findings
+    vocabulary = GgufVocabulary(path)
     findings.symptoms.extend(_token_symptoms(vocabulary.text, original, len(vocabulary)))
     findings.symptoms.extend(_kind_symptoms(vocabulary, original))
     _compare_texts(findings, original, chunks, lambda text: _in_llama_cpp(vocabulary, text), best)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ from validate.model_file import find_model_file
 __all__ = ["CONTEXT", "Outcome", "Result", "Workshop", "judge", "make_original"]
 
 CONTEXT = 512  # of graphs
+_FORK = multiprocessing.get_context("fork")
 _TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 
 
@@ -79,7 +82,32 @@ class Workshop:
 
 
 def judge(workshop: Workshop, path: Path, file: str, kind: str, what: str, names: Sequence[str]) -> Result:
-    """Whether the static checks fail, and a symptom has one of ``names`` in it; a refusal counts as well."""
+    """Whether the static checks fail, and a symptom has one of ``names`` in it; a refusal counts as well.
+
+    llama.cpp dies of some vocabularies. The command asks it in a process of its own, and so does this.
+    """
+    if path.suffix == ".gguf" and kind.startswith("tokenizer"):
+        os.environ["GGML_NO_BACKTRACE"] = "1"
+        receiver, sender = _FORK.Pipe(duplex=False)
+        process = _FORK.Process(target=lambda: sender.send(_seen(workshop, path, kind)))
+        process.start()
+        sender.close()
+        try:
+            said, has_failed = receiver.recv()
+        except EOFError:
+            said, has_failed = ["llama.cpp died of it"], True
+        process.join()
+    else:
+        said, has_failed = _seen(workshop, path, kind)
+    if not has_failed:
+        return Result(file, kind, what, Outcome.MISSED, "")
+    named = [sentence for sentence in said if any(name.lower() in sentence.lower() for name in names)]
+    outcome = Outcome.NAMED if named else Outcome.FOUND
+    return Result(file, kind, what, outcome, [*named, *said, ""][0])
+
+
+def _seen(workshop: Workshop, path: Path, kind: str) -> tuple[list[str], bool]:
+    """Symptoms, or the refusal; and whether a check fails."""
     try:
         found = find_model_file(path)
         assert found is not None, path
@@ -87,14 +115,9 @@ def judge(workshop: Workshop, path: Path, file: str, kind: str, what: str, names
             findings = check_weights(found, workshop.student)
         else:
             findings = check_description(found, workshop.source, workshop.student.shape, workshop.chunks_BT)
-        said, has_failed = findings.symptoms, not all(check.passed for check in findings.checks)
     except MoeExportError as error:
-        said, has_failed = [str(error)], True
-    if not has_failed:
-        return Result(file, kind, what, Outcome.MISSED, "")
-    named = [sentence for sentence in said if any(name.lower() in sentence.lower() for name in names)]
-    outcome = Outcome.NAMED if named else Outcome.FOUND
-    return Result(file, kind, what, outcome, [*named, *said, ""][0])
+        return [str(error)], True
+    return findings.symptoms, not all(check.passed for check in findings.checks)
 
 
 def make_original(model: Path, folder: Path, n_layers: int = 2) -> Path:

@@ -18,7 +18,7 @@ _EVERY = 11  # damage is tried; which they are does not change from run to run
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory, fine_folder: Path) -> Workshop:
-    return Workshop.open(make_original(fine_folder, tmp_path_factory.mktemp("grid") / "original"), n_experts=6)
+    return Workshop.open(make_original(fine_folder, tmp_path_factory.mktemp("grid") / "original"), n_experts=8)
 
 
 @pytest.fixture(scope="module")
