@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import external_data_helper
 
+from compressors.model.onnx_graph import external_place
 from compressors.model.shape import MoeShape
 
 __all__ = ["graph_setting_symptoms", "rotary_symptoms"]
@@ -313,17 +313,19 @@ def _pieces(tensor: onnx.TensorProto, folder: Path) -> Iterator[npt.NDArray[np.f
     if not tensor.external_data:
         yield onnx.numpy_helper.to_array(tensor)
         return
-    place = external_data_helper.ExternalDataInfo(tensor)
+    place = external_place(folder / "model.onnx", tensor)  # of its folder alone
     for first in range(0, n_rows, _POSITIONS_AT_ONCE):
         count = min(_POSITIONS_AT_ONCE, n_rows - first)
-        offset = (place.offset or 0) + first * width * dtype.itemsize
-        yield np.fromfile(folder / place.location, dtype, count * width, offset=offset).reshape(count, width)
+        offset = place.offset + first * width * dtype.itemsize
+        yield np.fromfile(place.file, dtype, count * width, offset=offset).reshape(count, width)
 
 
 def _is_same(found: Any, wanted: Any) -> bool:
     if wanted is None:
         return False
     if isinstance(wanted, float) or isinstance(found, float):
+        if not isinstance(found, (int, float)) or not isinstance(wanted, (int, float)):
+            return False
         return bool(np.float32(found) == np.float32(wanted))
     return bool(found == wanted)
 

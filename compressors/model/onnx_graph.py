@@ -107,6 +107,8 @@ def external_place(graph_file: Path, weight: onnx.TensorProto) -> ExternalPlace:
     said = {str(entry.key): str(entry.value) for entry in weight.external_data}
     location, offset = PurePosixPath(said.get("location", "")), said.get("offset") or "0"
     name = f"{graph_file}: tensor {shown(weight.name)}"
+    if len(said) < len(weight.external_data) or len(str(location)) > _LONGEST_NAME:
+        raise InputError(f"{name} does not say in one short name where it lies; export it again")
     if not location.name or location.is_absolute() or ".." in location.parts or not str(location).isprintable():
         raise InputError(
             f"{name} lies in {shown(said.get('location'))}, which is no file in the graph's folder; export it again"
@@ -116,4 +118,5 @@ def external_place(graph_file: Path, weight: onnx.TensorProto) -> ExternalPlace:
     return ExternalPlace(graph_file.parent / location, int(offset))
 
 
+_LONGEST_NAME = 200
 _MOST_DIGITS = 18  # of an offset
