@@ -15,6 +15,7 @@ from compressors.model.errors import InputError
 
 __all__ = [
     "check_free_space",
+    "complete_or_absent",
     "flush",
     "flush_folder",
     "not_written",
@@ -77,6 +78,25 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def complete_or_absent(path: Path) -> Iterator[Path]:
+    """Gives a place beside ``path`` to write to; what is there at the end takes ``path``'s place.
+
+    Raises:
+        InputError: it cannot be put there.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        yield partial
+        try:
+            flush(partial)
+            partial.replace(path)
+        except OSError as error:
+            raise not_written(path, error) from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
 from exporter.child_process import start_server
+from exporter.files import complete_or_absent
 from exporter.guarded_validation import measured
 from exporter.hub import bundled_text, resolve_model, resolve_original
 from exporter.job import parse_requirements
@@ -75,7 +76,9 @@ def revalidate(
         if reference_logits is None:
             logits_file = save_reference_logits or Path(folder) / "reference"
             try:
-                reference = _reference(report, against, text or bundled_text("heldout"), logits_file, Path(folder), how)
+                with complete_or_absent(logits_file) as partial:
+                    reference = _reference(report, against, text or bundled_text("heldout"), partial, Path(folder), how)
+                reference = replace(reference, logits=logits_file)
             except RuntimeCrashError as death:
                 return _without_reference(str(against), str(death), checks)
         elif against or text or save_reference_logits:
