@@ -108,7 +108,7 @@ def _allowed(node: onnx.NodeProto, shape: MoeShape, layer: int, weights: Mapping
         return _experts(node, shape.layer(layer), weights)
     if kind == "RotaryEmbedding":
         return {"interleaved": (0, None), "scale": (1.0, None)}
-    if kind == "MatMulNBits" and _input(node, 2) in weights and _has_axes(weights.get(_input(node, 1)), 3):
+    if kind == "MatMulNBits" and _has_axes(weights.get(_input(node, 1)), 3):
         return _quantized_matrix(node, shape, weights)
     if kind == "GatherBlockQuantized":
         return {"gather_axis": (0, None), "quantize_axis": (1, -1), "bits": (_row_bits(node, shape, weights), None)} | (

@@ -67,7 +67,7 @@ def test_what_a_type_makes_passes_and_damage_does_not(original: torch.Tensor, ki
     assert _is_whole(_compared(original, weighted, kind))
     size = original.square().mean(1, keepdim=True).sqrt()
     noise = 0.5 * size * torch.randn(original.shape, generator=generator)
-    if kind not in (_T.TQ1_0, _T.TQ2_0):  # whose own error is as large
+    if kind not in (_T.IQ2_XXS, _T.TQ1_0, _T.TQ2_0):  # whose own error is nearly as large, or larger
         assert _compared(original, _stored(original + noise, kind), kind).is_too_far
     lost = plain.clone()
     lost[[5, 35]] = 0
