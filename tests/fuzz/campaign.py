@@ -32,7 +32,8 @@ class Outcome:
 
 def run_cases(cases: Sequence[Case], inputs: Path, folder: Path, *, every: int, processes: int) -> Iterator[Outcome]:
     """Runs all cases; of each kind every so-manieth also as a whole command."""
-    workers = [_Worker(cases[number::processes], inputs, folder / str(number), every) for number in range(processes)]
+    work = sorted(((case, way) for case in cases for way in _ways(case, every)), key=lambda pair: pair[1] == "command")
+    workers = [_Worker(work[number::processes], inputs, folder / str(number)) for number in range(processes)]
     while workers:
         time.sleep(0.2)
         for worker in list(workers):
@@ -44,8 +45,8 @@ def run_cases(cases: Sequence[Case], inputs: Path, folder: Path, *, every: int, 
 class _Worker:
     """A process, and where it writes what it does: a line when it begins a case, one when it is done with it."""
 
-    def __init__(self, cases: Sequence[Case], inputs: Path, folder: Path, every: int) -> None:
-        self._to_do = [(case, way) for case in cases for way in _ways(case, every)]
+    def __init__(self, work: Sequence[tuple[Case, str]], inputs: Path, folder: Path) -> None:
+        self._to_do = list(work)
         self._inputs, self._folder = inputs, folder
         folder.mkdir()
         self._log = folder / "log"
