@@ -164,8 +164,9 @@ class MatrixError:
         relative_R = np.sqrt(yard_R / np.maximum(sums.squares_R, np.finfo(np.float64).tiny))
         allowed_R = _COEFFICIENT + _ROW_COEFFICIENT * relative_R * spread_R
         off_R = _outside(sums.coefficient_R, own_R)
-        bad_R: npt.NDArray[np.bool_] = ~(sums.error_R <= _ROW**2 * yard_R) | ~(off_R <= allowed_R)
-        return bad_R | ((sums.found_R == 0) & (sums.squares_R > 0) & (own_R > 0))
+        is_lost_R = (sums.found_R == 0) & (sums.squares_R > 0) & (own_R > 0)
+        bad_R: npt.NDArray[np.bool_] = ~(sums.error_R <= _ROW**2 * yard_R) | ~(off_R <= allowed_R) | is_lost_R
+        return bad_R
 
     def _take_sample(self, sample: npt.NDArray[np.int64], sums: _RowSums, yard_R: _Sums, own_R: _Sums) -> None:
         self._sampled_error += float(sums.error_R[sample].sum())
