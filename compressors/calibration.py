@@ -1,10 +1,11 @@
 """Text -> documents -> splits -> token blocks.
 
 A text is one file, or a folder with one ``*.txt`` file per domain; documents are separated by blank lines. It is cut
-into three splits: *calibration* is what statistics and training see, *selection* what choices between candidates are
-judged on, *held-out* what the report measures. Token blocks are llama-perplexity's
-(``tools/perplexity/perplexity.cpp`` of llama.cpp): a file is tokenised whole and cut into consecutive blocks, the
-remainder is dropped, and BOS takes the place of each block's first token when the tokenizer adds BOS.
+into three splits: statistics and training see *calibration*, choices between candidates are judged on *selection*, and
+the report measures *held-out*. Token blocks are llama-perplexity's
+(``tools/perplexity/perplexity.cpp`` of llama.cpp): a file is tokenised and cut into consecutive blocks, the remainder is
+dropped, and BOS takes the place of each block's first token when the tokenizer adds BOS. A short text is tokenised
+whole, a long one only where blocks are taken (:mod:`compressors.token_streams`).
 
 Letters: B token blocks, T tokens of a block.
 """
@@ -51,7 +52,7 @@ __all__ = [
 ]
 
 BLOCK_LENGTH = 512
-"""Tokens of a block: llama-perplexity's default context. A model of a shorter context has blocks as long as that."""
+"""Tokens of a block: llama-perplexity's default context. A model with a shorter context has blocks of that length."""
 
 
 def block_length_of(context_length: int) -> int:
@@ -61,7 +62,7 @@ def block_length_of(context_length: int) -> int:
 
 @dataclass(frozen=True)
 class TextSplit:
-    """What one purpose may see, one part per file, by file name."""
+    """The text that one purpose may see: one part per file, sorted by file name."""
 
     name: str  # calibration, selection or held-out
     parts: tuple[DomainText, ...]
@@ -88,7 +89,7 @@ class Splits:
 
 @dataclass(frozen=True)
 class BlockCounts:
-    """Blocks that are wanted of each split."""
+    """The number of blocks that are wanted of each split."""
 
     calibration: int
     selection: int
@@ -219,7 +220,7 @@ def tokenize_heldout(
         path: a file, or a folder of ``*.txt``.
         tokenizer: one, or the folder of one (such as a checkpoint's).
         block_length: tokens of a block.
-        blocks_per_file: that are enough of a long text; None: all.
+        blocks_per_file: the number of blocks to take from each file of a long text; None: all.
 
     Raises:
         InputError: as :func:`read_splits` and :func:`tokenize`.

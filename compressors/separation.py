@@ -146,7 +146,7 @@ def window_hashes(tokens: npt.NDArray[np.integer], length: int) -> npt.NDArray[n
 
 
 def _are_among(hashes: npt.NDArray[np.uint64], ordered: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-    """Which hashes are among the ordered ones."""
+    """Tells of each hash whether it is among the ordered ones."""
     if not len(ordered):
         return np.zeros(len(hashes), np.bool_)
     found: npt.NDArray[np.bool_] = ordered[np.minimum(np.searchsorted(ordered, hashes), len(ordered) - 1)] == hashes

@@ -29,7 +29,7 @@ _DOCUMENT = re.compile(r"\n[ \t\r]*\n")
 
 
 class TextTokenizer(Protocol):
-    """As much of a tokenizer of transformers as is needed here."""
+    """The part of a transformers tokenizer that is needed here."""
 
     @property
     def bos_token_id(self) -> int | None:
@@ -74,7 +74,7 @@ def leading_streams(
 def spaced_streams(
     parts: Sequence[DomainText], tokenizer: TextTokenizer, bos: int | None, n_blocks: int, block_length: int
 ) -> list[Stream] | None:
-    """As many streams of one block each, from evenly spaced places of the parts, which take turns.
+    """Takes ``n_blocks`` streams of one block each, from evenly spaced places; the parts take turns.
 
     A block begins with a document where one begins near its place, otherwise with a line.
 
@@ -129,7 +129,7 @@ def _block_between(
 
 
 def _first_document(text: str) -> int:
-    """Where a document begins in the first half of a text; a line, if none does; or else the text itself."""
+    """Finds the first document that begins in the first half of a text; else the first line; else 0."""
     half = len(text) // 2
     document = _DOCUMENT.search(text, 0, half)
     return document.end() if document is not None else text.find("\n", 0, half) + 1

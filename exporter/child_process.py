@@ -54,7 +54,7 @@ class Death:
 
     @property
     def advice(self) -> str:
-        """What to do about it."""
+        """Says what the user can do about it."""
         if self.returncode == -signal.SIGKILL:
             return (
                 "if nobody killed it, the system ran out of memory: close other programs or lower --memory; "
@@ -138,7 +138,7 @@ def _end(process: BaseProcess, child: Child) -> None:
 
 
 def _context() -> ForkServerContext | SpawnContext:
-    """How processes are started here; the server, if it is one, runs."""
+    """The way to start processes on this system; on Linux the fork server is running when this returns."""
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     try:

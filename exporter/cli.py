@@ -234,7 +234,7 @@ def validate(file_or_folder: Path, as_json: bool, tasks: Path | None, **argument
 
 
 def _name_failures(failures: Iterable[str]) -> None:
-    """On stderr: whoever reads the exit code of a script finds there what it means."""
+    """Prints the failures to stderr, which explains the exit code to whoever runs a script."""
     for failure in failures:
         click.echo(f"failed: {failure}", err=True)
 

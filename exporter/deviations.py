@@ -1,4 +1,4 @@
-"""Where a file cannot compute, or read text, as the original does, and its container knows nothing better."""
+"""Lists where a file computes or cuts text unlike the original because its container cannot do better."""
 
 from __future__ import annotations
 

@@ -117,12 +117,12 @@ def check_free_space(folder: Path, n_bytes: int) -> None:
 
 
 def not_written(path: Path, error: OSError, n_bytes_left: int | None = None, *, goes_on: bool = True) -> InputError:
-    """What to tell the person when a file, of which so many bytes are still to come, could not be written.
+    """Makes the error for a file that could not be written.
 
     Args:
         path: of the file, or of the folder that it was for.
         error: the system's.
-        n_bytes_left: of the file.
+        n_bytes_left: the bytes of the file that are still to be written, if known.
         goes_on: whether the same command goes on with the work of this one.
     """
     advice, reason = _ADVICE.get(error.errno or 0), error.strerror or str(error) or type(error).__name__
@@ -139,7 +139,7 @@ def not_written(path: Path, error: OSError, n_bytes_left: int | None = None, *, 
 
 
 def storage_error(error: Exception, place: Path, *, goes_on: bool = True) -> InputError | None:
-    """What to tell the person of a file that could not be written or read; None if the error is about something else.
+    """Makes the error for a file that could not be written or read; None if ``error`` is about something else.
 
     Libraries written in Rust put the system's error into their message; NumPy says no more than that bytes are left.
 

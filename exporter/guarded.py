@@ -1,8 +1,8 @@
-"""Work on a file that somebody else wrote, in a process of its own with limits: its death is a finding, not ours.
+"""Opens a file that somebody else wrote in a separate process with limits; the death of that process is a finding.
 
 A runtime asserts, crashes, exhausts memory or never ends when a file's metadata or graph contradict themselves. So
-nothing of such a file is opened in the process that reports on it. What comes back is plain data, as JSON; arrays are
-written into a folder of the caller's.
+the process that reports on such a file never opens it. The other process answers with plain data, as JSON, and writes
+arrays into a folder of the caller.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from validate.time_limit import patience
 __all__ = ["Limits", "run_guarded"]
 
 _LEAST_BYTES = 4 << 30
-"""For a small file: logits of a chunk, several times over, and the libraries."""
+"""Memory for a small file: the logits of a chunk, several times over, and the libraries."""
 _TIMES_ITS_SIZE = 8  # a runtime may unpack 4-bit codes into float32, and pack them again for its kernels
 _NO_MEMORY = re.compile(r"can't allocate memory|bad_?alloc|bad allocation|[Ff]ailed to allocate", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a process may take."""
+    """The time and memory that a process may take."""
 
     seconds: float  # for a step, such as a chunk
     memory_bytes: int | None = None  # private memory, on top of what it begins with; None: as much as there is
@@ -52,13 +52,13 @@ class Limits:
     def of_file(
         cls, file: ModelFile, *, n_tokens: int = 512, reference_seconds: float = 0.0, on_gpu: bool = False
     ) -> Limits:
-        """Limits that every honest file of this size stays within.
+        """Limits that every valid file of this size stays within.
 
         Args:
-            file: what is opened.
-            n_tokens: of a chunk.
-            reference_seconds: that the reference took for a chunk; 0 if it is not known.
-            on_gpu: a GPU's driver reserves address space as it likes: memory is not limited.
+            file: the file to open.
+            n_tokens: length of a chunk.
+            reference_seconds: the time that the reference took for a chunk; 0 if it is not known.
+            on_gpu: whether a GPU is used; its driver reserves address space freely, so memory is not limited.
         """
         n_bytes = file.n_bytes
         there_is = psutil.virtual_memory().available + psutil.swap_memory().free
@@ -66,7 +66,7 @@ class Limits:
         return cls(patience(n_bytes, n_tokens, reference_seconds), memory)
 
     def enter(self, tell: Callable[[str], None]) -> None:
-        """Puts this process under them."""
+        """Applies the limits to this process."""
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         if self.memory_bytes is not None and sys.platform == "linux":
             _, most = resource.getrlimit(resource.RLIMIT_DATA)
@@ -78,7 +78,7 @@ class Limits:
 
 @dataclass
 class _Messages:
-    """What the process said."""
+    """The messages that the process sent."""
 
     doing: str = "opening it"
     result: dict[str, Any] | None = field(default=None)
@@ -95,17 +95,17 @@ def run_guarded(file: ModelFile, limits: Limits, function: Callable[..., Any], *
     """Calls ``function(*arguments)`` in a process of its own.
 
     Args:
-        file: that it opens.
-        limits: of the process.
-        function: at a module's top level; returns plain data for JSON.
-        *arguments: ours, no data of the file.
+        file: the file that the function opens, for messages.
+        limits: the limits of the process.
+        function: defined at a module's top level; returns plain data for JSON.
+        *arguments: values of this program, none that were read from the file.
 
     Returns:
         What the function returned.
 
     Raises:
         MoeExportError: the function refused the file; with the exit code that it asked for.
-        RuntimeCrashError: it died, did not end, or failed; the message names what in one line.
+        RuntimeCrashError: it died, did not end, or failed; the message says in one line what happened.
     """
     messages = _Messages()
     with tempfile.TemporaryFile() as output:
@@ -143,7 +143,7 @@ def _work(
     surroundings: Surroundings,
     answers: Connection[bytes, None],
 ) -> None:
-    """What the process does."""
+    """Runs in the guarded process: calls the function and sends back its answer."""
     os.setsid()  # who ends it ends what it starts
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     surroundings.enter()
@@ -155,7 +155,7 @@ def _work(
 
 
 def _result(function: Callable[..., Any], arguments: tuple[Any, ...], limits: Limits) -> dict[str, Any]:
-    """The answer, or in one line why there is none: whatever is raised here, a file is the cause."""
+    """The answer, or one line that says why there is none; the file is the cause of whatever is raised."""
     try:
         return {"answer": function(*arguments)}
     except RuntimeCrashError as failure:
@@ -185,5 +185,5 @@ def _one_line(error: Exception) -> str:
 
 
 def _private_bytes() -> int:
-    """What counts against RLIMIT_DATA (VmData of proc(5)): private memory that can be written; no mapped files."""
+    """The bytes that count against RLIMIT_DATA (VmData of proc(5)): writable private memory, no mapped files."""
     return psutil.Process().memory_info().data

@@ -81,7 +81,7 @@ def _seen(
 
 
 def _describe(file: ModelFile, stored: StoredReference, published: _Published | None) -> dict[str, Any]:
-    """What the guarded process does for :func:`_seen`."""
+    """Runs in the guarded process, for :func:`_seen`."""
     reference = stored.open()
     findings = describe_file(file, reference, _expectation(file, reference, published))
     if findings is None:
@@ -102,7 +102,7 @@ def _validate(
     how: RuntimeChoice,
     require: Mapping[str, float],
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What the guarded process does."""
+    """Runs in the guarded process: validates the file."""
     torch.set_num_threads(how.threads)
     reference = stored.open()
     row, checks = validate_file(file, reference, _expectation(file, reference, published), how, require)

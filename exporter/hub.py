@@ -1,4 +1,4 @@
-"""Where the inputs come from: a local folder, the Hugging Face hub, or the model and text bundled with this package."""
+"""Finds the inputs: a local folder, the Hugging Face hub, or the model and text bundled with this package."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def resolve_original(against: str | None, job: Mapping[str, Any]) -> Path:
 
 
 def _refuse_special_files(folder: Path) -> None:
-    """Nothing in a checkpoint is a pipe, a device or a socket: whoever opened one might wait for ever."""
+    """Refuses a checkpoint that holds a pipe, a device or a socket: opening one might wait for ever."""
     try:
         files = [path for path in sorted(folder.iterdir()) if not path.is_dir()]
     except OSError as error:
@@ -89,7 +89,7 @@ def _bundled(*parts: str) -> Path:
 
 
 def _what_file(path: Path) -> str:
-    """What a file is that was given in place of a folder, and what to give."""
+    """Says what was given in place of a folder, and what to give instead."""
     if path.suffix == ".gguf":
         return (
             "a file; GGUF files are compressed already: give the folder of the original checkpoint "

@@ -1,4 +1,4 @@
-"""What a checkpoint is, from its headers."""
+"""Describes a checkpoint from its headers."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
-    """What the command line gives, each as its flag takes it.
+    """The values of the command line, each as its flag takes it.
 
     ``out`` defaults to a folder of the current one named after model and budget (or recipe), ``work_dir`` to the folder
     that ``out`` is in (unfinished work lies in ``OUT.work`` there), ``threads`` to the processors that this process may

@@ -1,4 +1,4 @@
-"""What a model is called: by its hub id, also in the hub's cache, or by its folder."""
+"""The name of a model: its hub id, also if it lies in the hub's cache, or else its folder's name."""
 
 from __future__ import annotations
 

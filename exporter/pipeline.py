@@ -225,7 +225,7 @@ def unfinished(plan: Plan, work: WorkDirectory, stages: Sequence[Stage]) -> list
 
 
 def fingerprints(plan: Plan, stages: Sequence[Stage], source: SourceState) -> dict[str, str]:
-    """For each stage a digest of everything that its outputs depend on, the stages it needs included."""
+    """Returns for each stage a digest of all that its outputs depend on, including the stages it needs."""
     digests: dict[str, str] = {}
     for stage in stages:
         digests[stage.name] = _fingerprint(stage, plan, source, digests)
@@ -264,7 +264,7 @@ def _run(
 
 
 def follow(team: Team) -> None:
-    """What the other processes of a team do: take part in the stages that the first one calls them to.
+    """Makes the other processes of a team take part in the stages that the first one calls them to.
 
     A stage that fails, fails in the first process too, which says so.
     """
@@ -278,7 +278,7 @@ def _call(work: WorkDirectory, stage: Stage) -> str:
 
 
 def _crash(stage: Stage, plan: Plan, work: WorkDirectory, death: Death) -> str:
-    """How a runtime crashed, if that is what happened; any other death ends the run, which can be resumed."""
+    """Says how a runtime crashed, if it did; any other death ends the run, which can be resumed."""
     changed = source_error(plan, work)  # a file that was cut off while it was mapped into memory
     if changed is not None:
         raise StageError(str(changed), changed.exit_code)

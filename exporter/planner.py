@@ -116,13 +116,13 @@ def choose_recipe(
 
 
 def wanted_blocks(job: Job, n_heldout_files: int) -> BlockCounts:
-    """How much text a recipe for the job takes, where there is as much."""
+    """Returns how many blocks of text a recipe for the job takes; a short text gives fewer."""
     calibration = Schedule.PUBLISHED_BLOCKS if job.recover == "router:published" else _CALIBRATION_BLOCKS
     return BlockCounts(calibration, _SELECTION_BLOCKS, max(1, HELDOUT_CHUNKS // n_heldout_files))
 
 
 def predict_recipe(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Prediction]:
-    """What a given recipe's artifacts need.
+    """Predicts the memory and size of a recipe's artifacts.
 
     Raises:
         InputError: the recipe asks for what this model does not have, such as more experts than there are.
@@ -274,6 +274,6 @@ def _check_experts(job: Job, checkpoint: Checkpoint) -> None:
 
 
 def _wanted_recovery(job: Job, checkpoint: Checkpoint, chosen: CompressChoice) -> str:
-    """Nothing has to be recovered where nothing was compressed, unless it is asked for by name."""
+    """The recovery to plan: none if nothing was compressed, unless the user named one."""
     unchanged = chosen == CompressChoice(experts=checkpoint.shape.n_experts)
     return "none" if job.recover == "auto" and unchanged else job.recover

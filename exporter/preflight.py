@@ -1,4 +1,4 @@
-"""What a run is refused for before any work, so that nobody loses hours to a full disk."""
+"""Checks that refuse a run before any work, so that nobody loses hours to a full disk."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def read_report(out: Path) -> dict[str, Any] | None:
 
 
 def changed_files(out: Path, report: Mapping[str, Any]) -> int:
-    """How many files of SHA256SUMS are missing or have another hash, and how many artifacts it does not list.
+    """Counts the files of SHA256SUMS that are missing or have another hash, and artifacts that it does not list.
 
     Raises:
         InputError: SHA256SUMS is missing or damaged.
@@ -93,7 +93,7 @@ _Count = Annotated[int, Field(ge=1, le=_MOST_EXPERTS)]
 
 
 class _Part(BaseModel):
-    """What validation reads of a report; the rest is not looked at."""
+    """The fields of a report that validation reads; the others are ignored."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 

@@ -74,7 +74,7 @@ class SourceChoice(_Part):
 
 
 class BudgetChoice(_Part):
-    """What the result must fit into."""
+    """The budget that the result must fit."""
 
     bytes: int = Field(gt=0, le=10**30)
     kind: Literal["total", "file"]
@@ -83,7 +83,7 @@ class BudgetChoice(_Part):
 
 
 class TextChoice(_Part):
-    """How many blocks of 512 tokens each split gives, and which text it was; null: any."""
+    """The number of blocks that each split gives, and the hash of the text; null allows any text."""
 
     calibration_blocks: Count
     selection_blocks: Count
@@ -99,7 +99,7 @@ class TextChoice(_Part):
 
 
 class CompressChoice(_Part):
-    """What goes. The steps are taken in the order of the fields; :mod:`exporter.compression` says what each means."""
+    """The parts to remove, step by step in the order of the fields; :mod:`exporter.compression` explains each."""
 
     drop_blocks: int = Field(default=0, ge=0)  # decoder layers, attention and experts
     consecutive_blocks: bool = False  # neighbours
@@ -150,7 +150,7 @@ class RungChoice(_Part):
 
 
 class RecoverChoice(_Part):
-    """How the compressed model learns again. Each rung goes on from the last that was kept."""
+    """The training of the compressed model. Each rung goes on from the last that was kept."""
 
     rungs: tuple[RungChoice, ...] = ()  # climbed in this order, each kept only if the divergence falls
     after_quantizing: RungChoice | None = None  # routers once more, beside experts as the files hold them

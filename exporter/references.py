@@ -1,4 +1,4 @@
-"""What ``moe-export validate`` measures files against: a checkpoint in torch, another file, or a logits file."""
+"""The references of ``moe-export validate``: a checkpoint in torch, another file, or a logits file."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def against_file(
 def _run_file(
     file: ModelFile, text: Path, chunks_per_file: int, logits_file: Path, folder: Path, how: RuntimeChoice
 ) -> dict[str, Any]:
-    """What a guarded process does for :func:`against_file`; returns parts of a :class:`StoredReference`."""
+    """Runs in a guarded process, for :func:`against_file`; returns parts of a :class:`StoredReference`."""
     torch.set_num_threads(how.threads)
     n_experts = file.facts.n_experts  # first: our reader says more of a bad header than llama.cpp does
     vocabulary = file.vocabulary()
@@ -167,7 +167,7 @@ def _run_file(
 
 
 def against_logits_file(path: Path) -> StoredReference:
-    """What somebody's llama-perplexity, or an earlier run, said about a model.
+    """Makes a reference of a logits file that llama-perplexity or an earlier run wrote.
 
     Raises:
         InputError: the file is damaged.

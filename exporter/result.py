@@ -119,7 +119,7 @@ def build_report(
 
 
 def _tried(plan: Plan, work: WorkDirectory) -> list[dict[str, Any]]:
-    """How each rung of the recipe went."""
+    """The results of the recipe's rungs."""
     stages = ["recover"] if plan.recipe.recover.after_quantizing is None else ["recover", "retune"]
     return [
         result
@@ -129,7 +129,7 @@ def _tried(plan: Plan, work: WorkDirectory) -> list[dict[str, Any]]:
 
 
 def _student(teacher: MoeShape, experts: ExpertMap) -> dict[str, Any]:
-    """What is left of the original."""
+    """Describes the student: the parts of the original that it keeps."""
     shape = experts.shape_of(teacher)
     layers = {layer.source: layer for layer in experts.layers}
     is_dense = shape.is_dense
@@ -212,7 +212,7 @@ class _Rows:
         return row | fidelity | dict(measurement["cost"]) | other
 
     def load(self) -> dict[str, Any]:
-        """Which share of the held-out tokens each expert gets, by model; a dense student has no experts."""
+        """The share of the held-out tokens that each expert gets, by model; a dense student has no experts."""
         teacher = self._plan.teacher_shape
         sizes = {"teacher": [teacher.n_experts] * teacher.n_layers}
         routings: dict[str, Routing | None] = {"teacher": self._teacher_routing}

@@ -177,6 +177,6 @@ def _reference_file(path: Path) -> ModelFile | None:
 
 
 def _chunks_per_file(text: Path) -> int:
-    """As an export would take."""
+    """The number of chunks that an export would take of each file."""
     n_files = len(list(text.glob("*.txt"))) if text.is_dir() else 1
     return max(1, HELDOUT_CHUNKS // max(1, n_files))

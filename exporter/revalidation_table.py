@@ -1,4 +1,4 @@
-"""What ``moe-export validate`` prints in a terminal."""
+"""The output of ``moe-export validate`` in a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a job to published files: plan, stages, report. The command line and the tests call the same function."""
+"""Runs a job until its files are published: plan, stages, report. Command line and tests call the same function."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _BUNDLED_NAME = "tiny-moe"
 
 @dataclass(frozen=True)
 class Result:
-    """What a run built."""
+    """The output of a run."""
 
     report: dict[str, Any]
     out: Path

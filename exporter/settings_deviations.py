@@ -1,4 +1,4 @@
-"""What a container cannot hold of a model's settings, though nothing in the file is wrong."""
+"""Names the settings of a model that a container cannot hold; the file itself is not at fault."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class FileState:
 
 @dataclass(frozen=True)
 class Change:
-    """What happened to a checkpoint."""
+    """A change of a checkpoint."""
 
     what: str  # names the file
     touched_only: bool  # sizes and headers are the same, only a time of modification is not
@@ -75,7 +75,7 @@ class SourceState:
             return None
 
     def change_to(self, now: SourceState) -> Change | None:
-        """What is different now; None if nothing is. New files are no change, unless they would be read."""
+        """Says what is different now; None if nothing is. New files are no change, unless they would be read."""
         for name, file in self.files.items():
             if name not in now.files:
                 return Change(f"{name} is gone", touched_only=False)
@@ -92,7 +92,7 @@ class SourceState:
 
 
 def _difference(name: str, before: FileState, now: FileState) -> str | None:
-    """What is different, apart from the time of modification; None if nothing is."""
+    """Says what is different, apart from the time of modification; None if nothing is."""
     if before.size != now.size:
         return f"its size went from {before.size:,} to {now.size:,} bytes"
     if before.digest != now.digest:

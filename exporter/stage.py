@@ -34,7 +34,7 @@ __all__ = ["Outcome", "StageContext", "run_stage", "source_error"]
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a stage is given."""
+    """The inputs of a stage."""
 
     plan: Plan
     work: WorkDirectory
@@ -44,7 +44,7 @@ class StageContext:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a stage went."""
+    """The result of a stage."""
 
     peak_rss_bytes: int
     error: str | None = None
@@ -71,7 +71,7 @@ def source_error(plan: Plan, work: WorkDirectory) -> InputError | None:
 def run_stage(
     work: WorkDirectory, name: str, group: str | None, surroundings: Surroundings, answer: Connection[bytes, None]
 ) -> None:
-    """What the stage's process does: writes into ``STAGE.partial``, and answers with an outcome, as a JSON object."""
+    """Runs in the stage's process: writes into ``STAGE.partial``, and answers with an outcome, as a JSON object."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the run answers it, and ends this
     surroundings.enter()
     error: MoeExportError | None = None

@@ -1,4 +1,4 @@
-"""What the server from which stages are forked imports beforehand (:mod:`exporter.stage_process`): only code.
+"""The modules that the server imports before it forks stages (:mod:`exporter.stage_process`): only code.
 
 Neither runtime is among it: just the stages that validate its files load it, and ONNX Runtime starts threads, which a
 fork would lose.

@@ -1,4 +1,4 @@
-"""What can be seen in a file before it runs: its settings, its tokenizer and its weights beside the original's."""
+"""Compares a file with the original before it runs: its settings, its tokenizer and its weights."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def _tokenizer_findings(
 
 
 def _best_vocabulary(source: Checkpoint) -> Encode | None:
-    """How llama.cpp cuts text with the vocabulary that we would write; None if we would write none."""
+    """Cuts text in llama.cpp with the vocabulary that we would write; None if we would write none."""
     shape = source.shape
     with tempfile.TemporaryDirectory(prefix="moe-export-") as folder:
         path = Path(folder) / "vocabulary.gguf"

@@ -1,4 +1,4 @@
-"""What a forked process has from the one that forks it, and a stage shall have from the run that asks for it."""
+"""The settings that a stage inherits from the run, its environment variables and its output."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class Surroundings:
 
     @classmethod
     def here(cls, output: int = STDERR) -> Surroundings:
-        """Those of this process, to be handed over; what is printed goes to the file descriptor ``output``."""
+        """The surroundings of this process, to be handed over; output goes to the file descriptor ``output``."""
         return cls(dict(os.environ), _OpenFile(output))
 
     def enter(self) -> None:
-        """Makes them this process's. What libraries print, in C too, goes to the output from now on."""
+        """Applies them to this process. What libraries print, in C too, goes to the output from now on."""
         os.environ.clear()
         os.environ.update(self.environment)
         assert isinstance(self.output, int), "they are handed over first"

@@ -70,7 +70,7 @@ def task_results(
 
 
 def _of_file(file: ModelFile, tokenizer: Path, tasks: Path, length: int, how: RuntimeChoice) -> dict[str, Any]:
-    """What a file reaches, in a guarded process."""
+    """The file's results, measured in a guarded process."""
     limits = Limits.of_file(file, n_tokens=length, on_gpu=file.may_use_gpu(how))
     metrics, error = None, None
     try:
@@ -83,7 +83,7 @@ def _of_file(file: ModelFile, tokenizer: Path, tasks: Path, length: int, how: Ru
 def _run_file(
     file: ModelFile, tokenizer: Path, tasks: Path, length: int, how: RuntimeChoice
 ) -> dict[str, dict[str, float]]:
-    """What the guarded process does."""
+    """Runs in the guarded process: runs the tasks."""
     torch.set_num_threads(how.threads)
     backend = file.open(how, length)
     tell("running tasks with it")

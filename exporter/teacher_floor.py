@@ -1,4 +1,4 @@
-"""How much of the original is measured unquantized in a runtime: decided once, from the machine, before any work.
+"""Chooses how much of the unquantized original is measured in a runtime: once, from the machine, before any work.
 
 The original is written in a type that holds its numbers exactly, measured, and removed again. As many of its first
 layers are taken as fit half of the memory that the run may use and half of the disk that it leaves free: all of them
@@ -29,7 +29,7 @@ _SHARE = 2  # one part in so many of memory and disk
 
 @dataclass(frozen=True)
 class TeacherFloor:
-    """What is written of the original, and how many held-out chunks it is measured on at most."""
+    """The part of the original that is written, and the most held-out chunks to measure it on."""
 
     weight_type: str
     n_layers: int  # its first ones
@@ -40,7 +40,7 @@ class TeacherFloor:
 def choose_teacher_floor(
     artifact: str, checkpoint: Checkpoint, recipe: Recipe, *, memory_bytes: int, disk_bytes: int
 ) -> TeacherFloor | None:
-    """What can be measured of the original in an artifact's runtime; None if not one layer fits, or it cannot hold it.
+    """Chooses what can be measured of the original in a runtime; None if no layer fits or it cannot be held.
 
     Args:
         artifact: ``gguf`` or ``onnx``.

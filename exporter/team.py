@@ -30,7 +30,7 @@ _POLL_SECONDS = 0.1
 
 
 MOST_THREADS = 512
-"""That ggml can use (``GGML_MAX_N_THREADS``); more than the system can start end the process with a signal."""
+"""ggml's limit (``GGML_MAX_N_THREADS``). If the system cannot start that many, a signal ends the process."""
 
 
 def checked_threads(threads: int | None) -> int:
@@ -108,7 +108,7 @@ class Team:
         self._store.set(f"call-{self._n_calls}", _DISMISSED)
 
     def calls(self) -> Iterator[tuple[str, str]]:
-        """What the first process calls the others to, as (what, name of the group), until it dismisses them."""
+        """Yields the calls of the first process, as (what, name of the group), until it dismisses the others."""
         while True:
             what = self._next_call()
             if what == _DISMISSED:

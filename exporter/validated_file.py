@@ -36,7 +36,7 @@ _SAME_ROUTING_TOLERANCE = 0.01  # of the overlap; other threads decide other tie
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a file should be."""
+    """The properties that a file is expected to have."""
 
     experts: ExpertMap | None  # what it kept of the reference; None: not known
     is_whole: bool  # the original was quantized and nothing else
@@ -48,7 +48,7 @@ class Expectation:
 
     @classmethod
     def of_report(cls, out: Path, report: Mapping[str, Any], reference: Reference) -> Expectation:
-        """Of a file that a run of ours published."""
+        """The expectation for a file that one of our runs published."""
         experts = ExpertMap.from_json(report["student"]["expert_map"])
         n_experts = experts.n_teacher_experts
         everything = ExpertMap.keeping(n_experts, [range(n_experts)] * report["source"]["n_layers"])
@@ -67,7 +67,7 @@ class Expectation:
 
     @classmethod
     def of_file(cls, file: ModelFile, reference: Reference) -> Expectation:
-        """Of somebody's file: the reference's experts and layers, if it has as many."""
+        """The expectation for any other file: the reference's experts and layers, if their numbers agree."""
         facts, n_experts = file.facts, reference.n_experts
         if facts.n_experts != n_experts or facts.n_layers != reference.n_layers or n_experts is None:
             said = "; routing is not compared, and no threshold is set unless --require does"
@@ -194,7 +194,7 @@ def _agreement(reference: Reference, evaluation: Evaluation, expectation: Expect
 
 
 def _inspect(file: ModelFile, expectation: Expectation, reference: Reference) -> list[StaticFindings]:
-    """What can be seen in the file itself, beside the original's settings, tokenizer and weights."""
+    """Compares the file itself with the original's settings, tokenizer and weights."""
     described = describe_file(file, reference, expectation)
     found = [] if described is None else [described]
     if expectation.original is not None:
@@ -266,7 +266,7 @@ def _measured_symptoms(
 
 
 def _routing(agreement: RoutingAgreement | None) -> dict[str, Any] | None:
-    """As in a row of an export's report."""
+    """The same fields as in a row of an export's report."""
     if agreement is None:
         return None
     overall: dict[str, Any] = {figure.name: agreement.mean(figure.name) for figure in fields(LayerAgreement)}

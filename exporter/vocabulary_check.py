@@ -108,7 +108,7 @@ def _parts(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
 
 
 def _rewritings(tokenizer: Mapping[str, Any]) -> Mapping[str, _Rewriting]:
-    """What the tokenizer does to a text before it cuts it, and llama.cpp does not, by the texts that it concerns."""
+    """The changes that the tokenizer makes to a text before it cuts it, and llama.cpp does not; by kind of text."""
     rewritings: dict[str, _Rewriting] = {}
     if any(step["type"] == "NFC" for step in steps_of(tokenizer["normalizer"])):
         rewritings["that is not in Unicode's normal form C"] = lambda text: unicodedata.normalize("NFC", text)

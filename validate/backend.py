@@ -1,4 +1,4 @@
-"""What every runtime offers to validation: logits and routing over token chunks.
+"""The interface of a runtime for validation: logits and routing over token chunks.
 
 Letters: B chunks, T tokens of a chunk, S scored positions of a chunk, V vocabulary, L layers, K experts per token.
 """
@@ -54,13 +54,13 @@ class TextModel(Protocol):
     """A model that scores and continues single texts, as tasks ask for it."""
 
     def last_logits(self, texts: Sequence[Sequence[int]], counts: Sequence[int]) -> Iterator[npt.NDArray[np.float32]]:
-        """For each text, from an empty cache, the logits of its last ``count`` positions: [count, V].
+        """Yields for each text, from an empty cache, the logits of its last ``count`` positions: [count, V].
 
         They are valid until the next text is asked for.
         """
 
     def generate(self, prompt_ids: Sequence[int], n_tokens: int, choose: ChooseToken) -> list[int]:
-        """At most ``n_tokens`` tokens that follow the prompt, until ``choose`` ends the text; end-of-text does not."""
+        """Generates at most ``n_tokens`` tokens until ``choose`` ends the text; an end-of-text token does not."""
 
 
 class RuntimeBackend(Backend, TextModel, Protocol):
@@ -75,7 +75,7 @@ class RuntimeBackend(Backend, TextModel, Protocol):
         """The token that the model wants before a text; None if it wants none."""
 
     def route(self, tokens_BT: npt.NDArray[np.int64], inputs: RouterInputs) -> Routing:
-        """What the routers of these chunks choose when they are given ``inputs``, which were recorded on the same."""
+        """Returns the routers' choices when they are given ``inputs``, which were recorded on the same chunks."""
 
 
 def scored_positions(n_tokens: int) -> slice:

@@ -1,4 +1,4 @@
-"""What a file says about its model before anything runs: sizes, bits per weight, and the base of its rotary embedding.
+"""Facts that a file gives about its model before anything runs: sizes, bits per weight, rotary base.
 
 A GGUF file says it in metadata and tensor directory. An ONNX graph has no metadata: its MoE operators tell of experts,
 its caches of layers, and the cosine table of its attention of the rotary base.
@@ -142,7 +142,7 @@ def _numpy_dtype(tensor: onnx.TensorProto) -> np.dtype[Any] | None:
 
 
 def _rope_base(graph: onnx.GraphProto, weights: Mapping[str, onnx.TensorProto], graph_file: Path) -> float | None:
-    """From position 1 of the cosine table [positions, half]: its angle in column i is base^(-i / half)."""
+    """The base, from position 1 of the cosine table [positions, half]: the angle in column i is base^(-i / half)."""
     attention = (node for node in graph.node if node.op_type == "GroupQueryAttention")
     table = next(_inputs(attention, 7, weights), None)
     if table is None or len(table.dims) != 2 or table.dims[0] < 2 or table.dims[1] < 2:

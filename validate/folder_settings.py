@@ -50,7 +50,7 @@ _FREE_FIELDS = frozenset({"context_length", "sizes", "rope", "window", "bos_toke
 
 
 def folder_setting_symptoms(graph: Path, source: Checkpoint, shape: MoeShape) -> list[str]:
-    """Where the files beside a graph are not those of a model of this shape.
+    """Lists where the files beside a graph do not fit a model of this shape.
 
     Args:
         graph: the ``.onnx`` file.
@@ -164,7 +164,7 @@ def _config_symptoms(folder: Path, source: Checkpoint, shape: MoeShape) -> Itera
 
 
 def _key(name: str, shape: MoeShape) -> str:
-    """What config.json calls a field of a shape."""
+    """The key in config.json for a field of a shape."""
     keys = shape.family.config_keys
     own = {
         "n_experts": keys.n_experts,

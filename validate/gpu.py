@@ -1,4 +1,4 @@
-"""Whether the installed runtimes can use a GPU, and what to install if they cannot."""
+"""Checks that the installed runtimes can use a GPU, and says what to install if they cannot."""
 
 from __future__ import annotations
 

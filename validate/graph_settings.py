@@ -58,7 +58,7 @@ _CONSTANTS: Mapping[str, Any] = {
 
 
 def graph_setting_symptoms(path: Path, shape: MoeShape) -> list[str]:
-    """Where a graph's attributes, constants and rotary tables are not those of a model of this shape.
+    """Lists where a graph's attributes, constants and rotary tables do not fit a model of this shape.
 
     Args:
         path: the ``.onnx`` file, which is readable.
@@ -204,7 +204,7 @@ def _has_axes(weight: onnx.TensorProto | None, number: int) -> bool:
 
 
 def _of_ours(node: onnx.NodeProto) -> _Allowed:
-    """What only our graphs' names tell."""
+    """The values allowed for a node that only the names in our own graphs identify."""
     output = node.output[0]
     allowed: _Allowed = {name: (value,) for (place, name), value in _PREPARATION.items() if place == output}
     for name in ("select_last_index", "noop_with_empty_axes"):

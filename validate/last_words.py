@@ -15,11 +15,11 @@ _FOLDERS = re.compile(r"^(/[^\s:]+/)([^/\s:]+:\d+:)")
 
 
 def last_words(output: IO[bytes], *, aborted: bool) -> str:
-    """The telling line at the end of a file of output; empty if there is none.
+    """Finds the line at the end of a file of output that explains a death; empty if there is none.
 
     Args:
-        output: what was printed.
-        aborted: the process called abort(), before which a library says why: then the last line is telling.
+        output: the output of the process.
+        aborted: whether the process called abort(); a library prints its reason before, so the last line counts.
     """
     output.seek(max(0, output.seek(0, os.SEEK_END) - _READ_BYTES))
     line = telling_line(output.read().decode("utf-8", errors="replace"))
@@ -27,7 +27,7 @@ def last_words(output: IO[bytes], *, aborted: bool) -> str:
 
 
 def telling_line(text: str) -> str:
-    """An assertion of ggml, a C++ exception's text, or else the last line; without the folder it was compiled in."""
+    """Returns an assertion of ggml, a C++ exception's text, or else the last line, without the folder of its source."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     told = [line for line in lines if _TELLING.search(line)] or lines[-1:]
     return _FOLDERS.sub(r"\2", told[0])[:_LONGEST] if told else ""

@@ -125,7 +125,7 @@ class LlamaCppBackend:
             yield ChunkOutput(logits_SV, self._routing.finish(len(tokens_T)) if self._session.has_experts else None)
 
     def route(self, tokens_BT: npt.NDArray[np.int64], inputs: RouterInputs) -> Routing:
-        """What the routers of these chunks choose when torch's hidden states reach every one of them.
+        """Returns the routers' choices for these chunks when each router is given torch's hidden states.
 
         The states take the place of the normalised input of each layer's MoE block while the graph runs, so that no
         layer's router sees what the layers before it did.
@@ -152,7 +152,7 @@ class LlamaCppBackend:
         return self._session.decode(tokens_T[scored.start :], all_logits=True)[: scored.stop - scored.start]
 
     def generate(self, prompt_ids: Sequence[int], n_tokens: int, choose: ChooseToken) -> list[int]:
-        """At most ``n_tokens`` tokens that follow the prompt, each chosen from the logits of the last position."""
+        """Generates at most ``n_tokens`` tokens after the prompt, each chosen from the logits of the last position."""
         self._session.clear()
         generated: list[int] = []
         logits_TV = self._session.decode(np.asarray(prompt_ids, dtype=np.int64))
@@ -164,7 +164,7 @@ class LlamaCppBackend:
         return generated
 
     def last_logits(self, texts: Sequence[Sequence[int]], counts: Sequence[int]) -> Iterator[npt.NDArray[np.float32]]:
-        """For each text the logits of its last ``count`` positions: [count, V], valid until the next one."""
+        """Yields for each text the logits of its last ``count`` positions: [count, V], valid until the next one."""
         for text, count in zip(texts, counts, strict=True):
             tokens_T = np.asarray(text, dtype=np.int64)
             self._session.clear()

@@ -46,7 +46,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the extra may be missin
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context."""
+        """The token put before a text that has no context."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else int(bos)
 
@@ -60,7 +60,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the extra may be missin
     def _loglikelihood_tokens(
         self, requests: Sequence[_Request], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """Of each continuation: its log-likelihood, and whether greedy decoding gives it."""
+        """Returns for each continuation its log-likelihood, and whether greedy decoding gives it."""
         texts = [[*context, *continuation][-(self._max_length + 1) :][:-1] for _, context, continuation in requests]
         counts = [len(continuation) for _, _, continuation in requests]
         answers = self._model.last_logits(texts, counts)

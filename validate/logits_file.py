@@ -35,7 +35,7 @@ _RANGE_CODES = 4  # the places of two float32
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where things are in a file."""
+    """The sizes and offsets of a file's parts."""
 
     n_tokens: int  # of a chunk
     vocab_size: int

@@ -1,4 +1,4 @@
-"""What an artifact costs in its runtime, measured in a process of the runtime's own.
+"""The memory and speed of an artifact in its runtime, measured in a process of the runtime's own.
 
     python -m validate.measure PARENT SECONDS gguf|onnx base
     python -m validate.measure PARENT SECONDS gguf|onnx run PATH OPTIONS

@@ -35,7 +35,7 @@ _GGUF_MAGIC = b"GGUF"
 
 @dataclass(frozen=True)
 class RuntimeChoice:
-    """How files are run."""
+    """The settings with which files are run."""
 
     threads: int
     gpu_layers: int = 0  # of llama.cpp
@@ -51,7 +51,7 @@ class ModelFile:
 
     @cached_property
     def facts(self) -> FileFacts:
-        """What it says about itself.
+        """The facts that the file gives about itself.
 
         Raises:
             InputError: it cannot be read.
@@ -137,7 +137,7 @@ class ModelFile:
 
     @property
     def tokenizer_folder(self) -> Path | None:
-        """Where a graph's tokenizer lies: beside it, or a folder above, as on the hub."""
+        """The folder of a graph's tokenizer: beside it, or a folder above, as on the hub."""
         folders = (self.path.parent, self.path.parent.parent)
         return next((folder for folder in folders if (folder / "tokenizer.json").is_file()), None)
 

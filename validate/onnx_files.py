@@ -1,4 +1,4 @@
-"""Where the graph lies in a folder that somebody exported."""
+"""Finds the graph in a folder that somebody exported."""
 
 from __future__ import annotations
 

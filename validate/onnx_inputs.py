@@ -1,4 +1,4 @@
-"""What a decoder's ONNX graph must take in and give out to be run by us."""
+"""The inputs and outputs that a decoder's ONNX graph must have so that we can run it."""
 
 from __future__ import annotations
 

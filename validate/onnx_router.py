@@ -19,7 +19,7 @@ _MIXING_INPUT = 14  # where QMoE takes the gate weights of all experts from, if 
 
 @dataclass(frozen=True)
 class MoeNode:
-    """What one MoE operator is told."""
+    """The inputs and attributes of one MoE operator."""
 
     layer: int
     states: str  # name of the value that the router reads too: [batch, sequence, hidden size]

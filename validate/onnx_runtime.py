@@ -143,7 +143,7 @@ class OnnxRuntimeBackend:
         return Routing(experts_LTK, weights_LTK, margins_LT)
 
     def route(self, tokens_BT: npt.NDArray[np.int64], inputs: RouterInputs) -> Routing:
-        """What the routers of these chunks choose when torch's hidden states reach every one of them.
+        """Returns the routers' choices for these chunks when each router is given torch's hidden states.
 
         Each router runs as a graph of its own, cut out of the model's, with the model's weights.
 
@@ -170,7 +170,7 @@ class OnnxRuntimeBackend:
         return result
 
     def generate(self, prompt_ids: Sequence[int], n_tokens: int, choose: ChooseToken) -> list[int]:
-        """At most ``n_tokens`` tokens that follow the prompt, one after the other, through the cache."""
+        """Generates at most ``n_tokens`` tokens after the prompt, one after the other, through the cache."""
         generation = _Generation(self._session, capacity=len(prompt_ids) + n_tokens)
         tokens: list[int] = []
         logits_V = generation.feed(np.asarray(prompt_ids, dtype=np.int64))
@@ -182,7 +182,7 @@ class OnnxRuntimeBackend:
         return tokens
 
     def last_logits(self, texts: Sequence[Sequence[int]], counts: Sequence[int]) -> Iterator[npt.NDArray[np.float32]]:
-        """For each text the logits of its last ``count`` positions: [count, V]."""
+        """Yields for each text the logits of its last ``count`` positions: [count, V]."""
         names = [node.router_logits for node in self._moe_nodes or ()]
         for text, count in zip(texts, counts, strict=True):
             logits_TV, _ = _run_from_empty_cache(self._session, np.asarray(text, dtype=np.int64), names)

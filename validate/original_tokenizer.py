@@ -29,7 +29,7 @@ def _remembered(folder: Path, vocab_size: int, state: object) -> OriginalTokeniz
 
 
 class OriginalTokenizer:
-    """Of a checkpoint's folder.
+    """The tokenizer of a checkpoint's folder.
 
     Args:
         folder: the checkpoint's.
@@ -58,7 +58,7 @@ class OriginalTokenizer:
         return len(self.tokenizer)
 
     def text(self, token: int) -> str | None:
-        """How the tokenizer writes a token; None if it has none of that number."""
+        """The text of a token as the tokenizer writes it; None if it has no token of that number."""
         text: str | None = self.tokenizer.convert_ids_to_tokens(token) if token < len(self.tokenizer) else None
         return text
 
@@ -84,7 +84,7 @@ class OriginalTokenizer:
         return [*AWKWARD_TEXTS, *inside, *held_out, *(text for text in own if text and "\ufffd" not in text)]
 
     def around(self) -> tuple[list[int], list[int]]:
-        """What it puts before and behind a text."""
+        """The tokens that it puts before and behind a text."""
         alone, whole = self.encode("a"), self.tokenizer.encode("a")
         for start in range(len(whole) - len(alone) + 1):
             if whole[start : start + len(alone)] == alone:

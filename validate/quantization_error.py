@@ -1,4 +1,4 @@
-"""Whether the rows of a file are as near to the original's as their type can be expected to put them.
+"""Tests whether the rows of a file are as near to the original's as their type allows.
 
 What is stored in float must be the original, or its rounding to 16 bits, to the last bit. What is quantized is held
 against the error that the same type makes of the same rows: ggml's kernel quantizes a sample of them, and every row
@@ -43,7 +43,7 @@ _Sums = npt.NDArray[np.float64]
 def quantized(
     values_RN: torch.Tensor, ggml_type: GGMLQuantizationType, importance_N: npt.NDArray[np.float32] | None = None
 ) -> npt.NDArray[np.uint8]:
-    """What ggml's kernel stores of float32 rows: uint8 [R, Y]; None weighs all input features alike."""
+    """Quantizes float32 rows with ggml's kernel: uint8 [R, Y]; with None all input features weigh the same."""
     n_rows, length = values_RN.shape
     source = values_RN.float().contiguous()
     stored_RY = np.empty((n_rows, row_bytes(ggml_type, length)), np.uint8)
@@ -56,7 +56,7 @@ def quantized(
 
 
 def requantized(values_RN: torch.Tensor, ggml_type: GGMLQuantizationType) -> torch.Tensor:
-    """What a runtime sees of that, without an importance matrix: float32 [R, N]."""
+    """Quantizes rows without an importance matrix, and returns them as a runtime sees them: float32 [R, N]."""
     return torch.from_numpy(dequantize_rows(quantized(values_RN, ggml_type), ggml_type, values_RN.shape[1]))
 
 
@@ -84,7 +84,7 @@ class MatrixError:
 
     @property
     def type_name(self) -> str:
-        """Such as ``Q4_K``."""
+        """The name of the type, such as ``Q4_K``."""
         return self._type.name
 
     @property
@@ -204,7 +204,7 @@ def _products(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> _
 
 
 def _outside(coefficient_R: _Sums, kernel_R: _Sums) -> _Sums:
-    """How far coefficients lie outside of what is between the kernel's and 1; see :func:`_upwards`."""
+    """The distance of coefficients from the range between the kernel's and 1; see :func:`_upwards`."""
     low_R, high_R = np.minimum(kernel_R, 1.0), np.maximum(kernel_R, 1.0)
     return np.maximum((low_R - coefficient_R) / _SHRINKING, np.maximum(coefficient_R - high_R, 0.0))
 
@@ -223,7 +223,7 @@ def _spread_of_values(rows_RN: torch.Tensor) -> _Sums:
 
 
 def _spread(places: npt.NDArray[np.int64], most: int) -> npt.NDArray[np.int64]:
-    """At most so many of them, evenly spaced."""
+    """At most ``most`` of the places, evenly spaced."""
     return places if len(places) <= most else places[np.linspace(0, len(places) - 1, most).astype(int)]
 
 

@@ -68,13 +68,13 @@ _NAMES: Mapping[str, str] = {
 
 
 def gguf_architecture(shape: MoeShape) -> str:
-    """What llama.cpp calls the architecture of a model."""
+    """llama.cpp's name of the architecture of a model."""
     family = shape.family
     return family.dense.gguf_architecture if shape.is_dense and family.dense else family.gguf.architecture
 
 
 def expected_rope(shape: MoeShape) -> GgufRope | None:
-    """What a file has to say about the rotary embedding; None if llama.cpp cannot turn by the model's angles at all."""
+    """The keys and tensors a file needs for the rotary embedding; None if llama.cpp cannot compute it at all."""
     try:
         return gguf_rope(shape.rope, gguf_architecture(shape), takes_factors=shape.family.gguf.takes_rope_factors)
     except UnsupportedError:
@@ -82,7 +82,7 @@ def expected_rope(shape: MoeShape) -> GgufRope | None:
 
 
 def gguf_setting_symptoms(metadata: Mapping[str, MetadataValue], shape: MoeShape) -> list[str]:
-    """Where a GGUF file's numbers are not those of a model of this shape: a sentence for each key."""
+    """Lists where a GGUF file's settings do not fit a model of this shape: a sentence for each key."""
     architecture = gguf_architecture(shape)
     found = metadata.get("general.architecture", "")
     if found != architecture:

@@ -1,4 +1,4 @@
-"""Whether a file begins, ends and pads texts as the original does, and has its chat template."""
+"""Checks that a file begins, ends and pads texts as the original does, and has its chat template."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FURTHER = {"unknown": "unk", "mask": "mask", "seperator": "sep"}  # keys as lla
 def gguf_special_symptoms(
     vocabulary: GgufVocabulary, metadata: Mapping[str, MetadataValue], original: OriginalTokenizer
 ) -> list[str]:
-    """What llama.cpp does with a GGUF file's special tokens, where the original does something else."""
+    """Lists where llama.cpp treats a GGUF file's special tokens unlike the original."""
     return [
         *_begin_symptoms(vocabulary, original),
         *_end_symptoms(vocabulary, metadata, original),

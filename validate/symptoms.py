@@ -1,4 +1,4 @@
-"""What is wrong with a file, in words: figures say that something is, symptoms say where to look.
+"""Says in words what is wrong with a file: figures say that something is, symptoms say where to look.
 
 Tensors that are damaged, and settings that are not the model's, are facts. Everything else is read from the
 measurements, and worth saying only of a file that failed: a layer whose routing falls, a router whose choices are the

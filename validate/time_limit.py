@@ -1,7 +1,7 @@
 """A limit on the time that a runtime may take for one call, so that a file cannot keep it busy for ever.
 
-Slow machines and large models are not to be ended: what is limited is a single step, such as loading a file or running
-a chunk, not the whole. The kernel's timer ends the process by SIGALRM (setitimer(2)), whatever it is doing, and whoever
+The limit is for a single step, such as loading a file or running a chunk, not for the whole run, so that slow machines
+and large models are not stopped. The kernel's timer ends the process by SIGALRM (setitimer(2)), even while a library
 holds Python's lock. Processes that it starts do not inherit the timer.
 """
 
@@ -22,7 +22,7 @@ _TIMES_THE_REFERENCE = 20
 
 @dataclass
 class _Limit:
-    """What was set for this process."""
+    """The limit that was set for this process."""
 
     seconds: float
     tell: Callable[[str], None]
@@ -33,23 +33,23 @@ _limit: _Limit | None = None
 
 
 def patience(n_bytes: int, n_tokens: int = _CHUNK_TOKENS, reference_seconds: float = 0.0) -> float:
-    """Seconds in which an honest runtime finishes a step.
+    """Returns the seconds in which a runtime that works finishes a step.
 
     Args:
-        n_bytes: of the file's weights.
-        n_tokens: of the chunk, or of the cache that is filled.
-        reference_seconds: what another model of about this size took for such a chunk, if it is known.
+        n_bytes: size of the file's weights.
+        n_tokens: length of the chunk, or of the cache that is filled.
+        reference_seconds: the time that another model of about this size took for such a chunk, if it is known.
     """
     times_longer = max(1.0, n_tokens / _CHUNK_TOKENS)
     return times_longer * (_LEAST_SECONDS + n_bytes / _BYTES_PER_SECOND) + _TIMES_THE_REFERENCE * reference_seconds
 
 
 def set_limit(seconds: float, tell: Callable[[str], None] = lambda _: None) -> None:
-    """From now on this process ends by SIGALRM when a step takes longer; without a call of this nothing is limited.
+    """Ends this process by SIGALRM when a step takes longer from now on; by default nothing is limited.
 
     Args:
-        seconds: for a step.
-        tell: is told what is being done, for whoever waits for this process.
+        seconds: the limit for one step.
+        tell: is called with a description of each step, for the process that waits for this one.
     """
     global _limit  # the kernel has one such timer for a process
     _limit = _Limit(seconds, tell)
@@ -61,14 +61,14 @@ def limit_seconds() -> float | None:
 
 
 def tell(what: str) -> None:
-    """Says what comes now, such as ``loading it``."""
+    """Announces the next step, such as ``loading it``."""
     if _limit is not None:
         _limit.tell(what)
 
 
 @contextmanager
 def working() -> Iterator[None]:
-    """One step. When one ends inside another, the other's time begins anew: something was finished."""
+    """Marks one step. When a step ends inside another, the time of the outer one starts again: there was progress."""
     limit = _limit
     if limit is None:
         yield

@@ -1,4 +1,4 @@
-"""Whether two tokenizers cut text into the same tokens: compared on a page of texts that go wrong in practice."""
+"""Tests whether two tokenizers cut text into the same tokens: compared on a page of texts that go wrong in practice."""
 
 from __future__ import annotations
 

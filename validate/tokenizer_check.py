@@ -1,4 +1,4 @@
-"""Whether a file's own tokenizer is the original's: tokens, their kinds, how it cuts text, and where texts end.
+"""Checks whether a file's own tokenizer is the original's: tokens, their kinds, how it cuts text, and where texts end.
 
 Clients use the tokenizer that a file brings, so it is asked here, inside llama.cpp or as the folder's, and not the
 original's in its place. It is given every token's own text, the texts that go wrong in practice, and the held-out text.
@@ -29,7 +29,7 @@ _AROUND = 3  # tokens of a difference
 
 @dataclass(frozen=True)
 class TokenizerFindings:
-    """What is wrong with a file's tokenizer, in sentences.
+    """The faults of a file's tokenizer, in sentences.
 
     Attributes:
         symptoms: of tokens and texts.

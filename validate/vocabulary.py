@@ -34,14 +34,14 @@ class Vocabulary(Protocol):
 
     @property
     def where(self) -> str:
-        """For messages: the file that it is from."""
+        """The file of the vocabulary, for messages."""
 
     def text(self, token: int) -> str | None:
-        """How the tokenizer writes a token; None if it has none of that number."""
+        """The text of a token as the tokenizer writes it; None if it has no token of that number."""
 
 
 class TokenizerVocabulary:
-    """Of a folder with a Hugging Face tokenizer.
+    """The vocabulary of a folder with a Hugging Face tokenizer.
 
     Raises:
         InputError: there is none.
@@ -59,7 +59,7 @@ class TokenizerVocabulary:
 
 
 class GgufVocabulary:
-    """Of a GGUF file, as llama.cpp reads it; no weight is loaded.
+    """The vocabulary of a GGUF file, as llama.cpp reads it; no weight is loaded.
 
     Encodes as the tokenizers of transformers do, so that :func:`compressors.calibration.tokenize_heldout` takes it.
 
@@ -99,7 +99,7 @@ class GgufVocabulary:
         return text.decode("utf-8", errors="replace")
 
     def attributes(self, token: int) -> int:
-        """What kind of token it is: ``enum llama_token_attr`` of ``llama.h``."""
+        """The kind of the token: ``enum llama_token_attr`` of ``llama.h``."""
         return int(api.llama_vocab_get_attr(self._vocabulary, token))
 
     @property

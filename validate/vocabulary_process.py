@@ -1,4 +1,4 @@
-"""What llama.cpp makes of a GGUF file's vocabulary, asked in a process of its own: a bad one makes llama.cpp abort.
+"""Asks llama.cpp about a GGUF file's vocabulary in a separate process: a bad one makes llama.cpp abort.
 
     python -m validate.vocabulary_process PARENT FILE
 
@@ -28,7 +28,7 @@ _TIME_LIMIT = 120  # seconds; 150,000 tokens and a page of text take one
 
 @dataclass(frozen=True)
 class LlamaTokens:
-    """llama.cpp's tokens of some texts, and the tokens at which it ends one."""
+    """llama.cpp's tokens for some texts, and facts about its special tokens."""
 
     parsed: tuple[tuple[int, ...], ...]  # special tokens inside a text are recognised
     plain: tuple[tuple[int, ...], ...]  # they are not

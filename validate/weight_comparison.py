@@ -48,7 +48,7 @@ class Unit:
 
 
 class Fault(Enum):
-    """What is wrong with a unit."""
+    """The kinds of fault that a unit can have."""
 
     ZERO = auto()
     HOLDS_ANOTHER = auto()  # unit or row of the original
@@ -208,7 +208,7 @@ def _is_only_scaled(scale: float, relative_error: float, usual_error: float) -> 
 def _row_damage(
     unit: Unit, matrix: MatrixError, expected: torch.Tensor, found: torch.Tensor, row: int, before: int
 ) -> Damage:
-    """What became of one row of a piece, ``before`` rows of which came earlier."""
+    """Describes the damage of one row of a piece that begins at row ``before`` of its matrix."""
     its, wanted = found[row], expected[row]
     place = replace(unit, row=before + row)
     size = float(wanted.norm())

@@ -1,4 +1,4 @@
-"""What is wrong with a file's weights, in words: a sentence for each tensor, expert or group of rows.
+"""Says in words what is wrong with a file's weights: a sentence for each tensor, expert or group of rows.
 
 Layers, experts and rows are counted from 0, as in the files; a row of the embedding is a token, shown with its text.
 """
@@ -29,7 +29,7 @@ _QUANTIZED_ROLES = frozenset(
 
 
 def weight_symptoms(damage: Sequence[Damage], token_text: TokenText | None = None) -> list[str]:
-    """What became of damaged tensors; ``token_text`` names rows of the embedding."""
+    """Returns sentences about damaged tensors; ``token_text`` names rows of the embedding."""
     whole = [entry for entry in damage if entry.unit.row is None]
     rows = [entry for entry in damage if entry.unit.row is not None]
     elsewhere = [entry for entry in whole if entry.fault is Fault.HOLDS_ANOTHER]

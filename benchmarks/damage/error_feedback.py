@@ -93,7 +93,7 @@ def _moments(length: int) -> torch.Tensor:
 
 
 def _levels(values_RN: torch.Tensor, importance_N: np.ndarray, ggml_type: GGMLQuantizationType) -> torch.Tensor:
-    """What each place can be with the kernel's scales: [R, N, codes]."""
+    """Returns the values that each place can take with the kernel's scales: [R, N, codes]."""
     stored_RY = quantized(values_RN, ggml_type, importance_N)
     blocks = stored_RY.reshape(len(stored_RY), -1, GGML_QUANT_SIZES[ggml_type][1])
     levels = []

@@ -16,7 +16,7 @@ __all__ = ["FolderDamage", "configuration_damages", "graph_damages", "tokenizer_
 
 @dataclass(frozen=True)
 class FolderDamage:
-    """What is done to a copy of the folder."""
+    """A change to a copy of the folder, and what its symptom must name."""
 
     what: str
     names: tuple[str, ...]

@@ -33,7 +33,7 @@ Changes = Mapping[str, Value | None]  # None: the key is left out
 
 @dataclass(frozen=True)
 class MetadataDamage:
-    """What is done to the key-values."""
+    """A change to the key-values, and what its symptom must name."""
 
     what: str
     names: tuple[str, ...]

@@ -18,7 +18,7 @@ _LAYER, _EXPERT, _ROW = 1, 3, 5
 
 @dataclass(frozen=True)
 class WeightDamage:
-    """What is done, and the tensors of a student in place of its own."""
+    """A change to weights, and the tensors that replace a student's own."""
 
     what: str
     names: tuple[str, ...]  # one of which a symptom must have
@@ -68,7 +68,7 @@ def _of_tensor(student: Student, role: Role, layer: int | None) -> Iterator[Weig
 
 
 def _changes(row: int | None) -> dict[str, Callable[[torch.Tensor], torch.Tensor] | None]:
-    """By name; the whole has its neighbour elsewhere (None), a row beside it."""
+    """The changes by name; None is an exchange with a neighbour, which for a row is the row beside it."""
     generator = torch.Generator().manual_seed(0)
 
     def noisy(values: torch.Tensor) -> torch.Tensor:

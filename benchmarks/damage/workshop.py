@@ -35,7 +35,7 @@ _TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|i
 
 
 class Outcome(StrEnum):
-    """What became of one damage."""
+    """The result of one damage."""
 
     NAMED = "found and named"
     FOUND = "found, not named"
@@ -63,7 +63,7 @@ class Workshop:
 
     @classmethod
     def open(cls, checkpoint: Path, n_experts: int | None = None, n_chunks: int = 1) -> Workshop:
-        """Of a checkpoint's first experts; None: of all."""
+        """A workshop with the first ``n_experts`` experts of a checkpoint, or all of them."""
         source = Checkpoint(checkpoint)
         kept = range(n_experts or source.shape.n_experts)
         student = Student(source, ExpertMap.keeping(source.shape.n_experts, [kept] * source.shape.n_layers))

@@ -37,7 +37,7 @@ _TARGETS = {"Q8_0": (0.6, 0.36), "Q4_K": (1.0, 0.25)}
 
 @dataclass(frozen=True)
 class Cost:
-    """What some processes took together."""
+    """The total cost of some processes."""
 
     seconds: float
     cpu_seconds: float

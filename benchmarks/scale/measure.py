@@ -59,7 +59,7 @@ class ScaleRun:
 
 @dataclass(frozen=True)
 class StageCost:
-    """What one stage took; sizes in bytes."""
+    """The cost of one stage; sizes in bytes."""
 
     stage: str
     seconds: float
@@ -111,7 +111,7 @@ def _stage_costs(run: ScaleRun, folder: Path, announce: Callable[[str], None]) -
 
 
 def source_folder(run: ScaleRun, folder: Path) -> Path:
-    """Where the run's checkpoint lies."""
+    """The folder of the run's checkpoint."""
     return folder / f"{run.shape}-{run.layers}-layers"
 
 

@@ -42,7 +42,7 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 
 @dataclass(frozen=True)
 class BlockScaled:
-    """How float8 matrices of a checkpoint become weights."""
+    """The block size and dtype with which float8 matrices of a checkpoint become weights."""
 
     block: tuple[int, int]  # rows and columns that share a scale
     dtype: torch.dtype  # of the weights
@@ -156,7 +156,7 @@ def _described(settings: Any) -> str:
 
 
 def _why_not_read(settings: Mapping[str, Any]) -> str | None:
-    """What keeps a checkpoint of quant_method fp8 from being read; None if nothing does."""
+    """Says why a checkpoint of quant_method fp8 cannot be read; None if it can."""
     block = settings.get("weight_block_size", [128, 128])
     if block is None:
         return "with one scale per tensor: weight_block_size is null"

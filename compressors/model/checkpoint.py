@@ -87,7 +87,7 @@ class Checkpoint:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is odd about the files, though they are read: sentences without a full stop."""
+        """Oddities of the files that do not prevent reading them: sentences without a full stop."""
         return tuple(self._find_notes())
 
     def tensor(self, role: Role, layer: int | None = None) -> torch.Tensor:
@@ -170,7 +170,7 @@ class Checkpoint:
             self._check_scales(name)
 
     def _problem(self, name: str, expected: tuple[int, ...]) -> str | None:
-        """What is wrong with a tensor that the family needs; None if nothing is."""
+        """Says what is wrong with a tensor that the family needs; None if nothing is."""
         header = self.headers.get(name)
         if header is None:
             return f"{self.folder}: tensor {name} is in none of the weight files; {self._where_to_look(name)}"

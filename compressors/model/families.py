@@ -20,7 +20,7 @@ __all__ += ["QkNorm", "Role", "family_for"]
 
 
 class Role(StrEnum):
-    """What a tensor does, whatever a checkpoint calls it. The value names it in messages.
+    """The role of a tensor, independent of its name on disk. The value names it in messages.
 
     Shapes are torch's (output features first): see the letters in :mod:`compressors.model.shape`.
     """
@@ -58,7 +58,7 @@ _GLOBAL_ROLES = frozenset({Role.TOKEN_EMBEDDING, Role.FINAL_NORM, Role.HEAD})
 
 
 class QkNorm(StrEnum):
-    """What one RMS norm of the projected queries, and of the keys, runs over before the rotary embedding."""
+    """The values that one RMS norm of the projected queries or keys covers, before the rotary embedding."""
 
     NONE = "none"
     PER_HEAD = "per head"  # scale [head_dim], shared by all heads
@@ -77,7 +77,7 @@ class ConfigKeys:
 
 @dataclass(frozen=True)
 class GgufFamily:
-    """How llama.cpp knows the family (``src/llama-arch.cpp``, ``conversion/`` of llama.cpp)."""
+    """The family in llama.cpp (``src/llama-arch.cpp``, ``conversion/`` of llama.cpp)."""
 
     architecture: str
     rotary_is_interleaved: bool  # query and key rows are permuted from rotate-half to llama.cpp's adjacent pairs

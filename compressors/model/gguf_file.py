@@ -178,7 +178,7 @@ class _Header:
         return found
 
     def _alignment(self) -> int:
-        """Of the tensors' data: a power of two, as ``gguf_init_from_file_impl`` in ggml/src/gguf.cpp wants it."""
+        """The alignment of the data: a power of two, as ``gguf_init_from_file_impl`` in ggml/src/gguf.cpp requires."""
         value = self.values.get(Keys.General.ALIGNMENT, GGUF_DEFAULT_ALIGNMENT)
         if type(value) is not int or value < 1 or value & (value - 1):
             raise ValueError(f"its {Keys.General.ALIGNMENT} is {value!r}, which is no power of two")
@@ -242,7 +242,7 @@ class _Header:
 
 
 def _layout(kind: int) -> str:
-    """How a single value of a kind is packed."""
+    """The struct format of a single value of a kind."""
     layout = _LAYOUTS.get(kind)
     if layout is None:
         raise ValueError(f"it has a value of kind {kind}, which a single value cannot be")

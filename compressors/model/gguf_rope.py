@@ -32,14 +32,14 @@ _SAME = 1e-5  # relative; llama.cpp computes its frequencies in float32, by repe
 
 @dataclass(frozen=True)
 class GgufRope:
-    """What a file says about its rotary embedding."""
+    """The keys and tensors of a file that describe its rotary embedding."""
 
     keys: Mapping[str, str | int | float] = field(default_factory=dict)
     factors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # by tensor name; angles are divided by them
 
 
 def gguf_rope(rope: Rope, architecture: str, *, takes_factors: bool) -> GgufRope:
-    """Returns what a file of this architecture has to say, the base and the width apart.
+    """Returns the keys and tensors that a file of this architecture needs, except base and width.
 
     Raises:
         UnsupportedError: llama.cpp would compute other angles whatever the file says.

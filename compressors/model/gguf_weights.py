@@ -77,7 +77,7 @@ class GgufWeights:
         dequantize_into(self._stored(role, layer, expert * n_rows, n_rows), self._entries[role, layer].ggml_type, out)
 
     def router_place(self, layer: int) -> Place:
-        """Where a layer's router lies.
+        """Returns the place of a layer's router.
 
         Raises:
             InputError: it is not there as float32.

@@ -21,7 +21,7 @@ _LARGEST = 2**31 - 1  # bytes; protobuf's own limit
 
 @dataclass(frozen=True)
 class ExternalPlace:
-    """Where a weight's values lie outside of the graph."""
+    """The place of a weight's values outside of the graph."""
 
     file: Path
     offset: int  # bytes
@@ -98,7 +98,7 @@ _VALUE_BYTES: dict[int, int] = {
 
 
 def external_place(graph_file: Path, weight: onnx.TensorProto) -> ExternalPlace:
-    """Where the values of a weight with ``external_data`` lie (``onnx.proto``: location, offset; paths are relative).
+    """Returns the place of a weight's ``external_data`` (``onnx.proto``: location, offset; paths are relative).
 
     Raises:
         InputError: it does not say so, or names a place outside of the graph's folder.

@@ -145,7 +145,7 @@ class OnnxWeights:
             out.copy_(gate_and_up[int(role is Role.EXPERT_UP) :: 2])
 
     def router_place(self, layer: int) -> Place:
-        """Where a layer's router lies.
+        """Returns the place of a layer's router.
 
         Raises:
             InputError: it is not there as float32.

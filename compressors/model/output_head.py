@@ -1,4 +1,4 @@
-"""Whether the output head of a checkpoint is its embedding: what the weights say goes before ``tie_word_embeddings``.
+"""Tells whether the output head of a checkpoint is its embedding; the weights overrule ``tie_word_embeddings``.
 
 transformers 5 ties the head only where the file holds none, or one that equals the embedding
 (``PreTrainedModel.tie_weights``); llama.cpp's converter takes the file's head as well.

@@ -20,7 +20,7 @@ __all__ = ["FileState", "RawFile", "instead_of_a_file"]
 
 @dataclass(frozen=True)
 class FileState:
-    """What tells that a file is still the one that was opened."""
+    """Size and time of a file, which show whether it is still the one that was opened."""
 
     size: int
     modified_ns: int
@@ -32,7 +32,7 @@ class FileState:
         return cls(status.st_size, status.st_mtime_ns)
 
     def change_to(self, now: FileState) -> str | None:
-        """What is different now, for a person; None if nothing is."""
+        """Says what is different now; None if nothing is."""
         if self.size != now.size:
             return f"it had {self.size} bytes and now has {now.size}"
         return None if self == now else "its time of modification is another"
@@ -98,7 +98,7 @@ class RawFile:
             )
 
     def _change(self) -> str | None:
-        """What happened to the file since it was opened, None if nothing did."""
+        """Says what happened to the file since it was opened; None if nothing did."""
         try:
             return self._state.change_to(FileState.of(self.path))
         except OSError as error:

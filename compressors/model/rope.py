@@ -18,7 +18,7 @@ __all__ = ["Rope", "RopeKind"]
 
 
 class RopeKind(StrEnum):
-    """How the angles are scaled; the values are those of ``rope_type`` in ``config.json``."""
+    """The ways of scaling the angles; the values are those of ``rope_type`` in ``config.json``."""
 
     DEFAULT = "default"
     LINEAR = "linear"

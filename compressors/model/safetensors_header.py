@@ -43,7 +43,7 @@ _TOO_LARGE = 2**64
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """Where one tensor lies, without its values."""
+    """One tensor's entry in a file: place, format and shape, without its values."""
 
     file: Path
     name: str  # in the file
@@ -54,7 +54,7 @@ class TensorHeader:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the values are in memory.
+        """The type of the values in memory.
 
         Raises:
             InputError: torch, or this tool, has no such numbers.

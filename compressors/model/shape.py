@@ -117,18 +117,18 @@ class MoeShape:
         return tuple(role for role in self.family.roles if role not in absent)
 
     def stored_name(self, role: Role, layer: int | None = None, expert: int | None = None) -> str:
-        """What a Hugging Face checkpoint of this model calls a tensor."""
+        """The name of a tensor in a Hugging Face checkpoint of this model."""
         dense = self.family.dense if self.is_dense else None
         names = self.family.names if dense is None or role not in dense.names else dense.names
         return names[role].format(layer=layer, expert=expert)
 
     def gguf_name(self, role: Role, layer: int | None = None) -> str:
-        """What llama.cpp calls a tensor of this model; all experts of a layer are one."""
+        """The name of a tensor in llama.cpp; all experts of a layer are one."""
         names = DENSE_GGUF_NAMES if self.is_dense and role.is_expert else GGUF_NAMES
         return names[role].format(layer=layer)
 
     def onnx_name(self, role: Role, layer: int | None = None) -> str:
-        """What our ONNX graphs call a weight; all experts' gate and up projections of a layer are one."""
+        """The name of a weight in our ONNX graphs; all experts' gate and up projections of a layer are one."""
         if not role.is_expert or self.is_dense:
             return self.stored_name(role, layer)
         fused = self.family.fused_down if role is Role.EXPERT_DOWN else self.family.fused_gate_up

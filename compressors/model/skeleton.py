@@ -52,7 +52,7 @@ class Skeleton:
         return named
 
     def name(self, role: Role) -> str:
-        """Where the role's tensor lives inside a decoder layer."""
+        """The name of the role's tensor inside a decoder layer."""
         family = self._shape.family
         if role is Role.ROUTER:
             return f"{family.router_module}.weight"

@@ -28,7 +28,7 @@ __all__ = ["ExpertMap", "LayerMap", "Student"]
 
 @dataclass(frozen=True)
 class LayerMap:
-    """What became of one decoder layer of the teacher."""
+    """The parts of one decoder layer of the teacher that the student keeps."""
 
     source: int  # the teacher's layer
     groups: tuple[tuple[int, ...], ...]
@@ -44,7 +44,7 @@ class LayerMap:
 
 @dataclass(frozen=True)
 class ExpertMap:
-    """What became of every layer and expert of the teacher; the order is the student's numbering."""
+    """The layers and experts of the teacher that the student keeps; the order is the student's numbering."""
 
     n_teacher_experts: int
     layers: tuple[LayerMap, ...]

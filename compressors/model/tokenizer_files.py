@@ -228,7 +228,7 @@ def _is_readable(data: dict[str, Any]) -> bool:
 
 
 def _described(data: dict[str, Any], part: str) -> str:
-    """Such as ``model of type 'SuperBPE'``, or ``pre_tokenizer (Split, ByteLevel)``."""
+    """Names a part, such as ``model of type 'SuperBPE'``, or ``pre_tokenizer (Split, ByteLevel)``."""
     settings = data.get(part)
     if not isinstance(settings, dict) or "type" not in settings:
         return part

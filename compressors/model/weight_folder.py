@@ -1,4 +1,4 @@
-"""Which files of a folder hold the weights: chosen as transformers chooses them, and never outside of the folder."""
+"""Finds the weight files of a folder, chosen as transformers chooses them and never outside of the folder."""
 
 from __future__ import annotations
 

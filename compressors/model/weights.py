@@ -1,4 +1,4 @@
-"""Where a student's tensors come from: the source checkpoint, or a file that was written."""
+"""The source of a student's tensors: the original checkpoint, or a file that was written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Place", "Weights", "WrittenWeights"]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a file holds a float32 tensor."""
+    """The place of a float32 tensor in a file."""
 
     file: Path
     name: str  # in the file
@@ -48,10 +48,10 @@ class WrittenWeights(Weights, Protocol):
     """The tensors of a written file, dequantized: float32."""
 
     def stored_type(self, role: Role, layer: int | None) -> GGMLQuantizationType:
-        """How the file stores the tensors of a role; ggml's name where a graph holds the same numbers."""
+        """The type in which the file stores the tensors of a role; ggml's name where a graph holds the same numbers."""
 
     def router_place(self, layer: int) -> Place:
-        """Where a layer's router [E, D] lies in the file.
+        """Returns the place of a layer's router [E, D] in the file.
 
         Raises:
             InputError: it is not there as float32.

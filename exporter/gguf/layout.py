@@ -1,4 +1,4 @@
-"""Which tensors a GGUF file holds, with their names, types and sizes. No weight is read here."""
+"""The tensors of a GGUF file, with their names, types and sizes. No weight is read here."""
 
 from __future__ import annotations
 
@@ -89,13 +89,13 @@ def preset_named(name: str) -> Preset:
 
 
 def architecture(shape: MoeShape) -> str:
-    """What llama.cpp calls the model's architecture."""
+    """llama.cpp's name of the model's architecture."""
     family = shape.family
     return family.dense.gguf_architecture if shape.is_dense and family.dense else family.gguf.architecture
 
 
 def rope_settings(shape: MoeShape) -> GgufRope:
-    """What the file says about the rotary embedding, its base and width apart.
+    """Returns the file's keys and tensors for the rotary embedding, except its base and width.
 
     Raises:
         UnsupportedError: llama.cpp would compute other angles whatever the file says.

@@ -33,7 +33,7 @@ def model_metadata(shape: MoeShape, source_folder: Path, name: str, preset: str)
 
 
 def moe_size_label(shape: MoeShape) -> str:
-    """Such as ``64x1.5B``: number of experts, and parameters of the shared part plus one expert of each layer.
+    """Returns a label: ``64x1.5B`` is the number of experts, and parameters of the shared part plus one expert per layer.
 
     A dense model's is the number of its parameters, such as ``1.5B``. As gguf-py counts them (``size_label`` in
     ``gguf-py/gguf/utility.py``).

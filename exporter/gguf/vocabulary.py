@@ -83,7 +83,7 @@ def _tokens(tokenizer: Mapping[str, Any], vocab_size: int, path: Path) -> tuple[
 
 
 def _padding_text(token_id: int, texts: set[str]) -> str:
-    """What llama.cpp's converter writes for an id without a token; another text if a token has that one."""
+    """The text that llama.cpp's converter writes for an id without a token; another if a token has it."""
     text = f"[PAD{token_id}]"
     while text in texts:
         text = f"[{text}]"

@@ -97,7 +97,7 @@ class _Decoder:
         return self._weights.linear(Role.ATTENTION_OUTPUT, layer, attended, f"{prefix}attention")
 
     def _query_or_key_norm(self, role: Role, layer: int, values: str, n_heads: int) -> str:
-        """What the family normalises the projected queries or keys over: [batch, sequence, n_heads * head_dim]."""
+        """Normalises the projected queries or keys as the family does: [batch, sequence, n_heads * head_dim]."""
         qk_norm = self._shape.family.qk_norm
         if qk_norm is QkNorm.NONE:
             return values

@@ -1,4 +1,4 @@
-"""What the data file of an ONNX model holds: every tensor's name, shape, type and place, before any weight is read."""
+"""The data file of an ONNX model: every tensor's name, shape, type and place, before any weight is read."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SMALL_TENSOR_BYTES = 16 * _PAGE_BYTES
 
 
 class Encoding(StrEnum):
-    """How a weight's values are stored."""
+    """The ways of storing a weight's values."""
 
     FLOAT32 = "F32"
     Q4_0 = "Q4_0"
@@ -43,7 +43,7 @@ class Encoding(StrEnum):
 
 @dataclass(frozen=True)
 class Preset:
-    """Which encoding each kind of weight gets. Routers and norms are always float32."""
+    """The encoding of each kind of weight. Routers and norms are always float32."""
 
     name: str
     linears: Encoding  # attention projections
@@ -107,7 +107,7 @@ class WeightPlan:
 
     @property
     def tensors(self) -> tuple[TensorPlan, ...]:
-        """What the data file holds of it."""
+        """The tensors of the data file that hold the weight."""
         return (self.codes,) if self.scales is None else (self.codes, self.scales)
 
 

@@ -129,14 +129,14 @@ class _Place:
     n_bytes: int
 
     def part(self, values: npt.NDArray[np.generic]) -> Part:
-        """What goes there."""
+        """The values as bytes, with the offset where they belong."""
         data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
         assert data.nbytes == self.n_bytes, f"{data.nbytes} bytes for a place of {self.n_bytes}"
         return self.offset, data
 
 
 def _places(weight: WeightPlan, rows: slice) -> list[_Place]:
-    """Where the file holds some rows of a weight: of its codes, and of its scales if it has any."""
+    """Finds the places of some rows of a weight: of its codes, and of its scales if it has any."""
     places = []
     for tensor in weight.tensors:
         row_bytes = tensor.n_bytes // prod(weight.shape[:-1])

@@ -1,4 +1,4 @@
-"""What both runtimes' validation stages share: cost in a process of its own, fidelity, and a few generations."""
+"""The common part of both runtimes' validation stages: cost in a separate process, fidelity, a few generations."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def validate_runtime(
 
 
 def limit_runtime(artifact: str, path: Path, n_tokens: int) -> None:
-    """From now on a runtime that is busy with an artifact for too long ends this process, and that is a finding."""
+    """Ends this process when a runtime is busy with an artifact for too long, which is a finding."""
     os.environ["GGML_NO_BACKTRACE"] = "1"  # a debugger would print for half a minute
     set_limit(patience(artifact_bytes(artifact, path), n_tokens))
 

@@ -1,4 +1,4 @@
-"""What both stages share that measure the original, unquantized, in a runtime: its floor.
+"""The common part of both stages that measure the unquantized original in a runtime, which is its floor.
 
 The original is written as the runtime takes it, in a type that holds its numbers exactly, and removed when it has been
 measured. The whole original was run by torch in calibration; its first layers alone are run here.
@@ -82,7 +82,7 @@ def measure_teacher(
 
 
 def _cost(context: StageContext, artifact: str, path: Path, prompt: npt.NDArray[np.int64]) -> dict[str, Any] | None:
-    """What the file costs, measured as the shipped ones are; None if the runtime dies of that."""
+    """Measures memory and speed as for shipped files; None if the runtime dies of it."""
     recipe = context.plan.recipe
     budget = recipe.budget
     try:
@@ -101,7 +101,7 @@ def _spread(n_chunks: int, n_wanted: int) -> list[int]:
 
 
 def _of_calibration(context: StageContext, chunks: Sequence[int], n_tokens: int) -> tuple[ReferenceLogProbs, Routing]:
-    """What the teacher's pass said of these chunks."""
+    """The log-probabilities and routing that the teacher's pass stored for these chunks."""
     files = Calibration.of(context.work)
     routing = Routing.load(files.routing)
     tokens = np.concatenate([np.arange(chunk * n_tokens, (chunk + 1) * n_tokens) for chunk in chunks])
@@ -135,6 +135,6 @@ class _SomeChunks:
         return len(self._chunks) * self._n_scored
 
     def decoded(self, start: int, stop: int) -> torch.Tensor:
-        """Of positions start..stop of these chunks: float32 [stop - start, V]."""
+        """Log-probabilities of positions start..stop of these chunks: float32 [stop - start, V]."""
         pieces = by_block(slice(start, stop), self._n_scored, self._chunks)
         return torch.cat([self._whole.decoded(place, place + rows.stop - rows.start) for place, rows in pieces])

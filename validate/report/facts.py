@@ -1,4 +1,4 @@
-"""What the report says in words: names of models, the verdict, how large a divergence is, what did not run."""
+"""The parts of the report in words: names of models, the verdict, how large a divergence is, what did not run."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ Community figures for Qwen-class models, llama-perplexity on wikitext; no accept
 
 
 def rung_outcome(rung: Mapping[str, Any]) -> str:
-    """What became of a rung of recovery: kept, rejected (or its training failed), or refused."""
+    """The outcome of a rung of recovery: kept, rejected (or its training failed), or refused."""
     if rung.get("accepted"):
         return "accepted"
     return "refused" if rung.get("selection_kld_before") is None else "rejected"
@@ -105,7 +105,7 @@ def row_name(row: Mapping[str, Any]) -> str:
 
 
 def deviations(report: Report) -> list[str]:
-    """Where a file differs from the original because its container knows nothing better, in sentences."""
+    """Sentences that say where a file differs from the original because its container cannot do better."""
     return [f"{artifact_name(entry['artifact'])}: {entry['what']}" for entry in report.get("deviations") or []]
 
 
@@ -126,7 +126,7 @@ def validation_row(report: Report, artifact: str) -> Mapping[str, Any]:
 
 
 def band(mean_divergence: float) -> str:
-    """How a mean divergence reads beside known figures."""
+    """Describes a mean divergence by comparison with known figures."""
     if mean_divergence < 0.005:
         return "about as close as 6-bit quantization"
     if mean_divergence < 0.01:
@@ -160,7 +160,7 @@ def is_dense(report: Report) -> bool:
 
 
 def what_is_left(report: Report) -> str:
-    """Of layers and experts: ``5 of 6 layers, 24 of 32 experts per layer``."""
+    """The layers and experts that are left: ``5 of 6 layers, 24 of 32 experts per layer``."""
     source, student = report["source"], report["student"]
     n_teacher, n_student = source["n_experts"], student["n_experts"]
     parts = []
@@ -208,7 +208,7 @@ def check_name(check: Mapping[str, Any]) -> str:
 
 
 def check_value(check: Mapping[str, Any]) -> str:
-    """What a check measured."""
+    """The value that a check measured, formatted."""
     return "not measured" if _unmeasured(check["value"]) else _check_format(check)(check["value"])
 
 
@@ -255,7 +255,7 @@ def verdict_sentence(report: Report) -> str:
 
 
 def cache_sentence(row: Mapping[str, Any], cache: Mapping[str, Any]) -> str:
-    """What a quantized cache costs on top, whose share is in no other figure."""
+    """Says how much a quantized cache adds; no other figure includes it."""
     return (
         f"{row_name(row)} was compared with an f16 cache; with its {cache['kv_type']} cache perplexity is "
         f"{numbers.perplexity(cache['perplexity'])}, mean divergence {numbers.divergence(cache['kld']['mean'])} nats "

@@ -160,7 +160,7 @@ def _runs(report: Report) -> list[tuple[str, str, str]]:
 
 
 def _limits(report: Report) -> list[str]:
-    """What the figures do not promise, and what went wrong."""
+    """The limits of the figures, and the failures."""
     limits = [f"Failed check: {failure}" for failure in facts.failures(report)]
     limits += [f"Known difference from the original: {deviation}." for deviation in facts.deviations(report)]
     for row in facts.shipped_rows(report):

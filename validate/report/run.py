@@ -1,4 +1,4 @@
-"""How to run what was written: commands that can be pasted."""
+"""Commands that run the written files and can be pasted."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def onnxruntime_example(report: Report, folder: Path) -> str:
 
 
 def run_instructions(report: Report, out: Path) -> str:
-    """What to type to run the files of a finished run.
+    """Returns the commands that run the files of a finished run.
 
     Args:
         report: the content of report.json.
