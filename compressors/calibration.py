@@ -3,7 +3,7 @@
 A text is one file, or a folder with one ``*.txt`` file per domain; documents are separated by blank lines. It is cut
 into three splits: statistics and training see *calibration*, choices between candidates are judged on *selection*, and
 the report measures *held-out*. Token blocks are llama-perplexity's
-(``tools/perplexity/perplexity.cpp`` of llama.cpp): a file is tokenised and cut into consecutive blocks, the remainder is
+(``tools/perplexity/perplexity.cpp`` of llama.cpp): a file is tokenised and cut into consecutive blocks, the rest is
 dropped, and BOS takes the place of each block's first token when the tokenizer adds BOS. A short text is tokenised
 whole, a long one only where blocks are taken (:mod:`compressors.token_streams`).
 
@@ -53,6 +53,7 @@ __all__ = [
 
 BLOCK_LENGTH = 512
 """Tokens of a block: llama-perplexity's default context. A model with a shorter context has blocks of that length."""
+_MOST_SHARED = 100  # one block in so many may be left out
 
 
 def block_length_of(context_length: int) -> int:
@@ -302,9 +303,6 @@ def _kept_apart(splits: Sequence[TextSplit], streams: Sequence[list[Stream]], bl
         if shared:
             kept[index] = without_blocks(kept[index], shared, block_length)
     return kept
-
-
-_MOST_SHARED = 100  # one block in so many may be left out
 
 
 def _not_apart(first: TextSplit, second: TextSplit, part: DomainText, other: DomainText, what: str) -> InputError:

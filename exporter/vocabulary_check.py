@@ -19,7 +19,6 @@ from compressors.model.shape import MoeShape
 from compressors.model.special_tokens import special_tokens
 from compressors.model.tokenizer_files import load_tokenizer, tokens_of
 from exporter.gguf.container import Value, render_header, render_values, string
-from exporter.gguf.layout import architecture
 from exporter.gguf.pre_tokenizers import CLOSE_PRE_TOKENIZERS, is_byte_level, pre_tokenizer_name, steps_of
 from exporter.gguf.special_values import tokens_around
 from exporter.gguf.vocabulary import vocabulary_metadata
@@ -76,7 +75,7 @@ def _ask(
     folder: Path, shape: MoeShape, name: str, vocabulary: Mapping[str, Value], texts: Sequence[str]
 ) -> LlamaTokens:
     values = {
-        "general.architecture": string(architecture(shape)),
+        "general.architecture": string(shape.gguf_architecture),
         "general.name": string(name),
         **vocabulary,
     }

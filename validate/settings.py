@@ -16,7 +16,7 @@ from compressors.model.errors import UnsupportedError
 from compressors.model.gguf_rope import GgufRope, gguf_rope
 from compressors.model.shape import MoeShape
 
-__all__ = ["MetadataValue", "expected_rope", "gguf_architecture", "gguf_setting_symptoms"]
+__all__ = ["MetadataValue", "expected_rope", "gguf_setting_symptoms"]
 
 MetadataValue = int | float | bool | str
 
@@ -67,23 +67,17 @@ _NAMES: Mapping[str, str] = {
 }
 
 
-def gguf_architecture(shape: MoeShape) -> str:
-    """llama.cpp's name of the architecture of a model."""
-    family = shape.family
-    return family.dense.gguf_architecture if shape.is_dense and family.dense else family.gguf.architecture
-
-
 def expected_rope(shape: MoeShape) -> GgufRope | None:
     """The keys and tensors a file needs for the rotary embedding; None if llama.cpp cannot compute it at all."""
     try:
-        return gguf_rope(shape.rope, gguf_architecture(shape), takes_factors=shape.family.gguf.takes_rope_factors)
+        return gguf_rope(shape.rope, shape.gguf_architecture, takes_factors=shape.family.gguf.takes_rope_factors)
     except UnsupportedError:
         return None
 
 
 def gguf_setting_symptoms(metadata: Mapping[str, MetadataValue], shape: MoeShape) -> list[str]:
     """Lists where a GGUF file's settings do not fit a model of this shape: a sentence for each key."""
-    architecture = gguf_architecture(shape)
+    architecture = shape.gguf_architecture
     found = metadata.get("general.architecture", "")
     if found != architecture:
         return [f"general.architecture: {found!r} in the file, but the model is llama.cpp's {architecture!r}"]

@@ -24,7 +24,6 @@ from exporter.gguf.container import (
     string_array,
     uint32,
 )
-from validate.settings import gguf_architecture
 
 __all__ = ["MetadataDamage", "key_values", "metadata_damages", "rewrite", "tokenizer_damages"]
 
@@ -85,7 +84,7 @@ def _value(types: list[GGUFValueType], content: Any) -> Value:
 
 def metadata_damages(shape: MoeShape) -> Iterator[MetadataDamage]:
     """Yields damages of the architecture's keys."""
-    prefix = gguf_architecture(shape)
+    prefix = shape.gguf_architecture
     wrong: dict[str, list[Value | None]] = {
         "block_count": [uint32(shape.n_layers + 1), None],
         "context_length": [uint32(shape.context_length // 2), None],

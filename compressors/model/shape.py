@@ -122,6 +122,12 @@ class MoeShape:
         names = self.family.names if dense is None or role not in dense.names else dense.names
         return names[role].format(layer=layer, expert=expert)
 
+    @property
+    def gguf_architecture(self) -> str:
+        """llama.cpp's name of the model's architecture."""
+        dense = self.family.dense if self.is_dense else None
+        return self.family.gguf.architecture if dense is None else dense.gguf_architecture
+
     def gguf_name(self, role: Role, layer: int | None = None) -> str:
         """The name of a tensor in llama.cpp; all experts of a layer are one."""
         names = DENSE_GGUF_NAMES if self.is_dense and role.is_expert else GGUF_NAMES

@@ -15,8 +15,7 @@ from compressors.model.gguf_rope import GgufRope, gguf_rope
 from compressors.model.shape import MoeShape
 from compressors.quantize import GGMLQuantizationType, fallback_type, row_bytes
 
-__all__ = ["PRESETS", "GgufTensor", "Preset", "architecture", "check_uniform", "plan_tensors", "preset_named"]
-__all__ += ["rope_settings"]
+__all__ = ["PRESETS", "GgufTensor", "Preset", "check_uniform", "plan_tensors", "preset_named", "rope_settings"]
 
 _MAX_EXPERTS, _MAX_LAYERS = 1024, 512  # LLAMA_MAX_EXPERTS and LLAMA_MAX_LAYERS in src/llama-hparams.h
 
@@ -88,19 +87,13 @@ def preset_named(name: str) -> Preset:
     return PRESETS[name]
 
 
-def architecture(shape: MoeShape) -> str:
-    """llama.cpp's name of the model's architecture."""
-    family = shape.family
-    return family.dense.gguf_architecture if shape.is_dense and family.dense else family.gguf.architecture
-
-
 def rope_settings(shape: MoeShape) -> GgufRope:
     """Returns the file's keys and tensors for the rotary embedding, except its base and width.
 
     Raises:
         UnsupportedError: llama.cpp would compute other angles whatever the file says.
     """
-    return gguf_rope(shape.rope, architecture(shape), takes_factors=shape.family.gguf.takes_rope_factors)
+    return gguf_rope(shape.rope, shape.gguf_architecture, takes_factors=shape.family.gguf.takes_rope_factors)
 
 
 def plan_tensors(shape: MoeShape, preset: str) -> tuple[GgufTensor, ...]:
@@ -140,8 +133,8 @@ def check_uniform(shape: MoeShape) -> None:
     """
     if shape.sizes is not None or not shape.has_moe:
         raise UnsupportedError(
-            f"llama.cpp's {architecture(shape)} graph has one number of experts and one expert width for all layers; "
-            f"these layers have {shape.described_sizes}: they cannot be written as GGUF; give all layers the same, "
+            f"llama.cpp's {shape.gguf_architecture} graph has one number of experts and one expert width for all "
+            f"layers; these layers have {shape.described_sizes}: they cannot be written as GGUF; give all layers the same, "
             "or use --formats onnx"
         )
 

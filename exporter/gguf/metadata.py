@@ -14,7 +14,7 @@ from compressors.model.errors import InputError
 from compressors.model.names import shown
 from compressors.model.shape import MoeShape
 from exporter.gguf.container import Value, float32, string, uint32
-from exporter.gguf.layout import architecture, preset_named, rope_settings
+from exporter.gguf.layout import preset_named, rope_settings
 from exporter.model_name import hub_id
 
 __all__ = ["gguf_file_name", "model_metadata", "moe_size_label", "source_license"]
@@ -33,7 +33,7 @@ def model_metadata(shape: MoeShape, source_folder: Path, name: str, preset: str)
 
 
 def moe_size_label(shape: MoeShape) -> str:
-    """Returns a label: ``64x1.5B`` is the number of experts, and parameters of the shared part plus one expert per layer.
+    """Returns a label like ``64x1.5B``: the number of experts, and the parameters of a model with one expert per layer.
 
     A dense model's is the number of its parameters, such as ``1.5B``. As gguf-py counts them (``size_label`` in
     ``gguf-py/gguf/utility.py``).
@@ -57,7 +57,7 @@ def _general(shape: MoeShape, source_folder: Path, name: str, preset: str) -> di
     _, organization, base_name, finetune, version, _ = parts
     card = _model_card(source_folder)
     texts = {
-        "general.architecture": architecture(shape),  # llama.cpp wants it first
+        "general.architecture": shape.gguf_architecture,  # llama.cpp wants it first
         "general.type": "model",
         "general.name": name,
         "general.organization": organization,
@@ -98,7 +98,7 @@ def _architecture(shape: MoeShape) -> dict[str, Value]:
         "vocab_size": uint32(shape.vocab_size),
     }
     values |= {key: _value(value) for key, value in rope_settings(shape).keys.items()}
-    return {f"{architecture(shape)}.{key}": value for key, value in values.items()}
+    return {f"{shape.gguf_architecture}.{key}": value for key, value in values.items()}
 
 
 def _value(value: str | int | float) -> Value:
