@@ -1,6 +1,6 @@
-"""Text files as documents: found by reading a file once from its beginning to its end, never held whole.
+"""Finds the documents of text files, without holding a whole file in memory.
 
-Documents are separated by blank lines. A part of a file is known by its place in it, and read when it is asked for.
+Documents are separated by blank lines. A part of a file is stored as its place in the file, and read when it is needed.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class DomainText:
 
 
 def read_parts(path: Path) -> tuple[DomainText, ...]:
-    """A file, or all ``*.txt`` files of a folder, each as one part.
+    """Returns a file, or all ``*.txt`` files of a folder, each as one part.
 
     Raises:
         InputError: nothing is there, or a file is empty, not UTF-8 or no regular file.

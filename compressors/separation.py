@@ -1,7 +1,7 @@
-"""Are two texts kept apart? By their tokens, and by their characters where line ends, spaces or accents are coded anew.
+"""Finds text that two splits share: by tokens, and by characters where line ends, spaces or accents differ.
 
-Both are found with rolling hashes: whatever is shared for long enough holds a whole piece of one of the texts, and that
-is looked for at every position of the other. Hashes narrow it down, the tokens and characters themselves decide.
+Both searches use rolling hashes. A long enough shared passage contains a whole piece of one of the texts, so each piece
+is searched at every position of the other. Hashes give the candidates; the tokens or characters themselves decide.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MULTIPLIER = 6364136223846793005  # of Knuth's linear congruential generator: o
 
 @dataclass(frozen=True)
 class SharedBlock:
-    """A block of tokens that another text has too."""
+    """A block of tokens that also occurs in another text."""
 
     stream: int  # its place among the streams
     block: int  # its place in the stream
@@ -60,9 +60,9 @@ def without_blocks(streams: Sequence[Stream], left_out: Sequence[SharedBlock], b
 
 
 def shared_text(first: Sequence[DomainText], second: Sequence[DomainText]) -> tuple[DomainText, DomainText, str] | None:
-    """Text of the one that occurs in the other, apart from spaces, line ends, byte order marks and Unicode's forms.
+    """Finds text of one that occurs in the other, ignoring spaces, line ends, byte order marks and Unicode forms.
 
-    Any 3,071 bytes that both have are found, in either direction; fewer than 1,536 never are.
+    A shared passage of 3,071 bytes is always found, in either direction; one of fewer than 1,536 never is.
 
     Returns:
         Both parts, and how the shared text begins; None if they share none.

@@ -1,8 +1,8 @@
-"""Text -> streams of tokens: all of a short text, and of a long one not much more than is asked for.
+"""Tokenises texts: a short text whole, a long one not much further than its wanted blocks need.
 
 A text of up to 4 MB, in files of up to 1 MB, is tokenised whole, file by file, as llama-perplexity does. A longer one
-would cost minutes and gigabytes for tokens that nobody looks at: only its beginning is tokenised, or as many places of
-it, evenly spaced, as blocks are wanted.
+would cost minutes and gigabytes for tokens that nobody uses: only its beginning is tokenised, or one place for each
+wanted block, evenly spaced.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class TextTokenizer(Protocol):
 
     @property
     def bos_token_id(self) -> int | None:
-        """BOS, whether it is put before a text or not."""
+        """The id of BOS, even if the tokenizer does not put it before a text."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True, verbose: bool = False) -> list[int]:
         """The tokens of a text."""
@@ -96,7 +96,7 @@ def spaced_streams(
 
 
 def shares_of(room: Sequence[int], wanted: int) -> list[int]:
-    """Gives places to each in turn, no more than it has room for; there must be room for all that are wanted."""
+    """Shares out ``wanted`` places in turn, to each part no more than its ``room``; all must find room."""
     assert wanted <= sum(room), (wanted, room)
     shares = [0] * len(room)
     left = wanted

@@ -3,7 +3,7 @@
 Importing torch and what else a process needs takes seconds of processor time, and a run starts a dozen. So on Linux
 they are forked from a server that has imported it all once (:mod:`multiprocessing`, start method "forkserver"). It
 begins with the first process and ends with the run; it does nothing but fork, so it has no thread and no CUDA.
-Elsewhere, where system libraries do not bear a fork, each process starts from nothing ("spawn").
+Elsewhere, where system libraries do not survive a fork, each process starts from nothing ("spawn").
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Death:
 
 @dataclass(frozen=True)
 class Child:
-    """A process to be."""
+    """A process that is to be started."""
 
     target: Callable[..., None]
     """Called with the arguments, the surroundings to enter, and the connection that takes its messages."""

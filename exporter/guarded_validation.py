@@ -1,4 +1,4 @@
-"""One file of ``moe-export validate``, measured in a guarded process."""
+"""Measures one file of ``moe-export validate`` in a guarded process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from validate.verdict import Check
 __all__ = ["measured"]
 
 _Published = tuple[Path, Mapping[str, Any]]
-"""A folder of ours, and the report in it."""
+"""The folder that a run published, and the report in it."""
 
 
 def measured(
@@ -34,16 +34,16 @@ def measured(
     """Measures a file against a reference.
 
     Args:
-        file: what is measured.
-        reference: what it is measured against.
-        published: where it is from, if a run of ours wrote it.
-        how: how it is run.
+        file: the file to measure.
+        reference: the reference to measure it against.
+        published: the folder and report that it is from, if one of our runs wrote it.
+        how: the settings of its runtime.
         require: thresholds by name.
-        limits: of the process; None: what a file of its size needs.
+        limits: the limits of the process; None: those for a file of its size.
 
     Returns:
-        Its row of the report, and its checks. Of a file that its runtime dies of, the row says how, in ``error``, and
-        the only check has failed.
+        Its row of the report, and its checks. If the runtime dies of the file, ``error`` of the row says how, the check
+        ``runs`` has failed, and only settings and tokenizer are checked besides.
 
     Raises:
         InputError: the file cannot be read, or its vocabulary is another.
@@ -72,7 +72,7 @@ def measured(
 def _seen(
     file: ModelFile, reference: StoredReference, published: _Published | None, limits: Limits
 ) -> tuple[list[Check], list[str]]:
-    """Checks and symptoms of settings and tokenizer of a file that cannot run: they may say why."""
+    """Compares settings and tokenizer of a file that cannot run, because they may say why."""
     try:
         found = run_guarded(file, limits, _describe, file, reference, published)
     except MoeExportError:

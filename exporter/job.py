@@ -177,7 +177,7 @@ def _one_of(flag: str, value: str, choices: tuple[str, ...]) -> str:
 
 def _at_least_one(flag: str, value: int, of_what: str) -> int:
     if value < 1:
-        raise InputError(f"{flag}: {value} {of_what} make no model; give 1 or more")
+        raise InputError(f"{flag}: {value} {of_what} are too few; give 1 or more")
     return value
 
 

@@ -99,7 +99,7 @@ def refuse_too_short_a_context(shape: MoeShape) -> None:
         key = "sliding_window" if shape.window == shape.context_length else "max_position_embeddings"
         raise UnsupportedError(
             f"the model's context is {shape.context_length} tokens ({key} in config.json), and "
-            f"validation lets it write texts of {least}: a model of so short a context is not supported"
+            f"validation lets it write texts of {least}: a model with so short a context is not supported"
         )
 
 

@@ -1,6 +1,6 @@
-"""A folder that a run of ours published, read again: its report, and whether its files are still the same.
+"""Reads a folder that one of our runs published: its report, and whether its files are still the same.
 
-Between publishing and reading anybody may have edited it, so nothing in it is taken on trust.
+Anybody may have edited the folder since, so nothing in it is taken on trust.
 """
 
 from __future__ import annotations

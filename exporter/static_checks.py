@@ -39,23 +39,23 @@ __all__ = ["StaticFindings", "check_description", "check_weights", "expected_sha
 
 @dataclass(frozen=True)
 class StaticFindings:
-    """Checks, what is wrong in words, and what could not be looked at."""
+    """The checks, a symptom for each fault, and notes on parts that could not be compared."""
 
     checks: list[Check] = field(default_factory=list)
     symptoms: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def add(self, name: str, symptoms: Sequence[str], count: int | None = None) -> None:
-        """A check that passes without symptoms."""
+        """Adds a check that passes if there are no symptoms."""
         self.checks.append(Check.at_most(name, len(symptoms) if count is None else count, 0))
         self.symptoms.extend(symptoms)
 
 
 def expected_shape(file: ModelFile, source: MoeShape) -> MoeShape | None:
-    """The shape of somebody's file of a model: the original's, with as many experts and layers as the file has.
+    """Returns the shape that a file should have: the original's, with as many experts and layers as the file has.
 
     Returns:
-        None where the file is no model with experts: nothing says how wide its feed-forward should be.
+        None if the file has no experts, because nothing says how wide its feed-forward should be.
 
     Raises:
         InputError: the file cannot be read.
@@ -83,7 +83,7 @@ def check_description(
     Args:
         file: the file.
         source: the original.
-        shape: of the model that the file should hold; None: nothing says, and its settings are not compared.
+        shape: the shape of the model that the file should hold; with None its settings are not compared.
         chunks_BT: tokens of held-out text.
 
     Raises:
@@ -92,7 +92,7 @@ def check_description(
     findings = StaticFindings()
     settings: list[str] = []
     if shape is None:
-        findings.notes.append("its settings were not compared with the original's: it is no model with experts")
+        findings.notes.append("its settings were not compared with the original's: it has no experts")
     else:
         vocab_size = file.facts.vocab_size or shape.vocab_size
         settings += _setting_symptoms(file, source, replace(shape, vocab_size=vocab_size))
@@ -122,7 +122,7 @@ def _setting_symptoms(file: ModelFile, source: Checkpoint, shape: MoeShape) -> l
 def _tokenizer_findings(
     file: ModelFile, source: Checkpoint, chunks_BT: npt.NDArray[np.int64]
 ) -> TokenizerFindings | None:
-    """None of a graph that has no tokenizer."""
+    """Compares the tokenizer; None for a graph that has none."""
     original, chunks = original_tokenizer(source.folder, source.shape.vocab_size), chunks_BT.tolist()
     if file.format == "gguf":
         metadata = GgufFile(file.path).metadata
@@ -152,7 +152,7 @@ def check_weights(file: ModelFile, original: Student, trained: frozenset[Role] =
     Args:
         file: the file.
         original: the student that has them.
-        trained: roles whose weights went on from that student's.
+        trained: roles whose weights recovery trained further, so that they need not be equal.
 
     Raises:
         InputError: the file or the student cannot be read.

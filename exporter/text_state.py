@@ -1,4 +1,4 @@
-"""Are the texts still those that a run began with? All three splits are compared, by their SHA-256."""
+"""Checks that the texts are still those that a run began with: the SHA-256 of all three splits."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def refuse_changed_texts(
     """Compares the texts with those that the recipe names.
 
     Args:
-        chosen: the recipe's part.
+        chosen: the recipe's part that names the texts.
         calibration: file or folder that the calibration and selection splits are from, and without ``heldout`` the
             held-out split too.
         heldout: file or folder of the held-out split.
-        what_to_do: ends the message.
+        what_to_do: the end of the message.
         splits: the texts, if they have been read already.
 
     Raises:
-        InputError: one is another; the message names it and its place. Or a text cannot be read.
+        InputError: a text has changed, and the message names it and its place; or a text cannot be read.
     """
     splits = splits or read_splits(calibration, heldout)
     for name, split in vars(splits).items():

@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer beside the weights that were made of it: every client cuts text as the original's does."""
+"""Copies a checkpoint's tokenizer beside the written weights, so that every client cuts text as the original does."""
 
 from __future__ import annotations
 

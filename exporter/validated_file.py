@@ -74,7 +74,7 @@ class Expectation:
             if n_experts is None:
                 note = f"nothing is known of the original's experts{said}"
             elif facts.n_experts is None:
-                note = f"it does not tell of its experts, as MoE and QMoE operators in a graph would{said}"
+                note = f"it has no MoE or QMoE operators that would show its experts{said}"
             else:
                 note = (
                     f"it has {facts.n_experts} experts in {facts.n_layers} layers, the original {n_experts} in "
@@ -124,7 +124,7 @@ def validate_file(
     agreement = _agreement(reference, evaluation, expectation)
     notes = [*expectation.notes, *notes]
     if agreement is None and expectation.experts is not None and reference.routing is not None:
-        notes.append("its MoE operators route by a rule that they do not tell: routing is not compared")
+        notes.append("its MoE operators do not show their routing rule: routing is not compared")
     figures = fidelity_figures(evaluation, "reference")
     finite = float(np.isfinite(evaluation.negative_log_likelihood_N).mean())
     checks = [Check.at_least(f"{file.format}.finite", finite, 1.0)]
@@ -172,8 +172,8 @@ def _evaluate(file: ModelFile, backend: RuntimeBackend, reference: Reference) ->
             check_padding(own if sizes[0] > n_common else reference.vocabulary, n_common, max(sizes))
             model, log_probs = FirstTokens(backend, n_common), FirstTokensOf(log_probs, n_common)
             notes.append(
-                f"its vocabulary has {sizes[0]:,} tokens, the original's {sizes[1]:,}: what is beyond {n_common:,} is "
-                "padding and was left out on both sides"
+                f"its vocabulary has {sizes[0]:,} tokens, the original's {sizes[1]:,}: the tokens beyond {n_common:,} "
+                "are padding and were left out on both sides"
             )
     return evaluate(model, chunks_BT, {"reference": log_probs}), notes
 

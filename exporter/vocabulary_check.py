@@ -1,7 +1,7 @@
 """Compares llama.cpp's tokens with those of the checkpoint's tokenizer before any work, by a file of metadata alone.
 
-Ordinary text that is cut otherwise is refused: the model would read other words. What llama.cpp has no rule for, such
-as spaces that a special token swallows, becomes a deviation that plan and report name.
+If ordinary text is cut differently, the model is refused: it would read other words. Differences that come from a rule
+that llama.cpp lacks, such as special tokens that swallow spaces, become deviations that plan and report name.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _Tokens = Mapping[str, tuple[int, ...]]  # by text
 
 
 def vocabulary_deviations(folder: Path, shape: MoeShape, name: str) -> Iterator[str]:
-    """Yields a sentence for each kind of difference that no GGUF file can mend.
+    """Yields a sentence for each kind of difference that no GGUF file can avoid.
 
     Args:
         folder: the checkpoint's.
         shape: the checkpoint's.
-        name: that the file will give to the model; llama.cpp treats some models by it.
+        name: the name of the model in the file; llama.cpp treats some models by their name.
 
     Raises:
         InputError: the tokenizer is missing or damaged.
@@ -92,7 +92,7 @@ def _ask(
 
 
 def _instead(name: str) -> str:
-    """A way out; by their name llama.cpp takes models for Phi-3 and looks for its tokens (``src/llama-vocab.cpp``)."""
+    """The advice; llama.cpp takes models for Phi-3 by their name and requires its tokens (``src/llama-vocab.cpp``)."""
     if any(mark in name.lower() for mark in ("phi-3", "phi3")):
         return f"llama.cpp takes a model named {name!r} for Phi-3, whose tokens it lacks: give it another name"
     return "use --formats onnx"
@@ -166,7 +166,7 @@ class _Judge:
 
 
 def _around_texts(folder: Path, parsed: Sequence[int], whole: Sequence[int]) -> Iterator[str]:
-    """Compares what both sides put before and behind a text of their own accord: the first of the page."""
+    """Compares the tokens that both sides put before and behind a text, with the first text of the page."""
     tokenizer, text = load_tokenizer(folder), AWKWARD_TEXTS[0]
     wanted = tokens_around(tokenizer.encode(text), tokenizer.encode(text, add_special_tokens=False))
     for where, tokens, others in zip(("before", "behind"), wanted, tokens_around(whole, parsed), strict=True):

@@ -1,4 +1,4 @@
-"""The one reader of YAML that a person wrote: plain data, and one sentence with line and column where it is none."""
+"""Reads YAML that a person wrote, as plain data; every error is one sentence with line and column."""
 
 from __future__ import annotations
 

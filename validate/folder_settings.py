@@ -1,7 +1,7 @@
-"""The configurations beside an ONNX graph: what clients read before they run it.
+"""Checks the configurations beside an ONNX graph, which clients read before they run it.
 
 ``genai_config.json`` is onnxruntime-genai's (``src/config.h``), ``config.json`` and ``generation_config.json`` are
-transformers' and optimum's. A number there that is not the model's, or not the graph's, is another model to them.
+transformers' and optimum's. With a wrong number there, a client runs another model.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ def _object(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """None if there is none; a damaged one is empty, and then lacks everything."""
+    """Reads a configuration: None if there is none, empty if it is damaged, so that every key counts as missing."""
     if not path.is_file():
         return None
     try:

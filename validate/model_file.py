@@ -186,5 +186,5 @@ def find_model_file(path: Path) -> ModelFile | None:
             raise InputError(f"{missing[0]} is missing: the model was split into {len(parts)} parts; put all there")
         return ModelFile("gguf", parts[0])
     if len(files) > 1:
-        raise InputError(f"{path} holds {len(files)} GGUF files; give the one that is meant, such as {files[0]}")
+        raise InputError(f"{path} holds {len(files)} GGUF files; give one of them, such as {files[0]}")
     return ModelFile("gguf", files[0]) if files else None

@@ -102,7 +102,7 @@ class OnnxRuntimeBackend:
         """
         path = self._path.parent / "tokenizer.json"
         if not path.is_file():
-            raise InputError(f"{path} is missing: without it nobody knows how a text begins")
+            raise InputError(f"{path} is missing: it says whether a text begins with BOS; put it there")
         tokenizer = read_tokenizer_json(path)
         tokens, alone = (tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
         return tokens[0] if tokens[:1] != alone[:1] else None
@@ -199,7 +199,7 @@ class OnnxRuntimeBackend:
             return ()
         if any(not 0 <= node.layer < self._n_layers for node in found):
             raise InputError(
-                f"{self._path} has caches of {self._n_layers} layers, but MoE and attention operators of another "
+                f"{self._path} has caches of {self._n_layers} layers, but MoE and attention operators of a different "
                 "number; export it again"
             )
         # of the type that the runtime infers

@@ -1,7 +1,7 @@
 """Tests whether the rows of a file are as near to the original's as their type allows.
 
-What is stored in float must be the original, or its rounding to 16 bits, to the last bit. What is quantized is held
-against the error that the same type makes of the same rows: ggml's kernel quantizes a sample of them, and every row
+Values stored in float must be the original, or its rounding to 16 bits, to the last bit. Quantized values are compared
+with the error that the same type makes of the same rows: ggml's kernel quantizes a sample of them, and every row
 that is further off than usual, without an importance matrix. Margins were measured on both trained models over all
 types of ggml, for its kernels with importance matrices and for codes that error feedback (GPTQ) chose, which raises a
 matrix's own error by up to 1.5 and a single row's by up to 2.1 times (``benchmarks/results/damage.md``).

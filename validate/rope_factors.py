@@ -1,4 +1,4 @@
-"""The tensors by which llama.cpp divides the angles of its rotary embedding, in the architectures that take them."""
+"""Checks the tensors by which llama.cpp divides rotary angles, in the architectures that take them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SAME = 1e-6  # relative: converters compute them in single or double precision
 
 
 def rope_factor_symptoms(file: GgufFile, shape: MoeShape) -> Iterator[str]:
-    """Yields a sentence for each of these tensors that is missing, one too many, or not the model's."""
+    """Yields a sentence for each of these tensors that is missing, superfluous, or not the model's."""
     rope = expected_rope(shape)
     if rope is None:
         return

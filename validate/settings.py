@@ -1,7 +1,7 @@
 """The numbers that a file's metadata must hold for llama.cpp to compute what ``config.json`` describes.
 
-llama.cpp takes every number of its graph from the file (``llama_model::load_hparams``): a key that is wrong, absent or
-one too many is another model, which loads without a word. Keys that only describe the file are left alone.
+llama.cpp takes every number of its graph from the file (``llama_model::load_hparams``). If a key is wrong, missing or
+superfluous, another model loads without a warning. Keys that only describe the file are left alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["MetadataValue", "expected_rope", "gguf_setting_symptoms"]
 MetadataValue = int | float | bool | str
 
 _LLAMA_CPP_ROPE_BASE = 10000.0  # where the file says nothing
-_SOFTMAX, _SIGMOID = 1, 2  # expert_gating_func
+_SOFTMAX = 1  # of expert_gating_func
 
 _NEUTRAL: Mapping[str, tuple[MetadataValue, ...]] = {
     "attention.causal": (True,),

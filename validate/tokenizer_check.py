@@ -1,7 +1,7 @@
 """Checks whether a file's own tokenizer is the original's: tokens, their kinds, how it cuts text, and where texts end.
 
-Clients use the tokenizer that a file brings, so it is asked here, inside llama.cpp or as the folder's, and not the
-original's in its place. It is given every token's own text, the texts that go wrong in practice, and the held-out text.
+Clients use the tokenizer that a file brings, so that one is tested here, inside llama.cpp or as the folder's, not the
+original's. It is given every token's own text, the texts that go wrong in practice, and the held-out text.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class TokenizerFindings:
     """The faults of a file's tokenizer, in sentences.
 
     Attributes:
-        symptoms: of tokens and texts.
-        settings: of special tokens, flags and templates.
-        notes: differences that no file of this format can do without.
+        symptoms: faults of tokens and texts.
+        settings: faults of special tokens, flags and templates.
+        notes: differences that no file of this format can avoid.
         texts: how many texts were compared.
     """
 
@@ -58,8 +58,8 @@ def check_gguf_tokenizer(
         metadata: its single values.
         original: the original's tokenizer.
         chunks: tokens of text, which are decoded and cut again.
-        best: gives how llama.cpp cuts text with the vocabulary that our exporter writes, None if it writes none; asked
-            only if there are differences: those that it has too, no file does without.
+        best: returns llama.cpp's tokenizer with the vocabulary that our exporter writes, None if it writes none. It is
+            called only if there are differences; those that it has too cannot be avoided in any file.
 
     Raises:
         InputError: llama.cpp cannot read the vocabulary.
@@ -185,7 +185,7 @@ def _compare_texts(
         different = [one for one in different if one not in known]
         if known:
             findings.notes.append(
-                f"llama.cpp cuts {len(known)} of {len(texts):,} texts otherwise than the original's tokenizer does, "
+                f"llama.cpp cuts {len(known)} of {len(texts):,} texts unlike the original's tokenizer does, "
                 f"whatever a file says: {_shown_text(known[0])}"
             )
     if different:

@@ -39,7 +39,7 @@ def weight_symptoms(damage: Sequence[Damage], token_text: TokenText | None = Non
 
 
 def coarse_symptoms(comparison: WeightComparison) -> list[str]:
-    """Tensors in about 2 bits where the file has more: each makes it another file than its size promises."""
+    """Sentences about tensors in about 2 bits in a file of more bits, which make it worse than its size promises."""
     by_tensor: dict[tuple[int | None, Role], list[float]] = defaultdict(list)
     for unit, error in comparison.errors.items():
         if unit.role in _QUANTIZED_ROLES and error <= _NOT_COARSE_BUT_ANOTHER:

@@ -1,4 +1,4 @@
-"""Are the embedding and the head finite? No text reaches all of their rows: those of padding tokens are met last."""
+"""Checks that the embedding and the head are finite, because no text reaches all of their rows."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Looks at a folder before anybody reads the model in it: is it a checkpoint, and can its files be read?
+"""Checks a folder before the model in it is read: whether it is a checkpoint, and whether its files can be read.
 
-Libraries read most of these files by themselves (configuration, tokenizer). What they would stumble over, wait for or
-run out of memory with is found here first.
+Libraries read most of these files by themselves (configuration, tokenizer). Files that would make them fail, wait or
+run out of memory are found here first.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _check(path: Path, state: FileState | None) -> None:
 
 
 def refuse_other_inputs(folder: Path) -> None:
-    """Refuses what ``config.json`` calls more than a language model.
+    """Refuses a model that, by ``config.json``, takes other inputs than text.
 
     Raises:
         InputError: the file cannot be read.

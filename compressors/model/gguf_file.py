@@ -245,7 +245,7 @@ def _layout(kind: int) -> str:
     """The struct format of a single value of a kind."""
     layout = _LAYOUTS.get(kind)
     if layout is None:
-        raise ValueError(f"it has a value of kind {kind}, which a single value cannot be")
+        raise ValueError(f"it has a single value of kind {kind}, which is not known")
     return layout
 
 

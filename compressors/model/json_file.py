@@ -1,7 +1,7 @@
-"""The one reader of JSON that somebody else wrote: files, and the headers of safetensors files.
+"""Reads JSON that somebody else wrote: files, and the headers of safetensors files.
 
-Python's own accepts what no other reader of these files does (NaN, numbers without bound, half of a surrogate pair)
-and answers some input with other errors than its own. Here everything is one sentence that names the place.
+Python's own reader accepts input that no other reader of these files does (NaN, numbers without bound, half of a
+surrogate pair), and raises various errors. Here every error is one sentence that names the place.
 """
 
 from __future__ import annotations

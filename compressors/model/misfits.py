@@ -1,4 +1,4 @@
-"""Why a folder's tensors are not those that ``config.json`` promises, where their names tell."""
+"""Explains by their names why a folder's tensors are not those that ``config.json`` promises."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def is_classifier(config: Mapping[str, Any], names: Collection[str]) -> str | No
 
 
 def likely_cause(folder: Path, config: Mapping[str, Any], names: Collection[str], missing: str) -> str | None:
-    """Returns what explains that a tensor is missing or of another kind, and a next step; None if nothing is known.
+    """Explains why a tensor is missing or of another kind, and names a next step; None if nothing is known.
 
     Args:
         folder: the checkpoint.

@@ -1,4 +1,4 @@
-"""The one place that looks at texts from somebody else's file before a message quotes them."""
+"""Makes texts from other people's files safe to quote in messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Graphs that somebody else wrote: read, and where their weights' values lie."""
+"""Reads graphs that somebody else wrote, and finds the places of their weights' values."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def read_graph(path: Path) -> onnx.GraphProto:
 
 
 def _check_names(path: Path, graph: onnx.GraphProto) -> None:
-    """protobuf gives bytes where a text is no UTF-8."""
+    """Refuses names that are no UTF-8, for which protobuf gives bytes."""
     named = [value.name for values in (graph.input, graph.output, graph.initializer) for value in values]
     for node in graph.node:
         named += [node.op_type, *node.input, *node.output]
@@ -108,7 +108,7 @@ def external_place(graph_file: Path, weight: onnx.TensorProto) -> ExternalPlace:
     location, offset = PurePosixPath(said.get("location", "")), said.get("offset") or "0"
     name = f"{graph_file}: tensor {shown(weight.name)}"
     if len(said) < len(weight.external_data) or len(str(location)) > _LONGEST_NAME:
-        raise InputError(f"{name} does not say in one short name where it lies; export it again")
+        raise InputError(f"{name} names no file for its values, or too long a name; export it again")
     if not location.name or location.is_absolute() or ".." in location.parts or not str(location).isprintable():
         raise InputError(
             f"{name} lies in {shown(said.get('location'))}, which is no file in the graph's folder; export it again"

@@ -35,7 +35,7 @@ class FileState:
         """Says what is different now; None if nothing is."""
         if self.size != now.size:
             return f"it had {self.size} bytes and now has {now.size}"
-        return None if self == now else "its time of modification is another"
+        return None if self == now else "its time of modification has changed"
 
 
 class RawFile:

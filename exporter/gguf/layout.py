@@ -134,8 +134,8 @@ def check_uniform(shape: MoeShape) -> None:
     if shape.sizes is not None or not shape.has_moe:
         raise UnsupportedError(
             f"llama.cpp's {shape.gguf_architecture} graph has one number of experts and one expert width for all "
-            f"layers; these layers have {shape.described_sizes}: they cannot be written as GGUF; give all layers the same, "
-            "or use --formats onnx"
+            f"layers; these layers have {shape.described_sizes}: they cannot be written as GGUF; give all layers the "
+            "same, or use --formats onnx"
         )
 
 

@@ -135,7 +135,7 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any], path: Path) -> str:
     if name is None:
         raise UnsupportedError(
             f"{path}: the pre-tokenizer {' then '.join(map(repr, expressions))} (ignore_merges {ignores_merges}) "
-            "is none of those known to be in llama.cpp, which would split text otherwise than the model expects; "
+            "is not known to be in llama.cpp, which would split text differently from what the model expects; "
             "use --formats onnx"
         )
     return name

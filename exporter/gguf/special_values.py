@@ -100,6 +100,6 @@ def _never_in_a_text(folder: Path, tokens: Sequence[str], types: Sequence[int], 
             return token
     default = [tokens[token] for token in (11, 2) if token < len(tokens)]
     raise UnsupportedError(
-        f"{folder} names no token that ends a text, and llama.cpp would take one for it that texts are made of "
+        f"{folder} names no token that ends a text, and llama.cpp's default for it is one that occurs in texts "
         f"({' or '.join(map(repr, default))}): name it in generation_config.json as eos_token_id, or use --formats onnx"
     )
