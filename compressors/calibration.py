@@ -113,7 +113,7 @@ class TokenBlocks:
 
 @dataclass(frozen=True)
 class TokenizedSplit:
-    """The full blocks of a split, file by file; of a long text those that were wanted."""
+    """The full blocks of a split, file by file; for a long text only the wanted ones."""
 
     name: str
     blocks: tuple[tuple[str, torch.Tensor], ...]  # domain, int64 [its blocks, T]
@@ -247,7 +247,7 @@ def _streams(
     spaced: int | None = None,
     leading: int | None = None,
 ) -> list[Stream]:
-    """The split's tokens: of a long text enough for so many ``spaced`` blocks, or ``leading`` ones of each file.
+    """The split's tokens: for a long text enough for ``spaced`` blocks, or for ``leading`` blocks of each file.
 
     Raises:
         InputError: no file has enough for one block.

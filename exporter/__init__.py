@@ -1,3 +1,3 @@
-"""From a MoE checkpoint to files that run on a laptop: job, plan, stages, writers, command line."""
+"""Makes files that run on a laptop from a MoE checkpoint: job, plan, stages, writers, command line."""
 
 from compressors.model import quiet_libraries as quiet_libraries

@@ -51,7 +51,7 @@ class _DefaultCommand(click.Group):
 
 @contextmanager
 def _storage_errors_for_people(ctx: click.Context) -> Iterator[None]:
-    """A full disk may be met anywhere; whoever closes our standard output early (EPIPE) is click's business."""
+    """Turns a full disk, wherever it shows, into a message; click handles a closed standard output (EPIPE)."""
     try:
         os.getcwd()
     except OSError:

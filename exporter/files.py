@@ -84,7 +84,7 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def complete_or_absent(path: Path) -> Iterator[Path]:
-    """Gives a place beside ``path`` to write to; what is there at the end takes ``path``'s place.
+    """Gives a place beside ``path`` to write to; its content replaces ``path`` at the end.
 
     Raises:
         InputError: it cannot be put there.

@@ -51,7 +51,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class StoredReference:
-    """A reference in files, which processes hand to each other."""
+    """A reference that is stored in files, so that one process can hand it to another."""
 
     name: str
     runtime: str
@@ -124,7 +124,7 @@ def against_checkpoint(
 def against_file(
     file: ModelFile, text: Path, chunks_per_file: int, logits_file: Path, folder: Path, how: RuntimeChoice
 ) -> StoredReference:
-    """Runs a file in its runtime over text in its own vocabulary, and writes the same.
+    """Runs a file in its runtime over text in its own vocabulary, and writes log-probabilities and routing.
 
     Raises:
         InputError: the file has no tokenizer, or it or the text cannot be used.

@@ -111,7 +111,7 @@ def _result(reference: StoredReference, rows: list[dict[str, Any]], checks: list
 
 
 def _without_reference(name: str, death: str, checks: list[Check]) -> dict[str, Any]:
-    """The result when the file that stands for the original killed its runtime."""
+    """The result if the runtime of the ``--against`` file died of it."""
     about = {"reference": {"name": name, "runtime": "unknown"}, "perplexity_teacher": None}
     return _verdict(about, [], [*checks, Check.at_least("reference.runs", 0, 1)], [f"--against: {name}: {death}"])
 
@@ -119,7 +119,7 @@ def _without_reference(name: str, death: str, checks: list[Check]) -> dict[str, 
 def _verdict(
     about: Mapping[str, Any], rows: list[dict[str, Any]], checks: list[Check], deaths: list[str]
 ) -> dict[str, Any]:
-    """The whole report; a death stands among the failures in the words of what died."""
+    """The whole report. The deaths of runtimes are listed first among the failures."""
     verdict = {"passed": all(check.passed for check in checks), "checks": [asdict(check) for check in checks]}
     others = [asdict(check) for check in checks if not check.name.endswith(".runs")]
     return {
@@ -151,7 +151,7 @@ def _reference(
     folder: Path,
     how: RuntimeChoice,
 ) -> StoredReference:
-    """Runs the original; what it leaves beside its logits goes into the folder."""
+    """Runs the original; its files, other than the logits, go into the folder."""
     file = None if against is None else _reference_file(Path(against))
     if file is not None:
         file.check_can_run(how)

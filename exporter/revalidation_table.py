@@ -34,7 +34,7 @@ def revalidation_table(result: Mapping[str, Any]) -> RenderableType:
 
 
 def _measured(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The files whose runtime lived; what killed another's stands among the failures."""
+    """The files whose runtime did not die; the deaths of others are listed among the failures."""
     return [row for row in result["rows"] if row["error"] is None]
 
 

@@ -31,7 +31,7 @@ def _handed_over(descriptor: Any) -> int:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """Environment variables and where to print; the working directory is handed over by multiprocessing itself."""
+    """Environment variables and output; multiprocessing itself hands over the working directory."""
 
     environment: Mapping[str, str]
     output: _OpenFile | int  # the number of the file descriptor, in the process that it was handed over to

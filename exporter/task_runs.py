@@ -103,7 +103,7 @@ def tasks_table(results: list[dict[str, Any]]) -> Table:
 
 
 def task_failures(results: list[dict[str, Any]]) -> list[str]:
-    """The deaths of runtimes, each in one line."""
+    """One line for each runtime that died."""
     return [
         f"{facts.artifact_name(result['artifact'])}, tasks: {result['error']}"
         for result in results

@@ -86,7 +86,7 @@ class Expectation:
 
 
 def _trained_roles(report: Mapping[str, Any], is_saved: bool) -> frozenset[Role]:
-    """Roles that recovery changed, beside the saved student if there is one: it has all but what came after writing."""
+    """Roles that recovery changed; with a saved student, only those changed after writing, which it does not have."""
     scopes = [str(rung["rung"]) for rung in report["recovery"] if rung.get("accepted")]
     if is_saved:
         scopes = [scope for scope in scopes if scope == AFTER_QUANTIZING]
@@ -203,7 +203,7 @@ def _inspect(file: ModelFile, expectation: Expectation, reference: Reference) ->
 
 
 def describe_file(file: ModelFile, reference: Reference, expectation: Expectation) -> StaticFindings | None:
-    """Compares settings and tokenizer, for which a file need not run; None if the original's are not known.
+    """Compares settings and tokenizer without running the file; None if the original's are not known.
 
     Raises:
         InputError: the file cannot be read.

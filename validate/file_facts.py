@@ -104,7 +104,7 @@ def _last_dimension(value: onnx.ValueInfoProto) -> int | None:
 
 
 def _number(node: onnx.NodeProto, name: str, default: int) -> int:
-    """A whole number among the node's attributes; the default too where there is something else of that name."""
+    """A whole number among the node's attributes; the default if it is absent or something else."""
     kind = onnx.AttributeProto.INT
     return next((int(entry.i) for entry in node.attribute if entry.name == name and entry.type == kind), default)
 
@@ -136,7 +136,7 @@ def _bits_of_type(tensor: onnx.TensorProto) -> float:
 
 
 def _numpy_dtype(tensor: onnx.TensorProto) -> np.dtype[Any] | None:
-    """None of a type that numpy does not have, or nobody."""
+    """The type in NumPy; None if NumPy, or ONNX, has no such type."""
     known = tensor.data_type in TensorProto.DataType.values() and tensor.data_type != TensorProto.UNDEFINED
     return onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type) if known else None
 

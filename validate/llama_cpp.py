@@ -44,11 +44,11 @@ KV_TYPES: Mapping[str, int] = {
 }
 """Storage of keys and values; the quantized ones need flash attention."""
 QUANTIZED_KV_TYPES = ("q8_0", "q4_0")
-"""A file is compared with torch without them: what a coarse cache costs is not the file's fault, and stands apart."""
+"""Not used to compare a file with torch: the loss from a coarse cache is not the file's fault, and reported apart."""
 
 
 def exact_kv_type(kv_type: str) -> str:
-    """The type of cache that a file is compared with: f16 in the place of a quantized one."""
+    """The type of cache for comparing a file with torch: f16 in place of a quantized one."""
     return "f16" if kv_type in QUANTIZED_KV_TYPES else kv_type
 
 

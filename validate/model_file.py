@@ -71,7 +71,7 @@ class ModelFile:
         return artifact_bytes(self.format, self.path)
 
     def may_use_gpu(self, choice: RuntimeChoice) -> bool:
-        """Whether the runtime as it is installed has to do with a GPU's driver."""
+        """Whether the installed runtime may use a GPU's driver."""
         return offloads() if self.format == "gguf" else choice.providers != "cpu"
 
     def check_can_run(self, choice: RuntimeChoice) -> None:
@@ -128,7 +128,7 @@ class ModelFile:
             return GgufWeights(self.path, shape) if self.format == "gguf" else OnnxWeights(self.path.parent, shape)
 
     def vocabulary(self) -> Vocabulary | None:
-        """Its own; a graph's is that of the tokenizer beside it, None if there is none."""
+        """The file's vocabulary; for a graph that of the tokenizer beside it, or None."""
         time_limit.tell("reading its vocabulary")
         if self.format == "gguf":
             return GgufVocabulary(self.path)

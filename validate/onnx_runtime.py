@@ -304,7 +304,7 @@ def _run_from_empty_cache(
 
 @contextmanager
 def _running() -> Iterator[None]:
-    """While it lasts, what the runtime raises is a finding about the graph, and so is it that nothing comes back."""
+    """Inside, an error of the runtime is a finding about the graph, and so is a call that does not return."""
     try:
         with time_limit.working():
             yield

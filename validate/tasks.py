@@ -75,7 +75,7 @@ def run_tasks(model: TextModel, tokenizer: Any, path: Path, *, max_length: int) 
 
 @contextmanager
 def _data_sets_elsewhere() -> Iterator[None]:
-    """While it lasts, data sets are converted in a temporary folder; they would stay in the user's cache otherwise."""
+    """Inside, data sets are converted in a temporary folder, so that nothing stays in the user's cache."""
     config: Any = importlib.import_module("datasets.config")
     before = config.HF_DATASETS_CACHE
     with tempfile.TemporaryDirectory(prefix="moe-export-") as folder:

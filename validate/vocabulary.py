@@ -109,17 +109,17 @@ class GgufVocabulary:
 
     @property
     def end_token(self) -> int:
-        """The token that ends a text first of all; -1 if there is none."""
+        """The main end token (eos); -1 if there is none."""
         return int(api.llama_vocab_eos(self._vocabulary))
 
     @property
     def adds_begin(self) -> bool:
-        """Whether a text gets the first of them."""
+        """Whether llama.cpp puts :attr:`begin_token` before a text."""
         return bool(api.llama_vocab_get_add_bos(self._vocabulary))
 
     @property
     def adds_end(self) -> bool:
-        """Whether a text gets the second."""
+        """Whether llama.cpp puts :attr:`end_token` behind a text."""
         return bool(api.llama_vocab_get_add_eos(self._vocabulary))
 
     @property
@@ -129,7 +129,7 @@ class GgufVocabulary:
 
     @property
     def marks(self) -> frozenset[str]:
-        """The texts of all tokens that llama.cpp looks for in a text before it cuts it: those with a meaning."""
+        """The texts of the tokens that llama.cpp takes for special and looks for before it cuts a text."""
         kinds = api.LLAMA_TOKEN_ATTR_CONTROL | api.LLAMA_TOKEN_ATTR_USER_DEFINED | api.LLAMA_TOKEN_ATTR_UNKNOWN
         found = (token for token in range(len(self)) if api.llama_vocab_get_attr(self._vocabulary, token) & kinds)
         return frozenset(text for token in found if (text := self.text(token)) is not None)

@@ -147,7 +147,7 @@ class Checkpoint:
                 yield self.family.names[role].format(layer=layer, expert=expert), role_shape(role, shape)
 
     def _has_own_head(self) -> bool:
-        """Whether the weights hold a head of other values, though ``tie_word_embeddings`` is true."""
+        """Whether the weights hold a head that differs from the embedding although ``tie_word_embeddings`` is true."""
         names = [self.family.names[role] for role in (Role.HEAD, Role.TOKEN_EMBEDDING)]
         if not self.shape.tied_embeddings or names[0] not in self.headers:
             return False

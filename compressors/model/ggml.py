@@ -32,7 +32,7 @@ def row_bytes(ggml_type: GGMLQuantizationType, row_length: int) -> int:
 
 
 def can_dequantize(ggml_type: GGMLQuantizationType) -> bool:
-    """Whether ggml can make float32 of it."""
+    """Whether ggml can turn the type into float32."""
     return ggml_type is GGMLQuantizationType.F32 or bool(_traits(ggml_type).to_float)
 
 
@@ -103,7 +103,7 @@ def _library() -> ctypes.CDLL:
 
 @functools.cache
 def ggml_library_for(ggml_type: GGMLQuantizationType) -> ctypes.CDLL:
-    """The library, with the tables set up that quantizing to the type needs: some kernels read them without checking.
+    """The library, after setting up the tables that quantizing to the type needs; some kernels do not check for them.
 
     Those of the IQ types take seconds; reading such types needs none of them.
     """

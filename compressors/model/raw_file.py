@@ -1,4 +1,4 @@
-"""A file from outside that is read with plain reads into memory of our own, and watched while it is read.
+"""Reads files that others wrote, with plain reads into our own memory, and notices changes while they are read.
 
 Files are not mapped into memory: mapped pages count as resident, and after one pass over a 60 GB model the process
 would seem to hold all of it.
@@ -106,7 +106,7 @@ class RawFile:
 
 
 def instead_of_a_file(start: bytes) -> str | None:
-    """Says what came in a file's place, in half a sentence; None if its first bytes do not tell.
+    """Says what is there in place of the expected file, in half a sentence; None if its first bytes do not tell.
 
     Args:
         start: the first 200 bytes or more, all of them if the file has fewer.

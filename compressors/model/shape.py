@@ -170,7 +170,7 @@ class MoeShape:
         }
 
     def _written_out(self) -> dict[str, Any]:
-        """Settings that another class of transformers has other defaults for."""
+        """Settings to write out, because another class of transformers has other defaults for them."""
         return {
             "num_attention_heads": self.n_heads,
             "num_key_value_heads": self.n_kv_heads,

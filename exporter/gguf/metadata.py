@@ -148,7 +148,7 @@ def _listed(entry: object) -> list[object]:
 
 
 def _text(entry: object) -> str:
-    """A text or number of a model card as UTF-8 can hold it; empty for anything else."""
+    """A text or number of a model card, made valid UTF-8; empty for anything else."""
     return str(entry).encode("utf-8", "ignore").decode("utf-8") if isinstance(entry, str | int | float) else ""
 
 

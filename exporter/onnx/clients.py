@@ -69,7 +69,7 @@ def _model_config(shape: MoeShape, source: Path) -> dict[str, Any]:
 
 
 def _generation_config(source: Path, vocab_size: int, special: SpecialTokens) -> dict[str, Any]:
-    """The source's own with every token that ends a text, or the special tokens if it has none."""
+    """The source's generation config, completed with every end token; or the special tokens if it has none."""
     path = source / "generation_config.json"
     if not path.is_file():
         return {"_from_model_config": True, **_described(special)}
@@ -81,7 +81,7 @@ def _generation_config(source: Path, vocab_size: int, special: SpecialTokens) ->
 
 
 def _described(special: SpecialTokens) -> dict[str, Any]:
-    """Ids of begin, end and padding; what the model does not have is left out, but batches are always padded."""
+    """Ids of begin, end and padding. Ids that the model lacks are left out, except padding, which batches need."""
     end: int | list[int] | None = list(special.ends) or None
     if len(special.ends) == 1:
         end = special.ends[0]

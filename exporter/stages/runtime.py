@@ -45,14 +45,14 @@ def validate_runtime(
     """Writes the artifact's evaluation and measurement.
 
     Args:
-        context: of the stage.
+        context: the stage's.
         artifact: ``gguf`` or ``onnx``.
-        path: what is measured.
-        open_backend: loads it for evaluation; called after the cost was measured, so a crash is met outside first.
+        path: the file or folder to measure.
+        open_backend: loads it for evaluation; called after the cost was measured, because a crash there leaves this
+            process alive.
         references: other models' log-probabilities beside the teacher's.
         record: keep the artifact's own log-probabilities, for the other runtime to be compared with.
-        open_quantized: loads it with the quantized cache that it is meant for, if it is; what that costs is measured
-            on top.
+        open_quantized: loads it with the quantized cache of the budget, if there is one; its loss is measured on top.
     """
     recipe = context.plan.recipe
     budget, heldout = recipe.budget, Blocks.load(Calibration.of(context.work).blocks).heldout.numpy()
@@ -91,7 +91,7 @@ def _figures(
     *,
     record: bool,
 ) -> dict[str, Any]:
-    """Parts of the measurement; the evaluation goes into a file."""
+    """Returns figures for the measurement, and writes the evaluation into a file."""
     _evaluate(context, backend, heldout_BT, references, record=record)
     prompts_PT = prompts_of(heldout_BT)
     with context.progress.bar("texts", 2 * len(prompts_PT)) as advance:
@@ -106,7 +106,7 @@ def _figures(
 def _with_quantized_cache(
     context: StageContext, backend: RuntimeBackend, heldout_BT: npt.NDArray[np.int64]
 ) -> dict[str, Any]:
-    """Fidelity to the teacher as a user of that cache has it."""
+    """Measures fidelity to the teacher with the quantized cache."""
     teacher = LogProbReader(Calibration.of(context.work).heldout_log_probs)
     with context.progress.bar("chunks", len(heldout_BT)) as advance:
         evaluation = evaluate(backend, heldout_BT, {"teacher": teacher}, progress=advance)
