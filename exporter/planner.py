@@ -204,7 +204,7 @@ class _Search:
         return _Candidate(choice, types, predictions)
 
     def _possible(self, artifact: str, choice: CompressChoice) -> dict[str, Prediction]:
-        """The predictions by type, of those that can hold the student: rows of a length may not fit a type's blocks.
+        """The predictions by type, for each type that can hold the student: rows may not fit a type's blocks.
 
         Raises:
             UnsupportedError: no type can; the reason is that of the largest.

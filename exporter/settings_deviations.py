@@ -29,7 +29,7 @@ def _of_window(shape: MoeShape) -> Iterator[str]:
     if shape.window is not None:
         yield (
             f"the file is written for {shape.context_length:,} tokens: attention reaches back over "
-            f"sliding_window = {shape.window:,} of them, so longer texts would be read unlike the original does"
+            f"sliding_window = {shape.window:,} of them, so it would read longer texts unlike the original"
         )
 
 

@@ -185,7 +185,7 @@ def _compare_texts(
         different = [one for one in different if one not in known]
         if known:
             findings.notes.append(
-                f"llama.cpp cuts {len(known)} of {len(texts):,} texts unlike the original's tokenizer does, "
+                f"llama.cpp cuts {len(known)} of {len(texts):,} texts differently from the original's tokenizer, "
                 f"whatever a file says: {_shown_text(known[0])}"
             )
     if different:

@@ -41,8 +41,8 @@ def check_against_transformers(folder: Path, shape: MoeShape) -> None:
     for name, ours, theirs in _settings(config, shape):
         if ours != theirs:
             raise UnsupportedError(
-                f"{path}: {name} is {ours!r} as this tool reads it, and {theirs!r} as the installed transformers reads "
-                "it: write it as the newest transformers does"
+                f"{path}: {name} is {ours!r} as this tool reads it, and {theirs!r} as the installed transformers does: "
+                "write it as the newest transformers does"
             )
 
 
