@@ -260,9 +260,10 @@ def _program() -> str:
 
 
 def _console() -> Any:
+    """A console that shows brackets as they are: texts of models and files are no markup."""
     from rich.console import Console
 
-    return Console()
+    return Console(markup=False)
 
 
 def _print_plan(plan: Any, out: Path, *, as_json: bool) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from compressors.model.checkpoint import Checkpoint
@@ -77,7 +76,7 @@ def description_table(description: dict[str, Any]) -> Table:
     }
     table = Table(show_header=False, box=None)
     for name, value in rows.items():
-        table.add_row(name, escape(value))
+        table.add_row(name, value)
     for note in description["notes"]:
-        table.add_row("note", escape(note))
+        table.add_row("note", note)
     return table

@@ -234,6 +234,8 @@ def _exists(flag: str, path: Path) -> bool:
 
 
 def _folder_to_be(flag: str, path: Path) -> Path:
+    if path.name in ("", ".."):
+        raise InputError(f"{flag}: {str(path)!r} has no name of its own; give the name of a new folder")
     for part in path.parts:
         if len(os.fsencode(part)) > _LONGEST_NAME:
             raise InputError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 
 from compressors.model.checkpoint import Checkpoint
@@ -35,7 +34,7 @@ def plan_table(plan: Plan, speeds: Speeds, free_memory: int) -> RenderableType:
     for number, deviation in enumerate(plan.deviations):
         choices.add_row("" if number else "differs", f"{artifact_name(deviation.artifact)}: {deviation.what}")
     for number, note in enumerate(source.notes):
-        choices.add_row("" if number else "note", escape(note))
+        choices.add_row("" if number else "note", note)
     choices.add_row("time", describe_time(seconds_by_stage(plan, speeds, free_memory)))
     sizes = Table("predicted bytes", *plan.predictions, box=None)
     sizes.add_row("type", *(str(recipe.type_of(artifact)) for artifact in plan.predictions))

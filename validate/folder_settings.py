@@ -124,7 +124,10 @@ def _token_symptoms(
     """Ids of begin, end and padding: those of the original's configurations, or of its tokenizer."""
     config = _read(source.folder / "config.json") or {}
     tokenizer = _tokenizer_ids(source.folder)
+    is_copy = where == "generation_config.json" and bool(generation)
     for name in _TOKEN_IDS:
+        if is_copy and _ids(found.get(name)) == _ids(generation.get(name)):
+            continue
         known = [_ids(place.get(name)) for place in (generation, config, tokenizer)]
         allowed = set().union(*known)
         value = _ids(found.get(name))

@@ -36,6 +36,7 @@ class OriginalTokenizer:
         vocab_size: rows of its embedding.
 
     Attributes:
+        folder: the checkpoint's.
         tokenizer: transformers' object.
         special: begin, end and padding, configurations included.
         added: the tokens that are recognised in text, by number.
@@ -47,6 +48,7 @@ class OriginalTokenizer:
     """
 
     def __init__(self, folder: Path, vocab_size: int) -> None:
+        self.folder = folder
         self.tokenizer: Any = load_tokenizer(folder)
         self.special = special_tokens(folder, vocab_size)
         self._cut: tuple[tuple[tuple[int, ...], ...], dict[str, list[int]]] | None = None

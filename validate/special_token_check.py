@@ -25,7 +25,7 @@ def gguf_special_symptoms(
         *_begin_symptoms(vocabulary, original),
         *_end_symptoms(vocabulary, metadata, original),
         *_padding_symptoms(metadata, original),
-        *_template_symptoms(metadata.get("tokenizer.chat_template"), original),
+        *_template_symptoms(_gguf_templates(metadata), original),
     ]
 
 
@@ -41,14 +41,14 @@ def folder_special_symptoms(tokenizer: Any, original: OriginalTokenizer) -> list
     length, wanted_length = tokenizer.model_max_length, original.tokenizer.model_max_length
     if length != wanted_length:
         symptoms.append(f"tokenizer: model_max_length is {length}, the original's {wanted_length}")
-    return [*symptoms, *_template_symptoms(tokenizer.chat_template, original)]
+    return [*symptoms, *_template_symptoms(_by_name(tokenizer.chat_template), original)]
 
 
 def _begin_symptoms(vocabulary: GgufVocabulary, original: OriginalTokenizer) -> Iterator[str]:
     before, _ = original.around()
     allowed = {*before, original.special.bos, original.tokenizer.bos_token_id} - {None}
     found = vocabulary.begin_token
-    if allowed and found not in allowed:
+    if allowed and found not in allowed and len(before) < 2:  # of several none is begin
         yield f"tokenizer: the begin token in llama.cpp is {found}, the original's {_listed(allowed)}"
     if vocabulary.adds_begin != (len(before) == 1):  # it has no way to put several: a difference that is known before
         does, should = ("puts a", "does not") if vocabulary.adds_begin else ("puts no", "does")
@@ -94,20 +94,33 @@ def _padding_symptoms(metadata: Mapping[str, MetadataValue], original: OriginalT
             yield f"tokenizer: the {key} token is {shown}, the original's {_listed(right)}"
 
 
-def _template_symptoms(found: Any, original: OriginalTokenizer) -> Iterator[str]:
-    wanted = original.tokenizer.chat_template
-    found, wanted = (one.get("default") if isinstance(one, dict) else one for one in (found, wanted))
-    if found == wanted:
-        return
-    if wanted is None:
-        yield "tokenizer: it has a chat template, the original none"
-    elif found is None:
-        yield "tokenizer: the original's chat template is missing"
-    else:
-        pairs = enumerate(zip(found, wanted, strict=False))
-        place = next((index for index, pair in pairs if pair[0] != pair[1]), min(len(found), len(wanted)))
-        part = found[place : place + _TEMPLATE_SHOWN]
-        yield f"tokenizer: the chat template is another from character {place} on: {part!r}"
+def _by_name(templates: Any) -> Mapping[str, str]:
+    """Chat templates as transformers holds them: none, one, or several by name."""
+    if templates is None:
+        return {}
+    return templates if isinstance(templates, dict) else {"default": templates}
+
+
+def _gguf_templates(metadata: Mapping[str, MetadataValue]) -> Mapping[str, str]:
+    key = "tokenizer.chat_template"
+    found = {name: str(value) for name, value in metadata.items() if name == key or name.startswith(f"{key}.")}
+    return {name.removeprefix(key).removeprefix(".") or "default": text for name, text in found.items()}
+
+
+def _template_symptoms(found: Mapping[str, str], original: OriginalTokenizer) -> Iterator[str]:
+    wanted = _by_name(original.tokenizer.chat_template)
+    for name in sorted(found.keys() | wanted.keys()):
+        called = "chat template" if name == "default" else f"chat template {name!r}"
+        if name not in wanted:
+            yield f"tokenizer: it has a {called}, the original none"
+        elif name not in found:
+            yield f"tokenizer: the original's {called} is missing"
+        elif found[name] != wanted[name]:
+            pairs = enumerate(zip(found[name], wanted[name], strict=False))
+            shorter = min(len(found[name]), len(wanted[name]))
+            place = next((index for index, pair in pairs if pair[0] != pair[1]), shorter)
+            part = found[name][place : place + _TEMPLATE_SHOWN]
+            yield f"tokenizer: the {called} is another from character {place} on: {part!r}"
 
 
 def _tokens(tokens: list[int], original: OriginalTokenizer) -> str:

@@ -6,18 +6,18 @@ original's. It is given every token's own text, the texts that go wrong in pract
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import llama_cpp.llama_cpp as api
 
-from compressors.model.tokenizer_files import load_tokenizer
+from compressors.model.tokenizer_files import load_tokenizer, read_tokenizer_json
 from validate.original_tokenizer import OriginalTokenizer
 from validate.settings import MetadataValue
 from validate.special_token_check import folder_special_symptoms, gguf_special_symptoms
-from validate.tokenization import Difference, Encode, tokenization_differences
+from validate.tokenization import AWKWARD_TEXTS, Difference, Encode, tokenization_differences
 from validate.vocabulary import GgufVocabulary
 
 __all__ = ["TokenizerFindings", "check_folder_tokenizer", "check_gguf_tokenizer"]
@@ -104,8 +104,35 @@ def check_folder_tokenizer(
     _compare_texts(
         findings, original, chunks, lambda value: tokenizer.encode(value, add_special_tokens=False, verbose=False), None
     )
+    findings.symptoms.extend(_decoding_symptoms(tokenizer, original))
+    findings.settings.extend(_length_symptoms(folder, original))
     findings.settings.extend(folder_special_symptoms(tokenizer, original))
     return findings
+
+
+def _decoding_symptoms(tokenizer: Any, original: OriginalTokenizer) -> Iterator[str]:
+    """Texts that tokens are turned back into."""
+    for text in AWKWARD_TEXTS:
+        tokens = original.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        found, wanted = (one.decode(tokens) for one in (tokenizer, original.tokenizer))
+        if found != wanted:
+            yield (
+                f"tokenizer: the tokens of {text[:_TEXT_SHOWN]!r} are turned back into {found[:_TEXT_SHOWN]!r}, by the "
+                f"original into {wanted[:_TEXT_SHOWN]!r}"
+            )
+            return
+
+
+def _length_symptoms(folder: Path, original: OriginalTokenizer) -> Iterator[str]:
+    """Truncation and padding in ``tokenizer.json``, which the library applies to every text without being asked."""
+    paths = [place / "tokenizer.json" for place in (folder, original.folder)]
+    if not all(path.is_file() for path in paths):
+        return
+    found, wanted = map(read_tokenizer_json, paths)
+    for name in ("truncation", "padding"):
+        one, other = getattr(found, name), getattr(wanted, name)
+        if one is not None and one != other:
+            yield f"tokenizer.json: {name} is {one}, the original's {other}"
 
 
 def _token_symptoms(text: Callable[[int], str | None], original: OriginalTokenizer, n_tokens: int) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from compressors.model.errors import InputError
 from compressors.model.names import shown
+from compressors.model.regular_file import not_regular, refuse_special
 
 __all__ = ["FileState", "RawFile", "instead_of_a_file"]
 
@@ -47,6 +48,7 @@ class RawFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        refuse_special(path)
         try:
             # without O_NONBLOCK, opening a pipe waits for somebody who writes into it
             self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -56,7 +58,7 @@ class RawFile:
         weakref.finalize(self, os.close, self._descriptor)
         status = os.fstat(self._descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise InputError(f"{path} is no file but {_kind(status.st_mode)}: put the real file in its place")
+            raise InputError(f"{path} {not_regular(status.st_mode)}")
         self._state = FileState(status.st_size, status.st_mtime_ns)
 
     @property
@@ -121,8 +123,3 @@ def instead_of_a_file(start: bytes) -> str | None:
     if text.startswith((b"<!doctype", b"<html")):
         return "it is a web page: the download gave the page about the file, not the file"
     return None
-
-
-def _kind(mode: int) -> str:
-    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
-    return kinds.get(stat.S_IFMT(mode), "a device")

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from compressors.model.errors import InputError
 
-__all__ = ["open_regular", "refuse_special"]
+__all__ = ["not_regular", "open_regular", "refuse_special"]
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -31,11 +31,16 @@ def refuse_special(path: Path, said_of: str = "") -> None:
         InputError: it is a folder, a pipe, a device or a socket.
     """
     try:
-        kind = stat.S_IFMT(path.stat().st_mode)
+        mode = path.stat().st_mode
     except (OSError, ValueError):  # ValueError: a null character in the path
         return
-    if kind != stat.S_IFREG:
-        raise InputError(f"{said_of}{path} is {_KINDS.get(kind, 'something special')}; give a regular file")
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{said_of}{path} {not_regular(mode)}")
+
+
+def not_regular(mode: int) -> str:
+    """Says what something is that is no regular file, and what to do: ``is a socket; give a regular file``."""
+    return f"is {_KINDS.get(stat.S_IFMT(mode), 'something special')}; give a regular file"
 
 
 def open_regular(path: Path) -> BinaryIO:

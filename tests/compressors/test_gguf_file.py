@@ -96,7 +96,7 @@ def test_a_file_that_is_cut_off_anywhere_is_refused(whole: bytes, tmp_path: Path
 
 def test_a_pipe_does_not_hang(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.gguf")
-    with pytest.raises(InputError, match=r"x\.gguf is no file but a pipe"):
+    with pytest.raises(InputError, match=r"x\.gguf is a named pipe"):
         GgufFile(tmp_path / "x.gguf")
 
 

@@ -74,10 +74,10 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "gone.json").symlink_to("../blobs/abc")
     (tmp_path / "zero.json").symlink_to("/dev/zero")
     for name, said in (
-        ("pipe", "no file but a pipe"),
-        ("folder", "no file but a folder"),
+        ("pipe", "a named pipe"),
+        ("folder", "a folder"),
         ("loop", "cannot be opened"),
-        ("zero", "no file but a device"),
+        ("zero", "a device"),
         ("gone", r"cannot be opened .*; it is a link to \.\./blobs/abc: download the file again"),
         ("missing", "cannot be opened"),
     ):

@@ -211,5 +211,5 @@ def test_what_came_in_place_of_a_file_is_named(single: Path, name: str, content:
 def test_a_file_that_is_a_folder_is_named(single: Path) -> None:
     (single / "model.safetensors").unlink()
     (single / "model.safetensors").mkdir()
-    with pytest.raises(InputError, match=r"model\.safetensors is no file but a folder"):
+    with pytest.raises(InputError, match=r"model\.safetensors is a folder"):
         Checkpoint(single)

@@ -53,5 +53,5 @@ def test_everything_else_is_named_in_one_line(tmp_path: Path, text: str | bytes,
 
 def test_a_pipe_does_not_hang(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match=r"pipe is no file but a pipe"):
+    with pytest.raises(InputError, match=r"pipe is a named pipe"):
         read_yaml(tmp_path / "pipe", "a recipe")

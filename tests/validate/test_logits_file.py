@@ -165,5 +165,5 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 def test_a_pipe_does_not_hang(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "base.kld")
-    with pytest.raises(InputError, match=r"base\.kld is no file but a pipe"):
+    with pytest.raises(InputError, match=r"base\.kld is a named pipe"):
         LogitsFile(tmp_path / "base.kld")
