@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,24 @@ from validate.backend import RuntimeCrashError
 from validate.model_file import ModelFile, RuntimeChoice
 from validate.verdict import Check
 
-__all__ = ["measured"]
+__all__ = ["measured", "refuse_unreadable"]
 
 _Published = tuple[Path, Mapping[str, Any]]
 """The folder that a run published, and the report in it."""
+
+
+def refuse_unreadable(file: ModelFile, how: RuntimeChoice) -> None:
+    """Reads a file's header in a guarded process: a damaged file is refused before the original is run.
+
+    Raises:
+        InputError: the header cannot be read. (If reading it kills the process, :func:`measured` tells so.)
+    """
+    with suppress(RuntimeCrashError):
+        run_guarded(file, Limits.of_file(file, on_gpu=file.may_use_gpu(how)), _read_header, file)
+
+
+def _read_header(file: ModelFile) -> None:
+    assert file.facts is not None
 
 
 def measured(

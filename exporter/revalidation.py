@@ -14,7 +14,7 @@ from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
 from exporter.child_process import start_server
 from exporter.files import complete_or_absent
-from exporter.guarded_validation import measured
+from exporter.guarded_validation import measured, refuse_unreadable
 from exporter.hub import bundled_text, resolve_model, resolve_original
 from exporter.job import parse_requirements
 from exporter.planner import HELDOUT_CHUNKS
@@ -69,7 +69,9 @@ def revalidate(
     files = _files(path, report)
     for file in files:
         file.check_can_run(how)
-    start_server()  # it has time until the original was run
+    start_server()
+    for file in files:
+        refuse_unreadable(file, how)
     checks = [] if report is None else [Check.at_most("files changed", changed_files(path, report), 0)]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="moe-export-") as folder:

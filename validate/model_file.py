@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compressors.model.errors import InputError
-from compressors.model.gguf_split import one_split_model
+from compressors.model.gguf_split import one_split_model, split_parts
 from compressors.model.gguf_weights import GgufWeights
 from compressors.model.onnx_weights import OnnxWeights
 from compressors.model.shape import MoeShape
@@ -171,6 +171,7 @@ def find_model_file(path: Path) -> ModelFile | None:
     if path.is_file():
         with path.open("rb") as file:
             if file.read(len(_GGUF_MAGIC)) == _GGUF_MAGIC:
+                _refuse_missing_part(split_parts(path))
                 return ModelFile("gguf", path)
         return ModelFile("onnx", onnx_model_file(path)) if path.suffix == ".onnx" else None
     if not path.is_dir():
@@ -181,10 +182,14 @@ def find_model_file(path: Path) -> ModelFile | None:
     files = sorted(path.glob("*.gguf"))
     parts = one_split_model(files)
     if parts is not None:
-        missing = [part for part in parts if part not in files]
-        if missing:
-            raise InputError(f"{missing[0]} is missing: the model was split into {len(parts)} parts; put all there")
+        _refuse_missing_part(parts)
         return ModelFile("gguf", parts[0])
     if len(files) > 1:
         raise InputError(f"{path} holds {len(files)} GGUF files; give one of them, such as {files[0]}")
     return ModelFile("gguf", files[0]) if files else None
+
+
+def _refuse_missing_part(parts: Sequence[Path]) -> None:
+    missing = next((part for part in parts if not part.is_file()), None)
+    if missing is not None:
+        raise InputError(f"{missing} is missing: the model was split into {len(parts)} parts; put all there")

@@ -113,3 +113,9 @@ def test_durations(text: str, seconds: int) -> None:
 def test_what_is_no_duration_is_refused(text: str) -> None:
     with pytest.raises(InputError, match=r"^--recover-time: "):
         parse_duration(text, "--recover-time")
+
+
+@pytest.mark.parametrize("out", [".", "/", "..", "", "x/.."])
+def test_an_output_folder_has_a_name_of_its_own(out: str) -> None:
+    with pytest.raises(InputError, match=r"--out: .* has no name of its own; give the name of a new folder"):
+        Flags(budget="1GB", out=Path(out)).job()
