@@ -7,20 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader, GGUFValueType, GGUFWriter
+import numpy.typing as npt
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 
-__all__ = ["Typed", "copy_gguf", "split_gguf"]
+__all__ = ["Stored", "Typed", "copy_gguf", "split_gguf"]
 
 Typed = tuple[Any, GGUFValueType]
 """A value and the kind that it is written as."""
 
 
-def copy_gguf(source: Path, target: Path, changes: Mapping[str, Typed | None]) -> None:
-    """Writes a copy whose metadata has these values; None leaves a key out."""
+Stored = tuple[npt.NDArray[Any], GGMLQuantizationType]
+"""The stored bytes of a tensor's rows, and their type."""
+
+
+def copy_gguf(
+    source: Path, target: Path, changes: Mapping[str, Typed | None], tensors: Mapping[str, Stored] | None = None
+) -> None:
+    """Writes a copy whose metadata has these values, and some other tensors; None leaves a key out."""
     reader = GGUFReader(source)
     writer = _writer(reader, target, changes)
     for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        data, ggml_type = (tensors or {}).get(tensor.name, (tensor.data, tensor.tensor_type))
+        writer.add_tensor(tensor.name, data, raw_dtype=ggml_type)
     _write(writer)
 
 

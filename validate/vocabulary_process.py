@@ -19,7 +19,6 @@ from pathlib import Path
 
 from compressors.model.errors import InputError, MoeExportError
 from validate.lifetime import end_with_parent
-from validate.vocabulary import GgufVocabulary
 
 __all__ = ["LlamaTokens", "ask_llama_cpp"]
 
@@ -62,6 +61,8 @@ def ask_llama_cpp(path: Path, texts: Sequence[str]) -> LlamaTokens:
 
 
 def _answer(path: Path, texts: Sequence[str]) -> dict[str, object]:
+    from validate.vocabulary import GgufVocabulary  # loads llama.cpp, which whoever asks does without
+
     vocabulary = GgufVocabulary(path)
     return {
         "parsed": [vocabulary.encode(text, add_special_tokens=False, parse_special=True) for text in texts],

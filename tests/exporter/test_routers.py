@@ -6,8 +6,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType, GGUFReader
 
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
@@ -20,6 +22,7 @@ from exporter import files
 from exporter.gguf.writer import write_gguf
 from exporter.onnx.writer import write_onnx
 from exporter.routers import rewrite_routers
+from tests.gguf_copies import copy_gguf
 
 
 @pytest.fixture(params=["fine", "coarse"])
@@ -129,12 +132,13 @@ def test_what_does_not_fit_is_refused_before_a_byte_is_written(
 
 
 def test_a_quantized_router_is_refused(student: Student, routers: dict[int, torch.Tensor], tmp_path: Path) -> None:
-    """BF16 in the place of F32, as another tool may write it: a directory entry of another type."""
-    file = _write("gguf", student, tmp_path / "x")
-    data, name = bytearray(file.read_bytes()), b"blk.1.ffn_gate_inp.weight"
-    at = data.index(name) + len(name) + 4 + 2 * 8
-    data[at : at + 4] = (30).to_bytes(4, "little")
-    file.write_bytes(data)
+    """BF16 in the place of F32, as another tool may write it."""
+    written = _write("gguf", student, tmp_path / "x")
+    file, name = written.with_name("other.gguf"), "blk.1.ffn_gate_inp.weight"
+    values = next(tensor.data for tensor in GGUFReader(written).tensors if tensor.name == name)
+    rounded = (values.view(np.uint32) >> 16).astype(np.uint16)
+    copy_gguf(written, file, {}, tensors={name: (rounded.view(np.uint8), GGMLQuantizationType.BF16)})
+    data = file.read_bytes()
     with pytest.raises(InputError, match=r"blk\.1\.ffn_gate_inp\.weight is stored as BF16; routers must be F32"):
         rewrite_routers(_open(file, student), routers)
     assert file.read_bytes() == data

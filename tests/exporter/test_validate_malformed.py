@@ -230,7 +230,7 @@ def test_a_graph_that_never_ends_is_ended(onnx_folder: Path, reference: StoredRe
     graph = _edited(onnx_folder, tmp_path / "edited", _endless) / "model.onnx"
     row, checks = measured(ModelFile("onnx", graph), reference, None, RuntimeChoice(1), {}, Limits(seconds=5))
     assert row["error"] == "ONNX Runtime was ended, because running it did not come on for 5 s"
-    assert [(check.name, check.passed) for check in checks] == [("onnx.runs", False)]
+    assert [check.name for check in checks if not check.passed] == ["onnx.runs"]
 
 
 def test_parts_of_one_model_are_validated_as_one(gguf_file: Path, original: Path, text: Path, tmp_path: Path) -> None:

@@ -186,8 +186,6 @@ def test_bad_input_is_named(quantized_file: Path, tmp_path: Path) -> None:
         LlamaCppBackend(tmp_path / "cut.gguf", threads=1)
     with pytest.raises(InputError, match="--kv-type q9"):
         LlamaCppBackend(quantized_file, kv_type="q9", threads=1)
-    with pytest.raises(InputError, match="flash attention"):
-        LlamaCppBackend(quantized_file, kv_type="q8_0", threads=1)
     backend = LlamaCppBackend(quantized_file, n_ctx=64, threads=1)
     with pytest.raises(InputError, match="100 tokens after 0"):
         list(backend.run(np.zeros((1, 100), dtype=np.int64)))

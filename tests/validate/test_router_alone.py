@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from compressors.model.checkpoint import Checkpoint
-from compressors.model.errors import InputError
+from compressors.model.errors import InputError, MoeExportError
 from compressors.model.families import Role
 from compressors.model.student import ExpertMap, Student
 from exporter.gguf.writer import write_gguf
@@ -149,7 +149,7 @@ class _OtherWidth(RouterInputs):
 
 def test_states_of_another_model_are_refused(recorded: _Recorded, quantized: RuntimeBackend) -> None:
     tokens_BT = recorded.tokens_BT[_KEPT]
-    with pytest.raises(InputError, match=r"128|not those of this model"):
+    with pytest.raises(MoeExportError, match=r"128|not those of this model|dimension mismatch"):
         quantized.route(tokens_BT, _OtherWidth(recorded.inputs.folder))
     with pytest.raises(InputError, match="cannot be read"):
         quantized.route(tokens_BT, RouterInputs(recorded.folder))
