@@ -62,6 +62,10 @@ def revalidate(
         InputError: a file is damaged, of another vocabulary, or not what it is said to be.
         MissingGpuError: the installed runtime has no GPU, and one is asked for.
     """
+    if reference_logits is not None and (against or text or save_reference_logits):
+        raise InputError(
+            "--reference-logits holds original and text: leave out --against, --text and --save-reference-logits"
+        )
     # an export's texts are not written again
     thresholds = parse_requirements(require, [name for name in REQUIREMENTS if name != "loops"])
     how = _runtimes(threads, gpu_layers, providers)
@@ -75,20 +79,14 @@ def revalidate(
     checks = [] if report is None else [Check.at_most("files changed", changed_files(path, report), 0)]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="moe-export-") as folder:
-        if reference_logits is None:
+        if reference_logits is not None:
+            reference = against_logits_file(reference_logits)
+        else:
             logits_file = save_reference_logits or Path(folder) / "reference"
             try:
-                with complete_or_absent(logits_file) as partial:
-                    reference = _reference(report, against, text or bundled_text("heldout"), partial, Path(folder), how)
-                reference = replace(reference, logits=logits_file)
+                reference = _reference(report, against, text or bundled_text("heldout"), logits_file, Path(folder), how)
             except RuntimeCrashError as death:
                 return _without_reference(str(against), str(death), checks)
-        elif against or text or save_reference_logits:
-            raise InputError(
-                "--reference-logits holds original and text: leave out --against, --text and --save-reference-logits"
-            )
-        else:
-            reference = against_logits_file(reference_logits)
         for file in files:
             row, found = measured(file, reference, None if report is None else (path, report), how, thresholds)
             rows.append(row)
@@ -154,6 +152,19 @@ def _reference(
     how: RuntimeChoice,
 ) -> StoredReference:
     """Runs the original; its files, other than the logits, go into the folder."""
+    with complete_or_absent(logits_file) as partial:
+        reference = _run_original(report, against, text, partial, folder, how)
+    return replace(reference, logits=logits_file)
+
+
+def _run_original(
+    report: Mapping[str, Any] | None,
+    against: str | None,
+    text: Path,
+    logits_file: Path,
+    folder: Path,
+    how: RuntimeChoice,
+) -> StoredReference:
     file = None if against is None else _reference_file(Path(against))
     if file is not None:
         file.check_can_run(how)

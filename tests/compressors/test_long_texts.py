@@ -137,4 +137,4 @@ def test_texts_that_share_a_licence_are_accepted(tmp_path: Path, fine_folder: Pa
     calibration, heldout = tmp_path / "calibration.txt", tmp_path / "heldout.txt"
     calibration.write_text(licence + _prose("apple", 60))
     heldout.write_text(licence + _prose("pear", 20))
-    tokenize(read_splits(calibration, heldout), fine_folder)
+    assert all(split.n_blocks > 0 for split in tokenize(read_splits(calibration, heldout), fine_folder))
