@@ -62,10 +62,8 @@ def revalidate(
         InputError: a file is damaged, of another vocabulary, or not what it is said to be.
         MissingGpuError: the installed runtime has no GPU, and one is asked for.
     """
-    if reference_logits is not None and (against or text or save_reference_logits):
-        raise InputError(
-            "--reference-logits holds original and text: leave out --against, --text and --save-reference-logits"
-        )
+    if reference_logits is not None:
+        _refuse_beside_logits(against, text, save_reference_logits)
     # an export's texts are not written again
     thresholds = parse_requirements(require, [name for name in REQUIREMENTS if name != "loops"])
     how = _runtimes(threads, gpu_layers, providers)
@@ -84,7 +82,9 @@ def revalidate(
         else:
             logits_file = save_reference_logits or Path(folder) / "reference"
             try:
-                reference = _reference(report, against, text or bundled_text("heldout"), logits_file, Path(folder), how)
+                with complete_or_absent(logits_file) as partial:
+                    reference = _reference(report, against, text or bundled_text("heldout"), partial, Path(folder), how)
+                reference = replace(reference, logits=logits_file)
             except RuntimeCrashError as death:
                 return _without_reference(str(against), str(death), checks)
         for file in files:
@@ -92,6 +92,14 @@ def revalidate(
             rows.append(row)
             checks += found
     return _result(reference, rows, checks)
+
+
+def _refuse_beside_logits(*flags: object) -> None:
+    """Refuses flags that say what a logits file says already: the original and its text."""
+    if any(flags):
+        raise InputError(
+            "--reference-logits holds original and text: leave out --against, --text and --save-reference-logits"
+        )
 
 
 def _runtimes(threads: int | None, gpu_layers: int, providers: str) -> RuntimeChoice:
@@ -152,19 +160,6 @@ def _reference(
     how: RuntimeChoice,
 ) -> StoredReference:
     """Runs the original; its files, other than the logits, go into the folder."""
-    with complete_or_absent(logits_file) as partial:
-        reference = _run_original(report, against, text, partial, folder, how)
-    return replace(reference, logits=logits_file)
-
-
-def _run_original(
-    report: Mapping[str, Any] | None,
-    against: str | None,
-    text: Path,
-    logits_file: Path,
-    folder: Path,
-    how: RuntimeChoice,
-) -> StoredReference:
     file = None if against is None else _reference_file(Path(against))
     if file is not None:
         file.check_can_run(how)
