@@ -57,7 +57,7 @@ _ATTRIBUTES: tuple[tuple[str, str, Any], ...] = (
     ("QMoE", "block_size", 64),
     ("QMoE", "expert_weight_bits", 8),
     ("QMoE", "weights_prepacked", 1),
-    ("MatMulNBits", "bits", 8),
+    ("MatMulNBits", "bits", 4),  # of the head, which has 8
     ("MatMulNBits", "block_size", 64),
     ("MatMulNBits", "N", 64),
     ("MatMulNBits", "K", 512),
