@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
-from gguf.constants import GGML_QUANT_SIZES
 
 from compressors.model.families import Role
-from compressors.model.ggml import GGMLQuantizationType, dequantize_rows
+from compressors.model.ggml import dequantize_rows
+from compressors.model.ggml_types import BLOCK_SIZES, GGMLQuantizationType
 from compressors.model.student import Student
 from validate.quantization_error import quantized
 
@@ -48,7 +48,7 @@ def with_error_feedback(student: Student, ggml_type: GGMLQuantizationType) -> di
     overlay = {}
     for layer, role, expert in _places(student):
         values = student.expert(role, layer, expert).float()
-        if values.shape[1] % GGML_QUANT_SIZES[ggml_type][0] == 0:
+        if values.shape[1] % BLOCK_SIZES[ggml_type][0] == 0:
             overlay[student.name(role, layer, expert)] = fed_back(values, ggml_type)
         else:
             overlay[student.name(role, layer, expert)] = fed_back(values, _T.IQ4_NL)
@@ -95,7 +95,7 @@ def _moments(length: int) -> torch.Tensor:
 def _levels(values_RN: torch.Tensor, importance_N: np.ndarray, ggml_type: GGMLQuantizationType) -> torch.Tensor:
     """Returns the values that each place can take with the kernel's scales: [R, N, codes]."""
     stored_RY = quantized(values_RN, ggml_type, importance_N)
-    blocks = stored_RY.reshape(len(stored_RY), -1, GGML_QUANT_SIZES[ggml_type][1])
+    blocks = stored_RY.reshape(len(stored_RY), -1, BLOCK_SIZES[ggml_type][1])
     levels = []
     for codes in _products(_CODES[ggml_type]):
         alike = blocks.copy()

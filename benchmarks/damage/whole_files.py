@@ -11,13 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from gguf import GGUFReader
-from gguf.constants import GGML_QUANT_SIZES
 
 from benchmarks.damage.error_feedback import FEEDBACK_TYPES, with_error_feedback
 from benchmarks.damage.metadata import key_values
 from benchmarks.damage.workshop import CONTEXT, Workshop, make_original
 from compressors.model.families import Role
-from compressors.model.ggml import GGMLQuantizationType
+from compressors.model.ggml_types import BLOCK_SIZES, GGMLQuantizationType
 from compressors.model.student import ExpertMap, Student
 from compressors.statistics import Importance
 from exporter.gguf.container import TensorEntry, aligned, render_header, render_values
@@ -158,7 +157,7 @@ def _write_type(workshop: Workshop, ggml_type: GGMLQuantizationType, is_weighted
         shape = tuple(reversed(tensor.shape.tolist()))
         kind, stored = _T.F32, tensor.data.tobytes()
         if len(shape) > 1 and "ffn_gate_inp" not in tensor.name:
-            kind = ggml_type if shape[-1] % GGML_QUANT_SIZES[ggml_type][0] == 0 else _T.IQ4_NL
+            kind = ggml_type if shape[-1] % BLOCK_SIZES[ggml_type][0] == 0 else _T.IQ4_NL
             rows = torch.from_numpy(np.array(tensor.data, np.float32).reshape(-1, shape[-1]))
             weights = np.exp(1.5 * generator.standard_normal(shape[-1])).astype(np.float32) if is_weighted else None
             stored = quantized(rows, kind, weights).tobytes()
@@ -177,7 +176,7 @@ def _error_feedback(workshop: Workshop, model: str, ggml_type: GGMLQuantizationT
         if not role.is_expert or layer is None:
             return _T.F32
         length = student.expert(role, layer, 0).shape[1]
-        return ggml_type if length % GGML_QUANT_SIZES[ggml_type][0] == 0 else _T.IQ4_NL
+        return ggml_type if length % BLOCK_SIZES[ggml_type][0] == 0 else _T.IQ4_NL
 
     comparison = compare_weights(student, found, stored)
     return Whole(f"{model}: {ggml_type.name} with error feedback", tuple(weight_symptoms(comparison.damage)))

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from compressors.model.errors import InputError
+from compressors.model.ggml_types import BLOCK_SIZES, GGMLQuantizationType
 
 __all__ = ["GGMLQuantizationType", "can_dequantize", "dequantize_into", "dequantize_rows", "ggml_library_for"]
 __all__ += ["row_bytes"]
@@ -26,7 +26,7 @@ __all__ += ["row_bytes"]
 
 def row_bytes(ggml_type: GGMLQuantizationType, row_length: int) -> int:
     """Bytes of one stored row; the row length must be a multiple of the type's block size."""
-    block_length, block_bytes = GGML_QUANT_SIZES[ggml_type]
+    block_length, block_bytes = BLOCK_SIZES[ggml_type]
     assert row_length % block_length == 0, f"{row_length} values in {ggml_type.name} blocks of {block_length}"
     return row_length // block_length * block_bytes
 

@@ -16,10 +16,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC, GGUF_VERSION, GGUFValueType, Keys
+from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC, GGUF_VERSION, GGUFValueType, Keys
 
 from compressors.model.errors import InputError
-from compressors.model.ggml import GGMLQuantizationType, can_dequantize, row_bytes
+from compressors.model.ggml import can_dequantize, row_bytes
+from compressors.model.ggml_types import BLOCK_SIZES, GGMLQuantizationType
 from compressors.model.gguf_split import COUNT_KEY, NUMBER_KEY, TENSORS_KEY, split_parts
 from compressors.model.names import shown
 from compressors.model.raw_file import RawFile
@@ -201,7 +202,7 @@ class _Header:
                 f"{self._path}: tensor {shown(name)} is of type {called}, which ggml cannot turn into numbers"
             )
         ggml_type = GGMLQuantizationType(number)
-        if shape[-1] % GGML_QUANT_SIZES[ggml_type][0]:
+        if shape[-1] % BLOCK_SIZES[ggml_type][0]:
             raise ValueError(f"tensor {shown(name)} of shape {list(shape)} cannot be of type {ggml_type.name}")
         return ggml_type
 

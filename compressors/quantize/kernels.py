@@ -15,34 +15,32 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 import torch
-from gguf.constants import GGML_QUANT_SIZES
 
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.ggml import (
-    GGMLQuantizationType,
-    dequantize_into,
-    dequantize_rows,
-    ggml_library_for,
-    row_bytes,
-)
+from compressors.model.ggml import dequantize_into, dequantize_rows, ggml_library_for, row_bytes
+from compressors.model.ggml_types import BLOCK_SIZES, GGMLQuantizationType
 
 __all__ = ["GGMLQuantizationType", "dequantize_rows", "fallback_type", "quantize_rows", "row_bytes"]
 
-_FALLBACKS: Mapping[GGMLQuantizationType, GGMLQuantizationType | None] = {
-    GGMLQuantizationType.F32: None,
-    GGMLQuantizationType.BF16: None,
-    GGMLQuantizationType.Q8_0: None,
-    GGMLQuantizationType.Q6_K: GGMLQuantizationType.Q8_0,
-    GGMLQuantizationType.Q5_K: GGMLQuantizationType.Q5_1,
-    GGMLQuantizationType.Q5_1: None,
-    GGMLQuantizationType.Q5_0: None,
-    GGMLQuantizationType.Q4_K: GGMLQuantizationType.Q5_0,
-    GGMLQuantizationType.Q4_0: None,
-}
-"""Every supported type, with the 32-block type that llama.cpp takes when a row is not a multiple of 256 values
-(``tensor_type_fallback`` in ``src/llama-quant.cpp``)."""
+_T = GGMLQuantizationType
 
-_WITHOUT_IMPORTANCE = frozenset({GGMLQuantizationType.F32, GGMLQuantizationType.BF16, GGMLQuantizationType.Q8_0})
+_FALLBACKS: Mapping[GGMLQuantizationType, GGMLQuantizationType | None] = {
+    **dict.fromkeys((_T.F32, _T.F16, _T.BF16)),
+    **dict.fromkeys((_T.Q8_0, _T.Q5_1, _T.Q5_0, _T.Q4_1, _T.Q4_0, _T.IQ4_NL, _T.MXFP4, _T.Q2_0)),
+    _T.Q6_K: _T.Q8_0,
+    _T.Q5_K: _T.Q5_1,
+    _T.Q4_K: _T.Q5_0,
+    **dict.fromkeys((_T.Q3_K, _T.Q2_K, _T.TQ2_0, _T.TQ1_0), _T.Q4_0),
+    **dict.fromkeys((_T.IQ4_XS, _T.IQ3_S, _T.IQ3_XXS), _T.IQ4_NL),
+    **dict.fromkeys((_T.IQ2_S, _T.IQ2_XS, _T.IQ2_XXS, _T.IQ1_M, _T.IQ1_S), _T.IQ4_NL),
+}
+"""Every type that a matrix can be written in, with the type of smaller blocks that llama.cpp takes when a row is no
+multiple of 256 values (``tensor_type_fallback`` in ``src/llama-quant.cpp``)."""
+
+_WITHOUT_IMPORTANCE = frozenset({_T.F32, _T.F16, _T.BF16, _T.Q8_0, _T.MXFP4, _T.Q2_0, _T.TQ1_0, _T.TQ2_0})
+_NEEDS_IMPORTANCE = frozenset({_T.IQ2_XXS, _T.IQ2_XS, _T.IQ1_S})
+"""``ggml_quantize_requires_imatrix`` in ``ggml/src/ggml.c``."""
+
 _STORAGE_TYPES = {torch.bfloat16: GGMLQuantizationType.BF16, torch.float16: GGMLQuantizationType.F16}
 _BLOCK_VALUES = 1 << 17  # half a megabyte of float32: widened, checked and quantized while a core's cache holds it
 
@@ -57,7 +55,7 @@ def fallback_type(ggml_type: GGMLQuantizationType, row_length: int) -> GGMLQuant
         supported = ", ".join(known.name for known in _FALLBACKS)
         raise UnsupportedError(f"type {ggml_type.name} is not supported; choose one of {supported}")
     for candidate in (ggml_type, _FALLBACKS[ggml_type]):
-        if candidate is not None and row_length % GGML_QUANT_SIZES[candidate][0] == 0:
+        if candidate is not None and row_length % BLOCK_SIZES[candidate][0] == 0:
             return candidate
     raise UnsupportedError(
         f"rows of {row_length} values cannot be stored as {ggml_type.name}: "
@@ -76,8 +74,8 @@ def quantize_rows(
 
     ``importance_N`` weighs the squared error of each input feature (mean squared activation, llama.cpp's importance
     matrix). One that is zero everywhere belongs to an expert that saw no token; like llama-quantize
-    (``load_imatrix`` in ``tools/quantize/quantize.cpp``) we then weigh all features alike. F32, BF16 and Q8_0 have
-    nothing to weigh and ignore it.
+    (``load_imatrix`` in ``tools/quantize/quantize.cpp``) we then weigh all features alike, and so where there is none
+    and the kernel wants one. The float types, Q8_0, Q2_0, MXFP4 and the ternary types ignore it.
 
     Raises:
         InputError: a value is not finite; the message calls the weights ``name``.
@@ -85,6 +83,8 @@ def quantize_rows(
     n_rows, row_length = values_RN.shape
     values_RN = values_RN.contiguous()
     importance = _checked_importance(importance_N, row_length, name) if ggml_type not in _WITHOUT_IMPORTANCE else None
+    if importance is None and ggml_type in _NEEDS_IMPORTANCE:
+        importance = np.ones(row_length, dtype=np.float32)
     quantized_RY = np.empty((n_rows, row_bytes(ggml_type, row_length)), dtype=np.uint8)
     quantize = ggml_library_for(ggml_type).ggml_quantize_chunk
     rows_per_block = max(1, _BLOCK_VALUES // row_length)

@@ -1,0 +1,9 @@
+"""Quantized rows of weights in the block formats of llama.cpp and ONNX Runtime."""
+
+from __future__ import annotations
+
+from compressors.model.ggml import dequantize_rows, row_bytes
+from compressors.model.ggml_types import GGMLQuantizationType
+from compressors.quantize.kernels import fallback_type, quantize_rows
+
+__all__ = ["GGMLQuantizationType", "dequantize_rows", "fallback_type", "quantize_rows", "row_bytes"]
