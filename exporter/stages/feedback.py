@@ -1,0 +1,69 @@
+"""Error feedback for a stage that writes a file: from what enters the layers of the student that it writes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from compressors.layer_inputs import LayerInputs, n_kept_blocks, write_layer_inputs
+from compressors.model.arithmetic import dtype_of
+from compressors.model.memory import PROCESS_BYTES
+from compressors.model.streaming import StreamedModel
+from compressors.model.student import ExpertMap, Student
+from compressors.second_moments import SecondMoments
+from exporter.feedback import StudentFeedback, threads_within
+from exporter.files import flush_folder
+from exporter.plan import Plan
+from exporter.stage import StageContext
+from exporter.stages.artifacts import Blocks, Calibration, memory_limit, use_threads
+
+__all__ = ["feedback_for", "feedback_threads"]
+
+
+@contextmanager
+def feedback_for(context: StageContext, student: Student) -> Iterator[StudentFeedback]:
+    """The feedback of a student's matrices.
+
+    What enters the original's layers is known from calibration. A student that differs takes the same tokens through
+    its own layers first; what enters them is kept until the file is done, so that an interrupted stage goes on.
+    """
+    own = context.output / "layer_inputs"
+    dtype = dtype_of(context.plan.recipe.arithmetic)
+    if _is_original(student):
+        inputs = LayerInputs(Calibration.of(context.work).layer_inputs)
+    else:
+        inputs = _own_inputs(context, student, own, dtype)
+    moments = SecondMoments(student, inputs, dtype=dtype, threads=feedback_threads(context.plan, student))
+    yield StudentFeedback(moments, tied=student.shape.tied_embeddings)
+    shutil.rmtree(own, ignore_errors=True)
+
+
+def feedback_threads(plan: Plan, student: Student) -> int:
+    """How many threads choose codes at a time: the recipe's, or fewer where ``--memory`` does not allow them."""
+    return threads_within(plan.memory_bytes - PROCESS_BYTES, student.shape, plan.recipe.threads)
+
+
+def _is_original(student: Student) -> bool:
+    return student.experts == ExpertMap.identity(student.source.shape) and not student.overlay
+
+
+def _own_inputs(context: StageContext, student: Student, folder: Path, dtype: torch.dtype) -> LayerInputs:
+    """Takes the first calibration tokens through the student, unless an earlier attempt has done so."""
+    if folder.exists():
+        return LayerInputs(folder)
+    use_threads(context.plan)
+    tokens_BT = Blocks.load(Calibration.of(context.work).blocks).calibration
+    tokens_BT = tokens_BT[: n_kept_blocks(*tokens_BT.shape)]
+    model = StreamedModel(student, limit=memory_limit(context), device=torch.device(context.plan.device))
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    with context.progress.bar("layers", student.shape.n_layers) as advance:
+        write_layer_inputs(model, tokens_BT, unfinished, dtype, advance)
+    model.release()
+    flush_folder(unfinished)
+    unfinished.rename(folder)
+    return LayerInputs(folder)
