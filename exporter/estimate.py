@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from compressors.calibration import BLOCK_LENGTH
+from compressors.layer_inputs import layer_input_bytes
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.log_probs import log_prob_bytes
 from compressors.model.memory import PROCESS_BYTES, positions_at_once, working_bytes
@@ -82,6 +83,7 @@ def disk_lines(plan: Plan) -> dict[str, int]:
         "student checkpoint": _student_bytes(plan) if plan.recipe.save_student else 0,
         # those in use, the newest snapshot, and the next one while it is written
         "hidden states": 3 * n_blocks * BLOCK_LENGTH * shape.hidden_size * 4,
+        "layer inputs": layer_input_bytes(shape, text.calibration_blocks * BLOCK_LENGTH),
         "log-probabilities in 16 bits": log_prob_bytes(n_scored, shape.vocab_size),
         "training targets": text.calibration_blocks * BLOCK_LENGTH * TARGET_BYTES,
         "training": _training_bytes(plan),

@@ -49,7 +49,7 @@ class Stage:
 
 _CALIBRATE = Stage(
     "calibrate",
-    5,
+    6,
     (),
     ("source", "text", "arithmetic", "threads"),
     "run the teacher over the calibration text",

@@ -65,6 +65,11 @@ class Calibration:
         return self.folder / "statistics"
 
     @property
+    def layer_inputs(self) -> Path:
+        """What enters each of the teacher's layers, and its head, for the first calibration tokens: a folder."""
+        return self.folder / "layer_inputs"
+
+    @property
     def targets(self) -> Path:
         """The teacher's most probable next tokens at every calibration token: a folder."""
         return self.folder / "targets"
