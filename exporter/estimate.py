@@ -136,7 +136,7 @@ def seconds_by_stage(plan: Plan, speeds: Speeds, free_memory: int) -> dict[str, 
         "validate_torch": passes.forward(student, n_reference=n_heldout),
     }
     for artifact, prediction in plan.predictions.items():
-        seconds[artifact] = passes.export(student, recipe.type_of(artifact) or "", prediction.file)
+        seconds[artifact] = passes.export(student, recipe.file(artifact).mix, prediction.file)
         # held-out text, and a cache that is filled to see what that costs
         n_blocks = n_heldout + recipe.budget.context // BLOCK_LENGTH
         seconds[f"validate_{artifact}"] = passes.forward(student, n_reference=n_blocks)

@@ -22,8 +22,9 @@ from exporter.budget import predict
 from exporter.compression import check_compression, described_compression, expected_shape, fewest_experts
 from exporter.gguf.layout import PRESETS as GGUF_PRESETS
 from exporter.job import METHODS_WITHOUT_EXPERTS, Job
+from exporter.outputs import sha256_of
 from exporter.prediction import Prediction
-from exporter.recipe import BudgetChoice, CompressChoice, Recipe, SourceChoice, TextChoice
+from exporter.recipe import BudgetChoice, CompressChoice, FileChoice, Recipe, SourceChoice, TextChoice
 from exporter.recovery import Machine, RefusedRung, check_after_quantizing, choose_ladder
 from exporter.sizes import format_size
 
@@ -61,7 +62,7 @@ class TextCounts:
 @dataclass(frozen=True)
 class _Candidate:
     compress: CompressChoice
-    types: Mapping[str, str]
+    files: Mapping[str, FileChoice]
     predictions: Mapping[str, Prediction]
 
 
@@ -75,9 +76,9 @@ def choose_recipe(
         UnsupportedError: a dense student is asked for, and the family has no dense counterpart.
         BudgetError: nothing fits; the message names the smallest budget that would work.
     """
-    assert job.budget_bytes is not None, "only a recipe may stand in for the budget"
+    assert job.budgets, "only a recipe may stand in for the budget"
     budget = BudgetChoice(
-        bytes=job.budget_bytes,
+        bytes=job.budgets[0],
         kind=job.budget_kind,  # type: ignore[arg-type]  # Flags checked it
         context=min(job.context, checkpoint.shape.context_length),
         kv_type=job.kv_type,  # type: ignore[arg-type]
@@ -106,8 +107,8 @@ def choose_recipe(
         arithmetic=fastest_arithmetic(checkpoint.shape, checkpoint.dtype, job.device),
         compress=chosen.compress,
         recover=recover,
-        gguf=chosen.types.get("gguf"),
-        onnx=chosen.types.get("onnx"),
+        gguf=chosen.files.get("gguf"),
+        onnx=chosen.files.get("onnx"),
         save_student=job.save_student,
         threads=job.threads,
     )
@@ -139,14 +140,14 @@ def predict_recipe(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Predicti
     check_after_quantizing(recipe.recover, shape)
     predictions = {}
     for artifact in recipe.artifacts:
-        weight_type = recipe.type_of(artifact) or ""
+        choice = recipe.file(artifact)
         prediction = predict(
-            artifact, checkpoint.folder, recipe.source.model, shape, weight_type, recipe.budget, recipe.threads
+            artifact, checkpoint.folder, recipe.source.model, shape, choice, recipe.budget, recipe.threads
         )
         needed = prediction.counted(recipe.budget.kind)
         if needed > recipe.budget.bytes:
             raise BudgetError(
-                f"the recipe's {artifact} in {weight_type} needs {format_size(needed)}, which exceeds its budget of "
+                f"the recipe's {artifact} in {choice.mix} needs {format_size(needed)}, which exceeds its budget of "
                 f"{format_size(recipe.budget.bytes)}: raise the budget or lower the experts or the type"
             )
         predictions[artifact] = prediction
@@ -193,15 +194,15 @@ class _Search:
         return [_with_experts(method, n_experts, whole) for n_experts in counts]
 
     def _fitting(self, choice: CompressChoice) -> _Candidate | None:
-        types, predictions = {}, {}
+        files, predictions = {}, {}
         for artifact in self._job.formats:
-            for weight_type, prediction in self._possible(artifact, choice).items():
+            for mix, prediction in self._possible(artifact, choice).items():
                 if prediction.counted(self._budget.kind) <= self._budget.bytes:
-                    types[artifact], predictions[artifact] = weight_type, prediction
+                    files[artifact], predictions[artifact] = self._file(mix), prediction
                     break
             else:
                 return None
-        return _Candidate(choice, types, predictions)
+        return _Candidate(choice, files, predictions)
 
     def _possible(self, artifact: str, choice: CompressChoice) -> dict[str, Prediction]:
         """The predictions by type, for each type that can hold the student: rows may not fit a type's blocks.
@@ -210,42 +211,44 @@ class _Search:
             UnsupportedError: no type can; the reason is that of the largest.
         """
         possible, refusal = {}, None
-        for weight_type in self._types(artifact):
+        for mix in self._mixes(artifact):
             try:
-                possible[weight_type] = self._predict(artifact, choice, weight_type)
+                possible[mix] = self._predict(artifact, choice, mix)
             except UnsupportedError as error:
                 refusal = refusal or error
         if not possible and refusal is not None:
             raise refusal
         return possible
 
-    def _types(self, artifact: str) -> Sequence[str]:
+    def _file(self, mix: str) -> FileChoice:
+        imatrix = None if self._job.imatrix is None else sha256_of(self._job.imatrix)
+        return FileChoice(mix=mix, quantizer=self._job.quantizer, imatrix=imatrix)  # type: ignore[arg-type]
+
+    def _mixes(self, artifact: str) -> Sequence[str]:
         quant = self._job.quant
         if quant is None:
             return _LADDER[artifact]
         return [quant] if artifact == "gguf" else _ONNX_FOR_PINNED_QUANT[quant]
 
-    def _predict(self, artifact: str, choice: CompressChoice, weight_type: str) -> Prediction:
-        shape = expected_shape(choice, self._checkpoint.shape)
-        return predict(
-            artifact, self._checkpoint.folder, self._name, shape, weight_type, self._budget, self._job.threads
-        )
+    def _predict(self, artifact: str, choice: CompressChoice, mix: str) -> Prediction:
+        shape, file = expected_shape(choice, self._checkpoint.shape), self._file(mix)
+        return predict(artifact, self._checkpoint.folder, self._name, shape, file, self._budget, self._job.threads)
 
     def _nothing_fits(self, choice: CompressChoice) -> str:
         needs = {
             artifact: min(
-                (prediction.counted(self._budget.kind), weight_type)
-                for weight_type, prediction in self._possible(artifact, choice).items()
+                (prediction.counted(self._budget.kind), mix)
+                for mix, prediction in self._possible(artifact, choice).items()
             )
             for artifact in self._job.formats
         }
         largest = max(needs, key=lambda artifact: needs[artifact][0])
-        n_bytes, weight_type = needs[largest]
+        n_bytes, mix = needs[largest]
         counted = "file" if self._budget.kind == "file" else f"memory at {self._budget.context} tokens of context"
         left = described_compression(choice, self._checkpoint.shape)
         return (
             f"nothing fits a budget of {format_size(self._budget.bytes)}: with {left} the "
-            f"smallest {largest} ({weight_type}) needs {format_size(n_bytes)} of {counted}. "
+            f"smallest {largest} ({mix}) needs {format_size(n_bytes)} of {counted}. "
             f"The smallest budget that works is --budget {n_bytes}B"
         )
 

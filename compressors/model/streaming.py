@@ -249,7 +249,12 @@ class StreamedModel:
         matrix_VD = self._read_head(dtype)
         self._skeleton.final_norm.load_state_dict({"weight": self._final_norm_weight.to(dtype)}, assign=True)
         self._skeleton.final_norm.requires_grad_(False)
-        yield lambda states_ND: functional.linear(self._skeleton.final_norm(states_ND), matrix_VD)
+        yield lambda states_ND: functional.linear(self.head_inputs(states_ND), matrix_VD)
+
+    def head_inputs(self, states_ND: torch.Tensor) -> torch.Tensor:
+        """What the head multiplies: the states after the last layer, normed. Inside :meth:`head` only."""
+        normed_ND: torch.Tensor = self._skeleton.final_norm(states_ND)
+        return normed_ND
 
     def release(self) -> None:
         """Lets all weights go; another pass would read them again, and decide anew where things lie."""

@@ -172,7 +172,10 @@ def open_student(plan: Plan, work: WorkDirectory, stage: str = "retune") -> Stud
 
 def same_numbers(plan: Plan) -> bool:
     """Whether both files hold the same numbers, so that the runtimes can be compared with each other."""
-    return plan.recipe.gguf is not None and plan.recipe.gguf == plan.recipe.onnx
+    gguf, onnx = plan.recipe.gguf, plan.recipe.onnx
+    if gguf is None or onnx is None or gguf.tensors or onnx.tensors:
+        return False
+    return (gguf.mix, gguf.quantizer, gguf.imatrix) == (onnx.mix, onnx.quantizer, onnx.imatrix)
 
 
 def importance_of(student: Student, work: WorkDirectory) -> Importance:

@@ -13,14 +13,14 @@ __all__ = ["run"]
 def run(context: StageContext) -> None:
     """Quantizes the student with the importance matrix of the calibration text."""
     plan = context.plan
-    weight_type, name = plan.recipe.gguf or "", plan.recipe.source.model
+    choice, name = plan.recipe.file("gguf"), plan.recipe.source.model
     student = open_student(plan, context.work, "recover")
-    total = predict_file_size(student.shape, plan.source, weight_type, name)
+    total = predict_file_size(student.shape, plan.source, choice.mix, name)
     with context.progress.bar("bytes", total) as advance:
         write_gguf(
             student,
-            weight_type,
-            context.output / gguf_file_name(name, student.shape, weight_type),
+            choice.mix,
+            context.output / gguf_file_name(name, student.shape, choice.mix),
             importance=importance_of(student, context.work),
             name=name,
             threads=plan.recipe.threads,

@@ -15,13 +15,13 @@ FOLDER = "onnx"
 def run(context: StageContext) -> None:
     """Writes graph, weights, and what onnxruntime-genai and optimum want beside them."""
     plan = context.plan
-    weight_type = plan.recipe.onnx or ""
+    choice = plan.recipe.file("onnx")
     student = open_student(plan, context.work, "recover")
     folder = context.output / FOLDER
-    with context.progress.bar("bytes", predict_size(student.shape, weight_type)) as advance:
+    with context.progress.bar("bytes", predict_size(student.shape, choice.mix)) as advance:
         write_onnx(
             student,
-            weight_type,
+            choice.mix,
             folder,
             importance=importance_of(student, context.work),
             context_length=None,

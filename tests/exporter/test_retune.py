@@ -20,11 +20,11 @@ from exporter.job import Flags
 from exporter.onnx.writer import write_onnx
 from exporter.pipeline import fingerprints, stages_of
 from exporter.plan import Plan
+from exporter.plan_making import make_plan
 from exporter.progress import Progress
 from exporter.recipe import Recipe, RungChoice
 from exporter.recovery import AFTER_QUANTIZING
 from exporter.result import final_recipe
-from exporter.run import make_plan
 from exporter.source_state import SourceState
 from exporter.stage import StageContext
 from exporter.stages import calibrate, compress, gguf, onnx, recover, retune, schedule

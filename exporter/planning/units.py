@@ -1,0 +1,91 @@
+"""The choices that a file leaves: for each tensor the types that it may be stored in, with their exact bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from compressors.model.families import Role
+from compressors.model.ggml_types import BLOCK_SIZES, GGMLQuantizationType
+from compressors.model.shape import MoeShape
+from compressors.sensitivity import Candidate, UnitPlan, feedback_factor, ggml_quantizer
+from exporter.gguf.container import aligned
+from exporter.gguf.layout import GgufTensor, plan_tensors
+from exporter.planning.decode_cost import seconds_of
+from exporter.recipe import FileChoice
+
+__all__ = ["BASE_MIX", "LAST_RESORT", "gguf_units"]
+
+_T = GGMLQuantizationType
+
+BASE_MIX: Mapping[str, str] = {"gguf": "Q8_0", "onnx": "Q4_0"}
+"""The mix or preset that an allocation's types are exceptions from."""
+
+LAST_RESORT = frozenset({"Q2_0", "IQ1_S", "IQ1_M"})
+"""Types that are taken where nothing else fits: Q2_0 has no fast kernel on x86 and needs a llama.cpp of 2026, and the
+codes of the IQ1 types cannot be chosen again with error feedback."""
+
+_SEARCHED = (
+    *(_T.Q8_0, _T.Q6_K, _T.Q5_K, _T.Q5_1, _T.Q5_0, _T.Q4_K, _T.Q4_1, _T.Q4_0, _T.IQ4_NL, _T.IQ4_XS, _T.Q3_K),
+    *(_T.IQ3_S, _T.IQ3_XXS, _T.Q2_K, _T.IQ2_S, _T.IQ2_XS, _T.IQ2_XXS, _T.Q2_0, _T.IQ1_M, _T.IQ1_S),
+)
+"""What the search may choose. MXFP4 and the ternary types are worse than others of their size for weights that were not
+trained in them."""
+
+_EXACT = {torch.bfloat16: _T.BF16, torch.float16: _T.F16, torch.float32: _T.F32}
+
+
+def gguf_units(
+    shape: MoeShape, dtype: torch.dtype, choice: FileChoice, *, without: Collection[str] = ()
+) -> tuple[UnitPlan, ...]:
+    """Lists the tensors of a GGUF file that may be quantized, each with its types.
+
+    Args:
+        shape: of the student.
+        dtype: of its weights; one type holds them exactly.
+        choice: says how codes are chosen.
+        without: types that may not be taken.
+    """
+    with_feedback = choice.quantizer == "feedback"
+    return tuple(
+        UnitPlan(
+            tensor.name,
+            (tensor.name,),
+            ((tensor.role, tensor.layer),),
+            tuple(
+                _candidate(tensor, ggml_type, shape, with_feedback)
+                for ggml_type in (_EXACT[dtype], *_SEARCHED)
+                if ggml_type.name not in without and tensor.row_length % BLOCK_SIZES[ggml_type][0] == 0
+            ),
+        )
+        for tensor in plan_tensors(shape, "BF16")
+        if tensor.ggml_type is _T.BF16
+    )
+
+
+def _candidate(tensor: GgufTensor, ggml_type: _T, shape: MoeShape, with_feedback: bool) -> Candidate:
+    n_bytes = aligned(replace(tensor, ggml_type=ggml_type).n_bytes)
+    seconds = seconds_of(ggml_type.name, _values_read(tensor, shape))
+    if ggml_type in _EXACT.values():
+        return Candidate(ggml_type.name, n_bytes, None, seconds=seconds)
+    factor: Callable[[Role], float] = partial(_factor, ggml_type.name) if with_feedback else _whole
+    return Candidate(ggml_type.name, n_bytes, ggml_quantizer(ggml_type), factor, seconds)
+
+
+def _factor(type_name: str, role: Role) -> float:
+    return feedback_factor(role, type_name)
+
+
+def _whole(_role: Role) -> float:
+    return 1.0
+
+
+def _values_read(tensor: GgufTensor, shape: MoeShape) -> float:
+    """Values that decoding one token multiplies with: of experts those of the chosen, of an embedding none."""
+    if tensor.role is Role.TOKEN_EMBEDDING and not shape.tied_embeddings:
+        return 0.0
+    share = shape.top_k / shape.n_experts if tensor.role.is_expert and not shape.is_dense else 1.0
+    return share * tensor.n_values
