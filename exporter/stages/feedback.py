@@ -12,39 +12,51 @@ import torch
 from compressors.layer_inputs import LayerInputs, n_kept_blocks, write_layer_inputs
 from compressors.model.arithmetic import dtype_of
 from compressors.model.memory import PROCESS_BYTES
+from compressors.model.shape import MoeShape
 from compressors.model.streaming import StreamedModel
 from compressors.model.student import ExpertMap, Student
 from compressors.second_moments import SecondMoments
-from exporter.feedback import StudentFeedback, threads_within
+from compressors.sensitivity import Sensitivities
+from exporter.feedback import EmbeddingGradient, StudentFeedback, threads_within
 from exporter.files import flush_folder
 from exporter.plan import Plan
+from exporter.recipe import Quantizer
 from exporter.stage import StageContext
 from exporter.stages.artifacts import Blocks, Calibration, memory_limit, use_threads
 
-__all__ = ["feedback_for", "feedback_threads"]
+__all__ = ["feedback_for", "writer_threads"]
 
 
 @contextmanager
-def feedback_for(context: StageContext, student: Student) -> Iterator[StudentFeedback]:
-    """The feedback of a student's matrices.
+def feedback_for(context: StageContext, student: Student, quantizer: Quantizer) -> Iterator[StudentFeedback | None]:
+    """The feedback of a student's matrices; None where the kernels choose the codes.
 
     What enters the original's layers is known from calibration. A student that differs takes the same tokens through
     its own layers first; what enters them is kept until the file is done, so that an interrupted stage goes on.
     """
+    if quantizer == "kernel":
+        yield None
+        return
     own = context.output / "layer_inputs"
     dtype = dtype_of(context.plan.recipe.arithmetic)
     if _is_original(student):
         inputs = LayerInputs(Calibration.of(context.work).layer_inputs)
     else:
         inputs = _own_inputs(context, student, own, dtype)
-    moments = SecondMoments(student, inputs, dtype=dtype, threads=feedback_threads(context.plan, student))
-    yield StudentFeedback(moments, tied=student.shape.tied_embeddings)
+    threads = writer_threads(context.plan, student.shape, quantizer)
+    moments = SecondMoments(student, inputs, dtype=dtype, threads=threads)
+    tied = student.shape.tied_embeddings
+    of_vocabulary = Sensitivities(context.work.stage("sensitivity"), tied).vocabulary
+    gradient = EmbeddingGradient(of_vocabulary.embedding_gradient_moments, float(of_vocabulary.kappa))
+    yield StudentFeedback(moments, tied=tied, gradient=gradient)
     shutil.rmtree(own, ignore_errors=True)
 
 
-def feedback_threads(plan: Plan, student: Student) -> int:
-    """How many threads choose codes at a time: the recipe's, or fewer where ``--memory`` does not allow them."""
-    return threads_within(plan.memory_bytes - PROCESS_BYTES, student.shape, plan.recipe.threads)
+def writer_threads(plan: Plan, shape: MoeShape, quantizer: Quantizer) -> int:
+    """How many threads quantize: the recipe's, or fewer where ``--memory`` does not allow so many to choose codes."""
+    if quantizer == "kernel":
+        return plan.recipe.threads
+    return threads_within(plan.memory_bytes - PROCESS_BYTES, shape, plan.recipe.threads)
 
 
 def _is_original(student: Student) -> bool:
