@@ -69,6 +69,7 @@ routing overlaps: those, and changes of perplexity, are what our own two trained
 guesses below.
 """
 
+
 def band_of(bits_per_weight: float) -> Band:
     """The band of a file."""
     return next(band for band in BANDS if bits_per_weight >= band.least_bits)
