@@ -1,7 +1,7 @@
-"""Second moments, sums of x x^T, of the inputs of a student's matrices: what error feedback weighs errors with.
+"""Second moments, means of x x^T, of the inputs of a student's matrices: what error feedback weighs errors with.
 
 They come from stored layer inputs (:mod:`compressors.layer_inputs`), one decoder layer at a time. Attention runs once
-over them, a few token blocks in each thread, and what reaches the experts is kept in 16 bits. An expert's own sums are
+over them, a few token blocks in each thread, and what reaches the experts is kept in 16 bits. An expert's own are
 made from its tokens' rows when they are asked for: no more of them lie in memory than are in use, experts can be worked
 on in any number of threads, and only an expert whose neurons are asked for has its weights read.
 
@@ -29,10 +29,13 @@ from compressors.model.streaming import StreamedModel
 from compressors.model.student import Student
 from compressors.model.threads import in_order, one_thread_each
 
-__all__ = ["ExpertInputs", "LayerMoments", "Moments", "SecondMoments"]
+__all__ = ["ROWS_AT_ONCE", "TOKENS_AT_ONCE", "ExpertInputs", "LayerMoments", "Moments", "SecondMoments"]
 
-_TOKENS_AT_ONCE = 1024  # of one thread: activations then take about as much memory as the sums
-_ROWS_AT_ONCE = 4096  # of one expert, widened to float32
+TOKENS_AT_ONCE = 1024
+"""In attention, of one thread: its activations then take about as much memory as the sums."""
+
+ROWS_AT_ONCE = 4096
+"""Of one expert, widened to float32."""
 
 _Part = TypeVar("_Part")
 
@@ -41,8 +44,13 @@ _Part = TypeVar("_Part")
 class Moments:
     """What is known of the inputs of one matrix."""
 
-    total_NN: torch.Tensor  # float32: the sum of x x^T
+    mean_NN: torch.Tensor  # float32: the mean of x x^T; zeros if no token was seen
     n_tokens: int  # that it is over
+
+    @classmethod
+    def of_sum(cls, total_NN: torch.Tensor, n_tokens: int) -> Moments:
+        """Turns the sum into the mean, in place."""
+        return cls(total_NN.div_(max(n_tokens, 1)), n_tokens)
 
 
 @dataclass(frozen=True)
@@ -99,12 +107,12 @@ class SecondMoments:
         for part_DD in self._in_parts(partial(self._head_part, weight_D)):
             total_DD += part_DD
         n_blocks, n_block_tokens, _ = self._inputs.shape
-        return Moments(total_DD, n_blocks * n_block_tokens)
+        return Moments.of_sum(total_DD, n_blocks * n_block_tokens)
 
     def _in_parts(self, work: Callable[[slice], _Part]) -> Iterator[_Part]:
         """What the work makes of a few blocks at a time, in their order."""
         n_blocks, n_block_tokens, _ = self._inputs.shape
-        step = max(1, _TOKENS_AT_ONCE // n_block_tokens)
+        step = max(1, TOKENS_AT_ONCE // n_block_tokens)
         groups = (slice(first, min(first + step, n_blocks)) for first in range(0, n_blocks, step))
         with one_thread_each(self._threads) as pool:
             yield from in_order(pool, (partial(work, blocks) for blocks in groups), self._threads)
@@ -125,12 +133,12 @@ class SecondMoments:
 class ExpertInputs:
     """What reaches one layer's experts.
 
-    An expert's sums have the same bits wherever torch computes with one thread, as in :func:`one_thread_each`.
+    An expert's moments have the same bits wherever torch computes with one thread, as in :func:`one_thread_each`.
 
     Args:
         inputs_TD: all tokens' rows, in 16 bits.
         chosen_TK: the experts that each token goes to.
-        all_tokens: the sum over all rows.
+        all_tokens: the moments of all rows.
     """
 
     def __init__(self, inputs_TD: torch.Tensor, chosen_TK: torch.Tensor, all_tokens: Moments) -> None:
@@ -141,8 +149,8 @@ class ExpertInputs:
     def gate_up(self, expert: int) -> Moments:
         """Those of an expert's gate and up projection: of its tokens alone."""
         tokens_n = self._tokens(expert)
-        rows = (self._inputs_TD[part] for part in tokens_n.split(_ROWS_AT_ONCE))
-        return Moments(_sum_of_products(rows, self._inputs_TD.shape[1]), len(tokens_n))
+        rows = (self._inputs_TD[part] for part in tokens_n.split(ROWS_AT_ONCE))
+        return Moments.of_sum(_sum_of_products(rows, self._inputs_TD.shape[1]), len(tokens_n))
 
     def down(self, expert: int, gate_FD: torch.Tensor, up_FD: torch.Tensor) -> Moments:
         """Those of its down projection: of what its neurons, whose weights are given, make of its tokens."""
@@ -150,9 +158,9 @@ class ExpertInputs:
         gate_FD, up_FD = gate_FD.float(), up_FD.float()
         rows = (
             functional.silu(part_nD @ gate_FD.T).mul_(part_nD @ up_FD.T)
-            for part_nD in (self._inputs_TD[part].float() for part in tokens_n.split(_ROWS_AT_ONCE))
+            for part_nD in (self._inputs_TD[part].float() for part in tokens_n.split(ROWS_AT_ONCE))
         )
-        return Moments(_sum_of_products(rows, len(gate_FD)), len(tokens_n))
+        return Moments.of_sum(_sum_of_products(rows, len(gate_FD)), len(tokens_n))
 
     def _tokens(self, expert: int) -> torch.Tensor:
         return (self._chosen_TK == expert).any(1).nonzero().flatten()
@@ -197,7 +205,7 @@ class _LayerSums:
 
     def moments(self) -> LayerMoments:
         """What the sums are of."""
-        attention, attention_output, *of_experts = (Moments(total, self._n_tokens) for total in self._totals)
+        attention, attention_output, *of_experts = (Moments.of_sum(total, self._n_tokens) for total in self._totals)
         experts = ExpertInputs(self._experts[0], self._experts[1], of_experts[0]) if of_experts else None
         return LayerMoments(attention, attention_output, experts)
 

@@ -20,7 +20,7 @@ from compressors.model.streaming import StreamedModel, TokenGroup
 from compressors.model.student import ExpertMap, LayerMap, Student
 from compressors.second_moments import Moments, SecondMoments
 
-_CLOSE = 0.01  # of a sum's norm: layer inputs and what reaches experts are kept in 16 bits
+_CLOSE = 0.01  # of the norm: layer inputs and what reaches experts are kept in 16 bits
 
 
 class _Definition:
@@ -71,9 +71,9 @@ class _Definition:
             handle.remove()
 
     def agrees(self, what: str, layer: int, found: Moments) -> bool:
-        expected = self.totals[what, layer]
+        expected = self.totals[what, layer] / self.counts[what, layer]
         assert found.n_tokens == self.counts[what, layer], what
-        return bool((found.total_NN - expected).norm() < _CLOSE * expected.norm())
+        return bool((found.mean_NN - expected).norm() < _CLOSE * expected.norm())
 
 
 @pytest.fixture(scope="module")
@@ -128,14 +128,14 @@ def test_a_student_s_own_layers_and_experts_are_looked_at(
     assert expected.agrees("q_proj", 1, last.attention)
     assert expected.agrees("o_proj", 1, last.attention_output)
     assert sum(layer.experts.gate_up(expert).n_tokens for expert in range(6)) == tokens_BT[:1].numel() * 4
-    assert layer.experts.gate_up(6).n_tokens == 0 and not layer.experts.gate_up(6).total_NN.any()
+    assert layer.experts.gate_up(6).n_tokens == 0 and not layer.experts.gate_up(6).mean_NN.any()
 
 
 def test_threads_change_no_bit(float32_toy: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     student = Student.teacher(float32_toy)
     tokens_BT = torch.randint(0, 4096, (7, 64), generator=torch.Generator().manual_seed(3))
     write_layer_inputs(StreamedModel(student), tokens_BT, tmp_path)
-    monkeypatch.setattr(second_moments, "_TOKENS_AT_ONCE", 128)
+    monkeypatch.setattr(second_moments, "TOKENS_AT_ONCE", 128)
     before = torch.get_num_threads()
     found = []
     for threads in (1, 3):
@@ -147,4 +147,4 @@ def test_threads_change_no_bit(float32_toy: Checkpoint, tmp_path: Path, monkeypa
         assert torch.get_num_threads() == threads
     torch.set_num_threads(before)
     for one, three in zip(*found, strict=True):
-        assert torch.equal(one.total_NN, three.total_NN)
+        assert torch.equal(one.mean_NN, three.mean_NN)
