@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BITS", "IntegerBlocks", "round_to_codes", "search_blocks"]
+__all__ = ["BITS", "BlockType", "IntegerBlocks", "round_to_codes", "search_blocks"]
 
 BITS = (2, 4, 8)
 
@@ -32,6 +32,19 @@ _TURNS = 2  # of codes and scale; the error falls by less than 1 % in a third
 _VALUES_AT_ONCE = 1 << 16  # a quarter of a megabyte of float32: a core's cache holds the search's arrays
 
 _Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class BlockType:
+    """A way of storing rows of values."""
+
+    bits: int
+    block_size: int
+
+    @property
+    def name(self) -> str:
+        """Bits and block size, such as ``4@128``."""
+        return f"{self.bits}@{self.block_size}"
 
 
 @dataclass(frozen=True)
