@@ -23,7 +23,7 @@ from exporter.gguf.container import TensorEntry, aligned, render_header, render_
 from exporter.gguf.layout import PRESETS as GGUF_PRESETS
 from exporter.gguf.writer import write_gguf
 from exporter.onnx.clients import write_client_files
-from exporter.onnx.layout import PRESETS as ONNX_PRESETS
+from exporter.onnx.encodings import PRESETS as ONNX_PRESETS
 from exporter.onnx.writer import write_onnx
 from exporter.static_checks import check_description, check_weights
 from validate.model_file import find_model_file

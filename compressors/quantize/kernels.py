@@ -20,7 +20,14 @@ from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.ggml import dequantize_into, dequantize_rows, ggml_library_for, row_bytes
 from compressors.model.ggml_types import BLOCK_SIZES, GGMLQuantizationType
 
-__all__ = ["GGMLQuantizationType", "dequantize_rows", "fallback_type", "quantize_rows", "row_bytes"]
+__all__ = [
+    "GGMLQuantizationType",
+    "checked_importance",
+    "dequantize_rows",
+    "fallback_type",
+    "quantize_rows",
+    "row_bytes",
+]
 
 _T = GGMLQuantizationType
 
@@ -82,7 +89,7 @@ def quantize_rows(
     """
     n_rows, row_length = values_RN.shape
     values_RN = values_RN.contiguous()
-    importance = _checked_importance(importance_N, row_length, name) if ggml_type not in _WITHOUT_IMPORTANCE else None
+    importance = checked_importance(importance_N, row_length, name) if ggml_type not in _WITHOUT_IMPORTANCE else None
     if importance is None and ggml_type in _NEEDS_IMPORTANCE:
         importance = np.ones(row_length, dtype=np.float32)
     quantized_RY = np.empty((n_rows, row_bytes(ggml_type, row_length)), dtype=np.uint8)
@@ -126,9 +133,12 @@ def _check_finite(values_RN: npt.NDArray[np.float32], first_row: int, name: str)
         )
 
 
-def _checked_importance(
-    importance_N: torch.Tensor | None, row_length: int, name: str
-) -> npt.NDArray[np.float32] | None:
+def checked_importance(importance_N: torch.Tensor | None, row_length: int, name: str) -> npt.NDArray[np.float32] | None:
+    """Importance as the kernels take it: ones where it is zero everywhere.
+
+    Raises:
+        InputError: it holds NaN, infinity or a negative value.
+    """
     if importance_N is None:
         return None
     assert importance_N.shape == (row_length,), f"{name}: importance {importance_N.shape} for rows of {row_length}"
