@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 from compressors.model.gguf_weights import GgufWeights
 from compressors.model.onnx_weights import OnnxWeights
@@ -11,7 +12,7 @@ from compressors.model.weights import WrittenWeights
 from exporter.files import write_atomically
 from exporter.planning.trial import Trial
 from exporter.recipe import FileChoice
-from exporter.stages.written import write_file
+from exporter.stages import gguf, onnx
 
 __all__ = ["measured_divergence"]
 
@@ -32,9 +33,12 @@ def measured_divergence(trial: Trial, artifact: str, choice: FileChoice) -> floa
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
-        place = write_file(trial.context, student, artifact, choice, folder)
+        context = replace(trial.context, output=folder)
         weights: WrittenWeights
-        weights = GgufWeights(place, student.shape) if artifact == "gguf" else OnnxWeights(place, student.shape)
+        if artifact == "gguf":
+            weights = GgufWeights(gguf.write(context, student, choice, folder), student.shape)
+        else:
+            weights = OnnxWeights(onnx.write(context, student, choice, folder), student.shape)
         divergence = trial.judged(student.as_written(weights))
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -11,12 +11,14 @@ import torch
 from compressors.model.errors import UnsupportedError
 from compressors.model.families import Role
 from compressors.model.ggml_types import BLOCK_SIZES, GGMLQuantizationType
+from compressors.model.integer_blocks import BlockType
 from compressors.model.shape import MoeShape
-from compressors.sensitivity import Candidate, UnitPlan, feedback_factor, ggml_quantizer
+from compressors.quantize.blocks import search_blocks
+from compressors.sensitivity import Candidate, Quantizer, UnitPlan, feedback_factor, ggml_quantizer
 from exporter.gguf.container import aligned
 from exporter.gguf.layout import GgufTensor, plan_tensors
 from exporter.gguf.mixes import MIXES
-from exporter.onnx.layout import PRESETS
+from exporter.onnx.encodings import ENCODINGS, PRESETS, Encoding, onnx_units
 from exporter.planning.container import Container
 from exporter.planning.decode_cost import seconds_of
 from exporter.prediction import Prediction
@@ -47,7 +49,7 @@ def units_of(container: Container, dtype: torch.dtype) -> tuple[UnitPlan, ...]:
     """The choices that a file leaves."""
     if container.artifact == "gguf":
         return gguf_units(container.shape, dtype, container.choice)
-    return onnx_units(container.shape, container.choice)
+    return onnx_unit_plans(container.shape, container.choice)
 
 
 def fitting_mixes(container: Container) -> list[tuple[FileChoice, Prediction]]:
@@ -113,3 +115,38 @@ def _values_read(tensor: GgufTensor, shape: MoeShape) -> float:
         return 0.0
     share = shape.top_k / shape.n_experts if tensor.role.is_expert and not shape.is_dense else 1.0
     return share * tensor.n_values
+
+
+def onnx_unit_plans(shape: MoeShape, choice: FileChoice) -> tuple[UnitPlan, ...]:
+    """Lists the units of an ONNX file, each with its encodings."""
+    with_feedback = choice.quantizer == "feedback"
+    return tuple(
+        UnitPlan(
+            unit.name,
+            (unit.name,),
+            tuple((role, unit.layer) for role in unit.weights),
+            tuple(
+                _encoding_candidate(ENCODINGS[name], n_bytes, with_feedback) for name, n_bytes in unit.encodings.items()
+            ),
+        )
+        for unit in onnx_units(shape)
+    )
+
+
+def _encoding_candidate(encoding: Encoding, n_bytes: int, with_feedback: bool) -> Candidate:
+    if encoding.blocks is None:
+        return Candidate(encoding.name, n_bytes, None)
+    factor: Callable[[Role], float] = partial(_factor, encoding.name) if with_feedback else _whole
+    if encoding.ggml_type is not None:
+        return Candidate(encoding.name, n_bytes, ggml_quantizer(encoding.ggml_type), factor)
+    return Candidate(encoding.name, n_bytes, _blocks_quantizer(encoding.blocks), factor)
+
+
+def _blocks_quantizer(blocks: BlockType) -> Quantizer:
+    """The search for the scales of ONNX Runtime's blocks."""
+
+    def quantize(values_RN: torch.Tensor, importance_N: torch.Tensor | None, name: str) -> torch.Tensor:
+        found = search_blocks(values_RN, blocks.bits, blocks.block_size, importance_N, name=name)
+        return torch.from_numpy(found.values())
+
+    return quantize
