@@ -77,7 +77,7 @@ def expected_loss(choice: CompressChoice, shape: MoeShape) -> float:
 
 def _taken(total: int, left: int | tuple[int, ...] | None) -> float:
     """How often what is left would have to be taken once more to give the total."""
-    mean = total if left is None else sum(left) / len(left) if isinstance(left, tuple) else left
+    mean: float = total if left is None else sum(left) / len(left) if isinstance(left, tuple) else left
     return total / max(mean, 1) - 1
 
 
