@@ -35,21 +35,23 @@ def predict(
         threads: of the runtime.
     """
     if artifact == "gguf":
-        file = predict_file_size(shape, folder, choice.mix, name)
+        file = predict_file_size(shape, folder, choice.mix, name, choice.tensors)
         lines = gguf_runtime_bytes(shape, file, budget.context, budget.kv_type)
     else:
-        file = predict_size(shape, choice.mix)
-        lines = onnx_runtime_bytes(shape, choice.mix, budget.context, threads=threads)
+        file = predict_size(shape, choice.mix, encodings=choice.tensors)
+        lines = onnx_runtime_bytes(shape, choice.mix, budget.context, threads=threads, encodings=choice.tensors)
     return Prediction(file, lines["weights"], lines["kv_cache"], lines["compute"], runtime_reserve(artifact))
 
 
 def expert_bits(artifact: str, shape: MoeShape, choice: FileChoice) -> float:
     """Bits of an expert's weight in an artifact, scales included, on average over all layers."""
     if artifact == "gguf":
-        tensors = [tensor for tensor in gguf_tensors(shape, choice.mix) if tensor.role.is_expert]
+        tensors = [tensor for tensor in gguf_tensors(shape, choice.mix, choice.tensors) if tensor.role.is_expert]
         n_bytes, n_values = sum(tensor.n_bytes for tensor in tensors), sum(prod(tensor.shape) for tensor in tensors)
     else:
-        weights = [weight for weight in onnx_tensors(shape, choice.mix).weights if weight.roles[0].is_expert]
+        weights = [
+            weight for weight in onnx_tensors(shape, choice.mix, choice.tensors).weights if weight.roles[0].is_expert
+        ]
         n_bytes = sum(tensor.n_bytes for weight in weights for tensor in weight.tensors)
         n_values = sum(prod(weight.shape) for weight in weights)
     return 8 * n_bytes / n_values

@@ -32,6 +32,7 @@ from validate.generation import NEW_TOKENS, PROMPT_TOKENS, PROMPTS
 from validate.router_inputs import ROUTER_CHUNKS
 
 __all__ = ["COPIED_TYPES", "Speeds", "describe_time", "disk_lines", "memory_lines", "seconds_by_stage"]
+__all__ += ["seconds_of_measuring"]
 
 COPIED_TYPES = frozenset({"F32", "BF16"})
 """Types that no quantizer runs for."""
@@ -150,6 +151,14 @@ def seconds_by_stage(plan: Plan, speeds: Speeds, free_memory: int) -> dict[str, 
     if recipe.save_student:
         seconds["student"] = passes.export(student, "BF16", _student_bytes(plan))
     return {stage: _START_SECONDS + value for stage, value in seconds.items()}
+
+
+def seconds_of_measuring(plan: Plan, speeds: Speeds) -> float:
+    """How long it takes, about, to write a file of the whole original and to judge it on the selection split."""
+    shape = plan.teacher_shape
+    passes = _Passes(Checkpoint(plan.source), speeds, 0)
+    writing = passes.export(shape, "", next(iter(plan.predictions.values())).file)
+    return writing + passes.forward(shape, n_reference=plan.recipe.text.selection_blocks)
 
 
 def describe_time(seconds: Mapping[str, float]) -> str:

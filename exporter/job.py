@@ -17,6 +17,7 @@ from compressors.model.errors import InputError
 from compressors.model.names import shown
 from exporter.durations import parse_duration
 from exporter.model_name import model_name
+from exporter.plan import Search
 from exporter.recipe import ExpertMethod, Quantizer, Student
 from exporter.recovery import RECOVERIES
 from exporter.sizes import parse_size
@@ -95,6 +96,11 @@ class Job:
     save_student: bool
     force: bool
     json: bool
+
+    @property
+    def search(self) -> Search:
+        """What a search for the recipe has to obey."""
+        return Search(self.method, self.experts, self.student, self.recover, self.prefer, self.plan_seconds)
 
     def for_budget(self, n_bytes: int | None) -> Job:
         """The same job with one of its budgets; None stands for the recipe's."""

@@ -16,7 +16,7 @@ from exporter.hub import bundled_text, resolve_model
 from exporter.job import Job
 from exporter.model_name import model_name
 from exporter.outputs import sha256_of
-from exporter.plan import Plan, Search
+from exporter.plan import Plan
 from exporter.planner import TextCounts, choose_recipe, predict_recipe, wanted_blocks
 from exporter.preflight import refuse_too_short_a_context, spare_disk
 from exporter.recipe import Recipe, load_recipe
@@ -74,7 +74,7 @@ def make_plan(job: Job, command: str) -> Plan:
         end_tokens=special_tokens(folder, checkpoint.shape.vocab_size).ends,
         deviations=find_deviations(checkpoint, recipe.artifacts, recipe.source.model),
         imatrix=None if job.imatrix is None else job.imatrix.resolve(),
-        search=_search(job),
+        search=None if job.recipe is not None or job.quant is not None else job.search,
     )
     return replace(plan, teacher_floors=_teacher_floors(plan, checkpoint, spare_disk(plan, job.work_dir)))
 
@@ -84,20 +84,6 @@ def texts_of(job: Job) -> tuple[Path, Path | None]:
     if job.calibration is None:
         return bundled_text("calibration"), job.text or bundled_text("heldout")
     return job.calibration, job.text
-
-
-def _search(job: Job) -> Search | None:
-    """What is left to be found by measurement: nothing if a recipe or the type of the weights is given."""
-    if job.recipe is not None or job.quant is not None:
-        return None
-    return Search(
-        method=job.method,
-        experts=job.experts,
-        student=job.student,
-        recover=job.recover,
-        prefer=job.prefer,
-        plan_seconds=job.plan_seconds,
-    )
 
 
 def _teacher_floors(plan: Plan, checkpoint: Checkpoint, disk_bytes: int) -> dict[str, TeacherFloor]:

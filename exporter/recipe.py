@@ -225,6 +225,11 @@ class Recipe(_Part):
     def _files(self) -> dict[str, FileChoice | None]:
         return {"gguf": self.gguf, "onnx": self.onnx}
 
+    def with_only(self, artifact: str, compress: CompressChoice) -> Recipe:
+        """The recipe of one of its artifacts alone, of another student."""
+        others = {name: None for name in self.artifacts if name != artifact}
+        return self.model_copy(update={"compress": compress, **others})
+
     @property
     def artifacts(self) -> tuple[str, ...]:
         """The artifacts that are written, in this order."""

@@ -61,7 +61,11 @@ class WorkDirectory:
 
     def part(self, name: str, shared: frozenset[str]) -> WorkDirectory:
         """A part of this work; its folder is made with the first stage that writes there."""
-        return WorkDirectory(self.folder / name, self, shared)
+        return self.within(self.folder / name, shared)
+
+    def within(self, folder: Path, shared: frozenset[str]) -> WorkDirectory:
+        """A part of this work that lies in a folder of its own."""
+        return WorkDirectory(folder, self, shared)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for another process."""

@@ -10,8 +10,12 @@ import torch
 
 from compressors.model.families import Role
 from compressors.model.ggml import GGMLQuantizationType
+from compressors.model.integer_blocks import BlockType
 
-__all__ = ["Place", "Weights", "WrittenWeights"]
+__all__ = ["Place", "StoredType", "Weights", "WrittenWeights"]
+
+StoredType = GGMLQuantizationType | BlockType
+"""The way in which a file stores a tensor: a type of ggml, or blocks that only ONNX Runtime has."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Weights(Protocol):
 class WrittenWeights(Weights, Protocol):
     """The tensors of a written file, dequantized: float32."""
 
-    def stored_type(self, role: Role, layer: int | None) -> GGMLQuantizationType:
+    def stored_type(self, role: Role, layer: int | None) -> StoredType:
         """The type in which the file stores the tensors of a role; ggml's name where a graph holds the same numbers."""
 
     def router_place(self, layer: int) -> Place:

@@ -3,45 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from compressors.model.errors import InputError
-from compressors.model.shape import MoeShape
 from compressors.sensitivity import Allocation, TypeTable, allocate, smallest_bytes
-from exporter.budget import predict
-from exporter.planning.units import BASE_MIX
+from exporter.planning.container import Container
 from exporter.prediction import Prediction
-from exporter.recipe import BudgetChoice, FileChoice
+from exporter.recipe import FileChoice
 
-__all__ = ["Container", "Fitted", "fit", "smallest"]
+__all__ = ["Fitted", "fit", "smallest"]
 
 _MOST_ROUNDS = 8
-
-
-@dataclass(frozen=True)
-class Container:
-    """An artifact of a student, apart from the types of its tensors."""
-
-    artifact: str  # gguf or onnx
-    folder: Path  # the source checkpoint
-    name: str  # of the source
-    shape: MoeShape  # the student's
-    budget: BudgetChoice
-    threads: int
-    choice: FileChoice  # quantizer and importance matrix
-
-    def file(self, allocation: Allocation, table: TypeTable) -> FileChoice:
-        """The recipe's choice for an allocation."""
-        types = {tensor: allocation.choices[unit.name] for unit in table.units for tensor in unit.tensors}
-        return self.choice.model_copy(update={"mix": BASE_MIX[self.artifact], "tensors": types})
-
-    def prediction(self, choice: FileChoice) -> Prediction:
-        """What a file of these types needs."""
-        return predict(self.artifact, self.folder, self.name, self.shape, choice, self.budget, self.threads)
-
-    def counted(self, choice: FileChoice) -> int:
-        """Bytes that the budget counts."""
-        return self.prediction(choice).counted(self.budget.kind)
 
 
 @dataclass(frozen=True)

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import torch
 
+from compressors.model.errors import UnsupportedError
 from compressors.model.families import Role
 from compressors.model.ggml_types import BLOCK_SIZES, GGMLQuantizationType
+from compressors.model.integer_blocks import BlockType
 from compressors.model.shape import MoeShape
-from compressors.sensitivity import Candidate, UnitPlan, feedback_factor, ggml_quantizer
+from compressors.quantize.blocks import search_blocks
+from compressors.sensitivity import Candidate, Quantizer, UnitPlan, feedback_factor, ggml_quantizer
 from exporter.gguf.container import aligned
 from exporter.gguf.layout import GgufTensor, plan_tensors
+from exporter.gguf.mixes import MIXES
+from exporter.onnx.encodings import ENCODINGS, PRESETS, Encoding, onnx_units
+from exporter.planning.container import Container
 from exporter.planning.decode_cost import seconds_of
+from exporter.prediction import Prediction
 from exporter.recipe import FileChoice
 
-__all__ = ["BASE_MIX", "LAST_RESORT", "gguf_units"]
+__all__ = ["LAST_RESORT", "fitting_mixes", "gguf_units", "units_of"]
 
 _T = GGMLQuantizationType
-
-BASE_MIX: Mapping[str, str] = {"gguf": "Q8_0", "onnx": "Q4_0"}
-"""The mix or preset that an allocation's types are exceptions from."""
 
 LAST_RESORT = frozenset({"Q2_0", "IQ1_S", "IQ1_M"})
 """Types that are taken where nothing else fits: Q2_0 has no fast kernel on x86 and needs a llama.cpp of 2026, and the
@@ -35,19 +39,41 @@ _SEARCHED = (
 """What the search may choose. MXFP4 and the ternary types are worse than others of their size for weights that were not
 trained in them."""
 
+_BASELINES = tuple(mix for mix in MIXES if not mix.startswith(("TQ", "MXFP", "Q2_0", "F")))
+"""Mixes that people choose from; one in a float type larger than the source's holds the same numbers."""
+
 _EXACT = {torch.bfloat16: _T.BF16, torch.float16: _T.F16, torch.float32: _T.F32}
 
 
-def gguf_units(
-    shape: MoeShape, dtype: torch.dtype, choice: FileChoice, *, without: Collection[str] = ()
-) -> tuple[UnitPlan, ...]:
+def units_of(container: Container, dtype: torch.dtype) -> tuple[UnitPlan, ...]:
+    """The choices that a file leaves."""
+    if container.artifact == "gguf":
+        return gguf_units(container.shape, dtype, container.choice)
+    return onnx_unit_plans(container.shape, container.choice)
+
+
+def fitting_mixes(container: Container) -> list[tuple[FileChoice, Prediction]]:
+    """The named mixes that fit, the largest first, with the kernels' codes."""
+    mixes = _BASELINES if container.artifact == "gguf" else PRESETS
+    found = []
+    for mix in mixes:
+        choice = container.choice.model_copy(update={"mix": mix, "tensors": {}, "quantizer": "kernel"})
+        try:
+            prediction = container.prediction(choice)
+        except UnsupportedError:
+            continue
+        if prediction.counted(container.budget.kind) <= container.budget.bytes:
+            found.append((choice, prediction))
+    return sorted(found, key=lambda entry: -entry[1].file)
+
+
+def gguf_units(shape: MoeShape, dtype: torch.dtype, choice: FileChoice) -> tuple[UnitPlan, ...]:
     """Lists the tensors of a GGUF file that may be quantized, each with its types.
 
     Args:
         shape: of the student.
         dtype: of its weights; one type holds them exactly.
         choice: says how codes are chosen.
-        without: types that may not be taken.
     """
     with_feedback = choice.quantizer == "feedback"
     return tuple(
@@ -58,7 +84,7 @@ def gguf_units(
             tuple(
                 _candidate(tensor, ggml_type, shape, with_feedback)
                 for ggml_type in (_EXACT[dtype], *_SEARCHED)
-                if ggml_type.name not in without and tensor.row_length % BLOCK_SIZES[ggml_type][0] == 0
+                if tensor.row_length % BLOCK_SIZES[ggml_type][0] == 0
             ),
         )
         for tensor in plan_tensors(shape, "BF16")
@@ -89,3 +115,38 @@ def _values_read(tensor: GgufTensor, shape: MoeShape) -> float:
         return 0.0
     share = shape.top_k / shape.n_experts if tensor.role.is_expert and not shape.is_dense else 1.0
     return share * tensor.n_values
+
+
+def onnx_unit_plans(shape: MoeShape, choice: FileChoice) -> tuple[UnitPlan, ...]:
+    """Lists the units of an ONNX file, each with its encodings."""
+    with_feedback = choice.quantizer == "feedback"
+    return tuple(
+        UnitPlan(
+            unit.name,
+            (unit.name,),
+            tuple((role, unit.layer) for role in unit.weights),
+            tuple(
+                _encoding_candidate(ENCODINGS[name], n_bytes, with_feedback) for name, n_bytes in unit.encodings.items()
+            ),
+        )
+        for unit in onnx_units(shape)
+    )
+
+
+def _encoding_candidate(encoding: Encoding, n_bytes: int, with_feedback: bool) -> Candidate:
+    if encoding.blocks is None:
+        return Candidate(encoding.name, n_bytes, None)
+    factor: Callable[[Role], float] = partial(_factor, encoding.name) if with_feedback else _whole
+    if encoding.ggml_type is not None:
+        return Candidate(encoding.name, n_bytes, ggml_quantizer(encoding.ggml_type), factor)
+    return Candidate(encoding.name, n_bytes, _blocks_quantizer(encoding.blocks), factor)
+
+
+def _blocks_quantizer(blocks: BlockType) -> Quantizer:
+    """The search for the scales of ONNX Runtime's blocks."""
+
+    def quantize(values_RN: torch.Tensor, importance_N: torch.Tensor | None, name: str) -> torch.Tensor:
+        found = search_blocks(values_RN, blocks.bits, blocks.block_size, importance_N, name=name)
+        return torch.from_numpy(found.values())
+
+    return quantize

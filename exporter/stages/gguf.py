@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from compressors.model.student import Student
 from exporter.gguf.metadata import gguf_file_name
 from exporter.gguf.writer import predict_file_size, write_gguf
+from exporter.recipe import FileChoice
 from exporter.stage import StageContext
 from exporter.stages.artifacts import importance_of, open_student
 from exporter.stages.feedback import feedback_for, writer_threads
 
-__all__ = ["run"]
+__all__ = ["run", "write"]
 
 
 def run(context: StageContext) -> None:
-    """Quantizes the student with what the calibration text says about the inputs of its matrices."""
-    plan = context.plan
-    choice, name = plan.recipe.file("gguf"), plan.recipe.source.model
-    student = open_student(plan, context.work, "recover")
-    total = predict_file_size(student.shape, plan.source, choice.mix, name)
+    """Writes the recipe's file."""
+    student = open_student(context.plan, context.work, "recover")
+    write(context, student, context.plan.recipe.file("gguf"), context.output)
+
+
+def write(context: StageContext, student: Student, choice: FileChoice, folder: Path) -> Path:
+    """Quantizes a student with what the calibration text says about the inputs of its matrices; returns the file."""
+    plan, name = context.plan, context.plan.recipe.source.model
+    path = folder / gguf_file_name(name, student.shape, choice.mix, choice.tensors)
+    total = predict_file_size(student.shape, plan.source, choice.mix, name, choice.tensors)
     with (
         feedback_for(context, student, choice.quantizer) as feedback,
         context.progress.bar("bytes", total) as advance,
@@ -24,7 +33,8 @@ def run(context: StageContext) -> None:
         write_gguf(
             student,
             choice.mix,
-            context.output / gguf_file_name(name, student.shape, choice.mix),
+            path,
+            types=choice.tensors,
             importance=importance_of(student, context.work),
             feedback=feedback,
             name=name,
@@ -32,3 +42,4 @@ def run(context: StageContext) -> None:
             resume=True,
             progress=advance,
         )
+    return path

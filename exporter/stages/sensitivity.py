@@ -10,10 +10,11 @@ from compressors.model.student import Student
 from compressors.sensitivity import gather_sensitivities
 from exporter.stage import StageContext
 from exporter.stages.artifacts import Blocks, Calibration, memory_limit, use_threads
+from exporter.work import WorkDirectory
 
-__all__ = ["N_TOKENS", "run"]
+__all__ = ["run", "watched_blocks"]
 
-N_TOKENS = 4096
+_TOKENS = 4096
 """Calibration tokens that are enough: with half as many, predictions are as good."""
 
 
@@ -25,16 +26,19 @@ def run(context: StageContext) -> None:
     plan = context.plan
     use_threads(plan)
     teacher = Student.teacher(Checkpoint(plan.source))
-    blocks_BT = Blocks.load(Calibration.of(context.work).blocks).calibration
-    n_blocks = -(-N_TOKENS // blocks_BT.shape[1])  # the leading blocks are of all domains
     with context.progress.bar("layers", 2 * teacher.shape.n_layers) as advance:
         gather_sensitivities(
             teacher,
-            blocks_BT[:n_blocks],
+            watched_blocks(context.work),
             context.output,
-            seed=plan.recipe.recover.seed,
             dtype=dtype_of(plan.recipe.arithmetic),
             limit=memory_limit(context),
             device=torch.device(plan.device),
             progress=advance,
         )
+
+
+def watched_blocks(work: WorkDirectory) -> torch.Tensor:
+    """The calibration blocks that are run: the leading ones, which are of all domains."""
+    blocks_BT = Blocks.load(Calibration.of(work).blocks).calibration
+    return blocks_BT[: -(-_TOKENS // blocks_BT.shape[1])]

@@ -10,14 +10,17 @@ import numpy.typing as npt
 import torch
 
 from compressors.model.ggml_types import GGMLQuantizationType
+from compressors.quantize.feedback import codebook, scalar
+from compressors.quantize.feedback.codebook import CODEBOOK_FORMATS
 from compressors.quantize.feedback.moments import Feedback
 from compressors.quantize.feedback.passes import choose_codes
-from compressors.quantize.feedback.scalar import SCALAR_FORMATS, grid_of, with_codes
+from compressors.quantize.feedback.scalar import SCALAR_FORMATS
+from compressors.quantize.feedback.vectors import SIGN_LENGTH
 from compressors.quantize.kernels import quantize_rows
 
 __all__ = ["TYPES_WITH_FEEDBACK", "quantize_rows_with_feedback"]
 
-TYPES_WITH_FEEDBACK = frozenset(SCALAR_FORMATS)
+TYPES_WITH_FEEDBACK = frozenset(SCALAR_FORMATS) | frozenset(CODEBOOK_FORMATS)
 """The types whose codes :func:`quantize_rows_with_feedback` chooses."""
 
 _SLICE_ROWS = 1024
@@ -50,10 +53,30 @@ def quantize_rows_with_feedback(
 def _with_chosen_codes(
     values_RN: torch.Tensor, quantized_RY: npt.NDArray[np.uint8], ggml_type: GGMLQuantizationType, feedback: Feedback
 ) -> npt.NDArray[np.uint8]:
+    if ggml_type in CODEBOOK_FORMATS:
+        return _with_chosen_vectors(values_RN, quantized_RY, ggml_type, feedback)
     order_N = feedback.order_N(1)
-    grid = grid_of(quantized_RY, ggml_type, order_N)
-    ordered_NR = values_RN.float().T[order_N].contiguous()
-    choose_codes(ordered_NR, grid, feedback, SCALAR_FORMATS[ggml_type].n_sweeps)
-    codes_NR = np.empty(ordered_NR.shape, dtype=np.uint8)
-    codes_NR[order_N.numpy()] = grid.codes_NR()
-    return with_codes(quantized_RY, ggml_type, codes_NR.T)
+    grid = scalar.grid_of(quantized_RY, ggml_type, order_N)
+    choose_codes(_ordered(values_RN, order_N), grid, feedback, SCALAR_FORMATS[ggml_type].n_sweeps)
+    chosen_NR = grid.codes_NR()
+    codes_NR = np.empty_like(chosen_NR)
+    codes_NR[order_N.numpy()] = chosen_NR
+    return scalar.with_codes(quantized_RY, ggml_type, codes_NR.T)
+
+
+def _with_chosen_vectors(
+    values_RN: torch.Tensor, quantized_RY: npt.NDArray[np.uint8], ggml_type: GGMLQuantizationType, feedback: Feedback
+) -> npt.NDArray[np.uint8]:
+    order_N = feedback.order_N(SIGN_LENGTH)
+    grid = codebook.grid_of(quantized_RY, ggml_type, order_N)
+    choose_codes(_ordered(values_RN, order_N), grid, feedback, CODEBOOK_FORMATS[ggml_type].n_sweeps)
+    index_GVR = np.empty(grid.index_GVR.shape, dtype=np.uint16)
+    signs_GR = np.empty_like(grid.signs_GR())
+    order_G = order_N[::SIGN_LENGTH].numpy() // SIGN_LENGTH
+    index_GVR[order_G], signs_GR[order_G] = grid.index_GVR.numpy(), grid.signs_GR()
+    return codebook.with_codes(quantized_RY, ggml_type, index_GVR, signs_GR)
+
+
+def _ordered(values_RN: torch.Tensor, order_N: torch.Tensor) -> torch.Tensor:
+    """The values as float32 [N, R], columns in the order in which they are rounded."""
+    return values_RN.float().T[order_N].contiguous()
