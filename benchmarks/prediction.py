@@ -5,8 +5,8 @@
 A recipe gives every matrix of a model a type of its own, drawn at random around a size that is drawn too. Its
 divergence from the original is predicted from sensitivities (one backward pass over 4,096 calibration tokens) and the
 error of ggml's kernels on sampled rows; two more recipes, a large and a small one, are measured to calibrate the
-prediction. All are measured in torch with the dequantized weights, over 15 chunks of held-out text. The
-best choice at some of these sizes shows what choosing by the prediction is worth.
+prediction. All are measured in torch with the dequantized weights, over 15 chunks of held-out text. So
+are llama-quantize's presets and, at the bytes of each, the best choice of types.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from compressors.recover.divergence import judge
 from compressors.sensitivity import DivergenceModel, TypeTable, allocate, gather_sensitivities, ggml_quantizer
 from compressors.statistics import Importance, StatisticsCollector, importance
 from compressors.teacher import write_log_probs
+from exporter.gguf.layout import plan_tensors
 from exporter.gguf.type_table import gguf_type_table
 from exporter.hub import bundled_text, resolve_model
 from validate.backend import scored_positions
@@ -48,7 +49,7 @@ _SCORED = scored_positions(BLOCK_LENGTH)
 _BITS = (2.3, 6.5)  # per weight, of the recipes
 _SPREAD = 1.5  # bits that a tensor's type may have more or less than its recipe
 _CALIBRATING = {"calibrating, small": 2.7, "calibrating, large": 6.0}
-_ALLOCATED = (2.6, 3.2, 4.0, 5.0, 6.2)  # bits per weight
+_PRESETS = ("Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K", "IQ2_M", "IQ2_XXS")
 _SEED = 17
 
 # Okabe and Ito's colours, which are told apart with any colour vision
@@ -169,9 +170,15 @@ class _Bench:
         bits = 8 * n_bytes / sum(self._n_weights.values())
         return Measured(self._model, recipe, n_bytes, bits, order, model.divergence(order), divergence)
 
-    def allocated(self, bits: float) -> dict[str, str]:
-        """The best choice of types for so many bits per weight."""
-        return allocate(self.table, int(bits * sum(self._n_weights.values()) / 8)).choices
+    def preset(self, name: str) -> dict[str, str]:
+        """The types that a preset of llama-quantize gives."""
+        units = {unit.name for unit in self.table.units}
+        tensors = plan_tensors(self._student.shape, name)
+        return {tensor.name: tensor.ggml_type.name for tensor in tensors if tensor.name in units}
+
+    def allocated(self, preset: str) -> dict[str, str]:
+        """The best choice of types in the bytes of a preset."""
+        return allocate(self.table, self.table.n_bytes(self.preset(preset))).choices
 
     def _run_teacher(self, calibration_BT: torch.Tensor) -> Importance:
         """Leaves what the original says of the held-out text in the folder."""
@@ -198,7 +205,8 @@ def _measure(model: str, n_recipes: int, folder: Path) -> list[Measured]:
     recipes = {
         f"random {number}": bench.drawn(generator.uniform(*_BITS), generator) for number in range(1, n_recipes + 1)
     }
-    recipes |= {f"allocated, {bits} bits": bench.allocated(bits) for bits in _ALLOCATED}
+    for preset in _PRESETS:
+        recipes |= {f"preset {preset}": bench.preset(preset), f"allocated as {preset}": bench.allocated(preset)}
     for recipe, types in recipes.items():
         results.append(bench.measured(recipe, types, calibrated))
         last = results[-1]
@@ -238,12 +246,17 @@ def write_chart(results: Sequence[Measured], path: Path) -> None:
 
     models = list(dict.fromkeys(result.model for result in results))
     figure, panels = pyplot.subplots(1, len(models), figsize=(4.6 * len(models), 4.4), squeeze=False)
-    marks = {"random": ("o", "random types"), "allocated": ("D", "allocated"), "calibrating": ("x", "calibrating")}
+    marks = {
+        "random": ("o", "random types"),
+        "preset": ("s", "llama-quantize's presets"),
+        "allocated": ("D", "allocated"),
+        "calibrating": ("x", "calibrating"),
+    }
     for panel, model in zip(panels[0], models, strict=True):
         for kind, (mark, label) in marks.items():
             shown = [result for result in results if result.model == model and result.recipe.startswith(kind)]
             colour = "black" if kind == "calibrating" else _COLOURS[model]
-            fill = "none" if kind == "random" else colour
+            fill = colour if kind == "allocated" else "none"
             x, y = ([getattr(result, name) for result in shown] for name in ("predicted", "measured"))
             panel.plot(x, y, mark, color=colour, mfc=fill, ms=5, label=label, linestyle="none")
         ends = [min(result.measured for result in results) / 1.3, max(result.measured for result in results) * 1.3]

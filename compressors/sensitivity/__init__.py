@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from compressors.sensitivity.defaults import default_table
 from compressors.sensitivity.divergence import DivergenceModel
 from compressors.sensitivity.feedback_factors import feedback_factor
 from compressors.sensitivity.gathering import gather_sensitivities
@@ -23,6 +24,7 @@ __all__ = [
     "UnitPlan",
     "VocabularySensitivities",
     "allocate",
+    "default_table",
     "feedback_factor",
     "gather_sensitivities",
     "ggml_quantizer",
