@@ -11,6 +11,7 @@ Letters: U units, N options, S partial choices.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,7 @@ import numpy.typing as npt
 from compressors.model.errors import InputError
 from compressors.sensitivity.table import TypeTable
 
-__all__ = ["Allocation", "allocate", "smallest_bytes"]
+__all__ = ["Allocation", "allocate", "allocate_file", "smallest_bytes"]
 
 _MOST_PARTIAL_CHOICES = 2048
 _PRICE_STEPS = 200  # of the bisection: more than double precision can tell apart
@@ -57,13 +58,48 @@ def allocate(table: TypeTable, byte_limit: int, *, nats_per_second: float = 0.0)
         raise InputError(f"{empty[0]} has no type that it may be written in; allow more types")
     smallest = smallest_bytes(table)
     if smallest > byte_limit:
-        raise InputError(
-            f"the smallest types need {smallest:,} bytes, more than {byte_limit:,}; the smallest limit that can be "
-            f"met with these types is {smallest:,}"
-        )
+        raise _too_small(smallest, byte_limit)
     options = _Options.of(table, nats_per_second)
     chosen, bound = _search(options, byte_limit, _best_price(options, byte_limit))
     return _allocation(table, options, chosen, bound)
+
+
+def allocate_file(
+    table: TypeTable,
+    byte_limit: int,
+    file_bytes: Callable[[Mapping[str, str]], int],
+    *,
+    nats_per_second: float = 0.0,
+) -> Allocation:
+    """The best choice whose file fits, where headers and alignment depend on the choice.
+
+    Args:
+        table: units and their types.
+        byte_limit: of the file.
+        file_bytes: exact size of the file for the types of the units.
+        nats_per_second: as in :func:`allocate`.
+
+    Raises:
+        InputError: the file of the smallest types does not fit; the message names its size.
+    """
+    smallest = allocate(table, smallest_bytes(table))
+    beside = file_bytes(smallest.choices) - smallest.n_bytes
+    if smallest.n_bytes + beside > byte_limit:
+        raise _too_small(smallest.n_bytes + beside, byte_limit)
+    while byte_limit - beside >= smallest.n_bytes:
+        found = allocate(table, byte_limit - beside, nats_per_second=nats_per_second)
+        excess = file_bytes(found.choices) - byte_limit
+        if excess <= 0:
+            return found
+        beside += excess
+    return smallest
+
+
+def _too_small(smallest: int, byte_limit: int) -> InputError:
+    return InputError(
+        f"the smallest types need {smallest:,} bytes, more than {byte_limit:,}; the smallest limit that can be "
+        f"met with these types is {smallest:,}"
+    )
 
 
 @dataclass(frozen=True)
