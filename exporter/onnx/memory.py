@@ -21,6 +21,7 @@ CHUNK_TOKENS = 512
 
 _FLOAT_BYTES = 4
 _EXPERT_AXES = 3  # of the shape of a layer's experts
+_SMALLEST_BITS = 2
 _SESSION_BYTES = 24 << 20  # graph, thread pool, allocator slack: measured 13 to 20 MB whatever the model
 _LIVE_HIDDEN_STATES = 8  # [tokens, D] at a time: residual, normed, branch and what they are made from
 _LIVE_PROJECTIONS = 3  # query, key and value as projected, normed per head, rotated
@@ -58,13 +59,14 @@ def _weight_bytes(layout: TensorLayout) -> int:
 
 
 def _bytes_beside(weight: WeightPlan) -> int:
-    """Scales widened to float32. Products with int8 inputs keep as much again for each block's sum, and MatMulNBits
-    also packs the scales: measured with weights of up to 600 MB."""
+    """Scales widened to float32. Products with int8 inputs keep as much again for each block's sum, and also pack the
+    scales, if not of experts of 2 bits: measured with weights of up to 600 MB."""
     if weight.scales is None:
         return 0
     copies = 1
     if weight.encoding.has_int8_inputs and Role.TOKEN_EMBEDDING not in weight.roles:
-        copies += 2 if len(weight.shape) == _EXPERT_AXES else 4
+        packs_scales = len(weight.shape) < _EXPERT_AXES or weight.encoding.bits > _SMALLEST_BITS
+        copies += 4 if packs_scales else 2
     return copies * weight.scales.n_bytes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +25,10 @@ from compressors.quantize import GGMLQuantizationType, search_blocks
 from exporter.onnx.encodings import ENCODINGS, onnx_units
 from exporter.onnx.layout import plan_tensors
 from exporter.onnx.writer import predict_size, write_onnx
+from validate.graph_settings import graph_setting_symptoms
 from validate.onnx_runtime import OnnxRuntimeBackend
 from validate.torch_reference import TorchBackend
+from validate.weight_comparison import Damage, Unit, compare_weights
 
 Tokens = npt.NDArray[np.int64]
 
@@ -104,6 +107,54 @@ def test_the_runtime_computes_with_the_numbers_that_are_read_back(
     assert np.abs(found - expected).max() < (_INT8 if has_int8 else _EXACT)
     distance = np.abs(_logits(TorchBackend(student), tokens) - expected).mean()
     assert np.abs(found - expected).mean() < 0.05 * distance
+
+
+def _weight_damage(student: Student, folder: Path) -> tuple[Damage, ...]:
+    weights = OnnxWeights(folder, student.shape)
+    return compare_weights(student, student.as_written(weights), weights.stored_type).damage
+
+
+def test_validation_finds_nothing_wrong(student: Student, folder: Path) -> None:
+    assert graph_setting_symptoms(folder / MODEL_FILE, student.shape) == []
+    assert _weight_damage(student, folder) == ()
+
+
+def test_validation_finds_wrong_attributes(student: Student, folder: Path, tmp_path: Path) -> None:
+    """Of each node that computes with codes: its bits, its block size, and a product's sizes."""
+    (tmp_path / DATA_FILE).symlink_to(folder / DATA_FILE)
+    model = onnx.load(folder / MODEL_FILE, load_external_data=False)
+    n_changed = 0
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name in ("bits", "expert_weight_bits", "block_size", "N", "K"):
+                right, attribute.i = attribute.i, attribute.i * 2
+                (tmp_path / MODEL_FILE).write_bytes(model.SerializeToString())
+                found = graph_setting_symptoms(tmp_path / MODEL_FILE, student.shape)
+                assert any(node.op_type in line for line in found), (node.name, attribute.name)
+                attribute.i = right
+                n_changed += 1
+    assert n_changed >= 2 * 2 + 4
+
+
+@pytest.mark.parametrize("damage", ["codes of another row", "scales too large", "no scales"])
+def test_validation_finds_damaged_experts(
+    student: Student, mix: Mapping[str, str], folder: Path, tmp_path: Path, damage: str
+) -> None:
+    shutil.copytree(folder, tmp_path / "onnx")
+    weight = plan_tensors(replace(student.shape, context_length=256), "Q4_0", mix).weight(Role.EXPERT_DOWN, 0)
+    assert weight.scales is not None
+    tensor = weight.codes if damage == "codes of another row" else weight.scales
+    data = np.memmap(tmp_path / "onnx" / DATA_FILE, np.dtype(tensor.dtype), "r+", tensor.offset, tensor.shape)
+    if damage == "codes of another row":
+        data[2, 17] = data[2, 18].copy()
+    elif damage == "scales too large":
+        data[2] *= np.float16(1.25)
+    else:
+        data[2, 17] = 0
+    data.flush()
+    (found,) = _weight_damage(student, tmp_path / "onnx")
+    row = None if damage == "scales too large" else 17
+    assert found.unit == Unit(Role.EXPERT_DOWN, 0, 2, row)
 
 
 def test_codes_are_those_of_the_search(student: Student, mix: Mapping[str, str], folder: Path) -> None:
