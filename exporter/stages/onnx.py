@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from compressors.model.onnx_weights import OnnxWeights
 from exporter.onnx.clients import write_client_files
 from exporter.onnx.writer import predict_size, write_onnx
 from exporter.stage import StageContext
-from exporter.stages.artifacts import importance_of, open_student
+from exporter.stages.artifacts import ORIGINAL_VALUES, importance_of, open_student
+from exporter.tuning import keep_values
 
 __all__ = ["FOLDER", "run"]
 
@@ -29,5 +31,7 @@ def run(context: StageContext) -> None:
             resume=True,
             progress=advance,
         )
+    if plan.recipe.recover.after_quantizing is not None:
+        keep_values(OnnxWeights(folder, student.shape), student.shape, context.output / ORIGINAL_VALUES)
     # onnxruntime-genai allocates a cache of max_length at once: the budget counts the recipe's context
     write_client_files(student, folder, max_length=plan.recipe.budget.context)
