@@ -158,8 +158,8 @@ def test_a_dense_model_is_read_too(student: Student, tmp_path: Path) -> None:
     assert 0 < (quantized - dense.expert(Role.EXPERT_UP, 1, 0).float()).abs().max() < 0.1
     for weights in (of_gguf, of_onnx):
         assert weights.tensor(Role.ROUTER, 0).shape == (1, dense.shape.hidden_size)
-        with pytest.raises(InputError, match="no router"):
-            weights.router_place(0)
+        with pytest.raises(InputError, match="no tensor of the role router"):
+            weights.tunable(Role.ROUTER, 0)
 
 
 @pytest.fixture(scope="module")
