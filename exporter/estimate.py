@@ -243,12 +243,13 @@ def _recovery(plan: Plan, passes: _Passes) -> dict[str, float]:
     judging = passes.forward(plan.student_shape, n_reference=plan.recipe.text.selection_blocks)
     steps = [
         passes.forward(plan.student_shape, rung.blocks_per_step)
-        * (_STEP_FORWARDS + (_WEIGHTS_FORWARDS if rung.scope != "router" else 0))
+        * (_STEP_FORWARDS + (0 if rung.scope in ("router", "norms") else _WEIGHTS_FORWARDS))
         for rung in choice.trained
     ]
     training = [step * rung.blocks / rung.blocks_per_step for step, rung in zip(steps, choice.trained, strict=True)]
+    n_rungs, n_files = len(choice.rungs), 1 if same_numbers(plan) else len(plan.recipe.artifacts)
+    training[n_rungs:] = training[n_rungs:] * n_files  # each file by itself
     shorter = min(1.0, limit / sum(training)) if limit else 1.0
-    n_rungs = len(choice.rungs)
     seconds = {"schedule": sum(steps) if limit else 0.0}
     for stage, rungs in (("recover", slice(0, n_rungs)), ("retune", slice(n_rungs, None))):
         if training[rungs]:  # judged before, and after each

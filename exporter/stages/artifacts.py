@@ -20,6 +20,7 @@ from exporter.stage import StageContext
 from exporter.work import WorkDirectory
 
 __all__ = [
+    "ORIGINAL_VALUES",
     "Blocks",
     "Calibration",
     "StudentFiles",
@@ -30,6 +31,10 @@ __all__ = [
     "sensitivities_of",
     "use_threads",
 ]
+
+
+ORIGINAL_VALUES = "original_values.safetensors"
+"""In the folder of a stage that wrote a file: the file's tunable values as it wrote them (:mod:`exporter.tuning`)."""
 
 
 @dataclass(frozen=True)
@@ -164,11 +169,9 @@ class StudentFiles:
         return self.folder / "recovery.json"
 
 
-def open_student(plan: Plan, work: WorkDirectory, stage: str = "retune") -> Student:
-    """The student as a stage left it: ``compress``, ``recover``, or ``retune``, the last to change it, if it runs."""
-    teaching = ["retune", "recover"] if plan.recipe.recover.after_quantizing is not None else ["recover"]
-    stages = {"compress": [], "recover": ["recover"], "retune": teaching}[stage]
-    taught = [overlay for name in stages for overlay in StudentFiles(work.stage(name)).rungs]
+def open_student(plan: Plan, work: WorkDirectory, stage: str = "recover") -> Student:
+    """The student as a stage left it: ``compress``, or ``recover``, the last to change it."""
+    taught = StudentFiles(work.stage("recover")).rungs if stage == "recover" else []
     return StudentFiles(work.stage("compress")).open(Checkpoint(plan.source), taught)
 
 
