@@ -1,6 +1,6 @@
 """Are our files of every mix llama-quantize's? Writes ``results/mixes.{csv,md}``.
 
-    python -m benchmarks.mixes [--tools FOLDER] [--chunks 20] [--threads 1]
+    python -m benchmarks.mixes [--tools FOLDER] [--layers 6] [--chunks 20] [--threads 1]
 
 Both trained models, and the coarse one without two of its eight experts, are written in float32. llama-imatrix makes an
 importance matrix of each, and llama-quantize a file of every mix; ours is written with the same importance matrix.
@@ -64,12 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Compares, and writes both files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tools", type=Path, default=_REPOSITORY / ".venv-llama", help="where llama.cpp's are built")
+    parser.add_argument("--layers", type=int, default=6, help="the first so many of each model")
     parser.add_argument("--chunks", type=int, default=20, help="chunks of 512 tokens for the importance matrices")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     tools = build_tools(options.tools)
     found: list[Compared] = []
-    for name, student in _students():
+    for name, student in _students(options.layers):
         with tempfile.TemporaryDirectory() as folder:
             for compared in compare(name, student, tools, options.chunks, options.threads, Path(folder)):
                 print(compared, flush=True)
@@ -81,11 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (_RESULTS / "mixes.md").write_text(page(found), encoding="utf-8")
 
 
-def _students() -> Iterator[tuple[str, Student]]:
-    for name, source in _MODELS.items():
-        yield name, Student.teacher(Checkpoint(source))
-    coarse = Checkpoint(_MODELS["coarse"])
-    yield "coarse, 6 experts", Student(coarse, ExpertMap.keeping(8, [range(6)] * coarse.shape.n_layers))
+def _students(n_layers: int) -> Iterator[tuple[str, Student]]:
+    for name, n_experts in (("fine", 32), ("coarse", 8), ("coarse", 6)):
+        source = Checkpoint(_MODELS[name])
+        experts = ExpertMap.keeping(source.shape.n_experts, [range(n_experts)] * n_layers)
+        yield f"{name}, {n_layers} layers, {n_experts} experts", Student(source, experts)
 
 
 def compare(name: str, student: Student, tools: Tools, n_chunks: int, threads: int, folder: Path) -> Iterator[Compared]:
