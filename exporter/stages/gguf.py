@@ -31,7 +31,7 @@ def write(context: StageContext, student: Student, choice: FileChoice, folder: P
     path = folder / gguf_file_name(name, student.shape, choice.mix, choice.tensors)
     total = predict_file_size(student.shape, plan.source, choice.mix, name, choice.tensors)
     with (
-        feedback_for(context, student, choice.quantizer) as feedback,
+        feedback_for(context, student, choice.quantizer, folder) as feedback,
         context.progress.bar("bytes", total) as advance,
     ):
         write_gguf(
