@@ -44,7 +44,7 @@ def quantize_rows_with_feedback(
 
     Scales and offsets are the kernel's for this importance (Q2_0's are searched); the codes are chosen again, so that
     the error of the outputs over the inputs that ``feedback`` tells of is small. Where a block has one float16 scale
-    and nothing else (Q8_0, Q5_0, Q4_0, IQ4_NL, Q2_0), the scale is then fitted to the codes.
+    and nothing else (Q5_0, Q4_0, IQ4_NL, Q2_0), the scale is then fitted to the codes.
 
     The result does not depend on threads. All rows of a matrix have to come in one call, though: they are taken in
     slices, and products of matrices need not round alike in slices of another size.
