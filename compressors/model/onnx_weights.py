@@ -1,17 +1,19 @@
 """A model's weights as our ONNX folder holds them, dequantized: what ONNX Runtime computes with.
 
 ``model.onnx`` names its weights and says where in ``model.onnx.data`` they lie. A weight is one float32 tensor, or
-codes and scales (:mod:`compressors.model.onnx_blocks`). Gate and up projections of all experts of a layer are one
-weight, whose rows alternate.
+codes and scales (:mod:`compressors.model.onnx_blocks`), whose numbers tell bits and block size. Gate and up projections
+of all experts of a layer are one weight, whose rows alternate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,14 +22,15 @@ import torch
 
 from compressors.model.checkpoint import role_shape
 from compressors.model.errors import InputError
-from compressors.model.families import Role
+from compressors.model.families import NORMS, Role
 from compressors.model.ggml import GGMLQuantizationType
+from compressors.model.integer_blocks import BITS, BlockType, IntegerBlocks
 from compressors.model.names import shown
-from compressors.model.onnx_blocks import BLOCK_SIZE, BlockWeights
+from compressors.model.onnx_blocks import unpack
 from compressors.model.onnx_graph import external_place, read_graph
 from compressors.model.raw_file import RawFile
 from compressors.model.shape import MoeShape
-from compressors.model.weights import Place
+from compressors.model.weights import StoredType, TunablePart
 
 __all__ = ["CODES", "DATA_FILE", "MATRIX", "MODEL_FILE", "SCALES", "OnnxWeights"]
 
@@ -36,11 +39,21 @@ DATA_FILE = "model.onnx.data"
 CODES, SCALES = ".codes", ".scales"  # what a quantized weight's name gets
 MATRIX = ".matrix"  # what the name of codes gets that appear in the shape of a linear layer's operator
 
+_ALTERNATING = (Role.EXPERT_GATE, Role.EXPERT_UP)  # row by row, those of all experts of a layer in one weight
+
 _NUMPY_TYPES: Mapping[int, np.dtype[Any]] = {
     onnx.TensorProto.FLOAT: np.dtype(np.float32),
     onnx.TensorProto.UINT8: np.dtype(np.uint8),
     onnx.TensorProto.FLOAT16: np.dtype(np.float16),
 }
+
+
+_BYTE_BITS = 8
+_OF_GGML: Mapping[BlockType, StoredType] = {
+    BlockType(4, 32): GGMLQuantizationType.Q4_0,
+    BlockType(8, 32): GGMLQuantizationType.Q8_0,
+}
+"""The same numbers in ggml, whose kernels make them."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +87,24 @@ class _Weight:
         return prod(self.shape[:-1])
 
     @property
+    def blocks(self) -> BlockType | None:
+        """How the values are stored; None: in float32."""
+        if self.scales is None:
+            return None
+        n_values = prod(self.shape)
+        return BlockType(_BYTE_BITS * self.codes.n_values // n_values, n_values // max(1, self.scales.n_values))
+
+    @property
     def is_whole(self) -> bool:
         """Whether the stored tensors are of this shape and of types that belong together."""
-        codes, scales, n_values = self.codes, self.scales, prod(self.shape)
-        if scales is None:
+        codes, scales, blocks = self.codes, self.scales, self.blocks
+        if scales is None or blocks is None:
             return codes.dtype == np.float32 and codes.shape == self.shape
         types = codes.dtype == np.uint8 and scales.dtype == np.float16
-        return types and scales.n_values * BLOCK_SIZE == n_values and codes.n_values in (n_values // 2, n_values)
+        fits = blocks.bits in BITS and blocks.block_size > 0 and self.shape[-1] % blocks.block_size == 0
+        n_values = prod(self.shape)
+        n_codes, n_scales = n_values * blocks.bits // _BYTE_BITS, n_values // max(1, blocks.block_size)
+        return types and fits and (codes.n_values, scales.n_values) == (n_codes, n_scales)
 
 
 class OnnxWeights:
@@ -100,6 +124,7 @@ class OnnxWeights:
         self._graph_file = folder / MODEL_FILE
         self._data = RawFile(folder / DATA_FILE)
         self._shape = shape
+        self._values: Mapping[str, torch.Tensor] = {}  # tunable ones in place of the file's
         tensors = self._tensors()
         self._weights = {
             (role, layer): self._weight(role, layer, tensors)
@@ -112,13 +137,11 @@ class OnnxWeights:
         """Always float32."""
         return self.dtype
 
-    def stored_type(self, role: Role, layer: int | None) -> GGMLQuantizationType:
-        """ggml's type of the same numbers: F32, or blocks of 32 values in 4 or 8 bits."""
+    def stored_type(self, role: Role, layer: int | None) -> StoredType:
+        """F32, ggml's type of blocks of 32 values in 4 or 8 bits, or bits and block size."""
         weight = self._weights.get((role, layer))
-        if weight is None or weight.scales is None:
-            return GGMLQuantizationType.F32
-        is_packed = 2 * weight.codes.n_values == prod(weight.shape)
-        return GGMLQuantizationType.Q4_0 if is_packed else GGMLQuantizationType.Q8_0
+        blocks = None if weight is None else weight.blocks
+        return GGMLQuantizationType.F32 if blocks is None else _OF_GGML.get(blocks, blocks)
 
     def tensor(self, role: Role, layer: int | None) -> torch.Tensor:
         """The tensor of a role that is not an expert's, float32."""
@@ -144,18 +167,45 @@ class OnnxWeights:
             gate_and_up = self._rows(weight, expert * 2 * len(out), 2 * len(out))
             out.copy_(gate_and_up[int(role is Role.EXPERT_UP) :: 2])
 
-    def router_place(self, layer: int) -> Place:
-        """Returns the place of a layer's router.
+    def block_length(self, role: Role, layer: int | None) -> int | None:
+        """Values of a block, where they share a scale."""
+        weight = self._weights.get((role, layer))
+        return None if weight is None or weight.blocks is None else weight.blocks.block_size
+
+    def tunable(self, role: Role, layer: int | None) -> torch.Tensor:
+        """The tunable values of a tensor.
 
         Raises:
-            InputError: it is not there as float32.
+            InputError: it has none.
         """
-        weight = self._weights.get((Role.ROUTER, layer))
-        if weight is None:
-            raise InputError(f"{self._graph_file}: layer {layer} has no router")
-        if weight.scales is not None:
-            raise InputError(f"{self._graph_file}: {weight.codes.name} is quantized; routers must be float32")
-        return Place(self._data.path, weight.codes.name, weight.codes.offset, weight.shape)
+        weight = self._tunable_weight(role, layer)
+        if weight.scales is None:
+            return self.tensor(role, layer)
+        scales_RN = self._rows_of_role(self._read(weight, weight.scales, 0, weight.n_rows), role)
+        return torch.from_numpy(scales_RN.copy())[..., None]
+
+    def with_values(self, values: Mapping[str, torch.Tensor]) -> Self:
+        """The same weights as if the file had these tunable values.
+
+        Raises:
+            InputError: they are not of this file.
+        """
+        for name, tensor in values.items():
+            self._check_values(name, tensor)
+        changed = copy.copy(self)
+        changed._values = values
+        return changed
+
+    def changed_parts(self) -> Iterator[TunablePart]:
+        """Whole tensors."""
+        for (role, layer), weight in self._weights.items():
+            if self._shape.gguf_name(role, layer) in self._values:
+                stored = weight.codes if weight.scales is None else weight.scales
+                yield TunablePart(self._data.path, stored.offset, stored.n_bytes, partial(self._put, weight, stored))
+
+    def _put(self, weight: _Weight, stored: _Stored, data: npt.NDArray[np.uint8]) -> None:
+        """Puts what replaces the file's values into the bytes of a tensor."""
+        self._replace(weight, data.view(stored.dtype).reshape(weight.n_rows, -1), 0)
 
     def _has(self, role: Role, layer: int) -> bool:
         return (role.is_expert and self._shape.layer(layer).has_moe) or role in self._shape.layer_roles(layer)
@@ -165,15 +215,55 @@ class OnnxWeights:
         codes = self._read(weight, weight.codes, first, n_rows)
         if weight.scales is None:
             return torch.from_numpy(codes)
-        scales_RN = self._read(weight, weight.scales, first, n_rows)
-        return torch.from_numpy(BlockWeights(codes, scales_RN).values())
+        bits = _BYTE_BITS * weight.codes.n_values // prod(weight.shape)
+        scales_RK = self._read(weight, weight.scales, first, n_rows).astype(np.float32)
+        return torch.from_numpy(IntegerBlocks(unpack(codes, bits), scales_RK, bits).values())
 
     def _read(self, weight: _Weight, stored: _Stored, first: int, n_rows: int) -> npt.NDArray[Any]:
         columns = stored.n_values // weight.n_rows
         values = np.empty((n_rows, columns), dtype=stored.dtype)
         offset = stored.offset + first * columns * stored.dtype.itemsize
         self._data.fill(stored.name, values.reshape(-1).view(np.uint8).data, offset)
+        if self._values and stored is (weight.codes if weight.scales is None else weight.scales):
+            self._replace(weight, values, first)
         return values
+
+    def _replace(self, weight: _Weight, values_RN: npt.NDArray[Any], first: int) -> None:
+        """Puts what replaces the file's values into some rows of them, whole experts' where roles alternate."""
+        for (role, layer), found in self._weights.items():
+            name = self._shape.gguf_name(role, layer)
+            if found == weight and name in self._values:
+                alternate = role in _ALTERNATING and not self._shape.is_dense
+                own_RN = self._rows_of_role(values_RN, role)
+                of_role_RN = self._values[name].reshape(-1, values_RN.shape[1]).numpy()
+                own_RN[:] = of_role_RN[first // (2 if alternate else 1) :][: len(own_RN)]
+
+    def _rows_of_role(self, rows_RN: npt.NDArray[Any], role: Role) -> npt.NDArray[Any]:
+        """A view of the rows that are a role's."""
+        if role not in _ALTERNATING or self._shape.is_dense:
+            return rows_RN
+        return rows_RN[int(role is Role.EXPERT_UP) :: 2]
+
+    def _tunable_weight(self, role: Role, layer: int | None) -> _Weight:
+        weight = self._weights.get((role, layer))
+        if weight is None:
+            raise InputError(f"{self._graph_file} has no tensor of the role {role}: it holds a dense model")
+        is_float = role is Role.ROUTER or role in NORMS
+        if is_float != (weight.scales is None):
+            what = "quantized; it must be float32" if is_float else "not quantized, so it has no scales"
+            raise InputError(f"{self._graph_file}: {weight.codes.name} is {what}")
+        return weight
+
+    def _check_values(self, name: str, values: torch.Tensor) -> None:
+        keys = [key for key in self._weights if self._shape.gguf_name(*key) == name]
+        if not keys:
+            raise InputError(f"{self._graph_file} has no tensor {name}, whose values are to be replaced")
+        expected = self.tunable(*keys[0])
+        if values.shape != expected.shape or values.dtype != expected.dtype:
+            raise InputError(
+                f"{self._graph_file}: values of shape {list(values.shape)} in {values.dtype} cannot take the place of "
+                f"{name}'s, of shape {list(expected.shape)} in {expected.dtype}"
+            )
 
     def _tensors(self) -> dict[str, _Stored]:
         """Everything in the data file, by name."""

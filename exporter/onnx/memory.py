@@ -7,9 +7,11 @@ it is. Large tensors are mapped from the data file in any case, and given back w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from compressors.model.families import Role
 from compressors.model.shape import MoeShape
-from exporter.onnx.layout import TensorLayout, plan_tensors
+from exporter.onnx.layout import TensorLayout, WeightPlan, plan_tensors
 from exporter.onnx.writer import with_context
 
 __all__ = ["CHUNK_TOKENS", "predict_runtime_bytes"]
@@ -18,12 +20,16 @@ CHUNK_TOKENS = 512
 """Prompts are fed in pieces of this many tokens: validation does, and genai_config.json tells onnxruntime-genai to."""
 
 _FLOAT_BYTES = 4
+_EXPERT_AXES = 3  # of the shape of a layer's experts
+_SMALLEST_BITS = 2
 _SESSION_BYTES = 24 << 20  # graph, thread pool, allocator slack: measured 13 to 20 MB whatever the model
 _LIVE_HIDDEN_STATES = 8  # [tokens, D] at a time: residual, normed, branch and what they are made from
 _LIVE_PROJECTIONS = 3  # query, key and value as projected, normed per head, rotated
 
 
-def predict_runtime_bytes(shape: MoeShape, preset: str, context: int, *, threads: int) -> dict[str, int]:
+def predict_runtime_bytes(
+    shape: MoeShape, preset: str, context: int, *, threads: int, encodings: Mapping[str, str] | None = None
+) -> dict[str, int]:
     """Bytes of ``weights``, ``kv_cache`` and ``compute`` with a cache of ``context`` tokens that is full.
 
     The cache is float32, allocated once and written in place, as validation and onnxruntime-genai do it; a client
@@ -31,28 +37,41 @@ def predict_runtime_bytes(shape: MoeShape, preset: str, context: int, *, threads
 
     Args:
         shape: the model as it is written; its rotary caches cover ``shape.context_length`` tokens.
-        preset: a name from :data:`exporter.onnx.layout.PRESETS`.
+        preset: a name from :data:`exporter.onnx.encodings.PRESETS`.
         context: tokens in the cache, at most ``shape.context_length``.
         threads: threads inside an operator; each holds one widened expert.
+        encodings: of units that differ from the preset, as :func:`~exporter.onnx.layout.plan_tensors` takes them.
 
     Raises:
-        InputError: there is no such preset, or the model's context is shorter.
-        UnsupportedError: the preset cannot hold the model.
+        InputError: there is no such preset, unit or encoding, or the model's context is shorter.
+        UnsupportedError: the operators cannot hold the model so.
     """
     with_context(shape, context)  # refuses one that does not fit
-    layout = plan_tensors(shape, preset)
+    layout = plan_tensors(shape, preset, encodings)
     cache = 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * context * _FLOAT_BYTES
     return {"weights": _weight_bytes(layout), "kv_cache": cache, "compute": _compute_bytes(layout, context, threads)}
 
 
 def _weight_bytes(layout: TensorLayout) -> int:
-    """The data file, with scales widened to float32, and a tied head's packed copy."""
-    widened = sum(weight.scales.n_bytes for weight in layout.weights if weight.scales is not None)
-    return layout.data_bytes + widened + (_packed_head_bytes(layout) if layout.shape.tied_embeddings else 0)
+    """The data file, what the runtime keeps beside it for each weight, and a tied head's packed copy."""
+    beside = sum(_bytes_beside(weight) for weight in layout.weights)
+    return layout.data_bytes + beside + (_packed_head_bytes(layout) if layout.shape.tied_embeddings else 0)
+
+
+def _bytes_beside(weight: WeightPlan) -> int:
+    """Scales widened to float32. Products with int8 inputs keep as much again for each block's sum, and also pack the
+    scales, if not of experts of 2 bits: measured with weights of up to 600 MB."""
+    if weight.scales is None:
+        return 0
+    copies = 1
+    if weight.encoding.has_int8_inputs and Role.TOKEN_EMBEDDING not in weight.roles:
+        packs_scales = len(weight.shape) < _EXPERT_AXES or weight.encoding.bits > _SMALLEST_BITS
+        copies += 4 if packs_scales else 2
+    return copies * weight.scales.n_bytes
 
 
 def _packed_head_bytes(layout: TensorLayout) -> int:
-    """The head as its product wants it: with float32 scales and, for int8 activations, each block's sum."""
+    """The head as its product wants it: with float32 scales and, for int8 inputs, each block's sum."""
     head = layout.weight(Role.HEAD)
     packed = head.codes.n_bytes
     if head.scales is not None:
