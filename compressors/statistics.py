@@ -28,6 +28,7 @@ __all__ = [
     "StatisticsCollector",
     "StoredStatistics",
     "importance",
+    "of_survivors",
     "save_statistics",
 ]
 
@@ -283,3 +284,18 @@ def importance(layers: Sequence[LayerStatistics], experts: ExpertMap) -> Importa
 def _mixed(squares_EN: torch.Tensor, layer: LayerStatistics, prior: torch.Tensor) -> torch.Tensor:
     """The mean squares of each expert's own tokens and the added ones: float32 [E, N]."""
     return ((squares_EN + _PRIOR_TOKENS * prior) / (layer.count_E[:, None] + _PRIOR_TOKENS)).float()
+
+
+def of_survivors(teacher: Importance, experts: ExpertMap) -> Importance:
+    """The importance matrix of a student whose experts are the teacher's own, from the teacher's.
+
+    Args:
+        teacher: by role and the teacher's layer.
+        experts: the student in terms of the teacher.
+    """
+    found = {key: values for key, values in teacher.items() if key[1] is None}
+    for index, came_from in enumerate(experts.layers):
+        for (role, layer), values in teacher.items():
+            if layer == came_from.source:
+                found[role, index] = values[list(came_from.kept)] if role.is_expert else values
+    return found

@@ -128,7 +128,9 @@ class Search:
         except UnsupportedError:
             return None
         trial = self._trial(choice)
-        found = fitted_table(container, trial.table(units_of(container, self._source.dtype), artifact))
+        found = fitted_table(
+            container, trial.table(units_of(container, self._source.dtype), f"{artifact}-{container.choice.quantizer}")
+        )
         if found is None:
             return None
         fitted, _ = found
