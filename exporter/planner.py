@@ -20,7 +20,7 @@ from compressors.recover.schedule import Schedule
 from compressors.slim import GGUF_WIDTH_MULTIPLE
 from exporter.budget import predict
 from exporter.compression import check_compression, described_compression, expected_shape, fewest_experts
-from exporter.gguf.layout import PRESETS as GGUF_PRESETS
+from exporter.gguf.mixes import ALIASES, MIXES
 from exporter.job import METHODS_WITHOUT_EXPERTS, Job
 from exporter.prediction import Prediction
 from exporter.recipe import BudgetChoice, CompressChoice, Recipe, SourceChoice, TextChoice
@@ -35,7 +35,9 @@ _LADDER: Mapping[str, Sequence[str]] = {
 }
 """Types that the rule may choose, largest first. F32 is left out of GGUF: it only repeats a 16-bit source's values."""
 
-_ONNX_FOR_PINNED_QUANT = {name: ("F32",) if name in ("F32", "BF16") else ("Q4_0", "F32") for name in GGUF_PRESETS}
+_ONNX_FOR_PINNED_QUANT = {
+    name: ("F32",) if name in ("F32", "BF16", "F16") else ("Q4_0", "F32") for name in (*MIXES, *ALIASES)
+}
 """ONNX Runtime's operators offer float32 and 4 bits; a pinned ``--quant`` takes the nearer one that holds the model."""
 
 _DEFAULT_METHOD = "reap"

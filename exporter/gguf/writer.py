@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -15,7 +15,7 @@ from compressors.model.shape import MoeShape
 from compressors.model.student import Student
 from compressors.quantize import quantize_rows, row_bytes
 from compressors.statistics import Importance
-from exporter.gguf.container import TensorEntry, aligned, render_header, render_values
+from exporter.gguf.container import TensorEntry, Value, aligned, render_header, render_values
 from exporter.gguf.layout import GgufTensor, plan_tensors
 from exporter.gguf.metadata import model_metadata
 from exporter.gguf.vocabulary import vocabulary_metadata
@@ -25,21 +25,25 @@ from exporter.resumable import Part, is_published, resuming
 __all__ = ["predict_file_size", "write_gguf"]
 
 
-def predict_file_size(shape: MoeShape, source_folder: Path, preset: str, name: str) -> int:
+def predict_file_size(
+    shape: MoeShape, source_folder: Path, mix: str, name: str, types: Mapping[str, str] | None = None
+) -> int:
     """Exact size in bytes of the file that :func:`write_gguf` would write for a student of this shape.
 
     ``source_folder`` is the teacher's checkpoint: tokenizer and licence come from there. No weight is read.
     The errors are those of :func:`write_gguf`, apart from the weights'.
     """
-    tensors = plan_tensors(shape, preset)
-    return _file_size(_header(shape, source_folder, preset, name, tensors), tensors)
+    tensors = plan_tensors(shape, mix, types)
+    metadata = model_metadata(shape, source_folder, name, mix, types)
+    return _file_size(_header(shape, source_folder, metadata, tensors), tensors)
 
 
 def write_gguf(
     student: Student,
-    preset: str,
+    mix: str,
     path: Path,
     *,
+    types: Mapping[str, str] | None = None,
     importance: Importance | None = None,
     name: str,
     threads: int,
@@ -48,12 +52,13 @@ def write_gguf(
 ) -> None:
     """Writes ``path``; a file that was there stays as it was until the new one is complete.
 
-    The bytes depend on the student, the preset, the importance and the name, not on the number of threads.
+    The bytes depend on the student, the types, the importance and the name, not on the number of threads.
 
     Args:
         student: the model to write.
-        preset: a name from :data:`exporter.gguf.layout.PRESETS`.
+        mix: a name from :data:`exporter.gguf.mixes.MIXES`.
         path: the file.
+        types: by tensor name, the name of another type than the mix gives (:func:`~exporter.gguf.layout.plan_tensors`).
         importance: weighs quantization errors; None weighs all input features alike.
         name: of the model, for ``general.name``.
         threads: experts or slices that are quantized at a time.
@@ -62,11 +67,13 @@ def write_gguf(
         progress: is called with the number of bytes written since its last call.
 
     Raises:
-        InputError: a weight is not finite, the tokenizer is damaged, or the disk is full.
+        InputError: a weight is not finite, a type does not fit its tensor, the tokenizer is damaged, or the disk is
+            full.
         UnsupportedError: llama.cpp cannot represent the model.
     """
-    tensors = plan_tensors(student.shape, preset)
-    header = _header(student.shape, student.source.folder, preset, name, tensors)
+    tensors = plan_tensors(student.shape, mix, types)
+    metadata = model_metadata(student.shape, student.source.folder, name, mix, types)
+    header = _header(student.shape, student.source.folder, metadata, tensors)
     pieces = [Piece(len(header), len(header), lambda: lambda: [(0, memoryview(header))])]
     for rows in _plan_rows(student, tensors, len(header)):
         pieces.append(Piece(rows.n_bytes, rows.offset + rows.n_bytes, partial(_read, student, rows, importance or {})))
@@ -77,11 +84,10 @@ def write_gguf(
         write_pieces(file, pieces, threads=threads, progress=progress)
 
 
-def _header(shape: MoeShape, source_folder: Path, preset: str, name: str, tensors: tuple[GgufTensor, ...]) -> bytes:
-    metadata = {
-        **model_metadata(shape, source_folder, name, preset),
-        **vocabulary_metadata(source_folder, shape.vocab_size),
-    }
+def _header(
+    shape: MoeShape, source_folder: Path, metadata: Mapping[str, Value], tensors: tuple[GgufTensor, ...]
+) -> bytes:
+    metadata = {**metadata, **vocabulary_metadata(source_folder, shape.vocab_size)}
     entries = (TensorEntry(tensor.name, tensor.shape, tensor.ggml_type, tensor.n_bytes) for tensor in tensors)
     return render_header(len(metadata), render_values(metadata), entries)
 
