@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from compressors.calibration import BLOCK_LENGTH
+from compressors.layer_inputs import layer_input_bytes
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.log_probs import log_prob_bytes
 from compressors.model.memory import PROCESS_BYTES, positions_at_once, working_bytes
@@ -30,6 +31,7 @@ from validate.generation import NEW_TOKENS, PROMPT_TOKENS, PROMPTS
 from validate.router_inputs import ROUTER_CHUNKS
 
 __all__ = ["COPIED_TYPES", "Speeds", "describe_time", "disk_lines", "memory_lines", "seconds_by_stage"]
+__all__ += ["seconds_of_measuring"]
 
 COPIED_TYPES = frozenset({"F32", "BF16"})
 """Types that no quantizer runs for."""
@@ -82,6 +84,7 @@ def disk_lines(plan: Plan) -> dict[str, int]:
         "student checkpoint": _student_bytes(plan) if plan.recipe.save_student else 0,
         # those in use, the newest snapshot, and the next one while it is written
         "hidden states": 3 * n_blocks * BLOCK_LENGTH * shape.hidden_size * 4,
+        "layer inputs": layer_input_bytes(shape, text.calibration_blocks * BLOCK_LENGTH),
         "log-probabilities in 16 bits": log_prob_bytes(n_scored, shape.vocab_size),
         "training targets": text.calibration_blocks * BLOCK_LENGTH * TARGET_BYTES,
         "training": _training_bytes(plan),
@@ -134,7 +137,7 @@ def seconds_by_stage(plan: Plan, speeds: Speeds, free_memory: int) -> dict[str, 
         "validate_torch": passes.forward(student, n_reference=n_heldout),
     }
     for artifact, prediction in plan.predictions.items():
-        seconds[artifact] = passes.export(student, recipe.type_of(artifact) or "", prediction.file)
+        seconds[artifact] = passes.export(student, recipe.file(artifact).mix, prediction.file)
         # held-out text, and a cache that is filled to see what that costs
         n_blocks = n_heldout + recipe.budget.context // BLOCK_LENGTH
         seconds[f"validate_{artifact}"] = passes.forward(student, n_reference=n_blocks)
@@ -144,6 +147,14 @@ def seconds_by_stage(plan: Plan, speeds: Speeds, free_memory: int) -> dict[str, 
     if recipe.save_student:
         seconds["student"] = passes.export(student, "BF16", _student_bytes(plan))
     return {stage: _START_SECONDS + value for stage, value in seconds.items()}
+
+
+def seconds_of_measuring(plan: Plan, speeds: Speeds) -> float:
+    """How long it takes, about, to write a file of the whole original and to judge it on the selection split."""
+    shape = plan.teacher_shape
+    passes = _Passes(Checkpoint(plan.source), speeds, 0)
+    writing = passes.export(shape, "", next(iter(plan.predictions.values())).file)
+    return writing + passes.forward(shape, n_reference=plan.recipe.text.selection_blocks)
 
 
 def describe_time(seconds: Mapping[str, float]) -> str:

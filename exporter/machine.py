@@ -16,7 +16,7 @@ from compressors.model.checkpoint import Checkpoint
 from compressors.model.memory import BLOCKS_AT_ONCE
 from compressors.quantize import fallback_type, quantize_rows
 from exporter.estimate import COPIED_TYPES, Speeds
-from exporter.gguf.layout import PRESETS
+from exporter.gguf.mixes import mix_named
 from exporter.plan import Plan
 
 __all__ = ["measure_speeds"]
@@ -70,13 +70,13 @@ def _multiply_adds_per_second(plan: Plan, dtype: torch.dtype) -> float:
 
 def _quantized_per_second(plan: Plan) -> float:
     """Of the first type that is not just copied; infinite if there is none."""
-    types = [plan.recipe.type_of(artifact) or "" for artifact in plan.recipe.artifacts]
+    types = [plan.recipe.file(artifact).mix for artifact in plan.recipe.artifacts]
     quantized = [name for name in types if name not in COPIED_TYPES]
     if not quantized:
         return float("inf")
     rows = torch.randn(_QUANTIZED_ROWS, plan.teacher_shape.hidden_size, generator=torch.Generator().manual_seed(0))
     importance = torch.ones(rows.shape[1])
-    ggml_type = fallback_type(PRESETS[quantized[0]].matrices, rows.shape[1])
+    ggml_type = fallback_type(mix_named(quantized[0]).base, rows.shape[1])
     threads = plan.recipe.threads
     with ThreadPoolExecutor(threads) as pool:
 

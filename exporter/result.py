@@ -16,6 +16,7 @@ from compressors.model.routing import Routing
 from compressors.model.shape import MoeShape
 from compressors.model.student import ExpertMap, LayerMap
 from exporter.against_original import against_original
+from exporter.budget import expert_bits
 from exporter.environment import environment
 from exporter.floors import floors_of
 from exporter.gguf.metadata import source_license
@@ -37,7 +38,7 @@ from validate.load import expert_load, load_figures
 from validate.routing_agreement import routing_agreement
 from validate.statistics import perplexity
 from validate.ties import find_ties
-from validate.verdict import Check, Figures, fidelity_for, required_checks
+from validate.verdict import Check, Figures, band_of, required_checks
 
 __all__ = ["build_report", "final_recipe"]
 
@@ -101,7 +102,7 @@ def build_report(
                 "files": {file: asdict(entry) for file, entry in artifact.files.items()},
                 "bytes": artifact.bytes,
                 "bits_per_weight": 8 * artifact.bytes / student_shape.parameters,
-                "type": recipe.type_of(name),
+                "type": recipe.file(name).label,
             }
             for name, artifact in artifacts.items()
         ],
@@ -392,7 +393,7 @@ def _checks(plan: Plan, artifacts: Mapping[str, Artifact], rows: Mapping[str, Ma
         )
         checks += required_checks(
             name,
-            fidelity_for(plan.recipe.type_of(name) or ""),
+            band_of(expert_bits(name, plan.student_shape, plan.recipe.file(name))).fidelity,
             plan.require,
             figures,
             is_routed=not plan.student_shape.is_dense,

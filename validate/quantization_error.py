@@ -1,10 +1,11 @@
 """Tests whether the rows of a file are as near to the original's as their type allows.
 
 Values stored in float must be the original, or its rounding to 16 bits, to the last bit. Quantized values are compared
-with the error that the same type makes of the same rows: ggml's kernel quantizes a sample of them, and every row
-that is further off than usual, without an importance matrix. Margins were measured on both trained models over all
-types of ggml, for its kernels with importance matrices and for codes that error feedback (GPTQ) chose, which raises a
-matrix's own error by up to 1.5 and a single row's by up to 2.1 times (``benchmarks/results/damage.md``).
+with the error that the same type makes of the same rows: ggml's kernel, or the search for ONNX Runtime's blocks,
+quantizes a sample of them, and every row that is further off than usual, without an importance matrix. Margins were
+measured on both trained models over all types of ggml, for its kernels with importance matrices and for codes that
+error feedback (GPTQ) chose, which raises a matrix's own error by up to 1.5 and a single row's by up to 2.1 times
+(``benchmarks/results/damage.md``).
 
 A row that is scaled as a whole keeps a small error; its coefficient <found, original> / <original, original> tells it.
 Quantizers that minimise the error leave coefficients between the kernel's and 1.
@@ -21,6 +22,8 @@ import numpy.typing as npt
 import torch
 
 from compressors.model.ggml import GGMLQuantizationType, dequantize_rows, ggml_library_for, row_bytes
+from compressors.model.integer_blocks import BlockType, search_blocks
+from compressors.model.weights import StoredType
 
 __all__ = ["MatrixError", "quantized"]
 
@@ -55,9 +58,12 @@ def quantized(
     return stored_RY
 
 
-def requantized(values_RN: torch.Tensor, ggml_type: GGMLQuantizationType) -> torch.Tensor:
+def requantized(values_RN: torch.Tensor, stored_type: StoredType) -> torch.Tensor:
     """Quantizes rows without an importance matrix, and returns them as a runtime sees them: float32 [R, N]."""
-    return torch.from_numpy(dequantize_rows(quantized(values_RN, ggml_type), ggml_type, values_RN.shape[1]))
+    if isinstance(stored_type, BlockType):
+        blocks = search_blocks(values_RN.float().numpy(), stored_type.bits, stored_type.block_size)
+        return torch.from_numpy(blocks.values())
+    return torch.from_numpy(dequantize_rows(quantized(values_RN, stored_type), stored_type, values_RN.shape[1]))
 
 
 class MatrixError:
@@ -70,7 +76,7 @@ class MatrixError:
         stored_type: how the file stores them.
     """
 
-    def __init__(self, stored_type: GGMLQuantizationType) -> None:
+    def __init__(self, stored_type: StoredType) -> None:
         self._type = stored_type
         self._n_rows = 0
         self._squares = self._found_squares = self._error_squares = self._products = 0.0
@@ -84,7 +90,7 @@ class MatrixError:
 
     @property
     def type_name(self) -> str:
-        """The name of the type, such as ``Q4_K``."""
+        """The name of the type, such as ``Q4_K`` or ``4@128``."""
         return self._type.name
 
     @property
@@ -238,10 +244,10 @@ def _unequal(original_RN: torch.Tensor, found_RN: torch.Tensor) -> npt.NDArray[n
 
 
 @functools.cache
-def _usual(ggml_type: GGMLQuantizationType, length: int) -> tuple[float, float]:
+def _usual(stored_type: StoredType, length: int) -> tuple[float, float]:
     """Relative error and coefficient of a type on normal values, the kindest that weights have."""
     generator = torch.Generator().manual_seed(0)
     values_RN = torch.randn(_USUAL_ROWS, length, generator=generator)
-    sums = _RowSums(values_RN, requantized(values_RN, ggml_type))
+    sums = _RowSums(values_RN, requantized(values_RN, stored_type))
     squares = sums.squares_R.sum()
     return float((sums.error_R.sum() / squares) ** 0.5), float(sums.product_R.sum() / squares)

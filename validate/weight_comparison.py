@@ -19,11 +19,11 @@ import numpy.typing as npt
 import torch
 
 from compressors.model.families import Role
-from compressors.model.ggml import GGMLQuantizationType
 from compressors.model.student import Student
+from compressors.model.weights import StoredType
 from validate.quantization_error import MatrixError
 
-__all__ = ["Damage", "Fault", "StoredType", "Unit", "WeightComparison", "compare_weights"]
+__all__ = ["Damage", "Fault", "TypeOf", "Unit", "WeightComparison", "compare_weights"]
 
 _ANOTHER_TENSOR = 0.8  # relative error; an unrelated tensor's is at least 1, that of 2-bit types about 0.3
 _RESEMBLES = 0.6  # cosine of signatures, and of rows
@@ -33,7 +33,7 @@ _VOCABULARY_ROLES = (Role.TOKEN_EMBEDDING, Role.HEAD)
 _SAME_SIZE = 1e-3  # what a coefficient may be off
 _MORE = 2.0  # times the type's error that is no second fault
 
-StoredType = Callable[[Role, int | None], GGMLQuantizationType]
+TypeOf = Callable[[Role, int | None], StoredType]
 """How a file stores the tensors of a role in a layer."""
 
 
@@ -82,7 +82,7 @@ class WeightComparison:
 def compare_weights(
     expected: Student,
     found: Student,
-    stored_type: StoredType,
+    stored_type: TypeOf,
     *,
     n_tokens: int | None = None,
     progress: Callable[[int], None] | None = None,
@@ -149,7 +149,7 @@ class _Comparison:
         self._found: dict[Unit, npt.NDArray[np.float32]] = {}
         self._sizes: dict[Unit, int] = {}
 
-    def add(self, unit: Unit, stored_type: GGMLQuantizationType, pieces: _Pieces) -> None:
+    def add(self, unit: Unit, stored_type: StoredType, pieces: _Pieces) -> None:
         """A unit's expected and found values, in pieces; its signature is the first piece's."""
         matrix = MatrixError(stored_type)
         of_rows: list[Damage] = []

@@ -20,10 +20,10 @@ from compressors.model.ggml_types import BLOCK_SIZES, GGMLQuantizationType
 from compressors.model.student import ExpertMap, Student
 from compressors.statistics import Importance
 from exporter.gguf.container import TensorEntry, aligned, render_header, render_values
-from exporter.gguf.layout import PRESETS as GGUF_PRESETS
+from exporter.gguf.mixes import MIXES
 from exporter.gguf.writer import write_gguf
 from exporter.onnx.clients import write_client_files
-from exporter.onnx.layout import PRESETS as ONNX_PRESETS
+from exporter.onnx.encodings import PRESETS as ONNX_PRESETS
 from exporter.onnx.writer import write_onnx
 from exporter.static_checks import check_description, check_weights
 from validate.model_file import find_model_file
@@ -69,7 +69,7 @@ _Check = Callable[..., Whole]
 def _ours(workshop: Workshop, check: _Check) -> Iterator[Whole]:
     """All types of both containers, with and without an importance matrix; and students that are not the original."""
     student, importance = workshop.student, importance_like(workshop.student)
-    for preset in GGUF_PRESETS:
+    for preset in MIXES:
         yield check(f"GGUF {preset}", _gguf(student, preset))
         yield check(f"GGUF {preset} with an importance matrix", _gguf(student, preset, importance))
     for preset in ONNX_PRESETS:

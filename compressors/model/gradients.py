@@ -8,6 +8,7 @@ which go to disk above the limit, and for what is trained.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from compressors.model.hidden_states import HiddenStates
 from compressors.model.streaming import LayerObserver, StreamedModel, TokenGroup, position_chunks
 
 __all__ = ["Head", "Loss", "ParameterKey", "RouterLoss", "StateLoss", "streamed_gradients"]
+__all__ += ["embedding_gradient"]
 
 ParameterKey = tuple[str, int | None]
 """A trainable tensor's name, and its layer; None for the final norm."""
@@ -61,14 +63,10 @@ def streamed_gradients(
     Raises:
         NotFiniteError: a hidden state is NaN or infinite.
     """
-    n_layers = model.shape.n_layers
     gradients: dict[ParameterKey, torch.Tensor] = {
         key: torch.zeros_like(tensor) for key, tensor in model.trained(None).items()
     }
-    states = model.first_states([TokenGroup(tokens_BT, dtype=dtype)], n_kept=n_layers + 1)
-    for index, weights in model.weights(range(n_layers)):
-        states.append(HiddenStates(states[0].shape, dtype, states[0].spill))
-        model.run(index, weights, states[-2], states[-1], observers)
+    states = _layer_inputs(model, tokens_BT, dtype, observers)
     last = states.pop()
     if loss is not None:
         state_loss = _of_states(loss)
@@ -76,12 +74,56 @@ def streamed_gradients(
         total, gradient_BTD = 0.0, torch.zeros(last.shape, dtype=dtype)
     else:
         total, gradient_BTD = _head_gradient(model, last, state_loss, gradients)
-    for index, weights in model.weights(range(n_layers)[::-1]):
+    for index, weights in model.weights(range(model.shape.n_layers)[::-1]):
         with model.layer(index, weights, dtype) as layer:
             value, found = _pull_back(model, index, layer, states.pop(), gradient_BTD, router_loss)
         total += value
         gradients |= found
     return total, gradients
+
+
+def embedding_gradient(
+    model: StreamedModel,
+    tokens_BT: torch.Tensor,
+    loss: StateLoss,
+    dtype: torch.dtype = torch.float32,
+    observers: Sequence[LayerObserver] = (),
+    gradient_observers: Sequence[LayerObserver] = (),
+) -> torch.Tensor:
+    """The gradient of a loss with respect to the hidden states that enter the first layer: [B, T, D] in ``dtype``.
+
+    Args:
+        model: nothing of it is trained.
+        tokens_BT: int64 token ids.
+        loss: of the states after the last layer.
+        dtype: of the arithmetic.
+        observers: watch the layers in the forward pass, first to last.
+        gradient_observers: watch the layers in the backward pass, last to first: hooks that they set on a layer's
+            tensors see those tensors' gradients.
+
+    Raises:
+        NotFiniteError: a hidden state is NaN or infinite.
+    """
+    states = _layer_inputs(model, tokens_BT, dtype, observers)
+    _, gradient_BTD = _head_gradient(model, states.pop(), loss, {})
+    for index, weights in model.weights(range(model.shape.n_layers)[::-1]):
+        with model.layer(index, weights, dtype) as layer, ExitStack() as stack:
+            for observe in gradient_observers:
+                stack.enter_context(observe(index, layer))
+            _pull_back(model, index, layer, states.pop(), gradient_BTD, None)
+    return gradient_BTD
+
+
+def _layer_inputs(
+    model: StreamedModel, tokens_BT: torch.Tensor, dtype: torch.dtype, observers: Sequence[LayerObserver]
+) -> list[HiddenStates]:
+    """The hidden states that enter each layer, and at the end those that leave the last."""
+    n_layers = model.shape.n_layers
+    states = model.first_states([TokenGroup(tokens_BT, dtype=dtype)], n_kept=n_layers + 1)
+    for index, weights in model.weights(range(n_layers)):
+        states.append(HiddenStates(states[0].shape, dtype, states[0].spill))
+        model.run(index, weights, states[-2], states[-1], observers)
+    return states
 
 
 def _of_states(loss: Loss) -> StateLoss:

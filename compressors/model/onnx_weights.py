@@ -1,8 +1,8 @@
 """A model's weights as our ONNX folder holds them, dequantized: what ONNX Runtime computes with.
 
 ``model.onnx`` names its weights and says where in ``model.onnx.data`` they lie. A weight is one float32 tensor, or
-codes and scales (:mod:`compressors.model.onnx_blocks`). Gate and up projections of all experts of a layer are one
-weight, whose rows alternate.
+codes and scales (:mod:`compressors.model.onnx_blocks`), whose numbers tell bits and block size. Gate and up projections
+of all experts of a layer are one weight, whose rows alternate.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from compressors.model.checkpoint import role_shape
 from compressors.model.errors import InputError
 from compressors.model.families import NORMS, Role
 from compressors.model.ggml import GGMLQuantizationType
+from compressors.model.integer_blocks import BITS, BlockType, IntegerBlocks
 from compressors.model.names import shown
-from compressors.model.onnx_blocks import BLOCK_SIZE, BlockWeights
+from compressors.model.onnx_blocks import unpack
 from compressors.model.onnx_graph import external_place, read_graph
 from compressors.model.raw_file import RawFile
 from compressors.model.shape import MoeShape
-from compressors.model.weights import TunablePart
+from compressors.model.weights import StoredType, TunablePart
 
 __all__ = ["CODES", "DATA_FILE", "MATRIX", "MODEL_FILE", "SCALES", "OnnxWeights"]
 
@@ -45,6 +46,14 @@ _NUMPY_TYPES: Mapping[int, np.dtype[Any]] = {
     onnx.TensorProto.UINT8: np.dtype(np.uint8),
     onnx.TensorProto.FLOAT16: np.dtype(np.float16),
 }
+
+
+_BYTE_BITS = 8
+_OF_GGML: Mapping[BlockType, StoredType] = {
+    BlockType(4, 32): GGMLQuantizationType.Q4_0,
+    BlockType(8, 32): GGMLQuantizationType.Q8_0,
+}
+"""The same numbers in ggml, whose kernels make them."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +87,24 @@ class _Weight:
         return prod(self.shape[:-1])
 
     @property
+    def blocks(self) -> BlockType | None:
+        """How the values are stored; None: in float32."""
+        if self.scales is None:
+            return None
+        n_values = prod(self.shape)
+        return BlockType(_BYTE_BITS * self.codes.n_values // n_values, n_values // max(1, self.scales.n_values))
+
+    @property
     def is_whole(self) -> bool:
         """Whether the stored tensors are of this shape and of types that belong together."""
-        codes, scales, n_values = self.codes, self.scales, prod(self.shape)
-        if scales is None:
+        codes, scales, blocks = self.codes, self.scales, self.blocks
+        if scales is None or blocks is None:
             return codes.dtype == np.float32 and codes.shape == self.shape
         types = codes.dtype == np.uint8 and scales.dtype == np.float16
-        return types and scales.n_values * BLOCK_SIZE == n_values and codes.n_values in (n_values // 2, n_values)
+        fits = blocks.bits in BITS and blocks.block_size > 0 and self.shape[-1] % blocks.block_size == 0
+        n_values = prod(self.shape)
+        n_codes, n_scales = n_values * blocks.bits // _BYTE_BITS, n_values // max(1, blocks.block_size)
+        return types and fits and (codes.n_values, scales.n_values) == (n_codes, n_scales)
 
 
 class OnnxWeights:
@@ -117,13 +137,11 @@ class OnnxWeights:
         """Always float32."""
         return self.dtype
 
-    def stored_type(self, role: Role, layer: int | None) -> GGMLQuantizationType:
-        """ggml's type of the same numbers: F32, or blocks of 32 values in 4 or 8 bits."""
+    def stored_type(self, role: Role, layer: int | None) -> StoredType:
+        """F32, ggml's type of blocks of 32 values in 4 or 8 bits, or bits and block size."""
         weight = self._weights.get((role, layer))
-        if weight is None or weight.scales is None:
-            return GGMLQuantizationType.F32
-        is_packed = 2 * weight.codes.n_values == prod(weight.shape)
-        return GGMLQuantizationType.Q4_0 if is_packed else GGMLQuantizationType.Q8_0
+        blocks = None if weight is None else weight.blocks
+        return GGMLQuantizationType.F32 if blocks is None else _OF_GGML.get(blocks, blocks)
 
     def tensor(self, role: Role, layer: int | None) -> torch.Tensor:
         """The tensor of a role that is not an expert's, float32."""
@@ -152,7 +170,8 @@ class OnnxWeights:
     def block_length(self, role: Role, layer: int | None) -> int | None:
         """Values of a block, where they share a scale."""
         weight = self._weights.get((role, layer))
-        return None if weight is None or weight.scales is None else BLOCK_SIZE
+        blocks = None if weight is None else weight.blocks
+        return None if blocks is None else blocks.block_size
 
     def tunable(self, role: Role, layer: int | None) -> torch.Tensor:
         """The tunable values of a tensor.
@@ -197,8 +216,9 @@ class OnnxWeights:
         codes = self._read(weight, weight.codes, first, n_rows)
         if weight.scales is None:
             return torch.from_numpy(codes)
-        scales_RN = self._read(weight, weight.scales, first, n_rows)
-        return torch.from_numpy(BlockWeights(codes, scales_RN).values())
+        bits = _BYTE_BITS * weight.codes.n_values // prod(weight.shape)
+        scales_RK = self._read(weight, weight.scales, first, n_rows).astype(np.float32)
+        return torch.from_numpy(IntegerBlocks(unpack(codes, bits), scales_RK, bits).values())
 
     def _read(self, weight: _Weight, stored: _Stored, first: int, n_rows: int) -> npt.NDArray[Any]:
         columns = stored.n_values // weight.n_rows

@@ -13,8 +13,12 @@ import torch
 
 from compressors.model.families import Role
 from compressors.model.ggml import GGMLQuantizationType
+from compressors.model.integer_blocks import BlockType
 
-__all__ = ["TunablePart", "Weights", "WrittenWeights"]
+__all__ = ["StoredType", "TunablePart", "Weights", "WrittenWeights"]
+
+StoredType = GGMLQuantizationType | BlockType
+"""The way in which a file stores a tensor: a type of ggml, or blocks that only ONNX Runtime has."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class WrittenWeights(Weights, Protocol):
     container.
     """
 
-    def stored_type(self, role: Role, layer: int | None) -> GGMLQuantizationType:
+    def stored_type(self, role: Role, layer: int | None) -> StoredType:
         """The type in which the file stores the tensors of a role; ggml's name where a graph holds the same numbers."""
 
     def block_length(self, role: Role, layer: int | None) -> int | None:

@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from compressors.model.ggml import dequantize_rows, row_bytes
 from compressors.model.ggml_types import GGMLQuantizationType
-from compressors.quantize.kernels import fallback_type, quantize_rows
+from compressors.quantize.blocks import search_blocks
+from compressors.quantize.kernels import QUANTIZABLE_TYPES, fallback_type, quantize_rows
 
-__all__ = ["GGMLQuantizationType", "dequantize_rows", "fallback_type", "quantize_rows", "row_bytes"]
+__all__ = [
+    "QUANTIZABLE_TYPES",
+    "GGMLQuantizationType",
+    "dequantize_rows",
+    "fallback_type",
+    "quantize_rows",
+    "row_bytes",
+    "search_blocks",
+]

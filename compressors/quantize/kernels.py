@@ -20,22 +20,33 @@ from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.ggml import dequantize_into, dequantize_rows, ggml_library_for, row_bytes
 from compressors.model.ggml_types import BLOCK_SIZES, GGMLQuantizationType
 
-__all__ = ["GGMLQuantizationType", "dequantize_rows", "fallback_type", "quantize_rows", "row_bytes"]
+__all__ = [
+    "QUANTIZABLE_TYPES",
+    "GGMLQuantizationType",
+    "checked_importance",
+    "dequantize_rows",
+    "fallback_type",
+    "quantize_rows",
+    "row_bytes",
+]
 
 _T = GGMLQuantizationType
 
 _FALLBACKS: Mapping[GGMLQuantizationType, GGMLQuantizationType | None] = {
     **dict.fromkeys((_T.F32, _T.F16, _T.BF16)),
-    **dict.fromkeys((_T.Q8_0, _T.Q5_1, _T.Q5_0, _T.Q4_1, _T.Q4_0, _T.IQ4_NL, _T.MXFP4, _T.Q2_0)),
+    **dict.fromkeys((_T.Q8_0, _T.Q5_1, _T.Q5_0, _T.Q4_1, _T.Q4_0, _T.IQ4_NL, _T.MXFP4)),
     _T.Q6_K: _T.Q8_0,
     _T.Q5_K: _T.Q5_1,
     _T.Q4_K: _T.Q5_0,
-    **dict.fromkeys((_T.Q3_K, _T.Q2_K, _T.TQ2_0, _T.TQ1_0), _T.Q4_0),
+    **dict.fromkeys((_T.Q3_K, _T.Q2_K, _T.Q2_0, _T.TQ2_0, _T.TQ1_0), _T.Q4_0),
     **dict.fromkeys((_T.IQ4_XS, _T.IQ3_S, _T.IQ3_XXS), _T.IQ4_NL),
     **dict.fromkeys((_T.IQ2_S, _T.IQ2_XS, _T.IQ2_XXS, _T.IQ1_M, _T.IQ1_S), _T.IQ4_NL),
 }
-"""Every type that a matrix can be written in, with the type of smaller blocks that llama.cpp takes when a row is no
-multiple of 256 values (``tensor_type_fallback`` in ``src/llama-quant.cpp``)."""
+"""Every type that a matrix can be written in, with the type of blocks of 32 that llama.cpp takes when its own blocks do
+not divide a row (``tensor_type_fallback`` in ``src/llama-quant.cpp``)."""
+
+QUANTIZABLE_TYPES = frozenset(_FALLBACKS)
+"""The types that :func:`quantize_rows` writes."""
 
 _WITHOUT_IMPORTANCE = frozenset({_T.F32, _T.F16, _T.BF16, _T.Q8_0, _T.MXFP4, _T.Q2_0, _T.TQ1_0, _T.TQ2_0})
 _NEEDS_IMPORTANCE = frozenset({_T.IQ2_XXS, _T.IQ2_XS, _T.IQ1_S})
@@ -48,8 +59,10 @@ _BLOCK_VALUES = 1 << 17  # half a megabyte of float32: widened, checked and quan
 def fallback_type(ggml_type: GGMLQuantizationType, row_length: int) -> GGMLQuantizationType:
     """The type that rows of this length get when ``ggml_type`` is asked for: itself, or llama.cpp's stand-in.
 
+    Rows that not even blocks of 32 divide become F16.
+
     Raises:
-        UnsupportedError: neither the type nor its stand-in fits the row length, or the type is not supported.
+        UnsupportedError: the type is not one that a matrix can be written in.
     """
     if ggml_type not in _FALLBACKS:
         supported = ", ".join(known.name for known in _FALLBACKS)
@@ -57,10 +70,7 @@ def fallback_type(ggml_type: GGMLQuantizationType, row_length: int) -> GGMLQuant
     for candidate in (ggml_type, _FALLBACKS[ggml_type]):
         if candidate is not None and row_length % BLOCK_SIZES[candidate][0] == 0:
             return candidate
-    raise UnsupportedError(
-        f"rows of {row_length} values cannot be stored as {ggml_type.name}: "
-        "the length is not a multiple of the block size, 32; choose F32 or BF16"
-    )
+    return GGMLQuantizationType.F16
 
 
 def quantize_rows(
@@ -78,11 +88,11 @@ def quantize_rows(
     and the kernel wants one. The float types, Q8_0, Q2_0, MXFP4 and the ternary types ignore it.
 
     Raises:
-        InputError: a value is not finite; the message calls the weights ``name``.
+        InputError: a value is not finite, or too large for F16; the message calls the weights ``name``.
     """
     n_rows, row_length = values_RN.shape
     values_RN = values_RN.contiguous()
-    importance = _checked_importance(importance_N, row_length, name) if ggml_type not in _WITHOUT_IMPORTANCE else None
+    importance = checked_importance(importance_N, row_length, name) if ggml_type not in _WITHOUT_IMPORTANCE else None
     if importance is None and ggml_type in _NEEDS_IMPORTANCE:
         importance = np.ones(row_length, dtype=np.float32)
     quantized_RY = np.empty((n_rows, row_bytes(ggml_type, row_length)), dtype=np.uint8)
@@ -92,6 +102,8 @@ def quantize_rows(
     for first in range(0, n_rows, rows_per_block):
         block_RN = _float32(values_RN[first : first + rows_per_block], widened_RN)
         _check_finite(block_RN, first, name)
+        if ggml_type is GGMLQuantizationType.F16:
+            _check_range(block_RN, name)
         target = quantized_RY[first : first + rows_per_block]
         written = quantize(
             int(ggml_type),
@@ -126,9 +138,19 @@ def _check_finite(values_RN: npt.NDArray[np.float32], first_row: int, name: str)
         )
 
 
-def _checked_importance(
-    importance_N: torch.Tensor | None, row_length: int, name: str
-) -> npt.NDArray[np.float32] | None:
+def _check_range(values_RN: npt.NDArray[np.float32], name: str) -> None:
+    """F16 would make infinity of larger values, which llama-quantize refuses too (``ggml_validate_row_data``)."""
+    largest = np.abs(values_RN).max()
+    if largest > np.finfo(np.float16).max:
+        raise InputError(f"{name}: a value of size {largest} cannot be written as F16; choose BF16 or F32")
+
+
+def checked_importance(importance_N: torch.Tensor | None, row_length: int, name: str) -> npt.NDArray[np.float32] | None:
+    """Importance as the kernels take it: ones where it is zero everywhere.
+
+    Raises:
+        InputError: it holds NaN, infinity or a negative value.
+    """
     if importance_N is None:
         return None
     assert importance_N.shape == (row_length,), f"{name}: importance {importance_N.shape} for rows of {row_length}"

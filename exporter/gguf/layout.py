@@ -2,55 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
-
-from gguf.constants import LlamaFileType
 
 from compressors.model.checkpoint import role_shape
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.families import Role
+from compressors.model.ggml_types import BLOCK_SIZES
 from compressors.model.gguf_rope import GgufRope, gguf_rope
+from compressors.model.names import shown
 from compressors.model.shape import MoeShape
-from compressors.quantize import GGMLQuantizationType, fallback_type, row_bytes
+from compressors.quantize import QUANTIZABLE_TYPES, GGMLQuantizationType, fallback_type, row_bytes
+from exporter.gguf.mixes import file_type_of, matrix_type, mix_named
 
-__all__ = ["PRESETS", "GgufTensor", "Preset", "check_uniform", "plan_tensors", "preset_named", "rope_settings"]
+__all__ = ["GgufTensor", "Quantization", "bits_per_weight", "check_uniform", "plan_tensors", "quantization"]
+__all__ += ["rope_settings"]
 
 _MAX_EXPERTS, _MAX_LAYERS = 1024, 512  # LLAMA_MAX_EXPERTS and LLAMA_MAX_LAYERS in src/llama-hparams.h
 
 
-@dataclass(frozen=True)
-class Preset:
-    """One value of ``--quant``: the type of each kind of matrix. Routers and norms are float32 in all of them."""
-
-    name: str
-    matrices: GGMLQuantizationType  # experts and attention
-    embeddings: GGMLQuantizationType  # token embedding and head
-    file_type: LlamaFileType  # what llama.cpp calls the mixture
-
-
-_T = GGMLQuantizationType
-
-PRESETS: Mapping[str, Preset] = {
-    preset.name: preset
-    for preset in (
-        Preset("F32", _T.F32, _T.F32, LlamaFileType.ALL_F32),
-        Preset("BF16", _T.BF16, _T.BF16, LlamaFileType.MOSTLY_BF16),
-        Preset("Q8_0", _T.Q8_0, _T.Q8_0, LlamaFileType.MOSTLY_Q8_0),
-        Preset("Q6_K", _T.Q6_K, _T.Q6_K, LlamaFileType.MOSTLY_Q6_K),
-        Preset("Q5_1", _T.Q5_1, _T.Q8_0, LlamaFileType.MOSTLY_Q5_1),
-        Preset("Q5_K", _T.Q5_K, _T.Q6_K, LlamaFileType.MOSTLY_Q5_K_S),
-        Preset("Q5_0", _T.Q5_0, _T.Q8_0, LlamaFileType.MOSTLY_Q5_0),
-        Preset("Q4_K", _T.Q4_K, _T.Q6_K, LlamaFileType.MOSTLY_Q4_K_S),
-        Preset("Q4_0", _T.Q4_0, _T.Q8_0, LlamaFileType.MOSTLY_Q4_0),
-    )
-}
-"""By name, from the most bits of an expert's weight to the fewest; between equals the better quantizer first."""
-
-_EMBEDDING_ROLES = frozenset({Role.TOKEN_EMBEDDING, Role.HEAD})
 _FLOAT32_ROLES = frozenset(
     {Role.FINAL_NORM, Role.ATTENTION_NORM, Role.MOE_NORM, Role.QUERY_NORM, Role.KEY_NORM, Role.ROUTER}
+    | {Role.ROPE_FACTORS}
 )
 
 
@@ -71,20 +46,14 @@ class GgufTensor:
         return self.shape[-1]
 
     @property
+    def n_values(self) -> int:
+        """How many values the tensor has."""
+        return prod(self.shape)
+
+    @property
     def n_bytes(self) -> int:
         """Size of the data in bytes, padding left out."""
         return prod(self.shape[:-1]) * row_bytes(self.ggml_type, self.row_length)
-
-
-def preset_named(name: str) -> Preset:
-    """The row of :data:`PRESETS`.
-
-    Raises:
-        InputError: there is none of this name; the message lists them.
-    """
-    if name not in PRESETS:
-        raise InputError(f"--quant {name}: no such type; choose one of {', '.join(PRESETS)}")
-    return PRESETS[name]
 
 
 def rope_settings(shape: MoeShape) -> GgufRope:
@@ -96,33 +65,96 @@ def rope_settings(shape: MoeShape) -> GgufRope:
     return gguf_rope(shape.rope, shape.gguf_architecture, takes_factors=shape.family.gguf.takes_rope_factors)
 
 
-def plan_tensors(shape: MoeShape, preset: str) -> tuple[GgufTensor, ...]:
+def plan_tensors(shape: MoeShape, mix: str, types: Mapping[str, str] | None = None) -> tuple[GgufTensor, ...]:
     """Every tensor of the file, in the file's order.
 
+    Args:
+        shape: of the model.
+        mix: the name of one of llama.cpp's mixes (:data:`exporter.gguf.mixes.MIXES`); where the blocks of its types do
+            not divide a row, it has llama.cpp's types of smaller blocks.
+        types: by tensor name, such as ``blk.0.ffn_down_exps.weight``, the name of another type than the mix gives.
+
     Raises:
-        InputError: there is no such preset.
-        UnsupportedError: llama.cpp cannot represent a model of this shape, or a row does not fit the type.
+        InputError: there is no such mix, tensor or type, or a tensor cannot be of the type given for it.
+        UnsupportedError: llama.cpp cannot represent a model of this shape.
     """
-    types = preset_named(preset)
+    mix_named(mix)
     _check_representable(shape)
-    tensors = [_tensor(role, None, shape, types) for role in shape.stored_roles if role.is_global]
+    tensors = [_tensor(role, None, shape, mix) for role in shape.stored_roles if role.is_global]
     for name, values in rope_settings(shape).factors.items():
-        tensors.append(GgufTensor(name, Role.ROPE_FACTORS, None, (len(values),), _T.F32, values))
+        factors = GgufTensor(name, Role.ROPE_FACTORS, None, (len(values),), GGMLQuantizationType.F32, values)
+        tensors.append(factors)
     for layer in range(shape.n_layers):
-        tensors += [_tensor(role, layer, shape, types) for role in shape.stored_roles if not role.is_global]
-    return tuple(tensors)
+        tensors += [_tensor(role, layer, shape, mix) for role in shape.stored_roles if not role.is_global]
+    return _with_types(tensors, types or {})
 
 
-def _tensor(role: Role, layer: int | None, shape: MoeShape, types: Preset) -> GgufTensor:
+def _tensor(role: Role, layer: int | None, shape: MoeShape, mix: str) -> GgufTensor:
     dimensions = role_shape(role, shape)
     if role.is_expert and not shape.is_dense:
         dimensions = (shape.n_experts, *dimensions)
     if role in _FLOAT32_ROLES:
         ggml_type = GGMLQuantizationType.F32
     else:
-        wanted = types.embeddings if role in _EMBEDDING_ROLES else types.matrices
-        ggml_type = fallback_type(wanted, dimensions[-1])
+        ggml_type = fallback_type(matrix_type(mix_named(mix), role, layer, shape), dimensions[-1])
     return GgufTensor(shape.gguf_name(role, layer), role, layer, dimensions, ggml_type)
+
+
+def _with_types(tensors: Sequence[GgufTensor], types: Mapping[str, str]) -> tuple[GgufTensor, ...]:
+    """The tensors, some of other types than their mix gives them."""
+    by_name = {tensor.name: tensor for tensor in tensors}
+    for name, type_name in types.items():
+        if name not in by_name:
+            raise InputError(f"a type is given for {shown(name)}, but the model has no tensor of this name: remove it")
+        by_name[name] = replace(by_name[name], ggml_type=_checked_type(by_name[name], type_name))
+    return tuple(by_name.values())
+
+
+def _checked_type(tensor: GgufTensor, type_name: str) -> GGMLQuantizationType:
+    known = {ggml_type.name: ggml_type for ggml_type in sorted(QUANTIZABLE_TYPES)}
+    ggml_type = known.get(type_name)
+    if ggml_type is None:
+        raise InputError(f"{tensor.name}: there is no type {shown(type_name)}; choose one of {', '.join(known)}")
+    if tensor.role in _FLOAT32_ROLES and ggml_type is not GGMLQuantizationType.F32:
+        raise InputError(f"{tensor.name} cannot be {type_name}: routers and norms are F32, which costs next to nothing")
+    block_length = BLOCK_SIZES[ggml_type][0]
+    if tensor.row_length % block_length:
+        raise InputError(
+            f"{tensor.name} cannot be {type_name}: its rows of {tensor.row_length} values are no whole number of "
+            f"blocks of {block_length}; {fallback_type(ggml_type, tensor.row_length).name} fits"
+        )
+    return ggml_type
+
+
+def bits_per_weight(tensors: Sequence[GgufTensor]) -> float:
+    """The mean over all values of the file, routers and norms included, as llama.cpp counts it."""
+    return 8 * sum(tensor.n_bytes for tensor in tensors) / sum(tensor.n_values for tensor in tensors)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What a file is called by its types."""
+
+    label: str  # in its name: a mix, or such as Q3_MIX
+    file_type: int  # general.file_type
+
+
+def quantization(shape: MoeShape, mix: str, types: Mapping[str, str] | None = None) -> Quantization:
+    """How the file of :func:`plan_tensors` is called.
+
+    A file whose types are not all the mix's has the mean of its bits per weight in its name, rounded down, and the file
+    type that llama.cpp has for the type of most weights. (Of a file that says nothing, llama.cpp takes the type of most
+    tensors; as norms are tensors, that is often F32.)
+    """
+    tensors = plan_tensors(shape, mix, types)
+    if tensors == plan_tensors(shape, mix):
+        named = mix_named(mix)
+        return Quantization(named.name, named.file_type)
+    weights: Counter[GGMLQuantizationType] = Counter()
+    for tensor in tensors:
+        weights[tensor.ggml_type] += tensor.n_values
+    most = max(sorted(weights), key=lambda ggml_type: weights[ggml_type])
+    return Quantization(f"Q{int(bits_per_weight(tensors))}_MIX", file_type_of(most))
 
 
 def check_uniform(shape: MoeShape) -> None:

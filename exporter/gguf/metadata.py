@@ -14,7 +14,7 @@ from compressors.model.errors import InputError
 from compressors.model.names import shown
 from compressors.model.shape import MoeShape
 from exporter.gguf.container import Value, float32, string, uint32
-from exporter.gguf.layout import preset_named, rope_settings
+from exporter.gguf.layout import quantization, rope_settings
 from exporter.model_name import hub_id
 
 __all__ = ["gguf_file_name", "model_metadata", "moe_size_label", "source_license"]
@@ -23,13 +23,19 @@ _HUB_URL = "https://huggingface.co"
 _LARGEST_CARD = 16_000_000  # bytes
 
 
-def model_metadata(shape: MoeShape, source_folder: Path, name: str, preset: str) -> dict[str, Value]:
+def model_metadata(
+    shape: MoeShape, source_folder: Path, name: str, mix: str, types: Mapping[str, str] | None = None
+) -> dict[str, Value]:
     """All metadata apart from the tokenizer's; ``source_folder`` gives licence and ancestry.
+
+    The mix and the types are those of :func:`exporter.gguf.layout.plan_tensors`, and so are the errors.
 
     Raises:
         InputError: the front matter of the source's README.md cannot be read.
     """
-    return {**_general(shape, source_folder, name, preset), **_architecture(shape)}
+    file_type = {"general.file_type": uint32(quantization(shape, mix, types).file_type)}
+    version = {"general.quantization_version": uint32(GGML_QUANT_VERSION)}
+    return {**_general(shape, source_folder, name), **file_type, **version, **_architecture(shape)}
 
 
 def moe_size_label(shape: MoeShape) -> str:
@@ -45,13 +51,16 @@ def moe_size_label(shape: MoeShape) -> str:
     return size_label(shape.parameters, shared, expert, shape.n_experts)
 
 
-def gguf_file_name(name: str, shape: MoeShape, preset: str) -> str:
-    """``NAME-SIZE-TYPE.gguf``, ggml's naming convention (``docs/gguf.md`` of ggml)."""
+def gguf_file_name(name: str, shape: MoeShape, mix: str, types: Mapping[str, str] | None = None) -> str:
+    """``NAME-SIZE-TYPE.gguf``, ggml's naming convention (``docs/gguf.md`` of ggml).
+
+    The mix and the types are those of :func:`exporter.gguf.layout.plan_tensors`, and so are the errors.
+    """
     base = name.rsplit("/", 1)[-1].strip().replace(" ", "-")
-    return f"{base}-{moe_size_label(shape)}-{preset_named(preset).name}.gguf"
+    return f"{base}-{moe_size_label(shape)}-{quantization(shape, mix, types).label}.gguf"
 
 
-def _general(shape: MoeShape, source_folder: Path, name: str, preset: str) -> dict[str, Value]:
+def _general(shape: MoeShape, source_folder: Path, name: str) -> dict[str, Value]:
     # a size in the name, such as 30B, is the source's: gguf-py recognises it by the source's parameters
     parts = Metadata.get_model_id_components(name, read_shape(source_folder).parameters)
     _, organization, base_name, finetune, version, _ = parts
@@ -71,10 +80,7 @@ def _general(shape: MoeShape, source_folder: Path, name: str, preset: str) -> di
         "general.license.link": _joined(card.get("license_link")),
     }
     values = {key: string(text) for key, text in texts.items() if text}
-    values |= _base_models(source_folder, card)
-    values["general.file_type"] = uint32(preset_named(preset).file_type)
-    values["general.quantization_version"] = uint32(GGML_QUANT_VERSION)
-    return values
+    return values | _base_models(source_folder, card)
 
 
 def _architecture(shape: MoeShape) -> dict[str, Value]:

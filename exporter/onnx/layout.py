@@ -5,69 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import cached_property
 
 import numpy as np
 import onnx
 
 from compressors.model.checkpoint import role_shape
-from compressors.model.errors import InputError, UnsupportedError
+from compressors.model.errors import UnsupportedError
 from compressors.model.families import Role
-from compressors.model.onnx_blocks import BLOCK_SIZE
 from compressors.model.onnx_weights import CODES, DATA_FILE, MODEL_FILE, SCALES
 from compressors.model.shape import MoeShape
+from exporter.onnx.encodings import FLOAT32, Encoding, preset_named, unit_encodings
 
-__all__ = ["DATA_FILE", "MODEL_FILE", "PRESETS", "Encoding", "Preset", "TensorLayout", "TensorPlan", "WeightPlan"]
-__all__ += ["plan_tensors", "preset_named"]
+__all__ = ["DATA_FILE", "MODEL_FILE", "TensorLayout", "TensorPlan", "WeightPlan", "plan_tensors"]
 
 # Large tensors start on a page, so that the runtime can map them; the ONNX specification recommends 4096.
 _PAGE_BYTES = 4096
 _HEAD_MULTIPLE = 16
 _SMALL_ALIGNMENT = 64
 _SMALL_TENSOR_BYTES = 16 * _PAGE_BYTES
-
-
-class Encoding(StrEnum):
-    """The ways of storing a weight's values."""
-
-    FLOAT32 = "F32"
-    Q4_0 = "Q4_0"
-    Q8_0 = "Q8_0"
-
-    @property
-    def bits(self) -> int:
-        """Bits of one code, scales not counted."""
-        return {Encoding.FLOAT32: 32, Encoding.Q4_0: 4, Encoding.Q8_0: 8}[self]
-
-
-@dataclass(frozen=True)
-class Preset:
-    """The encoding of each kind of weight. Routers and norms are always float32."""
-
-    name: str
-    linears: Encoding  # attention projections
-    experts: Encoding
-    embedding: Encoding  # token embedding and output head
-
-    def encoding(self, role: Role) -> Encoding:
-        """The encoding of a role's weights."""
-        if role.is_expert:
-            return self.experts
-        if role in (Role.TOKEN_EMBEDDING, Role.HEAD):
-            return self.embedding
-        if role in (Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUTPUT):
-            return self.linears
-        return Encoding.FLOAT32
-
-
-PRESETS: Mapping[str, Preset] = {
-    preset.name: preset
-    for preset in (
-        Preset("F32", linears=Encoding.FLOAT32, experts=Encoding.FLOAT32, embedding=Encoding.FLOAT32),
-        Preset("Q4_0", linears=Encoding.Q4_0, experts=Encoding.Q4_0, embedding=Encoding.Q8_0),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -116,7 +72,6 @@ class TensorLayout:
     """The data file: weights in the order in which they are written, then the rotary caches."""
 
     shape: MoeShape
-    preset: Preset
     weights: tuple[WeightPlan, ...]
     rotary_cosine: TensorPlan  # [rows, head_dim / 2], see Rope.table_lengths
     rotary_sine: TensorPlan
@@ -141,27 +96,21 @@ class TensorLayout:
         yield self.rotary_sine
 
 
-def preset_named(name: str) -> Preset:
-    """Looks a preset up.
-
-    Raises:
-        InputError: there is none of that name; the message lists those there are.
-    """
-    if name not in PRESETS:
-        raise InputError(f"{name!r} is not an ONNX preset; the presets are {', '.join(PRESETS)}")
-    return PRESETS[name]
-
-
-def plan_tensors(shape: MoeShape, preset: str) -> TensorLayout:
+def plan_tensors(shape: MoeShape, preset: str, encodings: Mapping[str, str] | None = None) -> TensorLayout:
     """Gives every tensor its name, shape, type and offset; reads no weight.
 
+    Args:
+        shape: the model.
+        preset: a name from :data:`~exporter.onnx.encodings.PRESETS`.
+        encodings: names from :data:`~exporter.onnx.encodings.ENCODINGS` for units that differ from the preset, by
+            the unit's name (:func:`~exporter.onnx.encodings.onnx_units`).
+
     Raises:
-        InputError: there is no such preset.
-        UnsupportedError: the operators cannot run heads of this size, or a weight's row length is no multiple of the
-            block size.
+        InputError: there is no such preset, unit or encoding.
+        UnsupportedError: the operators cannot run heads of this size, or an encoding's blocks do not divide the rows.
     """
     _check_heads(shape)
-    return _Planner(shape, preset_named(preset)).plan()
+    return _Planner(shape, unit_encodings(shape, preset_named(preset), encodings or {})).plan()
 
 
 def _check_heads(shape: MoeShape) -> None:
@@ -174,9 +123,9 @@ def _check_heads(shape: MoeShape) -> None:
 
 
 class _Planner:
-    def __init__(self, shape: MoeShape, preset: Preset) -> None:
+    def __init__(self, shape: MoeShape, encodings: Mapping[tuple[Role, int | None], Encoding]) -> None:
         self._shape = shape
-        self._preset = preset
+        self._encodings = encodings
         self._end = 0
 
     def plan(self) -> TensorLayout:
@@ -192,7 +141,7 @@ class _Planner:
         cache_shape = (sum(shape.rope.table_lengths(shape.context_length)), shape.head_dim // 2)
         cosine = self._place("rotary.cosine", cache_shape, np.dtype(np.float32))
         sine = self._place("rotary.sine", cache_shape, np.dtype(np.float32))
-        return TensorLayout(shape, self._preset, tuple(weights), cosine, sine, self._end)
+        return TensorLayout(shape, tuple(weights), cosine, sine, self._end)
 
     def _weight(self, role: Role, layer: int | None) -> WeightPlan:
         name = self._shape.onnx_name(role, layer)
@@ -214,17 +163,13 @@ class _Planner:
         return self._encoded(self._shape.onnx_name(roles[0], layer), roles, layer, shape)
 
     def _encoded(self, name: str, roles: tuple[Role, ...], layer: int | None, shape: tuple[int, ...]) -> WeightPlan:
-        encoding = self._preset.encoding(roles[0])
-        if encoding is Encoding.FLOAT32:
+        encoding = self._encodings.get((roles[0], layer), FLOAT32)  # norms and routers are of no unit
+        if encoding.blocks is None:
             values = self._place(name, shape, np.dtype(np.float32))
             return WeightPlan(roles, layer, encoding, shape, values, None)
         *rows, columns = shape
-        if columns % BLOCK_SIZE:
-            raise UnsupportedError(
-                f"{name} has rows of {columns} values; {encoding} needs a multiple of {BLOCK_SIZE}: use the preset F32"
-            )
         codes = self._place(name + CODES, (*rows, columns * encoding.bits // 8), np.dtype(np.uint8))
-        scales = self._place(name + SCALES, (*rows, columns // BLOCK_SIZE), np.dtype(np.float16))
+        scales = self._place(name + SCALES, (*rows, columns // encoding.blocks.block_size), np.dtype(np.float16))
         return WeightPlan(roles, layer, encoding, shape, codes, scales)
 
     def _place(self, name: str, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> TensorPlan:

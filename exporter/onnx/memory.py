@@ -7,6 +7,8 @@ it is. Large tensors are mapped from the data file in any case, and given back w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from compressors.model.families import Role
 from compressors.model.shape import MoeShape
 from exporter.onnx.layout import TensorLayout, plan_tensors
@@ -23,7 +25,9 @@ _LIVE_HIDDEN_STATES = 8  # [tokens, D] at a time: residual, normed, branch and w
 _LIVE_PROJECTIONS = 3  # query, key and value as projected, normed per head, rotated
 
 
-def predict_runtime_bytes(shape: MoeShape, preset: str, context: int, *, threads: int) -> dict[str, int]:
+def predict_runtime_bytes(
+    shape: MoeShape, preset: str, context: int, *, threads: int, encodings: Mapping[str, str] | None = None
+) -> dict[str, int]:
     """Bytes of ``weights``, ``kv_cache`` and ``compute`` with a cache of ``context`` tokens that is full.
 
     The cache is float32, allocated once and written in place, as validation and onnxruntime-genai do it; a client
@@ -31,16 +35,17 @@ def predict_runtime_bytes(shape: MoeShape, preset: str, context: int, *, threads
 
     Args:
         shape: the model as it is written; its rotary caches cover ``shape.context_length`` tokens.
-        preset: a name from :data:`exporter.onnx.layout.PRESETS`.
+        preset: a name from :data:`exporter.onnx.encodings.PRESETS`.
         context: tokens in the cache, at most ``shape.context_length``.
         threads: threads inside an operator; each holds one widened expert.
+        encodings: of units that differ from the preset, as :func:`~exporter.onnx.layout.plan_tensors` takes them.
 
     Raises:
-        InputError: there is no such preset, or the model's context is shorter.
-        UnsupportedError: the preset cannot hold the model.
+        InputError: there is no such preset, unit or encoding, or the model's context is shorter.
+        UnsupportedError: the operators cannot hold the model so.
     """
     with_context(shape, context)  # refuses one that does not fit
-    layout = plan_tensors(shape, preset)
+    layout = plan_tensors(shape, preset, encodings)
     cache = 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * context * _FLOAT_BYTES
     return {"weights": _weight_bytes(layout), "kv_cache": cache, "compute": _compute_bytes(layout, context, threads)}
 

@@ -9,19 +9,19 @@ import numpy as np
 import onnx
 
 from compressors.model.families import Role
-from compressors.model.onnx_blocks import BLOCK_SIZE
 from compressors.model.onnx_weights import MATRIX
 from exporter.onnx.builder import MICROSOFT, GraphBuilder
-from exporter.onnx.layout import Encoding, TensorLayout, WeightPlan
+from exporter.onnx.layout import TensorLayout, WeightPlan
 
 __all__ = ["WeightNodes"]
 
-# MatMulNBits' accuracy levels. At level 1 activations stay float32. At level 4 they are quantized to int8 in blocks
-# of 32, as llama.cpp does for every Q8_0 product. The 8-bit product needs it: its float32 form widens the whole
-# matrix at every call (measured 50 times slower at one token). Only the head is an 8-bit product, so routing
-# and hidden states stay exact.
+# MatMulNBits' accuracy levels. At level 1 activations stay float32. At level 4 they are quantized to int8 in the
+# weights' blocks, as llama.cpp does for every quantized product. Products of 2 and 8 bits need it: their float32 form
+# widens the whole matrix at every call (measured 50 times slower at one token). QMoE decides by itself, and alike:
+# float32 at 4 bits, int8 at 2 and 8 bits in blocks.
 _FLOAT32_ACTIVATIONS = 1
 _INT8_ACTIVATIONS = 4
+_FLOAT32_BITS = 4
 
 _ROUTER_WEIGHTS_INPUT = 14  # of QMoE
 
@@ -70,15 +70,16 @@ class WeightNodes:
         """Looks rows of the embedding up."""
         weight = self._layout.weight(Role.TOKEN_EMBEDDING)
         codes = self._graph.external(weight.codes)
-        if weight.encoding is Encoding.FLOAT32:
+        blocks = weight.encoding.blocks
+        if blocks is None:
             return self._graph.node("Gather", [codes, token_ids], output)
         return self._graph.node(
             "GatherBlockQuantized",
             [codes, token_ids, self._scales(weight)],
             output,
             domain=MICROSOFT,
-            bits=weight.encoding.bits,
-            block_size=BLOCK_SIZE,
+            bits=blocks.bits,
+            block_size=blocks.block_size,
             gather_axis=0,
             quantize_axis=1,
         )
@@ -86,22 +87,24 @@ class WeightNodes:
     def linear(self, role: Role, layer: int | None, values: str, output: str) -> str:
         """values @ weight.T; weights keep torch's orientation [rows, columns] in every encoding."""
         weight = self._layout.weight(role, layer)
-        if weight.encoding is Encoding.FLOAT32:
+        blocks = weight.encoding.blocks
+        if blocks is None:
             matrix = self._graph.external(weight.codes)
             return self._graph.node("FusedMatMul", [values, matrix], output, domain=MICROSOFT, transB=1)
         rows, columns = weight.shape
-        blocks = (rows, columns // BLOCK_SIZE, BLOCK_SIZE * weight.encoding.bits // 8)
-        codes = self._graph.external(weight.codes, shape=blocks, name=weight.codes.name + MATRIX)
+        block_bytes = blocks.block_size * blocks.bits // 8
+        in_blocks = (rows, columns // blocks.block_size, block_bytes)
+        codes = self._graph.external(weight.codes, shape=in_blocks, name=weight.codes.name + MATRIX)
         return self._graph.node(
             "MatMulNBits",
             [values, codes, self._scales(weight)],
             output,
             domain=MICROSOFT,
-            bits=weight.encoding.bits,
-            block_size=BLOCK_SIZE,
+            bits=blocks.bits,
+            block_size=blocks.block_size,
             N=rows,
             K=columns,
-            accuracy_level=_INT8_ACTIVATIONS if weight.encoding is Encoding.Q8_0 else _FLOAT32_ACTIVATIONS,
+            accuracy_level=_FLOAT32_ACTIVATIONS if blocks.bits == _FLOAT32_BITS else _INT8_ACTIVATIONS,
         )
 
     def experts(self, layer: int, values: str, router_logits: str, output: str) -> str:
@@ -111,7 +114,7 @@ class WeightNodes:
         down = self._layout.weight(Role.EXPERT_DOWN, layer)
         attributes: dict[str, Any] = {"k": shape.top_k, "normalize_routing_weights": int(shape.normalize_top_k)}
         attributes |= {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
-        if gate_up.encoding is Encoding.FLOAT32:
+        if gate_up.encoding.blocks is None:
             return self._float32_experts(gate_up, down, values, router_logits, output, attributes)
         return self._quantized_experts(gate_up, down, values, router_logits, output, attributes)
 
@@ -143,7 +146,8 @@ class WeightNodes:
         output: str,
         attributes: Mapping[str, Any],
     ) -> str:
-        graph = self._graph
+        graph, blocks = self._graph, gate_up.encoding.blocks
+        assert blocks is not None and blocks == down.encoding.blocks, "the operator has one width and one block size"
         gate_up_codes, down_codes = graph.external(gate_up.codes), graph.external(down.codes)
         inputs = [values, router_logits, gate_up_codes, self._scales(gate_up), "", down_codes, self._scales(down)]
         if not self._layout.shape.normalize_top_k:
@@ -156,14 +160,14 @@ class WeightNodes:
             inputs,
             output,
             domain=MICROSOFT,
-            expert_weight_bits=gate_up.encoding.bits,
-            block_size=BLOCK_SIZE,
+            expert_weight_bits=blocks.bits,
+            block_size=blocks.block_size,
             weights_prepacked=0,  # the codes are plain, not in the order of one GPU's kernels
             **attributes,
         )
 
     def _scales(self, weight: WeightPlan) -> str:
-        """Scales as float32, the type of the activations; the file keeps ggml's float16, which loses nothing."""
+        """Scales as float32, the type of the activations; the file keeps float16, which codes were chosen for."""
         assert weight.scales is not None
         stored = self._graph.external(weight.scales)
         if stored not in self._float32_scales:  # a tied head shares the embedding's

@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from compressors.model.errors import InputError
-from compressors.model.onnx_blocks import from_q4_0, from_q8_0
+from compressors.model.integer_blocks import BlockType, IntegerBlocks
+from compressors.model.onnx_blocks import from_q4_0, from_q8_0, pack
 from compressors.model.shape import MoeShape
 from compressors.model.student import Student
-from compressors.quantize import GGMLQuantizationType, quantize_rows
+from compressors.quantize import GGMLQuantizationType, quantize_rows, search_blocks
 from compressors.statistics import Importance
 from exporter.files import replacing
+from exporter.onnx.encodings import Encoding
 from exporter.onnx.graph import build_model
-from exporter.onnx.layout import DATA_FILE, MODEL_FILE, Encoding, TensorLayout, WeightPlan, plan_tensors
+from exporter.onnx.layout import DATA_FILE, MODEL_FILE, TensorLayout, WeightPlan, plan_tensors
 from exporter.pieces import Piece, row_slices, write_pieces
 from exporter.resumable import Part, is_published, resuming
 
 __all__ = ["predict_size", "with_context", "write_onnx"]
 
-_GGML_TYPES = {
-    Encoding.FLOAT32: GGMLQuantizationType.F32,
-    Encoding.Q4_0: GGMLQuantizationType.Q4_0,
-    Encoding.Q8_0: GGMLQuantizationType.Q8_0,
-}
+_UNPACKED = {GGMLQuantizationType.Q4_0: from_q4_0, GGMLQuantizationType.Q8_0: from_q8_0}
 
 
 def with_context(shape: MoeShape, context_length: int | None) -> MoeShape:
@@ -48,14 +47,25 @@ def with_context(shape: MoeShape, context_length: int | None) -> MoeShape:
     return replace(shape, context_length=context_length)
 
 
-def predict_size(shape: MoeShape, preset: str, context_length: int | None = None) -> int:
+def predict_size(
+    shape: MoeShape,
+    preset: str,
+    context_length: int | None = None,
+    encodings: Mapping[str, str] | None = None,
+) -> int:
     """Bytes of ``model.onnx`` and ``model.onnx.data`` together, exactly; reads no weight.
 
+    Args:
+        shape: the model.
+        preset: a name from :data:`exporter.onnx.encodings.PRESETS`.
+        context_length: tokens that the rotary caches cover; None for the model's own maximum.
+        encodings: of units that differ from the preset, as :func:`~exporter.onnx.layout.plan_tensors` takes them.
+
     Raises:
-        InputError: there is no such preset, or the context does not fit the model.
-        UnsupportedError: the preset cannot hold the model.
+        InputError: there is no such preset, unit or encoding, or the context does not fit the model.
+        UnsupportedError: the operators cannot hold the model so.
     """
-    layout = plan_tensors(with_context(shape, context_length), preset)
+    layout = plan_tensors(with_context(shape, context_length), preset, encodings)
     return layout.data_bytes + int(build_model(layout).ByteSize())
 
 
@@ -64,6 +74,7 @@ def write_onnx(
     preset: str,
     folder: Path,
     *,
+    encodings: Mapping[str, str] | None = None,
     importance: Importance | None = None,
     context_length: int | None = None,
     threads: int,
@@ -72,14 +83,16 @@ def write_onnx(
 ) -> None:
     """Writes the student's graph and weights into ``folder``, which is made if it is missing.
 
-    Weights are quantized with ggml's kernels, so a GGUF file of the same types and importance holds the same numbers.
-    The bytes do not depend on ``threads``. ``model.onnx`` appears last: a folder without it is unfinished. On any
+    Q4_0 and Q8_0 weights are quantized with ggml's kernels, so a GGUF file of the same types and importance holds the
+    same numbers; other blocks by :func:`compressors.quantize.blocks.search_blocks`. The bytes do not depend on
+    ``threads``. ``model.onnx`` appears last: a folder without it is unfinished. On any
     failure a model that was there stays as it was.
 
     Args:
         student: the model to write.
-        preset: a name from :data:`exporter.onnx.layout.PRESETS`.
+        preset: a name from :data:`exporter.onnx.encodings.PRESETS`.
         folder: where the two files go.
+        encodings: of units that differ from the preset, as :func:`~exporter.onnx.layout.plan_tensors` takes them.
         importance: weighs quantization errors; None weighs all input features alike.
         context_length: tokens that the rotary caches cover; None for the model's own maximum.
         threads: experts or slices that are quantized at a time.
@@ -88,10 +101,11 @@ def write_onnx(
         progress: is called with the number of bytes written since its last call.
 
     Raises:
-        InputError: no such preset or context; a weight is not finite or cannot be read; the disk is full.
-        UnsupportedError: the preset cannot hold the model.
+        InputError: no such preset, unit, encoding or context; a weight is not finite or cannot be read; the disk is
+            full.
+        UnsupportedError: the operators cannot hold the model so.
     """
-    layout = plan_tensors(with_context(student.shape, context_length), preset)
+    layout = plan_tensors(with_context(student.shape, context_length), preset, encodings)
     model = build_model(layout)
     graph = model.SerializeToString(deterministic=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -186,16 +200,27 @@ def _read_rows(
 
 
 def _encode(matrices: Sequence[_Matrix], encoding: Encoding, places: Sequence[_Place]) -> list[Part]:
-    """Quantizes with ggml's kernels; rows of several matrices alternate."""
-    quantized = [
-        quantize_rows(matrix.values_RN, _GGML_TYPES[encoding], matrix.importance_N, name=matrix.name)
-        for matrix in matrices
-    ]
-    rows = np.stack(quantized, axis=1).reshape(-1, quantized[0].shape[1])
-    if encoding is Encoding.FLOAT32:
-        return [places[0].part(rows)]
-    blocks = from_q4_0(rows) if encoding is Encoding.Q4_0 else from_q8_0(rows)
-    return [places[0].part(blocks.codes), places[1].part(blocks.scales_RN)]
+    """Quantizes; rows of several matrices alternate."""
+    if encoding.blocks is None:
+        float32 = [quantize_rows(matrix.values_RN, GGMLQuantizationType.F32, name=matrix.name) for matrix in matrices]
+        return [places[0].part(_alternating(float32))]
+    quantized = [_blocks(matrix, encoding, encoding.blocks) for matrix in matrices]
+    codes = _alternating([pack(blocks.codes_RN, blocks.bits) for blocks in quantized])
+    scales = _alternating([blocks.scales_RK.astype(np.float16) for blocks in quantized])
+    return [places[0].part(codes), places[1].part(scales)]
+
+
+def _blocks(matrix: _Matrix, encoding: Encoding, blocks: BlockType) -> IntegerBlocks:
+    """Codes and scales by ggml's kernel where there is one, else by our search."""
+    if encoding.ggml_type is not None:
+        rows = quantize_rows(matrix.values_RN, encoding.ggml_type, matrix.importance_N, name=matrix.name)
+        return _UNPACKED[encoding.ggml_type](rows)
+    return search_blocks(matrix.values_RN, blocks.bits, blocks.block_size, matrix.importance_N, name=matrix.name)
+
+
+def _alternating(rows: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """The first rows of all matrices, then the second, and so on."""
+    return rows[0] if len(rows) == 1 else np.stack(rows, axis=1).reshape(-1, rows[0].shape[1])
 
 
 def _rotary_parts(shape: MoeShape, places: Sequence[_Place]) -> list[Part]:

@@ -70,6 +70,11 @@ class Calibration:
         return self.folder / "statistics"
 
     @property
+    def layer_inputs(self) -> Path:
+        """What enters each of the teacher's layers, and its head, for the first calibration tokens: a folder."""
+        return self.folder / "layer_inputs"
+
+    @property
     def targets(self) -> Path:
         """The teacher's most probable next tokens at every calibration token: a folder."""
         return self.folder / "targets"
@@ -170,7 +175,10 @@ def open_student(plan: Plan, work: WorkDirectory, stage: str = "recover") -> Stu
 
 def same_numbers(plan: Plan) -> bool:
     """Whether both files hold the same numbers, so that the runtimes can be compared with each other."""
-    return plan.recipe.gguf is not None and plan.recipe.gguf == plan.recipe.onnx
+    gguf, onnx = plan.recipe.gguf, plan.recipe.onnx
+    if gguf is None or onnx is None or gguf.tensors or onnx.tensors:
+        return False
+    return (gguf.mix, gguf.quantizer, gguf.imatrix) == (onnx.mix, onnx.quantizer, onnx.imatrix)
 
 
 def importance_of(student: Student, work: WorkDirectory) -> Importance:

@@ -1,4 +1,4 @@
-"""ggml blocks as ONNX Runtime reads them: the same numbers, bit for bit."""
+"""Codes as ONNX Runtime packs them; ggml's blocks hold the same numbers, bit for bit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from compressors.model.onnx_blocks import BLOCK_SIZE, from_q4_0, from_q8_0
+from compressors.model.onnx_blocks import from_q4_0, from_q8_0, pack, unpack
 from compressors.quantize import GGMLQuantizationType, quantize_rows
 
 
@@ -19,25 +19,34 @@ def _rows() -> torch.Tensor:
     return values
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_codes_are_packed_from_the_lowest_bits(bits: int) -> None:
+    codes = np.random.default_rng(0).integers(0, 2**bits, (5, 64), dtype=np.uint8)
+    packed = pack(codes, bits)
+    assert packed.shape == (5, 64 * bits // 8)
+    for element in range(64):
+        byte, place = divmod(element * bits, 8)
+        np.testing.assert_array_equal((packed[:, byte] >> place) & (2**bits - 1), codes[:, element])
+    np.testing.assert_array_equal(unpack(packed, bits), codes)
+
+
 @pytest.mark.parametrize("with_importance", [False, True])
 def test_q4_0_blocks_decode_to_what_ggml_decodes(with_importance: bool) -> None:
     values = _rows()
     importance = torch.linspace(0.1, 9, 96) if with_importance else None
     quantized = quantize_rows(values, GGMLQuantizationType.Q4_0, importance, name="test")
     blocks = from_q4_0(quantized)
-    # ONNX Runtime's layout, written out: byte j of a row holds elements 2j (low nibble) and 2j + 1 (high nibble).
-    codes = np.empty((64, 96), dtype=np.float32)
-    codes[:, 0::2] = blocks.codes & 0x0F
-    codes[:, 1::2] = blocks.codes >> 4
-    decoded = (codes - 8) * np.repeat(blocks.scales_RN.astype(np.float32), BLOCK_SIZE, axis=1)
-    np.testing.assert_array_equal(decoded, gguf.quants.dequantize(quantized, gguf.GGMLQuantizationType.Q4_0))
+    expected = gguf.quants.dequantize(quantized, gguf.GGMLQuantizationType.Q4_0)
+    decoded = (blocks.codes_RN.astype(np.float32) - 8) * np.repeat(blocks.scales_RK, 32, axis=1)
+    np.testing.assert_array_equal(decoded, expected)
+    np.testing.assert_array_equal(blocks.values(), expected)
     assert np.abs(decoded - values.numpy()).max() < 2
 
 
 def test_q8_0_blocks_decode_to_what_ggml_decodes() -> None:
     quantized = quantize_rows(_rows(), GGMLQuantizationType.Q8_0, name="test")
     blocks = from_q8_0(quantized)
-    decoded = (blocks.codes.astype(np.float32) - 128) * np.repeat(
-        blocks.scales_RN.astype(np.float32), BLOCK_SIZE, axis=1
-    )
-    np.testing.assert_array_equal(decoded, gguf.quants.dequantize(quantized, gguf.GGMLQuantizationType.Q8_0))
+    expected = gguf.quants.dequantize(quantized, gguf.GGMLQuantizationType.Q8_0)
+    decoded = (blocks.codes_RN.astype(np.float32) - 128) * np.repeat(blocks.scales_RK, 32, axis=1)
+    np.testing.assert_array_equal(decoded, expected)
+    np.testing.assert_array_equal(blocks.values(), expected)

@@ -18,9 +18,10 @@ from exporter.estimate import Speeds, describe_time, disk_lines, memory_lines, s
 from exporter.job import Flags, Job
 from exporter.machine import measure_speeds
 from exporter.plan import Plan
+from exporter.plan_making import make_plan
 from exporter.preflight import refuse_too_little_disk, refuse_too_little_memory
 from exporter.recipe import Recipe
-from exporter.run import make_plan, run_job
+from exporter.run import run_job
 
 _START = 4
 _ROUTER = {"scope": "router", "blocks": 40, "blocks_per_step": 8, "learning_rate": 0.001}

@@ -11,18 +11,11 @@ from compressors.model.config import read_shape
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.families import Role
 from compressors.quantize import GGMLQuantizationType
-from exporter.gguf.layout import PRESETS, plan_tensors
+from exporter.gguf.layout import Quantization, bits_per_weight, plan_tensors, quantization
+from exporter.gguf.mixes import MIXES
 
 
-def test_presets_go_from_large_to_small_experts(coarse_folder: Path) -> None:
-    shape = read_shape(coarse_folder)
-    sizes = [
-        sum(tensor.n_bytes for tensor in plan_tensors(shape, preset) if tensor.role.is_expert) for preset in PRESETS
-    ]
-    assert sizes == sorted(sizes, reverse=True)
-
-
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", MIXES)
 def test_routers_and_norms_are_float32(family_folder: Path, preset: str) -> None:
     for tensor in plan_tensors(read_shape(family_folder), preset):
         if tensor.role is Role.ROUTER or "norm" in tensor.role.value:
@@ -30,7 +23,7 @@ def test_routers_and_norms_are_float32(family_folder: Path, preset: str) -> None
 
 
 def test_experts_of_a_layer_are_one_tensor(fine_folder: Path) -> None:
-    tensors = {tensor.name: tensor for tensor in plan_tensors(read_shape(fine_folder).with_experts(7), "Q4_K")}
+    tensors = {tensor.name: tensor for tensor in plan_tensors(read_shape(fine_folder).with_experts(7), "Q4_K_S")}
     assert tensors["blk.5.ffn_gate_exps.weight"].shape == (7, 128, 256)
     assert tensors["blk.5.ffn_down_exps.weight"].shape == (7, 256, 128)
     assert tensors["blk.5.ffn_gate_inp.weight"].shape == (7, 256)
@@ -45,7 +38,7 @@ def test_an_untied_head_is_written(fine_folder: Path) -> None:
     shape = replace(read_shape(fine_folder), tied_embeddings=False)
     head = next(tensor for tensor in plan_tensors(shape, "Q4_0") if tensor.role is Role.HEAD)
     assert (head.name, head.shape) == ("output.weight", (4096, 256))
-    assert head.ggml_type is GGMLQuantizationType.Q8_0
+    assert head.ggml_type is GGMLQuantizationType.Q6_K
 
 
 def test_what_llama_cpp_cannot_run_is_refused(fine_folder: Path) -> None:
@@ -54,10 +47,8 @@ def test_what_llama_cpp_cannot_run_is_refused(fine_folder: Path) -> None:
         plan_tensors(replace(shape, normalize_top_k=False), "Q8_0")
     with pytest.raises(UnsupportedError, match="at most 1024 experts"):
         plan_tensors(shape.with_experts(1025), "Q8_0")
-    with pytest.raises(InputError, match="Q3_X: no such type; choose one of F32, BF16, Q8_0"):
+    with pytest.raises(InputError, match="Q3_X: no such type; choose one of F32, BF16, F16, Q8_0"):
         plan_tensors(shape, "Q3_X")
-    with pytest.raises(UnsupportedError, match="rows of 100 values"):
-        plan_tensors(replace(shape, expert_width=100), "Q4_K")
 
 
 def test_what_llama_cpp_s_olmoe_cannot_run_is_refused(olmoe_folder: Path) -> None:
@@ -69,3 +60,52 @@ def test_what_llama_cpp_s_olmoe_cannot_run_is_refused(olmoe_folder: Path) -> Non
             plan_tensors(wrong, "Q8_0")
     with pytest.raises(UnsupportedError, match="needs a head of its own"):
         plan_tensors(replace(shape, tied_embeddings=True), "Q8_0")
+
+
+def test_tensors_can_be_given_types_of_their_own(fine_folder: Path) -> None:
+    shape = read_shape(fine_folder)
+    types = {"blk.0.ffn_down_exps.weight": "Q2_0", "blk.5.attn_v.weight": "Q8_0", "token_embd.weight": "F16"}
+    mix = {tensor.name: tensor for tensor in plan_tensors(shape, "IQ2_M")}
+    for tensor in plan_tensors(shape, "IQ2_M", types):
+        assert tensor == replace(mix[tensor.name], ggml_type=tensor.ggml_type)
+        assert tensor.ggml_type.name == types.get(tensor.name, mix[tensor.name].ggml_type.name)
+    assert plan_tensors(shape, "IQ2_M", {"output_norm.weight": "F32"}) == tuple(mix.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "type_name", "said"),
+    [
+        ("blk.6.attn_v.weight", "Q8_0", r"a type is given for blk\.6\.attn_v\.weight, but the model has no tensor"),
+        ("output.weight", "Q8_0", r"for output\.weight, but the model has no"),  # tied to the embedding
+        (
+            "blk.0.attn_v.weight",
+            "Q4_K_M",
+            r"^blk\.0\.attn_v\.weight: there is no type Q4_K_M; choose one of F32, F16",
+        ),
+        ("blk.0.attn_v.weight", "I8", r"there is no type I8;"),
+        (
+            "blk.0.ffn_gate_inp.weight",
+            "Q8_0",
+            r"^blk\.0\.ffn_gate_inp\.weight cannot be Q8_0: routers",
+        ),
+        ("output_norm.weight", "BF16", r"^output_norm\.weight cannot be BF16"),
+        ("blk.0.ffn_down_exps.weight", "IQ2_XXS", r"rows of 128 values .* blocks of 256; IQ4_NL fits"),
+    ],
+)
+def test_types_that_a_tensor_cannot_have_are_refused(fine_folder: Path, name: str, type_name: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        plan_tensors(read_shape(fine_folder), "Q4_0", {name: type_name})
+
+
+def test_a_file_of_other_types_than_a_mix_s_is_called_by_its_bits(fine_folder: Path) -> None:
+    shape = read_shape(fine_folder)
+    assert quantization(shape, "Q4_K") == Quantization("Q4_K_M", 15)
+    assert quantization(shape, "Q4_K_M", {"blk.5.attn_v.weight": "Q6_K"}) == Quantization("Q4_K_M", 15)  # as in the mix
+    assert quantization(shape, "Q4_K_M", {"blk.5.attn_v.weight": "Q8_0"}) == Quantization("Q5_MIX", 15)
+    gate_up = {
+        f"blk.{layer}.ffn_{part}_exps.weight": "MXFP4" for layer in range(shape.n_layers) for part in ("gate", "up")
+    }
+    assert quantization(shape, "F32", gate_up) == Quantization("Q15_MIX", 38)
+    tensors = plan_tensors(shape, "F32", gate_up)
+    assert 15 < bits_per_weight(tensors) < 16
+    assert sum(tensor.n_values for tensor in tensors) == shape.parameters

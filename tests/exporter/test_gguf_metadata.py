@@ -46,7 +46,7 @@ def test_identity_and_hyper_parameters(folder: Path) -> None:
         "general.version": "v1.1",
         "general.size_label": "32x2.9M",
         "general.quantized_by": "moe-export",
-        "general.file_type": gguf.LlamaFileType.MOSTLY_Q4_K_S,
+        "general.file_type": gguf.LlamaFileType.MOSTLY_Q4_K_M,
         "general.quantization_version": 2,
         "general.base_model.count": 1,
         "general.base_model.0.name": "Fine-32x3M",
@@ -146,7 +146,10 @@ def test_size_label_is_gguf_pys(family_folder: Path, n_experts: int) -> None:
 
 def test_file_name_follows_the_convention(fine_folder: Path) -> None:
     shape: MoeShape = read_shape(fine_folder).with_experts(24)
-    assert gguf_file_name("org/My Model", shape, "Q4_K") == f"My-Model-{moe_size_label(shape)}-Q4_K.gguf"
+    size = moe_size_label(shape)
+    assert gguf_file_name("org/My Model", shape, "Q4_K") == f"My-Model-{size}-Q4_K_M.gguf"  # llama-quantize's alias
+    types = {"blk.0.attn_v.weight": "Q8_0"}
+    assert gguf_file_name("x", shape, "IQ2_M", types) == f"x-{size}-Q3_MIX.gguf"
 
 
 def test_container_is_what_gguf_py_reads(tmp_path: Path) -> None:

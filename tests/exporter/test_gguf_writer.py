@@ -12,17 +12,21 @@ import numpy as np
 import pytest
 import torch
 
-from compressors import quantize
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
 from compressors.model.families import Role
+from compressors.model.ggml_types import GGMLQuantizationType
+from compressors.model.gguf_file import GgufFile
 from compressors.model.shape import MoeShape
 from compressors.model.student import ExpertMap, Student
-from compressors.quantize import dequantize_rows, fallback_type, quantize_rows
+from compressors.quantize import dequantize_rows, fallback_type, kernels, quantize_rows
 from compressors.statistics import Importance
 from exporter import files, pieces
-from exporter.gguf.layout import PRESETS
+from exporter.gguf.mixes import MIXES
 from exporter.gguf.writer import predict_file_size, write_gguf
+
+_MIXES = ("F32", "BF16", "F16", "Q8_0", "Q5_1", "Q4_K_M", "Q4_0", "IQ4_XS", "MXFP4_MOE", "Q3_K_L", "Q2_0", "TQ1_0")
+"""Those that are quick to write: no types of codebooks."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +54,7 @@ def _importance(shape: MoeShape) -> Importance:
     return importance
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", _MIXES)
 def test_size_is_predicted_to_the_byte(checkpoint: Checkpoint, tmp_path: Path, preset: str) -> None:
     for n_experts in (1, 5, 32):
         student = _keep(checkpoint, n_experts)
@@ -61,6 +65,22 @@ def test_size_is_predicted_to_the_byte(checkpoint: Checkpoint, tmp_path: Path, p
         assert path.stat().st_size == sum(written) == predicted
 
 
+def test_types_of_single_tensors_are_written_and_predicted(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    student = _keep(checkpoint, 5)
+    types = {"blk.0.ffn_down_exps.weight": "Q2_0", "blk.1.attn_k.weight": "F16", "token_embd.weight": "Q3_K"}
+    path = tmp_path / "x.gguf"
+    write_gguf(student, "Q8_0", path, types=types, name="x", threads=2)
+    assert path.stat().st_size == predict_file_size(student.shape, checkpoint.folder, "Q8_0", "x", types)
+    file = GgufFile(path)
+    assert file.metadata["general.file_type"] == 7
+    for name, entry in file.tensors.items():
+        usual = "F32" if "norm" in name or "gate_inp" in name else "Q8_0"
+        assert entry.ggml_type.name == types.get(name, usual)
+    embedding = student.tensor(Role.TOKEN_EMBEDDING)
+    stored = file.read_rows(file.tensors["token_embd.weight"], 0, len(embedding))
+    np.testing.assert_array_equal(stored, quantize_rows(embedding, GGMLQuantizationType.Q3_K, name="x"))
+
+
 def test_bytes_do_not_depend_on_the_run_or_the_number_of_threads(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,7 +89,7 @@ def test_bytes_do_not_depend_on_the_run_or_the_number_of_threads(
     files = []
     for threads, piece_values, block_values in ((1, 1 << 20, 1 << 17), (2, 1 << 20, 1 << 17), (2, 5000, 1000)):
         monkeypatch.setattr(pieces, "_PIECE_VALUES", piece_values)
-        monkeypatch.setattr(quantize, "_BLOCK_VALUES", block_values)
+        monkeypatch.setattr(kernels, "_BLOCK_VALUES", block_values)
         path = tmp_path / f"{len(files)}.gguf"
         write_gguf(student, "Q4_K", path, importance=importance, name="x", threads=threads)
         files.append(path.read_bytes())
@@ -79,9 +99,9 @@ def test_bytes_do_not_depend_on_the_run_or_the_number_of_threads(
 def test_each_expert_is_quantized_with_its_own_importance(checkpoint: Checkpoint, tmp_path: Path) -> None:
     student = _keep(checkpoint, 4)
     importance = _importance(student.shape)
-    write_gguf(student, "Q4_K", tmp_path / "x.gguf", importance=importance, name="x", threads=2)
+    write_gguf(student, "Q4_K_S", tmp_path / "x.gguf", importance=importance, name="x", threads=2)
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors}
-    wanted = PRESETS["Q4_K"].matrices
+    wanted = MIXES["Q4_K_S"].base
     for role, name in ((Role.EXPERT_UP, "ffn_up_exps"), (Role.EXPERT_DOWN, "ffn_down_exps")):
         stored = tensors[f"blk.1.{name}.weight"]
         for expert in range(4):

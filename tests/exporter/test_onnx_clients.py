@@ -14,7 +14,7 @@ from compressors.model.config import read_shape
 from compressors.model.errors import InputError
 from compressors.model.student import ExpertMap, Student
 from exporter.onnx.clients import write_client_files
-from exporter.onnx.layout import PRESETS
+from exporter.onnx.encodings import PRESETS
 from exporter.onnx.writer import with_context, write_onnx
 from validate.generation import greedy
 from validate.onnx_runtime import OnnxRuntimeBackend

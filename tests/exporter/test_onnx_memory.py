@@ -12,7 +12,7 @@ import pytest
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
 from compressors.model.student import Student
-from exporter.onnx.layout import PRESETS
+from exporter.onnx.encodings import PRESETS
 from exporter.onnx.memory import predict_runtime_bytes
 from exporter.onnx.writer import write_onnx
 from validate.measure import measure_artifact

@@ -14,10 +14,11 @@ import torch
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.families import Role
-from compressors.model.onnx_blocks import from_q4_0
+from compressors.model.onnx_blocks import from_q4_0, pack
 from compressors.model.student import ExpertMap, Student
 from compressors.quantize import GGMLQuantizationType, quantize_rows
-from exporter.onnx.layout import DATA_FILE, MODEL_FILE, PRESETS, plan_tensors
+from exporter.onnx.encodings import PRESETS
+from exporter.onnx.layout import DATA_FILE, MODEL_FILE, plan_tensors
 from exporter.onnx.writer import predict_size, write_onnx
 
 
@@ -90,7 +91,7 @@ def test_experts_are_quantized_with_their_own_importance(toy: Checkpoint, tmp_pa
         for first, role in enumerate((Role.EXPERT_GATE, Role.EXPERT_UP)):
             values = toy.expert(role, 0, teacher_expert)
             rows = quantize_rows(values, GGMLQuantizationType.Q4_0, importance[role, 0][expert], name="expected")
-            np.testing.assert_array_equal(codes[expert, first::2], from_q4_0(rows).codes)
+            np.testing.assert_array_equal(codes[expert, first::2], pack(from_q4_0(rows).codes_RN, 4))
     write_onnx(student, "Q4_0", tmp_path / "plain", threads=2)
     assert _read(tmp_path / "plain")[1] != data
 

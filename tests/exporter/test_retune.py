@@ -20,10 +20,10 @@ from compressors.recover.divergence import judge
 from exporter.job import Flags
 from exporter.pipeline import fingerprints, stages_of
 from exporter.plan import Plan
+from exporter.plan_making import make_plan
 from exporter.progress import Progress
 from exporter.recipe import Recipe, RungChoice
 from exporter.result import final_recipe
-from exporter.run import make_plan
 from exporter.source_state import SourceState
 from exporter.stage import StageContext
 from exporter.stages import calibrate, compress, gguf, onnx, recover, retune, schedule

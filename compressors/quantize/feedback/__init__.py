@@ -1,0 +1,8 @@
+"""Second-order error feedback: the codes of a matrix chosen by the second moments of its inputs."""
+
+from __future__ import annotations
+
+from compressors.quantize.feedback.moments import Feedback, conditioned
+from compressors.quantize.feedback.rows import TYPES_WITH_FEEDBACK, quantize_rows_with_feedback
+
+__all__ = ["TYPES_WITH_FEEDBACK", "Feedback", "conditioned", "quantize_rows_with_feedback"]

@@ -1,0 +1,82 @@
+"""Rows in ggml's block formats: the kernel's scales, and codes that feed rounding errors back.
+
+Letters: R rows, N values of a row, Y bytes of a quantized row.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from compressors.model.ggml_types import GGMLQuantizationType
+from compressors.quantize.feedback import codebook, scalar
+from compressors.quantize.feedback.codebook import CODEBOOK_FORMATS
+from compressors.quantize.feedback.moments import Feedback
+from compressors.quantize.feedback.passes import choose_codes
+from compressors.quantize.feedback.scalar import SCALAR_FORMATS
+from compressors.quantize.feedback.vectors import SIGN_LENGTH
+from compressors.quantize.kernels import quantize_rows
+
+__all__ = ["TYPES_WITH_FEEDBACK", "quantize_rows_with_feedback"]
+
+TYPES_WITH_FEEDBACK = frozenset(SCALAR_FORMATS) | frozenset(CODEBOOK_FORMATS)
+"""The types whose codes :func:`quantize_rows_with_feedback` chooses."""
+
+_SLICE_ROWS = 1024
+"""Rows that are rounded together: a column of them fits a core's first cache."""
+
+
+def quantize_rows_with_feedback(
+    values_RN: torch.Tensor,
+    ggml_type: GGMLQuantizationType,
+    importance_N: torch.Tensor | None,
+    feedback: Feedback,
+    *,
+    name: str,
+) -> npt.NDArray[np.uint8]:
+    """Quantizes rows of float32, bfloat16 or float16 values; returns uint8 [R, Y], as ``quantize_rows`` does.
+
+    Scales and offsets are the kernel's for this importance; the codes are chosen again, so that the error of the
+    outputs over the inputs that ``feedback`` tells of is small.
+
+    Raises:
+        InputError: a value is not finite; the message calls the weights ``name``.
+    """
+    quantized_RY = quantize_rows(values_RN, ggml_type, importance_N, name=name)
+    for first in range(0, len(values_RN), _SLICE_ROWS):
+        rows = slice(first, first + _SLICE_ROWS)
+        quantized_RY[rows] = _with_chosen_codes(values_RN[rows], quantized_RY[rows], ggml_type, feedback)
+    return quantized_RY
+
+
+def _with_chosen_codes(
+    values_RN: torch.Tensor, quantized_RY: npt.NDArray[np.uint8], ggml_type: GGMLQuantizationType, feedback: Feedback
+) -> npt.NDArray[np.uint8]:
+    if ggml_type in CODEBOOK_FORMATS:
+        return _with_chosen_vectors(values_RN, quantized_RY, ggml_type, feedback)
+    order_N = feedback.order_N(1)
+    grid = scalar.grid_of(quantized_RY, ggml_type, order_N)
+    choose_codes(_ordered(values_RN, order_N), grid, feedback, SCALAR_FORMATS[ggml_type].n_sweeps)
+    chosen_NR = grid.codes_NR()
+    codes_NR = np.empty_like(chosen_NR)
+    codes_NR[order_N.numpy()] = chosen_NR
+    return scalar.with_codes(quantized_RY, ggml_type, codes_NR.T)
+
+
+def _with_chosen_vectors(
+    values_RN: torch.Tensor, quantized_RY: npt.NDArray[np.uint8], ggml_type: GGMLQuantizationType, feedback: Feedback
+) -> npt.NDArray[np.uint8]:
+    order_N = feedback.order_N(SIGN_LENGTH)
+    grid = codebook.grid_of(quantized_RY, ggml_type, order_N)
+    choose_codes(_ordered(values_RN, order_N), grid, feedback, CODEBOOK_FORMATS[ggml_type].n_sweeps)
+    index_GVR = np.empty(grid.index_GVR.shape, dtype=np.uint16)
+    signs_GR = np.empty_like(grid.signs_GR())
+    order_G = order_N[::SIGN_LENGTH].numpy() // SIGN_LENGTH
+    index_GVR[order_G], signs_GR[order_G] = grid.index_GVR.numpy(), grid.signs_GR()
+    return codebook.with_codes(quantized_RY, ggml_type, index_GVR, signs_GR)
+
+
+def _ordered(values_RN: torch.Tensor, order_N: torch.Tensor) -> torch.Tensor:
+    """The values as float32 [N, R], columns in the order in which they are rounded."""
+    return values_RN.float().T[order_N].contiguous()
