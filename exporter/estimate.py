@@ -92,7 +92,7 @@ def disk_lines(plan: Plan) -> dict[str, int]:
             (floor.file_bytes for floor in plan.teacher_floors.values()), default=0
         ),
         "routing": n_routings * n_heldout * BLOCK_LENGTH * shape.n_layers * (shape.top_k * 8 + 4),
-        "router inputs": _router_input_bytes(plan),
+        "router inputs": (1 if same_numbers(plan) else len(plan.recipe.artifacts)) * _router_input_bytes(plan),
         "statistics": shape.n_layers * _statistics_bytes(shape) + _own_statistics_bytes(plan),
         "token blocks": n_blocks * BLOCK_LENGTH * 8,
     }
