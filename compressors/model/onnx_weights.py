@@ -170,8 +170,7 @@ class OnnxWeights:
     def block_length(self, role: Role, layer: int | None) -> int | None:
         """Values of a block, where they share a scale."""
         weight = self._weights.get((role, layer))
-        blocks = None if weight is None else weight.blocks
-        return None if blocks is None else blocks.block_size
+        return None if weight is None or weight.blocks is None else weight.blocks.block_size
 
     def tunable(self, role: Role, layer: int | None) -> torch.Tensor:
         """The tunable values of a tensor.

@@ -266,10 +266,7 @@ class StreamedModel:
 
     def head_inputs(self, states_ND: torch.Tensor) -> torch.Tensor:
         """What the head multiplies: the states after the last layer, normed. Inside :meth:`head` only."""
-        trained = self.trainable.get((Role.FINAL_NORM, None))
-        weights = {} if trained is None else {"weight": trained.to(states_ND.dtype)}
-        normed_ND: torch.Tensor = functional_call(self._skeleton.final_norm, weights, states_ND)
-        return normed_ND
+        return self._final_norm(states_ND)
 
     def release(self) -> None:
         """Lets all weights go; another pass would read them again, and decide anew where things lie."""
@@ -299,6 +296,12 @@ class StreamedModel:
                 name = self._skeleton.name(role)
                 found[name] = scaled(module.get_parameter(name), factors_RK).to(dtype)
         return found
+
+    def _final_norm(self, states_ND: torch.Tensor) -> torch.Tensor:
+        norm, trained = self._skeleton.final_norm, self.trainable.get((Role.FINAL_NORM, None))
+        weights = {} if trained is None else {"weight": trained.to(states_ND.dtype)}
+        output: torch.Tensor = functional_call(norm, weights, states_ND)
+        return output
 
     def _embedded(self, tokens_BT: torch.Tensor, states: HiddenStates) -> HiddenStates:
         for blocks in states.groups(BLOCKS_AT_ONCE[states.dtype]):

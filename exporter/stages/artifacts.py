@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.memory import MemoryLimit
 from compressors.model.student import Student
+from compressors.sensitivity import Sensitivities
 from compressors.statistics import Importance, StoredStatistics, importance
 from exporter.plan import Plan
 from exporter.stage import StageContext
@@ -27,6 +28,7 @@ __all__ = [
     "memory_limit",
     "open_student",
     "same_numbers",
+    "sensitivities_of",
     "use_threads",
 ]
 
@@ -188,6 +190,11 @@ def importance_of(student: Student, work: WorkDirectory) -> Importance:
         return importance(StoredStatistics(own, student.shape.n_layers), student.experts.of_itself())
     statistics = Calibration.of(work).layer_statistics(student.source.shape.n_layers)
     return importance(statistics, student.experts)
+
+
+def sensitivities_of(student: Student, work: WorkDirectory) -> Sensitivities:
+    """How much the output suffers from errors in the student's matrices, as far as they are the teacher's."""
+    return Sensitivities(work.stage("sensitivity"), student.shape.tied_embeddings, student.experts)
 
 
 def memory_limit(context: StageContext) -> MemoryLimit:

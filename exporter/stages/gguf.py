@@ -19,9 +19,9 @@ __all__ = ["run", "write"]
 
 def run(context: StageContext) -> None:
     """Writes the recipe's file."""
-    student = open_student(context.plan, context.work, "recover")
-    path = write(context, student, context.plan.recipe.file("gguf"), context.output)
-    if context.plan.recipe.recover.after_quantizing is not None:
+    recipe, student = context.plan.recipe, open_student(context.plan, context.work, "recover")
+    path = write(context, student, recipe.file("gguf"), context.output)
+    if recipe.recover.after_quantizing is not None:
         keep_values(GgufWeights(path, student.shape), student.shape, context.output / ORIGINAL_VALUES)
 
 

@@ -20,12 +20,12 @@ FOLDER = "onnx"
 
 def run(context: StageContext) -> None:
     """Writes the recipe's graph and weights, and what onnxruntime-genai and optimum want beside them."""
-    student = open_student(context.plan, context.work, "recover")
-    folder = write(context, student, context.plan.recipe.file("onnx"), context.output)
-    if context.plan.recipe.recover.after_quantizing is not None:
+    recipe, student = context.plan.recipe, open_student(context.plan, context.work, "recover")
+    folder = write(context, student, recipe.file("onnx"), context.output)
+    if recipe.recover.after_quantizing is not None:
         keep_values(OnnxWeights(folder, student.shape), student.shape, context.output / ORIGINAL_VALUES)
     # onnxruntime-genai allocates a cache of max_length at once: the budget counts the recipe's context
-    write_client_files(student, folder, max_length=context.plan.recipe.budget.context)
+    write_client_files(student, folder, max_length=recipe.budget.context)
 
 
 def write(context: StageContext, student: Student, choice: FileChoice, place: Path) -> Path:

@@ -14,6 +14,7 @@ import onnx
 import pytest
 import torch
 
+from benchmarks.same_blocks import types_of_onnx
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
 from compressors.model.families import Role
@@ -87,7 +88,8 @@ def test_every_gguf_tensor_is_what_gguf_py_dequantizes(student: Student, tmp_pat
 
 @pytest.mark.parametrize("preset", ["F32", "Q4_0"])
 def test_onnx_holds_the_numbers_of_the_gguf_of_the_same_type(student: Student, tmp_path: Path, preset: str) -> None:
-    write_gguf(student, preset, tmp_path / "x.gguf", name="x", threads=1)
+    types = types_of_onnx(student.shape, preset)
+    write_gguf(student, preset, tmp_path / "x.gguf", types=types, name="x", threads=1)
     write_onnx(student, preset, tmp_path / "onnx", context_length=64, threads=1)
     of_gguf = student.as_written(GgufWeights(tmp_path / "x.gguf", student.shape))
     of_onnx = student.as_written(OnnxWeights(tmp_path / "onnx", student.shape))
