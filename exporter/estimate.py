@@ -17,6 +17,7 @@ from compressors.model.checkpoint import Checkpoint
 from compressors.model.log_probs import log_prob_bytes
 from compressors.model.memory import PROCESS_BYTES, positions_at_once, working_bytes
 from compressors.model.shape import MoeShape
+from compressors.recover.scopes import Scope
 from compressors.recover.training_memory import training_bytes
 from compressors.statistics import LayerStatistics
 from compressors.teacher import TARGET_BYTES
@@ -24,6 +25,7 @@ from exporter.compression import changes_experts, runs_text
 from exporter.durations import format_duration
 from exporter.feedback import least_feedback_bytes
 from exporter.plan import Plan
+from exporter.planned_types import planned_block_length
 from exporter.recovery import scope_of
 from exporter.stages.artifacts import same_numbers
 from exporter.teacher_floor import first_layers
@@ -290,10 +292,28 @@ def _training_bytes(plan: Plan) -> int:
         * shape.hidden_size
         * 4
     )
-    snapshots = 2 * 3 * max(training_bytes(scope_of(rung), shape).weights for rung in choice.trained)
-    n_with_experts = sum(rung.scope != "router" for rung in choice.rungs)
+    # of the files that are taught by themselves the one with the shortest blocks has the most factors
+    lengths = [planned_block_length(plan.recipe, artifact, shape) for artifact in plan.recipe.artifacts]
+    snapshots = (
+        2
+        * 3
+        * max(training_bytes(scope_of(rung), shape, length).weights for rung in choice.trained for length in lengths)
+    )
+    n_with_experts = sum(rung.scope not in ("router", "norms") for rung in choice.rungs)
     taught = len(choice.trained) * 4 * _router_values(shape) + n_with_experts * _expert_bytes(plan)
-    return layer_inputs + snapshots + taught
+    return layer_inputs + snapshots + taught + _tunable_bytes(plan)
+
+
+def _tunable_bytes(plan: Plan) -> int:
+    """The values that each file was written with, and what is put in their place: float16 scales, two of a block."""
+    shape, choice = plan.student_shape, plan.recipe.recover
+    if choice.after_quantizing is None:
+        return 0
+    n_values = 0
+    for artifact in plan.recipe.artifacts:
+        block_length = planned_block_length(plan.recipe, artifact, shape)
+        n_values += training_bytes(Scope.block_scales(), shape, block_length).weights // 4
+    return 2 * n_values * 4
 
 
 def _router_values(shape: MoeShape) -> int:
