@@ -243,7 +243,8 @@ def _recovery(plan: Plan, passes: _Passes) -> dict[str, float]:
     seconds = {"schedule": sum(steps) if limit else 0.0}
     for stage, rungs in (("recover", slice(0, n_rungs)), ("retune", slice(n_rungs, None))):
         if training[rungs]:  # judged before, and after each
-            seconds[stage] = shorter * sum(training[rungs]) + (1 + len(training[rungs])) * judging
+            n_begun = n_files if stage == "retune" else 1
+            seconds[stage] = shorter * sum(training[rungs]) + (n_begun + len(training[rungs])) * judging
     return seconds
 
 
