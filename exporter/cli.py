@@ -88,7 +88,7 @@ _REQUIRE = click.option(
 
 @main.command(epilog="Other commands: moe-export inspect MODEL; moe-export validate FILE_OR_FOLDER.")
 @click.argument("model", required=False)
-@click.option("--budget", metavar="SIZE", help="Memory the result may need, such as 20GB or 18.6GiB.")
+@click.option("--budget", metavar="SIZE[,...]", help="Memory the result may need, such as 20GB or 18.6GiB.")
 @click.option("--budget-kind", default="total", show_default=True, help="total: memory at run time; file: file size.")
 @click.option("--context", default=8192, show_default=True, help="Tokens of KV cache to count (at most the model's).")
 @click.option("--kv-type", default="f16", show_default=True, help="Type of llama.cpp's KV cache.")
@@ -109,7 +109,16 @@ _REQUIRE = click.option(
     show_default=True,
     help="moe, or dense: one feed-forward in each layer, as wide as the experts that a token uses.",
 )
-@click.option("--quant", metavar="TYPE", help="Type of the weights, such as Q4_K.  [default: the largest that fits]")
+@click.option("--quant", metavar="TYPE", help="A mix of llama-quantize, such as Q4_K_M.  [default: types by tensor]")
+@click.option(
+    "--quantizer",
+    default="feedback",
+    show_default=True,
+    help="feedback: each code makes up for the errors of those before; kernel: llama-quantize's codes.",
+)
+@click.option("--imatrix", type=_FOLDER, help="llama.cpp's importance matrix.  [default: from the calibration text]")
+@click.option("--prefer", default="quality", show_default=True, help="What types are chosen by: quality or speed.")
+@click.option("--plan-time", default="10m", show_default=True, help="Most time for measuring candidates.")
 @click.option(
     "--recover",
     default="auto",
@@ -137,14 +146,16 @@ def export(**arguments: Any) -> None:
     with requests_wait():
         from exporter.job import Flags
         from exporter.pipeline import follow
-        from exporter.run import make_plan, run_job
+        from exporter.plan_making import make_plan
+        from exporter.run import run_job
         from exporter.team import team
 
     _refuse_choices_beside_a_recipe(arguments)
     job = Flags(**arguments).job()
     command = shlex.join([_program(), *sys.argv[1:]])
     if job.dry_run:
-        _print_plan(make_plan(job, command), job.out, as_json=job.json)
+        for budget in job.budgets or (None,):
+            _print_plan(make_plan(job.for_budget(budget), command), _planned_out(job, budget), as_json=job.json)
         return
     click.get_current_context().meta[_GOES_ON] = True
     with team() as members:
@@ -155,7 +166,7 @@ def export(**arguments: Any) -> None:
     if job.json:
         click.echo(json.dumps(result.report, indent=1))
     else:
-        _print_result(result.report, result.out)
+        _print_result(result)
     _name_failures(result.failures)
     raise SystemExit(result.exit_code)
 
@@ -240,8 +251,8 @@ def _name_failures(failures: Iterable[str]) -> None:
 
 
 _RECIPE_CHOICES = (
-    *("budget", "budget_kind", "context", "kv_type", "formats", "method", "experts", "student", "quant"),
-    *("recover", "recover_time", "save_student", "threads", "seed"),
+    *("budget", "budget_kind", "context", "kv_type", "formats", "method", "experts", "student"),
+    *("quant", "quantizer", "prefer", "plan_time", "recover", "recover_time", "save_student", "threads", "seed"),
 )
 
 
@@ -285,8 +296,20 @@ def _print_plan(plan: Any, out: Path, *, as_json: bool) -> None:
     click.echo(f"\nrecipe: {path} (edit it, then run with --recipe {path})")
 
 
-def _print_result(report: dict[str, Any], out: Path) -> None:
-    from validate.report import run_instructions, summary
+def _planned_out(job: Any, budget: int | None) -> Path:
+    """Where the output will be: of several budgets, each has a folder in OUT."""
+    from exporter.sizes import size_label
 
-    _console().print(summary(report))
-    click.echo(run_instructions(report, out))
+    out: Path = job.out
+    return out if budget is None or len(job.budgets) < 2 else out.with_name(f"{out.name}-{size_label(budget)}")
+
+
+def _print_result(result: Any) -> None:
+    from validate.report import parts_summary, run_instructions, summary
+
+    if "parts" in result.report:
+        _console().print(parts_summary(result.report["parts"]))
+        click.echo(f"{result.out} has a folder for each; README.md there is this table")
+        return
+    _console().print(summary(result.report))
+    click.echo(run_instructions(result.report, result.out))

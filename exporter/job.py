@@ -9,15 +9,17 @@ import math
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, get_args
 
 from compressors.model.errors import InputError
 from compressors.model.names import shown
 from exporter.durations import parse_duration
+from exporter.gguf.mixes import ALIASES, MIXES
 from exporter.model_name import model_name
-from exporter.recipe import ExpertMethod, Student
+from exporter.plan import Search
+from exporter.recipe import ExpertMethod, Quantizer, Student
 from exporter.recovery import RECOVERIES
 from exporter.sizes import parse_size
 from exporter.team import checked_threads
@@ -31,6 +33,8 @@ __all__ = [
     "KV_TYPES",
     "METHODS",
     "METHODS_WITHOUT_EXPERTS",
+    "PREFERENCES",
+    "QUANTIZERS",
     "QUANT_TYPES",
     "STUDENTS",
     "Flags",
@@ -47,7 +51,9 @@ METHODS_WITHOUT_EXPERTS: Final = ("slim", "block-drop", "layer-drop")
 """Methods for which ``--experts`` says nothing."""
 
 METHODS: Final = ("auto", *(name for name in get_args(ExpertMethod) if name != "none"), *METHODS_WITHOUT_EXPERTS)
-QUANT_TYPES: Final = ("F32", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_0")
+QUANT_TYPES: Final = (*MIXES, *ALIASES)
+QUANTIZERS: Final = get_args(Quantizer)
+PREFERENCES: Final = ("quality", "speed")
 STUDENTS: Final = get_args(Student)
 
 _BUNDLED_MODEL_NAME = "demo"
@@ -62,7 +68,7 @@ class Job:
     model: str | None  # local folder or hub id; None: the bundled model
     revision: str | None
     offline: bool
-    budget_bytes: int | None  # None: the recipe's
+    budgets: tuple[int, ...]  # bytes; none: the recipe's
     budget_kind: str  # one of BUDGET_KINDS
     context: int  # tokens
     kv_type: str  # one of KV_TYPES
@@ -72,7 +78,11 @@ class Job:
     student: str  # one of STUDENTS
     method: str  # one of METHODS
     experts: int | None  # per layer; None: the planner chooses
-    quant: str | None  # one of QUANT_TYPES; None: the planner chooses
+    quant: str | None  # one of QUANT_TYPES; None: types are found for each tensor
+    quantizer: str  # one of QUANTIZERS
+    imatrix: Path | None  # llama.cpp's importance matrix; None: the calibration text's
+    prefer: str  # one of PREFERENCES
+    plan_seconds: int  # of measuring in the search
     recover: str  # one of RECOVERIES
     recover_seconds: int
     require: Mapping[str, float]  # threshold of each check that differs from the default
@@ -87,6 +97,15 @@ class Job:
     save_student: bool
     force: bool
     json: bool
+
+    @property
+    def search(self) -> Search:
+        """What a search for the recipe has to obey."""
+        return Search(self.method, self.experts, self.student, self.recover, self.prefer, self.plan_seconds)
+
+    def for_budget(self, n_bytes: int | None) -> Job:
+        """The same job with one of its budgets; None stands for the recipe's."""
+        return replace(self, budgets=() if n_bytes is None else (n_bytes,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +131,10 @@ class Flags:
     method: str = "auto"
     experts: int | None = None
     quant: str | None = None
+    quantizer: str = "feedback"
+    imatrix: Path | None = None
+    prefer: str = "quality"
+    plan_time: str = "10m"
     recover: str = "auto"
     recover_time: str = "30m"
     require: Iterable[str] = ()
@@ -141,7 +164,7 @@ class Flags:
             model=self.model,
             revision=self.revision,
             offline=self.offline,
-            budget_bytes=None if self.budget is None else parse_size(self.budget, "--budget"),
+            budgets=() if self.budget is None else _budgets(self.budget),
             budget_kind=_one_of("--budget-kind", self.budget_kind, BUDGET_KINDS),
             context=_context(self.context),
             kv_type=_one_of("--kv-type", self.kv_type.lower(), KV_TYPES),
@@ -151,7 +174,11 @@ class Flags:
             student=_student(self.student, self.method, self.experts, self.recover),
             method=_one_of("--method", self.method, METHODS),
             experts=None if self.experts is None else _at_least_one("--experts", self.experts, "experts per layer"),
-            quant=None if self.quant is None else _one_of("--quant", self.quant.upper(), QUANT_TYPES),
+            quant=None if self.quant is None else _mix(self.quant.upper()),
+            quantizer=_one_of("--quantizer", self.quantizer, QUANTIZERS),
+            imatrix=_existing_file("--imatrix", self.imatrix),
+            prefer=_one_of("--prefer", self.prefer, PREFERENCES),
+            plan_seconds=parse_duration(self.plan_time, "--plan-time"),
             recover=_one_of("--recover", self.recover, RECOVERIES),
             recover_seconds=parse_duration(self.recover_time, "--recover-time"),
             require=parse_requirements(self.require),
@@ -167,6 +194,22 @@ class Flags:
             force=self.force,
             json=self.json,
         )
+
+
+def _mix(name: str) -> str:
+    return ALIASES.get(name, _one_of("--quant", name, QUANT_TYPES))
+
+
+def _budgets(text: str) -> tuple[int, ...]:
+    """The sizes of ``20GB`` or ``8GB,12GB``.
+
+    Raises:
+        InputError: one is no size, or two are the same.
+    """
+    sizes = tuple(parse_size(part, "--budget") for part in text.split(","))
+    if len(set(sizes)) < len(sizes):
+        raise InputError(f"--budget: {shown(text)} names a size twice; give each once")
+    return sizes
 
 
 def _one_of(flag: str, value: str, choices: tuple[str, ...]) -> str:

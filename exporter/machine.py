@@ -70,7 +70,7 @@ def _multiply_adds_per_second(plan: Plan, dtype: torch.dtype) -> float:
 
 def _quantized_per_second(plan: Plan) -> float:
     """Of the first type that is not just copied; infinite if there is none."""
-    types = [plan.recipe.type_of(artifact) or "" for artifact in plan.recipe.artifacts]
+    types = [plan.recipe.file(artifact).mix for artifact in plan.recipe.artifacts]
     quantized = [name for name in types if name not in COPIED_TYPES]
     if not quantized:
         return float("inf")

@@ -17,7 +17,7 @@ from exporter.plan import Plan
 from exporter.stages.onnx import FOLDER as ONNX_FOLDER
 from exporter.work import WorkDirectory, exclusive, make_folder
 
-__all__ = ["Artifact", "FileEntry", "Outputs", "reserved", "sha256_of"]
+__all__ = ["Artifact", "FileEntry", "Outputs", "publish_folder", "reserved", "sha256_of"]
 
 _ASSEMBLED = "output"
 _SUMS = "SHA256SUMS"
@@ -85,36 +85,50 @@ class Outputs:
         ]
         names = sorted(str(path.relative_to(self.folder)) for path in [*weights, self.folder / "recipe.yaml"])
         self.write_text(_SUMS, "".join(f"{sha256_of(self.folder / name)}  {name}\n" for name in names))
-        flush_folder(self.folder)
-        out = self._plan.out
-        if out.exists():
-            raise InputError(f"{out} was made by somebody else meanwhile; move it away and run the same command again")
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            self._move(out)
-            flush(out.parent)
-        except OSError as error:
-            raise InputError(
-                f"{out} cannot be written ({error.strerror}); everything is finished and kept in {self._work.folder}: "
-                "run the same command again when that is mended"
-            ) from None
-
-    def _move(self, out: Path) -> None:
-        """One rename; from another file system, a copy beside the place first."""
-        try:
-            self.folder.rename(out)
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
-            beside = out.with_name(f"{out.name}.partial")
-            shutil.rmtree(beside, ignore_errors=True)
-            shutil.copytree(self.folder, beside)
-            flush_folder(beside)
-            beside.rename(out)
+        publish_folder(self.folder, self._plan.out, self._work.root.folder)
 
     def _artifact(self, path: str, counted: list[str]) -> Artifact:
         files = {name: self.folder / name for name in counted}
         return Artifact(path, {name: FileEntry(file.stat().st_size, sha256_of(file)) for name, file in files.items()})
+
+
+def publish_folder(folder: Path, out: Path, work: Path) -> None:
+    """Flushes a folder and moves it to its place, in one step.
+
+    Args:
+        folder: what is complete.
+        out: the place.
+        work: where everything is kept until it is there.
+
+    Raises:
+        InputError: something is in that place by now, or it cannot be written to.
+    """
+    flush_folder(folder)
+    if out.exists():
+        raise InputError(f"{out} was made by somebody else meanwhile; move it away and run the same command again")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _move(folder, out)
+        flush(out.parent)
+    except OSError as error:
+        raise InputError(
+            f"{out} cannot be written ({error.strerror}); everything is finished and kept in {work}: "
+            "run the same command again when that is mended"
+        ) from None
+
+
+def _move(folder: Path, out: Path) -> None:
+    """One rename; from another file system, a copy beside the place first."""
+    try:
+        folder.rename(out)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        beside = out.with_name(f"{out.name}.partial")
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.copytree(folder, beside)
+        flush_folder(beside)
+        beside.rename(out)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+from compressors.model.threads import one_thread_each
 from exporter.resumable import Extent, Part, ResumableFile
 
 __all__ = ["Piece", "row_slices", "write_pieces"]
@@ -53,7 +54,7 @@ def write_pieces(
     """
     report = progress or (lambda n_bytes: None)
     report(sum(piece.n_bytes for piece in pieces[: file.n_pieces]))
-    with ThreadPoolExecutor(threads) as pool:
+    with one_thread_each(threads) as pool:
         for piece, parts in _in_order(pool, pieces[file.n_pieces :], threads):
             file.write_piece(parts)
             report(piece.n_bytes)

@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from compressors.model.errors import InputError, MoeExportError
 from exporter.plan import Plan
@@ -24,6 +23,7 @@ __all__ = [
     "fingerprints",
     "follow",
     "run_stages",
+    "search_stages",
     "source_of_run",
     "stages_of",
     "unfinished",
@@ -49,12 +49,23 @@ class Stage:
 
 _CALIBRATE = Stage(
     "calibrate",
-    5,
+    6,
     (),
     ("source", "text", "arithmetic", "threads"),
     "run the teacher over the calibration text",
     resumes=True,
     shared=True,
+)
+_SENSITIVITY = Stage(
+    "sensitivity", 1, ("calibrate",), ("arithmetic",), "measure what each tensor's errors do to the output"
+)
+_SEARCH = Stage(
+    "search",
+    1,
+    ("calibrate", "sensitivity"),
+    ("budget", "compress", "recover", "gguf", "onnx"),
+    "search for the best file that fits",
+    resumes=True,
 )
 _COMPRESS = Stage("compress", 2, ("calibrate",), ("compress", "arithmetic"), "compress the experts")
 _SCHEDULE = Stage("schedule", 3, ("compress",), ("recover", "arithmetic"), "time a step of recovery", shared=True)
@@ -67,8 +78,8 @@ _RECOVER = Stage(
     resumes=True,
     shared=True,
 )
-_GGUF = Stage("gguf", 1, ("recover",), ("gguf",), "write the GGUF file", resumes=True)
-_ONNX = Stage("onnx", 3, ("recover",), ("onnx", "budget"), "write the ONNX folder", resumes=True)
+_GGUF = Stage("gguf", 2, ("recover", "sensitivity"), ("gguf",), "write the GGUF file", resumes=True)
+_ONNX = Stage("onnx", 4, ("recover", "sensitivity"), ("onnx", "budget"), "write the ONNX folder", resumes=True)
 _RETUNE = Stage(
     "retune",
     1,
@@ -114,6 +125,8 @@ _FEW = 2  # stages to be run, that start sooner by themselves than from a server
 
 ALL_STAGES = (
     _CALIBRATE,
+    _SENSITIVITY,
+    _SEARCH,
     _COMPRESS,
     _SCHEDULE,
     _RECOVER,
@@ -141,9 +154,11 @@ class StageError(MoeExportError):
 
 
 def stages_of(plan: Plan) -> tuple[Stage, ...]:
-    """The stages of a plan, each after those it needs."""
+    """The stages of a plan, each after those it needs, but for the search: they build what the recipe says."""
     recipe = plan.recipe
     wanted = {
+        _SENSITIVITY: any(recipe.file(artifact).quantizer == "feedback" for artifact in recipe.artifacts),
+        _SEARCH: False,
         _GGUF: recipe.gguf is not None,
         _VALIDATE_GGUF: recipe.gguf is not None,
         _ONNX: recipe.onnx is not None,
@@ -154,6 +169,12 @@ def stages_of(plan: Plan) -> tuple[Stage, ...]:
         _TEACHER_ONNX: "onnx" in plan.teacher_floors and recipe.onnx is not None,
     }
     return tuple(stage for stage in ALL_STAGES if wanted.get(stage, True))
+
+
+def search_stages(plan: Plan) -> tuple[Stage, ...]:
+    """The stages that find the recipe of a plan that leaves it open."""
+    assert plan.search is not None, "its recipe stands"
+    return (_CALIBRATE, _SENSITIVITY, _SEARCH)
 
 
 def run_stages(
@@ -270,11 +291,11 @@ def follow(team: Team) -> None:
     """
     for what, group in team.calls():
         call = json.loads(what)
-        run_in_process(WorkDirectory(Path(call["work"])), call["stage"], group)
+        run_in_process(WorkDirectory.from_json(call["work"]), call["stage"], group)
 
 
 def _call(work: WorkDirectory, stage: Stage) -> str:
-    return json.dumps({"work": str(work.folder.resolve()), "stage": stage.name})
+    return json.dumps({"work": work.to_json(), "stage": stage.name})
 
 
 def _crash(stage: Stage, plan: Plan, work: WorkDirectory, death: Death) -> str:

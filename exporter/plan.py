@@ -18,7 +18,19 @@ from exporter.recipe import Recipe
 from exporter.recovery import RefusedRung
 from exporter.teacher_floor import TeacherFloor
 
-__all__ = ["Plan"]
+__all__ = ["Plan", "Search"]
+
+
+@dataclass(frozen=True)
+class Search:
+    """What the command line pins and wants of a recipe that is to be found by measurement."""
+
+    method: str
+    experts: int | None
+    student: str
+    recover: str
+    prefer: str  # speed or quality
+    plan_seconds: int
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,8 @@ class Plan:
     end_tokens: tuple[int, ...] = ()  # of the source: each ends a text
     own_head: bool = False  # the source has a head beside the embedding, whatever config.json says
     deviations: tuple[Deviation, ...] = ()  # of the files from the original, that no file can mend
+    imatrix: Path | None = None  # llama.cpp's importance matrix, in place of the calibration text's
+    search: Search | None = None  # the recipe is to be found after calibration; None: it stands
 
     @property
     def teacher_shape(self) -> MoeShape:
@@ -59,6 +73,7 @@ class Plan:
         data["recipe"] = self.recipe.model_dump()
         data["predictions"] = {name: asdict(prediction) for name, prediction in self.predictions.items()}
         data["refused_rungs"] = [asdict(refused) for refused in self.refused_rungs]
+        data["search"] = None if self.search is None else asdict(self.search)
         data["deviations"] = [asdict(deviation) for deviation in self.deviations]
         data["teacher_floors"] = {name: asdict(floor) for name, floor in self.teacher_floors.items()}
         write_atomically(path, json.dumps(data, indent=1))
@@ -73,6 +88,8 @@ class Plan:
         data["deviations"] = tuple(Deviation(**deviation) for deviation in data.get("deviations", ()))
         data["end_tokens"] = tuple(data.get("end_tokens", ()))
         data["teacher_floors"] = {name: TeacherFloor(**floor) for name, floor in data.get("teacher_floors", {}).items()}
-        for name in ("source", "calibration", "heldout", "out"):
-            data[name] = None if data[name] is None else Path(data[name])
+        search = data.get("search")
+        data["search"] = None if search is None else Search(**search)
+        for name in ("source", "calibration", "heldout", "out", "imatrix"):
+            data[name] = None if data.get(name) is None else Path(data[name])
         return cls(**data)

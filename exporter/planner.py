@@ -1,8 +1,8 @@
-"""Chooses the recipe: how many experts to keep and how many bits to give them, so that every artifact fits the budget.
+"""Makes the recipe of a job before a weight is read.
 
-The rule is simple and honest about public evidence, which says that bits are cheaper to give up than experts: keep
-everything and lower the type down to 4 bits; only when that does not fit, compress by the method, as little as
-possible. Each artifact then takes the largest type that fits it. Names, shapes and bytes decide; no weight is read.
+A job that names the mix (``--quant``) gets as much of the model as fits with it. Otherwise every tensor gets a type of
+its own by sensitivities that ship with the package, and the search measures those of the model and decides anew
+(:mod:`exporter.planning.search`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from compressors.calibration import BlockCounts, Splits
-from compressors.dense import check_dense
 from compressors.model.arithmetic import fastest_arithmetic
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import BudgetError, InputError, UnsupportedError
@@ -20,30 +19,30 @@ from compressors.recover.schedule import Schedule
 from compressors.slim import GGUF_WIDTH_MULTIPLE
 from exporter.budget import predict
 from exporter.compression import check_compression, described_compression, expected_shape, fewest_experts
-from exporter.gguf.mixes import ALIASES, MIXES
 from exporter.job import METHODS_WITHOUT_EXPERTS, Job
+from exporter.outputs import sha256_of
+from exporter.planning.outlook import outlooks, refuse_unless_something_fits
+from exporter.planning.structures import structures_for, whole, with_experts
 from exporter.prediction import Prediction
-from exporter.recipe import BudgetChoice, CompressChoice, Recipe, SourceChoice, TextChoice
+from exporter.recipe import (
+    BudgetChoice,
+    CompressChoice,
+    FileChoice,
+    Recipe,
+    RecoverChoice,
+    SourceChoice,
+    TextChoice,
+)
 from exporter.recovery import Machine, RefusedRung, check_after_quantizing, choose_ladder
 from exporter.sizes import format_size
 
 __all__ = ["HELDOUT_CHUNKS", "TextCounts", "choose_recipe", "predict_recipe", "wanted_blocks"]
 
-_LADDER: Mapping[str, Sequence[str]] = {
-    "gguf": ("BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0"),
-    "onnx": ("F32", "Q4_0"),
-}
-"""Types that the rule may choose, largest first. F32 is left out of GGUF: it only repeats a 16-bit source's values."""
 
-_ONNX_FOR_PINNED_QUANT = {
-    name: ("F32",) if name in ("F32", "BF16", "F16") else ("Q4_0", "F32") for name in (*MIXES, *ALIASES)
-}
-"""ONNX Runtime's operators offer float32 and 4 bits; a pinned ``--quant`` takes the nearer one that holds the model."""
+def _onnx_presets(quant: str) -> Sequence[str]:
+    """ONNX Runtime's presets are float32 and 4 bits; a named mix takes the nearer one that holds the model."""
+    return ("F32",) if quant in ("F32", "BF16", "F16") else ("Q4_0", "F32")
 
-_DEFAULT_METHOD = "reap"
-
-_SEQUENTIAL = frozenset({"ream"})
-"""Methods that are defined with the layers in front compressed already."""
 
 _CALIBRATION_BLOCKS = 320  # 163,840 tokens
 _SELECTION_BLOCKS = 20
@@ -63,7 +62,7 @@ class TextCounts:
 @dataclass(frozen=True)
 class _Candidate:
     compress: CompressChoice
-    types: Mapping[str, str]
+    files: Mapping[str, FileChoice]
     predictions: Mapping[str, Prediction]
 
 
@@ -77,16 +76,19 @@ def choose_recipe(
         UnsupportedError: a dense student is asked for, and the family has no dense counterpart.
         BudgetError: nothing fits; the message names the smallest budget that would work.
     """
-    assert job.budget_bytes is not None, "only a recipe may stand in for the budget"
-    budget = BudgetChoice(
-        bytes=job.budget_bytes,
-        kind=job.budget_kind,  # type: ignore[arg-type]  # Flags checked it
-        context=min(job.context, checkpoint.shape.context_length),
-        kv_type=job.kv_type,  # type: ignore[arg-type]
-    )
-    chosen = _Search(job, checkpoint, name, budget).best()
+    assert job.budgets, "only a recipe may stand in for the budget"
     wanted = wanted_blocks(job, counts.heldout_files)
     n_blocks = min(wanted.calibration, counts.calibration)
+    text = TextChoice(
+        calibration_blocks=n_blocks,
+        selection_blocks=min(wanted.selection, counts.selection),
+        heldout_chunks_per_file=wanted.heldout_per_file,
+        calibration_sha256=splits.calibration.sha256,
+        selection_sha256=splits.selection.sha256,
+        heldout_sha256=splits.heldout.sha256,
+    )
+    open_recipe = _open_recipe(job, checkpoint, name, text)
+    chosen = _Pinned(job, checkpoint, open_recipe).best() if job.quant else _expected(job, checkpoint, open_recipe)
     recover, refused = choose_ladder(
         _wanted_recovery(job, checkpoint, chosen.compress),
         expected_shape(chosen.compress, checkpoint.shape),
@@ -94,27 +96,63 @@ def choose_recipe(
         Machine(memory_bytes, n_blocks, models_stay=checkpoint.n_bytes < memory_bytes // 2),
         job.seed,
     )
-    recipe = Recipe(
+    recipe = open_recipe.model_copy(update={"compress": chosen.compress, "recover": recover, **chosen.files})
+    check_compression(recipe, checkpoint.shape)
+    return recipe, dict(chosen.predictions), refused
+
+
+def _open_recipe(job: Job, checkpoint: Checkpoint, name: str, text: TextChoice) -> Recipe:
+    """A recipe that holds all that the job names, and leaves the structure and the types of its files open."""
+    file = FileChoice(
+        mix=job.quant or "Q8_0",
+        quantizer=job.quantizer,  # type: ignore[arg-type]  # Flags checked it
+        imatrix=None if job.imatrix is None else sha256_of(job.imatrix),
+    )
+    return Recipe(
         source=SourceChoice(model=name, identity=checkpoint.identity()),
-        budget=budget,
-        text=TextChoice(
-            calibration_blocks=n_blocks,
-            selection_blocks=min(wanted.selection, counts.selection),
-            heldout_chunks_per_file=wanted.heldout_per_file,
-            calibration_sha256=splits.calibration.sha256,
-            selection_sha256=splits.selection.sha256,
-            heldout_sha256=splits.heldout.sha256,
+        budget=BudgetChoice(
+            bytes=job.budgets[0],
+            kind=job.budget_kind,  # type: ignore[arg-type]
+            context=min(job.context, checkpoint.shape.context_length),
+            kv_type=job.kv_type,  # type: ignore[arg-type]
         ),
+        text=text,
         arithmetic=fastest_arithmetic(checkpoint.shape, checkpoint.dtype, job.device),
-        compress=chosen.compress,
-        recover=recover,
-        gguf=chosen.types.get("gguf"),
-        onnx=chosen.types.get("onnx"),
+        compress=whole(checkpoint.shape),
+        recover=RecoverChoice(seed=job.seed),
+        gguf=file if "gguf" in job.formats else None,
+        onnx=file if "onnx" in job.formats else None,
         save_student=job.save_student,
         threads=job.threads,
     )
-    check_compression(recipe, checkpoint.shape)
-    return recipe, dict(chosen.predictions), refused
+
+
+def _expected(job: Job, checkpoint: Checkpoint, recipe: Recipe) -> _Candidate:
+    """What the search is expected to find: the structure that serves the worst-served file best.
+
+    The search measures, and may give each file a student of its own.
+
+    Raises:
+        BudgetError: nothing fits; the message names the smallest budget that would work.
+    """
+    if job.experts is not None:
+        _check_experts(job, checkpoint)
+    structures = structures_for(job.search, checkpoint.shape)
+    for artifact in recipe.artifacts:
+        refuse_unless_something_fits(recipe, artifact, checkpoint, structures)
+    found = {
+        artifact: {outlook.compress: outlook for outlook in outlooks(recipe, artifact, checkpoint, structures)}
+        for artifact in recipe.artifacts
+    }
+    shared = [choice for choice in structures if all(choice in of_artifact for of_artifact in found.values())]
+    if not shared:
+        raise BudgetError(
+            "no structure fits the budget as GGUF and as ONNX: name one with --formats, or raise --budget"
+        )
+    best = min(shared, key=lambda choice: max(of_artifact[choice].divergence for of_artifact in found.values()))
+    fitted = {artifact: of_artifact[best].fitted for artifact, of_artifact in found.items()}
+    files = {artifact: entry.choice for artifact, entry in fitted.items()}
+    return _Candidate(best, files, {artifact: entry.prediction for artifact, entry in fitted.items()})
 
 
 def wanted_blocks(job: Job, n_heldout_files: int) -> BlockCounts:
@@ -141,28 +179,28 @@ def predict_recipe(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Predicti
     check_after_quantizing(recipe.recover, shape)
     predictions = {}
     for artifact in recipe.artifacts:
-        weight_type = recipe.type_of(artifact) or ""
+        choice = recipe.file(artifact)
         prediction = predict(
-            artifact, checkpoint.folder, recipe.source.model, shape, weight_type, recipe.budget, recipe.threads
+            artifact, checkpoint.folder, recipe.source.model, shape, choice, recipe.budget, recipe.threads
         )
         needed = prediction.counted(recipe.budget.kind)
         if needed > recipe.budget.bytes:
             raise BudgetError(
-                f"the recipe's {artifact} in {weight_type} needs {format_size(needed)}, which exceeds its budget of "
+                f"the recipe's {artifact} in {choice.mix} needs {format_size(needed)}, which exceeds its budget of "
                 f"{format_size(recipe.budget.bytes)}: raise the budget or lower the experts or the type"
             )
         predictions[artifact] = prediction
     return predictions
 
 
-class _Search:
-    """Tries the method's choices from the one that changes least, and for each the types of each artifact."""
+class _Pinned:
+    """Of a job that names the mix: tries the method's choices from the one that changes least."""
 
-    def __init__(self, job: Job, checkpoint: Checkpoint, name: str, budget: BudgetChoice) -> None:
+    def __init__(self, job: Job, checkpoint: Checkpoint, recipe: Recipe) -> None:
         self._job = job
         self._checkpoint = checkpoint
-        self._name = name
-        self._budget = budget
+        self._recipe = recipe
+        self._budget = recipe.budget
 
     def best(self) -> _Candidate:
         choices = self._choices()
@@ -176,34 +214,34 @@ class _Search:
         return candidate
 
     def _choices(self) -> Sequence[CompressChoice]:
+        """From the one that changes least to the one that changes most."""
         method, shape = self._job.method, self._checkpoint.shape
-        whole = CompressChoice(experts=shape.n_experts)
-        if self._job.student == "dense":
-            check_dense(shape)
-            return [whole.model_copy(update={"student": "dense"})]
-        if self._job.experts is not None:
-            _check_experts(self._job, self._checkpoint)
-            return [_with_experts(method, self._job.experts, whole)]
+        original = whole(shape)
+        if self._job.student == "dense" or self._job.experts is not None:
+            if self._job.experts is not None:
+                _check_experts(self._job, self._checkpoint)
+            return structures_for(self._job.search, shape)
         if method == "slim":
             widths = range(shape.expert_width - 1, 0, -1)
-            return [whole, *(_with(whole, width=width) for width in widths if width % GGUF_WIDTH_MULTIPLE == 0)]
+            narrower = [width for width in widths if width % GGUF_WIDTH_MULTIPLE == 0]
+            return [original, *(original.model_copy(update={"width": width}) for width in narrower)]
         if method == "block-drop":
-            return [_with(whole, drop_blocks=n_blocks) for n_blocks in range(shape.n_layers)]
+            return [original.model_copy(update={"drop_blocks": n_blocks}) for n_blocks in range(shape.n_layers)]
         if method == "layer-drop":
-            return [_with(whole, drop_moe_layers=n_layers) for n_layers in range(shape.n_layers)]
+            return [original.model_copy(update={"drop_moe_layers": n_layers}) for n_layers in range(shape.n_layers)]
         counts = range(shape.n_experts, fewest_experts(method, shape) - 1, -1)
-        return [_with_experts(method, n_experts, whole) for n_experts in counts]
+        return [with_experts(method, n_experts, shape) for n_experts in counts]
 
     def _fitting(self, choice: CompressChoice) -> _Candidate | None:
-        types, predictions = {}, {}
+        files, predictions = {}, {}
         for artifact in self._job.formats:
-            for weight_type, prediction in self._possible(artifact, choice).items():
+            for mix, prediction in self._possible(artifact, choice).items():
                 if prediction.counted(self._budget.kind) <= self._budget.bytes:
-                    types[artifact], predictions[artifact] = weight_type, prediction
+                    files[artifact], predictions[artifact] = self._file(mix), prediction
                     break
             else:
                 return None
-        return _Candidate(choice, types, predictions)
+        return _Candidate(choice, files, predictions)
 
     def _possible(self, artifact: str, choice: CompressChoice) -> dict[str, Prediction]:
         """The predictions by type, for each type that can hold the student: rows may not fit a type's blocks.
@@ -212,55 +250,45 @@ class _Search:
             UnsupportedError: no type can; the reason is that of the largest.
         """
         possible, refusal = {}, None
-        for weight_type in self._types(artifact):
+        for mix in self._mixes(artifact):
             try:
-                possible[weight_type] = self._predict(artifact, choice, weight_type)
+                possible[mix] = self._predict(artifact, choice, mix)
             except UnsupportedError as error:
                 refusal = refusal or error
         if not possible and refusal is not None:
             raise refusal
         return possible
 
-    def _types(self, artifact: str) -> Sequence[str]:
-        quant = self._job.quant
-        if quant is None:
-            return _LADDER[artifact]
-        return [quant] if artifact == "gguf" else _ONNX_FOR_PINNED_QUANT[quant]
+    def _file(self, mix: str) -> FileChoice:
+        return self._recipe.file(self._recipe.artifacts[0]).model_copy(update={"mix": mix})
 
-    def _predict(self, artifact: str, choice: CompressChoice, weight_type: str) -> Prediction:
-        shape = expected_shape(choice, self._checkpoint.shape)
-        return predict(
-            artifact, self._checkpoint.folder, self._name, shape, weight_type, self._budget, self._job.threads
-        )
+    def _mixes(self, artifact: str) -> Sequence[str]:
+        quant = self._job.quant
+        assert quant is not None, "the job names it"
+        return [quant] if artifact == "gguf" else _onnx_presets(quant)
+
+    def _predict(self, artifact: str, choice: CompressChoice, mix: str) -> Prediction:
+        shape, recipe = expected_shape(choice, self._checkpoint.shape), self._recipe
+        folder, name = self._checkpoint.folder, recipe.source.model
+        return predict(artifact, folder, name, shape, self._file(mix), recipe.budget, recipe.threads)
 
     def _nothing_fits(self, choice: CompressChoice) -> str:
         needs = {
             artifact: min(
-                (prediction.counted(self._budget.kind), weight_type)
-                for weight_type, prediction in self._possible(artifact, choice).items()
+                (prediction.counted(self._budget.kind), mix)
+                for mix, prediction in self._possible(artifact, choice).items()
             )
             for artifact in self._job.formats
         }
         largest = max(needs, key=lambda artifact: needs[artifact][0])
-        n_bytes, weight_type = needs[largest]
+        n_bytes, mix = needs[largest]
         counted = "file" if self._budget.kind == "file" else f"memory at {self._budget.context} tokens of context"
         left = described_compression(choice, self._checkpoint.shape)
         return (
             f"nothing fits a budget of {format_size(self._budget.bytes)}: with {left} the "
-            f"smallest {largest} ({weight_type}) needs {format_size(n_bytes)} of {counted}. "
+            f"smallest {largest} ({mix}) needs {format_size(n_bytes)} of {counted}. "
             f"The smallest budget that works is --budget {n_bytes}B"
         )
-
-
-def _with(choice: CompressChoice, **changes: int) -> CompressChoice:
-    return choice.model_copy(update=changes)
-
-
-def _with_experts(method: str, n_experts: int, whole: CompressChoice) -> CompressChoice:
-    if n_experts == whole.experts:
-        return whole
-    chosen = _DEFAULT_METHOD if method == "auto" else method
-    return whole.model_copy(update={"method": chosen, "experts": n_experts, "sequential": chosen in _SEQUENTIAL})
 
 
 def _check_experts(job: Job, checkpoint: Checkpoint) -> None:

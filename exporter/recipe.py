@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -20,6 +21,8 @@ __all__ = [
     "BudgetChoice",
     "CompressChoice",
     "ExpertMethod",
+    "FileChoice",
+    "Quantizer",
     "Recipe",
     "RecoverChoice",
     "RungChoice",
@@ -51,6 +54,9 @@ ExpertMethod = Literal[
 
 Student = Literal["moe", "dense"]
 """What is built: a smaller MoE, or a dense model (:mod:`compressors.dense`)."""
+
+Quantizer = Literal["feedback", "kernel"]
+"""How codes are chosen: with error feedback, or by ggml's kernels alone (:mod:`compressors.quantize`)."""
 
 RungLoss = Literal["kd", "next-token", "router-logits", "ka", "sar"]
 """Objectives of :mod:`compressors.recover`."""
@@ -127,14 +133,14 @@ class CompressChoice(_Part):
 class RungChoice(_Part):
     """A rung of the recovery ladder: what is trained, towards what, and for how long (docs/recovery.md)."""
 
-    scope: Literal["router", "top-experts", "experts", "adapters"]
+    scope: Literal["router", "top-experts", "experts", "adapters", "norms", "scales", "all"]
     experts: Count | None = None  # of top-experts: how many of each layer, those that most tokens choose
     rank: Count | None = None  # of adapters
     loss: RungLoss = "kd"
     batches_per_round: Count | None = None  # of ka and sar: written by the student, then judged, together
     blocks: Count
     blocks_per_step: Count
-    learning_rate: float = Field(gt=0, allow_inf_nan=False)
+    learning_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # null: by the student's divergence
 
     @model_validator(mode="after")
     def _is_consistent(self) -> RungChoice:
@@ -146,6 +152,8 @@ class RungChoice(_Part):
             raise ValueError("batches_per_round belongs to ka and sar: give it with these losses, and no other")
         if self.loss == "router-logits" and self.scope != "router":
             raise ValueError("the loss router-logits looks at routers alone: its scope must be router")
+        if self.scope in ("norms", "scales", "all") and self.loss not in ("kd", "next-token"):
+            raise ValueError("a live teacher shares the student's final norm, which this scope trains: take kd")
         return self
 
 
@@ -153,7 +161,7 @@ class RecoverChoice(_Part):
     """The training of the compressed model. Each rung goes on from the last that was kept."""
 
     rungs: tuple[RungChoice, ...] = ()  # climbed in this order, each kept only if the divergence falls
-    after_quantizing: RungChoice | None = None  # routers once more, beside experts as the files hold them
+    after_quantizing: RungChoice | None = None  # once more, beside the codes that each file holds
     seed: int = Field(ge=0, lt=2**32)
 
     @property
@@ -163,23 +171,48 @@ class RecoverChoice(_Part):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> RecoverChoice:
-        if self.after_quantizing is not None and self.after_quantizing.scope != "router":
-            raise ValueError("after_quantizing trains routers alone, which no file quantizes: its scope must be router")
+        if self.after_quantizing is not None and self.after_quantizing.scope not in ("router", "norms", "scales"):
+            raise ValueError(
+                "after_quantizing trains what a finished file can take other values of: its scope must be router, "
+                "norms or scales"
+            )
+        if any(rung.scope == "scales" for rung in self.rungs):
+            raise ValueError("the scales of blocks are those of a written file: they are trained after_quantizing")
         return self
+
+
+class FileChoice(_Part):
+    """How a file stores the weights; the name of a mix alone stands for that mix."""
+
+    mix: str  # of llama-quantize, or a preset of the ONNX writer
+    tensors: Mapping[str, str] = {}  # types of single tensors, in place of the mix's
+    quantizer: Quantizer = "feedback"
+    imatrix: str | None = None  # SHA-256 of llama.cpp's importance matrix; null: the calibration text's
+    why: str | None = None  # how the types were found
+
+    @property
+    def label(self) -> str:
+        """The mix, or that its types were changed."""
+        return f"{self.mix}, {len(self.tensors)} types of its own" if self.tensors else self.mix
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, data: Any) -> Any:
+        return {"mix": data} if isinstance(data, str) else data
 
 
 class Recipe(_Part):
     """Everything that determines the output. Equal recipes give equal files, byte for byte."""
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     source: SourceChoice
     budget: BudgetChoice
     text: TextChoice
     arithmetic: Arithmetic  # of calibration and recovery; what is reported is always computed in float32
     compress: CompressChoice
     recover: RecoverChoice
-    gguf: str | None  # type of the weights, null: no GGUF file
-    onnx: str | None
+    gguf: FileChoice | None  # null: no GGUF file
+    onnx: FileChoice | None
     save_student: bool
     threads: int = Field(gt=0, le=MOST_THREADS)
 
@@ -189,14 +222,25 @@ class Recipe(_Part):
             raise ValueError("gguf and onnx are both null, so nothing would be written: give one of them a type")
         return self
 
-    def type_of(self, artifact: str) -> str | None:
-        """The weights' type in an artifact (``gguf`` or ``onnx``), None if it is not written."""
-        return {"gguf": self.gguf, "onnx": self.onnx}[artifact]
+    def file(self, artifact: str) -> FileChoice:
+        """The choice for an artifact that is written."""
+        choice = self._files[artifact]
+        assert choice is not None, f"the recipe writes no {artifact}"
+        return choice
+
+    @property
+    def _files(self) -> dict[str, FileChoice | None]:
+        return {"gguf": self.gguf, "onnx": self.onnx}
+
+    def with_only(self, artifact: str, compress: CompressChoice) -> Recipe:
+        """The recipe of one of its artifacts alone, of another student."""
+        others = {name: None for name in self.artifacts if name != artifact}
+        return self.model_copy(update={"compress": compress, **others})
 
     @property
     def artifacts(self) -> tuple[str, ...]:
         """The artifacts that are written, in this order."""
-        return tuple(name for name in ("gguf", "onnx") if self.type_of(name) is not None)
+        return tuple(name for name, choice in self._files.items() if choice is not None)
 
 
 def recipe_yaml(recipe: Recipe) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -16,12 +16,13 @@ from compressors.model.routing import Routing
 from compressors.model.shape import MoeShape
 from compressors.model.student import ExpertMap, LayerMap
 from exporter.against_original import against_original
+from exporter.budget import expert_bits
 from exporter.environment import environment
 from exporter.floors import floors_of
 from exporter.gguf.metadata import source_license
 from exporter.outputs import Artifact
 from exporter.plan import Plan
-from exporter.recipe import Recipe
+from exporter.recipe import Recipe, RecoverChoice, RungChoice
 from exporter.stages.artifacts import Calibration, StudentFiles, open_student, same_numbers
 from exporter.stages.runtime import MEASUREMENT
 from exporter.stages.schedule import scheduled_blocks
@@ -37,7 +38,7 @@ from validate.load import expert_load, load_figures
 from validate.routing_agreement import routing_agreement
 from validate.statistics import perplexity
 from validate.ties import find_ties
-from validate.verdict import Check, Figures, fidelity_for, required_checks
+from validate.verdict import Check, Figures, band_of, required_checks
 
 __all__ = ["build_report", "final_recipe"]
 
@@ -101,13 +102,13 @@ def build_report(
                 "files": {file: asdict(entry) for file, entry in artifact.files.items()},
                 "bytes": artifact.bytes,
                 "bits_per_weight": 8 * artifact.bytes / student_shape.parameters,
-                "type": recipe.type_of(name),
+                "type": recipe.file(name).label,
             }
             for name, artifact in artifacts.items()
         ],
         "recovery": [asdict(refused) for refused in plan.refused_rungs] + tried,
         "against_original": against_original(
-            artifacts, source.n_bytes, validation, zip(recipe.recover.trained, tried, strict=True), student_shape
+            artifacts, source.n_bytes, validation, _with_choices(recipe.recover, tried), student_shape
         ),
         "validation": validation,
         "load": rows.load(),
@@ -126,6 +127,14 @@ def _tried(plan: Plan, work: WorkDirectory) -> list[dict[str, Any]]:
         for stage in stages
         for result in json.loads(StudentFiles(work.stage(stage)).recovery.read_text(encoding="utf-8"))
     ]
+
+
+def _with_choices(
+    choice: RecoverChoice, tried: Sequence[Mapping[str, Any]]
+) -> list[tuple[RungChoice, Mapping[str, Any]]]:
+    """Each result with its rung; the last rung has one for each file that was taught by itself."""
+    chosen = [*choice.rungs, *[choice.after_quantizing] * (len(tried) - len(choice.rungs))]
+    return [(rung, result) for rung, result in zip(chosen, tried, strict=True) if rung is not None]
 
 
 def _student(teacher: MoeShape, experts: ExpertMap) -> dict[str, Any]:
@@ -384,7 +393,7 @@ def _checks(plan: Plan, artifacts: Mapping[str, Artifact], rows: Mapping[str, Ma
         )
         checks += required_checks(
             name,
-            fidelity_for(plan.recipe.type_of(name) or ""),
+            band_of(expert_bits(name, plan.student_shape, plan.recipe.file(name))).fidelity,
             plan.require,
             figures,
             is_routed=not plan.student_shape.is_dense,

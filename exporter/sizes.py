@@ -8,7 +8,7 @@ from decimal import Decimal
 from compressors.model.errors import InputError
 from compressors.model.names import shown
 
-__all__ = ["format_size", "parse_size"]
+__all__ = ["format_size", "parse_size", "size_label"]
 
 _UNITS = {
     "B": 1,
@@ -53,6 +53,14 @@ def format_size(n_bytes: int) -> str:
     if n_bytes < 1000:
         return f"{n_bytes} B"
     return f"{_scaled(n_bytes, 1000, 'B')} ({_scaled(n_bytes, 1024, 'iB')})"
+
+
+def size_label(n_bytes: int) -> str:
+    """The size as one word that is exact, such as ``20GB``, ``18600MiB`` or ``999B``."""
+    for unit, factor in sorted(_UNITS.items(), key=lambda item: -item[1]):
+        if n_bytes % factor == 0:
+            return f"{n_bytes // factor}{unit.replace('IB', 'iB')}"
+    raise AssertionError("every size is a number of bytes")
 
 
 def _scaled(n_bytes: int, base: int, suffix: str) -> str:

@@ -101,7 +101,7 @@ def _run(work: WorkDirectory, name: str, group: str | None) -> MoeExportError | 
     if changed is not None:
         return changed
     shows_progress = group is None or os.environ["RANK"] == "0"
-    context = StageContext(plan, work, work.folder / f"{name}.partial", Progress(silent=not shows_progress))
+    context = StageContext(plan, work, work.partial(name), Progress(silent=not shows_progress))
     error: MoeExportError | None = None
     try:
         with nullcontext() if group is None else _joined(group, plan):

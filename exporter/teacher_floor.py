@@ -19,7 +19,7 @@ from compressors.model.shape import MoeShape
 from compressors.model.student import ExpertMap, Student
 from exporter.budget import predict
 from exporter.prediction import Prediction
-from exporter.recipe import Recipe
+from exporter.recipe import FileChoice, Recipe
 
 __all__ = ["TeacherFloor", "choose_teacher_floor", "exact_type", "first_layers"]
 
@@ -54,7 +54,8 @@ def choose_teacher_floor(
     def prediction(n_layers: int) -> Prediction:
         shape = _first_layers_map(checkpoint.shape, n_layers).shape_of(checkpoint.shape)
         name, threads = recipe.source.model, recipe.threads
-        return predict(artifact, checkpoint.folder, name, shape, weight_type, recipe.budget, threads)
+        choice = FileChoice(mix=weight_type, quantizer="kernel")
+        return predict(artifact, checkpoint.folder, name, shape, choice, recipe.budget, threads)
 
     def is_too_large(n_layers: int) -> bool:
         found = prediction(n_layers)

@@ -46,10 +46,42 @@ class StageRecord:
 
 
 class WorkDirectory:
-    """A folder that belongs to one job."""
+    """A folder that belongs to one job, or a part of it: one of several budgets, or what the search found for one.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: the place.
+        whole: the work that this is a part of.
+        shared: the stages that all parts of that have in common, which lie there.
+    """
+
+    def __init__(self, folder: Path, whole: WorkDirectory | None = None, shared: frozenset[str] = frozenset()) -> None:
         self.folder = folder
+        self._whole = whole
+        self._shared = shared
+
+    def part(self, name: str, shared: frozenset[str]) -> WorkDirectory:
+        """A part of this work; its folder is made with the first stage that writes there."""
+        return self.within(self.folder / name, shared)
+
+    def within(self, folder: Path, shared: frozenset[str]) -> WorkDirectory:
+        """A part of this work that lies in a folder of its own."""
+        return WorkDirectory(folder, self, shared)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, for another process."""
+        whole = None if self._whole is None else self._whole.to_json()
+        return {"folder": str(self.folder.resolve()), "whole": whole, "shared": sorted(self._shared)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> WorkDirectory:
+        """The inverse of :meth:`to_json`."""
+        whole = None if data["whole"] is None else cls.from_json(data["whole"])
+        return cls(Path(data["folder"]), whole, frozenset(data["shared"]))
+
+    @property
+    def root(self) -> WorkDirectory:
+        """The whole that this is a part of, or itself."""
+        return self if self._whole is None else self._whole.root
 
     @property
     def plan_path(self) -> Path:
@@ -59,7 +91,7 @@ class WorkDirectory:
     @property
     def source_path(self) -> Path:
         """Where the state of the checkpoint that the run began with is kept."""
-        return self.folder / _SOURCE
+        return self.root.folder / _SOURCE
 
     def plan(self) -> Plan:
         """The plan that is kept here.
@@ -85,7 +117,16 @@ class WorkDirectory:
 
     def stage(self, name: str) -> Path:
         """The folder of a finished stage."""
-        return self.folder / name
+        return self._place(name) / name
+
+    def partial(self, name: str) -> Path:
+        """The folder of a stage that is not finished."""
+        return self._place(name) / f"{name}.partial"
+
+    def _place(self, stage: str) -> Path:
+        if self._whole is not None and stage in self._shared:
+            return self._whole._place(stage)
+        return self.folder
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -109,8 +150,13 @@ class WorkDirectory:
             InputError: that process does not end.
         """
         busy = f"a stage of an earlier run still works in {self.folder}; wait for its process to end, or end it"
-        with exclusive(self.folder / _STAGE_LOCK, busy, timeout=_STAGE_ENDS_WITHIN):
+        with exclusive(self.root.folder / _STAGE_LOCK, busy, timeout=_STAGE_ENDS_WITHIN):
             yield
+
+    @property
+    def has_owner(self) -> bool:
+        """Whether a job has begun here."""
+        return (self.folder / _JOB).exists()
 
     def claim(self, job: Mapping[str, Any]) -> None:
         """Makes the folder this job's, or checks that it is.
@@ -170,28 +216,25 @@ class WorkDirectory:
         That attempt had the same inputs, so a stage that ``resumes`` goes on with what is there.
         """
         _remove(self.stage(name))
-        partial = self._partial(name)
+        partial = self.partial(name)
         if not resumes or _text(partial / _FINGERPRINT) != fingerprint:
             _remove(partial)
-            partial.mkdir()
+            partial.mkdir(parents=True)
             write_atomically(partial / _FINGERPRINT, fingerprint)
             flush(partial)
         return partial
 
     def finish(self, name: str, record: StageRecord) -> None:
         """Makes the partial folder the finished one."""
-        partial = self._partial(name)
+        partial = self.partial(name)
         write_atomically(
             partial / _RECORD,
             json.dumps({"record": asdict(record), "files": _sizes(partial)}, indent=1, sort_keys=True),
         )
         flush_folder(partial)
         partial.rename(self.stage(name))
-        flush(self.folder)
+        flush(self._place(name))
         (self.stage(name) / _FINGERPRINT).unlink()
-
-    def _partial(self, name: str) -> Path:
-        return self.folder / f"{name}.partial"
 
 
 @contextmanager

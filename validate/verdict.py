@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 __all__ = ["BANDS", "REQUIREMENTS", "Band", "Check", "Fidelity", "Figures"]
-__all__ += ["band_of", "fidelity_for", "required_checks"]
+__all__ += ["band_of", "required_checks"]
 
 
 @dataclass(frozen=True)
@@ -69,27 +69,10 @@ routing overlaps: those, and changes of perplexity, are what our own two trained
 guesses below.
 """
 
-_BITS = {
-    "F32": 32.0,
-    "BF16": 16.0,
-    "Q8_0": 8.5,
-    "Q6_K": 6.5625,
-    "Q5_1": 6.0,
-    "Q5_K": 5.5,
-    "Q5_0": 5.5,
-    "Q4_K": 4.5,
-    "Q4_0": 4.5,
-}
-
 
 def band_of(bits_per_weight: float) -> Band:
     """The band of a file."""
     return next(band for band in BANDS if bits_per_weight >= band.least_bits)
-
-
-def fidelity_for(weight_type: str) -> Fidelity:
-    """The default thresholds for a type of weights."""
-    return band_of(_BITS[weight_type]).fidelity
 
 
 REQUIREMENTS: Mapping[str, str] = {

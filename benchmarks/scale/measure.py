@@ -28,7 +28,7 @@ from compressors.model.errors import MoeExportError
 from exporter.job import Flags
 from exporter.pipeline import Stage, run_stages, stages_of
 from exporter.plan import Plan
-from exporter.run import make_plan
+from exporter.plan_making import make_plan
 from exporter.work import StageRecord, WorkDirectory
 
 __all__ = ["DEFAULT_FOLDER", "ScaleRun", "StageCost", "measure_and_record", "source_folder"]

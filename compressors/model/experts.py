@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from compressors.model.trained_experts import TrainedExperts
+from compressors.model.trained_experts import Product, TrainedExperts
 
-__all__ = ["GROUPED_EXPERTS", "ExpertObserver", "register_grouped_experts"]
+__all__ = ["GROUPED_EXPERTS", "ExpertGradientObserver", "ExpertObserver", "register_grouped_experts"]
 
 GROUPED_EXPERTS = "moe_export_grouped"
 
@@ -30,6 +30,13 @@ class ExpertObserver(Protocol):
 
     def __call__(self, expert: int, gates_n: torch.Tensor, hidden_nF: torch.Tensor, outputs_nD: torch.Tensor) -> None:
         """Gate weights, intermediate activations and raw (ungated) outputs of ``expert``."""
+
+
+class ExpertGradientObserver(Protocol):
+    """Sees the gradients at the outputs of one expert's matrices, its gates included: keep sums, not the tensors."""
+
+    def __call__(self, expert: int, gate_up_gradient_n2F: torch.Tensor, down_gradient_nD: torch.Tensor) -> None:
+        """Gradients for the tokens that chose ``expert``, gate rows first."""
 
 
 def register_grouped_experts() -> None:
@@ -91,6 +98,7 @@ class _GroupedExperts(torch.autograd.Function):
         hidden_TD, gates_TK, chosen_TK, gate_up_ = ctx.saved_tensors
         weights, choices = _ExpertWeights(ctx.experts, gradient_TD), _Choices(chosen_TK, gradient_TD)
         trained: TrainedExperts | None = getattr(ctx.experts, "trained", None)
+        observer: ExpertGradientObserver | None = getattr(ctx.experts, "gradient_observer", None)
         sums = [] if trained is None else [torch.zeros_like(tensor) for tensor in trained.tensors.values()]
         input_gradients_SD = gradient_TD.new_empty(choices.all_rows, gradient_TD.shape[1])
         gates_gradient_TK = torch.zeros_like(gates_TK)
@@ -107,10 +115,14 @@ class _GroupedExperts(torch.autograd.Function):
             torch.mm(gate_up_gradient, weights.gate_up(choice.expert), out=input_gradients_SD[rows])
             gate_gradient_n = (pulled_nF * hidden_nF.detach()).sum(-1)[: choice.n]
             gates_gradient_TK[choice.tokens, choice.slots] = gate_gradient_n.to(gates_TK.dtype)
+            if observer is not None:
+                down_gradient_nD = gradient_nD[: choice.n] * gates_n[: choice.n, None]
+                observer(choice.expert, gate_up_gradient[: choice.n], down_gradient_nD)
             if trained is not None and choice.expert in trained.experts:  # gates of padding are zero
                 inputs_nD = hidden_TD.index_select(0, choice.padded_tokens)
-                of_gate_up = (gate_up_gradient, inputs_nD)
-                of_down = (gradient_nD * gates_n[:, None], hidden_nF.detach())
+                gate_up, down = weights.stored(choice.expert)
+                of_gate_up = Product(gate_up_gradient, inputs_nD, gate_up)
+                of_down = Product(gradient_nD * gates_n[:, None], hidden_nF.detach(), down)
                 trained.add_gradients(sums, choice.expert, of_gate_up, of_down)
         return choices.sum_by_token(input_gradients_SD), gates_gradient_TK, None, None, *sums
 
@@ -123,6 +135,10 @@ class _ExpertWeights:
         self._down = experts.get_parameter("down_proj")
         self._trained: TrainedExperts | None = getattr(experts, "trained", None)
         self._dtype = activations.dtype
+
+    def stored(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the expert's trained matrices stand in for."""
+        return self._gate_up[expert], self._down[expert]
 
     def gate_up(self, expert: int) -> torch.Tensor:
         stored = self._gate_up[expert]

@@ -8,6 +8,7 @@ which go to disk above the limit, and for what is trained.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from compressors.model.hidden_states import HiddenStates
 from compressors.model.streaming import LayerObserver, StreamedModel, TokenGroup, position_chunks
 
 __all__ = ["Head", "Loss", "ParameterKey", "RouterLoss", "StateLoss", "streamed_gradients"]
+__all__ += ["embedding_gradient"]
 
-ParameterKey = tuple[str, int]
-"""A trainable tensor's name, and its layer."""
+ParameterKey = tuple[str, int | None]
+"""A trainable tensor's name, and its layer; None for the final norm."""
 
 Loss = Callable[[slice, torch.Tensor], torch.Tensor]
 """(positions of the flattened blocks, their logits [n, V]) -> the summed loss of these positions."""
@@ -61,20 +63,18 @@ def streamed_gradients(
     Raises:
         NotFiniteError: a hidden state is NaN or infinite.
     """
-    n_layers = model.shape.n_layers
-    states = model.first_states([TokenGroup(tokens_BT, dtype=dtype)], n_kept=n_layers + 1)
-    for index, weights in model.weights(range(n_layers)):
-        states.append(HiddenStates(states[0].shape, dtype, states[0].spill))
-        model.run(index, weights, states[-2], states[-1], observers)
+    gradients: dict[ParameterKey, torch.Tensor] = {
+        key: torch.zeros_like(tensor) for key, tensor in model.trained(None).items()
+    }
+    states = _layer_inputs(model, tokens_BT, dtype, observers)
     last = states.pop()
     if loss is not None:
         state_loss = _of_states(loss)
     if state_loss is None:
         total, gradient_BTD = 0.0, torch.zeros(last.shape, dtype=dtype)
     else:
-        total, gradient_BTD = _head_gradient(model, last, state_loss)
-    gradients: dict[ParameterKey, torch.Tensor] = {}
-    for index, weights in model.weights(range(n_layers)[::-1]):
+        total, gradient_BTD = _head_gradient(model, last, state_loss, gradients)
+    for index, weights in model.weights(range(model.shape.n_layers)[::-1]):
         with model.layer(index, weights, dtype) as layer:
             value, found = _pull_back(model, index, layer, states.pop(), gradient_BTD, router_loss)
         total += value
@@ -82,21 +82,72 @@ def streamed_gradients(
     return total, gradients
 
 
+def embedding_gradient(
+    model: StreamedModel,
+    tokens_BT: torch.Tensor,
+    loss: StateLoss,
+    dtype: torch.dtype = torch.float32,
+    observers: Sequence[LayerObserver] = (),
+    gradient_observers: Sequence[LayerObserver] = (),
+) -> torch.Tensor:
+    """The gradient of a loss with respect to the hidden states that enter the first layer: [B, T, D] in ``dtype``.
+
+    Args:
+        model: nothing of it is trained.
+        tokens_BT: int64 token ids.
+        loss: of the states after the last layer.
+        dtype: of the arithmetic.
+        observers: watch the layers in the forward pass, first to last.
+        gradient_observers: watch the layers in the backward pass, last to first: hooks that they set on a layer's
+            tensors see those tensors' gradients.
+
+    Raises:
+        NotFiniteError: a hidden state is NaN or infinite.
+    """
+    states = _layer_inputs(model, tokens_BT, dtype, observers)
+    _, gradient_BTD = _head_gradient(model, states.pop(), loss, {})
+    for index, weights in model.weights(range(model.shape.n_layers)[::-1]):
+        with model.layer(index, weights, dtype) as layer, ExitStack() as stack:
+            for observe in gradient_observers:
+                stack.enter_context(observe(index, layer))
+            _pull_back(model, index, layer, states.pop(), gradient_BTD, None)
+    return gradient_BTD
+
+
+def _layer_inputs(
+    model: StreamedModel, tokens_BT: torch.Tensor, dtype: torch.dtype, observers: Sequence[LayerObserver]
+) -> list[HiddenStates]:
+    """The hidden states that enter each layer, and at the end those that leave the last."""
+    n_layers = model.shape.n_layers
+    states = model.first_states([TokenGroup(tokens_BT, dtype=dtype)], n_kept=n_layers + 1)
+    for index, weights in model.weights(range(n_layers)):
+        states.append(HiddenStates(states[0].shape, dtype, states[0].spill))
+        model.run(index, weights, states[-2], states[-1], observers)
+    return states
+
+
 def _of_states(loss: Loss) -> StateLoss:
     return lambda positions, states_nD, head: loss(positions, head(states_nD).float().cpu())
 
 
-def _head_gradient(model: StreamedModel, hidden: HiddenStates, loss: StateLoss) -> tuple[float, torch.Tensor]:
-    """The loss, and its gradient with respect to the last layer's output [B, T, D]."""
+def _head_gradient(
+    model: StreamedModel, hidden: HiddenStates, loss: StateLoss, gradients: dict[ParameterKey, torch.Tensor]
+) -> tuple[float, torch.Tensor]:
+    """The loss, and its gradient with respect to the last layer's output [B, T, D].
+
+    Adds to ``gradients`` those of what is trained in the head.
+    """
     flat = hidden.read(slice(0, len(hidden))).flatten(0, 1)
     gradient = torch.empty_like(flat)
-    total = 0.0
+    total, trained = 0.0, model.trained(None)
     with model.head(hidden.dtype) as head:
         for start, part in position_chunks(flat, model.shape.vocab_size):
             positions = slice(start, start + len(part))
             part = part.detach().to(model.device).requires_grad_()
             value = loss(positions, part, head)
-            (gradient[positions],) = torch.autograd.grad(value, part)
+            gradient[positions], *found = torch.autograd.grad(value, [part, *trained.values()])
+            for key, found_gradient in zip(trained, found, strict=True):
+                gradients[key] += found_gradient
             total += value.item()
     return total, gradient.view(hidden.shape)
 

@@ -2,28 +2,48 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from compressors.model.gguf_weights import GgufWeights
+from compressors.model.student import Student
 from exporter.gguf.metadata import gguf_file_name
 from exporter.gguf.writer import predict_file_size, write_gguf
+from exporter.recipe import FileChoice
 from exporter.stage import StageContext
-from exporter.stages.artifacts import importance_of, open_student
+from exporter.stages.artifacts import ORIGINAL_VALUES, importance_of, open_student
+from exporter.stages.feedback import feedback_for, writer_threads
+from exporter.tuning import keep_values
 
-__all__ = ["run"]
+__all__ = ["run", "write"]
 
 
 def run(context: StageContext) -> None:
-    """Quantizes the student with the importance matrix of the calibration text."""
-    plan = context.plan
-    weight_type, name = plan.recipe.gguf or "", plan.recipe.source.model
-    student = open_student(plan, context.work, "recover")
-    total = predict_file_size(student.shape, plan.source, weight_type, name)
-    with context.progress.bar("bytes", total) as advance:
+    """Writes the recipe's file."""
+    recipe, student = context.plan.recipe, open_student(context.plan, context.work, "recover")
+    path = write(context, student, recipe.file("gguf"), context.output)
+    if recipe.recover.after_quantizing is not None:
+        keep_values(GgufWeights(path, student.shape), student.shape, context.output / ORIGINAL_VALUES)
+
+
+def write(context: StageContext, student: Student, choice: FileChoice, folder: Path) -> Path:
+    """Quantizes a student with what the calibration text says about the inputs of its matrices; returns the file."""
+    plan, name = context.plan, context.plan.recipe.source.model
+    path = folder / gguf_file_name(name, student.shape, choice.mix, choice.tensors)
+    total = predict_file_size(student.shape, plan.source, choice.mix, name, choice.tensors)
+    with (
+        feedback_for(context, student, choice.quantizer) as feedback,
+        context.progress.bar("bytes", total) as advance,
+    ):
         write_gguf(
             student,
-            weight_type,
-            context.output / gguf_file_name(name, student.shape, weight_type),
+            choice.mix,
+            path,
+            types=choice.tensors,
             importance=importance_of(student, context.work),
+            feedback=feedback,
             name=name,
-            threads=plan.recipe.threads,
+            threads=writer_threads(plan, student.shape, choice.quantizer),
             resume=True,
             progress=advance,
         )
+    return path

@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from compressors.model.onnx_weights import OnnxWeights
+from compressors.model.student import Student
 from exporter.onnx.clients import write_client_files
 from exporter.onnx.writer import predict_size, write_onnx
+from exporter.recipe import FileChoice
 from exporter.stage import StageContext
-from exporter.stages.artifacts import importance_of, open_student
+from exporter.stages.artifacts import ORIGINAL_VALUES, importance_of, open_student
+from exporter.tuning import keep_values
 
-__all__ = ["FOLDER", "run"]
+__all__ = ["FOLDER", "run", "write"]
 
 FOLDER = "onnx"
 
 
 def run(context: StageContext) -> None:
-    """Writes graph, weights, and what onnxruntime-genai and optimum want beside them."""
-    plan = context.plan
-    weight_type = plan.recipe.onnx or ""
-    student = open_student(plan, context.work, "recover")
-    folder = context.output / FOLDER
-    with context.progress.bar("bytes", predict_size(student.shape, weight_type)) as advance:
+    """Writes the recipe's graph and weights, and what onnxruntime-genai and optimum want beside them."""
+    recipe, student = context.plan.recipe, open_student(context.plan, context.work, "recover")
+    folder = write(context, student, recipe.file("onnx"), context.output)
+    if recipe.recover.after_quantizing is not None:
+        keep_values(OnnxWeights(folder, student.shape), student.shape, context.output / ORIGINAL_VALUES)
+    # onnxruntime-genai allocates a cache of max_length at once: the budget counts the recipe's context
+    write_client_files(student, folder, max_length=recipe.budget.context)
+
+
+def write(context: StageContext, student: Student, choice: FileChoice, place: Path) -> Path:
+    """Writes graph and weights of a student into a folder in ``place``; returns the folder."""
+    folder = place / FOLDER
+    total = predict_size(student.shape, choice.mix, encodings=choice.tensors)
+    with context.progress.bar("bytes", total) as advance:
         write_onnx(
             student,
-            weight_type,
+            choice.mix,
             folder,
+            encodings=choice.tensors,
             importance=importance_of(student, context.work),
             context_length=None,
-            threads=plan.recipe.threads,
+            threads=context.plan.recipe.threads,
             resume=True,
             progress=advance,
         )
-    # onnxruntime-genai allocates a cache of max_length at once: the budget counts the recipe's context
-    write_client_files(student, folder, max_length=plan.recipe.budget.context)
+    return folder

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from compressors.layer_inputs import LayerInputs, n_kept_blocks
 from compressors.model.array_file import ArrayFile
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.hidden_states import HiddenStates
@@ -72,11 +73,13 @@ class TeacherPass:
         n_done = self._resumed(snapshot)
         yield n_done
         routing = _RoutingFiles(self._files.folder, self._blocks.heldout, self._model.shape, resumed=n_done > 0)
+        inputs = self._layer_inputs(resumed=n_done > 0)
         for layer in self._model.advance(self._groups, self._hidden, range(n_done, n_layers)):
             statistics = self._statistics.take(layer)
             if is_first():
                 save_statistics(statistics, self._files.statistics, layer)
             routing.write(layer, self._shares["heldout"], self._recorder.take(layer))
+            inputs.keep(layer + 1, self._hidden[0], self._shares["calibration"])
             yield 1
             snapshot.keep(layer + 1, self._save_hidden)
         wait_for_all()
@@ -120,6 +123,19 @@ class TeacherPass:
         found = write_log_probs(self._model, tokens_BT[mine], hidden, scored, writer, mine)
         likelihoods[mine] = found.view(-1, n_scored)
         return likelihoods.flatten()
+
+    def _layer_inputs(self, *, resumed: bool) -> LayerInputs:
+        """Where the layers' inputs go; those of the first layer are there. Each process writes its own blocks."""
+        tokens_BT, shape = self._blocks.calibration, self._model.shape
+        if is_first() and not resumed:
+            n_blocks = n_kept_blocks(*tokens_BT.shape)
+            size = (n_blocks, tokens_BT.shape[1], shape.hidden_size)
+            LayerInputs.create(self._files.layer_inputs, shape.n_layers, size)
+        wait_for_all()
+        inputs = LayerInputs(self._files.layer_inputs)
+        if not resumed:
+            inputs.keep(0, self._hidden[0], self._shares["calibration"])
+        return inputs
 
     def _resumed(self, snapshot: Snapshot) -> int:
         """Takes the hidden states of a snapshot, if there is one; how many layers were done then."""

@@ -32,8 +32,8 @@ from exporter.gguf.writer import predict_file_size, write_gguf
 from exporter.job import Flags
 from exporter.onnx.layout import DATA_FILE, MODEL_FILE
 from exporter.onnx.writer import predict_size, write_onnx
+from exporter.plan_making import make_plan
 from exporter.recipe import CompressChoice, Recipe, recipe_yaml
-from exporter.run import make_plan
 
 _N_LAYERS = 6
 

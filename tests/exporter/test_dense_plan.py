@@ -26,9 +26,9 @@ from exporter.gguf.writer import predict_file_size
 from exporter.job import Flags
 from exporter.onnx.writer import predict_size
 from exporter.plan import Plan
+from exporter.plan_making import make_plan
 from exporter.planner import predict_recipe
 from exporter.recipe import CompressChoice, Recipe
-from exporter.run import make_plan
 
 _GGUF_TYPES = ("BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0")
 _SPEEDS = Speeds(read_bytes=1e15, multiply_adds=1e6, reference_multiply_adds=1e6, quantized_values=1e15)

@@ -17,8 +17,9 @@ from compressors.model.errors import InputError
 from exporter.job import Flags, Job
 from exporter.pipeline import Stage, StageError, fingerprints, run_stages, stages_of
 from exporter.plan import Plan
+from exporter.plan_making import make_plan
 from exporter.recipe import Recipe
-from exporter.run import make_plan, run_job
+from exporter.run import run_job
 from exporter.source_state import SourceState
 from exporter.stage import StageContext
 from exporter.work import WorkDirectory

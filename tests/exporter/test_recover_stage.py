@@ -16,9 +16,9 @@ from compressors.model.families import Role
 from compressors.model.student import Student
 from exporter.job import Flags
 from exporter.plan import Plan
+from exporter.plan_making import make_plan
 from exporter.progress import Progress
 from exporter.recipe import Recipe
-from exporter.run import make_plan
 from exporter.stage import StageContext
 from exporter.stages import calibrate, compress, recover, schedule
 from exporter.stages.artifacts import open_student

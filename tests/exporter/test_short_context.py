@@ -12,8 +12,8 @@ import pytest
 from compressors.calibration import BLOCK_LENGTH, block_length_of
 from compressors.model.errors import InputError, UnsupportedError
 from exporter.job import Flags, Job
+from exporter.plan_making import make_plan
 from exporter.recipe import load_recipe, recipe_yaml
-from exporter.run import make_plan
 
 Shortened = Callable[[int], Path]
 

@@ -18,9 +18,9 @@ from compressors.model.routing import Routing
 from exporter.budget import predict
 from exporter.job import Flags
 from exporter.plan import Plan
+from exporter.plan_making import make_plan
 from exporter.progress import Progress
 from exporter.recipe import Recipe
-from exporter.run import make_plan
 from exporter.stage import StageContext
 from exporter.stages import calibrate, teacher_gguf, teacher_onnx
 from exporter.stages.artifacts import Blocks, Calibration

@@ -10,7 +10,8 @@ import pytest
 
 from compressors.model.errors import InputError
 from exporter.job import Flags
-from exporter.run import make_plan, run_job
+from exporter.plan_making import make_plan
+from exporter.run import run_job
 from exporter.work import WorkDirectory
 
 

@@ -1,0 +1,45 @@
+"""Work in several threads whose results are the same bits for any number of them.
+
+torch splits a sum over its own threads, so its bits depend on how many it has. Here each task computes with one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+__all__ = ["in_order", "one_thread_each"]
+
+_Result = TypeVar("_Result")
+
+
+@contextmanager
+def one_thread_each(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool in whose threads torch computes with one thread, and in the calling one too until the pool is closed."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # for all threads that have not used torch yet; the others have a number of their own
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
+
+
+def in_order(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], _Result]], at_once: int) -> Iterator[_Result]:
+    """The tasks' results in the tasks' order; at most ``at_once`` are computed or wait to be taken."""
+    waiting: deque[Future[_Result]] = deque()
+    try:
+        for task in tasks:
+            waiting.append(pool.submit(task))
+            if len(waiting) >= at_once:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()

@@ -1,0 +1,58 @@
+"""Where the bits of codes lie in the blocks of a format.
+
+Letters: R rows, K blocks of a row, Y bytes of a block, E codes of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Fields", "bit_planes", "read_codes", "write_codes"]
+
+
+@dataclass(frozen=True)
+class Fields:
+    """A run of ``width`` bits of every code, the lowest of which is the code's bit ``low``."""
+
+    low: int
+    width: int
+    byte_E: npt.NDArray[np.intp]
+    shift_E: npt.NDArray[np.uint8]
+
+    @classmethod
+    def of(cls, low: int, width: int, places: Iterable[tuple[int, int]]) -> Fields:
+        """``places``: byte and shift of each code in turn."""
+        byte_E, shift_E = np.array(list(places)).T
+        return cls(low, width, byte_E.astype(np.intp), shift_E.astype(np.uint8))
+
+
+def bit_planes(low: int, width: int, first_bit_E: Sequence[int]) -> tuple[Fields, ...]:
+    """Codes of ``width`` bits at any bit of the block, across bytes: one run for each bit."""
+    return tuple(Fields.of(low + bit, 1, [divmod(first + bit, 8) for first in first_bit_E]) for bit in range(width))
+
+
+def read_codes(blocks_RKY: npt.NDArray[np.uint8], fields: Sequence[Fields]) -> npt.NDArray[np.uint16]:
+    """The codes of all blocks, [R, K, E]."""
+    codes_RKE = np.zeros((*blocks_RKY.shape[:2], len(fields[0].byte_E)), dtype=np.uint16)
+    for run in fields:
+        bits_RKE = blocks_RKY[..., run.byte_E] >> run.shift_E & np.uint8((1 << run.width) - 1)
+        codes_RKE |= bits_RKE.astype(np.uint16) << np.uint16(run.low)
+    return codes_RKE
+
+
+def write_codes(
+    blocks_RKY: npt.NDArray[np.uint8], fields: Sequence[Fields], codes_RKE: npt.NDArray[np.unsignedinteger]
+) -> None:
+    """Puts codes, [R, K, E] or broadcast to it, into the blocks; no other bit changes."""
+    for run in fields:
+        mask = np.uint8((1 << run.width) - 1)
+        for shift in np.unique(run.shift_E):  # codes of one shift lie in bytes of their own
+            chosen_E = run.shift_E == shift
+            at_E = run.byte_E[chosen_E]
+            codes = codes_RKE[..., chosen_E] if codes_RKE.shape[-1] > 1 else codes_RKE
+            bits = (codes >> np.uint16(run.low)).astype(np.uint8) & mask
+            blocks_RKY[..., at_E] = blocks_RKY[..., at_E] & ~(mask << shift) | bits << shift

@@ -1,0 +1,259 @@
+"""Which type each unit gets: the multiple-choice knapsack problem, solved to a stated gap.
+
+A price of bytes turns the problem into one for each unit alone (Lagrangian relaxation; Everett, 1963); the best price
+gives a lower bound L that no choice can undercut. A choice costs more than L by what each unit's option lies above the
+unit's best at that price, and by the price of the bytes that it leaves. So options that alone lie further above than
+the best known choice are out, and few are left; a list of partial choices without dominated ones (Nemhauser and
+Ullmann, 1969) finds the best of those. The list is cut at a fixed length, and the gap to L says what that may cost.
+
+Letters: U units, N options, S partial choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from compressors.model.errors import InputError
+from compressors.sensitivity.table import TypeTable
+
+__all__ = ["Allocation", "allocate", "allocate_file", "smallest_bytes"]
+
+_MOST_PARTIAL_CHOICES = 2048
+_PRICE_STEPS = 200  # of the bisection: more than double precision can tell apart
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A choice for every unit."""
+
+    choices: dict[str, str]  # type by unit
+    n_bytes: int
+    second_order: float  # predicted divergence, nats
+    seconds: float  # that decoding a token takes by them
+    gap: float  # the best choice's cost can be lower by no more than this: nats
+
+
+def smallest_bytes(table: TypeTable) -> int:
+    """Bytes of the smallest choice."""
+    return sum(min(option.n_bytes for option in unit.options) for unit in table.units)
+
+
+def allocate(table: TypeTable, byte_limit: int, *, nats_per_second: float = 0.0) -> Allocation:
+    """The choice of the lowest predicted divergence that fits.
+
+    Args:
+        table: units and their types.
+        byte_limit: of all units together.
+        nats_per_second: what a second that decoding takes longer is worth; its product is added to the divergence.
+
+    Raises:
+        InputError: a unit has no type, or the smallest choice does not fit; the message names what does.
+    """
+    empty = [unit.name for unit in table.units if not unit.options]
+    if empty:
+        raise InputError(f"{empty[0]} has no type that it may be written in; allow more types")
+    smallest = smallest_bytes(table)
+    if smallest > byte_limit:
+        raise _too_small(smallest, byte_limit)
+    options = _Options.of(table, nats_per_second)
+    chosen, bound = _search(options, byte_limit, _best_price(options, byte_limit))
+    return _allocation(table, options, chosen, bound)
+
+
+def allocate_file(
+    table: TypeTable,
+    byte_limit: int,
+    file_bytes: Callable[[Mapping[str, str]], int],
+    *,
+    nats_per_second: float = 0.0,
+) -> Allocation:
+    """The best choice whose file fits, where headers and alignment depend on the choice.
+
+    Args:
+        table: units and their types.
+        byte_limit: of the file.
+        file_bytes: exact size of the file for the types of the units.
+        nats_per_second: as in :func:`allocate`.
+
+    Raises:
+        InputError: the file of the smallest types does not fit; the message names its size.
+    """
+    smallest = allocate(table, smallest_bytes(table))
+    beside = file_bytes(smallest.choices) - smallest.n_bytes
+    if smallest.n_bytes + beside > byte_limit:
+        raise _too_small(smallest.n_bytes + beside, byte_limit)
+    while byte_limit - beside >= smallest.n_bytes:
+        found = allocate(table, byte_limit - beside, nats_per_second=nats_per_second)
+        excess = file_bytes(found.choices) - byte_limit
+        if excess <= 0:
+            return found
+        beside += excess
+    return smallest
+
+
+def _too_small(smallest: int, byte_limit: int) -> InputError:
+    return InputError(
+        f"the smallest types need {smallest:,} bytes, more than {byte_limit:,}; the smallest limit that can be "
+        f"met with these types is {smallest:,}"
+    )
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Each unit's options by rising bytes, without those that another undercuts in both bytes and cost."""
+
+    which_UN: npt.NDArray[np.int64]  # place among the unit's options
+    bytes_UN: npt.NDArray[np.int64]
+    cost_UN: npt.NDArray[np.float64]  # infinite where a unit has fewer options than another
+
+    @classmethod
+    def of(cls, table: TypeTable, nats_per_second: float) -> _Options:
+        size = (len(table.units), max(len(unit.options) for unit in table.units))
+        found = cls(np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64), np.full(size, np.inf))
+        for index, unit in enumerate(table.units):
+            n_bytes = np.array([option.n_bytes for option in unit.options], dtype=np.int64)
+            cost = np.array([option.second_order + nats_per_second * option.seconds for option in unit.options])
+            which = np.lexsort((cost, n_bytes))
+            which = which[_not_dominated(cost[which])]
+            place = (index, slice(len(which)))
+            found.which_UN[place], found.bytes_UN[place], found.cost_UN[place] = which, n_bytes[which], cost[which]
+        return found
+
+    def n_bytes(self, chosen_U: npt.NDArray[np.int64]) -> int:
+        """Bytes of an option for each unit."""
+        return int(np.take_along_axis(self.bytes_UN, chosen_U[:, None], 1).sum())
+
+    def cost(self, chosen_U: npt.NDArray[np.int64]) -> float:
+        """The cost of an option for each unit."""
+        return float(np.take_along_axis(self.cost_UN, chosen_U[:, None], 1).sum())
+
+    def at(self, price: float) -> npt.NDArray[np.float64]:
+        """What each option costs if bytes have a price: [U, N]."""
+        priced_UN: npt.NDArray[np.float64] = self.cost_UN + price * self.bytes_UN
+        return priced_UN
+
+    def best(self, price: float) -> npt.NDArray[np.int64]:
+        """Each unit's cheapest at a price; of equals the smallest."""
+        best_U: npt.NDArray[np.int64] = self.at(price).argmin(1)
+        return best_U
+
+
+def _not_dominated(cost_N: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+    """Which of the options, sorted by bytes and then cost, cost less than all before them."""
+    lowest_before = np.minimum.accumulate(np.concatenate([[np.inf], cost_N[:-1]]))
+    kept_N: npt.NDArray[np.bool_] = cost_N < lowest_before
+    return kept_N
+
+
+def _best_price(options: _Options, byte_limit: int) -> float:
+    """The lowest price at which the units' own choices fit, which is where the bound is highest."""
+    if options.n_bytes(options.best(0.0)) <= byte_limit:
+        return 0.0
+    low, high = 0.0, 1e-12
+    while options.n_bytes(options.best(high)) > byte_limit:
+        low, high = high, high * 4
+    for _ in range(_PRICE_STEPS):
+        middle = (low + high) / 2
+        if not low < middle < high:
+            break
+        low, high = (low, middle) if options.n_bytes(options.best(middle)) <= byte_limit else (middle, high)
+    return high
+
+
+def _search(options: _Options, byte_limit: int, price: float) -> tuple[npt.NDArray[np.int64], float]:
+    """The best choice found, an option for each unit, and the lower bound of any choice's cost."""
+    greedy_U = options.best(price)
+    priced_UN = options.at(price)
+    best_U = priced_UN.min(1)
+    bound = float(best_U.sum()) - price * byte_limit
+    room = byte_limit - options.n_bytes(greedy_U)
+    filled_U = _filled(options, greedy_U, room)
+    most = options.cost(filled_U) - bound  # what the best choice can lie above the bound
+    above_UN = priced_UN - best_U[:, None]
+    extra_UN = options.bytes_UN - np.take_along_axis(options.bytes_UN, greedy_U[:, None], 1)
+    partial = _Partial(room, price, most)
+    for unit in (above_UN <= most).sum(1).argsort(kind="stable").tolist():
+        partial.extend(unit, extra_UN[unit], above_UN[unit])
+    found_U = partial.best(len(greedy_U))
+    if found_U is None or options.cost(found_U) >= options.cost(filled_U):
+        return filled_U, bound
+    return found_U, bound
+
+
+def _filled(options: _Options, greedy_U: npt.NDArray[np.int64], room: int) -> npt.NDArray[np.int64]:
+    """Spends the room that is left on the best steps for their bytes, one unit after the other."""
+    chosen_U = greedy_U.copy()
+    while True:
+        here = chosen_U[:, None]
+        extra_UN = options.bytes_UN - np.take_along_axis(options.bytes_UN, here, 1)
+        gain_UN = np.take_along_axis(options.cost_UN, here, 1) - options.cost_UN
+        possible_UN = (extra_UN > 0) & (extra_UN <= room) & (gain_UN > 0)
+        if not possible_UN.any():
+            return chosen_U
+        rate_UN = np.where(possible_UN, gain_UN / np.maximum(extra_UN, 1), -np.inf)
+        unit, option = np.unravel_index(int(rate_UN.argmax()), rate_UN.shape)
+        room -= int(extra_UN[unit, option])
+        chosen_U[unit] = option
+
+
+class _Partial:
+    """Choices for the units so far, by their bytes beyond the greedy choice's and what they lie above the bound.
+
+    Args:
+        room: bytes that the greedy choice leaves.
+        price: of a byte.
+        most: choices that lie further above the bound are out.
+    """
+
+    def __init__(self, room: int, price: float, most: float) -> None:
+        self._room = room
+        self._price = price
+        self._most = most
+        self._bytes_S = np.zeros(1, dtype=np.int64)
+        self._above_S = np.zeros(1)
+        self._steps: list[tuple[int, npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []  # unit, parent, option
+
+    def extend(self, unit: int, bytes_N: npt.NDArray[np.int64], above_N: npt.NDArray[np.float64]) -> None:
+        """Gives one more unit each of its options."""
+        options = np.flatnonzero(above_N <= self._most)
+        n_bytes = (self._bytes_S[:, None] + bytes_N[options]).ravel()
+        above = (self._above_S[:, None] + above_N[options]).ravel()
+        order = np.lexsort((above, n_bytes))
+        # in cost, not in what lies above the bound: fewer bytes are worth their price
+        order = order[_not_dominated((above - self._price * n_bytes)[order])]
+        order = order[above[order] <= self._most]
+        if len(order) > _MOST_PARTIAL_CHOICES:
+            order = np.sort(order[np.argpartition(above[order], _MOST_PARTIAL_CHOICES)[:_MOST_PARTIAL_CHOICES]])
+            order = order[np.argsort(n_bytes[order], kind="stable")]
+        self._bytes_S, self._above_S = n_bytes[order], above[order]
+        self._steps.append((unit, order // len(options), options[order % len(options)]))
+
+    def best(self, n_units: int) -> npt.NDArray[np.int64] | None:
+        """The complete choice of the lowest cost that fits, an option for each unit; None if none does."""
+        fits = np.flatnonzero(self._bytes_S <= self._room)
+        if not len(fits):
+            return None
+        place = int(fits[(self._above_S - self._price * self._bytes_S)[fits].argmin()])
+        chosen_U = np.zeros(n_units, dtype=np.int64)
+        for unit, parents, options in reversed(self._steps):
+            chosen_U[unit] = options[place]
+            place = int(parents[place])
+        return chosen_U
+
+
+def _allocation(table: TypeTable, options: _Options, chosen_U: npt.NDArray[np.int64], bound: float) -> Allocation:
+    taken = [
+        unit.options[int(options.which_UN[index, option])]
+        for index, (unit, option) in enumerate(zip(table.units, chosen_U.tolist(), strict=True))
+    ]
+    return Allocation(
+        {unit.name: option.choice for unit, option in zip(table.units, taken, strict=True)},
+        sum(option.n_bytes for option in taken),
+        sum(option.second_order for option in taken),
+        sum(option.seconds for option in taken),
+        max(0.0, options.cost(chosen_U) - bound),
+    )

@@ -1,0 +1,123 @@
+"""The error of a quantized type, measured on few rows of a tensor.
+
+Rows are chosen with a probability in proportion to what their errors weigh, by even steps through their running sum
+("systematic sampling"; Madow, 1949), so the choice is the same in every run, every expert is there by its share, and
+every type is judged by the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from compressors.model.families import Role
+from compressors.model.student import Student
+from compressors.quantize import GGMLQuantizationType, dequantize_rows, quantize_rows
+from compressors.sensitivity.matrices import MatrixSensitivity
+from compressors.statistics import Importance
+
+__all__ = ["SAMPLED_WEIGHTS", "Quantizer", "RowSample", "ggml_quantizer", "sample_rows"]
+
+SAMPLED_WEIGHTS = 1 << 16
+"""Weights of a tensor that are quantized to judge a type, unless that is less than :data:`LEAST_ROWS` rows."""
+LEAST_ROWS = 128
+
+Quantizer = Callable[[torch.Tensor, torch.Tensor | None, str], torch.Tensor]
+"""(rows [R, N], importance [N] or None, the weights' name) -> the values that a runtime sees, float32 [R, N]."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows of one matrix."""
+
+    name: str
+    values_RN: torch.Tensor  # float32
+    weights_RN: torch.Tensor  # of their squared errors; that of rows that are not here is in them
+    importance_N: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class RowSample:
+    """Some rows of a tensor, which stand for all."""
+
+    parts: tuple[_Rows, ...]
+
+    def divergence(self, quantize: Quantizer) -> float:
+        """What quantizing the tensor alone would do to the output, to second order: nats."""
+        return sum(
+            0.5
+            * float(
+                (
+                    part.weights_RN * (quantize(part.values_RN, part.importance_N, part.name) - part.values_RN).square()
+                ).sum(dtype=torch.float64)
+            )
+            for part in self.parts
+        )
+
+
+def ggml_quantizer(ggml_type: GGMLQuantizationType) -> Quantizer:
+    """ggml's own kernel for a type."""
+
+    def quantize(values_RN: torch.Tensor, importance_N: torch.Tensor | None, name: str) -> torch.Tensor:
+        stored = quantize_rows(values_RN, ggml_type, importance_N, name=name)
+        return torch.from_numpy(dequantize_rows(stored, ggml_type, values_RN.shape[1]))
+
+    return quantize
+
+
+def sample_rows(
+    student: Student,
+    role: Role,
+    layer: int | None,
+    sensitivity: MatrixSensitivity,
+    importance: Importance,
+    n_weights: int | None = SAMPLED_WEIGHTS,
+) -> RowSample:
+    """Reads rows of a tensor: all experts' of a layer, if the role is an expert's.
+
+    Args:
+        student: where they come from; a matrix without a chosen row is not read.
+        role: of the tensor.
+        layer: of the tensor.
+        sensitivity: what the errors weigh.
+        importance: for the kernels, as the file is written with.
+        n_weights: about so many; None: all.
+
+    Raises:
+        InputError: a weight cannot be read.
+    """
+    row_weights_MO = sensitivity.row_weights_MO
+    row_length = sensitivity.columns_MPI.shape[-1]
+    n_rows = None if n_weights is None else max(LEAST_ROWS, n_weights // row_length)
+    counts_MO, scale_MO = _chosen(row_weights_MO, n_rows)
+    parts = []
+    for matrix, scale_O in enumerate(scale_MO):
+        rows = counts_MO[matrix].nonzero()[:, 0]
+        if not len(rows):
+            continue
+        values_RN = _matrix(student, role, layer, matrix)[rows].float()
+        weights_RN = sensitivity.weights(matrix, rows) * scale_O[rows, None].float()
+        found = importance.get((role, layer))
+        importance_N = found if found is None or not role.is_expert else found[matrix]
+        parts.append(_Rows(student.name(role, layer, matrix), values_RN, weights_RN, importance_N))
+    return RowSample(tuple(parts))
+
+
+def _chosen(row_weights_MO: torch.Tensor, n_rows: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """How often each row is chosen, and what its weights are multiplied with to stand for all rows."""
+    if n_rows is None or n_rows >= row_weights_MO.numel():
+        return (row_weights_MO > 0).long(), torch.ones_like(row_weights_MO)
+    running = row_weights_MO.flatten().cumsum(0)
+    step = running[-1] / n_rows
+    places = torch.searchsorted(running, (torch.arange(n_rows, dtype=torch.float64) + 0.5) * step)
+    counts = torch.bincount(places.clamp_max(running.numel() - 1), minlength=running.numel()).view_as(row_weights_MO)
+    return counts, counts * step / row_weights_MO.clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def _matrix(student: Student, role: Role, layer: int | None, matrix: int) -> torch.Tensor:
+    if role.is_expert:
+        assert layer is not None
+        return student.expert(role, layer, matrix)
+    return student.tensor(role, layer)

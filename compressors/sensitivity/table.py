@@ -1,0 +1,159 @@
+"""The table that an allocation chooses from: what each type of each unit costs in bytes, time and divergence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from compressors.model.families import Role
+from compressors.model.student import Student
+from compressors.sensitivity.matrices import Sensitivities
+from compressors.sensitivity.sampling import SAMPLED_WEIGHTS, Quantizer, RowSample, sample_rows
+from compressors.statistics import Importance
+
+__all__ = ["Candidate", "Option", "TypeTable", "Unit", "UnitPlan", "measured_table"]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One type that a unit may have."""
+
+    choice: str  # the type's name
+    n_bytes: int  # in the file, alignment included
+    second_order: float  # predicted divergence, nats, before :class:`~compressors.sensitivity.DivergenceModel`
+    seconds: float = 0.0  # that decoding a token takes by it
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Tensors that have one type in common, mostly a single one."""
+
+    name: str
+    tensors: tuple[str, ...]
+    options: tuple[Option, ...]
+
+    def option(self, choice: str) -> Option:
+        """The option of this name; a KeyError if there is none."""
+        for option in self.options:
+            if option.choice == choice:
+                return option
+        raise KeyError(f"{self.name} cannot be {choice}")
+
+
+@dataclass(frozen=True)
+class TypeTable:
+    """All units of a file."""
+
+    units: tuple[Unit, ...]
+
+    def restricted(self, allowed: Mapping[str, Collection[str]]) -> TypeTable:
+        """The table with these choices only for the units that are named."""
+        units = []
+        for unit in self.units:
+            names = allowed.get(unit.name)
+            options = tuple(option for option in unit.options if names is None or option.choice in names)
+            units.append(replace(unit, options=options))
+        return TypeTable(tuple(units))
+
+    def without(self, choices: Collection[str]) -> TypeTable:
+        """The table without these types."""
+        return TypeTable(
+            tuple(
+                replace(unit, options=tuple(option for option in unit.options if option.choice not in choices))
+                for unit in self.units
+            )
+        )
+
+    def n_bytes(self, choices: Mapping[str, str]) -> int:
+        """Bytes of a choice of every unit."""
+        return sum(unit.option(choices[unit.name]).n_bytes for unit in self.units)
+
+    def second_order(self, choices: Mapping[str, str]) -> float:
+        """The predicted divergence of a choice of every unit: nats, to second order."""
+        return sum(unit.option(choices[unit.name]).second_order for unit in self.units)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Plain data for a JSON file."""
+        return [asdict(unit) for unit in self.units]
+
+    @classmethod
+    def from_json(cls, data: Sequence[Mapping[str, Any]]) -> TypeTable:
+        """The inverse of :meth:`to_json`."""
+        return cls(
+            tuple(
+                Unit(unit["name"], tuple(unit["tensors"]), tuple(Option(**option) for option in unit["options"]))
+                for unit in data
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A type that a unit may have, before its error is measured."""
+
+    choice: str
+    n_bytes: int
+    quantize: Quantizer | None  # None: exact
+    factor: Callable[[Role], float] = lambda _role: 1.0  # what is left of the quantizer's error
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class UnitPlan:
+    """A unit, before the errors of its types are measured."""
+
+    name: str
+    tensors: tuple[str, ...]
+    matrices: tuple[tuple[Role, int | None], ...]
+    candidates: tuple[Candidate, ...]
+
+
+def measured_table(
+    student: Student,
+    plans: Sequence[UnitPlan],
+    sensitivities: Sensitivities,
+    importance: Importance,
+    *,
+    n_weights: int | None = SAMPLED_WEIGHTS,
+    threads: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> TypeTable:
+    """Measures the error of every candidate type of every unit by quantizing rows of its tensors.
+
+    Args:
+        student: what is written.
+        plans: the units, in the order of the file.
+        sensitivities: of the student's matrices.
+        importance: that the file is written with.
+        n_weights: weights of a tensor that are quantized (:func:`~compressors.sensitivity.sampling.sample_rows`);
+            None: all.
+        threads: types that are tried at a time; the table does not depend on it.
+        progress: called with 1 for each finished unit.
+
+    Raises:
+        InputError: a weight cannot be read or is not finite.
+    """
+    units = []
+    with ThreadPoolExecutor(threads) as pool:
+        for plan in plans:
+            samples = [
+                (role, sample_rows(student, role, layer, sensitivities.of(role, layer), importance, n_weights))
+                for role, layer in plan.matrices
+            ]
+            options = list(pool.map(lambda candidate, samples=samples: _option(candidate, samples), plan.candidates))
+            units.append(Unit(plan.name, plan.tensors, tuple(options)))
+            if progress is not None:
+                progress(1)
+    return TypeTable(tuple(units))
+
+
+def _option(candidate: Candidate, samples: Sequence[tuple[Role, RowSample]]) -> Option:
+    quantize = candidate.quantize
+    second_order = (
+        0.0
+        if quantize is None
+        else sum(candidate.factor(role) * sample.divergence(quantize) for role, sample in samples)
+    )
+    return Option(candidate.choice, candidate.n_bytes, second_order, candidate.seconds)

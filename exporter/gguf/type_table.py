@@ -1,0 +1,134 @@
+"""What each type of each tensor of a GGUF file costs in bytes and divergence: what an allocation chooses from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+
+from compressors.model.checkpoint import role_shape
+from compressors.model.families import Role
+from compressors.model.ggml_types import BLOCK_SIZES
+from compressors.model.shape import MoeShape
+from compressors.model.student import Student
+from compressors.quantize import GGMLQuantizationType, row_bytes
+from compressors.sensitivity import (
+    Candidate,
+    Quantizer,
+    Sensitivities,
+    TypeTable,
+    UnitPlan,
+    feedback_factor,
+    ggml_quantizer,
+    measured_table,
+)
+from compressors.sensitivity.sampling import SAMPLED_WEIGHTS
+from compressors.statistics import Importance
+from exporter.gguf.container import aligned
+
+__all__ = ["ALLOCATED_TYPES", "gguf_type_table", "plan_gguf_units"]
+
+_T = GGMLQuantizationType
+
+ALLOCATED_TYPES = (
+    _T.Q8_0,
+    _T.Q6_K,
+    _T.Q5_K,
+    _T.Q5_1,
+    _T.Q5_0,
+    _T.Q4_K,
+    _T.Q4_1,
+    _T.IQ4_NL,
+    _T.Q4_0,
+    _T.IQ4_XS,
+    _T.Q3_K,
+    _T.IQ3_S,
+    _T.IQ3_XXS,
+    _T.Q2_K,
+    _T.IQ2_S,
+    _T.IQ2_XS,
+    _T.IQ2_XXS,
+)
+"""The types that an allocation chooses from unless it is told otherwise, from the most bits to the fewest."""
+
+_NOT_QUANTIZED = frozenset(
+    {Role.FINAL_NORM, Role.ATTENTION_NORM, Role.MOE_NORM, Role.QUERY_NORM, Role.KEY_NORM, Role.ROUTER}
+)
+
+
+def plan_gguf_units(
+    shape: MoeShape,
+    types: Sequence[GGMLQuantizationType] = ALLOCATED_TYPES,
+    *,
+    feedback: bool = False,
+    quantizers: Mapping[GGMLQuantizationType, Quantizer] | None = None,
+) -> list[UnitPlan]:
+    """A unit for each tensor that can be quantized, in the file's order, with those types that fit its rows.
+
+    Args:
+        shape: of the model in the file.
+        types: to choose from.
+        feedback: errors are what error feedback leaves of them (:func:`~compressors.sensitivity.feedback_factor`).
+        quantizers: in place of ggml's kernels for some types; their errors are taken as they are.
+    """
+    quantizers = quantizers or {}
+    plans = []
+    for role, layer in _matrices(shape):
+        *rows, row_length = _dimensions(shape, role, layer)
+        candidates = [
+            _candidate(ggml_type, aligned(prod(rows) * row_bytes(ggml_type, row_length)), feedback, quantizers)
+            for ggml_type in types
+            if row_length % BLOCK_SIZES[ggml_type][0] == 0
+        ]
+        name = shape.gguf_name(role, layer)
+        plans.append(UnitPlan(name, (name,), ((role, layer),), tuple(candidates)))
+    return plans
+
+
+def gguf_type_table(
+    student: Student,
+    sensitivities: Sensitivities,
+    importance: Importance,
+    types: Sequence[GGMLQuantizationType] = ALLOCATED_TYPES,
+    *,
+    feedback: bool = False,
+    n_weights: int | None = SAMPLED_WEIGHTS,
+    threads: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> TypeTable:
+    """The table of a student: every tensor by every type that fits its rows.
+
+    The arguments are those of :func:`plan_gguf_units` and :func:`~compressors.sensitivity.measured_table`.
+    """
+    plans = plan_gguf_units(student.shape, types, feedback=feedback)
+    return measured_table(
+        student, plans, sensitivities, importance, n_weights=n_weights, threads=threads, progress=progress
+    )
+
+
+def _candidate(
+    ggml_type: GGMLQuantizationType,
+    n_bytes: int,
+    feedback: bool,
+    quantizers: Mapping[GGMLQuantizationType, Quantizer],
+) -> Candidate:
+    if ggml_type in quantizers:
+        return Candidate(ggml_type.name, n_bytes, quantizers[ggml_type])
+
+    def factor(role: Role) -> float:
+        return feedback_factor(role, ggml_type.name) if feedback else 1.0
+
+    return Candidate(ggml_type.name, n_bytes, ggml_quantizer(ggml_type), factor)
+
+
+def _matrices(shape: MoeShape) -> list[tuple[Role, int | None]]:
+    roles = [role for role in shape.stored_roles if role not in _NOT_QUANTIZED]
+    found: list[tuple[Role, int | None]] = [(role, None) for role in roles if role.is_global]
+    for layer in range(shape.n_layers):
+        found += [(role, layer) for role in roles if not role.is_global]
+    return found
+
+
+def _dimensions(shape: MoeShape, role: Role, layer: int | None) -> tuple[int, ...]:
+    of_layer = shape if layer is None else shape.layer(layer)
+    dimensions = role_shape(role, of_layer)
+    return (of_layer.n_experts, *dimensions) if role.is_expert else dimensions

@@ -1,0 +1,30 @@
+"""How many files a search measures: a number that is found once from a timed trial and then kept, never a clock."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from exporter.estimate import seconds_of_measuring
+from exporter.files import write_atomically
+from exporter.machine import measure_speeds
+from exporter.stage import StageContext
+
+__all__ = ["n_measured_files"]
+
+_FILE = "effort.json"
+_MOST = 5  # of each artifact: two of ours, three mixes
+
+
+def n_measured_files(context: StageContext) -> int:
+    """Files of each artifact that fit ``--plan-time``; an attempt that goes on takes the number of the first."""
+    path = context.output / _FILE
+    if not path.exists():
+        plan = context.plan
+        assert plan.search is not None, "the recipe stands"
+        seconds = seconds_of_measuring(plan, measure_speeds(plan)) * len(plan.recipe.artifacts)
+        torch.set_num_threads(plan.recipe.threads)
+        write_atomically(path, json.dumps(min(_MOST, int(plan.search.plan_seconds / seconds))))
+    n_files: int = json.loads(path.read_text(encoding="utf-8"))
+    return n_files

@@ -1,0 +1,134 @@
+"""What can be said of a structure before a weight is read: whether it fits, and about how far off it will be.
+
+Sensitivities and losses that ship with the package stand in for those of the model; the search measures both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.errors import BudgetError, UnsupportedError
+from compressors.sensitivity import DivergenceModel, TypeTable, default_table
+from exporter.compression import check_compression, described_compression, expected_shape
+from exporter.planning.container import Container
+from exporter.planning.fitting import Fitted, fit, smallest
+from exporter.planning.structures import expected_loss, whole
+from exporter.planning.units import LAST_RESORT, units_of
+from exporter.recipe import CompressChoice, Recipe
+from exporter.sizes import format_size
+
+__all__ = ["STRUCTURES_FROM", "Outlook", "container_of", "fitted_table", "outlooks", "refuse_unless_something_fits"]
+
+STRUCTURES_FROM = 0.05
+"""Predicted divergence, nats, from which structures smaller than the original are looked at. The best of them, half of
+every expert's width, begins at 0.07 after it was taught (docs/quantization.md)."""
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """A structure whose file fits."""
+
+    compress: CompressChoice
+    container: Container
+    fitted: Fitted
+    divergence: float  # from the original, nats: a guess
+
+
+def outlooks(
+    recipe: Recipe, artifact: str, checkpoint: Checkpoint, structures: Sequence[CompressChoice]
+) -> list[Outlook]:
+    """The structures that fit, the most promising first.
+
+    Those below the original are left out where it is good enough.
+
+    Args:
+        recipe: names budget, quantizer and source.
+        artifact: gguf or onnx.
+        checkpoint: the original.
+        structures: to choose from; the original, if it is one of them, is the first.
+    """
+    found: list[Outlook] = []
+    for choice in structures:
+        if (outlook := _outlook(recipe, artifact, checkpoint, choice)) is not None:
+            found.append(outlook)
+            if choice == whole(checkpoint.shape) and outlook.divergence <= STRUCTURES_FROM:
+                break
+    return sorted(found, key=lambda outlook: outlook.divergence)
+
+
+def refuse_unless_something_fits(
+    recipe: Recipe, artifact: str, checkpoint: Checkpoint, structures: Sequence[CompressChoice]
+) -> None:
+    """Refuses a budget that no structure meets, by arithmetic on sizes alone.
+
+    Raises:
+        BudgetError: the message names the smallest budget that would work.
+        UnsupportedError: the container can hold none of the structures.
+    """
+    needs: list[tuple[int, CompressChoice]] = []
+    refusal: UnsupportedError | None = None
+    for choice in structures:
+        try:
+            container = container_of(recipe, artifact, checkpoint, choice)
+            needs.append((smallest(container, _default_table(container, checkpoint.dtype)), choice))
+        except UnsupportedError as error:
+            refusal = refusal or error
+        if needs and needs[-1][0] <= recipe.budget.bytes:
+            return
+    if not needs:
+        assert refusal is not None, "there are structures"
+        raise refusal
+    n_bytes, choice = min(needs, key=lambda need: need[0])
+    budget = recipe.budget
+    counted = "file" if budget.kind == "file" else f"memory at {budget.context} tokens of context"
+    raise BudgetError(
+        f"nothing fits a budget of {format_size(budget.bytes)}: with {described_compression(choice, checkpoint.shape)} "
+        f"the smallest {artifact} needs {format_size(n_bytes)} of {counted}. "
+        f"The smallest budget that works is --budget {n_bytes}B"
+    )
+
+
+def container_of(recipe: Recipe, artifact: str, checkpoint: Checkpoint, choice: CompressChoice) -> Container:
+    """The artifact of a structure.
+
+    Raises:
+        UnsupportedError: the container cannot hold it.
+    """
+    check_compression(recipe.with_only(artifact, choice), checkpoint.shape)
+    return Container(
+        artifact,
+        checkpoint.folder,
+        recipe.source.model,
+        expected_shape(choice, checkpoint.shape),
+        recipe.budget,
+        recipe.threads,
+        recipe.file(artifact),
+    )
+
+
+def fitted_table(container: Container, table: TypeTable) -> tuple[Fitted, TypeTable] | None:
+    """The best types that fit, and the table that they are from: without types of the last resort if it can be."""
+    for allowed in (table.without(LAST_RESORT), table):
+        if all(unit.options for unit in allowed.units) and (fitted := fit(container, allowed)) is not None:
+            return fitted, allowed
+    return None
+
+
+def _outlook(recipe: Recipe, artifact: str, checkpoint: Checkpoint, choice: CompressChoice) -> Outlook | None:
+    try:
+        container = container_of(recipe, artifact, checkpoint, choice)
+    except UnsupportedError:
+        return None
+    found = fitted_table(container, _default_table(container, checkpoint.dtype))
+    if found is None:
+        return None
+    quantizing = DivergenceModel().divergence(found[0].allocation.second_order)
+    return Outlook(choice, container, found[0], expected_loss(choice, checkpoint.shape) + quantizing)
+
+
+def _default_table(container: Container, dtype: torch.dtype) -> TypeTable:
+    return default_table(container.shape, units_of(container, dtype))

@@ -1,0 +1,149 @@
+"""A student that a search looks at: built, judged, taught a little, and its tensors' sensitivities measured."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from compressors.model.arithmetic import dtype_of
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.log_probs import LogProbReader
+from compressors.model.student import Student
+from compressors.recover.divergence import judge
+from compressors.sensitivity import Sensitivities, TypeTable, UnitPlan, gather_sensitivities, measured_table
+from exporter.files import write_atomically
+from exporter.plan import Plan
+from exporter.planning.ladder import ladder_for
+from exporter.recipe import CompressChoice
+from exporter.stage import StageContext
+from exporter.stages import compress
+from exporter.stages.artifacts import Blocks, Calibration, StudentFiles, importance_of, memory_limit
+from exporter.stages.recover import Ladder
+from exporter.stages.sensitivity import watched_blocks
+from validate.backend import scored_positions
+
+__all__ = ["Trial"]
+
+_OF_THE_RUN = frozenset({"calibrate", "sensitivity"})
+_TRIAL_BLOCKS = 16  # of recovery: enough to see whether it helps, and about how much
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A structure that is looked at, in a folder of its own; what is finished there is not done again."""
+
+    context: StageContext  # whose work is the trial's: its plan names the structure
+    compress: CompressChoice
+
+    @property
+    def _is_original(self) -> bool:
+        """Whether nothing is changed, and everything known."""
+        return self.compress == CompressChoice(experts=self.context.plan.teacher_shape.n_experts)
+
+    @classmethod
+    def of(cls, context: StageContext, choice: CompressChoice, number: int) -> Trial:
+        """The trial of a structure; number 0 is the original."""
+        recipe = context.plan.recipe.model_copy(update={"compress": choice})
+        folder = context.output / f"trial-{number}"
+        work = context.work.within(folder, _OF_THE_RUN)
+        plan = replace(context.plan, recipe=recipe)
+        return cls(StageContext(plan, work, folder, context.progress), choice)
+
+    def student(self) -> Student:
+        """The compressed model, as a short trial of recovery left it."""
+        work = self.context.work
+        if not work.stage("compress").exists():
+            self._in_stage("compress", self.context.plan, compress.run)
+        if not self._is_original and not work.stage("recover").exists():
+            self._teach()
+        return self._opened()
+
+    def _opened(self) -> Student:
+        taught = StudentFiles(self.context.work.stage("recover")).rungs
+        return StudentFiles(self.context.work.stage("compress")).open(Checkpoint(self.context.plan.source), taught)
+
+    def _teach(self) -> None:
+        """Climbs the rungs of the finished run for a short while; what does not help is not kept."""
+        plan = self.context.plan
+        assert plan.search is not None, "the recipe stands"
+        choice, _ = ladder_for(plan.search.recover, self.compress, plan)
+        plan = replace(plan, recipe=plan.recipe.model_copy(update={"recover": choice}))
+
+        def climb(context: StageContext) -> None:
+            ladder = Ladder(context, self._opened())
+            for number, rung in enumerate(choice.rungs):
+                ladder.climb(number, rung, min(rung.blocks, _TRIAL_BLOCKS))
+
+        self._in_stage("recover", plan, climb)
+
+    def divergence(self) -> float:
+        """The divergence from the original on the selection split, unquantized: nats."""
+        return 0.0 if self._is_original else self._remembered("divergence", lambda: self.judged(self.student()))
+
+    def judged(self, student: Student) -> float:
+        """The divergence of a student of this structure on the selection split: nats."""
+        files = Calibration.of(self.context.work)
+        blocks_BT = Blocks.load(files.blocks).selection
+        return judge(
+            student,
+            blocks_BT,
+            LogProbReader(files.selection_log_probs),
+            scored_positions(blocks_BT.shape[1]),
+            limit=memory_limit(self.context),
+            device=torch.device(self.context.plan.device),
+        ).divergence
+
+    def table(self, units: tuple[UnitPlan, ...], name: str) -> TypeTable:
+        """What each type of each unit costs, measured once; ``name`` tells tables of the same structure apart."""
+        path = self.context.output / f"table-{name}.json"
+        if not path.exists():
+            student = self.student()
+            table = measured_table(
+                student,
+                units,
+                self._sensitivities(student),
+                importance_of(student, self.context.work),
+                threads=self.context.plan.recipe.threads,
+            )
+            write_atomically(path, json.dumps(table.to_json()))
+        return TypeTable.from_json(json.loads(path.read_text(encoding="utf-8")))
+
+    def remove(self) -> None:
+        """Removes everything but the figures."""
+        for name in ("compress", "recover"):
+            shutil.rmtree(self.context.work.stage(name), ignore_errors=True)
+
+    def _sensitivities(self, student: Student) -> Sensitivities:
+        tied = student.shape.tied_embeddings
+        if self._is_original:
+            return Sensitivities(self.context.work.stage("sensitivity"), tied)
+        folder = self.context.output / "sensitivity"
+        if not (folder / "vocabulary.safetensors").exists():
+            gather_sensitivities(
+                student,
+                watched_blocks(self.context.work),
+                folder,
+                dtype=dtype_of(self.context.plan.recipe.arithmetic),
+                limit=memory_limit(self.context),
+                device=torch.device(self.context.plan.device),
+            )
+        return Sensitivities(folder, tied)
+
+    def _in_stage(self, name: str, plan: Plan, run: Callable[[StageContext], None]) -> None:
+        """Runs what a stage does, into the folder that a finished stage of this work has."""
+        partial = self.context.work.partial(name)
+        partial.mkdir(parents=True, exist_ok=True)
+        run(replace(self.context, plan=plan, output=partial))
+        partial.rename(self.context.work.stage(name))
+
+    def _remembered(self, what: str, measure: Callable[[], float]) -> float:
+        path: Path = self.context.output / f"{what}.json"
+        if not path.exists():
+            write_atomically(path, json.dumps(measure()))
+        value: float = json.loads(path.read_text(encoding="utf-8"))
+        return value

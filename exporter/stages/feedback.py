@@ -1,0 +1,81 @@
+"""Error feedback for a stage that writes a file: from what enters the layers of the student that it writes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from compressors.layer_inputs import LayerInputs, n_kept_blocks, write_layer_inputs
+from compressors.model.arithmetic import dtype_of
+from compressors.model.memory import PROCESS_BYTES
+from compressors.model.shape import MoeShape
+from compressors.model.streaming import StreamedModel
+from compressors.model.student import ExpertMap, Student
+from compressors.second_moments import SecondMoments
+from compressors.sensitivity import Sensitivities
+from exporter.feedback import EmbeddingGradient, StudentFeedback, threads_within
+from exporter.files import flush_folder
+from exporter.plan import Plan
+from exporter.recipe import Quantizer
+from exporter.stage import StageContext
+from exporter.stages.artifacts import Blocks, Calibration, memory_limit, use_threads
+
+__all__ = ["feedback_for", "writer_threads"]
+
+
+@contextmanager
+def feedback_for(context: StageContext, student: Student, quantizer: Quantizer) -> Iterator[StudentFeedback | None]:
+    """The feedback of a student's matrices; None where the kernels choose the codes.
+
+    What enters the original's layers is known from calibration. A student that differs takes the same tokens through
+    its own layers first; what enters them is kept until the file is done, so that an interrupted stage goes on.
+    """
+    if quantizer == "kernel":
+        yield None
+        return
+    own = context.output / "layer_inputs"
+    dtype = dtype_of(context.plan.recipe.arithmetic)
+    if _is_original(student):
+        inputs = LayerInputs(Calibration.of(context.work).layer_inputs)
+    else:
+        inputs = _own_inputs(context, student, own, dtype)
+    threads = writer_threads(context.plan, student.shape, quantizer)
+    moments = SecondMoments(student, inputs, dtype=dtype, threads=threads)
+    tied = student.shape.tied_embeddings
+    of_vocabulary = Sensitivities(context.work.stage("sensitivity"), tied).vocabulary
+    gradient = EmbeddingGradient(of_vocabulary.embedding_gradient_moments, float(of_vocabulary.kappa))
+    yield StudentFeedback(moments, tied=tied, gradient=gradient)
+    shutil.rmtree(own, ignore_errors=True)
+
+
+def writer_threads(plan: Plan, shape: MoeShape, quantizer: Quantizer) -> int:
+    """How many threads quantize: the recipe's, or fewer where ``--memory`` does not allow so many to choose codes."""
+    if quantizer == "kernel":
+        return plan.recipe.threads
+    return threads_within(plan.memory_bytes - PROCESS_BYTES, shape, plan.recipe.threads)
+
+
+def _is_original(student: Student) -> bool:
+    return student.experts == ExpertMap.identity(student.source.shape) and not student.overlay
+
+
+def _own_inputs(context: StageContext, student: Student, folder: Path, dtype: torch.dtype) -> LayerInputs:
+    """Takes the first calibration tokens through the student, unless an earlier attempt has done so."""
+    if folder.exists():
+        return LayerInputs(folder)
+    use_threads(context.plan)
+    tokens_BT = Blocks.load(Calibration.of(context.work).blocks).calibration
+    tokens_BT = tokens_BT[: n_kept_blocks(*tokens_BT.shape)]
+    model = StreamedModel(student, limit=memory_limit(context), device=torch.device(context.plan.device))
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    with context.progress.bar("layers", student.shape.n_layers) as advance:
+        write_layer_inputs(model, tokens_BT, unfinished, dtype, advance)
+    model.release()
+    flush_folder(unfinished)
+    unfinished.rename(folder)
+    return LayerInputs(folder)

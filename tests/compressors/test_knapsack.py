@@ -1,0 +1,118 @@
+"""The allocation against every possible choice, and at the size of a large model."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from compressors.model.errors import InputError
+from compressors.sensitivity import Option, TypeTable, Unit, allocate, allocate_file, smallest_bytes
+
+
+def _table(generator: np.random.Generator, n_units: int, n_options: int, sizes: list[int]) -> TypeTable:
+    """Types whose error falls by a factor of four with each bit, more or less, as those of real tensors do."""
+    units = []
+    for number in range(n_units):
+        size = int(generator.choice(sizes))
+        importance = float(generator.lognormal(-6, 1.5))
+        bits = np.sort(generator.uniform(2, 8.5, n_options))
+        noise = generator.lognormal(0, 0.3, n_options)
+        options = tuple(
+            Option(f"T{place}", int(size * bit / 8) // 32 * 32, importance * 4.0**-bit * factor, bit * 1e-4)
+            for place, (bit, factor) in enumerate(zip(bits, noise, strict=True))
+        )
+        units.append(Unit(f"unit {number}", (f"tensor {number}",), options))
+    return TypeTable(tuple(units))
+
+
+def _best_of_all(table: TypeTable, limit: int, nats_per_second: float = 0.0) -> float:
+    return min(
+        sum(option.second_order + nats_per_second * option.seconds for option in options)
+        for options in itertools.product(*(unit.options for unit in table.units))
+        if sum(option.n_bytes for option in options) <= limit
+    )
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("nats_per_second", [0.0, 0.05])
+def test_no_other_choice_is_better(seed: int, nats_per_second: float) -> None:
+    generator = np.random.default_rng(seed)
+    table = _table(generator, 6, 5, [4096, 8192, 70_000])
+    lowest, highest = (sum(pick(o.n_bytes for o in unit.options) for unit in table.units) for pick in (min, max))
+    for share in (0.0, 0.02, 0.3, 0.6, 0.97, 1.0):
+        limit = int(lowest + share * (highest - lowest))
+        found = allocate(table, limit, nats_per_second=nats_per_second)
+        best = _best_of_all(table, limit, nats_per_second)
+        cost = found.second_order + nats_per_second * found.seconds
+        assert found.n_bytes == table.n_bytes(found.choices) <= limit
+        assert found.second_order == pytest.approx(table.second_order(found.choices))
+        assert cost == pytest.approx(best, rel=1e-9)
+        assert cost - found.gap <= best * (1 + 1e-9)
+
+
+def test_one_byte_less_than_the_smallest_fails_and_names_it() -> None:
+    table = _table(np.random.default_rng(1), 5, 4, [1000])
+    smallest = smallest_bytes(table)
+    assert allocate(table, smallest).n_bytes == smallest
+    with pytest.raises(InputError, match=f"the smallest limit that can be met with these types is {smallest:,}"):
+        allocate(table, smallest - 1)
+
+
+def test_a_large_model_takes_less_than_a_second_and_the_gap_is_small() -> None:
+    table = _table(np.random.default_rng(2), 400, 25, [100_663_296, 8_388_608, 2_097_152, 524_288])
+    lowest, highest = (sum(pick(o.n_bytes for o in unit.options) for unit in table.units) for pick in (min, max))
+    for share in (0.05, 0.3, 0.7):
+        limit = int(lowest + share * (highest - lowest))
+        start = time.process_time()
+        found = allocate(table, limit)
+        assert time.process_time() - start < 1.5  # 0.3 s where nothing else runs
+        assert found.n_bytes <= limit
+        assert found.gap < 2e-3 * found.second_order
+
+
+def test_types_can_be_left_out_and_units_pinned() -> None:
+    table = _table(np.random.default_rng(3), 5, 4, [1000])
+    largest = 10**6
+    assert "T3" not in allocate(table.without({"T3"}), largest).choices.values()
+    pinned = table.restricted({"unit 2": {"T0"}})
+    assert allocate(pinned, largest).choices["unit 2"] == "T0"
+    with pytest.raises(InputError, match="unit 0 has no type"):
+        allocate(table.restricted({"unit 0": set()}), largest)
+
+
+def test_time_that_costs_nats_buys_faster_types() -> None:
+    slow = Option("slow", 100, 0.001, seconds=0.02)
+    fast = Option("fast", 110, 0.002, seconds=0.01)
+    table = TypeTable((Unit("a", ("a",), (slow, fast)),))
+    assert allocate(table, 200).choices == {"a": "slow"}
+    assert allocate(table, 200, nats_per_second=0.2).choices == {"a": "fast"}
+    assert allocate(table, 105, nats_per_second=0.2).choices == {"a": "slow"}
+
+
+def test_a_table_survives_json() -> None:
+    table = _table(np.random.default_rng(4), 3, 4, [1000])
+    assert TypeTable.from_json(table.to_json()) == table
+    assert TypeTable.from_json(table.to_json()) != TypeTable((replace(table.units[0], name="other"),))
+
+
+def test_a_file_never_exceeds_its_limit_whatever_lies_between_its_tensors() -> None:
+    table = _table(np.random.default_rng(5), 8, 6, [4096, 70_000])
+
+    def file_bytes(choices: Mapping[str, str]) -> int:
+        """A header, and every tensor on a page of its own."""
+        return 1000 + sum(-(-unit.option(choices[unit.name]).n_bytes // 4096) * 4096 for unit in table.units)
+
+    smallest = {unit.name: min(unit.options, key=lambda option: option.n_bytes).choice for unit in table.units}
+    least = file_bytes(smallest)
+    for limit in range(least, least + 200_000, 7_777):
+        found = allocate_file(table, limit, file_bytes)
+        assert file_bytes(found.choices) <= limit
+        assert found.second_order <= table.second_order(smallest)
+    assert found.second_order < table.second_order(smallest) / 2
+    with pytest.raises(InputError, match=f"the smallest limit that can be met with these types is {least:,}"):
+        allocate_file(table, least - 1, file_bytes)
