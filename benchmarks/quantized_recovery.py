@@ -40,7 +40,7 @@ from compressors.teacher import TeacherTargets, write_log_probs, write_targets
 from exporter.gguf.writer import write_gguf
 from exporter.hub import bundled_text, resolve_model
 from exporter.onnx.writer import write_onnx
-from exporter.routers import rewrite_routers
+from exporter.tuning import rewrite
 from validate.backend import RuntimeBackend, scored_positions
 from validate.evaluation import evaluate
 from validate.llama_cpp import LlamaCppBackend
@@ -155,7 +155,13 @@ class Files:
     def measured(self, arm: str, routers: Student) -> Measured:
         """Puts a student's routers into both files and runs them."""
         for weights in (GgufWeights(self._gguf, self.student.shape), OnnxWeights(self._folder, self.student.shape)):
-            rewrite_routers(weights, _routers(routers))
+            rewrite(
+                weights,
+                {
+                    self.student.shape.gguf_name(Role.ROUTER, layer): values
+                    for layer, values in _routers(routers).items()
+                },
+            )
         threads = self._bench.threads
         backends = (LlamaCppBackend(self._gguf, threads=threads), OnnxRuntimeBackend(self._folder, threads=threads))
         result = Measured(

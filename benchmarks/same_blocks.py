@@ -23,9 +23,12 @@ import torch
 
 from compressors.calibration import BLOCK_LENGTH, tokenize_heldout
 from compressors.model.checkpoint import Checkpoint
+from compressors.model.families import Role
 from compressors.model.gguf_weights import GgufWeights
 from compressors.model.routing import Routing
+from compressors.model.shape import MoeShape
 from compressors.model.student import Student
+from exporter.gguf.layout import plan_tensors
 from exporter.gguf.writer import write_gguf
 from exporter.hub import bundled_text
 from exporter.onnx.writer import write_onnx
@@ -117,6 +120,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (_RESULTS / "same_blocks.md").write_text(page(found), encoding="utf-8")
 
 
+def types_of_onnx(shape: MoeShape, preset: str) -> dict[str, str]:
+    """Types for GGUF whose numbers are those of our ONNX files, where llama.cpp's mix has others."""
+    if preset != "Q4_0":
+        return {}
+    embeddings = (Role.TOKEN_EMBEDDING, Role.HEAD)
+    matrices = (tensor for tensor in plan_tensors(shape, preset) if tensor.is_matrix)
+    return {tensor.name: "Q8_0" if tensor.role in embeddings else "Q4_0" for tensor in matrices}
+
+
 def compare(
     name: str, source: Checkpoint, preset: str, tokens_BT: npt.NDArray[np.int64], folder: Path, threads: int
 ) -> Iterator[Compared]:
@@ -131,7 +143,8 @@ def compare(
         threads: of the runtimes.
     """
     student = Student.teacher(source)
-    write_gguf(student, preset, folder / "x.gguf", name="x", threads=threads)
+    types = types_of_onnx(student.shape, preset)
+    write_gguf(student, preset, folder / "x.gguf", types=types, name="x", threads=threads)
     write_onnx(student, preset, folder / "onnx", context_length=BLOCK_LENGTH, threads=threads)
     written = student.as_written(GgufWeights(folder / "x.gguf", student.shape))
     sample_B = spread_chunks(len(tokens_BT))

@@ -37,6 +37,8 @@ TOKENS_AT_ONCE = 1024
 ROWS_AT_ONCE = 4096
 """Of one expert, widened to float32."""
 
+_COLUMNS_AT_ONCE = 256  # fewer save a few products more, and make them slower
+
 _Part = TypeVar("_Part")
 
 
@@ -261,5 +263,11 @@ def _sum_of_products(parts: Iterable[torch.Tensor], size: int) -> torch.Tensor:
 
 
 def _products(rows_nN: torch.Tensor) -> torch.Tensor:
+    """x x^T summed over the rows: float32. Products of two columns are the same both ways, so most are made once."""
     rows_nN = rows_nN.float()
-    return rows_nN.T @ rows_nN
+    products_NN = rows_nN.new_empty(2 * rows_nN.shape[1:])
+    for first in range(0, len(products_NN), _COLUMNS_AT_ONCE):
+        columns, others = slice(first, first + _COLUMNS_AT_ONCE), slice(first + _COLUMNS_AT_ONCE, None)
+        products_NN[columns, first:] = rows_nN[:, columns].T @ rows_nN[:, first:]
+        products_NN[others, columns] = products_NN[columns, others].T
+    return products_NN

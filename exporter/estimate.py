@@ -22,6 +22,7 @@ from compressors.statistics import LayerStatistics
 from compressors.teacher import TARGET_BYTES
 from exporter.compression import changes_experts, runs_text
 from exporter.durations import format_duration
+from exporter.feedback import least_feedback_bytes
 from exporter.plan import Plan
 from exporter.recovery import scope_of
 from exporter.stages.artifacts import same_numbers
@@ -84,7 +85,7 @@ def disk_lines(plan: Plan) -> dict[str, int]:
         "student checkpoint": _student_bytes(plan) if plan.recipe.save_student else 0,
         # those in use, the newest snapshot, and the next one while it is written
         "hidden states": 3 * n_blocks * BLOCK_LENGTH * shape.hidden_size * 4,
-        "layer inputs": layer_input_bytes(shape, text.calibration_blocks * BLOCK_LENGTH),
+        "layer inputs": _layer_input_bytes(plan),
         "log-probabilities in 16 bits": log_prob_bytes(n_scored, shape.vocab_size),
         "training targets": text.calibration_blocks * BLOCK_LENGTH * TARGET_BYTES,
         "training": _training_bytes(plan),
@@ -109,13 +110,16 @@ def memory_lines(shape: MoeShape, student: MoeShape, itemsize: int) -> dict[str,
     """
     layer = shape.layer_parameters
     head = shape.vocab_size * shape.hidden_size
-    return {
+    lines = {
         # one computes while the next is read; the head is read when the layers are gone, and widened
         "two decoder layers" if layer >= head else "the head": 2 * max(layer, head) * itemsize,
         "activations and an expert in float32": max(working_bytes(shape), working_bytes(student)),
         "logits": positions_at_once(shape.vocab_size) * shape.vocab_size * 4,
-        "the process itself": PROCESS_BYTES,
     }
+    more = least_feedback_bytes(student) - sum(lines.values())
+    if more > 0:  # where experts are few and wide
+        lines["what enters an expert, while its codes are chosen"] = more
+    return lines | {"the process itself": PROCESS_BYTES}
 
 
 def seconds_by_stage(plan: Plan, speeds: Speeds, free_memory: int) -> dict[str, float]:
@@ -227,12 +231,13 @@ def _recovery(plan: Plan, passes: _Passes) -> dict[str, float]:
     judging = passes.forward(plan.student_shape, n_reference=plan.recipe.text.selection_blocks)
     steps = [
         passes.forward(plan.student_shape, rung.blocks_per_step)
-        * (_STEP_FORWARDS + (_WEIGHTS_FORWARDS if rung.scope != "router" else 0))
+        * (_STEP_FORWARDS + (0 if rung.scope in ("router", "norms") else _WEIGHTS_FORWARDS))
         for rung in choice.trained
     ]
     training = [step * rung.blocks / rung.blocks_per_step for step, rung in zip(steps, choice.trained, strict=True)]
+    n_rungs, n_files = len(choice.rungs), 1 if same_numbers(plan) else len(plan.recipe.artifacts)
+    training[n_rungs:] = training[n_rungs:] * n_files  # each file by itself
     shorter = min(1.0, limit / sum(training)) if limit else 1.0
-    n_rungs = len(choice.rungs)
     seconds = {"schedule": sum(steps) if limit else 0.0}
     for stage, rungs in (("recover", slice(0, n_rungs)), ("retune", slice(n_rungs, None))):
         if training[rungs]:  # judged before, and after each
@@ -293,6 +298,15 @@ def _training_bytes(plan: Plan) -> int:
 
 def _router_values(shape: MoeShape) -> int:
     return shape.n_layers * shape.n_experts * shape.hidden_size
+
+
+def _layer_input_bytes(plan: Plan) -> int:
+    """What enters the original's layers, and, while codes are chosen by it, the layers of a student that differs."""
+    recipe, n_tokens = plan.recipe, plan.recipe.text.calibration_blocks * BLOCK_LENGTH
+    differs = plan.student_shape != plan.teacher_shape or changes_experts(recipe.compress) or recipe.recover.rungs
+    chooses = any(recipe.file(artifact).quantizer == "feedback" for artifact in recipe.artifacts)
+    own = layer_input_bytes(plan.student_shape, n_tokens) if differs and chooses else 0
+    return layer_input_bytes(plan.teacher_shape, n_tokens) + own
 
 
 def _own_statistics_bytes(plan: Plan) -> int:

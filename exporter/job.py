@@ -16,6 +16,7 @@ from typing import Final, get_args
 from compressors.model.errors import InputError
 from compressors.model.names import shown
 from exporter.durations import parse_duration
+from exporter.gguf.mixes import ALIASES, MIXES
 from exporter.model_name import model_name
 from exporter.plan import Search
 from exporter.recipe import ExpertMethod, Quantizer, Student
@@ -50,7 +51,7 @@ METHODS_WITHOUT_EXPERTS: Final = ("slim", "block-drop", "layer-drop")
 """Methods for which ``--experts`` says nothing."""
 
 METHODS: Final = ("auto", *(name for name in get_args(ExpertMethod) if name != "none"), *METHODS_WITHOUT_EXPERTS)
-QUANT_TYPES: Final = ("F32", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_0")
+QUANT_TYPES: Final = (*MIXES, *ALIASES)
 QUANTIZERS: Final = get_args(Quantizer)
 PREFERENCES: Final = ("quality", "speed")
 STUDENTS: Final = get_args(Student)
@@ -173,7 +174,7 @@ class Flags:
             student=_student(self.student, self.method, self.experts, self.recover),
             method=_one_of("--method", self.method, METHODS),
             experts=None if self.experts is None else _at_least_one("--experts", self.experts, "experts per layer"),
-            quant=None if self.quant is None else _one_of("--quant", self.quant.upper(), QUANT_TYPES),
+            quant=None if self.quant is None else _mix(self.quant.upper()),
             quantizer=_one_of("--quantizer", self.quantizer, QUANTIZERS),
             imatrix=_existing_file("--imatrix", self.imatrix),
             prefer=_one_of("--prefer", self.prefer, PREFERENCES),
@@ -193,6 +194,10 @@ class Flags:
             force=self.force,
             json=self.json,
         )
+
+
+def _mix(name: str) -> str:
+    return ALIASES.get(name, _one_of("--quant", name, QUANT_TYPES))
 
 
 def _budgets(text: str) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from exporter.compression import described_compression
 from exporter.durations import format_duration
 from exporter.estimate import Speeds, describe_time, disk_lines, memory_lines, seconds_by_stage
 from exporter.plan import Plan
-from exporter.recovery import AFTER_QUANTIZING, schedule_of, scope_of
+from exporter.recovery import after_quantizing_name, schedule_of, scope_of
 from exporter.sizes import format_size
 from validate.report.facts import artifact_name
 
@@ -54,11 +54,12 @@ def _lines(what: str, lines: Mapping[str, int]) -> Table:
 
 def _recovery(plan: Plan) -> list[str]:
     """A line for each rung, and for each that was refused."""
-    choice = plan.recipe.recover
+    choice, student = plan.recipe.recover, plan.student_shape
     lines = [f"{refused.rung} ({refused.loss}): refused, {refused.why}" for refused in plan.refused_rungs]
     for rung in choice.trained:
         steps = schedule_of(choice, rung, rung.blocks).n_steps
-        name = AFTER_QUANTIZING if rung is choice.after_quantizing else scope_of(rung).name_in(plan.student_shape)
+        of_file = rung is choice.after_quantizing
+        name = after_quantizing_name(rung, student) if of_file else scope_of(rung).name_in(student)
         lines.append(f"{name} ({rung.loss}), up to {steps} steps of {rung.blocks_per_step} x 512 tokens")
     if choice.trained and plan.recover_seconds:
         lines[-1] += f"; at most {format_duration(plan.recover_seconds)} in all"

@@ -133,14 +133,14 @@ class CompressChoice(_Part):
 class RungChoice(_Part):
     """A rung of the recovery ladder: what is trained, towards what, and for how long (docs/recovery.md)."""
 
-    scope: Literal["router", "top-experts", "experts", "adapters"]
+    scope: Literal["router", "top-experts", "experts", "adapters", "norms", "scales", "all"]
     experts: Count | None = None  # of top-experts: how many of each layer, those that most tokens choose
     rank: Count | None = None  # of adapters
     loss: RungLoss = "kd"
     batches_per_round: Count | None = None  # of ka and sar: written by the student, then judged, together
     blocks: Count
     blocks_per_step: Count
-    learning_rate: float = Field(gt=0, allow_inf_nan=False)
+    learning_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # null: by the student's divergence
 
     @model_validator(mode="after")
     def _is_consistent(self) -> RungChoice:
@@ -152,6 +152,8 @@ class RungChoice(_Part):
             raise ValueError("batches_per_round belongs to ka and sar: give it with these losses, and no other")
         if self.loss == "router-logits" and self.scope != "router":
             raise ValueError("the loss router-logits looks at routers alone: its scope must be router")
+        if self.scope in ("norms", "scales", "all") and self.loss not in ("kd", "next-token"):
+            raise ValueError("a live teacher shares the student's final norm, which this scope trains: take kd")
         return self
 
 
@@ -159,7 +161,7 @@ class RecoverChoice(_Part):
     """The training of the compressed model. Each rung goes on from the last that was kept."""
 
     rungs: tuple[RungChoice, ...] = ()  # climbed in this order, each kept only if the divergence falls
-    after_quantizing: RungChoice | None = None  # routers once more, beside experts as the files hold them
+    after_quantizing: RungChoice | None = None  # once more, beside the codes that each file holds
     seed: int = Field(ge=0, lt=2**32)
 
     @property
@@ -169,8 +171,13 @@ class RecoverChoice(_Part):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> RecoverChoice:
-        if self.after_quantizing is not None and self.after_quantizing.scope != "router":
-            raise ValueError("after_quantizing trains routers alone, which no file quantizes: its scope must be router")
+        if self.after_quantizing is not None and self.after_quantizing.scope not in ("router", "norms", "scales"):
+            raise ValueError(
+                "after_quantizing trains what a finished file can take other values of: its scope must be router, "
+                "norms or scales"
+            )
+        if any(rung.scope == "scales" for rung in self.rungs):
+            raise ValueError("the scales of blocks are those of a written file: they are trained after_quantizing")
         return self
 
 

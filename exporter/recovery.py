@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from compressors.model.errors import InputError
+from compressors.model.families import ATTENTION, NORMS, Role
 from compressors.model.shape import MoeShape
 from compressors.recover.knowledge_augmentation import UPDATES_PER_BATCH
 from compressors.recover.schedule import Schedule
@@ -14,18 +15,19 @@ from compressors.recover.training_memory import refuse_too_large
 from exporter.recipe import RecoverChoice, RungChoice
 
 __all__ = [
-    "AFTER_QUANTIZING",
     "RECOVERIES",
     "Machine",
     "RefusedRung",
+    "after_quantizing_name",
     "check_after_quantizing",
     "choose_ladder",
+    "is_after_quantizing",
     "schedule_of",
     "scope_of",
+    "trained_roles",
 ]
 
-AFTER_QUANTIZING = "router, quantized experts"
-"""What plan and report call the rung that teaches the routers of the written files."""
+_BESIDE_CODES = ", beside the codes of "
 
 _DEFAULT_BLOCKS = 320  # 163,840 tokens
 _BLOCKS_PER_STEP = 8  # as published
@@ -33,11 +35,13 @@ _SMALL_STEP = 2
 """Blocks in a step where that is as cheap: four times the steps bring more than longer ones. But each step reads the
 model that does not stay in memory, and what a student writes for one step is the dearer the fewer texts it writes."""
 
-_LOSSES = {
+_LOSSES: Mapping[str, Sequence[str]] = {
     "router": ("kd", "next-token", "router-logits", "ka", "sar"),
     "top-experts": ("kd", "next-token", "ka", "sar"),
     "experts": ("kd", "next-token", "ka", "sar"),
     "adapters": ("kd", "next-token", "ka", "sar"),
+    "norms": ("kd", "next-token"),
+    "all": ("kd", "next-token"),
 }
 
 RECOVERIES = (
@@ -54,6 +58,14 @@ _RATES_HIDDEN_SIZE = 256
 An Adam step moves each of a row's weights by about the learning rate, so a product moves in proportion to the hidden
 size: other models' rates are scaled by its inverse.
 """
+
+_SCOPES = {
+    "router": Scope.routers(),
+    "experts": Scope.all_experts(),
+    "norms": Scope.routers_and_norms(),
+    "scales": Scope.block_scales(),
+    "all": Scope.everything(),
+}
 
 _TOP_EXPERTS = 8  # of each layer, as in the smallest wider scope of arXiv 2609.06076
 _ADAPTER_RANKS = (8, 4, 2, 1)
@@ -100,7 +112,7 @@ def choose_ladder(
     refused: list[RefusedRung] = []
     for rung in _wanted(wish, student, machine):
         candidates = [rung]
-        if rung.scope in ("top-experts", "experts"):
+        if rung.scope in ("top-experts", "experts", "all"):
             candidates += [_adapters(rung, rank, student) for rank in _ADAPTER_RANKS]
         for candidate in candidates:
             reason = _obstacle(candidate, student, itemsize, machine.memory_bytes)
@@ -117,11 +129,22 @@ def check_after_quantizing(choice: RecoverChoice, student: MoeShape) -> None:
     Raises:
         InputError: the student is dense.
     """
-    if choice.after_quantizing is not None and student.is_dense:
+    rung = choice.after_quantizing
+    if rung is not None and rung.scope == "router" and student.is_dense:
         raise InputError(
             "the recipe's after_quantizing teaches the routers of the written files, but those of a dense student have "
-            "none: set it to null"
+            "none: set it to null, or its scope to norms or scales"
         )
+
+
+def after_quantizing_name(rung: RungChoice, student: MoeShape, files: str = "each file") -> str:
+    """What plan and report call the rung that is climbed beside these written files."""
+    return scope_of(rung).name_in(student) + _BESIDE_CODES + files
+
+
+def is_after_quantizing(name: str) -> bool:
+    """Whether a rung's name is an :func:`after_quantizing_name`."""
+    return _BESIDE_CODES in name
 
 
 def scope_of(rung: RungChoice) -> Scope:
@@ -132,18 +155,29 @@ def scope_of(rung: RungChoice) -> Scope:
     if rung.scope == "top-experts":
         assert rung.experts is not None, "the recipe checks it"
         return Scope.most_used(rung.experts)
-    return Scope.routers() if rung.scope == "router" else Scope.all_experts()
+    return _SCOPES[rung.scope]
 
 
 def schedule_of(choice: RecoverChoice, rung: RungChoice, n_blocks: int) -> Schedule:
-    """A rung's schedule, with the number of blocks that the time limit allows."""
+    """A rung's schedule, with the number of blocks that the time limit allows.
+
+    Its rate is 0 where the rung leaves that to the student's divergence.
+    """
     return Schedule(
         n_blocks,
-        rung.learning_rate,
+        rung.learning_rate or 0.0,
         min(rung.blocks_per_step, n_blocks),
         seed=choice.seed,
         updates_per_batch=UPDATES_PER_BATCH if rung.loss == "ka" else 1,
     )
+
+
+def trained_roles(name: str) -> frozenset[Role]:
+    """Roles whose tensors a rung of this name changes: one of a scope's, in plan or report."""
+    experts = frozenset(role for role in Role if role.is_expert)
+    roles = {"router": frozenset({Role.ROUTER}), "norms": NORMS, "attention": ATTENTION}
+    roles |= {"block scales": ATTENTION | experts, "experts": experts, "adapters": experts, "feed-forwards": experts}
+    return frozenset(role for part, of_part in roles.items() if part in name for role in of_part)
 
 
 def _wanted(wish: str, student: MoeShape, machine: Machine) -> Sequence[RungChoice]:
@@ -178,7 +212,7 @@ def _rung(scope: str, loss: str, student: MoeShape, machine: Machine) -> RungCho
         batches_per_round=per_round if loss in ("ka", "sar") else None,
         blocks=min(_DEFAULT_BLOCKS, machine.calibration_blocks),
         blocks_per_step=min(per_step, machine.calibration_blocks),
-        learning_rate=_rate(scope, student),
+        learning_rate=_rate(scope, student) if scope in _RATES else None,
     )
 
 

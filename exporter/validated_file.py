@@ -14,7 +14,7 @@ from compressors.model.checkpoint import Checkpoint
 from compressors.model.families import Role
 from compressors.model.shape import MoeShape
 from compressors.model.student import ExpertMap, LayerMap, Student
-from exporter.recovery import AFTER_QUANTIZING
+from exporter.recovery import is_after_quantizing, trained_roles
 from exporter.references import Reference
 from exporter.static_checks import StaticFindings, check_description, check_weights, expected_shape
 from validate.backend import Backend, RuntimeBackend
@@ -89,12 +89,8 @@ def _trained_roles(report: Mapping[str, Any], is_saved: bool) -> frozenset[Role]
     """Roles that recovery changed; with a saved student, only those changed after writing, which it does not have."""
     scopes = [str(rung["rung"]) for rung in report["recovery"] if rung.get("accepted")]
     if is_saved:
-        scopes = [scope for scope in scopes if scope == AFTER_QUANTIZING]
-    if not scopes:
-        return frozenset()
-    experts = {role for role in Role if role.is_expert}
-    only_routers = all(scope in ("router", AFTER_QUANTIZING) for scope in scopes)
-    return frozenset({Role.ROUTER} if only_routers else {Role.ROUTER} | experts)
+        scopes = [scope for scope in scopes if is_after_quantizing(scope)]
+    return frozenset(role for scope in scopes for role in trained_roles(scope))
 
 
 def _is_changed(layer: LayerMap) -> bool:

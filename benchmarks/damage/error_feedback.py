@@ -1,7 +1,8 @@
-"""Codes chosen by error feedback (GPTQ, arXiv 2210.17323) on the scales of ggml's kernels, as a test of the checks.
+"""Codes chosen by error feedback (GPTQ, arXiv 2210.17323) on scales that were found without, as a test of the checks.
 
 They raise a matrix's own error to lower that of its output, so a check of weights must bear them. What values a block
-may take is asked of ggml: every code of a block set alike and dequantized gives each place's levels.
+may take is asked of ggml, if the type is its: every code of a block set alike and dequantized gives each place's
+levels.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import torch
 from compressors.model.families import Role
 from compressors.model.ggml import dequantize_rows
 from compressors.model.ggml_types import BLOCK_SIZES, GGMLQuantizationType
+from compressors.model.integer_blocks import BlockType, search_blocks
 from compressors.model.student import Student
+from compressors.model.weights import StoredType
 from validate.quantization_error import quantized
 
 __all__ = ["FEEDBACK_TYPES", "fed_back", "with_error_feedback"]
@@ -62,11 +65,15 @@ def _places(student: Student) -> Iterator[tuple[int, Role, int]]:
                 yield layer, role, expert
 
 
-def fed_back(values_RN: torch.Tensor, ggml_type: GGMLQuantizationType) -> torch.Tensor:
+def fed_back(values_RN: torch.Tensor, stored_type: StoredType) -> torch.Tensor:
     """The values of rows whose codes are chosen column by column, the error of each made up by the others."""
     n_rows, length = values_RN.shape
     moments_NN = _moments(length)
-    levels_RNC = _levels(values_RN, moments_NN.diagonal().float().numpy(), ggml_type).double()
+    importance_N = moments_NN.diagonal().float().numpy()
+    if isinstance(stored_type, BlockType):
+        levels_RNC = _block_levels(values_RN, importance_N, stored_type).double()
+    else:
+        levels_RNC = _levels(values_RN, importance_N, stored_type).double()
     order = torch.argsort(moments_NN.diagonal(), descending=True)
     factor_NN = torch.linalg.cholesky(torch.linalg.inv(moments_NN[order][:, order]), upper=True)
     left_RN, chosen_RN, rows = values_RN.double()[:, order], torch.empty(n_rows, length), torch.arange(n_rows)
@@ -103,6 +110,13 @@ def _levels(values_RN: torch.Tensor, importance_N: np.ndarray, ggml_type: GGMLQu
             alike[..., place] = byte
         levels.append(dequantize_rows(alike.reshape(len(stored_RY), -1), ggml_type, values_RN.shape[1]))
     return torch.from_numpy(np.stack(levels, -1))
+
+
+def _block_levels(values_RN: torch.Tensor, importance_N: np.ndarray, blocks: BlockType) -> torch.Tensor:
+    """Returns the values that each place can take with the scales of ONNX Runtime's blocks: [R, N, codes]."""
+    found = search_blocks(values_RN.numpy(), blocks.bits, blocks.block_size, importance_N)
+    scales_RN = torch.from_numpy(found.scales_RK).repeat_interleave(blocks.block_size, dim=1)
+    return scales_RN[..., None] * (torch.arange(2**blocks.bits) - 2 ** (blocks.bits - 1))
 
 
 def _products(parts: tuple[tuple[slice, list[int]], ...]) -> Iterator[list[tuple[slice, int]]]:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from compressors.model.trained_experts import TrainedExperts
+from compressors.model.trained_experts import Product, TrainedExperts
 
 __all__ = ["GROUPED_EXPERTS", "ExpertGradientObserver", "ExpertObserver", "register_grouped_experts"]
 
@@ -120,8 +120,9 @@ class _GroupedExperts(torch.autograd.Function):
                 observer(choice.expert, gate_up_gradient[: choice.n], down_gradient_nD)
             if trained is not None and choice.expert in trained.experts:  # gates of padding are zero
                 inputs_nD = hidden_TD.index_select(0, choice.padded_tokens)
-                of_gate_up = (gate_up_gradient, inputs_nD)
-                of_down = (gradient_nD * gates_n[:, None], hidden_nF.detach())
+                gate_up, down = weights.stored(choice.expert)
+                of_gate_up = Product(gate_up_gradient, inputs_nD, gate_up)
+                of_down = Product(gradient_nD * gates_n[:, None], hidden_nF.detach(), down)
                 trained.add_gradients(sums, choice.expert, of_gate_up, of_down)
         return choices.sum_by_token(input_gradients_SD), gates_gradient_TK, None, None, *sums
 
@@ -134,6 +135,10 @@ class _ExpertWeights:
         self._down = experts.get_parameter("down_proj")
         self._trained: TrainedExperts | None = getattr(experts, "trained", None)
         self._dtype = activations.dtype
+
+    def stored(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the expert's trained matrices stand in for."""
+        return self._gate_up[expert], self._down[expert]
 
     def gate_up(self, expert: int) -> torch.Tensor:
         stored = self._gate_up[expert]

@@ -15,8 +15,8 @@ from typing import Any
 
 from compressors.model.errors import UnsupportedError
 
-__all__ = ["DENSE_GGUF_NAMES", "FAMILIES", "GGUF_NAMES", "ConfigKeys", "DenseFamily", "Family", "GgufFamily"]
-__all__ += ["QkNorm", "Role", "family_for"]
+__all__ = ["ATTENTION", "DENSE_GGUF_NAMES", "FAMILIES", "GGUF_NAMES", "NORMS", "ConfigKeys", "DenseFamily", "Family"]
+__all__ += ["GgufFamily", "QkNorm", "Role", "family_for"]
 
 
 class Role(StrEnum):
@@ -55,6 +55,12 @@ class Role(StrEnum):
 
 _EXPERT_ROLES = frozenset({Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN})
 _GLOBAL_ROLES = frozenset({Role.TOKEN_EMBEDDING, Role.FINAL_NORM, Role.HEAD})
+
+NORMS = frozenset({Role.FINAL_NORM, Role.ATTENTION_NORM, Role.QUERY_NORM, Role.KEY_NORM, Role.MOE_NORM})
+"""Roles of the scales of RMS norms."""
+
+ATTENTION = frozenset({Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUTPUT})
+"""Roles of attention's matrices."""
 
 
 class QkNorm(StrEnum):

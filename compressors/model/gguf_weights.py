@@ -6,19 +6,25 @@ rotation are put back into that of transformers.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from math import prod
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from compressors.model.block_scales import block_length, put_scales, scales_of
 from compressors.model.checkpoint import role_shape
 from compressors.model.errors import InputError
-from compressors.model.families import Role
+from compressors.model.families import NORMS, Role
 from compressors.model.ggml import GGMLQuantizationType, dequantize_into
 from compressors.model.gguf_file import GgufEntry, GgufFile
 from compressors.model.shape import MoeShape
-from compressors.model.weights import Place
+from compressors.model.weights import TunablePart
 
 __all__ = ["GgufWeights"]
 
@@ -39,6 +45,7 @@ class GgufWeights:
     def __init__(self, path: Path, shape: MoeShape) -> None:
         self._file = GgufFile(path)
         self._shape = shape
+        self._values: Mapping[str, torch.Tensor] = {}  # tunable ones in place of the file's
         self._entries = {
             (role, layer): self._checked_entry(role, layer)
             for role in shape.stored_roles
@@ -76,20 +83,48 @@ class GgufWeights:
         n_rows = len(out)
         dequantize_into(self._stored(role, layer, expert * n_rows, n_rows), self._entries[role, layer].ggml_type, out)
 
-    def router_place(self, layer: int) -> Place:
-        """Returns the place of a layer's router.
+    def block_length(self, role: Role, layer: int | None) -> int | None:
+        """Values of a block, where they share float16 scales."""
+        entry = self._entries.get((role, layer))
+        return None if entry is None else block_length(entry.ggml_type)
+
+    def tunable(self, role: Role, layer: int | None) -> torch.Tensor:
+        """The tunable values of a tensor.
 
         Raises:
-            InputError: it is not there as float32.
+            InputError: it has none.
         """
-        entry = self._entries.get((Role.ROUTER, layer))
-        if entry is None:
-            raise InputError(f"{self._file.path} holds a dense model, which has no routers")
-        if entry.ggml_type is not GGMLQuantizationType.F32:
-            raise InputError(
-                f"{self._file.path}: {entry.name} is stored as {entry.ggml_type.name}; routers must be F32"
-            )
-        return Place(self._file.path_of(entry), entry.name, entry.offset, entry.shape)
+        entry = self._tunable_entry(role, layer)
+        if entry.ggml_type is GGMLQuantizationType.F32:
+            return self.tensor(role, layer)
+        n_rows = prod(entry.shape[:-1])
+        scales = [
+            scales_of(self._stored(role, layer, first, min(_ROWS_AT_ONCE, n_rows - first)), entry.ggml_type)
+            for first in range(0, n_rows, _ROWS_AT_ONCE)
+        ]
+        return self._in_order(role, torch.cat(scales), _rotate_half_rows)
+
+    def with_values(self, values: Mapping[str, torch.Tensor]) -> Self:
+        """The same weights as if the file had these tunable values.
+
+        Raises:
+            InputError: they are not of this file.
+        """
+        for name, tensor in values.items():
+            self._check_values(name, tensor)
+        changed = copy.copy(self)
+        changed._values = values
+        return changed
+
+    def changed_parts(self) -> Iterator[TunablePart]:
+        """Whole rows, some at a time."""
+        for (role, layer), entry in self._entries.items():
+            if self._shape.gguf_name(role, layer) in self._values:
+                n_rows, path = prod(entry.shape[:-1]), self._file.path_of(entry)
+                for first in range(0, n_rows, _ROWS_AT_ONCE):
+                    n_bytes = min(_ROWS_AT_ONCE, n_rows - first) * entry.row_bytes
+                    put = partial(self._put, role, layer, first)
+                    yield TunablePart(path, entry.offset + first * entry.row_bytes, n_bytes, put)
 
     def _rows(self, role: Role, layer: int | None, first: int, n_rows: int) -> torch.Tensor:
         entry = self._entries[role, layer]
@@ -98,7 +133,57 @@ class GgufWeights:
         return values_RN
 
     def _stored(self, role: Role, layer: int | None, first: int, n_rows: int) -> npt.NDArray[np.uint8]:
-        return self._file.read_rows(self._entries[role, layer], first, n_rows)
+        """The file's rows, with the values that replace its own."""
+        stored = self._file.read_rows(self._entries[role, layer], first, n_rows)
+        if self._shape.gguf_name(role, layer) in self._values:
+            self._put(role, layer, first, stored)
+        return stored
+
+    def _put(self, role: Role, layer: int | None, first: int, stored: npt.NDArray[np.uint8]) -> None:
+        """Puts values that replace the file's into the bytes of rows from ``first`` on."""
+        entry, values = self._entries[role, layer], self._values[self._shape.gguf_name(role, layer)]
+        rows_RY = stored.reshape(-1, entry.row_bytes)
+        rows = slice(first, first + len(rows_RY))
+        if entry.ggml_type is GGMLQuantizationType.F32:
+            rows_RY[:] = values.contiguous().view(-1, entry.shape[-1])[rows].view(torch.uint8).numpy()
+        else:
+            put_scales(rows_RY, entry.ggml_type, self._in_order(role, values, _interleaved_rows)[rows])
+
+    def _in_order(
+        self, role: Role, values: torch.Tensor, order: Callable[[torch.Tensor, int], torch.Tensor]
+    ) -> torch.Tensor:
+        """The rows of a matrix in another order, where the file has its own."""
+        if not self._shape.family.gguf.rotary_is_interleaved or role not in (Role.QUERY, Role.KEY):
+            return values
+        return order(values.flatten(1), len(values) // self._shape.head_dim).view_as(values)
+
+    def _tunable_entry(self, role: Role, layer: int | None) -> GgufEntry:
+        """The entry of a tensor with tunable values."""
+        entry = self._entries.get((role, layer))
+        if entry is None:
+            raise InputError(f"{self._file.path} has no tensor of the role {role}: it holds a dense model")
+        is_float = role is Role.ROUTER or role in NORMS
+        if is_float and entry.ggml_type is not GGMLQuantizationType.F32:
+            raise InputError(f"{self._file.path}: {entry.name} is stored as {entry.ggml_type.name}; it must be F32")
+        if not is_float and block_length(entry.ggml_type) is None:
+            raise InputError(f"{self._file.path}: {entry.name} is stored as {entry.ggml_type.name}, without scales")
+        return entry
+
+    def _check_values(self, name: str, values: torch.Tensor) -> None:
+        keys = [key for key in self._entries if self._shape.gguf_name(*key) == name]
+        if not keys:
+            raise InputError(f"{self._file.path} has no tensor {name}, whose values are to be replaced")
+        entry = self._tunable_entry(*keys[0])
+        if entry.ggml_type is GGMLQuantizationType.F32:
+            expected, dtype = entry.shape, torch.float32
+        else:
+            row_of_blocks = scales_of(self._file.read_rows(entry, 0, 1), entry.ggml_type)
+            expected, dtype = (prod(entry.shape[:-1]), *row_of_blocks.shape[1:]), torch.float16
+        if tuple(values.shape) != expected or values.dtype != dtype:
+            raise InputError(
+                f"{self._file.path}: values of shape {list(values.shape)} in {values.dtype} cannot take the place of "
+                f"{name}'s, of shape {list(expected)} in {dtype}"
+            )
 
     def _checked_entry(self, role: Role, layer: int | None) -> GgufEntry:
         name, expected = self._shape.gguf_name(role, layer), role_shape(role, self._shape)
@@ -114,7 +199,16 @@ class GgufWeights:
         return entry
 
 
+_ROWS_AT_ONCE = 4096
+
+
 def _rotate_half_rows(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
     """Puts rows 2i and 2i + 1 of each head, which one rotation mixes, where transformers has them: i and i + half."""
     n_rows, n_inputs = weight.shape
     return weight.reshape(n_heads, n_rows // n_heads // 2, 2, n_inputs).transpose(1, 2).reshape(n_rows, n_inputs)
+
+
+def _interleaved_rows(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
+    """The inverse of :func:`_rotate_half_rows`."""
+    n_rows, n_inputs = weight.shape
+    return weight.reshape(n_heads, 2, n_rows // n_heads // 2, n_inputs).transpose(1, 2).reshape(n_rows, n_inputs)

@@ -20,8 +20,8 @@ from compressors.model.streaming import LayerObserver, StreamedModel, TokenGroup
 __all__ = ["Head", "Loss", "ParameterKey", "RouterLoss", "StateLoss", "streamed_gradients"]
 __all__ += ["embedding_gradient"]
 
-ParameterKey = tuple[str, int]
-"""A trainable tensor's name, and its layer."""
+ParameterKey = tuple[str, int | None]
+"""A trainable tensor's name, and its layer; None for the final norm."""
 
 Loss = Callable[[slice, torch.Tensor], torch.Tensor]
 """(positions of the flattened blocks, their logits [n, V]) -> the summed loss of these positions."""
@@ -63,6 +63,9 @@ def streamed_gradients(
     Raises:
         NotFiniteError: a hidden state is NaN or infinite.
     """
+    gradients: dict[ParameterKey, torch.Tensor] = {
+        key: torch.zeros_like(tensor) for key, tensor in model.trained(None).items()
+    }
     states = _layer_inputs(model, tokens_BT, dtype, observers)
     last = states.pop()
     if loss is not None:
@@ -70,8 +73,7 @@ def streamed_gradients(
     if state_loss is None:
         total, gradient_BTD = 0.0, torch.zeros(last.shape, dtype=dtype)
     else:
-        total, gradient_BTD = _head_gradient(model, last, state_loss)
-    gradients: dict[ParameterKey, torch.Tensor] = {}
+        total, gradient_BTD = _head_gradient(model, last, state_loss, gradients)
     for index, weights in model.weights(range(model.shape.n_layers)[::-1]):
         with model.layer(index, weights, dtype) as layer:
             value, found = _pull_back(model, index, layer, states.pop(), gradient_BTD, router_loss)
@@ -103,7 +105,7 @@ def embedding_gradient(
         NotFiniteError: a hidden state is NaN or infinite.
     """
     states = _layer_inputs(model, tokens_BT, dtype, observers)
-    _, gradient_BTD = _head_gradient(model, states.pop(), loss)
+    _, gradient_BTD = _head_gradient(model, states.pop(), loss, {})
     for index, weights in model.weights(range(model.shape.n_layers)[::-1]):
         with model.layer(index, weights, dtype) as layer, ExitStack() as stack:
             for observe in gradient_observers:
@@ -128,17 +130,24 @@ def _of_states(loss: Loss) -> StateLoss:
     return lambda positions, states_nD, head: loss(positions, head(states_nD).float().cpu())
 
 
-def _head_gradient(model: StreamedModel, hidden: HiddenStates, loss: StateLoss) -> tuple[float, torch.Tensor]:
-    """The loss, and its gradient with respect to the last layer's output [B, T, D]."""
+def _head_gradient(
+    model: StreamedModel, hidden: HiddenStates, loss: StateLoss, gradients: dict[ParameterKey, torch.Tensor]
+) -> tuple[float, torch.Tensor]:
+    """The loss, and its gradient with respect to the last layer's output [B, T, D].
+
+    Adds to ``gradients`` those of what is trained in the head.
+    """
     flat = hidden.read(slice(0, len(hidden))).flatten(0, 1)
     gradient = torch.empty_like(flat)
-    total = 0.0
+    total, trained = 0.0, model.trained(None)
     with model.head(hidden.dtype) as head:
         for start, part in position_chunks(flat, model.shape.vocab_size):
             positions = slice(start, start + len(part))
             part = part.detach().to(model.device).requires_grad_()
             value = loss(positions, part, head)
-            (gradient[positions],) = torch.autograd.grad(value, part)
+            gradient[positions], *found = torch.autograd.grad(value, [part, *trained.values()])
+            for key, found_gradient in zip(trained, found, strict=True):
+                gradients[key] += found_gradient
             total += value.item()
     return total, gradient.view(hidden.shape)
 

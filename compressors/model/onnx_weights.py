@@ -7,11 +7,13 @@ of all experts of a layer are one weight, whose rows alternate.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +22,7 @@ import torch
 
 from compressors.model.checkpoint import role_shape
 from compressors.model.errors import InputError
-from compressors.model.families import Role
+from compressors.model.families import NORMS, Role
 from compressors.model.ggml import GGMLQuantizationType
 from compressors.model.integer_blocks import BITS, BlockType, IntegerBlocks
 from compressors.model.names import shown
@@ -28,7 +30,7 @@ from compressors.model.onnx_blocks import unpack
 from compressors.model.onnx_graph import external_place, read_graph
 from compressors.model.raw_file import RawFile
 from compressors.model.shape import MoeShape
-from compressors.model.weights import Place, StoredType
+from compressors.model.weights import StoredType, TunablePart
 
 __all__ = ["CODES", "DATA_FILE", "MATRIX", "MODEL_FILE", "SCALES", "OnnxWeights"]
 
@@ -36,6 +38,8 @@ MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 CODES, SCALES = ".codes", ".scales"  # what a quantized weight's name gets
 MATRIX = ".matrix"  # what the name of codes gets that appear in the shape of a linear layer's operator
+
+_ALTERNATING = (Role.EXPERT_GATE, Role.EXPERT_UP)  # row by row, those of all experts of a layer in one weight
 
 _NUMPY_TYPES: Mapping[int, np.dtype[Any]] = {
     onnx.TensorProto.FLOAT: np.dtype(np.float32),
@@ -120,6 +124,7 @@ class OnnxWeights:
         self._graph_file = folder / MODEL_FILE
         self._data = RawFile(folder / DATA_FILE)
         self._shape = shape
+        self._values: Mapping[str, torch.Tensor] = {}  # tunable ones in place of the file's
         tensors = self._tensors()
         self._weights = {
             (role, layer): self._weight(role, layer, tensors)
@@ -162,18 +167,45 @@ class OnnxWeights:
             gate_and_up = self._rows(weight, expert * 2 * len(out), 2 * len(out))
             out.copy_(gate_and_up[int(role is Role.EXPERT_UP) :: 2])
 
-    def router_place(self, layer: int) -> Place:
-        """Returns the place of a layer's router.
+    def block_length(self, role: Role, layer: int | None) -> int | None:
+        """Values of a block, where they share a scale."""
+        weight = self._weights.get((role, layer))
+        return None if weight is None or weight.blocks is None else weight.blocks.block_size
+
+    def tunable(self, role: Role, layer: int | None) -> torch.Tensor:
+        """The tunable values of a tensor.
 
         Raises:
-            InputError: it is not there as float32.
+            InputError: it has none.
         """
-        weight = self._weights.get((Role.ROUTER, layer))
-        if weight is None:
-            raise InputError(f"{self._graph_file}: layer {layer} has no router")
-        if weight.scales is not None:
-            raise InputError(f"{self._graph_file}: {weight.codes.name} is quantized; routers must be float32")
-        return Place(self._data.path, weight.codes.name, weight.codes.offset, weight.shape)
+        weight = self._tunable_weight(role, layer)
+        if weight.scales is None:
+            return self.tensor(role, layer)
+        scales_RN = self._rows_of_role(self._read(weight, weight.scales, 0, weight.n_rows), role)
+        return torch.from_numpy(scales_RN.copy())[..., None]
+
+    def with_values(self, values: Mapping[str, torch.Tensor]) -> Self:
+        """The same weights as if the file had these tunable values.
+
+        Raises:
+            InputError: they are not of this file.
+        """
+        for name, tensor in values.items():
+            self._check_values(name, tensor)
+        changed = copy.copy(self)
+        changed._values = values
+        return changed
+
+    def changed_parts(self) -> Iterator[TunablePart]:
+        """Whole tensors."""
+        for (role, layer), weight in self._weights.items():
+            if self._shape.gguf_name(role, layer) in self._values:
+                stored = weight.codes if weight.scales is None else weight.scales
+                yield TunablePart(self._data.path, stored.offset, stored.n_bytes, partial(self._put, weight, stored))
+
+    def _put(self, weight: _Weight, stored: _Stored, data: npt.NDArray[np.uint8]) -> None:
+        """Puts what replaces the file's values into the bytes of a tensor."""
+        self._replace(weight, data.view(stored.dtype).reshape(weight.n_rows, -1), 0)
 
     def _has(self, role: Role, layer: int) -> bool:
         return (role.is_expert and self._shape.layer(layer).has_moe) or role in self._shape.layer_roles(layer)
@@ -192,7 +224,46 @@ class OnnxWeights:
         values = np.empty((n_rows, columns), dtype=stored.dtype)
         offset = stored.offset + first * columns * stored.dtype.itemsize
         self._data.fill(stored.name, values.reshape(-1).view(np.uint8).data, offset)
+        if self._values and stored is (weight.codes if weight.scales is None else weight.scales):
+            self._replace(weight, values, first)
         return values
+
+    def _replace(self, weight: _Weight, values_RN: npt.NDArray[Any], first: int) -> None:
+        """Puts what replaces the file's values into some rows of them, whole experts' where roles alternate."""
+        for (role, layer), found in self._weights.items():
+            name = self._shape.gguf_name(role, layer)
+            if found == weight and name in self._values:
+                alternate = role in _ALTERNATING and not self._shape.is_dense
+                own_RN = self._rows_of_role(values_RN, role)
+                of_role_RN = self._values[name].reshape(-1, values_RN.shape[1]).numpy()
+                own_RN[:] = of_role_RN[first // (2 if alternate else 1) :][: len(own_RN)]
+
+    def _rows_of_role(self, rows_RN: npt.NDArray[Any], role: Role) -> npt.NDArray[Any]:
+        """A view of the rows that are a role's."""
+        if role not in _ALTERNATING or self._shape.is_dense:
+            return rows_RN
+        return rows_RN[int(role is Role.EXPERT_UP) :: 2]
+
+    def _tunable_weight(self, role: Role, layer: int | None) -> _Weight:
+        weight = self._weights.get((role, layer))
+        if weight is None:
+            raise InputError(f"{self._graph_file} has no tensor of the role {role}: it holds a dense model")
+        is_float = role is Role.ROUTER or role in NORMS
+        if is_float != (weight.scales is None):
+            what = "quantized; it must be float32" if is_float else "not quantized, so it has no scales"
+            raise InputError(f"{self._graph_file}: {weight.codes.name} is {what}")
+        return weight
+
+    def _check_values(self, name: str, values: torch.Tensor) -> None:
+        keys = [key for key in self._weights if self._shape.gguf_name(*key) == name]
+        if not keys:
+            raise InputError(f"{self._graph_file} has no tensor {name}, whose values are to be replaced")
+        expected = self.tunable(*keys[0])
+        if values.shape != expected.shape or values.dtype != expected.dtype:
+            raise InputError(
+                f"{self._graph_file}: values of shape {list(values.shape)} in {values.dtype} cannot take the place of "
+                f"{name}'s, of shape {list(expected.shape)} in {expected.dtype}"
+            )
 
     def _tensors(self) -> dict[str, _Stored]:
         """Everything in the data file, by name."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional
 
 from compressors.model.errors import InputError
@@ -32,15 +33,23 @@ from compressors.model.memory import (
 )
 from compressors.model.skeleton import Skeleton
 from compressors.model.student import Student
-from compressors.model.trained_experts import TrainedExperts
+from compressors.model.trained_experts import TrainedExperts, scaled
 
 if TYPE_CHECKING:
     from transformers import Cache
 
-__all__ = ["LayerObserver", "NotFiniteError", "StreamedModel", "TokenGroup", "TrainableTensors", "position_chunks"]
+__all__ = ["LayerObserver", "NotFiniteError", "StreamedModel", "TokenGroup", "TrainableTensors", "factors_name"]
+__all__ += ["position_chunks"]
 
-TrainableTensors = Mapping[tuple[Role, int], torch.Tensor]
+TrainableTensors = Mapping[tuple[Role, int | None], torch.Tensor]
+"""By role, experts left out, and layer; None for the final norm."""
+
 LayerObserver = Callable[[int, nn.Module], AbstractContextManager[Any]]
+
+
+def factors_name(role: Role) -> str:
+    """What the factors of a role's matrix are called among the trained tensors."""
+    return f"{role} factors"
 
 
 class NotFiniteError(InputError):
@@ -61,7 +70,8 @@ class StreamedModel:
 
     Args:
         student: where the weights come from.
-        trainable: float32 tensors that stand in for the student's (routers during recovery); gradients reach them.
+        trainable: float32 tensors that stand in for the student's; gradients reach them.
+        factors: float32 [rows, blocks of a row], by which the blocks of matrices are multiplied; gradients reach them.
         trained_experts: likewise for experts, by layer.
         limit: memory that this process may use. It decides how many layers stay in memory after the first visit, and
             whether hidden states lie there or on disk. None: no layer stays, hidden states do.
@@ -78,6 +88,7 @@ class StreamedModel:
         student: Student,
         *,
         trainable: TrainableTensors | None = None,
+        factors: TrainableTensors | None = None,
         trained_experts: Mapping[int, TrainedExperts] | None = None,
         limit: MemoryLimit | None = None,
         check_finite: bool = False,
@@ -88,6 +99,7 @@ class StreamedModel:
         self.shape = student.shape
         self.choice = choice
         self.trainable = dict(trainable or {})
+        self.factors = dict(factors or {})
         self.trained_experts = dict(trained_experts or {})
         self.device = device or torch.device("cpu")
         self._limit = limit
@@ -98,6 +110,7 @@ class StreamedModel:
         for index, trained in self.trained_experts.items():
             experts = self._skeleton.layers[index].get_submodule(self.shape.family.experts_module)
             experts.trained = trained  # type: ignore[assignment]
+        self._indices = {layer: index for index, layer in enumerate(self._skeleton.layers)}
         self._rotary = self._skeleton.rotary.to(self.device)
         self._final_norm_weight = self._read(Role.FINAL_NORM).to(self.device)
 
@@ -113,10 +126,6 @@ class StreamedModel:
         module = self._skeleton.layers[index]
         module.load_state_dict(self._skeleton.state(weights, dtype, self.device), assign=True, strict=True)
         module.requires_grad_(False)
-        for role, layer in self.trainable:
-            if layer == index:
-                owner, name = self._skeleton.name(role).rsplit(".", 1)
-                setattr(module.get_submodule(owner), name, self.trainable[role, layer])
         try:
             if self.choice is not None and self.shape.layer(index).has_moe:
                 with choosing(self.choice, self.shape, index, module):
@@ -135,7 +144,11 @@ class StreamedModel:
         """
         positions = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)[None] + first_position
         rotary = self._rotary(hidden_BTD, positions)
-        output: torch.Tensor = layer(hidden_BTD, attention_mask=None, position_embeddings=rotary, past_key_values=cache)
+        others = {"attention_mask": None, "position_embeddings": rotary, "past_key_values": cache}
+        trained = self._stand_ins(layer, hidden_BTD.dtype)
+        output: torch.Tensor = (
+            functional_call(layer, trained, hidden_BTD, others) if trained else layer(hidden_BTD, **others)
+        )
         return output
 
     def blocks_at_once(self, dtype: torch.dtype) -> int:
@@ -253,8 +266,7 @@ class StreamedModel:
 
     def head_inputs(self, states_ND: torch.Tensor) -> torch.Tensor:
         """What the head multiplies: the states after the last layer, normed. Inside :meth:`head` only."""
-        normed_ND: torch.Tensor = self._skeleton.final_norm(states_ND)
-        return normed_ND
+        return self._final_norm(states_ND)
 
     def release(self) -> None:
         """Lets all weights go; another pass would read them again, and decide anew where things lie."""
@@ -262,11 +274,34 @@ class StreamedModel:
         if self._limit is not None:
             give_back_freed()
 
-    def trained(self, layer: int) -> dict[tuple[str, int], torch.Tensor]:
-        """The trainable tensors of a layer, by name and layer."""
-        experts = self.trained_experts.get(layer)
-        of_experts = {} if experts is None else {(name, layer): tensor for name, tensor in experts.tensors.items()}
-        return {key: tensor for key, tensor in self.trainable.items() if key[1] == layer} | of_experts
+    def trained(self, layer: int | None) -> dict[tuple[str, int | None], torch.Tensor]:
+        """The trainable tensors of a layer, or those of none, by name and layer."""
+        found: dict[tuple[str, int | None], torch.Tensor] = {
+            (role, of): tensor for (role, of), tensor in self.trainable.items() if of == layer
+        }
+        found |= {(factors_name(role), of): tensor for (role, of), tensor in self.factors.items() if of == layer}
+        experts = None if layer is None else self.trained_experts.get(layer)
+        return found | ({} if experts is None else {(name, layer): tensor for name, tensor in experts.tensors.items()})
+
+    def _stand_ins(self, module: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """What stands in for the weights of a layer's module, by name; made anew for each call, as gradients want."""
+        index = self._indices.get(module)
+        found = {
+            self._skeleton.name(role): tensor.to(torch.float32 if role is Role.ROUTER else dtype)
+            for (role, layer), tensor in self.trainable.items()
+            if layer is not None and layer == index
+        }
+        for (role, layer), factors_RK in self.factors.items():
+            if layer == index:
+                name = self._skeleton.name(role)
+                found[name] = scaled(module.get_parameter(name), factors_RK).to(dtype)
+        return found
+
+    def _final_norm(self, states_ND: torch.Tensor) -> torch.Tensor:
+        norm, trained = self._skeleton.final_norm, self.trainable.get((Role.FINAL_NORM, None))
+        weights = {} if trained is None else {"weight": trained.to(states_ND.dtype)}
+        output: torch.Tensor = functional_call(norm, weights, states_ND)
+        return output
 
     def _embedded(self, tokens_BT: torch.Tensor, states: HiddenStates) -> HiddenStates:
         for blocks in states.groups(BLOCKS_AT_ONCE[states.dtype]):

@@ -1,10 +1,10 @@
 """Float32 tensors that stand in for experts' weights while they are trained.
 
-An expert has two matrices as transformers fuses them: gate and up [2F, D], and down [D, F]. Each is trained whole, or
-through a low-rank adapter on top of the stored matrix.
+An expert has two matrices as transformers fuses them: gate and up [2F, D], and down [D, F]. Each is trained whole,
+through a low-rank adapter on top of the stored matrix, or through a factor for each of its blocks.
 
 Letters: N trained experts of a layer, O outputs and I inputs of a matrix, n tokens of one expert, R rank,
-P parts of a fused matrix (2: gate and up; 1: down).
+P parts of a fused matrix (2: gate and up; 1: down), K blocks of a row.
 """
 
 from __future__ import annotations
@@ -15,7 +15,29 @@ from typing import Protocol
 
 import torch
 
-__all__ = ["LowRankMatrices", "TrainedExperts", "TrainedMatrices", "WholeMatrices"]
+__all__ = ["LowRankMatrices", "Product", "ScaledMatrices", "TrainedExperts", "TrainedMatrices", "WholeMatrices"]
+__all__ += ["scaled"]
+
+
+def scaled(stored_RI: torch.Tensor, factors_RK: torch.Tensor) -> torch.Tensor:
+    """The matrix with each block of a row, I / K values, times its factor: float32 [R, I]."""
+    blocks_RKB = stored_RI.float().unflatten(-1, (factors_RK.shape[-1], -1))
+    scaled_RI: torch.Tensor = (blocks_RKB * factors_RK[..., None]).flatten(-2)
+    return scaled_RI
+
+
+@dataclass(frozen=True)
+class Product:
+    """What backward knows of ``inputs @ weight.T``, a matrix's product with one expert's tokens."""
+
+    output_gradient_nO: torch.Tensor
+    inputs_nI: torch.Tensor
+    stored_OI: torch.Tensor  # the matrix that the trained one stands in for
+
+    @property
+    def gradient(self) -> torch.Tensor:
+        """G^T X, that of the matrix: [O, I]."""
+        return self.output_gradient_nO.T @ self.inputs_nI
 
 
 class TrainedMatrices(Protocol):
@@ -28,10 +50,8 @@ class TrainedMatrices(Protocol):
     def weight(self, row: int, stored_OI: torch.Tensor) -> torch.Tensor:
         """What stands in for the ``row``-th trained expert's stored matrix: float32 [O, I]."""
 
-    def add_gradients(
-        self, sums: Sequence[torch.Tensor], row: int, output_gradient_nO: torch.Tensor, inputs_nI: torch.Tensor
-    ) -> None:
-        """Adds the gradients that a product ``inputs @ weight.T`` gives; ``sums`` are in the order of the tensors."""
+    def add_gradients(self, sums: Sequence[torch.Tensor], row: int, product: Product) -> None:
+        """Adds the gradients that a product gives; ``sums`` are in the order of the tensors."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +69,9 @@ class WholeMatrices:
         """The trained matrix, [O, I]."""
         return self.weight_NOI[row]
 
-    def add_gradients(
-        self, sums: Sequence[torch.Tensor], row: int, output_gradient_nO: torch.Tensor, inputs_nI: torch.Tensor
-    ) -> None:
+    def add_gradients(self, sums: Sequence[torch.Tensor], row: int, product: Product) -> None:
         """G^T X, with G the gradient of the outputs and X the inputs."""
-        sums[0][row] += output_gradient_nO.T @ inputs_nI
+        sums[0][row] += product.gradient
 
 
 @dataclass(frozen=True)
@@ -75,15 +93,46 @@ class LowRankMatrices:
         """W + B A, [O, I]."""
         return stored_OI.float() + (self.b_NPOR[row] @ self.a_NPRI[row]).flatten(0, 1)
 
-    def add_gradients(
-        self, sums: Sequence[torch.Tensor], row: int, output_gradient_nO: torch.Tensor, inputs_nI: torch.Tensor
-    ) -> None:
+    def add_gradients(self, sums: Sequence[torch.Tensor], row: int, product: Product) -> None:
         """(G B)^T X for A, and G^T (X A^T) for B."""
+        output_gradient_nO, inputs_nI = product.output_gradient_nO, product.inputs_nI
         a_sums_PRI, b_sums_POR = sums[0][row], sums[1][row]
         a_PRI, b_POR = (tensor[row].to(inputs_nI.dtype) for tensor in (self.a_NPRI, self.b_NPOR))
         for part, gradient_nO in enumerate(output_gradient_nO.chunk(len(a_PRI), dim=-1)):
             a_sums_PRI[part] += (gradient_nO @ b_POR[part]).T @ inputs_nI
             b_sums_POR[part] += gradient_nO.T @ (inputs_nI @ a_PRI[part].T)
+
+
+@dataclass(frozen=True)
+class ScaledMatrices:
+    """Stored matrices whose blocks are multiplied, each by a factor of its own: what other block scales would make.
+
+    Gate and up may have blocks of different lengths. A part without factors stays as it is stored.
+    """
+
+    factors: tuple[torch.Tensor | None, ...]  # for each part [N, O / P, K]
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """The factors of each part that has them."""
+        return {f"factors.{part}": tensor for part, tensor in enumerate(self.factors) if tensor is not None}
+
+    def weight(self, row: int, stored_OI: torch.Tensor) -> torch.Tensor:
+        """The matrix with its blocks multiplied, [O, I]."""
+        parts = stored_OI.chunk(len(self.factors))
+        return torch.cat(
+            [
+                part_OI.float() if factors is None else scaled(part_OI, factors[row])
+                for part_OI, factors in zip(parts, self.factors, strict=True)
+            ]
+        )
+
+    def add_gradients(self, sums: Sequence[torch.Tensor], row: int, product: Product) -> None:
+        """Of each block's factor the sum over the block of (G^T X) W, value by value."""
+        products_OI = (product.gradient * product.stored_OI).chunk(len(self.factors))
+        trained = [part_OI for part_OI, factors in zip(products_OI, self.factors, strict=True) if factors is not None]
+        for part_OI, sums_NOK in zip(trained, sums, strict=True):
+            sums_NOK[row] += part_OI.unflatten(-1, (sums_NOK.shape[-1], -1)).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -111,20 +160,11 @@ class TrainedExperts:
         """The expert's down matrix, likewise."""
         return self.down.weight(self._row(expert), stored_OI) if expert in self.experts else stored_OI
 
-    def add_gradients(
-        self,
-        sums: Sequence[torch.Tensor],
-        expert: int,
-        of_gate_up: tuple[torch.Tensor, torch.Tensor],
-        of_down: tuple[torch.Tensor, torch.Tensor],
-    ) -> None:
-        """Adds to the ``sums``, one for each of the tensors, what a trained expert's tokens give.
-
-        Each product comes as (gradient of its outputs, its inputs).
-        """
+    def add_gradients(self, sums: Sequence[torch.Tensor], expert: int, of_gate_up: Product, of_down: Product) -> None:
+        """Adds to the ``sums``, one for each of the tensors, what a trained expert's tokens give."""
         n_gate_up, row = len(self.gate_up.tensors), self._row(expert)
-        self.gate_up.add_gradients(sums[:n_gate_up], row, *of_gate_up)
-        self.down.add_gradients(sums[n_gate_up:], row, *of_down)
+        self.gate_up.add_gradients(sums[:n_gate_up], row, of_gate_up)
+        self.down.add_gradients(sums[n_gate_up:], row, of_down)
 
     def _row(self, expert: int) -> int:
         return self.experts.index(expert)

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from compressors.model.families import Role
 from compressors.model.ggml import GGMLQuantizationType
 from compressors.model.integer_blocks import BlockType
 
-__all__ = ["Place", "StoredType", "Weights", "WrittenWeights"]
+__all__ = ["StoredType", "TunablePart", "Weights", "WrittenWeights"]
 
 StoredType = GGMLQuantizationType | BlockType
 """The way in which a file stores a tensor: a type of ggml, or blocks that only ONNX Runtime has."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """The place of a float32 tensor in a file."""
+class TunablePart:
+    """Consecutive bytes of a file, some of which hold tunable values."""
 
     file: Path
-    name: str  # in the file
-    offset: int  # of its first byte
-    shape: tuple[int, ...]
+    offset: int
+    n_bytes: int
+    put: Callable[[npt.NDArray[np.uint8]], None]
+    """Puts the values that are to be there into these bytes, and leaves the others as they are."""
 
 
 class Weights(Protocol):
@@ -49,14 +53,34 @@ class Weights(Protocol):
 
 
 class WrittenWeights(Weights, Protocol):
-    """The tensors of a written file, dequantized: float32."""
+    """The tensors of a written file, dequantized: float32.
+
+    Some of what a file holds can be replaced in the finished file, because its place and size stay: its *tunable
+    values*. Of a router or a norm these are all its values, float32; of a quantized matrix the scales of its blocks
+    [rows, blocks of a row, scales of a block], whose rows are those of all experts, one expert after the other. They
+    come in the student's order, and go by the tensor's name in llama.cpp (:meth:`MoeShape.gguf_name`) in every
+    container.
+    """
 
     def stored_type(self, role: Role, layer: int | None) -> StoredType:
         """The type in which the file stores the tensors of a role; ggml's name where a graph holds the same numbers."""
 
-    def router_place(self, layer: int) -> Place:
-        """Returns the place of a layer's router [E, D] in the file.
+    def block_length(self, role: Role, layer: int | None) -> int | None:
+        """Consecutive values of a matrix's row that share tunable scales; None: it has no such scales."""
+
+    def tunable(self, role: Role, layer: int | None) -> torch.Tensor:
+        """The tunable values of a tensor.
 
         Raises:
-            InputError: it is not there as float32.
+            InputError: it has none: a router or norm that is not float32, or a matrix without tunable scales.
         """
+
+    def with_values(self, values: Mapping[str, torch.Tensor]) -> Self:
+        """The same weights as if the file had these tunable values; the file is not changed.
+
+        Raises:
+            InputError: values of a tensor that has no such, or of another shape or dtype.
+        """
+
+    def changed_parts(self) -> Iterator[TunablePart]:
+        """The parts of the file whose tunable values :meth:`with_values` replaced, a bounded number of bytes each."""

@@ -1,18 +1,28 @@
-"""Which of a student's tensors are trained: always its routers, and with them experts or adapters of experts."""
+"""Which of a student's tensors are trained: its routers, and with them norms, matrices, or scales of matrices."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from compressors.model.checkpoint import role_shape
 from compressors.model.errors import InputError
+from compressors.model.families import ATTENTION, NORMS, Role
 from compressors.model.shape import MoeShape
 from compressors.model.student import ExpertMap
 from compressors.statistics import LayerStatistics
 
-__all__ = ["Scope", "expert_usage"]
+__all__ = ["BlockLength", "Scope", "expert_usage", "scaled_roles"]
+
+BlockLength = Callable[[Role, int], int | None]
+"""(role, layer) -> how many values of a row share scales in the file that a student was written to; None: its scales
+are none that can be trained."""
+
+_ROUTER_RATE_BESIDE_SCALES = 0.1
+_RATE_HIDDEN_SIZE = 256
 
 
 @dataclass(frozen=True)
@@ -22,10 +32,16 @@ class Scope:
     Attributes:
         n_experts: that many experts of each layer, those that most tokens chose; None: all.
         adapter_rank: the experts get low-rank adapters of this rank; None: they are trained whole.
+        norms: all RMS norms, those of queries and keys and the final one included.
+        attention: attention's matrices, whole.
+        scales: a factor for each block of the matrices of attention and experts, beside codes that stay.
     """
 
     n_experts: int | None = 0
     adapter_rank: int | None = None
+    norms: bool = False
+    attention: bool = False
+    scales: bool = False
 
     @classmethod
     def routers(cls) -> Scope:
@@ -47,20 +63,43 @@ class Scope:
         """The routers, and an adapter for each matrix of all experts."""
         return cls(None, rank)
 
+    @classmethod
+    def routers_and_norms(cls) -> Scope:
+        """The routers and all norms."""
+        return cls(norms=True)
+
+    @classmethod
+    def block_scales(cls) -> Scope:
+        """The routers, all norms, and a factor for each block of a written file."""
+        return cls(norms=True, scales=True)
+
+    @classmethod
+    def everything(cls) -> Scope:
+        """All of the decoder layers, and the final norm."""
+        return cls(None, norms=True, attention=True)
+
     @property
     def name(self) -> str:
         """For reports: ``router``, or ``router + 8 experts``, ``... + all experts``, ``... + adapters of rank 8``."""
-        if self.n_experts == 0:
-            return "router"
+        parts = ["router"]
+        parts += ["norms"] * self.norms + ["attention"] * self.attention + ["block scales"] * self.scales
         if self.adapter_rank is not None:
-            return f"router + adapters of rank {self.adapter_rank}"
-        return "router + all experts" if self.n_experts is None else f"router + {self.n_experts} experts"
+            parts.append(f"adapters of rank {self.adapter_rank}")
+        elif self.n_experts != 0:
+            parts.append("all experts" if self.n_experts is None else f"{self.n_experts} experts")
+        return " + ".join(parts)
 
     def name_in(self, student: MoeShape) -> str:
         """The same for a student of this shape: a dense one has feed-forwards, and routers that decide nothing."""
         if not student.is_dense:
             return self.name
-        return "feed-forwards" if self.adapter_rank is None else f"adapters of rank {self.adapter_rank}"
+        whole = [("norms", self.norms), ("attention", self.attention), ("block scales", self.scales)]
+        parts = [part for part, is_trained in whole if is_trained]
+        if self.adapter_rank is not None:
+            parts.append(f"adapters of rank {self.adapter_rank}")
+        elif self.n_experts != 0 or not parts:
+            parts.append("feed-forwards")
+        return " + ".join(parts)
 
     def check_against(self, shape: MoeShape) -> None:
         """Checks that a model of this shape can be trained so.
@@ -85,16 +124,48 @@ class Scope:
         most_used_first = torch.argsort(usage_E, descending=True, stable=True)
         return tuple(sorted(most_used_first[: self.n_experts].tolist()))
 
-    def parameters(self, layer: MoeShape) -> int:
-        """Trained parameters of a layer of this shape."""
-        if not layer.has_moe:
-            return 0
+    def router_rate(self, hidden_size: int) -> float:
+        """The routers' learning rate as a multiple of the scope's.
+
+        Beside norms and scales, whose rate is a relative change, routers take a tenth of it; an Adam step moves their
+        logits in proportion to the hidden size.
+        """
+        only_relative = self.norms and self.n_experts == 0
+        return _ROUTER_RATE_BESIDE_SCALES * _RATE_HIDDEN_SIZE / hidden_size if only_relative else 1.0
+
+    def parameters(self, layer: MoeShape, block_length: Callable[[Role], int | None] | None = None) -> int:
+        """Trained parameters of a layer of this shape.
+
+        Args:
+            layer: the shape.
+            block_length: of each role's matrices; needed where their scales are trained.
+        """
         n_experts = layer.n_experts if self.n_experts is None else min(self.n_experts, layer.n_experts)
         if self.adapter_rank is None:
             of_one = layer.expert_parameters
         else:
             of_one = 3 * self.adapter_rank * (layer.hidden_size + layer.expert_width)
-        return layer.n_experts * layer.hidden_size + n_experts * of_one
+        n_trained = layer.n_experts * layer.hidden_size + n_experts * of_one if layer.has_moe else 0
+        for role in layer.layer_roles(0):
+            n_values = math.prod(role_shape(role, layer))
+            if (self.norms and role in NORMS) or (self.attention and role in ATTENTION):
+                n_trained += n_values
+        return n_trained + (self._factors(layer, block_length) if self.scales and block_length is not None else 0)
+
+    def _factors(self, layer: MoeShape, block_length: Callable[[Role], int | None]) -> int:
+        """Factors of a layer's blocks."""
+        n_factors = 0
+        for role in scaled_roles(layer):
+            length = block_length(role)
+            if length is not None:
+                n_values = math.prod(role_shape(role, layer)) * (layer.n_experts if role.is_expert else 1)
+                n_factors += n_values // length
+        return n_factors
+
+
+def scaled_roles(layer: MoeShape) -> tuple[Role, ...]:
+    """Roles of a layer whose matrices' scales are trained: those of attention, and of experts where it has some."""
+    return tuple(role for role in layer.family.roles if role in ATTENTION or (role.is_expert and layer.has_moe))
 
 
 def expert_usage(statistics: Sequence[LayerStatistics], experts: ExpertMap) -> list[torch.Tensor]:

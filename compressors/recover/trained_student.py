@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 
-from compressors.model.families import Role
+from compressors.model.checkpoint import role_shape
+from compressors.model.families import ATTENTION, NORMS, Role
 from compressors.model.gradients import ParameterKey
 from compressors.model.memory import MemoryLimit
-from compressors.model.streaming import StreamedModel
+from compressors.model.shape import MoeShape
+from compressors.model.streaming import StreamedModel, factors_name
 from compressors.model.student import Student
-from compressors.model.trained_experts import LowRankMatrices, TrainedExperts, TrainedMatrices, WholeMatrices
-from compressors.recover.scopes import Scope
+from compressors.model.trained_experts import (
+    LowRankMatrices,
+    ScaledMatrices,
+    TrainedExperts,
+    TrainedMatrices,
+    WholeMatrices,
+)
+from compressors.recover.scopes import BlockLength, Scope, scaled_roles
 
 __all__ = ["TrainedStudent"]
 
@@ -26,12 +34,13 @@ class TrainedStudent:
         scope: which of its tensors.
         usage: how many tokens chose each expert, by layer: [E] each (:func:`~compressors.recover.scopes.expert_usage`);
             only a scope of the most used experts needs it.
+        block_length: of the file that the student's numbers come from; only a scope of block scales needs it.
         seed: of the adapters' beginning.
         device: where the tensors lie.
 
     Raises:
         InputError: the scope does not fit the student.
-        ValueError: the scope needs ``usage``, and there is none.
+        ValueError: the scope needs ``usage`` or ``block_length``, and there is none.
     """
 
     def __init__(
@@ -40,6 +49,7 @@ class TrainedStudent:
         scope: Scope,
         *,
         usage: Sequence[torch.Tensor] | None = None,
+        block_length: BlockLength | None = None,
         seed: int = 0,
         device: torch.device | None = None,
     ) -> None:
@@ -49,24 +59,27 @@ class TrainedStudent:
         self.student = student
         self._device = device
         self._generator = torch.Generator().manual_seed(seed)
-        layers = [layer for layer in range(student.shape.n_layers) if student.shape.layer(layer).has_moe]
-        self._routers = {
-            (Role.ROUTER, layer): self._parameter(student.tensor(Role.ROUTER, layer).float().clone())
-            for layer in layers
+        self._whole = {
+            (role, layer): self._parameter(student.tensor(role, layer).float().clone())
+            for role, layer in _whole_tensors(scope, student.shape)
         }
+        self._factors: dict[tuple[Role, int | None], torch.Tensor] = {}
         self._experts: dict[int, TrainedExperts] = {}
-        if scope.n_experts != 0:
-            for layer in layers:
-                n_experts = student.shape.layer(layer).n_experts
-                chosen = scope.experts(torch.zeros(n_experts) if usage is None else usage[layer])
-                self._experts[layer] = self._trained_experts(layer, chosen, scope.adapter_rank)
+        if scope.scales:
+            if block_length is None:
+                raise ValueError("the lengths of blocks are those of a file")
+            self._add_factors(block_length)
+        elif scope.n_experts != 0:
+            self._add_experts(scope, usage)
 
     @property
     def parameters(self) -> dict[ParameterKey, torch.Tensor]:
         """All trained tensors, in a fixed order."""
         parameters: dict[ParameterKey, torch.Tensor] = {}
-        for (role, layer), router in self._routers.items():
-            parameters[role, layer] = router
+        for (role, layer), tensor in self._whole.items():
+            parameters[role, layer] = tensor
+        for (role, layer), factors in self._factors.items():
+            parameters[factors_name(role), layer] = factors
         for layer, experts in self._experts.items():
             parameters |= {(name, layer): tensor for name, tensor in experts.tensors.items()}
         return parameters
@@ -74,22 +87,72 @@ class TrainedStudent:
     def streamed(self, limit: MemoryLimit | None) -> StreamedModel:
         """The student with these tensors in place of its own; it follows them when they change."""
         return StreamedModel(
-            self.student, trainable=self._routers, trained_experts=self._experts, limit=limit, device=self._device
+            self.student,
+            trainable=self._whole,
+            factors=self._factors,
+            trained_experts=self._experts,
+            limit=limit,
+            device=self._device,
         )
 
     def overlay(self) -> dict[str, torch.Tensor]:
         """The tensors as they are now, by their name in the student; later training does not change these copies.
 
-        Routers are float32. Experts go back to storage dtype, adapters merged into them.
+        Routers and norms are float32. Matrices go back to storage dtype, adapters merged into them. Factors of blocks
+        are not among them: they belong to a file (:meth:`factors`).
         """
         overlay = {
-            self.student.name(role, layer): router.detach().cpu().clone()
-            for (role, layer), router in self._routers.items()
+            self.student.name(role, layer): tensor.detach().to(
+                "cpu", self.student.dtype(role, layer) if role in ATTENTION else torch.float32, copy=True
+            )
+            for (role, layer), tensor in self._whole.items()
         }
         for layer, trained in self._experts.items():
-            for expert in trained.experts:
-                overlay |= self._merged(layer, expert, trained)
+            if not isinstance(trained.down, ScaledMatrices):
+                for expert in trained.experts:
+                    overlay |= self._merged(layer, expert, trained)
         return overlay
+
+    def whole(self) -> Iterator[tuple[Role, int | None, torch.Tensor]]:
+        """Role, layer and float32 values of each tensor that is trained whole, experts left out."""
+        for (role, layer), tensor in self._whole.items():
+            yield role, layer, tensor.detach().cpu()
+
+    def factors(self) -> Iterator[tuple[Role, int, torch.Tensor]]:
+        """Role, layer and each block's factor, float32 [rows, blocks of a row]; rows are those of all experts."""
+        for (role, layer), factors_RK in self._factors.items():
+            assert layer is not None
+            yield role, layer, factors_RK.detach().cpu()
+        for layer, trained in self._experts.items():
+            assert isinstance(trained.gate_up, ScaledMatrices) and isinstance(trained.down, ScaledMatrices)
+            for role, factors_NOK in zip(_EXPERT_ROLES, trained.gate_up.factors + trained.down.factors, strict=True):
+                if factors_NOK is not None:
+                    yield role, layer, factors_NOK.detach().cpu().flatten(0, 1)
+
+    def _add_factors(self, block_length: BlockLength) -> None:
+        """A factor of one for each block."""
+        for layer in range(self.student.shape.n_layers):
+            shape = self.student.shape.layer(layer)
+            of_experts: dict[Role, torch.Tensor | None] = {}
+            for role in scaled_roles(shape):
+                length = block_length(role, layer)
+                n_rows, n_columns = role_shape(role, shape)
+                if role.is_expert:
+                    size = (shape.n_experts, n_rows)
+                    of_experts[role] = None if length is None else self._ones(*size, n_columns // length)
+                elif length is not None:
+                    self._factors[role, layer] = self._ones(n_rows, n_columns // length)
+            if any(factors is not None for factors in of_experts.values()):
+                gate, up, down = (of_experts[role] for role in _EXPERT_ROLES)
+                experts = tuple(range(shape.n_experts))
+                self._experts[layer] = TrainedExperts(experts, ScaledMatrices((gate, up)), ScaledMatrices((down,)))
+
+    def _add_experts(self, scope: Scope, usage: Sequence[torch.Tensor] | None) -> None:
+        for layer in range(self.student.shape.n_layers):
+            n_experts = self.student.shape.layer(layer).n_experts
+            if n_experts:
+                chosen = scope.experts(torch.zeros(n_experts) if usage is None else usage[layer])
+                self._experts[layer] = self._trained_experts(layer, chosen, scope.adapter_rank)
 
     @torch.no_grad()
     def _merged(self, layer: int, expert: int, trained: TrainedExperts) -> dict[str, torch.Tensor]:
@@ -126,5 +189,24 @@ class TrainedStudent:
         gate, up = (self.student.expert(role, layer, expert) for role in (Role.EXPERT_GATE, Role.EXPERT_UP))
         return torch.cat([gate, up])
 
+    def _ones(self, *size: int) -> nn.Parameter:
+        return self._parameter(torch.ones(size))
+
     def _parameter(self, values: torch.Tensor) -> nn.Parameter:
         return nn.Parameter(values.to(self._device))
+
+
+_EXPERT_ROLES = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
+
+
+def _whole_tensors(scope: Scope, shape: MoeShape) -> Iterator[tuple[Role, int | None]]:
+    """What a scope trains as it is, experts left out: routers first."""
+    for layer in range(shape.n_layers):
+        if shape.layer(layer).has_moe:
+            yield Role.ROUTER, layer
+    for layer in range(shape.n_layers):
+        for role in shape.layer_roles(layer):
+            if (scope.norms and role in NORMS) or (scope.attention and role in ATTENTION):
+                yield role, layer
+    if scope.norms:
+        yield Role.FINAL_NORM, None

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from compressors.model.errors import InputError
+from compressors.model.families import Role
 from compressors.model.gradients import ParameterKey, streamed_gradients
 from compressors.model.memory import MemoryLimit
 from compressors.model.parallel import reduce_sum, share
@@ -18,7 +20,7 @@ from compressors.model.student import Student
 from compressors.recover.objectives import Objective
 from compressors.recover.optimizer_state import optimizer_state, restore_optimizer
 from compressors.recover.schedule import Schedule
-from compressors.recover.scopes import Scope
+from compressors.recover.scopes import BlockLength, Scope
 from compressors.recover.trained_student import TrainedStudent
 from compressors.recover.training_memory import refuse_too_large, training_bytes
 
@@ -43,6 +45,7 @@ class Training:
         settings: the schedule; its ``n_blocks`` must not exceed the blocks given.
         scope: which tensors are trained.
         usage: how many tokens chose each expert, by layer; needed for a scope of the most used experts.
+        block_length: of the file that the student was written to; needed for a scope of block scales.
         limit: memory that this process may use; layers that fit stay between steps.
         dtype: of the arithmetic; what is trained, its gradients and the optimizer are float32.
         device: where layers compute.
@@ -62,6 +65,7 @@ class Training:
         *,
         scope: Scope | None = None,
         usage: Sequence[torch.Tensor] | None = None,
+        block_length: BlockLength | None = None,
         limit: MemoryLimit | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
@@ -70,20 +74,24 @@ class Training:
         settings.check_against(tokens_BT)
         _check_vocabulary(tokens_BT, student)
         if limit is not None and scope != Scope.routers():
-            refuse_too_large(scope, student.shape, student.expert_dtype.itemsize, limit.n_bytes)
+            refuse_too_large(scope, student.shape, student.expert_dtype.itemsize, limit.n_bytes, block_length)
         self.settings = settings
         self.n_done = 0  # steps
         self._student = student
         self._tokens_BT = tokens_BT
         self._objective = objective
         self._dtype = dtype
-        self._trained = TrainedStudent(student, scope, usage=usage, seed=settings.seed, device=device)
-        self._parameters = self._trained.parameters
+        self.trained = TrainedStudent(
+            student, scope, usage=usage, block_length=block_length, seed=settings.seed, device=device
+        )
+        self._parameters = self.trained.parameters
         if limit is not None:  # gradients and moments are still to come
-            later = training_bytes(scope, student.shape).later
+            later = training_bytes(scope, student.shape, block_length).later
             limit = replace(limit, n_bytes=max(1, limit.n_bytes - later))
-        self._model = self._trained.streamed(limit)
-        self._optimizer = torch.optim.AdamW(self._parameters.values(), lr=settings.learning_rate, weight_decay=0.0)
+        self._model = self.trained.streamed(limit)
+        self._optimizer = torch.optim.AdamW(
+            self._groups(scope.router_rate(student.shape.hidden_size)), weight_decay=0.0
+        )
         self._steps = settings.steps()
 
     def step(self) -> float:
@@ -93,7 +101,7 @@ class Training:
             TrainingDivergedError: the loss or a gradient is NaN or infinite; nothing was changed by this step.
         """
         for group in self._optimizer.param_groups:
-            group["lr"] = self.settings.rate_at(self.n_done)
+            group["lr"] = self.settings.rate_at(self.n_done) * group["share"]
         try:
             loss, gradients = self._gradients(self._steps[self.n_done])
         except NotFiniteError as error:
@@ -112,7 +120,7 @@ class Training:
 
     def overlay(self) -> dict[str, torch.Tensor]:
         """The trained tensors as they are now, by their name in the student; later steps do not change these copies."""
-        return self._trained.overlay()
+        return self.trained.overlay()
 
     def release(self) -> None:
         """Lets the student's weights go, which further steps would read again; what is trained stays."""
@@ -134,6 +142,13 @@ class Training:
         restore_optimizer(self._optimizer, self._named_parameters(), tensors)
         of_objective = [name for name in tensors if name.startswith(_OF_OBJECTIVE)]
         self._objective.restore({name.removeprefix(_OF_OBJECTIVE): tensors[name] for name in of_objective})
+
+    def _groups(self, router_rate: float) -> list[dict[str, Any]]:
+        """The optimizer's groups, with their share of the schedule's rate."""
+        shares: dict[float, list[torch.Tensor]] = {}
+        for (name, _), parameter in self._parameters.items():
+            shares.setdefault(router_rate if name == Role.ROUTER else 1.0, []).append(parameter)
+        return [{"params": parameters, "share": share} for share, parameters in shares.items()]
 
     def _named_parameters(self) -> dict[str, torch.Tensor]:
         return {f"{layer}.{name}": parameter for (name, layer), parameter in self._parameters.items()}

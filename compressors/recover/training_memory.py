@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from compressors.model.errors import InputError
+from compressors.model.families import Role
 from compressors.model.memory import PROCESS_BYTES, least_bytes
 from compressors.model.shape import MoeShape
-from compressors.recover.scopes import Scope
+from compressors.recover.scopes import BlockLength, Scope
 
 __all__ = ["TooLargeError", "TrainingBytes", "refuse_too_large", "training_bytes"]
 
@@ -38,14 +40,26 @@ class TrainingBytes:
         return self.gradients + self.moments + self.passing
 
 
-def training_bytes(scope: Scope, shape: MoeShape) -> TrainingBytes:
-    """What a student of this shape takes when these of its tensors are trained."""
-    parameters = [scope.parameters(shape.layer(layer)) for layer in range(shape.n_layers)]
-    all_bytes = _FLOAT32 * sum(parameters)
+def training_bytes(scope: Scope, shape: MoeShape, block_length: BlockLength | None = None) -> TrainingBytes:
+    """What a student of this shape takes when these of its tensors are trained.
+
+    Args:
+        scope: what is trained.
+        shape: the student's.
+        block_length: of the file that the student was written to; needed where its scales are trained.
+    """
+    parameters = [
+        scope.parameters(shape.layer(layer), block_length and partial(_in_layer, block_length, layer))
+        for layer in range(shape.n_layers)
+    ]
+    final_norm = shape.hidden_size if scope.norms else 0
+    all_bytes = _FLOAT32 * (sum(parameters) + final_norm)
     return TrainingBytes(all_bytes, all_bytes, 2 * all_bytes, _FLOAT32 * max(parameters))
 
 
-def refuse_too_large(scope: Scope, shape: MoeShape, itemsize: int, limit_bytes: int) -> None:
+def refuse_too_large(
+    scope: Scope, shape: MoeShape, itemsize: int, limit_bytes: int, block_length: BlockLength | None = None
+) -> None:
     """Refuses a scope that cannot be trained within the limit with a single layer in memory.
 
     Args:
@@ -53,15 +67,21 @@ def refuse_too_large(scope: Scope, shape: MoeShape, itemsize: int, limit_bytes: 
         shape: the student's.
         itemsize: bytes of a stored weight.
         limit_bytes: what the process may use.
+        block_length: as :func:`training_bytes` has it.
 
     Raises:
         TooLargeError: the message says how much would be needed.
     """
-    trained = training_bytes(scope, shape).total
+    trained = training_bytes(scope, shape, block_length).total
     needed = PROCESS_BYTES + least_bytes(shape, shape.layer_parameters * itemsize) + trained
     if needed > limit_bytes:
+        advice = "train adapters, of a smaller rank, or" if scope.n_experts != 0 else "train less, or"
         raise TooLargeError(
             f"training {scope.name_in(shape)} needs {needed / 1e9:.2f} GB of memory, {trained / 1e9:.2f} GB of it for "
             f"float32 weights, gradients and Adam's moments, but the limit is {limit_bytes / 1e9:.2f} GB: "
-            "train adapters, of a smaller rank, or raise --memory"
+            f"{advice} raise --memory"
         )
+
+
+def _in_layer(block_length: BlockLength, layer: int, role: Role) -> int | None:
+    return block_length(role, layer)

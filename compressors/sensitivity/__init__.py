@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from compressors.sensitivity.defaults import default_table
 from compressors.sensitivity.divergence import DivergenceModel
 from compressors.sensitivity.feedback_factors import feedback_factor
 from compressors.sensitivity.gathering import gather_sensitivities
-from compressors.sensitivity.knapsack import Allocation, allocate, smallest_bytes
+from compressors.sensitivity.knapsack import Allocation, allocate, allocate_file, smallest_bytes
 from compressors.sensitivity.matrices import MatrixSensitivity, Sensitivities, VocabularySensitivities
 from compressors.sensitivity.sampling import Quantizer, ggml_quantizer
 from compressors.sensitivity.table import Candidate, Option, TypeTable, Unit, UnitPlan, measured_table
@@ -23,6 +24,8 @@ __all__ = [
     "UnitPlan",
     "VocabularySensitivities",
     "allocate",
+    "allocate_file",
+    "default_table",
     "feedback_factor",
     "gather_sensitivities",
     "ggml_quantizer",

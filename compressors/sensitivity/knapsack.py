@@ -11,18 +11,18 @@ Letters: U units, N options, S partial choices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from compressors.model.errors import InputError
-from compressors.sensitivity.table import TypeTable, Unit
+from compressors.sensitivity.table import TypeTable
 
-__all__ = ["Allocation", "allocate", "smallest_bytes"]
+__all__ = ["Allocation", "allocate", "allocate_file", "smallest_bytes"]
 
-_MOST_PARTIAL_CHOICES = 4096
+_MOST_PARTIAL_CHOICES = 2048
 _PRICE_STEPS = 200  # of the bisection: more than double precision can tell apart
 
 
@@ -58,41 +58,88 @@ def allocate(table: TypeTable, byte_limit: int, *, nats_per_second: float = 0.0)
         raise InputError(f"{empty[0]} has no type that it may be written in; allow more types")
     smallest = smallest_bytes(table)
     if smallest > byte_limit:
-        raise InputError(
-            f"the smallest types need {smallest:,} bytes, more than {byte_limit:,}; the smallest limit that can be "
-            f"met with these types is {smallest:,}"
-        )
-    units = [_Options.of(unit, nats_per_second) for unit in table.units]
-    price = _best_price(units, byte_limit)
-    chosen, bound = _search(units, byte_limit, price)
-    return _allocation(table, units, chosen, bound)
+        raise _too_small(smallest, byte_limit)
+    options = _Options.of(table, nats_per_second)
+    chosen, bound = _search(options, byte_limit, _best_price(options, byte_limit))
+    return _allocation(table, options, chosen, bound)
+
+
+def allocate_file(
+    table: TypeTable,
+    byte_limit: int,
+    file_bytes: Callable[[Mapping[str, str]], int],
+    *,
+    nats_per_second: float = 0.0,
+) -> Allocation:
+    """The best choice whose file fits, where headers and alignment depend on the choice.
+
+    Args:
+        table: units and their types.
+        byte_limit: of the file.
+        file_bytes: exact size of the file for the types of the units.
+        nats_per_second: as in :func:`allocate`.
+
+    Raises:
+        InputError: the file of the smallest types does not fit; the message names its size.
+    """
+    smallest = allocate(table, smallest_bytes(table))
+    beside = file_bytes(smallest.choices) - smallest.n_bytes
+    if smallest.n_bytes + beside > byte_limit:
+        raise _too_small(smallest.n_bytes + beside, byte_limit)
+    while byte_limit - beside >= smallest.n_bytes:
+        found = allocate(table, byte_limit - beside, nats_per_second=nats_per_second)
+        excess = file_bytes(found.choices) - byte_limit
+        if excess <= 0:
+            return found
+        beside += excess
+    return smallest
+
+
+def _too_small(smallest: int, byte_limit: int) -> InputError:
+    return InputError(
+        f"the smallest types need {smallest:,} bytes, more than {byte_limit:,}; the smallest limit that can be "
+        f"met with these types is {smallest:,}"
+    )
 
 
 @dataclass(frozen=True)
 class _Options:
-    """One unit's options that no other of its options undercuts in both bytes and cost, by rising bytes."""
+    """Each unit's options by rising bytes, without those that another undercuts in both bytes and cost."""
 
-    which_N: npt.NDArray[np.int64]  # place among the unit's options
-    bytes_N: npt.NDArray[np.int64]
-    cost_N: npt.NDArray[np.float64]
+    which_UN: npt.NDArray[np.int64]  # place among the unit's options
+    bytes_UN: npt.NDArray[np.int64]
+    cost_UN: npt.NDArray[np.float64]  # infinite where a unit has fewer options than another
 
     @classmethod
-    def of(cls, unit: Unit, nats_per_second: float) -> _Options:
-        n_bytes = np.array([option.n_bytes for option in unit.options], dtype=np.int64)
-        cost = np.array([option.second_order + nats_per_second * option.seconds for option in unit.options])
-        order = np.lexsort((cost, n_bytes))
-        kept = _not_dominated(cost[order])
-        which = order[kept]
-        return cls(which, n_bytes[which], cost[which])
+    def of(cls, table: TypeTable, nats_per_second: float) -> _Options:
+        size = (len(table.units), max(len(unit.options) for unit in table.units))
+        found = cls(np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64), np.full(size, np.inf))
+        for index, unit in enumerate(table.units):
+            n_bytes = np.array([option.n_bytes for option in unit.options], dtype=np.int64)
+            cost = np.array([option.second_order + nats_per_second * option.seconds for option in unit.options])
+            which = np.lexsort((cost, n_bytes))
+            which = which[_not_dominated(cost[which])]
+            place = (index, slice(len(which)))
+            found.which_UN[place], found.bytes_UN[place], found.cost_UN[place] = which, n_bytes[which], cost[which]
+        return found
+
+    def n_bytes(self, chosen_U: npt.NDArray[np.int64]) -> int:
+        """Bytes of an option for each unit."""
+        return int(np.take_along_axis(self.bytes_UN, chosen_U[:, None], 1).sum())
+
+    def cost(self, chosen_U: npt.NDArray[np.int64]) -> float:
+        """The cost of an option for each unit."""
+        return float(np.take_along_axis(self.cost_UN, chosen_U[:, None], 1).sum())
 
     def at(self, price: float) -> npt.NDArray[np.float64]:
-        """What each option costs if bytes have a price."""
-        priced_N: npt.NDArray[np.float64] = self.cost_N + price * self.bytes_N
-        return priced_N
+        """What each option costs if bytes have a price: [U, N]."""
+        priced_UN: npt.NDArray[np.float64] = self.cost_UN + price * self.bytes_UN
+        return priced_UN
 
-    def best(self, price: float) -> int:
-        """The cheapest at a price; of equals the smallest."""
-        return int(self.at(price).argmin())
+    def best(self, price: float) -> npt.NDArray[np.int64]:
+        """Each unit's cheapest at a price; of equals the smallest."""
+        best_U: npt.NDArray[np.int64] = self.at(price).argmin(1)
+        return best_U
 
 
 def _not_dominated(cost_N: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
@@ -102,64 +149,55 @@ def _not_dominated(cost_N: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
     return kept_N
 
 
-def _best_price(units: Sequence[_Options], byte_limit: int) -> float:
+def _best_price(options: _Options, byte_limit: int) -> float:
     """The lowest price at which the units' own choices fit, which is where the bound is highest."""
-
-    def n_bytes(price: float) -> int:
-        return sum(int(unit.bytes_N[unit.best(price)]) for unit in units)
-
-    if n_bytes(0.0) <= byte_limit:
+    if options.n_bytes(options.best(0.0)) <= byte_limit:
         return 0.0
     low, high = 0.0, 1e-12
-    while n_bytes(high) > byte_limit:
+    while options.n_bytes(options.best(high)) > byte_limit:
         low, high = high, high * 4
     for _ in range(_PRICE_STEPS):
         middle = (low + high) / 2
         if not low < middle < high:
             break
-        low, high = (low, middle) if n_bytes(middle) <= byte_limit else (middle, high)
+        low, high = (low, middle) if options.n_bytes(options.best(middle)) <= byte_limit else (middle, high)
     return high
 
 
-def _search(units: Sequence[_Options], byte_limit: int, price: float) -> tuple[list[int], float]:
+def _search(options: _Options, byte_limit: int, price: float) -> tuple[npt.NDArray[np.int64], float]:
     """The best choice found, an option for each unit, and the lower bound of any choice's cost."""
-    greedy = [unit.best(price) for unit in units]
-    above = [unit.at(price) - unit.at(price)[best] for unit, best in zip(units, greedy, strict=True)]
-    bound = sum(float(unit.at(price)[best]) for unit, best in zip(units, greedy, strict=True)) - price * byte_limit
-    room = byte_limit - sum(int(unit.bytes_N[best]) for unit, best in zip(units, greedy, strict=True))
-    filled = _filled(units, greedy, room)
-    most = _cost(units, filled) - bound  # what the best choice can lie above the bound
+    greedy_U = options.best(price)
+    priced_UN = options.at(price)
+    best_U = priced_UN.min(1)
+    bound = float(best_U.sum()) - price * byte_limit
+    room = byte_limit - options.n_bytes(greedy_U)
+    filled_U = _filled(options, greedy_U, room)
+    most = options.cost(filled_U) - bound  # what the best choice can lie above the bound
+    above_UN = priced_UN - best_U[:, None]
+    extra_UN = options.bytes_UN - np.take_along_axis(options.bytes_UN, greedy_U[:, None], 1)
     partial = _Partial(room, price, most)
-    for index in sorted(range(len(units)), key=lambda index: int((above[index] <= most).sum())):
-        partial.extend(index, units[index].bytes_N - units[index].bytes_N[greedy[index]], above[index])
-    found = partial.best(greedy)
-    return (filled, bound) if found is None or _cost(units, found) >= _cost(units, filled) else (found, bound)
+    for unit in (above_UN <= most).sum(1).argsort(kind="stable").tolist():
+        partial.extend(unit, extra_UN[unit], above_UN[unit])
+    found_U = partial.best(len(greedy_U))
+    if found_U is None or options.cost(found_U) >= options.cost(filled_U):
+        return filled_U, bound
+    return found_U, bound
 
 
-def _cost(units: Sequence[_Options], chosen: Sequence[int]) -> float:
-    return float(sum(unit.cost_N[option] for unit, option in zip(units, chosen, strict=True)))
-
-
-def _filled(units: Sequence[_Options], greedy: Sequence[int], room: int) -> list[int]:
+def _filled(options: _Options, greedy_U: npt.NDArray[np.int64], room: int) -> npt.NDArray[np.int64]:
     """Spends the room that is left on the best steps for their bytes, one unit after the other."""
-    chosen = list(greedy)
+    chosen_U = greedy_U.copy()
     while True:
-        steps = [
-            (
-                (unit.cost_N[chosen[index]] - unit.cost_N[option])
-                / (unit.bytes_N[option] - unit.bytes_N[chosen[index]]),
-                index,
-                option,
-            )
-            for index, unit in enumerate(units)
-            for option in range(chosen[index] + 1, len(unit.cost_N))
-            if unit.bytes_N[option] - unit.bytes_N[chosen[index]] <= room
-        ]
-        if not steps:
-            return chosen
-        _, index, option = max(steps)
-        room -= int(units[index].bytes_N[option] - units[index].bytes_N[chosen[index]])
-        chosen[index] = option
+        here = chosen_U[:, None]
+        extra_UN = options.bytes_UN - np.take_along_axis(options.bytes_UN, here, 1)
+        gain_UN = np.take_along_axis(options.cost_UN, here, 1) - options.cost_UN
+        possible_UN = (extra_UN > 0) & (extra_UN <= room) & (gain_UN > 0)
+        if not possible_UN.any():
+            return chosen_U
+        rate_UN = np.where(possible_UN, gain_UN / np.maximum(extra_UN, 1), -np.inf)
+        unit, option = np.unravel_index(int(rate_UN.argmax()), rate_UN.shape)
+        room -= int(extra_UN[unit, option])
+        chosen_U[unit] = option
 
 
 class _Partial:
@@ -194,27 +232,28 @@ class _Partial:
         self._bytes_S, self._above_S = n_bytes[order], above[order]
         self._steps.append((unit, order // len(options), options[order % len(options)]))
 
-    def best(self, greedy: Sequence[int]) -> list[int] | None:
-        """The complete choice of the lowest cost that fits."""
+    def best(self, n_units: int) -> npt.NDArray[np.int64] | None:
+        """The complete choice of the lowest cost that fits, an option for each unit; None if none does."""
         fits = np.flatnonzero(self._bytes_S <= self._room)
         if not len(fits):
             return None
         place = int(fits[(self._above_S - self._price * self._bytes_S)[fits].argmin()])
-        chosen = list(greedy)
+        chosen_U = np.zeros(n_units, dtype=np.int64)
         for unit, parents, options in reversed(self._steps):
-            chosen[unit] = int(options[place])
+            chosen_U[unit] = options[place]
             place = int(parents[place])
-        return chosen
+        return chosen_U
 
 
-def _allocation(table: TypeTable, units: Sequence[_Options], chosen: Sequence[int], bound: float) -> Allocation:
-    options = [
-        unit.options[int(known.which_N[option])] for unit, known, option in zip(table.units, units, chosen, strict=True)
+def _allocation(table: TypeTable, options: _Options, chosen_U: npt.NDArray[np.int64], bound: float) -> Allocation:
+    taken = [
+        unit.options[int(options.which_UN[index, option])]
+        for index, (unit, option) in enumerate(zip(table.units, chosen_U.tolist(), strict=True))
     ]
     return Allocation(
-        {unit.name: option.choice for unit, option in zip(table.units, options, strict=True)},
-        sum(option.n_bytes for option in options),
-        sum(option.second_order for option in options),
-        sum(option.seconds for option in options),
-        max(0.0, _cost(units, chosen) - bound),
+        {unit.name: option.choice for unit, option in zip(table.units, taken, strict=True)},
+        sum(option.n_bytes for option in taken),
+        sum(option.second_order for option in taken),
+        sum(option.seconds for option in taken),
+        max(0.0, options.cost(chosen_U) - bound),
     )

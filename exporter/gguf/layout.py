@@ -46,6 +46,11 @@ class GgufTensor:
         return self.shape[-1]
 
     @property
+    def is_matrix(self) -> bool:
+        """Whether the tensor is quantized: it is neither a router nor a norm."""
+        return self.role not in _FLOAT32_ROLES
+
+    @property
     def n_values(self) -> int:
         """How many values the tensor has."""
         return prod(self.shape)
@@ -93,9 +98,8 @@ def _tensor(role: Role, layer: int | None, shape: MoeShape, mix: str) -> GgufTen
     dimensions = role_shape(role, shape)
     if role.is_expert and not shape.is_dense:
         dimensions = (shape.n_experts, *dimensions)
-    if role in _FLOAT32_ROLES:
-        ggml_type = GGMLQuantizationType.F32
-    else:
+    ggml_type = GGMLQuantizationType.F32
+    if role not in _FLOAT32_ROLES:
         ggml_type = fallback_type(matrix_type(mix_named(mix), role, layer, shape), dimensions[-1])
     return GgufTensor(shape.gguf_name(role, layer), role, layer, dimensions, ggml_type)
 
@@ -115,7 +119,7 @@ def _checked_type(tensor: GgufTensor, type_name: str) -> GGMLQuantizationType:
     ggml_type = known.get(type_name)
     if ggml_type is None:
         raise InputError(f"{tensor.name}: there is no type {shown(type_name)}; choose one of {', '.join(known)}")
-    if tensor.role in _FLOAT32_ROLES and ggml_type is not GGMLQuantizationType.F32:
+    if not tensor.is_matrix and ggml_type is not GGMLQuantizationType.F32:
         raise InputError(f"{tensor.name} cannot be {type_name}: routers and norms are F32, which costs next to nothing")
     block_length = BLOCK_SIZES[ggml_type][0]
     if tensor.row_length % block_length:

@@ -26,6 +26,7 @@ __all__ = ["ENCODINGS", "FLOAT32", "PRESETS", "Encoding", "Preset", "Unit", "che
 __all__ += ["onnx_units", "preset_named", "unit_encodings"]
 
 _BYTE_BITS, _FLOAT_BYTES, _SCALE_BYTES = 8, 4, 2
+_FLOAT32_PRODUCT_BITS = 4
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class Encoding:
     def bits(self) -> int:
         """Bits of one code, scales not counted."""
         return _BYTE_BITS * _FLOAT_BYTES if self.blocks is None else self.blocks.bits
+
+    @property
+    def has_int8_inputs(self) -> bool:
+        """Whether products quantize their inputs to int8, in the weights' blocks; at 4 bits inputs stay float32."""
+        return self.blocks is not None and self.blocks.bits != _FLOAT32_PRODUCT_BITS
 
     def n_bytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of the codes and scales of a weight of this shape, without what aligns them in the file."""

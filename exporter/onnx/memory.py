@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from compressors.model.families import Role
 from compressors.model.shape import MoeShape
-from exporter.onnx.layout import TensorLayout, plan_tensors
+from exporter.onnx.layout import TensorLayout, WeightPlan, plan_tensors
 from exporter.onnx.writer import with_context
 
 __all__ = ["CHUNK_TOKENS", "predict_runtime_bytes"]
@@ -20,6 +20,8 @@ CHUNK_TOKENS = 512
 """Prompts are fed in pieces of this many tokens: validation does, and genai_config.json tells onnxruntime-genai to."""
 
 _FLOAT_BYTES = 4
+_EXPERT_AXES = 3  # of the shape of a layer's experts
+_SMALLEST_BITS = 2
 _SESSION_BYTES = 24 << 20  # graph, thread pool, allocator slack: measured 13 to 20 MB whatever the model
 _LIVE_HIDDEN_STATES = 8  # [tokens, D] at a time: residual, normed, branch and what they are made from
 _LIVE_PROJECTIONS = 3  # query, key and value as projected, normed per head, rotated
@@ -51,13 +53,25 @@ def predict_runtime_bytes(
 
 
 def _weight_bytes(layout: TensorLayout) -> int:
-    """The data file, with scales widened to float32, and a tied head's packed copy."""
-    widened = sum(weight.scales.n_bytes for weight in layout.weights if weight.scales is not None)
-    return layout.data_bytes + widened + (_packed_head_bytes(layout) if layout.shape.tied_embeddings else 0)
+    """The data file, what the runtime keeps beside it for each weight, and a tied head's packed copy."""
+    beside = sum(_bytes_beside(weight) for weight in layout.weights)
+    return layout.data_bytes + beside + (_packed_head_bytes(layout) if layout.shape.tied_embeddings else 0)
+
+
+def _bytes_beside(weight: WeightPlan) -> int:
+    """Scales widened to float32. Products with int8 inputs keep as much again for each block's sum, and also pack the
+    scales, if not of experts of 2 bits: measured with weights of up to 600 MB."""
+    if weight.scales is None:
+        return 0
+    copies = 1
+    if weight.encoding.has_int8_inputs and Role.TOKEN_EMBEDDING not in weight.roles:
+        packs_scales = len(weight.shape) < _EXPERT_AXES or weight.encoding.bits > _SMALLEST_BITS
+        copies += 4 if packs_scales else 2
+    return copies * weight.scales.n_bytes
 
 
 def _packed_head_bytes(layout: TensorLayout) -> int:
-    """The head as its product wants it: with float32 scales and, for int8 activations, each block's sum."""
+    """The head as its product wants it: with float32 scales and, for int8 inputs, each block's sum."""
     head = layout.weight(Role.HEAD)
     packed = head.codes.n_bytes
     if head.scales is not None:

@@ -21,7 +21,6 @@ __all__ = ["WeightNodes"]
 # float32 at 4 bits, int8 at 2 and 8 bits in blocks.
 _FLOAT32_ACTIVATIONS = 1
 _INT8_ACTIVATIONS = 4
-_FLOAT32_BITS = 4
 
 _ROUTER_WEIGHTS_INPUT = 14  # of QMoE
 
@@ -104,7 +103,7 @@ class WeightNodes:
             block_size=blocks.block_size,
             N=rows,
             K=columns,
-            accuracy_level=_FLOAT32_ACTIVATIONS if blocks.bits == _FLOAT32_BITS else _INT8_ACTIVATIONS,
+            accuracy_level=_INT8_ACTIVATIONS if weight.encoding.has_int8_inputs else _FLOAT32_ACTIVATIONS,
         )
 
     def experts(self, layer: int, values: str, router_logits: str, output: str) -> str:

@@ -131,4 +131,4 @@ def _outlook(recipe: Recipe, artifact: str, checkpoint: Checkpoint, choice: Comp
 
 
 def _default_table(container: Container, dtype: torch.dtype) -> TypeTable:
-    return default_table(units_of(container, dtype), container.shape)
+    return default_table(container.shape, units_of(container, dtype))

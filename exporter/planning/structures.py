@@ -6,6 +6,7 @@ smaller structure. So structures are few, and the search looks at them where bit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from compressors.dense import check_dense
@@ -72,7 +73,7 @@ def expected_loss(choice: CompressChoice, shape: MoeShape) -> float:
     narrower = _taken(shape.expert_width, choice.width)
     fewer = _taken(shape.n_experts, choice.experts)
     shorter = _taken(shape.n_layers, shape.n_layers - choice.drop_blocks - choice.drop_moe_layers)
-    return 0.075 * narrower**2 + 0.3 * fewer**1.5 + 1.2 * shorter
+    return 0.075 * narrower * narrower + 0.3 * fewer * math.sqrt(fewer) + 1.2 * shorter
 
 
 def _taken(total: int, left: int | tuple[int, ...] | None) -> float:

@@ -13,12 +13,14 @@ from safetensors.torch import load_file, save_file
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.memory import MemoryLimit
 from compressors.model.student import Student
+from compressors.sensitivity import Sensitivities
 from compressors.statistics import Importance, StoredStatistics, importance
 from exporter.plan import Plan
 from exporter.stage import StageContext
 from exporter.work import WorkDirectory
 
 __all__ = [
+    "ORIGINAL_VALUES",
     "Blocks",
     "Calibration",
     "StudentFiles",
@@ -26,8 +28,13 @@ __all__ = [
     "memory_limit",
     "open_student",
     "same_numbers",
+    "sensitivities_of",
     "use_threads",
 ]
+
+
+ORIGINAL_VALUES = "original_values.safetensors"
+"""In the folder of a stage that wrote a file: the file's tunable values as it wrote them (:mod:`exporter.tuning`)."""
 
 
 @dataclass(frozen=True)
@@ -162,11 +169,9 @@ class StudentFiles:
         return self.folder / "recovery.json"
 
 
-def open_student(plan: Plan, work: WorkDirectory, stage: str = "retune") -> Student:
-    """The student as a stage left it: ``compress``, ``recover``, or ``retune``, the last to change it, if it runs."""
-    teaching = ["retune", "recover"] if plan.recipe.recover.after_quantizing is not None else ["recover"]
-    stages = {"compress": [], "recover": ["recover"], "retune": teaching}[stage]
-    taught = [overlay for name in stages for overlay in StudentFiles(work.stage(name)).rungs]
+def open_student(plan: Plan, work: WorkDirectory, stage: str = "recover") -> Student:
+    """The student as a stage left it: ``compress``, or ``recover``, the last to change it."""
+    taught = StudentFiles(work.stage("recover")).rungs if stage == "recover" else []
     return StudentFiles(work.stage("compress")).open(Checkpoint(plan.source), taught)
 
 
@@ -185,6 +190,11 @@ def importance_of(student: Student, work: WorkDirectory) -> Importance:
         return importance(StoredStatistics(own, student.shape.n_layers), student.experts.of_itself())
     statistics = Calibration.of(work).layer_statistics(student.source.shape.n_layers)
     return importance(statistics, student.experts)
+
+
+def sensitivities_of(student: Student, work: WorkDirectory) -> Sensitivities:
+    """How much the output suffers from errors in the student's matrices, as far as they are the teacher's."""
+    return Sensitivities(work.stage("sensitivity"), student.shape.tied_embeddings, student.experts)
 
 
 def memory_limit(context: StageContext) -> MemoryLimit:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from compressors.model.gguf_weights import GgufWeights
 from compressors.model.student import Student
 from exporter.gguf.metadata import gguf_file_name
 from exporter.gguf.writer import predict_file_size, write_gguf
 from exporter.recipe import FileChoice
 from exporter.stage import StageContext
-from exporter.stages.artifacts import importance_of, open_student
+from exporter.stages.artifacts import ORIGINAL_VALUES, importance_of, open_student
 from exporter.stages.feedback import feedback_for, writer_threads
+from exporter.tuning import keep_values
 
 __all__ = ["run", "write"]
 
 
 def run(context: StageContext) -> None:
     """Writes the recipe's file."""
-    student = open_student(context.plan, context.work, "recover")
-    write(context, student, context.plan.recipe.file("gguf"), context.output)
+    recipe, student = context.plan.recipe, open_student(context.plan, context.work, "recover")
+    path = write(context, student, recipe.file("gguf"), context.output)
+    if recipe.recover.after_quantizing is not None:
+        keep_values(GgufWeights(path, student.shape), student.shape, context.output / ORIGINAL_VALUES)
 
 
 def write(context: StageContext, student: Student, choice: FileChoice, folder: Path) -> Path:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from compressors.model.onnx_weights import OnnxWeights
 from compressors.model.student import Student
 from exporter.onnx.clients import write_client_files
 from exporter.onnx.writer import predict_size, write_onnx
 from exporter.recipe import FileChoice
 from exporter.stage import StageContext
-from exporter.stages.artifacts import importance_of, open_student
+from exporter.stages.artifacts import ORIGINAL_VALUES, importance_of, open_student
+from exporter.tuning import keep_values
 
 __all__ = ["FOLDER", "run", "write"]
 
@@ -18,10 +20,12 @@ FOLDER = "onnx"
 
 def run(context: StageContext) -> None:
     """Writes the recipe's graph and weights, and what onnxruntime-genai and optimum want beside them."""
-    student = open_student(context.plan, context.work, "recover")
-    folder = write(context, student, context.plan.recipe.file("onnx"), context.output)
+    recipe, student = context.plan.recipe, open_student(context.plan, context.work, "recover")
+    folder = write(context, student, recipe.file("onnx"), context.output)
+    if recipe.recover.after_quantizing is not None:
+        keep_values(OnnxWeights(folder, student.shape), student.shape, context.output / ORIGINAL_VALUES)
     # onnxruntime-genai allocates a cache of max_length at once: the budget counts the recipe's context
-    write_client_files(student, folder, max_length=context.plan.recipe.budget.context)
+    write_client_files(student, folder, max_length=recipe.budget.context)
 
 
 def write(context: StageContext, student: Student, choice: FileChoice, place: Path) -> Path:

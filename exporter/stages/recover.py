@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from compressors.model.parallel import is_first, wait_for_all
 from compressors.model.student import Student
 from compressors.model.weight_file import StoredTensors
 from compressors.recover.divergence import Judgement, judge
+from compressors.recover.scopes import BlockLength
 from compressors.recover.training import Training, TrainingDivergedError, train
 from compressors.recover.training_memory import TooLargeError
 from exporter.files import write_atomically
+from exporter.rates import rates_for, trial_blocks
 from exporter.recipe import RungChoice
 from exporter.recovery import schedule_of, scope_of
 from exporter.snapshot import Snapshot
@@ -50,13 +53,15 @@ class Ladder:
     """The student as the last rung that was kept left it, and how it is judged.
 
     Args:
-        context: of the stage, into whose folder each rung's overlay and result go.
+        context: of the stage.
         student: where the ladder begins.
+        folder: where each rung's overlay and result go; None: the stage's.
     """
 
-    def __init__(self, context: StageContext, student: Student) -> None:
+    def __init__(self, context: StageContext, student: Student, folder: Path | None = None) -> None:
         self._context = context
-        self._files = StudentFiles(context.output)
+        self._folder = context.output if folder is None else folder
+        self._files = StudentFiles(self._folder)
         self.student = student
         self._judgement: Judgement | None = None  # of that student, once it is known
 
@@ -71,51 +76,102 @@ class Ladder:
         self._snapshot(number).remove()
         result: dict[str, Any] = json.loads(result_path.read_text(encoding="utf-8"))
         if result["accepted"]:
-            self.student = self.student.with_overlay(StoredTensors(self._files.rung_overlay(number)))
+            self.student = self._student_with(StoredTensors(self._files.rung_overlay(number)))
             self._judgement = Judgement(result["selection_kld_after"], result["selection_perplexity_after"])
         elif is_first():
             self._files.rung_overlay(number).unlink(missing_ok=True)
         return result
 
+    def _learned(self, training: Training) -> dict[str, torch.Tensor]:
+        """What is kept of a training."""
+        return training.overlay()
+
+    def _student_with(self, learned: Mapping[str, torch.Tensor]) -> Student:
+        """The student with what a training taught it."""
+        return self.student.with_overlay(learned)
+
+    def _block_length(self) -> BlockLength | None:
+        """Of the file that the student was written to, if it was."""
+        return None
+
     def _tried(self, number: int, rung: RungChoice, n_blocks: int) -> dict[str, Any]:
         start = time.monotonic()
         before = self._judgement or self._judge(self.student)
         self._judgement = before
-        after, why = self._taught(number, rung, n_blocks)
-        accepted = after is not None and after.divergence < before.divergence
+        after: Judgement | None = None
+        why: str | None = None
+        rates = self._rates(rung, before)
+        rate = rates[0]
+        try:
+            if len(rates) > 1:
+                rate = self._best_rate(number, rung, n_blocks, rates)
+            after = self._taught(self._files.rung_overlay(number), rung, n_blocks, rate, self._snapshot(number))
+        except (TooLargeError, TrainingDivergedError) as error:
+            why = str(error)
         return {
             "rung": scope_of(rung).name_in(self.student.shape),
             "loss": rung.loss,
-            "learning_rate": rung.learning_rate,
+            "learning_rate": rate,
             "steps": schedule_of(self._context.plan.recipe.recover, rung, n_blocks).n_steps,
             "tokens": n_blocks * Blocks.load(Calibration.of(self._context.work).blocks).calibration.shape[1],
             "selection_kld_before": before.divergence,
             "selection_kld_after": after and after.divergence,
             "selection_perplexity_before": before.perplexity,
             "selection_perplexity_after": after and after.perplexity,
-            "accepted": accepted,
+            "accepted": after is not None and after.divergence < before.divergence,
             "why": why,
             "seconds": time.monotonic() - start,
         }
 
-    def _taught(self, number: int, rung: RungChoice, n_blocks: int) -> tuple[Judgement | None, str | None]:
-        """Leaves what the rung taught in its overlay; how that is judged, or why there is nothing to judge."""
-        path = self._files.rung_overlay(number)
-        try:
-            training = training_of(self._context, self.student, rung, n_blocks)
-            self._train(training, number)
-        except (TooLargeError, TrainingDivergedError) as error:
-            return None, str(error)
+    def _rates(self, rung: RungChoice, before: Judgement) -> Sequence[float]:
+        """The rung's rate, or those for a student so far from its teacher."""
+        if rung.learning_rate is not None:
+            return [rung.learning_rate]
+        return rates_for(rung.scope, before.divergence, self.student.shape.hidden_size)
+
+    def _best_rate(self, number: int, rung: RungChoice, n_blocks: int, rates: Sequence[float]) -> float:
+        """The rate that is best after a few blocks."""
+        n_tried = trial_blocks(n_blocks, rung.blocks_per_step)
+        if n_tried == n_blocks:
+            return rates[0]
+        divergences = [self._trial(number, rung, n_tried, rate) for rate in rates]
+        return rates[divergences.index(min(divergences))]
+
+    def _trial(self, number: int, rung: RungChoice, n_blocks: int, rate: float) -> float:
+        """The divergence after a few blocks, remembered for an attempt that goes on; infinite if training fails."""
+        path = self._folder / f"trial-{number}-{rate:g}.json"
+        if not path.exists():
+            overlay = path.with_suffix(".safetensors")
+            snapshot = Snapshot(path.with_suffix(".snapshot"))
+            try:
+                divergence = self._taught(overlay, rung, n_blocks, rate, snapshot).divergence
+            except TrainingDivergedError:
+                divergence = math.inf
+            snapshot.remove()
+            if is_first():
+                write_atomically(path, json.dumps(divergence))
+                overlay.unlink(missing_ok=True)
+            wait_for_all()
+        divergence = float(json.loads(path.read_text(encoding="utf-8")))
+        return divergence
+
+    def _taught(self, path: Path, rung: RungChoice, n_blocks: int, rate: float, snapshot: Snapshot) -> Judgement:
+        """Leaves what the rung taught at ``path``; how that is judged.
+
+        Raises:
+            TooLargeError: its training does not fit the memory.
+            TrainingDivergedError: it made NaN or infinite values.
+        """
+        training = training_of(self._context, self.student, rung, n_blocks, rate, self._block_length())
+        self._train(training, snapshot)
         if is_first():
-            save_file(training.overlay(), path)
+            save_file(self._learned(training), path)
         wait_for_all()
         del training  # its weights and moments must be gone before another model takes their place
-        after = self._judge(self.student.with_overlay(StoredTensors(path)))
-        return after, None
+        return self._judge(self._student_with(StoredTensors(path)))
 
-    def _train(self, training: Training, number: int) -> None:
-        """All steps, from the newest snapshot on if there is one."""
-        snapshot = self._snapshot(number)
+    def _train(self, training: Training, snapshot: Snapshot) -> None:
+        """All steps, from the snapshot on if there is one."""
         found = snapshot.load()
         if found is not None:
             training.restore(StoredTensors(found[1] / _STATE))
@@ -129,7 +185,7 @@ class Ladder:
             train(training, progress=advance, after_step=lambda training: snapshot.keep(training.n_done, save))
 
     def _snapshot(self, number: int) -> Snapshot:
-        return Snapshot(self._context.output / f"snapshot-{number}")
+        return Snapshot(self._folder / f"snapshot-{number}")
 
     def _judge(self, student: Student) -> Judgement:
         files = Calibration.of(self._context.work)

@@ -1,72 +1,127 @@
-"""Teaches the routers once more, beside experts as the written files hold them, and puts them into those files.
+"""Teaches once more, beside the codes that the written files hold, and puts what was learned into those files.
 
-All files get the same routers, so that they stay one student, which can be compared across runtimes. What is taught is
-kept only if the divergence of the student as it is shipped falls; otherwise the files get the routers that they were
-written with, whatever an attempt that was killed has left in them.
+What is taught makes good a file's own quantization errors, so each file is taught by itself, from the same student with
+the same text; files that hold the same numbers are one student, taught once. The student in torch, which has no such
+errors, stays as recovery left it.
+
+The student is judged as the file would hold it, scales rounded to float16. What was learned is kept only if the
+divergence falls; otherwise the file gets back the values that it was written with, whatever an attempt that was killed
+has left in it.
 """
 
 from __future__ import annotations
 
 import json
+from collections import ChainMap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from compressors.model.families import Role
 from compressors.model.gguf_weights import GgufWeights
 from compressors.model.onnx_weights import OnnxWeights
 from compressors.model.parallel import is_first, wait_for_all
 from compressors.model.shape import MoeShape
 from compressors.model.student import Student
+from compressors.model.weight_file import StoredTensors
 from compressors.model.weights import WrittenWeights
+from compressors.recover.scopes import BlockLength
+from compressors.recover.training import Training
+from compressors.recover.written_values import learned_values
 from exporter.plan import Plan
-from exporter.recovery import AFTER_QUANTIZING
-from exporter.routers import rewrite_routers
+from exporter.recovery import after_quantizing_name
 from exporter.stage import StageContext
-from exporter.stages.artifacts import StudentFiles, open_student, use_threads
+from exporter.stages.artifacts import ORIGINAL_VALUES, StudentFiles, open_student, same_numbers, use_threads
 from exporter.stages.onnx import FOLDER as ONNX_FOLDER
 from exporter.stages.recover import Ladder
 from exporter.stages.schedule import scheduled_blocks
+from exporter.tuning import rewrite
 from exporter.work import WorkDirectory
 
-__all__ = ["run"]
+__all__ = ["run", "written_weights"]
 
 
 def run(context: StageContext) -> None:
-    """Writes the routers' overlay if they were kept, and what was tried; changes the routers in the written files."""
+    """Writes what was tried; changes tunable values in the written files."""
     plan, work = context.plan, context.work
-    rung = plan.recipe.recover.after_quantizing
-    assert rung is not None, "the stage is left out of other plans"
     use_threads(plan)
-    recovered = open_student(plan, work, "recover")
-    shipped, *_ = written_weights(plan, work, recovered.shape)
-    ladder = Ladder(context, _with_routers_of(recovered, recovered.as_written(shipped)))
-    result = ladder.climb(0, rung, scheduled_blocks(work)[-1])
-    wait_for_all()  # the files are read until here
+    recovered = open_student(plan, work)
+    names = plan.recipe.artifacts
+    groups = [names] if same_numbers(plan) else [(name,) for name in names]
+    results = [_teach(context, recovered, group) for group in groups]
     if is_first():
-        for weights in written_weights(plan, work, recovered.shape):
-            rewrite_routers(weights, _routers(ladder.student))
-        report = json.dumps([{**result, "rung": AFTER_QUANTIZING}], indent=1)
-        StudentFiles(context.output).recovery.write_text(report, encoding="utf-8")
+        StudentFiles(context.output).recovery.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
-def written_weights(plan: Plan, work: WorkDirectory, shape: MoeShape) -> list[WrittenWeights]:
-    """The files that a plan writes, opened; the first is the one that routers are taught with."""
-    opened: list[WrittenWeights] = []
+def written_weights(plan: Plan, work: WorkDirectory, shape: MoeShape) -> dict[str, WrittenWeights]:
+    """The files that a plan writes, opened, by artifact."""
+    opened: dict[str, WrittenWeights] = {}
     if plan.recipe.gguf is not None:
         (path,) = work.stage("gguf").glob("*.gguf")
-        opened.append(GgufWeights(path, shape))
+        opened["gguf"] = GgufWeights(path, shape)
     if plan.recipe.onnx is not None:
-        opened.append(OnnxWeights(work.stage("onnx") / ONNX_FOLDER, shape))
+        opened["onnx"] = OnnxWeights(work.stage("onnx") / ONNX_FOLDER, shape)
     return opened
 
 
-def _with_routers_of(student: Student, shipped: Student) -> Student:
-    """The shipped student with routers that do not depend on what an attempt that was killed left in the file."""
-    routers = _routers(student)
-    return shipped.with_overlay({shipped.name(Role.ROUTER, layer): router for layer, router in routers.items()})
+def _teach(context: StageContext, recovered: Student, artifacts: tuple[str, ...]) -> Mapping[str, Any]:
+    """Teaches the student that these artifacts are, all holding the same numbers, and puts the result into each."""
+    plan, work = context.plan, context.work
+    rung = plan.recipe.recover.after_quantizing
+    assert rung is not None, "the stage is left out of other plans"
+    first = artifacts[0]
+    folder = context.output / first
+    folder.mkdir(exist_ok=True)
+    original = StoredTensors(work.stage(first) / ORIGINAL_VALUES)
+    weights = written_weights(plan, work, recovered.shape)[first]
+    ladder = _FileLadder(context, recovered.as_written(weights.with_values(original)), folder, weights, original)
+    result = ladder.climb(0, rung, scheduled_blocks(work)[-1])
+    values: Mapping[str, torch.Tensor] = original
+    if result["accepted"]:
+        values = _with(original, StoredTensors(StudentFiles(folder).rung_overlay(0)))
+    wait_for_all()  # the files are read until here
+    if is_first():
+        written = written_weights(plan, work, recovered.shape)
+        for artifact in artifacts:
+            rewrite(written[artifact], values)
+    wait_for_all()
+    return {**result, "rung": after_quantizing_name(rung, recovered.shape, " and ".join(artifacts))}
 
 
-def _routers(student: Student) -> dict[int, torch.Tensor]:
-    """By layer, where it has experts: float32 [E, D]."""
-    layers = [layer for layer in range(student.shape.n_layers) if student.shape.layer(layer).has_moe]
-    return {layer: student.tensor(Role.ROUTER, layer).float() for layer in layers}
+class _FileLadder(Ladder):
+    """The ladder of a student that a file holds: what it learns are values of that file.
+
+    Args:
+        context: of the stage.
+        student: as the file was written.
+        folder: where results go.
+        weights: the file, opened.
+        original: its tunable values as it was written.
+    """
+
+    def __init__(
+        self,
+        context: StageContext,
+        student: Student,
+        folder: Path,
+        weights: WrittenWeights,
+        original: Mapping[str, torch.Tensor],
+    ) -> None:
+        super().__init__(context, student, folder)
+        self._weights = weights
+        self._original = original
+
+    def _learned(self, training: Training) -> dict[str, torch.Tensor]:
+        return learned_values(training.trained, self._original)
+
+    def _student_with(self, learned: Mapping[str, torch.Tensor]) -> Student:
+        return self.student.as_written(self._weights.with_values(_with(self._original, learned)))
+
+    def _block_length(self) -> BlockLength | None:
+        return self._weights.block_length
+
+
+def _with(original: Mapping[str, torch.Tensor], learned: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """The original values, and what was learned in place of some; each is read when it is asked for."""
+    return ChainMap(learned, original)  # type: ignore[arg-type]  # nothing is written to it

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 
+from compressors.model.checkpoint import role_shape
+from compressors.model.families import Role
 from compressors.model.parallel import is_first
 from compressors.recover.training_memory import TooLargeError
+from exporter.plan import Plan
+from exporter.rates import trial_share
 from exporter.recipe import RungChoice
 from exporter.stage import StageContext
-from exporter.stages.artifacts import open_student, use_threads
+from exporter.stages.artifacts import open_student, same_numbers, use_threads
 from exporter.stages.training import training_of
 from exporter.work import WorkDirectory
 
 __all__ = ["run", "scheduled_blocks", "shared_out"]
 
 _FILE = "schedule.json"
+_BLOCK = 32
 
 
 def run(context: StageContext) -> None:
@@ -29,7 +35,7 @@ def run(context: StageContext) -> None:
     blocks = [rung.blocks for rung in choice.trained]
     if choice.trained and plan.recover_seconds > 0:
         use_threads(plan)
-        seconds = [_seconds_of_batch(context, rung) for rung in choice.trained]
+        seconds = [_seconds_of_batch(context, rung) * _times(plan, rung) for rung in choice.trained]
         most = [-(-rung.blocks // rung.blocks_per_step) for rung in choice.trained]
         batches = shared_out(plan.recover_seconds, seconds, most)
         blocks = [
@@ -44,6 +50,14 @@ def scheduled_blocks(work: WorkDirectory) -> list[int]:
     """The numbers of blocks that a finished schedule stage chose, for everything that the recipe trains."""
     blocks: list[int] = json.loads((work.stage("schedule") / _FILE).read_text(encoding="utf-8"))["blocks"]
     return blocks
+
+
+def _times(plan: Plan, rung: RungChoice) -> float:
+    """How often a rung's blocks are trained: for each file that has its own numbers, and in trials of its rate."""
+    of_files = 1
+    if rung is plan.recipe.recover.after_quantizing and not same_numbers(plan):
+        of_files = len(plan.recipe.artifacts)
+    return of_files * (1 + (trial_share(rung.scope) if rung.learning_rate is None else 0))
 
 
 def shared_out(limit: float, seconds_per_batch: Sequence[float], most: Sequence[int]) -> list[int]:
@@ -61,8 +75,13 @@ def shared_out(limit: float, seconds_per_batch: Sequence[float], most: Sequence[
 
 def _seconds_of_batch(context: StageContext, rung: RungChoice) -> float:
     student = open_student(context.plan, context.work, "compress")
+
+    def any_block(role: Role, layer: int) -> int:
+        """No file is written yet; how long blocks are matters little beside the product with a matrix's gradient."""
+        return math.gcd(role_shape(role, student.shape.layer(layer))[-1], _BLOCK)
+
     try:
-        training = training_of(context, student, rung, min(rung.blocks_per_step, rung.blocks))
+        training = training_of(context, student, rung, min(rung.blocks_per_step, rung.blocks), 0.0, any_block)
     except TooLargeError:
         return 1.0  # the rung will be rejected
     start = time.monotonic()

@@ -13,7 +13,7 @@ from compressors.model.student import Student
 from compressors.recover.knowledge_augmentation import KnowledgeAugmentation
 from compressors.recover.objectives import Distillation, NextToken, Objective, RouterLogitMatching
 from compressors.recover.schedule import Schedule
-from compressors.recover.scopes import expert_usage
+from compressors.recover.scopes import BlockLength, expert_usage
 from compressors.recover.student_aware_router import StudentAwareRouter
 from compressors.recover.training import Training
 from compressors.statistics import StoredStatistics
@@ -28,15 +28,30 @@ __all__ = ["training_of"]
 _LIVE_TEACHERS: Mapping[str, Callable[..., Objective]] = {"ka": KnowledgeAugmentation, "sar": StudentAwareRouter}
 
 
-def training_of(context: StageContext, student: Student, rung: RungChoice, n_blocks: int) -> Training:
+def training_of(
+    context: StageContext,
+    student: Student,
+    rung: RungChoice,
+    n_blocks: int,
+    learning_rate: float,
+    block_length: BlockLength | None = None,
+) -> Training:
     """The training of a student by a rung, over this many blocks.
+
+    Args:
+        context: the stage's.
+        student: what is trained.
+        rung: how.
+        n_blocks: of the calibration text.
+        learning_rate: in place of the rung's.
+        block_length: of the file that the student was written to; needed where the scales of its blocks are trained.
 
     Raises:
         InputError: text, targets and student do not fit each other.
         TooLargeError: it does not fit the memory.
     """
     plan = context.plan
-    schedule = schedule_of(plan.recipe.recover, rung, n_blocks)
+    schedule = replace(schedule_of(plan.recipe.recover, rung, n_blocks), learning_rate=learning_rate)
     return Training(
         student,
         Blocks.load(Calibration.of(context.work).blocks).calibration,
@@ -44,6 +59,7 @@ def training_of(context: StageContext, student: Student, rung: RungChoice, n_blo
         schedule,
         scope=scope_of(rung),
         usage=_usage(context, student),
+        block_length=block_length,
         limit=memory_limit(context),
         dtype=dtype_of(plan.recipe.arithmetic),
         device=torch.device(plan.device),

@@ -31,7 +31,7 @@ def run(context: StageContext) -> None:
     heldout_BT = Blocks.load(Calibration.of(context.work).blocks).heldout.numpy()
     scored = scored_positions(heldout_BT.shape[1])
     n_scored = len(heldout_BT) * (scored.stop - scored.start)
-    written = dict(zip(plan.recipe.artifacts, written_weights(plan, context.work, student.shape), strict=True))
+    written = written_weights(plan, context.work, student.shape)
     different = {_whose_numbers(plan, artifact): written[_whose_numbers(plan, artifact)] for artifact in written}
     with context.progress.bar("layers", len(different) * student.shape.n_layers) as advance:
         for artifact, weights in different.items():

@@ -50,6 +50,8 @@ def test_levels_are_those_that_the_formats_define(ggml_type: GGMLQuantizationTyp
     elif ggml_type is GGMLQuantizationType.MXFP4:
         assert levels.nearest is not None
         assert sorted(set(levels.nearest)) == [-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12]
+    elif ggml_type is GGMLQuantizationType.Q2_0:
+        assert (levels.lowest, levels.highest, levels.nearest) == (-1, 2, None)
     else:
         lowest = 0 if with_minimum else -(2 ** (bits - 1)) + (bits == 8)
         assert (levels.lowest, levels.highest) == (lowest, (2**bits if with_minimum else 2 ** (bits - 1)) - 1)
@@ -114,7 +116,7 @@ def test_error_of_the_outputs_is_well_below_the_kernels(ggml_type: GGMLQuantizat
 
 
 @pytest.mark.parametrize(
-    "ggml_type", [GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q2_K], ids=lambda kind: kind.name
+    "ggml_type", [GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q2_K], ids=lambda kind: kind.name
 )
 def test_uncoupled_inputs_leave_the_nearest_codes(ggml_type: GGMLQuantizationType) -> None:
     """Without correlation there is nothing to make up for: each value gets the level nearest to it."""

@@ -43,14 +43,23 @@ def blocks_BT(heldout_tokens: npt.NDArray[np.int64]) -> torch.Tensor:
     return torch.from_numpy(heldout_tokens[: 10 * 16].reshape(10, 16))
 
 
+def _block_length(role: Role, layer: int) -> int | None:
+    """As a file may have it whose types differ: one layer's up projections and values have no scales."""
+    if layer == 1 and role in (Role.EXPERT_UP, Role.VALUE):
+        return None
+    return {Role.EXPERT_GATE: 64, Role.EXPERT_DOWN: 32}.get(role, 128)
+
+
 def _trained(student: Student, scope: Scope) -> TrainedStudent:
     n_experts = student.shape.n_experts
     usage = [torch.tensor(counts + [0] * (n_experts - 8)) for counts in _USAGE]
-    trained = TrainedStudent(student, scope, usage=usage, seed=7)
+    trained = TrainedStudent(student, scope, usage=usage, block_length=_block_length, seed=7)
     generator = torch.Generator().manual_seed(1)
     for (name, _), tensor in trained.parameters.items():
         if name.endswith(".b"):  # it begins as zero, and then A has no gradient
             tensor.data.normal_(0, 0.02, generator=generator)
+        if "factors" in name:  # they begin as one, and then a factor that is forgotten changes nothing
+            tensor.data.uniform_(0.8, 1.2, generator=generator)
     return trained
 
 
@@ -63,12 +72,36 @@ def _cross_entropy(tokens_BT: torch.Tensor) -> Callable[[slice, torch.Tensor], t
     return loss
 
 
+_OTHERS = {
+    "attention norm": "input_layernorm",
+    "MoE norm": "post_attention_layernorm",
+    "query norm": "self_attn.q_norm",
+    "key norm": "self_attn.k_norm",
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "attention output": "self_attn.o_proj",
+}
+
+
+def _times_blocks(matrix_RI: torch.Tensor, factors_RK: torch.Tensor) -> torch.Tensor:
+    return matrix_RI * factors_RK.repeat_interleave(matrix_RI.shape[1] // factors_RK.shape[1], dim=1)
+
+
 def _stock_tensors(
     stock: nn.Module, leaves: Mapping[ParameterKey, torch.Tensor], experts: list[tuple[int, ...]]
 ) -> dict[str, torch.Tensor]:
     """The stock model's tensors as functions of what is trained, written out expert by expert."""
     tensors: dict[str, torch.Tensor] = {}
+    if ("final norm", None) in leaves:
+        tensors["model.norm.weight"] = leaves["final norm", None]
     for layer, module in enumerate(stock.model.layers):
+        for role, name in _OTHERS.items():
+            if (role, layer) in leaves:
+                tensors[f"model.layers.{layer}.{name}.weight"] = leaves[role, layer]
+            elif (f"{role} factors", layer) in leaves:
+                stored, factors = module.get_submodule(name).weight.detach(), leaves[f"{role} factors", layer]
+                tensors[f"model.layers.{layer}.{name}.weight"] = _times_blocks(stored, factors)
         prefix = f"model.layers.{layer}.mlp"
         tensors[f"{prefix}.gate.weight"] = leaves["router", layer]
         for name in ("gate_up", "down"):
@@ -80,11 +113,30 @@ def _stock_tensors(
                     a_PRI, b_POR = leaves[f"{name}.a", layer][row], leaves[f"{name}.b", layer][row]
                     products = [b @ a for a, b in zip(a_PRI, b_POR, strict=True)]
                     matrices[expert] = matrices[expert] + torch.cat(products)
+                else:
+                    parts = matrices[expert].chunk(2 if name == "gate_up" else 1)
+                    factors = [leaves.get((f"{name}.factors.{part}", layer)) for part in range(len(parts))]
+                    scaled = [
+                        part if of_part is None else _times_blocks(part, of_part[row])
+                        for part, of_part in zip(parts, factors, strict=True)
+                    ]
+                    matrices[expert] = torch.cat(scaled)
             tensors[f"{prefix}.experts.{name}_proj"] = torch.stack(matrices)
     return tensors
 
 
-@pytest.mark.parametrize("scope", [Scope.routers(), Scope.most_used(2), Scope.all_experts(), Scope.adapters(3)])
+_SCOPES = [
+    Scope.routers(),
+    Scope.most_used(2),
+    Scope.all_experts(),
+    Scope.adapters(3),
+    Scope.routers_and_norms(),
+    Scope.block_scales(),
+    Scope.everything(),
+]
+
+
+@pytest.mark.parametrize("scope", _SCOPES, ids=lambda scope: scope.name)
 def test_gradients_equal_autograd_on_the_whole_model(folder: Path, blocks_BT: torch.Tensor, scope: Scope) -> None:
     student = Student.teacher(Checkpoint(folder))
     trained = _trained(student, scope)
@@ -94,6 +146,13 @@ def test_gradients_equal_autograd_on_the_whole_model(folder: Path, blocks_BT: to
     leaves = {key: tensor.detach().clone().requires_grad_() for key, tensor in trained.parameters.items()}
     everything = tuple(range(student.shape.n_experts))
     experts = _MOST_USED if scope == Scope.most_used(2) else [everything] * 2
+    n_others = len(student.shape.layer_roles(0)) - 1  # without the router
+    assert len(leaves) == {
+        "router": 2,
+        "router + norms": 2 + 1 + 2 * (n_others - 4),
+        "router + norms + block scales": 2 + 1 + 2 * (n_others + 3) - 2,
+        "router + norms + attention + all experts": 2 + 1 + 2 * (n_others + 2),
+    }.get(scope.name, len(leaves))
     logits = functional_call(stock, _stock_tensors(stock, leaves, experts), (blocks_BT,), {"use_cache": False}).logits
     expected = _cross_entropy(blocks_BT)(slice(None), logits.flatten(0, 1))
     expected.backward()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from compressors.model.errors import InputError
-from compressors.sensitivity import Option, TypeTable, Unit, allocate, smallest_bytes
+from compressors.sensitivity import Option, TypeTable, Unit, allocate, allocate_file, smallest_bytes
 
 
 def _table(generator: np.random.Generator, n_units: int, n_options: int, sizes: list[int]) -> TypeTable:
@@ -97,3 +98,21 @@ def test_a_table_survives_json() -> None:
     table = _table(np.random.default_rng(4), 3, 4, [1000])
     assert TypeTable.from_json(table.to_json()) == table
     assert TypeTable.from_json(table.to_json()) != TypeTable((replace(table.units[0], name="other"),))
+
+
+def test_a_file_never_exceeds_its_limit_whatever_lies_between_its_tensors() -> None:
+    table = _table(np.random.default_rng(5), 8, 6, [4096, 70_000])
+
+    def file_bytes(choices: Mapping[str, str]) -> int:
+        """A header, and every tensor on a page of its own."""
+        return 1000 + sum(-(-unit.option(choices[unit.name]).n_bytes // 4096) * 4096 for unit in table.units)
+
+    smallest = {unit.name: min(unit.options, key=lambda option: option.n_bytes).choice for unit in table.units}
+    least = file_bytes(smallest)
+    for limit in range(least, least + 200_000, 7_777):
+        found = allocate_file(table, limit, file_bytes)
+        assert file_bytes(found.choices) <= limit
+        assert found.second_order <= table.second_order(smallest)
+    assert found.second_order < table.second_order(smallest) / 2
+    with pytest.raises(InputError, match=f"the smallest limit that can be met with these types is {least:,}"):
+        allocate_file(table, least - 1, file_bytes)

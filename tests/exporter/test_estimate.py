@@ -207,6 +207,8 @@ def test_every_file_of_a_run_has_a_line(plan: Plan) -> None:
     n_blocks = 40 + 4 + 6
     assert lines["hidden states"] == 3 * n_blocks * 512 * shape.hidden_size * 4
     assert lines["training targets"] == 40 * 512 * 64 * 8
+    # two layers and the head: the original's, and the student's while it is written
+    assert lines["layer inputs"] == 2 * 3 * 40 * 512 * shape.hidden_size * 2
     # 255 of 512 positions are scored, by the teacher, by torch with the files' numbers, which are the same, and the
     # GGUF's are recorded for the ONNX file to be compared with
     assert lines["log-probabilities in 16 bits"] == (4 + 3 * 6) * 255 * (2 * shape.vocab_size + 8)
@@ -234,6 +236,9 @@ def test_memory_does_not_grow_with_depth_and_fits_the_promises(plan: Plan) -> No
     assert sum(lines.values()) < 3.5e9
     assert sum(memory_lines(qwen, qwen, 2).values()) < 5e9
     assert memory_lines(replace(qwen, n_layers=6), qwen, 2) == memory_lines(qwen, qwen, 2)
+    few_wide = replace(olmoe, hidden_size=4096, n_experts=2, top_k=1, expert_width=14336)
+    widest = memory_lines(few_wide, few_wide, 2)["what enters an expert, while its codes are chosen"]
+    assert 8 * 4 * 14336**2 < widest + 2 * 2 * few_wide.layer_parameters + 0.6e9 < 12 * 4 * 14336**2
     wide = replace(plan.teacher_shape, vocab_size=1_000_000)
     assert memory_lines(wide, wide, 2)["the head"] == 2 * 2 * 1_000_000 * wide.hidden_size
 

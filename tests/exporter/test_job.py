@@ -14,7 +14,7 @@ from exporter.job import Flags, parse_duration
 
 def test_a_budget_is_enough() -> None:
     job = Flags(budget="20 GB").job()
-    assert (job.model, job.budget_bytes, job.budget_kind) == (None, 20 * 10**9, "total")
+    assert (job.model, job.budgets, job.budget_kind) == (None, (20 * 10**9,), "total")
     assert (job.context, job.kv_type, job.formats) == (8192, "f16", ("gguf", "onnx"))
     assert (job.method, job.experts, job.quant, job.recover, job.recover_seconds) == ("auto", None, None, "auto", 1800)
     assert (job.memory_bytes, job.seed, job.require) == (None, 0, {})

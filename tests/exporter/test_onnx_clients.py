@@ -29,11 +29,15 @@ def student(family_folder: Path) -> Student:
     return Student(source, ExpertMap.keeping(source.shape.n_experts, ((0, 2, 3, 5, 6, 7),) * source.shape.n_layers))
 
 
-@pytest.fixture(scope="module", params=sorted(PRESETS))
+_MIXED = {"embedding": "4@64", "layers.0.experts": "8@32", "layers.1.experts": "2@32", "layers.2.q_proj": "2@64"}
+
+
+@pytest.fixture(scope="module", params=[*sorted(PRESETS), "mixed"])
 def folder(request: pytest.FixtureRequest, student: Student, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The student's whole ONNX folder, in each preset, with a context of 1024 tokens."""
+    """The student's whole ONNX folder, in each preset and in a mix of encodings, with a context of 1024 tokens."""
     path = tmp_path_factory.mktemp("onnx")
-    write_onnx(student, request.param, path, context_length=_CONTEXT, threads=1)
+    preset, encodings = ("Q4_0", _MIXED) if request.param == "mixed" else (request.param, {})
+    write_onnx(student, preset, path, encodings=encodings, context_length=_CONTEXT, threads=1)
     write_client_files(student, path, context_length=_CONTEXT)
     return path
 

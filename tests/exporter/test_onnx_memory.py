@@ -12,23 +12,26 @@ import pytest
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
 from compressors.model.student import Student
-from exporter.onnx.encodings import PRESETS
+from exporter.onnx.encodings import PRESETS, onnx_units
 from exporter.onnx.memory import predict_runtime_bytes
 from exporter.onnx.writer import write_onnx
 from validate.measure import measure_artifact
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("encoding", [*PRESETS, "2@32", "8@32"])
 def test_measured_peak_is_within_the_prediction(
-    family_folder: Path, tmp_path: Path, heldout_tokens: npt.NDArray[np.int64], preset: str
+    family_folder: Path, tmp_path: Path, heldout_tokens: npt.NDArray[np.int64], encoding: str
 ) -> None:
+    """Of the presets, and of files whose products all quantize their inputs."""
     student = Student.teacher(Checkpoint(family_folder))
-    write_onnx(student, preset, tmp_path, threads=1)
+    encodings = {} if encoding in PRESETS else {unit.name: encoding for unit in onnx_units(student.shape)}
+    preset = encoding if encoding in PRESETS else "Q4_0"
+    write_onnx(student, preset, tmp_path, encodings=encodings, threads=1)
     for context in (64, 1024):
         cost = measure_artifact(
             "onnx", tmp_path, context=context, kv_type="f32", threads=2, prompt=heldout_tokens[:2048]
         )
-        predicted = sum(predict_runtime_bytes(student.shape, preset, context, threads=2).values())
+        predicted = sum(predict_runtime_bytes(student.shape, preset, context, threads=2, encodings=encodings).values())
         assert 0 < cost.peak_rss_bytes - cost.base_rss_bytes <= predicted
 
 

@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from compressors.model.errors import InputError
-from exporter.recipe import Recipe, load_recipe, recipe_yaml
+from exporter.recipe import FileChoice, Recipe, load_recipe, recipe_yaml
 
 _DATA: dict[str, Any] = {
-    "version": 1,
+    "version": 2,
     "source": {"model": "someone/some-moe", "identity": "0" * 64},
     "budget": {"bytes": 20_000_000_000, "kind": "total", "context": 8192, "kv_type": "q8_0"},
     "text": {
@@ -67,7 +67,13 @@ _DATA: dict[str, Any] = {
         "after_quantizing": None,
         "seed": 42,
     },
-    "gguf": "Q4_0",
+    "gguf": {
+        "mix": "Q4_0",
+        "tensors": {"blk.0.attn_q.weight": "Q8_0"},
+        "quantizer": "kernel",
+        "imatrix": None,
+        "why": None,
+    },
     "onnx": None,
     "save_student": False,
     "threads": 2,
@@ -121,10 +127,15 @@ def test_the_file_says_everything_in_the_order_of_the_class() -> None:
     assert list(read) == list(_DATA)
 
 
+def test_the_name_of_a_mix_stands_for_it() -> None:
+    recipe = Recipe.model_validate(_changed(None, gguf="Q4_K_M"))
+    assert recipe.gguf == FileChoice(mix="Q4_K_M", tensors={}, quantizer="feedback")
+
+
 def test_which_artifacts_are_written() -> None:
     recipe = Recipe.model_validate(_DATA)
     assert recipe.artifacts == ("gguf",)
-    assert (recipe.type_of("gguf"), recipe.type_of("onnx")) == ("Q4_0", None)
+    assert recipe.file("gguf").mix == "Q4_0"
     assert Recipe.model_validate(_changed(None, onnx="F32")).artifacts == ("gguf", "onnx")
 
 

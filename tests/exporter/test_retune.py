@@ -1,4 +1,4 @@
-"""Routers taught beside quantized experts: in every file and in the student, or in none of them."""
+"""Routers, norms and block scales taught beside the codes of the written files, and put into them."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ import pytest
 import torch
 
 from compressors.model.families import Role
+from compressors.model.log_probs import LogProbReader
 from compressors.model.student import Student
-from exporter.gguf.metadata import gguf_file_name
-from exporter.gguf.writer import write_gguf
+from compressors.model.weights import WrittenWeights
+from compressors.recover.divergence import judge
 from exporter.job import Flags
-from exporter.onnx.writer import write_onnx
 from exporter.pipeline import fingerprints, stages_of
 from exporter.plan import Plan
 from exporter.plan_making import make_plan
 from exporter.progress import Progress
 from exporter.recipe import Recipe, RungChoice
-from exporter.recovery import AFTER_QUANTIZING
 from exporter.result import final_recipe
 from exporter.source_state import SourceState
 from exporter.stage import StageContext
 from exporter.stages import calibrate, compress, gguf, onnx, recover, retune, schedule
-from exporter.stages.artifacts import importance_of, open_student
+from exporter.stages.artifacts import Blocks, Calibration, open_student
+from exporter.stages.retune import written_weights
 from exporter.work import WorkDirectory
+from validate.backend import scored_positions
 
 pytestmark = pytest.mark.usefixtures("torch_left_as_it_was")
 
-_RUNG = RungChoice(scope="router", blocks=6, blocks_per_step=2, learning_rate=3e-3)
+_RUNG = RungChoice(scope="scales", blocks=6, blocks_per_step=2, learning_rate=3e-3)
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,7 @@ def written(tmp_path_factory: pytest.TempPathFactory, toy_model: Path, small_tex
     plan = _planned(make_plan(job, "moe-export"), after_quantizing=_RUNG.model_dump())
     work = WorkDirectory(tmp_path_factory.mktemp("retune"))
     for stage in (calibrate, compress, schedule, recover, gguf, onnx):
-        folder = work.folder / stage.__name__.rsplit(".", 1)[1]
-        folder.mkdir()
-        stage.run(StageContext(plan, work, folder, Progress(silent=True)))
+        _stage(stage, plan, work)
     return _Written(plan, work.folder)
 
 
@@ -70,12 +69,22 @@ def _planned(plan: Plan, **recover: Any) -> Plan:
     return replace(plan, recipe=Recipe.model_validate(recipe))
 
 
-def _run(plan: Plan, work: WorkDirectory) -> Mapping[str, Any]:
-    """Runs the stage where an attempt before may have been; its one result."""
-    folder = work.stage("retune")
+def _stage(stage: Any, plan: Plan, work: WorkDirectory) -> None:
+    """Runs a stage where an attempt before may have been."""
+    folder = work.stage(stage.__name__.rsplit(".", 1)[1])
     folder.mkdir(exist_ok=True)
-    retune.run(StageContext(plan, work, folder, Progress(silent=True)))
-    (result,) = json.loads((folder / "recovery.json").read_text(encoding="utf-8"))
+    stage.run(StageContext(plan, work, folder, Progress(silent=True)))
+
+
+def _results(plan: Plan, work: WorkDirectory) -> list[Mapping[str, Any]]:
+    _stage(retune, plan, work)
+    results: list[Mapping[str, Any]] = json.loads((work.stage("retune") / "recovery.json").read_text(encoding="utf-8"))
+    return results
+
+
+def _run(plan: Plan, work: WorkDirectory) -> Mapping[str, Any]:
+    """The one result of files that hold the same numbers."""
+    (result,) = _results(plan, work)
     return result
 
 
@@ -84,39 +93,73 @@ def _files(work: WorkDirectory) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in paths}
 
 
-def _written_from_scratch(plan: Plan, work: WorkDirectory, student: Student, folder: Path) -> dict[str, bytes]:
-    """What the writers make of a student."""
-    importance = importance_of(student, work)
-    name = gguf_file_name(plan.recipe.source.model, student.shape, "Q4_0")
-    folder.mkdir()
-    path = folder / name
-    write_gguf(student, "Q4_0", path, importance=importance, name=plan.recipe.source.model, threads=1)
-    write_onnx(student, "Q4_0", folder, importance=importance, threads=1)
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def _numbers(weights: WrittenWeights, student: Student) -> list[torch.Tensor]:
+    """Some of what a file holds, by each kind."""
+    written = student.as_written(weights)
+    return [
+        written.tensor(Role.ROUTER, 1),
+        written.tensor(Role.FINAL_NORM),
+        written.tensor(Role.KEY_NORM, 0),
+        written.tensor(Role.QUERY, 1),
+        written.expert(Role.EXPERT_UP, 0, 5),
+        written.expert(Role.EXPERT_DOWN, 1, 2),
+    ]
 
 
-def test_kept_routers_are_in_every_file_and_in_the_student(written: _Written, tmp_path: Path) -> None:
-    plan, work = written.plan, written.copy(tmp_path / "work")
+@pytest.mark.parametrize(("scope", "n_changed"), [("router", 1), ("norms", 3), ("scales", 6)])
+def test_what_is_kept_is_in_every_file_of_the_same_numbers(
+    written: _Written, tmp_path: Path, scope: str, n_changed: int
+) -> None:
+    plan, work = (
+        _planned(written.plan, after_quantizing=_RUNG.model_dump() | {"scope": scope}),
+        written.copy(tmp_path / "work"),
+    )
     before = _files(work)
     assert len(before) == 3
+    student = open_student(plan, work)
+    numbers = [_numbers(weights, student) for weights in written_weights(plan, work, student.shape).values()]
     result = _run(plan, work)
-    assert result["rung"] == AFTER_QUANTIZING
+    assert result["rung"].endswith(", beside the codes of gguf and onnx")
     assert result["accepted"]
     assert result["selection_kld_after"] < result["selection_kld_before"]
     assert result["tokens"] == 6 * 512
-    student, untaught = open_student(plan, work), open_student(plan, work, "recover")
-    for layer in range(2):
-        routers = [it.tensor(Role.ROUTER, layer) for it in (student, untaught)]
-        assert not torch.equal(routers[0], routers[1].float())
-    after = _files(work)
-    assert after != before
-    assert after == _written_from_scratch(plan, work, student, tmp_path / "expected")
-    assert _run(plan, work) == result  # again, on files that hold them already
-    assert _files(work) == after
+    after = [_numbers(weights, student) for weights in written_weights(plan, work, student.shape).values()]
+    assert all(map(torch.equal, *after)), "both hold the same"
+    assert sum(not torch.equal(one, other) for one, other in zip(numbers[0], after[0], strict=True)) == n_changed
+    files = _files(work)
+    assert [len(file) for file in files.values()] == [len(file) for file in before.values()]
+    assert _judged(plan, work, "gguf") == result["selection_kld_after"], "as the file is now"
+    assert _run(plan, work) == result  # again, on files that hold it already
+    assert _files(work) == files
 
 
-def test_rejected_routers_leave_the_files_as_they_were_written(written: _Written, tmp_path: Path) -> None:
-    """Even where an attempt before put others into them."""
+def _judged(plan: Plan, work: WorkDirectory, artifact: str) -> float:
+    """The divergence on the selection split of the numbers that a file holds."""
+    student = open_student(plan, work)
+    weights, known = written_weights(plan, work, student.shape)[artifact], Calibration.of(work)
+    blocks_BT = Blocks.load(known.blocks).selection
+    scored = scored_positions(blocks_BT.shape[1])
+    return judge(student.as_written(weights), blocks_BT, LogProbReader(known.selection_log_probs), scored).divergence
+
+
+def test_files_of_different_numbers_are_taught_by_themselves(written: _Written, tmp_path: Path) -> None:
+    work = written.copy(tmp_path / "work")
+    plan = replace(written.plan, recipe=written.plan.recipe.model_copy(update={"gguf": "Q4_K"}))
+    shutil.rmtree(work.stage("gguf"))
+    _stage(gguf, plan, work)
+    student = open_student(plan, work)
+    results = _results(plan, work)
+    assert [result["rung"].rsplit(" ", 1)[1] for result in results] == ["gguf", "onnx"]
+    for artifact, result in zip(("gguf", "onnx"), results, strict=True):
+        assert result["accepted"]
+        assert _judged(plan, work, artifact) == result["selection_kld_after"]
+    routers = [weights.tunable(Role.ROUTER, 1) for weights in written_weights(plan, work, student.shape).values()]
+    assert not torch.equal(*routers)
+    assert torch.equal(student.tensor(Role.ROUTER, 1), open_student(plan, work, "compress").tensor(Role.ROUTER, 1))
+
+
+def test_what_is_rejected_leaves_the_files_as_they_were_written(written: _Written, tmp_path: Path) -> None:
+    """Even where an attempt before put other values into them."""
     work = written.copy(tmp_path / "work")
     before = _files(work)
     assert _run(written.plan, work)["accepted"]
@@ -126,8 +169,6 @@ def test_rejected_routers_leave_the_files_as_they_were_written(written: _Written
     result = _run(hopeless, work)
     assert not result["accepted"]
     assert _files(work) == before
-    found, untaught = (open_student(hopeless, work, stage).tensor(Role.ROUTER, 1) for stage in ("retune", "recover"))
-    assert torch.equal(found, untaught)
 
 
 def test_a_stage_that_was_stopped_goes_on_and_trains_nothing_twice(
@@ -135,7 +176,7 @@ def test_a_stage_that_was_stopped_goes_on_and_trains_nothing_twice(
 ) -> None:
     work, uninterrupted = written.copy(tmp_path / "work"), written.copy(tmp_path / "uninterrupted")
     expected = _run(written.plan, uninterrupted)
-    really_rewrite, n_files = retune.rewrite_routers, 0
+    really_rewrite, n_files = retune.rewrite, 0
 
     def stop_before_the_second(*arguments: Any) -> None:
         nonlocal n_files
@@ -144,7 +185,7 @@ def test_a_stage_that_was_stopped_goes_on_and_trains_nothing_twice(
             raise KeyboardInterrupt
         really_rewrite(*arguments)
 
-    monkeypatch.setattr(retune, "rewrite_routers", stop_before_the_second)
+    monkeypatch.setattr(retune, "rewrite", stop_before_the_second)
     with pytest.raises(KeyboardInterrupt):
         _run(written.plan, work)
     assert _files(work) != _files(uninterrupted)
@@ -155,8 +196,8 @@ def test_a_stage_that_was_stopped_goes_on_and_trains_nothing_twice(
     assert _files(work) == _files(uninterrupted)
 
 
-def test_without_gguf_the_onnx_folder_is_what_routers_are_taught_with(written: _Written, tmp_path: Path) -> None:
-    """Both hold the same numbers here, so the routers are the same."""
+def test_without_gguf_the_onnx_folder_is_what_is_taught(written: _Written, tmp_path: Path) -> None:
+    """Both hold the same numbers here, so they learn the same."""
     work, alone = written.copy(tmp_path / "work"), written.copy(tmp_path / "alone")
     both = _run(written.plan, work)
     result = _run(replace(written.plan, recipe=written.plan.recipe.model_copy(update={"gguf": None})), alone)
@@ -166,7 +207,7 @@ def test_without_gguf_the_onnx_folder_is_what_routers_are_taught_with(written: _
 
 
 def test_switching_it_off_or_on_writes_the_files_anew(written: _Written) -> None:
-    """So no file keeps routers of an attempt with other choices."""
+    """So no file keeps values of an attempt with other choices."""
     source = SourceState.of(written.plan.source)
     off = _planned(written.plan, after_quantizing=None)
     before, after = (fingerprints(plan, stages_of(plan), source) for plan in (off, written.plan))

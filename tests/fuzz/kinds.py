@@ -98,7 +98,8 @@ def _read_weights(weights: WrittenWeights, shape: MoeShape) -> None:
 
     for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN):
         weights.read_expert(role, 0, 1, torch.empty(64, 64))
-    weights.router_place(0)
+    weights.tunable(Role.ROUTER, 0)
+    weights.block_length(Role.QUERY, 0)
 
 
 def _read_recipe(folder: Path, rng: random.Random, inputs: Path) -> None:

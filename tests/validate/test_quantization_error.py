@@ -11,6 +11,8 @@ from gguf.constants import GGML_QUANT_SIZES
 
 from benchmarks.damage.error_feedback import FEEDBACK_TYPES, fed_back
 from compressors.model.ggml import GGMLQuantizationType, dequantize_rows
+from compressors.model.integer_blocks import BlockType, search_blocks
+from compressors.model.weights import StoredType
 from validate.quantization_error import MatrixError, quantized
 
 _T = GGMLQuantizationType
@@ -29,6 +31,8 @@ _FINE = (
     _T.Q3_K,
 )
 _COARSE = (_T.Q2_K, _T.IQ3_S, _T.IQ3_XXS, _T.IQ2_XXS, _T.TQ2_0, _T.TQ1_0)
+_FINE_BLOCKS = (BlockType(8, 128), BlockType(8, 16), BlockType(4, 128), BlockType(4, 16))
+_COARSE_BLOCKS = (BlockType(2, 128), BlockType(2, 32))
 _ROWS, _LENGTH = 40, 256
 
 
@@ -42,12 +46,14 @@ def original() -> torch.Tensor:
     return values.bfloat16().float()
 
 
-def _stored(values: torch.Tensor, kind: GGMLQuantizationType, importance: torch.Tensor | None = None) -> torch.Tensor:
+def _stored(values: torch.Tensor, kind: StoredType, importance: torch.Tensor | None = None) -> torch.Tensor:
     weights = None if importance is None else importance.numpy()
+    if isinstance(kind, BlockType):
+        return torch.from_numpy(search_blocks(values.numpy(), kind.bits, kind.block_size, weights).values())
     return torch.from_numpy(dequantize_rows(quantized(values, kind, weights), kind, values.shape[1]))
 
 
-def _compared(original: torch.Tensor, found: torch.Tensor, kind: GGMLQuantizationType) -> MatrixError:
+def _compared(original: torch.Tensor, found: torch.Tensor, kind: StoredType) -> MatrixError:
     matrix = MatrixError(kind)
     for start in range(0, len(original), 32):  # in pieces, as an embedding is
         matrix.add(original[start : start + 32], found[start : start + 32])
@@ -58,8 +64,8 @@ def _is_whole(matrix: MatrixError) -> bool:
     return not (matrix.damaged or matrix.is_too_far or matrix.is_scaled)
 
 
-@pytest.mark.parametrize("kind", (*_FINE, *_COARSE), ids=lambda kind: kind.name)
-def test_what_a_type_makes_passes_and_damage_does_not(original: torch.Tensor, kind: GGMLQuantizationType) -> None:
+@pytest.mark.parametrize("kind", (*_FINE, *_COARSE, *_FINE_BLOCKS, *_COARSE_BLOCKS), ids=lambda kind: kind.name)
+def test_what_a_type_makes_passes_and_damage_does_not(original: torch.Tensor, kind: StoredType) -> None:
     generator = torch.Generator().manual_seed(4)
     importance = torch.exp(1.5 * torch.randn(_LENGTH, generator=generator))
     plain, weighted = _stored(original, kind), _stored(original, kind, importance)
@@ -67,19 +73,19 @@ def test_what_a_type_makes_passes_and_damage_does_not(original: torch.Tensor, ki
     assert _is_whole(_compared(original, weighted, kind))
     size = original.square().mean(1, keepdim=True).sqrt()
     noise = 0.5 * size * torch.randn(original.shape, generator=generator)
-    if kind not in (_T.IQ2_XXS, _T.TQ1_0, _T.TQ2_0):  # whose own error is nearly as large, or larger
+    if kind not in (_T.IQ2_XXS, _T.TQ1_0, _T.TQ2_0, *_COARSE_BLOCKS):  # whose own error is nearly as large, or larger
         assert _compared(original, _stored(original + noise, kind), kind).is_too_far
     lost = plain.clone()
     lost[[5, 35]] = 0
     assert _compared(original, lost, kind).damaged == [5, 35]
-    if kind in _FINE:
+    if kind in (*_FINE, *_FINE_BLOCKS):
         scaled = _compared(original, _stored(1.05 * original, kind), kind)
         assert scaled.is_scaled
         assert scaled.scale == pytest.approx(1.05, abs=0.03)
 
 
-@pytest.mark.parametrize("kind", FEEDBACK_TYPES, ids=lambda kind: kind.name)
-def test_codes_chosen_by_error_feedback_pass(original: torch.Tensor, kind: GGMLQuantizationType) -> None:
+@pytest.mark.parametrize("kind", (*FEEDBACK_TYPES, *_FINE_BLOCKS, *_COARSE_BLOCKS), ids=lambda kind: kind.name)
+def test_codes_chosen_by_error_feedback_pass(original: torch.Tensor, kind: StoredType) -> None:
     found = fed_back(original, kind)
     matrix = _compared(original, found, kind)
     assert _is_whole(matrix), (matrix.relative_error / matrix.usual_error, matrix.scale, matrix.damaged)

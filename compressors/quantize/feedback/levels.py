@@ -28,19 +28,23 @@ class Levels:
     nearest: npt.NDArray[np.float32] | None
 
     @classmethod
-    def of(cls, level_C: npt.NDArray[np.float32]) -> Levels:
-        """``level_C``: the level of every code."""
-        lowest, highest = int(level_C.min()), int(level_C.max())
-        if lowest == -128:
-            lowest = -127  # Q8_0: no kernel writes -128
+    def uniform(cls, lowest: int, highest: int) -> Levels:
+        """Every integer; code 0 is the lowest."""
+        return cls(lowest, highest, np.arange(highest - lowest + 1, dtype=np.uint8), None)
+
+    @classmethod
+    def of(cls, level_C: npt.NDArray[np.float32], lowest: int | None = None) -> Levels:
+        """``level_C``: the level of every code; those below ``lowest`` are not used."""
+        lowest = int(level_C.min()) if lowest is None else lowest
+        highest = int(level_C.max())
         codes = np.zeros(highest - lowest + 1, dtype=np.uint8)
         for code, level in reversed(list(enumerate(level_C.astype(int)))):
             if level >= lowest:
                 codes[level - lowest] = code
-        if len(np.unique(level_C[level_C >= lowest])) == len(codes):
+        sorted_C = np.unique(level_C[level_C >= lowest])
+        if len(sorted_C) == len(codes):
             return cls(lowest, highest, codes, None)
         middle_H = lowest + (np.arange(2 * (highest - lowest)) + 0.5) / 2
-        sorted_C = np.unique(level_C)
         nearest_H = sorted_C[np.abs(middle_H[:, None] - sorted_C).argmin(axis=1)]
         return cls(lowest, highest, codes, nearest_H.astype(np.float32))
 
@@ -59,7 +63,10 @@ class Levels:
 
 
 class LevelGrid:
-    """The values of a matrix's columns, and the levels chosen so far; columns in the order of the couplings."""
+    """The values of a matrix's columns, and the levels chosen so far; columns in the order of the couplings.
+
+    value = level x scale + offset, or (level - zero) x scale.
+    """
 
     length = 1
 
@@ -67,32 +74,45 @@ class LevelGrid:
         self,
         levels: Levels,
         scale_SR: npt.NDArray[np.float32],
-        offset_SR: npt.NDArray[np.float32] | None,
         scale_of_N: npt.NDArray[np.intp],
+        *,
+        offset_SR: npt.NDArray[np.float32] | None = None,
+        zero_SR: npt.NDArray[np.float32] | None = None,
     ) -> None:
-        self._levels = levels
-        self._scale_SR, self._offset_SR, self._scale_of_N = scale_SR, offset_SR, scale_of_N
-        with np.errstate(divide="ignore"):
-            self._inverse_SR = np.where(scale_SR == 0, np.float32(0), 1 / scale_SR)
-        self._chosen_NR = np.empty((len(scale_of_N), scale_SR.shape[1]), dtype=np.float32)
+        self._levels, self.scale_of_N = levels, scale_of_N
+        self._offset_SR, self._zero_SR = offset_SR, zero_SR
+        self.rescale(scale_SR)
+        self._chosen_NR = np.zeros((len(scale_of_N), scale_SR.shape[1]), dtype=np.float32)
         self._scaled_R = np.empty(scale_SR.shape[1], dtype=np.float32)
         self._value_1R = np.empty((1, scale_SR.shape[1]), dtype=np.float32)
+
+    def rescale(self, scale_SR: npt.NDArray[np.float32]) -> None:
+        """Takes other scales; codes and zeros stay."""
+        self.scale_SR = scale_SR
+        with np.errstate(divide="ignore"):
+            self._inverse_SR = np.where(scale_SR == 0, np.float32(0), 1 / scale_SR)
+        if self._zero_SR is not None:
+            self._offset_SR = -self._zero_SR * scale_SR
 
     def round_group(
         self, group: int, targets_LR: torch.Tensor, metric_LL: torch.Tensor, current_LR: torch.Tensor | None
     ) -> torch.Tensor:
         """The nearest value of every row; the metric of a single column does not matter."""
-        scale, level_R, value_R = self._scale_of_N[group], self._chosen_NR[group], self._value_1R[0]
+        scale, level_R, value_R = self.scale_of_N[group], self._chosen_NR[group], self._value_1R[0]
         target_R: npt.NDArray[np.float32] = targets_LR.numpy()[0]
         if self._offset_SR is not None:
             np.subtract(target_R, self._offset_SR[scale], out=self._scaled_R)
             target_R = self._scaled_R
         np.multiply(target_R, self._inverse_SR[scale], out=self._scaled_R)
         self._levels.round(self._scaled_R, level_R)
-        np.multiply(level_R, self._scale_SR[scale], out=value_R)
+        np.multiply(level_R, self.scale_SR[scale], out=value_R)
         if self._offset_SR is not None:
             value_R += self._offset_SR[scale]
         return torch.from_numpy(self._value_1R)
+
+    def multiples_NR(self) -> npt.NDArray[np.float32]:
+        """The chosen values in units of their scales; not for formats with offsets."""
+        return self._chosen_NR if self._zero_SR is None else self._chosen_NR - self._zero_SR[self.scale_of_N]
 
     def codes_NR(self) -> npt.NDArray[np.uint8]:
         """The codes of the chosen levels."""

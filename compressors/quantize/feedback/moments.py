@@ -83,6 +83,11 @@ class Feedback:
         with self._lock:
             return self._order_N(length)
 
+    def ordered_NN(self, length: int) -> torch.Tensor:
+        """The damped moments, columns in the order of :meth:`order_N`."""
+        order_N = self.order_N(length)
+        return self._damped_NN[order_N][:, order_N]
+
     def propagation(self, length: int) -> Couplings:
         """The couplings of the feedback pass, for groups of ``length`` columns."""
         return self._cached(length, only_earlier=True)

@@ -15,7 +15,7 @@ import torch
 
 from compressors.quantize.feedback.moments import Couplings, Feedback
 
-__all__ = ["Grid", "choose_codes"]
+__all__ = ["Grid", "choose_codes", "improve_codes", "n_sweeps_for"]
 
 _BLOCK = 32  # columns whose targets are brought up to date by one product of matrices
 
@@ -42,9 +42,22 @@ def choose_codes(values_NR: torch.Tensor, grid: Grid, feedback: Feedback, n_swee
     """
     errors_NR = torch.zeros_like(values_NR)
     _one_pass(values_NR, errors_NR, grid, feedback.propagation(grid.length))
+    improve_codes(values_NR, errors_NR, grid, feedback, n_sweeps)
+    return errors_NR
+
+
+def n_sweeps_for(bits: int) -> int:
+    """Passes of coordinate descent for codes of so many bits: they are worth 10 to 25 % of the error at 2, 3 to 5 % at
+    4 and more."""
+    return {1: 3, 2: 3, 3: 2}.get(bits, 1)
+
+
+def improve_codes(
+    values_NR: torch.Tensor, errors_NR: torch.Tensor, grid: Grid, feedback: Feedback, n_sweeps: int
+) -> None:
+    """Chooses the grid's codes again, knowing all others, ``n_sweeps`` times; ``errors_NR`` follow."""
     for _ in range(n_sweeps):
         _one_pass(values_NR, errors_NR, grid, feedback.descent(grid.length))
-    return errors_NR
 
 
 def _one_pass(values_NR: torch.Tensor, errors_NR: torch.Tensor, grid: Grid, couplings: Couplings) -> None:

@@ -9,12 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressors.model.ggml_types import GGMLQuantizationType
+from compressors.model.ggml_types import BLOCK_SIZES, GGMLQuantizationType
 from compressors.quantize.feedback import codebook, scalar
 from compressors.quantize.feedback.codebook import CODEBOOK_FORMATS
 from compressors.quantize.feedback.moments import Feedback
-from compressors.quantize.feedback.passes import choose_codes
+from compressors.quantize.feedback.passes import choose_codes, improve_codes, n_sweeps_for
 from compressors.quantize.feedback.scalar import SCALAR_FORMATS
+from compressors.quantize.feedback.scale_fit import refit_scales
+from compressors.quantize.feedback.scale_search import search_scales
 from compressors.quantize.feedback.vectors import SIGN_LENGTH
 from compressors.quantize.kernels import quantize_rows
 
@@ -23,6 +25,7 @@ __all__ = ["TYPES_WITH_FEEDBACK", "quantize_rows_with_feedback"]
 TYPES_WITH_FEEDBACK = frozenset(SCALAR_FORMATS) | frozenset(CODEBOOK_FORMATS)
 """The types whose codes :func:`quantize_rows_with_feedback` chooses."""
 
+_Q2_0_LENGTH, _ = BLOCK_SIZES[GGMLQuantizationType.Q2_0]
 _SLICE_ROWS = 1024
 """Rows that are rounded together: a column of them fits a core's first cache."""
 
@@ -37,17 +40,38 @@ def quantize_rows_with_feedback(
 ) -> npt.NDArray[np.uint8]:
     """Quantizes rows of float32, bfloat16 or float16 values; returns uint8 [R, Y], as ``quantize_rows`` does.
 
-    Scales and offsets are the kernel's for this importance; the codes are chosen again, so that the error of the
-    outputs over the inputs that ``feedback`` tells of is small.
+    Scales and offsets are the kernel's for this importance (Q2_0's are searched); the codes are chosen again, so that
+    the error of the outputs over the inputs that ``feedback`` tells of is small. Where a block has one float16 scale
+    and nothing else (Q8_0, Q5_0, Q4_0, IQ4_NL, Q2_0), the scale is then fitted to the codes.
+
+    All rows of a matrix have to come in one call: they are taken in slices, and the products of matrices need not
+    round alike in slices of another size.
 
     Raises:
         InputError: a value is not finite; the message calls the weights ``name``.
     """
     quantized_RY = quantize_rows(values_RN, ggml_type, importance_N, name=name)
+    if ggml_type is GGMLQuantizationType.Q2_0:
+        quantized_RY = _searched(values_RN.float(), quantized_RY, importance_N)
     for first in range(0, len(values_RN), _SLICE_ROWS):
         rows = slice(first, first + _SLICE_ROWS)
         quantized_RY[rows] = _with_chosen_codes(values_RN[rows], quantized_RY[rows], ggml_type, feedback)
     return quantized_RY
+
+
+def _searched(
+    values_RN: torch.Tensor, quantized_RY: npt.NDArray[np.uint8], importance_N: torch.Tensor | None
+) -> npt.NDArray[np.uint8]:
+    """Q2_0 rows with searched scales; the kernel's are the largest magnitudes, which leaves codes unused."""
+    levels = scalar.levels_of(GGMLQuantizationType.Q2_0)
+    scales_RK = search_scales(values_RN.numpy(), importance_N, _Q2_0_LENGTH, levels.lowest, levels.highest)
+    return scalar.with_scales(quantized_RY, GGMLQuantizationType.Q2_0, _float16(scales_RK.T))
+
+
+def _float16(numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The nearest numbers that float16 represents."""
+    with np.errstate(over="ignore"):
+        return numbers.astype(np.float16).astype(np.float32)
 
 
 def _with_chosen_codes(
@@ -57,7 +81,12 @@ def _with_chosen_codes(
         return _with_chosen_vectors(values_RN, quantized_RY, ggml_type, feedback)
     order_N = feedback.order_N(1)
     grid = scalar.grid_of(quantized_RY, ggml_type, order_N)
-    choose_codes(_ordered(values_RN, order_N), grid, feedback, SCALAR_FORMATS[ggml_type].n_sweeps)
+    ordered_NR, form = _ordered(values_RN, order_N), SCALAR_FORMATS[ggml_type]
+    errors_NR = choose_codes(ordered_NR, grid, feedback, n_sweeps_for(form.bits))
+    if form.fitted_scale:
+        refit_scales(grid, errors_NR, feedback, _float16)
+        improve_codes(ordered_NR, errors_NR, grid, feedback, 1)
+        quantized_RY = scalar.with_scales(quantized_RY, ggml_type, grid.scale_SR)
     chosen_NR = grid.codes_NR()
     codes_NR = np.empty_like(chosen_NR)
     codes_NR[order_N.numpy()] = chosen_NR

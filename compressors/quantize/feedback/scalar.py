@@ -22,7 +22,7 @@ from compressors.quantize.feedback.fields import Fields, write_codes
 from compressors.quantize.feedback.levels import LevelGrid, Levels
 from compressors.quantize.kernels import quantize_rows
 
-__all__ = ["SCALAR_FORMATS", "ScalarFormat", "grid_of", "levels_of", "with_codes"]
+__all__ = ["SCALAR_FORMATS", "ScalarFormat", "grid_of", "levels_of", "with_codes", "with_scales"]
 
 _T = GGMLQuantizationType
 
@@ -35,7 +35,13 @@ class ScalarFormat:
     scale_length: int  # neighbouring values that share scale and offset
     unit_code: int  # the code whose level is 1
     minimum: slice | None = None  # the bytes of the float16 factor of all offsets
-    n_sweeps: int = 1
+    lowest_level: int | None = None  # None: that of a code
+    fitted_scale: bool = False  # the scale is a float16 at the start of the block, and is fitted to the codes
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return sum(run.width for run in self.fields)
 
 
 def _fields(low: int, width: int, n_codes: int, place: Callable[[int], tuple[int, int]]) -> Fields:
@@ -68,12 +74,13 @@ def _bits_32(low: int, first_byte: int) -> Fields:
 
 
 SCALAR_FORMATS: Mapping[GGMLQuantizationType, ScalarFormat] = {
-    _T.Q8_0: ScalarFormat((_fields(0, 8, 32, lambda e: (2 + e, 0)),), 32, 1),
-    _T.Q4_0: ScalarFormat((_nibbles_32(2),), 32, 9),
+    _T.Q8_0: ScalarFormat((_fields(0, 8, 32, lambda e: (2 + e, 0)),), 32, 1, lowest_level=-127, fitted_scale=True),
+    _T.Q2_0: ScalarFormat((_fields(0, 2, 64, lambda e: (2 + e // 4, e % 4 * 2)),), 64, 2, fitted_scale=True),
+    _T.Q4_0: ScalarFormat((_nibbles_32(2),), 32, 9, fitted_scale=True),
     _T.Q4_1: ScalarFormat((_nibbles_32(4),), 32, 1, slice(2, 4)),
-    _T.Q5_0: ScalarFormat((_nibbles_32(6), _bits_32(4, 2)), 32, 17),
+    _T.Q5_0: ScalarFormat((_nibbles_32(6), _bits_32(4, 2)), 32, 17, fitted_scale=True),
     _T.Q5_1: ScalarFormat((_nibbles_32(8), _bits_32(4, 4)), 32, 1, slice(2, 4)),
-    _T.IQ4_NL: ScalarFormat((_nibbles_32(2),), 32, 8),
+    _T.IQ4_NL: ScalarFormat((_nibbles_32(2),), 32, 8, fitted_scale=True),
     _T.MXFP4: ScalarFormat((_nibbles_32(1),), 32, 1),
     _T.Q2_K: ScalarFormat((_pairs_128(0, 16),), 16, 1, slice(82, 84)),
     _T.Q3_K: ScalarFormat((_pairs_128(0, 32), _bits_256(2, 0)), 16, 5),
@@ -94,9 +101,9 @@ def levels_of(ggml_type: GGMLQuantizationType) -> Levels:
     ramp_1N = torch.linspace(-1, 1, block_length)[None]
     quantized_1Y = quantize_rows(ramp_1N, ggml_type, torch.ones(block_length), name="ramp")
     unit = _read_with(quantized_1Y, ggml_type, form.unit_code, without_minimum=True)[0, 0]
-    n_codes = 1 << sum(run.width for run in form.fields)
+    n_codes = 1 << form.bits
     read = [_read_with(quantized_1Y, ggml_type, code, without_minimum=True)[0, 0] for code in range(n_codes)]
-    return Levels.of(np.rint(np.array(read) / unit))
+    return Levels.of(np.rint(np.array(read) / unit), form.lowest_level)
 
 
 def grid_of(quantized_RY: npt.NDArray[np.uint8], ggml_type: GGMLQuantizationType, order_N: torch.Tensor) -> LevelGrid:
@@ -109,7 +116,7 @@ def grid_of(quantized_RY: npt.NDArray[np.uint8], ggml_type: GGMLQuantizationType
 
     scale_SR = read(form.unit_code, without_minimum=True)
     offset_SR = None if form.minimum is None else read(0, without_minimum=False)
-    return LevelGrid(levels_of(ggml_type), scale_SR, offset_SR, order_N.numpy() // form.scale_length)
+    return LevelGrid(levels_of(ggml_type), scale_SR, order_N.numpy() // form.scale_length, offset_SR=offset_SR)
 
 
 def with_codes(
@@ -118,6 +125,16 @@ def with_codes(
     """The rows with other codes, uint8 [R, N] in the order of the row."""
     blocks_RKY = _blocks(quantized_RY, ggml_type)
     write_codes(blocks_RKY, SCALAR_FORMATS[ggml_type].fields, codes_RN.reshape(*blocks_RKY.shape[:2], -1))
+    return blocks_RKY.reshape(quantized_RY.shape)
+
+
+def with_scales(
+    quantized_RY: npt.NDArray[np.uint8], ggml_type: GGMLQuantizationType, scale_SR: npt.NDArray[np.float32]
+) -> npt.NDArray[np.uint8]:
+    """The rows with other scales, which float16 can represent."""
+    assert SCALAR_FORMATS[ggml_type].fitted_scale, ggml_type.name
+    blocks_RKY = _blocks(quantized_RY, ggml_type)
+    blocks_RKY[..., :2] = np.ascontiguousarray(scale_SR.T.astype(np.float16)[..., None]).view(np.uint8)
     return blocks_RKY.reshape(quantized_RY.shape)
 
 

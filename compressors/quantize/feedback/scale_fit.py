@@ -1,0 +1,46 @@
+"""Scales fitted to codes that have been chosen, by least squares under the second moments of the inputs.
+
+Letters: N columns in the order of the couplings, R rows, S groups of columns with one scale, B columns of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from compressors.quantize.feedback.levels import LevelGrid
+from compressors.quantize.feedback.moments import Feedback
+
+__all__ = ["refit_scales"]
+
+
+def refit_scales(
+    grid: LevelGrid,
+    errors_NR: torch.Tensor,
+    feedback: Feedback,
+    representable: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]] | None = None,
+) -> None:
+    """Gives every scale in turn the value that leaves the least error of the outputs, codes fixed.
+
+    With multiples c of the scale and errors e, a change of d leaves (e - d c) H (e - d c)^T: d = c H e / c H c.
+    ``representable`` rounds scales to what the format stores; a change that no longer helps then is not made.
+    The grid gets the scales, ``errors_NR`` follow.
+    """
+    moments_NN = feedback.ordered_NN(1)
+    multiples_NR = torch.from_numpy(grid.multiples_NR())
+    scale_SR = grid.scale_SR.copy()
+    for group in range(len(scale_SR)):
+        columns_B = torch.from_numpy(np.flatnonzero(grid.scale_of_N == group))
+        rows_BN, multiples_BR = moments_NN[columns_B], multiples_NR[columns_B]
+        slope_R = (multiples_BR * (rows_BN @ errors_NR)).sum(dim=0)
+        curvature_R = (multiples_BR * (rows_BN[:, columns_B] @ multiples_BR)).sum(dim=0)
+        best_R = torch.where(curvature_R > 0, slope_R / curvature_R, 0.0).numpy() + scale_SR[group]
+        new_R = best_R if representable is None else representable(best_R)
+        change_R = torch.from_numpy(new_R - scale_SR[group])
+        change_R[~(change_R * (2 * slope_R - change_R * curvature_R) > 0)] = 0
+        scale_SR[group] = np.where(change_R.numpy() == 0, scale_SR[group], new_R)
+        errors_NR[columns_B] -= change_R * multiples_BR
+    grid.rescale(scale_SR)

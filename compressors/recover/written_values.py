@@ -1,0 +1,31 @@
+"""What a training taught as values that a written file can take: routers, norms, and scales of blocks as rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from compressors.model.block_scales import rescaled
+from compressors.recover.trained_student import TrainedStudent
+
+__all__ = ["learned_values"]
+
+
+def learned_values(trained: TrainedStudent, original: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tunable values of a file that what is trained changes, by name.
+
+    Args:
+        trained: routers, norms and factors of blocks.
+        original: those that the file was written with (:class:`~compressors.model.weights.WrittenWeights`).
+    """
+    shape = trained.student.shape
+    values: dict[str, torch.Tensor] = {}
+    for role, layer, tensor in trained.whole():
+        name = shape.gguf_name(role, layer)
+        if name in original:  # a dense model's file has no routers
+            values[name] = tensor.clone()
+    for role, layer, factors_RK in trained.factors():
+        name = shape.gguf_name(role, layer)
+        values[name] = rescaled(original[name], factors_RK)
+    return values

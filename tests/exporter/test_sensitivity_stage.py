@@ -1,0 +1,56 @@
+"""The stage that gathers sensitivities: the same files however often it was begun, under any memory limit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.families import Role
+from compressors.model.student import ExpertMap, Student
+from exporter.job import Flags
+from exporter.progress import Progress
+from exporter.recipe import Recipe
+from exporter.run import make_plan
+from exporter.stage import StageContext
+from exporter.stages import calibrate, sensitivity
+from exporter.stages.artifacts import sensitivities_of
+from exporter.work import WorkDirectory
+
+pytestmark = pytest.mark.usefixtures("torch_left_as_it_was")
+
+
+def test_an_attempt_that_was_killed_is_begun_anew(
+    tmp_path: Path, toy_model: Path, small_texts: tuple[Path, Path]
+) -> None:
+    calibration, text = small_texts
+    choices = {"budget": "90MB", "budget_kind": "file", "context": 512, "threads": 1, "recover": "none"}
+    plan = make_plan(Flags(model=str(toy_model), calibration=calibration, text=text, **choices).job(), "moe-export")
+    recipe = plan.recipe.model_dump()
+    recipe["text"] |= {"calibration_blocks": 3, "selection_blocks": 1, "heldout_chunks_per_file": 1}
+    plan = replace(plan, recipe=Recipe.model_validate(recipe))
+    work = WorkDirectory(tmp_path)
+
+    def run(stage: Any, memory_bytes: int = plan.memory_bytes) -> Path:
+        output = work.stage(stage.__name__.rsplit(".", 1)[1])
+        output.mkdir(exist_ok=True)
+        stage.run(StageContext(replace(plan, memory_bytes=memory_bytes), work, output, Progress(silent=True)))
+        return output
+
+    run(calibrate)
+    first = {file.name: file.read_bytes() for file in run(sensitivity).iterdir() if file.is_file()}
+    assert sorted(first) == ["layer-000.safetensors", "layer-001.safetensors", "vocabulary.safetensors"]
+    (work.stage("sensitivity") / "layer-000.safetensors").write_bytes(b"cut off")
+    (work.stage("sensitivity") / "vocabulary.safetensors").unlink()
+    again = {file.name: file.read_bytes() for file in run(sensitivity, 10**6).iterdir() if file.is_file()}
+    assert again == first
+
+    source = Checkpoint(toy_model)
+    pruned = Student(source, ExpertMap.keeping(32, [range(16)] * 2))
+    of_teacher, of_pruned = (sensitivities_of(student, work) for student in (Student.teacher(source), pruned))
+    whole, part = of_teacher.of(Role.EXPERT_DOWN, 1), of_pruned.of(Role.EXPERT_DOWN, 1)
+    assert torch.equal(part.columns_MPI, whole.columns_MPI[:16])
