@@ -18,8 +18,8 @@ from exporter.hub import bundled_text, resolve_model
 __all__ = ["train_third_model"]
 
 _SEED = 20261126
-_LENGTH, _SEQUENCES, _STEPS = 256, 8, 400
-_RATE, _WARM_UP, _LEAST_RATE = 3e-3, 40, 0.02  # the last is a share
+_LENGTH, _SEQUENCES, _STEPS = 256, 4, 700
+_RATE, _WARM_UP, _LEAST_RATE = 2e-3, 50, 0.02  # the last is a share
 _SHAPE = {
     "hidden_size": 256,
     "num_hidden_layers": 4,

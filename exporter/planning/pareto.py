@@ -1,6 +1,6 @@
 """The files of a curve of divergence against bytes: of each size the best that the search finds, and the baselines.
 
-All sizes share what was measured of a structure: its sensitivities, the errors of its types, what recovery taught it.
+All sizes share what the search measured of a structure: its sensitivities, and the errors of its types.
 """
 
 from __future__ import annotations
@@ -10,25 +10,26 @@ from dataclasses import replace
 from pathlib import Path
 
 from compressors.model.checkpoint import Checkpoint
+from exporter.planning.ladder import ladder_for
 from exporter.planning.search import Candidate, Search
-from exporter.planning.structures import candidates_of, whole, with_experts
-from exporter.planning.trial import Trial
-from exporter.recipe import CompressChoice, FileChoice
+from exporter.planning.structures import whole, with_experts
+from exporter.recipe import CompressChoice, FileChoice, RecoverChoice
 from exporter.stage import StageContext
-from exporter.stages import gguf
+from exporter.stages import compress, gguf, recover, retune, schedule
 
 __all__ = ["ParetoFiles"]
 
-_FILE = "file"
-_ALL_BLOCKS = 1 << 30  # of each rung of recovery
+_BUILD = "build"
+_OF_THE_RUN = frozenset({"calibrate", "sensitivity"})
+_STAGES = {"compress": compress.run, "schedule": schedule.run, "recover": recover.run, "gguf": gguf.run}
 
 
 class ParetoFiles:
-    """Makes GGUF files, one at a time.
+    """Makes GGUF files, one at a time: each takes the place of the one before.
 
     Args:
-        context: of a stage after calibration and sensitivities, whose plan leaves the recipe to a search; what is
-            learned of structures is kept in its folder, so that an attempt that goes on does not learn it again.
+        context: of a stage after calibration and sensitivities, whose plan leaves the recipe to a search; what the
+            search measures is kept in its folder, so that an attempt that goes on does not measure it again.
     """
 
     def __init__(self, context: StageContext) -> None:
@@ -37,7 +38,7 @@ class ParetoFiles:
         self._shape = Checkpoint(context.plan.source).shape
 
     def best(self, n_bytes: int) -> Candidate:
-        """The file that the search expects most of among those that are no larger; nothing is measured for it.
+        """The file that the search expects most of among those that are no larger.
 
         Raises:
             BudgetError: nothing is so small; the message names the smallest size.
@@ -48,9 +49,11 @@ class ParetoFiles:
         return Search(replace(self._context, plan=replace(plan, recipe=recipe)), n_measured=0).best("gguf")
 
     def write(self, candidate: Candidate) -> Path:
-        """Writes what the search found, its student recovered in full; the next file takes its place."""
-        trial = self._trial(self._context, "finished", candidate.compress)
-        return self._written(trial, candidate.choice)
+        """Writes what the search found, as an export would."""
+        plan = self._context.plan
+        assert plan.search is not None, "the recipe stands"
+        ladder, _ = ladder_for(plan.search.recover, candidate.compress, plan)
+        return self._built(candidate.compress, ladder, candidate.choice)
 
     def write_mix(self, mix: str, n_experts: int | None = None) -> Path:
         """Writes one of llama-quantize's mixes with the kernels' codes.
@@ -62,22 +65,21 @@ class ParetoFiles:
         Raises:
             UnsupportedError: it cannot hold this model.
         """
-        plan = self._context.plan
-        assert plan.search is not None, "the recipe stands"
-        plan = replace(plan, search=replace(plan.search, recover="none"))
         choice = whole(self._shape) if n_experts is None else with_experts("reap", n_experts, self._shape)
-        trial = self._trial(replace(self._context, plan=plan), "unrecovered", choice)
-        return self._written(trial, FileChoice(mix=mix, quantizer="kernel"))
+        seed = self._context.plan.recipe.recover.seed
+        return self._built(choice, RecoverChoice(seed=seed), FileChoice(mix=mix, quantizer="kernel"))
 
-    def _trial(self, context: StageContext, name: str, choice: CompressChoice) -> Trial:
-        """A student that is not taught for a short while only; ``name`` tells apart how it is taught."""
-        folder = self._context.output / name
-        structures = [whole(self._shape), *candidates_of("auto", self._shape)]
-        number = structures.index(choice)
-        return replace(Trial.of(replace(context, output=folder), choice, number), most_blocks=_ALL_BLOCKS)
-
-    def _written(self, trial: Trial, choice: FileChoice) -> Path:
-        folder = self._context.output / _FILE
+    def _built(self, structure: CompressChoice, ladder: RecoverChoice, file: FileChoice) -> Path:
+        """Runs what the stages of an export do, in this process."""
+        plan, folder = self._context.plan, self._context.output / _BUILD
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        return gguf.write(replace(trial.context, output=folder), trial.student(), choice, folder)
+        recipe = plan.recipe.model_copy(update={"compress": structure, "recover": ladder, "gguf": file})
+        plan, work = replace(plan, recipe=recipe, search=None), self._context.work.within(folder, _OF_THE_RUN)
+        stages = _STAGES if ladder.after_quantizing is None else {**_STAGES, "retune": retune.run}
+        for name, run in stages.items():
+            partial = work.partial(name)
+            partial.mkdir(parents=True)
+            run(StageContext(plan, work, partial, self._context.progress))
+            partial.rename(work.stage(name))
+        (path,) = work.stage("gguf").glob("*.gguf")
+        return path

@@ -39,7 +39,6 @@ class Trial:
 
     context: StageContext  # whose work is the trial's: its plan names the structure
     compress: CompressChoice
-    most_blocks: int = _TRIAL_BLOCKS  # that a rung of recovery is taught
 
     @property
     def _is_original(self) -> bool:
@@ -78,7 +77,7 @@ class Trial:
         def climb(context: StageContext) -> None:
             ladder = Ladder(context, self._opened())
             for number, rung in enumerate(choice.rungs):
-                ladder.climb(number, rung, min(rung.blocks, self.most_blocks))
+                ladder.climb(number, rung, min(rung.blocks, _TRIAL_BLOCKS))
 
         self._in_stage("recover", plan, climb)
 
