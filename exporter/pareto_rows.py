@@ -1,4 +1,4 @@
-"""The rows of a curve of divergence against bytes, kept in a CSV file as they are made, so that a second run goes on."""
+"""The rows of a curve of divergence against bytes, kept in a CSV file as they are made: a second run goes on."""
 
 from __future__ import annotations
 
@@ -70,9 +70,7 @@ class RowFile:
 def best_no_larger(rows: Sequence[ParetoRow], row: ParetoRow) -> ParetoRow | None:
     """The baseline of the least divergence with no more bytes than a row of the same model has; None if none is."""
     smaller = [
-        other
-        for other in rows
-        if other.model == row.model and other.method != OURS and other.n_bytes <= row.n_bytes
+        other for other in rows if other.model == row.model and other.method != OURS and other.n_bytes <= row.n_bytes
     ]
     return min(smaller, key=lambda other: other.divergence, default=None)
 

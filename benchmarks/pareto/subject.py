@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from benchmarks.export.llama_cpp import Tools
 from benchmarks.pareto.llama_cpp import Measuring
 from compressors.model.checkpoint import Checkpoint
+from compressors.model.shape import MoeShape
 from compressors.model.student import Student
 from exporter.gguf.writer import predict_file_size, write_gguf
 from exporter.pareto_rows import ParetoRow, RowFile
@@ -24,28 +26,43 @@ class Subject:
     checkpoint: Path
     folder: Path  # for whatever is made of it
     rows: RowFile
-    measuring: Measuring
+    tools: Tools
     threads: int
 
-    @classmethod
-    def prepared(
-        cls, name: str, checkpoint: Path, folder: Path, rows: RowFile, tools: Tools, threads: int
-    ) -> Subject:
-        """Writes the F32 file and takes its logits, unless both are there."""
-        folder.mkdir(parents=True, exist_ok=True)
-        reference = write_f32(Student.teacher(Checkpoint(checkpoint)), folder / "whole.gguf", name, threads)
-        return cls(name, checkpoint, folder, rows, Measuring(tools, reference, folder, threads), threads)
+    @cached_property
+    def shape(self) -> MoeShape:
+        """The model's."""
+        return Checkpoint(self.checkpoint).shape
+
+    @cached_property
+    def bf16_bytes(self) -> int:
+        """Bytes of the file of the whole model in bfloat16."""
+        return predict_file_size(self.shape, self.checkpoint, "BF16", self.name)
+
+    @cached_property
+    def reference(self) -> Path:
+        """The F32 file, from which llama-quantize makes the others."""
+        path = self.folder / "whole.gguf"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            student = Student.teacher(Checkpoint(self.checkpoint))
+            write_gguf(student, "F32", path, name=self.name, threads=self.threads)
+        return path
+
+    @cached_property
+    def measuring(self) -> Measuring:
+        """llama.cpp's tools, with the F32 file's logits."""
+        return Measuring(self.tools, self.reference, self.folder, self.threads)
 
     def measure(
         self, method: str, mix: str, write: Callable[[Path], None], structure: str = "", predicted: float | None = None
-    ) -> ParetoRow:
-        """The row of this method and mix; unless it is known, ``write`` makes the file at the path that it gets."""
-        if (known := self.rows.find(self.name, method, mix)) is not None:
-            return known
+    ) -> None:
+        """Adds the row of this method and mix, unless it is known; ``write`` makes the file at the path that it gets."""
+        if self.rows.find(self.name, method, mix) is not None:
+            return
         path = self.folder / "measured.gguf"
         write(path)
-        n_bytes = path.stat().st_size
-        figures = self.measuring.figures(path)
+        n_bytes, figures = path.stat().st_size, self.measuring.figures(path)
         path.unlink()
         row = ParetoRow(
             self.name,
@@ -58,17 +75,4 @@ class Subject:
             predicted=predicted,
         )
         self.rows.add(row)
-        print(row, flush=True)
-        return row
-
-    @property
-    def bf16_bytes(self) -> int:
-        """Bytes of the file of the whole model in bfloat16."""
-        return predict_file_size(Checkpoint(self.checkpoint).shape, self.checkpoint, "BF16", self.name)
-
-
-def write_f32(student: Student, path: Path, name: str, threads: int) -> Path:
-    """Writes a student's F32 file unless it is there."""
-    if not path.exists():
-        write_gguf(student, "F32", path, name=name, threads=threads)
-    return path
+        print(f"{self.name}: {method}, {mix}: {n_bytes:,} bytes, {figures.divergence:.5f} nats", flush=True)

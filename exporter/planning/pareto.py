@@ -55,19 +55,20 @@ class ParetoFiles:
         ladder, _ = ladder_for(plan.search.recover, candidate.compress, plan)
         return self._built(candidate.compress, ladder, candidate.choice)
 
-    def write_mix(self, mix: str, n_experts: int | None = None) -> Path:
+    def write_mix(self, mix: str, n_experts: int | None = None, recovery: str = "none") -> Path:
         """Writes one of llama-quantize's mixes with the kernels' codes.
 
         Args:
             mix: its name.
-            n_experts: so many of each layer's experts, those that REAP keeps, without recovery; None: all.
+            n_experts: so many of each layer's experts, those that REAP keeps; None: all.
+            recovery: one of :data:`exporter.recovery.RECOVERIES`.
 
         Raises:
             UnsupportedError: it cannot hold this model.
         """
         choice = whole(self._shape) if n_experts is None else with_experts("reap", n_experts, self._shape)
-        seed = self._context.plan.recipe.recover.seed
-        return self._built(choice, RecoverChoice(seed=seed), FileChoice(mix=mix, quantizer="kernel"))
+        ladder, _ = ladder_for(recovery, choice, self._context.plan)
+        return self._built(choice, ladder, FileChoice(mix=mix, quantizer="kernel"))
 
     def _built(self, structure: CompressChoice, ladder: RecoverChoice, file: FileChoice) -> Path:
         """Runs what the stages of an export do, in this process."""

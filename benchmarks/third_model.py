@@ -1,6 +1,9 @@
 """Trains a small Qwen3-MoE from scratch on the bundled calibration text, in about ten minutes on one core.
 
-Seed, depth and width are none of the trained models that the search was developed on; tokenizer and text are.
+    python -m benchmarks.third_model FOLDER
+
+Seed, depth and widths are none of the trained models that the search was developed on; tokenizer and text are.
+``benchmarks.pareto`` measures it.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import torch
 
 from compressors.calibration import load_tokenizer
@@ -109,3 +113,14 @@ def _batches(source: Path) -> Iterator[torch.Tensor]:
         order += torch.randperm(len(sequences_NT)).tolist()
     for step in range(_STEPS):
         yield sequences_NT[order[step * _SEQUENCES : (step + 1) * _SEQUENCES]]
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def main(folder: Path) -> None:
+    """Trains the model into FOLDER."""
+    train_third_model(folder)
+
+
+if __name__ == "__main__":
+    main()
