@@ -38,7 +38,7 @@ def write(context: StageContext, student: Student, choice: FileChoice, place: Pa
             choice.mix,
             folder,
             encodings=choice.tensors,
-            importance=importance_of(student, context.work),
+            importance=importance_of(student, context.plan, context.work),
             context_length=None,
             threads=context.plan.recipe.threads,
             resume=True,

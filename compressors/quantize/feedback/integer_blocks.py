@@ -17,6 +17,7 @@ import torch
 from compressors.model.errors import InputError
 from compressors.quantize.feedback.levels import LevelGrid, Levels
 from compressors.quantize.feedback.moments import Feedback
+from compressors.quantize.feedback.one_thread import one_thread
 from compressors.quantize.feedback.passes import choose_codes, improve_codes, n_sweeps_for
 from compressors.quantize.feedback.scale_fit import refit_scales
 from compressors.quantize.feedback.scale_search import search_ranges, search_scales
@@ -48,6 +49,7 @@ class IntegerBlocks:
         return values_RKB.reshape(n_rows, -1)
 
 
+@one_thread()
 def quantize_blocks_with_feedback(
     values_RN: torch.Tensor,
     bits: int,

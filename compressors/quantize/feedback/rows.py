@@ -13,6 +13,7 @@ from compressors.model.ggml_types import BLOCK_SIZES, GGMLQuantizationType
 from compressors.quantize.feedback import codebook, scalar
 from compressors.quantize.feedback.codebook import CODEBOOK_FORMATS
 from compressors.quantize.feedback.moments import Feedback
+from compressors.quantize.feedback.one_thread import one_thread
 from compressors.quantize.feedback.passes import choose_codes, improve_codes, n_sweeps_for
 from compressors.quantize.feedback.scalar import SCALAR_FORMATS
 from compressors.quantize.feedback.scale_fit import refit_scales
@@ -30,6 +31,7 @@ _SLICE_ROWS = 1024
 """Rows that are rounded together: a column of them fits a core's first cache."""
 
 
+@one_thread()
 def quantize_rows_with_feedback(
     values_RN: torch.Tensor,
     ggml_type: GGMLQuantizationType,
@@ -42,10 +44,10 @@ def quantize_rows_with_feedback(
 
     Scales and offsets are the kernel's for this importance (Q2_0's are searched); the codes are chosen again, so that
     the error of the outputs over the inputs that ``feedback`` tells of is small. Where a block has one float16 scale
-    and nothing else (Q8_0, Q5_0, Q4_0, IQ4_NL, Q2_0), the scale is then fitted to the codes.
+    and nothing else (Q5_0, Q4_0, IQ4_NL, Q2_0), the scale is then fitted to the codes.
 
-    All rows of a matrix have to come in one call: they are taken in slices, and the products of matrices need not
-    round alike in slices of another size.
+    The result does not depend on threads. All rows of a matrix have to come in one call, though: they are taken in
+    slices, and products of matrices need not round alike in slices of another size.
 
     Raises:
         InputError: a value is not finite; the message calls the weights ``name``.
