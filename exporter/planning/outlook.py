@@ -12,7 +12,7 @@ import torch
 
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import BudgetError, UnsupportedError
-from compressors.sensitivity import DivergenceModel, TypeTable, default_table
+from compressors.sensitivity import TypeTable, default_table
 from exporter.compression import check_compression, described_compression, expected_shape
 from exporter.planning.container import Container
 from exporter.planning.fitting import Fitted, fit, smallest
@@ -146,8 +146,8 @@ def outlook_of(recipe: Recipe, artifact: str, checkpoint: Checkpoint, choice: Co
     found = fitted_table(container, _default_table(container, checkpoint.dtype))
     if found is None:
         return None
-    quantizing = DivergenceModel().divergence(found[0].allocation.second_order)
-    return Outlook(choice, container, found[0], expected_loss(choice, checkpoint.shape) + quantizing)
+    divergence = expected_loss(choice, checkpoint.shape) + found[0].allocation.divergence
+    return Outlook(choice, container, found[0], divergence)
 
 
 def _default_table(container: Container, dtype: torch.dtype) -> TypeTable:

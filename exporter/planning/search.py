@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import BudgetError, UnsupportedError
-from compressors.sensitivity import DivergenceModel
 from exporter.planning.fitting import Fitted
 from exporter.planning.measuring import measured_divergence
 from exporter.planning.outlook import (
@@ -134,7 +133,7 @@ class Search:
         if found is None:
             return None
         fitted, _ = found
-        predicted = trial.divergence() + DivergenceModel().divergence(fitted.allocation.second_order)
+        predicted = trial.divergence() + fitted.allocation.divergence
         return _Option(trial, artifact, fitted, predicted)
 
     def _measured(self, option: _Option) -> _Option:

@@ -17,6 +17,7 @@ from compressors.sensitivity import Sensitivities
 from compressors.statistics import Importance, StoredStatistics, importance, of_survivors
 from exporter.gguf.imatrix import read_imatrix
 from exporter.plan import Plan
+from exporter.planned_types import hold_same_numbers
 from exporter.stage import StageContext
 from exporter.work import WorkDirectory
 
@@ -178,10 +179,7 @@ def open_student(plan: Plan, work: WorkDirectory, stage: str = "recover") -> Stu
 
 def same_numbers(plan: Plan) -> bool:
     """Whether both files hold the same numbers, so that the runtimes can be compared with each other."""
-    gguf, onnx = plan.recipe.gguf, plan.recipe.onnx
-    if gguf is None or onnx is None or gguf.tensors or onnx.tensors:
-        return False
-    return (gguf.mix, gguf.quantizer, gguf.imatrix) == (onnx.mix, onnx.quantizer, onnx.imatrix)
+    return hold_same_numbers(plan.recipe, plan.student_shape)
 
 
 def importance_of(student: Student, plan: Plan, work: WorkDirectory) -> Importance:

@@ -89,7 +89,7 @@ def test_sampled_errors_are_near_those_of_all_weights(
 ) -> None:
     exact = gguf_type_table(student, *known, _FEW, n_weights=None)
     ratios = [
-        math.log(sampled.second_order / option.second_order)
+        math.log(sampled.order.total / option.order.total)
         for unit, others in zip(exact.units, table.units, strict=True)
         for option, sampled in zip(unit.options, others.options, strict=True)
     ]
@@ -100,7 +100,7 @@ def test_sampled_errors_are_near_those_of_all_weights(
 def test_all_weights_give_the_sum_by_definition(student: Student, known: tuple[Sensitivities, Importance]) -> None:
     sensitivities, weights = known
     exact = gguf_type_table(student, *known, (_T.IQ4_NL,), n_weights=None)
-    found = {unit.name: unit.options[0].second_order for unit in exact.units}
+    found = {unit.name: unit.options[0].order.total for unit in exact.units}
     for role, layer in ((Role.EXPERT_DOWN, 1), (Role.QUERY, 0)):
         sensitivity = sensitivities.of(role, layer)
         total = 0.0
@@ -120,15 +120,15 @@ def test_threads_do_not_matter_and_feedback_leaves_less(
     assert gguf_type_table(student, *known, _FEW, threads=3) == table
     with_feedback = gguf_type_table(student, *known, _FEW, feedback=True)
     types = dict.fromkeys((unit.name for unit in table.units), "IQ4_NL")
-    assert 0.2 < with_feedback.second_order(types) / table.second_order(types) < 0.8
+    assert 0.2 < with_feedback.order(types).total / table.order(types).total < 0.8
 
 
 def test_defaults_order_types_as_measuring_does(student: Student, table: TypeTable) -> None:
     default = default_table(student.shape, plan_gguf_units(student.shape, _FEW))
     assert [unit.name for unit in default.units] == [unit.name for unit in table.units]
     for unit, measured in zip(default.units, table.units, strict=True):
-        costs = {option.choice: option.second_order for option in unit.options}
-        by_measuring = sorted(measured.options, key=lambda option: option.second_order)
+        costs = {option.choice: option.order.total for option in unit.options}
+        by_measuring = sorted(measured.options, key=lambda option: option.order.total)
         assert sorted(costs, key=costs.__getitem__) == [option.choice for option in by_measuring]
     limit = sum(_quantized(student, "Q4_0").values())
     assert allocate(default, limit).n_bytes <= limit

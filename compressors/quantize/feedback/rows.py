@@ -16,7 +16,7 @@ from compressors.quantize.feedback.moments import Feedback
 from compressors.quantize.feedback.one_thread import one_thread
 from compressors.quantize.feedback.passes import choose_codes, improve_codes, n_sweeps_for
 from compressors.quantize.feedback.scalar import SCALAR_FORMATS
-from compressors.quantize.feedback.scale_fit import refit_scales
+from compressors.quantize.feedback.scale_fit import float16, refit_scales
 from compressors.quantize.feedback.scale_search import search_scales
 from compressors.quantize.feedback.vectors import SIGN_LENGTH
 from compressors.quantize.kernels import quantize_rows
@@ -67,13 +67,7 @@ def _searched(
     """Q2_0 rows with searched scales; the kernel's are the largest magnitudes, which leaves codes unused."""
     levels = scalar.levels_of(GGMLQuantizationType.Q2_0)
     scales_RK = search_scales(values_RN.numpy(), importance_N, _Q2_0_LENGTH, levels.lowest, levels.highest)
-    return scalar.with_scales(quantized_RY, GGMLQuantizationType.Q2_0, _float16(scales_RK.T))
-
-
-def _float16(numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """The nearest numbers that float16 represents."""
-    with np.errstate(over="ignore"):
-        return numbers.astype(np.float16).astype(np.float32)
+    return scalar.with_scales(quantized_RY, GGMLQuantizationType.Q2_0, float16(scales_RK.T))
 
 
 def _with_chosen_codes(
@@ -86,7 +80,7 @@ def _with_chosen_codes(
     ordered_NR, form = _ordered(values_RN, order_N), SCALAR_FORMATS[ggml_type]
     errors_NR = choose_codes(ordered_NR, grid, feedback, n_sweeps_for(form.bits))
     if form.fitted_scale:
-        refit_scales(grid, errors_NR, feedback, _float16)
+        refit_scales(grid, errors_NR, feedback, float16)
         improve_codes(ordered_NR, errors_NR, grid, feedback, 1)
         quantized_RY = scalar.with_scales(quantized_RY, ggml_type, grid.scale_SR)
     chosen_NR = grid.codes_NR()
