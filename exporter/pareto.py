@@ -105,7 +105,9 @@ def curve_plan(job: Job, sizes: str, command: str) -> Plan:
     curve = _sizes(sizes, checkpoint, plan.recipe.source.model)
     for n_bytes in curve.values():
         budget = plan.recipe.budget.model_copy(update={"bytes": n_bytes})
-        refuse_unless_something_fits(plan.recipe.model_copy(update={"budget": budget}), "gguf", checkpoint, structures)
+        refuse_unless_something_fits(
+            plan.recipe.model_copy(update={"budget": budget}), checkpoint, structures, ["gguf"]
+        )
     return replace(plan, curve=curve)
 
 

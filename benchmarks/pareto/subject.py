@@ -57,7 +57,7 @@ class Subject:
     def measure(
         self, method: str, mix: str, write: Callable[[Path], None], structure: str = "", predicted: float | None = None
     ) -> None:
-        """Adds the row of this method and mix, unless it is known; ``write`` makes the file at the path that it gets."""
+        """Adds the row of this method and mix, unless it is there; ``write`` makes the file at the path it gets."""
         if self.rows.find(self.name, method, mix) is not None:
             return
         path = self.folder / "measured.gguf"

@@ -42,8 +42,8 @@ def write_markdown(rows: Sequence[ParetoRow], path: Path) -> None:
 
 def _promises(found: Iterable[Judged]) -> list[str]:
     lines = [
-        "| model | size | bytes | structure | divergence | predicted | best baseline of no more bytes | ratio | bar | |",
-        "|" + "---|" * 10,
+        "| model | size | bytes | structure | divergence | predicted | best baseline, no larger | ratio | bar | kept |",
+        f"|{'---|' * 10}",
     ]
     for one in found:
         row, best = one.row, one.baseline
