@@ -76,11 +76,11 @@ def run_pareto(
     """
     require_matplotlib()
     job = _job(model, out, flags)
+    _refuse_existing(job.out)
     curve = _curve(job, sizes, command)
     plan, work = curve.plan, curve.work
     with reserved(job.out), work.lock():
-        if job.out.exists():
-            raise InputError(f"--out: {job.out} exists; choose another folder, or remove it")
+        _refuse_existing(job.out)  # another run has just published it
         work.claim(curve.identity)
         if not work.plan_path.exists():
             plan.save(work.plan_path)
@@ -89,6 +89,11 @@ def run_pareto(
         _publish(rows, work, job.out)
         work.remove()
     return rows
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise InputError(f"--out: {out} exists; choose another folder, or remove it")
 
 
 def curve_plan(job: Job, sizes: str, command: str) -> Plan:
