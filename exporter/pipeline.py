@@ -22,6 +22,7 @@ __all__ = [
     "StageError",
     "fingerprints",
     "follow",
+    "pareto_stages",
     "run_stages",
     "search_stages",
     "source_of_run",
@@ -65,6 +66,14 @@ _SEARCH = Stage(
     ("calibrate", "sensitivity"),
     ("budget", "compress", "recover", "gguf", "onnx"),
     "search for the best file that fits",
+    resumes=True,
+)
+_PARETO = Stage(
+    "pareto",
+    1,
+    ("calibrate", "sensitivity"),
+    ("recover", "gguf"),
+    "measure files of each size, and the baselines, in llama.cpp",
     resumes=True,
 )
 _COMPRESS = Stage("compress", 2, ("calibrate",), ("compress", "arithmetic"), "compress the experts")
@@ -127,6 +136,7 @@ ALL_STAGES = (
     _CALIBRATE,
     _SENSITIVITY,
     _SEARCH,
+    _PARETO,
     _COMPRESS,
     _SCHEDULE,
     _RECOVER,
@@ -159,6 +169,7 @@ def stages_of(plan: Plan) -> tuple[Stage, ...]:
     wanted = {
         _SENSITIVITY: any(recipe.file(artifact).quantizer == "feedback" for artifact in recipe.artifacts),
         _SEARCH: False,
+        _PARETO: False,
         _GGUF: recipe.gguf is not None,
         _VALIDATE_GGUF: recipe.gguf is not None,
         _ONNX: recipe.onnx is not None,
@@ -175,6 +186,11 @@ def search_stages(plan: Plan) -> tuple[Stage, ...]:
     """The stages that find the recipe of a plan that leaves it open."""
     assert plan.search is not None, "its recipe stands"
     return (_CALIBRATE, _SENSITIVITY, _SEARCH)
+
+
+def pareto_stages() -> tuple[Stage, ...]:
+    """The stages that measure a curve of divergence against bytes."""
+    return (_CALIBRATE, _SENSITIVITY, _PARETO)
 
 
 def run_stages(

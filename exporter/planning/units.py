@@ -24,7 +24,7 @@ from exporter.planning.decode_cost import seconds_of
 from exporter.prediction import Prediction
 from exporter.recipe import FileChoice
 
-__all__ = ["LAST_RESORT", "fitting_mixes", "gguf_units", "units_of"]
+__all__ = ["LAST_RESORT", "fitting_mixes", "gguf_units", "units_of", "values_read"]
 
 _T = GGMLQuantizationType
 
@@ -94,7 +94,7 @@ def gguf_units(shape: MoeShape, dtype: torch.dtype, choice: FileChoice) -> tuple
 
 def _candidate(tensor: GgufTensor, ggml_type: _T, shape: MoeShape, with_feedback: bool) -> Candidate:
     n_bytes = aligned(replace(tensor, ggml_type=ggml_type).n_bytes)
-    seconds = seconds_of(ggml_type.name, _values_read(tensor, shape))
+    seconds = seconds_of(ggml_type.name, values_read(tensor, shape))
     if ggml_type in _EXACT.values():
         return Candidate(ggml_type.name, n_bytes, None, seconds=seconds)
     factor: Callable[[Role], float] = partial(_factor, ggml_type.name) if with_feedback else _whole
@@ -109,7 +109,7 @@ def _whole(_role: Role) -> float:
     return 1.0
 
 
-def _values_read(tensor: GgufTensor, shape: MoeShape) -> float:
+def values_read(tensor: GgufTensor, shape: MoeShape) -> float:
     """Values that decoding one token multiplies with: of experts those of the chosen, of an embedding none."""
     if tensor.role is Role.TOKEN_EMBEDDING and not shape.tied_embeddings:
         return 0.0
