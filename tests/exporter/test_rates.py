@@ -23,7 +23,7 @@ def test_rates_of_matrices_fall_with_the_hidden_size_and_the_better_start() -> N
 
 
 @pytest.mark.parametrize(
-    ("n_blocks", "per_step", "expected"), [(320, 2, 40), (320, 8, 40), (24, 8, 16), (6, 2, 4), (3, 2, 3), (1, 1, 1)]
+    ("n_blocks", "per_step", "expected"), [(320, 2, 40), (320, 8, 40), (300, 8, 32), (200, 8, 0), (16, 2, 0), (1, 1, 0)]
 )
 def test_trials_take_whole_steps(n_blocks: int, per_step: int, expected: int) -> None:
     assert trial_blocks(n_blocks, per_step) == expected

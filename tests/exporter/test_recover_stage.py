@@ -145,6 +145,7 @@ def test_a_rate_by_the_divergence_is_the_better_of_two_trials(
     compressed: _Compressed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rung = _ROUTER | {"scope": "all", "learning_rate": None}
+    monkeypatch.setattr(recover, "trial_blocks", lambda n_blocks, per_step: 4)
     climbed = compressed.climb(tmp_path / "work", rung)
     (result,) = climbed.results
     trials = {path.name: float(path.read_text()) for path in (climbed.folder / "recover").glob("trial-0-*.json")}
