@@ -28,6 +28,7 @@ __all__ = [
     "StatisticsCollector",
     "StoredStatistics",
     "importance",
+    "of_survivors",
     "save_statistics",
 ]
 
@@ -247,10 +248,19 @@ def _path(folder: Path, layer: int) -> Path:
     return folder / f"layer-{layer:03d}.safetensors"
 
 
+_PRIOR_TOKENS = 16
+"""Tokens that every expert's own are mixed with. Over both trained models, 13 to 2,000 tokens an expert, the kernels'
+errors on held-out inputs fall by up to 2 % where experts have fewer than a hundred, and change by at most 0.1 % where
+they have more; 64 tokens harm those."""
+
+
 def importance(layers: Sequence[LayerStatistics], experts: ExpertMap) -> Importance:
     """The importance matrix for a student whose experts are the teacher's own: sliced with the same indices.
 
-    An expert that no calibration token chose has all zeros, which quantizers read as "all columns alike".
+    An expert with few tokens says little of its inputs, so 16 more are added: for gate and up, which all experts of a
+    layer give the same inputs to, tokens of the layer's mean; for down, whose inputs are the expert's own, tokens that
+    weigh all columns alike. A down projection that no calibration token reached has all zeros, which quantizers read as
+    "all columns alike".
 
     Args:
         layers: by layer of the model that was watched: the teacher, or a student.
@@ -262,9 +272,30 @@ def importance(layers: Sequence[LayerStatistics], experts: ExpertMap) -> Importa
         attention = (layer.attention_input_square_D / layer.n_tokens).float()
         found[Role.QUERY, index] = found[Role.KEY, index] = found[Role.VALUE, index] = attention
         found[Role.ATTENTION_OUTPUT, index] = (layer.attention_output_input_square / layer.n_tokens).float()
+        gate_up, down = layer.gate_up_input_square_ED, layer.down_input_square_EF
+        layer_mean_D = gate_up.sum(0) / layer.count_E.sum().clamp_min(1)
+        own_mean_E1 = down.mean(1, keepdim=True) / layer.count_E[:, None].clamp_min(1)
         kept = list(came_from.kept)
-        counts = layer.count_E[kept, None].clamp_min(1)
-        gate_up = (layer.gate_up_input_square_ED[kept] / counts).float()
-        found[Role.EXPERT_GATE, index] = found[Role.EXPERT_UP, index] = gate_up
-        found[Role.EXPERT_DOWN, index] = (layer.down_input_square_EF[kept] / counts).float()
+        found[Role.EXPERT_GATE, index] = found[Role.EXPERT_UP, index] = _mixed(gate_up, layer, layer_mean_D)[kept]
+        found[Role.EXPERT_DOWN, index] = _mixed(down, layer, own_mean_E1)[kept]
+    return found
+
+
+def _mixed(squares_EN: torch.Tensor, layer: LayerStatistics, prior: torch.Tensor) -> torch.Tensor:
+    """The mean squares of each expert's own tokens and the added ones: float32 [E, N]."""
+    return ((squares_EN + _PRIOR_TOKENS * prior) / (layer.count_E[:, None] + _PRIOR_TOKENS)).float()
+
+
+def of_survivors(teacher: Importance, experts: ExpertMap) -> Importance:
+    """The importance matrix of a student whose experts are the teacher's own, from the teacher's.
+
+    Args:
+        teacher: by role and the teacher's layer.
+        experts: the student in terms of the teacher.
+    """
+    found = {key: values for key, values in teacher.items() if key[1] is None}
+    for index, came_from in enumerate(experts.layers):
+        for (role, layer), values in teacher.items():
+            if layer == came_from.source:
+                found[role, index] = values[list(came_from.kept)] if role.is_expert else values
     return found

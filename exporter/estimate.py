@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from compressors.calibration import BLOCK_LENGTH
-from compressors.layer_inputs import layer_input_bytes
+from compressors.layer_inputs import layer_input_bytes, n_kept_blocks
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.log_probs import log_prob_bytes
 from compressors.model.memory import PROCESS_BYTES, positions_at_once, working_bytes
@@ -43,6 +43,8 @@ _START_SECONDS = 4  # until a stage's process has its libraries
 
 _STEP_FORWARDS = 3  # of routers: forward, the same again, and the gradient with respect to the activations
 _WEIGHTS_FORWARDS = 1  # and the gradient with respect to experts
+
+_CHOOSING_CODES = 3  # times as long as the kernels take, second moments included
 
 _PARTS: Mapping[str, Collection[str]] = {
     "calibration": ("calibrate", "compress"),
@@ -142,8 +144,8 @@ def seconds_by_stage(plan: Plan, speeds: Speeds, free_memory: int) -> dict[str, 
         "teacher_texts": passes.writing(teacher, 2 * min(PROMPTS, n_heldout)),
         "validate_torch": passes.forward(student, n_reference=n_heldout),
     }
-    for artifact, prediction in plan.predictions.items():
-        seconds[artifact] = passes.export(student, recipe.file(artifact).mix, prediction.file)
+    for artifact in plan.predictions:
+        seconds[artifact] = _file_seconds(plan, passes, artifact)
         # held-out text, and a cache that is filled to see what that costs
         n_blocks = n_heldout + recipe.budget.context // BLOCK_LENGTH
         seconds[f"validate_{artifact}"] = passes.forward(student, n_reference=n_blocks)
@@ -201,11 +203,21 @@ class _Passes:
         reading = 0.0 if self._stays_cached else NEW_TOKENS * self.reading(shape)
         return max(self.computing(shape, 0, n_blocks), reading)
 
-    def export(self, shape: MoeShape, weight_type: str, n_bytes: int) -> float:
-        """Quantizing and writing; a disk writes no faster than it reads."""
-        quantizing = 0.0 if weight_type in COPIED_TYPES else shape.parameters / self._speeds.quantized_values
+    def export(self, shape: MoeShape, weight_type: str, n_bytes: int, slower: float = 1.0) -> float:
+        """Quantizing, so many times slower than by the kernels, and writing; a disk writes no faster than it reads."""
+        quantizing = 0.0 if weight_type in COPIED_TYPES else slower * shape.parameters / self._speeds.quantized_values
         reading = 0.0 if self._stays_cached else self.reading(shape)
         return max(quantizing, reading + n_bytes / self._speeds.read_bytes)
+
+
+def _file_seconds(plan: Plan, passes: _Passes, artifact: str) -> float:
+    """Writing a file; codes are chosen by what enters the student's layers, which a student that differs runs for."""
+    choice, student, n_bytes = plan.recipe.file(artifact), plan.student_shape, plan.predictions[artifact].file
+    if choice.quantizer == "kernel" or choice.mix in COPIED_TYPES:
+        return passes.export(student, choice.mix, n_bytes)
+    n_blocks = n_kept_blocks(plan.recipe.text.calibration_blocks, BLOCK_LENGTH)
+    running = passes.forward(student, n_blocks) if _student_differs(plan) else 0.0
+    return running + passes.export(student, choice.mix, n_bytes, slower=_CHOOSING_CODES)
 
 
 def _compression(plan: Plan, passes: _Passes) -> float:
@@ -324,10 +336,15 @@ def _router_values(shape: MoeShape) -> int:
 def _layer_input_bytes(plan: Plan) -> int:
     """What enters the original's layers, and, while codes are chosen by it, the layers of a student that differs."""
     recipe, n_tokens = plan.recipe, plan.recipe.text.calibration_blocks * BLOCK_LENGTH
-    differs = plan.student_shape != plan.teacher_shape or changes_experts(recipe.compress) or recipe.recover.rungs
     chooses = any(recipe.file(artifact).quantizer == "feedback" for artifact in recipe.artifacts)
-    own = layer_input_bytes(plan.student_shape, n_tokens) if differs and chooses else 0
+    own = layer_input_bytes(plan.student_shape, n_tokens) if chooses and _student_differs(plan) else 0
     return layer_input_bytes(plan.teacher_shape, n_tokens) + own
+
+
+def _student_differs(plan: Plan) -> bool:
+    """Whether other states enter the student's layers than the original's."""
+    shrunk = plan.student_shape != plan.teacher_shape or changes_experts(plan.recipe.compress)
+    return shrunk or bool(plan.recipe.recover.rungs)
 
 
 def _own_statistics_bytes(plan: Plan) -> int:

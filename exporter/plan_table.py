@@ -13,6 +13,7 @@ from exporter.durations import format_duration
 from exporter.estimate import Speeds, describe_time, disk_lines, memory_lines, seconds_by_stage
 from exporter.plan import Plan
 from exporter.recovery import after_quantizing_name, schedule_of, scope_of
+from exporter.search_figures import described_types
 from exporter.sizes import format_size
 from validate.report.facts import artifact_name
 
@@ -37,7 +38,7 @@ def plan_table(plan: Plan, speeds: Speeds, free_memory: int) -> RenderableType:
         choices.add_row("" if number else "note", note)
     choices.add_row("time", describe_time(seconds_by_stage(plan, speeds, free_memory)))
     sizes = Table("predicted bytes", *plan.predictions, box=None)
-    sizes.add_row("type", *(recipe.file(artifact).label for artifact in plan.predictions))
+    sizes.add_row("type", *(described_types(recipe.file(artifact)) for artifact in plan.predictions))
     for name in ("file", "weights", "kv_cache", "compute", "reserve", "total"):
         values = (format_size(getattr(prediction, name)) for prediction in plan.predictions.values())
         sizes.add_row(name.replace("_", " "), *values)

@@ -21,7 +21,7 @@ from exporter.budget import predict
 from exporter.compression import check_compression, described_compression, expected_shape, fewest_experts
 from exporter.job import METHODS_WITHOUT_EXPERTS, Job
 from exporter.outputs import sha256_of
-from exporter.planning.outlook import outlooks, refuse_unless_something_fits
+from exporter.planning.outlook import outlook_of, outlooks, refuse_unless_something_fits
 from exporter.planning.structures import structures_for, whole, with_experts
 from exporter.prediction import Prediction
 from exporter.recipe import (
@@ -138,21 +138,16 @@ def _expected(job: Job, checkpoint: Checkpoint, recipe: Recipe) -> _Candidate:
     if job.experts is not None:
         _check_experts(job, checkpoint)
     structures = structures_for(job.search, checkpoint.shape)
-    for artifact in recipe.artifacts:
-        refuse_unless_something_fits(recipe, artifact, checkpoint, structures)
-    found = {
-        artifact: {outlook.compress: outlook for outlook in outlooks(recipe, artifact, checkpoint, structures)}
-        for artifact in recipe.artifacts
-    }
-    shared = [choice for choice in structures if all(choice in of_artifact for of_artifact in found.values())]
-    if not shared:
-        raise BudgetError(
-            "no structure fits the budget as GGUF and as ONNX: name one with --formats, or raise --budget"
-        )
-    best = min(shared, key=lambda choice: max(of_artifact[choice].divergence for of_artifact in found.values()))
-    fitted = {artifact: of_artifact[best].fitted for artifact, of_artifact in found.items()}
-    files = {artifact: entry.choice for artifact, entry in fitted.items()}
-    return _Candidate(best, files, {artifact: entry.prediction for artifact, entry in fitted.items()})
+    refuse_unless_something_fits(recipe, checkpoint, structures, recipe.artifacts)
+    found = {artifact: outlooks(recipe, artifact, checkpoint, structures) for artifact in recipe.artifacts}
+    worst_served = max(found, key=lambda artifact: found[artifact][0].divergence)
+    for choice in [outlook.compress for outlook in found[worst_served]]:
+        shared = {artifact: outlook_of(recipe, artifact, checkpoint, choice) for artifact in recipe.artifacts}
+        fitted = {artifact: outlook.fitted for artifact, outlook in shared.items() if outlook is not None}
+        if len(fitted) == len(shared):
+            files = {artifact: entry.choice for artifact, entry in fitted.items()}
+            return _Candidate(choice, files, {artifact: entry.prediction for artifact, entry in fitted.items()})
+    raise BudgetError("no structure fits the budget as GGUF and as ONNX: choose one of --formats, or raise --budget")
 
 
 def wanted_blocks(job: Job, n_heldout_files: int) -> BlockCounts:

@@ -190,11 +190,6 @@ class FileChoice(_Part):
     imatrix: str | None = None  # SHA-256 of llama.cpp's importance matrix; null: the calibration text's
     why: str | None = None  # how the types were found
 
-    @property
-    def label(self) -> str:
-        """The mix, or that its types were changed."""
-        return f"{self.mix}, {len(self.tensors)} types of its own" if self.tensors else self.mix
-
     @model_validator(mode="before")
     @classmethod
     def _from_name(cls, data: Any) -> Any:

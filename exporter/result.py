@@ -23,6 +23,7 @@ from exporter.gguf.metadata import source_license
 from exporter.outputs import Artifact
 from exporter.plan import Plan
 from exporter.recipe import Recipe, RecoverChoice, RungChoice
+from exporter.search_figures import described_types, search_figures
 from exporter.stages.artifacts import Calibration, StudentFiles, open_student, same_numbers
 from exporter.stages.runtime import MEASUREMENT
 from exporter.stages.schedule import scheduled_blocks
@@ -102,11 +103,12 @@ def build_report(
                 "files": {file: asdict(entry) for file, entry in artifact.files.items()},
                 "bytes": artifact.bytes,
                 "bits_per_weight": 8 * artifact.bytes / student_shape.parameters,
-                "type": recipe.file(name).label,
+                "type": described_types(recipe.file(name)),
             }
             for name, artifact in artifacts.items()
         ],
         "recovery": [asdict(refused) for refused in plan.refused_rungs] + tried,
+        "search": search_figures(work, source.shape, recipe),
         "against_original": against_original(
             artifacts, source.n_bytes, validation, _with_choices(recipe.recover, tried), student_shape
         ),

@@ -36,7 +36,7 @@ __all__ = ["Whole", "importance_like", "whole_files"]
 _T = GGMLQuantizationType
 _EXPERTS = 4  # of each layer: kernels of 2 bits are slow
 _OTHERS = (_T.Q4_1, _T.IQ4_NL, _T.IQ4_XS, _T.Q3_K, _T.Q2_K, _T.IQ3_S, _T.IQ3_XXS, _T.IQ2_S, _T.IQ2_XS, _T.IQ2_XXS)
-_OTHERS += (_T.IQ1_M, _T.IQ1_S, _T.MXFP4, _T.TQ2_0, _T.F16)
+_OTHERS += (_T.IQ1_M, _T.IQ1_S, _T.MXFP4, _T.TQ1_0, _T.TQ2_0, _T.Q2_0, _T.F16)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""llama.cpp's converter, quantizer and perplexity tool, from the sources that llama-cpp-python ships, built once.
+"""llama.cpp's converter and tools, from the sources that llama-cpp-python ships, built once.
 
-The wheel has the libraries only. The sdist of the version that is installed has all of llama.cpp: ``llama-quantize``
-and ``llama-perplexity`` are compiled from it, the converter is run from it.
+The wheel has the libraries only. The sdist of the version that is installed has all of llama.cpp: ``llama-quantize``,
+``llama-imatrix`` and ``llama-perplexity`` are compiled from it, the converter is run from it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 __all__ = ["Tools", "build_tools"]
 
 _PACKAGE = "llama-cpp-python"
-_PROGRAMS = ("llama-quantize", "llama-perplexity")
+_PROGRAMS = ("llama-quantize", "llama-perplexity", "llama-imatrix")
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Tools:
     convert: tuple[str, ...]  # SOURCE_FOLDER --outfile FILE --outtype TYPE
     quantize: tuple[str, ...]  # [options] SOURCE TARGET TYPE THREADS
     perplexity: tuple[str, ...]  # -m FILE -f TEXT [options]
+    imatrix: tuple[str, ...]  # -m FILE -f TEXT -o TARGET [options]
 
 
 def build_tools(folder: Path) -> Tools:
@@ -40,11 +41,11 @@ def build_tools(folder: Path) -> Tools:
         with tarfile.open(folder / f"llama_cpp_python-{version}.tar.gz") as archive:
             archive.extractall(folder, filter="data")
     build = folder / f"build-{version}"
-    quantize, perplexity = (build / "bin" / program for program in _PROGRAMS)
-    if not (quantize.exists() and perplexity.exists()):
+    quantize, perplexity, imatrix = programs = [build / "bin" / program for program in _PROGRAMS]
+    if not all(program.exists() for program in programs):
         _compile(sources, build)
     wrapper = Path(__file__).with_name("convert.py")
-    return Tools((sys.executable, str(wrapper), str(sources)), (str(quantize),), (str(perplexity),))
+    return Tools((sys.executable, str(wrapper), str(sources)), (str(quantize),), (str(perplexity),), (str(imatrix),))
 
 
 def _compile(sources: Path, build: Path) -> None:

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from math import prod
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from compressors.model.errors import InputError
-from compressors.model.integer_blocks import BlockType, IntegerBlocks
-from compressors.model.onnx_blocks import from_q4_0, from_q8_0, pack
 from compressors.model.shape import MoeShape
 from compressors.model.student import Student
-from compressors.quantize import GGMLQuantizationType, quantize_rows, search_blocks
 from compressors.statistics import Importance
+from exporter.feedback import StudentFeedback
 from exporter.files import replacing
-from exporter.onnx.encodings import Encoding
+from exporter.onnx.data import Place, weight_pieces
 from exporter.onnx.graph import build_model
-from exporter.onnx.layout import DATA_FILE, MODEL_FILE, TensorLayout, WeightPlan, plan_tensors
-from exporter.pieces import Piece, row_slices, write_pieces
+from exporter.onnx.layout import DATA_FILE, MODEL_FILE, TensorLayout, plan_tensors
+from exporter.pieces import Piece, write_pieces
 from exporter.resumable import Part, is_published, resuming
 
 __all__ = ["predict_size", "with_context", "write_onnx"]
-
-_UNPACKED = {GGMLQuantizationType.Q4_0: from_q4_0, GGMLQuantizationType.Q8_0: from_q8_0}
 
 
 def with_context(shape: MoeShape, context_length: int | None) -> MoeShape:
@@ -76,6 +68,7 @@ def write_onnx(
     *,
     encodings: Mapping[str, str] | None = None,
     importance: Importance | None = None,
+    feedback: StudentFeedback | None = None,
     context_length: int | None = None,
     threads: int,
     resume: bool = False,
@@ -94,6 +87,8 @@ def write_onnx(
         folder: where the two files go.
         encodings: of units that differ from the preset, as :func:`~exporter.onnx.layout.plan_tensors` takes them.
         importance: weighs quantization errors; None weighs all input features alike.
+        feedback: chooses the codes so that they make up for each other's errors; None leaves them as kernels and search
+            choose them.
         context_length: tokens that the rotary caches cover; None for the model's own maximum.
         threads: experts or slices that are quantized at a time.
         resume: go on with what an attempt with the same arguments left in ``folder``, and leave what is written there
@@ -109,7 +104,7 @@ def write_onnx(
     model = build_model(layout)
     graph = model.SerializeToString(deterministic=True)
     folder.mkdir(parents=True, exist_ok=True)
-    pieces = list(_plan_pieces(student, layout, importance or {}))
+    pieces = [*weight_pieces(student, layout, importance or {}, feedback), _rotary_piece(layout)]
     with replacing(folder / MODEL_FILE) as graph_stream:
         graph_stream.write(graph)
         if resume and is_published(folder / DATA_FILE, pieces):
@@ -119,111 +114,14 @@ def write_onnx(
             (folder / MODEL_FILE).unlink(missing_ok=True)  # an old graph must not be found beside the new weights
 
 
-def _plan_pieces(student: Student, layout: TensorLayout, importance: Importance) -> Iterator[Piece]:
-    """The weights in the file's order, whole experts and slices of other matrices, then the rotary caches."""
-    for weight in layout.weights:
-        if weight.roles[0].is_expert:
-            *n_experts, rows_each, _ = weight.shape  # a dense feed-forward is the only expert
-            for expert in range(prod(n_experts)):
-                places = _places(weight, slice(expert * rows_each, (expert + 1) * rows_each))
-                yield _piece(places, partial(_read_expert, student, weight, expert, importance, places))
-        else:
-            for rows in row_slices(prod(weight.shape[:-1]), weight.shape[-1]):
-                places = _places(weight, rows)
-                yield _piece(places, partial(_read_rows, student, weight, rows, importance, places))
-    caches = [_Place(tensor.offset, tensor.n_bytes) for tensor in (layout.rotary_cosine, layout.rotary_sine)]
-    yield _piece(caches, lambda: partial(_rotary_parts, layout.shape, caches))
+def _rotary_piece(layout: TensorLayout) -> Piece:
+    """The rotary caches, which lie behind all weights."""
+    caches = [Place(tensor.offset, tensor.n_bytes) for tensor in (layout.rotary_cosine, layout.rotary_sine)]
+    n_bytes = sum(place.n_bytes for place in caches)
+    return Piece(n_bytes, caches[-1].end, lambda: partial(_rotary_parts, layout.shape, caches))
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Some bytes of the data file."""
-
-    offset: int
-    n_bytes: int
-
-    def part(self, values: npt.NDArray[np.generic]) -> Part:
-        """The values as bytes, with the offset where they belong."""
-        data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
-        assert data.nbytes == self.n_bytes, f"{data.nbytes} bytes for a place of {self.n_bytes}"
-        return self.offset, data
-
-
-def _places(weight: WeightPlan, rows: slice) -> list[_Place]:
-    """Finds the places of some rows of a weight: of its codes, and of its scales if it has any."""
-    places = []
-    for tensor in weight.tensors:
-        row_bytes = tensor.n_bytes // prod(weight.shape[:-1])
-        places.append(_Place(tensor.offset + rows.start * row_bytes, (rows.stop - rows.start) * row_bytes))
-    return places
-
-
-def _piece(places: Sequence[_Place], read: Callable[[], Callable[[], list[Part]]]) -> Piece:
-    """The last of the places ends where the piece does: scales lie behind their codes."""
-    return Piece(sum(place.n_bytes for place in places), places[-1].offset + places[-1].n_bytes, read)
-
-
-@dataclass(frozen=True)
-class _Matrix:
-    """Rows of one role, with what weighs their columns."""
-
-    values_RN: torch.Tensor  # storage dtype
-    importance_N: torch.Tensor | None
-    name: str
-
-
-def _read_expert(
-    student: Student, weight: WeightPlan, expert: int, importance: Importance, places: Sequence[_Place]
-) -> Callable[[], list[Part]]:
-    """Reads one expert; what it returns quantizes it."""
-    assert weight.layer is not None
-    matrices = []
-    for role in weight.roles:
-        values_RN = student.expert(role, weight.layer, expert)
-        weights = importance.get((role, weight.layer))
-        name = f"{weight.codes.name}[{expert}] ({role})"
-        matrices.append(_Matrix(values_RN, None if weights is None else weights[expert], name))
-    return partial(_encode, matrices, weight.encoding, places)
-
-
-def _read_rows(
-    student: Student, weight: WeightPlan, rows: slice, importance: Importance, places: Sequence[_Place]
-) -> Callable[[], list[Part]]:
-    """Reads rows of a weight that is no expert's; a norm is a matrix of one row."""
-    (role,) = weight.roles
-    if len(weight.shape) == 1:
-        values_RN = student.tensor(role, weight.layer)[None]
-    else:
-        values_RN = student.rows(role, weight.layer, rows)
-    matrix = _Matrix(values_RN, importance.get((role, weight.layer)), weight.codes.name)
-    return partial(_encode, [matrix], weight.encoding, places)
-
-
-def _encode(matrices: Sequence[_Matrix], encoding: Encoding, places: Sequence[_Place]) -> list[Part]:
-    """Quantizes; rows of several matrices alternate."""
-    if encoding.blocks is None:
-        float32 = [quantize_rows(matrix.values_RN, GGMLQuantizationType.F32, name=matrix.name) for matrix in matrices]
-        return [places[0].part(_alternating(float32))]
-    quantized = [_blocks(matrix, encoding, encoding.blocks) for matrix in matrices]
-    codes = _alternating([pack(blocks.codes_RN, blocks.bits) for blocks in quantized])
-    scales = _alternating([blocks.scales_RK.astype(np.float16) for blocks in quantized])
-    return [places[0].part(codes), places[1].part(scales)]
-
-
-def _blocks(matrix: _Matrix, encoding: Encoding, blocks: BlockType) -> IntegerBlocks:
-    """Codes and scales by ggml's kernel where there is one, else by our search."""
-    if encoding.ggml_type is not None:
-        rows = quantize_rows(matrix.values_RN, encoding.ggml_type, matrix.importance_N, name=matrix.name)
-        return _UNPACKED[encoding.ggml_type](rows)
-    return search_blocks(matrix.values_RN, blocks.bits, blocks.block_size, matrix.importance_N, name=matrix.name)
-
-
-def _alternating(rows: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
-    """The first rows of all matrices, then the second, and so on."""
-    return rows[0] if len(rows) == 1 else np.stack(rows, axis=1).reshape(-1, rows[0].shape[1])
-
-
-def _rotary_parts(shape: MoeShape, places: Sequence[_Place]) -> list[Part]:
+def _rotary_parts(shape: MoeShape, places: Sequence[Place]) -> list[Part]:
     caches = _rotary_caches(shape)
     return [place.part(cache.numpy()) for place, cache in zip(places, caches, strict=True)]
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from compressors.model.errors import InputError
-from compressors.sensitivity import Allocation, TypeTable, allocate, smallest_bytes
+from compressors.sensitivity import Allocation, TypeTable, allocate, allocate_file, smallest_bytes
 from exporter.planning.container import Container
 from exporter.prediction import Prediction
 from exporter.recipe import FileChoice
 
 __all__ = ["Fitted", "fit", "smallest"]
-
-_MOST_ROUNDS = 8
 
 
 @dataclass(frozen=True)
@@ -25,27 +24,20 @@ class Fitted:
 
 
 def fit(container: Container, table: TypeTable, *, nats_per_second: float = 0.0) -> Fitted | None:
-    """The best allocation whose file keeps the budget; None if the smallest does not.
+    """The best allocation whose file keeps the budget; None if the smallest does not."""
 
-    What a budget counts beside the tensors (metadata, caches, buffers) hardly depends on their types: the limit of the
-    tensors is lowered by what a file has too much, until it has nothing too much.
-    """
-    limit = container.budget.bytes - (smallest(container, table) - smallest_bytes(table))
-    for _ in range(_MOST_ROUNDS):
-        try:
-            allocation = allocate(table, limit, nats_per_second=nats_per_second)
-        except InputError:
-            return None
-        choice = container.file(allocation, table)
-        prediction = container.prediction(choice)
-        excess = prediction.counted(container.budget.kind) - container.budget.bytes
-        if excess <= 0:
-            return Fitted(choice, allocation, prediction)
-        limit = allocation.n_bytes - excess
-    return None
+    def counted(choices: Mapping[str, str]) -> int:
+        return container.counted(container.file(choices, table))
+
+    try:
+        allocation = allocate_file(table, container.budget.bytes, counted, nats_per_second=nats_per_second)
+    except InputError:
+        return None
+    choice = container.file(allocation.choices, table)
+    return Fitted(choice, allocation, container.prediction(choice))
 
 
 def smallest(container: Container, table: TypeTable) -> int:
     """Bytes that the budget counts of the smallest file."""
     allocation = allocate(table, smallest_bytes(table))
-    return container.counted(container.file(allocation, table))
+    return container.counted(container.file(allocation.choices, table))

@@ -12,7 +12,7 @@ import torch
 
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import BudgetError, UnsupportedError
-from compressors.sensitivity import DivergenceModel, TypeTable, default_table
+from compressors.sensitivity import TypeTable, default_table
 from exporter.compression import check_compression, described_compression, expected_shape
 from exporter.planning.container import Container
 from exporter.planning.fitting import Fitted, fit, smallest
@@ -21,7 +21,15 @@ from exporter.planning.units import LAST_RESORT, units_of
 from exporter.recipe import CompressChoice, Recipe
 from exporter.sizes import format_size
 
-__all__ = ["STRUCTURES_FROM", "Outlook", "container_of", "fitted_table", "outlooks", "refuse_unless_something_fits"]
+__all__ = [
+    "STRUCTURES_FROM",
+    "Outlook",
+    "container_of",
+    "fitted_table",
+    "outlook_of",
+    "outlooks",
+    "refuse_unless_something_fits",
+]
 
 STRUCTURES_FROM = 0.05
 """Predicted divergence, nats, from which structures smaller than the original are looked at. The best of them, half of
@@ -53,7 +61,7 @@ def outlooks(
     """
     found: list[Outlook] = []
     for choice in structures:
-        if (outlook := _outlook(recipe, artifact, checkpoint, choice)) is not None:
+        if (outlook := outlook_of(recipe, artifact, checkpoint, choice)) is not None:
             found.append(outlook)
             if choice == whole(checkpoint.shape) and outlook.divergence <= STRUCTURES_FROM:
                 break
@@ -61,14 +69,32 @@ def outlooks(
 
 
 def refuse_unless_something_fits(
-    recipe: Recipe, artifact: str, checkpoint: Checkpoint, structures: Sequence[CompressChoice]
+    recipe: Recipe, checkpoint: Checkpoint, structures: Sequence[CompressChoice], artifacts: Sequence[str]
 ) -> None:
-    """Refuses a budget that no structure meets, by arithmetic on sizes alone.
+    """Refuses a budget that an artifact meets with no structure, by arithmetic on sizes alone.
 
     Raises:
-        BudgetError: the message names the smallest budget that would work.
-        UnsupportedError: the container can hold none of the structures.
+        BudgetError: the message names the smallest budget that would work for all artifacts.
+        UnsupportedError: a container can hold none of the structures.
     """
+    needs = {artifact: _least(recipe, artifact, checkpoint, structures) for artifact in artifacts}
+    artifact = max(artifacts, key=lambda name: needs[name][0])
+    n_bytes, choice = needs[artifact]
+    budget = recipe.budget
+    if n_bytes <= budget.bytes:
+        return
+    counted = "file" if budget.kind == "file" else f"memory at {budget.context} tokens of context"
+    raise BudgetError(
+        f"nothing fits a budget of {format_size(budget.bytes)}: with {described_compression(choice, checkpoint.shape)} "
+        f"the smallest {artifact} needs {format_size(n_bytes)} of {counted}. "
+        f"The smallest budget that works is --budget {n_bytes}B"
+    )
+
+
+def _least(
+    recipe: Recipe, artifact: str, checkpoint: Checkpoint, structures: Sequence[CompressChoice]
+) -> tuple[int, CompressChoice]:
+    """The first structure that fits, or the one that needs least, and what it needs."""
     needs: list[tuple[int, CompressChoice]] = []
     refusal: UnsupportedError | None = None
     for choice in structures:
@@ -78,18 +104,11 @@ def refuse_unless_something_fits(
         except UnsupportedError as error:
             refusal = refusal or error
         if needs and needs[-1][0] <= recipe.budget.bytes:
-            return
+            return needs[-1]
     if not needs:
         assert refusal is not None, "there are structures"
         raise refusal
-    n_bytes, choice = min(needs, key=lambda need: need[0])
-    budget = recipe.budget
-    counted = "file" if budget.kind == "file" else f"memory at {budget.context} tokens of context"
-    raise BudgetError(
-        f"nothing fits a budget of {format_size(budget.bytes)}: with {described_compression(choice, checkpoint.shape)} "
-        f"the smallest {artifact} needs {format_size(n_bytes)} of {counted}. "
-        f"The smallest budget that works is --budget {n_bytes}B"
-    )
+    return min(needs, key=lambda need: need[0])
 
 
 def container_of(recipe: Recipe, artifact: str, checkpoint: Checkpoint, choice: CompressChoice) -> Container:
@@ -118,7 +137,8 @@ def fitted_table(container: Container, table: TypeTable) -> tuple[Fitted, TypeTa
     return None
 
 
-def _outlook(recipe: Recipe, artifact: str, checkpoint: Checkpoint, choice: CompressChoice) -> Outlook | None:
+def outlook_of(recipe: Recipe, artifact: str, checkpoint: Checkpoint, choice: CompressChoice) -> Outlook | None:
+    """A structure with the types that are expected to be best; None if none fit, or the container cannot hold it."""
     try:
         container = container_of(recipe, artifact, checkpoint, choice)
     except UnsupportedError:
@@ -126,8 +146,8 @@ def _outlook(recipe: Recipe, artifact: str, checkpoint: Checkpoint, choice: Comp
     found = fitted_table(container, _default_table(container, checkpoint.dtype))
     if found is None:
         return None
-    quantizing = DivergenceModel().divergence(found[0].allocation.second_order)
-    return Outlook(choice, container, found[0], expected_loss(choice, checkpoint.shape) + quantizing)
+    divergence = expected_loss(choice, checkpoint.shape) + found[0].allocation.divergence
+    return Outlook(choice, container, found[0], divergence)
 
 
 def _default_table(container: Container, dtype: torch.dtype) -> TypeTable:

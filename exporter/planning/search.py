@@ -9,12 +9,10 @@ be, beside the best of llama-quantize's mixes that fit; the lowest divergence on
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from compressors.model.checkpoint import Checkpoint
-from compressors.model.errors import BudgetError
-from compressors.sensitivity import DivergenceModel, TypeTable
-from exporter.planning.container import Container
+from compressors.model.errors import BudgetError, UnsupportedError
 from exporter.planning.fitting import Fitted
 from exporter.planning.measuring import measured_divergence
 from exporter.planning.outlook import (
@@ -32,8 +30,7 @@ from exporter.stage import StageContext
 
 __all__ = ["Candidate", "Search"]
 
-_MOST_STRUCTURES = 3  # that are built
-_CLOSE = 1.5  # a structure whose predicted divergence is so many times the best's is not measured
+_MOST_STRUCTURES = 2  # smaller than the original, that are built
 
 
 @dataclass(frozen=True)
@@ -54,16 +51,21 @@ class _Option:
     """A trial with the types that fit."""
 
     trial: Trial
-    container: Container
-    table: TypeTable
+    artifact: str
     fitted: Fitted
     predicted: float
+    measured: float | None = None
 
-    def candidate(self, measured: float | None = None) -> Candidate:
-        choice, compress = self.fitted.choice, self.trial.compress
-        return Candidate(
-            self.container.artifact, compress, choice, self.fitted.prediction.file, self.predicted, measured
-        )
+    @property
+    def expected(self) -> float:
+        """The divergence as measured, or else as predicted: nats."""
+        return self.predicted if self.measured is None else self.measured
+
+    @property
+    def candidate(self) -> Candidate:
+        """What the report says of it."""
+        choice, n_bytes = self.fitted.choice, self.fitted.prediction.file
+        return Candidate(self.artifact, self.trial.compress, choice, n_bytes, self.predicted, self.measured)
 
 
 class Search:
@@ -90,13 +92,14 @@ class Search:
         Raises:
             BudgetError: nothing fits; the message names the smallest budget that would work.
         """
-        refuse_unless_something_fits(self._recipe, artifact, self._source, self._structures)
+        refuse_unless_something_fits(self._recipe, self._source, self._structures, [artifact])
         options = self._options(artifact)
-        close = [option for option in options if option.predicted <= _CLOSE * options[0].predicted]
-        measured = [self._measured(option) for option in close[: max(0, self._n_measured - 2)]]
-        measured += self._baselines(artifact, self._n_measured - len(measured))
-        self.candidates += [option.candidate() for option in options[len(measured) :]] + measured
-        return min(measured, key=_divergence) if measured else options[0].candidate()
+        candidates = [option.candidate for option in options]
+        n_left = self._n_measured - sum(option.measured is not None for option in options)
+        candidates += self._baselines(artifact, n_left)
+        self.candidates += candidates
+        measured = [candidate for candidate in candidates if candidate.measured is not None]
+        return min(measured, key=_measured_divergence) if measured else options[0].candidate
 
     def remove_trials(self) -> None:
         """Removes the students that were built; their figures stay."""
@@ -104,29 +107,40 @@ class Search:
             trial.remove()
 
     def _options(self, artifact: str) -> list[_Option]:
-        """The structures that fit with their best types, by rising predicted divergence."""
-        found: list[_Option] = []
-        for outlook in outlooks(self._recipe, artifact, self._source, self._structures):
-            option = self._option(artifact, outlook.compress)
-            if option is not None:
-                found.append(option)
-            is_good = any(option.predicted <= STRUCTURES_FROM for option in found)
-            if is_good or len(self._trials) >= _MOST_STRUCTURES:
-                break
+        """The structures that were looked at, with their best types, by rising expected divergence."""
+        first, *smaller = self._structures
+        whole_one = self._option(artifact, first)
+        found = [] if whole_one is None else [self._measured(whole_one)]
+        if not found or found[0].expected > STRUCTURES_FROM:
+            likely = outlooks(self._recipe, artifact, self._source, smaller)
+            built = [self._option(artifact, outlook.compress) for outlook in likely[:_MOST_STRUCTURES]]
+            tried = sorted((option for option in built if option is not None), key=_expected)
+            found += [self._measured(option) for option in tried[:1]] + tried[1:]
         if not found:
             raise BudgetError(f"nothing fits the budget as {artifact} once the weights are known; give a little more")
-        return sorted(found, key=lambda option: option.predicted)
+        return sorted(found, key=_expected)
 
     def _option(self, artifact: str, choice: CompressChoice) -> _Option | None:
         """A structure with the best types that fit; None if none do."""
-        container = container_of(self._recipe, artifact, self._source, choice)
+        try:
+            container = container_of(self._recipe, artifact, self._source, choice)
+        except UnsupportedError:
+            return None
         trial = self._trial(choice)
-        found = fitted_table(container, trial.table(units_of(container, self._source.dtype), artifact))
+        found = fitted_table(
+            container, trial.table(units_of(container, self._source.dtype), f"{artifact}-{container.choice.quantizer}")
+        )
         if found is None:
             return None
-        fitted, table = found
-        predicted = trial.divergence() + DivergenceModel().divergence(fitted.allocation.second_order)
-        return _Option(trial, container, table, fitted, predicted)
+        fitted, _ = found
+        predicted = trial.divergence() + fitted.allocation.divergence
+        return _Option(trial, artifact, fitted, predicted)
+
+    def _measured(self, option: _Option) -> _Option:
+        """The option with its divergence, if measurements are left."""
+        if self._n_measured < 1:
+            return option
+        return replace(option, measured=measured_divergence(option.trial, option.artifact, option.fitted.choice))
 
     def _trial(self, choice: CompressChoice) -> Trial:
         """The structure, built and taught for a short while if it is not the original."""
@@ -134,9 +148,6 @@ class Search:
             number = 0 if choice == whole(self._source.shape) else 1 + self._structures.index(choice)
             self._trials[choice] = Trial.of(self._context, choice, number)
         return self._trials[choice]
-
-    def _measured(self, option: _Option) -> Candidate:
-        return option.candidate(measured_divergence(option.trial, option.container.artifact, option.fitted.choice))
 
     def _baselines(self, artifact: str, n_measured: int) -> Iterator[Candidate]:
         """The largest of the named mixes that fit, with all experts and the kernels' codes."""
@@ -149,6 +160,10 @@ class Search:
             yield Candidate(artifact, original, choice, prediction.file, None, divergence, is_baseline=True)
 
 
-def _divergence(candidate: Candidate) -> float:
+def _expected(option: _Option) -> float:
+    return option.expected
+
+
+def _measured_divergence(candidate: Candidate) -> float:
     assert candidate.measured is not None, "only what was measured is compared"
     return candidate.measured

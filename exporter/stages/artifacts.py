@@ -14,7 +14,8 @@ from compressors.model.checkpoint import Checkpoint
 from compressors.model.memory import MemoryLimit
 from compressors.model.student import Student
 from compressors.sensitivity import Sensitivities
-from compressors.statistics import Importance, StoredStatistics, importance
+from compressors.statistics import Importance, StoredStatistics, importance, of_survivors
+from exporter.gguf.imatrix import read_imatrix
 from exporter.plan import Plan
 from exporter.planned_types import hold_same_numbers
 from exporter.stage import StageContext
@@ -181,11 +182,17 @@ def same_numbers(plan: Plan) -> bool:
     return hold_same_numbers(plan.recipe, plan.student_shape)
 
 
-def importance_of(student: Student, work: WorkDirectory) -> Importance:
-    """The importance matrix of a student's weights."""
+def importance_of(student: Student, plan: Plan, work: WorkDirectory) -> Importance:
+    """The importance matrix of a student's weights.
+
+    That of ``--imatrix`` knows the original's columns: where experts have weights of their own, what they see of the
+    calibration text counts.
+    """
     own = StudentFiles(work.stage("compress")).statistics
     if own.exists():
         return importance(StoredStatistics(own, student.shape.n_layers), student.experts.of_itself())
+    if plan.imatrix is not None:
+        return of_survivors(read_imatrix(plan.imatrix, plan.teacher_shape), student.experts)
     statistics = Calibration.of(work).layer_statistics(student.source.shape.n_layers)
     return importance(statistics, student.experts)
 

@@ -28,16 +28,19 @@ __all__ = ["feedback_for", "writer_threads"]
 
 
 @contextmanager
-def feedback_for(context: StageContext, student: Student, quantizer: Quantizer) -> Iterator[StudentFeedback | None]:
+def feedback_for(
+    context: StageContext, student: Student, quantizer: Quantizer, folder: Path
+) -> Iterator[StudentFeedback | None]:
     """The feedback of a student's matrices; None where the kernels choose the codes.
 
     What enters the original's layers is known from calibration. A student that differs takes the same tokens through
-    its own layers first; what enters them is kept until the file is done, so that an interrupted stage goes on.
+    its own layers first; what enters them is kept in the folder until the file is done, so that an interrupted attempt
+    to write the same student there goes on.
     """
     if quantizer == "kernel":
         yield None
         return
-    own = context.output / "layer_inputs"
+    own = folder / "layer_inputs"
     dtype = dtype_of(context.plan.recipe.arithmetic)
     if _is_original(student):
         inputs = LayerInputs(Calibration.of(context.work).layer_inputs)

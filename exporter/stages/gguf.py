@@ -31,7 +31,7 @@ def write(context: StageContext, student: Student, choice: FileChoice, folder: P
     path = folder / gguf_file_name(name, student.shape, choice.mix, choice.tensors)
     total = predict_file_size(student.shape, plan.source, choice.mix, name, choice.tensors)
     with (
-        feedback_for(context, student, choice.quantizer) as feedback,
+        feedback_for(context, student, choice.quantizer, folder) as feedback,
         context.progress.bar("bytes", total) as advance,
     ):
         write_gguf(
@@ -39,7 +39,7 @@ def write(context: StageContext, student: Student, choice: FileChoice, folder: P
             choice.mix,
             path,
             types=choice.tensors,
-            importance=importance_of(student, context.work),
+            importance=importance_of(student, plan, context.work),
             feedback=feedback,
             name=name,
             threads=writer_threads(plan, student.shape, choice.quantizer),

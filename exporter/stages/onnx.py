@@ -11,6 +11,7 @@ from exporter.onnx.writer import predict_size, write_onnx
 from exporter.recipe import FileChoice
 from exporter.stage import StageContext
 from exporter.stages.artifacts import ORIGINAL_VALUES, importance_of, open_student
+from exporter.stages.feedback import feedback_for, writer_threads
 from exporter.tuning import keep_values
 
 __all__ = ["FOLDER", "run", "write"]
@@ -32,15 +33,19 @@ def write(context: StageContext, student: Student, choice: FileChoice, place: Pa
     """Writes graph and weights of a student into a folder in ``place``; returns the folder."""
     folder = place / FOLDER
     total = predict_size(student.shape, choice.mix, encodings=choice.tensors)
-    with context.progress.bar("bytes", total) as advance:
+    with (
+        feedback_for(context, student, choice.quantizer, place) as feedback,
+        context.progress.bar("bytes", total) as advance,
+    ):
         write_onnx(
             student,
             choice.mix,
             folder,
             encodings=choice.tensors,
-            importance=importance_of(student, context.work),
+            importance=importance_of(student, context.plan, context.work),
+            feedback=feedback,
             context_length=None,
-            threads=context.plan.recipe.threads,
+            threads=writer_threads(context.plan, student.shape, choice.quantizer),
             resume=True,
             progress=advance,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -132,17 +133,37 @@ def test_uncoupled_inputs_leave_the_nearest_codes(ggml_type: GGMLQuantizationTyp
     np.testing.assert_allclose(dequantize_rows(chosen, ggml_type, 256).T, torch.stack(nearest), rtol=0, atol=1e-8)
 
 
-def test_grouping_rows_into_threads_and_dtypes_change_nothing() -> None:
+def test_threads_and_dtypes_change_nothing() -> None:
     weights, moments = _matrix(40, 256, seed=5)
     weights = weights.bfloat16()
+    results = []
+    n_threads = torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        feedback = Feedback.of(moments)
+        quantize = partial(
+            quantize_rows_with_feedback,
+            ggml_type=GGMLQuantizationType.Q3_K,
+            importance_N=moments.diagonal(),
+            feedback=feedback,
+            name="noise",
+        )
+        with ThreadPoolExecutor(2) as pool:
+            results += pool.map(quantize, [weights, weights.float()])
+        results.append(feedback.propagation(1).weights_NN.numpy())
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(n_threads)
+    np.testing.assert_array_equal(results[0], results[1])
+    for one, other in zip(results[:3], results[3:], strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_rows_beyond_a_slice_are_quantized_alike() -> None:
+    weights, moments = _matrix(1030, 32, seed=5)
     feedback = Feedback.of(moments)
-
-    def quantize(rows: torch.Tensor) -> npt.NDArray[np.uint8]:
-        return quantize_rows_with_feedback(rows, GGMLQuantizationType.Q3_K, moments.diagonal(), feedback, name="noise")
-
-    with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(quantize, [weights, weights.float()])
-    np.testing.assert_array_equal(first, second)
+    whole = quantize_rows_with_feedback(weights, GGMLQuantizationType.Q4_0, None, feedback, name="noise")
+    rest = quantize_rows_with_feedback(weights[1024:], GGMLQuantizationType.Q4_0, None, feedback, name="noise")
+    np.testing.assert_array_equal(whole[1024:], rest)
 
 
 def test_moments_of_few_tokens_lean_on_the_layers() -> None:

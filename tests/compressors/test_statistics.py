@@ -124,10 +124,29 @@ def test_importance_follows_the_survivors(fine_folder: Path, blocks_BT: torch.Te
     layers = _collect(fine_folder, blocks_BT)
     kept = ((3, 8, 21),) * len(layers)
     matrix = importance(layers, ExpertMap.keeping(32, kept))
-    expected = layers[1].down_input_square_EF[21] / layers[1].count_E[21].clamp_min(1)
-    torch.testing.assert_close(matrix[Role.EXPERT_DOWN, 1][2], expected.float())
+    whole = importance(layers, ExpertMap.keeping(32, [range(32)] * len(layers)))
+    for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN):
+        assert torch.equal(matrix[role, 1], whole[role, 1][[3, 8, 21]])
     assert matrix[Role.EXPERT_GATE, 0].shape == (3, 256)
     assert matrix[Role.QUERY, 5].shape == (256,)
+
+
+def test_experts_with_few_tokens_lean_on_their_layer(fine_folder: Path, blocks_BT: torch.Tensor) -> None:
+    """Sixteen tokens are added to each expert's own: of the layer's mean, or with all inputs alike."""
+    layer = _collect(fine_folder, blocks_BT)[1]
+    often, never = 21, 5
+    layer.count_E[never] = layer.gate_up_input_square_ED[never] = layer.down_input_square_EF[never] = 0
+    matrix = importance([layer], ExpertMap.keeping(32, [range(32)]))
+    inputs_D, n_tokens = layer.gate_up_input_square_ED, layer.count_E[often]
+    layer_mean_D = inputs_D.sum(0) / layer.count_E.sum()
+    expected_D = (inputs_D[often] + 16 * layer_mean_D) / (n_tokens + 16)
+    torch.testing.assert_close(matrix[Role.EXPERT_UP, 0][often], expected_D.float())
+    torch.testing.assert_close(matrix[Role.EXPERT_GATE, 0][never], layer_mean_D.float())
+    own_F = layer.down_input_square_EF[often]
+    torch.testing.assert_close(
+        matrix[Role.EXPERT_DOWN, 0][often], ((own_F + 16 * own_F.mean() / n_tokens) / (n_tokens + 16)).float()
+    )
+    assert not matrix[Role.EXPERT_DOWN, 0][never].any()
 
 
 def test_an_expert_never_routed_to_scores_zero(fine_folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -11,40 +12,25 @@ import pytest
 import torch
 
 from compressors.calibration import read_splits, tokenize
-from compressors.layer_inputs import LayerInputs, write_layer_inputs
+from compressors.layer_inputs import write_layer_inputs
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.families import Role
-from compressors.model.streaming import StreamedModel, TokenGroup
+from compressors.model.streaming import StreamedModel
 from compressors.model.student import ExpertMap, LayerMap, Student
 from compressors.quantize import dequantize_rows, quantize_rows
 from compressors.quantize.feedback import quantize_rows_with_feedback
 from compressors.second_moments import SecondMoments
-from compressors.statistics import Importance, StatisticsCollector, importance
 from exporter import pieces
-from exporter.feedback import EmbeddingGradient, StudentFeedback
+from exporter.feedback import EmbeddingGradient
 from exporter.gguf.writer import predict_file_size, write_gguf
+from tests.exporter.calibrated import Calibrated
 
 _N_BLOCKS = 4
 
 
-class _Calibrated:
-    """A student, and what the calibration text says of it."""
-
-    def __init__(self, student: Student, tokens_BT: torch.Tensor, folder: Path) -> None:
-        self.student = student
-        collector = StatisticsCollector(student.shape)
-        StreamedModel(student).stream([TokenGroup(tokens_BT, [collector.observe])])
-        statistics = [collector.take(layer) for layer in range(student.shape.n_layers)]
-        self.importance: Importance = importance(statistics, student.experts.of_itself())
-        self.inputs: LayerInputs = write_layer_inputs(StreamedModel(student), tokens_BT, folder)
-
-    def feedback(self, threads: int = 1, gradient: EmbeddingGradient | None = None) -> StudentFeedback:
-        moments = SecondMoments(self.student, self.inputs, threads=threads)
-        return StudentFeedback(moments, tied=self.student.shape.tied_embeddings, gradient=gradient)
-
-    def write(self, path: Path, mix: str = "Q4_0", threads: int = 1, **arguments: object) -> None:
-        arguments = {"feedback": self.feedback(threads), "importance": self.importance, "name": "x"} | arguments
-        write_gguf(self.student, mix, path, threads=threads, **arguments)  # type: ignore[arg-type]
+def _write(calibrated: Calibrated, path: Path, threads: int = 1, **arguments: Any) -> None:
+    arguments = {"feedback": calibrated.feedback(threads), "importance": calibrated.importance} | arguments
+    write_gguf(calibrated.student, "Q4_0", path, name="x", threads=threads, **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -55,33 +41,30 @@ def tokens_BT(fine_folder: Path, calibration_folder: Path) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def calibrated(
     tmp_path_factory: pytest.TempPathFactory, toy_checkpoint: Callable[..., Path], tokens_BT: torch.Tensor
-) -> _Calibrated:
+) -> Calibrated:
     """Two layers of the fine model with 8 of their 32 experts."""
     folder = tmp_path_factory.mktemp("feedback")
     source = Checkpoint(toy_checkpoint(folder, n_layers=2))
     student = Student(source, ExpertMap.keeping(32, (tuple(range(0, 32, 4)), tuple(range(31, 0, -4)))))
-    return _Calibrated(student, tokens_BT, folder / "inputs")
+    return Calibrated(student, tokens_BT, folder / "inputs")
 
 
 @pytest.fixture(scope="module")
-def written(calibrated: _Calibrated, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written(calibrated: Calibrated, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("written") / "x.gguf"
-    calibrated.write(path)
+    _write(calibrated, path)
     return path
 
 
-def test_size_is_predicted_to_the_byte(calibrated: _Calibrated, written: Path) -> None:
+def test_size_is_predicted_to_the_byte(calibrated: Calibrated, written: Path) -> None:
     student = calibrated.student
     assert written.stat().st_size == predict_file_size(student.shape, student.source.folder, "Q4_0", "x")
 
 
-def test_threads_and_slices_change_no_byte(
-    calibrated: _Calibrated, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pieces, "_PIECE_VALUES", 100_000)
+def test_threads_change_no_byte(calibrated: Calibrated, written: Path, tmp_path: Path) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    calibrated.write(tmp_path / "x.gguf", threads=3)
+    _write(calibrated, tmp_path / "x.gguf", threads=3)
     assert torch.get_num_threads() == 2
     torch.set_num_threads(before)
     assert (tmp_path / "x.gguf").read_bytes() == written.read_bytes()
@@ -89,7 +72,7 @@ def test_threads_and_slices_change_no_byte(
 
 @pytest.mark.parametrize("n_pieces", [3, 20])
 def test_an_interrupted_file_is_the_same(
-    calibrated: _Calibrated, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_pieces: int
+    calibrated: Calibrated, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_pieces: int
 ) -> None:
     """Killed after some pieces, among them experts, whose parts lie far ahead of what is still missing."""
     done: list[int] = []
@@ -101,10 +84,10 @@ def test_an_interrupted_file_is_the_same(
 
     monkeypatch.setattr(pieces, "_AHEAD_BYTES", 0)
     with pytest.raises(KeyboardInterrupt):
-        calibrated.write(tmp_path / "x.gguf", resume=True, progress=progress)
+        _write(calibrated, tmp_path / "x.gguf", resume=True, progress=progress)
     assert (tmp_path / "x.gguf.journal").exists()
     again: list[int] = []
-    calibrated.write(tmp_path / "x.gguf", resume=True, progress=again.append)
+    _write(calibrated, tmp_path / "x.gguf", resume=True, progress=again.append)
     assert again[0] == sum(done) and sum(again) == written.stat().st_size
     assert (tmp_path / "x.gguf").read_bytes() == written.read_bytes()
 
@@ -113,7 +96,7 @@ def _stored(path: Path) -> dict[str, gguf.ReaderTensor]:
     return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
 
 
-def test_every_matrix_has_the_codes_that_its_own_inputs_ask_for(calibrated: _Calibrated, written: Path) -> None:
+def test_every_matrix_has_the_codes_that_its_own_inputs_ask_for(calibrated: Calibrated, written: Path) -> None:
     student, stored = calibrated.student, _stored(written)
     feedback = calibrated.feedback()
     attention = {Role.QUERY: "q", Role.KEY: "k", Role.VALUE: "v", Role.ATTENTION_OUTPUT: "output"}
@@ -146,10 +129,10 @@ def test_every_matrix_has_the_codes_that_its_own_inputs_ask_for(calibrated: _Cal
 
 
 def test_outputs_are_nearer_to_the_original_s_on_other_text(
-    calibrated: _Calibrated, written: Path, tmp_path: Path, heldout_folder: Path
+    calibrated: Calibrated, written: Path, tmp_path: Path, heldout_folder: Path
 ) -> None:
     """On text that the codes were not chosen for: experts' outputs err much less than with the kernel's codes."""
-    calibrated.write(tmp_path / "kernel.gguf", feedback=None)
+    _write(calibrated, tmp_path / "kernel.gguf", feedback=None)
     student, source = calibrated.student, calibrated.student.source
     held_BT = tokenize(read_splits(heldout_folder, None), source.folder)[0].spread(_N_BLOCKS).tokens_BT
     held = write_layer_inputs(StreamedModel(student), held_BT, tmp_path / "held")
@@ -165,7 +148,7 @@ def test_outputs_are_nearer_to_the_original_s_on_other_text(
     assert errors["x"] < 0.6 * errors["kernel"]
 
 
-def test_the_tied_embedding_errs_in_both_its_uses(calibrated: _Calibrated, tmp_path: Path) -> None:
+def test_the_tied_embedding_errs_in_both_its_uses(calibrated: Calibrated, tmp_path: Path) -> None:
     """By its gradient alone and with the head's share: each lowers the error that it is about."""
     student = calibrated.student
     values = student.tensor(Role.TOKEN_EMBEDDING).float()
@@ -174,7 +157,7 @@ def test_the_tied_embedding_errs_in_both_its_uses(calibrated: _Calibrated, tmp_p
 
     def errors(kappa: float) -> tuple[float, float]:
         path = tmp_path / f"{kappa}.gguf"
-        calibrated.write(path, feedback=calibrated.feedback(gradient=EmbeddingGradient(gradient_DD, kappa)))
+        _write(calibrated, path, feedback=calibrated.feedback(gradient=EmbeddingGradient(gradient_DD, kappa)))
         tensor = _stored(path)["token_embd.weight"]
         error = values - torch.from_numpy(dequantize_rows(tensor.data, tensor.tensor_type, 256))
         return float((error @ gradient_DD * error).sum()), float((error @ head_DD * error).sum())
@@ -189,8 +172,8 @@ def test_a_head_of_its_own_gets_feedback_and_its_embedding_none(
     toy_checkpoint: Callable[..., Path], tmp_path: Path, tokens_BT: torch.Tensor
 ) -> None:
     student = Student(Checkpoint(toy_checkpoint(tmp_path, 1, "olmoe")), ExpertMap(16, (LayerMap(0, ((3,), (5,))),)))
-    calibrated = _Calibrated(student, tokens_BT[:2], tmp_path / "inputs")
-    calibrated.write(tmp_path / "x.gguf")
+    calibrated = Calibrated(student, tokens_BT[:2], tmp_path / "inputs")
+    _write(calibrated, tmp_path / "x.gguf")
     stored = _stored(tmp_path / "x.gguf")
     for name, role, changes in (("token_embd", Role.TOKEN_EMBEDDING, False), ("output", Role.HEAD, True)):
         tensor = stored[f"{name}.weight"]

@@ -42,7 +42,7 @@ def test_what_is_given_is_kept(tmp_path: Path) -> None:
         out=tmp_path / "out",
     ).job()
     assert job.formats == ("gguf", "onnx")
-    assert (job.kv_type, job.experts, job.quant) == ("q8_0", 4, "Q4_K")
+    assert (job.kv_type, job.experts, job.quant) == ("q8_0", 4, "Q4_K_M")
     assert (job.recover, job.recover_seconds) == ("router:published", 90)
     assert job.require == {"kld": 0.1, "top1": 0.5, "routing": 0.9}
     assert (job.recipe, job.memory_bytes, job.threads) == (recipe, 4 * 10**9, 3)

@@ -199,7 +199,7 @@ def _is_whole(recipe: Recipe) -> bool:
 def test_falling_budgets_never_give_more(plan: Planner, artifact: str) -> None:
     """First bits go, then width or experts, and what is expected of the file never gets better."""
     was_whole, structures = True, set()
-    for budget in range(30_000_000, 3_000_000, -2_700_000):
+    for budget in (30_000_000, 15_000_000, 9_000_000, 6_000_000, 4_000_000, 2_500_000, 1_500_000):
         try:
             recipe, predictions = plan(budget, formats=artifact)
         except BudgetError:
@@ -267,7 +267,7 @@ def test_a_pinned_type_that_does_not_fit_costs_experts(plan: Planner) -> None:
 )
 def test_the_budget_that_an_error_names_works_and_nothing_less(plan: Planner, kind: str, pins: dict[str, Any]) -> None:
     with pytest.raises(BudgetError) as refused:
-        plan(1_000_000, budget_kind=kind, **pins)
+        plan(500_000, budget_kind=kind, **pins)
     assert refused.value.exit_code == 3
     smallest = int(str(refused.value).rsplit("--budget ", 1)[1].removesuffix("B"))
     recipe, predictions = plan(smallest, budget_kind=kind, **pins)

@@ -30,7 +30,7 @@ def student(
 
 
 def test_both_files_tell_what_the_config_says(student: Student, tmp_path: Path) -> None:
-    write_gguf(student, "Q4_K", tmp_path / "x.gguf", name="x", threads=1)
+    write_gguf(student, "Q4_K_S", tmp_path / "x.gguf", name="x", threads=1)
     write_onnx(student, "Q4_0", tmp_path / "onnx", context_length=64, threads=1)
     shape = student.shape
     in_gguf, in_graph = gguf_facts(tmp_path / "x.gguf"), onnx_facts(tmp_path / "onnx" / "model.onnx")

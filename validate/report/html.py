@@ -76,6 +76,7 @@ def _view(report: Report) -> dict[str, Any]:
         "is_dense": facts.is_dense(report),
         "routing_charts": charts.routing_charts(report),
         "routing_table": tables.routing_table(report),
+        "search_table": tables.search_table(report),
         "recovery_table": tables.recovery_table(report),
         "student": report["student"],
         "what_is_left": facts.what_is_left(report),

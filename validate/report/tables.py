@@ -32,6 +32,7 @@ __all__ = [
     "load_table",
     "recovery_table",
     "routing_table",
+    "search_table",
     "stage_table",
     "text_table",
 ]
@@ -221,6 +222,23 @@ def recovery_table(report: Report) -> Table:
         )
         rows.append(Row(str(rung["rung"]), cells, note=loss_name(str(rung.get("loss") or ""))))
     headings = ("Rung", "Before", "After", "Perplexity", "Outcome", "Steps", "Tokens", "Learning rate", "Time")
+    return Table(headings, tuple(rows))
+
+
+def search_table(report: Report) -> Table:
+    """The files that were looked at before one was chosen, with what the selection split says of them."""
+    rows = []
+    for candidate in report["search"]:
+        tone = "good" if candidate["is_chosen"] else ""
+        cells = (
+            Cell(candidate["types"]),
+            Cell(numbers.size(candidate["bytes"])),
+            Cell(numbers.divergence(candidate["predicted"])),
+            Cell(numbers.divergence(candidate["measured"]), tone=tone),
+            Cell("chosen" if candidate["is_chosen"] else "baseline" if candidate["is_baseline"] else "not taken"),
+        )
+        rows.append(Row(artifact_name(candidate["format"]), cells, note=candidate["keeps"]))
+    headings = ("File", "Types", "Size", "Predicted divergence", "Measured divergence", "Outcome")
     return Table(headings, tuple(rows))
 
 

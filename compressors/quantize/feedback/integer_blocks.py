@@ -1,4 +1,4 @@
-"""ONNX Runtime's blocks of 2, 4 or 8 bit codes with float32 scales, and zero points where the operator takes them.
+"""ONNX Runtime's blocks of 2, 4 or 8 bit codes with scales, and zero points where the operator takes them.
 
 value = (code - zero point) x scale; without zero points of its own a block has 2^(bits - 1)
 (``docs/ContribOperators.md``: MatMulNBits, QMoE, GatherBlockQuantized). Codes are returned unpacked.
@@ -17,8 +17,9 @@ import torch
 from compressors.model.errors import InputError
 from compressors.quantize.feedback.levels import LevelGrid, Levels
 from compressors.quantize.feedback.moments import Feedback
+from compressors.quantize.feedback.one_thread import one_thread
 from compressors.quantize.feedback.passes import choose_codes, improve_codes, n_sweeps_for
-from compressors.quantize.feedback.scale_fit import refit_scales
+from compressors.quantize.feedback.scale_fit import float16, refit_scales
 from compressors.quantize.feedback.scale_search import search_ranges, search_scales
 
 __all__ = ["IntegerBlocks", "quantize_blocks_with_feedback"]
@@ -48,6 +49,7 @@ class IntegerBlocks:
         return values_RKB.reshape(n_rows, -1)
 
 
+@one_thread()
 def quantize_blocks_with_feedback(
     values_RN: torch.Tensor,
     bits: int,
@@ -60,9 +62,9 @@ def quantize_blocks_with_feedback(
 ) -> IntegerBlocks:
     """Quantizes rows of float32, bfloat16 or float16 values to blocks of ``bits`` bits; ``block_size`` divides a row.
 
-    Scales are searched with the squared errors weighted by ``importance_N`` (all alike if None or zero everywhere).
-    Codes are chosen so that the error of the outputs is small over the inputs that ``feedback`` tells of; without it
-    they are the nearest.
+    Scales, which are values of float16, are searched with the squared errors weighted by ``importance_N`` (all alike if
+    None or zero everywhere). Codes are chosen so that the error of the outputs is small over the inputs that
+    ``feedback`` tells of; without it they are the nearest.
 
     Raises:
         InputError: a value is not finite; the message calls the weights ``name``.
@@ -78,6 +80,7 @@ def quantize_blocks_with_feedback(
     else:
         lowest = -(2 ** (bits - 1))
         scales_RK = search_scales(values_RN.numpy(), importance_N, block_size, lowest, -lowest - 1)
+    scales_RK = float16(scales_RK)  # as files keep them
     codes_RN = np.empty((n_rows, row_length), dtype=np.uint8)
     for first in range(0, n_rows, _SLICE_ROWS):
         rows = slice(first, first + _SLICE_ROWS)
@@ -109,7 +112,7 @@ def _choose(
             grid.round_group(column, ordered_NR[column : column + 1], torch.ones(1, 1), None)
     else:
         errors_NR = choose_codes(ordered_NR, grid, feedback, n_sweeps_for(bits))
-        refit_scales(grid, errors_NR, feedback)
+        refit_scales(grid, errors_NR, feedback, float16)
         improve_codes(ordered_NR, errors_NR, grid, feedback, 1)
     codes_NR = np.empty(ordered_NR.shape, dtype=np.uint8)
     codes_NR[order_N.numpy()] = grid.codes_NR()

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from compressors.model.errors import InputError
+from compressors.quantize.feedback.one_thread import one_thread
 
 __all__ = ["DAMPING", "Couplings", "Feedback", "conditioned"]
 
@@ -69,7 +70,7 @@ class Feedback:
         if mean_diagonal <= 0:
             return cls(torch.eye(n_columns))
         # unit mean: float32 has room for the squares of any activations
-        damped_NN = (moments_NN.double() / mean_diagonal).float()
+        damped_NN = (moments_NN / mean_diagonal).float()
         damped_NN.diagonal().add_(DAMPING)
         return cls(damped_NN)
 
@@ -105,7 +106,7 @@ class Feedback:
 
     def _cached(self, length: int, *, only_earlier: bool) -> Couplings:
         key = (length, only_earlier)
-        with self._lock:
+        with self._lock, one_thread():
             if key not in self._couplings:
                 order_N = self._order_N(length)
                 ordered_NN = self._damped_NN[order_N][:, order_N]

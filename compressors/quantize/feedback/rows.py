@@ -13,9 +13,10 @@ from compressors.model.ggml_types import BLOCK_SIZES, GGMLQuantizationType
 from compressors.quantize.feedback import codebook, scalar
 from compressors.quantize.feedback.codebook import CODEBOOK_FORMATS
 from compressors.quantize.feedback.moments import Feedback
+from compressors.quantize.feedback.one_thread import one_thread
 from compressors.quantize.feedback.passes import choose_codes, improve_codes, n_sweeps_for
 from compressors.quantize.feedback.scalar import SCALAR_FORMATS
-from compressors.quantize.feedback.scale_fit import refit_scales
+from compressors.quantize.feedback.scale_fit import float16, refit_scales
 from compressors.quantize.feedback.scale_search import search_scales
 from compressors.quantize.feedback.vectors import SIGN_LENGTH
 from compressors.quantize.kernels import quantize_rows
@@ -30,6 +31,7 @@ _SLICE_ROWS = 1024
 """Rows that are rounded together: a column of them fits a core's first cache."""
 
 
+@one_thread()
 def quantize_rows_with_feedback(
     values_RN: torch.Tensor,
     ggml_type: GGMLQuantizationType,
@@ -42,10 +44,10 @@ def quantize_rows_with_feedback(
 
     Scales and offsets are the kernel's for this importance (Q2_0's are searched); the codes are chosen again, so that
     the error of the outputs over the inputs that ``feedback`` tells of is small. Where a block has one float16 scale
-    and nothing else (Q8_0, Q5_0, Q4_0, IQ4_NL, Q2_0), the scale is then fitted to the codes.
+    and nothing else (Q5_0, Q4_0, IQ4_NL, Q2_0), the scale is then fitted to the codes.
 
-    All rows of a matrix have to come in one call: they are taken in slices, and the products of matrices need not
-    round alike in slices of another size.
+    The result does not depend on threads. All rows of a matrix have to come in one call, though: they are taken in
+    slices, and products of matrices need not round alike in slices of another size.
 
     Raises:
         InputError: a value is not finite; the message calls the weights ``name``.
@@ -65,13 +67,7 @@ def _searched(
     """Q2_0 rows with searched scales; the kernel's are the largest magnitudes, which leaves codes unused."""
     levels = scalar.levels_of(GGMLQuantizationType.Q2_0)
     scales_RK = search_scales(values_RN.numpy(), importance_N, _Q2_0_LENGTH, levels.lowest, levels.highest)
-    return scalar.with_scales(quantized_RY, GGMLQuantizationType.Q2_0, _float16(scales_RK.T))
-
-
-def _float16(numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """The nearest numbers that float16 represents."""
-    with np.errstate(over="ignore"):
-        return numbers.astype(np.float16).astype(np.float32)
+    return scalar.with_scales(quantized_RY, GGMLQuantizationType.Q2_0, float16(scales_RK.T))
 
 
 def _with_chosen_codes(
@@ -84,7 +80,7 @@ def _with_chosen_codes(
     ordered_NR, form = _ordered(values_RN, order_N), SCALAR_FORMATS[ggml_type]
     errors_NR = choose_codes(ordered_NR, grid, feedback, n_sweeps_for(form.bits))
     if form.fitted_scale:
-        refit_scales(grid, errors_NR, feedback, _float16)
+        refit_scales(grid, errors_NR, feedback, float16)
         improve_codes(ordered_NR, errors_NR, grid, feedback, 1)
         quantized_RY = scalar.with_scales(quantized_RY, ggml_type, grid.scale_SR)
     chosen_NR = grid.codes_NR()

@@ -35,7 +35,7 @@ class ScalarFormat:
     scale_length: int  # neighbouring values that share scale and offset
     unit_code: int  # the code whose level is 1
     minimum: slice | None = None  # the bytes of the float16 factor of all offsets
-    lowest_level: int | None = None  # None: that of a code
+    lowest_level: int | None = None  # if not every code is used; Q8_0: no kernel writes -128
     fitted_scale: bool = False  # the scale is a float16 at the start of the block, and is fitted to the codes
 
     @property
@@ -74,7 +74,7 @@ def _bits_32(low: int, first_byte: int) -> Fields:
 
 
 SCALAR_FORMATS: Mapping[GGMLQuantizationType, ScalarFormat] = {
-    _T.Q8_0: ScalarFormat((_fields(0, 8, 32, lambda e: (2 + e, 0)),), 32, 1, lowest_level=-127, fitted_scale=True),
+    _T.Q8_0: ScalarFormat((_fields(0, 8, 32, lambda e: (2 + e, 0)),), 32, 1, lowest_level=-127),
     _T.Q2_0: ScalarFormat((_fields(0, 2, 64, lambda e: (2 + e // 4, e % 4 * 2)),), 64, 2, fitted_scale=True),
     _T.Q4_0: ScalarFormat((_nibbles_32(2),), 32, 9, fitted_scale=True),
     _T.Q4_1: ScalarFormat((_nibbles_32(4),), 32, 1, slice(2, 4)),

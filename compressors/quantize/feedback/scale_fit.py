@@ -14,7 +14,7 @@ import torch
 from compressors.quantize.feedback.levels import LevelGrid
 from compressors.quantize.feedback.moments import Feedback
 
-__all__ = ["refit_scales"]
+__all__ = ["float16", "refit_scales"]
 
 
 def refit_scales(
@@ -44,3 +44,9 @@ def refit_scales(
         scale_SR[group] = np.where(change_R.numpy() == 0, scale_SR[group], new_R)
         errors_NR[columns_B] -= change_R * multiples_BR
     grid.rescale(scale_SR)
+
+
+def float16(numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The nearest numbers that float16 represents."""
+    with np.errstate(over="ignore"):
+        return numbers.astype(np.float16).astype(np.float32)

@@ -17,6 +17,9 @@ __all__ = ["SIGN_LENGTH", "VectorGrid", "VectorTable"]
 SIGN_LENGTH = 8
 """Values whose signs are stored together."""
 
+_SEARCHED_ROWS = 256
+"""Rows whose costs of all vectors are held at a time: 1 MB, which a core's second cache holds."""
+
 
 @dataclass(frozen=True)
 class VectorTable:
@@ -76,15 +79,18 @@ class VectorGrid:
     def _nearest(self, magnitude_LR: torch.Tensor, weight_L: torch.Tensor) -> torch.Tensor:
         """The table's vectors nearest to the magnitudes, [V, R]; entries of the wrong sign count as negative ones."""
         entries_TE = self._table.entries_TE
-        length = entries_TE.shape[1]
-        nearest = []
-        for first in range(0, SIGN_LENGTH, length):
-            weight_E = weight_L[first : first + length]
-            weighted_TE = entries_TE * weight_E
-            constant_T1 = (weighted_TE * entries_TE).sum(dim=1, keepdim=True)
-            costs_TR = torch.addmm(constant_T1, weighted_TE, magnitude_LR[first : first + length], alpha=-2)
-            nearest.append(costs_TR.argmin(dim=0))
-        return torch.stack(nearest)
+        length, n_rows = entries_TE.shape[1], magnitude_LR.shape[1]
+        nearest_VR = torch.empty(SIGN_LENGTH // length, n_rows, dtype=torch.int64)
+        for vector, magnitude_ER in enumerate(magnitude_LR.split(length)):
+            weighted_TE = entries_TE * weight_L[vector * length : (vector + 1) * length]
+            # w (m - v)^2 without its constant: v . w v - 2 m . w v, as one product with a 1 behind the magnitudes
+            form_FT = torch.cat([-2 * weighted_TE, (weighted_TE * entries_TE).sum(dim=1, keepdim=True)], dim=1).T
+            magnitude_RF = torch.cat([magnitude_ER, torch.ones(1, n_rows)]).T.contiguous()
+            for first in range(0, n_rows, _SEARCHED_ROWS):
+                costs_RT = (magnitude_RF[first : first + _SEARCHED_ROWS] @ form_FT).numpy()
+                # numpy's argmin over what lies together is twenty times as fast as torch's
+                nearest_VR[vector, first : first + _SEARCHED_ROWS] = torch.from_numpy(costs_RT.argmin(axis=1))
+        return nearest_VR
 
     def _values(self, index_VR: torch.Tensor, negative_LR: torch.Tensor) -> torch.Tensor:
         """The chosen vectors with their signs, in units of the scale."""

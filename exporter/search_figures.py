@@ -1,0 +1,57 @@
+"""What the report says of the files that a search looked at."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from compressors.model.shape import MoeShape
+from exporter.compression import described_compression
+from exporter.parts import FOUND
+from exporter.recipe import CompressChoice, FileChoice, Recipe
+from exporter.work import WorkDirectory
+
+__all__ = ["described_types", "search_figures"]
+
+_MOST_TYPES = 4
+
+
+def search_figures(work: WorkDirectory, teacher: MoeShape, recipe: Recipe) -> list[dict[str, Any]]:
+    """The candidates of a finished search, as data for JSON; none if there was no search."""
+    path = work.stage("search") / FOUND
+    if not path.exists():
+        return []
+    candidates = json.loads(path.read_text(encoding="utf-8"))["candidates"]
+    return [
+        _figures(candidate, teacher, recipe) for candidate in candidates if candidate["artifact"] in recipe.artifacts
+    ]
+
+
+def described_types(choice: FileChoice) -> str:
+    """The mix, or how many tensors have each of the types that most have."""
+    if not choice.tensors:
+        return choice.mix
+    counts = Counter(choice.tensors.values()).most_common()
+    named = [f"{count} {name}" for name, count in counts[:_MOST_TYPES]]
+    rest = sum(count for _, count in counts[_MOST_TYPES:])
+    return ", ".join([*named, f"{rest} others"] if rest else named)
+
+
+def _figures(candidate: Mapping[str, Any], teacher: MoeShape, recipe: Recipe) -> dict[str, Any]:
+    compress, choice = (
+        CompressChoice.model_validate(candidate["compress"]),
+        FileChoice.model_validate(candidate["choice"]),
+    )
+    artifact = candidate["artifact"]
+    return {
+        "format": artifact,
+        "keeps": described_compression(compress, teacher),
+        "types": described_types(choice),
+        "bytes": candidate["n_bytes"],
+        "predicted": candidate["predicted"],
+        "measured": candidate["measured"],
+        "is_baseline": candidate["is_baseline"],
+        "is_chosen": (compress, choice) == (recipe.compress, recipe.file(artifact)),
+    }
