@@ -27,9 +27,6 @@ DAMPING = 0.1
 """What is added to the diagonal, as a share of its mean: with the few hundred tokens that a rare expert sees, less
 than that fits the sample and does harm to other text."""
 
-_PRIOR_TOKENS = 64
-"""How many tokens the layer's moments count for beside an expert's own."""
-
 
 @dataclass(frozen=True)
 class Couplings:
@@ -116,16 +113,17 @@ class Feedback:
 
 
 def conditioned(moments_NN: torch.Tensor, n_tokens: int, shared_NN: torch.Tensor | None) -> torch.Tensor:
-    """Mixes an expert's second moments over ``n_tokens`` tokens with those of its layer's tokens, float32 [N, N].
+    """Mixes second moments over ``n_tokens`` tokens with what would be assumed without any, float32 [N, N].
 
-    The inputs of an expert's gate and up are those of its layer, so ``shared_NN`` counts for 64 tokens there; the
-    inputs of down are its own neurons, which no other expert shares: pass None, and only the damping of
-    :meth:`Feedback.of` is left. The sum is taken in the dtype of ``moments_NN``.
+    That counts for N tokens: as many as it takes to tell N columns apart. It is ``shared_NN``, the layer's moments, for
+    an expert's gate and up, whose inputs are those of its layer; with None it is that columns are independent, each as
+    large as it was seen to be. Measured on both trained models with 27 to 2,000 tokens an expert, on other text: N is
+    within 1 % of the best number for every matrix, and what 64 tokens do, to down of rare experts above all, is harm.
     """
-    if shared_NN is None:
-        return moments_NN.float()
-    mixed_NN = moments_NN * n_tokens + shared_NN.to(moments_NN.dtype) * _PRIOR_TOKENS
-    return (mixed_NN / (n_tokens + _PRIOR_TOKENS)).float()
+    n_columns = len(moments_NN)
+    assumed_NN = torch.diag(moments_NN.diagonal()) if shared_NN is None else shared_NN.to(moments_NN.dtype)
+    mixed_NN = moments_NN * n_tokens + assumed_NN * n_columns
+    return (mixed_NN / (n_tokens + n_columns)).float()
 
 
 def _propagation(ordered_NN: torch.Tensor, length: int) -> Couplings:
