@@ -44,6 +44,8 @@ from exporter.planning.units import LAST_RESORT, gguf_units
 from exporter.recipe import BudgetChoice, FileChoice
 from validate.llama_cpp import LlamaCppBackend
 
+__all__ = ["one_type"]
+
 _RESULTS = Path(__file__).parent / "results"
 _LAYERS, _EXPERTS = 2, 16
 _ROUNDS, _TOKENS = 3, 8
@@ -160,11 +162,13 @@ def _write_config(config: Mapping[str, Any], folder: Path) -> None:
 
 
 def _tensors(shape: MoeShape, mix: str, types: Mapping[str, str] | None) -> Sequence[GgufTensor]:
-    """A mix, or one type for every matrix."""
-    if mix not in _TYPES or types is not None:
-        return plan_tensors(shape, mix, types)
+    return one_type(shape, mix) if mix in _TYPES and types is None else plan_tensors(shape, mix, types)
+
+
+def one_type(shape: MoeShape, type_name: str) -> Sequence[GgufTensor]:
+    """The tensors of a file all of whose matrices have one type."""
     matrices = [tensor.name for tensor in plan_tensors(shape, "BF16") if tensor.is_matrix]
-    return plan_tensors(shape, "BF16", dict.fromkeys(matrices, mix))
+    return plan_tensors(shape, "BF16", dict.fromkeys(matrices, type_name))
 
 
 def _values_of_token(tensors: Sequence[GgufTensor], shape: MoeShape) -> float:
