@@ -22,6 +22,7 @@ __all__ = [
     "check_after_quantizing",
     "choose_ladder",
     "is_after_quantizing",
+    "rung_beside_codes",
     "schedule_of",
     "scope_of",
     "trained_roles",
@@ -30,6 +31,7 @@ __all__ = [
 _BESIDE_CODES = ", beside the codes of "
 
 _DEFAULT_BLOCKS = 320  # 163,840 tokens
+_BLOCKS_BESIDE_CODES = 80  # 40,960 tokens
 _BLOCKS_PER_STEP = 8  # as published
 _SMALL_STEP = 2
 """Blocks in a step where that is as cheap: four times the steps bring more than longer ones. But each step reads the
@@ -121,6 +123,13 @@ def choose_ladder(
                 break
             refused.append(RefusedRung(scope_of(candidate).name_in(student), candidate.loss, reason))
     return RecoverChoice(rungs=tuple(rungs), seed=seed), tuple(refused)
+
+
+def rung_beside_codes(student: MoeShape, itemsize: int, machine: Machine) -> RungChoice | None:
+    """The rung that teaches routers, norms and block scales of finished files; None if it does not fit the memory."""
+    rung = _rung("scales", "kd", student, machine)
+    rung = rung.model_copy(update={"blocks": min(_BLOCKS_BESIDE_CODES, rung.blocks)})
+    return rung if _obstacle(rung, student, itemsize, machine.memory_bytes) is None else None
 
 
 def check_after_quantizing(choice: RecoverChoice, student: MoeShape) -> None:

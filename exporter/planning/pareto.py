@@ -50,9 +50,7 @@ class ParetoFiles:
 
     def write(self, candidate: Candidate) -> Path:
         """Writes what the search found, as an export would."""
-        plan = self._context.plan
-        assert plan.search is not None, "the recipe stands"
-        ladder, _ = ladder_for(plan.search.recover, candidate.compress, plan)
+        ladder, _ = ladder_for(candidate.compress, self._context.plan, candidate.expected)
         return self._built(candidate.compress, ladder, candidate.choice)
 
     def write_mix(self, mix: str, n_experts: int | None = None, recovery: str = "none") -> Path:
@@ -67,7 +65,9 @@ class ParetoFiles:
             UnsupportedError: it cannot hold this model.
         """
         choice = whole(self._shape) if n_experts is None else with_experts("reap", n_experts, self._shape)
-        ladder, _ = ladder_for(recovery, choice, self._context.plan)
+        plan = self._context.plan
+        assert plan.search is not None, "the recipe stands"
+        ladder, _ = ladder_for(choice, replace(plan, search=replace(plan.search, recover=recovery)))
         return self._built(choice, ladder, FileChoice(mix=mix, quantizer="kernel"))
 
     def _built(self, structure: CompressChoice, ladder: RecoverChoice, file: FileChoice) -> Path:

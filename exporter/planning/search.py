@@ -45,6 +45,11 @@ class Candidate:
     measured: float | None = None  # None: it was not
     is_baseline: bool = False
 
+    @property
+    def expected(self) -> float:
+        """The divergence as measured, or else as predicted: nats."""
+        return self.measured if self.measured is not None else self.predicted or 0.0
+
 
 @dataclass(frozen=True)
 class _Option:

@@ -38,9 +38,8 @@ def _by_student(best: Mapping[str, Candidate]) -> Iterator[dict[str, Candidate]]
 
 def _part(context: StageContext, files: Mapping[str, Candidate]) -> dict[str, Any]:
     plan = context.plan
-    assert plan.search is not None, "the recipe stands"
     compress = next(iter(files.values())).compress
-    recover, refused = ladder_for(plan.search.recover, compress, plan)
+    recover, refused = ladder_for(compress, plan, max(candidate.expected for candidate in files.values()))
     recipe: Recipe = plan.recipe.model_copy(
         update={
             "compress": compress,
