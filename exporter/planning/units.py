@@ -29,6 +29,9 @@ codes of the IQ1 types cannot be chosen again with error feedback."""
 _BASELINES = tuple(mix for mix in MIXES if not mix.startswith(("TQ", "MXFP", "Q2_0", "F")))
 """Mixes that people choose from; one in a float type larger than the source's holds the same numbers."""
 
+_INT8_INPUTS = 1.0
+"""The error of inputs in 8 bits, with which ONNX Runtime computes 8-bit products, relative to that of the weights."""
+
 _EXACT = {
     torch.bfloat16: GGMLQuantizationType.BF16,
     torch.float16: GGMLQuantizationType.F16,
@@ -102,7 +105,8 @@ def _encoding_candidate(encoding: Encoding, n_bytes: int, with_feedback: bool) -
         return Candidate(encoding.name, n_bytes, None)
 
     def factor(role: Role) -> float:
-        return feedback_factor(role, encoding.name) if with_feedback else 1.0
+        of_weights = feedback_factor(role, encoding.name) if with_feedback else 1.0
+        return of_weights + (_INT8_INPUTS if encoding.bits == 8 else 0.0)
 
     if encoding.ggml_type is not None:
         return Candidate(encoding.name, n_bytes, ggml_quantizer(encoding.ggml_type), factor)
