@@ -28,7 +28,7 @@ _FINE = (
     _T.MXFP4,
     _T.Q3_K,
 )
-_COARSE = (_T.Q2_K, _T.IQ3_S, _T.IQ3_XXS, _T.IQ2_XXS, _T.TQ2_0, _T.TQ1_0)
+_COARSE = (_T.Q2_K, _T.IQ3_S, _T.IQ3_XXS, _T.IQ2_XXS, _T.Q2_0, _T.TQ2_0, _T.TQ1_0)
 _ROWS, _LENGTH = 40, 256
 
 
@@ -67,7 +67,7 @@ def test_what_a_type_makes_passes_and_damage_does_not(original: torch.Tensor, ki
     assert _is_whole(_compared(original, weighted, kind))
     size = original.square().mean(1, keepdim=True).sqrt()
     noise = 0.5 * size * torch.randn(original.shape, generator=generator)
-    if kind not in (_T.IQ2_XXS, _T.TQ1_0, _T.TQ2_0):  # whose own error is nearly as large, or larger
+    if kind not in (_T.IQ2_XXS, _T.Q2_0, _T.TQ1_0, _T.TQ2_0):  # whose own error is nearly as large, or larger
         assert _compared(original, _stored(original + noise, kind), kind).is_too_far
     lost = plain.clone()
     lost[[5, 35]] = 0
