@@ -6,7 +6,7 @@ from compressors.model.checkpoint import Checkpoint
 from exporter.compression import expected_shape
 from exporter.plan import Plan
 from exporter.recipe import CompressChoice, RecoverChoice
-from exporter.recovery import Machine, RefusedRung, choose_ladder
+from exporter.recovery import Machine, RefusedRung, choose_ladder, wish_for
 
 __all__ = ["ladder_for"]
 
@@ -24,7 +24,7 @@ def ladder_for(wish: str, compress: CompressChoice, plan: Plan) -> tuple[Recover
         models_stay=source.n_bytes < plan.memory_bytes // 2,
     )
     return choose_ladder(
-        "none" if wish == "auto" and is_original else wish,
+        "none" if wish == "auto" and is_original else wish_for(wish, compress),
         expected_shape(compress, source.shape),
         source.dtype.itemsize,
         machine,
