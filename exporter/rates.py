@@ -19,7 +19,7 @@ _ANCHORS: Mapping[str, tuple[tuple[float, float], tuple[float, float]]] = {
 }
 """Two points (divergence in nats, rate); between them rates are interpolated in logarithms, outside they stay."""
 
-_TRIED: Mapping[str, tuple[float, ...]] = {"norms": (1.0,), "scales": (1.0,), "all": (1.0, 2.0)}
+_TRIED: Mapping[str, tuple[float, ...]] = {"norms": (1.0,), "scales": (1.0,), "all": (1.0, 0.5)}
 """Multiples of the rate, each tried on a few blocks; the selection split decides."""
 
 _TRIAL_SHARE = 8  # of a rung's blocks, one in so many

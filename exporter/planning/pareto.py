@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from compressors.model.checkpoint import Checkpoint
-from exporter.planning.ladder import ladder_for
+from exporter.planning.ladder import ladder_for, rung_beside_codes
 from exporter.planning.search import Candidate, Search
 from exporter.planning.structures import whole, with_experts
 from exporter.recipe import CompressChoice, FileChoice, RecoverChoice
@@ -50,7 +50,11 @@ class ParetoFiles:
 
     def write(self, candidate: Candidate) -> Path:
         """Writes what the search found, as an export would."""
-        ladder, _ = ladder_for(candidate.compress, self._context.plan, candidate.expected)
+        plan = self._context.plan
+        ladder, _ = ladder_for(candidate.compress, plan)
+        recipe = plan.recipe.model_copy(update={"compress": candidate.compress, "gguf": candidate.choice, "onnx": None})
+        beside = rung_beside_codes(recipe, plan, candidate.expected)
+        ladder = ladder.model_copy(update={"after_quantizing": beside})
         return self._built(candidate.compress, ladder, candidate.choice)
 
     def write_mix(self, mix: str, n_experts: int | None = None, recovery: str = "none") -> Path:

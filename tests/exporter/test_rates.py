@@ -17,8 +17,8 @@ def test_rates_of_norms_and_scales_are_interpolated() -> None:
 
 def test_rates_of_matrices_fall_with_the_hidden_size_and_the_better_start() -> None:
     narrow, pruned = rates_for("all", 0.088, 256), rates_for("all", 2.0, 256)
-    assert narrow == pytest.approx([1.5e-4, 3e-4])
-    assert pruned == pytest.approx([1e-3, 2e-3])
+    assert narrow == pytest.approx([1.5e-4, 0.75e-4])
+    assert pruned == pytest.approx([1e-3, 5e-4])
     assert rates_for("all", 0.088, 2048) == pytest.approx([rate / 8 for rate in narrow])
 
 
