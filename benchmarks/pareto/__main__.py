@@ -16,7 +16,8 @@ import click
 from benchmarks.export.llama_cpp import build_tools
 from benchmarks.pareto.bars import SIZES_IN_BYTES, SIZES_OF_PRESETS, THIRD
 from benchmarks.pareto.baselines import PRESETS, measure_presets, measure_pruned
-from benchmarks.pareto.ours import measure_ours, searched_files
+from benchmarks.pareto.onnx_files import measure_onnx
+from benchmarks.pareto.ours import heldout_blocks, measure_ours, searched_files
 from benchmarks.pareto.subject import Subject
 from benchmarks.pareto.table import write_markdown
 from benchmarks.third_model import train_third_model
@@ -27,7 +28,7 @@ from exporter.pareto_rows import RowFile
 _REPOSITORY = Path(__file__).parents[2]
 _RESULTS = _REPOSITORY / "benchmarks" / "results"
 _MODELS = tuple(SIZES_OF_PRESETS)
-_PARTS = ("presets", "ours", "pruned")
+_PARTS = ("presets", "ours", "onnx", "pruned")
 _SMALLEST_SHARE = 0.09
 
 
@@ -42,7 +43,7 @@ def main(
     models: tuple[str, ...], parts: tuple[str, ...], threads: int, tools: Path, folder: Path, results: Path
 ) -> None:
     """Measures what is not in the table yet, and writes the table and the plot."""
-    rows = RowFile(results / "pareto.csv")
+    rows, onnx_rows = RowFile(results / "pareto.csv"), RowFile(results / "pareto_onnx.csv")
     llama_cpp = build_tools(tools)
     for name in models:
         subject = Subject(name, _checkpoint(name, folder), folder / name, rows, llama_cpp, threads)
@@ -50,10 +51,13 @@ def main(
             measure_presets(subject)
         if "ours" in parts:
             measure_ours(subject, searched_files(subject), _sizes(subject))
+        if "onnx" in parts and name != THIRD:
+            files = searched_files(subject)
+            measure_onnx(subject, files, heldout_blocks(subject), onnx_rows)
         if "pruned" in parts and name != THIRD:
             measure_pruned(subject, searched_files(subject))
     if rows.rows:
-        write_markdown(rows.rows, results / "pareto.md")
+        write_markdown(rows.rows, onnx_rows.rows, results / "pareto.md")
         write_chart(rows.rows, results / "pareto.png")
 
 
