@@ -1,6 +1,6 @@
 # `make demo` compresses the bundled model; `make test` is what CI runs. Both need Python >= 3.11, a C++ compiler and make.
 # Everything is installed into .venv, once, in the versions of constraints.txt.
-.PHONY: demo test lint fuzz bench bench-export damage floors quality peers scale
+.PHONY: demo test lint fuzz bench bench-export damage floors prediction quality peers pareto scale
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -48,9 +48,19 @@ damage: .venv/installed-dev
 floors: .venv/installed-dev
 	$(BIN)/python -m benchmarks.floors
 
+# Predicted against measured divergence of mixed types on both trained models: ten minutes.
+prediction: .venv/installed-dev
+	$(BIN)/python -m benchmarks.prediction
+
 peers: .venv/installed-dev
 	$(BIN)/python -m benchmarks.peers
 	$(BIN)/python -m benchmarks.validation
+
+# Divergence against bytes, ours beside llama.cpp's presets, and how fast each type decodes; an hour. Rows that are in
+# benchmarks/results/pareto.csv are not measured again.
+pareto: .venv/installed-dev
+	$(BIN)/python -m benchmarks.pareto
+	$(BIN)/python -m benchmarks.decode
 
 # Hours, and 40 GB of disk: checkpoints of real shape with random weights, every stage measured.
 scale: .venv/installed-dev

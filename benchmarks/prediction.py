@@ -33,7 +33,14 @@ from compressors.model.log_probs import LogProbReader, LogProbWriter
 from compressors.model.streaming import StreamedModel, TokenGroup
 from compressors.model.student import ExpertMap, Student
 from compressors.recover.divergence import judge
-from compressors.sensitivity import DivergenceModel, TypeTable, allocate, gather_sensitivities, ggml_quantizer
+from compressors.sensitivity import (
+    DivergenceModel,
+    SecondOrder,
+    TypeTable,
+    allocate,
+    gather_sensitivities,
+    ggml_quantizer,
+)
 from compressors.statistics import Importance, StatisticsCollector, importance
 from compressors.teacher import write_log_probs
 from exporter.gguf.layout import plan_tensors
@@ -65,6 +72,7 @@ class Measured:
     n_bytes: int  # of the matrices
     bits: float  # per weight of a matrix
     second_order: float  # nats
+    routed: float  # the part of it that routers see
     predicted: float  # nats, by the two calibrating recipes
     measured: float  # mean divergence from the original, nats
 
@@ -166,9 +174,11 @@ class _Bench:
         student = Student(self._student.source, self._student.experts, weights=weights)
         known = LogProbReader(self._folder / "heldout")
         divergence = judge(student, self._heldout_BT, known, _SCORED).divergence
-        n_bytes, order = self.table.n_bytes(types), self.table.second_order(types)
+        n_bytes, order = self.table.n_bytes(types), self.table.order(types)
         bits = 8 * n_bytes / sum(self._n_weights.values())
-        return Measured(self._model, recipe, n_bytes, bits, order, model.divergence(order), divergence)
+        return Measured(
+            self._model, recipe, n_bytes, bits, order.total, order.routed, model.divergence(order), divergence
+        )
 
     def preset(self, name: str) -> dict[str, str]:
         """The types that a preset of llama-quantize gives."""
@@ -176,9 +186,9 @@ class _Bench:
         tensors = plan_tensors(self._student.shape, name)
         return {tensor.name: tensor.ggml_type.name for tensor in tensors if tensor.name in units}
 
-    def allocated(self, preset: str) -> dict[str, str]:
+    def allocated(self, preset: str, model: DivergenceModel) -> dict[str, str]:
         """The best choice of types in the bytes of a preset."""
-        return allocate(self.table, self.table.n_bytes(self.preset(preset))).choices
+        return allocate(self.table, self.table.n_bytes(self.preset(preset)), model).choices
 
     def _run_teacher(self, calibration_BT: torch.Tensor) -> Importance:
         """Leaves what the original says of the held-out text in the folder."""
@@ -199,14 +209,18 @@ def _measure(model: str, n_recipes: int, folder: Path) -> list[Measured]:
     first = [
         bench.measured(recipe, bench.drawn(bits, generator), DivergenceModel()) for recipe, bits in _CALIBRATING.items()
     ]
-    calibrated = DivergenceModel.fitted([(recipe.second_order, recipe.measured) for recipe in first])
-    print(f"{model}: KL = {calibrated.smooth:.2f} Q + {calibrated.flips:.3f} sqrt(Q)", flush=True)
-    results = [replace(recipe, predicted=calibrated.divergence(recipe.second_order)) for recipe in first]
+    orders = [SecondOrder(recipe.second_order, recipe.routed) for recipe in first]
+    calibrated = DivergenceModel.fitted([(order, one.measured) for order, one in zip(orders, first, strict=True)])
+    print(f"{model}: KL = {calibrated.smooth:.2f} Q + {calibrated.flips:.3f} sqrt(R)", flush=True)
+    results = [replace(one, predicted=calibrated.divergence(order)) for order, one in zip(orders, first, strict=True)]
     recipes = {
         f"random {number}": bench.drawn(generator.uniform(*_BITS), generator) for number in range(1, n_recipes + 1)
     }
     for preset in _PRESETS:
-        recipes |= {f"preset {preset}": bench.preset(preset), f"allocated as {preset}": bench.allocated(preset)}
+        recipes |= {
+            f"preset {preset}": bench.preset(preset),
+            f"allocated as {preset}": bench.allocated(preset, calibrated),
+        }
     for recipe, types in recipes.items():
         results.append(bench.measured(recipe, types, calibrated))
         last = results[-1]

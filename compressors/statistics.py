@@ -28,6 +28,7 @@ __all__ = [
     "StatisticsCollector",
     "StoredStatistics",
     "importance",
+    "importance_of_kept",
     "save_statistics",
 ]
 
@@ -283,3 +284,19 @@ def importance(layers: Sequence[LayerStatistics], experts: ExpertMap) -> Importa
 def _mixed(squares_EN: torch.Tensor, layer: LayerStatistics, prior: torch.Tensor) -> torch.Tensor:
     """The mean squares of each expert's own tokens and the added ones: float32 [E, N]."""
     return ((squares_EN + _PRIOR_TOKENS * prior) / (layer.count_E[:, None] + _PRIOR_TOKENS)).float()
+
+
+def importance_of_kept(original: Importance, experts: ExpertMap) -> Importance:
+    """The part of another model's importance matrix, such as one from a file, that a student's own tensors have.
+
+    Args:
+        original: of the model that the student was made of.
+        experts: the student in terms of that model; each of its experts is one of that model's, of the same width.
+    """
+    found = {key: values for key, values in original.items() if key[1] is None}
+    for index, came_from in enumerate(experts.layers):
+        assert came_from.width is None and all(len(group) == 1 for group in came_from.groups)
+        for (role, layer), values in original.items():
+            if layer == came_from.source:
+                found[role, index] = values[list(came_from.kept)] if role.is_expert else values
+    return found

@@ -86,7 +86,7 @@ _REQUIRE = click.option(
 )
 
 
-@main.command(epilog="Other commands: moe-export inspect MODEL; moe-export validate FILE_OR_FOLDER.")
+@main.command(epilog="Other commands: moe-export inspect MODEL; moe-export pareto MODEL; moe-export validate FILE.")
 @click.argument("model", required=False)
 @click.option("--budget", metavar="SIZE[,...]", help="Memory the result may need, such as 20GB or 18.6GiB.")
 @click.option("--budget-kind", default="total", show_default=True, help="total: memory at run time; file: file size.")
@@ -169,6 +169,33 @@ def export(**arguments: Any) -> None:
         _print_result(result)
     _name_failures(result.failures)
     raise SystemExit(result.exit_code)
+
+
+@main.command()
+@click.argument("model", required=False)
+@click.option("--out", type=_FOLDER, required=True, help="Output folder: pareto.csv, pareto.md and pareto.png.")
+@click.option("--sizes", help="Mixes, sizes or shares of 16 bits, such as Q4_K_M,7GB,12%.  [default: eleven]")
+@click.option("--calibration", type=_FOLDER, help="Text for statistics and recovery: a file, or a folder of *.txt.")
+@click.option("--text", type=_FOLDER, help="Held-out text to measure on.")
+@click.option("--recover-time", default="30m", show_default=True, help="Most time for recovery, for each size.")
+@click.option("--memory", metavar="SIZE", help="Memory this run may use.  [default: half of what is free]")
+@click.option(
+    "--device", default="auto", show_default=True, help="Where calibration and recovery compute: cpu or cuda."
+)
+@click.option("--offline", is_flag=True, help="Take hub models from the cache only.")
+@click.option("--revision", help="Revision of a hub model.")
+@click.option("--threads", type=int, help="Threads.  [default: all processors]")
+def pareto(model: str | None, out: Path, sizes: str | None, **flags: Any) -> None:
+    """Measure how MODEL's divergence grows as its GGUF file gets smaller, beside llama.cpp's presets."""
+    with requests_wait():
+        from exporter.pareto import DEFAULT_SIZES, run_pareto
+        from exporter.pareto_table import pareto_table
+
+    click.get_current_context().meta[_GOES_ON] = True
+    command = shlex.join([_program(), *sys.argv[1:]])
+    rows = run_pareto(model, sizes or DEFAULT_SIZES, out, flags, command, lambda text: click.echo(text, err=True))
+    _console().print(pareto_table(rows))
+    click.echo(f"table and plot: {out}")
 
 
 @main.command()

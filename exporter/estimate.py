@@ -17,6 +17,7 @@ from compressors.model.checkpoint import Checkpoint
 from compressors.model.log_probs import log_prob_bytes
 from compressors.model.memory import PROCESS_BYTES, positions_at_once, working_bytes
 from compressors.model.shape import MoeShape
+from compressors.recover.scopes import Scope
 from compressors.recover.training_memory import training_bytes
 from compressors.statistics import LayerStatistics
 from compressors.teacher import TARGET_BYTES
@@ -24,6 +25,7 @@ from exporter.compression import changes_experts, runs_text
 from exporter.durations import format_duration
 from exporter.feedback import least_feedback_bytes
 from exporter.plan import Plan
+from exporter.planned_types import planned_block_length
 from exporter.recovery import scope_of
 from exporter.stages.artifacts import same_numbers
 from exporter.teacher_floor import first_layers
@@ -95,7 +97,7 @@ def disk_lines(plan: Plan) -> dict[str, int]:
             (floor.file_bytes for floor in plan.teacher_floors.values()), default=0
         ),
         "routing": n_routings * n_heldout * BLOCK_LENGTH * shape.n_layers * (shape.top_k * 8 + 4),
-        "router inputs": _router_input_bytes(plan),
+        "router inputs": (1 if same_numbers(plan) else len(plan.recipe.artifacts)) * _router_input_bytes(plan),
         "statistics": shape.n_layers * _statistics_bytes(shape) + _own_statistics_bytes(plan),
         "token blocks": n_blocks * BLOCK_LENGTH * 8,
     }
@@ -253,7 +255,8 @@ def _recovery(plan: Plan, passes: _Passes) -> dict[str, float]:
     seconds = {"schedule": sum(steps) if limit else 0.0}
     for stage, rungs in (("recover", slice(0, n_rungs)), ("retune", slice(n_rungs, None))):
         if training[rungs]:  # judged before, and after each
-            seconds[stage] = shorter * sum(training[rungs]) + (1 + len(training[rungs])) * judging
+            n_begun = n_files if stage == "retune" else 1
+            seconds[stage] = shorter * sum(training[rungs]) + (n_begun + len(training[rungs])) * judging
     return seconds
 
 
@@ -302,10 +305,28 @@ def _training_bytes(plan: Plan) -> int:
         * shape.hidden_size
         * 4
     )
-    snapshots = 2 * 3 * max(training_bytes(scope_of(rung), shape).weights for rung in choice.trained)
-    n_with_experts = sum(rung.scope != "router" for rung in choice.rungs)
+    # of the files that are taught by themselves the one with the shortest blocks has the most factors
+    lengths = [planned_block_length(plan.recipe, artifact, shape) for artifact in plan.recipe.artifacts]
+    snapshots = (
+        2
+        * 3
+        * max(training_bytes(scope_of(rung), shape, length).weights for rung in choice.trained for length in lengths)
+    )
+    n_with_experts = sum(rung.scope not in ("router", "norms") for rung in choice.rungs)
     taught = len(choice.trained) * 4 * _router_values(shape) + n_with_experts * _expert_bytes(plan)
-    return layer_inputs + snapshots + taught
+    return layer_inputs + snapshots + taught + _tunable_bytes(plan)
+
+
+def _tunable_bytes(plan: Plan) -> int:
+    """The values that each file was written with, and what is put in their place: float16 scales, two of a block."""
+    shape, choice = plan.student_shape, plan.recipe.recover
+    if choice.after_quantizing is None:
+        return 0
+    n_values = 0
+    for artifact in plan.recipe.artifacts:
+        block_length = planned_block_length(plan.recipe, artifact, shape)
+        n_values += training_bytes(Scope.block_scales(), shape, block_length).weights // 4
+    return 2 * n_values * 4
 
 
 def _router_values(shape: MoeShape) -> int:

@@ -22,6 +22,7 @@ __all__ = [
     "StageError",
     "fingerprints",
     "follow",
+    "pareto_stages",
     "run_stages",
     "search_stages",
     "source_of_run",
@@ -67,6 +68,14 @@ _SEARCH = Stage(
     "search for the best file that fits",
     resumes=True,
 )
+_PARETO = Stage(
+    "pareto",
+    1,
+    ("calibrate", "sensitivity"),
+    ("recover", "gguf"),
+    "measure files of each size, and the baselines, in llama.cpp",
+    resumes=True,
+)
 _COMPRESS = Stage("compress", 2, ("calibrate",), ("compress", "arithmetic"), "compress the experts")
 _SCHEDULE = Stage("schedule", 3, ("compress",), ("recover", "arithmetic"), "time a step of recovery", shared=True)
 _RECOVER = Stage(
@@ -82,17 +91,17 @@ _GGUF = Stage("gguf", 2, ("recover", "sensitivity"), ("gguf",), "write the GGUF 
 _ONNX = Stage("onnx", 4, ("recover", "sensitivity"), ("onnx", "budget"), "write the ONNX folder", resumes=True)
 _RETUNE = Stage(
     "retune",
-    1,
+    2,
     ("recover", "schedule", "gguf", "onnx"),
     ("recover", "arithmetic"),
-    "teach the routers beside the quantized experts",
+    "tune each file beside its codes",
     resumes=True,
     shared=True,
 )
-_STUDENT = Stage("student", 2, ("recover", "retune"), (), "write the student checkpoint", resumes=True)
+_STUDENT = Stage("student", 3, ("recover",), (), "write the student checkpoint", resumes=True)
 _TEACHER_TEXTS = Stage("teacher_texts", 1, ("calibrate",), (), "let the original write a few texts")
-_VALIDATE_TORCH = Stage("validate_torch", 3, ("recover", "retune"), (), "measure the student in torch")
-_VALIDATE_WRITTEN = Stage("validate_written", 1, ("gguf", "onnx", "retune"), (), "measure the written weights in torch")
+_VALIDATE_TORCH = Stage("validate_torch", 4, ("recover",), (), "measure the student in torch")
+_VALIDATE_WRITTEN = Stage("validate_written", 2, ("gguf", "onnx", "retune"), (), "measure the written weights in torch")
 _VALIDATE_GGUF = Stage(
     "validate_gguf",
     5,
@@ -127,6 +136,7 @@ ALL_STAGES = (
     _CALIBRATE,
     _SENSITIVITY,
     _SEARCH,
+    _PARETO,
     _COMPRESS,
     _SCHEDULE,
     _RECOVER,
@@ -159,6 +169,7 @@ def stages_of(plan: Plan) -> tuple[Stage, ...]:
     wanted = {
         _SENSITIVITY: any(recipe.file(artifact).quantizer == "feedback" for artifact in recipe.artifacts),
         _SEARCH: False,
+        _PARETO: False,
         _GGUF: recipe.gguf is not None,
         _VALIDATE_GGUF: recipe.gguf is not None,
         _ONNX: recipe.onnx is not None,
@@ -175,6 +186,11 @@ def search_stages(plan: Plan) -> tuple[Stage, ...]:
     """The stages that find the recipe of a plan that leaves it open."""
     assert plan.search is not None, "its recipe stands"
     return (_CALIBRATE, _SENSITIVITY, _SEARCH)
+
+
+def pareto_stages() -> tuple[Stage, ...]:
+    """The stages that measure a curve of divergence against bytes."""
+    return (_CALIBRATE, _SENSITIVITY, _PARETO)
 
 
 def run_stages(

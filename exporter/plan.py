@@ -55,6 +55,7 @@ class Plan:
     deviations: tuple[Deviation, ...] = ()  # of the files from the original, that no file can mend
     imatrix: Path | None = None  # llama.cpp's importance matrix, in place of the calibration text's
     search: Search | None = None  # the recipe is to be found after calibration; None: it stands
+    curve: Mapping[str, int] = field(default_factory=dict)  # bytes of the files that moe-export pareto compares
 
     @property
     def teacher_shape(self) -> MoeShape:

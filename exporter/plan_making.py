@@ -12,6 +12,7 @@ from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
 from compressors.model.special_tokens import special_tokens
 from exporter.deviations import find_deviations
+from exporter.gguf.imatrix import read_imatrix
 from exporter.hub import bundled_text, resolve_model
 from exporter.job import Job
 from exporter.model_name import model_name
@@ -56,6 +57,8 @@ def make_plan(job: Job, command: str) -> Plan:
         predictions, refused = predict_recipe(recipe, checkpoint), ()
     if recipe.compress.student == "dense" and "routing" in job.require:
         raise InputError("--require: a dense student has no routing to compare; leave routing out")
+    if job.imatrix is not None:
+        read_imatrix(job.imatrix, checkpoint.shape)  # refused now, not by a stage
     plan = Plan(
         recipe=recipe,
         source=folder.resolve(),

@@ -14,6 +14,7 @@ from compressors.recover.training_memory import refuse_too_large
 from exporter.estimate import disk_lines
 from exporter.job import Job
 from exporter.plan import Plan
+from exporter.planned_types import planned_block_length
 from exporter.recovery import scope_of
 from exporter.sizes import format_size
 from validate.cost import LEAST_CONTEXT
@@ -103,16 +104,23 @@ def refuse_too_short_a_context(shape: MoeShape) -> None:
         )
 
 
+_FLOAT32 = 4  # bytes of a written weight while it is computed with
+
+
 def refuse_too_large_rungs(plan: Plan) -> None:
     """Compares ``--memory`` with what the recipe's rungs of recovery need in training.
 
     Raises:
         InputError: it is too little for one.
     """
-    itemsize = Checkpoint(plan.source).dtype.itemsize
-    for rung in plan.recipe.recover.rungs:
+    shape, itemsize, recover = plan.student_shape, Checkpoint(plan.source).dtype.itemsize, plan.recipe.recover
+    for rung in recover.rungs:
         if rung.scope != "router":  # which need no more than inference
-            refuse_too_large(scope_of(rung), plan.student_shape, itemsize, plan.memory_bytes)
+            refuse_too_large(scope_of(rung), shape, itemsize, plan.memory_bytes)
+    if recover.after_quantizing is not None and recover.after_quantizing.scope != "router":
+        for artifact in plan.recipe.artifacts:
+            block_length = planned_block_length(plan.recipe, artifact, shape)
+            refuse_too_large(scope_of(recover.after_quantizing), shape, _FLOAT32, plan.memory_bytes, block_length)
 
 
 def _refuse_too_little(place: Path, needed: int, lines: Mapping[str, int], instead: str) -> None:

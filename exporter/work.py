@@ -117,15 +117,16 @@ class WorkDirectory:
 
     def stage(self, name: str) -> Path:
         """The folder of a finished stage."""
-        return self._place(name) / name
+        return self.place(name) / name
 
     def partial(self, name: str) -> Path:
         """The folder of a stage that is not finished."""
-        return self._place(name) / f"{name}.partial"
+        return self.place(name) / f"{name}.partial"
 
-    def _place(self, stage: str) -> Path:
+    def place(self, stage: str) -> Path:
+        """The folder that a stage's folder lies in."""
         if self._whole is not None and stage in self._shared:
-            return self._whole._place(stage)
+            return self._whole.place(stage)
         return self.folder
 
     @contextmanager
@@ -233,7 +234,7 @@ class WorkDirectory:
         )
         flush_folder(partial)
         partial.rename(self.stage(name))
-        flush(self._place(name))
+        flush(self.place(name))
         (self.stage(name) / _FINGERPRINT).unlink()
 
 

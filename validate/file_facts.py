@@ -118,16 +118,33 @@ def _inputs(
 
 
 def _operator_bits(graph: onnx.GraphProto, weights: Mapping[str, onnx.TensorProto]) -> float:
-    """Bits of one weight, scales included, in the operators that hold most: experts, else quantized linear layers."""
-    for kind, bits_name in (("QMoE", "expert_weight_bits"), ("MoE", ""), ("MatMulNBits", "bits")):
-        nodes = [node for node in graph.node if node.op_type == kind]
-        if not nodes:
-            continue
-        if not bits_name:
-            return max(map(_bits_of_type, _inputs(nodes[:1], 2, weights)), default=32.0)
-        block_size = _number(nodes[0], "block_size", 0)
-        return _number(nodes[0], bits_name, 4) + (16 / block_size if block_size > 0 else 0.0)
+    """Mean bits of a weight, scales included, in the operators that hold most: experts, else quantized linears."""
+    for kinds in (("QMoE", "MoE"), ("MatMulNBits",)):
+        nodes = [node for node in graph.node if node.op_type in kinds]
+        found = [(_node_bits(node, weights), _node_values(node, weights)) for node in nodes]
+        if found:
+            n_values = sum(of_node for _, of_node in found)
+            return sum(bits * of_node for bits, of_node in found) / n_values
     return _bits_of_type(max(weights.values(), key=lambda tensor: math.prod(tensor.dims))) if weights else 32.0
+
+
+_BITS_NAMES = {"QMoE": "expert_weight_bits", "MatMulNBits": "bits"}
+
+
+def _node_bits(node: onnx.NodeProto, weights: Mapping[str, onnx.TensorProto]) -> float:
+    if node.op_type not in _BITS_NAMES:
+        return max(map(_bits_of_type, _inputs([node], 2, weights)), default=32.0)
+    block_size = _number(node, "block_size", 0)
+    return _number(node, _BITS_NAMES[node.op_type], 4) + (16 / block_size if block_size > 0 else 0.0)
+
+
+def _node_values(node: onnx.NodeProto, weights: Mapping[str, onnx.TensorProto]) -> float:
+    """How many values the node's first weight has, packed or not."""
+    codes = next(_inputs([node], 1 if node.op_type == "MatMulNBits" else 2, weights), None)
+    if codes is None:
+        return 1.0
+    bits = _number(node, _BITS_NAMES[node.op_type], 4) if node.op_type in _BITS_NAMES else 8
+    return max(1.0, float(math.prod(codes.dims)) * 8 / max(1, bits))
 
 
 def _bits_of_type(tensor: onnx.TensorProto) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compressors.sensitivity.defaults import default_table
-from compressors.sensitivity.divergence import DivergenceModel
+from compressors.sensitivity.divergence import DivergenceModel, SecondOrder
 from compressors.sensitivity.feedback_factors import feedback_factor
 from compressors.sensitivity.gathering import gather_sensitivities
 from compressors.sensitivity.knapsack import Allocation, allocate, allocate_file, smallest_bytes
@@ -18,6 +18,7 @@ __all__ = [
     "MatrixSensitivity",
     "Option",
     "Quantizer",
+    "SecondOrder",
     "Sensitivities",
     "TypeTable",
     "Unit",

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from compressors.model.families import Role
 from compressors.model.shape import MoeShape
+from compressors.sensitivity.divergence import SecondOrder
 from compressors.sensitivity.table import Option, TypeTable, Unit, UnitPlan
 
 __all__ = ["default_table"]
@@ -21,7 +22,7 @@ _LAYERS_AT_Q8_0 = 8.4e-6
 _EMBEDDING = 2.1
 """That of a tied embedding in Q8_0, relative to all layers'."""
 
-_LOOKUP = 0.5
+_LOOKUP = 0.17
 """The part of it that an embedding has which is not the head."""
 
 _PARTS: Mapping[Role, tuple[float, float, float]] = {
@@ -37,8 +38,8 @@ _PARTS: Mapping[Role, tuple[float, float, float]] = {
 
 _ERRORS: Mapping[str, float] = {
     "F32": 0.0,
-    "F16": 1e-3,
-    "BF16": 0.0,  # what checkpoints are stored in
+    "F16": 0.0,
+    "BF16": 0.0,
     "Q8_0": 1.0,
     "Q6_K": 10.3,
     "Q5_K": 43.1,
@@ -48,7 +49,7 @@ _ERRORS: Mapping[str, float] = {
     "Q4_1": 166.0,
     "IQ4_NL": 194.0,
     "Q4_0": 228.0,
-    "MXFP4": 400.0,
+    "MXFP4": 477.0,
     "IQ4_XS": 198.0,
     "Q3_K": 720.0,
     "IQ3_S": 641.0,
@@ -57,11 +58,11 @@ _ERRORS: Mapping[str, float] = {
     "IQ2_S": 2130.0,
     "IQ2_XS": 3070.0,
     "IQ2_XXS": 4050.0,
-    "Q2_0": 5000.0,
-    "TQ2_0": 12000.0,
-    "TQ1_0": 12000.0,
-    "IQ1_M": 8000.0,
-    "IQ1_S": 10000.0,
+    "Q2_0": 5000.0,  # with scales that are searched; ggml's own kernel: 18,000
+    "TQ2_0": 23000.0,
+    "TQ1_0": 23000.0,
+    "IQ1_M": 6930.0,
+    "IQ1_S": 8160.0,
     "8@16": 0.8,
     "8@32": 1.0,
     "8@64": 1.15,
@@ -91,8 +92,11 @@ def default_table(shape: MoeShape, plans: Sequence[UnitPlan]) -> TypeTable:
                 candidate.choice,
                 candidate.n_bytes,
                 sum(
-                    _at_q8_0(shape, role, layer) * _ERRORS[candidate.choice] * candidate.factor(role)
-                    for role, layer in plan.matrices
+                    (
+                        _at_q8_0(shape, role, layer) * (_ERRORS[candidate.choice] * candidate.factor(role))
+                        for role, layer in plan.matrices
+                    ),
+                    SecondOrder(0.0, 0.0),
                 ),
                 candidate.seconds,
             )
@@ -103,13 +107,17 @@ def default_table(shape: MoeShape, plans: Sequence[UnitPlan]) -> TypeTable:
     return TypeTable(tuple(units))
 
 
-def _at_q8_0(shape: MoeShape, role: Role, layer: int | None) -> float:
-    """The second-order divergence in nats of a tensor in Q8_0."""
+def _at_q8_0(shape: MoeShape, role: Role, layer: int | None) -> SecondOrder:
+    """The second-order divergence of a tensor in Q8_0."""
     if layer is None:
-        part = _LOOKUP if role is Role.TOKEN_EMBEDDING else 1 - _LOOKUP
-        return _LAYERS_AT_Q8_0 * _EMBEDDING * (1.0 if shape.tied_embeddings else part)
+        vocabulary = _LAYERS_AT_Q8_0 * _EMBEDDING
+        lookup, head = vocabulary * _LOOKUP, vocabulary * (1 - _LOOKUP)
+        if shape.tied_embeddings:
+            return SecondOrder(lookup + head, lookup)
+        return SecondOrder(lookup, lookup) if role is Role.TOKEN_EMBEDDING else SecondOrder(head, 0.0)
     total = sum(_part(other, index, shape.n_layers) for other in _PARTS for index in range(shape.n_layers))
-    return _LAYERS_AT_Q8_0 * _part(role, layer, shape.n_layers) / total
+    order = _LAYERS_AT_Q8_0 * _part(role, layer, shape.n_layers) / total
+    return SecondOrder(order, order)
 
 
 def _part(role: Role, layer: int, n_layers: int) -> float:

@@ -1,5 +1,6 @@
-"""From the predicted second-order divergence Q to the measured one: KL = a Q + b sqrt(Q).
+"""From predicted second-order divergences to the measured one: KL = a Q + b sqrt(R).
 
+Q is the second-order divergence of all errors, R that of the errors that routers see, which are all but the head's.
 The second term are tokens whose chosen experts change, a jump that no gradient sees; it is most of the divergence where
 errors are small.
 """
@@ -12,37 +13,52 @@ from dataclasses import dataclass
 
 from scipy.optimize import minimize_scalar
 
-__all__ = ["DivergenceModel"]
+__all__ = ["DivergenceModel", "SecondOrder"]
+
+
+@dataclass(frozen=True)
+class SecondOrder:
+    """Second-order divergence in nats."""
+
+    total: float
+    routed: float  # of the errors that routers see
+
+    def __add__(self, other: SecondOrder) -> SecondOrder:
+        """The errors of both: they have nothing to do with each other."""
+        return SecondOrder(self.total + other.total, self.routed + other.routed)
+
+    def __mul__(self, factor: float) -> SecondOrder:
+        """Squared errors that are so many times as large."""
+        return SecondOrder(factor * self.total, factor * self.routed)
 
 
 @dataclass(frozen=True)
 class DivergenceModel:
     """The defaults are what the two models that this was developed on have in common."""
 
-    smooth: float = 0.78  # a
-    flips: float = 0.045  # b, in square roots of nats
+    smooth: float = 1.2  # a
+    flips: float = 0.08  # b, in square roots of nats
 
-    def divergence(self, second_order: float) -> float:
-        """The divergence in nats that a second-order divergence in nats stands for."""
-        return self.smooth * second_order + self.flips * math.sqrt(second_order)
+    def divergence(self, order: SecondOrder) -> float:
+        """The divergence in nats that errors of a second-order divergence cause."""
+        return self.smooth * order.total + self.flips * math.sqrt(order.routed)
 
-    def second_order(self, divergence: float) -> float:
-        """The inverse of :meth:`divergence`."""
-        root = (math.sqrt(self.flips**2 + 4 * self.smooth * divergence) - self.flips) / (2 * self.smooth)
-        return root**2
+    def price_of_flips(self, order: SecondOrder) -> float:
+        """What a little more of the errors that routers see adds to the divergence beside ``smooth``."""
+        return self.flips / (2 * math.sqrt(order.routed)) if order.routed > 0 else 0.0
 
     @classmethod
-    def fitted(cls, points: Sequence[tuple[float, float]]) -> DivergenceModel:
+    def fitted(cls, points: Sequence[tuple[SecondOrder, float]]) -> DivergenceModel:
         """The model that fits measured recipes best: least squares of the logarithms, both terms positive.
 
         Args:
-            points: (second order, measured divergence) of each recipe, nats; two that lie far apart are enough. One
-                keeps the default's proportion of the terms.
+            points: order and measured divergence in nats of each recipe; two that lie far apart are enough. One keeps
+                the default's proportion of the terms.
 
         Raises:
             ValueError: there is none, or a number is not positive.
         """
-        if not points or any(not (order > 0 and measured > 0) for order, measured in points):
+        if not points or any(not (order.total > 0 and order.routed > 0 and measured > 0) for order, measured in points):
             raise ValueError(f"cannot fit a divergence to {list(points)}: give positive numbers")
         default = cls()
         if len({order for order, _ in points}) == 1:
@@ -57,7 +73,7 @@ class DivergenceModel:
         return _scaled(points, math.exp(best.x))
 
 
-def _scaled(points: Sequence[tuple[float, float]], proportion: float) -> DivergenceModel:
+def _scaled(points: Sequence[tuple[SecondOrder, float]], proportion: float) -> DivergenceModel:
     """The best model whose terms have this proportion, b / a."""
     shape = DivergenceModel(1.0, proportion)
     logarithms = [math.log(measured / shape.divergence(order)) for order, measured in points]
@@ -65,5 +81,5 @@ def _scaled(points: Sequence[tuple[float, float]], proportion: float) -> Diverge
     return DivergenceModel(scale, scale * proportion)
 
 
-def _squared_error(points: Sequence[tuple[float, float]], model: DivergenceModel) -> float:
+def _squared_error(points: Sequence[tuple[SecondOrder, float]], model: DivergenceModel) -> float:
     return math.fsum(math.log(measured / model.divergence(order)) ** 2 for order, measured in points)

@@ -18,11 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from compressors.model.errors import InputError
-from compressors.sensitivity.table import TypeTable
+from compressors.sensitivity.divergence import DivergenceModel, SecondOrder
+from compressors.sensitivity.table import Option, TypeTable
 
 __all__ = ["Allocation", "allocate", "allocate_file", "smallest_bytes"]
 
 _MOST_PARTIAL_CHOICES = 2048
+_MOST_TANGENTS = 5
 _PRICE_STEPS = 200  # of the bisection: more than double precision can tell apart
 
 
@@ -32,9 +34,11 @@ class Allocation:
 
     choices: dict[str, str]  # type by unit
     n_bytes: int
-    second_order: float  # predicted divergence, nats
+    order: SecondOrder  # predicted
+    divergence: float  # predicted, nats
     seconds: float  # that decoding a token takes by them
-    gap: float  # the best choice's cost can be lower by no more than this: nats
+    gap: float
+    """No choice costs less by more than so many nats, if those that routers see have the price that they have here."""
 
 
 def smallest_bytes(table: TypeTable) -> int:
@@ -42,32 +46,75 @@ def smallest_bytes(table: TypeTable) -> int:
     return sum(min(option.n_bytes for option in unit.options) for unit in table.units)
 
 
-def allocate(table: TypeTable, byte_limit: int, *, nats_per_second: float = 0.0) -> Allocation:
+def allocate(
+    table: TypeTable,
+    byte_limit: int,
+    model: DivergenceModel | None = None,
+    *,
+    nats_per_second: float = 0.0,
+) -> Allocation:
     """The choice of the lowest predicted divergence that fits.
+
+    The divergence is no sum over units, because of the root of what routers see. But it is concave, so the best choice
+    is also the best by its own tangent; a choice that is so is found by solving with the tangent at the last solution.
+    (It need not be the only one: in trials the best of all choices was at most 1 % better, mostly the same.)
 
     Args:
         table: units and their types.
         byte_limit: of all units together.
+        model: from second order to nats; None: the default.
         nats_per_second: what a second that decoding takes longer is worth; its product is added to the divergence.
 
     Raises:
         InputError: a unit has no type, or the smallest choice does not fit; the message names what does.
     """
+    model = model or DivergenceModel()
     empty = [unit.name for unit in table.units if not unit.options]
     if empty:
         raise InputError(f"{empty[0]} has no type that it may be written in; allow more types")
     smallest = smallest_bytes(table)
     if smallest > byte_limit:
         raise _too_small(smallest, byte_limit)
-    options = _Options.of(table, nats_per_second)
-    chosen, bound = _search(options, byte_limit, _best_price(options, byte_limit))
-    return _allocation(table, options, chosen, bound)
+    found = [_by_tangent(table, byte_limit, model, 0.0, nats_per_second)]
+    while len(found) <= _MOST_TANGENTS:
+        price = model.price_of_flips(found[-1].order)
+        found.append(_by_tangent(table, byte_limit, model, price, nats_per_second))
+        if found[-1].choices == found[-2].choices:
+            break
+    return min(reversed(found), key=lambda one: one.divergence + nats_per_second * one.seconds)
+
+
+def _by_tangent(
+    table: TypeTable, byte_limit: int, model: DivergenceModel, price_of_flips: float, nats_per_second: float
+) -> Allocation:
+    """The best choice if what routers see has a price."""
+
+    def cost(option: Option) -> float:
+        order = option.order
+        return model.smooth * order.total + price_of_flips * order.routed + nats_per_second * option.seconds
+
+    options = _Options.of(table, cost)
+    chosen_U, bound = _search(options, byte_limit, _best_price(options, byte_limit))
+    choices = {
+        unit.name: unit.options[int(options.which_UN[index, option])].choice
+        for index, (unit, option) in enumerate(zip(table.units, chosen_U.tolist(), strict=True))
+    }
+    order = table.order(choices)
+    return Allocation(
+        choices,
+        table.n_bytes(choices),
+        order,
+        model.divergence(order),
+        sum(unit.option(choices[unit.name]).seconds for unit in table.units),
+        max(0.0, options.cost(chosen_U) - bound),
+    )
 
 
 def allocate_file(
     table: TypeTable,
     byte_limit: int,
     file_bytes: Callable[[Mapping[str, str]], int],
+    model: DivergenceModel | None = None,
     *,
     nats_per_second: float = 0.0,
 ) -> Allocation:
@@ -77,17 +124,18 @@ def allocate_file(
         table: units and their types.
         byte_limit: of the file.
         file_bytes: exact size of the file for the types of the units.
-        nats_per_second: as in :func:`allocate`.
+        model: as in :func:`allocate`.
+        nats_per_second: likewise.
 
     Raises:
         InputError: the file of the smallest types does not fit; the message names its size.
     """
-    smallest = allocate(table, smallest_bytes(table))
+    smallest = allocate(table, smallest_bytes(table), model)
     beside = file_bytes(smallest.choices) - smallest.n_bytes
     if smallest.n_bytes + beside > byte_limit:
         raise _too_small(smallest.n_bytes + beside, byte_limit)
     while byte_limit - beside >= smallest.n_bytes:
-        found = allocate(table, byte_limit - beside, nats_per_second=nats_per_second)
+        found = allocate(table, byte_limit - beside, model, nats_per_second=nats_per_second)
         excess = file_bytes(found.choices) - byte_limit
         if excess <= 0:
             return found
@@ -111,12 +159,12 @@ class _Options:
     cost_UN: npt.NDArray[np.float64]  # infinite where a unit has fewer options than another
 
     @classmethod
-    def of(cls, table: TypeTable, nats_per_second: float) -> _Options:
+    def of(cls, table: TypeTable, cost_of: Callable[[Option], float]) -> _Options:
         size = (len(table.units), max(len(unit.options) for unit in table.units))
         found = cls(np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64), np.full(size, np.inf))
         for index, unit in enumerate(table.units):
             n_bytes = np.array([option.n_bytes for option in unit.options], dtype=np.int64)
-            cost = np.array([option.second_order + nats_per_second * option.seconds for option in unit.options])
+            cost = np.array([cost_of(option) for option in unit.options])
             which = np.lexsort((cost, n_bytes))
             which = which[_not_dominated(cost[which])]
             place = (index, slice(len(which)))
@@ -243,17 +291,3 @@ class _Partial:
             chosen_U[unit] = options[place]
             place = int(parents[place])
         return chosen_U
-
-
-def _allocation(table: TypeTable, options: _Options, chosen_U: npt.NDArray[np.int64], bound: float) -> Allocation:
-    taken = [
-        unit.options[int(options.which_UN[index, option])]
-        for index, (unit, option) in enumerate(zip(table.units, chosen_U.tolist(), strict=True))
-    ]
-    return Allocation(
-        {unit.name: option.choice for unit, option in zip(table.units, taken, strict=True)},
-        sum(option.n_bytes for option in taken),
-        sum(option.second_order for option in taken),
-        sum(option.seconds for option in taken),
-        max(0.0, options.cost(chosen_U) - bound),
-    )

@@ -33,10 +33,12 @@ class MatrixSensitivity:
 
     rows_MPO: torch.Tensor  # float32: E[G_o^2] over all tokens, those that did not choose the expert included
     columns_MPI: torch.Tensor  # float32: E[x_i^2] over the tokens that chose it
+    routed_P: tuple[bool, ...] = (True,)  # whether routers see the product's errors: none lies behind the head
 
-    def weights(self, matrix: int, rows: torch.Tensor) -> torch.Tensor:
-        """The weights of some rows' squared errors: float32 [rows, I]."""
-        return self.rows_MPO[matrix][:, rows].T @ self.columns_MPI[matrix]
+    def weights(self, matrix: int, rows: torch.Tensor, *, routed_only: bool = False) -> torch.Tensor:
+        """The weights of some rows' squared errors, or of the part of them that routers see: float32 [rows, I]."""
+        counted = [product for product, routed in enumerate(self.routed_P) if routed or not routed_only]
+        return self.rows_MPO[matrix, counted][:, rows].T @ self.columns_MPI[matrix, counted]
 
     @property
     def row_weights_MO(self) -> torch.Tensor:
@@ -67,11 +69,11 @@ class VocabularySensitivities:
 
     def of(self, role: Role, *, tied: bool) -> MatrixSensitivity:
         """The sensitivity of the embedding, of the head, or of the one matrix that is both."""
-        lookup = (self.lookup_rows_V, self.lookup_columns_D)
-        head = (self.head_rows_V, self.head_columns_D)
+        lookup = (self.lookup_rows_V, self.lookup_columns_D, True)
+        head = (self.head_rows_V, self.head_columns_D, False)
         parts = [lookup, head] if tied else [lookup if role is Role.TOKEN_EMBEDDING else head]
-        rows, columns = zip(*parts, strict=True)
-        return MatrixSensitivity(torch.stack(rows)[None], torch.stack(columns)[None])
+        rows, columns, routed = zip(*parts, strict=True)
+        return MatrixSensitivity(torch.stack(rows)[None], torch.stack(columns)[None], routed)
 
 
 @dataclass(frozen=True)

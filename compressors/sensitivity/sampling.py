@@ -15,6 +15,7 @@ import torch
 from compressors.model.families import Role
 from compressors.model.student import Student
 from compressors.quantize import GGMLQuantizationType, dequantize_rows, quantize_rows
+from compressors.sensitivity.divergence import SecondOrder
 from compressors.sensitivity.matrices import MatrixSensitivity
 from compressors.statistics import Importance
 
@@ -35,6 +36,7 @@ class _Rows:
     name: str
     values_RN: torch.Tensor  # float32
     weights_RN: torch.Tensor  # of their squared errors; that of rows that are not here is in them
+    routed_weights_RN: torch.Tensor  # the part of the weights that is of errors that routers see
     importance_N: torch.Tensor | None
 
 
@@ -44,17 +46,18 @@ class RowSample:
 
     parts: tuple[_Rows, ...]
 
-    def divergence(self, quantize: Quantizer) -> float:
-        """What quantizing the tensor alone would do to the output, to second order: nats."""
-        return sum(
-            0.5
-            * float(
-                (
-                    part.weights_RN * (quantize(part.values_RN, part.importance_N, part.name) - part.values_RN).square()
-                ).sum(dtype=torch.float64)
-            )
-            for part in self.parts
-        )
+    def second_order(self, quantize: Quantizer) -> SecondOrder:
+        """What quantizing the tensor alone would do to the output, to second order."""
+        return sum((_second_order(part, quantize) for part in self.parts), SecondOrder(0.0, 0.0))
+
+
+def _second_order(part: _Rows, quantize: Quantizer) -> SecondOrder:
+    error_RN = (quantize(part.values_RN, part.importance_N, part.name) - part.values_RN).square()
+    total, routed = (
+        0.5 * float((weights_RN * error_RN).sum(dtype=torch.float64))
+        for weights_RN in (part.weights_RN, part.routed_weights_RN)
+    )
+    return SecondOrder(total, routed)
 
 
 def ggml_quantizer(ggml_type: GGMLQuantizationType) -> Quantizer:
@@ -98,10 +101,14 @@ def sample_rows(
         if not len(rows):
             continue
         values_RN = _matrix(student, role, layer, matrix)[rows].float()
-        weights_RN = sensitivity.weights(matrix, rows) * scale_O[rows, None].float()
+        scale_R1 = scale_O[rows, None].float()
+        weights_RN = sensitivity.weights(matrix, rows) * scale_R1
+        routed_RN = weights_RN
+        if not all(sensitivity.routed_P):
+            routed_RN = sensitivity.weights(matrix, rows, routed_only=True) * scale_R1
         found = importance.get((role, layer))
         importance_N = found if found is None or not role.is_expert else found[matrix]
-        parts.append(_Rows(student.name(role, layer, matrix), values_RN, weights_RN, importance_N))
+        parts.append(_Rows(student.name(role, layer, matrix), values_RN, weights_RN, routed_RN, importance_N))
     return RowSample(tuple(parts))
 
 

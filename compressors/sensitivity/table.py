@@ -9,6 +9,7 @@ from typing import Any
 
 from compressors.model.families import Role
 from compressors.model.student import Student
+from compressors.sensitivity.divergence import SecondOrder
 from compressors.sensitivity.matrices import Sensitivities
 from compressors.sensitivity.sampling import SAMPLED_WEIGHTS, Quantizer, RowSample, sample_rows
 from compressors.statistics import Importance
@@ -22,7 +23,7 @@ class Option:
 
     choice: str  # the type's name
     n_bytes: int  # in the file, alignment included
-    second_order: float  # predicted divergence, nats, before :class:`~compressors.sensitivity.DivergenceModel`
+    order: SecondOrder  # predicted
     seconds: float = 0.0  # that decoding a token takes by it
 
 
@@ -70,9 +71,9 @@ class TypeTable:
         """Bytes of a choice of every unit."""
         return sum(unit.option(choices[unit.name]).n_bytes for unit in self.units)
 
-    def second_order(self, choices: Mapping[str, str]) -> float:
-        """The predicted divergence of a choice of every unit: nats, to second order."""
-        return sum(unit.option(choices[unit.name]).second_order for unit in self.units)
+    def order(self, choices: Mapping[str, str]) -> SecondOrder:
+        """The predicted second-order divergence of a choice of every unit."""
+        return sum((unit.option(choices[unit.name]).order for unit in self.units), SecondOrder(0.0, 0.0))
 
     def to_json(self) -> list[dict[str, Any]]:
         """Plain data for a JSON file."""
@@ -83,7 +84,9 @@ class TypeTable:
         """The inverse of :meth:`to_json`."""
         return cls(
             tuple(
-                Unit(unit["name"], tuple(unit["tensors"]), tuple(Option(**option) for option in unit["options"]))
+                Unit(
+                    unit["name"], tuple(unit["tensors"]), tuple(_option_from_json(option) for option in unit["options"])
+                )
                 for unit in data
             )
         )
@@ -150,10 +153,12 @@ def measured_table(
 
 
 def _option(candidate: Candidate, samples: Sequence[tuple[Role, RowSample]]) -> Option:
-    quantize = candidate.quantize
-    second_order = (
-        0.0
-        if quantize is None
-        else sum(candidate.factor(role) * sample.divergence(quantize) for role, sample in samples)
-    )
-    return Option(candidate.choice, candidate.n_bytes, second_order, candidate.seconds)
+    order = SecondOrder(0.0, 0.0)
+    if candidate.quantize is not None:
+        for role, sample in samples:
+            order += sample.second_order(candidate.quantize) * candidate.factor(role)
+    return Option(candidate.choice, candidate.n_bytes, order, candidate.seconds)
+
+
+def _option_from_json(data: Mapping[str, Any]) -> Option:
+    return Option(**{**data, "order": SecondOrder(**data["order"])})

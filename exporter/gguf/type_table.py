@@ -25,7 +25,10 @@ from compressors.sensitivity.sampling import SAMPLED_WEIGHTS
 from compressors.statistics import Importance
 from exporter.gguf.container import aligned
 
-__all__ = ["ALLOCATED_TYPES", "gguf_type_table", "plan_gguf_units"]
+__all__ = ["ALLOCATED_TYPES", "DecodeCost", "gguf_type_table", "plan_gguf_units", "weights_of_a_token"]
+
+DecodeCost = Callable[[str, int], float]
+"""(a type's name, weights that a token is multiplied with) -> seconds."""
 
 _T = GGMLQuantizationType
 
@@ -60,7 +63,8 @@ def plan_gguf_units(
     types: Sequence[GGMLQuantizationType] = ALLOCATED_TYPES,
     *,
     feedback: bool = False,
-    quantizers: Mapping[GGMLQuantizationType, Quantizer] | None = None,
+    quantizers: Mapping[GGMLQuantizationType, Quantizer | None] | None = None,
+    decode_cost: DecodeCost | None = None,
 ) -> list[UnitPlan]:
     """A unit for each tensor that can be quantized, in the file's order, with those types that fit its rows.
 
@@ -68,17 +72,20 @@ def plan_gguf_units(
         shape: of the model in the file.
         types: to choose from.
         feedback: errors are what error feedback leaves of them (:func:`~compressors.sensitivity.feedback_factor`).
-        quantizers: in place of ggml's kernels for some types; their errors are taken as they are.
+        quantizers: in place of ggml's kernels for some types; None: the type holds the weights exactly.
+        decode_cost: of the runtime; None: time does not count.
     """
-    quantizers = quantizers or {}
     plans = []
     for role, layer in _matrices(shape):
-        *rows, row_length = _dimensions(shape, role, layer)
-        candidates = [
-            _candidate(ggml_type, aligned(prod(rows) * row_bytes(ggml_type, row_length)), feedback, quantizers)
-            for ggml_type in types
-            if row_length % BLOCK_SIZES[ggml_type][0] == 0
-        ]
+        dimensions = _dimensions(shape, role, layer)
+        candidates = []
+        for ggml_type in types:
+            if dimensions[-1] % BLOCK_SIZES[ggml_type][0] == 0:
+                n_bytes = aligned(prod(dimensions[:-1]) * row_bytes(ggml_type, dimensions[-1]))
+                quantize, factor = _errors(ggml_type, feedback, quantizers or {})
+                n_used = weights_of_a_token(shape, role, dimensions)
+                seconds = 0.0 if decode_cost is None else decode_cost(ggml_type.name, n_used)
+                candidates.append(Candidate(ggml_type.name, n_bytes, quantize, factor, seconds))
         name = shape.gguf_name(role, layer)
         plans.append(UnitPlan(name, (name,), ((role, layer),), tuple(candidates)))
     return plans
@@ -91,6 +98,8 @@ def gguf_type_table(
     types: Sequence[GGMLQuantizationType] = ALLOCATED_TYPES,
     *,
     feedback: bool = False,
+    quantizers: Mapping[GGMLQuantizationType, Quantizer | None] | None = None,
+    decode_cost: DecodeCost | None = None,
     n_weights: int | None = SAMPLED_WEIGHTS,
     threads: int = 1,
     progress: Callable[[int], None] | None = None,
@@ -99,25 +108,32 @@ def gguf_type_table(
 
     The arguments are those of :func:`plan_gguf_units` and :func:`~compressors.sensitivity.measured_table`.
     """
-    plans = plan_gguf_units(student.shape, types, feedback=feedback)
+    plans = plan_gguf_units(student.shape, types, feedback=feedback, quantizers=quantizers, decode_cost=decode_cost)
     return measured_table(
         student, plans, sensitivities, importance, n_weights=n_weights, threads=threads, progress=progress
     )
 
 
-def _candidate(
-    ggml_type: GGMLQuantizationType,
-    n_bytes: int,
-    feedback: bool,
-    quantizers: Mapping[GGMLQuantizationType, Quantizer],
-) -> Candidate:
-    if ggml_type in quantizers:
-        return Candidate(ggml_type.name, n_bytes, quantizers[ggml_type])
+def _errors(
+    ggml_type: GGMLQuantizationType, feedback: bool, quantizers: Mapping[GGMLQuantizationType, Quantizer | None]
+) -> tuple[Quantizer | None, Callable[[Role], float]]:
+    """The quantizer of a type, None if it is exact, and what is left of its errors by role."""
 
     def factor(role: Role) -> float:
         return feedback_factor(role, ggml_type.name) if feedback else 1.0
 
-    return Candidate(ggml_type.name, n_bytes, ggml_quantizer(ggml_type), factor)
+    if ggml_type in quantizers:
+        return quantizers[ggml_type], factor
+    return ggml_quantizer(ggml_type), factor
+
+
+def weights_of_a_token(shape: MoeShape, role: Role, dimensions: tuple[int, ...]) -> int:
+    """Weights that one token is multiplied with: those of its experts; none of an embedding that is no head."""
+    if role is Role.TOKEN_EMBEDDING and not shape.tied_embeddings:
+        return 0
+    if role.is_expert:
+        return prod(dimensions[1:]) * min(shape.top_k, dimensions[0])
+    return prod(dimensions)
 
 
 def _matrices(shape: MoeShape) -> list[tuple[Role, int | None]]:

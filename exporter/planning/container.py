@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compressors.model.shape import MoeShape
-from compressors.sensitivity import Allocation, TypeTable
+from compressors.sensitivity import TypeTable
 from exporter.budget import predict
 from exporter.prediction import Prediction
 from exporter.recipe import BudgetChoice, FileChoice
@@ -30,9 +30,9 @@ class Container:
     threads: int
     choice: FileChoice  # quantizer and importance matrix
 
-    def file(self, allocation: Allocation, table: TypeTable) -> FileChoice:
-        """The recipe's choice for an allocation."""
-        types = {tensor: allocation.choices[unit.name] for unit in table.units for tensor in unit.tensors}
+    def file(self, choices: Mapping[str, str], table: TypeTable) -> FileChoice:
+        """The recipe's choice for a type of each unit."""
+        types = {tensor: choices[unit.name] for unit in table.units for tensor in unit.tensors}
         return self.choice.model_copy(update={"mix": _BASE_MIX[self.artifact], "tensors": types})
 
     def prediction(self, choice: FileChoice) -> Prediction:

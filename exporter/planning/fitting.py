@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from compressors.model.errors import InputError
-from compressors.sensitivity import Allocation, TypeTable, allocate, smallest_bytes
+from compressors.sensitivity import Allocation, TypeTable, allocate, allocate_file, smallest_bytes
 from exporter.planning.container import Container
 from exporter.prediction import Prediction
 from exporter.recipe import FileChoice
 
 __all__ = ["Fitted", "fit", "smallest"]
 
-_MOST_ROUNDS = 8
+_CHEAPEST_SECOND, _DEAREST_SECOND = 1e-4, 1e6  # nats that a second of decoding may be worth
+_PRICE_STEPS = 8  # of the bisection: the price is then known to a twentieth of its logarithm
 
 
 @dataclass(frozen=True)
@@ -24,28 +27,42 @@ class Fitted:
     prediction: Prediction
 
 
-def fit(container: Container, table: TypeTable, *, nats_per_second: float = 0.0) -> Fitted | None:
+def fit(container: Container, table: TypeTable, *, seconds: float | None = None) -> Fitted | None:
     """The best allocation whose file keeps the budget; None if the smallest does not.
 
-    What a budget counts beside the tensors (metadata, caches, buffers) hardly depends on their types: the limit of the
-    tensors is lowered by what a file has too much, until it has nothing too much.
+    Args:
+        container: the artifact.
+        table: of its units.
+        seconds: that decoding a token may spend on the weights, if an allocation that fits can be so fast; None: any.
     """
-    limit = container.budget.bytes - (smallest(container, table) - smallest_bytes(table))
-    for _ in range(_MOST_ROUNDS):
-        try:
-            allocation = allocate(table, limit, nats_per_second=nats_per_second)
-        except InputError:
-            return None
-        choice = container.file(allocation, table)
-        prediction = container.prediction(choice)
-        excess = prediction.counted(container.budget.kind) - container.budget.bytes
-        if excess <= 0:
-            return Fitted(choice, allocation, prediction)
-        limit = allocation.n_bytes - excess
-    return None
+    best = _fitted(container, table, 0.0)
+    if best is None or seconds is None or best.allocation.seconds <= seconds:
+        return best
+    low, high = _CHEAPEST_SECOND, _DEAREST_SECOND
+    fast = _fitted(container, table, high)
+    for _ in range(_PRICE_STEPS):
+        price = math.sqrt(low * high)
+        found = _fitted(container, table, price)
+        if found is not None and found.allocation.seconds <= seconds:
+            fast, high = found, price
+        else:
+            low = price
+    return fast
+
+
+def _fitted(container: Container, table: TypeTable, nats_per_second: float) -> Fitted | None:
+    def counted(choices: Mapping[str, str]) -> int:
+        return container.counted(container.file(choices, table))
+
+    try:
+        allocation = allocate_file(table, container.budget.bytes, counted, nats_per_second=nats_per_second)
+    except InputError:
+        return None
+    choice = container.file(allocation.choices, table)
+    return Fitted(choice, allocation, container.prediction(choice))
 
 
 def smallest(container: Container, table: TypeTable) -> int:
     """Bytes that the budget counts of the smallest file."""
     allocation = allocate(table, smallest_bytes(table))
-    return container.counted(container.file(allocation, table))
+    return container.counted(container.file(allocation.choices, table))

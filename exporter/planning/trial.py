@@ -25,12 +25,20 @@ from exporter.stages import compress
 from exporter.stages.artifacts import Blocks, Calibration, StudentFiles, importance_of, memory_limit
 from exporter.stages.recover import Ladder
 from exporter.stages.sensitivity import watched_blocks
+from exporter.work import WorkDirectory
 from validate.backend import scored_positions
 
 __all__ = ["Trial"]
 
 _OF_THE_RUN = frozenset({"calibrate", "sensitivity"})
 _TRIAL_BLOCKS = 16  # of recovery: enough to see whether it helps, and about how much
+
+
+def _place_of_original(work: WorkDirectory) -> Path:
+    """Where all parts of a run find what was measured of the original, as long as its sensitivities are the same."""
+    record = work.record("sensitivity")
+    assert record is not None, "the stage comes before"
+    return work.place("sensitivity") / f"original-{record.fingerprint[:12]}"
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ class Trial:
     def of(cls, context: StageContext, choice: CompressChoice, number: int) -> Trial:
         """The trial of a structure; number 0 is the original."""
         recipe = context.plan.recipe.model_copy(update={"compress": choice})
-        folder = context.output / f"trial-{number}"
+        folder = _place_of_original(context.work) if number == 0 else context.output / f"trial-{number}"
         work = context.work.within(folder, _OF_THE_RUN)
         plan = replace(context.plan, recipe=recipe)
         return cls(StageContext(plan, work, folder, context.progress), choice)
@@ -70,8 +78,7 @@ class Trial:
     def _teach(self) -> None:
         """Climbs the rungs of the finished run for a short while; what does not help is not kept."""
         plan = self.context.plan
-        assert plan.search is not None, "the recipe stands"
-        choice, _ = ladder_for(plan.search.recover, self.compress, plan)
+        choice, _ = ladder_for(self.compress, plan)
         plan = replace(plan, recipe=plan.recipe.model_copy(update={"recover": choice}))
 
         def climb(context: StageContext) -> None:
@@ -102,12 +109,13 @@ class Trial:
         """What each type of each unit costs, measured once; ``name`` tells tables of the same structure apart."""
         path = self.context.output / f"table-{name}.json"
         if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
             student = self.student()
             table = measured_table(
                 student,
                 units,
                 self._sensitivities(student),
-                importance_of(student, self.context.work),
+                importance_of(student, self.context.plan, self.context.work),
                 threads=self.context.plan.recipe.threads,
             )
             write_atomically(path, json.dumps(table.to_json()))

@@ -14,8 +14,10 @@ from compressors.model.checkpoint import Checkpoint
 from compressors.model.memory import MemoryLimit
 from compressors.model.student import Student
 from compressors.sensitivity import Sensitivities
-from compressors.statistics import Importance, StoredStatistics, importance
+from compressors.statistics import Importance, StoredStatistics, importance, importance_of_kept
+from exporter.gguf.imatrix import read_imatrix
 from exporter.plan import Plan
+from exporter.planned_types import hold_same_numbers
 from exporter.stage import StageContext
 from exporter.work import WorkDirectory
 
@@ -177,17 +179,20 @@ def open_student(plan: Plan, work: WorkDirectory, stage: str = "recover") -> Stu
 
 def same_numbers(plan: Plan) -> bool:
     """Whether both files hold the same numbers, so that the runtimes can be compared with each other."""
-    gguf, onnx = plan.recipe.gguf, plan.recipe.onnx
-    if gguf is None or onnx is None or gguf.tensors or onnx.tensors:
-        return False
-    return (gguf.mix, gguf.quantizer, gguf.imatrix) == (onnx.mix, onnx.quantizer, onnx.imatrix)
+    return hold_same_numbers(plan.recipe, plan.student_shape)
 
 
-def importance_of(student: Student, work: WorkDirectory) -> Importance:
-    """The importance matrix of a student's weights."""
+def importance_of(student: Student, plan: Plan, work: WorkDirectory) -> Importance:
+    """The importance matrix of a student's weights.
+
+    That of ``--imatrix`` knows the original's columns: where experts have weights of their own, what they see of the
+    calibration text counts.
+    """
     own = StudentFiles(work.stage("compress")).statistics
     if own.exists():
         return importance(StoredStatistics(own, student.shape.n_layers), student.experts.of_itself())
+    if plan.imatrix is not None:
+        return importance_of_kept(read_imatrix(plan.imatrix, plan.teacher_shape), student.experts)
     statistics = Calibration.of(work).layer_statistics(student.source.shape.n_layers)
     return importance(statistics, student.experts)
 

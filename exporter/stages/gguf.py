@@ -39,7 +39,7 @@ def write(context: StageContext, student: Student, choice: FileChoice, folder: P
             choice.mix,
             path,
             types=choice.tensors,
-            importance=importance_of(student, context.work),
+            importance=importance_of(student, plan, context.work),
             feedback=feedback,
             name=name,
             threads=writer_threads(plan, student.shape, choice.quantizer),

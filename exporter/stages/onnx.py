@@ -42,7 +42,7 @@ def write(context: StageContext, student: Student, choice: FileChoice, place: Pa
             choice.mix,
             folder,
             encodings=choice.tensors,
-            importance=importance_of(student, context.work),
+            importance=importance_of(student, context.plan, context.work),
             feedback=feedback,
             context_length=None,
             threads=writer_threads(context.plan, student.shape, choice.quantizer),

@@ -16,14 +16,14 @@ import torch
 from compressors.model.log_probs import LogProbReader, LogProbWriter
 from exporter.stage import StageContext
 from exporter.stages.artifacts import Blocks, Calibration
-from exporter.stages.validate_torch import EVALUATION, ROUTER_INPUTS
+from exporter.stages.validate_torch import EVALUATION
+from exporter.stages.validate_written import router_inputs
 from validate.backend import RuntimeBackend, RuntimeCrashError, scored_positions
 from validate.evaluation import evaluate
 from validate.figures import fidelity_figures
 from validate.generation import generate_texts, generation_figures, prompts_of
 from validate.measure import artifact_bytes, measure_artifact
 from validate.router_alone import router_alone
-from validate.router_inputs import RouterInputs
 from validate.time_limit import patience, set_limit
 
 __all__ = ["LOG_PROBS", "MEASUREMENT", "limit_runtime", "validate_runtime"]
@@ -68,7 +68,7 @@ def validate_runtime(
             threads=recipe.threads,
             prompt=heldout[0],
         )
-        figures = _figures(context, open_backend(), heldout, references, record=record)
+        figures = _figures(context, artifact, open_backend(), heldout, references, record=record)
         cache = None if open_quantized is None else _with_quantized_cache(context, open_quantized(), heldout)
     except RuntimeCrashError as crash:
         measurement["error"] = str(crash)
@@ -85,6 +85,7 @@ def limit_runtime(artifact: str, path: Path, n_tokens: int) -> None:
 
 def _figures(
     context: StageContext,
+    artifact: str,
     backend: RuntimeBackend,
     heldout_BT: npt.NDArray[np.int64],
     references: Mapping[str, LogProbReader],
@@ -99,7 +100,7 @@ def _figures(
     return {
         "runtime_version": backend.version,
         "generation": generation_figures(texts, context.plan.end_tokens),
-        "router_alone": _router_alone(context, backend, heldout_BT),
+        "router_alone": _router_alone(context, artifact, backend, heldout_BT),
     }
 
 
@@ -118,10 +119,10 @@ def _with_quantized_cache(
 
 
 def _router_alone(
-    context: StageContext, backend: RuntimeBackend, heldout_BT: npt.NDArray[np.int64]
+    context: StageContext, artifact: str, backend: RuntimeBackend, heldout_BT: npt.NDArray[np.int64]
 ) -> dict[str, Any] | None:
-    """Gives the runtime's routers what the student's routers had in torch; None of a dense student."""
-    inputs = RouterInputs(context.work.stage("validate_torch") / ROUTER_INPUTS)
+    """Gives the runtime's routers what the same routers had in torch; None of a dense student."""
+    inputs = router_inputs(context, artifact)
     if not inputs.folder.exists():
         return None
     return router_alone(inputs, backend.route(heldout_BT[inputs.chunks()], inputs)).figures()

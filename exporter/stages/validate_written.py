@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from compressors.model.log_probs import LogProbReader, LogProbWriter
+from compressors.model.shape import MoeShape
 from exporter.plan import Plan
 from exporter.stage import StageContext
 from exporter.stages.artifacts import Blocks, Calibration, memory_limit, open_student, same_numbers, use_threads
@@ -13,18 +17,24 @@ from exporter.stages.validate_torch import EVALUATION
 from exporter.work import WorkDirectory
 from validate.backend import scored_positions
 from validate.evaluation import evaluate
+from validate.router_alone import RouterInputRecorder
+from validate.router_inputs import RouterInputs, spread_chunks
 from validate.torch_reference import TorchBackend
 
-__all__ = ["SAME_WEIGHTS", "run", "same_weights", "written_evaluation"]
+__all__ = ["SAME_WEIGHTS", "router_inputs", "run", "same_weights", "written_evaluation"]
 
 SAME_WEIGHTS = "same_weights"
 """Under which name a runtime's evaluation knows torch with the same weights."""
 
 _LOG_PROBS = "log_probs"
+_ROUTER_INPUTS = "router_inputs"
 
 
 def run(context: StageContext) -> None:
-    """Writes log-probabilities and evaluation of each file's numbers; once, if both files hold the same."""
+    """Writes log-probabilities and evaluation of each file's numbers, and what its routers are given on a part of them.
+
+    Once, if both files hold the same.
+    """
     plan = context.plan
     use_threads(plan)
     student = open_student(plan, context.work)
@@ -36,14 +46,31 @@ def run(context: StageContext) -> None:
     with context.progress.bar("layers", len(different) * student.shape.n_layers) as advance:
         for artifact, weights in different.items():
             folder = context.output / artifact
-            backend = TorchBackend(student.as_written(weights), advance, memory_limit(context))
+            recorder = _router_recorder(folder, student.shape, heldout_BT)
+            observers = [] if recorder is None else [recorder.observe]
+            backend = TorchBackend(student.as_written(weights), advance, memory_limit(context), observers)
             record = LogProbWriter(folder / _LOG_PROBS, n_scored, student.shape.vocab_size)
-            evaluate(backend, heldout_BT, {}, record=record).save(folder / EVALUATION)
+            evaluation = evaluate(backend, heldout_BT, {}, record=record)
+            evaluation.save(folder / EVALUATION)
+            if recorder is not None and evaluation.routing is not None:
+                recorder.finish(evaluation.routing)
 
 
 def same_weights(context: StageContext, artifact: str) -> dict[str, LogProbReader]:
     """What torch says with an artifact's numbers, as a reference for its runtime."""
     return {SAME_WEIGHTS: LogProbReader(_folder(context.plan, context.work, artifact) / _LOG_PROBS)}
+
+
+def router_inputs(context: StageContext, artifact: str) -> RouterInputs:
+    """What the routers of an artifact's numbers are given in torch; a dense student leaves no such folder."""
+    return RouterInputs(_folder(context.plan, context.work, artifact) / _ROUTER_INPUTS)
+
+
+def _router_recorder(folder: Path, shape: MoeShape, heldout_BT: npt.NDArray[np.int64]) -> RouterInputRecorder | None:
+    if shape.is_dense:
+        return None
+    n_blocks, n_tokens = heldout_BT.shape
+    return RouterInputRecorder(folder / _ROUTER_INPUTS, shape, spread_chunks(n_blocks), n_tokens)
 
 
 def written_evaluation(plan: Plan, work: WorkDirectory, artifact: str) -> Path:

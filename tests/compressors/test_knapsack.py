@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 
 from compressors.model.errors import InputError
-from compressors.sensitivity import Option, TypeTable, Unit, allocate, allocate_file, smallest_bytes
+from compressors.sensitivity import (
+    DivergenceModel,
+    Option,
+    SecondOrder,
+    TypeTable,
+    Unit,
+    allocate,
+    allocate_file,
+    smallest_bytes,
+)
 
 
 def _table(generator: np.random.Generator, n_units: int, n_options: int, sizes: list[int]) -> TypeTable:
@@ -20,19 +29,26 @@ def _table(generator: np.random.Generator, n_units: int, n_options: int, sizes: 
     for number in range(n_units):
         size = int(generator.choice(sizes))
         importance = float(generator.lognormal(-6, 1.5))
+        routed = float(generator.choice([0.0, 0.2, 1.0]))
         bits = np.sort(generator.uniform(2, 8.5, n_options))
         noise = generator.lognormal(0, 0.3, n_options)
         options = tuple(
-            Option(f"T{place}", int(size * bit / 8) // 32 * 32, importance * 4.0**-bit * factor, bit * 1e-4)
+            Option(
+                f"T{place}",
+                int(size * bit / 8) // 32 * 32,
+                SecondOrder(importance * 4.0**-bit * factor, routed * importance * 4.0**-bit * factor),
+                bit * 1e-4,
+            )
             for place, (bit, factor) in enumerate(zip(bits, noise, strict=True))
         )
         units.append(Unit(f"unit {number}", (f"tensor {number}",), options))
     return TypeTable(tuple(units))
 
 
-def _best_of_all(table: TypeTable, limit: int, nats_per_second: float = 0.0) -> float:
+def _best_of_all(table: TypeTable, limit: int, model: DivergenceModel, nats_per_second: float = 0.0) -> float:
     return min(
-        sum(option.second_order + nats_per_second * option.seconds for option in options)
+        model.divergence(sum((option.order for option in options), SecondOrder(0.0, 0.0)))
+        + nats_per_second * sum(option.seconds for option in options)
         for options in itertools.product(*(unit.options for unit in table.units))
         if sum(option.n_bytes for option in options) <= limit
     )
@@ -40,19 +56,19 @@ def _best_of_all(table: TypeTable, limit: int, nats_per_second: float = 0.0) -> 
 
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("nats_per_second", [0.0, 0.05])
-def test_no_other_choice_is_better(seed: int, nats_per_second: float) -> None:
+@pytest.mark.parametrize("flips", [0.0, 0.08])
+def test_no_other_choice_is_better(seed: int, nats_per_second: float, flips: float) -> None:
     generator = np.random.default_rng(seed)
-    table = _table(generator, 6, 5, [4096, 8192, 70_000])
+    table, model = _table(generator, 5, 5, [4096, 8192, 70_000]), DivergenceModel(1.2, flips)
     lowest, highest = (sum(pick(o.n_bytes for o in unit.options) for unit in table.units) for pick in (min, max))
     for share in (0.0, 0.02, 0.3, 0.6, 0.97, 1.0):
         limit = int(lowest + share * (highest - lowest))
-        found = allocate(table, limit, nats_per_second=nats_per_second)
-        best = _best_of_all(table, limit, nats_per_second)
-        cost = found.second_order + nats_per_second * found.seconds
+        found = allocate(table, limit, model, nats_per_second=nats_per_second)
+        best = _best_of_all(table, limit, model, nats_per_second)
         assert found.n_bytes == table.n_bytes(found.choices) <= limit
-        assert found.second_order == pytest.approx(table.second_order(found.choices))
-        assert cost == pytest.approx(best, rel=1e-9)
-        assert cost - found.gap <= best * (1 + 1e-9)
+        assert found.divergence == pytest.approx(model.divergence(table.order(found.choices)))
+        nearness = 1e-9 if flips == 0 else 0.02  # tangents find a best choice, not always the best of them
+        assert found.divergence + nats_per_second * found.seconds == pytest.approx(best, rel=nearness)
 
 
 def test_one_byte_less_than_the_smallest_fails_and_names_it() -> None:
@@ -70,9 +86,9 @@ def test_a_large_model_takes_less_than_a_second_and_the_gap_is_small() -> None:
         limit = int(lowest + share * (highest - lowest))
         start = time.process_time()
         found = allocate(table, limit)
-        assert time.process_time() - start < 1.5  # 0.3 s where nothing else runs
+        assert time.process_time() - start < 4  # half a second for each tangent
         assert found.n_bytes <= limit
-        assert found.gap < 2e-3 * found.second_order
+        assert found.gap < 2e-3 * found.divergence
 
 
 def test_types_can_be_left_out_and_units_pinned() -> None:
@@ -86,8 +102,8 @@ def test_types_can_be_left_out_and_units_pinned() -> None:
 
 
 def test_time_that_costs_nats_buys_faster_types() -> None:
-    slow = Option("slow", 100, 0.001, seconds=0.02)
-    fast = Option("fast", 110, 0.002, seconds=0.01)
+    slow = Option("slow", 100, SecondOrder(0.001, 0.0), seconds=0.02)
+    fast = Option("fast", 110, SecondOrder(0.002, 0.0), seconds=0.01)
     table = TypeTable((Unit("a", ("a",), (slow, fast)),))
     assert allocate(table, 200).choices == {"a": "slow"}
     assert allocate(table, 200, nats_per_second=0.2).choices == {"a": "fast"}
@@ -112,7 +128,7 @@ def test_a_file_never_exceeds_its_limit_whatever_lies_between_its_tensors() -> N
     for limit in range(least, least + 200_000, 7_777):
         found = allocate_file(table, limit, file_bytes)
         assert file_bytes(found.choices) <= limit
-        assert found.second_order <= table.second_order(smallest)
-    assert found.second_order < table.second_order(smallest) / 2
+        assert found.order.total <= table.order(smallest).total
+    assert found.order.total < table.order(smallest).total / 2
     with pytest.raises(InputError, match=f"the smallest limit that can be met with these types is {least:,}"):
         allocate_file(table, least - 1, file_bytes)

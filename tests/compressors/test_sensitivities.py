@@ -195,9 +195,11 @@ def test_a_tied_matrix_is_judged_by_both_of_its_uses(found: Sensitivities, refer
     head = vocabulary.head_rows_V[rows, None] * vocabulary.head_columns_D
     if found.tied:
         torch.testing.assert_close(embedding.weights(0, rows), lookup + head)
+        torch.testing.assert_close(embedding.weights(0, rows, routed_only=True), lookup)
     else:
         torch.testing.assert_close(embedding.weights(0, rows), lookup)
         torch.testing.assert_close(found.of(Role.HEAD).weights(0, rows), head)
+        assert not found.of(Role.HEAD).weights(0, rows, routed_only=True).any()
 
 
 def test_memory_and_a_second_run_change_no_bit(folder: Path, blocks_BT: torch.Tensor, tmp_path: Path) -> None:

@@ -50,10 +50,11 @@ def job(toy_model: Path, small_texts: tuple[Path, Path], tmp_path_factory: pytes
 
 @pytest.fixture(scope="module")
 def plan(job: Job) -> Plan:
-    """With round numbers of blocks: 40, 4, and 3 of each of the two held-out files."""
+    """With round numbers of blocks: 40, 4, and 3 of each of two held-out files. Both files hold the same numbers."""
     plan = make_plan(job, "moe-export")
     text = {"calibration_blocks": 40, "selection_blocks": 4, "heldout_chunks_per_file": 3}
-    return _edited(plan, text=text, recover={"rungs": [_ROUTER]})
+    gguf = {"tensors": {"token_embd.weight": "Q8_0"}, "quantizer": "kernel"}
+    return _edited(plan, text=text, recover={"rungs": [_ROUTER]}, gguf=gguf, onnx={"quantizer": "kernel"})
 
 
 def _edited(plan: Plan, **parts: Mapping[str, Any]) -> Plan:
@@ -157,6 +158,8 @@ def test_recovery_takes_its_steps_or_its_time_limit(plan: Plan) -> None:
     seconds = seconds_by_stage(replace(after, recover_seconds=10**9), _FAST, _PLENTY)
     assert seconds["retune"] - _START == pytest.approx(step * 10 + judging)
     assert seconds["recover"] - _START == pytest.approx(step * 5 + judging)
+    different = seconds_by_stage(replace(_with_types(after, "Q8_0", "Q4_0"), recover_seconds=10**9), _FAST, _PLENTY)
+    assert different["retune"] - _START == pytest.approx(2 * (step * 10 + judging)), "each file is taught by itself"
     seconds = seconds_by_stage(replace(after, recover_seconds=3), _FAST, _PLENTY)
     assert seconds["retune"] - _START == pytest.approx(2 + judging), "time is shared out by what there is to do"
     none = _edited(plan, recover={"rungs": []})
@@ -221,8 +224,10 @@ def test_every_file_of_a_run_has_a_line(plan: Plan) -> None:
     n_blocks = 40 + 4 + 6
     assert lines["hidden states"] == 3 * n_blocks * 512 * shape.hidden_size * 4
     assert lines["training targets"] == 40 * 512 * 64 * 8
-    # two layers and the head: the original's, and the student's while it is written
-    assert lines["layer inputs"] == 2 * 3 * 40 * 512 * shape.hidden_size * 2
+    # two layers and the head: the original's, and the student's while its codes are chosen by them
+    inputs = 3 * 40 * 512 * shape.hidden_size * 2
+    assert lines["layer inputs"] == inputs
+    assert disk_lines(_edited(plan, gguf={"quantizer": "feedback"}))["layer inputs"] == 2 * inputs
     # 255 of 512 positions are scored, by the teacher, by torch with the files' numbers, which are the same, and the
     # GGUF's are recorded for the ONNX file to be compared with
     assert lines["log-probabilities in 16 bits"] == (4 + 3 * 6) * 255 * (2 * shape.vocab_size + 8)

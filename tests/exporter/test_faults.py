@@ -422,7 +422,7 @@ def test_the_disk_that_is_announced_is_enough_and_not_far_off(toy: Toy) -> None:
             *("calibrate/routing.safetensors", "validate_*/evaluation.safetensors"),
             *("validate_written/*/evaluation.safetensors", "teacher_*/*.safetensors"),
         ],
-        "router inputs": ["validate_torch/router_inputs/*"],
+        "router inputs": ["validate_written/*/router_inputs/*"],
     }
     sizes = {
         what: sum(path.stat().st_size for pattern in patterns for path in toy.work.glob(pattern))

@@ -25,7 +25,7 @@ from exporter.gguf.layout import plan_tensors
 from exporter.gguf.type_table import ALLOCATED_TYPES, gguf_type_table, plan_gguf_units
 
 _T = GGMLQuantizationType
-_FEW = (_T.Q8_0, _T.Q5_K, _T.IQ4_NL, _T.Q3_K)
+_FEW = (_T.Q8_0, _T.Q5_0, _T.Q4_0, _T.Q3_K)
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +87,11 @@ def test_an_untied_head_is_a_unit_and_a_dense_model_has_one_matrix_a_layer(olmoe
 def test_sampled_errors_are_near_those_of_all_weights(
     student: Student, known: tuple[Sensitivities, Importance], table: TypeTable
 ) -> None:
-    exact = gguf_type_table(student, *known, _FEW, n_weights=None)
+    exact = gguf_type_table(student, *known, (_T.Q8_0, _T.Q4_0), n_weights=None)
     ratios = [
-        math.log(sampled.second_order / option.second_order)
+        math.log(sampled.order.total / option.order.total)
         for unit, others in zip(exact.units, table.units, strict=True)
-        for option, sampled in zip(unit.options, others.options, strict=True)
+        for option, sampled in ((option, others.option(option.choice)) for option in unit.options)
     ]
     assert np.std(ratios) < 0.02
     assert abs(np.mean(ratios)) < 0.01
@@ -99,16 +99,16 @@ def test_sampled_errors_are_near_those_of_all_weights(
 
 def test_all_weights_give_the_sum_by_definition(student: Student, known: tuple[Sensitivities, Importance]) -> None:
     sensitivities, weights = known
-    exact = gguf_type_table(student, *known, (_T.IQ4_NL,), n_weights=None)
-    found = {unit.name: unit.options[0].second_order for unit in exact.units}
+    exact = gguf_type_table(student, *known, (_T.Q8_0,), n_weights=None)
+    found = {unit.name: unit.options[0].order.total for unit in exact.units}
     for role, layer in ((Role.EXPERT_DOWN, 1), (Role.QUERY, 0)):
         sensitivity = sensitivities.of(role, layer)
         total = 0.0
         for matrix in range(len(sensitivity.rows_MPO)):
             values = student.expert(role, layer, matrix) if role.is_expert else student.tensor(role, layer)
             columns = weights[role, layer][matrix] if role.is_expert else weights[role, layer]
-            stored = quantize_rows(values, _T.IQ4_NL, columns, name="matrix")
-            error = torch.from_numpy(dequantize_rows(stored, _T.IQ4_NL, values.shape[1])) - values.float()
+            stored = quantize_rows(values, _T.Q8_0, columns, name="matrix")
+            error = torch.from_numpy(dequantize_rows(stored, _T.Q8_0, values.shape[1])) - values.float()
             weighted = sensitivity.rows_MPO[matrix, 0][:, None] * sensitivity.columns_MPI[matrix, 0] * error.square()
             total += 0.5 * float(weighted.sum(dtype=torch.float64))
         assert found[student.shape.gguf_name(role, layer)] == pytest.approx(total, rel=1e-4)
@@ -119,16 +119,25 @@ def test_threads_do_not_matter_and_feedback_leaves_less(
 ) -> None:
     assert gguf_type_table(student, *known, _FEW, threads=3) == table
     with_feedback = gguf_type_table(student, *known, _FEW, feedback=True)
-    types = dict.fromkeys((unit.name for unit in table.units), "IQ4_NL")
-    assert 0.2 < with_feedback.second_order(types) / table.second_order(types) < 0.8
+    types = dict.fromkeys((unit.name for unit in table.units), "Q4_0")
+    assert 0.2 < with_feedback.order(types).total / table.order(types).total < 0.8
+
+
+def test_decoding_costs_what_a_token_is_multiplied_with(student: Student) -> None:
+    plans = plan_gguf_units(student.shape, [_T.Q8_0], decode_cost=lambda _type, n_weights: float(n_weights))
+    used = {plan.name: plan.candidates[0].seconds for plan in plans}
+    shape = student.shape
+    assert used["blk.0.ffn_down_exps.weight"] == shape.top_k * shape.expert_width * shape.hidden_size
+    assert used["blk.1.attn_q.weight"] == shape.n_heads * shape.head_dim * shape.hidden_size
+    assert used["token_embd.weight"] == shape.vocab_size * shape.hidden_size  # it is the head
 
 
 def test_defaults_order_types_as_measuring_does(student: Student, table: TypeTable) -> None:
     default = default_table(student.shape, plan_gguf_units(student.shape, _FEW))
     assert [unit.name for unit in default.units] == [unit.name for unit in table.units]
     for unit, measured in zip(default.units, table.units, strict=True):
-        costs = {option.choice: option.second_order for option in unit.options}
-        by_measuring = sorted(measured.options, key=lambda option: option.second_order)
+        costs = {option.choice: option.order.total for option in unit.options}
+        by_measuring = sorted(measured.options, key=lambda option: option.order.total)
         assert sorted(costs, key=costs.__getitem__) == [option.choice for option in by_measuring]
     limit = sum(_quantized(student, "Q4_0").values())
     assert allocate(default, limit).n_bytes <= limit

@@ -25,6 +25,7 @@ from compressors.quantize import GGMLQuantizationType, search_blocks
 from exporter.onnx.encodings import ENCODINGS, onnx_units
 from exporter.onnx.layout import plan_tensors
 from exporter.onnx.writer import predict_size, write_onnx
+from validate.file_facts import onnx_facts
 from validate.graph_settings import graph_setting_symptoms
 from validate.onnx_runtime import OnnxRuntimeBackend
 from validate.torch_reference import TorchBackend
@@ -117,6 +118,14 @@ def _weight_damage(student: Student, folder: Path) -> tuple[Damage, ...]:
 def test_validation_finds_nothing_wrong(student: Student, folder: Path) -> None:
     assert graph_setting_symptoms(folder / MODEL_FILE, student.shape) == []
     assert _weight_damage(student, folder) == ()
+
+
+def test_bits_are_the_mean_over_layers(student: Student, tmp_path: Path) -> None:
+    encodings = {"layers.0.experts": "4@128", "layers.1.experts": "2@32"}
+    write_onnx(student, "F32", tmp_path, encodings=encodings, context_length=64, threads=1)
+    assert onnx_facts(tmp_path / MODEL_FILE).bits_per_weight == pytest.approx((4 + 16 / 128 + 2 + 16 / 32) / 2)
+    write_onnx(student, "F32", tmp_path, encodings={"layers.0.experts": "8@64"}, context_length=64, threads=1)
+    assert onnx_facts(tmp_path / MODEL_FILE).bits_per_weight == pytest.approx((8.25 + 32) / 2)
 
 
 def test_validation_finds_wrong_attributes(student: Student, folder: Path, tmp_path: Path) -> None:

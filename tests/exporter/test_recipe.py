@@ -170,7 +170,7 @@ def test_which_artifacts_are_written() -> None:
         ("budget", {"kv_type": "f8"}, r"budget\.kv_type"),
         ("recover", {"rungs": "all"}, r"recover\.rungs"),
         ("recover", {"rungs": [_RUNG | {"blocks_per_step": 0}]}, r"recover\.rungs\.0\.blocks_per_step"),
-        ("recover", {"rungs": [_RUNG | {"scope": "all"}]}, r"recover\.rungs\.0\.scope"),
+        ("recover", {"rungs": [_RUNG | {"scope": "everything"}]}, r"recover\.rungs\.0\.scope"),
         ("recover", {"rungs": [_RUNG, _RUNG | {"blocks": 0}]}, r"recover\.rungs\.1\.blocks"),
         ("recover", {"rungs": [_RUNG | {"loss": "mse"}]}, r"recover\.rungs\.0\.loss"),
         ("recover", {"rungs": [_RUNG | {"learning_rate": 0}]}, r"recover\.rungs\.0\.learning_rate"),
@@ -188,7 +188,7 @@ def test_which_artifacts_are_written() -> None:
         ("source", {"model": 3}, r"source\.model"),
         (None, {"save_student": "perhaps"}, "save_student"),
         (None, {"gguf": 4}, "gguf"),
-        (None, {"version": 2}, "version"),
+        (None, {"version": 1}, "version"),
         (None, {"gguf": None, "onnx": None}, "gguf"),
     ],
 )

@@ -22,7 +22,7 @@ from exporter.pipeline import fingerprints, stages_of
 from exporter.plan import Plan
 from exporter.plan_making import make_plan
 from exporter.progress import Progress
-from exporter.recipe import Recipe, RungChoice
+from exporter.recipe import FileChoice, Recipe, RungChoice
 from exporter.result import final_recipe
 from exporter.source_state import SourceState
 from exporter.stage import StageContext
@@ -51,7 +51,7 @@ class _Written:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory, toy_model: Path, small_texts: tuple[Path, Path]) -> _Written:
-    """Half of the experts by REAP, in Q4_0; no router is taught before they are written."""
+    """Half of the experts by REAP, in the Q4_0 of both containers; no router is taught before they are written."""
     calibration, text = small_texts
     choices = {"budget": "90MB", "budget_kind": "file", "quant": "Q4_0", "context": 512, "threads": 1}
     job = Flags(model=str(toy_model), calibration=calibration, text=text, experts=16, recover="none", **choices).job()
@@ -63,7 +63,10 @@ def written(tmp_path_factory: pytest.TempPathFactory, toy_model: Path, small_tex
 
 
 def _planned(plan: Plan, **recover: Any) -> Plan:
+    """With other choices of recovery, and so written that both files hold the same numbers."""
     recipe = plan.recipe.model_dump()
+    recipe["gguf"] = {"mix": "Q4_0", "tensors": {"token_embd.weight": "Q8_0"}, "quantizer": "kernel"}
+    recipe["onnx"] = {"mix": "Q4_0", "quantizer": "kernel"}
     recipe["recover"] |= recover
     recipe["text"] |= {"calibration_blocks": 6, "selection_blocks": 1, "heldout_chunks_per_file": 1}
     return replace(plan, recipe=Recipe.model_validate(recipe))
@@ -144,7 +147,8 @@ def _judged(plan: Plan, work: WorkDirectory, artifact: str) -> float:
 
 def test_files_of_different_numbers_are_taught_by_themselves(written: _Written, tmp_path: Path) -> None:
     work = written.copy(tmp_path / "work")
-    plan = replace(written.plan, recipe=written.plan.recipe.model_copy(update={"gguf": "Q4_K"}))
+    q4_k = FileChoice(mix="Q4_K_S", quantizer="kernel")
+    plan = replace(written.plan, recipe=written.plan.recipe.model_copy(update={"gguf": q4_k}))
     shutil.rmtree(work.stage("gguf"))
     _stage(gguf, plan, work)
     student = open_student(plan, work)

@@ -65,7 +65,7 @@ class Levels:
 class LevelGrid:
     """The values of a matrix's columns, and the levels chosen so far; columns in the order of the couplings.
 
-    value = level x scale + offset, or (level - zero) x scale.
+    value = level x scale + offset.
     """
 
     length = 1
@@ -75,24 +75,19 @@ class LevelGrid:
         levels: Levels,
         scale_SR: npt.NDArray[np.float32],
         scale_of_N: npt.NDArray[np.intp],
-        *,
         offset_SR: npt.NDArray[np.float32] | None = None,
-        zero_SR: npt.NDArray[np.float32] | None = None,
     ) -> None:
-        self._levels, self.scale_of_N = levels, scale_of_N
-        self._offset_SR, self._zero_SR = offset_SR, zero_SR
+        self._levels, self.scale_of_N, self._offset_SR = levels, scale_of_N, offset_SR
         self.rescale(scale_SR)
         self._chosen_NR = np.zeros((len(scale_of_N), scale_SR.shape[1]), dtype=np.float32)
         self._scaled_R = np.empty(scale_SR.shape[1], dtype=np.float32)
         self._value_1R = np.empty((1, scale_SR.shape[1]), dtype=np.float32)
 
     def rescale(self, scale_SR: npt.NDArray[np.float32]) -> None:
-        """Takes other scales; codes and zeros stay."""
+        """Takes other scales; codes and offsets stay."""
         self.scale_SR = scale_SR
         with np.errstate(divide="ignore"):
             self._inverse_SR = np.where(scale_SR == 0, np.float32(0), 1 / scale_SR)
-        if self._zero_SR is not None:
-            self._offset_SR = -self._zero_SR * scale_SR
 
     def round_group(
         self, group: int, targets_LR: torch.Tensor, metric_LL: torch.Tensor, current_LR: torch.Tensor | None
@@ -110,9 +105,9 @@ class LevelGrid:
             value_R += self._offset_SR[scale]
         return torch.from_numpy(self._value_1R)
 
-    def multiples_NR(self) -> npt.NDArray[np.float32]:
-        """The chosen values in units of their scales; not for formats with offsets."""
-        return self._chosen_NR if self._zero_SR is None else self._chosen_NR - self._zero_SR[self.scale_of_N]
+    def levels_NR(self) -> npt.NDArray[np.float32]:
+        """The chosen levels."""
+        return self._chosen_NR
 
     def codes_NR(self) -> npt.NDArray[np.uint8]:
         """The codes of the chosen levels."""

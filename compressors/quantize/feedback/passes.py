@@ -15,7 +15,7 @@ import torch
 
 from compressors.quantize.feedback.moments import Couplings, Feedback
 
-__all__ = ["Grid", "choose_codes", "improve_codes", "n_sweeps_for"]
+__all__ = ["Grid", "choose_codes", "improve_codes", "n_sweeps_for", "ordered_columns"]
 
 _BLOCK = 32  # columns whose targets are brought up to date by one product of matrices
 
@@ -44,6 +44,11 @@ def choose_codes(values_NR: torch.Tensor, grid: Grid, feedback: Feedback, n_swee
     _one_pass(values_NR, errors_NR, grid, feedback.propagation(grid.length))
     improve_codes(values_NR, errors_NR, grid, feedback, n_sweeps)
     return errors_NR
+
+
+def ordered_columns(values_RN: torch.Tensor, order_N: torch.Tensor) -> torch.Tensor:
+    """The values as float32 [N, R], columns in the order in which they are rounded."""
+    return values_RN.float().T[order_N].contiguous()
 
 
 def n_sweeps_for(bits: int) -> int:

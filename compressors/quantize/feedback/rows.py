@@ -10,23 +10,22 @@ import numpy.typing as npt
 import torch
 
 from compressors.model.ggml_types import BLOCK_SIZES, GGMLQuantizationType
+from compressors.quantize.blocks import search_blocks
 from compressors.quantize.feedback import codebook, scalar
 from compressors.quantize.feedback.codebook import CODEBOOK_FORMATS
 from compressors.quantize.feedback.moments import Feedback
 from compressors.quantize.feedback.one_thread import one_thread
-from compressors.quantize.feedback.passes import choose_codes, improve_codes, n_sweeps_for
+from compressors.quantize.feedback.passes import choose_codes, improve_codes, n_sweeps_for, ordered_columns
 from compressors.quantize.feedback.scalar import SCALAR_FORMATS
-from compressors.quantize.feedback.scale_fit import float16, refit_scales
-from compressors.quantize.feedback.scale_search import search_scales
+from compressors.quantize.feedback.scale_fit import refit_scales
 from compressors.quantize.feedback.vectors import SIGN_LENGTH
 from compressors.quantize.kernels import quantize_rows
 
-__all__ = ["TYPES_WITH_FEEDBACK", "quantize_rows_with_feedback"]
+__all__ = ["TYPES_WITH_FEEDBACK", "quantize_rows_with_feedback", "searched_q2_0"]
 
 TYPES_WITH_FEEDBACK = frozenset(SCALAR_FORMATS) | frozenset(CODEBOOK_FORMATS)
 """The types whose codes :func:`quantize_rows_with_feedback` chooses."""
 
-_Q2_0_LENGTH, _ = BLOCK_SIZES[GGMLQuantizationType.Q2_0]
 _SLICE_ROWS = 1024
 """Rows that are rounded together: a column of them fits a core's first cache."""
 
@@ -46,28 +45,41 @@ def quantize_rows_with_feedback(
     the error of the outputs over the inputs that ``feedback`` tells of is small. Where a block has one float16 scale
     and nothing else (Q5_0, Q4_0, IQ4_NL, Q2_0), the scale is then fitted to the codes.
 
-    The result does not depend on threads. All rows of a matrix have to come in one call, though: they are taken in
-    slices, and products of matrices need not round alike in slices of another size.
+    The result does not depend on threads. Yet a matrix has to come in the same calls each time, whole or in the same
+    slices: products of matrices need not round alike where their shapes differ.
 
     Raises:
         InputError: a value is not finite; the message calls the weights ``name``.
     """
     quantized_RY = quantize_rows(values_RN, ggml_type, importance_N, name=name)
     if ggml_type is GGMLQuantizationType.Q2_0:
-        quantized_RY = _searched(values_RN.float(), quantized_RY, importance_N)
+        quantized_RY = _searched(values_RN, quantized_RY, importance_N, name)
     for first in range(0, len(values_RN), _SLICE_ROWS):
         rows = slice(first, first + _SLICE_ROWS)
         quantized_RY[rows] = _with_chosen_codes(values_RN[rows], quantized_RY[rows], ggml_type, feedback)
     return quantized_RY
 
 
+def searched_q2_0(values_RN: torch.Tensor, importance_N: torch.Tensor | None, name: str) -> torch.Tensor:
+    """What Q2_0 with searched scales can hold of these rows, without feedback: float32 [R, N].
+
+    Raises:
+        InputError: a value is not finite; the message calls the weights ``name``.
+    """
+    length, _ = BLOCK_SIZES[GGMLQuantizationType.Q2_0]
+    return torch.from_numpy(search_blocks(values_RN, 2, length, importance_N, name=name).values())
+
+
 def _searched(
-    values_RN: torch.Tensor, quantized_RY: npt.NDArray[np.uint8], importance_N: torch.Tensor | None
+    values_RN: torch.Tensor, quantized_RY: npt.NDArray[np.uint8], importance_N: torch.Tensor | None, name: str
 ) -> npt.NDArray[np.uint8]:
-    """Q2_0 rows with searched scales; the kernel's are the largest magnitudes, which leaves codes unused."""
-    levels = scalar.levels_of(GGMLQuantizationType.Q2_0)
-    scales_RK = search_scales(values_RN.numpy(), importance_N, _Q2_0_LENGTH, levels.lowest, levels.highest)
-    return scalar.with_scales(quantized_RY, GGMLQuantizationType.Q2_0, float16(scales_RK.T))
+    """Q2_0 rows with searched scales; the kernel's are the largest magnitudes, which leaves codes unused.
+
+    Its levels are -1 to 2, those of ONNX Runtime's codes are -2 to 1: the same with scales of the other sign.
+    """
+    length, _ = BLOCK_SIZES[GGMLQuantizationType.Q2_0]
+    mirrored = search_blocks(values_RN, 2, length, importance_N, name=name)
+    return scalar.with_scales(quantized_RY, GGMLQuantizationType.Q2_0, -mirrored.scales_RK.T)
 
 
 def _with_chosen_codes(
@@ -77,10 +89,10 @@ def _with_chosen_codes(
         return _with_chosen_vectors(values_RN, quantized_RY, ggml_type, feedback)
     order_N = feedback.order_N(1)
     grid = scalar.grid_of(quantized_RY, ggml_type, order_N)
-    ordered_NR, form = _ordered(values_RN, order_N), SCALAR_FORMATS[ggml_type]
+    ordered_NR, form = ordered_columns(values_RN, order_N), SCALAR_FORMATS[ggml_type]
     errors_NR = choose_codes(ordered_NR, grid, feedback, n_sweeps_for(form.bits))
     if form.fitted_scale:
-        refit_scales(grid, errors_NR, feedback, float16)
+        refit_scales(grid, errors_NR, feedback)
         improve_codes(ordered_NR, errors_NR, grid, feedback, 1)
         quantized_RY = scalar.with_scales(quantized_RY, ggml_type, grid.scale_SR)
     chosen_NR = grid.codes_NR()
@@ -94,14 +106,9 @@ def _with_chosen_vectors(
 ) -> npt.NDArray[np.uint8]:
     order_N = feedback.order_N(SIGN_LENGTH)
     grid = codebook.grid_of(quantized_RY, ggml_type, order_N)
-    choose_codes(_ordered(values_RN, order_N), grid, feedback, CODEBOOK_FORMATS[ggml_type].n_sweeps)
+    choose_codes(ordered_columns(values_RN, order_N), grid, feedback, CODEBOOK_FORMATS[ggml_type].n_sweeps)
     index_GVR = np.empty(grid.index_GVR.shape, dtype=np.uint16)
     signs_GR = np.empty_like(grid.signs_GR())
     order_G = order_N[::SIGN_LENGTH].numpy() // SIGN_LENGTH
     index_GVR[order_G], signs_GR[order_G] = grid.index_GVR.numpy(), grid.signs_GR()
     return codebook.with_codes(quantized_RY, ggml_type, index_GVR, signs_GR)
-
-
-def _ordered(values_RN: torch.Tensor, order_N: torch.Tensor) -> torch.Tensor:
-    """The values as float32 [N, R], columns in the order in which they are rounded."""
-    return values_RN.float().T[order_N].contiguous()

@@ -116,7 +116,7 @@ def grid_of(quantized_RY: npt.NDArray[np.uint8], ggml_type: GGMLQuantizationType
 
     scale_SR = read(form.unit_code, without_minimum=True)
     offset_SR = None if form.minimum is None else read(0, without_minimum=False)
-    return LevelGrid(levels_of(ggml_type), scale_SR, order_N.numpy() // form.scale_length, offset_SR=offset_SR)
+    return LevelGrid(levels_of(ggml_type), scale_SR, order_N.numpy() // form.scale_length, offset_SR)
 
 
 def with_codes(

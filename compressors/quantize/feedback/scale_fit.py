@@ -5,8 +5,6 @@ Letters: N columns in the order of the couplings, R rows, S groups of columns wi
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -14,39 +12,34 @@ import torch
 from compressors.quantize.feedback.levels import LevelGrid
 from compressors.quantize.feedback.moments import Feedback
 
-__all__ = ["float16", "refit_scales"]
+__all__ = ["float16_values", "refit_scales"]
 
 
-def refit_scales(
-    grid: LevelGrid,
-    errors_NR: torch.Tensor,
-    feedback: Feedback,
-    representable: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]] | None = None,
-) -> None:
+def refit_scales(grid: LevelGrid, errors_NR: torch.Tensor, feedback: Feedback) -> None:
     """Gives every scale in turn the value that leaves the least error of the outputs, codes fixed.
 
-    With multiples c of the scale and errors e, a change of d leaves (e - d c) H (e - d c)^T: d = c H e / c H c.
-    ``representable`` rounds scales to what the format stores; a change that no longer helps then is not made.
+    With the levels c and the errors e, a change of d leaves (e - d c) H (e - d c)^T: d = c H e / c H c.
+    Scales are rounded to float16; a change that no longer helps then is not made.
     The grid gets the scales, ``errors_NR`` follow.
     """
     moments_NN = feedback.ordered_NN(1)
-    multiples_NR = torch.from_numpy(grid.multiples_NR())
+    levels_NR = torch.from_numpy(grid.levels_NR())
     scale_SR = grid.scale_SR.copy()
     for group in range(len(scale_SR)):
         columns_B = torch.from_numpy(np.flatnonzero(grid.scale_of_N == group))
-        rows_BN, multiples_BR = moments_NN[columns_B], multiples_NR[columns_B]
-        slope_R = (multiples_BR * (rows_BN @ errors_NR)).sum(dim=0)
-        curvature_R = (multiples_BR * (rows_BN[:, columns_B] @ multiples_BR)).sum(dim=0)
-        best_R = torch.where(curvature_R > 0, slope_R / curvature_R, 0.0).numpy() + scale_SR[group]
-        new_R = best_R if representable is None else representable(best_R)
+        rows_BN, levels_BR = moments_NN[columns_B], levels_NR[columns_B]
+        slope_R = (levels_BR * (rows_BN @ errors_NR)).sum(dim=0)
+        curvature_R = (levels_BR * (rows_BN[:, columns_B] @ levels_BR)).sum(dim=0)
+        wanted_R = torch.where(curvature_R > 0, slope_R / curvature_R, 0.0).numpy()
+        new_R = float16_values(scale_SR[group] + wanted_R)
         change_R = torch.from_numpy(new_R - scale_SR[group])
         change_R[~(change_R * (2 * slope_R - change_R * curvature_R) > 0)] = 0
         scale_SR[group] = np.where(change_R.numpy() == 0, scale_SR[group], new_R)
-        errors_NR[columns_B] -= change_R * multiples_BR
+        errors_NR[columns_B] -= change_R * levels_BR
     grid.rescale(scale_SR)
 
 
-def float16(numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def float16_values(numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """The nearest numbers that float16 represents."""
     with np.errstate(over="ignore"):
         return numbers.astype(np.float16).astype(np.float32)

@@ -1,0 +1,70 @@
+"""Our files: what a budget of a given size leads to, by the functions of the tool itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.pareto.subject import Subject
+from exporter.compression import described_compression
+from exporter.job import Flags
+from exporter.pareto_rows import OURS
+from exporter.pipeline import pareto_stages, run_stages
+from exporter.plan_making import make_plan
+from exporter.planning.pareto import ParetoFiles
+from exporter.progress import Progress
+from exporter.stage import StageContext
+from exporter.stages.artifacts import Blocks, Calibration, use_threads
+from exporter.work import WorkDirectory
+
+__all__ = ["heldout_blocks", "measure_ours", "searched_files"]
+
+_RECOVER_TIME = "4m"
+_OUT = "export"
+
+
+def searched_files(subject: Subject) -> ParetoFiles:
+    """Runs the teacher and measures sensitivities, unless that is done; what follows happens in this process."""
+    job = Flags(
+        model=str(subject.checkpoint),
+        budget=f"{2 * subject.bf16_bytes}B",
+        budget_kind="file",
+        formats="gguf,onnx",
+        recover_time=_RECOVER_TIME,
+        memory="4GB",
+        threads=subject.threads,
+        out=subject.folder / _OUT,
+    ).job()
+    work = _work(subject)
+    if not work.plan_path.exists():
+        work.folder.mkdir(parents=True, exist_ok=True)
+        make_plan(job, "benchmarks.pareto").save(work.plan_path)
+    plan = work.plan()
+    run_stages(plan, work, pareto_stages()[:-1], print)
+    use_threads(plan)
+    output = work.folder / "curve"
+    output.mkdir(exist_ok=True)
+    return ParetoFiles(StageContext(plan, work, output, Progress(silent=True)))
+
+
+def _work(subject: Subject) -> WorkDirectory:
+    return WorkDirectory(subject.folder / f"{_OUT}.work")
+
+
+def heldout_blocks(subject: Subject) -> npt.NDArray[np.int64]:
+    """The held-out text as :func:`searched_files` cut it."""
+    blocks = Blocks.load(Calibration.of(_work(subject)).blocks)
+    return blocks.heldout.numpy()
+
+
+def measure_ours(subject: Subject, files: ParetoFiles, sizes: Mapping[str, int]) -> None:
+    """Measures the best file of at most so many bytes, for each label."""
+    for label, n_bytes in sizes.items():
+        if subject.rows.find(subject.name, OURS, label) is None:
+            found = files.best(n_bytes)
+            structure = described_compression(found.compress, subject.shape)
+            subject.measure(
+                OURS, label, lambda path, found=found: files.write(found).rename(path), structure, found.predicted
+            )

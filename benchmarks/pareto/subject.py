@@ -1,0 +1,78 @@
+"""A model whose curve is measured: its F32 file, llama.cpp's tools on it, and the rows that were measured so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from benchmarks.export.llama_cpp import Tools
+from benchmarks.pareto.llama_cpp import Measuring
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.shape import MoeShape
+from compressors.model.student import Student
+from exporter.gguf.writer import predict_file_size, write_gguf
+from exporter.pareto_rows import ParetoRow, RowFile
+
+__all__ = ["Subject"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One of the models."""
+
+    name: str
+    checkpoint: Path
+    folder: Path  # for whatever is made of it
+    rows: RowFile
+    tools: Tools
+    threads: int
+
+    @cached_property
+    def shape(self) -> MoeShape:
+        """The model's."""
+        return Checkpoint(self.checkpoint).shape
+
+    @cached_property
+    def bf16_bytes(self) -> int:
+        """Bytes of the file of the whole model in bfloat16."""
+        return predict_file_size(self.shape, self.checkpoint, "BF16", self.name)
+
+    @cached_property
+    def reference(self) -> Path:
+        """The F32 file, from which llama-quantize makes the others."""
+        path = self.folder / "whole.gguf"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            student = Student.teacher(Checkpoint(self.checkpoint))
+            write_gguf(student, "F32", path, name=self.name, threads=self.threads)
+        return path
+
+    @cached_property
+    def measuring(self) -> Measuring:
+        """llama.cpp's tools, with the F32 file's logits."""
+        return Measuring(self.tools, self.reference, self.folder, self.threads)
+
+    def measure(
+        self, method: str, mix: str, write: Callable[[Path], None], structure: str = "", predicted: float | None = None
+    ) -> None:
+        """Adds the row of this method and mix, unless it is there; ``write`` makes the file at the path it gets."""
+        if self.rows.find(self.name, method, mix) is not None:
+            return
+        path = self.folder / "measured.gguf"
+        write(path)
+        n_bytes, figures = path.stat().st_size, self.measuring.figures(path)
+        path.unlink()
+        row = ParetoRow(
+            self.name,
+            method,
+            mix,
+            n_bytes,
+            n_bytes / self.bf16_bytes,
+            **vars(figures),
+            structure=structure,
+            predicted=predicted,
+        )
+        self.rows.add(row)
+        print(f"{self.name}: {method}, {mix}: {n_bytes:,} bytes, {figures.divergence:.5f} nats", flush=True)

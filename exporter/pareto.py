@@ -1,0 +1,179 @@
+"""``moe-export pareto``: how a model's divergence grows as its file gets smaller, beside llama.cpp's presets.
+
+The files of every size are made by the stages of an export, measured in llama.cpp and removed; a table and a plot stay.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from compressors.model.checkpoint import Checkpoint
+from compressors.model.errors import InputError
+from exporter.gguf.mixes import MIXES
+from exporter.gguf.writer import predict_file_size
+from exporter.hub import resolve_model
+from exporter.job import Flags, Job
+from exporter.model_name import local_path
+from exporter.outputs import publish_folder, reserved
+from exporter.pareto_chart import require_matplotlib, write_chart
+from exporter.pareto_rows import ParetoRow, RowFile
+from exporter.pareto_table import markdown_lines
+from exporter.pipeline import pareto_stages, run_stages
+from exporter.plan import Plan
+from exporter.plan_making import make_plan
+from exporter.planning.outlook import refuse_unless_something_fits
+from exporter.planning.structures import structures_for
+from exporter.preflight import refuse_too_little_disk
+from exporter.sizes import parse_size
+from exporter.stages.pareto import ROWS
+from exporter.work import WorkDirectory, make_folder
+
+__all__ = ["DEFAULT_SIZES", "curve_plan", "run_pareto"]
+
+DEFAULT_SIZES = "Q6_K,Q5_K_M,Q4_K_M,IQ4_XS,Q3_K_M,Q2_K,IQ2_M,IQ2_XXS,15%,12%,9%"
+_RESULTS = "results"
+_TABLE, _PLOT = "pareto.md", "pareto.png"
+
+_EXPLANATION = """\
+# Divergence against bytes
+
+Each row is a GGUF file, measured in llama.cpp on held-out text: *divergence* is the mean KL divergence from the
+original's predictions in nats, with one standard error. Baselines are llama-quantize's mixes of the whole model and of
+the experts that REAP keeps, with the importance matrix of the same calibration text; *moe-export* is what a budget of
+that size gives. *Ratio*: its divergence over that of the best baseline of no more bytes.
+"""
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """What is to be done, and where."""
+
+    plan: Plan
+    work: WorkDirectory
+    identity: Mapping[str, Any]
+
+
+def run_pareto(
+    model: str | None, sizes: str, out: Path, flags: Mapping[str, Any], command: str, announce: Callable[[str], None]
+) -> list[ParetoRow]:
+    """Measures whatever is not measured yet, and writes ``pareto.csv``, ``pareto.md`` and ``pareto.png`` into ``out``.
+
+    Args:
+        model: a local folder or hub id; None: the bundled model.
+        sizes: of the files, separated by commas: names of mixes, sizes such as 7GB, or shares such as 12% of the size
+            in 16 bits.
+        out: a folder that does not exist yet.
+        flags: those of an export that apply (:class:`~exporter.job.Flags`).
+        command: as it was typed.
+        announce: told of each stage.
+
+    Raises:
+        MoeExportError: a flag is wrong, nothing is as small as a size, or a stage failed; what is finished stays.
+    """
+    require_matplotlib()
+    job = _job(model, out, flags)
+    _refuse_existing(job.out)
+    curve = _curve(job, sizes, command)
+    plan, work = curve.plan, curve.work
+    with reserved(job.out), work.lock():
+        _refuse_existing(job.out)  # another run has just published it
+        work.claim(curve.identity)
+        if not work.plan_path.exists():
+            plan.save(work.plan_path)
+        run_stages(plan, work, pareto_stages(), announce)
+        rows = RowFile(work.stage("pareto") / ROWS).rows
+        _publish(rows, work, job.out)
+        work.remove()
+    return rows
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise InputError(f"--out: {out} exists; choose another folder, or remove it")
+
+
+def curve_plan(job: Job, sizes: str, command: str) -> Plan:
+    """The plan of a curve.
+
+    Raises:
+        InputError: a size is none.
+        BudgetError: nothing is as small as a size that was named.
+    """
+    plan = make_plan(job, command)
+    checkpoint = Checkpoint(plan.source)
+    assert plan.search is not None, "no mix is pinned"
+    structures = structures_for(plan.search, checkpoint.shape)
+    curve = _sizes(sizes, checkpoint, plan.recipe.source.model)
+    for n_bytes in curve.values():
+        budget = plan.recipe.budget.model_copy(update={"bytes": n_bytes})
+        refuse_unless_something_fits(
+            plan.recipe.model_copy(update={"budget": budget}), checkpoint, structures, ["gguf"]
+        )
+    return replace(plan, curve=curve)
+
+
+def _job(model: str | None, out: Path, flags: Mapping[str, Any]) -> Job:
+    """An export of everything in 16 bits, from which the curve goes down."""
+    folder = resolve_model(model, flags.get("revision"), offline=bool(flags.get("offline")))
+    checkpoint = Checkpoint(folder)
+    n_bytes = 2 * predict_file_size(checkpoint.shape, folder, "BF16", "")
+    return Flags(model=model, budget=f"{n_bytes}B", budget_kind="file", formats="gguf", out=out, seed=42, **flags).job()
+
+
+def _curve(job: Job, sizes: str, command: str) -> _Curve:
+    work = WorkDirectory(job.work_dir)
+    identity = {
+        "command": "pareto",
+        "model": None if job.model is None else local_path(job.model),
+        "sizes": sizes,
+        **{name: str(getattr(job, name)) for name in ("revision", "calibration", "text", "threads", "device")},
+    }
+    if work.has_owner:
+        work.claim(identity)
+        if work.plan_path.exists():
+            return _Curve(work.plan(), work, identity)
+    plan = curve_plan(job, sizes, command)
+    refuse_too_little_disk(plan, work.folder)
+    return _Curve(plan, work, identity)
+
+
+def _sizes(text: str, checkpoint: Checkpoint, name: str) -> dict[str, int]:
+    """Bytes by label."""
+    found = {}
+    for label in (part.strip() for part in text.split(",")):
+        if label.upper() in MIXES:
+            n_bytes = predict_file_size(checkpoint.shape, checkpoint.folder, label.upper(), name)
+        elif label.endswith("%"):
+            in_16_bits = predict_file_size(checkpoint.shape, checkpoint.folder, "BF16", name)
+            n_bytes = int(_share(label) * in_16_bits)
+        else:
+            n_bytes = parse_size(label, "--sizes")
+        found[label] = n_bytes
+    return found
+
+
+def _share(label: str) -> float:
+    try:
+        percent = float(label.removesuffix("%"))
+    except ValueError:
+        percent = 0.0
+    if not 0 < percent <= 100:
+        raise InputError(f"--sizes: '{label}' is no share; write a number from 0 to 100 and %, such as 12%")
+    return percent / 100
+
+
+def _publish(rows: list[ParetoRow], work: WorkDirectory, out: Path) -> None:
+    folder = work.folder / _RESULTS
+    shutil.rmtree(folder, ignore_errors=True)
+    make_folder(folder)
+    kept = RowFile(folder / ROWS)
+    for row in rows:
+        kept.add(row)
+    lines = [*_EXPLANATION.splitlines(), "", *markdown_lines(rows), "", f"![the curve]({_PLOT})"]
+    (folder / _TABLE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_chart(rows, folder / _PLOT)
+    publish_folder(folder, out.resolve(), work.folder)

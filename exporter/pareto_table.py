@@ -1,0 +1,49 @@
+"""The table of a curve: every file from the largest, and beside each of ours the best baseline of no more bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from exporter.pareto_rows import OURS, ParetoRow, best_no_larger
+
+__all__ = ["markdown_lines", "pareto_table"]
+
+_COLUMNS = (
+    *("file", "", "MB", "of 16 bits", "divergence, nats", "same top token", "perplexity"),
+    *("best baseline of no more bytes", "ratio"),
+)
+
+
+def markdown_lines(rows: Sequence[ParetoRow]) -> list[str]:
+    """A table in Markdown."""
+    lines = [_COLUMNS, ["---"] * len(_COLUMNS), *(_cells(row, rows) for row in _sorted(rows))]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def pareto_table(rows: Sequence[ParetoRow]) -> Table:
+    """The same for a terminal."""
+    table = Table(*_COLUMNS)
+    for row in _sorted(rows):
+        table.add_row(*_cells(row, rows), style="bold" if row.method == OURS else None)
+    return table
+
+
+def _sorted(rows: Sequence[ParetoRow]) -> list[ParetoRow]:
+    return sorted(rows, key=lambda row: (-row.n_bytes, row.method, row.mix))
+
+
+def _cells(row: ParetoRow, rows: Sequence[ParetoRow]) -> list[str]:
+    best = best_no_larger(rows, row) if row.method == OURS else None
+    return [
+        f"{row.method}, {row.mix}",
+        row.structure,
+        f"{row.n_bytes / 1e6:.2f}",
+        f"{row.share:.1%}",
+        f"{row.divergence:.5f} ± {row.divergence_error:.5f}",
+        f"{row.top1:.2%}",
+        f"{row.perplexity:.3f}",
+        "" if best is None else f"{best.method}, {best.mix}: {best.divergence:.5f}",
+        "" if best is None else f"{row.divergence / best.divergence:.2f}",
+    ]

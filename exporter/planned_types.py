@@ -1,0 +1,62 @@
+"""How a recipe's files will store each matrix: known before they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from compressors.model.block_scales import block_length
+from compressors.model.families import Role
+from compressors.model.ggml_types import GGMLQuantizationType
+from compressors.model.shape import MoeShape
+from compressors.model.weights import StoredType
+from compressors.recover.scopes import BlockLength
+from exporter.gguf.layout import plan_tensors
+from exporter.onnx.encodings import preset_named, unit_encodings
+from exporter.recipe import FileChoice, Recipe
+
+__all__ = ["hold_same_numbers", "planned_block_length", "planned_types"]
+
+_Types = Mapping[tuple[Role, int | None], StoredType]
+
+
+def planned_types(recipe: Recipe, artifact: str, shape: MoeShape) -> _Types:
+    """The type of each matrix of a student of this shape in an artifact; norms and routers are not among them."""
+    choice = recipe.file(artifact)
+    if artifact == "gguf":
+        return _gguf_types(choice, shape)
+    encodings = unit_encodings(shape, preset_named(choice.mix), choice.tensors)
+    return {
+        key: encoding.ggml_type or encoding.blocks or GGMLQuantizationType.F32 for key, encoding in encodings.items()
+    }
+
+
+def planned_block_length(recipe: Recipe, artifact: str, shape: MoeShape) -> BlockLength:
+    """The block length that the written file will tell."""
+    types = planned_types(recipe, artifact, shape)
+
+    def of_matrix(role: Role, layer: int) -> int | None:
+        stored = types[role, layer]
+        return block_length(stored) if isinstance(stored, GGMLQuantizationType) else stored.block_size
+
+    return of_matrix
+
+
+def hold_same_numbers(recipe: Recipe, shape: MoeShape) -> bool:
+    """Whether both files hold the same numbers: the same types of ggml, made by ggml's kernels, in all matrices."""
+    if len(recipe.artifacts) < 2:
+        return False
+    gguf, onnx = (recipe.file(artifact) for artifact in ("gguf", "onnx"))
+    types = planned_types(recipe, "gguf", shape)
+    if dict(types) != dict(planned_types(recipe, "onnx", shape)):
+        return False
+    is_float = set(types.values()) == {GGMLQuantizationType.F32}
+    return is_float or (gguf.quantizer == onnx.quantizer == "kernel" and gguf.imatrix == onnx.imatrix)
+
+
+def _gguf_types(choice: FileChoice, shape: MoeShape) -> _Types:
+    tensors = plan_tensors(shape, choice.mix, choice.tensors)
+    return {
+        (tensor.role, tensor.layer): tensor.ggml_type
+        for tensor in tensors
+        if len(tensor.shape) > 1 and tensor.role is not Role.ROUTER
+    }
