@@ -166,8 +166,11 @@ def open_student(plan: Plan, work: WorkDirectory, stage: str = "retune") -> Stud
 
 
 def same_numbers(plan: Plan) -> bool:
-    """Whether both files hold the same numbers, so that the runtimes can be compared with each other."""
-    return plan.recipe.gguf is not None and plan.recipe.gguf == plan.recipe.onnx
+    """Whether both files hold the same numbers, so that the runtimes can be compared with each other.
+
+    Quantized files do not: llama.cpp's mix called Q4_0 gives the embedding, and some matrices, other types than ONNX's.
+    """
+    return plan.recipe.gguf == plan.recipe.onnx == "F32"
 
 
 def importance_of(student: Student, work: WorkDirectory) -> Importance:
