@@ -178,16 +178,8 @@ def open_student(plan: Plan, work: WorkDirectory, stage: str = "recover") -> Stu
 
 
 def same_numbers(plan: Plan) -> bool:
-<<<<<<< HEAD
     """Whether both files hold the same numbers, so that the runtimes can be compared with each other."""
     return hold_same_numbers(plan.recipe, plan.student_shape)
-=======
-    """Whether both files hold the same numbers, so that the runtimes can be compared with each other.
-
-    Quantized files do not: llama.cpp's mix called Q4_0 gives the embedding, and some matrices, other types than ONNX's.
-    """
-    return plan.recipe.gguf == plan.recipe.onnx == "F32"
->>>>>>> wt-types
 
 
 def importance_of(student: Student, plan: Plan, work: WorkDirectory) -> Importance:
