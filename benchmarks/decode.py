@@ -35,11 +35,12 @@ from compressors.sensitivity import default_table
 from exporter.gguf.container import TensorEntry, aligned, render_header, render_values
 from exporter.gguf.layout import GgufTensor, plan_tensors
 from exporter.gguf.metadata import model_metadata
+from exporter.gguf.type_table import weights_of_a_token
 from exporter.gguf.vocabulary import vocabulary_metadata
 from exporter.hub import resolve_model
 from exporter.planning.container import Container
 from exporter.planning.fitting import fit
-from exporter.planning.units import LAST_RESORT, gguf_units, values_read
+from exporter.planning.units import LAST_RESORT, gguf_units
 from exporter.recipe import BudgetChoice, FileChoice
 from validate.llama_cpp import LlamaCppBackend
 
@@ -171,7 +172,7 @@ def one_type(shape: MoeShape, type_name: str) -> Sequence[GgufTensor]:
 
 
 def _values_of_token(tensors: Sequence[GgufTensor], shape: MoeShape) -> float:
-    return sum(values_read(tensor, shape) for tensor in tensors if tensor.is_matrix)
+    return sum(weights_of_a_token(shape, tensor.role, tensor.shape) for tensor in tensors if tensor.is_matrix)
 
 
 def _repeated(tensor: GgufTensor) -> bytes:

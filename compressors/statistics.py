@@ -28,7 +28,7 @@ __all__ = [
     "StatisticsCollector",
     "StoredStatistics",
     "importance",
-    "of_survivors",
+    "importance_of_kept",
     "save_statistics",
 ]
 
@@ -286,16 +286,17 @@ def _mixed(squares_EN: torch.Tensor, layer: LayerStatistics, prior: torch.Tensor
     return ((squares_EN + _PRIOR_TOKENS * prior) / (layer.count_E[:, None] + _PRIOR_TOKENS)).float()
 
 
-def of_survivors(teacher: Importance, experts: ExpertMap) -> Importance:
-    """The importance matrix of a student whose experts are the teacher's own, from the teacher's.
+def importance_of_kept(original: Importance, experts: ExpertMap) -> Importance:
+    """The part of another model's importance matrix, such as one from a file, that a student's own tensors have.
 
     Args:
-        teacher: by role and the teacher's layer.
-        experts: the student in terms of the teacher.
+        original: of the model that the student was made of.
+        experts: the student in terms of that model; each of its experts is one of that model's, of the same width.
     """
-    found = {key: values for key, values in teacher.items() if key[1] is None}
+    found = {key: values for key, values in original.items() if key[1] is None}
     for index, came_from in enumerate(experts.layers):
-        for (role, layer), values in teacher.items():
+        assert came_from.width is None and all(len(group) == 1 for group in came_from.groups)
+        for (role, layer), values in original.items():
             if layer == came_from.source:
                 found[role, index] = values[list(came_from.kept)] if role.is_expert else values
     return found

@@ -7,10 +7,10 @@ from typing import Any
 
 from compressors.model.shape import MoeShape
 from exporter.outputs import Artifact
-from exporter.recipe import RungChoice
+from exporter.recipe import RecoverChoice, RungChoice
 from exporter.recovery import scope_of
 
-__all__ = ["against_original"]
+__all__ = ["against_original", "with_choices"]
 
 
 def against_original(
@@ -43,6 +43,14 @@ def against_original(
             for name, artifact in artifacts.items()
         },
     }
+
+
+def with_choices(
+    choice: RecoverChoice, tried: Sequence[Mapping[str, Any]]
+) -> list[tuple[RungChoice, Mapping[str, Any]]]:
+    """Each result with its rung; the last rung has one for each file that was taught by itself."""
+    chosen = [*choice.rungs, *[choice.after_quantizing] * (len(tried) - len(choice.rungs))]
+    return [(rung, result) for rung, result in zip(chosen, tried, strict=True) if rung is not None]
 
 
 def _parameters(rung: RungChoice, student: MoeShape) -> int:

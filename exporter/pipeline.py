@@ -91,17 +91,17 @@ _GGUF = Stage("gguf", 2, ("recover", "sensitivity"), ("gguf",), "write the GGUF 
 _ONNX = Stage("onnx", 4, ("recover", "sensitivity"), ("onnx", "budget"), "write the ONNX folder", resumes=True)
 _RETUNE = Stage(
     "retune",
-    1,
+    2,
     ("recover", "schedule", "gguf", "onnx"),
     ("recover", "arithmetic"),
-    "teach the routers beside the quantized experts",
+    "tune each file beside its codes",
     resumes=True,
     shared=True,
 )
-_STUDENT = Stage("student", 2, ("recover", "retune"), (), "write the student checkpoint", resumes=True)
+_STUDENT = Stage("student", 3, ("recover",), (), "write the student checkpoint", resumes=True)
 _TEACHER_TEXTS = Stage("teacher_texts", 1, ("calibrate",), (), "let the original write a few texts")
-_VALIDATE_TORCH = Stage("validate_torch", 3, ("recover", "retune"), (), "measure the student in torch")
-_VALIDATE_WRITTEN = Stage("validate_written", 1, ("gguf", "onnx", "retune"), (), "measure the written weights in torch")
+_VALIDATE_TORCH = Stage("validate_torch", 4, ("recover",), (), "measure the student in torch")
+_VALIDATE_WRITTEN = Stage("validate_written", 2, ("gguf", "onnx", "retune"), (), "measure the written weights in torch")
 _VALIDATE_GGUF = Stage(
     "validate_gguf",
     5,

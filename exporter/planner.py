@@ -33,7 +33,7 @@ from exporter.recipe import (
     SourceChoice,
     TextChoice,
 )
-from exporter.recovery import Machine, RefusedRung, check_after_quantizing, choose_ladder
+from exporter.recovery import Machine, RefusedRung, check_after_quantizing, choose_ladder, wish_for
 from exporter.sizes import format_size
 
 __all__ = ["HELDOUT_CHUNKS", "TextCounts", "choose_recipe", "predict_recipe", "wanted_blocks"]
@@ -90,7 +90,7 @@ def choose_recipe(
     open_recipe = _open_recipe(job, checkpoint, name, text)
     chosen = _Pinned(job, checkpoint, open_recipe).best() if job.quant else _expected(job, checkpoint, open_recipe)
     recover, refused = choose_ladder(
-        _wanted_recovery(job, checkpoint, chosen.compress),
+        wish_for(_wanted_recovery(job, checkpoint, chosen.compress), chosen.compress),
         expected_shape(chosen.compress, checkpoint.shape),
         checkpoint.dtype.itemsize,
         Machine(memory_bytes, n_blocks, models_stay=checkpoint.n_bytes < memory_bytes // 2),

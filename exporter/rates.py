@@ -19,10 +19,11 @@ _ANCHORS: Mapping[str, tuple[tuple[float, float], tuple[float, float]]] = {
 }
 """Two points (divergence in nats, rate); between them rates are interpolated in logarithms, outside they stay."""
 
-_TRIED: Mapping[str, tuple[float, ...]] = {"norms": (1.0,), "scales": (1.0,), "all": (1.0, 2.0)}
+_TRIED: Mapping[str, tuple[float, ...]] = {"norms": (1.0,), "scales": (1.0,), "all": (1.0, 0.5)}
 """Multiples of the rate, each tried on a few blocks; the selection split decides."""
 
 _TRIAL_SHARE = 8  # of a rung's blocks, one in so many
+_LEAST_STEPS = 4
 _RATES_HIDDEN_SIZE = 256
 
 
@@ -49,6 +50,6 @@ def trial_share(scope: str) -> float:
 
 
 def trial_blocks(n_blocks: int, blocks_per_step: int) -> int:
-    """How many of a rung's blocks each trial takes: whole steps, two of them at least, or all blocks."""
-    steps = max(2, n_blocks // _TRIAL_SHARE // blocks_per_step)
-    return min(n_blocks, steps * blocks_per_step)
+    """How many of a rung's blocks each trial takes, in whole steps; 0 if that are too few to tell rates apart."""
+    steps = n_blocks // _TRIAL_SHARE // blocks_per_step
+    return steps * blocks_per_step if steps >= _LEAST_STEPS else 0

@@ -10,9 +10,9 @@ from compressors.model.families import ATTENTION, NORMS, Role
 from compressors.model.shape import MoeShape
 from compressors.recover.knowledge_augmentation import UPDATES_PER_BATCH
 from compressors.recover.schedule import Schedule
-from compressors.recover.scopes import Scope
+from compressors.recover.scopes import BlockLength, Scope
 from compressors.recover.training_memory import refuse_too_large
-from exporter.recipe import RecoverChoice, RungChoice
+from exporter.recipe import CompressChoice, RecoverChoice, RungChoice
 
 __all__ = [
     "RECOVERIES",
@@ -25,6 +25,8 @@ __all__ = [
     "schedule_of",
     "scope_of",
     "trained_roles",
+    "tuning_rung",
+    "wish_for",
 ]
 
 _BESIDE_CODES = ", beside the codes of "
@@ -67,6 +69,7 @@ _SCOPES = {
     "all": Scope.everything(),
 }
 
+_FLOAT32 = 4  # bytes of a written weight while it is computed with
 _TOP_EXPERTS = 8  # of each layer, as in the smallest wider scope of arXiv 2609.06076
 _ADAPTER_RANKS = (8, 4, 2, 1)
 _STREAMED_BATCHES_PER_ROUND = 8  # of a live teacher that is read from the disk for each round
@@ -121,6 +124,38 @@ def choose_ladder(
                 break
             refused.append(RefusedRung(scope_of(candidate).name_in(student), candidate.loss, reason))
     return RecoverChoice(rungs=tuple(rungs), seed=seed), tuple(refused)
+
+
+def wish_for(wish: str, compress: CompressChoice) -> str:
+    """What ``auto`` means for a structure.
+
+    Narrow experts start well, because their down projections make up for what was cut: they get one rung, of all
+    tensors, at a rate by their divergence (:mod:`exporter.rates`). The rate that pruned experts need would ruin them.
+    """
+    is_narrow = compress.width is not None and compress.student == "moe"
+    return "all" if wish == "auto" and is_narrow else wish
+
+
+def tuning_rung(student: MoeShape, machine: Machine, block_lengths: Sequence[BlockLength]) -> RungChoice | None:
+    """The rung beside written files: block scales, norms and routers, without scales where memory is short for them.
+
+    Args:
+        student: the compressed model's shape.
+        machine: what there is.
+        block_lengths: of each file (:func:`~exporter.planned_types.planned_block_length`).
+
+    Returns:
+        None if not even norms can be trained.
+    """
+    for scope in ("scales", "norms"):
+        rung = _rung(scope, "kd", student, machine)
+        try:
+            for block_length in block_lengths:
+                refuse_too_large(scope_of(rung), student, _FLOAT32, machine.memory_bytes, block_length)
+        except InputError:
+            continue
+        return rung
+    return None
 
 
 def check_after_quantizing(choice: RecoverChoice, student: MoeShape) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -15,14 +15,14 @@ from compressors.model.checkpoint import Checkpoint
 from compressors.model.routing import Routing
 from compressors.model.shape import MoeShape
 from compressors.model.student import ExpertMap, LayerMap
-from exporter.against_original import against_original
+from exporter.against_original import against_original, with_choices
 from exporter.budget import expert_bits
 from exporter.environment import environment
 from exporter.floors import floors_of
 from exporter.gguf.metadata import source_license
 from exporter.outputs import Artifact
 from exporter.plan import Plan
-from exporter.recipe import Recipe, RecoverChoice, RungChoice
+from exporter.recipe import Recipe
 from exporter.search_figures import described_types, search_figures
 from exporter.stages.artifacts import Calibration, StudentFiles, open_student, same_numbers
 from exporter.stages.runtime import MEASUREMENT
@@ -110,7 +110,7 @@ def build_report(
         "recovery": [asdict(refused) for refused in plan.refused_rungs] + tried,
         "search": search_figures(work, source.shape, recipe),
         "against_original": against_original(
-            artifacts, source.n_bytes, validation, _with_choices(recipe.recover, tried), student_shape
+            artifacts, source.n_bytes, validation, with_choices(recipe.recover, tried), student_shape
         ),
         "validation": validation,
         "load": rows.load(),
@@ -129,14 +129,6 @@ def _tried(plan: Plan, work: WorkDirectory) -> list[dict[str, Any]]:
         for stage in stages
         for result in json.loads(StudentFiles(work.stage(stage)).recovery.read_text(encoding="utf-8"))
     ]
-
-
-def _with_choices(
-    choice: RecoverChoice, tried: Sequence[Mapping[str, Any]]
-) -> list[tuple[RungChoice, Mapping[str, Any]]]:
-    """Each result with its rung; the last rung has one for each file that was taught by itself."""
-    chosen = [*choice.rungs, *[choice.after_quantizing] * (len(tried) - len(choice.rungs))]
-    return [(rung, result) for rung, result in zip(chosen, tried, strict=True) if rung is not None]
 
 
 def _student(teacher: MoeShape, experts: ExpertMap) -> dict[str, Any]:

@@ -162,11 +162,13 @@ class _Comparison:
             of_rows += [_row_damage(unit, matrix, expected, found, row, n_rows) for row in damaged]
             n_rows += len(expected)
         self._errors[unit] = matrix.relative_error
+        if not (of_rows or matrix.is_too_far or matrix.is_scaled):
+            return  # as near as the type makes it, which for ternary types is not near
         if of_rows and n_rows > 1 and not matrix.is_mostly_damaged:
             self._damage += of_rows
         elif not matrix.relative_error <= _ANOTHER_TENSOR:
             self._suspects[unit] = matrix
-        elif of_rows or matrix.is_too_far or matrix.is_scaled:
+        else:
             self._damage.append(_whole_damage(unit, matrix))
 
     def result(self) -> WeightComparison:

@@ -25,7 +25,7 @@ from compressors.sensitivity.sampling import SAMPLED_WEIGHTS
 from compressors.statistics import Importance
 from exporter.gguf.container import aligned
 
-__all__ = ["ALLOCATED_TYPES", "DecodeCost", "gguf_type_table", "plan_gguf_units"]
+__all__ = ["ALLOCATED_TYPES", "DecodeCost", "gguf_type_table", "plan_gguf_units", "weights_of_a_token"]
 
 DecodeCost = Callable[[str, int], float]
 """(a type's name, weights that a token is multiplied with) -> seconds."""
@@ -63,7 +63,7 @@ def plan_gguf_units(
     types: Sequence[GGMLQuantizationType] = ALLOCATED_TYPES,
     *,
     feedback: bool = False,
-    quantizers: Mapping[GGMLQuantizationType, Quantizer] | None = None,
+    quantizers: Mapping[GGMLQuantizationType, Quantizer | None] | None = None,
     decode_cost: DecodeCost | None = None,
 ) -> list[UnitPlan]:
     """A unit for each tensor that can be quantized, in the file's order, with those types that fit its rows.
@@ -72,7 +72,7 @@ def plan_gguf_units(
         shape: of the model in the file.
         types: to choose from.
         feedback: errors are what error feedback leaves of them (:func:`~compressors.sensitivity.feedback_factor`).
-        quantizers: in place of ggml's kernels for some types; their errors are taken as they are.
+        quantizers: in place of ggml's kernels for some types; None: the type holds the weights exactly.
         decode_cost: of the runtime; None: time does not count.
     """
     plans = []
@@ -83,7 +83,7 @@ def plan_gguf_units(
             if dimensions[-1] % BLOCK_SIZES[ggml_type][0] == 0:
                 n_bytes = aligned(prod(dimensions[:-1]) * row_bytes(ggml_type, dimensions[-1]))
                 quantize, factor = _errors(ggml_type, feedback, quantizers or {})
-                n_used = _weights_of_a_token(shape, role, dimensions)
+                n_used = weights_of_a_token(shape, role, dimensions)
                 seconds = 0.0 if decode_cost is None else decode_cost(ggml_type.name, n_used)
                 candidates.append(Candidate(ggml_type.name, n_bytes, quantize, factor, seconds))
         name = shape.gguf_name(role, layer)
@@ -98,7 +98,7 @@ def gguf_type_table(
     types: Sequence[GGMLQuantizationType] = ALLOCATED_TYPES,
     *,
     feedback: bool = False,
-    quantizers: Mapping[GGMLQuantizationType, Quantizer] | None = None,
+    quantizers: Mapping[GGMLQuantizationType, Quantizer | None] | None = None,
     decode_cost: DecodeCost | None = None,
     n_weights: int | None = SAMPLED_WEIGHTS,
     threads: int = 1,
@@ -115,15 +115,19 @@ def gguf_type_table(
 
 
 def _errors(
-    ggml_type: GGMLQuantizationType, feedback: bool, quantizers: Mapping[GGMLQuantizationType, Quantizer]
-) -> tuple[Quantizer, Callable[[Role], float]]:
-    """The quantizer of a type, and what is left of its errors by role."""
+    ggml_type: GGMLQuantizationType, feedback: bool, quantizers: Mapping[GGMLQuantizationType, Quantizer | None]
+) -> tuple[Quantizer | None, Callable[[Role], float]]:
+    """The quantizer of a type, None if it is exact, and what is left of its errors by role."""
+
+    def factor(role: Role) -> float:
+        return feedback_factor(role, ggml_type.name) if feedback else 1.0
+
     if ggml_type in quantizers:
-        return quantizers[ggml_type], lambda _role: 1.0
-    return ggml_quantizer(ggml_type), lambda role: feedback_factor(role, ggml_type.name) if feedback else 1.0
+        return quantizers[ggml_type], factor
+    return ggml_quantizer(ggml_type), factor
 
 
-def _weights_of_a_token(shape: MoeShape, role: Role, dimensions: tuple[int, ...]) -> int:
+def weights_of_a_token(shape: MoeShape, role: Role, dimensions: tuple[int, ...]) -> int:
     """Weights that one token is multiplied with: those of its experts; none of an embedding that is no head."""
     if role is Role.TOKEN_EMBEDDING and not shape.tied_embeddings:
         return 0

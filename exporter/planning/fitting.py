@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,6 +14,9 @@ from exporter.recipe import FileChoice
 
 __all__ = ["Fitted", "fit", "smallest"]
 
+_CHEAPEST_SECOND, _DEAREST_SECOND = 1e-4, 1e6  # nats that a second of decoding may be worth
+_PRICE_STEPS = 8  # of the bisection: the price is then known to a twentieth of its logarithm
+
 
 @dataclass(frozen=True)
 class Fitted:
@@ -23,9 +27,30 @@ class Fitted:
     prediction: Prediction
 
 
-def fit(container: Container, table: TypeTable, *, nats_per_second: float = 0.0) -> Fitted | None:
-    """The best allocation whose file keeps the budget; None if the smallest does not."""
+def fit(container: Container, table: TypeTable, *, seconds: float | None = None) -> Fitted | None:
+    """The best allocation whose file keeps the budget; None if the smallest does not.
 
+    Args:
+        container: the artifact.
+        table: of its units.
+        seconds: that decoding a token may spend on the weights, if an allocation that fits can be so fast; None: any.
+    """
+    best = _fitted(container, table, 0.0)
+    if best is None or seconds is None or best.allocation.seconds <= seconds:
+        return best
+    low, high = _CHEAPEST_SECOND, _DEAREST_SECOND
+    fast = _fitted(container, table, high)
+    for _ in range(_PRICE_STEPS):
+        price = math.sqrt(low * high)
+        found = _fitted(container, table, price)
+        if found is not None and found.allocation.seconds <= seconds:
+            fast, high = found, price
+        else:
+            low = price
+    return fast
+
+
+def _fitted(container: Container, table: TypeTable, nats_per_second: float) -> Fitted | None:
     def counted(choices: Mapping[str, str]) -> int:
         return container.counted(container.file(choices, table))
 

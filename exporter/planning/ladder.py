@@ -1,32 +1,56 @@
-"""The rungs of recovery that a structure gets."""
+"""The rungs of recovery that a structure gets, before its files are written and beside their codes."""
 
 from __future__ import annotations
 
 from compressors.model.checkpoint import Checkpoint
 from exporter.compression import expected_shape
 from exporter.plan import Plan
-from exporter.recipe import CompressChoice, RecoverChoice
-from exporter.recovery import Machine, RefusedRung, choose_ladder
+from exporter.planned_types import planned_block_length
+from exporter.recipe import CompressChoice, Recipe, RecoverChoice, RungChoice
+from exporter.recovery import Machine, RefusedRung, choose_ladder, tuning_rung, wish_for
 
-__all__ = ["ladder_for"]
+__all__ = ["ladder_for", "rung_beside_codes"]
+
+_WORTH_TEACHING = 0.005
+"""Divergence, nats, from which norms and block scales of a file are taught: below, they gain a few per cent at most."""
+
+_BLOCKS = 80  # 40,960 tokens
 
 
-def ladder_for(wish: str, compress: CompressChoice, plan: Plan) -> tuple[RecoverChoice, tuple[RefusedRung, ...]]:
-    """The rungs that a wish of ``--recover`` means for a structure, and those that do not fit the memory.
+def ladder_for(compress: CompressChoice, plan: Plan) -> tuple[RecoverChoice, tuple[RefusedRung, ...]]:
+    """The rungs that a run climbs with this structure before files are written, and those that do not fit the memory.
 
-    The original needs none unless the wish names one.
+    ``auto`` teaches nothing of the original.
     """
-    source = Checkpoint(plan.source)
+    assert plan.search is not None, "the recipe stands"
+    wish, source = plan.search.recover, Checkpoint(plan.source)
     is_original = compress == CompressChoice(experts=source.shape.n_experts)
-    machine = Machine(
-        plan.memory_bytes,
-        plan.recipe.text.calibration_blocks,
-        models_stay=source.n_bytes < plan.memory_bytes // 2,
-    )
     return choose_ladder(
-        "none" if wish == "auto" and is_original else wish,
+        "none" if wish == "auto" and is_original else wish_for(wish, compress),
         expected_shape(compress, source.shape),
         source.dtype.itemsize,
-        machine,
+        _machine(plan, source),
         plan.recipe.recover.seed,
     )
+
+
+def rung_beside_codes(recipe: Recipe, plan: Plan, expected: float) -> RungChoice | None:
+    """The rung that teaches routers, norms and block scales of the finished files; None if it is not worth its cost.
+
+    Args:
+        recipe: names the structure and the types of its files.
+        plan: names the wish of ``--recover``, text and memory.
+        expected: the divergence of the files before it, nats.
+    """
+    assert plan.search is not None, "the recipe stands"
+    source = Checkpoint(plan.source)
+    machine, shape = _machine(plan, source), expected_shape(recipe.compress, source.shape)
+    if plan.search.recover != "auto" or not machine.models_stay or expected < _WORTH_TEACHING or shape.is_dense:
+        return None
+    rung = tuning_rung(shape, machine, [planned_block_length(recipe, name, shape) for name in recipe.artifacts])
+    return None if rung is None else rung.model_copy(update={"blocks": min(_BLOCKS, rung.blocks)})
+
+
+def _machine(plan: Plan, source: Checkpoint) -> Machine:
+    n_blocks = plan.recipe.text.calibration_blocks
+    return Machine(plan.memory_bytes, n_blocks, models_stay=source.n_bytes < plan.memory_bytes // 2)

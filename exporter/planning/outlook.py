@@ -24,8 +24,8 @@ from exporter.sizes import format_size
 __all__ = [
     "STRUCTURES_FROM",
     "Outlook",
+    "best_fit",
     "container_of",
-    "fitted_table",
     "outlook_of",
     "outlooks",
     "refuse_unless_something_fits",
@@ -129,11 +129,16 @@ def container_of(recipe: Recipe, artifact: str, checkpoint: Checkpoint, choice: 
     )
 
 
-def fitted_table(container: Container, table: TypeTable) -> tuple[Fitted, TypeTable] | None:
-    """The best types that fit, and the table that they are from: without types of the last resort if it can be."""
+def best_fit(container: Container, table: TypeTable, seconds: float | None = None) -> Fitted | None:
+    """The best types that fit, without those of the last resort if that can be; None if none fit.
+
+    The arguments are those of :func:`~exporter.planning.fitting.fit`.
+    """
     for allowed in (table.without(LAST_RESORT), table):
-        if all(unit.options for unit in allowed.units) and (fitted := fit(container, allowed)) is not None:
-            return fitted, allowed
+        if all(unit.options for unit in allowed.units):
+            fitted = fit(container, allowed, seconds=seconds)
+            if fitted is not None:
+                return fitted
     return None
 
 
@@ -143,11 +148,10 @@ def outlook_of(recipe: Recipe, artifact: str, checkpoint: Checkpoint, choice: Co
         container = container_of(recipe, artifact, checkpoint, choice)
     except UnsupportedError:
         return None
-    found = fitted_table(container, _default_table(container, checkpoint.dtype))
-    if found is None:
+    fitted = best_fit(container, _default_table(container, checkpoint.dtype))
+    if fitted is None:
         return None
-    divergence = expected_loss(choice, checkpoint.shape) + found[0].allocation.divergence
-    return Outlook(choice, container, found[0], divergence)
+    return Outlook(choice, container, fitted, expected_loss(choice, checkpoint.shape) + fitted.allocation.divergence)
 
 
 def _default_table(container: Container, dtype: torch.dtype) -> TypeTable:

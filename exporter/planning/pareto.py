@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from compressors.model.checkpoint import Checkpoint
-from exporter.planning.ladder import ladder_for
+from exporter.planning.ladder import ladder_for, rung_beside_codes
 from exporter.planning.search import Candidate, Search
 from exporter.planning.structures import whole, with_experts
 from exporter.recipe import CompressChoice, FileChoice, RecoverChoice
@@ -51,8 +51,11 @@ class ParetoFiles:
     def write(self, candidate: Candidate) -> Path:
         """Writes what the search found, as an export would."""
         plan = self._context.plan
-        assert plan.search is not None, "the recipe stands"
-        ladder, _ = ladder_for(plan.search.recover, candidate.compress, plan)
+        ladder, _ = ladder_for(candidate.compress, plan)
+        files = {"gguf": None, "onnx": None, candidate.artifact: candidate.choice}
+        recipe = plan.recipe.model_copy(update={"compress": candidate.compress, **files})
+        beside = rung_beside_codes(recipe, plan, candidate.expected)
+        ladder = ladder.model_copy(update={"after_quantizing": beside})
         return self._built(candidate.compress, ladder, candidate.choice, candidate.artifact)
 
     def write_mix(self, mix: str, n_experts: int | None = None, recovery: str = "none", artifact: str = "gguf") -> Path:
@@ -68,7 +71,9 @@ class ParetoFiles:
             UnsupportedError: it cannot hold this model.
         """
         choice = whole(self._shape) if n_experts is None else with_experts("reap", n_experts, self._shape)
-        ladder, _ = ladder_for(recovery, choice, self._context.plan)
+        plan = self._context.plan
+        assert plan.search is not None, "the recipe stands"
+        ladder, _ = ladder_for(choice, replace(plan, search=replace(plan.search, recover=recovery)))
         return self._built(choice, ladder, FileChoice(mix=mix, quantizer="kernel"), artifact)
 
     def _built(self, structure: CompressChoice, ladder: RecoverChoice, file: FileChoice, artifact: str) -> Path:

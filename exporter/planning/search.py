@@ -17,11 +17,12 @@ from exporter.planning.fitting import Fitted
 from exporter.planning.measuring import measured_divergence
 from exporter.planning.outlook import (
     STRUCTURES_FROM,
+    best_fit,
     container_of,
-    fitted_table,
     outlooks,
     refuse_unless_something_fits,
 )
+from exporter.planning.speed import most_seconds
 from exporter.planning.structures import structures_for, whole
 from exporter.planning.trial import Trial
 from exporter.planning.units import fitting_mixes, units_of
@@ -44,6 +45,11 @@ class Candidate:
     predicted: float | None  # divergence on the selection split, nats; None: a mix, which is only measured
     measured: float | None = None  # None: it was not
     is_baseline: bool = False
+
+    @property
+    def expected(self) -> float:
+        """The divergence as measured, or else as predicted: nats."""
+        return self.measured if self.measured is not None else self.predicted or 0.0
 
 
 @dataclass(frozen=True)
@@ -79,9 +85,10 @@ class Search:
     def __init__(self, context: StageContext, n_measured: int) -> None:
         assert context.plan.search is not None, "the recipe stands"
         self._context = context
+        self._wishes = context.plan.search
         self._recipe = context.plan.recipe
         self._source = Checkpoint(context.plan.source)
-        self._structures = structures_for(context.plan.search, self._source.shape)
+        self._structures = structures_for(self._wishes, self._source.shape)
         self._n_measured = n_measured
         self._trials: dict[CompressChoice, Trial] = {}
         self.candidates: list[Candidate] = []  # all that were looked at
@@ -127,12 +134,10 @@ class Search:
         except UnsupportedError:
             return None
         trial = self._trial(choice)
-        found = fitted_table(
-            container, trial.table(units_of(container, self._source.dtype), f"{artifact}-{container.choice.quantizer}")
-        )
-        if found is None:
+        units, name = units_of(container, self._source.dtype), f"{artifact}-{container.choice.quantizer}"
+        fitted = best_fit(container, trial.table(units, name), most_seconds(container, self._wishes.prefer))
+        if fitted is None:
             return None
-        fitted, _ = found
         predicted = trial.divergence() + fitted.allocation.divergence
         return _Option(trial, artifact, fitted, predicted)
 

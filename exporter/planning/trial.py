@@ -78,8 +78,7 @@ class Trial:
     def _teach(self) -> None:
         """Climbs the rungs of the finished run for a short while; what does not help is not kept."""
         plan = self.context.plan
-        assert plan.search is not None, "the recipe stands"
-        choice, _ = ladder_for(plan.search.recover, self.compress, plan)
+        choice, _ = ladder_for(self.compress, plan)
         plan = replace(plan, recipe=plan.recipe.model_copy(update={"recover": choice}))
 
         def climb(context: StageContext) -> None:

@@ -2,47 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
-
 import torch
 
 from compressors.model.errors import UnsupportedError
 from compressors.model.families import Role
-from compressors.model.ggml_types import BLOCK_SIZES, GGMLQuantizationType
+from compressors.model.ggml_types import GGMLQuantizationType
 from compressors.model.integer_blocks import BlockType
 from compressors.model.shape import MoeShape
 from compressors.quantize.blocks import search_blocks
+from compressors.quantize.feedback import searched_q2_0
 from compressors.sensitivity import Candidate, Quantizer, UnitPlan, feedback_factor, ggml_quantizer
-from exporter.gguf.container import aligned
-from exporter.gguf.layout import GgufTensor, plan_tensors
 from exporter.gguf.mixes import MIXES
+from exporter.gguf.type_table import ALLOCATED_TYPES, plan_gguf_units
 from exporter.onnx.encodings import ENCODINGS, PRESETS, Encoding, onnx_units
 from exporter.planning.container import Container
 from exporter.planning.decode_cost import seconds_of
 from exporter.prediction import Prediction
 from exporter.recipe import FileChoice
 
-__all__ = ["LAST_RESORT", "fitting_mixes", "gguf_units", "units_of", "values_read"]
-
-_T = GGMLQuantizationType
+__all__ = ["LAST_RESORT", "fitting_mixes", "gguf_units", "units_of"]
 
 LAST_RESORT = frozenset({"Q2_0", "IQ1_S", "IQ1_M"})
 """Types that are taken where nothing else fits: Q2_0 has no fast kernel on x86 and needs a llama.cpp of 2026, and the
 codes of the IQ1 types cannot be chosen again with error feedback."""
 
-_SEARCHED = (
-    *(_T.Q8_0, _T.Q6_K, _T.Q5_K, _T.Q5_1, _T.Q5_0, _T.Q4_K, _T.Q4_1, _T.Q4_0, _T.IQ4_NL, _T.IQ4_XS, _T.Q3_K),
-    *(_T.IQ3_S, _T.IQ3_XXS, _T.Q2_K, _T.IQ2_S, _T.IQ2_XS, _T.IQ2_XXS, _T.Q2_0, _T.IQ1_M, _T.IQ1_S),
-)
-"""What the search may choose. MXFP4 and the ternary types are worse than others of their size for weights that were not
-trained in them."""
-
 _BASELINES = tuple(mix for mix in MIXES if not mix.startswith(("TQ", "MXFP", "Q2_0", "F")))
 """Mixes that people choose from; one in a float type larger than the source's holds the same numbers."""
 
-_EXACT = {torch.bfloat16: _T.BF16, torch.float16: _T.F16, torch.float32: _T.F32}
+_INT8_INPUTS = 1.0
+"""The error of inputs in 8 bits, with which ONNX Runtime computes 8-bit products, relative to that of the weights."""
+
+_EXACT = {
+    torch.bfloat16: GGMLQuantizationType.BF16,
+    torch.float16: GGMLQuantizationType.F16,
+    torch.float32: GGMLQuantizationType.F32,
+}
 
 
 def units_of(container: Container, dtype: torch.dtype) -> tuple[UnitPlan, ...]:
@@ -75,46 +69,19 @@ def gguf_units(shape: MoeShape, dtype: torch.dtype, choice: FileChoice) -> tuple
         dtype: of its weights; one type holds them exactly.
         choice: says how codes are chosen.
     """
-    with_feedback = choice.quantizer == "feedback"
-    return tuple(
-        UnitPlan(
-            tensor.name,
-            (tensor.name,),
-            ((tensor.role, tensor.layer),),
-            tuple(
-                _candidate(tensor, ggml_type, shape, with_feedback)
-                for ggml_type in (_EXACT[dtype], *_SEARCHED)
-                if tensor.row_length % BLOCK_SIZES[ggml_type][0] == 0
-            ),
-        )
-        for tensor in plan_tensors(shape, "BF16")
-        if tensor.ggml_type is _T.BF16
+    exact = _EXACT[dtype]
+    last = (GGMLQuantizationType[name] for name in sorted(LAST_RESORT))
+    quantizers: dict[GGMLQuantizationType, Quantizer | None] = {exact: None}
+    if choice.quantizer == "feedback":
+        quantizers[GGMLQuantizationType.Q2_0] = searched_q2_0
+    plans = plan_gguf_units(
+        shape,
+        (exact, *ALLOCATED_TYPES, *last),
+        feedback=choice.quantizer == "feedback",
+        quantizers=quantizers,
+        decode_cost=seconds_of,
     )
-
-
-def _candidate(tensor: GgufTensor, ggml_type: _T, shape: MoeShape, with_feedback: bool) -> Candidate:
-    n_bytes = aligned(replace(tensor, ggml_type=ggml_type).n_bytes)
-    seconds = seconds_of(ggml_type.name, values_read(tensor, shape))
-    if ggml_type in _EXACT.values():
-        return Candidate(ggml_type.name, n_bytes, None, seconds=seconds)
-    factor: Callable[[Role], float] = partial(_factor, ggml_type.name) if with_feedback else _whole
-    return Candidate(ggml_type.name, n_bytes, ggml_quantizer(ggml_type), factor, seconds)
-
-
-def _factor(type_name: str, role: Role) -> float:
-    return feedback_factor(role, type_name)
-
-
-def _whole(_role: Role) -> float:
-    return 1.0
-
-
-def values_read(tensor: GgufTensor, shape: MoeShape) -> float:
-    """Values that decoding one token multiplies with: of experts those of the chosen, of an embedding none."""
-    if tensor.role is Role.TOKEN_EMBEDDING and not shape.tied_embeddings:
-        return 0.0
-    share = shape.top_k / shape.n_experts if tensor.role.is_expert and not shape.is_dense else 1.0
-    return share * tensor.n_values
+    return tuple(plans)
 
 
 def onnx_unit_plans(shape: MoeShape, choice: FileChoice) -> tuple[UnitPlan, ...]:
@@ -136,7 +103,11 @@ def onnx_unit_plans(shape: MoeShape, choice: FileChoice) -> tuple[UnitPlan, ...]
 def _encoding_candidate(encoding: Encoding, n_bytes: int, with_feedback: bool) -> Candidate:
     if encoding.blocks is None:
         return Candidate(encoding.name, n_bytes, None)
-    factor: Callable[[Role], float] = partial(_factor, encoding.name) if with_feedback else _whole
+
+    def factor(role: Role) -> float:
+        of_weights = feedback_factor(role, encoding.name) if with_feedback else 1.0
+        return of_weights + (_INT8_INPUTS if encoding.bits == 8 else 0.0)
+
     if encoding.ggml_type is not None:
         return Candidate(encoding.name, n_bytes, ggml_quantizer(encoding.ggml_type), factor)
     return Candidate(encoding.name, n_bytes, _blocks_quantizer(encoding.blocks), factor)

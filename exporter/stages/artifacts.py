@@ -14,7 +14,7 @@ from compressors.model.checkpoint import Checkpoint
 from compressors.model.memory import MemoryLimit
 from compressors.model.student import Student
 from compressors.sensitivity import Sensitivities
-from compressors.statistics import Importance, StoredStatistics, importance, of_survivors
+from compressors.statistics import Importance, StoredStatistics, importance, importance_of_kept
 from exporter.gguf.imatrix import read_imatrix
 from exporter.plan import Plan
 from exporter.planned_types import hold_same_numbers
@@ -192,7 +192,7 @@ def importance_of(student: Student, plan: Plan, work: WorkDirectory) -> Importan
     if own.exists():
         return importance(StoredStatistics(own, student.shape.n_layers), student.experts.of_itself())
     if plan.imatrix is not None:
-        return of_survivors(read_imatrix(plan.imatrix, plan.teacher_shape), student.experts)
+        return importance_of_kept(read_imatrix(plan.imatrix, plan.teacher_shape), student.experts)
     statistics = Calibration.of(work).layer_statistics(student.source.shape.n_layers)
     return importance(statistics, student.experts)
 

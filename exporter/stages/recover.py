@@ -130,9 +130,9 @@ class Ladder:
         return rates_for(rung.scope, before.divergence, self.student.shape.hidden_size)
 
     def _best_rate(self, number: int, rung: RungChoice, n_blocks: int, rates: Sequence[float]) -> float:
-        """The rate that is best after a few blocks."""
+        """The rate that is best after a few blocks; the first, if there are too few for that."""
         n_tried = trial_blocks(n_blocks, rung.blocks_per_step)
-        if n_tried == n_blocks:
+        if n_tried == 0:
             return rates[0]
         divergences = [self._trial(number, rung, n_tried, rate) for rate in rates]
         return rates[divergences.index(min(divergences))]

@@ -9,7 +9,7 @@ from typing import Any
 
 from exporter.parts import FOUND
 from exporter.planning.effort import n_measured_files
-from exporter.planning.ladder import ladder_for
+from exporter.planning.ladder import ladder_for, rung_beside_codes
 from exporter.planning.search import Candidate, Search
 from exporter.recipe import Recipe
 from exporter.stage import StageContext
@@ -38,9 +38,8 @@ def _by_student(best: Mapping[str, Candidate]) -> Iterator[dict[str, Candidate]]
 
 def _part(context: StageContext, files: Mapping[str, Candidate]) -> dict[str, Any]:
     plan = context.plan
-    assert plan.search is not None, "the recipe stands"
     compress = next(iter(files.values())).compress
-    recover, refused = ladder_for(plan.search.recover, compress, plan)
+    recover, refused = ladder_for(compress, plan)
     recipe: Recipe = plan.recipe.model_copy(
         update={
             "compress": compress,
@@ -49,9 +48,11 @@ def _part(context: StageContext, files: Mapping[str, Candidate]) -> dict[str, An
             "onnx": files["onnx"].choice if "onnx" in files else None,
         }
     )
+    expected = max(candidate.expected for candidate in files.values())
+    beside = recover.model_copy(update={"after_quantizing": rung_beside_codes(recipe, plan, expected)})
     return {
         "name": "-".join(files),
-        "recipe": recipe.model_dump(),
+        "recipe": recipe.model_copy(update={"recover": beside}).model_dump(),
         "refused_rungs": [asdict(rung) for rung in refused],
     }
 

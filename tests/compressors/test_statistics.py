@@ -15,9 +15,16 @@ from compressors.model.errors import InputError
 from compressors.model.families import Role
 from compressors.model.shape import MoeShape
 from compressors.model.streaming import StreamedModel, TokenGroup
-from compressors.model.student import ExpertMap, Student
+from compressors.model.student import ExpertMap, LayerMap, Student
 from compressors.prune import highest
-from compressors.statistics import LayerStatistics, StatisticsCollector, StoredStatistics, importance, save_statistics
+from compressors.statistics import (
+    LayerStatistics,
+    StatisticsCollector,
+    StoredStatistics,
+    importance,
+    importance_of_kept,
+    save_statistics,
+)
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +134,10 @@ def test_importance_follows_the_survivors(fine_folder: Path, blocks_BT: torch.Te
     whole = importance(layers, ExpertMap.keeping(32, [range(32)] * len(layers)))
     for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN):
         assert torch.equal(matrix[role, 1], whole[role, 1][[3, 8, 21]])
+    two = ExpertMap(32, (LayerMap(0, ((4,), (2,))), LayerMap(3, ((9,), (0,)))))
+    expected, found = importance(layers, two), importance_of_kept(whole, two)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
     assert matrix[Role.EXPERT_GATE, 0].shape == (3, 256)
     assert matrix[Role.QUERY, 5].shape == (256,)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from compressors.quantize import dequantize_rows, quantize_rows
 from compressors.quantize.feedback import quantize_rows_with_feedback
 from compressors.second_moments import SecondMoments
 from exporter import pieces
-from exporter.feedback import EmbeddingGradient
+from exporter.feedback import EmbeddingGradient, least_feedback_bytes, threads_within
 from exporter.gguf.writer import predict_file_size, write_gguf
 from tests.exporter.calibrated import Calibrated
 
@@ -179,3 +180,15 @@ def test_a_head_of_its_own_gets_feedback_and_its_embedding_none(
         tensor = stored[f"{name}.weight"]
         kernel = quantize_rows(student.tensor(role), tensor.tensor_type, name=name)
         assert bool((tensor.data != kernel).any()) is changes
+
+
+def test_memory_decides_how_many_threads_choose_codes(calibrated: Calibrated) -> None:
+    olmoe = replace(
+        calibrated.student.shape, hidden_size=2048, n_heads=16, n_kv_heads=16, head_dim=128, n_experts=64, top_k=8,
+        expert_width=1024,
+    )  # fmt: skip
+    least = least_feedback_bytes(olmoe)
+    assert 4 * 6 * 2048**2 < least < 1_000_000_000
+    assert [threads_within(n_bytes, olmoe, 16) for n_bytes in (-1, least, 10**10)] == [1, 1, 16]
+    threads = [threads_within(n_bytes, olmoe, 16) for n_bytes in range(least, 5 * 10**9, 10**8)]
+    assert threads == sorted(threads) and set(threads) == set(range(1, 17))

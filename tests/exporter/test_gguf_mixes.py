@@ -22,7 +22,9 @@ from exporter.gguf.layout import plan_tensors
 from exporter.gguf.metadata import model_metadata
 from exporter.gguf.mixes import ALIASES, MIXES, mix_named
 from exporter.gguf.writer import write_gguf
+from exporter.static_checks import check_weights
 from tests.llama_quantize import quantize, types_in_a_dry_run
+from validate.model_file import find_model_file
 
 
 def _header_alone(shape: MoeShape, folder: Path, path: Path) -> None:
@@ -115,3 +117,19 @@ def _importance(shape: MoeShape) -> Importance:
 def test_aliases_are_the_tool_s() -> None:
     assert {name: mix_named(name).name for name in ALIASES} == {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
     assert not ALIASES.keys() & MIXES.keys()
+
+
+@pytest.mark.parametrize("mix", ["Q2_K", "Q2_0", "TQ1_0", "TQ2_0", "MXFP4_MOE"])
+def test_coarse_types_are_no_damage_and_another_tensor_is(
+    tmp_path: Path, toy_checkpoint: Callable[..., Path], mix: str
+) -> None:
+    checkpoint = Checkpoint(toy_checkpoint(tmp_path, n_layers=1, model="coarse"))
+    student = Student(checkpoint, ExpertMap.keeping(8, [range(3)]))
+    importance = _importance(student.shape)
+    write_gguf(student, mix, tmp_path / "x.gguf", importance=importance, name="x", threads=1)
+    assert check_weights(find_model_file(tmp_path / "x.gguf"), student).symptoms == []
+    name = student.name(Role.EXPERT_UP, 0, 1)
+    swapped = student.with_overlay({name: student.expert(Role.EXPERT_UP, 0, 2)})
+    write_gguf(swapped, mix, tmp_path / "x.gguf", importance=importance, name="x", threads=1)
+    found = check_weights(find_model_file(tmp_path / "x.gguf"), student)
+    assert [symptom for symptom in found.symptoms if "expert up" in symptom], found.symptoms

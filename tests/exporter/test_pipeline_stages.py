@@ -15,7 +15,7 @@ import pytest
 
 from compressors.model.errors import InputError
 from exporter.job import Flags, Job
-from exporter.pipeline import Stage, StageError, fingerprints, run_stages, stages_of
+from exporter.pipeline import Stage, StageError, fingerprints, run_stages, search_stages, stages_of
 from exporter.plan import Plan
 from exporter.plan_making import make_plan
 from exporter.recipe import Recipe
@@ -27,7 +27,7 @@ from exporter.work import WorkDirectory
 _FROM_COMPRESS = {"compress", "schedule", "recover", "gguf", "onnx", "student", "validate_torch"}
 _RUNG = {"scope": "router", "blocks": 8, "blocks_per_step": 8, "learning_rate": 0.001}
 _VALIDATIONS = {"validate_written", "validate_gguf", "validate_onnx"}
-_ALL = {"calibrate", "teacher_gguf", "teacher_onnx", "teacher_texts"} | _FROM_COMPRESS | _VALIDATIONS
+_ALL = {"calibrate", "sensitivity", "teacher_gguf", "teacher_onnx", "teacher_texts"} | _FROM_COMPRESS | _VALIDATIONS
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,19 @@ def test_a_raised_version_redoes_the_stage_and_what_follows(plan: Plan) -> None:
     raised = [replace(stage, version=stage.version + 1) if stage.name == "onnx" else stage for stage in stages]
     after = fingerprints(plan, raised, source)
     assert {name for name in before if before[name] != after[name]} == {"onnx"} | _VALIDATIONS
+
+
+def test_files_of_the_kernels_codes_need_no_sensitivities(plan: Plan) -> None:
+    kernels = {"mix": "Q4_0", "quantizer": "kernel"}
+    assert {stage.name for stage in stages_of(_edited(plan, gguf=kernels, onnx=kernels))} == _ALL - {"sensitivity"}
+
+
+def test_a_search_begins_with_what_all_budgets_share(plan: Plan) -> None:
+    assert [stage.name for stage in search_stages(plan)] == ["calibrate", "sensitivity", "search"]
+    smaller = _edited(plan, budget={"bytes": 80_000_000})
+    source, stages = SourceState.of(plan.source), search_stages(plan)
+    before, after = fingerprints(plan, stages, source), fingerprints(smaller, stages, source)
+    assert {name for name in before if before[name] != after[name]} == {"search"}
 
 
 def test_every_part_of_a_recipe_matters_to_a_stage(plan: Plan) -> None:

@@ -18,6 +18,7 @@ from exporter.job import Flags
 from exporter.plan import Plan
 from exporter.plan_making import make_plan
 from exporter.progress import Progress
+from exporter.rates import rates_for
 from exporter.recipe import Recipe
 from exporter.stage import StageContext
 from exporter.stages import calibrate, compress, recover, schedule
@@ -119,6 +120,8 @@ def test_each_rung_goes_on_from_the_last_that_was_kept(compressed: _Compressed, 
         _ROUTER | {"loss": "router-logits"},
         _ROUTER | {"scope": "top-experts", "experts": 3, "learning_rate": 1e-3},
         _ROUTER | {"scope": "adapters", "rank": 2},
+        _ROUTER | {"scope": "norms"},
+        _ROUTER | {"scope": "all", "learning_rate": 1e-3},
         _EXPERTS | {"loss": "ka", "batches_per_round": 1, "blocks": 4},
         _EXPERTS | {"loss": "sar", "batches_per_round": 2, "blocks": 4},
     ],
@@ -136,6 +139,33 @@ def test_every_scope_and_loss_trains_what_it_names(
         assert result["selection_kld_after"] != result["selection_kld_before"]
     routers_equal = _equal(climbed.student(), climbed.student("compress"))[:2]
     assert routers_equal == [not result["accepted"]] * 2
+
+
+def test_a_rate_by_the_divergence_is_the_better_of_two_trials(
+    compressed: _Compressed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rung = _ROUTER | {"scope": "all", "learning_rate": None}
+    monkeypatch.setattr(recover, "trial_blocks", lambda n_blocks, per_step: 4)
+    climbed = compressed.climb(tmp_path / "work", rung)
+    (result,) = climbed.results
+    trials = {path.name: float(path.read_text()) for path in (climbed.folder / "recover").glob("trial-0-*.json")}
+    rates = rates_for("all", result["selection_kld_before"], 256)
+    assert set(trials) == {f"trial-0-{rate:g}.json" for rate in rates}
+    best = min(rates, key=lambda rate: trials[f"trial-0-{rate:g}.json"])
+    assert result["learning_rate"] == best
+    pinned = compressed.climb(tmp_path / "pinned", rung | {"learning_rate": best})
+    assert pinned.results[0]["selection_kld_after"] == result["selection_kld_after"]
+    shorter = compressed.climb(tmp_path / "trial", rung | {"learning_rate": best, "blocks": 4})
+    assert shorter.results[0]["selection_kld_after"] == min(trials.values()), "a trial is a short rung"
+    (climbed.folder / "recover" / "rung-0.json").unlink()  # stopped after the trials
+    trained: list[int] = []
+    really_train = recover.training_of
+    monkeypatch.setattr(
+        recover, "training_of", lambda *arguments: trained.append(arguments[3]) or really_train(*arguments)
+    )
+    climbed.run(recover)
+    assert trained == [6], "trials are not repeated"
+    assert {**climbed.results[0], "seconds": 0} == {**result, "seconds": 0}
 
 
 def test_training_that_fails_is_rejected_and_harms_nothing(compressed: _Compressed, tmp_path: Path) -> None:

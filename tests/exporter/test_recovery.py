@@ -10,10 +10,20 @@ import pytest
 
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
+from compressors.model.families import Role
 from compressors.model.shape import MoeShape
 from compressors.recover.training_memory import training_bytes
-from exporter.recipe import RungChoice, RungLoss
-from exporter.recovery import RECOVERIES, Machine, check_after_quantizing, choose_ladder, schedule_of, scope_of
+from exporter.recipe import CompressChoice, RecoverChoice, RungChoice, RungLoss
+from exporter.recovery import (
+    RECOVERIES,
+    Machine,
+    check_after_quantizing,
+    choose_ladder,
+    schedule_of,
+    scope_of,
+    tuning_rung,
+    wish_for,
+)
 from exporter.stages.schedule import shared_out
 
 _ROUTER = RungChoice(scope="router", blocks=8, blocks_per_step=8, learning_rate=0.001)
@@ -73,6 +83,38 @@ def _least_memory(shape: MoeShape) -> int:
         else:
             enough = middle
     return enough
+
+
+def test_narrow_experts_are_taught_with_all_else_at_a_rate_by_their_divergence(pruned: MoeShape) -> None:
+    narrow = CompressChoice(experts=32, width=64)
+    assert wish_for("auto", narrow) == "all"
+    assert wish_for("router", narrow) == "router"
+    assert wish_for("auto", CompressChoice(experts=16)) == "auto"
+    assert wish_for("auto", CompressChoice(experts=16, width=64, student="dense")) == "auto"
+    (rung,), refused = choose_ladder("all", pruned, 2, _PLENTY, 0)[0].rungs, ()
+    assert (rung.scope, rung.learning_rate, refused) == ("all", None, ())
+
+
+def test_scales_are_tuned_where_memory_is_enough(pruned: MoeShape) -> None:
+    def lengths(role: Role, layer: int) -> int:
+        return 32
+
+    rung = tuning_rung(pruned, _PLENTY, [lengths])
+    assert rung is not None
+    assert (rung.scope, rung.learning_rate) == ("scales", None)
+    RecoverChoice(after_quantizing=rung, seed=0)
+    too_little, enough = 0, 10**12  # for scales
+    while enough - too_little > 1:
+        middle = (too_little + enough) // 2
+        found = tuning_rung(pruned, replace(_PLENTY, memory_bytes=middle), [lengths])
+        too_little, enough = (too_little, middle) if found == rung else (middle, enough)
+    norms = tuning_rung(pruned, replace(_PLENTY, memory_bytes=too_little), [lengths])
+    assert norms is not None
+    assert norms.scope == "norms"
+    scales = training_bytes(scope_of(rung), pruned, lengths).weights
+    n_matrices = 6 * (16 * 3 * 128 * 256 + 2 * 256 * 256 + 2 * 256 * 128)
+    assert scales - training_bytes(scope_of(norms), pruned).weights == 4 * n_matrices // 32
+    assert tuning_rung(pruned, replace(_PLENTY, memory_bytes=1), [lengths]) is None
 
 
 def test_a_dense_student_has_no_routers_to_teach(pruned: MoeShape) -> None:

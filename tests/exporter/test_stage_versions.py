@@ -18,8 +18,8 @@ from exporter.onnx.layout import plan_tensors
 from exporter.pipeline import ALL_STAGES
 
 _GOLDEN = {
-    "gguf": (1, "72229cbe1c0f63c76a6e22bd578af0a7210e92ebf390c8b02669d989d7aa37fc"),
-    "onnx": (3, "b627dfe1d91b0e59b09022f38541e415ab31edfc5c5de8d49db8846b75fd4dd9"),
+    "gguf": (2, "72229cbe1c0f63c76a6e22bd578af0a7210e92ebf390c8b02669d989d7aa37fc"),
+    "onnx": (4, "b627dfe1d91b0e59b09022f38541e415ab31edfc5c5de8d49db8846b75fd4dd9"),
 }
 
 

@@ -30,7 +30,7 @@ _FINE = (
     _T.MXFP4,
     _T.Q3_K,
 )
-_COARSE = (_T.Q2_K, _T.IQ3_S, _T.IQ3_XXS, _T.IQ2_XXS, _T.TQ2_0, _T.TQ1_0)
+_COARSE = (_T.Q2_K, _T.IQ3_S, _T.IQ3_XXS, _T.IQ2_XXS, _T.Q2_0, _T.TQ2_0, _T.TQ1_0)
 _FINE_BLOCKS = (BlockType(8, 128), BlockType(8, 16), BlockType(4, 128), BlockType(4, 16))
 _COARSE_BLOCKS = (BlockType(2, 128), BlockType(2, 32))
 _ROWS, _LENGTH = 40, 256
@@ -73,7 +73,8 @@ def test_what_a_type_makes_passes_and_damage_does_not(original: torch.Tensor, ki
     assert _is_whole(_compared(original, weighted, kind))
     size = original.square().mean(1, keepdim=True).sqrt()
     noise = 0.5 * size * torch.randn(original.shape, generator=generator)
-    if kind not in (_T.IQ2_XXS, _T.TQ1_0, _T.TQ2_0, *_COARSE_BLOCKS):  # whose own error is nearly as large, or larger
+    if kind not in (_T.IQ2_XXS, _T.Q2_0, _T.TQ1_0, _T.TQ2_0, *_COARSE_BLOCKS):
+        # their own error is nearly as large, or larger
         assert _compared(original, _stored(original + noise, kind), kind).is_too_far
     lost = plain.clone()
     lost[[5, 35]] = 0

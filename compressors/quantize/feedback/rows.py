@@ -21,7 +21,7 @@ from compressors.quantize.feedback.scale_fit import refit_scales
 from compressors.quantize.feedback.vectors import SIGN_LENGTH
 from compressors.quantize.kernels import quantize_rows
 
-__all__ = ["TYPES_WITH_FEEDBACK", "quantize_rows_with_feedback"]
+__all__ = ["TYPES_WITH_FEEDBACK", "quantize_rows_with_feedback", "searched_q2_0"]
 
 TYPES_WITH_FEEDBACK = frozenset(SCALAR_FORMATS) | frozenset(CODEBOOK_FORMATS)
 """The types whose codes :func:`quantize_rows_with_feedback` chooses."""
@@ -58,6 +58,16 @@ def quantize_rows_with_feedback(
         rows = slice(first, first + _SLICE_ROWS)
         quantized_RY[rows] = _with_chosen_codes(values_RN[rows], quantized_RY[rows], ggml_type, feedback)
     return quantized_RY
+
+
+def searched_q2_0(values_RN: torch.Tensor, importance_N: torch.Tensor | None, name: str) -> torch.Tensor:
+    """What Q2_0 with searched scales can hold of these rows, without feedback: float32 [R, N].
+
+    Raises:
+        InputError: a value is not finite; the message calls the weights ``name``.
+    """
+    length, _ = BLOCK_SIZES[GGMLQuantizationType.Q2_0]
+    return torch.from_numpy(search_blocks(values_RN, 2, length, importance_N, name=name).values())
 
 
 def _searched(

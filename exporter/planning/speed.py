@@ -1,0 +1,30 @@
+"""How slow the types of a file may make decoding: so many times as slow as the named mix of about its size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from exporter.gguf.layout import plan_tensors
+from exporter.gguf.type_table import weights_of_a_token
+from exporter.planning.container import Container
+from exporter.planning.decode_cost import seconds_of
+from exporter.planning.units import fitting_mixes
+
+__all__ = ["most_seconds"]
+
+_TIMES_AS_SLOW: Mapping[str, float] = {"quality": 1.2, "speed": 1.0}
+"""By ``--prefer``. The lowest divergence for the bytes is of codebook types, which a CPU decodes slowly."""
+
+
+def most_seconds(container: Container, prefer: str) -> float | None:
+    """Seconds that decoding a token may spend on the file's weights; None: no mix fits, or nothing is known of time."""
+    mixes = fitting_mixes(container) if container.artifact == "gguf" else []
+    if not mixes:
+        return None
+    shape, choice = container.shape, mixes[0][0]
+    of_mix = sum(
+        seconds_of(tensor.ggml_type.name, weights_of_a_token(shape, tensor.role, tensor.shape))
+        for tensor in plan_tensors(shape, choice.mix)
+        if tensor.is_matrix
+    )
+    return _TIMES_AS_SLOW[prefer] * of_mix
