@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,13 @@ __all__ = ["Figures", "Measuring"]
 IMATRIX_CHUNKS = 160  # 81,920 tokens
 HELDOUT_CHUNKS = 30
 _NUMBER = r"(-?[\d.]+)"
-_ATTEMPTS = 10  # it ends without waiting for the thread that writes its log: on a busy machine the end is missing
+
+_PATIENCE = """
+#include <unistd.h>
+__attribute__((destructor)) static void wait_for_the_log(void) { sleep(2); }
+"""
+"""llama-perplexity ends without waiting for the thread that writes its log (common/log.cpp): on a busy machine the last
+lines, which are the figures, would be missing. Loaded into it, this waits."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +94,18 @@ class Measuring:
     def _perplexity(self, path: Path, needed: str, *arguments: str | Path) -> str:
         command: list[str | Path] = [*self._tools.perplexity, "-m", path, "-c", "512", "-t", self._threads]
         command += ["--chunks", str(HELDOUT_CHUNKS), *arguments]
-        for _ in range(_ATTEMPTS):
-            if needed in (printed := _run(command)):
-                return printed
-        raise SystemExit(f"{' '.join(map(str, command))} does not print {needed!r}")
+        printed = _run(command, os.environ | {"LD_PRELOAD": str(self._patience())})
+        if needed not in printed:
+            raise SystemExit(f"{' '.join(map(str, command))} does not print {needed!r}:\n{printed}")
+        return printed
+
+    def _patience(self) -> Path:
+        library = self._folder.absolute() / "patience.so"
+        if not library.exists():
+            source = library.with_suffix(".c")
+            source.write_text(_PATIENCE, encoding="utf-8")
+            _run(["cc", "-shared", "-fPIC", "-o", library, source])
+        return library
 
 
 def _write_shuffled(split: str, path: Path) -> None:
@@ -102,8 +117,8 @@ def _write_shuffled(split: str, path: Path) -> None:
     path.write_text("\n\n".join(paragraphs[index] for index in order), encoding="utf-8")
 
 
-def _run(command: Sequence[str | Path]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
+def _run(command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False, env=environment)
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
     return done.stdout + done.stderr

@@ -12,6 +12,7 @@ import pytest
 
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import BudgetError, InputError
+from compressors.model.ggml_types import GGMLQuantizationType
 from compressors.model.student import Student
 from compressors.statistics import importance
 from exporter.gguf.writer import predict_file_size, write_gguf
@@ -22,6 +23,7 @@ from exporter.pareto_rows import OURS, ParetoRow, RowFile, best_no_larger
 from exporter.pareto_table import markdown_lines
 from exporter.pipeline import pareto_stages, run_stages
 from exporter.plan import Plan
+from exporter.planning import units
 from exporter.planning.pareto import ParetoFiles
 from exporter.progress import Progress
 from exporter.recipe import Recipe
@@ -79,7 +81,7 @@ def plan(toy_model: Path, small_texts: tuple[Path, Path]) -> Plan:
     """A curve of one size for the toy model, with little text."""
     planned = curve_plan(_flags(toy_model, small_texts).job(), "Q3_K_M", "moe-export pareto")
     recipe = planned.recipe.model_dump()
-    recipe["text"] |= {"calibration_blocks": 4, "selection_blocks": 1, "heldout_chunks_per_file": 1}
+    recipe["text"] |= {"calibration_blocks": 2, "selection_blocks": 1, "heldout_chunks_per_file": 1}
     return replace(planned, recipe=Recipe.model_validate(recipe))
 
 
@@ -149,6 +151,8 @@ def test_a_baseline_is_the_file_that_llama_quantize_would_write(context: StageCo
 
 @pytest.mark.usefixtures("torch_left_as_it_was")
 def test_the_stage_measures_what_has_no_row_yet(context: StageContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = [GGMLQuantizationType[name] for name in ("Q6_K", "Q4_K", "Q4_0", "Q3_K", "Q2_K")]
+    monkeypatch.setattr(units, "_SEARCHED", few)  # or half a minute goes into errors of types
     monkeypatch.setattr(pareto, "MIXES", ("Q3_K_M",))
     monkeypatch.setattr(pareto, "MIXES_OF_PRUNED", ("Q4_0",))
     known = replace(_ROW, model=context.plan.recipe.source.model, method="REAP 50%", mix="Q4_0")
