@@ -1,4 +1,4 @@
-"""A run that searches, for two budgets: what it finds, what it shares, and that its recipes make the same files again."""
+"""A run that searches for two budgets: what it finds and shares, and that its recipes make the same files again."""
 
 from __future__ import annotations
 
