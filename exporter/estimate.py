@@ -39,6 +39,13 @@ __all__ += ["seconds_of_measuring"]
 COPIED_TYPES = frozenset({"F32", "BF16"})
 """Types that no quantizer runs for."""
 
+MOST_MEASURED = 5
+"""Files of each artifact that a search measures: two of its own, three named mixes."""
+
+SENSITIVITY_TOKENS = 4096
+"""Calibration tokens that are enough for sensitivities: with half as many, predictions are as good."""
+
+_SENSITIVITY_FORWARDS = 4  # what its passes take, in forward passes
 _START_SECONDS = 4  # until a stage's process has its libraries
 
 _STEP_FORWARDS = 3  # of routers: forward, the same again, and the gradient with respect to the activations
@@ -48,6 +55,7 @@ _CHOOSING_CODES = 3  # times as long as the kernels take, second moments include
 
 _PARTS: Mapping[str, Collection[str]] = {
     "calibration": ("calibrate", "compress"),
+    "search": ("sensitivity", "search"),
     "recovery": ("schedule", "recover", "retune"),
     "writing": ("gguf", "onnx", "student"),
     "validation": (
@@ -152,6 +160,11 @@ def seconds_by_stage(plan: Plan, speeds: Speeds, free_memory: int) -> dict[str, 
     n_different = 1 if same_numbers(plan) else len(plan.predictions)
     seconds["validate_written"] = n_different * passes.forward(student, n_reference=n_heldout)
     seconds |= {f"teacher_{artifact}": _teacher_seconds(plan, passes, artifact) for artifact in plan.teacher_floors}
+    if any(recipe.file(artifact).quantizer == "feedback" for artifact in recipe.artifacts):
+        seconds["sensitivity"] = _SENSITIVITY_FORWARDS * passes.forward(teacher, SENSITIVITY_TOKENS // BLOCK_LENGTH)
+    if plan.search is not None:
+        measuring = MOST_MEASURED * len(recipe.artifacts) * seconds_of_measuring(plan, speeds)
+        seconds["search"] = passes.reading(teacher) + min(plan.search.plan_seconds, measuring)
     if recipe.save_student:
         seconds["student"] = passes.export(student, "BF16", _student_bytes(plan))
     return {stage: _START_SECONDS + value for stage, value in seconds.items()}
@@ -161,7 +174,7 @@ def seconds_of_measuring(plan: Plan, speeds: Speeds) -> float:
     """How long it takes, about, to write a file of the whole original and to judge it on the selection split."""
     shape = plan.teacher_shape
     passes = _Passes(Checkpoint(plan.source), speeds, 0)
-    writing = passes.export(shape, "", next(iter(plan.predictions.values())).file)
+    writing = passes.export(shape, "", next(iter(plan.predictions.values())).file, _CHOOSING_CODES)
     return writing + passes.forward(shape, n_reference=plan.recipe.text.selection_blocks)
 
 
