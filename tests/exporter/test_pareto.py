@@ -41,7 +41,9 @@ def _rows() -> list[ParetoRow]:
         replace(_ROW, mix="IQ2_M", n_bytes=600, divergence=0.008),
         replace(_ROW, mix="Q6_K", n_bytes=2_000, divergence=0.002),
         replace(_ROW, model="other", mix="Q2_K", n_bytes=10, divergence=0.0001),
-        replace(_ROW, method=OURS, n_bytes=999, divergence=0.004, structure="all 8 experts", predicted=0.0035),
+        replace(
+            _ROW, method=OURS, n_bytes=999, divergence=0.004, structure="all 8 experts", predicted=0.0035, budget=1_000
+        ),
     ]
 
 
@@ -66,7 +68,7 @@ def test_a_table_of_something_else_is_refused(tmp_path: Path) -> None:
 def test_ours_stands_beside_the_best_baseline_that_is_no_larger() -> None:
     ours = _rows()[-1]
     assert best_no_larger(_rows(), ours) == _rows()[1]
-    assert best_no_larger(_rows(), replace(ours, n_bytes=599)) is None
+    assert best_no_larger(_rows(), replace(ours, budget=599)) is None
     (line,) = (line for line in markdown_lines(_rows()) if line.startswith("| moe-export"))
     assert line.endswith("| all experts, IQ2_M: 0.00800 | 0.50 |")
 
@@ -162,7 +164,7 @@ def test_the_stage_measures_what_has_no_row_yet(context: StageContext, monkeypat
     assert rows.find(*known.key) == known  # of the attempt before
     preset, pruned, ours = (rows.find(known.model, *key) for key in _EXPECTED)
     assert preset is not None and pruned is not None and ours is not None and len(rows.rows) == 4
-    assert ours.n_bytes <= context.plan.curve["Q3_K_M"] == preset.n_bytes
+    assert ours.n_bytes <= ours.budget == context.plan.curve["Q3_K_M"] == preset.n_bytes
     assert ours.divergence < preset.divergence < pruned.divergence
     before = (context.output / pareto.ROWS).read_bytes()
     with monkeypatch.context() as patch:
