@@ -17,7 +17,7 @@ from compressors.model.student import Student
 from compressors.statistics import importance
 from exporter.gguf.writer import predict_file_size, write_gguf
 from exporter.job import Flags
-from exporter.pareto import curve_plan
+from exporter.pareto import curve_plan, publish_curve
 from exporter.pareto_chart import write_chart
 from exporter.pareto_rows import OURS, ParetoRow, RowFile, best_no_larger
 from exporter.pareto_table import markdown_lines
@@ -76,6 +76,16 @@ def test_ours_stands_beside_the_best_baseline_that_is_no_larger() -> None:
 def test_the_plot_is_drawn(tmp_path: Path) -> None:
     write_chart(_rows(), tmp_path / "pareto.png")
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_stays_is_a_table_and_a_plot(tmp_path: Path) -> None:
+    work, out = WorkDirectory(tmp_path / "work"), tmp_path / "curve"
+    publish_curve(_rows(), work, out)
+    assert sorted(path.name for path in out.iterdir()) == ["pareto.csv", "pareto.md", "pareto.png"]
+    assert RowFile(out / "pareto.csv").rows == _rows()
+    assert all(f"| {row.method}, {row.mix} |" in (out / "pareto.md").read_text() for row in _rows())
+    with pytest.raises(InputError, match="was made by somebody else meanwhile"):
+        publish_curve(_rows(), work, out)
 
 
 @pytest.fixture(scope="module")
