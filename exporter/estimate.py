@@ -39,6 +39,14 @@ __all__ += ["seconds_of_measuring"]
 COPIED_TYPES = frozenset({"F32", "BF16"})
 """Types that no quantizer runs for."""
 
+MOST_MEASURED = 5
+"""Files of each artifact that a search measures: two of its own, three named mixes."""
+
+SENSITIVITY_TOKENS = 4096
+"""Calibration tokens that are enough for sensitivities: with half as many, predictions are as good."""
+
+_HEADERS = 1 << 16  # of the sensitivities' files
+_SENSITIVITY_FORWARDS = 4  # what its passes take, in forward passes
 _START_SECONDS = 4  # until a stage's process has its libraries
 
 _STEP_FORWARDS = 3  # of routers: forward, the same again, and the gradient with respect to the activations
@@ -48,6 +56,7 @@ _CHOOSING_CODES = 3  # times as long as the kernels take, second moments include
 
 _PARTS: Mapping[str, Collection[str]] = {
     "calibration": ("calibrate", "compress"),
+    "search": ("sensitivity", "search"),
     "recovery": ("schedule", "recover", "retune"),
     "writing": ("gguf", "onnx", "student"),
     "validation": (
@@ -99,6 +108,8 @@ def disk_lines(plan: Plan) -> dict[str, int]:
         "routing": n_routings * n_heldout * BLOCK_LENGTH * shape.n_layers * (shape.top_k * 8 + 4),
         "router inputs": (1 if same_numbers(plan) else len(plan.recipe.artifacts)) * _router_input_bytes(plan),
         "statistics": shape.n_layers * _statistics_bytes(shape) + _own_statistics_bytes(plan),
+        "sensitivities": _sensitivity_bytes(shape) if plan.search is not None or _chooses_codes(plan) else 0,
+        "what the search looks at": _search_bytes(plan),
         "token blocks": n_blocks * BLOCK_LENGTH * 8,
     }
     return {what: n_bytes for what, n_bytes in lines.items() if n_bytes}
@@ -152,6 +163,11 @@ def seconds_by_stage(plan: Plan, speeds: Speeds, free_memory: int) -> dict[str, 
     n_different = 1 if same_numbers(plan) else len(plan.predictions)
     seconds["validate_written"] = n_different * passes.forward(student, n_reference=n_heldout)
     seconds |= {f"teacher_{artifact}": _teacher_seconds(plan, passes, artifact) for artifact in plan.teacher_floors}
+    if _chooses_codes(plan):
+        seconds["sensitivity"] = _SENSITIVITY_FORWARDS * passes.forward(teacher, SENSITIVITY_TOKENS // BLOCK_LENGTH)
+    if plan.search is not None:
+        measuring = MOST_MEASURED * len(recipe.artifacts) * seconds_of_measuring(plan, speeds)
+        seconds["search"] = passes.reading(teacher) + min(plan.search.plan_seconds, measuring)
     if recipe.save_student:
         seconds["student"] = passes.export(student, "BF16", _student_bytes(plan))
     return {stage: _START_SECONDS + value for stage, value in seconds.items()}
@@ -161,7 +177,7 @@ def seconds_of_measuring(plan: Plan, speeds: Speeds) -> float:
     """How long it takes, about, to write a file of the whole original and to judge it on the selection split."""
     shape = plan.teacher_shape
     passes = _Passes(Checkpoint(plan.source), speeds, 0)
-    writing = passes.export(shape, "", next(iter(plan.predictions.values())).file)
+    writing = passes.export(shape, "", next(iter(plan.predictions.values())).file, _CHOOSING_CODES)
     return writing + passes.forward(shape, n_reference=plan.recipe.text.selection_blocks)
 
 
@@ -258,6 +274,25 @@ def _recovery(plan: Plan, passes: _Passes) -> dict[str, float]:
             n_begun = n_files if stage == "retune" else 1
             seconds[stage] = shorter * sum(training[rungs]) + (n_begun + len(training[rungs])) * judging
     return seconds
+
+
+def _chooses_codes(plan: Plan) -> bool:
+    return any(plan.recipe.file(artifact).quantizer == "feedback" for artifact in plan.recipe.artifacts)
+
+
+def _sensitivity_bytes(shape: MoeShape) -> int:
+    """Float32: rows and columns of every matrix, two moments of the hidden size, four numbers of each token."""
+    hidden, width = shape.hidden_size, shape.expert_width
+    attention = (2 * shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim + 4 * hidden
+    of_layer = 3 * shape.n_experts * (hidden + width) + attention
+    return 4 * (shape.n_layers * of_layer + 2 * hidden * hidden + 2 * hidden + 4 * shape.vocab_size) + _HEADERS
+
+
+def _search_bytes(plan: Plan) -> int:
+    """The largest file while it is measured, and the experts of a smaller structure, as built and as taught."""
+    if plan.search is None:
+        return 0
+    return max(prediction.file for prediction in plan.predictions.values()) + 2 * Checkpoint(plan.source).n_bytes
 
 
 def _heldout_blocks(plan: Plan) -> int:

@@ -19,6 +19,11 @@ from validate.report.facts import artifact_name
 
 __all__ = ["plan_table"]
 
+_OPEN = (
+    "by tensor, from sensitivities that ship with the package: after calibration the search measures this model's, and "
+    "decides anew on types, experts and width"
+)
+
 
 def plan_table(plan: Plan, speeds: Speeds, free_memory: int) -> RenderableType:
     """Choices above, bytes of the artifacts below, and of the run itself at the end."""
@@ -30,6 +35,8 @@ def plan_table(plan: Plan, speeds: Speeds, free_memory: int) -> RenderableType:
     )
     choices.add_row("budget", f"{format_size(budget.bytes)} of {counted}")
     choices.add_row("keeps", described_compression(recipe.compress, teacher))
+    if plan.search is not None:
+        choices.add_row("types", _OPEN)
     for number, line in enumerate(_recovery(plan)):
         choices.add_row("" if number else "recovery", line)
     for number, deviation in enumerate(plan.deviations):

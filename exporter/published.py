@@ -36,6 +36,9 @@ def read_report(out: Path) -> dict[str, Any] | None:
     if not path.exists() and not path.is_symlink():
         return None
     report = read_json(path, f"is damaged; {_ADVICE}")
+    if isinstance(report.get("parts"), dict):
+        folders = ", ".join(shown(str(out / name)) for name in report["parts"])
+        raise InputError(f"{out} holds several outputs; name one of them: {folders}")
     try:
         _Report.model_validate(report)
     except ValidationError as error:

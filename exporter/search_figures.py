@@ -40,11 +40,8 @@ def described_types(choice: FileChoice) -> str:
 
 
 def _figures(candidate: Mapping[str, Any], teacher: MoeShape, recipe: Recipe) -> dict[str, Any]:
-    compress, choice = (
-        CompressChoice.model_validate(candidate["compress"]),
-        FileChoice.model_validate(candidate["choice"]),
-    )
-    artifact = candidate["artifact"]
+    artifact, compress = candidate["artifact"], CompressChoice.model_validate(candidate["compress"])
+    choice, chosen = FileChoice.model_validate(candidate["choice"]), recipe.file(artifact)
     return {
         "format": artifact,
         "keeps": described_compression(compress, teacher),
@@ -53,5 +50,5 @@ def _figures(candidate: Mapping[str, Any], teacher: MoeShape, recipe: Recipe) ->
         "predicted": candidate["predicted"],
         "measured": candidate["measured"],
         "is_baseline": candidate["is_baseline"],
-        "is_chosen": (compress, choice) == (recipe.compress, recipe.file(artifact)),
+        "is_chosen": (compress, choice.mix, choice.tensors) == (recipe.compress, chosen.mix, chosen.tensors),
     }

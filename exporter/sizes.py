@@ -56,10 +56,11 @@ def format_size(n_bytes: int) -> str:
 
 
 def size_label(n_bytes: int) -> str:
-    """The size as one word that is exact, such as ``20GB``, ``18600MiB`` or ``999B``."""
+    """The size as one word that is exact, such as ``20GB``, ``8.5MB`` or ``18.625GiB``."""
     for unit, factor in sorted(_UNITS.items(), key=lambda item: -item[1]):
-        if n_bytes % factor == 0:
-            return f"{n_bytes // factor}{unit.replace('IB', 'iB')}"
+        if n_bytes >= factor and n_bytes * 1000 % factor == 0:
+            number = Decimal(n_bytes) / factor
+            return f"{number.normalize():f}{unit.replace('IB', 'iB')}"
     raise AssertionError("every size is a number of bytes")
 
 

@@ -6,7 +6,7 @@ import json
 
 import torch
 
-from exporter.estimate import seconds_of_measuring
+from exporter.estimate import MOST_MEASURED, seconds_of_measuring
 from exporter.files import write_atomically
 from exporter.machine import measure_speeds
 from exporter.stage import StageContext
@@ -14,7 +14,6 @@ from exporter.stage import StageContext
 __all__ = ["n_measured_files"]
 
 _FILE = "effort.json"
-_MOST = 5  # of each artifact: two of ours, three mixes
 
 
 def n_measured_files(context: StageContext) -> int:
@@ -25,6 +24,6 @@ def n_measured_files(context: StageContext) -> int:
         assert plan.search is not None, "the recipe stands"
         seconds = seconds_of_measuring(plan, measure_speeds(plan)) * len(plan.recipe.artifacts)
         torch.set_num_threads(plan.recipe.threads)
-        write_atomically(path, json.dumps(min(_MOST, int(plan.search.plan_seconds / seconds))))
+        write_atomically(path, json.dumps(min(MOST_MEASURED, int(plan.search.plan_seconds / seconds))))
     n_files: int = json.loads(path.read_text(encoding="utf-8"))
     return n_files

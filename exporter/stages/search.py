@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -24,7 +24,8 @@ def run(context: StageContext) -> None:
     n_measured = n_measured_files(context)
     search = Search(context, n_measured)
     best = {artifact: search.best(artifact) for artifact in context.plan.recipe.artifacts}
-    parts = [_part(context, files) for files in _by_student(best)]
+    why = {artifact: _why(candidate, search.candidates) for artifact, candidate in best.items()}
+    parts = [_part(context, files, why) for files in _by_student(best)]
     found = {"parts": parts, "candidates": [_plain(candidate) for candidate in search.candidates]}
     (context.output / FOUND).write_text(json.dumps(found, indent=1), encoding="utf-8")
     search.remove_trials()
@@ -36,7 +37,7 @@ def _by_student(best: Mapping[str, Candidate]) -> Iterator[dict[str, Candidate]]
         yield {artifact: found for artifact, found in best.items() if found.compress == compress}
 
 
-def _part(context: StageContext, files: Mapping[str, Candidate]) -> dict[str, Any]:
+def _part(context: StageContext, files: Mapping[str, Candidate], why: Mapping[str, str]) -> dict[str, Any]:
     plan = context.plan
     compress = next(iter(files.values())).compress
     recover, refused = ladder_for(compress, plan)
@@ -44,8 +45,8 @@ def _part(context: StageContext, files: Mapping[str, Candidate]) -> dict[str, An
         update={
             "compress": compress,
             "recover": recover,
-            "gguf": files["gguf"].choice if "gguf" in files else None,
-            "onnx": files["onnx"].choice if "onnx" in files else None,
+            **dict.fromkeys(("gguf", "onnx")),
+            **{name: file.choice.model_copy(update={"why": why[name]}) for name, file in files.items()},
         }
     )
     expected = max(candidate.expected for candidate in files.values())
@@ -55,6 +56,20 @@ def _part(context: StageContext, files: Mapping[str, Candidate]) -> dict[str, An
         "recipe": recipe.model_copy(update={"recover": beside}).model_dump(),
         "refused_rungs": [asdict(rung) for rung in refused],
     }
+
+
+def _why(chosen: Candidate, candidates: Sequence[Candidate]) -> str:
+    """The reason of a choice, for whoever reads the recipe."""
+    of_file = [candidate for candidate in candidates if candidate.artifact == chosen.artifact]
+    measured = [candidate for candidate in of_file if candidate.measured is not None]
+    if chosen.measured is None:
+        return f"the lowest predicted divergence of {len(of_file)} files: {chosen.predicted:.4f} nats"
+    text = f"the lowest divergence of {len(measured)} files measured on the selection split: {chosen.measured:.4f} nats"
+    mixes = [candidate for candidate in measured if candidate.is_baseline]
+    if not mixes:
+        return text
+    best = min(mixes, key=lambda candidate: candidate.expected)
+    return f"{text}; of llama-quantize's mixes {best.choice.mix} is next, {best.expected:.4f}"
 
 
 def _plain(candidate: Candidate) -> dict[str, Any]:

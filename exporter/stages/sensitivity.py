@@ -8,14 +8,12 @@ from compressors.model.arithmetic import dtype_of
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.student import Student
 from compressors.sensitivity import gather_sensitivities
+from exporter.estimate import SENSITIVITY_TOKENS
 from exporter.stage import StageContext
 from exporter.stages.artifacts import Blocks, Calibration, memory_limit, use_threads
 from exporter.work import WorkDirectory
 
 __all__ = ["run", "watched_blocks"]
-
-_TOKENS = 4096
-"""Calibration tokens that are enough: with half as many, predictions are as good."""
 
 
 def run(context: StageContext) -> None:
@@ -41,4 +39,4 @@ def run(context: StageContext) -> None:
 def watched_blocks(work: WorkDirectory) -> torch.Tensor:
     """The calibration blocks that are run: the leading ones, which are of all domains."""
     blocks_BT = Blocks.load(Calibration.of(work).blocks).calibration
-    return blocks_BT[: -(-_TOKENS // blocks_BT.shape[1])]
+    return blocks_BT[: -(-SENSITIVITY_TOKENS // blocks_BT.shape[1])]

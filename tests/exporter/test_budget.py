@@ -14,7 +14,7 @@ from exporter.budget import predict, runtime_reserve
 from exporter.gguf.writer import write_gguf
 from exporter.onnx.writer import write_onnx
 from exporter.prediction import Prediction
-from exporter.recipe import BudgetChoice
+from exporter.recipe import BudgetChoice, FileChoice
 from validate.measure import measure_base
 
 _KvType = Literal["f16", "f32", "q8_0", "q4_0"]
@@ -30,7 +30,7 @@ def _predict(
     folder: Path, artifact: str, weight_type: str, *, context: int = 1024, kv_type: _KvType = "f16", threads: int = 1
 ) -> Prediction:
     budget = BudgetChoice(bytes=1, kind="total", context=context, kv_type=kv_type)
-    return predict(artifact, folder, "tiny", Checkpoint(folder).shape, weight_type, budget, threads)
+    return predict(artifact, folder, "tiny", Checkpoint(folder).shape, FileChoice(mix=weight_type), budget, threads)
 
 
 def test_the_total_is_the_sum_of_the_lines_and_the_file_is_not_one() -> None:
@@ -75,7 +75,7 @@ def test_what_grows_with_what(fine_folder: Path, artifact: str, weight_type: str
         fine_folder,
         "tiny",
         Checkpoint(fine_folder).shape.with_experts(16),
-        weight_type,
+        FileChoice(mix=weight_type),
         BudgetChoice(bytes=1, kind="total", context=512, kv_type="f16"),
         1,
     )

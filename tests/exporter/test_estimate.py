@@ -17,7 +17,7 @@ from compressors.model.errors import InputError
 from exporter.estimate import Speeds, describe_time, disk_lines, memory_lines, seconds_by_stage
 from exporter.job import Flags, Job
 from exporter.machine import measure_speeds
-from exporter.plan import Plan
+from exporter.plan import Plan, Search
 from exporter.plan_making import make_plan
 from exporter.preflight import refuse_too_little_disk, refuse_too_little_memory
 from exporter.recipe import FileChoice, Recipe
@@ -62,6 +62,10 @@ def _edited(plan: Plan, **parts: Mapping[str, Any]) -> Plan:
     for name, part in parts.items():
         recipe[name] |= part
     return replace(plan, recipe=Recipe.model_validate(recipe))
+
+
+def _choosing_codes(plan: Plan) -> Plan:
+    return _edited(plan, gguf={"quantizer": "feedback"}, onnx={"quantizer": "feedback"})
 
 
 def _with_types(plan: Plan, gguf: str, onnx: str) -> Plan:
@@ -177,16 +181,17 @@ def test_a_checkpoint_larger_than_the_free_memory_is_read_in_every_pass(plan: Pl
     student = plan.student_shape.parameters * 2 / 1e6
     assert does_not["validate_torch"] - _START == pytest.approx(student)
     assert does_not["recover"] - _START == pytest.approx((5 * 3 + 2) * student)
-    assert does_not["gguf"] - _START == pytest.approx(2 * student + plan.predictions["gguf"].file / 1e6)
+    assert does_not["gguf"] - _START == pytest.approx(student + plan.predictions["gguf"].file / 1e6)
+    choosing = seconds_by_stage(_choosing_codes(plan), slow_disk, checkpoint.n_bytes)
+    assert choosing["gguf"] - does_not["gguf"] == pytest.approx(student), "it runs first"
 
 
 def test_quantizing_counts_for_types_that_are_quantized(plan: Plan) -> None:
     slow = Speeds(read_bytes=1e15, multiply_adds=1e15, reference_multiply_adds=1e15, quantized_values=1e6)
     quantizing = plan.student_shape.parameters / 1e6
-    seconds = seconds_by_stage(plan, slow, _PLENTY)
+    seconds = seconds_by_stage(_choosing_codes(plan), slow, _PLENTY)
     assert seconds["gguf"] - _START == seconds["onnx"] - _START == pytest.approx(3 * quantizing, rel=0.001)
-    kernel = {"mix": "Q4_0", "quantizer": "kernel"}
-    seconds = seconds_by_stage(_edited(plan, gguf=kernel, onnx=kernel), slow, _PLENTY)
+    seconds = seconds_by_stage(plan, slow, _PLENTY)
     assert seconds["gguf"] - _START == seconds["onnx"] - _START == pytest.approx(quantizing)
     assert seconds["student"] == pytest.approx(_START, abs=0.01)
 
@@ -195,12 +200,27 @@ def test_a_student_that_differs_runs_before_its_codes_are_chosen(plan: Plan) -> 
     """40 blocks through 12 of 32 experts; nothing where the kernels choose, or where the original itself is written."""
     per_block = 512 * _matrix_values(plan, plan.teacher_shape.top_k) / 1e6
     student_block = per_block - 512 * 2 * 20 * plan.teacher_shape.hidden_size / 1e6
-    seconds = seconds_by_stage(plan, _FAST, _PLENTY)
+    fed_back = _choosing_codes(plan)
+    seconds = seconds_by_stage(fed_back, _FAST, _PLENTY)
     assert seconds["gguf"] - _START == seconds["onnx"] - _START == pytest.approx(40 * student_block, rel=0.001)
-    original = _edited(plan, recover={"rungs": []}, compress={"method": "none", "experts": 32})
+    original = _edited(fed_back, recover={"rungs": []}, compress={"method": "none", "experts": 32})
     assert seconds_by_stage(original, _FAST, _PLENTY)["gguf"] == pytest.approx(_START, abs=0.01)
-    by_kernel = _edited(plan, gguf={"quantizer": "kernel"})
-    assert seconds_by_stage(by_kernel, _FAST, _PLENTY)["gguf"] == pytest.approx(_START, abs=0.01)
+    assert seconds_by_stage(plan, _FAST, _PLENTY)["gguf"] == pytest.approx(_START, abs=0.01), "the kernels choose"
+
+
+def test_a_search_reads_the_model_and_measures_files_as_long_as_it_may(plan: Plan) -> None:
+    """Five files of each artifact, written with chosen codes and judged on the selection split."""
+    searched = replace(_with_types(plan, "Q8_0", "Q4_0"), search=Search("auto", None, "moe", "auto", "quality", 10**9))
+    shape, n_selection = plan.teacher_shape, plan.recipe.text.selection_blocks
+    judging = n_selection * 512 * _matrix_values(plan, shape.top_k) / 1e6
+    reading = shape.parameters * 2 / _FAST.read_bytes
+    seconds = seconds_by_stage(searched, _FAST, _PLENTY)
+    assert seconds["search"] - _START == pytest.approx(reading + 2 * 5 * judging, rel=0.01)
+    watched = 4 * 8 * 512 * _matrix_values(plan, shape.top_k) / 1e6
+    assert seconds["sensitivity"] - _START == pytest.approx(watched, rel=0.001)
+    limited = replace(searched, search=replace(searched.search, plan_seconds=1))
+    assert seconds_by_stage(limited, _FAST, _PLENTY)["search"] - _START == pytest.approx(reading + 1, rel=0.01)
+    assert "search" not in seconds_by_stage(plan, _FAST, _PLENTY)
 
 
 def test_the_time_is_told_in_parts() -> None:

@@ -417,6 +417,8 @@ def test_the_disk_that_is_announced_is_enough_and_not_far_off(toy: Toy) -> None:
         ],
         "training targets": ["calibrate/targets/*"],
         "statistics": ["calibrate/statistics/*"],
+        "layer inputs": ["calibrate/layer_inputs/*"],
+        "sensitivities": ["sensitivity/*"],
         "token blocks": ["calibrate/blocks.safetensors"],
         "routing": [
             *("calibrate/routing.safetensors", "validate_*/evaluation.safetensors"),
@@ -431,7 +433,14 @@ def test_the_disk_that_is_announced_is_enough_and_not_far_off(toy: Toy) -> None:
     assert {what: sizes[what] for what in ("gguf files", "onnx files")} == {
         what: lines[what] for what in ("gguf files", "onnx files")
     }
-    for what in ("log-probabilities in 16 bits", "training targets", "statistics", "token blocks"):
+    for what in (
+        "log-probabilities in 16 bits",
+        "training targets",
+        "statistics",
+        "token blocks",
+        "layer inputs",
+        "sensitivities",
+    ):
         assert sizes[what] == pytest.approx(lines[what], rel=0.1), what  # headers weigh on files as small as these
     assert sizes["routing"] < lines["routing"]
     gone = {"hidden states", "training", "the original, unquantized, while it is measured"}

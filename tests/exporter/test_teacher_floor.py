@@ -20,7 +20,7 @@ from exporter.job import Flags
 from exporter.plan import Plan
 from exporter.plan_making import make_plan
 from exporter.progress import Progress
-from exporter.recipe import Recipe
+from exporter.recipe import FileChoice, Recipe
 from exporter.stage import StageContext
 from exporter.stages import calibrate, teacher_gguf, teacher_onnx
 from exporter.stages.artifacts import Blocks, Calibration
@@ -84,7 +84,7 @@ def test_as_many_layers_are_taken_as_half_of_memory_and_disk_hold(plan: Plan, fi
 
     def needed(n_layers: int) -> tuple[int, int]:
         shape = replace(source.shape, n_layers=n_layers)
-        found = predict(artifact, fine_folder, plan.recipe.source.model, shape, weight_type, budget, 1)
+        found = predict(artifact, fine_folder, plan.recipe.source.model, shape, FileChoice(mix=weight_type), budget, 1)
         return 2 * (PROCESS_BYTES + found.total), 2 * found.file
 
     def chosen(memory_bytes: int, disk_bytes: int) -> int | None:
