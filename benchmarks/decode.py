@@ -4,9 +4,9 @@
 
 Files have the shape of OLMoE's layers, 2 of them with 16 experts, of which a token reads 8 as in the model; random
 weights and one type throughout. A few quantized rows are repeated, which takes no time to write and as long to read.
-In each round every file decodes some tokens, one at a time; the fastest round counts. Then the presets beside mixes of
-ours with no more bytes, their types chosen as an export chooses them, by the sensitivities that ship with the package. What is timed
-is the CPU time of the one thread that computes.
+In each round every file decodes some tokens, one at a time; the fastest round counts. Then presets beside mixes of ours
+with no more bytes, types chosen as an export chooses them, by the sensitivities that ship with the package. What is
+timed is the CPU time of the one thread that computes.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ from exporter.gguf.vocabulary import vocabulary_metadata
 from exporter.gguf.writer import predict_file_size
 from exporter.hub import resolve_model
 from exporter.planning.container import Container
+from exporter.planning.outlook import best_fit
+from exporter.planning.speed import most_seconds
 from exporter.planning.units import gguf_units
 from exporter.recipe import BudgetChoice, FileChoice
 from validate.llama_cpp import LlamaCppBackend
