@@ -4,9 +4,9 @@
 
 Files have the shape of OLMoE's layers, 2 of them with 16 experts, of which a token reads 8 as in the model; random
 weights and one type throughout. A few quantized rows are repeated, which takes no time to write and as long to read.
-In each round every file decodes some tokens, one at a time; the fastest round counts. Then the presets beside mixes of
-ours with no more bytes, their types chosen for quality by the sensitivities that ship with the package. What is timed
-is the CPU time of the one thread that computes.
+In each round every file decodes some tokens, one at a time; the fastest round counts. Then presets beside mixes of ours
+with no more bytes, types chosen as an export chooses them, by the sensitivities that ship with the package. What is
+timed is the CPU time of the one thread that computes.
 """
 
 from __future__ import annotations
@@ -37,22 +37,25 @@ from exporter.gguf.layout import GgufTensor, plan_tensors
 from exporter.gguf.metadata import model_metadata
 from exporter.gguf.type_table import weights_of_a_token
 from exporter.gguf.vocabulary import vocabulary_metadata
+from exporter.gguf.writer import predict_file_size
 from exporter.hub import resolve_model
 from exporter.planning.container import Container
-from exporter.planning.fitting import fit
-from exporter.planning.units import LAST_RESORT, gguf_units
+from exporter.planning.outlook import best_fit
+from exporter.planning.speed import most_seconds
+from exporter.planning.units import gguf_units
 from exporter.recipe import BudgetChoice, FileChoice
 from validate.llama_cpp import LlamaCppBackend
 
 __all__ = ["one_type"]
 
 _RESULTS = Path(__file__).parent / "results"
+_NAME = "olmoe"
 _LAYERS, _EXPERTS = 2, 16
 _ROUNDS, _TOKENS = 3, 8
 _DISTINCT_ROWS = 64
 _REFERENCE = "Q4_K"
 _TYPES = (
-    *("BF16", "F16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K"),
+    *("F32", "BF16", "F16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K"),
     *("IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS", "Q2_0", "IQ1_M", "IQ1_S"),
 )
 _PRESETS = ("Q6_K", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K", "IQ2_M")
@@ -82,9 +85,10 @@ def main(rounds: int, tokens: int) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         bench = _Bench(Path(name), rounds, tokens)
-        types = bench.measure({name: (name, None) for name in _TYPES})
+        types = bench.measure({name: one_type(bench.shape, name) for name in _TYPES})
         pairs = [
-            bench.measure({preset: (preset, None), "ours": ("Q8_0", bench.types_like(preset))}) for preset in _PRESETS
+            bench.measure({preset: plan_tensors(bench.shape, preset), "ours": bench.tensors_like(preset)})
+            for preset in _PRESETS
         ]
     _write(types, list(zip(_PRESETS, pairs, strict=True)), rounds, tokens)
 
@@ -94,41 +98,40 @@ class _Bench:
         self._folder = folder
         self._source = folder / "source"
         _write_config({**with_layers(MODELS["olmoe"], _LAYERS), "num_experts": _EXPERTS}, self._source)
-        self._shape = read_shape(self._source)
+        self.shape = read_shape(self._source)
         self._rounds, self._tokens = rounds, tokens
 
-    def measure(self, files: Mapping[str, tuple[str, Mapping[str, str] | None]]) -> list[Measured]:
-        """Measures files in turns: by name the mix and the types of single tensors; a type's name stands for itself."""
+    def measure(self, files: Mapping[str, Sequence[GgufTensor]]) -> list[Measured]:
+        """Measures files in turns, by name the tensors of each."""
         paths = {name: self._folder / f"{name}.gguf" for name in files}
-        tensors = {name: _tensors(self._shape, *choice) for name, choice in files.items()}
         for name, path in paths.items():
-            self._write(tensors[name], files[name][0], path)
+            self._write(files[name], path)
         best = dict.fromkeys(files, float("inf"))
         for _ in range(self._rounds):
             for name, path in paths.items():
                 best[name] = min(best[name], self._seconds(path))
         found = [
-            Measured(name, path.stat().st_size, best[name], _values_of_token(tensors[name], self._shape))
+            Measured(name, path.stat().st_size, best[name], _values_of_token(files[name], self.shape))
             for name, path in paths.items()
         ]
         for path in paths.values():
             path.unlink()
         return found
 
-    def types_like(self, preset: str) -> Mapping[str, str]:
-        """Our types for a file of no more bytes than a preset's."""
-        n_bytes = sum(aligned(tensor.n_bytes) for tensor in plan_tensors(self._shape, preset))
+    def tensors_like(self, preset: str) -> Sequence[GgufTensor]:
+        """Those of a file of ours with no more bytes than a preset's."""
+        n_bytes = predict_file_size(self.shape, self._source, preset, _NAME)
         budget = BudgetChoice(bytes=n_bytes, kind="file", context=512, kv_type="f16")
         choice = FileChoice(mix="Q8_0")
-        units = gguf_units(self._shape, torch.bfloat16, choice)
-        table = default_table(self._shape, units).without(LAST_RESORT)
-        fitted = fit(Container("gguf", self._source, "olmoe", self._shape, budget, 1, choice), table)
+        table = default_table(self.shape, gguf_units(self.shape, torch.bfloat16, choice))
+        container = Container("gguf", self._source, _NAME, self.shape, budget, 1, choice)
+        fitted = best_fit(container, table, most_seconds(container, "quality"))
         assert fitted is not None, preset
-        return fitted.choice.tensors
+        return plan_tensors(self.shape, fitted.choice.mix, fitted.choice.tensors)
 
-    def _write(self, tensors: Sequence[GgufTensor], mix: str, path: Path) -> None:
-        metadata = model_metadata(self._shape, self._source, "olmoe", "Q8_0")
-        metadata |= vocabulary_metadata(self._source, self._shape.vocab_size)
+    def _write(self, tensors: Sequence[GgufTensor], path: Path) -> None:
+        metadata = model_metadata(self.shape, self._source, _NAME, "Q8_0")
+        metadata |= vocabulary_metadata(self._source, self.shape.vocab_size)
         entries = [TensorEntry(tensor.name, tensor.shape, tensor.ggml_type, tensor.n_bytes) for tensor in tensors]
         with path.open("wb") as file:
             file.write(render_header(len(metadata), render_values(metadata), entries))
@@ -159,10 +162,6 @@ def _write_config(config: Mapping[str, Any], folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(resolve_model(None) / name, folder / name)
-
-
-def _tensors(shape: MoeShape, mix: str, types: Mapping[str, str] | None) -> Sequence[GgufTensor]:
-    return one_type(shape, mix) if mix in _TYPES and types is None else plan_tensors(shape, mix, types)
 
 
 def one_type(shape: MoeShape, type_name: str) -> Sequence[GgufTensor]:

@@ -6,7 +6,7 @@ The files of every size are made by the stages of an export, measured in llama.c
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from exporter.sizes import parse_size
 from exporter.stages.pareto import ROWS
 from exporter.work import WorkDirectory, make_folder
 
-__all__ = ["DEFAULT_SIZES", "curve_plan", "run_pareto"]
+__all__ = ["DEFAULT_SIZES", "curve_plan", "publish_curve", "run_pareto"]
 
 DEFAULT_SIZES = "Q6_K,Q5_K_M,Q4_K_M,IQ4_XS,Q3_K_M,Q2_K,IQ2_M,IQ2_XXS,15%,12%,9%"
 _RESULTS = "results"
@@ -86,7 +86,7 @@ def run_pareto(
             plan.save(work.plan_path)
         run_stages(plan, work, pareto_stages(), announce)
         rows = RowFile(work.stage("pareto") / ROWS).rows
-        _publish(rows, work, job.out)
+        publish_curve(rows, work, job.out)
         work.remove()
     return rows
 
@@ -166,7 +166,8 @@ def _share(label: str) -> float:
     return percent / 100
 
 
-def _publish(rows: list[ParetoRow], work: WorkDirectory, out: Path) -> None:
+def publish_curve(rows: Sequence[ParetoRow], work: WorkDirectory, out: Path) -> None:
+    """Puts rows, table and plot into a new folder, in one step."""
     folder = work.folder / _RESULTS
     shutil.rmtree(folder, ignore_errors=True)
     make_folder(folder)

@@ -32,6 +32,7 @@ class ParetoRow:
     perplexity: float
     structure: str = ""  # of the student; empty: all of the model
     predicted: float | None = None  # the divergence that the search expected, nats
+    budget: int | None = None  # bytes that the file was allowed, of which it may not need all
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -68,10 +69,9 @@ class RowFile:
 
 
 def best_no_larger(rows: Sequence[ParetoRow], row: ParetoRow) -> ParetoRow | None:
-    """The baseline of the least divergence with no more bytes than a row of the same model has; None if none is."""
-    smaller = [
-        other for other in rows if other.model == row.model and other.method != OURS and other.n_bytes <= row.n_bytes
-    ]
+    """The best baseline of the same model with no more bytes than a row was allowed to have; None if there is none."""
+    limit = row.n_bytes if row.budget is None else row.budget
+    smaller = [other for other in rows if other.model == row.model and other.method != OURS and other.n_bytes <= limit]
     return min(smaller, key=lambda other: other.divergence, default=None)
 
 
@@ -98,5 +98,6 @@ def _row(cells: dict[str, str]) -> ParetoRow:
         n_bytes=int(cells["n_bytes"]),
         structure=cells["structure"],
         predicted=float(cells["predicted"]) if cells["predicted"] else None,
+        budget=int(cells["budget"]) if cells["budget"] else None,
         **numbers,
     )

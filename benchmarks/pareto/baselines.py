@@ -46,4 +46,4 @@ def measure_pruned(subject: Subject, files: ParetoFiles) -> None:
 def _measure_mixes(subject: Subject, method: str, source: Path, mixes: Sequence[str], structure: str) -> None:
     """Quantizes an F32 file to every mix that has no row yet, and measures each."""
     for mix in mixes:
-        subject.measure(method, mix, partial(subject.measuring.quantize, source, mix), structure)
+        subject.measure(method, mix, partial(subject.measuring.quantize, source, mix), structure=structure)

@@ -50,7 +50,7 @@ def measure_onnx(subject: Subject, files: ParetoFiles, heldout_BT: npt.NDArray[n
         if rows.find(subject.name, OURS, label) is None:
             found = files.best(n_bytes, "onnx")
             structure = described_compression(found.compress, subject.shape)
-            bench.measure(OURS, label, lambda found=found: files.write(found), structure, found.predicted)
+            bench.measure(OURS, label, lambda found=found: files.write(found), structure, found.predicted, n_bytes)
 
 
 class _Bench:
@@ -73,7 +73,13 @@ class _Bench:
         partial.rename(self._original)
 
     def measure(
-        self, method: str, mix: str, write: Callable[[], Path], structure: str = "", predicted: float | None = None
+        self,
+        method: str,
+        mix: str,
+        write: Callable[[], Path],
+        structure: str = "",
+        predicted: float | None = None,
+        budget: int | None = None,
     ) -> None:
         """Adds a row unless it is there."""
         subject = self._subject
@@ -96,6 +102,7 @@ class _Bench:
             figures["perplexity"],
             structure,
             predicted,
+            budget,
         )
         self._rows.add(row)
         print(f"{subject.name}, ONNX: {method}, {mix}: {n_bytes:,} bytes, {row.divergence:.5f} nats", flush=True)

@@ -66,5 +66,10 @@ def measure_ours(subject: Subject, files: ParetoFiles, sizes: Mapping[str, int])
             found = files.best(n_bytes)
             structure = described_compression(found.compress, subject.shape)
             subject.measure(
-                OURS, label, lambda path, found=found: files.write(found).rename(path), structure, found.predicted
+                OURS,
+                label,
+                lambda path, found=found: files.write(found).rename(path),
+                structure=structure,
+                predicted=found.predicted,
+                budget=n_bytes,
             )

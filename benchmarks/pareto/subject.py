@@ -55,7 +55,14 @@ class Subject:
         return Measuring(self.tools, self.reference, self.folder, self.threads)
 
     def measure(
-        self, method: str, mix: str, write: Callable[[Path], None], structure: str = "", predicted: float | None = None
+        self,
+        method: str,
+        mix: str,
+        write: Callable[[Path], None],
+        *,
+        structure: str = "",
+        predicted: float | None = None,
+        budget: int | None = None,
     ) -> None:
         """Adds the row of this method and mix, unless it is there; ``write`` makes the file at the path it gets."""
         if self.rows.find(self.name, method, mix) is not None:
@@ -73,6 +80,7 @@ class Subject:
             **vars(figures),
             structure=structure,
             predicted=predicted,
+            budget=budget,
         )
         self.rows.add(row)
         print(f"{self.name}: {method}, {mix}: {n_bytes:,} bytes, {figures.divergence:.5f} nats", flush=True)

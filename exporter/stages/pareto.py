@@ -72,16 +72,24 @@ class _Curve:
                     path = self._files.write_mix(mix, n_experts)
                 except UnsupportedError:
                     continue
-                self._measure(path, method, mix, structure, None)
+                self._measure(path, method, mix, structure)
 
     def measure_ours(self, label: str, n_bytes: int) -> None:
         """Measures the best file of at most so many bytes."""
         if self._rows.find(self._model, OURS, label) is None:
             found = self._files.best(n_bytes)
             structure = described_compression(found.compress, Checkpoint(self._context.plan.source).shape)
-            self._measure(self._files.write(found), OURS, label, structure, found.predicted)
+            self._measure(self._files.write(found), OURS, label, structure, found.predicted, n_bytes)
 
-    def _measure(self, path: Path, method: str, mix: str, structure: str, predicted: float | None) -> None:
+    def _measure(
+        self,
+        path: Path,
+        method: str,
+        mix: str,
+        structure: str,
+        predicted: float | None = None,
+        budget: int | None = None,
+    ) -> None:
         figures = self._figures(path, f"{method}, {mix}: chunks")
         kld, n_bytes = figures["kld"], path.stat().st_size
         self._rows.add(
@@ -97,6 +105,7 @@ class _Curve:
                 perplexity=figures["perplexity"],
                 structure=structure,
                 predicted=predicted,
+                budget=budget,
             )
         )
         path.unlink()

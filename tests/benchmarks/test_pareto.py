@@ -19,7 +19,9 @@ from compressors.model.ggml_types import GGMLQuantizationType
 from exporter.pareto_rows import OURS, ParetoRow
 
 _PRESET = ParetoRow("fine", "llama-quantize", "Q4_K_M", 14_000_000, 0.33, 0.004, 0.0001, 0.95, 41.4)
-_OURS = replace(_PRESET, method=OURS, n_bytes=13_999_000, structure="all 32 experts", predicted=0.0011)
+_OURS = replace(
+    _PRESET, method=OURS, n_bytes=13_999_000, structure="all 32 experts", predicted=0.0011, budget=14_000_000
+)
 
 _PRINTED = """\
 Mean PPL(Q)                   :  41.455661 ±   1.234567
@@ -55,7 +57,7 @@ def test_a_promise_is_a_share_of_the_best_preset(divergence: float, is_kept: boo
 
 
 def test_a_promise_in_nats_is_broken_by_a_better_baseline() -> None:
-    small = replace(_OURS, mix="7.0 MB", n_bytes=7_000_000, divergence=0.02)
+    small = replace(_OURS, mix="7.0 MB", n_bytes=6_999_000, budget=7_000_000, divergence=0.02)
     (alone,) = judged([_PRESET, small])
     assert alone.is_kept and alone.baseline is None
     (beside,) = judged([replace(_PRESET, n_bytes=6_900_000, divergence=0.019), small])
@@ -66,7 +68,7 @@ def test_the_table_has_every_row(tmp_path: Path) -> None:
     rows = [_PRESET, replace(_OURS, divergence=0.001)]
     write_markdown(rows, [], tmp_path / "pareto.md")
     text = (tmp_path / "pareto.md").read_text()
-    assert "| fine | Q4_K_M | 13,999,000 | all 32 experts | 0.00100 | 0.00110 | llama-quantize, Q4_K_M: 0.00400" in text
+    assert "| fine | Q4_K_M | 13,999,000 | 32 experts | 0.00100 | 0.00110 | llama-quantize, Q4_K_M: 0.00400" in text
     assert text.count("\n| llama-quantize, Q4_K_M |") == text.count("\n| moe-export, Q4_K_M |") == 1
 
 

@@ -17,7 +17,7 @@ from compressors.model.student import Student
 from compressors.statistics import importance
 from exporter.gguf.writer import predict_file_size, write_gguf
 from exporter.job import Flags
-from exporter.pareto import curve_plan
+from exporter.pareto import curve_plan, publish_curve
 from exporter.pareto_chart import write_chart
 from exporter.pareto_rows import OURS, ParetoRow, RowFile, best_no_larger
 from exporter.pareto_table import markdown_lines
@@ -41,7 +41,9 @@ def _rows() -> list[ParetoRow]:
         replace(_ROW, mix="IQ2_M", n_bytes=600, divergence=0.008),
         replace(_ROW, mix="Q6_K", n_bytes=2_000, divergence=0.002),
         replace(_ROW, model="other", mix="Q2_K", n_bytes=10, divergence=0.0001),
-        replace(_ROW, method=OURS, n_bytes=999, divergence=0.004, structure="all 8 experts", predicted=0.0035),
+        replace(
+            _ROW, method=OURS, n_bytes=999, divergence=0.004, structure="all 8 experts", predicted=0.0035, budget=1_000
+        ),
     ]
 
 
@@ -66,7 +68,7 @@ def test_a_table_of_something_else_is_refused(tmp_path: Path) -> None:
 def test_ours_stands_beside_the_best_baseline_that_is_no_larger() -> None:
     ours = _rows()[-1]
     assert best_no_larger(_rows(), ours) == _rows()[1]
-    assert best_no_larger(_rows(), replace(ours, n_bytes=599)) is None
+    assert best_no_larger(_rows(), replace(ours, budget=599)) is None
     (line,) = (line for line in markdown_lines(_rows()) if line.startswith("| moe-export"))
     assert line.endswith("| all experts, IQ2_M: 0.00800 | 0.50 |")
 
@@ -74,6 +76,16 @@ def test_ours_stands_beside_the_best_baseline_that_is_no_larger() -> None:
 def test_the_plot_is_drawn(tmp_path: Path) -> None:
     write_chart(_rows(), tmp_path / "pareto.png")
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_stays_is_a_table_and_a_plot(tmp_path: Path) -> None:
+    work, out = WorkDirectory(tmp_path / "work"), tmp_path / "curve"
+    publish_curve(_rows(), work, out)
+    assert sorted(path.name for path in out.iterdir()) == ["pareto.csv", "pareto.md", "pareto.png"]
+    assert RowFile(out / "pareto.csv").rows == _rows()
+    assert all(f"| {row.method}, {row.mix} |" in (out / "pareto.md").read_text() for row in _rows())
+    with pytest.raises(InputError, match="was made by somebody else meanwhile"):
+        publish_curve(_rows(), work, out)
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +174,7 @@ def test_the_stage_measures_what_has_no_row_yet(context: StageContext, monkeypat
     assert rows.find(*known.key) == known  # of the attempt before
     preset, pruned, ours = (rows.find(known.model, *key) for key in _EXPECTED)
     assert preset is not None and pruned is not None and ours is not None and len(rows.rows) == 4
-    assert ours.n_bytes <= context.plan.curve["Q3_K_M"] == preset.n_bytes
+    assert ours.n_bytes <= ours.budget == context.plan.curve["Q3_K_M"] == preset.n_bytes
     assert ours.divergence < preset.divergence < pruned.divergence
     before = (context.output / pareto.ROWS).read_bytes()
     with monkeypatch.context() as patch:
