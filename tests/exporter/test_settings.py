@@ -203,19 +203,19 @@ def _plan(checkpoint: Checkpoint, texts: tuple[Path, Path], budget: int, **argum
     return choose_recipe(job, checkpoint, "toy", read_splits(*texts), counts, 8_000_000_000)[0]
 
 
-def test_rows_that_no_block_fits_take_a_larger_type_or_fewer_experts(toy: Path, small_texts: tuple[Path, Path]) -> None:
-    """Experts of width 48: 4 bits come in blocks of 32, so ONNX has float32 only, and GGUF 16 bits for such rows."""
+def test_rows_that_few_blocks_fit_take_the_types_that_do(toy: Path, small_texts: tuple[Path, Path]) -> None:
+    """Experts of width 48: GGUF has 16 bits for such rows, ONNX blocks of 16."""
     checkpoint = Checkpoint(toy)
     checkpoint.shape = checkpoint.shape.with_sizes([MoeSize(32, 48)] * 2)
-    recipe = _plan(checkpoint, small_texts, 20_000_000, formats="gguf,onnx")
-    assert (recipe.onnx, recipe.compress.experts) == ("F32", 32)
-    recipe = _plan(checkpoint, small_texts, 9_000_000, formats="gguf,onnx")
-    assert (recipe.onnx, recipe.gguf) == ("F32", "BF16")
-    assert 4 <= recipe.compress.experts < 32
-    assert _plan(checkpoint, small_texts, 20_000_000, formats="onnx", quant="Q4_0").onnx == "F32"
+    recipe = _plan(checkpoint, small_texts, 5_000_000, formats="gguf,onnx")
+    types, encodings = recipe.file("gguf").tensors, recipe.file("onnx").tensors
+    assert {types[f"blk.{layer}.ffn_down_exps.weight"] for layer in range(2)} == {"BF16"}
+    assert "BF16" not in {types[f"blk.{layer}.ffn_up_exps.weight"] for layer in range(2)}
+    assert {encodings[f"layers.{layer}.experts"] for layer in range(2)} <= {"4@16", "8@16"}
+    assert _plan(checkpoint, small_texts, 20_000_000, formats="onnx", quant="Q4_0").file("onnx").mix == "F32"
     with pytest.raises(BudgetError, match=r"smallest .* needs"):
         _plan(checkpoint, small_texts, 100_000, formats="gguf,onnx")
-    assert _plan(checkpoint, small_texts, 12_000_000, formats="gguf", quant="Q4_0").gguf == "Q4_0"
+    assert _plan(checkpoint, small_texts, 12_000_000, formats="gguf", quant="Q4_0").file("gguf").mix == "Q4_0"
 
 
 def test_a_reason_that_no_type_can_mend_is_the_message(toy: Path, small_texts: tuple[Path, Path]) -> None:
