@@ -9,7 +9,7 @@ SEED ?= 1
 INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 
 demo: .venv/installed
-	$(BIN)/moe-export --budget 10MB --budget-kind file --out demo
+	$(BIN)/moe-export --budget 4.5MB --budget-kind file --recover-time 5m --plan-time 2m --out demo
 
 # One thread for each of the two pytest workers: more would fight over two cores.
 test: lint
