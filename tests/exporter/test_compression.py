@@ -148,7 +148,7 @@ def test_ream_needs_groups_enough(teacher: MoeShape) -> None:
         ({"drop_moe_layers": 1}, "no experts: they cannot be written as GGUF", UnsupportedError),
         ({"method": "reap", "experts": [8, 9]}, "8 experts of width 128, 9 experts", UnsupportedError),
         ({"width": 40}, "GGUF cannot quantize experts that are 40 wide", InputError),
-        ({"width": 40, "gguf": None, "onnx": "Q4_0"}, "rows of 40 values.*use the preset F32", UnsupportedError),
+        ({"width": 40, "gguf": None, "onnx": "Q4_0"}, "rows of 40 values.*these encodings fit: F32", UnsupportedError),
         ({"drop_moe_layers": 1, **_ONNX, "save_student": True}, "transformers could not load", UnsupportedError),
     ],
 )

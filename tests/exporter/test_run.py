@@ -99,17 +99,17 @@ def test_figures_agree_between_torch_and_the_runtimes(finished: tuple[Path, str]
         assert [len(layer) for layer in load["tokens"]] == [sizes[name]] * 2
         np.testing.assert_allclose(np.sum(load["tokens"], axis=1), report["student"]["top_k"], rtol=1e-3)
         np.testing.assert_allclose(np.sum(load["gate_weight"], axis=1), 1, rtol=1e-3)
-    # the same blocks in both files: the runtimes are nearer to each other than either is to the original
-    assert rows["onnx"]["kld_vs_other_runtime"] < min(rows["gguf"]["kld"]["mean"], rows["onnx"]["kld"]["mean"])
+    # llama.cpp's Q4_0 has other types than ONNX's: what differs would not be the runtimes
+    assert rows["onnx"]["kld_vs_other_runtime"] is None
     assert report["verdict"]["passed"]
 
 
 def test_floors_stand_beside_the_figures(finished: tuple[Path, str]) -> None:
-    """Both files hold the same numbers, which one pass of torch served."""
+    """Each file is compared with torch computing with its own numbers."""
     out, printed = finished
     rows = {row["artifact"]: row for row in _report(out)["validation"]}
     same = {name: rows[name]["floor"]["same_weights"] for name in ("gguf", "onnx")}
-    assert same["gguf"]["perplexity_torch"] == same["onnx"]["perplexity_torch"]
+    assert same["gguf"]["perplexity_torch"] != same["onnx"]["perplexity_torch"]
     for name, floor in same.items():
         assert floor["perplexity"] == rows[name]["perplexity"]
         assert floor["chunks"] == rows[name]["chunks"]

@@ -60,6 +60,9 @@ def run(
     assert planned.returncode == 0, planned.stderr
     recipe = json.loads(planned.stdout)
     recipe["text"] |= _TEXT
+    embeddings = ["token_embd.weight"] if read_shape(source).tied_embeddings else ["token_embd.weight", "output.weight"]
+    recipe["gguf"] |= {"tensors": dict.fromkeys(embeddings, "Q8_0"), "quantizer": "kernel"}  # the numbers of ONNX's
+    recipe["onnx"] |= {"quantizer": "kernel"}
     (rung,) = recipe["recover"]["rungs"]
     rung |= {"blocks": 16, "blocks_per_step": 2}
     path = folder / "recipe.yaml"

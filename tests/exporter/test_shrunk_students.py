@@ -160,7 +160,7 @@ def test_onnx_names_the_weight_whose_width_4_bits_cannot_have(
     fine_folder: Path, compressed: Callable[..., Student], tmp_path: Path
 ) -> None:
     student = compressed(Checkpoint(fine_folder), _layers_that_differ(Checkpoint(fine_folder))[0])
-    with pytest.raises(UnsupportedError, match=r"layers\.0\..*down.* rows of 40 values.*use the preset F32"):
+    with pytest.raises(UnsupportedError, match=r"layers\.0\..*down.* rows of 40 values.*these encodings fit: F32"):
         write_onnx(student, "Q4_0", tmp_path / "onnx", threads=1)
 
 
