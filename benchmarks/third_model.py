@@ -2,7 +2,8 @@
 
     python -m benchmarks.third_model FOLDER
 
-Seed, depth and widths are none of the trained models that the search was developed on; tokenizer and text are.
+Seed, depth, number and width of the experts are none of the trained models that the search was developed on; tokenizer
+and text are.
 ``benchmarks.pareto`` measures it.
 """
 
