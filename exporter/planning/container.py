@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from compressors.model.shape import MoeShape
-from compressors.sensitivity import TypeTable
+from compressors.sensitivity import Unit, UnitPlan
 from exporter.budget import predict
 from exporter.prediction import Prediction
 from exporter.recipe import BudgetChoice, FileChoice
@@ -30,9 +30,9 @@ class Container:
     threads: int
     choice: FileChoice  # quantizer and importance matrix
 
-    def file(self, choices: Mapping[str, str], table: TypeTable) -> FileChoice:
+    def file(self, choices: Mapping[str, str], units: Iterable[Unit | UnitPlan]) -> FileChoice:
         """The recipe's choice for a type of each unit."""
-        types = {tensor: choices[unit.name] for unit in table.units for tensor in unit.tensors}
+        types = {tensor: choices[unit.name] for unit in units for tensor in unit.tensors}
         return self.choice.model_copy(update={"mix": _BASE_MIX[self.artifact], "tensors": types})
 
     def prediction(self, choice: FileChoice) -> Prediction:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from compressors.model.errors import InputError
-from compressors.sensitivity import Allocation, TypeTable, allocate, allocate_file, smallest_bytes
+from compressors.sensitivity import Allocation, TypeTable, UnitPlan, allocate_file
 from exporter.planning.container import Container
 from exporter.prediction import Prediction
 from exporter.recipe import FileChoice
@@ -52,17 +52,17 @@ def fit(container: Container, table: TypeTable, *, seconds: float | None = None)
 
 def _fitted(container: Container, table: TypeTable, nats_per_second: float) -> Fitted | None:
     def counted(choices: Mapping[str, str]) -> int:
-        return container.counted(container.file(choices, table))
+        return container.counted(container.file(choices, table.units))
 
     try:
         allocation = allocate_file(table, container.budget.bytes, counted, nats_per_second=nats_per_second)
     except InputError:
         return None
-    choice = container.file(allocation.choices, table)
+    choice = container.file(allocation.choices, table.units)
     return Fitted(choice, allocation, container.prediction(choice))
 
 
-def smallest(container: Container, table: TypeTable) -> int:
-    """Bytes that the budget counts of the smallest file."""
-    allocation = allocate(table, smallest_bytes(table))
-    return container.counted(container.file(allocation.choices, table))
+def smallest(container: Container, units: Sequence[UnitPlan]) -> int:
+    """Bytes that the budget counts of the file of the smallest types."""
+    choices = {unit.name: min(unit.candidates, key=lambda candidate: candidate.n_bytes).choice for unit in units}
+    return container.counted(container.file(choices, units))

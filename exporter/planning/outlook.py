@@ -36,6 +36,9 @@ STRUCTURES_FROM = 0.05
 every expert's width, begins at 0.07 after it was taught (docs/quantization.md)."""
 
 
+_SMALLEST = 2  # structures whose exact needs are looked at: what is beside their tensors hardly differs
+
+
 @dataclass(frozen=True)
 class Outlook:
     """A structure whose file fits."""
@@ -94,20 +97,26 @@ def refuse_unless_something_fits(
 def _least(
     recipe: Recipe, artifact: str, checkpoint: Checkpoint, structures: Sequence[CompressChoice]
 ) -> tuple[int, CompressChoice]:
-    """The first structure that fits, or the one that needs least, and what it needs."""
-    needs: list[tuple[int, CompressChoice]] = []
+    """The structure that needs least, and what it needs: of those with the fewest bytes of tensors."""
+    possible: list[tuple[int, CompressChoice, Container]] = []
     refusal: UnsupportedError | None = None
     for choice in structures:
         try:
             container = container_of(recipe, artifact, checkpoint, choice)
-            needs.append((smallest(container, _default_table(container, checkpoint.dtype)), choice))
         except UnsupportedError as error:
             refusal = refusal or error
-        if needs and needs[-1][0] <= recipe.budget.bytes:
-            return needs[-1]
-    if not needs:
+            continue
+        units = units_of(container, checkpoint.dtype)
+        n_bytes = sum(min(candidate.n_bytes for candidate in unit.candidates) for unit in units)
+        possible.append((n_bytes, choice, container))
+    if not possible:
         assert refusal is not None, "there are structures"
         raise refusal
+    possible.sort(key=lambda entry: entry[0])
+    needs = [
+        (smallest(container, units_of(container, checkpoint.dtype)), choice)
+        for _, choice, container in possible[:_SMALLEST]
+    ]
     return min(needs, key=lambda need: need[0])
 
 

@@ -160,7 +160,7 @@ def test_each_method_takes_the_least_away_that_fits(plan: Planner, method: str, 
                 continue
             recipe, predictions = plan(budget, **choices)
             assert recipe.compress == CompressChoice(**{"experts": 32} | ways[expected])
-            assert _scopes(recipe) == ["router", "experts"]
+            assert _scopes(recipe) == (["all"] if "width" in ways[expected] else ["router", "experts"])
             for name in artifacts:
                 assert predictions[name].file == _bytes_of(name, ways[expected], "Q4_0")
 
@@ -207,7 +207,7 @@ def test_falling_budgets_never_give_more(plan: Planner, artifact: str) -> None:
         assert predictions[artifact].file <= budget
         assert predictions[artifact].file > 0.9 * budget or not _is_whole(recipe), "a file fills its budget"
         assert was_whole or not _is_whole(recipe)
-        assert _scopes(recipe) == ([] if _is_whole(recipe) else ["router", "experts"]), "who shrinks recovers"
+        assert _scopes(recipe) in ([[]] if _is_whole(recipe) else [["router", "experts"], ["all"]]), "who shrinks recovers"
         was_whole = _is_whole(recipe)
         structures.add(recipe.compress)
     assert len(structures) > 2
@@ -228,7 +228,7 @@ def test_bits_go_before_experts(plan: Planner) -> None:
     assert predictions["gguf"].file <= 7_200_000
     types = recipe.file("gguf").tensors
     assert len(set(types.values())) > 2, "tensors differ"
-    assert types["token_embd.weight"] in ("Q8_0", "Q6_K", "Q5_K", "Q4_K"), "the embedding matters most"
+    assert types["token_embd.weight"][:2] in ("Q8", "Q6", "Q5"), "the embedding matters most"
     assert not _is_whole(plan(4_000_000, formats="gguf")[0])
 
 
