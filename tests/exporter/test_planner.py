@@ -207,7 +207,9 @@ def test_falling_budgets_never_give_more(plan: Planner, artifact: str) -> None:
         assert predictions[artifact].file <= budget
         assert predictions[artifact].file > 0.9 * budget or not _is_whole(recipe), "a file fills its budget"
         assert was_whole or not _is_whole(recipe)
-        assert _scopes(recipe) in ([[]] if _is_whole(recipe) else [["router", "experts"], ["all"]]), "who shrinks recovers"
+        assert _scopes(recipe) in ([[]] if _is_whole(recipe) else [["router", "experts"], ["all"]]), (
+            "who shrinks recovers"
+        )
         was_whole = _is_whole(recipe)
         structures.add(recipe.compress)
     assert len(structures) > 2

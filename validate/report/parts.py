@@ -13,7 +13,7 @@ from validate.report.facts import Report, find
 
 __all__ = ["parts_summary", "render_parts"]
 
-_COLUMNS = ("output", "file", "size", "bits per weight", "divergence", "same top token", "perplexity", "verdict")
+_COLUMNS = ("output", "file", "size", "bits", "divergence", "same top", "perplexity", "verdict")
 
 
 def render_parts(reports: Mapping[str, Report]) -> str:
@@ -29,7 +29,8 @@ def render_parts(reports: Mapping[str, Report]) -> str:
     lines = [
         f"# {facts.model_name(first)}",
         "",
-        "Each folder is an output of its own, with a report. All were made from one calibration.",
+        "Each folder is an output of its own, with a report. All were made from one calibration. Bits are those of a "
+        "weight, scales included; the divergence from the original is in nats, on held-out text.",
         "",
         "| " + " | ".join(_COLUMNS) + " |",
         "|" + "---|" * len(_COLUMNS),
@@ -55,10 +56,10 @@ def _rows(reports: Mapping[str, Report]) -> Iterator[tuple[str, ...]]:
             yield (
                 name,
                 facts.artifact_name(artifact["format"]),
-                numbers.size(artifact["bytes"]),
+                numbers.size_parts(artifact["bytes"])[0],
                 f"{artifact['bits_per_weight']:.2f}",
                 numbers.divergence(find(row, "kld", "mean")),
                 numbers.percent(row.get("top1_agreement")),
                 numbers.perplexity(row.get("perplexity")),
-                facts.verdict_title(report),
+                "passed" if find(report, "verdict", "passed") else "failed",
             )
