@@ -23,7 +23,7 @@ from exporter.gguf.metadata import source_license
 from exporter.outputs import Artifact
 from exporter.plan import Plan
 from exporter.recipe import Recipe
-from exporter.search_figures import described_types, search_figures
+from exporter.search_figures import named_types, search_figures
 from exporter.stages.artifacts import Calibration, StudentFiles, open_student, same_numbers
 from exporter.stages.runtime import MEASUREMENT
 from exporter.stages.schedule import scheduled_blocks
@@ -103,7 +103,7 @@ def build_report(
                 "files": {file: asdict(entry) for file, entry in artifact.files.items()},
                 "bytes": artifact.bytes,
                 "bits_per_weight": 8 * artifact.bytes / student_shape.parameters,
-                "type": described_types(recipe.file(name)),
+                "type": named_types(recipe.file(name)),
             }
             for name, artifact in artifacts.items()
         ],

@@ -13,7 +13,7 @@ from exporter.parts import FOUND
 from exporter.recipe import CompressChoice, FileChoice, Recipe
 from exporter.work import WorkDirectory
 
-__all__ = ["described_types", "search_figures"]
+__all__ = ["described_types", "named_types", "search_figures"]
 
 _MOST_TYPES = 4
 
@@ -27,6 +27,14 @@ def search_figures(work: WorkDirectory, teacher: MoeShape, recipe: Recipe) -> li
     return [
         _figures(candidate, teacher, recipe) for candidate in candidates if candidate["artifact"] in recipe.artifacts
     ]
+
+
+def named_types(choice: FileChoice) -> str:
+    """The mix, or ``types by tensor, mostly IQ3_S``."""
+    if not choice.tensors:
+        return choice.mix
+    (most, _), *_ = Counter(choice.tensors.values()).most_common()
+    return f"types by tensor, mostly {most}"
 
 
 def described_types(choice: FileChoice) -> str:
