@@ -11,8 +11,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.optimize import minimize_scalar
-
 __all__ = ["DivergenceModel", "SecondOrder"]
 
 
@@ -60,6 +58,8 @@ class DivergenceModel:
         """
         if not points or any(not (order.total > 0 and order.routed > 0 and measured > 0) for order, measured in points):
             raise ValueError(f"cannot fit a divergence to {list(points)}: give positive numbers")
+        from scipy.optimize import minimize_scalar  # takes a second, which every process would wait for
+
         default = cls()
         if len({order for order, _ in points}) == 1:
             return _scaled(points, default.flips / default.smooth)
