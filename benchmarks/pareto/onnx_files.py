@@ -11,11 +11,10 @@ import numpy.typing as npt
 
 from benchmarks.pareto.subject import Subject
 from compressors.model.log_probs import LogProbReader, LogProbWriter
-from exporter.compression import described_compression
 from exporter.onnx.layout import plan_tensors
 from exporter.onnx.writer import predict_size
 from exporter.pareto_rows import OURS, ParetoRow, RowFile
-from exporter.planning.pareto import ParetoFiles
+from exporter.planning.pareto import ParetoFiles, described_structure
 from validate.backend import scored_positions
 from validate.evaluation import evaluate
 from validate.figures import fidelity_figures
@@ -49,7 +48,7 @@ def measure_onnx(subject: Subject, files: ParetoFiles, heldout_BT: npt.NDArray[n
     for label, n_bytes in sizes.items():
         if rows.find(subject.name, OURS, label) is None:
             found = files.best(n_bytes, "onnx")
-            structure = described_compression(found.compress, subject.shape)
+            structure = described_structure(found.compress, subject.shape)
             bench.measure(OURS, label, lambda found=found: files.write(found), structure, found.predicted, n_bytes)
 
 

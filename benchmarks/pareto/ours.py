@@ -8,12 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.pareto.subject import Subject
-from exporter.compression import described_compression
 from exporter.job import Flags
 from exporter.pareto_rows import OURS
 from exporter.pipeline import pareto_stages, run_stages
 from exporter.plan_making import make_plan
-from exporter.planning.pareto import ParetoFiles
+from exporter.planning.pareto import ParetoFiles, described_structure
 from exporter.progress import Progress
 from exporter.stage import StageContext
 from exporter.stages.artifacts import Blocks, Calibration, use_threads
@@ -64,7 +63,7 @@ def measure_ours(subject: Subject, files: ParetoFiles, sizes: Mapping[str, int])
     for label, n_bytes in sizes.items():
         if subject.rows.find(subject.name, OURS, label) is None:
             found = files.best(n_bytes)
-            structure = described_compression(found.compress, subject.shape)
+            structure = described_structure(found.compress, subject.shape)
             subject.measure(
                 OURS,
                 label,

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from compressors.model.checkpoint import Checkpoint
+from compressors.model.shape import MoeShape
+from exporter.compression import described_compression
 from exporter.planning.ladder import ladder_for, rung_beside_codes
 from exporter.planning.search import Candidate, Search
 from exporter.planning.structures import whole, with_experts
@@ -17,7 +19,7 @@ from exporter.recipe import CompressChoice, FileChoice, RecoverChoice
 from exporter.stage import StageContext
 from exporter.stages import compress, gguf, onnx, recover, retune, schedule
 
-__all__ = ["ParetoFiles"]
+__all__ = ["ParetoFiles", "described_structure"]
 
 _BUILD = "build"
 _OF_THE_RUN = frozenset({"calibrate", "sensitivity"})
@@ -96,3 +98,8 @@ class ParetoFiles:
             return work.stage(artifact) / onnx.FOLDER
         (path,) = work.stage(artifact).glob("*.gguf")
         return path
+
+
+def described_structure(choice: CompressChoice, shape: MoeShape) -> str:
+    """What is left of a model of this shape; nothing is said if all is."""
+    return "" if choice == whole(shape) else described_compression(choice, shape)

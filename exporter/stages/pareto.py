@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import UnsupportedError
 from compressors.model.log_probs import LogProbReader
-from exporter.compression import described_compression
 from exporter.gguf.writer import predict_file_size
 from exporter.pareto_rows import OURS, ParetoRow, RowFile
-from exporter.planning.pareto import ParetoFiles
+from exporter.planning.pareto import ParetoFiles, described_structure
 from exporter.stage import StageContext
 from exporter.stages.artifacts import Blocks, Calibration, use_threads
 from validate.evaluation import evaluate
@@ -78,7 +76,7 @@ class _Curve:
         """Measures the best file of at most so many bytes."""
         if self._rows.find(self._model, OURS, label) is None:
             found = self._files.best(n_bytes)
-            structure = described_compression(found.compress, Checkpoint(self._context.plan.source).shape)
+            structure = described_structure(found.compress, self._context.plan.teacher_shape)
             self._measure(self._files.write(found), OURS, label, structure, found.predicted, n_bytes)
 
     def _measure(

@@ -164,7 +164,7 @@ def test_a_baseline_is_the_file_that_llama_quantize_would_write(context: StageCo
 @pytest.mark.usefixtures("torch_left_as_it_was")
 def test_the_stage_measures_what_has_no_row_yet(context: StageContext, monkeypatch: pytest.MonkeyPatch) -> None:
     few = [GGMLQuantizationType[name] for name in ("Q6_K", "Q4_K", "Q4_0", "Q3_K", "Q2_K")]
-    monkeypatch.setattr(units, "_SEARCHED", few)  # or half a minute goes into errors of types
+    monkeypatch.setattr(units, "ALLOCATED_TYPES", few)  # or half a minute goes into errors of types
     monkeypatch.setattr(pareto, "MIXES", ("Q3_K_M",))
     monkeypatch.setattr(pareto, "MIXES_OF_PRUNED", ("Q4_0",))
     known = replace(_ROW, model=context.plan.recipe.source.model, method="REAP 50%", mix="Q4_0")
