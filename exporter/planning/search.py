@@ -8,11 +8,12 @@ be, beside the best of llama-quantize's mixes that fit; the lowest divergence on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import BudgetError, UnsupportedError
+from compressors.sensitivity import DivergenceModel
 from exporter.planning.fitting import Fitted
 from exporter.planning.measuring import measured_divergence
 from exporter.planning.outlook import (
@@ -91,6 +92,7 @@ class Search:
         self._structures = structures_for(self._wishes, self._source.shape)
         self._n_measured = n_measured
         self._trials: dict[CompressChoice, Trial] = {}
+        self._model = DivergenceModel()  # calibrated for each artifact as soon as a file of the original is measured
         self.candidates: list[Candidate] = []  # all that were looked at
 
     def best(self, artifact: str) -> Candidate:
@@ -116,8 +118,10 @@ class Search:
     def _options(self, artifact: str) -> list[_Option]:
         """The structures that were looked at, with their best types, by rising expected divergence."""
         first, *smaller = self._structures
+        self._model = DivergenceModel()
         whole_one = self._option(artifact, first)
         found = [] if whole_one is None else [self._measured(whole_one)]
+        self._calibrate(found)
         if not found or found[0].expected > STRUCTURES_FROM:
             likely = outlooks(self._recipe, artifact, self._source, smaller)
             built = [self._option(artifact, outlook.compress) for outlook in likely[:_MOST_STRUCTURES]]
@@ -138,7 +142,7 @@ class Search:
         fitted = best_fit(container, trial.table(units, name), most_seconds(container, self._wishes.prefer))
         if fitted is None:
             return None
-        predicted = trial.divergence() + fitted.allocation.divergence
+        predicted = trial.divergence() + self._model.divergence(fitted.allocation.order)
         return _Option(trial, artifact, fitted, predicted)
 
     def _measured(self, option: _Option) -> _Option:
@@ -146,6 +150,15 @@ class Search:
         if self._n_measured < 1:
             return option
         return replace(option, measured=measured_divergence(option.trial, option.artifact, option.fitted.choice))
+
+    def _calibrate(self, found: Sequence[_Option]) -> None:
+        """Makes later predictions say of what was measured what was measured."""
+        points = [
+            (option.fitted.allocation.order, option.measured)
+            for option in found
+            if option.measured and option.fitted.allocation.order.routed > 0 and option.trial.divergence() == 0.0
+        ]
+        self._model = DivergenceModel.fitted(points) if points else DivergenceModel()
 
     def _trial(self, choice: CompressChoice) -> Trial:
         """The structure, built and taught for a short while if it is not the original."""
