@@ -15,6 +15,8 @@ _COLUMNS = (
     *("best baseline of no more bytes", "ratio"),
 )
 
+_ON_A_TERMINAL = (0, 2, 3, 4, 8)  # of the columns
+
 
 def markdown_lines(rows: Sequence[ParetoRow]) -> list[str]:
     """A table in Markdown."""
@@ -23,10 +25,11 @@ def markdown_lines(rows: Sequence[ParetoRow]) -> list[str]:
 
 
 def pareto_table(rows: Sequence[ParetoRow]) -> Table:
-    """The same for a terminal."""
-    table = Table(*_COLUMNS)
+    """What of it fits a terminal: files, sizes, divergences, and ratios to the best baseline of no more bytes."""
+    table = Table(*(_COLUMNS[column] for column in _ON_A_TERMINAL))
     for row in _sorted(rows):
-        table.add_row(*_cells(row, rows), style="bold" if row.method == OURS else None)
+        cells = _cells(row, rows)
+        table.add_row(*(cells[column] for column in _ON_A_TERMINAL), style="bold" if row.method == OURS else None)
     return table
 
 

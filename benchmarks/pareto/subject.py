@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -67,7 +68,7 @@ class Subject:
         """Adds the row of this method and mix, unless it is there; ``write`` makes the file at the path it gets."""
         if self.rows.find(self.name, method, mix) is not None:
             return
-        path = self.folder / "measured.gguf"
+        path = self.folder / f"measured-{os.getpid()}.gguf"  # another process may measure the same model
         write(path)
         n_bytes, figures = path.stat().st_size, self.measuring.figures(path)
         path.unlink()
