@@ -201,14 +201,13 @@ def test_a_stage_that_was_stopped_goes_on_and_trains_nothing_twice(
 
 
 def test_without_gguf_the_onnx_folder_is_what_is_taught(written: _Written, tmp_path: Path) -> None:
-    """Its embedding has other types than llama.cpp's Q4_0 gives it, so it starts, and ends, somewhere else."""
+    """Both hold the same numbers here, so they learn the same."""
     work, alone = written.copy(tmp_path / "work"), written.copy(tmp_path / "alone")
     both = _run(written.plan, work)
     result = _run(replace(written.plan, recipe=written.plan.recipe.model_copy(update={"gguf": None})), alone)
-    assert result["selection_kld_after"] < result["selection_kld_before"]
-    assert result["selection_kld_before"] != both["selection_kld_before"]
+    assert result["selection_kld_after"] == both["selection_kld_after"]
     data = {name: file for name, file in _files(work).items() if name.startswith("model")}
-    assert {name: file for name, file in _files(alone).items() if name.startswith("model")} != data
+    assert {name: file for name, file in _files(alone).items() if name.startswith("model")} == data
 
 
 def test_switching_it_off_or_on_writes_the_files_anew(written: _Written) -> None:
