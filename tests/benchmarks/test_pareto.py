@@ -68,7 +68,7 @@ def test_the_table_has_every_row(tmp_path: Path) -> None:
     rows = [_PRESET, replace(_OURS, divergence=0.001)]
     write_markdown(rows, [], tmp_path / "pareto.md")
     text = (tmp_path / "pareto.md").read_text()
-    assert "| fine | Q4_K_M | 13,999,000 | 32 experts | 0.00100 | 0.00110 | llama-quantize, Q4_K_M: 0.00400" in text
+    assert "| fine | Q4_K_M | 13,999,000 | all 32 experts | 0.00100 | 0.00110 | llama-quantize, Q4_K_M: 0.00400" in text
     assert text.count("\n| llama-quantize, Q4_K_M |") == text.count("\n| moe-export, Q4_K_M |") == 1
 
 
