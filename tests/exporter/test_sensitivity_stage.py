@@ -13,9 +13,9 @@ from compressors.model.checkpoint import Checkpoint
 from compressors.model.families import Role
 from compressors.model.student import ExpertMap, Student
 from exporter.job import Flags
+from exporter.plan_making import make_plan
 from exporter.progress import Progress
 from exporter.recipe import Recipe
-from exporter.run import make_plan
 from exporter.stage import StageContext
 from exporter.stages import calibrate, sensitivity
 from exporter.stages.artifacts import sensitivities_of

@@ -228,7 +228,7 @@ def recovery_table(report: Report) -> Table:
 def search_table(report: Report) -> Table:
     """The files that were looked at before one was chosen, with what the selection split says of them."""
     rows = []
-    for candidate in report["search"]:
+    for candidate in report.get("search") or []:
         tone = "good" if candidate["is_chosen"] else ""
         cells = (
             Cell(candidate["types"]),
