@@ -20,7 +20,7 @@ from exporter.work import WorkDirectory
 
 __all__ = ["heldout_blocks", "measure_ours", "searched_files"]
 
-_RECOVER_TIME = "4m"
+_RECOVER_TIME = "12m"
 _OUT = "export"
 
 
