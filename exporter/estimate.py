@@ -98,7 +98,8 @@ def disk_lines(plan: Plan) -> dict[str, int]:
         "student checkpoint": _student_bytes(plan) if plan.recipe.save_student else 0,
         # those in use, the newest snapshot, and the next one while it is written
         "hidden states": 3 * n_blocks * BLOCK_LENGTH * shape.hidden_size * 4,
-        "layer inputs": _layer_input_bytes(plan),
+        "layer inputs": layer_input_bytes(shape, text.calibration_blocks * BLOCK_LENGTH),
+        "layer inputs of the student, while codes are chosen": _student_layer_input_bytes(plan),
         "log-probabilities in 16 bits": log_prob_bytes(n_scored, shape.vocab_size),
         "training targets": text.calibration_blocks * BLOCK_LENGTH * TARGET_BYTES,
         "training": _training_bytes(plan),
@@ -368,12 +369,13 @@ def _router_values(shape: MoeShape) -> int:
     return shape.n_layers * shape.n_experts * shape.hidden_size
 
 
-def _layer_input_bytes(plan: Plan) -> int:
-    """What enters the original's layers, and, while codes are chosen by it, the layers of a student that differs."""
-    recipe, n_tokens = plan.recipe, plan.recipe.text.calibration_blocks * BLOCK_LENGTH
+def _student_layer_input_bytes(plan: Plan) -> int:
+    """What enters the layers of a student that differs from the original, if error feedback chooses codes by it."""
+    recipe = plan.recipe
     chooses = any(recipe.file(artifact).quantizer == "feedback" for artifact in recipe.artifacts)
-    own = layer_input_bytes(plan.student_shape, n_tokens) if chooses and _student_differs(plan) else 0
-    return layer_input_bytes(plan.teacher_shape, n_tokens) + own
+    if not (chooses and _student_differs(plan)):
+        return 0
+    return layer_input_bytes(plan.student_shape, recipe.text.calibration_blocks * BLOCK_LENGTH)
 
 
 def _student_differs(plan: Plan) -> bool:
