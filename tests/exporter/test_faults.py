@@ -443,5 +443,8 @@ def test_the_disk_that_is_announced_is_enough_and_not_far_off(toy: Toy) -> None:
     ):
         assert sizes[what] == pytest.approx(lines[what], rel=0.1), what  # headers weigh on files as small as these
     assert sizes["routing"] < lines["routing"]
-    gone = {"hidden states", "training", "the original, unquantized, while it is measured"}
+    gone = {
+        *("hidden states", "training", "the original, unquantized, while it is measured"),
+        "layer inputs of the student, while codes are chosen",
+    }
     assert set(lines) - set(sizes) == gone, "when their stages are done"
