@@ -7,14 +7,16 @@ bounded, so memory depends on the largest piece and the number of threads, not o
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Protocol, TypeVar
 
 from compressors.model.threads import one_thread_each
 from exporter.resumable import Extent, Part, ResumableFile
 
-__all__ = ["Piece", "row_slices", "write_pieces"]
+__all__ = ["MatrixRows", "Piece", "row_slices", "whole_experts", "write_pieces"]
 
 _PIECE_VALUES = 4 << 20  # about what an expert has
 _AHEAD_BYTES = 64 << 20  # output that may wait for its turn, beyond one piece for each thread
@@ -25,6 +27,36 @@ class Piece(Extent):
     """A part of a file that is read, made and written as one."""
 
     read: Callable[[], Callable[[], Sequence[Part]]]  # reads the weights; what it returns quantizes them, in a thread
+
+
+class MatrixRows(Protocol):
+    """Consecutive rows of one matrix."""
+
+    @property
+    def layer(self) -> int | None:
+        """The decoder layer of the matrix; None for embedding, head and final norm."""
+
+    @property
+    def expert(self) -> int | None:
+        """The expert whose matrix it is; None for any other matrix."""
+
+
+_Rows = TypeVar("_Rows", bound=MatrixRows)
+
+
+def whole_experts(all_rows: Iterable[_Rows]) -> Iterator[tuple[_Rows, ...]]:
+    """Reorders a file's rows within each layer: first those of no expert, one by one, then each expert's together.
+
+    Error feedback makes the matrices of an expert together, because they share the moments of their inputs.
+    """
+    for _, of_layer in groupby(all_rows, key=lambda rows: rows.layer):
+        experts: dict[int, tuple[_Rows, ...]] = {}
+        for rows in of_layer:
+            if rows.expert is None:
+                yield (rows,)
+            else:
+                experts[rows.expert] = (*experts.get(rows.expert, ()), rows)
+        yield from experts.values()
 
 
 def row_slices(n_rows: int, row_length: int, multiple: int = 1) -> list[slice]:

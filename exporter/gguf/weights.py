@@ -6,10 +6,9 @@ piece, since they share what is known of their inputs; they lie in three places 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from math import prod
 
 import torch
@@ -22,7 +21,7 @@ from compressors.statistics import Importance
 from exporter.feedback import ExpertFeedback, StudentFeedback
 from exporter.gguf.container import aligned
 from exporter.gguf.layout import GgufTensor
-from exporter.pieces import Piece, row_slices
+from exporter.pieces import Piece, row_slices, whole_experts
 from exporter.resumable import Part
 
 __all__ = ["weight_pieces"]
@@ -47,7 +46,7 @@ def weight_pieces(
     matrices = _Matrices(student, importance, feedback)
     all_rows = _plan_rows(student, tensors, offset)
     end = offset
-    for group in ((rows,) for rows in all_rows) if feedback is None else _with_whole_experts(all_rows):
+    for group in ((rows,) for rows in all_rows) if feedback is None else whole_experts(all_rows):
         end = max(end, *(rows.offset + rows.n_bytes for rows in group))
         yield Piece(sum(rows.n_bytes for rows in group), end, partial(matrices.read, group))
 
@@ -61,6 +60,11 @@ class _Rows:
     rows: slice
     offset: int
     padding: int  # zeros after them, which the tensor's last rows have
+
+    @property
+    def layer(self) -> int | None:
+        """The decoder layer; None outside of the layers."""
+        return self.tensor.layer
 
     @property
     def n_bytes(self) -> int:
@@ -110,18 +114,6 @@ def _plan_rows(student: Student, tensors: Sequence[GgufTensor], offset: int) -> 
             at = offset + rows.start * row_bytes(tensor.ggml_type, tensor.row_length)
             yield _Rows(tensor, expert, rows, at, padding if rows.stop == n_rows else 0)
         offset += aligned(tensor.n_bytes)
-
-
-def _with_whole_experts(all_rows: Iterable[_Rows]) -> Iterator[tuple[_Rows, ...]]:
-    """Layer after layer: what is no expert's, and then expert after expert, its matrices together."""
-    for _, of_layer in groupby(all_rows, key=lambda rows: rows.tensor.layer):
-        experts: dict[int, tuple[_Rows, ...]] = {}
-        for rows in of_layer:
-            if rows.expert is None:
-                yield (rows,)
-            else:
-                experts[rows.expert] = (*experts.get(rows.expert, ()), rows)
-        yield from experts.values()
 
 
 class _Matrices:

@@ -6,10 +6,9 @@ piece, since what down reads is made from gate and up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from math import prod
 from typing import Any
 
@@ -27,7 +26,7 @@ from compressors.statistics import Importance
 from exporter.feedback import ExpertFeedback, StudentFeedback
 from exporter.onnx.encodings import Encoding
 from exporter.onnx.layout import TensorLayout, WeightPlan
-from exporter.pieces import Piece, row_slices
+from exporter.pieces import Piece, row_slices, whole_experts
 from exporter.resumable import Part
 
 __all__ = ["Place", "weight_pieces"]
@@ -49,7 +48,7 @@ def weight_pieces(
     weights = _Weights(student, importance, feedback)
     all_rows = _plan_rows(layout)
     end = 0
-    for group in ((rows,) for rows in all_rows) if feedback is None else _with_whole_experts(all_rows):
+    for group in ((rows,) for rows in all_rows) if feedback is None else whole_experts(all_rows):
         end = max(end, *(place.end for rows in group for place in rows.places))
         n_bytes = sum(place.n_bytes for rows in group for place in rows.places)
         yield Piece(n_bytes, end, partial(weights.read, group))
@@ -83,6 +82,11 @@ class _Rows:
     rows: slice
 
     @property
+    def layer(self) -> int | None:
+        """The decoder layer; None outside of the layers."""
+        return self.weight.layer
+
+    @property
     def places(self) -> list[Place]:
         """Where the file holds their codes, and their scales if they have any."""
         places = []
@@ -108,18 +112,6 @@ def _plan_rows(layout: TensorLayout) -> Iterator[_Rows]:
         else:
             for rows in row_slices(prod(weight.shape[:-1]), weight.shape[-1]):
                 yield _Rows(weight, None, rows)
-
-
-def _with_whole_experts(all_rows: Iterable[_Rows]) -> Iterator[tuple[_Rows, ...]]:
-    """Layer after layer: what is no expert's, and then expert after expert, its weights together."""
-    for _, of_layer in groupby(all_rows, key=lambda rows: rows.weight.layer):
-        experts: dict[int, tuple[_Rows, ...]] = {}
-        for rows in of_layer:
-            if rows.expert is None:
-                yield (rows,)
-            else:
-                experts[rows.expert] = (*experts.get(rows.expert, ()), rows)
-        yield from experts.values()
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,7 @@ import torch
 
 from compressors.model.arithmetic import dtype_of
 from compressors.model.checkpoint import Checkpoint
-from compressors.model.log_probs import LogProbReader
 from compressors.model.student import Student
-from compressors.recover.divergence import judge
 from compressors.sensitivity import Sensitivities, TypeTable, UnitPlan, gather_sensitivities, measured_table
 from exporter.files import write_atomically
 from exporter.plan import Plan
@@ -22,11 +20,10 @@ from exporter.planning.ladder import ladder_for
 from exporter.recipe import CompressChoice
 from exporter.stage import StageContext
 from exporter.stages import compress
-from exporter.stages.artifacts import Blocks, Calibration, StudentFiles, importance_of, memory_limit
-from exporter.stages.recover import Ladder
+from exporter.stages.artifacts import StudentFiles, importance_of, memory_limit
+from exporter.stages.recover import Ladder, judge_on_selection
 from exporter.stages.sensitivity import watched_blocks
 from exporter.work import WorkDirectory
-from validate.backend import scored_positions
 
 __all__ = ["Trial"]
 
@@ -94,16 +91,7 @@ class Trial:
 
     def judged(self, student: Student) -> float:
         """The divergence of a student of this structure on the selection split: nats."""
-        files = Calibration.of(self.context.work)
-        blocks_BT = Blocks.load(files.blocks).selection
-        return judge(
-            student,
-            blocks_BT,
-            LogProbReader(files.selection_log_probs),
-            scored_positions(blocks_BT.shape[1]),
-            limit=memory_limit(self.context),
-            device=torch.device(self.context.plan.device),
-        ).divergence
+        return judge_on_selection(self.context, student).divergence
 
     def table(self, units: tuple[UnitPlan, ...], name: str) -> TypeTable:
         """What each type of each unit costs, measured once; ``name`` tells tables of the same structure apart."""

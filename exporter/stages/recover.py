@@ -31,7 +31,7 @@ from exporter.stages.schedule import scheduled_blocks
 from exporter.stages.training import training_of
 from validate.backend import scored_positions
 
-__all__ = ["Ladder", "run"]
+__all__ = ["Ladder", "judge_on_selection", "run"]
 
 _STATE = "training.safetensors"
 
@@ -47,6 +47,20 @@ def run(context: StageContext) -> None:
             results.append(ladder.climb(number, rung, n_blocks))
     if is_first():
         StudentFiles(context.output).recovery.write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+def judge_on_selection(context: StageContext, student: Student) -> Judgement:
+    """Compares a student with the teacher on the selection split, which no training sees."""
+    files = Calibration.of(context.work)
+    blocks_BT = Blocks.load(files.blocks).selection
+    return judge(
+        student,
+        blocks_BT,
+        LogProbReader(files.selection_log_probs),
+        scored_positions(blocks_BT.shape[1]),
+        limit=memory_limit(context),
+        device=torch.device(context.plan.device),
+    )
 
 
 class Ladder:
@@ -96,7 +110,7 @@ class Ladder:
 
     def _tried(self, number: int, rung: RungChoice, n_blocks: int) -> dict[str, Any]:
         start = time.monotonic()
-        before = self._judgement or self._judge(self.student)
+        before = self._judgement or judge_on_selection(self._context, self.student)
         self._judgement = before
         after: Judgement | None = None
         why: str | None = None
@@ -168,7 +182,7 @@ class Ladder:
             save_file(self._learned(training), path)
         wait_for_all()
         del training  # its weights and moments must be gone before another model takes their place
-        return self._judge(self._student_with(StoredTensors(path)))
+        return judge_on_selection(self._context, self._student_with(StoredTensors(path)))
 
     def _train(self, training: Training, snapshot: Snapshot) -> None:
         """All steps, from the snapshot on if there is one."""
@@ -186,15 +200,3 @@ class Ladder:
 
     def _snapshot(self, number: int) -> Snapshot:
         return Snapshot(self._folder / f"snapshot-{number}")
-
-    def _judge(self, student: Student) -> Judgement:
-        files = Calibration.of(self._context.work)
-        blocks_BT = Blocks.load(files.blocks).selection
-        return judge(
-            student,
-            blocks_BT,
-            LogProbReader(files.selection_log_probs),
-            scored_positions(blocks_BT.shape[1]),
-            limit=memory_limit(self._context),
-            device=torch.device(self._context.plan.device),
-        )

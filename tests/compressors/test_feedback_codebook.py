@@ -13,18 +13,10 @@ from compressors.quantize import GGMLQuantizationType, dequantize_rows, quantize
 from compressors.quantize.feedback import Feedback, quantize_rows_with_feedback
 from compressors.quantize.feedback.codebook import CODEBOOK_FORMATS, grid_of, table_of, with_codes
 from compressors.quantize.feedback.passes import choose_codes
+from tests.correlated_inputs import weights_and_moments
 
 _TYPES = list(CODEBOOK_FORMATS)
 _IDS = [ggml_type.name for ggml_type in _TYPES]
-
-
-def _matrix(n_rows: int, n_columns: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(n_columns, n_columns, generator=generator) / n_columns**0.5 + torch.eye(n_columns)
-    inputs = torch.randn(3 * n_columns, n_columns, generator=generator) @ mixing
-    inputs *= torch.rand(n_columns, generator=generator) + 0.2
-    weights = torch.randn(n_rows, n_columns, generator=generator) * 0.05
-    return weights, inputs.T @ inputs / len(inputs)
 
 
 @pytest.mark.parametrize("ggml_type", _TYPES, ids=_IDS)
@@ -39,7 +31,7 @@ def test_tables_are_those_of_gguf_py(ggml_type: GGMLQuantizationType) -> None:
 
 @pytest.mark.parametrize("ggml_type", _TYPES, ids=_IDS)
 def test_ggml_reads_exactly_the_values_that_were_chosen(ggml_type: GGMLQuantizationType) -> None:
-    weights, moments = _matrix(6, 512, seed=1)
+    weights, moments = weights_and_moments(6, 512, seed=1)
     feedback = Feedback.of(moments)
     order = feedback.order_N(8)
     quantized = quantize_rows(weights, ggml_type, moments.diagonal(), name="noise")
@@ -62,7 +54,7 @@ def test_nearest_vectors_are_those_of_every_vector_and_sign_tried(ggml_type: GGM
     random = np.random.default_rng(2)
     table = table_of(ggml_type).entries_TE.numpy()
     length = table.shape[1]
-    weights, _ = _matrix(20, 256, seed=3)
+    weights, _ = weights_and_moments(20, 256, seed=3)
     quantized = quantize_rows(weights, ggml_type, torch.ones(256), name="noise")
     grid = grid_of(quantized, ggml_type, torch.arange(256))
     scale = np.abs(dequantize_rows(quantized, ggml_type, 256)[:, :8]).max(axis=1) / table.max()
@@ -90,7 +82,7 @@ def test_nearest_vectors_are_those_of_every_vector_and_sign_tried(ggml_type: GGM
 
 @pytest.mark.parametrize("ggml_type", _TYPES, ids=_IDS)
 def test_error_of_the_outputs_is_well_below_the_kernels(ggml_type: GGMLQuantizationType) -> None:
-    weights, moments = _matrix(16, 256, seed=4)
+    weights, moments = weights_and_moments(16, 256, seed=4)
 
     def error(quantized: np.ndarray) -> float:
         difference = torch.from_numpy(dequantize_rows(quantized, ggml_type, 256)).double() - weights.double()
@@ -102,7 +94,7 @@ def test_error_of_the_outputs_is_well_below_the_kernels(ggml_type: GGMLQuantizat
 
 
 def test_sweeps_never_make_the_error_larger() -> None:
-    weights, moments = _matrix(8, 256, seed=5)
+    weights, moments = weights_and_moments(8, 256, seed=5)
     feedback = Feedback.of(moments)
     order = feedback.order_N(8)
     damped = moments / moments.diagonal().mean() + 0.1 * torch.eye(256)

@@ -10,15 +10,7 @@ from compressors.model.errors import InputError
 from compressors.model.integer_blocks import IntegerBlocks
 from compressors.quantize.blocks import search_blocks
 from compressors.quantize.feedback import Feedback, quantize_blocks_with_feedback
-
-
-def _matrix(n_rows: int, n_columns: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(n_columns, n_columns, generator=generator) / n_columns**0.5 + torch.eye(n_columns)
-    inputs = torch.randn(3 * n_columns, n_columns, generator=generator) @ mixing
-    inputs *= torch.rand(n_columns, generator=generator) + 0.2
-    weights = torch.randn(n_rows, n_columns, generator=generator) * 0.05
-    return weights, inputs.T @ inputs / len(inputs)
+from tests.correlated_inputs import weights_and_moments
 
 
 def _error(weights: torch.Tensor, blocks: IntegerBlocks, moments: torch.Tensor) -> float:
@@ -29,7 +21,7 @@ def _error(weights: torch.Tensor, blocks: IntegerBlocks, moments: torch.Tensor) 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("block_size", [16, 128])
 def test_error_of_the_outputs_is_well_below_that_of_nearest_codes(bits: int, block_size: int) -> None:
-    weights, moments = _matrix(8, 128, seed=1)
+    weights, moments = weights_and_moments(8, 128, seed=1)
     importance = moments.diagonal()
     nearest = search_blocks(weights, bits, block_size, importance, name="noise")
     chosen = quantize_blocks_with_feedback(weights, bits, block_size, Feedback.of(moments), importance, name="noise")
@@ -42,7 +34,7 @@ def test_error_of_the_outputs_is_well_below_that_of_nearest_codes(bits: int, blo
 
 def test_fitted_scales_leave_less_error_than_any_near_them() -> None:
     """The last pass chooses codes again after the fit, so the steps tried are no small ones."""
-    weights, moments = _matrix(4, 64, seed=2)
+    weights, moments = weights_and_moments(4, 64, seed=2)
     damped = moments + 0.1 * moments.diagonal().mean() * torch.eye(64)
     chosen = quantize_blocks_with_feedback(weights, 2, 32, Feedback.of(moments), None, name="noise")
     reached = _error(weights, chosen, damped)
@@ -54,13 +46,13 @@ def test_fitted_scales_leave_less_error_than_any_near_them() -> None:
 
 
 def test_rows_of_zeros_stay_zero() -> None:
-    _, moments = _matrix(1, 64, seed=3)
+    _, moments = weights_and_moments(1, 64, seed=3)
     blocks = quantize_blocks_with_feedback(torch.zeros(2, 64), 4, 32, Feedback.of(moments), None, name="zeros")
     assert not blocks.values().any()
 
 
 def test_storage_dtypes_give_the_same_codes() -> None:
-    weights, moments = _matrix(4, 64, seed=4)
+    weights, moments = weights_and_moments(4, 64, seed=4)
     feedback = Feedback.of(moments)
     half = quantize_blocks_with_feedback(weights.bfloat16(), 4, 32, feedback, None, name="noise")
     full = quantize_blocks_with_feedback(weights.bfloat16().float(), 4, 32, feedback, None, name="noise")

@@ -17,19 +17,10 @@ from compressors.quantize.feedback.fields import read_codes, write_codes
 from compressors.quantize.feedback.moments import DAMPING
 from compressors.quantize.feedback.passes import choose_codes
 from compressors.quantize.feedback.scalar import SCALAR_FORMATS, grid_of, levels_of, with_codes
+from tests.correlated_inputs import weights_and_moments
 
 _TYPES = list(SCALAR_FORMATS)
 _IDS = [ggml_type.name for ggml_type in _TYPES]
-
-
-def _matrix(n_rows: int, n_columns: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights, and second moments of inputs whose features are correlated and differ in size."""
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(n_columns, n_columns, generator=generator) / n_columns**0.5 + torch.eye(n_columns)
-    inputs = torch.randn(3 * n_columns, n_columns, generator=generator) @ mixing
-    inputs *= torch.rand(n_columns, generator=generator) + 0.2
-    weights = torch.randn(n_rows, n_columns, generator=generator) * 0.05
-    return weights, inputs.T @ inputs / len(inputs)
 
 
 def _error(
@@ -94,7 +85,7 @@ def test_written_codes_are_read_again_and_touch_nothing_else(ggml_type: GGMLQuan
 
 @pytest.mark.parametrize("ggml_type", _TYPES, ids=_IDS)
 def test_ggml_reads_exactly_the_values_that_were_chosen(ggml_type: GGMLQuantizationType) -> None:
-    weights, moments = _matrix(6, 512, seed=2)
+    weights, moments = weights_and_moments(6, 512, seed=2)
     feedback = Feedback.of(moments)
     order = feedback.order_N(1)
     quantized = quantize_rows(weights, ggml_type, moments.diagonal(), name="noise")
@@ -109,7 +100,7 @@ def test_ggml_reads_exactly_the_values_that_were_chosen(ggml_type: GGMLQuantizat
 
 @pytest.mark.parametrize("ggml_type", _TYPES, ids=_IDS)
 def test_error_of_the_outputs_is_well_below_the_kernels(ggml_type: GGMLQuantizationType) -> None:
-    weights, moments = _matrix(16, 256, seed=3)
+    weights, moments = weights_and_moments(16, 256, seed=3)
     importance = moments.diagonal()
     kernel = quantize_rows(weights, ggml_type, importance, name="noise")
     chosen = quantize_rows_with_feedback(weights, ggml_type, importance, Feedback.of(moments), name="noise")
@@ -121,7 +112,7 @@ def test_error_of_the_outputs_is_well_below_the_kernels(ggml_type: GGMLQuantizat
 )
 def test_uncoupled_inputs_leave_the_nearest_codes(ggml_type: GGMLQuantizationType) -> None:
     """Without correlation there is nothing to make up for: each value gets the level nearest to it."""
-    weights, _ = _matrix(5, 256, seed=4)
+    weights, _ = weights_and_moments(5, 256, seed=4)
     feedback = Feedback.of(torch.zeros(256, 256))
     chosen = quantize_rows_with_feedback(weights, ggml_type, torch.ones(256), feedback, name="noise")
     kernel = quantize_rows(weights, ggml_type, torch.ones(256), name="noise")
@@ -134,7 +125,7 @@ def test_uncoupled_inputs_leave_the_nearest_codes(ggml_type: GGMLQuantizationTyp
 
 
 def test_threads_and_dtypes_change_nothing() -> None:
-    weights, moments = _matrix(40, 256, seed=5)
+    weights, moments = weights_and_moments(40, 256, seed=5)
     weights = weights.bfloat16()
     results = []
     n_threads = torch.get_num_threads()
@@ -159,7 +150,7 @@ def test_threads_and_dtypes_change_nothing() -> None:
 
 
 def test_rows_beyond_a_slice_are_quantized_alike() -> None:
-    weights, moments = _matrix(1030, 32, seed=5)
+    weights, moments = weights_and_moments(1030, 32, seed=5)
     feedback = Feedback.of(moments)
     whole = quantize_rows_with_feedback(weights, GGMLQuantizationType.Q4_0, None, feedback, name="noise")
     rest = quantize_rows_with_feedback(weights[1024:], GGMLQuantizationType.Q4_0, None, feedback, name="noise")
@@ -181,7 +172,7 @@ def test_moments_that_are_not_finite_are_refused() -> None:
 @pytest.mark.parametrize("length", [1, 4])
 def test_couplings_are_those_of_the_definition(length: int) -> None:
     """A group's target is the best for it if all later columns can be chosen freely (or, in descent, stay)."""
-    _, moments = _matrix(1, 16, seed=6)
+    _, moments = weights_and_moments(1, 16, seed=6)
     feedback = Feedback.of(moments)
     order = feedback.order_N(length)
     energy = moments.diagonal()[order].reshape(-1, length).sum(dim=1)
@@ -208,7 +199,7 @@ def test_couplings_are_those_of_the_definition(length: int) -> None:
 def test_no_other_codes_are_better_by_much() -> None:
     """Two rows of eight columns that matter, every choice of two-bit codes tried."""
     ggml_type = GGMLQuantizationType.Q2_K
-    weights, _ = _matrix(2, 256, seed=7)
+    weights, _ = weights_and_moments(2, 256, seed=7)
     mixing = torch.randn(8, 8, generator=torch.Generator().manual_seed(8))
     moments = torch.zeros(256, 256)
     moments[:8, :8] = mixing @ mixing.T
