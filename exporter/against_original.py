@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from compressors.model.shape import MoeShape
+from compressors.recover.scopes import BlockLength
+from compressors.recover.training_memory import training_bytes
 from exporter.outputs import Artifact
 from exporter.recipe import RecoverChoice, RungChoice
 from exporter.recovery import scope_of
@@ -19,6 +21,7 @@ def against_original(
     rows: Sequence[Mapping[str, Any]],
     trained: Iterable[tuple[RungChoice, Mapping[str, Any]]],
     student: MoeShape,
+    block_lengths: Sequence[BlockLength],
 ) -> dict[str, Any]:
     """Plain data for JSON.
 
@@ -28,8 +31,11 @@ def against_original(
         rows: of the validation.
         trained: the rungs of recovery, each with how it went.
         student: the student's shape.
+        block_lengths: one for each file, for rungs that train the scales of its blocks.
     """
-    n_trained = max((_parameters(rung, student) for rung, result in trained if result["accepted"]), default=0)
+    n_trained = max(
+        (_parameters(rung, student, block_lengths) for rung, result in trained if result["accepted"]), default=0
+    )
     by_artifact = {row["artifact"]: row for row in rows}
     return {
         "trained_parameters": n_trained,
@@ -53,10 +59,10 @@ def with_choices(
     return [(rung, result) for rung, result in zip(chosen, tried, strict=True) if rung is not None]
 
 
-def _parameters(rung: RungChoice, student: MoeShape) -> int:
-    """What a rung trains; a wider rung trains what a narrower one did, and more."""
+def _parameters(rung: RungChoice, student: MoeShape, block_lengths: Sequence[BlockLength]) -> int:
+    """Returns the number of trained values; a wider rung trains what a narrower one did, and more."""
     scope = scope_of(rung)
-    return sum(scope.parameters(student.layer(layer)) for layer in range(student.n_layers))
+    return max(training_bytes(scope, student, block_length).values for block_length in block_lengths)
 
 
 def _speed_ratio(row: Mapping[str, Any]) -> float | None:

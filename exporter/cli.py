@@ -146,7 +146,6 @@ def export(**arguments: Any) -> None:
     with requests_wait():
         from exporter.job import Flags
         from exporter.pipeline import follow
-        from exporter.plan_making import make_plan
         from exporter.run import run_job
         from exporter.team import team
 
@@ -154,8 +153,7 @@ def export(**arguments: Any) -> None:
     job = Flags(**arguments).job()
     command = shlex.join([_program(), *sys.argv[1:]])
     if job.dry_run:
-        for budget in job.budgets or (None,):
-            _print_plan(make_plan(job.for_budget(budget), command), _planned_out(job, budget), as_json=job.json)
+        _dry_run(job, command)
         return
     click.get_current_context().meta[_GOES_ON] = True
     with team() as members:
@@ -304,31 +302,42 @@ def _console() -> Any:
     return Console(markup=False)
 
 
-def _print_plan(plan: Any, out: Path, *, as_json: bool) -> None:
-    import psutil
-
+def _dry_run(job: Any, command: str) -> None:
+    """Prints the plan of each budget, and writes its recipe beside the output to be."""
     from exporter.files import write_atomically
-    from exporter.machine import measure_speeds
-    from exporter.plan_table import plan_table
+    from exporter.plan_making import make_plan
     from exporter.recipe import recipe_yaml
     from exporter.work import make_folder
 
-    path = out.with_name(f"{out.name}.recipe.yaml")
-    make_folder(path.parent)
-    write_atomically(path, recipe_yaml(plan.recipe))
-    if as_json:
-        click.echo(plan.recipe.model_dump_json(indent=1))
+    plans = {_recipe_file(job, budget): make_plan(job.for_budget(budget), command) for budget in job.budgets or (None,)}
+    for path, plan in plans.items():
+        make_folder(path.parent)
+        write_atomically(path, recipe_yaml(plan.recipe))
+    if job.json:
+        first, *others = recipes = [plan.recipe.model_dump(mode="json") for plan in plans.values()]
+        click.echo(json.dumps(recipes if others else first, indent=1, ensure_ascii=False))
         return
+    for path, plan in plans.items():
+        _print_plan(plan, path)
+
+
+def _print_plan(plan: Any, recipe_file: Path) -> None:
+    import psutil
+
+    from exporter.machine import measure_speeds
+    from exporter.plan_table import plan_table
+
     _console().print(plan_table(plan, measure_speeds(plan), psutil.virtual_memory().available))
-    click.echo(f"\nrecipe: {path} (edit it, then run with --recipe {path})")
+    click.echo(f"\nrecipe: {recipe_file} (edit it, then run with --recipe {recipe_file})")
 
 
-def _planned_out(job: Any, budget: int | None) -> Path:
-    """Where the output will be: of several budgets, each has a folder in OUT."""
+def _recipe_file(job: Any, budget: int | None) -> Path:
+    """``OUT.recipe.yaml``, or ``OUT-8GB.recipe.yaml`` where there are several budgets."""
     from exporter.sizes import size_label
 
     out: Path = job.out
-    return out if budget is None or len(job.budgets) < 2 else out.with_name(f"{out.name}-{size_label(budget)}")
+    name = out.name if budget is None or len(job.budgets) < 2 else f"{out.name}-{size_label(budget)}"
+    return out.with_name(f"{name}.recipe.yaml")
 
 
 def _print_result(result: Any) -> None:

@@ -6,7 +6,8 @@ Bytes are upper bounds but for a few kilobytes. Hours follow from a few speeds o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -33,8 +34,18 @@ from validate.backend import scored_positions
 from validate.generation import NEW_TOKENS, PROMPT_TOKENS, PROMPTS
 from validate.router_inputs import ROUTER_CHUNKS
 
-__all__ = ["COPIED_TYPES", "Speeds", "describe_time", "disk_lines", "memory_lines", "seconds_by_stage"]
-__all__ += ["seconds_of_measuring"]
+__all__ = [
+    "COPIED_TYPES",
+    "MOST_MEASURED",
+    "SENSITIVITY_TOKENS",
+    "Speeds",
+    "describe_time",
+    "disk_lines",
+    "disk_lines_of_all",
+    "memory_lines",
+    "seconds_by_stage",
+    "seconds_of_measuring",
+]
 
 COPIED_TYPES = frozenset({"F32", "BF16"})
 """Types that no quantizer runs for."""
@@ -114,6 +125,23 @@ def disk_lines(plan: Plan) -> dict[str, int]:
         "token blocks": n_blocks * BLOCK_LENGTH * 8,
     }
     return {what: n_bytes for what, n_bytes in lines.items() if n_bytes}
+
+
+_OF_ALL_BUDGETS = (
+    *("hidden states", "layer inputs", "training targets", "sensitivities", "token blocks"),
+    *("training", "layer inputs of the student, while codes are chosen"),
+    "the original, unquantized, while it is measured",
+)
+"""Lines of which several budgets have one: made once for all, or there for one at a time."""
+
+
+def disk_lines_of_all(plans: Sequence[Plan]) -> dict[str, int]:
+    """Adds up the bytes of several budgets' plans, by what they are."""
+    total: Counter[str] = Counter()
+    for lines in map(disk_lines, plans):
+        for what, n_bytes in lines.items():
+            total[what] = max(total[what], n_bytes) if what in _OF_ALL_BUDGETS else total[what] + n_bytes
+    return dict(total)
 
 
 def memory_lines(shape: MoeShape, student: MoeShape, itemsize: int) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,10 +15,11 @@ from compressors.calibration import BLOCK_LENGTH
 from compressors.model.arithmetic import dtype_of
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.memory import BLOCKS_AT_ONCE
-from compressors.quantize import fallback_type, quantize_rows
+from compressors.quantize import GGMLQuantizationType, fallback_type, quantize_rows
 from exporter.estimate import COPIED_TYPES, Speeds
 from exporter.gguf.mixes import mix_named
 from exporter.plan import Plan
+from exporter.recipe import FileChoice
 
 __all__ = ["measure_speeds"]
 
@@ -69,14 +71,14 @@ def _multiply_adds_per_second(plan: Plan, dtype: torch.dtype) -> float:
 
 
 def _quantized_per_second(plan: Plan) -> float:
-    """Of the first type that is not just copied; infinite if there is none."""
-    types = [plan.recipe.file(artifact).mix for artifact in plan.recipe.artifacts]
-    quantized = [name for name in types if name not in COPIED_TYPES]
+    """Values of the first file's commonest type that is not just copied; infinite if there is none."""
+    types = [_commonest_type(plan.recipe.file(artifact)) for artifact in plan.recipe.artifacts]
+    quantized = [ggml_type for ggml_type in types if ggml_type.name not in COPIED_TYPES]
     if not quantized:
         return float("inf")
     rows = torch.randn(_QUANTIZED_ROWS, plan.teacher_shape.hidden_size, generator=torch.Generator().manual_seed(0))
     importance = torch.ones(rows.shape[1])
-    ggml_type = fallback_type(mix_named(quantized[0]).base, rows.shape[1])
+    ggml_type = fallback_type(quantized[0], rows.shape[1])
     threads = plan.recipe.threads
     with ThreadPoolExecutor(threads) as pool:
 
@@ -86,6 +88,12 @@ def _quantized_per_second(plan: Plan) -> float:
                 job.result()
 
         return _per_second(all_threads) * rows.numel() * threads
+
+
+def _commonest_type(choice: FileChoice) -> GGMLQuantizationType:
+    """Returns the type of ggml that most tensors have, or else the base type of the mix."""
+    counts = Counter(name for name in choice.tensors.values() if name in GGMLQuantizationType.__members__)
+    return GGMLQuantizationType[counts.most_common(1)[0][0]] if counts else mix_named(choice.mix).base
 
 
 def _per_second(work: Callable[[], object]) -> float:

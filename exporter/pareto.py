@@ -13,11 +13,11 @@ from typing import Any
 
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
-from exporter.gguf.mixes import MIXES
+from compressors.model.names import shown
+from exporter.gguf.mixes import ALIASES, MIXES
 from exporter.gguf.writer import predict_file_size
 from exporter.hub import resolve_model
 from exporter.job import Flags, Job
-from exporter.model_name import local_path
 from exporter.outputs import publish_folder, reserved
 from exporter.pareto_chart import require_matplotlib, write_chart
 from exporter.pareto_rows import ParetoRow, RowFile
@@ -28,8 +28,10 @@ from exporter.plan_making import make_plan
 from exporter.planning.outlook import refuse_unless_something_fits
 from exporter.planning.structures import structures_for
 from exporter.preflight import refuse_too_little_disk
+from exporter.run import job_identity
 from exporter.sizes import parse_size
 from exporter.stages.pareto import ROWS
+from exporter.text_state import refuse_changed_texts
 from exporter.work import WorkDirectory, make_folder
 
 __all__ = ["DEFAULT_SIZES", "curve_plan", "publish_curve", "run_pareto"]
@@ -126,18 +128,16 @@ def _job(model: str | None, out: Path, flags: Mapping[str, Any]) -> Job:
 
 def _curve(job: Job, sizes: str, command: str) -> _Curve:
     work = WorkDirectory(job.work_dir)
-    identity = {
-        "command": "pareto",
-        "model": None if job.model is None else local_path(job.model),
-        "sizes": sizes,
-        **{name: str(getattr(job, name)) for name in ("revision", "calibration", "text", "threads", "device")},
-    }
+    identity = job_identity(job) | {"command": "pareto", "sizes": sizes}
     if work.has_owner:
         work.claim(identity)
         if work.plan_path.exists():
-            return _Curve(work.plan(), work, identity)
+            plan = work.plan()
+            what_to_do = f"put it back, or remove {work.folder} and start again"
+            refuse_changed_texts(plan.recipe.text, plan.calibration, plan.heldout, what_to_do)
+            return _Curve(plan, work, identity)
     plan = curve_plan(job, sizes, command)
-    refuse_too_little_disk(plan, work.folder)
+    refuse_too_little_disk([plan], work.folder, job.out)
     return _Curve(plan, work, identity)
 
 
@@ -145,15 +145,26 @@ def _sizes(text: str, checkpoint: Checkpoint, name: str) -> dict[str, int]:
     """Bytes by label."""
     found = {}
     for label in (part.strip() for part in text.split(",")):
-        if label.upper() in MIXES:
-            n_bytes = predict_file_size(checkpoint.shape, checkpoint.folder, label.upper(), name)
+        mix = ALIASES.get(label.upper(), label.upper())
+        if mix in MIXES:
+            n_bytes = predict_file_size(checkpoint.shape, checkpoint.folder, mix, name)
         elif label.endswith("%"):
             in_16_bits = predict_file_size(checkpoint.shape, checkpoint.folder, "BF16", name)
             n_bytes = int(_share(label) * in_16_bits)
         else:
-            n_bytes = parse_size(label, "--sizes")
+            n_bytes = _bytes(label)
         found[label] = n_bytes
     return found
+
+
+def _bytes(label: str) -> int:
+    try:
+        return parse_size(label, "--sizes")
+    except InputError:
+        raise InputError(
+            f"--sizes: '{shown(label)}' is not a size; write the name of a mix such as Q4_K_M, bytes such as 7GB, or a "
+            "share of the size in 16 bits such as 12%"
+        ) from None
 
 
 def _share(label: str) -> float:

@@ -69,11 +69,13 @@ def result_folder(work: WorkDirectory, name: str) -> Path:
 
 
 def save_plans(parts: Sequence[Part]) -> None:
-    """Keeps plans that are not kept yet."""
+    """Writes the plans where the processes of stages read them.
+
+    A plan that was kept is written again: it is the same, unless a search was repeated and found something else.
+    """
     for part in parts:
-        if not part.work.plan_path.exists():
-            make_folder(part.work.folder)
-            part.plan.save(part.work.plan_path)
+        make_folder(part.work.folder)
+        part.plan.save(part.work.plan_path)
 
 
 def _found(part: Part, entry: dict[str, Any], *, alone: bool) -> Part:

@@ -130,6 +130,10 @@ def _refuse_another_imatrix(job: Job, recipe: Recipe) -> None:
     given = None if job.imatrix is None else sha256_of(job.imatrix)
     for artifact in recipe.artifacts:
         wanted = recipe.file(artifact).imatrix
-        if wanted != given:
-            what = "another importance matrix" if wanted else "no importance matrix of a file"
-            raise InputError(f"{job.recipe} was made with {what} for {artifact}; give the same with --imatrix")
+        if wanted == given:
+            continue
+        if wanted is None:
+            raise InputError(f"{job.recipe} was made without a file's importance matrix; leave --imatrix out")
+        if given is None:
+            raise InputError(f"{job.recipe} was made with an importance matrix for {artifact}; give it with --imatrix")
+        raise InputError(f"{job.recipe} was made with another importance matrix for {artifact} than --imatrix gives")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.shape import MoeShape
 from compressors.recover.training_memory import refuse_too_large
-from exporter.estimate import disk_lines
+from exporter.estimate import disk_lines, disk_lines_of_all
 from exporter.job import Job
 from exporter.plan import Plan
 from exporter.planned_types import planned_block_length
@@ -47,15 +47,20 @@ def refuse_unwritable_places(job: Job) -> None:
             ) from None
 
 
-def refuse_too_little_disk(plan: Plan, work_folder: Path) -> None:
+def refuse_too_little_disk(plans: Sequence[Plan], work_folder: Path, out: Path) -> None:
     """Compares the free disk with what the run will put there; an unfinished run's files are there already.
+
+    Args:
+        plans: those of all budgets, whose files stay until the last one is finished.
+        work_folder: for all unfinished work.
+        out: the output's place.
 
     Raises:
         InputError: it is too little.
     """
-    lines = disk_lines(plan)
+    lines = disk_lines_of_all(plans)
     needed = sum(lines.values()) - _bytes_below(work_folder)
-    work_place, out_place = _nearest_folder(work_folder), _nearest_folder(plan.out)
+    work_place, out_place = _nearest_folder(work_folder), _nearest_folder(out)
     _refuse_too_little(work_place, needed, lines, "choose another --work-dir and --out")
     if work_place.stat().st_dev != out_place.stat().st_dev:  # the output is copied there
         copied = {what: lines[what] for what in lines if what.endswith((" files", " checkpoint"))}

@@ -154,6 +154,8 @@ class RungChoice(_Part):
             raise ValueError("the loss router-logits looks at routers alone: its scope must be router")
         if self.scope in ("norms", "scales", "all") and self.loss not in ("kd", "next-token"):
             raise ValueError("a live teacher shares the student's final norm, which this scope trains: take kd")
+        if self.learning_rate is None and self.scope not in ("norms", "scales", "all"):
+            raise ValueError("learning_rate is a number with this scope; null is for norms, scales and all")
         return self
 
 

@@ -22,6 +22,7 @@ from exporter.floors import floors_of
 from exporter.gguf.metadata import source_license
 from exporter.outputs import Artifact
 from exporter.plan import Plan
+from exporter.planned_types import planned_block_length
 from exporter.recipe import Recipe
 from exporter.search_figures import named_types, search_figures
 from exporter.stages.artifacts import Calibration, StudentFiles, open_student, same_numbers
@@ -110,7 +111,12 @@ def build_report(
         "recovery": [asdict(refused) for refused in plan.refused_rungs] + tried,
         "search": search_figures(work, source.shape, recipe),
         "against_original": against_original(
-            artifacts, source.n_bytes, validation, with_choices(recipe.recover, tried), student_shape
+            artifacts,
+            source.n_bytes,
+            validation,
+            with_choices(recipe.recover, tried),
+            student_shape,
+            [planned_block_length(recipe, artifact, student_shape) for artifact in recipe.artifacts],
         ),
         "validation": validation,
         "load": rows.load(),

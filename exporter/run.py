@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from exporter.work import WorkDirectory
 from validate.report import render_html, render_model_card, render_parts
 from validate.report.facts import failures
 
-__all__ = ["EXIT_CHECK_FAILED", "Result", "run_job"]
+__all__ = ["EXIT_CHECK_FAILED", "Result", "job_identity", "run_job"]
 
 EXIT_CHECK_FAILED = 4
 
@@ -77,15 +78,16 @@ def run_job(job: Job, command: str, announce: Callable[[str], None], team: Team 
     Raises:
         MoeExportError: see its kinds in :mod:`compressors.model.errors`; finished stages stay for the next attempt.
     """
-    identity = _identity(job)
+    identity = job_identity(job)
     if job.out.exists():
         return _already_published(job, identity)
     refuse_unwritable_places(job)
     work = WorkDirectory(job.work_dir)
     parts = _parts(job, command, work, identity)
     if not job.force:
+        refuse_too_little_disk([part.plan for part in parts], work.folder, job.out)
         for part in parts:
-            _refuse_too_small_a_machine(part)
+            _refuse_too_little_memory(part.plan)
     with reserved(job.out), work.lock():
         if job.out.exists():  # another run has just published it
             return _already_published(job, identity)
@@ -111,12 +113,10 @@ def _parts(job: Job, command: str, work: WorkDirectory, identity: dict[str, Any]
     return parts
 
 
-def _refuse_too_small_a_machine(part: Part) -> None:
-    plan = part.plan
+def _refuse_too_little_memory(plan: Plan) -> None:
     least = memory_lines(plan.teacher_shape, plan.student_shape, Checkpoint(plan.source).dtype.itemsize)
     refuse_too_little_memory(least, plan.memory_bytes, psutil.virtual_memory().available)
     refuse_too_large_rungs(plan)
-    refuse_too_little_disk(plan, part.work.folder)
 
 
 def _searched(part: Part, announce: Callable[[str], None], team: Team | None) -> list[Part]:
@@ -135,13 +135,15 @@ def _searched(part: Part, announce: Callable[[str], None], team: Team | None) ->
 
 def _built(part: Part, identity: dict[str, Any], announce: Callable[[str], None], team: Team | None) -> dict[str, Any]:
     """Runs the stages of a part and puts its output in its place; returns the report."""
-    plan, work = part.plan, part.work
+    plan, work, stages = part.plan, part.work, stages_of(part.plan)
+    to_do = unfinished(plan, work, stages)
     if plan.out.exists():  # one of several, from an earlier attempt
-        return read_json(plan.out / "report.json")
-    stages = stages_of(plan)
+        if not to_do:
+            return read_json(plan.out / "report.json")
+        shutil.rmtree(plan.out)  # the search was repeated since, and found something else
     if part.name:
         announce(part.name)
-    if to_do := unfinished(plan, work, stages):
+    if to_do:
         announce(_time_to_go(plan, to_do))
     records = run_stages(plan, work, stages, announce, team)
     announce("write the report")
@@ -159,7 +161,7 @@ def _built(part: Part, identity: dict[str, Any], announce: Callable[[str], None]
 def _published(job: Job, work: WorkDirectory, reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """Gives the folder with the outputs of all parts its place; returns what its own report says."""
     folder = result_folder(work, "")
-    report = {"parts": reports, "job": _identity(job)}
+    report = {"parts": reports, "job": job_identity(job)}
     (folder / "report.json").write_text(json_text(report), encoding="utf-8")
     (folder / "README.md").write_text(render_parts(reports), encoding="utf-8")
     publish_folder(folder, job.out.resolve(), work.folder)
@@ -172,8 +174,8 @@ def _time_to_go(plan: Plan, stages: Collection[str]) -> str:
     return f"time to go: {describe_time({stage: seconds[stage] for stage in stages if stage in seconds})}"
 
 
-def _identity(job: Job) -> dict[str, Any]:
-    """The arguments that make a job this one; equal arguments resume, others are refused."""
+def job_identity(job: Job) -> dict[str, Any]:
+    """Returns the arguments that make a job this one: equal ones go on with its work, others are refused."""
     ignored = {"out", "work_dir", "dry_run", "force", "json"}
     values = {name: _plain(value) for name, value in vars(job).items() if name not in ignored}
     values["model"] = None if job.model is None else local_path(job.model)  # validate finds it from any folder

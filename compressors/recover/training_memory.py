@@ -30,6 +30,11 @@ class TrainingBytes:
     passing: int  # one layer's gradients once more, while they are made
 
     @property
+    def values(self) -> int:
+        """The number of trained values."""
+        return self.weights // _FLOAT32
+
+    @property
     def total(self) -> int:
         """Everything together."""
         return self.weights + self.later

@@ -120,16 +120,21 @@ class Search:
         first, *smaller = self._structures
         self._model = DivergenceModel()
         whole_one = self._option(artifact, first)
-        found = [] if whole_one is None else [self._measured(whole_one)]
-        self._calibrate(found)
+        found = [] if whole_one is None else [whole_one]
+        if self._n_measured > 1:
+            found = [self._measured(option) for option in found]
+            self._calibrate(found)
         if not found or found[0].expected > STRUCTURES_FROM:
             likely = outlooks(self._recipe, artifact, self._source, smaller)
             built = [self._option(artifact, outlook.compress) for outlook in likely[:_MOST_STRUCTURES]]
             tried = sorted((option for option in built if option is not None), key=_expected)
-            found += [self._measured(option) for option in tried[:1]] + tried[1:]
+            if self._n_measured > 1:
+                tried[:1] = [self._measured(option) for option in tried[:1]]
+            found += tried
         if not found:
             raise BudgetError(f"nothing fits the budget as {artifact} once the weights are known; give a little more")
-        return sorted(found, key=_expected)
+        best, *others = sorted(found, key=_expected)
+        return [self._measured(best) if self._n_measured == 1 else best, *others]
 
     def _option(self, artifact: str, choice: CompressChoice) -> _Option | None:
         """A structure with the best types that fit; None if none do."""
@@ -146,9 +151,7 @@ class Search:
         return _Option(trial, artifact, fitted, predicted)
 
     def _measured(self, option: _Option) -> _Option:
-        """The option with its divergence, if measurements are left."""
-        if self._n_measured < 1:
-            return option
+        """Returns the option with its measured divergence."""
         return replace(option, measured=measured_divergence(option.trial, option.artifact, option.fitted.choice))
 
     def _calibrate(self, found: Sequence[_Option]) -> None:

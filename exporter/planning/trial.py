@@ -14,7 +14,7 @@ from compressors.model.arithmetic import dtype_of
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.student import Student
 from compressors.sensitivity import Sensitivities, TypeTable, UnitPlan, gather_sensitivities, measured_table
-from exporter.files import write_atomically
+from exporter.files import flush_folder, write_atomically
 from exporter.plan import Plan
 from exporter.planning.ladder import ladder_for
 from exporter.recipe import CompressChoice
@@ -28,6 +28,7 @@ from exporter.work import WorkDirectory
 __all__ = ["Trial"]
 
 _OF_THE_RUN = frozenset({"calibrate", "sensitivity"})
+_FIGURES_VERSION = 1  # of what is measured of the original: raise it together with the version of the stage search
 _TRIAL_BLOCKS = 16  # of recovery: enough to see whether it helps, and about how much
 
 
@@ -35,7 +36,7 @@ def _place_of_original(work: WorkDirectory) -> Path:
     """Where all parts of a run find what was measured of the original, as long as its sensitivities are the same."""
     record = work.record("sensitivity")
     assert record is not None, "the stage comes before"
-    return work.place("sensitivity") / f"original-{record.fingerprint[:12]}"
+    return work.place("sensitivity") / f"original-{_FIGURES_VERSION}-{record.fingerprint[:12]}"
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Trial:
         return TypeTable.from_json(json.loads(path.read_text(encoding="utf-8")))
 
     def remove(self) -> None:
-        """Removes everything but the figures."""
+        """Removes the student; its figures and sensitivities stay."""
         for name in ("compress", "recover"):
             shutil.rmtree(self.context.work.stage(name), ignore_errors=True)
 
@@ -119,15 +120,19 @@ class Trial:
         if self._is_original:
             return Sensitivities(self.context.work.stage("sensitivity"), tied)
         folder = self.context.output / "sensitivity"
-        if not (folder / "vocabulary.safetensors").exists():
+        if not folder.exists():
+            unfinished = folder.with_name(f"{folder.name}.unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
             gather_sensitivities(
                 student,
                 watched_blocks(self.context.work),
-                folder,
+                unfinished,
                 dtype=dtype_of(self.context.plan.recipe.arithmetic),
                 limit=memory_limit(self.context),
                 device=torch.device(self.context.plan.device),
             )
+            flush_folder(unfinished)
+            unfinished.rename(folder)
         return Sensitivities(folder, tied)
 
     def _in_stage(self, name: str, plan: Plan, run: Callable[[StageContext], None]) -> None:

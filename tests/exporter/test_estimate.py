@@ -14,7 +14,7 @@ import pytest
 
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
-from exporter.estimate import Speeds, describe_time, disk_lines, memory_lines, seconds_by_stage
+from exporter.estimate import Speeds, describe_time, disk_lines, disk_lines_of_all, memory_lines, seconds_by_stage
 from exporter.job import Flags, Job
 from exporter.machine import measure_speeds
 from exporter.plan import Plan, Search
@@ -297,11 +297,11 @@ def test_too_little_memory_is_refused_with_figures() -> None:
 
 def test_too_little_disk_is_refused_with_figures(plan: Plan, tmp_path: Path) -> None:
     work = tmp_path / "out.work"
-    refuse_too_little_disk(plan, work)
+    refuse_too_little_disk([plan], work, plan.out)
     predictions = plan.predictions | {"gguf": replace(plan.predictions["gguf"], file=10**18)}
     large = replace(plan, predictions=predictions)
     with pytest.raises(InputError) as refused:
-        refuse_too_little_disk(large, work)
+        refuse_too_little_disk([large], work, large.out)
     assert re.match(
         rf"{tmp_path} has .* free, and the run puts up to 1000000\.\d TB \(.*\) there "
         r"\(gguf files .*, onnx files .*\); free space, choose another --work-dir and --out, or use --force",
@@ -309,16 +309,24 @@ def test_too_little_disk_is_refused_with_figures(plan: Plan, tmp_path: Path) -> 
     )
 
 
+def test_several_budgets_share_what_is_made_once(plan: Plan) -> None:
+    one, two = disk_lines(plan), disk_lines_of_all([plan, plan])
+    assert two["layer inputs"] == one["layer inputs"]
+    assert two["hidden states"] == one["hidden states"]
+    for what in ("gguf files", "onnx files", "statistics"):
+        assert two[what] == 2 * one[what], what
+
+
 def test_what_an_unfinished_run_has_written_is_not_needed_again(plan: Plan, tmp_path: Path) -> None:
     gguf = replace(plan.predictions["gguf"], file=shutil.disk_usage(tmp_path).free)
     large = replace(plan, predictions=plan.predictions | {"gguf": gguf})
     work = tmp_path / "out.work"
     with pytest.raises(InputError):
-        refuse_too_little_disk(large, work)
+        refuse_too_little_disk([large], work, large.out)
     work.mkdir()
     with (work / "sparse").open("wb") as file:
         file.truncate(sum(disk_lines(large).values()))
-    refuse_too_little_disk(large, work)
+    refuse_too_little_disk([large], work, large.out)
 
 
 class _Begun(Exception):

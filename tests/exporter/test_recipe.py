@@ -176,6 +176,7 @@ def test_which_artifacts_are_written() -> None:
         ("recover", {"rungs": [_RUNG | {"learning_rate": 0}]}, r"recover\.rungs\.0\.learning_rate"),
         ("recover", {"rungs": [_RUNG | {"learning_rate": math.nan}]}, r"recover\.rungs\.0\.learning_rate"),
         ("recover", {"rungs": [_RUNG | {"learning_rate": math.inf}]}, r"recover\.rungs\.0\.learning_rate"),
+        ("recover", {"rungs": [_RUNG | {"learning_rate": None}]}, "learning_rate is a number with this scope"),
         ("recover", {"rungs": [_RUNG | {"experts": 8}]}, "experts says how many top-experts"),
         ("recover", {"rungs": [_RUNG | {"scope": "top-experts"}]}, "experts says how many top-experts"),
         ("recover", {"rungs": [_RUNG | {"scope": "adapters"}]}, "rank is the adapters'"),
