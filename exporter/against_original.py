@@ -1,4 +1,4 @@
-"""What an export gives up and gains beside the original: size, speed, what was trained, and what is kept of a task."""
+"""Compares an export with the original: size, speed, trained parameters, and the last words that are kept."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def against_original(
     trained: Iterable[tuple[RungChoice, Mapping[str, Any]]],
     student: MoeShape,
 ) -> dict[str, Any]:
-    """Plain data for JSON.
+    """Returns the comparison as plain data for JSON.
 
     Args:
         artifacts: the files, by format.
-        source_bytes: of the original's weights.
-        rows: of the validation.
+        source_bytes: bytes of the original's weights.
+        rows: rows of the validation.
         trained: the rungs of recovery, each with how it went.
         student: the student's shape.
     """
@@ -48,19 +48,19 @@ def against_original(
 def with_choices(
     choice: RecoverChoice, tried: Sequence[Mapping[str, Any]]
 ) -> list[tuple[RungChoice, Mapping[str, Any]]]:
-    """Each result with its rung; the last rung has one for each file that was taught by itself."""
+    """Pairs each result with its rung; the last rung has one result for each file that was trained by itself."""
     chosen = [*choice.rungs, *[choice.after_quantizing] * (len(tried) - len(choice.rungs))]
     return [(rung, result) for rung, result in zip(chosen, tried, strict=True) if rung is not None]
 
 
 def _parameters(rung: RungChoice, student: MoeShape) -> int:
-    """What a rung trains; a wider rung trains what a narrower one did, and more."""
+    """The number of parameters that a rung trains; a wider rung trains those of a narrower one, and more."""
     scope = scope_of(rung)
     return sum(scope.parameters(student.layer(layer)) for layer in range(student.n_layers))
 
 
 def _speed_ratio(row: Mapping[str, Any]) -> float | None:
-    """None unless the whole original was measured in the same runtime."""
+    """The decoding speed relative to the original's; None unless that was measured in the same runtime."""
     original = ((row["floor"] or {}).get("teacher") or {}).get("decode_tokens_per_second")
     speed = row["decode_tokens_per_second"]
     return None if speed is None or original is None else speed / original

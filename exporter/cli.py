@@ -22,7 +22,7 @@ from exporter.interruption import exit_code, ignore_further_requests, requests_w
 
 __all__ = ["main"]
 
-_GOES_ON = "exporter.goes_on"  # in click's meta: what was interrupted keeps its work
+_GOES_ON = "exporter.goes_on"  # in click's meta: an interrupted command keeps its work
 
 
 class _DefaultCommand(click.Group):
@@ -255,7 +255,7 @@ def validate(file_or_folder: Path, as_json: bool, tasks: Path | None, **argument
         from exporter.task_runs import task_failures, task_results, tasks_table
 
     beside = {name: arguments[name] for name in ("against", "threads", "gpu_layers")}
-    # first: a task that is wrong is met at once
+    # first, so that a wrong task fails at once
     ran = None if tasks is None else task_results(file_or_folder, tasks, **beside)
     result = revalidate(file_or_folder, **arguments)
     if ran is not None:
@@ -324,7 +324,7 @@ def _print_plan(plan: Any, out: Path, *, as_json: bool) -> None:
 
 
 def _planned_out(job: Any, budget: int | None) -> Path:
-    """Where the output will be: of several budgets, each has a folder in OUT."""
+    """The path that a budget's recipe is named after: OUT, or OUT-SIZE beside it if there are several budgets."""
     from exporter.sizes import size_label
 
     out: Path = job.out

@@ -1,4 +1,4 @@
-"""One file of ``moe-export validate``: what is expected of it, its figures, its checks, and what is wrong with it."""
+"""One file of ``moe-export validate``: the expectations of it, its figures, its checks, and its faults."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _trained_roles(report: Mapping[str, Any], is_saved: bool) -> frozenset[Role]
 
 
 def _is_changed(layer: LayerMap) -> bool:
-    """Whether a layer's experts are not the original's: merged, or of another width."""
+    """True if a layer's experts are not the original's: merged, or of another width."""
     return layer.width is not None or any(len(group) > 1 for group in layer.groups)
 
 

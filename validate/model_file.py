@@ -71,7 +71,7 @@ class ModelFile:
         return artifact_bytes(self.format, self.path)
 
     def may_use_gpu(self, choice: RuntimeChoice) -> bool:
-        """Whether the installed runtime may use a GPU's driver."""
+        """True if the installed runtime may use a GPU's driver."""
         return offloads() if self.format == "gguf" else choice.providers != "cpu"
 
     def check_can_run(self, choice: RuntimeChoice) -> None:

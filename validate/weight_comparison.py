@@ -201,7 +201,7 @@ def _whole_damage(unit: Unit, matrix: MatrixError) -> Damage:
 
 
 def _is_only_scaled(scale: float, relative_error: float, usual_error: float) -> bool:
-    """Whether another size explains the error: what is left of it is no more than the type makes."""
+    """True if a change of size explains the error: the rest of it is at most about twice what the type makes."""
     deviation = abs(scale - 1)
     left = max(relative_error**2 - deviation**2, 0.0) ** 0.5
     return deviation > _SAME_SIZE and left <= _MORE * usual_error + 0.01 * deviation

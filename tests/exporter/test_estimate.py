@@ -1,4 +1,4 @@
-"""What a run is said to need, against sums that were made in another way."""
+"""Compares the estimated needs of a run with sums that are made in another way."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def job(toy_model: Path, small_texts: tuple[Path, Path], tmp_path_factory: pytes
 
 @pytest.fixture(scope="module")
 def plan(job: Job) -> Plan:
-    """With round numbers of blocks: 40, 4, and 3 of each of two held-out files. Both files hold the same numbers."""
+    """The plan with 40, 4, and 3 blocks of each of two held-out files. Both written files hold the same numbers."""
     plan = make_plan(job, "moe-export")
     text = {"calibration_blocks": 40, "selection_blocks": 4, "heldout_chunks_per_file": 3}
     gguf = {"tensors": {"token_embd.weight": "Q8_0"}, "quantizer": "kernel"}
@@ -74,7 +74,7 @@ def _with_types(plan: Plan, gguf: str, onnx: str) -> Plan:
 
 
 def _matrix_values(plan: Plan, n_experts_per_token: int) -> int:
-    """Weights that one token meets: all but norms, with its share of the experts. The embedding is the head."""
+    """Weights that one token uses: all but norms, with its share of the experts. The embedding is the head."""
     headers = Checkpoint(plan.source).headers
     sizes = {name: prod(header.shape) for name, header in headers.items() if len(header.shape) == 2}
     experts = sum(size for name, size in sizes.items() if ".experts." in name)

@@ -1,4 +1,4 @@
-"""What goes wrong from outside while a run works: signals, other runs, a changed model, damaged work."""
+"""Faults from outside while a run works: signals, other runs, a changed model, damaged work."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Toy:
         ).job()
 
     def finished_work(self, out: Path) -> WorkDirectory:
-        """A copy of the work, all stages finished, for a run that shall build ``out``."""
+        """A copy of the work, all stages finished, for a run that will build ``out``."""
         folder = out.with_name(f"{out.name}.work")
         shutil.copytree(self.work, folder)
         return WorkDirectory(folder)
