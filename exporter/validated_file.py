@@ -154,7 +154,7 @@ def validate_file(
 
 
 def _evaluate(file: ModelFile, backend: RuntimeBackend, reference: Reference) -> tuple[Evaluation, list[str]]:
-    """The evaluation, over the tokens that both vocabularies have, and what is to be said of those."""
+    """The evaluation, over the tokens that both vocabularies have, and notes on the vocabularies."""
     model: Backend = backend
     log_probs: ReferenceLogProbs = reference.log_probs
     chunks_BT, notes = _chunks_for(backend, reference), []
@@ -250,7 +250,7 @@ def _checks(
 def _measured_symptoms(
     reference: Reference, evaluation: Evaluation, agreement: RoutingAgreement | None, expectation: Expectation
 ) -> list[str]:
-    """Only of a file that numbers its experts as the original does."""
+    """The symptoms in divergence and routing; none unless the original was quantized and nothing else."""
     original, found = reference.routing, evaluation.routing
     if original is None or not expectation.is_whole:
         return []

@@ -99,7 +99,7 @@ class ModelFile:
         return OnnxRuntimeBackend(self.path, threads=choice.threads, providers=PROVIDERS[choice.providers])
 
     def measure(self, choice: RuntimeChoice, prompt_T: npt.NDArray[np.int64], context: int) -> RuntimeCost:
-        """Memory and speed with a cache of so many tokens, in a process of its own.
+        """Measures memory and speed with a cache of this many tokens, in a process of its own.
 
         Raises:
             RuntimeCrashError: the runtime crashed or refused the file.

@@ -22,7 +22,7 @@ _RATIOS: Mapping[str, float] = {
     "IQ2_M": 0.6,
     "IQ2_XXS": 0.7,
 }
-"""By preset, at its bytes: the largest promised ratio of our divergence to the best baseline's of no more bytes."""
+"""The largest promised ratio of our divergence to the best baseline's of no more bytes, at the bytes of each preset."""
 
 _THIRD_RATIOS: Mapping[str, float] = {"Q4_K_M": 0.6, "Q2_K": 0.6}
 
@@ -36,7 +36,7 @@ SIZES_IN_BYTES: Mapping[str, Mapping[str, int]] = {
     "fine": {"7.0 MB": 7_000_000, "6.3 MB": 6_300_000},
     "coarse": {"5.6 MB": 5_600_000},
 }
-"""By model; a further size is 9 % of the bytes in bfloat16."""
+"""Sizes by model; a further size is 9 % of the bytes in bfloat16."""
 
 SIZES_OF_PRESETS: Mapping[str, tuple[str, ...]] = {
     "fine": tuple(_RATIOS),

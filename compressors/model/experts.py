@@ -209,7 +209,7 @@ class _Choices:
             start += len(tokens)
 
     def sum_by_token(self, rows_SD: torch.Tensor, gates_TK: torch.Tensor | None = None) -> torch.Tensor:
-        """For each token the sum, weighted with its gates if there are any, of its K choices' rows: [T, D]."""
+        """The sum of each token's K choices' rows, weighted with its gates if these are given: [T, D]."""
         rows_of_choices = torch.empty_like(self._order)
         rows_of_choices[self._order] = torch.arange(len(self._order), device=self._order.device)
         return functional.embedding_bag(

@@ -80,7 +80,7 @@ class Scope:
 
     @property
     def name(self) -> str:
-        """The name in reports: ``router``, ``router + 8 experts``, ``... + all experts``, ``... + adapters of rank 8`` ..."""
+        """The name in reports, such as ``router``, ``router + 8 experts`` or ``router + adapters of rank 8``."""
         parts = ["router"]
         parts += ["norms"] * self.norms + ["attention"] * self.attention + ["block scales"] * self.scales
         if self.adapter_rank is not None:

@@ -181,7 +181,7 @@ class TrainedStudent:
         )
 
     def _adapters(self, a_shape: tuple[int, ...], b_shape: tuple[int, ...]) -> TrainedMatrices:
-        """A is uniform up to 1 / sqrt(inputs), as in a new linear layer, and B zero: at first the student is unchanged."""
+        """A is uniform up to 1 / sqrt(inputs), as in a linear layer, and B zero: the student is unchanged at first."""
         a_NPRI = (2 * torch.rand(a_shape, generator=self._generator) - 1) / a_shape[-1] ** 0.5
         return LowRankMatrices(self._parameter(a_NPRI), self._parameter(torch.zeros(b_shape)))
 

@@ -36,7 +36,7 @@ __all__ = [
 
 
 ORIGINAL_VALUES = "original_values.safetensors"
-"""In the folder of a stage that wrote a file: the file's tunable values as it wrote them (:mod:`exporter.tuning`)."""
+"""The tunable values of a file as a stage wrote them (:mod:`exporter.tuning`), in the folder of that stage."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class StudentFiles:
         return sorted(self.folder.glob("rung-*.safetensors"), reverse=True)
 
     def layer_overlay(self, layer: int) -> Path:
-        """The tensors that compression changed in one of the student's layers (safetensors); absent if there are none."""
+        """The tensors that compression changed in a student's layer (safetensors); absent if there are none."""
         return self.folder / f"overlay-{layer:03d}.safetensors"
 
     @property

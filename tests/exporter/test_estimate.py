@@ -117,7 +117,7 @@ def test_a_part_of_the_original_is_run_by_torch_too(plan: Plan) -> None:
 
 
 def test_methods_that_look_at_text_take_a_pass_or_two(plan: Plan) -> None:
-    """Of the 40 blocks: a sample of 32 through the teacher, then all through the student whose experts changed."""
+    """A sample of 32 of the 40 blocks runs through the teacher, then all through the student whose experts changed."""
     assert seconds_by_stage(plan, _FAST, _PLENTY)["compress"] == _START, "REAP reads the sums of calibration"
     per_block = 512 * _matrix_values(plan, plan.teacher_shape.top_k) / 1e6
     student_block = per_block - 512 * 2 * 20 * plan.teacher_shape.hidden_size / 1e6
