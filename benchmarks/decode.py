@@ -1,12 +1,13 @@
-"""How fast llama.cpp decodes each type on one core: ``decode.{csv,md}``, and the table of the search.
+"""Measures how fast llama.cpp decodes each type on one core; writes ``results/decode.{csv,md}``.
 
     python -m benchmarks.decode
 
 Files have the shape of OLMoE's layers, 2 of them with 16 experts, of which a token reads 8 as in the model; random
-weights and one type throughout. A few quantized rows are repeated, which takes no time to write and as long to read.
-In each round every file decodes some tokens, one at a time; the fastest round counts. Then presets beside mixes of ours
-with no more bytes, types chosen as an export chooses them, by the sensitivities that ship with the package. What is
-timed is the CPU time of the one thread that computes.
+weights and one type throughout. A few quantized rows are repeated: they are written fast and take as long to read as
+distinct ones. In each round every file decodes some tokens, one at a time; the fastest round counts. Then presets are
+compared with our mixes of no more bytes, whose types are chosen as in an export, by the sensitivities that ship with
+the package. All times are the CPU time of the one thread that computes. ``exporter/planning/decode_cost.py`` holds the
+figures.
 """
 
 from __future__ import annotations
@@ -68,12 +69,12 @@ class Measured:
 
     name: str
     n_bytes: int
-    seconds: float  # for a token
-    n_values: float  # that a token multiplies with
+    seconds: float  # per token
+    n_values: float  # weights that one token uses
 
     @property
     def nanoseconds(self) -> float:
-        """For a value."""
+        """Nanoseconds per weight."""
         return 1e9 * self.seconds / self.n_values
 
 
@@ -102,7 +103,7 @@ class _Bench:
         self._rounds, self._tokens = rounds, tokens
 
     def measure(self, files: Mapping[str, Sequence[GgufTensor]]) -> list[Measured]:
-        """Measures files in turns, by name the tensors of each."""
+        """Measures files in turns; ``files`` holds the tensors of each, by name."""
         paths = {name: self._folder / f"{name}.gguf" for name in files}
         for name, path in paths.items():
             self._write(files[name], path)
@@ -119,7 +120,7 @@ class _Bench:
         return found
 
     def tensors_like(self, preset: str) -> Sequence[GgufTensor]:
-        """Those of a file of ours with no more bytes than a preset's."""
+        """The tensors of a file of ours with no more bytes than the preset's."""
         n_bytes = predict_file_size(self.shape, self._source, preset, _NAME)
         budget = BudgetChoice(bytes=n_bytes, kind="file", context=512, kv_type="f16")
         choice = FileChoice(mix="Q8_0")
@@ -141,7 +142,7 @@ class _Bench:
                 file.write(bytes(aligned(len(data)) - len(data)))
 
     def _seconds(self, path: Path) -> float:
-        """CPU time of a token."""
+        """CPU seconds per token."""
         backend = LlamaCppBackend(path, threads=1)
         tokens = np.random.default_rng(0).integers(4096, size=self._tokens + 1).tolist()
         start = 0.0
@@ -157,7 +158,7 @@ class _Bench:
 
 
 def _write_config(config: Mapping[str, Any], folder: Path) -> None:
-    """A checkpoint without weights, with the bundled tokenizer."""
+    """Writes a checkpoint without weights, with the bundled tokenizer."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -175,7 +176,7 @@ def _values_of_token(tensors: Sequence[GgufTensor], shape: MoeShape) -> float:
 
 
 def _repeated(tensor: GgufTensor) -> bytes:
-    """Rows of a tensor: some that are random, again and again."""
+    """The stored bytes of a tensor: matrices and routers repeat a few random rows, other tensors hold ones."""
     n_rows = tensor.n_values // tensor.row_length
     if tensor.role is Role.ROUTER or tensor.is_matrix:
         rows_RN = torch.randn(

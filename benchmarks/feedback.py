@@ -1,9 +1,9 @@
-"""How much longer error feedback takes than ggml's kernels, on experts of OLMoE's shape: one thread, CPU seconds.
+"""Compares the time of error feedback with that of ggml's kernels: experts of OLMoE's shape, one thread, CPU seconds.
 
     python -m benchmarks.feedback [--experts 2] [TYPE ...]
 
-Weights and inputs are random: neither the kernels' time nor ours depends much on them. The factors of the second
-moments are part of ours: gate and up share them, down has its own.
+Weights and inputs are random: neither the kernels' time nor ours depends much on them. Our time includes the factors of
+the second moments: gate and up share them, down has its own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _HIDDEN_SIZE, _WIDTH, _TOKENS = 2048, 1024, 1000
 
 @dataclass(frozen=True)
 class _Expert:
-    """An expert's matrices, by the second moments of their inputs."""
+    """An expert's matrices, and the second moments of their inputs."""
 
     gate_up: tuple[torch.Tensor, torch.Tensor]
     input_moments: torch.Tensor

@@ -56,7 +56,7 @@ class Compared:
 
     @property
     def is_equal(self) -> bool:
-        """Whether nothing differs."""
+        """True if nothing differs."""
         return self.tensors == self.same_types == self.same_bytes and self.same_metadata and self.same_size
 
 
@@ -90,15 +90,15 @@ def _students(n_layers: int) -> Iterator[tuple[str, Student]]:
 
 
 def compare(name: str, student: Student, tools: Tools, n_chunks: int, threads: int, folder: Path) -> Iterator[Compared]:
-    """Every mix of one model.
+    """Compares our file of every mix of one model with llama-quantize's.
 
     Args:
-        name: of the model, for the table.
+        name: the model's name, for the table.
         student: the model.
-        tools: llama.cpp's.
-        n_chunks: of 512 tokens, for the importance matrix.
-        threads: of both sides.
-        folder: an empty one for the files.
+        tools: llama.cpp's tools.
+        n_chunks: number of chunks of 512 tokens for the importance matrix.
+        threads: threads of both sides.
+        folder: an empty folder for the files.
     """
     float32, imatrix, text = folder / "f32.gguf", folder / "imatrix.gguf", folder / "text.txt"
     write_gguf(student, "F32", float32, name=name, threads=threads)
@@ -147,7 +147,7 @@ def _run(command: Sequence[str | Path]) -> None:
 
 
 def page(found: Sequence[Compared]) -> str:
-    """The table."""
+    """The page with the table, in Markdown."""
     lines = [*_INTRODUCTION, "| model | mix | bytes | same types | same bytes | metadata | size |"]
     lines.append("|---|---|---|---|---|---|---|")
     for one in found:

@@ -4,8 +4,8 @@
 
 The bundled model (32 experts, top-4) keeps 16 experts of each layer by REAP and is written in Q4_0 as GGUF and ONNX,
 which then hold the same numbers. Router KD teaches its routers before quantization, or after it, beside experts as the
-files hold them. What is compared saw the same tokens; it is judged by the divergence from the teacher on held-out text,
-inside each runtime. The same with all 32 experts, where quantization is all that there is to make good.
+files hold them. Students that are compared saw the same tokens; they are judged by the divergence from the teacher on
+held-out text, inside each runtime. The same is measured with all 32 experts, where only quantization costs anything.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _COMPARED = (("before", "after"), ("before, twice", "before, then after"))
 
 @dataclass(frozen=True)
 class Measured:
-    """What routers are worth in the quantized student."""
+    """The divergences of the quantized student with one arm's routers."""
 
     arm: str
     unquantized: float  # divergence on the selection split in torch, beside experts as they were, nats
@@ -72,8 +72,8 @@ class Bench:
     """The teacher's knowledge, gathered once.
 
     Args:
-        folder: for all of it.
-        threads: of torch and of the runtimes.
+        folder: where it is kept.
+        threads: threads of the writers and the runtimes.
     """
 
     def __init__(self, folder: Path, threads: int) -> None:
@@ -90,14 +90,14 @@ class Bench:
         self.statistics = self._run_teacher()
 
     def taught(self, student: Student, learning_rate: float) -> Student:
-        """One epoch of Router KD."""
+        """The student after one epoch of Router KD."""
         objective = Distillation(TeacherTargets(self.folder / "targets"), student)
         settings = Schedule(_CALIBRATION_BLOCKS, learning_rate, _BLOCKS_PER_STEP)
         training = Training(student, self._texts["calibration"], objective, settings, limit=self._limit)
         return train(training)
 
     def divergence(self, student: Student) -> float:
-        """On the selection split, in torch."""
+        """The student's divergence from the teacher on the selection split, in torch, nats."""
         known = LogProbReader(self.folder / "selection")
         return judge(student, self._texts["selection"], known, _SCORED, limit=self._limit).divergence
 
@@ -110,7 +110,7 @@ class Bench:
         return means_C
 
     def _run_teacher(self) -> list[LayerStatistics]:
-        """Leaves its targets and log-probabilities in the folder."""
+        """Writes the teacher's targets and log-probabilities into the folder; returns its statistics by layer."""
         shape = self.source.shape
         teacher, collector = StreamedModel(Student.teacher(self.source), limit=self._limit), StatisticsCollector(shape)
         groups = [TokenGroup(self._texts["calibration"], [collector.observe])]
@@ -131,7 +131,7 @@ class Files:
 
     Args:
         bench: the teacher's knowledge.
-        n_experts: how many of each layer stay, those of the highest REAP scores.
+        n_experts: experts of each layer that stay: those of the highest REAP scores.
     """
 
     def __init__(self, bench: Bench, n_experts: int) -> None:
@@ -214,7 +214,7 @@ def interval(differences_C: npt.NDArray[np.float64], seed: int = 0) -> tuple[flo
 
 
 def write_csv(tables: Mapping[int, Sequence[Measured]], path: Path) -> None:
-    """A line for each arm; tables are by experts left."""
+    """Writes a line for each arm; the keys of ``tables`` are the numbers of experts that are left."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["experts", "routers", "unquantized", "selection", *_runtimes(tables)])
@@ -223,7 +223,7 @@ def write_csv(tables: Mapping[int, Sequence[Measured]], path: Path) -> None:
 
 
 def write_markdown(tables: Mapping[int, Sequence[Measured]], path: Path) -> None:
-    """The arms, and what is compared, with intervals."""
+    """Writes the arms and their comparisons, with intervals."""
     pruned, whole = tables
     lines = [
         "# Routers taught before and after quantization",

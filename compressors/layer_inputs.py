@@ -1,7 +1,7 @@
-"""What enters each decoder layer, and the head, for the first tokens of the calibration text: kept on disk in bfloat16.
+"""The inputs of each decoder layer, and of the head, for the first calibration tokens: kept on disk in bfloat16.
 
-With a layer's inputs anything about that layer can be looked at without the layers before it: second moments of the
-inputs of its matrices, experts one at a time, in any order and as often as needed.
+With its inputs, a layer can be examined without running the layers before it: second moments of the inputs of its
+matrices, experts one at a time, in any order and as often as needed.
 
 Letters as in :mod:`compressors.model.shape`.
 """
@@ -22,16 +22,16 @@ from compressors.model.streaming import StreamedModel, TokenGroup
 __all__ = ["KEPT_TOKENS", "LayerInputs", "layer_input_bytes", "n_kept_blocks", "write_layer_inputs"]
 
 KEPT_TOKENS = 32_000
-"""About 1,000 tokens an expert give most of what error feedback can; 32,000 are that, for 8 of 128 experts, twice."""
+"""About 1,000 tokens per expert give most of what error feedback can; with 8 of 128 experts, 32,000 are twice that."""
 
 
 def n_kept_blocks(n_blocks: int, block_length: int) -> int:
-    """How many of a text's first blocks are kept: whole ones, at least one, and no more than there are."""
+    """The number of a text's first blocks that are kept: whole ones, at least one, and no more than there are."""
     return min(n_blocks, max(1, KEPT_TOKENS // block_length))
 
 
 def layer_input_bytes(shape: MoeShape, n_tokens: int) -> int:
-    """Bytes on disk, at most, for a text of so many tokens."""
+    """The most bytes on disk that a text of ``n_tokens`` tokens takes."""
     return (shape.n_layers + 1) * min(n_tokens, KEPT_TOKENS) * shape.hidden_size * 2
 
 
@@ -60,9 +60,9 @@ class LayerInputs:
         return ArrayFile.open(self._path(0)).shape
 
     def keep(self, layer: int, states: HiddenStates, blocks: Sequence[int]) -> None:
-        """Writes what enters a layer.
+        """Writes the inputs of a layer.
 
-        ``blocks`` says which blocks of the text these states are; those that are not among the kept ones are left out.
+        ``blocks`` says which blocks of the text these states are; blocks that are not kept are left out.
 
         Raises:
             OSError: the disk is full or failed.
@@ -71,10 +71,10 @@ class LayerInputs:
         for position, block in enumerate(blocks):
             if block < len(file):
                 rows = states.read(slice(position, position + 1)).to(torch.bfloat16)
-                file.write(block, rows.view(torch.int16).numpy())  # NumPy has no bfloat16: its bits travel
+                file.write(block, rows.view(torch.int16).numpy())  # NumPy has no bfloat16
 
     def read(self, layer: int, blocks: slice) -> torch.Tensor:
-        """What enters a layer, of these blocks: bfloat16 [b, T, D].
+        """Reads the inputs of a layer for these blocks: bfloat16 [b, T, D].
 
         Raises:
             InputError: the file is missing or damaged.
@@ -93,13 +93,13 @@ def write_layer_inputs(
     dtype: torch.dtype = torch.float32,
     progress: Callable[[int], None] | None = None,
 ) -> LayerInputs:
-    """Takes tokens through a model and keeps what enters its layers: for a student, which sees other than its teacher.
+    """Runs tokens through a student and keeps the inputs of its layers, which differ from its teacher's.
 
     Args:
         model: the student.
         tokens_BT: int64, the blocks that are kept.
         folder: where the files go.
-        dtype: of the arithmetic.
+        dtype: dtype of the arithmetic.
         progress: called with 1 for each finished layer.
 
     Raises:

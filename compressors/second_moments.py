@@ -1,9 +1,9 @@
-"""Second moments, means of x x^T, of the inputs of a student's matrices: what error feedback weighs errors with.
+"""Second moments, means of x x^T, of the inputs of a student's matrices: error feedback weighs errors with them.
 
 They come from stored layer inputs (:mod:`compressors.layer_inputs`), one decoder layer at a time. Attention runs once
-over them, a few token blocks in each thread, and what reaches the experts is kept in 16 bits. An expert's own are
-made from its tokens' rows when they are asked for: no more of them lie in memory than are in use, experts can be worked
-on in any number of threads, and only an expert whose neurons are asked for has its weights read.
+over them, a few token blocks in each thread, and the experts' inputs are kept in 16 bits. The moments of one expert are
+computed from its tokens' rows on request: only those in use lie in memory, experts can be worked on in any number of
+threads, and an expert's weights are needed only for the inputs of its down projection.
 
 Sums are float32; their bits do not depend on the number of threads. Letters as in :mod:`compressors.model.shape`;
 N inputs of a matrix, n tokens of one expert.
@@ -32,22 +32,22 @@ from compressors.model.threads import in_order, one_thread_each
 __all__ = ["ROWS_AT_ONCE", "TOKENS_AT_ONCE", "ExpertInputs", "LayerMoments", "Moments", "SecondMoments"]
 
 TOKENS_AT_ONCE = 1024
-"""In attention, of one thread: its activations then take about as much memory as the sums."""
+"""Tokens that one thread runs through attention at a time: activations then take about as much memory as the sums."""
 
 ROWS_AT_ONCE = 4096
-"""Of one expert, widened to float32."""
+"""Rows of one expert that are widened to float32 at a time."""
 
-_COLUMNS_AT_ONCE = 256  # fewer save a few products more, and make them slower
+_COLUMNS_AT_ONCE = 256  # fewer would save a few more products, but make them slower
 
 _Part = TypeVar("_Part")
 
 
 @dataclass(frozen=True)
 class Moments:
-    """What is known of the inputs of one matrix."""
+    """The second moments of the inputs of one matrix."""
 
     mean_NN: torch.Tensor  # float32: the mean of x x^T; zeros if no token was seen
-    n_tokens: int  # that it is over
+    n_tokens: int  # tokens in the mean
 
     @classmethod
     def of_sum(cls, total_NN: torch.Tensor, n_tokens: int) -> Moments:
@@ -57,7 +57,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class LayerMoments:
-    """What is known of the inputs of one layer's matrices."""
+    """The second moments of the inputs of one layer's matrices."""
 
     attention: Moments  # of queries, keys and values
     attention_output: Moments
@@ -69,8 +69,8 @@ class SecondMoments:
 
     Args:
         student: the model.
-        inputs: what enters its layers.
-        dtype: of the arithmetic in which attention runs.
+        inputs: the inputs of its layers.
+        dtype: dtype in which attention runs.
         threads: groups of token blocks that are worked on at a time.
     """
 
@@ -84,7 +84,7 @@ class SecondMoments:
         self._model = StreamedModel(student)
 
     def layer(self, index: int) -> LayerMoments:
-        """One decoder layer's: its attention runs over all stored tokens.
+        """The moments of one decoder layer, whose attention runs over all stored tokens.
 
         Raises:
             InputError: the layer's inputs or weights cannot be read.
@@ -99,7 +99,7 @@ class SecondMoments:
         return sums.moments()
 
     def head(self) -> Moments:
-        """The head's, whose inputs are the final norm's outputs.
+        """The moments of the head's inputs, which are the final norm's outputs.
 
         Raises:
             InputError: they cannot be read.
@@ -112,7 +112,7 @@ class SecondMoments:
         return Moments.of_sum(total_DD, n_blocks * n_block_tokens)
 
     def _in_parts(self, work: Callable[[slice], _Part]) -> Iterator[_Part]:
-        """What the work makes of a few blocks at a time, in their order."""
+        """Yields the results of ``work`` on a few blocks at a time, in the order of the blocks."""
         n_blocks, n_block_tokens, _ = self._inputs.shape
         step = max(1, TOKENS_AT_ONCE // n_block_tokens)
         groups = (slice(first, min(first + step, n_blocks)) for first in range(0, n_blocks, step))
@@ -133,7 +133,7 @@ class SecondMoments:
 
 
 class ExpertInputs:
-    """What reaches one layer's experts.
+    """The inputs of one layer's experts.
 
     An expert's moments have the same bits wherever torch computes with one thread, as in :func:`one_thread_each`.
 
@@ -149,13 +149,13 @@ class ExpertInputs:
         self.all_tokens = all_tokens
 
     def gate_up(self, expert: int) -> Moments:
-        """Those of an expert's gate and up projection: of its tokens alone."""
+        """The moments of the inputs of an expert's gate and up projection: over its tokens alone."""
         tokens_n = self._tokens(expert)
         rows = (self._inputs_TD[part] for part in tokens_n.split(ROWS_AT_ONCE))
         return Moments.of_sum(_sum_of_products(rows, self._inputs_TD.shape[1]), len(tokens_n))
 
     def down(self, expert: int, gate_FD: torch.Tensor, up_FD: torch.Tensor) -> Moments:
-        """Those of its down projection: of what its neurons, whose weights are given, make of its tokens."""
+        """The moments of the inputs of its down projection, computed from its tokens with the given gate and up."""
         tokens_n = self._tokens(expert)
         gate_FD, up_FD = gate_FD.float(), up_FD.float()
         rows = (
@@ -169,7 +169,7 @@ class ExpertInputs:
 
 
 class _Seen(threading.local):
-    """What the run of a layer in this thread has shown."""
+    """The tensors that a run of the layer in this thread has recorded."""
 
     attention_TD: torch.Tensor
     attention_output_TN: torch.Tensor
@@ -179,7 +179,7 @@ class _Seen(threading.local):
 
 @dataclass(frozen=True)
 class _LayerPart:
-    """What a few token blocks add to a layer's sums, and what of them reaches its experts."""
+    """The products that a few token blocks add to a layer's sums, and the inputs that they give to its experts."""
 
     products: tuple[torch.Tensor, ...]  # of attention's inputs, of its output's, and of the experts' if there are any
     experts: tuple[torch.Tensor, torch.Tensor] | None  # inputs [T, D] in 16 bits, and chosen experts [T, K]
@@ -206,7 +206,7 @@ class _LayerSums:
             self._n_added += len(part.experts[0])
 
     def moments(self) -> LayerMoments:
-        """What the sums are of."""
+        """Turns the sums into the layer's moments."""
         attention, attention_output, *of_experts = (Moments.of_sum(total, self._n_tokens) for total in self._totals)
         experts = ExpertInputs(self._experts[0], self._experts[1], of_experts[0]) if of_experts else None
         return LayerMoments(attention, attention_output, experts)
@@ -214,7 +214,7 @@ class _LayerSums:
 
 @contextmanager
 def _watched(layer: nn.Module, student: Student, index: int, seen: _Seen) -> Iterator[None]:
-    """Shows what reaches the layer's matrices; experts do nothing meanwhile."""
+    """Records the inputs of the layer's matrices in ``seen``; experts do nothing meanwhile."""
 
     def look_at_attention(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         seen.attention_TD = inputs[0].flatten(0, -2)

@@ -1,4 +1,4 @@
-"""What an export gives up and gains beside the original: size, speed, what was trained, and what is kept of a task."""
+"""Compares an export with the original: size, speed, trained parameters, and the last words that are kept."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def against_original(
     student: MoeShape,
     block_lengths: Sequence[BlockLength],
 ) -> dict[str, Any]:
-    """Plain data for JSON.
+    """Returns the comparison as plain data for JSON.
 
     Args:
         artifacts: the files, by format.
-        source_bytes: of the original's weights.
-        rows: of the validation.
+        source_bytes: bytes of the original's weights.
+        rows: rows of the validation.
         trained: the rungs of recovery, each with how it went.
         student: the student's shape.
         block_lengths: one for each file, for rungs that train the scales of its blocks.
@@ -54,7 +54,7 @@ def against_original(
 def with_choices(
     choice: RecoverChoice, tried: Sequence[Mapping[str, Any]]
 ) -> list[tuple[RungChoice, Mapping[str, Any]]]:
-    """Each result with its rung; the last rung has one for each file that was taught by itself."""
+    """Pairs each result with its rung; the last rung has one result for each file that was trained by itself."""
     chosen = [*choice.rungs, *[choice.after_quantizing] * (len(tried) - len(choice.rungs))]
     return [(rung, result) for rung, result in zip(chosen, tried, strict=True) if rung is not None]
 
@@ -66,7 +66,7 @@ def _parameters(rung: RungChoice, student: MoeShape, block_lengths: Sequence[Blo
 
 
 def _speed_ratio(row: Mapping[str, Any]) -> float | None:
-    """None unless the whole original was measured in the same runtime."""
+    """The decoding speed relative to the original's; None unless that was measured in the same runtime."""
     original = ((row["floor"] or {}).get("teacher") or {}).get("decode_tokens_per_second")
     speed = row["decode_tokens_per_second"]
     return None if speed is None or original is None else speed / original

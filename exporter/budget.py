@@ -1,4 +1,4 @@
-"""What an artifact needs, before it exists: its file to the byte, and the memory it takes at run time, line by line."""
+"""Predicts an artifact's file size to the byte, and the memory that it takes at run time, line by line."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def predict(
         shape: the student's shape.
         choice: the types of its weights.
         budget: context and KV type; the ONNX file keeps its KV cache in float32.
-        threads: of the runtime.
+        threads: threads of the runtime.
     """
     if artifact == "gguf":
         file = predict_file_size(shape, folder, choice.mix, name, choice.tensors)

@@ -22,7 +22,7 @@ from exporter.interruption import exit_code, ignore_further_requests, requests_w
 
 __all__ = ["main"]
 
-_GOES_ON = "exporter.goes_on"  # in click's meta: what was interrupted keeps its work
+_GOES_ON = "exporter.goes_on"  # in click's meta: an interrupted command keeps its work
 
 
 class _DefaultCommand(click.Group):
@@ -253,7 +253,7 @@ def validate(file_or_folder: Path, as_json: bool, tasks: Path | None, **argument
         from exporter.task_runs import task_failures, task_results, tasks_table
 
     beside = {name: arguments[name] for name in ("against", "threads", "gpu_layers")}
-    # first: a task that is wrong is met at once
+    # first, so that a wrong task fails at once
     ran = None if tasks is None else task_results(file_or_folder, tasks, **beside)
     result = revalidate(file_or_folder, **arguments)
     if ran is not None:

@@ -1,4 +1,4 @@
-"""What a run needs before it begins: disk and memory line by line, and the hours. Arithmetic only; nothing is measured.
+"""Estimates the disk and memory of a run, line by line, and its hours, by arithmetic alone; nothing is measured.
 
 Bytes are upper bounds but for a few kilobytes. Hours follow from a few speeds of this machine
 (:mod:`exporter.machine`); they are good to a factor of two, enough for a person to decide whether to wait.
@@ -57,11 +57,11 @@ SENSITIVITY_TOKENS = 4096
 """Calibration tokens that are enough for sensitivities: with half as many, predictions are as good."""
 
 _HEADERS = 1 << 16  # of the sensitivities' files
-_SENSITIVITY_FORWARDS = 4  # what its passes take, in forward passes
-_START_SECONDS = 4  # until a stage's process has its libraries
+_SENSITIVITY_FORWARDS = 4  # time of its passes, in forward passes
+_START_SECONDS = 4  # until a stage's process has loaded its libraries
 
 _STEP_FORWARDS = 3  # of routers: forward, the same again, and the gradient with respect to the activations
-_WEIGHTS_FORWARDS = 1  # and the gradient with respect to experts
+_WEIGHTS_FORWARDS = 1  # more for the gradient with respect to experts
 
 _CHOOSING_CODES = 3  # times as long as the kernels take, second moments included
 
@@ -75,12 +75,12 @@ _PARTS: Mapping[str, Collection[str]] = {
         *("teacher_gguf", "teacher_onnx"),
     ),
 }
-"""What a person is told of the stages."""
+"""The stages in each part of the time that is shown to people."""
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """What this machine does in a second, with a model's own sizes and types."""
+    """The work that this machine does in a second, with a model's own sizes and types."""
 
     read_bytes: float  # from the disk that the checkpoint is on
     multiply_adds: float  # in products of the experts' size, in the arithmetic of calibration and recovery
@@ -89,12 +89,12 @@ class Speeds:
 
 
 def disk_lines(plan: Plan) -> dict[str, int]:
-    """Bytes that the run puts into its work directory at most, by what they are."""
+    """The most bytes that the run puts into its work directory, by kind."""
     text, shape = plan.recipe.text, plan.teacher_shape
     n_heldout = _heldout_blocks(plan)
     n_blocks = text.calibration_blocks + text.selection_blocks + n_heldout
     scored = scored_positions(BLOCK_LENGTH)
-    # the teacher's; of the held-out text also torch's with each file's numbers; if they are the same, the GGUF's own
+    # the teacher's; for the held-out text also torch's with each file's numbers and, if they are the same, the GGUF's
     recorded_blocks = text.selection_blocks + n_heldout * (
         1 + (2 if same_numbers(plan) else len(plan.recipe.artifacts))
     )
@@ -145,11 +145,11 @@ def disk_lines_of_all(plans: Sequence[Plan]) -> dict[str, int]:
 
 
 def memory_lines(shape: MoeShape, student: MoeShape, itemsize: int) -> dict[str, int]:
-    """The least memory that the stages need, whatever the depth, by what it is for.
+    """The least memory that the stages need, by purpose; it does not depend on the number of layers.
 
     Args:
-        shape: the source's.
-        student: the student's; the one expert of a dense layer is wider than any of the source's.
+        shape: the source's shape.
+        student: the student's shape; the one expert of a dense layer is wider than any of the source's.
         itemsize: bytes of a stored weight.
     """
     layer = shape.layer_parameters
@@ -167,7 +167,7 @@ def memory_lines(shape: MoeShape, student: MoeShape, itemsize: int) -> dict[str,
 
 
 def seconds_by_stage(plan: Plan, speeds: Speeds, free_memory: int) -> dict[str, float]:
-    """How long each stage of the plan takes, about.
+    """The approximate seconds of each stage of the plan.
 
     Reading and computing overlap, so a pass takes as long as the slower of them. A checkpoint that fits into the free
     memory is read from the disk once.
@@ -203,7 +203,7 @@ def seconds_by_stage(plan: Plan, speeds: Speeds, free_memory: int) -> dict[str, 
 
 
 def seconds_of_measuring(plan: Plan, speeds: Speeds) -> float:
-    """How long it takes, about, to write a file of the whole original and to judge it on the selection split."""
+    """The approximate seconds to write a file of the whole original and to judge it on the selection split."""
     shape = plan.teacher_shape
     passes = _Passes(Checkpoint(plan.source), speeds, 0)
     writing = passes.export(shape, "", next(iter(plan.predictions.values())).file, _CHOOSING_CODES)
@@ -211,7 +211,7 @@ def seconds_of_measuring(plan: Plan, speeds: Speeds) -> float:
 
 
 def describe_time(seconds: Mapping[str, float]) -> str:
-    """Of stages and their seconds: the sum, and the parts that a person cares about."""
+    """Formats the total time of the stages, and its parts."""
     parts = {part: sum(seconds.get(stage, 0.0) for stage in stages) for part, stages in _PARTS.items()}
     named = ", ".join(f"{part} {format_duration(value)}" for part, value in parts.items() if value > 0)
     return f"about {format_duration(sum(seconds.values()))} ({named})"
@@ -226,11 +226,11 @@ class _Passes:
         self._stays_cached = source.n_bytes < free_memory
 
     def reading(self, shape: MoeShape) -> float:
-        """All weights, from the disk."""
+        """Seconds to read all weights from the disk."""
         return shape.parameters * self._itemsize / self._speeds.read_bytes
 
     def computing(self, shape: MoeShape, n_blocks: int, n_reference: int) -> float:
-        """Arithmetic of these token blocks, and of others in float32."""
+        """Seconds of arithmetic for these token blocks, and for others in float32."""
         # attention between the tokens of a block is small beside the matrices
         layer = shape.dense_layer_parameters + shape.top_k * shape.expert_parameters
         per_block = BLOCK_LENGTH * (shape.n_layers * layer + shape.vocab_size * shape.hidden_size)
@@ -238,25 +238,25 @@ class _Passes:
         return per_block * (n_blocks / speeds.multiply_adds + n_reference / speeds.reference_multiply_adds)
 
     def forward(self, shape: MoeShape, n_blocks: int = 0, *, n_reference: int = 0) -> float:
-        """Token blocks through a model that was read before."""
+        """Seconds to run token blocks through a model that was read before."""
         reading = 0.0 if self._stays_cached else self.reading(shape)
         return max(self.computing(shape, n_blocks, n_reference), reading)
 
     def writing(self, shape: MoeShape, n_texts: int) -> float:
-        """Texts of the generation gate: the model is read once for each new token of all of them."""
+        """Seconds to write the texts of the generation gate: each new token of all texts reads the model once."""
         n_blocks = n_texts * (PROMPT_TOKENS + NEW_TOKENS) // BLOCK_LENGTH
         reading = 0.0 if self._stays_cached else NEW_TOKENS * self.reading(shape)
         return max(self.computing(shape, 0, n_blocks), reading)
 
     def export(self, shape: MoeShape, weight_type: str, n_bytes: int, slower: float = 1.0) -> float:
-        """Quantizing, so many times slower than by the kernels, and writing; a disk writes no faster than it reads."""
+        """Seconds to quantize, ``slower`` times as long as the kernels, and to write no faster than the disk reads."""
         quantizing = 0.0 if weight_type in COPIED_TYPES else slower * shape.parameters / self._speeds.quantized_values
         reading = 0.0 if self._stays_cached else self.reading(shape)
         return max(quantizing, reading + n_bytes / self._speeds.read_bytes)
 
 
 def _file_seconds(plan: Plan, passes: _Passes, artifact: str) -> float:
-    """Writing a file; codes are chosen by what enters the student's layers, which a student that differs runs for."""
+    """Seconds to write a file; to choose codes, a student that differs from the original first runs on the text."""
     choice, student, n_bytes = plan.recipe.file(artifact), plan.student_shape, plan.predictions[artifact].file
     if choice.quantizer == "kernel" or choice.mix in COPIED_TYPES:
         return passes.export(student, choice.mix, n_bytes)
@@ -266,7 +266,7 @@ def _file_seconds(plan: Plan, passes: _Passes, artifact: str) -> float:
 
 
 def _compression(plan: Plan, passes: _Passes) -> float:
-    """A pass over the text that methods see, and one of the student whose experts changed, for their statistics."""
+    """Seconds of a pass over the text that methods see, and of one for the statistics of changed experts."""
     choice, n_blocks = plan.recipe.compress, plan.recipe.text.calibration_blocks
     n_seen = n_blocks if choice.sequential else min(choice.sample_blocks, n_blocks)
     looking = passes.forward(plan.teacher_shape, n_seen) if runs_text(choice, plan.teacher_shape) else 0.0
@@ -274,7 +274,7 @@ def _compression(plan: Plan, passes: _Passes) -> float:
 
 
 def _teacher_seconds(plan: Plan, passes: _Passes, artifact: str) -> float:
-    """Writing the original's first layers, and a few chunks through them; twice, if they are not all of its layers."""
+    """Seconds to write the original's first layers and run a few chunks, twice if these are not all of its layers."""
     floor = plan.teacher_floors[artifact]
     shape = first_layers(Checkpoint(plan.source), floor.n_layers).shape
     n_passes = 1 if floor.n_layers == plan.teacher_shape.n_layers else 2
@@ -310,7 +310,7 @@ def _chooses_codes(plan: Plan) -> bool:
 
 
 def _sensitivity_bytes(shape: MoeShape) -> int:
-    """Float32: rows and columns of every matrix, two moments of the hidden size, four numbers of each token."""
+    """Float32 bytes of rows and columns of every matrix, two moments of the hidden size, four numbers of each token."""
     hidden, width = shape.hidden_size, shape.expert_width
     attention = (2 * shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim + 4 * hidden
     of_layer = 3 * shape.n_experts * (hidden + width) + attention
@@ -318,21 +318,21 @@ def _sensitivity_bytes(shape: MoeShape) -> int:
 
 
 def _search_bytes(plan: Plan) -> int:
-    """The largest file while it is measured, and the experts of a smaller structure, as built and as taught."""
+    """Bytes of the largest file while it is measured, and of a smaller structure's experts, as built and as trained."""
     if plan.search is None:
         return 0
     return max(prediction.file for prediction in plan.predictions.values()) + 2 * Checkpoint(plan.source).n_bytes
 
 
 def _heldout_blocks(plan: Plan) -> int:
-    """A folder has as many texts as files; a file, or what was set aside of one, is one."""
+    """The number of held-out blocks; a folder has as many texts as files, a file or a part set aside from it is one."""
     place = plan.heldout or plan.calibration
     n_files = len(list(place.glob("*.txt"))) if place.is_dir() else 1
     return n_files * plan.recipe.text.heldout_chunks_per_file
 
 
 def _router_input_bytes(plan: Plan) -> int:
-    """What reaches the student's routers on a few held-out blocks, in float32, and what they chose."""
+    """Bytes of the inputs of the student's routers on a few held-out blocks, in float32, and of their choices."""
     shape = plan.student_shape
     if shape.is_dense:
         return 0
@@ -341,23 +341,23 @@ def _router_input_bytes(plan: Plan) -> int:
 
 
 def _student_bytes(plan: Plan) -> int:
-    """The student's checkpoint: the source's dtype, but routers, if it has any, in float32."""
+    """Bytes of the student's checkpoint: the source's dtype, but routers, if it has any, in float32."""
     shape, itemsize = plan.student_shape, Checkpoint(plan.source).dtype.itemsize
     n_router_values = 0 if shape.is_dense else _router_values(shape)
     return shape.parameters * itemsize + n_router_values * (4 - itemsize)
 
 
 def _expert_bytes(plan: Plan) -> int:
-    """All of the student's experts in the source's dtype."""
+    """Bytes of all of the student's experts in the source's dtype."""
     shape, itemsize = plan.student_shape, Checkpoint(plan.source).dtype.itemsize
     layers = map(shape.layer, range(shape.n_layers))
     return sum(layer.n_experts * layer.expert_parameters for layer in layers) * itemsize
 
 
 def _training_bytes(plan: Plan) -> int:
-    """A step keeps every layer's input; a snapshot has what is trained and two moments of it, and so has the next.
+    """Bytes of every layer's input in a step, and of two snapshots of the trained tensors and their two moments.
 
-    What a rung taught is kept beside: routers in float32, experts in storage dtype.
+    The results of each rung are kept too: routers in float32, experts in storage dtype.
     """
     shape, choice = plan.student_shape, plan.recipe.recover
     if not choice.trained:
@@ -369,7 +369,7 @@ def _training_bytes(plan: Plan) -> int:
         * shape.hidden_size
         * 4
     )
-    # of the files that are taught by themselves the one with the shortest blocks has the most factors
+    # among the files that are trained separately, the one with the shortest blocks has the most factors
     lengths = [planned_block_length(plan.recipe, artifact, shape) for artifact in plan.recipe.artifacts]
     snapshots = (
         2
@@ -382,7 +382,7 @@ def _training_bytes(plan: Plan) -> int:
 
 
 def _tunable_bytes(plan: Plan) -> int:
-    """The values that each file was written with, and what is put in their place: float16 scales, two of a block."""
+    """Bytes of the values that each file was written with, and of their replacements: two float16 scales a block."""
     shape, choice = plan.student_shape, plan.recipe.recover
     if choice.after_quantizing is None:
         return 0
@@ -398,7 +398,7 @@ def _router_values(shape: MoeShape) -> int:
 
 
 def _student_layer_input_bytes(plan: Plan) -> int:
-    """What enters the layers of a student that differs from the original, if error feedback chooses codes by it."""
+    """Bytes of the layer inputs of a student that differs from the original, if error feedback chooses codes."""
     recipe = plan.recipe
     chooses = any(recipe.file(artifact).quantizer == "feedback" for artifact in recipe.artifacts)
     if not (chooses and _student_differs(plan)):
@@ -407,19 +407,19 @@ def _student_layer_input_bytes(plan: Plan) -> int:
 
 
 def _student_differs(plan: Plan) -> bool:
-    """Whether other states enter the student's layers than the original's."""
+    """True if the inputs of the student's layers differ from those of the original's."""
     shrunk = plan.student_shape != plan.teacher_shape or changes_experts(plan.recipe.compress)
     return shrunk or bool(plan.recipe.recover.rungs)
 
 
 def _own_statistics_bytes(plan: Plan) -> int:
-    """What a student whose experts changed sees of the calibration text is kept beside what the teacher saw."""
+    """Bytes of the statistics of a student whose experts changed; they are kept beside the teacher's."""
     shape = plan.student_shape
     return shape.n_layers * _statistics_bytes(shape) if changes_experts(plan.recipe.compress) else 0
 
 
 def _statistics_bytes(shape: MoeShape) -> int:
-    """Of one layer."""
+    """Bytes of one layer's statistics."""
     with torch.device("meta"):
         layer = LayerStatistics.zeros(shape)
     return sum(getattr(layer, field.name).nbytes for field in fields(layer))

@@ -1,7 +1,7 @@
 """Error feedback for every matrix of a student, from the second moments of its inputs; both writers use it.
 
 Sums are made a layer at a time, when the first matrix of the layer is asked for, so layers are best taken in order.
-An expert's are made where they are used, in the thread that quantizes the expert.
+An expert's sums are made in the thread that quantizes the expert.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ATTENTION = (Role.QUERY, Role.KEY, Role.VALUE)
 
 @dataclass(frozen=True)
 class EmbeddingGradient:
-    """What the embedding's own use says of its errors: it is looked up, and a tied one is the head as well."""
+    """Gradient moments that weigh the errors of an embedding where it is looked up; a tied one is also the head."""
 
     moments_DD: torch.Tensor  # float32: the mean of g g^T, g the gradient of log p(text) at the embedding's output
     kappa: float  # the mean squared gradient at the logits, which weighs the head's moments beside these
@@ -36,12 +36,12 @@ class ExpertFeedback:
         self._inputs = inputs
 
     def gate_up(self, expert: int) -> Feedback:
-        """That of gate and up, whose inputs are rows like all of the layer's."""
+        """The feedback of gate and up, whose inputs are rows like all of the layer's."""
         moments = self._inputs.gate_up(expert)
         return Feedback.of(conditioned(moments.mean_NN, moments.n_tokens, self._inputs.all_tokens.mean_NN))
 
     def down(self, expert: int, gate_FD: torch.Tensor, up_FD: torch.Tensor) -> Feedback:
-        """That of down, whose inputs are the expert's own neurons."""
+        """The feedback of down, whose inputs are the expert's own neurons."""
         moments = self._inputs.down(expert, gate_FD, up_FD)
         return Feedback.of(conditioned(moments.mean_NN, moments.n_tokens, None))
 
@@ -50,16 +50,16 @@ class StudentFeedback:
     """The feedback of a student's matrices.
 
     Args:
-        moments: of the student.
-        tied: whether the embedding is the head.
-        gradient: of the embedding; without it a tied embedding is treated as a head, any other gets no feedback.
+        moments: the student's second moments.
+        tied: True if the embedding is the head.
+        gradient: the embedding's; without it a tied embedding is treated as a head, any other gets no feedback.
     """
 
     def __init__(self, moments: SecondMoments, *, tied: bool, gradient: EmbeddingGradient | None = None) -> None:
         self._moments = moments
         self._tied = tied
         self._gradient = gradient
-        self._found: dict[str, Feedback] = {}  # of the part of the model that was last asked for
+        self._found: dict[str, Feedback] = {}  # for the part of the model that was last asked for
         self._layer: tuple[int, LayerMoments] | None = None
 
     def matrix(self, role: Role, layer: int | None) -> Feedback | None:
@@ -101,7 +101,7 @@ class StudentFeedback:
         return self._found[str(role)]
 
     def _vocabulary_moments(self, role: Role) -> torch.Tensor | None:
-        """A tied matrix errs in both its uses (quantizing its rows moves states and logits)."""
+        """The moments for embedding or head; quantizing a tied matrix moves both states and logits."""
         gradient = self._gradient
         is_head = role is Role.HEAD or self._tied
         head_DD = self._moments.head().mean_NN if is_head else None
@@ -111,12 +111,12 @@ class StudentFeedback:
 
 
 def threads_within(n_bytes: int, shape: MoeShape, threads: int) -> int:
-    """How many threads can choose codes in so much memory beside the process itself: up to ``threads``, at least 1."""
+    """The number of threads that can choose codes in ``n_bytes`` beside the process itself: 1 to ``threads``."""
     return max(1, min(threads, (n_bytes - _shared_bytes(shape)) // _thread_bytes(shape)))
 
 
 def least_feedback_bytes(shape: MoeShape) -> int:
-    """What a student of this shape needs beside the process itself, in one thread."""
+    """Bytes that choosing a student's codes needs beside the process itself, in one thread."""
     return _shared_bytes(shape) + _thread_bytes(shape)
 
 
@@ -129,13 +129,13 @@ def _attention_width(shape: MoeShape) -> int:
 
 
 def _shared_bytes(shape: MoeShape) -> int:
-    """What reaches the experts and attention's sums: of one layer, and of the next while the last experts are made."""
+    """Bytes of experts' inputs and attention's sums: of one layer, and of the next while the last experts are made."""
     sums = 4 * (2 * shape.hidden_size**2 + _attention_width(shape) ** 2)
     return 2 * (2 * KEPT_TOKENS * shape.hidden_size + sums) + 4 * shape.dense_layer_parameters
 
 
 def _thread_bytes(shape: MoeShape) -> int:
-    """The largest moments while they are factored, beside an expert and its rows; or a few blocks in attention."""
+    """Bytes of the largest moments while they are factored, with an expert and its rows; or of blocks in attention."""
     size = max(shape.hidden_size, shape.expert_width, _attention_width(shape))
     expert = 4 * shape.expert_parameters + 4 * ROWS_AT_ONCE * (shape.hidden_size + 3 * shape.expert_width)
     factored = 4 * _ARRAYS * size**2 + expert

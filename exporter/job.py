@@ -48,7 +48,7 @@ DEVICES: Final = ("auto", "cpu", "cuda")
 FORMATS: Final = ("gguf", "onnx")
 KV_TYPES: Final = ("f16", "f32", "q8_0", "q4_0")
 METHODS_WITHOUT_EXPERTS: Final = ("slim", "block-drop", "layer-drop")
-"""Methods for which ``--experts`` says nothing."""
+"""Methods that ``--experts`` does not apply to."""
 
 METHODS: Final = ("auto", *(name for name in get_args(ExpertMethod) if name != "none"), *METHODS_WITHOUT_EXPERTS)
 QUANT_TYPES: Final = (*MIXES, *ALIASES)
@@ -58,7 +58,7 @@ STUDENTS: Final = get_args(Student)
 
 _BUNDLED_MODEL_NAME = "demo"
 _LONGEST_NAME = 230
-"""Bytes of a name; most systems allow 255, and what lies beside OUT is called OUT.recipe.yaml.partial and the like."""
+"""Bytes of a name; most systems allow 255, and files beside OUT have longer names, such as OUT.recipe.yaml.partial."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ class Job:
 
     @property
     def search(self) -> Search:
-        """What a search for the recipe has to obey."""
+        """The choices that a search for the recipe has to respect."""
         return Search(self.method, self.experts, self.student, self.recover, self.prefer, self.plan_seconds)
 
     def for_budget(self, n_bytes: int | None) -> Job:
@@ -231,7 +231,7 @@ def _context(tokens: int) -> int:
 
 
 def _student(student: str, method: str, experts: int | None, recover: str) -> str:
-    """A dense student has one size, and no routers."""
+    """Checks the flags that exclude a dense student, which has one size and no routers."""
     _one_of("--student", student, STUDENTS)
     if student == "dense":
         if experts is not None:
@@ -264,10 +264,10 @@ def _existing_file(flag: str, path: Path | None) -> Path | None:
 
 
 def _exists(flag: str, path: Path) -> bool:
-    """Whether something is there.
+    """True if the path exists.
 
     Raises:
-        InputError: no file system can have such a path, or this one may not be looked at.
+        InputError: no file system can have such a path, or it cannot be accessed.
     """
     try:
         return path.exists()

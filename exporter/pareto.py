@@ -52,7 +52,7 @@ that size gives. *Ratio*: its divergence over that of the best baseline of no mo
 
 @dataclass(frozen=True)
 class _Curve:
-    """What is to be done, and where."""
+    """The plan of a curve, its work directory, and the identity that claims the directory."""
 
     plan: Plan
     work: WorkDirectory
@@ -66,12 +66,12 @@ def run_pareto(
 
     Args:
         model: a local folder or hub id; None: the bundled model.
-        sizes: of the files, separated by commas: names of mixes, sizes such as 7GB, or shares such as 12% of the size
-            in 16 bits.
+        sizes: sizes of the files, separated by commas: names of mixes, sizes such as 7GB, or shares such as 12% of the
+            size in 16 bits.
         out: a folder that does not exist yet.
-        flags: those of an export that apply (:class:`~exporter.job.Flags`).
+        flags: the flags of an export that apply (:class:`~exporter.job.Flags`).
         command: as it was typed.
-        announce: told of each stage.
+        announce: called with a text for each stage.
 
     Raises:
         MoeExportError: a flag is wrong, nothing is as small as a size, or a stage failed; what is finished stays.
@@ -102,7 +102,7 @@ def curve_plan(job: Job, sizes: str, command: str) -> Plan:
     """The plan of a curve.
 
     Raises:
-        InputError: a size is none.
+        InputError: a size cannot be parsed.
         BudgetError: nothing is as small as a size that was named.
     """
     plan = make_plan(job, command)
@@ -119,7 +119,7 @@ def curve_plan(job: Job, sizes: str, command: str) -> Plan:
 
 
 def _job(model: str | None, out: Path, flags: Mapping[str, Any]) -> Job:
-    """An export of everything in 16 bits, from which the curve goes down."""
+    """The job of an export with room for everything in 16 bits, from which the curve goes down."""
     folder = resolve_model(model, flags.get("revision"), offline=bool(flags.get("offline")))
     checkpoint = Checkpoint(folder)
     n_bytes = 2 * predict_file_size(checkpoint.shape, folder, "BF16", "")

@@ -1,4 +1,4 @@
-"""The rows of a curve of divergence against bytes, kept in a CSV file as they are made: a second run goes on."""
+"""The rows of a curve of divergence against bytes, kept in a CSV file as they are made; a second run continues it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ParetoRow:
 
     model: str
     method: str  # OURS, or how the experts became fewer before a mix was applied
-    mix: str  # of llama-quantize; of ours, what the size is that of
+    mix: str  # of llama-quantize; for ours, the label of its size
     n_bytes: int  # of the file
     share: float  # of the bytes of the model's file in 16 bits
     divergence: float  # mean KL divergence from the F32 file's predictions, nats
@@ -36,7 +36,7 @@ class ParetoRow:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What tells rows apart."""
+        """The values that identify a row: model, method and mix."""
         return self.model, self.method, self.mix
 
 
@@ -59,7 +59,7 @@ class RowFile:
         return next((row for row in self.rows if row.key == (model, method, mix)), None)
 
     def add(self, row: ParetoRow) -> None:
-        """Keeps a row; one of the same key goes."""
+        """Adds a row and writes the file; a row of the same key is replaced."""
         self.rows = [*(other for other in self.rows if other.key != row.key), row]
         text = io.StringIO()
         writer = csv.DictWriter(text, [field.name for field in fields(ParetoRow)], lineterminator="\n")

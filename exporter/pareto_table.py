@@ -15,7 +15,7 @@ _COLUMNS = (
     *("best baseline of no more bytes", "ratio"),
 )
 
-_ON_A_TERMINAL = (0, 2, 3, 4, 8)  # of the columns
+_ON_A_TERMINAL = (0, 2, 3, 4, 8)  # indices of columns
 
 
 def markdown_lines(rows: Sequence[ParetoRow]) -> list[str]:
@@ -25,7 +25,7 @@ def markdown_lines(rows: Sequence[ParetoRow]) -> list[str]:
 
 
 def pareto_table(rows: Sequence[ParetoRow]) -> Table:
-    """What of it fits a terminal: files, sizes, divergences, and ratios to the best baseline of no more bytes."""
+    """The columns that fit a terminal: files, sizes, divergences, and ratios to the best baseline of no more bytes."""
     table = Table(*(_COLUMNS[column] for column in _ON_A_TERMINAL))
     for row in _sorted(rows):
         cells = _cells(row, rows)

@@ -1,4 +1,4 @@
-"""The parts of a run: one for each budget, and for each file where GGUF and ONNX are best served by unlike students.
+"""The parts of a run: one for each budget, and for each file where GGUF and ONNX do best with different students.
 
 Calibration and sensitivities belong to all parts and are made once. A part is planned, searched, built and measured by
 itself, and has a report of its own.
@@ -25,7 +25,7 @@ from exporter.work import WorkDirectory, make_folder
 __all__ = ["FOUND", "Part", "budget_parts", "found_parts", "result_folder", "save_plans"]
 
 FOUND = "found.json"
-"""What the search leaves in its folder."""
+"""The file that the search leaves in its folder."""
 
 _OF_ALL_BUDGETS = frozenset({"calibrate", "sensitivity", "teacher_texts"})
 _OF_ALL_FILES = _OF_ALL_BUDGETS | {"search"}
@@ -33,7 +33,7 @@ _OF_ALL_FILES = _OF_ALL_BUDGETS | {"search"}
 
 @dataclass(frozen=True)
 class Part:
-    """One of several, or the whole run."""
+    """One of several parts, or the whole run."""
 
     name: str  # empty: the whole
     plan: Plan
@@ -41,7 +41,7 @@ class Part:
 
 
 def budget_parts(job: Job, command: str, work: WorkDirectory) -> list[Part]:
-    """A part for each budget, its plan as an earlier attempt of the same job kept it, or made now.
+    """A part for each budget; its plan is the one that an earlier attempt of the same job kept, or a new one.
 
     Raises:
         MoeExportError: a plan cannot be made, or is damaged.
@@ -58,13 +58,13 @@ def budget_parts(job: Job, command: str, work: WorkDirectory) -> list[Part]:
 
 
 def found_parts(part: Part) -> list[Part]:
-    """What the search of a part found: itself with another recipe, or a part for each file."""
+    """The parts that a part's search found: the part itself with another recipe, or a part for each file."""
     found = json.loads((part.work.stage("search") / FOUND).read_text(encoding="utf-8"))
     return [_found(part, entry, alone=len(found["parts"]) == 1) for entry in found["parts"]]
 
 
 def result_folder(work: WorkDirectory, name: str) -> Path:
-    """Where the output of a part lies until all parts are there."""
+    """The folder of a part's output until all parts are there."""
     return work.root.folder / "results" / name
 
 

@@ -23,7 +23,7 @@ __all__ = ["Plan", "Search"]
 
 @dataclass(frozen=True)
 class Search:
-    """What the command line pins and wants of a recipe that is to be found by measurement."""
+    """The command line's choices for a recipe that is to be found by measurement."""
 
     method: str
     experts: int | None
@@ -52,7 +52,7 @@ class Plan:
     teacher_floors: Mapping[str, TeacherFloor] = field(default_factory=dict)  # by artifact; absent: nothing fits
     end_tokens: tuple[int, ...] = ()  # of the source: each ends a text
     own_head: bool = False  # the source has a head beside the embedding, whatever config.json says
-    deviations: tuple[Deviation, ...] = ()  # of the files from the original, that no file can mend
+    deviations: tuple[Deviation, ...] = ()  # of the files from the original, which no file can avoid
     imatrix: Path | None = None  # llama.cpp's importance matrix, in place of the calibration text's
     search: Search | None = None  # the recipe is to be found after calibration; None: it stands
     curve: Mapping[str, int] = field(default_factory=dict)  # bytes of the files that moe-export pareto compares
@@ -65,7 +65,7 @@ class Plan:
 
     @property
     def student_shape(self) -> MoeShape:
-        """The shape after compression; where the statistics will decide which layers shrink, the last ones do here."""
+        """The shape after compression; where statistics will decide which layers shrink, it assumes the last ones."""
         return expected_shape(self.recipe.compress, self.teacher_shape)
 
     def save(self, path: Path) -> None:

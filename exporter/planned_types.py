@@ -1,4 +1,4 @@
-"""How a recipe's files will store each matrix: known before they are written."""
+"""The types of all matrices in a recipe's files, known before they are written."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def planned_types(recipe: Recipe, artifact: str, shape: MoeShape) -> _Types:
 
 
 def planned_block_length(recipe: Recipe, artifact: str, shape: MoeShape) -> BlockLength:
-    """The block length that the written file will tell."""
+    """The block length of each matrix in the file that will be written."""
     types = planned_types(recipe, artifact, shape)
 
     def of_matrix(role: Role, layer: int) -> int | None:
@@ -42,7 +42,10 @@ def planned_block_length(recipe: Recipe, artifact: str, shape: MoeShape) -> Bloc
 
 
 def hold_same_numbers(recipe: Recipe, shape: MoeShape) -> bool:
-    """Whether both files hold the same numbers: the same types of ggml, made by ggml's kernels, in all matrices."""
+    """True if both files hold the same numbers: all matrices have the same types and are quantized in the same way.
+
+    The types are all F32, or ggml's kernels make all codes with the same importance matrix.
+    """
     if len(recipe.artifacts) < 2:
         return False
     gguf, onnx = (recipe.file(artifact) for artifact in ("gguf", "onnx"))

@@ -69,7 +69,7 @@ class _Candidate:
 def choose_recipe(
     job: Job, checkpoint: Checkpoint, name: str, splits: Splits, counts: TextCounts, memory_bytes: int
 ) -> tuple[Recipe, dict[str, Prediction], tuple[RefusedRung, ...]]:
-    """The recipe for a job, what is predicted of each artifact, and the rungs of recovery that do not fit the memory.
+    """The recipe for a job, the prediction of each artifact, and the rungs of recovery that do not fit the memory.
 
     Raises:
         InputError: ``--experts`` is not possible for this model.
@@ -128,7 +128,7 @@ def _open_recipe(job: Job, checkpoint: Checkpoint, name: str, text: TextChoice) 
 
 
 def _expected(job: Job, checkpoint: Checkpoint, recipe: Recipe) -> _Candidate:
-    """What the search is expected to find: the structure that serves the worst-served file best.
+    """The candidate that the search is expected to find: the structure that is best for the worst-served file.
 
     The search measures, and may give each file a student of its own.
 
@@ -189,7 +189,7 @@ def predict_recipe(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Predicti
 
 
 class _Pinned:
-    """Of a job that names the mix: tries the method's choices from the one that changes least."""
+    """For a job that names the mix: tries the method's choices, beginning with the one that changes least."""
 
     def __init__(self, job: Job, checkpoint: Checkpoint, recipe: Recipe) -> None:
         self._job = job
@@ -201,7 +201,7 @@ class _Pinned:
         choices = self._choices()
         if (candidate := self._fitting(choices[0])) is not None:
             return candidate
-        # a choice further on never needs more bytes, so the first that fits is found by halving
+        # a later choice never needs more bytes, so the first that fits is found by bisection
         first = bisect_left(choices, True, lo=1, key=lambda choice: self._fitting(choice) is not None)
         candidate = self._fitting(choices[first]) if first < len(choices) else None
         if candidate is None:
@@ -209,7 +209,7 @@ class _Pinned:
         return candidate
 
     def _choices(self) -> Sequence[CompressChoice]:
-        """From the one that changes least to the one that changes most."""
+        """The method's choices, from the one that changes least to the one that changes most."""
         method, shape = self._job.method, self._checkpoint.shape
         original = whole(shape)
         if self._job.student == "dense" or self._job.experts is not None:

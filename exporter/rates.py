@@ -1,8 +1,8 @@
-"""Learning rates for a student by how far it is from its teacher: the less is wrong, the smaller the steps.
+"""Learning rates for a student by its divergence from its teacher: the smaller the divergence, the smaller the rate.
 
 Measured on students of the trained models (docs/recovery.md): too high a rate ruins a student that starts well. A
-compensated student of half the width at 0.09 nats lost by 1e-3 and gained by 1.5e-4; norms and block scales gained most
-by 1e-3 above 0.03 nats and by 3e-4 below 0.01.
+compensated student of half the width at 0.09 nats lost with 1e-3 and gained with 1.5e-4; norms and block scales gained
+most with 1e-3 above 0.03 nats and with 3e-4 below 0.01.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _ANCHORS: Mapping[str, tuple[tuple[float, float], tuple[float, float]]] = {
     "scales": ((0.01, 3e-4), (0.03, 1e-3)),
     "all": ((0.088, 1.5e-4), (2.0, 1e-3)),
 }
-"""Two points (divergence in nats, rate); between them rates are interpolated in logarithms, outside they stay."""
+"""Two points (divergence in nats, rate); rates are interpolated in logarithms between them, and constant outside."""
 
 _TRIED: Mapping[str, tuple[float, ...]] = {"norms": (1.0,), "scales": (1.0,), "all": (1.0, 0.5)}
 """Multiples of the rate, each tried on a few blocks; the selection split decides."""
 
-_TRIAL_SHARE = 8  # of a rung's blocks, one in so many
+_TRIAL_SHARE = 8  # a trial takes one in this many of a rung's blocks
 _LEAST_STEPS = 4
 _RATES_HIDDEN_SIZE = 256
 
@@ -32,9 +32,9 @@ def rates_for(scope: str, divergence: float, hidden_size: int) -> Sequence[float
 
     Args:
         scope: ``norms``, ``scales`` or ``all``.
-        divergence: of the student from its teacher, in nats, before it is taught.
-        hidden_size: of the model. An Adam step moves each of a matrix's weights by about the rate, and a product in
-            proportion to the hidden size; of norms and scales the rate is a relative change.
+        divergence: the student's divergence from its teacher, in nats, before training.
+        hidden_size: the model's hidden size. An Adam step moves each of a matrix's weights by about the rate, and a
+            product in proportion to the hidden size; for norms and scales the rate is a relative change.
     """
     (low, low_rate), (high, high_rate) = _ANCHORS[scope]
     place = math.log(min(max(divergence, low), high) / low) / math.log(high / low)
@@ -45,11 +45,11 @@ def rates_for(scope: str, divergence: float, hidden_size: int) -> Sequence[float
 
 
 def trial_share(scope: str) -> float:
-    """What all trials of a scope's rates take, as a share of the rung's own blocks."""
+    """The blocks of all trials of a scope's rates, as a share of the rung's own blocks."""
     return len(_TRIED[scope]) / _TRIAL_SHARE if len(_TRIED[scope]) > 1 else 0.0
 
 
 def trial_blocks(n_blocks: int, blocks_per_step: int) -> int:
-    """How many of a rung's blocks each trial takes, in whole steps; 0 if that are too few to tell rates apart."""
+    """The number of a rung's blocks that each trial takes, in whole steps; 0 if these are too few to compare rates."""
     steps = n_blocks // _TRIAL_SHARE // blocks_per_step
     return steps * blocks_per_step if steps >= _LEAST_STEPS else 0

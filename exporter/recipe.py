@@ -53,10 +53,10 @@ ExpertMethod = Literal[
 
 
 Student = Literal["moe", "dense"]
-"""What is built: a smaller MoE, or a dense model (:mod:`compressors.dense`)."""
+"""The kind of model that is built: a smaller MoE, or a dense model (:mod:`compressors.dense`)."""
 
 Quantizer = Literal["feedback", "kernel"]
-"""How codes are chosen: with error feedback, or by ggml's kernels alone (:mod:`compressors.quantize`)."""
+"""The way codes are chosen: with error feedback, or by ggml's kernels alone (:mod:`compressors.quantize`)."""
 
 RungLoss = Literal["kd", "next-token", "router-logits", "ka", "sar"]
 """Objectives of :mod:`compressors.recover`."""
@@ -116,10 +116,10 @@ class CompressChoice(_Part):
     protect_super_experts: bool = False
     width: Count | tuple[Count, ...] | None = None  # of each expert; null: as it is
     edit: Literal["none", "svd", "d2-moe", "mobe"] = "none"
-    edit_size: Count | None = None  # the rank; of mobe the number of bases
+    edit_size: Count | None = None  # the rank; for mobe the number of bases
     student: Student = "moe"  # dense: each layer's experts become one feed-forward
-    sequential: bool = False  # layers are judged by what the compressed layers in front make of the text
-    sample_blocks: Count = 32  # whose states methods see that need more than sums
+    sequential: bool = False  # layers are judged on the outputs of the compressed layers before them
+    sample_blocks: Count = 32  # for methods that need states, not only sums
 
     @model_validator(mode="after")
     def _is_consistent(self) -> CompressChoice:
@@ -163,7 +163,7 @@ class RecoverChoice(_Part):
     """The training of the compressed model. Each rung goes on from the last that was kept."""
 
     rungs: tuple[RungChoice, ...] = ()  # climbed in this order, each kept only if the divergence falls
-    after_quantizing: RungChoice | None = None  # once more, beside the codes that each file holds
+    after_quantizing: RungChoice | None = None  # trained last, beside the codes that each file holds
     seed: int = Field(ge=0, lt=2**32)
 
     @property
@@ -184,7 +184,7 @@ class RecoverChoice(_Part):
 
 
 class FileChoice(_Part):
-    """How a file stores the weights; the name of a mix alone stands for that mix."""
+    """The storage of the weights in a file; the name of a mix alone stands for that mix."""
 
     mix: str  # of llama-quantize, or a preset of the ONNX writer
     tensors: Mapping[str, str] = {}  # types of single tensors, in place of the mix's
@@ -230,7 +230,7 @@ class Recipe(_Part):
         return {"gguf": self.gguf, "onnx": self.onnx}
 
     def with_only(self, artifact: str, compress: CompressChoice) -> Recipe:
-        """The recipe of one of its artifacts alone, of another student."""
+        """The recipe for one of its artifacts alone, with another student."""
         others = {name: None for name in self.artifacts if name != artifact}
         return self.model_copy(update={"compress": compress, **others})
 

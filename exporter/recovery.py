@@ -1,4 +1,4 @@
-"""The recovery ladder: which rungs a machine can climb, and what a recipe's rung means for training."""
+"""The recovery ladder: chooses the rungs that a machine can climb, and translates a recipe's rung for training."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ _BESIDE_CODES = ", beside the codes of "
 _DEFAULT_BLOCKS = 320  # 163,840 tokens
 _BLOCKS_PER_STEP = 8  # as published
 _SMALL_STEP = 2
-"""Blocks in a step where that is as cheap: four times the steps bring more than longer ones. But each step reads the
-model that does not stay in memory, and what a student writes for one step is the dearer the fewer texts it writes."""
+"""Blocks in a step where that costs no more: four times as many steps help more than longer steps. But each step reads
+a model that does not stay in memory, and a text that a student writes costs more the fewer it writes at a time."""
 
 _LOSSES: Mapping[str, Sequence[str]] = {
     "router": ("kd", "next-token", "router-logits", "ka", "sar"),
@@ -51,7 +51,7 @@ RECOVERIES = (
     *_LOSSES,
     *(f"{scope}:{loss}" for scope, losses in _LOSSES.items() for loss in losses),
 )
-"""What ``--recover`` takes: the ladder, nothing, the published schedule, or one rung, ``SCOPE`` or ``SCOPE:LOSS``."""
+"""Values of ``--recover``: the ladder, nothing, the published schedule, or one rung, ``SCOPE`` or ``SCOPE:LOSS``."""
 
 _RATES = {"router": 3e-3, "top-experts": 1e-3, "experts": 1e-3, "adapters": 3e-3}
 _RATES_HIDDEN_SIZE = 256
@@ -69,7 +69,7 @@ _SCOPES = {
     "all": Scope.everything(),
 }
 
-_FLOAT32 = 4  # bytes of a written weight while it is computed with
+_FLOAT32 = 4  # bytes of a written weight in the computation
 _TOP_EXPERTS = 8  # of each layer, as in the smallest wider scope of arXiv 2609.06076
 _ADAPTER_RANKS = (8, 4, 2, 1)
 _STREAMED_BATCHES_PER_ROUND = 8  # of a live teacher that is read from the disk for each round
@@ -77,11 +77,11 @@ _STREAMED_BATCHES_PER_ROUND = 8  # of a live teacher that is read from the disk 
 
 @dataclass(frozen=True)
 class Machine:
-    """What training may use."""
+    """The resources that training may use."""
 
     memory_bytes: int
     calibration_blocks: int  # that the text yields
-    models_stay: bool  # in memory, once they were read
+    models_stay: bool  # in memory, once they are read
 
 
 @dataclass(frozen=True)
@@ -96,20 +96,20 @@ class RefusedRung:
 def choose_ladder(
     wish: str, student: MoeShape, itemsize: int, machine: Machine, seed: int
 ) -> tuple[RecoverChoice, tuple[RefusedRung, ...]]:
-    """The rungs that a wish of ``--recover`` means for this student on this machine.
+    """Chooses the rungs that a value of ``--recover`` means for this student on this machine.
 
-    ``auto`` teaches the routers, and then routers and experts together, of a dense student the feed-forwards only. A
+    ``auto`` trains the routers, and then routers and experts together; for a dense student, only the feed-forwards. A
     rung whose training does not fit the memory is replaced by adapters of the largest rank that fits.
 
     Args:
         wish: one of :data:`RECOVERIES`.
         student: the compressed model's shape.
         itemsize: bytes of a stored weight.
-        machine: what there is.
-        seed: of the order of blocks, and of adapters' beginnings.
+        machine: the resources that training may use.
+        seed: seed of the order of blocks, and of the adapters' initial values.
 
     Returns:
-        The recipe's choice, and what was refused.
+        The recipe's choice, and the rungs that were refused.
     """
     rungs: list[RungChoice] = []
     refused: list[RefusedRung] = []
@@ -127,9 +127,9 @@ def choose_ladder(
 
 
 def wish_for(wish: str, compress: CompressChoice) -> str:
-    """What ``auto`` means for a structure.
+    """Replaces ``auto`` by ``all`` where experts of a MoE student are narrower; other values stay.
 
-    Narrow experts start well, because their down projections make up for what was cut: they get one rung, of all
+    Narrow experts start well, because their down projections compensate for the cut neurons: they get one rung, of all
     tensors, at a rate by their divergence (:mod:`exporter.rates`). The rate that pruned experts need would ruin them.
     """
     is_narrow = compress.width is not None and compress.student == "moe"
@@ -137,12 +137,12 @@ def wish_for(wish: str, compress: CompressChoice) -> str:
 
 
 def tuning_rung(student: MoeShape, machine: Machine, block_lengths: Sequence[BlockLength]) -> RungChoice | None:
-    """The rung beside written files: block scales, norms and routers, without scales where memory is short for them.
+    """The rung beside written files: block scales, norms and routers, without scales where these do not fit the memory.
 
     Args:
         student: the compressed model's shape.
-        machine: what there is.
-        block_lengths: of each file (:func:`~exporter.planned_types.planned_block_length`).
+        machine: the resources that training may use.
+        block_lengths: block lengths of each file (:func:`~exporter.planned_types.planned_block_length`).
 
     Returns:
         None if not even norms can be trained.
@@ -173,17 +173,17 @@ def check_after_quantizing(choice: RecoverChoice, student: MoeShape) -> None:
 
 
 def after_quantizing_name(rung: RungChoice, student: MoeShape, files: str = "each file") -> str:
-    """What plan and report call the rung that is climbed beside these written files."""
+    """The name, in plan and report, of the rung that is climbed beside these written files."""
     return scope_of(rung).name_in(student) + _BESIDE_CODES + files
 
 
 def is_after_quantizing(name: str) -> bool:
-    """Whether a rung's name is an :func:`after_quantizing_name`."""
+    """True if a rung's name is an :func:`after_quantizing_name`."""
     return _BESIDE_CODES in name
 
 
 def scope_of(rung: RungChoice) -> Scope:
-    """Which tensors a rung trains."""
+    """The scope of the tensors that a rung trains."""
     if rung.scope == "adapters":
         assert rung.rank is not None, "the recipe checks it"
         return Scope.adapters(rung.rank)
@@ -208,7 +208,7 @@ def schedule_of(choice: RecoverChoice, rung: RungChoice, n_blocks: int) -> Sched
 
 
 def trained_roles(name: str) -> frozenset[Role]:
-    """Roles whose tensors a rung of this name changes: one of a scope's, in plan or report."""
+    """Roles whose tensors a rung changes, by its name in plan or report."""
     experts = frozenset(role for role in Role if role.is_expert)
     roles = {"router": frozenset({Role.ROUTER}), "norms": NORMS, "attention": ATTENTION}
     roles |= {"block scales": ATTENTION | experts, "experts": experts, "adapters": experts, "feed-forwards": experts}
@@ -261,7 +261,7 @@ def _rate(scope: str, student: MoeShape) -> float:
 
 
 def _obstacle(rung: RungChoice, student: MoeShape, itemsize: int, memory_bytes: int) -> str | None:
-    """Why a rung cannot be trained within this memory, None if it can. Routers alone always can."""
+    """The reason why a rung cannot be trained within this memory; None if it can, as routers alone always can."""
     if rung.scope == "router":
         return None
     try:

@@ -1,4 +1,4 @@
-"""What the report says of the files that a search looked at."""
+"""The report's figures of the files that a search considered."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def named_types(choice: FileChoice) -> str:
 
 
 def described_types(choice: FileChoice) -> str:
-    """The mix, or how many tensors have each of the types that most have."""
+    """The mix, or the numbers of tensors that have each of the most common types."""
     if not choice.tensors:
         return choice.mix
     counts = Counter(choice.tensors.values()).most_common()

@@ -1,4 +1,4 @@
-"""One file of ``moe-export validate``: what is expected of it, its figures, its checks, and what is wrong with it."""
+"""One file of ``moe-export validate``: the expectations of it, its figures, its checks, and its faults."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _trained_roles(report: Mapping[str, Any], is_saved: bool) -> frozenset[Role]
 
 
 def _is_changed(layer: LayerMap) -> bool:
-    """Whether a layer's experts are not the original's: merged, or of another width."""
+    """True if a layer's experts are not the original's: merged, or of another width."""
     return layer.width is not None or any(len(group) > 1 for group in layer.groups)
 
 
@@ -154,7 +154,7 @@ def validate_file(
 
 
 def _evaluate(file: ModelFile, backend: RuntimeBackend, reference: Reference) -> tuple[Evaluation, list[str]]:
-    """The evaluation, over the tokens that both vocabularies have, and what is to be said of those."""
+    """The evaluation, over the tokens that both vocabularies have, and notes on the vocabularies."""
     model: Backend = backend
     log_probs: ReferenceLogProbs = reference.log_probs
     chunks_BT, notes = _chunks_for(backend, reference), []
@@ -250,7 +250,7 @@ def _checks(
 def _measured_symptoms(
     reference: Reference, evaluation: Evaluation, agreement: RoutingAgreement | None, expectation: Expectation
 ) -> list[str]:
-    """Only of a file that numbers its experts as the original does."""
+    """The symptoms in divergence and routing; none unless the original was quantized and nothing else."""
     original, found = reference.routing, evaluation.routing
     if original is None or not expectation.is_whole:
         return []

@@ -37,7 +37,7 @@ _STAGE_ENDS_WITHIN = 20  # seconds; it looks for its parent far more often, if t
 
 @dataclass(frozen=True)
 class StageRecord:
-    """What is kept about a finished stage."""
+    """The facts that are kept about a finished stage."""
 
     fingerprint: str
     seconds: float
@@ -51,7 +51,7 @@ class WorkDirectory:
     Args:
         folder: the place.
         whole: the work that this is a part of.
-        shared: the stages that all parts of that have in common, which lie there.
+        shared: the stages that all parts of the whole have in common; they lie in its folder.
     """
 
     def __init__(self, folder: Path, whole: WorkDirectory | None = None, shared: frozenset[str] = frozenset()) -> None:
@@ -85,12 +85,12 @@ class WorkDirectory:
 
     @property
     def plan_path(self) -> Path:
-        """Where the plan is kept."""
+        """The file in which the plan is kept."""
         return self.folder / _PLAN
 
     @property
     def source_path(self) -> Path:
-        """Where the state of the checkpoint that the run began with is kept."""
+        """The file in which the state of the checkpoint that the run began with is kept."""
         return self.root.folder / _SOURCE
 
     def plan(self) -> Plan:
@@ -145,7 +145,7 @@ class WorkDirectory:
 
     @contextmanager
     def stage_lock(self) -> Iterator[None]:
-        """Held by the process that writes into a partial folder: the one of a killed run may outlive it for a moment.
+        """Holds the lock of the process that writes into partial folders; it may outlive a killed run for a moment.
 
         Raises:
             InputError: that process does not end.
@@ -156,7 +156,7 @@ class WorkDirectory:
 
     @property
     def has_owner(self) -> bool:
-        """Whether a job has begun here."""
+        """True if a job has begun here."""
         return (self.folder / _JOB).exists()
 
     def claim(self, job: Mapping[str, Any]) -> None:
@@ -183,7 +183,7 @@ class WorkDirectory:
             )
 
     def remove(self) -> None:
-        """Removes the folder; call it with the lock held. What tells whose it is goes last."""
+        """Removes the folder; call it with the lock held. The files that name its owner go last."""
         last = (_JOB, _LOCK)
         for path in self.folder.iterdir():
             if path.name not in last:
@@ -193,7 +193,7 @@ class WorkDirectory:
         self.folder.rmdir()
 
     def remove_leftovers(self, job: Mapping[str, Any]) -> None:
-        """Removes what a killed run of this job left here after it had published, unless a run works here."""
+        """Removes the folder that a killed run of this job left after it had published, unless a run works here."""
         try:
             owner = json.loads((self.folder / _JOB).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -268,7 +268,7 @@ def make_folder(folder: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Removes a file or folder; first what vouches for a stage: half removed, it must not pass for whole."""
+    """Removes a file or folder, a stage's record and fingerprint first: half removed, it must not pass for whole."""
     if not path.is_dir():
         path.unlink(missing_ok=True)
         return

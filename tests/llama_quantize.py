@@ -119,4 +119,4 @@ def types_in_a_dry_run(source: Path, file_type: int) -> dict[str, str]:
 
 @api.llama_log_callback
 def _silent(_level: int, _text: bytes, _user_data: ctypes.c_void_p) -> None:
-    """What the other tests want to hear."""
+    """Drops the log, which the other tests do not want."""

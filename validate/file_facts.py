@@ -1,7 +1,7 @@
 """Facts that a file gives about its model before anything runs: sizes, bits per weight, rotary base.
 
-A GGUF file says it in metadata and tensor directory. An ONNX graph has no metadata: its MoE operators tell of experts,
-its caches of layers, and the cosine table of its attention of the rotary base.
+A GGUF file has them in metadata and tensor directory. An ONNX graph has no metadata: its MoE operators give the
+experts, its caches the layers, and the cosine table of its attention the rotary base.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["FileFacts", "gguf_facts", "onnx_facts"]
 
 @dataclass(frozen=True)
 class FileFacts:
-    """None is what a file does not say."""
+    """The facts that a file gives; None where it gives none."""
 
     bits_per_weight: float  # of the experts; of all matrices if there are none
     n_layers: int | None
@@ -139,7 +139,7 @@ def _node_bits(node: onnx.NodeProto, weights: Mapping[str, onnx.TensorProto]) ->
 
 
 def _node_values(node: onnx.NodeProto, weights: Mapping[str, onnx.TensorProto]) -> float:
-    """How many values the node's first weight has, packed or not."""
+    """The number of values in the node's first weight, packed or not."""
     codes = next(_inputs([node], 1 if node.op_type == "MatMulNBits" else 2, weights), None)
     if codes is None:
         return 1.0

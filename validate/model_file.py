@@ -71,7 +71,7 @@ class ModelFile:
         return artifact_bytes(self.format, self.path)
 
     def may_use_gpu(self, choice: RuntimeChoice) -> bool:
-        """Whether the installed runtime may use a GPU's driver."""
+        """True if the installed runtime may use a GPU's driver."""
         return offloads() if self.format == "gguf" else choice.providers != "cpu"
 
     def check_can_run(self, choice: RuntimeChoice) -> None:
@@ -99,7 +99,7 @@ class ModelFile:
         return OnnxRuntimeBackend(self.path, threads=choice.threads, providers=PROVIDERS[choice.providers])
 
     def measure(self, choice: RuntimeChoice, prompt_T: npt.NDArray[np.int64], context: int) -> RuntimeCost:
-        """Memory and speed with a cache of so many tokens, in a process of its own.
+        """Measures memory and speed with a cache of this many tokens, in a process of its own.
 
         Raises:
             RuntimeCrashError: the runtime crashed or refused the file.

@@ -32,7 +32,7 @@ _FLOAT_TYPES = frozenset(
 )
 _MATRIX, _ROW = 1.8, 3.0  # times the kernel's error; measured: up to 1.49 and 2.1
 _SCREEN = 1.6  # times the type's usual error: rows above are quantized again to know theirs
-_COEFFICIENT = 0.01  # what may be off, beside what the type's error makes:
+_COEFFICIENT = 0.01  # allowed deviation, beyond what the type's error makes:
 _MATRIX_COEFFICIENT = 0.1  # for each unit of relative error of a matrix,
 _ROW_COEFFICIENT = 3.0  # of a row, times the root of its values' fourth powers over their squares (1.7 / root of N)
 _SHRINKING = 3.5  # times as much downwards: quantizers that weigh values make those that weigh little too small
@@ -67,13 +67,13 @@ def requantized(values_RN: torch.Tensor, stored_type: StoredType) -> torch.Tenso
 
 
 class MatrixError:
-    """Rows of one matrix beside the original's, given a piece at a time.
+    """Compares rows of one matrix with the original's, given a piece at a time.
 
     Attributes:
-        damaged: numbers of rows that are not what their type makes of the original's.
+        damaged: numbers of rows that differ from what their type makes of the original's.
 
     Args:
-        stored_type: how the file stores them.
+        stored_type: the type in which the file stores them.
     """
 
     def __init__(self, stored_type: StoredType) -> None:
@@ -85,7 +85,7 @@ class MatrixError:
 
     @property
     def is_float(self) -> bool:
-        """Whether the values must be the original's to the last bit."""
+        """True if the type is float: the values must be the original's, or rounded to 16 bits, to the last bit."""
         return self._type in _FLOAT_TYPES
 
     @property
@@ -107,7 +107,7 @@ class MatrixError:
 
     @property
     def is_zero(self) -> bool:
-        """Whether nothing is left of values that are not zero."""
+        """True if the values are all zero and the original's are not."""
         return self._squares > 0 and self._found_squares == 0
 
     @property
@@ -117,12 +117,12 @@ class MatrixError:
 
     @property
     def is_mostly_damaged(self) -> bool:
-        """Whether more than half of the rows are damaged."""
+        """True if more than half of the rows are damaged."""
         return 2 * len(self.damaged) > self._n_rows
 
     @property
     def is_too_far(self) -> bool:
-        """Whether the matrix as a whole is further off than its type makes it."""
+        """True if the matrix as a whole is further off than its type makes it."""
         return self._is_judged_as_whole and not self._sampled_error <= _MATRIX**2 * self._usual_error
 
     @property
@@ -131,7 +131,7 @@ class MatrixError:
 
     @property
     def is_scaled(self) -> bool:
-        """Whether the matrix as a whole is larger or smaller than its type makes it."""
+        """True if the matrix as a whole is larger or smaller than its type makes it."""
         if not self._is_judged_as_whole or not self._sampled_squares:
             return False
         excess = _upwards(self._excess / self._sampled_squares)

@@ -31,7 +31,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How near a file must come to the unquantized model that it was written from."""
+    """The limits of a file's distance from the unquantized model that it was written from."""
 
     perplexity_change: float  # largest |perplexity / model's perplexity - 1|
     routing_overlap: float  # smallest mean overlap of the chosen experts
@@ -41,7 +41,7 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class Band:
-    """Files of about the same bits per weight, and what may be expected of them."""
+    """Files of about the same bits per weight, and the fidelity that may be expected of them."""
 
     name: str
     least_bits: float  # per weight of the experts, scales included
@@ -58,14 +58,14 @@ BANDS = (
     Band("3-bit", 3.0, Fidelity(0.15, 0.75, 0.2, 0.8)),
     Band("2-bit", 0.0, Fidelity(0.5, 0.5, 0.6, 0.65)),
 )
-"""From the most bits down. Divergence and same top stand above what good files of the band are known to have.
+"""From the most bits down. Limits of divergence and same top are looser than the known figures of good files.
 
 Published mean divergences (nats) of quantized, unpruned models, llama-perplexity on wikitext: Llama-3-8B (llama.cpp,
 tools/perplexity/README.md) q8_0 0.0014, q6_K 0.0055 with 96.0 % same top, q5_K_M 0.0108, q4_K_M 0.031 with 91.9 %,
 q3_K_M 0.084 to 0.10, iq3_XXS 0.18, q2_K 0.33 to 0.45 with 71 %; Qwen3.6-35B-A3B (model card of mudler's APEX files)
 Q8_0 0.0059, where batches decide ties between experts, Q5 0.0083, Q4 0.0138, Q3 0.0435; 4-bit files of
 Qwen3.5-35B-A3B from 0.0102 to 0.0524. The logits of float16 models alone differ by 0.00055. Nobody has published
-routing overlaps: those, and changes of perplexity, are what our own two trained models allow down to 4 bits, and
+routing overlaps: their limits, and those of perplexity, come from our own two trained models down to 4 bits, and are
 guesses below.
 """
 
@@ -87,7 +87,7 @@ REQUIREMENTS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Figures:
-    """What is judged; None is what was not measured."""
+    """The figures that are judged; None if one was not measured."""
 
     kld: float | None  # from the original
     top1: float | None
@@ -109,13 +109,13 @@ def required_checks(
     """The fidelity checks of one artifact: defaults, replaced and joined by what was required.
 
     Args:
-        artifact: what the names of the checks begin with.
+        artifact: the beginning of the checks' names.
         fidelity: the defaults of its band; None: only what is required is checked.
         require: thresholds by name.
-        figures: what was measured.
-        is_routed: a dense model is not: nothing is asked of its routing.
-        is_whole: whether the original was quantized and nothing else. No band of divergences exists for models that
-            were pruned or merged, so nothing is asked of theirs by default.
+        figures: the measured figures.
+        is_routed: False for a dense model, whose routing is not checked.
+        is_whole: True if the original was quantized and nothing else. No band of divergences exists for models that
+            were pruned or merged, so theirs are not checked by default.
     """
     defaults: dict[str, float] = {}
     if fidelity is not None:

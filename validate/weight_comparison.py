@@ -1,10 +1,10 @@
-"""A file's weights beside those that it should hold: which tensors are damaged, and what they hold instead.
+"""Compares a file's weights with those that it should hold: finds damaged tensors, and what they hold instead.
 
 Each expert's projection, each row of a router and each other tensor is a unit; where only some rows of a unit are
-damaged, those are named. What a unit may be off is the business of :mod:`validate.quantization_error`. What a unit
-holds that is further off than 80 % is found by a signature, the values at 256 fixed places: those of unrelated tensors
-have a cosine near 0, those of a tensor and its quantized copy near 1. So a mix-up is named without holding two models
-in memory.
+damaged, those are named. :mod:`validate.quantization_error` decides how far a unit may be off. If a unit is further off
+than 80 %, its content is identified by a signature, the values at 256 fixed places: those of unrelated tensors have a
+cosine near 0, those of a tensor and its quantized copy near 1. So a mix-up is named without holding two models in
+memory.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _RESEMBLES = 0.6  # cosine of signatures, and of rows
 _PLACES = 256
 _ROWS_AT_ONCE = 4096  # of embedding and head
 _VOCABULARY_ROLES = (Role.TOKEN_EMBEDDING, Role.HEAD)
-_SAME_SIZE = 1e-3  # what a coefficient may be off
-_MORE = 2.0  # times the type's error that is no second fault
+_SAME_SIZE = 1e-3  # deviation of a coefficient that counts as none
+_MORE = 2.0  # times the type's error that does not count as a second fault
 
 TypeOf = Callable[[Role, int | None], StoredType]
-"""How a file stores the tensors of a role in a layer."""
+"""(role, layer) -> the type in which a file stores the tensors of that role in that layer."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def _whole_damage(unit: Unit, matrix: MatrixError) -> Damage:
 
 
 def _is_only_scaled(scale: float, relative_error: float, usual_error: float) -> bool:
-    """Whether another size explains the error: what is left of it is no more than the type makes."""
+    """True if a change of size explains the error: the rest of it is at most about twice what the type makes."""
     deviation = abs(scale - 1)
     left = max(relative_error**2 - deviation**2, 0.0) ** 0.5
     return deviation > _SAME_SIZE and left <= _MORE * usual_error + 0.01 * deviation

@@ -1,4 +1,4 @@
-"""What was promised of our files, and whether it is kept."""
+"""Compares our files with the divergences that were promised for them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _RATIOS: Mapping[str, float] = {
     "IQ2_M": 0.6,
     "IQ2_XXS": 0.7,
 }
-"""Most of the divergence of the best baseline of no more bytes, at the bytes of a preset."""
+"""The largest promised ratio of our divergence to the best baseline's of no more bytes, at the bytes of each preset."""
 
 _THIRD_RATIOS: Mapping[str, float] = {"Q4_K_M": 0.6, "Q2_K": 0.6}
 
@@ -30,13 +30,13 @@ _DIVERGENCES: Mapping[str, Mapping[str, float]] = {
     "fine": {"7.0 MB": 0.025, "6.3 MB": 0.045, "9%": 0.16},
     "coarse": {"5.6 MB": 0.05, "9%": 0.16},
 }
-"""Most nats, at sizes below the presets."""
+"""The largest promised divergence in nats, at sizes below the presets."""
 
 SIZES_IN_BYTES: Mapping[str, Mapping[str, int]] = {
     "fine": {"7.0 MB": 7_000_000, "6.3 MB": 6_300_000},
     "coarse": {"5.6 MB": 5_600_000},
 }
-"""Beside them 9 % of the bytes in bfloat16."""
+"""Sizes by model; a further size is 9 % of the bytes in bfloat16."""
 
 SIZES_OF_PRESETS: Mapping[str, tuple[str, ...]] = {
     "fine": tuple(_RATIOS),
@@ -51,12 +51,12 @@ class Judged:
 
     row: ParetoRow
     baseline: ParetoRow | None  # the best of no more bytes; None if none is so small
-    bar: float  # most nats
+    bar: float  # the largest promised divergence, nats
     said: str  # the promise
 
     @property
     def is_kept(self) -> bool:
-        """Whether the divergence is as low as was promised, and no baseline of no more bytes has a lower one."""
+        """True if the divergence is as low as promised, and no baseline of no more bytes has a lower one."""
         best = float("inf") if self.baseline is None else self.baseline.divergence
         return self.row.divergence <= min(self.bar, best)
 

@@ -25,12 +25,12 @@ _PATIENCE = """
 __attribute__((destructor)) static void wait_for_the_log(void) { sleep(2); }
 """
 """llama-perplexity ends without waiting for the thread that writes its log (common/log.cpp): on a busy machine the last
-lines, which are the figures, would be missing. Loaded into it, this waits."""
+lines, which are the figures, would be missing. This library, preloaded into it, makes it wait."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What ``llama-perplexity --kl-divergence`` says of a file."""
+    """The figures that ``llama-perplexity --kl-divergence`` prints for a file."""
 
     divergence: float  # mean over the scored positions, nats
     divergence_error: float  # standard error of that mean
@@ -44,8 +44,8 @@ class Measuring:
     Args:
         tools: compiled from the source of the llama.cpp that llama-cpp-python ships.
         reference: the model's F32 file.
-        folder: for logits and importance matrices.
-        threads: of the tools.
+        folder: where logits and importance matrices are written.
+        threads: threads of the tools.
     """
 
     def __init__(self, tools: Tools, reference: Path, folder: Path, threads: int) -> None:
@@ -109,7 +109,7 @@ class Measuring:
 
 
 def _write_shuffled(split: str, path: Path) -> None:
-    """A split of the bundled text as one file, its paragraphs shuffled: its first chunks are of all domains."""
+    """Writes a split of the bundled text as one file, with shuffled paragraphs: its first chunks are of all domains."""
     paragraphs = [
         part for file in sorted(bundled_text(split).glob("*.txt")) for part in file.read_text("utf-8").split("\n\n")
     ]

@@ -29,14 +29,14 @@ class ExpertObserver(Protocol):
     """Sees what one expert did with its tokens. The tensors are overwritten afterwards: keep sums, not them."""
 
     def __call__(self, expert: int, gates_n: torch.Tensor, hidden_nF: torch.Tensor, outputs_nD: torch.Tensor) -> None:
-        """Gate weights, intermediate activations and raw (ungated) outputs of ``expert``."""
+        """Receives gate weights, intermediate activations and raw (ungated) outputs of ``expert``."""
 
 
 class ExpertGradientObserver(Protocol):
     """Sees the gradients at the outputs of one expert's matrices, its gates included: keep sums, not the tensors."""
 
     def __call__(self, expert: int, gate_up_gradient_n2F: torch.Tensor, down_gradient_nD: torch.Tensor) -> None:
-        """Gradients for the tokens that chose ``expert``, gate rows first."""
+        """Receives the gradients for the tokens that chose ``expert``, gate rows first."""
 
 
 def register_grouped_experts() -> None:
@@ -60,7 +60,7 @@ class _GroupedExperts(torch.autograd.Function):
     """The gradient with respect to inputs, gates and the tensors of trained experts; other experts are constants.
 
     Of the activations only the first product is kept for backward: the gradient of a gate, <dL/dy, down h>, equals
-    <down^T dL/dy, h>, so backward needs no expert's output, and a product less than running the expert again.
+    <down^T dL/dy, h>, so backward needs no expert's output, and one product less than running the expert again takes.
     """
 
     @staticmethod
@@ -128,7 +128,7 @@ class _GroupedExperts(torch.autograd.Function):
 
 
 class _ExpertWeights:
-    """The experts' weights in the dtype of the activations: what is trained in place of what is stored."""
+    """The experts' weights in the dtype of the activations; trained ones take the place of stored ones."""
 
     def __init__(self, experts: nn.Module, activations: torch.Tensor) -> None:
         self._gate_up = experts.get_parameter("gate_up_proj")
@@ -137,7 +137,7 @@ class _ExpertWeights:
         self._dtype = activations.dtype
 
     def stored(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the expert's trained matrices stand in for."""
+        """The expert's stored matrices, gate and up, then down; trained ones may take their place."""
         return self._gate_up[expert], self._down[expert]
 
     def gate_up(self, expert: int) -> torch.Tensor:
@@ -163,7 +163,7 @@ class _Choice:
     start: int
     tokens: torch.Tensor  # [n]
     slots: torch.Tensor  # [n], which of its K choices the expert was
-    padded_tokens: torch.Tensor  # the tokens, and then token 0 again as often as the padding wants
+    padded_tokens: torch.Tensor  # the tokens, then token 0 as often as padding is needed
 
     @property
     def n(self) -> int:
@@ -171,15 +171,15 @@ class _Choice:
 
     @property
     def n_rows(self) -> int:
-        """Rows with padding. Those of one expert end in the next one's, which is written later."""
+        """Rows with padding. The padding of one expert overlaps the rows of the next, which are written later."""
         return len(self.padded_tokens)
 
 
 class _Choices:
     """All choices of all tokens, grouped by expert.
 
-    On a processor with matrix units every new number of rows costs tens of milliseconds, in which a kernel for this
-    shape is made, as long as a product itself: so numbers are rounded up to few different ones.
+    On a processor with matrix units, every new number of rows costs tens of milliseconds, as long as a product itself,
+    because a kernel is made for its shape. So the numbers of rows are rounded up to a few different ones.
     """
 
     def __init__(self, chosen_TK: torch.Tensor, activations: torch.Tensor) -> None:
@@ -209,7 +209,7 @@ class _Choices:
             start += len(tokens)
 
     def sum_by_token(self, rows_SD: torch.Tensor, gates_TK: torch.Tensor | None = None) -> torch.Tensor:
-        """For each token the sum, weighted with its gates if there are any, of its K choices' rows: [T, D]."""
+        """The sum of each token's K choices' rows, weighted with its gates if these are given: [T, D]."""
         rows_of_choices = torch.empty_like(self._order)
         rows_of_choices[self._order] = torch.arange(len(self._order), device=self._order.device)
         return functional.embedding_bag(

@@ -44,12 +44,12 @@ class Role(StrEnum):
 
     @property
     def is_expert(self) -> bool:
-        """Whether every expert of a layer has a tensor of this role."""
+        """True if every expert of a layer has a tensor of this role."""
         return self in _EXPERT_ROLES
 
     @property
     def is_global(self) -> bool:
-        """Whether the model has one tensor of this role, not one for each layer."""
+        """True if the model has one tensor of this role, not one for each layer."""
         return self in _GLOBAL_ROLES
 
 
@@ -133,14 +133,14 @@ class Family:
     experts_module: str = "mlp.experts"  # holds gate_up_proj [E, 2F, D] and down_proj [E, D, F]
     required_settings: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # first value: when absent
     defaults: Mapping[str, Any] = field(default_factory=dict)  # transformers', of settings that config.json leaves out
-    nullable: frozenset[str] = frozenset()  # of which transformers takes null as if they were absent
-    rope_theta: float = 10_000.0  # likewise
+    nullable: frozenset[str] = frozenset()  # settings whose null means the same to transformers as their absence
+    rope_theta: float = 10_000.0  # transformers' default
     always_windowed: bool = True  # a sliding_window counts by itself, without use_sliding_window
     dense: DenseFamily | None = None  # its counterpart without experts
 
     @property
     def moe_settings(self) -> frozenset[str]:
-        """Names in ``config.json`` of what only a model with experts has."""
+        """Names in ``config.json`` of the settings that only a model with experts has."""
         return _MOE_SETTINGS | {name for name in vars(self.config_keys).values() if name is not None}
 
     @property
@@ -261,8 +261,8 @@ _MIXTRAL = Family(
     dense=DenseFamily("mistral", "MistralForCausalLM", "llama", settings={"sliding_window": None}),
 )
 
-# No dense model is what OLMoE is apart from its experts: OLMo's norms have no weights, and OLMo 2 and 3 normalise what
-# attention and feed-forward put out, not what they take in.
+# No dense model differs from OLMoE in its experts alone: OLMo's norms have no weights, and OLMo 2 and 3 normalise the
+# outputs of attention and feed-forward, not their inputs.
 _OLMOE = Family(
     model_type="olmoe",
     architecture="OlmoeForCausalLM",
@@ -318,7 +318,7 @@ DENSE_GGUF_NAMES: Mapping[Role, str] = {
     Role.EXPERT_UP: "blk.{layer}.ffn_up.weight",
     Role.EXPERT_DOWN: "blk.{layer}.ffn_down.weight",
 }
-"""The same of a dense feed-forward."""
+"""The same names for a dense feed-forward."""
 
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (_QWEN3_MOE, _MIXTRAL, _OLMOE)}
 

@@ -1,4 +1,4 @@
-"""ggml's own kernels: what a runtime sees of the rows that a file holds.
+"""ggml's own kernels, which compute the values that a runtime sees in the rows of a file.
 
 They lie in ``libggml-base``, which ships inside the llama-cpp-python wheel; ctypes releases the interpreter lock while
 they run. A row is a whole number of blocks (``ggml/src/ggml-common.h``).
@@ -32,7 +32,7 @@ def row_bytes(ggml_type: GGMLQuantizationType, row_length: int) -> int:
 
 
 def can_dequantize(ggml_type: GGMLQuantizationType) -> bool:
-    """Whether ggml can turn the type into float32."""
+    """True if ggml can turn the type into float32."""
     return ggml_type is GGMLQuantizationType.F32 or bool(_traits(ggml_type).to_float)
 
 
@@ -105,7 +105,7 @@ def _library() -> ctypes.CDLL:
 def ggml_library_for(ggml_type: GGMLQuantizationType) -> ctypes.CDLL:
     """The library, after setting up the tables that quantizing to the type needs; some kernels do not check for them.
 
-    Those of the IQ types take seconds; reading such types needs none of them.
+    The tables of the IQ types take seconds; reading such types needs no tables.
     """
     library = _library()
     library.ggml_quantize_init(ctypes.c_int(int(ggml_type)))

@@ -1,4 +1,4 @@
-"""A model's weights as our ONNX folder holds them, dequantized: what ONNX Runtime computes with.
+"""A model's weights as our ONNX folder holds them, dequantized: the values that ONNX Runtime computes with.
 
 ``model.onnx`` names its weights and says where in ``model.onnx.data`` they lie. A weight is one float32 tensor, or
 codes and scales (:mod:`compressors.model.onnx_blocks`), whose numbers tell bits and block size. Gate and up projections
@@ -36,10 +36,10 @@ __all__ = ["CODES", "DATA_FILE", "MATRIX", "MODEL_FILE", "SCALES", "OnnxWeights"
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
-CODES, SCALES = ".codes", ".scales"  # what a quantized weight's name gets
-MATRIX = ".matrix"  # what the name of codes gets that appear in the shape of a linear layer's operator
+CODES, SCALES = ".codes", ".scales"  # appended to a quantized weight's name
+MATRIX = ".matrix"  # appended to the name of codes in the shape of a linear layer's operator
 
-_ALTERNATING = (Role.EXPERT_GATE, Role.EXPERT_UP)  # row by row, those of all experts of a layer in one weight
+_ALTERNATING = (Role.EXPERT_GATE, Role.EXPERT_UP)  # their rows alternate in one weight for all experts of a layer
 
 _NUMPY_TYPES: Mapping[int, np.dtype[Any]] = {
     onnx.TensorProto.FLOAT: np.dtype(np.float32),
@@ -53,7 +53,7 @@ _OF_GGML: Mapping[BlockType, StoredType] = {
     BlockType(4, 32): GGMLQuantizationType.Q4_0,
     BlockType(8, 32): GGMLQuantizationType.Q8_0,
 }
-"""The same numbers in ggml, whose kernels make them."""
+"""The ggml types that hold the same numbers; ggml's kernels make them."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class _Weight:
 
     @property
     def blocks(self) -> BlockType | None:
-        """How the values are stored; None: in float32."""
+        """The block type of the stored values; None if they are float32."""
         if self.scales is None:
             return None
         n_values = prod(self.shape)
@@ -96,7 +96,7 @@ class _Weight:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the stored tensors are of this shape and of types that belong together."""
+        """True if the stored tensors fit this shape and their types belong together."""
         codes, scales, blocks = self.codes, self.scales, self.blocks
         if scales is None or blocks is None:
             return codes.dtype == np.float32 and codes.shape == self.shape
@@ -111,8 +111,8 @@ class OnnxWeights:
     """Implements :class:`~compressors.model.weights.WrittenWeights`; opening reads the graph.
 
     Args:
-        folder: with ``model.onnx`` and ``model.onnx.data``.
-        shape: of the model that it should hold.
+        folder: the folder with ``model.onnx`` and ``model.onnx.data``.
+        shape: shape of the model that it should hold.
 
     Raises:
         InputError: a file is missing, truncated or damaged, or lacks a tensor of a model of this shape.
@@ -124,7 +124,7 @@ class OnnxWeights:
         self._graph_file = folder / MODEL_FILE
         self._data = RawFile(folder / DATA_FILE)
         self._shape = shape
-        self._values: Mapping[str, torch.Tensor] = {}  # tunable ones in place of the file's
+        self._values: Mapping[str, torch.Tensor] = {}  # tunable values in place of the file's
         tensors = self._tensors()
         self._weights = {
             (role, layer): self._weight(role, layer, tensors)
@@ -168,7 +168,7 @@ class OnnxWeights:
             out.copy_(gate_and_up[int(role is Role.EXPERT_UP) :: 2])
 
     def block_length(self, role: Role, layer: int | None) -> int | None:
-        """Values of a block, where they share a scale."""
+        """The number of values of a row that share a scale; None if the tensor has no scales."""
         weight = self._weights.get((role, layer))
         return None if weight is None or weight.blocks is None else weight.blocks.block_size
 
@@ -197,14 +197,14 @@ class OnnxWeights:
         return changed
 
     def changed_parts(self) -> Iterator[TunablePart]:
-        """Whole tensors."""
+        """Yields the tensors whose values are replaced, each as a whole."""
         for (role, layer), weight in self._weights.items():
             if self._shape.gguf_name(role, layer) in self._values:
                 stored = weight.codes if weight.scales is None else weight.scales
                 yield TunablePart(self._data.path, stored.offset, stored.n_bytes, partial(self._put, weight, stored))
 
     def _put(self, weight: _Weight, stored: _Stored, data: npt.NDArray[np.uint8]) -> None:
-        """Puts what replaces the file's values into the bytes of a tensor."""
+        """Writes the values that replace the file's into the bytes of a tensor."""
         self._replace(weight, data.view(stored.dtype).reshape(weight.n_rows, -1), 0)
 
     def _has(self, role: Role, layer: int) -> bool:
@@ -229,7 +229,7 @@ class OnnxWeights:
         return values
 
     def _replace(self, weight: _Weight, values_RN: npt.NDArray[Any], first: int) -> None:
-        """Puts what replaces the file's values into some rows of them, whole experts' where roles alternate."""
+        """Writes the values that replace the file's into some rows: those of whole experts where roles alternate."""
         for (role, layer), found in self._weights.items():
             name = self._shape.gguf_name(role, layer)
             if found == weight and name in self._values:

@@ -42,13 +42,13 @@ __all__ = ["LayerObserver", "NotFiniteError", "StreamedModel", "TokenGroup", "Tr
 __all__ += ["position_chunks"]
 
 TrainableTensors = Mapping[tuple[Role, int | None], torch.Tensor]
-"""By role, experts left out, and layer; None for the final norm."""
+"""Tensors by role, experts left out, and layer; the layer of the final norm is None."""
 
 LayerObserver = Callable[[int, nn.Module], AbstractContextManager[Any]]
 
 
 def factors_name(role: Role) -> str:
-    """What the factors of a role's matrix are called among the trained tensors."""
+    """The name of the factors of a role's matrix among the trained tensors."""
     return f"{role} factors"
 
 
@@ -58,7 +58,7 @@ class NotFiniteError(InputError):
 
 @dataclass(frozen=True)
 class TokenGroup:
-    """Token blocks that are streamed together, and who watches the layers while they run."""
+    """Token blocks that are streamed together, and the observers that watch the layers while they run."""
 
     tokens_BT: torch.Tensor  # int64; every row is a sequence of its own
     observers: Sequence[LayerObserver] = ()  # each is called with (layer index, layer) and returns a context
@@ -122,7 +122,7 @@ class StreamedModel:
 
     @contextmanager
     def layer(self, index: int, weights: LayerWeights, dtype: torch.dtype = torch.float32) -> Iterator[nn.Module]:
-        """Decoder layer ``index`` with these weights, computing in ``dtype``; it lets them go on leaving."""
+        """Yields decoder layer ``index`` with these weights, computing in ``dtype``; drops the weights on leaving."""
         module = self._skeleton.layers[index]
         module.load_state_dict(self._skeleton.state(weights, dtype, self.device), assign=True, strict=True)
         module.requires_grad_(False)
@@ -140,7 +140,7 @@ class StreamedModel:
     ) -> torch.Tensor:
         """The layer's output for these hidden states, causal within each row: [B, T, D].
 
-        With a cache of keys and values of what came before, the states are those of one position, or the first.
+        With a cache of the keys and values of earlier positions, the states are those of one position, or the first.
         """
         positions = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)[None] + first_position
         rotary = self._rotary(hidden_BTD, positions)
@@ -157,7 +157,10 @@ class StreamedModel:
         return n_blocks if self.choice is None else max(1, n_blocks * self.shape.top_k // self.choice.n_chosen)
 
     def reserve(self, n_bytes: int) -> bool:
-        """Whether arrays of this size fit beside a layer; more layers stay only beside them. Before a first pass."""
+        """True if arrays of this size fit in memory beside a layer. Further layers are kept only if they fit too.
+
+        Call it before the first pass.
+        """
         return self._place(n_bytes).spill is None
 
     @torch.no_grad()
@@ -225,11 +228,11 @@ class StreamedModel:
         """Runs one layer with these weights over all blocks.
 
         Args:
-            index: which layer's place and sizes.
-            weights: what it computes with.
+            index: the layer's position, which decides its sizes.
+            weights: the weights that it computes with.
             source: the states that enter, and the dtype of the arithmetic.
-            target: where those that leave go; it may be ``source``. None: they are only looked at.
-            observers: as a :class:`TokenGroup` has them.
+            target: where its outputs are written; it may be ``source``. None: they are not kept.
+            observers: as in :class:`TokenGroup`.
 
         Raises:
             NotFiniteError: a value is not finite; the message names the layer, and the expert that made it.
@@ -265,17 +268,17 @@ class StreamedModel:
         yield lambda states_ND: functional.linear(self.head_inputs(states_ND), matrix_VD)
 
     def head_inputs(self, states_ND: torch.Tensor) -> torch.Tensor:
-        """What the head multiplies: the states after the last layer, normed. Inside :meth:`head` only."""
+        """The inputs of the head: the states after the last layer, normed. Call it inside :meth:`head` only."""
         return self._final_norm(states_ND)
 
     def release(self) -> None:
-        """Lets all weights go; another pass would read them again, and decide anew where things lie."""
+        """Drops all weights; another pass reads them again, and decides anew where weights and states lie."""
         self._reader = self._placement = None
         if self._limit is not None:
             give_back_freed()
 
     def trained(self, layer: int | None) -> dict[tuple[str, int | None], torch.Tensor]:
-        """The trainable tensors of a layer, or those of none, by name and layer."""
+        """The trainable tensors of a layer, or for None those outside the layers, by name and layer."""
         found: dict[tuple[str, int | None], torch.Tensor] = {
             (role, of): tensor for (role, of), tensor in self.trainable.items() if of == layer
         }
@@ -284,7 +287,7 @@ class StreamedModel:
         return found | ({} if experts is None else {(name, layer): tensor for name, tensor in experts.tensors.items()})
 
     def _stand_ins(self, module: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """What stands in for the weights of a layer's module, by name; made anew for each call, as gradients want."""
+        """The tensors that stand in for a layer's weights, by name; autograd needs new ones for each call."""
         index = self._indices.get(module)
         found = {
             self._skeleton.name(role): tensor.to(torch.float32 if role is Role.ROUTER else dtype)
@@ -344,7 +347,7 @@ class StreamedModel:
         )
 
     def _place(self, hidden_bytes: int) -> Placement:
-        """Where things lie; the first pass decides it for all."""
+        """The placement of weights and hidden states; the first call decides it for all later ones."""
         if self._placement is None:
             self._placement = place(self._limit, self.shape, layer_bytes(self.student), hidden_bytes)
         return self._placement
@@ -387,7 +390,7 @@ _HEAD_ROWS_AT_ONCE = 8192
 
 
 def position_chunks(states_ND: torch.Tensor, vocab_size: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first position, states) of chunks whose logits fit."""
+    """Yields (first position, states) of chunks whose logits fit in memory."""
     n_positions = positions_at_once(vocab_size)
     for start in range(0, len(states_ND), n_positions):
         yield start, states_ND[start : start + n_positions]

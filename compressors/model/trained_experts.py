@@ -28,7 +28,7 @@ def scaled(stored_RI: torch.Tensor, factors_RK: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Product:
-    """What backward knows of ``inputs @ weight.T``, a matrix's product with one expert's tokens."""
+    """The tensors that backward has of ``inputs @ weight.T``, a matrix's product with one expert's tokens."""
 
     output_gradient_nO: torch.Tensor
     inputs_nI: torch.Tensor
@@ -36,7 +36,7 @@ class Product:
 
     @property
     def gradient(self) -> torch.Tensor:
-        """G^T X, that of the matrix: [O, I]."""
+        """The gradient of the matrix, G^T X: [O, I]."""
         return self.output_gradient_nO.T @ self.inputs_nI
 
 
@@ -45,10 +45,10 @@ class TrainedMatrices(Protocol):
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]:
-        """What is trained, by name: float32, the experts first."""
+        """The trained tensors by name: float32, with the experts on the first axis."""
 
     def weight(self, row: int, stored_OI: torch.Tensor) -> torch.Tensor:
-        """What stands in for the ``row``-th trained expert's stored matrix: float32 [O, I]."""
+        """The matrix that stands in for the ``row``-th trained expert's stored one: float32 [O, I]."""
 
     def add_gradients(self, sums: Sequence[torch.Tensor], row: int, product: Product) -> None:
         """Adds the gradients that a product gives; ``sums`` are in the order of the tensors."""
@@ -56,7 +56,7 @@ class TrainedMatrices(Protocol):
 
 @dataclass(frozen=True)
 class WholeMatrices:
-    """The matrices themselves."""
+    """Matrices that are trained whole."""
 
     weight_NOI: torch.Tensor
 
@@ -70,7 +70,7 @@ class WholeMatrices:
         return self.weight_NOI[row]
 
     def add_gradients(self, sums: Sequence[torch.Tensor], row: int, product: Product) -> None:
-        """G^T X, with G the gradient of the outputs and X the inputs."""
+        """Adds G^T X, with G the gradient of the outputs and X the inputs."""
         sums[0][row] += product.gradient
 
 
@@ -94,7 +94,7 @@ class LowRankMatrices:
         return stored_OI.float() + (self.b_NPOR[row] @ self.a_NPRI[row]).flatten(0, 1)
 
     def add_gradients(self, sums: Sequence[torch.Tensor], row: int, product: Product) -> None:
-        """(G B)^T X for A, and G^T (X A^T) for B."""
+        """Adds (G B)^T X for A, and G^T (X A^T) for B."""
         output_gradient_nO, inputs_nI = product.output_gradient_nO, product.inputs_nI
         a_sums_PRI, b_sums_POR = sums[0][row], sums[1][row]
         a_PRI, b_POR = (tensor[row].to(inputs_nI.dtype) for tensor in (self.a_NPRI, self.b_NPOR))
@@ -105,7 +105,7 @@ class LowRankMatrices:
 
 @dataclass(frozen=True)
 class ScaledMatrices:
-    """Stored matrices whose blocks are multiplied, each by a factor of its own: what other block scales would make.
+    """Stored matrices each of whose blocks is multiplied by its own factor, as if it had another scale.
 
     Gate and up may have blocks of different lengths. A part without factors stays as it is stored.
     """
@@ -128,7 +128,7 @@ class ScaledMatrices:
         )
 
     def add_gradients(self, sums: Sequence[torch.Tensor], row: int, product: Product) -> None:
-        """Of each block's factor the sum over the block of (G^T X) W, value by value."""
+        """Adds for each block's factor the sum over the block of (G^T X) W, value by value."""
         products_OI = (product.gradient * product.stored_OI).chunk(len(self.factors))
         trained = [part_OI for part_OI, factors in zip(products_OI, self.factors, strict=True) if factors is not None]
         for part_OI, sums_NOK in zip(trained, sums, strict=True):
@@ -145,7 +145,7 @@ class TrainedExperts:
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What is trained, by name: those of gate and up, then those of down."""
+        """The trained tensors by name: those of gate and up, then those of down."""
         return {
             f"{matrix}.{name}": tensor
             for matrix, matrices in (("gate_up", self.gate_up), ("down", self.down))
@@ -153,7 +153,7 @@ class TrainedExperts:
         }
 
     def gate_up_weight(self, expert: int, stored_OI: torch.Tensor) -> torch.Tensor:
-        """The expert's gate and up matrix: what stands in for the stored one, or that if the expert is not trained."""
+        """The expert's gate and up matrix: the trained one, or the stored one if the expert is not trained."""
         return self.gate_up.weight(self._row(expert), stored_OI) if expert in self.experts else stored_OI
 
     def down_weight(self, expert: int, stored_OI: torch.Tensor) -> torch.Tensor:
@@ -161,7 +161,7 @@ class TrainedExperts:
         return self.down.weight(self._row(expert), stored_OI) if expert in self.experts else stored_OI
 
     def add_gradients(self, sums: Sequence[torch.Tensor], expert: int, of_gate_up: Product, of_down: Product) -> None:
-        """Adds to the ``sums``, one for each of the tensors, what a trained expert's tokens give."""
+        """Adds the gradients from a trained expert's tokens to the ``sums``, one for each of the tensors."""
         n_gate_up, row = len(self.gate_up.tensors), self._row(expert)
         self.gate_up.add_gradients(sums[:n_gate_up], row, of_gate_up)
         self.down.add_gradients(sums[n_gate_up:], row, of_down)

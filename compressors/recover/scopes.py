@@ -1,4 +1,4 @@
-"""Which of a student's tensors are trained: its routers, and with them norms, matrices, or scales of matrices."""
+"""The tensors of a student that are trained: its routers, and with them norms, matrices, or scales of matrices."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from compressors.statistics import LayerStatistics
 __all__ = ["BlockLength", "Scope", "expert_usage", "scaled_roles"]
 
 BlockLength = Callable[[Role, int], int | None]
-"""(role, layer) -> how many values of a row share scales in the file that a student was written to; None: its scales
-are none that can be trained."""
+"""(role, layer) -> number of values of a row that share scales in the file that a student was written to; None: the
+matrix has no scales that can be trained."""
 
 _ROUTER_RATE_BESIDE_SCALES = 0.1
 _RATE_HIDDEN_SIZE = 256
@@ -80,7 +80,7 @@ class Scope:
 
     @property
     def name(self) -> str:
-        """For reports: ``router``, or ``router + 8 experts``, ``... + all experts``, ``... + adapters of rank 8``."""
+        """The name in reports, such as ``router``, ``router + 8 experts`` or ``router + adapters of rank 8``."""
         parts = ["router"]
         parts += ["norms"] * self.norms + ["attention"] * self.attention + ["block scales"] * self.scales
         if self.adapter_rank is not None:
@@ -90,7 +90,7 @@ class Scope:
         return " + ".join(parts)
 
     def name_in(self, student: MoeShape) -> str:
-        """The same for a student of this shape: a dense one has feed-forwards, and routers that decide nothing."""
+        """The name for a student of this shape: a dense one has feed-forwards, and routers that decide nothing."""
         if not student.is_dense:
             return self.name
         whole = [("norms", self.norms), ("attention", self.attention), ("block scales", self.scales)]
@@ -102,7 +102,7 @@ class Scope:
         return " + ".join(parts)
 
     def check_against(self, shape: MoeShape) -> None:
-        """Checks that a model of this shape can be trained so.
+        """Checks that this scope fits a model of this shape.
 
         Raises:
             InputError: a number of experts, or a rank, that no layer of the model has.
@@ -114,10 +114,10 @@ class Scope:
             raise InputError(f"adapters cannot have rank {self.adapter_rank}: it must be from 1 to {most}")
 
     def experts(self, usage_E: torch.Tensor) -> tuple[int, ...]:
-        """Which experts of a layer are trained, in order.
+        """The indices of the experts of a layer that are trained, in ascending order.
 
         Args:
-            usage_E: how many tokens chose each of them; of equals the lower index comes first.
+            usage_E: number of tokens that chose each expert; among equals the lower index comes first.
         """
         if self.n_experts is None:
             return tuple(range(len(usage_E)))
@@ -138,7 +138,7 @@ class Scope:
 
         Args:
             layer: the shape.
-            block_length: of each role's matrices; needed where their scales are trained.
+            block_length: block length of each role's matrices; needed where their scales are trained.
         """
         n_experts = layer.n_experts if self.n_experts is None else min(self.n_experts, layer.n_experts)
         if self.adapter_rank is None:
@@ -169,7 +169,7 @@ def scaled_roles(layer: MoeShape) -> tuple[Role, ...]:
 
 
 def expert_usage(statistics: Sequence[LayerStatistics], experts: ExpertMap) -> list[torch.Tensor]:
-    """How many calibration tokens chose each expert of a student: float64 [E], by layer.
+    """The number of calibration tokens that chose each expert of a student: float64 [E], by layer.
 
     Args:
         statistics: by layer of the model that was watched: the teacher, or the student itself.

@@ -31,11 +31,11 @@ class TrainedStudent:
 
     Args:
         student: what is trained.
-        scope: which of its tensors.
-        usage: how many tokens chose each expert, by layer: [E] each (:func:`~compressors.recover.scopes.expert_usage`);
-            only a scope of the most used experts needs it.
-        block_length: of the file that the student's numbers come from; only a scope of block scales needs it.
-        seed: of the adapters' beginning.
+        scope: the tensors that are trained.
+        usage: number of tokens that chose each expert, by layer: [E] each
+            (:func:`~compressors.recover.scopes.expert_usage`); only a scope of the most used experts needs it.
+        block_length: lengths of blocks in the student's file; only a scope of block scales needs it.
+        seed: seed of the adapters' initial values.
         device: where the tensors lie.
 
     Raises:
@@ -130,7 +130,7 @@ class TrainedStudent:
                     yield role, layer, factors_NOK.detach().cpu().flatten(0, 1)
 
     def _add_factors(self, block_length: BlockLength) -> None:
-        """A factor of one for each block."""
+        """Adds a factor of one for each block."""
         for layer in range(self.student.shape.n_layers):
             shape = self.student.shape.layer(layer)
             of_experts: dict[Role, torch.Tensor | None] = {}
@@ -181,7 +181,7 @@ class TrainedStudent:
         )
 
     def _adapters(self, a_shape: tuple[int, ...], b_shape: tuple[int, ...]) -> TrainedMatrices:
-        """A as a linear layer begins, uniform up to 1 / sqrt(inputs), and B zero: at first the student is unchanged."""
+        """A is uniform up to 1 / sqrt(inputs), as in a linear layer, and B zero: the student is unchanged at first."""
         a_NPRI = (2 * torch.rand(a_shape, generator=self._generator) - 1) / a_shape[-1] ** 0.5
         return LowRankMatrices(self._parameter(a_NPRI), self._parameter(torch.zeros(b_shape)))
 
@@ -200,7 +200,7 @@ _EXPERT_ROLES = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
 
 
 def _whole_tensors(scope: Scope, shape: MoeShape) -> Iterator[tuple[Role, int | None]]:
-    """What a scope trains as it is, experts left out: routers first."""
+    """Yields the tensors that a scope trains whole, experts left out: routers first."""
     for layer in range(shape.n_layers):
         if shape.layer(layer).has_moe:
             yield Role.ROUTER, layer

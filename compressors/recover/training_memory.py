@@ -1,4 +1,4 @@
-"""What training takes in memory, by arithmetic, so that a scope that does not fit is refused before it begins."""
+"""Predicts the memory that training takes, so that a scope that does not fit is refused before it begins."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _FLOAT32 = 4
 
 
 class TooLargeError(InputError):
-    """What is to be trained does not fit the memory."""
+    """The tensors to be trained do not fit the memory."""
 
 
 @dataclass(frozen=True)
 class TrainingBytes:
-    """Bytes of what is trained, all of it float32."""
+    """Bytes of the trained tensors, their gradients and Adam's moments, all float32."""
 
     weights: int  # master copies
     gradients: int  # of a step
@@ -41,17 +41,17 @@ class TrainingBytes:
 
     @property
     def later(self) -> int:
-        """What the first step adds to the weights."""
+        """Bytes that the first step adds to those of the weights."""
         return self.gradients + self.moments + self.passing
 
 
 def training_bytes(scope: Scope, shape: MoeShape, block_length: BlockLength | None = None) -> TrainingBytes:
-    """What a student of this shape takes when these of its tensors are trained.
+    """The bytes that training takes beside the student, for these tensors of a student of this shape.
 
     Args:
-        scope: what is trained.
-        shape: the student's.
-        block_length: of the file that the student was written to; needed where its scales are trained.
+        scope: the tensors that are trained.
+        shape: the student's shape.
+        block_length: lengths of blocks in the student's file; needed where its scales are trained.
     """
     parameters = [
         scope.parameters(shape.layer(layer), block_length and partial(_in_layer, block_length, layer))
@@ -68,11 +68,11 @@ def refuse_too_large(
     """Refuses a scope that cannot be trained within the limit with a single layer in memory.
 
     Args:
-        scope: what is trained.
-        shape: the student's.
+        scope: the tensors that are trained.
+        shape: the student's shape.
         itemsize: bytes of a stored weight.
-        limit_bytes: what the process may use.
-        block_length: as :func:`training_bytes` has it.
+        limit_bytes: bytes that the process may use.
+        block_length: as in :func:`training_bytes`.
 
     Raises:
         TooLargeError: the message says how much would be needed.

@@ -1,4 +1,4 @@
-"""What a training taught as values that a written file can take: routers, norms, and scales of blocks as rounded."""
+"""Turns trained tensors into values that a written file can take: routers, norms, and scales of blocks as rounded."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["learned_values"]
 
 
 def learned_values(trained: TrainedStudent, original: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tunable values of a file that what is trained changes, by name.
+    """The tunable values of a file that training has changed, by name.
 
     Args:
         trained: routers, norms and factors of blocks.
-        original: those that the file was written with (:class:`~compressors.model.weights.WrittenWeights`).
+        original: values that the file was written with (:class:`~compressors.model.weights.WrittenWeights`).
     """
     shape = trained.student.shape
     values: dict[str, torch.Tensor] = {}

@@ -1,4 +1,4 @@
-"""Which type each tensor gets: how much the output suffers from errors in each, and the best choice for a size."""
+"""Chooses a type for each tensor by how much the output suffers from its errors, within a limit of bytes."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What types cost before a weight is read: sensitivities of a usual model.
+"""Predicts the damage of types before a weight is read, from the sensitivities of a usual model.
 
-Measured on the two trained models (6 layers of 32 and of 8 experts), means of both: for all of their matrices the error
-of a type is the same multiple of Q8_0's within 7 %, and of a layer's damage each kind of matrix has much the same
-part, but the first layer's experts have more. A deeper model's layers share the same total.
+The figures are means over the two trained models (6 layers of 32 and of 8 experts). For all of their matrices, the
+error of a type is the same multiple of Q8_0's within 7 %. Each kind of matrix has much the same part in a layer's
+damage, except that the first layer's experts have more. A deeper model's layers share the same total.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _LAYERS_AT_Q8_0 = 8.4e-6
 """The second-order divergence, in nats, of all layers in Q8_0."""
 
 _EMBEDDING = 2.1
-"""That of a tied embedding in Q8_0, relative to all layers'."""
+"""The divergence of a tied embedding in Q8_0, relative to that of all layers."""
 
 _LOOKUP = 0.17
-"""The part of it that an embedding has which is not the head."""
+"""The part of it that an embedding causes which is not the head."""
 
 _PARTS: Mapping[Role, tuple[float, float, float]] = {
     Role.QUERY: (0.013, 0.065, 0.069),
@@ -79,10 +79,10 @@ _ERRORS: Mapping[str, float] = {
 
 
 def default_table(shape: MoeShape, plans: Sequence[UnitPlan]) -> TypeTable:
-    """The table of a model of which nothing is known but its shape; no weight is read.
+    """The table of a model of which only the shape is known; no weight is read.
 
     Args:
-        shape: of the model in the file.
+        shape: shape of the model in the file.
         plans: units with their types; a type that is not in the table of defaults is left out.
     """
     units = []

@@ -1,8 +1,8 @@
-"""From predicted second-order divergences to the measured one: KL = a Q + b sqrt(R).
+"""Predicts the measured divergence from second-order ones: KL = a Q + b sqrt(R).
 
 Q is the second-order divergence of all errors, R that of the errors that routers see, which are all but the head's.
-The second term are tokens whose chosen experts change, a jump that no gradient sees; it is most of the divergence where
-errors are small.
+The second term comes from tokens whose chosen experts change, a jump that no gradient sees; it is most of the
+divergence where errors are small.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ class SecondOrder:
     routed: float  # of the errors that routers see
 
     def __add__(self, other: SecondOrder) -> SecondOrder:
-        """The errors of both: they have nothing to do with each other."""
+        """The divergence of both errors together, if they are independent."""
         return SecondOrder(self.total + other.total, self.routed + other.routed)
 
     def __mul__(self, factor: float) -> SecondOrder:
-        """Squared errors that are so many times as large."""
+        """The divergence of squared errors that are ``factor`` times as large."""
         return SecondOrder(factor * self.total, factor * self.routed)
 
 
 @dataclass(frozen=True)
 class DivergenceModel:
-    """The defaults are what the two models that this was developed on have in common."""
+    """The constants a and b; the defaults are common to the two models that this was developed on."""
 
     smooth: float = 1.2  # a
     flips: float = 0.08  # b, in square roots of nats
@@ -42,7 +42,7 @@ class DivergenceModel:
         return self.smooth * order.total + self.flips * math.sqrt(order.routed)
 
     def price_of_flips(self, order: SecondOrder) -> float:
-        """What a little more of the errors that routers see adds to the divergence beside ``smooth``."""
+        """The derivative of the second term with respect to R; 0 where routers see no errors."""
         return self.flips / (2 * math.sqrt(order.routed)) if order.routed > 0 else 0.0
 
     @classmethod
@@ -54,7 +54,7 @@ class DivergenceModel:
                 the default's proportion of the terms.
 
         Raises:
-            ValueError: there is none, or a number is not positive.
+            ValueError: there is no point, or a number is not positive.
         """
         if not points or any(not (order.total > 0 and order.routed > 0 and measured > 0) for order, measured in points):
             raise ValueError(f"cannot fit a divergence to {list(points)}: give positive numbers")

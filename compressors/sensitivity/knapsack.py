@@ -1,9 +1,9 @@
-"""Which type each unit gets: the multiple-choice knapsack problem, solved to a stated gap.
+"""Chooses a type for each unit: the multiple-choice knapsack problem, solved to a stated gap.
 
 A price of bytes turns the problem into one for each unit alone (Lagrangian relaxation; Everett, 1963); the best price
 gives a lower bound L that no choice can undercut. A choice costs more than L by what each unit's option lies above the
-unit's best at that price, and by the price of the bytes that it leaves. So options that alone lie further above than
-the best known choice are out, and few are left; a list of partial choices without dominated ones (Nemhauser and
+unit's best at that price, and by the price of the bytes that it leaves. So options that alone lie further above L than
+the best known choice are excluded, and few are left; a list of partial choices without dominated ones (Nemhauser and
 Ullmann, 1969) finds the best of those. The list is cut at a fixed length, and the gap to L says what that may cost.
 
 Letters: U units, N options, S partial choices.
@@ -36,9 +36,9 @@ class Allocation:
     n_bytes: int
     order: SecondOrder  # predicted
     divergence: float  # predicted, nats
-    seconds: float  # that decoding a token takes by them
+    seconds: float  # predicted, to decode a token with these types
     gap: float
-    """No choice costs less by more than so many nats, if those that routers see have the price that they have here."""
+    """No choice costs less by more than this many nats, if errors that routers see are priced as they are here."""
 
 
 def smallest_bytes(table: TypeTable) -> int:
@@ -56,14 +56,14 @@ def allocate(
     """The choice of the lowest predicted divergence that fits.
 
     The divergence is no sum over units, because of the root of what routers see. But it is concave, so the best choice
-    is also the best by its own tangent; a choice that is so is found by solving with the tangent at the last solution.
+    is also the best by its own tangent; such a choice is found by solving with the tangent at the last solution.
     (It need not be the only one: in trials the best of all choices was at most 1 % better, mostly the same.)
 
     Args:
         table: units and their types.
         byte_limit: of all units together.
         model: from second order to nats; None: the default.
-        nats_per_second: what a second that decoding takes longer is worth; its product is added to the divergence.
+        nats_per_second: price of a second of decoding; its product with the seconds is added to the divergence.
 
     Raises:
         InputError: a unit has no type, or the smallest choice does not fit; the message names what does.
@@ -87,7 +87,7 @@ def allocate(
 def _by_tangent(
     table: TypeTable, byte_limit: int, model: DivergenceModel, price_of_flips: float, nats_per_second: float
 ) -> Allocation:
-    """The best choice if what routers see has a price."""
+    """The best choice if the errors that routers see have this price."""
 
     def cost(option: Option) -> float:
         order = option.order
@@ -180,18 +180,18 @@ class _Options:
         return float(np.take_along_axis(self.cost_UN, chosen_U[:, None], 1).sum())
 
     def at(self, price: float) -> npt.NDArray[np.float64]:
-        """What each option costs if bytes have a price: [U, N]."""
+        """The cost of each option if bytes have a price: [U, N]."""
         priced_UN: npt.NDArray[np.float64] = self.cost_UN + price * self.bytes_UN
         return priced_UN
 
     def best(self, price: float) -> npt.NDArray[np.int64]:
-        """Each unit's cheapest at a price; of equals the smallest."""
+        """Each unit's cheapest option at a price; the smallest among equals."""
         best_U: npt.NDArray[np.int64] = self.at(price).argmin(1)
         return best_U
 
 
 def _not_dominated(cost_N: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
-    """Which of the options, sorted by bytes and then cost, cost less than all before them."""
+    """True for the options, sorted by bytes and then cost, that cost less than all before them."""
     lowest_before = np.minimum.accumulate(np.concatenate([[np.inf], cost_N[:-1]]))
     kept_N: npt.NDArray[np.bool_] = cost_N < lowest_before
     return kept_N
@@ -220,7 +220,7 @@ def _search(options: _Options, byte_limit: int, price: float) -> tuple[npt.NDArr
     bound = float(best_U.sum()) - price * byte_limit
     room = byte_limit - options.n_bytes(greedy_U)
     filled_U = _filled(options, greedy_U, room)
-    most = options.cost(filled_U) - bound  # what the best choice can lie above the bound
+    most = options.cost(filled_U) - bound  # the most by which the best choice can lie above the bound
     above_UN = priced_UN - best_U[:, None]
     extra_UN = options.bytes_UN - np.take_along_axis(options.bytes_UN, greedy_U[:, None], 1)
     partial = _Partial(room, price, most)
@@ -249,12 +249,12 @@ def _filled(options: _Options, greedy_U: npt.NDArray[np.int64], room: int) -> np
 
 
 class _Partial:
-    """Choices for the units so far, by their bytes beyond the greedy choice's and what they lie above the bound.
+    """Choices for the units so far, with their bytes beyond the greedy choice's and their cost above the bound.
 
     Args:
         room: bytes that the greedy choice leaves.
-        price: of a byte.
-        most: choices that lie further above the bound are out.
+        price: price of a byte.
+        most: choices that lie further above the bound are dropped.
     """
 
     def __init__(self, room: int, price: float, most: float) -> None:

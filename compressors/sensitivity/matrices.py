@@ -1,9 +1,9 @@
-"""How much the output suffers from errors in each matrix, and the files that keep it.
+"""Sensitivities say how much the output suffers from errors in each matrix; they are kept in files.
 
 To second order the divergence that errors dW of a matrix cause is 1/2 E[(sum_oj G_o dW_oj x_j)^2], with x the inputs
 of a token and G the gradient of the log-probability of a token that the model itself draws (the Fisher information).
-For errors that have nothing to do with each other this is 1/2 sum_oj E[G_o^2 x_j^2] dW_oj^2, and the two factors are
-taken apart: a vector by output row and one by input column tell all that any quantized type is judged by.
+For independent errors this is 1/2 sum_oj E[G_o^2 x_j^2] dW_oj^2, and the two factors are separated: quantized types are
+judged by a vector over output rows and one over input columns.
 
 Letters beside those of :mod:`compressors.model.shape`: M matrices of a tensor (experts; one otherwise), P products
 that are summed (two for a tied embedding, one otherwise), O output rows, I input columns.
@@ -33,7 +33,7 @@ class MatrixSensitivity:
 
     rows_MPO: torch.Tensor  # float32: E[G_o^2] over all tokens, those that did not choose the expert included
     columns_MPI: torch.Tensor  # float32: E[x_i^2] over the tokens that chose it
-    routed_P: tuple[bool, ...] = (True,)  # whether routers see the product's errors: none lies behind the head
+    routed_P: tuple[bool, ...] = (True,)  # True if routers see the product's errors; no router follows the head
 
     def weights(self, matrix: int, rows: torch.Tensor, *, routed_only: bool = False) -> torch.Tensor:
         """The weights of some rows' squared errors, or of the part of them that routers see: float32 [rows, I]."""
@@ -47,12 +47,12 @@ class MatrixSensitivity:
 
 
 LayerSensitivities = Mapping[Role, MatrixSensitivity]
-"""Those of one layer's matrices."""
+"""The sensitivities of one layer's matrices."""
 
 
 @dataclass(frozen=True)
 class VocabularySensitivities:
-    """What the embedding and the head are judged by.
+    """The sensitivities of the embedding and the head.
 
     An error dE of the embedding's row v matters where v is the token: 1/2 E[1[token = v] (G . dE_v)^2], G the gradient
     at the embedding's output. An error of the head's row v matters everywhere: 1/2 E[(1[y = v] - p_v)^2 (h . dE_v)^2],
@@ -65,7 +65,7 @@ class VocabularySensitivities:
     head_columns_D: torch.Tensor  # E[h_d^2]
     embedding_gradient_moments: torch.Tensor  # float32 [D, D]: E[G G^T]
     head_input_moments: torch.Tensor  # float32 [D, D]: E[h h^T]
-    kappa: torch.Tensor  # scalar: E sum_v (1[y = v] - p_v)^2, which a tied matrix weighs the head's moments with
+    kappa: torch.Tensor  # scalar: E sum_v (1[y = v] - p_v)^2, the weight of the head's moments in a tied matrix
 
     def of(self, role: Role, *, tied: bool) -> MatrixSensitivity:
         """The sensitivity of the embedding, of the head, or of the one matrix that is both."""
@@ -106,7 +106,7 @@ class Sensitivities:
 
     @property
     def vocabulary(self) -> VocabularySensitivities:
-        """Those of embedding and head.
+        """The sensitivities of embedding and head.
 
         Raises:
             InputError: the file is missing or damaged.
@@ -114,7 +114,7 @@ class Sensitivities:
         return VocabularySensitivities(**_load(self.folder / _VOCABULARY))
 
     def save_layer(self, layer: int, sensitivities: LayerSensitivities) -> None:
-        """Writes one layer's file into the folder, which is made."""
+        """Writes one layer's file into the folder, which is made if it is missing."""
         tensors: dict[str, torch.Tensor] = {}
         for role, found in sensitivities.items():
             tensors[f"{role.name}.rows"] = found.rows_MPO.contiguous()
@@ -124,7 +124,7 @@ class Sensitivities:
         _layer.cache_clear()
 
     def save_vocabulary(self, sensitivities: VocabularySensitivities) -> None:
-        """Writes the file of embedding and head into the folder, which is made."""
+        """Writes the file of embedding and head into the folder, which is made if it is missing."""
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {field.name: getattr(sensitivities, field.name) for field in fields(VocabularySensitivities)}
         save_file(tensors, self.folder / _VOCABULARY)
@@ -145,7 +145,7 @@ def _layer(folder: Path, layer: int) -> dict[Role, MatrixSensitivity]:
 
 
 def _of_survivors(found: MatrixSensitivity, kept: list[int]) -> MatrixSensitivity:
-    """Those of the experts that stay; they take over the tokens of the others, as many each as they had."""
+    """The sensitivities of the experts that stay; they take over the others' in proportion to their own."""
     rows_MPO = found.rows_MPO[kept]
     taken_over = found.rows_MPO.sum() / rows_MPO.sum().clamp_min(torch.finfo(torch.float32).tiny)
     return MatrixSensitivity(rows_MPO * taken_over, found.columns_MPI[kept])

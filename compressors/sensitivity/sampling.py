@@ -1,8 +1,8 @@
 """The error of a quantized type, measured on few rows of a tensor.
 
 Rows are chosen with a probability in proportion to what their errors weigh, by even steps through their running sum
-("systematic sampling"; Madow, 1949), so the choice is the same in every run, every expert is there by its share, and
-every type is judged by the same rows.
+("systematic sampling"; Madow, 1949), so the choice is the same in every run, every expert is represented by its share,
+and every type is judged by the same rows.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Rows:
 
     name: str
     values_RN: torch.Tensor  # float32
-    weights_RN: torch.Tensor  # of their squared errors; that of rows that are not here is in them
+    weights_RN: torch.Tensor  # of their squared errors, including the weight of rows left out
     routed_weights_RN: torch.Tensor  # the part of the weights that is of errors that routers see
     importance_N: torch.Tensor | None
 
@@ -47,7 +47,7 @@ class RowSample:
     parts: tuple[_Rows, ...]
 
     def second_order(self, quantize: Quantizer) -> SecondOrder:
-        """What quantizing the tensor alone would do to the output, to second order."""
+        """The second-order divergence that quantizing the tensor alone would cause."""
         return sum((_second_order(part, quantize) for part in self.parts), SecondOrder(0.0, 0.0))
 
 
@@ -61,7 +61,7 @@ def _second_order(part: _Rows, quantize: Quantizer) -> SecondOrder:
 
 
 def ggml_quantizer(ggml_type: GGMLQuantizationType) -> Quantizer:
-    """ggml's own kernel for a type."""
+    """A quantizer that runs ggml's own kernel for a type."""
 
     def quantize(values_RN: torch.Tensor, importance_N: torch.Tensor | None, name: str) -> torch.Tensor:
         stored = quantize_rows(values_RN, ggml_type, importance_N, name=name)
@@ -84,9 +84,9 @@ def sample_rows(
         student: where they come from; a matrix without a chosen row is not read.
         role: of the tensor.
         layer: of the tensor.
-        sensitivity: what the errors weigh.
-        importance: for the kernels, as the file is written with.
-        n_weights: about so many; None: all.
+        sensitivity: the weights of the errors.
+        importance: importance for the kernels, the same that the file is written with.
+        n_weights: about how many weights to read; None: all.
 
     Raises:
         InputError: a weight cannot be read.
@@ -113,7 +113,7 @@ def sample_rows(
 
 
 def _chosen(row_weights_MO: torch.Tensor, n_rows: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """How often each row is chosen, and what its weights are multiplied with to stand for all rows."""
+    """Returns how often each row is chosen, and the factor by which its weights stand for all rows."""
     if n_rows is None or n_rows >= row_weights_MO.numel():
         return (row_weights_MO > 0).long(), torch.ones_like(row_weights_MO)
     running = row_weights_MO.flatten().cumsum(0)

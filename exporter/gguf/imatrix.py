@@ -1,9 +1,9 @@
 """llama.cpp's importance matrices: read into our own, and written for its tools.
 
-A file has, for each matrix of a model, the sum of squares of each input feature and the number of tokens that it is of;
-for the experts of a layer, both for each expert. ``llama-imatrix`` writes two formats, GGUF and the older one that is
-called dat (``common/imatrix-loader.cpp``); :func:`read_imatrix` makes of both, to the last bit, the vectors that
-``llama-quantize`` makes of them (``load_imatrix`` in ``tools/quantize/quantize.cpp``).
+A file has, for each matrix of a model, the sum of squares of each input feature and the number of tokens in the sum;
+for the experts of a layer, it has both for each expert. ``llama-imatrix`` writes two formats, GGUF and the older one
+that is called dat (``common/imatrix-loader.cpp``); :func:`read_imatrix` turns both, to the last bit, into the vectors
+that ``llama-quantize`` makes of them (``load_imatrix`` in ``tools/quantize/quantize.cpp``).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class _Entry:
-    """What a file says of one matrix, or of all experts of a layer."""
+    """The sums and counts that a file has for one matrix, or for all experts of a layer."""
 
     sums: _Array  # flat
     counts: _Array  # of tokens, for each expert or one for all
@@ -82,7 +82,7 @@ def read_imatrix(path: Path, shape: MoeShape) -> Importance:
 
 
 def _importance(path: Path, tensor: GgufTensor, entry: _Entry) -> torch.Tensor:
-    """float32 [inputs], or [E, inputs] for the experts of a layer."""
+    """The importance of a tensor: float32 [inputs], or [E, inputs] for the experts of a layer."""
     n_matrices = tensor.shape[0] if len(tensor.shape) == 3 else 1
     expected = n_matrices * tensor.row_length
     if len(entry.sums) != expected or len(entry.counts) not in (1, n_matrices):
@@ -131,7 +131,7 @@ def _entry(path: Path, name: str, sums: _Array, counts: _Array) -> _Entry:
 
 
 def _read_dat(path: Path) -> dict[str, _Entry]:
-    """The older format: sums over means of chunks, and the number of chunks, the same for all experts."""
+    """Reads the older format: sums over means of chunks, and the number of chunks, the same for all experts."""
     reader = _DatReader(path)
     entries = {}
     for _ in range(reader.number(at_least=1)):
@@ -146,7 +146,7 @@ class _DatReader:
     """Reads numbers and texts one after another.
 
     Raises:
-        InputError: there is something else, or nothing more.
+        InputError: the next bytes are something else, or the file ends.
     """
 
     def __init__(self, path: Path) -> None:
@@ -165,7 +165,7 @@ class _DatReader:
         return self._bytes(min(self.number(), _LONGEST_NAME)).decode("utf-8", errors="replace")
 
     def floats(self, n_values: int) -> _Array:
-        """As many float32."""
+        """The next ``n_values`` float32 values."""
         return np.frombuffer(self._bytes(4 * n_values), dtype="<f4")
 
     def _bytes(self, n_bytes: int) -> bytes:
@@ -183,9 +183,9 @@ def write_imatrix(
 
     Args:
         path: the file; it is complete or absent.
-        shape: of the model that the file is for.
-        layers: by layer of the model that was watched.
-        experts: that model's parts which the shape has; :meth:`ExpertMap.identity` if it has them all.
+        shape: shape of the model that the file is for.
+        layers: statistics by layer of the model that was watched.
+        experts: the parts of that model that the shape has; :meth:`ExpertMap.identity` if it has them all.
         datasets: names of the texts that were calibrated on.
 
     Raises:
@@ -217,7 +217,7 @@ def _directory(tensor: GgufTensor) -> Iterator[TensorEntry]:
 def _values(
     tensors: Sequence[GgufTensor], layers: Sequence[LayerStatistics], experts: ExpertMap
 ) -> Iterator[npt.NDArray[np.float64]]:
-    """Sums and counts of each matrix, in turns."""
+    """Yields the sums, then the counts, of each matrix."""
     for tensor in tensors:
         assert tensor.layer is not None
         came_from = experts.layers[tensor.layer]

@@ -38,7 +38,7 @@ class GgufTensor:
     layer: int | None
     shape: tuple[int, ...]  # torch's order
     ggml_type: GGMLQuantizationType
-    values: tuple[float, ...] | None = None  # of a tensor that is made from config.json; None: it has its role's
+    values: tuple[float, ...] | None = None  # of a tensor that is made from config.json; None: those of its role
 
     @property
     def row_length(self) -> int:
@@ -47,12 +47,12 @@ class GgufTensor:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether the tensor is quantized: it is neither a router nor a norm."""
+        """True if the tensor is quantized: it is neither a router, nor a norm, nor rope factors."""
         return self.role not in _FLOAT32_ROLES
 
     @property
     def n_values(self) -> int:
-        """How many values the tensor has."""
+        """The number of values in the tensor."""
         return prod(self.shape)
 
     @property
@@ -74,10 +74,10 @@ def plan_tensors(shape: MoeShape, mix: str, types: Mapping[str, str] | None = No
     """Every tensor of the file, in the file's order.
 
     Args:
-        shape: of the model.
-        mix: the name of one of llama.cpp's mixes (:data:`exporter.gguf.mixes.MIXES`); where the blocks of its types do
-            not divide a row, it has llama.cpp's types of smaller blocks.
-        types: by tensor name, such as ``blk.0.ffn_down_exps.weight``, the name of another type than the mix gives.
+        shape: shape of the model.
+        mix: the name of one of llama.cpp's mixes (:data:`exporter.gguf.mixes.MIXES`); types whose blocks do not divide
+            a row are replaced by llama.cpp's types of smaller blocks.
+        types: type names that replace the mix's, by tensor name such as ``blk.0.ffn_down_exps.weight``.
 
     Raises:
         InputError: there is no such mix, tensor or type, or a tensor cannot be of the type given for it.
@@ -105,7 +105,7 @@ def _tensor(role: Role, layer: int | None, shape: MoeShape, mix: str) -> GgufTen
 
 
 def _with_types(tensors: Sequence[GgufTensor], types: Mapping[str, str]) -> tuple[GgufTensor, ...]:
-    """The tensors, some of other types than their mix gives them."""
+    """The tensors, with the mix's types replaced where ``types`` names others."""
     by_name = {tensor.name: tensor for tensor in tensors}
     for name, type_name in types.items():
         if name not in by_name:
@@ -131,24 +131,24 @@ def _checked_type(tensor: GgufTensor, type_name: str) -> GGMLQuantizationType:
 
 
 def bits_per_weight(tensors: Sequence[GgufTensor]) -> float:
-    """The mean over all values of the file, routers and norms included, as llama.cpp counts it."""
+    """The mean bits per value of the file, routers and norms included, as llama.cpp counts it."""
     return 8 * sum(tensor.n_bytes for tensor in tensors) / sum(tensor.n_values for tensor in tensors)
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """What a file is called by its types."""
+    """The label and file type that a file has by its types."""
 
-    label: str  # in its name: a mix, or such as Q3_MIX
+    label: str  # in its name: a mix, or a label such as Q3_MIX
     file_type: int  # general.file_type
 
 
 def quantization(shape: MoeShape, mix: str, types: Mapping[str, str] | None = None) -> Quantization:
-    """How the file of :func:`plan_tensors` is called.
+    """The label and file type of the file of :func:`plan_tensors`.
 
     A file whose types are not all the mix's has the mean of its bits per weight in its name, rounded down, and the file
-    type that llama.cpp has for the type of most weights. (Of a file that says nothing, llama.cpp takes the type of most
-    tensors; as norms are tensors, that is often F32.)
+    type that llama.cpp has for the type of most weights. (For a file without a file type, llama.cpp takes the type of
+    most tensors; as norms are tensors, that is often F32.)
     """
     tensors = plan_tensors(shape, mix, types)
     if tensors == plan_tensors(shape, mix):
@@ -165,7 +165,7 @@ def check_uniform(shape: MoeShape) -> None:
     """Refuses layers that differ.
 
     Raises:
-        UnsupportedError: they do.
+        UnsupportedError: the layers differ.
     """
     if shape.sizes is not None or not shape.has_moe:
         raise UnsupportedError(

@@ -2,8 +2,8 @@
 
 A mix gives most matrices its base type, and some more or fewer bits, by their role, their layer and the model:
 ``llama_tensor_get_type_impl`` in ``src/llama-quant.cpp``, for the architectures of our families, as the tool decides
-when it has an importance matrix. What it does when a type's blocks do not divide a row is
-:func:`compressors.quantize.fallback_type`.
+when it has an importance matrix. :func:`compressors.quantize.fallback_type` replaces types whose blocks do not divide
+a row, as the tool does.
 """
 
 from __future__ import annotations
@@ -88,13 +88,13 @@ def mix_named(name: str) -> Mix:
 
 
 def matrix_type(mix: Mix, role: Role, layer: int | None, shape: MoeShape) -> GGMLQuantizationType:
-    """The type that a mix gives to a matrix, whatever the length of its rows.
+    """The type that a mix gives to a matrix; the length of its rows is not considered here.
 
     Args:
         mix: the mix.
-        role: of a matrix that gets quantized: neither a router nor a norm.
+        role: role of a matrix that is quantized: neither a router nor a norm.
         layer: its layer, None for embedding and head.
-        shape: of the whole model.
+        shape: shape of the whole model.
     """
     if mix.base in (_T.F32, _T.F16, _T.BF16):
         return mix.base
@@ -114,7 +114,7 @@ _IN_LOWEST: Mapping[str, GGMLQuantizationType] = {
     **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS"), _T.Q2_K),
     **dict.fromkeys(("IQ2_S", "IQ2_M"), _T.IQ3_S),
 }
-"""What those mixes give to the matrices that they spare a little."""
+"""The types that those mixes give to some matrices that get more bits."""
 
 _EMBEDDINGS: Mapping[str, GGMLQuantizationType] = {
     **_IN_LOWEST,
@@ -162,7 +162,7 @@ def _value(mix: Mix, layer: int, shape: MoeShape) -> GGMLQuantizationType:
 
 
 def _is_llama_70b(shape: MoeShape) -> bool:
-    """Whether llama.cpp takes the model for one (``load_arch_hparams`` in ``src/models/llama.cpp``)."""
+    """True if llama.cpp takes the model for a Llama 70B (``load_arch_hparams`` in ``src/models/llama.cpp``)."""
     return shape.gguf_architecture == "llama" and shape.n_layers == 80 and shape.n_heads != shape.n_kv_heads
 
 
@@ -185,7 +185,7 @@ _ATTENTION_OUTPUTS: Mapping[str, GGMLQuantizationType] = {
 }
 _EIGHT_EXPERTS_OUTPUTS = _LOWEST | {"Q2_K", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M", "Q3_K_S", "Q3_K_M"}
 _EIGHT_EXPERTS_OUTPUTS |= {"IQ4_XS", "IQ4_NL", "Q4_K_S", "Q4_K_M"}
-"""Mixes that give the attention output Q5_K where the experts are 8."""
+"""Mixes that give the attention output Q5_K in models with 8 experts."""
 
 
 def _attention_output(mix: Mix, _layer: int, shape: MoeShape) -> GGMLQuantizationType:
@@ -202,7 +202,7 @@ _FIRST_DOWN: Mapping[str, GGMLQuantizationType] = {
     "Q4_0": _T.Q4_1,
     "Q5_0": _T.Q5_1,
 }
-"""In the first eighth of the layers."""
+"""The types of down projections in the first eighth of the layers."""
 
 
 def _down(mix: Mix, layer: int, shape: MoeShape) -> GGMLQuantizationType:
@@ -225,7 +225,7 @@ def _gate_or_up(mix: Mix, layer: int, shape: MoeShape) -> GGMLQuantizationType:
 
 
 def _gets_more_bits(layer: int, n_layers: int) -> bool:
-    """Whether the layer is in the first or last eighth, or every third between them."""
+    """True for layers in the first and last eighth, and for every third layer between them."""
     return layer < n_layers // 8 or layer >= 7 * n_layers // 8 or (layer - n_layers // 8) % 3 == 2
 
 
@@ -248,8 +248,8 @@ _NAMED_AFTER: Mapping[GGMLQuantizationType, str] = {
 
 
 def file_type_of(ggml_type: GGMLQuantizationType) -> int:
-    """The file type by which llama.cpp calls a file that says nothing of its mix, and is mostly of this type.
+    """The file type that llama.cpp gives to a file that names no mix and is mostly of this type.
 
-    ``llama_model_loader`` in ``src/llama-model-loader.cpp``, which knows no name for one of MXFP4.
+    See ``llama_model_loader`` in ``src/llama-model-loader.cpp``, which has no name for a file of MXFP4.
     """
     return MIXES[_NAMED_AFTER.get(ggml_type, ggml_type.name)].file_type

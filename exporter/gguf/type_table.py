@@ -1,4 +1,4 @@
-"""What each type of each tensor of a GGUF file costs in bytes and divergence: what an allocation chooses from."""
+"""The costs of each type of each tensor of a GGUF file, in bytes and divergence; an allocation chooses by them."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ def plan_gguf_units(
     """A unit for each tensor that can be quantized, in the file's order, with those types that fit its rows.
 
     Args:
-        shape: of the model in the file.
-        types: to choose from.
-        feedback: errors are what error feedback leaves of them (:func:`~compressors.sensitivity.feedback_factor`).
-        quantizers: in place of ggml's kernels for some types; None: the type holds the weights exactly.
-        decode_cost: of the runtime; None: time does not count.
+        shape: shape of the model in the file.
+        types: types to choose from.
+        feedback: error feedback reduces the errors (:func:`~compressors.sensitivity.feedback_factor`).
+        quantizers: quantizers in place of ggml's kernels for some types; None: the type holds the weights exactly.
+        decode_cost: decoding time in the runtime; None: time does not count.
     """
     plans = []
     for role, layer in _matrices(shape):
@@ -117,7 +117,7 @@ def gguf_type_table(
 def _errors(
     ggml_type: GGMLQuantizationType, feedback: bool, quantizers: Mapping[GGMLQuantizationType, Quantizer | None]
 ) -> tuple[Quantizer | None, Callable[[Role], float]]:
-    """The quantizer of a type, None if it is exact, and what is left of its errors by role."""
+    """The quantizer of a type, None if it is exact, and the factor of its errors by role."""
 
     def factor(role: Role) -> float:
         return feedback_factor(role, ggml_type.name) if feedback else 1.0
@@ -128,7 +128,7 @@ def _errors(
 
 
 def weights_of_a_token(shape: MoeShape, role: Role, dimensions: tuple[int, ...]) -> int:
-    """Weights that one token is multiplied with: those of its experts; none of an embedding that is no head."""
+    """The number of weights of a tensor that one token uses; 0 for an embedding that is not the head too."""
     if role is Role.TOKEN_EMBEDDING and not shape.tied_embeddings:
         return 0
     if role.is_expert:

@@ -1,7 +1,7 @@
 """A GGUF file's weights, piece by piece: what a piece reads, how it is quantized, and where its bytes go.
 
 A piece is an expert's matrix, or a slice of another one. With error feedback the three matrices of an expert are one
-piece, since they share what is known of their inputs; they lie in three places of the file.
+piece, since gate and up share their inputs and those of down are made from both; they lie in three places of the file.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def weight_pieces(
     importance: Importance,
     feedback: StudentFeedback | None,
 ) -> Iterator[Piece]:
-    """All weights of a file; without feedback in the file's order.
+    """Yields all weights of a file; without feedback, in the file's order.
 
     Args:
         student: where the values come from.
-        tensors: in the file's order.
+        tensors: the tensors in the file's order.
         offset: where the first of them lies.
         importance: weighs quantization errors.
         feedback: chooses the codes of types that have any to choose; None leaves all to the kernels.
@@ -59,7 +59,7 @@ class _Rows:
     expert: int | None
     rows: slice
     offset: int
-    padding: int  # zeros after them, which the tensor's last rows have
+    padding: int  # zeros after them; only a tensor's last rows have some
 
     @property
     def layer(self) -> int | None:
@@ -74,7 +74,7 @@ class _Rows:
 
     @property
     def has_codes_to_choose(self) -> bool:
-        """Whether error feedback can do anything for their type."""
+        """True if error feedback can choose codes of their type."""
         return self.tensor.ggml_type in TYPES_WITH_FEEDBACK
 
 
@@ -88,7 +88,7 @@ class _Matrix:
     name: str
 
     def quantized(self, feedback: Feedback | None) -> list[Part]:
-        """What the file holds of them."""
+        """The quantized rows and their padding, each with its offset in the file."""
         ggml_type = self.rows.tensor.ggml_type
         if feedback is None or not self.rows.has_codes_to_choose:
             quantized_RY = quantize_rows(self.values_RN, ggml_type, self.importance_N, name=self.name)
@@ -117,7 +117,7 @@ def _plan_rows(student: Student, tensors: Sequence[GgufTensor], offset: int) -> 
 
 
 class _Matrices:
-    """Reads a student's matrices; what it returns quantizes them."""
+    """Reads a student's matrices, and returns functions that quantize them."""
 
     def __init__(self, student: Student, importance: Importance, feedback: StudentFeedback | None) -> None:
         self._student = student
@@ -125,7 +125,7 @@ class _Matrices:
         self._feedback = feedback
 
     def read(self, group: tuple[_Rows, ...]) -> Callable[[], list[Part]]:
-        """Reads rows of one matrix, or of one expert's three."""
+        """Reads rows of one matrix, or of one expert's three; the function that it returns quantizes them."""
         matrices = [self._matrix(rows) for rows in group]
         role, layer = group[0].tensor.role, group[0].tensor.layer
         if self._feedback is None or not any(rows.has_codes_to_choose for rows in group):
@@ -154,7 +154,7 @@ def _quantized(matrices: Sequence[_Matrix], feedback: Feedback | None) -> list[P
 
 
 def _quantized_expert(matrices: Sequence[_Matrix], feedback: ExpertFeedback) -> list[Part]:
-    """Gate and up share what they read; what down reads is made from both."""
+    """Quantizes an expert: gate and up share their inputs; those of down are made from both."""
     by_role = {matrix.rows.tensor.role: matrix for matrix in matrices}
     gate, up, down = (by_role[role] for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN))
     expert = gate.rows.expert
@@ -182,7 +182,7 @@ def _matrix_rows(student: Student, tensor: GgufTensor, rows: slice) -> torch.Ten
 def _interleave_rotary_rows(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
     """Puts the rows of each head that one rotation mixes, i and i + head_dim / 2, side by side.
 
-    ``LlamaModel.permute`` in llama.cpp's ``conversion/llama.py``.
+    It does the same as ``LlamaModel.permute`` in llama.cpp's ``conversion/llama.py``.
     """
     n_rows, n_inputs = weight.shape
     return weight.reshape(n_heads, 2, n_rows // n_heads // 2, n_inputs).transpose(1, 2).reshape(n_rows, n_inputs)

@@ -1,7 +1,7 @@
 """The weights of an ONNX data file, piece by piece: what a piece reads, how it is quantized, and where its bytes go.
 
 A piece is one expert of a weight, or a slice of another weight. With error feedback both weights of an expert are one
-piece, since what down reads is made from gate and up.
+piece, since the inputs of down are made from gate and up.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _UNPACKED = {GGMLQuantizationType.Q4_0: from_q4_0, GGMLQuantizationType.Q8_0: fr
 def weight_pieces(
     student: Student, layout: TensorLayout, importance: Importance, feedback: StudentFeedback | None
 ) -> Iterator[Piece]:
-    """All weights of a layout; without feedback in the file's order.
+    """Yields all weights of a layout; without feedback, in the file's order.
 
     Args:
         student: where the values come from.
@@ -63,7 +63,7 @@ class Place:
 
     @property
     def end(self) -> int:
-        """The offset of what follows."""
+        """The offset of the first byte after it."""
         return self.offset + self.n_bytes
 
     def part(self, values: npt.NDArray[np.generic]) -> Part:
@@ -88,7 +88,7 @@ class _Rows:
 
     @property
     def places(self) -> list[Place]:
-        """Where the file holds their codes, and their scales if they have any."""
+        """The places of their codes in the file, and of their scales if they have any."""
         places = []
         for tensor in self.weight.tensors:
             row_bytes = tensor.n_bytes // prod(self.weight.shape[:-1])
@@ -98,7 +98,7 @@ class _Rows:
 
     @property
     def has_codes(self) -> bool:
-        """Whether they are quantized."""
+        """True if they are quantized."""
         return self.weight.encoding.blocks is not None
 
 
@@ -116,7 +116,7 @@ def _plan_rows(layout: TensorLayout) -> Iterator[_Rows]:
 
 @dataclass(frozen=True)
 class _Matrix:
-    """Rows of one role, with what weighs their columns."""
+    """Rows of one role, with the importance of their columns."""
 
     values_RN: torch.Tensor  # storage dtype
     importance_N: torch.Tensor | None
@@ -131,7 +131,7 @@ class _Values:
     matrices: dict[Role, _Matrix]
 
     def encoded(self, feedback: Feedback | None) -> list[Part]:
-        """What the file holds of them."""
+        """The encoded rows, each part with its offset in the file."""
         encoding, places = self.rows.weight.encoding, self.rows.places
         if encoding.blocks is None:
             float32 = [
@@ -146,7 +146,7 @@ class _Values:
 
 
 class _Weights:
-    """Reads a student's weights; what it returns quantizes them."""
+    """Reads a student's weights, and returns functions that quantize them."""
 
     def __init__(self, student: Student, importance: Importance, feedback: StudentFeedback | None) -> None:
         self._student = student
@@ -154,7 +154,7 @@ class _Weights:
         self._feedback = feedback
 
     def read(self, group: tuple[_Rows, ...]) -> Callable[[], list[Part]]:
-        """Reads rows of one weight, or all weights of one expert."""
+        """Reads rows of one weight, or all weights of one expert; the function that it returns quantizes them."""
         values = [_Values(rows, {role: self._matrix(rows, role) for role in rows.weight.roles}) for rows in group]
         first, layer = group[0], group[0].weight.layer
         if self._feedback is None or not any(rows.has_codes for rows in group):
@@ -182,7 +182,7 @@ def _encoded(values: Sequence[_Values], feedback: Feedback | None) -> list[Part]
 
 
 def _encoded_expert(values: Sequence[_Values], expert: int, feedback: ExpertFeedback) -> list[Part]:
-    """Gate and up share what they read; what down reads is made from both."""
+    """Encodes an expert: gate and up share their inputs; those of down are made from both."""
     matrices = {role: matrix for of_weight in values for role, matrix in of_weight.matrices.items()}
     gate_up = [of_weight for of_weight in values if Role.EXPERT_DOWN not in of_weight.matrices]
     (down,) = (of_weight for of_weight in values if Role.EXPERT_DOWN in of_weight.matrices)
@@ -195,7 +195,7 @@ def _encoded_expert(values: Sequence[_Values], expert: int, feedback: ExpertFeed
 
 
 def _blocks(matrix: _Matrix, encoding: Encoding, feedback: Feedback | None) -> IntegerBlocks:
-    """Codes and scales: by ggml's kernel where there is one, else by our search, and by feedback if there is any."""
+    """The codes and scales from ggml's kernel where there is one, else from our search; feedback is used if given."""
     assert encoding.blocks is not None
     values_RN, importance_N, name = matrix.values_RN, matrix.importance_N, matrix.name
     bits, block_size, ggml_type = encoding.blocks.bits, encoding.blocks.block_size, encoding.ggml_type

@@ -1,11 +1,12 @@
-"""How ONNX files store weights: the encodings, the presets, and the units whose encoding can be chosen.
+"""The encodings of weights in ONNX files, the presets, and the units whose encoding can be chosen.
 
-A unit is what the operators force to be alike: QMoE takes one width and one block size for both matrices of a layer's
-experts; a tied head is the embedding. Everything that is not in a unit (norms and routers) is float32.
+A unit consists of weights that the operators force to be alike: QMoE takes one width and one block size for both
+matrices of a layer's experts; a tied head is the embedding. Everything that is not in a unit (norms and routers) is
+float32.
 
 What ONNX Runtime 1.31 runs on the CPU, and how fast, was measured operator by operator. MatMulNBits has kernels of 2,
-4 and 8 bits (3, 5 and 6 are refused). QMoE's products of one scale a row are left out: at 8 bits they take four times
-as long as at 4 bits in blocks, at 2 bits seventeen times. So are blocks of 16 at 2 bits, for which both operators
+4 and 8 bits (3, 5 and 6 are refused). QMoE's products with one scale per row are left out: at 8 bits they take four
+times as long as at 4 bits in blocks, at 2 bits seventeen times. So are blocks of 16 at 2 bits, for which both operators
 widen whole matrices at every call.
 """
 
@@ -44,11 +45,11 @@ class Encoding:
 
     @property
     def has_int8_inputs(self) -> bool:
-        """Whether products quantize their inputs to int8, in the weights' blocks; at 4 bits inputs stay float32."""
+        """True if products quantize their inputs to int8, in the weights' blocks; at 4 bits inputs stay float32."""
         return self.blocks is not None and self.blocks.bits != _FLOAT32_PRODUCT_BITS
 
     def n_bytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of the codes and scales of a weight of this shape, without what aligns them in the file."""
+        """Bytes of the codes and scales of a weight of this shape, without padding in the file."""
         n_values = math.prod(shape)
         n_scales = 0 if self.blocks is None else n_values // self.blocks.block_size
         return n_values * self.bits // _BYTE_BITS + n_scales * _SCALE_BYTES

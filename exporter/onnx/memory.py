@@ -1,4 +1,4 @@
-"""What an exported model needs in ONNX Runtime on the CPU, above the process itself: an upper bound by line.
+"""Predicts the memory of a model in ONNX Runtime on the CPU, above the process itself: an upper bound by line.
 
 Session options were tried on a 2 GB model and none helped: without prepacking decoding is 50 times slower, the arena,
 ``use_device_allocator_for_initializers`` and ``use_external_initializer_file_buffers_directly`` leave the peak where
@@ -40,20 +40,20 @@ def predict_runtime_bytes(
         preset: a name from :data:`exporter.onnx.encodings.PRESETS`.
         context: tokens in the cache, at most ``shape.context_length``.
         threads: threads inside an operator; each holds one widened expert.
-        encodings: of units that differ from the preset, as :func:`~exporter.onnx.layout.plan_tensors` takes them.
+        encodings: encodings of units that differ from the preset, as in :func:`~exporter.onnx.layout.plan_tensors`.
 
     Raises:
         InputError: there is no such preset, unit or encoding, or the model's context is shorter.
-        UnsupportedError: the operators cannot hold the model so.
+        UnsupportedError: the operators cannot represent the model.
     """
-    with_context(shape, context)  # refuses one that does not fit
+    with_context(shape, context)  # refuses a context that does not fit
     layout = plan_tensors(shape, preset, encodings)
     cache = 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * context * _FLOAT_BYTES
     return {"weights": _weight_bytes(layout), "kv_cache": cache, "compute": _compute_bytes(layout, context, threads)}
 
 
 def _weight_bytes(layout: TensorLayout) -> int:
-    """The data file, what the runtime keeps beside it for each weight, and a tied head's packed copy."""
+    """Bytes of the data file, of the runtime's further arrays for each weight, and of a tied head's packed copy."""
     beside = sum(_bytes_beside(weight) for weight in layout.weights)
     return layout.data_bytes + beside + (_packed_head_bytes(layout) if layout.shape.tied_embeddings else 0)
 
@@ -71,7 +71,7 @@ def _bytes_beside(weight: WeightPlan) -> int:
 
 
 def _packed_head_bytes(layout: TensorLayout) -> int:
-    """The head as its product wants it: with float32 scales and, for int8 inputs, each block's sum."""
+    """Bytes of the head packed for its product: with float32 scales and, for int8 inputs, each block's sum."""
     head = layout.weight(Role.HEAD)
     packed = head.codes.n_bytes
     if head.scales is not None:
@@ -80,7 +80,7 @@ def _packed_head_bytes(layout: TensorLayout) -> int:
 
 
 def _compute_bytes(layout: TensorLayout, context: int, threads: int) -> int:
-    """Buffers while a chunk runs; or, if that is more, the largest tensor, of which loading holds two forms."""
+    """Bytes of the buffers while a chunk runs or, if more, of the largest tensor, which loading holds in two forms."""
     shape = layout.shape
     tokens = min(CHUNK_TOKENS, context)
     routed = tokens * shape.top_k

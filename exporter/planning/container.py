@@ -1,4 +1,4 @@
-"""An artifact of a student, apart from the types of its tensors, and what a choice of types needs."""
+"""An artifact of a student, apart from the types of its tensors, and the bytes that a choice of types needs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Container:
         return self.choice.model_copy(update={"mix": _BASE_MIX[self.artifact], "tensors": types})
 
     def prediction(self, choice: FileChoice) -> Prediction:
-        """What a file of these types needs."""
+        """Predicts the needs of a file of these types."""
         return predict(self.artifact, self.folder, self.name, self.shape, choice, self.budget, self.threads)
 
     def counted(self, choice: FileChoice) -> int:

@@ -1,8 +1,8 @@
-"""How long llama.cpp needs to multiply with a value of each type while it decodes, on one core of a CPU with AVX2.
+"""The time that llama.cpp needs per weight of each type while it decodes, on one core of a CPU with AVX2.
 
-Measured by ``python -m benchmarks.decode`` on the shape of OLMoE's layers, everything that a token needs included
-(``benchmarks/results/decode.md``). Other machines are faster or slower as a whole; what the search needs are the
-proportions.
+The times were measured by ``python -m benchmarks.decode`` on the shape of OLMoE's layers, and include everything that a
+token needs (``benchmarks/results/decode.md``). Other machines are faster or slower as a whole; the search needs only
+the proportions.
 """
 
 from __future__ import annotations

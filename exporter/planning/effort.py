@@ -1,4 +1,4 @@
-"""How many files a search measures: a number that is found once from a timed trial and then kept, never a clock."""
+"""The number of files that a search measures: it is found once from a timed trial and then kept; no clock decides."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FILE = "effort.json"
 
 
 def n_measured_files(context: StageContext) -> int:
-    """Files of each artifact that fit ``--plan-time``; an attempt that goes on takes the number of the first."""
+    """The number of files of each artifact that fit ``--plan-time``; a resumed attempt takes the first one's number."""
     path = context.output / _FILE
     if not path.exists():
         plan = context.plan

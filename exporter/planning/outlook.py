@@ -1,4 +1,4 @@
-"""What can be said of a structure before a weight is read: whether it fits, and about how far off it will be.
+"""Predicts, before a weight is read, whether a structure fits, and about how far from the original it will be.
 
 Sensitivities and losses that ship with the package stand in for those of the model; the search measures both.
 """
@@ -32,11 +32,11 @@ __all__ = [
 ]
 
 STRUCTURES_FROM = 0.05
-"""Predicted divergence, nats, from which structures smaller than the original are looked at. The best of them, half of
-every expert's width, begins at 0.07 after it was taught (docs/quantization.md)."""
+"""Predicted divergence, nats, from which structures smaller than the original are considered. The best of them, half of
+every expert's width, starts at 0.07 after training (docs/quantization.md)."""
 
 
-_SMALLEST = 2  # structures whose exact needs are looked at: what is beside their tensors hardly differs
+_SMALLEST = 2  # structures whose exact needs are computed; apart from their tensors they hardly differ
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ def outlooks(
 ) -> list[Outlook]:
     """The structures that fit, the most promising first.
 
-    Those below the original are left out where it is good enough.
+    Structures smaller than the original are left out where the original is good enough.
 
     Args:
         recipe: names budget, quantizer and source.
         artifact: gguf or onnx.
         checkpoint: the original.
-        structures: to choose from; the original, if it is one of them, is the first.
+        structures: structures to choose from; the original, if it is one of them, is the first.
     """
     found: list[Outlook] = []
     for choice in structures:
@@ -97,7 +97,7 @@ def refuse_unless_something_fits(
 def _least(
     recipe: Recipe, artifact: str, checkpoint: Checkpoint, structures: Sequence[CompressChoice]
 ) -> tuple[int, CompressChoice]:
-    """The structure that needs least, and what it needs: of those with the fewest bytes of tensors."""
+    """The fewest bytes that a structure needs, and that structure, among those with the fewest bytes of tensors."""
     possible: list[tuple[int, CompressChoice, Container]] = []
     refusal: UnsupportedError | None = None
     for choice in structures:
@@ -139,7 +139,7 @@ def container_of(recipe: Recipe, artifact: str, checkpoint: Checkpoint, choice: 
 
 
 def best_fit(container: Container, table: TypeTable, seconds: float | None = None) -> Fitted | None:
-    """The best types that fit, without those of the last resort if that can be; None if none fit.
+    """The best types that fit, if possible without those of the last resort; None if none fit.
 
     The arguments are those of :func:`~exporter.planning.fitting.fit`.
     """

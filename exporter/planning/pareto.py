@@ -1,6 +1,6 @@
-"""The files of a curve of divergence against bytes: of each size the best that the search finds, and the baselines.
+"""The files of a curve of divergence against bytes: the best of each size that the search finds, and the baselines.
 
-All sizes share what the search measured of a structure: its sensitivities, and the errors of its types.
+All sizes share the search's measurements of a structure: its sensitivities, and the errors of its types.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class ParetoFiles:
     """Makes files, one at a time: each takes the place of the one before.
 
     Args:
-        context: of a stage after calibration and sensitivities, whose plan leaves the recipe to a search; what the
-            search measures is kept in its folder, so that an attempt that goes on does not measure it again.
+        context: context of a stage after calibration and sensitivities, whose plan leaves the recipe to a search; the
+            search's measurements are kept in its folder, so that a resumed attempt does not repeat them.
     """
 
     def __init__(self, context: StageContext) -> None:
@@ -40,10 +40,10 @@ class ParetoFiles:
         self._shape = Checkpoint(context.plan.source).shape
 
     def best(self, n_bytes: int, artifact: str = "gguf") -> Candidate:
-        """The GGUF file, or ONNX folder, that the search expects most of among those that are no larger.
+        """The GGUF file, or ONNX folder, that the search expects to be the best among those that are no larger.
 
         Raises:
-            BudgetError: nothing is so small; the message names the smallest size.
+            BudgetError: no file is that small; the message names the smallest size.
         """
         plan = self._context.plan
         budget = plan.recipe.budget.model_copy(update={"bytes": n_bytes, "kind": "file"})
@@ -51,7 +51,7 @@ class ParetoFiles:
         return Search(replace(self._context, plan=replace(plan, recipe=recipe)), n_measured=0).best(artifact)
 
     def write(self, candidate: Candidate) -> Path:
-        """Writes what the search found, as an export would."""
+        """Writes a candidate of the search, as an export would."""
         plan = self._context.plan
         ladder, _ = ladder_for(candidate.compress, plan)
         files = {"gguf": None, "onnx": None, candidate.artifact: candidate.choice}
@@ -65,12 +65,12 @@ class ParetoFiles:
 
         Args:
             mix: its name.
-            n_experts: so many of each layer's experts, those that REAP keeps; None: all.
+            n_experts: experts of each layer that REAP keeps; None: all.
             recovery: one of :data:`exporter.recovery.RECOVERIES`.
             artifact: gguf or onnx.
 
         Raises:
-            UnsupportedError: it cannot hold this model.
+            UnsupportedError: the mix or the artifact cannot hold this model.
         """
         choice = whole(self._shape) if n_experts is None else with_experts("reap", n_experts, self._shape)
         plan = self._context.plan
@@ -79,7 +79,7 @@ class ParetoFiles:
         return self._built(choice, ladder, FileChoice(mix=mix, quantizer="kernel"), artifact)
 
     def _built(self, structure: CompressChoice, ladder: RecoverChoice, file: FileChoice, artifact: str) -> Path:
-        """Runs what the stages of an export do, in this process."""
+        """Runs the stages of an export in this process; returns the file or folder."""
         plan, folder = self._context.plan, self._context.output / _BUILD
         shutil.rmtree(folder, ignore_errors=True)
         files = {name: file if name == artifact else None for name in _WRITERS}
@@ -101,5 +101,5 @@ class ParetoFiles:
 
 
 def described_structure(choice: CompressChoice, shape: MoeShape) -> str:
-    """What is left of a model of this shape; nothing is said if all is."""
+    """Describes the parts of a model of this shape that are left; empty if all are."""
     return "" if choice == whole(shape) else described_compression(choice, shape)

@@ -1,9 +1,10 @@
 """The search for the best file that fits a budget: structures, types, and the measurements that decide between them.
 
-For each artifact by its container's rules: the original with types given to its tensors by their predicted effect; and,
-where that does not fit or is predicted to be far from the original, smaller structures, each built, judged and taught
-for a short while before its tensors get their types. The best by prediction are measured as the files that they would
-be, beside the best of llama-quantize's mixes that fit; the lowest divergence on the selection split wins.
+For each artifact, by its container's rules, it considers the original with types given to its tensors by their
+predicted effect; and, where that does not fit or is predicted to be far from the original, smaller structures, each
+built, judged and trained for a short while before its tensors get their types. The best by prediction are measured as
+the files that they would be, beside the best of llama-quantize's mixes that fit; the lowest divergence on the selection
+split wins.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ from exporter.stage import StageContext
 
 __all__ = ["Candidate", "Search"]
 
-_MOST_STRUCTURES = 2  # smaller than the original, that are built
+_MOST_STRUCTURES = 2  # structures smaller than the original that are built
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A file that was looked at."""
+    """A file that the search considered."""
 
     artifact: str
     compress: CompressChoice
@@ -70,7 +71,7 @@ class _Option:
 
     @property
     def candidate(self) -> Candidate:
-        """What the report says of it."""
+        """The option as a candidate, for the report."""
         choice, n_bytes = self.fitted.choice, self.fitted.prediction.file
         return Candidate(self.artifact, self.trial.compress, choice, n_bytes, self.predicted, self.measured)
 
@@ -79,7 +80,7 @@ class Search:
     """Looks for the best file of each artifact of a plan.
 
     Args:
-        context: of the stage; its plan names budget and pins.
+        context: context of the stage; its plan names the budget and the choices of the command line.
         n_measured: files of each artifact that are written and measured, at most.
     """
 
@@ -93,7 +94,7 @@ class Search:
         self._n_measured = n_measured
         self._trials: dict[CompressChoice, Trial] = {}
         self._model = DivergenceModel()  # calibrated for each artifact as soon as a file of the original is measured
-        self.candidates: list[Candidate] = []  # all that were looked at
+        self.candidates: list[Candidate] = []  # all that were considered
 
     def best(self, artifact: str) -> Candidate:
         """The best file of an artifact.
@@ -116,7 +117,7 @@ class Search:
             trial.remove()
 
     def _options(self, artifact: str) -> list[_Option]:
-        """The structures that were looked at, with their best types, by rising expected divergence."""
+        """The structures that were considered, with their best types, by rising expected divergence."""
         first, *smaller = self._structures
         self._model = DivergenceModel()
         whole_one = self._option(artifact, first)
@@ -155,7 +156,7 @@ class Search:
         return replace(option, measured=measured_divergence(option.trial, option.artifact, option.fitted.choice))
 
     def _calibrate(self, found: Sequence[_Option]) -> None:
-        """Makes later predictions say of what was measured what was measured."""
+        """Fits the divergence model to the measured options, for later predictions."""
         points = [
             (option.fitted.allocation.order, option.measured)
             for option in found
@@ -164,7 +165,7 @@ class Search:
         self._model = DivergenceModel.fitted(points) if points else DivergenceModel()
 
     def _trial(self, choice: CompressChoice) -> Trial:
-        """The structure, built and taught for a short while if it is not the original."""
+        """The trial of a structure, built and trained for a short while if it is not the original."""
         if choice not in self._trials:
             number = 0 if choice == whole(self._source.shape) else 1 + self._structures.index(choice)
             self._trials[choice] = Trial.of(self._context, choice, number)

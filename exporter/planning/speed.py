@@ -1,4 +1,4 @@
-"""How slow the types of a file may make decoding: so many times as slow as the named mix of about its size."""
+"""Limits how slow the types of a file may make decoding, relative to the named mix of about its size."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from exporter.planning.units import fitting_mixes
 __all__ = ["most_seconds"]
 
 _TIMES_AS_SLOW: Mapping[str, float] = {"quality": 1.25, "speed": 1.0}
-"""By ``--prefer``. The lowest divergence for the bytes is of codebook types, which a CPU decodes slowly."""
+"""By ``--prefer``. Codebook types have the lowest divergence for their bytes, but a CPU decodes them slowly."""
 
 
 def most_seconds(container: Container, prefer: str) -> float | None:
-    """Seconds that decoding a token may spend on the file's weights; None: no mix fits, or nothing is known of time."""
+    """Seconds that decoding a token may spend on the file's weights; None: no mix fits, or the artifact is not GGUF."""
     mixes = fitting_mixes(container) if container.artifact == "gguf" else []
     if not mixes:
         return None

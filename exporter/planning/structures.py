@@ -1,7 +1,8 @@
-"""The structures of a student that a search looks at: all experts, narrower ones, fewer, fewer layers, and two at once.
+"""The structures that a search considers: all experts, narrower ones, fewer, fewer layers, and two of these at once.
 
 Bits go first: down to the floor of the format, about 14 % of the size in 16 bits, a file of all experts beats every
-smaller structure. So structures are few, and the search looks at them where bits do not reach (docs/quantization.md).
+smaller structure. So structures are few, and the search considers them where fewer bits are not enough
+(docs/quantization.md).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ __all__ = ["expected_loss", "structures_for", "whole", "with_experts"]
 
 _METHOD = "reap"
 _SEQUENTIAL = frozenset({"ream"})
-"""Methods that are defined with the layers in front compressed already."""
+"""Methods that are defined on layers whose predecessors are already compressed."""
 
 _EIGHTHS = range(7, 0, -1)  # of the experts, or of their width, that may be left
 _WIDTH_MULTIPLE = 64  # narrower rows have no type below 4 bits that every llama.cpp of 2026 reads
@@ -57,7 +58,7 @@ def candidates_of(method: str, shape: MoeShape) -> Iterator[CompressChoice]:
 
 
 def with_experts(method: str, n_experts: int, shape: MoeShape) -> CompressChoice:
-    """So many experts, by a method; ``auto`` takes REAP."""
+    """The structure with ``n_experts`` experts, by a method; ``auto`` takes REAP."""
     if n_experts == shape.n_experts:
         return whole(shape)
     chosen = _METHOD if method == "auto" else method
@@ -65,10 +66,10 @@ def with_experts(method: str, n_experts: int, shape: MoeShape) -> CompressChoice
 
 
 def expected_loss(choice: CompressChoice, shape: MoeShape) -> float:
-    """The divergence, nats, that a structure has after it was taught, before its weights are quantized.
+    """The divergence, nats, that a structure is expected to have after training, before its weights are quantized.
 
-    A guess from two trained models (docs/quantization.md): half of the width 0.075, half of the experts 0.3, a layer in
-    eight 0.15, and losses add up; the search measures instead.
+    It is a guess from two trained models (docs/quantization.md): half of the width 0.075, half of the experts 0.3, a
+    layer in eight 0.15, and losses add up; the search measures instead.
     """
     narrower = _taken(shape.expert_width, choice.width)
     fewer = _taken(shape.n_experts, choice.experts)
@@ -77,7 +78,7 @@ def expected_loss(choice: CompressChoice, shape: MoeShape) -> float:
 
 
 def _taken(total: int, left: int | tuple[int, ...] | None) -> float:
-    """How often what is left would have to be taken once more to give the total."""
+    """The ratio of the part taken away to the part left, with the mean over layers where they differ."""
     mean: float = total if left is None else sum(left) / len(left) if isinstance(left, tuple) else left
     return total / max(mean, 1) - 1
 
@@ -100,7 +101,7 @@ def _shorter(shape: MoeShape) -> Iterator[CompressChoice]:
 
 
 def _both(shape: MoeShape) -> Iterator[CompressChoice]:
-    """Half of the width or less of fewer experts: for files that nothing else is small enough for."""
+    """Fewer experts of half the width or less: for files that nothing else is small enough for."""
     for width in _parts(shape.expert_width, _WIDTH_MULTIPLE):
         if 2 * width <= shape.expert_width:
             for fewer in _fewer(_METHOD, shape):

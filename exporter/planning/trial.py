@@ -1,4 +1,4 @@
-"""A student that a search looks at: built, judged, taught a little, and its tensors' sensitivities measured."""
+"""A student that a search considers: built, judged, trained a little, and its tensors' sensitivities measured."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _TRIAL_BLOCKS = 16  # of recovery: enough to see whether it helps, and about how
 
 
 def _place_of_original(work: WorkDirectory) -> Path:
-    """Where all parts of a run find what was measured of the original, as long as its sensitivities are the same."""
+    """The folder in which all parts of a run find the original's figures, as long as its sensitivities are the same."""
     record = work.record("sensitivity")
     assert record is not None, "the stage comes before"
     return work.place("sensitivity") / f"original-{_FIGURES_VERSION}-{record.fingerprint[:12]}"
@@ -41,14 +41,14 @@ def _place_of_original(work: WorkDirectory) -> Path:
 
 @dataclass(frozen=True)
 class Trial:
-    """A structure that is looked at, in a folder of its own; what is finished there is not done again."""
+    """A structure that is considered, in a folder of its own; finished work there is not repeated."""
 
-    context: StageContext  # whose work is the trial's: its plan names the structure
+    context: StageContext  # its work is the trial's, and its plan names the structure
     compress: CompressChoice
 
     @property
     def _is_original(self) -> bool:
-        """Whether nothing is changed, and everything known."""
+        """True if nothing is changed; then everything is known."""
         return self.compress == CompressChoice(experts=self.context.plan.teacher_shape.n_experts)
 
     @classmethod
@@ -74,7 +74,7 @@ class Trial:
         return StudentFiles(self.context.work.stage("compress")).open(Checkpoint(self.context.plan.source), taught)
 
     def _teach(self) -> None:
-        """Climbs the rungs of the finished run for a short while; what does not help is not kept."""
+        """Climbs the rungs of the final run for a short while; rungs that do not help are not kept."""
         plan = self.context.plan
         choice, _ = ladder_for(self.compress, plan)
         plan = replace(plan, recipe=plan.recipe.model_copy(update={"recover": choice}))
@@ -95,7 +95,7 @@ class Trial:
         return judge_on_selection(self.context, student).divergence
 
     def table(self, units: tuple[UnitPlan, ...], name: str) -> TypeTable:
-        """What each type of each unit costs, measured once; ``name`` tells tables of the same structure apart."""
+        """The costs of each type of each unit, measured once; ``name`` distinguishes tables of the same structure."""
         path = self.context.output / f"table-{name}.json"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ class Trial:
         return Sensitivities(folder, tied)
 
     def _in_stage(self, name: str, plan: Plan, run: Callable[[StageContext], None]) -> None:
-        """Runs what a stage does, into the folder that a finished stage of this work has."""
+        """Runs the function of a stage; its output becomes the folder of that finished stage."""
         partial = self.context.work.partial(name)
         partial.mkdir(parents=True, exist_ok=True)
         run(replace(self.context, plan=plan, output=partial))

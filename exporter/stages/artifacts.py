@@ -36,7 +36,7 @@ __all__ = [
 
 
 ORIGINAL_VALUES = "original_values.safetensors"
-"""In the folder of a stage that wrote a file: the file's tunable values as it wrote them (:mod:`exporter.tuning`)."""
+"""The tunable values of a file as a stage wrote them (:mod:`exporter.tuning`), in the folder of that stage."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the teacher's pass leaves behind."""
+    """The files that the teacher's pass leaves behind."""
 
     folder: Path
 
@@ -75,7 +75,7 @@ class Calibration:
 
     @property
     def layer_inputs(self) -> Path:
-        """What enters each of the teacher's layers, and its head, for the first calibration tokens: a folder."""
+        """The inputs of each of the teacher's layers, and of its head, for the first calibration tokens: a folder."""
         return self.folder / "layer_inputs"
 
     @property
@@ -90,7 +90,7 @@ class Calibration:
 
     @property
     def heldout_log_probs(self) -> Path:
-        """The same at the scored held-out positions."""
+        """The teacher's full log-probabilities at the scored held-out positions."""
         return self.folder / "heldout"
 
     @property
@@ -100,7 +100,7 @@ class Calibration:
 
     @property
     def summary(self) -> Path:
-        """What the report says of texts and teacher (JSON)."""
+        """The figures of texts and teacher for the report (JSON)."""
         return self.folder / "summary.json"
 
     @property
@@ -111,36 +111,36 @@ class Calibration:
 
     @property
     def last_words(self) -> Path:
-        """Where sentences and lines of the held-out text end with a word (JSON)."""
+        """The places where sentences and lines of the held-out text end with a word (JSON)."""
         return self.folder / "last_words.json"
 
     def layer_statistics(self, n_layers: int) -> StoredStatistics:
-        """The sums, each layer's read when it is asked for."""
+        """The sums; each layer's are read when they are asked for."""
         return StoredStatistics(self.statistics, n_layers)
 
     @classmethod
     def of(cls, work: WorkDirectory) -> Calibration:
-        """The finished stage's."""
+        """The files of the finished stage."""
         return cls(work.stage("calibrate"))
 
 
 @dataclass(frozen=True)
 class StudentFiles:
-    """The student: which experts stay, and the tensors that changed."""
+    """The files of a student: its map of experts, and the tensors that changed."""
 
     folder: Path
 
     @property
     def expert_map(self) -> Path:
-        """JSON."""
+        """The student's experts in terms of the teacher's (JSON)."""
         return self.folder / "expert_map.json"
 
     def rung_overlay(self, number: int) -> Path:
-        """safetensors, what a rung of recovery taught; absent where it was not kept."""
+        """The tensors that a rung of recovery changed (safetensors); absent where it was not kept."""
         return self.folder / f"rung-{number}.safetensors"
 
     def rung_result(self, number: int) -> Path:
-        """What a rung that is done brought (JSON)."""
+        """The result of a finished rung (JSON)."""
         return self.folder / f"rung-{number}.json"
 
     @property
@@ -149,7 +149,7 @@ class StudentFiles:
         return sorted(self.folder.glob("rung-*.safetensors"), reverse=True)
 
     def layer_overlay(self, layer: int) -> Path:
-        """safetensors, what compression changed in one of the student's layers; absent where it changed nothing."""
+        """The tensors that compression changed in a student's layer (safetensors); absent if there are none."""
         return self.folder / f"overlay-{layer:03d}.safetensors"
 
     @property
@@ -158,7 +158,7 @@ class StudentFiles:
         return self.folder / "statistics"
 
     def open(self, source: Checkpoint, recovered: Sequence[Path] = ()) -> Student:
-        """The student, with what recovery changed: of these overlays the first that has a tensor wins.
+        """The student, with recovery's changes: the first of these overlays that has a tensor wins.
 
         Raises:
             InputError: a file is missing or damaged.
@@ -178,15 +178,15 @@ def open_student(plan: Plan, work: WorkDirectory, stage: str = "recover") -> Stu
 
 
 def same_numbers(plan: Plan) -> bool:
-    """Whether both files hold the same numbers, so that the runtimes can be compared with each other."""
+    """True if both files hold the same numbers, so that the runtimes can be compared with each other."""
     return hold_same_numbers(plan.recipe, plan.student_shape)
 
 
 def importance_of(student: Student, plan: Plan, work: WorkDirectory) -> Importance:
     """The importance matrix of a student's weights.
 
-    That of ``--imatrix`` knows the original's columns: where experts have weights of their own, what they see of the
-    calibration text counts.
+    The one of ``--imatrix`` is of the original's columns. Where experts have weights of their own, their statistics on
+    the calibration text are used instead.
     """
     own = StudentFiles(work.stage("compress")).statistics
     if own.exists():
@@ -198,12 +198,12 @@ def importance_of(student: Student, plan: Plan, work: WorkDirectory) -> Importan
 
 
 def sensitivities_of(student: Student, work: WorkDirectory) -> Sensitivities:
-    """How much the output suffers from errors in the student's matrices, as far as they are the teacher's."""
+    """The sensitivities to errors in the student's matrices, as far as they are the teacher's."""
     return Sensitivities(work.stage("sensitivity"), student.shape.tied_embeddings, student.experts)
 
 
 def memory_limit(context: StageContext) -> MemoryLimit:
-    """What ``--memory`` allows a stage; what does not fit lies below the stage's folder while it runs."""
+    """The limit that ``--memory`` sets for a stage; arrays that do not fit lie in the stage's folder while it runs."""
     return MemoryLimit(context.plan.memory_bytes, context.output / "spill")
 
 

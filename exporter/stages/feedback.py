@@ -1,4 +1,4 @@
-"""Error feedback for a stage that writes a file: from what enters the layers of the student that it writes."""
+"""Error feedback for a stage that writes a file, from the layer inputs of the student that it writes."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def feedback_for(
 ) -> Iterator[StudentFeedback | None]:
     """The feedback of a student's matrices; None where the kernels choose the codes.
 
-    What enters the original's layers is known from calibration. A student that differs takes the same tokens through
-    its own layers first; what enters them is kept in the folder until the file is done, so that an interrupted attempt
-    to write the same student there goes on.
+    The inputs of the original's layers are known from calibration. A student that differs first runs the same tokens
+    through its own layers; their inputs are kept in the folder until the file is done, so that an interrupted attempt
+    to write the same student there can continue.
     """
     if quantizer == "kernel":
         yield None
@@ -56,7 +56,7 @@ def feedback_for(
 
 
 def writer_threads(plan: Plan, shape: MoeShape, quantizer: Quantizer) -> int:
-    """How many threads quantize: the recipe's, or fewer where ``--memory`` does not allow so many to choose codes."""
+    """The number of threads that quantize: the recipe's, or fewer where ``--memory`` allows fewer to choose codes."""
     if quantizer == "kernel":
         return plan.recipe.threads
     return threads_within(plan.memory_bytes - PROCESS_BYTES, shape, plan.recipe.threads)
@@ -67,7 +67,7 @@ def _is_original(student: Student) -> bool:
 
 
 def _own_inputs(context: StageContext, student: Student, folder: Path, dtype: torch.dtype) -> LayerInputs:
-    """Takes the first calibration tokens through the student, unless an earlier attempt has done so."""
+    """Runs the first calibration tokens through the student, unless an earlier attempt has done so."""
     if folder.exists():
         return LayerInputs(folder)
     use_threads(context.plan)

@@ -33,7 +33,7 @@ _PRUNED = (0.25, 0.5)  # shares of the experts that go
 
 
 def run(context: StageContext) -> None:
-    """Writes a row for each file; an attempt that goes on keeps those that are there."""
+    """Writes a row for each file; a resumed attempt keeps the rows that are there."""
     use_threads(context.plan)
     curve = _Curve(context)
     curve.measure_mixes(WHOLE, MIXES)
@@ -47,7 +47,7 @@ def run(context: StageContext) -> None:
 
 
 def pruned_method(share: float) -> str:
-    """What rows call a model without this share of its experts."""
+    """The method in the rows of a model without this share of its experts."""
     return f"REAP {share:.0%}"
 
 
@@ -73,7 +73,7 @@ class _Curve:
                 self._measure(path, method, mix, structure)
 
     def measure_ours(self, label: str, n_bytes: int) -> None:
-        """Measures the best file of at most so many bytes."""
+        """Measures the best file of at most ``n_bytes`` bytes."""
         if self._rows.find(self._model, OURS, label) is None:
             found = self._files.best(n_bytes)
             structure = described_structure(found.compress, self._context.plan.teacher_shape)
@@ -109,7 +109,7 @@ class _Curve:
         path.unlink()
 
     def _figures(self, path: Path, what: str) -> Mapping[str, Any]:
-        """What llama.cpp makes of the held-out text, against the original in torch."""
+        """The figures of llama.cpp on the held-out text, against the original in torch."""
         backend = LlamaCppBackend(path, threads=self._context.plan.recipe.threads)
         original = LogProbReader(Calibration.of(self._context.work).heldout_log_probs)
         with self._context.progress.bar(what, len(self._heldout_BT)) as advance:

@@ -37,7 +37,7 @@ _STATE = "training.safetensors"
 
 
 def run(context: StageContext) -> None:
-    """Writes an overlay for each rung that was kept, and what was tried."""
+    """Writes an overlay for each rung that was kept, and the results of all that were tried."""
     rungs = context.plan.recipe.recover.rungs
     results: list[Mapping[str, Any]] = []
     if rungs:
@@ -64,10 +64,10 @@ def judge_on_selection(context: StageContext, student: Student) -> Judgement:
 
 
 class Ladder:
-    """The student as the last rung that was kept left it, and how it is judged.
+    """Climbs rungs one after another; ``student`` is as the last rung that was kept left it.
 
     Args:
-        context: of the stage.
+        context: context of the stage.
         student: where the ladder begins.
         folder: where each rung's overlay and result go; None: the stage's.
     """
@@ -80,7 +80,7 @@ class Ladder:
         self._judgement: Judgement | None = None  # of that student, once it is known
 
     def climb(self, number: int, rung: RungChoice, n_blocks: int) -> Mapping[str, Any]:
-        """Trains a rung and keeps it if it helps, unless an attempt that was killed later did so already."""
+        """Trains a rung and keeps it if it helps, unless an earlier attempt that was killed has done so."""
         result_path = self._files.rung_result(number)
         if not result_path.exists():
             tried = self._tried(number, rung, n_blocks)
@@ -97,15 +97,15 @@ class Ladder:
         return result
 
     def _learned(self, training: Training) -> dict[str, torch.Tensor]:
-        """What is kept of a training."""
+        """The tensors that are kept of a training."""
         return training.overlay()
 
     def _student_with(self, learned: Mapping[str, torch.Tensor]) -> Student:
-        """The student with what a training taught it."""
+        """The student with the tensors that a training learned."""
         return self.student.with_overlay(learned)
 
     def _block_length(self) -> BlockLength | None:
-        """Of the file that the student was written to, if it was."""
+        """The block lengths of the file that the student was written to; None if it was not."""
         return None
 
     def _tried(self, number: int, rung: RungChoice, n_blocks: int) -> dict[str, Any]:
@@ -138,7 +138,7 @@ class Ladder:
         }
 
     def _rates(self, rung: RungChoice, before: Judgement) -> Sequence[float]:
-        """The rung's rate, or those for a student so far from its teacher."""
+        """The rung's rate, or the rates to try for a student of this divergence."""
         if rung.learning_rate is not None:
             return [rung.learning_rate]
         return rates_for(rung.scope, before.divergence, self.student.shape.hidden_size)
@@ -152,7 +152,7 @@ class Ladder:
         return rates[divergences.index(min(divergences))]
 
     def _trial(self, number: int, rung: RungChoice, n_blocks: int, rate: float) -> float:
-        """The divergence after a few blocks, remembered for an attempt that goes on; infinite if training fails."""
+        """The divergence after a few blocks, kept for a resumed attempt; infinite if training diverges."""
         path = self._folder / f"trial-{number}-{rate:g}.json"
         if not path.exists():
             overlay = path.with_suffix(".safetensors")
@@ -170,7 +170,7 @@ class Ladder:
         return divergence
 
     def _taught(self, path: Path, rung: RungChoice, n_blocks: int, rate: float, snapshot: Snapshot) -> Judgement:
-        """Leaves what the rung taught at ``path``; how that is judged.
+        """Trains a rung, writes its tensors to ``path``, and judges the student with them.
 
         Raises:
             TooLargeError: its training does not fit the memory.
@@ -185,7 +185,7 @@ class Ladder:
         return judge_on_selection(self._context, self._student_with(StoredTensors(path)))
 
     def _train(self, training: Training, snapshot: Snapshot) -> None:
-        """All steps, from the snapshot on if there is one."""
+        """Runs all steps, from the snapshot on if there is one."""
         found = snapshot.load()
         if found is not None:
             training.restore(StoredTensors(found[1] / _STATE))

@@ -1,4 +1,4 @@
-"""Turns the time limit of recovery into numbers of blocks, once: what follows obeys the numbers, never the clock."""
+"""Turns the time limit of recovery into numbers of blocks, once; later stages follow the numbers, never the clock."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def scheduled_blocks(work: WorkDirectory) -> list[int]:
 
 
 def _times(plan: Plan, rung: RungChoice) -> float:
-    """How often a rung's blocks are trained: for each file that has its own numbers, and in trials of its rate."""
+    """The number of times a rung's blocks are trained: for each file of its own numbers, and in trials of its rate."""
     of_files = 1
     if rung is plan.recipe.recover.after_quantizing and not same_numbers(plan):
         of_files = len(plan.recipe.artifacts)
@@ -61,9 +61,9 @@ def _times(plan: Plan, rung: RungChoice) -> float:
 
 
 def shared_out(limit: float, seconds_per_batch: Sequence[float], most: Sequence[int]) -> list[int]:
-    """Batches of each rung: equal shares of the time, and what a rung does not need is left to those after it.
+    """The batches of each rung: rungs share the time equally, and what one does not need is left to those after it.
 
-    Every rung gets one at least.
+    Every rung gets at least one.
     """
     batches: list[int] = []
     for number, seconds in enumerate(seconds_per_batch):
@@ -77,7 +77,7 @@ def _seconds_of_batch(context: StageContext, rung: RungChoice) -> float:
     student = open_student(context.plan, context.work, "compress")
 
     def any_block(role: Role, layer: int) -> int:
-        """No file is written yet; how long blocks are matters little beside the product with a matrix's gradient."""
+        """A stand-in, as no file is written yet; block length matters little beside a matrix's gradient product."""
         return math.gcd(role_shape(role, student.shape.layer(layer))[-1], _BLOCK)
 
     try:

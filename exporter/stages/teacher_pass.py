@@ -1,4 +1,4 @@
-"""The teacher's one pass over all texts. What a finished layer leaves is on disk at once."""
+"""The teacher's one pass over all texts. The results of a finished layer are on disk at once."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ __all__ = ["TeacherPass"]
 
 
 class TeacherPass:
-    """Takes this process's share of the token blocks through the teacher.
+    """Runs this process's share of the token blocks through the teacher.
 
     Args:
         checkpoint: the teacher.
-        blocks: of all three splits.
+        blocks: token blocks of all three splits.
         files: where the results go.
-        dtype: of the arithmetic on calibration text; the other texts are computed in float32, the reference.
+        dtype: dtype of the arithmetic on calibration text; the other texts are computed in float32, the reference.
         limit: memory that this process may use.
         device: where layers compute.
 
@@ -67,7 +67,7 @@ class TeacherPass:
         self._hidden: list[HiddenStates] = []
 
     def run_layers(self, snapshot: Snapshot) -> Iterator[int]:
-        """Runs the layers that are not done yet; yields how many became done."""
+        """Runs the layers that are not done yet; yields the numbers of layers that became done."""
         n_layers = self._model.shape.n_layers
         self._hidden = self._model.first_states(self._groups)
         n_done = self._resumed(snapshot)
@@ -115,7 +115,7 @@ class TeacherPass:
         return likelihoods
 
     def _write_log_probs(self, split: str, hidden: HiddenStates, folder: Path, scored: slice) -> torch.Tensor:
-        """This process's share; elsewhere the returned likelihoods are 0."""
+        """Writes this process's share; elsewhere the returned likelihoods are 0."""
         tokens_BT, mine = vars(self._blocks)[split], self._shares[split]
         n_scored = scored.stop - scored.start
         writer = LogProbWriter(folder, len(tokens_BT) * n_scored, self._model.shape.vocab_size, join=True)
@@ -125,7 +125,7 @@ class TeacherPass:
         return likelihoods.flatten()
 
     def _layer_inputs(self, *, resumed: bool) -> LayerInputs:
-        """Where the layers' inputs go; those of the first layer are there. Each process writes its own blocks."""
+        """Opens the files of the layers' inputs, the first layer's filled in; each process writes its own blocks."""
         tokens_BT, shape = self._blocks.calibration, self._model.shape
         if is_first() and not resumed:
             n_blocks = n_kept_blocks(*tokens_BT.shape)
@@ -138,7 +138,7 @@ class TeacherPass:
         return inputs
 
     def _resumed(self, snapshot: Snapshot) -> int:
-        """Takes the hidden states of a snapshot, if there is one; how many layers were done then."""
+        """Loads the hidden states of a snapshot, if there is one; returns the number of layers done by then."""
         found = snapshot.load()
         if found is None:
             return 0
@@ -176,7 +176,7 @@ class _RoutingFiles:
             self._weights.write(layer * self._n_blocks + block, of_block.weights_LTK)
 
     def collected(self) -> Routing:
-        """All layers and blocks."""
+        """The routing of all layers and blocks."""
         experts, weights = (
             file.read(0, len(file)).reshape(self._n_layers, self._n_blocks * self._n_tokens, -1)
             for file in (self._experts, self._weights)

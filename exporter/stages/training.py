@@ -39,16 +39,16 @@ def training_of(
     """The training of a student by a rung, over this many blocks.
 
     Args:
-        context: the stage's.
-        student: what is trained.
-        rung: how.
-        n_blocks: of the calibration text.
-        learning_rate: in place of the rung's.
-        block_length: of the file that the student was written to; needed where the scales of its blocks are trained.
+        context: the stage's context.
+        student: the student to train.
+        rung: its rung of the recipe.
+        n_blocks: number of blocks of the calibration text.
+        learning_rate: learning rate in place of the rung's.
+        block_length: block lengths of the student's file; needed where the scales of its blocks are trained.
 
     Raises:
         InputError: text, targets and student do not fit each other.
-        TooLargeError: it does not fit the memory.
+        TooLargeError: the training does not fit the memory.
     """
     plan = context.plan
     schedule = replace(schedule_of(plan.recipe.recover, rung, n_blocks), learning_rate=learning_rate)
@@ -83,7 +83,7 @@ def _objective(context: StageContext, student: Student, rung: RungChoice, schedu
 
 
 def _usage(context: StageContext, student: Student) -> list[torch.Tensor]:
-    """How many calibration tokens chose each of the student's experts."""
+    """The number of calibration tokens that chose each of the student's experts."""
     own = StudentFiles(context.work.stage("compress")).statistics
     if own.exists():
         return expert_usage(StoredStatistics(own, student.shape.n_layers), student.experts.of_itself())

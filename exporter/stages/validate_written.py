@@ -1,4 +1,4 @@
-"""Runs the written files' own numbers in torch: what a runtime is compared with to see what it changes by itself."""
+"""Runs the written files' own numbers in torch, as a reference that shows what a runtime changes by itself."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from validate.torch_reference import TorchBackend
 __all__ = ["SAME_WEIGHTS", "router_inputs", "run", "same_weights", "written_evaluation"]
 
 SAME_WEIGHTS = "same_weights"
-"""Under which name a runtime's evaluation knows torch with the same weights."""
+"""The name of torch with the same weights in a runtime's evaluation."""
 
 _LOG_PROBS = "log_probs"
 _ROUTER_INPUTS = "router_inputs"
 
 
 def run(context: StageContext) -> None:
-    """Writes log-probabilities and evaluation of each file's numbers, and what its routers are given on a part of them.
+    """Writes log-probabilities and evaluation of each file's numbers, and the inputs of its routers on some chunks.
 
-    Once, if both files hold the same.
+    If both files hold the same numbers, they run once.
     """
     plan = context.plan
     use_threads(plan)
@@ -57,12 +57,12 @@ def run(context: StageContext) -> None:
 
 
 def same_weights(context: StageContext, artifact: str) -> dict[str, LogProbReader]:
-    """What torch says with an artifact's numbers, as a reference for its runtime."""
+    """Torch's log-probabilities with an artifact's numbers, as a reference for its runtime."""
     return {SAME_WEIGHTS: LogProbReader(_folder(context.plan, context.work, artifact) / _LOG_PROBS)}
 
 
 def router_inputs(context: StageContext, artifact: str) -> RouterInputs:
-    """What the routers of an artifact's numbers are given in torch; a dense student leaves no such folder."""
+    """The router inputs in torch with an artifact's numbers; a dense student leaves no such folder."""
     return RouterInputs(_folder(context.plan, context.work, artifact) / _ROUTER_INPUTS)
 
 

@@ -1,4 +1,4 @@
-"""What enters a layer is on disk: of the first tokens, in 16 bits, each process's blocks in their places."""
+"""Layer inputs on disk: they are those of the first tokens, in 16 bits, each process's blocks in their places."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_missing_file_is_an_input_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_they_are_what_each_layer_is_given(float32_toy: Checkpoint, tmp_path: Path, dtype: torch.dtype) -> None:
-    """By running each layer on what was kept: it gives what was kept for the next one."""
+    """Runs each layer on its kept inputs: it gives those that were kept for the next one."""
     tokens_BT = torch.arange(3 * 8).view(3, 8)
     model = StreamedModel(Student.teacher(float32_toy))
     done: list[int] = []

@@ -1,4 +1,4 @@
-"""What the backward pass gathers, against autograd on stock transformers by the definition."""
+"""Compares the sensitivities of the backward pass with autograd on stock transformers by the definition."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def blocks_BT(heldout_tokens: npt.NDArray[np.int64]) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def found(folder: Path, blocks_BT: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Sensitivities:
-    """What the streamed pass says."""
+    """The sensitivities from the streamed pass."""
     student = Student.teacher(Checkpoint(folder))
     return gather_sensitivities(student, blocks_BT, tmp_path_factory.mktemp("found"), seed=_SEED)
 

@@ -1,4 +1,4 @@
-"""Which files hold the weights, as transformers chooses them; and what is said where there are none."""
+"""The files that hold the weights are those that transformers chooses; where there are none, a message says so."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_an_index_that_names_another_shard_is_not_followed_as_in_transformers(sh
     ],
 )
 def test_an_index_that_leads_out_of_the_folder_is_refused_by_name(sharded: Path, place: str) -> None:
-    """Even where such a file is there."""
+    """It is refused even where such a file is there."""
     for target in (sharded.parent / "outside.safetensors", sharded / "sub" / "inside.safetensors"):
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(sharded / _SECOND, target)
@@ -161,7 +161,7 @@ def test_a_name_that_no_file_can_have_is_missing(sharded: Path, place: str) -> N
 
 
 def test_the_hub_s_cache_of_links_is_read(sharded: Path, tmp_path: Path) -> None:
-    """There a snapshot's files are links to ../../blobs."""
+    """In that cache a snapshot's files are links to ../../blobs."""
     snapshot, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()

@@ -1,4 +1,4 @@
-"""What is predicted of an artifact, line by line, against formulas written out here."""
+"""Compares the prediction for an artifact, line by line, with formulas written out here."""
 
 from __future__ import annotations
 

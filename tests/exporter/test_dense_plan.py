@@ -52,7 +52,7 @@ def planned(fine_folder: Path, small_texts: tuple[Path, Path], tmp_path_factory:
 
 @pytest.fixture(scope="module")
 def recipe(planned: Planned) -> Recipe:
-    """What the planner chooses with room to spare."""
+    """The recipe that the planner chooses with room to spare."""
     return planned(save_student=True).recipe
 
 

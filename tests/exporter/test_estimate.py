@@ -1,4 +1,4 @@
-"""What a run is said to need, against sums that were made in another way."""
+"""Compares the estimated needs of a run with sums that are made in another way."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def job(toy_model: Path, small_texts: tuple[Path, Path], tmp_path_factory: pytes
 
 @pytest.fixture(scope="module")
 def plan(job: Job) -> Plan:
-    """With round numbers of blocks: 40, 4, and 3 of each of two held-out files. Both files hold the same numbers."""
+    """The plan with 40, 4, and 3 blocks of each of two held-out files. Both written files hold the same numbers."""
     plan = make_plan(job, "moe-export")
     text = {"calibration_blocks": 40, "selection_blocks": 4, "heldout_chunks_per_file": 3}
     gguf = {"tensors": {"token_embd.weight": "Q8_0"}, "quantizer": "kernel"}
@@ -74,7 +74,7 @@ def _with_types(plan: Plan, gguf: str, onnx: str) -> Plan:
 
 
 def _matrix_values(plan: Plan, n_experts_per_token: int) -> int:
-    """Weights that one token meets: all but norms, with its share of the experts. The embedding is the head."""
+    """Weights that one token uses: all but norms, with its share of the experts. The embedding is the head."""
     headers = Checkpoint(plan.source).headers
     sizes = {name: prod(header.shape) for name, header in headers.items() if len(header.shape) == 2}
     experts = sum(size for name, size in sizes.items() if ".experts." in name)
@@ -117,7 +117,7 @@ def test_a_part_of_the_original_is_run_by_torch_too(plan: Plan) -> None:
 
 
 def test_methods_that_look_at_text_take_a_pass_or_two(plan: Plan) -> None:
-    """Of the 40 blocks: a sample of 32 through the teacher, then all through the student whose experts changed."""
+    """A sample of 32 of the 40 blocks runs through the teacher, then all through the student whose experts changed."""
     assert seconds_by_stage(plan, _FAST, _PLENTY)["compress"] == _START, "REAP reads the sums of calibration"
     per_block = 512 * _matrix_values(plan, plan.teacher_shape.top_k) / 1e6
     student_block = per_block - 512 * 2 * 20 * plan.teacher_shape.hidden_size / 1e6

@@ -1,4 +1,4 @@
-"""What goes wrong from outside while a run works: signals, other runs, a changed model, damaged work."""
+"""Faults from outside while a run works: signals, other runs, a changed model, damaged work."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Toy:
         ).job()
 
     def finished_work(self, out: Path) -> WorkDirectory:
-        """A copy of the work, all stages finished, for a run that shall build ``out``."""
+        """A copy of the work, all stages finished, for a run that will build ``out``."""
         folder = out.with_name(f"{out.name}.work")
         shutil.copytree(self.work, folder)
         return WorkDirectory(folder)
@@ -66,7 +66,7 @@ class Toy:
 
 @pytest.fixture(autouse=True)
 def server_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process stages are forked even if few are left: the server is there from the test before."""
+    """Stages are forked even if few are left, because the server is there from an earlier test."""
     monkeypatch.setattr(pipeline, "_FEW", 0)
 
 
@@ -226,7 +226,7 @@ def test_two_runs_do_not_get_in_each_other_s_way(
     work = toy.unfinished_work(out, "recover")
     with _started(toy.command(toy_command, out)) as process:
         _wait_for_stage(process, "recover")
-        _stage(process, signal.SIGSTOP)  # it shall last longer than the others take to be refused
+        _stage(process, signal.SIGSTOP)  # it must last longer than the others take to be refused
         same = run_command(toy.command(toy_command, out))
         assert (same.returncode, same.stderr) == (
             2,
@@ -379,7 +379,7 @@ def test_stages_that_lost_a_file_or_half_of_one_are_done_again(toy: Toy, expecte
 
 @pytest.mark.parametrize("damage", _DAMAGES)
 def test_damaged_unfinished_stages_give_the_right_result(toy: Toy, expected: str, tmp_path: Path, damage: str) -> None:
-    """Of one stage the fingerprint is damaged, of the other, which goes on with what is there, the files are."""
+    """One stage has a damaged fingerprint; the other, which resumes from its files, has damaged files."""
     work = toy.finished_work(tmp_path / "out")
     for stage in ("compress", "gguf"):
         record = work.record(stage)

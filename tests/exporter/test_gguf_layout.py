@@ -1,4 +1,4 @@
-"""What a GGUF file holds, decided from the shape alone."""
+"""The contents of a GGUF file, decided from the shape alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which stage depends on what; stages run in processes of their own and are not repeated without a reason."""
+"""The choices that stages depend on; stages run in processes of their own and are not repeated without a reason."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def test_a_window_becomes_the_context_of_both_files(
 def test_scalings_that_depend_on_the_length_of_a_text_are_named(
     toy_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """What test_rope_in_runtimes measures of llama.cpp; ONNX Runtime chooses as transformers does."""
+    """For llama.cpp, test_rope_in_runtimes measures them; ONNX Runtime chooses as transformers does."""
     folder = toy_checkpoint(tmp_path, model="coarse")
     factors = {"short_factor": [1.0] * 16, "long_factor": [4.0] * 16, "original_max_position_embeddings": 512}
     named = find_deviations(

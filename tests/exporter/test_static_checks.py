@@ -1,4 +1,4 @@
-"""What our own exporter writes raises no symptom, whatever the original's folder says; damage beside the graph does."""
+"""Files of our own exporter raise no symptom, whatever the original's folder says; damage beside the graph does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What files say about themselves, held against the checkpoint that they were written from."""
+"""Compares the facts that files give about themselves with the checkpoint that they were written from."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def test_logits_and_routing_are_those_of_transformers(pair: _Pair, heldout_token
 def test_what_only_makes_logits_is_skipped_where_they_are_not_wanted(
     pair: _Pair, heldout_tokens: npt.NDArray[np.int64], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What comes after it is the same to the bit."""
+    """The outputs are the same to the bit with and without it."""
     chunks_BT = heldout_tokens[20_000:21_024].reshape(2, 512)
     found = [replace(output, logits_SV=output.logits_SV.copy()) for output in _llama_cpp(pair.path).run(chunks_BT)]
     monkeypatch.setattr(RoutingCollector, "without_logits", lambda collector, last_layer: nullcontext())

@@ -1,4 +1,4 @@
-"""What people see of a run: the page, the model card and the last lines in the terminal, all from report.json."""
+"""Shows a run to people: the page, the model card and the last lines in the terminal, all from report.json."""
 
 from __future__ import annotations
 

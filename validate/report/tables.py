@@ -66,7 +66,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """``headings`` has one entry more than every row has cells: the first stands over the names."""
+    """Rows under headings; there is one more heading than a row has cells, as the first stands over the names."""
 
     headings: tuple[str, ...]
     rows: tuple[Row, ...]
@@ -82,7 +82,7 @@ _BUFFERS = {
 
 
 def budget_table(report: Report) -> Table:
-    """What the memory consists of, by artifact."""
+    """The parts of the memory, by artifact."""
     predicted = {name: lines for name, lines in (find(report, "budget", "predicted") or {}).items() if lines}
     measured = find(report, "budget", "measured") or {}
     limit = report["budget"]["bytes"]
@@ -116,7 +116,7 @@ def budget_table(report: Report) -> Table:
 
 
 def fidelity_table(report: Report) -> Table:
-    """How far every model, in every runtime, is from the original."""
+    """The distance of every model, in every runtime, from the original."""
     rows = []
     for row in report["validation"]:
         kld, before, value = row.get("kld") or {}, row.get("perplexity_teacher"), row.get("perplexity")
@@ -188,7 +188,7 @@ def routing_table(report: Report) -> Table:
 
 
 def load_table(report: Report) -> Table:
-    """How evenly each model spreads its tokens over its experts."""
+    """The spread of each model's tokens over its experts."""
     rows = []
     for name, load in (report.get("load") or {}).items():
         cells = (
@@ -205,7 +205,7 @@ def _n_experts(load: Mapping[str, Any]) -> int:
 
 
 def recovery_table(report: Report) -> Table:
-    """Every rung that was tried or refused, with what the selection split said before and after."""
+    """Every rung that was tried or refused, with its figures on the selection split before and after."""
     rows = []
     for rung in report["recovery"]:
         before, after = rung.get("selection_kld_before"), rung.get("selection_kld_after")
@@ -226,7 +226,7 @@ def recovery_table(report: Report) -> Table:
 
 
 def search_table(report: Report) -> Table:
-    """The files that were looked at before one was chosen, with what the selection split says of them."""
+    """The files that were considered before one was chosen, with their figures on the selection split."""
     rows = []
     for candidate in report.get("search") or []:
         tone = "good" if candidate["is_chosen"] else ""

@@ -42,7 +42,7 @@ class CodebookFormat:
 
     @property
     def even_signs(self) -> bool:
-        """Whether the number of minus signs in eight values is always even."""
+        """True if the number of minus signs in eight values is always even."""
         return sum(run.width for run in self.signs) == SIGN_LENGTH - 1
 
 

@@ -1,4 +1,4 @@
-"""Where the bits of codes lie in the blocks of a format.
+"""The places of the bits of codes in the blocks of a format.
 
 Letters: R rows, K blocks of a row, Y bytes of a block, E codes of a block.
 """
@@ -25,7 +25,7 @@ class Fields:
 
     @classmethod
     def of(cls, low: int, width: int, places: Iterable[tuple[int, int]]) -> Fields:
-        """``places``: byte and shift of each code in turn."""
+        """Makes the fields from ``places``, the byte and shift of each code in turn."""
         byte_E, shift_E = np.array(list(places)).T
         return cls(low, width, byte_E.astype(np.intp), shift_E.astype(np.uint8))
 
@@ -50,7 +50,7 @@ def write_codes(
     """Puts codes, [R, K, E] or broadcast to it, into the blocks; no other bit changes."""
     for run in fields:
         mask = np.uint8((1 << run.width) - 1)
-        for shift in np.unique(run.shift_E):  # codes of one shift lie in bytes of their own
+        for shift in np.unique(run.shift_E):  # codes with the same shift lie in different bytes
             chosen_E = run.shift_E == shift
             at_E = run.byte_E[chosen_E]
             codes = codes_RKE[..., chosen_E] if codes_RKE.shape[-1] > 1 else codes_RKE

@@ -42,11 +42,11 @@ def quantize_rows_with_feedback(
     """Quantizes rows of float32, bfloat16 or float16 values; returns uint8 [R, Y], as ``quantize_rows`` does.
 
     Scales and offsets are the kernel's for this importance (Q2_0's are searched); the codes are chosen again, so that
-    the error of the outputs over the inputs that ``feedback`` tells of is small. Where a block has one float16 scale
+    the error of the outputs is small for the inputs that ``feedback`` describes. Where a block has one float16 scale
     and nothing else (Q5_0, Q4_0, IQ4_NL, Q2_0), the scale is then fitted to the codes.
 
-    The result does not depend on threads. Yet a matrix has to come in the same calls each time, whole or in the same
-    slices: products of matrices need not round alike where their shapes differ.
+    The result does not depend on threads. But a matrix has to be passed in the same way each time, whole or in the same
+    slices: matrix products of different shapes may round differently.
 
     Raises:
         InputError: a value is not finite; the message calls the weights ``name``.
@@ -61,7 +61,7 @@ def quantize_rows_with_feedback(
 
 
 def searched_q2_0(values_RN: torch.Tensor, importance_N: torch.Tensor | None, name: str) -> torch.Tensor:
-    """What Q2_0 with searched scales can hold of these rows, without feedback: float32 [R, N].
+    """The values of these rows in Q2_0 with searched scales, without feedback: float32 [R, N].
 
     Raises:
         InputError: a value is not finite; the message calls the weights ``name``.
@@ -75,7 +75,7 @@ def _searched(
 ) -> npt.NDArray[np.uint8]:
     """Q2_0 rows with searched scales; the kernel's are the largest magnitudes, which leaves codes unused.
 
-    Its levels are -1 to 2, those of ONNX Runtime's codes are -2 to 1: the same with scales of the other sign.
+    The levels of Q2_0 are -1 to 2, those of ONNX Runtime's codes -2 to 1: the same with scales of the opposite sign.
     """
     length, _ = BLOCK_SIZES[GGMLQuantizationType.Q2_0]
     mirrored = search_blocks(values_RN, 2, length, importance_N, name=name)

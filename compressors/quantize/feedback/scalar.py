@@ -1,7 +1,7 @@
 """Formats that store a code for every value: value = level of the code x scale + offset.
 
-Where the codes lie is stated here (``ggml/src/ggml-common.h``, ``dequantize_row_*`` in ``ggml/src/ggml-quants.c``);
-levels, scales and offsets are not: they are what ggml reads from a block when all codes in it are the same.
+This module states only the places of the codes (``ggml/src/ggml-common.h``, ``dequantize_row_*`` in
+``ggml/src/ggml-quants.c``). Levels, scales and offsets are read with ggml from blocks whose codes are all the same.
 
 Letters: R rows, N values of a row, K blocks of a row, Y bytes of a block or row, S groups of values with one scale.
 """
@@ -59,12 +59,12 @@ def _nibbles_64(first_byte: int) -> Fields:
 
 
 def _pairs_128(low: int, first_byte: int) -> Fields:
-    """Two bits of 128 codes in 32 bytes, 32 codes after the other."""
+    """Two bits of 128 codes in 32 bytes; codes 32 apart share a byte."""
     return _fields(low, 2, 256, lambda e: (first_byte + e // 128 * 32 + e % 32, e % 128 // 32 * 2))
 
 
 def _bits_256(low: int, first_byte: int) -> Fields:
-    """One bit of 256 codes in 32 bytes, 32 codes after the other."""
+    """One bit of 256 codes in 32 bytes; codes 32 apart share a byte."""
     return _fields(low, 1, 256, lambda e: (first_byte + e % 32, e // 32))
 
 
@@ -141,7 +141,7 @@ def with_scales(
 def _read_with(
     quantized_RY: npt.NDArray[np.uint8], ggml_type: GGMLQuantizationType, code: int, *, without_minimum: bool
 ) -> npt.NDArray[np.float32]:
-    """What ggml reads from the rows, [R, N], if all their codes are ``code``."""
+    """The values that ggml reads from the rows if all their codes are ``code``: [R, N]."""
     form = SCALAR_FORMATS[ggml_type]
     blocks_RKY = _blocks(quantized_RY, ggml_type)
     write_codes(blocks_RKY, form.fields, np.full((1, 1, 1), code, dtype=np.uint8))
