@@ -171,7 +171,7 @@ def export(**arguments: Any) -> None:
 
 @main.command()
 @click.argument("model", required=False)
-@click.option("--out", type=_FOLDER, required=True, help="Output folder: pareto.csv, pareto.md and pareto.png.")
+@click.option("--out", type=_FOLDER, required=True, help="Output folder: a table and a plot.")
 @click.option("--sizes", help="Mixes, sizes or shares of 16 bits, such as Q4_K_M,7GB,12%.  [default: eleven]")
 @click.option("--calibration", type=_FOLDER, help="Text for statistics and recovery: a file, or a folder of *.txt.")
 @click.option("--text", type=_FOLDER, help="Held-out text to measure on.")

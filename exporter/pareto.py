@@ -21,7 +21,7 @@ from exporter.job import Flags, Job
 from exporter.outputs import publish_folder, reserved
 from exporter.pareto_chart import require_matplotlib, write_chart
 from exporter.pareto_rows import ParetoRow, RowFile
-from exporter.pareto_table import markdown_lines
+from exporter.pareto_table import html_table, markdown_lines
 from exporter.pipeline import pareto_stages, run_stages
 from exporter.plan import Plan
 from exporter.plan_making import make_plan
@@ -33,12 +33,13 @@ from exporter.sizes import parse_size
 from exporter.stages.pareto import ROWS
 from exporter.text_state import refuse_changed_texts
 from exporter.work import WorkDirectory, make_folder
+from validate.report import render_curve
 
 __all__ = ["DEFAULT_SIZES", "curve_plan", "publish_curve", "run_pareto"]
 
 DEFAULT_SIZES = "Q6_K,Q5_K_M,Q4_K_M,IQ4_XS,Q3_K_M,Q2_K,IQ2_M,IQ2_XXS,15%,12%,9%"
 _RESULTS = "results"
-_TABLE, _PLOT = "pareto.md", "pareto.png"
+_TABLE, _PLOT, _PAGE = "pareto.md", "pareto.png", "pareto.html"
 
 _EXPLANATION = """\
 # Divergence against bytes
@@ -62,7 +63,7 @@ class _Curve:
 def run_pareto(
     model: str | None, sizes: str, out: Path, flags: Mapping[str, Any], command: str, announce: Callable[[str], None]
 ) -> list[ParetoRow]:
-    """Measures whatever is not measured yet, and writes ``pareto.csv``, ``pareto.md`` and ``pareto.png`` into ``out``.
+    """Measures whatever is not measured yet, and writes a table and a plot into ``out``.
 
     Args:
         model: a local folder or hub id; None: the bundled model.
@@ -188,4 +189,7 @@ def publish_curve(rows: Sequence[ParetoRow], work: WorkDirectory, out: Path) -> 
     lines = [*_EXPLANATION.splitlines(), "", *markdown_lines(rows), "", f"![the curve]({_PLOT})"]
     (folder / _TABLE).write_text("\n".join(lines) + "\n", encoding="utf-8")
     write_chart(rows, folder / _PLOT)
+    explanation = " ".join(_EXPLANATION.replace("*", "").splitlines()[2:])
+    page = render_curve(rows[0].model, [explanation], html_table(rows), (folder / _PLOT).read_bytes())
+    (folder / _PAGE).write_text(page, encoding="utf-8")
     publish_folder(folder, out.resolve(), work.folder)

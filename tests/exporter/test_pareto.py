@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from base64 import b64encode
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -81,9 +82,13 @@ def test_the_plot_is_drawn(tmp_path: Path) -> None:
 def test_what_stays_is_a_table_and_a_plot(tmp_path: Path) -> None:
     work, out = WorkDirectory(tmp_path / "work"), tmp_path / "curve"
     publish_curve(_rows(), work, out)
-    assert sorted(path.name for path in out.iterdir()) == ["pareto.csv", "pareto.md", "pareto.png"]
+    assert sorted(path.name for path in out.iterdir()) == ["pareto.csv", "pareto.html", "pareto.md", "pareto.png"]
     assert RowFile(out / "pareto.csv").rows == _rows()
-    assert all(f"| {row.method}, {row.mix} |" in (out / "pareto.md").read_text() for row in _rows())
+    page = (out / "pareto.html").read_text()
+    assert b64encode((out / "pareto.png").read_bytes()).decode() in page
+    for row in _rows():
+        assert f"| {row.method}, {row.mix} |" in (out / "pareto.md").read_text()
+        assert f"{row.method}, {row.mix}" in page
     with pytest.raises(InputError, match="was made by somebody else meanwhile"):
         publish_curve(_rows(), work, out)
 

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from validate.report.curve import render_curve
 from validate.report.html import render_html
 from validate.report.model_card import render_model_card
 from validate.report.parts import parts_summary, render_parts
 from validate.report.run import run_instructions
 from validate.report.terminal import summary
 
-__all__ = ["parts_summary", "render_html", "render_model_card", "render_parts", "run_instructions", "summary"]
+__all__ = [
+    "parts_summary",
+    "render_curve",
+    "render_html",
+    "render_model_card",
+    "render_parts",
+    "run_instructions",
+    "summary",
+]

@@ -16,7 +16,7 @@ from validate.report.facts import Report, find
 from validate.report.floors import FLOOR_SENTENCE, floor_table
 from validate.report.statistics import statistics_table
 
-__all__ = ["render_html"]
+__all__ = ["environment", "render_html"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,12 @@ def render_html(report: Report) -> str:
     Returns:
         The page. Equal reports give equal text.
     """
-    environment = jinja2.Environment(
+    return environment().get_template("report.html.j2").render(_view(report))
+
+
+def environment() -> jinja2.Environment:
+    """Returns the templates, for which text is no markup and an unknown name is an error."""
+    return jinja2.Environment(
         loader=jinja2.PackageLoader("validate.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -45,7 +50,6 @@ def render_html(report: Report) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template("report.html.j2").render(_view(report))
 
 
 def _view(report: Report) -> dict[str, Any]:
