@@ -24,7 +24,7 @@ from compressors.model.families import NORMS, Role
 from compressors.model.ggml import GGMLQuantizationType, dequantize_into
 from compressors.model.gguf_file import GgufEntry, GgufFile
 from compressors.model.shape import MoeShape
-from compressors.model.weights import TunablePart
+from compressors.model.weights import ReplacedValues, TunablePart
 
 __all__ = ["GgufWeights"]
 
@@ -45,7 +45,7 @@ class GgufWeights:
     def __init__(self, path: Path, shape: MoeShape) -> None:
         self._file = GgufFile(path)
         self._shape = shape
-        self._values: Mapping[str, torch.Tensor] = {}  # tunable ones in place of the file's
+        self._values = ReplacedValues({})
         self._entries = {
             (role, layer): self._checked_entry(role, layer)
             for role in shape.stored_roles
@@ -113,7 +113,7 @@ class GgufWeights:
         for name, tensor in values.items():
             self._check_values(name, tensor)
         changed = copy.copy(self)
-        changed._values = values
+        changed._values = ReplacedValues(values)
         return changed
 
     def changed_parts(self) -> Iterator[TunablePart]:
