@@ -22,7 +22,7 @@ from compressors.sensitivity import Sensitivities, TypeTable, allocate, default_
 from compressors.statistics import Importance, StatisticsCollector, importance
 from exporter.gguf.container import aligned
 from exporter.gguf.layout import plan_tensors
-from exporter.gguf.type_table import ALLOCATED_TYPES, gguf_type_table, plan_gguf_units
+from exporter.gguf.type_table import ALLOCATED_TYPES, gguf_type_table, plan_gguf_units, weights_of_a_token
 
 _T = GGMLQuantizationType
 _FEW = (_T.Q8_0, _T.Q5_0, _T.Q4_0, _T.Q3_K)
@@ -130,6 +130,12 @@ def test_decoding_costs_what_a_token_is_multiplied_with(student: Student) -> Non
     assert used["blk.0.ffn_down_exps.weight"] == shape.top_k * shape.expert_width * shape.hidden_size
     assert used["blk.1.attn_q.weight"] == shape.n_heads * shape.head_dim * shape.hidden_size
     assert used["token_embd.weight"] == shape.vocab_size * shape.hidden_size  # it is the head
+
+
+def test_a_token_is_multiplied_with_the_whole_feed_forward_of_a_dense_model(student: Student) -> None:
+    dense = student.shape.with_experts(1)
+    used = {tensor.name: weights_of_a_token(dense, tensor.role, tensor.shape) for tensor in plan_tensors(dense, "Q8_0")}
+    assert used["blk.0.ffn_down.weight"] == dense.expert_width * dense.hidden_size
 
 
 def test_defaults_order_types_as_measuring_does(student: Student, table: TypeTable) -> None:
