@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from compressors.model.families import Role
 from compressors.model.student import Student
+from compressors.model.threads import one_thread_each
 from compressors.sensitivity.divergence import SecondOrder
 from compressors.sensitivity.matrices import Sensitivities
 from compressors.sensitivity.sampling import SAMPLED_WEIGHTS, Quantizer, RowSample, sample_rows
@@ -139,7 +139,7 @@ def measured_table(
         InputError: a weight cannot be read or is not finite.
     """
     units = []
-    with ThreadPoolExecutor(threads) as pool:
+    with one_thread_each(threads) as pool:
         for plan in plans:
             samples = [
                 (role, sample_rows(student, role, layer, sensitivities.of(role, layer), importance, n_weights))

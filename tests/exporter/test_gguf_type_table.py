@@ -123,6 +123,24 @@ def test_threads_do_not_matter_and_feedback_leaves_less(
     assert 0.2 < with_feedback.order(types).total / table.order(types).total < 0.8
 
 
+def test_each_type_is_tried_with_one_thread_of_torch(student: Student, known: tuple[Sensitivities, Importance]) -> None:
+    """A sum's last bits depend on their number, and so many times as many threads would wait for the cores."""
+    found: set[int] = set()
+
+    def watch(values_RN: torch.Tensor, _importance_N: torch.Tensor | None, _name: str) -> torch.Tensor:
+        found.add(torch.get_num_threads())
+        return values_RN
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        gguf_type_table(student, *known, (_T.Q8_0,), quantizers={_T.Q8_0: watch}, threads=2)
+        assert found == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_decoding_costs_what_a_token_is_multiplied_with(student: Student) -> None:
     plans = plan_gguf_units(student.shape, [_T.Q8_0], decode_cost=lambda _type, n_weights: float(n_weights))
     used = {plan.name: plan.candidates[0].seconds for plan in plans}
