@@ -26,7 +26,7 @@ from compressors.model.gguf_file import GgufEntry, GgufFile
 from compressors.model.shape import MoeShape
 from compressors.model.weights import ReplacedValues, TunablePart
 
-__all__ = ["GgufWeights"]
+__all__ = ["GgufWeights", "interleave_rotary_rows"]
 
 
 class GgufWeights:
@@ -147,7 +147,7 @@ class GgufWeights:
         if entry.ggml_type is GGMLQuantizationType.F32:
             rows_RY[:] = values.contiguous().view(-1, entry.shape[-1])[rows].view(torch.uint8).numpy()
         else:
-            put_scales(rows_RY, entry.ggml_type, self._in_order(role, values, _interleaved_rows)[rows])
+            put_scales(rows_RY, entry.ggml_type, self._in_order(role, values, interleave_rotary_rows)[rows])
 
     def _in_order(
         self, role: Role, values: torch.Tensor, order: Callable[[torch.Tensor, int], torch.Tensor]
@@ -208,7 +208,10 @@ def _rotate_half_rows(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
     return weight.reshape(n_heads, n_rows // n_heads // 2, 2, n_inputs).transpose(1, 2).reshape(n_rows, n_inputs)
 
 
-def _interleaved_rows(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
-    """The inverse of :func:`_rotate_half_rows`."""
+def interleave_rotary_rows(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
+    """Puts the rows of each head that one rotation mixes, i and i + head_dim / 2, side by side.
+
+    ``LlamaModel.permute`` in llama.cpp's ``conversion/llama.py`` does the same.
+    """
     n_rows, n_inputs = weight.shape
     return weight.reshape(n_heads, 2, n_rows // n_heads // 2, n_inputs).transpose(1, 2).reshape(n_rows, n_inputs)

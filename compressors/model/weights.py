@@ -37,7 +37,7 @@ _MATRICES_OF_AN_EXPERT = 3
 
 
 class ReplacedValues:
-    """Tunable values that take the place of a file's, by the tensor's name; those that were read last are remembered.
+    """Holds the tunable values that take the place of a file's, by the tensor's name, and remembers the last ones read.
 
     A tensor holds the values of all experts of a layer, and readers visit experts one by one: each expert asks for the
     same three tensors, which would otherwise come from the disk as often as there are experts.

@@ -128,7 +128,7 @@ def _errors(
 
 
 def weights_of_a_token(shape: MoeShape, role: Role, dimensions: tuple[int, ...]) -> int:
-    """Weights that one token is multiplied with: those of its experts; none of an embedding that is no head.
+    """Counts the weights that one token is multiplied with: its experts', and none of an embedding that is no head.
 
     Args:
         shape: of the model.

@@ -21,7 +21,7 @@ _BLOCKS = 80  # 40,960 tokens
 def ladder(
     wish: str, compress: CompressChoice, source: Checkpoint, machine: Machine, seed: int
 ) -> tuple[RecoverChoice, tuple[RefusedRung, ...]]:
-    """The rungs that a wish means for a structure before files are written, and those that do not fit the memory.
+    """Returns the rungs that a wish means for a structure before files are written, and those that do not fit.
 
     ``auto`` teaches nothing of the original.
 
@@ -43,12 +43,12 @@ def ladder(
 
 
 def machine_for(source: Checkpoint, memory_bytes: int, calibration_blocks: int) -> Machine:
-    """What training may use: models stay where half of the memory holds the original, since the student lies beside it."""
+    """Says what training may use; models stay where the original leaves half of the memory to the student."""
     return Machine(memory_bytes, calibration_blocks, models_stay=source.n_bytes < memory_bytes // 2)
 
 
 def ladder_for(compress: CompressChoice, plan: Plan) -> tuple[RecoverChoice, tuple[RefusedRung, ...]]:
-    """The :func:`ladder` that a run climbs with this structure."""
+    """Returns the :func:`ladder` that a run climbs with this structure."""
     assert plan.search is not None, "the recipe stands"
     source = Checkpoint(plan.source)
     return ladder(plan.search.recover, compress, source, _machine(plan, source), plan.recipe.recover.seed)

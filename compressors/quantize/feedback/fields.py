@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Fields", "bit_planes", "read_codes", "write_codes"]
+from compressors.model.ggml_types import BLOCK_SIZES, GGMLQuantizationType
+
+__all__ = ["Fields", "bit_planes", "copied_blocks", "read_codes", "write_codes"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,11 @@ class Fields:
 def bit_planes(low: int, width: int, first_bit_E: Sequence[int]) -> tuple[Fields, ...]:
     """Codes of ``width`` bits at any bit of the block, across bytes: one run for each bit."""
     return tuple(Fields.of(low + bit, 1, [divmod(first + bit, 8) for first in first_bit_E]) for bit in range(width))
+
+
+def copied_blocks(quantized_RY: npt.NDArray[np.uint8], ggml_type: GGMLQuantizationType) -> npt.NDArray[np.uint8]:
+    """Returns a copy of quantized rows: [R, K, Y]."""
+    return quantized_RY.reshape(len(quantized_RY), -1, BLOCK_SIZES[ggml_type][1]).copy()
 
 
 def read_codes(blocks_RKY: npt.NDArray[np.uint8], fields: Sequence[Fields]) -> npt.NDArray[np.uint16]:
