@@ -49,15 +49,6 @@ class TypeTable:
 
     units: tuple[Unit, ...]
 
-    def restricted(self, allowed: Mapping[str, Collection[str]]) -> TypeTable:
-        """The table with these choices only for the units that are named."""
-        units = []
-        for unit in self.units:
-            names = allowed.get(unit.name)
-            options = tuple(option for option in unit.options if names is None or option.choice in names)
-            units.append(replace(unit, options=options))
-        return TypeTable(tuple(units))
-
     def without(self, choices: Collection[str]) -> TypeTable:
         """The table without these types."""
         return TypeTable(
