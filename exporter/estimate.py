@@ -120,7 +120,7 @@ def disk_lines(plan: Plan) -> dict[str, int]:
         "routing": n_routings * n_heldout * BLOCK_LENGTH * shape.n_layers * (shape.top_k * 8 + 4),
         "router inputs": (1 if same_numbers(plan) else len(plan.recipe.artifacts)) * _router_input_bytes(plan),
         "statistics": shape.n_layers * _statistics_bytes(shape) + _own_statistics_bytes(plan),
-        "sensitivities": _sensitivity_bytes(shape) if plan.search is not None or _chooses_codes(plan) else 0,
+        "sensitivities": _sensitivity_bytes(shape) if plan.search is not None or plan.recipe.chooses_codes else 0,
         "what the search looks at": _search_bytes(plan),
         "token blocks": n_blocks * BLOCK_LENGTH * 8,
     }
@@ -192,7 +192,7 @@ def seconds_by_stage(plan: Plan, speeds: Speeds, free_memory: int) -> dict[str, 
     n_different = 1 if same_numbers(plan) else len(plan.predictions)
     seconds["validate_written"] = n_different * passes.forward(student, n_reference=n_heldout)
     seconds |= {f"teacher_{artifact}": _teacher_seconds(plan, passes, artifact) for artifact in plan.teacher_floors}
-    if _chooses_codes(plan):
+    if recipe.chooses_codes:
         seconds["sensitivity"] = _SENSITIVITY_FORWARDS * passes.forward(teacher, SENSITIVITY_TOKENS // BLOCK_LENGTH)
     if plan.search is not None:
         measuring = MOST_MEASURED * len(recipe.artifacts) * seconds_of_measuring(plan, speeds)
@@ -305,10 +305,6 @@ def _recovery(plan: Plan, passes: _Passes) -> dict[str, float]:
     return seconds
 
 
-def _chooses_codes(plan: Plan) -> bool:
-    return any(plan.recipe.file(artifact).quantizer == "feedback" for artifact in plan.recipe.artifacts)
-
-
 def _sensitivity_bytes(shape: MoeShape) -> int:
     """Float32 bytes of rows and columns of every matrix, two moments of the hidden size, four numbers of each token."""
     hidden, width = shape.hidden_size, shape.expert_width
@@ -400,8 +396,7 @@ def _router_values(shape: MoeShape) -> int:
 def _student_layer_input_bytes(plan: Plan) -> int:
     """Bytes of the layer inputs of a student that differs from the original, if error feedback chooses codes."""
     recipe = plan.recipe
-    chooses = any(recipe.file(artifact).quantizer == "feedback" for artifact in recipe.artifacts)
-    if not (chooses and _student_differs(plan)):
+    if not (recipe.chooses_codes and _student_differs(plan)):
         return 0
     return layer_input_bytes(plan.student_shape, recipe.text.calibration_blocks * BLOCK_LENGTH)
 

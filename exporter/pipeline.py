@@ -167,7 +167,7 @@ def stages_of(plan: Plan) -> tuple[Stage, ...]:
     """The stages of a plan, each after those it needs, but for the search: they build what the recipe says."""
     recipe = plan.recipe
     wanted = {
-        _SENSITIVITY: any(recipe.file(artifact).quantizer == "feedback" for artifact in recipe.artifacts),
+        _SENSITIVITY: recipe.chooses_codes,
         _SEARCH: False,
         _PARETO: False,
         _GGUF: recipe.gguf is not None,

@@ -21,6 +21,7 @@ from exporter.budget import predict
 from exporter.compression import check_compression, described_compression, expected_shape, fewest_experts
 from exporter.job import METHODS_WITHOUT_EXPERTS, Job
 from exporter.outputs import sha256_of
+from exporter.planning.ladder import ladder, machine_for
 from exporter.planning.outlook import outlook_of, outlooks, refuse_unless_something_fits
 from exporter.planning.structures import structures_for, whole, with_experts
 from exporter.prediction import Prediction
@@ -33,7 +34,7 @@ from exporter.recipe import (
     SourceChoice,
     TextChoice,
 )
-from exporter.recovery import Machine, RefusedRung, check_after_quantizing, choose_ladder, wish_for
+from exporter.recovery import RefusedRung, check_after_quantizing
 from exporter.sizes import format_size
 
 __all__ = ["HELDOUT_CHUNKS", "TextCounts", "choose_recipe", "predict_recipe", "wanted_blocks"]
@@ -89,13 +90,8 @@ def choose_recipe(
     )
     open_recipe = _open_recipe(job, checkpoint, name, text)
     chosen = _Pinned(job, checkpoint, open_recipe).best() if job.quant else _expected(job, checkpoint, open_recipe)
-    recover, refused = choose_ladder(
-        wish_for(_wanted_recovery(job, checkpoint, chosen.compress), chosen.compress),
-        expected_shape(chosen.compress, checkpoint.shape),
-        checkpoint.dtype.itemsize,
-        Machine(memory_bytes, n_blocks, models_stay=checkpoint.n_bytes < memory_bytes // 2),
-        job.seed,
-    )
+    machine = machine_for(checkpoint, memory_bytes, n_blocks)
+    recover, refused = ladder(job.recover, chosen.compress, checkpoint, machine, job.seed)
     recipe = open_recipe.model_copy(update={"compress": chosen.compress, "recover": recover, **chosen.files})
     check_compression(recipe, checkpoint.shape)
     return recipe, dict(chosen.predictions), refused
@@ -141,8 +137,12 @@ def _expected(job: Job, checkpoint: Checkpoint, recipe: Recipe) -> _Candidate:
     refuse_unless_something_fits(recipe, checkpoint, structures, recipe.artifacts)
     found = {artifact: outlooks(recipe, artifact, checkpoint, structures) for artifact in recipe.artifacts}
     worst_served = max(found, key=lambda artifact: found[artifact][0].divergence)
+    known = {(artifact, outlook.compress): outlook for artifact in found for outlook in found[artifact]}
     for choice in [outlook.compress for outlook in found[worst_served]]:
-        shared = {artifact: outlook_of(recipe, artifact, checkpoint, choice) for artifact in recipe.artifacts}
+        shared = {  # an artifact that the original serves well enough was looked at with the original alone
+            artifact: known.get((artifact, choice)) or outlook_of(recipe, artifact, checkpoint, choice)
+            for artifact in recipe.artifacts
+        }
         fitted = {artifact: outlook.fitted for artifact, outlook in shared.items() if outlook is not None}
         if len(fitted) == len(shared):
             files = {artifact: entry.choice for artifact, entry in fitted.items()}
@@ -296,9 +296,3 @@ def _check_experts(job: Job, checkpoint: Checkpoint) -> None:
             f"--experts: {n_experts} experts cannot be kept; the model has {shape.n_experts} per layer and uses "
             f"{shape.top_k} for each token, so give a number from {fewest} to {shape.n_experts}"
         )
-
-
-def _wanted_recovery(job: Job, checkpoint: Checkpoint, chosen: CompressChoice) -> str:
-    """The recovery to plan: none if nothing was compressed, unless the user named one."""
-    unchanged = chosen == CompressChoice(experts=checkpoint.shape.n_experts)
-    return "none" if job.recover == "auto" and unchanged else job.recover

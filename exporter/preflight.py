@@ -15,7 +15,7 @@ from exporter.estimate import disk_lines, disk_lines_of_all
 from exporter.job import Job
 from exporter.plan import Plan
 from exporter.planned_types import planned_block_length
-from exporter.recovery import scope_of
+from exporter.recovery import WRITTEN_ITEMSIZE, scope_of
 from exporter.sizes import format_size
 from validate.cost import LEAST_CONTEXT
 from validate.generation import NEW_TOKENS, PROMPT_TOKENS
@@ -109,9 +109,6 @@ def refuse_too_short_a_context(shape: MoeShape) -> None:
         )
 
 
-_FLOAT32 = 4  # bytes of a written weight while it is computed with
-
-
 def refuse_too_large_rungs(plan: Plan) -> None:
     """Compares ``--memory`` with what the recipe's rungs of recovery need in training.
 
@@ -122,10 +119,11 @@ def refuse_too_large_rungs(plan: Plan) -> None:
     for rung in recover.rungs:
         if rung.scope != "router":  # which need no more than inference
             refuse_too_large(scope_of(rung), shape, itemsize, plan.memory_bytes)
-    if recover.after_quantizing is not None and recover.after_quantizing.scope != "router":
+    beside_codes = recover.after_quantizing
+    if beside_codes is not None and beside_codes.scope != "router":
         for artifact in plan.recipe.artifacts:
             block_length = planned_block_length(plan.recipe, artifact, shape)
-            refuse_too_large(scope_of(recover.after_quantizing), shape, _FLOAT32, plan.memory_bytes, block_length)
+            refuse_too_large(scope_of(beside_codes), shape, WRITTEN_ITEMSIZE, plan.memory_bytes, block_length)
 
 
 def _refuse_too_little(place: Path, needed: int, lines: Mapping[str, int], instead: str) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from compressors.recover.schedule import RATES_HIDDEN_SIZE
+
 __all__ = ["rates_for", "trial_blocks", "trial_share"]
 
 _ANCHORS: Mapping[str, tuple[tuple[float, float], tuple[float, float]]] = {
@@ -24,7 +26,6 @@ _TRIED: Mapping[str, tuple[float, ...]] = {"norms": (1.0,), "scales": (1.0,), "a
 
 _TRIAL_SHARE = 8  # a trial takes one in this many of a rung's blocks
 _LEAST_STEPS = 4
-_RATES_HIDDEN_SIZE = 256
 
 
 def rates_for(scope: str, divergence: float, hidden_size: int) -> Sequence[float]:
@@ -40,7 +41,7 @@ def rates_for(scope: str, divergence: float, hidden_size: int) -> Sequence[float
     place = math.log(min(max(divergence, low), high) / low) / math.log(high / low)
     rate = low_rate * (high_rate / low_rate) ** place
     if scope == "all":
-        rate *= _RATES_HIDDEN_SIZE / hidden_size
+        rate *= RATES_HIDDEN_SIZE / hidden_size
     return [rate * multiple for multiple in _TRIED[scope]]
 
 

@@ -239,6 +239,11 @@ class Recipe(_Part):
         """The artifacts that are written, in this order."""
         return tuple(name for name, choice in self._files.items() if choice is not None)
 
+    @property
+    def chooses_codes(self) -> bool:
+        """Says whether error feedback chooses the codes of an artifact."""
+        return any(self.file(artifact).quantizer == "feedback" for artifact in self.artifacts)
+
 
 def recipe_yaml(recipe: Recipe) -> str:
     """The recipe as YAML, keys in the order of the class."""

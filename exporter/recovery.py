@@ -9,13 +9,14 @@ from compressors.model.errors import InputError
 from compressors.model.families import ATTENTION, NORMS, Role
 from compressors.model.shape import MoeShape
 from compressors.recover.knowledge_augmentation import UPDATES_PER_BATCH
-from compressors.recover.schedule import Schedule
+from compressors.recover.schedule import RATES_HIDDEN_SIZE, Schedule
 from compressors.recover.scopes import BlockLength, Scope
 from compressors.recover.training_memory import refuse_too_large
 from exporter.recipe import CompressChoice, RecoverChoice, RungChoice
 
 __all__ = [
     "RECOVERIES",
+    "WRITTEN_ITEMSIZE",
     "Machine",
     "RefusedRung",
     "after_quantizing_name",
@@ -54,12 +55,7 @@ RECOVERIES = (
 """Values of ``--recover``: the ladder, nothing, the published schedule, or one rung, ``SCOPE`` or ``SCOPE:LOSS``."""
 
 _RATES = {"router": 3e-3, "top-experts": 1e-3, "experts": 1e-3, "adapters": 3e-3}
-_RATES_HIDDEN_SIZE = 256
-"""Learning rates chosen on a selection split (docs/recovery.md), and the hidden size of that model.
-
-An Adam step moves each of a row's weights by about the learning rate, so a product moves in proportion to the hidden
-size: other models' rates are scaled by its inverse.
-"""
+"""Learning rates chosen on a selection split (docs/recovery.md), for a model of ``RATES_HIDDEN_SIZE``."""
 
 _SCOPES = {
     "router": Scope.routers(),
@@ -69,7 +65,9 @@ _SCOPES = {
     "all": Scope.everything(),
 }
 
-_FLOAT32 = 4  # bytes of a written weight in the computation
+WRITTEN_ITEMSIZE = 4
+"""Bytes of a written file's weight while it is computed with."""
+
 _TOP_EXPERTS = 8  # of each layer, as in the smallest wider scope of arXiv 2609.06076
 _ADAPTER_RANKS = (8, 4, 2, 1)
 _STREAMED_BATCHES_PER_ROUND = 8  # of a live teacher that is read from the disk for each round
@@ -151,7 +149,7 @@ def tuning_rung(student: MoeShape, machine: Machine, block_lengths: Sequence[Blo
         rung = _rung(scope, "kd", student, machine)
         try:
             for block_length in block_lengths:
-                refuse_too_large(scope_of(rung), student, _FLOAT32, machine.memory_bytes, block_length)
+                refuse_too_large(scope_of(rung), student, WRITTEN_ITEMSIZE, machine.memory_bytes, block_length)
         except InputError:
             continue
         return rung
@@ -257,7 +255,7 @@ def _adapters(rung: RungChoice, rank: int, student: MoeShape) -> RungChoice:
 
 
 def _rate(scope: str, student: MoeShape) -> float:
-    return _RATES[scope] * _RATES_HIDDEN_SIZE / student.hidden_size
+    return _RATES[scope] * RATES_HIDDEN_SIZE / student.hidden_size
 
 
 def _obstacle(rung: RungChoice, student: MoeShape, itemsize: int, memory_bytes: int) -> str | None:

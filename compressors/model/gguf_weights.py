@@ -24,9 +24,9 @@ from compressors.model.families import NORMS, Role
 from compressors.model.ggml import GGMLQuantizationType, dequantize_into
 from compressors.model.gguf_file import GgufEntry, GgufFile
 from compressors.model.shape import MoeShape
-from compressors.model.weights import TunablePart
+from compressors.model.weights import ReplacedValues, TunablePart
 
-__all__ = ["GgufWeights"]
+__all__ = ["GgufWeights", "interleave_rotary_rows"]
 
 
 class GgufWeights:
@@ -45,7 +45,7 @@ class GgufWeights:
     def __init__(self, path: Path, shape: MoeShape) -> None:
         self._file = GgufFile(path)
         self._shape = shape
-        self._values: Mapping[str, torch.Tensor] = {}  # tunable ones in place of the file's
+        self._values = ReplacedValues({})
         self._entries = {
             (role, layer): self._checked_entry(role, layer)
             for role in shape.stored_roles
@@ -113,7 +113,7 @@ class GgufWeights:
         for name, tensor in values.items():
             self._check_values(name, tensor)
         changed = copy.copy(self)
-        changed._values = values
+        changed._values = ReplacedValues(values)
         return changed
 
     def changed_parts(self) -> Iterator[TunablePart]:
@@ -147,7 +147,7 @@ class GgufWeights:
         if entry.ggml_type is GGMLQuantizationType.F32:
             rows_RY[:] = values.contiguous().view(-1, entry.shape[-1])[rows].view(torch.uint8).numpy()
         else:
-            put_scales(rows_RY, entry.ggml_type, self._in_order(role, values, _interleaved_rows)[rows])
+            put_scales(rows_RY, entry.ggml_type, self._in_order(role, values, interleave_rotary_rows)[rows])
 
     def _in_order(
         self, role: Role, values: torch.Tensor, order: Callable[[torch.Tensor, int], torch.Tensor]
@@ -208,7 +208,10 @@ def _rotate_half_rows(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
     return weight.reshape(n_heads, n_rows // n_heads // 2, 2, n_inputs).transpose(1, 2).reshape(n_rows, n_inputs)
 
 
-def _interleaved_rows(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
-    """The inverse of :func:`_rotate_half_rows`."""
+def interleave_rotary_rows(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
+    """Puts the rows of each head that one rotation mixes, i and i + head_dim / 2, side by side.
+
+    ``LlamaModel.permute`` in llama.cpp's ``conversion/llama.py`` does the same.
+    """
     n_rows, n_inputs = weight.shape
     return weight.reshape(n_heads, 2, n_rows // n_heads // 2, n_inputs).transpose(1, 2).reshape(n_rows, n_inputs)

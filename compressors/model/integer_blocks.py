@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BITS", "BlockType", "IntegerBlocks", "round_to_codes", "search_blocks"]
+__all__ = ["BITS", "BlockType", "IntegerBlocks", "float16_values", "round_to_codes", "search_blocks"]
 
 BITS = (2, 4, 8)
 
@@ -128,7 +128,7 @@ class _Search:
                     self._try(_inverse(furthest_RK / np.float32(-sign * level * _lowest(self._bits))))
         for _ in range(_TURNS):
             self._try(_inverse(self._best_RK))
-        return _half(self._best_RK)
+        return float16_values(self._best_RK)
 
     def _furthest(self) -> _Floats:
         """The value furthest from zero of each block, with its sign."""
@@ -171,7 +171,7 @@ def _inverse(scales_RK: _Floats) -> _Floats:
     return np.divide(np.float32(1), scales_RK, out=np.zeros_like(scales_RK), where=scales_RK != 0)
 
 
-def _half(scales_RK: _Floats) -> _Floats:
-    """Rounded to what a float16 holds."""
-    rounded: _Floats = scales_RK.astype(np.float16).astype(np.float32)
-    return rounded
+def float16_values(numbers: _Floats) -> _Floats:
+    """Returns the nearest numbers that float16 represents."""
+    with np.errstate(over="ignore"):
+        return numbers.astype(np.float16).astype(np.float32)

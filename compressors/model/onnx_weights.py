@@ -30,7 +30,7 @@ from compressors.model.onnx_blocks import unpack
 from compressors.model.onnx_graph import external_place, read_graph
 from compressors.model.raw_file import RawFile
 from compressors.model.shape import MoeShape
-from compressors.model.weights import StoredType, TunablePart
+from compressors.model.weights import ReplacedValues, StoredType, TunablePart
 
 __all__ = ["CODES", "DATA_FILE", "MATRIX", "MODEL_FILE", "SCALES", "OnnxWeights"]
 
@@ -124,7 +124,8 @@ class OnnxWeights:
         self._graph_file = folder / MODEL_FILE
         self._data = RawFile(folder / DATA_FILE)
         self._shape = shape
-        self._values: Mapping[str, torch.Tensor] = {}  # tunable values in place of the file's
+        self._values = ReplacedValues({})
+        self._replaced: Mapping[_Weight, Mapping[Role, str]] = {}  # names of a weight's replaced values
         tensors = self._tensors()
         self._weights = {
             (role, layer): self._weight(role, layer, tensors)
@@ -193,7 +194,8 @@ class OnnxWeights:
         for name, tensor in values.items():
             self._check_values(name, tensor)
         changed = copy.copy(self)
-        changed._values = values
+        changed._values = ReplacedValues(values)
+        changed._replaced = self._names_by_weight(values)
         return changed
 
     def changed_parts(self) -> Iterator[TunablePart]:
@@ -224,19 +226,26 @@ class OnnxWeights:
         values = np.empty((n_rows, columns), dtype=stored.dtype)
         offset = stored.offset + first * columns * stored.dtype.itemsize
         self._data.fill(stored.name, values.reshape(-1).view(np.uint8).data, offset)
-        if self._values and stored is (weight.codes if weight.scales is None else weight.scales):
+        if weight in self._replaced and stored is (weight.codes if weight.scales is None else weight.scales):
             self._replace(weight, values, first)
         return values
 
     def _replace(self, weight: _Weight, values_RN: npt.NDArray[Any], first: int) -> None:
         """Writes the values that replace the file's into some rows: those of whole experts where roles alternate."""
-        for (role, layer), found in self._weights.items():
+        for role, name in self._replaced[weight].items():
+            alternate = role in _ALTERNATING and not self._shape.is_dense
+            own_RN = self._rows_of_role(values_RN, role)
+            of_role_RN = self._values[name].reshape(-1, values_RN.shape[1]).numpy()
+            own_RN[:] = of_role_RN[first // (2 if alternate else 1) :][: len(own_RN)]
+
+    def _names_by_weight(self, values: Mapping[str, torch.Tensor]) -> Mapping[_Weight, Mapping[Role, str]]:
+        """Returns the names among ``values`` whose rows each weight holds."""
+        names: dict[_Weight, dict[Role, str]] = {}
+        for (role, layer), weight in self._weights.items():
             name = self._shape.gguf_name(role, layer)
-            if found == weight and name in self._values:
-                alternate = role in _ALTERNATING and not self._shape.is_dense
-                own_RN = self._rows_of_role(values_RN, role)
-                of_role_RN = self._values[name].reshape(-1, values_RN.shape[1]).numpy()
-                own_RN[:] = of_role_RN[first // (2 if alternate else 1) :][: len(own_RN)]
+            if name in values:
+                names.setdefault(weight, {})[role] = name
+        return names
 
     def _rows_of_role(self, rows_RN: npt.NDArray[Any], role: Role) -> npt.NDArray[Any]:
         """A view of the rows that are a role's."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -15,7 +16,7 @@ from compressors.model.families import Role
 from compressors.model.ggml import GGMLQuantizationType
 from compressors.model.integer_blocks import BlockType
 
-__all__ = ["StoredType", "TunablePart", "Weights", "WrittenWeights"]
+__all__ = ["ReplacedValues", "StoredType", "TunablePart", "Weights", "WrittenWeights"]
 
 StoredType = GGMLQuantizationType | BlockType
 """The way in which a file stores a tensor: a type of ggml, or blocks that only ONNX Runtime has."""
@@ -30,6 +31,30 @@ class TunablePart:
     n_bytes: int
     put: Callable[[npt.NDArray[np.uint8]], None]
     """Puts the values that are to be there into these bytes, and leaves the others as they are."""
+
+
+_MATRICES_OF_AN_EXPERT = 3
+
+
+class ReplacedValues:
+    """Holds the tunable values that take the place of a file's, by the tensor's name, and remembers the last ones read.
+
+    A tensor holds the values of all experts of a layer, and readers visit experts one by one: each expert asks for the
+    same three tensors, which would otherwise come from the disk as often as there are experts.
+
+    Args:
+        values: by name; they may be read when they are asked for.
+    """
+
+    def __init__(self, values: Mapping[str, torch.Tensor]) -> None:
+        self._values = values
+        self._read = lru_cache(maxsize=_MATRICES_OF_AN_EXPERT)(values.__getitem__)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._read(name)
 
 
 class Weights(Protocol):

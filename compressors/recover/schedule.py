@@ -10,7 +10,14 @@ import torch
 
 from compressors.model.errors import InputError
 
-__all__ = ["Schedule"]
+__all__ = ["RATES_HIDDEN_SIZE", "Schedule"]
+
+RATES_HIDDEN_SIZE = 256
+"""The hidden size of the models that learning rates were chosen on (docs/recovery.md).
+
+An Adam step moves each of a row's weights by about the learning rate, so a product moves in proportion to the hidden
+size: other models' rates are scaled by its inverse.
+"""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from compressors.model.errors import InputError
 from compressors.model.families import ATTENTION, NORMS, Role
 from compressors.model.shape import MoeShape
 from compressors.model.student import ExpertMap
+from compressors.recover.schedule import RATES_HIDDEN_SIZE
 from compressors.statistics import LayerStatistics
 
 __all__ = ["BlockLength", "Scope", "expert_usage", "scaled_roles"]
@@ -22,7 +23,6 @@ BlockLength = Callable[[Role, int], int | None]
 matrix has no scales that can be trained."""
 
 _ROUTER_RATE_BESIDE_SCALES = 0.1
-_RATE_HIDDEN_SIZE = 256
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Scope:
         logits in proportion to the hidden size.
         """
         only_relative = self.norms and self.n_experts == 0
-        return _ROUTER_RATE_BESIDE_SCALES * _RATE_HIDDEN_SIZE / hidden_size if only_relative else 1.0
+        return _ROUTER_RATE_BESIDE_SCALES * RATES_HIDDEN_SIZE / hidden_size if only_relative else 1.0
 
     def parameters(self, layer: MoeShape, block_length: Callable[[Role], int | None] | None = None) -> int:
         """Trained parameters of a layer of this shape.

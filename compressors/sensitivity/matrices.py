@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 
 from compressors.model.errors import InputError
 from compressors.model.families import Role
-from compressors.model.student import ExpertMap
 
 __all__ = ["LayerSensitivities", "MatrixSensitivity", "Sensitivities", "VocabularySensitivities"]
 
@@ -83,12 +82,10 @@ class Sensitivities:
     Args:
         folder: where they lie.
         tied: whether the head is the embedding.
-        experts: the student in terms of the model that was watched; None: it is that model.
     """
 
     folder: Path
     tied: bool
-    experts: ExpertMap | None = None
 
     def of(self, role: Role, layer: int | None = None) -> MatrixSensitivity:
         """A tensor's sensitivity.
@@ -98,11 +95,7 @@ class Sensitivities:
         """
         if layer is None:
             return self.vocabulary.of(role, tied=self.tied)
-        if self.experts is None:
-            return _layer(self.folder, layer)[role]
-        came_from = self.experts.layers[layer]
-        found = _layer(self.folder, came_from.source)[role]
-        return found if not role.is_expert else _of_survivors(found, list(came_from.kept))
+        return _layer(self.folder, layer)[role]
 
     @property
     def vocabulary(self) -> VocabularySensitivities:
@@ -142,13 +135,6 @@ def _layer(folder: Path, layer: int) -> dict[Role, MatrixSensitivity]:
     tensors = _load(_layer_path(folder, layer))
     names = dict.fromkeys(name.split(".")[0] for name in tensors)
     return {Role[name]: MatrixSensitivity(tensors[f"{name}.rows"], tensors[f"{name}.columns"]) for name in names}
-
-
-def _of_survivors(found: MatrixSensitivity, kept: list[int]) -> MatrixSensitivity:
-    """The sensitivities of the experts that stay; they take over the others' in proportion to their own."""
-    rows_MPO = found.rows_MPO[kept]
-    taken_over = found.rows_MPO.sum() / rows_MPO.sum().clamp_min(torch.finfo(torch.float32).tiny)
-    return MatrixSensitivity(rows_MPO * taken_over, found.columns_MPI[kept])
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:

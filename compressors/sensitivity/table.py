@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from compressors.model.families import Role
 from compressors.model.student import Student
+from compressors.model.threads import one_thread_each
 from compressors.sensitivity.divergence import SecondOrder
 from compressors.sensitivity.matrices import Sensitivities
 from compressors.sensitivity.sampling import SAMPLED_WEIGHTS, Quantizer, RowSample, sample_rows
@@ -48,15 +48,6 @@ class TypeTable:
     """All units of a file."""
 
     units: tuple[Unit, ...]
-
-    def restricted(self, allowed: Mapping[str, Collection[str]]) -> TypeTable:
-        """The table with these choices only for the units that are named."""
-        units = []
-        for unit in self.units:
-            names = allowed.get(unit.name)
-            options = tuple(option for option in unit.options if names is None or option.choice in names)
-            units.append(replace(unit, options=options))
-        return TypeTable(tuple(units))
 
     def without(self, choices: Collection[str]) -> TypeTable:
         """The table without these types."""
@@ -139,7 +130,7 @@ def measured_table(
         InputError: a weight cannot be read or is not finite.
     """
     units = []
-    with ThreadPoolExecutor(threads) as pool:
+    with one_thread_each(threads) as pool:
         for plan in plans:
             samples = [
                 (role, sample_rows(student, role, layer, sensitivities.of(role, layer), importance, n_weights))

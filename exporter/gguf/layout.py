@@ -9,7 +9,7 @@ from math import prod
 
 from compressors.model.checkpoint import role_shape
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.families import Role
+from compressors.model.families import NORMS, Role
 from compressors.model.ggml_types import BLOCK_SIZES
 from compressors.model.gguf_rope import GgufRope, gguf_rope
 from compressors.model.names import shown
@@ -23,10 +23,7 @@ __all__ += ["rope_settings"]
 _MAX_EXPERTS, _MAX_LAYERS = 1024, 512  # LLAMA_MAX_EXPERTS and LLAMA_MAX_LAYERS in src/llama-hparams.h
 
 
-_FLOAT32_ROLES = frozenset(
-    {Role.FINAL_NORM, Role.ATTENTION_NORM, Role.MOE_NORM, Role.QUERY_NORM, Role.KEY_NORM, Role.ROUTER}
-    | {Role.ROPE_FACTORS}
-)
+_FLOAT32_ROLES = NORMS | {Role.ROUTER, Role.ROPE_FACTORS}
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 
-from compressors.model.checkpoint import role_shape
 from compressors.model.families import Role
 from compressors.model.ggml_types import BLOCK_SIZES
 from compressors.model.shape import MoeShape
 from compressors.model.student import Student
-from compressors.quantize import GGMLQuantizationType, row_bytes
+from compressors.quantize import GGMLQuantizationType
 from compressors.sensitivity import (
     Candidate,
     Quantizer,
@@ -24,6 +24,7 @@ from compressors.sensitivity import (
 from compressors.sensitivity.sampling import SAMPLED_WEIGHTS
 from compressors.statistics import Importance
 from exporter.gguf.container import aligned
+from exporter.gguf.layout import plan_tensors
 
 __all__ = ["ALLOCATED_TYPES", "DecodeCost", "gguf_type_table", "plan_gguf_units", "weights_of_a_token"]
 
@@ -53,10 +54,6 @@ ALLOCATED_TYPES = (
 )
 """The types that an allocation chooses from unless it is told otherwise, from the most bits to the fewest."""
 
-_NOT_QUANTIZED = frozenset(
-    {Role.FINAL_NORM, Role.ATTENTION_NORM, Role.MOE_NORM, Role.QUERY_NORM, Role.KEY_NORM, Role.ROUTER}
-)
-
 
 def plan_gguf_units(
     shape: MoeShape,
@@ -74,20 +71,23 @@ def plan_gguf_units(
         feedback: error feedback reduces the errors (:func:`~compressors.sensitivity.feedback_factor`).
         quantizers: quantizers in place of ggml's kernels for some types; None: the type holds the weights exactly.
         decode_cost: decoding time in the runtime; None: time does not count.
+
+    Raises:
+        UnsupportedError: llama.cpp cannot represent a model of this shape.
     """
     plans = []
-    for role, layer in _matrices(shape):
-        dimensions = _dimensions(shape, role, layer)
+    for tensor in plan_tensors(shape, "F32"):
+        if not tensor.is_matrix:
+            continue
         candidates = []
         for ggml_type in types:
-            if dimensions[-1] % BLOCK_SIZES[ggml_type][0] == 0:
-                n_bytes = aligned(prod(dimensions[:-1]) * row_bytes(ggml_type, dimensions[-1]))
+            if tensor.row_length % BLOCK_SIZES[ggml_type][0] == 0:
+                n_bytes = aligned(replace(tensor, ggml_type=ggml_type).n_bytes)
                 quantize, factor = _errors(ggml_type, feedback, quantizers or {})
-                n_used = weights_of_a_token(shape, role, dimensions)
+                n_used = weights_of_a_token(shape, tensor.role, tensor.shape)
                 seconds = 0.0 if decode_cost is None else decode_cost(ggml_type.name, n_used)
                 candidates.append(Candidate(ggml_type.name, n_bytes, quantize, factor, seconds))
-        name = shape.gguf_name(role, layer)
-        plans.append(UnitPlan(name, (name,), ((role, layer),), tuple(candidates)))
+        plans.append(UnitPlan(tensor.name, (tensor.name,), ((tensor.role, tensor.layer),), tuple(candidates)))
     return plans
 
 
@@ -128,23 +128,15 @@ def _errors(
 
 
 def weights_of_a_token(shape: MoeShape, role: Role, dimensions: tuple[int, ...]) -> int:
-    """The number of weights of a tensor that one token uses; 0 for an embedding that is not the head too."""
+    """Counts the weights that one token is multiplied with: its experts', and none of an embedding that is no head.
+
+    Args:
+        shape: shape of the model.
+        role: role of a tensor of the file.
+        dimensions: dimensions of the tensor (:class:`~exporter.gguf.layout.GgufTensor`).
+    """
     if role is Role.TOKEN_EMBEDDING and not shape.tied_embeddings:
         return 0
-    if role.is_expert:
+    if role.is_expert and not shape.is_dense:
         return prod(dimensions[1:]) * min(shape.top_k, dimensions[0])
     return prod(dimensions)
-
-
-def _matrices(shape: MoeShape) -> list[tuple[Role, int | None]]:
-    roles = [role for role in shape.stored_roles if role not in _NOT_QUANTIZED]
-    found: list[tuple[Role, int | None]] = [(role, None) for role in roles if role.is_global]
-    for layer in range(shape.n_layers):
-        found += [(role, layer) for role in roles if not role.is_global]
-    return found
-
-
-def _dimensions(shape: MoeShape, role: Role, layer: int | None) -> tuple[int, ...]:
-    of_layer = shape if layer is None else shape.layer(layer)
-    dimensions = role_shape(role, of_layer)
-    return (of_layer.n_experts, *dimensions) if role.is_expert else dimensions

@@ -14,6 +14,7 @@ from math import prod
 import torch
 
 from compressors.model.families import Role
+from compressors.model.gguf_weights import interleave_rotary_rows
 from compressors.model.student import Student
 from compressors.quantize import quantize_rows, row_bytes
 from compressors.quantize.feedback import TYPES_WITH_FEEDBACK, Feedback, quantize_rows_with_feedback
@@ -175,14 +176,5 @@ def _matrix_rows(student: Student, tensor: GgufTensor, rows: slice) -> torch.Ten
         return student.tensor(tensor.role, tensor.layer)[None]
     values_RN = student.rows(tensor.role, tensor.layer, rows)
     if student.family.gguf.rotary_is_interleaved and tensor.role in (Role.QUERY, Role.KEY):
-        return _interleave_rotary_rows(values_RN, len(values_RN) // student.shape.head_dim)
+        return interleave_rotary_rows(values_RN, len(values_RN) // student.shape.head_dim)
     return values_RN
-
-
-def _interleave_rotary_rows(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
-    """Puts the rows of each head that one rotation mixes, i and i + head_dim / 2, side by side.
-
-    It does the same as ``LlamaModel.permute`` in llama.cpp's ``conversion/llama.py``.
-    """
-    n_rows, n_inputs = weight.shape
-    return weight.reshape(n_heads, 2, n_rows // n_heads // 2, n_inputs).transpose(1, 2).reshape(n_rows, n_inputs)

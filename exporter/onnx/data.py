@@ -199,15 +199,15 @@ def _blocks(matrix: _Matrix, encoding: Encoding, feedback: Feedback | None) -> I
     assert encoding.blocks is not None
     values_RN, importance_N, name = matrix.values_RN, matrix.importance_N, matrix.name
     bits, block_size, ggml_type = encoding.blocks.bits, encoding.blocks.block_size, encoding.ggml_type
-    if ggml_type is not None and feedback is None:
-        return _UNPACKED[ggml_type](quantize_rows(values_RN, ggml_type, importance_N, name=name))
-    if ggml_type is not None and feedback is not None:
-        rows = quantize_rows_with_feedback(values_RN, ggml_type, importance_N, feedback, name=name)
-        return _UNPACKED[ggml_type](rows)
+    if ggml_type is not None:
+        if feedback is None:
+            rows_RY = quantize_rows(values_RN, ggml_type, importance_N, name=name)
+        else:
+            rows_RY = quantize_rows_with_feedback(values_RN, ggml_type, importance_N, feedback, name=name)
+        return _UNPACKED[ggml_type](rows_RY)
     if feedback is None:
         return search_blocks(values_RN, bits, block_size, importance_N, name=name)
-    found = quantize_blocks_with_feedback(values_RN, bits, block_size, feedback, importance_N, name=name)
-    return IntegerBlocks(found.codes_RN, found.scales_RK, bits)
+    return quantize_blocks_with_feedback(values_RN, bits, block_size, feedback, importance_N, name=name)
 
 
 def _alternating(rows: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:

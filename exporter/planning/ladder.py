@@ -6,10 +6,11 @@ from compressors.model.checkpoint import Checkpoint
 from exporter.compression import expected_shape
 from exporter.plan import Plan
 from exporter.planned_types import planned_block_length
+from exporter.planning.structures import whole
 from exporter.recipe import CompressChoice, Recipe, RecoverChoice, RungChoice
 from exporter.recovery import Machine, RefusedRung, choose_ladder, tuning_rung, wish_for
 
-__all__ = ["ladder_for", "rung_beside_codes"]
+__all__ = ["ladder", "ladder_for", "machine_for", "rung_beside_codes"]
 
 _WORTH_TEACHING = 0.005
 """Divergence, nats, from which norms and block scales of a file are taught: below, they gain a few per cent at most."""
@@ -17,21 +18,40 @@ _WORTH_TEACHING = 0.005
 _BLOCKS = 80  # 40,960 tokens
 
 
-def ladder_for(compress: CompressChoice, plan: Plan) -> tuple[RecoverChoice, tuple[RefusedRung, ...]]:
-    """The rungs that a run climbs with this structure before files are written, and those that do not fit the memory.
+def ladder(
+    wish: str, compress: CompressChoice, source: Checkpoint, machine: Machine, seed: int
+) -> tuple[RecoverChoice, tuple[RefusedRung, ...]]:
+    """Returns the rungs that a wish means for a structure before files are written, and those that do not fit.
 
     ``auto`` teaches nothing of the original.
+
+    Args:
+        wish: one of :data:`exporter.recovery.RECOVERIES`.
+        compress: the structure.
+        source: the original.
+        machine: what training may use.
+        seed: of the order of blocks, and of adapters' beginnings.
     """
-    assert plan.search is not None, "the recipe stands"
-    wish, source = plan.search.recover, Checkpoint(plan.source)
-    is_original = compress == CompressChoice(experts=source.shape.n_experts)
+    is_original = compress == whole(source.shape)
     return choose_ladder(
         "none" if wish == "auto" and is_original else wish_for(wish, compress),
         expected_shape(compress, source.shape),
         source.dtype.itemsize,
-        _machine(plan, source),
-        plan.recipe.recover.seed,
+        machine,
+        seed,
     )
+
+
+def machine_for(source: Checkpoint, memory_bytes: int, calibration_blocks: int) -> Machine:
+    """Says what training may use; models stay where the original leaves half of the memory to the student."""
+    return Machine(memory_bytes, calibration_blocks, models_stay=source.n_bytes < memory_bytes // 2)
+
+
+def ladder_for(compress: CompressChoice, plan: Plan) -> tuple[RecoverChoice, tuple[RefusedRung, ...]]:
+    """Returns the :func:`ladder` that a run climbs with this structure."""
+    assert plan.search is not None, "the recipe stands"
+    source = Checkpoint(plan.source)
+    return ladder(plan.search.recover, compress, source, _machine(plan, source), plan.recipe.recover.seed)
 
 
 def rung_beside_codes(recipe: Recipe, plan: Plan, expected: float) -> RungChoice | None:
@@ -52,5 +72,4 @@ def rung_beside_codes(recipe: Recipe, plan: Plan, expected: float) -> RungChoice
 
 
 def _machine(plan: Plan, source: Checkpoint) -> Machine:
-    n_blocks = plan.recipe.text.calibration_blocks
-    return Machine(plan.memory_bytes, n_blocks, models_stay=source.n_bytes < plan.memory_bytes // 2)
+    return machine_for(source, plan.memory_bytes, plan.recipe.text.calibration_blocks)

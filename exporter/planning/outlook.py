@@ -103,10 +103,10 @@ def _least(
     for choice in structures:
         try:
             container = container_of(recipe, artifact, checkpoint, choice)
+            units = units_of(container, checkpoint.dtype)
         except UnsupportedError as error:
             refusal = refusal or error
             continue
-        units = units_of(container, checkpoint.dtype)
         n_bytes = sum(min(candidate.n_bytes for candidate in unit.candidates) for unit in units)
         possible.append((n_bytes, choice, container))
     if not possible:
@@ -155,9 +155,10 @@ def outlook_of(recipe: Recipe, artifact: str, checkpoint: Checkpoint, choice: Co
     """A structure with the types that are expected to be best; None if none fit, or the container cannot hold it."""
     try:
         container = container_of(recipe, artifact, checkpoint, choice)
+        table = _default_table(container, checkpoint.dtype)
     except UnsupportedError:
         return None
-    fitted = best_fit(container, _default_table(container, checkpoint.dtype))
+    fitted = best_fit(container, table)
     if fitted is None:
         return None
     return Outlook(choice, container, fitted, expected_loss(choice, checkpoint.shape) + fitted.allocation.divergence)

@@ -141,10 +141,10 @@ class Search:
         """A structure with the best types that fit; None if none do."""
         try:
             container = container_of(self._recipe, artifact, self._source, choice)
+            units = units_of(container, self._source.dtype)
         except UnsupportedError:
             return None
-        trial = self._trial(choice)
-        units, name = units_of(container, self._source.dtype), f"{artifact}-{container.choice.quantizer}"
+        trial, name = self._trial(choice), f"{artifact}-{container.choice.quantizer}"
         fitted = best_fit(container, trial.table(units, name), most_seconds(container, self._wishes.prefer))
         if fitted is None:
             return None

@@ -17,6 +17,7 @@ from compressors.sensitivity import Sensitivities, TypeTable, UnitPlan, gather_s
 from exporter.files import flush_folder, write_atomically
 from exporter.plan import Plan
 from exporter.planning.ladder import ladder_for
+from exporter.planning.structures import whole
 from exporter.recipe import CompressChoice
 from exporter.stage import StageContext
 from exporter.stages import compress
@@ -49,7 +50,7 @@ class Trial:
     @property
     def _is_original(self) -> bool:
         """True if nothing is changed; then everything is known."""
-        return self.compress == CompressChoice(experts=self.context.plan.teacher_shape.n_experts)
+        return self.compress == whole(self.context.plan.teacher_shape)
 
     @classmethod
     def of(cls, context: StageContext, choice: CompressChoice, number: int) -> Trial:

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from compressors.model.checkpoint import Checkpoint
 from compressors.model.memory import MemoryLimit
 from compressors.model.student import Student
-from compressors.sensitivity import Sensitivities
 from compressors.statistics import Importance, StoredStatistics, importance, importance_of_kept
 from exporter.gguf.imatrix import read_imatrix
 from exporter.plan import Plan
@@ -30,7 +29,6 @@ __all__ = [
     "memory_limit",
     "open_student",
     "same_numbers",
-    "sensitivities_of",
     "use_threads",
 ]
 
@@ -195,11 +193,6 @@ def importance_of(student: Student, plan: Plan, work: WorkDirectory) -> Importan
         return importance_of_kept(read_imatrix(plan.imatrix, plan.teacher_shape), student.experts)
     statistics = Calibration.of(work).layer_statistics(student.source.shape.n_layers)
     return importance(statistics, student.experts)
-
-
-def sensitivities_of(student: Student, work: WorkDirectory) -> Sensitivities:
-    """The sensitivities to errors in the student's matrices, as far as they are the teacher's."""
-    return Sensitivities(work.stage("sensitivity"), student.shape.tied_embeddings, student.experts)
 
 
 def memory_limit(context: StageContext) -> MemoryLimit:

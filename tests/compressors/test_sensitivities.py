@@ -19,7 +19,7 @@ from compressors.model.errors import InputError
 from compressors.model.families import Role
 from compressors.model.memory import MemoryLimit
 from compressors.model.next_token import draw_tokens, random_numbers
-from compressors.model.student import ExpertMap, Student
+from compressors.model.student import Student
 from compressors.sensitivity import Sensitivities, gather_sensitivities
 
 _SEED = 7
@@ -212,19 +212,6 @@ def test_memory_and_a_second_run_change_no_bit(folder: Path, blocks_BT: torch.Te
         for file in sorted(target.iterdir()):
             assert file.read_bytes() == (tmp_path / "0" / file.name).read_bytes(), file.name
     assert done == [1] * 4 * len(limits)
-
-
-def test_a_pruned_student_has_its_survivors_sensitivities(found: Sensitivities) -> None:
-    n_experts = len(found.of(Role.EXPERT_DOWN, 0).rows_MPO)
-    kept = tuple(range(0, n_experts, 2))
-    student = ExpertMap.keeping(n_experts, [kept, kept[:-1]])
-    sliced = Sensitivities(found.folder, found.tied, student)
-    whole, part = found.of(Role.EXPERT_UP, 1), sliced.of(Role.EXPERT_UP, 1)
-    torch.testing.assert_close(part.columns_MPI, whole.columns_MPI[list(kept[:-1])])
-    assert float(part.rows_MPO.sum()) == pytest.approx(float(whole.rows_MPO.sum()), rel=1e-5)
-    ratio = part.rows_MPO / whole.rows_MPO[list(kept[:-1])]
-    assert float(ratio.nan_to_num(1.0).max()) == pytest.approx(float(ratio[ratio.isfinite()].min()), rel=1e-4)
-    torch.testing.assert_close(sliced.of(Role.QUERY, 1).rows_MPO, found.of(Role.QUERY, 1).rows_MPO)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

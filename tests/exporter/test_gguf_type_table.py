@@ -22,7 +22,7 @@ from compressors.sensitivity import Sensitivities, TypeTable, allocate, default_
 from compressors.statistics import Importance, StatisticsCollector, importance
 from exporter.gguf.container import aligned
 from exporter.gguf.layout import plan_tensors
-from exporter.gguf.type_table import ALLOCATED_TYPES, gguf_type_table, plan_gguf_units
+from exporter.gguf.type_table import ALLOCATED_TYPES, gguf_type_table, plan_gguf_units, weights_of_a_token
 
 _T = GGMLQuantizationType
 _FEW = (_T.Q8_0, _T.Q5_0, _T.Q4_0, _T.Q3_K)
@@ -123,6 +123,24 @@ def test_threads_do_not_matter_and_feedback_leaves_less(
     assert 0.2 < with_feedback.order(types).total / table.order(types).total < 0.8
 
 
+def test_each_type_is_tried_with_one_thread_of_torch(student: Student, known: tuple[Sensitivities, Importance]) -> None:
+    """A sum's last bits depend on their number, and so many times as many threads would wait for the cores."""
+    found: set[int] = set()
+
+    def watch(values_RN: torch.Tensor, _importance_N: torch.Tensor | None, _name: str) -> torch.Tensor:
+        found.add(torch.get_num_threads())
+        return values_RN
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        gguf_type_table(student, *known, (_T.Q8_0,), quantizers={_T.Q8_0: watch}, threads=2)
+        assert found == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_decoding_costs_what_a_token_is_multiplied_with(student: Student) -> None:
     plans = plan_gguf_units(student.shape, [_T.Q8_0], decode_cost=lambda _type, n_weights: float(n_weights))
     used = {plan.name: plan.candidates[0].seconds for plan in plans}
@@ -130,6 +148,12 @@ def test_decoding_costs_what_a_token_is_multiplied_with(student: Student) -> Non
     assert used["blk.0.ffn_down_exps.weight"] == shape.top_k * shape.expert_width * shape.hidden_size
     assert used["blk.1.attn_q.weight"] == shape.n_heads * shape.head_dim * shape.hidden_size
     assert used["token_embd.weight"] == shape.vocab_size * shape.hidden_size  # it is the head
+
+
+def test_a_token_is_multiplied_with_the_whole_feed_forward_of_a_dense_model(student: Student) -> None:
+    dense = student.shape.with_experts(1)
+    used = {tensor.name: weights_of_a_token(dense, tensor.role, tensor.shape) for tensor in plan_tensors(dense, "Q8_0")}
+    assert used["blk.0.ffn_down.weight"] == dense.expert_width * dense.hidden_size
 
 
 def test_defaults_order_types_as_measuring_does(student: Student, table: TypeTable) -> None:

@@ -7,18 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from compressors.model.checkpoint import Checkpoint
-from compressors.model.families import Role
-from compressors.model.student import ExpertMap, Student
 from exporter.job import Flags
 from exporter.plan_making import make_plan
 from exporter.progress import Progress
 from exporter.recipe import Recipe
 from exporter.stage import StageContext
 from exporter.stages import calibrate, sensitivity
-from exporter.stages.artifacts import sensitivities_of
 from exporter.work import WorkDirectory
 
 pytestmark = pytest.mark.usefixtures("torch_left_as_it_was")
@@ -48,9 +43,3 @@ def test_an_attempt_that_was_killed_is_begun_anew(
     (work.stage("sensitivity") / "vocabulary.safetensors").unlink()
     again = {file.name: file.read_bytes() for file in run(sensitivity, 10**6).iterdir() if file.is_file()}
     assert again == first
-
-    source = Checkpoint(toy_model)
-    pruned = Student(source, ExpertMap.keeping(32, [range(16)] * 2))
-    of_teacher, of_pruned = (sensitivities_of(student, work) for student in (Student.teacher(source), pruned))
-    whole, part = of_teacher.of(Role.EXPERT_DOWN, 1), of_pruned.of(Role.EXPERT_DOWN, 1)
-    assert torch.equal(part.columns_MPI, whole.columns_MPI[:16])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -115,6 +116,33 @@ def test_the_file_holds_what_was_judged(container: str, student: Student, tmp_pa
     assert all(torch.equal(written[unit], values) for unit, values in judged.items())
     rewrite(_open(file, student), kept)
     assert file.read_bytes() == before
+
+
+class _CountedReads(dict[str, torch.Tensor]):
+    """Values that count how often each is read."""
+
+    def __init__(self, values: StoredTensors) -> None:
+        super().__init__(values)
+        self.counts: Counter[str] = Counter()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self.counts[name] += 1
+        return super().__getitem__(name)
+
+
+@pytest.mark.parametrize("container", ["gguf", "onnx"])
+def test_all_experts_of_a_layer_read_its_values_once(container: str, student: Student, tmp_path: Path) -> None:
+    """Expert after expert, as layers are read."""
+    weights = _open(_write(container, student, tmp_path / "x"), student)
+    keep_values(weights, student.shape, tmp_path / "kept.safetensors")
+    values = _CountedReads(StoredTensors(tmp_path / "kept.safetensors"))
+    written = student.as_written(weights.with_values(values))
+    values.counts.clear()
+    roles = [role for role in student.shape.stored_roles if role.is_expert]
+    for expert in range(4):
+        for role in roles:
+            written.expert(role, 1, expert)
+    assert values.counts == dict.fromkeys((student.shape.gguf_name(role, 1) for role in roles), 1)
 
 
 @pytest.mark.parametrize("container", ["gguf", "onnx"])

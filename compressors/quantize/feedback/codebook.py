@@ -20,7 +20,7 @@ import torch
 
 from compressors.model.ggml import dequantize_rows
 from compressors.model.ggml_types import BLOCK_SIZES, GGMLQuantizationType
-from compressors.quantize.feedback.fields import Fields, bit_planes, write_codes
+from compressors.quantize.feedback.fields import Fields, bit_planes, copied_blocks, write_codes
 from compressors.quantize.feedback.vectors import SIGN_LENGTH, VectorGrid, VectorTable
 
 __all__ = ["CODEBOOK_FORMATS", "CodebookFormat", "grid_of", "table_of", "with_codes"]
@@ -108,7 +108,7 @@ def table_of(ggml_type: GGMLQuantizationType) -> VectorTable:
 def grid_of(quantized_RY: npt.NDArray[np.uint8], ggml_type: GGMLQuantizationType, order_N: torch.Tensor) -> VectorGrid:
     """The values that rows can take under the scales in ``quantized_RY``; groups of eight in the given order."""
     form = CODEBOOK_FORMATS[ggml_type]
-    blocks_RKY = _blocks(quantized_RY, ggml_type)
+    blocks_RKY = copied_blocks(quantized_RY, ggml_type)
     write_codes(blocks_RKY, form.index, np.zeros((1, 1, 1), dtype=np.uint16))
     write_codes(blocks_RKY, form.signs, np.zeros((1, 1, 1), dtype=np.uint16))
     first_RN = dequantize_rows(blocks_RKY.reshape(quantized_RY.shape), ggml_type, blocks_RKY.shape[1] * _BLOCK_LENGTH)
@@ -124,13 +124,8 @@ def with_codes(
 ) -> npt.NDArray[np.uint8]:
     """The rows with other codes, in the order of the row; bit i of the signs says that value i of eight is negative."""
     form = CODEBOOK_FORMATS[ggml_type]
-    blocks_RKY = _blocks(quantized_RY, ggml_type)
+    blocks_RKY = copied_blocks(quantized_RY, ggml_type)
     n_rows, n_blocks, _ = blocks_RKY.shape
     write_codes(blocks_RKY, form.index, index_GVR.reshape(-1, n_rows).T.reshape(n_rows, n_blocks, -1))
     write_codes(blocks_RKY, form.signs, signs_GR.T.reshape(n_rows, n_blocks, -1))
     return blocks_RKY.reshape(quantized_RY.shape)
-
-
-def _blocks(quantized_RY: npt.NDArray[np.uint8], ggml_type: GGMLQuantizationType) -> npt.NDArray[np.uint8]:
-    """A copy of the rows, [R, K, Y]."""
-    return quantized_RY.reshape(len(quantized_RY), -1, BLOCK_SIZES[ggml_type][1]).copy()

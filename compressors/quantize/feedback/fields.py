@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Fields", "bit_planes", "read_codes", "write_codes"]
+from compressors.model.ggml_types import BLOCK_SIZES, GGMLQuantizationType
+
+__all__ = ["Fields", "bit_planes", "copied_blocks", "write_codes"]
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,9 @@ def bit_planes(low: int, width: int, first_bit_E: Sequence[int]) -> tuple[Fields
     return tuple(Fields.of(low + bit, 1, [divmod(first + bit, 8) for first in first_bit_E]) for bit in range(width))
 
 
-def read_codes(blocks_RKY: npt.NDArray[np.uint8], fields: Sequence[Fields]) -> npt.NDArray[np.uint16]:
-    """The codes of all blocks, [R, K, E]."""
-    codes_RKE = np.zeros((*blocks_RKY.shape[:2], len(fields[0].byte_E)), dtype=np.uint16)
-    for run in fields:
-        bits_RKE = blocks_RKY[..., run.byte_E] >> run.shift_E & np.uint8((1 << run.width) - 1)
-        codes_RKE |= bits_RKE.astype(np.uint16) << np.uint16(run.low)
-    return codes_RKE
+def copied_blocks(quantized_RY: npt.NDArray[np.uint8], ggml_type: GGMLQuantizationType) -> npt.NDArray[np.uint8]:
+    """Returns a copy of quantized rows: [R, K, Y]."""
+    return quantized_RY.reshape(len(quantized_RY), -1, BLOCK_SIZES[ggml_type][1]).copy()
 
 
 def write_codes(

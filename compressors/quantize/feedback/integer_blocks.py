@@ -14,13 +14,10 @@ from compressors.quantize.blocks import search_blocks
 from compressors.quantize.feedback.levels import LevelGrid, Levels
 from compressors.quantize.feedback.moments import Feedback
 from compressors.quantize.feedback.one_thread import one_thread
-from compressors.quantize.feedback.passes import choose_codes, improve_codes, n_sweeps_for, ordered_columns
+from compressors.quantize.feedback.passes import SLICE_ROWS, choose_codes, improve_codes, n_sweeps_for, ordered_columns
 from compressors.quantize.feedback.scale_fit import refit_scales
 
 __all__ = ["quantize_blocks_with_feedback"]
-
-_SLICE_ROWS = 1024
-"""Rows that are rounded together: a column of them fits a core's first cache."""
 
 
 @one_thread()
@@ -45,8 +42,8 @@ def quantize_blocks_with_feedback(
     """
     searched = search_blocks(values_RN, bits, block_size, importance_N, name=name)
     codes_RN, scales_RK = searched.codes_RN, searched.scales_RK
-    for first in range(0, len(values_RN), _SLICE_ROWS):
-        rows = slice(first, first + _SLICE_ROWS)
+    for first in range(0, len(values_RN), SLICE_ROWS):
+        rows = slice(first, first + SLICE_ROWS)
         codes_RN[rows], scales_RK[rows] = _chosen(values_RN[rows], scales_RK[rows], bits, feedback)
     return IntegerBlocks(codes_RN, scales_RK, bits)
 

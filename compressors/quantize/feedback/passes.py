@@ -15,7 +15,10 @@ import torch
 
 from compressors.quantize.feedback.moments import Couplings, Feedback
 
-__all__ = ["Grid", "choose_codes", "improve_codes", "n_sweeps_for", "ordered_columns"]
+__all__ = ["SLICE_ROWS", "Grid", "choose_codes", "improve_codes", "n_sweeps_for", "ordered_columns"]
+
+SLICE_ROWS = 1024
+"""Rows that are rounded together: a column of them fits a core's first cache."""
 
 _BLOCK = 32  # columns whose targets are brought up to date by one product of matrices
 

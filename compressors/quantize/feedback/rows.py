@@ -15,7 +15,7 @@ from compressors.quantize.feedback import codebook, scalar
 from compressors.quantize.feedback.codebook import CODEBOOK_FORMATS
 from compressors.quantize.feedback.moments import Feedback
 from compressors.quantize.feedback.one_thread import one_thread
-from compressors.quantize.feedback.passes import choose_codes, improve_codes, n_sweeps_for, ordered_columns
+from compressors.quantize.feedback.passes import SLICE_ROWS, choose_codes, improve_codes, n_sweeps_for, ordered_columns
 from compressors.quantize.feedback.scalar import SCALAR_FORMATS
 from compressors.quantize.feedback.scale_fit import refit_scales
 from compressors.quantize.feedback.vectors import SIGN_LENGTH
@@ -25,9 +25,6 @@ __all__ = ["TYPES_WITH_FEEDBACK", "quantize_rows_with_feedback", "searched_q2_0"
 
 TYPES_WITH_FEEDBACK = frozenset(SCALAR_FORMATS) | frozenset(CODEBOOK_FORMATS)
 """The types whose codes :func:`quantize_rows_with_feedback` chooses."""
-
-_SLICE_ROWS = 1024
-"""Rows that are rounded together: a column of them fits a core's first cache."""
 
 
 @one_thread()
@@ -54,8 +51,8 @@ def quantize_rows_with_feedback(
     quantized_RY = quantize_rows(values_RN, ggml_type, importance_N, name=name)
     if ggml_type is GGMLQuantizationType.Q2_0:
         quantized_RY = _searched(values_RN, quantized_RY, importance_N, name)
-    for first in range(0, len(values_RN), _SLICE_ROWS):
-        rows = slice(first, first + _SLICE_ROWS)
+    for first in range(0, len(values_RN), SLICE_ROWS):
+        rows = slice(first, first + SLICE_ROWS)
         quantized_RY[rows] = _with_chosen_codes(values_RN[rows], quantized_RY[rows], ggml_type, feedback)
     return quantized_RY
 

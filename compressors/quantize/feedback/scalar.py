@@ -18,7 +18,7 @@ import torch
 
 from compressors.model.ggml import dequantize_rows
 from compressors.model.ggml_types import BLOCK_SIZES, GGMLQuantizationType
-from compressors.quantize.feedback.fields import Fields, write_codes
+from compressors.quantize.feedback.fields import Fields, copied_blocks, write_codes
 from compressors.quantize.feedback.levels import LevelGrid, Levels
 from compressors.quantize.kernels import quantize_rows
 
@@ -123,7 +123,7 @@ def with_codes(
     quantized_RY: npt.NDArray[np.uint8], ggml_type: GGMLQuantizationType, codes_RN: npt.NDArray[np.uint8]
 ) -> npt.NDArray[np.uint8]:
     """The rows with other codes, uint8 [R, N] in the order of the row."""
-    blocks_RKY = _blocks(quantized_RY, ggml_type)
+    blocks_RKY = copied_blocks(quantized_RY, ggml_type)
     write_codes(blocks_RKY, SCALAR_FORMATS[ggml_type].fields, codes_RN.reshape(*blocks_RKY.shape[:2], -1))
     return blocks_RKY.reshape(quantized_RY.shape)
 
@@ -133,7 +133,7 @@ def with_scales(
 ) -> npt.NDArray[np.uint8]:
     """The rows with other scales, which float16 can represent."""
     assert SCALAR_FORMATS[ggml_type].fitted_scale, ggml_type.name
-    blocks_RKY = _blocks(quantized_RY, ggml_type)
+    blocks_RKY = copied_blocks(quantized_RY, ggml_type)
     blocks_RKY[..., :2] = np.ascontiguousarray(scale_SR.T.astype(np.float16)[..., None]).view(np.uint8)
     return blocks_RKY.reshape(quantized_RY.shape)
 
@@ -143,14 +143,9 @@ def _read_with(
 ) -> npt.NDArray[np.float32]:
     """The values that ggml reads from the rows if all their codes are ``code``: [R, N]."""
     form = SCALAR_FORMATS[ggml_type]
-    blocks_RKY = _blocks(quantized_RY, ggml_type)
+    blocks_RKY = copied_blocks(quantized_RY, ggml_type)
     write_codes(blocks_RKY, form.fields, np.full((1, 1, 1), code, dtype=np.uint8))
     if form.minimum is not None and without_minimum:
         blocks_RKY[..., form.minimum] = 0
     row_length = blocks_RKY.shape[1] * BLOCK_SIZES[ggml_type][0]
     return dequantize_rows(blocks_RKY.reshape(quantized_RY.shape), ggml_type, row_length)
-
-
-def _blocks(quantized_RY: npt.NDArray[np.uint8], ggml_type: GGMLQuantizationType) -> npt.NDArray[np.uint8]:
-    """A copy of the rows, [R, K, Y]."""
-    return quantized_RY.reshape(len(quantized_RY), -1, BLOCK_SIZES[ggml_type][1]).copy()

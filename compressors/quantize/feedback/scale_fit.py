@@ -6,13 +6,13 @@ Letters: N columns in the order of the couplings, R rows, S groups of columns wi
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from compressors.model.integer_blocks import float16_values
 from compressors.quantize.feedback.levels import LevelGrid
 from compressors.quantize.feedback.moments import Feedback
 
-__all__ = ["float16_values", "refit_scales"]
+__all__ = ["refit_scales"]
 
 
 def refit_scales(grid: LevelGrid, errors_NR: torch.Tensor, feedback: Feedback) -> None:
@@ -37,9 +37,3 @@ def refit_scales(grid: LevelGrid, errors_NR: torch.Tensor, feedback: Feedback) -
         scale_SR[group] = np.where(change_R.numpy() == 0, scale_SR[group], new_R)
         errors_NR[columns_B] -= change_R * levels_BR
     grid.rescale(scale_SR)
-
-
-def float16_values(numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """The nearest numbers that float16 represents."""
-    with np.errstate(over="ignore"):
-        return numbers.astype(np.float16).astype(np.float32)
