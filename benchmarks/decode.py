@@ -6,7 +6,7 @@ Files have the shape of OLMoE's layers, 2 of them with 16 experts, of which a to
 weights and one type throughout. A few quantized rows are repeated: they are written fast and take as long to read as
 distinct ones. In each round every file decodes some tokens, one at a time; the fastest round counts. Then presets are
 compared with our mixes of no more bytes, whose types are chosen as in an export, by the sensitivities that ship with
-the package. All times are the CPU time of the one thread that computes. ``exporter/planning/decode_cost.py`` holds the
+the package. All times are the CPU time of the one thread that computes. ``exporter/searching/decode_cost.py`` holds the
 figures.
 """
 
@@ -27,25 +27,25 @@ import numpy as np
 import torch
 
 from benchmarks.scale.checkpoints import MODELS, with_layers
-from compressors.model.config import read_shape
-from compressors.model.families import Role
-from compressors.model.ggml_types import GGMLQuantizationType
-from compressors.model.shape import MoeShape
+from compressors.model.description.config import read_shape
+from compressors.model.description.shape import MoeShape
+from compressors.model.families.table import Role
+from compressors.model.files.ggml_types import GGMLQuantizationType
 from compressors.quantize import quantize_rows
 from compressors.sensitivity import default_table
-from exporter.gguf.container import TensorEntry, aligned, render_header, render_values
-from exporter.gguf.layout import GgufTensor, plan_tensors
-from exporter.gguf.metadata import model_metadata
-from exporter.gguf.type_table import weights_of_a_token
-from exporter.gguf.vocabulary import vocabulary_metadata
-from exporter.gguf.writer import predict_file_size
 from exporter.hub import resolve_model
-from exporter.planning.container import Container
-from exporter.planning.outlook import best_fit
-from exporter.planning.speed import most_seconds
-from exporter.planning.units import gguf_units
-from exporter.recipe import BudgetChoice, FileChoice
-from validate.llama_cpp import LlamaCppBackend
+from exporter.planning.recipe import BudgetChoice, FileChoice
+from exporter.searching.container import Container
+from exporter.searching.outlook import best_fit
+from exporter.searching.speed import most_seconds
+from exporter.searching.units import gguf_units
+from exporter.writing.gguf.container import TensorEntry, aligned, render_header, render_values
+from exporter.writing.gguf.layout import GgufTensor, plan_tensors
+from exporter.writing.gguf.metadata import model_metadata
+from exporter.writing.gguf.type_table import weights_of_a_token
+from exporter.writing.gguf.vocabulary import vocabulary_metadata
+from exporter.writing.gguf.writer import predict_file_size
+from validate.runtimes.llama_cpp import LlamaCppBackend
 
 __all__ = ["one_type"]
 
@@ -204,7 +204,7 @@ def _write(
         "",
         f"Layers of OLMoE's shape ({_LAYERS}, with {_EXPERTS} experts, 8 of them for each token), random weights, one",
         f"thread: CPU time of a token, the best of {rounds} rounds of {tokens} tokens in turns. Written by",
-        "`python -m benchmarks.decode`; `exporter/planning/decode_cost.py` holds the figures.",
+        "`python -m benchmarks.decode`; `exporter/searching/decode_cost.py` holds the figures.",
         "",
         "| type of all matrices | ms for a token | ns for a value | speed, Q4_K = 1 |",
         "|---|---|---|---|",

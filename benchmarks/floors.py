@@ -3,7 +3,7 @@
     python -m benchmarks.floors [--threads 1] [--chunks-per-file 4]
 
 Each model is written whole, nothing compressed, in every type that the table names; torch then runs the numbers
-that the files hold (validate/floors.py). F32 holds the original's own.
+that the files hold (validate/metrics/floors.py). F32 holds the original's own.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressors.calibration import BLOCK_LENGTH, tokenize_heldout
-from compressors.model.checkpoint import Checkpoint
-from compressors.model.gguf_weights import GgufWeights
-from compressors.model.log_probs import LogProbReader, LogProbWriter
-from compressors.model.memory import MemoryLimit
-from compressors.model.routing import Routing
-from compressors.model.student import Student
-from exporter.gguf.writer import write_gguf
+from compressors.calibration.splits import BLOCK_LENGTH, tokenize_heldout
+from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
+from compressors.model.predictions.routing import Routing
+from compressors.model.running.memory import MemoryLimit
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.gguf import GgufWeights
+from compressors.model.sources.student import Student
 from exporter.hub import bundled_text, resolve_model
-from exporter.onnx.writer import write_onnx
-from validate.backend import RuntimeBackend, scored_positions
-from validate.evaluation import evaluate
-from validate.floors import floor_figures
-from validate.llama_cpp import LlamaCppBackend
-from validate.onnx_runtime import OnnxRuntimeBackend
+from exporter.writing.gguf.writer import write_gguf
+from exporter.writing.onnx.writer import write_onnx
+from validate.metrics.evaluation import evaluate
+from validate.metrics.floors import floor_figures
 from validate.report import numbers
-from validate.torch_reference import TorchBackend
+from validate.runtimes.backend import RuntimeBackend, scored_positions
+from validate.runtimes.llama_cpp import LlamaCppBackend
+from validate.runtimes.onnx import OnnxRuntimeBackend
+from validate.runtimes.torch import TorchBackend
 
 __all__ = ["Floor", "markdown", "measure"]
 
@@ -54,7 +54,7 @@ class Floor:
     model: str
     weight_type: str
     runtime: str
-    figures: Mapping[str, Any]  # validate.floors.floor_figures
+    figures: Mapping[str, Any]  # validate.metrics.floors.floor_figures
 
 
 def measure(model: str, source: Checkpoint, tokens_BT: Tokens, folder: Path, threads: int) -> Iterator[Floor]:

@@ -17,14 +17,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from benchmarks.export.llama_cpp import Tools, build_tools
-from compressors.model.checkpoint import Checkpoint
-from compressors.model.gguf_file import GgufFile
-from compressors.model.student import ExpertMap, Student
-from compressors.statistics import Importance
-from exporter.gguf.imatrix import read_imatrix
-from exporter.gguf.mixes import MIXES, Mix
-from exporter.gguf.writer import write_gguf
+from compressors.calibration.statistics import Importance
+from compressors.model.files.gguf_file import GgufFile
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import ExpertMap, Student
 from exporter.hub import bundled_text
+from exporter.writing.gguf.imatrix import read_imatrix
+from exporter.writing.gguf.mixes import MIXES, Mix
+from exporter.writing.gguf.writer import write_gguf
 
 _REPOSITORY = Path(__file__).parent.parent
 _RESULTS = Path(__file__).parent / "results"

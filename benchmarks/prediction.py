@@ -24,14 +24,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressors.calibration import BLOCK_LENGTH, read_splits, tokenize
-from compressors.model.checkpoint import Checkpoint
-from compressors.model.families import Role
-from compressors.model.ggml import GGMLQuantizationType
-from compressors.model.ggml_types import BLOCK_SIZES
-from compressors.model.log_probs import LogProbReader, LogProbWriter
-from compressors.model.streaming import StreamedModel, TokenGroup
-from compressors.model.student import ExpertMap, Student
+from compressors.calibration.splits import BLOCK_LENGTH, read_splits, tokenize
+from compressors.calibration.statistics import Importance, StatisticsCollector, importance
+from compressors.calibration.teacher import write_log_probs
+from compressors.model.families.table import Role
+from compressors.model.files.ggml import GGMLQuantizationType
+from compressors.model.files.ggml_types import BLOCK_SIZES
+from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
+from compressors.model.running.streaming import StreamedModel, TokenGroup
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import ExpertMap, Student
 from compressors.recover.divergence import judge
 from compressors.sensitivity import (
     DivergenceModel,
@@ -41,12 +43,10 @@ from compressors.sensitivity import (
     gather_sensitivities,
     ggml_quantizer,
 )
-from compressors.statistics import Importance, StatisticsCollector, importance
-from compressors.teacher import write_log_probs
-from exporter.gguf.layout import plan_tensors
-from exporter.gguf.type_table import gguf_type_table
 from exporter.hub import bundled_text, resolve_model
-from validate.backend import scored_positions
+from exporter.writing.gguf.layout import plan_tensors
+from exporter.writing.gguf.type_table import gguf_type_table
+from validate.runtimes.backend import scored_positions
 
 _REPOSITORY = Path(__file__).parent.parent
 _RESULTS = Path(__file__).parent / "results"
@@ -106,7 +106,7 @@ class _Quantized:
 
 
 class _Mixed:
-    """A model whose matrices have these types; implements :class:`~compressors.model.weights.Weights`."""
+    """A model whose matrices have these types; implements :class:`~compressors.model.sources.weights.Weights`."""
 
     dtype = torch.float32
 

@@ -21,30 +21,30 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressors.calibration import BLOCK_LENGTH, read_splits, tokenize
-from compressors.model.checkpoint import Checkpoint
-from compressors.model.families import Role
-from compressors.model.gguf_weights import GgufWeights
-from compressors.model.log_probs import LogProbReader, LogProbWriter
-from compressors.model.memory import MemoryLimit
-from compressors.model.onnx_weights import OnnxWeights
-from compressors.model.streaming import StreamedModel, TokenGroup
-from compressors.model.student import ExpertMap, Student
-from compressors.prune import highest
+from compressors.calibration.splits import BLOCK_LENGTH, read_splits, tokenize
+from compressors.calibration.statistics import LayerStatistics, StatisticsCollector, importance
+from compressors.calibration.teacher import TeacherTargets, write_log_probs, write_targets
+from compressors.model.families.table import Role
+from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
+from compressors.model.running.memory import MemoryLimit
+from compressors.model.running.streaming import StreamedModel, TokenGroup
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.gguf import GgufWeights
+from compressors.model.sources.onnx import OnnxWeights
+from compressors.model.sources.student import ExpertMap, Student
 from compressors.recover.divergence import judge
 from compressors.recover.objectives import Distillation
 from compressors.recover.schedule import Schedule
 from compressors.recover.training import Training, train
-from compressors.statistics import LayerStatistics, StatisticsCollector, importance
-from compressors.teacher import TeacherTargets, write_log_probs, write_targets
-from exporter.gguf.writer import write_gguf
+from compressors.shrink.prune import highest
 from exporter.hub import bundled_text, resolve_model
-from exporter.onnx.writer import write_onnx
-from exporter.tuning import rewrite
-from validate.backend import RuntimeBackend, scored_positions
-from validate.evaluation import evaluate
-from validate.llama_cpp import LlamaCppBackend
-from validate.onnx_runtime import OnnxRuntimeBackend
+from exporter.writing.gguf.writer import write_gguf
+from exporter.writing.onnx.writer import write_onnx
+from exporter.writing.tuning import rewrite
+from validate.metrics.evaluation import evaluate
+from validate.runtimes.backend import RuntimeBackend, scored_positions
+from validate.runtimes.llama_cpp import LlamaCppBackend
+from validate.runtimes.onnx import OnnxRuntimeBackend
 
 _RESULTS = Path(__file__).parent / "results"
 _CALIBRATION_BLOCKS, _SELECTION_BLOCKS, _CHUNKS = 80, 20, 32

@@ -21,27 +21,27 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressors.calibration import BLOCK_LENGTH, tokenize_heldout
-from compressors.model.checkpoint import Checkpoint
-from compressors.model.families import Role
-from compressors.model.gguf_weights import GgufWeights
-from compressors.model.routing import Routing
-from compressors.model.shape import MoeShape
-from compressors.model.student import Student
-from exporter.gguf.layout import plan_tensors
-from exporter.gguf.writer import write_gguf
+from compressors.calibration.splits import BLOCK_LENGTH, tokenize_heldout
+from compressors.model.description.shape import MoeShape
+from compressors.model.families.table import Role
+from compressors.model.predictions.routing import Routing
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.gguf import GgufWeights
+from compressors.model.sources.student import Student
 from exporter.hub import bundled_text
-from exporter.onnx.writer import write_onnx
-from validate.backend import RuntimeBackend
-from validate.bootstrap import Interval
-from validate.evaluation import evaluate
-from validate.llama_cpp import LlamaCppBackend
-from validate.onnx_runtime import OnnxRuntimeBackend
-from validate.router_alone import RouterInputRecorder, router_alone
-from validate.router_inputs import RouterInputs, spread_chunks
-from validate.routing_agreement import routing_agreement
-from validate.ties import TIE_MARGIN, find_ties
-from validate.torch_reference import TorchBackend
+from exporter.writing.gguf.layout import plan_tensors
+from exporter.writing.gguf.writer import write_gguf
+from exporter.writing.onnx.writer import write_onnx
+from validate.metrics.bootstrap import Interval
+from validate.metrics.evaluation import evaluate
+from validate.routing.agreement import routing_agreement
+from validate.routing.router_alone import RouterInputRecorder, router_alone
+from validate.routing.router_inputs import RouterInputs, spread_chunks
+from validate.routing.ties import TIE_MARGIN, find_ties
+from validate.runtimes.backend import RuntimeBackend
+from validate.runtimes.llama_cpp import LlamaCppBackend
+from validate.runtimes.onnx import OnnxRuntimeBackend
+from validate.runtimes.torch import TorchBackend
 
 _REPOSITORY = Path(__file__).parent.parent
 _RESULTS = Path(__file__).parent / "results"

@@ -18,9 +18,9 @@ from statistics import median
 import torch
 
 from benchmarks.scale.checkpoints import MODELS, with_layers, write_checkpoint
-from compressors.model.checkpoint import Checkpoint
-from compressors.model.streaming import StreamedModel, TokenGroup
-from compressors.model.student import Student
+from compressors.model.running.streaming import StreamedModel, TokenGroup
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import Student
 from compressors.sensitivity import gather_sensitivities
 
 _BLOCK_LENGTH = 512

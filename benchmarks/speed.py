@@ -23,16 +23,16 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM
 
-from compressors.model.arithmetic import dtype_of
-from compressors.model.checkpoint import Checkpoint
-from compressors.model.memory import MemoryLimit
-from compressors.model.streaming import StreamedModel, TokenGroup
-from compressors.model.student import Student
+from compressors.calibration.statistics import StatisticsCollector
+from compressors.calibration.teacher import TeacherTargets, write_targets
+from compressors.model.running.arithmetic import dtype_of
+from compressors.model.running.memory import MemoryLimit
+from compressors.model.running.streaming import StreamedModel, TokenGroup
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import Student
 from compressors.recover.objectives import Distillation
 from compressors.recover.schedule import Schedule
 from compressors.recover.training import Training
-from compressors.statistics import StatisticsCollector
-from compressors.teacher import TeacherTargets, write_targets
 from exporter.hub import resolve_model
 
 _RESULTS = Path(__file__).parent / "results"

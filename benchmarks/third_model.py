@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 import torch
 
-from compressors.calibration import load_tokenizer
+from compressors.calibration.splits import load_tokenizer
 from exporter.hub import bundled_text, resolve_model
 
 __all__ = ["train_third_model"]

@@ -24,10 +24,10 @@ import click
 
 from benchmarks.export.llama_cpp import build_tools
 from benchmarks.scale.checkpoints import MODELS, with_layers, write_checkpoint
-from compressors.model.checkpoint import Checkpoint
-from compressors.model.student import Student
-from exporter.gguf.writer import write_gguf
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import Student
 from exporter.hub import bundled_text
+from exporter.writing.gguf.writer import write_gguf
 
 _ROOT = Path(__file__).parents[1]
 _RESULTS = _ROOT / "benchmarks" / "results"

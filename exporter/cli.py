@@ -18,7 +18,7 @@ from click.core import ParameterSource
 
 from compressors.model.errors import InputError, MoeExportError
 from compressors.model.quiet_libraries import leave_no_cache
-from exporter.interruption import exit_code, ignore_further_requests, requests_wait, sigterm_raises
+from exporter.pipeline.interruption import exit_code, ignore_further_requests, requests_wait, sigterm_raises
 
 __all__ = ["main"]
 
@@ -63,7 +63,7 @@ def _storage_errors_for_people(ctx: click.Context) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.EPIPE:
             raise
-        from exporter.files import storage_error
+        from exporter.writing.files import storage_error
 
         said = storage_error(error, Path(tempfile.gettempdir()), goes_on=bool(ctx.meta.get(_GOES_ON)))
         if said is None:
@@ -144,10 +144,10 @@ _REQUIRE = click.option(
 def export(**arguments: Any) -> None:
     """Compress MODEL (a local folder or a hub id; without it a small bundled model) to the memory BUDGET."""
     with requests_wait():
-        from exporter.job import Flags
-        from exporter.pipeline import follow
+        from exporter.pipeline.pipeline import follow
+        from exporter.pipeline.team import team
+        from exporter.planning.job import Flags
         from exporter.run import run_job
-        from exporter.team import team
 
     _refuse_choices_beside_a_recipe(arguments)
     job = Flags(**arguments).job()
@@ -186,8 +186,8 @@ def export(**arguments: Any) -> None:
 def pareto(model: str | None, out: Path, sizes: str | None, **flags: Any) -> None:
     """Measure how MODEL's divergence grows as its GGUF file gets smaller, beside llama.cpp's presets."""
     with requests_wait():
-        from exporter.pareto import DEFAULT_SIZES, run_pareto
-        from exporter.pareto_table import pareto_table
+        from exporter.curve.command import DEFAULT_SIZES, run_pareto
+        from exporter.curve.table import pareto_table
 
     click.get_current_context().meta[_GOES_ON] = True
     command = shlex.join([_program(), *sys.argv[1:]])
@@ -248,9 +248,9 @@ def validate(file_or_folder: Path, as_json: bool, tasks: Path | None, **argument
     Perplexity, divergence from the original, routing and weights are checked; what is wrong is named.
     """
     with requests_wait():
-        from exporter.revalidation import revalidate
-        from exporter.revalidation_table import revalidation_table
-        from exporter.task_runs import task_failures, task_results, tasks_table
+        from exporter.validation.revalidation import revalidate
+        from exporter.validation.revalidation_table import revalidation_table
+        from exporter.validation.task_runs import task_failures, task_results, tasks_table
 
     beside = {name: arguments[name] for name in ("against", "threads", "gpu_layers")}
     # first, so that a wrong task fails at once
@@ -304,10 +304,10 @@ def _console() -> Any:
 
 def _dry_run(job: Any, command: str) -> None:
     """Prints the plan of each budget, and writes its recipe beside the output to be."""
-    from exporter.files import write_atomically
-    from exporter.plan_making import make_plan
-    from exporter.recipe import recipe_yaml
-    from exporter.work import make_folder
+    from exporter.pipeline.work import make_folder
+    from exporter.planning.plan_making import make_plan
+    from exporter.planning.recipe import recipe_yaml
+    from exporter.writing.files import write_atomically
 
     plans = {_recipe_file(job, budget): make_plan(job.for_budget(budget), command) for budget in job.budgets or (None,)}
     for path, plan in plans.items():
@@ -324,8 +324,8 @@ def _dry_run(job: Any, command: str) -> None:
 def _print_plan(plan: Any, recipe_file: Path) -> None:
     import psutil
 
-    from exporter.machine import measure_speeds
-    from exporter.plan_table import plan_table
+    from exporter.estimating.machine import measure_speeds
+    from exporter.planning.plan_table import plan_table
 
     _console().print(plan_table(plan, measure_speeds(plan), psutil.virtual_memory().available))
     click.echo(f"\nrecipe: {recipe_file} (edit it, then run with --recipe {recipe_file})")
@@ -333,7 +333,7 @@ def _print_plan(plan: Any, recipe_file: Path) -> None:
 
 def _recipe_file(job: Any, budget: int | None) -> Path:
     """``OUT.recipe.yaml``, or ``OUT-8GB.recipe.yaml`` where there are several budgets."""
-    from exporter.sizes import size_label
+    from exporter.estimating.sizes import size_label
 
     out: Path = job.out
     name = out.name if budget is None or len(job.budgets) < 2 else f"{out.name}-{size_label(budget)}"

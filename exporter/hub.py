@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from compressors.model.errors import InputError
-from compressors.model.regular_file import refuse_special
+from compressors.model.files.regular_file import refuse_special
 
 __all__ = ["bundled_text", "resolve_model", "resolve_original"]
 

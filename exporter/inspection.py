@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from compressors.model.checkpoint import Checkpoint
-from exporter.sizes import format_size
+from compressors.model.sources.checkpoint import Checkpoint
+from exporter.estimating.sizes import format_size
 
 __all__ = ["describe", "description_table"]
 

@@ -11,30 +11,30 @@ from typing import Any
 
 import psutil
 
-from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
-from compressors.model.json_file import read_json
-from exporter.estimate import describe_time, memory_lines, seconds_by_stage
-from exporter.job import Job
-from exporter.json_text import json_text
-from exporter.machine import measure_speeds
-from exporter.model_name import local_path
-from exporter.outputs import Outputs, publish_folder, reserved, sha256_of
-from exporter.parts import Part, budget_parts, found_parts, result_folder, save_plans
-from exporter.pipeline import run_stages, search_stages, source_of_run, stages_of, unfinished
-from exporter.plan import Plan
-from exporter.plan_making import texts_of
-from exporter.preflight import (
+from compressors.model.files.json_file import read_json
+from compressors.model.sources.checkpoint import Checkpoint
+from exporter.estimating.estimate import describe_time, memory_lines, seconds_by_stage
+from exporter.estimating.machine import measure_speeds
+from exporter.pipeline.parts import Part, budget_parts, found_parts, result_folder, save_plans
+from exporter.pipeline.pipeline import run_stages, search_stages, source_of_run, stages_of, unfinished
+from exporter.pipeline.team import Team
+from exporter.pipeline.text_state import refuse_changed_texts
+from exporter.pipeline.work import WorkDirectory
+from exporter.planning.job import Job
+from exporter.planning.plan import Plan
+from exporter.planning.plan_making import texts_of
+from exporter.planning.preflight import (
     refuse_too_large_rungs,
     refuse_too_little_disk,
     refuse_too_little_memory,
     refuse_unwritable_places,
 )
-from exporter.recipe import TextChoice, recipe_yaml
-from exporter.result import build_report, final_recipe
-from exporter.team import Team
-from exporter.text_state import refuse_changed_texts
-from exporter.work import WorkDirectory
+from exporter.planning.recipe import TextChoice, recipe_yaml
+from exporter.publishing.json_text import json_text
+from exporter.publishing.model_name import local_path
+from exporter.publishing.outputs import Outputs, publish_folder, reserved, sha256_of
+from exporter.publishing.result import build_report, final_recipe
 from validate.report import render_html, render_model_card, render_parts
 from validate.report.facts import failures
 

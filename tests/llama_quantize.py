@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressors.model.checkpoint import Checkpoint
-from compressors.model.gguf_file import GgufFile
-from compressors.model.student import ExpertMap, Student
+from compressors.model.files.gguf_file import GgufFile
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import ExpertMap, Student
 from compressors.quantize import GGMLQuantizationType, fallback_type, quantize_rows
-from exporter.gguf.mixes import MIXES
-from exporter.gguf.writer import write_gguf
+from exporter.writing.gguf.mixes import MIXES
+from exporter.writing.gguf.writer import write_gguf
 
 __all__ = ["CODEBOOK_TYPES", "FILE_TYPES", "check_bytes", "quantize", "three_experts", "types_in_a_dry_run"]
 

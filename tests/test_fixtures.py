@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from compressors.model.checkpoint import Checkpoint
-from compressors.model.families import Role
+from compressors.model.families.table import Role
+from compressors.model.sources.checkpoint import Checkpoint
 
 
 def test_the_models_have_the_documented_size(fine_folder: Path, coarse_folder: Path, olmoe_folder: Path) -> None:

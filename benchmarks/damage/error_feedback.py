@@ -12,13 +12,13 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import torch
 
-from compressors.model.families import Role
-from compressors.model.ggml import dequantize_rows
-from compressors.model.ggml_types import BLOCK_SIZES, GGMLQuantizationType
-from compressors.model.integer_blocks import BlockType, search_blocks
-from compressors.model.student import Student
-from compressors.model.weights import StoredType
-from validate.quantization_error import quantized
+from compressors.model.families.table import Role
+from compressors.model.files.ggml import dequantize_rows
+from compressors.model.files.ggml_types import BLOCK_SIZES, GGMLQuantizationType
+from compressors.model.files.integer_blocks import BlockType, search_blocks
+from compressors.model.sources.student import Student
+from compressors.model.sources.weights import StoredType
+from validate.files.quantization_error import quantized
 
 __all__ = ["FEEDBACK_TYPES", "fed_back", "with_error_feedback"]
 

@@ -10,8 +10,8 @@ from typing import Any
 from gguf import GGUFReader
 from gguf.constants import GGUFValueType
 
-from compressors.model.shape import MoeShape
-from exporter.gguf.container import (
+from compressors.model.description.shape import MoeShape
+from exporter.writing.gguf.container import (
     TensorEntry,
     Value,
     boolean,

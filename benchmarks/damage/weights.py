@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from compressors.model.families import Role
-from compressors.model.student import Student
+from compressors.model.families.table import Role
+from compressors.model.sources.student import Student
 
 __all__ = ["WeightDamage", "weight_damages"]
 

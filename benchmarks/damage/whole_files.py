@@ -15,21 +15,21 @@ from gguf import GGUFReader
 from benchmarks.damage.error_feedback import FEEDBACK_TYPES, with_error_feedback
 from benchmarks.damage.metadata import key_values
 from benchmarks.damage.workshop import CONTEXT, Workshop, make_original
-from compressors.model.families import Role
-from compressors.model.ggml_types import BLOCK_SIZES, GGMLQuantizationType
-from compressors.model.student import ExpertMap, Student
-from compressors.statistics import Importance
-from exporter.gguf.container import TensorEntry, aligned, render_header, render_values
-from exporter.gguf.mixes import MIXES
-from exporter.gguf.writer import write_gguf
-from exporter.onnx.clients import write_client_files
-from exporter.onnx.encodings import PRESETS as ONNX_PRESETS
-from exporter.onnx.writer import write_onnx
-from exporter.static_checks import check_description, check_weights
-from validate.model_file import find_model_file
-from validate.quantization_error import quantized
-from validate.weight_comparison import compare_weights
-from validate.weight_symptoms import weight_symptoms
+from compressors.calibration.statistics import Importance
+from compressors.model.families.table import Role
+from compressors.model.files.ggml_types import BLOCK_SIZES, GGMLQuantizationType
+from compressors.model.sources.student import ExpertMap, Student
+from exporter.validation.static_checks import check_description, check_weights
+from exporter.writing.gguf.container import TensorEntry, aligned, render_header, render_values
+from exporter.writing.gguf.mixes import MIXES
+from exporter.writing.gguf.writer import write_gguf
+from exporter.writing.onnx.clients import write_client_files
+from exporter.writing.onnx.encodings import PRESETS as ONNX_PRESETS
+from exporter.writing.onnx.writer import write_onnx
+from validate.files.model_file import find_model_file
+from validate.files.quantization_error import quantized
+from validate.files.weight_comparison import compare_weights
+from validate.files.weight_symptoms import weight_symptoms
 
 __all__ = ["Whole", "importance_like", "whole_files"]
 

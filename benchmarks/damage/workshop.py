@@ -16,16 +16,16 @@ import numpy.typing as npt
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from compressors.calibration import tokenize_heldout
-from compressors.model.checkpoint import Checkpoint
+from compressors.calibration.splits import tokenize_heldout
 from compressors.model.errors import MoeExportError
-from compressors.model.student import ExpertMap, Student
-from exporter.gguf.writer import write_gguf
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import ExpertMap, Student
 from exporter.hub import bundled_text
-from exporter.onnx.clients import write_client_files
-from exporter.onnx.writer import write_onnx
-from exporter.static_checks import check_description, check_weights
-from validate.model_file import find_model_file
+from exporter.validation.static_checks import check_description, check_weights
+from exporter.writing.gguf.writer import write_gguf
+from exporter.writing.onnx.clients import write_client_files
+from exporter.writing.onnx.writer import write_onnx
+from validate.files.model_file import find_model_file
 
 __all__ = ["CONTEXT", "Outcome", "Result", "Workshop", "judge", "make_original"]
 

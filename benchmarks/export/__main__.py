@@ -26,7 +26,7 @@ from benchmarks.export.importance import write_imatrix, write_statistics
 from benchmarks.export.llama_cpp import Tools, build_tools
 from benchmarks.export.tensors import equal_tensors
 from benchmarks.scale.checkpoints import MODELS, with_layers, write_checkpoint
-from compressors.model.config import read_shape
+from compressors.model.description.config import read_shape
 
 _REPOSITORY = Path(__file__).parents[2]
 _RESULTS = _REPOSITORY / "benchmarks" / "results"

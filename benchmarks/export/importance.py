@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from gguf import GGUFWriter
 
-from compressors.model.shape import MoeShape
-from compressors.model.student import ExpertMap
-from compressors.statistics import LayerStatistics, StoredStatistics, importance, save_statistics
-from exporter.gguf.layout import plan_tensors
+from compressors.calibration.statistics import LayerStatistics, StoredStatistics, importance, save_statistics
+from compressors.model.description.shape import MoeShape
+from compressors.model.sources.student import ExpertMap
+from exporter.writing.gguf.layout import plan_tensors
 
 __all__ = ["write_imatrix", "write_statistics"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from compressors.model.checkpoint import Checkpoint
-from compressors.model.student import Student
-from compressors.statistics import StoredStatistics, importance
-from exporter.gguf.writer import write_gguf
+from compressors.calibration.statistics import StoredStatistics, importance
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import Student
+from exporter.writing.gguf.writer import write_gguf
 
 __all__ = ["main"]
 

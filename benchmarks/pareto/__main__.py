@@ -21,9 +21,9 @@ from benchmarks.pareto.ours import heldout_blocks, measure_ours, searched_files
 from benchmarks.pareto.subject import Subject
 from benchmarks.pareto.table import write_markdown
 from benchmarks.third_model import train_third_model
+from exporter.curve.chart import write_chart
+from exporter.curve.rows import RowFile
 from exporter.hub import resolve_model
-from exporter.pareto_chart import write_chart
-from exporter.pareto_rows import RowFile
 
 _REPOSITORY = Path(__file__).parents[2]
 _RESULTS = _REPOSITORY / "benchmarks" / "results"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from exporter.pareto_rows import OURS, ParetoRow, best_no_larger
+from exporter.curve.rows import OURS, ParetoRow, best_no_larger
 
 __all__ = ["SIZES_IN_BYTES", "SIZES_OF_PRESETS", "THIRD", "Judged", "judged"]
 

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.pareto.subject import Subject
-from exporter.planning.pareto import ParetoFiles
+from exporter.searching.curve import ParetoFiles
 
 __all__ = ["MIXES", "PRESETS", "measure_presets", "measure_pruned"]
 

@@ -10,15 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.pareto.subject import Subject
-from compressors.model.log_probs import LogProbReader, LogProbWriter
-from exporter.onnx.layout import plan_tensors
-from exporter.onnx.writer import predict_size
-from exporter.pareto_rows import OURS, ParetoRow, RowFile
-from exporter.planning.pareto import ParetoFiles, described_structure
-from validate.backend import scored_positions
-from validate.evaluation import evaluate
-from validate.figures import fidelity_figures
-from validate.onnx_runtime import OnnxRuntimeBackend
+from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
+from exporter.curve.rows import OURS, ParetoRow, RowFile
+from exporter.searching.curve import ParetoFiles, described_structure
+from exporter.writing.onnx.layout import plan_tensors
+from exporter.writing.onnx.writer import predict_size
+from validate.metrics.evaluation import evaluate
+from validate.metrics.figures import fidelity_figures
+from validate.runtimes.backend import scored_positions
+from validate.runtimes.onnx import OnnxRuntimeBackend
 
 __all__ = ["BARS", "PRESET", "measure_onnx"]
 

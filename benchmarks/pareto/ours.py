@@ -8,15 +8,15 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.pareto.subject import Subject
-from exporter.job import Flags
-from exporter.pareto_rows import OURS
-from exporter.pipeline import pareto_stages, run_stages
-from exporter.plan_making import make_plan
-from exporter.planning.pareto import ParetoFiles, described_structure
-from exporter.progress import Progress
-from exporter.stage import StageContext
+from exporter.curve.rows import OURS
+from exporter.pipeline.pipeline import pareto_stages, run_stages
+from exporter.pipeline.progress import Progress
+from exporter.pipeline.stage import StageContext
+from exporter.pipeline.work import WorkDirectory
+from exporter.planning.job import Flags
+from exporter.planning.plan_making import make_plan
+from exporter.searching.curve import ParetoFiles, described_structure
 from exporter.stages.artifacts import Blocks, Calibration, use_threads
-from exporter.work import WorkDirectory
 
 __all__ = ["heldout_blocks", "measure_ours", "searched_files"]
 

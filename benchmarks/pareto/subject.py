@@ -10,11 +10,11 @@ from pathlib import Path
 
 from benchmarks.export.llama_cpp import Tools
 from benchmarks.pareto.llama_cpp import Measuring
-from compressors.model.checkpoint import Checkpoint
-from compressors.model.shape import MoeShape
-from compressors.model.student import Student
-from exporter.gguf.writer import predict_file_size, write_gguf
-from exporter.pareto_rows import ParetoRow, RowFile
+from compressors.model.description.shape import MoeShape
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import Student
+from exporter.curve.rows import ParetoRow, RowFile
+from exporter.writing.gguf.writer import predict_file_size, write_gguf
 
 __all__ = ["Subject"]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from benchmarks.pareto.bars import Judged, judged
 from benchmarks.pareto.llama_cpp import HELDOUT_CHUNKS, IMATRIX_CHUNKS
 from benchmarks.pareto.onnx_files import BARS, PRESET
-from exporter.pareto_rows import OURS, ParetoRow
-from exporter.pareto_table import markdown_lines
+from exporter.curve.rows import OURS, ParetoRow
+from exporter.curve.table import markdown_lines
 
 __all__ = ["write_markdown"]
 

@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.peers import llama_perplexity, llm_compressor
 from benchmarks.peers.environment import REPOSITORY, environment
-from compressors.model.checkpoint import Checkpoint
-from compressors.model.student import Student
-from exporter.onnx.clients import write_client_files
-from exporter.onnx.writer import write_onnx
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import Student
+from exporter.writing.onnx.clients import write_client_files
+from exporter.writing.onnx.writer import write_onnx
 
 _PACKAGES = ("torch==2.13.0", "optimum-onnx==0.1.0", "transformers==4.57.6", "onnxruntime==1.31.1")
 _MODELS = {"fine": REPOSITORY / "exporter/demo/model", "coarse": REPOSITORY / "tests/fixtures/coarse"}

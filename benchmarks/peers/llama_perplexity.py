@@ -22,16 +22,16 @@ from tokenizers import Tokenizer
 
 from benchmarks.export.llama_cpp import build_tools
 from benchmarks.peers.environment import REPOSITORY
-from compressors.model.checkpoint import Checkpoint
-from compressors.model.student import Student
-from exporter.gguf.writer import write_gguf
-from validate.evaluation import evaluate
-from validate.figures import fidelity_figures
-from validate.llama_cpp import LlamaCppBackend
-from validate.logits_file import LogitsFile, LogitsFileWriter
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import Student
+from exporter.writing.gguf.writer import write_gguf
+from validate.metrics.evaluation import evaluate
+from validate.metrics.figures import fidelity_figures
+from validate.metrics.logits_file import LogitsFile, LogitsFileWriter
 from validate.report import numbers
 from validate.report.facts import find
 from validate.report.statistics import STATISTICS, Statistic
+from validate.runtimes.llama_cpp import LlamaCppBackend
 
 __all__ = ["compare"]
 

@@ -20,15 +20,15 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.peers.environment import REPOSITORY, environment
-from compressors.calibration import read_splits, tokenize
-from compressors.layerwise import LayerTarget, LayerwiseCompression
-from compressors.model.checkpoint import Checkpoint
-from compressors.model.shape import MoeSize
-from compressors.model.streaming import StreamedModel, TokenGroup
-from compressors.model.student import Student
-from compressors.moe_block import CompressedBlock, Evidence, MoeBlock, Needs
-from compressors.prune import Prune, highest
-from compressors.statistics import LayerStatistics, StatisticsCollector
+from compressors.calibration.splits import read_splits, tokenize
+from compressors.calibration.statistics import LayerStatistics, StatisticsCollector
+from compressors.model.description.shape import MoeSize
+from compressors.model.running.streaming import StreamedModel, TokenGroup
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import Student
+from compressors.shrink.layerwise import LayerTarget, LayerwiseCompression
+from compressors.shrink.moe_block import CompressedBlock, Evidence, MoeBlock, Needs
+from compressors.shrink.prune import Prune, highest
 
 __all__ = ["compare"]
 

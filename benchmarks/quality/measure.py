@@ -14,18 +14,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.quality.methods import ARMS, TEACHER, Teacher
-from compressors.calibration import BLOCK_LENGTH, read_splits, tokenize
-from compressors.model.checkpoint import Checkpoint
+from compressors.calibration.splits import BLOCK_LENGTH, read_splits, tokenize
+from compressors.calibration.statistics import StatisticsCollector, StoredStatistics, save_statistics
 from compressors.model.errors import InputError
-from compressors.model.log_probs import LogProbReader, LogProbWriter
-from compressors.model.streaming import StreamedModel, TokenGroup
-from compressors.model.student import Student
-from compressors.statistics import StatisticsCollector, StoredStatistics, save_statistics
-from exporter.files import write_atomically
-from validate.backend import scored_positions
-from validate.evaluation import evaluate
-from validate.statistics import perplexity
-from validate.torch_reference import TorchBackend
+from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
+from compressors.model.running.streaming import StreamedModel, TokenGroup
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import Student
+from exporter.writing.files import write_atomically
+from validate.metrics.evaluation import evaluate
+from validate.metrics.statistics import perplexity
+from validate.runtimes.backend import scored_positions
+from validate.runtimes.torch import TorchBackend
 
 __all__ = ["CALIBRATION_BLOCKS", "HELDOUT_CHUNKS", "MODELS", "Measured", "measure", "measure_into", "prepare"]
 

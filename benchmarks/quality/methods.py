@@ -13,9 +13,16 @@ from typing import ClassVar
 
 import torch
 
-from compressors.allocation import allocate_globally, super_experts
-from compressors.criteria import CRITERIA, CRITERION_NAMES, REMOVAL_ERROR
-from compressors.decompose import (
+from compressors.calibration.statistics import LayerStatistics
+from compressors.model.description.shape import NO_MOE, MoeShape, MoeSize
+from compressors.model.errors import InputError, UnsupportedError
+from compressors.model.families.table import Role
+from compressors.model.running.streaming import StreamedModel
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import ExpertMap, LayerMap, Student
+from compressors.shrink.allocation import allocate_globally, super_experts
+from compressors.shrink.criteria import CRITERIA, CRITERION_NAMES, REMOVAL_ERROR
+from compressors.shrink.decompose import (
     ActivationSvd,
     D2Moe,
     ExpertShape,
@@ -25,20 +32,13 @@ from compressors.decompose import (
     rank_for_share,
     svd_size,
 )
-from compressors.drop import block_similarities, moe_similarities, most_similar, window_similarities
-from compressors.layerwise import LayerTarget, LayerwiseCompression
-from compressors.merge import REAM, HCSMoE, MSMoE
-from compressors.model.checkpoint import Checkpoint
-from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.families import Role
-from compressors.model.shape import NO_MOE, MoeShape, MoeSize
-from compressors.model.streaming import StreamedModel
-from compressors.model.student import ExpertMap, LayerMap, Student
-from compressors.moe_block import CompressedBlock, Evidence, Method, MoeBlock, Needs
-from compressors.prune import Prune, scores
-from compressors.slim import GGUF_WIDTH_MULTIPLE, Awq, Gptq, RoundToNearest, SlimWidth, SparseGpt, Wanda
-from compressors.statistics import LayerStatistics
-from exporter.gguf.layout import check_uniform
+from compressors.shrink.drop import block_similarities, moe_similarities, most_similar, window_similarities
+from compressors.shrink.layerwise import LayerTarget, LayerwiseCompression
+from compressors.shrink.merge import REAM, HCSMoE, MSMoE
+from compressors.shrink.moe_block import CompressedBlock, Evidence, Method, MoeBlock, Needs
+from compressors.shrink.prune import Prune, scores
+from compressors.shrink.slim import GGUF_WIDTH_MULTIPLE, Awq, Gptq, RoundToNearest, SlimWidth, SparseGpt, Wanda
+from exporter.writing.gguf.layout import check_uniform
 
 __all__ = ["ARMS", "FREQUENCY", "SAMPLE_BLOCKS", "SHARES", "TEACHER", "Arm", "Shrunk", "Teacher"]
 

@@ -10,19 +10,19 @@ import torch
 from benchmarks.recovery.layer_local import train_routers_locally
 from benchmarks.recovery.students import DENSE, PRUNED
 from benchmarks.recovery.unfinished import Unfinished
-from compressors.model.checkpoint import Checkpoint
-from compressors.model.losses import kl_divergence
-from compressors.model.memory import MemoryLimit
-from compressors.model.streaming import StreamedModel, TokenGroup
-from compressors.model.student import Student
+from compressors.calibration.statistics import LayerStatistics
+from compressors.calibration.teacher import TeacherTargets
+from compressors.model.predictions.losses import kl_divergence
+from compressors.model.running.memory import MemoryLimit
+from compressors.model.running.streaming import StreamedModel, TokenGroup
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import Student
 from compressors.recover.knowledge_augmentation import UPDATES_PER_BATCH, KnowledgeAugmentation
 from compressors.recover.objectives import Distillation, NextToken, Objective, RouterLogitMatching, Stateless, StepLoss
 from compressors.recover.schedule import Schedule
 from compressors.recover.scopes import Scope, expert_usage
 from compressors.recover.student_aware_router import StudentAwareRouter
 from compressors.recover.training import Training
-from compressors.statistics import LayerStatistics
-from compressors.teacher import TeacherTargets
 
 __all__ = ["ARMS", "FULL_VOCABULARY", "NONE", "PUBLISHED", "ROUTER_KD", "SWEEP", "Arm", "Knowledge", "Pace"]
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from compressors.model.families import Role
-from compressors.model.hidden_states import HiddenStates
-from compressors.model.streaming import StreamedModel, TokenGroup
-from compressors.model.student import Student
+from compressors.model.families.table import Role
+from compressors.model.running.hidden_states import HiddenStates
+from compressors.model.running.streaming import StreamedModel, TokenGroup
+from compressors.model.sources.student import Student
 from compressors.recover.schedule import Schedule
 from compressors.recover.scopes import Scope
 from compressors.recover.trained_student import TrainedStudent

@@ -18,25 +18,25 @@ from benchmarks.recovery.arms import ARMS, Knowledge
 from benchmarks.recovery.runs import LADDER_BLOCKS, SHORT_BLOCKS, Run
 from benchmarks.recovery.students import ALL_EXPERTS_ON, STUDENTS, load_student, store_student
 from benchmarks.recovery.unfinished import Unfinished
-from compressors.calibration import BLOCK_LENGTH, read_splits, tokenize
-from compressors.model.checkpoint import Checkpoint
-from compressors.model.expert_choice import AllExperts
-from compressors.model.log_probs import LogProbReader, LogProbWriter
-from compressors.model.memory import MemoryLimit
-from compressors.model.shape import MoeShape
-from compressors.model.streaming import StreamedModel, TokenGroup
-from compressors.model.student import Student
+from compressors.calibration.splits import BLOCK_LENGTH, read_splits, tokenize
+from compressors.calibration.statistics import StatisticsCollector, StoredStatistics, save_statistics
+from compressors.calibration.teacher import TeacherTargets, write_targets
+from compressors.model.description.shape import MoeShape
+from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
+from compressors.model.running.expert_choice import AllExperts
+from compressors.model.running.memory import MemoryLimit
+from compressors.model.running.streaming import StreamedModel, TokenGroup
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import Student
 from compressors.recover.divergence import judge
 from compressors.recover.schedule import Schedule
 from compressors.recover.scopes import Scope
 from compressors.recover.training import TrainingDivergedError
 from compressors.recover.training_memory import training_bytes
-from compressors.statistics import StatisticsCollector, StoredStatistics, save_statistics
-from compressors.teacher import TeacherTargets, write_targets
-from exporter.files import write_atomically
-from validate.backend import scored_positions
-from validate.evaluation import evaluate
-from validate.torch_reference import TorchBackend
+from exporter.writing.files import write_atomically
+from validate.metrics.evaluation import evaluate
+from validate.runtimes.backend import scored_positions
+from validate.runtimes.torch import TorchBackend
 
 __all__ = ["HELDOUT_CHUNKS", "SELECTION_CHUNKS", "Measured", "load", "measure_into", "prepare"]
 

@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 
 from benchmarks.quality.methods import ARMS as COMPRESSIONS
 from benchmarks.quality.methods import Teacher
-from compressors.dense import Condense, dense_size
-from compressors.layerwise import LayerTarget, LayerwiseCompression
-from compressors.model.checkpoint import Checkpoint
-from compressors.model.student import ExpertMap, LayerMap, Student
-from exporter.files import write_atomically
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import ExpertMap, LayerMap, Student
+from compressors.shrink.dense import Condense, dense_size
+from compressors.shrink.layerwise import LayerTarget, LayerwiseCompression
+from exporter.writing.files import write_atomically
 
 __all__ = [
     "ALL_EXPERTS_ON",

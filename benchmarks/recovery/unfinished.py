@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from compressors.model.student import Student
+from compressors.model.sources.student import Student
 from compressors.recover.training import Training, train
-from exporter.snapshot import Snapshot
+from exporter.pipeline.snapshot import Snapshot
 
 __all__ = ["Unfinished"]
 

@@ -22,13 +22,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressors.model.checkpoint import role_shape
-from compressors.model.config import read_shape
+from compressors.model.description.config import read_shape
+from compressors.model.description.shape import MoeShape
 from compressors.model.errors import InputError
-from compressors.model.families import Role
-from compressors.model.shape import MoeShape
+from compressors.model.families.table import Role
+from compressors.model.sources.checkpoint import role_shape
+from exporter.estimating.sizes import format_size
 from exporter.hub import resolve_model
-from exporter.sizes import format_size
 
 __all__ = ["MODELS", "with_layers", "write_checkpoint"]
 

@@ -23,13 +23,13 @@ import click
 
 from benchmarks.scale.checkpoints import MODELS, with_layers, write_checkpoint
 from benchmarks.scale.results import record
-from compressors.model.config import read_shape
+from compressors.model.description.config import read_shape
 from compressors.model.errors import MoeExportError
-from exporter.job import Flags
-from exporter.pipeline import Stage, run_stages, stages_of
-from exporter.plan import Plan
-from exporter.plan_making import make_plan
-from exporter.work import StageRecord, WorkDirectory
+from exporter.pipeline.pipeline import Stage, run_stages, stages_of
+from exporter.pipeline.work import StageRecord, WorkDirectory
+from exporter.planning.job import Flags
+from exporter.planning.plan import Plan
+from exporter.planning.plan_making import make_plan
 
 __all__ = ["DEFAULT_FOLDER", "ScaleRun", "StageCost", "measure_and_record", "source_folder"]
 

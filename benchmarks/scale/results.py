@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from exporter.sizes import parse_size
+from exporter.estimating.sizes import parse_size
 
 __all__ = ["record"]
 

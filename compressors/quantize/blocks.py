@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from compressors.model.integer_blocks import IntegerBlocks
-from compressors.model.integer_blocks import search_blocks as search_float32_blocks
+from compressors.model.files.integer_blocks import IntegerBlocks
+from compressors.model.files.integer_blocks import search_blocks as search_float32_blocks
 from compressors.quantize.kernels import GGMLQuantizationType, checked_importance, quantize_rows
 
 __all__ = ["search_blocks"]
@@ -18,7 +18,7 @@ __all__ = ["search_blocks"]
 def search_blocks(
     values_RN: torch.Tensor, bits: int, block_size: int, importance_N: torch.Tensor | None = None, *, name: str
 ) -> IntegerBlocks:
-    """Quantizes rows of float32, bfloat16 or float16 values; how, :mod:`compressors.model.integer_blocks` says.
+    """Quantizes rows of float32, bfloat16 or float16 values; how, :mod:`compressors.model.files.integer_blocks` says.
 
     ``importance_N`` weighs the squared error of each input feature, as in
     :func:`~compressors.quantize.kernels.quantize_rows`.

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 import torch
 
+from compressors.calibration.teacher import by_block
 from compressors.model.errors import InputError
-from compressors.model.expert_choice import ExpertChoice
-from compressors.model.log_probs import LogProbReader
-from compressors.model.losses import kl_divergence, negative_log_likelihood
-from compressors.model.memory import MemoryLimit
 from compressors.model.parallel import reduce_sum, share
-from compressors.model.streaming import StreamedModel, TokenGroup
-from compressors.model.student import Student
-from compressors.teacher import by_block
+from compressors.model.predictions.log_probs import LogProbReader
+from compressors.model.predictions.losses import kl_divergence, negative_log_likelihood
+from compressors.model.running.expert_choice import ExpertChoice
+from compressors.model.running.memory import MemoryLimit
+from compressors.model.running.streaming import StreamedModel, TokenGroup
+from compressors.model.sources.student import Student
 
 __all__ = ["Judgement", "judge"]
 

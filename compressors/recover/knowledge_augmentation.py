@@ -16,10 +16,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from compressors.model.expert_choice import ExpertChoice
-from compressors.model.memory import MemoryLimit
-from compressors.model.streaming import StreamedModel
-from compressors.model.student import Student
+from compressors.model.running.expert_choice import ExpertChoice
+from compressors.model.running.memory import MemoryLimit
+from compressors.model.running.streaming import StreamedModel
+from compressors.model.sources.student import Student
 from compressors.recover.on_policy import OnPolicyDistillation
 from compressors.recover.schedule import Schedule
 

@@ -13,12 +13,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from compressors.calibration.teacher import TeacherTargets
 from compressors.model.errors import InputError
-from compressors.model.gradients import Loss, RouterLoss, StateLoss
-from compressors.model.losses import kl_divergence_to_top, negative_log_likelihood
-from compressors.model.streaming import StreamedModel, TokenGroup
-from compressors.model.student import Student
-from compressors.teacher import TeacherTargets
+from compressors.model.predictions.losses import kl_divergence_to_top, negative_log_likelihood
+from compressors.model.running.gradients import Loss, RouterLoss, StateLoss
+from compressors.model.running.streaming import StreamedModel, TokenGroup
+from compressors.model.sources.student import Student
 
 __all__ = ["Distillation", "NextToken", "Objective", "RouterLogitMatching", "Stateless", "StepLoss"]
 
@@ -74,7 +74,7 @@ class Distillation(Stateless):
     cached targets, so it need not be in memory.
 
     Tokens other than the teacher's most probable ones are one bucket
-    (:func:`compressors.model.losses.kl_divergence_to_top`).
+    (:func:`compressors.model.predictions.losses.kl_divergence_to_top`).
 
     Args:
         targets: what the teacher says at every position of the training blocks.

@@ -20,15 +20,15 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from compressors.model.errors import UnsupportedError
-from compressors.model.expert_choice import ExpertChoice
-from compressors.model.families import Role
-from compressors.model.gradients import Head, StateLoss
-from compressors.model.hidden_states import HiddenStates
-from compressors.model.losses import reverse_kl_divergence
-from compressors.model.next_token import random_numbers
+from compressors.model.families.table import Role
 from compressors.model.parallel import reduce_sum, share
-from compressors.model.streaming import StreamedModel, TokenGroup
-from compressors.model.student import Student
+from compressors.model.predictions.losses import reverse_kl_divergence
+from compressors.model.predictions.next_token import random_numbers
+from compressors.model.running.expert_choice import ExpertChoice
+from compressors.model.running.gradients import Head, StateLoss
+from compressors.model.running.hidden_states import HiddenStates
+from compressors.model.running.streaming import StreamedModel, TokenGroup
+from compressors.model.sources.student import Student
 from compressors.recover.objectives import StepLoss
 from compressors.recover.sampling import sample_texts
 from compressors.recover.schedule import Schedule

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from compressors.model.description.shape import MoeShape
 from compressors.model.errors import InputError
-from compressors.model.memory import BLOCKS_AT_ONCE
-from compressors.model.next_token import draw_tokens
-from compressors.model.shape import MoeShape
-from compressors.model.streaming import StreamedModel, position_chunks
+from compressors.model.predictions.next_token import draw_tokens
+from compressors.model.running.memory import BLOCKS_AT_ONCE
+from compressors.model.running.streaming import StreamedModel, position_chunks
 
 if TYPE_CHECKING:
     from transformers import Cache

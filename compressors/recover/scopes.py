@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
-from compressors.model.checkpoint import role_shape
+from compressors.calibration.statistics import LayerStatistics
+from compressors.model.description.shape import MoeShape
 from compressors.model.errors import InputError
-from compressors.model.families import ATTENTION, NORMS, Role
-from compressors.model.shape import MoeShape
-from compressors.model.student import ExpertMap
+from compressors.model.families.table import ATTENTION, NORMS, Role
+from compressors.model.sources.checkpoint import role_shape
+from compressors.model.sources.student import ExpertMap
 from compressors.recover.schedule import RATES_HIDDEN_SIZE
-from compressors.statistics import LayerStatistics
 
 __all__ = ["BlockLength", "Scope", "expert_usage", "scaled_roles"]
 

@@ -25,13 +25,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressors.model.expert_choice import AllExperts, ExpertChoice
-from compressors.model.gradients import ParameterKey, streamed_gradients
-from compressors.model.losses import reverse_kl_divergence
-from compressors.model.memory import MemoryLimit
 from compressors.model.parallel import reduce_sum, share
-from compressors.model.streaming import NotFiniteError, StreamedModel, TokenGroup
-from compressors.model.student import Student
+from compressors.model.predictions.losses import reverse_kl_divergence
+from compressors.model.running.expert_choice import AllExperts, ExpertChoice
+from compressors.model.running.gradients import ParameterKey, streamed_gradients
+from compressors.model.running.memory import MemoryLimit
+from compressors.model.running.streaming import NotFiniteError, StreamedModel, TokenGroup
+from compressors.model.sources.student import Student
 from compressors.recover.on_policy import OnPolicyDistillation, divergence_from_states, sampled_weights
 from compressors.recover.optimizer_state import optimizer_state, restore_optimizer
 from compressors.recover.schedule import Schedule

@@ -7,20 +7,20 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from compressors.model.checkpoint import role_shape
-from compressors.model.families import ATTENTION, NORMS, Role
-from compressors.model.gradients import ParameterKey
-from compressors.model.memory import MemoryLimit
-from compressors.model.shape import MoeShape
-from compressors.model.streaming import StreamedModel, factors_name
-from compressors.model.student import Student
-from compressors.model.trained_experts import (
+from compressors.model.description.shape import MoeShape
+from compressors.model.families.table import ATTENTION, NORMS, Role
+from compressors.model.running.gradients import ParameterKey
+from compressors.model.running.memory import MemoryLimit
+from compressors.model.running.streaming import StreamedModel, factors_name
+from compressors.model.running.trained_experts import (
     LowRankMatrices,
     ScaledMatrices,
     TrainedExperts,
     TrainedMatrices,
     WholeMatrices,
 )
+from compressors.model.sources.checkpoint import role_shape
+from compressors.model.sources.student import Student
 from compressors.recover.scopes import BlockLength, Scope, scaled_roles
 
 __all__ = ["TrainedStudent"]

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from compressors.model.errors import InputError
-from compressors.model.families import Role
-from compressors.model.gradients import ParameterKey, streamed_gradients
-from compressors.model.memory import MemoryLimit
+from compressors.model.families.table import Role
 from compressors.model.parallel import reduce_sum, share
-from compressors.model.streaming import NotFiniteError
-from compressors.model.student import Student
+from compressors.model.running.gradients import ParameterKey, streamed_gradients
+from compressors.model.running.memory import MemoryLimit
+from compressors.model.running.streaming import NotFiniteError
+from compressors.model.sources.student import Student
 from compressors.recover.objectives import Objective
 from compressors.recover.optimizer_state import optimizer_state, restore_optimizer
 from compressors.recover.schedule import Schedule

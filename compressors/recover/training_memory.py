@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+from compressors.model.description.shape import MoeShape
 from compressors.model.errors import InputError
-from compressors.model.families import Role
-from compressors.model.memory import PROCESS_BYTES, least_bytes
-from compressors.model.shape import MoeShape
+from compressors.model.families.table import Role
+from compressors.model.running.memory import PROCESS_BYTES, least_bytes
 from compressors.recover.scopes import BlockLength, Scope
 
 __all__ = ["TooLargeError", "TrainingBytes", "refuse_too_large", "training_bytes"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from compressors.model.block_scales import rescaled
+from compressors.model.files.block_scales import rescaled
 from compressors.recover.trained_student import TrainedStudent
 
 __all__ = ["learned_values"]
@@ -17,7 +17,7 @@ def learned_values(trained: TrainedStudent, original: Mapping[str, torch.Tensor]
 
     Args:
         trained: routers, norms and factors of blocks.
-        original: values that the file was written with (:class:`~compressors.model.weights.WrittenWeights`).
+        original: values that the file was written with (:class:`~compressors.model.sources.weights.WrittenWeights`).
     """
     shape = trained.student.shape
     values: dict[str, torch.Tensor] = {}

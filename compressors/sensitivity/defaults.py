@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from compressors.model.families import Role
-from compressors.model.shape import MoeShape
+from compressors.model.description.shape import MoeShape
+from compressors.model.families.table import Role
 from compressors.sensitivity.divergence import SecondOrder
 from compressors.sensitivity.table import Option, TypeTable, Unit, UnitPlan
 

@@ -17,15 +17,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from compressors.model.families import Role
-from compressors.model.gradients import Head, embedding_gradient
-from compressors.model.memory import MemoryLimit
-from compressors.model.next_token import draw_tokens, random_numbers
-from compressors.model.shape import MoeShape
-from compressors.model.streaming import StreamedModel
-from compressors.model.student import Student
+from compressors.calibration.statistics import LayerStatistics, StatisticsCollector
+from compressors.model.description.shape import MoeShape
+from compressors.model.families.table import Role
+from compressors.model.predictions.next_token import draw_tokens, random_numbers
+from compressors.model.running.gradients import Head, embedding_gradient
+from compressors.model.running.memory import MemoryLimit
+from compressors.model.running.streaming import StreamedModel
+from compressors.model.sources.student import Student
 from compressors.sensitivity.matrices import MatrixSensitivity, Sensitivities, VocabularySensitivities
-from compressors.statistics import LayerStatistics, StatisticsCollector
 
 __all__ = ["gather_sensitivities"]
 

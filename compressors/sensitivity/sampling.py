@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
-from compressors.model.families import Role
-from compressors.model.student import Student
+from compressors.calibration.statistics import Importance
+from compressors.model.families.table import Role
+from compressors.model.sources.student import Student
 from compressors.quantize import GGMLQuantizationType, dequantize_rows, quantize_rows
 from compressors.sensitivity.divergence import SecondOrder
 from compressors.sensitivity.matrices import MatrixSensitivity
-from compressors.statistics import Importance
 
 __all__ = ["SAMPLED_WEIGHTS", "Quantizer", "RowSample", "ggml_quantizer", "sample_rows"]
 

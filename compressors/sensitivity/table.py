@@ -6,13 +6,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from compressors.model.families import Role
-from compressors.model.student import Student
+from compressors.calibration.statistics import Importance
+from compressors.model.families.table import Role
+from compressors.model.sources.student import Student
 from compressors.model.threads import one_thread_each
 from compressors.sensitivity.divergence import SecondOrder
 from compressors.sensitivity.matrices import Sensitivities
 from compressors.sensitivity.sampling import SAMPLED_WEIGHTS, Quantizer, RowSample, sample_rows
-from compressors.statistics import Importance
 
 __all__ = ["Candidate", "Option", "TypeTable", "Unit", "UnitPlan", "measured_table"]
 

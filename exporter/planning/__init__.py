@@ -1,1 +1,1 @@
-"""Finding the best file that fits: types for tensors, structures for students, and the measurements that decide."""
+"""From the command line to a plan: the job, the recipe, and everything that is decided before a weight is read."""

@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from compressors.model.checkpoint import Checkpoint
-from compressors.model.memory import MemoryLimit
-from compressors.model.student import Student
-from compressors.statistics import Importance, StoredStatistics, importance, importance_of_kept
-from exporter.gguf.imatrix import read_imatrix
-from exporter.plan import Plan
-from exporter.planned_types import hold_same_numbers
-from exporter.stage import StageContext
-from exporter.work import WorkDirectory
+from compressors.calibration.statistics import Importance, StoredStatistics, importance, importance_of_kept
+from compressors.model.running.memory import MemoryLimit
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import Student
+from exporter.estimating.planned_types import hold_same_numbers
+from exporter.pipeline.stage import StageContext
+from exporter.pipeline.work import WorkDirectory
+from exporter.planning.plan import Plan
+from exporter.writing.gguf.imatrix import read_imatrix
 
 __all__ = [
     "ORIGINAL_VALUES",
@@ -34,7 +34,7 @@ __all__ = [
 
 
 ORIGINAL_VALUES = "original_values.safetensors"
-"""The tunable values of a file as a stage wrote them (:mod:`exporter.tuning`), in the folder of that stage."""
+"""The tunable values of a file as a stage wrote them (:mod:`exporter.writing.tuning`), in the folder of that stage."""
 
 
 @dataclass(frozen=True)

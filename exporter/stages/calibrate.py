@@ -7,20 +7,20 @@ from collections.abc import Sequence
 
 import torch
 
-from compressors.calibration import Splits, block_length_of, load_tokenizer, read_splits, tokenize
-from compressors.model.arithmetic import dtype_of
-from compressors.model.checkpoint import Checkpoint
+from compressors.calibration.splits import Splits, block_length_of, load_tokenizer, read_splits, tokenize
 from compressors.model.errors import InputError
-from compressors.model.finite import check_vocabulary_is_finite
 from compressors.model.parallel import is_first
-from exporter.snapshot import Snapshot
-from exporter.stage import StageContext
+from compressors.model.running.arithmetic import dtype_of
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.finite import check_vocabulary_is_finite
+from exporter.pipeline.snapshot import Snapshot
+from exporter.pipeline.stage import StageContext
+from exporter.pipeline.text_state import refuse_changed_texts
 from exporter.stages.artifacts import Blocks, Calibration, memory_limit, use_threads
 from exporter.stages.teacher_pass import TeacherPass
-from exporter.text_state import refuse_changed_texts
-from validate.bootstrap import perplexity_interval
-from validate.cloze import find_last_words, save_last_words
-from validate.statistics import perplexity
+from validate.metrics.bootstrap import perplexity_interval
+from validate.metrics.cloze import find_last_words, save_last_words
+from validate.metrics.statistics import perplexity
 
 __all__ = ["run"]
 

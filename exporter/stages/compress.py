@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import torch
 from safetensors.torch import save_file
 
-from compressors.layerwise import LayerTarget, LayerwiseCompression
-from compressors.model.arithmetic import dtype_of
-from compressors.model.checkpoint import Checkpoint
-from compressors.model.streaming import StreamedModel, TokenGroup
-from compressors.model.student import ExpertMap, LayerMap, Student
-from compressors.statistics import StatisticsCollector, save_statistics
-from exporter.compression import layer_targets
-from exporter.stage import StageContext
+from compressors.calibration.statistics import StatisticsCollector, save_statistics
+from compressors.model.running.arithmetic import dtype_of
+from compressors.model.running.streaming import StreamedModel, TokenGroup
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import ExpertMap, LayerMap, Student
+from compressors.shrink.layerwise import LayerTarget, LayerwiseCompression
+from exporter.pipeline.stage import StageContext
+from exporter.planning.compression import layer_targets
 from exporter.stages.artifacts import Blocks, Calibration, StudentFiles, memory_limit, use_threads
 
 __all__ = ["run"]

@@ -9,20 +9,20 @@ from pathlib import Path
 
 import torch
 
-from compressors.layer_inputs import LayerInputs, n_kept_blocks, write_layer_inputs
-from compressors.model.arithmetic import dtype_of
-from compressors.model.memory import PROCESS_BYTES
-from compressors.model.shape import MoeShape
-from compressors.model.streaming import StreamedModel
-from compressors.model.student import ExpertMap, Student
-from compressors.second_moments import SecondMoments
+from compressors.calibration.layer_inputs import LayerInputs, n_kept_blocks, write_layer_inputs
+from compressors.calibration.second_moments import SecondMoments
+from compressors.model.description.shape import MoeShape
+from compressors.model.running.arithmetic import dtype_of
+from compressors.model.running.memory import PROCESS_BYTES
+from compressors.model.running.streaming import StreamedModel
+from compressors.model.sources.student import ExpertMap, Student
 from compressors.sensitivity import Sensitivities
-from exporter.feedback import EmbeddingGradient, StudentFeedback, threads_within
-from exporter.files import flush_folder
-from exporter.plan import Plan
-from exporter.recipe import Quantizer
-from exporter.stage import StageContext
+from exporter.pipeline.stage import StageContext
+from exporter.planning.plan import Plan
+from exporter.planning.recipe import Quantizer
 from exporter.stages.artifacts import Blocks, Calibration, memory_limit, use_threads
+from exporter.writing.feedback import EmbeddingGradient, StudentFeedback, threads_within
+from exporter.writing.files import flush_folder
 
 __all__ = ["feedback_for", "writer_threads"]
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from compressors.model.gguf_weights import GgufWeights
-from compressors.model.student import Student
-from exporter.gguf.metadata import gguf_file_name
-from exporter.gguf.writer import predict_file_size, write_gguf
-from exporter.recipe import FileChoice
-from exporter.stage import StageContext
+from compressors.model.sources.gguf import GgufWeights
+from compressors.model.sources.student import Student
+from exporter.pipeline.stage import StageContext
+from exporter.planning.recipe import FileChoice
 from exporter.stages.artifacts import ORIGINAL_VALUES, importance_of, open_student
 from exporter.stages.feedback import feedback_for, writer_threads
-from exporter.tuning import keep_values
+from exporter.writing.gguf.metadata import gguf_file_name
+from exporter.writing.gguf.writer import predict_file_size, write_gguf
+from exporter.writing.tuning import keep_values
 
 __all__ = ["run", "write"]
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from compressors.model.onnx_weights import OnnxWeights
-from compressors.model.student import Student
-from exporter.onnx.clients import write_client_files
-from exporter.onnx.writer import predict_size, write_onnx
-from exporter.recipe import FileChoice
-from exporter.stage import StageContext
+from compressors.model.sources.onnx import OnnxWeights
+from compressors.model.sources.student import Student
+from exporter.pipeline.stage import StageContext
+from exporter.planning.recipe import FileChoice
 from exporter.stages.artifacts import ORIGINAL_VALUES, importance_of, open_student
 from exporter.stages.feedback import feedback_for, writer_threads
-from exporter.tuning import keep_values
+from exporter.writing.onnx.clients import write_client_files
+from exporter.writing.onnx.writer import predict_size, write_onnx
+from exporter.writing.tuning import keep_values
 
 __all__ = ["FOLDER", "run", "write"]
 

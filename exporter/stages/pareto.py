@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from compressors.model.errors import UnsupportedError
-from compressors.model.log_probs import LogProbReader
-from exporter.gguf.writer import predict_file_size
-from exporter.pareto_rows import OURS, ParetoRow, RowFile
-from exporter.planning.pareto import ParetoFiles, described_structure
-from exporter.stage import StageContext
+from compressors.model.predictions.log_probs import LogProbReader
+from exporter.curve.rows import OURS, ParetoRow, RowFile
+from exporter.pipeline.stage import StageContext
+from exporter.searching.curve import ParetoFiles, described_structure
 from exporter.stages.artifacts import Blocks, Calibration, use_threads
-from validate.evaluation import evaluate
-from validate.figures import fidelity_figures
-from validate.llama_cpp import LlamaCppBackend
+from exporter.writing.gguf.writer import predict_file_size
+from validate.metrics.evaluation import evaluate
+from validate.metrics.figures import fidelity_figures
+from validate.runtimes.llama_cpp import LlamaCppBackend
 
 __all__ = ["MIXES", "MIXES_OF_PRUNED", "ROWS", "WHOLE", "pruned_method", "run"]
 

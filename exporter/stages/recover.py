@@ -12,24 +12,24 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from compressors.model.log_probs import LogProbReader
+from compressors.model.files.weight_file import StoredTensors
 from compressors.model.parallel import is_first, wait_for_all
-from compressors.model.student import Student
-from compressors.model.weight_file import StoredTensors
+from compressors.model.predictions.log_probs import LogProbReader
+from compressors.model.sources.student import Student
 from compressors.recover.divergence import Judgement, judge
 from compressors.recover.scopes import BlockLength
 from compressors.recover.training import Training, TrainingDivergedError, train
 from compressors.recover.training_memory import TooLargeError
-from exporter.files import write_atomically
-from exporter.rates import rates_for, trial_blocks
-from exporter.recipe import RungChoice
-from exporter.recovery import schedule_of, scope_of
-from exporter.snapshot import Snapshot
-from exporter.stage import StageContext
+from exporter.pipeline.snapshot import Snapshot
+from exporter.pipeline.stage import StageContext
+from exporter.planning.rates import rates_for, trial_blocks
+from exporter.planning.recipe import RungChoice
+from exporter.planning.recovery import schedule_of, scope_of
 from exporter.stages.artifacts import Blocks, Calibration, StudentFiles, memory_limit, open_student, use_threads
 from exporter.stages.schedule import scheduled_blocks
 from exporter.stages.training import training_of
-from validate.backend import scored_positions
+from exporter.writing.files import write_atomically
+from validate.runtimes.backend import scored_positions
 
 __all__ = ["Ladder", "judge_on_selection", "run"]
 

@@ -19,25 +19,25 @@ from typing import Any
 
 import torch
 
-from compressors.model.gguf_weights import GgufWeights
-from compressors.model.onnx_weights import OnnxWeights
+from compressors.model.description.shape import MoeShape
+from compressors.model.files.weight_file import StoredTensors
 from compressors.model.parallel import is_first, wait_for_all
-from compressors.model.shape import MoeShape
-from compressors.model.student import Student
-from compressors.model.weight_file import StoredTensors
-from compressors.model.weights import WrittenWeights
+from compressors.model.sources.gguf import GgufWeights
+from compressors.model.sources.onnx import OnnxWeights
+from compressors.model.sources.student import Student
+from compressors.model.sources.weights import WrittenWeights
 from compressors.recover.scopes import BlockLength
 from compressors.recover.training import Training
 from compressors.recover.written_values import learned_values
-from exporter.plan import Plan
-from exporter.recovery import after_quantizing_name
-from exporter.stage import StageContext
+from exporter.pipeline.stage import StageContext
+from exporter.pipeline.work import WorkDirectory
+from exporter.planning.plan import Plan
+from exporter.planning.recovery import after_quantizing_name
 from exporter.stages.artifacts import ORIGINAL_VALUES, StudentFiles, open_student, same_numbers, use_threads
 from exporter.stages.onnx import FOLDER as ONNX_FOLDER
 from exporter.stages.recover import Ladder
 from exporter.stages.schedule import scheduled_blocks
-from exporter.tuning import rewrite
-from exporter.work import WorkDirectory
+from exporter.writing.tuning import rewrite
 
 __all__ = ["run", "written_weights"]
 

@@ -13,18 +13,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressors.model.log_probs import LogProbReader, LogProbWriter
-from exporter.stage import StageContext
+from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
+from exporter.pipeline.stage import StageContext
 from exporter.stages.artifacts import Blocks, Calibration
 from exporter.stages.validate_torch import EVALUATION
 from exporter.stages.validate_written import router_inputs
-from validate.backend import RuntimeBackend, RuntimeCrashError, scored_positions
-from validate.evaluation import evaluate
-from validate.figures import fidelity_figures
-from validate.generation import generate_texts, generation_figures, prompts_of
-from validate.measure import artifact_bytes, measure_artifact
-from validate.router_alone import router_alone
-from validate.time_limit import patience, set_limit
+from validate.metrics.evaluation import evaluate
+from validate.metrics.figures import fidelity_figures
+from validate.metrics.generation import generate_texts, generation_figures, prompts_of
+from validate.routing.router_alone import router_alone
+from validate.runtimes.backend import RuntimeBackend, RuntimeCrashError, scored_positions
+from validate.runtimes.measure import artifact_bytes, measure_artifact
+from validate.runtimes.time_limit import patience, set_limit
 
 __all__ = ["LOG_PROBS", "MEASUREMENT", "limit_runtime", "validate_runtime"]
 

@@ -7,17 +7,17 @@ import math
 import time
 from collections.abc import Sequence
 
-from compressors.model.checkpoint import role_shape
-from compressors.model.families import Role
+from compressors.model.families.table import Role
 from compressors.model.parallel import is_first
+from compressors.model.sources.checkpoint import role_shape
 from compressors.recover.training_memory import TooLargeError
-from exporter.plan import Plan
-from exporter.rates import trial_share
-from exporter.recipe import RungChoice
-from exporter.stage import StageContext
+from exporter.pipeline.stage import StageContext
+from exporter.pipeline.work import WorkDirectory
+from exporter.planning.plan import Plan
+from exporter.planning.rates import trial_share
+from exporter.planning.recipe import RungChoice
 from exporter.stages.artifacts import open_student, same_numbers, use_threads
 from exporter.stages.training import training_of
-from exporter.work import WorkDirectory
 
 __all__ = ["run", "scheduled_blocks", "shared_out"]
 

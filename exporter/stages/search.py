@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from exporter.parts import FOUND
-from exporter.planning.effort import n_measured_files
-from exporter.planning.ladder import ladder_for, rung_beside_codes
-from exporter.planning.search import Candidate, Search
-from exporter.recipe import Recipe
-from exporter.stage import StageContext
+from exporter.pipeline.parts import FOUND
+from exporter.pipeline.stage import StageContext
+from exporter.planning.recipe import Recipe
+from exporter.searching.effort import n_measured_files
+from exporter.searching.ladder import ladder_for, rung_beside_codes
+from exporter.searching.search import Candidate, Search
 from exporter.stages.artifacts import use_threads
 
 __all__ = ["run"]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from compressors.model.arithmetic import dtype_of
-from compressors.model.checkpoint import Checkpoint
-from compressors.model.student import Student
+from compressors.model.running.arithmetic import dtype_of
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import Student
 from compressors.sensitivity import gather_sensitivities
-from exporter.estimate import SENSITIVITY_TOKENS
-from exporter.stage import StageContext
+from exporter.estimating.estimate import SENSITIVITY_TOKENS
+from exporter.pipeline.stage import StageContext
+from exporter.pipeline.work import WorkDirectory
 from exporter.stages.artifacts import Blocks, Calibration, memory_limit, use_threads
-from exporter.work import WorkDirectory
 
 __all__ = ["run", "watched_blocks"]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from exporter.hf_checkpoint import write_checkpoint
-from exporter.stage import StageContext
+from exporter.pipeline.stage import StageContext
 from exporter.stages.artifacts import open_student
+from exporter.writing.hf_checkpoint import write_checkpoint
 
 __all__ = ["run"]
 

@@ -17,21 +17,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressors.model.checkpoint import Checkpoint
-from compressors.model.log_probs import LogProbReader, LogProbWriter
-from compressors.model.routing import Routing
-from compressors.model.student import Student
-from compressors.teacher import by_block
-from exporter.stage import StageContext
+from compressors.calibration.teacher import by_block
+from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
+from compressors.model.predictions.routing import Routing
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import Student
+from exporter.pipeline.stage import StageContext
+from exporter.planning.teacher_floor import first_layers
 from exporter.stages.artifacts import Blocks, Calibration, memory_limit, use_threads
 from exporter.stages.runtime import limit_runtime
 from exporter.stages.validate_torch import EVALUATION
-from exporter.teacher_floor import first_layers
-from validate.backend import RuntimeBackend, scored_positions
-from validate.evaluation import evaluate
-from validate.measure import RuntimeCrashError, measure_artifact
-from validate.positions import ReferenceLogProbs
-from validate.torch_reference import TorchBackend
+from validate.metrics.evaluation import evaluate
+from validate.metrics.positions import ReferenceLogProbs
+from validate.runtimes.backend import RuntimeBackend, scored_positions
+from validate.runtimes.measure import RuntimeCrashError, measure_artifact
+from validate.runtimes.torch import TorchBackend
 
 __all__ = ["COST", "ROUTING", "measure_teacher"]
 

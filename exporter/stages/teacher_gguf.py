@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from compressors.model.student import Student
-from exporter.gguf.writer import write_gguf
-from exporter.stage import StageContext
+from compressors.model.sources.student import Student
+from exporter.pipeline.stage import StageContext
 from exporter.stages.teacher import measure_teacher
-from validate.llama_cpp import LlamaCppBackend, exact_kv_type
+from exporter.writing.gguf.writer import write_gguf
+from validate.runtimes.llama_cpp import LlamaCppBackend, exact_kv_type
 
 __all__ = ["run"]
 

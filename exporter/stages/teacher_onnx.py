@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from compressors.model.student import Student
-from exporter.onnx.writer import write_onnx
-from exporter.stage import StageContext
+from compressors.model.sources.student import Student
+from exporter.pipeline.stage import StageContext
 from exporter.stages.teacher import measure_teacher
-from validate.onnx_runtime import OnnxRuntimeBackend
+from exporter.writing.onnx.writer import write_onnx
+from validate.runtimes.onnx import OnnxRuntimeBackend
 
 __all__ = ["run"]
 

@@ -8,23 +8,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from compressors.layer_inputs import LayerInputs, n_kept_blocks
-from compressors.model.array_file import ArrayFile
-from compressors.model.checkpoint import Checkpoint
-from compressors.model.hidden_states import HiddenStates
-from compressors.model.log_probs import LogProbWriter
-from compressors.model.memory import MemoryLimit
+from compressors.calibration.layer_inputs import LayerInputs, n_kept_blocks
+from compressors.calibration.statistics import StatisticsCollector, save_statistics
+from compressors.calibration.teacher import TeacherTargets, write_log_probs, write_targets
+from compressors.model.description.shape import MoeShape
+from compressors.model.files.array_file import ArrayFile
 from compressors.model.parallel import is_first, reduce_sum, share, wait_for_all
-from compressors.model.recorder import RoutingRecorder
-from compressors.model.routing import Routing
-from compressors.model.shape import MoeShape
-from compressors.model.streaming import StreamedModel, TokenGroup
-from compressors.model.student import Student
-from compressors.statistics import StatisticsCollector, save_statistics
-from compressors.teacher import TeacherTargets, write_log_probs, write_targets
-from exporter.snapshot import Snapshot
+from compressors.model.predictions.log_probs import LogProbWriter
+from compressors.model.predictions.routing import Routing
+from compressors.model.running.hidden_states import HiddenStates
+from compressors.model.running.memory import MemoryLimit
+from compressors.model.running.recorder import RoutingRecorder
+from compressors.model.running.streaming import StreamedModel, TokenGroup
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import Student
+from exporter.pipeline.snapshot import Snapshot
 from exporter.stages.artifacts import Blocks, Calibration
-from validate.backend import scored_positions
+from validate.runtimes.backend import scored_positions
 
 __all__ = ["TeacherPass"]
 

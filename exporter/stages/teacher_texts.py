@@ -9,14 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressors.model.checkpoint import Checkpoint
-from compressors.model.next_token import draw_tokens
-from compressors.model.streaming import StreamedModel
-from compressors.model.student import Student
+from compressors.model.predictions.next_token import draw_tokens
+from compressors.model.running.streaming import StreamedModel
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import Student
 from compressors.recover.sampling import cache_bytes, continue_texts
-from exporter.stage import StageContext
+from exporter.pipeline.stage import StageContext
 from exporter.stages.artifacts import Blocks, Calibration, memory_limit, use_threads
-from validate.generation import NEW_TOKENS, GeneratedTexts, generation_figures, prompts_of, uniform_numbers
+from validate.metrics.generation import NEW_TOKENS, GeneratedTexts, generation_figures, prompts_of, uniform_numbers
 
 __all__ = ["GENERATION", "run", "streamed_texts"]
 

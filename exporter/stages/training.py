@@ -7,20 +7,20 @@ from dataclasses import replace
 
 import torch
 
-from compressors.model.arithmetic import dtype_of
-from compressors.model.streaming import StreamedModel
-from compressors.model.student import Student
+from compressors.calibration.statistics import StoredStatistics
+from compressors.calibration.teacher import TeacherTargets
+from compressors.model.running.arithmetic import dtype_of
+from compressors.model.running.streaming import StreamedModel
+from compressors.model.sources.student import Student
 from compressors.recover.knowledge_augmentation import KnowledgeAugmentation
 from compressors.recover.objectives import Distillation, NextToken, Objective, RouterLogitMatching
 from compressors.recover.schedule import Schedule
 from compressors.recover.scopes import BlockLength, expert_usage
 from compressors.recover.student_aware_router import StudentAwareRouter
 from compressors.recover.training import Training
-from compressors.statistics import StoredStatistics
-from compressors.teacher import TeacherTargets
-from exporter.recipe import RungChoice
-from exporter.recovery import schedule_of, scope_of
-from exporter.stage import StageContext
+from exporter.pipeline.stage import StageContext
+from exporter.planning.recipe import RungChoice
+from exporter.planning.recovery import schedule_of, scope_of
 from exporter.stages.artifacts import Blocks, Calibration, StudentFiles, memory_limit
 
 __all__ = ["training_of"]

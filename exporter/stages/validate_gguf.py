@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from exporter.stage import StageContext
+from exporter.pipeline.stage import StageContext
 from exporter.stages.artifacts import same_numbers
 from exporter.stages.runtime import validate_runtime
 from exporter.stages.validate_written import same_weights
-from validate.llama_cpp import QUANTIZED_KV_TYPES, LlamaCppBackend, exact_kv_type
+from validate.runtimes.llama_cpp import QUANTIZED_KV_TYPES, LlamaCppBackend, exact_kv_type
 
 __all__ = ["run"]
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from compressors.model.log_probs import LogProbReader
-from exporter.stage import StageContext
+from compressors.model.predictions.log_probs import LogProbReader
+from exporter.pipeline.stage import StageContext
 from exporter.stages.onnx import FOLDER
 from exporter.stages.runtime import LOG_PROBS, validate_runtime
 from exporter.stages.validate_written import same_weights
-from validate.onnx_runtime import OnnxRuntimeBackend
+from validate.runtimes.onnx import OnnxRuntimeBackend
 
 __all__ = ["run"]
 

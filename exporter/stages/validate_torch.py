@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from compressors.model.log_probs import LogProbReader
-from exporter.stage import StageContext
+from compressors.model.predictions.log_probs import LogProbReader
+from exporter.pipeline.stage import StageContext
 from exporter.stages.artifacts import Blocks, Calibration, memory_limit, open_student, use_threads
-from validate.evaluation import evaluate
-from validate.torch_reference import TorchBackend
+from validate.metrics.evaluation import evaluate
+from validate.runtimes.torch import TorchBackend
 
 __all__ = ["EVALUATION", "run"]
 

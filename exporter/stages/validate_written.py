@@ -7,19 +7,19 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from compressors.model.log_probs import LogProbReader, LogProbWriter
-from compressors.model.shape import MoeShape
-from exporter.plan import Plan
-from exporter.stage import StageContext
+from compressors.model.description.shape import MoeShape
+from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
+from exporter.pipeline.stage import StageContext
+from exporter.pipeline.work import WorkDirectory
+from exporter.planning.plan import Plan
 from exporter.stages.artifacts import Blocks, Calibration, memory_limit, open_student, same_numbers, use_threads
 from exporter.stages.retune import written_weights
 from exporter.stages.validate_torch import EVALUATION
-from exporter.work import WorkDirectory
-from validate.backend import scored_positions
-from validate.evaluation import evaluate
-from validate.router_alone import RouterInputRecorder
-from validate.router_inputs import RouterInputs, spread_chunks
-from validate.torch_reference import TorchBackend
+from validate.metrics.evaluation import evaluate
+from validate.routing.router_alone import RouterInputRecorder
+from validate.routing.router_inputs import RouterInputs, spread_chunks
+from validate.runtimes.backend import scored_positions
+from validate.runtimes.torch import TorchBackend
 
 __all__ = ["SAME_WEIGHTS", "router_inputs", "run", "same_weights", "written_evaluation"]
 

@@ -10,11 +10,11 @@ import torch
 
 from benchmarks.export.importance import write_imatrix, write_statistics
 from benchmarks.export.tensors import equal_tensors
-from compressors.model.checkpoint import Checkpoint
-from compressors.model.families import Role
-from compressors.model.student import ExpertMap, Student
-from compressors.statistics import StoredStatistics, importance
-from exporter.gguf.writer import write_gguf
+from compressors.calibration.statistics import StoredStatistics, importance
+from compressors.model.families.table import Role
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import ExpertMap, Student
+from exporter.writing.gguf.writer import write_gguf
 
 
 def test_both_sides_get_the_same_importance_matrix(fine_folder: Path, tmp_path: Path) -> None:

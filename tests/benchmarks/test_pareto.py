@@ -14,9 +14,9 @@ from benchmarks.pareto.bars import SIZES_OF_PRESETS, judged
 from benchmarks.pareto.llama_cpp import Figures, Measuring
 from benchmarks.pareto.table import write_markdown
 from benchmarks.third_model import train_third_model
-from compressors.model.checkpoint import Checkpoint
-from compressors.model.ggml_types import GGMLQuantizationType
-from exporter.pareto_rows import OURS, ParetoRow
+from compressors.model.files.ggml_types import GGMLQuantizationType
+from compressors.model.sources.checkpoint import Checkpoint
+from exporter.curve.rows import OURS, ParetoRow
 
 _PRESET = ParetoRow("fine", "llama-quantize", "Q4_K_M", 14_000_000, 0.33, 0.004, 0.0001, 0.95, 41.4)
 _OURS = replace(

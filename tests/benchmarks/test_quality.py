@@ -13,12 +13,12 @@ import torch
 from benchmarks.quality.measure import Measured
 from benchmarks.quality.methods import ARMS, Teacher
 from benchmarks.quality.table import beyond_frequency, by_divergence, read, write_csv, write_markdown
-from compressors.model.checkpoint import Checkpoint
-from compressors.model.families import Role
-from compressors.model.streaming import StreamedModel, TokenGroup
-from compressors.model.student import Student
-from compressors.statistics import StatisticsCollector
-from exporter.recipe import CompressChoice, ExpertMethod
+from compressors.calibration.statistics import StatisticsCollector
+from compressors.model.families.table import Role
+from compressors.model.running.streaming import StreamedModel, TokenGroup
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import Student
+from exporter.planning.recipe import CompressChoice, ExpertMethod
 
 
 def test_every_method_that_a_recipe_can_name_is_compared() -> None:

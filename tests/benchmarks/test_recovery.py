@@ -20,16 +20,16 @@ from benchmarks.recovery.runs import LADDER_BLOCKS, SEEDS, SHORT_BLOCKS, SWEEP_B
 from benchmarks.recovery.students import ALL_EXPERTS_ON, DENSE, PRUNED, UNCHANGED, load_student, store_student
 from benchmarks.recovery.table import ladder, read, write_csv, write_markdown
 from benchmarks.recovery.unfinished import Unfinished
-from compressors.model.checkpoint import Checkpoint
-from compressors.model.families import Role
-from compressors.model.hidden_states import HiddenStates
-from compressors.model.memory import MemoryLimit
-from compressors.model.streaming import StreamedModel, TokenGroup
-from compressors.model.student import ExpertMap, Student
+from compressors.calibration.teacher import TeacherTargets
+from compressors.model.families.table import Role
+from compressors.model.running.hidden_states import HiddenStates
+from compressors.model.running.memory import MemoryLimit
+from compressors.model.running.streaming import StreamedModel, TokenGroup
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import ExpertMap, Student
 from compressors.recover.objectives import NextToken, StepLoss
 from compressors.recover.schedule import Schedule
 from compressors.recover.training import Training
-from compressors.teacher import TeacherTargets
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.same_blocks import compare, page
-from compressors.model.checkpoint import Checkpoint
+from compressors.model.sources.checkpoint import Checkpoint
 
 
 def test_both_runtimes_are_compared_on_the_same_numbers(

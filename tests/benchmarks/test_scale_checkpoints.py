@@ -11,10 +11,10 @@ import torch
 from transformers import AutoConfig
 
 from benchmarks.scale.checkpoints import MODELS, with_layers, write_checkpoint
-from compressors.model.checkpoint import Checkpoint
-from compressors.model.config import read_shape
+from compressors.model.description.config import read_shape
 from compressors.model.errors import InputError
-from compressors.model.families import Role
+from compressors.model.families.table import Role
+from compressors.model.sources.checkpoint import Checkpoint
 
 _SMALL = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "num_experts": 8}
 _SMALL |= {"intermediate_size": 32, "moe_intermediate_size": 32, "vocab_size": 4096}

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from compressors.calibration import read_splits, tokenize
-from compressors.model.checkpoint import Checkpoint
-from compressors.model.families import Role
-from compressors.model.streaming import StreamedModel, TokenGroup
-from compressors.model.student import ExpertMap, Student
-from compressors.moe_block import Evidence, MoeBlock
-from compressors.statistics import StatisticsCollector
+from compressors.calibration.splits import read_splits, tokenize
+from compressors.calibration.statistics import StatisticsCollector
+from compressors.model.families.table import Role
+from compressors.model.running.streaming import StreamedModel, TokenGroup
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import ExpertMap, Student
+from compressors.shrink.moe_block import Evidence, MoeBlock
 
 _N_BLOCKS = 8
 

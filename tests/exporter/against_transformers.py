@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from validate.backend import Backend, scored_positions
+from validate.runtimes.backend import Backend, scored_positions
 
 SAME = 1e-6
 """Mean divergence in nats that two float32 implementations of one model stay below; measured is less than 1e-7."""

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from compressors.layer_inputs import LayerInputs, write_layer_inputs
-from compressors.model.streaming import StreamedModel, TokenGroup
-from compressors.model.student import Student
-from compressors.second_moments import SecondMoments
-from compressors.statistics import Importance, StatisticsCollector, importance
-from exporter.feedback import EmbeddingGradient, StudentFeedback
+from compressors.calibration.layer_inputs import LayerInputs, write_layer_inputs
+from compressors.calibration.second_moments import SecondMoments
+from compressors.calibration.statistics import Importance, StatisticsCollector, importance
+from compressors.model.running.streaming import StreamedModel, TokenGroup
+from compressors.model.sources.student import Student
+from exporter.writing.feedback import EmbeddingGradient, StudentFeedback
 
 __all__ = ["Calibrated"]
 

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 
-from compressors.model.checkpoint import Checkpoint
 from compressors.model.errors import InputError
-from compressors.model.student import ExpertMap, Student
-from exporter import pieces, resumable
-from exporter.gguf.writer import write_gguf
-from exporter.hf_checkpoint import write_checkpoint
-from exporter.onnx.writer import write_onnx
-from exporter.resumable import Part, ResumableFile
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import ExpertMap, Student
+from exporter.writing import pieces, resumable
+from exporter.writing.gguf.writer import write_gguf
+from exporter.writing.hf_checkpoint import write_checkpoint
+from exporter.writing.onnx.writer import write_onnx
+from exporter.writing.resumable import Part, ResumableFile
 
 __all__ = ["FILES", "PIECE_VALUES", "export", "student_of"]
 

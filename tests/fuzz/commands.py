@@ -13,12 +13,12 @@ from pathlib import Path
 # what a command imports, so that the forked processes have it
 import exporter.hub
 import exporter.inspection
-import exporter.pipeline
-import exporter.plan_table
-import exporter.revalidation
-import exporter.revalidation_table
+import exporter.pipeline.pipeline
+import exporter.planning.plan_table
 import exporter.run
-import exporter.task_runs  # noqa: F401
+import exporter.validation.revalidation
+import exporter.validation.revalidation_table
+import exporter.validation.task_runs  # noqa: F401
 from exporter.cli import main
 from tests.fuzz.oracle import complaint_about
 

@@ -12,13 +12,9 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
-from compressors.model.checkpoint import Checkpoint
-from compressors.model.student import Student
-from exporter.gguf.writer import write_gguf
-from exporter.onnx.clients import write_client_files
-from exporter.onnx.writer import write_onnx
-from exporter.outputs import sha256_of
-from exporter.recipe import (
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import Student
+from exporter.planning.recipe import (
     BudgetChoice,
     CompressChoice,
     Recipe,
@@ -28,7 +24,11 @@ from exporter.recipe import (
     TextChoice,
     recipe_yaml,
 )
-from validate.logits_file import LogitsFileWriter
+from exporter.publishing.outputs import sha256_of
+from exporter.writing.gguf.writer import write_gguf
+from exporter.writing.onnx.clients import write_client_files
+from exporter.writing.onnx.writer import write_onnx
+from validate.metrics.logits_file import LogitsFileWriter
 
 __all__ = ["make_inputs"]
 

@@ -11,32 +11,32 @@ from pathlib import Path
 
 from rich.console import Console
 
-from compressors.calibration import load_tokenizer, read_splits
-from compressors.model.checkpoint import Checkpoint
-from compressors.model.families import Role
-from compressors.model.gguf_file import GgufFile
-from compressors.model.gguf_weights import GgufWeights
-from compressors.model.onnx_weights import OnnxWeights
-from compressors.model.shape import MoeShape
-from compressors.model.weight_file import WeightFile
-from compressors.model.weights import WrittenWeights
-from exporter.durations import parse_duration
-from exporter.gguf.vocabulary import vocabulary_metadata
+from compressors.calibration.splits import load_tokenizer, read_splits
+from compressors.model.description.shape import MoeShape
+from compressors.model.families.table import Role
+from compressors.model.files.gguf_file import GgufFile
+from compressors.model.files.weight_file import WeightFile
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.gguf import GgufWeights
+from compressors.model.sources.onnx import OnnxWeights
+from compressors.model.sources.weights import WrittenWeights
+from exporter.estimating.durations import parse_duration
+from exporter.estimating.sizes import format_size, parse_size
 from exporter.inspection import describe, description_table
-from exporter.job import Flags, parse_requirements
-from exporter.recipe import load_recipe, recipe_yaml
-from exporter.sizes import format_size, parse_size
+from exporter.planning.job import Flags, parse_requirements
+from exporter.planning.recipe import load_recipe, recipe_yaml
+from exporter.writing.gguf.vocabulary import vocabulary_metadata
 from tests.fuzz.configurations import damage_config, damage_index, damage_tokenizer
 from tests.fuzz.gguf_files import damage_gguf
 from tests.fuzz.onnx_files import damage_onnx
 from tests.fuzz.published import damage_published, read_published
 from tests.fuzz.safetensors_files import damage_weights
 from tests.fuzz.texts import awkward_flags, awkward_words, damage_logits, damage_recipe, damage_text
-from validate.folder_settings import folder_setting_symptoms
-from validate.graph_settings import graph_setting_symptoms
-from validate.logits_file import LogitsFile
-from validate.model_file import find_model_file
-from validate.settings import gguf_setting_symptoms
+from validate.files.folder_settings import folder_setting_symptoms
+from validate.files.gguf_settings import gguf_setting_symptoms
+from validate.files.graph_settings import graph_setting_symptoms
+from validate.files.model_file import find_model_file
+from validate.metrics.logits_file import LogitsFile
 
 __all__ = ["KINDS", "Kind"]
 

@@ -6,12 +6,12 @@ import json
 import random
 from pathlib import Path
 
-from exporter.published import changed_files, read_report
-from exporter.references import Reference
-from exporter.validated_file import Expectation
+from exporter.publishing.published import changed_files, read_report
+from exporter.validation.references import Reference
+from exporter.validation.validated_file import Expectation
 from tests.fuzz.places import damaged_bytes, something_else
 from tests.fuzz.values import NAMES, VALUES, damaged_json
-from validate.model_file import find_model_file
+from validate.files.model_file import find_model_file
 
 __all__ = ["damage_published", "read_published"]
 

@@ -140,7 +140,7 @@ _INTEGERS = (0, 1, -1, 2, 10**6, 2**31, 2**32, 2**63, 2**64, 10**30)
 
 
 def awkward_flags(rng: random.Random, text: Path) -> dict[str, Any]:
-    """Values for :class:`exporter.job.Flags`, of the types that the command line hands over; some are odd."""
+    """Values for :class:`exporter.planning.job.Flags`, of the types that the command line hands over; some are odd."""
     odd: dict[str, Any] = {
         **{name: rng.choice(_TEXTS) for name in ("budget", "budget_kind", "kv_type", "formats", "student", "method")},
         **{name: rng.choice(_TEXTS) for name in ("quant", "recover", "recover_time", "memory", "device", "model")},

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from validate.bootstrap import CONFIDENCE
+from validate.metrics.bootstrap import CONFIDENCE
 from validate.report import charts, facts, heat_map, numbers, tables, use
 from validate.report.domains import domain_table
 from validate.report.facts import Report, find

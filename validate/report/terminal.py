@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from validate.bootstrap import CONFIDENCE
+from validate.metrics.bootstrap import CONFIDENCE
 from validate.report import facts, numbers
 from validate.report.domains import worst_domain
 from validate.report.facts import Report, find

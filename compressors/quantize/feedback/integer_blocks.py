@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressors.model.integer_blocks import IntegerBlocks
+from compressors.model.files.integer_blocks import IntegerBlocks
 from compressors.quantize.blocks import search_blocks
 from compressors.quantize.feedback.levels import LevelGrid, Levels
 from compressors.quantize.feedback.moments import Feedback

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from compressors.model.integer_blocks import float16_values
+from compressors.model.files.integer_blocks import float16_values
 from compressors.quantize.feedback.levels import LevelGrid
 from compressors.quantize.feedback.moments import Feedback
 

@@ -1,0 +1,118 @@
+"""The inputs of each decoder layer, and of the head, for the first calibration tokens: kept on disk in bfloat16.
+
+With its inputs, a layer can be examined without running the layers before it: second moments of the inputs of its
+matrices, experts one at a time, in any order and as often as needed.
+
+Letters as in :mod:`compressors.model.description.shape`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from compressors.model.description.shape import MoeShape
+from compressors.model.files.array_file import ArrayFile
+from compressors.model.running.hidden_states import HiddenStates
+from compressors.model.running.streaming import StreamedModel, TokenGroup
+
+__all__ = ["KEPT_TOKENS", "LayerInputs", "layer_input_bytes", "n_kept_blocks", "write_layer_inputs"]
+
+KEPT_TOKENS = 32_000
+"""About 1,000 tokens per expert give most of what error feedback can; with 8 of 128 experts, 32,000 are twice that."""
+
+
+def n_kept_blocks(n_blocks: int, block_length: int) -> int:
+    """The number of a text's first blocks that are kept: whole ones, at least one, and no more than there are."""
+    return min(n_blocks, max(1, KEPT_TOKENS // block_length))
+
+
+def layer_input_bytes(shape: MoeShape, n_tokens: int) -> int:
+    """The most bytes on disk that a text of ``n_tokens`` tokens takes."""
+    return (shape.n_layers + 1) * min(n_tokens, KEPT_TOKENS) * shape.hidden_size * 2
+
+
+class LayerInputs:
+    """The inputs of the layers 0 to L - 1, and of the head as number L, each in a file of ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @classmethod
+    def create(cls, folder: Path, n_layers: int, shape: tuple[int, int, int]) -> LayerInputs:
+        """Makes the folder with empty files of ``shape``, which is [B, T, D]."""
+        folder.mkdir(parents=True, exist_ok=True)
+        inputs = cls(folder)
+        for layer in range(n_layers + 1):
+            ArrayFile.create(inputs._path(layer), shape, np.int16)
+        return inputs
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(B, T, D).
+
+        Raises:
+            InputError: the files are missing or damaged.
+        """
+        return ArrayFile.open(self._path(0)).shape
+
+    def keep(self, layer: int, states: HiddenStates, blocks: Sequence[int]) -> None:
+        """Writes the inputs of a layer.
+
+        ``blocks`` says which blocks of the text these states are; blocks that are not kept are left out.
+
+        Raises:
+            OSError: the disk is full or failed.
+        """
+        file = ArrayFile.open(self._path(layer), writable=True)
+        for position, block in enumerate(blocks):
+            if block < len(file):
+                rows = states.read(slice(position, position + 1)).to(torch.bfloat16)
+                file.write(block, rows.view(torch.int16).numpy())  # NumPy has no bfloat16
+
+    def read(self, layer: int, blocks: slice) -> torch.Tensor:
+        """Reads the inputs of a layer for these blocks: bfloat16 [b, T, D].
+
+        Raises:
+            InputError: the file is missing or damaged.
+        """
+        rows = ArrayFile.open(self._path(layer)).read(blocks.start, blocks.stop)
+        return torch.from_numpy(rows).view(torch.bfloat16)
+
+    def _path(self, layer: int) -> Path:
+        return self._folder / f"layer-{layer:03d}.npy"
+
+
+def write_layer_inputs(
+    model: StreamedModel,
+    tokens_BT: torch.Tensor,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    progress: Callable[[int], None] | None = None,
+) -> LayerInputs:
+    """Runs tokens through a student and keeps the inputs of its layers, which differ from its teacher's.
+
+    Args:
+        model: the student.
+        tokens_BT: int64, the blocks that are kept.
+        folder: where the files go.
+        dtype: dtype of the arithmetic.
+        progress: called with 1 for each finished layer.
+
+    Raises:
+        NotFiniteError: a value is not finite.
+        OSError: the disk is full or failed.
+    """
+    n_layers = model.shape.n_layers
+    inputs = LayerInputs.create(folder, n_layers, (*tokens_BT.shape, model.shape.hidden_size))
+    groups, blocks = [TokenGroup(tokens_BT, dtype=dtype)], range(len(tokens_BT))
+    (states,) = model.first_states(groups)
+    inputs.keep(0, states, blocks)
+    for layer in model.advance(groups, [states], range(n_layers)):
+        inputs.keep(layer + 1, states, blocks)
+        if progress is not None:
+            progress(1)
+    return inputs

@@ -1,0 +1,273 @@
+"""Second moments, means of x x^T, of the inputs of a student's matrices: error feedback weighs errors with them.
+
+They come from stored layer inputs (:mod:`compressors.calibration.layer_inputs`), one decoder layer at a time. Attention
+runs once over them, a few token blocks in each thread, and the experts' inputs are kept in 16 bits. The moments of one
+expert are computed from its tokens' rows on request: only those in use lie in memory, experts can be worked on in any
+number of threads, and an expert's weights are needed only for the inputs of its down projection.
+
+Sums are float32; their bits do not depend on the number of threads. Letters as in
+:mod:`compressors.model.description.shape`; N inputs of a matrix, n tokens of one expert.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from compressors.calibration.layer_inputs import LayerInputs
+from compressors.model.families.table import Role
+from compressors.model.running.layers import LayerWeights
+from compressors.model.running.streaming import StreamedModel
+from compressors.model.sources.student import Student
+from compressors.model.threads import in_order, one_thread_each
+
+__all__ = ["ROWS_AT_ONCE", "TOKENS_AT_ONCE", "ExpertInputs", "LayerMoments", "Moments", "SecondMoments"]
+
+TOKENS_AT_ONCE = 1024
+"""Tokens that one thread runs through attention at a time: activations then take about as much memory as the sums."""
+
+ROWS_AT_ONCE = 4096
+"""Rows of one expert that are widened to float32 at a time."""
+
+_COLUMNS_AT_ONCE = 256  # fewer would save a few more products, but make them slower
+
+_Part = TypeVar("_Part")
+
+
+@dataclass(frozen=True)
+class Moments:
+    """The second moments of the inputs of one matrix."""
+
+    mean_NN: torch.Tensor  # float32: the mean of x x^T; zeros if no token was seen
+    n_tokens: int  # tokens in the mean
+
+    @classmethod
+    def of_sum(cls, total_NN: torch.Tensor, n_tokens: int) -> Moments:
+        """Turns the sum into the mean, in place."""
+        return cls(total_NN.div_(max(n_tokens, 1)), n_tokens)
+
+
+@dataclass(frozen=True)
+class LayerMoments:
+    """The second moments of the inputs of one layer's matrices."""
+
+    attention: Moments  # of queries, keys and values
+    attention_output: Moments
+    experts: ExpertInputs | None  # None: the layer has lost its MoE sub-layer
+
+
+class SecondMoments:
+    """The second moments of a student's inputs.
+
+    Args:
+        student: the model.
+        inputs: the inputs of its layers.
+        dtype: dtype in which attention runs.
+        threads: groups of token blocks that are worked on at a time.
+    """
+
+    def __init__(
+        self, student: Student, inputs: LayerInputs, *, dtype: torch.dtype = torch.float32, threads: int = 1
+    ) -> None:
+        self._student = student
+        self._inputs = inputs
+        self._dtype = dtype
+        self._threads = threads
+        self._model = StreamedModel(student)
+
+    def layer(self, index: int) -> LayerMoments:
+        """The moments of one decoder layer, whose attention runs over all stored tokens.
+
+        Raises:
+            InputError: the layer's inputs or weights cannot be read.
+        """
+        seen = _Seen()
+        n_blocks, n_block_tokens, _ = self._inputs.shape
+        sums = _LayerSums(n_blocks * n_block_tokens)
+        weights = _without_experts(self._student, index)
+        with self._model.layer(index, weights, self._dtype) as layer, _watched(layer, self._student, index, seen):
+            for part in self._in_parts(partial(self._run, index, layer, seen)):
+                sums.add(part)
+        return sums.moments()
+
+    def head(self) -> Moments:
+        """The moments of the head's inputs, which are the final norm's outputs.
+
+        Raises:
+            InputError: they cannot be read.
+        """
+        weight_D = self._student.tensor(Role.FINAL_NORM).float()
+        total_DD = torch.zeros(2 * weight_D.shape)
+        for part_DD in self._in_parts(partial(self._head_part, weight_D)):
+            total_DD += part_DD
+        n_blocks, n_block_tokens, _ = self._inputs.shape
+        return Moments.of_sum(total_DD, n_blocks * n_block_tokens)
+
+    def _in_parts(self, work: Callable[[slice], _Part]) -> Iterator[_Part]:
+        """Yields the results of ``work`` on a few blocks at a time, in the order of the blocks."""
+        n_blocks, n_block_tokens, _ = self._inputs.shape
+        step = max(1, TOKENS_AT_ONCE // n_block_tokens)
+        groups = (slice(first, min(first + step, n_blocks)) for first in range(0, n_blocks, step))
+        with one_thread_each(self._threads) as pool:
+            yield from in_order(pool, (partial(work, blocks) for blocks in groups), self._threads)
+
+    @torch.no_grad()
+    def _run(self, index: int, layer: nn.Module, seen: _Seen, blocks: slice) -> _LayerPart:
+        self._model.run_layer(layer, self._inputs.read(index, blocks).to(self._dtype))
+        attention = _products(seen.attention_TD), _products(seen.attention_output_TN)
+        if seen.experts_TD is None or seen.chosen_TK is None:
+            return _LayerPart(attention, None)
+        return _LayerPart((*attention, _products(seen.experts_TD)), (seen.experts_TD, seen.chosen_TK))
+
+    def _head_part(self, weight_D: torch.Tensor, blocks: slice) -> torch.Tensor:
+        states_TD = self._inputs.read(self._student.shape.n_layers, blocks).flatten(0, 1).float()
+        return _products(functional.rms_norm(states_TD, weight_D.shape, weight_D, self._student.shape.rms_norm_eps))
+
+
+class ExpertInputs:
+    """The inputs of one layer's experts.
+
+    An expert's moments have the same bits wherever torch computes with one thread, as in :func:`one_thread_each`.
+
+    Args:
+        inputs_TD: all tokens' rows, in 16 bits.
+        chosen_TK: the experts that each token goes to.
+        all_tokens: the moments of all rows.
+    """
+
+    def __init__(self, inputs_TD: torch.Tensor, chosen_TK: torch.Tensor, all_tokens: Moments) -> None:
+        self._inputs_TD = inputs_TD
+        self._chosen_TK = chosen_TK
+        self.all_tokens = all_tokens
+
+    def gate_up(self, expert: int) -> Moments:
+        """The moments of the inputs of an expert's gate and up projection: over its tokens alone."""
+        tokens_n = self._tokens(expert)
+        rows = (self._inputs_TD[part] for part in tokens_n.split(ROWS_AT_ONCE))
+        return Moments.of_sum(_sum_of_products(rows, self._inputs_TD.shape[1]), len(tokens_n))
+
+    def down(self, expert: int, gate_FD: torch.Tensor, up_FD: torch.Tensor) -> Moments:
+        """The moments of the inputs of its down projection, computed from its tokens with the given gate and up."""
+        tokens_n = self._tokens(expert)
+        gate_FD, up_FD = gate_FD.float(), up_FD.float()
+        rows = (
+            functional.silu(part_nD @ gate_FD.T).mul_(part_nD @ up_FD.T)
+            for part_nD in (self._inputs_TD[part].float() for part in tokens_n.split(ROWS_AT_ONCE))
+        )
+        return Moments.of_sum(_sum_of_products(rows, len(gate_FD)), len(tokens_n))
+
+    def _tokens(self, expert: int) -> torch.Tensor:
+        return (self._chosen_TK == expert).any(1).nonzero().flatten()
+
+
+class _Seen(threading.local):
+    """The tensors that a run of the layer in this thread has recorded."""
+
+    attention_TD: torch.Tensor
+    attention_output_TN: torch.Tensor
+    experts_TD: torch.Tensor | None = None
+    chosen_TK: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _LayerPart:
+    """The products that a few token blocks add to a layer's sums, and the inputs that they give to its experts."""
+
+    products: tuple[torch.Tensor, ...]  # of attention's inputs, of its output's, and of the experts' if there are any
+    experts: tuple[torch.Tensor, torch.Tensor] | None  # inputs [T, D] in 16 bits, and chosen experts [T, K]
+
+
+class _LayerSums:
+    """The parts of one layer, added up in their order."""
+
+    def __init__(self, n_tokens: int) -> None:
+        self._n_tokens = n_tokens
+        self._n_added = 0
+        self._totals: list[torch.Tensor] = []
+        self._experts: list[torch.Tensor] = []
+
+    def add(self, part: _LayerPart) -> None:
+        """Adds the next part."""
+        self._totals = self._totals or [torch.zeros_like(product) for product in part.products]
+        for total, product in zip(self._totals, part.products, strict=True):
+            total += product
+        if part.experts is not None:
+            self._experts = self._experts or [rows.new_empty(self._n_tokens, rows.shape[1]) for rows in part.experts]
+            for whole, rows in zip(self._experts, part.experts, strict=True):
+                whole[self._n_added : self._n_added + len(rows)] = rows
+            self._n_added += len(part.experts[0])
+
+    def moments(self) -> LayerMoments:
+        """Turns the sums into the layer's moments."""
+        attention, attention_output, *of_experts = (Moments.of_sum(total, self._n_tokens) for total in self._totals)
+        experts = ExpertInputs(self._experts[0], self._experts[1], of_experts[0]) if of_experts else None
+        return LayerMoments(attention, attention_output, experts)
+
+
+@contextmanager
+def _watched(layer: nn.Module, student: Student, index: int, seen: _Seen) -> Iterator[None]:
+    """Records the inputs of the layer's matrices in ``seen``; experts do nothing meanwhile."""
+
+    def look_at_attention(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        seen.attention_TD = inputs[0].flatten(0, -2)
+
+    def look_at_attention_output(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        seen.attention_output_TN = inputs[0].flatten(0, -2)
+
+    def stand_in(inputs_TD: torch.Tensor, chosen_TK: torch.Tensor, _gates_TK: torch.Tensor) -> torch.Tensor:
+        seen.experts_TD, seen.chosen_TK = inputs_TD.bfloat16(), chosen_TK.to(torch.int16)
+        return torch.zeros_like(inputs_TD)
+
+    handles = [
+        layer.get_submodule("self_attn.q_proj").register_forward_pre_hook(look_at_attention),
+        layer.get_submodule("self_attn.o_proj").register_forward_pre_hook(look_at_attention_output),
+    ]
+    has_moe = student.shape.layer(index).has_moe
+    if has_moe:
+        experts = layer.get_submodule(student.family.experts_module)
+        experts.forward = stand_in
+    try:
+        yield
+    finally:
+        if has_moe:
+            del experts.forward
+        for handle in handles:
+            handle.remove()
+
+
+def _without_experts(student: Student, index: int) -> LayerWeights:
+    """The layer's weights, with one zero in place of all its experts' values."""
+    shape = student.shape.layer(index)
+    zero = torch.zeros(1, 1, 1, dtype=student.expert_dtype)
+    return LayerWeights(
+        zero.expand(shape.n_experts, 2 * shape.expert_width, shape.hidden_size),
+        zero.expand(shape.n_experts, shape.hidden_size, shape.expert_width),
+        {role: student.tensor(role, index) for role in student.shape.layer_roles(index)},
+    )
+
+
+def _sum_of_products(parts: Iterable[torch.Tensor], size: int) -> torch.Tensor:
+    """The sum of x x^T over the rows of all parts: float32."""
+    total_NN = torch.zeros(size, size)
+    for part_nN in parts:
+        total_NN += _products(part_nN)
+    return total_NN
+
+
+def _products(rows_nN: torch.Tensor) -> torch.Tensor:
+    """x x^T summed over the rows: float32. Products of two columns are the same both ways, so most are made once."""
+    rows_nN = rows_nN.float()
+    products_NN = rows_nN.new_empty(2 * rows_nN.shape[1:])
+    for first in range(0, len(products_NN), _COLUMNS_AT_ONCE):
+        columns, others = slice(first, first + _COLUMNS_AT_ONCE), slice(first + _COLUMNS_AT_ONCE, None)
+        products_NN[columns, first:] = rows_nN[:, columns].T @ rows_nN[:, first:]
+        products_NN[others, columns] = products_NN[columns, others].T
+    return products_NN

@@ -1,0 +1,328 @@
+"""Text -> documents -> splits -> token blocks.
+
+A text is one file, or a folder with one ``*.txt`` file per domain; documents are separated by blank lines. It is cut
+into three splits: statistics and training see *calibration*, choices between candidates are judged on *selection*, and
+the report measures *held-out*. Token blocks are llama-perplexity's
+(``tools/perplexity/perplexity.cpp`` of llama.cpp): a file is tokenised and cut into consecutive blocks, the rest is
+dropped, and BOS takes the place of each block's first token when the tokenizer adds BOS. A short text is tokenised
+whole, a long one only where blocks are taken (:mod:`compressors.calibration.token_streams`).
+
+Letters: B token blocks, T tokens of a block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from compressors.calibration.documents import DomainText, cut_parts, digest_of, read_parts
+from compressors.calibration.separation import Stream, shared_blocks, shared_text, without_blocks
+from compressors.calibration.token_streams import (
+    TextTokenizer,
+    is_short,
+    leading_streams,
+    shares_of,
+    spaced_streams,
+    whole_streams,
+)
+from compressors.model.errors import InputError
+from compressors.model.sources.tokenizer_files import load_tokenizer
+
+__all__ = [
+    "BLOCK_LENGTH",
+    "BlockCounts",
+    "DomainText",
+    "Splits",
+    "TextSplit",
+    "TextTokenizer",
+    "TokenBlocks",
+    "TokenizedSplit",
+    "block_length_of",
+    "load_tokenizer",
+    "read_splits",
+    "tokenize",
+    "tokenize_heldout",
+]
+
+BLOCK_LENGTH = 512
+"""Tokens of a block: llama-perplexity's default context. A model with a shorter context has blocks of that length."""
+_MOST_SHARED = 100  # one block in so many may be left out
+
+
+def block_length_of(context_length: int) -> int:
+    """Tokens of a block for a model of this context."""
+    return min(BLOCK_LENGTH, context_length)
+
+
+@dataclass(frozen=True)
+class TextSplit:
+    """The text that one purpose may see: one part per file, sorted by file name."""
+
+    name: str  # calibration, selection or held-out
+    parts: tuple[DomainText, ...]
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the parts' UTF-8 text, one after the other; for whole files ``cat *.txt | sha256sum``."""
+        return digest_of(self.parts)
+
+    @property
+    def n_documents(self) -> int:
+        """Documents of all parts together."""
+        return sum(part.n_documents for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The three splits; none shares a document with another."""
+
+    calibration: TextSplit
+    selection: TextSplit
+    heldout: TextSplit
+
+
+@dataclass(frozen=True)
+class BlockCounts:
+    """The number of blocks that are wanted of each split."""
+
+    calibration: int
+    selection: int
+    heldout_per_file: int
+
+
+@dataclass(frozen=True)
+class TokenBlocks:
+    """Blocks of tokens, each to be run as a sequence of its own."""
+
+    tokens_BT: torch.Tensor  # int64
+    domains_B: tuple[str, ...]
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 over the shape and the tokens as little-endian int64."""
+        tokens_BT = self.tokens_BT.numpy().astype("<i8")
+        return hashlib.sha256(f"{tokens_BT.shape}".encode() + tokens_BT.tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class TokenizedSplit:
+    """The full blocks of a split, file by file; for a long text only the wanted ones."""
+
+    name: str
+    blocks: tuple[tuple[str, torch.Tensor], ...]  # domain, int64 [its blocks, T]
+
+    @property
+    def n_blocks(self) -> int:
+        """Full blocks of all files together."""
+        return sum(len(blocks_BT) for _, blocks_BT in self.blocks)
+
+    def spread(self, n_blocks: int) -> TokenBlocks:
+        """Takes ``n_blocks`` evenly over the files, and evenly spaced inside each file.
+
+        Domains take turns, in the order of their names, so any leading part of the result is balanced too; within a
+        domain the blocks keep the file's order. A domain that runs out leaves its turns to the others.
+
+        Raises:
+            InputError: the split has fewer blocks.
+        """
+        if not 1 <= n_blocks <= self.n_blocks:
+            length = self.blocks[0][1].shape[1]
+            raise InputError(
+                f"{n_blocks} blocks of {length} tokens are asked of the {self.name} text, which has {self.n_blocks}; "
+                "give more text or ask for fewer blocks"
+            )
+        shares = shares_of([len(blocks_BT) for _, blocks_BT in self.blocks], n_blocks)
+        chosen = [
+            (domain, _evenly_spaced(blocks_BT, share))
+            for (domain, blocks_BT), share in zip(self.blocks, shares, strict=True)
+        ]
+        return _taking_turns(chosen)
+
+    def leading(self, n_blocks_per_file: int | None = None) -> TokenBlocks:
+        """The first blocks of each file, file by file, as llama-perplexity's ``--chunks`` takes them; None: all.
+
+        A file that has fewer gives all it has.
+        """
+        taken = [(domain, blocks_BT[:n_blocks_per_file]) for domain, blocks_BT in self.blocks]
+        return TokenBlocks(
+            torch.cat([blocks_BT for _, blocks_BT in taken]),
+            tuple(domain for domain, blocks_BT in taken for _ in range(len(blocks_BT))),
+        )
+
+
+def read_splits(calibration: Path, heldout: Path | None = None) -> Splits:
+    """Reads text from files or folders of ``*.txt`` and cuts it into the three splits.
+
+    The last tenth of the documents of each calibration file is set aside for selection. Without ``heldout`` each file
+    is cut 80/10/10 into calibration, selection and held-out. Every share is at least one document, and the splits keep
+    their text byte for byte, blank lines included.
+
+    Raises:
+        InputError: a path does not exist, a file is empty or not UTF-8, or it has too few documents to be cut.
+    """
+    cuts = cut_parts(calibration, 2 if heldout is not None else 3)
+    heldout_parts = read_parts(heldout) if heldout is not None else tuple(cut[2] for cut in cuts)
+    return Splits(
+        TextSplit("calibration", tuple(cut[0] for cut in cuts)),
+        TextSplit("selection", tuple(cut[1] for cut in cuts)),
+        TextSplit("held-out", heldout_parts),
+    )
+
+
+def tokenize(
+    splits: Splits, checkpoint_folder: Path, block_length: int = BLOCK_LENGTH, wanted: BlockCounts | None = None
+) -> tuple[TokenizedSplit, TokenizedSplit, TokenizedSplit]:
+    """Tokenises (calibration, selection, held-out) with the checkpoint's own tokenizer; nothing is downloaded.
+
+    Files too short for one block give none.
+
+    Args:
+        splits: the texts.
+        checkpoint_folder: where the tokenizer is.
+        block_length: tokens of a block.
+        wanted: blocks that are enough of a long text (:mod:`compressors.calibration.token_streams`); None: all.
+
+    Raises:
+        InputError: the checkpoint has no usable tokenizer, a split has no full block, or two splits share more than
+            a few blocks of tokens, at whatever position, or as much text in another form.
+    """
+    tokenizer = load_tokenizer(checkpoint_folder)
+    in_order = (splits.calibration, splits.selection, splits.heldout)
+    enough: list[dict[str, int]] = [{}, {}, {}]
+    if wanted is not None:
+        enough = [{"spaced": wanted.calibration}, {"spaced": wanted.selection}, {"leading": wanted.heldout_per_file}]
+    streams = [
+        _streams(split, tokenizer, block_length, **of_split) for split, of_split in zip(in_order, enough, strict=True)
+    ]
+    streams = _kept_apart(in_order, streams, block_length)
+    bos = _bos_token(tokenizer)
+    calibration, selection, heldout = (
+        _blocks_of(split, stream, block_length, bos) for split, stream in zip(in_order, streams, strict=True)
+    )
+    return calibration, selection, heldout
+
+
+def tokenize_heldout(
+    path: Path,
+    tokenizer: Path | TextTokenizer,
+    block_length: int = BLOCK_LENGTH,
+    blocks_per_file: int | None = None,
+) -> tuple[TextSplit, TokenizedSplit]:
+    """Reads and tokenises held-out text alone, when nothing is calibrated.
+
+    Args:
+        path: a file, or a folder of ``*.txt``.
+        tokenizer: one, or the folder of one (such as a checkpoint's).
+        block_length: tokens of a block.
+        blocks_per_file: the number of blocks to take from each file of a long text; None: all.
+
+    Raises:
+        InputError: as :func:`read_splits` and :func:`tokenize`.
+    """
+    split = TextSplit("held-out", read_parts(path))
+    if isinstance(tokenizer, Path):
+        tokenizer = load_tokenizer(tokenizer)
+    streams = _streams(split, tokenizer, block_length, leading=blocks_per_file)
+    return split, _blocks_of(split, streams, block_length, _bos_token(tokenizer))
+
+
+def _bos_token(tokenizer: TextTokenizer) -> int | None:
+    """The id of BOS if the tokenizer puts it before a text."""
+    bos: int | None = tokenizer.bos_token_id
+    return bos if bos is not None and tokenizer.encode("a")[0] == bos else None
+
+
+def _streams(
+    split: TextSplit,
+    tokenizer: TextTokenizer,
+    block_length: int,
+    *,
+    spaced: int | None = None,
+    leading: int | None = None,
+) -> list[Stream]:
+    """The split's tokens: for a long text enough for ``spaced`` blocks, or for ``leading`` blocks of each file.
+
+    Raises:
+        InputError: no file has enough for one block.
+    """
+    bos = _bos_token(tokenizer)
+    streams: list[Stream] | None = None
+    if is_short(split.parts):
+        streams = whole_streams(split.parts, tokenizer, bos)
+    elif spaced is not None:
+        streams = spaced_streams(split.parts, tokenizer, bos, spaced, block_length)
+    if streams is None:
+        n_tokens = None if leading is None else leading * block_length
+        streams = leading_streams(split.parts, tokenizer, bos, n_tokens)
+    longest_part, longest = max(streams, key=lambda stream: len(stream[1]))
+    if len(longest) < block_length:
+        raise InputError(
+            f"the {split.name} text is too short: {longest_part.file} gives {len(longest)} tokens of it, "
+            f"and {block_length} are needed for one block; give more text"
+        )
+    return streams
+
+
+def _blocks_of(split: TextSplit, streams: list[Stream], block_length: int, bos: int | None) -> TokenizedSplit:
+    blocks = []
+    for part in split.parts:
+        full = [_full_blocks(tokens, block_length) for of_part, tokens in streams if of_part is part]
+        blocks_BT = np.concatenate([np.empty((0, block_length), dtype=np.int64), *full])
+        if bos is not None:
+            blocks_BT[:, 0] = bos
+        blocks.append((part.domain, torch.from_numpy(blocks_BT)))
+    return TokenizedSplit(split.name, tuple(blocks))
+
+
+def _full_blocks(tokens: npt.NDArray[np.int64], block_length: int) -> npt.NDArray[np.int64]:
+    """int64 [B, T]."""
+    n_blocks = len(tokens) // block_length
+    return tokens[: n_blocks * block_length].reshape(n_blocks, block_length)
+
+
+def _kept_apart(splits: Sequence[TextSplit], streams: Sequence[list[Stream]], block_length: int) -> list[list[Stream]]:
+    """The streams without the few blocks (licence texts, tables) that a later split has too; more are refused."""
+    kept = list(streams)
+    for (index, first), (later, second) in combinations(enumerate(splits), 2):
+        shared = list(shared_blocks(kept[index], kept[later], block_length))
+        n_blocks = sum(len(tokens) // block_length for _, tokens in kept[index])
+        if len(shared) * _MOST_SHARED > n_blocks:
+            raise _not_apart(first, second, shared[0].part, shared[0].other, f"{block_length} tokens in a row")
+        text = shared_text(first.parts, second.parts)
+        if text is not None:
+            part, other, begin = text
+            what = f"the text that begins {begin!r}, apart from white space, line ends and the form of accents"
+            raise _not_apart(first, second, part, other, what)
+        if shared:
+            kept[index] = without_blocks(kept[index], shared, block_length)
+    return kept
+
+
+def _not_apart(first: TextSplit, second: TextSplit, part: DomainText, other: DomainText, what: str) -> InputError:
+    return InputError(
+        f"the {first.name} text ({part.file}) and the {second.name} text ({other.file}) must be kept apart, but "
+        f"share {what}; remove it from one"
+    )
+
+
+def _evenly_spaced(blocks_BT: torch.Tensor, count: int) -> torch.Tensor:
+    """The middle block of each of ``count`` equal stretches."""
+    picks = [(2 * index + 1) * len(blocks_BT) // (2 * count) for index in range(count)]
+    return blocks_BT[picks]
+
+
+def _taking_turns(chosen: list[tuple[str, torch.Tensor]]) -> TokenBlocks:
+    order = [
+        (domain, blocks_BT[turn])
+        for turn in range(max(len(blocks_BT) for _, blocks_BT in chosen))
+        for domain, blocks_BT in chosen
+        if turn < len(blocks_BT)
+    ]
+    return TokenBlocks(torch.stack([tokens_T for _, tokens_T in order]), tuple(domain for domain, _ in order))

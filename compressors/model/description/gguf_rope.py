@@ -1,0 +1,122 @@
+"""A rotary embedding as llama.cpp computes it from a file: keys, and factors for the architectures that take them.
+
+``ggml_rope_cache_init`` and ``rope_yarn`` in ``ggml/src/ggml-cpu/ops.cpp``; ``llama_context`` in
+``src/llama-context.cpp``, which for YaRN puts its own attention factor in place of every other and multiplies it by
+``rope.scaling.attn_factor``; ``get_rope_factors`` in ``src/llama-model.cpp``. Keys are those of ``LLM_KV_NAMES`` in
+``src/llama-arch.cpp`` without the architecture. (``rope.scaling.yarn_beta_fast`` and ``..._slow`` are there too, but
+of the architectures that we write none reads them: 32 and 1 are constants there. Where no factors can make up for
+that, the file is written all the same, and :func:`yarn_constants` says so.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from compressors.model.description.rope import Rope, RopeKind
+from compressors.model.errors import UnsupportedError
+
+__all__ = ["LONG_FACTORS", "PLAIN_FACTORS", "SHORT_FACTORS", "GgufRope", "gguf_rope", "yarn_constants"]
+
+PLAIN_FACTORS, LONG_FACTORS, SHORT_FACTORS = (
+    "rope_freqs.weight",
+    "rope_factors_long.weight",
+    "rope_factors_short.weight",
+)
+_BETA_FAST, _BETA_SLOW = 32.0, 1.0  # constants of llama.cpp's graphs
+_SAME = 1e-5  # relative; llama.cpp computes its frequencies in float32, by repeated multiplication
+
+
+@dataclass(frozen=True)
+class GgufRope:
+    """The keys and tensors of a file that describe its rotary embedding."""
+
+    keys: Mapping[str, str | int | float] = field(default_factory=dict)
+    factors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # by tensor name; angles are divided by them
+
+
+def gguf_rope(rope: Rope, architecture: str, *, takes_factors: bool) -> GgufRope:
+    """Returns the keys and tensors that a file of this architecture needs, except base and width.
+
+    Raises:
+        UnsupportedError: llama.cpp would compute other angles whatever the file says.
+    """
+    written = _written(rope, takes_factors=takes_factors)
+    if written is None:
+        raise UnsupportedError(
+            f"llama.cpp's {architecture} graph cannot turn by the angles of rope_type {rope.kind.value!r}, which the "
+            "model was trained with: it cannot be written as GGUF; use --formats onnx"
+        )
+    return written
+
+
+def yarn_constants(rope: Rope, *, takes_factors: bool) -> str | None:
+    """Says how llama.cpp's angles differ, where its graph has constants for YaRN's settings; None: they do not.
+
+    Other betas moved the predictions of the trained toys by 0.003 to 0.01 nats (docs/settings.md).
+    """
+    if rope.kind is not RopeKind.YARN or takes_factors or _computes_yarn(rope):
+        return None
+    return (
+        f"llama.cpp turns by YaRN with beta_fast {_BETA_FAST:g}, beta_slow {_BETA_SLOW:g} and truncate true, whatever "
+        f"a file says; the original's are {rope.beta_fast:g}, {rope.beta_slow:g} and {str(rope.truncate).lower()}"
+    )
+
+
+def _written(rope: Rope, *, takes_factors: bool) -> GgufRope | None:
+    if rope.kind in (RopeKind.DEFAULT, RopeKind.DYNAMIC):  # dynamic scaling begins beyond the trained context
+        return GgufRope()
+    if rope.kind is RopeKind.LINEAR:
+        return GgufRope({"rope.scaling.type": "linear", "rope.scaling.factor": rope.factor})
+    if rope.kind is RopeKind.YARN and (_computes_yarn(rope) or not takes_factors):
+        return GgufRope(_yarn_keys(rope))
+    if not takes_factors:
+        return None
+    if rope.kind is RopeKind.LONGROPE:
+        kind: dict[str, str | int | float] = {
+            "rope.scaling.type": "longrope",
+            "rope.scaling.original_context_length": rope.original_context,
+        }
+        factors = {LONG_FACTORS: rope.long_factors, SHORT_FACTORS: rope.short_factors}
+        return GgufRope(kind | _attention_factor(rope.attention_factor), factors)
+    return GgufRope(_attention_factor(rope.attention_factor), {PLAIN_FACTORS: _factors(rope)})
+
+
+def _factors(rope: Rope) -> tuple[float, ...]:
+    plain = replace(rope, kind=RopeKind.DEFAULT)
+    factors: list[float] = (plain.inverse_frequencies(1) / rope.inverse_frequencies(1)).tolist()
+    return tuple(factors)
+
+
+def _yarn_keys(rope: Rope) -> Mapping[str, str | int | float]:
+    """llama.cpp multiplies cosine and sine by 1 + 0.1 ln(factor) by itself."""
+    keys: dict[str, str | int | float] = {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": rope.factor,
+        "rope.scaling.original_context_length": rope.original_context,
+    }
+    by_itself = 1.0 if rope.factor <= 1 else 1.0 + 0.1 * math.log(rope.factor)
+    return keys | _attention_factor(rope.attention_factor / by_itself)
+
+
+def _attention_factor(factor: float) -> dict[str, str | int | float]:
+    return {} if math.isclose(factor, 1.0, rel_tol=1e-9) else {"rope.scaling.attn_factor": factor}
+
+
+def _computes_yarn(rope: Rope) -> bool:
+    """Whether ``ggml_rope_yarn_corr_dims`` and ``rope_yarn_ramp``, which always truncate, give these angles."""
+    half = rope.width // 2
+    plain = replace(rope, kind=RopeKind.DEFAULT).inverse_frequencies(1).double()
+
+    def dimension(n_rotations: float) -> float:
+        turns = math.log(rope.original_context / (n_rotations * 2 * math.pi))
+        return rope.width * turns / (2 * math.log(rope.theta))
+
+    low = max(0, math.floor(dimension(_BETA_FAST)))
+    high = min(rope.width - 1, math.ceil(dimension(_BETA_SLOW)))
+    ramp = 1 - ((torch.arange(half) - low) / max(0.001, high - low)).clamp(0, 1)
+    found = plain / rope.factor * (1 - ramp) + plain * ramp
+    return torch.allclose(found, rope.inverse_frequencies(1).double(), rtol=_SAME, atol=0)

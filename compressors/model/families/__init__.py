@@ -1,0 +1,1 @@
+"""The supported MoE families: architecture knowledge as data."""

@@ -1,0 +1,113 @@
+"""Reads JSON that somebody else wrote: files, and the headers of safetensors files.
+
+Python's own reader accepts input that no other reader of these files does (NaN, numbers without bound, half of a
+surrogate pair), and raises various errors. Here every error is one sentence that names the place.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from compressors.model.errors import InputError
+from compressors.model.files.raw_file import RawFile, instead_of_a_file
+from compressors.model.names import shown
+
+__all__ = ["parse_json", "read_json"]
+
+_LARGEST = 256_000_000  # bytes; tokenizer.json of 250,000 tokens has about 35 million
+_DEEPEST = 100  # levels of lists and objects; tokenizer.json has about 10, safetensors' own reader stops at 127
+_MOST_DIGITS = 64  # tokenizer_config.json says model_max_length with 31 where there is none
+
+
+def read_json(path: Path, problem: str = "is not valid JSON") -> dict[str, Any]:
+    """Reads a file that holds one JSON object. Of a key that is there twice the last value counts, as elsewhere.
+
+    Args:
+        path: the file.
+        problem: what a message says of the file if it holds no such thing.
+
+    Raises:
+        InputError: the file is missing, is no regular file, too large or empty, no UTF-8, no JSON, or holds something
+            else than an object.
+    """
+    file = RawFile(path)
+    if file.size > _LARGEST:
+        raise InputError(f"{path} {problem} (it has {file.size:,} bytes): download the file again")
+    text = file.start(_LARGEST)
+    if (other := instead_of_a_file(text[:200])) is not None:
+        raise InputError(f"{path} {problem} ({other}): download the file again")
+    return parse_json(text, f"{path} {problem}")
+
+
+def parse_json(text: bytes, problem: str) -> dict[str, Any]:
+    """Parses one JSON object.
+
+    Args:
+        text: UTF-8, without a byte order mark.
+        problem: begins the message if it is none: the file, and what is wrong with it.
+
+    Raises:
+        InputError: the text is no such thing; the message gives line and column where there is one.
+    """
+    try:
+        if text.startswith(b"\xef\xbb\xbf"):
+            raise ValueError("it begins with a byte order mark, which transformers refuses too: save it without")
+        data = json.loads(text.decode("utf-8"), parse_constant=_constant, parse_float=_finite, parse_int=_whole_number)
+        _refuse_depth(data)
+        if rb"\ud" in text.lower():
+            _refuse_half_characters(data)
+    except RecursionError:
+        raise _invalid(problem, f"it is nested deeper than {_DEEPEST} levels") from None
+    except json.JSONDecodeError as error:
+        raise _invalid(problem, f"{error.msg}: line {error.lineno}, column {error.colno}") from None
+    except UnicodeDecodeError as error:
+        line = text.count(b"\n", 0, error.start) + 1
+        raise _invalid(problem, f"line {line} is no UTF-8: byte {error.start:,} is 0x{text[error.start]:02x}") from None
+    except ValueError as error:
+        raise _invalid(problem, str(error)) from None
+    if not isinstance(data, dict):
+        raise _invalid(problem, f"it holds no JSON object but {shown(data)}")
+    return data
+
+
+def _invalid(problem: str, why: str) -> InputError:
+    return InputError(f"{problem} ({why}): download the file again")
+
+
+def _constant(text: str) -> float:
+    raise ValueError(f"it holds {text}, which is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {shown(text)} is too large")
+    return value
+
+
+def _whole_number(text: str) -> int | float:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"it holds a number of {len(text):,} digits")
+    return int(text) if text != "-0" else -0.0  # no whole number to other readers of JSON
+
+
+def _refuse_depth(data: Any) -> None:
+    level = [data]
+    for _ in range(_DEEPEST):
+        containers = (value for value in level if isinstance(value, (dict, list)))
+        level = [inner for value in containers for inner in (value.values() if isinstance(value, dict) else value)]
+        if not level:
+            return
+    raise RecursionError
+
+
+def _refuse_half_characters(data: Any) -> None:
+    """Half of a surrogate pair, written as an escape, can neither be printed nor encoded."""
+    try:
+        json.dumps(data, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        around = error.object[max(error.start - 20, 0) : error.end + 20]
+        raise ValueError(f"a text holds half of a character, in {shown(around)}") from None

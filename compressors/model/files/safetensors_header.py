@@ -1,0 +1,150 @@
+"""The header of a safetensors file: which tensors it holds, and where. Everything that the library refuses is refused.
+
+The format (``safetensors/src/tensor.rs``): 8 bytes of the header's length, a JSON header, then the tensors' bytes, one
+after the other, without holes, to the file's end. Names that are there twice are refused too: the library takes one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compressors.model.errors import InputError
+from compressors.model.files.json_file import parse_json
+from compressors.model.names import shown
+
+__all__ = ["DTYPES", "LARGEST_HEADER", "TensorHeader", "damaged", "parse_header"]
+
+LARGEST_HEADER = 100_000_000
+"""Bytes; the library's own limit."""
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+}
+"""The formats that can be read, as the header names them."""
+
+_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8}
+_BITS |= {"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32}
+_BITS |= {"F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64}
+_TOO_LARGE = 2**64
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """One tensor's entry in a file: place, format and shape, without its values."""
+
+    file: Path
+    name: str  # in the file
+    format: str  # as the file calls it: BF16, F8_E4M3, I8 ...
+    shape: tuple[int, ...]
+    offset: int  # of its first byte, from the start of the file
+    n_bytes: int  # on disk
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the values in memory.
+
+        Raises:
+            InputError: torch, or this tool, has no such numbers.
+        """
+        if self.format not in DTYPES:
+            raise _unreadable(self.file, self.name, self.format)
+        return DTYPES[self.format]
+
+
+def parse_header(path: Path, text: bytes, file_size: int) -> dict[str, TensorHeader]:
+    """Parses the JSON of a header.
+
+    Args:
+        path: the file, for messages and for the entries.
+        text: the header, without its length.
+        file_size: bytes of the whole file.
+
+    Raises:
+        InputError: the header is none, or does not fit the file.
+    """
+    if not text.lstrip(b" \t\r\n").startswith(b"{"):
+        raise damaged(path, "its header is no JSON object")
+    header = parse_json(text, f"{path} is truncated or not a safetensors file: its header is not JSON")
+    _refuse_double_names(path, text)
+    _check_metadata(path, header.pop("__metadata__", None))
+    first_byte = 8 + len(text)
+    tensors = {name: _entry(path, name, entry, first_byte) for name, entry in header.items()}
+    end = first_byte
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.n_bytes)):
+        if tensor.offset + tensor.n_bytes > file_size:
+            raise damaged(path, f"tensor {shown(tensor.name)} ends after the file does")
+        if tensor.offset != end:
+            what = "begins inside another one" if tensor.offset < end else "does not begin where the one before ends"
+            raise damaged(path, f"tensor {shown(tensor.name)} {what}")
+        end = tensor.offset + tensor.n_bytes
+    if end != file_size:
+        raise damaged(path, f"{file_size - end:,} bytes at its end belong to no tensor")
+    return tensors
+
+
+def damaged(path: Path, why: str) -> InputError:
+    """The error for a file that is not what its name says."""
+    return InputError(f"{path} is truncated or not a safetensors file ({why}); download it again")
+
+
+def _unreadable(path: Path, name: str, stored: str) -> InputError:
+    return InputError(f"{path}: tensor {shown(name)} has dtype {shown(stored)}; only {', '.join(DTYPES)} can be read")
+
+
+def _entry(path: Path, name: str, entry: Any, first_byte: int) -> TensorHeader:
+    try:
+        stored, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise damaged(path, f"the entry of tensor {shown(name)} is damaged") from None
+    if isinstance(stored, str) and stored not in _BITS:
+        raise _unreadable(path, name, stored)
+    whole = isinstance(shape, list) and all(_is_size(number) for number in (*shape, start, end))
+    n_bytes = _n_bytes(shape, _BITS[stored]) if whole and isinstance(stored, str) else None
+    if n_bytes is None or n_bytes != end - start:
+        raise damaged(path, f"the entry of tensor {shown(name)} is damaged")
+    return TensorHeader(path, name, stored, tuple(shape), first_byte + start, n_bytes)
+
+
+def _is_size(number: Any) -> bool:
+    return type(number) is int and 0 <= number < _TOO_LARGE
+
+
+def _n_bytes(shape: list[int], bits: int) -> int | None:
+    """Bytes of so many values; None where the library's 64-bit numbers overflow, or the last byte is not full."""
+    n_bits = 1
+    for factor in (*shape, bits):
+        n_bits *= factor
+        if n_bits >= _TOO_LARGE:
+            return None
+    return None if n_bits % 8 else n_bits // 8
+
+
+def _check_metadata(path: Path, metadata: Any) -> None:
+    if metadata is None:
+        return
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise damaged(path, "its __metadata__ are no texts")
+
+
+def _refuse_double_names(path: Path, text: bytes) -> None:
+    def unique(pairs: list[tuple[str, Any]]) -> None:
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise damaged(path, f"{shown(name)} is there twice")
+            seen.add(name)
+
+    json.loads(text, object_pairs_hook=unique)

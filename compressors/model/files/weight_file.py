@@ -1,0 +1,91 @@
+"""One safetensors file, read with plain reads into memory of our own (the library maps files into memory).
+
+A tensor goes from the file into the buffer that will be computed with, and nowhere else. The format: 8 bytes of header
+length, a JSON header, then the tensors' bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from compressors.model.files.raw_file import RawFile, instead_of_a_file
+from compressors.model.files.safetensors_header import LARGEST_HEADER, TensorHeader, damaged, parse_header
+
+__all__ = ["StoredTensors", "WeightFile"]
+
+
+class WeightFile:
+    """The tensors of one file by name.
+
+    Raises:
+        InputError: the file is missing, truncated or not safetensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = RawFile(path)
+        text, self.header_sha256 = self._read_header()
+        self.tensors: Mapping[str, TensorHeader] = parse_header(path, text, self._file.size)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor, in its storage dtype, in new memory.
+
+        Raises:
+            InputError: the file was changed or cut off since it was opened, or holds numbers that are not read.
+        """
+        header = self.tensors[name]
+        out = torch.empty(header.shape, dtype=header.dtype)
+        self.read_into(name, out)
+        return out
+
+    def read_into(self, name: str, out: torch.Tensor, first: int = 0) -> None:
+        """Fills ``out`` with the tensor's values from the one with flat index ``first`` on.
+
+        Args:
+            name: which tensor.
+            out: a contiguous tensor. Another dtype than the stored one costs a temporary of its size.
+            first: flat index of the first value; ``out`` decides how many there are.
+
+        Raises:
+            InputError: the file was changed or cut off since it was opened.
+        """
+        header = self.tensors[name]
+        assert out.is_contiguous() and first + out.numel() <= math.prod(header.shape), name
+        stored = out if out.dtype == header.dtype else torch.empty_like(out, dtype=header.dtype)
+        bytes_ = stored.view(-1).view(torch.uint8).numpy().data
+        self._file.fill(name, bytes_, header.offset + first * header.dtype.itemsize)
+        if stored is not out:
+            out.copy_(stored)
+
+    def _read_header(self) -> tuple[bytes, str]:
+        """The header's JSON, and the SHA-256 of it and its length."""
+        length = self._file.start(8)
+        n_bytes = int.from_bytes(length, "little")
+        if len(length) < 8 or not 0 < n_bytes <= min(LARGEST_HEADER, self._file.size - 8):
+            raise damaged(self.path, instead_of_a_file(self._file.start(200)) or "its header is not whole")
+        text = self._file.start(n_bytes, offset=8)
+        return text, hashlib.sha256(length + text).hexdigest()
+
+
+class StoredTensors(Mapping[str, torch.Tensor]):
+    """A safetensors file as a mapping whose values are read when they are asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = WeightFile(path)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._file.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file.tensors)
+
+    def __len__(self) -> int:
+        return len(self._file.tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._file.tensors

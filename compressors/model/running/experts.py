@@ -1,0 +1,224 @@
+"""Running the chosen experts on their tokens: tokens grouped by expert, one expert's weights and activations at a time.
+
+Plugged into transformers' MoE blocks through its experts interface, so one function serves every family whose experts
+module holds ``gate_up_proj`` [E, 2F, D] and ``down_proj`` [E, D, F]. Weights stay in storage dtype and are converted
+one expert at a time when the activations have another. Where the module has an attribute ``trained``
+(:class:`~compressors.model.running.trained_experts.TrainedExperts`), those weights stand in for its own, and get
+gradients.
+
+Letters: n tokens of one expert, S = T * K choices of all tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from compressors.model.running.trained_experts import Product, TrainedExperts
+
+__all__ = ["GROUPED_EXPERTS", "ExpertGradientObserver", "ExpertObserver", "register_grouped_experts"]
+
+GROUPED_EXPERTS = "moe_export_grouped"
+
+
+class ExpertObserver(Protocol):
+    """Sees what one expert did with its tokens. The tensors are overwritten afterwards: keep sums, not them."""
+
+    def __call__(self, expert: int, gates_n: torch.Tensor, hidden_nF: torch.Tensor, outputs_nD: torch.Tensor) -> None:
+        """Receives gate weights, intermediate activations and raw (ungated) outputs of ``expert``."""
+
+
+class ExpertGradientObserver(Protocol):
+    """Sees the gradients at the outputs of one expert's matrices, its gates included: keep sums, not the tensors."""
+
+    def __call__(self, expert: int, gate_up_gradient_n2F: torch.Tensor, down_gradient_nD: torch.Tensor) -> None:
+        """Receives the gradients for the tokens that chose ``expert``, gate rows first."""
+
+
+def register_grouped_experts() -> None:
+    """Makes :data:`GROUPED_EXPERTS` known to transformers; calling it again changes nothing."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(GROUPED_EXPERTS, _experts_forward)
+
+
+def _experts_forward(
+    experts: nn.Module, hidden_TD: torch.Tensor, chosen_TK: torch.Tensor, gates_TK: torch.Tensor
+) -> torch.Tensor:
+    """transformers' experts interface: the gate-weighted sum of the chosen experts' outputs, [T, D]."""
+    trained: TrainedExperts | None = getattr(experts, "trained", None)
+    tensors = trained.tensors.values() if trained is not None and torch.is_grad_enabled() else ()
+    output_TD: torch.Tensor = _GroupedExperts.apply(hidden_TD, gates_TK, chosen_TK, experts, *tensors)  # type: ignore[no-untyped-call]
+    return output_TD
+
+
+class _GroupedExperts(torch.autograd.Function):
+    """The gradient with respect to inputs, gates and the tensors of trained experts; other experts are constants.
+
+    Of the activations only the first product is kept for backward: the gradient of a gate, <dL/dy, down h>, equals
+    <down^T dL/dy, h>, so backward needs no expert's output, and one product less than running the expert again takes.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: torch.Tensor,
+        gates_TK: torch.Tensor,
+        chosen_TK: torch.Tensor,
+        experts: nn.Module,
+        *trained: torch.Tensor,  # named for autograd; their values come with the experts
+    ) -> torch.Tensor:
+        keeps = any(ctx.needs_input_grad)
+        weights, choices = _ExpertWeights(experts, hidden_TD), _Choices(chosen_TK, hidden_TD)
+        observer: ExpertObserver | None = getattr(experts, "observer", None)
+        inputs_ = hidden_TD.new_empty(choices.most_rows, hidden_TD.shape[1])
+        gate_up_ = hidden_TD.new_empty(choices.all_rows if keeps else choices.most_rows, weights.gate_up(0).shape[0])
+        outputs_SD = hidden_TD.new_empty(choices.all_rows, hidden_TD.shape[1])
+        for choice in choices:
+            first = choice.start if keeps else 0
+            inputs = torch.index_select(hidden_TD, 0, choice.padded_tokens, out=inputs_[: choice.n_rows])
+            gate_up = torch.mm(inputs, weights.gate_up(choice.expert).T, out=gate_up_[first : first + choice.n_rows])
+            hidden = _activate(experts, gate_up)
+            outputs = torch.mm(hidden, weights.down(choice.expert).T, out=outputs_SD[choice.start :][: choice.n_rows])
+            if observer is not None:
+                gates_n = gates_TK[choice.tokens, choice.slots]
+                observer(choice.expert, gates_n, hidden[: choice.n], outputs[: choice.n])
+        if keeps:
+            ctx.save_for_backward(hidden_TD if trained else None, gates_TK, chosen_TK, gate_up_)
+            ctx.experts = experts
+        return choices.sum_by_token(outputs_SD, gates_TK)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient_TD,) = gradients
+        hidden_TD, gates_TK, chosen_TK, gate_up_ = ctx.saved_tensors
+        weights, choices = _ExpertWeights(ctx.experts, gradient_TD), _Choices(chosen_TK, gradient_TD)
+        trained: TrainedExperts | None = getattr(ctx.experts, "trained", None)
+        observer: ExpertGradientObserver | None = getattr(ctx.experts, "gradient_observer", None)
+        sums = [] if trained is None else [torch.zeros_like(tensor) for tensor in trained.tensors.values()]
+        input_gradients_SD = gradient_TD.new_empty(choices.all_rows, gradient_TD.shape[1])
+        gates_gradient_TK = torch.zeros_like(gates_TK)
+        for choice in choices:
+            rows = slice(choice.start, choice.start + choice.n_rows)
+            gradient_nD = gradient_TD.index_select(0, choice.padded_tokens)
+            pulled_nF = gradient_nD @ weights.down(choice.expert)
+            gates_n = gradient_TD.new_zeros(choice.n_rows)
+            gates_n[: choice.n] = gates_TK[choice.tokens, choice.slots]
+            with torch.enable_grad():
+                gate_up = gate_up_[rows].detach().requires_grad_()
+                hidden_nF = _activate(ctx.experts, gate_up)
+                (gate_up_gradient,) = torch.autograd.grad(hidden_nF, gate_up, pulled_nF * gates_n[:, None])
+            torch.mm(gate_up_gradient, weights.gate_up(choice.expert), out=input_gradients_SD[rows])
+            gate_gradient_n = (pulled_nF * hidden_nF.detach()).sum(-1)[: choice.n]
+            gates_gradient_TK[choice.tokens, choice.slots] = gate_gradient_n.to(gates_TK.dtype)
+            if observer is not None:
+                down_gradient_nD = gradient_nD[: choice.n] * gates_n[: choice.n, None]
+                observer(choice.expert, gate_up_gradient[: choice.n], down_gradient_nD)
+            if trained is not None and choice.expert in trained.experts:  # gates of padding are zero
+                inputs_nD = hidden_TD.index_select(0, choice.padded_tokens)
+                gate_up, down = weights.stored(choice.expert)
+                of_gate_up = Product(gate_up_gradient, inputs_nD, gate_up)
+                of_down = Product(gradient_nD * gates_n[:, None], hidden_nF.detach(), down)
+                trained.add_gradients(sums, choice.expert, of_gate_up, of_down)
+        return choices.sum_by_token(input_gradients_SD), gates_gradient_TK, None, None, *sums
+
+
+class _ExpertWeights:
+    """The experts' weights in the dtype of the activations; trained ones take the place of stored ones."""
+
+    def __init__(self, experts: nn.Module, activations: torch.Tensor) -> None:
+        self._gate_up = experts.get_parameter("gate_up_proj")
+        self._down = experts.get_parameter("down_proj")
+        self._trained: TrainedExperts | None = getattr(experts, "trained", None)
+        self._dtype = activations.dtype
+
+    def stored(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The expert's stored matrices, gate and up, then down; trained ones may take their place."""
+        return self._gate_up[expert], self._down[expert]
+
+    def gate_up(self, expert: int) -> torch.Tensor:
+        stored = self._gate_up[expert]
+        return (stored if self._trained is None else self._trained.gate_up_weight(expert, stored)).to(self._dtype)
+
+    def down(self, expert: int) -> torch.Tensor:
+        stored = self._down[expert]
+        return (stored if self._trained is None else self._trained.down_weight(expert, stored)).to(self._dtype)
+
+
+def _activate(experts: nn.Module, gate_up_n2F: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up_n2F.chunk(2, dim=-1)
+    hidden_nF: torch.Tensor = experts.act_fn(gate) * up  # type: ignore[operator]
+    return hidden_nF
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The tokens that chose one expert; their rows begin at ``start`` of all choices' rows, sorted by expert."""
+
+    expert: int
+    start: int
+    tokens: torch.Tensor  # [n]
+    slots: torch.Tensor  # [n], which of its K choices the expert was
+    padded_tokens: torch.Tensor  # the tokens, then token 0 as often as padding is needed
+
+    @property
+    def n(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows with padding. The padding of one expert overlaps the rows of the next, which are written later."""
+        return len(self.padded_tokens)
+
+
+class _Choices:
+    """All choices of all tokens, grouped by expert.
+
+    On a processor with matrix units, every new number of rows costs tens of milliseconds, as long as a product itself,
+    because a kernel is made for its shape. So the numbers of rows are rounded up to a few different ones.
+    """
+
+    def __init__(self, chosen_TK: torch.Tensor, activations: torch.Tensor) -> None:
+        self._chosen_TK = chosen_TK
+        self._pads = activations.dtype == torch.bfloat16 and activations.device.type == "cpu"
+        self._order = chosen_TK.reshape(-1).argsort(stable=True)
+        experts, counts = chosen_TK.reshape(-1)[self._order].unique_consecutive(return_counts=True)
+        self._experts: list[int] = experts.tolist()
+        self._counts: list[int] = counts.tolist()
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of the expert that most tokens chose."""
+        return max((count + self._padding(count) for count in self._counts), default=0)
+
+    @property
+    def all_rows(self) -> int:
+        """Rows of all choices, and room for the padding of the last."""
+        return len(self._order) + max((self._padding(count) for count in self._counts), default=0)
+
+    def __iter__(self) -> Iterator[_Choice]:
+        n_slots, start = self._chosen_TK.shape[1], 0
+        for expert, picks in zip(self._experts, self._order.split(self._counts), strict=True):
+            tokens = picks // n_slots
+            padding = tokens.new_zeros(self._padding(len(tokens)))
+            yield _Choice(expert, start, tokens, picks % n_slots, torch.cat([tokens, padding]))
+            start += len(tokens)
+
+    def sum_by_token(self, rows_SD: torch.Tensor, gates_TK: torch.Tensor | None = None) -> torch.Tensor:
+        """The sum of each token's K choices' rows, weighted with its gates if these are given: [T, D]."""
+        rows_of_choices = torch.empty_like(self._order)
+        rows_of_choices[self._order] = torch.arange(len(self._order), device=self._order.device)
+        return functional.embedding_bag(
+            rows_of_choices.view_as(self._chosen_TK),
+            rows_SD,
+            per_sample_weights=None if gates_TK is None else gates_TK.to(rows_SD.dtype),
+            mode="sum",
+        )
+
+    def _padding(self, n_tokens: int) -> int:
+        return -n_tokens % (16 if n_tokens <= 128 else 64) if self._pads else 0

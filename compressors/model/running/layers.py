@@ -1,0 +1,132 @@
+"""Decoder layers' weights: read from the student into buffers of our own, one layer ahead of the computation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+
+from compressors.model.errors import InputError
+from compressors.model.families.table import Role
+from compressors.model.sources.student import Student
+
+__all__ = ["LayerReader", "LayerWeights", "layer_bytes", "refuse_not_finite"]
+
+
+@dataclass
+class LayerWeights:
+    """One decoder layer, in storage dtype; without a MoE sub-layer both arrays are empty."""
+
+    gate_up_EFD: torch.Tensor  # [E, 2F, D], gate rows first
+    down_EDF: torch.Tensor
+    others: dict[Role, torch.Tensor] = field(default_factory=dict)
+
+
+def layer_bytes(student: Student) -> int:
+    """Bytes of the largest decoder layer in storage dtype."""
+    return student.shape.layer_parameters * student.expert_dtype.itemsize
+
+
+class LayerReader:
+    """Reads layers into buffers that are used again and again.
+
+    Args:
+        student: where the weights come from.
+        n_resident: this many layers, the first ones, stay in memory once they were read.
+        read_ahead: the other layers take turns in two buffers, so that one is read while the other computes; without,
+            in one.
+        check_finite: refuse NaN and infinite weights.
+    """
+
+    def __init__(self, student: Student, *, n_resident: int, read_ahead: bool, check_finite: bool) -> None:
+        self._student = student
+        self._n_resident = n_resident
+        self._n_shared = 2 if read_ahead else 1
+        self._check_finite = check_finite
+        self._buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # room for gate and up, and down, of any layer
+        self._weights: dict[int, LayerWeights] = {}  # what the buffers hold
+        self._holds: dict[int, int] = {}  # buffer -> layer
+
+    def visit(self, order: Sequence[int]) -> Iterator[tuple[int, LayerWeights]]:
+        """Yields each layer of ``order`` with its weights, which are valid until the next one is asked for.
+
+        Raises:
+            InputError: a weight cannot be read, or is not finite.
+        """
+        with ThreadPoolExecutor(1) as pool:
+            ahead: Future[LayerWeights] | None = None
+            for position, index in enumerate(order):
+                weights = self._read(index) if ahead is None else ahead.result()
+                following = order[position + 1] if position + 1 < len(order) else None
+                ahead = None
+                if following is not None and self._slot(following) != self._slot(index):
+                    ahead = pool.submit(self._read, following)
+                yield index, weights
+
+    def release(self) -> None:
+        """Lets the buffers of layers that are not resident go."""
+        for slot in [slot for slot in self._buffers if slot < 0]:
+            del self._buffers[slot], self._weights[slot], self._holds[slot]
+
+    def _slot(self, index: int) -> int:
+        """Resident layers have a buffer of their own; neighbours among the others have different ones."""
+        return index if index < self._n_resident else -1 - index % self._n_shared
+
+    def _read(self, index: int) -> LayerWeights:
+        slot = self._slot(index)
+        if self._holds.get(slot) != index:
+            if slot not in self._buffers:
+                self._buffers[slot] = self._new_buffer()
+            self._holds.pop(slot, None)
+            self._weights[slot] = self._fill(self._buffers[slot], index)
+            self._holds[slot] = index
+        return self._weights[slot]
+
+    def _new_buffer(self) -> tuple[torch.Tensor, torch.Tensor]:
+        shape, dtype = self._student.shape, self._student.expert_dtype
+        n_down = max(
+            layer.n_experts * layer.expert_width * layer.hidden_size
+            for layer in map(shape.layer, range(shape.n_layers))
+        )
+        return torch.empty(2 * n_down, dtype=dtype), torch.empty(n_down, dtype=dtype)
+
+    def _fill(self, buffer: tuple[torch.Tensor, torch.Tensor], index: int) -> LayerWeights:
+        student, shape = self._student, self._student.shape.layer(index)
+        n_experts, width, hidden_size = shape.n_experts, shape.expert_width, shape.hidden_size
+        weights = LayerWeights(
+            buffer[0][: 2 * n_experts * width * hidden_size].view(n_experts, 2 * width, hidden_size),
+            buffer[1][: n_experts * width * hidden_size].view(n_experts, hidden_size, width),
+        )
+        for role in student.shape.layer_roles(index):
+            weights.others[role] = student.tensor(role, index)
+            self._check(weights.others[role], role, index)
+        for expert in range(n_experts):
+            gate_up, down = weights.gate_up_EFD[expert], weights.down_EDF[expert]
+            for role, out in (
+                (Role.EXPERT_GATE, gate_up[:width]),
+                (Role.EXPERT_UP, gate_up[width:]),
+                (Role.EXPERT_DOWN, down),
+            ):
+                student.read_expert(role, index, expert, out)
+                self._check(out, role, index, expert)
+        return weights
+
+    def _check(self, values: torch.Tensor, role: Role, layer: int, expert: int | None = None) -> None:
+        if self._check_finite:
+            refuse_not_finite(self._student, values, role, layer, expert)
+
+
+def refuse_not_finite(
+    student: Student, values: torch.Tensor, role: Role, layer: int | None = None, expert: int | None = None
+) -> None:
+    """Refuses NaN and infinity.
+
+    Raises:
+        InputError: there is one; the message names the tensor.
+    """
+    # a sum shows NaN and infinity without a temporary; a sum that overflows is looked at again
+    if not torch.isfinite(values.sum(dtype=torch.float32)) and not torch.isfinite(values).all():
+        name = student.name(role, layer, expert)
+        raise InputError(f"{student.source.folder}: tensor {name} holds NaN or infinite values")

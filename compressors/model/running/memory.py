@@ -1,0 +1,117 @@
+"""What may lie in memory while a model streams through it.
+
+The limit decides where things lie, never what is computed: numbers of tokens that are computed together are constants,
+so results are the same bits under every limit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from compressors.model.description.shape import MoeShape
+
+__all__ = [
+    "BLOCKS_AT_ONCE",
+    "PROCESS_BYTES",
+    "MemoryLimit",
+    "Placement",
+    "give_back_freed",
+    "least_bytes",
+    "place",
+    "positions_at_once",
+    "working_bytes",
+]
+
+PROCESS_BYTES = 750_000_000
+"""Measured: Python, torch and transformers, and what the allocator keeps."""
+
+BLOCKS_AT_ONCE = {torch.float32: 8, torch.bfloat16: 16}
+"""Token blocks in one call of a layer: enough tokens for every expert's products to be efficient."""
+
+_LOGIT_BYTES = 128_000_000
+_ACTIVATIONS = 16  # arrays of the hidden state's size that a layer's forward and backward hold at a time, measured
+_BLOCK_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class MemoryLimit:
+    """What this process may use in all, and where what does not fit may be put."""
+
+    n_bytes: int
+    spill: Path  # a folder
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where things lie during a pass."""
+
+    n_resident: int  # layers that stay in memory
+    read_ahead: bool  # the next layer is read while one computes
+    spill: Path | None  # hidden states lie in a file of this folder
+
+
+def positions_at_once(vocab_size: int) -> int:
+    """Positions whose logits are made together: a power of two from 256 to 2048."""
+    n_positions = 2048
+    while n_positions > 256 and n_positions * vocab_size * 4 > _LOGIT_BYTES:
+        n_positions //= 2
+    return n_positions
+
+
+def working_bytes(shape: MoeShape) -> int:
+    """What computing one layer needs beside weights and hidden states: activations, and one expert in float32."""
+    width = max(shape.hidden_size, shape.n_heads * shape.head_dim)
+    activations = BLOCKS_AT_ONCE[torch.float32] * _BLOCK_TOKENS * width * 4 * _ACTIVATIONS
+    return activations + 4 * shape.expert_parameters
+
+
+def place(
+    limit: MemoryLimit | None, shape: MoeShape, layer_bytes: int, hidden_bytes: int, *, held_bytes: int | None = None
+) -> Placement:
+    """Decides what lies in memory; with room to spare everything does.
+
+    Reading ahead comes first, since it costs one layer and hides all reading; then the hidden states; then layers.
+
+    Args:
+        limit: None keeps hidden states in memory and no layer.
+        shape: the model's.
+        layer_bytes: one decoder layer in storage dtype.
+        hidden_bytes: all hidden states that the pass keeps.
+        held_bytes: what the process holds already; measured if None.
+    """
+    if limit is None:
+        return Placement(0, True, None)
+    # a process that has just begun has not all its libraries yet
+    held = max(psutil.Process().memory_info().rss, PROCESS_BYTES) if held_bytes is None else held_bytes
+    one, two = (least_bytes(shape, n_layers * layer_bytes) for n_layers in (1, 2))
+    read_ahead = limit.n_bytes - held >= two
+    free = limit.n_bytes - held - (two if read_ahead else one)
+    fits = free >= hidden_bytes
+    free -= hidden_bytes if fits else 0
+    n_resident = max(0, min(shape.n_layers, free // layer_bytes))
+    return Placement(n_resident, read_ahead, None if fits else limit.spill)
+
+
+def least_bytes(shape: MoeShape, layer_bytes: int) -> int:
+    """What a pass needs beside the process itself: layers of so many bytes with their work, or the head after them."""
+    return max(layer_bytes + working_bytes(shape), _head_bytes(shape))
+
+
+def give_back_freed() -> None:
+    """Returns memory that was freed to the system.
+
+    glibc keeps what lies between live arrays; while layers stream it grows by up to 150 MB a layer (measured).
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other allocators have no such thing
+    if trim is not None:
+        trim(0)
+
+
+def _head_bytes(shape: MoeShape) -> int:
+    """The head in float32, and logits of one chunk with what is computed from them."""
+    return 4 * shape.vocab_size * (shape.hidden_size + 2 * positions_at_once(shape.vocab_size))

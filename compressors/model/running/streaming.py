@@ -1,0 +1,396 @@
+"""Runs a student with few decoder layers' weights in memory at a time, forward and backward.
+
+transformers' own modules do the arithmetic. They are built on the meta device, which holds no weights; a layer gets its
+weights from the student, works on all token blocks, and lets them go. A pass computes in float32, the reference, or
+in bfloat16 where that is asked for; routers are float32 in both. Experts stay in storage dtype and are converted one
+at a time (:mod:`compressors.model.running.experts`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional
+
+from compressors.model.errors import InputError
+from compressors.model.families.table import Role
+from compressors.model.running.expert_choice import ExpertChoice, choosing
+from compressors.model.running.hidden_states import HiddenStates
+from compressors.model.running.layers import LayerReader, LayerWeights, layer_bytes, refuse_not_finite
+from compressors.model.running.memory import (
+    BLOCKS_AT_ONCE,
+    MemoryLimit,
+    Placement,
+    give_back_freed,
+    place,
+    positions_at_once,
+)
+from compressors.model.running.skeleton import Skeleton
+from compressors.model.running.trained_experts import TrainedExperts, scaled
+from compressors.model.sources.student import Student
+
+if TYPE_CHECKING:
+    from transformers import Cache
+
+__all__ = ["LayerObserver", "NotFiniteError", "StreamedModel", "TokenGroup", "TrainableTensors", "factors_name"]
+__all__ += ["position_chunks"]
+
+TrainableTensors = Mapping[tuple[Role, int | None], torch.Tensor]
+"""Tensors by role, experts left out, and layer; the layer of the final norm is None."""
+
+LayerObserver = Callable[[int, nn.Module], AbstractContextManager[Any]]
+
+
+def factors_name(role: Role) -> str:
+    """The name of the factors of a role's matrix among the trained tensors."""
+    return f"{role} factors"
+
+
+class NotFiniteError(InputError):
+    """The computation, not the weights, made a value that is not finite."""
+
+
+@dataclass(frozen=True)
+class TokenGroup:
+    """Token blocks that are streamed together, and the observers that watch the layers while they run."""
+
+    tokens_BT: torch.Tensor  # int64; every row is a sequence of its own
+    observers: Sequence[LayerObserver] = ()  # each is called with (layer index, layer) and returns a context
+    dtype: torch.dtype = torch.float32  # of the arithmetic
+
+
+class StreamedModel:
+    """A student that runs layer by layer.
+
+    Args:
+        student: where the weights come from.
+        trainable: float32 tensors that stand in for the student's; gradients reach them.
+        factors: float32 [rows, blocks of a row], by which the blocks of matrices are multiplied; gradients reach them.
+        trained_experts: likewise for experts, by layer.
+        limit: memory that this process may use. It decides how many layers stay in memory after the first visit, and
+            whether hidden states lie there or on disk. None: no layer stays, hidden states do.
+        check_finite: refuse NaN and infinite weights when a layer is read.
+        device: where layers compute; their weights travel there one layer at a time.
+        choice: chooses the experts in place of the routers' top-k; it may be changed between passes.
+
+    Raises:
+        InputError: with ``check_finite``, a tensor holds a value that is not finite.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        *,
+        trainable: TrainableTensors | None = None,
+        factors: TrainableTensors | None = None,
+        trained_experts: Mapping[int, TrainedExperts] | None = None,
+        limit: MemoryLimit | None = None,
+        check_finite: bool = False,
+        device: torch.device | None = None,
+        choice: ExpertChoice | None = None,
+    ) -> None:
+        self.student = student
+        self.shape = student.shape
+        self.choice = choice
+        self.trainable = dict(trainable or {})
+        self.factors = dict(factors or {})
+        self.trained_experts = dict(trained_experts or {})
+        self.device = device or torch.device("cpu")
+        self._limit = limit
+        self._check_finite = check_finite
+        self._placement: Placement | None = None
+        self._reader: LayerReader | None = None
+        self._skeleton = Skeleton(student.source.folder, student.shape)
+        for index, trained in self.trained_experts.items():
+            experts = self._skeleton.layers[index].get_submodule(self.shape.family.experts_module)
+            experts.trained = trained  # type: ignore[assignment]
+        self._indices = {layer: index for index, layer in enumerate(self._skeleton.layers)}
+        self._rotary = self._skeleton.rotary.to(self.device)
+        self._final_norm_weight = self._read(Role.FINAL_NORM).to(self.device)
+
+    def embed(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """Hidden states that enter the first layer, in storage dtype: [B, T, D]. Reads the rows it needs."""
+        used, positions = tokens_BT.unique(return_inverse=True)
+        rows = torch.cat([self._read_rows(token) for token in used.tolist()])
+        return rows[positions]
+
+    @contextmanager
+    def layer(self, index: int, weights: LayerWeights, dtype: torch.dtype = torch.float32) -> Iterator[nn.Module]:
+        """Yields decoder layer ``index`` with these weights, computing in ``dtype``; drops the weights on leaving."""
+        module = self._skeleton.layers[index]
+        module.load_state_dict(self._skeleton.state(weights, dtype, self.device), assign=True, strict=True)
+        module.requires_grad_(False)
+        try:
+            if self.choice is not None and self.shape.layer(index).has_moe:
+                with choosing(self.choice, self.shape, index, module):
+                    yield module
+            else:
+                yield module
+        finally:
+            module.to_empty(device="meta")
+
+    def run_layer(
+        self, layer: nn.Module, hidden_BTD: torch.Tensor, first_position: int = 0, cache: Cache | None = None
+    ) -> torch.Tensor:
+        """The layer's output for these hidden states, causal within each row: [B, T, D].
+
+        With a cache of the keys and values of earlier positions, the states are those of one position, or the first.
+        """
+        positions = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)[None] + first_position
+        rotary = self._rotary(hidden_BTD, positions)
+        others = {"attention_mask": None, "position_embeddings": rotary, "past_key_values": cache}
+        trained = self._stand_ins(layer, hidden_BTD.dtype)
+        output: torch.Tensor = (
+            functional_call(layer, trained, hidden_BTD, others) if trained else layer(hidden_BTD, **others)
+        )
+        return output
+
+    def blocks_at_once(self, dtype: torch.dtype) -> int:
+        """Token blocks in one call of a layer; fewer where tokens use more experts than the router's top-k."""
+        n_blocks = BLOCKS_AT_ONCE[dtype]
+        return n_blocks if self.choice is None else max(1, n_blocks * self.shape.top_k // self.choice.n_chosen)
+
+    def reserve(self, n_bytes: int) -> bool:
+        """True if arrays of this size fit in memory beside a layer. Further layers are kept only if they fit too.
+
+        Call it before the first pass.
+        """
+        return self._place(n_bytes).spill is None
+
+    @torch.no_grad()
+    def stream(
+        self,
+        groups: Sequence[TokenGroup],
+        progress: Callable[[int], None] | None = None,
+    ) -> list[HiddenStates]:
+        """Takes all token blocks of all groups through all layers; each layer is read once.
+
+        Args:
+            groups: token blocks, each group with the observers that watch it.
+            progress: called with 1 for each finished layer.
+
+        Returns:
+            For each group the hidden states after the last layer, before the final norm.
+
+        Raises:
+            NotFiniteError: a value is not finite; the message names the layer, and the expert that made it.
+        """
+        hidden = self.first_states(groups)
+        for index in self.advance(groups, hidden, range(self.shape.n_layers)):
+            assert index < self.shape.n_layers
+            if progress is not None:
+                progress(1)
+        return hidden
+
+    def first_states(self, groups: Sequence[TokenGroup], n_kept: int = 1) -> list[HiddenStates]:
+        """The hidden states that enter the first layer; ``n_kept`` such arrays fit the limit, or lie on disk."""
+        sizes = [(*group.tokens_BT.shape, self.shape.hidden_size) for group in groups]
+        n_bytes = sum(
+            blocks * tokens * size * group.dtype.itemsize
+            for (blocks, tokens, size), group in zip(sizes, groups, strict=True)
+        )
+        spill = self._place(n_kept * n_bytes).spill
+        return [
+            self._embedded(group.tokens_BT, HiddenStates(size, group.dtype, spill))
+            for size, group in zip(sizes, groups, strict=True)
+        ]
+
+    @torch.no_grad()
+    def advance(self, groups: Sequence[TokenGroup], hidden: Sequence[HiddenStates], layers: range) -> Iterator[int]:
+        """Takes the hidden states through these layers, in place; yields each layer's index when it is done.
+
+        The errors are those of :meth:`stream`.
+        """
+        for index, weights in self._visit(layers):
+            for group, states in zip(groups, hidden, strict=True):
+                self.run(index, weights, states, states, group.observers)
+            yield index
+
+    def weights(self, layers: Sequence[int]) -> Iterator[tuple[int, LayerWeights]]:
+        """Each layer with its weights, which are valid until the next one is asked for."""
+        return self._visit(layers)
+
+    @torch.no_grad()
+    def run(
+        self,
+        index: int,
+        weights: LayerWeights,
+        source: HiddenStates,
+        target: HiddenStates | None,
+        observers: Sequence[LayerObserver] = (),
+    ) -> None:
+        """Runs one layer with these weights over all blocks.
+
+        Args:
+            index: the layer's position, which decides its sizes.
+            weights: the weights that it computes with.
+            source: the states that enter, and the dtype of the arithmetic.
+            target: where its outputs are written; it may be ``source``. None: they are not kept.
+            observers: as in :class:`TokenGroup`.
+
+        Raises:
+            NotFiniteError: a value is not finite; the message names the layer, and the expert that made it.
+        """
+        with self.layer(index, weights, source.dtype) as layer, ExitStack() as stack:
+            for observe in observers:
+                stack.enter_context(observe(index, layer))
+            self._run_all(index, layer, source, target)
+
+    def logits_in_chunks(self, hidden: HiddenStates, positions: slice) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Logits at these positions of every block, a bounded number at a time.
+
+        Yields:
+            (which of the chosen positions, counted through all blocks; their logits, float32 [n, V]).
+        """
+        n_positions = positions.stop - positions.start
+        blocks_at_once = max(1, positions_at_once(self.shape.vocab_size) // n_positions)
+        with self.head(hidden.dtype) as head:
+            for blocks in hidden.groups(blocks_at_once):
+                states = hidden.read(blocks)[:, positions].flatten(0, 1)
+                for start, part in position_chunks(states, self.shape.vocab_size):
+                    first = blocks.start * n_positions + start
+                    yield slice(first, first + len(part)), head(part.to(self.device)).float().cpu()
+
+    @contextmanager
+    def head(self, dtype: torch.dtype) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """Final norm and head as a function from hidden states [N, D] to logits [N, V] in ``dtype``."""
+        if self._reader is not None:
+            self._reader.release()  # their memory is the head's now
+        matrix_VD = self._read_head(dtype)
+        self._skeleton.final_norm.load_state_dict({"weight": self._final_norm_weight.to(dtype)}, assign=True)
+        self._skeleton.final_norm.requires_grad_(False)
+        yield lambda states_ND: functional.linear(self.head_inputs(states_ND), matrix_VD)
+
+    def head_inputs(self, states_ND: torch.Tensor) -> torch.Tensor:
+        """The inputs of the head: the states after the last layer, normed. Call it inside :meth:`head` only."""
+        return self._final_norm(states_ND)
+
+    def release(self) -> None:
+        """Drops all weights; another pass reads them again, and decides anew where weights and states lie."""
+        self._reader = self._placement = None
+        if self._limit is not None:
+            give_back_freed()
+
+    def trained(self, layer: int | None) -> dict[tuple[str, int | None], torch.Tensor]:
+        """The trainable tensors of a layer, or for None those outside the layers, by name and layer."""
+        found: dict[tuple[str, int | None], torch.Tensor] = {
+            (role, of): tensor for (role, of), tensor in self.trainable.items() if of == layer
+        }
+        found |= {(factors_name(role), of): tensor for (role, of), tensor in self.factors.items() if of == layer}
+        experts = None if layer is None else self.trained_experts.get(layer)
+        return found | ({} if experts is None else {(name, layer): tensor for name, tensor in experts.tensors.items()})
+
+    def _stand_ins(self, module: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """The tensors that stand in for a layer's weights, by name; autograd needs new ones for each call."""
+        index = self._indices.get(module)
+        found = {
+            self._skeleton.name(role): tensor.to(torch.float32 if role is Role.ROUTER else dtype)
+            for (role, layer), tensor in self.trainable.items()
+            if layer is not None and layer == index
+        }
+        for (role, layer), factors_RK in self.factors.items():
+            if layer == index:
+                name = self._skeleton.name(role)
+                found[name] = scaled(module.get_parameter(name), factors_RK).to(dtype)
+        return found
+
+    def _final_norm(self, states_ND: torch.Tensor) -> torch.Tensor:
+        norm, trained = self._skeleton.final_norm, self.trainable.get((Role.FINAL_NORM, None))
+        weights = {} if trained is None else {"weight": trained.to(states_ND.dtype)}
+        output: torch.Tensor = functional_call(norm, weights, states_ND)
+        return output
+
+    def _embedded(self, tokens_BT: torch.Tensor, states: HiddenStates) -> HiddenStates:
+        for blocks in states.groups(BLOCKS_AT_ONCE[states.dtype]):
+            states.write(blocks, self.embed(tokens_BT[blocks]).to(states.dtype))
+        return states
+
+    def _run_all(self, index: int, layer: nn.Module, source: HiddenStates, target: HiddenStates | None) -> None:
+        """Writes the layer's output into ``target``, which may be ``source``."""
+        for blocks in source.groups(self.blocks_at_once(source.dtype)):
+            rows = source.read(blocks).to(self.device)
+            output = self.run_layer(layer, rows)
+            if not torch.isfinite(output.sum(dtype=torch.float32)) and not torch.isfinite(output).all():
+                raise self._not_finite(index, layer, rows)
+            if target is not None:
+                target.write(blocks, output.to("cpu"))
+
+    def _not_finite(self, index: int, layer: nn.Module, rows_BTD: torch.Tensor) -> NotFiniteError:
+        """Says which layer and expert made a value that is not finite, by running the layer once more."""
+        family = self.shape.family
+        makers: list[str] = []
+
+        def watch_router(_router: nn.Module, inputs: tuple[torch.Tensor, ...], _outputs: Any) -> None:
+            if not torch.isfinite(inputs[0]).all():
+                makers.append("its attention")
+
+        def watch_expert(expert: int, _gates: torch.Tensor, _hidden: torch.Tensor, outputs_nD: torch.Tensor) -> None:
+            if not torch.isfinite(outputs_nD).all():
+                makers.append(f"expert {expert}")
+
+        if self.shape.layer(index).has_moe:
+            handle = layer.get_submodule(family.router_module).register_forward_hook(watch_router)
+            layer.get_submodule(family.experts_module).observer = watch_expert  # type: ignore[assignment]
+            self.run_layer(layer, rows_BTD)
+            handle.remove()
+        made_by = makers[0] if makers else "a sum of large values"
+        dtype = str(rows_BTD.dtype).removeprefix("torch.")
+        return NotFiniteError(
+            f"{self.student.source.folder}: layer {index} turns the text into NaN or infinite values, first in "
+            f"{made_by}; the checkpoint is damaged there, or does not work in {dtype}"
+        )
+
+    def _place(self, hidden_bytes: int) -> Placement:
+        """The placement of weights and hidden states; the first call decides it for all later ones."""
+        if self._placement is None:
+            self._placement = place(self._limit, self.shape, layer_bytes(self.student), hidden_bytes)
+        return self._placement
+
+    def _visit(self, order: Sequence[int]) -> Iterator[tuple[int, LayerWeights]]:
+        if self._reader is None:
+            placement = self._place(0)
+            self._reader = LayerReader(
+                self.student,
+                n_resident=placement.n_resident,
+                read_ahead=placement.read_ahead,
+                check_finite=self._check_finite,
+            )
+        for index, weights in self._reader.visit(order):
+            yield index, weights
+            if self._limit is not None:
+                give_back_freed()
+
+    def _read(self, role: Role) -> torch.Tensor:
+        tensor = self.student.tensor(role)
+        if self._check_finite:
+            refuse_not_finite(self.student, tensor, role)
+        return tensor
+
+    def _read_rows(self, token: int) -> torch.Tensor:
+        return self.student.rows(Role.TOKEN_EMBEDDING, None, slice(token, token + 1))
+
+    def _read_head(self, dtype: torch.dtype) -> torch.Tensor:
+        """The head in ``dtype``, [V, D]; read in parts, so that it is in memory once only."""
+        matrix_VD = torch.empty(self.shape.vocab_size, self.shape.hidden_size, dtype=dtype)
+        for start in range(0, len(matrix_VD), _HEAD_ROWS_AT_ONCE):
+            rows = slice(start, min(start + _HEAD_ROWS_AT_ONCE, len(matrix_VD)))
+            matrix_VD[rows] = self.student.rows(Role.HEAD, None, rows)
+        if self._check_finite:
+            refuse_not_finite(self.student, matrix_VD, Role.HEAD)
+        return matrix_VD.to(self.device)
+
+
+_HEAD_ROWS_AT_ONCE = 8192
+
+
+def position_chunks(states_ND: torch.Tensor, vocab_size: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yields (first position, states) of chunks whose logits fit in memory."""
+    n_positions = positions_at_once(vocab_size)
+    for start in range(0, len(states_ND), n_positions):
+        yield start, states_ND[start : start + n_positions]

@@ -1,0 +1,283 @@
+"""A Hugging Face checkpoint on disk, read lazily: headers at once, tensors one at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from compressors.model.description.config import read_shape
+from compressors.model.description.shape import MoeShape
+from compressors.model.errors import InputError, UnsupportedError
+from compressors.model.families.table import Family, Role
+from compressors.model.files.json_file import read_json
+from compressors.model.files.safetensors_header import TensorHeader
+from compressors.model.files.weight_file import WeightFile
+from compressors.model.names import shown
+from compressors.model.sources.block_scaled import FLOAT8, GIVE_THE_ORIGINAL, BlockScaled, read_block_scaled
+from compressors.model.sources.foreign_folder import check_folder, refuse_other_inputs
+from compressors.model.sources.misfits import is_classifier, likely_cause, with_prefix
+from compressors.model.sources.output_head import is_own_head
+from compressors.model.sources.weight_folder import INDEX, SINGLE, find_weights
+
+__all__ = ["Checkpoint", "role_shape"]
+
+_FORMATS = ("F32", "F16", "BF16")
+_READ = ", ".join(_FORMATS)
+
+
+class Checkpoint:
+    """The tensors of a MoE checkpoint by role, in their storage dtype.
+
+    Opening reads only headers (and, where a head stands beside a tied embedding, these two), and checks that every
+    tensor the family needs is there with the shape that ``config.json`` implies. Both layouts are read: one tensor per
+    expert, and all experts of a layer fused; tensors saved from the model without its head, too, whose names lack
+    ``model.``. Float8 with a scale per block is read as the dtype that ``config.json`` names.
+
+    Raises:
+        InputError: a file is missing, truncated or not safetensors; a tensor is missing or of the wrong shape or dtype.
+        UnsupportedError: the checkpoint is quantized in another way, is no language model, or has a setting that
+            cannot be represented.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        check_folder(folder)
+        self.block_scaled: BlockScaled | None = read_block_scaled(folder)
+        refuse_other_inputs(folder)
+        self.shape: MoeShape = read_shape(folder)
+        self._weights = find_weights(folder)
+        self.files = self._weights.files
+        self._opened = {file: WeightFile(file) for file in self.files}
+        self.headers: dict[str, TensorHeader] = {}  # by the names of the whole language model
+        for opened in self._opened.values():
+            self.headers.update({with_prefix(name): header for name, header in opened.tensors.items()})
+        self._check_tensors()
+        if self._has_own_head():
+            self.shape = replace(self.shape, tied_embeddings=False)
+
+    @property
+    def family(self) -> Family:
+        """The architecture's row in the table of families."""
+        return self.shape.family
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Storage dtype of the experts."""
+        return self._dtype(self._expert_location(Role.EXPERT_DOWN, 0, 0)[0])
+
+    def dtype_of(self, role: Role, layer: int | None = None) -> torch.dtype:
+        """Storage dtype of a tensor that is not an expert's."""
+        return self._dtype(self._name(role, layer))
+
+    @property
+    def n_bytes(self) -> int:
+        """Size in bytes of all weights in storage dtype."""
+        scales = {BlockScaled.scales_of(name) for name, header in self.headers.items() if header.format == FLOAT8}
+        return sum(
+            math.prod(header.shape) * self._dtype(name).itemsize if header.format == FLOAT8 else header.n_bytes
+            for name, header in self.headers.items()
+            if name not in scales
+        )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Oddities of the files that do not prevent reading them: sentences without a full stop."""
+        return tuple(self._find_notes())
+
+    def tensor(self, role: Role, layer: int | None = None) -> torch.Tensor:
+        """The tensor of a role that is not an expert's, in storage dtype; a tied head is the embedding."""
+        return self.rows(role, layer, slice(None))
+
+    def rows(self, role: Role, layer: int | None, rows: slice) -> torch.Tensor:
+        """Some consecutive rows of a tensor that is not an expert's, in storage dtype."""
+        return self._read_rows(self._name(role, layer), rows)
+
+    def _read_rows(self, name: str, rows: slice) -> torch.Tensor:
+        n_rows, *rest = self.headers[name].shape
+        start, stop, _ = rows.indices(n_rows)
+        out = torch.empty(stop - start, *rest, dtype=self._dtype(name))
+        self._read_into(name, out, start * (out[0].numel() if len(out) else 0))
+        return out
+
+    def expert(self, role: Role, layer: int, expert: int) -> torch.Tensor:
+        """One expert's gate [F, D], up [F, D] or down [D, F] projection, in storage dtype."""
+        out = torch.empty(role_shape(role, self.shape), dtype=self.dtype)
+        self.read_expert(role, layer, expert, out)
+        return out
+
+    def read_expert(self, role: Role, layer: int, expert: int, out: torch.Tensor) -> None:
+        """Fills ``out``, contiguous and of the expert's shape, with what :meth:`expert` would return."""
+        name, first = self._expert_location(role, layer, expert)
+        self._read_into(name, out, first)
+
+    def identity(self) -> str:
+        """SHA-256 over ``config.json`` and the header of every weight file: equal for equal checkpoints."""
+        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for file in self.files:
+            digest.update(f"{file.name} {file.stat().st_size} {self._opened[file].header_sha256}".encode())
+        return digest.hexdigest()
+
+    def expected_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Every tensor that the family needs, as (name on disk, shape)."""
+        roles = [role for role in self.family.roles if not (role is Role.HEAD and self.shape.tied_embeddings)]
+        for role in roles:
+            if role.is_global:
+                yield self.family.names[role], role_shape(role, self.shape)
+        for layer in range(self.shape.n_layers):
+            for role in self.family.layer_roles:
+                yield self.family.names[role].format(layer=layer), role_shape(role, self.shape)
+            yield from self._expected_experts(layer)
+
+    def _expected_experts(self, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        shape = self.shape
+        fused = self.family.fused_gate_up.format(layer=layer)
+        if fused in self.headers:
+            yield fused, (shape.n_experts, 2 * shape.expert_width, shape.hidden_size)
+            down = self.family.fused_down.format(layer=layer)
+            yield down, (shape.n_experts, shape.hidden_size, shape.expert_width)
+            return
+        for expert in range(shape.n_experts):
+            for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN):
+                yield self.family.names[role].format(layer=layer, expert=expert), role_shape(role, shape)
+
+    def _has_own_head(self) -> bool:
+        """Whether the weights hold a head that differs from the embedding although ``tie_word_embeddings`` is true."""
+        names = [self.family.names[role] for role in (Role.HEAD, Role.TOKEN_EMBEDDING)]
+        if not self.shape.tied_embeddings or names[0] not in self.headers:
+            return False
+        if (problem := self._problem(names[0], role_shape(Role.HEAD, self.shape))) is not None:
+            raise InputError(problem)
+        self._check_scales(names[0])
+        head, embedding = (partial(self._read_rows, name) for name in names)
+        state = [(file, stat.st_size, stat.st_mtime_ns) for file in self.files for stat in [file.stat()]]
+        return is_own_head(tuple(state), self.shape.vocab_size, head, embedding)
+
+    def _check_tensors(self) -> None:
+        config = read_json(self.folder / "config.json")
+        if (classifier := is_classifier(config, self.headers)) is not None:
+            raise UnsupportedError(f"{self.folder}: {classifier}")
+        for name, expected in self.expected_shapes():
+            problem = self._problem(name, expected)
+            if problem is not None:
+                cause = likely_cause(self.folder, config, self.headers, name)
+                raise InputError(problem if cause is None else f"{self.folder}: {cause}")
+            self._check_scales(name)
+
+    def _problem(self, name: str, expected: tuple[int, ...]) -> str | None:
+        """Says what is wrong with a tensor that the family needs; None if nothing is."""
+        header = self.headers.get(name)
+        if header is None:
+            return f"{self.folder}: tensor {name} is in none of the weight files; {self._where_to_look(name)}"
+        if header.shape != expected:
+            return (
+                f"{header.file}: tensor {name} has shape {list(header.shape)}, but config.json implies "
+                f"{list(expected)}; config and weights do not belong together"
+            )
+        has_dtype = f"{header.file}: tensor {name} has dtype {header.format}"
+        if header.format == FLOAT8 and self.block_scaled is None:
+            return f"{has_dtype}, but config.json has no quantization_config; without, only {_READ} are read"
+        if header.format not in (*_FORMATS, FLOAT8):
+            return f"{has_dtype}; only {_READ}, and {FLOAT8} with scales of blocks, are read: {GIVE_THE_ORIGINAL}"
+        return None
+
+    def _where_to_look(self, name: str) -> str:
+        if self._weights.beside_index:
+            return f"{SINGLE} is read, as transformers does, and not {INDEX} beside it: remove the one that is old"
+        if self._weights.without_index:
+            return f"{INDEX} is missing: download it, and the files that it names"
+        if name in self._weights.index:
+            return f"the index says that it lies in {shown(self._weights.index[name])}: download that file again"
+        return "download them again"
+
+    def _check_scales(self, name: str) -> None:
+        header, scales = self.headers[name], self.headers.get(BlockScaled.scales_of(name))
+        if header.format == FLOAT8 and self.block_scaled is not None:
+            self.block_scaled.check(header, scales)
+        elif scales is not None:
+            raise InputError(
+                f"{header.file}: tensor {name} has dtype {header.format}, but scales for float8 "
+                f"({shown(scales.name)}); remove them, or download the files again"
+            )
+
+    def _find_notes(self) -> Iterator[str]:
+        if self._weights.beside_index:
+            yield f"{SINGLE} is read, as transformers does, and not {INDEX} beside it"
+        if self._weights.without_index:
+            yield f"{INDEX} is missing; all {len(self.files)} shards are read"
+        holders: dict[str, list[str]] = {}
+        for file, opened in self._opened.items():
+            for name in opened.tensors:
+                holders.setdefault(name, []).append(file.name)
+        for name, files in holders.items():
+            if len(files) > 1:
+                yield f"tensor {shown(name)} is in {len(files)} files; as in transformers the last counts, {files[-1]}"
+            elif self._weights.index.get(name, files[0]) != files[0]:
+                yield (
+                    f"the index says that tensor {shown(name)} lies in {shown(self._weights.index[name])}; it is read "
+                    f"from {files[0]}, as in transformers"
+                )
+
+    def _name(self, role: Role, layer: int | None) -> str:
+        if role is Role.HEAD and self.shape.tied_embeddings:
+            role = Role.TOKEN_EMBEDDING
+        return self.family.names[role].format(layer=layer)
+
+    def _dtype(self, name: str) -> torch.dtype:
+        header = self.headers[name]
+        if header.format == FLOAT8 and self.block_scaled is not None:
+            return self.block_scaled.dtype
+        return header.dtype
+
+    def _expert_location(self, role: Role, layer: int, expert: int) -> tuple[str, int]:
+        """Name on disk, and the flat index in it of the expert's first value."""
+        gate_up, down = (
+            template.format(layer=layer) for template in (self.family.fused_gate_up, self.family.fused_down)
+        )
+        if gate_up not in self.headers:
+            return self.family.names[role].format(layer=layer, expert=expert), 0
+        matrix = self.shape.expert_width * self.shape.hidden_size
+        if role is Role.EXPERT_DOWN:
+            return down, expert * matrix
+        return gate_up, (2 * expert + (role is Role.EXPERT_UP)) * matrix
+
+    def _read_into(self, name: str, out: torch.Tensor, first: int) -> None:
+        file, stored = self._located(name)
+        if self.block_scaled is not None and self.headers[name].format == FLOAT8:
+            scales = self._located(BlockScaled.scales_of(name))
+            self.block_scaled.fill(out, first, (file, stored), scales)
+        else:
+            file.read_into(stored, out, first)
+
+    def _located(self, name: str) -> tuple[WeightFile, str]:
+        """The file that holds a tensor, and the tensor's name in it."""
+        header = self.headers[name]
+        return self._opened[header.file], header.name
+
+
+def role_shape(role: Role, shape: MoeShape) -> tuple[int, ...]:
+    """The shape that a role's tensor has (for experts: each expert's) in a model of this shape."""
+    hidden, query = shape.hidden_size, shape.n_heads * shape.head_dim
+    key_value = shape.n_kv_heads * shape.head_dim
+    return {
+        Role.TOKEN_EMBEDDING: (shape.vocab_size, hidden),
+        Role.FINAL_NORM: (hidden,),
+        Role.HEAD: (shape.vocab_size, hidden),
+        Role.ATTENTION_NORM: (hidden,),
+        Role.QUERY: (query, hidden),
+        Role.KEY: (key_value, hidden),
+        Role.VALUE: (key_value, hidden),
+        Role.ATTENTION_OUTPUT: (hidden, query),
+        Role.QUERY_NORM: (shape.query_norm_width,),
+        Role.KEY_NORM: (shape.key_norm_width,),
+        Role.MOE_NORM: (hidden,),
+        Role.ROUTER: (shape.n_experts, hidden),
+        Role.EXPERT_GATE: (shape.expert_width, hidden),
+        Role.EXPERT_UP: (shape.expert_width, hidden),
+        Role.EXPERT_DOWN: (hidden, shape.expert_width),
+    }[role]

@@ -1,0 +1,309 @@
+"""A model's weights as our ONNX folder holds them, dequantized: the values that ONNX Runtime computes with.
+
+``model.onnx`` names its weights and says where in ``model.onnx.data`` they lie. A weight is one float32 tensor, or
+codes and scales (:mod:`compressors.model.files.onnx_blocks`), whose numbers tell bits and block size. Gate and up
+projections of all experts of a layer are one weight, whose rows alternate.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+
+from compressors.model.description.shape import MoeShape
+from compressors.model.errors import InputError
+from compressors.model.families.table import NORMS, Role
+from compressors.model.files.ggml import GGMLQuantizationType
+from compressors.model.files.integer_blocks import BITS, BlockType, IntegerBlocks
+from compressors.model.files.onnx_blocks import unpack
+from compressors.model.files.onnx_graph import external_place, read_graph
+from compressors.model.files.raw_file import RawFile
+from compressors.model.names import shown
+from compressors.model.sources.checkpoint import role_shape
+from compressors.model.sources.weights import ReplacedValues, StoredType, TunablePart
+
+__all__ = ["CODES", "DATA_FILE", "MATRIX", "MODEL_FILE", "SCALES", "OnnxWeights"]
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+CODES, SCALES = ".codes", ".scales"  # appended to a quantized weight's name
+MATRIX = ".matrix"  # appended to the name of codes in the shape of a linear layer's operator
+
+_ALTERNATING = (Role.EXPERT_GATE, Role.EXPERT_UP)  # their rows alternate in one weight for all experts of a layer
+
+_NUMPY_TYPES: Mapping[int, np.dtype[Any]] = {
+    onnx.TensorProto.FLOAT: np.dtype(np.float32),
+    onnx.TensorProto.UINT8: np.dtype(np.uint8),
+    onnx.TensorProto.FLOAT16: np.dtype(np.float16),
+}
+
+
+_BYTE_BITS = 8
+_OF_GGML: Mapping[BlockType, StoredType] = {
+    BlockType(4, 32): GGMLQuantizationType.Q4_0,
+    BlockType(8, 32): GGMLQuantizationType.Q8_0,
+}
+"""The ggml types that hold the same numbers; ggml's kernels make them."""
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """One tensor of the data file."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def n_values(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def n_bytes(self) -> int:
+        return self.n_values * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A weight: all its rows' values, or their codes and scales."""
+
+    shape: tuple[int, ...]
+    codes: _Stored
+    scales: _Stored | None
+
+    @property
+    def n_rows(self) -> int:
+        return prod(self.shape[:-1])
+
+    @property
+    def blocks(self) -> BlockType | None:
+        """The block type of the stored values; None if they are float32."""
+        if self.scales is None:
+            return None
+        n_values = prod(self.shape)
+        return BlockType(_BYTE_BITS * self.codes.n_values // n_values, n_values // max(1, self.scales.n_values))
+
+    @property
+    def is_whole(self) -> bool:
+        """True if the stored tensors fit this shape and their types belong together."""
+        codes, scales, blocks = self.codes, self.scales, self.blocks
+        if scales is None or blocks is None:
+            return codes.dtype == np.float32 and codes.shape == self.shape
+        types = codes.dtype == np.uint8 and scales.dtype == np.float16
+        fits = blocks.bits in BITS and blocks.block_size > 0 and self.shape[-1] % blocks.block_size == 0
+        n_values = prod(self.shape)
+        n_codes, n_scales = n_values * blocks.bits // _BYTE_BITS, n_values // max(1, blocks.block_size)
+        return types and fits and (codes.n_values, scales.n_values) == (n_codes, n_scales)
+
+
+class OnnxWeights:
+    """Implements :class:`~compressors.model.sources.weights.WrittenWeights`; opening reads the graph.
+
+    Args:
+        folder: the folder with ``model.onnx`` and ``model.onnx.data``.
+        shape: shape of the model that it should hold.
+
+    Raises:
+        InputError: a file is missing, truncated or damaged, or lacks a tensor of a model of this shape.
+    """
+
+    dtype = torch.float32
+
+    def __init__(self, folder: Path, shape: MoeShape) -> None:
+        self._graph_file = folder / MODEL_FILE
+        self._data = RawFile(folder / DATA_FILE)
+        self._shape = shape
+        self._values = ReplacedValues({})
+        self._replaced: Mapping[_Weight, Mapping[Role, str]] = {}  # names of a weight's replaced values
+        tensors = self._tensors()
+        self._weights = {
+            (role, layer): self._weight(role, layer, tensors)
+            for role in shape.stored_roles
+            for layer in ([None] if role.is_global else range(shape.n_layers))
+            if layer is None or self._has(role, layer)
+        }
+
+    def dtype_of(self, role: Role, layer: int | None) -> torch.dtype:
+        """Always float32."""
+        return self.dtype
+
+    def stored_type(self, role: Role, layer: int | None) -> StoredType:
+        """F32, ggml's type of blocks of 32 values in 4 or 8 bits, or bits and block size."""
+        weight = self._weights.get((role, layer))
+        blocks = None if weight is None else weight.blocks
+        return GGMLQuantizationType.F32 if blocks is None else _OF_GGML.get(blocks, blocks)
+
+    def tensor(self, role: Role, layer: int | None) -> torch.Tensor:
+        """The tensor of a role that is not an expert's, float32."""
+        weight = self._weights.get((role, layer))
+        if weight is None:  # the router of one expert: a softmax over one logit, whatever it is
+            return torch.zeros(role_shape(role, self._shape))
+        return self._rows(weight, 0, weight.n_rows).view(weight.shape)
+
+    def rows(self, role: Role, layer: int | None, rows: slice) -> torch.Tensor:
+        """Some consecutive rows of :meth:`tensor`."""
+        if (role, layer) not in self._weights:
+            return self.tensor(role, layer)[rows]
+        weight = self._weights[role, layer]
+        start, stop, _ = rows.indices(weight.n_rows)
+        return self._rows(weight, start, stop - start)
+
+    def read_expert(self, role: Role, layer: int, expert: int, out: torch.Tensor) -> None:
+        """Fills ``out`` with one expert's projection."""
+        weight = self._weights[role, layer]
+        if role is Role.EXPERT_DOWN or self._shape.is_dense:
+            out.copy_(self._rows(weight, expert * len(out), len(out)))
+        else:
+            gate_and_up = self._rows(weight, expert * 2 * len(out), 2 * len(out))
+            out.copy_(gate_and_up[int(role is Role.EXPERT_UP) :: 2])
+
+    def block_length(self, role: Role, layer: int | None) -> int | None:
+        """The number of values of a row that share a scale; None if the tensor has no scales."""
+        weight = self._weights.get((role, layer))
+        return None if weight is None or weight.blocks is None else weight.blocks.block_size
+
+    def tunable(self, role: Role, layer: int | None) -> torch.Tensor:
+        """The tunable values of a tensor.
+
+        Raises:
+            InputError: it has none.
+        """
+        weight = self._tunable_weight(role, layer)
+        if weight.scales is None:
+            return self.tensor(role, layer)
+        scales_RN = self._rows_of_role(self._read(weight, weight.scales, 0, weight.n_rows), role)
+        return torch.from_numpy(scales_RN.copy())[..., None]
+
+    def with_values(self, values: Mapping[str, torch.Tensor]) -> Self:
+        """The same weights as if the file had these tunable values.
+
+        Raises:
+            InputError: they are not of this file.
+        """
+        for name, tensor in values.items():
+            self._check_values(name, tensor)
+        changed = copy.copy(self)
+        changed._values = ReplacedValues(values)
+        changed._replaced = self._names_by_weight(values)
+        return changed
+
+    def changed_parts(self) -> Iterator[TunablePart]:
+        """Yields the tensors whose values are replaced, each as a whole."""
+        for (role, layer), weight in self._weights.items():
+            if self._shape.gguf_name(role, layer) in self._values:
+                stored = weight.codes if weight.scales is None else weight.scales
+                yield TunablePart(self._data.path, stored.offset, stored.n_bytes, partial(self._put, weight, stored))
+
+    def _put(self, weight: _Weight, stored: _Stored, data: npt.NDArray[np.uint8]) -> None:
+        """Writes the values that replace the file's into the bytes of a tensor."""
+        self._replace(weight, data.view(stored.dtype).reshape(weight.n_rows, -1), 0)
+
+    def _has(self, role: Role, layer: int) -> bool:
+        return (role.is_expert and self._shape.layer(layer).has_moe) or role in self._shape.layer_roles(layer)
+
+    def _rows(self, weight: _Weight, first: int, n_rows: int) -> torch.Tensor:
+        """Rows counted through all leading axes: float32 [rows, columns]."""
+        codes = self._read(weight, weight.codes, first, n_rows)
+        if weight.scales is None:
+            return torch.from_numpy(codes)
+        bits = _BYTE_BITS * weight.codes.n_values // prod(weight.shape)
+        scales_RK = self._read(weight, weight.scales, first, n_rows).astype(np.float32)
+        return torch.from_numpy(IntegerBlocks(unpack(codes, bits), scales_RK, bits).values())
+
+    def _read(self, weight: _Weight, stored: _Stored, first: int, n_rows: int) -> npt.NDArray[Any]:
+        columns = stored.n_values // weight.n_rows
+        values = np.empty((n_rows, columns), dtype=stored.dtype)
+        offset = stored.offset + first * columns * stored.dtype.itemsize
+        self._data.fill(stored.name, values.reshape(-1).view(np.uint8).data, offset)
+        if weight in self._replaced and stored is (weight.codes if weight.scales is None else weight.scales):
+            self._replace(weight, values, first)
+        return values
+
+    def _replace(self, weight: _Weight, values_RN: npt.NDArray[Any], first: int) -> None:
+        """Writes the values that replace the file's into some rows: those of whole experts where roles alternate."""
+        for role, name in self._replaced[weight].items():
+            alternate = role in _ALTERNATING and not self._shape.is_dense
+            own_RN = self._rows_of_role(values_RN, role)
+            of_role_RN = self._values[name].reshape(-1, values_RN.shape[1]).numpy()
+            own_RN[:] = of_role_RN[first // (2 if alternate else 1) :][: len(own_RN)]
+
+    def _names_by_weight(self, values: Mapping[str, torch.Tensor]) -> Mapping[_Weight, Mapping[Role, str]]:
+        """Returns the names among ``values`` whose rows each weight holds."""
+        names: dict[_Weight, dict[Role, str]] = {}
+        for (role, layer), weight in self._weights.items():
+            name = self._shape.gguf_name(role, layer)
+            if name in values:
+                names.setdefault(weight, {})[role] = name
+        return names
+
+    def _rows_of_role(self, rows_RN: npt.NDArray[Any], role: Role) -> npt.NDArray[Any]:
+        """A view of the rows that are a role's."""
+        if role not in _ALTERNATING or self._shape.is_dense:
+            return rows_RN
+        return rows_RN[int(role is Role.EXPERT_UP) :: 2]
+
+    def _tunable_weight(self, role: Role, layer: int | None) -> _Weight:
+        weight = self._weights.get((role, layer))
+        if weight is None:
+            raise InputError(f"{self._graph_file} has no tensor of the role {role}: it holds a dense model")
+        is_float = role is Role.ROUTER or role in NORMS
+        if is_float != (weight.scales is None):
+            what = "quantized; it must be float32" if is_float else "not quantized, so it has no scales"
+            raise InputError(f"{self._graph_file}: {weight.codes.name} is {what}")
+        return weight
+
+    def _check_values(self, name: str, values: torch.Tensor) -> None:
+        keys = [key for key in self._weights if self._shape.gguf_name(*key) == name]
+        if not keys:
+            raise InputError(f"{self._graph_file} has no tensor {name}, whose values are to be replaced")
+        expected = self.tunable(*keys[0])
+        if values.shape != expected.shape or values.dtype != expected.dtype:
+            raise InputError(
+                f"{self._graph_file}: values of shape {list(values.shape)} in {values.dtype} cannot take the place of "
+                f"{name}'s, of shape {list(expected.shape)} in {expected.dtype}"
+            )
+
+    def _tensors(self) -> dict[str, _Stored]:
+        """Everything in the data file, by name."""
+        found = [tensor for tensor in read_graph(self._graph_file).initializer if tensor.external_data]
+        return {tensor.name: self._stored(tensor) for tensor in found}
+
+    def _stored(self, tensor: onnx.TensorProto) -> _Stored:
+        place = external_place(self._graph_file, tensor)
+        if place.file.name != DATA_FILE or tensor.data_type not in _NUMPY_TYPES:
+            raise InputError(f"{self._graph_file} is no model of ours (tensor {shown(tensor.name)} is of another kind)")
+        stored = _Stored(tensor.name, _NUMPY_TYPES[tensor.data_type], tuple(tensor.dims), place.offset)
+        if stored.offset + stored.n_bytes > self._data.size:
+            raise InputError(f"{self._data.path} is truncated: tensor {shown(tensor.name)} ends after the file does")
+        return stored
+
+    def _weight(self, role: Role, layer: int | None, tensors: dict[str, _Stored]) -> _Weight:
+        name, shape = self._shape.onnx_name(role, layer), self._expected_shape(role, layer)
+        codes = next((tensors[key] for key in (name, name + CODES, name + CODES + MATRIX) if key in tensors), None)
+        if codes is None:
+            raise InputError(f"{self._graph_file} has no tensor {name}: it does not hold this model")
+        weight = _Weight(shape, codes, None if codes.name == name else tensors.get(name + SCALES))
+        if not weight.is_whole:
+            raise InputError(
+                f"{self._graph_file}: tensor {codes.name} has shape {list(codes.shape)}, which is not that of the "
+                f"model's, {list(shape)}"
+            )
+        return weight
+
+    def _expected_shape(self, role: Role, layer: int | None) -> tuple[int, ...]:
+        of_layer = self._shape if layer is None else self._shape.layer(layer)
+        rows, *columns = role_shape(role, of_layer)
+        if not role.is_expert or self._shape.is_dense:
+            return (rows, *columns)
+        return (of_layer.n_experts, rows if role is Role.EXPERT_DOWN else 2 * rows, *columns)

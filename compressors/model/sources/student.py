@@ -1,0 +1,272 @@
+"""A student: a source checkpoint, what became of its layers and experts, and an overlay of the tensors that changed.
+
+Pruning writes no expert: the student reads the survivors from the source. Every reader of a student, the streamed
+torch reference and both writers included, goes through :class:`Student`. The teacher is the student that keeps
+everything and changes nothing (:meth:`Student.teacher`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compressors.model.description.shape import NO_MOE, MoeShape, MoeSize
+from compressors.model.errors import InputError
+from compressors.model.families.table import Family, Role
+from compressors.model.files.weight_file import StoredTensors
+from compressors.model.sources.checkpoint import Checkpoint, role_shape
+from compressors.model.sources.weights import Weights, WrittenWeights
+
+__all__ = ["ExpertMap", "LayerMap", "Student"]
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """The parts of one decoder layer of the teacher that the student keeps."""
+
+    source: int  # the teacher's layer
+    groups: tuple[tuple[int, ...], ...]
+    """[student expert]: the teacher's experts that it stands for, first the one that it comes from. Pruning keeps
+    groups of one, merging makes larger ones; without any the layer has lost its MoE sub-layer."""
+    width: int | None = None  # of each expert; None: the teacher's. One expert for all may be as wide as its group
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The teacher's expert that each of the student's comes from."""
+        return tuple(group[0] for group in self.groups)
+
+
+@dataclass(frozen=True)
+class ExpertMap:
+    """The layers and experts of the teacher that the student keeps; the order is the student's numbering."""
+
+    n_teacher_experts: int
+    layers: tuple[LayerMap, ...]
+
+    @classmethod
+    def identity(cls, shape: MoeShape) -> ExpertMap:
+        """Keeps everything."""
+        return cls.keeping(shape.n_experts, [range(shape.n_experts)] * shape.n_layers)
+
+    @classmethod
+    def keeping(cls, n_teacher_experts: int, kept: Sequence[Sequence[int]]) -> ExpertMap:
+        """Keeps all layers, and of each these experts."""
+        layers = [LayerMap(layer, tuple((expert,) for expert in experts)) for layer, experts in enumerate(kept)]
+        return cls(n_teacher_experts, tuple(layers))
+
+    def of_itself(self) -> ExpertMap:
+        """The student in its own numbering, all of whose experts it keeps."""
+        return ExpertMap.keeping(self.n_teacher_experts, [range(len(layer.groups)) for layer in self.layers])
+
+    @property
+    def kept(self) -> tuple[tuple[int, ...], ...]:
+        """[L][student expert]: the teacher's expert that it comes from."""
+        return tuple(layer.kept for layer in self.layers)
+
+    def check_against(self, shape: MoeShape) -> None:
+        """Checks that these are layers and experts of a model of this shape.
+
+        Raises:
+            ValueError: another number of experts, a layer or an expert that is there twice or not at all.
+        """
+        sources = [layer.source for layer in self.layers]
+        if self.n_teacher_experts != shape.n_experts or not sources:
+            raise ValueError(f"the map is for {len(sources)} layers of {self.n_teacher_experts} experts")
+        if sources != sorted(set(sources)) or not set(sources) <= set(range(shape.n_layers)):
+            raise ValueError(f"the map names the layers {sources}")
+        for layer in self.layers:
+            members = [expert for group in layer.groups for expert in group]
+            if (
+                () in layer.groups
+                or len(set(members)) < len(members)
+                or not set(members) <= set(range(shape.n_experts))
+            ):
+                raise ValueError(f"layer {layer.source} keeps the experts {[list(group) for group in layer.groups]}")
+            widest = shape.expert_width * (len(members) if len(layer.groups) == 1 else 1)
+            if layer.width is not None and not 1 <= layer.width <= widest:
+                raise ValueError(f"layer {layer.source} has experts of width {layer.width}")
+
+    def shape_of(self, teacher: MoeShape) -> MoeShape:
+        """The student's shape."""
+        return teacher.with_sizes(
+            [
+                MoeSize(len(layer.groups), layer.width or teacher.expert_width) if layer.groups else NO_MOE
+                for layer in self.layers
+            ]
+        )
+
+    def student_of(self, layer: int) -> torch.Tensor:
+        """int64 [teacher experts]: the student's expert that stands for each teacher expert, -1 for a dropped one."""
+        table = torch.full((self.n_teacher_experts,), -1, dtype=torch.int64)
+        for expert, group in enumerate(self.layers[layer].groups):
+            table[list(group)] = expert
+        return table
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for a JSON or YAML file."""
+        layers = [
+            {"source": layer.source, "groups": [list(group) for group in layer.groups], "width": layer.width}
+            for layer in self.layers
+        ]
+        return {"teacher_experts": self.n_teacher_experts, "layers": layers}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ExpertMap:
+        """The inverse of :meth:`to_json`."""
+        layers = [
+            LayerMap(int(layer["source"]), tuple(map(tuple, layer["groups"])), layer["width"])
+            for layer in data["layers"]
+        ]
+        return cls(int(data["teacher_experts"]), tuple(layers))
+
+
+class Student:
+    """The compressed model as a set of tensors by role, numbered as the student numbers its experts.
+
+    Tensors come in storage dtype (overlay tensors in theirs, float32 for routers).
+
+    Args:
+        source: the teacher's checkpoint.
+        experts: what became of its layers and experts.
+        overlay: tensors by their name in the student, in place of all others.
+        weights: where the other tensors come from; None: from the source.
+    """
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        experts: ExpertMap,
+        overlay: Mapping[str, torch.Tensor] | None = None,
+        weights: Weights | None = None,
+    ) -> None:
+        self.source = source
+        self.experts = experts
+        self.overlay: Mapping[str, torch.Tensor] = {} if overlay is None else overlay
+        self.shape: MoeShape = experts.shape_of(source.shape)
+        self._weights: Weights = _KeptWeights(source, experts) if weights is None else weights
+
+    @classmethod
+    def teacher(cls, source: Checkpoint) -> Student:
+        """The original model."""
+        return cls(source, ExpertMap.identity(source.shape))
+
+    @classmethod
+    def load(cls, source: Checkpoint, expert_map: Path, overlays: Sequence[Path] = ()) -> Student:
+        """Opens a student from its expert map (JSON) and its overlays (safetensors); the first that has a tensor wins.
+
+        Raises:
+            InputError: a file is missing or damaged.
+        """
+        try:
+            experts = ExpertMap.from_json(json.loads(expert_map.read_text(encoding="utf-8")))
+            experts.check_against(source.shape)
+            tensors: Mapping[str, torch.Tensor] = ChainMap(*map(StoredTensors, overlays))  # type: ignore[arg-type]
+        except (OSError, ValueError, KeyError, TypeError, InputError) as error:
+            raise InputError(
+                f"the student in {expert_map.parent} cannot be read ({error}); remove the folder"
+            ) from None
+        return cls(source, experts, tensors)
+
+    @property
+    def family(self) -> Family:
+        """The architecture's row in the table of families."""
+        return self.source.family
+
+    def name(self, role: Role, layer: int | None = None, expert: int | None = None) -> str:
+        """The Hugging Face name of a tensor in the student's numbering; overlays use it as their key."""
+        return self.family.names[role].format(layer=layer, expert=expert)
+
+    def tensor(self, role: Role, layer: int | None = None) -> torch.Tensor:
+        """The tensor of a role that is not an expert's; router rows are the surviving experts' [E, D].
+
+        A tied head is the embedding, as the student has it.
+        """
+        if role is Role.HEAD and self.shape.tied_embeddings:
+            role = Role.TOKEN_EMBEDDING
+        name = self.name(role, layer)
+        return self.overlay[name] if name in self.overlay else self._weights.tensor(role, layer)
+
+    def rows(self, role: Role, layer: int | None, rows: slice) -> torch.Tensor:
+        """Some consecutive rows of :meth:`tensor`, without reading the others."""
+        if role is Role.HEAD and self.shape.tied_embeddings:
+            role = Role.TOKEN_EMBEDDING
+        if self.name(role, layer) in self.overlay:
+            return self.tensor(role, layer)[rows]
+        return self._weights.rows(role, layer, rows)
+
+    def expert(self, role: Role, layer: int, expert: int) -> torch.Tensor:
+        """One expert's gate [F, D], up [F, D] or down [D, F] projection."""
+        name = self.name(role, layer, expert)
+        if name in self.overlay:
+            return self.overlay[name]
+        out = torch.empty(role_shape(role, self.shape.layer(layer)), dtype=self.expert_dtype)
+        self._weights.read_expert(role, layer, expert, out)
+        return out
+
+    def read_expert(self, role: Role, layer: int, expert: int, out: torch.Tensor) -> None:
+        """Fills ``out``, contiguous and of the expert's shape, with what :meth:`expert` would return."""
+        name = self.name(role, layer, expert)
+        if name in self.overlay:
+            out.copy_(self.overlay[name])
+        else:
+            self._weights.read_expert(role, layer, expert, out)
+
+    @property
+    def expert_dtype(self) -> torch.dtype:
+        """Storage dtype of the experts."""
+        return self._weights.dtype
+
+    def dtype(self, role: Role, layer: int | None = None, expert: int | None = None) -> torch.dtype:
+        """Storage dtype of a tensor."""
+        name = self.name(role, layer, expert)
+        if name in self.overlay:
+            return self.overlay[name].dtype
+        return self.expert_dtype if role.is_expert else self._weights.dtype_of(role, layer)
+
+    def with_overlay(self, overlay: Mapping[str, torch.Tensor]) -> Student:
+        """The same student with these tensors in place of what it had."""
+        both = ChainMap(dict(overlay), self.overlay)  # type: ignore[arg-type]  # it writes to the first map only
+        return Student(self.source, self.experts, both, self._weights)
+
+    def as_written(self, weights: WrittenWeights) -> Student:
+        """The same student with the numbers that a file holds in place of all it had, its overlay included."""
+        return Student(self.source, self.experts, weights=weights)
+
+
+class _KeptWeights:
+    """The source's tensors that a student keeps; implements :class:`~compressors.model.sources.weights.Weights`."""
+
+    def __init__(self, source: Checkpoint, experts: ExpertMap) -> None:
+        self._source = source
+        self._experts = experts
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._source.dtype
+
+    def dtype_of(self, role: Role, layer: int | None) -> torch.dtype:
+        return self._source.dtype_of(role, self._layer(layer))
+
+    def tensor(self, role: Role, layer: int | None) -> torch.Tensor:
+        tensor = self._source.tensor(role, self._layer(layer))
+        if role is Role.ROUTER and layer is not None:
+            return tensor[list(self._experts.layers[layer].kept)]
+        return tensor
+
+    def rows(self, role: Role, layer: int | None, rows: slice) -> torch.Tensor:
+        if role is Role.ROUTER:
+            return self.tensor(role, layer)[rows]
+        return self._source.rows(role, self._layer(layer), rows)
+
+    def read_expert(self, role: Role, layer: int, expert: int, out: torch.Tensor) -> None:
+        came_from = self._experts.layers[layer]
+        self._source.read_expert(role, came_from.source, came_from.kept[expert], out)
+
+    def _layer(self, layer: int | None) -> int | None:
+        return None if layer is None else self._experts.layers[layer].source

@@ -1,0 +1,244 @@
+"""The one place that loads a tokenizer: as ``AutoTokenizer`` does, with nothing downloaded and no foreign code run."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressors.model.errors import InputError
+from compressors.model.files.json_file import read_json
+from compressors.model.names import shown
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = ["TOKENIZER_FILES", "files_state", "load_tokenizer", "own_code", "read_tokenizer_json", "tokens_of"]
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What ``AutoTokenizer`` may read, beside ``config.json`` and the folder ``additional_chat_templates``."""
+
+_EMPTY_MODEL = {"type": "BPE", "vocab": {}, "merges": []}
+
+
+def files_state(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Returns name, time of modification and size of every file that the tokenizer and its special tokens depend on.
+
+    What was read of them may be remembered for as long as this stays the same.
+    """
+    names = (*TOKENIZER_FILES, "config.json", "generation_config.json")
+    paths = [folder / name for name in names] + sorted(folder.glob("additional_chat_templates/*"))
+    return tuple((path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in paths if path.is_file())
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Returns a checkpoint's tokenizer, as transformers loads it; it is remembered while its files do not change.
+
+    Raises:
+        InputError: there is none that can be used; the message names the file, the part at fault and what helps.
+    """
+    return _load_tokenizer(folder, files_state(folder))
+
+
+@functools.lru_cache(maxsize=1)
+def _load_tokenizer(folder: Path, state: object) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer  # takes seconds to import
+
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise InputError(f"{folder} has no usable tokenizer: download tokenizer.json and tokenizer_config.json too")
+    config = folder / "tokenizer_config.json"
+    if config.is_file():
+        read_json(config)
+    _refuse_huge_numbers(folder / "tokenizer.json")
+    loaded: PreTrainedTokenizerFast = _guarded(
+        lambda: AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False), folder
+    )
+    if not _guarded(lambda: loaded.encode("a", add_special_tokens=False), folder):
+        raise InputError(f"{folder} has no usable tokenizer: it makes no token of the text 'a'; download it again")
+    _refuse_dropout(loaded, folder)
+    return loaded
+
+
+def _refuse_dropout(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """BPE dropout is for training; transformers leaves it on, and each reading of a text gives other tokens."""
+    dropout = getattr(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None), "dropout", None)
+    if dropout:
+        raise InputError(
+            f"{folder / 'tokenizer.json'}: model.dropout is {dropout:.4g} (BPE dropout), so the same text gives other "
+            "tokens each time, and nothing could be measured or repeated; set it to null"
+        )
+
+
+def tokens_of(folder: Path, texts: Sequence[str], *, read_special_as_text: bool = False) -> list[tuple[int, ...]]:
+    """Returns the token ids of texts by the tokenizer of ``folder``, with nothing put before or behind them.
+
+    Tokens that it calls special are recognised inside a text, unless they are to be read as text.
+
+    Raises:
+        InputError: as :func:`load_tokenizer`, or the tokenizer has no token for a part of a text.
+    """
+    tokenizer = load_tokenizer(folder)
+    encoded = _guarded(
+        lambda: tokenizer(
+            list(texts), add_special_tokens=False, split_special_tokens=read_special_as_text, verbose=False
+        ),
+        folder,
+    )
+    return [tuple(tokens) for tokens in encoded["input_ids"]]
+
+
+def read_tokenizer_json(path: Path) -> Tokenizer:
+    """Returns the tokenizer of one ``tokenizer.json``, as the ``tokenizers`` library reads it by itself.
+
+    Raises:
+        InputError: the library refuses the file; the message names the part at fault and what helps.
+    """
+    from tokenizers import Tokenizer
+
+    _refuse_huge_numbers(path)
+    tokenizer: Tokenizer = _guarded(lambda: Tokenizer.from_file(str(path)), path.parent)
+    return tokenizer
+
+
+def _refuse_huge_numbers(path: Path) -> None:
+    """The library makes a table as long as the largest number of a token; where it has no room it aborts."""
+    model = read_json(path).get("model") if path.is_file() else None
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    for token, number in vocabulary.items() if isinstance(vocabulary, dict) else ():
+        if type(number) is int and number >= _MOST_TOKENS:
+            raise InputError(
+                f"{path}: token {shown(token)} has number {number}, and no vocabulary is so large; download it again"
+            )
+
+
+_MOST_TOKENS = 1 << 24
+
+
+def own_code(folder: Path) -> str | None:
+    """Returns the class outside of transformers that ``tokenizer_config.json`` names, None if it names none.
+
+    It is never run: ``tokenizer.json`` is read instead.
+    """
+    path = folder / "tokenizer_config.json"
+    names = read_json(path).get("auto_map") if path.is_file() else None
+    named = names.get("AutoTokenizer") if isinstance(names, dict) else names
+    chosen = [name for name in (named if isinstance(named, list) else [named]) if name]
+    return str(chosen[0])[:80] if chosen else None
+
+
+def _guarded(action: Callable[[], Any], folder: Path) -> Any:
+    """Turns whatever the libraries raise into one sentence: plain exceptions, and panics, which are none."""
+    try:
+        with _quiet():
+            return action()
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic in Rust is no Exception
+        raise InputError(_sentence(folder, error)) from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the libraries' warnings and a panic's stack off the terminal: what matters becomes our sentence."""
+    if sys.stderr is None:  # closed by whoever started us
+        yield
+        return
+    sys.stderr.flush()
+    shown = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(shown, 2)
+        os.close(shown)
+
+
+def _sentence(folder: Path, error: BaseException) -> str:
+    path = folder / "tokenizer.json"
+    reason = _first_line(error)
+    if path.is_file():
+        data = read_json(path)  # which says so if it is no JSON
+        part = _part_at_fault(data)
+        if part is not None:
+            return (
+                f"{path}: its {_described(data, part)} cannot be read by the installed tokenizers "
+                f"{version('tokenizers')} ({reason}); update it (pip install --upgrade tokenizers transformers), "
+                "or download the file again if it is damaged"
+            )
+        return (
+            f"{folder}: its tokenizer files cannot be read by the installed transformers {version('transformers')} "
+            f"({reason}); download tokenizer_config.json and tokenizer.json again, or update transformers"
+        )
+    code = own_code(folder)
+    if code is not None:
+        return (
+            f"{folder / 'tokenizer_config.json'} names Python code of its own ({code}), which is never run here, and "
+            "there is no tokenizer.json to read instead: get or make one, with that code where you trust it"
+        )
+    return (
+        f"{folder} has no tokenizer.json, and its other tokenizer files cannot be read ({reason}); make one where "
+        "sentencepiece and tiktoken are installed: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+    )
+
+
+def _part_at_fault(data: dict[str, Any]) -> str | None:
+    """The one part of a ``tokenizer.json`` without which the library reads it; ``model`` if there is none such."""
+    if _is_readable(data):
+        return None
+    small = data | {"model": _EMPTY_MODEL, "added_tokens": []}  # a vocabulary takes long to read again and again
+    if _is_readable(small):
+        whole = data | {"added_tokens": []}
+        return "added_tokens" if _is_readable(whole) else "model"
+    for part in ("pre_tokenizer", "normalizer", "post_processor", "decoder"):
+        if _is_readable(small | {part: None}):
+            return part
+    return "contents"
+
+
+def _is_readable(data: dict[str, Any]) -> bool:
+    from tokenizers import Tokenizer
+
+    try:
+        with _quiet():
+            Tokenizer.from_str(json.dumps(data))
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException:
+        return False
+    return True
+
+
+def _described(data: dict[str, Any], part: str) -> str:
+    """Names a part, such as ``model of type 'SuperBPE'``, or ``pre_tokenizer (Split, ByteLevel)``."""
+    settings = data.get(part)
+    if not isinstance(settings, dict) or "type" not in settings:
+        return part
+    steps = settings.get("pretokenizers", settings.get("normalizers"))
+    if isinstance(steps, list):
+        kinds = [str(step.get("type")) for step in steps if isinstance(step, dict)]
+        return f"{part} ({', '.join(kinds)[:80]})"
+    return f"{part} of type {str(settings['type'])[:40]!r}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{lines[0][:200]}" if lines else type(error).__name__

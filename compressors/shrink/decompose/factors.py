@@ -1,0 +1,125 @@
+"""What every decomposition gives: factors that can be counted, and multiplied out into dense experts.
+
+Letters beside those of :mod:`compressors.model.description.shape`: r rank, M bases shared in the layer, O rows and I
+columns of a matrix (gate and up: O = F, I = D; down: O = D, I = F).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+
+from compressors.model.errors import InputError
+from compressors.shrink.moe_block import CompressedBlock, Evidence, Method, MoeBlock
+
+__all__ = [
+    "Decomposition",
+    "ExpertMatrices",
+    "Factors",
+    "LowRank",
+    "MatrixErrors",
+    "check_rank",
+    "relative_errors",
+    "with_factors",
+]
+
+
+class Factors(Protocol):
+    """One layer's experts in factored form."""
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that have to be stored."""
+
+    def materialize(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The dense experts that the factors stand for: float32 gate_up [E, 2F, D], gate rows first, down [E, D, F]."""
+
+
+class Decomposition(Method, Protocol):
+    """A method whose result has a factored form; calling it gives the same experts multiplied out."""
+
+    def decompose(self, block: MoeBlock, evidence: Evidence) -> Factors:
+        """The factors of a block's experts."""
+
+
+class ExpertMatrices(NamedTuple):
+    """The three matrices of one expert, or of what experts share."""
+
+    gate_FD: torch.Tensor
+    up_FD: torch.Tensor
+    down_DF: torch.Tensor
+
+    @classmethod
+    def of(cls, block: MoeBlock, expert: int) -> ExpertMatrices:
+        """An expert of a block: float32."""
+        return cls(block.gate(expert), block.up(expert), block.down(expert))
+
+    def minus(self, other: ExpertMatrices) -> ExpertMatrices:
+        """What one has beyond the other."""
+        return ExpertMatrices(*(own - shared for own, shared in zip(self, other, strict=True)))
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One matrix of every expert as a product of rank r."""
+
+    left_EOr: torch.Tensor  # float32
+    right_ErI: torch.Tensor  # float32
+
+    @classmethod
+    def stack(cls, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> LowRank:
+        """From each expert's left [O, r] and right [r, I], rounded to float32."""
+        lefts, rights = zip(*pairs, strict=True)
+        return cls(torch.stack(lefts).float(), torch.stack(rights).float())
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in both factors."""
+        return self.left_EOr.numel() + self.right_ErI.numel()
+
+    def product(self) -> torch.Tensor:
+        """The matrices: float32 [E, O, I]."""
+        return self.left_EOr @ self.right_ErI
+
+
+class MatrixErrors(NamedTuple):
+    """Relative reconstruction error of each kind of matrix over the layer, |W - W'| / |W| in Frobenius norms."""
+
+    gate: float
+    up: float
+    down: float
+
+
+def relative_errors(block: MoeBlock, factors: Factors) -> MatrixErrors:
+    """How far the factors are from a block's experts."""
+    gate_up_EFD, down_EDF = factors.materialize()
+    differences, norms = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    for expert in range(block.n_experts):
+        rebuilt = (gate_up_EFD[expert, : block.width], gate_up_EFD[expert, block.width :], down_EDF[expert])
+        for matrix, (new, old) in enumerate(zip(rebuilt, ExpertMatrices.of(block, expert), strict=True)):
+            differences[matrix] += (new.float() - old).double().square().sum()
+            norms[matrix] += old.double().square().sum()
+    return MatrixErrors(*(differences / norms).sqrt().tolist())
+
+
+def with_factors(block: MoeBlock, factors: Factors) -> CompressedBlock:
+    """The block with the factors multiplied out."""
+    return CompressedBlock.rewritten(block, *factors.materialize())
+
+
+def check_rank(rank: int, block: MoeBlock) -> None:
+    """Refuses a rank that no matrix of the block's experts can have.
+
+    Raises:
+        InputError: the rank is not between 1 and min(D, F).
+    """
+    hidden_size = block.router_ED.shape[1]
+    full = min(hidden_size, block.width)
+    if not 1 <= rank <= full:
+        raise InputError(
+            f"rank {rank} is impossible: experts of width {block.width} at hidden size {hidden_size} "
+            f"have ranks from 1 to {full}"
+        )

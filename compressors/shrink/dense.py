@@ -1,0 +1,70 @@
+"""A dense student: each layer's experts condensed into one feed-forward, which every token goes through.
+
+It is a MoE block of one expert: a softmax over one logit gives gate 1 whatever the router says. So student, streaming,
+statistics and training need to know nothing about it, and only files differ: they hold a plain feed-forward, in the
+architecture of the family's dense counterpart (:attr:`compressors.model.description.shape.MoeShape.is_dense`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from compressors.model.description.shape import MoeShape, MoeSize
+from compressors.model.errors import UnsupportedError
+from compressors.model.families.table import FAMILIES
+from compressors.shrink.moe_block import CompressedBlock, Evidence, MoeBlock, Needs
+from compressors.shrink.prune import highest
+
+__all__ = ["Condense", "check_dense", "dense_size"]
+
+
+@dataclass(frozen=True)
+class Condense:
+    """Puts the neurons of the layer's top-k experts of the highest REAP scores side by side in one expert.
+
+    A token's K gated experts become the same K for every token, as wide together as what a token used before: gate and
+    up projections are stacked, down projections stand side by side, each times the expert's mean gate over the tokens
+    that chose it, which is the gate to expect (0 for an expert that no token chose). Of equal scores the lower index
+    wins. "Every Expert Matters" (arXiv 2502.12947), whose methods teach such a student, takes a pretrained dense model
+    instead and gives no initialisation.
+    """
+
+    needs: ClassVar[Needs] = Needs.WEIGHTS
+
+    def __call__(self, block: MoeBlock, evidence: Evidence) -> CompressedBlock:
+        """The block of the one wide expert; it stands for those whose neurons it has."""
+        statistics = evidence.statistics
+        chosen = highest(statistics.reap_scores(), block.top_k)
+        mean_gate_E = (statistics.gate_sum_E / statistics.count_E.clamp_min(1)).float()
+        gate_up_FD = torch.cat([block.gate(expert) for expert in chosen] + [block.up(expert) for expert in chosen])
+        down_DF = torch.cat([mean_gate_E[expert] * block.down(expert) for expert in chosen], dim=1)
+        condensed = replace(
+            block,
+            router_ED=block.router_ED[[chosen[0]]],
+            gate_up_EFD=gate_up_FD[None],
+            down_EDF=down_DF[None],
+            top_k=1,
+        )
+        return CompressedBlock(condensed, (chosen,), changed_experts=frozenset({0}))
+
+
+def dense_size(teacher: MoeShape) -> MoeSize:
+    """What each layer's experts become: one, as wide as the experts that a token used together."""
+    return MoeSize(1, teacher.top_k * teacher.expert_width)
+
+
+def check_dense(teacher: MoeShape) -> None:
+    """Refuses a teacher that no dense architecture matches.
+
+    Raises:
+        UnsupportedError: its family has no dense counterpart; the message lists those that have.
+    """
+    if teacher.family.dense is None:
+        possible = ", ".join(sorted(name for name, family in FAMILIES.items() if family.dense is not None))
+        raise UnsupportedError(
+            f"--student dense: no dense architecture matches {teacher.model_type} in everything but the experts; "
+            f"there is one for {possible}"
+        )

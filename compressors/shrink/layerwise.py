@@ -1,0 +1,247 @@
+"""Takes a model through compressing methods, one decoder layer at a time.
+
+One-shot: every layer is judged by what the teacher does with the calibration text. Sequential: the layers behind see
+what the compressed layers in front of them make of the text, and are judged by that (as REAM and llm-compressor do).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressors.calibration.statistics import LayerStatistics, StatisticsCollector
+from compressors.model.description.shape import NO_MOE, MoeSize
+from compressors.model.families.table import Role
+from compressors.model.running.hidden_states import HiddenStates
+from compressors.model.running.layers import LayerReader, LayerWeights
+from compressors.model.running.memory import MemoryLimit
+from compressors.model.running.streaming import StreamedModel, TokenGroup
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import ExpertMap, LayerMap, Student
+from compressors.shrink.merge import merged_statistics
+from compressors.shrink.moe_block import CompressedBlock, Evidence, Method, MoeBlock, Needs
+
+__all__ = ["CompressedLayer", "LayerTarget", "LayerwiseCompression"]
+
+
+@dataclass(frozen=True)
+class LayerTarget:
+    """What is to become of one of the teacher's decoder layers."""
+
+    source: int  # the teacher's layer
+    size: MoeSize  # of its experts in the end
+    methods: tuple[Method, ...] = ()  # applied in turn
+
+    @property
+    def needs(self) -> Needs:
+        """What its methods look at."""
+        return max((method.needs for method in self.methods), default=Needs.STATISTICS)
+
+    def placeholder(self, size: MoeSize) -> LayerMap:
+        """The layer with experts of this size, whichever they come from."""
+        return LayerMap(self.source, tuple((expert,) for expert in range(size.n_experts)), size.expert_width or None)
+
+
+@dataclass(frozen=True)
+class CompressedLayer:
+    """What became of it."""
+
+    map: LayerMap
+    overlay: dict[str, torch.Tensor]  # the tensors that changed, by their name in the student
+
+
+class LayerwiseCompression:
+    """The targets' methods applied to a checkpoint.
+
+    Args:
+        source: the teacher.
+        targets: the student's layers, in order; the teacher's others are dropped.
+        statistics: the teacher's, by its layers; sequential mode gathers its own.
+        tokens_BT: calibration text: all of it in sequential mode, else a sample if a method needs inputs.
+        n_sample_blocks: so many of the first blocks give the inputs that methods ask for.
+        sequential: see above.
+        limit: memory that this process may use.
+        dtype: of the arithmetic that takes the text through the layers; methods compute in float32.
+        device: where layers compute.
+    """
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        targets: Sequence[LayerTarget],
+        statistics: Sequence[LayerStatistics],
+        tokens_BT: torch.Tensor,
+        *,
+        n_sample_blocks: int,
+        sequential: bool = False,
+        limit: MemoryLimit | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        self._targets = targets
+        self._statistics = statistics
+        self._tokens_BT = tokens_BT if sequential else tokens_BT[:n_sample_blocks]
+        self._n_sample_blocks = n_sample_blocks
+        self._sequential = sequential
+        self._limit = limit
+        self._dtype = dtype
+        self._device = device
+        whole = MoeSize(source.shape.n_experts, source.shape.expert_width)
+        self._before = self._student(source, [NO_MOE if target.size == NO_MOE else whole for target in targets])
+
+    def run(self) -> Iterator[CompressedLayer]:
+        """Yields every layer of the student when it is done.
+
+        Raises:
+            InputError: a method cannot do what its fields say, or a weight or a state is not finite.
+        """
+        if self._sequential or max(target.needs for target in self._targets) == Needs.INPUTS:
+            yield from self._run_with_text()
+        else:
+            yield from self._run_without_text()
+
+    def _run_without_text(self) -> Iterator[CompressedLayer]:
+        """Reads only the layers whose weights a method looks at."""
+        looked_at = [index for index, target in enumerate(self._targets) if target.needs >= Needs.WEIGHTS]
+        read = LayerReader(self._before, n_resident=0, read_ahead=False, check_finite=True).visit(looked_at)
+        for index in range(len(self._targets)):
+            weights = next(read)[1] if index in looked_at else self._without_values(index)
+            yield self._compress(index, weights, self._teacher_statistics(index), None)[0]
+
+    def _run_with_text(self) -> Iterator[CompressedLayer]:
+        model = StreamedModel(self._before, limit=self._limit, check_finite=True, device=self._device)
+        after = self._model_of_final_sizes() if self._sequential else None
+        (states,) = model.first_states([TokenGroup(self._tokens_BT, dtype=self._dtype)])
+        for index, weights in model.weights(range(len(self._targets))):
+            inputs = _MoeInputs(self._before, self._n_sample_blocks * self._tokens_BT.shape[1])
+            if after is None:
+                model.run(index, weights, states, states, [inputs.observe])
+                yield self._compress(index, weights, self._teacher_statistics(index), inputs.take())[0]
+                continue
+            collector = StatisticsCollector(self._before.shape, self._device)
+            model.run(index, weights, states, None, [inputs.observe, collector.observe])
+            layer, block = self._compress(index, weights, collector.take(index), inputs.take())
+            _advance(after, index, weights, block, states)
+            yield layer
+
+    def _compress(
+        self, index: int, weights: LayerWeights, statistics: LayerStatistics, inputs_TD: torch.Tensor | None
+    ) -> tuple[CompressedLayer, MoeBlock | None]:
+        """What the methods make of a layer; the block is None where there is no MoE sub-layer."""
+        target, source = self._targets[index], self._before.source
+        if target.size == NO_MOE:
+            return CompressedLayer(LayerMap(target.source, ()), {}), None
+        before = MoeBlock(
+            weights.others[Role.ROUTER].float(),
+            weights.gate_up_EFD,
+            weights.down_EDF,
+            source.shape.top_k,
+            source.shape.normalize_top_k,
+        )
+        result = CompressedBlock.unchanged(before)
+        for method in target.methods:
+            evidence = Evidence(merged_statistics(statistics, result.groups), inputs_TD)
+            result = _then(result, method(result.block, evidence))
+        size = MoeSize(result.block.n_experts, result.block.width)
+        assert size == target.size, f"layer {target.source} became {size}, not {target.size}"
+        width = None if size.expert_width == source.shape.expert_width else size.expert_width
+        layer = CompressedLayer(LayerMap(target.source, result.groups, width), self._overlay(index, result))
+        return layer, result.block
+
+    def _without_values(self, index: int) -> LayerWeights:
+        """Shapes alone, for methods that look at no weight."""
+        shape = self._before.shape.layer(index)
+        with torch.device("meta"):
+            return LayerWeights(
+                torch.empty(shape.n_experts, 2 * shape.expert_width, shape.hidden_size),
+                torch.empty(shape.n_experts, shape.hidden_size, shape.expert_width),
+                {Role.ROUTER: torch.empty(shape.n_experts, shape.hidden_size)},
+            )
+
+    def _overlay(self, index: int, result: CompressedBlock) -> dict[str, torch.Tensor]:
+        """Routers stay float32; experts go back to storage dtype."""
+        student, block, dtype = self._before, result.block, self._before.source.dtype
+        overlay = {}
+        if result.router_changed:
+            overlay[student.name(Role.ROUTER, index)] = block.router_ED.contiguous()
+        for expert in sorted(result.changed_experts):
+            projections = {
+                Role.EXPERT_GATE: block.gate(expert),
+                Role.EXPERT_UP: block.up(expert),
+                Role.EXPERT_DOWN: block.down(expert),
+            }
+            overlay |= {
+                student.name(role, index, expert): values.to(dtype).contiguous() for role, values in projections.items()
+            }
+        return overlay
+
+    def _teacher_statistics(self, index: int) -> LayerStatistics:
+        return self._statistics[self._targets[index].source]
+
+    def _student(self, source: Checkpoint, sizes: Sequence[MoeSize]) -> Student:
+        layers = [target.placeholder(size) for target, size in zip(self._targets, sizes, strict=True)]
+        return Student(source, ExpertMap(source.shape.n_experts, tuple(layers)))
+
+    def _model_of_final_sizes(self) -> StreamedModel:
+        """Gives decoder layers of the student's sizes; the weights they run with are handed to it."""
+        student = self._student(self._before.source, [target.size for target in self._targets])
+        return StreamedModel(student, device=self._device)
+
+
+def _then(first: CompressedBlock, second: CompressedBlock) -> CompressedBlock:
+    """Two methods' results as one: the second numbers the experts of the first."""
+    groups = tuple(tuple(member for one in group for member in first.groups[one]) for group in second.groups)
+    changed = {
+        number
+        for number, group in enumerate(second.groups)
+        if number in second.changed_experts or first.changed_experts.intersection(group)
+    }
+    return CompressedBlock(second.block, groups, frozenset(changed), first.router_changed or second.router_changed)
+
+
+def _advance(
+    model: StreamedModel, index: int, weights: LayerWeights, block: MoeBlock | None, states: HiddenStates
+) -> None:
+    """Takes the states through the layer with its compressed block."""
+    if block is not None:
+        others = weights.others | {Role.ROUTER: block.router_ED}
+        dtype = weights.gate_up_EFD.dtype
+        weights = LayerWeights(block.gate_up_EFD.to(dtype), block.down_EDF.to(dtype), others)
+    model.run(index, weights, states, states)
+
+
+class _MoeInputs:
+    """Keeps what enters router and experts: of the first tokens, in float32."""
+
+    def __init__(self, student: Student, n_tokens: int) -> None:
+        self._student = student
+        self._n_missing = n_tokens
+        self._parts: list[torch.Tensor] = []
+
+    @contextmanager
+    def observe(self, index: int, layer: nn.Module) -> Iterator[None]:
+        """Watches one layer while it runs."""
+        if not self._student.shape.layer(index).has_moe:
+            yield
+            return
+
+        def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            part = inputs[0].reshape(-1, self._student.shape.hidden_size)[: self._n_missing]
+            self._parts.append(part.to("cpu", torch.float32, copy=True))
+            self._n_missing -= len(part)
+
+        router = layer.get_submodule(self._student.family.router_module)
+        handle: Callable[[], None] = router.register_forward_pre_hook(hook).remove
+        try:
+            yield
+        finally:
+            handle()
+
+    def take(self) -> torch.Tensor | None:
+        """float32 [T, D]; None where there is no MoE sub-layer."""
+        return torch.cat(self._parts) if self._parts else None

@@ -1,0 +1,51 @@
+"""What the statistics of a layer's experts tell about the experts that they were merged into."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from compressors.calibration.statistics import LayerStatistics
+
+__all__ = ["merged_statistics"]
+
+_SUMS = (
+    "count_E",
+    "gate_sum_E",
+    "norm_sum_E",
+    "gate_norm_sum_E",
+    "norm_square_sum_E",
+    "output_sum_ED",
+    "gate_up_input_square_ED",
+    "router_probability_sum_E",
+)
+_MAXIMA = ("norm_max_E", "output_max_E")
+
+
+def merged_statistics(statistics: LayerStatistics, groups: tuple[tuple[int, ...], ...]) -> LayerStatistics:
+    """Statistics of merged experts out of their members', for importance matrices where nothing is measured anew.
+
+    A merged expert is taken to get all tokens of its members, and to answer as they do: sums add up and maxima are the
+    largest. Only its first member tells about its neurons, for methods reorder those of the others: the mean square
+    of the inputs of the down projection is that member's, for all the group's tokens. Router logits are its too.
+
+    Args:
+        statistics: of the layer before merging.
+        groups: [G], of :class:`~compressors.shrink.moe_block.CompressedBlock`.
+
+    Returns:
+        The same fields for G experts; what does not depend on experts is unchanged.
+    """
+    members = [list(group) for group in groups]
+    origins = [group[0] for group in groups]
+    sums = {name: torch.stack([getattr(statistics, name)[group].sum(0) for group in members]) for name in _SUMS}
+    maxima = {name: torch.stack([getattr(statistics, name)[group].amax(0) for group in members]) for name in _MAXIMA}
+    tokens_per_token_of_origin_G = sums["count_E"] / statistics.count_E[origins].clamp_min(1)
+    return replace(
+        statistics,
+        **sums,
+        **maxima,
+        down_input_square_EF=statistics.down_input_square_EF[origins] * tokens_per_token_of_origin_G[:, None],
+        router_logit_gram_EE=statistics.router_logit_gram_EE[origins][:, origins],
+    )

@@ -1,0 +1,115 @@
+"""Narrower experts: the neurons that add most to the output stay, and the down projection makes up for the others.
+
+Letters as in :mod:`compressors.shrink.moe_block`; M neurons that are kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from compressors.model.errors import InputError
+from compressors.shrink.moe_block import CompressedBlock, Evidence, MoeBlock, Needs, second_moment
+from compressors.shrink.prune import highest
+
+__all__ = ["GGUF_WIDTH_MULTIPLE", "SlimWidth", "check_width", "compensated_down", "neuron_importance"]
+
+GGUF_WIDTH_MULTIPLE = 32
+"""Values in a block of ggml's simplest quantized types: the down projection's rows, as long as an expert is wide, must
+divide into such blocks."""
+
+_PRIOR_TOKENS = 100
+"""The plain slice weighs as much as this many tokens of average activations. On two layers of both trained fixtures, at
+50 and 75 % of the width, with 8 to 768 tokens per expert, no ridge that was tried (0.3 to 100 tokens, 0.0001 to 0.1 of
+the mean diagonal) had an error on other tokens that was more than 2 % lower."""
+
+
+def check_width(width: int, full_width: int, *, for_gguf: bool = False) -> None:
+    """Refuses an expert width that the model or, if asked for, GGUF cannot have.
+
+    Raises:
+        InputError: ``width`` is not from 1 to ``full_width``, or ``for_gguf`` and it is not a multiple of
+            :data:`GGUF_WIDTH_MULTIPLE`.
+    """
+    if not 1 <= width <= full_width:
+        raise InputError(
+            f"cannot keep {width} of {full_width} intermediate neurons: give a width from 1 to {full_width}"
+        )
+    if for_gguf and width % GGUF_WIDTH_MULTIPLE:
+        raise InputError(
+            f"GGUF cannot quantize experts that are {width} wide: "
+            f"give a multiple of {GGUF_WIDTH_MULTIPLE} up to {full_width}"
+        )
+
+
+@dataclass(frozen=True)
+class SlimWidth:
+    """Structured width pruning inside each expert, with least-squares compensation.
+
+    Each expert keeps its ``width`` neurons of highest :func:`neuron_importance`, in ascending order, with their gate
+    and up rows as they were; its down projection becomes :func:`compensated_down`. Both look at the sample tokens that
+    chose the expert. At full width the block is returned as it is.
+    """
+
+    width: int
+    needs: ClassVar[Needs] = Needs.INPUTS
+
+    def __call__(self, block: MoeBlock, evidence: Evidence) -> CompressedBlock:
+        """The block with every expert ``width`` neurons wide; down projections are float32.
+
+        Raises:
+            InputError: ``width`` is not from 1 to the block's width.
+        """
+        check_width(self.width, block.width)
+        if self.width == block.width:
+            return CompressedBlock.unchanged(block)
+        routes = block.route(evidence.sample_TD)
+        gate_up, down = [], []
+        for expert in range(block.n_experts):
+            hidden_nF = block.hidden(expert, evidence.sample_TD[routes.of_expert(expert)[0]])
+            moment_FF = second_moment(hidden_nF)
+            kept = highest(neuron_importance(block, expert, moment_FF.diagonal()), self.width)
+            rows = [*kept, *(block.width + neuron for neuron in kept)]
+            gate_up.append(block.gate_up_EFD[expert, rows])
+            ridge = _PRIOR_TOKENS * float(moment_FF.diagonal().mean()) / max(len(hidden_nF), 1)
+            down.append(compensated_down(block.down(expert), moment_FF, kept, ridge))
+        return CompressedBlock.rewritten(block, torch.stack(gate_up), torch.stack(down))
+
+
+def neuron_importance(block: MoeBlock, expert: int, hidden_square_F: torch.Tensor) -> torch.Tensor:
+    """Norm of what each neuron adds to the expert's output, ||down[:, f]|| * ||h_f||: float64 [F].
+
+    ``hidden_square_F`` are the sums of h_f^2 over the expert's tokens. It is the root of the sum of squares of Wanda's
+    scores |W| * ||X|| (arXiv 2306.11695) over the neuron's column; FLAP (arXiv 2312.11983) calls such a structured
+    form Wanda-sp. An expert without tokens is judged by its weights: ||gate_f|| * ||up_f|| * ||down[:, f]||.
+    """
+    down_norms_F: torch.Tensor = block.down(expert).double().norm(dim=0)
+    if hidden_square_F.any():
+        return down_norms_F * hidden_square_F.sqrt()
+    gate_norms_F: torch.Tensor = block.gate(expert).double().norm(dim=1)
+    up_norms_F: torch.Tensor = block.up(expert).double().norm(dim=1)
+    return gate_norms_F * up_norms_F * down_norms_F
+
+
+def compensated_down(
+    down_DF: torch.Tensor, moment_FF: torch.Tensor, kept: tuple[int, ...], ridge: float
+) -> torch.Tensor:
+    """The down projection of the kept neurons that comes closest to the full one's output: float32 [D, M].
+
+    Minimises sum ||W h - W' h_M||^2 + ridge ||W' - W_M||^2 over the tokens behind the second moment S = sum h h^T:
+    W' = W_M + W_R S_RM (S_MM + ridge I)^-1, with the dropped neurons R. Least squares after channel pruning are those
+    of He et al. (arXiv 1707.06168). The ridge pulls towards the plain slice, not towards zero: the fewer tokens an
+    expert has, the less its columns change, and without tokens they stay as they are.
+    """
+    is_kept_F = torch.zeros(len(moment_FF), dtype=torch.bool)
+    is_kept_F[list(kept)] = True
+    kept_DM = down_DF[:, is_kept_F]
+    if not moment_FF.any():
+        return kept_DM
+    system_MM = moment_FF[is_kept_F][:, is_kept_F]
+    system_MM.diagonal().add_(ridge)
+    lost_DM = down_DF[:, ~is_kept_F].double() @ moment_FF[~is_kept_F][:, is_kept_F]
+    correction_DM: torch.Tensor = torch.linalg.solve(system_MM, lost_DM, left=False)
+    return (kept_DM + correction_DM).float()

@@ -1,0 +1,65 @@
+"""The types of all matrices in a recipe's files, known before they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from compressors.model.description.shape import MoeShape
+from compressors.model.families.table import Role
+from compressors.model.files.block_scales import block_length
+from compressors.model.files.ggml_types import GGMLQuantizationType
+from compressors.model.sources.weights import StoredType
+from compressors.recover.scopes import BlockLength
+from exporter.planning.recipe import FileChoice, Recipe
+from exporter.writing.gguf.layout import plan_tensors
+from exporter.writing.onnx.encodings import preset_named, unit_encodings
+
+__all__ = ["hold_same_numbers", "planned_block_length", "planned_types"]
+
+_Types = Mapping[tuple[Role, int | None], StoredType]
+
+
+def planned_types(recipe: Recipe, artifact: str, shape: MoeShape) -> _Types:
+    """The type of each matrix of a student of this shape in an artifact; norms and routers are not among them."""
+    choice = recipe.file(artifact)
+    if artifact == "gguf":
+        return _gguf_types(choice, shape)
+    encodings = unit_encodings(shape, preset_named(choice.mix), choice.tensors)
+    return {
+        key: encoding.ggml_type or encoding.blocks or GGMLQuantizationType.F32 for key, encoding in encodings.items()
+    }
+
+
+def planned_block_length(recipe: Recipe, artifact: str, shape: MoeShape) -> BlockLength:
+    """The block length of each matrix in the file that will be written."""
+    types = planned_types(recipe, artifact, shape)
+
+    def of_matrix(role: Role, layer: int) -> int | None:
+        stored = types[role, layer]
+        return block_length(stored) if isinstance(stored, GGMLQuantizationType) else stored.block_size
+
+    return of_matrix
+
+
+def hold_same_numbers(recipe: Recipe, shape: MoeShape) -> bool:
+    """True if both files hold the same numbers: all matrices have the same types and are quantized in the same way.
+
+    The types are all F32, or ggml's kernels make all codes with the same importance matrix.
+    """
+    if len(recipe.artifacts) < 2:
+        return False
+    gguf, onnx = (recipe.file(artifact) for artifact in ("gguf", "onnx"))
+    types = planned_types(recipe, "gguf", shape)
+    if dict(types) != dict(planned_types(recipe, "onnx", shape)):
+        return False
+    is_float = set(types.values()) == {GGMLQuantizationType.F32}
+    return is_float or (gguf.quantizer == onnx.quantizer == "kernel" and gguf.imatrix == onnx.imatrix)
+
+
+def _gguf_types(choice: FileChoice, shape: MoeShape) -> _Types:
+    tensors = plan_tensors(shape, choice.mix, choice.tensors)
+    return {
+        (tensor.role, tensor.layer): tensor.ggml_type
+        for tensor in tensors
+        if len(tensor.shape) > 1 and tensor.role is not Role.ROUTER
+    }

@@ -1,0 +1,1 @@
+"""The stages' order, the processes that they run in, and the work folder that lets a killed run go on."""

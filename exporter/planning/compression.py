@@ -1,0 +1,280 @@
+"""From the recipe's ``compress`` choice to what becomes of each layer.
+
+The steps are always taken in this order: blocks go (Block Drop), MoE sub-layers go (Layer Drop), experts become fewer
+(pruning or merging), experts become narrower, experts are rewritten as factors. Any may be left out. A dense student's
+layers end as one feed-forward each; of the others it goes with blocks that go and with narrower experts alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from compressors.calibration.statistics import LayerStatistics
+from compressors.model.description.shape import NO_MOE, MoeShape, MoeSize
+from compressors.model.errors import InputError
+from compressors.model.running.streaming import StreamedModel
+from compressors.shrink.allocation import allocate_globally, super_experts
+from compressors.shrink.criteria import CRITERIA
+from compressors.shrink.decompose import ActivationSvd, D2Moe, Mobe
+from compressors.shrink.dense import Condense, check_dense, dense_size
+from compressors.shrink.drop import block_similarities, moe_similarities, most_similar, window_similarities
+from compressors.shrink.layerwise import LayerTarget
+from compressors.shrink.merge import REAM, HCSMoE, MSMoE
+from compressors.shrink.moe_block import Method, Needs
+from compressors.shrink.prune import Prune
+from compressors.shrink.slim import SlimWidth, check_width
+from exporter.planning.recipe import CompressChoice, Recipe
+from exporter.writing.gguf.layout import check_uniform
+from exporter.writing.hf_checkpoint import check_loadable
+
+__all__ = [
+    "changes_experts",
+    "check_compression",
+    "described_compression",
+    "expected_shape",
+    "fewest_experts",
+    "layer_targets",
+    "runs_text",
+]
+
+_MERGING: Mapping[str, Callable[[int], Method]] = {"m-smoe": MSMoE, "hc-smoe": HCSMoE, "ream": REAM}
+_EDITING: Mapping[str, Callable[[int], Method]] = {"svd": ActivationSvd, "d2-moe": D2Moe, "mobe": Mobe}
+
+
+def fewest_experts(method: str, teacher: MoeShape) -> int:
+    """What each layer must keep at least: as many as a token uses, and as REAM's groups of bounded size can hold."""
+    groups = -(-teacher.n_experts // REAM.group_size) if method == "ream" else 1
+    return max(teacher.top_k, groups)
+
+
+def expected_shape(choice: CompressChoice, teacher: MoeShape) -> MoeShape:
+    """The student's shape, where the statistics decide which layers shrink as if the last ones lost their experts.
+
+    Files of this shape have the student's bytes, exactly if its layers are alike; if they differ, each may be padded
+    by a page more or less.
+    """
+    n_layers = teacher.n_layers - choice.drop_blocks
+    n_moe = n_layers - choice.drop_moe_layers
+    widths = _by_layer(choice.width, n_moe, teacher.expert_width)
+    experts = _by_layer(choice.experts, n_moe, teacher.n_experts)
+    sizes = [MoeSize(count, width) for count, width in zip(experts, widths, strict=True)]
+    if choice.allocation == "global" and n_moe > 1 and teacher.top_k < experts[0] < teacher.n_experts:
+        # a tilt that stands for any: one layer keeps one more, another one less
+        sizes[:2] = [MoeSize(sizes[0].n_experts + 1, widths[0]), MoeSize(sizes[1].n_experts - 1, widths[1])]
+    if choice.student == "dense":
+        sizes = [_dense_size(teacher, width) for width in widths]
+    return teacher.with_sizes(sizes + [NO_MOE] * choice.drop_moe_layers)
+
+
+def check_compression(recipe: Recipe, teacher: MoeShape) -> None:
+    """Refuses what the method, the containers or stock transformers cannot do, before any work.
+
+    Raises:
+        InputError: a number is not possible for this model; the message names the field.
+        UnsupportedError: an artifact cannot hold the result.
+    """
+    choice = recipe.compress
+    if choice.student == "dense":
+        _check_dense_recipe(recipe, teacher)
+    n_layers = teacher.n_layers - choice.drop_blocks
+    if n_layers < 1:
+        raise InputError(_out_of_range("drop_blocks", choice.drop_blocks, 0, teacher.n_layers - 1))
+    n_moe = n_layers - choice.drop_moe_layers
+    if n_moe < 1:
+        raise InputError(_out_of_range("drop_moe_layers", choice.drop_moe_layers, 0, n_layers - 1))
+    _check_numbers("experts", choice.experts, n_moe, fewest_experts(choice.method, teacher), teacher.n_experts)
+    _check_numbers("width", choice.width, n_moe, 1, teacher.expert_width)
+    _check_numbers("edit_size", choice.edit_size, n_moe, 1, _largest_edit(choice, teacher, n_moe))
+    if "gguf" in recipe.artifacts:
+        for width in _by_layer(choice.width, n_moe, teacher.expert_width):
+            check_width(width, teacher.expert_width, for_gguf=choice.width is not None)
+    if choice.method == "none" and set(_by_layer(choice.experts, n_moe, teacher.n_experts)) != {teacher.n_experts}:
+        raise InputError(
+            f"compress.experts: {choice.experts} of {teacher.n_experts} experts shall stay, but compress.method is "
+            "none: name the method by which they become fewer, such as reap"
+        )
+    if choice.allocation == "global" and choice.method not in CRITERIA:
+        raise InputError(
+            f"compress.allocation: global needs a criterion whose scores are known beforehand ({', '.join(CRITERIA)}); "
+            f"{choice.method} chooses within each layer"
+        )
+    shape = expected_shape(choice, teacher)
+    if "gguf" in recipe.artifacts:
+        check_uniform(shape)
+    if recipe.save_student:
+        check_loadable(shape)
+
+
+def changes_experts(choice: CompressChoice) -> bool:
+    """Whether experts get weights of their own, which the overlay holds."""
+    rewritten = choice.width is not None or choice.edit_size is not None or choice.student == "dense"
+    return choice.method in _MERGING or rewritten
+
+
+def runs_text(choice: CompressChoice, teacher: MoeShape) -> bool:
+    """Whether compressing takes text through the model, because the sums of calibration do not suffice."""
+    if choice.sequential or choice.consecutive_blocks:
+        return True
+    fewest = min(_by_layer(choice.experts, 1, teacher.n_experts))
+    narrowest = min(_by_layer(choice.width, 1, teacher.expert_width))
+    methods = _methods(choice, teacher, fewest, narrowest, frozenset())
+    return any(method.needs == Needs.INPUTS for method in methods)
+
+
+def described_compression(choice: CompressChoice, teacher: MoeShape) -> str:
+    """``5 of 6 layers, 20 of 32 experts per layer (reap)``."""
+    n_layers = teacher.n_layers - choice.drop_blocks
+    parts = [f"{n_layers} of {teacher.n_layers} layers"] if choice.drop_blocks else []
+    if choice.drop_moe_layers:
+        parts.append(f"experts in {n_layers - choice.drop_moe_layers} of {n_layers} layers")
+    if choice.student == "dense":
+        parts.append(f"{teacher.top_k} of {teacher.n_experts} experts per layer as one dense feed-forward")
+    else:
+        experts = ", ".join(map(str, choice.experts)) if isinstance(choice.experts, tuple) else choice.experts
+        method = "" if choice.method == "none" else f" ({choice.method})"
+        parts.append(f"{experts} of {teacher.n_experts} experts per layer{method}")
+    if choice.width is not None:
+        widths = ", ".join(map(str, choice.width)) if isinstance(choice.width, tuple) else choice.width
+        parts.append(f"{widths} of {teacher.expert_width} neurons per expert")
+    if choice.edit_size is not None:
+        parts.append(f"{choice.edit} of size {choice.edit_size}")
+    return ", ".join(parts)
+
+
+def layer_targets(
+    choice: CompressChoice,
+    teacher: MoeShape,
+    statistics: Sequence[LayerStatistics],
+    open_teacher: Callable[[], StreamedModel],
+    tokens_BT: torch.Tensor,
+) -> list[LayerTarget]:
+    """What becomes of each layer that stays.
+
+    Args:
+        choice: the recipe's.
+        teacher: the source's shape.
+        statistics: the teacher's, by layer.
+        open_teacher: gives the teacher, if its states have to be looked at.
+        tokens_BT: the sample to look at.
+
+    Raises:
+        InputError: super-experts are protected, and more of them than experts are kept.
+    """
+    layers = _layers_left(choice, teacher, statistics, open_teacher, tokens_BT)
+    dropped = most_similar(
+        moe_similarities([statistics[layer] for layer in layers]), choice.drop_moe_layers, "MoE layers"
+    )
+    with_moe = [layer for number, layer in enumerate(layers) if number not in dropped]
+    counts = _counts(choice, teacher, [statistics[layer] for layer in with_moe])
+    protected = super_experts(statistics) if choice.protect_super_experts else [frozenset[int]()] * teacher.n_layers
+    widths = _by_layer(choice.width, len(with_moe), teacher.expert_width)
+    targets = {
+        layer: LayerTarget(
+            layer,
+            _dense_size(teacher, width) if choice.student == "dense" else MoeSize(count, width),
+            tuple(_methods(choice, teacher, count, width, protected[layer])),
+        )
+        for layer, count, width in zip(with_moe, counts, widths, strict=True)
+    }
+    return [targets.get(layer, LayerTarget(layer, NO_MOE)) for layer in layers]
+
+
+def _layers_left(
+    choice: CompressChoice,
+    teacher: MoeShape,
+    statistics: Sequence[LayerStatistics],
+    open_teacher: Callable[[], StreamedModel],
+    tokens_BT: torch.Tensor,
+) -> list[int]:
+    if choice.drop_blocks and choice.consecutive_blocks:
+        scores = window_similarities(open_teacher(), tokens_BT, choice.drop_blocks)
+        (first,) = most_similar(scores, 1, "windows")
+        dropped: Sequence[int] = range(first, first + choice.drop_blocks)
+    else:
+        dropped = most_similar(block_similarities(list(statistics)), choice.drop_blocks, "blocks")
+    return [layer for layer in range(teacher.n_layers) if layer not in dropped]
+
+
+def _counts(choice: CompressChoice, teacher: MoeShape, statistics: Sequence[LayerStatistics]) -> Sequence[int]:
+    if choice.allocation == "global" and isinstance(choice.experts, int):
+        scores = [CRITERIA[choice.method](layer) for layer in statistics]
+        shares = [scores_E / scores_E.sum() for scores_E in scores]  # norms grow with the depth of most models
+        return allocate_globally(shares, choice.experts * len(statistics), teacher.top_k)
+    return _by_layer(choice.experts, len(statistics), teacher.n_experts)
+
+
+def _methods(
+    choice: CompressChoice, teacher: MoeShape, n_experts: int, width: int, protected: frozenset[int]
+) -> Sequence[Method]:
+    methods: list[Method] = []
+    if n_experts < teacher.n_experts:
+        merging = _MERGING.get(choice.method)
+        methods.append(merging(n_experts) if merging else Prune(choice.method, n_experts, protected))
+    if width < teacher.expert_width:
+        methods.append(SlimWidth(width))
+    if choice.edit_size is not None:
+        methods.append(_EDITING[choice.edit](choice.edit_size))
+    if choice.student == "dense":
+        methods.append(Condense())
+    return methods
+
+
+def _dense_size(teacher: MoeShape, width: int) -> MoeSize:
+    """What a layer's experts of this width become."""
+    return dense_size(teacher.with_sizes([MoeSize(teacher.n_experts, width)]))
+
+
+def _check_dense_recipe(recipe: Recipe, teacher: MoeShape) -> None:
+    """Refuses what a dense student cannot have, or what would change nothing about it."""
+    check_dense(teacher)
+    choice, recover = recipe.compress, recipe.recover
+    if recover.after_quantizing is not None or any(rung.scope == "router" for rung in recover.rungs):
+        raise InputError(
+            "recover: compress.student is dense, which leaves no routers to teach: leave out after_quantizing and "
+            "rungs whose scope is router"
+        )
+    fields = {
+        "method": choice.method != "none",
+        "experts": set(_by_layer(choice.experts, 1, teacher.n_experts)) != {teacher.n_experts},
+        "drop_moe_layers": choice.drop_moe_layers > 0,
+        "allocation": choice.allocation != "layer",
+        "protect_super_experts": choice.protect_super_experts,
+        "edit": choice.edit != "none",
+    }
+    unfit = [f"compress.{field}" for field, is_set in fields.items() if is_set]
+    if unfit:
+        raise InputError(
+            f"{', '.join(unfit)}: compress.student is dense, so the {teacher.top_k} best of all {teacher.n_experts} "
+            "experts of each layer become one feed-forward; leave these choices as they are in a recipe that "
+            "--student dense --dry-run writes (drop_blocks and width may change)"
+        )
+
+
+def _by_layer(value: int | tuple[int, ...] | None, n_layers: int, default: int) -> Sequence[int]:
+    return value if isinstance(value, tuple) else [default if value is None else value] * n_layers
+
+
+def _check_numbers(field: str, value: int | tuple[int, ...] | None, n_layers: int, lowest: int, highest: int) -> None:
+    if isinstance(value, tuple) and len(value) != n_layers:
+        raise InputError(
+            f"compress.{field}: {len(value)} numbers for {n_layers} layers with experts; give one for each, "
+            "or one for all"
+        )
+    for number in _by_layer(value, n_layers, default=highest):
+        if not lowest <= number <= highest:
+            raise InputError(_out_of_range(field, number, lowest, highest))
+
+
+def _largest_edit(choice: CompressChoice, teacher: MoeShape, n_moe: int) -> int:
+    """The full rank of the narrowest experts; of MoBE as many bases as the layer with the fewest experts has."""
+    if choice.edit == "mobe" and choice.allocation == "global":
+        return teacher.top_k
+    if choice.edit == "mobe":
+        return min(_by_layer(choice.experts, n_moe, teacher.n_experts))
+    return min(*_by_layer(choice.width, n_moe, teacher.expert_width), teacher.hidden_size)
+
+
+def _out_of_range(field: str, number: int, lowest: int, highest: int) -> str:
+    return f"compress.{field}: {number} is not possible for this model; give a number from {lowest} to {highest}"

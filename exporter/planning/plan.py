@@ -1,0 +1,96 @@
+"""A plan: the recipe, where its inputs lie, and what is predicted of its artifacts. The stages read nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from compressors.model.description.config import read_shape
+from compressors.model.description.shape import MoeShape
+from exporter.estimating.prediction import Prediction
+from exporter.planning.compression import expected_shape
+from exporter.planning.recipe import Recipe
+from exporter.planning.recovery import RefusedRung
+from exporter.planning.teacher_floor import TeacherFloor
+from exporter.publishing.deviations import Deviation
+from exporter.writing.files import write_atomically
+
+__all__ = ["Plan", "Search"]
+
+
+@dataclass(frozen=True)
+class Search:
+    """The command line's choices for a recipe that is to be found by measurement."""
+
+    method: str
+    experts: int | None
+    student: str
+    recover: str
+    prefer: str  # speed or quality
+    plan_seconds: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a stage needs to know; kept in the work directory as JSON."""
+
+    recipe: Recipe
+    source: Path  # the checkpoint's folder
+    calibration: Path
+    heldout: Path | None
+    predictions: Mapping[str, Prediction]  # by artifact
+    recover_seconds: int
+    refused_rungs: tuple[RefusedRung, ...]  # of recovery, which this machine cannot train
+    memory_bytes: int
+    device: str  # cpu or cuda: where calibration and recovery compute
+    require: Mapping[str, float]  # thresholds that differ from the default
+    out: Path
+    command: str  # as it was typed, for the report
+    teacher_floors: Mapping[str, TeacherFloor] = field(default_factory=dict)  # by artifact; absent: nothing fits
+    end_tokens: tuple[int, ...] = ()  # of the source: each ends a text
+    own_head: bool = False  # the source has a head beside the embedding, whatever config.json says
+    deviations: tuple[Deviation, ...] = ()  # of the files from the original, which no file can avoid
+    imatrix: Path | None = None  # llama.cpp's importance matrix, in place of the calibration text's
+    search: Search | None = None  # the recipe is to be found after calibration; None: it stands
+    curve: Mapping[str, int] = field(default_factory=dict)  # bytes of the files that moe-export pareto compares
+
+    @property
+    def teacher_shape(self) -> MoeShape:
+        """The source's shape."""
+        shape = read_shape(self.source)
+        return replace(shape, tied_embeddings=False) if self.own_head else shape
+
+    @property
+    def student_shape(self) -> MoeShape:
+        """The shape after compression; where statistics will decide which layers shrink, it assumes the last ones."""
+        return expected_shape(self.recipe.compress, self.teacher_shape)
+
+    def save(self, path: Path) -> None:
+        """Writes the plan as JSON."""
+        data = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
+        data["recipe"] = self.recipe.model_dump()
+        data["predictions"] = {name: asdict(prediction) for name, prediction in self.predictions.items()}
+        data["refused_rungs"] = [asdict(refused) for refused in self.refused_rungs]
+        data["search"] = None if self.search is None else asdict(self.search)
+        data["deviations"] = [asdict(deviation) for deviation in self.deviations]
+        data["teacher_floors"] = {name: asdict(floor) for name, floor in self.teacher_floors.items()}
+        write_atomically(path, json.dumps(data, indent=1))
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """The inverse of :meth:`save`."""
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        data["recipe"] = Recipe.model_validate(data["recipe"])
+        data["predictions"] = {name: Prediction(**lines) for name, lines in data["predictions"].items()}
+        data["refused_rungs"] = tuple(RefusedRung(**refused) for refused in data["refused_rungs"])
+        data["deviations"] = tuple(Deviation(**deviation) for deviation in data.get("deviations", ()))
+        data["end_tokens"] = tuple(data.get("end_tokens", ()))
+        data["teacher_floors"] = {name: TeacherFloor(**floor) for name, floor in data.get("teacher_floors", {}).items()}
+        search = data.get("search")
+        data["search"] = None if search is None else Search(**search)
+        for name in ("source", "calibration", "heldout", "out", "imatrix"):
+            data[name] = None if data.get(name) is None else Path(data[name])
+        return cls(**data)

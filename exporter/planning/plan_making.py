@@ -1,0 +1,139 @@
+"""Makes the plan of a run: everything that can be decided from names, shapes and bytes; no weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+
+from compressors.calibration.splits import Splits, block_length_of, read_splits, tokenize
+from compressors.model.description.special_tokens import special_tokens
+from compressors.model.errors import InputError
+from compressors.model.sources.checkpoint import Checkpoint
+from exporter.hub import bundled_text, resolve_model
+from exporter.pipeline.team import local_processes
+from exporter.planning.job import Job
+from exporter.planning.plan import Plan
+from exporter.planning.planner import TextCounts, choose_recipe, predict_recipe, wanted_blocks
+from exporter.planning.preflight import refuse_too_short_a_context, spare_disk
+from exporter.planning.recipe import Recipe, load_recipe
+from exporter.planning.teacher_floor import TeacherFloor, choose_teacher_floor
+from exporter.publishing.deviations import find_deviations
+from exporter.publishing.model_name import model_name
+from exporter.publishing.outputs import sha256_of
+from exporter.writing.gguf.imatrix import read_imatrix
+
+__all__ = ["make_plan", "texts_of"]
+
+_BUNDLED_NAME = "tiny-moe"
+
+
+def make_plan(job: Job, command: str) -> Plan:
+    """Decides everything that can be decided from names, shapes and bytes; no weight is read.
+
+    Of several budgets the plan is for the first.
+
+    Raises:
+        InputError: the model, a text or the recipe is wrong.
+        BudgetError: nothing fits the budget.
+    """
+    folder = resolve_model(job.model, job.revision, offline=job.offline)
+    checkpoint = Checkpoint(folder)
+    refuse_too_short_a_context(checkpoint.shape)
+    calibration, heldout = texts_of(job)
+    splits = read_splits(calibration, heldout)
+    recipe = None if job.recipe is None else load_recipe(job.recipe)
+    wanted = wanted_blocks(job, len(splits.heldout.parts)) if recipe is None else recipe.text.blocks
+    tokenized = tokenize(splits, folder, block_length_of(checkpoint.shape.context_length), wanted)
+    counts = TextCounts(tokenized[0].n_blocks, tokenized[1].n_blocks, len(tokenized[2].blocks))
+    memory_bytes = job.memory_bytes or psutil.virtual_memory().available // 2 // local_processes()
+    if recipe is None:
+        recipe, predictions, refused = choose_recipe(job, checkpoint, _name(job), splits, counts, memory_bytes)
+    else:
+        tokenized[0].spread(recipe.text.calibration_blocks)  # refused now, not by the stage
+        tokenized[1].spread(recipe.text.selection_blocks)
+        recipe = _completed(job, recipe, checkpoint, splits)
+        predictions, refused = predict_recipe(recipe, checkpoint), ()
+    if recipe.compress.student == "dense" and "routing" in job.require:
+        raise InputError("--require: a dense student has no routing to compare; leave routing out")
+    if job.imatrix is not None:
+        read_imatrix(job.imatrix, checkpoint.shape)  # refused now, not by a stage
+    plan = Plan(
+        recipe=recipe,
+        source=folder.resolve(),
+        calibration=calibration.resolve(),
+        heldout=None if heldout is None else heldout.resolve(),
+        predictions=predictions,
+        # a recipe's number of blocks is followed as it stands, whatever the clock says
+        recover_seconds=job.recover_seconds if job.recipe is None else 0,
+        refused_rungs=refused,
+        memory_bytes=memory_bytes,
+        device=job.device,
+        require=dict(job.require),
+        out=job.out.resolve(),
+        command=command,
+        own_head=not checkpoint.shape.tied_embeddings,
+        end_tokens=special_tokens(folder, checkpoint.shape.vocab_size).ends,
+        deviations=find_deviations(checkpoint, recipe.artifacts, recipe.source.model),
+        imatrix=None if job.imatrix is None else job.imatrix.resolve(),
+        search=None if job.recipe is not None or job.quant is not None else job.search,
+    )
+    return replace(plan, teacher_floors=_teacher_floors(plan, checkpoint, spare_disk(plan, job.work_dir)))
+
+
+def texts_of(job: Job) -> tuple[Path, Path | None]:
+    """The calibration text, and the held-out text if it is another."""
+    if job.calibration is None:
+        return bundled_text("calibration"), job.text or bundled_text("heldout")
+    return job.calibration, job.text
+
+
+def _teacher_floors(plan: Plan, checkpoint: Checkpoint, disk_bytes: int) -> dict[str, TeacherFloor]:
+    """A file within the budget is loaded in any case: so much memory may be used, whatever the limit of the stages."""
+    memory_bytes = max(plan.memory_bytes, *(prediction.total for prediction in plan.predictions.values()))
+    chosen = {
+        artifact: choose_teacher_floor(
+            artifact, checkpoint, plan.recipe, memory_bytes=memory_bytes, disk_bytes=disk_bytes
+        )
+        for artifact in plan.recipe.artifacts
+    }
+    return {artifact: floor for artifact, floor in chosen.items() if floor is not None}
+
+
+def _name(job: Job) -> str:
+    return _BUNDLED_NAME if job.model is None else model_name(job.model)
+
+
+def _completed(job: Job, recipe: Recipe, checkpoint: Checkpoint, splits: Splits) -> Recipe:
+    """The recipe with what a person left open: which weights and which text, if any will do."""
+    path, identity = job.recipe, checkpoint.identity()
+    if recipe.source.identity not in (None, identity):
+        raise InputError(
+            f"{path} is a recipe for {recipe.source.model}, whose config or weights differ from the model's"
+        )
+    digests = {f"{name}_sha256": split.sha256 for name, split in vars(splits).items()}
+    for name, split in vars(splits).items():
+        if getattr(recipe.text, f"{name}_sha256") not in (None, split.sha256):
+            raise InputError(f"{path} was made for another {name} text; give that with --calibration and --text")
+    _refuse_another_imatrix(job, recipe)
+    return recipe.model_copy(
+        update={
+            "source": recipe.source.model_copy(update={"identity": identity}),
+            "text": recipe.text.model_copy(update=digests),
+        }
+    )
+
+
+def _refuse_another_imatrix(job: Job, recipe: Recipe) -> None:
+    """A recipe names the importance matrix that it was made with by its hash, and the flag has to give that one."""
+    given = None if job.imatrix is None else sha256_of(job.imatrix)
+    for artifact in recipe.artifacts:
+        wanted = recipe.file(artifact).imatrix
+        if wanted == given:
+            continue
+        if wanted is None:
+            raise InputError(f"{job.recipe} was made without a file's importance matrix; leave --imatrix out")
+        if given is None:
+            raise InputError(f"{job.recipe} was made with an importance matrix for {artifact}; give it with --imatrix")
+        raise InputError(f"{job.recipe} was made with another importance matrix for {artifact} than --imatrix gives")

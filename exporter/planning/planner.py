@@ -1,0 +1,298 @@
+"""Makes the recipe of a job before a weight is read.
+
+A job that names the mix (``--quant``) gets as much of the model as fits with it. Otherwise every tensor gets a type of
+its own by sensitivities that ship with the package, and the search measures those of the model and decides anew
+(:mod:`exporter.searching.search`).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from compressors.calibration.splits import BlockCounts, Splits
+from compressors.model.errors import BudgetError, InputError, UnsupportedError
+from compressors.model.running.arithmetic import fastest_arithmetic
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.recover.schedule import Schedule
+from compressors.shrink.slim import GGUF_WIDTH_MULTIPLE
+from exporter.estimating.budget import predict
+from exporter.estimating.prediction import Prediction
+from exporter.estimating.sizes import format_size
+from exporter.planning.compression import check_compression, described_compression, expected_shape, fewest_experts
+from exporter.planning.job import METHODS_WITHOUT_EXPERTS, Job
+from exporter.planning.recipe import (
+    BudgetChoice,
+    CompressChoice,
+    FileChoice,
+    Recipe,
+    RecoverChoice,
+    SourceChoice,
+    TextChoice,
+)
+from exporter.planning.recovery import RefusedRung, check_after_quantizing
+from exporter.publishing.outputs import sha256_of
+from exporter.searching.ladder import ladder, machine_for
+from exporter.searching.outlook import outlook_of, outlooks, refuse_unless_something_fits
+from exporter.searching.structures import structures_for, whole, with_experts
+
+__all__ = ["HELDOUT_CHUNKS", "TextCounts", "choose_recipe", "predict_recipe", "wanted_blocks"]
+
+
+def _onnx_presets(quant: str) -> Sequence[str]:
+    """ONNX Runtime's presets are float32 and 4 bits; a named mix takes the nearer one that holds the model."""
+    return ("F32",) if quant in ("F32", "BF16", "F16") else ("Q4_0", "F32")
+
+
+_CALIBRATION_BLOCKS = 320  # 163,840 tokens
+_SELECTION_BLOCKS = 20
+HELDOUT_CHUNKS = 50
+"""Chunks that the report measures, of all files together."""
+
+
+@dataclass(frozen=True)
+class TextCounts:
+    """Blocks of 512 tokens that each split can give."""
+
+    calibration: int
+    selection: int
+    heldout_files: int
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    compress: CompressChoice
+    files: Mapping[str, FileChoice]
+    predictions: Mapping[str, Prediction]
+
+
+def choose_recipe(
+    job: Job, checkpoint: Checkpoint, name: str, splits: Splits, counts: TextCounts, memory_bytes: int
+) -> tuple[Recipe, dict[str, Prediction], tuple[RefusedRung, ...]]:
+    """The recipe for a job, the prediction of each artifact, and the rungs of recovery that do not fit the memory.
+
+    Raises:
+        InputError: ``--experts`` is not possible for this model.
+        UnsupportedError: a dense student is asked for, and the family has no dense counterpart.
+        BudgetError: nothing fits; the message names the smallest budget that would work.
+    """
+    assert job.budgets, "only a recipe may stand in for the budget"
+    wanted = wanted_blocks(job, counts.heldout_files)
+    n_blocks = min(wanted.calibration, counts.calibration)
+    text = TextChoice(
+        calibration_blocks=n_blocks,
+        selection_blocks=min(wanted.selection, counts.selection),
+        heldout_chunks_per_file=wanted.heldout_per_file,
+        calibration_sha256=splits.calibration.sha256,
+        selection_sha256=splits.selection.sha256,
+        heldout_sha256=splits.heldout.sha256,
+    )
+    open_recipe = _open_recipe(job, checkpoint, name, text)
+    chosen = _Pinned(job, checkpoint, open_recipe).best() if job.quant else _expected(job, checkpoint, open_recipe)
+    machine = machine_for(checkpoint, memory_bytes, n_blocks)
+    recover, refused = ladder(job.recover, chosen.compress, checkpoint, machine, job.seed)
+    recipe = open_recipe.model_copy(update={"compress": chosen.compress, "recover": recover, **chosen.files})
+    check_compression(recipe, checkpoint.shape)
+    return recipe, dict(chosen.predictions), refused
+
+
+def _open_recipe(job: Job, checkpoint: Checkpoint, name: str, text: TextChoice) -> Recipe:
+    """A recipe that holds all that the job names, and leaves the structure and the types of its files open."""
+    file = FileChoice(
+        mix=job.quant or "Q8_0",
+        quantizer=job.quantizer,  # type: ignore[arg-type]  # Flags checked it
+        imatrix=None if job.imatrix is None else sha256_of(job.imatrix),
+    )
+    return Recipe(
+        source=SourceChoice(model=name, identity=checkpoint.identity()),
+        budget=BudgetChoice(
+            bytes=job.budgets[0],
+            kind=job.budget_kind,  # type: ignore[arg-type]
+            context=min(job.context, checkpoint.shape.context_length),
+            kv_type=job.kv_type,  # type: ignore[arg-type]
+        ),
+        text=text,
+        arithmetic=fastest_arithmetic(checkpoint.shape, checkpoint.dtype, job.device),
+        compress=whole(checkpoint.shape),
+        recover=RecoverChoice(seed=job.seed),
+        gguf=file if "gguf" in job.formats else None,
+        onnx=file if "onnx" in job.formats else None,
+        save_student=job.save_student,
+        threads=job.threads,
+    )
+
+
+def _expected(job: Job, checkpoint: Checkpoint, recipe: Recipe) -> _Candidate:
+    """The candidate that the search is expected to find: the structure that is best for the worst-served file.
+
+    The search measures, and may give each file a student of its own.
+
+    Raises:
+        BudgetError: nothing fits; the message names the smallest budget that would work.
+    """
+    if job.experts is not None:
+        _check_experts(job, checkpoint)
+    structures = structures_for(job.search, checkpoint.shape)
+    refuse_unless_something_fits(recipe, checkpoint, structures, recipe.artifacts)
+    found = {artifact: outlooks(recipe, artifact, checkpoint, structures) for artifact in recipe.artifacts}
+    worst_served = max(found, key=lambda artifact: found[artifact][0].divergence)
+    known = {(artifact, outlook.compress): outlook for artifact in found for outlook in found[artifact]}
+    for choice in [outlook.compress for outlook in found[worst_served]]:
+        shared = {  # an artifact that the original serves well enough was looked at with the original alone
+            artifact: known.get((artifact, choice)) or outlook_of(recipe, artifact, checkpoint, choice)
+            for artifact in recipe.artifacts
+        }
+        fitted = {artifact: outlook.fitted for artifact, outlook in shared.items() if outlook is not None}
+        if len(fitted) == len(shared):
+            files = {artifact: entry.choice for artifact, entry in fitted.items()}
+            return _Candidate(choice, files, {artifact: entry.prediction for artifact, entry in fitted.items()})
+    raise BudgetError("no structure fits the budget as GGUF and as ONNX: choose one of --formats, or raise --budget")
+
+
+def wanted_blocks(job: Job, n_heldout_files: int) -> BlockCounts:
+    """Returns how many blocks of text a recipe for the job takes; a short text gives fewer."""
+    calibration = Schedule.PUBLISHED_BLOCKS if job.recover == "router:published" else _CALIBRATION_BLOCKS
+    return BlockCounts(calibration, _SELECTION_BLOCKS, max(1, HELDOUT_CHUNKS // n_heldout_files))
+
+
+def predict_recipe(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Prediction]:
+    """Predicts the memory and size of a recipe's artifacts.
+
+    Raises:
+        InputError: the recipe asks for what this model does not have, such as more experts than there are.
+        UnsupportedError: an artifact cannot hold what it asks for.
+        BudgetError: an artifact exceeds the recipe's budget.
+    """
+    check_compression(recipe, checkpoint.shape)
+    if recipe.budget.context > checkpoint.shape.context_length:
+        raise InputError(
+            f"the recipe's budget.context is {recipe.budget.context} tokens, and the model was made for "
+            f"{checkpoint.shape.context_length}; lower it"
+        )
+    shape = expected_shape(recipe.compress, checkpoint.shape)
+    check_after_quantizing(recipe.recover, shape)
+    predictions = {}
+    for artifact in recipe.artifacts:
+        choice = recipe.file(artifact)
+        prediction = predict(
+            artifact, checkpoint.folder, recipe.source.model, shape, choice, recipe.budget, recipe.threads
+        )
+        needed = prediction.counted(recipe.budget.kind)
+        if needed > recipe.budget.bytes:
+            raise BudgetError(
+                f"the recipe's {artifact} in {choice.mix} needs {format_size(needed)}, which exceeds its budget of "
+                f"{format_size(recipe.budget.bytes)}: raise the budget or lower the experts or the type"
+            )
+        predictions[artifact] = prediction
+    return predictions
+
+
+class _Pinned:
+    """For a job that names the mix: tries the method's choices, beginning with the one that changes least."""
+
+    def __init__(self, job: Job, checkpoint: Checkpoint, recipe: Recipe) -> None:
+        self._job = job
+        self._checkpoint = checkpoint
+        self._recipe = recipe
+        self._budget = recipe.budget
+
+    def best(self) -> _Candidate:
+        choices = self._choices()
+        if (candidate := self._fitting(choices[0])) is not None:
+            return candidate
+        # a later choice never needs more bytes, so the first that fits is found by bisection
+        first = bisect_left(choices, True, lo=1, key=lambda choice: self._fitting(choice) is not None)
+        candidate = self._fitting(choices[first]) if first < len(choices) else None
+        if candidate is None:
+            raise BudgetError(self._nothing_fits(choices[-1]))
+        return candidate
+
+    def _choices(self) -> Sequence[CompressChoice]:
+        """The method's choices, from the one that changes least to the one that changes most."""
+        method, shape = self._job.method, self._checkpoint.shape
+        original = whole(shape)
+        if self._job.student == "dense" or self._job.experts is not None:
+            if self._job.experts is not None:
+                _check_experts(self._job, self._checkpoint)
+            return structures_for(self._job.search, shape)
+        if method == "slim":
+            widths = range(shape.expert_width - 1, 0, -1)
+            narrower = [width for width in widths if width % GGUF_WIDTH_MULTIPLE == 0]
+            return [original, *(original.model_copy(update={"width": width}) for width in narrower)]
+        if method == "block-drop":
+            return [original.model_copy(update={"drop_blocks": n_blocks}) for n_blocks in range(shape.n_layers)]
+        if method == "layer-drop":
+            return [original.model_copy(update={"drop_moe_layers": n_layers}) for n_layers in range(shape.n_layers)]
+        counts = range(shape.n_experts, fewest_experts(method, shape) - 1, -1)
+        return [with_experts(method, n_experts, shape) for n_experts in counts]
+
+    def _fitting(self, choice: CompressChoice) -> _Candidate | None:
+        files, predictions = {}, {}
+        for artifact in self._job.formats:
+            for mix, prediction in self._possible(artifact, choice).items():
+                if prediction.counted(self._budget.kind) <= self._budget.bytes:
+                    files[artifact], predictions[artifact] = self._file(mix), prediction
+                    break
+            else:
+                return None
+        return _Candidate(choice, files, predictions)
+
+    def _possible(self, artifact: str, choice: CompressChoice) -> dict[str, Prediction]:
+        """The predictions by type, for each type that can hold the student: rows may not fit a type's blocks.
+
+        Raises:
+            UnsupportedError: no type can; the reason is that of the largest.
+        """
+        possible, refusal = {}, None
+        for mix in self._mixes(artifact):
+            try:
+                possible[mix] = self._predict(artifact, choice, mix)
+            except UnsupportedError as error:
+                refusal = refusal or error
+        if not possible and refusal is not None:
+            raise refusal
+        return possible
+
+    def _file(self, mix: str) -> FileChoice:
+        return self._recipe.file(self._recipe.artifacts[0]).model_copy(update={"mix": mix})
+
+    def _mixes(self, artifact: str) -> Sequence[str]:
+        quant = self._job.quant
+        assert quant is not None, "the job names it"
+        return [quant] if artifact == "gguf" else _onnx_presets(quant)
+
+    def _predict(self, artifact: str, choice: CompressChoice, mix: str) -> Prediction:
+        shape, recipe = expected_shape(choice, self._checkpoint.shape), self._recipe
+        folder, name = self._checkpoint.folder, recipe.source.model
+        return predict(artifact, folder, name, shape, self._file(mix), recipe.budget, recipe.threads)
+
+    def _nothing_fits(self, choice: CompressChoice) -> str:
+        needs = {
+            artifact: min(
+                (prediction.counted(self._budget.kind), mix)
+                for mix, prediction in self._possible(artifact, choice).items()
+            )
+            for artifact in self._job.formats
+        }
+        largest = max(needs, key=lambda artifact: needs[artifact][0])
+        n_bytes, mix = needs[largest]
+        counted = "file" if self._budget.kind == "file" else f"memory at {self._budget.context} tokens of context"
+        left = described_compression(choice, self._checkpoint.shape)
+        return (
+            f"nothing fits a budget of {format_size(self._budget.bytes)}: with {left} the "
+            f"smallest {largest} ({mix}) needs {format_size(n_bytes)} of {counted}. "
+            f"The smallest budget that works is --budget {n_bytes}B"
+        )
+
+
+def _check_experts(job: Job, checkpoint: Checkpoint) -> None:
+    shape, n_experts = checkpoint.shape, job.experts
+    if job.method in METHODS_WITHOUT_EXPERTS:
+        raise InputError(f"--experts: --method {job.method} keeps all experts; leave --experts out, or name another")
+    fewest = fewest_experts(job.method, shape)
+    if n_experts is None or not fewest <= n_experts <= shape.n_experts:
+        raise InputError(
+            f"--experts: {n_experts} experts cannot be kept; the model has {shape.n_experts} per layer and uses "
+            f"{shape.top_k} for each token, so give a number from {fewest} to {shape.n_experts}"
+        )

@@ -1,0 +1,150 @@
+"""Checks that refuse a run before any work, so that nobody loses hours to a full disk."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from compressors.model.description.shape import MoeShape
+from compressors.model.errors import InputError, UnsupportedError
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.recover.training_memory import refuse_too_large
+from exporter.estimating.estimate import disk_lines, disk_lines_of_all
+from exporter.estimating.planned_types import planned_block_length
+from exporter.estimating.sizes import format_size
+from exporter.planning.job import Job
+from exporter.planning.plan import Plan
+from exporter.planning.recovery import WRITTEN_ITEMSIZE, scope_of
+from validate.metrics.generation import NEW_TOKENS, PROMPT_TOKENS
+from validate.runtimes.cost import LEAST_CONTEXT
+
+__all__ = [
+    "refuse_too_large_rungs",
+    "refuse_too_little_disk",
+    "refuse_too_little_memory",
+    "refuse_too_short_a_context",
+    "refuse_unwritable_places",
+    "spare_disk",
+]
+
+
+def refuse_unwritable_places(job: Job) -> None:
+    """Tries whether files can be made where the output and the work will lie; leaves nothing.
+
+    Raises:
+        InputError: they cannot.
+    """
+    for flag, place in (("--out", job.out.parent), ("--work-dir", job.work_dir)):
+        folder = _nearest_folder(place)
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise InputError(
+                f"{flag}: nothing can be written in {folder} ({error.strerror}); choose another place"
+            ) from None
+
+
+def refuse_too_little_disk(plans: Sequence[Plan], work_folder: Path, out: Path) -> None:
+    """Compares the free disk with what the run will put there; an unfinished run's files are there already.
+
+    Args:
+        plans: those of all budgets, whose files stay until the last one is finished.
+        work_folder: for all unfinished work.
+        out: the output's place.
+
+    Raises:
+        InputError: it is too little.
+    """
+    lines = disk_lines_of_all(plans)
+    needed = sum(lines.values()) - _bytes_below(work_folder)
+    work_place, out_place = _nearest_folder(work_folder), _nearest_folder(out)
+    _refuse_too_little(work_place, needed, lines, "choose another --work-dir and --out")
+    if work_place.stat().st_dev != out_place.stat().st_dev:  # the output is copied there
+        copied = {what: lines[what] for what in lines if what.endswith((" files", " checkpoint"))}
+        _refuse_too_little(out_place, sum(copied.values()), copied, "choose another --out")
+
+
+def spare_disk(plan: Plan, work_folder: Path) -> int:
+    """Bytes that a new run leaves free on the disk of its work; negative if it does not fit."""
+    return shutil.disk_usage(_nearest_folder(work_folder)).free - sum(disk_lines(plan).values())
+
+
+def refuse_too_little_memory(lines: Mapping[str, int], limit: int, free: int) -> None:
+    """Compares ``--memory`` and the free memory with the least that the stages can do with.
+
+    Args:
+        lines: that least, by what it is for.
+        limit: of the run, in bytes.
+        free: on the machine, in bytes.
+
+    Raises:
+        InputError: one of them is too little.
+    """
+    needed = sum(lines.values())
+    needs = f"the {format_size(needed)} that this model needs ({_listed(lines)})"
+    if free < needed:
+        raise InputError(f"{format_size(free)} of memory are free, less than {needs}; close programs, or use --force")
+    if limit < needed:
+        raise InputError(
+            f"--memory: {format_size(limit)} (without the flag it is half of what is free) are less than {needs}; "
+            f"{format_size(free)} are free: give more of it, close programs, or use --force"
+        )
+
+
+def refuse_too_short_a_context(shape: MoeShape) -> None:
+    """Compares the model's context with the texts that it is to write, and the cache that is measured.
+
+    Raises:
+        UnsupportedError: it is too short for them.
+    """
+    least = max(PROMPT_TOKENS + NEW_TOKENS, LEAST_CONTEXT)
+    if shape.context_length < least:
+        key = "sliding_window" if shape.window == shape.context_length else "max_position_embeddings"
+        raise UnsupportedError(
+            f"the model's context is {shape.context_length} tokens ({key} in config.json), and "
+            f"validation lets it write texts of {least}: a model with so short a context is not supported"
+        )
+
+
+def refuse_too_large_rungs(plan: Plan) -> None:
+    """Compares ``--memory`` with what the recipe's rungs of recovery need in training.
+
+    Raises:
+        InputError: it is too little for one.
+    """
+    shape, itemsize, recover = plan.student_shape, Checkpoint(plan.source).dtype.itemsize, plan.recipe.recover
+    for rung in recover.rungs:
+        if rung.scope != "router":  # which need no more than inference
+            refuse_too_large(scope_of(rung), shape, itemsize, plan.memory_bytes)
+    beside_codes = recover.after_quantizing
+    if beside_codes is not None and beside_codes.scope != "router":
+        for artifact in plan.recipe.artifacts:
+            block_length = planned_block_length(plan.recipe, artifact, shape)
+            refuse_too_large(scope_of(beside_codes), shape, WRITTEN_ITEMSIZE, plan.memory_bytes, block_length)
+
+
+def _refuse_too_little(place: Path, needed: int, lines: Mapping[str, int], instead: str) -> None:
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise InputError(
+            f"{place} has {format_size(free)} free, and the run puts up to {format_size(needed)} there "
+            f"({_listed(lines)}); free space, {instead}, or use --force"
+        )
+
+
+def _listed(lines: Mapping[str, int]) -> str:
+    return ", ".join(f"{what} {format_size(n_bytes)}" for what, n_bytes in lines.items())
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _nearest_folder(place: Path) -> Path:
+    """``place``, or the folder above it that exists already."""
+    while not place.exists():
+        place = place.parent
+    return place

@@ -1,0 +1,266 @@
+"""The recipe: every choice that determines the output, as a YAML file that a person can read and edit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from compressors.calibration.splits import BlockCounts
+from compressors.model.errors import InputError
+from compressors.model.names import shown
+from compressors.model.running.arithmetic import Arithmetic
+from exporter.pipeline.team import MOST_THREADS
+from exporter.planning.yaml_file import read_yaml
+from validate.runtimes.cost import LEAST_CONTEXT
+
+__all__ = [
+    "BudgetChoice",
+    "CompressChoice",
+    "ExpertMethod",
+    "FileChoice",
+    "Quantizer",
+    "Recipe",
+    "RecoverChoice",
+    "RungChoice",
+    "RungLoss",
+    "SourceChoice",
+    "Student",
+    "TextChoice",
+    "load_recipe",
+    "recipe_yaml",
+]
+
+
+ExpertMethod = Literal[
+    "none",
+    "frequency",
+    "gate-frequency",
+    "ean",
+    "reap",
+    "man",
+    "msan",
+    "expert-drop",
+    "removal-error",
+    "m-smoe",
+    "hc-smoe",
+    "ream",
+]
+"""Pruning criteria of :mod:`compressors.shrink.criteria`, then merging methods of :mod:`compressors.shrink.merge`."""
+
+
+Student = Literal["moe", "dense"]
+"""The kind of model that is built: a smaller MoE, or a dense model (:mod:`compressors.shrink.dense`)."""
+
+Quantizer = Literal["feedback", "kernel"]
+"""The way codes are chosen: with error feedback, or by ggml's kernels alone (:mod:`compressors.quantize`)."""
+
+RungLoss = Literal["kd", "next-token", "router-logits", "ka", "sar"]
+"""Objectives of :mod:`compressors.recover`."""
+
+
+Count = Annotated[int, Field(gt=0, lt=2**31)]
+"""A number of things; the bound is that of the integers in the files."""
+
+
+class _Part(BaseModel):
+    """Unknown keys are refused: a misspelt choice must not pass for the default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SourceChoice(_Part):
+    """The original model."""
+
+    model: str
+    identity: str | None = None  # SHA-256 over config.json and the headers of the weight files; null: any
+
+
+class BudgetChoice(_Part):
+    """The budget that the result must fit."""
+
+    bytes: int = Field(gt=0, le=10**30)
+    kind: Literal["total", "file"]
+    context: int = Field(ge=LEAST_CONTEXT, lt=2**31)  # tokens
+    kv_type: Literal["f16", "f32", "q8_0", "q4_0"]
+
+
+class TextChoice(_Part):
+    """The number of blocks that each split gives, and the hash of the text; null allows any text."""
+
+    calibration_blocks: Count
+    selection_blocks: Count
+    heldout_chunks_per_file: Count
+    calibration_sha256: str | None = None
+    selection_sha256: str | None = None
+    heldout_sha256: str | None = None
+
+    @property
+    def blocks(self) -> BlockCounts:
+        """The numbers of blocks."""
+        return BlockCounts(self.calibration_blocks, self.selection_blocks, self.heldout_chunks_per_file)
+
+
+class CompressChoice(_Part):
+    """The parts to remove, in the order of the fields; :mod:`exporter.planning.compression` explains each."""
+
+    drop_blocks: int = Field(default=0, ge=0)  # decoder layers, attention and experts
+    consecutive_blocks: bool = False  # neighbours
+    drop_moe_layers: int = Field(default=0, ge=0)  # MoE sub-layers of the layers that are left
+    method: ExpertMethod = "none"  # how experts become fewer
+    experts: Count | tuple[Count, ...]  # left in each layer; a list has one number for each layer that is left
+    allocation: Literal["layer", "global"] = "layer"  # global: as many in all layers together, where scores are high
+    protect_super_experts: bool = False
+    width: Count | tuple[Count, ...] | None = None  # of each expert; null: as it is
+    edit: Literal["none", "svd", "d2-moe", "mobe"] = "none"
+    edit_size: Count | None = None  # the rank; for mobe the number of bases
+    student: Student = "moe"  # dense: each layer's experts become one feed-forward
+    sequential: bool = False  # layers are judged on the outputs of the compressed layers before them
+    sample_blocks: Count = 32  # for methods that need states, not only sums
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> CompressChoice:
+        if (self.edit == "none") != (self.edit_size is None):
+            raise ValueError("edit and edit_size go together: give both or neither")
+        if self.allocation == "global" and not isinstance(self.experts, int):
+            raise ValueError("allocation is global, so experts must be one number, the mean of all layers")
+        return self
+
+
+class RungChoice(_Part):
+    """A rung of the recovery ladder: what is trained, towards what, and for how long (docs/recovery.md)."""
+
+    scope: Literal["router", "top-experts", "experts", "adapters", "norms", "scales", "all"]
+    experts: Count | None = None  # of top-experts: how many of each layer, those that most tokens choose
+    rank: Count | None = None  # of adapters
+    loss: RungLoss = "kd"
+    batches_per_round: Count | None = None  # of ka and sar: written by the student, then judged, together
+    blocks: Count
+    blocks_per_step: Count
+    learning_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # null: by the student's divergence
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> RungChoice:
+        if (self.scope == "top-experts") != (self.experts is not None):
+            raise ValueError("experts says how many top-experts are trained: give it with that scope, and no other")
+        if (self.scope == "adapters") != (self.rank is not None):
+            raise ValueError("rank is the adapters': give it with that scope, and no other")
+        if (self.loss in ("ka", "sar")) != (self.batches_per_round is not None):
+            raise ValueError("batches_per_round belongs to ka and sar: give it with these losses, and no other")
+        if self.loss == "router-logits" and self.scope != "router":
+            raise ValueError("the loss router-logits looks at routers alone: its scope must be router")
+        if self.scope in ("norms", "scales", "all") and self.loss not in ("kd", "next-token"):
+            raise ValueError("a live teacher shares the student's final norm, which this scope trains: take kd")
+        if self.learning_rate is None and self.scope not in ("norms", "scales", "all"):
+            raise ValueError("learning_rate is a number with this scope; null is for norms, scales and all")
+        return self
+
+
+class RecoverChoice(_Part):
+    """The training of the compressed model. Each rung goes on from the last that was kept."""
+
+    rungs: tuple[RungChoice, ...] = ()  # climbed in this order, each kept only if the divergence falls
+    after_quantizing: RungChoice | None = None  # trained last, beside the codes that each file holds
+    seed: int = Field(ge=0, lt=2**32)
+
+    @property
+    def trained(self) -> tuple[RungChoice, ...]:
+        """Everything that is trained, in its order."""
+        return self.rungs if self.after_quantizing is None else (*self.rungs, self.after_quantizing)
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> RecoverChoice:
+        if self.after_quantizing is not None and self.after_quantizing.scope not in ("router", "norms", "scales"):
+            raise ValueError(
+                "after_quantizing trains what a finished file can take other values of: its scope must be router, "
+                "norms or scales"
+            )
+        if any(rung.scope == "scales" for rung in self.rungs):
+            raise ValueError("the scales of blocks are those of a written file: they are trained after_quantizing")
+        return self
+
+
+class FileChoice(_Part):
+    """The storage of the weights in a file; the name of a mix alone stands for that mix."""
+
+    mix: str  # of llama-quantize, or a preset of the ONNX writer
+    tensors: Mapping[str, str] = {}  # types of single tensors, in place of the mix's
+    quantizer: Quantizer = "feedback"
+    imatrix: str | None = None  # SHA-256 of llama.cpp's importance matrix; null: the calibration text's
+    why: str | None = None  # how the types were found
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, data: Any) -> Any:
+        return {"mix": data} if isinstance(data, str) else data
+
+
+class Recipe(_Part):
+    """Everything that determines the output. Equal recipes give equal files, byte for byte."""
+
+    version: Literal[2] = 2
+    source: SourceChoice
+    budget: BudgetChoice
+    text: TextChoice
+    arithmetic: Arithmetic  # of calibration and recovery; what is reported is always computed in float32
+    compress: CompressChoice
+    recover: RecoverChoice
+    gguf: FileChoice | None  # null: no GGUF file
+    onnx: FileChoice | None
+    save_student: bool
+    threads: int = Field(gt=0, le=MOST_THREADS)
+
+    @model_validator(mode="after")
+    def _writes_something(self) -> Recipe:
+        if not self.artifacts:
+            raise ValueError("gguf and onnx are both null, so nothing would be written: give one of them a type")
+        return self
+
+    def file(self, artifact: str) -> FileChoice:
+        """The choice for an artifact that is written."""
+        choice = self._files[artifact]
+        assert choice is not None, f"the recipe writes no {artifact}"
+        return choice
+
+    @property
+    def _files(self) -> dict[str, FileChoice | None]:
+        return {"gguf": self.gguf, "onnx": self.onnx}
+
+    def with_only(self, artifact: str, compress: CompressChoice) -> Recipe:
+        """The recipe for one of its artifacts alone, with another student."""
+        others = {name: None for name in self.artifacts if name != artifact}
+        return self.model_copy(update={"compress": compress, **others})
+
+    @property
+    def artifacts(self) -> tuple[str, ...]:
+        """The artifacts that are written, in this order."""
+        return tuple(name for name, choice in self._files.items() if choice is not None)
+
+    @property
+    def chooses_codes(self) -> bool:
+        """Says whether error feedback chooses the codes of an artifact."""
+        return any(self.file(artifact).quantizer == "feedback" for artifact in self.artifacts)
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """The recipe as YAML, keys in the order of the class."""
+    text: str = yaml.safe_dump(recipe.model_dump(), sort_keys=False, width=110)
+    return text
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Reads a recipe that a person may have edited.
+
+    Raises:
+        InputError: the file is not YAML, or a choice is missing, unknown or of the wrong type.
+    """
+    data = read_yaml(path, "a recipe")
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(shown(part) for part in first["loc"]) or "the whole file"
+        raise InputError(f"{path}: {where}: {first['msg'].lower()}; --dry-run writes a valid recipe") from None

@@ -1,0 +1,86 @@
+"""Chooses how much of the unquantized original is measured in a runtime: once, from the machine, before any work.
+
+The original is written in a type that holds its numbers exactly, measured, and removed again. As many of its first
+layers are taken as fit half of the memory that the run may use and half of the disk that it leaves free: all of them
+if they do.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass, replace
+
+import torch
+
+from compressors.model.description.shape import MoeShape
+from compressors.model.errors import UnsupportedError
+from compressors.model.running.memory import PROCESS_BYTES
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import ExpertMap, Student
+from exporter.estimating.budget import predict
+from exporter.estimating.prediction import Prediction
+from exporter.planning.recipe import FileChoice, Recipe
+
+__all__ = ["TeacherFloor", "choose_teacher_floor", "exact_type", "first_layers"]
+
+_CHUNKS = 10
+_SHARE = 2  # one part in so many of memory and disk
+
+
+@dataclass(frozen=True)
+class TeacherFloor:
+    """The part of the original that is written, and the most held-out chunks to measure it on."""
+
+    weight_type: str
+    n_layers: int  # its first ones
+    n_chunks: int
+    file_bytes: int  # what it takes on disk while it is measured
+
+
+def choose_teacher_floor(
+    artifact: str, checkpoint: Checkpoint, recipe: Recipe, *, memory_bytes: int, disk_bytes: int
+) -> TeacherFloor | None:
+    """Chooses what can be measured of the original in a runtime; None if no layer fits or it cannot be held.
+
+    Args:
+        artifact: ``gguf`` or ``onnx``.
+        checkpoint: the original.
+        recipe: names context, cache type and threads.
+        memory_bytes: what the run may use.
+        disk_bytes: what it leaves free on the disk of its work.
+    """
+    weight_type = exact_type(artifact, checkpoint.dtype)
+
+    def prediction(n_layers: int) -> Prediction:
+        shape = _first_layers_map(checkpoint.shape, n_layers).shape_of(checkpoint.shape)
+        name, threads = recipe.source.model, recipe.threads
+        choice = FileChoice(mix=weight_type, quantizer="kernel")
+        return predict(artifact, checkpoint.folder, name, shape, choice, recipe.budget, threads)
+
+    def is_too_large(n_layers: int) -> bool:
+        found = prediction(n_layers)
+        return PROCESS_BYTES + found.total > memory_bytes // _SHARE or found.file > disk_bytes // _SHARE
+
+    try:
+        prediction(1)
+    except UnsupportedError:  # the student may be something else, such as fewer experts than llama.cpp's limit
+        return None
+    n_layers = bisect_left(range(1, checkpoint.shape.n_layers + 1), True, key=is_too_large)
+    if n_layers == 0:
+        return None
+    return TeacherFloor(weight_type, n_layers, _CHUNKS, prediction(n_layers).file)
+
+
+def exact_type(artifact: str, dtype: torch.dtype) -> str:
+    """The smallest type that holds numbers of this dtype exactly."""
+    return "BF16" if artifact == "gguf" and dtype is torch.bfloat16 else "F32"
+
+
+def first_layers(source: Checkpoint, n_layers: int) -> Student:
+    """The original with its first layers only, then final norm and head."""
+    return Student(source, _first_layers_map(source.shape, n_layers))
+
+
+def _first_layers_map(shape: MoeShape, n_layers: int) -> ExpertMap:
+    whole = ExpertMap.identity(shape)
+    return replace(whole, layers=whole.layers[:n_layers])

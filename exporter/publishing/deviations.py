@@ -1,0 +1,52 @@
+"""Lists where a file computes or cuts text unlike the original because its container cannot do better."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from compressors.model.description.special_tokens import configured_tokens
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.tokenizer_files import own_code
+from exporter.publishing.settings_deviations import settings_deviations
+from exporter.validation.vocabulary_check import vocabulary_deviations
+
+__all__ = ["Deviation", "find_deviations"]
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """One such difference: it is written all the same, and named in plan and report."""
+
+    artifact: str  # gguf or onnx
+    what: str  # a sentence without a full stop
+
+
+def find_deviations(checkpoint: Checkpoint, artifacts: Iterable[str], name: str) -> tuple[Deviation, ...]:
+    """Returns what is known beforehand of the files to be written; no weight is read.
+
+    Args:
+        checkpoint: the original.
+        artifacts: gguf, onnx or both.
+        name: that the GGUF file will give to the model.
+
+    Raises:
+        InputError: the checkpoint's tokenizer is missing or damaged.
+        UnsupportedError: a difference is so large that the file must not be written.
+    """
+    return tuple(
+        Deviation(artifact, what)
+        for artifact in artifacts
+        for what in (*settings_deviations(checkpoint, artifact), *_of_tokenizer(checkpoint, artifact, name))
+    )
+
+
+def _of_tokenizer(checkpoint: Checkpoint, artifact: str, name: str) -> Iterator[str]:
+    folder, shape = checkpoint.folder, checkpoint.shape
+    if (code := own_code(folder)) is not None:
+        yield f"text is cut as tokenizer.json says; the Python code {code} that tokenizer_config.json names is not run"
+    if without_row := configured_tokens(folder, shape.vocab_size).without_row:
+        ids = ", ".join(map(str, without_row))
+        yield f"the end token {ids} is left out: the model has {shape.vocab_size:,} tokens, counted from 0"
+    if artifact == "gguf":
+        yield from vocabulary_deviations(folder, shape, name)

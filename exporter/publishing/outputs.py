@@ -1,0 +1,167 @@
+"""The output folder: assembled in the work directory, published in one step, complete or absent."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from compressors.model.errors import InputError
+from exporter.pipeline.work import WorkDirectory, exclusive, make_folder
+from exporter.planning.plan import Plan
+from exporter.stages.onnx import FOLDER as ONNX_FOLDER
+from exporter.writing.files import flush, flush_folder
+
+__all__ = ["Artifact", "FileEntry", "Outputs", "publish_folder", "reserved", "sha256_of"]
+
+_ASSEMBLED = "output"
+_SUMS = "SHA256SUMS"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of an artifact."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A GGUF file, or the folder of an ONNX model with its data."""
+
+    path: str  # below the output folder
+    files: Mapping[str, FileEntry]  # what the budget counts, by path below the output folder
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files together."""
+        return sum(entry.bytes for entry in self.files.values())
+
+
+class Outputs:
+    """Hard links (or copies, across file systems) of the stages' files, in the layout that the user gets."""
+
+    def __init__(self, plan: Plan, work: WorkDirectory) -> None:
+        self._plan = plan
+        self._work = work
+        self.folder = work.folder / _ASSEMBLED
+
+    def collect(self) -> dict[str, Artifact]:
+        """Brings the stages' artifacts together in an empty folder and hashes them."""
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.folder.mkdir()
+        artifacts = {}
+        if "gguf" in self._plan.recipe.artifacts:
+            (file,) = self._work.stage("gguf").glob("*.gguf")
+            _link(file, self.folder / file.name)
+            artifacts["gguf"] = self._artifact(file.name, [file.name])
+        if "onnx" in self._plan.recipe.artifacts:
+            _link_tree(self._work.stage("onnx") / ONNX_FOLDER, self.folder / ONNX_FOLDER)
+            counted = [f"{ONNX_FOLDER}/model.onnx", f"{ONNX_FOLDER}/model.onnx.data"]
+            artifacts["onnx"] = self._artifact(ONNX_FOLDER, counted)
+        if self._plan.recipe.save_student:
+            _link_tree(self._work.stage("student") / "student", self.folder / "student")
+        return artifacts
+
+    def write_text(self, name: str, text: str) -> None:
+        """Adds a text file."""
+        (self.folder / name).write_text(text, encoding="utf-8")
+
+    def publish(self) -> None:
+        """Writes SHA256SUMS of weights and recipe, flushes everything, and moves the folder to its place.
+
+        Raises:
+            InputError: something is in that place by now, or it cannot be written to.
+        """
+        weights = [
+            path for path in self.folder.rglob("*") if path.suffix in (".gguf", ".onnx", ".data", ".safetensors")
+        ]
+        names = sorted(str(path.relative_to(self.folder)) for path in [*weights, self.folder / "recipe.yaml"])
+        self.write_text(_SUMS, "".join(f"{sha256_of(self.folder / name)}  {name}\n" for name in names))
+        publish_folder(self.folder, self._plan.out, self._work.root.folder)
+
+    def _artifact(self, path: str, counted: list[str]) -> Artifact:
+        files = {name: self.folder / name for name in counted}
+        return Artifact(path, {name: FileEntry(file.stat().st_size, sha256_of(file)) for name, file in files.items()})
+
+
+def publish_folder(folder: Path, out: Path, work: Path) -> None:
+    """Flushes a folder and moves it to its place, in one step.
+
+    Args:
+        folder: what is complete.
+        out: the place.
+        work: where everything is kept until it is there.
+
+    Raises:
+        InputError: something is in that place by now, or it cannot be written to.
+    """
+    flush_folder(folder)
+    if out.exists():
+        raise InputError(f"{out} was made by somebody else meanwhile; move it away and run the same command again")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _move(folder, out)
+        flush(out.parent)
+    except OSError as error:
+        raise InputError(
+            f"{out} cannot be written ({error.strerror}); everything is finished and kept in {work}: "
+            "run the same command again when that is mended"
+        ) from None
+
+
+def _move(folder: Path, out: Path) -> None:
+    """One rename; from another file system, a copy beside the place first."""
+    try:
+        folder.rename(out)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        beside = out.with_name(f"{out.name}.partial")
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.copytree(folder, beside)
+        flush_folder(beside)
+        beside.rename(out)
+
+
+@contextmanager
+def reserved(out: Path) -> Iterator[None]:
+    """Keeps other runs from building the same output folder elsewhere, by a lock file beside it that goes at the end.
+
+    Raises:
+        InputError: another run builds it right now.
+    """
+    lock = out.with_name(f"{out.name}.lock")
+    make_folder(lock.parent)
+    with exclusive(lock, f"another run builds {out} right now; wait for it, or choose another --out"):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _link_tree(source: Path, target: Path) -> None:
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            _link(path, target / path.relative_to(source))
+
+
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,68 @@
+"""Fits a file into a budget: the best types by a table of predicted divergences, and no byte too many."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from compressors.model.errors import InputError
+from compressors.sensitivity import Allocation, TypeTable, UnitPlan, allocate_file
+from exporter.estimating.prediction import Prediction
+from exporter.planning.recipe import FileChoice
+from exporter.searching.container import Container
+
+__all__ = ["Fitted", "fit", "smallest"]
+
+_CHEAPEST_SECOND, _DEAREST_SECOND = 1e-4, 1e6  # nats that a second of decoding may be worth
+_PRICE_STEPS = 8  # of the bisection: the price is then known to a twentieth of its logarithm
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The best types that fit."""
+
+    choice: FileChoice
+    allocation: Allocation
+    prediction: Prediction
+
+
+def fit(container: Container, table: TypeTable, *, seconds: float | None = None) -> Fitted | None:
+    """The best allocation whose file keeps the budget; None if the smallest does not.
+
+    Args:
+        container: the artifact.
+        table: of its units.
+        seconds: that decoding a token may spend on the weights, if an allocation that fits can be so fast; None: any.
+    """
+    best = _fitted(container, table, 0.0)
+    if best is None or seconds is None or best.allocation.seconds <= seconds:
+        return best
+    low, high = _CHEAPEST_SECOND, _DEAREST_SECOND
+    fast = _fitted(container, table, high)
+    for _ in range(_PRICE_STEPS):
+        price = math.sqrt(low * high)
+        found = _fitted(container, table, price)
+        if found is not None and found.allocation.seconds <= seconds:
+            fast, high = found, price
+        else:
+            low = price
+    return fast
+
+
+def _fitted(container: Container, table: TypeTable, nats_per_second: float) -> Fitted | None:
+    def counted(choices: Mapping[str, str]) -> int:
+        return container.counted(container.file(choices, table.units))
+
+    try:
+        allocation = allocate_file(table, container.budget.bytes, counted, nats_per_second=nats_per_second)
+    except InputError:
+        return None
+    choice = container.file(allocation.choices, table.units)
+    return Fitted(choice, allocation, container.prediction(choice))
+
+
+def smallest(container: Container, units: Sequence[UnitPlan]) -> int:
+    """Bytes that the budget counts of the file of the smallest types."""
+    choices = {unit.name: min(unit.candidates, key=lambda candidate: candidate.n_bytes).choice for unit in units}
+    return container.counted(container.file(choices, units))

@@ -1,0 +1,75 @@
+"""The rungs of recovery that a structure gets, before its files are written and beside their codes."""
+
+from __future__ import annotations
+
+from compressors.model.sources.checkpoint import Checkpoint
+from exporter.estimating.planned_types import planned_block_length
+from exporter.planning.compression import expected_shape
+from exporter.planning.plan import Plan
+from exporter.planning.recipe import CompressChoice, Recipe, RecoverChoice, RungChoice
+from exporter.planning.recovery import Machine, RefusedRung, choose_ladder, tuning_rung, wish_for
+from exporter.searching.structures import whole
+
+__all__ = ["ladder", "ladder_for", "machine_for", "rung_beside_codes"]
+
+_WORTH_TEACHING = 0.005
+"""Divergence, nats, from which norms and block scales of a file are taught: below, they gain a few per cent at most."""
+
+_BLOCKS = 80  # 40,960 tokens
+
+
+def ladder(
+    wish: str, compress: CompressChoice, source: Checkpoint, machine: Machine, seed: int
+) -> tuple[RecoverChoice, tuple[RefusedRung, ...]]:
+    """Returns the rungs that a wish means for a structure before files are written, and those that do not fit.
+
+    ``auto`` teaches nothing of the original.
+
+    Args:
+        wish: one of :data:`exporter.planning.recovery.RECOVERIES`.
+        compress: the structure.
+        source: the original.
+        machine: what training may use.
+        seed: of the order of blocks, and of adapters' beginnings.
+    """
+    is_original = compress == whole(source.shape)
+    return choose_ladder(
+        "none" if wish == "auto" and is_original else wish_for(wish, compress),
+        expected_shape(compress, source.shape),
+        source.dtype.itemsize,
+        machine,
+        seed,
+    )
+
+
+def machine_for(source: Checkpoint, memory_bytes: int, calibration_blocks: int) -> Machine:
+    """Says what training may use; models stay where the original leaves half of the memory to the student."""
+    return Machine(memory_bytes, calibration_blocks, models_stay=source.n_bytes < memory_bytes // 2)
+
+
+def ladder_for(compress: CompressChoice, plan: Plan) -> tuple[RecoverChoice, tuple[RefusedRung, ...]]:
+    """Returns the :func:`ladder` that a run climbs with this structure."""
+    assert plan.search is not None, "the recipe stands"
+    source = Checkpoint(plan.source)
+    return ladder(plan.search.recover, compress, source, _machine(plan, source), plan.recipe.recover.seed)
+
+
+def rung_beside_codes(recipe: Recipe, plan: Plan, expected: float) -> RungChoice | None:
+    """The rung that teaches routers, norms and block scales of the finished files; None if it is not worth its cost.
+
+    Args:
+        recipe: names the structure and the types of its files.
+        plan: names the wish of ``--recover``, text and memory.
+        expected: the divergence of the files before it, nats.
+    """
+    assert plan.search is not None, "the recipe stands"
+    source = Checkpoint(plan.source)
+    machine, shape = _machine(plan, source), expected_shape(recipe.compress, source.shape)
+    if plan.search.recover != "auto" or not machine.models_stay or expected < _WORTH_TEACHING or shape.is_dense:
+        return None
+    rung = tuning_rung(shape, machine, [planned_block_length(recipe, name, shape) for name in recipe.artifacts])
+    return None if rung is None else rung.model_copy(update={"blocks": min(_BLOCKS, rung.blocks)})
+
+
+def _machine(plan: Plan, source: Checkpoint) -> Machine:
+    return machine_for(source, plan.memory_bytes, plan.recipe.text.calibration_blocks)

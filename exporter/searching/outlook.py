@@ -1,0 +1,168 @@
+"""Predicts, before a weight is read, whether a structure fits, and about how far from the original it will be.
+
+Sensitivities and losses that ship with the package stand in for those of the model; the search measures both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from compressors.model.errors import BudgetError, UnsupportedError
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.sensitivity import TypeTable, default_table
+from exporter.estimating.sizes import format_size
+from exporter.planning.compression import check_compression, described_compression, expected_shape
+from exporter.planning.recipe import CompressChoice, Recipe
+from exporter.searching.container import Container
+from exporter.searching.fitting import Fitted, fit, smallest
+from exporter.searching.structures import expected_loss, whole
+from exporter.searching.units import LAST_RESORT, units_of
+
+__all__ = [
+    "STRUCTURES_FROM",
+    "Outlook",
+    "best_fit",
+    "container_of",
+    "outlook_of",
+    "outlooks",
+    "refuse_unless_something_fits",
+]
+
+STRUCTURES_FROM = 0.05
+"""Predicted divergence, nats, from which structures smaller than the original are considered. The best of them, half of
+every expert's width, starts at 0.07 after training (docs/quantization.md)."""
+
+
+_SMALLEST = 2  # structures whose exact needs are computed; apart from their tensors they hardly differ
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """A structure whose file fits."""
+
+    compress: CompressChoice
+    container: Container
+    fitted: Fitted
+    divergence: float  # from the original, nats: a guess
+
+
+def outlooks(
+    recipe: Recipe, artifact: str, checkpoint: Checkpoint, structures: Sequence[CompressChoice]
+) -> list[Outlook]:
+    """The structures that fit, the most promising first.
+
+    Structures smaller than the original are left out where the original is good enough.
+
+    Args:
+        recipe: names budget, quantizer and source.
+        artifact: gguf or onnx.
+        checkpoint: the original.
+        structures: structures to choose from; the original, if it is one of them, is the first.
+    """
+    found: list[Outlook] = []
+    for choice in structures:
+        if (outlook := outlook_of(recipe, artifact, checkpoint, choice)) is not None:
+            found.append(outlook)
+            if choice == whole(checkpoint.shape) and outlook.divergence <= STRUCTURES_FROM:
+                break
+    return sorted(found, key=lambda outlook: outlook.divergence)
+
+
+def refuse_unless_something_fits(
+    recipe: Recipe, checkpoint: Checkpoint, structures: Sequence[CompressChoice], artifacts: Sequence[str]
+) -> None:
+    """Refuses a budget that an artifact meets with no structure, by arithmetic on sizes alone.
+
+    Raises:
+        BudgetError: the message names the smallest budget that would work for all artifacts.
+        UnsupportedError: a container can hold none of the structures.
+    """
+    needs = {artifact: _least(recipe, artifact, checkpoint, structures) for artifact in artifacts}
+    artifact = max(artifacts, key=lambda name: needs[name][0])
+    n_bytes, choice = needs[artifact]
+    budget = recipe.budget
+    if n_bytes <= budget.bytes:
+        return
+    counted = "file" if budget.kind == "file" else f"memory at {budget.context} tokens of context"
+    raise BudgetError(
+        f"nothing fits a budget of {format_size(budget.bytes)}: with {described_compression(choice, checkpoint.shape)} "
+        f"the smallest {artifact} needs {format_size(n_bytes)} of {counted}. "
+        f"The smallest budget that works is --budget {n_bytes}B"
+    )
+
+
+def _least(
+    recipe: Recipe, artifact: str, checkpoint: Checkpoint, structures: Sequence[CompressChoice]
+) -> tuple[int, CompressChoice]:
+    """The fewest bytes that a structure needs, and that structure, among those with the fewest bytes of tensors."""
+    possible: list[tuple[int, CompressChoice, Container]] = []
+    refusal: UnsupportedError | None = None
+    for choice in structures:
+        try:
+            container = container_of(recipe, artifact, checkpoint, choice)
+            units = units_of(container, checkpoint.dtype)
+        except UnsupportedError as error:
+            refusal = refusal or error
+            continue
+        n_bytes = sum(min(candidate.n_bytes for candidate in unit.candidates) for unit in units)
+        possible.append((n_bytes, choice, container))
+    if not possible:
+        assert refusal is not None, "there are structures"
+        raise refusal
+    possible.sort(key=lambda entry: entry[0])
+    needs = [
+        (smallest(container, units_of(container, checkpoint.dtype)), choice)
+        for _, choice, container in possible[:_SMALLEST]
+    ]
+    return min(needs, key=lambda need: need[0])
+
+
+def container_of(recipe: Recipe, artifact: str, checkpoint: Checkpoint, choice: CompressChoice) -> Container:
+    """The artifact of a structure.
+
+    Raises:
+        UnsupportedError: the container cannot hold it.
+    """
+    check_compression(recipe.with_only(artifact, choice), checkpoint.shape)
+    return Container(
+        artifact,
+        checkpoint.folder,
+        recipe.source.model,
+        expected_shape(choice, checkpoint.shape),
+        recipe.budget,
+        recipe.threads,
+        recipe.file(artifact),
+    )
+
+
+def best_fit(container: Container, table: TypeTable, seconds: float | None = None) -> Fitted | None:
+    """The best types that fit, if possible without those of the last resort; None if none fit.
+
+    The arguments are those of :func:`~exporter.searching.fitting.fit`.
+    """
+    for allowed in (table.without(LAST_RESORT), table):
+        if all(unit.options for unit in allowed.units):
+            fitted = fit(container, allowed, seconds=seconds)
+            if fitted is not None:
+                return fitted
+    return None
+
+
+def outlook_of(recipe: Recipe, artifact: str, checkpoint: Checkpoint, choice: CompressChoice) -> Outlook | None:
+    """A structure with the types that are expected to be best; None if none fit, or the container cannot hold it."""
+    try:
+        container = container_of(recipe, artifact, checkpoint, choice)
+        table = _default_table(container, checkpoint.dtype)
+    except UnsupportedError:
+        return None
+    fitted = best_fit(container, table)
+    if fitted is None:
+        return None
+    return Outlook(choice, container, fitted, expected_loss(choice, checkpoint.shape) + fitted.allocation.divergence)
+
+
+def _default_table(container: Container, dtype: torch.dtype) -> TypeTable:
+    return default_table(container.shape, units_of(container, dtype))

@@ -1,0 +1,114 @@
+"""The structures that a search considers: all experts, narrower ones, fewer, fewer layers, and two of these at once.
+
+Bits go first: down to the floor of the format, about 14 % of the size in 16 bits, a file of all experts beats every
+smaller structure. So structures are few, and the search considers them where fewer bits are not enough
+(docs/quantization.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from compressors.model.description.shape import MoeShape
+from compressors.shrink.dense import check_dense
+from exporter.planning.compression import fewest_experts
+from exporter.planning.plan import Search
+from exporter.planning.recipe import CompressChoice
+
+__all__ = ["expected_loss", "structures_for", "whole", "with_experts"]
+
+_METHOD = "reap"
+_SEQUENTIAL = frozenset({"ream"})
+"""Methods that are defined on layers whose predecessors are already compressed."""
+
+_EIGHTHS = range(7, 0, -1)  # of the experts, or of their width, that may be left
+_WIDTH_MULTIPLE = 64  # narrower rows have no type below 4 bits that every llama.cpp of 2026 reads
+_LEAST_LAYERS = 8  # of which one in eight may go
+
+
+def whole(shape: MoeShape) -> CompressChoice:
+    """The model as it is."""
+    return CompressChoice(experts=shape.n_experts)
+
+
+def structures_for(search: Search, shape: MoeShape) -> Sequence[CompressChoice]:
+    """The structures that a search may choose from, the original first if it may be chosen."""
+    if search.student == "dense":
+        check_dense(shape)
+        return [whole(shape).model_copy(update={"student": "dense"})]
+    if search.experts is not None:
+        return [with_experts(search.method, search.experts, shape)]
+    smaller = candidates_of(search.method, shape)
+    return [whole(shape), *sorted(smaller, key=lambda choice: expected_loss(choice, shape))]
+
+
+def candidates_of(method: str, shape: MoeShape) -> Iterator[CompressChoice]:
+    """The structures below the original that a method leads to; ``auto`` stands for all that are known to be good."""
+    if method == "auto":
+        yield from (*_narrower(shape), *_fewer(_METHOD, shape), *_shorter(shape), *_both(shape))
+    elif method == "slim":
+        yield from _narrower(shape)
+    elif method == "block-drop":
+        yield from (CompressChoice(experts=shape.n_experts, drop_blocks=n) for n in range(1, shape.n_layers))
+    elif method == "layer-drop":
+        yield from (CompressChoice(experts=shape.n_experts, drop_moe_layers=n) for n in range(1, shape.n_layers))
+    else:
+        yield from _fewer(method, shape)
+
+
+def with_experts(method: str, n_experts: int, shape: MoeShape) -> CompressChoice:
+    """The structure with ``n_experts`` experts, by a method; ``auto`` takes REAP."""
+    if n_experts == shape.n_experts:
+        return whole(shape)
+    chosen = _METHOD if method == "auto" else method
+    return CompressChoice(experts=n_experts, method=chosen, sequential=chosen in _SEQUENTIAL)  # type: ignore[arg-type]
+
+
+def expected_loss(choice: CompressChoice, shape: MoeShape) -> float:
+    """The divergence, nats, that a structure is expected to have after training, before its weights are quantized.
+
+    It is a guess from two trained models (docs/quantization.md): half of the width 0.075, half of the experts 0.3, a
+    layer in eight 0.15, and losses add up; the search measures instead.
+    """
+    narrower = _taken(shape.expert_width, choice.width)
+    fewer = _taken(shape.n_experts, choice.experts)
+    shorter = _taken(shape.n_layers, shape.n_layers - choice.drop_blocks - choice.drop_moe_layers)
+    return 0.075 * narrower * narrower + 0.3 * fewer * math.sqrt(fewer) + 1.2 * shorter
+
+
+def _taken(total: int, left: int | tuple[int, ...] | None) -> float:
+    """The ratio of the part taken away to the part left, with the mean over layers where they differ."""
+    mean: float = total if left is None else sum(left) / len(left) if isinstance(left, tuple) else left
+    return total / max(mean, 1) - 1
+
+
+def _narrower(shape: MoeShape) -> Iterator[CompressChoice]:
+    for width in _parts(shape.expert_width, _WIDTH_MULTIPLE):
+        yield CompressChoice(experts=shape.n_experts, width=width)
+
+
+def _fewer(method: str, shape: MoeShape) -> Iterator[CompressChoice]:
+    fewest = fewest_experts(_METHOD if method == "auto" else method, shape)
+    counts = [n_experts for n_experts in _parts(shape.n_experts, 1) if n_experts > fewest]
+    for n_experts in [*counts, *([fewest] if fewest < shape.n_experts else [])]:
+        yield with_experts(method, n_experts, shape)
+
+
+def _shorter(shape: MoeShape) -> Iterator[CompressChoice]:
+    if shape.n_layers >= _LEAST_LAYERS:
+        yield CompressChoice(experts=shape.n_experts, drop_blocks=shape.n_layers // _LEAST_LAYERS)
+
+
+def _both(shape: MoeShape) -> Iterator[CompressChoice]:
+    """Fewer experts of half the width or less: for files that nothing else is small enough for."""
+    for width in _parts(shape.expert_width, _WIDTH_MULTIPLE):
+        if 2 * width <= shape.expert_width:
+            for fewer in _fewer(_METHOD, shape):
+                yield fewer.model_copy(update={"width": width})
+
+
+def _parts(total: int, multiple: int) -> Iterator[int]:
+    """Shares of a number that are whole multiples, without repetition."""
+    shares = (total * eighths // 8 // multiple * multiple for eighths in _EIGHTHS)
+    yield from dict.fromkeys(part for part in shares if 0 < part < total)

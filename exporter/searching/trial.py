@@ -1,0 +1,151 @@
+"""A student that a search considers: built, judged, trained a little, and its tensors' sensitivities measured."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from compressors.model.running.arithmetic import dtype_of
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import Student
+from compressors.sensitivity import Sensitivities, TypeTable, UnitPlan, gather_sensitivities, measured_table
+from exporter.pipeline.stage import StageContext
+from exporter.pipeline.work import WorkDirectory
+from exporter.planning.plan import Plan
+from exporter.planning.recipe import CompressChoice
+from exporter.searching.ladder import ladder_for
+from exporter.searching.structures import whole
+from exporter.stages import compress
+from exporter.stages.artifacts import StudentFiles, importance_of, memory_limit
+from exporter.stages.recover import Ladder, judge_on_selection
+from exporter.stages.sensitivity import watched_blocks
+from exporter.writing.files import flush_folder, write_atomically
+
+__all__ = ["Trial"]
+
+_OF_THE_RUN = frozenset({"calibrate", "sensitivity"})
+_FIGURES_VERSION = 1  # of what is measured of the original: raise it together with the version of the stage search
+_TRIAL_BLOCKS = 16  # of recovery: enough to see whether it helps, and about how much
+
+
+def _place_of_original(work: WorkDirectory) -> Path:
+    """The folder in which all parts of a run find the original's figures, as long as its sensitivities are the same."""
+    record = work.record("sensitivity")
+    assert record is not None, "the stage comes before"
+    return work.place("sensitivity") / f"original-{_FIGURES_VERSION}-{record.fingerprint[:12]}"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A structure that is considered, in a folder of its own; finished work there is not repeated."""
+
+    context: StageContext  # its work is the trial's, and its plan names the structure
+    compress: CompressChoice
+
+    @property
+    def _is_original(self) -> bool:
+        """True if nothing is changed; then everything is known."""
+        return self.compress == whole(self.context.plan.teacher_shape)
+
+    @classmethod
+    def of(cls, context: StageContext, choice: CompressChoice, number: int) -> Trial:
+        """The trial of a structure; number 0 is the original."""
+        recipe = context.plan.recipe.model_copy(update={"compress": choice})
+        folder = _place_of_original(context.work) if number == 0 else context.output / f"trial-{number}"
+        work = context.work.within(folder, _OF_THE_RUN)
+        plan = replace(context.plan, recipe=recipe)
+        return cls(StageContext(plan, work, folder, context.progress), choice)
+
+    def student(self) -> Student:
+        """The compressed model, as a short trial of recovery left it."""
+        work = self.context.work
+        if not work.stage("compress").exists():
+            self._in_stage("compress", self.context.plan, compress.run)
+        if not self._is_original and not work.stage("recover").exists():
+            self._teach()
+        return self._opened()
+
+    def _opened(self) -> Student:
+        taught = StudentFiles(self.context.work.stage("recover")).rungs
+        return StudentFiles(self.context.work.stage("compress")).open(Checkpoint(self.context.plan.source), taught)
+
+    def _teach(self) -> None:
+        """Climbs the rungs of the final run for a short while; rungs that do not help are not kept."""
+        plan = self.context.plan
+        choice, _ = ladder_for(self.compress, plan)
+        plan = replace(plan, recipe=plan.recipe.model_copy(update={"recover": choice}))
+
+        def climb(context: StageContext) -> None:
+            ladder = Ladder(context, self._opened())
+            for number, rung in enumerate(choice.rungs):
+                ladder.climb(number, rung, min(rung.blocks, _TRIAL_BLOCKS))
+
+        self._in_stage("recover", plan, climb)
+
+    def divergence(self) -> float:
+        """The divergence from the original on the selection split, unquantized: nats."""
+        return 0.0 if self._is_original else self._remembered("divergence", lambda: self.judged(self.student()))
+
+    def judged(self, student: Student) -> float:
+        """The divergence of a student of this structure on the selection split: nats."""
+        return judge_on_selection(self.context, student).divergence
+
+    def table(self, units: tuple[UnitPlan, ...], name: str) -> TypeTable:
+        """The costs of each type of each unit, measured once; ``name`` distinguishes tables of the same structure."""
+        path = self.context.output / f"table-{name}.json"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            student = self.student()
+            table = measured_table(
+                student,
+                units,
+                self._sensitivities(student),
+                importance_of(student, self.context.plan, self.context.work),
+                threads=self.context.plan.recipe.threads,
+            )
+            write_atomically(path, json.dumps(table.to_json()))
+        return TypeTable.from_json(json.loads(path.read_text(encoding="utf-8")))
+
+    def remove(self) -> None:
+        """Removes the student; its figures and sensitivities stay."""
+        for name in ("compress", "recover"):
+            shutil.rmtree(self.context.work.stage(name), ignore_errors=True)
+
+    def _sensitivities(self, student: Student) -> Sensitivities:
+        tied = student.shape.tied_embeddings
+        if self._is_original:
+            return Sensitivities(self.context.work.stage("sensitivity"), tied)
+        folder = self.context.output / "sensitivity"
+        if not folder.exists():
+            unfinished = folder.with_name(f"{folder.name}.unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            gather_sensitivities(
+                student,
+                watched_blocks(self.context.work),
+                unfinished,
+                dtype=dtype_of(self.context.plan.recipe.arithmetic),
+                limit=memory_limit(self.context),
+                device=torch.device(self.context.plan.device),
+            )
+            flush_folder(unfinished)
+            unfinished.rename(folder)
+        return Sensitivities(folder, tied)
+
+    def _in_stage(self, name: str, plan: Plan, run: Callable[[StageContext], None]) -> None:
+        """Runs the function of a stage; its output becomes the folder of that finished stage."""
+        partial = self.context.work.partial(name)
+        partial.mkdir(parents=True, exist_ok=True)
+        run(replace(self.context, plan=plan, output=partial))
+        partial.rename(self.context.work.stage(name))
+
+    def _remembered(self, what: str, measure: Callable[[], float]) -> float:
+        path: Path = self.context.output / f"{what}.json"
+        if not path.exists():
+            write_atomically(path, json.dumps(measure()))
+        value: float = json.loads(path.read_text(encoding="utf-8"))
+        return value

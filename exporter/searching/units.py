@@ -1,0 +1,123 @@
+"""The choices that a file leaves: for each tensor the types that it may be stored in, with their exact bytes."""
+
+from __future__ import annotations
+
+import torch
+
+from compressors.model.description.shape import MoeShape
+from compressors.model.errors import UnsupportedError
+from compressors.model.families.table import Role
+from compressors.model.files.ggml_types import GGMLQuantizationType
+from compressors.model.files.integer_blocks import BlockType
+from compressors.quantize.blocks import search_blocks
+from compressors.quantize.feedback import searched_q2_0
+from compressors.sensitivity import Candidate, Quantizer, UnitPlan, feedback_factor, ggml_quantizer
+from exporter.estimating.prediction import Prediction
+from exporter.planning.recipe import FileChoice
+from exporter.searching.container import Container
+from exporter.searching.decode_cost import seconds_of
+from exporter.writing.gguf.mixes import MIXES
+from exporter.writing.gguf.type_table import ALLOCATED_TYPES, plan_gguf_units
+from exporter.writing.onnx.encodings import ENCODINGS, PRESETS, Encoding, onnx_units
+
+__all__ = ["LAST_RESORT", "fitting_mixes", "gguf_units", "units_of"]
+
+LAST_RESORT = frozenset({"Q2_0", "IQ1_S", "IQ1_M"})
+"""Types that are taken where nothing else fits: Q2_0 has no fast kernel on x86 and needs a llama.cpp of 2026, and the
+codes of the IQ1 types cannot be chosen again with error feedback."""
+
+_BASELINES = tuple(mix for mix in MIXES if not mix.startswith(("TQ", "MXFP", "Q2_0", "F")))
+"""Mixes that people choose from; one in a float type larger than the source's holds the same numbers."""
+
+_INT8_INPUTS = 1.0
+"""The error of inputs in 8 bits, with which ONNX Runtime computes 8-bit products, relative to that of the weights."""
+
+_EXACT = {
+    torch.bfloat16: GGMLQuantizationType.BF16,
+    torch.float16: GGMLQuantizationType.F16,
+    torch.float32: GGMLQuantizationType.F32,
+}
+
+
+def units_of(container: Container, dtype: torch.dtype) -> tuple[UnitPlan, ...]:
+    """The choices that a file leaves."""
+    if container.artifact == "gguf":
+        return gguf_units(container.shape, dtype, container.choice)
+    return onnx_unit_plans(container.shape, container.choice)
+
+
+def fitting_mixes(container: Container) -> list[tuple[FileChoice, Prediction]]:
+    """The named mixes that fit, the largest first, with the kernels' codes."""
+    mixes = _BASELINES if container.artifact == "gguf" else PRESETS
+    found = []
+    for mix in mixes:
+        choice = container.choice.model_copy(update={"mix": mix, "tensors": {}, "quantizer": "kernel"})
+        try:
+            prediction = container.prediction(choice)
+        except UnsupportedError:
+            continue
+        if prediction.counted(container.budget.kind) <= container.budget.bytes:
+            found.append((choice, prediction))
+    return sorted(found, key=lambda entry: -entry[1].file)
+
+
+def gguf_units(shape: MoeShape, dtype: torch.dtype, choice: FileChoice) -> tuple[UnitPlan, ...]:
+    """Lists the tensors of a GGUF file that may be quantized, each with its types.
+
+    Args:
+        shape: of the student.
+        dtype: of its weights; one type holds them exactly.
+        choice: says how codes are chosen.
+    """
+    exact = _EXACT[dtype]
+    last = (GGMLQuantizationType[name] for name in sorted(LAST_RESORT))
+    quantizers: dict[GGMLQuantizationType, Quantizer | None] = {exact: None}
+    if choice.quantizer == "feedback":
+        quantizers[GGMLQuantizationType.Q2_0] = searched_q2_0
+    plans = plan_gguf_units(
+        shape,
+        (exact, *ALLOCATED_TYPES, *last),
+        feedback=choice.quantizer == "feedback",
+        quantizers=quantizers,
+        decode_cost=seconds_of,
+    )
+    return tuple(plans)
+
+
+def onnx_unit_plans(shape: MoeShape, choice: FileChoice) -> tuple[UnitPlan, ...]:
+    """Lists the units of an ONNX file, each with its encodings."""
+    with_feedback = choice.quantizer == "feedback"
+    return tuple(
+        UnitPlan(
+            unit.name,
+            (unit.name,),
+            tuple((role, unit.layer) for role in unit.weights),
+            tuple(
+                _encoding_candidate(ENCODINGS[name], n_bytes, with_feedback) for name, n_bytes in unit.encodings.items()
+            ),
+        )
+        for unit in onnx_units(shape)
+    )
+
+
+def _encoding_candidate(encoding: Encoding, n_bytes: int, with_feedback: bool) -> Candidate:
+    if encoding.blocks is None:
+        return Candidate(encoding.name, n_bytes, None)
+
+    def factor(role: Role) -> float:
+        of_weights = feedback_factor(role, encoding.name) if with_feedback else 1.0
+        return of_weights + (_INT8_INPUTS if encoding.bits == 8 else 0.0)
+
+    if encoding.ggml_type is not None:
+        return Candidate(encoding.name, n_bytes, ggml_quantizer(encoding.ggml_type), factor)
+    return Candidate(encoding.name, n_bytes, _blocks_quantizer(encoding.blocks), factor)
+
+
+def _blocks_quantizer(blocks: BlockType) -> Quantizer:
+    """The search for the scales of ONNX Runtime's blocks."""
+
+    def quantize(values_RN: torch.Tensor, importance_N: torch.Tensor | None, name: str) -> torch.Tensor:
+        found = search_blocks(values_RN, blocks.bits, blocks.block_size, importance_N, name=name)
+        return torch.from_numpy(found.values())
+
+    return quantize

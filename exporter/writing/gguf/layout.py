@@ -1,0 +1,200 @@
+"""The tensors of a GGUF file, with their names, types and sizes. No weight is read here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+from compressors.model.description.gguf_rope import GgufRope, gguf_rope
+from compressors.model.description.shape import MoeShape
+from compressors.model.errors import InputError, UnsupportedError
+from compressors.model.families.table import NORMS, Role
+from compressors.model.files.ggml_types import BLOCK_SIZES
+from compressors.model.names import shown
+from compressors.model.sources.checkpoint import role_shape
+from compressors.quantize import QUANTIZABLE_TYPES, GGMLQuantizationType, fallback_type, row_bytes
+from exporter.writing.gguf.mixes import file_type_of, matrix_type, mix_named
+
+__all__ = ["GgufTensor", "Quantization", "bits_per_weight", "check_uniform", "plan_tensors", "quantization"]
+__all__ += ["rope_settings"]
+
+_MAX_EXPERTS, _MAX_LAYERS = 1024, 512  # LLAMA_MAX_EXPERTS and LLAMA_MAX_LAYERS in src/llama-hparams.h
+
+
+_FLOAT32_ROLES = NORMS | {Role.ROUTER, Role.ROPE_FACTORS}
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """One tensor of the file; all experts of a layer are one tensor [E, F, D] or [E, D, F], one without E if dense."""
+
+    name: str
+    role: Role
+    layer: int | None
+    shape: tuple[int, ...]  # torch's order
+    ggml_type: GGMLQuantizationType
+    values: tuple[float, ...] | None = None  # of a tensor that is made from config.json; None: those of its role
+
+    @property
+    def row_length(self) -> int:
+        """Values of one row, the unit of quantization."""
+        return self.shape[-1]
+
+    @property
+    def is_matrix(self) -> bool:
+        """True if the tensor is quantized: it is neither a router, nor a norm, nor rope factors."""
+        return self.role not in _FLOAT32_ROLES
+
+    @property
+    def n_values(self) -> int:
+        """The number of values in the tensor."""
+        return prod(self.shape)
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the data in bytes, padding left out."""
+        return prod(self.shape[:-1]) * row_bytes(self.ggml_type, self.row_length)
+
+
+def rope_settings(shape: MoeShape) -> GgufRope:
+    """Returns the file's keys and tensors for the rotary embedding, except its base and width.
+
+    Raises:
+        UnsupportedError: llama.cpp would compute other angles whatever the file says.
+    """
+    return gguf_rope(shape.rope, shape.gguf_architecture, takes_factors=shape.family.gguf.takes_rope_factors)
+
+
+def plan_tensors(shape: MoeShape, mix: str, types: Mapping[str, str] | None = None) -> tuple[GgufTensor, ...]:
+    """Every tensor of the file, in the file's order.
+
+    Args:
+        shape: shape of the model.
+        mix: the name of one of llama.cpp's mixes (:data:`exporter.writing.gguf.mixes.MIXES`); types whose blocks do not
+            divide a row are replaced by llama.cpp's types of smaller blocks.
+        types: type names that replace the mix's, by tensor name such as ``blk.0.ffn_down_exps.weight``.
+
+    Raises:
+        InputError: there is no such mix, tensor or type, or a tensor cannot be of the type given for it.
+        UnsupportedError: llama.cpp cannot represent a model of this shape.
+    """
+    mix_named(mix)
+    _check_representable(shape)
+    tensors = [_tensor(role, None, shape, mix) for role in shape.stored_roles if role.is_global]
+    for name, values in rope_settings(shape).factors.items():
+        factors = GgufTensor(name, Role.ROPE_FACTORS, None, (len(values),), GGMLQuantizationType.F32, values)
+        tensors.append(factors)
+    for layer in range(shape.n_layers):
+        tensors += [_tensor(role, layer, shape, mix) for role in shape.stored_roles if not role.is_global]
+    return _with_types(tensors, types or {})
+
+
+def _tensor(role: Role, layer: int | None, shape: MoeShape, mix: str) -> GgufTensor:
+    dimensions = role_shape(role, shape)
+    if role.is_expert and not shape.is_dense:
+        dimensions = (shape.n_experts, *dimensions)
+    ggml_type = GGMLQuantizationType.F32
+    if role not in _FLOAT32_ROLES:
+        ggml_type = fallback_type(matrix_type(mix_named(mix), role, layer, shape), dimensions[-1])
+    return GgufTensor(shape.gguf_name(role, layer), role, layer, dimensions, ggml_type)
+
+
+def _with_types(tensors: Sequence[GgufTensor], types: Mapping[str, str]) -> tuple[GgufTensor, ...]:
+    """The tensors, with the mix's types replaced where ``types`` names others."""
+    by_name = {tensor.name: tensor for tensor in tensors}
+    for name, type_name in types.items():
+        if name not in by_name:
+            raise InputError(f"a type is given for {shown(name)}, but the model has no tensor of this name: remove it")
+        by_name[name] = replace(by_name[name], ggml_type=_checked_type(by_name[name], type_name))
+    return tuple(by_name.values())
+
+
+def _checked_type(tensor: GgufTensor, type_name: str) -> GGMLQuantizationType:
+    known = {ggml_type.name: ggml_type for ggml_type in sorted(QUANTIZABLE_TYPES)}
+    ggml_type = known.get(type_name)
+    if ggml_type is None:
+        raise InputError(f"{tensor.name}: there is no type {shown(type_name)}; choose one of {', '.join(known)}")
+    if not tensor.is_matrix and ggml_type is not GGMLQuantizationType.F32:
+        raise InputError(f"{tensor.name} cannot be {type_name}: routers and norms are F32, which costs next to nothing")
+    block_length = BLOCK_SIZES[ggml_type][0]
+    if tensor.row_length % block_length:
+        raise InputError(
+            f"{tensor.name} cannot be {type_name}: its rows of {tensor.row_length} values are no whole number of "
+            f"blocks of {block_length}; {fallback_type(ggml_type, tensor.row_length).name} fits"
+        )
+    return ggml_type
+
+
+def bits_per_weight(tensors: Sequence[GgufTensor]) -> float:
+    """The mean bits per value of the file, routers and norms included, as llama.cpp counts it."""
+    return 8 * sum(tensor.n_bytes for tensor in tensors) / sum(tensor.n_values for tensor in tensors)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The label and file type that a file has by its types."""
+
+    label: str  # in its name: a mix, or a label such as Q3_MIX
+    file_type: int  # general.file_type
+
+
+def quantization(shape: MoeShape, mix: str, types: Mapping[str, str] | None = None) -> Quantization:
+    """The label and file type of the file of :func:`plan_tensors`.
+
+    A file whose types are not all the mix's has the mean of its bits per weight in its name, rounded down, and the file
+    type that llama.cpp has for the type of most weights. (For a file without a file type, llama.cpp takes the type of
+    most tensors; as norms are tensors, that is often F32.)
+    """
+    tensors = plan_tensors(shape, mix, types)
+    if tensors == plan_tensors(shape, mix):
+        named = mix_named(mix)
+        return Quantization(named.name, named.file_type)
+    weights: Counter[GGMLQuantizationType] = Counter()
+    for tensor in tensors:
+        weights[tensor.ggml_type] += tensor.n_values
+    most = max(sorted(weights), key=lambda ggml_type: weights[ggml_type])
+    return Quantization(f"Q{int(bits_per_weight(tensors))}_MIX", file_type_of(most))
+
+
+def check_uniform(shape: MoeShape) -> None:
+    """Refuses layers that differ.
+
+    Raises:
+        UnsupportedError: the layers differ.
+    """
+    if shape.sizes is not None or not shape.has_moe:
+        raise UnsupportedError(
+            f"llama.cpp's {shape.gguf_architecture} graph has one number of experts and one expert width for all "
+            f"layers; these layers have {shape.described_sizes}: they cannot be written as GGUF; give all layers the "
+            "same, or use --formats onnx"
+        )
+
+
+def _check_representable(shape: MoeShape) -> None:
+    gguf = shape.family.gguf
+    check_uniform(shape)
+    if not shape.is_dense and shape.normalize_top_k != gguf.normalizes_top_k:
+        raise UnsupportedError(
+            f"llama.cpp's {gguf.architecture} graph {'always' if gguf.normalizes_top_k else 'never'} normalises the "
+            f"weights of the chosen experts, but this model has normalize_top_k = {shape.normalize_top_k}: "
+            "it cannot be written as GGUF; use --formats onnx"
+        )
+    attention_widths = {shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim}
+    if gguf.needs_square_attention and attention_widths != {shape.hidden_size}:
+        raise UnsupportedError(
+            f"llama.cpp's {gguf.architecture} graph needs queries and keys as wide as the hidden size; this model has "
+            f"{shape.n_heads} heads and {shape.n_kv_heads} key-value heads of {shape.head_dim} at hidden size "
+            f"{shape.hidden_size}: it cannot be written as GGUF; use --formats onnx"
+        )
+    if gguf.needs_untied_head and shape.tied_embeddings:
+        raise UnsupportedError(
+            f"llama.cpp's {gguf.architecture} graph needs a head of its own, but this model's is tied to the "
+            "embedding: it cannot be written as GGUF; use --formats onnx"
+        )
+    if shape.n_experts > _MAX_EXPERTS or shape.n_layers > _MAX_LAYERS:
+        raise UnsupportedError(
+            f"llama.cpp loads at most {_MAX_EXPERTS} experts and {_MAX_LAYERS} layers; this model has "
+            f"{shape.n_experts} and {shape.n_layers}: use --formats onnx"
+        )

@@ -1,0 +1,174 @@
+"""The key-values that describe the model: identity and licence under ``general``, numbers under the architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from gguf import GGML_QUANT_VERSION, Metadata, size_label
+
+from compressors.model.description.config import read_shape
+from compressors.model.description.shape import MoeShape
+from compressors.model.errors import InputError
+from compressors.model.names import shown
+from exporter.publishing.model_name import hub_id
+from exporter.writing.gguf.container import Value, float32, string, uint32
+from exporter.writing.gguf.layout import quantization, rope_settings
+
+__all__ = ["gguf_file_name", "model_metadata", "moe_size_label", "source_license"]
+
+_HUB_URL = "https://huggingface.co"
+_LARGEST_CARD = 16_000_000  # bytes
+
+
+def model_metadata(
+    shape: MoeShape, source_folder: Path, name: str, mix: str, types: Mapping[str, str] | None = None
+) -> dict[str, Value]:
+    """All metadata apart from the tokenizer's; ``source_folder`` gives licence and ancestry.
+
+    The mix and the types are those of :func:`exporter.writing.gguf.layout.plan_tensors`, and so are the errors.
+
+    Raises:
+        InputError: the front matter of the source's README.md cannot be read.
+    """
+    file_type = {"general.file_type": uint32(quantization(shape, mix, types).file_type)}
+    version = {"general.quantization_version": uint32(GGML_QUANT_VERSION)}
+    return {**_general(shape, source_folder, name), **file_type, **version, **_architecture(shape)}
+
+
+def moe_size_label(shape: MoeShape) -> str:
+    """Returns a label like ``64x1.5B``: the number of experts, and the parameters of a model with one expert per layer.
+
+    A dense model's is the number of its parameters, such as ``1.5B``. As gguf-py counts them (``size_label`` in
+    ``gguf-py/gguf/utility.py``).
+    """
+    if shape.is_dense:
+        return size_label(shape.parameters, shape.parameters, 0, 0)
+    expert = shape.n_layers * shape.expert_parameters
+    shared = shape.parameters - shape.n_experts * expert
+    return size_label(shape.parameters, shared, expert, shape.n_experts)
+
+
+def gguf_file_name(name: str, shape: MoeShape, mix: str, types: Mapping[str, str] | None = None) -> str:
+    """``NAME-SIZE-TYPE.gguf``, ggml's naming convention (``docs/gguf.md`` of ggml).
+
+    The mix and the types are those of :func:`exporter.writing.gguf.layout.plan_tensors`, and so are the errors.
+    """
+    base = name.rsplit("/", 1)[-1].strip().replace(" ", "-")
+    return f"{base}-{moe_size_label(shape)}-{quantization(shape, mix, types).label}.gguf"
+
+
+def _general(shape: MoeShape, source_folder: Path, name: str) -> dict[str, Value]:
+    # a size in the name, such as 30B, is the source's: gguf-py recognises it by the source's parameters
+    parts = Metadata.get_model_id_components(name, read_shape(source_folder).parameters)
+    _, organization, base_name, finetune, version, _ = parts
+    card = _model_card(source_folder)
+    texts = {
+        "general.architecture": shape.gguf_architecture,  # llama.cpp wants it first
+        "general.type": "model",
+        "general.name": name,
+        "general.organization": organization,
+        "general.basename": base_name,
+        "general.finetune": finetune,
+        "general.version": version,
+        "general.size_label": moe_size_label(shape),
+        "general.quantized_by": "moe-export",
+        "general.license": _joined(card.get("license")),
+        "general.license.name": _joined(card.get("license_name")),
+        "general.license.link": _joined(card.get("license_link")),
+    }
+    values = {key: string(text) for key, text in texts.items() if text}
+    return values | _base_models(source_folder, card)
+
+
+def _architecture(shape: MoeShape) -> dict[str, Value]:
+    """Hyper-parameters (``LLM_KV_NAMES`` in ``src/llama-arch.cpp``)."""
+    in_experts = shape.family.gguf.writes_expert_width and not shape.is_dense
+    width_key = "expert_feed_forward_length" if in_experts else "feed_forward_length"
+    experts = {"expert_count": uint32(shape.n_experts), "expert_used_count": uint32(shape.top_k)}
+    values = {
+        "block_count": uint32(shape.n_layers),
+        "context_length": uint32(shape.context_length),
+        "embedding_length": uint32(shape.hidden_size),
+        width_key: uint32(shape.expert_width),
+        "attention.head_count": uint32(shape.n_heads),
+        "attention.head_count_kv": uint32(shape.n_kv_heads),
+        "attention.key_length": uint32(shape.head_dim),
+        "attention.value_length": uint32(shape.head_dim),
+        "attention.layer_norm_rms_epsilon": float32(shape.rms_norm_eps),
+        "rope.freq_base": float32(shape.rope_theta),
+        "rope.dimension_count": uint32(shape.head_dim),
+        **({} if shape.is_dense else experts),
+        "vocab_size": uint32(shape.vocab_size),
+    }
+    values |= {key: _value(value) for key, value in rope_settings(shape).keys.items()}
+    return {f"{shape.gguf_architecture}.{key}": value for key, value in values.items()}
+
+
+def _value(value: str | int | float) -> Value:
+    if isinstance(value, str):
+        return string(value)
+    return uint32(value) if isinstance(value, int) else float32(value)
+
+
+def _base_models(source_folder: Path, card: Mapping[str, Any]) -> dict[str, Value]:
+    """The model this one was made of: the hub's name for the source, else what the source says about itself."""
+    source = hub_id(source_folder)
+    named = card.get("base_model") or []
+    ancestors = [source] if source else [named] if isinstance(named, str) else list(named)
+    if not ancestors:
+        return {}
+    values = {"general.base_model.count": uint32(len(ancestors))}
+    for index, ancestor in enumerate(map(str, ancestors)):
+        organization, _, model = ancestor.rpartition("/")
+        values[f"general.base_model.{index}.name"] = string(model)
+        if organization:
+            values[f"general.base_model.{index}.organization"] = string(organization)
+            values[f"general.base_model.{index}.repo_url"] = string(f"{_HUB_URL}/{ancestor}")
+    return values
+
+
+def _model_card(folder: Path) -> Mapping[str, str | list[str]]:
+    """The texts and lists of texts between the --- lines of README.md; nothing else there is repeated in files."""
+    path = folder / "README.md"
+    try:
+        if path.is_file() and path.stat().st_size > _LARGEST_CARD:
+            raise InputError(
+                f"{path} has {path.stat().st_size:,} bytes, too many for a model card: shorten or remove it"
+            )
+        card = Metadata.load_model_card(folder)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise InputError(
+            f"{path}: the block between the --- lines is not YAML ({shown(str(error))}); correct or remove it"
+        ) from None
+    entries = {key: [text for text in map(_text, _listed(entry)) if text] for key, entry in card.items()}
+    return {key: texts if isinstance(card[key], list) else texts[0] for key, texts in entries.items() if texts}
+
+
+def _listed(entry: object) -> list[object]:
+    return entry if isinstance(entry, list) else [entry]
+
+
+def _text(entry: object) -> str:
+    """A text or number of a model card, made valid UTF-8; empty for anything else."""
+    return str(entry).encode("utf-8", "ignore").decode("utf-8") if isinstance(entry, str | int | float) else ""
+
+
+def source_license(source_folder: Path) -> str | None:
+    """The licence that the source's model card names, None if it names none.
+
+    Raises:
+        InputError: the front matter of the source's README.md cannot be read.
+    """
+    return _joined(_model_card(source_folder).get("license")) or None
+
+
+def _joined(entry: object) -> str:
+    """A model card's entry as one text; lists are allowed there."""
+    if entry is None:
+        return ""
+    return ",".join(map(str, entry)) if isinstance(entry, list) else str(entry)

@@ -1,0 +1,142 @@
+"""The costs of each type of each tensor of a GGUF file, in bytes and divergence; an allocation chooses by them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from math import prod
+
+from compressors.calibration.statistics import Importance
+from compressors.model.description.shape import MoeShape
+from compressors.model.families.table import Role
+from compressors.model.files.ggml_types import BLOCK_SIZES
+from compressors.model.sources.student import Student
+from compressors.quantize import GGMLQuantizationType
+from compressors.sensitivity import (
+    Candidate,
+    Quantizer,
+    Sensitivities,
+    TypeTable,
+    UnitPlan,
+    feedback_factor,
+    ggml_quantizer,
+    measured_table,
+)
+from compressors.sensitivity.sampling import SAMPLED_WEIGHTS
+from exporter.writing.gguf.container import aligned
+from exporter.writing.gguf.layout import plan_tensors
+
+__all__ = ["ALLOCATED_TYPES", "DecodeCost", "gguf_type_table", "plan_gguf_units", "weights_of_a_token"]
+
+DecodeCost = Callable[[str, int], float]
+"""(a type's name, weights that a token is multiplied with) -> seconds."""
+
+_T = GGMLQuantizationType
+
+ALLOCATED_TYPES = (
+    _T.Q8_0,
+    _T.Q6_K,
+    _T.Q5_K,
+    _T.Q5_1,
+    _T.Q5_0,
+    _T.Q4_K,
+    _T.Q4_1,
+    _T.IQ4_NL,
+    _T.Q4_0,
+    _T.IQ4_XS,
+    _T.Q3_K,
+    _T.IQ3_S,
+    _T.IQ3_XXS,
+    _T.Q2_K,
+    _T.IQ2_S,
+    _T.IQ2_XS,
+    _T.IQ2_XXS,
+)
+"""The types that an allocation chooses from unless it is told otherwise, from the most bits to the fewest."""
+
+
+def plan_gguf_units(
+    shape: MoeShape,
+    types: Sequence[GGMLQuantizationType] = ALLOCATED_TYPES,
+    *,
+    feedback: bool = False,
+    quantizers: Mapping[GGMLQuantizationType, Quantizer | None] | None = None,
+    decode_cost: DecodeCost | None = None,
+) -> list[UnitPlan]:
+    """A unit for each tensor that can be quantized, in the file's order, with those types that fit its rows.
+
+    Args:
+        shape: shape of the model in the file.
+        types: types to choose from.
+        feedback: error feedback reduces the errors (:func:`~compressors.sensitivity.feedback_factor`).
+        quantizers: quantizers in place of ggml's kernels for some types; None: the type holds the weights exactly.
+        decode_cost: decoding time in the runtime; None: time does not count.
+
+    Raises:
+        UnsupportedError: llama.cpp cannot represent a model of this shape.
+    """
+    plans = []
+    for tensor in plan_tensors(shape, "F32"):
+        if not tensor.is_matrix:
+            continue
+        candidates = []
+        for ggml_type in types:
+            if tensor.row_length % BLOCK_SIZES[ggml_type][0] == 0:
+                n_bytes = aligned(replace(tensor, ggml_type=ggml_type).n_bytes)
+                quantize, factor = _errors(ggml_type, feedback, quantizers or {})
+                n_used = weights_of_a_token(shape, tensor.role, tensor.shape)
+                seconds = 0.0 if decode_cost is None else decode_cost(ggml_type.name, n_used)
+                candidates.append(Candidate(ggml_type.name, n_bytes, quantize, factor, seconds))
+        plans.append(UnitPlan(tensor.name, (tensor.name,), ((tensor.role, tensor.layer),), tuple(candidates)))
+    return plans
+
+
+def gguf_type_table(
+    student: Student,
+    sensitivities: Sensitivities,
+    importance: Importance,
+    types: Sequence[GGMLQuantizationType] = ALLOCATED_TYPES,
+    *,
+    feedback: bool = False,
+    quantizers: Mapping[GGMLQuantizationType, Quantizer | None] | None = None,
+    decode_cost: DecodeCost | None = None,
+    n_weights: int | None = SAMPLED_WEIGHTS,
+    threads: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> TypeTable:
+    """The table of a student: every tensor by every type that fits its rows.
+
+    The arguments are those of :func:`plan_gguf_units` and :func:`~compressors.sensitivity.measured_table`.
+    """
+    plans = plan_gguf_units(student.shape, types, feedback=feedback, quantizers=quantizers, decode_cost=decode_cost)
+    return measured_table(
+        student, plans, sensitivities, importance, n_weights=n_weights, threads=threads, progress=progress
+    )
+
+
+def _errors(
+    ggml_type: GGMLQuantizationType, feedback: bool, quantizers: Mapping[GGMLQuantizationType, Quantizer | None]
+) -> tuple[Quantizer | None, Callable[[Role], float]]:
+    """The quantizer of a type, None if it is exact, and the factor of its errors by role."""
+
+    def factor(role: Role) -> float:
+        return feedback_factor(role, ggml_type.name) if feedback else 1.0
+
+    if ggml_type in quantizers:
+        return quantizers[ggml_type], factor
+    return ggml_quantizer(ggml_type), factor
+
+
+def weights_of_a_token(shape: MoeShape, role: Role, dimensions: tuple[int, ...]) -> int:
+    """Counts the weights that one token is multiplied with: its experts', and none of an embedding that is no head.
+
+    Args:
+        shape: shape of the model.
+        role: role of a tensor of the file.
+        dimensions: dimensions of the tensor (:class:`~exporter.writing.gguf.layout.GgufTensor`).
+    """
+    if role is Role.TOKEN_EMBEDDING and not shape.tied_embeddings:
+        return 0
+    if role.is_expert and not shape.is_dense:
+        return prod(dimensions[1:]) * min(shape.top_k, dimensions[0])
+    return prod(dimensions)

@@ -1,0 +1,180 @@
+"""A GGUF file's weights, piece by piece: what a piece reads, how it is quantized, and where its bytes go.
+
+A piece is an expert's matrix, or a slice of another one. With error feedback the three matrices of an expert are one
+piece, since gate and up share their inputs and those of down are made from both; they lie in three places of the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+
+import torch
+
+from compressors.calibration.statistics import Importance
+from compressors.model.families.table import Role
+from compressors.model.sources.gguf import interleave_rotary_rows
+from compressors.model.sources.student import Student
+from compressors.quantize import quantize_rows, row_bytes
+from compressors.quantize.feedback import TYPES_WITH_FEEDBACK, Feedback, quantize_rows_with_feedback
+from exporter.writing.feedback import ExpertFeedback, StudentFeedback
+from exporter.writing.gguf.container import aligned
+from exporter.writing.gguf.layout import GgufTensor
+from exporter.writing.pieces import Piece, row_slices, whole_experts
+from exporter.writing.resumable import Part
+
+__all__ = ["weight_pieces"]
+
+
+def weight_pieces(
+    student: Student,
+    tensors: Sequence[GgufTensor],
+    offset: int,
+    importance: Importance,
+    feedback: StudentFeedback | None,
+) -> Iterator[Piece]:
+    """Yields all weights of a file; without feedback, in the file's order.
+
+    Args:
+        student: where the values come from.
+        tensors: the tensors in the file's order.
+        offset: where the first of them lies.
+        importance: weighs quantization errors.
+        feedback: chooses the codes of types that have any to choose; None leaves all to the kernels.
+    """
+    matrices = _Matrices(student, importance, feedback)
+    all_rows = _plan_rows(student, tensors, offset)
+    end = offset
+    for group in ((rows,) for rows in all_rows) if feedback is None else whole_experts(all_rows):
+        end = max(end, *(rows.offset + rows.n_bytes for rows in group))
+        yield Piece(sum(rows.n_bytes for rows in group), end, partial(matrices.read, group))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Consecutive rows of one matrix, and where the file holds them. A norm is a matrix of one row."""
+
+    tensor: GgufTensor
+    expert: int | None
+    rows: slice
+    offset: int
+    padding: int  # zeros after them; only a tensor's last rows have some
+
+    @property
+    def layer(self) -> int | None:
+        """The decoder layer; None outside of the layers."""
+        return self.tensor.layer
+
+    @property
+    def n_bytes(self) -> int:
+        """Their bytes in the file, padding included."""
+        n_rows: int = self.rows.stop - self.rows.start
+        return n_rows * row_bytes(self.tensor.ggml_type, self.tensor.row_length) + self.padding
+
+    @property
+    def has_codes_to_choose(self) -> bool:
+        """True if error feedback can choose codes of their type."""
+        return self.tensor.ggml_type in TYPES_WITH_FEEDBACK
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """Rows with their values, in storage dtype."""
+
+    rows: _Rows
+    values_RN: torch.Tensor
+    importance_N: torch.Tensor | None
+    name: str
+
+    def quantized(self, feedback: Feedback | None) -> list[Part]:
+        """The quantized rows and their padding, each with its offset in the file."""
+        ggml_type = self.rows.tensor.ggml_type
+        if feedback is None or not self.rows.has_codes_to_choose:
+            quantized_RY = quantize_rows(self.values_RN, ggml_type, self.importance_N, name=self.name)
+        else:
+            quantized_RY = quantize_rows_with_feedback(
+                self.values_RN, ggml_type, self.importance_N, feedback, name=self.name
+            )
+        data = quantized_RY.data
+        return [(self.rows.offset, data), (self.rows.offset + data.nbytes, memoryview(bytes(self.rows.padding)))]
+
+
+def _plan_rows(student: Student, tensors: Sequence[GgufTensor], offset: int) -> Iterator[_Rows]:
+    """Everything after the header, in the file's order: whole experts, and slices of other matrices."""
+    for tensor in tensors:
+        n_rows, padding = prod(tensor.shape[:-1]), aligned(tensor.n_bytes) - tensor.n_bytes
+        if tensor.role.is_expert:
+            step = n_rows // student.shape.n_experts
+            slices = [slice(first, first + step) for first in range(0, n_rows, step)]
+        else:  # rows of one head stay together: they may have to be permuted
+            slices = row_slices(n_rows, tensor.row_length, multiple=student.shape.head_dim)
+        for number, rows in enumerate(slices):
+            expert = number if tensor.role.is_expert else None
+            at = offset + rows.start * row_bytes(tensor.ggml_type, tensor.row_length)
+            yield _Rows(tensor, expert, rows, at, padding if rows.stop == n_rows else 0)
+        offset += aligned(tensor.n_bytes)
+
+
+class _Matrices:
+    """Reads a student's matrices, and returns functions that quantize them."""
+
+    def __init__(self, student: Student, importance: Importance, feedback: StudentFeedback | None) -> None:
+        self._student = student
+        self._importance = importance
+        self._feedback = feedback
+
+    def read(self, group: tuple[_Rows, ...]) -> Callable[[], list[Part]]:
+        """Reads rows of one matrix, or of one expert's three; the function that it returns quantizes them."""
+        matrices = [self._matrix(rows) for rows in group]
+        role, layer = group[0].tensor.role, group[0].tensor.layer
+        if self._feedback is None or not any(rows.has_codes_to_choose for rows in group):
+            return partial(_quantized, matrices, None)
+        if role.is_expert:
+            assert layer is not None
+            return partial(_quantized_expert, matrices, self._feedback.experts(layer))
+        return partial(_quantized, matrices, self._feedback.matrix(role, layer))
+
+    def _matrix(self, rows: _Rows) -> _Matrix:
+        tensor, student = rows.tensor, self._student
+        if tensor.values is not None:
+            return _Matrix(rows, torch.tensor(tensor.values)[None], None, tensor.name)
+        weights = self._importance.get((tensor.role, tensor.layer))
+        if rows.expert is None:
+            values_RN = _matrix_rows(student, tensor, rows.rows)
+        else:
+            assert tensor.layer is not None
+            values_RN = student.expert(tensor.role, tensor.layer, rows.expert)
+            weights = None if weights is None else weights[rows.expert]
+        return _Matrix(rows, values_RN, weights, student.name(tensor.role, tensor.layer, rows.expert))
+
+
+def _quantized(matrices: Sequence[_Matrix], feedback: Feedback | None) -> list[Part]:
+    return [part for matrix in matrices for part in matrix.quantized(feedback)]
+
+
+def _quantized_expert(matrices: Sequence[_Matrix], feedback: ExpertFeedback) -> list[Part]:
+    """Quantizes an expert: gate and up share their inputs; those of down are made from both."""
+    by_role = {matrix.rows.tensor.role: matrix for matrix in matrices}
+    gate, up, down = (by_role[role] for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN))
+    expert = gate.rows.expert
+    assert expert is not None
+    parts: list[Part] = []
+    if gate.rows.has_codes_to_choose or up.rows.has_codes_to_choose:
+        parts += _quantized((gate, up), feedback.gate_up(expert))
+    else:
+        parts += _quantized((gate, up), None)
+    if down.rows.has_codes_to_choose:
+        return parts + down.quantized(feedback.down(expert, gate.values_RN, up.values_RN))
+    return parts + down.quantized(None)
+
+
+def _matrix_rows(student: Student, tensor: GgufTensor, rows: slice) -> torch.Tensor:
+    """Rows of a tensor that is not an expert's, in storage dtype and llama.cpp's order."""
+    if len(tensor.shape) == 1:
+        return student.tensor(tensor.role, tensor.layer)[None]
+    values_RN = student.rows(tensor.role, tensor.layer, rows)
+    if student.family.gguf.rotary_is_interleaved and tensor.role in (Role.QUERY, Role.KEY):
+        return interleave_rotary_rows(values_RN, len(values_RN) // student.shape.head_dim)
+    return values_RN

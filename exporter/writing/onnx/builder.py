@@ -1,0 +1,80 @@
+"""Collects nodes and initialisers of an ONNX graph; weights stay in the data file and are only pointed at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from exporter.writing.onnx.layout import DATA_FILE, TensorPlan
+
+__all__ = ["MICROSOFT", "GraphBuilder"]
+
+MICROSOFT = "com.microsoft"
+_ONNX_OPSET = 23  # the first with RMSNormalization
+_MICROSOFT_OPSET = 1
+_IR_VERSION = 11  # the first that opset 23 allows
+_PRODUCER = "moe-export"
+
+
+class GraphBuilder:
+    """A graph in the making. Nodes are named after their first output."""
+
+    def __init__(self) -> None:
+        self._nodes: list[onnx.NodeProto] = []
+        self._made: set[str] = set()
+        self._initializers: dict[str, onnx.TensorProto] = {}
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+
+    def add_input(self, name: str, dtype: int, dimensions: Sequence[str | int]) -> str:
+        """Declares a graph input; symbolic dimensions are texts."""
+        self._inputs.append(onnx.helper.make_tensor_value_info(name, dtype, dimensions))
+        return name
+
+    def add_output(self, name: str, dtype: int, dimensions: Sequence[str | int]) -> None:
+        """Declares a value that a node has made as a graph output."""
+        self._outputs.append(onnx.helper.make_tensor_value_info(name, dtype, dimensions))
+
+    def node(
+        self, op: str, inputs: Sequence[str], output: str | Sequence[str], *, domain: str = "", **attributes: Any
+    ) -> str:
+        """Adds a node and returns its first output; an empty text is an input or output that is left out."""
+        outputs = [output] if isinstance(output, str) else list(output)
+        assert outputs[0] not in self._made, f"two nodes make {outputs[0]}"
+        self._made.add(outputs[0])
+        node = onnx.helper.make_node(op, inputs, outputs, name=f"{outputs[0]}/{op}", domain=domain, **attributes)
+        self._nodes.append(node)
+        return outputs[0]
+
+    def constant(self, name: str, values: npt.ArrayLike, dtype: npt.DTypeLike = np.int64) -> str:
+        """Adds a small constant, stored in the graph itself; asking for the same name again returns it."""
+        if name not in self._initializers:
+            self._initializers[name] = onnx.numpy_helper.from_array(np.asarray(values, dtype=dtype), name)
+        return name
+
+    def external(self, tensor: TensorPlan, shape: Sequence[int] | None = None, name: str | None = None) -> str:
+        """Adds a tensor of the data file; ``shape`` and ``name`` give the same bytes a second appearance."""
+        name = tensor.name if name is None else name
+        if name not in self._initializers:
+            proto = onnx.TensorProto(
+                name=name,
+                data_type=tensor.onnx_type,
+                dims=tensor.shape if shape is None else shape,
+                data_location=onnx.TensorProto.EXTERNAL,
+            )
+            for key, value in (("location", DATA_FILE), ("offset", tensor.offset), ("length", tensor.n_bytes)):
+                proto.external_data.add(key=key, value=str(value))
+            self._initializers[name] = proto
+        return name
+
+    def model(self, graph_name: str) -> onnx.ModelProto:
+        """The finished model."""
+        graph = onnx.helper.make_graph(
+            self._nodes, graph_name, self._inputs, self._outputs, list(self._initializers.values())
+        )
+        opsets = [onnx.helper.make_opsetid("", _ONNX_OPSET), onnx.helper.make_opsetid(MICROSOFT, _MICROSOFT_OPSET)]
+        return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name=_PRODUCER)

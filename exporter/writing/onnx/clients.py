@@ -1,0 +1,133 @@
+"""The files beside ``model.onnx`` that onnxruntime-genai and optimum's ORTModelForCausalLM look for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from compressors.model.description.rope import RopeKind
+from compressors.model.description.shape import MoeShape
+from compressors.model.description.special_tokens import SpecialTokens, configured_tokens, special_tokens
+from compressors.model.files.json_file import read_json
+from compressors.model.sources.student import Student
+from exporter.writing.files import write_atomically
+from exporter.writing.onnx.layout import MODEL_FILE
+from exporter.writing.onnx.memory import CHUNK_TOKENS
+from exporter.writing.onnx.writer import with_context
+from exporter.writing.tokenizer_copy import write_tokenizer
+
+__all__ = ["write_client_files"]
+
+
+def write_client_files(
+    student: Student, folder: Path, *, context_length: int | None = None, max_length: int | None = None
+) -> None:
+    """Writes ``config.json``, ``generation_config.json``, ``genai_config.json`` and the tokenizer.
+
+    Args:
+        student: the model that ``folder`` holds.
+        folder: where ``model.onnx`` lies.
+        context_length: as it was given to :func:`exporter.writing.onnx.writer.write_onnx`.
+        max_length: tokens of KV cache that onnxruntime-genai allocates unless it is told otherwise; None: the context.
+
+    Raises:
+        InputError: the context does not fit the model, or its tokenizer cannot be used.
+    """
+    shape = with_context(student.shape, context_length)
+    source = student.source.folder
+    special = special_tokens(source, shape.vocab_size)
+    write_tokenizer(source, folder)
+    _write_json(folder / "config.json", _model_config(shape, source / "config.json"))
+    _write_json(folder / "generation_config.json", _generation_config(source, shape.vocab_size, special))
+    _write_json(folder / "genai_config.json", _genai_config(shape, special, max_length or shape.context_length))
+
+
+def _model_config(shape: MoeShape, source: Path) -> dict[str, Any]:
+    """The source's ``config.json`` with the student's numbers.
+
+    transformers 4 reads ``rope_theta``, ``rope_scaling`` and ``torch_dtype``, transformers 5 ``rope_parameters`` and
+    ``dtype``: both are there. The graph knows no window: it is written for a context within it.
+    """
+    config = read_json(source)
+    rope = shape.rope.in_config()
+    windows = {"sliding_window": None, "use_sliding_window": False} if shape.window is not None else {}
+    return (
+        shape.in_config(config)
+        | windows
+        | {
+            "num_hidden_layers": shape.n_layers,
+            "max_position_embeddings": shape.context_length,
+            "rope_theta": shape.rope_theta,
+            "rope_scaling": None if shape.rope.kind is RopeKind.DEFAULT else rope,
+            "rope_parameters": rope,
+            "dtype": "float32",
+            "torch_dtype": "float32",
+            "use_cache": True,
+        }
+    )
+
+
+def _generation_config(source: Path, vocab_size: int, special: SpecialTokens) -> dict[str, Any]:
+    """The source's generation config, completed with every end token; or the special tokens if it has none."""
+    path = source / "generation_config.json"
+    if not path.is_file():
+        return {"_from_model_config": True, **_described(special)}
+    config: dict[str, Any] = read_json(path)
+    configured = configured_tokens(source, vocab_size)
+    if special.ends != configured.ends or configured.without_row or config.get("eos_token_id") is None:
+        config |= {key: value for key, value in _described(special).items() if key == "eos_token_id"}
+    return config
+
+
+def _described(special: SpecialTokens) -> dict[str, Any]:
+    """Ids of begin, end and padding. Ids that the model lacks are left out, except padding, which batches need."""
+    end: int | list[int] | None = list(special.ends) or None
+    if len(special.ends) == 1:
+        end = special.ends[0]
+    padding = special.ends[0] if special.pad is None and special.ends else special.pad
+    tokens = {"bos_token_id": special.bos, "eos_token_id": end, "pad_token_id": padding}
+    return {name: value for name, value in tokens.items() if value is not None}
+
+
+def _genai_config(shape: MoeShape, special: SpecialTokens, max_length: int) -> dict[str, Any]:
+    """``genai_config.json`` of onnxruntime-genai (``src/config.h``); type ``decoder`` is its plain decoder pipeline."""
+    return {
+        "model": {
+            "type": "decoder",
+            "vocab_size": shape.vocab_size,
+            "context_length": shape.context_length,
+            **_described(special),
+            "decoder": {
+                "filename": MODEL_FILE,
+                "session_options": {"provider_options": []},
+                "hidden_size": shape.hidden_size,
+                "head_size": shape.head_dim,
+                "num_attention_heads": shape.n_heads,
+                "num_key_value_heads": shape.n_kv_heads,
+                "num_hidden_layers": shape.n_layers,
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "position_ids": "position_ids",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {
+            "do_sample": False,
+            "max_length": max_length,
+            "chunk_size": CHUNK_TOKENS,
+            "past_present_share_buffer": True,
+        },
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_atomically(path, json.dumps(content, indent=2) + "\n")

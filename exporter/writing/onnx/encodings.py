@@ -1,0 +1,228 @@
+"""The encodings of weights in ONNX files, the presets, and the units whose encoding can be chosen.
+
+A unit consists of weights that the operators force to be alike: QMoE takes one width and one block size for both
+matrices of a layer's experts; a tied head is the embedding. Everything that is not in a unit (norms and routers) is
+float32.
+
+What ONNX Runtime 1.31 runs on the CPU, and how fast, was measured operator by operator. MatMulNBits has kernels of 2,
+4 and 8 bits (3, 5 and 6 are refused). QMoE's products with one scale per row are left out: at 8 bits they take four
+times as long as at 4 bits in blocks, at 2 bits seventeen times. So are blocks of 16 at 2 bits, for which both operators
+widen whole matrices at every call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from compressors.model.description.shape import MoeShape
+from compressors.model.errors import InputError, UnsupportedError
+from compressors.model.families.table import Role
+from compressors.model.files.ggml_types import GGMLQuantizationType
+from compressors.model.files.integer_blocks import BlockType
+from compressors.model.sources.checkpoint import role_shape
+
+__all__ = ["ENCODINGS", "FLOAT32", "PRESETS", "Encoding", "Preset", "Unit", "check_row_length", "encoding_named"]
+__all__ += ["onnx_units", "preset_named", "unit_encodings"]
+
+_BYTE_BITS, _FLOAT_BYTES, _SCALE_BYTES = 8, 4, 2
+_FLOAT32_PRODUCT_BITS = 4
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A way of storing a weight's values: float32, or integer codes with a float16 scale for each block of a row."""
+
+    name: str
+    blocks: BlockType | None = None  # None: float32
+    ggml_type: GGMLQuantizationType | None = None  # whose kernel makes the codes; None: our own search
+
+    @property
+    def bits(self) -> int:
+        """Bits of one code, scales not counted."""
+        return _BYTE_BITS * _FLOAT_BYTES if self.blocks is None else self.blocks.bits
+
+    @property
+    def has_int8_inputs(self) -> bool:
+        """True if products quantize their inputs to int8, in the weights' blocks; at 4 bits inputs stay float32."""
+        return self.blocks is not None and self.blocks.bits != _FLOAT32_PRODUCT_BITS
+
+    def n_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of the codes and scales of a weight of this shape, without padding in the file."""
+        n_values = math.prod(shape)
+        n_scales = 0 if self.blocks is None else n_values // self.blocks.block_size
+        return n_values * self.bits // _BYTE_BITS + n_scales * _SCALE_BYTES
+
+
+def _of_blocks(bits: int, block_size: int) -> Encoding:
+    blocks = BlockType(bits, block_size)
+    return Encoding(blocks.name, blocks)
+
+
+FLOAT32 = Encoding("F32", ggml_type=GGMLQuantizationType.F32)
+_Q4_0 = Encoding("Q4_0", BlockType(4, 32), GGMLQuantizationType.Q4_0)
+_Q8_0 = Encoding("Q8_0", BlockType(8, 32), GGMLQuantizationType.Q8_0)
+_BLOCK_SIZES = {2: (32, 64, 128), 4: (16, 32, 64, 128), 8: (16, 32, 64, 128)}
+
+ENCODINGS: Mapping[str, Encoding] = {
+    encoding.name: encoding
+    for encoding in (
+        FLOAT32,
+        *(_of_blocks(bits, size) for bits, sizes in _BLOCK_SIZES.items() for size in sizes),
+        _Q4_0,
+        _Q8_0,
+    )
+}
+"""``4@128`` stands for codes of 4 bits in blocks of 128; Q4_0 and Q8_0 hold the numbers of ggml's types."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The encoding of each kind of unit."""
+
+    name: str
+    linears: Encoding  # attention projections
+    experts: Encoding
+    embedding: Encoding  # token embedding and output head
+
+    def encoding(self, role: Role) -> Encoding:
+        """The encoding of a role's weights."""
+        if role.is_expert:
+            return self.experts
+        if role in (Role.TOKEN_EMBEDDING, Role.HEAD):
+            return self.embedding
+        return self.linears
+
+
+PRESETS: Mapping[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset("F32", linears=FLOAT32, experts=FLOAT32, embedding=FLOAT32),
+        Preset("Q4_0", linears=_Q4_0, experts=_Q4_0, embedding=_Q8_0),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Weights that have one encoding.
+
+    Attributes:
+        name: as recipes write it: ``layers.0.experts``, ``layers.0.q_proj``, ``embedding``, ``head``.
+        layer: None for embedding and head.
+        weights: shape by role: [rows, columns], or [E, rows, columns] for experts.
+    """
+
+    name: str
+    layer: int | None
+    weights: Mapping[Role, tuple[int, ...]]
+
+    @property
+    def encodings(self) -> Mapping[str, int]:
+        """Bytes of the unit by the name of each encoding that fits its rows; exact but for alignment in the file."""
+        return {
+            encoding.name: sum(encoding.n_bytes(shape) for shape in self.weights.values())
+            for encoding in ENCODINGS.values()
+            if all(_fits(encoding, shape[-1]) for shape in self.weights.values())
+        }
+
+
+_LINEARS = {Role.QUERY: "q_proj", Role.KEY: "k_proj", Role.VALUE: "v_proj", Role.ATTENTION_OUTPUT: "o_proj"}
+_EXPERTS = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
+
+
+def onnx_units(shape: MoeShape) -> tuple[Unit, ...]:
+    """Lists the units of a model, each with the encodings that it can have."""
+    units = [Unit("embedding", None, {Role.TOKEN_EMBEDDING: role_shape(Role.TOKEN_EMBEDDING, shape)})]
+    for layer in range(shape.n_layers):
+        units += _layer_units(shape, layer)
+    if not shape.tied_embeddings:
+        units.append(Unit("head", None, {Role.HEAD: role_shape(Role.HEAD, shape)}))
+    return tuple(units)
+
+
+def _layer_units(shape: MoeShape, layer: int) -> Iterator[Unit]:
+    of_layer = shape.layer(layer)
+    for role, name in _LINEARS.items():
+        if role in shape.layer_roles(layer) and role in shape.stored_roles:
+            yield Unit(f"layers.{layer}.{name}", layer, {role: role_shape(role, of_layer)})
+    if of_layer.has_moe:
+        experts = {role: (of_layer.n_experts, *role_shape(role, of_layer)) for role in _EXPERTS}
+        yield Unit(f"layers.{layer}.experts", layer, experts)
+
+
+def preset_named(name: str) -> Preset:
+    """Looks a preset up.
+
+    Raises:
+        InputError: there is none of that name; the message lists those there are.
+    """
+    if name not in PRESETS:
+        raise InputError(f"{name!r} is not an ONNX preset; the presets are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def encoding_named(name: str) -> Encoding:
+    """Looks an encoding up.
+
+    Raises:
+        InputError: there is none of that name; the message lists those there are.
+    """
+    if name not in ENCODINGS:
+        raise InputError(f"{name!r} is not an encoding of ONNX weights; the encodings are {', '.join(ENCODINGS)}")
+    return ENCODINGS[name]
+
+
+def unit_encodings(
+    shape: MoeShape, preset: Preset, encodings: Mapping[str, str]
+) -> dict[tuple[Role, int | None], Encoding]:
+    """The encoding of every weight of a unit, by role and layer.
+
+    Args:
+        shape: the model.
+        preset: decides about units that ``encodings`` does not name.
+        encodings: an encoding's name by a unit's name.
+
+    Raises:
+        InputError: there is no such unit or encoding.
+        UnsupportedError: an encoding does not fit the length of a unit's rows.
+    """
+    units = {unit.name: unit for unit in onnx_units(shape)}
+    unknown = next((name for name in encodings if name not in units), None)
+    if unknown is not None:
+        raise InputError(
+            f"{unknown!r} is no unit of this model's ONNX file; the units are embedding, {_unit_names(shape)}"
+        )
+    chosen = {}
+    for unit in units.values():
+        for role, weight_shape in unit.weights.items():
+            named = encodings.get(unit.name)
+            encoding = preset.encoding(role) if named is None else encoding_named(named)
+            check_row_length(f"{unit.name} ({role})", encoding, weight_shape[-1])
+            chosen[role, unit.layer] = encoding
+    return chosen
+
+
+def _unit_names(shape: MoeShape) -> str:
+    last = shape.n_layers - 1
+    head = "" if shape.tied_embeddings else ", and head"
+    return f"and of layers.0 to layers.{last} {', '.join(_LINEARS.values())} and experts{head}"
+
+
+def _fits(encoding: Encoding, row_length: int) -> bool:
+    return encoding.blocks is None or row_length % encoding.blocks.block_size == 0
+
+
+def check_row_length(name: str, encoding: Encoding, row_length: int) -> None:
+    """Refuses rows that do not divide into blocks.
+
+    Raises:
+        UnsupportedError: the message calls the weight ``name`` and lists what its rows can have.
+    """
+    if not _fits(encoding, row_length):
+        fitting = ", ".join(other.name for other in ENCODINGS.values() if _fits(other, row_length))
+        raise UnsupportedError(
+            f"{name} has rows of {row_length} values, which do not divide into the blocks of {encoding.name}; "
+            f"these encodings fit: {fitting}"
+        )

@@ -1,0 +1,180 @@
+"""The data file of an ONNX model: every tensor's name, shape, type and place, before any weight is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import onnx
+
+from compressors.model.description.shape import MoeShape
+from compressors.model.errors import UnsupportedError
+from compressors.model.families.table import Role
+from compressors.model.sources.checkpoint import role_shape
+from compressors.model.sources.onnx import CODES, DATA_FILE, MODEL_FILE, SCALES
+from exporter.writing.onnx.encodings import FLOAT32, Encoding, preset_named, unit_encodings
+
+__all__ = ["DATA_FILE", "MODEL_FILE", "TensorLayout", "TensorPlan", "WeightPlan", "plan_tensors"]
+
+# Large tensors start on a page, so that the runtime can map them; the ONNX specification recommends 4096.
+_PAGE_BYTES = 4096
+_HEAD_MULTIPLE = 16
+_SMALL_ALIGNMENT = 64
+_SMALL_TENSOR_BYTES = 16 * _PAGE_BYTES
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One initialiser of the graph, and where the data file holds it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[np.generic]
+    offset: int
+
+    @property
+    def n_bytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def onnx_type(self) -> int:
+        """The type as ONNX numbers it."""
+        return onnx.helper.np_dtype_to_tensor_dtype(self.dtype)
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """One weight of the model: its codes (or values) and, if it is quantized, its scales.
+
+    ``roles`` are the source roles whose rows are interleaved: gate and up for the first expert matrix (row 2i is gate
+    row i, row 2i + 1 is up row i, which is what the MoE operators' SwiGLU reads), the role itself otherwise.
+    """
+
+    roles: tuple[Role, ...]
+    layer: int | None
+    encoding: Encoding
+    shape: tuple[int, ...]  # of the values: [D], [rows, columns], or [E, rows, columns] for experts (not if dense)
+    codes: TensorPlan
+    scales: TensorPlan | None
+
+    @property
+    def tensors(self) -> tuple[TensorPlan, ...]:
+        """The tensors of the data file that hold the weight."""
+        return (self.codes,) if self.scales is None else (self.codes, self.scales)
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """The data file: weights in the order in which they are written, then the rotary caches."""
+
+    shape: MoeShape
+    weights: tuple[WeightPlan, ...]
+    rotary_cosine: TensorPlan  # [rows, head_dim / 2], see Rope.table_lengths
+    rotary_sine: TensorPlan
+    data_bytes: int
+
+    def weight(self, role: Role, layer: int | None = None) -> WeightPlan:
+        """The weight that holds a role; a tied head is the embedding."""
+        if role is Role.HEAD and self.shape.tied_embeddings:
+            role = Role.TOKEN_EMBEDDING
+        return self._by_role[role, layer]
+
+    @cached_property
+    def _by_role(self) -> dict[tuple[Role, int | None], WeightPlan]:
+        return {(role, weight.layer): weight for weight in self.weights for role in weight.roles}
+
+    @property
+    def tensors(self) -> Iterator[TensorPlan]:
+        """Everything in the data file, by rising offset."""
+        for weight in self.weights:
+            yield from weight.tensors
+        yield self.rotary_cosine
+        yield self.rotary_sine
+
+
+def plan_tensors(shape: MoeShape, preset: str, encodings: Mapping[str, str] | None = None) -> TensorLayout:
+    """Gives every tensor its name, shape, type and offset; reads no weight.
+
+    Args:
+        shape: the model.
+        preset: a name from :data:`~exporter.writing.onnx.encodings.PRESETS`.
+        encodings: names from :data:`~exporter.writing.onnx.encodings.ENCODINGS` for units that differ from the preset,
+            by the unit's name (:func:`~exporter.writing.onnx.encodings.onnx_units`).
+
+    Raises:
+        InputError: there is no such preset, unit or encoding.
+        UnsupportedError: the operators cannot run heads of this size, or an encoding's blocks do not divide the rows.
+    """
+    _check_heads(shape)
+    return _Planner(shape, unit_encodings(shape, preset_named(preset), encodings or {})).plan()
+
+
+def _check_heads(shape: MoeShape) -> None:
+    """The attention operator checks it only when it runs (``gqa_attention_base.h`` in ONNX Runtime)."""
+    if shape.head_dim % _HEAD_MULTIPLE:
+        raise UnsupportedError(
+            f"ONNX Runtime's GroupQueryAttention with a rotary embedding runs heads of a multiple of {_HEAD_MULTIPLE} "
+            f"values; this model's have {shape.head_dim}: it cannot be written as ONNX; use --formats gguf"
+        )
+
+
+class _Planner:
+    def __init__(self, shape: MoeShape, encodings: Mapping[tuple[Role, int | None], Encoding]) -> None:
+        self._shape = shape
+        self._encodings = encodings
+        self._end = 0
+
+    def plan(self) -> TensorLayout:
+        shape = self._shape
+        weights = [self._weight(Role.TOKEN_EMBEDDING, None)]
+        for layer in range(shape.n_layers):
+            weights += [self._weight(role, layer) for role in shape.layer_roles(layer) if role in shape.stored_roles]
+            if shape.layer(layer).has_moe:
+                weights += self._feed_forward(layer)
+        weights.append(self._weight(Role.FINAL_NORM, None))
+        if not shape.tied_embeddings:
+            weights.append(self._weight(Role.HEAD, None))
+        cache_shape = (sum(shape.rope.table_lengths(shape.context_length)), shape.head_dim // 2)
+        cosine = self._place("rotary.cosine", cache_shape, np.dtype(np.float32))
+        sine = self._place("rotary.sine", cache_shape, np.dtype(np.float32))
+        return TensorLayout(shape, tuple(weights), cosine, sine, self._end)
+
+    def _weight(self, role: Role, layer: int | None) -> WeightPlan:
+        name = self._shape.onnx_name(role, layer)
+        shape = self._shape if layer is None else self._shape.layer(layer)
+        return self._encoded(name, (role,), layer, role_shape(role, shape))
+
+    def _feed_forward(self, layer: int) -> list[WeightPlan]:
+        if self._shape.is_dense:
+            return [self._weight(role, layer) for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)]
+        return [
+            self._experts((Role.EXPERT_GATE, Role.EXPERT_UP), layer),
+            self._experts((Role.EXPERT_DOWN,), layer),
+        ]
+
+    def _experts(self, roles: tuple[Role, ...], layer: int) -> WeightPlan:
+        layer_shape = self._shape.layer(layer)
+        rows, columns = role_shape(roles[0], layer_shape)
+        shape = (layer_shape.n_experts, len(roles) * rows, columns)
+        return self._encoded(self._shape.onnx_name(roles[0], layer), roles, layer, shape)
+
+    def _encoded(self, name: str, roles: tuple[Role, ...], layer: int | None, shape: tuple[int, ...]) -> WeightPlan:
+        encoding = self._encodings.get((roles[0], layer), FLOAT32)  # norms and routers are of no unit
+        if encoding.blocks is None:
+            values = self._place(name, shape, np.dtype(np.float32))
+            return WeightPlan(roles, layer, encoding, shape, values, None)
+        *rows, columns = shape
+        codes = self._place(name + CODES, (*rows, columns * encoding.bits // 8), np.dtype(np.uint8))
+        scales = self._place(name + SCALES, (*rows, columns // encoding.blocks.block_size), np.dtype(np.float16))
+        return WeightPlan(roles, layer, encoding, shape, codes, scales)
+
+    def _place(self, name: str, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> TensorPlan:
+        n_bytes = math.prod(shape) * dtype.itemsize
+        alignment = _PAGE_BYTES if n_bytes >= _SMALL_TENSOR_BYTES else _SMALL_ALIGNMENT
+        offset = -(-self._end // alignment) * alignment
+        self._end = offset + n_bytes
+        return TensorPlan(name, shape, dtype, offset)

@@ -1,0 +1,97 @@
+"""Predicts the memory of a model in ONNX Runtime on the CPU, above the process itself: an upper bound by line.
+
+Session options were tried on a 2 GB model and none helped: without prepacking decoding is 50 times slower, the arena,
+``use_device_allocator_for_initializers`` and ``use_external_initializer_file_buffers_directly`` leave the peak where
+it is. Large tensors are mapped from the data file in any case, and given back when they have been packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from compressors.model.description.shape import MoeShape
+from compressors.model.families.table import Role
+from exporter.writing.onnx.layout import TensorLayout, WeightPlan, plan_tensors
+from exporter.writing.onnx.writer import with_context
+
+__all__ = ["CHUNK_TOKENS", "predict_runtime_bytes"]
+
+CHUNK_TOKENS = 512
+"""Prompts are fed in pieces of this many tokens: validation does, and genai_config.json tells onnxruntime-genai to."""
+
+_FLOAT_BYTES = 4
+_EXPERT_AXES = 3  # of the shape of a layer's experts
+_SMALLEST_BITS = 2
+_SESSION_BYTES = 24 << 20  # graph, thread pool, allocator slack: measured 13 to 20 MB whatever the model
+_LIVE_HIDDEN_STATES = 8  # [tokens, D] at a time: residual, normed, branch and what they are made from
+_LIVE_PROJECTIONS = 3  # query, key and value as projected, normed per head, rotated
+
+
+def predict_runtime_bytes(
+    shape: MoeShape, preset: str, context: int, *, threads: int, encodings: Mapping[str, str] | None = None
+) -> dict[str, int]:
+    """Bytes of ``weights``, ``kv_cache`` and ``compute`` with a cache of ``context`` tokens that is full.
+
+    The cache is float32, allocated once and written in place, as validation and onnxruntime-genai do it; a client
+    that takes the present cache as a new tensor at every step (optimum) holds it twice.
+
+    Args:
+        shape: the model as it is written; its rotary caches cover ``shape.context_length`` tokens.
+        preset: a name from :data:`exporter.writing.onnx.encodings.PRESETS`.
+        context: tokens in the cache, at most ``shape.context_length``.
+        threads: threads inside an operator; each holds one widened expert.
+        encodings: encodings of units that differ from the preset, as in
+            :func:`~exporter.writing.onnx.layout.plan_tensors`.
+
+    Raises:
+        InputError: there is no such preset, unit or encoding, or the model's context is shorter.
+        UnsupportedError: the operators cannot represent the model.
+    """
+    with_context(shape, context)  # refuses a context that does not fit
+    layout = plan_tensors(shape, preset, encodings)
+    cache = 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * context * _FLOAT_BYTES
+    return {"weights": _weight_bytes(layout), "kv_cache": cache, "compute": _compute_bytes(layout, context, threads)}
+
+
+def _weight_bytes(layout: TensorLayout) -> int:
+    """Bytes of the data file, of the runtime's further arrays for each weight, and of a tied head's packed copy."""
+    beside = sum(_bytes_beside(weight) for weight in layout.weights)
+    return layout.data_bytes + beside + (_packed_head_bytes(layout) if layout.shape.tied_embeddings else 0)
+
+
+def _bytes_beside(weight: WeightPlan) -> int:
+    """Scales widened to float32. Products with int8 inputs keep as much again for each block's sum, and also pack the
+    scales, if not of experts of 2 bits: measured with weights of up to 600 MB."""
+    if weight.scales is None:
+        return 0
+    copies = 1
+    if weight.encoding.has_int8_inputs and Role.TOKEN_EMBEDDING not in weight.roles:
+        packs_scales = len(weight.shape) < _EXPERT_AXES or weight.encoding.bits > _SMALLEST_BITS
+        copies += 4 if packs_scales else 2
+    return copies * weight.scales.n_bytes
+
+
+def _packed_head_bytes(layout: TensorLayout) -> int:
+    """Bytes of the head packed for its product: with float32 scales and, for int8 inputs, each block's sum."""
+    head = layout.weight(Role.HEAD)
+    packed = head.codes.n_bytes
+    if head.scales is not None:
+        packed += 2 * 2 * head.scales.n_bytes
+    return packed
+
+
+def _compute_bytes(layout: TensorLayout, context: int, threads: int) -> int:
+    """Bytes of the buffers while a chunk runs or, if more, of the largest tensor, which loading holds in two forms."""
+    shape = layout.shape
+    tokens = min(CHUNK_TOKENS, context)
+    routed = tokens * shape.top_k
+    values = tokens * shape.vocab_size  # logits
+    values += tokens * context  # attention bias
+    values += tokens * shape.hidden_size * _LIVE_HIDDEN_STATES
+    values += tokens * (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim * _LIVE_PROJECTIONS
+    values += routed * (3 * shape.expert_width + 2 * shape.hidden_size)  # gate, up, product; input and output
+    if not shape.is_dense:
+        values += threads * (shape.expert_parameters + tokens * shape.hidden_size)  # widened expert, partial sums
+    # The embedding is not packed; where it is the head too, the packed copy counts among the weights.
+    largest = max(weight.codes.n_bytes for weight in layout.weights if Role.TOKEN_EMBEDDING not in weight.roles)
+    return _SESSION_BYTES + max(values * _FLOAT_BYTES, largest)

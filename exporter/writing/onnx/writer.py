@@ -1,0 +1,141 @@
+"""Writes ``model.onnx`` and ``model.onnx.data``: the graph at once, the weights an expert or a slice at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from compressors.calibration.statistics import Importance
+from compressors.model.description.shape import MoeShape
+from compressors.model.errors import InputError
+from compressors.model.sources.student import Student
+from exporter.writing.feedback import StudentFeedback
+from exporter.writing.files import replacing
+from exporter.writing.onnx.data import Place, weight_pieces
+from exporter.writing.onnx.graph import build_model
+from exporter.writing.onnx.layout import DATA_FILE, MODEL_FILE, TensorLayout, plan_tensors
+from exporter.writing.pieces import Piece, write_pieces
+from exporter.writing.resumable import Part, is_published, resuming
+
+__all__ = ["predict_size", "with_context", "write_onnx"]
+
+
+def with_context(shape: MoeShape, context_length: int | None) -> MoeShape:
+    """The model with a shorter context, which its rotary caches are made for; None keeps the model's own.
+
+    Raises:
+        InputError: the context is longer than the model's, or not positive.
+    """
+    if context_length is None:
+        return shape
+    if not 0 < context_length <= shape.context_length:
+        raise InputError(
+            f"a context of {context_length} tokens is asked for; the model has 1 to {shape.context_length}"
+        )
+    return replace(shape, context_length=context_length)
+
+
+def predict_size(
+    shape: MoeShape,
+    preset: str,
+    context_length: int | None = None,
+    encodings: Mapping[str, str] | None = None,
+) -> int:
+    """Bytes of ``model.onnx`` and ``model.onnx.data`` together, exactly; reads no weight.
+
+    Args:
+        shape: the model.
+        preset: a name from :data:`exporter.writing.onnx.encodings.PRESETS`.
+        context_length: tokens that the rotary caches cover; None for the model's own maximum.
+        encodings: of units that differ from the preset, as :func:`~exporter.writing.onnx.layout.plan_tensors` takes
+            them.
+
+    Raises:
+        InputError: there is no such preset, unit or encoding, or the context does not fit the model.
+        UnsupportedError: the operators cannot hold the model so.
+    """
+    layout = plan_tensors(with_context(shape, context_length), preset, encodings)
+    return layout.data_bytes + int(build_model(layout).ByteSize())
+
+
+def write_onnx(
+    student: Student,
+    preset: str,
+    folder: Path,
+    *,
+    encodings: Mapping[str, str] | None = None,
+    importance: Importance | None = None,
+    feedback: StudentFeedback | None = None,
+    context_length: int | None = None,
+    threads: int,
+    resume: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Writes the student's graph and weights into ``folder``, which is made if it is missing.
+
+    Q4_0 and Q8_0 weights are quantized with ggml's kernels, so a GGUF file of the same types and importance holds the
+    same numbers; other blocks by :func:`compressors.quantize.blocks.search_blocks`. The bytes do not depend on
+    ``threads``. ``model.onnx`` appears last: a folder without it is unfinished. On any
+    failure a model that was there stays as it was.
+
+    Args:
+        student: the model to write.
+        preset: a name from :data:`exporter.writing.onnx.encodings.PRESETS`.
+        folder: where the two files go.
+        encodings: of units that differ from the preset, as :func:`~exporter.writing.onnx.layout.plan_tensors` takes
+            them.
+        importance: weighs quantization errors; None weighs all input features alike.
+        feedback: chooses the codes so that they make up for each other's errors; None leaves them as kernels and search
+            choose them.
+        context_length: tokens that the rotary caches cover; None for the model's own maximum.
+        threads: experts or slices that are quantized at a time.
+        resume: go on with what an attempt with the same arguments left in ``folder``, and leave what is written there
+            if this one fails. Without it nothing is left behind.
+        progress: is called with the number of bytes written since its last call.
+
+    Raises:
+        InputError: no such preset, unit, encoding or context; a weight is not finite or cannot be read; the disk is
+            full.
+        UnsupportedError: the operators cannot hold the model so.
+    """
+    layout = plan_tensors(with_context(student.shape, context_length), preset, encodings)
+    model = build_model(layout)
+    graph = model.SerializeToString(deterministic=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    pieces = [*weight_pieces(student, layout, importance or {}, feedback), _rotary_piece(layout)]
+    with replacing(folder / MODEL_FILE) as graph_stream:
+        graph_stream.write(graph)
+        if resume and is_published(folder / DATA_FILE, pieces):
+            return
+        with resuming(folder / DATA_FILE, graph, pieces, keep=resume) as file:
+            write_pieces(file, pieces, threads=threads, progress=progress)
+            (folder / MODEL_FILE).unlink(missing_ok=True)  # an old graph must not be found beside the new weights
+
+
+def _rotary_piece(layout: TensorLayout) -> Piece:
+    """The rotary caches, which lie behind all weights."""
+    caches = [Place(tensor.offset, tensor.n_bytes) for tensor in (layout.rotary_cosine, layout.rotary_sine)]
+    n_bytes = sum(place.n_bytes for place in caches)
+    return Piece(n_bytes, caches[-1].end, lambda: partial(_rotary_parts, layout.shape, caches))
+
+
+def _rotary_parts(shape: MoeShape, places: Sequence[Place]) -> list[Part]:
+    caches = _rotary_caches(shape)
+    return [place.part(cache.numpy()) for place, cache in zip(places, caches, strict=True)]
+
+
+def _rotary_caches(shape: MoeShape) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of every position's angles, float32 [rows, head_dim / 2], as transformers computes them.
+
+    Each table is that of a text as long as its rows.
+    """
+    tables = [
+        torch.outer(torch.arange(n_tokens, dtype=torch.float32), shape.rope.inverse_frequencies(n_tokens))
+        for n_tokens in shape.rope.table_lengths(shape.context_length)
+    ]
+    angles = torch.cat(tables)
+    return angles.cos() * shape.rope.attention_factor, angles.sin() * shape.rope.attention_factor

@@ -1,0 +1,68 @@
+"""Layer inputs on disk: they are those of the first tokens, in 16 bits, each process's blocks in their places."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from compressors.calibration import layer_inputs
+from compressors.calibration.layer_inputs import LayerInputs, layer_input_bytes, n_kept_blocks, write_layer_inputs
+from compressors.model.errors import InputError
+from compressors.model.running.hidden_states import HiddenStates
+from compressors.model.running.streaming import StreamedModel, TokenGroup
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import Student
+
+
+def test_whole_blocks_are_kept_up_to_a_number_of_tokens() -> None:
+    assert n_kept_blocks(1000, 512) == 62
+    assert n_kept_blocks(7, 512) == 7
+    assert n_kept_blocks(3, 100_000) == 1
+
+
+def test_bytes_on_disk_are_foreseen(float32_toy: Checkpoint, tmp_path: Path) -> None:
+    shape = float32_toy.shape
+    LayerInputs.create(tmp_path, shape.n_layers, (3, 16, shape.hidden_size))
+    headers = 128 * (shape.n_layers + 1)
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) == layer_input_bytes(shape, 3 * 16) + headers
+    assert layer_input_bytes(shape, 10**9) == (shape.n_layers + 1) * 32_000 * shape.hidden_size * 2
+
+
+def test_each_process_writes_the_kept_ones_of_its_blocks(tmp_path: Path) -> None:
+    LayerInputs.create(tmp_path, 1, (3, 4, 2))
+    states_BTD = torch.randn(5, 4, 2, generator=torch.Generator().manual_seed(0))
+    for mine in ([0, 2, 4], [1, 3]):
+        states = HiddenStates((len(mine), 4, 2), torch.float32)
+        states.write(slice(0, len(mine)), states_BTD[mine])
+        LayerInputs(tmp_path).keep(1, states, mine)
+    inputs = LayerInputs(tmp_path)
+    assert inputs.shape == (3, 4, 2)
+    assert torch.equal(inputs.read(1, slice(0, 3)), states_BTD[:3].bfloat16())
+    assert not inputs.read(0, slice(0, 3)).any()
+
+
+def test_a_missing_file_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"layer-002\.npy cannot be read"):
+        LayerInputs(tmp_path).read(2, slice(0, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_they_are_what_each_layer_is_given(float32_toy: Checkpoint, tmp_path: Path, dtype: torch.dtype) -> None:
+    """Runs each layer on its kept inputs: it gives those that were kept for the next one."""
+    tokens_BT = torch.arange(3 * 8).view(3, 8)
+    model = StreamedModel(Student.teacher(float32_toy))
+    done: list[int] = []
+    inputs = write_layer_inputs(model, tokens_BT, tmp_path, dtype, done.append)
+    assert sum(done) == model.shape.n_layers
+    (states,) = model.stream([TokenGroup(tokens_BT, dtype=dtype)])
+    assert torch.equal(inputs.read(0, slice(0, 3)), model.embed(tokens_BT).bfloat16())
+    assert torch.equal(inputs.read(2, slice(0, 3)), states.read(slice(0, 3)).bfloat16())
+    for index, weights in model.weights(range(2)):
+        entering, leaving = (HiddenStates(states.shape, dtype) for _ in range(2))
+        entering.write(slice(0, 3), inputs.read(index, slice(0, 3)).to(dtype))
+        model.run(index, weights, entering, leaving)
+        kept = inputs.read(index + 1, slice(0, 3)).float()
+        assert (leaving.read(slice(0, 3)).float() - kept).norm() < 0.01 * kept.norm()
+    assert tokens_BT.numel() <= layer_inputs.KEPT_TOKENS

@@ -1,0 +1,135 @@
+"""Where things lie: arrays and hidden states on disk, and what the limit decides."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from compressors.model.description.shape import MoeShape
+from compressors.model.errors import InputError
+from compressors.model.files.array_file import ArrayFile
+from compressors.model.running.arithmetic import fastest_arithmetic
+from compressors.model.running.hidden_states import HiddenStates
+from compressors.model.running.layers import LayerReader, layer_bytes
+from compressors.model.running.memory import MemoryLimit, place, positions_at_once, working_bytes
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import Student
+
+
+@pytest.fixture(scope="module")
+def shape(fine_folder: Path) -> MoeShape:
+    return Checkpoint(fine_folder).shape
+
+
+def test_an_array_file_is_numpy_s_format(tmp_path: Path) -> None:
+    rows = np.arange(24, dtype=np.float32).reshape(6, 2, 2)
+    file = ArrayFile.create(tmp_path / "x.npy", rows.shape, np.float32)
+    file.write(4, rows[4:])
+    file.write(0, rows[:4])
+    assert np.array_equal(np.load(tmp_path / "x.npy"), rows)
+    np.save(tmp_path / "y.npy", rows.astype(np.uint16))
+    again = ArrayFile.open(tmp_path / "y.npy")
+    assert np.array_equal(again.read(1, 3), rows[1:3])
+    assert (again.shape, again.dtype, len(again)) == ((6, 2, 2), np.dtype(np.uint16), 6)
+
+
+@pytest.mark.parametrize("n_bytes", [0, 5, 100, -1])
+def test_a_cut_array_file_is_named(tmp_path: Path, n_bytes: int) -> None:
+    np.save(tmp_path / "x.npy", np.arange(100))
+    (tmp_path / "x.npy").write_bytes((tmp_path / "x.npy").read_bytes()[:n_bytes])
+    with pytest.raises(InputError, match=r"x\.npy cannot be read"):
+        ArrayFile.open(tmp_path / "x.npy")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spills", [False, True])
+def test_hidden_states_keep_their_bits(tmp_path: Path, dtype: torch.dtype, spills: bool) -> None:
+    values = torch.randn(10, 3, 4, generator=torch.Generator().manual_seed(2)).to(dtype)
+    states = HiddenStates((10, 3, 4), dtype, tmp_path / "spill" if spills else None)
+    for blocks in states.groups(4):
+        states.write(blocks, values[blocks])
+    assert torch.equal(states.read(slice(2, 7)), values[2:7])
+    states.save(tmp_path / "saved.npy")
+    other = HiddenStates((10, 3, 4), dtype)
+    other.load(tmp_path / "saved.npy")
+    assert torch.equal(other.read(slice(0, 10)), values)
+    if spills:
+        assert not list((tmp_path / "spill").iterdir()), "the file has no name, so a kill leaves nothing"
+
+
+def test_the_head_takes_the_place_of_the_layers(shape: MoeShape, tmp_path: Path) -> None:
+    large_head = replace(shape, vocab_size=1_000_000)
+    head = 4 * 1_000_000 * (shape.hidden_size + 2 * positions_at_once(1_000_000))
+    layer, hidden = 1000, 2500
+
+    def placed(n_bytes: int) -> tuple[int, bool, bool]:
+        placement = place(MemoryLimit(n_bytes, tmp_path), large_head, layer, hidden, held_bytes=0)
+        return placement.n_resident, placement.read_ahead, placement.spill is None
+
+    assert placed(head - 1) == (0, False, False)
+    assert placed(head) == (0, True, False), "beside such a head two small layers cost nothing"
+    assert placed(head + hidden + 2 * layer) == (2, True, True)
+
+
+def test_room_goes_to_reading_ahead_then_hidden_states_then_layers(shape: MoeShape, tmp_path: Path) -> None:
+    layer, hidden, held = 1000, 2500, 70
+    shape = replace(shape, vocab_size=256)  # the head is smaller than what a layer's computation needs
+    least = held + working_bytes(shape) + layer
+
+    def placed(n_bytes: int) -> tuple[int, bool, bool]:
+        placement = place(MemoryLimit(n_bytes, tmp_path), shape, layer, hidden, held_bytes=held)
+        return placement.n_resident, placement.read_ahead, placement.spill is None
+
+    assert placed(least) == (0, False, False)
+    assert placed(least + layer - 1) == (0, False, False)
+    assert placed(least + layer) == (0, True, False)
+    assert placed(least + layer + hidden) == (0, True, True)
+    assert placed(least + layer + hidden + 3 * layer) == (3, True, True)
+    assert placed(10**15) == (shape.n_layers, True, True)
+
+
+@pytest.mark.parametrize(("vocab_size", "positions"), [(1000, 2048), (50304, 512), (151936, 256), (10**7, 256)])
+def test_logits_are_made_in_bounded_chunks(vocab_size: int, positions: int) -> None:
+    assert positions_at_once(vocab_size) == positions
+
+
+@pytest.mark.parametrize(("n_resident", "read_ahead"), [(0, False), (0, True), (2, True), (6, True)])
+def test_every_way_of_holding_layers_gives_their_weights(fine_folder: Path, n_resident: int, read_ahead: bool) -> None:
+    student = Student.teacher(Checkpoint(fine_folder))
+    reader = LayerReader(student, n_resident=n_resident, read_ahead=read_ahead, check_finite=False)
+    addresses = set()
+    for order in (range(6), range(5, -1, -1), range(6)):
+        visited = []
+        for index, weights in reader.visit(order):
+            assert torch.equal(weights.down_EDF, _down(student, index))
+            addresses.add(weights.down_EDF.data_ptr())
+            visited.append(index)
+        assert visited == list(order)
+        reader.release()
+    if n_resident == 6:
+        assert len(addresses) == 6, "read once, and kept"
+
+
+def _down(student: Student, layer: int) -> torch.Tensor:
+    from compressors.model.families.table import Role
+
+    return torch.stack([student.expert(Role.EXPERT_DOWN, layer, expert) for expert in range(student.shape.n_experts)])
+
+
+def test_a_layer_s_bytes_are_those_on_disk(family_folder: Path) -> None:
+    source = Checkpoint(family_folder)
+    on_disk = sum(header.n_bytes for name, header in source.headers.items() if name.startswith("model.layers.1."))
+    assert layer_bytes(Student.teacher(source)) == pytest.approx(on_disk, rel=0.01)
+
+
+def test_small_models_and_other_processors_compute_in_float32(shape: MoeShape, monkeypatch: pytest.MonkeyPatch) -> None:
+    large = replace(shape, hidden_size=2048)
+    assert fastest_arithmetic(shape, torch.bfloat16, "cuda") == "float32"
+    assert fastest_arithmetic(large, torch.float16, "cuda") == "float32"
+    assert fastest_arithmetic(large, torch.bfloat16, "cuda") == "bfloat16"
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert fastest_arithmetic(large, torch.bfloat16, "cpu") == "float32"

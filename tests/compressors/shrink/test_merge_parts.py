@@ -1,0 +1,115 @@
+"""What merging is made of: neuron alignment, averages, aliases, and statistics of merged experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from compressors.shrink.merge import HCSMoE, forward_with_aliases, merge_groups, merged_statistics
+from compressors.shrink.merge.alignment import match_weights, match_weights_and_activations
+from compressors.shrink.moe_block import CompressedBlock, Evidence, MoeBlock
+
+Blocks = Callable[[Path, int], tuple[MoeBlock, Evidence]]
+
+
+def _with_copy(block: MoeBlock, source: int, target: int, order: torch.Tensor) -> MoeBlock:
+    """The block whose expert ``target`` is ``source`` with its neurons in another order."""
+    gate, up = block.gate_up_EFD[source].chunk(2)
+    gate_up_EFD, down_EDF = block.gate_up_EFD.clone(), block.down_EDF.clone()
+    gate_up_EFD[target], down_EDF[target] = torch.cat([gate[order], up[order]]), block.down_EDF[source][:, order]
+    return replace(block, gate_up_EFD=gate_up_EFD, down_EDF=down_EDF)
+
+
+@pytest.mark.parametrize("by_activations", [False, True])
+def test_alignment_gives_a_permuted_expert_back_exactly(
+    trained_block: Blocks, coarse_folder: Path, by_activations: bool
+) -> None:
+    block, evidence = trained_block(coarse_folder, 2)
+    order = torch.randperm(block.width, generator=torch.Generator().manual_seed(1))
+    permuted = _with_copy(block, 3, 6, order)
+    if by_activations:
+        found = match_weights_and_activations(permuted, evidence.sample_TD[:512], 3, 6)
+    else:
+        found = match_weights(permuted, 3, 6)
+    assert torch.equal(permuted.gate(6)[found], block.gate(3))
+    assert torch.equal(permuted.up(6)[found], block.up(3))
+    assert torch.equal(permuted.down(6)[:, found], block.down(3))
+
+
+def test_neurons_without_activity_do_not_disturb_alignment(trained_block: Blocks, coarse_folder: Path) -> None:
+    block, _ = trained_block(coarse_folder, 2)
+    order = torch.randperm(block.width, generator=torch.Generator().manual_seed(1))
+    permuted = _with_copy(block, 3, 6, order)
+    silent = torch.zeros(8, block.router_ED.shape[1])
+    assert torch.equal(permuted.gate(6)[match_weights_and_activations(permuted, silent, 3, 6)], block.gate(3))
+
+
+def test_a_group_without_weight_is_averaged_plainly(trained_block: Blocks, coarse_folder: Path) -> None:
+    block, _ = trained_block(coarse_folder, 2)
+    groups = ((0, 4, 7), (1,), (2,), (3,), (5,), (6,))
+    weights_E = torch.tensor([0.0, 1, 1, 1, 0, 1, 1, 0])
+    result = merge_groups(block, groups, weights_E, average_router=True)
+    mean = (block.gate_up_EFD[0].double() + block.gate_up_EFD[4].double() + block.gate_up_EFD[7].double()) / 3
+    torch.testing.assert_close(result.block.gate_up_EFD[0], mean.to(block.gate_up_EFD.dtype))
+    torch.testing.assert_close(result.block.router_ED[0], block.router_ED[[0, 4, 7]].mean(0))
+    assert result.changed_experts == {0}
+    assert torch.equal(result.block.down_EDF[1:], block.down_EDF[[1, 2, 3, 5, 6]])
+
+
+def test_aliases_are_their_definition(trained_block: Blocks, coarse_folder: Path) -> None:
+    """Token by token: each choice of the original router runs the expert that the chosen one was merged into."""
+    block, evidence = trained_block(coarse_folder, 4)
+    inputs_TD = evidence.sample_TD[:48]
+    compressed = HCSMoE(3)(block, replace(evidence, inputs_TD=evidence.sample_TD[:512]))
+    output_TD = forward_with_aliases(block, compressed, inputs_TD)
+    several_members = 0
+    for token, inputs in enumerate(inputs_TD):
+        probabilities = torch.softmax(block.router_ED @ inputs, dim=0)
+        chosen = probabilities.argsort(descending=True)[: block.top_k].tolist()
+        expected = torch.zeros_like(inputs)
+        merged_into = [next(g for g, group in enumerate(compressed.groups) if expert in group) for expert in chosen]
+        for expert, index in zip(chosen, merged_into, strict=True):
+            gate_up = compressed.block.gate_up_EFD[index].float() @ inputs
+            gate, up = gate_up.chunk(2)
+            output = compressed.block.down_EDF[index].float() @ (torch.nn.functional.silu(gate) * up)
+            expected += probabilities[expert] / probabilities[chosen].sum() * output
+        several_members += len(set(merged_into)) < len(chosen)
+        torch.testing.assert_close(output_TD[token], expected, rtol=1e-4, atol=1e-5)
+    assert several_members > 0
+
+
+def test_aliases_of_unmerged_experts_are_the_block_itself(trained_block: Blocks, coarse_folder: Path) -> None:
+    block, evidence = trained_block(coarse_folder, 1)
+    inputs_TD = evidence.sample_TD[:256]
+    output_TD = forward_with_aliases(block, CompressedBlock.unchanged(block), inputs_TD)
+    torch.testing.assert_close(output_TD, block.forward(inputs_TD), rtol=1e-4, atol=1e-5)
+
+
+def test_merged_statistics_are_their_members(trained_block: Blocks, coarse_folder: Path) -> None:
+    block, evidence = trained_block(coarse_folder, 3)
+    groups = ((1, 0, 6), (2,), (4, 3), (5,), (7,))
+    merged = merged_statistics(evidence.statistics, groups)
+    routes = block.route(evidence.sample_TD)
+    for index, group in enumerate(groups):
+        count, squares, largest = 0, torch.zeros(block.router_ED.shape[1], dtype=torch.float64), 0.0
+        for expert in group:
+            tokens, _ = routes.of_expert(expert)
+            count += len(tokens)
+            squares += evidence.sample_TD[tokens].double().square().sum(0)
+            largest = max(largest, float(block.output(expert, evidence.sample_TD[tokens]).norm(dim=-1).max()))
+        assert merged.count_E[index] == count
+        torch.testing.assert_close(merged.gate_up_input_square_ED[index], squares, rtol=1e-4, atol=1e-4)
+        assert merged.norm_max_E[index].item() == pytest.approx(largest, rel=1e-4)
+        origin_tokens, _ = routes.of_expert(group[0])
+        hidden_nF = block.hidden(group[0], evidence.sample_TD[origin_tokens]).double()
+        torch.testing.assert_close(
+            merged.down_input_square_EF[index] / count, hidden_nF.square().mean(0), rtol=1e-4, atol=1e-6
+        )
+    assert merged.router_logit_gram_EE.shape == (5, 5)
+    assert merged.router_logit_gram_EE[2, 0] == evidence.statistics.router_logit_gram_EE[4, 1]
+    assert merged.n_tokens == evidence.statistics.n_tokens
+    assert merged.count_E.sum() == evidence.statistics.count_E.sum()

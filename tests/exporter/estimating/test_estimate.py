@@ -1,0 +1,354 @@
+"""Compares the estimated needs of a run with sums that are made in another way."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compressors.model.errors import InputError
+from compressors.model.sources.checkpoint import Checkpoint
+from exporter.estimating.estimate import (
+    Speeds,
+    describe_time,
+    disk_lines,
+    disk_lines_of_all,
+    memory_lines,
+    seconds_by_stage,
+)
+from exporter.estimating.machine import measure_speeds
+from exporter.planning.job import Flags, Job
+from exporter.planning.plan import Plan, Search
+from exporter.planning.plan_making import make_plan
+from exporter.planning.preflight import refuse_too_little_disk, refuse_too_little_memory
+from exporter.planning.recipe import FileChoice, Recipe
+from exporter.run import run_job
+
+_START = 4
+_ROUTER = {"scope": "router", "blocks": 40, "blocks_per_step": 8, "learning_rate": 0.001}
+_FAST = Speeds(read_bytes=1e15, multiply_adds=1e6, reference_multiply_adds=1e6, quantized_values=1e15)
+_PLENTY = 10**15
+
+
+@pytest.fixture(scope="module")
+def job(toy_model: Path, small_texts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """The toy's job: 12 of 32 experts, routers taught, both artifacts in Q4_0, and the student's checkpoint."""
+    calibration, text = small_texts
+    out = tmp_path_factory.mktemp("estimate") / "out"
+    return Flags(
+        model=str(toy_model),
+        budget="3MB",
+        budget_kind="file",
+        quant="Q4_0",
+        calibration=calibration,
+        text=text,
+        threads=1,
+        context=512,
+        save_student=True,
+        out=out,
+    ).job()
+
+
+@pytest.fixture(scope="module")
+def plan(job: Job) -> Plan:
+    """The plan with 40, 4, and 3 blocks of each of two held-out files. Both written files hold the same numbers."""
+    plan = make_plan(job, "moe-export")
+    text = {"calibration_blocks": 40, "selection_blocks": 4, "heldout_chunks_per_file": 3}
+    gguf = {"tensors": {"token_embd.weight": "Q8_0"}, "quantizer": "kernel"}
+    return _edited(plan, text=text, recover={"rungs": [_ROUTER]}, gguf=gguf, onnx={"quantizer": "kernel"})
+
+
+def _edited(plan: Plan, **parts: Mapping[str, Any]) -> Plan:
+    recipe = plan.recipe.model_dump()
+    for name, part in parts.items():
+        recipe[name] |= part
+    return replace(plan, recipe=Recipe.model_validate(recipe))
+
+
+def _choosing_codes(plan: Plan) -> Plan:
+    return _edited(plan, gguf={"quantizer": "feedback"}, onnx={"quantizer": "feedback"})
+
+
+def _with_types(plan: Plan, gguf: str, onnx: str) -> Plan:
+    files = {"gguf": FileChoice(mix=gguf), "onnx": FileChoice(mix=onnx)}
+    return replace(plan, recipe=plan.recipe.model_copy(update=files))
+
+
+def _matrix_values(plan: Plan, n_experts_per_token: int) -> int:
+    """Weights that one token uses: all but norms, with its share of the experts. The embedding is the head."""
+    headers = Checkpoint(plan.source).headers
+    sizes = {name: prod(header.shape) for name, header in headers.items() if len(header.shape) == 2}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    others = sum(size for name, size in sizes.items() if ".experts." not in name)
+    assert plan.teacher_shape.tied_embeddings
+    return others + experts * n_experts_per_token // plan.teacher_shape.n_experts
+
+
+def test_seconds_are_tokens_times_weights_where_reading_costs_nothing(plan: Plan) -> None:
+    seconds = seconds_by_stage(plan, _FAST, _PLENTY)
+    per_block = 512 * _matrix_values(plan, plan.teacher_shape.top_k) / 1e6
+    assert seconds["calibrate"] - _START == pytest.approx((40 + 4 + 6) * per_block, rel=0.001)
+    # the student lacks router rows of 20 experts in 2 layers
+    per_block -= 512 * 2 * 20 * plan.teacher_shape.hidden_size / 1e6
+    assert seconds["validate_torch"] - _START == pytest.approx(6 * per_block, rel=0.001)
+    assert seconds["validate_gguf"] - _START == pytest.approx((6 + 1) * per_block, rel=0.001)
+    assert seconds["schedule"] - _START == pytest.approx(3 * 8 * per_block, rel=0.001)
+    # both files hold the same numbers
+    assert seconds["validate_written"] == seconds["validate_torch"]
+    different = _with_types(plan, "Q8_0", "Q4_0")
+    twice = seconds_by_stage(different, _FAST, _PLENTY)["validate_written"]
+    assert twice - _START == pytest.approx(2 * (seconds["validate_torch"] - _START))
+    assert set(seconds) == {
+        *("calibrate", "compress", "schedule", "recover", "gguf", "onnx", "student"),
+        *("teacher_texts", "validate_torch", "validate_written", "validate_gguf", "validate_onnx"),
+        *("teacher_gguf", "teacher_onnx"),
+    }
+
+
+def test_a_part_of_the_original_is_run_by_torch_too(plan: Plan) -> None:
+    """Six chunks through both layers in the runtime alone, or through one in the runtime and in torch."""
+    seconds = seconds_by_stage(plan, _FAST, _PLENTY)
+    whole = 512 * _matrix_values(plan, plan.teacher_shape.top_k) / 1e6
+    assert seconds["teacher_gguf"] - _START == pytest.approx(6 * whole, rel=0.001)
+    one_layer = replace(plan.teacher_floors["onnx"], n_layers=1)
+    cut = seconds_by_stage(replace(plan, teacher_floors={"onnx": one_layer}), _FAST, _PLENTY)
+    assert "teacher_gguf" not in cut
+    head = 512 * plan.teacher_shape.vocab_size * plan.teacher_shape.hidden_size / 1e6
+    assert cut["teacher_onnx"] - _START == pytest.approx(2 * 6 * (head + (whole - head) / 2), rel=0.001)
+
+
+def test_methods_that_look_at_text_take_a_pass_or_two(plan: Plan) -> None:
+    """A sample of 32 of the 40 blocks runs through the teacher, then all through the student whose experts changed."""
+    assert seconds_by_stage(plan, _FAST, _PLENTY)["compress"] == _START, "REAP reads the sums of calibration"
+    per_block = 512 * _matrix_values(plan, plan.teacher_shape.top_k) / 1e6
+    student_block = per_block - 512 * 2 * 20 * plan.teacher_shape.hidden_size / 1e6
+    for method, sequential, passes in (
+        ("removal-error", False, 32 * per_block),
+        ("reap", True, 40 * per_block),
+        ("hc-smoe", False, 32 * per_block + 40 * student_block),
+        ("ream", True, 40 * per_block + 40 * student_block),
+    ):
+        edited = _edited(plan, compress={"method": method, "sequential": sequential})
+        seconds = seconds_by_stage(edited, _FAST, _PLENTY)["compress"] - _START
+        assert seconds == pytest.approx(passes, rel=0.001), method
+    experts = 2 * 12 * 3 * 128 * 256 * 2
+    assert disk_lines(_edited(plan, compress={"method": "m-smoe"}))["changed experts"] == experts
+    assert "changed experts" not in disk_lines(plan)
+
+
+def test_what_is_reported_is_computed_in_float32(plan: Plan) -> None:
+    """Four times as slow as the arithmetic of calibration, on a processor with matrix units."""
+    usual = seconds_by_stage(plan, _FAST, _PLENTY)
+    slow_reference = seconds_by_stage(plan, replace(_FAST, reference_multiply_adds=1e6 / 4), _PLENTY)
+    assert slow_reference["schedule"] == usual["schedule"]
+    for stage in ("validate_torch", "validate_gguf"):
+        assert slow_reference[stage] - _START == pytest.approx(4 * (usual[stage] - _START))
+    calibrate = usual["calibrate"] - _START
+    assert slow_reference["calibrate"] - _START == pytest.approx(calibrate * (40 + 4 * (4 + 6)) / (40 + 4 + 6))
+
+
+def test_recovery_takes_its_steps_or_its_time_limit(plan: Plan) -> None:
+    step = seconds_by_stage(plan, _FAST, _PLENTY)["schedule"] - _START
+    judging = 2 * 4 / 8 * step / 3
+    for limit, steps in ((10**9, 5 * step), (7, 7)):
+        seconds = seconds_by_stage(replace(plan, recover_seconds=limit), _FAST, _PLENTY)
+        assert seconds["recover"] - _START == pytest.approx(steps + judging)
+    recipe = replace(plan, recover_seconds=0)
+    assert seconds_by_stage(recipe, _FAST, _PLENTY)["schedule"] == _START, "a recipe's steps are not timed"
+    two = _edited(plan, recover={"rungs": [_ROUTER, _ROUTER | {"scope": "experts", "blocks": 24}]})
+    seconds = seconds_by_stage(replace(two, recover_seconds=10**9), _FAST, _PLENTY)
+    assert seconds["schedule"] - _START == pytest.approx(step * (3 + 4) / 3), "experts have gradients of their own"
+    assert seconds["recover"] - _START == pytest.approx(step * (5 + 3 * 4 / 3) + judging * 3 / 2)
+    after = _edited(plan, recover={"after_quantizing": _ROUTER | {"blocks": 80}})
+    seconds = seconds_by_stage(replace(after, recover_seconds=10**9), _FAST, _PLENTY)
+    assert seconds["retune"] - _START == pytest.approx(step * 10 + judging)
+    assert seconds["recover"] - _START == pytest.approx(step * 5 + judging)
+    different = seconds_by_stage(replace(_with_types(after, "Q8_0", "Q4_0"), recover_seconds=10**9), _FAST, _PLENTY)
+    assert different["retune"] - _START == pytest.approx(2 * (step * 10 + judging)), "each file is taught by itself"
+    seconds = seconds_by_stage(replace(after, recover_seconds=3), _FAST, _PLENTY)
+    assert seconds["retune"] - _START == pytest.approx(2 + judging), "time is shared out by what there is to do"
+    none = _edited(plan, recover={"rungs": []})
+    assert not {"schedule", "recover", "retune"} & set(seconds_by_stage(none, _FAST, _PLENTY))
+
+
+def test_a_checkpoint_larger_than_the_free_memory_is_read_in_every_pass(plan: Plan) -> None:
+    slow_disk = Speeds(read_bytes=1e6, multiply_adds=1e15, reference_multiply_adds=1e15, quantized_values=1e15)
+    checkpoint = Checkpoint(plan.source)
+    once = checkpoint.n_bytes / 1e6
+    fits = seconds_by_stage(plan, slow_disk, checkpoint.n_bytes + 1)
+    assert fits["calibrate"] - _START == pytest.approx(once, rel=0.001)
+    assert fits["validate_torch"] == pytest.approx(_START, abs=0.01)
+    does_not = seconds_by_stage(plan, slow_disk, checkpoint.n_bytes)
+    student = plan.student_shape.parameters * 2 / 1e6
+    assert does_not["validate_torch"] - _START == pytest.approx(student)
+    assert does_not["recover"] - _START == pytest.approx((5 * 3 + 2) * student)
+    assert does_not["gguf"] - _START == pytest.approx(student + plan.predictions["gguf"].file / 1e6)
+    choosing = seconds_by_stage(_choosing_codes(plan), slow_disk, checkpoint.n_bytes)
+    assert choosing["gguf"] - does_not["gguf"] == pytest.approx(student), "it runs first"
+
+
+def test_quantizing_counts_for_types_that_are_quantized(plan: Plan) -> None:
+    slow = Speeds(read_bytes=1e15, multiply_adds=1e15, reference_multiply_adds=1e15, quantized_values=1e6)
+    quantizing = plan.student_shape.parameters / 1e6
+    seconds = seconds_by_stage(_choosing_codes(plan), slow, _PLENTY)
+    assert seconds["gguf"] - _START == seconds["onnx"] - _START == pytest.approx(3 * quantizing, rel=0.001)
+    seconds = seconds_by_stage(plan, slow, _PLENTY)
+    assert seconds["gguf"] - _START == seconds["onnx"] - _START == pytest.approx(quantizing)
+    assert seconds["student"] == pytest.approx(_START, abs=0.01)
+
+
+def test_a_student_that_differs_runs_before_its_codes_are_chosen(plan: Plan) -> None:
+    """40 blocks through 12 of 32 experts; nothing where the kernels choose, or where the original itself is written."""
+    per_block = 512 * _matrix_values(plan, plan.teacher_shape.top_k) / 1e6
+    student_block = per_block - 512 * 2 * 20 * plan.teacher_shape.hidden_size / 1e6
+    fed_back = _choosing_codes(plan)
+    seconds = seconds_by_stage(fed_back, _FAST, _PLENTY)
+    assert seconds["gguf"] - _START == seconds["onnx"] - _START == pytest.approx(40 * student_block, rel=0.001)
+    original = _edited(fed_back, recover={"rungs": []}, compress={"method": "none", "experts": 32})
+    assert seconds_by_stage(original, _FAST, _PLENTY)["gguf"] == pytest.approx(_START, abs=0.01)
+    assert seconds_by_stage(plan, _FAST, _PLENTY)["gguf"] == pytest.approx(_START, abs=0.01), "the kernels choose"
+
+
+def test_a_search_reads_the_model_and_measures_files_as_long_as_it_may(plan: Plan) -> None:
+    """Five files of each artifact, written with chosen codes and judged on the selection split."""
+    searched = replace(_with_types(plan, "Q8_0", "Q4_0"), search=Search("auto", None, "moe", "auto", "quality", 10**9))
+    shape, n_selection = plan.teacher_shape, plan.recipe.text.selection_blocks
+    judging = n_selection * 512 * _matrix_values(plan, shape.top_k) / 1e6
+    reading = shape.parameters * 2 / _FAST.read_bytes
+    seconds = seconds_by_stage(searched, _FAST, _PLENTY)
+    assert seconds["search"] - _START == pytest.approx(reading + 2 * 5 * judging, rel=0.01)
+    watched = 4 * 8 * 512 * _matrix_values(plan, shape.top_k) / 1e6
+    assert seconds["sensitivity"] - _START == pytest.approx(watched, rel=0.001)
+    limited = replace(searched, search=replace(searched.search, plan_seconds=1))
+    assert seconds_by_stage(limited, _FAST, _PLENTY)["search"] - _START == pytest.approx(reading + 1, rel=0.01)
+    assert "search" not in seconds_by_stage(plan, _FAST, _PLENTY)
+
+
+def test_the_time_is_told_in_parts() -> None:
+    seconds = {"calibrate": 1500.0, "recover": 1800.0, "schedule": 60.0, "gguf": 300.0, "onnx": 240.0}
+    assert describe_time(seconds | {"validate_torch": 1200.0, "validate_gguf": 600.0}) == (
+        "about 1 h 35 min (calibration 25 min, recovery 31 min, writing 9 min, validation 30 min)"
+    )
+    assert describe_time({"onnx": 30.0}) == "about 30 s (writing 30 s)"
+
+
+def test_the_machine_is_measured(plan: Plan) -> None:
+    speeds = measure_speeds(plan)
+    for speed in vars(speeds).values():
+        assert 1e5 < speed < 1e14
+    assert measure_speeds(_with_types(plan, "BF16", "F32")).quantized_values == float("inf")
+
+
+def test_every_file_of_a_run_has_a_line(plan: Plan) -> None:
+    shape = plan.teacher_shape
+    lines = disk_lines(plan)
+    n_blocks = 40 + 4 + 6
+    assert lines["hidden states"] == 3 * n_blocks * 512 * shape.hidden_size * 4
+    assert lines["training targets"] == 40 * 512 * 64 * 8
+    # two layers and the head: the original's, and the student's while its codes are chosen by them
+    inputs = 3 * 40 * 512 * shape.hidden_size * 2
+    assert lines["layer inputs"] == inputs
+    of_the_student = "layer inputs of the student, while codes are chosen"
+    assert of_the_student not in lines
+    assert disk_lines(_edited(plan, gguf={"quantizer": "feedback"}))[of_the_student] == inputs
+    # 255 of 512 positions are scored, by the teacher, by torch with the files' numbers, which are the same, and the
+    # GGUF's are recorded for the ONNX file to be compared with
+    assert lines["log-probabilities in 16 bits"] == (4 + 3 * 6) * 255 * (2 * shape.vocab_size + 8)
+    floors = plan.teacher_floors.values()
+    assert lines["the original, unquantized, while it is measured"] == max(floor.file_bytes for floor in floors)
+    # inputs of layers and head, two snapshots of routers and moments, and the routers that were taught
+    assert lines["training"] == (3 * 8 * 512 + (2 * 3 + 1) * 2 * 12) * shape.hidden_size * 4
+    assert {"gguf files", "onnx files", "student checkpoint", "statistics", "routing", "token blocks"} <= set(lines)
+    with_experts = disk_lines(_edited(plan, recover={"rungs": [_ROUTER | {"scope": "experts"}]}))["training"]
+    experts = 2 * 12 * 3 * shape.hidden_size * shape.expert_width
+    assert with_experts == lines["training"] + experts * (2 * 3 * 4 + 2)  # two snapshots, and the overlay
+    without = _edited(plan, recover={"rungs": []})
+    without = replace(without, recipe=without.recipe.model_copy(update={"save_student": False}))
+    assert set(lines) - set(disk_lines(without)) == {"training", "student checkpoint"}
+
+
+def test_memory_does_not_grow_with_depth_and_fits_the_promises(plan: Plan) -> None:
+    olmoe = replace(
+        plan.teacher_shape, n_layers=16, hidden_size=2048, n_heads=16, n_kv_heads=16, head_dim=128, n_experts=64,
+        top_k=8, expert_width=1024, vocab_size=50304,
+    )  # fmt: skip
+    qwen = replace(olmoe, n_layers=48, n_heads=32, n_kv_heads=4, n_experts=128, expert_width=768, vocab_size=151936)
+    lines = memory_lines(olmoe, olmoe, 2)
+    assert lines["two decoder layers"] == pytest.approx(2 * 2 * (64 * 3 * 2048 * 1024 + 4 * 2048**2), rel=0.001)
+    assert sum(lines.values()) < 3.5e9
+    assert sum(memory_lines(qwen, qwen, 2).values()) < 5e9
+    assert memory_lines(replace(qwen, n_layers=6), qwen, 2) == memory_lines(qwen, qwen, 2)
+    few_wide = replace(olmoe, hidden_size=4096, n_experts=2, top_k=1, expert_width=14336)
+    widest = memory_lines(few_wide, few_wide, 2)["what enters an expert, while its codes are chosen"]
+    assert 8 * 4 * 14336**2 < widest + 2 * 2 * few_wide.layer_parameters + 0.6e9 < 12 * 4 * 14336**2
+    wide = replace(plan.teacher_shape, vocab_size=1_000_000)
+    assert memory_lines(wide, wide, 2)["the head"] == 2 * 2 * 1_000_000 * wide.hidden_size
+
+
+def test_too_little_memory_is_refused_with_figures() -> None:
+    lines = {"two decoder layers": 2_000_000_000, "the process itself": 1_000_000_000}
+    refuse_too_little_memory(lines, 3_000_000_000, 3_000_000_000)
+    with pytest.raises(
+        InputError, match=r"^2\.9 GB .* of memory are free, less than the 3\.0 GB .* \(two decoder layers"
+    ):
+        refuse_too_little_memory(lines, 9_000_000_000, 2_900_000_000)
+    with pytest.raises(InputError, match=r"^--memory: 2\.9 GB .* less than the 3\.0 GB .* 8\.0 GB .* are free: give"):
+        refuse_too_little_memory(lines, 2_900_000_000, 8_000_000_000)
+
+
+def test_too_little_disk_is_refused_with_figures(plan: Plan, tmp_path: Path) -> None:
+    work = tmp_path / "out.work"
+    refuse_too_little_disk([plan], work, plan.out)
+    predictions = plan.predictions | {"gguf": replace(plan.predictions["gguf"], file=10**18)}
+    large = replace(plan, predictions=predictions)
+    with pytest.raises(InputError) as refused:
+        refuse_too_little_disk([large], work, large.out)
+    assert re.match(
+        rf"{tmp_path} has .* free, and the run puts up to 1000000\.\d TB \(.*\) there "
+        r"\(gguf files .*, onnx files .*\); free space, choose another --work-dir and --out, or use --force",
+        str(refused.value),
+    )
+
+
+def test_several_budgets_share_what_is_made_once(plan: Plan) -> None:
+    one, two = disk_lines(plan), disk_lines_of_all([plan, plan])
+    assert two["layer inputs"] == one["layer inputs"]
+    assert two["hidden states"] == one["hidden states"]
+    for what in ("gguf files", "onnx files", "statistics"):
+        assert two[what] == 2 * one[what], what
+
+
+def test_what_an_unfinished_run_has_written_is_not_needed_again(plan: Plan, tmp_path: Path) -> None:
+    gguf = replace(plan.predictions["gguf"], file=shutil.disk_usage(tmp_path).free)
+    large = replace(plan, predictions=plan.predictions | {"gguf": gguf})
+    work = tmp_path / "out.work"
+    with pytest.raises(InputError):
+        refuse_too_little_disk([large], work, large.out)
+    work.mkdir()
+    with (work / "sparse").open("wb") as file:
+        file.truncate(sum(disk_lines(large).values()))
+    refuse_too_little_disk([large], work, large.out)
+
+
+class _Begun(Exception):
+    pass
+
+
+def _begun(line: str) -> None:
+    assert line.startswith("time to go: about ")
+    raise _Begun
+
+
+def test_force_overrides_the_refusals_and_the_time_is_announced(job: Job) -> None:
+    too_little = replace(job, memory_bytes=1_000_000)
+    with pytest.raises(InputError, match="--memory"):
+        run_job(too_little, "moe-export", _begun)
+    assert not job.work_dir.exists()
+    with pytest.raises(_Begun):
+        run_job(replace(too_little, force=True), "moe-export", _begun)

@@ -1,0 +1,87 @@
+"""The whole pipeline with methods that change experts: what it builds is the student that the recipe describes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from compressors.model.description.config import read_shape
+
+Command = Callable[..., Sequence[str]]
+
+Run = Callable[[Sequence[str]], subprocess.CompletedProcess[str]]
+
+
+def _write_recipe(tiny_recipe: Path, folder: Path, choice: dict[str, Any], **others: Any) -> Path:
+    """The tiny recipe with another choice of compression, and room for it."""
+    recipe = yaml.safe_load(tiny_recipe.read_text())
+    recipe["compress"] = choice
+    recipe["budget"]["bytes"] = 50_000_000
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe | others))
+    return path
+
+
+def _built(out: Path, recipe: Path, toy_command: Command, run_command: Run) -> dict[str, Any]:
+    """The report of a run."""
+    result = run_command(toy_command(out, "--recipe", str(recipe)))
+    assert result.returncode == 0, result.stdout + result.stderr
+    report: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    return report
+
+
+def test_merged_and_slimmed_experts_arrive_in_both_files(
+    toy_model: Path, tiny_recipe: Path, toy_command: Command, run_command: Run, tmp_path: Path
+) -> None:
+    choice = {"method": "ream", "experts": 12, "width": 96, "sequential": True, "sample_blocks": 1}
+    recipe, out = _write_recipe(tiny_recipe, tmp_path, choice, gguf="Q4_K", onnx="F32"), tmp_path / "out"
+    report = _built(out, recipe, toy_command, run_command)
+    student = report["student"]
+    assert (student["n_layers"], student["n_experts"], student["expert_width"], student["top_k"]) == (2, 12, 96, 4)
+    assert student["merged"] is True
+    for layer in student["expert_map"]["layers"]:
+        members = sorted(expert for group in layer["groups"] for expert in group)
+        assert (members, layer["width"]) == (list(range(32)), 96), "each expert goes on living in some group"
+    assert [len(kept) for kept in student["kept"]] == [12, 12]
+    shape = read_shape(toy_model)
+    removed = 20 * (shape.expert_parameters + shape.hidden_size)  # experts, and their router rows
+    removed += 12 * 3 * shape.hidden_size * 32  # neurons of those that are left
+    assert student["parameters"] == shape.parameters - 2 * removed
+    for artifact in report["artifacts"]:
+        assert artifact["bytes"] == report["budget"]["predicted"][artifact["format"]]["file"]
+    assert {artifact["format"]: artifact["type"] for artifact in report["artifacts"]} == {"gguf": "Q4_K", "onnx": "F32"}
+    rows = {row["artifact"]: row for row in report["validation"]}
+    for name, difference in (("gguf", 0.05), ("onnx", 1e-3)):
+        assert rows[name]["perplexity"] == pytest.approx(rows["student"]["perplexity"], rel=difference)
+        assert rows[name]["routing"]["vs_torch_student"]["overlap"] > 0.85
+    assert rows["teacher"]["perplexity"] < rows["student"]["perplexity"]
+    assert rows["student"]["routing"]["vs_teacher"]["kept_gate_weight"] == pytest.approx(1.0), "nothing was dropped"
+    recorded = yaml.safe_load((out / "recipe.yaml").read_text())["compress"]
+    assert recorded == report["recipe"]["compress"]
+    assert {name: recorded[name] for name in choice} == choice
+    assert "32 experts per layer merged into 12" in (out / "README.md").read_text()
+
+
+def test_a_layer_without_experts_arrives_in_onnx(
+    tiny_recipe: Path, toy_command: Command, run_command: Run, tmp_path: Path
+) -> None:
+    """Layer Drop, then pruning of what is left; taught routers, whose layer is the only one."""
+    choice = {"drop_moe_layers": 1, "method": "reap", "experts": [9]}
+    recipe, out = _write_recipe(tiny_recipe, tmp_path, choice, gguf=None, onnx="Q4_0"), tmp_path / "out"
+    report = _built(out, recipe, toy_command, run_command)
+    groups = [layer["groups"] for layer in report["student"]["expert_map"]["layers"]]
+    assert sorted(map(len, groups)) == [0, 9]
+    empty = [len(layer) for layer in groups].index(0)
+    assert (report["student"]["n_layers"], report["student"]["n_experts"]) == (2, 9)
+    rows = {row["artifact"]: row for row in report["validation"]}
+    for comparison in ("vs_torch_student", "vs_teacher"):
+        layers = rows["onnx"]["routing"][comparison]["per_layer"]
+        assert [layer is None for layer in layers] == [number == empty for number in range(2)]
+    assert rows["onnx"]["perplexity"] == pytest.approx(rows["student"]["perplexity"], rel=0.1)
+    assert (out / "report.html").stat().st_size > 10_000

@@ -1,0 +1,45 @@
+"""The stage that gathers sensitivities: the same files however often it was begun, under any memory limit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from exporter.pipeline.progress import Progress
+from exporter.pipeline.stage import StageContext
+from exporter.pipeline.work import WorkDirectory
+from exporter.planning.job import Flags
+from exporter.planning.plan_making import make_plan
+from exporter.planning.recipe import Recipe
+from exporter.stages import calibrate, sensitivity
+
+pytestmark = pytest.mark.usefixtures("torch_left_as_it_was")
+
+
+def test_an_attempt_that_was_killed_is_begun_anew(
+    tmp_path: Path, toy_model: Path, small_texts: tuple[Path, Path]
+) -> None:
+    calibration, text = small_texts
+    choices = {"budget": "90MB", "budget_kind": "file", "context": 512, "threads": 1, "recover": "none"}
+    plan = make_plan(Flags(model=str(toy_model), calibration=calibration, text=text, **choices).job(), "moe-export")
+    recipe = plan.recipe.model_dump()
+    recipe["text"] |= {"calibration_blocks": 3, "selection_blocks": 1, "heldout_chunks_per_file": 1}
+    plan = replace(plan, recipe=Recipe.model_validate(recipe))
+    work = WorkDirectory(tmp_path)
+
+    def run(stage: Any, memory_bytes: int = plan.memory_bytes) -> Path:
+        output = work.stage(stage.__name__.rsplit(".", 1)[1])
+        output.mkdir(exist_ok=True)
+        stage.run(StageContext(replace(plan, memory_bytes=memory_bytes), work, output, Progress(silent=True)))
+        return output
+
+    run(calibrate)
+    first = {file.name: file.read_bytes() for file in run(sensitivity).iterdir() if file.is_file()}
+    assert sorted(first) == ["layer-000.safetensors", "layer-001.safetensors", "vocabulary.safetensors"]
+    (work.stage("sensitivity") / "layer-000.safetensors").write_bytes(b"cut off")
+    (work.stage("sensitivity") / "vocabulary.safetensors").unlink()
+    again = {file.name: file.read_bytes() for file in run(sensitivity, 10**6).iterdir() if file.is_file()}
+    assert again == first

@@ -1,0 +1,121 @@
+"""Files of our own exporter raise no symptom, whatever the original's folder says; damage beside the graph does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import Student
+from exporter.publishing.deviations import Deviation
+from exporter.validation.static_checks import check_description
+from exporter.writing.gguf.writer import write_gguf
+from exporter.writing.onnx.clients import write_client_files
+from exporter.writing.onnx.writer import write_onnx
+from validate.files.model_file import ModelFile
+
+_BASE, _END = 0, 2  # <|endoftext|> and <|im_end|> of the bundled tokenizer
+
+_GENERATION: Mapping[str, Mapping[str, Any] | None] = {
+    "several ends, no padding": {"eos_token_id": [_END, _BASE]},
+    "one end": {"eos_token_id": _END, "temperature": 0.7, "do_sample": True},
+    "no ids": {"top_p": 0.8},
+    "all": {"bos_token_id": _BASE, "eos_token_id": _END, "pad_token_id": _BASE},
+    "no such file": None,
+}
+
+
+@pytest.fixture(scope="module")
+def source(toy_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One layer of the bundled model, with two chat templates."""
+    folder = toy_checkpoint(tmp_path_factory.mktemp("source"), n_layers=1)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def graph(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("onnx")
+    write_onnx(Student.teacher(Checkpoint(source)), "Q4_0", folder, threads=1)
+    return folder
+
+
+def _symptoms(file: ModelFile, source: Path, tokens: npt.NDArray[np.int64]) -> list[str]:
+    checkpoint = Checkpoint(source)
+    return check_description(file, checkpoint, checkpoint.shape, tokens[:256].reshape(2, 128)).symptoms
+
+
+@pytest.mark.parametrize("case", _GENERATION)
+def test_an_undamaged_folder_raises_no_symptom(
+    case: str, source: Path, graph: Path, tmp_path: Path, heldout_tokens: npt.NDArray[np.int64]
+) -> None:
+    folder, generation = tmp_path / "source", _GENERATION[case]
+    shutil.copytree(source, folder)
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
+    written = tmp_path / "onnx"
+    shutil.copytree(graph, written)
+    write_client_files(Student.teacher(Checkpoint(folder)), written)
+    assert _symptoms(ModelFile("onnx", written / "model.onnx"), folder, heldout_tokens) == []
+
+
+def _truncated(tokenizer: dict[str, Any]) -> None:
+    tokenizer["truncation"] = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
+
+
+def _decoded_otherwise(tokenizer: dict[str, Any]) -> None:
+    tokenizer["decoder"] = {"type": "Fuse"}
+
+
+@pytest.mark.parametrize(
+    ("damage", "symptom"), [(_truncated, "truncation is"), (_decoded_otherwise, "are turned back into")]
+)
+def test_what_clients_do_with_texts_is_compared(
+    damage: Callable[[dict[str, Any]], None],
+    symptom: str,
+    source: Path,
+    graph: Path,
+    tmp_path: Path,
+    heldout_tokens: npt.NDArray[np.int64],
+) -> None:
+    written = tmp_path / "onnx"
+    shutil.copytree(graph, written)
+    write_client_files(Student.teacher(Checkpoint(source)), written)
+    tokenizer = json.loads((written / "tokenizer.json").read_text(encoding="utf-8"))
+    damage(tokenizer)
+    (written / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    assert any(symptom in line for line in _symptoms(ModelFile("onnx", written / "model.onnx"), source, heldout_tokens))
+
+
+def test_every_chat_template_of_a_gguf_file_is_compared(
+    source: Path, tmp_path: Path, heldout_tokens: npt.NDArray[np.int64]
+) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(Student.teacher(Checkpoint(source)), "Q8_0", path, name="x", threads=1)
+    assert _symptoms(ModelFile("gguf", path), source, heldout_tokens) == []
+    path.write_bytes(path.read_bytes().replace(b"{{ tools }}", b"{{ spoon }}"))
+    (symptom,) = _symptoms(ModelFile("gguf", path), source, heldout_tokens)
+    assert "chat template 'tool_use' is another from character 3 on" in symptom
+
+
+def test_brackets_in_a_deviation_are_no_markup() -> None:
+    """Texts of a model may hold what looks like a closing tag of the table's library."""
+    from rich.table import Table
+
+    from exporter.cli import _console
+
+    table = Table(show_header=False, box=None)
+    table.add_row("differs", Deviation("gguf", "'<s>[INST] Hi [/INST]' is cut otherwise").what)
+    console = _console()
+    with console.capture() as captured:
+        console.print(table)
+    assert "[INST] Hi [/INST]" in captured.get()

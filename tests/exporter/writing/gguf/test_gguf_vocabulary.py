@@ -1,0 +1,281 @@
+"""llama.cpp must split text into exactly the tokens of the Hugging Face tokenizer."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import gguf
+import llama_cpp.llama_cpp as api
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from compressors.model.description.config import read_shape
+from compressors.model.errors import InputError, UnsupportedError
+from exporter.validation.vocabulary_check import vocabulary_deviations
+from exporter.writing.gguf.container import render_header, render_values
+from exporter.writing.gguf.metadata import model_metadata
+from exporter.writing.gguf.pre_tokenizers import CLOSE_PRE_TOKENIZERS, PRE_TOKENIZERS
+from exporter.writing.gguf.vocabulary import vocabulary_metadata
+
+_AWKWARD = (
+    "  Don't we'LL  stop? 1234567 + 3.14\n\n\n\tdef f(x):\n        return x**2  # ok\r\n"
+    "naïve café, Ünïcode, 東京は日本, Привет, שלום, 😀👍🏽 <|im_end|> end   \n "
+)
+
+
+def _write_vocabulary(folder: Path, path: Path) -> None:
+    shape = read_shape(folder)
+    metadata = {
+        **model_metadata(shape, folder, "vocabulary", "F32"),
+        **vocabulary_metadata(folder, shape.vocab_size),
+    }
+    path.write_bytes(render_header(len(metadata), render_values(metadata), []))
+
+
+@contextmanager
+def _llama_vocabulary(folder: Path, path: Path) -> Iterator[int]:
+    _write_vocabulary(folder, path)
+    params = api.llama_model_default_params()
+    params.vocab_only = True
+    model = api.llama_model_load_from_file(str(path).encode(), params)
+    assert model is not None
+    vocabulary = api.llama_model_get_vocab(model)
+    assert vocabulary is not None
+    yield vocabulary
+    api.llama_model_free(model)
+
+
+def _llama_tokens(vocabulary: int, text: str) -> list[int]:
+    encoded = text.encode()
+    tokens = (ctypes.c_int32 * (len(encoded) + 8))()
+    count = api.llama_tokenize(vocabulary, encoded, len(encoded), tokens, len(tokens), True, True)
+    assert count >= 0
+    return list(tokens[:count])
+
+
+def assert_same_tokens(folder: Path, path: Path, texts: Sequence[str]) -> None:
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    with _llama_vocabulary(folder, path) as vocabulary:
+        for text in texts:
+            assert _llama_tokens(vocabulary, text) == tokenizer.encode(text).ids
+
+
+def test_trained_models_tokenize_held_out_text_alike(family_folder: Path, tmp_path: Path, heldout_text: str) -> None:
+    assert_same_tokens(family_folder, tmp_path / "vocabulary.gguf", [heldout_text, _AWKWARD])
+
+
+@pytest.fixture
+def folder_with_tokenizer(fine_folder: Path, tmp_path: Path) -> Path:
+    """A checkpoint's small files; tests put their own tokenizer there."""
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(fine_folder / name, tmp_path / name)
+    return tmp_path
+
+
+def _edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
+
+
+@pytest.mark.parametrize("row", PRE_TOKENIZERS.items(), ids=list(PRE_TOKENIZERS.values()))
+def test_every_known_pre_tokenizer_is_the_one_in_llama_cpp(
+    folder_with_tokenizer: Path, heldout_text: str, row: tuple[tuple[tuple[str, ...], bool], str]
+) -> None:
+    (expressions, ignore_merges), name = row
+    splits: list[Any] = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in expressions]
+    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        special_tokens=["<|endoftext|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([heldout_text[:200_000]], trainer)
+    tokenizer.save(str(folder_with_tokenizer / "tokenizer.json"))
+    path = folder_with_tokenizer / "vocabulary.gguf"
+    assert_same_tokens(folder_with_tokenizer, path, [heldout_text[200_000:400_000], _AWKWARD])
+    assert gguf.GGUFReader(path).fields["tokenizer.ggml.pre"].contents() == name
+
+
+@pytest.fixture(scope="module")
+def long_words(heldout_text: str) -> dict[str, Any]:
+    """A tokenizer.json whose merges know no words: nearly any cut that a pre-tokenizer makes changes the tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=3800, initial_alphabet=alphabet, show_progress=False)
+    texts = [heldout_text[start : start + 200] for start in range(0, 20_000, 200)]
+    tokenizer.train_from_iterator([*_CUTS * 3, *texts], trainer)
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    data: dict[str, Any] = json.loads(tokenizer.to_str())
+    return data
+
+
+_MARKS_AND_CAPITALS = (
+    "cafe\u0301 A\u030a E\u0301cole",
+    "\u0939\u093f\u0928\u094d\u0926\u0940 \u092e\u0947\u0902 \u092a\u093e\u0920",
+    "\u043f\u0440\u0438\u0412\u0435\u0442",
+)
+_CUTS = (
+    "fooBar FooBarBaz HTTPServer don't DON'T we'Ll 's 'S it's",
+    "a/b//c\n/d\n\n /\n x=1;y=[2,3]\n\n\n  z",
+    "12345678 12 1 1234 $100 +5 <a> ^b ~c `d` 3.14 1,000",
+    "日本語2024年カタカナabc漢字 한국어 텍스트 中文没有空格。",
+    "  \n  a\n\n b\t\tc   d\r\n\r\n e \n",
+    "naïve café \u201cquoted\u201d \u2026 €£¥ ﬁ½² \u00a0b\u3000c 😀👍🏽",
+    "word word, word. (word) [word] word: word; word! word?",
+    *_MARKS_AND_CAPITALS,
+)
+
+
+@pytest.mark.parametrize("row", PRE_TOKENIZERS.items(), ids=list(PRE_TOKENIZERS.values()))
+def test_every_known_pre_tokenizer_cuts_everything_alike(
+    folder_with_tokenizer: Path, long_words: dict[str, Any], row: tuple[tuple[tuple[str, ...], bool], str]
+) -> None:
+    (expressions, ignore_merges), name = row
+    tokenizer = Tokenizer.from_str(json.dumps(long_words))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            *(pre_tokenizers.Split(Regex(expression), "isolated") for expression in expressions),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    data = json.loads(tokenizer.to_str())
+    data["model"]["ignore_merges"] = ignore_merges
+    (folder_with_tokenizer / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    texts = [text for text in _CUTS if name not in CLOSE_PRE_TOKENIZERS or text not in _MARKS_AND_CAPITALS]
+    assert_same_tokens(folder_with_tokenizer, folder_with_tokenizer / "vocabulary.gguf", texts)
+
+
+@pytest.mark.parametrize("name", sorted(CLOSE_PRE_TOKENIZERS))
+def test_close_pre_tokenizers_are_named_with_their_texts(
+    folder_with_tokenizer: Path, long_words: dict[str, Any], name: str
+) -> None:
+    (expressions, ignore_merges) = next(key for key, value in PRE_TOKENIZERS.items() if value == name)
+    tokenizer = Tokenizer.from_str(json.dumps(long_words))
+    split = pre_tokenizers.Split(Regex(expressions[0]), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    data = json.loads(tokenizer.to_str())
+    data["model"]["ignore_merges"] = ignore_merges
+    (folder_with_tokenizer / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    said = list(vocabulary_deviations(folder_with_tokenizer, read_shape(folder_with_tokenizer), "toy"))
+    assert any("combining marks" in sentence for sentence in said)
+
+
+def _train_sentencepiece_style(text: str, path: Path) -> None:
+    """A tokenizer as converted from SentencePiece: BPE with byte fallback, and every split of a piece as a merge."""
+    trained = Tokenizer(models.BPE(unk_token="<unk>"))
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, special_tokens=["<unk>", "<s>", "</s>", *byte_tokens], limit_alphabet=80, show_progress=False
+    )
+    trained.train_from_iterator(text.splitlines(), trainer)
+    vocabulary = trained.get_vocab()
+    pieces = sorted((piece for piece in vocabulary if len(piece) > 1), key=vocabulary.__getitem__)
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece in pieces
+        for cut in range(1, len(piece))
+        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
+    ]
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", vocabulary["<s>"])]
+    )
+    tokenizer.save(str(path))
+
+
+def test_sentencepiece_style_tokenizes_alike(folder_with_tokenizer: Path, heldout_text: str) -> None:
+    _train_sentencepiece_style(heldout_text[:200_000], folder_with_tokenizer / "tokenizer.json")
+    _edit_json(folder_with_tokenizer / "tokenizer_config.json", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    path = folder_with_tokenizer / "vocabulary.gguf"
+    assert_same_tokens(folder_with_tokenizer, path, [heldout_text[200_000:230_000], _AWKWARD])
+    fields = gguf.GGUFReader(path).fields
+    assert fields["tokenizer.ggml.model"].contents() == "llama"
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is True
+    assert fields["tokenizer.ggml.unknown_token_id"].contents() == 0
+    types = fields["tokenizer.ggml.token_type"].contents()
+    assert types.count(gguf.TokenType.BYTE) == 256
+    assert types[4095] == gguf.TokenType.UNUSED  # the model has more rows than the tokenizer has tokens
+
+
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "chat_template.jinja"])
+def test_chat_template_is_kept_byte_for_byte(folder_with_tokenizer: Path, where: str) -> None:
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\u00e9<|im_end|>\n{% endfor %}"
+    if where.endswith(".json"):
+        _edit_json(folder_with_tokenizer / where, chat_template=template)
+    else:
+        (folder_with_tokenizer / where).write_text(template, encoding="utf-8")
+    _write_vocabulary(folder_with_tokenizer, folder_with_tokenizer / "v.gguf")
+    assert gguf.GGUFReader(folder_with_tokenizer / "v.gguf").fields["tokenizer.chat_template"].contents() == template
+
+
+@pytest.mark.parametrize("templates", [[{"name": "default", "template": True}], [{"name": 3, "template": "x"}]])
+def test_chat_templates_that_are_no_texts_are_refused(folder_with_tokenizer: Path, templates: object) -> None:
+    _edit_json(folder_with_tokenizer / "tokenizer_config.json", chat_template=templates)
+    with pytest.raises(InputError, match=r"tokenizer_config\.json: chat_template must be a text, or texts by name"):
+        vocabulary_metadata(folder_with_tokenizer, 4096)
+
+
+def test_named_chat_templates_are_all_kept(folder_with_tokenizer: Path) -> None:
+    templates = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
+    _edit_json(folder_with_tokenizer / "tokenizer_config.json", chat_template=templates)
+    _write_vocabulary(folder_with_tokenizer, folder_with_tokenizer / "v.gguf")
+    fields = gguf.GGUFReader(folder_with_tokenizer / "v.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == "plain"
+    assert fields["tokenizer.chat_templates"].contents() == ["tool_use"]
+    assert fields["tokenizer.chat_template.tool_use"].contents() == "tools"
+
+
+def test_changed_tokenizer_is_noticed(folder_with_tokenizer: Path) -> None:
+    before = vocabulary_metadata(folder_with_tokenizer, 4096)
+    _edit_json(folder_with_tokenizer / "tokenizer_config.json", chat_template="new")
+    assert vocabulary_metadata(folder_with_tokenizer, 4096) != before
+
+
+def test_tokenizers_that_llama_cpp_lacks_are_refused(folder_with_tokenizer: Path) -> None:
+    path = folder_with_tokenizer / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    split = pre_tokenizers.Split(Regex(r"\p{N}{1,7}"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.save(str(path))
+    with pytest.raises(UnsupportedError, match=r"\{1,7\}"):
+        vocabulary_metadata(folder_with_tokenizer, 4096)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(path))
+    with pytest.raises(UnsupportedError, match="Whitespace"):
+        vocabulary_metadata(folder_with_tokenizer, 4096)
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.save(str(path))
+    with pytest.raises(UnsupportedError, match="Lowercase"):
+        vocabulary_metadata(folder_with_tokenizer, 4096)
+    Tokenizer(models.Unigram([("a", 0.0)], 0)).save(str(path))
+    with pytest.raises(UnsupportedError, match="Unigram"):
+        vocabulary_metadata(folder_with_tokenizer, 4096)
+
+
+def test_damaged_tokenizers_are_refused(folder_with_tokenizer: Path) -> None:
+    with pytest.raises(InputError, match="vocab_size 100"):
+        vocabulary_metadata(folder_with_tokenizer, 100)
+    path = folder_with_tokenizer / "tokenizer.json"
+    path.write_text("{", encoding="utf-8")
+    with pytest.raises(InputError, match="damaged"):
+        vocabulary_metadata(folder_with_tokenizer, 4096)
+    path.unlink()
+    with pytest.raises(InputError, match="has no tokenizer"):
+        vocabulary_metadata(folder_with_tokenizer, 4096)

@@ -1,0 +1,79 @@
+"""The folder as other programs see it: onnxruntime-genai generates from it, transformers reads its configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnxruntime_genai
+import pytest
+from transformers import AutoConfig, AutoTokenizer
+
+from compressors.model.description.config import read_shape
+from compressors.model.errors import InputError
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import ExpertMap, Student
+from exporter.writing.onnx.clients import write_client_files
+from exporter.writing.onnx.encodings import PRESETS
+from exporter.writing.onnx.writer import with_context, write_onnx
+from validate.metrics.generation import greedy
+from validate.runtimes.onnx import OnnxRuntimeBackend
+
+_CONTEXT = 1024
+
+
+@pytest.fixture(scope="module")
+def student(family_folder: Path) -> Student:
+    """Each trained model with six experts left."""
+    source = Checkpoint(family_folder)
+    return Student(source, ExpertMap.keeping(source.shape.n_experts, ((0, 2, 3, 5, 6, 7),) * source.shape.n_layers))
+
+
+_MIXED = {"embedding": "4@64", "layers.0.experts": "8@32", "layers.1.experts": "2@32", "layers.2.q_proj": "2@64"}
+
+
+@pytest.fixture(scope="module", params=[*sorted(PRESETS), "mixed"])
+def folder(request: pytest.FixtureRequest, student: Student, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The student's whole ONNX folder, in each preset and in a mix of encodings, with a context of 1024 tokens."""
+    path = tmp_path_factory.mktemp("onnx")
+    preset, encodings = ("Q4_0", _MIXED) if request.param == "mixed" else (request.param, {})
+    write_onnx(student, preset, path, encodings=encodings, context_length=_CONTEXT, threads=1)
+    write_client_files(student, path, context_length=_CONTEXT)
+    return path
+
+
+def test_genai_generates_the_same_tokens(folder: Path) -> None:
+    """The prompt is longer than genai's chunk of 512 tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer.encode("The lamp stood on the table by the window. " * 60)[:600]
+    expected = OnnxRuntimeBackend(folder, threads=1).generate(prompt, 24, greedy)
+    model = onnxruntime_genai.Model(str(folder))
+    parameters = onnxruntime_genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(prompt) + len(expected))
+    generator = onnxruntime_genai.Generator(model, parameters)
+    generator.append_tokens(prompt)
+    tokens = []
+    while not generator.is_done():
+        generator.generate_next_token()
+        tokens.append(int(generator.get_next_tokens()[0]))
+    assert tokens and tokens == expected[: len(tokens)]
+    assert len(tokens) == len(expected) or tokenizer.eos_token_id in expected[: len(tokens) + 1]
+
+
+def test_genai_reads_the_tokenizer(folder: Path) -> None:
+    tokenizer = onnxruntime_genai.Tokenizer(onnxruntime_genai.Model(str(folder)))
+    text = "The lamp stood on the table."
+    assert tokenizer.encode(text).tolist() == AutoTokenizer.from_pretrained(folder).encode(text)
+
+
+def test_config_describes_the_student(folder: Path, student: Student) -> None:
+    assert read_shape(folder) == with_context(student.shape, _CONTEXT)
+    assert AutoConfig.from_pretrained(folder).num_experts_per_tok == student.shape.top_k
+    genai = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+    assert genai["model"]["context_length"] == genai["search"]["max_length"] == _CONTEXT
+
+
+def test_a_context_that_the_model_lacks_is_refused(student: Student, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="4096"):
+        write_client_files(student, tmp_path, context_length=4096)
+    assert list(tmp_path.iterdir()) == []

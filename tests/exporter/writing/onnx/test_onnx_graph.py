@@ -1,0 +1,220 @@
+"""The graph in ONNX Runtime against stock transformers in float32, holding the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from compressors.model.families.table import Role
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import ExpertMap, Student
+from exporter.writing.onnx.layout import DATA_FILE, MODEL_FILE
+from exporter.writing.onnx.writer import write_onnx
+
+_EXACT = 1e-3  # logits reach 17; float32 in another order of summation gives 2e-5
+_INT8_HEAD = 0.15  # the head's inputs quantized to int8 in blocks of 32
+_EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
+_LAYERS, _KV_HEADS, _HEAD_DIM = 6, 4, 32
+
+Tokens = npt.NDArray[np.int64]
+Logits = npt.NDArray[np.float32]
+
+
+class _Session:
+    """A session that feeds tokens, mask and cache by name."""
+
+    def __init__(self, folder: Path, model: onnx.ModelProto | None = None) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        key = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(key, str(folder))
+        source = str(folder / MODEL_FILE) if model is None else model.SerializeToString()
+        self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        self._cache_names = [entry.name for entry in self._session.get_inputs() if entry.name.startswith("past")]
+        self._cache: list[npt.NDArray[np.float32]] = []
+
+    def feed(self, tokens: Tokens, mask: Tokens, *, cached: bool = False) -> Logits:
+        """Logits [batch, tokens, V]; ``cached`` continues where the last call ended."""
+        if not cached:
+            self._cache = [np.zeros((len(tokens), _KV_HEADS, 0, _HEAD_DIM), np.float32) for _ in self._cache_names]
+        inputs = {
+            "input_ids": tokens,
+            "attention_mask": mask,
+            "position_ids": np.zeros_like(tokens),  # connected to nothing
+            **dict(zip(self._cache_names, self._cache, strict=True)),
+        }
+        logits, *self._cache = self._session.run(None, inputs)
+        return np.asarray(logits)
+
+
+def _reference(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def _logits(model: PreTrainedModel, tokens: Tokens, mask: Tokens | None = None) -> Logits:
+    attention_mask = None if mask is None else torch.tensor(mask)
+    with torch.no_grad():
+        result = model(torch.tensor(tokens), attention_mask=attention_mask).logits
+    return np.asarray(result.numpy())
+
+
+def _export(folder: Path, student: Student, preset: str) -> Path:
+    write_onnx(student, preset, folder, threads=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def float32_folder(family_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each trained model as float32 ONNX."""
+    return _export(tmp_path_factory.mktemp("onnx"), Student.teacher(Checkpoint(family_folder)), "F32")
+
+
+@pytest.fixture(scope="module")
+def reference(family_folder: Path) -> PreTrainedModel:
+    """The same model in transformers."""
+    return _reference(family_folder)
+
+
+def test_long_prompts(float32_folder: Path, reference: PreTrainedModel, heldout_tokens: Tokens) -> None:
+    session = _Session(float32_folder)
+    for first in (0, len(heldout_tokens) // 2):
+        tokens = heldout_tokens[None, first : first + 512]
+        assert np.abs(session.feed(tokens, np.ones_like(tokens)) - _logits(reference, tokens)).max() < _EXACT
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_on_either_side(
+    float32_folder: Path, reference: PreTrainedModel, heldout_tokens: Tokens, side: str
+) -> None:
+    """A row gives the logits it gives alone, in the prompt and in the steps after it."""
+    rows = [heldout_tokens[100:120], heldout_tokens[700:707]]
+    width, steps = 20, heldout_tokens[None, 900:903].repeat(2, axis=0)
+    tokens, mask = np.zeros((2, width), np.int64), np.zeros((2, width), np.int64)
+    for row, values in enumerate(rows):
+        place = slice(width - len(values), width) if side == "left" else slice(0, len(values))
+        tokens[row, place], mask[row, place] = values, 1
+    session = _Session(float32_folder)
+    prompt_logits = session.feed(tokens, mask)
+    for step in range(3):
+        mask = np.concatenate([mask, np.ones((2, 1), np.int64)], axis=1)
+        last_logits = session.feed(steps[:, step : step + 1], mask, cached=True)
+    for row, values in enumerate(rows):
+        used = prompt_logits[row, width - len(values) :] if side == "left" else prompt_logits[row, : len(values)]
+        assert np.abs(used - _logits(reference, values[None])[0]).max() < _EXACT
+        whole = np.concatenate([values, steps[row]])[None]
+        assert np.abs(last_logits[row, -1] - _logits(reference, whole)[0, -1]).max() < _EXACT
+
+
+def test_prompt_in_chunks(float32_folder: Path, reference: PreTrainedModel, heldout_tokens: Tokens) -> None:
+    tokens = heldout_tokens[None, :300]
+    session = _Session(float32_folder)
+    pieces = [
+        session.feed(tokens[:, first:last], np.ones((1, last), np.int64), cached=first > 0)
+        for first, last in ((0, 128), (128, 129), (129, 300))
+    ]
+    assert np.abs(np.concatenate(pieces, axis=1) - _logits(reference, tokens)).max() < _EXACT
+
+
+def test_pruned_student(
+    family_folder: Path, tmp_path: Path, reference: PreTrainedModel, heldout_tokens: Tokens
+) -> None:
+    """Other experts in every layer, fewer of them, and fewer than top-k in the last case."""
+    source = Checkpoint(family_folder)
+    for n_experts in (5, 1):
+        kept = tuple(tuple((7 * layer + 3 * i) % 8 for i in range(n_experts)) for layer in range(source.shape.n_layers))
+        student = Student(source, ExpertMap.keeping(source.shape.n_experts, kept))
+        session = _Session(_export(tmp_path / str(n_experts), student, "F32"))
+        tokens = heldout_tokens[None, 2000:2200]
+        expected = _logits(_pruned_reference(family_folder, reference, kept), tokens)
+        assert np.abs(session.feed(tokens, np.ones_like(tokens)) - expected).max() < _EXACT
+
+
+def _pruned_reference(folder: Path, model: PreTrainedModel, kept: tuple[tuple[int, ...], ...]) -> PreTrainedModel:
+    """A stock model with fewer experts, given the rows of those that are kept."""
+    config = AutoConfig.from_pretrained(folder)
+    config.num_experts = config.num_local_experts = len(kept[0])
+    config.num_experts_per_tok = min(config.num_experts_per_tok, len(kept[0]))
+    tensors = dict(model.state_dict())
+    for layer, experts in enumerate(kept):
+        for part in ("gate.weight", "experts.gate_up_proj", "experts.down_proj"):
+            name = f"model.layers.{layer}.mlp.{part}"
+            tensors[name] = tensors[name][list(experts)]
+    pruned = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    pruned.load_state_dict(tensors)
+    return pruned
+
+
+@pytest.fixture(scope="module")
+def q4_0_folder(family_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each trained model as Q4_0 ONNX."""
+    return _export(tmp_path_factory.mktemp("onnx"), Student.teacher(Checkpoint(family_folder)), "Q4_0")
+
+
+@pytest.fixture(scope="module")
+def dequantized_reference(family_folder: Path) -> PreTrainedModel:
+    """transformers with the values that the Q4_0 preset stores, by gguf-py's quantizer, which is not ours."""
+    model = _reference(family_folder)
+    for name, values in model.named_parameters():
+        if "norm" in name or "mlp.gate." in name:
+            continue
+        kind = gguf.GGMLQuantizationType.Q8_0 if name in _EMBEDDINGS else gguf.GGMLQuantizationType.Q4_0
+        stored = gguf.quants.dequantize(gguf.quants.quantize(values.detach().numpy(), kind), kind)
+        values.data = torch.from_numpy(stored)
+    return model
+
+
+def test_q4_0_computes_with_the_dequantized_weights(
+    q4_0_folder: Path, dequantized_reference: PreTrainedModel, heldout_tokens: Tokens
+) -> None:
+    """All but the head is exact; the head's int8 inputs cost what the second assertion says, and no more."""
+    tokens = heldout_tokens[None, 512:1024]
+    expected = _logits(dequantized_reference, tokens)
+    model = onnx.load(q4_0_folder / MODEL_FILE, load_external_data=False)
+    (head,) = (node for node in model.graph.node if node.output[0] == "logits")
+    (accuracy_level,) = (attribute for attribute in head.attribute if attribute.name == "accuracy_level")
+    accuracy_level.i = 1  # float32 inputs
+    exact = _Session(q4_0_folder, model).feed(tokens, np.ones_like(tokens))
+    assert np.abs(exact - expected).max() < _EXACT
+    shipped = _Session(q4_0_folder).feed(tokens, np.ones_like(tokens))
+    assert np.abs(shipped - expected).max() < _INT8_HEAD
+    log_p = torch.log_softmax(torch.tensor(expected), -1)
+    divergence = (log_p.exp() * (log_p - torch.log_softmax(torch.tensor(shipped), -1))).sum(-1)
+    assert divergence.mean() < 1e-4
+
+
+def test_untied_head(tmp_path: Path, toy_checkpoint: Callable[..., Path], heldout_tokens: Tokens) -> None:
+    """A checkpoint with a head of its own; in both presets it is not the embedding."""
+    folder = _untie(toy_checkpoint(tmp_path, n_layers=1, model="coarse"))
+    tokens = heldout_tokens[None, :64]
+    expected = _logits(_reference(folder), tokens)
+    student = Student.teacher(Checkpoint(folder))
+    assert Role.HEAD in student.family.roles and not student.shape.tied_embeddings
+    for preset, tolerance in (("F32", _EXACT), ("Q4_0", 3.0)):
+        session = _Session(_export(tmp_path / preset, student, preset))
+        logits = session.feed(tokens, np.ones_like(tokens))
+        assert np.abs(logits - expected).max() < tolerance
+
+
+def _untie(folder: Path) -> Path:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].roll(1, dims=0).contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = (folder / "config.json").read_text(encoding="utf-8")
+    assert '"tie_word_embeddings": true' in config
+    (folder / "config.json").write_text(config.replace('"tie_word_embeddings": true', '"tie_word_embeddings": false'))
+    return folder
+
+
+def test_the_weights_are_read_from_the_data_file(float32_folder: Path) -> None:
+    """The graph itself is small: nothing of the weights is inside."""
+    assert (float32_folder / MODEL_FILE).stat().st_size < 50_000 < (float32_folder / DATA_FILE).stat().st_size

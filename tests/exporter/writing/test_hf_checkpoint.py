@@ -1,0 +1,131 @@
+"""The written student: read back by our reader and by stock transformers, it is the student."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from compressors.model.families.table import Role
+from compressors.model.running.streaming import StreamedModel, TokenGroup
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import ExpertMap, Student
+from exporter.writing.hf_checkpoint import write_checkpoint
+
+
+@pytest.fixture(scope="module", params=["coarse", "fine"])
+def student(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, toy_checkpoint: Callable[..., Path]
+) -> Student:
+    """Two layers, half of the experts (another half in each layer), and float32 routers as recovery leaves them."""
+    source = Checkpoint(toy_checkpoint(tmp_path_factory.mktemp(request.param), n_layers=2, model=request.param))
+    n_experts = source.shape.n_experts
+    pruned = Student(
+        source, ExpertMap.keeping(n_experts, (tuple(range(0, n_experts, 2)), tuple(range(1, n_experts, 2))))
+    )
+    generator = torch.Generator().manual_seed(0)
+    routers = {}
+    for layer in range(2):
+        router = pruned.tensor(Role.ROUTER, layer).float()
+        routers[pruned.name(Role.ROUTER, layer)] = router + 0.01 * torch.randn(router.shape, generator=generator)
+    return pruned.with_overlay(routers)
+
+
+@pytest.fixture(scope="module")
+def written(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("written") / "student"
+    write_checkpoint(student, folder)
+    return folder
+
+
+def test_our_reader_finds_every_tensor_of_the_student(written: Path, student: Student) -> None:
+    checkpoint = Checkpoint(written)
+    assert checkpoint.shape == student.shape
+    assert set(checkpoint.headers) == {name for name, _ in checkpoint.expected_shapes()}
+    for role in checkpoint.family.roles:
+        for layer in [None] if role.is_global else range(2):
+            if layer is not None and role.is_expert:
+                for expert in range(student.shape.n_experts):
+                    tensor = student.expert(role, layer, expert)
+                    assert torch.equal(checkpoint.expert(role, layer, expert), tensor)
+            else:
+                assert torch.equal(checkpoint.tensor(role, layer), student.tensor(role, layer))
+
+
+def test_routers_stay_float32_and_everything_else_as_it_was(written: Path, student: Student) -> None:
+    routers = {student.name(Role.ROUTER, layer) for layer in range(2)}
+    for name, header in Checkpoint(written).headers.items():
+        assert header.dtype == (torch.float32 if name in routers else torch.bfloat16), name
+
+
+@torch.no_grad()
+def test_stock_transformers_gives_the_student_s_logits(
+    written: Path, student: Student, heldout_tokens: npt.NDArray[np.int64]
+) -> None:
+    tokens_BT = torch.from_numpy(heldout_tokens[: 2 * 64].reshape(2, 64))
+    stock = AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32).eval()
+    model = StreamedModel(student)
+    (hidden,) = model.stream([TokenGroup(tokens_BT)])
+    logits = torch.cat([part for _, part in model.logits_in_chunks(hidden, slice(0, 64))])
+    assert (logits - stock(tokens_BT).logits.flatten(0, 1)).abs().max() < 1e-4
+
+
+def test_one_file_per_layer_and_an_index_of_them(written: Path) -> None:
+    files = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+    assert sorted(file.name for file in written.glob("*.safetensors")) == files
+    tensors = {file: load_file(written / file) for file in files}
+    index = json.loads((written / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: file for file in files for name in tensors[file]}
+    assert index["metadata"]["total_size"] == sum(t.nbytes for part in tensors.values() for t in part.values())
+    assert all(name.startswith("model.layers.0.") for name in tensors[files[0]])
+
+
+def test_config_and_tokenizer_belong_to_the_student(written: Path, student: Student) -> None:
+    config = AutoConfig.from_pretrained(written)
+    assert (config.num_experts, config.num_experts_per_tok) == (student.shape.n_experts, student.shape.top_k)
+    source = AutoTokenizer.from_pretrained(student.source.folder)
+    text = "The quick brown fox, twice: ünïcödé."
+    assert AutoTokenizer.from_pretrained(written)(text)["input_ids"] == source(text)["input_ids"]
+
+
+def test_the_same_student_gives_the_same_bytes(written: Path, student: Student, tmp_path: Path) -> None:
+    progress: list[int] = []
+    write_checkpoint(student, tmp_path / "again", progress=progress.append)
+    assert progress == [1, 1]
+    assert _digests(tmp_path / "again") == _digests(written)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+
+
+def test_top_k_falls_with_the_experts(toy_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Two experts left: stock transformers must not look for four."""
+    source = Checkpoint(toy_checkpoint(tmp_path, n_layers=2))
+    pair = Student(source, ExpertMap.keeping(source.shape.n_experts, ((3, 4), (1, 7))))
+    write_checkpoint(pair, tmp_path / "pair")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "pair", dtype=torch.float32)
+    assert stock.config.num_experts_per_tok == 2
+    assert torch.isfinite(stock(torch.arange(8)[None]).logits).all()
+
+
+def test_a_source_that_transformers_5_saved_gives_the_same_student(student: Student, tmp_path: Path) -> None:
+    """Its config spells the expert count its own way; the student's must not say both the old and the new count."""
+    model = AutoModelForCausalLM.from_pretrained(student.source.folder, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "resaved")
+    resaved = Student(Checkpoint(tmp_path / "resaved"), student.experts, student.overlay)
+    write_checkpoint(resaved, tmp_path / "student")
+    checkpoint = Checkpoint(tmp_path / "student")
+    assert checkpoint.shape == student.shape
+    assert AutoConfig.from_pretrained(tmp_path / "student").num_experts == student.shape.n_experts
+    for expert in range(student.shape.n_experts):
+        for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN):
+            assert torch.equal(checkpoint.expert(role, 1, expert), student.expert(role, 1, expert))

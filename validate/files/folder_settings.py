@@ -1,0 +1,237 @@
+"""Checks the configurations beside an ONNX graph, which clients read before they run it.
+
+``genai_config.json`` is onnxruntime-genai's (``src/config.h``), ``config.json`` and ``generation_config.json`` are
+transformers' and optimum's. With a wrong number there, a client runs another model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from compressors.model.description.config import read_shape
+from compressors.model.description.shape import MoeShape
+from compressors.model.errors import MoeExportError
+from compressors.model.files.json_file import read_json
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.tokenizer_files import load_tokenizer
+
+__all__ = ["folder_setting_symptoms"]
+
+_SAMPLING: Mapping[str, tuple[Any, ...]] = {
+    "do_sample": (False,),
+    "early_stopping": (True, False),
+    "length_penalty": (1.0,),
+    "min_length": (0,),
+    "no_repeat_ngram_size": (0,),
+    "num_beams": (1,),
+    "num_return_sequences": (1,),
+    "repetition_penalty": (1.0,),
+    "temperature": (1.0,),
+    "top_k": (0, 1, 50),
+    "top_p": (1.0, 0.0),
+}
+"""``search`` of genai_config.json: what changes no choice, where the original's generation_config.json says nothing."""
+
+_NOT_COMPARED = frozenset({"_from_model_config", "transformers_version"})
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_KEYS = {
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "top_k": "num_experts_per_tok",
+    "tied_embeddings": "tie_word_embeddings",
+}
+_FREE_FIELDS = frozenset({"context_length", "sizes", "rope", "window", "bos_token_id", "eos_token_ids", "pad_token_id"})
+
+
+def folder_setting_symptoms(graph: Path, source: Checkpoint, shape: MoeShape) -> list[str]:
+    """Lists where the files beside a graph do not fit a model of this shape.
+
+    Args:
+        graph: the ``.onnx`` file.
+        source: the original.
+        shape: of the model that the graph should compute.
+    """
+    folder, generation = graph.parent, _read(source.folder / "generation_config.json")
+    return [
+        *_genai_symptoms(folder / "genai_config.json", graph, source, shape, generation or {}),
+        *_config_symptoms(folder, source, shape),
+        *_generation_symptoms(folder / "generation_config.json", source, generation),
+    ]
+
+
+def _genai_symptoms(
+    path: Path, graph: Path, source: Checkpoint, shape: MoeShape, generation: Mapping[str, Any]
+) -> Iterator[str]:
+    config = _read(path)
+    if config is None:
+        return
+    model = _object(config, "model")
+    decoder, search = _object(model, "decoder"), _object(config, "search")
+    proto = onnx.load(graph, load_external_data=False).graph
+    for found, wanted in (
+        ("vocab_size", shape.vocab_size),
+        ("decoder.hidden_size", shape.hidden_size),
+        ("decoder.head_size", shape.head_dim),
+        ("decoder.num_attention_heads", shape.n_heads),
+        ("decoder.num_key_value_heads", shape.n_kv_heads),
+        ("decoder.num_hidden_layers", shape.n_layers),
+        ("decoder.filename", graph.name),
+    ):
+        value = decoder.get(found.partition(".")[2]) if found.startswith("decoder.") else model.get(found)
+        if value != wanted:
+            yield f"genai_config.json: {found} is {value!r}, the model's is {wanted!r}"
+    positions = _table_length(proto, shape)
+    context: Any = model.get("context_length")
+    longest = min(shape.context_length, positions or shape.context_length)
+    if not _is_count(context) or context > longest or (positions is not None and context != longest):
+        yield f"genai_config.json: context_length is {context!r}, that of graph and model is {longest}"
+    yield from _name_symptoms(decoder, proto)
+    yield from _token_symptoms("genai_config.json", model, source, generation)
+    length = search.get("max_length")
+    if length is not None and (not _is_count(length) or (_is_count(context) and length > context)):
+        yield f"genai_config.json: max_length of search is {length!r}, the context {context!r}"
+    for name, neutral in _SAMPLING.items():
+        if name in search and search[name] not in neutral and search[name] != generation.get(name):
+            yield f"genai_config.json: {name} of search is {search[name]!r}, which the original does not ask for"
+    chunk = search.get("chunk_size")
+    if chunk is not None and not _is_count(chunk):
+        yield f"genai_config.json: chunk_size of search is {chunk!r}, and must be a number of tokens"
+
+
+def _name_symptoms(decoder: Mapping[str, Any], graph: onnx.GraphProto) -> Iterator[str]:
+    """Names of inputs and outputs that the graph does not have."""
+    for kind, values in (("inputs", graph.input), ("outputs", graph.output)):
+        names = {value.name for value in values}
+        said = _object(decoder, kind)
+        for key, name in said.items():
+            if not isinstance(name, str) or name.replace("%d", "0") not in names:
+                yield f"genai_config.json: decoder.{kind}.{key} is {name!r}, which the graph does not have"
+        said_names = {str(name).replace("%d", "0") for name in said.values()}
+        for name in sorted(names - said_names):
+            if ".0." in name or not any(part.isdigit() for part in name.split(".")):
+                yield f"genai_config.json: decoder.{kind} lacks {name}, which the graph has"
+
+
+def _token_symptoms(
+    where: str, found: Mapping[str, Any], source: Checkpoint, generation: Mapping[str, Any]
+) -> Iterator[str]:
+    """Ids of begin, end and padding: those of the original's configurations, or of its tokenizer."""
+    config = _read(source.folder / "config.json") or {}
+    tokenizer = _tokenizer_ids(source.folder)
+    is_copy = where == "generation_config.json" and bool(generation)
+    for name in _TOKEN_IDS:
+        if is_copy and _ids(found.get(name)) == _ids(generation.get(name)):
+            continue
+        known = [_ids(place.get(name)) for place in (generation, config, tokenizer)]
+        allowed = set().union(*known)
+        value = _ids(found.get(name))
+        if name == "pad_token_id" and not allowed:
+            allowed = set().union(*(_ids(place.get("eos_token_id")) for place in (generation, config, tokenizer)))
+        needed = next((ids for ids in known if ids), set()) if name == "eos_token_id" else set()
+        if not value <= allowed or not needed <= value or (allowed and not value and name != "bos_token_id"):
+            yield f"{where}: {name} is {found.get(name)!r}, the original's {sorted(allowed)}"
+        elif name == "bos_token_id" and not value and _ids(config.get(name)):
+            yield f"{where}: {name} is absent, the original's {sorted(allowed)}"
+
+
+def _config_symptoms(folder: Path, source: Checkpoint, shape: MoeShape) -> Iterator[str]:
+    """``config.json`` as it would be read as a checkpoint's."""
+    path = folder / "config.json"
+    config = _read(path)
+    if config is None or shape.is_dense:
+        return
+    try:
+        found = read_shape(folder)
+    except MoeExportError as error:
+        yield f"config.json cannot be read as the model's ({error})"
+        return
+    for field in fields(MoeShape):
+        value, wanted = getattr(found, field.name), getattr(shape, field.name)
+        if field.name not in _FREE_FIELDS and value != wanted:
+            yield f"config.json: {_key(field.name, shape)} is {value!r}, the model's is {wanted!r}"
+    rope = replace(found.rope, trained_context=shape.rope.trained_context)  # files may be written for a shorter context
+    if rope != shape.rope:
+        yield f"config.json: rope_parameters are {found.rope.in_config()}, the model's {shape.rope.in_config()}"
+    if found.context_length > shape.context_length:
+        yield f"config.json: max_position_embeddings is {found.context_length}, the model's {shape.context_length}"
+    original = _read(source.folder / "config.json") or {}
+    for name in _TOKEN_IDS:
+        if _ids(config.get(name)) != _ids(original.get(name)):
+            yield f"config.json: {name} is {config.get(name)!r}, the original's {original.get(name)!r}"
+
+
+def _key(name: str, shape: MoeShape) -> str:
+    """The key in config.json for a field of a shape."""
+    keys = shape.family.config_keys
+    own = {
+        "n_experts": keys.n_experts,
+        "expert_width": keys.expert_width,
+        "normalize_top_k": keys.normalize_top_k or "norm_topk_prob",
+    }
+    return (own | _KEYS).get(name, name)
+
+
+def _generation_symptoms(path: Path, source: Checkpoint, original: Mapping[str, Any] | None) -> Iterator[str]:
+    found = _read(path)
+    if found is None:
+        if original:
+            yield "generation_config.json is absent; the original has one"
+        return
+    if original is None:
+        yield from _token_symptoms("generation_config.json", found, source, {})
+        for name, neutral in _SAMPLING.items():
+            if name in found and found[name] not in neutral:
+                yield f"generation_config.json: {name} is {found[name]!r}; the original says nothing of it"
+        return
+    yield from _token_symptoms("generation_config.json", found, source, original)
+    for name in sorted((found.keys() | original.keys()) - _NOT_COMPARED - set(_TOKEN_IDS)):
+        if found.get(name) != original.get(name):
+            yield f"generation_config.json: {name} is {found.get(name)!r}, the original's {original.get(name)!r}"
+
+
+def _table_length(graph: onnx.GraphProto, shape: MoeShape) -> int | None:
+    """Positions that the rotary tables cover; None if there are none."""
+    lengths = {tensor.name: int(tensor.dims[0]) for tensor in graph.initializer if len(tensor.dims) == 2}
+    names = ["rotary.cosine"]
+    for node in graph.node:
+        place = {"GroupQueryAttention": 7, "RotaryEmbedding": 2}.get(node.op_type)
+        if place is not None and len(node.input) > place:
+            names.append(node.input[place])
+    length = next((lengths[name] for name in names if name in lengths), None)
+    short = shape.rope.switches_after
+    return length - short if length is not None and short is not None and length > short else length
+
+
+def _tokenizer_ids(folder: Path) -> Mapping[str, Any]:
+    tokenizer = load_tokenizer(folder)
+    return {name: getattr(tokenizer, name) for name in _TOKEN_IDS}
+
+
+def _ids(value: Any) -> set[int]:
+    values = value if isinstance(value, list) else [value]
+    return {token for token in values if token is not None}
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _object(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = data.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Reads a configuration: None if there is none, empty if it is damaged, so that every key counts as missing."""
+    if not path.is_file():
+        return None
+    try:
+        return read_json(path)
+    except MoeExportError:
+        return {}

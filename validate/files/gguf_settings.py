@@ -1,0 +1,163 @@
+"""The numbers that a file's metadata must hold for llama.cpp to compute what ``config.json`` describes.
+
+llama.cpp takes every number of its graph from the file (``llama_model::load_hparams``). If a key is wrong, missing or
+superfluous, another model loads without a warning. Keys that only describe the file are left alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from compressors.model.description.gguf_rope import GgufRope, gguf_rope
+from compressors.model.description.shape import MoeShape
+from compressors.model.errors import UnsupportedError
+
+__all__ = ["MetadataValue", "expected_rope", "gguf_setting_symptoms"]
+
+MetadataValue = int | float | bool | str
+
+_LLAMA_CPP_ROPE_BASE = 10000.0  # where the file says nothing
+_SOFTMAX = 1  # of expert_gating_func
+
+_NEUTRAL: Mapping[str, tuple[MetadataValue, ...]] = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.group_norm_groups": (0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attn_logit_softcapping": (0.0,),
+    "embedding_scale": (0.0, 1.0),
+    "expert_group_count": (0, 1),
+    "expert_group_used_count": (0, 1),
+    "expert_shared_count": (0,),
+    "expert_weights_scale": (0.0, 1.0),
+    "final_logit_softcapping": (0.0,),
+    "leading_dense_block_count": (0,),
+    "logit_scale": (0.0, 1.0),
+    "nextn_predict_layers": (0,),
+    "pooling_type": (0,),
+    "residual_scale": (0.0, 1.0),
+    "rope.scale_linear": (0.0, 1.0),
+    "rope.scaling.attn_factor": (0.0, 1.0),
+    "rope.scaling.factor": (0.0, 1.0),
+    "rope.scaling.type": ("none",),
+    "use_parallel_residual": (False,),
+}
+"""Keys that models of our families do not need, with the values that change nothing."""
+
+_READ_ALWAYS = (
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.attn_factor",
+)
+_DESCRIPTIVE = (
+    "rope.scaling.finetuned",
+    "rope.scaling.yarn_beta_fast",  # read by other architectures only
+    "rope.scaling.yarn_beta_slow",
+    "tensor_data_layout",
+)
+
+_NAMES: Mapping[str, str] = {
+    "attention.layer_norm_rms_epsilon": "epsilon of the norms",
+    "expert_used_count": "number of experts per token",
+    "rope.freq_base": "rope base (position-dependent: every rotation is another)",
+}
+
+
+def expected_rope(shape: MoeShape) -> GgufRope | None:
+    """The keys and tensors a file needs for the rotary embedding; None if llama.cpp cannot compute it at all."""
+    try:
+        return gguf_rope(shape.rope, shape.gguf_architecture, takes_factors=shape.family.gguf.takes_rope_factors)
+    except UnsupportedError:
+        return None
+
+
+def gguf_setting_symptoms(metadata: Mapping[str, MetadataValue], shape: MoeShape) -> list[str]:
+    """Lists where a GGUF file's settings do not fit a model of this shape: a sentence for each key."""
+    architecture = shape.gguf_architecture
+    found = metadata.get("general.architecture", "")
+    if found != architecture:
+        return [f"general.architecture: {found!r} in the file, but the model is llama.cpp's {architecture!r}"]
+    prefix = f"{architecture}."
+    settings = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    if settings.get("context_length") == shape.rope.trained_context:  # longer than a window, and no worse for it
+        settings["context_length"] = shape.context_length
+    symptoms = [
+        f"{_NAMES.get(key, key)}: {_shown(settings.get(key))} in the file, {_shown(wanted)} in config.json"
+        for key, wanted, default in _expected(shape)
+        if not _is_same(settings.get(key, default), wanted)
+    ]
+    return [*symptoms, *_unexpected(settings, shape)]
+
+
+def _expected(shape: MoeShape) -> Iterator[tuple[str, MetadataValue, MetadataValue | None]]:
+    """Keys with the model's value, and what llama.cpp takes where the key is absent (None: it refuses to load)."""
+    in_experts = shape.family.gguf.writes_expert_width and not shape.is_dense
+    width_of_head = shape.hidden_size // shape.n_heads
+    yield "block_count", shape.n_layers, None
+    yield "context_length", shape.context_length, None
+    yield "embedding_length", shape.hidden_size, None
+    yield ("expert_feed_forward_length" if in_experts else "feed_forward_length"), shape.expert_width, None
+    yield "attention.head_count", shape.n_heads, None
+    yield "attention.head_count_kv", shape.n_kv_heads, shape.n_heads
+    yield "attention.key_length", shape.head_dim, width_of_head
+    yield "attention.value_length", shape.head_dim, width_of_head
+    yield "attention.layer_norm_rms_epsilon", shape.rms_norm_eps, None
+    yield "rope.freq_base", shape.rope_theta, _LLAMA_CPP_ROPE_BASE
+    yield "rope.dimension_count", shape.head_dim, shape.head_dim
+    rope = expected_rope(shape)
+    for key, value in ({} if rope is None else rope.keys).items():
+        yield key, value, 1.0 if key == "rope.scaling.attn_factor" else None
+    if not shape.is_dense:
+        yield "expert_count", shape.n_experts, 0
+        yield "expert_used_count", shape.top_k, 0
+
+
+def _unexpected(settings: Mapping[str, MetadataValue], shape: MoeShape) -> Iterator[str]:
+    """Keys that a model of this shape does not have, unless their value changes nothing."""
+    known = {key for key, _, _ in _expected(shape)}
+    allowed: dict[str, tuple[MetadataValue, ...]] = {
+        **_NEUTRAL,
+        "attention.sliding_window": (0, shape.window or 0),
+        "attention.scale": (0.0, 1 / math.sqrt(shape.head_dim)),
+        "expert_gating_func": (0, _SOFTMAX),
+        "expert_weights_norm": (shape.normalize_top_k,),
+        "vocab_size": (shape.vocab_size,),
+    }
+    if shape.is_dense:
+        allowed |= {"expert_count": (0,), "expert_used_count": (0,)}
+    scaling_is_off = settings.get("rope.scaling.type", "none") == "none"
+    for key, value in settings.items():
+        if key in known or key in _DESCRIPTIVE or (key == "feed_forward_length" and not shape.is_dense):
+            continue
+        if expected_rope(shape) is None and key.startswith("rope.scaling."):
+            continue
+        if scaling_is_off and key.startswith("rope.scaling.") and key not in _READ_ALWAYS:
+            continue
+        if key not in allowed:
+            yield f"{key}: {_shown(value)} in the file, and the model has no such setting"
+        elif not any(_is_same(value, neutral) for neutral in allowed[key]):
+            wanted = _shown(allowed[key][-1])
+            yield f"{key}: {_shown(value)} in the file, where the model's computation needs {wanted} or no such key"
+
+
+def _is_same(found: Any, wanted: MetadataValue) -> bool:
+    """Numbers as llama.cpp keeps them: floats in single precision."""
+    if isinstance(wanted, str) or isinstance(found, str) or found is None:
+        return bool(found == wanted)
+    if isinstance(wanted, float) or isinstance(found, float):
+        return bool(np.float32(found) == np.float32(wanted))
+    return bool(found == wanted)
+
+
+def _shown(value: MetadataValue | None) -> str:
+    if value is None:
+        return "absent"
+    if isinstance(value, bool | str):
+        return repr(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.0f}" if value >= 1 and value == round(value) else f"{value:.6g}"

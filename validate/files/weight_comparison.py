@@ -1,0 +1,239 @@
+"""Compares a file's weights with those that it should hold: finds damaged tensors, and what they hold instead.
+
+Each expert's projection, each row of a router and each other tensor is a unit; where only some rows of a unit are
+damaged, those are named. :mod:`validate.files.quantization_error` decides how far a unit may be off. If a unit is
+further off than 80 %, its content is identified by a signature, the values at 256 fixed places: those of unrelated
+tensors have a cosine near 0, those of a tensor and its quantized copy near 1. So a mix-up is named without holding two
+models in memory.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from enum import Enum, auto
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from compressors.model.families.table import Role
+from compressors.model.sources.student import Student
+from compressors.model.sources.weights import StoredType
+from validate.files.quantization_error import MatrixError
+
+__all__ = ["Damage", "Fault", "TypeOf", "Unit", "WeightComparison", "compare_weights"]
+
+_ANOTHER_TENSOR = 0.8  # relative error; an unrelated tensor's is at least 1, that of 2-bit types about 0.3
+_RESEMBLES = 0.6  # cosine of signatures, and of rows
+_PLACES = 256
+_ROWS_AT_ONCE = 4096  # of embedding and head
+_VOCABULARY_ROLES = (Role.TOKEN_EMBEDDING, Role.HEAD)
+_SAME_SIZE = 1e-3  # deviation of a coefficient that counts as none
+_MORE = 2.0  # times the type's error that does not count as a second fault
+
+TypeOf = Callable[[Role, int | None], StoredType]
+"""(role, layer) -> the type in which a file stores the tensors of that role in that layer."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Something that is compared by itself."""
+
+    role: Role
+    layer: int | None
+    index: int | None  # the expert, or the router's row
+    row: int | None = None  # None: the whole
+
+
+class Fault(Enum):
+    """The kinds of fault that a unit can have."""
+
+    ZERO = auto()
+    HOLDS_ANOTHER = auto()  # unit or row of the original
+    UNLIKE = auto()  # resembles nothing of the original
+    TOO_FAR = auto()  # further off than its type makes it
+    SCALED = auto()
+    CHANGED = auto()  # stored in float and yet not equal
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A unit that does not hold what it should."""
+
+    unit: Unit
+    fault: Fault
+    relative_error: float
+    usual_error: float = 0.0  # what its type makes
+    type_name: str = ""
+    scale: float = 1.0
+    holds: Unit | None = None  # the original's unit that it resembles
+
+
+@dataclass(frozen=True)
+class WeightComparison:
+    """Relative errors |found - expected| / |expected| of all units, and what is damaged."""
+
+    errors: Mapping[Unit, float]
+    damage: tuple[Damage, ...]
+
+
+def compare_weights(
+    expected: Student,
+    found: Student,
+    stored_type: TypeOf,
+    *,
+    n_tokens: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> WeightComparison:
+    """Compares two students of one shape, a tensor at a time.
+
+    Args:
+        expected: what the file should hold.
+        found: what it holds (:meth:`~compressors.model.sources.student.Student.as_written`).
+        stored_type: how it stores it.
+        n_tokens: rows of embedding and head that are compared; None: all.
+        progress: called with 1 after each layer.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    comparison = _Comparison()
+    for layer in [None, *range(expected.shape.n_layers)]:
+        for role in expected.shape.stored_roles:
+            if role.is_global == (layer is None):
+                for unit, pieces in _units(expected, found, role, layer, n_tokens):
+                    comparison.add(unit, stored_type(role, layer), pieces)
+        if layer is not None and progress is not None:
+            progress(1)
+    return comparison.result()
+
+
+_Pieces = Iterable[tuple[torch.Tensor, torch.Tensor]]  # expected and found rows, float32
+
+
+def _units(
+    expected: Student, found: Student, role: Role, layer: int | None, n_tokens: int | None
+) -> Iterator[tuple[Unit, _Pieces]]:
+    if layer is not None and role.is_expert:
+        for expert in range(expected.shape.layer(layer).n_experts):
+            values = (expected.expert(role, layer, expert).float(), found.expert(role, layer, expert).float())
+            yield Unit(role, layer, expert), [values]
+    elif role in _VOCABULARY_ROLES:
+        yield Unit(role, layer, None), _vocabulary_rows(expected, found, role, n_tokens or expected.shape.vocab_size)
+    elif layer is None or role in expected.shape.layer_roles(layer):
+        both = (expected.tensor(role, layer).float(), found.tensor(role, layer).float())
+        if role is Role.ROUTER:
+            for row, (one, other) in enumerate(zip(*both, strict=True)):
+                yield Unit(role, layer, row), [(one[None], other[None])]
+        else:
+            width = both[0].shape[-1]
+            yield Unit(role, layer, None), [(both[0].reshape(-1, width), both[1].reshape(-1, width))]
+
+
+def _vocabulary_rows(expected: Student, found: Student, role: Role, n_tokens: int) -> _Pieces:
+    for start in range(0, n_tokens, _ROWS_AT_ONCE):
+        rows = slice(start, min(start + _ROWS_AT_ONCE, n_tokens))
+        yield expected.rows(role, None, rows).float(), found.rows(role, None, rows).float()
+
+
+class _Comparison:
+    """Errors and signatures of the units so far."""
+
+    def __init__(self) -> None:
+        self._errors: dict[Unit, float] = {}
+        self._suspects: dict[Unit, MatrixError] = {}
+        self._damage: list[Damage] = []
+        self._expected: dict[Unit, npt.NDArray[np.float32]] = {}
+        self._found: dict[Unit, npt.NDArray[np.float32]] = {}
+        self._sizes: dict[Unit, int] = {}
+
+    def add(self, unit: Unit, stored_type: StoredType, pieces: _Pieces) -> None:
+        """A unit's expected and found values, in pieces; its signature is the first piece's."""
+        matrix = MatrixError(stored_type)
+        of_rows: list[Damage] = []
+        n_rows = 0
+        for expected, found in pieces:
+            if unit not in self._expected:
+                self._expected[unit], self._found[unit] = _signature(expected), _signature(found)
+                self._sizes[unit] = expected.numel()
+            damaged = matrix.add(expected, found)
+            of_rows += [_row_damage(unit, matrix, expected, found, row, n_rows) for row in damaged]
+            n_rows += len(expected)
+        self._errors[unit] = matrix.relative_error
+        if not (of_rows or matrix.is_too_far or matrix.is_scaled):
+            return  # as near as the type makes it, which for ternary types is not near
+        if of_rows and n_rows > 1 and not matrix.is_mostly_damaged:
+            self._damage += of_rows
+        elif not matrix.relative_error <= _ANOTHER_TENSOR:
+            self._suspects[unit] = matrix
+        else:
+            self._damage.append(_whole_damage(unit, matrix))
+
+    def result(self) -> WeightComparison:
+        by_size: dict[int, list[Unit]] = defaultdict(list)
+        for unit, size in self._sizes.items() if self._suspects else ():
+            by_size[size].append(unit)
+        damage = [self._other(unit, matrix, by_size) for unit, matrix in self._suspects.items()]
+        return WeightComparison(self._errors, (*damage, *self._damage))
+
+    def _other(self, unit: Unit, matrix: MatrixError, by_size: Mapping[int, list[Unit]]) -> Damage:
+        if matrix.is_zero:
+            return Damage(unit, Fault.ZERO, matrix.relative_error)
+        holds = self._resembled(unit, by_size[self._sizes[unit]])
+        if holds == unit:  # itself, and yet far off
+            return _whole_damage(unit, matrix)
+        return Damage(unit, Fault.UNLIKE if holds is None else Fault.HOLDS_ANOTHER, matrix.relative_error, holds=holds)
+
+    def _resembled(self, unit: Unit, candidates: list[Unit]) -> Unit | None:
+        signatures = np.stack([self._expected[candidate] for candidate in candidates])
+        cosines = signatures @ self._found[unit]
+        best = int(np.argmax(cosines))
+        return candidates[best] if cosines[best] > _RESEMBLES else None
+
+
+def _whole_damage(unit: Unit, matrix: MatrixError) -> Damage:
+    fault = Fault.CHANGED if matrix.is_float else Fault.TOO_FAR
+    if _is_only_scaled(matrix.scale, matrix.relative_error, matrix.usual_error):
+        fault = Fault.SCALED
+    return Damage(unit, fault, matrix.relative_error, matrix.usual_error, matrix.type_name, matrix.scale)
+
+
+def _is_only_scaled(scale: float, relative_error: float, usual_error: float) -> bool:
+    """True if a change of size explains the error: the rest of it is at most about twice what the type makes."""
+    deviation = abs(scale - 1)
+    left = max(relative_error**2 - deviation**2, 0.0) ** 0.5
+    return deviation > _SAME_SIZE and left <= _MORE * usual_error + 0.01 * deviation
+
+
+def _row_damage(
+    unit: Unit, matrix: MatrixError, expected: torch.Tensor, found: torch.Tensor, row: int, before: int
+) -> Damage:
+    """Describes the damage of one row of a piece that begins at row ``before`` of its matrix."""
+    its, wanted = found[row], expected[row]
+    place = replace(unit, row=before + row)
+    size = float(wanted.norm())
+    relative = float((its - wanted).norm()) / size if size else float("inf")
+    scale = float(its @ wanted) / size**2 if size else 1.0
+    entry = Damage(place, Fault.TOO_FAR, relative, matrix.usual_error, matrix.type_name, scale)
+    if not its.any():
+        return replace(entry, fault=Fault.ZERO)
+    if not relative <= _ANOTHER_TENSOR:
+        cosines = expected @ its / (expected.norm(dim=1) * its.norm()).clamp_min(torch.finfo(torch.float32).tiny)
+        best = int(cosines.argmax())
+        if best != row and cosines[best] > _RESEMBLES:
+            return replace(entry, fault=Fault.HOLDS_ANOTHER, holds=replace(unit, row=before + best))
+        return replace(entry, fault=Fault.UNLIKE)
+    if _is_only_scaled(scale, relative, matrix.usual_error):
+        return replace(entry, fault=Fault.SCALED)
+    return replace(entry, fault=Fault.CHANGED if matrix.is_float else Fault.TOO_FAR)
+
+
+def _signature(values: torch.Tensor) -> npt.NDArray[np.float32]:
+    """The values at fixed places, as a vector of length 1."""
+    flat = values.reshape(-1).numpy()
+    places = np.random.default_rng(len(flat)).integers(0, len(flat), _PLACES)
+    sample: npt.NDArray[np.float32] = flat[places]
+    length = float(np.linalg.norm(sample))
+    return sample / np.float32(length) if np.isfinite(length) and length > 0 else np.zeros_like(sample)

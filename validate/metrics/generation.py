@@ -1,0 +1,203 @@
+"""Does the model loop? Pruned models fall into repetition before their perplexity shows it.
+
+A few dozen beginnings of held-out text are continued greedily and at temperature 1, by the runtime with its KV cache
+and by the teacher in torch. Every draw belongs to one random number, the same for every model: two models of equal
+logits write equal texts.
+
+Letters: P prompts, N new tokens of each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from compressors.model.predictions.next_token import draw_tokens, random_numbers
+from validate.metrics.bootstrap import Interval
+from validate.runtimes.backend import RuntimeBackend
+
+__all__ = [
+    "NEW_TOKENS",
+    "PROMPTS",
+    "PROMPT_TOKENS",
+    "GeneratedTexts",
+    "TextFigures",
+    "generate_texts",
+    "generation_figures",
+    "greedy",
+    "largest_share_by_chance",
+    "least_difference",
+    "longest_repeat",
+    "loops",
+    "prompts_of",
+    "rate_interval",
+    "uniform_numbers",
+]
+
+PROMPTS = 24
+"""At most; with :data:`NEW_TOKENS` about five minutes of a runtime that decodes 10 tokens a second."""
+
+PROMPT_TOKENS = 32
+
+NEW_TOKENS = 64
+"""Four times the longest cycle that counts as a loop."""
+
+_LONGEST_CYCLE = 16
+_NORMAL_QUANTILE = 1.959964  # of 97.5 %: a 95 % interval leaves out half of the rest on either side
+
+
+@dataclass(frozen=True)
+class GeneratedTexts:
+    """What a model wrote after the prompts: int64 [P, N] each, an end of text among them or not."""
+
+    greedy_PN: npt.NDArray[np.int64]
+    sampled_PN: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TextFigures:
+    """Of texts that were written in one way; an end of text ends a text."""
+
+    loop_rate: float  # share that ends in a loop
+    loop_rate_interval: Interval
+    end_of_text_rate: float  # share that ends by itself
+    end_of_text_rate_interval: Interval
+    longest_repeat_mean: float  # tokens of the longest n-gram that occurs twice in a text
+    longest_repeat_max: int
+
+
+def prompts_of(chunks_BT: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Beginnings of at most :data:`PROMPTS` chunks, evenly spaced: every domain has its share. int64 [P, 32].
+
+    A chunk begins as the model wants texts to begin, with BOS or without.
+    """
+    n_prompts = min(PROMPTS, len(chunks_BT))
+    chosen = [(2 * index + 1) * len(chunks_BT) // (2 * n_prompts) for index in range(n_prompts)]
+    return chunks_BT[chosen, :PROMPT_TOKENS]
+
+
+def uniform_numbers(n_prompts: int) -> torch.Tensor:
+    """What decides the sampled texts: float64 [P, N] in [0, 1)."""
+    return torch.stack([random_numbers((prompt,), NEW_TOKENS) for prompt in range(n_prompts)])
+
+
+def generate_texts(
+    backend: RuntimeBackend, prompts_PT: npt.NDArray[np.int64], progress: Callable[[int], None] | None = None
+) -> GeneratedTexts:
+    """Continues every prompt in the runtime, in both ways; ``progress`` is called with 1 after each text."""
+    uniform_PN = uniform_numbers(len(prompts_PT))
+    texts: dict[str, list[list[int]]] = {"greedy_PN": [], "sampled_PN": []}
+    for prompt, uniform_N in zip(prompts_PT.tolist(), uniform_PN, strict=True):
+        for way, choose in (("greedy_PN", greedy), ("sampled_PN", _sampled(uniform_N))):
+            texts[way].append(backend.generate(prompt, NEW_TOKENS, choose))
+            if progress is not None:
+                progress(1)
+    return GeneratedTexts(**{way: np.array(written, dtype=np.int64) for way, written in texts.items()})
+
+
+def greedy(logits_V: npt.NDArray[np.float32]) -> int:
+    """The most probable token."""
+    return int(logits_V.argmax())
+
+
+def _sampled(uniform_N: torch.Tensor) -> Callable[[npt.NDArray[np.float32]], int]:
+    """Draws the next token by the next number, at temperature 1."""
+    numbers = iter(uniform_N)
+
+    def choose(logits_V: npt.NDArray[np.float32]) -> int:
+        return int(draw_tokens(torch.from_numpy(logits_V)[None], next(numbers)[None]))
+
+    return choose
+
+
+def generation_figures(texts: GeneratedTexts, end_of_text: Sequence[int]) -> dict[str, Any]:
+    """What the report says of a model's texts, as plain data."""
+    return {
+        "prompts": len(texts.greedy_PN),
+        "prompt_tokens": PROMPT_TOKENS,
+        "new_tokens": NEW_TOKENS,
+        "greedy": asdict(_figures(texts.greedy_PN, end_of_text)),
+        "sampled": asdict(_figures(texts.sampled_PN, end_of_text)),
+    }
+
+
+def _figures(texts_PN: npt.NDArray[np.int64], end_of_text: Iterable[int]) -> TextFigures:
+    ends = set(end_of_text)
+    n_loops = n_ended = 0
+    repeats = []
+    for tokens in texts_PN.tolist():
+        stops = [index for index, token in enumerate(tokens) if token in ends]
+        text = tokens[: stops[0]] if stops else tokens
+        n_ended += bool(stops)
+        n_loops += loops(text)
+        repeats.append(longest_repeat(text))
+    n_texts = len(repeats)
+    return TextFigures(
+        loop_rate=n_loops / n_texts,
+        loop_rate_interval=rate_interval(n_loops, n_texts),
+        end_of_text_rate=n_ended / n_texts,
+        end_of_text_rate_interval=rate_interval(n_ended, n_texts),
+        longest_repeat_mean=sum(repeats) / n_texts,
+        longest_repeat_max=max(repeats),
+    )
+
+
+def loops(tokens: Sequence[int]) -> bool:
+    """Whether a text ends in the same 1 to 16 tokens three times in a row (at least 8 tokens in all)."""
+    for cycle in range(1, _LONGEST_CYCLE + 1):
+        length = max(3 * cycle, 8)
+        tail = list(tokens[-length:])
+        if len(tail) == length and tail[cycle:] == tail[:-cycle]:
+            return True
+    return False
+
+
+def longest_repeat(tokens: Sequence[int]) -> int:
+    """The length of the longest n-gram that occurs at least twice, perhaps overlapping; 0 if no token does.
+
+    Longest repeated substrings are how repetition inside texts is found (K. Lee et al., Deduplicating Training Data
+    Makes Language Models Better, arXiv 2107.06499, section 4.1); here inside one text of a few dozen tokens.
+    """
+    length = 0
+    while True:
+        ngrams = [tuple(tokens[start : start + length + 1]) for start in range(len(tokens) - length)]
+        if len(set(ngrams)) == len(ngrams):
+            return length
+        length += 1
+
+
+def rate_interval(n_yes: int, n_all: int) -> Interval:
+    """The 95 % interval of a share of a few independent texts; none of 24 does not mean never.
+
+    E. B. Wilson, Probable Inference, the Law of Succession, and Statistical Inference, 1927.
+    """
+    squared = _NORMAL_QUANTILE**2
+    share = n_yes / n_all
+    center = (share + squared / (2 * n_all)) / (1 + squared / n_all)
+    spread = math.sqrt(share * (1 - share) / n_all + squared / (4 * n_all**2)) / (1 + squared / n_all)
+    return max(0.0, center - _NORMAL_QUANTILE * spread), min(1.0, center + _NORMAL_QUANTILE * spread)
+
+
+def least_difference(n_yes: int, n_all: int, n_others: int, n_all_others: int) -> float:
+    """The lower end of the 95 % interval of the difference of two shares, the first less the others'.
+
+    R. Newcombe, Interval Estimation for the Difference Between Independent Proportions, 1998, method 10: from Wilson's
+    intervals of both.
+    """
+    share, others = n_yes / n_all, n_others / n_all_others
+    below, above = share - rate_interval(n_yes, n_all)[0], rate_interval(n_others, n_all_others)[1] - others
+    return share - others - math.hypot(below, above)
+
+
+def largest_share_by_chance(n_yes: int, n_all: int) -> float:
+    """Up to which share another model's as many texts are not certainly more."""
+    not_more = [
+        n_others for n_others in range(n_yes, n_all + 1) if least_difference(n_others, n_all, n_yes, n_all) <= 0
+    ]
+    return max(not_more) / n_all

@@ -1,0 +1,1 @@
+"""Routing: whether two models send the same tokens to the same experts, and whether a router itself is at fault."""

@@ -1,0 +1,114 @@
+"""A runtime's routers on equal inputs: is a router itself wrong, or only what reaches it?
+
+In a free run an error anywhere in a layer moves the hidden states, and with them the choices of all later routers. Here
+every router is given the hidden states that the student in torch gives it, and its choices are compared with the
+student's: what differs now is the router's weights, the runtime's arithmetic, or its top-k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from compressors.model.description.shape import MoeShape
+from compressors.model.files.array_file import ArrayFile
+from compressors.model.predictions.routing import Routing
+from validate.routing.agreement import RoutingAgreement, routing_agreement, same_sets
+from validate.routing.router_inputs import RouterInputs
+from validate.routing.ties import Ties, find_ties
+
+__all__ = ["RouterAlone", "RouterInputRecorder", "router_alone"]
+
+
+class RouterInputRecorder:
+    """Give :meth:`observe` to a ``TokenGroup`` of all chunks, and :meth:`finish` their routing when it has run.
+
+    A layer's states go to disk as they come; nothing of them stays in memory.
+
+    Args:
+        folder: where the files go; it is made.
+        shape: of the model.
+        chunks: which chunks are kept, rising.
+        chunk_tokens: tokens of each chunk.
+    """
+
+    def __init__(self, folder: Path, shape: MoeShape, chunks: npt.NDArray[np.int64], chunk_tokens: int) -> None:
+        folder.mkdir(parents=True)
+        self._files = RouterInputs(folder)
+        self._shape = shape
+        self._tokens = (chunks[:, None] * chunk_tokens + np.arange(chunk_tokens)).reshape(-1)  # of all, those kept
+        kept = ArrayFile.create(self._files.chunks_path, chunks.shape, np.int64)
+        kept.write(0, chunks)
+
+    @contextmanager
+    def observe(self, index: int, layer: nn.Module) -> Iterator[None]:
+        """Watches one layer's router while it runs."""
+        if not self._shape.layer(index).has_moe:
+            yield
+            return
+        size = (len(self._tokens), self._shape.hidden_size)
+        states = ArrayFile.create(self._files.states_path(index), size, np.float32)
+        n_seen = 0
+
+        def hook(_router: nn.Module, inputs: tuple[torch.Tensor, ...], _outputs: Any) -> None:
+            nonlocal n_seen
+            states_TD = inputs[0].reshape(-1, self._shape.hidden_size)
+            first, last = np.searchsorted(self._tokens, [n_seen, n_seen + len(states_TD)])
+            wanted = torch.from_numpy(self._tokens[first:last] - n_seen)
+            states.write(int(first), states_TD[wanted.to(states_TD.device)].float().cpu().numpy())
+            n_seen += len(states_TD)
+
+        handle = layer.get_submodule(self._shape.family.router_module).register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def finish(self, routing: Routing) -> None:
+        """Keeps the model's own routing of the kept chunks, given that of all."""
+        routing.tokens(self._tokens).save(self._files.routing_path)
+
+
+@dataclass(frozen=True)
+class RouterAlone:
+    """A runtime's routers beside torch's on equal inputs."""
+
+    n_chunks: int
+    agreement: RoutingAgreement
+    margin_error: float
+    """The largest difference between both margins of a token whose experts are the same: the noise of the runtime's
+    arithmetic, in router logits. A choice whose margin is smaller may fall either way."""
+    ties: Ties | None
+
+    def figures(self) -> dict[str, Any]:
+        """Plain data for JSON: those of a routing agreement, and what is said of equal inputs only."""
+        ties = None if self.ties is None else asdict(self.ties)
+        own = {"chunks": self.n_chunks, "margin_error": self.margin_error, "ties": ties}
+        return self.agreement.figures() | own
+
+
+def router_alone(inputs: RouterInputs, found: Routing) -> RouterAlone:
+    """Compares the choices of a runtime's routers with those that torch made from the same states.
+
+    Args:
+        inputs: what both were given.
+        found: what the runtime's routers chose.
+    """
+    reference, n_chunks = inputs.routing(), len(inputs.chunks())
+    assert reference.margins_LT is not None and found.margins_LT is not None, "both sides record margins"
+    comparable_LT = same_sets(reference, found) & np.isfinite(reference.margins_LT)
+    errors = np.abs(found.margins_LT[comparable_LT] - reference.margins_LT[comparable_LT])
+    return RouterAlone(
+        n_chunks,
+        routing_agreement(reference, found, n_chunks=n_chunks),
+        float(errors.max(initial=0.0)),
+        find_ties(reference, found),
+    )

@@ -1,0 +1,209 @@
+"""Reads, and on demand feeds, the routers inside llama.cpp's running graph.
+
+The scheduler (``ggml_backend_sched_compute_splits`` in ``ggml/src/ggml-backend.cpp``) asks the evaluation callback
+about every node before it runs. It cuts the graph behind each node that the callback accepts, computes the piece, waits
+for the device, and calls again: now the node's values are there, and what is written to it is what the rest of the
+graph reads.
+
+The cuts also keep fused GPU kernels away. For softmax, sort, selection and weights of a MoE layer CUDA, Metal and
+Vulkan have one kernel that leaves what lies in between unwritten (``ggml_cuda_topk_moe_fusion``,
+``ggml_metal_fusion_check_topk_moe``, ``ggml_vk_can_fuse_topk_moe``). They match its pattern inside the piece that they
+are given only (``ggml_can_fuse_subgraph_ext`` in ``ggml/src/ggml.c`` refuses nodes behind its end), and because the
+chosen experts, in the middle of the pattern, are accepted here, no piece holds all of it. Who accepts later nodes only,
+and follows their sources, reads memory that nobody wrote.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import llama_cpp.llama_cpp as api
+import numpy as np
+import numpy.typing as npt
+from llama_cpp import _ggml
+
+from compressors.model.errors import InputError
+from compressors.model.predictions.routing import Routing, selection_margins
+from validate.routing.router_inputs import RouterInputs
+
+__all__ = ["RoutingCollector", "ggml_function"]
+
+
+class _TensorHead(ctypes.Structure):
+    """The beginning of ``struct ggml_tensor`` (``ggml/include/ggml.h``), up to its name."""
+
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("buffer", ctypes.c_void_p),
+        ("lengths", ctypes.c_int64 * 4),
+        ("strides", ctypes.c_size_t * 4),
+        ("operation", ctypes.c_int),
+        ("operation_params", ctypes.c_int32 * 16),
+        ("flags", ctypes.c_int32),
+        ("sources", ctypes.c_void_p * 10),
+        ("view_source", ctypes.c_void_p),
+        ("view_offset", ctypes.c_size_t),
+        ("data", ctypes.c_void_p),
+        ("name", ctypes.c_char * 64),
+    )
+
+
+# names that build_moe_ffn (src/llama-graph.cpp) and the models' graphs (src/models) give to a layer's nodes
+_INPUT, _LOGITS = "ffn_norm", "ffn_moe_logits"
+_EXPERTS, _WEIGHTS, _NORMALIZED = "ffn_moe_topk", "ffn_moe_weights", "ffn_moe_weights_norm"
+_NODE = re.compile(f"({_INPUT}|{_LOGITS}|{_EXPERTS}|{_WEIGHTS}|{_NORMALIZED})-([0-9]+)".encode())
+
+_FINAL_NORM = b"result_norm"
+"""The final norm's output, as every model's graph names it."""
+
+_BEFORE_HEAD = ("result_norm", -1)
+
+
+class RoutingCollector:
+    """Copies the choices of every router out of the running graph."""
+
+    def __init__(self) -> None:
+        # the runtime keeps only the address: this object must live as long as the context
+        self.callback = api.ggml_backend_sched_eval_callback(self._visit)
+        self._parts: dict[tuple[str, int], list[npt.NDArray[Any]]] | None = None
+        self._feed: _Feed | None = None
+        self._last_read = _BEFORE_HEAD  # of a pass: what it is and its layer
+        self._end: tuple[str, int] | None = None
+
+    def start(self, inputs: RouterInputs | None = None, first: int = 0) -> None:
+        """Forgets what was collected and begins anew.
+
+        Args:
+            inputs: what the routers, and the experts, get in place of the runtime's own hidden states.
+            first: the token of ``inputs`` that is evaluated first.
+        """
+        self._parts = defaultdict(list)
+        self._feed = None if inputs is None else _Feed(inputs, first)
+
+    def finish(self, n_tokens: int) -> Routing:
+        """What was collected since :meth:`start`.
+
+        Raises:
+            InputError: the routers could not be fed.
+        """
+        assert self._parts is not None
+        (parts, self._parts), (feed, self._feed) = (self._parts, None), (self._feed, None)
+        if feed is not None and feed.error is not None:
+            raise feed.error
+        n_layers = 1 + max(layer for _, layer in parts)
+        weights = _NORMALIZED if (_NORMALIZED, 0) in parts else _WEIGHTS
+        self._last_read = weights, n_layers - 1
+        experts_LTK, weights_LTK, margins_LT = (
+            np.stack([np.concatenate(parts[kind, layer]) for layer in range(n_layers)])
+            for kind in (_EXPERTS, weights, _LOGITS)
+        )
+        assert experts_LTK.shape == weights_LTK.shape, "experts and weights disagree"
+        assert experts_LTK.shape[1] == n_tokens, f"routing of {experts_LTK.shape[1]} of {n_tokens} tokens"
+        return Routing(experts_LTK.astype(np.int32), weights_LTK.astype(np.float32), margins_LT)
+
+    @contextmanager
+    def without_logits(self, last_layer: int) -> Iterator[None]:
+        """While it lasts, graphs end where nothing is left that is wanted but logits, which would cost the most.
+
+        That is behind the routing of the model's last layer; in a first pass, which finds out what its last node is,
+        and where that layer has no experts, it is before the output head.
+        """
+        self._end = self._last_read if self._last_read[1] == last_layer else _BEFORE_HEAD
+        try:
+            yield
+        finally:
+            self._end = None
+
+    def _visit(self, address: int, ask: bool, user_data: int) -> bool:
+        """Called for every node before it runs (``ask``: shall you see it?) and after, if we said yes."""
+        tensor = _TensorHead.from_address(address)
+        if self._end is not None and tensor.name == _FINAL_NORM:
+            return ask  # afterwards no: the graph ends here
+        if self._parts is None or (self._feed is not None and self._feed.error is not None):
+            return not ask
+        matched = _NODE.fullmatch(tensor.name)
+        if ask:
+            return matched is not None and (matched[1].decode() != _INPUT or self._feed is not None)
+        if matched is None:
+            return True
+        node, layer = matched[1].decode(), int(matched[2])
+        if node == _INPUT:
+            return self._feed is not None and self._feed.write(layer, tensor, address)
+        if node == _LOGITS and self._feed is not None and not self._feed.reached(layer, tensor):
+            return False
+        values = _values(tensor, address, token_dimension=2 if node == _WEIGHTS else 1)
+        self._parts[node, layer].append(values)
+        if node == _EXPERTS:  # now k is known, and margins take less room than logits
+            logits_TE = self._parts[_LOGITS, layer].pop()
+            self._parts[_LOGITS, layer].append(selection_margins(logits_TE, values.shape[1]))
+        return (node, layer) != self._end
+
+
+class _Feed:
+    """Puts torch's hidden states where the graph has its own.
+
+    An error must not leave a callback: it is kept, and the callback ends the evaluation.
+    """
+
+    def __init__(self, inputs: RouterInputs, first: int) -> None:
+        self.error: InputError | None = None
+        self._inputs = inputs
+        self._next = defaultdict[int, int](lambda: first)  # the layer's next token
+        self._written: dict[int, int] = {}  # address of the tensor that was written last, by layer
+
+    def write(self, layer: int, tensor: _TensorHead, address: int) -> bool:
+        """Replaces the normalised hidden states of a layer's MoE block; False if they cannot be."""
+        width, n_tokens = tensor.lengths[0], tensor.lengths[1]
+        try:
+            states_TD = self._inputs.states(layer, self._next[layer], self._next[layer] + n_tokens)
+        except InputError as error:
+            self.error = error
+            return False
+        if tensor.type != api.GGML_TYPE_F32 or states_TD.shape[1] != width:
+            self.error = InputError(
+                f"layer {layer} of the file has hidden states of width {width}, torch's are {states_TD.shape[1]} wide"
+            )
+            return False
+        _ggml_copy("ggml_backend_tensor_set")(address, states_TD.ctypes.data, 0, states_TD.nbytes)
+        self._next[layer] += n_tokens
+        self._written[layer] = address
+        return True
+
+    def reached(self, layer: int, logits: _TensorHead) -> bool:
+        """Whether the router's logits were computed from what was written: ``mul_mat(router, states)``."""
+        if logits.sources[1] == self._written.get(layer):
+            return True
+        self.error = InputError(f"llama.cpp's router of layer {layer} does not read {_INPUT}-{layer}: it cannot be fed")
+        return False
+
+
+def _values(tensor: _TensorHead, address: int, *, token_dimension: int) -> npt.NDArray[Any]:
+    """[T, K] of what ggml, innermost dimension first, holds as [K, T] (perhaps a strided view) or as [1, K, T]."""
+    dtype = np.dtype(np.int32 if tensor.type == api.GGML_TYPE_I32 else np.float32)
+    lengths, strides = tuple(tensor.lengths), tuple(tensor.strides)
+    n_bytes = dtype.itemsize + sum((length - 1) * stride for length, stride in zip(lengths, strides, strict=True))
+    raw = np.empty(n_bytes, dtype=np.uint8)
+    _ggml_copy("ggml_backend_tensor_get")(address, raw.ctypes.data, 0, n_bytes)
+    values = np.ndarray(lengths[::-1], dtype, buffer=raw.data, strides=strides[::-1])
+    return values.reshape(lengths[token_dimension], -1).copy()
+
+
+def ggml_function(name: str, result: Any) -> Any:
+    """A function of libggml-base that llama-cpp-python does not wrap; the copy that the runtime itself uses."""
+    function = getattr(_ggml.libggml, name)
+    function.restype = result
+    return function
+
+
+@functools.cache
+def _ggml_copy(name: str) -> Any:
+    """``ggml_backend_tensor_get`` or ``_set``: (tensor, our memory, offset, bytes), wherever the tensor lies."""
+    function = ggml_function(name, None)
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+    return function

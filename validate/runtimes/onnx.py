@@ -1,0 +1,361 @@
+"""ONNX Runtime as a backend: logits, routing, greedy text and cost of an exported decoder.
+
+Works on any decoder whose cache inputs and outputs are named ``past_key_values.N.key`` and ``present.N.key``, as
+onnxruntime-genai and optimum name them, in float32 or float16. Routing is read where the MoE blocks are com.microsoft
+MoE or QMoE nodes. The operators do not give away which experts they chose, only the logits they are fed are visible:
+routing is computed from those by the operators' own rule (softmax over all experts, top-k, renormalised if the node
+says so; of two equal logits the lower expert index wins).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from compressors.model.errors import InputError, MoeExportError
+from compressors.model.predictions.routing import NO_EXPERT, Routing, selection_margins
+from compressors.model.sources.tokenizer_files import read_tokenizer_json
+from validate.files.onnx_files import onnx_model_file
+from validate.routing.router_inputs import RouterInputs
+from validate.runtimes import time_limit
+from validate.runtimes.backend import ChooseToken, ChunkOutput, RuntimeCrashError, scored_positions
+from validate.runtimes.cost import Feed, RuntimeCost, measure_cost
+from validate.runtimes.onnx_inputs import cache_dimensions, check_decoder, float_type
+from validate.runtimes.onnx_router import MoeNode, moe_nodes, router_graph
+
+__all__ = ["CHUNK_TOKENS", "OnnxRuntimeBackend", "OnnxRuntimeError", "measure"]
+
+CHUNK_TOKENS = 512  # prompts are fed in pieces of this many tokens
+_ERRORS = (
+    ort_errors.EPFail,
+    ort_errors.EngineError,
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.ModelLoaded,
+    ort_errors.NoModel,
+    ort_errors.NoSuchFile,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+    RuntimeError,  # what reaches Python without a status: of bound inputs and outputs, and exceptions of the library
+    ValueError,
+)
+"""The runtime's errors have no base of their own."""
+
+
+class OnnxRuntimeError(MoeExportError):
+    """The runtime contradicts itself, so that its routing cannot be trusted."""
+
+
+class OnnxRuntimeBackend:
+    """An exported model in ONNX Runtime.
+
+    Args:
+        path: the model's folder, or its ``.onnx`` file.
+        threads: threads inside an operator.
+        providers: execution providers, the first that can run a node runs it.
+
+    Raises:
+        InputError: the file is missing or damaged, or its weights are; or it is no decoder with these names.
+    """
+
+    def __init__(self, path: Path, *, threads: int, providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
+        self._path = onnx_model_file(path)
+        self._threads = threads
+        self._providers = tuple(providers)
+        self._session = _open_session(self._path, str(self._path), threads, self._providers)
+        check_decoder(self._path, self._session)
+        self._moe_nodes: tuple[MoeNode, ...] | None = None  # known when the session shows their router logits
+        self._n_layers = len(cache_dimensions(self._session)) // 2
+
+    @property
+    def runtime(self) -> str:
+        """Always ``onnxruntime``."""
+        return "onnxruntime"
+
+    @property
+    def version(self) -> str:
+        """The installed version."""
+        return str(onnxruntime.__version__)
+
+    @property
+    def vocab_size(self) -> int:
+        """Logits of one position."""
+        return _vocab_size(self._session)
+
+    @property
+    def bos_token(self) -> int | None:
+        """The token that the tokenizer beside the model puts before a text; None if it puts none.
+
+        Raises:
+            InputError: there is no tokenizer.
+        """
+        path = self._path.parent / "tokenizer.json"
+        if not path.is_file():
+            raise InputError(f"{path} is missing: it says whether a text begins with BOS; put it there")
+        tokenizer = read_tokenizer_json(path)
+        tokens, alone = (tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
+        return tokens[0] if tokens[:1] != alone[:1] else None
+
+    def run(self, tokens_BT: npt.NDArray[np.int64]) -> Iterator[ChunkOutput]:
+        """Runs every row from an empty cache and yields its logits and routing, in order.
+
+        Routing comes from a debug copy of the graph over the same weight file, with the router logits as further
+        outputs. On the first chunk its logits must be those of the shipped graph, bit for bit. A graph without MoE
+        nodes is a dense model's: it has no routing, and needs no copy.
+
+        Raises:
+            InputError: a token is not in the vocabulary.
+            OnnxRuntimeError: the logits differ; the backend cannot be used any more.
+            RuntimeCrashError: the runtime could not run the graph.
+        """
+        size = _vocab_size(self._session)
+        if tokens_BT.min() < 0 or tokens_BT.max() >= size:
+            raise InputError(f"token {tokens_BT.max()} is not in the vocabulary of {size}; was another tokenizer used?")
+        for tokens in tokens_BT:
+            if self._moe_nodes is None:
+                self._moe_nodes = self._show_routing(tokens)
+            names = [node.router_logits for node in self._moe_nodes]
+            logits_TV, router_logits = _run_from_empty_cache(self._session, tokens, names)
+            router_logits = [logits.reshape(len(tokens), -1).astype(np.float32) for logits in router_logits]
+            routing = self._routing(self._moe_nodes, router_logits) if self._moe_nodes else None
+            yield ChunkOutput(logits_TV[scored_positions(len(tokens))], routing)
+
+    def _routing(self, nodes: Sequence[MoeNode], router_logits: Sequence[npt.NDArray[np.float32]]) -> Routing:
+        """Layers without experts, and places beyond a layer's top-k, hold no expert."""
+        size = (self._n_layers, len(router_logits[0]), max(node.top_k for node in nodes))
+        experts_LTK = np.full(size, NO_EXPERT, dtype=np.int32)
+        weights_LTK = np.zeros(size, dtype=np.float32)
+        margins_LT = np.full(size[:2], np.inf, dtype=np.float32)
+        for node, logits_TE in zip(nodes, router_logits, strict=True):
+            experts_LTK[node.layer, :, : node.top_k], weights_LTK[node.layer, :, : node.top_k] = node.routing(logits_TE)
+            margins_LT[node.layer] = selection_margins(logits_TE, node.top_k)
+        return Routing(experts_LTK, weights_LTK, margins_LT)
+
+    def route(self, tokens_BT: npt.NDArray[np.int64], inputs: RouterInputs) -> Routing:
+        """Returns the routers' choices for these chunks when each router is given torch's hidden states.
+
+        Each router runs as a graph of its own, cut out of the model's, with the model's weights.
+
+        Raises:
+            InputError: the states are of another model, or a router does not read what its experts do.
+            RuntimeCrashError: the runtime could not run a router.
+        """
+        model = onnx.load(self._path, load_external_data=False)
+        nodes, n_tokens = tuple(moe_nodes(model.graph)), tokens_BT.size
+        return self._routing(nodes, [self._router_logits(model, node, inputs, n_tokens) for node in nodes])
+
+    def _router_logits(
+        self, model: onnx.ModelProto, node: MoeNode, inputs: RouterInputs, n_tokens: int
+    ) -> npt.NDArray[np.float32]:
+        """One router's logits, [T, E]."""
+        graph = router_graph(model, node.states, node.router_logits)
+        if graph is None:
+            raise InputError(f"{self._path}: the router of layer {node.layer} does not read what its experts read")
+        session = _open_session(self._path, graph.SerializeToString(), self._threads)
+        states_1TD = inputs.states(node.layer, 0, n_tokens)[None]
+        with _running():
+            (logits_TE,) = session.run([node.router_logits], {node.states: states_1TD})
+        result: npt.NDArray[np.float32] = logits_TE
+        return result
+
+    def generate(self, prompt_ids: Sequence[int], n_tokens: int, choose: ChooseToken) -> list[int]:
+        """Generates at most ``n_tokens`` tokens after the prompt, one after the other, through the cache."""
+        generation = _Generation(self._session, capacity=len(prompt_ids) + n_tokens)
+        tokens: list[int] = []
+        logits_V = generation.feed(np.asarray(prompt_ids, dtype=np.int64))
+        while (token := choose(logits_V)) is not None:
+            tokens.append(token)
+            if len(tokens) == n_tokens:
+                break
+            logits_V = generation.feed(np.array(tokens[-1:]))
+        return tokens
+
+    def last_logits(self, texts: Sequence[Sequence[int]], counts: Sequence[int]) -> Iterator[npt.NDArray[np.float32]]:
+        """Yields for each text the logits of its last ``count`` positions: [count, V]."""
+        names = [node.router_logits for node in self._moe_nodes or ()]
+        for text, count in zip(texts, counts, strict=True):
+            logits_TV, _ = _run_from_empty_cache(self._session, np.asarray(text, dtype=np.int64), names)
+            yield logits_TV[-count:]
+
+    def _show_routing(self, tokens: npt.NDArray[np.int64]) -> tuple[MoeNode, ...]:
+        """Puts the debug copy in the session's place; one after the other, because each holds the weights.
+
+        Returns the MoE nodes whose router logits it shows; if there are none, the session stays.
+        """
+        model = onnx.load(self._path, load_external_data=False)
+        found = tuple(moe_nodes(model.graph))
+        if not found:
+            return ()
+        if any(not 0 <= node.layer < self._n_layers for node in found):
+            raise InputError(
+                f"{self._path} has caches of {self._n_layers} layers, but MoE and attention operators of a different "
+                "number; export it again"
+            )
+        # of the type that the runtime infers
+        model.graph.output.extend(onnx.ValueInfoProto(name=node.router_logits) for node in found)
+        shipped = _logits_digest(self._session, tokens)
+        del self._session
+        debug = _open_session(self._path, model.SerializeToString(), self._threads, self._providers)
+        if _logits_digest(debug, tokens) != shipped:
+            raise OnnxRuntimeError(
+                f"{self._path}: the copy of the graph that shows routing gives other logits than the graph itself; "
+                "its routing would prove nothing"
+            )
+        self._session = debug
+        return found
+
+
+def measure(
+    folder: Path,
+    *,
+    context: int,
+    threads: int,
+    prompt_tokens: Sequence[int],
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+) -> RuntimeCost:
+    """:func:`validate.runtimes.cost.measure_cost`. The runtime's Python interface tells nothing of its buffers.
+
+    Args:
+        folder: the model's folder, or its ``.onnx`` file.
+        context: tokens of cache to fill, at least 64.
+        threads: threads inside an operator.
+        prompt_tokens: the text to feed, repeated until the cache is full.
+        providers: execution providers, the first that can run a node runs it.
+
+    Raises:
+        InputError: the model cannot be loaded, the context is too short or the prompt is empty.
+    """
+
+    def load() -> Feed:
+        path = onnx_model_file(folder)
+        return _Generation(_open_session(path, str(path), threads, providers), capacity=context).feed
+
+    return measure_cost(load, context=context, prompt_tokens=prompt_tokens)
+
+
+class _Generation:
+    """One sequence growing in a cache that is allocated once; every step writes its keys and values in place."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, *, capacity: int) -> None:
+        self._session = session
+        self._length = 0
+        self._cache: dict[str, onnxruntime.OrtValue] = {}
+        for name, (heads, head_dim) in cache_dimensions(session).items():
+            empty = np.zeros((1, heads, capacity, head_dim), dtype=float_type(session.get_inputs(), name))
+            self._cache[name] = onnxruntime.OrtValue.ortvalue_from_numpy(empty)
+        self._logits_1TV = _empty_logits(session, min(capacity, CHUNK_TOKENS))
+
+    def feed(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Appends tokens, in chunks, and returns the next one's logits [V], valid until the next call."""
+        for first in range(0, len(tokens), CHUNK_TOKENS):
+            logits_V = self._step(tokens[first : first + CHUNK_TOKENS])
+        return logits_V
+
+    def _step(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        past_length = self._length
+        self._length += len(tokens)
+        binding = self._session.io_binding()
+        for name, values in _token_inputs(self._session, tokens, past_length).items():
+            binding.bind_cpu_input(name, values)
+        for name, buffer in self._cache.items():
+            binding.bind_ortvalue_input(name, buffer)
+            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), buffer)
+        logits = self._logits_1TV[:, : len(tokens)]  # bound, because reading an output of the runtime copies it
+        binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
+        with _running():
+            self._session.run_with_iobinding(binding)
+        logits_V: npt.NDArray[np.float32] = logits[0, -1].astype(np.float32)
+        return logits_V
+
+
+def _run_from_empty_cache(
+    session: onnxruntime.InferenceSession, tokens: npt.NDArray[np.int64], outputs: list[str]
+) -> tuple[npt.NDArray[np.float32], list[npt.NDArray[np.float32]]]:
+    """Logits [T, V], written by the runtime into our memory instead of copied there, and the other outputs."""
+    binding = session.io_binding()
+    for name, values in _token_inputs(session, tokens, 0).items():
+        binding.bind_cpu_input(name, values)
+    for name, (heads, head_dim) in cache_dimensions(session).items():
+        empty = np.zeros((1, heads, 0, head_dim), dtype=float_type(session.get_inputs(), name))
+        binding.bind_cpu_input(name, empty)
+    logits_1TV = _empty_logits(session, len(tokens))
+    binding.bind_output("logits", "cpu", 0, logits_1TV.dtype, logits_1TV.shape, logits_1TV.ctypes.data)
+    for name in outputs:
+        binding.bind_output(name)
+    options = onnxruntime.RunOptions()
+    # the arena would keep what one chunk needed, and grow with the next
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    with _running():
+        session.run_with_iobinding(binding, options)
+    _, *others = binding.get_outputs()
+    return logits_1TV[0].astype(np.float32, copy=False), [output.numpy() for output in others]
+
+
+@contextmanager
+def _running() -> Iterator[None]:
+    """Inside, an error of the runtime is a finding about the graph, and so is a call that does not return."""
+    try:
+        with time_limit.working():
+            yield
+    except _ERRORS as error:
+        raise RuntimeCrashError(f"ONNX Runtime could not run the graph: {' '.join(str(error).split())}") from None
+
+
+def _logits_digest(session: onnxruntime.InferenceSession, tokens: npt.NDArray[np.int64]) -> str:
+    logits_TV, _ = _run_from_empty_cache(session, tokens, [])
+    return hashlib.sha256(logits_TV.data).hexdigest()
+
+
+def _vocab_size(session: onnxruntime.InferenceSession) -> int:
+    return next(int(output.shape[-1]) for output in session.get_outputs() if output.name == "logits")
+
+
+def _empty_logits(session: onnxruntime.InferenceSession, n_tokens: int) -> npt.NDArray[Any]:
+    return np.empty((1, n_tokens, _vocab_size(session)), dtype=float_type(session.get_outputs(), "logits"))
+
+
+def _token_inputs(
+    session: onnxruntime.InferenceSession, tokens: npt.NDArray[np.int64], past_length: int
+) -> dict[str, npt.NDArray[np.int64]]:
+    """Those that the graph has: not every exporter feeds positions."""
+    end = past_length + len(tokens)
+    values = {
+        "input_ids": tokens[None],
+        "attention_mask": np.ones((1, end), dtype=np.int64),
+        "position_ids": np.arange(past_length, end, dtype=np.int64)[None],
+    }
+    known = {value.name: value for value in session.get_inputs()}
+    return {
+        name: array.astype(np.int32) if known[name].type == "tensor(int32)" else array
+        for name, array in values.items()
+        if name in known
+    }
+
+
+def _open_session(
+    path: Path, model: str | bytes, threads: int, providers: Sequence[str] = ("CPUExecutionProvider",)
+) -> onnxruntime.InferenceSession:
+    """Loads a graph from a path or from bytes; either way its weights lie beside ``path``."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # the runtime's warnings are about its own optimisations
+    if isinstance(model, bytes):
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(path.resolve().parent)
+        )
+    try:
+        with time_limit.working():
+            return onnxruntime.InferenceSession(model, options, providers=list(providers))
+    except _ERRORS as error:
+        raise InputError(f"{path} does not load in ONNX Runtime ({error}); export it again") from None

@@ -1,0 +1,1 @@
+"""Vocabularies and tokenizers: whether a file cuts, begins and ends texts as the original does."""
