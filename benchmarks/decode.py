@@ -27,9 +27,9 @@ import numpy as np
 import torch
 
 from benchmarks.scale.checkpoints import MODELS, with_layers
-from compressors.model.description.config import read_shape
-from compressors.model.description.shape import MoeShape
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import ModelSpec
+from compressors.model.families.config import read_spec
 from compressors.model.files.ggml_types import GGMLQuantizationType
 from compressors.quantize import quantize_rows
 from compressors.sensitivity import default_table
@@ -99,7 +99,7 @@ class _Bench:
         self._folder = folder
         self._source = folder / "source"
         _write_config({**with_layers(MODELS["olmoe"], _LAYERS), "num_experts": _EXPERTS}, self._source)
-        self.shape = read_shape(self._source)
+        self.shape = read_spec(self._source)
         self._rounds, self._tokens = rounds, tokens
 
     def measure(self, files: Mapping[str, Sequence[GgufTensor]]) -> list[Measured]:
@@ -165,13 +165,13 @@ def _write_config(config: Mapping[str, Any], folder: Path) -> None:
         shutil.copyfile(resolve_model(None) / name, folder / name)
 
 
-def one_type(shape: MoeShape, type_name: str) -> Sequence[GgufTensor]:
+def one_type(shape: ModelSpec, type_name: str) -> Sequence[GgufTensor]:
     """The tensors of a file all of whose matrices have one type."""
     matrices = [tensor.name for tensor in plan_tensors(shape, "BF16") if tensor.is_matrix]
     return plan_tensors(shape, "BF16", dict.fromkeys(matrices, type_name))
 
 
-def _values_of_token(tensors: Sequence[GgufTensor], shape: MoeShape) -> float:
+def _values_of_token(tensors: Sequence[GgufTensor], shape: ModelSpec) -> float:
     return sum(weights_of_a_token(shape, tensor.role, tensor.shape) for tensor in tensors if tensor.is_matrix)
 
 

@@ -24,7 +24,7 @@ import torch
 from compressors.calibration.splits import BLOCK_LENGTH, read_splits, tokenize
 from compressors.calibration.statistics import LayerStatistics, StatisticsCollector, importance
 from compressors.calibration.teacher import TeacherTargets, write_log_probs, write_targets
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
 from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.running.streaming import StreamedModel, TokenGroup

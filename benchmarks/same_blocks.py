@@ -22,8 +22,8 @@ import numpy.typing as npt
 import torch
 
 from compressors.calibration.splits import BLOCK_LENGTH, tokenize_heldout
-from compressors.model.description.shape import MoeShape
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import ModelSpec
 from compressors.model.predictions.routing import Routing
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.gguf import GgufWeights
@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (_RESULTS / "same_blocks.md").write_text(page(found), encoding="utf-8")
 
 
-def types_of_onnx(shape: MoeShape, preset: str) -> dict[str, str]:
+def types_of_onnx(shape: ModelSpec, preset: str) -> dict[str, str]:
     """Types for GGUF whose numbers are those of our ONNX files, where llama.cpp's mix has others."""
     if preset != "Q4_0":
         return {}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
 from compressors.model.sources.checkpoint import Checkpoint
 
 

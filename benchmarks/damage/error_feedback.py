@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import torch
 
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
 from compressors.model.files.ggml import dequantize_rows
 from compressors.model.files.ggml_types import BLOCK_SIZES, GGMLQuantizationType
 from compressors.model.files.integer_blocks import BlockType, search_blocks

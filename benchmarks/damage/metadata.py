@@ -10,7 +10,7 @@ from typing import Any
 from gguf import GGUFReader
 from gguf.constants import GGUFValueType
 
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from exporter.writing.gguf.container import (
     TensorEntry,
     Value,
@@ -82,7 +82,7 @@ def _value(types: list[GGUFValueType], content: Any) -> Value:
     return kinds[types[-1]](content)
 
 
-def metadata_damages(shape: MoeShape) -> Iterator[MetadataDamage]:
+def metadata_damages(shape: ModelSpec) -> Iterator[MetadataDamage]:
     """Yields damages of the architecture's keys."""
     prefix = shape.gguf_architecture
     wrong: dict[str, list[Value | None]] = {

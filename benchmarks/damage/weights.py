@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
 from compressors.model.sources.student import Student
 
 __all__ = ["WeightDamage", "weight_damages"]

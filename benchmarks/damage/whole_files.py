@@ -16,7 +16,7 @@ from benchmarks.damage.error_feedback import FEEDBACK_TYPES, with_error_feedback
 from benchmarks.damage.metadata import key_values
 from benchmarks.damage.workshop import CONTEXT, Workshop, make_original
 from compressors.calibration.statistics import Importance
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
 from compressors.model.files.ggml_types import BLOCK_SIZES, GGMLQuantizationType
 from compressors.model.sources.student import ExpertMap, Student
 from exporter.validation.static_checks import check_description, check_weights

@@ -26,7 +26,7 @@ from benchmarks.export.importance import write_imatrix, write_statistics
 from benchmarks.export.llama_cpp import Tools, build_tools
 from benchmarks.export.tensors import equal_tensors
 from benchmarks.scale.checkpoints import MODELS, with_layers, write_checkpoint
-from compressors.model.description.config import read_shape
+from compressors.model.families.config import read_spec
 
 _REPOSITORY = Path(__file__).parents[2]
 _RESULTS = _REPOSITORY / "benchmarks" / "results"
@@ -73,7 +73,7 @@ def main(layers: int, rounds: int, threads: int, tools: Path, folder: Path) -> N
     source = folder / f"olmoe-{layers}-layers"
     if not source.exists():
         write_checkpoint(with_layers(MODELS["olmoe"], layers), source)
-    shape = read_shape(source)
+    shape = read_spec(source)
     write_statistics(shape, folder / "statistics")
     write_imatrix(shape, folder / "statistics", folder / "imatrix.gguf")
     comparisons = []

@@ -8,14 +8,14 @@ import torch
 from gguf import GGUFWriter
 
 from compressors.calibration.statistics import LayerStatistics, StoredStatistics, importance, save_statistics
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from compressors.model.sources.student import ExpertMap
 from exporter.writing.gguf.layout import plan_tensors
 
 __all__ = ["write_imatrix", "write_statistics"]
 
 
-def write_statistics(shape: MoeShape, folder: Path) -> None:
+def write_statistics(shape: ModelSpec, folder: Path) -> None:
     """Random statistics of the model's shape; the last expert of each layer saw no token."""
     generator = torch.Generator().manual_seed(0)
     for layer in range(shape.n_layers):
@@ -34,7 +34,7 @@ def write_statistics(shape: MoeShape, folder: Path) -> None:
         save_statistics(sums, folder, layer)
 
 
-def write_imatrix(shape: MoeShape, statistics: Path, path: Path) -> None:
+def write_imatrix(shape: ModelSpec, statistics: Path, path: Path) -> None:
     """The file that ``llama-quantize --imatrix`` reads (``common_imatrix_load`` in ``common/imatrix-loader.cpp``).
 
     Each entry holds sums of squares, and how many they are sums of for each matrix: here means, and 1. An expert that

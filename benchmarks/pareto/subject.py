@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.export.llama_cpp import Tools
 from benchmarks.pareto.llama_cpp import Measuring
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import Student
 from exporter.curve.rows import ParetoRow, RowFile
@@ -31,7 +31,7 @@ class Subject:
     threads: int
 
     @cached_property
-    def shape(self) -> MoeShape:
+    def shape(self) -> ModelSpec:
         """The model's."""
         return Checkpoint(self.checkpoint).shape
 

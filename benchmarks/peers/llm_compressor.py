@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from benchmarks.peers.environment import REPOSITORY, environment
 from compressors.calibration.splits import read_splits, tokenize
 from compressors.calibration.statistics import LayerStatistics, StatisticsCollector
-from compressors.model.description.shape import MoeSize
+from compressors.model.description.spec import MoeSize
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import Student

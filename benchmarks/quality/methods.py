@@ -14,9 +14,9 @@ from typing import ClassVar
 import torch
 
 from compressors.calibration.statistics import LayerStatistics
-from compressors.model.description.shape import NO_MOE, MoeShape, MoeSize
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import NO_MOE, ModelSpec, MoeSize
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.families.table import Role
 from compressors.model.running.streaming import StreamedModel
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
@@ -64,7 +64,7 @@ class Teacher:
     tokens_BT: torch.Tensor  # calibration text
 
     @property
-    def shape(self) -> MoeShape:
+    def shape(self) -> ModelSpec:
         """The teacher's."""
         return self.source.shape
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
 from compressors.model.running.hidden_states import HiddenStates
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.student import Student

@@ -21,7 +21,7 @@ from benchmarks.recovery.unfinished import Unfinished
 from compressors.calibration.splits import BLOCK_LENGTH, read_splits, tokenize
 from compressors.calibration.statistics import StatisticsCollector, StoredStatistics, save_statistics
 from compressors.calibration.teacher import TeacherTargets, write_targets
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
 from compressors.model.running.expert_choice import AllExperts
 from compressors.model.running.memory import MemoryLimit
@@ -149,7 +149,7 @@ def _schedule(run: Run) -> Schedule:
     return Schedule(run.n_blocks, run.learning_rate, run.blocks_per_step, seed=run.seed, updates_per_batch=updates)
 
 
-def _size(scope: Scope | None, shape: MoeShape) -> tuple[int, int]:
+def _size(scope: Scope | None, shape: ModelSpec) -> tuple[int, int]:
     """Trained parameters, and bytes by arithmetic."""
     if scope is None:
         return 0, 0

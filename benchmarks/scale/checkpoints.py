@@ -22,11 +22,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressors.model.description.config import read_shape
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.legacy import role_shape
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
-from compressors.model.families.table import Role
-from compressors.model.sources.checkpoint import role_shape
+from compressors.model.families.config import read_spec
 from exporter.estimating.sizes import format_size
 from exporter.hub import resolve_model
 
@@ -129,7 +129,7 @@ def write_checkpoint(config: Mapping[str, Any], folder: Path, *, shard_bytes: in
     (partial / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(resolve_model(None) / name, partial / name)
-    shape = read_shape(partial)
+    shape = read_spec(partial)
     shards = _shards(_tensors(shape), shard_bytes)
     values = _Values(shape.hidden_size)
     weight_map = {}
@@ -148,7 +148,7 @@ def with_layers(config: Mapping[str, Any], n_layers: int | None) -> Mapping[str,
     return config if n_layers is None else {**config, "num_hidden_layers": n_layers}
 
 
-def _tensors(shape: MoeShape) -> Iterator[_Tensor]:
+def _tensors(shape: ModelSpec) -> Iterator[_Tensor]:
     names = shape.family.names
     places: list[tuple[Role, int | None, int | None]] = [(role, None, None) for role in names if role.is_global]
     for layer in range(shape.n_layers):

@@ -23,8 +23,8 @@ import click
 
 from benchmarks.scale.checkpoints import MODELS, with_layers, write_checkpoint
 from benchmarks.scale.results import record
-from compressors.model.description.config import read_shape
 from compressors.model.errors import MoeExportError
+from compressors.model.families.config import read_spec
 from exporter.pipeline.pipeline import Stage, run_stages, stages_of
 from exporter.pipeline.work import StageRecord, WorkDirectory
 from exporter.planning.job import Flags
@@ -122,7 +122,7 @@ def _plan(run: ScaleRun, source: Path, folder: Path) -> Plan:
         budget_kind="file",
         context=_CONTEXT,
         formats=run.formats,
-        experts=int(_KEPT_EXPERTS * read_shape(source).n_experts),
+        experts=int(_KEPT_EXPERTS * read_spec(source).n_experts),
         quant=run.quant,
         recover="router",
         memory=run.memory,

@@ -3,7 +3,7 @@
 With its inputs, a layer can be examined without running the layers before it: second moments of the inputs of its
 matrices, experts one at a time, in any order and as often as needed.
 
-Letters as in :mod:`compressors.model.description.shape`.
+Letters as in :mod:`compressors.model.description.spec`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from compressors.model.files.array_file import ArrayFile
 from compressors.model.running.hidden_states import HiddenStates
 from compressors.model.running.streaming import StreamedModel, TokenGroup
@@ -30,7 +30,7 @@ def n_kept_blocks(n_blocks: int, block_length: int) -> int:
     return min(n_blocks, max(1, KEPT_TOKENS // block_length))
 
 
-def layer_input_bytes(shape: MoeShape, n_tokens: int) -> int:
+def layer_input_bytes(shape: ModelSpec, n_tokens: int) -> int:
     """The most bytes on disk that a text of ``n_tokens`` tokens takes."""
     return (shape.n_layers + 1) * min(n_tokens, KEPT_TOKENS) * shape.hidden_size * 2
 

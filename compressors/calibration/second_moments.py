@@ -6,7 +6,7 @@ expert are computed from its tokens' rows on request: only those in use lie in m
 number of threads, and an expert's weights are needed only for the inputs of its down projection.
 
 Sums are float32; their bits do not depend on the number of threads. Letters as in
-:mod:`compressors.model.description.shape`; N inputs of a matrix, n tokens of one expert.
+:mod:`compressors.model.description.spec`; N inputs of a matrix, n tokens of one expert.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional
 
 from compressors.calibration.layer_inputs import LayerInputs
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
 from compressors.model.running.layers import LayerWeights
 from compressors.model.running.streaming import StreamedModel
 from compressors.model.sources.student import Student
@@ -230,14 +230,14 @@ def _watched(layer: nn.Module, student: Student, index: int, seen: _Seen) -> Ite
         layer.get_submodule("self_attn.q_proj").register_forward_pre_hook(look_at_attention),
         layer.get_submodule("self_attn.o_proj").register_forward_pre_hook(look_at_attention_output),
     ]
-    has_moe = student.shape.layer(index).has_moe
-    if has_moe:
-        experts = layer.get_submodule(student.family.experts_module)
+    routed = student.shape.layers[index].routed
+    experts = None if routed is None else layer.get_submodule(routed.experts_module)
+    if experts is not None:
         experts.forward = stand_in
     try:
         yield
     finally:
-        if has_moe:
+        if experts is not None:
             del experts.forward
         for handle in handles:
             handle.remove()

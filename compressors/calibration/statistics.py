@@ -6,8 +6,9 @@ Routed experts only: an expert is run on the tokens that chose it, and never on 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -16,10 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
-from compressors.model.families.table import Role
 from compressors.model.parallel import reduce_max, reduce_sum
+from compressors.model.running.routers import RoutedCall, watching
 from compressors.model.sources.student import ExpertMap
 
 __all__ = [
@@ -60,7 +62,7 @@ class LayerStatistics:
     block_cosine_sum: torch.Tensor  # cos(layer input, layer output)
 
     @classmethod
-    def zeros(cls, shape: MoeShape, device: torch.device | None = None) -> LayerStatistics:
+    def zeros(cls, shape: ModelSpec, device: torch.device | None = None) -> LayerStatistics:
         """Nothing seen yet of a layer of this shape."""
         sizes: dict[str, tuple[int, ...]] = {
             "output_sum_ED": (shape.n_experts, shape.hidden_size),
@@ -97,7 +99,7 @@ class StatisticsCollector:
     Give :meth:`observe` to a ``TokenGroup`` and :meth:`take` each layer's statistics when it is done.
     """
 
-    def __init__(self, shape: MoeShape, device: torch.device | None = None) -> None:
+    def __init__(self, shape: ModelSpec, device: torch.device | None = None) -> None:
         self._shape = shape
         self._device = device
         self._layers: dict[int, LayerStatistics] = {}
@@ -105,7 +107,7 @@ class StatisticsCollector:
     @contextmanager
     def observe(self, index: int, layer: nn.Module) -> Iterator[None]:
         """Watches one layer while it runs."""
-        family = self._shape.family
+        described = self._shape.layers[index]
         if index not in self._layers:
             self._layers[index] = LayerStatistics.zeros(self._shape.layer(index), self._device)
         sums = self._layers[index]
@@ -116,17 +118,16 @@ class StatisticsCollector:
             ),
             *_cosine_hooks(layer, sums),
         ]
-        if self._shape.layer(index).has_moe:
-            experts = layer.get_submodule(family.experts_module)
-            experts.observer = _ExpertSums(sums)  # type: ignore[assignment]
-            hooks.append(layer.get_submodule(family.router_module).register_forward_hook(_router_hook(sums)))
-        try:
-            yield
-        finally:
-            if self._shape.layer(index).has_moe:
-                del layer.get_submodule(family.experts_module).observer
+        routed = described.routed
+        with ExitStack() as stack:
             for hook in hooks:
-                hook.remove()
+                stack.callback(hook.remove)
+            if routed is not None:
+                experts = layer.get_submodule(routed.experts_module)
+                experts.observer = _ExpertSums(sums)  # type: ignore[assignment]
+                stack.callback(delattr, experts, "observer")
+                stack.enter_context(watching(layer, routed, partial(_add_call, sums)))
+            yield
 
     def take(self, index: int) -> LayerStatistics:
         """A finished layer's statistics, over the tokens of all processes; the collector forgets them."""
@@ -160,19 +161,17 @@ class _ExpertSums:
         sums.down_input_square_EF[expert] += hidden_nF.square().sum(0)
 
 
-def _router_hook(sums: LayerStatistics) -> Any:
-    def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...]) -> None:
-        logits_TE, gates_TK, chosen_TK = outputs[0].float(), outputs[1].float(), outputs[2]
-        chosen_TE = torch.zeros_like(logits_TE).scatter_(1, chosen_TK, 1.0)
-        gates_TE = torch.zeros_like(logits_TE).scatter_(1, chosen_TK, gates_TK)
-        sums.count_E.add_(chosen_TE.sum(0))
-        sums.gate_sum_E.add_(gates_TE.sum(0))
-        # one product for all experts: their tokens' squares, summed
-        sums.gate_up_input_square_ED.add_(chosen_TE.T @ inputs[0].flatten(0, -2).float().square())
-        sums.router_logit_gram_EE.add_(logits_TE.T @ logits_TE)
-        sums.router_probability_sum_E.add_(logits_TE.softmax(-1).sum(0))
-
-    return hook
+def _add_call(sums: LayerStatistics, call: RoutedCall) -> None:
+    """Adds what one call of a layer's experts tells."""
+    logits_TE = call.logits_TE
+    chosen_TE = torch.zeros_like(logits_TE).scatter_(1, call.chosen_TK, 1.0)
+    gates_TE = torch.zeros_like(logits_TE).scatter_(1, call.chosen_TK, call.weights_TK.float())
+    sums.count_E.add_(chosen_TE.sum(0))
+    sums.gate_sum_E.add_(gates_TE.sum(0))
+    # one product for all experts: their tokens' squares, summed
+    sums.gate_up_input_square_ED.add_(chosen_TE.T @ call.hidden_TD.float().square())
+    sums.router_logit_gram_EE.add_(logits_TE.T @ logits_TE)
+    sums.router_probability_sum_E.add_(logits_TE.softmax(-1).sum(0))
 
 
 def _square_hook(total: torch.Tensor) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from compressors.calibration.teacher import TeacherTargets
 from compressors.model.errors import InputError
 from compressors.model.predictions.losses import kl_divergence_to_top, negative_log_likelihood
 from compressors.model.running.gradients import Loss, RouterLoss, StateLoss
+from compressors.model.running.routers import RoutedCall, watching
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.student import Student
 
@@ -164,12 +165,13 @@ class RouterLogitMatching(Stateless):
             index = self._layers[source]
             kept = list(self._student.experts.layers[index].kept)
 
-            def hook(_router: nn.Module, _inputs: Any, outputs: tuple[torch.Tensor, ...]) -> None:
-                found[index].append(outputs[0][:, kept].float().cpu())
+            def see(call: RoutedCall) -> None:
+                found[index].append(call.logits_TE[:, kept].float().cpu())
 
-            handle = layer.get_submodule(self._teacher.shape.family.router_module).register_forward_hook(hook)
-            yield
-            handle.remove()
+            routed = self._teacher.shape.layers[source].routed
+            assert routed is not None
+            with watching(layer, routed, see):
+                yield
 
         self._teacher.stream([TokenGroup(tokens_BT, [observe], self._dtype)])
         return {index: torch.cat(parts) for index, parts in found.items() if parts}

@@ -19,8 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from compressors.model.description.roles import Role
 from compressors.model.errors import UnsupportedError
-from compressors.model.families.table import Role
 from compressors.model.parallel import reduce_sum, share
 from compressors.model.predictions.losses import reverse_kl_divergence
 from compressors.model.predictions.next_token import random_numbers

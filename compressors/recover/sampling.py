@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
 from compressors.model.predictions.next_token import draw_tokens
 from compressors.model.running.memory import BLOCKS_AT_ONCE
@@ -26,7 +26,7 @@ Choose = Callable[[torch.Tensor, slice, int], torch.Tensor]
 """Next tokens, int64 [b], from logits [b, V] of these texts, for the n-th new token."""
 
 
-def cache_bytes(shape: MoeShape, n_texts: int, n_tokens: int, dtype: torch.dtype = torch.float32) -> int:
+def cache_bytes(shape: ModelSpec, n_texts: int, n_tokens: int, dtype: torch.dtype = torch.float32) -> int:
     """Bytes of the keys and values of all layers, and of one layer's hidden states."""
     per_token = shape.n_layers * 2 * shape.n_kv_heads * shape.head_dim + shape.hidden_size
     return n_texts * n_tokens * per_token * dtype.itemsize

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from compressors.calibration.statistics import LayerStatistics
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.legacy import ATTENTION, NORMS, role_shape
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
-from compressors.model.families.table import ATTENTION, NORMS, Role
-from compressors.model.sources.checkpoint import role_shape
 from compressors.model.sources.student import ExpertMap
 from compressors.recover.schedule import RATES_HIDDEN_SIZE
 
@@ -89,7 +89,7 @@ class Scope:
             parts.append("all experts" if self.n_experts is None else f"{self.n_experts} experts")
         return " + ".join(parts)
 
-    def name_in(self, student: MoeShape) -> str:
+    def name_in(self, student: ModelSpec) -> str:
         """The name for a student of this shape: a dense one has feed-forwards, and routers that decide nothing."""
         if not student.is_dense:
             return self.name
@@ -101,7 +101,7 @@ class Scope:
             parts.append("feed-forwards")
         return " + ".join(parts)
 
-    def check_against(self, shape: MoeShape) -> None:
+    def check_against(self, shape: ModelSpec) -> None:
         """Checks that this scope fits a model of this shape.
 
         Raises:
@@ -133,7 +133,7 @@ class Scope:
         only_relative = self.norms and self.n_experts == 0
         return _ROUTER_RATE_BESIDE_SCALES * RATES_HIDDEN_SIZE / hidden_size if only_relative else 1.0
 
-    def parameters(self, layer: MoeShape, block_length: Callable[[Role], int | None] | None = None) -> int:
+    def parameters(self, layer: ModelSpec, block_length: Callable[[Role], int | None] | None = None) -> int:
         """Trained parameters of a layer of this shape.
 
         Args:
@@ -152,7 +152,7 @@ class Scope:
                 n_trained += n_values
         return n_trained + (self._factors(layer, block_length) if self.scales and block_length is not None else 0)
 
-    def _factors(self, layer: MoeShape, block_length: Callable[[Role], int | None]) -> int:
+    def _factors(self, layer: ModelSpec, block_length: Callable[[Role], int | None]) -> int:
         """Factors of a layer's blocks."""
         n_factors = 0
         for role in scaled_roles(layer):
@@ -163,9 +163,9 @@ class Scope:
         return n_factors
 
 
-def scaled_roles(layer: MoeShape) -> tuple[Role, ...]:
+def scaled_roles(layer: ModelSpec) -> tuple[Role, ...]:
     """Roles of a layer whose matrices' scales are trained: those of attention, and of experts where it has some."""
-    return tuple(role for role in layer.family.roles if role in ATTENTION or (role.is_expert and layer.has_moe))
+    return tuple(role for role in layer.layers[0].roles if role in ATTENTION or role.is_expert)
 
 
 def expert_usage(statistics: Sequence[LayerStatistics], experts: ExpertMap) -> list[torch.Tensor]:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -30,6 +29,7 @@ from compressors.model.predictions.losses import reverse_kl_divergence
 from compressors.model.running.expert_choice import AllExperts, ExpertChoice
 from compressors.model.running.gradients import ParameterKey, streamed_gradients
 from compressors.model.running.memory import MemoryLimit
+from compressors.model.running.routers import RoutedCall, watching
 from compressors.model.running.streaming import NotFiniteError, StreamedModel, TokenGroup
 from compressors.model.sources.student import Student
 from compressors.recover.on_policy import OnPolicyDistillation, divergence_from_states, sampled_weights
@@ -192,12 +192,11 @@ class _Importance:
     def observe(self, index: int, layer: nn.Module) -> Iterator[None]:
         total_E = self.totals[index] = torch.zeros(self._shape.n_experts, dtype=torch.float64)
 
-        def hook(_router: nn.Module, _inputs: Any, outputs: tuple[torch.Tensor, ...]) -> None:
-            total_E.add_(outputs[1].double().sum(0).cpu())  # all experts, in order
+        def see(call: RoutedCall) -> None:
+            total_E.add_(call.weights_TK.double().sum(0).cpu())  # all experts, in order
 
-        handle = layer.get_submodule(self._shape.family.router_module).register_forward_hook(hook)
-        try:
+        routed = self._shape.layers[index].routed
+        assert routed is not None
+        with watching(layer, routed, see):
             yield
-        finally:
-            handle.remove()
         reduce_sum([total_E])

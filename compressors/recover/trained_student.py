@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from compressors.model.description.shape import MoeShape
-from compressors.model.families.table import ATTENTION, NORMS, Role
+from compressors.model.description.legacy import ATTENTION, NORMS, role_shape
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import ModelSpec
 from compressors.model.running.gradients import ParameterKey
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.running.streaming import StreamedModel, factors_name
@@ -19,7 +20,6 @@ from compressors.model.running.trained_experts import (
     TrainedMatrices,
     WholeMatrices,
 )
-from compressors.model.sources.checkpoint import role_shape
 from compressors.model.sources.student import Student
 from compressors.recover.scopes import BlockLength, Scope, scaled_roles
 
@@ -199,7 +199,7 @@ class TrainedStudent:
 _EXPERT_ROLES = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
 
 
-def _whole_tensors(scope: Scope, shape: MoeShape) -> Iterator[tuple[Role, int | None]]:
+def _whole_tensors(scope: Scope, shape: ModelSpec) -> Iterator[tuple[Role, int | None]]:
     """Yields the tensors that a scope trains whole, experts left out: routers first."""
     for layer in range(shape.n_layers):
         if shape.layer(layer).has_moe:

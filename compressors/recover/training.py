@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from compressors.model.description.roles import Role
 from compressors.model.errors import InputError
-from compressors.model.families.table import Role
 from compressors.model.parallel import reduce_sum, share
 from compressors.model.running.gradients import ParameterKey, streamed_gradients
 from compressors.model.running.memory import MemoryLimit

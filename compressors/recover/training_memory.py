@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
-from compressors.model.families.table import Role
 from compressors.model.running.memory import PROCESS_BYTES, least_bytes
 from compressors.recover.scopes import BlockLength, Scope
 
@@ -45,7 +45,7 @@ class TrainingBytes:
         return self.gradients + self.moments + self.passing
 
 
-def training_bytes(scope: Scope, shape: MoeShape, block_length: BlockLength | None = None) -> TrainingBytes:
+def training_bytes(scope: Scope, shape: ModelSpec, block_length: BlockLength | None = None) -> TrainingBytes:
     """The bytes that training takes beside the student, for these tensors of a student of this shape.
 
     Args:
@@ -63,7 +63,7 @@ def training_bytes(scope: Scope, shape: MoeShape, block_length: BlockLength | No
 
 
 def refuse_too_large(
-    scope: Scope, shape: MoeShape, itemsize: int, limit_bytes: int, block_length: BlockLength | None = None
+    scope: Scope, shape: ModelSpec, itemsize: int, limit_bytes: int, block_length: BlockLength | None = None
 ) -> None:
     """Refuses a scope that cannot be trained within the limit with a single layer in memory.
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from compressors.model.description.shape import MoeShape
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import ModelSpec
 from compressors.sensitivity.divergence import SecondOrder
 from compressors.sensitivity.table import Option, TypeTable, Unit, UnitPlan
 
@@ -78,7 +78,7 @@ _ERRORS: Mapping[str, float] = {
 """Squared output error of a type, relative to Q8_0's."""
 
 
-def default_table(shape: MoeShape, plans: Sequence[UnitPlan]) -> TypeTable:
+def default_table(shape: ModelSpec, plans: Sequence[UnitPlan]) -> TypeTable:
     """The table of a model of which only the shape is known; no weight is read.
 
     Args:
@@ -107,7 +107,7 @@ def default_table(shape: MoeShape, plans: Sequence[UnitPlan]) -> TypeTable:
     return TypeTable(tuple(units))
 
 
-def _at_q8_0(shape: MoeShape, role: Role, layer: int | None) -> SecondOrder:
+def _at_q8_0(shape: ModelSpec, role: Role, layer: int | None) -> SecondOrder:
     """The second-order divergence of a tensor in Q8_0."""
     if layer is None:
         vocabulary = _LAYERS_AT_Q8_0 * _EMBEDDING

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
 
 __all__ = ["feedback_factor"]
 

@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn import functional
 
 from compressors.calibration.statistics import LayerStatistics, StatisticsCollector
-from compressors.model.description.shape import MoeShape
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import ModelSpec
 from compressors.model.predictions.next_token import draw_tokens, random_numbers
 from compressors.model.running.gradients import Head, embedding_gradient
 from compressors.model.running.memory import MemoryLimit
@@ -81,7 +81,7 @@ class _Layers:
 
     def __init__(
         self,
-        shape: MoeShape,
+        shape: ModelSpec,
         sensitivities: Sensitivities,
         n_tokens: int,
         progress: Callable[[int], None],
@@ -104,12 +104,13 @@ class _Layers:
     @contextmanager
     def observe_backward(self, index: int, layer: nn.Module) -> Iterator[None]:
         """Watches the gradients at a layer's matrices, and writes the layer's file when they are complete."""
-        sums, shape, family = _GradientSums(self._shape.layer(index), self._device), self._shape, self._shape.family
+        sums, shape = _GradientSums(self._shape.layer(index), self._device), self._shape
         handles = [
             layer.get_submodule(name).register_forward_hook(_on_output(sums.of_projection[role]))
             for role, name in _PROJECTIONS.items()
         ]
-        experts = layer.get_submodule(family.experts_module) if shape.layer(index).has_moe else None
+        routed = shape.layers[index].routed
+        experts = None if routed is None else layer.get_submodule(routed.experts_module)
         if experts is not None:
             experts.gradient_observer = sums.of_expert  # type: ignore[assignment]
         try:
@@ -129,7 +130,7 @@ class _Layers:
 class _GradientSums:
     """Sums over tokens of squared gradients at the outputs of one layer's matrices, float64."""
 
-    def __init__(self, shape: MoeShape, device: torch.device | None) -> None:
+    def __init__(self, shape: ModelSpec, device: torch.device | None) -> None:
         def zeros(*sizes: int) -> torch.Tensor:
             return torch.zeros(sizes, dtype=torch.float64, device=device)
 
@@ -165,7 +166,7 @@ def _on_output(total_O: torch.Tensor) -> Any:
     return hook
 
 
-def _mean_squared_inputs(statistics: LayerStatistics, shape: MoeShape) -> dict[Role, torch.Tensor]:
+def _mean_squared_inputs(statistics: LayerStatistics, shape: ModelSpec) -> dict[Role, torch.Tensor]:
     """E[x^2] of the inputs of a layer's matrices by role: float32 [M, I]."""
     attention = (statistics.attention_input_square_D / statistics.n_tokens).float()[None]
     found = dict.fromkeys((Role.QUERY, Role.KEY, Role.VALUE), attention)

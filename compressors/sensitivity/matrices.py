@@ -5,7 +5,7 @@ of a token and G the gradient of the log-probability of a token that the model i
 For independent errors this is 1/2 sum_oj E[G_o^2 x_j^2] dW_oj^2, and the two factors are separated: quantized types are
 judged by a vector over output rows and one over input columns.
 
-Letters beside those of :mod:`compressors.model.description.shape`: M matrices of a tensor (experts; one otherwise), P
+Letters beside those of :mod:`compressors.model.description.spec`: M matrices of a tensor (experts; one otherwise), P
 products that are summed (two for a tied embedding, one otherwise), O output rows, I input columns.
 """
 
@@ -20,8 +20,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from compressors.model.description.roles import Role
 from compressors.model.errors import InputError
-from compressors.model.families.table import Role
 
 __all__ = ["LayerSensitivities", "MatrixSensitivity", "Sensitivities", "VocabularySensitivities"]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from compressors.calibration.statistics import Importance
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
 from compressors.model.sources.student import Student
 from compressors.quantize import GGMLQuantizationType, dequantize_rows, quantize_rows
 from compressors.sensitivity.divergence import SecondOrder

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from compressors.calibration.statistics import Importance
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
 from compressors.model.sources.student import Student
 from compressors.model.threads import one_thread_each
 from compressors.sensitivity.divergence import SecondOrder

@@ -3,7 +3,7 @@
 All but one are read off :class:`~compressors.calibration.statistics.LayerStatistics`, sums of one calibration pass; the
 removal error has to run the block. T_e are the tokens that chose expert e, g its gate and f its output; gates are the
 ones that multiply the outputs, so that a bias which only selects experts has no part in any score. An expert that no
-token chose scores 0 (in ``expert-drop``: little). Letters as in :mod:`compressors.model.description.shape`; R = K + 1
+token chose scores 0 (in ``expert-drop``: little). Letters as in :mod:`compressors.model.description.spec`; R = K + 1
 first choices.
 """
 

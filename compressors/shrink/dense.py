@@ -2,7 +2,7 @@
 
 It is a MoE block of one expert: a softmax over one logit gives gate 1 whatever the router says. So student, streaming,
 statistics and training need to know nothing about it, and only files differ: they hold a plain feed-forward, in the
-architecture of the family's dense counterpart (:attr:`compressors.model.description.shape.MoeShape.is_dense`).
+architecture of the family's dense counterpart (:attr:`compressors.model.description.spec.ModelSpec.is_dense`).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import ClassVar
 
 import torch
 
-from compressors.model.description.shape import MoeShape, MoeSize
+from compressors.model.description.spec import ModelSpec, MoeSize
 from compressors.model.errors import UnsupportedError
-from compressors.model.families.table import FAMILIES
+from compressors.model.families.registry import supported_families
 from compressors.shrink.moe_block import CompressedBlock, Evidence, MoeBlock, Needs
 from compressors.shrink.prune import highest
 
@@ -51,19 +51,19 @@ class Condense:
         return CompressedBlock(condensed, (chosen,), changed_experts=frozenset({0}))
 
 
-def dense_size(teacher: MoeShape) -> MoeSize:
+def dense_size(teacher: ModelSpec) -> MoeSize:
     """What each layer's experts become: one, as wide as the experts that a token used together."""
     return MoeSize(1, teacher.top_k * teacher.expert_width)
 
 
-def check_dense(teacher: MoeShape) -> None:
+def check_dense(teacher: ModelSpec) -> None:
     """Refuses a teacher that no dense architecture matches.
 
     Raises:
         UnsupportedError: its family has no dense counterpart; the message lists those that have.
     """
     if teacher.family.dense is None:
-        possible = ", ".join(sorted(name for name, family in FAMILIES.items() if family.dense is not None))
+        possible = ", ".join(sorted(name for name, family in supported_families().items() if family.dense is not None))
         raise UnsupportedError(
             f"--student dense: no dense architecture matches {teacher.model_type} in everything but the experts; "
             f"there is one for {possible}"

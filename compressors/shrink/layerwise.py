@@ -6,20 +6,20 @@ what the compressed layers in front of them make of the text, and are judged by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from compressors.calibration.statistics import LayerStatistics, StatisticsCollector
-from compressors.model.description.shape import NO_MOE, MoeSize
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import NO_MOE, MoeSize
 from compressors.model.running.hidden_states import HiddenStates
 from compressors.model.running.layers import LayerReader, LayerWeights
 from compressors.model.running.memory import MemoryLimit
+from compressors.model.running.routers import RoutedCall, watching
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
@@ -226,21 +226,18 @@ class _MoeInputs:
     @contextmanager
     def observe(self, index: int, layer: nn.Module) -> Iterator[None]:
         """Watches one layer while it runs."""
-        if not self._student.shape.layer(index).has_moe:
+        routed = self._student.shape.layers[index].routed
+        if routed is None:
             yield
             return
 
-        def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            part = inputs[0].reshape(-1, self._student.shape.hidden_size)[: self._n_missing]
+        def see(call: RoutedCall) -> None:
+            part = call.hidden_TD[: self._n_missing]
             self._parts.append(part.to("cpu", torch.float32, copy=True))
             self._n_missing -= len(part)
 
-        router = layer.get_submodule(self._student.family.router_module)
-        handle: Callable[[], None] = router.register_forward_pre_hook(hook).remove
-        try:
+        with watching(layer, routed, see):
             yield
-        finally:
-            handle()
 
     def take(self) -> torch.Tensor | None:
         """float32 [T, D]; None where there is no MoE sub-layer."""

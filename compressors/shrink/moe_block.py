@@ -2,7 +2,7 @@
 
 A method is a function from (block, evidence, target) to a :class:`CompressedBlock`. It works on one layer, in memory,
 in float32; where weights come from and where they go is not its business. Letters as in
-:mod:`compressors.model.description.shape`; G experts that are left, n tokens of one expert.
+:mod:`compressors.model.description.spec`; G experts that are left, n tokens of one expert.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from functools import cache
 from math import prod
 from pathlib import Path
 
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from exporter.estimating.prediction import Prediction
 from exporter.planning.recipe import BudgetChoice, FileChoice
 from exporter.writing.gguf.layout import plan_tensors as gguf_tensors
@@ -21,7 +21,7 @@ __all__ = ["expert_bits", "predict", "runtime_reserve"]
 
 
 def predict(
-    artifact: str, folder: Path, name: str, shape: MoeShape, choice: FileChoice, budget: BudgetChoice, threads: int
+    artifact: str, folder: Path, name: str, shape: ModelSpec, choice: FileChoice, budget: BudgetChoice, threads: int
 ) -> Prediction:
     """Predicts an artifact (``gguf`` or ``onnx``) of a student of this shape.
 
@@ -43,7 +43,7 @@ def predict(
     return Prediction(file, lines["weights"], lines["kv_cache"], lines["compute"], runtime_reserve(artifact))
 
 
-def expert_bits(artifact: str, shape: MoeShape, choice: FileChoice) -> float:
+def expert_bits(artifact: str, shape: ModelSpec, choice: FileChoice) -> float:
     """Bits of an expert's weight in an artifact, scales included, on average over all layers."""
     if artifact == "gguf":
         tensors = [tensor for tensor in gguf_tensors(shape, choice.mix, choice.tensors) if tensor.role.is_expert]

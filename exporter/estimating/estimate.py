@@ -16,7 +16,7 @@ from compressors.calibration.layer_inputs import layer_input_bytes, n_kept_block
 from compressors.calibration.splits import BLOCK_LENGTH
 from compressors.calibration.statistics import LayerStatistics
 from compressors.calibration.teacher import TARGET_BYTES
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from compressors.model.predictions.log_probs import log_prob_bytes
 from compressors.model.running.memory import PROCESS_BYTES, positions_at_once, working_bytes
 from compressors.model.sources.checkpoint import Checkpoint
@@ -144,7 +144,7 @@ def disk_lines_of_all(plans: Sequence[Plan]) -> dict[str, int]:
     return dict(total)
 
 
-def memory_lines(shape: MoeShape, student: MoeShape, itemsize: int) -> dict[str, int]:
+def memory_lines(shape: ModelSpec, student: ModelSpec, itemsize: int) -> dict[str, int]:
     """The least memory that the stages need, by purpose; it does not depend on the number of layers.
 
     Args:
@@ -225,11 +225,11 @@ class _Passes:
         self._speeds = speeds
         self._stays_cached = source.n_bytes < free_memory
 
-    def reading(self, shape: MoeShape) -> float:
+    def reading(self, shape: ModelSpec) -> float:
         """Seconds to read all weights from the disk."""
         return shape.parameters * self._itemsize / self._speeds.read_bytes
 
-    def computing(self, shape: MoeShape, n_blocks: int, n_reference: int) -> float:
+    def computing(self, shape: ModelSpec, n_blocks: int, n_reference: int) -> float:
         """Seconds of arithmetic for these token blocks, and for others in float32."""
         # attention between the tokens of a block is small beside the matrices
         layer = shape.dense_layer_parameters + shape.top_k * shape.expert_parameters
@@ -237,18 +237,18 @@ class _Passes:
         speeds = self._speeds
         return per_block * (n_blocks / speeds.multiply_adds + n_reference / speeds.reference_multiply_adds)
 
-    def forward(self, shape: MoeShape, n_blocks: int = 0, *, n_reference: int = 0) -> float:
+    def forward(self, shape: ModelSpec, n_blocks: int = 0, *, n_reference: int = 0) -> float:
         """Seconds to run token blocks through a model that was read before."""
         reading = 0.0 if self._stays_cached else self.reading(shape)
         return max(self.computing(shape, n_blocks, n_reference), reading)
 
-    def writing(self, shape: MoeShape, n_texts: int) -> float:
+    def writing(self, shape: ModelSpec, n_texts: int) -> float:
         """Seconds to write the texts of the generation gate: each new token of all texts reads the model once."""
         n_blocks = n_texts * (PROMPT_TOKENS + NEW_TOKENS) // BLOCK_LENGTH
         reading = 0.0 if self._stays_cached else NEW_TOKENS * self.reading(shape)
         return max(self.computing(shape, 0, n_blocks), reading)
 
-    def export(self, shape: MoeShape, weight_type: str, n_bytes: int, slower: float = 1.0) -> float:
+    def export(self, shape: ModelSpec, weight_type: str, n_bytes: int, slower: float = 1.0) -> float:
         """Seconds to quantize, ``slower`` times as long as the kernels, and to write no faster than the disk reads."""
         quantizing = 0.0 if weight_type in COPIED_TYPES else slower * shape.parameters / self._speeds.quantized_values
         reading = 0.0 if self._stays_cached else self.reading(shape)
@@ -305,7 +305,7 @@ def _recovery(plan: Plan, passes: _Passes) -> dict[str, float]:
     return seconds
 
 
-def _sensitivity_bytes(shape: MoeShape) -> int:
+def _sensitivity_bytes(shape: ModelSpec) -> int:
     """Float32 bytes of rows and columns of every matrix, two moments of the hidden size, four numbers of each token."""
     hidden, width = shape.hidden_size, shape.expert_width
     attention = (2 * shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim + 4 * hidden
@@ -389,7 +389,7 @@ def _tunable_bytes(plan: Plan) -> int:
     return 2 * n_values * 4
 
 
-def _router_values(shape: MoeShape) -> int:
+def _router_values(shape: ModelSpec) -> int:
     return shape.n_layers * shape.n_experts * shape.hidden_size
 
 
@@ -413,7 +413,7 @@ def _own_statistics_bytes(plan: Plan) -> int:
     return shape.n_layers * _statistics_bytes(shape) if changes_experts(plan.recipe.compress) else 0
 
 
-def _statistics_bytes(shape: MoeShape) -> int:
+def _statistics_bytes(shape: ModelSpec) -> int:
     """Bytes of one layer's statistics."""
     with torch.device("meta"):
         layer = LayerStatistics.zeros(shape)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from compressors.model.description.shape import MoeShape
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import ModelSpec
 from compressors.model.files.block_scales import block_length
 from compressors.model.files.ggml_types import GGMLQuantizationType
 from compressors.model.sources.weights import StoredType
@@ -19,7 +19,7 @@ __all__ = ["hold_same_numbers", "planned_block_length", "planned_types"]
 _Types = Mapping[tuple[Role, int | None], StoredType]
 
 
-def planned_types(recipe: Recipe, artifact: str, shape: MoeShape) -> _Types:
+def planned_types(recipe: Recipe, artifact: str, shape: ModelSpec) -> _Types:
     """The type of each matrix of a student of this shape in an artifact; norms and routers are not among them."""
     choice = recipe.file(artifact)
     if artifact == "gguf":
@@ -30,7 +30,7 @@ def planned_types(recipe: Recipe, artifact: str, shape: MoeShape) -> _Types:
     }
 
 
-def planned_block_length(recipe: Recipe, artifact: str, shape: MoeShape) -> BlockLength:
+def planned_block_length(recipe: Recipe, artifact: str, shape: ModelSpec) -> BlockLength:
     """The block length of each matrix in the file that will be written."""
     types = planned_types(recipe, artifact, shape)
 
@@ -41,7 +41,7 @@ def planned_block_length(recipe: Recipe, artifact: str, shape: MoeShape) -> Bloc
     return of_matrix
 
 
-def hold_same_numbers(recipe: Recipe, shape: MoeShape) -> bool:
+def hold_same_numbers(recipe: Recipe, shape: ModelSpec) -> bool:
     """True if both files hold the same numbers: all matrices have the same types and are quantized in the same way.
 
     The types are all F32, or ggml's kernels make all codes with the same importance matrix.
@@ -56,7 +56,7 @@ def hold_same_numbers(recipe: Recipe, shape: MoeShape) -> bool:
     return is_float or (gguf.quantizer == onnx.quantizer == "kernel" and gguf.imatrix == onnx.imatrix)
 
 
-def _gguf_types(choice: FileChoice, shape: MoeShape) -> _Types:
+def _gguf_types(choice: FileChoice, shape: ModelSpec) -> _Types:
     tensors = plan_tensors(shape, choice.mix, choice.tensors)
     return {
         (tensor.role, tensor.layer): tensor.ggml_type

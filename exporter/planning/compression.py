@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from compressors.calibration.statistics import LayerStatistics
-from compressors.model.description.shape import NO_MOE, MoeShape, MoeSize
+from compressors.model.description.spec import NO_MOE, ModelSpec, MoeSize
 from compressors.model.errors import InputError
 from compressors.model.running.streaming import StreamedModel
 from compressors.shrink.allocation import allocate_globally, super_experts
@@ -43,13 +43,13 @@ _MERGING: Mapping[str, Callable[[int], Method]] = {"m-smoe": MSMoE, "hc-smoe": H
 _EDITING: Mapping[str, Callable[[int], Method]] = {"svd": ActivationSvd, "d2-moe": D2Moe, "mobe": Mobe}
 
 
-def fewest_experts(method: str, teacher: MoeShape) -> int:
+def fewest_experts(method: str, teacher: ModelSpec) -> int:
     """What each layer must keep at least: as many as a token uses, and as REAM's groups of bounded size can hold."""
     groups = -(-teacher.n_experts // REAM.group_size) if method == "ream" else 1
     return max(teacher.top_k, groups)
 
 
-def expected_shape(choice: CompressChoice, teacher: MoeShape) -> MoeShape:
+def expected_shape(choice: CompressChoice, teacher: ModelSpec) -> ModelSpec:
     """The student's shape, where the statistics decide which layers shrink as if the last ones lost their experts.
 
     Files of this shape have the student's bytes, exactly if its layers are alike; if they differ, each may be padded
@@ -68,7 +68,7 @@ def expected_shape(choice: CompressChoice, teacher: MoeShape) -> MoeShape:
     return teacher.with_sizes(sizes + [NO_MOE] * choice.drop_moe_layers)
 
 
-def check_compression(recipe: Recipe, teacher: MoeShape) -> None:
+def check_compression(recipe: Recipe, teacher: ModelSpec) -> None:
     """Refuses what the method, the containers or stock transformers cannot do, before any work.
 
     Raises:
@@ -113,7 +113,7 @@ def changes_experts(choice: CompressChoice) -> bool:
     return choice.method in _MERGING or rewritten
 
 
-def runs_text(choice: CompressChoice, teacher: MoeShape) -> bool:
+def runs_text(choice: CompressChoice, teacher: ModelSpec) -> bool:
     """Whether compressing takes text through the model, because the sums of calibration do not suffice."""
     if choice.sequential or choice.consecutive_blocks:
         return True
@@ -123,7 +123,7 @@ def runs_text(choice: CompressChoice, teacher: MoeShape) -> bool:
     return any(method.needs == Needs.INPUTS for method in methods)
 
 
-def described_compression(choice: CompressChoice, teacher: MoeShape) -> str:
+def described_compression(choice: CompressChoice, teacher: ModelSpec) -> str:
     """``5 of 6 layers, 20 of 32 experts per layer (reap)``."""
     n_layers = teacher.n_layers - choice.drop_blocks
     parts = [f"{n_layers} of {teacher.n_layers} layers"] if choice.drop_blocks else []
@@ -145,7 +145,7 @@ def described_compression(choice: CompressChoice, teacher: MoeShape) -> str:
 
 def layer_targets(
     choice: CompressChoice,
-    teacher: MoeShape,
+    teacher: ModelSpec,
     statistics: Sequence[LayerStatistics],
     open_teacher: Callable[[], StreamedModel],
     tokens_BT: torch.Tensor,
@@ -183,7 +183,7 @@ def layer_targets(
 
 def _layers_left(
     choice: CompressChoice,
-    teacher: MoeShape,
+    teacher: ModelSpec,
     statistics: Sequence[LayerStatistics],
     open_teacher: Callable[[], StreamedModel],
     tokens_BT: torch.Tensor,
@@ -197,7 +197,7 @@ def _layers_left(
     return [layer for layer in range(teacher.n_layers) if layer not in dropped]
 
 
-def _counts(choice: CompressChoice, teacher: MoeShape, statistics: Sequence[LayerStatistics]) -> Sequence[int]:
+def _counts(choice: CompressChoice, teacher: ModelSpec, statistics: Sequence[LayerStatistics]) -> Sequence[int]:
     if choice.allocation == "global" and isinstance(choice.experts, int):
         scores = [CRITERIA[choice.method](layer) for layer in statistics]
         shares = [scores_E / scores_E.sum() for scores_E in scores]  # norms grow with the depth of most models
@@ -206,7 +206,7 @@ def _counts(choice: CompressChoice, teacher: MoeShape, statistics: Sequence[Laye
 
 
 def _methods(
-    choice: CompressChoice, teacher: MoeShape, n_experts: int, width: int, protected: frozenset[int]
+    choice: CompressChoice, teacher: ModelSpec, n_experts: int, width: int, protected: frozenset[int]
 ) -> Sequence[Method]:
     methods: list[Method] = []
     if n_experts < teacher.n_experts:
@@ -221,12 +221,12 @@ def _methods(
     return methods
 
 
-def _dense_size(teacher: MoeShape, width: int) -> MoeSize:
+def _dense_size(teacher: ModelSpec, width: int) -> MoeSize:
     """What a layer's experts of this width become."""
     return dense_size(teacher.with_sizes([MoeSize(teacher.n_experts, width)]))
 
 
-def _check_dense_recipe(recipe: Recipe, teacher: MoeShape) -> None:
+def _check_dense_recipe(recipe: Recipe, teacher: ModelSpec) -> None:
     """Refuses what a dense student cannot have, or what would change nothing about it."""
     check_dense(teacher)
     choice, recover = recipe.compress, recipe.recover
@@ -267,7 +267,7 @@ def _check_numbers(field: str, value: int | tuple[int, ...] | None, n_layers: in
             raise InputError(_out_of_range(field, number, lowest, highest))
 
 
-def _largest_edit(choice: CompressChoice, teacher: MoeShape, n_moe: int) -> int:
+def _largest_edit(choice: CompressChoice, teacher: ModelSpec, n_moe: int) -> int:
     """The full rank of the narrowest experts; of MoBE as many bases as the layer with the fewest experts has."""
     if choice.edit == "mobe" and choice.allocation == "global":
         return teacher.top_k

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from compressors.model.description.config import read_shape
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
+from compressors.model.families.config import read_spec
 from exporter.estimating.prediction import Prediction
 from exporter.planning.compression import expected_shape
 from exporter.planning.recipe import Recipe
@@ -58,13 +58,13 @@ class Plan:
     curve: Mapping[str, int] = field(default_factory=dict)  # bytes of the files that moe-export pareto compares
 
     @property
-    def teacher_shape(self) -> MoeShape:
+    def teacher_shape(self) -> ModelSpec:
         """The source's shape."""
-        shape = read_shape(self.source)
+        shape = read_spec(self.source)
         return replace(shape, tied_embeddings=False) if self.own_head else shape
 
     @property
-    def student_shape(self) -> MoeShape:
+    def student_shape(self) -> ModelSpec:
         """The shape after compression; where statistics will decide which layers shrink, it assumes the last ones."""
         return expected_shape(self.recipe.compress, self.teacher_shape)
 

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.recover.training_memory import refuse_too_large
@@ -94,7 +94,7 @@ def refuse_too_little_memory(lines: Mapping[str, int], limit: int, free: int) ->
         )
 
 
-def refuse_too_short_a_context(shape: MoeShape) -> None:
+def refuse_too_short_a_context(shape: ModelSpec) -> None:
     """Compares the model's context with the texts that it is to write, and the cache that is measured.
 
     Raises:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.legacy import ATTENTION, NORMS
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
-from compressors.model.families.table import ATTENTION, NORMS, Role
 from compressors.recover.knowledge_augmentation import UPDATES_PER_BATCH
 from compressors.recover.schedule import RATES_HIDDEN_SIZE, Schedule
 from compressors.recover.scopes import BlockLength, Scope
@@ -92,7 +93,7 @@ class RefusedRung:
 
 
 def choose_ladder(
-    wish: str, student: MoeShape, itemsize: int, machine: Machine, seed: int
+    wish: str, student: ModelSpec, itemsize: int, machine: Machine, seed: int
 ) -> tuple[RecoverChoice, tuple[RefusedRung, ...]]:
     """Chooses the rungs that a value of ``--recover`` means for this student on this machine.
 
@@ -135,7 +136,7 @@ def wish_for(wish: str, compress: CompressChoice) -> str:
     return "all" if wish == "auto" and is_narrow else wish
 
 
-def tuning_rung(student: MoeShape, machine: Machine, block_lengths: Sequence[BlockLength]) -> RungChoice | None:
+def tuning_rung(student: ModelSpec, machine: Machine, block_lengths: Sequence[BlockLength]) -> RungChoice | None:
     """The rung beside written files: block scales, norms and routers, without scales where these do not fit the memory.
 
     Args:
@@ -157,7 +158,7 @@ def tuning_rung(student: MoeShape, machine: Machine, block_lengths: Sequence[Blo
     return None
 
 
-def check_after_quantizing(choice: RecoverChoice, student: MoeShape) -> None:
+def check_after_quantizing(choice: RecoverChoice, student: ModelSpec) -> None:
     """Refuses to teach routers that no file has.
 
     Raises:
@@ -171,7 +172,7 @@ def check_after_quantizing(choice: RecoverChoice, student: MoeShape) -> None:
         )
 
 
-def after_quantizing_name(rung: RungChoice, student: MoeShape, files: str = "each file") -> str:
+def after_quantizing_name(rung: RungChoice, student: ModelSpec, files: str = "each file") -> str:
     """The name, in plan and report, of the rung that is climbed beside these written files."""
     return scope_of(rung).name_in(student) + _BESIDE_CODES + files
 
@@ -214,7 +215,7 @@ def trained_roles(name: str) -> frozenset[Role]:
     return frozenset(role for part, of_part in roles.items() if part in name for role in of_part)
 
 
-def _wanted(wish: str, student: MoeShape, machine: Machine) -> Sequence[RungChoice]:
+def _wanted(wish: str, student: ModelSpec, machine: Machine) -> Sequence[RungChoice]:
     if wish == "none":
         return []
     if wish == "router:published":
@@ -234,7 +235,7 @@ def _wanted(wish: str, student: MoeShape, machine: Machine) -> Sequence[RungChoi
     return [_rung(scope, loss or "kd", student, machine)]
 
 
-def _rung(scope: str, loss: str, student: MoeShape, machine: Machine) -> RungChoice:
+def _rung(scope: str, loss: str, student: ModelSpec, machine: Machine) -> RungChoice:
     per_round = 1 if machine.models_stay else _STREAMED_BATCHES_PER_ROUND
     small_steps = loss not in ("ka", "sar") and machine.models_stay
     per_step = _SMALL_STEP if small_steps else _BLOCKS_PER_STEP
@@ -250,16 +251,16 @@ def _rung(scope: str, loss: str, student: MoeShape, machine: Machine) -> RungCho
     )
 
 
-def _adapters(rung: RungChoice, rank: int, student: MoeShape) -> RungChoice:
+def _adapters(rung: RungChoice, rank: int, student: ModelSpec) -> RungChoice:
     changes = {"scope": "adapters", "experts": None, "rank": rank, "learning_rate": _rate("adapters", student)}
     return rung.model_copy(update=changes)
 
 
-def _rate(scope: str, student: MoeShape) -> float:
+def _rate(scope: str, student: ModelSpec) -> float:
     return _RATES[scope] * RATES_HIDDEN_SIZE / student.hidden_size
 
 
-def _obstacle(rung: RungChoice, student: MoeShape, itemsize: int, memory_bytes: int) -> str | None:
+def _obstacle(rung: RungChoice, student: ModelSpec, itemsize: int, memory_bytes: int) -> str | None:
     """The reason why a rung cannot be trained within this memory; None if it can, as routers alone always can."""
     if rung.scope == "router":
         return None

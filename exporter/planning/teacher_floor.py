@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import UnsupportedError
 from compressors.model.running.memory import PROCESS_BYTES
 from compressors.model.sources.checkpoint import Checkpoint
@@ -81,6 +81,6 @@ def first_layers(source: Checkpoint, n_layers: int) -> Student:
     return Student(source, _first_layers_map(source.shape, n_layers))
 
 
-def _first_layers_map(shape: MoeShape, n_layers: int) -> ExpertMap:
+def _first_layers_map(shape: ModelSpec, n_layers: int) -> ExpertMap:
     whole = ExpertMap.identity(shape)
     return replace(whole, layers=whole.layers[:n_layers])

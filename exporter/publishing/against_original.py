@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from compressors.recover.scopes import BlockLength
 from compressors.recover.training_memory import training_bytes
 from exporter.planning.recipe import RecoverChoice, RungChoice
@@ -20,7 +20,7 @@ def against_original(
     source_bytes: int,
     rows: Sequence[Mapping[str, Any]],
     trained: Iterable[tuple[RungChoice, Mapping[str, Any]]],
-    student: MoeShape,
+    student: ModelSpec,
     block_lengths: Sequence[BlockLength],
 ) -> dict[str, Any]:
     """Returns the comparison as plain data for JSON.
@@ -59,7 +59,7 @@ def with_choices(
     return [(rung, result) for rung, result in zip(chosen, tried, strict=True) if rung is not None]
 
 
-def _parameters(rung: RungChoice, student: MoeShape, block_lengths: Sequence[BlockLength]) -> int:
+def _parameters(rung: RungChoice, student: ModelSpec, block_lengths: Sequence[BlockLength]) -> int:
     """Returns the number of trained values; a wider rung trains what a narrower one did, and more."""
     scope = scope_of(rung)
     return max(training_bytes(scope, student, block_length).values for block_length in block_lengths)

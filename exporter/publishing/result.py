@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from compressors.model.predictions.routing import Routing
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, LayerMap
@@ -137,7 +137,7 @@ def _tried(plan: Plan, work: WorkDirectory) -> list[dict[str, Any]]:
     ]
 
 
-def _student(teacher: MoeShape, experts: ExpertMap) -> dict[str, Any]:
+def _student(teacher: ModelSpec, experts: ExpertMap) -> dict[str, Any]:
     """Describes the student: the parts of the original that it keeps."""
     shape = experts.shape_of(teacher)
     layers = {layer.source: layer for layer in experts.layers}

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from exporter.pipeline.parts import FOUND
 from exporter.pipeline.work import WorkDirectory
 from exporter.planning.compression import described_compression
@@ -18,7 +18,7 @@ __all__ = ["described_types", "named_types", "search_figures"]
 _MOST_TYPES = 4
 
 
-def search_figures(work: WorkDirectory, teacher: MoeShape, recipe: Recipe) -> list[dict[str, Any]]:
+def search_figures(work: WorkDirectory, teacher: ModelSpec, recipe: Recipe) -> list[dict[str, Any]]:
     """The candidates of a finished search, as data for JSON; none if there was no search."""
     path = work.stage("search") / FOUND
     if not path.exists():
@@ -47,7 +47,7 @@ def described_types(choice: FileChoice) -> str:
     return ", ".join([*named, f"{rest} others"] if rest else named)
 
 
-def _figures(candidate: Mapping[str, Any], teacher: MoeShape, recipe: Recipe) -> dict[str, Any]:
+def _figures(candidate: Mapping[str, Any], teacher: ModelSpec, recipe: Recipe) -> dict[str, Any]:
     artifact, compress = candidate["artifact"], CompressChoice.model_validate(candidate["compress"])
     choice, chosen = FileChoice.model_validate(candidate["choice"]), recipe.file(artifact)
     return {

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from compressors.model.description.config_check import check_against_transformers
 from compressors.model.description.gguf_rope import yarn_constants
 from compressors.model.description.rope import RopeKind
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
+from compressors.model.families.config_check import check_against_transformers
 from compressors.model.sources.checkpoint import Checkpoint
 
 __all__ = ["settings_deviations"]
@@ -25,7 +25,7 @@ def settings_deviations(checkpoint: Checkpoint, artifact: str) -> Iterator[str]:
     yield from _of_rope(shape, artifact)
 
 
-def _of_window(shape: MoeShape) -> Iterator[str]:
+def _of_window(shape: ModelSpec) -> Iterator[str]:
     if shape.window is not None:
         yield (
             f"the file is written for {shape.context_length:,} tokens: attention reaches back over "
@@ -33,7 +33,7 @@ def _of_window(shape: MoeShape) -> Iterator[str]:
         )
 
 
-def _of_rope(shape: MoeShape, artifact: str) -> Iterator[str]:
+def _of_rope(shape: ModelSpec, artifact: str) -> Iterator[str]:
     if shape.rope.kind is RopeKind.DYNAMIC:
         yield (
             f"the file is written for the {shape.context_length:,} tokens that the model was trained on; the dynamic "

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from compressors.sensitivity import Unit, UnitPlan
 from exporter.estimating.budget import predict
 from exporter.estimating.prediction import Prediction
@@ -25,7 +25,7 @@ class Container:
     artifact: str  # gguf or onnx
     folder: Path  # the source checkpoint
     name: str  # of the source
-    shape: MoeShape  # the student's
+    shape: ModelSpec  # the student's
     budget: BudgetChoice
     threads: int
     choice: FileChoice  # quantizer and importance matrix

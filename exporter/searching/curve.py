@@ -9,7 +9,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from compressors.model.sources.checkpoint import Checkpoint
 from exporter.pipeline.stage import StageContext
 from exporter.planning.compression import described_compression
@@ -100,6 +100,6 @@ class ParetoFiles:
         return path
 
 
-def described_structure(choice: CompressChoice, shape: MoeShape) -> str:
+def described_structure(choice: CompressChoice, shape: ModelSpec) -> str:
     """Describes the parts of a model of this shape that are left; empty if all are."""
     return "" if choice == whole(shape) else described_compression(choice, shape)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from compressors.shrink.dense import check_dense
 from exporter.planning.compression import fewest_experts
 from exporter.planning.plan import Search
@@ -27,12 +27,12 @@ _WIDTH_MULTIPLE = 64  # narrower rows have no type below 4 bits that every llama
 _LEAST_LAYERS = 8  # of which one in eight may go
 
 
-def whole(shape: MoeShape) -> CompressChoice:
+def whole(shape: ModelSpec) -> CompressChoice:
     """The model as it is."""
     return CompressChoice(experts=shape.n_experts)
 
 
-def structures_for(search: Search, shape: MoeShape) -> Sequence[CompressChoice]:
+def structures_for(search: Search, shape: ModelSpec) -> Sequence[CompressChoice]:
     """The structures that a search may choose from, the original first if it may be chosen."""
     if search.student == "dense":
         check_dense(shape)
@@ -43,7 +43,7 @@ def structures_for(search: Search, shape: MoeShape) -> Sequence[CompressChoice]:
     return [whole(shape), *sorted(smaller, key=lambda choice: expected_loss(choice, shape))]
 
 
-def candidates_of(method: str, shape: MoeShape) -> Iterator[CompressChoice]:
+def candidates_of(method: str, shape: ModelSpec) -> Iterator[CompressChoice]:
     """The structures below the original that a method leads to; ``auto`` stands for all that are known to be good."""
     if method == "auto":
         yield from (*_narrower(shape), *_fewer(_METHOD, shape), *_shorter(shape), *_both(shape))
@@ -57,7 +57,7 @@ def candidates_of(method: str, shape: MoeShape) -> Iterator[CompressChoice]:
         yield from _fewer(method, shape)
 
 
-def with_experts(method: str, n_experts: int, shape: MoeShape) -> CompressChoice:
+def with_experts(method: str, n_experts: int, shape: ModelSpec) -> CompressChoice:
     """The structure with ``n_experts`` experts, by a method; ``auto`` takes REAP."""
     if n_experts == shape.n_experts:
         return whole(shape)
@@ -65,7 +65,7 @@ def with_experts(method: str, n_experts: int, shape: MoeShape) -> CompressChoice
     return CompressChoice(experts=n_experts, method=chosen, sequential=chosen in _SEQUENTIAL)  # type: ignore[arg-type]
 
 
-def expected_loss(choice: CompressChoice, shape: MoeShape) -> float:
+def expected_loss(choice: CompressChoice, shape: ModelSpec) -> float:
     """The divergence, nats, that a structure is expected to have after training, before its weights are quantized.
 
     It is a guess from two trained models (docs/quantization.md): half of the width 0.075, half of the experts 0.3, a
@@ -83,24 +83,24 @@ def _taken(total: int, left: int | tuple[int, ...] | None) -> float:
     return total / max(mean, 1) - 1
 
 
-def _narrower(shape: MoeShape) -> Iterator[CompressChoice]:
+def _narrower(shape: ModelSpec) -> Iterator[CompressChoice]:
     for width in _parts(shape.expert_width, _WIDTH_MULTIPLE):
         yield CompressChoice(experts=shape.n_experts, width=width)
 
 
-def _fewer(method: str, shape: MoeShape) -> Iterator[CompressChoice]:
+def _fewer(method: str, shape: ModelSpec) -> Iterator[CompressChoice]:
     fewest = fewest_experts(_METHOD if method == "auto" else method, shape)
     counts = [n_experts for n_experts in _parts(shape.n_experts, 1) if n_experts > fewest]
     for n_experts in [*counts, *([fewest] if fewest < shape.n_experts else [])]:
         yield with_experts(method, n_experts, shape)
 
 
-def _shorter(shape: MoeShape) -> Iterator[CompressChoice]:
+def _shorter(shape: ModelSpec) -> Iterator[CompressChoice]:
     if shape.n_layers >= _LEAST_LAYERS:
         yield CompressChoice(experts=shape.n_experts, drop_blocks=shape.n_layers // _LEAST_LAYERS)
 
 
-def _both(shape: MoeShape) -> Iterator[CompressChoice]:
+def _both(shape: ModelSpec) -> Iterator[CompressChoice]:
     """Fewer experts of half the width or less: for files that nothing else is small enough for."""
     for width in _parts(shape.expert_width, _WIDTH_MULTIPLE):
         if 2 * width <= shape.expert_width:

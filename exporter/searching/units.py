@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import UnsupportedError
-from compressors.model.families.table import Role
 from compressors.model.files.ggml_types import GGMLQuantizationType
 from compressors.model.files.integer_blocks import BlockType
 from compressors.quantize.blocks import search_blocks
@@ -61,7 +61,7 @@ def fitting_mixes(container: Container) -> list[tuple[FileChoice, Prediction]]:
     return sorted(found, key=lambda entry: -entry[1].file)
 
 
-def gguf_units(shape: MoeShape, dtype: torch.dtype, choice: FileChoice) -> tuple[UnitPlan, ...]:
+def gguf_units(shape: ModelSpec, dtype: torch.dtype, choice: FileChoice) -> tuple[UnitPlan, ...]:
     """Lists the tensors of a GGUF file that may be quantized, each with its types.
 
     Args:
@@ -84,7 +84,7 @@ def gguf_units(shape: MoeShape, dtype: torch.dtype, choice: FileChoice) -> tuple
     return tuple(plans)
 
 
-def onnx_unit_plans(shape: MoeShape, choice: FileChoice) -> tuple[UnitPlan, ...]:
+def onnx_unit_plans(shape: ModelSpec, choice: FileChoice) -> tuple[UnitPlan, ...]:
     """Lists the units of an ONNX file, each with its encodings."""
     with_feedback = choice.quantizer == "feedback"
     return tuple(

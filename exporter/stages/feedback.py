@@ -11,7 +11,7 @@ import torch
 
 from compressors.calibration.layer_inputs import LayerInputs, n_kept_blocks, write_layer_inputs
 from compressors.calibration.second_moments import SecondMoments
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from compressors.model.running.arithmetic import dtype_of
 from compressors.model.running.memory import PROCESS_BYTES
 from compressors.model.running.streaming import StreamedModel
@@ -55,7 +55,7 @@ def feedback_for(
     shutil.rmtree(own, ignore_errors=True)
 
 
-def writer_threads(plan: Plan, shape: MoeShape, quantizer: Quantizer) -> int:
+def writer_threads(plan: Plan, shape: ModelSpec, quantizer: Quantizer) -> int:
     """The number of threads that quantize: the recipe's, or fewer where ``--memory`` allows fewer to choose codes."""
     if quantizer == "kernel":
         return plan.recipe.threads

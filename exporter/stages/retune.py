@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from compressors.model.files.weight_file import StoredTensors
 from compressors.model.parallel import is_first, wait_for_all
 from compressors.model.sources.gguf import GgufWeights
@@ -54,7 +54,7 @@ def run(context: StageContext) -> None:
         StudentFiles(context.output).recovery.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
-def written_weights(plan: Plan, work: WorkDirectory, shape: MoeShape) -> dict[str, WrittenWeights]:
+def written_weights(plan: Plan, work: WorkDirectory, shape: ModelSpec) -> dict[str, WrittenWeights]:
     """The files that a plan writes, opened, by artifact."""
     opened: dict[str, WrittenWeights] = {}
     if plan.recipe.gguf is not None:

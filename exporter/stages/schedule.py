@@ -7,9 +7,9 @@ import math
 import time
 from collections.abc import Sequence
 
-from compressors.model.families.table import Role
+from compressors.model.description.legacy import role_shape
+from compressors.model.description.roles import Role
 from compressors.model.parallel import is_first
-from compressors.model.sources.checkpoint import role_shape
 from compressors.recover.training_memory import TooLargeError
 from exporter.pipeline.stage import StageContext
 from exporter.pipeline.work import WorkDirectory

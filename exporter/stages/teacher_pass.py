@@ -11,7 +11,7 @@ import torch
 from compressors.calibration.layer_inputs import LayerInputs, n_kept_blocks
 from compressors.calibration.statistics import StatisticsCollector, save_statistics
 from compressors.calibration.teacher import TeacherTargets, write_log_probs, write_targets
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from compressors.model.files.array_file import ArrayFile
 from compressors.model.parallel import is_first, reduce_sum, share, wait_for_all
 from compressors.model.predictions.log_probs import LogProbWriter
@@ -158,7 +158,7 @@ class TeacherPass:
 class _RoutingFiles:
     """The held-out text's routing while layers are still to come: each process writes its own blocks."""
 
-    def __init__(self, folder: Path, tokens_BT: torch.Tensor, shape: MoeShape, *, resumed: bool) -> None:
+    def __init__(self, folder: Path, tokens_BT: torch.Tensor, shape: ModelSpec, *, resumed: bool) -> None:
         self._n_blocks, self._n_tokens = tokens_BT.shape
         self._n_layers = shape.n_layers
         self._paths = folder / "routing_experts.npy", folder / "routing_weights.npy"

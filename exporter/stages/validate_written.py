@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
 from exporter.pipeline.stage import StageContext
 from exporter.pipeline.work import WorkDirectory
@@ -66,7 +66,7 @@ def router_inputs(context: StageContext, artifact: str) -> RouterInputs:
     return RouterInputs(_folder(context.plan, context.work, artifact) / _ROUTER_INPUTS)
 
 
-def _router_recorder(folder: Path, shape: MoeShape, heldout_BT: npt.NDArray[np.int64]) -> RouterInputRecorder | None:
+def _router_recorder(folder: Path, shape: ModelSpec, heldout_BT: npt.NDArray[np.int64]) -> RouterInputRecorder | None:
     if shape.is_dense:
         return None
     n_blocks, n_tokens = heldout_BT.shape

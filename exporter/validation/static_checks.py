@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from compressors.model.description.shape import MoeShape, MoeSize
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import ModelSpec, MoeSize
 from compressors.model.errors import InputError, MoeExportError
-from compressors.model.families.table import Role
 from compressors.model.files.gguf_file import GgufFile
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import Student
@@ -51,7 +51,7 @@ class StaticFindings:
         self.symptoms.extend(symptoms)
 
 
-def expected_shape(file: ModelFile, source: MoeShape) -> MoeShape | None:
+def expected_shape(file: ModelFile, source: ModelSpec) -> ModelSpec | None:
     """Returns the shape that a file should have: the original's, with as many experts and layers as the file has.
 
     Returns:
@@ -76,7 +76,7 @@ def expected_shape(file: ModelFile, source: MoeShape) -> MoeShape | None:
 
 
 def check_description(
-    file: ModelFile, source: Checkpoint, shape: MoeShape | None, chunks_BT: npt.NDArray[np.int64]
+    file: ModelFile, source: Checkpoint, shape: ModelSpec | None, chunks_BT: npt.NDArray[np.int64]
 ) -> StaticFindings:
     """Compares a file's settings and its tokenizer with the original's.
 
@@ -108,7 +108,7 @@ def check_description(
     return findings
 
 
-def _setting_symptoms(file: ModelFile, source: Checkpoint, shape: MoeShape) -> list[str]:
+def _setting_symptoms(file: ModelFile, source: Checkpoint, shape: ModelSpec) -> list[str]:
     if file.format == "gguf":
         gguf = GgufFile(file.path)
         return [*gguf_setting_symptoms(gguf.metadata, shape), *rope_factor_symptoms(gguf, shape)]

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from compressors.model.description.shape import MoeShape
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import ModelSpec
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 from exporter.planning.recovery import is_after_quantizing, trained_roles
@@ -42,7 +42,7 @@ class Expectation:
     is_whole: bool  # the original was quantized and nothing else
     original: Student | None  # whose weights it should hold; None: not known
     trained: frozenset[Role] = frozenset()  # whose weights went on from the original's
-    shape: MoeShape | None = None  # None: as many experts and layers as it has
+    shape: ModelSpec | None = None  # None: as many experts and layers as it has
     reported: Mapping[str, Any] | None = None  # our report on it
     notes: tuple[str, ...] = ()
 

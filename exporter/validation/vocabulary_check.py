@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from compressors.model.description.special_tokens import special_tokens
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.sources.tokenizer_files import load_tokenizer, tokens_of
@@ -35,7 +35,7 @@ _Rewriting = Callable[[str], str]
 _Tokens = Mapping[str, tuple[int, ...]]  # by text
 
 
-def vocabulary_deviations(folder: Path, shape: MoeShape, name: str) -> Iterator[str]:
+def vocabulary_deviations(folder: Path, shape: ModelSpec, name: str) -> Iterator[str]:
     """Yields a sentence for each kind of difference that no GGUF file can avoid.
 
     Args:
@@ -72,7 +72,7 @@ def vocabulary_deviations(folder: Path, shape: MoeShape, name: str) -> Iterator[
 
 
 def _ask(
-    folder: Path, shape: MoeShape, name: str, vocabulary: Mapping[str, Value], texts: Sequence[str]
+    folder: Path, shape: ModelSpec, name: str, vocabulary: Mapping[str, Value], texts: Sequence[str]
 ) -> LlamaTokens:
     values = {
         "general.architecture": string(shape.gguf_architecture),
@@ -175,7 +175,7 @@ def _around_texts(folder: Path, parsed: Sequence[int], whole: Sequence[int]) -> 
             yield f"the model's tokenizer puts {names} {where} a text, llama.cpp {other_names}"
 
 
-def _ends_of_generation(folder: Path, shape: MoeShape, found: frozenset[int]) -> Iterator[str]:
+def _ends_of_generation(folder: Path, shape: ModelSpec, found: frozenset[int]) -> Iterator[str]:
     """Compares the tokens at which a text ends: llama.cpp has keys for three, and knows some by their text alone."""
     tokenizer = load_tokenizer(folder)
     wanted = set(special_tokens(folder, shape.vocab_size).ends)

@@ -18,8 +18,8 @@ from compressors.calibration.second_moments import (
     LayerMoments,
     SecondMoments,
 )
-from compressors.model.description.shape import MoeShape
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import ModelSpec
 from compressors.quantize.feedback import Feedback, conditioned
 
 __all__ = ["EmbeddingGradient", "ExpertFeedback", "StudentFeedback", "least_feedback_bytes", "threads_within"]
@@ -116,12 +116,12 @@ class StudentFeedback:
         return gradient.moments_DD if head_DD is None else gradient.moments_DD + gradient.kappa * head_DD
 
 
-def threads_within(n_bytes: int, shape: MoeShape, threads: int) -> int:
+def threads_within(n_bytes: int, shape: ModelSpec, threads: int) -> int:
     """The number of threads that can choose codes in ``n_bytes`` beside the process itself: 1 to ``threads``."""
     return max(1, min(threads, (n_bytes - _shared_bytes(shape)) // _thread_bytes(shape)))
 
 
-def least_feedback_bytes(shape: MoeShape) -> int:
+def least_feedback_bytes(shape: ModelSpec) -> int:
     """Bytes that choosing a student's codes needs beside the process itself, in one thread."""
     return _shared_bytes(shape) + _thread_bytes(shape)
 
@@ -130,17 +130,17 @@ _ARRAYS = 8  # of the moments' size that are alive at once while they are factor
 _ACTIVATIONS = 16  # arrays of the states' size in a run of attention
 
 
-def _attention_width(shape: MoeShape) -> int:
+def _attention_width(shape: ModelSpec) -> int:
     return shape.n_heads * shape.head_dim
 
 
-def _shared_bytes(shape: MoeShape) -> int:
+def _shared_bytes(shape: ModelSpec) -> int:
     """Bytes of experts' inputs and attention's sums: of one layer, and of the next while the last experts are made."""
     sums = 4 * (2 * shape.hidden_size**2 + _attention_width(shape) ** 2)
     return 2 * (2 * KEPT_TOKENS * shape.hidden_size + sums) + 4 * shape.dense_layer_parameters
 
 
-def _thread_bytes(shape: MoeShape) -> int:
+def _thread_bytes(shape: ModelSpec) -> int:
     """Bytes of the largest moments while they are factored, with an expert and its rows; or of blocks in attention."""
     size = max(shape.hidden_size, shape.expert_width, _attention_width(shape))
     expert = 4 * shape.expert_parameters + 4 * ROWS_AT_ONCE * (shape.hidden_size + 3 * shape.expert_width)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.legacy import role_shape
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import UnsupportedError
-from compressors.model.families.table import Role
 from compressors.model.files.json_file import read_json
-from compressors.model.sources.checkpoint import role_shape
 from compressors.model.sources.student import Student
 from exporter.writing.files import write_atomically
 from exporter.writing.pieces import Piece, row_slices, write_pieces
@@ -30,7 +30,7 @@ _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F1
 """As safetensors calls them, in the order in which it stores them."""
 
 
-def check_loadable(shape: MoeShape) -> None:
+def check_loadable(shape: ModelSpec) -> None:
     """Refuses a student that stock transformers could not load.
 
     Raises:

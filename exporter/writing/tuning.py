@@ -18,15 +18,16 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from compressors.model.description.shape import MoeShape
-from compressors.model.families.table import ATTENTION, NORMS, Role
+from compressors.model.description.legacy import ATTENTION, NORMS
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import ModelSpec
 from compressors.model.sources.weights import TunablePart, WrittenWeights
 from exporter.writing.files import complete_or_absent, not_written, replacing, write_at
 
 __all__ = ["keep_values", "rewrite"]
 
 
-def keep_values(weights: WrittenWeights, shape: MoeShape, path: Path) -> None:
+def keep_values(weights: WrittenWeights, shape: ModelSpec, path: Path) -> None:
     """Keeps all tunable values of a file that was just written.
 
     Args:
@@ -71,7 +72,7 @@ def _put(descriptor: int, part: TunablePart) -> None:
     write_at(descriptor, part.offset, stored.data)
 
 
-def _tunable(weights: WrittenWeights, shape: MoeShape) -> Iterator[tuple[Role, int | None]]:
+def _tunable(weights: WrittenWeights, shape: ModelSpec) -> Iterator[tuple[Role, int | None]]:
     """Every tensor of a file that can be tuned: routers, norms, and matrices of layers that have scales."""
     for role in shape.stored_roles:
         for layer in [None] if role.is_global else range(shape.n_layers):
@@ -82,7 +83,7 @@ def _tunable(weights: WrittenWeights, shape: MoeShape) -> Iterator[tuple[Role, i
                 yield role, layer
 
 
-def _is_in(role: Role, layer: MoeShape) -> bool:
+def _is_in(role: Role, layer: ModelSpec) -> bool:
     return layer.has_moe if role.is_expert else role in layer.layer_roles(0)
 
 

@@ -11,7 +11,7 @@ import torch
 from benchmarks.export.importance import write_imatrix, write_statistics
 from benchmarks.export.tensors import equal_tensors
 from compressors.calibration.statistics import StoredStatistics, importance
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, Student
 from exporter.writing.gguf.writer import write_gguf

@@ -14,7 +14,7 @@ from benchmarks.quality.measure import Measured
 from benchmarks.quality.methods import ARMS, Teacher
 from benchmarks.quality.table import beyond_frequency, by_divergence, read, write_csv, write_markdown
 from compressors.calibration.statistics import StatisticsCollector
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import Student

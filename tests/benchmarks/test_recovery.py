@@ -21,7 +21,7 @@ from benchmarks.recovery.students import ALL_EXPERTS_ON, DENSE, PRUNED, UNCHANGE
 from benchmarks.recovery.table import ladder, read, write_csv, write_markdown
 from benchmarks.recovery.unfinished import Unfinished
 from compressors.calibration.teacher import TeacherTargets
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
 from compressors.model.running.hidden_states import HiddenStates
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.running.streaming import StreamedModel, TokenGroup

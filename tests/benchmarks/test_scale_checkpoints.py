@@ -11,9 +11,9 @@ import torch
 from transformers import AutoConfig
 
 from benchmarks.scale.checkpoints import MODELS, with_layers, write_checkpoint
-from compressors.model.description.config import read_shape
+from compressors.model.description.roles import Role
 from compressors.model.errors import InputError
-from compressors.model.families.table import Role
+from compressors.model.families.config import read_spec
 from compressors.model.sources.checkpoint import Checkpoint
 
 _SMALL = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "num_experts": 8}
@@ -61,7 +61,7 @@ def test_the_published_shapes(tmp_path: Path) -> None:
     for name, config in MODELS.items():
         (tmp_path / "config.json").write_text(json.dumps(config))
         assert AutoConfig.from_pretrained(tmp_path).model_type == config["model_type"]
-        parameters[name] = read_shape(tmp_path).parameters
+        parameters[name] = read_spec(tmp_path).parameters
     assert parameters == {"olmoe": 6_919_161_856, "qwen3-30b": 30_532_122_624}
 
 

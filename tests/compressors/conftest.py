@@ -14,7 +14,7 @@ from torch import nn
 
 from compressors.calibration.splits import read_splits, tokenize
 from compressors.calibration.statistics import StatisticsCollector
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, Student

@@ -12,8 +12,8 @@ from pathlib import Path
 from rich.console import Console
 
 from compressors.calibration.splits import load_tokenizer, read_splits
-from compressors.model.description.shape import MoeShape
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import ModelSpec
 from compressors.model.files.gguf_file import GgufFile
 from compressors.model.files.weight_file import WeightFile
 from compressors.model.sources.checkpoint import Checkpoint
@@ -66,7 +66,7 @@ def _read_checkpoint(folder: Path, rng: random.Random, inputs: Path) -> None:
 
 
 @cache
-def _shape(inputs: Path) -> MoeShape:
+def _shape(inputs: Path) -> ModelSpec:
     return Checkpoint(inputs / "qwen").shape
 
 
@@ -89,7 +89,7 @@ def _read_onnx(folder: Path, rng: random.Random, inputs: Path) -> None:
     _read_weights(OnnxWeights(folder, _shape(inputs)), _shape(inputs))
 
 
-def _read_weights(weights: WrittenWeights, shape: MoeShape) -> None:
+def _read_weights(weights: WrittenWeights, shape: ModelSpec) -> None:
     for role in shape.stored_roles:
         for layer in [None] if role.is_global else range(shape.n_layers):
             if not role.is_expert:

@@ -7,15 +7,15 @@ transformers' and optimum's. With a wrong number there, a client runs another mo
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import onnx
 
-from compressors.model.description.config import read_shape
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import MoeExportError
+from compressors.model.families.config import read_spec
 from compressors.model.files.json_file import read_json
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.tokenizer_files import load_tokenizer
@@ -39,17 +39,9 @@ _SAMPLING: Mapping[str, tuple[Any, ...]] = {
 
 _NOT_COMPARED = frozenset({"_from_model_config", "transformers_version"})
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_KEYS = {
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "top_k": "num_experts_per_tok",
-    "tied_embeddings": "tie_word_embeddings",
-}
-_FREE_FIELDS = frozenset({"context_length", "sizes", "rope", "window", "bos_token_id", "eos_token_ids", "pad_token_id"})
 
 
-def folder_setting_symptoms(graph: Path, source: Checkpoint, shape: MoeShape) -> list[str]:
+def folder_setting_symptoms(graph: Path, source: Checkpoint, shape: ModelSpec) -> list[str]:
     """Lists where the files beside a graph do not fit a model of this shape.
 
     Args:
@@ -66,7 +58,7 @@ def folder_setting_symptoms(graph: Path, source: Checkpoint, shape: MoeShape) ->
 
 
 def _genai_symptoms(
-    path: Path, graph: Path, source: Checkpoint, shape: MoeShape, generation: Mapping[str, Any]
+    path: Path, graph: Path, source: Checkpoint, shape: ModelSpec, generation: Mapping[str, Any]
 ) -> Iterator[str]:
     config = _read(path)
     if config is None:
@@ -140,21 +132,21 @@ def _token_symptoms(
             yield f"{where}: {name} is absent, the original's {sorted(allowed)}"
 
 
-def _config_symptoms(folder: Path, source: Checkpoint, shape: MoeShape) -> Iterator[str]:
+def _config_symptoms(folder: Path, source: Checkpoint, shape: ModelSpec) -> Iterator[str]:
     """``config.json`` as it would be read as a checkpoint's."""
     path = folder / "config.json"
     config = _read(path)
     if config is None or shape.is_dense:
         return
     try:
-        found = read_shape(folder)
+        found = read_spec(folder)
     except MoeExportError as error:
         yield f"config.json cannot be read as the model's ({error})"
         return
-    for field in fields(MoeShape):
-        value, wanted = getattr(found, field.name), getattr(shape, field.name)
-        if field.name not in _FREE_FIELDS and value != wanted:
-            yield f"config.json: {_key(field.name, shape)} is {value!r}, the model's is {wanted!r}"
+    is_value, wanted_value = _described(found), _described(shape)
+    for key, wanted in wanted_value.items():
+        if is_value.get(key) != wanted:
+            yield f"config.json: {key} is {is_value.get(key)!r}, the model's is {wanted!r}"
     rope = replace(found.rope, trained_context=shape.rope.trained_context)  # files may be written for a shorter context
     if rope != shape.rope:
         yield f"config.json: rope_parameters are {found.rope.in_config()}, the model's {shape.rope.in_config()}"
@@ -166,15 +158,10 @@ def _config_symptoms(folder: Path, source: Checkpoint, shape: MoeShape) -> Itera
             yield f"config.json: {name} is {config.get(name)!r}, the original's {original.get(name)!r}"
 
 
-def _key(name: str, shape: MoeShape) -> str:
-    """The key in config.json for a field of a shape."""
-    keys = shape.family.config_keys
-    own = {
-        "n_experts": keys.n_experts,
-        "expert_width": keys.expert_width,
-        "normalize_top_k": keys.normalize_top_k or "norm_topk_prob",
-    }
-    return (own | _KEYS).get(name, name)
+def _described(shape: ModelSpec) -> Mapping[str, Any]:
+    """The settings of config.json that describe a model."""
+    tied = {"model_type": shape.model_type, "tie_word_embeddings": shape.tied_embeddings}
+    return tied | dict(shape.family.settings(shape))
 
 
 def _generation_symptoms(path: Path, source: Checkpoint, original: Mapping[str, Any] | None) -> Iterator[str]:
@@ -195,7 +182,7 @@ def _generation_symptoms(path: Path, source: Checkpoint, original: Mapping[str, 
             yield f"generation_config.json: {name} is {found.get(name)!r}, the original's {original.get(name)!r}"
 
 
-def _table_length(graph: onnx.GraphProto, shape: MoeShape) -> int | None:
+def _table_length(graph: onnx.GraphProto, shape: ModelSpec) -> int | None:
     """Positions that the rotary tables cover; None if there are none."""
     lengths = {tensor.name: int(tensor.dims[0]) for tensor in graph.initializer if len(tensor.dims) == 2}
     names = ["rotary.cosine"]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from compressors.model.description.gguf_rope import GgufRope, gguf_rope
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import UnsupportedError
 
 __all__ = ["MetadataValue", "expected_rope", "gguf_setting_symptoms"]
@@ -67,15 +67,16 @@ _NAMES: Mapping[str, str] = {
 }
 
 
-def expected_rope(shape: MoeShape) -> GgufRope | None:
+def expected_rope(shape: ModelSpec) -> GgufRope | None:
     """The keys and tensors a file needs for the rotary embedding; None if llama.cpp cannot compute it at all."""
     try:
-        return gguf_rope(shape.rope, shape.gguf_architecture, takes_factors=shape.family.gguf.takes_rope_factors)
+        gguf = shape.written.family.gguf
+        return gguf_rope(shape.rope, gguf.architecture, takes_factors=gguf.takes_rope_factors)
     except UnsupportedError:
         return None
 
 
-def gguf_setting_symptoms(metadata: Mapping[str, MetadataValue], shape: MoeShape) -> list[str]:
+def gguf_setting_symptoms(metadata: Mapping[str, MetadataValue], shape: ModelSpec) -> list[str]:
     """Lists where a GGUF file's settings do not fit a model of this shape: a sentence for each key."""
     architecture = shape.gguf_architecture
     found = metadata.get("general.architecture", "")
@@ -93,30 +94,29 @@ def gguf_setting_symptoms(metadata: Mapping[str, MetadataValue], shape: MoeShape
     return [*symptoms, *_unexpected(settings, shape)]
 
 
-def _expected(shape: MoeShape) -> Iterator[tuple[str, MetadataValue, MetadataValue | None]]:
+def _expected(shape: ModelSpec) -> Iterator[tuple[str, MetadataValue, MetadataValue | None]]:
     """Keys with the model's value, and what llama.cpp takes where the key is absent (None: it refuses to load)."""
-    in_experts = shape.family.gguf.writes_expert_width and not shape.is_dense
-    width_of_head = shape.hidden_size // shape.n_heads
-    yield "block_count", shape.n_layers, None
-    yield "context_length", shape.context_length, None
-    yield "embedding_length", shape.hidden_size, None
-    yield ("expert_feed_forward_length" if in_experts else "feed_forward_length"), shape.expert_width, None
-    yield "attention.head_count", shape.n_heads, None
-    yield "attention.head_count_kv", shape.n_kv_heads, shape.n_heads
-    yield "attention.key_length", shape.head_dim, width_of_head
-    yield "attention.value_length", shape.head_dim, width_of_head
-    yield "attention.layer_norm_rms_epsilon", shape.rms_norm_eps, None
-    yield "rope.freq_base", shape.rope_theta, _LLAMA_CPP_ROPE_BASE
-    yield "rope.dimension_count", shape.head_dim, shape.head_dim
+    written = shape.written
+    keys = dict(written.family.gguf.keys(written))
+    width_of_head = shape.hidden_size // int(keys["attention.head_count"])
+    absent: dict[str, MetadataValue] = {
+        "attention.head_count_kv": keys["attention.head_count"],
+        "attention.key_length": width_of_head,
+        "attention.value_length": width_of_head,
+        "rope.freq_base": _LLAMA_CPP_ROPE_BASE,
+        "rope.dimension_count": keys.get("attention.key_length", width_of_head),
+        "expert_count": 0,
+        "expert_used_count": 0,
+    }
+    for key, value in keys.items():
+        if key != "vocab_size":  # the vocabulary itself counts
+            yield key, value, absent.get(key)
     rope = expected_rope(shape)
     for key, value in ({} if rope is None else rope.keys).items():
         yield key, value, 1.0 if key == "rope.scaling.attn_factor" else None
-    if not shape.is_dense:
-        yield "expert_count", shape.n_experts, 0
-        yield "expert_used_count", shape.top_k, 0
 
 
-def _unexpected(settings: Mapping[str, MetadataValue], shape: MoeShape) -> Iterator[str]:
+def _unexpected(settings: Mapping[str, MetadataValue], shape: ModelSpec) -> Iterator[str]:
     """Keys that a model of this shape does not have, unless their value changes nothing."""
     known = {key for key, _, _ in _expected(shape)}
     allowed: dict[str, tuple[MetadataValue, ...]] = {

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from compressors.model.files.onnx_graph import external_place
 
 __all__ = ["graph_setting_symptoms", "rotary_symptoms"]
@@ -57,7 +57,7 @@ _CONSTANTS: Mapping[str, Any] = {
 }
 
 
-def graph_setting_symptoms(path: Path, shape: MoeShape) -> list[str]:
+def graph_setting_symptoms(path: Path, shape: ModelSpec) -> list[str]:
     """Lists where a graph's attributes, constants and rotary tables do not fit a model of this shape.
 
     Args:
@@ -96,7 +96,7 @@ def graph_setting_symptoms(path: Path, shape: MoeShape) -> list[str]:
 _Allowed = dict[str, tuple[Any, ...]]  # None among the values: the attribute may be absent
 
 
-def _allowed(node: onnx.NodeProto, shape: MoeShape, layer: int, weights: Mapping[str, onnx.TensorProto]) -> _Allowed:
+def _allowed(node: onnx.NodeProto, shape: ModelSpec, layer: int, weights: Mapping[str, onnx.TensorProto]) -> _Allowed:
     """Attributes of an operator that any exporter uses, with the values that are right."""
     kind = node.op_type
     if kind in _NORMS:
@@ -119,7 +119,7 @@ def _allowed(node: onnx.NodeProto, shape: MoeShape, layer: int, weights: Mapping
     return {"axis": (-1, None)} if kind == "Softmax" else {}
 
 
-def _attention(node: onnx.NodeProto, shape: MoeShape) -> _Allowed:
+def _attention(node: onnx.NodeProto, shape: ModelSpec) -> _Allowed:
     allowed: _Allowed = {
         "num_heads": (shape.n_heads,),
         "scale": (1.0 / math.sqrt(shape.head_dim), 0.0, None),
@@ -137,7 +137,7 @@ def _attention(node: onnx.NodeProto, shape: MoeShape) -> _Allowed:
     return allowed
 
 
-def _experts(node: onnx.NodeProto, layer: MoeShape, weights: Mapping[str, onnx.TensorProto]) -> _Allowed:
+def _experts(node: onnx.NodeProto, layer: ModelSpec, weights: Mapping[str, onnx.TensorProto]) -> _Allowed:
     has_gates = len(node.input) > 14 and bool(node.input[14])  # they decide by themselves whether to normalise
     normalizes = int(layer.normalize_top_k)
     allowed: _Allowed = {
@@ -161,7 +161,7 @@ def _experts(node: onnx.NodeProto, layer: MoeShape, weights: Mapping[str, onnx.T
     return allowed
 
 
-def _quantized_matrix(node: onnx.NodeProto, shape: MoeShape, weights: Mapping[str, onnx.TensorProto]) -> _Allowed:
+def _quantized_matrix(node: onnx.NodeProto, shape: ModelSpec, weights: Mapping[str, onnx.TensorProto]) -> _Allowed:
     """Codes are [N, blocks, bytes of a block]; K is one of the widths that the model has."""
     rows, blocks, block_bytes = weights[node.input[1]].dims
     numbers = {attribute.name: attribute.i for attribute in node.attribute if attribute.type == _WHOLE_NUMBER}
@@ -179,7 +179,7 @@ def _quantized_matrix(node: onnx.NodeProto, shape: MoeShape, weights: Mapping[st
     }
 
 
-def _row_bits(node: onnx.NodeProto, shape: MoeShape, weights: Mapping[str, onnx.TensorProto]) -> int | None:
+def _row_bits(node: onnx.NodeProto, shape: ModelSpec, weights: Mapping[str, onnx.TensorProto]) -> int | None:
     codes = weights.get(_input(node, 0))
     return None if codes is None or not codes.dims else 8 * codes.dims[-1] // shape.hidden_size
 
@@ -225,7 +225,7 @@ def _of_ours(node: onnx.NodeProto) -> _Allowed:
     return allowed
 
 
-def _constant_symptoms(weights: Mapping[str, onnx.TensorProto], shape: MoeShape) -> Iterator[str]:
+def _constant_symptoms(weights: Mapping[str, onnx.TensorProto], shape: ModelSpec) -> Iterator[str]:
     expected = dict(_CONSTANTS)
     expected |= {"shape.past": [0, shape.n_kv_heads, 0, shape.head_dim], "shape.heads": [0, -1, shape.head_dim]}
     for n_heads in (shape.n_heads, shape.n_kv_heads):
@@ -250,7 +250,7 @@ def _constant_symptoms(weights: Mapping[str, onnx.TensorProto], shape: MoeShape)
 
 
 def _table_symptoms(
-    graph: onnx.GraphProto, weights: Mapping[str, onnx.TensorProto], folder: Path, shape: MoeShape
+    graph: onnx.GraphProto, weights: Mapping[str, onnx.TensorProto], folder: Path, shape: ModelSpec
 ) -> Iterator[str]:
     """Every table of cosines and of sines that a node rotates with."""
     places = {"GroupQueryAttention": (7, 8), "RotaryEmbedding": (2, 3)}
@@ -278,7 +278,7 @@ _TABLE_TYPES = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorPro
 
 
 def rotary_symptoms(
-    name: str, pieces: Iterator[npt.NDArray[np.floating[Any]]], n_rows: int, shape: MoeShape, *, is_sine: bool
+    name: str, pieces: Iterator[npt.NDArray[np.floating[Any]]], n_rows: int, shape: ModelSpec, *, is_sine: bool
 ) -> Iterator[str]:
     """Yields a sentence if a table [positions, head_dim / 2] is not the model's at every position.
 

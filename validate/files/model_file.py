@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
 from compressors.model.files.gguf_split import one_split_model, split_parts
 from compressors.model.sources.gguf import GgufWeights
@@ -117,7 +117,7 @@ class ModelFile:
             seconds=time_limit.limit_seconds(),
         )
 
-    def weights(self, shape: MoeShape) -> WrittenWeights:
+    def weights(self, shape: ModelSpec) -> WrittenWeights:
         """Its tensors by role.
 
         Raises:

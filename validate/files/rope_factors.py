@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from compressors.model.description.gguf_rope import LONG_FACTORS, PLAIN_FACTORS, SHORT_FACTORS
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from compressors.model.files.ggml import dequantize_into
 from compressors.model.files.gguf_file import GgufFile
 from validate.files.gguf_settings import expected_rope
@@ -18,7 +18,7 @@ __all__ = ["rope_factor_symptoms"]
 _SAME = 1e-6  # relative: converters compute them in single or double precision
 
 
-def rope_factor_symptoms(file: GgufFile, shape: MoeShape) -> Iterator[str]:
+def rope_factor_symptoms(file: GgufFile, shape: ModelSpec) -> Iterator[str]:
     """Yields a sentence for each of these tensors that is missing, superfluous, or not the model's."""
     rope = expected_rope(shape)
     if rope is None:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
 from compressors.model.sources.student import Student
 from compressors.model.sources.weights import StoredType
 from validate.files.quantization_error import MatrixError

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
 from validate.files.weight_comparison import Damage, Fault, Unit, WeightComparison
 
 __all__ = ["TokenText", "coarse_symptoms", "weight_symptoms"]

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compressors.model.description.rope import RopeKind
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from compressors.model.predictions.routing import NO_EXPERT, Routing
 from validate.files.file_facts import FileFacts
 from validate.report import numbers
@@ -28,7 +28,7 @@ _SAME_EXPERT = 0.8  # of the tokens that choose one of the original's experts, i
 _DIVERGES, _TOKENS = 5.0, 20  # an expert's tokens against the others', and how many there must be
 
 
-def setting_symptoms(facts: FileFacts, shape: MoeShape) -> list[str]:
+def setting_symptoms(facts: FileFacts, shape: ModelSpec) -> list[str]:
     """Settings of the file that are not the model's."""
     is_plain = shape.rope.kind is RopeKind.DEFAULT  # a scaled one's table has no base to read off
     settings = (

@@ -18,9 +18,10 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from compressors.model.files.array_file import ArrayFile
 from compressors.model.predictions.routing import Routing
+from compressors.model.running.routers import RoutedCall, watching
 from validate.routing.agreement import RoutingAgreement, routing_agreement, same_sets
 from validate.routing.router_inputs import RouterInputs
 from validate.routing.ties import Ties, find_ties
@@ -40,7 +41,7 @@ class RouterInputRecorder:
         chunk_tokens: tokens of each chunk.
     """
 
-    def __init__(self, folder: Path, shape: MoeShape, chunks: npt.NDArray[np.int64], chunk_tokens: int) -> None:
+    def __init__(self, folder: Path, shape: ModelSpec, chunks: npt.NDArray[np.int64], chunk_tokens: int) -> None:
         folder.mkdir(parents=True)
         self._files = RouterInputs(folder)
         self._shape = shape
@@ -51,26 +52,24 @@ class RouterInputRecorder:
     @contextmanager
     def observe(self, index: int, layer: nn.Module) -> Iterator[None]:
         """Watches one layer's router while it runs."""
-        if not self._shape.layer(index).has_moe:
+        routed = self._shape.layers[index].routed
+        if routed is None:
             yield
             return
         size = (len(self._tokens), self._shape.hidden_size)
         states = ArrayFile.create(self._files.states_path(index), size, np.float32)
         n_seen = 0
 
-        def hook(_router: nn.Module, inputs: tuple[torch.Tensor, ...], _outputs: Any) -> None:
+        def see(call: RoutedCall) -> None:
             nonlocal n_seen
-            states_TD = inputs[0].reshape(-1, self._shape.hidden_size)
+            states_TD = call.hidden_TD
             first, last = np.searchsorted(self._tokens, [n_seen, n_seen + len(states_TD)])
             wanted = torch.from_numpy(self._tokens[first:last] - n_seen)
             states.write(int(first), states_TD[wanted.to(states_TD.device)].float().cpu().numpy())
             n_seen += len(states_TD)
 
-        handle = layer.get_submodule(self._shape.family.router_module).register_forward_hook(hook)
-        try:
+        with watching(layer, routed, see):
             yield
-        finally:
-            handle.remove()
 
     def finish(self, routing: Routing) -> None:
         """Keeps the model's own routing of the kept chunks, given that of all."""

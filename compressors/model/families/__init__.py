@@ -1,1 +1,1 @@
-"""The supported MoE families: architecture knowledge as data."""
+"""The supported MoE families, one file each: a file with a ``FAMILY`` is all that a new one needs."""

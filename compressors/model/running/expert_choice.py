@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
 
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import LayerSpec
+from compressors.model.running.routers import rerouting
 
 __all__ = ["AllExperts", "ExpertChoice", "choosing"]
 
@@ -46,35 +47,27 @@ class AllExperts:
 
 
 @contextmanager
-def choosing(choice: ExpertChoice, shape: MoeShape, index: int, layer: nn.Module) -> Iterator[None]:
+def choosing(choice: ExpertChoice, layer: LayerSpec, index: int, module: nn.Module) -> Iterator[None]:
     """Lets ``choice`` take the place of a decoder layer's top-k while the context lasts.
 
-    The gates follow the model's own rule: a softmax over all experts and, where the model normalises
-    (:attr:`~compressors.model.description.shape.MoeShape.normalize_top_k`), divided by the sum over the chosen, which
-    is the softmax over their logits alone; elsewhere the share of those that were not chosen is missing. The gradient
-    reaches the router through all of them.
+    The gates follow the model's own rule (:meth:`~compressors.model.description.routing.Routing.torch_weights`): where
+    it normalises they are the share of each among the chosen; elsewhere the share of those that were not chosen is
+    missing. The gradient reaches the router through all of them.
 
     Args:
         choice: what chooses.
-        shape: the model's.
+        layer: the layer's description; it has experts.
         index: the layer's.
-        layer: transformers' decoder layer, which has experts. It runs over all tokens of a pass in order.
+        module: transformers' decoder layer. It runs over all tokens of a pass in order.
     """
     n_seen = 0
 
-    def hook(_router: nn.Module, _inputs: Any, outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def choose(logits_TE: torch.Tensor) -> torch.Tensor:
         nonlocal n_seen
-        logits_TE = outputs[0]
         tokens = slice(n_seen, n_seen + len(logits_TE))
         n_seen = tokens.stop
-        chosen_TK = choice(index, tokens, logits_TE.detach())
-        gates_TK = logits_TE.softmax(-1).gather(-1, chosen_TK)
-        if shape.normalize_top_k:
-            gates_TK = gates_TK / gates_TK.sum(-1, keepdim=True)
-        return logits_TE, gates_TK, chosen_TK
+        return choice(index, tokens, logits_TE)
 
-    handle = layer.get_submodule(shape.family.router_module).register_forward_hook(hook)
-    try:
+    assert layer.routed is not None
+    with rerouting(module, layer.routed, choose):
         yield
-    finally:
-        handle.remove()

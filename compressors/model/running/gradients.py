@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import nn
 
 from compressors.model.running.hidden_states import HiddenStates
+from compressors.model.running.routers import RoutedCall, watching
 from compressors.model.running.streaming import LayerObserver, StreamedModel, TokenGroup, position_chunks
 
 __all__ = ["Head", "Loss", "ParameterKey", "RouterLoss", "StateLoss", "streamed_gradients"]
@@ -188,15 +188,9 @@ def _run(
     model: StreamedModel, index: int, layer: nn.Module, rows_BTD: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The layer's output, and its router's logits if it has one."""
-    if not model.shape.layer(index).has_moe:
+    routed = model.shape.layers[index].routed
+    if routed is None:
         return model.run_layer(layer, rows_BTD), None
-    seen: list[torch.Tensor] = []
-
-    def hook(_router: nn.Module, _inputs: Any, outputs: tuple[torch.Tensor, ...]) -> None:
-        seen.append(outputs[0])
-
-    handle = layer.get_submodule(model.shape.family.router_module).register_forward_hook(hook)
-    try:
-        return model.run_layer(layer, rows_BTD), seen[0]
-    finally:
-        handle.remove()
+    calls: list[RoutedCall] = []
+    with watching(layer, routed, calls.append):
+        return model.run_layer(layer, rows_BTD), calls[0].logits_TE

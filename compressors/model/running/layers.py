@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from compressors.model.description.roles import Role
 from compressors.model.errors import InputError
-from compressors.model.families.table import Role
 from compressors.model.sources.student import Student
 
 __all__ = ["LayerReader", "LayerWeights", "layer_bytes", "refuse_not_finite"]
@@ -26,7 +26,7 @@ class LayerWeights:
 
 def layer_bytes(student: Student) -> int:
     """Bytes of the largest decoder layer in storage dtype."""
-    return student.shape.layer_parameters * student.expert_dtype.itemsize
+    return max(layer.parameters for layer in student.shape.layers) * student.expert_dtype.itemsize
 
 
 class LayerReader:
@@ -85,23 +85,20 @@ class LayerReader:
         return self._weights[slot]
 
     def _new_buffer(self) -> tuple[torch.Tensor, torch.Tensor]:
-        shape, dtype = self._student.shape, self._student.expert_dtype
-        n_down = max(
-            layer.n_experts * layer.expert_width * layer.hidden_size
-            for layer in map(shape.layer, range(shape.n_layers))
-        )
+        spec, dtype = self._student.shape, self._student.expert_dtype
+        n_down = max(layer.n_experts * layer.expert_width * layer.hidden_size for layer in spec.layers)
         return torch.empty(2 * n_down, dtype=dtype), torch.empty(n_down, dtype=dtype)
 
     def _fill(self, buffer: tuple[torch.Tensor, torch.Tensor], index: int) -> LayerWeights:
-        student, shape = self._student, self._student.shape.layer(index)
-        n_experts, width, hidden_size = shape.n_experts, shape.expert_width, shape.hidden_size
+        student, layer = self._student, self._student.shape.layers[index]
+        n_experts, width, hidden_size = layer.n_experts, layer.expert_width, layer.hidden_size
         weights = LayerWeights(
             buffer[0][: 2 * n_experts * width * hidden_size].view(n_experts, 2 * width, hidden_size),
             buffer[1][: n_experts * width * hidden_size].view(n_experts, hidden_size, width),
         )
-        for role in student.shape.layer_roles(index):
-            weights.others[role] = student.tensor(role, index)
-            self._check(weights.others[role], role, index)
+        for tensor in layer.shared_tensors:
+            weights.others[tensor.role] = student.tensor(tensor.role, index)
+            self._check(weights.others[tensor.role], tensor.role, index)
         for expert in range(n_experts):
             gate_up, down = weights.gate_up_EFD[expert], weights.down_EDF[expert]
             for role, out in (

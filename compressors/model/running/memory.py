@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 
 __all__ = [
     "BLOCKS_AT_ONCE",
@@ -63,7 +63,7 @@ def positions_at_once(vocab_size: int) -> int:
     return n_positions
 
 
-def working_bytes(shape: MoeShape) -> int:
+def working_bytes(shape: ModelSpec) -> int:
     """What computing one layer needs beside weights and hidden states: activations, and one expert in float32."""
     width = max(shape.hidden_size, shape.n_heads * shape.head_dim)
     activations = BLOCKS_AT_ONCE[torch.float32] * _BLOCK_TOKENS * width * 4 * _ACTIVATIONS
@@ -71,7 +71,7 @@ def working_bytes(shape: MoeShape) -> int:
 
 
 def place(
-    limit: MemoryLimit | None, shape: MoeShape, layer_bytes: int, hidden_bytes: int, *, held_bytes: int | None = None
+    limit: MemoryLimit | None, shape: ModelSpec, layer_bytes: int, hidden_bytes: int, *, held_bytes: int | None = None
 ) -> Placement:
     """Decides what lies in memory; with room to spare everything does.
 
@@ -97,7 +97,7 @@ def place(
     return Placement(n_resident, read_ahead, None if fits else limit.spill)
 
 
-def least_bytes(shape: MoeShape, layer_bytes: int) -> int:
+def least_bytes(shape: ModelSpec, layer_bytes: int) -> int:
     """What a pass needs beside the process itself: layers of so many bytes with their work, or the head after them."""
     return max(layer_bytes + working_bytes(shape), _head_bytes(shape))
 
@@ -112,6 +112,6 @@ def give_back_freed() -> None:
         trim(0)
 
 
-def _head_bytes(shape: MoeShape) -> int:
+def _head_bytes(shape: ModelSpec) -> int:
     """The head in float32, and logits of one chunk with what is computed from them."""
     return 4 * shape.vocab_size * (shape.hidden_size + 2 * positions_at_once(shape.vocab_size))

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from compressors.model.predictions.routing import NO_EXPERT, Routing, selection_margins
+from compressors.model.running.routers import RoutedCall, watching
 
 __all__ = ["RoutingRecorder"]
 
@@ -21,7 +22,7 @@ __all__ = ["RoutingRecorder"]
 class RoutingRecorder:
     """Give :meth:`observe` to a ``TokenGroup``, then ask for :meth:`routing`, or for each layer's when it is done."""
 
-    def __init__(self, shape: MoeShape) -> None:
+    def __init__(self, shape: ModelSpec) -> None:
         self._shape = shape
         self._experts: dict[int, list[torch.Tensor]] = {}
         self._weights: dict[int, list[torch.Tensor]] = {}
@@ -33,22 +34,23 @@ class RoutingRecorder:
         experts, weights = self._experts.setdefault(index, []), self._weights.setdefault(index, [])
         margins = self._margins.setdefault(index, [])
 
-        def hook(_module: nn.Module, _inputs: Any, outputs: tuple[torch.Tensor, ...]) -> None:
-            logits_TE, weights_TK, experts_TK = outputs
-            experts.append(self._padded(experts_TK.to("cpu", torch.int32), NO_EXPERT))
-            weights.append(self._padded(weights_TK.float().cpu(), 0.0))
-            margins.append(selection_margins(logits_TE.float().cpu().numpy(), experts_TK.shape[1]))
+        def see(call: RoutedCall) -> None:
+            experts.append(self._padded(call.chosen_TK.to("cpu", torch.int32), NO_EXPERT))
+            weights.append(self._padded(call.weights_TK.float().cpu(), 0.0))
+            margins.append(selection_margins(call.logits_TE.float().cpu().numpy(), call.chosen_TK.shape[1]))
 
-        def hook_without_router(_module: nn.Module, inputs: tuple[torch.Tensor, ...], _output: Any) -> None:
+        def see_without_experts(_module: nn.Module, inputs: tuple[torch.Tensor, ...], _output: Any) -> None:
             n_tokens = inputs[0].shape[:-1].numel()
             experts.append(self._padded(torch.empty(n_tokens, 0, dtype=torch.int32), NO_EXPERT))
             weights.append(self._padded(torch.empty(n_tokens, 0), 0.0))
             margins.append(np.full(n_tokens, np.inf, dtype=np.float32))
 
-        if self._shape.layer(index).has_moe:
-            handle = layer.get_submodule(self._shape.family.router_module).register_forward_hook(hook)
-        else:
-            handle = layer.register_forward_hook(hook_without_router)
+        routed = self._shape.layers[index].routed
+        if routed is not None:
+            with watching(layer, routed, see):
+                yield
+            return
+        handle = layer.register_forward_hook(see_without_experts)
         try:
             yield
         finally:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from compressors.model.description.shape import MoeShape
-from compressors.model.families.table import Role
+from compressors.model.description.spec import ModelSpec, MoeSize
+from compressors.model.description.tensors import Kind
 from compressors.model.running.experts import GROUPED_EXPERTS, register_grouped_experts
 from compressors.model.running.layers import LayerWeights
 
@@ -25,12 +26,12 @@ class Skeleton:
         shape: the student's.
     """
 
-    def __init__(self, folder: Path, shape: MoeShape) -> None:
+    def __init__(self, folder: Path, shape: ModelSpec) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self._shape = shape
         register_grouped_experts()
-        config = _with_sizes(AutoConfig.from_pretrained(folder, local_files_only=True), shape)
+        config = _edited(AutoConfig.from_pretrained(folder, local_files_only=True), shape)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config, attn_implementation="sdpa", experts_implementation=GROUPED_EXPERTS
@@ -39,53 +40,47 @@ class Skeleton:
         self.rotary: nn.Module = type(model.model.rotary_emb)(config=config)  # computes, so it needs a device
         self.final_norm: nn.Module = model.model.norm.eval()
 
-    def state(self, weights: LayerWeights, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
+    def state(
+        self, index: int, weights: LayerWeights, dtype: torch.dtype, device: torch.device
+    ) -> dict[str, torch.Tensor]:
         """A layer's weights by their names in its module; experts stay in storage dtype, routers are float32."""
-        experts = self._shape.family.experts_module
-        named = {
-            self.name(role): tensor.to(device, torch.float32 if role is Role.ROUTER else dtype)
-            for role, tensor in weights.others.items()
-        }
-        if len(weights.down_EDF):
-            named[f"{experts}.gate_up_proj"] = weights.gate_up_EFD.to(device)
-            named[f"{experts}.down_proj"] = weights.down_EDF.to(device)
+        layer = self._shape.layers[index]
+        named = {}
+        for role, tensor in weights.others.items():
+            described = layer.tensor(role)
+            is_router = described.kind is Kind.ROUTER
+            named[described.in_layer] = tensor.to(device, torch.float32 if is_router else dtype)
+        if layer.routed is not None:
+            named[f"{layer.routed.experts_module}.gate_up_proj"] = weights.gate_up_EFD.to(device)
+            named[f"{layer.routed.experts_module}.down_proj"] = weights.down_EDF.to(device)
         return named
 
-    def name(self, role: Role) -> str:
-        """The name of the role's tensor inside a decoder layer."""
-        family = self._shape.family
-        if role is Role.ROUTER:
-            return f"{family.router_module}.weight"
-        return family.names[role].removeprefix("model.layers.{layer}.")
-
-    def _fitted(self, layer: nn.Module, index: int, config: Any) -> nn.Module:
-        """The layer with sizes of its own where layers differ; a MoE sub-layer that was dropped adds nothing."""
-        family, shape = self._shape.family, self._shape.layer(index)
-        if shape.has_moe and self._shape.sizes is not None:
+    def _fitted(self, module: nn.Module, index: int, config: Any) -> nn.Module:
+        """The layer with sizes of its own where layers differ; what it has lost adds nothing."""
+        spec, layer = self._shape, self._shape.layers[index]
+        if layer.routed is not None and layer.moe != MoeSize(spec.n_experts, spec.expert_width):
+            alike = replace(spec, layers=(layer,) * spec.n_layers)
             with torch.device("meta"):
-                layer = type(layer)(_with_sizes(copy.deepcopy(config), shape), index)
-        if shape.has_moe:
-            layer.get_submodule(family.router_module).register_forward_pre_hook(_in_float32)
-        else:
-            setattr(layer, self.name(Role.MOE_NORM).removesuffix(".weight"), nn.Identity())
-            setattr(layer, family.experts_module.split(".")[0], _Nothing())
-        return layer.eval()
+                module = type(module)(_edited(copy.deepcopy(config), alike), index)
+        if layer.routed is not None:
+            module.get_submodule(layer.routed.router_module).register_forward_pre_hook(_in_float32)
+        for name in layer.lost_modules:
+            module.set_submodule(name, _Nothing())
+        return module.eval()
 
 
 class _Nothing(nn.Module):
-    """Stands where a MoE sub-layer was dropped."""
+    """Stands where a part of a layer was dropped."""
 
     def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(hidden_BTD)
 
 
-def _with_sizes(config: Any, shape: MoeShape) -> Any:
-    keys = shape.family.config_keys
-    setattr(config, keys.n_experts, shape.n_experts)
-    setattr(config, keys.expert_width, shape.expert_width)
-    config.num_hidden_layers = shape.n_layers
-    config.num_experts_per_tok = shape.top_k
-    config.head_dim = shape.head_dim  # some kinds of rotary embedding do not work it out themselves
+def _edited(config: Any, spec: ModelSpec) -> Any:
+    for name, value in spec.family.edited(spec, {}).items():
+        setattr(config, name, value)
+    if getattr(config, "head_dim", None) is None:  # some kinds of rotary embedding do not work it out themselves
+        config.head_dim = spec.layers[0].mixer.head_dim
     return config
 
 

@@ -18,8 +18,9 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from compressors.model.description.roles import Role
+from compressors.model.description.tensors import Kind
 from compressors.model.errors import InputError
-from compressors.model.families.table import Role
 from compressors.model.running.expert_choice import ExpertChoice, choosing
 from compressors.model.running.hidden_states import HiddenStates
 from compressors.model.running.layers import LayerReader, LayerWeights, layer_bytes, refuse_not_finite
@@ -108,7 +109,9 @@ class StreamedModel:
         self._reader: LayerReader | None = None
         self._skeleton = Skeleton(student.source.folder, student.shape)
         for index, trained in self.trained_experts.items():
-            experts = self._skeleton.layers[index].get_submodule(self.shape.family.experts_module)
+            routed = self.shape.layers[index].routed
+            assert routed is not None, f"layer {index} has no experts to train"
+            experts = self._skeleton.layers[index].get_submodule(routed.experts_module)
             experts.trained = trained  # type: ignore[assignment]
         self._indices = {layer: index for index, layer in enumerate(self._skeleton.layers)}
         self._rotary = self._skeleton.rotary.to(self.device)
@@ -124,11 +127,11 @@ class StreamedModel:
     def layer(self, index: int, weights: LayerWeights, dtype: torch.dtype = torch.float32) -> Iterator[nn.Module]:
         """Yields decoder layer ``index`` with these weights, computing in ``dtype``; drops the weights on leaving."""
         module = self._skeleton.layers[index]
-        module.load_state_dict(self._skeleton.state(weights, dtype, self.device), assign=True, strict=True)
+        module.load_state_dict(self._skeleton.state(index, weights, dtype, self.device), assign=True, strict=True)
         module.requires_grad_(False)
         try:
-            if self.choice is not None and self.shape.layer(index).has_moe:
-                with choosing(self.choice, self.shape, index, module):
+            if self.choice is not None and self.shape.layers[index].routed is not None:
+                with choosing(self.choice, self.shape.layers[index], index, module):
                     yield module
             else:
                 yield module
@@ -289,14 +292,14 @@ class StreamedModel:
     def _stand_ins(self, module: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """The tensors that stand in for a layer's weights, by name; autograd needs new ones for each call."""
         index = self._indices.get(module)
-        found = {
-            self._skeleton.name(role): tensor.to(torch.float32 if role is Role.ROUTER else dtype)
-            for (role, layer), tensor in self.trainable.items()
-            if layer is not None and layer == index
-        }
+        found = {}
+        for (role, layer), tensor in self.trainable.items():
+            if layer is not None and layer == index:
+                described = self.shape.tensor(role, layer)
+                found[described.in_layer] = tensor.to(torch.float32 if described.kind is Kind.ROUTER else dtype)
         for (role, layer), factors_RK in self.factors.items():
-            if layer == index:
-                name = self._skeleton.name(role)
+            if layer is not None and layer == index:
+                name = self.shape.tensor(role, layer).in_layer
                 found[name] = scaled(module.get_parameter(name), factors_RK).to(dtype)
         return found
 
@@ -323,7 +326,7 @@ class StreamedModel:
 
     def _not_finite(self, index: int, layer: nn.Module, rows_BTD: torch.Tensor) -> NotFiniteError:
         """Says which layer and expert made a value that is not finite, by running the layer once more."""
-        family = self.shape.family
+        routed = self.shape.layers[index].routed
         makers: list[str] = []
 
         def watch_router(_router: nn.Module, inputs: tuple[torch.Tensor, ...], _outputs: Any) -> None:
@@ -334,9 +337,9 @@ class StreamedModel:
             if not torch.isfinite(outputs_nD).all():
                 makers.append(f"expert {expert}")
 
-        if self.shape.layer(index).has_moe:
-            handle = layer.get_submodule(family.router_module).register_forward_hook(watch_router)
-            layer.get_submodule(family.experts_module).observer = watch_expert  # type: ignore[assignment]
+        if routed is not None:
+            handle = layer.get_submodule(routed.router_module).register_forward_hook(watch_router)
+            layer.get_submodule(routed.experts_module).observer = watch_expert  # type: ignore[assignment]
             self.run_layer(layer, rows_BTD)
             handle.remove()
         made_by = makers[0] if makers else "a sum of large values"

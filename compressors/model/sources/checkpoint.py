@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 
-from compressors.model.description.config import read_shape
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.family import Family
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import ModelSpec
+from compressors.model.description.tensors import TensorSpec
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.families.table import Family, Role
+from compressors.model.families.config import read_spec
 from compressors.model.files.json_file import read_json
 from compressors.model.files.safetensors_header import TensorHeader
 from compressors.model.files.weight_file import WeightFile
@@ -25,7 +27,7 @@ from compressors.model.sources.misfits import is_classifier, likely_cause, with_
 from compressors.model.sources.output_head import is_own_head
 from compressors.model.sources.weight_folder import INDEX, SINGLE, find_weights
 
-__all__ = ["Checkpoint", "role_shape"]
+__all__ = ["Checkpoint"]
 
 _FORMATS = ("F32", "F16", "BF16")
 _READ = ", ".join(_FORMATS)
@@ -50,7 +52,7 @@ class Checkpoint:
         check_folder(folder)
         self.block_scaled: BlockScaled | None = read_block_scaled(folder)
         refuse_other_inputs(folder)
-        self.shape: MoeShape = read_shape(folder)
+        self.shape: ModelSpec = read_spec(folder)
         self._weights = find_weights(folder)
         self.files = self._weights.files
         self._opened = {file: WeightFile(file) for file in self.files}
@@ -63,13 +65,14 @@ class Checkpoint:
 
     @property
     def family(self) -> Family:
-        """The architecture's row in the table of families."""
+        """The architecture."""
         return self.shape.family
 
     @property
     def dtype(self) -> torch.dtype:
         """Storage dtype of the experts."""
-        return self._dtype(self._expert_location(Role.EXPERT_DOWN, 0, 0)[0])
+        with_experts = next(index for index, layer in enumerate(self.shape.layers) if layer.n_experts)
+        return self._dtype(self._expert_location(Role.EXPERT_DOWN, with_experts, 0)[0])
 
     def dtype_of(self, role: Role, layer: int | None = None) -> torch.dtype:
         """Storage dtype of a tensor that is not an expert's."""
@@ -107,7 +110,7 @@ class Checkpoint:
 
     def expert(self, role: Role, layer: int, expert: int) -> torch.Tensor:
         """One expert's gate [F, D], up [F, D] or down [D, F] projection, in storage dtype."""
-        out = torch.empty(role_shape(role, self.shape), dtype=self.dtype)
+        out = torch.empty(self.shape.dimensions(role, layer), dtype=self.dtype)
         self.read_expert(role, layer, expert, out)
         return out
 
@@ -125,33 +128,38 @@ class Checkpoint:
 
     def expected_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Every tensor that the family needs, as (name on disk, shape)."""
-        roles = [role for role in self.family.roles if not (role is Role.HEAD and self.shape.tied_embeddings)]
-        for role in roles:
-            if role.is_global:
-                yield self.family.names[role], role_shape(role, self.shape)
-        for layer in range(self.shape.n_layers):
-            for role in self.family.layer_roles:
-                yield self.family.names[role].format(layer=layer), role_shape(role, self.shape)
-            yield from self._expected_experts(layer)
+        for tensor in self.shape.written.tensors:
+            yield tensor.name, self.shape.dimensions(tensor.role)
+        for index, layer in enumerate(self.shape.layers):
+            for tensor in layer.shared_tensors:
+                yield tensor.name.format(layer=index), layer.dimensions(tensor)
+            yield from self._expected_experts(index)
 
-    def _expected_experts(self, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        shape = self.shape
-        fused = self.family.fused_gate_up.format(layer=layer)
-        if fused in self.headers:
-            yield fused, (shape.n_experts, 2 * shape.expert_width, shape.hidden_size)
-            down = self.family.fused_down.format(layer=layer)
-            yield down, (shape.n_experts, shape.hidden_size, shape.expert_width)
-            return
-        for expert in range(shape.n_experts):
-            for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN):
-                yield self.family.names[role].format(layer=layer, expert=expert), role_shape(role, shape)
+    def _expected_experts(self, index: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        layer = self.shape.layers[index]
+        apart = []
+        for tensor in layer.expert_tensors:
+            fused = self._fused(tensor, index)
+            if fused is None:
+                apart.append(tensor)
+            elif tensor.fused is not None and tensor.fused.part == 0:
+                rows, *columns = layer.dimensions(tensor)
+                yield fused, (layer.n_experts, tensor.fused.n_parts * rows, *columns)
+        for expert in range(layer.n_experts):
+            for tensor in apart:
+                yield tensor.name.format(layer=index, expert=expert), layer.dimensions(tensor)
+
+    def _fused(self, tensor: TensorSpec, layer: int) -> str | None:
+        """The name of the tensor that holds all experts of a layer; None if each has one for itself."""
+        name = None if tensor.fused is None else tensor.fused.name.format(layer=layer)
+        return name if name in self.headers else None
 
     def _has_own_head(self) -> bool:
         """Whether the weights hold a head that differs from the embedding although ``tie_word_embeddings`` is true."""
-        names = [self.family.names[role] for role in (Role.HEAD, Role.TOKEN_EMBEDDING)]
+        names = [self.shape.tensor(role).name for role in (Role.HEAD, Role.TOKEN_EMBEDDING)]
         if not self.shape.tied_embeddings or names[0] not in self.headers:
             return False
-        if (problem := self._problem(names[0], role_shape(Role.HEAD, self.shape))) is not None:
+        if (problem := self._problem(names[0], self.shape.dimensions(Role.HEAD))) is not None:
             raise InputError(problem)
         self._check_scales(names[0])
         head, embedding = (partial(self._read_rows, name) for name in names)
@@ -226,7 +234,7 @@ class Checkpoint:
     def _name(self, role: Role, layer: int | None) -> str:
         if role is Role.HEAD and self.shape.tied_embeddings:
             role = Role.TOKEN_EMBEDDING
-        return self.family.names[role].format(layer=layer)
+        return self.shape.tensor(role, layer).name.format(layer=layer)
 
     def _dtype(self, name: str) -> torch.dtype:
         header = self.headers[name]
@@ -236,15 +244,12 @@ class Checkpoint:
 
     def _expert_location(self, role: Role, layer: int, expert: int) -> tuple[str, int]:
         """Name on disk, and the flat index in it of the expert's first value."""
-        gate_up, down = (
-            template.format(layer=layer) for template in (self.family.fused_gate_up, self.family.fused_down)
-        )
-        if gate_up not in self.headers:
-            return self.family.names[role].format(layer=layer, expert=expert), 0
-        matrix = self.shape.expert_width * self.shape.hidden_size
-        if role is Role.EXPERT_DOWN:
-            return down, expert * matrix
-        return gate_up, (2 * expert + (role is Role.EXPERT_UP)) * matrix
+        tensor = self.shape.tensor(role, layer)
+        name = self._fused(tensor, layer)
+        if name is None or tensor.fused is None:
+            return tensor.name.format(layer=layer, expert=expert), 0
+        n_values = math.prod(self.shape.dimensions(role, layer))
+        return name, (tensor.fused.n_parts * expert + tensor.fused.part) * n_values
 
     def _read_into(self, name: str, out: torch.Tensor, first: int) -> None:
         file, stored = self._located(name)
@@ -258,26 +263,3 @@ class Checkpoint:
         """The file that holds a tensor, and the tensor's name in it."""
         header = self.headers[name]
         return self._opened[header.file], header.name
-
-
-def role_shape(role: Role, shape: MoeShape) -> tuple[int, ...]:
-    """The shape that a role's tensor has (for experts: each expert's) in a model of this shape."""
-    hidden, query = shape.hidden_size, shape.n_heads * shape.head_dim
-    key_value = shape.n_kv_heads * shape.head_dim
-    return {
-        Role.TOKEN_EMBEDDING: (shape.vocab_size, hidden),
-        Role.FINAL_NORM: (hidden,),
-        Role.HEAD: (shape.vocab_size, hidden),
-        Role.ATTENTION_NORM: (hidden,),
-        Role.QUERY: (query, hidden),
-        Role.KEY: (key_value, hidden),
-        Role.VALUE: (key_value, hidden),
-        Role.ATTENTION_OUTPUT: (hidden, query),
-        Role.QUERY_NORM: (shape.query_norm_width,),
-        Role.KEY_NORM: (shape.key_norm_width,),
-        Role.MOE_NORM: (hidden,),
-        Role.ROUTER: (shape.n_experts, hidden),
-        Role.EXPERT_GATE: (shape.expert_width, hidden),
-        Role.EXPERT_UP: (shape.expert_width, hidden),
-        Role.EXPERT_DOWN: (hidden, shape.expert_width),
-    }[role]

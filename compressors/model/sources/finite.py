@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from compressors.model.description.roles import Role
 from compressors.model.errors import InputError
-from compressors.model.families.table import Role
 from compressors.model.sources.checkpoint import Checkpoint
 
 __all__ = ["check_vocabulary_is_finite"]
@@ -30,6 +30,6 @@ def check_vocabulary_is_finite(checkpoint: Checkpoint) -> None:
             wrong = (~torch.isfinite(rows_RD)).any(dim=1).nonzero()
             if len(wrong):
                 raise InputError(
-                    f"{checkpoint.folder}: tensor {checkpoint.family.names[role]} holds NaN or infinite values, first "
-                    f"in row {start + int(wrong[0])} of {shape.vocab_size}; download the weights again"
+                    f"{checkpoint.folder}: tensor {shape.tensor(role).name} holds NaN or infinite values, first in "
+                    f"row {start + int(wrong[0])} of {shape.vocab_size}; download the weights again"
                 )

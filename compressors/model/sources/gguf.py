@@ -7,7 +7,7 @@ rotation are put back into that of transformers.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -17,16 +17,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import ModelSpec
+from compressors.model.description.tensors import TensorSpec
 from compressors.model.errors import InputError
-from compressors.model.families.table import NORMS, Role
 from compressors.model.files.block_scales import block_length, put_scales, scales_of
 from compressors.model.files.ggml import GGMLQuantizationType, dequantize_into
 from compressors.model.files.gguf_file import GgufEntry, GgufFile
-from compressors.model.sources.checkpoint import role_shape
 from compressors.model.sources.weights import ReplacedValues, TunablePart
 
-__all__ = ["GgufWeights", "interleave_rotary_rows"]
+__all__ = ["GgufWeights"]
 
 
 class GgufWeights:
@@ -42,14 +42,12 @@ class GgufWeights:
 
     dtype = torch.float32
 
-    def __init__(self, path: Path, shape: MoeShape) -> None:
+    def __init__(self, path: Path, shape: ModelSpec) -> None:
         self._file = GgufFile(path)
         self._shape = shape
         self._values = ReplacedValues({})
         self._entries = {
-            (role, layer): self._checked_entry(role, layer)
-            for role in shape.stored_roles
-            for layer in ([None] if role.is_global else range(shape.n_layers))
+            (tensor.role, layer): self._checked_entry(tensor, layer) for tensor, layer in shape.written.places
         }
 
     def dtype_of(self, role: Role, layer: int | None) -> torch.dtype:
@@ -64,12 +62,10 @@ class GgufWeights:
     def tensor(self, role: Role, layer: int | None) -> torch.Tensor:
         """The tensor of a role that is not an expert's, float32."""
         if (role, layer) not in self._entries:  # the router of one expert: a softmax over one logit, whatever it is
-            return torch.zeros(role_shape(role, self._shape))
-        shape = role_shape(role, self._shape)
+            return torch.zeros(self._shape.dimensions(role, layer))
+        shape = self._shape.dimensions(role, layer)
         values_RN = self._rows(role, layer, 0, 1 if len(shape) == 1 else shape[0])
-        if self._shape.family.gguf.rotary_is_interleaved and role in (Role.QUERY, Role.KEY):
-            values_RN = _rotate_half_rows(values_RN, shape[0] // self._shape.head_dim)
-        return values_RN.view(shape)
+        return self._in_order(role, layer, values_RN, from_file=True).view(shape)
 
     def rows(self, role: Role, layer: int | None, rows: slice) -> torch.Tensor:
         """Some consecutive rows of :meth:`tensor`; of embedding and head, which are large, only these are read."""
@@ -102,7 +98,7 @@ class GgufWeights:
             scales_of(self._stored(role, layer, first, min(_ROWS_AT_ONCE, n_rows - first)), entry.ggml_type)
             for first in range(0, n_rows, _ROWS_AT_ONCE)
         ]
-        return self._in_order(role, torch.cat(scales), _rotate_half_rows)
+        return self._in_order(role, layer, torch.cat(scales), from_file=True)
 
     def with_values(self, values: Mapping[str, torch.Tensor]) -> Self:
         """The same weights as if the file had these tunable values.
@@ -119,7 +115,7 @@ class GgufWeights:
     def changed_parts(self) -> Iterator[TunablePart]:
         """Whole rows, some at a time."""
         for (role, layer), entry in self._entries.items():
-            if self._shape.gguf_name(role, layer) in self._values:
+            if self._name(role, layer) in self._values:
                 n_rows, path = prod(entry.shape[:-1]), self._file.path_of(entry)
                 for first in range(0, n_rows, _ROWS_AT_ONCE):
                     n_bytes = min(_ROWS_AT_ONCE, n_rows - first) * entry.row_bytes
@@ -135,34 +131,33 @@ class GgufWeights:
     def _stored(self, role: Role, layer: int | None, first: int, n_rows: int) -> npt.NDArray[np.uint8]:
         """The file's rows, with the values that replace its own."""
         stored = self._file.read_rows(self._entries[role, layer], first, n_rows)
-        if self._shape.gguf_name(role, layer) in self._values:
+        if self._name(role, layer) in self._values:
             self._put(role, layer, first, stored)
         return stored
 
     def _put(self, role: Role, layer: int | None, first: int, stored: npt.NDArray[np.uint8]) -> None:
         """Puts values that replace the file's into the bytes of rows from ``first`` on."""
-        entry, values = self._entries[role, layer], self._values[self._shape.gguf_name(role, layer)]
+        entry, values = self._entries[role, layer], self._values[self._name(role, layer)]
         rows_RY = stored.reshape(-1, entry.row_bytes)
         rows = slice(first, first + len(rows_RY))
         if entry.ggml_type is GGMLQuantizationType.F32:
             rows_RY[:] = values.contiguous().view(-1, entry.shape[-1])[rows].view(torch.uint8).numpy()
         else:
-            put_scales(rows_RY, entry.ggml_type, self._in_order(role, values, interleave_rotary_rows)[rows])
+            put_scales(rows_RY, entry.ggml_type, self._in_order(role, layer, values, from_file=False)[rows])
 
-    def _in_order(
-        self, role: Role, values: torch.Tensor, order: Callable[[torch.Tensor, int], torch.Tensor]
-    ) -> torch.Tensor:
-        """The rows of a matrix in another order, where the file has its own."""
-        if not self._shape.family.gguf.rotary_is_interleaved or role not in (Role.QUERY, Role.KEY):
+    def _in_order(self, role: Role, layer: int | None, values: torch.Tensor, *, from_file: bool) -> torch.Tensor:
+        """The rows of a matrix, or their scales, in the other side's order, where the file has its own."""
+        if layer is None:
             return values
-        return order(values.flatten(1), len(values) // self._shape.head_dim).view_as(values)
+        transform, sizes = self._shape.tensor(role, layer).gguf.transform, self._shape.layers[layer].sizes
+        return transform.read(values, sizes) if from_file else transform.write(values, sizes)
 
     def _tunable_entry(self, role: Role, layer: int | None) -> GgufEntry:
         """The entry of a tensor with tunable values."""
         entry = self._entries.get((role, layer))
         if entry is None:
             raise InputError(f"{self._file.path} has no tensor of the role {role}: it holds a dense model")
-        is_float = role is Role.ROUTER or role in NORMS
+        is_float = not self._shape.tensor(role, layer).is_quantizable
         if is_float and entry.ggml_type is not GGMLQuantizationType.F32:
             raise InputError(f"{self._file.path}: {entry.name} is stored as {entry.ggml_type.name}; it must be F32")
         if not is_float and block_length(entry.ggml_type) is None:
@@ -170,7 +165,7 @@ class GgufWeights:
         return entry
 
     def _check_values(self, name: str, values: torch.Tensor) -> None:
-        keys = [key for key in self._entries if self._shape.gguf_name(*key) == name]
+        keys = [key for key in self._entries if self._name(*key) == name]
         if not keys:
             raise InputError(f"{self._file.path} has no tensor {name}, whose values are to be replaced")
         entry = self._tunable_entry(*keys[0])
@@ -185,10 +180,10 @@ class GgufWeights:
                 f"{name}'s, of shape {list(expected)} in {dtype}"
             )
 
-    def _checked_entry(self, role: Role, layer: int | None) -> GgufEntry:
-        name, expected = self._shape.gguf_name(role, layer), role_shape(role, self._shape)
-        if role.is_expert and not self._shape.is_dense:
-            expected = (self._shape.n_experts, *expected)
+    def _checked_entry(self, tensor: TensorSpec, layer: int | None) -> GgufEntry:
+        name, expected = tensor.gguf.name.format(layer=layer), self._shape.dimensions(tensor.role, layer)
+        if tensor.is_per_expert and layer is not None:
+            expected = (self._shape.layers[layer].n_experts, *expected)
         entry = self._file.tensors.get(name)
         if entry is None:
             raise InputError(f"{self._file.path} has no tensor {name}: it does not hold this model")
@@ -198,20 +193,8 @@ class GgufWeights:
             )
         return entry
 
+    def _name(self, role: Role, layer: int | None) -> str:
+        return self._shape.written.tensor(role, layer).gguf.name.format(layer=layer)
+
 
 _ROWS_AT_ONCE = 4096
-
-
-def _rotate_half_rows(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
-    """Puts rows 2i and 2i + 1 of each head, which one rotation mixes, where transformers has them: i and i + half."""
-    n_rows, n_inputs = weight.shape
-    return weight.reshape(n_heads, n_rows // n_heads // 2, 2, n_inputs).transpose(1, 2).reshape(n_rows, n_inputs)
-
-
-def interleave_rotary_rows(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
-    """Puts the rows of each head that one rotation mixes, i and i + head_dim / 2, side by side.
-
-    ``LlamaModel.permute`` in llama.cpp's ``conversion/llama.py`` does the same.
-    """
-    n_rows, n_inputs = weight.shape
-    return weight.reshape(n_heads, 2, n_rows // n_heads // 2, n_inputs).transpose(1, 2).reshape(n_rows, n_inputs)

@@ -20,16 +20,16 @@ import numpy.typing as npt
 import onnx
 import torch
 
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.legacy import NORMS, role_shape
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
-from compressors.model.families.table import NORMS, Role
 from compressors.model.files.ggml import GGMLQuantizationType
 from compressors.model.files.integer_blocks import BITS, BlockType, IntegerBlocks
 from compressors.model.files.onnx_blocks import unpack
 from compressors.model.files.onnx_graph import external_place, read_graph
 from compressors.model.files.raw_file import RawFile
 from compressors.model.names import shown
-from compressors.model.sources.checkpoint import role_shape
 from compressors.model.sources.weights import ReplacedValues, StoredType, TunablePart
 
 __all__ = ["CODES", "DATA_FILE", "MATRIX", "MODEL_FILE", "SCALES", "OnnxWeights"]
@@ -120,7 +120,7 @@ class OnnxWeights:
 
     dtype = torch.float32
 
-    def __init__(self, folder: Path, shape: MoeShape) -> None:
+    def __init__(self, folder: Path, shape: ModelSpec) -> None:
         self._graph_file = folder / MODEL_FILE
         self._data = RawFile(folder / DATA_FILE)
         self._shape = shape

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
-from compressors.model.description.shape import NO_MOE, MoeShape, MoeSize
+from compressors.model.description.family import Family
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import NO_MOE, ModelSpec, MoeSize
 from compressors.model.errors import InputError
-from compressors.model.families.table import Family, Role
 from compressors.model.files.weight_file import StoredTensors
-from compressors.model.sources.checkpoint import Checkpoint, role_shape
+from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.weights import Weights, WrittenWeights
 
 __all__ = ["ExpertMap", "LayerMap", "Student"]
@@ -50,9 +51,9 @@ class ExpertMap:
     layers: tuple[LayerMap, ...]
 
     @classmethod
-    def identity(cls, shape: MoeShape) -> ExpertMap:
+    def identity(cls, shape: ModelSpec) -> ExpertMap:
         """Keeps everything."""
-        return cls.keeping(shape.n_experts, [range(shape.n_experts)] * shape.n_layers)
+        return cls.keeping(shape.n_experts, [range(layer.n_experts) for layer in shape.layers])
 
     @classmethod
     def keeping(cls, n_teacher_experts: int, kept: Sequence[Sequence[int]]) -> ExpertMap:
@@ -69,7 +70,7 @@ class ExpertMap:
         """[L][student expert]: the teacher's expert that it comes from."""
         return tuple(layer.kept for layer in self.layers)
 
-    def check_against(self, shape: MoeShape) -> None:
+    def check_against(self, shape: ModelSpec) -> None:
         """Checks that these are layers and experts of a model of this shape.
 
         Raises:
@@ -88,18 +89,19 @@ class ExpertMap:
                 or not set(members) <= set(range(shape.n_experts))
             ):
                 raise ValueError(f"layer {layer.source} keeps the experts {[list(group) for group in layer.groups]}")
-            widest = shape.expert_width * (len(members) if len(layer.groups) == 1 else 1)
+            widest = shape.layers[layer.source].expert_width * (len(members) if len(layer.groups) == 1 else 1)
             if layer.width is not None and not 1 <= layer.width <= widest:
                 raise ValueError(f"layer {layer.source} has experts of width {layer.width}")
 
-    def shape_of(self, teacher: MoeShape) -> MoeShape:
+    def shape_of(self, teacher: ModelSpec) -> ModelSpec:
         """The student's shape."""
-        return teacher.with_sizes(
-            [
-                MoeSize(len(layer.groups), layer.width or teacher.expert_width) if layer.groups else NO_MOE
-                for layer in self.layers
-            ]
-        )
+        sizes = [
+            MoeSize(len(layer.groups), layer.width or teacher.layers[layer.source].expert_width)
+            if layer.groups
+            else NO_MOE
+            for layer in self.layers
+        ]
+        return teacher.with_sizes(sizes, [layer.source for layer in self.layers])
 
     def student_of(self, layer: int) -> torch.Tensor:
         """int64 [teacher experts]: the student's expert that stands for each teacher expert, -1 for a dropped one."""
@@ -148,7 +150,7 @@ class Student:
         self.source = source
         self.experts = experts
         self.overlay: Mapping[str, torch.Tensor] = {} if overlay is None else overlay
-        self.shape: MoeShape = experts.shape_of(source.shape)
+        self.shape: ModelSpec = experts.shape_of(source.shape)
         self._weights: Weights = _KeptWeights(source, experts) if weights is None else weights
 
     @classmethod
@@ -175,12 +177,12 @@ class Student:
 
     @property
     def family(self) -> Family:
-        """The architecture's row in the table of families."""
+        """The architecture."""
         return self.source.family
 
     def name(self, role: Role, layer: int | None = None, expert: int | None = None) -> str:
         """The Hugging Face name of a tensor in the student's numbering; overlays use it as their key."""
-        return self.family.names[role].format(layer=layer, expert=expert)
+        return self.shape.tensor(role, layer).name.format(layer=layer, expert=expert)
 
     def tensor(self, role: Role, layer: int | None = None) -> torch.Tensor:
         """The tensor of a role that is not an expert's; router rows are the surviving experts' [E, D].
@@ -205,7 +207,7 @@ class Student:
         name = self.name(role, layer, expert)
         if name in self.overlay:
             return self.overlay[name]
-        out = torch.empty(role_shape(role, self.shape.layer(layer)), dtype=self.expert_dtype)
+        out = torch.empty(self.shape.dimensions(role, layer), dtype=self.expert_dtype)
         self._weights.read_expert(role, layer, expert, out)
         return out
 
@@ -255,14 +257,18 @@ class _KeptWeights:
 
     def tensor(self, role: Role, layer: int | None) -> torch.Tensor:
         tensor = self._source.tensor(role, self._layer(layer))
-        if role is Role.ROUTER and layer is not None:
-            return tensor[list(self._experts.layers[layer].kept)]
-        return tensor
+        axis = self._experts_axis(role, layer)
+        if layer is None or axis is None:
+            return tensor
+        return tensor.index_select(axis, torch.tensor(self._experts.layers[layer].kept))
 
     def rows(self, role: Role, layer: int | None, rows: slice) -> torch.Tensor:
-        if role is Role.ROUTER:
+        if self._experts_axis(role, layer) is not None:
             return self.tensor(role, layer)[rows]
         return self._source.rows(role, self._layer(layer), rows)
+
+    def _experts_axis(self, role: Role, layer: int | None) -> int | None:
+        return self._source.shape.tensor(role, self._layer(layer)).experts_axis
 
     def read_expert(self, role: Role, layer: int, expert: int, out: torch.Tensor) -> None:
         came_from = self._experts.layers[layer]

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
 from compressors.model.files.ggml import GGMLQuantizationType
 from compressors.model.files.integer_blocks import BlockType
 
@@ -83,7 +83,7 @@ class WrittenWeights(Weights, Protocol):
     Some of what a file holds can be replaced in the finished file, because its place and size stay: its *tunable
     values*. Of a router or a norm these are all its values, float32; of a quantized matrix the scales of its blocks
     [rows, blocks of a row, scales of a block], whose rows are those of all experts, one expert after the other. They
-    come in the student's order, and go by the tensor's name in llama.cpp (:meth:`MoeShape.gguf_name`) in every
+    come in the student's order, and go by the tensor's name in llama.cpp (:meth:`ModelSpec.gguf_name`) in every
     container.
     """
 

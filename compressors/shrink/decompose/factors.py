@@ -1,6 +1,6 @@
 """What every decomposition gives: factors that can be counted, and multiplied out into dense experts.
 
-Letters beside those of :mod:`compressors.model.description.shape`: r rank, M bases shared in the layer, O rows and I
+Letters beside those of :mod:`compressors.model.description.spec`: r rank, M bases shared in the layer, O rows and I
 columns of a matrix (gate and up: O = F, I = D; down: O = D, I = F).
 """
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC, GGUF_VERSION, GGUFValueType
 
+from compressors.model.description.family import GgufValue
 from compressors.model.files.ggml_types import GGMLQuantizationType
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "string",
     "string_array",
     "uint32",
+    "value_of",
 ]
 
 
@@ -80,6 +82,15 @@ def int32_array(numbers: Sequence[int]) -> Value:
 def float32_array(numbers: Sequence[float]) -> Value:
     """A list of single-precision floats."""
     return Value(_array_prefix(GGUFValueType.FLOAT32, len(numbers)) + struct.pack(f"<{len(numbers)}f", *numbers))
+
+
+def value_of(value: GgufValue) -> Value:
+    """The value of a key, in the type that llama.cpp reads it in."""
+    if isinstance(value, str):
+        return string(value)
+    if isinstance(value, bool):
+        return boolean(value)
+    return uint32(value) if isinstance(value, int) else float32(value)
 
 
 def aligned(n_bytes: int) -> int:

@@ -19,9 +19,9 @@ import numpy.typing as npt
 import torch
 
 from compressors.calibration.statistics import Importance, LayerStatistics
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
-from compressors.model.families.table import Role
 from compressors.model.files.ggml_types import GGMLQuantizationType
 from compressors.model.files.gguf_file import GgufEntry, GgufFile
 from compressors.model.files.raw_file import RawFile
@@ -67,7 +67,7 @@ class _Entry:
         return means_EN.reshape(-1)
 
 
-def read_imatrix(path: Path, shape: MoeShape) -> Importance:
+def read_imatrix(path: Path, shape: ModelSpec) -> Importance:
     """The importance of every matrix of a model of this shape, from a file of llama.cpp's.
 
     ``llama-imatrix`` leaves out the embedding, and the head unless told otherwise. The vector of an expert that no
@@ -105,7 +105,7 @@ def _importance(path: Path, tensor: GgufTensor, entry: _Entry) -> torch.Tensor:
     return vectors.reshape(-1, tensor.row_length) if tensor.role.is_expert else vectors
 
 
-def _check_layers(path: Path, entries: Mapping[str, _Entry], shape: MoeShape) -> None:
+def _check_layers(path: Path, entries: Mapping[str, _Entry], shape: ModelSpec) -> None:
     for name in entries:
         layer = re.match(r"blk\.(\d+)\.", name)
         if layer is not None and int(layer[1]) >= shape.n_layers:
@@ -185,7 +185,7 @@ class _DatReader:
 
 
 def write_imatrix(
-    path: Path, shape: MoeShape, layers: Sequence[LayerStatistics], experts: ExpertMap, datasets: Sequence[str]
+    path: Path, shape: ModelSpec, layers: Sequence[LayerStatistics], experts: ExpertMap, datasets: Sequence[str]
 ) -> None:
     """Writes the statistics of a calibration in llama.cpp's GGUF format, for ``llama-quantize --imatrix``.
 

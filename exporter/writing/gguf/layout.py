@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from compressors.model.description.gguf_rope import GgufRope, gguf_rope
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import ModelSpec
+from compressors.model.description.tensors import TensorSpec
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.families.table import NORMS, Role
 from compressors.model.files.ggml_types import BLOCK_SIZES
 from compressors.model.names import shown
-from compressors.model.sources.checkpoint import role_shape
 from compressors.quantize import QUANTIZABLE_TYPES, GGMLQuantizationType, fallback_type, row_bytes
 from exporter.writing.gguf.mixes import file_type_of, matrix_type, mix_named
 
@@ -21,9 +21,6 @@ __all__ = ["GgufTensor", "Quantization", "bits_per_weight", "check_uniform", "pl
 __all__ += ["rope_settings"]
 
 _MAX_EXPERTS, _MAX_LAYERS = 1024, 512  # LLAMA_MAX_EXPERTS and LLAMA_MAX_LAYERS in src/llama-hparams.h
-
-
-_FLOAT32_ROLES = NORMS | {Role.ROUTER, Role.ROPE_FACTORS}
 
 
 @dataclass(frozen=True)
@@ -35,6 +32,7 @@ class GgufTensor:
     layer: int | None
     shape: tuple[int, ...]  # torch's order
     ggml_type: GGMLQuantizationType
+    described: TensorSpec | None  # None: its values are made from config.json
     values: tuple[float, ...] | None = None  # of a tensor that is made from config.json; None: those of its role
 
     @property
@@ -45,7 +43,7 @@ class GgufTensor:
     @property
     def is_matrix(self) -> bool:
         """True if the tensor is quantized: it is neither a router, nor a norm, nor rope factors."""
-        return self.role not in _FLOAT32_ROLES
+        return self.described is not None and self.described.is_quantizable
 
     @property
     def n_values(self) -> int:
@@ -58,16 +56,17 @@ class GgufTensor:
         return prod(self.shape[:-1]) * row_bytes(self.ggml_type, self.row_length)
 
 
-def rope_settings(shape: MoeShape) -> GgufRope:
+def rope_settings(shape: ModelSpec) -> GgufRope:
     """Returns the file's keys and tensors for the rotary embedding, except its base and width.
 
     Raises:
         UnsupportedError: llama.cpp would compute other angles whatever the file says.
     """
-    return gguf_rope(shape.rope, shape.gguf_architecture, takes_factors=shape.family.gguf.takes_rope_factors)
+    gguf = shape.written.family.gguf
+    return gguf_rope(shape.rope, gguf.architecture, takes_factors=gguf.takes_rope_factors)
 
 
-def plan_tensors(shape: MoeShape, mix: str, types: Mapping[str, str] | None = None) -> tuple[GgufTensor, ...]:
+def plan_tensors(shape: ModelSpec, mix: str, types: Mapping[str, str] | None = None) -> tuple[GgufTensor, ...]:
     """Every tensor of the file, in the file's order.
 
     Args:
@@ -82,23 +81,24 @@ def plan_tensors(shape: MoeShape, mix: str, types: Mapping[str, str] | None = No
     """
     mix_named(mix)
     _check_representable(shape)
-    tensors = [_tensor(role, None, shape, mix) for role in shape.stored_roles if role.is_global]
+    written = shape.written
+    tensors = [_tensor(described, None, shape, mix) for described in written.tensors]
     for name, values in rope_settings(shape).factors.items():
-        factors = GgufTensor(name, Role.ROPE_FACTORS, None, (len(values),), GGMLQuantizationType.F32, values)
+        factors = GgufTensor(name, Role.ROPE_FACTORS, None, (len(values),), GGMLQuantizationType.F32, None, values)
         tensors.append(factors)
-    for layer in range(shape.n_layers):
-        tensors += [_tensor(role, layer, shape, mix) for role in shape.stored_roles if not role.is_global]
+    for index, layer in enumerate(written.layers):
+        tensors += [_tensor(described, index, shape, mix) for described in layer.tensors]
     return _with_types(tensors, types or {})
 
 
-def _tensor(role: Role, layer: int | None, shape: MoeShape, mix: str) -> GgufTensor:
-    dimensions = role_shape(role, shape)
-    if role.is_expert and not shape.is_dense:
+def _tensor(described: TensorSpec, layer: int | None, shape: ModelSpec, mix: str) -> GgufTensor:
+    dimensions = shape.written.dimensions(described.role, layer)
+    if described.is_per_expert:
         dimensions = (shape.n_experts, *dimensions)
     ggml_type = GGMLQuantizationType.F32
-    if role not in _FLOAT32_ROLES:
-        ggml_type = fallback_type(matrix_type(mix_named(mix), role, layer, shape), dimensions[-1])
-    return GgufTensor(shape.gguf_name(role, layer), role, layer, dimensions, ggml_type)
+    if described.is_quantizable:
+        ggml_type = fallback_type(matrix_type(mix_named(mix), described.role, layer, shape), dimensions[-1])
+    return GgufTensor(described.gguf.name.format(layer=layer), described.role, layer, dimensions, ggml_type, described)
 
 
 def _with_types(tensors: Sequence[GgufTensor], types: Mapping[str, str]) -> tuple[GgufTensor, ...]:
@@ -140,7 +140,7 @@ class Quantization:
     file_type: int  # general.file_type
 
 
-def quantization(shape: MoeShape, mix: str, types: Mapping[str, str] | None = None) -> Quantization:
+def quantization(shape: ModelSpec, mix: str, types: Mapping[str, str] | None = None) -> Quantization:
     """The label and file type of the file of :func:`plan_tensors`.
 
     A file whose types are not all the mix's has the mean of its bits per weight in its name, rounded down, and the file
@@ -158,40 +158,27 @@ def quantization(shape: MoeShape, mix: str, types: Mapping[str, str] | None = No
     return Quantization(f"Q{int(bits_per_weight(tensors))}_MIX", file_type_of(most))
 
 
-def check_uniform(shape: MoeShape) -> None:
+def check_uniform(shape: ModelSpec) -> None:
     """Refuses layers that differ.
 
     Raises:
         UnsupportedError: the layers differ.
     """
-    if shape.sizes is not None or not shape.has_moe:
+    if not shape.is_uniform:
         raise UnsupportedError(
-            f"llama.cpp's {shape.gguf_architecture} graph has one number of experts and one expert width for all "
-            f"layers; these layers have {shape.described_sizes}: they cannot be written as GGUF; give all layers the "
-            "same, or use --formats onnx"
+            f"llama.cpp's {shape.written.family.gguf.architecture} graph has one number of experts and one expert "
+            f"width for all layers; these layers have {shape.described_sizes}: they cannot be written as GGUF; give "
+            "all layers the same, or use --formats onnx"
         )
 
 
-def _check_representable(shape: MoeShape) -> None:
-    gguf = shape.family.gguf
+def _check_representable(shape: ModelSpec) -> None:
     check_uniform(shape)
-    if not shape.is_dense and shape.normalize_top_k != gguf.normalizes_top_k:
+    gguf = shape.written.family.gguf
+    refusal = gguf.refusal(shape)
+    if refusal is not None:
         raise UnsupportedError(
-            f"llama.cpp's {gguf.architecture} graph {'always' if gguf.normalizes_top_k else 'never'} normalises the "
-            f"weights of the chosen experts, but this model has normalize_top_k = {shape.normalize_top_k}: "
-            "it cannot be written as GGUF; use --formats onnx"
-        )
-    attention_widths = {shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim}
-    if gguf.needs_square_attention and attention_widths != {shape.hidden_size}:
-        raise UnsupportedError(
-            f"llama.cpp's {gguf.architecture} graph needs queries and keys as wide as the hidden size; this model has "
-            f"{shape.n_heads} heads and {shape.n_kv_heads} key-value heads of {shape.head_dim} at hidden size "
-            f"{shape.hidden_size}: it cannot be written as GGUF; use --formats onnx"
-        )
-    if gguf.needs_untied_head and shape.tied_embeddings:
-        raise UnsupportedError(
-            f"llama.cpp's {gguf.architecture} graph needs a head of its own, but this model's is tied to the "
-            "embedding: it cannot be written as GGUF; use --formats onnx"
+            f"llama.cpp's {gguf.architecture} {refusal}: it cannot be written as GGUF; use --formats onnx"
         )
     if shape.n_experts > _MAX_EXPERTS or shape.n_layers > _MAX_LAYERS:
         raise UnsupportedError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fractions import Fraction
 
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
 
 __all__ = ["predict_runtime_bytes"]
@@ -36,7 +36,7 @@ _BYTES_PER_LAYER_GRAPH = 100 << 10  # about 100 graph nodes, in two graphs and i
 _LIBRARY_BYTES = 5 << 20  # pages of the libraries that are touched only when a model runs
 
 
-def predict_runtime_bytes(shape: MoeShape, file_bytes: int, context: int, kv_type: str) -> dict[str, int]:
+def predict_runtime_bytes(shape: ModelSpec, file_bytes: int, context: int, kv_type: str) -> dict[str, int]:
     """Bytes by purpose: ``weights``, ``kv_cache`` and ``compute``; the runtime's own base comes on top.
 
     Raises:
@@ -67,7 +67,7 @@ def predict_runtime_bytes(shape: MoeShape, file_bytes: int, context: int, kv_typ
     }
 
 
-def _graph_bytes(shape: MoeShape, cells: int, kv_type: str) -> int:
+def _graph_bytes(shape: ModelSpec, cells: int, kv_type: str) -> int:
     """The compute buffer: the largest of three moments at which most intermediate results are alive at once."""
     tokens = min(_BATCH, cells)
     hidden = _FLOAT * tokens * shape.hidden_size
@@ -85,7 +85,7 @@ def _graph_bytes(shape: MoeShape, cells: int, kv_type: str) -> int:
     return max(logits_moment, attention_moment, experts_moment) + hidden
 
 
-def _work_bytes(shape: MoeShape) -> int:
+def _work_bytes(shape: ModelSpec) -> int:
     """Scratch memory of the CPU kernels (``ggml_graph_plan`` in ggml-cpu.c).
 
     Inputs of a matrix product in the weights' dot-product type, at most 16 bits a value; for experts also the list of

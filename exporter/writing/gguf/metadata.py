@@ -9,12 +9,12 @@ from typing import Any
 import yaml
 from gguf import GGML_QUANT_VERSION, Metadata, size_label
 
-from compressors.model.description.config import read_shape
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
+from compressors.model.families.config import read_spec
 from compressors.model.names import shown
 from exporter.publishing.model_name import hub_id
-from exporter.writing.gguf.container import Value, float32, string, uint32
+from exporter.writing.gguf.container import Value, string, uint32, value_of
 from exporter.writing.gguf.layout import quantization, rope_settings
 
 __all__ = ["gguf_file_name", "model_metadata", "moe_size_label", "source_license"]
@@ -24,7 +24,7 @@ _LARGEST_CARD = 16_000_000  # bytes
 
 
 def model_metadata(
-    shape: MoeShape, source_folder: Path, name: str, mix: str, types: Mapping[str, str] | None = None
+    shape: ModelSpec, source_folder: Path, name: str, mix: str, types: Mapping[str, str] | None = None
 ) -> dict[str, Value]:
     """All metadata apart from the tokenizer's; ``source_folder`` gives licence and ancestry.
 
@@ -38,20 +38,19 @@ def model_metadata(
     return {**_general(shape, source_folder, name), **file_type, **version, **_architecture(shape)}
 
 
-def moe_size_label(shape: MoeShape) -> str:
+def moe_size_label(shape: ModelSpec) -> str:
     """Returns a label like ``64x1.5B``: the number of experts, and the parameters of a model with one expert per layer.
 
     A dense model's is the number of its parameters, such as ``1.5B``. As gguf-py counts them (``size_label`` in
     ``gguf-py/gguf/utility.py``).
     """
-    if shape.is_dense:
-        return size_label(shape.parameters, shape.parameters, 0, 0)
-    expert = shape.n_layers * shape.expert_parameters
-    shared = shape.parameters - shape.n_experts * expert
-    return size_label(shape.parameters, shared, expert, shape.n_experts)
+    written = shape.written
+    expert = sum(layer.expert_parameters for layer in written.layers if layer.n_experts)
+    shared = written.parameters - written.n_experts * expert
+    return size_label(written.parameters, shared, expert, written.n_experts)
 
 
-def gguf_file_name(name: str, shape: MoeShape, mix: str, types: Mapping[str, str] | None = None) -> str:
+def gguf_file_name(name: str, shape: ModelSpec, mix: str, types: Mapping[str, str] | None = None) -> str:
     """``NAME-SIZE-TYPE.gguf``, ggml's naming convention (``docs/gguf.md`` of ggml).
 
     The mix and the types are those of :func:`exporter.writing.gguf.layout.plan_tensors`, and so are the errors.
@@ -60,13 +59,13 @@ def gguf_file_name(name: str, shape: MoeShape, mix: str, types: Mapping[str, str
     return f"{base}-{moe_size_label(shape)}-{quantization(shape, mix, types).label}.gguf"
 
 
-def _general(shape: MoeShape, source_folder: Path, name: str) -> dict[str, Value]:
+def _general(shape: ModelSpec, source_folder: Path, name: str) -> dict[str, Value]:
     # a size in the name, such as 30B, is the source's: gguf-py recognises it by the source's parameters
-    parts = Metadata.get_model_id_components(name, read_shape(source_folder).parameters)
+    parts = Metadata.get_model_id_components(name, read_spec(source_folder).parameters)
     _, organization, base_name, finetune, version, _ = parts
     card = _model_card(source_folder)
     texts = {
-        "general.architecture": shape.gguf_architecture,  # llama.cpp wants it first
+        "general.architecture": shape.written.family.gguf.architecture,  # llama.cpp wants it first
         "general.type": "model",
         "general.name": name,
         "general.organization": organization,
@@ -83,34 +82,11 @@ def _general(shape: MoeShape, source_folder: Path, name: str) -> dict[str, Value
     return values | _base_models(source_folder, card)
 
 
-def _architecture(shape: MoeShape) -> dict[str, Value]:
+def _architecture(shape: ModelSpec) -> dict[str, Value]:
     """Hyper-parameters (``LLM_KV_NAMES`` in ``src/llama-arch.cpp``)."""
-    in_experts = shape.family.gguf.writes_expert_width and not shape.is_dense
-    width_key = "expert_feed_forward_length" if in_experts else "feed_forward_length"
-    experts = {"expert_count": uint32(shape.n_experts), "expert_used_count": uint32(shape.top_k)}
-    values = {
-        "block_count": uint32(shape.n_layers),
-        "context_length": uint32(shape.context_length),
-        "embedding_length": uint32(shape.hidden_size),
-        width_key: uint32(shape.expert_width),
-        "attention.head_count": uint32(shape.n_heads),
-        "attention.head_count_kv": uint32(shape.n_kv_heads),
-        "attention.key_length": uint32(shape.head_dim),
-        "attention.value_length": uint32(shape.head_dim),
-        "attention.layer_norm_rms_epsilon": float32(shape.rms_norm_eps),
-        "rope.freq_base": float32(shape.rope_theta),
-        "rope.dimension_count": uint32(shape.head_dim),
-        **({} if shape.is_dense else experts),
-        "vocab_size": uint32(shape.vocab_size),
-    }
-    values |= {key: _value(value) for key, value in rope_settings(shape).keys.items()}
-    return {f"{shape.gguf_architecture}.{key}": value for key, value in values.items()}
-
-
-def _value(value: str | int | float) -> Value:
-    if isinstance(value, str):
-        return string(value)
-    return uint32(value) if isinstance(value, int) else float32(value)
+    gguf = shape.written.family.gguf
+    values = {**gguf.keys(shape.written), **rope_settings(shape).keys}
+    return {f"{gguf.architecture}.{key}": value_of(value) for key, value in values.items()}
 
 
 def _base_models(source_folder: Path, card: Mapping[str, Any]) -> dict[str, Value]:

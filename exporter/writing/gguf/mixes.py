@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
-from compressors.model.families.table import Role
 from compressors.model.files.ggml_types import BLOCK_SIZES, GGMLQuantizationType
 
 __all__ = ["ALIASES", "MIXES", "Mix", "file_type_of", "matrix_type", "mix_named"]
@@ -87,7 +87,7 @@ def mix_named(name: str) -> Mix:
     return mix
 
 
-def matrix_type(mix: Mix, role: Role, layer: int | None, shape: MoeShape) -> GGMLQuantizationType:
+def matrix_type(mix: Mix, role: Role, layer: int | None, shape: ModelSpec) -> GGMLQuantizationType:
     """The type that a mix gives to a matrix; the length of its rows is not considered here.
 
     Args:
@@ -124,7 +124,7 @@ _EMBEDDINGS: Mapping[str, GGMLQuantizationType] = {
 """The type of an embedding that has a head beside it."""
 
 
-def _head(mix: Mix, shape: MoeShape) -> GGMLQuantizationType:
+def _head(mix: Mix, shape: ModelSpec) -> GGMLQuantizationType:
     """The type of the head, and of an embedding that is the head too."""
     if mix.name == "MXFP4_MOE" or mix.base is _T.Q8_0 or shape.hidden_size % BLOCK_SIZES[mix.base][0]:
         return _T.Q8_0
@@ -145,7 +145,7 @@ _SHARED_VALUES: Mapping[str, GGMLQuantizationType] = {
 """Values that four query heads or more share are few, and get more bits."""
 
 
-def _value(mix: Mix, layer: int, shape: MoeShape) -> GGMLQuantizationType:
+def _value(mix: Mix, layer: int, shape: ModelSpec) -> GGMLQuantizationType:
     are_shared = shape.n_heads // shape.n_kv_heads >= 4
     if mix.name in _LOWEST:
         return _T.Q4_K if are_shared or shape.n_experts >= 4 else _VALUES[mix.name]
@@ -161,18 +161,18 @@ def _value(mix: Mix, layer: int, shape: MoeShape) -> GGMLQuantizationType:
     return _T.Q5_K if _is_llama_70b(shape) and chosen in (_T.Q3_K, _T.Q4_K) else chosen
 
 
-def _is_llama_70b(shape: MoeShape) -> bool:
+def _is_llama_70b(shape: ModelSpec) -> bool:
     """True if llama.cpp takes the model for a Llama 70B (``load_arch_hparams`` in ``src/models/llama.cpp``)."""
     return shape.gguf_architecture == "llama" and shape.n_layers == 80 and shape.n_heads != shape.n_kv_heads
 
 
-def _key(mix: Mix, layer: int, shape: MoeShape) -> GGMLQuantizationType:
+def _key(mix: Mix, layer: int, shape: ModelSpec) -> GGMLQuantizationType:
     if shape.n_experts == 8:
         return _T.Q4_K if mix.name in _LOWEST else _T.Q8_0
     return _query(mix, layer, shape)
 
 
-def _query(mix: Mix, _layer: int, _shape: MoeShape) -> GGMLQuantizationType:
+def _query(mix: Mix, _layer: int, _shape: ModelSpec) -> GGMLQuantizationType:
     return {"IQ3_XS": _T.IQ3_XXS, "IQ3_XXS": _T.IQ2_S}.get(mix.name, mix.base)
 
 
@@ -188,7 +188,7 @@ _EIGHT_EXPERTS_OUTPUTS |= {"IQ4_XS", "IQ4_NL", "Q4_K_S", "Q4_K_M"}
 """Mixes that give the attention output Q5_K in models with 8 experts."""
 
 
-def _attention_output(mix: Mix, _layer: int, shape: MoeShape) -> GGMLQuantizationType:
+def _attention_output(mix: Mix, _layer: int, shape: ModelSpec) -> GGMLQuantizationType:
     if shape.n_experts == 8:
         return _T.Q5_K if mix.name in _EIGHT_EXPERTS_OUTPUTS else mix.base
     return _ATTENTION_OUTPUTS.get(mix.name, mix.base)
@@ -205,7 +205,7 @@ _FIRST_DOWN: Mapping[str, GGMLQuantizationType] = {
 """The types of down projections in the first eighth of the layers."""
 
 
-def _down(mix: Mix, layer: int, shape: MoeShape) -> GGMLQuantizationType:
+def _down(mix: Mix, layer: int, shape: ModelSpec) -> GGMLQuantizationType:
     n_layers = shape.n_layers
     if layer < n_layers // 8 and mix.name in _FIRST_DOWN:
         return _FIRST_DOWN[mix.name]
@@ -219,7 +219,7 @@ def _down(mix: Mix, layer: int, shape: MoeShape) -> GGMLQuantizationType:
     return _DOWN.get(mix.name, mix.base)
 
 
-def _gate_or_up(mix: Mix, layer: int, shape: MoeShape) -> GGMLQuantizationType:
+def _gate_or_up(mix: Mix, layer: int, shape: ModelSpec) -> GGMLQuantizationType:
     is_in_the_middle = shape.n_layers // 8 <= layer < 7 * shape.n_layers // 8
     return _T.IQ3_XXS if mix.name == "IQ3_XS" and is_in_the_middle else mix.base
 
@@ -229,7 +229,7 @@ def _gets_more_bits(layer: int, n_layers: int) -> bool:
     return layer < n_layers // 8 or layer >= 7 * n_layers // 8 or (layer - n_layers // 8) % 3 == 2
 
 
-_RULES: Mapping[Role, Callable[[Mix, int, MoeShape], GGMLQuantizationType]] = {
+_RULES: Mapping[Role, Callable[[Mix, int, ModelSpec], GGMLQuantizationType]] = {
     Role.QUERY: _query,
     Role.KEY: _key,
     Role.VALUE: _value,

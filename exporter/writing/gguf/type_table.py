@@ -7,8 +7,8 @@ from dataclasses import replace
 from math import prod
 
 from compressors.calibration.statistics import Importance
-from compressors.model.description.shape import MoeShape
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import ModelSpec
 from compressors.model.files.ggml_types import BLOCK_SIZES
 from compressors.model.sources.student import Student
 from compressors.quantize import GGMLQuantizationType
@@ -56,7 +56,7 @@ ALLOCATED_TYPES = (
 
 
 def plan_gguf_units(
-    shape: MoeShape,
+    shape: ModelSpec,
     types: Sequence[GGMLQuantizationType] = ALLOCATED_TYPES,
     *,
     feedback: bool = False,
@@ -127,7 +127,7 @@ def _errors(
     return ggml_quantizer(ggml_type), factor
 
 
-def weights_of_a_token(shape: MoeShape, role: Role, dimensions: tuple[int, ...]) -> int:
+def weights_of_a_token(shape: ModelSpec, role: Role, dimensions: tuple[int, ...]) -> int:
     """Counts the weights that one token is multiplied with: its experts', and none of an embedding that is no head.
 
     Args:

@@ -14,8 +14,7 @@ from math import prod
 import torch
 
 from compressors.calibration.statistics import Importance
-from compressors.model.families.table import Role
-from compressors.model.sources.gguf import interleave_rotary_rows
+from compressors.model.description.roles import Role
 from compressors.model.sources.student import Student
 from compressors.quantize import quantize_rows, row_bytes
 from compressors.quantize.feedback import TYPES_WITH_FEEDBACK, Feedback, quantize_rows_with_feedback
@@ -108,8 +107,8 @@ def _plan_rows(student: Student, tensors: Sequence[GgufTensor], offset: int) -> 
         if tensor.role.is_expert:
             step = n_rows // student.shape.n_experts
             slices = [slice(first, first + step) for first in range(0, n_rows, step)]
-        else:  # rows of one head stay together: they may have to be permuted
-            slices = row_slices(n_rows, tensor.row_length, multiple=student.shape.head_dim)
+        else:
+            slices = row_slices(n_rows, tensor.row_length, multiple=_rows_together(student, tensor))
         for number, rows in enumerate(slices):
             expert = number if tensor.role.is_expert else None
             at = offset + rows.start * row_bytes(tensor.ggml_type, tensor.row_length)
@@ -175,6 +174,13 @@ def _matrix_rows(student: Student, tensor: GgufTensor, rows: slice) -> torch.Ten
     if len(tensor.shape) == 1:
         return student.tensor(tensor.role, tensor.layer)[None]
     values_RN = student.rows(tensor.role, tensor.layer, rows)
-    if student.family.gguf.rotary_is_interleaved and tensor.role in (Role.QUERY, Role.KEY):
-        return interleave_rotary_rows(values_RN, len(values_RN) // student.shape.head_dim)
-    return values_RN
+    if tensor.described is None or tensor.layer is None:
+        return values_RN
+    return tensor.described.gguf.transform.write(values_RN, student.shape.layers[tensor.layer].sizes)
+
+
+def _rows_together(student: Student, tensor: GgufTensor) -> int:
+    """The number of rows that llama.cpp's order mixes."""
+    if tensor.described is None or tensor.layer is None:
+        return 1
+    return tensor.described.gguf.transform.rows_together(student.shape.layers[tensor.layer].sizes)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from compressors.calibration.statistics import Importance
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from compressors.model.sources.student import Student
 from exporter.writing.feedback import StudentFeedback
 from exporter.writing.gguf.container import TensorEntry, Value, aligned, render_header, render_values
@@ -21,7 +21,7 @@ __all__ = ["predict_file_size", "write_gguf"]
 
 
 def predict_file_size(
-    shape: MoeShape, source_folder: Path, mix: str, name: str, types: Mapping[str, str] | None = None
+    shape: ModelSpec, source_folder: Path, mix: str, name: str, types: Mapping[str, str] | None = None
 ) -> int:
     """Exact size in bytes of the file that :func:`write_gguf` would write for a student of this shape.
 
@@ -83,7 +83,7 @@ def write_gguf(
 
 
 def _header(
-    shape: MoeShape, source_folder: Path, metadata: Mapping[str, Value], tensors: tuple[GgufTensor, ...]
+    shape: ModelSpec, source_folder: Path, metadata: Mapping[str, Value], tensors: tuple[GgufTensor, ...]
 ) -> bytes:
     metadata = {**metadata, **vocabulary_metadata(source_folder, shape.vocab_size)}
     entries = (TensorEntry(tensor.name, tensor.shape, tensor.ggml_type, tensor.n_bytes) for tensor in tensors)

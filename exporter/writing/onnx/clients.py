@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compressors.model.description.rope import RopeKind
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from compressors.model.description.special_tokens import SpecialTokens, configured_tokens, special_tokens
 from compressors.model.files.json_file import read_json
 from compressors.model.sources.student import Student
@@ -43,7 +43,7 @@ def write_client_files(
     _write_json(folder / "genai_config.json", _genai_config(shape, special, max_length or shape.context_length))
 
 
-def _model_config(shape: MoeShape, source: Path) -> dict[str, Any]:
+def _model_config(shape: ModelSpec, source: Path) -> dict[str, Any]:
     """The source's ``config.json`` with the student's numbers.
 
     transformers 4 reads ``rope_theta``, ``rope_scaling`` and ``torch_dtype``, transformers 5 ``rope_parameters`` and
@@ -90,7 +90,7 @@ def _described(special: SpecialTokens) -> dict[str, Any]:
     return {name: value for name, value in tokens.items() if value is not None}
 
 
-def _genai_config(shape: MoeShape, special: SpecialTokens, max_length: int) -> dict[str, Any]:
+def _genai_config(shape: ModelSpec, special: SpecialTokens, max_length: int) -> dict[str, Any]:
     """``genai_config.json`` of onnxruntime-genai (``src/config.h``); type ``decoder`` is its plain decoder pipeline."""
     return {
         "model": {

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from compressors.calibration.statistics import Importance
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
 from compressors.model.files.integer_blocks import IntegerBlocks
 from compressors.model.files.onnx_blocks import from_q4_0, from_q8_0, pack
 from compressors.model.sources.student import Student

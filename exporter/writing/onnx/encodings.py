@@ -16,12 +16,12 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.legacy import role_shape
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.families.table import Role
 from compressors.model.files.ggml_types import GGMLQuantizationType
 from compressors.model.files.integer_blocks import BlockType
-from compressors.model.sources.checkpoint import role_shape
 
 __all__ = ["ENCODINGS", "FLOAT32", "PRESETS", "Encoding", "Preset", "Unit", "check_row_length", "encoding_named"]
 __all__ += ["onnx_units", "preset_named", "unit_encodings"]
@@ -132,7 +132,7 @@ _LINEARS = {Role.QUERY: "q_proj", Role.KEY: "k_proj", Role.VALUE: "v_proj", Role
 _EXPERTS = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
 
 
-def onnx_units(shape: MoeShape) -> tuple[Unit, ...]:
+def onnx_units(shape: ModelSpec) -> tuple[Unit, ...]:
     """Lists the units of a model, each with the encodings that it can have."""
     units = [Unit("embedding", None, {Role.TOKEN_EMBEDDING: role_shape(Role.TOKEN_EMBEDDING, shape)})]
     for layer in range(shape.n_layers):
@@ -142,7 +142,7 @@ def onnx_units(shape: MoeShape) -> tuple[Unit, ...]:
     return tuple(units)
 
 
-def _layer_units(shape: MoeShape, layer: int) -> Iterator[Unit]:
+def _layer_units(shape: ModelSpec, layer: int) -> Iterator[Unit]:
     of_layer = shape.layer(layer)
     for role, name in _LINEARS.items():
         if role in shape.layer_roles(layer) and role in shape.stored_roles:
@@ -175,7 +175,7 @@ def encoding_named(name: str) -> Encoding:
 
 
 def unit_encodings(
-    shape: MoeShape, preset: Preset, encodings: Mapping[str, str]
+    shape: ModelSpec, preset: Preset, encodings: Mapping[str, str]
 ) -> dict[tuple[Role, int | None], Encoding]:
     """The encoding of every weight of a unit, by role and layer.
 
@@ -204,7 +204,7 @@ def unit_encodings(
     return chosen
 
 
-def _unit_names(shape: MoeShape) -> str:
+def _unit_names(shape: ModelSpec) -> str:
     last = shape.n_layers - 1
     head = "" if shape.tied_embeddings else ", and head"
     return f"and of layers.0 to layers.{last} {', '.join(_LINEARS.values())} and experts{head}"

@@ -11,7 +11,8 @@ import math
 
 import onnx
 
-from compressors.model.families.table import QkNorm, Role
+from compressors.model.description.mixers import QkNorm
+from compressors.model.description.roles import Role
 from exporter.writing.onnx.builder import MICROSOFT, GraphBuilder
 from exporter.writing.onnx.layout import TensorLayout
 from exporter.writing.onnx.padding import AttentionMask, add_attention_mask
@@ -55,8 +56,7 @@ class _Decoder:
         for layer in range(shape.n_layers):
             for kind in ("key", "value"):
                 graph.add_output(f"present.{layer}.{kind}", _FLOAT, dimensions)
-        dense = shape.family.dense if shape.is_dense else None
-        return graph.model(dense.model_type if dense else shape.model_type)
+        return graph.model(shape.written.model_type)
 
     def _norm(self, role: Role, layer: int | None, residual: str, branch: str | None) -> tuple[str, str]:
         """Adds the branch to the residual stream and normalises; returns the normed values and the new residual."""
@@ -98,7 +98,7 @@ class _Decoder:
 
     def _query_or_key_norm(self, role: Role, layer: int, values: str, n_heads: int) -> str:
         """Normalises the projected queries or keys as the family does: [batch, sequence, n_heads * head_dim]."""
-        qk_norm = self._shape.family.qk_norm
+        qk_norm = self._shape.layers[layer].mixer.qk_norm
         if qk_norm is QkNorm.NONE:
             return values
         if qk_norm is QkNorm.WHOLE:

@@ -10,10 +10,10 @@ from functools import cached_property
 import numpy as np
 import onnx
 
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.legacy import role_shape
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import UnsupportedError
-from compressors.model.families.table import Role
-from compressors.model.sources.checkpoint import role_shape
 from compressors.model.sources.onnx import CODES, DATA_FILE, MODEL_FILE, SCALES
 from exporter.writing.onnx.encodings import FLOAT32, Encoding, preset_named, unit_encodings
 
@@ -71,7 +71,7 @@ class WeightPlan:
 class TensorLayout:
     """The data file: weights in the order in which they are written, then the rotary caches."""
 
-    shape: MoeShape
+    shape: ModelSpec
     weights: tuple[WeightPlan, ...]
     rotary_cosine: TensorPlan  # [rows, head_dim / 2], see Rope.table_lengths
     rotary_sine: TensorPlan
@@ -96,7 +96,7 @@ class TensorLayout:
         yield self.rotary_sine
 
 
-def plan_tensors(shape: MoeShape, preset: str, encodings: Mapping[str, str] | None = None) -> TensorLayout:
+def plan_tensors(shape: ModelSpec, preset: str, encodings: Mapping[str, str] | None = None) -> TensorLayout:
     """Gives every tensor its name, shape, type and offset; reads no weight.
 
     Args:
@@ -113,7 +113,7 @@ def plan_tensors(shape: MoeShape, preset: str, encodings: Mapping[str, str] | No
     return _Planner(shape, unit_encodings(shape, preset_named(preset), encodings or {})).plan()
 
 
-def _check_heads(shape: MoeShape) -> None:
+def _check_heads(shape: ModelSpec) -> None:
     """The attention operator checks it only when it runs (``gqa_attention_base.h`` in ONNX Runtime)."""
     if shape.head_dim % _HEAD_MULTIPLE:
         raise UnsupportedError(
@@ -123,7 +123,7 @@ def _check_heads(shape: MoeShape) -> None:
 
 
 class _Planner:
-    def __init__(self, shape: MoeShape, encodings: Mapping[tuple[Role, int | None], Encoding]) -> None:
+    def __init__(self, shape: ModelSpec, encodings: Mapping[tuple[Role, int | None], Encoding]) -> None:
         self._shape = shape
         self._encodings = encodings
         self._end = 0

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from compressors.model.description.shape import MoeShape
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import ModelSpec
 from exporter.writing.onnx.layout import TensorLayout, WeightPlan, plan_tensors
 from exporter.writing.onnx.writer import with_context
 
@@ -28,7 +28,7 @@ _LIVE_PROJECTIONS = 3  # query, key and value as projected, normed per head, rot
 
 
 def predict_runtime_bytes(
-    shape: MoeShape, preset: str, context: int, *, threads: int, encodings: Mapping[str, str] | None = None
+    shape: ModelSpec, preset: str, context: int, *, threads: int, encodings: Mapping[str, str] | None = None
 ) -> dict[str, int]:
     """Bytes of ``weights``, ``kv_cache`` and ``compute`` with a cache of ``context`` tokens that is full.
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
 from compressors.model.sources.onnx import MATRIX
 from exporter.writing.onnx.builder import MICROSOFT, GraphBuilder
 from exporter.writing.onnx.layout import TensorLayout, WeightPlan

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from compressors.calibration.statistics import Importance
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
 from compressors.model.sources.student import Student
 from exporter.writing.feedback import StudentFeedback
@@ -24,7 +24,7 @@ from exporter.writing.resumable import Part, is_published, resuming
 __all__ = ["predict_size", "with_context", "write_onnx"]
 
 
-def with_context(shape: MoeShape, context_length: int | None) -> MoeShape:
+def with_context(shape: ModelSpec, context_length: int | None) -> ModelSpec:
     """The model with a shorter context, which its rotary caches are made for; None keeps the model's own.
 
     Raises:
@@ -40,7 +40,7 @@ def with_context(shape: MoeShape, context_length: int | None) -> MoeShape:
 
 
 def predict_size(
-    shape: MoeShape,
+    shape: ModelSpec,
     preset: str,
     context_length: int | None = None,
     encodings: Mapping[str, str] | None = None,
@@ -123,12 +123,12 @@ def _rotary_piece(layout: TensorLayout) -> Piece:
     return Piece(n_bytes, caches[-1].end, lambda: partial(_rotary_parts, layout.shape, caches))
 
 
-def _rotary_parts(shape: MoeShape, places: Sequence[Place]) -> list[Part]:
+def _rotary_parts(shape: ModelSpec, places: Sequence[Place]) -> list[Part]:
     caches = _rotary_caches(shape)
     return [place.part(cache.numpy()) for place, cache in zip(places, caches, strict=True)]
 
 
-def _rotary_caches(shape: MoeShape) -> tuple[torch.Tensor, torch.Tensor]:
+def _rotary_caches(shape: ModelSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine of every position's angles, float32 [rows, head_dim / 2], as transformers computes them.
 
     Each table is that of a text as long as its rows.

@@ -15,7 +15,7 @@ from compressors.calibration import second_moments
 from compressors.calibration.layer_inputs import LayerInputs, write_layer_inputs
 from compressors.calibration.second_moments import Moments, SecondMoments
 from compressors.calibration.splits import read_splits, tokenize
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, LayerMap, Student

@@ -18,9 +18,9 @@ from compressors.calibration.statistics import (
     importance_of_kept,
     save_statistics,
 )
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
-from compressors.model.families.table import Role
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
@@ -161,5 +161,5 @@ def test_experts_with_few_tokens_lean_on_their_layer(fine_folder: Path, blocks_B
 
 
 def test_an_expert_never_routed_to_scores_zero(fine_folder: Path) -> None:
-    shape: MoeShape = Checkpoint(fine_folder).shape
+    shape: ModelSpec = Checkpoint(fine_folder).shape
     assert LayerStatistics.zeros(shape).reap_scores().tolist() == [0.0] * shape.n_experts

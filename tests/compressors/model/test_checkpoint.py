@@ -15,8 +15,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from compressors.model.description.roles import Role
 from compressors.model.errors import InputError
-from compressors.model.families.table import Role
 from compressors.model.sources.checkpoint import Checkpoint
 
 _GATE, _UP, _DOWN = Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN

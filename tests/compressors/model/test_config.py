@@ -16,11 +16,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging
 
-from compressors.model.description.config import read_shape
-from compressors.model.description.config_check import check_against_transformers
 from compressors.model.description.rope import RopeKind
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
+from compressors.model.families.config import read_spec
+from compressors.model.families.config_check import check_against_transformers
 
 _TRAINED, _HALF_HEAD = 2048, 16
 
@@ -139,7 +139,7 @@ def test_a_setting_is_what_transformers_takes_or_refused_by_name(
         others = {name: setting for name, setting in config.items() if name != key}
         folder = _write(tmp_path, others if value is _ABSENT else others | {key: value})
         try:
-            shape = read_shape(folder)
+            shape = read_spec(folder)
         except InputError as refused:
             assert key in str(refused) or _follows(key, str(refused)), (value, str(refused))
             continue
@@ -163,7 +163,7 @@ def test_every_spelling_of_a_scaling_is_read_as_transformers_does(config: dict[s
     for settings in _spellings(config):
         folder = _write(tmp_path, settings)
         try:
-            shape = read_shape(folder)
+            shape = read_spec(folder)
         except InputError as refused:
             assert "rope_" in str(refused) or "original_max_position_embeddings" in str(refused)
             continue
@@ -193,7 +193,7 @@ def _rotary_module(folder: Path) -> Callable[..., torch.nn.Module]:
         return type(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).model.rotary_emb)
 
 
-def _check_rope(module: Callable[..., torch.nn.Module], loaded: PreTrainedConfig, shape: MoeShape) -> None:
+def _check_rope(module: Callable[..., torch.nn.Module], loaded: PreTrainedConfig, shape: ModelSpec) -> None:
     """Compares at every length that makes a difference, and for which files are written."""
     longest = _TRAINED if shape.rope.kind is RopeKind.DYNAMIC else 2 * _TRAINED
     for n_tokens in (8, 600, longest):
@@ -206,18 +206,18 @@ def _check_rope(module: Callable[..., torch.nn.Module], loaded: PreTrainedConfig
 def test_what_is_written_out_reads_equal(config: dict[str, Any], tmp_path: Path) -> None:
     for scaling in _SCALINGS:
         try:
-            shape = read_shape(_write(tmp_path, config | {"rope_scaling": scaling}))
+            shape = read_spec(_write(tmp_path, config | {"rope_scaling": scaling}))
         except InputError:
             continue
         again = config | {"rope_parameters": shape.rope.in_config(), "rope_scaling": None}
-        assert read_shape(_write(tmp_path, again)) == shape
+        assert read_spec(_write(tmp_path, again)) == shape
 
 
 def test_an_unknown_scaling_is_never_to_be_dropped(config: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"rope_parameters\.type is su; .* so it cannot be left out"):
-        read_shape(_write(tmp_path, config | {"rope_parameters": {"type": "su"}}))
+        read_spec(_write(tmp_path, config | {"rope_parameters": {"type": "su"}}))
     with pytest.raises(InputError, match=r"rope_scaling\.factor"):
-        read_shape(_write(tmp_path, config | {"rope_scaling": {"rope_type": "linear"}, "rope_parameters": _BESIDE}))
+        read_spec(_write(tmp_path, config | {"rope_scaling": {"rope_type": "linear"}, "rope_parameters": _BESIDE}))
 
 
 def test_a_difference_from_transformers_ends_with_the_setting(
@@ -225,7 +225,7 @@ def test_a_difference_from_transformers_ends_with_the_setting(
 ) -> None:
     """As if another version of transformers had another default."""
     folder = _write(tmp_path, config)
-    shape = read_shape(folder)
+    shape = read_spec(folder)
     loaded: PreTrainedConfig = AutoConfig.from_pretrained(folder)
     loaded.rms_norm_eps = 0.5
     monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: loaded)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from compressors.model.description.config import read_shape
+from compressors.model.families.config import read_spec
 from compressors.model.running.expert_choice import AllExperts, ExpertChoice, choosing
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.checkpoint import Checkpoint
@@ -66,7 +66,7 @@ def _route(
     folder: Path, choice: ExpertChoice, parts: list[torch.Tensor], layer: int = 3
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gates and experts of all parts, which run one after the other."""
-    shape = read_shape(folder)
+    shape = read_spec(folder)
     module = nn.Module()
     module.mlp = nn.Module()
     module.mlp.gate = _Router()
@@ -79,7 +79,7 @@ def _route(
 @pytest.mark.parametrize("model", ["coarse_folder", "olmoe_folder"])
 def test_augmented_gates_equal_a_loop_by_the_definition(request: pytest.FixtureRequest, model: str) -> None:
     folder = request.getfixturevalue(model)
-    shape = read_shape(folder)
+    shape = read_spec(folder)
     n_experts, n_tokens, augmentation = shape.n_experts, 50, 0.3
     logits_TE = torch.randn(4 * n_tokens, n_experts, generator=torch.Generator().manual_seed(0))
     choice = AllButOne(n_experts, n_tokens, _keys(4), augmentation)

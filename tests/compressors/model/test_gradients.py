@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
 from compressors.model.running.gradients import ParameterKey, streamed_gradients
 from compressors.model.running.streaming import StreamedModel
 from compressors.model.sources.checkpoint import Checkpoint

@@ -9,8 +9,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from compressors.model.description.roles import Role
 from compressors.model.errors import InputError
-from compressors.model.families.table import Role
 from compressors.model.files.integer_blocks import round_to_codes
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.quantize.blocks import search_blocks

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
 from compressors.model.files.array_file import ArrayFile
 from compressors.model.running.arithmetic import fastest_arithmetic
@@ -21,7 +21,7 @@ from compressors.model.sources.student import Student
 
 
 @pytest.fixture(scope="module")
-def shape(fine_folder: Path) -> MoeShape:
+def shape(fine_folder: Path) -> ModelSpec:
     return Checkpoint(fine_folder).shape
 
 
@@ -61,7 +61,7 @@ def test_hidden_states_keep_their_bits(tmp_path: Path, dtype: torch.dtype, spill
         assert not list((tmp_path / "spill").iterdir()), "the file has no name, so a kill leaves nothing"
 
 
-def test_the_head_takes_the_place_of_the_layers(shape: MoeShape, tmp_path: Path) -> None:
+def test_the_head_takes_the_place_of_the_layers(shape: ModelSpec, tmp_path: Path) -> None:
     large_head = replace(shape, vocab_size=1_000_000)
     head = 4 * 1_000_000 * (shape.hidden_size + 2 * positions_at_once(1_000_000))
     layer, hidden = 1000, 2500
@@ -75,7 +75,7 @@ def test_the_head_takes_the_place_of_the_layers(shape: MoeShape, tmp_path: Path)
     assert placed(head + hidden + 2 * layer) == (2, True, True)
 
 
-def test_room_goes_to_reading_ahead_then_hidden_states_then_layers(shape: MoeShape, tmp_path: Path) -> None:
+def test_room_goes_to_reading_ahead_then_hidden_states_then_layers(shape: ModelSpec, tmp_path: Path) -> None:
     layer, hidden, held = 1000, 2500, 70
     shape = replace(shape, vocab_size=256)  # the head is smaller than what a layer's computation needs
     least = held + working_bytes(shape) + layer
@@ -115,7 +115,7 @@ def test_every_way_of_holding_layers_gives_their_weights(fine_folder: Path, n_re
 
 
 def _down(student: Student, layer: int) -> torch.Tensor:
-    from compressors.model.families.table import Role
+    from compressors.model.description.roles import Role
 
     return torch.stack([student.expert(Role.EXPERT_DOWN, layer, expert) for expert in range(student.shape.n_experts)])
 
@@ -126,7 +126,9 @@ def test_a_layer_s_bytes_are_those_on_disk(family_folder: Path) -> None:
     assert layer_bytes(Student.teacher(source)) == pytest.approx(on_disk, rel=0.01)
 
 
-def test_small_models_and_other_processors_compute_in_float32(shape: MoeShape, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_models_and_other_processors_compute_in_float32(
+    shape: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
     large = replace(shape, hidden_size=2048)
     assert fastest_arithmetic(shape, torch.bfloat16, "cuda") == "float32"
     assert fastest_arithmetic(large, torch.float16, "cuda") == "float32"

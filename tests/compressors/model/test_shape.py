@@ -11,13 +11,14 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from compressors.model.description.config import read_shape
+from compressors.model.description.roles import Role
 from compressors.model.description.rope import Rope, RopeKind
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.families.table import FAMILIES, Role
+from compressors.model.families.config import read_spec
+from compressors.model.families.registry import supported_families
 
-Read = Callable[..., MoeShape]
+Read = Callable[..., ModelSpec]
 
 
 @pytest.fixture
@@ -44,16 +45,16 @@ def read_olmoe(olmoe_folder: Path, tmp_path: Path) -> Read:
 def _reader(source: Path, folder: Path) -> Read:
     config: dict[str, Any] = json.loads((source / "config.json").read_text())
 
-    def read(drop: tuple[str, ...] = (), **values: object) -> MoeShape:
+    def read(drop: tuple[str, ...] = (), **values: object) -> ModelSpec:
         kept = {key: value for key, value in config.items() if key not in drop}
         (folder / "config.json").write_text(json.dumps(kept | values))
-        return read_shape(folder)
+        return read_spec(folder)
 
     return read
 
 
 def test_qwen3_moe_is_read(fine_folder: Path) -> None:
-    assert read_shape(fine_folder) == MoeShape(
+    assert read_spec(fine_folder) == ModelSpec(
         model_type="qwen3_moe",
         n_layers=6,
         hidden_size=256,
@@ -76,15 +77,15 @@ def test_qwen3_moe_is_read(fine_folder: Path) -> None:
 
 
 def test_mixtral_is_read(coarse_folder: Path) -> None:
-    shape = read_shape(coarse_folder)
+    shape = read_spec(coarse_folder)
     assert (shape.model_type, shape.n_experts, shape.top_k, shape.expert_width) == ("mixtral", 8, 2, 512)
     assert shape.normalize_top_k, "Mixtral always normalises"
-    assert shape.family is FAMILIES["mixtral"]
+    assert shape.family is supported_families()["mixtral"]
     assert Role.QUERY_NORM not in shape.family.names
 
 
 def test_olmoe_is_read(olmoe_folder: Path) -> None:
-    shape = read_shape(olmoe_folder)
+    shape = read_spec(olmoe_folder)
     assert (shape.model_type, shape.n_experts, shape.top_k, shape.expert_width) == ("olmoe", 16, 4, 64)
     assert not shape.normalize_top_k
     assert not shape.tied_embeddings
@@ -111,7 +112,7 @@ def test_parameters_are_the_elements_on_disk(family_folder: Path) -> None:
                 for length in reader.get_slice(name).get_shape():
                     rows *= length
                 elements += rows
-    assert read_shape(family_folder).parameters == elements
+    assert read_spec(family_folder).parameters == elements
 
 
 def test_an_untied_head_counts(read: Read) -> None:
@@ -121,7 +122,7 @@ def test_an_untied_head_counts(read: Read) -> None:
 
 def test_fewer_experts_have_fewer_parameters(fine_folder: Path) -> None:
     """Per dropped expert three projections of 256 x 128 and one router row, in six layers."""
-    shape = read_shape(fine_folder)
+    shape = read_spec(fine_folder)
     assert shape.parameters - shape.with_experts(20).parameters == 6 * 12 * (3 * 256 * 128 + 256)
 
 
@@ -133,17 +134,17 @@ def test_what_transformers_5_writes_reads_equal(family_folder: Path, tmp_path: P
     assert "rope_theta" not in written
     assert "torch_dtype" not in written
     assert ("num_local_experts" in written) == (written["model_type"] != "olmoe")
-    assert read_shape(tmp_path) == read_shape(family_folder)
+    assert read_spec(tmp_path) == read_spec(family_folder)
 
 
 def test_a_config_gets_another_expert_count_in_one_spelling(family_folder: Path, tmp_path: Path) -> None:
     AutoConfig.from_pretrained(family_folder).save_pretrained(tmp_path)
-    shape = read_shape(family_folder).with_experts(3)
+    shape = read_spec(family_folder).with_experts(3)
     for folder in (family_folder, tmp_path):
         config = shape.in_config(json.loads((folder / "config.json").read_text()))
         assert len({"num_experts", "num_local_experts"} & set(config)) == 1
         (tmp_path / "config.json").write_text(json.dumps(config))
-        assert read_shape(tmp_path) == shape
+        assert read_spec(tmp_path) == shape
         loaded = AutoConfig.from_pretrained(tmp_path)
         assert (loaded.num_experts, loaded.num_experts_per_tok) == (3, shape.top_k)
 
@@ -261,9 +262,9 @@ def test_a_dense_model_is_told_apart(read_qwen: Read) -> None:
 def test_a_damaged_config_is_named(tmp_path: Path, text: bytes) -> None:
     (tmp_path / "config.json").write_bytes(text)
     with pytest.raises(InputError, match=r"config\.json (is not valid JSON|holds no JSON object)"):
-        read_shape(tmp_path)
+        read_spec(tmp_path)
 
 
 def test_a_folder_without_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has no config\.json"):
-        read_shape(tmp_path)
+        read_spec(tmp_path)

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from transformers import GenerationConfig
 
-from compressors.model.description.config import read_shape
 from compressors.model.description.special_tokens import configured_tokens, special_tokens
 from compressors.model.errors import InputError
+from compressors.model.families.config import read_spec
 
 _ROWS = 4096
 Write = Callable[..., Path]
@@ -45,8 +45,8 @@ def test_generation_config_stands_over_config(write: Write) -> None:
     tokens = configured_tokens(folder, _ROWS)
     assert (tokens.ends, tokens.pad) == ((2, 0), 1)
     assert tokens.ends == tuple(GenerationConfig.from_pretrained(folder).eos_token_id)
-    assert read_shape(folder).eos_token_ids == (2, 0)
-    assert read_shape(folder).pad_token_id == 1
+    assert read_spec(folder).eos_token_ids == (2, 0)
+    assert read_spec(folder).pad_token_id == 1
 
 
 def test_config_speaks_where_generation_config_is_silent(write: Write) -> None:
@@ -77,7 +77,7 @@ def test_what_is_no_token_id_is_refused_by_name(write: Write, value: object, fil
     folder = write(**{file: {"eos_token_id": value}})
     name = {"config": "config.json", "generation": "generation_config.json"}[file]
     with pytest.raises(InputError, match=rf"/{re.escape(name)}: eos_token_id must be"):
-        read_shape(folder)
+        read_spec(folder)
 
 
 def test_an_end_token_without_row_is_left_out_where_another_is_left(write: Write) -> None:
@@ -92,4 +92,4 @@ def test_an_end_token_without_row_is_left_out_where_another_is_left(write: Write
 @pytest.mark.parametrize("key", ["bos_token_id", "pad_token_id"])
 def test_begin_and_padding_outside_of_the_vocabulary_are_refused(write: Write, key: str) -> None:
     with pytest.raises(InputError, match=rf"{key} is 4096, but vocab_size is 4096"):
-        read_shape(write(config={key: 4096}))
+        read_spec(write(config={key: 4096}))

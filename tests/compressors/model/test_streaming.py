@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from compressors.model.description.roles import Role
 from compressors.model.errors import InputError
-from compressors.model.families.table import Role
 from compressors.model.predictions.routing import NO_EXPERT
 from compressors.model.running.gradients import streamed_gradients
 from compressors.model.running.hidden_states import HiddenStates

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from compressors.model.description.roles import Role
 from compressors.model.errors import InputError
-from compressors.model.families.table import Role
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from compressors.model.description.roles import Role
 from compressors.model.errors import UnsupportedError
-from compressors.model.families.table import Role
 from compressors.model.files.weight_file import StoredTensors
 from compressors.model.predictions.losses import reverse_kl_divergence
 from compressors.model.predictions.next_token import random_numbers

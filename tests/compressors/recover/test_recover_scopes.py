@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from compressors.calibration.statistics import LayerStatistics
+from compressors.model.description.roles import Role
 from compressors.model.errors import InputError
-from compressors.model.families.table import Role
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, LayerMap, Student

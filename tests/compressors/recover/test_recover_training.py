@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from compressors.calibration.teacher import TeacherTargets, write_log_probs, write_targets
+from compressors.model.description.roles import Role
 from compressors.model.errors import InputError
-from compressors.model.families.table import Role
 from compressors.model.files.weight_file import StoredTensors
 from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
 from compressors.model.running.memory import MemoryLimit

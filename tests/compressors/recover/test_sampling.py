@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from compressors.model.description.shape import NO_MOE
+from compressors.model.description.spec import NO_MOE
 from compressors.model.errors import InputError
 from compressors.model.predictions.next_token import draw_tokens, random_numbers
 from compressors.model.running.memory import MemoryLimit

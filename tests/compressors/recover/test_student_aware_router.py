@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
 from compressors.model.running.expert_choice import AllExperts
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.checkpoint import Checkpoint

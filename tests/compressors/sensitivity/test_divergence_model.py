@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
 from compressors.sensitivity import DivergenceModel, SecondOrder, feedback_factor
 
 

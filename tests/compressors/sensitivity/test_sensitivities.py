@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from compressors.model.description.roles import Role
 from compressors.model.errors import InputError
-from compressors.model.families.table import Role
 from compressors.model.predictions.next_token import draw_tokens, random_numbers
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.sources.checkpoint import Checkpoint

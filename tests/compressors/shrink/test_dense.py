@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from compressors.model.description.config import read_shape
 from compressors.model.errors import UnsupportedError
+from compressors.model.families.config import read_spec
 from compressors.model.sources.student import ExpertMap, LayerMap
 from compressors.shrink.dense import Condense, check_dense, dense_size
 from compressors.shrink.moe_block import CompressedBlock, Evidence, MoeBlock
@@ -70,7 +70,7 @@ def test_the_result_says_what_became_of_the_experts(coarse_folder: Path, trained
     assert result.changed_experts == {0}
     assert not result.router_changed
     assert torch.equal(result.block.router_ED[0], block.router_ED[result.groups[0][0]])
-    shape = read_shape(coarse_folder)
+    shape = read_spec(coarse_folder)
     assert (result.block.n_experts, result.block.width) == (
         dense_size(shape).n_experts,
         dense_size(shape).expert_width,
@@ -104,7 +104,7 @@ def test_an_expert_that_no_token_chose_says_nothing(coarse_folder: Path, trained
 
 
 def test_a_student_s_only_expert_may_be_as_wide_as_its_group(fine_folder: Path) -> None:
-    shape = read_shape(fine_folder)
+    shape = read_spec(fine_folder)
     width = shape.expert_width
 
     def check(groups: tuple[tuple[int, ...], ...], width: int) -> None:
@@ -120,7 +120,7 @@ def test_a_student_s_only_expert_may_be_as_wide_as_its_group(fine_folder: Path) 
 def test_a_family_without_a_dense_counterpart_is_refused_by_name(
     fine_folder: Path, coarse_folder: Path, olmoe_folder: Path
 ) -> None:
-    check_dense(read_shape(fine_folder))
-    check_dense(read_shape(coarse_folder))
+    check_dense(read_spec(fine_folder))
+    check_dense(read_spec(coarse_folder))
     with pytest.raises(UnsupportedError, match=r"--student dense: .* olmoe .* there is one for mixtral, qwen3_moe"):
-        check_dense(read_shape(olmoe_folder))
+        check_dense(read_spec(olmoe_folder))

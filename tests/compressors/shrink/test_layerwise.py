@@ -17,9 +17,9 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from compressors.calibration.statistics import LayerStatistics, StatisticsCollector
-from compressors.model.description.shape import NO_MOE, MoeSize
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import NO_MOE, MoeSize
 from compressors.model.errors import InputError
-from compressors.model.families.table import Role
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.checkpoint import Checkpoint

@@ -14,9 +14,9 @@ import torch
 import yaml
 
 from compressors.calibration.statistics import LayerStatistics, StatisticsCollector
-from compressors.model.description.config import read_shape
-from compressors.model.description.shape import NO_MOE, MoeShape, MoeSize
+from compressors.model.description.spec import NO_MOE, ModelSpec, MoeSize
 from compressors.model.errors import InputError, UnsupportedError
+from compressors.model.families.config import read_spec
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, Student
@@ -39,9 +39,9 @@ _N_LAYERS = 6
 
 
 @pytest.fixture(scope="module")
-def teacher(fine_folder: Path) -> MoeShape:
+def teacher(fine_folder: Path) -> ModelSpec:
     """Six layers of 32 experts, top-4, 128 wide."""
-    return read_shape(fine_folder)
+    return read_spec(fine_folder)
 
 
 def _recipe(gguf: str | None = "Q4_0", onnx: str | None = None, save_student: bool = False, **choice: Any) -> Recipe:
@@ -93,7 +93,7 @@ _ONNX: dict[str, Any] = {"gguf": None, "onnx": "F32"}
         ),
     ],
 )
-def test_impossible_numbers_are_refused_by_field(teacher: MoeShape, choice: dict[str, Any], said: str) -> None:
+def test_impossible_numbers_are_refused_by_field(teacher: ModelSpec, choice: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         check_compression(_recipe(**choice), teacher)
 
@@ -108,7 +108,7 @@ _UNEVEN: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("choice", "sizes"), _UNEVEN)
 def test_layers_that_differ_are_refused_where_they_cannot_be_held(
-    teacher: MoeShape, choice: dict[str, Any], sizes: str
+    teacher: ModelSpec, choice: dict[str, Any], sizes: str
 ) -> None:
     with pytest.raises(UnsupportedError, match=rf"qwen3moe graph .* layers have {sizes}.*use --formats onnx"):
         check_compression(_recipe(**choice), teacher)
@@ -130,11 +130,11 @@ def test_layers_that_differ_are_refused_where_they_cannot_be_held(
         {"method": "m-smoe", "experts": 4, "sequential": True},
     ],
 )
-def test_what_is_possible_is_not_refused(teacher: MoeShape, choice: dict[str, Any]) -> None:
+def test_what_is_possible_is_not_refused(teacher: ModelSpec, choice: dict[str, Any]) -> None:
     check_compression(_recipe(save_student=True, **choice), teacher)
 
 
-def test_ream_needs_groups_enough(teacher: MoeShape) -> None:
+def test_ream_needs_groups_enough(teacher: ModelSpec) -> None:
     many = teacher.with_experts(100)
     with pytest.raises(InputError, match=r"compress\.experts: 6 is not possible .* from 7 to 100"):
         check_compression(_recipe(method="ream", experts=6), many)
@@ -184,7 +184,7 @@ def test_a_recipe_with_a_list_of_counts_is_planned(
     assert plan.predictions["onnx"].file == predict_size(plan.student_shape, "F32")
 
 
-def test_compression_is_described(teacher: MoeShape) -> None:
+def test_compression_is_described(teacher: ModelSpec) -> None:
     def described(**choice: Any) -> str:
         return described_compression(CompressChoice.model_validate({"experts": 32} | choice), teacher)
 
@@ -205,7 +205,7 @@ def text_BT(heldout_tokens: npt.NDArray[np.int64]) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def statistics(fine_folder: Path, text_BT: torch.Tensor) -> list[LayerStatistics]:
-    collector = StatisticsCollector(read_shape(fine_folder))
+    collector = StatisticsCollector(read_spec(fine_folder))
     _teacher_model(fine_folder).stream([TokenGroup(text_BT, [collector.observe])])
     return [collector.take(layer) for layer in range(_N_LAYERS)]
 
@@ -216,7 +216,7 @@ def _teacher_model(folder: Path) -> StreamedModel:
 
 @pytest.fixture(scope="module")
 def targets_of(
-    fine_folder: Path, teacher: MoeShape, statistics: list[LayerStatistics], text_BT: torch.Tensor
+    fine_folder: Path, teacher: ModelSpec, statistics: list[LayerStatistics], text_BT: torch.Tensor
 ) -> Callable[..., list[LayerTarget]]:
     def targets(**choice: Any) -> list[LayerTarget]:
         compress = CompressChoice.model_validate({"experts": 32} | choice)
@@ -284,7 +284,7 @@ def test_methods_are_applied_in_their_order(
 
 
 def test_super_experts_are_protected(
-    fine_folder: Path, teacher: MoeShape, statistics: list[LayerStatistics], text_BT: torch.Tensor
+    fine_folder: Path, teacher: ModelSpec, statistics: list[LayerStatistics], text_BT: torch.Tensor
 ) -> None:
     """This model has none; so an outlier is put into layer 2, which is layer 1 of what is left."""
     outlier = statistics[2].output_max_E.index_fill(0, torch.tensor([7]), 1e4)
@@ -331,7 +331,7 @@ def test_global_allocation_keeps_the_mean_and_weighs_layers_alike(
 )
 def test_bytes_of_students_whose_layers_are_alike_are_predicted_exactly(
     fine_folder: Path,
-    teacher: MoeShape,
+    teacher: ModelSpec,
     statistics: list[LayerStatistics],
     text_BT: torch.Tensor,
     targets_of: Callable[..., list[LayerTarget]],
@@ -354,7 +354,7 @@ def test_bytes_of_students_whose_layers_are_alike_are_predicted_exactly(
 
 @pytest.mark.parametrize("choice", [choice for choice, _ in _UNEVEN])
 def test_bytes_of_students_whose_layers_differ_are_predicted_up_to_padding(
-    teacher: MoeShape, targets_of: Callable[..., list[LayerTarget]], choice: dict[str, Any]
+    teacher: ModelSpec, targets_of: Callable[..., list[LayerTarget]], choice: dict[str, Any]
 ) -> None:
     targets = targets_of(**choice)
     written = predict_size(teacher.with_sizes([target.size for target in targets]), "Q4_0")

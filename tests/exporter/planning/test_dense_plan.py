@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from compressors.calibration.statistics import LayerStatistics
-from compressors.model.description.config import read_shape
-from compressors.model.description.shape import MoeSize
+from compressors.model.description.spec import MoeSize
 from compressors.model.errors import BudgetError, InputError, UnsupportedError
+from compressors.model.families.config import read_spec
 from compressors.model.running.memory import working_bytes
 from compressors.model.running.streaming import StreamedModel
 from compressors.model.sources.checkpoint import Checkpoint
@@ -66,7 +66,7 @@ def test_the_size_is_given_and_the_bits_fall_with_the_budget(
     planned: Planned, fine_folder: Path, coarse_folder: Path, family: str
 ) -> None:
     folder = {"fine": fine_folder, "coarse": coarse_folder}[family]
-    teacher = read_shape(folder)
+    teacher = read_spec(folder)
     dense = teacher.with_sizes([MoeSize(1, teacher.top_k * teacher.expert_width)] * teacher.n_layers)
     with pytest.raises(BudgetError, match=r"as one dense feed-forward .* works is --budget") as refused:
         planned("400kB", folder, formats="gguf")
@@ -112,7 +112,7 @@ def test_a_family_without_a_dense_counterpart_is_refused(planned: Planned, olmoe
     with pytest.raises(UnsupportedError, match=said):
         planned(model=olmoe_folder)
     with pytest.raises(UnsupportedError, match=said):
-        check_compression(_edited(recipe, experts=16), read_shape(olmoe_folder))
+        check_compression(_edited(recipe, experts=16), read_spec(olmoe_folder))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_choices_of_a_recipe_that_do_not_fit_are_named(
     recipe: Recipe, fine_folder: Path, choice: dict[str, Any], fields: str
 ) -> None:
     with pytest.raises(InputError, match=rf"^{fields}: compress.student is dense, so the 4 best of all 32 experts"):
-        check_compression(_edited(recipe, **choice), read_shape(fine_folder))
+        check_compression(_edited(recipe, **choice), read_spec(fine_folder))
 
 
 @pytest.mark.parametrize("part", ["rungs", "after_quantizing"])
@@ -139,11 +139,11 @@ def test_recovery_of_routers_is_refused(recipe: Recipe, fine_folder: Path, part:
     rung = {"scope": "router", "blocks": 8, "blocks_per_step": 8, "learning_rate": 0.001}
     changed = _edited(recipe, "recover", **{part: [rung] if part == "rungs" else rung})
     with pytest.raises(InputError, match=r"^recover: compress.student is dense, which leaves no routers to teach"):
-        check_compression(changed, read_shape(fine_folder))
+        check_compression(changed, read_spec(fine_folder))
 
 
 def test_fewer_layers_and_narrower_experts_go_with_it(recipe: Recipe, fine_folder: Path) -> None:
-    teacher = read_shape(fine_folder)
+    teacher = read_spec(fine_folder)
     changed = _edited(recipe, drop_blocks=2, width=96)
     check_compression(changed, teacher)
     assert expected_shape(changed.compress, teacher) == teacher.with_sizes([MoeSize(1, 4 * 96)] * 4)
@@ -164,7 +164,7 @@ def _no_teacher() -> StreamedModel:
 
 
 def test_layers_are_condensed_after_their_experts_became_narrower(fine_folder: Path) -> None:
-    teacher = read_shape(fine_folder)
+    teacher = read_spec(fine_folder)
 
     statistics = [LayerStatistics.zeros(teacher)] * teacher.n_layers
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from compressors.model.description.config import read_shape
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
+from compressors.model.families.config import read_spec
 from exporter.planning.compression import check_compression, expected_shape
 from exporter.planning.recipe import load_recipe
 from exporter.writing.gguf.layout import plan_tensors
@@ -18,7 +18,7 @@ _RECIPE = _DOCS / "recipes" / "mixtral-8x7b-block-drop-5.yaml"
 
 
 @pytest.fixture
-def mixtral(tmp_path: Path) -> MoeShape:
+def mixtral(tmp_path: Path) -> ModelSpec:
     """Mixtral-8x7B."""
     config = {
         "model_type": "mixtral",
@@ -37,11 +37,11 @@ def mixtral(tmp_path: Path) -> MoeShape:
         "eos_token_id": 2,
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    return read_shape(tmp_path)
+    return read_spec(tmp_path)
 
 
 @pytest.mark.parametrize("n_dropped", [0, 5, 8])
-def test_the_sizes_of_the_docs_are_those_of_the_plan(mixtral: MoeShape, n_dropped: int) -> None:
+def test_the_sizes_of_the_docs_are_those_of_the_plan(mixtral: ModelSpec, n_dropped: int) -> None:
     recipe = load_recipe(_RECIPE)
     check_compression(recipe, mixtral)
     choice = recipe.compress.model_copy(update={"drop_blocks": n_dropped})
@@ -50,7 +50,7 @@ def test_the_sizes_of_the_docs_are_those_of_the_plan(mixtral: MoeShape, n_droppe
     assert row in (_DOCS / "compression.md").read_text(encoding="utf-8")
 
 
-def test_the_recipe_drops_what_its_name_says(mixtral: MoeShape) -> None:
+def test_the_recipe_drops_what_its_name_says(mixtral: ModelSpec) -> None:
     recipe = load_recipe(_RECIPE)
     assert recipe.compress.drop_blocks == 5
     assert expected_shape(recipe.compress, mixtral).n_layers == 27

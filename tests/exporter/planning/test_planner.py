@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from compressors.calibration.splits import Splits, read_splits
-from compressors.model.description.shape import NO_MOE, MoeShape, MoeSize
+from compressors.model.description.spec import NO_MOE, ModelSpec, MoeSize
 from compressors.model.errors import BudgetError, InputError, UnsupportedError
 from compressors.model.sources.checkpoint import Checkpoint
 from exporter.estimating.budget import predict
@@ -122,7 +122,7 @@ _WAYS: dict[str, list[dict[str, Any]]] = {
 """What each method may do to the bundled model, from the least."""
 
 
-def _shape_by_hand(way: dict[str, Any]) -> MoeShape:
+def _shape_by_hand(way: dict[str, Any]) -> ModelSpec:
     """The same for every layer that is left; MoE sub-layers go from the end."""
     teacher = Checkpoint(_MODEL).shape
     n_without = way.get("drop_moe_layers", 0)

@@ -8,9 +8,9 @@ from typing import get_args
 
 import pytest
 
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
-from compressors.model.families.table import Role
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.recover.training_memory import training_bytes
 from exporter.planning.recipe import CompressChoice, RecoverChoice, RungChoice, RungLoss
@@ -31,17 +31,17 @@ _PLENTY = Machine(10**12, 10_000, models_stay=True)
 
 
 @pytest.fixture(scope="module")
-def pruned(fine_folder: Path) -> MoeShape:
+def pruned(fine_folder: Path) -> ModelSpec:
     return Checkpoint(fine_folder).shape.with_experts(16)
 
 
-def _trained(scope: str, shape: MoeShape, rank: int | None = None) -> int:
+def _trained(scope: str, shape: ModelSpec, rank: int | None = None) -> int:
     rung = RungChoice(scope=scope, rank=rank, blocks=1, blocks_per_step=1, learning_rate=1)  # type: ignore[arg-type]
     return training_bytes(scope_of(rung), shape).total
 
 
 @pytest.mark.parametrize("wish", RECOVERIES)
-def test_every_wish_is_a_ladder_that_a_large_machine_climbs(wish: str, pruned: MoeShape) -> None:
+def test_every_wish_is_a_ladder_that_a_large_machine_climbs(wish: str, pruned: ModelSpec) -> None:
     choice, refused = choose_ladder(wish, pruned, 2, _PLENTY, seed=3)
     assert not refused
     assert choice.seed == 3
@@ -54,7 +54,7 @@ def test_every_wish_is_a_ladder_that_a_large_machine_climbs(wish: str, pruned: M
         scope_of(rung).check_against(pruned)
 
 
-def test_what_does_not_fit_is_replaced_by_the_largest_adapters_that_do(pruned: MoeShape) -> None:
+def test_what_does_not_fit_is_replaced_by_the_largest_adapters_that_do(pruned: ModelSpec) -> None:
     whole = _trained("experts", pruned)
     plenty, _ = choose_ladder("auto", pruned, 2, _PLENTY, 0)
     for rank in (8, 4, 2, 1):
@@ -73,7 +73,7 @@ def test_what_does_not_fit_is_replaced_by_the_largest_adapters_that_do(pruned: M
     assert len(refused) == 5
 
 
-def _least_memory(shape: MoeShape) -> int:
+def _least_memory(shape: ModelSpec) -> int:
     """The smallest memory in which all experts can be trained."""
     too_little, enough = 0, 10**12
     while enough - too_little > 1:
@@ -85,7 +85,7 @@ def _least_memory(shape: MoeShape) -> int:
     return enough
 
 
-def test_narrow_experts_are_taught_with_all_else_at_a_rate_by_their_divergence(pruned: MoeShape) -> None:
+def test_narrow_experts_are_taught_with_all_else_at_a_rate_by_their_divergence(pruned: ModelSpec) -> None:
     narrow = CompressChoice(experts=32, width=64)
     assert wish_for("auto", narrow) == "all"
     assert wish_for("router", narrow) == "router"
@@ -95,7 +95,7 @@ def test_narrow_experts_are_taught_with_all_else_at_a_rate_by_their_divergence(p
     assert (rung.scope, rung.learning_rate, refused) == ("all", None, ())
 
 
-def test_scales_are_tuned_where_memory_is_enough(pruned: MoeShape) -> None:
+def test_scales_are_tuned_where_memory_is_enough(pruned: ModelSpec) -> None:
     def lengths(role: Role, layer: int) -> int:
         return 32
 
@@ -117,7 +117,7 @@ def test_scales_are_tuned_where_memory_is_enough(pruned: MoeShape) -> None:
     assert tuning_rung(pruned, replace(_PLENTY, memory_bytes=1), [lengths]) is None
 
 
-def test_a_dense_student_has_no_routers_to_teach(pruned: MoeShape) -> None:
+def test_a_dense_student_has_no_routers_to_teach(pruned: ModelSpec) -> None:
     dense = replace(pruned, n_experts=1, top_k=1, expert_width=512)
     assert dense.is_dense
     choice, _ = choose_ladder("auto", dense, 2, _PLENTY, 0)
@@ -129,7 +129,7 @@ def test_a_dense_student_has_no_routers_to_teach(pruned: MoeShape) -> None:
         check_after_quantizing(taught, dense)
 
 
-def test_a_live_teacher_is_read_for_several_batches_if_it_does_not_stay(pruned: MoeShape) -> None:
+def test_a_live_teacher_is_read_for_several_batches_if_it_does_not_stay(pruned: ModelSpec) -> None:
     for stays, batches in ((True, 1), (False, 8)):
         choice, _ = choose_ladder("experts:ka", pruned, 2, replace(_PLENTY, models_stay=stays), 0)
         (rung,) = choice.rungs
@@ -137,20 +137,20 @@ def test_a_live_teacher_is_read_for_several_batches_if_it_does_not_stay(pruned: 
         assert schedule_of(choice, rung, 16).n_steps == 4, "two updates for each batch"
 
 
-def test_steps_are_small_unless_each_reads_the_model_again(pruned: MoeShape) -> None:
+def test_steps_are_small_unless_each_reads_the_model_again(pruned: ModelSpec) -> None:
     for stays, per_step in ((True, 2), (False, 8)):
         choice, _ = choose_ladder("auto", pruned, 2, replace(_PLENTY, models_stay=stays), 0)
         assert [rung.blocks_per_step for rung in choice.rungs] == [per_step, per_step]
 
 
-def test_rates_fall_with_the_hidden_size(pruned: MoeShape) -> None:
+def test_rates_fall_with_the_hidden_size(pruned: ModelSpec) -> None:
     wide = replace(pruned, hidden_size=8 * pruned.hidden_size)
     ladders = [choose_ladder("auto", shape, 2, _PLENTY, 0)[0].rungs for shape in (pruned, wide)]
     for rung, wider in zip(*ladders, strict=True):
         assert wider.learning_rate == pytest.approx(rung.learning_rate / 8)
 
 
-def test_a_short_text_makes_small_steps(pruned: MoeShape) -> None:
+def test_a_short_text_makes_small_steps(pruned: ModelSpec) -> None:
     machine = replace(_PLENTY, calibration_blocks=3, models_stay=False)
     choice, _ = choose_ladder("router", pruned, 2, machine, 0)
     assert (choice.rungs[0].blocks_per_step, choice.rungs[0].blocks) == (3, 3)

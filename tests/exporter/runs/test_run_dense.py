@@ -16,7 +16,7 @@ import onnx
 import pytest
 import yaml
 
-from compressors.model.description.config import read_shape
+from compressors.model.families.config import read_spec
 
 Run = Callable[[Sequence[str]], subprocess.CompletedProcess[str]]
 
@@ -60,7 +60,7 @@ def run(
     assert planned.returncode == 0, planned.stderr
     recipe = json.loads(planned.stdout)
     recipe["text"] |= _TEXT
-    embeddings = ["token_embd.weight"] if read_shape(source).tied_embeddings else ["token_embd.weight", "output.weight"]
+    embeddings = ["token_embd.weight"] if read_spec(source).tied_embeddings else ["token_embd.weight", "output.weight"]
     recipe["gguf"] |= {"tensors": dict.fromkeys(embeddings, "Q8_0"), "quantizer": "kernel"}  # the numbers of ONNX's
     recipe["onnx"] |= {"quantizer": "kernel"}
     (rung,) = recipe["recover"]["rungs"]
@@ -74,7 +74,7 @@ def run(
 
 def test_both_files_hold_the_dense_architecture_and_the_predicted_bytes(run: _Run) -> None:
     report, (in_gguf, in_onnx) = run.report, _ARCHITECTURES[run.model]
-    teacher = read_shape(run.source)
+    teacher = read_spec(run.source)
     student = report["student"]
     assert report["recipe"]["compress"]["student"] == "dense"
     assert (student["dense"], student["n_layers"]) == (True, 2)
@@ -120,7 +120,7 @@ def test_recovery_teaches_the_feed_forwards_as_nothing_else_could_be(run: _Run) 
 
 
 def test_page_card_and_terminal_say_that_it_is_dense(run: _Run) -> None:
-    teacher = read_shape(run.source)
+    teacher = read_spec(run.source)
     width = teacher.top_k * teacher.expert_width
     said = f"one dense feed-forward per layer ({width} wide, from {teacher.top_k} of {teacher.n_experts} experts)"
     page, card = ((run.out / name).read_text(encoding="utf-8") for name in ("report.html", "README.md"))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from compressors.model.description.config import read_shape
+from compressors.model.families.config import read_spec
 
 Command = Callable[..., Sequence[str]]
 
@@ -49,7 +49,7 @@ def test_merged_and_slimmed_experts_arrive_in_both_files(
         members = sorted(expert for group in layer["groups"] for expert in group)
         assert (members, layer["width"]) == (list(range(32)), 96), "each expert goes on living in some group"
     assert [len(kept) for kept in student["kept"]] == [12, 12]
-    shape = read_shape(toy_model)
+    shape = read_spec(toy_model)
     removed = 20 * (shape.expert_parameters + shape.hidden_size)  # experts, and their router rows
     removed += 12 * 3 * shape.hidden_size * 32  # neurons of those that are left
     assert student["parameters"] == shape.parameters - 2 * removed

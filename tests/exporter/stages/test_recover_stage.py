@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
 from compressors.model.sources.student import Student
 from exporter.pipeline.progress import Progress
 from exporter.pipeline.stage import StageContext

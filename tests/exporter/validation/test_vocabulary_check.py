@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from compressors.model.description.config import read_shape
 from compressors.model.description.special_tokens import special_tokens
 from compressors.model.errors import InputError, UnsupportedError
+from compressors.model.families.config import read_spec
 from compressors.model.sources.tokenizer_files import load_tokenizer, tokens_of
 from exporter.validation.vocabulary_check import vocabulary_deviations
 from exporter.writing.gguf.container import render_header, render_values, string
@@ -62,7 +62,7 @@ def _add(folder: Path, texts: Sequence[str], **flags: bool) -> list[int]:
 
 
 def _deviations(folder: Path, name: str = "toy") -> list[str]:
-    return list(vocabulary_deviations(folder, read_shape(folder), name))
+    return list(vocabulary_deviations(folder, read_spec(folder), name))
 
 
 def _cuts(folder: Path) -> list[str]:
@@ -71,7 +71,7 @@ def _cuts(folder: Path) -> list[str]:
 
 
 def _in_llama_cpp(folder: Path, texts: Sequence[str] = ()) -> LlamaTokens:
-    values = {"general.architecture": string("qwen3moe"), **vocabulary_metadata(folder, read_shape(folder).vocab_size)}
+    values = {"general.architecture": string("qwen3moe"), **vocabulary_metadata(folder, read_spec(folder).vocab_size)}
     path = folder / "vocabulary.gguf"
     path.write_bytes(render_header(len(values), render_values(values), []))
     return ask_llama_cpp(path, texts)

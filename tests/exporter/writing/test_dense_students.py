@@ -19,9 +19,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compressors.calibration.statistics import StatisticsCollector, importance
-from compressors.model.description.shape import NO_MOE, MoeSize
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import NO_MOE, MoeSize
 from compressors.model.errors import UnsupportedError
-from compressors.model.families.table import Role
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, Student

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
-from compressors.model.description.config import read_shape
+from compressors.model.families.config import read_spec
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import Student
 from exporter.writing.gguf.writer import write_gguf
@@ -48,7 +48,7 @@ def test_the_onnx_folder_names_both(source: Path, tmp_path: Path) -> None:
     assert _read(tmp_path / "genai_config.json")["model"]["eos_token_id"] == [_END, _BASE]
     assert _read(tmp_path / "generation_config.json") == _read(source / "generation_config.json")
     assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [_END, _BASE]
-    assert read_shape(tmp_path).eos_token_ids == (_END, _BASE)
+    assert read_spec(tmp_path).eos_token_ids == (_END, _BASE)
     assert set(AutoTokenizer.from_pretrained(tmp_path).chat_template) == {"default", "tool_use"}
 
 

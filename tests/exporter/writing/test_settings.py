@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from compressors.calibration.splits import read_splits
-from compressors.model.description.shape import MoeSize
+from compressors.model.description.spec import MoeSize
 from compressors.model.errors import BudgetError, InputError, UnsupportedError
 from compressors.model.files.gguf_file import GgufFile
 from compressors.model.sources.checkpoint import Checkpoint

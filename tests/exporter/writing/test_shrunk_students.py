@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from compressors.calibration.statistics import LayerStatistics, StatisticsCollector, importance
-from compressors.model.description.shape import NO_MOE, MoeSize
+from compressors.model.description.spec import NO_MOE, MoeSize
 from compressors.model.errors import UnsupportedError
 from compressors.model.predictions.routing import NO_EXPERT, Routing
 from compressors.model.running.recorder import RoutingRecorder

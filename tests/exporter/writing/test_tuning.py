@@ -12,8 +12,8 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader
 
+from compressors.model.description.roles import Role
 from compressors.model.errors import InputError
-from compressors.model.families.table import Role
 from compressors.model.files.weight_file import StoredTensors
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.gguf import GgufWeights

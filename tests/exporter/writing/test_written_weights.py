@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from benchmarks.same_blocks import types_of_onnx
+from compressors.model.description.roles import Role
 from compressors.model.errors import InputError
-from compressors.model.families.table import Role
 from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
 from compressors.model.running.layers import LayerReader, layer_bytes
 from compressors.model.sources.checkpoint import Checkpoint

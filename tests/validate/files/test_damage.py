@@ -19,7 +19,7 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks.damage.metadata import rewrite
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
 from compressors.model.files.ggml import GGMLQuantizationType, dequantize_rows, ggml_library_for, row_bytes
 from compressors.model.files.gguf_file import GgufFile
 from compressors.model.sources.checkpoint import Checkpoint

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from compressors.model.description.roles import Role
 from compressors.model.errors import InputError, MoeExportError
-from compressors.model.families.table import Role
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, Student
 from exporter.writing.gguf.writer import write_gguf

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
 from compressors.model.predictions.routing import Routing
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, LayerMap, Student

@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from compressors.model.description.config import read_shape
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
-from compressors.model.families.table import Role
+from compressors.model.families.config import read_spec
 from compressors.model.running.recorder import RoutingRecorder
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.checkpoint import Checkpoint
@@ -61,7 +61,7 @@ def test_logits_and_routing_are_those_of_transformers(
     for tokens, output in zip(chunks, outputs, strict=True):
         with torch.no_grad():
             expected = reference(torch.tensor(tokens[None]), output_router_logits=True)
-        same_LT = _same_experts(output, expected.router_logits, read_shape(family_folder))
+        same_LT = _same_experts(output, expected.router_logits, read_spec(family_folder))
         differing += int((~same_LT).sum())
         positions += same_LT.size
         scored = scored_positions(len(tokens))
@@ -71,7 +71,7 @@ def test_logits_and_routing_are_those_of_transformers(
 
 
 def _same_experts(
-    output: ChunkOutput, router_logits: tuple[torch.Tensor, ...], shape: MoeShape
+    output: ChunkOutput, router_logits: tuple[torch.Tensor, ...], shape: ModelSpec
 ) -> npt.NDArray[np.bool_]:
     """bool [L, T]: whether the routed sets agree; where they do, so must the applied weights."""
     logits_LTE = torch.stack([each.reshape(-1, each.shape[-1]) for each in router_logits])

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from compressors.calibration.statistics import LayerStatistics
-from compressors.model.description.config import read_shape
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
-from compressors.model.families.table import Role
+from compressors.model.families.config import read_spec
 from compressors.model.sources.student import ExpertMap
 from exporter.writing.gguf.imatrix import read_imatrix, write_imatrix
 from exporter.writing.gguf.layout import plan_tensors
@@ -27,12 +27,12 @@ Arrays = dict[str, npt.NDArray[np.float32]]
 
 
 @pytest.fixture
-def shape(fine_folder: Path) -> MoeShape:
+def shape(fine_folder: Path) -> ModelSpec:
     """Two layers of five experts."""
-    return replace(read_shape(fine_folder), n_layers=2).with_experts(5)
+    return replace(read_spec(fine_folder), n_layers=2).with_experts(5)
 
 
-def _statistics(shape: MoeShape) -> list[LayerStatistics]:
+def _statistics(shape: ModelSpec) -> list[LayerStatistics]:
     """Random ones; the last expert of each layer saw no token."""
     generator = torch.Generator().manual_seed(0)
     layers = []
@@ -67,14 +67,14 @@ def _read(path: Path) -> Arrays:
 
 
 @pytest.fixture
-def written(shape: MoeShape, tmp_path: Path) -> Path:
+def written(shape: ModelSpec, tmp_path: Path) -> Path:
     """Our statistics in a file."""
     path = tmp_path / "imatrix.gguf"
     write_imatrix(path, shape, _statistics(shape), ExpertMap.identity(shape), ["text.txt"])
     return path
 
 
-def test_the_file_is_what_llama_imatrix_writes(shape: MoeShape, written: Path) -> None:
+def test_the_file_is_what_llama_imatrix_writes(shape: ModelSpec, written: Path) -> None:
     fields = {key: field.contents() for key, field in gguf.GGUFReader(written).fields.items()}
     assert fields["general.type"] == "imatrix"
     assert fields["imatrix.datasets"] == ["text.txt"]
@@ -92,7 +92,7 @@ def test_the_file_is_what_llama_imatrix_writes(shape: MoeShape, written: Path) -
         np.testing.assert_array_equal(found[f"blk.{index}.ffn_up_exps.weight.counts"], layer.count_E.float()[:, None])
 
 
-def test_vectors_are_those_of_llama_quantize(shape: MoeShape, written: Path) -> None:
+def test_vectors_are_those_of_llama_quantize(shape: ModelSpec, written: Path) -> None:
     """``load_imatrix`` in tools/quantize/quantize.cpp: sums over counts, ones where there were no tokens."""
     matrix, stored = read_imatrix(written, shape), _read(written)
     matrices = [tensor for tensor in plan_tensors(shape, "F32") if tensor.is_matrix and not tensor.role.is_global]
@@ -108,7 +108,7 @@ def test_vectors_are_those_of_llama_quantize(shape: MoeShape, written: Path) -> 
     assert (matrix[Role.EXPERT_DOWN, 1][-1] == 1).all()
 
 
-def test_a_student_s_file_has_its_own_numbering(shape: MoeShape, tmp_path: Path) -> None:
+def test_a_student_s_file_has_its_own_numbering(shape: ModelSpec, tmp_path: Path) -> None:
     layers = _statistics(shape)
     student = shape.with_experts(2)
     experts = ExpertMap.keeping(5, [[3, 1], [0, 4]])
@@ -119,7 +119,7 @@ def test_a_student_s_file_has_its_own_numbering(shape: MoeShape, tmp_path: Path)
         assert torch.equal(down[row], sums / count)
 
 
-def test_a_head_that_the_file_has_is_used(shape: MoeShape, written: Path, tmp_path: Path) -> None:
+def test_a_head_that_the_file_has_is_used(shape: ModelSpec, written: Path, tmp_path: Path) -> None:
     untied = replace(shape, tied_embeddings=False)
     assert (Role.HEAD, None) not in read_imatrix(written, untied)
     head = {"output.weight.in_sum2": np.full((1, 256), 6, np.float32)}
@@ -143,7 +143,7 @@ def _to_dat(path: Path, stored: Arrays, n_chunks: int) -> Path:
 
 
 @pytest.mark.parametrize("n_chunks", [0, 1, 4])
-def test_the_older_format_is_read(shape: MoeShape, written: Path, tmp_path: Path, n_chunks: int) -> None:
+def test_the_older_format_is_read(shape: ModelSpec, written: Path, tmp_path: Path, n_chunks: int) -> None:
     stored = _read(written)
     path = _to_dat(tmp_path / "imatrix.dat", stored, n_chunks)
     expected = read_imatrix(written, shape)
@@ -152,7 +152,7 @@ def test_the_older_format_is_read(shape: MoeShape, written: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("length", [0, 3, 40, 5000])
-def test_a_file_that_is_cut_off_is_refused(shape: MoeShape, written: Path, tmp_path: Path, length: int) -> None:
+def test_a_file_that_is_cut_off_is_refused(shape: ModelSpec, written: Path, tmp_path: Path, length: int) -> None:
     dat = _to_dat(tmp_path / "x.dat", _read(written), 2)
     for path in (written, dat):
         cut = tmp_path / "cut"
@@ -161,11 +161,11 @@ def test_a_file_that_is_cut_off_is_refused(shape: MoeShape, written: Path, tmp_p
             read_imatrix(cut, shape)
 
 
-def test_what_does_not_fit_is_refused_by_name(shape: MoeShape, written: Path, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused_by_name(shape: ModelSpec, written: Path, tmp_path: Path) -> None:
     stored = _read(written)
     down = "blk.1.ffn_down_exps.weight"
 
-    def refused(path: Path, said: str, model: MoeShape = shape) -> None:
+    def refused(path: Path, said: str, model: ModelSpec = shape) -> None:
         with pytest.raises(InputError, match=said):
             read_imatrix(path, model)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from compressors.model.description.config import read_shape
+from compressors.model.description.roles import Role
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.families.table import Role
+from compressors.model.families.config import read_spec
 from compressors.quantize import GGMLQuantizationType
 from exporter.writing.gguf.layout import Quantization, bits_per_weight, plan_tensors, quantization
 from exporter.writing.gguf.mixes import MIXES
@@ -17,13 +17,13 @@ from exporter.writing.gguf.mixes import MIXES
 
 @pytest.mark.parametrize("preset", MIXES)
 def test_routers_and_norms_are_float32(family_folder: Path, preset: str) -> None:
-    for tensor in plan_tensors(read_shape(family_folder), preset):
+    for tensor in plan_tensors(read_spec(family_folder), preset):
         if tensor.role is Role.ROUTER or "norm" in tensor.role.value:
             assert tensor.ggml_type is GGMLQuantizationType.F32
 
 
 def test_experts_of_a_layer_are_one_tensor(fine_folder: Path) -> None:
-    tensors = {tensor.name: tensor for tensor in plan_tensors(read_shape(fine_folder).with_experts(7), "Q4_K_S")}
+    tensors = {tensor.name: tensor for tensor in plan_tensors(read_spec(fine_folder).with_experts(7), "Q4_K_S")}
     assert tensors["blk.5.ffn_gate_exps.weight"].shape == (7, 128, 256)
     assert tensors["blk.5.ffn_down_exps.weight"].shape == (7, 256, 128)
     assert tensors["blk.5.ffn_gate_inp.weight"].shape == (7, 256)
@@ -35,14 +35,14 @@ def test_experts_of_a_layer_are_one_tensor(fine_folder: Path) -> None:
 
 
 def test_an_untied_head_is_written(fine_folder: Path) -> None:
-    shape = replace(read_shape(fine_folder), tied_embeddings=False)
+    shape = replace(read_spec(fine_folder), tied_embeddings=False)
     head = next(tensor for tensor in plan_tensors(shape, "Q4_0") if tensor.role is Role.HEAD)
     assert (head.name, head.shape) == ("output.weight", (4096, 256))
     assert head.ggml_type is GGMLQuantizationType.Q6_K
 
 
 def test_what_llama_cpp_cannot_run_is_refused(fine_folder: Path) -> None:
-    shape = read_shape(fine_folder)
+    shape = read_spec(fine_folder)
     with pytest.raises(UnsupportedError, match="always normalises"):
         plan_tensors(replace(shape, normalize_top_k=False), "Q8_0")
     with pytest.raises(UnsupportedError, match="at most 1024 experts"):
@@ -52,7 +52,7 @@ def test_what_llama_cpp_cannot_run_is_refused(fine_folder: Path) -> None:
 
 
 def test_what_llama_cpp_s_olmoe_cannot_run_is_refused(olmoe_folder: Path) -> None:
-    shape = read_shape(olmoe_folder)
+    shape = read_spec(olmoe_folder)
     with pytest.raises(UnsupportedError, match="olmoe graph never normalises"):
         plan_tensors(replace(shape, normalize_top_k=True), "Q8_0")
     for wrong in (replace(shape, n_kv_heads=2), replace(shape, head_dim=16)):
@@ -63,7 +63,7 @@ def test_what_llama_cpp_s_olmoe_cannot_run_is_refused(olmoe_folder: Path) -> Non
 
 
 def test_tensors_can_be_given_types_of_their_own(fine_folder: Path) -> None:
-    shape = read_shape(fine_folder)
+    shape = read_spec(fine_folder)
     types = {"blk.0.ffn_down_exps.weight": "Q2_0", "blk.5.attn_v.weight": "Q8_0", "token_embd.weight": "F16"}
     mix = {tensor.name: tensor for tensor in plan_tensors(shape, "IQ2_M")}
     for tensor in plan_tensors(shape, "IQ2_M", types):
@@ -94,11 +94,11 @@ def test_tensors_can_be_given_types_of_their_own(fine_folder: Path) -> None:
 )
 def test_types_that_a_tensor_cannot_have_are_refused(fine_folder: Path, name: str, type_name: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
-        plan_tensors(read_shape(fine_folder), "Q4_0", {name: type_name})
+        plan_tensors(read_spec(fine_folder), "Q4_0", {name: type_name})
 
 
 def test_a_file_of_other_types_than_a_mix_s_is_called_by_its_bits(fine_folder: Path) -> None:
-    shape = read_shape(fine_folder)
+    shape = read_spec(fine_folder)
     assert quantization(shape, "Q4_K") == Quantization("Q4_K_M", 15)
     assert quantization(shape, "Q4_K_M", {"blk.5.attn_v.weight": "Q6_K"}) == Quantization("Q4_K_M", 15)  # as in the mix
     assert quantization(shape, "Q4_K_M", {"blk.5.attn_v.weight": "Q8_0"}) == Quantization("Q5_MIX", 15)

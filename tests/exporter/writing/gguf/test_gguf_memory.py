@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from compressors.model.description.config import read_shape
 from compressors.model.errors import InputError, UnsupportedError
+from compressors.model.families.config import read_spec
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import Student
 from exporter.writing.gguf.memory import predict_runtime_bytes
@@ -41,12 +41,12 @@ def test_prediction_is_an_upper_bound_and_close(file: Path, family_folder: Path,
     command = [sys.executable, "-c", _MEASURE, str(file), str(context), kv_type]
     cost = json.loads(subprocess.run(command, cwd=_REPOSITORY, capture_output=True, text=True, check=True).stdout)
     taken = cost["peak_rss_bytes"] - cost["base_rss_bytes"]
-    predicted = sum(predict_runtime_bytes(read_shape(family_folder), file.stat().st_size, context, kv_type).values())
+    predicted = sum(predict_runtime_bytes(read_spec(family_folder), file.stat().st_size, context, kv_type).values())
     assert taken <= predicted <= max(1.25 * taken, taken + _SMALL)
 
 
 def test_every_expert_and_every_layer_counts(fine_folder: Path) -> None:
-    shape = read_shape(fine_folder)
+    shape = read_spec(fine_folder)
     lines = predict_runtime_bytes(shape, 1000, 300, "f16")
     assert lines["weights"] == 1000
     assert lines["kv_cache"] == 6 * 512 * 2 * 4 * 32 * 2  # 300 tokens are rounded up to 512
@@ -55,11 +55,11 @@ def test_every_expert_and_every_layer_counts(fine_folder: Path) -> None:
 
 def test_unknown_cache_types_are_refused(fine_folder: Path) -> None:
     with pytest.raises(InputError, match="--kv-type q3: no such type; choose one of f32, f16, q8_0, q4_0"):
-        predict_runtime_bytes(read_shape(fine_folder), 1, 512, "q3")
+        predict_runtime_bytes(read_spec(fine_folder), 1, 512, "q3")
 
 
 @pytest.mark.parametrize("kv_type", ["q8_0", "q4_0"])
 def test_heads_that_are_no_whole_blocks_of_a_quantized_cache_are_refused(fine_folder: Path, kv_type: str) -> None:
-    shape = replace(read_shape(fine_folder), head_dim=48)
+    shape = replace(read_spec(fine_folder), head_dim=48)
     with pytest.raises(UnsupportedError, match=f"--kv-type {kv_type}: .* blocks of 32, .* heads are 48 wide"):
         predict_runtime_bytes(shape, 1, 512, kv_type)

@@ -10,9 +10,9 @@ from typing import Any
 import gguf
 import pytest
 
-from compressors.model.description.config import read_shape
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
+from compressors.model.families.config import read_spec
 from exporter.writing.gguf.container import TensorEntry, render_header, render_values
 from exporter.writing.gguf.layout import plan_tensors
 from exporter.writing.gguf.metadata import gguf_file_name, model_metadata, moe_size_label, source_license
@@ -28,7 +28,7 @@ def folder(fine_folder: Path, tmp_path: Path) -> Path:
 
 
 def _read(folder: Path, name: str = "org/Fine-Instruct-v1.1", preset: str = "Q4_K") -> dict[str, Any]:
-    metadata = model_metadata(read_shape(folder), folder, name, preset)
+    metadata = model_metadata(read_spec(folder), folder, name, preset)
     path = folder / "m.gguf"
     path.write_bytes(render_header(len(metadata), render_values(metadata), []))
     fields = gguf.GGUFReader(path).fields
@@ -137,7 +137,7 @@ def test_a_damaged_card_is_refused(folder: Path) -> None:
 
 @pytest.mark.parametrize("n_experts", [1, 7, 32])
 def test_size_label_is_gguf_pys(family_folder: Path, n_experts: int) -> None:
-    shape = read_shape(family_folder).with_experts(n_experts)
+    shape = read_spec(family_folder).with_experts(n_experts)
     writer = gguf.GGUFWriter(None, shape.family.gguf.architecture)
     for tensor in plan_tensors(shape, "F32"):
         writer.add_tensor_info(tensor.name, tensor.shape, None, tensor.n_bytes, raw_dtype=tensor.ggml_type)
@@ -145,7 +145,7 @@ def test_size_label_is_gguf_pys(family_folder: Path, n_experts: int) -> None:
 
 
 def test_file_name_follows_the_convention(fine_folder: Path) -> None:
-    shape: MoeShape = read_shape(fine_folder).with_experts(24)
+    shape: ModelSpec = read_spec(fine_folder).with_experts(24)
     size = moe_size_label(shape)
     assert gguf_file_name("org/My Model", shape, "Q4_K") == f"My-Model-{size}-Q4_K_M.gguf"  # llama-quantize's alias
     types = {"blk.0.attn_v.weight": "Q8_0"}

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from compressors.calibration.statistics import Importance
-from compressors.model.description.config import read_shape
-from compressors.model.description.shape import MoeShape, MoeSize
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import ModelSpec, MoeSize
+from compressors.model.families.config import read_spec
 from compressors.model.files.gguf_file import GgufFile
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, Student
@@ -27,7 +27,7 @@ from tests.llama_quantize import quantize, types_in_a_dry_run
 from validate.files.model_file import find_model_file
 
 
-def _header_alone(shape: MoeShape, folder: Path, path: Path) -> None:
+def _header_alone(shape: ModelSpec, folder: Path, path: Path) -> None:
     """A float32 file whose weights are holes."""
     tensors = plan_tensors(shape, "F32")
     entries = [TensorEntry(tensor.name, tensor.shape, tensor.ggml_type, tensor.n_bytes) for tensor in tensors]
@@ -38,7 +38,7 @@ def _header_alone(shape: MoeShape, folder: Path, path: Path) -> None:
         file.truncate(len(header) + sum(aligned(tensor.n_bytes) for tensor in tensors))
 
 
-def _sized(shape: MoeShape, n_layers: int, n_experts: int, expert_width: int, n_kv_heads: int) -> MoeShape:
+def _sized(shape: ModelSpec, n_layers: int, n_experts: int, expert_width: int, n_kv_heads: int) -> ModelSpec:
     sizes = [MoeSize(n_experts, expert_width)] * n_layers
     return replace(shape, n_kv_heads=n_kv_heads, vocab_size=64).with_sizes(sizes)
 
@@ -67,7 +67,7 @@ def test_types_are_those_of_llama_quantize(
     tied: bool,
 ) -> None:
     folder = request.getfixturevalue(f"{family}_folder")
-    shape = replace(read_shape(folder), tied_embeddings=tied)
+    shape = replace(read_spec(folder), tied_embeddings=tied)
     shape = _sized(shape, n_layers, n_experts, expert_width, n_kv_heads if family != "olmoe" else shape.n_kv_heads)
     _header_alone(shape, folder, tmp_path / "x.gguf")
     for mix in MIXES.values():
@@ -102,7 +102,7 @@ def test_files_are_those_of_llama_quantize(
     assert ours.path.stat().st_size == theirs.path.stat().st_size
 
 
-def _importance(shape: MoeShape) -> Importance:
+def _importance(shape: ModelSpec) -> Importance:
     """Of every matrix but the embedding."""
     random = torch.Generator().manual_seed(0)
     experts = {Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN}

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from compressors.calibration.statistics import Importance, StatisticsCollector, importance
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
 from compressors.model.files.ggml_types import GGMLQuantizationType
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.checkpoint import Checkpoint

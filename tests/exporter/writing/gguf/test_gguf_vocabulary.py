@@ -15,8 +15,8 @@ import llama_cpp.llama_cpp as api
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from compressors.model.description.config import read_shape
 from compressors.model.errors import InputError, UnsupportedError
+from compressors.model.families.config import read_spec
 from exporter.validation.vocabulary_check import vocabulary_deviations
 from exporter.writing.gguf.container import render_header, render_values
 from exporter.writing.gguf.metadata import model_metadata
@@ -30,7 +30,7 @@ _AWKWARD = (
 
 
 def _write_vocabulary(folder: Path, path: Path) -> None:
-    shape = read_shape(folder)
+    shape = read_spec(folder)
     metadata = {
         **model_metadata(shape, folder, "vocabulary", "F32"),
         **vocabulary_metadata(folder, shape.vocab_size),
@@ -167,7 +167,7 @@ def test_close_pre_tokenizers_are_named_with_their_texts(
     data = json.loads(tokenizer.to_str())
     data["model"]["ignore_merges"] = ignore_merges
     (folder_with_tokenizer / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
-    said = list(vocabulary_deviations(folder_with_tokenizer, read_shape(folder_with_tokenizer), "toy"))
+    said = list(vocabulary_deviations(folder_with_tokenizer, read_spec(folder_with_tokenizer), "toy"))
     assert any("combining marks" in sentence for sentence in said)
 
 

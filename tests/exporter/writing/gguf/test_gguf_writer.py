@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from compressors.calibration.statistics import Importance
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
-from compressors.model.families.table import Role
 from compressors.model.files.ggml_types import GGMLQuantizationType
 from compressors.model.files.gguf_file import GgufFile
 from compressors.model.sources.checkpoint import Checkpoint
@@ -43,7 +43,7 @@ def _keep(checkpoint: Checkpoint, n_experts: int) -> Student:
     return Student(checkpoint, ExpertMap.keeping(total, kept))
 
 
-def _importance(shape: MoeShape) -> Importance:
+def _importance(shape: ModelSpec) -> Importance:
     random = torch.Generator().manual_seed(0)
     importance = {}
     for layer in range(shape.n_layers):

@@ -9,8 +9,8 @@ import onnxruntime_genai
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
-from compressors.model.description.config import read_shape
 from compressors.model.errors import InputError
+from compressors.model.families.config import read_spec
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, Student
 from exporter.writing.onnx.clients import write_client_files
@@ -67,7 +67,7 @@ def test_genai_reads_the_tokenizer(folder: Path) -> None:
 
 
 def test_config_describes_the_student(folder: Path, student: Student) -> None:
-    assert read_shape(folder) == with_context(student.shape, _CONTEXT)
+    assert read_spec(folder) == with_context(student.shape, _CONTEXT)
     assert AutoConfig.from_pretrained(folder).num_experts_per_tok == student.shape.top_k
     genai = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
     assert genai["model"]["context_length"] == genai["search"]["max_length"] == _CONTEXT

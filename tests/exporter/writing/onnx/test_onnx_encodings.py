@@ -14,9 +14,9 @@ import onnx
 import pytest
 import torch
 
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.families.table import Role
 from compressors.model.files.integer_blocks import BlockType
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.onnx import DATA_FILE, MODEL_FILE, OnnxWeights
@@ -241,7 +241,7 @@ def test_dense_models_have_units_too(student: Student, tmp_path: Path, heldout_t
     assert np.abs(_logits(OnnxRuntimeBackend(tmp_path, threads=1), heldout_tokens[:64]) - expected).max() < _INT8
 
 
-def _shape_of_rows(shape: MoeShape, expert_width: int) -> MoeShape:
+def _shape_of_rows(shape: ModelSpec, expert_width: int) -> ModelSpec:
     return replace(shape, expert_width=expert_width)
 
 

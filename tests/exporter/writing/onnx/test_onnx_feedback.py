@@ -13,7 +13,7 @@ import torch
 from compressors.calibration.layer_inputs import write_layer_inputs
 from compressors.calibration.second_moments import SecondMoments
 from compressors.calibration.splits import read_splits, tokenize
-from compressors.model.families.table import Role
+from compressors.model.description.roles import Role
 from compressors.model.running.streaming import StreamedModel
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.onnx import OnnxWeights

@@ -11,8 +11,8 @@ import onnx
 import pytest
 import torch
 
+from compressors.model.description.roles import Role
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.families.table import Role
 from compressors.model.files.onnx_blocks import from_q4_0, pack
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, Student

@@ -1,6 +1,6 @@
 """Compares a shape that was read from ``config.json`` with what transformers makes of the same file.
 
-A net under :mod:`compressors.model.description.config`: should a version of transformers take a setting in another way,
+A net under :mod:`compressors.model.families.config`: should a version of transformers take a setting in another way,
 the run ends with the setting's name before any work, not with a file that computes something else.
 """
 
@@ -13,18 +13,18 @@ from typing import Any
 import torch
 
 from compressors.model.description.rope import Rope, RopeKind
-from compressors.model.description.shape import MoeShape
+from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import UnsupportedError
 
 __all__ = ["check_against_transformers"]
 
 
-def check_against_transformers(folder: Path, shape: MoeShape) -> None:
+def check_against_transformers(folder: Path, spec: ModelSpec) -> None:
     """Checks that transformers would compute with the same settings.
 
     Args:
         folder: of the checkpoint.
-        shape: as its ``config.json`` was read; whether the head is tied, its weights decide.
+        spec: as its ``config.json`` was read; whether the head is tied, its weights decide.
 
     Raises:
         UnsupportedError: transformers refuses the file, or a setting differs; the message names it.
@@ -38,7 +38,7 @@ def check_against_transformers(folder: Path, shape: MoeShape) -> None:
     except Exception as error:  # strict configurations raise many kinds, and nothing else can fail here
         lines = " ".join(str(error).split())
         raise UnsupportedError(f"{path}: transformers refuses it ({lines})") from None
-    for name, ours, theirs in _settings(config, shape):
+    for name, ours, theirs in _settings(config, spec):
         if ours != theirs:
             raise UnsupportedError(
                 f"{path}: {name} is {ours!r} as this tool reads it, and {theirs!r} as the installed transformers does: "
@@ -46,34 +46,16 @@ def check_against_transformers(folder: Path, shape: MoeShape) -> None:
             )
 
 
-def _settings(config: Any, shape: MoeShape) -> Iterator[tuple[str, object, object]]:
-    keys = shape.family.config_keys
-    named = {
-        "num_hidden_layers": shape.n_layers,
-        "hidden_size": shape.hidden_size,
-        "num_attention_heads": shape.n_heads,
-        "num_key_value_heads": shape.n_kv_heads,
-        keys.n_experts: shape.n_experts,
-        "num_experts_per_tok": shape.top_k,
-        keys.expert_width: shape.expert_width,
-        "vocab_size": shape.vocab_size,
-        "rms_norm_eps": shape.rms_norm_eps,
-    }
-    if keys.normalize_top_k is not None:
-        named[keys.normalize_top_k] = shape.normalize_top_k
-    for name, value in named.items():
+def _settings(config: Any, spec: ModelSpec) -> Iterator[tuple[str, object, object]]:
+    if getattr(config, "head_dim", None) is None:  # transformers' functions do not all work it out
+        config.head_dim = config.hidden_size // config.num_attention_heads
+    for name, value in spec.family.settings(spec).items():
         yield name, value, getattr(config, name)
-    yield (
-        "head_dim",
-        shape.head_dim,
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-    )
     window = getattr(config, "sliding_window", None)
-    yield "sliding_window", shape.window, window
+    yield "sliding_window", spec.window, window
     longest = config.max_position_embeddings if window is None else min(config.max_position_embeddings, window)
-    yield "max_position_embeddings", shape.context_length, longest
-    config.head_dim = shape.head_dim  # which transformers' functions do not all work out
-    yield from _rope_settings(config, shape.rope)
+    yield "max_position_embeddings", spec.context_length, longest
+    yield from _rope_settings(config, spec.rope)
 
 
 def _rope_settings(config: Any, rope: Rope) -> Iterator[tuple[str, object, object]]:

@@ -1,0 +1,92 @@
+"""The description of an architecture: how its configuration is read, and what the two containers make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from compressors.model.description.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from compressors.model.description.settings import Settings
+    from compressors.model.description.spec import ModelSpec
+
+__all__ = ["ConfigValues", "DenseForm", "Family", "GgufFamily", "GgufValue", "SkippedPart"]
+
+GgufValue = str | int | float | bool
+"""A value of a GGUF file's metadata: whole numbers are uint32, and floats are float32."""
+
+ConfigValues = Mapping[str, Any]
+"""Settings of ``config.json``."""
+
+
+@dataclass(frozen=True)
+class GgufFamily:
+    """The family in llama.cpp (``src/llama-arch.cpp``, ``src/models/``, ``conversion/`` of llama.cpp).
+
+    Attributes:
+        architecture: llama.cpp's name.
+        keys: gives the keys under the architecture's name, those of the rotary scaling left out.
+        refusal: says what of a model llama.cpp's graph, with its fixed assumptions, cannot compute; None: nothing.
+        takes_rope_factors: its graph divides the rotary angles by a tensor of the file.
+    """
+
+    architecture: str
+    keys: Callable[[ModelSpec], Mapping[str, GgufValue]]
+    refusal: Callable[[ModelSpec], str | None] = lambda _spec: None
+    takes_rope_factors: bool = False
+
+
+@dataclass(frozen=True)
+class SkippedPart:
+    """Tensors of a checkpoint that are read past.
+
+    Attributes:
+        pattern: a regular expression that the whole name matches.
+        name: what they are, for ``inspect`` and the plan.
+    """
+
+    pattern: str
+    name: str
+
+
+@dataclass(frozen=True)
+class DenseForm:
+    """The dense architecture that differs from a MoE family in nothing but the feed-forward.
+
+    It computes what the MoE model does when each layer has one expert, which every token chooses with weight 1.
+
+    Attributes:
+        family: the dense architecture; it reads no checkpoint.
+        tensors: the three matrices of its feed-forward, which are those of the one expert.
+    """
+
+    family: Family
+    tensors: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture.
+
+    Attributes:
+        model_type: as in ``config.json``.
+        architecture: transformers' class.
+        edited: changes a ``config.json`` so that it describes a model of this architecture: counts, lists by layer.
+        settings: gives the settings of ``config.json`` that describe a model, by key, those of the rotary embedding
+            and of windows left out.
+        gguf: the architecture in llama.cpp.
+        read: makes the description of a model from its ``config.json``; None: it is only written.
+        skipped: parts of checkpoints that are left out.
+        dense: its counterpart without experts; None: there is none.
+    """
+
+    model_type: str
+    architecture: str
+    edited: Callable[[ModelSpec, ConfigValues], dict[str, Any]]
+    settings: Callable[[ModelSpec], ConfigValues]
+    gguf: GgufFamily
+    read: Callable[[Settings], ModelSpec] | None = None
+    skipped: tuple[SkippedPart, ...] = ()
+    dense: DenseForm | None = None

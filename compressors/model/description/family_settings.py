@@ -1,0 +1,165 @@
+"""The settings of ``config.json`` as one family reads them: with transformers' defaults, and refusals by name.
+
+``AutoConfig`` of transformers is the truth: what is absent takes its class's default, null is refused where it refuses
+null, and of two spellings the one counts that it takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from compressors.model.description.family import Family
+from compressors.model.description.rope import Rope
+from compressors.model.description.rope_config import read_rope
+from compressors.model.description.settings import Settings
+from compressors.model.errors import InputError, UnsupportedError
+from compressors.model.names import shown
+
+__all__ = ["FamilySettings"]
+
+_ATTENTION_KINDS = ("full_attention", "sliding_attention")
+_MODELS_IN_MODELS = (("per_layer_config", "settings of single layers"), ("text_config", "a model inside a model"))
+
+
+class FamilySettings:
+    """Reads one family's settings.
+
+    Args:
+        settings: those of the file.
+        family: the family.
+        defaults: transformers' defaults of settings that a file may leave out.
+        nullable: settings whose null means the same to transformers as their absence.
+    """
+
+    def __init__(
+        self, settings: Settings, family: Family, defaults: Mapping[str, Any], nullable: Collection[str] = ()
+    ) -> None:
+        self.settings = settings
+        self.family = family
+        self._defaults = defaults
+        self._nullable = nullable
+
+    @property
+    def folder(self) -> Path:
+        """The checkpoint's folder."""
+        return self.settings.path.parent
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A positive whole number; where it is absent, the family's default, else ``default``."""
+        default = self._defaults.get(key, default)
+        if key in self._nullable and self.settings.raw.get(key, 0) is None and default is not None:
+            return default
+        return self.settings.count(key, default)
+
+    def number(self, key: str) -> float:
+        """A positive number; where it is absent, the family's default."""
+        return self.settings.number(key, self._defaults.get(key))
+
+    def flag(self, key: str, *, default: bool) -> bool:
+        """True or false."""
+        return self.settings.flag(key, default=default)
+
+    def require(self, key: str, *allowed: object) -> None:
+        """Refuses any other value than these; the first one counts where the setting is absent.
+
+        Raises:
+            UnsupportedError: the setting has another value.
+        """
+        value = self.settings.raw.get(key, allowed[0])
+        if value not in allowed:
+            raise UnsupportedError(
+                f"{self.settings.named(key)} is {value!r}; {self.family.model_type} is supported only with "
+                f"{' or '.join(repr(item) for item in allowed)}"
+            )
+
+    def refuse_what_no_family_can_do(self) -> None:
+        """Refuses settings of transformers itself that change what a layer computes, whatever the family.
+
+        Raises:
+            UnsupportedError: there is one; the message names it.
+        """
+        settings = self.settings
+        if not settings.raw.get("is_causal", True):
+            raise UnsupportedError(
+                f"{settings.named('is_causal')} is {shown(settings.raw['is_causal'])}: attention to later tokens "
+                "is not supported, because neither container can generate with it"
+            )
+        for key, what in _MODELS_IN_MODELS:
+            if settings.raw.get(key) is not None:
+                raise UnsupportedError(
+                    f"{settings.named(key)}: {what} cannot be represented; give the checkpoint of a "
+                    f"{self.family.architecture}"
+                )
+        kinds = settings.raw.get("layer_types")
+        n_layers = self.count("num_hidden_layers")
+        if kinds is not None and not _are_kinds(kinds, n_layers):
+            raise UnsupportedError(
+                f"{settings.named('layer_types')} must name {' or '.join(_ATTENTION_KINDS)} for each of the "
+                f"{n_layers} layers of num_hidden_layers, not {shown(kinds)}"
+            )
+
+    def heads(self) -> tuple[int, int, int]:
+        """Attention heads, key-value heads, and the values of a head.
+
+        Raises:
+            InputError: transformers could not run a model with these numbers.
+        """
+        n_heads = self.count("num_attention_heads")
+        n_kv_heads = self.count("num_key_value_heads", n_heads)
+        head_dim = self.count("head_dim", max(1, self.count("hidden_size") // n_heads))
+        path = self.settings.path
+        if n_heads % n_kv_heads:
+            raise InputError(
+                f"{path}: num_attention_heads is {n_heads}, which num_key_value_heads {n_kv_heads} does not divide; "
+                "transformers cannot run such a model either"
+            )
+        if head_dim % 2:
+            raise InputError(
+                f"{path}: heads of {head_dim} values (head_dim, or hidden_size / num_attention_heads) cannot be turned "
+                "by a rotary embedding, which takes them in pairs"
+            )
+        return n_heads, n_kv_heads, head_dim
+
+    def window(self, *, by_itself: bool = True) -> int | None:
+        """Tokens that attention reaches back over, itself included; None: all of them.
+
+        Args:
+            by_itself: ``sliding_window`` counts without ``use_sliding_window``.
+        """
+        if not by_itself and not self.settings.flag("use_sliding_window", default=False):
+            return None
+        if self.settings.raw.get("sliding_window", self._defaults.get("sliding_window")) is None:
+            return None
+        return self.count("sliding_window")
+
+    def rope(self, head_dim: int, default_theta: float) -> Rope:
+        """The rotary embedding of heads of so many values; ``default_theta`` is transformers'."""
+        return read_rope(
+            self.settings,
+            head_dim=head_dim,
+            trained_context=self.count("max_position_embeddings"),
+            default_theta=default_theta,
+        )
+
+    def top_k(self, n_experts: int) -> int:
+        """Experts of each token.
+
+        Raises:
+            InputError: there are not so many experts.
+        """
+        top_k = self.count("num_experts_per_tok")
+        if top_k > n_experts:
+            raise InputError(
+                f"{self.settings.path}: num_experts_per_tok is {top_k}, but there are only {n_experts} experts"
+            )
+        return top_k
+
+    def count_of(self, *keys: str) -> int:
+        """A count under the first of these keys that is there; under the last one it may be absent."""
+        return self.count(next((key for key in keys if key in self.settings), keys[-1]))
+
+
+def _are_kinds(value: object, n_layers: int) -> bool:
+    return isinstance(value, list) and len(value) == n_layers and all(kind in _ATTENTION_KINDS for kind in value)

@@ -1,0 +1,77 @@
+"""The kinds of feed-forwards: routed experts, with or without a shared one beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from compressors.model.description.glu import Glu
+from compressors.model.description.routing import Routing
+
+__all__ = ["Dense", "FeedForward", "Routed", "Shared"]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """An expert that every token goes through.
+
+    Attributes:
+        width: its neurons.
+        is_gated: its output is multiplied by the sigmoid of a linear function of its input.
+    """
+
+    width: int
+    is_gated: bool = False
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Experts of which a router chooses some for each token.
+
+    Attributes:
+        n_experts: routed experts.
+        top_k: experts of each token.
+        width: neurons of each routed expert.
+        routing: how experts are chosen and weighed.
+        glu: the function between an expert's products.
+        shared: the expert beside them; None: there is none.
+        router_module: the router inside transformers' decoder layer; its ``weight`` is [E, D].
+        experts_module: the module there that is called with (hidden states, chosen experts, weights).
+        block_module: the module there that holds both; it goes when a layer loses its experts.
+    """
+
+    n_experts: int
+    top_k: int
+    width: int
+    routing: Routing
+    glu: Glu = Glu()
+    shared: Shared | None = None
+    router_module: str = "mlp.gate"
+    experts_module: str = "mlp.experts"
+    block_module: str = "mlp"
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Sizes by letter: E experts, F neurons of each, S neurons of the shared expert."""
+        return {"E": self.n_experts, "F": self.width, "S": 0 if self.shared is None else self.shared.width}
+
+    def resized(self, n_experts: int, width: int) -> Routed:
+        """The same with other numbers; top-k never exceeds the experts left."""
+        return replace(self, n_experts=n_experts, width=width, top_k=min(self.top_k, n_experts))
+
+
+@dataclass(frozen=True)
+class Dense:
+    """One feed-forward that every token goes through."""
+
+    width: int
+    glu: Glu = Glu()
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Sizes by letter: F neurons."""
+        return {"F": self.width}
+
+
+FeedForward = Routed | Dense
+"""Any of the feed-forwards above."""

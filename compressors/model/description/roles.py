@@ -1,0 +1,66 @@
+"""The roles of a model's tensors, whatever a family or a file calls them."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+__all__ = ["Role"]
+
+
+class Role(StrEnum):
+    """The role of a tensor. The value names it in messages; the order is that of tensors in files.
+
+    A comment gives the shape, output features first, in the letters of :mod:`compressors.model.description.spec`.
+    """
+
+    TOKEN_EMBEDDING = "token embedding"  # [V, D]
+    FINAL_NORM = "final norm"  # [D]
+    HEAD = "head"  # [V, D], absent when tied to the embedding
+    ATTENTION_NORM = "attention norm"  # [D]
+    QUERY = "query"  # [Q, D]
+    QUERY_BIAS = "query bias"  # [Q]
+    KEY = "key"  # [K, D]
+    KEY_BIAS = "key bias"  # [K]
+    VALUE = "value"  # [K, D]
+    VALUE_BIAS = "value bias"  # [K]
+    ATTENTION_OUTPUT = "attention output"  # [D, Q]
+    ATTENTION_OUTPUT_BIAS = "attention output bias"  # [D]
+    QUERY_NORM = "query norm"  # see QkNorm
+    KEY_NORM = "key norm"
+    MOE_NORM = "MoE norm"  # [D], in front of any feed-forward
+    ROUTER = "router"  # [E, D]
+    EXPERT_GATE = "expert gate"  # [F, D] for each expert
+    EXPERT_UP = "expert up"  # [F, D] for each expert
+    EXPERT_DOWN = "expert down"  # [D, F] for each expert
+    SHARED_ROUTER = "shared expert's router"  # [1, D]
+    SHARED_GATE = "shared expert's gate"  # [S, D]
+    SHARED_UP = "shared expert's up"  # [S, D]
+    SHARED_DOWN = "shared expert's down"  # [D, S]
+    ROPE_FACTORS = "rope factors"  # in GGUF files only: made from the rotary embedding, in no checkpoint
+
+    @property
+    def is_expert(self) -> bool:
+        """True if every routed expert of a layer has a tensor of this role."""
+        return self in _EXPERT_ROLES
+
+    @property
+    def is_global(self) -> bool:
+        """True if the model has one tensor of this role, not one for each layer."""
+        return self in _GLOBAL_ROLES
+
+    @property
+    def is_feed_forward(self) -> bool:
+        """True if the tensor goes when a layer loses its feed-forward; all others of a layer are the mixer's."""
+        return self in _FEED_FORWARD_ROLES
+
+
+_EXPERT_ROLES = frozenset({Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN})
+_GLOBAL_ROLES = frozenset({Role.TOKEN_EMBEDDING, Role.FINAL_NORM, Role.HEAD, Role.ROPE_FACTORS})
+_FEED_FORWARD_ROLES = _EXPERT_ROLES | {
+    Role.MOE_NORM,
+    Role.ROUTER,
+    Role.SHARED_ROUTER,
+    Role.SHARED_GATE,
+    Role.SHARED_UP,
+    Role.SHARED_DOWN,
+}

@@ -1,0 +1,160 @@
+"""The rule by which a router's logits become chosen experts and their weights.
+
+:meth:`Routing.choose` and :meth:`Routing.weights` are the definition, in numpy; the torch forms do the same on tensors
+that may need gradients. The tests compare both with each other and with transformers' own classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+__all__ = ["GroupScore", "Routing", "Score"]
+
+Floats = npt.NDArray[np.float32]
+
+
+class Score(StrEnum):
+    """What is made of the logits."""
+
+    SOFTMAX = "softmax"  # over all experts
+    SIGMOID = "sigmoid"  # of each by itself
+    LOGITS = "logits"  # the largest logits are chosen, and a softmax over these alone gives the weights
+
+
+class GroupScore(StrEnum):
+    """What a group of experts is chosen by."""
+
+    BEST_TWO = "sum of the best two"
+    BEST = "best"
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How experts are chosen and weighed. Everything is computed in float32.
+
+    Attributes:
+        score: see :class:`Score`.
+        has_selection_bias: a vector is added to the scores for the choice, and not for the weights.
+        n_groups: the experts form so many groups of neighbours, and only those of the best groups can be chosen.
+        n_chosen_groups: the number of groups whose experts can be chosen.
+        group_score: see :class:`GroupScore`.
+        normalizes: the chosen weights are divided by their sum.
+        epsilon: added to that sum.
+        least_sum: that sum, if it is smaller, counts as this.
+        scale: a factor of all weights.
+    """
+
+    score: Score = Score.SOFTMAX
+    has_selection_bias: bool = False
+    n_groups: int = 1
+    n_chosen_groups: int = 1
+    group_score: GroupScore = GroupScore.BEST_TWO
+    normalizes: bool = True
+    epsilon: float = 0.0
+    least_sum: float = 0.0
+    scale: float = 1.0
+
+    def choose(self, logits_TE: Floats, top_k: int, bias_E: Floats | None = None) -> npt.NDArray[np.int64]:
+        """Chooses experts, by falling score: [T, K]. Among equal scores the lower index comes first.
+
+        Args:
+            logits_TE: router logits, a router's own bias included.
+            top_k: experts of each token.
+            bias_E: the selection bias, where the rule has one.
+        """
+        scores_TE = self._scores(logits_TE)
+        if bias_E is not None:
+            scores_TE = scores_TE + bias_E
+        if self.n_groups > 1:
+            scores_TE = self._of_best_groups(scores_TE)
+        chosen_TK: npt.NDArray[np.int64] = np.argsort(-scores_TE, axis=1, kind="stable")[:, :top_k]
+        return chosen_TK
+
+    def weights(self, logits_TE: Floats, chosen_TK: npt.NDArray[np.int64]) -> Floats:
+        """Returns the weights of these experts: [T, K]."""
+        if self.score is Score.LOGITS:
+            return _softmax(np.take_along_axis(logits_TE, chosen_TK, axis=1)) * np.float32(self.scale)
+        weights_TK = np.take_along_axis(self._scores(logits_TE), chosen_TK, axis=1)
+        if self.normalizes:
+            total_T1 = weights_TK.sum(axis=1, keepdims=True) + np.float32(self.epsilon)
+            weights_TK = weights_TK / np.maximum(total_T1, np.float32(self.least_sum))
+        return weights_TK * np.float32(self.scale)
+
+    def torch_choose(self, logits_TE: torch.Tensor, top_k: int, bias_E: torch.Tensor | None = None) -> torch.Tensor:
+        """Does what :meth:`choose` does, for tensors; among equal scores torch decides: int64 [T, K]."""
+        scores_TE = self._torch_scores(logits_TE)
+        if bias_E is not None:
+            scores_TE = scores_TE + bias_E
+        if self.n_groups > 1:
+            scores_TE = self._torch_of_best_groups(scores_TE)
+        return scores_TE.topk(top_k, dim=-1).indices
+
+    def torch_weights(self, logits_TE: torch.Tensor, chosen_TK: torch.Tensor) -> torch.Tensor:
+        """Does what :meth:`weights` does, for tensors: [T, K]; gradients reach the logits."""
+        if self.score is Score.LOGITS:
+            weights_TK = logits_TE.gather(-1, chosen_TK).softmax(-1)
+        else:
+            weights_TK = self._torch_scores(logits_TE).gather(-1, chosen_TK)
+            if self.normalizes:
+                total_T1 = weights_TK.sum(-1, keepdim=True)
+                total_T1 = total_T1 + self.epsilon if self.epsilon else total_T1
+                weights_TK = weights_TK / (total_T1.clamp_min(self.least_sum) if self.least_sum else total_T1)
+        return weights_TK if self.scale == 1.0 else weights_TK * self.scale
+
+    @property
+    def description(self) -> str:
+        """The rule in words, without top-k."""
+        parts = [f"{self.score} over all experts" if self.score is Score.SOFTMAX else str(self.score)]
+        if self.score is Score.LOGITS:
+            parts = ["softmax over the chosen experts"]
+        elif self.normalizes:
+            parts.append("weights normalised")
+        if self.has_selection_bias:
+            parts.append("a bias for the choice")
+        if self.n_groups > 1:
+            parts.append(f"the best {self.n_chosen_groups} of {self.n_groups} groups")
+        if self.scale != 1.0:
+            parts.append(f"weights times {self.scale:g}")
+        return ", ".join(parts)
+
+    def _scores(self, logits_TE: Floats) -> Floats:
+        if self.score is Score.SIGMOID:
+            return (1 / (1 + np.exp(-logits_TE))).astype(np.float32)
+        return _softmax(logits_TE) if self.score is Score.SOFTMAX else logits_TE
+
+    def _of_best_groups(self, scores_TE: Floats) -> Floats:
+        """The scores, with those of experts outside of the best groups so low that they are not chosen."""
+        grouped_TGM = scores_TE.reshape(len(scores_TE), self.n_groups, -1)
+        best_TGM = -np.sort(-grouped_TGM, axis=2)
+        n_best = 2 if self.group_score is GroupScore.BEST_TWO else 1
+        groups_TG = best_TGM[:, :, :n_best].sum(axis=2)
+        kept_TG = np.argsort(-groups_TG, axis=1, kind="stable")[:, : self.n_chosen_groups]
+        is_kept_TG = np.zeros(groups_TG.shape, dtype=bool)
+        np.put_along_axis(is_kept_TG, kept_TG, True, axis=1)
+        masked_TGM: Floats = np.where(is_kept_TG[:, :, None], grouped_TGM, np.float32(-np.inf))
+        return masked_TGM.reshape(scores_TE.shape)
+
+    def _torch_scores(self, logits_TE: torch.Tensor) -> torch.Tensor:
+        if self.score is Score.SIGMOID:
+            return logits_TE.sigmoid()
+        return logits_TE.softmax(-1) if self.score is Score.SOFTMAX else logits_TE
+
+    def _torch_of_best_groups(self, scores_TE: torch.Tensor) -> torch.Tensor:
+        grouped_TGM = scores_TE.unflatten(-1, (self.n_groups, -1))
+        n_best = 2 if self.group_score is GroupScore.BEST_TWO else 1
+        groups_TG = grouped_TGM.topk(n_best, dim=-1).values.sum(-1)
+        kept_TG = groups_TG.topk(self.n_chosen_groups, dim=-1).indices
+        is_kept_TG = torch.zeros_like(groups_TG, dtype=torch.bool).scatter_(-1, kept_TG, True)
+        masked_TE: torch.Tensor = grouped_TGM.masked_fill(~is_kept_TG[..., None], -torch.inf).flatten(-2)
+        return masked_TE
+
+
+def _softmax(logits_TE: Floats) -> Floats:
+    powers_TE = np.exp(logits_TE - logits_TE.max(axis=1, keepdims=True))
+    softmax_TE: Floats = powers_TE / powers_TE.sum(axis=1, keepdims=True)
+    return softmax_TE

@@ -1,0 +1,308 @@
+"""A model as frozen values: its layers, their mixers, feed-forwards and tensors. A family's file makes them, once.
+
+Letters in names of arrays, here and everywhere:
+    L layers   E experts   K experts per token (top-k)   T tokens   D hidden size   F expert width   V vocabulary
+    H attention heads   B token blocks   S width of a shared expert
+In the shapes of tensors Q and K stand for the values of all queries and of all keys, and h for those of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+
+from compressors.model.description.family import Family
+from compressors.model.description.feed_forward import Dense, FeedForward, Routed
+from compressors.model.description.legacy import Legacy
+from compressors.model.description.mixers import Mixer
+from compressors.model.description.roles import Role
+from compressors.model.description.rope import Rope
+from compressors.model.description.tensors import Kind, TensorSpec
+
+__all__ = ["NO_MOE", "LayerSpec", "ModelSpec", "MoeSize", "Place"]
+
+Place = tuple[Role, int | None]
+"""A tensor's role, and its layer; None outside of the layers."""
+
+
+@dataclass(frozen=True)
+class MoeSize:
+    """The experts of one layer."""
+
+    n_experts: int
+    expert_width: int
+
+
+NO_MOE = MoeSize(0, 0)
+"""The size of a layer without experts."""
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One decoder layer.
+
+    Attributes:
+        mixer: what lets positions look at earlier ones.
+        feed_forward: what follows; None: the layer has lost it.
+        hidden_size: D.
+        tensors: all tensors of the layer, in the order of their roles; one that each expert has stands here once.
+        lost_modules: modules of transformers' layer that it has lost: they add nothing.
+    """
+
+    mixer: Mixer
+    feed_forward: FeedForward | None
+    hidden_size: int
+    tensors: tuple[TensorSpec, ...]
+    lost_modules: tuple[str, ...] = ()
+
+    @cached_property
+    def sizes(self) -> Mapping[str, int]:
+        """The size that each letter of the tensors' shapes stands for."""
+        of_feed_forward = {} if self.feed_forward is None else self.feed_forward.sizes
+        return {"D": self.hidden_size, **self.mixer.sizes, **of_feed_forward}
+
+    @property
+    def routed(self) -> Routed | None:
+        """The routed experts; None if the layer has none."""
+        return self.feed_forward if isinstance(self.feed_forward, Routed) else None
+
+    @property
+    def moe(self) -> MoeSize:
+        """The number and the width of its experts; :data:`NO_MOE` if it has none."""
+        return NO_MOE if self.routed is None else MoeSize(self.routed.n_experts, self.routed.width)
+
+    @property
+    def n_experts(self) -> int:
+        """The number of experts; 0 if it has none."""
+        return self.moe.n_experts
+
+    @property
+    def top_k(self) -> int:
+        """Experts of each token; 0 if it has none."""
+        return 0 if self.routed is None else self.routed.top_k
+
+    @property
+    def expert_width(self) -> int:
+        """Neurons of each expert; 0 if it has none."""
+        return self.moe.expert_width
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """The roles of its tensors."""
+        return tuple(tensor.role for tensor in self.tensors)
+
+    @property
+    def shared_tensors(self) -> tuple[TensorSpec, ...]:
+        """The tensors that are not an expert's."""
+        return tuple(tensor for tensor in self.tensors if not tensor.is_per_expert)
+
+    @property
+    def expert_tensors(self) -> tuple[TensorSpec, ...]:
+        """The tensors that every expert has."""
+        return tuple(tensor for tensor in self.tensors if tensor.is_per_expert)
+
+    def tensor(self, role: Role) -> TensorSpec:
+        """The tensor of a role.
+
+        Raises:
+            KeyError: the layer has none.
+        """
+        return self._by_role[role]
+
+    def dimensions(self, tensor: TensorSpec) -> tuple[int, ...]:
+        """The shape of a tensor of this layer; of one expert, if each has one."""
+        return tuple(self.sizes[letter] if letter.isalpha() else int(letter) for letter in tensor.shape)
+
+    def n_values(self, tensor: TensorSpec) -> int:
+        """The number of values of a tensor, of all experts together."""
+        return prod(self.dimensions(tensor)) * (self.n_experts if tensor.is_per_expert else 1)
+
+    @property
+    def expert_parameters(self) -> int:
+        """Parameters of one routed expert."""
+        return sum(prod(self.dimensions(tensor)) for tensor in self.expert_tensors)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the layer."""
+        return sum(self.n_values(tensor) for tensor in self.tensors)
+
+    @property
+    def parameters_beside_experts(self) -> int:
+        """Parameters of the layer without those of its routed experts."""
+        return sum(self.n_values(tensor) for tensor in self.shared_tensors)
+
+    def resized(self, size: MoeSize) -> LayerSpec:
+        """The layer with experts of another size; without any it loses its feed-forward. Others stay as they are."""
+        if self.routed is None:
+            return self
+        if size == NO_MOE:
+            kept = tuple(tensor for tensor in self.tensors if not tensor.role.is_feed_forward)
+            norms = [tensor.submodule for tensor in self.tensors if tensor not in kept and tensor.kind is Kind.NORM]
+            lost = (*norms, self.routed.block_module)
+            return replace(self, feed_forward=None, tensors=kept, lost_modules=lost)
+        return replace(self, feed_forward=self.routed.resized(size.n_experts, size.expert_width))
+
+    @cached_property
+    def _by_role(self) -> Mapping[Role, TensorSpec]:
+        return {tensor.role: tensor for tensor in self.tensors}
+
+
+@dataclass(frozen=True)
+class ModelSpec(Legacy):
+    """Everything about a model that its computation and its containers depend on, apart from the weights.
+
+    Attributes:
+        family: the architecture.
+        hidden_size: D.
+        vocab_size: V.
+        context_length: tokens that files are written for; where attention has a window, no more than that.
+        rms_norm_eps: epsilon of the RMS norms.
+        tied_embeddings: the head is the embedding.
+        tensors: the tensors outside of the layers; a tied head is among them.
+        layers: the decoder layers.
+        bos_token_id: the token that begins texts; None: there is none.
+        eos_token_ids: the tokens that end texts.
+        pad_token_id: the token that fills up batches; None: there is none.
+    """
+
+    family: Family
+    hidden_size: int
+    vocab_size: int
+    context_length: int
+    rms_norm_eps: float
+    tied_embeddings: bool
+    tensors: tuple[TensorSpec, ...]
+    layers: tuple[LayerSpec, ...]
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
+
+    @property
+    def model_type(self) -> str:
+        """The name of the family in ``config.json``."""
+        return self.family.model_type
+
+    @property
+    def n_layers(self) -> int:
+        """L."""
+        return len(self.layers)
+
+    @property
+    def n_experts(self) -> int:
+        """The most experts of any layer."""
+        return max(layer.n_experts for layer in self.layers)
+
+    @property
+    def top_k(self) -> int:
+        """The most experts of a token in any layer."""
+        return max(layer.top_k for layer in self.layers)
+
+    @property
+    def expert_width(self) -> int:
+        """The width of the widest experts."""
+        return max(layer.expert_width for layer in self.layers)
+
+    @property
+    def rope(self) -> Rope:
+        """The rotary embedding, which is the same in all layers that have one."""
+        return self.layers[0].mixer.rope
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that attention reaches back over in every layer; None: in some or all it reaches back over all."""
+        windows = {layer.mixer.window for layer in self.layers}
+        return windows.pop() if len(windows) == 1 else None
+
+    @property
+    def is_uniform(self) -> bool:
+        """True if no layer has lost its feed-forward, and the experts of all that have some are alike."""
+        sizes = {layer.moe for layer in self.layers if layer.routed is not None}
+        return len(sizes) == 1 and all(layer.feed_forward is not None for layer in self.layers)
+
+    def with_sizes(self, sizes: Sequence[MoeSize], sources: Sequence[int] | None = None) -> ModelSpec:
+        """The model with experts of other sizes.
+
+        Args:
+            sizes: by layer of the result.
+            sources: the layer of this model that each comes from; None: the first ones.
+        """
+        kept = range(len(sizes)) if sources is None else sources
+        layers = [self.layers[source].resized(size) for source, size in zip(kept, sizes, strict=True)]
+        return replace(self, layers=tuple(layers))
+
+    def with_experts(self, n_experts: int) -> ModelSpec:
+        """The model with another number of experts in every layer that has some."""
+        return self.with_sizes([replace(layer.moe, n_experts=n_experts) for layer in self.layers])
+
+    @property
+    def places(self) -> Iterator[tuple[TensorSpec, int | None]]:
+        """All tensors with their layer, in the order of files; those of experts once for each layer."""
+        for tensor in self.tensors:
+            yield tensor, None
+        for index, layer in enumerate(self.layers):
+            for tensor in layer.tensors:
+                yield tensor, index
+
+    def tensor(self, role: Role, layer: int | None = None) -> TensorSpec:
+        """The tensor of a role.
+
+        Raises:
+            KeyError: the model has none there.
+        """
+        return self._by_role[role] if layer is None else self.layers[layer].tensor(role)
+
+    def dimensions(self, role: Role, layer: int | None = None) -> tuple[int, ...]:
+        """The shape of a tensor; of one expert, if each has one."""
+        if layer is not None:
+            return self.layers[layer].dimensions(self.layers[layer].tensor(role))
+        sizes = {"D": self.hidden_size, "V": self.vocab_size}
+        return tuple(sizes[letter] for letter in self.tensor(role).shape)
+
+    @property
+    def parameters(self) -> int:
+        """All parameters; tied embeddings count once."""
+        outside = sum(
+            prod(self.dimensions(tensor.role))
+            for tensor in self.tensors
+            if not (tensor.role is Role.HEAD and self.tied_embeddings)
+        )
+        return outside + sum(layer.parameters for layer in self.layers)
+
+    @property
+    def described_sizes(self) -> str:
+        """The different sizes of layers, for messages: ``16 experts of width 128, 12 experts of width 96``."""
+        sizes = (
+            f"{size.n_experts} experts of width {size.expert_width}" if size != NO_MOE else "no experts"
+            for size in (layer.moe for layer in self.layers)
+        )
+        return ", ".join(dict.fromkeys(sizes))
+
+    @cached_property
+    def written(self) -> ModelSpec:
+        """The model as files hold it: without a tied head; of the dense counterpart, if no layer needs a router.
+
+        None does where no layer has more than one expert: every token chooses it, and its weight, a softmax over one
+        logit, is 1 whatever the router says.
+        """
+        tensors = tuple(tensor for tensor in self.tensors if not (tensor.role is Role.HEAD and self.tied_embeddings))
+        without_head = replace(self, tensors=tensors)
+        dense = self.family.dense
+        if dense is None or self.n_experts != 1:
+            return without_head
+        layers = [layer if layer.routed is None else _dense(layer, dense.tensors) for layer in self.layers]
+        return replace(without_head, family=dense.family, layers=tuple(layers))
+
+    @cached_property
+    def _by_role(self) -> Mapping[Role, TensorSpec]:
+        return {tensor.role: tensor for tensor in self.tensors}
+
+
+def _dense(layer: LayerSpec, projections: tuple[TensorSpec, ...]) -> LayerSpec:
+    """The layer whose only expert is its feed-forward."""
+    assert layer.routed is not None
+    kept = tuple(tensor for tensor in layer.shared_tensors if tensor.role is not Role.ROUTER)
+    feed_forward = Dense(layer.routed.width, layer.routed.glu)
+    return replace(layer, feed_forward=feed_forward, tensors=(*kept, *projections))

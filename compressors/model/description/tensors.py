@@ -1,0 +1,105 @@
+"""The description of one tensor: what it is, its shape in letters, and its names on disk, in a module and in GGUF."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from compressors.model.description.roles import Role
+from compressors.model.description.transforms import SAME, Transform
+
+__all__ = ["Fused", "GgufTensor", "Kind", "TensorSpec"]
+
+
+class Kind(Enum):
+    """What a tensor is, which decides how it may be stored and who may train it."""
+
+    MATRIX = "matrix"  # of a linear layer; may be quantized
+    TABLE = "table"  # embedding and head; may be quantized
+    ROUTER = "router"  # float32 in every file, while it is trained and while it runs
+    NORM = "norm"  # the scales of a norm; float32 in every file
+    VECTOR = "vector"  # a bias or the like; float32 in every file
+
+
+@dataclass(frozen=True)
+class Fused:
+    """All experts of a layer in one tensor: [E, n_parts * rows, columns]; one part of each expert's rows is the role's.
+
+    Attributes:
+        name: the template of the name, with ``{layer}``.
+        part: which part; gate rows come before up rows.
+        n_parts: 2 where gate and up lie in one tensor.
+    """
+
+    name: str
+    part: int = 0
+    n_parts: int = 1
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """The tensor in a GGUF file: one name, all experts of a layer together, and what is done to the values."""
+
+    name: str  # template with {layer}
+    transform: Transform = SAME
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor of a checkpoint.
+
+    Attributes:
+        role: what it is for.
+        name: the template of its name on the hub, with ``{layer}`` and, if each expert has one, ``{expert}``.
+        shape: its sizes in letters, output features first; of one expert, if each has one.
+        gguf: its place in a GGUF file.
+        kind: see :class:`Kind`.
+        module: its name inside transformers' decoder layer, where that is not the name on the hub.
+        fused: how checkpoints of the other layout hold it.
+        shares_input_of: the role of another matrix that the same values are multiplied with; None: its own.
+        experts_axis: the axis that has an entry for each expert; None: there is none. (A tensor that each expert has
+            for itself has no such axis.)
+    """
+
+    role: Role
+    name: str
+    shape: tuple[str, ...]
+    gguf: GgufTensor
+    kind: Kind = Kind.MATRIX
+    module: str | None = None
+    fused: Fused | None = None
+    shares_input_of: Role | None = None
+    experts_axis: int | None = None
+
+    @property
+    def is_per_expert(self) -> bool:
+        """True if every routed expert of a layer has such a tensor."""
+        return "{expert}" in self.name
+
+    @property
+    def is_quantizable(self) -> bool:
+        """True if files may hold it in another type than float32."""
+        return self.kind in (Kind.MATRIX, Kind.TABLE)
+
+    @property
+    def onnx_name(self) -> str:
+        """The template of its name in ONNX graphs, where all experts of a layer are one weight."""
+        return self.name if self.fused is None else self.fused.name
+
+    @property
+    def in_layer(self) -> str:
+        """Its name inside transformers' decoder layer."""
+        return self.name.removeprefix(_LAYER_PREFIX) if self.module is None else self.module
+
+    @property
+    def submodule(self) -> str:
+        """The module inside transformers' decoder layer that holds it."""
+        return self.in_layer.rpartition(".")[0]
+
+    @property
+    def input_role(self) -> Role:
+        """The role whose module sees the values that this matrix is multiplied with."""
+        return self.role if self.shares_input_of is None else self.shares_input_of
+
+
+_LAYER_PREFIX = "model.layers.{layer}."

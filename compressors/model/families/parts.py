@@ -1,0 +1,342 @@
+"""Parts that many families share: attention and experts under their usual names, and the usual keys of GGUF files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from compressors.model.description.family import ConfigValues, GgufValue
+from compressors.model.description.family_settings import FamilySettings
+from compressors.model.description.feed_forward import FeedForward
+from compressors.model.description.mixers import GroupedQuery, Mixer, QkNorm
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import LayerSpec, ModelSpec
+from compressors.model.description.special_tokens import configured_tokens
+from compressors.model.description.tensors import Fused, GgufTensor, Kind, TensorSpec
+from compressors.model.description.transforms import SAME, Transform
+
+__all__ = [
+    "attention_tensors",
+    "dense_edited",
+    "dense_settings",
+    "dense_tensors",
+    "expert_tensors",
+    "layer",
+    "limit_of_square_attention",
+    "limit_of_untied_head",
+    "model",
+    "moe_edited",
+    "normalization_refusal",
+    "qk_norm_tensors",
+    "router_tensor",
+    "usual_keys",
+    "usual_settings",
+]
+
+_LAYER = "model.layers.{layer}."
+
+_OUTSIDE = (
+    TensorSpec(
+        Role.TOKEN_EMBEDDING, "model.embed_tokens.weight", ("V", "D"), GgufTensor("token_embd.weight"), Kind.TABLE
+    ),
+    TensorSpec(Role.FINAL_NORM, "model.norm.weight", ("D",), GgufTensor("output_norm.weight"), Kind.NORM),
+    TensorSpec(Role.HEAD, "lm_head.weight", ("V", "D"), GgufTensor("output.weight"), Kind.TABLE),
+)
+
+
+def model(settings: FamilySettings, layers: Sequence[LayerSpec]) -> ModelSpec:
+    """A model with the usual embedding, final norm and head.
+
+    Files are written for as many tokens as the model was trained for; where attention has a window in every layer, for
+    no more than that.
+    """
+    vocab_size = settings.count("vocab_size")
+    tokens = configured_tokens(settings.folder, vocab_size)
+    trained, windows = settings.count("max_position_embeddings"), [layer.mixer.window for layer in layers]
+    return ModelSpec(
+        family=settings.family,
+        hidden_size=settings.count("hidden_size"),
+        vocab_size=vocab_size,
+        context_length=trained if None in windows else min(trained, *(window for window in windows if window)),
+        rms_norm_eps=settings.number("rms_norm_eps"),
+        tied_embeddings=settings.flag("tie_word_embeddings", default=False),
+        tensors=_OUTSIDE,
+        layers=tuple(layers),
+        bos_token_id=tokens.bos,
+        eos_token_ids=tokens.ends,
+        pad_token_id=tokens.pad,
+    )
+
+
+def layer(
+    settings: FamilySettings, mixer: Mixer, feed_forward: FeedForward, tensors: Iterable[TensorSpec]
+) -> LayerSpec:
+    """A decoder layer; its tensors are put into the order of their roles."""
+    order = list(Role)
+    in_order = sorted(tensors, key=lambda tensor: order.index(tensor.role))
+    return LayerSpec(mixer, feed_forward, settings.count("hidden_size"), tuple(in_order))
+
+
+def attention(
+    settings: FamilySettings,
+    qk_norm: QkNorm = QkNorm.NONE,
+    *,
+    default_theta: float = 10_000.0,
+    windowed_by_itself: bool = True,
+) -> GroupedQuery:
+    """Grouped-query attention whose heads are turned whole.
+
+    Args:
+        settings: of the family.
+        qk_norm: the norms of queries and keys.
+        default_theta: transformers' default of the rotary embedding's base.
+        windowed_by_itself: a ``sliding_window`` counts without ``use_sliding_window``.
+    """
+    n_heads, n_kv_heads, head_dim = settings.heads()
+    return GroupedQuery(
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        rope=settings.rope(head_dim, default_theta),
+        scale=1 / math.sqrt(head_dim),
+        qk_norm=qk_norm,
+        window=settings.window(by_itself=windowed_by_itself),
+    )
+
+
+def attention_tensors(rotary: Transform = SAME) -> tuple[TensorSpec, ...]:
+    """The norm and the four matrices of grouped-query attention.
+
+    Args:
+        rotary: what llama.cpp's converter does to the rows of queries and keys.
+    """
+    attention, gguf = f"{_LAYER}self_attn.", "blk.{layer}.attn_"
+    query = TensorSpec(Role.QUERY, f"{attention}q_proj.weight", ("Q", "D"), GgufTensor(f"{gguf}q.weight", rotary))
+    key = TensorSpec(Role.KEY, f"{attention}k_proj.weight", ("K", "D"), GgufTensor(f"{gguf}k.weight", rotary))
+    value = TensorSpec(Role.VALUE, f"{attention}v_proj.weight", ("K", "D"), GgufTensor(f"{gguf}v.weight"))
+    output = GgufTensor(f"{gguf}output.weight")
+    return (
+        _norm(Role.ATTENTION_NORM, f"{_LAYER}input_layernorm.weight", ("D",), f"{gguf}norm.weight"),
+        query,
+        replace(key, shares_input_of=Role.QUERY),
+        replace(value, shares_input_of=Role.QUERY),
+        TensorSpec(Role.ATTENTION_OUTPUT, f"{attention}o_proj.weight", ("D", "Q"), output),
+        _norm(Role.MOE_NORM, f"{_LAYER}post_attention_layernorm.weight", ("D",), "blk.{layer}.ffn_norm.weight"),
+    )
+
+
+def qk_norm_tensors(qk_norm: QkNorm) -> tuple[TensorSpec, ...]:
+    """The norms of queries and keys."""
+    query, key = ("h", "h") if qk_norm is QkNorm.PER_HEAD else ("Q", "K")
+    attention, gguf = f"{_LAYER}self_attn.", "blk.{layer}.attn_"
+    return (
+        _norm(Role.QUERY_NORM, f"{attention}q_norm.weight", (query,), f"{gguf}q_norm.weight"),
+        _norm(Role.KEY_NORM, f"{attention}k_norm.weight", (key,), f"{gguf}k_norm.weight"),
+    )
+
+
+def router_tensor(name: str = "mlp.gate.weight") -> TensorSpec:
+    """The router; ``name`` is the hub's, inside the layer."""
+    gguf = GgufTensor("blk.{layer}.ffn_gate_inp.weight")
+    module = "mlp.gate.weight"
+    return TensorSpec(Role.ROUTER, _LAYER + name, ("E", "D"), gguf, Kind.ROUTER, module=module, experts_axis=0)
+
+
+def expert_tensors(
+    gate: str = "mlp.experts.{expert}.gate_proj.weight",
+    up: str = "mlp.experts.{expert}.up_proj.weight",
+    down: str = "mlp.experts.{expert}.down_proj.weight",
+) -> tuple[TensorSpec, ...]:
+    """The matrices of each expert; the names are the hub's, inside the layer."""
+    fused, blk = f"{_LAYER}mlp.experts.", "blk.{layer}.ffn_"
+    fused_gate, fused_up = (Fused(f"{fused}gate_up_proj", part, n_parts=2) for part in range(2))
+    gate_gguf, up_gguf, down_gguf = (GgufTensor(f"{blk}{name}_exps.weight") for name in ("gate", "up", "down"))
+    in_shape, out_shape = ("F", "D"), ("D", "F")
+    return (
+        TensorSpec(Role.EXPERT_GATE, _LAYER + gate, in_shape, gate_gguf, fused=fused_gate),
+        TensorSpec(Role.EXPERT_UP, _LAYER + up, in_shape, up_gguf, fused=fused_up, shares_input_of=Role.EXPERT_GATE),
+        TensorSpec(Role.EXPERT_DOWN, _LAYER + down, out_shape, down_gguf, fused=Fused(f"{fused}down_proj")),
+    )
+
+
+def dense_tensors() -> tuple[TensorSpec, ...]:
+    """The matrices of a dense counterpart's feed-forward, which are those of its only expert."""
+    mlp, blk = f"{_LAYER}mlp.", "blk.{layer}.ffn_"
+    gate_gguf, up_gguf, down_gguf = (GgufTensor(f"{blk}{name}.weight") for name in ("gate", "up", "down"))
+    up = TensorSpec(Role.EXPERT_UP, f"{mlp}up_proj.weight", ("F", "D"), up_gguf, shares_input_of=Role.EXPERT_GATE)
+    return (
+        TensorSpec(Role.EXPERT_GATE, f"{mlp}gate_proj.weight", ("F", "D"), gate_gguf),
+        up,
+        TensorSpec(Role.EXPERT_DOWN, f"{mlp}down_proj.weight", ("D", "F"), down_gguf),
+    )
+
+
+def _norm(role: Role, name: str, shape: tuple[str, ...], gguf: str) -> TensorSpec:
+    return TensorSpec(role, name, shape, GgufTensor(gguf), Kind.NORM)
+
+
+def usual_keys(spec: ModelSpec, width_key: str = "feed_forward_length") -> dict[str, GgufValue]:
+    """The keys of a model of alike layers with grouped-query attention, under llama.cpp's architecture.
+
+    ``LLM_KV_NAMES`` in ``src/llama-arch.cpp``.
+
+    Args:
+        spec: the model as it is written.
+        width_key: the key of the width of its feed-forward.
+    """
+    mixer, feed_forward = spec.layers[0].mixer, spec.layers[0].feed_forward
+    assert feed_forward is not None
+    values: dict[str, GgufValue] = {
+        "block_count": spec.n_layers,
+        "context_length": spec.context_length,
+        "embedding_length": spec.hidden_size,
+        width_key: feed_forward.width,
+        "attention.head_count": mixer.n_heads,
+        "attention.head_count_kv": mixer.n_kv_heads,
+        "attention.key_length": mixer.head_dim,
+        "attention.value_length": mixer.head_dim,
+        "attention.layer_norm_rms_epsilon": spec.rms_norm_eps,
+        "rope.freq_base": mixer.rope.theta,
+        "rope.dimension_count": mixer.rope.width,
+    }
+    if spec.n_experts:
+        values |= {"expert_count": spec.n_experts, "expert_used_count": spec.top_k}
+    return values | {"vocab_size": spec.vocab_size}
+
+
+def normalization_refusal(spec: ModelSpec, *, always: bool) -> str | None:
+    """Says that llama.cpp's graph always, or never, normalises, and the model does otherwise."""
+    rules = {routed.routing.normalizes for layer in spec.layers if (routed := layer.routed) is not None}
+    if rules <= {always}:
+        return None
+    return (
+        f"graph {'always' if always else 'never'} normalises the weights of the chosen experts, but this model has "
+        f"normalize_top_k = {not always}"
+    )
+
+
+def limit_of_square_attention(spec: ModelSpec) -> str | None:
+    """Says that llama.cpp's graph loads queries and keys only as [D, D], and the model's are of other sizes."""
+    for mixer in (layer.mixer for layer in spec.layers):
+        if {mixer.n_heads * mixer.head_dim, mixer.n_kv_heads * mixer.head_dim} != {spec.hidden_size}:
+            return (
+                "graph needs queries and keys as wide as the hidden size; this model has "
+                f"{mixer.n_heads} heads and {mixer.n_kv_heads} key-value heads of {mixer.head_dim} at hidden size "
+                f"{spec.hidden_size}"
+            )
+    return None
+
+
+def limit_of_untied_head(spec: ModelSpec) -> str | None:
+    """Says that llama.cpp's graph loads no file without a head of its own."""
+    if not spec.tied_embeddings:
+        return None
+    return "graph needs a head of its own, but this model's is tied to the embedding"
+
+
+def usual_settings(spec: ModelSpec, *, n_experts: str, width: str, normalizes: str | None) -> dict[str, Any]:
+    """The settings of ``config.json`` that describe a model of alike layers, by key.
+
+    Args:
+        spec: the model.
+        n_experts: the key of the number of experts.
+        width: the key of their width.
+        normalizes: the key of the rule that weights are normalised; None: there is none.
+    """
+    mixer = spec.layers[0].mixer
+    found: dict[str, Any] = {
+        "num_hidden_layers": spec.n_layers,
+        "hidden_size": spec.hidden_size,
+        "num_attention_heads": mixer.n_heads,
+        "num_key_value_heads": mixer.n_kv_heads,
+        n_experts: spec.n_experts,
+        "num_experts_per_tok": spec.top_k,
+        width: spec.expert_width,
+        "vocab_size": spec.vocab_size,
+        "rms_norm_eps": spec.rms_norm_eps,
+    }
+    rules = {layer.routed.routing.normalizes for layer in spec.layers if layer.routed is not None}
+    if normalizes is not None and len(rules) == 1:
+        found[normalizes] = rules.pop()
+    return found | {"head_dim": mixer.head_dim}
+
+
+def moe_edited(
+    spec: ModelSpec, config: ConfigValues, *counts: str, other_spelling: str | None = None
+) -> dict[str, Any]:
+    """A ``config.json`` with a student's counts.
+
+    What is written is not quantized as the source may be.
+
+    Args:
+        spec: the student.
+        config: the source's settings.
+        counts: the keys of the family's settings that a student may have others of.
+        other_spelling: another key of the number of experts, which goes.
+    """
+    described = spec.family.settings(spec)
+    others = _edited(spec, config, absent={*counts, other_spelling})
+    return others | {key: described[key] for key in counts}
+
+
+_ONLY_WITH_EXPERTS = frozenset(
+    {
+        "num_experts",
+        "num_local_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "norm_topk_prob",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "output_router_logits",
+        "decoder_sparse_step",
+        "mlp_only_layers",
+    }
+)
+
+
+def dense_settings(spec: ModelSpec) -> dict[str, Any]:
+    """The settings that describe a dense counterpart, by key."""
+    mixer, width = spec.layers[0].mixer, max(layer.sizes.get("F", 0) for layer in spec.layers)
+    return {
+        "num_hidden_layers": spec.n_layers,
+        "hidden_size": spec.hidden_size,
+        "num_attention_heads": mixer.n_heads,
+        "num_key_value_heads": mixer.n_kv_heads,
+        "head_dim": mixer.head_dim,
+        "rms_norm_eps": spec.rms_norm_eps,
+        "vocab_size": spec.vocab_size,
+        "intermediate_size": width,
+    }
+
+
+def dense_edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:
+    """A ``config.json`` of a dense counterpart, which says nothing about experts.
+
+    Settings are written out where another class of transformers may have another default.
+    """
+    ends = spec.eos_token_ids
+    return {
+        **_edited(spec, config, absent=_ONLY_WITH_EXPERTS),
+        **dense_settings(spec),
+        "rope_scaling": None,
+        "rope_parameters": spec.rope.in_config(),
+        "bos_token_id": spec.bos_token_id,
+        "eos_token_id": list(ends) if len(ends) > 1 else (*ends, None)[0],
+        "pad_token_id": spec.pad_token_id,
+        "model_type": spec.family.model_type,
+        "architectures": [spec.family.architecture],
+    }
+
+
+def _edited(spec: ModelSpec, config: ConfigValues, absent: Iterable[str | None]) -> dict[str, Any]:
+    """The settings without those that go, and with the number of layers."""
+    gone = {*absent, "quantization_config"}
+    edited = {key: value for key, value in config.items() if key not in gone}
+    if edited.get("layer_types") is not None:
+        edited["layer_types"] = edited["layer_types"][: spec.n_layers]
+    edited["num_hidden_layers"] = spec.n_layers
+    edited["tie_word_embeddings"] = spec.tied_embeddings  # the weights may have had a head of their own
+    return edited

@@ -1,0 +1,40 @@
+"""Finds the family of a model."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+from compressors.model import families
+from compressors.model.description.family import Family
+from compressors.model.errors import UnsupportedError
+
+__all__ = ["family_for", "supported_families"]
+
+
+@cache
+def supported_families() -> Mapping[str, Family]:
+    """The families by ``model_type``: the ``FAMILY`` of every module of the package that has one."""
+    modules = [
+        import_module(f"{families.__name__}.{module.name}") for module in pkgutil.iter_modules(families.__path__)
+    ]
+    found = [module.FAMILY for module in modules if hasattr(module, "FAMILY")]
+    return {family.model_type: family for family in found}
+
+
+def family_for(model_type: str, where: Path | None = None) -> Family:
+    """The family of ``model_type``.
+
+    Raises:
+        UnsupportedError: there is none; the message lists those there are.
+    """
+    found = supported_families()
+    if model_type in found:
+        return found[model_type]
+    prefix = f"{where}: " if where else ""
+    raise UnsupportedError(
+        f"{prefix}model_type {model_type!r} is not a supported MoE family; supported are {', '.join(sorted(found))}"
+    )

@@ -1,0 +1,88 @@
+"""Watching routers, and the calls of experts, in any family's layers.
+
+Routers' own outputs differ from family to family. What they compute from is the same everywhere, and so is the call of
+the experts: (hidden states, chosen experts, weights). So logits are computed here, once more, from the router's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from compressors.model.description.feed_forward import Routed
+
+__all__ = ["RoutedCall", "rerouting", "watching"]
+
+
+@dataclass(frozen=True)
+class RoutedCall:
+    """One call of a layer's experts."""
+
+    logits_TE: torch.Tensor  # float32; of a router with a bias, with it
+    hidden_TD: torch.Tensor  # what the experts are given
+    chosen_TK: torch.Tensor  # int64, as transformers chose
+    weights_TK: torch.Tensor  # as they are applied
+
+
+@contextmanager
+def rerouting(layer: nn.Module, routed: Routed, choose: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Lets another choice of experts take the place of the router's while the context lasts.
+
+    The weights follow the model's own rule.
+
+    Args:
+        layer: transformers' decoder layer.
+        routed: its description.
+        choose: makes the choice, int64 [T, n], from the logits [T, E].
+    """
+
+    def reroute(call: RoutedCall) -> tuple[torch.Tensor, ...]:
+        chosen_Tn = choose(call.logits_TE.detach())
+        return call.hidden_TD, chosen_Tn, routed.routing.torch_weights(call.logits_TE, chosen_Tn)
+
+    with watching(layer, routed, reroute):
+        yield
+
+
+@contextmanager
+def watching(
+    layer: nn.Module, routed: Routed, see: Callable[[RoutedCall], tuple[torch.Tensor, ...] | None]
+) -> Iterator[None]:
+    """Shows every call of a layer's experts while the context lasts.
+
+    Args:
+        layer: transformers' decoder layer.
+        routed: its description.
+        see: is called before the experts are; what it returns, if anything, takes the place of their arguments.
+    """
+    seen: list[torch.Tensor] = []
+
+    def at_router(router: nn.Module, inputs: tuple[Any, ...]) -> None:
+        seen.append(_logits(router, inputs[0]))
+
+    def at_experts(_experts: nn.Module, inputs: tuple[Any, ...]) -> tuple[torch.Tensor, ...] | None:
+        hidden_TD, chosen_TK, weights_TK = inputs
+        return see(RoutedCall(seen.pop(), hidden_TD, chosen_TK, weights_TK))
+
+    handles = [
+        layer.get_submodule(routed.router_module).register_forward_pre_hook(at_router),
+        layer.get_submodule(routed.experts_module).register_forward_pre_hook(at_experts),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _logits(router: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """A router's logits for the states that enter it: float32 [T, E]."""
+    weight_ED, bias_E = router.weight, getattr(router, "bias", None)
+    hidden_TD = hidden.reshape(-1, hidden.shape[-1]).float()
+    return functional.linear(hidden_TD, weight_ED, bias_E)  # type: ignore[arg-type]
