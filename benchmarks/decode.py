@@ -86,9 +86,9 @@ def main(rounds: int, tokens: int) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         bench = _Bench(Path(name), rounds, tokens)
-        types = bench.measure({name: one_type(bench.shape, name) for name in _TYPES})
+        types = bench.measure({name: one_type(bench.spec, name) for name in _TYPES})
         pairs = [
-            bench.measure({preset: plan_tensors(bench.shape, preset), "ours": bench.tensors_like(preset)})
+            bench.measure({preset: plan_tensors(bench.spec, preset), "ours": bench.tensors_like(preset)})
             for preset in _PRESETS
         ]
     _write(types, list(zip(_PRESETS, pairs, strict=True)), rounds, tokens)
@@ -99,7 +99,7 @@ class _Bench:
         self._folder = folder
         self._source = folder / "source"
         _write_config({**with_layers(MODELS["olmoe"], _LAYERS), "num_experts": _EXPERTS}, self._source)
-        self.shape = read_spec(self._source)
+        self.spec = read_spec(self._source)
         self._rounds, self._tokens = rounds, tokens
 
     def measure(self, files: Mapping[str, Sequence[GgufTensor]]) -> list[Measured]:
@@ -112,7 +112,7 @@ class _Bench:
             for name, path in paths.items():
                 best[name] = min(best[name], self._seconds(path))
         found = [
-            Measured(name, path.stat().st_size, best[name], _values_of_token(files[name], self.shape))
+            Measured(name, path.stat().st_size, best[name], _values_of_token(files[name], self.spec))
             for name, path in paths.items()
         ]
         for path in paths.values():
@@ -121,18 +121,18 @@ class _Bench:
 
     def tensors_like(self, preset: str) -> Sequence[GgufTensor]:
         """The tensors of a file of ours with no more bytes than the preset's."""
-        n_bytes = predict_file_size(self.shape, self._source, preset, _NAME)
+        n_bytes = predict_file_size(self.spec, self._source, preset, _NAME)
         budget = BudgetChoice(bytes=n_bytes, kind="file", context=512, kv_type="f16")
         choice = FileChoice(mix="Q8_0")
-        table = default_table(self.shape, gguf_units(self.shape, torch.bfloat16, choice))
-        container = Container("gguf", self._source, _NAME, self.shape, budget, 1, choice)
+        table = default_table(self.spec, gguf_units(self.spec, torch.bfloat16, choice))
+        container = Container("gguf", self._source, _NAME, self.spec, budget, 1, choice)
         fitted = best_fit(container, table, most_seconds(container, "quality"))
         assert fitted is not None, preset
-        return plan_tensors(self.shape, fitted.choice.mix, fitted.choice.tensors)
+        return plan_tensors(self.spec, fitted.choice.mix, fitted.choice.tensors)
 
     def _write(self, tensors: Sequence[GgufTensor], path: Path) -> None:
-        metadata = model_metadata(self.shape, self._source, _NAME, "Q8_0")
-        metadata |= vocabulary_metadata(self._source, self.shape.vocab_size)
+        metadata = model_metadata(self.spec, self._source, _NAME, "Q8_0")
+        metadata |= vocabulary_metadata(self._source, self.spec.vocab_size)
         entries = [TensorEntry(tensor.name, tensor.shape, tensor.ggml_type, tensor.n_bytes) for tensor in tensors]
         with path.open("wb") as file:
             file.write(render_header(len(metadata), render_values(metadata), entries))
@@ -165,14 +165,14 @@ def _write_config(config: Mapping[str, Any], folder: Path) -> None:
         shutil.copyfile(resolve_model(None) / name, folder / name)
 
 
-def one_type(shape: ModelSpec, type_name: str) -> Sequence[GgufTensor]:
+def one_type(spec: ModelSpec, type_name: str) -> Sequence[GgufTensor]:
     """The tensors of a file all of whose matrices have one type."""
-    matrices = [tensor.name for tensor in plan_tensors(shape, "BF16") if tensor.is_matrix]
-    return plan_tensors(shape, "BF16", dict.fromkeys(matrices, type_name))
+    matrices = [tensor.name for tensor in plan_tensors(spec, "BF16") if tensor.is_matrix]
+    return plan_tensors(spec, "BF16", dict.fromkeys(matrices, type_name))
 
 
-def _values_of_token(tensors: Sequence[GgufTensor], shape: ModelSpec) -> float:
-    return sum(weights_of_a_token(shape, tensor.role, tensor.shape) for tensor in tensors if tensor.is_matrix)
+def _values_of_token(tensors: Sequence[GgufTensor], spec: ModelSpec) -> float:
+    return sum(weights_of_a_token(spec, tensor.role, tensor.shape) for tensor in tensors if tensor.is_matrix)
 
 
 def _repeated(tensor: GgufTensor) -> bytes:

@@ -63,7 +63,7 @@ def measure(model: str, source: Checkpoint, tokens_BT: Tokens, folder: Path, thr
     for weight_type, artifacts in _TYPES.items():
         path = folder / f"{weight_type}.gguf"
         write_gguf(student, weight_type, path, name=model, threads=threads)
-        reference, routing = _by_torch(student.as_written(GgufWeights(path, student.shape)), tokens_BT, path)
+        reference, routing = _by_torch(student.as_written(GgufWeights(path, student.spec)), tokens_BT, path)
         for artifact in artifacts:
             backend = _opener(artifact, student, weight_type, path, threads)()
             evaluation = evaluate(backend, tokens_BT, {"torch": reference})
@@ -73,7 +73,7 @@ def measure(model: str, source: Checkpoint, tokens_BT: Tokens, folder: Path, thr
 def _by_torch(written: Student, tokens_BT: Tokens, path: Path) -> tuple[LogProbReader, Routing | None]:
     scored = scored_positions(tokens_BT.shape[1])
     log_probs = path.with_suffix(".log_probs")
-    record = LogProbWriter(log_probs, len(tokens_BT) * (scored.stop - scored.start), written.shape.vocab_size)
+    record = LogProbWriter(log_probs, len(tokens_BT) * (scored.stop - scored.start), written.spec.vocab_size)
     backend = TorchBackend(written, limit=MemoryLimit(_MEMORY_BYTES, path.parent / "spill"))
     evaluation = evaluate(backend, tokens_BT, {}, record=record)
     return LogProbReader(log_probs), evaluation.routing

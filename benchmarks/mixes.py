@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _students(n_layers: int) -> Iterator[tuple[str, Student]]:
     for name, n_experts in (("fine", 32), ("coarse", 8), ("coarse", 6)):
         source = Checkpoint(_MODELS[name])
-        experts = ExpertMap.keeping(source.shape.n_experts, [range(n_experts)] * n_layers)
+        experts = ExpertMap.keeping(source.spec.n_experts, [range(n_experts)] * n_layers)
         yield f"{name}, {n_layers} layers, {n_experts} experts", Student(source, experts)
 
 
@@ -106,7 +106,7 @@ def compare(name: str, student: Student, tools: Tools, n_chunks: int, threads: i
     text.write_text("\n\n".join(path.read_text(encoding="utf-8")[:40_000] for path in texts), encoding="utf-8")
     options = ["-c", "512", "-b", "512", "--no-ppl", "--chunks", str(n_chunks), "-t", str(threads)]
     _run([*tools.imatrix, "-m", float32, "-f", text, "-o", imatrix, *options])
-    importance = read_imatrix(imatrix, student.shape)
+    importance = read_imatrix(imatrix, student.spec)
     for mix in MIXES.values():
         _run([*tools.quantize, "--imatrix", imatrix, float32, folder / "theirs.gguf", mix.name, str(threads)])
         yield _compared(name, mix, student, importance, threads, folder)

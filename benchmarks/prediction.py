@@ -100,7 +100,7 @@ class _Quantized:
         return np.stack(
             [
                 quantize(student.expert(role, layer, expert), None if weights is None else weights[expert], role.value)
-                for expert in range(student.shape.layer(layer).n_experts)
+                for expert in range(student.spec.layer(layer).n_experts)
             ]
         )
 
@@ -119,7 +119,7 @@ class _Mixed:
         return self.dtype
 
     def tensor(self, role: Role, layer: int | None) -> torch.Tensor:
-        type_name = self._types.get(self._student.shape.gguf_name(role, layer))
+        type_name = self._types.get(self._student.spec.gguf_name(role, layer))
         if type_name is None:
             return self._student.tensor(role, layer).float()
         return torch.from_numpy(self._quantized.tensor(role, layer, type_name)[0])
@@ -128,7 +128,7 @@ class _Mixed:
         return self.tensor(role, layer)[rows]
 
     def read_expert(self, role: Role, layer: int, expert: int, out: torch.Tensor) -> None:
-        type_name = self._types[self._student.shape.gguf_name(role, layer)]
+        type_name = self._types[self._student.spec.gguf_name(role, layer)]
         out.copy_(torch.from_numpy(self._quantized.tensor(role, layer, type_name)[expert]))
 
 
@@ -183,7 +183,7 @@ class _Bench:
     def preset(self, name: str) -> dict[str, str]:
         """The types that a preset of llama-quantize gives."""
         units = {unit.name for unit in self.table.units}
-        tensors = plan_tensors(self._student.shape, name)
+        tensors = plan_tensors(self._student.spec, name)
         return {tensor.name: tensor.ggml_type.name for tensor in tensors if tensor.name in units}
 
     def allocated(self, preset: str, model: DivergenceModel) -> dict[str, str]:
@@ -192,15 +192,15 @@ class _Bench:
 
     def _run_teacher(self, calibration_BT: torch.Tensor) -> Importance:
         """Leaves what the original says of the held-out text in the folder."""
-        shape = self._student.shape
-        teacher, collector = StreamedModel(self._student), StatisticsCollector(shape)
+        spec = self._student.spec
+        teacher, collector = StreamedModel(self._student), StatisticsCollector(spec)
         groups = [TokenGroup(calibration_BT, [collector.observe]), TokenGroup(self._heldout_BT)]
         _, states = teacher.stream(groups)
         n_chunks = len(self._heldout_BT)
         n_scored = n_chunks * (_SCORED.stop - _SCORED.start)
-        writer = LogProbWriter(self._folder / "heldout", n_scored, shape.vocab_size)
+        writer = LogProbWriter(self._folder / "heldout", n_scored, spec.vocab_size)
         write_log_probs(teacher, self._heldout_BT, states, _SCORED, writer, range(n_chunks))
-        return importance([collector.take(layer) for layer in range(shape.n_layers)], ExpertMap.identity(shape))
+        return importance([collector.take(layer) for layer in range(spec.n_layers)], ExpertMap.identity(spec))
 
 
 def _measure(model: str, n_recipes: int, folder: Path) -> list[Measured]:

@@ -111,19 +111,19 @@ class Bench:
 
     def _run_teacher(self) -> list[LayerStatistics]:
         """Writes the teacher's targets and log-probabilities into the folder; returns its statistics by layer."""
-        shape = self.source.shape
-        teacher, collector = StreamedModel(Student.teacher(self.source), limit=self._limit), StatisticsCollector(shape)
+        spec = self.source.spec
+        teacher, collector = StreamedModel(Student.teacher(self.source), limit=self._limit), StatisticsCollector(spec)
         groups = [TokenGroup(self._texts["calibration"], [collector.observe])]
         groups += [TokenGroup(self._texts[name]) for name in ("selection", "heldout")]
         states = teacher.stream(groups)
-        targets = TeacherTargets.create(self.folder / "targets", self._texts["calibration"].numel(), shape.vocab_size)
+        targets = TeacherTargets.create(self.folder / "targets", self._texts["calibration"].numel(), spec.vocab_size)
         write_targets(teacher, states[0], targets, range(_CALIBRATION_BLOCKS))
         for name, hidden in zip(("selection", "heldout"), states[1:], strict=True):
             n_blocks = len(self._texts[name])
-            writer = LogProbWriter(self.folder / name, n_blocks * (_SCORED.stop - _SCORED.start), shape.vocab_size)
+            writer = LogProbWriter(self.folder / name, n_blocks * (_SCORED.stop - _SCORED.start), spec.vocab_size)
             write_log_probs(teacher, self._texts[name], hidden, _SCORED, writer, range(n_blocks))
         teacher.release()
-        return [collector.take(layer) for layer in range(shape.n_layers)]
+        return [collector.take(layer) for layer in range(spec.n_layers)]
 
 
 class Files:
@@ -139,7 +139,7 @@ class Files:
         self._folder = bench.folder / f"{n_experts}-experts"
         self._folder.mkdir()
         kept = [highest(layer.reap_scores(), n_experts) for layer in bench.statistics]
-        self.student = Student(bench.source, ExpertMap.keeping(bench.source.shape.n_experts, kept))
+        self.student = Student(bench.source, ExpertMap.keeping(bench.source.spec.n_experts, kept))
         weights, threads = importance(bench.statistics, self.student.experts), bench.threads
         write_gguf(self.student, _TYPE, self._gguf, importance=weights, name="student", threads=threads)
         write_onnx(self.student, _TYPE, self._folder, importance=weights, context_length=BLOCK_LENGTH, threads=threads)
@@ -150,15 +150,15 @@ class Files:
 
     def shipped(self, routers: Student) -> Student:
         """The student with the numbers of its files, and a student's routers."""
-        return _with_routers(self.student.as_written(GgufWeights(self._gguf, self.student.shape)), routers)
+        return _with_routers(self.student.as_written(GgufWeights(self._gguf, self.student.spec)), routers)
 
     def measured(self, arm: str, routers: Student) -> Measured:
         """Puts a student's routers into both files and runs them."""
-        for weights in (GgufWeights(self._gguf, self.student.shape), OnnxWeights(self._folder, self.student.shape)):
+        for weights in (GgufWeights(self._gguf, self.student.spec), OnnxWeights(self._folder, self.student.spec)):
             rewrite(
                 weights,
                 {
-                    self.student.shape.gguf_name(Role.ROUTER, layer): values
+                    self.student.spec.gguf_name(Role.ROUTER, layer): values
                     for layer, values in _routers(routers).items()
                 },
             )
@@ -181,11 +181,11 @@ def _with_routers(student: Student, routers: Student) -> Student:
 
 
 def _routers(student: Student) -> dict[int, torch.Tensor]:
-    return {layer: student.tensor(Role.ROUTER, layer).float() for layer in range(student.shape.n_layers)}
+    return {layer: student.tensor(Role.ROUTER, layer).float() for layer in range(student.spec.n_layers)}
 
 
 def _pruned_arms(bench: Bench) -> list[Measured]:
-    files = Files(bench, bench.source.shape.n_experts // 2)
+    files = Files(bench, bench.source.spec.n_experts // 2)
     before = bench.taught(files.student, _RATE)
     return [
         files.measured("none", files.student),
@@ -197,7 +197,7 @@ def _pruned_arms(bench: Bench) -> list[Measured]:
 
 
 def _whole_arms(bench: Bench) -> list[Measured]:
-    files = Files(bench, bench.source.shape.n_experts)
+    files = Files(bench, bench.source.spec.n_experts)
     results = [files.measured("none", files.student)]
     for rate in _RATES_OF_WHOLE:
         taught = bench.taught(files.shipped(files.student), rate)
@@ -296,7 +296,7 @@ def main() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # as the stages do
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), threads)
-        n_experts = bench.source.shape.n_experts
+        n_experts = bench.source.spec.n_experts
         tables = {n_experts // 2: _pruned_arms(bench), n_experts: _whole_arms(bench)}
     write_csv(tables, _RESULTS / "quantized_recovery.csv")
     write_markdown(tables, _RESULTS / "quantized_recovery.md")

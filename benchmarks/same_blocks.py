@@ -120,12 +120,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (_RESULTS / "same_blocks.md").write_text(page(found), encoding="utf-8")
 
 
-def types_of_onnx(shape: ModelSpec, preset: str) -> dict[str, str]:
+def types_of_onnx(spec: ModelSpec, preset: str) -> dict[str, str]:
     """Types for GGUF whose numbers are those of our ONNX files, where llama.cpp's mix has others."""
     if preset != "Q4_0":
         return {}
     embeddings = (Role.TOKEN_EMBEDDING, Role.HEAD)
-    matrices = (tensor for tensor in plan_tensors(shape, preset) if tensor.is_matrix)
+    matrices = (tensor for tensor in plan_tensors(spec, preset) if tensor.is_matrix)
     return {tensor.name: "Q8_0" if tensor.role in embeddings else "Q4_0" for tensor in matrices}
 
 
@@ -143,12 +143,12 @@ def compare(
         threads: of the runtimes.
     """
     student = Student.teacher(source)
-    types = types_of_onnx(student.shape, preset)
+    types = types_of_onnx(student.spec, preset)
     write_gguf(student, preset, folder / "x.gguf", types=types, name="x", threads=threads)
     write_onnx(student, preset, folder / "onnx", context_length=BLOCK_LENGTH, threads=threads)
-    written = student.as_written(GgufWeights(folder / "x.gguf", student.shape))
+    written = student.as_written(GgufWeights(folder / "x.gguf", student.spec))
     sample_B = spread_chunks(len(tokens_BT))
-    recorder = RouterInputRecorder(folder / "inputs", student.shape, sample_B, tokens_BT.shape[1])
+    recorder = RouterInputRecorder(folder / "inputs", student.spec, sample_B, tokens_BT.shape[1])
     in_torch = _routing(TorchBackend(written, observers=[recorder.observe]), tokens_BT)
     recorder.finish(in_torch)
     runtimes: dict[str, RuntimeBackend] = {

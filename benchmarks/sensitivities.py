@@ -30,7 +30,7 @@ def _forward(student: Student, tokens_BT: torch.Tensor) -> None:
     model = StreamedModel(student)
     groups = [TokenGroup(tokens_BT)]
     (states,) = model.first_states(groups)
-    for _ in model.advance(groups, [states], range(model.shape.n_layers)):
+    for _ in model.advance(groups, [states], range(model.spec.n_layers)):
         pass
     for _ in model.logits_in_chunks(states, slice(0, tokens_BT.shape[1])):
         pass
@@ -59,7 +59,7 @@ def main() -> None:
         write_checkpoint(with_layers(MODELS["olmoe"], options.layers), Path(folder) / "model")
         student = Student.teacher(Checkpoint(Path(folder) / "model"))
         generator = torch.Generator().manual_seed(0)
-        tokens_BT = torch.randint(student.shape.vocab_size, (options.blocks, _BLOCK_LENGTH), generator=generator)
+        tokens_BT = torch.randint(student.spec.vocab_size, (options.blocks, _BLOCK_LENGTH), generator=generator)
         pairs = []
         for _ in range(options.turns):
             pairs.append((_cpu_seconds(_forward, student, tokens_BT), _cpu_seconds(_sensitivities, student, tokens_BT)))

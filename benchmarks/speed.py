@@ -69,7 +69,7 @@ class _Sides:
         self._student = Student.teacher(Checkpoint(folder))
         limit = MemoryLimit(psutil.virtual_memory().available // 2, work / "spill")
         self._model = StreamedModel(self._student, limit=limit)
-        self._targets = TeacherTargets.create(work / "targets", tokens_BT.numel(), self._model.shape.vocab_size)
+        self._targets = TeacherTargets.create(work / "targets", tokens_BT.numel(), self._model.spec.vocab_size)
         settings = Schedule(len(tokens_BT), 1e-5, _STEP_BLOCKS)
         objective = Distillation(self._targets, self._student)
         self._training = Training(self._student, tokens_BT, objective, settings, limit=limit, dtype=dtype)
@@ -79,7 +79,7 @@ class _Sides:
     def calibrate(self, n_blocks: int | None = None) -> None:
         """Statistics of all layers, and the targets on disk, of all blocks or the first ones."""
         tokens_BT = self._tokens_BT[:n_blocks]
-        collector = StatisticsCollector(self._model.shape)
+        collector = StatisticsCollector(self._model.spec)
         (hidden,) = self._model.stream([TokenGroup(tokens_BT, [collector.observe], self._dtype)])
         write_targets(self._model, hidden, self._targets, range(len(tokens_BT)))
 

@@ -20,30 +20,30 @@ def describe(folder: Path) -> dict[str, Any]:
         InputError: the folder holds no checkpoint that can be read.
     """
     checkpoint = Checkpoint(folder)
-    shape = checkpoint.shape
-    expert_bytes = shape.n_layers * shape.n_experts * shape.expert_parameters * checkpoint.dtype.itemsize
-    active = shape.parameters - shape.n_layers * (shape.n_experts - shape.top_k) * shape.expert_parameters
+    spec = checkpoint.spec
+    expert_bytes = spec.n_layers * spec.n_experts * spec.expert_parameters * checkpoint.dtype.itemsize
+    active = spec.parameters - spec.n_layers * (spec.n_experts - spec.top_k) * spec.expert_parameters
     return {
         "folder": str(folder),
         "identity": checkpoint.identity(),
-        "family": shape.model_type,
+        "family": spec.model_type,
         "architecture": checkpoint.family.architecture,
-        "layers": shape.n_layers,
-        "hidden_size": shape.hidden_size,
-        "attention": {"heads": shape.n_heads, "kv_heads": shape.n_kv_heads, "head_dim": shape.head_dim},
-        "experts": {"per_layer": shape.n_experts, "per_token": shape.top_k, "width": shape.expert_width},
-        "routing": f"softmax over all experts, top {shape.top_k}"
-        + (", weights normalised" if shape.normalize_top_k else ""),
-        "vocabulary": shape.vocab_size,
-        "context": shape.context_length,
-        "sliding_window": shape.window,
-        "rope_type": shape.rope.kind.value,
-        "tied_embeddings": shape.tied_embeddings,
+        "layers": spec.n_layers,
+        "hidden_size": spec.hidden_size,
+        "attention": {"heads": spec.n_heads, "kv_heads": spec.n_kv_heads, "head_dim": spec.head_dim},
+        "experts": {"per_layer": spec.n_experts, "per_token": spec.top_k, "width": spec.expert_width},
+        "routing": f"softmax over all experts, top {spec.top_k}"
+        + (", weights normalised" if spec.normalize_top_k else ""),
+        "vocabulary": spec.vocab_size,
+        "context": spec.context_length,
+        "sliding_window": spec.window,
+        "rope_type": spec.rope.kind.value,
+        "tied_embeddings": spec.tied_embeddings,
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
         "stored_as": None if checkpoint.block_scaled is None else str(checkpoint.block_scaled),
         "notes": list(checkpoint.notes),
         "weight_files": len(checkpoint.files),
-        "parameters": shape.parameters,
+        "parameters": spec.parameters,
         "active_parameters": active,
         "bytes": checkpoint.n_bytes,
         "expert_bytes": expert_bytes,

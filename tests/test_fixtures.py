@@ -17,9 +17,9 @@ from compressors.model.sources.checkpoint import Checkpoint
 
 def test_the_models_have_the_documented_size(fine_folder: Path, coarse_folder: Path, olmoe_folder: Path) -> None:
     fine, coarse, olmoe = Checkpoint(fine_folder), Checkpoint(coarse_folder), Checkpoint(olmoe_folder)
-    assert (fine.shape.n_layers, fine.shape.n_experts, fine.shape.top_k, len(fine.files)) == (6, 32, 4, 1)
-    assert (coarse.shape.n_layers, coarse.shape.n_experts, coarse.shape.top_k, len(coarse.files)) == (6, 8, 2, 3)
-    assert (olmoe.shape.n_layers, olmoe.shape.n_experts, olmoe.shape.top_k, len(olmoe.files)) == (3, 16, 4, 1)
+    assert (fine.spec.n_layers, fine.spec.n_experts, fine.spec.top_k, len(fine.files)) == (6, 32, 4, 1)
+    assert (coarse.spec.n_layers, coarse.spec.n_experts, coarse.spec.top_k, len(coarse.files)) == (6, 8, 2, 3)
+    assert (olmoe.spec.n_layers, olmoe.spec.n_experts, olmoe.spec.top_k, len(olmoe.files)) == (3, 16, 4, 1)
     assert all(file.stat().st_size < 20_000_000 for file in coarse.files)
 
 
@@ -33,7 +33,7 @@ def test_a_toy_checkpoint_has_the_first_layers_of_its_model(
 ) -> None:
     source = Checkpoint(request.getfixturevalue(f"{model}_folder"))
     toy = Checkpoint(toy_checkpoint(tmp_path, n_layers=2, model=model))
-    assert toy.shape.n_layers == 2
+    assert toy.spec.n_layers == 2
     assert not any("layers.2." in name for name in toy.headers)
     for layer in range(2):
         assert torch.equal(toy.tensor(Role.ROUTER, layer), source.tensor(Role.ROUTER, layer))

@@ -59,9 +59,9 @@ def with_error_feedback(student: Student, ggml_type: GGMLQuantizationType) -> di
 
 
 def _places(student: Student) -> Iterator[tuple[int, Role, int]]:
-    for layer in range(student.shape.n_layers):
+    for layer in range(student.spec.n_layers):
         for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN):
-            for expert in range(student.shape.n_experts):
+            for expert in range(student.spec.n_experts):
                 yield layer, role, expert
 
 

@@ -36,7 +36,7 @@ def grid(folder: Path, files: Sequence[str]) -> Iterator[Result]:
                 workshop, path, f"ONNX {preset}", folder / "damaged-folder", everything="onnx" not in seen
             )
         elif "gguf" not in seen:
-            metadata, tokens = metadata_damages(workshop.student.shape), tokenizer_damages(path)
+            metadata, tokens = metadata_damages(workshop.student.spec), tokenizer_damages(path)
             yield from _metadata(workshop, path, f"GGUF {preset}", "metadata", metadata)
             yield from _metadata(workshop, path, f"GGUF {preset}", "tokenizer", tokens)
         seen.add(file_format)

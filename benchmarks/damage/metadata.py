@@ -82,24 +82,24 @@ def _value(types: list[GGUFValueType], content: Any) -> Value:
     return kinds[types[-1]](content)
 
 
-def metadata_damages(shape: ModelSpec) -> Iterator[MetadataDamage]:
+def metadata_damages(spec: ModelSpec) -> Iterator[MetadataDamage]:
     """Yields damages of the architecture's keys."""
-    prefix = shape.gguf_architecture
+    prefix = spec.gguf_architecture
     wrong: dict[str, list[Value | None]] = {
-        "block_count": [uint32(shape.n_layers + 1), None],
-        "context_length": [uint32(shape.context_length // 2), None],
-        "embedding_length": [uint32(shape.hidden_size * 2), None],
-        "expert_feed_forward_length": [uint32(shape.expert_width // 2), None],
-        "attention.head_count": [uint32(shape.n_heads // 2), None],
-        "attention.head_count_kv": [uint32(shape.n_heads), uint32(1), None],
-        "attention.key_length": [uint32(shape.head_dim * 2), uint32(shape.head_dim // 2)],
-        "attention.value_length": [uint32(shape.head_dim * 2), uint32(shape.head_dim // 2)],
-        "attention.layer_norm_rms_epsilon": [float32(shape.rms_norm_eps * 1.05), float32(1e-5), float32(0.0), None],
-        "rope.freq_base": [float32(1e6), float32(shape.rope_theta * 1.01), float32(0.0)],
-        "rope.dimension_count": [uint32(shape.head_dim // 2), uint32(shape.head_dim * 2)],
-        "expert_count": [uint32(shape.n_experts - 1), uint32(shape.n_experts * 2), None],
-        "expert_used_count": [uint32(shape.top_k - 1), uint32(shape.top_k + 1), None],
-        "vocab_size": [uint32(shape.vocab_size - 1)],
+        "block_count": [uint32(spec.n_layers + 1), None],
+        "context_length": [uint32(spec.context_length // 2), None],
+        "embedding_length": [uint32(spec.hidden_size * 2), None],
+        "expert_feed_forward_length": [uint32(spec.expert_width // 2), None],
+        "attention.head_count": [uint32(spec.n_heads // 2), None],
+        "attention.head_count_kv": [uint32(spec.n_heads), uint32(1), None],
+        "attention.key_length": [uint32(spec.head_dim * 2), uint32(spec.head_dim // 2)],
+        "attention.value_length": [uint32(spec.head_dim * 2), uint32(spec.head_dim // 2)],
+        "attention.layer_norm_rms_epsilon": [float32(spec.rms_norm_eps * 1.05), float32(1e-5), float32(0.0), None],
+        "rope.freq_base": [float32(1e6), float32(spec.rope_theta * 1.01), float32(0.0)],
+        "rope.dimension_count": [uint32(spec.head_dim // 2), uint32(spec.head_dim * 2)],
+        "expert_count": [uint32(spec.n_experts - 1), uint32(spec.n_experts * 2), None],
+        "expert_used_count": [uint32(spec.top_k - 1), uint32(spec.top_k + 1), None],
+        "vocab_size": [uint32(spec.vocab_size - 1)],
         "attention.scale": [float32(1.0)],
         "attention.sliding_window": [uint32(128)],
         "attention.causal": [boolean(False)],
@@ -111,7 +111,7 @@ def metadata_damages(shape: ModelSpec) -> Iterator[MetadataDamage]:
         "residual_scale": [float32(0.5)],
         "embedding_scale": [float32(2.0)],
         "expert_weights_scale": [float32(2.5)],
-        "expert_weights_norm": [boolean(not shape.normalize_top_k)],
+        "expert_weights_norm": [boolean(not spec.normalize_top_k)],
         "expert_gating_func": [uint32(2)],
         "expert_group_count": [uint32(4)],
         "expert_group_used_count": [uint32(2)],

@@ -27,7 +27,7 @@ class WeightDamage:
 
 def weight_damages(student: Student) -> Iterator[WeightDamage]:
     """Yields the damages of the second layer and of what all layers share."""
-    for role in student.shape.stored_roles:
+    for role in student.spec.stored_roles:
         if role.is_expert:
             yield from _of_experts(student, role)
         else:
@@ -35,7 +35,7 @@ def weight_damages(student: Student) -> Iterator[WeightDamage]:
 
 
 def _of_experts(student: Student, role: Role) -> Iterator[WeightDamage]:
-    values = [student.expert(role, _LAYER, expert).float() for expert in range(student.shape.n_experts)]
+    values = [student.expert(role, _LAYER, expert).float() for expert in range(student.spec.n_experts)]
     names = [student.name(role, _LAYER, expert) for expert in range(len(values))]
     shifted = values[1:] + values[:1]
     for kind, change in _changes(None).items():

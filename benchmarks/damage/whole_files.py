@@ -74,8 +74,8 @@ def _ours(workshop: Workshop, check: _Check) -> Iterator[Whole]:
         yield check(f"GGUF {preset} with an importance matrix", _gguf(student, preset, importance))
     for preset in ONNX_PRESETS:
         yield check(f"ONNX {preset} with an importance matrix", _onnx(student, preset, importance))
-    n_experts = student.shape.n_experts
-    pruned = Student(workshop.source, ExpertMap.keeping(n_experts, [range(1, n_experts, 2)] * student.shape.n_layers))
+    n_experts = student.spec.n_experts
+    pruned = Student(workshop.source, ExpertMap.keeping(n_experts, [range(1, n_experts, 2)] * student.spec.n_layers))
     taught = _taught(pruned)
     for kind, one, trained in (
         ("pruned", pruned, frozenset[Role]()),
@@ -102,7 +102,7 @@ def _taught(student: Student) -> Student:
     """Its routers moved a little, as recovery does."""
     generator = torch.Generator().manual_seed(0)
     overlay = {}
-    for layer in range(student.shape.n_layers):
+    for layer in range(student.spec.n_layers):
         router = student.tensor(Role.ROUTER, layer).float()
         overlay[student.name(Role.ROUTER, layer)] = router + 0.01 * torch.randn(router.shape, generator=generator)
     return student.with_overlay(overlay)
@@ -116,11 +116,11 @@ def importance_like(student: Student) -> Importance:
         return torch.exp(1.5 * torch.randn(shape, generator=generator)).clamp(0.01, 100)
 
     importance: dict[tuple[Role, int | None], torch.Tensor] = {}
-    for layer in range(student.shape.n_layers):
-        for role in student.shape.stored_roles:
+    for layer in range(student.spec.n_layers):
+        for role in student.spec.stored_roles:
             if role.is_expert:
                 columns = student.expert(role, layer, 0).shape[1]
-                importance[role, layer] = uneven(student.shape.n_experts, columns)
+                importance[role, layer] = uneven(student.spec.n_experts, columns)
             elif role in (Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUTPUT):
                 importance[role, layer] = uneven(student.tensor(role, layer).shape[1])
     return importance  # type: ignore[return-value]
@@ -142,7 +142,7 @@ def _checked(
     assert found is not None, path
     student = original or workshop.student
     symptoms = check_weights(found, student, trained).symptoms
-    symptoms += check_description(found, workshop.source, student.shape, workshop.chunks_BT).symptoms
+    symptoms += check_description(found, workshop.source, student.spec, workshop.chunks_BT).symptoms
     return Whole(f"{model}: {what}", tuple(symptoms))
 
 

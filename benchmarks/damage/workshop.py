@@ -65,8 +65,8 @@ class Workshop:
     def open(cls, checkpoint: Path, n_experts: int | None = None, n_chunks: int = 1) -> Workshop:
         """A workshop with the first ``n_experts`` experts of a checkpoint, or all of them."""
         source = Checkpoint(checkpoint)
-        kept = range(n_experts or source.shape.n_experts)
-        student = Student(source, ExpertMap.keeping(source.shape.n_experts, [kept] * source.shape.n_layers))
+        kept = range(n_experts or source.spec.n_experts)
+        student = Student(source, ExpertMap.keeping(source.spec.n_experts, [kept] * source.spec.n_layers))
         _, blocks = tokenize_heldout(bundled_text("heldout"), checkpoint)
         return cls(source, student, blocks.leading(1).tokens_BT.numpy()[:n_chunks])
 
@@ -114,7 +114,7 @@ def _seen(workshop: Workshop, path: Path, kind: str) -> tuple[list[str], bool]:
         if kind == "weights":
             findings = check_weights(found, workshop.student)
         else:
-            findings = check_description(found, workshop.source, workshop.student.shape, workshop.chunks_BT)
+            findings = check_description(found, workshop.source, workshop.student.spec, workshop.chunks_BT)
     except MoeExportError as error:
         return [str(error)], True
     return findings.symptoms, not all(check.passed for check in findings.checks)

@@ -73,9 +73,9 @@ def main(layers: int, rounds: int, threads: int, tools: Path, folder: Path) -> N
     source = folder / f"olmoe-{layers}-layers"
     if not source.exists():
         write_checkpoint(with_layers(MODELS["olmoe"], layers), source)
-    shape = read_spec(source)
-    write_statistics(shape, folder / "statistics")
-    write_imatrix(shape, folder / "statistics", folder / "imatrix.gguf")
+    spec = read_spec(source)
+    write_statistics(spec, folder / "statistics")
+    write_imatrix(spec, folder / "statistics", folder / "imatrix.gguf")
     comparisons = []
     for preset in _TARGETS:
         comparisons.append(_compare(preset, source, folder, llama_cpp, rounds, threads))

@@ -15,11 +15,11 @@ from exporter.writing.gguf.layout import plan_tensors
 __all__ = ["write_imatrix", "write_statistics"]
 
 
-def write_statistics(shape: ModelSpec, folder: Path) -> None:
+def write_statistics(spec: ModelSpec, folder: Path) -> None:
     """Random statistics of the model's shape; the last expert of each layer saw no token."""
     generator = torch.Generator().manual_seed(0)
-    for layer in range(shape.n_layers):
-        sums = LayerStatistics.zeros(shape)
+    for layer in range(spec.n_layers):
+        sums = LayerStatistics.zeros(spec)
         sums.n_tokens += 16_384
         sums.count_E += 2_048
         for squares in (
@@ -34,20 +34,20 @@ def write_statistics(shape: ModelSpec, folder: Path) -> None:
         save_statistics(sums, folder, layer)
 
 
-def write_imatrix(shape: ModelSpec, statistics: Path, path: Path) -> None:
+def write_imatrix(spec: ModelSpec, statistics: Path, path: Path) -> None:
     """The file that ``llama-quantize --imatrix`` reads (``common_imatrix_load`` in ``common/imatrix-loader.cpp``).
 
     Each entry holds sums of squares, and how many they are sums of for each matrix: here means, and 1. An expert that
     saw no token has 0, and llama-quantize then weighs all its columns alike.
     """
-    experts = ExpertMap.identity(shape)
-    matrix = importance(StoredStatistics(statistics, shape.n_layers), experts)
+    experts = ExpertMap.identity(spec)
+    matrix = importance(StoredStatistics(statistics, spec.n_layers), experts)
     writer = GGUFWriter(path, "")
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", ["random"])
     writer.add_uint32("imatrix.chunk_count", 1)
     writer.add_uint32("imatrix.chunk_size", 512)
-    for tensor in plan_tensors(shape, "F32"):
+    for tensor in plan_tensors(spec, "F32"):
         if (tensor.role, tensor.layer) in matrix:
             means_EN = matrix[tensor.role, tensor.layer].reshape(-1, tensor.row_length)
             writer.add_tensor(f"{tensor.name}.in_sum2", means_EN.numpy())

@@ -35,7 +35,7 @@ def measure_pruned(subject: Subject, files: ParetoFiles) -> None:
             method = f"REAP {share:.0%}{said}"
             if all(subject.rows.find(subject.name, method, mix) for mix in _MIXES_OF_PRUNED):
                 continue
-            n_experts = round((1 - share) * subject.shape.n_experts)
+            n_experts = round((1 - share) * subject.spec.n_experts)
             source = subject.folder / f"reap-{n_experts}-{recovery}.gguf"
             if not source.exists():
                 files.write_mix("F32", n_experts, recovery).rename(source)

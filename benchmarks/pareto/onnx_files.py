@@ -42,13 +42,13 @@ def measure_onnx(subject: Subject, files: ParetoFiles, heldout_BT: npt.NDArray[n
     bench = _Bench(subject, heldout_BT[:: max(1, len(heldout_BT) // _CHUNKS)], rows)
     bench.record_original(files)
     bench.measure(PRESET, PRESET, lambda: files.write_mix(PRESET, artifact="onnx"))
-    preset_bytes = predict_size(subject.shape, PRESET)
+    preset_bytes = predict_size(subject.spec, PRESET)
     sizes = {label: int(float(label.split()[0]) * preset_bytes) for label in BARS}
     sizes |= {f"{bits:g} bits": _bytes_at(bits, subject) for bits in _BITS}
     for label, n_bytes in sizes.items():
         if rows.find(subject.name, OURS, label) is None:
             found = files.best(n_bytes, "onnx")
-            structure = described_structure(found.compress, subject.shape)
+            structure = described_structure(found.compress, subject.spec)
             bench.measure(OURS, label, lambda found=found: files.write(found), structure, found.predicted, n_bytes)
 
 
@@ -66,7 +66,7 @@ class _Bench:
         partial = self._original.with_name("onnx-log-probs.partial")
         scored = scored_positions(self._tokens_BT.shape[1])
         n_scored = len(self._tokens_BT) * (scored.stop - scored.start)
-        writer = LogProbWriter(partial, n_scored, self._subject.shape.vocab_size)
+        writer = LogProbWriter(partial, n_scored, self._subject.spec.vocab_size)
         backend = OnnxRuntimeBackend(files.write_mix("F32", artifact="onnx"), threads=self._subject.threads)
         evaluate(backend, self._tokens_BT, {}, record=writer)
         partial.rename(self._original)
@@ -94,7 +94,7 @@ class _Bench:
             method,
             mix,
             n_bytes,
-            n_bytes / (predict_size(subject.shape, "F32") / 2),
+            n_bytes / (predict_size(subject.spec, "F32") / 2),
             figures["kld"]["mean"],
             figures["kld"]["mean_error"],
             figures["top1_agreement"],
@@ -109,7 +109,7 @@ class _Bench:
 
 def _bytes_at(bits: float, subject: Subject) -> int:
     """Bytes of a file whose matrices have so many bits for a weight."""
-    weights = plan_tensors(subject.shape, PRESET).weights
+    weights = plan_tensors(subject.spec, PRESET).weights
     n_values = sum(math.prod(weight.shape) for weight in weights if weight.encoding.blocks is not None)
-    rest = predict_size(subject.shape, "F32") - 4 * n_values
+    rest = predict_size(subject.spec, "F32") - 4 * n_values
     return rest + int(bits * n_values / 8)

@@ -63,7 +63,7 @@ def measure_ours(subject: Subject, files: ParetoFiles, sizes: Mapping[str, int])
     for label, n_bytes in sizes.items():
         if subject.rows.find(subject.name, OURS, label) is None:
             found = files.best(n_bytes)
-            structure = described_structure(found.compress, subject.shape)
+            structure = described_structure(found.compress, subject.spec)
             subject.measure(
                 OURS,
                 label,

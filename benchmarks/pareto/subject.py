@@ -31,14 +31,14 @@ class Subject:
     threads: int
 
     @cached_property
-    def shape(self) -> ModelSpec:
+    def spec(self) -> ModelSpec:
         """The model's."""
-        return Checkpoint(self.checkpoint).shape
+        return Checkpoint(self.checkpoint).spec
 
     @cached_property
     def bf16_bytes(self) -> int:
         """Bytes of the file of the whole model in bfloat16."""
-        return predict_file_size(self.shape, self.checkpoint, "BF16", self.name)
+        return predict_file_size(self.spec, self.checkpoint, "BF16", self.name)
 
     @cached_property
     def reference(self) -> Path:

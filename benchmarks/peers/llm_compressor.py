@@ -181,9 +181,9 @@ def _peer(
 def _sequential(source: Path, tokens_BT: torch.Tensor, n_experts: int) -> list[_Choice]:
     """Our choice for every layer, each measured behind the pruned layers before it."""
     checkpoint = Checkpoint(source)
-    size = MoeSize(n_experts, checkpoint.shape.expert_width)
+    size = MoeSize(n_experts, checkpoint.spec.expert_width)
     choices: list[_Choice] = []
-    targets = [LayerTarget(index, size, (_Recorded(n_experts, choices),)) for index in range(checkpoint.shape.n_layers)]
+    targets = [LayerTarget(index, size, (_Recorded(n_experts, choices),)) for index in range(checkpoint.spec.n_layers)]
     compression = LayerwiseCompression(checkpoint, targets, (), tokens_BT, n_sample_blocks=1, sequential=True)
     kept = [layer.map.kept for layer in compression.run()]
     assert kept == [choice.kept for choice in choices]
@@ -211,9 +211,9 @@ def _choice(statistics: LayerStatistics, n_experts: int) -> _Choice:
 def _one_shot(source: Path, tokens_BT: torch.Tensor, n_experts: int) -> list[_Choice]:
     """The choice for every layer when all are measured on the unpruned model."""
     checkpoint = Checkpoint(source)
-    collector = StatisticsCollector(checkpoint.shape)
+    collector = StatisticsCollector(checkpoint.spec)
     StreamedModel(Student.teacher(checkpoint)).stream([TokenGroup(tokens_BT, [collector.observe])])
-    return [_choice(collector.take(index), n_experts) for index in range(checkpoint.shape.n_layers)]
+    return [_choice(collector.take(index), n_experts) for index in range(checkpoint.spec.n_layers)]
 
 
 def _section(title: str, layers: list[_Layer]) -> list[str]:

@@ -73,12 +73,12 @@ def prepare(model: str, folder: Path) -> None:
         calibration.spread(CALIBRATION_BLOCKS).tokens_BT,
         heldout.spread(HELDOUT_CHUNKS).tokens_BT,
     )
-    collector = StatisticsCollector(source.shape)
+    collector = StatisticsCollector(source.spec)
     StreamedModel(teacher).stream([TokenGroup(calibration_BT, [collector.observe])])
-    for layer in range(source.shape.n_layers):
+    for layer in range(source.spec.n_layers):
         save_statistics(collector.take(layer), folder / "statistics", layer)
     n_positions = HELDOUT_CHUNKS * (_SCORED.stop - _SCORED.start)
-    writer = LogProbWriter(folder / "log_probs", n_positions, source.shape.vocab_size)
+    writer = LogProbWriter(folder / "log_probs", n_positions, source.spec.vocab_size)
     evaluate(TorchBackend(teacher), heldout_BT.numpy(), {}, record=writer)
     save_file({"calibration": calibration_BT, "heldout": heldout_BT}, folder / _TOKENS)
 
@@ -89,7 +89,7 @@ def measure(model: str, method: str, share: float, folder: Path) -> Measured:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # as the stages do
     source, tokens, arm = Checkpoint(MODELS[model]), load_file(folder / _TOKENS), ARMS[method]
-    teacher = Teacher(source, StoredStatistics(folder / "statistics", source.shape.n_layers), tokens["calibration"])
+    teacher = Teacher(source, StoredStatistics(folder / "statistics", source.spec.n_layers), tokens["calibration"])
     start = time.process_time()
     try:
         shrunk = arm.build(teacher, share)

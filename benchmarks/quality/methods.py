@@ -64,14 +64,14 @@ class Teacher:
     tokens_BT: torch.Tensor  # calibration text
 
     @property
-    def shape(self) -> ModelSpec:
+    def spec(self) -> ModelSpec:
         """The teacher's."""
-        return self.source.shape
+        return self.source.spec
 
     @property
     def expert_shape(self) -> ExpertShape:
         """The sizes of each layer's experts."""
-        return ExpertShape(self.shape.n_experts, self.shape.hidden_size, self.shape.expert_width, self.shape.top_k)
+        return ExpertShape(self.spec.n_experts, self.spec.hidden_size, self.spec.expert_width, self.spec.top_k)
 
     @property
     def sample_BT(self) -> torch.Tensor:
@@ -104,16 +104,16 @@ class Arm:
 
 def _shrunk(student: Student, setting: str) -> Shrunk:
     """A student whose files are as large as its own experts."""
-    shape, teacher = student.shape, student.source.shape
-    layers = [shape.layer(index) for index in range(shape.n_layers)]
+    spec, teacher = student.spec, student.source.spec
+    layers = [spec.layer(index) for index in range(spec.n_layers)]
     left = sum(layer.n_experts * layer.expert_parameters for layer in layers if layer.has_moe)
     removed = 1 - left / (teacher.n_layers * teacher.n_experts * teacher.expert_parameters)
     try:
-        check_uniform(shape)
+        check_uniform(spec)
         files = "GGUF, ONNX"
     except UnsupportedError:
         files = "ONNX"
-    if shape.expert_width % GGUF_WIDTH_MULTIPLE:
+    if spec.expert_width % GGUF_WIDTH_MULTIPLE:
         files += ", unquantized"
     return Shrunk(student, setting, removed, files)
 
@@ -132,21 +132,21 @@ def _compressed(teacher: Teacher, targets: Sequence[LayerTarget], *, sequential:
     for layer in compression.run():
         layers.append(layer.map)
         overlay |= layer.overlay
-    return Student(teacher.source, ExpertMap(teacher.shape.n_experts, tuple(layers)), overlay)
+    return Student(teacher.source, ExpertMap(teacher.spec.n_experts, tuple(layers)), overlay)
 
 
 def _everywhere(teacher: Teacher, size: MoeSize, *methods: Method, sequential: bool = False) -> Student:
-    targets = [LayerTarget(layer, size, methods) for layer in range(teacher.shape.n_layers)]
+    targets = [LayerTarget(layer, size, methods) for layer in range(teacher.spec.n_layers)]
     return _compressed(teacher, targets, sequential=sequential)
 
 
 def _whole(teacher: Teacher, *methods: Method) -> Student:
     """Experts keep their number and their width."""
-    return _everywhere(teacher, MoeSize(teacher.shape.n_experts, teacher.shape.expert_width), *methods)
+    return _everywhere(teacher, MoeSize(teacher.spec.n_experts, teacher.spec.expert_width), *methods)
 
 
 def _experts_left(teacher: Teacher, share: float) -> int:
-    return round(teacher.shape.n_experts * (1 - share))
+    return round(teacher.spec.n_experts * (1 - share))
 
 
 def _fewer(method: Callable[[int], Method], *, sequential: bool = False) -> Build:
@@ -154,9 +154,9 @@ def _fewer(method: Callable[[int], Method], *, sequential: bool = False) -> Buil
 
     def build(teacher: Teacher, share: float) -> Shrunk:
         n_experts = _experts_left(teacher, share)
-        size = MoeSize(n_experts, teacher.shape.expert_width)
+        size = MoeSize(n_experts, teacher.spec.expert_width)
         student = _everywhere(teacher, size, method(n_experts), sequential=sequential)
-        return _shrunk(student, f"{n_experts} of {teacher.shape.n_experts} experts")
+        return _shrunk(student, f"{n_experts} of {teacher.spec.n_experts} experts")
 
     return build
 
@@ -184,10 +184,10 @@ def _global(criterion: str) -> Build:
             found = recorder.found
         else:
             found = [CRITERIA[criterion](layer) for layer in teacher.statistics]
-        n_kept = _experts_left(teacher, share) * teacher.shape.n_layers
-        counts = allocate_globally(found, n_kept, teacher.shape.top_k)
+        n_kept = _experts_left(teacher, share) * teacher.spec.n_layers
+        counts = allocate_globally(found, n_kept, teacher.spec.top_k)
         targets = [
-            LayerTarget(layer, MoeSize(count, teacher.shape.expert_width), (Prune(criterion, count),))
+            LayerTarget(layer, MoeSize(count, teacher.spec.expert_width), (Prune(criterion, count),))
             for layer, count in enumerate(counts)
         ]
         return _shrunk(_compressed(teacher, targets), f"{', '.join(map(str, counts))} experts")
@@ -199,12 +199,12 @@ def _super_experts_kept(teacher: Teacher, share: float) -> Shrunk:
     n_experts = _experts_left(teacher, share)
     protected = super_experts(teacher.statistics)
     targets = [
-        LayerTarget(layer, MoeSize(n_experts, teacher.shape.expert_width), (Prune("reap", n_experts, experts),))
+        LayerTarget(layer, MoeSize(n_experts, teacher.spec.expert_width), (Prune("reap", n_experts, experts),))
         for layer, experts in enumerate(protected)
     ]
     n_protected = sum(map(len, protected))
     return _shrunk(
-        _compressed(teacher, targets), f"{n_experts} of {teacher.shape.n_experts} experts, {n_protected} protected"
+        _compressed(teacher, targets), f"{n_experts} of {teacher.spec.n_experts} experts, {n_protected} protected"
     )
 
 
@@ -230,15 +230,15 @@ def _aliases(merged: Student) -> Iterable[tuple[str, torch.Tensor]]:
 
 
 def _narrower(teacher: Teacher, share: float) -> Shrunk:
-    width = round(teacher.shape.expert_width * (1 - share))
-    student = _everywhere(teacher, MoeSize(teacher.shape.n_experts, width), SlimWidth(width))
-    return _shrunk(student, f"width {width} of {teacher.shape.expert_width}")
+    width = round(teacher.spec.expert_width * (1 - share))
+    student = _everywhere(teacher, MoeSize(teacher.spec.n_experts, width), SlimWidth(width))
+    return _shrunk(student, f"width {width} of {teacher.spec.expert_width}")
 
 
 def _fewer_and_narrower(teacher: Teacher, share: float) -> Shrunk:
     """Half of the share goes with whole experts, the rest with neurons."""
     n_experts = _experts_left(teacher, share / 2)
-    width = int(teacher.shape.n_experts * teacher.shape.expert_width * (1 - share)) // n_experts
+    width = int(teacher.spec.n_experts * teacher.spec.expert_width * (1 - share)) // n_experts
     student = _everywhere(teacher, MoeSize(n_experts, width), Prune("reap", n_experts), SlimWidth(width))
     return _shrunk(student, f"{n_experts} experts, width {width}")
 
@@ -295,14 +295,14 @@ def _unchanged(teacher: Teacher, share: float) -> Shrunk:
 
 def _layers_to_drop(teacher: Teacher, share: float) -> int:
     """The nearest number; of two equally near the larger."""
-    return int(share * teacher.shape.n_layers + 0.5)
+    return int(share * teacher.spec.n_layers + 0.5)
 
 
 def _drop_moe_layers(teacher: Teacher, share: float) -> Shrunk:
     n_dropped = _layers_to_drop(teacher, share)
     dropped = most_similar(moe_similarities(teacher.statistics), n_dropped, "MoE layers")
-    size = MoeSize(teacher.shape.n_experts, teacher.shape.expert_width)
-    targets = [LayerTarget(layer, NO_MOE if layer in dropped else size) for layer in range(teacher.shape.n_layers)]
+    size = MoeSize(teacher.spec.n_experts, teacher.spec.expert_width)
+    targets = [LayerTarget(layer, NO_MOE if layer in dropped else size) for layer in range(teacher.spec.n_layers)]
     return _shrunk(_compressed(teacher, targets), f"without experts in {_listed(dropped)}")
 
 
@@ -319,8 +319,8 @@ def _drop_consecutive_blocks(teacher: Teacher, share: float) -> Shrunk:
 
 
 def _without_blocks(teacher: Teacher, dropped: Sequence[int]) -> Shrunk:
-    size = MoeSize(teacher.shape.n_experts, teacher.shape.expert_width)
-    targets = [LayerTarget(layer, size) for layer in range(teacher.shape.n_layers) if layer not in dropped]
+    size = MoeSize(teacher.spec.n_experts, teacher.spec.expert_width)
+    targets = [LayerTarget(layer, size) for layer in range(teacher.spec.n_layers) if layer not in dropped]
     return _shrunk(_compressed(teacher, targets), f"without {_listed(dropped)} and attention")
 
 

@@ -39,7 +39,7 @@ def train_routers_locally(source: Student, student: Student, tokens_BT: torch.Te
     teacher, trained = StreamedModel(source), TrainedStudent(student, Scope.routers())
     taught = trained.streamed(None)
     (inputs,) = teacher.first_states([TokenGroup(tokens_BT[: schedule.n_blocks])])
-    layers = range(student.shape.n_layers)
+    layers = range(student.spec.n_layers)
     for (layer, weights), (_, student_weights) in zip(teacher.weights(layers), taught.weights(layers), strict=True):
         outputs = HiddenStates(inputs.shape, torch.float32)
         teacher.run(layer, weights, inputs, outputs)

@@ -80,9 +80,9 @@ def prepare(model: str, folder: Path) -> None:
     _watch(source, training_BT, folder)
     for name, tokens_BT in judged.items():
         n_positions = len(tokens_BT) * (_SCORED.stop - _SCORED.start)
-        writer = LogProbWriter(folder / name, n_positions, source.shape.vocab_size)
+        writer = LogProbWriter(folder / name, n_positions, source.spec.vocab_size)
         evaluate(TorchBackend(Student.teacher(source)), tokens_BT.numpy(), {}, record=writer)
-    statistics = StoredStatistics(folder / "statistics", source.shape.n_layers)
+    statistics = StoredStatistics(folder / "statistics", source.spec.n_layers)
     for name, build in STUDENTS.items():
         store_student(build(Teacher(source, statistics, training_BT[:SHORT_BLOCKS])), folder / "students" / name)
     save_file({"training": training_BT, **judged}, folder / _TOKENS)
@@ -95,7 +95,7 @@ def _in_any_order(tokens_BT: torch.Tensor) -> torch.Tensor:
 
 def _watch(source: Checkpoint, training_BT: torch.Tensor, folder: Path) -> None:
     """Writes statistics over the first training blocks, and the targets of all."""
-    collector = StatisticsCollector(source.shape)
+    collector = StatisticsCollector(source.spec)
     model = StreamedModel(Student.teacher(source))
     parts = [range(SHORT_BLOCKS), range(SHORT_BLOCKS, len(training_BT))]
     observers = [[collector.observe], []]
@@ -105,9 +105,9 @@ def _watch(source: Checkpoint, training_BT: torch.Tensor, folder: Path) -> None:
         if part
     ]
     states = model.stream(groups)
-    for layer in range(source.shape.n_layers):
+    for layer in range(source.spec.n_layers):
         save_statistics(collector.take(layer), folder / "statistics", layer)
-    targets = TeacherTargets.create(folder / "targets", training_BT.numel(), source.shape.vocab_size)
+    targets = TeacherTargets.create(folder / "targets", training_BT.numel(), source.spec.vocab_size)
     for part, hidden in zip(parts, states, strict=False):
         write_targets(model, hidden, targets, part)
 
@@ -116,11 +116,11 @@ def measure(run: Run, folder: Path, unfinished: Unfinished) -> Measured:
     """Does a run on what :func:`prepare` left, in a process of its own: its peak memory is the process's so far."""
     _settle()
     source, tokens, arm = Checkpoint(MODELS[run.model]), load_file(folder / _TOKENS), ARMS[run.arm]
-    statistics = StoredStatistics(folder / "statistics", source.shape.n_layers)
+    statistics = StoredStatistics(folder / "statistics", source.spec.n_layers)
     limit, targets = MemoryLimit(_MEMORY_BYTES, folder), TeacherTargets(folder / "targets")
     knowledge = Knowledge(source, statistics, tokens["training"], targets, limit, unfinished)
     student = load_student(source, folder / "students" / run.student)
-    n_parameters, n_bytes = _size(arm.scope, student.shape)
+    n_parameters, n_bytes = _size(arm.scope, student.spec)
     try:
         taught = arm.train(knowledge, student, _schedule(run)) if run.is_trained else student
     except TrainingDivergedError:
@@ -149,19 +149,19 @@ def _schedule(run: Run) -> Schedule:
     return Schedule(run.n_blocks, run.learning_rate, run.blocks_per_step, seed=run.seed, updates_per_batch=updates)
 
 
-def _size(scope: Scope | None, shape: ModelSpec) -> tuple[int, int]:
+def _size(scope: Scope | None, spec: ModelSpec) -> tuple[int, int]:
     """Trained parameters, and bytes by arithmetic."""
     if scope is None:
         return 0, 0
-    n_parameters = sum(scope.parameters(shape.layer(layer)) for layer in range(shape.n_layers))
-    return n_parameters, training_bytes(scope, shape).total
+    n_parameters = sum(scope.parameters(spec.layer(layer)) for layer in range(spec.n_layers))
+    return n_parameters, training_bytes(scope, spec).total
 
 
 def _judge(
     student: Student, run: Run, tokens: Mapping[str, torch.Tensor], folder: Path
 ) -> tuple[float, float | None, float | None]:
     """Selection divergence, held-out perplexity and held-out divergence."""
-    choice = AllExperts(student.shape.n_experts) if run.student == ALL_EXPERTS_ON else None
+    choice = AllExperts(student.spec.n_experts) if run.student == ALL_EXPERTS_ON else None
     selection, *heldout = (
         judge(student, tokens[name], LogProbReader(folder / name), _SCORED, choice=choice)
         for name in (["selection"] if run.is_sweep else ["selection", "heldout"])

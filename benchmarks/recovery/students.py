@@ -43,8 +43,8 @@ def _compressed(method: str, share: float = 0.5) -> Callable[[Teacher], Student]
 
 
 def _dense(teacher: Teacher) -> Student:
-    shape = teacher.shape
-    targets = [LayerTarget(layer, dense_size(shape), (Condense(),)) for layer in range(shape.n_layers)]
+    spec = teacher.spec
+    targets = [LayerTarget(layer, dense_size(spec), (Condense(),)) for layer in range(spec.n_layers)]
     layers: list[LayerMap] = []
     overlay = {}
     for layer in LayerwiseCompression(
@@ -52,7 +52,7 @@ def _dense(teacher: Teacher) -> Student:
     ).run():
         layers.append(layer.map)
         overlay |= layer.overlay
-    return Student(teacher.source, ExpertMap(shape.n_experts, tuple(layers)), overlay)
+    return Student(teacher.source, ExpertMap(spec.n_experts, tuple(layers)), overlay)
 
 
 STUDENTS: Mapping[str, Callable[[Teacher], Student]] = {

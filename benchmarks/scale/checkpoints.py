@@ -129,9 +129,9 @@ def write_checkpoint(config: Mapping[str, Any], folder: Path, *, shard_bytes: in
     (partial / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(resolve_model(None) / name, partial / name)
-    shape = read_spec(partial)
-    shards = _shards(_tensors(shape), shard_bytes)
-    values = _Values(shape.hidden_size)
+    spec = read_spec(partial)
+    shards = _shards(_tensors(spec), shard_bytes)
+    values = _Values(spec.hidden_size)
     weight_map = {}
     for number, tensors in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -148,15 +148,15 @@ def with_layers(config: Mapping[str, Any], n_layers: int | None) -> Mapping[str,
     return config if n_layers is None else {**config, "num_hidden_layers": n_layers}
 
 
-def _tensors(shape: ModelSpec) -> Iterator[_Tensor]:
-    names = shape.family.names
+def _tensors(spec: ModelSpec) -> Iterator[_Tensor]:
+    names = spec.family.names
     places: list[tuple[Role, int | None, int | None]] = [(role, None, None) for role in names if role.is_global]
-    for layer in range(shape.n_layers):
-        places += [(role, layer, None) for role in shape.family.layer_roles]
-        places += [(role, layer, expert) for expert in range(shape.n_experts) for role in names if role.is_expert]
+    for layer in range(spec.n_layers):
+        places += [(role, layer, None) for role in spec.family.layer_roles]
+        places += [(role, layer, expert) for expert in range(spec.n_experts) for role in names if role.is_expert]
     for index, (role, layer_index, expert_index) in enumerate(places):
         name = names[role].format(layer=layer_index, expert=expert_index)
-        yield _Tensor(name, role, role_shape(role, shape), index)
+        yield _Tensor(name, role, role_shape(role, spec), index)
 
 
 def _shards(tensors: Iterator[_Tensor], shard_bytes: int) -> list[list[_Tensor]]:

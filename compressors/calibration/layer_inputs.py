@@ -30,9 +30,9 @@ def n_kept_blocks(n_blocks: int, block_length: int) -> int:
     return min(n_blocks, max(1, KEPT_TOKENS // block_length))
 
 
-def layer_input_bytes(shape: ModelSpec, n_tokens: int) -> int:
+def layer_input_bytes(spec: ModelSpec, n_tokens: int) -> int:
     """The most bytes on disk that a text of ``n_tokens`` tokens takes."""
-    return (shape.n_layers + 1) * min(n_tokens, KEPT_TOKENS) * shape.hidden_size * 2
+    return (spec.n_layers + 1) * min(n_tokens, KEPT_TOKENS) * spec.hidden_size * 2
 
 
 class LayerInputs:
@@ -106,8 +106,8 @@ def write_layer_inputs(
         NotFiniteError: a value is not finite.
         OSError: the disk is full or failed.
     """
-    n_layers = model.shape.n_layers
-    inputs = LayerInputs.create(folder, n_layers, (*tokens_BT.shape, model.shape.hidden_size))
+    n_layers = model.spec.n_layers
+    inputs = LayerInputs.create(folder, n_layers, (*tokens_BT.shape, model.spec.hidden_size))
     groups, blocks = [TokenGroup(tokens_BT, dtype=dtype)], range(len(tokens_BT))
     (states,) = model.first_states(groups)
     inputs.keep(0, states, blocks)

@@ -128,8 +128,8 @@ class SecondMoments:
         return _LayerPart((*attention, _products(seen.experts_TD)), (seen.experts_TD, seen.chosen_TK))
 
     def _head_part(self, weight_D: torch.Tensor, blocks: slice) -> torch.Tensor:
-        states_TD = self._inputs.read(self._student.shape.n_layers, blocks).flatten(0, 1).float()
-        return _products(functional.rms_norm(states_TD, weight_D.shape, weight_D, self._student.shape.rms_norm_eps))
+        states_TD = self._inputs.read(self._student.spec.n_layers, blocks).flatten(0, 1).float()
+        return _products(functional.rms_norm(states_TD, weight_D.shape, weight_D, self._student.spec.rms_norm_eps))
 
 
 class ExpertInputs:
@@ -230,7 +230,7 @@ def _watched(layer: nn.Module, student: Student, index: int, seen: _Seen) -> Ite
         layer.get_submodule("self_attn.q_proj").register_forward_pre_hook(look_at_attention),
         layer.get_submodule("self_attn.o_proj").register_forward_pre_hook(look_at_attention_output),
     ]
-    routed = student.shape.layers[index].routed
+    routed = student.spec.layers[index].routed
     experts = None if routed is None else layer.get_submodule(routed.experts_module)
     if experts is not None:
         experts.forward = stand_in
@@ -245,12 +245,12 @@ def _watched(layer: nn.Module, student: Student, index: int, seen: _Seen) -> Ite
 
 def _without_experts(student: Student, index: int) -> LayerWeights:
     """The layer's weights, with one zero in place of all its experts' values."""
-    shape = student.shape.layer(index)
+    shape = student.spec.layer(index)
     zero = torch.zeros(1, 1, 1, dtype=student.expert_dtype)
     return LayerWeights(
         zero.expand(shape.n_experts, 2 * shape.expert_width, shape.hidden_size),
         zero.expand(shape.n_experts, shape.hidden_size, shape.expert_width),
-        {role: student.tensor(role, index) for role in student.shape.layer_roles(index)},
+        {role: student.tensor(role, index) for role in student.spec.layer_roles(index)},
     )
 
 

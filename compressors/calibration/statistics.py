@@ -62,21 +62,21 @@ class LayerStatistics:
     block_cosine_sum: torch.Tensor  # cos(layer input, layer output)
 
     @classmethod
-    def zeros(cls, shape: ModelSpec, device: torch.device | None = None) -> LayerStatistics:
+    def zeros(cls, spec: ModelSpec, device: torch.device | None = None) -> LayerStatistics:
         """Nothing seen yet of a layer of this shape."""
         sizes: dict[str, tuple[int, ...]] = {
-            "output_sum_ED": (shape.n_experts, shape.hidden_size),
-            "gate_up_input_square_ED": (shape.n_experts, shape.hidden_size),
-            "down_input_square_EF": (shape.n_experts, shape.expert_width),
-            "router_logit_gram_EE": (shape.n_experts, shape.n_experts),
-            "attention_input_square_D": (shape.hidden_size,),
-            "attention_output_input_square": (shape.n_heads * shape.head_dim,),
+            "output_sum_ED": (spec.n_experts, spec.hidden_size),
+            "gate_up_input_square_ED": (spec.n_experts, spec.hidden_size),
+            "down_input_square_EF": (spec.n_experts, spec.expert_width),
+            "router_logit_gram_EE": (spec.n_experts, spec.n_experts),
+            "attention_input_square_D": (spec.hidden_size,),
+            "attention_output_input_square": (spec.n_heads * spec.head_dim,),
         }
         scalars = ("n_tokens", "moe_cosine_sum", "block_cosine_sum")
         return cls(
             **{
                 field.name: torch.zeros(
-                    sizes.get(field.name, () if field.name in scalars else (shape.n_experts,)),
+                    sizes.get(field.name, () if field.name in scalars else (spec.n_experts,)),
                     dtype=torch.float64,
                     device=device,
                 )
@@ -99,17 +99,17 @@ class StatisticsCollector:
     Give :meth:`observe` to a ``TokenGroup`` and :meth:`take` each layer's statistics when it is done.
     """
 
-    def __init__(self, shape: ModelSpec, device: torch.device | None = None) -> None:
-        self._shape = shape
+    def __init__(self, spec: ModelSpec, device: torch.device | None = None) -> None:
+        self._spec = spec
         self._device = device
         self._layers: dict[int, LayerStatistics] = {}
 
     @contextmanager
     def observe(self, index: int, layer: nn.Module) -> Iterator[None]:
         """Watches one layer while it runs."""
-        described = self._shape.layers[index]
+        described = self._spec.layers[index]
         if index not in self._layers:
-            self._layers[index] = LayerStatistics.zeros(self._shape.layer(index), self._device)
+            self._layers[index] = LayerStatistics.zeros(self._spec.layer(index), self._device)
         sums = self._layers[index]
         hooks = [
             layer.get_submodule("self_attn.q_proj").register_forward_hook(_square_hook(sums.attention_input_square_D)),
@@ -131,7 +131,7 @@ class StatisticsCollector:
 
     def take(self, index: int) -> LayerStatistics:
         """A finished layer's statistics, over the tokens of all processes; the collector forgets them."""
-        sums = self._layers.pop(index, None) or LayerStatistics.zeros(self._shape.layer(index))
+        sums = self._layers.pop(index, None) or LayerStatistics.zeros(self._spec.layer(index))
         values = {field.name: getattr(sums, field.name).cpu() for field in fields(LayerStatistics)}
         reduce_sum(value for name, value in values.items() if name not in _MAXIMA)
         reduce_max(value for name, value in values.items() if name in _MAXIMA)

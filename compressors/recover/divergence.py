@@ -74,7 +74,7 @@ def judge(
 
 
 def _check_vocabulary(teacher: LogProbReader, student: Student) -> None:
-    n_tokens, vocab_size = teacher.rows(0, 1).shape[1], student.shape.vocab_size
+    n_tokens, vocab_size = teacher.rows(0, 1).shape[1], student.spec.vocab_size
     if n_tokens != vocab_size:
         raise InputError(
             f"the teacher's log-probabilities are of {n_tokens} tokens, but the student's vocabulary has {vocab_size}: "

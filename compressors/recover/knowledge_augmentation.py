@@ -70,7 +70,7 @@ class KnowledgeAugmentation(OnPolicyDistillation):
 
     def _choice(self, texts: Sequence[tuple[int, int]], n_tokens: int) -> ExpertChoice:
         keys = [(_EXPERTS, self._schedule.seed, *text) for text in texts]
-        return AllButOne(self._teacher.shape.n_experts, n_tokens, keys, self._augmentation)
+        return AllButOne(self._teacher.spec.n_experts, n_tokens, keys, self._augmentation)
 
 
 class AllButOne:

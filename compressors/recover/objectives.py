@@ -87,7 +87,7 @@ class Distillation(Stateless):
 
     def __init__(self, targets: TeacherTargets, student: Student) -> None:
         self._targets = targets
-        self._vocab_size = student.shape.vocab_size
+        self._vocab_size = student.spec.vocab_size
 
     def of_step(self, model: StreamedModel, tokens_BT: torch.Tensor, blocks: Sequence[int], n_blocks: int) -> StepLoss:
         """The divergence, averaged over the positions that have a next token."""
@@ -168,7 +168,7 @@ class RouterLogitMatching(Stateless):
             def see(call: RoutedCall) -> None:
                 found[index].append(call.logits_TE[:, kept].float().cpu())
 
-            routed = self._teacher.shape.layers[source].routed
+            routed = self._teacher.spec.layers[source].routed
             assert routed is not None
             with watching(layer, routed, see):
                 yield

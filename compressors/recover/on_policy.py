@@ -176,7 +176,7 @@ def divergence_from_states(
 
 
 def _check_head(student: Student) -> None:
-    head = Role.TOKEN_EMBEDDING if student.shape.tied_embeddings else Role.HEAD
+    head = Role.TOKEN_EMBEDDING if student.spec.tied_embeddings else Role.HEAD
     for role in (Role.FINAL_NORM, head):
         if student.name(role) in student.overlay:
             raise UnsupportedError(

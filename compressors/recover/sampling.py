@@ -26,9 +26,9 @@ Choose = Callable[[torch.Tensor, slice, int], torch.Tensor]
 """Next tokens, int64 [b], from logits [b, V] of these texts, for the n-th new token."""
 
 
-def cache_bytes(shape: ModelSpec, n_texts: int, n_tokens: int, dtype: torch.dtype = torch.float32) -> int:
+def cache_bytes(spec: ModelSpec, n_texts: int, n_tokens: int, dtype: torch.dtype = torch.float32) -> int:
     """Bytes of the keys and values of all layers, and of one layer's hidden states."""
-    per_token = shape.n_layers * 2 * shape.n_kv_heads * shape.head_dim + shape.hidden_size
+    per_token = spec.n_layers * 2 * spec.n_kv_heads * spec.head_dim + spec.hidden_size
     return n_texts * n_tokens * per_token * dtype.itemsize
 
 
@@ -80,7 +80,7 @@ def continue_texts(
     n_prompt = prompts_BP.shape[1]
     texts_BT = torch.cat([prompts_BP, prompts_BP.new_zeros(len(prompts_BP), n_new)], dim=1)
     n_texts, n_tokens = texts_BT.shape
-    n_bytes = cache_bytes(model.shape, n_texts, n_tokens, dtype)
+    n_bytes = cache_bytes(model.spec, n_texts, n_tokens, dtype)
     if not model.reserve(n_bytes):
         raise InputError(
             f"{n_texts} texts that are written together need {n_bytes / 1e9:.2f} GB for their keys and values, which "
@@ -101,7 +101,7 @@ def _through_layers(
     hidden_BtD = model.embed(tokens_Bt).to(dtype)
     # many positions at once are as many as in any pass; single positions of all texts are fewer
     n_texts = BLOCKS_AT_ONCE[dtype] if tokens_Bt.shape[1] > 1 else len(tokens_Bt)
-    for index, weights in model.weights(range(model.shape.n_layers)):
+    for index, weights in model.weights(range(model.spec.n_layers)):
         with model.layer(index, weights, dtype) as layer:
             for start in range(0, len(hidden_BtD), n_texts):
                 texts = slice(start, start + n_texts)
@@ -115,7 +115,7 @@ def _next_tokens(model: StreamedModel, hidden_BD: torch.Tensor, place: int, choo
     with model.head(hidden_BD.dtype) as head:
         chosen = [
             choose(head(part.to(model.device)).cpu(), slice(start, start + len(part)), place)
-            for start, part in position_chunks(hidden_BD, model.shape.vocab_size)
+            for start, part in position_chunks(hidden_BD, model.spec.vocab_size)
         ]
     return torch.cat(chosen)
 
@@ -127,9 +127,9 @@ class _Cache:
     """
 
     def __init__(self, model: StreamedModel, n_texts: int, n_tokens: int, dtype: torch.dtype) -> None:
-        shape = model.shape
+        spec = model.spec
         self._all = torch.empty(  # [L, keys and values, B, key-value heads, T, head_dim]
-            (shape.n_layers, 2, n_texts, shape.n_kv_heads, n_tokens, shape.head_dim), dtype=dtype, device=model.device
+            (spec.n_layers, 2, n_texts, spec.n_kv_heads, n_tokens, spec.head_dim), dtype=dtype, device=model.device
         )
 
     def of(self, texts: slice, first_position: int) -> Cache:

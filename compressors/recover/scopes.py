@@ -101,15 +101,15 @@ class Scope:
             parts.append("feed-forwards")
         return " + ".join(parts)
 
-    def check_against(self, shape: ModelSpec) -> None:
+    def check_against(self, spec: ModelSpec) -> None:
         """Checks that this scope fits a model of this shape.
 
         Raises:
             InputError: a number of experts, or a rank, that no layer of the model has.
         """
-        if self.n_experts is not None and not 0 <= self.n_experts <= shape.n_experts:
-            raise InputError(f"{self.n_experts} experts of each layer cannot be trained: there are {shape.n_experts}")
-        most = min(shape.hidden_size, shape.expert_width)
+        if self.n_experts is not None and not 0 <= self.n_experts <= spec.n_experts:
+            raise InputError(f"{self.n_experts} experts of each layer cannot be trained: there are {spec.n_experts}")
+        most = min(spec.hidden_size, spec.expert_width)
         if self.adapter_rank is not None and not 1 <= self.adapter_rank <= most:
             raise InputError(f"adapters cannot have rank {self.adapter_rank}: it must be from 1 to {most}")
 

@@ -80,7 +80,7 @@ class StudentAwareRouter(OnPolicyDistillation):
     ) -> None:
         trained = TrainedStudent(Student.teacher(student.source), Scope.routers(), device=device)
         teacher = trained.streamed(limit)
-        teacher.choice = AllExperts(teacher.shape.n_experts)
+        teacher.choice = AllExperts(teacher.spec.n_experts)
         super().__init__(student, teacher, schedule, batches_per_round=batches_per_round, dtype=dtype)
         self._routers = trained.parameters
         self._balance = balance
@@ -96,7 +96,7 @@ class StudentAwareRouter(OnPolicyDistillation):
         restore_optimizer(self._optimizer, self._named_routers(), tensors)
 
     def _choice(self, texts: Sequence[tuple[int, int]], n_tokens: int) -> ExpertChoice:
-        return AllExperts(self._teacher.shape.n_experts)
+        return AllExperts(self._teacher.spec.n_experts)
 
     def _prepare(self, model: StreamedModel) -> None:
         """The first phase, for each batch of the round."""
@@ -185,17 +185,17 @@ class _Importance:
     """Sums the gates of each expert over a forward pass of all processes, by layer: float64 [E]."""
 
     def __init__(self, teacher: StreamedModel) -> None:
-        self._shape = teacher.shape
+        self._spec = teacher.spec
         self.totals: dict[int, torch.Tensor] = {}
 
     @contextmanager
     def observe(self, index: int, layer: nn.Module) -> Iterator[None]:
-        total_E = self.totals[index] = torch.zeros(self._shape.n_experts, dtype=torch.float64)
+        total_E = self.totals[index] = torch.zeros(self._spec.n_experts, dtype=torch.float64)
 
         def see(call: RoutedCall) -> None:
             total_E.add_(call.weights_TK.double().sum(0).cpu())  # all experts, in order
 
-        routed = self._shape.layers[index].routed
+        routed = self._spec.layers[index].routed
         assert routed is not None
         with watching(layer, routed, see):
             yield

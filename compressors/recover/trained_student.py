@@ -53,7 +53,7 @@ class TrainedStudent:
         seed: int = 0,
         device: torch.device | None = None,
     ) -> None:
-        scope.check_against(student.shape)
+        scope.check_against(student.spec)
         if scope.n_experts and usage is None:
             raise ValueError("the most used experts are known by their usage")
         self.student = student
@@ -61,7 +61,7 @@ class TrainedStudent:
         self._generator = torch.Generator().manual_seed(seed)
         self._whole = {
             (role, layer): self._parameter(student.tensor(role, layer).float().clone())
-            for role, layer in _whole_tensors(scope, student.shape)
+            for role, layer in _whole_tensors(scope, student.spec)
         }
         self._factors: dict[tuple[Role, int | None], torch.Tensor] = {}
         self._experts: dict[int, TrainedExperts] = {}
@@ -131,8 +131,8 @@ class TrainedStudent:
 
     def _add_factors(self, block_length: BlockLength) -> None:
         """Adds a factor of one for each block."""
-        for layer in range(self.student.shape.n_layers):
-            shape = self.student.shape.layer(layer)
+        for layer in range(self.student.spec.n_layers):
+            shape = self.student.spec.layer(layer)
             of_experts: dict[Role, torch.Tensor | None] = {}
             for role in scaled_roles(shape):
                 length = block_length(role, layer)
@@ -148,8 +148,8 @@ class TrainedStudent:
                 self._experts[layer] = TrainedExperts(experts, ScaledMatrices((gate, up)), ScaledMatrices((down,)))
 
     def _add_experts(self, scope: Scope, usage: Sequence[torch.Tensor] | None) -> None:
-        for layer in range(self.student.shape.n_layers):
-            n_experts = self.student.shape.layer(layer).n_experts
+        for layer in range(self.student.spec.n_layers):
+            n_experts = self.student.spec.layer(layer).n_experts
             if n_experts:
                 chosen = scope.experts(torch.zeros(n_experts) if usage is None else usage[layer])
                 self._experts[layer] = self._trained_experts(layer, chosen, scope.adapter_rank)
@@ -172,7 +172,7 @@ class TrainedStudent:
             return TrainedExperts(
                 experts, WholeMatrices(self._parameter(gate_up)), WholeMatrices(self._parameter(down))
             )
-        shape = self.student.shape.layer(layer)
+        shape = self.student.spec.layer(layer)
         hidden_size, width, n = shape.hidden_size, shape.expert_width, len(experts)
         return TrainedExperts(
             experts,
@@ -199,13 +199,13 @@ class TrainedStudent:
 _EXPERT_ROLES = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
 
 
-def _whole_tensors(scope: Scope, shape: ModelSpec) -> Iterator[tuple[Role, int | None]]:
+def _whole_tensors(scope: Scope, spec: ModelSpec) -> Iterator[tuple[Role, int | None]]:
     """Yields the tensors that a scope trains whole, experts left out: routers first."""
-    for layer in range(shape.n_layers):
-        if shape.layer(layer).has_moe:
+    for layer in range(spec.n_layers):
+        if spec.layer(layer).has_moe:
             yield Role.ROUTER, layer
-    for layer in range(shape.n_layers):
-        for role in shape.layer_roles(layer):
+    for layer in range(spec.n_layers):
+        for role in spec.layer_roles(layer):
             if (scope.norms and role in NORMS) or (scope.attention and role in ATTENTION):
                 yield role, layer
     if scope.norms:

@@ -74,7 +74,7 @@ class Training:
         settings.check_against(tokens_BT)
         _check_vocabulary(tokens_BT, student)
         if limit is not None and scope != Scope.routers():
-            refuse_too_large(scope, student.shape, student.expert_dtype.itemsize, limit.n_bytes, block_length)
+            refuse_too_large(scope, student.spec, student.expert_dtype.itemsize, limit.n_bytes, block_length)
         self.settings = settings
         self.n_done = 0  # steps
         self._student = student
@@ -86,12 +86,10 @@ class Training:
         )
         self._parameters = self.trained.parameters
         if limit is not None:  # gradients and moments are still to come
-            later = training_bytes(scope, student.shape, block_length).later
+            later = training_bytes(scope, student.spec, block_length).later
             limit = replace(limit, n_bytes=max(1, limit.n_bytes - later))
         self._model = self.trained.streamed(limit)
-        self._optimizer = torch.optim.AdamW(
-            self._groups(scope.router_rate(student.shape.hidden_size)), weight_decay=0.0
-        )
+        self._optimizer = torch.optim.AdamW(self._groups(scope.router_rate(student.spec.hidden_size)), weight_decay=0.0)
         self._steps = settings.steps()
 
     def step(self) -> float:
@@ -200,8 +198,8 @@ def train(
 
 def _check_vocabulary(tokens_BT: torch.Tensor, student: Student) -> None:
     largest = int(tokens_BT.max())
-    if largest >= student.shape.vocab_size:
+    if largest >= student.spec.vocab_size:
         raise InputError(
-            f"the training text has token {largest}, but the student's vocabulary has {student.shape.vocab_size}: "
+            f"the training text has token {largest}, but the student's vocabulary has {student.spec.vocab_size}: "
             "text and student must share one tokenizer"
         )

@@ -45,31 +45,31 @@ class TrainingBytes:
         return self.gradients + self.moments + self.passing
 
 
-def training_bytes(scope: Scope, shape: ModelSpec, block_length: BlockLength | None = None) -> TrainingBytes:
+def training_bytes(scope: Scope, spec: ModelSpec, block_length: BlockLength | None = None) -> TrainingBytes:
     """The bytes that training takes beside the student, for these tensors of a student of this shape.
 
     Args:
         scope: the tensors that are trained.
-        shape: the student's shape.
+        spec: the student's shape.
         block_length: lengths of blocks in the student's file; needed where its scales are trained.
     """
     parameters = [
-        scope.parameters(shape.layer(layer), block_length and partial(_in_layer, block_length, layer))
-        for layer in range(shape.n_layers)
+        scope.parameters(spec.layer(layer), block_length and partial(_in_layer, block_length, layer))
+        for layer in range(spec.n_layers)
     ]
-    final_norm = shape.hidden_size if scope.norms else 0
+    final_norm = spec.hidden_size if scope.norms else 0
     all_bytes = _FLOAT32 * (sum(parameters) + final_norm)
     return TrainingBytes(all_bytes, all_bytes, 2 * all_bytes, _FLOAT32 * max(parameters))
 
 
 def refuse_too_large(
-    scope: Scope, shape: ModelSpec, itemsize: int, limit_bytes: int, block_length: BlockLength | None = None
+    scope: Scope, spec: ModelSpec, itemsize: int, limit_bytes: int, block_length: BlockLength | None = None
 ) -> None:
     """Refuses a scope that cannot be trained within the limit with a single layer in memory.
 
     Args:
         scope: the tensors that are trained.
-        shape: the student's shape.
+        spec: the student's shape.
         itemsize: bytes of a stored weight.
         limit_bytes: bytes that the process may use.
         block_length: as in :func:`training_bytes`.
@@ -77,12 +77,12 @@ def refuse_too_large(
     Raises:
         TooLargeError: the message says how much would be needed.
     """
-    trained = training_bytes(scope, shape, block_length).total
-    needed = PROCESS_BYTES + least_bytes(shape, shape.layer_parameters * itemsize) + trained
+    trained = training_bytes(scope, spec, block_length).total
+    needed = PROCESS_BYTES + least_bytes(spec, spec.layer_parameters * itemsize) + trained
     if needed > limit_bytes:
         advice = "train adapters, of a smaller rank, or" if scope.n_experts != 0 else "train less, or"
         raise TooLargeError(
-            f"training {scope.name_in(shape)} needs {needed / 1e9:.2f} GB of memory, {trained / 1e9:.2f} GB of it for "
+            f"training {scope.name_in(spec)} needs {needed / 1e9:.2f} GB of memory, {trained / 1e9:.2f} GB of it for "
             f"float32 weights, gradients and Adam's moments, but the limit is {limit_bytes / 1e9:.2f} GB: "
             f"{advice} raise --memory"
         )

@@ -19,13 +19,13 @@ def learned_values(trained: TrainedStudent, original: Mapping[str, torch.Tensor]
         trained: routers, norms and factors of blocks.
         original: values that the file was written with (:class:`~compressors.model.sources.weights.WrittenWeights`).
     """
-    shape = trained.student.shape
+    spec = trained.student.spec
     values: dict[str, torch.Tensor] = {}
     for role, layer, tensor in trained.whole():
-        name = shape.gguf_name(role, layer)
+        name = spec.gguf_name(role, layer)
         if name in original:  # a dense model's file has no routers
             values[name] = tensor.clone()
     for role, layer, factors_RK in trained.factors():
-        name = shape.gguf_name(role, layer)
+        name = spec.gguf_name(role, layer)
         values[name] = rescaled(original[name], factors_RK)
     return values

@@ -78,11 +78,11 @@ _ERRORS: Mapping[str, float] = {
 """Squared output error of a type, relative to Q8_0's."""
 
 
-def default_table(shape: ModelSpec, plans: Sequence[UnitPlan]) -> TypeTable:
+def default_table(spec: ModelSpec, plans: Sequence[UnitPlan]) -> TypeTable:
     """The table of a model of which only the shape is known; no weight is read.
 
     Args:
-        shape: shape of the model in the file.
+        spec: shape of the model in the file.
         plans: units with their types; a type that is not in the table of defaults is left out.
     """
     units = []
@@ -93,7 +93,7 @@ def default_table(shape: ModelSpec, plans: Sequence[UnitPlan]) -> TypeTable:
                 candidate.n_bytes,
                 sum(
                     (
-                        _at_q8_0(shape, role, layer) * (_ERRORS[candidate.choice] * candidate.factor(role))
+                        _at_q8_0(spec, role, layer) * (_ERRORS[candidate.choice] * candidate.factor(role))
                         for role, layer in plan.matrices
                     ),
                     SecondOrder(0.0, 0.0),
@@ -107,16 +107,16 @@ def default_table(shape: ModelSpec, plans: Sequence[UnitPlan]) -> TypeTable:
     return TypeTable(tuple(units))
 
 
-def _at_q8_0(shape: ModelSpec, role: Role, layer: int | None) -> SecondOrder:
+def _at_q8_0(spec: ModelSpec, role: Role, layer: int | None) -> SecondOrder:
     """The second-order divergence of a tensor in Q8_0."""
     if layer is None:
         vocabulary = _LAYERS_AT_Q8_0 * _EMBEDDING
         lookup, head = vocabulary * _LOOKUP, vocabulary * (1 - _LOOKUP)
-        if shape.tied_embeddings:
+        if spec.tied_embeddings:
             return SecondOrder(lookup + head, lookup)
         return SecondOrder(lookup, lookup) if role is Role.TOKEN_EMBEDDING else SecondOrder(head, 0.0)
-    total = sum(_part(other, index, shape.n_layers) for other in _PARTS for index in range(shape.n_layers))
-    order = _LAYERS_AT_Q8_0 * _part(role, layer, shape.n_layers) / total
+    total = sum(_part(other, index, spec.n_layers) for other in _PARTS for index in range(spec.n_layers))
+    order = _LAYERS_AT_Q8_0 * _part(role, layer, spec.n_layers) / total
     return SecondOrder(order, order)
 
 

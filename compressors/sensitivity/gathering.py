@@ -65,8 +65,8 @@ def gather_sensitivities(
         InputError: the checkpoint cannot be read, or makes values that are not finite.
     """
     model = StreamedModel(student, limit=limit, device=device)
-    sensitivities = Sensitivities(folder, student.shape.tied_embeddings)
-    layers = _Layers(student.shape, sensitivities, tokens_BT.numel(), progress or (lambda _n: None), device)
+    sensitivities = Sensitivities(folder, student.spec.tied_embeddings)
+    layers = _Layers(student.spec, sensitivities, tokens_BT.numel(), progress or (lambda _n: None), device)
     head = _HeadSums(model, tokens_BT, seed)
     gradient_BTD = embedding_gradient(
         model, tokens_BT, head.loss, dtype, [layers.observe_forward], [layers.observe_backward]
@@ -81,18 +81,18 @@ class _Layers:
 
     def __init__(
         self,
-        shape: ModelSpec,
+        spec: ModelSpec,
         sensitivities: Sensitivities,
         n_tokens: int,
         progress: Callable[[int], None],
         device: torch.device | None,
     ) -> None:
-        self._shape = shape
+        self._spec = spec
         self._sensitivities = sensitivities
         self._n_tokens = n_tokens
         self._progress = progress
         self._device = device
-        self._collector = StatisticsCollector(shape, device)
+        self._collector = StatisticsCollector(spec, device)
 
     @contextmanager
     def observe_forward(self, index: int, layer: nn.Module) -> Iterator[None]:
@@ -104,7 +104,7 @@ class _Layers:
     @contextmanager
     def observe_backward(self, index: int, layer: nn.Module) -> Iterator[None]:
         """Watches the gradients at a layer's matrices, and writes the layer's file when they are complete."""
-        sums, shape = _GradientSums(self._shape.layer(index), self._device), self._shape
+        sums, shape = _GradientSums(self._spec.layer(index), self._device), self._spec
         handles = [
             layer.get_submodule(name).register_forward_hook(_on_output(sums.of_projection[role]))
             for role, name in _PROJECTIONS.items()
@@ -130,15 +130,15 @@ class _Layers:
 class _GradientSums:
     """Sums over tokens of squared gradients at the outputs of one layer's matrices, float64."""
 
-    def __init__(self, shape: ModelSpec, device: torch.device | None) -> None:
+    def __init__(self, spec: ModelSpec, device: torch.device | None) -> None:
         def zeros(*sizes: int) -> torch.Tensor:
             return torch.zeros(sizes, dtype=torch.float64, device=device)
 
-        queries, keys = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
-        widths = dict(zip(_PROJECTIONS, (queries, keys, keys, shape.hidden_size), strict=True))
+        queries, keys = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
+        widths = dict(zip(_PROJECTIONS, (queries, keys, keys, spec.hidden_size), strict=True))
         self.of_projection = {role: zeros(width) for role, width in widths.items()}
-        self._gate_up_E2F = zeros(shape.n_experts, 2 * shape.expert_width)
-        self._down_ED = zeros(shape.n_experts, shape.hidden_size)
+        self._gate_up_E2F = zeros(spec.n_experts, 2 * spec.expert_width)
+        self._down_ED = zeros(spec.n_experts, spec.hidden_size)
 
     def of_expert(self, expert: int, gate_up_gradient_n2F: torch.Tensor, down_gradient_nD: torch.Tensor) -> None:
         """Adds what one expert's tokens give."""
@@ -166,12 +166,12 @@ def _on_output(total_O: torch.Tensor) -> Any:
     return hook
 
 
-def _mean_squared_inputs(statistics: LayerStatistics, shape: ModelSpec) -> dict[Role, torch.Tensor]:
+def _mean_squared_inputs(statistics: LayerStatistics, spec: ModelSpec) -> dict[Role, torch.Tensor]:
     """E[x^2] of the inputs of a layer's matrices by role: float32 [M, I]."""
     attention = (statistics.attention_input_square_D / statistics.n_tokens).float()[None]
     found = dict.fromkeys((Role.QUERY, Role.KEY, Role.VALUE), attention)
     found[Role.ATTENTION_OUTPUT] = (statistics.attention_output_input_square / statistics.n_tokens).float()[None]
-    if shape.has_moe:
+    if spec.has_moe:
         counts_E1 = statistics.count_E[:, None].clamp_min(1)
         gate_up = (statistics.gate_up_input_square_ED / counts_E1).float()
         found[Role.EXPERT_GATE] = found[Role.EXPERT_UP] = gate_up
@@ -186,8 +186,8 @@ class _HeadSums:
         self._model = model
         self._n_tokens = tokens_BT.numel()
         self._uniform_N = random_numbers((seed,), self._n_tokens)
-        size, device = model.shape.hidden_size, model.device
-        self._uncertainty_V = torch.zeros(model.shape.vocab_size, dtype=torch.float64, device=device)
+        size, device = model.spec.hidden_size, model.device
+        self._uncertainty_V = torch.zeros(model.spec.vocab_size, dtype=torch.float64, device=device)
         self._input_moments_DD = torch.zeros(size, size, dtype=torch.float64, device=device)
 
     def loss(self, positions: slice, states_nD: torch.Tensor, head: Head) -> torch.Tensor:
@@ -212,7 +212,7 @@ class _HeadSums:
         """Adds what the gradients at the embedding's output tell."""
         gradient_TD, tokens_T = gradient_BTD.flatten(0, 1).double(), tokens_BT.flatten()
         moments_DD = gradient_TD.T @ gradient_TD / self._n_tokens
-        lookups_V = torch.zeros(self._model.shape.vocab_size, dtype=torch.float64)
+        lookups_V = torch.zeros(self._model.spec.vocab_size, dtype=torch.float64)
         lookups_V.index_add_(0, tokens_T, gradient_TD.square().sum(-1) / self._n_tokens)
         head_rows_V = self._uncertainty_V.cpu() / self._n_tokens
         input_moments_DD = self._input_moments_DD.cpu() / self._n_tokens

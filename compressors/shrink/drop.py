@@ -69,7 +69,7 @@ def window_similarities(
     hidden = model.first_states(groups)
     entered = deque([_copy(hidden[0])])
     scores = []
-    for _ in model.advance(groups, hidden, range(model.shape.n_layers)):
+    for _ in model.advance(groups, hidden, range(model.spec.n_layers)):
         if len(entered) == n_layers:
             scores.append(_mean_cosine(entered.popleft(), hidden[0]))
         entered.append(_copy(hidden[0]))

@@ -91,7 +91,7 @@ class LayerwiseCompression:
         self._limit = limit
         self._dtype = dtype
         self._device = device
-        whole = MoeSize(source.shape.n_experts, source.shape.expert_width)
+        whole = MoeSize(source.spec.n_experts, source.spec.expert_width)
         self._before = self._student(source, [NO_MOE if target.size == NO_MOE else whole for target in targets])
 
     def run(self) -> Iterator[CompressedLayer]:
@@ -123,7 +123,7 @@ class LayerwiseCompression:
                 model.run(index, weights, states, states, [inputs.observe])
                 yield self._compress(index, weights, self._teacher_statistics(index), inputs.take())[0]
                 continue
-            collector = StatisticsCollector(self._before.shape, self._device)
+            collector = StatisticsCollector(self._before.spec, self._device)
             model.run(index, weights, states, None, [inputs.observe, collector.observe])
             layer, block = self._compress(index, weights, collector.take(index), inputs.take())
             _advance(after, index, weights, block, states)
@@ -140,8 +140,8 @@ class LayerwiseCompression:
             weights.others[Role.ROUTER].float(),
             weights.gate_up_EFD,
             weights.down_EDF,
-            source.shape.top_k,
-            source.shape.normalize_top_k,
+            source.spec.top_k,
+            source.spec.normalize_top_k,
         )
         result = CompressedBlock.unchanged(before)
         for method in target.methods:
@@ -149,13 +149,13 @@ class LayerwiseCompression:
             result = _then(result, method(result.block, evidence))
         size = MoeSize(result.block.n_experts, result.block.width)
         assert size == target.size, f"layer {target.source} became {size}, not {target.size}"
-        width = None if size.expert_width == source.shape.expert_width else size.expert_width
+        width = None if size.expert_width == source.spec.expert_width else size.expert_width
         layer = CompressedLayer(LayerMap(target.source, result.groups, width), self._overlay(index, result))
         return layer, result.block
 
     def _without_values(self, index: int) -> LayerWeights:
         """Shapes alone, for methods that look at no weight."""
-        shape = self._before.shape.layer(index)
+        shape = self._before.spec.layer(index)
         with torch.device("meta"):
             return LayerWeights(
                 torch.empty(shape.n_experts, 2 * shape.expert_width, shape.hidden_size),
@@ -185,7 +185,7 @@ class LayerwiseCompression:
 
     def _student(self, source: Checkpoint, sizes: Sequence[MoeSize]) -> Student:
         layers = [target.placeholder(size) for target, size in zip(self._targets, sizes, strict=True)]
-        return Student(source, ExpertMap(source.shape.n_experts, tuple(layers)))
+        return Student(source, ExpertMap(source.spec.n_experts, tuple(layers)))
 
     def _model_of_final_sizes(self) -> StreamedModel:
         """Gives decoder layers of the student's sizes; the weights they run with are handed to it."""
@@ -226,7 +226,7 @@ class _MoeInputs:
     @contextmanager
     def observe(self, index: int, layer: nn.Module) -> Iterator[None]:
         """Watches one layer while it runs."""
-        routed = self._student.shape.layers[index].routed
+        routed = self._student.spec.layers[index].routed
         if routed is None:
             yield
             return

@@ -109,7 +109,7 @@ def curve_plan(job: Job, sizes: str, command: str) -> Plan:
     plan = make_plan(job, command)
     checkpoint = Checkpoint(plan.source)
     assert plan.search is not None, "no mix is pinned"
-    structures = structures_for(plan.search, checkpoint.shape)
+    structures = structures_for(plan.search, checkpoint.spec)
     curve = _sizes(sizes, checkpoint, plan.recipe.source.model)
     for n_bytes in curve.values():
         budget = plan.recipe.budget.model_copy(update={"bytes": n_bytes})
@@ -123,7 +123,7 @@ def _job(model: str | None, out: Path, flags: Mapping[str, Any]) -> Job:
     """The job of an export with room for everything in 16 bits, from which the curve goes down."""
     folder = resolve_model(model, flags.get("revision"), offline=bool(flags.get("offline")))
     checkpoint = Checkpoint(folder)
-    n_bytes = 2 * predict_file_size(checkpoint.shape, folder, "BF16", "")
+    n_bytes = 2 * predict_file_size(checkpoint.spec, folder, "BF16", "")
     return Flags(model=model, budget=f"{n_bytes}B", budget_kind="file", formats="gguf", out=out, seed=42, **flags).job()
 
 
@@ -148,9 +148,9 @@ def _sizes(text: str, checkpoint: Checkpoint, name: str) -> dict[str, int]:
     for label in (part.strip() for part in text.split(",")):
         mix = ALIASES.get(label.upper(), label.upper())
         if mix in MIXES:
-            n_bytes = predict_file_size(checkpoint.shape, checkpoint.folder, mix, name)
+            n_bytes = predict_file_size(checkpoint.spec, checkpoint.folder, mix, name)
         elif label.endswith("%"):
-            in_16_bits = predict_file_size(checkpoint.shape, checkpoint.folder, "BF16", name)
+            in_16_bits = predict_file_size(checkpoint.spec, checkpoint.folder, "BF16", name)
             n_bytes = int(_share(label) * in_16_bits)
         else:
             n_bytes = _bytes(label)

@@ -21,7 +21,7 @@ __all__ = ["expert_bits", "predict", "runtime_reserve"]
 
 
 def predict(
-    artifact: str, folder: Path, name: str, shape: ModelSpec, choice: FileChoice, budget: BudgetChoice, threads: int
+    artifact: str, folder: Path, name: str, spec: ModelSpec, choice: FileChoice, budget: BudgetChoice, threads: int
 ) -> Prediction:
     """Predicts an artifact (``gguf`` or ``onnx``) of a student of this shape.
 
@@ -29,28 +29,28 @@ def predict(
         artifact: which container.
         folder: the source checkpoint; its tokenizer is part of a GGUF file.
         name: the source's name, which a GGUF file carries.
-        shape: the student's shape.
+        spec: the student's shape.
         choice: the types of its weights.
         budget: context and KV type; the ONNX file keeps its KV cache in float32.
         threads: threads of the runtime.
     """
     if artifact == "gguf":
-        file = predict_file_size(shape, folder, choice.mix, name, choice.tensors)
-        lines = gguf_runtime_bytes(shape, file, budget.context, budget.kv_type)
+        file = predict_file_size(spec, folder, choice.mix, name, choice.tensors)
+        lines = gguf_runtime_bytes(spec, file, budget.context, budget.kv_type)
     else:
-        file = predict_size(shape, choice.mix, encodings=choice.tensors)
-        lines = onnx_runtime_bytes(shape, choice.mix, budget.context, threads=threads, encodings=choice.tensors)
+        file = predict_size(spec, choice.mix, encodings=choice.tensors)
+        lines = onnx_runtime_bytes(spec, choice.mix, budget.context, threads=threads, encodings=choice.tensors)
     return Prediction(file, lines["weights"], lines["kv_cache"], lines["compute"], runtime_reserve(artifact))
 
 
-def expert_bits(artifact: str, shape: ModelSpec, choice: FileChoice) -> float:
+def expert_bits(artifact: str, spec: ModelSpec, choice: FileChoice) -> float:
     """Bits of an expert's weight in an artifact, scales included, on average over all layers."""
     if artifact == "gguf":
-        tensors = [tensor for tensor in gguf_tensors(shape, choice.mix, choice.tensors) if tensor.role.is_expert]
+        tensors = [tensor for tensor in gguf_tensors(spec, choice.mix, choice.tensors) if tensor.role.is_expert]
         n_bytes, n_values = sum(tensor.n_bytes for tensor in tensors), sum(prod(tensor.shape) for tensor in tensors)
     else:
         weights = [
-            weight for weight in onnx_tensors(shape, choice.mix, choice.tensors).weights if weight.roles[0].is_expert
+            weight for weight in onnx_tensors(spec, choice.mix, choice.tensors).weights if weight.roles[0].is_expert
         ]
         n_bytes = sum(tensor.n_bytes for weight in weights for tensor in weight.tensors)
         n_values = sum(prod(weight.shape) for weight in weights)

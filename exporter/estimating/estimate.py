@@ -90,7 +90,7 @@ class Speeds:
 
 def disk_lines(plan: Plan) -> dict[str, int]:
     """The most bytes that the run puts into its work directory, by kind."""
-    text, shape = plan.recipe.text, plan.teacher_shape
+    text, spec = plan.recipe.text, plan.teacher_spec
     n_heldout = _heldout_blocks(plan)
     n_blocks = text.calibration_blocks + text.selection_blocks + n_heldout
     scored = scored_positions(BLOCK_LENGTH)
@@ -102,25 +102,25 @@ def disk_lines(plan: Plan) -> dict[str, int]:
     # chosen experts and gate weights, 4 bytes each, and a margin: the teacher's by layer and together, the student's,
     # each artifact's in its runtime and in torch; some chunks of the original in each runtime and in torch
     n_artifacts = len(plan.recipe.artifacts)
-    n_routings = 2 * n_artifacts + (2 if plan.student_shape.is_dense else 3 + 2 * n_artifacts)
+    n_routings = 2 * n_artifacts + (2 if plan.student_spec.is_dense else 3 + 2 * n_artifacts)
     lines = {
         **{f"{artifact} files": prediction.file for artifact, prediction in plan.predictions.items()},
         "changed experts": _expert_bytes(plan) if changes_experts(plan.recipe.compress) else 0,
         "student checkpoint": _student_bytes(plan) if plan.recipe.save_student else 0,
         # those in use, the newest snapshot, and the next one while it is written
-        "hidden states": 3 * n_blocks * BLOCK_LENGTH * shape.hidden_size * 4,
-        "layer inputs": layer_input_bytes(shape, text.calibration_blocks * BLOCK_LENGTH),
+        "hidden states": 3 * n_blocks * BLOCK_LENGTH * spec.hidden_size * 4,
+        "layer inputs": layer_input_bytes(spec, text.calibration_blocks * BLOCK_LENGTH),
         "layer inputs of the student, while codes are chosen": _student_layer_input_bytes(plan),
-        "log-probabilities in 16 bits": log_prob_bytes(n_scored, shape.vocab_size),
+        "log-probabilities in 16 bits": log_prob_bytes(n_scored, spec.vocab_size),
         "training targets": text.calibration_blocks * BLOCK_LENGTH * TARGET_BYTES,
         "training": _training_bytes(plan),
         "the original, unquantized, while it is measured": max(
             (floor.file_bytes for floor in plan.teacher_floors.values()), default=0
         ),
-        "routing": n_routings * n_heldout * BLOCK_LENGTH * shape.n_layers * (shape.top_k * 8 + 4),
+        "routing": n_routings * n_heldout * BLOCK_LENGTH * spec.n_layers * (spec.top_k * 8 + 4),
         "router inputs": (1 if same_numbers(plan) else len(plan.recipe.artifacts)) * _router_input_bytes(plan),
-        "statistics": shape.n_layers * _statistics_bytes(shape) + _own_statistics_bytes(plan),
-        "sensitivities": _sensitivity_bytes(shape) if plan.search is not None or plan.recipe.chooses_codes else 0,
+        "statistics": spec.n_layers * _statistics_bytes(spec) + _own_statistics_bytes(plan),
+        "sensitivities": _sensitivity_bytes(spec) if plan.search is not None or plan.recipe.chooses_codes else 0,
         "what the search looks at": _search_bytes(plan),
         "token blocks": n_blocks * BLOCK_LENGTH * 8,
     }
@@ -144,21 +144,21 @@ def disk_lines_of_all(plans: Sequence[Plan]) -> dict[str, int]:
     return dict(total)
 
 
-def memory_lines(shape: ModelSpec, student: ModelSpec, itemsize: int) -> dict[str, int]:
+def memory_lines(spec: ModelSpec, student: ModelSpec, itemsize: int) -> dict[str, int]:
     """The least memory that the stages need, by purpose; it does not depend on the number of layers.
 
     Args:
-        shape: the source's shape.
+        spec: the source's shape.
         student: the student's shape; the one expert of a dense layer is wider than any of the source's.
         itemsize: bytes of a stored weight.
     """
-    layer = shape.layer_parameters
-    head = shape.vocab_size * shape.hidden_size
+    layer = spec.layer_parameters
+    head = spec.vocab_size * spec.hidden_size
     lines = {
         # one computes while the next is read; the head is read when the layers are gone, and widened
         "two decoder layers" if layer >= head else "the head": 2 * max(layer, head) * itemsize,
-        "activations and an expert in float32": max(working_bytes(shape), working_bytes(student)),
-        "logits": positions_at_once(shape.vocab_size) * shape.vocab_size * 4,
+        "activations and an expert in float32": max(working_bytes(spec), working_bytes(student)),
+        "logits": positions_at_once(spec.vocab_size) * spec.vocab_size * 4,
     }
     more = least_feedback_bytes(student) - sum(lines.values())
     if more > 0:  # where experts are few and wide
@@ -172,7 +172,7 @@ def seconds_by_stage(plan: Plan, speeds: Speeds, free_memory: int) -> dict[str, 
     Reading and computing overlap, so a pass takes as long as the slower of them. A checkpoint that fits into the free
     memory is read from the disk once.
     """
-    recipe, teacher, student = plan.recipe, plan.teacher_shape, plan.student_shape
+    recipe, teacher, student = plan.recipe, plan.teacher_spec, plan.student_spec
     passes = _Passes(Checkpoint(plan.source), speeds, free_memory)
     n_heldout = _heldout_blocks(plan)
     n_reference = recipe.text.selection_blocks + n_heldout
@@ -204,10 +204,10 @@ def seconds_by_stage(plan: Plan, speeds: Speeds, free_memory: int) -> dict[str, 
 
 def seconds_of_measuring(plan: Plan, speeds: Speeds) -> float:
     """The approximate seconds to write a file of the whole original and to judge it on the selection split."""
-    shape = plan.teacher_shape
+    spec = plan.teacher_spec
     passes = _Passes(Checkpoint(plan.source), speeds, 0)
-    writing = passes.export(shape, "", next(iter(plan.predictions.values())).file, _CHOOSING_CODES)
-    return writing + passes.forward(shape, n_reference=plan.recipe.text.selection_blocks)
+    writing = passes.export(spec, "", next(iter(plan.predictions.values())).file, _CHOOSING_CODES)
+    return writing + passes.forward(spec, n_reference=plan.recipe.text.selection_blocks)
 
 
 def describe_time(seconds: Mapping[str, float]) -> str:
@@ -225,39 +225,39 @@ class _Passes:
         self._speeds = speeds
         self._stays_cached = source.n_bytes < free_memory
 
-    def reading(self, shape: ModelSpec) -> float:
+    def reading(self, spec: ModelSpec) -> float:
         """Seconds to read all weights from the disk."""
-        return shape.parameters * self._itemsize / self._speeds.read_bytes
+        return spec.parameters * self._itemsize / self._speeds.read_bytes
 
-    def computing(self, shape: ModelSpec, n_blocks: int, n_reference: int) -> float:
+    def computing(self, spec: ModelSpec, n_blocks: int, n_reference: int) -> float:
         """Seconds of arithmetic for these token blocks, and for others in float32."""
         # attention between the tokens of a block is small beside the matrices
-        layer = shape.dense_layer_parameters + shape.top_k * shape.expert_parameters
-        per_block = BLOCK_LENGTH * (shape.n_layers * layer + shape.vocab_size * shape.hidden_size)
+        layer = spec.dense_layer_parameters + spec.top_k * spec.expert_parameters
+        per_block = BLOCK_LENGTH * (spec.n_layers * layer + spec.vocab_size * spec.hidden_size)
         speeds = self._speeds
         return per_block * (n_blocks / speeds.multiply_adds + n_reference / speeds.reference_multiply_adds)
 
-    def forward(self, shape: ModelSpec, n_blocks: int = 0, *, n_reference: int = 0) -> float:
+    def forward(self, spec: ModelSpec, n_blocks: int = 0, *, n_reference: int = 0) -> float:
         """Seconds to run token blocks through a model that was read before."""
-        reading = 0.0 if self._stays_cached else self.reading(shape)
-        return max(self.computing(shape, n_blocks, n_reference), reading)
+        reading = 0.0 if self._stays_cached else self.reading(spec)
+        return max(self.computing(spec, n_blocks, n_reference), reading)
 
-    def writing(self, shape: ModelSpec, n_texts: int) -> float:
+    def writing(self, spec: ModelSpec, n_texts: int) -> float:
         """Seconds to write the texts of the generation gate: each new token of all texts reads the model once."""
         n_blocks = n_texts * (PROMPT_TOKENS + NEW_TOKENS) // BLOCK_LENGTH
-        reading = 0.0 if self._stays_cached else NEW_TOKENS * self.reading(shape)
-        return max(self.computing(shape, 0, n_blocks), reading)
+        reading = 0.0 if self._stays_cached else NEW_TOKENS * self.reading(spec)
+        return max(self.computing(spec, 0, n_blocks), reading)
 
-    def export(self, shape: ModelSpec, weight_type: str, n_bytes: int, slower: float = 1.0) -> float:
+    def export(self, spec: ModelSpec, weight_type: str, n_bytes: int, slower: float = 1.0) -> float:
         """Seconds to quantize, ``slower`` times as long as the kernels, and to write no faster than the disk reads."""
-        quantizing = 0.0 if weight_type in COPIED_TYPES else slower * shape.parameters / self._speeds.quantized_values
-        reading = 0.0 if self._stays_cached else self.reading(shape)
+        quantizing = 0.0 if weight_type in COPIED_TYPES else slower * spec.parameters / self._speeds.quantized_values
+        reading = 0.0 if self._stays_cached else self.reading(spec)
         return max(quantizing, reading + n_bytes / self._speeds.read_bytes)
 
 
 def _file_seconds(plan: Plan, passes: _Passes, artifact: str) -> float:
     """Seconds to write a file; to choose codes, a student that differs from the original first runs on the text."""
-    choice, student, n_bytes = plan.recipe.file(artifact), plan.student_shape, plan.predictions[artifact].file
+    choice, student, n_bytes = plan.recipe.file(artifact), plan.student_spec, plan.predictions[artifact].file
     if choice.quantizer == "kernel" or choice.mix in COPIED_TYPES:
         return passes.export(student, choice.mix, n_bytes)
     n_blocks = n_kept_blocks(plan.recipe.text.calibration_blocks, BLOCK_LENGTH)
@@ -269,27 +269,27 @@ def _compression(plan: Plan, passes: _Passes) -> float:
     """Seconds of a pass over the text that methods see, and of one for the statistics of changed experts."""
     choice, n_blocks = plan.recipe.compress, plan.recipe.text.calibration_blocks
     n_seen = n_blocks if choice.sequential else min(choice.sample_blocks, n_blocks)
-    looking = passes.forward(plan.teacher_shape, n_seen) if runs_text(choice, plan.teacher_shape) else 0.0
-    return looking + (passes.forward(plan.student_shape, n_blocks) if changes_experts(choice) else 0.0)
+    looking = passes.forward(plan.teacher_spec, n_seen) if runs_text(choice, plan.teacher_spec) else 0.0
+    return looking + (passes.forward(plan.student_spec, n_blocks) if changes_experts(choice) else 0.0)
 
 
 def _teacher_seconds(plan: Plan, passes: _Passes, artifact: str) -> float:
     """Seconds to write the original's first layers and run a few chunks, twice if these are not all of its layers."""
     floor = plan.teacher_floors[artifact]
-    shape = first_layers(Checkpoint(plan.source), floor.n_layers).shape
-    n_passes = 1 if floor.n_layers == plan.teacher_shape.n_layers else 2
+    spec = first_layers(Checkpoint(plan.source), floor.n_layers).spec
+    n_passes = 1 if floor.n_layers == plan.teacher_spec.n_layers else 2
     n_chunks = min(floor.n_chunks, _heldout_blocks(plan))
-    writing = passes.export(shape, floor.weight_type, floor.file_bytes)
-    return writing + n_passes * passes.forward(shape, n_reference=n_chunks)
+    writing = passes.export(spec, floor.weight_type, floor.file_bytes)
+    return writing + n_passes * passes.forward(spec, n_reference=n_chunks)
 
 
 def _recovery(plan: Plan, passes: _Passes) -> dict[str, float]:
     choice, limit = plan.recipe.recover, plan.recover_seconds
     if not choice.trained:
         return {}
-    judging = passes.forward(plan.student_shape, n_reference=plan.recipe.text.selection_blocks)
+    judging = passes.forward(plan.student_spec, n_reference=plan.recipe.text.selection_blocks)
     steps = [
-        passes.forward(plan.student_shape, rung.blocks_per_step)
+        passes.forward(plan.student_spec, rung.blocks_per_step)
         * (_STEP_FORWARDS + (0 if rung.scope in ("router", "norms") else _WEIGHTS_FORWARDS))
         for rung in choice.trained
     ]
@@ -305,12 +305,12 @@ def _recovery(plan: Plan, passes: _Passes) -> dict[str, float]:
     return seconds
 
 
-def _sensitivity_bytes(shape: ModelSpec) -> int:
+def _sensitivity_bytes(spec: ModelSpec) -> int:
     """Float32 bytes of rows and columns of every matrix, two moments of the hidden size, four numbers of each token."""
-    hidden, width = shape.hidden_size, shape.expert_width
-    attention = (2 * shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim + 4 * hidden
-    of_layer = 3 * shape.n_experts * (hidden + width) + attention
-    return 4 * (shape.n_layers * of_layer + 2 * hidden * hidden + 2 * hidden + 4 * shape.vocab_size) + _HEADERS
+    hidden, width = spec.hidden_size, spec.expert_width
+    attention = (2 * spec.n_heads + 2 * spec.n_kv_heads) * spec.head_dim + 4 * hidden
+    of_layer = 3 * spec.n_experts * (hidden + width) + attention
+    return 4 * (spec.n_layers * of_layer + 2 * hidden * hidden + 2 * hidden + 4 * spec.vocab_size) + _HEADERS
 
 
 def _search_bytes(plan: Plan) -> int:
@@ -329,7 +329,7 @@ def _heldout_blocks(plan: Plan) -> int:
 
 def _router_input_bytes(plan: Plan) -> int:
     """Bytes of the inputs of the student's routers on a few held-out blocks, in float32, and of their choices."""
-    shape = plan.student_shape
+    shape = plan.student_spec
     if shape.is_dense:
         return 0
     n_tokens = min(ROUTER_CHUNKS, _heldout_blocks(plan)) * BLOCK_LENGTH
@@ -338,14 +338,14 @@ def _router_input_bytes(plan: Plan) -> int:
 
 def _student_bytes(plan: Plan) -> int:
     """Bytes of the student's checkpoint: the source's dtype, but routers, if it has any, in float32."""
-    shape, itemsize = plan.student_shape, Checkpoint(plan.source).dtype.itemsize
+    shape, itemsize = plan.student_spec, Checkpoint(plan.source).dtype.itemsize
     n_router_values = 0 if shape.is_dense else _router_values(shape)
     return shape.parameters * itemsize + n_router_values * (4 - itemsize)
 
 
 def _expert_bytes(plan: Plan) -> int:
     """Bytes of all of the student's experts in the source's dtype."""
-    shape, itemsize = plan.student_shape, Checkpoint(plan.source).dtype.itemsize
+    shape, itemsize = plan.student_spec, Checkpoint(plan.source).dtype.itemsize
     layers = map(shape.layer, range(shape.n_layers))
     return sum(layer.n_experts * layer.expert_parameters for layer in layers) * itemsize
 
@@ -355,7 +355,7 @@ def _training_bytes(plan: Plan) -> int:
 
     The results of each rung are kept too: routers in float32, experts in storage dtype.
     """
-    shape, choice = plan.student_shape, plan.recipe.recover
+    shape, choice = plan.student_spec, plan.recipe.recover
     if not choice.trained:
         return 0
     layer_inputs = (
@@ -379,7 +379,7 @@ def _training_bytes(plan: Plan) -> int:
 
 def _tunable_bytes(plan: Plan) -> int:
     """Bytes of the values that each file was written with, and of their replacements: two float16 scales a block."""
-    shape, choice = plan.student_shape, plan.recipe.recover
+    shape, choice = plan.student_spec, plan.recipe.recover
     if choice.after_quantizing is None:
         return 0
     n_values = 0
@@ -389,8 +389,8 @@ def _tunable_bytes(plan: Plan) -> int:
     return 2 * n_values * 4
 
 
-def _router_values(shape: ModelSpec) -> int:
-    return shape.n_layers * shape.n_experts * shape.hidden_size
+def _router_values(spec: ModelSpec) -> int:
+    return spec.n_layers * spec.n_experts * spec.hidden_size
 
 
 def _student_layer_input_bytes(plan: Plan) -> int:
@@ -398,23 +398,23 @@ def _student_layer_input_bytes(plan: Plan) -> int:
     recipe = plan.recipe
     if not (recipe.chooses_codes and _student_differs(plan)):
         return 0
-    return layer_input_bytes(plan.student_shape, recipe.text.calibration_blocks * BLOCK_LENGTH)
+    return layer_input_bytes(plan.student_spec, recipe.text.calibration_blocks * BLOCK_LENGTH)
 
 
 def _student_differs(plan: Plan) -> bool:
     """True if the inputs of the student's layers differ from those of the original's."""
-    shrunk = plan.student_shape != plan.teacher_shape or changes_experts(plan.recipe.compress)
+    shrunk = plan.student_spec != plan.teacher_spec or changes_experts(plan.recipe.compress)
     return shrunk or bool(plan.recipe.recover.rungs)
 
 
 def _own_statistics_bytes(plan: Plan) -> int:
     """Bytes of the statistics of a student whose experts changed; they are kept beside the teacher's."""
-    shape = plan.student_shape
+    shape = plan.student_spec
     return shape.n_layers * _statistics_bytes(shape) if changes_experts(plan.recipe.compress) else 0
 
 
-def _statistics_bytes(shape: ModelSpec) -> int:
+def _statistics_bytes(spec: ModelSpec) -> int:
     """Bytes of one layer's statistics."""
     with torch.device("meta"):
-        layer = LayerStatistics.zeros(shape)
+        layer = LayerStatistics.zeros(spec)
     return sum(getattr(layer, field.name).nbytes for field in fields(layer))

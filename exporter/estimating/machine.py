@@ -58,10 +58,10 @@ def _read_bytes_per_second(file: Path) -> float:
 
 def _multiply_adds_per_second(plan: Plan, dtype: torch.dtype) -> float:
     """Of the tokens that one expert gets in one call, with its gate and up projection."""
-    shape = plan.teacher_shape
-    n_rows = max(1, BLOCKS_AT_ONCE[dtype] * BLOCK_LENGTH * shape.top_k // shape.n_experts)
-    inputs = torch.ones(n_rows, shape.hidden_size, dtype=dtype)
-    weights = torch.ones(2 * shape.expert_width, shape.hidden_size, dtype=dtype)
+    spec = plan.teacher_spec
+    n_rows = max(1, BLOCKS_AT_ONCE[dtype] * BLOCK_LENGTH * spec.top_k // spec.n_experts)
+    inputs = torch.ones(n_rows, spec.hidden_size, dtype=dtype)
+    weights = torch.ones(2 * spec.expert_width, spec.hidden_size, dtype=dtype)
     threads = torch.get_num_threads()
     torch.set_num_threads(plan.recipe.threads)
     try:
@@ -76,7 +76,7 @@ def _quantized_per_second(plan: Plan) -> float:
     quantized = [ggml_type for ggml_type in types if ggml_type.name not in COPIED_TYPES]
     if not quantized:
         return float("inf")
-    rows = torch.randn(_QUANTIZED_ROWS, plan.teacher_shape.hidden_size, generator=torch.Generator().manual_seed(0))
+    rows = torch.randn(_QUANTIZED_ROWS, plan.teacher_spec.hidden_size, generator=torch.Generator().manual_seed(0))
     importance = torch.ones(rows.shape[1])
     ggml_type = fallback_type(quantized[0], rows.shape[1])
     threads = plan.recipe.threads

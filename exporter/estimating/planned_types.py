@@ -19,20 +19,20 @@ __all__ = ["hold_same_numbers", "planned_block_length", "planned_types"]
 _Types = Mapping[tuple[Role, int | None], StoredType]
 
 
-def planned_types(recipe: Recipe, artifact: str, shape: ModelSpec) -> _Types:
+def planned_types(recipe: Recipe, artifact: str, spec: ModelSpec) -> _Types:
     """The type of each matrix of a student of this shape in an artifact; norms and routers are not among them."""
     choice = recipe.file(artifact)
     if artifact == "gguf":
-        return _gguf_types(choice, shape)
-    encodings = unit_encodings(shape, preset_named(choice.mix), choice.tensors)
+        return _gguf_types(choice, spec)
+    encodings = unit_encodings(spec, preset_named(choice.mix), choice.tensors)
     return {
         key: encoding.ggml_type or encoding.blocks or GGMLQuantizationType.F32 for key, encoding in encodings.items()
     }
 
 
-def planned_block_length(recipe: Recipe, artifact: str, shape: ModelSpec) -> BlockLength:
+def planned_block_length(recipe: Recipe, artifact: str, spec: ModelSpec) -> BlockLength:
     """The block length of each matrix in the file that will be written."""
-    types = planned_types(recipe, artifact, shape)
+    types = planned_types(recipe, artifact, spec)
 
     def of_matrix(role: Role, layer: int) -> int | None:
         stored = types[role, layer]
@@ -41,7 +41,7 @@ def planned_block_length(recipe: Recipe, artifact: str, shape: ModelSpec) -> Blo
     return of_matrix
 
 
-def hold_same_numbers(recipe: Recipe, shape: ModelSpec) -> bool:
+def hold_same_numbers(recipe: Recipe, spec: ModelSpec) -> bool:
     """True if both files hold the same numbers: all matrices have the same types and are quantized in the same way.
 
     The types are all F32, or ggml's kernels make all codes with the same importance matrix.
@@ -49,15 +49,15 @@ def hold_same_numbers(recipe: Recipe, shape: ModelSpec) -> bool:
     if len(recipe.artifacts) < 2:
         return False
     gguf, onnx = (recipe.file(artifact) for artifact in ("gguf", "onnx"))
-    types = planned_types(recipe, "gguf", shape)
-    if dict(types) != dict(planned_types(recipe, "onnx", shape)):
+    types = planned_types(recipe, "gguf", spec)
+    if dict(types) != dict(planned_types(recipe, "onnx", spec)):
         return False
     is_float = set(types.values()) == {GGMLQuantizationType.F32}
     return is_float or (gguf.quantizer == onnx.quantizer == "kernel" and gguf.imatrix == onnx.imatrix)
 
 
-def _gguf_types(choice: FileChoice, shape: ModelSpec) -> _Types:
-    tensors = plan_tensors(shape, choice.mix, choice.tensors)
+def _gguf_types(choice: FileChoice, spec: ModelSpec) -> _Types:
+    tensors = plan_tensors(spec, choice.mix, choice.tensors)
     return {
         (tensor.role, tensor.layer): tensor.ggml_type
         for tensor in tensors

@@ -33,7 +33,7 @@ __all__ = [
     "changes_experts",
     "check_compression",
     "described_compression",
-    "expected_shape",
+    "expected_spec",
     "fewest_experts",
     "layer_targets",
     "runs_text",
@@ -49,7 +49,7 @@ def fewest_experts(method: str, teacher: ModelSpec) -> int:
     return max(teacher.top_k, groups)
 
 
-def expected_shape(choice: CompressChoice, teacher: ModelSpec) -> ModelSpec:
+def expected_spec(choice: CompressChoice, teacher: ModelSpec) -> ModelSpec:
     """The student's shape, where the statistics decide which layers shrink as if the last ones lost their experts.
 
     Files of this shape have the student's bytes, exactly if its layers are alike; if they differ, each may be padded
@@ -100,11 +100,11 @@ def check_compression(recipe: Recipe, teacher: ModelSpec) -> None:
             f"compress.allocation: global needs a criterion whose scores are known beforehand ({', '.join(CRITERIA)}); "
             f"{choice.method} chooses within each layer"
         )
-    shape = expected_shape(choice, teacher)
+    spec = expected_spec(choice, teacher)
     if "gguf" in recipe.artifacts:
-        check_uniform(shape)
+        check_uniform(spec)
     if recipe.save_student:
-        check_loadable(shape)
+        check_loadable(spec)
 
 
 def changes_experts(choice: CompressChoice) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from compressors.model.description.spec import ModelSpec
 from compressors.model.families.config import read_spec
 from exporter.estimating.prediction import Prediction
-from exporter.planning.compression import expected_shape
+from exporter.planning.compression import expected_spec
 from exporter.planning.recipe import Recipe
 from exporter.planning.recovery import RefusedRung
 from exporter.planning.teacher_floor import TeacherFloor
@@ -58,15 +58,15 @@ class Plan:
     curve: Mapping[str, int] = field(default_factory=dict)  # bytes of the files that moe-export pareto compares
 
     @property
-    def teacher_shape(self) -> ModelSpec:
+    def teacher_spec(self) -> ModelSpec:
         """The source's shape."""
-        shape = read_spec(self.source)
-        return replace(shape, tied_embeddings=False) if self.own_head else shape
+        spec = read_spec(self.source)
+        return replace(spec, tied_embeddings=False) if self.own_head else spec
 
     @property
-    def student_shape(self) -> ModelSpec:
+    def student_spec(self) -> ModelSpec:
         """The shape after compression; where statistics will decide which layers shrink, it assumes the last ones."""
-        return expected_shape(self.recipe.compress, self.teacher_shape)
+        return expected_spec(self.recipe.compress, self.teacher_spec)
 
     def save(self, path: Path) -> None:
         """Writes the plan as JSON."""

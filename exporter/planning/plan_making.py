@@ -40,12 +40,12 @@ def make_plan(job: Job, command: str) -> Plan:
     """
     folder = resolve_model(job.model, job.revision, offline=job.offline)
     checkpoint = Checkpoint(folder)
-    refuse_too_short_a_context(checkpoint.shape)
+    refuse_too_short_a_context(checkpoint.spec)
     calibration, heldout = texts_of(job)
     splits = read_splits(calibration, heldout)
     recipe = None if job.recipe is None else load_recipe(job.recipe)
     wanted = wanted_blocks(job, len(splits.heldout.parts)) if recipe is None else recipe.text.blocks
-    tokenized = tokenize(splits, folder, block_length_of(checkpoint.shape.context_length), wanted)
+    tokenized = tokenize(splits, folder, block_length_of(checkpoint.spec.context_length), wanted)
     counts = TextCounts(tokenized[0].n_blocks, tokenized[1].n_blocks, len(tokenized[2].blocks))
     memory_bytes = job.memory_bytes or psutil.virtual_memory().available // 2 // local_processes()
     if recipe is None:
@@ -58,7 +58,7 @@ def make_plan(job: Job, command: str) -> Plan:
     if recipe.compress.student == "dense" and "routing" in job.require:
         raise InputError("--require: a dense student has no routing to compare; leave routing out")
     if job.imatrix is not None:
-        read_imatrix(job.imatrix, checkpoint.shape)  # refused now, not by a stage
+        read_imatrix(job.imatrix, checkpoint.spec)  # refused now, not by a stage
     plan = Plan(
         recipe=recipe,
         source=folder.resolve(),
@@ -73,8 +73,8 @@ def make_plan(job: Job, command: str) -> Plan:
         require=dict(job.require),
         out=job.out.resolve(),
         command=command,
-        own_head=not checkpoint.shape.tied_embeddings,
-        end_tokens=special_tokens(folder, checkpoint.shape.vocab_size).ends,
+        own_head=not checkpoint.spec.tied_embeddings,
+        end_tokens=special_tokens(folder, checkpoint.spec.vocab_size).ends,
         deviations=find_deviations(checkpoint, recipe.artifacts, recipe.source.model),
         imatrix=None if job.imatrix is None else job.imatrix.resolve(),
         search=None if job.recipe is not None or job.quant is not None else job.search,

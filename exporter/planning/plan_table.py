@@ -27,7 +27,7 @@ _OPEN = (
 
 def plan_table(plan: Plan, speeds: Speeds, free_memory: int) -> RenderableType:
     """Choices above, bytes of the artifacts below, and of the run itself at the end."""
-    recipe, teacher, source = plan.recipe, plan.teacher_shape, Checkpoint(plan.source)
+    recipe, teacher, source = plan.recipe, plan.teacher_spec, Checkpoint(plan.source)
     choices = Table(show_header=False, box=None)
     budget = recipe.budget
     counted = (
@@ -49,7 +49,7 @@ def plan_table(plan: Plan, speeds: Speeds, free_memory: int) -> RenderableType:
     for name in ("file", "weights", "kv_cache", "compute", "reserve", "total"):
         values = (format_size(getattr(prediction, name)) for prediction in plan.predictions.values())
         sizes.add_row(name.replace("_", " "), *values)
-    disk, memory = disk_lines(plan), memory_lines(teacher, plan.student_shape, source.dtype.itemsize)
+    disk, memory = disk_lines(plan), memory_lines(teacher, plan.student_spec, source.dtype.itemsize)
     return Group(choices, "", sizes, "", _lines("work on disk, at most", disk), "", _lines("memory, at least", memory))
 
 
@@ -62,7 +62,7 @@ def _lines(what: str, lines: Mapping[str, int]) -> Table:
 
 def _recovery(plan: Plan) -> list[str]:
     """A line for each rung, and for each that was refused."""
-    choice, student = plan.recipe.recover, plan.student_shape
+    choice, student = plan.recipe.recover, plan.student_spec
     lines = [f"{refused.rung} ({refused.loss}): refused, {refused.why}" for refused in plan.refused_rungs]
     for rung in choice.trained:
         steps = schedule_of(choice, rung, rung.blocks).n_steps

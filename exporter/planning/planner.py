@@ -20,7 +20,7 @@ from compressors.shrink.slim import GGUF_WIDTH_MULTIPLE
 from exporter.estimating.budget import predict
 from exporter.estimating.prediction import Prediction
 from exporter.estimating.sizes import format_size
-from exporter.planning.compression import check_compression, described_compression, expected_shape, fewest_experts
+from exporter.planning.compression import check_compression, described_compression, expected_spec, fewest_experts
 from exporter.planning.job import METHODS_WITHOUT_EXPERTS, Job
 from exporter.planning.recipe import (
     BudgetChoice,
@@ -93,7 +93,7 @@ def choose_recipe(
     machine = machine_for(checkpoint, memory_bytes, n_blocks)
     recover, refused = ladder(job.recover, chosen.compress, checkpoint, machine, job.seed)
     recipe = open_recipe.model_copy(update={"compress": chosen.compress, "recover": recover, **chosen.files})
-    check_compression(recipe, checkpoint.shape)
+    check_compression(recipe, checkpoint.spec)
     return recipe, dict(chosen.predictions), refused
 
 
@@ -109,12 +109,12 @@ def _open_recipe(job: Job, checkpoint: Checkpoint, name: str, text: TextChoice) 
         budget=BudgetChoice(
             bytes=job.budgets[0],
             kind=job.budget_kind,  # type: ignore[arg-type]
-            context=min(job.context, checkpoint.shape.context_length),
+            context=min(job.context, checkpoint.spec.context_length),
             kv_type=job.kv_type,  # type: ignore[arg-type]
         ),
         text=text,
-        arithmetic=fastest_arithmetic(checkpoint.shape, checkpoint.dtype, job.device),
-        compress=whole(checkpoint.shape),
+        arithmetic=fastest_arithmetic(checkpoint.spec, checkpoint.dtype, job.device),
+        compress=whole(checkpoint.spec),
         recover=RecoverChoice(seed=job.seed),
         gguf=file if "gguf" in job.formats else None,
         onnx=file if "onnx" in job.formats else None,
@@ -133,7 +133,7 @@ def _expected(job: Job, checkpoint: Checkpoint, recipe: Recipe) -> _Candidate:
     """
     if job.experts is not None:
         _check_experts(job, checkpoint)
-    structures = structures_for(job.search, checkpoint.shape)
+    structures = structures_for(job.search, checkpoint.spec)
     refuse_unless_something_fits(recipe, checkpoint, structures, recipe.artifacts)
     found = {artifact: outlooks(recipe, artifact, checkpoint, structures) for artifact in recipe.artifacts}
     worst_served = max(found, key=lambda artifact: found[artifact][0].divergence)
@@ -164,19 +164,19 @@ def predict_recipe(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Predicti
         UnsupportedError: an artifact cannot hold what it asks for.
         BudgetError: an artifact exceeds the recipe's budget.
     """
-    check_compression(recipe, checkpoint.shape)
-    if recipe.budget.context > checkpoint.shape.context_length:
+    check_compression(recipe, checkpoint.spec)
+    if recipe.budget.context > checkpoint.spec.context_length:
         raise InputError(
             f"the recipe's budget.context is {recipe.budget.context} tokens, and the model was made for "
-            f"{checkpoint.shape.context_length}; lower it"
+            f"{checkpoint.spec.context_length}; lower it"
         )
-    shape = expected_shape(recipe.compress, checkpoint.shape)
-    check_after_quantizing(recipe.recover, shape)
+    spec = expected_spec(recipe.compress, checkpoint.spec)
+    check_after_quantizing(recipe.recover, spec)
     predictions = {}
     for artifact in recipe.artifacts:
         choice = recipe.file(artifact)
         prediction = predict(
-            artifact, checkpoint.folder, recipe.source.model, shape, choice, recipe.budget, recipe.threads
+            artifact, checkpoint.folder, recipe.source.model, spec, choice, recipe.budget, recipe.threads
         )
         needed = prediction.counted(recipe.budget.kind)
         if needed > recipe.budget.bytes:
@@ -210,22 +210,22 @@ class _Pinned:
 
     def _choices(self) -> Sequence[CompressChoice]:
         """The method's choices, from the one that changes least to the one that changes most."""
-        method, shape = self._job.method, self._checkpoint.shape
-        original = whole(shape)
+        method, spec = self._job.method, self._checkpoint.spec
+        original = whole(spec)
         if self._job.student == "dense" or self._job.experts is not None:
             if self._job.experts is not None:
                 _check_experts(self._job, self._checkpoint)
-            return structures_for(self._job.search, shape)
+            return structures_for(self._job.search, spec)
         if method == "slim":
-            widths = range(shape.expert_width - 1, 0, -1)
+            widths = range(spec.expert_width - 1, 0, -1)
             narrower = [width for width in widths if width % GGUF_WIDTH_MULTIPLE == 0]
             return [original, *(original.model_copy(update={"width": width}) for width in narrower)]
         if method == "block-drop":
-            return [original.model_copy(update={"drop_blocks": n_blocks}) for n_blocks in range(shape.n_layers)]
+            return [original.model_copy(update={"drop_blocks": n_blocks}) for n_blocks in range(spec.n_layers)]
         if method == "layer-drop":
-            return [original.model_copy(update={"drop_moe_layers": n_layers}) for n_layers in range(shape.n_layers)]
-        counts = range(shape.n_experts, fewest_experts(method, shape) - 1, -1)
-        return [with_experts(method, n_experts, shape) for n_experts in counts]
+            return [original.model_copy(update={"drop_moe_layers": n_layers}) for n_layers in range(spec.n_layers)]
+        counts = range(spec.n_experts, fewest_experts(method, spec) - 1, -1)
+        return [with_experts(method, n_experts, spec) for n_experts in counts]
 
     def _fitting(self, choice: CompressChoice) -> _Candidate | None:
         files, predictions = {}, {}
@@ -263,9 +263,9 @@ class _Pinned:
         return [quant] if artifact == "gguf" else _onnx_presets(quant)
 
     def _predict(self, artifact: str, choice: CompressChoice, mix: str) -> Prediction:
-        shape, recipe = expected_shape(choice, self._checkpoint.shape), self._recipe
+        spec, recipe = expected_spec(choice, self._checkpoint.spec), self._recipe
         folder, name = self._checkpoint.folder, recipe.source.model
-        return predict(artifact, folder, name, shape, self._file(mix), recipe.budget, recipe.threads)
+        return predict(artifact, folder, name, spec, self._file(mix), recipe.budget, recipe.threads)
 
     def _nothing_fits(self, choice: CompressChoice) -> str:
         needs = {
@@ -278,7 +278,7 @@ class _Pinned:
         largest = max(needs, key=lambda artifact: needs[artifact][0])
         n_bytes, mix = needs[largest]
         counted = "file" if self._budget.kind == "file" else f"memory at {self._budget.context} tokens of context"
-        left = described_compression(choice, self._checkpoint.shape)
+        left = described_compression(choice, self._checkpoint.spec)
         return (
             f"nothing fits a budget of {format_size(self._budget.bytes)}: with {left} the "
             f"smallest {largest} ({mix}) needs {format_size(n_bytes)} of {counted}. "
@@ -287,12 +287,12 @@ class _Pinned:
 
 
 def _check_experts(job: Job, checkpoint: Checkpoint) -> None:
-    shape, n_experts = checkpoint.shape, job.experts
+    spec, n_experts = checkpoint.spec, job.experts
     if job.method in METHODS_WITHOUT_EXPERTS:
         raise InputError(f"--experts: --method {job.method} keeps all experts; leave --experts out, or name another")
-    fewest = fewest_experts(job.method, shape)
-    if n_experts is None or not fewest <= n_experts <= shape.n_experts:
+    fewest = fewest_experts(job.method, spec)
+    if n_experts is None or not fewest <= n_experts <= spec.n_experts:
         raise InputError(
-            f"--experts: {n_experts} experts cannot be kept; the model has {shape.n_experts} per layer and uses "
-            f"{shape.top_k} for each token, so give a number from {fewest} to {shape.n_experts}"
+            f"--experts: {n_experts} experts cannot be kept; the model has {spec.n_experts} per layer and uses "
+            f"{spec.top_k} for each token, so give a number from {fewest} to {spec.n_experts}"
         )

@@ -94,17 +94,17 @@ def refuse_too_little_memory(lines: Mapping[str, int], limit: int, free: int) ->
         )
 
 
-def refuse_too_short_a_context(shape: ModelSpec) -> None:
+def refuse_too_short_a_context(spec: ModelSpec) -> None:
     """Compares the model's context with the texts that it is to write, and the cache that is measured.
 
     Raises:
         UnsupportedError: it is too short for them.
     """
     least = max(PROMPT_TOKENS + NEW_TOKENS, LEAST_CONTEXT)
-    if shape.context_length < least:
-        key = "sliding_window" if shape.window == shape.context_length else "max_position_embeddings"
+    if spec.context_length < least:
+        key = "sliding_window" if spec.window == spec.context_length else "max_position_embeddings"
         raise UnsupportedError(
-            f"the model's context is {shape.context_length} tokens ({key} in config.json), and "
+            f"the model's context is {spec.context_length} tokens ({key} in config.json), and "
             f"validation lets it write texts of {least}: a model with so short a context is not supported"
         )
 
@@ -115,7 +115,7 @@ def refuse_too_large_rungs(plan: Plan) -> None:
     Raises:
         InputError: it is too little for one.
     """
-    shape, itemsize, recover = plan.student_shape, Checkpoint(plan.source).dtype.itemsize, plan.recipe.recover
+    shape, itemsize, recover = plan.student_spec, Checkpoint(plan.source).dtype.itemsize, plan.recipe.recover
     for rung in recover.rungs:
         if rung.scope != "router":  # which need no more than inference
             refuse_too_large(scope_of(rung), shape, itemsize, plan.memory_bytes)

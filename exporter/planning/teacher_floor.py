@@ -52,10 +52,10 @@ def choose_teacher_floor(
     weight_type = exact_type(artifact, checkpoint.dtype)
 
     def prediction(n_layers: int) -> Prediction:
-        shape = _first_layers_map(checkpoint.shape, n_layers).shape_of(checkpoint.shape)
+        spec = _first_layers_map(checkpoint.spec, n_layers).spec_of(checkpoint.spec)
         name, threads = recipe.source.model, recipe.threads
         choice = FileChoice(mix=weight_type, quantizer="kernel")
-        return predict(artifact, checkpoint.folder, name, shape, choice, recipe.budget, threads)
+        return predict(artifact, checkpoint.folder, name, spec, choice, recipe.budget, threads)
 
     def is_too_large(n_layers: int) -> bool:
         found = prediction(n_layers)
@@ -65,7 +65,7 @@ def choose_teacher_floor(
         prediction(1)
     except UnsupportedError:  # the student may be something else, such as fewer experts than llama.cpp's limit
         return None
-    n_layers = bisect_left(range(1, checkpoint.shape.n_layers + 1), True, key=is_too_large)
+    n_layers = bisect_left(range(1, checkpoint.spec.n_layers + 1), True, key=is_too_large)
     if n_layers == 0:
         return None
     return TeacherFloor(weight_type, n_layers, _CHUNKS, prediction(n_layers).file)
@@ -78,9 +78,9 @@ def exact_type(artifact: str, dtype: torch.dtype) -> str:
 
 def first_layers(source: Checkpoint, n_layers: int) -> Student:
     """The original with its first layers only, then final norm and head."""
-    return Student(source, _first_layers_map(source.shape, n_layers))
+    return Student(source, _first_layers_map(source.spec, n_layers))
 
 
-def _first_layers_map(shape: ModelSpec, n_layers: int) -> ExpertMap:
-    whole = ExpertMap.identity(shape)
+def _first_layers_map(spec: ModelSpec, n_layers: int) -> ExpertMap:
+    whole = ExpertMap.identity(spec)
     return replace(whole, layers=whole.layers[:n_layers])

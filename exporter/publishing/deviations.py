@@ -42,11 +42,11 @@ def find_deviations(checkpoint: Checkpoint, artifacts: Iterable[str], name: str)
 
 
 def _of_tokenizer(checkpoint: Checkpoint, artifact: str, name: str) -> Iterator[str]:
-    folder, shape = checkpoint.folder, checkpoint.shape
+    folder, spec = checkpoint.folder, checkpoint.spec
     if (code := own_code(folder)) is not None:
         yield f"text is cut as tokenizer.json says; the Python code {code} that tokenizer_config.json names is not run"
-    if without_row := configured_tokens(folder, shape.vocab_size).without_row:
+    if without_row := configured_tokens(folder, spec.vocab_size).without_row:
         ids = ", ".join(map(str, without_row))
-        yield f"the end token {ids} is left out: the model has {shape.vocab_size:,} tokens, counted from 0"
+        yield f"the end token {ids} is left out: the model has {spec.vocab_size:,} tokens, counted from 0"
     if artifact == "gguf":
-        yield from vocabulary_deviations(folder, shape, name)
+        yield from vocabulary_deviations(folder, spec, name)

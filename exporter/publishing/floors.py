@@ -50,7 +50,7 @@ def _teacher(
     of_what = {
         "type": floor.weight_type,
         "n_layers": floor.n_layers,
-        "of_layers": plan.teacher_shape.n_layers,
+        "of_layers": plan.teacher_spec.n_layers,
         "error": records[stage].crash,
     }
     if records[stage].crash is not None:

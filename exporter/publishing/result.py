@@ -67,7 +67,7 @@ def build_report(
     recipe = final_recipe(plan, work)
     source = Checkpoint(plan.source)
     experts = open_student(plan, work).experts
-    student_shape = experts.shape_of(source.shape)
+    student_spec = experts.spec_of(source.spec)
     summary = json.loads(Calibration.of(work).summary.read_text(encoding="utf-8"))
     rows = _Rows(plan, work, records, experts, summary["teacher"])
     validation = [rows.teacher(), rows.student(), *(rows.artifact(name) for name in artifacts)]
@@ -80,22 +80,22 @@ def build_report(
         "source": {
             "model": recipe.source.model,
             "identity": recipe.source.identity,
-            "family": source.shape.model_type,
-            "parameters": source.shape.parameters,
+            "family": source.spec.model_type,
+            "parameters": source.spec.parameters,
             "bytes": source.n_bytes,
             "dtype": str(source.dtype).removeprefix("torch."),
-            "n_layers": source.shape.n_layers,
-            "n_experts": source.shape.n_experts,
-            "expert_width": source.shape.expert_width,
-            "top_k": source.shape.top_k,
-            "n_kv_heads": source.shape.n_kv_heads,
-            "head_dim": source.shape.head_dim,
+            "n_layers": source.spec.n_layers,
+            "n_experts": source.spec.n_experts,
+            "expert_width": source.spec.expert_width,
+            "top_k": source.spec.top_k,
+            "n_kv_heads": source.spec.n_kv_heads,
+            "head_dim": source.spec.head_dim,
             "license": source_license(plan.source),
         },
         "recipe": recipe.model_dump(),
         "text": summary["text"],
         "deviations": [asdict(deviation) for deviation in plan.deviations],
-        "student": _student(source.shape, experts),
+        "student": _student(source.spec, experts),
         "budget": _budget(plan, artifacts, {row["artifact"]: row for row in validation}),
         "artifacts": [
             {
@@ -103,20 +103,20 @@ def build_report(
                 "path": artifact.path,
                 "files": {file: asdict(entry) for file, entry in artifact.files.items()},
                 "bytes": artifact.bytes,
-                "bits_per_weight": 8 * artifact.bytes / student_shape.parameters,
+                "bits_per_weight": 8 * artifact.bytes / student_spec.parameters,
                 "type": named_types(recipe.file(name)),
             }
             for name, artifact in artifacts.items()
         ],
         "recovery": [asdict(refused) for refused in plan.refused_rungs] + tried,
-        "search": search_figures(work, source.shape, recipe),
+        "search": search_figures(work, source.spec, recipe),
         "against_original": against_original(
             artifacts,
             source.n_bytes,
             validation,
             with_choices(recipe.recover, tried),
-            student_shape,
-            [planned_block_length(recipe, artifact, student_shape) for artifact in recipe.artifacts],
+            student_spec,
+            [planned_block_length(recipe, artifact, student_spec) for artifact in recipe.artifacts],
         ),
         "validation": validation,
         "load": rows.load(),
@@ -139,18 +139,18 @@ def _tried(plan: Plan, work: WorkDirectory) -> list[dict[str, Any]]:
 
 def _student(teacher: ModelSpec, experts: ExpertMap) -> dict[str, Any]:
     """Describes the student: the parts of the original that it keeps."""
-    shape = experts.shape_of(teacher)
+    spec = experts.spec_of(teacher)
     layers = {layer.source: layer for layer in experts.layers}
-    is_dense = shape.is_dense
+    is_dense = spec.is_dense
     return {
         "dense": is_dense,
-        "n_layers": shape.n_layers,
-        "n_moe_layers": sum(shape.layer(index).has_moe for index in range(shape.n_layers)) if not is_dense else None,
-        "n_experts": shape.n_experts if not is_dense else None,  # of the layer with the most
+        "n_layers": spec.n_layers,
+        "n_moe_layers": sum(spec.layer(index).has_moe for index in range(spec.n_layers)) if not is_dense else None,
+        "n_experts": spec.n_experts if not is_dense else None,  # of the layer with the most
         "fewest_experts": min(len(layer.groups) for layer in experts.layers if layer.groups) if not is_dense else None,
-        "expert_width": shape.expert_width,  # of a dense student's layers: the width of the feed-forward
-        "top_k": shape.top_k if not is_dense else None,
-        "parameters": shape.parameters,
+        "expert_width": spec.expert_width,  # of a dense student's layers: the width of the feed-forward
+        "top_k": spec.top_k if not is_dense else None,
+        "parameters": spec.parameters,
         # by layer of the original: its experts that go on living, by themselves, in the name of a merged group, or as
         # neurons of the dense feed-forward
         "kept": [_kept(layers[layer], is_dense) if layer in layers else [] for layer in range(teacher.n_layers)],
@@ -222,7 +222,7 @@ class _Rows:
 
     def load(self) -> dict[str, Any]:
         """The share of the held-out tokens that each expert gets, by model; a dense student has no experts."""
-        teacher = self._plan.teacher_shape
+        teacher = self._plan.teacher_spec
         sizes = {"teacher": [teacher.n_experts] * teacher.n_layers}
         routings: dict[str, Routing | None] = {"teacher": self._teacher_routing}
         for name in self._evaluations:
@@ -393,10 +393,10 @@ def _checks(plan: Plan, artifacts: Mapping[str, Artifact], rows: Mapping[str, Ma
         )
         checks += required_checks(
             name,
-            band_of(expert_bits(name, plan.student_shape, plan.recipe.file(name))).fidelity,
+            band_of(expert_bits(name, plan.student_spec, plan.recipe.file(name))).fidelity,
             plan.require,
             figures,
-            is_routed=not plan.student_shape.is_dense,
-            is_whole=plan.student_shape == plan.teacher_shape and plan.recipe.compress.edit == "none",
+            is_routed=not plan.student_spec.is_dense,
+            is_whole=plan.student_spec == plan.teacher_spec and plan.recipe.compress.edit == "none",
         )
     return checks

@@ -19,32 +19,32 @@ def settings_deviations(checkpoint: Checkpoint, artifact: str) -> Iterator[str]:
     Raises:
         UnsupportedError: transformers reads ``config.json`` in another way; the message names the setting.
     """
-    shape = checkpoint.shape
-    check_against_transformers(checkpoint.folder, shape)
-    yield from _of_window(shape)
-    yield from _of_rope(shape, artifact)
+    spec = checkpoint.spec
+    check_against_transformers(checkpoint.folder, spec)
+    yield from _of_window(spec)
+    yield from _of_rope(spec, artifact)
 
 
-def _of_window(shape: ModelSpec) -> Iterator[str]:
-    if shape.window is not None:
+def _of_window(spec: ModelSpec) -> Iterator[str]:
+    if spec.window is not None:
         yield (
-            f"the file is written for {shape.context_length:,} tokens: attention reaches back over "
-            f"sliding_window = {shape.window:,} of them, so it would read longer texts unlike the original"
+            f"the file is written for {spec.context_length:,} tokens: attention reaches back over "
+            f"sliding_window = {spec.window:,} of them, so it would read longer texts unlike the original"
         )
 
 
-def _of_rope(shape: ModelSpec, artifact: str) -> Iterator[str]:
-    if shape.rope.kind is RopeKind.DYNAMIC:
+def _of_rope(spec: ModelSpec, artifact: str) -> Iterator[str]:
+    if spec.rope.kind is RopeKind.DYNAMIC:
         yield (
-            f"the file is written for the {shape.context_length:,} tokens that the model was trained on; the dynamic "
+            f"the file is written for the {spec.context_length:,} tokens that the model was trained on; the dynamic "
             "scaling of longer texts is not in it"
         )
     if artifact == "gguf":
-        constants = yarn_constants(shape.rope, takes_factors=shape.family.gguf.takes_rope_factors)
+        constants = yarn_constants(spec.rope, takes_factors=spec.family.gguf.takes_rope_factors)
         if constants is not None:
             yield constants
-    shorter = shape.rope.switches_after
-    if artifact == "gguf" and shorter is not None and shorter < shape.context_length:
+    shorter = spec.rope.switches_after
+    if artifact == "gguf" and shorter is not None and shorter < spec.context_length:
         yield (
             f"llama.cpp turns all texts by the long factors if its context is set above {shorter:,} tokens, and by the "
             f"short ones if not (-c {shorter}); the original turns each text by its own length"

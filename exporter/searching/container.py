@@ -25,7 +25,7 @@ class Container:
     artifact: str  # gguf or onnx
     folder: Path  # the source checkpoint
     name: str  # of the source
-    shape: ModelSpec  # the student's
+    spec: ModelSpec  # the student's
     budget: BudgetChoice
     threads: int
     choice: FileChoice  # quantizer and importance matrix
@@ -37,7 +37,7 @@ class Container:
 
     def prediction(self, choice: FileChoice) -> Prediction:
         """Predicts the needs of a file of these types."""
-        return predict(self.artifact, self.folder, self.name, self.shape, choice, self.budget, self.threads)
+        return predict(self.artifact, self.folder, self.name, self.spec, choice, self.budget, self.threads)
 
     def counted(self, choice: FileChoice) -> int:
         """Bytes that the budget counts."""

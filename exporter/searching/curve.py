@@ -37,7 +37,7 @@ class ParetoFiles:
     def __init__(self, context: StageContext) -> None:
         assert context.plan.search is not None, "the recipe stands"
         self._context = context
-        self._shape = Checkpoint(context.plan.source).shape
+        self._spec = Checkpoint(context.plan.source).spec
 
     def best(self, n_bytes: int, artifact: str = "gguf") -> Candidate:
         """The GGUF file, or ONNX folder, that the search expects to be the best among those that are no larger.
@@ -72,7 +72,7 @@ class ParetoFiles:
         Raises:
             UnsupportedError: the mix or the artifact cannot hold this model.
         """
-        choice = whole(self._shape) if n_experts is None else with_experts("reap", n_experts, self._shape)
+        choice = whole(self._spec) if n_experts is None else with_experts("reap", n_experts, self._spec)
         plan = self._context.plan
         assert plan.search is not None, "the recipe stands"
         ladder, _ = ladder_for(choice, replace(plan, search=replace(plan.search, recover=recovery)))
@@ -100,6 +100,6 @@ class ParetoFiles:
         return path
 
 
-def described_structure(choice: CompressChoice, shape: ModelSpec) -> str:
+def described_structure(choice: CompressChoice, spec: ModelSpec) -> str:
     """Describes the parts of a model of this shape that are left; empty if all are."""
-    return "" if choice == whole(shape) else described_compression(choice, shape)
+    return "" if choice == whole(spec) else described_compression(choice, spec)

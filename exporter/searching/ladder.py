@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from compressors.model.sources.checkpoint import Checkpoint
 from exporter.estimating.planned_types import planned_block_length
-from exporter.planning.compression import expected_shape
+from exporter.planning.compression import expected_spec
 from exporter.planning.plan import Plan
 from exporter.planning.recipe import CompressChoice, Recipe, RecoverChoice, RungChoice
 from exporter.planning.recovery import Machine, RefusedRung, choose_ladder, tuning_rung, wish_for
@@ -32,10 +32,10 @@ def ladder(
         machine: what training may use.
         seed: of the order of blocks, and of adapters' beginnings.
     """
-    is_original = compress == whole(source.shape)
+    is_original = compress == whole(source.spec)
     return choose_ladder(
         "none" if wish == "auto" and is_original else wish_for(wish, compress),
-        expected_shape(compress, source.shape),
+        expected_spec(compress, source.spec),
         source.dtype.itemsize,
         machine,
         seed,
@@ -64,10 +64,10 @@ def rung_beside_codes(recipe: Recipe, plan: Plan, expected: float) -> RungChoice
     """
     assert plan.search is not None, "the recipe stands"
     source = Checkpoint(plan.source)
-    machine, shape = _machine(plan, source), expected_shape(recipe.compress, source.shape)
-    if plan.search.recover != "auto" or not machine.models_stay or expected < _WORTH_TEACHING or shape.is_dense:
+    machine, spec = _machine(plan, source), expected_spec(recipe.compress, source.spec)
+    if plan.search.recover != "auto" or not machine.models_stay or expected < _WORTH_TEACHING or spec.is_dense:
         return None
-    rung = tuning_rung(shape, machine, [planned_block_length(recipe, name, shape) for name in recipe.artifacts])
+    rung = tuning_rung(spec, machine, [planned_block_length(recipe, name, spec) for name in recipe.artifacts])
     return None if rung is None else rung.model_copy(update={"blocks": min(_BLOCKS, rung.blocks)})
 
 

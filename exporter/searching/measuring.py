@@ -36,9 +36,9 @@ def measured_divergence(trial: Trial, artifact: str, choice: FileChoice) -> floa
         context = replace(trial.context, output=folder)
         weights: WrittenWeights
         if artifact == "gguf":
-            weights = GgufWeights(gguf.write(context, student, choice, folder), student.shape)
+            weights = GgufWeights(gguf.write(context, student, choice, folder), student.spec)
         else:
-            weights = OnnxWeights(onnx.write(context, student, choice, folder), student.shape)
+            weights = OnnxWeights(onnx.write(context, student, choice, folder), student.spec)
         divergence = trial.judged(student.as_written(weights))
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -14,7 +14,7 @@ from compressors.model.errors import BudgetError, UnsupportedError
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.sensitivity import TypeTable, default_table
 from exporter.estimating.sizes import format_size
-from exporter.planning.compression import check_compression, described_compression, expected_shape
+from exporter.planning.compression import check_compression, described_compression, expected_spec
 from exporter.planning.recipe import CompressChoice, Recipe
 from exporter.searching.container import Container
 from exporter.searching.fitting import Fitted, fit, smallest
@@ -66,7 +66,7 @@ def outlooks(
     for choice in structures:
         if (outlook := outlook_of(recipe, artifact, checkpoint, choice)) is not None:
             found.append(outlook)
-            if choice == whole(checkpoint.shape) and outlook.divergence <= STRUCTURES_FROM:
+            if choice == whole(checkpoint.spec) and outlook.divergence <= STRUCTURES_FROM:
                 break
     return sorted(found, key=lambda outlook: outlook.divergence)
 
@@ -88,7 +88,7 @@ def refuse_unless_something_fits(
         return
     counted = "file" if budget.kind == "file" else f"memory at {budget.context} tokens of context"
     raise BudgetError(
-        f"nothing fits a budget of {format_size(budget.bytes)}: with {described_compression(choice, checkpoint.shape)} "
+        f"nothing fits a budget of {format_size(budget.bytes)}: with {described_compression(choice, checkpoint.spec)} "
         f"the smallest {artifact} needs {format_size(n_bytes)} of {counted}. "
         f"The smallest budget that works is --budget {n_bytes}B"
     )
@@ -126,12 +126,12 @@ def container_of(recipe: Recipe, artifact: str, checkpoint: Checkpoint, choice: 
     Raises:
         UnsupportedError: the container cannot hold it.
     """
-    check_compression(recipe.with_only(artifact, choice), checkpoint.shape)
+    check_compression(recipe.with_only(artifact, choice), checkpoint.spec)
     return Container(
         artifact,
         checkpoint.folder,
         recipe.source.model,
-        expected_shape(choice, checkpoint.shape),
+        expected_spec(choice, checkpoint.spec),
         recipe.budget,
         recipe.threads,
         recipe.file(artifact),
@@ -161,8 +161,8 @@ def outlook_of(recipe: Recipe, artifact: str, checkpoint: Checkpoint, choice: Co
     fitted = best_fit(container, table)
     if fitted is None:
         return None
-    return Outlook(choice, container, fitted, expected_loss(choice, checkpoint.shape) + fitted.allocation.divergence)
+    return Outlook(choice, container, fitted, expected_loss(choice, checkpoint.spec) + fitted.allocation.divergence)
 
 
 def _default_table(container: Container, dtype: torch.dtype) -> TypeTable:
-    return default_table(container.shape, units_of(container, dtype))
+    return default_table(container.spec, units_of(container, dtype))

@@ -90,7 +90,7 @@ class Search:
         self._wishes = context.plan.search
         self._recipe = context.plan.recipe
         self._source = Checkpoint(context.plan.source)
-        self._structures = structures_for(self._wishes, self._source.shape)
+        self._structures = structures_for(self._wishes, self._source.spec)
         self._n_measured = n_measured
         self._trials: dict[CompressChoice, Trial] = {}
         self._model = DivergenceModel()  # calibrated for each artifact as soon as a file of the original is measured
@@ -167,13 +167,13 @@ class Search:
     def _trial(self, choice: CompressChoice) -> Trial:
         """The trial of a structure, built and trained for a short while if it is not the original."""
         if choice not in self._trials:
-            number = 0 if choice == whole(self._source.shape) else 1 + self._structures.index(choice)
+            number = 0 if choice == whole(self._source.spec) else 1 + self._structures.index(choice)
             self._trials[choice] = Trial.of(self._context, choice, number)
         return self._trials[choice]
 
     def _baselines(self, artifact: str, n_measured: int) -> Iterator[Candidate]:
         """The largest of the named mixes that fit, with all experts and the kernels' codes."""
-        original = whole(self._source.shape)
+        original = whole(self._source.spec)
         if original not in self._structures:
             return
         container = container_of(self._recipe, artifact, self._source, original)

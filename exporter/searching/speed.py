@@ -21,10 +21,10 @@ def most_seconds(container: Container, prefer: str) -> float | None:
     mixes = fitting_mixes(container) if container.artifact == "gguf" else []
     if not mixes:
         return None
-    shape, choice = container.shape, mixes[0][0]
+    spec, choice = container.spec, mixes[0][0]
     of_mix = sum(
-        seconds_of(tensor.ggml_type.name, weights_of_a_token(shape, tensor.role, tensor.shape))
-        for tensor in plan_tensors(shape, choice.mix)
+        seconds_of(tensor.ggml_type.name, weights_of_a_token(spec, tensor.role, tensor.shape))
+        for tensor in plan_tensors(spec, choice.mix)
         if tensor.is_matrix
     )
     return _TIMES_AS_SLOW[prefer] * of_mix

@@ -27,53 +27,53 @@ _WIDTH_MULTIPLE = 64  # narrower rows have no type below 4 bits that every llama
 _LEAST_LAYERS = 8  # of which one in eight may go
 
 
-def whole(shape: ModelSpec) -> CompressChoice:
+def whole(spec: ModelSpec) -> CompressChoice:
     """The model as it is."""
-    return CompressChoice(experts=shape.n_experts)
+    return CompressChoice(experts=spec.n_experts)
 
 
-def structures_for(search: Search, shape: ModelSpec) -> Sequence[CompressChoice]:
+def structures_for(search: Search, spec: ModelSpec) -> Sequence[CompressChoice]:
     """The structures that a search may choose from, the original first if it may be chosen."""
     if search.student == "dense":
-        check_dense(shape)
-        return [whole(shape).model_copy(update={"student": "dense"})]
+        check_dense(spec)
+        return [whole(spec).model_copy(update={"student": "dense"})]
     if search.experts is not None:
-        return [with_experts(search.method, search.experts, shape)]
-    smaller = candidates_of(search.method, shape)
-    return [whole(shape), *sorted(smaller, key=lambda choice: expected_loss(choice, shape))]
+        return [with_experts(search.method, search.experts, spec)]
+    smaller = candidates_of(search.method, spec)
+    return [whole(spec), *sorted(smaller, key=lambda choice: expected_loss(choice, spec))]
 
 
-def candidates_of(method: str, shape: ModelSpec) -> Iterator[CompressChoice]:
+def candidates_of(method: str, spec: ModelSpec) -> Iterator[CompressChoice]:
     """The structures below the original that a method leads to; ``auto`` stands for all that are known to be good."""
     if method == "auto":
-        yield from (*_narrower(shape), *_fewer(_METHOD, shape), *_shorter(shape), *_both(shape))
+        yield from (*_narrower(spec), *_fewer(_METHOD, spec), *_shorter(spec), *_both(spec))
     elif method == "slim":
-        yield from _narrower(shape)
+        yield from _narrower(spec)
     elif method == "block-drop":
-        yield from (CompressChoice(experts=shape.n_experts, drop_blocks=n) for n in range(1, shape.n_layers))
+        yield from (CompressChoice(experts=spec.n_experts, drop_blocks=n) for n in range(1, spec.n_layers))
     elif method == "layer-drop":
-        yield from (CompressChoice(experts=shape.n_experts, drop_moe_layers=n) for n in range(1, shape.n_layers))
+        yield from (CompressChoice(experts=spec.n_experts, drop_moe_layers=n) for n in range(1, spec.n_layers))
     else:
-        yield from _fewer(method, shape)
+        yield from _fewer(method, spec)
 
 
-def with_experts(method: str, n_experts: int, shape: ModelSpec) -> CompressChoice:
+def with_experts(method: str, n_experts: int, spec: ModelSpec) -> CompressChoice:
     """The structure with ``n_experts`` experts, by a method; ``auto`` takes REAP."""
-    if n_experts == shape.n_experts:
-        return whole(shape)
+    if n_experts == spec.n_experts:
+        return whole(spec)
     chosen = _METHOD if method == "auto" else method
     return CompressChoice(experts=n_experts, method=chosen, sequential=chosen in _SEQUENTIAL)  # type: ignore[arg-type]
 
 
-def expected_loss(choice: CompressChoice, shape: ModelSpec) -> float:
+def expected_loss(choice: CompressChoice, spec: ModelSpec) -> float:
     """The divergence, nats, that a structure is expected to have after training, before its weights are quantized.
 
     It is a guess from two trained models (docs/quantization.md): half of the width 0.075, half of the experts 0.3, a
     layer in eight 0.15, and losses add up; the search measures instead.
     """
-    narrower = _taken(shape.expert_width, choice.width)
-    fewer = _taken(shape.n_experts, choice.experts)
-    shorter = _taken(shape.n_layers, shape.n_layers - choice.drop_blocks - choice.drop_moe_layers)
+    narrower = _taken(spec.expert_width, choice.width)
+    fewer = _taken(spec.n_experts, choice.experts)
+    shorter = _taken(spec.n_layers, spec.n_layers - choice.drop_blocks - choice.drop_moe_layers)
     return 0.075 * narrower * narrower + 0.3 * fewer * math.sqrt(fewer) + 1.2 * shorter
 
 
@@ -83,28 +83,28 @@ def _taken(total: int, left: int | tuple[int, ...] | None) -> float:
     return total / max(mean, 1) - 1
 
 
-def _narrower(shape: ModelSpec) -> Iterator[CompressChoice]:
-    for width in _parts(shape.expert_width, _WIDTH_MULTIPLE):
-        yield CompressChoice(experts=shape.n_experts, width=width)
+def _narrower(spec: ModelSpec) -> Iterator[CompressChoice]:
+    for width in _parts(spec.expert_width, _WIDTH_MULTIPLE):
+        yield CompressChoice(experts=spec.n_experts, width=width)
 
 
-def _fewer(method: str, shape: ModelSpec) -> Iterator[CompressChoice]:
-    fewest = fewest_experts(_METHOD if method == "auto" else method, shape)
-    counts = [n_experts for n_experts in _parts(shape.n_experts, 1) if n_experts > fewest]
-    for n_experts in [*counts, *([fewest] if fewest < shape.n_experts else [])]:
-        yield with_experts(method, n_experts, shape)
+def _fewer(method: str, spec: ModelSpec) -> Iterator[CompressChoice]:
+    fewest = fewest_experts(_METHOD if method == "auto" else method, spec)
+    counts = [n_experts for n_experts in _parts(spec.n_experts, 1) if n_experts > fewest]
+    for n_experts in [*counts, *([fewest] if fewest < spec.n_experts else [])]:
+        yield with_experts(method, n_experts, spec)
 
 
-def _shorter(shape: ModelSpec) -> Iterator[CompressChoice]:
-    if shape.n_layers >= _LEAST_LAYERS:
-        yield CompressChoice(experts=shape.n_experts, drop_blocks=shape.n_layers // _LEAST_LAYERS)
+def _shorter(spec: ModelSpec) -> Iterator[CompressChoice]:
+    if spec.n_layers >= _LEAST_LAYERS:
+        yield CompressChoice(experts=spec.n_experts, drop_blocks=spec.n_layers // _LEAST_LAYERS)
 
 
-def _both(shape: ModelSpec) -> Iterator[CompressChoice]:
+def _both(spec: ModelSpec) -> Iterator[CompressChoice]:
     """Fewer experts of half the width or less: for files that nothing else is small enough for."""
-    for width in _parts(shape.expert_width, _WIDTH_MULTIPLE):
-        if 2 * width <= shape.expert_width:
-            for fewer in _fewer(_METHOD, shape):
+    for width in _parts(spec.expert_width, _WIDTH_MULTIPLE):
+        if 2 * width <= spec.expert_width:
+            for fewer in _fewer(_METHOD, spec):
                 yield fewer.model_copy(update={"width": width})
 
 

@@ -50,7 +50,7 @@ class Trial:
     @property
     def _is_original(self) -> bool:
         """True if nothing is changed; then everything is known."""
-        return self.compress == whole(self.context.plan.teacher_shape)
+        return self.compress == whole(self.context.plan.teacher_spec)
 
     @classmethod
     def of(cls, context: StageContext, choice: CompressChoice, number: int) -> Trial:
@@ -117,7 +117,7 @@ class Trial:
             shutil.rmtree(self.context.work.stage(name), ignore_errors=True)
 
     def _sensitivities(self, student: Student) -> Sensitivities:
-        tied = student.shape.tied_embeddings
+        tied = student.spec.tied_embeddings
         if self._is_original:
             return Sensitivities(self.context.work.stage("sensitivity"), tied)
         folder = self.context.output / "sensitivity"

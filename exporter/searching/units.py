@@ -42,8 +42,8 @@ _EXACT = {
 def units_of(container: Container, dtype: torch.dtype) -> tuple[UnitPlan, ...]:
     """The choices that a file leaves."""
     if container.artifact == "gguf":
-        return gguf_units(container.shape, dtype, container.choice)
-    return onnx_unit_plans(container.shape, container.choice)
+        return gguf_units(container.spec, dtype, container.choice)
+    return onnx_unit_plans(container.spec, container.choice)
 
 
 def fitting_mixes(container: Container) -> list[tuple[FileChoice, Prediction]]:
@@ -61,11 +61,11 @@ def fitting_mixes(container: Container) -> list[tuple[FileChoice, Prediction]]:
     return sorted(found, key=lambda entry: -entry[1].file)
 
 
-def gguf_units(shape: ModelSpec, dtype: torch.dtype, choice: FileChoice) -> tuple[UnitPlan, ...]:
+def gguf_units(spec: ModelSpec, dtype: torch.dtype, choice: FileChoice) -> tuple[UnitPlan, ...]:
     """Lists the tensors of a GGUF file that may be quantized, each with its types.
 
     Args:
-        shape: of the student.
+        spec: of the student.
         dtype: of its weights; one type holds them exactly.
         choice: says how codes are chosen.
     """
@@ -75,7 +75,7 @@ def gguf_units(shape: ModelSpec, dtype: torch.dtype, choice: FileChoice) -> tupl
     if choice.quantizer == "feedback":
         quantizers[GGMLQuantizationType.Q2_0] = searched_q2_0
     plans = plan_gguf_units(
-        shape,
+        spec,
         (exact, *ALLOCATED_TYPES, *last),
         feedback=choice.quantizer == "feedback",
         quantizers=quantizers,
@@ -84,7 +84,7 @@ def gguf_units(shape: ModelSpec, dtype: torch.dtype, choice: FileChoice) -> tupl
     return tuple(plans)
 
 
-def onnx_unit_plans(shape: ModelSpec, choice: FileChoice) -> tuple[UnitPlan, ...]:
+def onnx_unit_plans(spec: ModelSpec, choice: FileChoice) -> tuple[UnitPlan, ...]:
     """Lists the units of an ONNX file, each with its encodings."""
     with_feedback = choice.quantizer == "feedback"
     return tuple(
@@ -96,7 +96,7 @@ def onnx_unit_plans(shape: ModelSpec, choice: FileChoice) -> tuple[UnitPlan, ...
                 _encoding_candidate(ENCODINGS[name], n_bytes, with_feedback) for name, n_bytes in unit.encodings.items()
             ),
         )
-        for unit in onnx_units(shape)
+        for unit in onnx_units(spec)
     )
 
 

@@ -177,7 +177,7 @@ def open_student(plan: Plan, work: WorkDirectory, stage: str = "recover") -> Stu
 
 def same_numbers(plan: Plan) -> bool:
     """True if both files hold the same numbers, so that the runtimes can be compared with each other."""
-    return hold_same_numbers(plan.recipe, plan.student_shape)
+    return hold_same_numbers(plan.recipe, plan.student_spec)
 
 
 def importance_of(student: Student, plan: Plan, work: WorkDirectory) -> Importance:
@@ -188,10 +188,10 @@ def importance_of(student: Student, plan: Plan, work: WorkDirectory) -> Importan
     """
     own = StudentFiles(work.stage("compress")).statistics
     if own.exists():
-        return importance(StoredStatistics(own, student.shape.n_layers), student.experts.of_itself())
+        return importance(StoredStatistics(own, student.spec.n_layers), student.experts.of_itself())
     if plan.imatrix is not None:
-        return importance_of_kept(read_imatrix(plan.imatrix, plan.teacher_shape), student.experts)
-    statistics = Calibration.of(work).layer_statistics(student.source.shape.n_layers)
+        return importance_of_kept(read_imatrix(plan.imatrix, plan.teacher_spec), student.experts)
+    statistics = Calibration.of(work).layer_statistics(student.source.spec.n_layers)
     return importance(statistics, student.experts)
 
 

@@ -34,7 +34,7 @@ def run(context: StageContext) -> None:
     splits = read_splits(plan.calibration, plan.heldout)
     _refuse_changed_inputs(context, checkpoint, splits)
     calibration, selection, heldout = tokenize(
-        splits, checkpoint.folder, block_length_of(checkpoint.shape.context_length), text.blocks
+        splits, checkpoint.folder, block_length_of(checkpoint.spec.context_length), text.blocks
     )
     measured = heldout.leading(text.heldout_chunks_per_file)
     blocks = Blocks(
@@ -47,7 +47,7 @@ def run(context: StageContext) -> None:
     files = Calibration(context.output)
     dtype = dtype_of(plan.recipe.arithmetic)
     teacher = TeacherPass(checkpoint, blocks, files, dtype, memory_limit(context), torch.device(plan.device))
-    with context.progress.bar("layers", checkpoint.shape.n_layers) as advance:
+    with context.progress.bar("layers", checkpoint.spec.n_layers) as advance:
         for n_done in teacher.run_layers(Snapshot(context.output / "snapshot")):
             advance(n_done)
     likelihoods = teacher.write_predictions()

@@ -27,7 +27,7 @@ def run(context: StageContext) -> None:
     files = StudentFiles(context.output)
     tokens_BT = Blocks.load(Calibration.of(context.work).blocks).calibration
     layers, changed = _compressed(context, files, tokens_BT)
-    experts = ExpertMap(context.plan.teacher_shape.n_experts, tuple(layers))
+    experts = ExpertMap(context.plan.teacher_spec.n_experts, tuple(layers))
     files.expert_map.write_text(json.dumps(experts.to_json()), encoding="utf-8")
     if changed:
         _write_statistics(context, files, tokens_BT)
@@ -37,14 +37,14 @@ def _compressed(context: StageContext, files: StudentFiles, tokens_BT: torch.Ten
     """What became of each layer, and whether any expert is no longer one of the teacher's."""
     plan = context.plan
     choice, source = plan.recipe.compress, Checkpoint(plan.source)
-    statistics = Calibration.of(context.work).layer_statistics(source.shape.n_layers)
+    statistics = Calibration.of(context.work).layer_statistics(source.spec.n_layers)
     limit, device = memory_limit(context), torch.device(plan.device)
 
     def open_teacher() -> StreamedModel:
         return StreamedModel(Student.teacher(source), limit=limit, device=device)
 
     sample_BT = tokens_BT[: choice.sample_blocks]
-    targets: Sequence[LayerTarget] = layer_targets(choice, source.shape, statistics, open_teacher, sample_BT)
+    targets: Sequence[LayerTarget] = layer_targets(choice, source.spec, statistics, open_teacher, sample_BT)
     compression = LayerwiseCompression(
         source,
         targets,
@@ -71,10 +71,10 @@ def _write_statistics(context: StageContext, files: StudentFiles, tokens_BT: tor
     """What the new experts see of the calibration text: the importance of their weights' columns."""
     plan = context.plan
     student = files.open(Checkpoint(plan.source))
-    collector = StatisticsCollector(student.shape)
+    collector = StatisticsCollector(student.spec)
     model = StreamedModel(student, limit=memory_limit(context), device=torch.device(plan.device))
     group = TokenGroup(tokens_BT, [collector.observe], dtype_of(plan.recipe.arithmetic))
-    with context.progress.bar("layers", student.shape.n_layers) as advance:
-        for index in model.advance([group], model.first_states([group]), range(student.shape.n_layers)):
+    with context.progress.bar("layers", student.spec.n_layers) as advance:
+        for index in model.advance([group], model.first_states([group]), range(student.spec.n_layers)):
             save_statistics(collector.take(index), files.statistics, index)
             advance(1)

@@ -46,24 +46,24 @@ def feedback_for(
         inputs = LayerInputs(Calibration.of(context.work).layer_inputs)
     else:
         inputs = _own_inputs(context, student, own, dtype)
-    threads = writer_threads(context.plan, student.shape, quantizer)
+    threads = writer_threads(context.plan, student.spec, quantizer)
     moments = SecondMoments(student, inputs, dtype=dtype, threads=threads)
-    tied = student.shape.tied_embeddings
+    tied = student.spec.tied_embeddings
     of_vocabulary = Sensitivities(context.work.stage("sensitivity"), tied).vocabulary
     gradient = EmbeddingGradient(of_vocabulary.embedding_gradient_moments, float(of_vocabulary.kappa))
     yield StudentFeedback(moments, tied=tied, gradient=gradient)
     shutil.rmtree(own, ignore_errors=True)
 
 
-def writer_threads(plan: Plan, shape: ModelSpec, quantizer: Quantizer) -> int:
+def writer_threads(plan: Plan, spec: ModelSpec, quantizer: Quantizer) -> int:
     """The number of threads that quantize: the recipe's, or fewer where ``--memory`` allows fewer to choose codes."""
     if quantizer == "kernel":
         return plan.recipe.threads
-    return threads_within(plan.memory_bytes - PROCESS_BYTES, shape, plan.recipe.threads)
+    return threads_within(plan.memory_bytes - PROCESS_BYTES, spec, plan.recipe.threads)
 
 
 def _is_original(student: Student) -> bool:
-    return student.experts == ExpertMap.identity(student.source.shape) and not student.overlay
+    return student.experts == ExpertMap.identity(student.source.spec) and not student.overlay
 
 
 def _own_inputs(context: StageContext, student: Student, folder: Path, dtype: torch.dtype) -> LayerInputs:
@@ -76,7 +76,7 @@ def _own_inputs(context: StageContext, student: Student, folder: Path, dtype: to
     model = StreamedModel(student, limit=memory_limit(context), device=torch.device(context.plan.device))
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    with context.progress.bar("layers", student.shape.n_layers) as advance:
+    with context.progress.bar("layers", student.spec.n_layers) as advance:
         write_layer_inputs(model, tokens_BT, unfinished, dtype, advance)
     model.release()
     flush_folder(unfinished)

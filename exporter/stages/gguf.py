@@ -22,14 +22,14 @@ def run(context: StageContext) -> None:
     recipe, student = context.plan.recipe, open_student(context.plan, context.work, "recover")
     path = write(context, student, recipe.file("gguf"), context.output)
     if recipe.recover.after_quantizing is not None:
-        keep_values(GgufWeights(path, student.shape), student.shape, context.output / ORIGINAL_VALUES)
+        keep_values(GgufWeights(path, student.spec), student.spec, context.output / ORIGINAL_VALUES)
 
 
 def write(context: StageContext, student: Student, choice: FileChoice, folder: Path) -> Path:
     """Quantizes a student with what the calibration text says about the inputs of its matrices; returns the file."""
     plan, name = context.plan, context.plan.recipe.source.model
-    path = folder / gguf_file_name(name, student.shape, choice.mix, choice.tensors)
-    total = predict_file_size(student.shape, plan.source, choice.mix, name, choice.tensors)
+    path = folder / gguf_file_name(name, student.spec, choice.mix, choice.tensors)
+    total = predict_file_size(student.spec, plan.source, choice.mix, name, choice.tensors)
     with (
         feedback_for(context, student, choice.quantizer, folder) as feedback,
         context.progress.bar("bytes", total) as advance,
@@ -42,7 +42,7 @@ def write(context: StageContext, student: Student, choice: FileChoice, folder: P
             importance=importance_of(student, plan, context.work),
             feedback=feedback,
             name=name,
-            threads=writer_threads(plan, student.shape, choice.quantizer),
+            threads=writer_threads(plan, student.spec, choice.quantizer),
             resume=True,
             progress=advance,
         )

@@ -24,7 +24,7 @@ def run(context: StageContext) -> None:
     recipe, student = context.plan.recipe, open_student(context.plan, context.work, "recover")
     folder = write(context, student, recipe.file("onnx"), context.output)
     if recipe.recover.after_quantizing is not None:
-        keep_values(OnnxWeights(folder, student.shape), student.shape, context.output / ORIGINAL_VALUES)
+        keep_values(OnnxWeights(folder, student.spec), student.spec, context.output / ORIGINAL_VALUES)
     # onnxruntime-genai allocates a cache of max_length at once: the budget counts the recipe's context
     write_client_files(student, folder, max_length=recipe.budget.context)
 
@@ -32,7 +32,7 @@ def run(context: StageContext) -> None:
 def write(context: StageContext, student: Student, choice: FileChoice, place: Path) -> Path:
     """Writes graph and weights of a student into a folder in ``place``; returns the folder."""
     folder = place / FOLDER
-    total = predict_size(student.shape, choice.mix, encodings=choice.tensors)
+    total = predict_size(student.spec, choice.mix, encodings=choice.tensors)
     with (
         feedback_for(context, student, choice.quantizer, place) as feedback,
         context.progress.bar("bytes", total) as advance,
@@ -45,7 +45,7 @@ def write(context: StageContext, student: Student, choice: FileChoice, place: Pa
             importance=importance_of(student, context.plan, context.work),
             feedback=feedback,
             context_length=None,
-            threads=writer_threads(context.plan, student.shape, choice.quantizer),
+            threads=writer_threads(context.plan, student.spec, choice.quantizer),
             resume=True,
             progress=advance,
         )

@@ -37,10 +37,10 @@ def run(context: StageContext) -> None:
     use_threads(context.plan)
     curve = _Curve(context)
     curve.measure_mixes(WHOLE, MIXES)
-    n_experts = context.plan.teacher_shape.n_experts
+    n_experts = context.plan.teacher_spec.n_experts
     for share in _PRUNED:
         kept = round((1 - share) * n_experts)
-        if kept >= context.plan.teacher_shape.top_k:
+        if kept >= context.plan.teacher_spec.top_k:
             curve.measure_mixes(pruned_method(share), MIXES_OF_PRUNED, kept)
     for label, n_bytes in context.plan.curve.items():
         curve.measure_ours(label, n_bytes)
@@ -58,7 +58,7 @@ class _Curve:
         self._files = ParetoFiles(context)
         self._rows = RowFile(context.output / ROWS)
         self._model = plan.recipe.source.model
-        self._bf16_bytes = predict_file_size(plan.teacher_shape, plan.source, "BF16", self._model)
+        self._bf16_bytes = predict_file_size(plan.teacher_spec, plan.source, "BF16", self._model)
         self._heldout_BT = Blocks.load(Calibration.of(context.work).blocks).heldout.numpy()
 
     def measure_mixes(self, method: str, mixes: tuple[str, ...], n_experts: int | None = None) -> None:
@@ -76,7 +76,7 @@ class _Curve:
         """Measures the best file of at most ``n_bytes`` bytes."""
         if self._rows.find(self._model, OURS, label) is None:
             found = self._files.best(n_bytes)
-            structure = described_structure(found.compress, self._context.plan.teacher_shape)
+            structure = described_structure(found.compress, self._context.plan.teacher_spec)
             self._measure(self._files.write(found), OURS, label, structure, found.predicted, n_bytes)
 
     def _measure(

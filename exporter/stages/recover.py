@@ -123,7 +123,7 @@ class Ladder:
         except (TooLargeError, TrainingDivergedError) as error:
             why = str(error)
         return {
-            "rung": scope_of(rung).name_in(self.student.shape),
+            "rung": scope_of(rung).name_in(self.student.spec),
             "loss": rung.loss,
             "learning_rate": rate,
             "steps": schedule_of(self._context.plan.recipe.recover, rung, n_blocks).n_steps,
@@ -141,7 +141,7 @@ class Ladder:
         """The rung's rate, or the rates to try for a student of this divergence."""
         if rung.learning_rate is not None:
             return [rung.learning_rate]
-        return rates_for(rung.scope, before.divergence, self.student.shape.hidden_size)
+        return rates_for(rung.scope, before.divergence, self.student.spec.hidden_size)
 
     def _best_rate(self, number: int, rung: RungChoice, n_blocks: int, rates: Sequence[float]) -> float:
         """The rate that is best after a few blocks; the first, if there are too few for that."""

@@ -54,14 +54,14 @@ def run(context: StageContext) -> None:
         StudentFiles(context.output).recovery.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
-def written_weights(plan: Plan, work: WorkDirectory, shape: ModelSpec) -> dict[str, WrittenWeights]:
+def written_weights(plan: Plan, work: WorkDirectory, spec: ModelSpec) -> dict[str, WrittenWeights]:
     """The files that a plan writes, opened, by artifact."""
     opened: dict[str, WrittenWeights] = {}
     if plan.recipe.gguf is not None:
         (path,) = work.stage("gguf").glob("*.gguf")
-        opened["gguf"] = GgufWeights(path, shape)
+        opened["gguf"] = GgufWeights(path, spec)
     if plan.recipe.onnx is not None:
-        opened["onnx"] = OnnxWeights(work.stage("onnx") / ONNX_FOLDER, shape)
+        opened["onnx"] = OnnxWeights(work.stage("onnx") / ONNX_FOLDER, spec)
     return opened
 
 
@@ -74,7 +74,7 @@ def _teach(context: StageContext, recovered: Student, artifacts: tuple[str, ...]
     folder = context.output / first
     folder.mkdir(exist_ok=True)
     original = StoredTensors(work.stage(first) / ORIGINAL_VALUES)
-    weights = written_weights(plan, work, recovered.shape)[first]
+    weights = written_weights(plan, work, recovered.spec)[first]
     ladder = _FileLadder(context, recovered.as_written(weights.with_values(original)), folder, weights, original)
     result = ladder.climb(0, rung, scheduled_blocks(work)[-1])
     values: Mapping[str, torch.Tensor] = original
@@ -82,11 +82,11 @@ def _teach(context: StageContext, recovered: Student, artifacts: tuple[str, ...]
         values = _with(original, StoredTensors(StudentFiles(folder).rung_overlay(0)))
     wait_for_all()  # the files are read until here
     if is_first():
-        written = written_weights(plan, work, recovered.shape)
+        written = written_weights(plan, work, recovered.spec)
         for artifact in artifacts:
             rewrite(written[artifact], values)
     wait_for_all()
-    return {**result, "rung": after_quantizing_name(rung, recovered.shape, " and ".join(artifacts))}
+    return {**result, "rung": after_quantizing_name(rung, recovered.spec, " and ".join(artifacts))}
 
 
 class _FileLadder(Ladder):

@@ -141,7 +141,7 @@ def _evaluate(
     if record:
         scored = scored_positions(heldout_BT.shape[1])
         n_scored = len(heldout_BT) * (scored.stop - scored.start)
-        writer = LogProbWriter(context.output / LOG_PROBS, n_scored, context.plan.teacher_shape.vocab_size)
+        writer = LogProbWriter(context.output / LOG_PROBS, n_scored, context.plan.teacher_spec.vocab_size)
     teacher = LogProbReader(Calibration.of(context.work).heldout_log_probs)
     with context.progress.bar("chunks", len(heldout_BT)) as advance:
         evaluation = evaluate(backend, heldout_BT, {"teacher": teacher, **references}, record=writer, progress=advance)

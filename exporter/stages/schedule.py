@@ -78,7 +78,7 @@ def _seconds_of_batch(context: StageContext, rung: RungChoice) -> float:
 
     def any_block(role: Role, layer: int) -> int:
         """A stand-in, as no file is written yet; block length matters little beside a matrix's gradient product."""
-        return math.gcd(role_shape(role, student.shape.layer(layer))[-1], _BLOCK)
+        return math.gcd(role_shape(role, student.spec.layer(layer))[-1], _BLOCK)
 
     try:
         training = training_of(context, student, rung, min(rung.blocks_per_step, rung.blocks), 0.0, any_block)

@@ -24,7 +24,7 @@ def run(context: StageContext) -> None:
     plan = context.plan
     use_threads(plan)
     teacher = Student.teacher(Checkpoint(plan.source))
-    with context.progress.bar("layers", 2 * teacher.shape.n_layers) as advance:
+    with context.progress.bar("layers", 2 * teacher.spec.n_layers) as advance:
         gather_sensitivities(
             teacher,
             watched_blocks(context.work),

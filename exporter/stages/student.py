@@ -12,5 +12,5 @@ __all__ = ["run"]
 def run(context: StageContext) -> None:
     """Routers in float32, everything else in the source's dtype."""
     student = open_student(context.plan, context.work)
-    with context.progress.bar("layers", student.shape.n_layers) as advance:
+    with context.progress.bar("layers", student.spec.n_layers) as advance:
         write_checkpoint(student, context.output / "student", resume=True, progress=advance)

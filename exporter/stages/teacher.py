@@ -63,7 +63,7 @@ def measure_teacher(
     folder = context.output / "removed"
     try:
         teacher = first_layers(Checkpoint(context.plan.source), floor.n_layers)
-        is_whole = floor.n_layers == teacher.source.shape.n_layers
+        is_whole = floor.n_layers == teacher.source.spec.n_layers
         if is_whole:
             reference, routing = _of_calibration(context, chunks, heldout_BT.shape[1])
         else:
@@ -116,8 +116,8 @@ def _by_torch(
     """Runs the model in torch; its log-probabilities go into the folder."""
     scored = scored_positions(tokens_BT.shape[1])
     n_scored = len(tokens_BT) * (scored.stop - scored.start)
-    record = LogProbWriter(folder / "log_probs", n_scored, model.shape.vocab_size)
-    with context.progress.bar("layers", model.shape.n_layers) as advance:
+    record = LogProbWriter(folder / "log_probs", n_scored, model.spec.vocab_size)
+    with context.progress.bar("layers", model.spec.n_layers) as advance:
         evaluation = evaluate(TorchBackend(model, advance, memory_limit(context)), tokens_BT, {}, record=record)
     assert evaluation.routing is not None, "every original has experts"
     return LogProbReader(folder / "log_probs"), evaluation.routing

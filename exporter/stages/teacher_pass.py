@@ -56,8 +56,8 @@ class TeacherPass:
         self._blocks = blocks
         self._files = files
         self._model = StreamedModel(Student.teacher(checkpoint), limit=limit, check_finite=True, device=device)
-        self._statistics = StatisticsCollector(checkpoint.shape, device)
-        self._recorder = RoutingRecorder(checkpoint.shape)
+        self._statistics = StatisticsCollector(checkpoint.spec, device)
+        self._recorder = RoutingRecorder(checkpoint.spec)
         self._shares = {name: share(len(tokens_BT)) for name, tokens_BT in vars(blocks).items()}
         self._groups = [
             TokenGroup(blocks.calibration[self._shares["calibration"]], [self._statistics.observe], dtype),
@@ -68,11 +68,11 @@ class TeacherPass:
 
     def run_layers(self, snapshot: Snapshot) -> Iterator[int]:
         """Runs the layers that are not done yet; yields the numbers of layers that became done."""
-        n_layers = self._model.shape.n_layers
+        n_layers = self._model.spec.n_layers
         self._hidden = self._model.first_states(self._groups)
         n_done = self._resumed(snapshot)
         yield n_done
-        routing = _RoutingFiles(self._files.folder, self._blocks.heldout, self._model.shape, resumed=n_done > 0)
+        routing = _RoutingFiles(self._files.folder, self._blocks.heldout, self._model.spec, resumed=n_done > 0)
         inputs = self._layer_inputs(resumed=n_done > 0)
         for layer in self._model.advance(self._groups, self._hidden, range(n_done, n_layers)):
             statistics = self._statistics.take(layer)
@@ -94,7 +94,7 @@ class TeacherPass:
         Returns:
             The negative log-likelihood at every scored held-out position, of all processes: float32 [N].
         """
-        blocks, files, vocab_size = self._blocks, self._files, self._model.shape.vocab_size
+        blocks, files, vocab_size = self._blocks, self._files, self._model.spec.vocab_size
         scored = scored_positions(blocks.heldout.shape[1])
         n_scored = scored.stop - scored.start
         if is_first():
@@ -118,7 +118,7 @@ class TeacherPass:
         """Writes this process's share; elsewhere the returned likelihoods are 0."""
         tokens_BT, mine = vars(self._blocks)[split], self._shares[split]
         n_scored = scored.stop - scored.start
-        writer = LogProbWriter(folder, len(tokens_BT) * n_scored, self._model.shape.vocab_size, join=True)
+        writer = LogProbWriter(folder, len(tokens_BT) * n_scored, self._model.spec.vocab_size, join=True)
         likelihoods = torch.zeros(len(tokens_BT), n_scored)
         found = write_log_probs(self._model, tokens_BT[mine], hidden, scored, writer, mine)
         likelihoods[mine] = found.view(-1, n_scored)
@@ -126,11 +126,11 @@ class TeacherPass:
 
     def _layer_inputs(self, *, resumed: bool) -> LayerInputs:
         """Opens the files of the layers' inputs, the first layer's filled in; each process writes its own blocks."""
-        tokens_BT, shape = self._blocks.calibration, self._model.shape
+        tokens_BT, spec = self._blocks.calibration, self._model.spec
         if is_first() and not resumed:
             n_blocks = n_kept_blocks(*tokens_BT.shape)
-            size = (n_blocks, tokens_BT.shape[1], shape.hidden_size)
-            LayerInputs.create(self._files.layer_inputs, shape.n_layers, size)
+            size = (n_blocks, tokens_BT.shape[1], spec.hidden_size)
+            LayerInputs.create(self._files.layer_inputs, spec.n_layers, size)
         wait_for_all()
         inputs = LayerInputs(self._files.layer_inputs)
         if not resumed:
@@ -158,13 +158,13 @@ class TeacherPass:
 class _RoutingFiles:
     """The held-out text's routing while layers are still to come: each process writes its own blocks."""
 
-    def __init__(self, folder: Path, tokens_BT: torch.Tensor, shape: ModelSpec, *, resumed: bool) -> None:
+    def __init__(self, folder: Path, tokens_BT: torch.Tensor, spec: ModelSpec, *, resumed: bool) -> None:
         self._n_blocks, self._n_tokens = tokens_BT.shape
-        self._n_layers = shape.n_layers
+        self._n_layers = spec.n_layers
         self._paths = folder / "routing_experts.npy", folder / "routing_weights.npy"
         if is_first() and not resumed:
             for path, dtype in zip(self._paths, (np.int32, np.float32), strict=True):
-                ArrayFile.create(path, (self._n_layers * self._n_blocks, self._n_tokens, shape.top_k), dtype)
+                ArrayFile.create(path, (self._n_layers * self._n_blocks, self._n_tokens, spec.top_k), dtype)
         wait_for_all()
         self._experts, self._weights = (ArrayFile.open(path, writable=True) for path in self._paths)
 

@@ -56,7 +56,7 @@ def streamed_texts(
     both_BT = torch.from_numpy(np.concatenate([prompts_PT, prompts_PT]))
     uniform_PN = uniform_numbers(n_prompts)
     n_together = len(both_BT)
-    while n_together > 1 and not model.reserve(cache_bytes(model.shape, n_together, n_prompt_tokens + NEW_TOKENS)):
+    while n_together > 1 and not model.reserve(cache_bytes(model.spec, n_together, n_prompt_tokens + NEW_TOKENS)):
         n_together = -(-n_together // 2)
     written = []
     for part_b in torch.arange(len(both_BT)).split(n_together):

@@ -86,6 +86,6 @@ def _usage(context: StageContext, student: Student) -> list[torch.Tensor]:
     """The number of calibration tokens that chose each of the student's experts."""
     own = StudentFiles(context.work.stage("compress")).statistics
     if own.exists():
-        return expert_usage(StoredStatistics(own, student.shape.n_layers), student.experts.of_itself())
-    statistics = Calibration.of(context.work).layer_statistics(student.source.shape.n_layers)
+        return expert_usage(StoredStatistics(own, student.spec.n_layers), student.experts.of_itself())
+    statistics = Calibration.of(context.work).layer_statistics(student.source.spec.n_layers)
     return expert_usage(statistics, student.experts)

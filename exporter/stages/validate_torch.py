@@ -19,7 +19,7 @@ def run(context: StageContext) -> None:
     files = Calibration.of(context.work)
     student = open_student(context.plan, context.work)
     heldout_BT = Blocks.load(files.blocks).heldout.numpy()
-    with context.progress.bar("layers", student.shape.n_layers) as advance:
+    with context.progress.bar("layers", student.spec.n_layers) as advance:
         evaluation = evaluate(
             TorchBackend(student, advance, memory_limit(context)),
             heldout_BT,

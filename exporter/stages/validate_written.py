@@ -41,15 +41,15 @@ def run(context: StageContext) -> None:
     heldout_BT = Blocks.load(Calibration.of(context.work).blocks).heldout.numpy()
     scored = scored_positions(heldout_BT.shape[1])
     n_scored = len(heldout_BT) * (scored.stop - scored.start)
-    written = written_weights(plan, context.work, student.shape)
+    written = written_weights(plan, context.work, student.spec)
     different = {_whose_numbers(plan, artifact): written[_whose_numbers(plan, artifact)] for artifact in written}
-    with context.progress.bar("layers", len(different) * student.shape.n_layers) as advance:
+    with context.progress.bar("layers", len(different) * student.spec.n_layers) as advance:
         for artifact, weights in different.items():
             folder = context.output / artifact
-            recorder = _router_recorder(folder, student.shape, heldout_BT)
+            recorder = _router_recorder(folder, student.spec, heldout_BT)
             observers = [] if recorder is None else [recorder.observe]
             backend = TorchBackend(student.as_written(weights), advance, memory_limit(context), observers)
-            record = LogProbWriter(folder / _LOG_PROBS, n_scored, student.shape.vocab_size)
+            record = LogProbWriter(folder / _LOG_PROBS, n_scored, student.spec.vocab_size)
             evaluation = evaluate(backend, heldout_BT, {}, record=record)
             evaluation.save(folder / EVALUATION)
             if recorder is not None and evaluation.routing is not None:
@@ -66,11 +66,11 @@ def router_inputs(context: StageContext, artifact: str) -> RouterInputs:
     return RouterInputs(_folder(context.plan, context.work, artifact) / _ROUTER_INPUTS)
 
 
-def _router_recorder(folder: Path, shape: ModelSpec, heldout_BT: npt.NDArray[np.int64]) -> RouterInputRecorder | None:
-    if shape.is_dense:
+def _router_recorder(folder: Path, spec: ModelSpec, heldout_BT: npt.NDArray[np.int64]) -> RouterInputRecorder | None:
+    if spec.is_dense:
         return None
     n_blocks, n_tokens = heldout_BT.shape
-    return RouterInputRecorder(folder / _ROUTER_INPUTS, shape, spread_chunks(n_blocks), n_tokens)
+    return RouterInputRecorder(folder / _ROUTER_INPUTS, spec, spread_chunks(n_blocks), n_tokens)
 
 
 def written_evaluation(plan: Plan, work: WorkDirectory, artifact: str) -> Path:

@@ -98,12 +98,12 @@ def against_checkpoint(
     Raises:
         InputError: the text, the tokenizer or the checkpoint cannot be used.
     """
-    block_length = block_length_of(source.shape.context_length)
+    block_length = block_length_of(source.spec.context_length)
     split, blocks = tokenize_heldout(text, source.folder, block_length, chunks_per_file)
     chunks = blocks.leading(chunks_per_file).tokens_BT
-    writer = LogitsFileWriter(logits_file, chunks.numpy(), source.shape.vocab_size)
+    writer = LogitsFileWriter(logits_file, chunks.numpy(), source.spec.vocab_size)
     model = StreamedModel(Student.teacher(source))
-    recorder = RoutingRecorder(model.shape)
+    recorder = RoutingRecorder(model.spec)
     began = time.monotonic()
     (hidden,) = model.stream([TokenGroup(chunks, [recorder.observe])])
     write_log_probs(model, chunks, hidden, scored_positions(chunks.shape[1]), writer, range(len(chunks)))
@@ -115,7 +115,7 @@ def against_checkpoint(
         n_tokens=chunks.shape[1],
         text_sha256=split.sha256,
         routing=_stored(recorder.routing(), folder),
-        n_experts=source.shape.n_experts,
+        n_experts=source.spec.n_experts,
         source=source.folder,
         seconds_per_chunk=seconds / len(chunks),
     )

@@ -34,7 +34,7 @@ from validate.vocabulary.tokenization import Encode
 from validate.vocabulary.tokenizer_check import TokenizerFindings, check_folder_tokenizer, check_gguf_tokenizer
 from validate.vocabulary.vocabulary import GgufVocabulary
 
-__all__ = ["StaticFindings", "check_description", "check_weights", "expected_shape"]
+__all__ = ["StaticFindings", "check_description", "check_weights", "expected_spec"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class StaticFindings:
         self.symptoms.extend(symptoms)
 
 
-def expected_shape(file: ModelFile, source: ModelSpec) -> ModelSpec | None:
+def expected_spec(file: ModelFile, source: ModelSpec) -> ModelSpec | None:
     """Returns the shape that a file should have: the original's, with as many experts and layers as the file has.
 
     Returns:
@@ -76,14 +76,14 @@ def expected_shape(file: ModelFile, source: ModelSpec) -> ModelSpec | None:
 
 
 def check_description(
-    file: ModelFile, source: Checkpoint, shape: ModelSpec | None, chunks_BT: npt.NDArray[np.int64]
+    file: ModelFile, source: Checkpoint, spec: ModelSpec | None, chunks_BT: npt.NDArray[np.int64]
 ) -> StaticFindings:
     """Compares a file's settings and its tokenizer with the original's.
 
     Args:
         file: the file.
         source: the original.
-        shape: the shape of the model that the file should hold; with None its settings are not compared.
+        spec: the shape of the model that the file should hold; with None its settings are not compared.
         chunks_BT: tokens of held-out text.
 
     Raises:
@@ -91,11 +91,11 @@ def check_description(
     """
     findings = StaticFindings()
     settings: list[str] = []
-    if shape is None:
+    if spec is None:
         findings.notes.append("its settings were not compared with the original's: it has no experts")
     else:
-        vocab_size = file.facts.vocab_size or shape.vocab_size
-        settings += _setting_symptoms(file, source, replace(shape, vocab_size=vocab_size))
+        vocab_size = file.facts.vocab_size or spec.vocab_size
+        settings += _setting_symptoms(file, source, replace(spec, vocab_size=vocab_size))
     tokenizer = _tokenizer_findings(file, source, chunks_BT)
     if tokenizer is None:
         findings.notes.append("it has no tokenizer: the original's was used")
@@ -108,14 +108,14 @@ def check_description(
     return findings
 
 
-def _setting_symptoms(file: ModelFile, source: Checkpoint, shape: ModelSpec) -> list[str]:
+def _setting_symptoms(file: ModelFile, source: Checkpoint, spec: ModelSpec) -> list[str]:
     if file.format == "gguf":
         gguf = GgufFile(file.path)
-        return [*gguf_setting_symptoms(gguf.metadata, shape), *rope_factor_symptoms(gguf, shape)]
+        return [*gguf_setting_symptoms(gguf.metadata, spec), *rope_factor_symptoms(gguf, spec)]
     return [
-        *setting_symptoms(file.facts, shape),
-        *graph_setting_symptoms(file.path, shape),
-        *folder_setting_symptoms(file.path, source, shape),
+        *setting_symptoms(file.facts, spec),
+        *graph_setting_symptoms(file.path, spec),
+        *folder_setting_symptoms(file.path, source, spec),
     ]
 
 
@@ -123,7 +123,7 @@ def _tokenizer_findings(
     file: ModelFile, source: Checkpoint, chunks_BT: npt.NDArray[np.int64]
 ) -> TokenizerFindings | None:
     """Compares the tokenizer; None for a graph that has none."""
-    original, chunks = original_tokenizer(source.folder, source.shape.vocab_size), chunks_BT.tolist()
+    original, chunks = original_tokenizer(source.folder, source.spec.vocab_size), chunks_BT.tolist()
     if file.format == "gguf":
         metadata = GgufFile(file.path).metadata
         return check_gguf_tokenizer(file.path, metadata, original, chunks, lambda: _best_vocabulary(source))
@@ -133,12 +133,12 @@ def _tokenizer_findings(
 
 def _best_vocabulary(source: Checkpoint) -> Encode | None:
     """Cuts text in llama.cpp with the vocabulary that we would write; None if we would write none."""
-    shape = source.shape
+    spec = source.spec
     with tempfile.TemporaryDirectory(prefix="moe-export-") as folder:
         path = Path(folder) / "vocabulary.gguf"
         try:
-            values = model_metadata(shape, source.folder, "vocabulary", "F32")
-            values |= vocabulary_metadata(source.folder, shape.vocab_size)
+            values = model_metadata(spec, source.folder, "vocabulary", "F32")
+            values |= vocabulary_metadata(source.folder, spec.vocab_size)
             path.write_bytes(render_header(len(values), render_values(values), []))
             vocabulary = GgufVocabulary(path)
         except MoeExportError:
@@ -159,7 +159,7 @@ def check_weights(file: ModelFile, original: Student, trained: frozenset[Role] =
     """
     findings = StaticFindings()
     n_tokens = file.facts.vocab_size
-    shape = original.shape if n_tokens is None else replace(original.shape, vocab_size=n_tokens)
+    shape = original.spec if n_tokens is None else replace(original.spec, vocab_size=n_tokens)
     try:
         weights = file.weights(shape)
     except InputError as error:
@@ -169,7 +169,7 @@ def check_weights(file: ModelFile, original: Student, trained: frozenset[Role] =
         original,
         original.as_written(weights),
         weights.stored_type,
-        n_tokens=min(shape.vocab_size, original.shape.vocab_size),
+        n_tokens=min(shape.vocab_size, original.spec.vocab_size),
     )
     # what training made of a tensor is not known: only what certainly is wrong counts
     certain = (Fault.ZERO, Fault.HOLDS_ANOTHER)
@@ -182,6 +182,6 @@ def check_weights(file: ModelFile, original: Student, trained: frozenset[Role] =
         findings.add(f"{file.format}.coarse_weights", coarse_symptoms(comparison))
     text = None
     if any(entry.unit.row is not None for entry in damage):
-        text = original_tokenizer(original.source.folder, original.shape.vocab_size).text
+        text = original_tokenizer(original.source.folder, original.spec.vocab_size).text
     findings.add(f"{file.format}.damaged_weights", weight_symptoms(damage, text), len(damage))
     return findings

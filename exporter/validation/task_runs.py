@@ -60,7 +60,7 @@ def task_results(
         raise InputError(f"--against: {source.folder} is not the model that these files were made from")
     n_threads = checked_threads(threads)
     torch.set_num_threads(n_threads)
-    length = min(_LONGEST_TEXT, source.shape.context_length)
+    length = min(_LONGEST_TEXT, source.spec.context_length)
     files = published_files(out, report)
     teacher = TorchBackend(Student.teacher(source))
     metrics = run_tasks(teacher, load_tokenizer(source.folder), tasks, max_length=length)

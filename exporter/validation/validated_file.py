@@ -16,7 +16,7 @@ from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 from exporter.planning.recovery import is_after_quantizing, trained_roles
 from exporter.validation.references import Reference
-from exporter.validation.static_checks import StaticFindings, check_description, check_weights, expected_shape
+from exporter.validation.static_checks import StaticFindings, check_description, check_weights, expected_spec
 from validate.files.model_file import ModelFile, RuntimeChoice
 from validate.metrics.evaluation import Evaluation, evaluate
 from validate.metrics.figures import fidelity_figures
@@ -42,7 +42,7 @@ class Expectation:
     is_whole: bool  # the original was quantized and nothing else
     original: Student | None  # whose weights it should hold; None: not known
     trained: frozenset[Role] = frozenset()  # whose weights went on from the original's
-    shape: ModelSpec | None = None  # None: as many experts and layers as it has
+    spec: ModelSpec | None = None  # None: as many experts and layers as it has
     reported: Mapping[str, Any] | None = None  # our report on it
     notes: tuple[str, ...] = ()
 
@@ -61,9 +61,9 @@ class Expectation:
         else:
             original = None
         known = experts if reference.n_experts == n_experts else None
-        shape = None if reference.source is None else experts.shape_of(reference.source.shape)
+        spec = None if reference.source is None else experts.spec_of(reference.source.spec)
         is_whole = experts == everything and not is_edited
-        return cls(known, is_whole, original, _trained_roles(report, saved.is_dir()), shape, report)
+        return cls(known, is_whole, original, _trained_roles(report, saved.is_dir()), spec, report)
 
     @classmethod
     def of_file(cls, file: ModelFile, reference: Reference) -> Expectation:
@@ -207,7 +207,7 @@ def describe_file(file: ModelFile, reference: Reference, expectation: Expectatio
     source = reference.source
     if source is None:
         return None
-    shape = expectation.shape or expected_shape(file, source.shape)
+    shape = expectation.spec or expected_spec(file, source.spec)
     return check_description(file, source, shape, reference.chunks_BT)
 
 

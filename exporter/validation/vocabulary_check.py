@@ -35,19 +35,19 @@ _Rewriting = Callable[[str], str]
 _Tokens = Mapping[str, tuple[int, ...]]  # by text
 
 
-def vocabulary_deviations(folder: Path, shape: ModelSpec, name: str) -> Iterator[str]:
+def vocabulary_deviations(folder: Path, spec: ModelSpec, name: str) -> Iterator[str]:
     """Yields a sentence for each kind of difference that no GGUF file can avoid.
 
     Args:
         folder: the checkpoint's.
-        shape: the checkpoint's.
+        spec: the checkpoint's.
         name: the name of the model in the file; llama.cpp treats some models by their name.
 
     Raises:
         InputError: the tokenizer is missing or damaged.
         UnsupportedError: llama.cpp cannot read it, or cuts ordinary text otherwise; the message shows which.
     """
-    vocabulary = vocabulary_metadata(folder, shape.vocab_size)
+    vocabulary = vocabulary_metadata(folder, spec.vocab_size)
     tokenizer = load_tokenizer(folder)
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     texts = [*AWKWARD_TEXTS, *texts_around(tokenizer.get_added_vocab())]
@@ -55,7 +55,7 @@ def vocabulary_deviations(folder: Path, shape: ModelSpec, name: str) -> Iterator
     parts = _parts(tokenizer)
     rewritings = _rewritings(parts)
     asked = list(dict.fromkeys([*texts, *(rewrite(text) for rewrite in rewritings.values() for text in texts)]))
-    llama = _ask(folder, shape, name, vocabulary, asked)
+    llama = _ask(folder, spec, name, vocabulary, asked)
     marks = llama.marks | set(tokenizer.get_added_vocab())
     judge = _Judge(folder, rewritings, marks, is_close=_is_close(parts, folder))
     parsed, plain = (dict(zip(asked, tokens, strict=True)) for tokens in (llama.parsed, llama.plain))
@@ -68,14 +68,14 @@ def vocabulary_deviations(folder: Path, shape: ModelSpec, name: str) -> Iterator
     ]
     yield from dict.fromkeys(sentences)
     yield from _around_texts(folder, llama.parsed[0], llama.whole[0])
-    yield from _ends_of_generation(folder, shape, llama.ends)
+    yield from _ends_of_generation(folder, spec, llama.ends)
 
 
 def _ask(
-    folder: Path, shape: ModelSpec, name: str, vocabulary: Mapping[str, Value], texts: Sequence[str]
+    folder: Path, spec: ModelSpec, name: str, vocabulary: Mapping[str, Value], texts: Sequence[str]
 ) -> LlamaTokens:
     values = {
-        "general.architecture": string(shape.gguf_architecture),
+        "general.architecture": string(spec.gguf_architecture),
         "general.name": string(name),
         **vocabulary,
     }
@@ -175,10 +175,10 @@ def _around_texts(folder: Path, parsed: Sequence[int], whole: Sequence[int]) -> 
             yield f"the model's tokenizer puts {names} {where} a text, llama.cpp {other_names}"
 
 
-def _ends_of_generation(folder: Path, shape: ModelSpec, found: frozenset[int]) -> Iterator[str]:
+def _ends_of_generation(folder: Path, spec: ModelSpec, found: frozenset[int]) -> Iterator[str]:
     """Compares the tokens at which a text ends: llama.cpp has keys for three, and knows some by their text alone."""
     tokenizer = load_tokenizer(folder)
-    wanted = set(special_tokens(folder, shape.vocab_size).ends)
+    wanted = set(special_tokens(folder, spec.vocab_size).ends)
     used = {token for token in found if tokenizer.convert_ids_to_tokens(token) is not None}  # others are only rows
     if missing := _named(folder, sorted(wanted - found)):
         yield f"llama.cpp does not end a text at {missing}, though the model does"

@@ -116,35 +116,35 @@ class StudentFeedback:
         return gradient.moments_DD if head_DD is None else gradient.moments_DD + gradient.kappa * head_DD
 
 
-def threads_within(n_bytes: int, shape: ModelSpec, threads: int) -> int:
+def threads_within(n_bytes: int, spec: ModelSpec, threads: int) -> int:
     """The number of threads that can choose codes in ``n_bytes`` beside the process itself: 1 to ``threads``."""
-    return max(1, min(threads, (n_bytes - _shared_bytes(shape)) // _thread_bytes(shape)))
+    return max(1, min(threads, (n_bytes - _shared_bytes(spec)) // _thread_bytes(spec)))
 
 
-def least_feedback_bytes(shape: ModelSpec) -> int:
+def least_feedback_bytes(spec: ModelSpec) -> int:
     """Bytes that choosing a student's codes needs beside the process itself, in one thread."""
-    return _shared_bytes(shape) + _thread_bytes(shape)
+    return _shared_bytes(spec) + _thread_bytes(spec)
 
 
 _ARRAYS = 8  # of the moments' size that are alive at once while they are factored
 _ACTIVATIONS = 16  # arrays of the states' size in a run of attention
 
 
-def _attention_width(shape: ModelSpec) -> int:
-    return shape.n_heads * shape.head_dim
+def _attention_width(spec: ModelSpec) -> int:
+    return spec.n_heads * spec.head_dim
 
 
-def _shared_bytes(shape: ModelSpec) -> int:
+def _shared_bytes(spec: ModelSpec) -> int:
     """Bytes of experts' inputs and attention's sums: of one layer, and of the next while the last experts are made."""
-    sums = 4 * (2 * shape.hidden_size**2 + _attention_width(shape) ** 2)
-    return 2 * (2 * KEPT_TOKENS * shape.hidden_size + sums) + 4 * shape.dense_layer_parameters
+    sums = 4 * (2 * spec.hidden_size**2 + _attention_width(spec) ** 2)
+    return 2 * (2 * KEPT_TOKENS * spec.hidden_size + sums) + 4 * spec.dense_layer_parameters
 
 
-def _thread_bytes(shape: ModelSpec) -> int:
+def _thread_bytes(spec: ModelSpec) -> int:
     """Bytes of the largest moments while they are factored, with an expert and its rows; or of blocks in attention."""
-    size = max(shape.hidden_size, shape.expert_width, _attention_width(shape))
-    expert = 4 * shape.expert_parameters + 4 * ROWS_AT_ONCE * (shape.hidden_size + 3 * shape.expert_width)
+    size = max(spec.hidden_size, spec.expert_width, _attention_width(spec))
+    expert = 4 * spec.expert_parameters + 4 * ROWS_AT_ONCE * (spec.hidden_size + 3 * spec.expert_width)
     factored = 4 * _ARRAYS * size**2 + expert
-    width = max(shape.hidden_size, _attention_width(shape))
-    products = 2 * 4 * (2 * shape.hidden_size**2 + _attention_width(shape) ** 2)
+    width = max(spec.hidden_size, _attention_width(spec))
+    products = 2 * 4 * (2 * spec.hidden_size**2 + _attention_width(spec) ** 2)
     return max(factored, 4 * _ACTIVATIONS * TOKENS_AT_ONCE * width + products)

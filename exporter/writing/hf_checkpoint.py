@@ -30,16 +30,16 @@ _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F1
 """As safetensors calls them, in the order in which it stores them."""
 
 
-def check_loadable(shape: ModelSpec) -> None:
+def check_loadable(spec: ModelSpec) -> None:
     """Refuses a student that stock transformers could not load.
 
     Raises:
         UnsupportedError: its layers differ.
     """
-    if shape.sizes is not None or not shape.has_moe:
+    if spec.sizes is not None or not spec.has_moe:
         raise UnsupportedError(
             f"a checkpoint has one number of experts and one expert width for all layers; these have "
-            f"{shape.described_sizes}, which transformers could not load: leave --save-student out"
+            f"{spec.described_sizes}, which transformers could not load: leave --save-student out"
         )
 
 
@@ -60,18 +60,18 @@ def write_checkpoint(
         InputError: a tensor cannot be read, or the disk is full.
         UnsupportedError: its layers differ.
     """
-    check_loadable(student.shape)
+    check_loadable(student.spec)
     folder.mkdir(parents=True, exist_ok=resume)
-    n_files = student.shape.n_layers + 1
+    n_files = student.spec.n_layers + 1
     weight_map: dict[str, str] = {}
     total_bytes = 0
     for number in range(n_files):
-        tensors = list(_layer(student, number) if number < student.shape.n_layers else _global(student))
+        tensors = list(_layer(student, number) if number < student.spec.n_layers else _global(student))
         file = folder / f"model-{number + 1:05d}-of-{n_files:05d}.safetensors"
         _write_file(student, tensors, file, resume=resume)
         weight_map |= {tensor.name: file.name for tensor in tensors}
         total_bytes += sum(tensor.n_bytes for tensor in tensors)
-        if progress is not None and number < student.shape.n_layers:
+        if progress is not None and number < student.spec.n_layers:
             progress(1)
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     write_atomically(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
@@ -96,23 +96,23 @@ class _Tensor:
 
 
 def _layer(student: Student, layer: int) -> Iterator[_Tensor]:
-    for role in student.shape.layer_roles(layer):
-        if role in student.shape.stored_roles:
+    for role in student.spec.layer_roles(layer):
+        if role in student.spec.stored_roles:
             yield _tensor(student, role, layer)
-    for expert in range(student.shape.n_experts):
+    for expert in range(student.spec.n_experts):
         for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN):
             yield _tensor(student, role, layer, expert)
 
 
 def _global(student: Student) -> Iterator[_Tensor]:
-    for role in student.shape.stored_roles:
+    for role in student.spec.stored_roles:
         if role.is_global:
             yield _tensor(student, role)
 
 
 def _tensor(student: Student, role: Role, layer: int | None = None, expert: int | None = None) -> _Tensor:
-    name, dtype = student.shape.stored_name(role, layer, expert), student.dtype(role, layer, expert)
-    return _Tensor(name, role, layer, expert, role_shape(role, student.shape), dtype)
+    name, dtype = student.spec.stored_name(role, layer, expert), student.dtype(role, layer, expert)
+    return _Tensor(name, role, layer, expert, role_shape(role, student.spec), dtype)
 
 
 def _write_file(student: Student, tensors: Sequence[_Tensor], path: Path, *, resume: bool) -> None:
@@ -170,4 +170,4 @@ def _write_config(student: Student, folder: Path) -> None:
             if file.is_file():  # no folder, pipe or device
                 shutil.copyfile(file, folder / file.name)
     copy_tokenizer(source, folder)
-    write_atomically(folder / "config.json", json.dumps(student.shape.in_config(config), indent=1))
+    write_atomically(folder / "config.json", json.dumps(student.spec.in_config(config), indent=1))

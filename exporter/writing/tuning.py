@@ -27,18 +27,18 @@ from exporter.writing.files import complete_or_absent, not_written, replacing, w
 __all__ = ["keep_values", "rewrite"]
 
 
-def keep_values(weights: WrittenWeights, shape: ModelSpec, path: Path) -> None:
+def keep_values(weights: WrittenWeights, spec: ModelSpec, path: Path) -> None:
     """Keeps all tunable values of a file that was just written.
 
     Args:
         weights: the opened file.
-        shape: of its model.
+        spec: of its model.
         path: of a safetensors file.
 
     Raises:
         InputError: a router or norm is not float32, or there is no room.
     """
-    values = {shape.gguf_name(role, layer): weights.tunable(role, layer) for role, layer in _tunable(weights, shape)}
+    values = {spec.gguf_name(role, layer): weights.tunable(role, layer) for role, layer in _tunable(weights, spec)}
     with complete_or_absent(path) as place:
         save_file(values, place)
 
@@ -72,11 +72,11 @@ def _put(descriptor: int, part: TunablePart) -> None:
     write_at(descriptor, part.offset, stored.data)
 
 
-def _tunable(weights: WrittenWeights, shape: ModelSpec) -> Iterator[tuple[Role, int | None]]:
+def _tunable(weights: WrittenWeights, spec: ModelSpec) -> Iterator[tuple[Role, int | None]]:
     """Every tensor of a file that can be tuned: routers, norms, and matrices of layers that have scales."""
-    for role in shape.stored_roles:
-        for layer in [None] if role.is_global else range(shape.n_layers):
-            if layer is not None and not _is_in(role, shape.layer(layer)):
+    for role in spec.stored_roles:
+        for layer in [None] if role.is_global else range(spec.n_layers):
+            if layer is not None and not _is_in(role, spec.layer(layer)):
                 continue
             is_matrix = role in ATTENTION or role.is_expert
             if role is Role.ROUTER or role in NORMS or (is_matrix and weights.block_length(role, layer) is not None):

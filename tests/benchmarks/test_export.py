@@ -18,17 +18,17 @@ from exporter.writing.gguf.writer import write_gguf
 
 
 def test_both_sides_get_the_same_importance_matrix(fine_folder: Path, tmp_path: Path) -> None:
-    shape = Checkpoint(fine_folder).shape
-    write_statistics(shape, tmp_path / "statistics")
-    write_imatrix(shape, tmp_path / "statistics", tmp_path / "imatrix.gguf")
-    matrix = importance(StoredStatistics(tmp_path / "statistics", shape.n_layers), ExpertMap.identity(shape))
+    spec = Checkpoint(fine_folder).spec
+    write_statistics(spec, tmp_path / "statistics")
+    write_imatrix(spec, tmp_path / "statistics", tmp_path / "imatrix.gguf")
+    matrix = importance(StoredStatistics(tmp_path / "statistics", spec.n_layers), ExpertMap.identity(spec))
     reader = gguf.GGUFReader(tmp_path / "imatrix.gguf")
     entries = {tensor.name: tensor.data for tensor in reader.tensors}
-    assert len(entries) == 2 * 7 * shape.n_layers  # query, key, value, output; gate, up, down
+    assert len(entries) == 2 * 7 * spec.n_layers  # query, key, value, output; gate, up, down
     for role, name in ((Role.EXPERT_DOWN, "blk.3.ffn_down_exps.weight"), (Role.QUERY, "blk.3.attn_q.weight")):
         sums, counts = entries[f"{name}.in_sum2"], entries[f"{name}.counts"]
         np.testing.assert_array_equal(sums, matrix[role, 3].reshape(sums.shape).numpy())
-        expected = [1] * (shape.n_experts - 1) + [0] if role.is_expert else [1]
+        expected = [1] * (spec.n_experts - 1) + [0] if role.is_expert else [1]
         np.testing.assert_array_equal(counts.reshape(-1), expected)
 
 

@@ -79,7 +79,7 @@ def test_every_bar_of_a_preset_names_one() -> None:
 
 
 def test_a_file_of_one_type_has_it_in_every_matrix(fine_folder: Path) -> None:
-    tensors = one_type(Checkpoint(fine_folder).shape, "Q8_0")
+    tensors = one_type(Checkpoint(fine_folder).spec, "Q8_0")
     types = {tensor.ggml_type for tensor in tensors if tensor.is_matrix}
     assert types == {GGMLQuantizationType.Q8_0}
 
@@ -92,5 +92,5 @@ def test_the_third_model_is_a_checkpoint_that_learns(tmp_path: Path, monkeypatch
     finally:
         torch.use_deterministic_algorithms(False)
         torch.set_num_threads(threads)
-    shape = Checkpoint(tmp_path / "model").shape
-    assert (shape.n_layers, shape.n_experts, shape.expert_width) == (4, 16, 256)
+    spec = Checkpoint(tmp_path / "model").spec
+    assert (spec.n_layers, spec.n_experts, spec.expert_width) == (4, 16, 256)

@@ -33,7 +33,7 @@ def teacher(toy_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPa
     """The first two layers of the bundled model, and 1,024 tokens."""
     source = Checkpoint(toy_checkpoint(tmp_path_factory.mktemp("quality")))
     tokens_BT = torch.randint(1, 4096, (2, 512), generator=torch.Generator().manual_seed(0))
-    collector = StatisticsCollector(source.shape)
+    collector = StatisticsCollector(source.spec)
     StreamedModel(Student.teacher(source)).stream([TokenGroup(tokens_BT, [collector.observe])])
     return Teacher(source, [collector.take(layer) for layer in range(2)], tokens_BT)
 
@@ -57,7 +57,7 @@ def test_what_an_arm_removes(method: str, removed: float, files: str, teacher: T
 
 def test_aliases_share_their_groups_expert_and_keep_their_rows(teacher: Teacher) -> None:
     merged, aliases = (ARMS[name].build(teacher, 0.5).student for name in ("M-SMoE", "M-SMoE, router rows kept"))
-    assert aliases.shape == teacher.shape
+    assert aliases.spec == teacher.spec
     for layer in range(2):
         assert torch.equal(aliases.tensor(Role.ROUTER, layer), teacher.source.tensor(Role.ROUTER, layer))
         for index, group in enumerate(merged.experts.layers[layer].groups):

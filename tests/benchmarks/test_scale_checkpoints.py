@@ -31,7 +31,7 @@ def test_the_checkpoint_is_whole_and_in_shards(config: dict[str, Any], tmp_path:
     assert len(checkpoint.files) > 3
     assert all(file.stat().st_size < 600_000 for file in checkpoint.files)
     index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == checkpoint.n_bytes == 2 * checkpoint.shape.parameters
+    assert index["metadata"]["total_size"] == checkpoint.n_bytes == 2 * checkpoint.spec.parameters
     assert {file.name for file in checkpoint.files} == set(index["weight_map"].values())
     assert not (tmp_path / "model.partial").exists()
 

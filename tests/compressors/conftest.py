@@ -56,13 +56,13 @@ def trained_block(calibration_folder: Path) -> Callable[..., tuple[MoeBlock, Evi
 
 def _all_blocks(folder: Path, tokens_BT: torch.Tensor) -> list[tuple[MoeBlock, Evidence]]:
     student = Student.teacher(Checkpoint(folder))
-    model, collector = StreamedModel(student), StatisticsCollector(student.shape)
+    model, collector = StreamedModel(student), StatisticsCollector(student.spec)
     inputs: dict[int, list[torch.Tensor]] = {}
 
     @contextmanager
     def keep_inputs(index: int, layer: nn.Module) -> Iterator[None]:
         def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            inputs.setdefault(index, []).append(arguments[0].reshape(-1, student.shape.hidden_size).clone())
+            inputs.setdefault(index, []).append(arguments[0].reshape(-1, student.spec.hidden_size).clone())
 
         handle = layer.get_submodule(student.family.router_module).register_forward_pre_hook(hook)
         yield
@@ -71,20 +71,20 @@ def _all_blocks(folder: Path, tokens_BT: torch.Tensor) -> list[tuple[MoeBlock, E
     model.stream([TokenGroup(tokens_BT, [collector.observe, keep_inputs])])
     return [
         (_block(student, layer), Evidence(collector.take(layer), torch.cat(inputs[layer])))
-        for layer in range(student.shape.n_layers)
+        for layer in range(student.spec.n_layers)
     ]
 
 
 def _block(student: Student, layer: int) -> MoeBlock:
-    shape = student.shape
+    spec = student.spec
 
     def experts(role: Role) -> torch.Tensor:
-        return torch.stack([student.expert(role, layer, expert) for expert in range(shape.n_experts)])
+        return torch.stack([student.expert(role, layer, expert) for expert in range(spec.n_experts)])
 
     return MoeBlock(
         student.tensor(Role.ROUTER, layer).float(),
         torch.cat([experts(Role.EXPERT_GATE), experts(Role.EXPERT_UP)], dim=1),
         experts(Role.EXPERT_DOWN),
-        shape.top_k,
-        shape.normalize_top_k,
+        spec.top_k,
+        spec.normalize_top_k,
     )

@@ -21,13 +21,13 @@ class Calibrated:
 
     def __init__(self, student: Student, tokens_BT: torch.Tensor, folder: Path) -> None:
         self.student = student
-        collector = StatisticsCollector(student.shape)
+        collector = StatisticsCollector(student.spec)
         StreamedModel(student).stream([TokenGroup(tokens_BT, [collector.observe])])
-        statistics = [collector.take(layer) for layer in range(student.shape.n_layers)]
+        statistics = [collector.take(layer) for layer in range(student.spec.n_layers)]
         self.importance: Importance = importance(statistics, student.experts.of_itself())
         self.inputs: LayerInputs = write_layer_inputs(StreamedModel(student), tokens_BT, folder)
 
     def feedback(self, threads: int = 1, gradient: EmbeddingGradient | None = None) -> StudentFeedback:
         """As the writers take it."""
         moments = SecondMoments(self.student, self.inputs, threads=threads)
-        return StudentFeedback(moments, tied=self.student.shape.tied_embeddings, gradient=gradient)
+        return StudentFeedback(moments, tied=self.student.spec.tied_embeddings, gradient=gradient)

@@ -36,7 +36,7 @@ FILES = {"gguf": "model.gguf", "onnx": "onnx/model.onnx.data", "student": "stude
 def student_of(source: Path) -> Student:
     """Five experts of each of the two layers."""
     checkpoint = Checkpoint(source)
-    return Student(checkpoint, ExpertMap.keeping(checkpoint.shape.n_experts, ((1, 5, 6, 7, 30), (0, 2, 3, 4, 31))))
+    return Student(checkpoint, ExpertMap.keeping(checkpoint.spec.n_experts, ((1, 5, 6, 7, 30), (0, 2, 3, 4, 31))))
 
 
 def export(student: Student, kind: str, out: Path, progress: list[int] | None = None) -> None:

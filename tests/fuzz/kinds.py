@@ -61,13 +61,13 @@ def _read_checkpoint(folder: Path, rng: random.Random, inputs: Path) -> None:
         weights = WeightFile(file)
         for name in weights.tensors:
             weights.read(name)
-    vocabulary_metadata(folder, checkpoint.shape.vocab_size)
+    vocabulary_metadata(folder, checkpoint.spec.vocab_size)
     load_tokenizer(folder)
 
 
 @cache
 def _shape(inputs: Path) -> ModelSpec:
-    return Checkpoint(inputs / "qwen").shape
+    return Checkpoint(inputs / "qwen").spec
 
 
 def _read_gguf(folder: Path, rng: random.Random, inputs: Path) -> None:
@@ -89,9 +89,9 @@ def _read_onnx(folder: Path, rng: random.Random, inputs: Path) -> None:
     _read_weights(OnnxWeights(folder, _shape(inputs)), _shape(inputs))
 
 
-def _read_weights(weights: WrittenWeights, shape: ModelSpec) -> None:
-    for role in shape.stored_roles:
-        for layer in [None] if role.is_global else range(shape.n_layers):
+def _read_weights(weights: WrittenWeights, spec: ModelSpec) -> None:
+    for role in spec.stored_roles:
+        for layer in [None] if role.is_global else range(spec.n_layers):
             if not role.is_expert:
                 weights.tensor(role, layer)
     import torch

@@ -41,24 +41,24 @@ _NOT_COMPARED = frozenset({"_from_model_config", "transformers_version"})
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def folder_setting_symptoms(graph: Path, source: Checkpoint, shape: ModelSpec) -> list[str]:
+def folder_setting_symptoms(graph: Path, source: Checkpoint, spec: ModelSpec) -> list[str]:
     """Lists where the files beside a graph do not fit a model of this shape.
 
     Args:
         graph: the ``.onnx`` file.
         source: the original.
-        shape: of the model that the graph should compute.
+        spec: of the model that the graph should compute.
     """
     folder, generation = graph.parent, _read(source.folder / "generation_config.json")
     return [
-        *_genai_symptoms(folder / "genai_config.json", graph, source, shape, generation or {}),
-        *_config_symptoms(folder, source, shape),
+        *_genai_symptoms(folder / "genai_config.json", graph, source, spec, generation or {}),
+        *_config_symptoms(folder, source, spec),
         *_generation_symptoms(folder / "generation_config.json", source, generation),
     ]
 
 
 def _genai_symptoms(
-    path: Path, graph: Path, source: Checkpoint, shape: ModelSpec, generation: Mapping[str, Any]
+    path: Path, graph: Path, source: Checkpoint, spec: ModelSpec, generation: Mapping[str, Any]
 ) -> Iterator[str]:
     config = _read(path)
     if config is None:
@@ -67,20 +67,20 @@ def _genai_symptoms(
     decoder, search = _object(model, "decoder"), _object(config, "search")
     proto = onnx.load(graph, load_external_data=False).graph
     for found, wanted in (
-        ("vocab_size", shape.vocab_size),
-        ("decoder.hidden_size", shape.hidden_size),
-        ("decoder.head_size", shape.head_dim),
-        ("decoder.num_attention_heads", shape.n_heads),
-        ("decoder.num_key_value_heads", shape.n_kv_heads),
-        ("decoder.num_hidden_layers", shape.n_layers),
+        ("vocab_size", spec.vocab_size),
+        ("decoder.hidden_size", spec.hidden_size),
+        ("decoder.head_size", spec.head_dim),
+        ("decoder.num_attention_heads", spec.n_heads),
+        ("decoder.num_key_value_heads", spec.n_kv_heads),
+        ("decoder.num_hidden_layers", spec.n_layers),
         ("decoder.filename", graph.name),
     ):
         value = decoder.get(found.partition(".")[2]) if found.startswith("decoder.") else model.get(found)
         if value != wanted:
             yield f"genai_config.json: {found} is {value!r}, the model's is {wanted!r}"
-    positions = _table_length(proto, shape)
+    positions = _table_length(proto, spec)
     context: Any = model.get("context_length")
-    longest = min(shape.context_length, positions or shape.context_length)
+    longest = min(spec.context_length, positions or spec.context_length)
     if not _is_count(context) or context > longest or (positions is not None and context != longest):
         yield f"genai_config.json: context_length is {context!r}, that of graph and model is {longest}"
     yield from _name_symptoms(decoder, proto)
@@ -132,36 +132,36 @@ def _token_symptoms(
             yield f"{where}: {name} is absent, the original's {sorted(allowed)}"
 
 
-def _config_symptoms(folder: Path, source: Checkpoint, shape: ModelSpec) -> Iterator[str]:
+def _config_symptoms(folder: Path, source: Checkpoint, spec: ModelSpec) -> Iterator[str]:
     """``config.json`` as it would be read as a checkpoint's."""
     path = folder / "config.json"
     config = _read(path)
-    if config is None or shape.is_dense:
+    if config is None or spec.is_dense:
         return
     try:
         found = read_spec(folder)
     except MoeExportError as error:
         yield f"config.json cannot be read as the model's ({error})"
         return
-    is_value, wanted_value = _described(found), _described(shape)
+    is_value, wanted_value = _described(found), _described(spec)
     for key, wanted in wanted_value.items():
         if is_value.get(key) != wanted:
             yield f"config.json: {key} is {is_value.get(key)!r}, the model's is {wanted!r}"
-    rope = replace(found.rope, trained_context=shape.rope.trained_context)  # files may be written for a shorter context
-    if rope != shape.rope:
-        yield f"config.json: rope_parameters are {found.rope.in_config()}, the model's {shape.rope.in_config()}"
-    if found.context_length > shape.context_length:
-        yield f"config.json: max_position_embeddings is {found.context_length}, the model's {shape.context_length}"
+    rope = replace(found.rope, trained_context=spec.rope.trained_context)  # files may be written for a shorter context
+    if rope != spec.rope:
+        yield f"config.json: rope_parameters are {found.rope.in_config()}, the model's {spec.rope.in_config()}"
+    if found.context_length > spec.context_length:
+        yield f"config.json: max_position_embeddings is {found.context_length}, the model's {spec.context_length}"
     original = _read(source.folder / "config.json") or {}
     for name in _TOKEN_IDS:
         if _ids(config.get(name)) != _ids(original.get(name)):
             yield f"config.json: {name} is {config.get(name)!r}, the original's {original.get(name)!r}"
 
 
-def _described(shape: ModelSpec) -> Mapping[str, Any]:
+def _described(spec: ModelSpec) -> Mapping[str, Any]:
     """The settings of config.json that describe a model."""
-    tied = {"model_type": shape.model_type, "tie_word_embeddings": shape.tied_embeddings}
-    return tied | dict(shape.family.settings(shape))
+    tied = {"model_type": spec.model_type, "tie_word_embeddings": spec.tied_embeddings}
+    return tied | dict(spec.family.settings(spec))
 
 
 def _generation_symptoms(path: Path, source: Checkpoint, original: Mapping[str, Any] | None) -> Iterator[str]:
@@ -182,7 +182,7 @@ def _generation_symptoms(path: Path, source: Checkpoint, original: Mapping[str, 
             yield f"generation_config.json: {name} is {found.get(name)!r}, the original's {original.get(name)!r}"
 
 
-def _table_length(graph: onnx.GraphProto, shape: ModelSpec) -> int | None:
+def _table_length(graph: onnx.GraphProto, spec: ModelSpec) -> int | None:
     """Positions that the rotary tables cover; None if there are none."""
     lengths = {tensor.name: int(tensor.dims[0]) for tensor in graph.initializer if len(tensor.dims) == 2}
     names = ["rotary.cosine"]
@@ -191,7 +191,7 @@ def _table_length(graph: onnx.GraphProto, shape: ModelSpec) -> int | None:
         if place is not None and len(node.input) > place:
             names.append(node.input[place])
     length = next((lengths[name] for name in names if name in lengths), None)
-    short = shape.rope.switches_after
+    short = spec.rope.switches_after
     return length - short if length is not None and short is not None and length > short else length
 
 

@@ -67,38 +67,38 @@ _NAMES: Mapping[str, str] = {
 }
 
 
-def expected_rope(shape: ModelSpec) -> GgufRope | None:
+def expected_rope(spec: ModelSpec) -> GgufRope | None:
     """The keys and tensors a file needs for the rotary embedding; None if llama.cpp cannot compute it at all."""
     try:
-        gguf = shape.written.family.gguf
-        return gguf_rope(shape.rope, gguf.architecture, takes_factors=gguf.takes_rope_factors)
+        gguf = spec.written.family.gguf
+        return gguf_rope(spec.rope, gguf.architecture, takes_factors=gguf.takes_rope_factors)
     except UnsupportedError:
         return None
 
 
-def gguf_setting_symptoms(metadata: Mapping[str, MetadataValue], shape: ModelSpec) -> list[str]:
+def gguf_setting_symptoms(metadata: Mapping[str, MetadataValue], spec: ModelSpec) -> list[str]:
     """Lists where a GGUF file's settings do not fit a model of this shape: a sentence for each key."""
-    architecture = shape.gguf_architecture
+    architecture = spec.gguf_architecture
     found = metadata.get("general.architecture", "")
     if found != architecture:
         return [f"general.architecture: {found!r} in the file, but the model is llama.cpp's {architecture!r}"]
     prefix = f"{architecture}."
     settings = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    if settings.get("context_length") == shape.rope.trained_context:  # longer than a window, and no worse for it
-        settings["context_length"] = shape.context_length
+    if settings.get("context_length") == spec.rope.trained_context:  # longer than a window, and no worse for it
+        settings["context_length"] = spec.context_length
     symptoms = [
         f"{_NAMES.get(key, key)}: {_shown(settings.get(key))} in the file, {_shown(wanted)} in config.json"
-        for key, wanted, default in _expected(shape)
+        for key, wanted, default in _expected(spec)
         if not _is_same(settings.get(key, default), wanted)
     ]
-    return [*symptoms, *_unexpected(settings, shape)]
+    return [*symptoms, *_unexpected(settings, spec)]
 
 
-def _expected(shape: ModelSpec) -> Iterator[tuple[str, MetadataValue, MetadataValue | None]]:
+def _expected(spec: ModelSpec) -> Iterator[tuple[str, MetadataValue, MetadataValue | None]]:
     """Keys with the model's value, and what llama.cpp takes where the key is absent (None: it refuses to load)."""
-    written = shape.written
+    written = spec.written
     keys = dict(written.family.gguf.keys(written))
-    width_of_head = shape.hidden_size // int(keys["attention.head_count"])
+    width_of_head = spec.hidden_size // int(keys["attention.head_count"])
     absent: dict[str, MetadataValue] = {
         "attention.head_count_kv": keys["attention.head_count"],
         "attention.key_length": width_of_head,
@@ -111,29 +111,29 @@ def _expected(shape: ModelSpec) -> Iterator[tuple[str, MetadataValue, MetadataVa
     for key, value in keys.items():
         if key != "vocab_size":  # the vocabulary itself counts
             yield key, value, absent.get(key)
-    rope = expected_rope(shape)
+    rope = expected_rope(spec)
     for key, value in ({} if rope is None else rope.keys).items():
         yield key, value, 1.0 if key == "rope.scaling.attn_factor" else None
 
 
-def _unexpected(settings: Mapping[str, MetadataValue], shape: ModelSpec) -> Iterator[str]:
+def _unexpected(settings: Mapping[str, MetadataValue], spec: ModelSpec) -> Iterator[str]:
     """Keys that a model of this shape does not have, unless their value changes nothing."""
-    known = {key for key, _, _ in _expected(shape)}
+    known = {key for key, _, _ in _expected(spec)}
     allowed: dict[str, tuple[MetadataValue, ...]] = {
         **_NEUTRAL,
-        "attention.sliding_window": (0, shape.window or 0),
-        "attention.scale": (0.0, 1 / math.sqrt(shape.head_dim)),
+        "attention.sliding_window": (0, spec.window or 0),
+        "attention.scale": (0.0, 1 / math.sqrt(spec.head_dim)),
         "expert_gating_func": (0, _SOFTMAX),
-        "expert_weights_norm": (shape.normalize_top_k,),
-        "vocab_size": (shape.vocab_size,),
+        "expert_weights_norm": (spec.normalize_top_k,),
+        "vocab_size": (spec.vocab_size,),
     }
-    if shape.is_dense:
+    if spec.is_dense:
         allowed |= {"expert_count": (0,), "expert_used_count": (0,)}
     scaling_is_off = settings.get("rope.scaling.type", "none") == "none"
     for key, value in settings.items():
-        if key in known or key in _DESCRIPTIVE or (key == "feed_forward_length" and not shape.is_dense):
+        if key in known or key in _DESCRIPTIVE or (key == "feed_forward_length" and not spec.is_dense):
             continue
-        if expected_rope(shape) is None and key.startswith("rope.scaling."):
+        if expected_rope(spec) is None and key.startswith("rope.scaling."):
             continue
         if scaling_is_off and key.startswith("rope.scaling.") and key not in _READ_ALWAYS:
             continue

@@ -57,12 +57,12 @@ _CONSTANTS: Mapping[str, Any] = {
 }
 
 
-def graph_setting_symptoms(path: Path, shape: ModelSpec) -> list[str]:
+def graph_setting_symptoms(path: Path, spec: ModelSpec) -> list[str]:
     """Lists where a graph's attributes, constants and rotary tables do not fit a model of this shape.
 
     Args:
         path: the ``.onnx`` file, which is readable.
-        shape: of the model that it should compute.
+        spec: of the model that it should compute.
     """
     model = onnx.load(path, load_external_data=False)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -71,7 +71,7 @@ def graph_setting_symptoms(path: Path, shape: ModelSpec) -> list[str]:
     for node in model.graph.node:
         layer += node.op_type in _ATTENTION
         found = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
-        allowed = _allowed(node, shape, max(layer, 0), weights)
+        allowed = _allowed(node, spec, max(layer, 0), weights)
         if model.producer_name == _OURS:
             allowed |= _of_ours(node)
         for name, values in allowed.items():
@@ -89,48 +89,48 @@ def graph_setting_symptoms(path: Path, shape: ModelSpec) -> list[str]:
             symptoms.setdefault(f"{node.op_type} {name}: the model has no such setting", []).append(node.output[0])
     found_symptoms = [f"{sentence} ({_places(nodes)})" for sentence, nodes in symptoms.items()]
     if model.producer_name == _OURS:
-        found_symptoms += _constant_symptoms(weights, shape)
-    return [*found_symptoms, *_table_symptoms(model.graph, weights, path.parent, shape)]
+        found_symptoms += _constant_symptoms(weights, spec)
+    return [*found_symptoms, *_table_symptoms(model.graph, weights, path.parent, spec)]
 
 
 _Allowed = dict[str, tuple[Any, ...]]  # None among the values: the attribute may be absent
 
 
-def _allowed(node: onnx.NodeProto, shape: ModelSpec, layer: int, weights: Mapping[str, onnx.TensorProto]) -> _Allowed:
+def _allowed(node: onnx.NodeProto, spec: ModelSpec, layer: int, weights: Mapping[str, onnx.TensorProto]) -> _Allowed:
     """Attributes of an operator that any exporter uses, with the values that are right."""
     kind = node.op_type
     if kind in _NORMS:
         axis: _Allowed = {} if kind.startswith("Skip") else {"axis": (-1, None)}
-        return axis | {"epsilon": (shape.rms_norm_eps,)}
+        return axis | {"epsilon": (spec.rms_norm_eps,)}
     if kind in _ATTENTION:
-        return _attention(node, shape)
+        return _attention(node, spec)
     if kind in _EXPERTS:
-        return _experts(node, shape.layer(layer), weights)
+        return _experts(node, spec.layer(layer), weights)
     if kind == "RotaryEmbedding":
         return {"interleaved": (0, None), "scale": (1.0, None)}
     if kind == "MatMulNBits" and _has_axes(weights.get(_input(node, 1)), 3):
-        return _quantized_matrix(node, shape, weights)
+        return _quantized_matrix(node, spec, weights)
     if kind == "GatherBlockQuantized":
-        return {"gather_axis": (0, None), "quantize_axis": (1, -1), "bits": (_row_bits(node, shape, weights), None)} | (
-            _block_size(node, weights, 2, shape.hidden_size)
+        return {"gather_axis": (0, None), "quantize_axis": (1, -1), "bits": (_row_bits(node, spec, weights), None)} | (
+            _block_size(node, weights, 2, spec.hidden_size)
         )
     if kind == "FusedMatMul":
         return {"alpha": (1.0, None), "transA": (0, None), "transBatchA": (0, None), "transBatchB": (0, None)}
     return {"axis": (-1, None)} if kind == "Softmax" else {}
 
 
-def _attention(node: onnx.NodeProto, shape: ModelSpec) -> _Allowed:
+def _attention(node: onnx.NodeProto, spec: ModelSpec) -> _Allowed:
     allowed: _Allowed = {
-        "num_heads": (shape.n_heads,),
-        "scale": (1.0 / math.sqrt(shape.head_dim), 0.0, None),
+        "num_heads": (spec.n_heads,),
+        "scale": (1.0 / math.sqrt(spec.head_dim), 0.0, None),
         "softcap": (0.0, None),
         "smooth_softmax": (0, None),
-        "local_window_size": (-1, shape.window or -1, None),
+        "local_window_size": (-1, spec.window or -1, None),
         "mask_filter_value": (-10000.0, None),
         "unidirectional": (1, 0, None),
     }
     if node.op_type == "GroupQueryAttention":
-        allowed |= {"kv_num_heads": (shape.n_kv_heads,), "rotary_interleaved": (0, None)}
+        allowed |= {"kv_num_heads": (spec.n_kv_heads,), "rotary_interleaved": (0, None)}
         # another exporter may rotate before
         allowed["do_rotary"] = (1,) if len(node.input) > 7 and node.input[7] else (0, None)
         allowed |= dict.fromkeys(("qk_output", "kv_cache_bit_width"), (0, None))
@@ -161,11 +161,11 @@ def _experts(node: onnx.NodeProto, layer: ModelSpec, weights: Mapping[str, onnx.
     return allowed
 
 
-def _quantized_matrix(node: onnx.NodeProto, shape: ModelSpec, weights: Mapping[str, onnx.TensorProto]) -> _Allowed:
+def _quantized_matrix(node: onnx.NodeProto, spec: ModelSpec, weights: Mapping[str, onnx.TensorProto]) -> _Allowed:
     """Codes are [N, blocks, bytes of a block]; K is one of the widths that the model has."""
     rows, blocks, block_bytes = weights[node.input[1]].dims
     numbers = {attribute.name: attribute.i for attribute in node.attribute if attribute.type == _WHOLE_NUMBER}
-    widths = (shape.hidden_size, shape.n_heads * shape.head_dim, shape.expert_width)
+    widths = (spec.hidden_size, spec.n_heads * spec.head_dim, spec.expert_width)
     block, blocks = numbers.get("block_size", 0), max(1, blocks)
     fitting = [width for width in widths if width % blocks == 0 and (block_bytes * blocks * 8) % width == 0]
     columns = numbers["K"] if numbers.get("K") in fitting else (fitting or widths)[0]
@@ -179,9 +179,9 @@ def _quantized_matrix(node: onnx.NodeProto, shape: ModelSpec, weights: Mapping[s
     }
 
 
-def _row_bits(node: onnx.NodeProto, shape: ModelSpec, weights: Mapping[str, onnx.TensorProto]) -> int | None:
+def _row_bits(node: onnx.NodeProto, spec: ModelSpec, weights: Mapping[str, onnx.TensorProto]) -> int | None:
     codes = weights.get(_input(node, 0))
-    return None if codes is None or not codes.dims else 8 * codes.dims[-1] // shape.hidden_size
+    return None if codes is None or not codes.dims else 8 * codes.dims[-1] // spec.hidden_size
 
 
 def _block_size(
@@ -225,13 +225,13 @@ def _of_ours(node: onnx.NodeProto) -> _Allowed:
     return allowed
 
 
-def _constant_symptoms(weights: Mapping[str, onnx.TensorProto], shape: ModelSpec) -> Iterator[str]:
+def _constant_symptoms(weights: Mapping[str, onnx.TensorProto], spec: ModelSpec) -> Iterator[str]:
     expected = dict(_CONSTANTS)
-    expected |= {"shape.past": [0, shape.n_kv_heads, 0, shape.head_dim], "shape.heads": [0, -1, shape.head_dim]}
-    for n_heads in (shape.n_heads, shape.n_kv_heads):
-        expected[f"shape.{n_heads}_heads_joined"] = [0, -1, n_heads * shape.head_dim]
-    for layer in range(shape.n_layers):
-        n_experts = shape.layer(layer).n_experts
+    expected |= {"shape.past": [0, spec.n_kv_heads, 0, spec.head_dim], "shape.heads": [0, -1, spec.head_dim]}
+    for n_heads in (spec.n_heads, spec.n_kv_heads):
+        expected[f"shape.{n_heads}_heads_joined"] = [0, -1, n_heads * spec.head_dim]
+    for layer in range(spec.n_layers):
+        n_experts = spec.layer(layer).n_experts
         expected[f"shape.router_of_{n_experts}"] = [-1, n_experts]
     for name, value in expected.items():
         tensor = weights.get(name)
@@ -250,7 +250,7 @@ def _constant_symptoms(weights: Mapping[str, onnx.TensorProto], shape: ModelSpec
 
 
 def _table_symptoms(
-    graph: onnx.GraphProto, weights: Mapping[str, onnx.TensorProto], folder: Path, shape: ModelSpec
+    graph: onnx.GraphProto, weights: Mapping[str, onnx.TensorProto], folder: Path, spec: ModelSpec
 ) -> Iterator[str]:
     """Every table of cosines and of sines that a node rotates with."""
     places = {"GroupQueryAttention": (7, 8), "RotaryEmbedding": (2, 3)}
@@ -266,7 +266,7 @@ def _table_symptoms(
             yield f"table {name} is no matrix of floating point numbers"
             continue
         n_rows = weights[name].dims[0]
-        yield from rotary_symptoms(name, _pieces(weights[name], folder), n_rows, shape, is_sine=is_sine)
+        yield from rotary_symptoms(name, _pieces(weights[name], folder), n_rows, spec, is_sine=is_sine)
 
 
 _WHOLE_NUMBER = onnx.AttributeProto.INT
@@ -278,13 +278,13 @@ _TABLE_TYPES = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorPro
 
 
 def rotary_symptoms(
-    name: str, pieces: Iterator[npt.NDArray[np.floating[Any]]], n_rows: int, shape: ModelSpec, *, is_sine: bool
+    name: str, pieces: Iterator[npt.NDArray[np.floating[Any]]], n_rows: int, spec: ModelSpec, *, is_sine: bool
 ) -> Iterator[str]:
     """Yields a sentence if a table [positions, head_dim / 2] is not the model's at every position.
 
     A table for short texts may stand before that for long ones.
     """
-    rope, first = shape.rope, 0
+    rope, first = spec.rope, 0
     short = rope.switches_after if rope.switches_after is not None and n_rows > rope.switches_after else 0
     of_short, of_long = (rope.inverse_frequencies(n_tokens).double().numpy() for n_tokens in (short, n_rows - short))
     for piece in pieces:

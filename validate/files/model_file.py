@@ -117,7 +117,7 @@ class ModelFile:
             seconds=time_limit.limit_seconds(),
         )
 
-    def weights(self, shape: ModelSpec) -> WrittenWeights:
+    def weights(self, spec: ModelSpec) -> WrittenWeights:
         """Its tensors by role.
 
         Raises:
@@ -125,7 +125,7 @@ class ModelFile:
         """
         time_limit.tell("reading its weights")
         with time_limit.working():
-            return GgufWeights(self.path, shape) if self.format == "gguf" else OnnxWeights(self.path.parent, shape)
+            return GgufWeights(self.path, spec) if self.format == "gguf" else OnnxWeights(self.path.parent, spec)
 
     def vocabulary(self) -> Vocabulary | None:
         """The file's vocabulary; for a graph that of the tokenizer beside it, or None."""

@@ -18,9 +18,9 @@ __all__ = ["rope_factor_symptoms"]
 _SAME = 1e-6  # relative: converters compute them in single or double precision
 
 
-def rope_factor_symptoms(file: GgufFile, shape: ModelSpec) -> Iterator[str]:
+def rope_factor_symptoms(file: GgufFile, spec: ModelSpec) -> Iterator[str]:
     """Yields a sentence for each of these tensors that is missing, superfluous, or not the model's."""
-    rope = expected_rope(shape)
+    rope = expected_rope(spec)
     if rope is None:
         return
     for name in (PLAIN_FACTORS, LONG_FACTORS, SHORT_FACTORS):

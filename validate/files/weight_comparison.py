@@ -100,8 +100,8 @@ def compare_weights(
         InputError: a file cannot be read.
     """
     comparison = _Comparison()
-    for layer in [None, *range(expected.shape.n_layers)]:
-        for role in expected.shape.stored_roles:
+    for layer in [None, *range(expected.spec.n_layers)]:
+        for role in expected.spec.stored_roles:
             if role.is_global == (layer is None):
                 for unit, pieces in _units(expected, found, role, layer, n_tokens):
                     comparison.add(unit, stored_type(role, layer), pieces)
@@ -117,12 +117,12 @@ def _units(
     expected: Student, found: Student, role: Role, layer: int | None, n_tokens: int | None
 ) -> Iterator[tuple[Unit, _Pieces]]:
     if layer is not None and role.is_expert:
-        for expert in range(expected.shape.layer(layer).n_experts):
+        for expert in range(expected.spec.layer(layer).n_experts):
             values = (expected.expert(role, layer, expert).float(), found.expert(role, layer, expert).float())
             yield Unit(role, layer, expert), [values]
     elif role in _VOCABULARY_ROLES:
-        yield Unit(role, layer, None), _vocabulary_rows(expected, found, role, n_tokens or expected.shape.vocab_size)
-    elif layer is None or role in expected.shape.layer_roles(layer):
+        yield Unit(role, layer, None), _vocabulary_rows(expected, found, role, n_tokens or expected.spec.vocab_size)
+    elif layer is None or role in expected.spec.layer_roles(layer):
         both = (expected.tensor(role, layer).float(), found.tensor(role, layer).float())
         if role is Role.ROUTER:
             for row, (one, other) in enumerate(zip(*both, strict=True)):

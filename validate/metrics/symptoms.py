@@ -28,17 +28,17 @@ _SAME_EXPERT = 0.8  # of the tokens that choose one of the original's experts, i
 _DIVERGES, _TOKENS = 5.0, 20  # an expert's tokens against the others', and how many there must be
 
 
-def setting_symptoms(facts: FileFacts, shape: ModelSpec) -> list[str]:
+def setting_symptoms(facts: FileFacts, spec: ModelSpec) -> list[str]:
     """Settings of the file that are not the model's."""
-    is_plain = shape.rope.kind is RopeKind.DEFAULT  # a scaled one's table has no base to read off
+    is_plain = spec.rope.kind is RopeKind.DEFAULT  # a scaled one's table has no base to read off
     settings = (
         (
             "rope base (position-dependent: every rotation is another)",
             facts.rope_base if is_plain else None,
-            shape.rope_theta,
+            spec.rope_theta,
         ),
-        ("epsilon of the norms", facts.rms_norm_eps, shape.rms_norm_eps),
-        ("number of experts per token", facts.top_k, min(shape.top_k, facts.n_experts or shape.top_k)),
+        ("epsilon of the norms", facts.rms_norm_eps, spec.rms_norm_eps),
+        ("number of experts per token", facts.top_k, min(spec.top_k, facts.n_experts or spec.top_k)),
     )
     return [
         f"{name}: {_number(found)} in the file, {_number(expected)} in config.json"

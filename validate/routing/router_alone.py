@@ -41,10 +41,10 @@ class RouterInputRecorder:
         chunk_tokens: tokens of each chunk.
     """
 
-    def __init__(self, folder: Path, shape: ModelSpec, chunks: npt.NDArray[np.int64], chunk_tokens: int) -> None:
+    def __init__(self, folder: Path, spec: ModelSpec, chunks: npt.NDArray[np.int64], chunk_tokens: int) -> None:
         folder.mkdir(parents=True)
         self._files = RouterInputs(folder)
-        self._shape = shape
+        self._spec = spec
         self._tokens = (chunks[:, None] * chunk_tokens + np.arange(chunk_tokens)).reshape(-1)  # of all, those kept
         kept = ArrayFile.create(self._files.chunks_path, chunks.shape, np.int64)
         kept.write(0, chunks)
@@ -52,11 +52,11 @@ class RouterInputRecorder:
     @contextmanager
     def observe(self, index: int, layer: nn.Module) -> Iterator[None]:
         """Watches one layer's router while it runs."""
-        routed = self._shape.layers[index].routed
+        routed = self._spec.layers[index].routed
         if routed is None:
             yield
             return
-        size = (len(self._tokens), self._shape.hidden_size)
+        size = (len(self._tokens), self._spec.hidden_size)
         states = ArrayFile.create(self._files.states_path(index), size, np.float32)
         n_seen = 0
 

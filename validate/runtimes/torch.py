@@ -46,8 +46,8 @@ class TorchBackend:
     def run(self, tokens_BT: npt.NDArray[np.int64]) -> Iterator[ChunkOutput]:
         """Streams all chunks through the layers, then yields them one by one."""
         model = StreamedModel(self._student, limit=self._limit)
-        recorder = RoutingRecorder(self._student.shape)
-        is_dense = self._student.shape.is_dense
+        recorder = RoutingRecorder(self._student.spec)
+        is_dense = self._student.spec.is_dense
         group = TokenGroup(torch.from_numpy(tokens_BT), [*self._observers, *([] if is_dense else [recorder.observe])])
         (states,) = model.stream([group], self._progress)
         routing = None if is_dense else recorder.routing()

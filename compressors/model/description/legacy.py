@@ -117,5 +117,5 @@ NORMS = frozenset({Role.FINAL_NORM, Role.ATTENTION_NORM, Role.QUERY_NORM, Role.K
 ATTENTION = frozenset({Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUTPUT})
 
 
-def role_shape(role: Role, shape: ModelSpec) -> tuple[int, ...]:
-    return shape.dimensions(role, None if role.is_global else 0)
+def role_shape(role: Role, spec: ModelSpec) -> tuple[int, ...]:
+    return spec.dimensions(role, None if role.is_global else 0)

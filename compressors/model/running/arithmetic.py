@@ -20,9 +20,9 @@ Arithmetic = Literal["float32", "bfloat16"]
 _WORTHWHILE_HIDDEN_SIZE = 1024  # below, products are too small to gain
 
 
-def fastest_arithmetic(shape: ModelSpec, stored: torch.dtype, device: str) -> Arithmetic:
+def fastest_arithmetic(spec: ModelSpec, stored: torch.dtype, device: str) -> Arithmetic:
     """What calibration and recovery compute in on this machine's ``device``, for weights that are ``stored`` so."""
-    worthwhile = stored == torch.bfloat16 and shape.hidden_size >= _WORTHWHILE_HIDDEN_SIZE
+    worthwhile = stored == torch.bfloat16 and spec.hidden_size >= _WORTHWHILE_HIDDEN_SIZE
     return "bfloat16" if worthwhile and (device == "cuda" or _has_matrix_units()) else "float32"
 
 

@@ -74,7 +74,7 @@ def streamed_gradients(
         total, gradient_BTD = 0.0, torch.zeros(last.shape, dtype=dtype)
     else:
         total, gradient_BTD = _head_gradient(model, last, state_loss, gradients)
-    for index, weights in model.weights(range(model.shape.n_layers)[::-1]):
+    for index, weights in model.weights(range(model.spec.n_layers)[::-1]):
         with model.layer(index, weights, dtype) as layer:
             value, found = _pull_back(model, index, layer, states.pop(), gradient_BTD, router_loss)
         total += value
@@ -106,7 +106,7 @@ def embedding_gradient(
     """
     states = _layer_inputs(model, tokens_BT, dtype, observers)
     _, gradient_BTD = _head_gradient(model, states.pop(), loss, {})
-    for index, weights in model.weights(range(model.shape.n_layers)[::-1]):
+    for index, weights in model.weights(range(model.spec.n_layers)[::-1]):
         with model.layer(index, weights, dtype) as layer, ExitStack() as stack:
             for observe in gradient_observers:
                 stack.enter_context(observe(index, layer))
@@ -118,7 +118,7 @@ def _layer_inputs(
     model: StreamedModel, tokens_BT: torch.Tensor, dtype: torch.dtype, observers: Sequence[LayerObserver]
 ) -> list[HiddenStates]:
     """The hidden states that enter each layer, and at the end those that leave the last."""
-    n_layers = model.shape.n_layers
+    n_layers = model.spec.n_layers
     states = model.first_states([TokenGroup(tokens_BT, dtype=dtype)], n_kept=n_layers + 1)
     for index, weights in model.weights(range(n_layers)):
         states.append(HiddenStates(states[0].shape, dtype, states[0].spill))
@@ -141,7 +141,7 @@ def _head_gradient(
     gradient = torch.empty_like(flat)
     total, trained = 0.0, model.trained(None)
     with model.head(hidden.dtype) as head:
-        for start, part in position_chunks(flat, model.shape.vocab_size):
+        for start, part in position_chunks(flat, model.spec.vocab_size):
             positions = slice(start, start + len(part))
             part = part.detach().to(model.device).requires_grad_()
             value = loss(positions, part, head)
@@ -188,7 +188,7 @@ def _run(
     model: StreamedModel, index: int, layer: nn.Module, rows_BTD: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The layer's output, and its router's logits if it has one."""
-    routed = model.shape.layers[index].routed
+    routed = model.spec.layers[index].routed
     if routed is None:
         return model.run_layer(layer, rows_BTD), None
     calls: list[RoutedCall] = []

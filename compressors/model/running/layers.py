@@ -26,7 +26,7 @@ class LayerWeights:
 
 def layer_bytes(student: Student) -> int:
     """Bytes of the largest decoder layer in storage dtype."""
-    return max(layer.parameters for layer in student.shape.layers) * student.expert_dtype.itemsize
+    return max(layer.parameters for layer in student.spec.layers) * student.expert_dtype.itemsize
 
 
 class LayerReader:
@@ -85,12 +85,12 @@ class LayerReader:
         return self._weights[slot]
 
     def _new_buffer(self) -> tuple[torch.Tensor, torch.Tensor]:
-        spec, dtype = self._student.shape, self._student.expert_dtype
+        spec, dtype = self._student.spec, self._student.expert_dtype
         n_down = max(layer.n_experts * layer.expert_width * layer.hidden_size for layer in spec.layers)
         return torch.empty(2 * n_down, dtype=dtype), torch.empty(n_down, dtype=dtype)
 
     def _fill(self, buffer: tuple[torch.Tensor, torch.Tensor], index: int) -> LayerWeights:
-        student, layer = self._student, self._student.shape.layers[index]
+        student, layer = self._student, self._student.spec.layers[index]
         n_experts, width, hidden_size = layer.n_experts, layer.expert_width, layer.hidden_size
         weights = LayerWeights(
             buffer[0][: 2 * n_experts * width * hidden_size].view(n_experts, 2 * width, hidden_size),

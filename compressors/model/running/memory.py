@@ -63,15 +63,15 @@ def positions_at_once(vocab_size: int) -> int:
     return n_positions
 
 
-def working_bytes(shape: ModelSpec) -> int:
+def working_bytes(spec: ModelSpec) -> int:
     """What computing one layer needs beside weights and hidden states: activations, and one expert in float32."""
-    width = max(shape.hidden_size, shape.n_heads * shape.head_dim)
+    width = max(spec.hidden_size, spec.n_heads * spec.head_dim)
     activations = BLOCKS_AT_ONCE[torch.float32] * _BLOCK_TOKENS * width * 4 * _ACTIVATIONS
-    return activations + 4 * shape.expert_parameters
+    return activations + 4 * spec.expert_parameters
 
 
 def place(
-    limit: MemoryLimit | None, shape: ModelSpec, layer_bytes: int, hidden_bytes: int, *, held_bytes: int | None = None
+    limit: MemoryLimit | None, spec: ModelSpec, layer_bytes: int, hidden_bytes: int, *, held_bytes: int | None = None
 ) -> Placement:
     """Decides what lies in memory; with room to spare everything does.
 
@@ -79,7 +79,7 @@ def place(
 
     Args:
         limit: None keeps hidden states in memory and no layer.
-        shape: the model's.
+        spec: the model's.
         layer_bytes: one decoder layer in storage dtype.
         hidden_bytes: all hidden states that the pass keeps.
         held_bytes: what the process holds already; measured if None.
@@ -88,18 +88,18 @@ def place(
         return Placement(0, True, None)
     # a process that has just begun has not all its libraries yet
     held = max(psutil.Process().memory_info().rss, PROCESS_BYTES) if held_bytes is None else held_bytes
-    one, two = (least_bytes(shape, n_layers * layer_bytes) for n_layers in (1, 2))
+    one, two = (least_bytes(spec, n_layers * layer_bytes) for n_layers in (1, 2))
     read_ahead = limit.n_bytes - held >= two
     free = limit.n_bytes - held - (two if read_ahead else one)
     fits = free >= hidden_bytes
     free -= hidden_bytes if fits else 0
-    n_resident = max(0, min(shape.n_layers, free // layer_bytes))
+    n_resident = max(0, min(spec.n_layers, free // layer_bytes))
     return Placement(n_resident, read_ahead, None if fits else limit.spill)
 
 
-def least_bytes(shape: ModelSpec, layer_bytes: int) -> int:
+def least_bytes(spec: ModelSpec, layer_bytes: int) -> int:
     """What a pass needs beside the process itself: layers of so many bytes with their work, or the head after them."""
-    return max(layer_bytes + working_bytes(shape), _head_bytes(shape))
+    return max(layer_bytes + working_bytes(spec), _head_bytes(spec))
 
 
 def give_back_freed() -> None:
@@ -112,6 +112,6 @@ def give_back_freed() -> None:
         trim(0)
 
 
-def _head_bytes(shape: ModelSpec) -> int:
+def _head_bytes(spec: ModelSpec) -> int:
     """The head in float32, and logits of one chunk with what is computed from them."""
-    return 4 * shape.vocab_size * (shape.hidden_size + 2 * positions_at_once(shape.vocab_size))
+    return 4 * spec.vocab_size * (spec.hidden_size + 2 * positions_at_once(spec.vocab_size))

@@ -22,8 +22,8 @@ __all__ = ["RoutingRecorder"]
 class RoutingRecorder:
     """Give :meth:`observe` to a ``TokenGroup``, then ask for :meth:`routing`, or for each layer's when it is done."""
 
-    def __init__(self, shape: ModelSpec) -> None:
-        self._shape = shape
+    def __init__(self, spec: ModelSpec) -> None:
+        self._spec = spec
         self._experts: dict[int, list[torch.Tensor]] = {}
         self._weights: dict[int, list[torch.Tensor]] = {}
         self._margins: dict[int, list[npt.NDArray[np.float32]]] = {}
@@ -45,7 +45,7 @@ class RoutingRecorder:
             weights.append(self._padded(torch.empty(n_tokens, 0), 0.0))
             margins.append(np.full(n_tokens, np.inf, dtype=np.float32))
 
-        routed = self._shape.layers[index].routed
+        routed = self._spec.layers[index].routed
         if routed is not None:
             with watching(layer, routed, see):
                 yield
@@ -58,12 +58,12 @@ class RoutingRecorder:
 
     def _padded(self, values_TK: torch.Tensor, filler: float) -> torch.Tensor:
         """As many columns as the layer with the largest top-k has."""
-        return functional.pad(values_TK, (0, self._shape.top_k - values_TK.shape[1]), value=filler)
+        return functional.pad(values_TK, (0, self._spec.top_k - values_TK.shape[1]), value=filler)
 
     def take(self, index: int) -> Routing:
         """A finished layer's routing, the only one in it; the recorder forgets it."""
         experts, weights = self._experts.pop(index, []), self._weights.pop(index, [])
-        nothing = torch.empty(0, self._shape.top_k)
+        nothing = torch.empty(0, self._spec.top_k)
         return Routing(
             torch.cat([nothing.to(torch.int32), *experts]).numpy()[None],
             torch.cat([nothing, *weights]).numpy()[None],
@@ -72,5 +72,5 @@ class RoutingRecorder:
 
     def routing(self) -> Routing:
         """Everything recorded, tokens in the order in which they ran."""
-        layers = [vars(self.take(index)) for index in range(self._shape.n_layers)]
+        layers = [vars(self.take(index)) for index in range(self._spec.n_layers)]
         return Routing(**{name: np.concatenate([layer[name] for layer in layers]) for name in layers[0]})

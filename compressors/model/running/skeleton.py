@@ -26,12 +26,12 @@ class Skeleton:
         shape: the student's.
     """
 
-    def __init__(self, folder: Path, shape: ModelSpec) -> None:
+    def __init__(self, folder: Path, spec: ModelSpec) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        self._shape = shape
+        self._spec = spec
         register_grouped_experts()
-        config = _edited(AutoConfig.from_pretrained(folder, local_files_only=True), shape)
+        config = _edited(AutoConfig.from_pretrained(folder, local_files_only=True), spec)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config, attn_implementation="sdpa", experts_implementation=GROUPED_EXPERTS
@@ -44,7 +44,7 @@ class Skeleton:
         self, index: int, weights: LayerWeights, dtype: torch.dtype, device: torch.device
     ) -> dict[str, torch.Tensor]:
         """A layer's weights by their names in its module; experts stay in storage dtype, routers are float32."""
-        layer = self._shape.layers[index]
+        layer = self._spec.layers[index]
         named = {}
         for role, tensor in weights.others.items():
             described = layer.tensor(role)
@@ -57,7 +57,7 @@ class Skeleton:
 
     def _fitted(self, module: nn.Module, index: int, config: Any) -> nn.Module:
         """The layer with sizes of its own where layers differ; what it has lost adds nothing."""
-        spec, layer = self._shape, self._shape.layers[index]
+        spec, layer = self._spec, self._spec.layers[index]
         if layer.routed is not None and layer.moe != MoeSize(spec.n_experts, spec.expert_width):
             alike = replace(spec, layers=(layer,) * spec.n_layers)
             with torch.device("meta"):

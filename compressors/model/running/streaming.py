@@ -97,7 +97,7 @@ class StreamedModel:
         choice: ExpertChoice | None = None,
     ) -> None:
         self.student = student
-        self.shape = student.shape
+        self.spec = student.spec
         self.choice = choice
         self.trainable = dict(trainable or {})
         self.factors = dict(factors or {})
@@ -107,9 +107,9 @@ class StreamedModel:
         self._check_finite = check_finite
         self._placement: Placement | None = None
         self._reader: LayerReader | None = None
-        self._skeleton = Skeleton(student.source.folder, student.shape)
+        self._skeleton = Skeleton(student.source.folder, student.spec)
         for index, trained in self.trained_experts.items():
-            routed = self.shape.layers[index].routed
+            routed = self.spec.layers[index].routed
             assert routed is not None, f"layer {index} has no experts to train"
             experts = self._skeleton.layers[index].get_submodule(routed.experts_module)
             experts.trained = trained  # type: ignore[assignment]
@@ -130,8 +130,8 @@ class StreamedModel:
         module.load_state_dict(self._skeleton.state(index, weights, dtype, self.device), assign=True, strict=True)
         module.requires_grad_(False)
         try:
-            if self.choice is not None and self.shape.layers[index].routed is not None:
-                with choosing(self.choice, self.shape.layers[index], index, module):
+            if self.choice is not None and self.spec.layers[index].routed is not None:
+                with choosing(self.choice, self.spec.layers[index], index, module):
                     yield module
             else:
                 yield module
@@ -157,7 +157,7 @@ class StreamedModel:
     def blocks_at_once(self, dtype: torch.dtype) -> int:
         """Token blocks in one call of a layer; fewer where tokens use more experts than the router's top-k."""
         n_blocks = BLOCKS_AT_ONCE[dtype]
-        return n_blocks if self.choice is None else max(1, n_blocks * self.shape.top_k // self.choice.n_chosen)
+        return n_blocks if self.choice is None else max(1, n_blocks * self.spec.top_k // self.choice.n_chosen)
 
     def reserve(self, n_bytes: int) -> bool:
         """True if arrays of this size fit in memory beside a layer. Further layers are kept only if they fit too.
@@ -185,15 +185,15 @@ class StreamedModel:
             NotFiniteError: a value is not finite; the message names the layer, and the expert that made it.
         """
         hidden = self.first_states(groups)
-        for index in self.advance(groups, hidden, range(self.shape.n_layers)):
-            assert index < self.shape.n_layers
+        for index in self.advance(groups, hidden, range(self.spec.n_layers)):
+            assert index < self.spec.n_layers
             if progress is not None:
                 progress(1)
         return hidden
 
     def first_states(self, groups: Sequence[TokenGroup], n_kept: int = 1) -> list[HiddenStates]:
         """The hidden states that enter the first layer; ``n_kept`` such arrays fit the limit, or lie on disk."""
-        sizes = [(*group.tokens_BT.shape, self.shape.hidden_size) for group in groups]
+        sizes = [(*group.tokens_BT.shape, self.spec.hidden_size) for group in groups]
         n_bytes = sum(
             blocks * tokens * size * group.dtype.itemsize
             for (blocks, tokens, size), group in zip(sizes, groups, strict=True)
@@ -252,11 +252,11 @@ class StreamedModel:
             (which of the chosen positions, counted through all blocks; their logits, float32 [n, V]).
         """
         n_positions = positions.stop - positions.start
-        blocks_at_once = max(1, positions_at_once(self.shape.vocab_size) // n_positions)
+        blocks_at_once = max(1, positions_at_once(self.spec.vocab_size) // n_positions)
         with self.head(hidden.dtype) as head:
             for blocks in hidden.groups(blocks_at_once):
                 states = hidden.read(blocks)[:, positions].flatten(0, 1)
-                for start, part in position_chunks(states, self.shape.vocab_size):
+                for start, part in position_chunks(states, self.spec.vocab_size):
                     first = blocks.start * n_positions + start
                     yield slice(first, first + len(part)), head(part.to(self.device)).float().cpu()
 
@@ -295,11 +295,11 @@ class StreamedModel:
         found = {}
         for (role, layer), tensor in self.trainable.items():
             if layer is not None and layer == index:
-                described = self.shape.tensor(role, layer)
+                described = self.spec.tensor(role, layer)
                 found[described.in_layer] = tensor.to(torch.float32 if described.kind is Kind.ROUTER else dtype)
         for (role, layer), factors_RK in self.factors.items():
             if layer is not None and layer == index:
-                name = self.shape.tensor(role, layer).in_layer
+                name = self.spec.tensor(role, layer).in_layer
                 found[name] = scaled(module.get_parameter(name), factors_RK).to(dtype)
         return found
 
@@ -326,7 +326,7 @@ class StreamedModel:
 
     def _not_finite(self, index: int, layer: nn.Module, rows_BTD: torch.Tensor) -> NotFiniteError:
         """Says which layer and expert made a value that is not finite, by running the layer once more."""
-        routed = self.shape.layers[index].routed
+        routed = self.spec.layers[index].routed
         makers: list[str] = []
 
         def watch_router(_router: nn.Module, inputs: tuple[torch.Tensor, ...], _outputs: Any) -> None:
@@ -352,7 +352,7 @@ class StreamedModel:
     def _place(self, hidden_bytes: int) -> Placement:
         """The placement of weights and hidden states; the first call decides it for all later ones."""
         if self._placement is None:
-            self._placement = place(self._limit, self.shape, layer_bytes(self.student), hidden_bytes)
+            self._placement = place(self._limit, self.spec, layer_bytes(self.student), hidden_bytes)
         return self._placement
 
     def _visit(self, order: Sequence[int]) -> Iterator[tuple[int, LayerWeights]]:
@@ -380,7 +380,7 @@ class StreamedModel:
 
     def _read_head(self, dtype: torch.dtype) -> torch.Tensor:
         """The head in ``dtype``, [V, D]; read in parts, so that it is in memory once only."""
-        matrix_VD = torch.empty(self.shape.vocab_size, self.shape.hidden_size, dtype=dtype)
+        matrix_VD = torch.empty(self.spec.vocab_size, self.spec.hidden_size, dtype=dtype)
         for start in range(0, len(matrix_VD), _HEAD_ROWS_AT_ONCE):
             rows = slice(start, min(start + _HEAD_ROWS_AT_ONCE, len(matrix_VD)))
             matrix_VD[rows] = self.student.rows(Role.HEAD, None, rows)

@@ -52,7 +52,7 @@ class Checkpoint:
         check_folder(folder)
         self.block_scaled: BlockScaled | None = read_block_scaled(folder)
         refuse_other_inputs(folder)
-        self.shape: ModelSpec = read_spec(folder)
+        self.spec: ModelSpec = read_spec(folder)
         self._weights = find_weights(folder)
         self.files = self._weights.files
         self._opened = {file: WeightFile(file) for file in self.files}
@@ -61,17 +61,17 @@ class Checkpoint:
             self.headers.update({with_prefix(name): header for name, header in opened.tensors.items()})
         self._check_tensors()
         if self._has_own_head():
-            self.shape = replace(self.shape, tied_embeddings=False)
+            self.spec = replace(self.spec, tied_embeddings=False)
 
     @property
     def family(self) -> Family:
         """The architecture."""
-        return self.shape.family
+        return self.spec.family
 
     @property
     def dtype(self) -> torch.dtype:
         """Storage dtype of the experts."""
-        with_experts = next(index for index, layer in enumerate(self.shape.layers) if layer.n_experts)
+        with_experts = next(index for index, layer in enumerate(self.spec.layers) if layer.n_experts)
         return self._dtype(self._expert_location(Role.EXPERT_DOWN, with_experts, 0)[0])
 
     def dtype_of(self, role: Role, layer: int | None = None) -> torch.dtype:
@@ -110,7 +110,7 @@ class Checkpoint:
 
     def expert(self, role: Role, layer: int, expert: int) -> torch.Tensor:
         """One expert's gate [F, D], up [F, D] or down [D, F] projection, in storage dtype."""
-        out = torch.empty(self.shape.dimensions(role, layer), dtype=self.dtype)
+        out = torch.empty(self.spec.dimensions(role, layer), dtype=self.dtype)
         self.read_expert(role, layer, expert, out)
         return out
 
@@ -128,15 +128,15 @@ class Checkpoint:
 
     def expected_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Every tensor that the family needs, as (name on disk, shape)."""
-        for tensor in self.shape.written.tensors:
-            yield tensor.name, self.shape.dimensions(tensor.role)
-        for index, layer in enumerate(self.shape.layers):
+        for tensor in self.spec.written.tensors:
+            yield tensor.name, self.spec.dimensions(tensor.role)
+        for index, layer in enumerate(self.spec.layers):
             for tensor in layer.shared_tensors:
                 yield tensor.name.format(layer=index), layer.dimensions(tensor)
             yield from self._expected_experts(index)
 
     def _expected_experts(self, index: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        layer = self.shape.layers[index]
+        layer = self.spec.layers[index]
         apart = []
         for tensor in layer.expert_tensors:
             fused = self._fused(tensor, index)
@@ -156,15 +156,15 @@ class Checkpoint:
 
     def _has_own_head(self) -> bool:
         """Whether the weights hold a head that differs from the embedding although ``tie_word_embeddings`` is true."""
-        names = [self.shape.tensor(role).name for role in (Role.HEAD, Role.TOKEN_EMBEDDING)]
-        if not self.shape.tied_embeddings or names[0] not in self.headers:
+        names = [self.spec.tensor(role).name for role in (Role.HEAD, Role.TOKEN_EMBEDDING)]
+        if not self.spec.tied_embeddings or names[0] not in self.headers:
             return False
-        if (problem := self._problem(names[0], self.shape.dimensions(Role.HEAD))) is not None:
+        if (problem := self._problem(names[0], self.spec.dimensions(Role.HEAD))) is not None:
             raise InputError(problem)
         self._check_scales(names[0])
         head, embedding = (partial(self._read_rows, name) for name in names)
         state = [(file, stat.st_size, stat.st_mtime_ns) for file in self.files for stat in [file.stat()]]
-        return is_own_head(tuple(state), self.shape.vocab_size, head, embedding)
+        return is_own_head(tuple(state), self.spec.vocab_size, head, embedding)
 
     def _check_tensors(self) -> None:
         config = read_json(self.folder / "config.json")
@@ -232,9 +232,9 @@ class Checkpoint:
                 )
 
     def _name(self, role: Role, layer: int | None) -> str:
-        if role is Role.HEAD and self.shape.tied_embeddings:
+        if role is Role.HEAD and self.spec.tied_embeddings:
             role = Role.TOKEN_EMBEDDING
-        return self.shape.tensor(role, layer).name.format(layer=layer)
+        return self.spec.tensor(role, layer).name.format(layer=layer)
 
     def _dtype(self, name: str) -> torch.dtype:
         header = self.headers[name]
@@ -244,11 +244,11 @@ class Checkpoint:
 
     def _expert_location(self, role: Role, layer: int, expert: int) -> tuple[str, int]:
         """Name on disk, and the flat index in it of the expert's first value."""
-        tensor = self.shape.tensor(role, layer)
+        tensor = self.spec.tensor(role, layer)
         name = self._fused(tensor, layer)
         if name is None or tensor.fused is None:
             return tensor.name.format(layer=layer, expert=expert), 0
-        n_values = math.prod(self.shape.dimensions(role, layer))
+        n_values = math.prod(self.spec.dimensions(role, layer))
         return name, (tensor.fused.n_parts * expert + tensor.fused.part) * n_values
 
     def _read_into(self, name: str, out: torch.Tensor, first: int) -> None:

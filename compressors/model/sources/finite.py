@@ -19,10 +19,10 @@ def check_vocabulary_is_finite(checkpoint: Checkpoint) -> None:
     Raises:
         InputError: a value is NaN or infinite; the message names the tensor and the row.
     """
-    shape = checkpoint.shape
-    n_rows = max(1, _VALUES_AT_ONCE // shape.hidden_size)
-    for role in (Role.TOKEN_EMBEDDING, *(() if shape.tied_embeddings else (Role.HEAD,))):
-        for start in range(0, shape.vocab_size, n_rows):
+    spec = checkpoint.spec
+    n_rows = max(1, _VALUES_AT_ONCE // spec.hidden_size)
+    for role in (Role.TOKEN_EMBEDDING, *(() if spec.tied_embeddings else (Role.HEAD,))):
+        for start in range(0, spec.vocab_size, n_rows):
             rows_RD = checkpoint.rows(role, None, slice(start, start + n_rows))
             # a sum shows NaN and infinity without a temporary; a sum that overflows is looked at again
             if torch.isfinite(rows_RD.sum(dtype=torch.float32)):
@@ -30,6 +30,6 @@ def check_vocabulary_is_finite(checkpoint: Checkpoint) -> None:
             wrong = (~torch.isfinite(rows_RD)).any(dim=1).nonzero()
             if len(wrong):
                 raise InputError(
-                    f"{checkpoint.folder}: tensor {shape.tensor(role).name} holds NaN or infinite values, first in "
-                    f"row {start + int(wrong[0])} of {shape.vocab_size}; download the weights again"
+                    f"{checkpoint.folder}: tensor {spec.tensor(role).name} holds NaN or infinite values, first in "
+                    f"row {start + int(wrong[0])} of {spec.vocab_size}; download the weights again"
                 )

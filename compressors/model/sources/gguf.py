@@ -42,12 +42,12 @@ class GgufWeights:
 
     dtype = torch.float32
 
-    def __init__(self, path: Path, shape: ModelSpec) -> None:
+    def __init__(self, path: Path, spec: ModelSpec) -> None:
         self._file = GgufFile(path)
-        self._shape = shape
+        self._spec = spec
         self._values = ReplacedValues({})
         self._entries = {
-            (tensor.role, layer): self._checked_entry(tensor, layer) for tensor, layer in shape.written.places
+            (tensor.role, layer): self._checked_entry(tensor, layer) for tensor, layer in spec.written.places
         }
 
     def dtype_of(self, role: Role, layer: int | None) -> torch.dtype:
@@ -62,8 +62,8 @@ class GgufWeights:
     def tensor(self, role: Role, layer: int | None) -> torch.Tensor:
         """The tensor of a role that is not an expert's, float32."""
         if (role, layer) not in self._entries:  # the router of one expert: a softmax over one logit, whatever it is
-            return torch.zeros(self._shape.dimensions(role, layer))
-        shape = self._shape.dimensions(role, layer)
+            return torch.zeros(self._spec.dimensions(role, layer))
+        shape = self._spec.dimensions(role, layer)
         values_RN = self._rows(role, layer, 0, 1 if len(shape) == 1 else shape[0])
         return self._in_order(role, layer, values_RN, from_file=True).view(shape)
 
@@ -71,7 +71,7 @@ class GgufWeights:
         """Some consecutive rows of :meth:`tensor`; of embedding and head, which are large, only these are read."""
         if role not in (Role.TOKEN_EMBEDDING, Role.HEAD):
             return self.tensor(role, layer)[rows]
-        start, stop, _ = rows.indices(self._shape.vocab_size)
+        start, stop, _ = rows.indices(self._spec.vocab_size)
         return self._rows(role, layer, start, stop - start)
 
     def read_expert(self, role: Role, layer: int, expert: int, out: torch.Tensor) -> None:
@@ -149,7 +149,7 @@ class GgufWeights:
         """The rows of a matrix, or their scales, in the other side's order, where the file has its own."""
         if layer is None:
             return values
-        transform, sizes = self._shape.tensor(role, layer).gguf.transform, self._shape.layers[layer].sizes
+        transform, sizes = self._spec.tensor(role, layer).gguf.transform, self._spec.layers[layer].sizes
         return transform.read(values, sizes) if from_file else transform.write(values, sizes)
 
     def _tunable_entry(self, role: Role, layer: int | None) -> GgufEntry:
@@ -157,7 +157,7 @@ class GgufWeights:
         entry = self._entries.get((role, layer))
         if entry is None:
             raise InputError(f"{self._file.path} has no tensor of the role {role}: it holds a dense model")
-        is_float = not self._shape.tensor(role, layer).is_quantizable
+        is_float = not self._spec.tensor(role, layer).is_quantizable
         if is_float and entry.ggml_type is not GGMLQuantizationType.F32:
             raise InputError(f"{self._file.path}: {entry.name} is stored as {entry.ggml_type.name}; it must be F32")
         if not is_float and block_length(entry.ggml_type) is None:
@@ -181,9 +181,9 @@ class GgufWeights:
             )
 
     def _checked_entry(self, tensor: TensorSpec, layer: int | None) -> GgufEntry:
-        name, expected = tensor.gguf.name.format(layer=layer), self._shape.dimensions(tensor.role, layer)
+        name, expected = tensor.gguf.name.format(layer=layer), self._spec.dimensions(tensor.role, layer)
         if tensor.is_per_expert and layer is not None:
-            expected = (self._shape.layers[layer].n_experts, *expected)
+            expected = (self._spec.layers[layer].n_experts, *expected)
         entry = self._file.tensors.get(name)
         if entry is None:
             raise InputError(f"{self._file.path} has no tensor {name}: it does not hold this model")
@@ -194,7 +194,7 @@ class GgufWeights:
         return entry
 
     def _name(self, role: Role, layer: int | None) -> str:
-        return self._shape.written.tensor(role, layer).gguf.name.format(layer=layer)
+        return self._spec.written.tensor(role, layer).gguf.name.format(layer=layer)
 
 
 _ROWS_AT_ONCE = 4096

@@ -120,17 +120,17 @@ class OnnxWeights:
 
     dtype = torch.float32
 
-    def __init__(self, folder: Path, shape: ModelSpec) -> None:
+    def __init__(self, folder: Path, spec: ModelSpec) -> None:
         self._graph_file = folder / MODEL_FILE
         self._data = RawFile(folder / DATA_FILE)
-        self._shape = shape
+        self._spec = spec
         self._values = ReplacedValues({})
         self._replaced: Mapping[_Weight, Mapping[Role, str]] = {}  # names of a weight's replaced values
         tensors = self._tensors()
         self._weights = {
             (role, layer): self._weight(role, layer, tensors)
-            for role in shape.stored_roles
-            for layer in ([None] if role.is_global else range(shape.n_layers))
+            for role in spec.stored_roles
+            for layer in ([None] if role.is_global else range(spec.n_layers))
             if layer is None or self._has(role, layer)
         }
 
@@ -148,7 +148,7 @@ class OnnxWeights:
         """The tensor of a role that is not an expert's, float32."""
         weight = self._weights.get((role, layer))
         if weight is None:  # the router of one expert: a softmax over one logit, whatever it is
-            return torch.zeros(role_shape(role, self._shape))
+            return torch.zeros(role_shape(role, self._spec))
         return self._rows(weight, 0, weight.n_rows).view(weight.shape)
 
     def rows(self, role: Role, layer: int | None, rows: slice) -> torch.Tensor:
@@ -162,7 +162,7 @@ class OnnxWeights:
     def read_expert(self, role: Role, layer: int, expert: int, out: torch.Tensor) -> None:
         """Fills ``out`` with one expert's projection."""
         weight = self._weights[role, layer]
-        if role is Role.EXPERT_DOWN or self._shape.is_dense:
+        if role is Role.EXPERT_DOWN or self._spec.is_dense:
             out.copy_(self._rows(weight, expert * len(out), len(out)))
         else:
             gate_and_up = self._rows(weight, expert * 2 * len(out), 2 * len(out))
@@ -201,7 +201,7 @@ class OnnxWeights:
     def changed_parts(self) -> Iterator[TunablePart]:
         """Yields the tensors whose values are replaced, each as a whole."""
         for (role, layer), weight in self._weights.items():
-            if self._shape.gguf_name(role, layer) in self._values:
+            if self._spec.gguf_name(role, layer) in self._values:
                 stored = weight.codes if weight.scales is None else weight.scales
                 yield TunablePart(self._data.path, stored.offset, stored.n_bytes, partial(self._put, weight, stored))
 
@@ -210,7 +210,7 @@ class OnnxWeights:
         self._replace(weight, data.view(stored.dtype).reshape(weight.n_rows, -1), 0)
 
     def _has(self, role: Role, layer: int) -> bool:
-        return (role.is_expert and self._shape.layer(layer).has_moe) or role in self._shape.layer_roles(layer)
+        return (role.is_expert and self._spec.layer(layer).has_moe) or role in self._spec.layer_roles(layer)
 
     def _rows(self, weight: _Weight, first: int, n_rows: int) -> torch.Tensor:
         """Rows counted through all leading axes: float32 [rows, columns]."""
@@ -233,7 +233,7 @@ class OnnxWeights:
     def _replace(self, weight: _Weight, values_RN: npt.NDArray[Any], first: int) -> None:
         """Writes the values that replace the file's into some rows: those of whole experts where roles alternate."""
         for role, name in self._replaced[weight].items():
-            alternate = role in _ALTERNATING and not self._shape.is_dense
+            alternate = role in _ALTERNATING and not self._spec.is_dense
             own_RN = self._rows_of_role(values_RN, role)
             of_role_RN = self._values[name].reshape(-1, values_RN.shape[1]).numpy()
             own_RN[:] = of_role_RN[first // (2 if alternate else 1) :][: len(own_RN)]
@@ -242,14 +242,14 @@ class OnnxWeights:
         """Returns the names among ``values`` whose rows each weight holds."""
         names: dict[_Weight, dict[Role, str]] = {}
         for (role, layer), weight in self._weights.items():
-            name = self._shape.gguf_name(role, layer)
+            name = self._spec.gguf_name(role, layer)
             if name in values:
                 names.setdefault(weight, {})[role] = name
         return names
 
     def _rows_of_role(self, rows_RN: npt.NDArray[Any], role: Role) -> npt.NDArray[Any]:
         """A view of the rows that are a role's."""
-        if role not in _ALTERNATING or self._shape.is_dense:
+        if role not in _ALTERNATING or self._spec.is_dense:
             return rows_RN
         return rows_RN[int(role is Role.EXPERT_UP) :: 2]
 
@@ -264,7 +264,7 @@ class OnnxWeights:
         return weight
 
     def _check_values(self, name: str, values: torch.Tensor) -> None:
-        keys = [key for key in self._weights if self._shape.gguf_name(*key) == name]
+        keys = [key for key in self._weights if self._spec.gguf_name(*key) == name]
         if not keys:
             raise InputError(f"{self._graph_file} has no tensor {name}, whose values are to be replaced")
         expected = self.tunable(*keys[0])
@@ -289,7 +289,7 @@ class OnnxWeights:
         return stored
 
     def _weight(self, role: Role, layer: int | None, tensors: dict[str, _Stored]) -> _Weight:
-        name, shape = self._shape.onnx_name(role, layer), self._expected_shape(role, layer)
+        name, shape = self._spec.onnx_name(role, layer), self._expected_shape(role, layer)
         codes = next((tensors[key] for key in (name, name + CODES, name + CODES + MATRIX) if key in tensors), None)
         if codes is None:
             raise InputError(f"{self._graph_file} has no tensor {name}: it does not hold this model")
@@ -302,8 +302,8 @@ class OnnxWeights:
         return weight
 
     def _expected_shape(self, role: Role, layer: int | None) -> tuple[int, ...]:
-        of_layer = self._shape if layer is None else self._shape.layer(layer)
+        of_layer = self._spec if layer is None else self._spec.layer(layer)
         rows, *columns = role_shape(role, of_layer)
-        if not role.is_expert or self._shape.is_dense:
+        if not role.is_expert or self._spec.is_dense:
             return (rows, *columns)
         return (of_layer.n_experts, rows if role is Role.EXPERT_DOWN else 2 * rows, *columns)

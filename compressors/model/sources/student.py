@@ -51,9 +51,9 @@ class ExpertMap:
     layers: tuple[LayerMap, ...]
 
     @classmethod
-    def identity(cls, shape: ModelSpec) -> ExpertMap:
+    def identity(cls, spec: ModelSpec) -> ExpertMap:
         """Keeps everything."""
-        return cls.keeping(shape.n_experts, [range(layer.n_experts) for layer in shape.layers])
+        return cls.keeping(spec.n_experts, [range(layer.n_experts) for layer in spec.layers])
 
     @classmethod
     def keeping(cls, n_teacher_experts: int, kept: Sequence[Sequence[int]]) -> ExpertMap:
@@ -70,30 +70,26 @@ class ExpertMap:
         """[L][student expert]: the teacher's expert that it comes from."""
         return tuple(layer.kept for layer in self.layers)
 
-    def check_against(self, shape: ModelSpec) -> None:
+    def check_against(self, spec: ModelSpec) -> None:
         """Checks that these are layers and experts of a model of this shape.
 
         Raises:
             ValueError: another number of experts, a layer or an expert that is there twice or not at all.
         """
         sources = [layer.source for layer in self.layers]
-        if self.n_teacher_experts != shape.n_experts or not sources:
+        if self.n_teacher_experts != spec.n_experts or not sources:
             raise ValueError(f"the map is for {len(sources)} layers of {self.n_teacher_experts} experts")
-        if sources != sorted(set(sources)) or not set(sources) <= set(range(shape.n_layers)):
+        if sources != sorted(set(sources)) or not set(sources) <= set(range(spec.n_layers)):
             raise ValueError(f"the map names the layers {sources}")
         for layer in self.layers:
             members = [expert for group in layer.groups for expert in group]
-            if (
-                () in layer.groups
-                or len(set(members)) < len(members)
-                or not set(members) <= set(range(shape.n_experts))
-            ):
+            if () in layer.groups or len(set(members)) < len(members) or not set(members) <= set(range(spec.n_experts)):
                 raise ValueError(f"layer {layer.source} keeps the experts {[list(group) for group in layer.groups]}")
-            widest = shape.layers[layer.source].expert_width * (len(members) if len(layer.groups) == 1 else 1)
+            widest = spec.layers[layer.source].expert_width * (len(members) if len(layer.groups) == 1 else 1)
             if layer.width is not None and not 1 <= layer.width <= widest:
                 raise ValueError(f"layer {layer.source} has experts of width {layer.width}")
 
-    def shape_of(self, teacher: ModelSpec) -> ModelSpec:
+    def spec_of(self, teacher: ModelSpec) -> ModelSpec:
         """The student's shape."""
         sizes = [
             MoeSize(len(layer.groups), layer.width or teacher.layers[layer.source].expert_width)
@@ -150,13 +146,13 @@ class Student:
         self.source = source
         self.experts = experts
         self.overlay: Mapping[str, torch.Tensor] = {} if overlay is None else overlay
-        self.shape: ModelSpec = experts.shape_of(source.shape)
+        self.spec: ModelSpec = experts.spec_of(source.spec)
         self._weights: Weights = _KeptWeights(source, experts) if weights is None else weights
 
     @classmethod
     def teacher(cls, source: Checkpoint) -> Student:
         """The original model."""
-        return cls(source, ExpertMap.identity(source.shape))
+        return cls(source, ExpertMap.identity(source.spec))
 
     @classmethod
     def load(cls, source: Checkpoint, expert_map: Path, overlays: Sequence[Path] = ()) -> Student:
@@ -167,7 +163,7 @@ class Student:
         """
         try:
             experts = ExpertMap.from_json(json.loads(expert_map.read_text(encoding="utf-8")))
-            experts.check_against(source.shape)
+            experts.check_against(source.spec)
             tensors: Mapping[str, torch.Tensor] = ChainMap(*map(StoredTensors, overlays))  # type: ignore[arg-type]
         except (OSError, ValueError, KeyError, TypeError, InputError) as error:
             raise InputError(
@@ -182,21 +178,21 @@ class Student:
 
     def name(self, role: Role, layer: int | None = None, expert: int | None = None) -> str:
         """The Hugging Face name of a tensor in the student's numbering; overlays use it as their key."""
-        return self.shape.tensor(role, layer).name.format(layer=layer, expert=expert)
+        return self.spec.tensor(role, layer).name.format(layer=layer, expert=expert)
 
     def tensor(self, role: Role, layer: int | None = None) -> torch.Tensor:
         """The tensor of a role that is not an expert's; router rows are the surviving experts' [E, D].
 
         A tied head is the embedding, as the student has it.
         """
-        if role is Role.HEAD and self.shape.tied_embeddings:
+        if role is Role.HEAD and self.spec.tied_embeddings:
             role = Role.TOKEN_EMBEDDING
         name = self.name(role, layer)
         return self.overlay[name] if name in self.overlay else self._weights.tensor(role, layer)
 
     def rows(self, role: Role, layer: int | None, rows: slice) -> torch.Tensor:
         """Some consecutive rows of :meth:`tensor`, without reading the others."""
-        if role is Role.HEAD and self.shape.tied_embeddings:
+        if role is Role.HEAD and self.spec.tied_embeddings:
             role = Role.TOKEN_EMBEDDING
         if self.name(role, layer) in self.overlay:
             return self.tensor(role, layer)[rows]
@@ -207,7 +203,7 @@ class Student:
         name = self.name(role, layer, expert)
         if name in self.overlay:
             return self.overlay[name]
-        out = torch.empty(self.shape.dimensions(role, layer), dtype=self.expert_dtype)
+        out = torch.empty(self.spec.dimensions(role, layer), dtype=self.expert_dtype)
         self._weights.read_expert(role, layer, expert, out)
         return out
 
@@ -268,7 +264,7 @@ class _KeptWeights:
         return self._source.rows(role, self._layer(layer), rows)
 
     def _experts_axis(self, role: Role, layer: int | None) -> int | None:
-        return self._source.shape.tensor(role, self._layer(layer)).experts_axis
+        return self._source.spec.tensor(role, self._layer(layer)).experts_axis
 
     def read_expert(self, role: Role, layer: int, expert: int, out: torch.Tensor) -> None:
         came_from = self._experts.layers[layer]

@@ -67,7 +67,7 @@ class _Entry:
         return means_EN.reshape(-1)
 
 
-def read_imatrix(path: Path, shape: ModelSpec) -> Importance:
+def read_imatrix(path: Path, spec: ModelSpec) -> Importance:
     """The importance of every matrix of a model of this shape, from a file of llama.cpp's.
 
     ``llama-imatrix`` leaves out the embedding, and the head unless told otherwise. The vector of an expert that no
@@ -78,14 +78,14 @@ def read_imatrix(path: Path, shape: ModelSpec) -> Importance:
     """
     entries = _read_gguf(path) if RawFile(path).start(len(_MAGIC)) == _MAGIC else _read_dat(path)
     found: Importance = {}
-    for tensor in plan_tensors(shape, "F32"):
+    for tensor in plan_tensors(spec, "F32"):
         if not tensor.is_matrix:
             continue
         if tensor.name in entries:
             found[tensor.role, tensor.layer] = _importance(path, tensor, entries[tensor.name])
         elif not tensor.role.is_global:
             raise InputError(f"{path} has nothing about {tensor.name}: {_MADE_ELSEWHERE}")
-    _check_layers(path, entries, shape)
+    _check_layers(path, entries, spec)
     return found
 
 
@@ -105,11 +105,11 @@ def _importance(path: Path, tensor: GgufTensor, entry: _Entry) -> torch.Tensor:
     return vectors.reshape(-1, tensor.row_length) if tensor.role.is_expert else vectors
 
 
-def _check_layers(path: Path, entries: Mapping[str, _Entry], shape: ModelSpec) -> None:
+def _check_layers(path: Path, entries: Mapping[str, _Entry], spec: ModelSpec) -> None:
     for name in entries:
         layer = re.match(r"blk\.(\d+)\.", name)
-        if layer is not None and int(layer[1]) >= shape.n_layers:
-            raise InputError(f"{path} has {shown(name)}, but the model has {shape.n_layers} layers: {_MADE_ELSEWHERE}")
+        if layer is not None and int(layer[1]) >= spec.n_layers:
+            raise InputError(f"{path} has {shown(name)}, but the model has {spec.n_layers} layers: {_MADE_ELSEWHERE}")
 
 
 def _read_gguf(path: Path) -> dict[str, _Entry]:
@@ -185,13 +185,13 @@ class _DatReader:
 
 
 def write_imatrix(
-    path: Path, shape: ModelSpec, layers: Sequence[LayerStatistics], experts: ExpertMap, datasets: Sequence[str]
+    path: Path, spec: ModelSpec, layers: Sequence[LayerStatistics], experts: ExpertMap, datasets: Sequence[str]
 ) -> None:
     """Writes the statistics of a calibration in llama.cpp's GGUF format, for ``llama-quantize --imatrix``.
 
     Args:
         path: the file; it is complete or absent.
-        shape: shape of the model that the file is for.
+        spec: shape of the model that the file is for.
         layers: statistics by layer of the model that was watched.
         experts: the parts of that model that the shape has; :meth:`ExpertMap.identity` if it has them all.
         datasets: names of the texts that were calibrated on.
@@ -199,7 +199,7 @@ def write_imatrix(
     Raises:
         InputError: the file cannot be written.
     """
-    tensors = [tensor for tensor in plan_tensors(shape, "F32") if tensor.is_matrix and not tensor.role.is_global]
+    tensors = [tensor for tensor in plan_tensors(spec, "F32") if tensor.is_matrix and not tensor.role.is_global]
     n_chunks = int(layers[experts.layers[0].source].n_tokens) // _CHUNK_TOKENS
     metadata = {
         "general.type": string("imatrix"),

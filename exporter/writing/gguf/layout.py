@@ -56,21 +56,21 @@ class GgufTensor:
         return prod(self.shape[:-1]) * row_bytes(self.ggml_type, self.row_length)
 
 
-def rope_settings(shape: ModelSpec) -> GgufRope:
+def rope_settings(spec: ModelSpec) -> GgufRope:
     """Returns the file's keys and tensors for the rotary embedding, except its base and width.
 
     Raises:
         UnsupportedError: llama.cpp would compute other angles whatever the file says.
     """
-    gguf = shape.written.family.gguf
-    return gguf_rope(shape.rope, gguf.architecture, takes_factors=gguf.takes_rope_factors)
+    gguf = spec.written.family.gguf
+    return gguf_rope(spec.rope, gguf.architecture, takes_factors=gguf.takes_rope_factors)
 
 
-def plan_tensors(shape: ModelSpec, mix: str, types: Mapping[str, str] | None = None) -> tuple[GgufTensor, ...]:
+def plan_tensors(spec: ModelSpec, mix: str, types: Mapping[str, str] | None = None) -> tuple[GgufTensor, ...]:
     """Every tensor of the file, in the file's order.
 
     Args:
-        shape: shape of the model.
+        spec: shape of the model.
         mix: the name of one of llama.cpp's mixes (:data:`exporter.writing.gguf.mixes.MIXES`); types whose blocks do not
             divide a row are replaced by llama.cpp's types of smaller blocks.
         types: type names that replace the mix's, by tensor name such as ``blk.0.ffn_down_exps.weight``.
@@ -80,24 +80,24 @@ def plan_tensors(shape: ModelSpec, mix: str, types: Mapping[str, str] | None = N
         UnsupportedError: llama.cpp cannot represent a model of this shape.
     """
     mix_named(mix)
-    _check_representable(shape)
-    written = shape.written
-    tensors = [_tensor(described, None, shape, mix) for described in written.tensors]
-    for name, values in rope_settings(shape).factors.items():
+    _check_representable(spec)
+    written = spec.written
+    tensors = [_tensor(described, None, spec, mix) for described in written.tensors]
+    for name, values in rope_settings(spec).factors.items():
         factors = GgufTensor(name, Role.ROPE_FACTORS, None, (len(values),), GGMLQuantizationType.F32, None, values)
         tensors.append(factors)
     for index, layer in enumerate(written.layers):
-        tensors += [_tensor(described, index, shape, mix) for described in layer.tensors]
+        tensors += [_tensor(described, index, spec, mix) for described in layer.tensors]
     return _with_types(tensors, types or {})
 
 
-def _tensor(described: TensorSpec, layer: int | None, shape: ModelSpec, mix: str) -> GgufTensor:
-    dimensions = shape.written.dimensions(described.role, layer)
+def _tensor(described: TensorSpec, layer: int | None, spec: ModelSpec, mix: str) -> GgufTensor:
+    dimensions = spec.written.dimensions(described.role, layer)
     if described.is_per_expert:
-        dimensions = (shape.n_experts, *dimensions)
+        dimensions = (spec.n_experts, *dimensions)
     ggml_type = GGMLQuantizationType.F32
     if described.is_quantizable:
-        ggml_type = fallback_type(matrix_type(mix_named(mix), described.role, layer, shape), dimensions[-1])
+        ggml_type = fallback_type(matrix_type(mix_named(mix), described.role, layer, spec), dimensions[-1])
     return GgufTensor(described.gguf.name.format(layer=layer), described.role, layer, dimensions, ggml_type, described)
 
 
@@ -140,15 +140,15 @@ class Quantization:
     file_type: int  # general.file_type
 
 
-def quantization(shape: ModelSpec, mix: str, types: Mapping[str, str] | None = None) -> Quantization:
+def quantization(spec: ModelSpec, mix: str, types: Mapping[str, str] | None = None) -> Quantization:
     """The label and file type of the file of :func:`plan_tensors`.
 
     A file whose types are not all the mix's has the mean of its bits per weight in its name, rounded down, and the file
     type that llama.cpp has for the type of most weights. (For a file without a file type, llama.cpp takes the type of
     most tensors; as norms are tensors, that is often F32.)
     """
-    tensors = plan_tensors(shape, mix, types)
-    if tensors == plan_tensors(shape, mix):
+    tensors = plan_tensors(spec, mix, types)
+    if tensors == plan_tensors(spec, mix):
         named = mix_named(mix)
         return Quantization(named.name, named.file_type)
     weights: Counter[GGMLQuantizationType] = Counter()
@@ -158,30 +158,30 @@ def quantization(shape: ModelSpec, mix: str, types: Mapping[str, str] | None = N
     return Quantization(f"Q{int(bits_per_weight(tensors))}_MIX", file_type_of(most))
 
 
-def check_uniform(shape: ModelSpec) -> None:
+def check_uniform(spec: ModelSpec) -> None:
     """Refuses layers that differ.
 
     Raises:
         UnsupportedError: the layers differ.
     """
-    if not shape.is_uniform:
+    if not spec.is_uniform:
         raise UnsupportedError(
-            f"llama.cpp's {shape.written.family.gguf.architecture} graph has one number of experts and one expert "
-            f"width for all layers; these layers have {shape.described_sizes}: they cannot be written as GGUF; give "
+            f"llama.cpp's {spec.written.family.gguf.architecture} graph has one number of experts and one expert "
+            f"width for all layers; these layers have {spec.described_sizes}: they cannot be written as GGUF; give "
             "all layers the same, or use --formats onnx"
         )
 
 
-def _check_representable(shape: ModelSpec) -> None:
-    check_uniform(shape)
-    gguf = shape.written.family.gguf
-    refusal = gguf.refusal(shape)
+def _check_representable(spec: ModelSpec) -> None:
+    check_uniform(spec)
+    gguf = spec.written.family.gguf
+    refusal = gguf.refusal(spec)
     if refusal is not None:
         raise UnsupportedError(
             f"llama.cpp's {gguf.architecture} {refusal}: it cannot be written as GGUF; use --formats onnx"
         )
-    if shape.n_experts > _MAX_EXPERTS or shape.n_layers > _MAX_LAYERS:
+    if spec.n_experts > _MAX_EXPERTS or spec.n_layers > _MAX_LAYERS:
         raise UnsupportedError(
             f"llama.cpp loads at most {_MAX_EXPERTS} experts and {_MAX_LAYERS} layers; this model has "
-            f"{shape.n_experts} and {shape.n_layers}: use --formats onnx"
+            f"{spec.n_experts} and {spec.n_layers}: use --formats onnx"
         )

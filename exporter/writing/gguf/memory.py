@@ -36,7 +36,7 @@ _BYTES_PER_LAYER_GRAPH = 100 << 10  # about 100 graph nodes, in two graphs and i
 _LIBRARY_BYTES = 5 << 20  # pages of the libraries that are touched only when a model runs
 
 
-def predict_runtime_bytes(shape: ModelSpec, file_bytes: int, context: int, kv_type: str) -> dict[str, int]:
+def predict_runtime_bytes(spec: ModelSpec, file_bytes: int, context: int, kv_type: str) -> dict[str, int]:
     """Bytes by purpose: ``weights``, ``kv_cache`` and ``compute``; the runtime's own base comes on top.
 
     Raises:
@@ -45,52 +45,52 @@ def predict_runtime_bytes(shape: ModelSpec, file_bytes: int, context: int, kv_ty
     """
     if kv_type not in _CACHE_BYTES:
         raise InputError(f"--kv-type {kv_type}: no such type; choose one of {', '.join(_CACHE_BYTES)}")
-    if kv_type in _QUANTIZED and shape.head_dim % _QUANTIZED_BLOCK:
+    if kv_type in _QUANTIZED and spec.head_dim % _QUANTIZED_BLOCK:
         raise UnsupportedError(
             f"--kv-type {kv_type}: llama.cpp stores such keys and values in blocks of {_QUANTIZED_BLOCK}, and this "
-            f"model's heads are {shape.head_dim} wide: use --kv-type f16"
+            f"model's heads are {spec.head_dim} wide: use --kv-type f16"
         )
     cells = -(-context // _CONTEXT_STEP) * _CONTEXT_STEP
-    key_value = 2 * shape.n_kv_heads * shape.head_dim  # values cached for a token in a layer
+    key_value = 2 * spec.n_kv_heads * spec.head_dim  # values cached for a token in a layer
     compute = (
-        _graph_bytes(shape, cells, kv_type)
-        + _work_bytes(shape)
-        + _FLOAT * shape.vocab_size  # output buffer: logits of one position
-        + _BYTES_PER_TOKEN_TEXT * shape.vocab_size
-        + _BYTES_PER_LAYER_GRAPH * shape.n_layers
+        _graph_bytes(spec, cells, kv_type)
+        + _work_bytes(spec)
+        + _FLOAT * spec.vocab_size  # output buffer: logits of one position
+        + _BYTES_PER_TOKEN_TEXT * spec.vocab_size
+        + _BYTES_PER_LAYER_GRAPH * spec.n_layers
         + _LIBRARY_BYTES
     )
     return {
         "weights": file_bytes,
-        "kv_cache": int(shape.n_layers * cells * key_value * _CACHE_BYTES[kv_type]),
+        "kv_cache": int(spec.n_layers * cells * key_value * _CACHE_BYTES[kv_type]),
         "compute": compute,
     }
 
 
-def _graph_bytes(shape: ModelSpec, cells: int, kv_type: str) -> int:
+def _graph_bytes(spec: ModelSpec, cells: int, kv_type: str) -> int:
     """The compute buffer: the largest of three moments at which most intermediate results are alive at once."""
     tokens = min(_BATCH, cells)
-    hidden = _FLOAT * tokens * shape.hidden_size
-    query = _FLOAT * tokens * shape.n_heads * shape.head_dim
-    key_value = 2 * _FLOAT * tokens * shape.n_kv_heads * shape.head_dim
-    chosen_inner = _FLOAT * tokens * shape.top_k * shape.expert_width
-    chosen_outer = _FLOAT * tokens * shape.top_k * shape.hidden_size
+    hidden = _FLOAT * tokens * spec.hidden_size
+    query = _FLOAT * tokens * spec.n_heads * spec.head_dim
+    key_value = 2 * _FLOAT * tokens * spec.n_kv_heads * spec.head_dim
+    chosen_inner = _FLOAT * tokens * spec.top_k * spec.expert_width
+    chosen_outer = _FLOAT * tokens * spec.top_k * spec.hidden_size
     mask = _HALF * tokens * cells
     # flash attention works on half precision: float32 keys and values are converted whole
-    converted = _HALF * 2 * cells * shape.n_kv_heads * shape.head_dim if kv_type == "f32" else 0
-    logits_moment = _FLOAT * tokens * shape.vocab_size + 2 * hidden
+    converted = _HALF * 2 * cells * spec.n_kv_heads * spec.head_dim if kv_type == "f32" else 0
+    logits_moment = _FLOAT * tokens * spec.vocab_size + 2 * hidden
     attention_moment = mask + converted + 2 * hidden + 2 * query + key_value
     experts_moment = mask + 2 * hidden + max(3 * chosen_inner + chosen_outer, 2 * chosen_outer)
     # the allocator leaves gaps, up to the size of one hidden state in all cases that were seen
     return max(logits_moment, attention_moment, experts_moment) + hidden
 
 
-def _work_bytes(shape: ModelSpec) -> int:
+def _work_bytes(spec: ModelSpec) -> int:
     """Scratch memory of the CPU kernels (``ggml_graph_plan`` in ggml-cpu.c).
 
     Inputs of a matrix product in the weights' dot-product type, at most 16 bits a value; for experts also the list of
     rows of each.
     """
-    inputs = max(shape.hidden_size, shape.n_heads * shape.head_dim, shape.top_k * shape.expert_width)
-    row_lists = 8 * shape.n_experts * shape.top_k
+    inputs = max(spec.hidden_size, spec.n_heads * spec.head_dim, spec.top_k * spec.expert_width)
+    row_lists = 8 * spec.n_experts * spec.top_k
     return _BATCH * (_HALF * inputs + row_lists)

@@ -24,7 +24,7 @@ _LARGEST_CARD = 16_000_000  # bytes
 
 
 def model_metadata(
-    shape: ModelSpec, source_folder: Path, name: str, mix: str, types: Mapping[str, str] | None = None
+    spec: ModelSpec, source_folder: Path, name: str, mix: str, types: Mapping[str, str] | None = None
 ) -> dict[str, Value]:
     """All metadata apart from the tokenizer's; ``source_folder`` gives licence and ancestry.
 
@@ -33,46 +33,46 @@ def model_metadata(
     Raises:
         InputError: the front matter of the source's README.md cannot be read.
     """
-    file_type = {"general.file_type": uint32(quantization(shape, mix, types).file_type)}
+    file_type = {"general.file_type": uint32(quantization(spec, mix, types).file_type)}
     version = {"general.quantization_version": uint32(GGML_QUANT_VERSION)}
-    return {**_general(shape, source_folder, name), **file_type, **version, **_architecture(shape)}
+    return {**_general(spec, source_folder, name), **file_type, **version, **_architecture(spec)}
 
 
-def moe_size_label(shape: ModelSpec) -> str:
+def moe_size_label(spec: ModelSpec) -> str:
     """Returns a label like ``64x1.5B``: the number of experts, and the parameters of a model with one expert per layer.
 
     A dense model's is the number of its parameters, such as ``1.5B``. As gguf-py counts them (``size_label`` in
     ``gguf-py/gguf/utility.py``).
     """
-    written = shape.written
+    written = spec.written
     expert = sum(layer.expert_parameters for layer in written.layers if layer.n_experts)
     shared = written.parameters - written.n_experts * expert
     return size_label(written.parameters, shared, expert, written.n_experts)
 
 
-def gguf_file_name(name: str, shape: ModelSpec, mix: str, types: Mapping[str, str] | None = None) -> str:
+def gguf_file_name(name: str, spec: ModelSpec, mix: str, types: Mapping[str, str] | None = None) -> str:
     """``NAME-SIZE-TYPE.gguf``, ggml's naming convention (``docs/gguf.md`` of ggml).
 
     The mix and the types are those of :func:`exporter.writing.gguf.layout.plan_tensors`, and so are the errors.
     """
     base = name.rsplit("/", 1)[-1].strip().replace(" ", "-")
-    return f"{base}-{moe_size_label(shape)}-{quantization(shape, mix, types).label}.gguf"
+    return f"{base}-{moe_size_label(spec)}-{quantization(spec, mix, types).label}.gguf"
 
 
-def _general(shape: ModelSpec, source_folder: Path, name: str) -> dict[str, Value]:
+def _general(spec: ModelSpec, source_folder: Path, name: str) -> dict[str, Value]:
     # a size in the name, such as 30B, is the source's: gguf-py recognises it by the source's parameters
     parts = Metadata.get_model_id_components(name, read_spec(source_folder).parameters)
     _, organization, base_name, finetune, version, _ = parts
     card = _model_card(source_folder)
     texts = {
-        "general.architecture": shape.written.family.gguf.architecture,  # llama.cpp wants it first
+        "general.architecture": spec.written.family.gguf.architecture,  # llama.cpp wants it first
         "general.type": "model",
         "general.name": name,
         "general.organization": organization,
         "general.basename": base_name,
         "general.finetune": finetune,
         "general.version": version,
-        "general.size_label": moe_size_label(shape),
+        "general.size_label": moe_size_label(spec),
         "general.quantized_by": "moe-export",
         "general.license": _joined(card.get("license")),
         "general.license.name": _joined(card.get("license_name")),
@@ -82,10 +82,10 @@ def _general(shape: ModelSpec, source_folder: Path, name: str) -> dict[str, Valu
     return values | _base_models(source_folder, card)
 
 
-def _architecture(shape: ModelSpec) -> dict[str, Value]:
+def _architecture(spec: ModelSpec) -> dict[str, Value]:
     """Hyper-parameters (``LLM_KV_NAMES`` in ``src/llama-arch.cpp``)."""
-    gguf = shape.written.family.gguf
-    values = {**gguf.keys(shape.written), **rope_settings(shape).keys}
+    gguf = spec.written.family.gguf
+    values = {**gguf.keys(spec.written), **rope_settings(spec).keys}
     return {f"{gguf.architecture}.{key}": value_of(value) for key, value in values.items()}
 
 

@@ -87,24 +87,24 @@ def mix_named(name: str) -> Mix:
     return mix
 
 
-def matrix_type(mix: Mix, role: Role, layer: int | None, shape: ModelSpec) -> GGMLQuantizationType:
+def matrix_type(mix: Mix, role: Role, layer: int | None, spec: ModelSpec) -> GGMLQuantizationType:
     """The type that a mix gives to a matrix; the length of its rows is not considered here.
 
     Args:
         mix: the mix.
         role: role of a matrix that is quantized: neither a router nor a norm.
         layer: its layer, None for embedding and head.
-        shape: shape of the whole model.
+        spec: shape of the whole model.
     """
     if mix.base in (_T.F32, _T.F16, _T.BF16):
         return mix.base
-    if role is Role.HEAD or (role is Role.TOKEN_EMBEDDING and shape.tied_embeddings):
-        return _head(mix, shape)
+    if role is Role.HEAD or (role is Role.TOKEN_EMBEDDING and spec.tied_embeddings):
+        return _head(mix, spec)
     if mix.name == "MXFP4_MOE":
-        return _T.MXFP4 if role.is_expert and shape.n_experts > 1 else _T.Q8_0
+        return _T.MXFP4 if role.is_expert and spec.n_experts > 1 else _T.Q8_0
     if layer is None:
         return _EMBEDDINGS.get(mix.name, mix.base)
-    return _RULES[role](mix, layer, shape)
+    return _RULES[role](mix, layer, spec)
 
 
 _LOWEST = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M"})
@@ -124,9 +124,9 @@ _EMBEDDINGS: Mapping[str, GGMLQuantizationType] = {
 """The type of an embedding that has a head beside it."""
 
 
-def _head(mix: Mix, shape: ModelSpec) -> GGMLQuantizationType:
+def _head(mix: Mix, spec: ModelSpec) -> GGMLQuantizationType:
     """The type of the head, and of an embedding that is the head too."""
-    if mix.name == "MXFP4_MOE" or mix.base is _T.Q8_0 or shape.hidden_size % BLOCK_SIZES[mix.base][0]:
+    if mix.name == "MXFP4_MOE" or mix.base is _T.Q8_0 or spec.hidden_size % BLOCK_SIZES[mix.base][0]:
         return _T.Q8_0
     return _T.Q5_K if mix.name in _LOWEST or mix.name == "IQ3_XXS" else _T.Q6_K
 
@@ -145,34 +145,34 @@ _SHARED_VALUES: Mapping[str, GGMLQuantizationType] = {
 """Values that four query heads or more share are few, and get more bits."""
 
 
-def _value(mix: Mix, layer: int, shape: ModelSpec) -> GGMLQuantizationType:
-    are_shared = shape.n_heads // shape.n_kv_heads >= 4
+def _value(mix: Mix, layer: int, spec: ModelSpec) -> GGMLQuantizationType:
+    are_shared = spec.n_heads // spec.n_kv_heads >= 4
     if mix.name in _LOWEST:
-        return _T.Q4_K if are_shared or shape.n_experts >= 4 else _VALUES[mix.name]
-    if shape.n_experts == 8:
+        return _T.Q4_K if are_shared or spec.n_experts >= 4 else _VALUES[mix.name]
+    if spec.n_experts == 8:
         return _T.Q8_0
     chosen = _VALUES.get(mix.name, mix.base)
-    if mix.name in ("Q4_K_M", "Q5_K_M") and _gets_more_bits(layer, shape.n_layers):
+    if mix.name in ("Q4_K_M", "Q5_K_M") and _gets_more_bits(layer, spec.n_layers):
         chosen = _T.Q6_K
     elif layer < {"Q3_K_M": 2, "Q4_K_S": 4}.get(mix.name, 0):
         chosen = _T.Q5_K
     elif are_shared:
         chosen = _SHARED_VALUES.get(mix.name, chosen)
-    return _T.Q5_K if _is_llama_70b(shape) and chosen in (_T.Q3_K, _T.Q4_K) else chosen
+    return _T.Q5_K if _is_llama_70b(spec) and chosen in (_T.Q3_K, _T.Q4_K) else chosen
 
 
-def _is_llama_70b(shape: ModelSpec) -> bool:
+def _is_llama_70b(spec: ModelSpec) -> bool:
     """True if llama.cpp takes the model for a Llama 70B (``load_arch_hparams`` in ``src/models/llama.cpp``)."""
-    return shape.gguf_architecture == "llama" and shape.n_layers == 80 and shape.n_heads != shape.n_kv_heads
+    return spec.gguf_architecture == "llama" and spec.n_layers == 80 and spec.n_heads != spec.n_kv_heads
 
 
-def _key(mix: Mix, layer: int, shape: ModelSpec) -> GGMLQuantizationType:
-    if shape.n_experts == 8:
+def _key(mix: Mix, layer: int, spec: ModelSpec) -> GGMLQuantizationType:
+    if spec.n_experts == 8:
         return _T.Q4_K if mix.name in _LOWEST else _T.Q8_0
-    return _query(mix, layer, shape)
+    return _query(mix, layer, spec)
 
 
-def _query(mix: Mix, _layer: int, _shape: ModelSpec) -> GGMLQuantizationType:
+def _query(mix: Mix, _layer: int, _spec: ModelSpec) -> GGMLQuantizationType:
     return {"IQ3_XS": _T.IQ3_XXS, "IQ3_XXS": _T.IQ2_S}.get(mix.name, mix.base)
 
 
@@ -188,8 +188,8 @@ _EIGHT_EXPERTS_OUTPUTS |= {"IQ4_XS", "IQ4_NL", "Q4_K_S", "Q4_K_M"}
 """Mixes that give the attention output Q5_K in models with 8 experts."""
 
 
-def _attention_output(mix: Mix, _layer: int, shape: ModelSpec) -> GGMLQuantizationType:
-    if shape.n_experts == 8:
+def _attention_output(mix: Mix, _layer: int, spec: ModelSpec) -> GGMLQuantizationType:
+    if spec.n_experts == 8:
         return _T.Q5_K if mix.name in _EIGHT_EXPERTS_OUTPUTS else mix.base
     return _ATTENTION_OUTPUTS.get(mix.name, mix.base)
 
@@ -205,8 +205,8 @@ _FIRST_DOWN: Mapping[str, GGMLQuantizationType] = {
 """The types of down projections in the first eighth of the layers."""
 
 
-def _down(mix: Mix, layer: int, shape: ModelSpec) -> GGMLQuantizationType:
-    n_layers = shape.n_layers
+def _down(mix: Mix, layer: int, spec: ModelSpec) -> GGMLQuantizationType:
+    n_layers = spec.n_layers
     if layer < n_layers // 8 and mix.name in _FIRST_DOWN:
         return _FIRST_DOWN[mix.name]
     if mix.name == "Q3_K_M" and layer < n_layers // 16:
@@ -214,13 +214,13 @@ def _down(mix: Mix, layer: int, shape: ModelSpec) -> GGMLQuantizationType:
     if _gets_more_bits(layer, n_layers):
         if mix.name in ("Q4_K_M", "Q5_K_M"):
             return _T.Q6_K
-        if mix.name == "IQ3_M" and shape.n_experts == 8:
+        if mix.name == "IQ3_M" and spec.n_experts == 8:
             return _T.Q4_K
     return _DOWN.get(mix.name, mix.base)
 
 
-def _gate_or_up(mix: Mix, layer: int, shape: ModelSpec) -> GGMLQuantizationType:
-    is_in_the_middle = shape.n_layers // 8 <= layer < 7 * shape.n_layers // 8
+def _gate_or_up(mix: Mix, layer: int, spec: ModelSpec) -> GGMLQuantizationType:
+    is_in_the_middle = spec.n_layers // 8 <= layer < 7 * spec.n_layers // 8
     return _T.IQ3_XXS if mix.name == "IQ3_XS" and is_in_the_middle else mix.base
 
 

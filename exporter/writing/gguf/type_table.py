@@ -56,7 +56,7 @@ ALLOCATED_TYPES = (
 
 
 def plan_gguf_units(
-    shape: ModelSpec,
+    spec: ModelSpec,
     types: Sequence[GGMLQuantizationType] = ALLOCATED_TYPES,
     *,
     feedback: bool = False,
@@ -66,7 +66,7 @@ def plan_gguf_units(
     """A unit for each tensor that can be quantized, in the file's order, with those types that fit its rows.
 
     Args:
-        shape: shape of the model in the file.
+        spec: shape of the model in the file.
         types: types to choose from.
         feedback: error feedback reduces the errors (:func:`~compressors.sensitivity.feedback_factor`).
         quantizers: quantizers in place of ggml's kernels for some types; None: the type holds the weights exactly.
@@ -76,7 +76,7 @@ def plan_gguf_units(
         UnsupportedError: llama.cpp cannot represent a model of this shape.
     """
     plans = []
-    for tensor in plan_tensors(shape, "F32"):
+    for tensor in plan_tensors(spec, "F32"):
         if not tensor.is_matrix:
             continue
         candidates = []
@@ -84,7 +84,7 @@ def plan_gguf_units(
             if tensor.row_length % BLOCK_SIZES[ggml_type][0] == 0:
                 n_bytes = aligned(replace(tensor, ggml_type=ggml_type).n_bytes)
                 quantize, factor = _errors(ggml_type, feedback, quantizers or {})
-                n_used = weights_of_a_token(shape, tensor.role, tensor.shape)
+                n_used = weights_of_a_token(spec, tensor.role, tensor.shape)
                 seconds = 0.0 if decode_cost is None else decode_cost(ggml_type.name, n_used)
                 candidates.append(Candidate(ggml_type.name, n_bytes, quantize, factor, seconds))
         plans.append(UnitPlan(tensor.name, (tensor.name,), ((tensor.role, tensor.layer),), tuple(candidates)))
@@ -108,7 +108,7 @@ def gguf_type_table(
 
     The arguments are those of :func:`plan_gguf_units` and :func:`~compressors.sensitivity.measured_table`.
     """
-    plans = plan_gguf_units(student.shape, types, feedback=feedback, quantizers=quantizers, decode_cost=decode_cost)
+    plans = plan_gguf_units(student.spec, types, feedback=feedback, quantizers=quantizers, decode_cost=decode_cost)
     return measured_table(
         student, plans, sensitivities, importance, n_weights=n_weights, threads=threads, progress=progress
     )
@@ -127,16 +127,16 @@ def _errors(
     return ggml_quantizer(ggml_type), factor
 
 
-def weights_of_a_token(shape: ModelSpec, role: Role, dimensions: tuple[int, ...]) -> int:
+def weights_of_a_token(spec: ModelSpec, role: Role, dimensions: tuple[int, ...]) -> int:
     """Counts the weights that one token is multiplied with: its experts', and none of an embedding that is no head.
 
     Args:
-        shape: shape of the model.
+        spec: shape of the model.
         role: role of a tensor of the file.
         dimensions: dimensions of the tensor (:class:`~exporter.writing.gguf.layout.GgufTensor`).
     """
-    if role is Role.TOKEN_EMBEDDING and not shape.tied_embeddings:
+    if role is Role.TOKEN_EMBEDDING and not spec.tied_embeddings:
         return 0
-    if role.is_expert and not shape.is_dense:
-        return prod(dimensions[1:]) * min(shape.top_k, dimensions[0])
+    if role.is_expert and not spec.is_dense:
+        return prod(dimensions[1:]) * min(spec.top_k, dimensions[0])
     return prod(dimensions)

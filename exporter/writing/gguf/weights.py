@@ -105,7 +105,7 @@ def _plan_rows(student: Student, tensors: Sequence[GgufTensor], offset: int) -> 
     for tensor in tensors:
         n_rows, padding = prod(tensor.shape[:-1]), aligned(tensor.n_bytes) - tensor.n_bytes
         if tensor.role.is_expert:
-            step = n_rows // student.shape.n_experts
+            step = n_rows // student.spec.n_experts
             slices = [slice(first, first + step) for first in range(0, n_rows, step)]
         else:
             slices = row_slices(n_rows, tensor.row_length, multiple=_rows_together(student, tensor))
@@ -176,11 +176,11 @@ def _matrix_rows(student: Student, tensor: GgufTensor, rows: slice) -> torch.Ten
     values_RN = student.rows(tensor.role, tensor.layer, rows)
     if tensor.described is None or tensor.layer is None:
         return values_RN
-    return tensor.described.gguf.transform.write(values_RN, student.shape.layers[tensor.layer].sizes)
+    return tensor.described.gguf.transform.write(values_RN, student.spec.layers[tensor.layer].sizes)
 
 
 def _rows_together(student: Student, tensor: GgufTensor) -> int:
     """The number of rows that llama.cpp's order mixes."""
     if tensor.described is None or tensor.layer is None:
         return 1
-    return tensor.described.gguf.transform.rows_together(student.shape.layers[tensor.layer].sizes)
+    return tensor.described.gguf.transform.rows_together(student.spec.layers[tensor.layer].sizes)

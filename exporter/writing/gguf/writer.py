@@ -21,16 +21,16 @@ __all__ = ["predict_file_size", "write_gguf"]
 
 
 def predict_file_size(
-    shape: ModelSpec, source_folder: Path, mix: str, name: str, types: Mapping[str, str] | None = None
+    spec: ModelSpec, source_folder: Path, mix: str, name: str, types: Mapping[str, str] | None = None
 ) -> int:
     """Exact size in bytes of the file that :func:`write_gguf` would write for a student of this shape.
 
     ``source_folder`` is the teacher's checkpoint: tokenizer and licence come from there. No weight is read.
     The errors are those of :func:`write_gguf`, apart from the weights'.
     """
-    tensors = plan_tensors(shape, mix, types)
-    metadata = model_metadata(shape, source_folder, name, mix, types)
-    return _file_size(_header(shape, source_folder, metadata, tensors), tensors)
+    tensors = plan_tensors(spec, mix, types)
+    metadata = model_metadata(spec, source_folder, name, mix, types)
+    return _file_size(_header(spec, source_folder, metadata, tensors), tensors)
 
 
 def write_gguf(
@@ -70,9 +70,9 @@ def write_gguf(
             full.
         UnsupportedError: llama.cpp cannot represent the model.
     """
-    tensors = plan_tensors(student.shape, mix, types)
-    metadata = model_metadata(student.shape, student.source.folder, name, mix, types)
-    header = _header(student.shape, student.source.folder, metadata, tensors)
+    tensors = plan_tensors(student.spec, mix, types)
+    metadata = model_metadata(student.spec, student.source.folder, name, mix, types)
+    header = _header(student.spec, student.source.folder, metadata, tensors)
     pieces = [Piece(len(header), len(header), lambda: lambda: [(0, memoryview(header))])]
     pieces += weight_pieces(student, tensors, len(header), importance or {}, feedback)
     assert pieces[-1].end == _file_size(header, tensors), f"{path}: {pieces[-1].end} bytes planned"
@@ -83,9 +83,9 @@ def write_gguf(
 
 
 def _header(
-    shape: ModelSpec, source_folder: Path, metadata: Mapping[str, Value], tensors: tuple[GgufTensor, ...]
+    spec: ModelSpec, source_folder: Path, metadata: Mapping[str, Value], tensors: tuple[GgufTensor, ...]
 ) -> bytes:
-    metadata = {**metadata, **vocabulary_metadata(source_folder, shape.vocab_size)}
+    metadata = {**metadata, **vocabulary_metadata(source_folder, spec.vocab_size)}
     entries = (TensorEntry(tensor.name, tensor.shape, tensor.ggml_type, tensor.n_bytes) for tensor in tensors)
     return render_header(len(metadata), render_values(metadata), entries)
 

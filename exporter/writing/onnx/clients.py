@@ -34,32 +34,32 @@ def write_client_files(
     Raises:
         InputError: the context does not fit the model, or its tokenizer cannot be used.
     """
-    shape = with_context(student.shape, context_length)
+    spec = with_context(student.spec, context_length)
     source = student.source.folder
-    special = special_tokens(source, shape.vocab_size)
+    special = special_tokens(source, spec.vocab_size)
     write_tokenizer(source, folder)
-    _write_json(folder / "config.json", _model_config(shape, source / "config.json"))
-    _write_json(folder / "generation_config.json", _generation_config(source, shape.vocab_size, special))
-    _write_json(folder / "genai_config.json", _genai_config(shape, special, max_length or shape.context_length))
+    _write_json(folder / "config.json", _model_config(spec, source / "config.json"))
+    _write_json(folder / "generation_config.json", _generation_config(source, spec.vocab_size, special))
+    _write_json(folder / "genai_config.json", _genai_config(spec, special, max_length or spec.context_length))
 
 
-def _model_config(shape: ModelSpec, source: Path) -> dict[str, Any]:
+def _model_config(spec: ModelSpec, source: Path) -> dict[str, Any]:
     """The source's ``config.json`` with the student's numbers.
 
     transformers 4 reads ``rope_theta``, ``rope_scaling`` and ``torch_dtype``, transformers 5 ``rope_parameters`` and
     ``dtype``: both are there. The graph knows no window: it is written for a context within it.
     """
     config = read_json(source)
-    rope = shape.rope.in_config()
-    windows = {"sliding_window": None, "use_sliding_window": False} if shape.window is not None else {}
+    rope = spec.rope.in_config()
+    windows = {"sliding_window": None, "use_sliding_window": False} if spec.window is not None else {}
     return (
-        shape.in_config(config)
+        spec.in_config(config)
         | windows
         | {
-            "num_hidden_layers": shape.n_layers,
-            "max_position_embeddings": shape.context_length,
-            "rope_theta": shape.rope_theta,
-            "rope_scaling": None if shape.rope.kind is RopeKind.DEFAULT else rope,
+            "num_hidden_layers": spec.n_layers,
+            "max_position_embeddings": spec.context_length,
+            "rope_theta": spec.rope_theta,
+            "rope_scaling": None if spec.rope.kind is RopeKind.DEFAULT else rope,
             "rope_parameters": rope,
             "dtype": "float32",
             "torch_dtype": "float32",
@@ -90,22 +90,22 @@ def _described(special: SpecialTokens) -> dict[str, Any]:
     return {name: value for name, value in tokens.items() if value is not None}
 
 
-def _genai_config(shape: ModelSpec, special: SpecialTokens, max_length: int) -> dict[str, Any]:
+def _genai_config(spec: ModelSpec, special: SpecialTokens, max_length: int) -> dict[str, Any]:
     """``genai_config.json`` of onnxruntime-genai (``src/config.h``); type ``decoder`` is its plain decoder pipeline."""
     return {
         "model": {
             "type": "decoder",
-            "vocab_size": shape.vocab_size,
-            "context_length": shape.context_length,
+            "vocab_size": spec.vocab_size,
+            "context_length": spec.context_length,
             **_described(special),
             "decoder": {
                 "filename": MODEL_FILE,
                 "session_options": {"provider_options": []},
-                "hidden_size": shape.hidden_size,
-                "head_size": shape.head_dim,
-                "num_attention_heads": shape.n_heads,
-                "num_key_value_heads": shape.n_kv_heads,
-                "num_hidden_layers": shape.n_layers,
+                "hidden_size": spec.hidden_size,
+                "head_size": spec.head_dim,
+                "num_attention_heads": spec.n_heads,
+                "num_key_value_heads": spec.n_kv_heads,
+                "num_hidden_layers": spec.n_layers,
                 "inputs": {
                     "input_ids": "input_ids",
                     "attention_mask": "attention_mask",

@@ -132,20 +132,20 @@ _LINEARS = {Role.QUERY: "q_proj", Role.KEY: "k_proj", Role.VALUE: "v_proj", Role
 _EXPERTS = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
 
 
-def onnx_units(shape: ModelSpec) -> tuple[Unit, ...]:
+def onnx_units(spec: ModelSpec) -> tuple[Unit, ...]:
     """Lists the units of a model, each with the encodings that it can have."""
-    units = [Unit("embedding", None, {Role.TOKEN_EMBEDDING: role_shape(Role.TOKEN_EMBEDDING, shape)})]
-    for layer in range(shape.n_layers):
-        units += _layer_units(shape, layer)
-    if not shape.tied_embeddings:
-        units.append(Unit("head", None, {Role.HEAD: role_shape(Role.HEAD, shape)}))
+    units = [Unit("embedding", None, {Role.TOKEN_EMBEDDING: role_shape(Role.TOKEN_EMBEDDING, spec)})]
+    for layer in range(spec.n_layers):
+        units += _layer_units(spec, layer)
+    if not spec.tied_embeddings:
+        units.append(Unit("head", None, {Role.HEAD: role_shape(Role.HEAD, spec)}))
     return tuple(units)
 
 
-def _layer_units(shape: ModelSpec, layer: int) -> Iterator[Unit]:
-    of_layer = shape.layer(layer)
+def _layer_units(spec: ModelSpec, layer: int) -> Iterator[Unit]:
+    of_layer = spec.layer(layer)
     for role, name in _LINEARS.items():
-        if role in shape.layer_roles(layer) and role in shape.stored_roles:
+        if role in spec.layer_roles(layer) and role in spec.stored_roles:
             yield Unit(f"layers.{layer}.{name}", layer, {role: role_shape(role, of_layer)})
     if of_layer.has_moe:
         experts = {role: (of_layer.n_experts, *role_shape(role, of_layer)) for role in _EXPERTS}
@@ -175,12 +175,12 @@ def encoding_named(name: str) -> Encoding:
 
 
 def unit_encodings(
-    shape: ModelSpec, preset: Preset, encodings: Mapping[str, str]
+    spec: ModelSpec, preset: Preset, encodings: Mapping[str, str]
 ) -> dict[tuple[Role, int | None], Encoding]:
     """The encoding of every weight of a unit, by role and layer.
 
     Args:
-        shape: the model.
+        spec: the model.
         preset: decides about units that ``encodings`` does not name.
         encodings: an encoding's name by a unit's name.
 
@@ -188,11 +188,11 @@ def unit_encodings(
         InputError: there is no such unit or encoding.
         UnsupportedError: an encoding does not fit the length of a unit's rows.
     """
-    units = {unit.name: unit for unit in onnx_units(shape)}
+    units = {unit.name: unit for unit in onnx_units(spec)}
     unknown = next((name for name in encodings if name not in units), None)
     if unknown is not None:
         raise InputError(
-            f"{unknown!r} is no unit of this model's ONNX file; the units are embedding, {_unit_names(shape)}"
+            f"{unknown!r} is no unit of this model's ONNX file; the units are embedding, {_unit_names(spec)}"
         )
     chosen = {}
     for unit in units.values():
@@ -204,9 +204,9 @@ def unit_encodings(
     return chosen
 
 
-def _unit_names(shape: ModelSpec) -> str:
-    last = shape.n_layers - 1
-    head = "" if shape.tied_embeddings else ", and head"
+def _unit_names(spec: ModelSpec) -> str:
+    last = spec.n_layers - 1
+    head = "" if spec.tied_embeddings else ", and head"
     return f"and of layers.0 to layers.{last} {', '.join(_LINEARS.values())} and experts{head}"
 
 

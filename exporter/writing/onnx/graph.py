@@ -30,12 +30,12 @@ def build_model(layout: TensorLayout) -> onnx.ModelProto:
 
 class _Decoder:
     def __init__(self, layout: TensorLayout) -> None:
-        self._shape = layout.shape
+        self._spec = layout.spec
         self._graph = GraphBuilder()
         self._weights = WeightNodes(self._graph, layout)
 
     def build(self) -> onnx.ModelProto:
-        graph, shape = self._graph, self._shape
+        graph, shape = self._graph, self._spec
         input_ids = graph.add_input("input_ids", _INT64, ["batch", "sequence"])
         mask = graph.add_input("attention_mask", _INT64, ["batch", "total_sequence"])
         # Connected to nothing: rotary positions count up from the cache. Clients that feed them expect the name.
@@ -70,12 +70,12 @@ class _Decoder:
             inputs,
             outputs,
             domain=MICROSOFT,
-            epsilon=self._shape.rms_norm_eps,
+            epsilon=self._spec.rms_norm_eps,
         )
         return normed, outputs[-1]
 
     def _attention(self, layer: int, normed: str, mask: AttentionMask) -> str:
-        shape, prefix = self._shape, _prefix(layer)
+        shape, prefix = self._spec, _prefix(layer)
         query = self._weights.linear(Role.QUERY, layer, normed, f"{prefix}query")
         key = self._weights.linear(Role.KEY, layer, normed, f"{prefix}key")
         value = self._weights.linear(Role.VALUE, layer, normed, f"{prefix}value")
@@ -98,12 +98,12 @@ class _Decoder:
 
     def _query_or_key_norm(self, role: Role, layer: int, values: str, n_heads: int) -> str:
         """Normalises the projected queries or keys as the family does: [batch, sequence, n_heads * head_dim]."""
-        qk_norm = self._shape.layers[layer].mixer.qk_norm
+        qk_norm = self._spec.layers[layer].mixer.qk_norm
         if qk_norm is QkNorm.NONE:
             return values
         if qk_norm is QkNorm.WHOLE:
             return self._rms_norm(role, layer, values, f"{values}.normed")
-        graph, width = self._graph, self._shape.head_dim
+        graph, width = self._graph, self._spec.head_dim
         # every head by itself: [batch, sequence * heads, head_dim] in between
         heads = graph.node("Reshape", [values, graph.constant("shape.heads", [0, -1, width])], f"{values}.heads")
         normed = self._rms_norm(role, layer, heads, f"{values}.normed_heads")
@@ -113,7 +113,7 @@ class _Decoder:
     def _rms_norm(self, role: Role, layer: int | None, values: str, output: str) -> str:
         """Normalises the last axis."""
         scale = self._weights.norm(role, layer)
-        epsilon = self._shape.rms_norm_eps
+        epsilon = self._spec.rms_norm_eps
         return self._graph.node("RMSNormalization", [values, scale], output, axis=-1, epsilon=epsilon)
 
     def _past(self, layer: int, kind: str) -> str:
@@ -124,13 +124,13 @@ class _Decoder:
         """
         name = f"past_key_values.{layer}.{kind}"
         self._graph.add_input(name, _FLOAT, ["batch", "past_heads", "past_sequence", "past_head_dim"])
-        shape = [0, self._shape.n_kv_heads, 0, self._shape.head_dim]
+        shape = [0, self._spec.n_kv_heads, 0, self._spec.head_dim]
         return self._graph.node("Reshape", [name, self._graph.constant("shape.past", shape)], f"{name}.shaped")
 
     def _moe(self, layer: int, normed: str) -> str:
         graph, prefix = self._graph, _prefix(layer)
         logits = self._weights.linear(Role.ROUTER, layer, normed, f"{prefix}router")
-        n_experts = self._shape.layer(layer).n_experts
+        n_experts = self._spec.layer(layer).n_experts
         rows = graph.constant(f"shape.router_of_{n_experts}", [-1, n_experts])
         logits_TE = graph.node("Reshape", [logits, rows], f"{prefix}router_logits")
         return self._weights.experts(layer, normed, logits_TE, f"{prefix}moe")

@@ -71,7 +71,7 @@ class WeightPlan:
 class TensorLayout:
     """The data file: weights in the order in which they are written, then the rotary caches."""
 
-    shape: ModelSpec
+    spec: ModelSpec
     weights: tuple[WeightPlan, ...]
     rotary_cosine: TensorPlan  # [rows, head_dim / 2], see Rope.table_lengths
     rotary_sine: TensorPlan
@@ -79,7 +79,7 @@ class TensorLayout:
 
     def weight(self, role: Role, layer: int | None = None) -> WeightPlan:
         """The weight that holds a role; a tied head is the embedding."""
-        if role is Role.HEAD and self.shape.tied_embeddings:
+        if role is Role.HEAD and self.spec.tied_embeddings:
             role = Role.TOKEN_EMBEDDING
         return self._by_role[role, layer]
 
@@ -96,11 +96,11 @@ class TensorLayout:
         yield self.rotary_sine
 
 
-def plan_tensors(shape: ModelSpec, preset: str, encodings: Mapping[str, str] | None = None) -> TensorLayout:
+def plan_tensors(spec: ModelSpec, preset: str, encodings: Mapping[str, str] | None = None) -> TensorLayout:
     """Gives every tensor its name, shape, type and offset; reads no weight.
 
     Args:
-        shape: the model.
+        spec: the model.
         preset: a name from :data:`~exporter.writing.onnx.encodings.PRESETS`.
         encodings: names from :data:`~exporter.writing.onnx.encodings.ENCODINGS` for units that differ from the preset,
             by the unit's name (:func:`~exporter.writing.onnx.encodings.onnx_units`).
@@ -109,27 +109,27 @@ def plan_tensors(shape: ModelSpec, preset: str, encodings: Mapping[str, str] | N
         InputError: there is no such preset, unit or encoding.
         UnsupportedError: the operators cannot run heads of this size, or an encoding's blocks do not divide the rows.
     """
-    _check_heads(shape)
-    return _Planner(shape, unit_encodings(shape, preset_named(preset), encodings or {})).plan()
+    _check_heads(spec)
+    return _Planner(spec, unit_encodings(spec, preset_named(preset), encodings or {})).plan()
 
 
-def _check_heads(shape: ModelSpec) -> None:
+def _check_heads(spec: ModelSpec) -> None:
     """The attention operator checks it only when it runs (``gqa_attention_base.h`` in ONNX Runtime)."""
-    if shape.head_dim % _HEAD_MULTIPLE:
+    if spec.head_dim % _HEAD_MULTIPLE:
         raise UnsupportedError(
             f"ONNX Runtime's GroupQueryAttention with a rotary embedding runs heads of a multiple of {_HEAD_MULTIPLE} "
-            f"values; this model's have {shape.head_dim}: it cannot be written as ONNX; use --formats gguf"
+            f"values; this model's have {spec.head_dim}: it cannot be written as ONNX; use --formats gguf"
         )
 
 
 class _Planner:
-    def __init__(self, shape: ModelSpec, encodings: Mapping[tuple[Role, int | None], Encoding]) -> None:
-        self._shape = shape
+    def __init__(self, spec: ModelSpec, encodings: Mapping[tuple[Role, int | None], Encoding]) -> None:
+        self._spec = spec
         self._encodings = encodings
         self._end = 0
 
     def plan(self) -> TensorLayout:
-        shape = self._shape
+        shape = self._spec
         weights = [self._weight(Role.TOKEN_EMBEDDING, None)]
         for layer in range(shape.n_layers):
             weights += [self._weight(role, layer) for role in shape.layer_roles(layer) if role in shape.stored_roles]
@@ -144,12 +144,12 @@ class _Planner:
         return TensorLayout(shape, tuple(weights), cosine, sine, self._end)
 
     def _weight(self, role: Role, layer: int | None) -> WeightPlan:
-        name = self._shape.onnx_name(role, layer)
-        shape = self._shape if layer is None else self._shape.layer(layer)
+        name = self._spec.onnx_name(role, layer)
+        shape = self._spec if layer is None else self._spec.layer(layer)
         return self._encoded(name, (role,), layer, role_shape(role, shape))
 
     def _feed_forward(self, layer: int) -> list[WeightPlan]:
-        if self._shape.is_dense:
+        if self._spec.is_dense:
             return [self._weight(role, layer) for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)]
         return [
             self._experts((Role.EXPERT_GATE, Role.EXPERT_UP), layer),
@@ -157,10 +157,10 @@ class _Planner:
         ]
 
     def _experts(self, roles: tuple[Role, ...], layer: int) -> WeightPlan:
-        layer_shape = self._shape.layer(layer)
+        layer_shape = self._spec.layer(layer)
         rows, columns = role_shape(roles[0], layer_shape)
         shape = (layer_shape.n_experts, len(roles) * rows, columns)
-        return self._encoded(self._shape.onnx_name(roles[0], layer), roles, layer, shape)
+        return self._encoded(self._spec.onnx_name(roles[0], layer), roles, layer, shape)
 
     def _encoded(self, name: str, roles: tuple[Role, ...], layer: int | None, shape: tuple[int, ...]) -> WeightPlan:
         encoding = self._encodings.get((roles[0], layer), FLOAT32)  # norms and routers are of no unit

@@ -28,7 +28,7 @@ _LIVE_PROJECTIONS = 3  # query, key and value as projected, normed per head, rot
 
 
 def predict_runtime_bytes(
-    shape: ModelSpec, preset: str, context: int, *, threads: int, encodings: Mapping[str, str] | None = None
+    spec: ModelSpec, preset: str, context: int, *, threads: int, encodings: Mapping[str, str] | None = None
 ) -> dict[str, int]:
     """Bytes of ``weights``, ``kv_cache`` and ``compute`` with a cache of ``context`` tokens that is full.
 
@@ -36,7 +36,7 @@ def predict_runtime_bytes(
     that takes the present cache as a new tensor at every step (optimum) holds it twice.
 
     Args:
-        shape: the model as it is written; its rotary caches cover ``shape.context_length`` tokens.
+        spec: the model as it is written; its rotary caches cover ``shape.context_length`` tokens.
         preset: a name from :data:`exporter.writing.onnx.encodings.PRESETS`.
         context: tokens in the cache, at most ``shape.context_length``.
         threads: threads inside an operator; each holds one widened expert.
@@ -47,16 +47,16 @@ def predict_runtime_bytes(
         InputError: there is no such preset, unit or encoding, or the model's context is shorter.
         UnsupportedError: the operators cannot represent the model.
     """
-    with_context(shape, context)  # refuses a context that does not fit
-    layout = plan_tensors(shape, preset, encodings)
-    cache = 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * context * _FLOAT_BYTES
+    with_context(spec, context)  # refuses a context that does not fit
+    layout = plan_tensors(spec, preset, encodings)
+    cache = 2 * spec.n_layers * spec.n_kv_heads * spec.head_dim * context * _FLOAT_BYTES
     return {"weights": _weight_bytes(layout), "kv_cache": cache, "compute": _compute_bytes(layout, context, threads)}
 
 
 def _weight_bytes(layout: TensorLayout) -> int:
     """Bytes of the data file, of the runtime's further arrays for each weight, and of a tied head's packed copy."""
     beside = sum(_bytes_beside(weight) for weight in layout.weights)
-    return layout.data_bytes + beside + (_packed_head_bytes(layout) if layout.shape.tied_embeddings else 0)
+    return layout.data_bytes + beside + (_packed_head_bytes(layout) if layout.spec.tied_embeddings else 0)
 
 
 def _bytes_beside(weight: WeightPlan) -> int:
@@ -82,16 +82,16 @@ def _packed_head_bytes(layout: TensorLayout) -> int:
 
 def _compute_bytes(layout: TensorLayout, context: int, threads: int) -> int:
     """Bytes of the buffers while a chunk runs or, if more, of the largest tensor, which loading holds in two forms."""
-    shape = layout.shape
+    spec = layout.spec
     tokens = min(CHUNK_TOKENS, context)
-    routed = tokens * shape.top_k
-    values = tokens * shape.vocab_size  # logits
+    routed = tokens * spec.top_k
+    values = tokens * spec.vocab_size  # logits
     values += tokens * context  # attention bias
-    values += tokens * shape.hidden_size * _LIVE_HIDDEN_STATES
-    values += tokens * (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim * _LIVE_PROJECTIONS
-    values += routed * (3 * shape.expert_width + 2 * shape.hidden_size)  # gate, up, product; input and output
-    if not shape.is_dense:
-        values += threads * (shape.expert_parameters + tokens * shape.hidden_size)  # widened expert, partial sums
+    values += tokens * spec.hidden_size * _LIVE_HIDDEN_STATES
+    values += tokens * (spec.n_heads + 2 * spec.n_kv_heads) * spec.head_dim * _LIVE_PROJECTIONS
+    values += routed * (3 * spec.expert_width + 2 * spec.hidden_size)  # gate, up, product; input and output
+    if not spec.is_dense:
+        values += threads * (spec.expert_parameters + tokens * spec.hidden_size)  # widened expert, partial sums
     # The embedding is not packed; where it is the head too, the packed copy counts among the weights.
     largest = max(weight.codes.n_bytes for weight in layout.weights if Role.TOKEN_EMBEDDING not in weight.roles)
     return _SESSION_BYTES + max(values * _FLOAT_BYTES, largest)

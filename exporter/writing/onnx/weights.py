@@ -44,8 +44,8 @@ class WeightNodes:
         ``total_length`` is int32, and decides as transformers does: by the text so far, the cached part included.
         """
         tables = self._graph.external(self._layout.rotary_cosine), self._graph.external(self._layout.rotary_sine)
-        shape = self._layout.shape
-        shorter, *longer = shape.rope.table_lengths(shape.context_length)
+        spec = self._layout.spec
+        shorter, *longer = spec.rope.table_lengths(spec.context_length)
         if not longer:
             return tables
         if self._rotary is None:
@@ -108,7 +108,7 @@ class WeightNodes:
 
     def experts(self, layer: int, values: str, router_logits: str, output: str) -> str:
         """The routed experts: softmax over all router logits, top-k, and SwiGLU as silu(gate) * up."""
-        shape = self._layout.shape.layer(layer)
+        shape = self._layout.spec.layer(layer)
         gate_up = self._layout.weight(Role.EXPERT_GATE, layer)
         down = self._layout.weight(Role.EXPERT_DOWN, layer)
         attributes: dict[str, Any] = {"k": shape.top_k, "normalize_routing_weights": int(shape.normalize_top_k)}
@@ -128,7 +128,7 @@ class WeightNodes:
     ) -> str:
         graph = self._graph
         inputs = [values, router_logits, graph.external(gate_up.codes), "", graph.external(down.codes)]
-        if self._layout.shape.normalize_top_k:
+        if self._layout.spec.normalize_top_k:
             return graph.node("MoE", inputs, output, domain=MICROSOFT, **attributes)
         # ONNX Runtime 1.31's CPU kernel may write its output over its input. It copies the input first only when it
         # normalises, and else clears what it is about to read (moe_cpu.cc), so the block would add nothing. A later
@@ -149,7 +149,7 @@ class WeightNodes:
         assert blocks is not None and blocks == down.encoding.blocks, "the operator has one width and one block size"
         gate_up_codes, down_codes = graph.external(gate_up.codes), graph.external(down.codes)
         inputs = [values, router_logits, gate_up_codes, self._scales(gate_up), "", down_codes, self._scales(down)]
-        if not self._layout.shape.normalize_top_k:
+        if not self._layout.spec.normalize_top_k:
             # ONNX Runtime 1.31's CPU kernel normalises the chosen gates whatever the attribute says, unless it is given
             # the gates of all experts (moe_quantization_cpu.cc).
             gates = graph.node("Softmax", [router_logits], f"{output}.gates", axis=-1)

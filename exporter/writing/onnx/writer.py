@@ -24,23 +24,21 @@ from exporter.writing.resumable import Part, is_published, resuming
 __all__ = ["predict_size", "with_context", "write_onnx"]
 
 
-def with_context(shape: ModelSpec, context_length: int | None) -> ModelSpec:
+def with_context(spec: ModelSpec, context_length: int | None) -> ModelSpec:
     """The model with a shorter context, which its rotary caches are made for; None keeps the model's own.
 
     Raises:
         InputError: the context is longer than the model's, or not positive.
     """
     if context_length is None:
-        return shape
-    if not 0 < context_length <= shape.context_length:
-        raise InputError(
-            f"a context of {context_length} tokens is asked for; the model has 1 to {shape.context_length}"
-        )
-    return replace(shape, context_length=context_length)
+        return spec
+    if not 0 < context_length <= spec.context_length:
+        raise InputError(f"a context of {context_length} tokens is asked for; the model has 1 to {spec.context_length}")
+    return replace(spec, context_length=context_length)
 
 
 def predict_size(
-    shape: ModelSpec,
+    spec: ModelSpec,
     preset: str,
     context_length: int | None = None,
     encodings: Mapping[str, str] | None = None,
@@ -48,7 +46,7 @@ def predict_size(
     """Bytes of ``model.onnx`` and ``model.onnx.data`` together, exactly; reads no weight.
 
     Args:
-        shape: the model.
+        spec: the model.
         preset: a name from :data:`exporter.writing.onnx.encodings.PRESETS`.
         context_length: tokens that the rotary caches cover; None for the model's own maximum.
         encodings: of units that differ from the preset, as :func:`~exporter.writing.onnx.layout.plan_tensors` takes
@@ -58,7 +56,7 @@ def predict_size(
         InputError: there is no such preset, unit or encoding, or the context does not fit the model.
         UnsupportedError: the operators cannot hold the model so.
     """
-    layout = plan_tensors(with_context(shape, context_length), preset, encodings)
+    layout = plan_tensors(with_context(spec, context_length), preset, encodings)
     return layout.data_bytes + int(build_model(layout).ByteSize())
 
 
@@ -102,7 +100,7 @@ def write_onnx(
             full.
         UnsupportedError: the operators cannot hold the model so.
     """
-    layout = plan_tensors(with_context(student.shape, context_length), preset, encodings)
+    layout = plan_tensors(with_context(student.spec, context_length), preset, encodings)
     model = build_model(layout)
     graph = model.SerializeToString(deterministic=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,22 +118,22 @@ def _rotary_piece(layout: TensorLayout) -> Piece:
     """The rotary caches, which lie behind all weights."""
     caches = [Place(tensor.offset, tensor.n_bytes) for tensor in (layout.rotary_cosine, layout.rotary_sine)]
     n_bytes = sum(place.n_bytes for place in caches)
-    return Piece(n_bytes, caches[-1].end, lambda: partial(_rotary_parts, layout.shape, caches))
+    return Piece(n_bytes, caches[-1].end, lambda: partial(_rotary_parts, layout.spec, caches))
 
 
-def _rotary_parts(shape: ModelSpec, places: Sequence[Place]) -> list[Part]:
-    caches = _rotary_caches(shape)
+def _rotary_parts(spec: ModelSpec, places: Sequence[Place]) -> list[Part]:
+    caches = _rotary_caches(spec)
     return [place.part(cache.numpy()) for place, cache in zip(places, caches, strict=True)]
 
 
-def _rotary_caches(shape: ModelSpec) -> tuple[torch.Tensor, torch.Tensor]:
+def _rotary_caches(spec: ModelSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine of every position's angles, float32 [rows, head_dim / 2], as transformers computes them.
 
     Each table is that of a text as long as its rows.
     """
     tables = [
-        torch.outer(torch.arange(n_tokens, dtype=torch.float32), shape.rope.inverse_frequencies(n_tokens))
-        for n_tokens in shape.rope.table_lengths(shape.context_length)
+        torch.outer(torch.arange(n_tokens, dtype=torch.float32), spec.rope.inverse_frequencies(n_tokens))
+        for n_tokens in spec.rope.table_lengths(spec.context_length)
     ]
     angles = torch.cat(tables)
-    return angles.cos() * shape.rope.attention_factor, angles.sin() * shape.rope.attention_factor
+    return angles.cos() * spec.rope.attention_factor, angles.sin() * spec.rope.attention_factor

@@ -23,11 +23,11 @@ def test_whole_blocks_are_kept_up_to_a_number_of_tokens() -> None:
 
 
 def test_bytes_on_disk_are_foreseen(float32_toy: Checkpoint, tmp_path: Path) -> None:
-    shape = float32_toy.shape
-    LayerInputs.create(tmp_path, shape.n_layers, (3, 16, shape.hidden_size))
-    headers = 128 * (shape.n_layers + 1)
-    assert sum(file.stat().st_size for file in tmp_path.iterdir()) == layer_input_bytes(shape, 3 * 16) + headers
-    assert layer_input_bytes(shape, 10**9) == (shape.n_layers + 1) * 32_000 * shape.hidden_size * 2
+    spec = float32_toy.spec
+    LayerInputs.create(tmp_path, spec.n_layers, (3, 16, spec.hidden_size))
+    headers = 128 * (spec.n_layers + 1)
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) == layer_input_bytes(spec, 3 * 16) + headers
+    assert layer_input_bytes(spec, 10**9) == (spec.n_layers + 1) * 32_000 * spec.hidden_size * 2
 
 
 def test_each_process_writes_the_kept_ones_of_its_blocks(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_they_are_what_each_layer_is_given(float32_toy: Checkpoint, tmp_path: Pa
     model = StreamedModel(Student.teacher(float32_toy))
     done: list[int] = []
     inputs = write_layer_inputs(model, tokens_BT, tmp_path, dtype, done.append)
-    assert sum(done) == model.shape.n_layers
+    assert sum(done) == model.spec.n_layers
     (states,) = model.stream([TokenGroup(tokens_BT, dtype=dtype)])
     assert torch.equal(inputs.read(0, slice(0, 3)), model.embed(tokens_BT).bfloat16())
     assert torch.equal(inputs.read(2, slice(0, 3)), states.read(slice(0, 3)).bfloat16())

@@ -35,7 +35,7 @@ class _Definition:
         rows = states.read(slice(0, len(states))).flatten(0, 1).double()
         variances = rows.square().mean(1, keepdim=True)
         norm = student.tensor(Role.FINAL_NORM).double()
-        self._add("head", 0, rows / (variances + student.shape.rms_norm_eps).sqrt() * norm)
+        self._add("head", 0, rows / (variances + student.spec.rms_norm_eps).sqrt() * norm)
 
     def _add(self, what: str, layer: int, rows: torch.Tensor) -> None:
         rows = rows.flatten(0, -2).double()
@@ -50,7 +50,7 @@ class _Definition:
             )
             for name in ("q_proj", "k_proj", "v_proj", "o_proj")
         ]
-        if not self._student.shape.layer(index).has_moe:
+        if not self._student.spec.layer(index).has_moe:
             yield
         else:
             experts = layer.get_submodule(self._student.family.experts_module)
@@ -103,7 +103,7 @@ def test_they_are_those_of_a_whole_pass(
         assert expected.agrees("o_proj", index, layer.attention_output)
         assert layer.experts is not None
         assert expected.agrees("experts", index, layer.experts.all_tokens)
-        for expert in range(0, student.shape.n_experts, 5):
+        for expert in range(0, student.spec.n_experts, 5):
             # a token whose last choice is a close call may choose otherwise after its state was rounded
             found = layer.experts.gate_up(expert), layer.experts.down(expert, *_expert(student, index, expert))
             for name, sums in zip(("gate_up", "down"), found, strict=True):

@@ -34,9 +34,9 @@ def blocks_BT(heldout_tokens: npt.NDArray[np.int64]) -> torch.Tensor:
 
 def _collect(folder: Path, blocks_BT: torch.Tensor, dtype: torch.dtype = torch.float32) -> list[LayerStatistics]:
     model = StreamedModel(Student.teacher(Checkpoint(folder)))
-    collector = StatisticsCollector(model.shape)
+    collector = StatisticsCollector(model.spec)
     model.stream([TokenGroup(blocks_BT, [collector.observe], dtype)])
-    return [collector.take(layer) for layer in range(model.shape.n_layers)]
+    return [collector.take(layer) for layer in range(model.spec.n_layers)]
 
 
 @torch.no_grad()
@@ -161,5 +161,5 @@ def test_experts_with_few_tokens_lean_on_their_layer(fine_folder: Path, blocks_B
 
 
 def test_an_expert_never_routed_to_scores_zero(fine_folder: Path) -> None:
-    shape: ModelSpec = Checkpoint(fine_folder).shape
-    assert LayerStatistics.zeros(shape).reap_scores().tolist() == [0.0] * shape.n_experts
+    spec: ModelSpec = Checkpoint(fine_folder).spec
+    assert LayerStatistics.zeros(spec).reap_scores().tolist() == [0.0] * spec.n_experts

@@ -48,7 +48,7 @@ def _all_tensors(checkpoint: Checkpoint) -> dict[tuple[Role, int | None, int | N
     tensors: dict[tuple[Role, int | None, int | None], torch.Tensor] = {}
     for role in checkpoint.family.roles:
         if role.is_expert:
-            tensors |= {(role, 0, e): checkpoint.expert(role, 0, e) for e in range(checkpoint.shape.n_experts)}
+            tensors |= {(role, 0, e): checkpoint.expert(role, 0, e) for e in range(checkpoint.spec.n_experts)}
         else:
             layer = None if role.is_global else 0
             tensors[role, layer, None] = checkpoint.tensor(role, layer)
@@ -61,7 +61,7 @@ def test_weights_are_those_that_transformers_dequantizes(fp8: Path) -> None:
         fp8, quantization_config=FineGrainedFP8Config(dequantize=True)
     ).state_dict()
     gate_up, down = (theirs[f"model.layers.0.mlp.experts.{name}_proj"] for name in ("gate_up", "down"))
-    width = checkpoint.shape.expert_width
+    width = checkpoint.spec.expert_width
     for (role, layer, expert), tensor in _all_tensors(checkpoint).items():
         if expert is None:
             name = checkpoint.family.names[role].format(layer=layer)

@@ -61,9 +61,9 @@ def test_every_tensor_has_the_values_on_disk(family_folder: Path) -> None:
     checkpoint, unread = Checkpoint(family_folder), _tensors(family_folder)
     for role in checkpoint.family.roles:
         template = checkpoint.family.names[role]
-        for layer in [None] if role.is_global else range(checkpoint.shape.n_layers):
-            for expert in range(checkpoint.shape.n_experts) if role.is_expert else [None]:
-                if role is Role.HEAD and checkpoint.shape.tied_embeddings:
+        for layer in [None] if role.is_global else range(checkpoint.spec.n_layers):
+            for expert in range(checkpoint.spec.n_experts) if role.is_expert else [None]:
+                if role is Role.HEAD and checkpoint.spec.tied_embeddings:
                     continue  # see below
                 if layer is not None and expert is not None:
                     tensor = checkpoint.expert(role, layer, expert)

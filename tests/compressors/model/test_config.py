@@ -139,16 +139,16 @@ def test_a_setting_is_what_transformers_takes_or_refused_by_name(
         others = {name: setting for name, setting in config.items() if name != key}
         folder = _write(tmp_path, others if value is _ABSENT else others | {key: value})
         try:
-            shape = read_spec(folder)
+            spec = read_spec(folder)
         except InputError as refused:
             assert key in str(refused) or _follows(key, str(refused)), (value, str(refused))
             continue
         if not _runs(folder):  # strict classes look at keys, too, that their models do not use
             with pytest.raises(UnsupportedError, match=key):
-                check_against_transformers(folder, shape)
+                check_against_transformers(folder, spec)
             continue
-        check_against_transformers(folder, shape)
-        assert shape.tied_embeddings == AutoConfig.from_pretrained(folder).tie_word_embeddings
+        check_against_transformers(folder, spec)
+        assert spec.tied_embeddings == AutoConfig.from_pretrained(folder).tie_word_embeddings
 
 
 def _follows(key: str, message: str) -> bool:
@@ -163,13 +163,13 @@ def test_every_spelling_of_a_scaling_is_read_as_transformers_does(config: dict[s
     for settings in _spellings(config):
         folder = _write(tmp_path, settings)
         try:
-            shape = read_spec(folder)
+            spec = read_spec(folder)
         except InputError as refused:
             assert "rope_" in str(refused) or "original_max_position_embeddings" in str(refused)
             continue
-        _check_rope(module, AutoConfig.from_pretrained(folder), shape)
+        _check_rope(module, AutoConfig.from_pretrained(folder), spec)
         n_accepted += 1
-        kinds.add(shape.rope.kind)
+        kinds.add(spec.rope.kind)
     assert kinds == set(RopeKind)
     assert n_accepted > 150
 
@@ -193,24 +193,24 @@ def _rotary_module(folder: Path) -> Callable[..., torch.nn.Module]:
         return type(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).model.rotary_emb)
 
 
-def _check_rope(module: Callable[..., torch.nn.Module], loaded: PreTrainedConfig, shape: ModelSpec) -> None:
+def _check_rope(module: Callable[..., torch.nn.Module], loaded: PreTrainedConfig, spec: ModelSpec) -> None:
     """Compares at every length that makes a difference, and for which files are written."""
-    longest = _TRAINED if shape.rope.kind is RopeKind.DYNAMIC else 2 * _TRAINED
+    longest = _TRAINED if spec.rope.kind is RopeKind.DYNAMIC else 2 * _TRAINED
     for n_tokens in (8, 600, longest):
         cosine, _ = module(config=loaded)(torch.zeros(1), torch.arange(n_tokens)[None])
-        angles = torch.outer(torch.arange(n_tokens).float(), shape.rope.inverse_frequencies(n_tokens))
-        found = torch.cat((angles, angles), dim=-1).cos() * shape.rope.attention_factor
+        angles = torch.outer(torch.arange(n_tokens).float(), spec.rope.inverse_frequencies(n_tokens))
+        found = torch.cat((angles, angles), dim=-1).cos() * spec.rope.attention_factor
         assert torch.equal(found, cosine[0]), loaded.rope_parameters
 
 
 def test_what_is_written_out_reads_equal(config: dict[str, Any], tmp_path: Path) -> None:
     for scaling in _SCALINGS:
         try:
-            shape = read_spec(_write(tmp_path, config | {"rope_scaling": scaling}))
+            spec = read_spec(_write(tmp_path, config | {"rope_scaling": scaling}))
         except InputError:
             continue
-        again = config | {"rope_parameters": shape.rope.in_config(), "rope_scaling": None}
-        assert read_spec(_write(tmp_path, again)) == shape
+        again = config | {"rope_parameters": spec.rope.in_config(), "rope_scaling": None}
+        assert read_spec(_write(tmp_path, again)) == spec
 
 
 def test_an_unknown_scaling_is_never_to_be_dropped(config: dict[str, Any], tmp_path: Path) -> None:
@@ -225,9 +225,9 @@ def test_a_difference_from_transformers_ends_with_the_setting(
 ) -> None:
     """As if another version of transformers had another default."""
     folder = _write(tmp_path, config)
-    shape = read_spec(folder)
+    spec = read_spec(folder)
     loaded: PreTrainedConfig = AutoConfig.from_pretrained(folder)
     loaded.rms_norm_eps = 0.5
     monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: loaded)
     with pytest.raises(UnsupportedError, match=r"rms_norm_eps is .*, and 0\.5 as the installed transformers does"):
-        check_against_transformers(folder, shape)
+        check_against_transformers(folder, spec)

@@ -36,7 +36,7 @@ def test_logits_are_those_of_the_model_with_a_larger_top_k(
 ) -> None:
     """OLMoE among them, whose gates are not normalised."""
     student = Student.teacher(Checkpoint(family_folder))
-    n_experts = student.shape.n_experts
+    n_experts = student.spec.n_experts
     choice: ExpertChoice = AllButOne(n_experts, 24, _keys(5), 0.0) if without else AllExperts(n_experts)
     model = StreamedModel(student, choice=choice)
     (hidden,) = model.stream([TokenGroup(blocks_BT)])
@@ -66,11 +66,11 @@ def _route(
     folder: Path, choice: ExpertChoice, parts: list[torch.Tensor], layer: int = 3
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gates and experts of all parts, which run one after the other."""
-    shape = read_spec(folder)
+    spec = read_spec(folder)
     module = nn.Module()
     module.mlp = nn.Module()
     module.mlp.gate = _Router()
-    with choosing(choice, shape, layer, module):
+    with choosing(choice, spec, layer, module):
         routed = [module.mlp.gate(part) for part in parts]
     assert module.mlp.gate(parts[0])[2] is parts[0]  # afterwards the router chooses for itself again
     return torch.cat([gates for _, gates, _ in routed]), torch.cat([chosen for _, _, chosen in routed])
@@ -79,8 +79,8 @@ def _route(
 @pytest.mark.parametrize("model", ["coarse_folder", "olmoe_folder"])
 def test_augmented_gates_equal_a_loop_by_the_definition(request: pytest.FixtureRequest, model: str) -> None:
     folder = request.getfixturevalue(model)
-    shape = read_spec(folder)
-    n_experts, n_tokens, augmentation = shape.n_experts, 50, 0.3
+    spec = read_spec(folder)
+    n_experts, n_tokens, augmentation = spec.n_experts, 50, 0.3
     logits_TE = torch.randn(4 * n_tokens, n_experts, generator=torch.Generator().manual_seed(0))
     choice = AllButOne(n_experts, n_tokens, _keys(4), augmentation)
     gates_TK, chosen_TK = _route(folder, choice, [logits_TE[:50], logits_TE[50:]])
@@ -98,7 +98,7 @@ def test_augmented_gates_equal_a_loop_by_the_definition(request: pytest.FixtureR
                 scores = scores + next(noise)
             kept = sorted(range(n_experts), key=lambda expert, scores=scores: -scores[expert])[: n_experts - 1]
             weights = {expert: np.exp(float(logits_TE[token, expert])) for expert in kept}
-            everything = kept if shape.normalize_top_k else range(n_experts)
+            everything = kept if spec.normalize_top_k else range(n_experts)
             total = sum(np.exp(float(logits_TE[token, expert])) for expert in everything)
             found = dict(zip(chosen_TK[token].tolist(), gates_TK[token].tolist(), strict=True))
             assert found == pytest.approx({expert: weight / total for expert, weight in weights.items()}, rel=1e-5)

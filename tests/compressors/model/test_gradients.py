@@ -51,7 +51,7 @@ def _block_length(role: Role, layer: int) -> int | None:
 
 
 def _trained(student: Student, scope: Scope) -> TrainedStudent:
-    n_experts = student.shape.n_experts
+    n_experts = student.spec.n_experts
     usage = [torch.tensor(counts + [0] * (n_experts - 8)) for counts in _USAGE]
     trained = TrainedStudent(student, scope, usage=usage, block_length=_block_length, seed=7)
     generator = torch.Generator().manual_seed(1)
@@ -144,9 +144,9 @@ def test_gradients_equal_autograd_on_the_whole_model(folder: Path, blocks_BT: to
 
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
     leaves = {key: tensor.detach().clone().requires_grad_() for key, tensor in trained.parameters.items()}
-    everything = tuple(range(student.shape.n_experts))
+    everything = tuple(range(student.spec.n_experts))
     experts = _MOST_USED if scope == Scope.most_used(2) else [everything] * 2
-    n_others = len(student.shape.layer_roles(0)) - 1  # without the router
+    n_others = len(student.spec.layer_roles(0)) - 1  # without the router
     assert len(leaves) == {
         "router": 2,
         "router + norms": 2 + 1 + 2 * (n_others - 4),
@@ -169,7 +169,7 @@ def test_an_expert_that_no_token_chose_has_no_gradient(folder: Path, blocks_BT: 
     trained = _trained(Student.teacher(Checkpoint(folder)), Scope.all_experts())
     one_token = blocks_BT[:1, :1]
     _, gradients = streamed_gradients(trained.streamed(None), one_token, _cross_entropy(one_token))
-    top_k = trained.student.shape.top_k
+    top_k = trained.student.spec.top_k
     for layer in range(2):
         for name in ("gate_up.weight", "down.weight"):
             assert int((gradients[name, layer].flatten(1) != 0).any(1).sum()) == top_k
@@ -211,7 +211,7 @@ def test_router_logit_matching_equals_its_definition(folder: Path, blocks_BT: to
     """Against two stock models; one of the student's experts stands for two of the teacher's."""
     source = Checkpoint(folder)
     layers = (LayerMap(0, ((1,), (0, 2), (5,), (6,))), LayerMap(1, ((7,), (4,), (3,), (2,))))
-    student = Student(source, ExpertMap(source.shape.n_experts, layers))
+    student = Student(source, ExpertMap(source.spec.n_experts, layers))
     routers = {(Role.ROUTER, layer): nn.Parameter(student.tensor(Role.ROUTER, layer).float() * 0.9) for layer in (0, 1)}
     objective = RouterLogitMatching(StreamedModel(Student.teacher(source)), student)
     chosen = [3, 1, 9]

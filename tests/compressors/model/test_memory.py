@@ -22,7 +22,7 @@ from compressors.model.sources.student import Student
 
 @pytest.fixture(scope="module")
 def shape(fine_folder: Path) -> ModelSpec:
-    return Checkpoint(fine_folder).shape
+    return Checkpoint(fine_folder).spec
 
 
 def test_an_array_file_is_numpy_s_format(tmp_path: Path) -> None:
@@ -61,9 +61,9 @@ def test_hidden_states_keep_their_bits(tmp_path: Path, dtype: torch.dtype, spill
         assert not list((tmp_path / "spill").iterdir()), "the file has no name, so a kill leaves nothing"
 
 
-def test_the_head_takes_the_place_of_the_layers(shape: ModelSpec, tmp_path: Path) -> None:
-    large_head = replace(shape, vocab_size=1_000_000)
-    head = 4 * 1_000_000 * (shape.hidden_size + 2 * positions_at_once(1_000_000))
+def test_the_head_takes_the_place_of_the_layers(spec: ModelSpec, tmp_path: Path) -> None:
+    large_head = replace(spec, vocab_size=1_000_000)
+    head = 4 * 1_000_000 * (spec.hidden_size + 2 * positions_at_once(1_000_000))
     layer, hidden = 1000, 2500
 
     def placed(n_bytes: int) -> tuple[int, bool, bool]:
@@ -75,13 +75,13 @@ def test_the_head_takes_the_place_of_the_layers(shape: ModelSpec, tmp_path: Path
     assert placed(head + hidden + 2 * layer) == (2, True, True)
 
 
-def test_room_goes_to_reading_ahead_then_hidden_states_then_layers(shape: ModelSpec, tmp_path: Path) -> None:
+def test_room_goes_to_reading_ahead_then_hidden_states_then_layers(spec: ModelSpec, tmp_path: Path) -> None:
     layer, hidden, held = 1000, 2500, 70
-    shape = replace(shape, vocab_size=256)  # the head is smaller than what a layer's computation needs
-    least = held + working_bytes(shape) + layer
+    spec = replace(spec, vocab_size=256)  # the head is smaller than what a layer's computation needs
+    least = held + working_bytes(spec) + layer
 
     def placed(n_bytes: int) -> tuple[int, bool, bool]:
-        placement = place(MemoryLimit(n_bytes, tmp_path), shape, layer, hidden, held_bytes=held)
+        placement = place(MemoryLimit(n_bytes, tmp_path), spec, layer, hidden, held_bytes=held)
         return placement.n_resident, placement.read_ahead, placement.spill is None
 
     assert placed(least) == (0, False, False)
@@ -89,7 +89,7 @@ def test_room_goes_to_reading_ahead_then_hidden_states_then_layers(shape: ModelS
     assert placed(least + layer) == (0, True, False)
     assert placed(least + layer + hidden) == (0, True, True)
     assert placed(least + layer + hidden + 3 * layer) == (3, True, True)
-    assert placed(10**15) == (shape.n_layers, True, True)
+    assert placed(10**15) == (spec.n_layers, True, True)
 
 
 @pytest.mark.parametrize(("vocab_size", "positions"), [(1000, 2048), (50304, 512), (151936, 256), (10**7, 256)])
@@ -117,7 +117,7 @@ def test_every_way_of_holding_layers_gives_their_weights(fine_folder: Path, n_re
 def _down(student: Student, layer: int) -> torch.Tensor:
     from compressors.model.description.roles import Role
 
-    return torch.stack([student.expert(Role.EXPERT_DOWN, layer, expert) for expert in range(student.shape.n_experts)])
+    return torch.stack([student.expert(Role.EXPERT_DOWN, layer, expert) for expert in range(student.spec.n_experts)])
 
 
 def test_a_layer_s_bytes_are_those_on_disk(family_folder: Path) -> None:
@@ -126,11 +126,9 @@ def test_a_layer_s_bytes_are_those_on_disk(family_folder: Path) -> None:
     assert layer_bytes(Student.teacher(source)) == pytest.approx(on_disk, rel=0.01)
 
 
-def test_small_models_and_other_processors_compute_in_float32(
-    shape: ModelSpec, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    large = replace(shape, hidden_size=2048)
-    assert fastest_arithmetic(shape, torch.bfloat16, "cuda") == "float32"
+def test_small_models_and_other_processors_compute_in_float32(spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    large = replace(spec, hidden_size=2048)
+    assert fastest_arithmetic(spec, torch.bfloat16, "cuda") == "float32"
     assert fastest_arithmetic(large, torch.float16, "cuda") == "float32"
     assert fastest_arithmetic(large, torch.bfloat16, "cuda") == "bfloat16"
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")

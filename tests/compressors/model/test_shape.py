@@ -77,18 +77,18 @@ def test_qwen3_moe_is_read(fine_folder: Path) -> None:
 
 
 def test_mixtral_is_read(coarse_folder: Path) -> None:
-    shape = read_spec(coarse_folder)
-    assert (shape.model_type, shape.n_experts, shape.top_k, shape.expert_width) == ("mixtral", 8, 2, 512)
-    assert shape.normalize_top_k, "Mixtral always normalises"
-    assert shape.family is supported_families()["mixtral"]
-    assert Role.QUERY_NORM not in shape.family.names
+    spec = read_spec(coarse_folder)
+    assert (spec.model_type, spec.n_experts, spec.top_k, spec.expert_width) == ("mixtral", 8, 2, 512)
+    assert spec.normalize_top_k, "Mixtral always normalises"
+    assert spec.family is supported_families()["mixtral"]
+    assert Role.QUERY_NORM not in spec.family.names
 
 
 def test_olmoe_is_read(olmoe_folder: Path) -> None:
-    shape = read_spec(olmoe_folder)
-    assert (shape.model_type, shape.n_experts, shape.top_k, shape.expert_width) == ("olmoe", 16, 4, 64)
-    assert not shape.normalize_top_k
-    assert not shape.tied_embeddings
+    spec = read_spec(olmoe_folder)
+    assert (spec.model_type, spec.n_experts, spec.top_k, spec.expert_width) == ("olmoe", 16, 4, 64)
+    assert not spec.normalize_top_k
+    assert not spec.tied_embeddings
 
 
 def test_query_and_key_norms_are_as_wide_as_the_family_has_them(
@@ -122,8 +122,8 @@ def test_an_untied_head_counts(read: Read) -> None:
 
 def test_fewer_experts_have_fewer_parameters(fine_folder: Path) -> None:
     """Per dropped expert three projections of 256 x 128 and one router row, in six layers."""
-    shape = read_spec(fine_folder)
-    assert shape.parameters - shape.with_experts(20).parameters == 6 * 12 * (3 * 256 * 128 + 256)
+    spec = read_spec(fine_folder)
+    assert spec.parameters - spec.with_experts(20).parameters == 6 * 12 * (3 * 256 * 128 + 256)
 
 
 def test_what_transformers_5_writes_reads_equal(family_folder: Path, tmp_path: Path) -> None:
@@ -139,14 +139,14 @@ def test_what_transformers_5_writes_reads_equal(family_folder: Path, tmp_path: P
 
 def test_a_config_gets_another_expert_count_in_one_spelling(family_folder: Path, tmp_path: Path) -> None:
     AutoConfig.from_pretrained(family_folder).save_pretrained(tmp_path)
-    shape = read_spec(family_folder).with_experts(3)
+    spec = read_spec(family_folder).with_experts(3)
     for folder in (family_folder, tmp_path):
-        config = shape.in_config(json.loads((folder / "config.json").read_text()))
+        config = spec.in_config(json.loads((folder / "config.json").read_text()))
         assert len({"num_experts", "num_local_experts"} & set(config)) == 1
         (tmp_path / "config.json").write_text(json.dumps(config))
-        assert read_spec(tmp_path) == shape
+        assert read_spec(tmp_path) == spec
         loaded = AutoConfig.from_pretrained(tmp_path)
-        assert (loaded.num_experts, loaded.num_experts_per_tok) == (3, shape.top_k)
+        assert (loaded.num_experts, loaded.num_experts_per_tok) == (3, spec.top_k)
 
 
 def test_nested_rope_theta_is_the_one_that_counts(read: Read) -> None:

@@ -95,7 +95,7 @@ def test_bfloat16_is_near_the_reference_and_keeps_routers_in_float32(
 @torch.no_grad()
 def test_recorded_routing_is_the_router_s(fine_folder: Path, blocks_BT: torch.Tensor) -> None:
     model = StreamedModel(Student.teacher(Checkpoint(fine_folder)))
-    recorder = RoutingRecorder(model.shape)
+    recorder = RoutingRecorder(model.spec)
     model.stream([TokenGroup(blocks_BT, [recorder.observe])])
     stock = _stock(fine_folder)
     outputs: list[torch.Tensor] = []
@@ -109,7 +109,7 @@ def test_gradients_equal_autograd_on_the_whole_model(family_folder: Path, blocks
     student = Student.teacher(Checkpoint(family_folder))
     routers = {
         (Role.ROUTER, layer): nn.Parameter(student.tensor(Role.ROUTER, layer).float())
-        for layer in range(student.shape.n_layers)
+        for layer in range(student.spec.n_layers)
     }
     targets = blocks_BT.flatten().roll(-1)
 
@@ -131,22 +131,22 @@ def test_a_pruned_student_equals_stock_transformers_with_sliced_weights(
     family_folder: Path, blocks_BT: torch.Tensor
 ) -> None:
     source = Checkpoint(family_folder)
-    shape = source.shape
-    kept = tuple(tuple(range(layer % 2, shape.n_experts, 2)) for layer in range(shape.n_layers))
+    spec = source.spec
+    kept = tuple(tuple(range(layer % 2, spec.n_experts, 2)) for layer in range(spec.n_layers))
     stock = _stock(family_folder)
     for layer, module in enumerate(stock.model.layers):
         module.mlp.gate.weight = nn.Parameter(module.mlp.gate.weight[list(kept[layer])])
-        module.mlp.gate.num_experts = module.mlp.experts.num_experts = shape.n_experts // 2
+        module.mlp.gate.num_experts = module.mlp.experts.num_experts = spec.n_experts // 2
         module.mlp.experts.gate_up_proj = nn.Parameter(module.mlp.experts.gate_up_proj[list(kept[layer])])
         module.mlp.experts.down_proj = nn.Parameter(module.mlp.experts.down_proj[list(kept[layer])])
     expected = stock(blocks_BT).logits.flatten(0, 1)
-    logits = _logits(StreamedModel(Student(source, ExpertMap.keeping(shape.n_experts, kept))), blocks_BT)
+    logits = _logits(StreamedModel(Student(source, ExpertMap.keeping(spec.n_experts, kept))), blocks_BT)
     assert (logits - expected).abs().max() < 1e-4
 
 
 def _student_whose_layers_differ(source: Checkpoint) -> Student:
     """A dropped block, a layer without experts, one with fewer, one with a single expert, and narrow ones."""
-    full, n_experts = source.shape.expert_width, source.shape.n_experts
+    full, n_experts = source.spec.expert_width, source.spec.n_experts
     everything = tuple((expert,) for expert in range(n_experts))
     layers = (
         LayerMap(0, ((5,), (0,), (7,), (2,), (3,))),
@@ -155,7 +155,7 @@ def _student_whose_layers_differ(source: Checkpoint) -> Student:
         LayerMap(4, ((6,),), full // 4),
         LayerMap(5, everything),
     )
-    layers = tuple(layer for layer in layers if layer.source < source.shape.n_layers)
+    layers = tuple(layer for layer in layers if layer.source < source.spec.n_layers)
     overlay = {}
     pruned = Student(source, ExpertMap(n_experts, layers))
     for index, layer in enumerate(layers):
@@ -207,7 +207,7 @@ def test_a_student_whose_layers_differ_equals_stock_transformers_cut_by_hand(
     family_folder: Path, blocks_BT: torch.Tensor, tmp_path: Path
 ) -> None:
     student = _student_whose_layers_differ(Checkpoint(family_folder))
-    assert student.shape.sizes is not None
+    assert student.spec.sizes is not None
     expected = _stock_like(student)(blocks_BT, use_cache=False).logits.flatten(0, 1)
     for limit in (None, MemoryLimit(1, tmp_path), MemoryLimit(10**12, tmp_path)):
         model = StreamedModel(student, limit=limit, check_finite=True)
@@ -219,7 +219,7 @@ def test_gradients_of_a_student_whose_layers_differ_equal_autograd(
     family_folder: Path, blocks_BT: torch.Tensor
 ) -> None:
     student = _student_whose_layers_differ(Checkpoint(family_folder))
-    with_experts = [layer for layer in range(student.shape.n_layers) if student.shape.layer(layer).has_moe]
+    with_experts = [layer for layer in range(student.spec.n_layers) if student.spec.layer(layer).has_moe]
     routers = {(Role.ROUTER, layer): nn.Parameter(student.tensor(Role.ROUTER, layer).float()) for layer in with_experts}
     targets = blocks_BT.flatten().roll(-1)
 
@@ -241,7 +241,7 @@ def test_gradients_of_a_student_whose_layers_differ_equal_autograd(
 @torch.no_grad()
 def test_recorded_routing_holds_no_expert_where_there_is_none(fine_folder: Path, blocks_BT: torch.Tensor) -> None:
     student = _student_whose_layers_differ(Checkpoint(fine_folder))
-    recorder = RoutingRecorder(student.shape)
+    recorder = RoutingRecorder(student.spec)
     StreamedModel(student).stream([TokenGroup(blocks_BT, [recorder.observe])])
     routing = recorder.routing()
     stock = _stock_like(student)
@@ -264,11 +264,11 @@ def test_recorded_routing_holds_no_expert_where_there_is_none(fine_folder: Path,
 def test_fused_experts_on_disk_are_read_like_single_ones(fine_folder: Path, tmp_path: Path) -> None:
     source = Checkpoint(fine_folder)
     tensors = load_file(fine_folder / "model.safetensors")
-    for layer in range(source.shape.n_layers):
+    for layer in range(source.spec.n_layers):
         prefix = f"model.layers.{layer}.mlp.experts"
         single = [
             {name: tensors.pop(f"{prefix}.{expert}.{name}_proj.weight") for name in ("gate", "up", "down")}
-            for expert in range(source.shape.n_experts)
+            for expert in range(source.spec.n_experts)
         ]
         tensors[f"{prefix}.gate_up_proj"] = torch.stack([torch.cat([e["gate"], e["up"]]) for e in single])
         tensors[f"{prefix}.down_proj"] = torch.stack([e["down"] for e in single])

@@ -47,28 +47,28 @@ def test_every_member_of_a_group_goes_where_the_group_went() -> None:
 
 
 def test_the_identity_keeps_everything_in_place(source: Checkpoint) -> None:
-    identity = ExpertMap.identity(source.shape)
-    identity.check_against(source.shape)
-    assert identity.shape_of(source.shape) == source.shape
+    identity = ExpertMap.identity(source.spec)
+    identity.check_against(source.spec)
+    assert identity.spec_of(source.spec) == source.spec
     assert identity.student_of(1).tolist() == list(range(32))
 
 
 def test_layers_may_differ_and_go(source: Checkpoint) -> None:
     experts = ExpertMap(32, (LayerMap(0, ((3,), (7, 8), (9,)), 64), LayerMap(1, ())))
     student = Student(source, experts)
-    shape = student.shape
-    assert (shape.n_layers, shape.n_experts, shape.top_k, shape.expert_width) == (2, 3, 3, 64)
-    assert (shape.layer(0).n_experts, shape.layer(0).expert_width, shape.layer(0).has_moe) == (3, 64, True)
-    assert (shape.layer(1).n_experts, shape.layer(1).top_k, shape.layer(1).has_moe) == (0, 0, False)
-    assert shape.described_sizes == "3 experts of width 64, no experts"
-    attention = source.shape.dense_layer_parameters - 32 * 256 - 256  # neither router nor the norm before it
-    embedding = source.shape.vocab_size * 256 * (1 if source.shape.tied_embeddings else 2)
-    assert shape.parameters == 2 * attention + 256 + 3 * 256 + 3 * (3 * 64 * 256) + embedding + 256
+    spec = student.spec
+    assert (spec.n_layers, spec.n_experts, spec.top_k, spec.expert_width) == (2, 3, 3, 64)
+    assert (spec.layer(0).n_experts, spec.layer(0).expert_width, spec.layer(0).has_moe) == (3, 64, True)
+    assert (spec.layer(1).n_experts, spec.layer(1).top_k, spec.layer(1).has_moe) == (0, 0, False)
+    assert spec.described_sizes == "3 experts of width 64, no experts"
+    attention = source.spec.dense_layer_parameters - 32 * 256 - 256  # neither router nor the norm before it
+    embedding = source.spec.vocab_size * 256 * (1 if source.spec.tied_embeddings else 2)
+    assert spec.parameters == 2 * attention + 256 + 3 * 256 + 3 * (3 * 64 * 256) + embedding + 256
 
 
 def test_a_layer_that_is_left_alone_comes_from_where_it_was(source: Checkpoint) -> None:
     student = Student(source, ExpertMap(32, (LayerMap(1, ((5,), (6,))),)))
-    assert student.shape == replace(source.shape, n_layers=1, n_experts=2, top_k=2)
+    assert student.spec == replace(source.spec, n_layers=1, n_experts=2, top_k=2)
     assert torch.equal(student.tensor(Role.QUERY, 0), source.tensor(Role.QUERY, 1))
     assert torch.equal(student.rows(Role.QUERY, 0, slice(3, 5)), source.tensor(Role.QUERY, 1)[3:5])
     assert torch.equal(student.tensor(Role.ROUTER, 0), source.tensor(Role.ROUTER, 1)[5:7])
@@ -86,7 +86,7 @@ def test_the_map_survives_json(tmp_path: Path, source: Checkpoint) -> None:
 
 def test_the_teacher_is_the_source(source: Checkpoint) -> None:
     teacher = Student.teacher(source)
-    assert teacher.shape == source.shape
+    assert teacher.spec == source.spec
     for role in teacher.family.layer_roles:
         assert torch.equal(teacher.tensor(role, 1), source.tensor(role, 1))
     for role in (Role.TOKEN_EMBEDDING, Role.FINAL_NORM, Role.HEAD):
@@ -115,8 +115,8 @@ def test_an_expert_that_does_not_exist_is_an_error(pruned: Student) -> None:
 @pytest.mark.parametrize(("n_experts", "top_k"), [(32, 4), (5, 4), (4, 4), (3, 3), (1, 1)])
 def test_top_k_never_exceeds_the_experts_left(source: Checkpoint, n_experts: int, top_k: int) -> None:
     kept = tuple(range(n_experts))
-    shape = Student(source, ExpertMap.keeping(32, (kept, kept))).shape
-    assert shape == replace(source.shape, n_experts=n_experts, top_k=top_k)
+    spec = Student(source, ExpertMap.keeping(32, (kept, kept))).spec
+    assert spec == replace(source.spec, n_experts=n_experts, top_k=top_k)
 
 
 def test_the_overlay_comes_first_and_is_in_the_student_s_numbering(pruned: Student, source: Checkpoint) -> None:
@@ -155,7 +155,7 @@ def test_load_reads_map_and_overlay(pruned: Student, source: Checkpoint, tmp_pat
     save_file({"model.layers.0.mlp.gate.weight": router}, tmp_path / "overlay.safetensors")
     student = Student.load(source, tmp_path / "map.json", [tmp_path / "overlay.safetensors"])
     assert torch.equal(student.tensor(Role.ROUTER, 0), router)
-    assert student.shape == pruned.shape
+    assert student.spec == pruned.spec
 
 
 def _map(*layers: dict[str, object], n_experts: object = 32) -> str:

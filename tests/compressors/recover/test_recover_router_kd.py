@@ -42,14 +42,14 @@ def teacher(fine_folder: Path) -> Student:
 
 @pytest.fixture(scope="module")
 def pruned(teacher: Student) -> Student:
-    return Student(teacher.source, ExpertMap.keeping(32, (tuple(range(0, 32, 2)),) * teacher.shape.n_layers))
+    return Student(teacher.source, ExpertMap.keeping(32, (tuple(range(0, 32, 2)),) * teacher.spec.n_layers))
 
 
 @pytest.fixture(scope="module")
 def targets(teacher: Student, blocks_BT: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> TeacherTargets:
     model = StreamedModel(teacher)
     (hidden,) = model.stream([TokenGroup(blocks_BT)])
-    targets = TeacherTargets.create(tmp_path_factory.mktemp("targets"), blocks_BT.numel(), model.shape.vocab_size)
+    targets = TeacherTargets.create(tmp_path_factory.mktemp("targets"), blocks_BT.numel(), model.spec.vocab_size)
     write_targets(model, hidden, targets, range(len(blocks_BT)))
     return targets
 
@@ -57,7 +57,7 @@ def targets(teacher: Student, blocks_BT: torch.Tensor, tmp_path_factory: pytest.
 def _write_log_probs(teacher: Student, blocks_BT: torch.Tensor, scored: slice, folder: Path) -> torch.Tensor:
     model = StreamedModel(teacher)
     (hidden,) = model.stream([TokenGroup(blocks_BT)])
-    writer = LogProbWriter(folder, len(blocks_BT) * (scored.stop - scored.start), model.shape.vocab_size)
+    writer = LogProbWriter(folder, len(blocks_BT) * (scored.stop - scored.start), model.spec.vocab_size)
     return write_log_probs(model, blocks_BT, hidden, scored, writer, range(len(blocks_BT)))
 
 

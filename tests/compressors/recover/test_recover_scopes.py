@@ -51,10 +51,10 @@ def test_most_used_experts_with_ties_to_the_lower_index() -> None:
 
 
 def test_a_merged_expert_is_used_by_all_tokens_of_its_group(student: Student) -> None:
-    shape = student.source.shape
+    spec = student.source.spec
     statistics = [
-        replace(LayerStatistics.zeros(shape), count_E=torch.arange(32, dtype=torch.float64) * 10**layer)
-        for layer in range(shape.n_layers)
+        replace(LayerStatistics.zeros(spec), count_E=torch.arange(32, dtype=torch.float64) * 10**layer)
+        for layer in range(spec.n_layers)
     ]
     usage = expert_usage(statistics, student.experts)
     assert usage[0].tolist() == [5, 9, 7]
@@ -67,13 +67,13 @@ def test_a_merged_expert_is_used_by_all_tokens_of_its_group(student: Student) ->
     "scope", [Scope.routers(), Scope.most_used(2), Scope.all_experts(), Scope.adapters(5)], ids=lambda scope: scope.name
 )
 def test_bytes_are_those_of_the_tensors(student: Student, scope: Scope) -> None:
-    usage = [torch.ones(student.shape.layer(layer).n_experts) for layer in range(4)]
+    usage = [torch.ones(student.spec.layer(layer).n_experts) for layer in range(4)]
     trained = TrainedStudent(student, scope, usage=usage)
     n_bytes = [0] * 4
     for (_, layer), tensor in trained.parameters.items():
         assert tensor.dtype == torch.float32
         n_bytes[layer] += tensor.nbytes
-    found = training_bytes(scope, student.shape)
+    found = training_bytes(scope, student.spec)
     assert n_bytes[1] == 0  # it has no experts
     assert (found.weights, found.gradients, found.moments) == (sum(n_bytes), sum(n_bytes), 2 * sum(n_bytes))
     assert found.passing == max(n_bytes)
@@ -89,20 +89,20 @@ def test_only_the_most_used_need_counts(student: Student) -> None:
 def test_a_scope_that_does_not_fit_the_memory_is_refused_before_it_starts(student: Student, tmp_path: Path) -> None:
     whole, adapters = Scope.all_experts(), Scope.adapters(1)
     itemsize = student.source.dtype.itemsize
-    between = training_bytes(whole, student.shape).total - 1
+    between = training_bytes(whole, student.spec).total - 1
     room = 0
     with pytest.raises(InputError, match="adapters"):
-        refuse_too_large(whole, student.shape, itemsize, between)
+        refuse_too_large(whole, student.spec, itemsize, between)
     needed = 10**12
     while needed > room + 1:  # the smallest limit under which adapters may begin
         middle = (room + needed) // 2
         try:
-            refuse_too_large(adapters, student.shape, itemsize, middle)
+            refuse_too_large(adapters, student.spec, itemsize, middle)
             needed = middle
         except InputError:
             room = middle
-    extra = training_bytes(whole, student.shape).total - training_bytes(adapters, student.shape).total
-    refuse_too_large(whole, student.shape, itemsize, needed + extra)
+    extra = training_bytes(whole, student.spec).total - training_bytes(adapters, student.spec).total
+    refuse_too_large(whole, student.spec, itemsize, needed + extra)
     limit = MemoryLimit(needed + extra - 1, tmp_path)
     tokens_BT = torch.zeros(1, 4, dtype=torch.int64)
     with pytest.raises(InputError, match=r"router \+ all experts needs .* train adapters"):

@@ -45,7 +45,7 @@ def targets(
 ) -> TeacherTargets:
     model = StreamedModel(Student.teacher(float32_toy))
     (hidden,) = model.stream([TokenGroup(blocks_BT)])
-    targets = TeacherTargets.create(tmp_path_factory.mktemp("targets"), blocks_BT.numel(), model.shape.vocab_size)
+    targets = TeacherTargets.create(tmp_path_factory.mktemp("targets"), blocks_BT.numel(), model.spec.vocab_size)
     write_targets(model, hidden, targets, range(len(blocks_BT)))
     return targets
 
@@ -156,7 +156,7 @@ def test_every_scope_brings_the_student_nearer(
     unseen, scored = blocks_BT[24:], slice(8, 31)
     teacher = StreamedModel(Student.teacher(float32_toy))
     (hidden,) = teacher.stream([TokenGroup(unseen)])
-    writer = LogProbWriter(tmp_path, len(unseen) * 23, teacher.shape.vocab_size)
+    writer = LogProbWriter(tmp_path, len(unseen) * 23, teacher.spec.vocab_size)
     write_log_probs(teacher, unseen, hidden, scored, writer, range(len(unseen)))
     reader = LogProbReader(tmp_path)
     assert (
@@ -201,8 +201,8 @@ def test_training_that_diverges_names_the_step_and_what_to_do(pruned_toy: Studen
 def test_a_loss_that_is_not_a_number_changes_nothing(
     pruned_toy: Student, blocks_BT: torch.Tensor, targets: TeacherTargets, tmp_path: Path
 ) -> None:
-    broken = TeacherTargets.create(tmp_path, blocks_BT.numel(), pruned_toy.shape.vocab_size)
-    broken.write(0, torch.full((blocks_BT.numel(), pruned_toy.shape.vocab_size), torch.nan))
+    broken = TeacherTargets.create(tmp_path, blocks_BT.numel(), pruned_toy.spec.vocab_size)
+    broken.write(0, torch.full((blocks_BT.numel(), pruned_toy.spec.vocab_size), torch.nan))
     settings = Schedule(n_blocks=2, learning_rate=1e-3, blocks_per_step=2)
     training = Training(pruned_toy, blocks_BT, Distillation(broken, pruned_toy), settings)
     with pytest.raises(TrainingDivergedError, match=r"step 1 of 1 .* loss is nan"):
@@ -223,7 +223,7 @@ def test_too_little_text_is_refused(
 
 
 def test_a_vocabulary_that_differs_is_refused(pruned_toy: Student, blocks_BT: torch.Tensor, tmp_path: Path) -> None:
-    n_tokens = pruned_toy.shape.vocab_size
+    n_tokens = pruned_toy.spec.vocab_size
     settings = Schedule(2, 1e-3, 2)
     wider = TeacherTargets.create(tmp_path / "targets", blocks_BT.numel(), n_tokens + 8)
     logits = -torch.arange(n_tokens + 8.0).repeat(blocks_BT.numel(), 1)

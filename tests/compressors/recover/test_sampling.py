@@ -91,7 +91,7 @@ def test_memory_limit_and_company_change_no_token(
     source = Checkpoint(toy_checkpoint(tmp_path, n_layers=3))
     kept = tuple((expert,) for expert in range(0, 32, 2))
     student = Student(source, ExpertMap(32, (LayerMap(0, kept), LayerMap(1, ()), LayerMap(2, kept))))
-    assert student.shape.sizes is not None and student.shape.sizes[1] == NO_MOE
+    assert student.spec.sizes is not None and student.spec.sizes[1] == NO_MOE
     trained = TrainedStudent(student, Scope.adapters(2))
     for (name, _), tensor in trained.parameters.items():
         if name.endswith(".b"):
@@ -113,7 +113,7 @@ def test_more_texts_than_fit_are_refused(
     toy_checkpoint: Callable[..., Path], prompts_BP: torch.Tensor, uniform_BN: torch.Tensor, tmp_path: Path
 ) -> None:
     student = Student.teacher(Checkpoint(toy_checkpoint(tmp_path)))
-    assert cache_bytes(student.shape, 10, 28) == 10 * 28 * 4 * (2 * 2 * 4 * 32 + 256)
-    assert cache_bytes(replace(student.shape, n_layers=1), 10, 28, torch.bfloat16) == 10 * 28 * 2 * (2 * 4 * 32 + 256)
+    assert cache_bytes(student.spec, 10, 28) == 10 * 28 * 4 * (2 * 2 * 4 * 32 + 256)
+    assert cache_bytes(replace(student.spec, n_layers=1), 10, 28, torch.bfloat16) == 10 * 28 * 2 * (2 * 4 * 32 + 256)
     with pytest.raises(InputError, match=r"10 texts .* together need 0\.00 GB .* fewer batches in a round"):
         sample_texts(StreamedModel(student, limit=MemoryLimit(10**6, tmp_path)), prompts_BP, uniform_BN)

@@ -41,7 +41,7 @@ def texts_BT(heldout_tokens: npt.NDArray[np.int64]) -> torch.Tensor:
 def test_gradients_equal_autograd_on_the_whole_model(
     source: Checkpoint, texts_BT: torch.Tensor, balance: float
 ) -> None:
-    n_experts = source.shape.n_experts
+    n_experts = source.spec.n_experts
     student = Student(source, ExpertMap.keeping(n_experts, [range(n_experts // 2)] * 2))
     model = StreamedModel(student)
     (hidden,) = model.stream([TokenGroup(texts_BT)])
@@ -81,7 +81,7 @@ def test_the_variation_and_its_slope_equal_the_definition() -> None:
 
 
 def test_each_batch_moves_the_teacher_s_routers_by_a_step_of_adam(source: Checkpoint, texts_BT: torch.Tensor) -> None:
-    n_experts = source.shape.n_experts
+    n_experts = source.spec.n_experts
     student = Student(source, ExpertMap.keeping(n_experts, [range(n_experts // 2)] * 2))
     schedule = Schedule(4, 1e-4, blocks_per_step=2)
     objective = StudentAwareRouter(student, schedule, batches_per_round=2, router_learning_rate=1e-4)

@@ -21,7 +21,7 @@ TrainedBlock = Callable[..., tuple[MoeBlock, Evidence]]
 
 
 def _statistics(folder: Path, trained_block: TrainedBlock) -> list[LayerStatistics]:
-    return [trained_block(folder, layer)[1].statistics for layer in range(Checkpoint(folder).shape.n_layers)]
+    return [trained_block(folder, layer)[1].statistics for layer in range(Checkpoint(folder).spec.n_layers)]
 
 
 def _drop_one_by_one(scores: list[list[float]], n_kept_total: int, minimum: int) -> list[int]:
@@ -44,13 +44,13 @@ def _drop_one_by_one(scores: list[list[float]], n_kept_total: int, minimum: int)
 def test_the_lowest_of_the_whole_model_are_dropped(
     family_folder: Path, trained_block: TrainedBlock, criterion: str, share: float
 ) -> None:
-    shape = Checkpoint(family_folder).shape
+    spec = Checkpoint(family_folder).spec
     scores = [CRITERIA[criterion](layer) for layer in _statistics(family_folder, trained_block)]
-    n_kept = max(int(share * shape.n_layers * shape.n_experts), shape.n_layers * shape.top_k)
-    counts = allocate_globally(scores, n_kept, shape.top_k)
-    assert counts == _drop_one_by_one([layer.tolist() for layer in scores], n_kept, shape.top_k)
+    n_kept = max(int(share * spec.n_layers * spec.n_experts), spec.n_layers * spec.top_k)
+    counts = allocate_globally(scores, n_kept, spec.top_k)
+    assert counts == _drop_one_by_one([layer.tolist() for layer in scores], n_kept, spec.top_k)
     assert sum(counts) == n_kept
-    assert min(counts) >= shape.top_k
+    assert min(counts) >= spec.top_k
 
 
 def test_layers_may_differ_and_ties_keep_the_first() -> None:

@@ -121,7 +121,7 @@ def test_the_sums_that_criteria_read_equal_their_definitions(
 
 
 def test_experts_that_were_never_seen_score_zero(fine_folder: Path) -> None:
-    nothing = LayerStatistics.zeros(Checkpoint(fine_folder).shape)
+    nothing = LayerStatistics.zeros(Checkpoint(fine_folder).spec)
     for criterion in CRITERIA.values():
         assert criterion(nothing).tolist() == [0.0] * 32
 

@@ -59,7 +59,7 @@ def small(request: pytest.FixtureRequest, fine_folder: Path) -> tuple[MoeBlock, 
         top_k,
         normalize_top_k=True,
     )
-    nothing_counted = LayerStatistics.zeros(Checkpoint(fine_folder).shape.with_experts(n_experts))
+    nothing_counted = LayerStatistics.zeros(Checkpoint(fine_folder).spec.with_experts(n_experts))
     return block, Evidence(nothing_counted, weights(50, hidden_size))
 
 

@@ -70,10 +70,10 @@ def test_the_result_says_what_became_of_the_experts(coarse_folder: Path, trained
     assert result.changed_experts == {0}
     assert not result.router_changed
     assert torch.equal(result.block.router_ED[0], block.router_ED[result.groups[0][0]])
-    shape = read_spec(coarse_folder)
+    spec = read_spec(coarse_folder)
     assert (result.block.n_experts, result.block.width) == (
-        dense_size(shape).n_experts,
-        dense_size(shape).expert_width,
+        dense_size(spec).n_experts,
+        dense_size(spec).expert_width,
     )
 
 
@@ -104,11 +104,11 @@ def test_an_expert_that_no_token_chose_says_nothing(coarse_folder: Path, trained
 
 
 def test_a_student_s_only_expert_may_be_as_wide_as_its_group(fine_folder: Path) -> None:
-    shape = read_spec(fine_folder)
-    width = shape.expert_width
+    spec = read_spec(fine_folder)
+    width = spec.expert_width
 
     def check(groups: tuple[tuple[int, ...], ...], width: int) -> None:
-        ExpertMap(shape.n_experts, (LayerMap(0, groups, width),)).check_against(shape)
+        ExpertMap(spec.n_experts, (LayerMap(0, groups, width),)).check_against(spec)
 
     check(((5, 7, 9, 30),), 4 * width)
     check(((5, 7), (9, 30)), width)

@@ -76,9 +76,9 @@ def seen(family_folder: Path, blocks_BT: torch.Tensor) -> _Seen:
 
 @pytest.fixture(scope="module")
 def statistics(teacher: StreamedModel, blocks_BT: torch.Tensor) -> list[LayerStatistics]:
-    collector = StatisticsCollector(teacher.shape)
+    collector = StatisticsCollector(teacher.spec)
     teacher.stream([TokenGroup(blocks_BT, [collector.observe])])
-    return [collector.take(layer) for layer in range(teacher.shape.n_layers)]
+    return [collector.take(layer) for layer in range(teacher.spec.n_layers)]
 
 
 def test_similarities_of_moe_sub_layers(statistics: list[LayerStatistics], seen: _Seen) -> None:
@@ -94,7 +94,7 @@ def test_similarities_of_blocks(statistics: list[LayerStatistics], seen: _Seen) 
 
 
 def test_similarities_of_windows(teacher: StreamedModel, blocks_BT: torch.Tensor, seen: _Seen) -> None:
-    n_layers = teacher.shape.n_layers
+    n_layers = teacher.spec.n_layers
     for n_dropped in (1, 2, n_layers - 1, n_layers):
         done: list[int] = []
         found = window_similarities(teacher, blocks_BT, n_dropped, done.append)

@@ -52,7 +52,7 @@ def statistics(source: Checkpoint, tokens_BT: torch.Tensor) -> list[LayerStatist
 
 
 def _statistics(source: Checkpoint, tokens_BT: torch.Tensor) -> list[LayerStatistics]:
-    collector = StatisticsCollector(source.shape)
+    collector = StatisticsCollector(source.spec)
     StreamedModel(Student.teacher(source)).stream([TokenGroup(tokens_BT, [collector.observe])])
     return [collector.take(layer) for layer in range(_N_LAYERS)]
 
@@ -123,7 +123,7 @@ def test_dropping_nothing_changes_no_bit(
 ) -> None:
     layers = compress(_all_layers(32, _WIDTH, *methods), sequential=sequential)
     student = _student(source, layers)
-    assert student.experts == ExpertMap.identity(source.shape)
+    assert student.experts == ExpertMap.identity(source.spec)
     assert student.overlay == {}
     assert torch.equal(_logits(student, tokens_BT[:2]), _logits(Student.teacher(source), tokens_BT[:2]))
 
@@ -295,7 +295,7 @@ def test_what_comes_out_loads_as_a_student(
     loaded = Student.load(source, tmp_path / "map.json", [tmp_path / "0.safetensors", tmp_path / "1.safetensors"])
     assert loaded.experts == student.experts
     assert [layer.source for layer in loaded.experts.layers] == [0, 2]
-    assert [(size.n_experts, size.expert_width) for size in map(loaded.shape.layer, range(2))] == [(6, 64), (9, 32)]
+    assert [(size.n_experts, size.expert_width) for size in map(loaded.spec.layer, range(2))] == [(6, 64), (9, 32)]
     # gate and up of each: rows of the expert that it comes from
     for number, expert in enumerate(layers[0].map.kept):
         rows = {tuple(row) for row in source.expert(Role.EXPERT_GATE, 0, expert).tolist()}

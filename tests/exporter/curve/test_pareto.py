@@ -118,8 +118,8 @@ def _flags(model: Path, texts: tuple[Path, Path]) -> Flags:
 
 def test_sizes_are_mixes_bytes_or_shares(toy_model: Path, small_texts: tuple[Path, Path]) -> None:
     planned = curve_plan(_flags(toy_model, small_texts).job(), "Q4_K_M, 9MB,25%", "moe-export pareto")
-    shape, name = Checkpoint(toy_model).shape, planned.recipe.source.model
-    expected = {mix: predict_file_size(shape, toy_model, mix, name) for mix in ("Q4_K_M", "BF16")}
+    spec, name = Checkpoint(toy_model).spec, planned.recipe.source.model
+    expected = {mix: predict_file_size(spec, toy_model, mix, name) for mix in ("Q4_K_M", "BF16")}
     assert planned.curve == {"Q4_K_M": expected["Q4_K_M"], "9MB": 9_000_000, "25%": expected["BF16"] // 4}
 
 

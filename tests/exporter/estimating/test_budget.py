@@ -22,15 +22,15 @@ _KvType = Literal["f16", "f32", "q8_0", "q4_0"]
 
 def _cached_values(folder: Path) -> int:
     """Values of one token in the cache: layers, key and value, heads, values of a head."""
-    shape = Checkpoint(folder).shape
-    return shape.n_layers * 2 * shape.n_kv_heads * shape.head_dim
+    spec = Checkpoint(folder).spec
+    return spec.n_layers * 2 * spec.n_kv_heads * spec.head_dim
 
 
 def _predict(
     folder: Path, artifact: str, weight_type: str, *, context: int = 1024, kv_type: _KvType = "f16", threads: int = 1
 ) -> Prediction:
     budget = BudgetChoice(bytes=1, kind="total", context=context, kv_type=kv_type)
-    return predict(artifact, folder, "tiny", Checkpoint(folder).shape, FileChoice(mix=weight_type), budget, threads)
+    return predict(artifact, folder, "tiny", Checkpoint(folder).spec, FileChoice(mix=weight_type), budget, threads)
 
 
 def test_the_total_is_the_sum_of_the_lines_and_the_file_is_not_one() -> None:
@@ -74,7 +74,7 @@ def test_what_grows_with_what(fine_folder: Path, artifact: str, weight_type: str
         artifact,
         fine_folder,
         "tiny",
-        Checkpoint(fine_folder).shape.with_experts(16),
+        Checkpoint(fine_folder).spec.with_experts(16),
         FileChoice(mix=weight_type),
         BudgetChoice(bytes=1, kind="total", context=512, kv_type="f16"),
         1,

@@ -86,16 +86,16 @@ def _matrix_values(plan: Plan, n_experts_per_token: int) -> int:
     sizes = {name: prod(header.shape) for name, header in headers.items() if len(header.shape) == 2}
     experts = sum(size for name, size in sizes.items() if ".experts." in name)
     others = sum(size for name, size in sizes.items() if ".experts." not in name)
-    assert plan.teacher_shape.tied_embeddings
-    return others + experts * n_experts_per_token // plan.teacher_shape.n_experts
+    assert plan.teacher_spec.tied_embeddings
+    return others + experts * n_experts_per_token // plan.teacher_spec.n_experts
 
 
 def test_seconds_are_tokens_times_weights_where_reading_costs_nothing(plan: Plan) -> None:
     seconds = seconds_by_stage(plan, _FAST, _PLENTY)
-    per_block = 512 * _matrix_values(plan, plan.teacher_shape.top_k) / 1e6
+    per_block = 512 * _matrix_values(plan, plan.teacher_spec.top_k) / 1e6
     assert seconds["calibrate"] - _START == pytest.approx((40 + 4 + 6) * per_block, rel=0.001)
     # the student lacks router rows of 20 experts in 2 layers
-    per_block -= 512 * 2 * 20 * plan.teacher_shape.hidden_size / 1e6
+    per_block -= 512 * 2 * 20 * plan.teacher_spec.hidden_size / 1e6
     assert seconds["validate_torch"] - _START == pytest.approx(6 * per_block, rel=0.001)
     assert seconds["validate_gguf"] - _START == pytest.approx((6 + 1) * per_block, rel=0.001)
     assert seconds["schedule"] - _START == pytest.approx(3 * 8 * per_block, rel=0.001)
@@ -114,20 +114,20 @@ def test_seconds_are_tokens_times_weights_where_reading_costs_nothing(plan: Plan
 def test_a_part_of_the_original_is_run_by_torch_too(plan: Plan) -> None:
     """Six chunks through both layers in the runtime alone, or through one in the runtime and in torch."""
     seconds = seconds_by_stage(plan, _FAST, _PLENTY)
-    whole = 512 * _matrix_values(plan, plan.teacher_shape.top_k) / 1e6
+    whole = 512 * _matrix_values(plan, plan.teacher_spec.top_k) / 1e6
     assert seconds["teacher_gguf"] - _START == pytest.approx(6 * whole, rel=0.001)
     one_layer = replace(plan.teacher_floors["onnx"], n_layers=1)
     cut = seconds_by_stage(replace(plan, teacher_floors={"onnx": one_layer}), _FAST, _PLENTY)
     assert "teacher_gguf" not in cut
-    head = 512 * plan.teacher_shape.vocab_size * plan.teacher_shape.hidden_size / 1e6
+    head = 512 * plan.teacher_spec.vocab_size * plan.teacher_spec.hidden_size / 1e6
     assert cut["teacher_onnx"] - _START == pytest.approx(2 * 6 * (head + (whole - head) / 2), rel=0.001)
 
 
 def test_methods_that_look_at_text_take_a_pass_or_two(plan: Plan) -> None:
     """A sample of 32 of the 40 blocks runs through the teacher, then all through the student whose experts changed."""
     assert seconds_by_stage(plan, _FAST, _PLENTY)["compress"] == _START, "REAP reads the sums of calibration"
-    per_block = 512 * _matrix_values(plan, plan.teacher_shape.top_k) / 1e6
-    student_block = per_block - 512 * 2 * 20 * plan.teacher_shape.hidden_size / 1e6
+    per_block = 512 * _matrix_values(plan, plan.teacher_spec.top_k) / 1e6
+    student_block = per_block - 512 * 2 * 20 * plan.teacher_spec.hidden_size / 1e6
     for method, sequential, passes in (
         ("removal-error", False, 32 * per_block),
         ("reap", True, 40 * per_block),
@@ -185,7 +185,7 @@ def test_a_checkpoint_larger_than_the_free_memory_is_read_in_every_pass(plan: Pl
     assert fits["calibrate"] - _START == pytest.approx(once, rel=0.001)
     assert fits["validate_torch"] == pytest.approx(_START, abs=0.01)
     does_not = seconds_by_stage(plan, slow_disk, checkpoint.n_bytes)
-    student = plan.student_shape.parameters * 2 / 1e6
+    student = plan.student_spec.parameters * 2 / 1e6
     assert does_not["validate_torch"] - _START == pytest.approx(student)
     assert does_not["recover"] - _START == pytest.approx((5 * 3 + 2) * student)
     assert does_not["gguf"] - _START == pytest.approx(student + plan.predictions["gguf"].file / 1e6)
@@ -195,7 +195,7 @@ def test_a_checkpoint_larger_than_the_free_memory_is_read_in_every_pass(plan: Pl
 
 def test_quantizing_counts_for_types_that_are_quantized(plan: Plan) -> None:
     slow = Speeds(read_bytes=1e15, multiply_adds=1e15, reference_multiply_adds=1e15, quantized_values=1e6)
-    quantizing = plan.student_shape.parameters / 1e6
+    quantizing = plan.student_spec.parameters / 1e6
     seconds = seconds_by_stage(_choosing_codes(plan), slow, _PLENTY)
     assert seconds["gguf"] - _START == seconds["onnx"] - _START == pytest.approx(3 * quantizing, rel=0.001)
     seconds = seconds_by_stage(plan, slow, _PLENTY)
@@ -205,8 +205,8 @@ def test_quantizing_counts_for_types_that_are_quantized(plan: Plan) -> None:
 
 def test_a_student_that_differs_runs_before_its_codes_are_chosen(plan: Plan) -> None:
     """40 blocks through 12 of 32 experts; nothing where the kernels choose, or where the original itself is written."""
-    per_block = 512 * _matrix_values(plan, plan.teacher_shape.top_k) / 1e6
-    student_block = per_block - 512 * 2 * 20 * plan.teacher_shape.hidden_size / 1e6
+    per_block = 512 * _matrix_values(plan, plan.teacher_spec.top_k) / 1e6
+    student_block = per_block - 512 * 2 * 20 * plan.teacher_spec.hidden_size / 1e6
     fed_back = _choosing_codes(plan)
     seconds = seconds_by_stage(fed_back, _FAST, _PLENTY)
     assert seconds["gguf"] - _START == seconds["onnx"] - _START == pytest.approx(40 * student_block, rel=0.001)
@@ -218,12 +218,12 @@ def test_a_student_that_differs_runs_before_its_codes_are_chosen(plan: Plan) -> 
 def test_a_search_reads_the_model_and_measures_files_as_long_as_it_may(plan: Plan) -> None:
     """Five files of each artifact, written with chosen codes and judged on the selection split."""
     searched = replace(_with_types(plan, "Q8_0", "Q4_0"), search=Search("auto", None, "moe", "auto", "quality", 10**9))
-    shape, n_selection = plan.teacher_shape, plan.recipe.text.selection_blocks
-    judging = n_selection * 512 * _matrix_values(plan, shape.top_k) / 1e6
-    reading = shape.parameters * 2 / _FAST.read_bytes
+    spec, n_selection = plan.teacher_spec, plan.recipe.text.selection_blocks
+    judging = n_selection * 512 * _matrix_values(plan, spec.top_k) / 1e6
+    reading = spec.parameters * 2 / _FAST.read_bytes
     seconds = seconds_by_stage(searched, _FAST, _PLENTY)
     assert seconds["search"] - _START == pytest.approx(reading + 2 * 5 * judging, rel=0.01)
-    watched = 4 * 8 * 512 * _matrix_values(plan, shape.top_k) / 1e6
+    watched = 4 * 8 * 512 * _matrix_values(plan, spec.top_k) / 1e6
     assert seconds["sensitivity"] - _START == pytest.approx(watched, rel=0.001)
     limited = replace(searched, search=replace(searched.search, plan_seconds=1))
     assert seconds_by_stage(limited, _FAST, _PLENTY)["search"] - _START == pytest.approx(reading + 1, rel=0.01)
@@ -246,27 +246,27 @@ def test_the_machine_is_measured(plan: Plan) -> None:
 
 
 def test_every_file_of_a_run_has_a_line(plan: Plan) -> None:
-    shape = plan.teacher_shape
+    spec = plan.teacher_spec
     lines = disk_lines(plan)
     n_blocks = 40 + 4 + 6
-    assert lines["hidden states"] == 3 * n_blocks * 512 * shape.hidden_size * 4
+    assert lines["hidden states"] == 3 * n_blocks * 512 * spec.hidden_size * 4
     assert lines["training targets"] == 40 * 512 * 64 * 8
     # two layers and the head: the original's, and the student's while its codes are chosen by them
-    inputs = 3 * 40 * 512 * shape.hidden_size * 2
+    inputs = 3 * 40 * 512 * spec.hidden_size * 2
     assert lines["layer inputs"] == inputs
     of_the_student = "layer inputs of the student, while codes are chosen"
     assert of_the_student not in lines
     assert disk_lines(_edited(plan, gguf={"quantizer": "feedback"}))[of_the_student] == inputs
     # 255 of 512 positions are scored, by the teacher, by torch with the files' numbers, which are the same, and the
     # GGUF's are recorded for the ONNX file to be compared with
-    assert lines["log-probabilities in 16 bits"] == (4 + 3 * 6) * 255 * (2 * shape.vocab_size + 8)
+    assert lines["log-probabilities in 16 bits"] == (4 + 3 * 6) * 255 * (2 * spec.vocab_size + 8)
     floors = plan.teacher_floors.values()
     assert lines["the original, unquantized, while it is measured"] == max(floor.file_bytes for floor in floors)
     # inputs of layers and head, two snapshots of routers and moments, and the routers that were taught
-    assert lines["training"] == (3 * 8 * 512 + (2 * 3 + 1) * 2 * 12) * shape.hidden_size * 4
+    assert lines["training"] == (3 * 8 * 512 + (2 * 3 + 1) * 2 * 12) * spec.hidden_size * 4
     assert {"gguf files", "onnx files", "student checkpoint", "statistics", "routing", "token blocks"} <= set(lines)
     with_experts = disk_lines(_edited(plan, recover={"rungs": [_ROUTER | {"scope": "experts"}]}))["training"]
-    experts = 2 * 12 * 3 * shape.hidden_size * shape.expert_width
+    experts = 2 * 12 * 3 * spec.hidden_size * spec.expert_width
     assert with_experts == lines["training"] + experts * (2 * 3 * 4 + 2)  # two snapshots, and the overlay
     without = _edited(plan, recover={"rungs": []})
     without = replace(without, recipe=without.recipe.model_copy(update={"save_student": False}))
@@ -275,7 +275,7 @@ def test_every_file_of_a_run_has_a_line(plan: Plan) -> None:
 
 def test_memory_does_not_grow_with_depth_and_fits_the_promises(plan: Plan) -> None:
     olmoe = replace(
-        plan.teacher_shape, n_layers=16, hidden_size=2048, n_heads=16, n_kv_heads=16, head_dim=128, n_experts=64,
+        plan.teacher_spec, n_layers=16, hidden_size=2048, n_heads=16, n_kv_heads=16, head_dim=128, n_experts=64,
         top_k=8, expert_width=1024, vocab_size=50304,
     )  # fmt: skip
     qwen = replace(olmoe, n_layers=48, n_heads=32, n_kv_heads=4, n_experts=128, expert_width=768, vocab_size=151936)
@@ -287,7 +287,7 @@ def test_memory_does_not_grow_with_depth_and_fits_the_promises(plan: Plan) -> No
     few_wide = replace(olmoe, hidden_size=4096, n_experts=2, top_k=1, expert_width=14336)
     widest = memory_lines(few_wide, few_wide, 2)["what enters an expert, while its codes are chosen"]
     assert 8 * 4 * 14336**2 < widest + 2 * 2 * few_wide.layer_parameters + 0.6e9 < 12 * 4 * 14336**2
-    wide = replace(plan.teacher_shape, vocab_size=1_000_000)
+    wide = replace(plan.teacher_spec, vocab_size=1_000_000)
     assert memory_lines(wide, wide, 2)["the head"] == 2 * 2 * 1_000_000 * wide.hidden_size
 
 

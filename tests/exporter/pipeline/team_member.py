@@ -26,22 +26,22 @@ def _main(model: Path, folder: Path) -> None:
     tokens_BT = torch.randint(0, 4096, (5, 64), generator=torch.Generator().manual_seed(1))
     mine = share(len(tokens_BT))
     teacher = StreamedModel(Student.teacher(source))
-    collector = StatisticsCollector(source.shape)
+    collector = StatisticsCollector(source.spec)
     (hidden,) = teacher.stream([TokenGroup(tokens_BT[mine], [collector.observe])])
-    statistics = [collector.take(layer) for layer in range(source.shape.n_layers)]
+    statistics = [collector.take(layer) for layer in range(source.spec.n_layers)]
     if is_first():
         for layer, found in enumerate(statistics):
             save_statistics(found, folder, layer)
-        TeacherTargets.create(folder / "targets", tokens_BT.numel(), source.shape.vocab_size)
+        TeacherTargets.create(folder / "targets", tokens_BT.numel(), source.spec.vocab_size)
     distributed.barrier()
     targets = TeacherTargets(folder / "targets", writable=True)
     write_targets(teacher, hidden, targets, mine)
     distributed.barrier()
-    student = Student(source, ExpertMap.keeping(32, (tuple(range(16)),) * source.shape.n_layers))
+    student = Student(source, ExpertMap.keeping(32, (tuple(range(16)),) * source.spec.n_layers))
     training = Training(student, tokens_BT, Distillation(targets, student), Schedule(5, 1e-3, blocks_per_step=5))
     training.step()
     if is_first():
-        moments = [training.state()[f"{layer}.router.exp_avg"] for layer in range(source.shape.n_layers)]
+        moments = [training.state()[f"{layer}.router.exp_avg"] for layer in range(source.spec.n_layers)]
         save_file({str(layer): moment for layer, moment in enumerate(moments)}, folder / "gradients.safetensors")
     distributed.destroy_process_group()
 

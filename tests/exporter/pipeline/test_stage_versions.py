@@ -31,9 +31,9 @@ def _gguf_digest(toy_model: Path, folder: Path) -> str:
 
 
 def _onnx_digest(toy_model: Path) -> str:
-    shape = Checkpoint(toy_model).shape.with_experts(5)
+    spec = Checkpoint(toy_model).spec.with_experts(5)
     graphs = [
-        build_model(plan_tensors(shape, preset)).SerializeToString(deterministic=True) for preset in ("F32", "Q4_0")
+        build_model(plan_tensors(spec, preset)).SerializeToString(deterministic=True) for preset in ("F32", "Q4_0")
     ]
     return hashlib.sha256(b"".join(graphs)).hexdigest()
 

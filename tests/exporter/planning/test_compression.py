@@ -27,7 +27,7 @@ from compressors.shrink.merge import REAM, HCSMoE, MSMoE
 from compressors.shrink.moe_block import Method
 from compressors.shrink.prune import Prune
 from compressors.shrink.slim import SlimWidth
-from exporter.planning.compression import check_compression, described_compression, expected_shape, layer_targets
+from exporter.planning.compression import check_compression, described_compression, expected_spec, layer_targets
 from exporter.planning.job import Flags
 from exporter.planning.plan_making import make_plan
 from exporter.planning.recipe import CompressChoice, Recipe, recipe_yaml
@@ -180,8 +180,8 @@ def test_a_recipe_with_a_list_of_counts_is_planned(
     job = Flags(model=str(toy_model), recipe=path, calibration=calibration, text=text, out=tmp_path / "out").job()
     plan = make_plan(job, "moe-export")
     assert plan.recipe.compress.experts == (9, 5)
-    assert plan.student_shape.sizes == (MoeSize(9, 128), MoeSize(5, 128))
-    assert plan.predictions["onnx"].file == predict_size(plan.student_shape, "F32")
+    assert plan.student_spec.sizes == (MoeSize(9, 128), MoeSize(5, 128))
+    assert plan.predictions["onnx"].file == predict_size(plan.student_spec, "F32")
 
 
 def test_compression_is_described(teacher: ModelSpec) -> None:
@@ -343,13 +343,13 @@ def test_bytes_of_students_whose_layers_are_alike_are_predicted_exactly(
     layers = list(run)
     overlay = {name: tensor for layer in layers for name, tensor in layer.overlay.items()}
     student = Student(source, ExpertMap(32, tuple(layer.map for layer in layers)), overlay)
-    shape = expected_shape(CompressChoice.model_validate({"experts": 32} | choice), teacher)
-    assert student.shape == shape
+    spec = expected_spec(CompressChoice.model_validate({"experts": 32} | choice), teacher)
+    assert student.spec == spec
     write_gguf(student, "Q4_0", tmp_path / "x.gguf", name="fine", threads=1)
-    assert (tmp_path / "x.gguf").stat().st_size == predict_file_size(shape, fine_folder, "Q4_0", "fine")
+    assert (tmp_path / "x.gguf").stat().st_size == predict_file_size(spec, fine_folder, "Q4_0", "fine")
     write_onnx(student, "Q4_0", tmp_path / "onnx", threads=1)
     written = sum((tmp_path / "onnx" / name).stat().st_size for name in (MODEL_FILE, DATA_FILE))
-    assert written == predict_size(shape, "Q4_0")
+    assert written == predict_size(spec, "Q4_0")
 
 
 @pytest.mark.parametrize("choice", [choice for choice, _ in _UNEVEN])
@@ -358,5 +358,5 @@ def test_bytes_of_students_whose_layers_differ_are_predicted_up_to_padding(
 ) -> None:
     targets = targets_of(**choice)
     written = predict_size(teacher.with_sizes([target.size for target in targets]), "Q4_0")
-    predicted = predict_size(expected_shape(CompressChoice.model_validate({"experts": 32} | choice), teacher), "Q4_0")
+    predicted = predict_size(expected_spec(CompressChoice.model_validate({"experts": 32} | choice), teacher), "Q4_0")
     assert abs(written - predicted) <= 4 * 4096 * _N_LAYERS

@@ -21,7 +21,7 @@ from compressors.shrink.dense import Condense
 from compressors.shrink.layerwise import LayerTarget
 from compressors.shrink.slim import SlimWidth
 from exporter.estimating.estimate import Speeds, disk_lines, memory_lines, seconds_by_stage
-from exporter.planning.compression import check_compression, described_compression, expected_shape, layer_targets
+from exporter.planning.compression import check_compression, described_compression, expected_spec, layer_targets
 from exporter.planning.job import Flags
 from exporter.planning.plan import Plan
 from exporter.planning.plan_making import make_plan
@@ -75,7 +75,7 @@ def test_the_size_is_given_and_the_bits_fall_with_the_budget(
     for budget in (whole + 1000, whole // 2, whole // 4, smallest):
         plan = planned(f"{budget}B", folder, formats="gguf")
         assert plan.recipe.compress == CompressChoice(experts=teacher.n_experts, student="dense")
-        assert plan.student_shape == dense
+        assert plan.student_spec == dense
         assert 0.97 * budget < plan.predictions["gguf"].file <= budget
     with pytest.raises(BudgetError):
         planned(f"{smallest - 1}B", folder, formats="gguf")
@@ -146,7 +146,7 @@ def test_fewer_layers_and_narrower_experts_go_with_it(recipe: Recipe, fine_folde
     teacher = read_spec(fine_folder)
     changed = _edited(recipe, drop_blocks=2, width=96)
     check_compression(changed, teacher)
-    assert expected_shape(changed.compress, teacher) == teacher.with_sizes([MoeSize(1, 4 * 96)] * 4)
+    assert expected_spec(changed.compress, teacher) == teacher.with_sizes([MoeSize(1, 4 * 96)] * 4)
     assert described_compression(changed.compress, teacher) == (
         "4 of 6 layers, 4 of 32 experts per layer as one dense feed-forward, 96 of 128 neurons per expert"
     )
@@ -180,7 +180,7 @@ def test_no_line_is_for_routers_or_routing(planned: Planned, fine_folder: Path) 
     plan = planned(save_student=True, quant="Q4_0")
     moe = replace(plan, recipe=_edited(plan.recipe, student="moe"))
     dense_lines, moe_lines = disk_lines(plan), disk_lines(moe)
-    shape = plan.student_shape
+    shape = plan.student_spec
     assert dense_lines["student checkpoint"] == 2 * shape.parameters, "nothing in float32"
     assert dense_lines["changed experts"] == 2 * 6 * 3 * 256 * 512
     # the teacher's own two and its floors' four, of eleven with the student's and both files', in torch and runtime
@@ -188,7 +188,7 @@ def test_no_line_is_for_routers_or_routing(planned: Planned, fine_folder: Path) 
     own = dense_lines["statistics"] - moe_lines["statistics"]
     inputs = 4 * 256 + 512  # of attention, its output, gate and up; the output's sum; of the down projection
     assert 6 * 8 * inputs < own < 6 * 8 * (inputs + 20), "and a few sums of one value"
-    teacher = plan.teacher_shape
+    teacher = plan.teacher_spec
     wide = replace(teacher, top_k=8, hidden_size=2048, expert_width=2048)
     lines = memory_lines(wide, wide.with_sizes([MoeSize(1, 8 * 2048)] * 6), 2)
     more = 4 * 7 * wide.expert_parameters

@@ -9,7 +9,7 @@ import pytest
 
 from compressors.model.description.spec import ModelSpec
 from compressors.model.families.config import read_spec
-from exporter.planning.compression import check_compression, expected_shape
+from exporter.planning.compression import check_compression, expected_spec
 from exporter.planning.recipe import load_recipe
 from exporter.writing.gguf.layout import plan_tensors
 
@@ -45,7 +45,7 @@ def test_the_sizes_of_the_docs_are_those_of_the_plan(mixtral: ModelSpec, n_dropp
     recipe = load_recipe(_RECIPE)
     check_compression(recipe, mixtral)
     choice = recipe.compress.model_copy(update={"drop_blocks": n_dropped})
-    n_bytes = sum(tensor.n_bytes for tensor in plan_tensors(expected_shape(choice, mixtral), recipe.file("gguf").mix))
+    n_bytes = sum(tensor.n_bytes for tensor in plan_tensors(expected_spec(choice, mixtral), recipe.file("gguf").mix))
     row = f"| {n_dropped} | {n_bytes / 1e9:.2f} | {n_bytes / 2**30:.2f} |"
     assert row in (_DOCS / "compression.md").read_text(encoding="utf-8")
 
@@ -53,5 +53,5 @@ def test_the_sizes_of_the_docs_are_those_of_the_plan(mixtral: ModelSpec, n_dropp
 def test_the_recipe_drops_what_its_name_says(mixtral: ModelSpec) -> None:
     recipe = load_recipe(_RECIPE)
     assert recipe.compress.drop_blocks == 5
-    assert expected_shape(recipe.compress, mixtral).n_layers == 27
+    assert expected_spec(recipe.compress, mixtral).n_layers == 27
     assert recipe.source.identity is None, "it is for anybody's copy of the weights"

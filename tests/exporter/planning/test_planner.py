@@ -61,10 +61,10 @@ def plan(splits: Splits) -> Planner:
 
 @cache
 def _file_bytes(artifact: str, n_experts: int, mix: str) -> int:
-    shape = Checkpoint(_MODEL).shape.with_experts(n_experts)
+    spec = Checkpoint(_MODEL).spec.with_experts(n_experts)
     if artifact == "gguf":
-        return predict_file_size(shape, _MODEL, mix, "tiny")
-    return predict_size(shape, mix)
+        return predict_file_size(spec, _MODEL, mix, "tiny")
+    return predict_size(spec, mix)
 
 
 _ONNX = {"BF16": "F32", "Q8_0": "Q4_0", "Q2_K": "Q4_0"}
@@ -124,7 +124,7 @@ _WAYS: dict[str, list[dict[str, Any]]] = {
 
 def _shape_by_hand(way: dict[str, Any]) -> ModelSpec:
     """The same for every layer that is left; MoE sub-layers go from the end."""
-    teacher = Checkpoint(_MODEL).shape
+    teacher = Checkpoint(_MODEL).spec
     n_without = way.get("drop_moe_layers", 0)
     size = MoeSize(way.get("experts", 32), way.get("width", 128))
     return teacher.with_sizes([size] * (6 - way.get("drop_blocks", 0) - n_without) + [NO_MOE] * n_without)
@@ -185,10 +185,10 @@ def test_methods_that_keep_all_experts_refuse_a_number_of_them(plan: Planner, me
 
 def test_ream_keeps_as_many_experts_as_its_groups_need(plan: Planner) -> None:
     """Groups of 16 at most: 32 experts need 2 of them, less than the 4 that a token uses; 256 would need 16."""
-    shape = plan.checkpoint.shape
-    assert fewest_experts("ream", shape) == fewest_experts("reap", shape) == 4
-    assert fewest_experts("ream", shape.with_experts(256)) == 16
-    assert fewest_experts("ream", shape.with_experts(257)) == 17
+    spec = plan.checkpoint.spec
+    assert fewest_experts("ream", spec) == fewest_experts("reap", spec) == 4
+    assert fewest_experts("ream", spec.with_experts(256)) == 16
+    assert fewest_experts("ream", spec.with_experts(257)) == 17
 
 
 def _is_whole(recipe: Recipe) -> bool:
@@ -281,7 +281,7 @@ def test_the_budget_that_an_error_names_works_and_nothing_less(plan: Planner, ki
 
 def test_the_total_counts_what_the_runtime_needs(plan: Planner) -> None:
     budget = BudgetChoice(bytes=1, kind="total", context=2048, kv_type="f16")
-    needed = predict("gguf", _MODEL, "tiny", plan.checkpoint.shape, FileChoice(mix="Q8_0"), budget, 1)
+    needed = predict("gguf", _MODEL, "tiny", plan.checkpoint.spec, FileChoice(mix="Q8_0"), budget, 1)
     assert needed.total > needed.file
     recipe, predictions = plan(needed.total, budget_kind="total", formats="gguf", quant="Q8_0")
     assert (recipe.file("gguf").mix, recipe.compress.experts) == ("Q8_0", 32)

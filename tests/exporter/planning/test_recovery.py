@@ -32,12 +32,12 @@ _PLENTY = Machine(10**12, 10_000, models_stay=True)
 
 @pytest.fixture(scope="module")
 def pruned(fine_folder: Path) -> ModelSpec:
-    return Checkpoint(fine_folder).shape.with_experts(16)
+    return Checkpoint(fine_folder).spec.with_experts(16)
 
 
-def _trained(scope: str, shape: ModelSpec, rank: int | None = None) -> int:
+def _trained(scope: str, spec: ModelSpec, rank: int | None = None) -> int:
     rung = RungChoice(scope=scope, rank=rank, blocks=1, blocks_per_step=1, learning_rate=1)  # type: ignore[arg-type]
-    return training_bytes(scope_of(rung), shape).total
+    return training_bytes(scope_of(rung), spec).total
 
 
 @pytest.mark.parametrize("wish", RECOVERIES)
@@ -73,12 +73,12 @@ def test_what_does_not_fit_is_replaced_by_the_largest_adapters_that_do(pruned: M
     assert len(refused) == 5
 
 
-def _least_memory(shape: ModelSpec) -> int:
+def _least_memory(spec: ModelSpec) -> int:
     """The smallest memory in which all experts can be trained."""
     too_little, enough = 0, 10**12
     while enough - too_little > 1:
         middle = (too_little + enough) // 2
-        if choose_ladder("experts", shape, 2, replace(_PLENTY, memory_bytes=middle), 0)[1]:
+        if choose_ladder("experts", spec, 2, replace(_PLENTY, memory_bytes=middle), 0)[1]:
             too_little = middle
         else:
             enough = middle

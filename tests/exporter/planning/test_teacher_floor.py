@@ -83,7 +83,7 @@ def test_as_many_layers_are_taken_as_half_of_memory_and_disk_hold(plan: Plan, fi
     weight_type = "BF16" if artifact == "gguf" else "F32"
 
     def needed(n_layers: int) -> tuple[int, int]:
-        shape = replace(source.shape, n_layers=n_layers)
+        shape = replace(source.spec, n_layers=n_layers)
         found = predict(artifact, fine_folder, plan.recipe.source.model, shape, FileChoice(mix=weight_type), budget, 1)
         return 2 * (PROCESS_BYTES + found.total), 2 * found.file
 

@@ -64,7 +64,7 @@ def _resolve_elsewhere(cache: Path, endpoint: str, call: str) -> str:
 
 
 def test_no_model_means_the_bundled_one() -> None:
-    assert Checkpoint(resolve_model(None)).shape.n_experts == 32
+    assert Checkpoint(resolve_model(None)).spec.n_experts == 32
 
 
 @pytest.mark.parametrize("split", ["calibration", "heldout"])

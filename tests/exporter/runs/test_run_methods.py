@@ -49,10 +49,10 @@ def test_merged_and_slimmed_experts_arrive_in_both_files(
         members = sorted(expert for group in layer["groups"] for expert in group)
         assert (members, layer["width"]) == (list(range(32)), 96), "each expert goes on living in some group"
     assert [len(kept) for kept in student["kept"]] == [12, 12]
-    shape = read_spec(toy_model)
-    removed = 20 * (shape.expert_parameters + shape.hidden_size)  # experts, and their router rows
-    removed += 12 * 3 * shape.hidden_size * 32  # neurons of those that are left
-    assert student["parameters"] == shape.parameters - 2 * removed
+    spec = read_spec(toy_model)
+    removed = 20 * (spec.expert_parameters + spec.hidden_size)  # experts, and their router rows
+    removed += 12 * 3 * spec.hidden_size * 32  # neurons of those that are left
+    assert student["parameters"] == spec.parameters - 2 * removed
     for artifact in report["artifacts"]:
         assert artifact["bytes"] == report["budget"]["predicted"][artifact["format"]]["file"]
     assert {artifact["format"]: artifact["type"] for artifact in report["artifacts"]} == {"gguf": "Q4_K", "onnx": "F32"}

@@ -91,7 +91,7 @@ def compressed(
 
 def _tensors(student: Student) -> list[torch.Tensor]:
     """A router, and the up projection of an expert of each layer."""
-    layers = range(student.shape.n_layers)
+    layers = range(student.spec.n_layers)
     routers = [student.tensor(Role.ROUTER, layer).float() for layer in layers]
     return routers + [student.expert(Role.EXPERT_UP, layer, 3) for layer in layers]
 

@@ -120,13 +120,13 @@ def test_what_is_kept_is_in_every_file_of_the_same_numbers(
     before = _files(work)
     assert len(before) == 3
     student = open_student(plan, work)
-    numbers = [_numbers(weights, student) for weights in written_weights(plan, work, student.shape).values()]
+    numbers = [_numbers(weights, student) for weights in written_weights(plan, work, student.spec).values()]
     result = _run(plan, work)
     assert result["rung"].endswith(", beside the codes of gguf and onnx")
     assert result["accepted"]
     assert result["selection_kld_after"] < result["selection_kld_before"]
     assert result["tokens"] == 6 * 512
-    after = [_numbers(weights, student) for weights in written_weights(plan, work, student.shape).values()]
+    after = [_numbers(weights, student) for weights in written_weights(plan, work, student.spec).values()]
     assert all(map(torch.equal, *after)), "both hold the same"
     assert sum(not torch.equal(one, other) for one, other in zip(numbers[0], after[0], strict=True)) == n_changed
     files = _files(work)
@@ -139,7 +139,7 @@ def test_what_is_kept_is_in_every_file_of_the_same_numbers(
 def _judged(plan: Plan, work: WorkDirectory, artifact: str) -> float:
     """The divergence on the selection split of the numbers that a file holds."""
     student = open_student(plan, work)
-    weights, known = written_weights(plan, work, student.shape)[artifact], Calibration.of(work)
+    weights, known = written_weights(plan, work, student.spec)[artifact], Calibration.of(work)
     blocks_BT = Blocks.load(known.blocks).selection
     scored = scored_positions(blocks_BT.shape[1])
     return judge(student.as_written(weights), blocks_BT, LogProbReader(known.selection_log_probs), scored).divergence
@@ -157,7 +157,7 @@ def test_files_of_different_numbers_are_taught_by_themselves(written: _Written, 
     for artifact, result in zip(("gguf", "onnx"), results, strict=True):
         assert result["accepted"]
         assert _judged(plan, work, artifact) == result["selection_kld_after"]
-    routers = [weights.tunable(Role.ROUTER, 1) for weights in written_weights(plan, work, student.shape).values()]
+    routers = [weights.tunable(Role.ROUTER, 1) for weights in written_weights(plan, work, student.spec).values()]
     assert not torch.equal(*routers)
     assert torch.equal(student.tensor(Role.ROUTER, 1), open_student(plan, work, "compress").tensor(Role.ROUTER, 1))
 

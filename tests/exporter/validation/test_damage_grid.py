@@ -59,7 +59,7 @@ def test_damaged_weights(workshop: Workshop, tmp_path: Path, named: tuple[str, s
 
 
 def test_damaged_metadata_and_tokenizer_of_gguf(workshop: Workshop, gguf_file: Path, tmp_path: Path) -> None:
-    damages = [*metadata_damages(workshop.student.shape), *tokenizer_damages(gguf_file)]
+    damages = [*metadata_damages(workshop.student.spec), *tokenizer_damages(gguf_file)]
 
     def results() -> Iterator[Result]:
         for damage in damages[::_EVERY]:

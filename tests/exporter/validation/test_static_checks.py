@@ -51,7 +51,7 @@ def graph(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _symptoms(file: ModelFile, source: Path, tokens: npt.NDArray[np.int64]) -> list[str]:
     checkpoint = Checkpoint(source)
-    return check_description(file, checkpoint, checkpoint.shape, tokens[:256].reshape(2, 128)).symptoms
+    return check_description(file, checkpoint, checkpoint.spec, tokens[:256].reshape(2, 128)).symptoms
 
 
 @pytest.mark.parametrize("case", _GENERATION)

@@ -70,18 +70,18 @@ def student(source: Checkpoint, heldout_tokens: Tokens) -> Student:
 
 
 def _dense_layer(source: Checkpoint, layer: int) -> LayerTarget:
-    return LayerTarget(layer, dense_size(source.shape), (Condense(),))
+    return LayerTarget(layer, dense_size(source.spec), (Condense(),))
 
 
 def _compressed(source: Checkpoint, heldout_tokens: Tokens, targets: Sequence[LayerTarget]) -> Student:
     text_BT = torch.from_numpy(heldout_tokens[: 4 * 128].reshape(4, 128))
-    collector = StatisticsCollector(source.shape)
+    collector = StatisticsCollector(source.spec)
     StreamedModel(Student.teacher(source)).stream([TokenGroup(text_BT, [collector.observe])])
-    statistics = [collector.take(layer) for layer in range(source.shape.n_layers)]
+    statistics = [collector.take(layer) for layer in range(source.spec.n_layers)]
     layers = list(LayerwiseCompression(source, targets, statistics, text_BT, n_sample_blocks=4).run())
     overlay = {name: tensor for layer in layers for name, tensor in layer.overlay.items()}
-    experts = ExpertMap(source.shape.n_experts, tuple(layer.map for layer in layers))
-    experts.check_against(source.shape)
+    experts = ExpertMap(source.spec.n_experts, tuple(layer.map for layer in layers))
+    experts.check_against(source.spec)
     return Student(source, experts, overlay)
 
 
@@ -109,13 +109,13 @@ def _divergence(expected_TV: Logits, found_TV: Logits) -> float:
 
 
 def test_the_shape_says_dense_and_counts_no_router(student: Student, source: Checkpoint) -> None:
-    shape = student.shape
-    assert shape.is_dense and not source.shape.is_dense
-    assert shape.expert_width == source.shape.top_k * source.shape.expert_width
-    assert Role.ROUTER not in shape.stored_roles
-    router = source.shape.n_experts * source.shape.hidden_size
-    unused = (source.shape.n_experts - source.shape.top_k) * source.shape.expert_parameters
-    assert shape.parameters == source.shape.parameters - 2 * (router + unused)
+    spec = student.spec
+    assert spec.is_dense and not source.spec.is_dense
+    assert spec.expert_width == source.spec.top_k * source.spec.expert_width
+    assert Role.ROUTER not in spec.stored_roles
+    router = source.spec.n_experts * source.spec.hidden_size
+    unused = (source.spec.n_experts - source.spec.top_k) * source.spec.expert_parameters
+    assert spec.parameters == source.spec.parameters - 2 * (router + unused)
 
 
 def test_llama_cpp_runs_it_as_a_dense_model(
@@ -123,7 +123,7 @@ def test_llama_cpp_runs_it_as_a_dense_model(
 ) -> None:
     path = tmp_path / "f32.gguf"
     write_gguf(student, "F32", path, name="x", threads=1)
-    assert path.stat().st_size == predict_file_size(student.shape, student.source.folder, "F32", "x")
+    assert path.stat().st_size == predict_file_size(student.spec, student.source.folder, "F32", "x")
     llama = llama_cpp.Llama(
         str(path), n_ctx=_N_TOKENS, n_batch=_N_TOKENS, n_threads=1, logits_all=True, type_k=0, type_v=0, verbose=False
     )
@@ -139,8 +139,8 @@ def test_gguf_metadata_and_tensors_know_no_experts(model: str, student: Student,
     metadata = {key: field.contents() for key, field in reader.fields.items()}
     architecture = _GGUF_ARCHITECTURES[model]
     assert metadata["general.architecture"] == architecture
-    assert metadata[f"{architecture}.feed_forward_length"] == student.shape.expert_width
-    assert metadata["general.size_label"] == gguf.size_label(student.shape.parameters, 0, 0, 0)
+    assert metadata[f"{architecture}.feed_forward_length"] == student.spec.expert_width
+    assert metadata["general.size_label"] == gguf.size_label(student.spec.parameters, 0, 0, 0)
     assert not [key for key in metadata if "expert" in key]
     names = [tensor.name for tensor in reader.tensors]
     assert not [name for name in names if "exps" in name or "ffn_gate_inp" in name]
@@ -151,13 +151,13 @@ def test_gguf_metadata_and_tensors_know_no_experts(model: str, student: Student,
 def test_q4_0_has_the_predicted_size_and_the_quantized_neurons(
     student: Student, tokens_T: Tokens, logits_TV: Logits, heldout_tokens: Tokens, tmp_path: Path
 ) -> None:
-    collector = StatisticsCollector(student.shape)
+    collector = StatisticsCollector(student.spec)
     text_BT = torch.from_numpy(heldout_tokens[: 2 * 128].reshape(2, 128))
     StreamedModel(student).stream([TokenGroup(text_BT, [collector.observe])])
     matrix = importance([collector.take(0), collector.take(1)], student.experts.of_itself())
     path = tmp_path / "q4_0.gguf"
     write_gguf(student, "Q4_0", path, importance=matrix, name="x", threads=1)
-    assert path.stat().st_size == predict_file_size(student.shape, student.source.folder, "Q4_0", "x")
+    assert path.stat().st_size == predict_file_size(student.spec, student.source.folder, "Q4_0", "x")
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     for role, name in _DENSE_ROLES.items():
         values = student.expert(role, 1, 0)
@@ -171,7 +171,7 @@ def test_onnx_runtime_runs_it_without_a_moe_node(
     model: str, student: Student, tokens_T: Tokens, logits_TV: Logits, tmp_path: Path
 ) -> None:
     write_onnx(student, "F32", tmp_path / "onnx", threads=1)
-    assert _written_bytes(tmp_path / "onnx") == predict_size(student.shape, "F32")
+    assert _written_bytes(tmp_path / "onnx") == predict_size(student.spec, "F32")
     graph = onnx.load(tmp_path / "onnx" / MODEL_FILE, load_external_data=False).graph
     assert graph.name == _TYPES[model][0]
     assert {node.op_type for node in graph.node}.isdisjoint({"MoE", "QMoE"})
@@ -183,7 +183,7 @@ def test_onnx_runtime_runs_it_without_a_moe_node(
 
 def test_onnx_in_q4_0(student: Student, tokens_T: Tokens, logits_TV: Logits, tmp_path: Path) -> None:
     write_onnx(student, "Q4_0", tmp_path / "onnx", threads=1)
-    assert _written_bytes(tmp_path / "onnx") == predict_size(student.shape, "Q4_0")
+    assert _written_bytes(tmp_path / "onnx") == predict_size(student.spec, "Q4_0")
     assert 0 < _divergence(logits_TV, _run_onnx(student, tmp_path / "onnx", tokens_T)) < 0.1
 
 
@@ -212,14 +212,14 @@ def _written_bytes(folder: Path) -> int:
 
 def _run_onnx(student: Student, folder: Path, tokens_T: Tokens) -> Logits:
     session = onnxruntime.InferenceSession(str(folder / MODEL_FILE), providers=["CPUExecutionProvider"])
-    n_tokens, shape = len(tokens_T), student.shape
+    n_tokens, spec = len(tokens_T), student.spec
     feeds: Mapping[str, Any] = {
         "input_ids": tokens_T[None],
         "attention_mask": np.ones((1, n_tokens), dtype=np.int64),
         "position_ids": np.arange(n_tokens)[None],
     }
-    empty = np.zeros((1, shape.n_kv_heads, 0, shape.head_dim), dtype=np.float32)
-    past = {f"past_key_values.{layer}.{kind}": empty for layer in range(shape.n_layers) for kind in ("key", "value")}
+    empty = np.zeros((1, spec.n_kv_heads, 0, spec.head_dim), dtype=np.float32)
+    past = {f"past_key_values.{layer}.{kind}": empty for layer in range(spec.n_layers) for kind in ("key", "value")}
     (logits_BTV,) = session.run(["logits"], {**feeds, **past})
     logits_TV: Logits = logits_BTV[0]
     return logits_TV
@@ -231,7 +231,7 @@ def test_onnx_clients_see_the_dense_architecture(
     write_onnx(student, "F32", tmp_path, context_length=256, threads=1)
     write_client_files(student, tmp_path, context_length=256)
     config = AutoConfig.from_pretrained(tmp_path)
-    assert (config.model_type, config.intermediate_size) == (_TYPES[model][0], student.shape.expert_width)
+    assert (config.model_type, config.intermediate_size) == (_TYPES[model][0], student.spec.expert_width)
     prompt = tokens_T[:40].tolist()
     parameters = onnxruntime_genai.GeneratorParams(genai := onnxruntime_genai.Model(str(tmp_path)))
     parameters.set_search_options(max_length=len(prompt) + 4)
@@ -263,7 +263,7 @@ def test_layers_that_differ_are_refused_but_by_onnx(
     source: Checkpoint, heldout_tokens: Tokens, tokens_T: Tokens, tmp_path: Path
 ) -> None:
     student = _compressed(source, heldout_tokens, [_dense_layer(source, 0), LayerTarget(1, NO_MOE)])
-    assert student.shape.is_dense
+    assert student.spec.is_dense
     write_onnx(student, "F32", tmp_path / "onnx", threads=1)
     found_TV = _run_onnx(student, tmp_path / "onnx", tokens_T)
     assert np.abs(found_TV - _streamed(student, tokens_T)).max() < _EXACT
@@ -276,20 +276,20 @@ def test_layers_that_differ_are_refused_but_by_onnx(
 
 
 def test_experts_can_become_narrower_first(source: Checkpoint, heldout_tokens: Tokens) -> None:
-    half = source.shape.expert_width // 2
-    size = MoeSize(1, source.shape.top_k * half)
+    half = source.spec.expert_width // 2
+    size = MoeSize(1, source.spec.top_k * half)
     targets = [LayerTarget(layer, size, (SlimWidth(half), Condense())) for layer in range(2)]
     student = _compressed(source, heldout_tokens, targets)
-    assert student.shape.is_dense
-    assert student.shape.expert_width == size.expert_width
+    assert student.spec.is_dense
+    assert student.spec.expert_width == size.expert_width
 
 
 def test_a_family_without_a_dense_counterpart_keeps_its_one_expert(
     toy_checkpoint: Callable[..., Path], tokens_T: Tokens, tmp_path: Path
 ) -> None:
     source = Checkpoint(toy_checkpoint(tmp_path, n_layers=2, model="olmoe"))
-    student = Student(source, ExpertMap.keeping(source.shape.n_experts, ((3,), (5,))))
-    assert not student.shape.is_dense
+    student = Student(source, ExpertMap.keeping(source.spec.n_experts, ((3,), (5,))))
+    assert not student.spec.is_dense
     path = tmp_path / "x.gguf"
     write_gguf(student, "F32", path, name="x", threads=1)
     assert gguf.GGUFReader(path).fields["olmoe.expert_count"].contents() == 1

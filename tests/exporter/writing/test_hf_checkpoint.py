@@ -27,7 +27,7 @@ def student(
 ) -> Student:
     """Two layers, half of the experts (another half in each layer), and float32 routers as recovery leaves them."""
     source = Checkpoint(toy_checkpoint(tmp_path_factory.mktemp(request.param), n_layers=2, model=request.param))
-    n_experts = source.shape.n_experts
+    n_experts = source.spec.n_experts
     pruned = Student(
         source, ExpertMap.keeping(n_experts, (tuple(range(0, n_experts, 2)), tuple(range(1, n_experts, 2))))
     )
@@ -48,12 +48,12 @@ def written(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_our_reader_finds_every_tensor_of_the_student(written: Path, student: Student) -> None:
     checkpoint = Checkpoint(written)
-    assert checkpoint.shape == student.shape
+    assert checkpoint.spec == student.spec
     assert set(checkpoint.headers) == {name for name, _ in checkpoint.expected_shapes()}
     for role in checkpoint.family.roles:
         for layer in [None] if role.is_global else range(2):
             if layer is not None and role.is_expert:
-                for expert in range(student.shape.n_experts):
+                for expert in range(student.spec.n_experts):
                     tensor = student.expert(role, layer, expert)
                     assert torch.equal(checkpoint.expert(role, layer, expert), tensor)
             else:
@@ -90,7 +90,7 @@ def test_one_file_per_layer_and_an_index_of_them(written: Path) -> None:
 
 def test_config_and_tokenizer_belong_to_the_student(written: Path, student: Student) -> None:
     config = AutoConfig.from_pretrained(written)
-    assert (config.num_experts, config.num_experts_per_tok) == (student.shape.n_experts, student.shape.top_k)
+    assert (config.num_experts, config.num_experts_per_tok) == (student.spec.n_experts, student.spec.top_k)
     source = AutoTokenizer.from_pretrained(student.source.folder)
     text = "The quick brown fox, twice: ünïcödé."
     assert AutoTokenizer.from_pretrained(written)(text)["input_ids"] == source(text)["input_ids"]
@@ -110,7 +110,7 @@ def _digests(folder: Path) -> dict[str, str]:
 def test_top_k_falls_with_the_experts(toy_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """Two experts left: stock transformers must not look for four."""
     source = Checkpoint(toy_checkpoint(tmp_path, n_layers=2))
-    pair = Student(source, ExpertMap.keeping(source.shape.n_experts, ((3, 4), (1, 7))))
+    pair = Student(source, ExpertMap.keeping(source.spec.n_experts, ((3, 4), (1, 7))))
     write_checkpoint(pair, tmp_path / "pair")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "pair", dtype=torch.float32)
     assert stock.config.num_experts_per_tok == 2
@@ -124,8 +124,8 @@ def test_a_source_that_transformers_5_saved_gives_the_same_student(student: Stud
     resaved = Student(Checkpoint(tmp_path / "resaved"), student.experts, student.overlay)
     write_checkpoint(resaved, tmp_path / "student")
     checkpoint = Checkpoint(tmp_path / "student")
-    assert checkpoint.shape == student.shape
-    assert AutoConfig.from_pretrained(tmp_path / "student").num_experts == student.shape.n_experts
-    for expert in range(student.shape.n_experts):
+    assert checkpoint.spec == student.spec
+    assert AutoConfig.from_pretrained(tmp_path / "student").num_experts == student.spec.n_experts
+    for expert in range(student.spec.n_experts):
         for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN):
             assert torch.equal(checkpoint.expert(role, 1, expert), student.expert(role, 1, expert))

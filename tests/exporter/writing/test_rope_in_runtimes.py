@@ -98,7 +98,7 @@ def test_both_runtimes_compute_what_transformers_does(
     student = Student.teacher(checkpoint)
     write_onnx(student, "F32", tmp_path / "onnx", threads=1)
     n_bytes = sum((tmp_path / "onnx" / name).stat().st_size for name in (MODEL_FILE, DATA_FILE))
-    assert predict_size(student.shape, "F32") == n_bytes
+    assert predict_size(student.spec, "F32") == n_bytes
     in_gguf = model == "coarse" or scaling not in _NEEDS_FACTORS
     reference = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, local_files_only=True)
     for n_tokens in (320, 64):
@@ -113,10 +113,10 @@ def test_both_runtimes_compute_what_transformers_does(
 
 def test_what_llama_cpp_cannot_turn_by_is_refused_by_name(scaled: Scaled) -> None:
     for scaling in ("llama3", "longrope"):
-        shape = scaled("fine", scaling).shape
+        spec = scaled("fine", scaling).spec
         kind = _SCALINGS[scaling]["rope_type"]
         with pytest.raises(UnsupportedError, match=f"qwen3moe graph cannot turn by the angles of rope_type '{kind}'"):
-            plan_tensors(shape, "F32")
+            plan_tensors(spec, "F32")
 
 
 @pytest.mark.parametrize("scaling", ["yarn, other betas", "yarn, not truncated"])
@@ -157,7 +157,7 @@ def test_llama_cpp_takes_the_long_factors_for_short_texts_in_a_long_context(
 
 def _gguf(student: Student, path: Path, n_ctx: int) -> LlamaCppBackend:
     write_gguf(student, "F32", path, name="toy", threads=1)
-    assert predict_file_size(student.shape, student.source.folder, "F32", "toy") == path.stat().st_size
+    assert predict_file_size(student.spec, student.source.folder, "F32", "toy") == path.stat().st_size
     return LlamaCppBackend(path, n_ctx=n_ctx, kv_type="f32", threads=1)
 
 

@@ -82,7 +82,7 @@ def test_a_head_of_its_own_goes_before_tie_word_embeddings(
         tensors[_HEAD] = tensors[_EMBEDDING].flip(0).contiguous()
 
     student = Student.teacher(Checkpoint(_change_tensors(toy, add_head)))
-    assert not student.shape.tied_embeddings
+    assert not student.spec.tied_embeddings
     tokens_BT = heldout_tokens[:128].reshape(2, 64)
     expected = log_probs(_transformers(toy), tokens_BT)
     for backend in (TorchBackend(student), *_runtimes(student, tmp_path, n_ctx=64)):
@@ -93,15 +93,15 @@ def test_a_head_of_its_own_goes_before_tie_word_embeddings(
 
 
 def test_a_head_that_equals_the_embedding_stays_tied(toy: Path) -> None:
-    n_parameters = Checkpoint(toy).shape.parameters
+    n_parameters = Checkpoint(toy).spec.parameters
     for widened in (False, True):  # the same values in another dtype are the same head
 
         def add_head(tensors: dict[str, torch.Tensor], widened: bool = widened) -> None:
             tensors[_HEAD] = tensors[_EMBEDDING].float() if widened else tensors[_EMBEDDING].clone()
 
-        shape = Checkpoint(_change_tensors(toy, add_head)).shape
-        assert shape.tied_embeddings
-        assert shape.parameters == n_parameters
+        spec = Checkpoint(_change_tensors(toy, add_head)).spec
+        assert spec.tied_embeddings
+        assert spec.parameters == n_parameters
 
 
 def test_heads_that_transformers_would_invent_or_move_are_refused(toy: Path) -> None:
@@ -139,9 +139,9 @@ def test_a_window_becomes_the_context_of_both_files(
     assert written["genai_config.json"]["model"]["context_length"] == 96
     file, graph = GgufFile(tmp_path / "model.gguf"), tmp_path / "onnx" / MODEL_FILE
     assert file.metadata["llama.context_length"] == 96
-    assert not gguf_setting_symptoms(file.metadata, checkpoint.shape)
-    assert not graph_setting_symptoms(graph, checkpoint.shape)
-    assert not folder_setting_symptoms(graph, checkpoint, checkpoint.shape)
+    assert not gguf_setting_symptoms(file.metadata, checkpoint.spec)
+    assert not graph_setting_symptoms(graph, checkpoint.spec)
+    assert not folder_setting_symptoms(graph, checkpoint, checkpoint.spec)
     named = find_deviations(checkpoint, ("gguf", "onnx"), "toy")
     assert [entry.artifact for entry in named if "sliding_window = 96" in entry.what] == ["gguf", "onnx"]
 
@@ -192,9 +192,9 @@ def test_heads_of_sixteens_run_in_both_runtimes(tmp_path: Path, head_dim: int) -
 
 @pytest.mark.parametrize("head_dim", [8, 24, 40, 100])
 def test_other_heads_are_refused_before_any_work(tmp_path: Path, head_dim: int) -> None:
-    shape = Checkpoint(_mixtral(tmp_path / "model", head_dim)).shape
+    spec = Checkpoint(_mixtral(tmp_path / "model", head_dim)).spec
     with pytest.raises(UnsupportedError, match=f"this model's have {head_dim}: .* use --formats gguf"):
-        plan_tensors(shape, "F32")
+        plan_tensors(spec, "F32")
 
 
 def _plan(checkpoint: Checkpoint, texts: tuple[Path, Path], budget: int, **arguments: Any) -> Recipe:
@@ -206,7 +206,7 @@ def _plan(checkpoint: Checkpoint, texts: tuple[Path, Path], budget: int, **argum
 def test_rows_that_few_blocks_fit_take_the_types_that_do(toy: Path, small_texts: tuple[Path, Path]) -> None:
     """Experts of width 48: GGUF has 16 bits for such rows, ONNX blocks of 16."""
     checkpoint = Checkpoint(toy)
-    checkpoint.shape = checkpoint.shape.with_sizes([MoeSize(32, 48)] * 2)
+    checkpoint.spec = checkpoint.spec.with_sizes([MoeSize(32, 48)] * 2)
     recipe = _plan(checkpoint, small_texts, 5_000_000, formats="gguf,onnx")
     types, encodings = recipe.file("gguf").tensors, recipe.file("onnx").tensors
     assert {types[f"blk.{layer}.ffn_down_exps.weight"] for layer in range(2)} == {"BF16"}
@@ -220,6 +220,6 @@ def test_rows_that_few_blocks_fit_take_the_types_that_do(toy: Path, small_texts:
 
 def test_a_reason_that_no_type_can_mend_is_the_message(toy: Path, small_texts: tuple[Path, Path]) -> None:
     checkpoint = Checkpoint(toy)
-    checkpoint.shape = replace(checkpoint.shape, normalize_top_k=False)
+    checkpoint.spec = replace(checkpoint.spec, normalize_top_k=False)
     with pytest.raises(UnsupportedError, match="always normalises"):
         _plan(checkpoint, small_texts, 100_000, formats="gguf")

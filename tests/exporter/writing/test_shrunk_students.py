@@ -53,21 +53,21 @@ def compressed(heldout_tokens: Tokens) -> Callable[[Checkpoint, Sequence[LayerTa
         run = LayerwiseCompression(source, targets, found[source.folder], text_BT, n_sample_blocks=4).run()
         layers = list(run)
         overlay = {name: tensor for layer in layers for name, tensor in layer.overlay.items()}
-        return Student(source, ExpertMap(source.shape.n_experts, tuple(layer.map for layer in layers)), overlay)
+        return Student(source, ExpertMap(source.spec.n_experts, tuple(layer.map for layer in layers)), overlay)
 
     return compress
 
 
 def _statistics(student: Student, text_BT: torch.Tensor) -> list[LayerStatistics]:
-    collector = StatisticsCollector(student.shape)
+    collector = StatisticsCollector(student.spec)
     StreamedModel(student).stream([TokenGroup(text_BT, [collector.observe])])
-    return [collector.take(layer) for layer in range(student.shape.n_layers)]
+    return [collector.take(layer) for layer in range(student.spec.n_layers)]
 
 
 @torch.no_grad()
 def _streamed(student: Student, tokens_BT: Tokens) -> tuple[npt.NDArray[np.float32], Routing]:
     """Logits [B, T, V] and the routing of all tokens."""
-    model, recorder = StreamedModel(student), RoutingRecorder(student.shape)
+    model, recorder = StreamedModel(student), RoutingRecorder(student.spec)
     (hidden,) = model.stream([TokenGroup(torch.from_numpy(tokens_BT), [recorder.observe])])
     parts = [part for _, part in model.logits_in_chunks(hidden, slice(0, tokens_BT.shape[1]))]
     return torch.cat(parts).view(*tokens_BT.shape, -1).numpy(), recorder.routing()
@@ -88,7 +88,7 @@ def _assert_equal_runs(
         expected = _tokens_of(routing, block, n_tokens)
         found = output.routing
         assert found.experts_LTK.shape == expected.experts_LTK.shape
-        without = [layer for layer in range(student.shape.n_layers) if layer not in layers]
+        without = [layer for layer in range(student.spec.n_layers) if layer not in layers]
         assert (found.experts_LTK[without] == NO_EXPERT).all()
         assert not found.weights_LTK[without].any()
         assert ((found.experts_LTK[list(layers)] != NO_EXPERT).any(axis=(1, 2))).all()
@@ -102,13 +102,13 @@ def _assert_equal_runs(
 
 def _layers_that_differ(source: Checkpoint) -> tuple[list[LayerTarget], list[int]]:
     """Few narrow experts of a width that is no multiple of 32; none; merged ones; one; all. And which have experts."""
-    n_experts, width = source.shape.n_experts, source.shape.expert_width
+    n_experts, width = source.spec.n_experts, source.spec.expert_width
     targets = [
         LayerTarget(0, MoeSize(3, 40), (Prune("reap", 3), SlimWidth(40))),
         LayerTarget(1, NO_MOE),
         LayerTarget(2, MoeSize(6, width), (REAM(6),)),
     ]
-    if source.shape.n_layers > 3:  # layer 3 goes as a whole
+    if source.spec.n_layers > 3:  # layer 3 goes as a whole
         targets += [LayerTarget(4, MoeSize(1, width), (Prune("frequency", 1),)), LayerTarget(5, NO_MOE)]
         return targets, [0, 2, 3]
     assert n_experts > 6
@@ -130,7 +130,7 @@ def test_onnx_runs_layers_that_differ(
     best = _streamed(student, whole)[0][0].argmax(-1)
     assert generated == best[len(prompt) - 1 : -1].tolist()
     written = sum(file.stat().st_size for file in (tmp_path / "onnx").iterdir())
-    assert written == predict_size(student.shape, "F32")
+    assert written == predict_size(student.spec, "F32")
 
 
 def test_onnx_quantizes_layers_that_differ(
@@ -166,8 +166,8 @@ def test_onnx_names_the_weight_whose_width_4_bits_cannot_have(
 
 def _layers_alike(source: Checkpoint) -> list[LayerTarget]:
     """Two blocks dropped (of three: one); six merged experts, half as wide."""
-    sources = [0, 1, 3, 5] if source.shape.n_layers > 3 else [0, 2]
-    width = source.shape.expert_width // 2
+    sources = [0, 1, 3, 5] if source.spec.n_layers > 3 else [0, 2]
+    width = source.spec.expert_width // 2
     return [LayerTarget(layer, MoeSize(6, width), (REAM(6), SlimWidth(width))) for layer in sources]
 
 
@@ -177,9 +177,9 @@ def test_llama_cpp_runs_a_student_that_lost_blocks_experts_and_neurons(
     student = compressed(Checkpoint(family_folder), _layers_alike(Checkpoint(family_folder)))
     path = tmp_path / "f32.gguf"
     write_gguf(student, "F32", path, name="x", threads=1)
-    assert path.stat().st_size == predict_file_size(student.shape, family_folder, "F32", "x")
+    assert path.stat().st_size == predict_file_size(student.spec, family_folder, "F32", "x")
     backend = LlamaCppBackend(path, kv_type="f32", threads=1)
-    _assert_equal_runs(backend, student, tokens_BT, range(student.shape.n_layers))
+    _assert_equal_runs(backend, student, tokens_BT, range(student.spec.n_layers))
 
 
 @torch.no_grad()
@@ -189,11 +189,11 @@ def test_stock_transformers_loads_a_student_that_lost_blocks_experts_and_neurons
     student = compressed(Checkpoint(family_folder), _layers_alike(Checkpoint(family_folder)))
     write_checkpoint(student, tmp_path / "student")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32).eval()
-    assert stock.config.num_hidden_layers == student.shape.n_layers
+    assert stock.config.num_hidden_layers == student.spec.n_layers
     logits_BTV = stock(torch.from_numpy(tokens_BT)).logits.numpy()
     assert np.abs(logits_BTV - _streamed(student, tokens_BT)[0]).max() < 1e-4
     again = Checkpoint(tmp_path / "student")
-    assert again.shape == student.shape
+    assert again.spec == student.spec
     assert np.abs(_streamed(Student.teacher(again), tokens_BT)[0] - logits_BTV).max() < 1e-4
 
 

@@ -40,7 +40,7 @@ _ROUTER, _NORM = "blk.1.ffn_gate_inp.weight", "output_norm.weight"
 def student(request: pytest.FixtureRequest, tmp_path: Path, toy_checkpoint: Callable[..., Path]) -> Student:
     """Two layers of a trained model with four of its experts."""
     source = Checkpoint(toy_checkpoint(tmp_path, n_layers=2, model=request.param))
-    return Student(source, ExpertMap.keeping(source.shape.n_experts, [[5, 0, 3, 6], [1, 7, 2, 4]]))
+    return Student(source, ExpertMap.keeping(source.spec.n_experts, [[5, 0, 3, 6], [1, 7, 2, 4]]))
 
 
 def _write(container: str, student: Student, folder: Path) -> Path:
@@ -55,8 +55,8 @@ def _write(container: str, student: Student, folder: Path) -> Path:
 
 def _open(file: Path, student: Student) -> WrittenWeights:
     if file.suffix == ".gguf":
-        return GgufWeights(file, student.shape)
-    return OnnxWeights(file.parent, student.shape)
+        return GgufWeights(file, student.spec)
+    return OnnxWeights(file.parent, student.spec)
 
 
 def _others(values: StoredTensors) -> dict[str, torch.Tensor]:
@@ -69,7 +69,7 @@ def _others(values: StoredTensors) -> dict[str, torch.Tensor]:
 
 
 def _units(student: Student) -> Iterator[tuple[Role, int | None, int | None]]:
-    for role in student.shape.stored_roles:
+    for role in student.spec.stored_roles:
         for layer in [None] if role.is_global else [0, 1]:
             for expert in range(4) if role.is_expert else [None]:
                 yield role, layer, expert
@@ -91,7 +91,7 @@ def test_the_file_holds_what_was_judged(container: str, student: Student, tmp_pa
     """Weights with other values, the file with them written into it, and each block times its factor are the same."""
     file = _write(container, student, tmp_path / "x")
     before, weights = file.read_bytes(), _open(file, student)
-    keep_values(weights, student.shape, tmp_path / "kept.safetensors")
+    keep_values(weights, student.spec, tmp_path / "kept.safetensors")
     kept = StoredTensors(tmp_path / "kept.safetensors")
     generator = torch.Generator().manual_seed(0)
     # one or two, so that no product is rounded, though the smallest scales are subnormal
@@ -104,7 +104,7 @@ def test_the_file_holds_what_was_judged(container: str, student: Student, tmp_pa
     changed = {name: (kept[name] * factor[..., None]).half() for name, factor in factors.items()}
     original, judged = _numbers(weights, student), _numbers(weights.with_values(changed), student)
     for (role, layer, expert), values in original.items():
-        name = student.shape.gguf_name(role, layer)
+        name = student.spec.gguf_name(role, layer)
         if name in factors:
             factor = factors[name]
             if expert is not None:
@@ -134,15 +134,15 @@ class _CountedReads(dict[str, torch.Tensor]):
 def test_all_experts_of_a_layer_read_its_values_once(container: str, student: Student, tmp_path: Path) -> None:
     """Expert after expert, as layers are read."""
     weights = _open(_write(container, student, tmp_path / "x"), student)
-    keep_values(weights, student.shape, tmp_path / "kept.safetensors")
+    keep_values(weights, student.spec, tmp_path / "kept.safetensors")
     values = _CountedReads(StoredTensors(tmp_path / "kept.safetensors"))
     written = student.as_written(weights.with_values(values))
     values.counts.clear()
-    roles = [role for role in student.shape.stored_roles if role.is_expert]
+    roles = [role for role in student.spec.stored_roles if role.is_expert]
     for expert in range(4):
         for role in roles:
             written.expert(role, 1, expert)
-    assert values.counts == dict.fromkeys((student.shape.gguf_name(role, 1) for role in roles), 1)
+    assert values.counts == dict.fromkeys((student.spec.gguf_name(role, 1) for role in roles), 1)
 
 
 @pytest.mark.parametrize("container", ["gguf", "onnx"])
@@ -150,7 +150,7 @@ def test_routers_and_norms_are_what_they_would_be_had_the_file_been_written_with
     container: str, student: Student, tmp_path: Path
 ) -> None:
     file = _write(container, student, tmp_path / "before")
-    router, norm = torch.randn(4, student.shape.hidden_size), torch.rand(student.shape.hidden_size)
+    router, norm = torch.randn(4, student.spec.hidden_size), torch.rand(student.spec.hidden_size)
     overlay = {student.name(Role.ROUTER, 1): router, student.name(Role.FINAL_NORM): norm}
     expected = _write(container, student.with_overlay(overlay), tmp_path / "expected").read_bytes()
     rewrite(_open(file, student), {_ROUTER: router, _NORM: norm})
@@ -164,7 +164,7 @@ def test_only_scales_and_float_tensors_change(student: Student, tmp_path: Path) 
     file = _write("gguf", student, tmp_path / "x")
     before = {tensor.name: tensor.data.copy() for tensor in GGUFReader(file).tensors}
     weights = _open(file, student)
-    keep_values(weights, student.shape, tmp_path / "kept.safetensors")
+    keep_values(weights, student.spec, tmp_path / "kept.safetensors")
     others = _others(StoredTensors(tmp_path / "kept.safetensors"))
     rewrite(weights, others)
     for tensor in GGUFReader(file).tensors:
@@ -185,7 +185,7 @@ def test_an_attempt_that_was_stopped_half_way_is_repeated(
 ) -> None:
     file = _write(container, student, tmp_path / "x")
     before, weights, really_write = file.read_bytes(), _open(file, student), os.pwrite
-    keep_values(weights, student.shape, tmp_path / "kept.safetensors")
+    keep_values(weights, student.spec, tmp_path / "kept.safetensors")
     others = _others(StoredTensors(tmp_path / "kept.safetensors"))
     n_writes = 0
 
@@ -239,7 +239,7 @@ def test_a_quantized_router_is_refused(student: Student, tmp_path: Path) -> None
     copy_gguf(written, file, {}, tensors={_ROUTER: (rounded.view(np.uint8), GGMLQuantizationType.BF16)})
     data = file.read_bytes()
     with pytest.raises(InputError, match=r"blk\.1\.ffn_gate_inp\.weight is stored as BF16; it must be F32"):
-        rewrite(_open(file, student), {_ROUTER: torch.randn(4, student.shape.hidden_size)})
+        rewrite(_open(file, student), {_ROUTER: torch.randn(4, student.spec.hidden_size)})
     assert file.read_bytes() == data
 
 
@@ -248,7 +248,7 @@ def test_a_file_that_was_published_keeps_what_it_has(student: Student, tmp_path:
     file = _write("gguf", student, tmp_path / "x")
     published, before = tmp_path / "published.gguf", file.read_bytes()
     os.link(file, published)
-    router = torch.randn(4, student.shape.hidden_size)
+    router = torch.randn(4, student.spec.hidden_size)
     rewrite(_open(file, student), {_ROUTER: router})
     assert published.read_bytes() == before
     assert torch.equal(_open(file, student).tensor(Role.ROUTER, 1), router)

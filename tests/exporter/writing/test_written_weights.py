@@ -42,13 +42,13 @@ def student(
 ) -> Student:
     """Two layers of a trained model with four of its experts, others in each layer and not in order."""
     source = Checkpoint(toy_checkpoint(tmp_path_factory.mktemp("written"), n_layers=2, model=request.param))
-    return Student(source, ExpertMap.keeping(source.shape.n_experts, [[5, 0, 3, 6], [1, 7, 2, 4]]))
+    return Student(source, ExpertMap.keeping(source.spec.n_experts, [[5, 0, 3, 6], [1, 7, 2, 4]]))
 
 
 def _by_role(student: Student) -> Iterator[tuple[Role, int | None, int | None]]:
-    for role in student.shape.stored_roles:
-        for layer in [None] if role.is_global else range(student.shape.n_layers):
-            for expert in range(student.shape.n_experts) if role.is_expert else [None]:
+    for role in student.spec.stored_roles:
+        for layer in [None] if role.is_global else range(student.spec.n_layers):
+            for expert in range(student.spec.n_experts) if role.is_expert else [None]:
                 yield role, layer, expert
 
 
@@ -69,16 +69,16 @@ def test_every_gguf_tensor_is_what_gguf_py_dequantizes(student: Student, tmp_pat
     path = tmp_path / "x.gguf"
     write_gguf(student, preset, path, name="x", threads=1)
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    written = student.as_written(GgufWeights(path, student.shape))
-    names = {(tensor.role, tensor.layer): tensor.name for tensor in plan_tensors(student.shape, preset)}
+    written = student.as_written(GgufWeights(path, student.spec))
+    names = {(tensor.role, tensor.layer): tensor.name for tensor in plan_tensors(student.spec, preset)}
     n_checked = 0
     for role, layer, expert in _by_role(student):
         tensor = stored[names[role, layer]]
         expected = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         if expert is not None:
             expected = expected[expert]
-        if role in (Role.QUERY, Role.KEY) and student.shape.model_type == "mixtral":
-            expected = expected[_rotation_order(len(expected), student.shape.head_dim)]
+        if role in (Role.QUERY, Role.KEY) and student.spec.model_type == "mixtral":
+            expected = expected[_rotation_order(len(expected), student.spec.head_dim)]
         found = _tensor(written, role, layer, expert)
         assert found.dtype == torch.float32
         np.testing.assert_array_equal(found.numpy(), expected, err_msg=f"{role} {layer} {expert}")
@@ -88,11 +88,11 @@ def test_every_gguf_tensor_is_what_gguf_py_dequantizes(student: Student, tmp_pat
 
 @pytest.mark.parametrize("preset", ["F32", "Q4_0"])
 def test_onnx_holds_the_numbers_of_the_gguf_of_the_same_type(student: Student, tmp_path: Path, preset: str) -> None:
-    types = types_of_onnx(student.shape, preset)
+    types = types_of_onnx(student.spec, preset)
     write_gguf(student, preset, tmp_path / "x.gguf", types=types, name="x", threads=1)
     write_onnx(student, preset, tmp_path / "onnx", context_length=64, threads=1)
-    of_gguf = student.as_written(GgufWeights(tmp_path / "x.gguf", student.shape))
-    of_onnx = student.as_written(OnnxWeights(tmp_path / "onnx", student.shape))
+    of_gguf = student.as_written(GgufWeights(tmp_path / "x.gguf", student.spec))
+    of_onnx = student.as_written(OnnxWeights(tmp_path / "onnx", student.spec))
     for role, layer, expert in _by_role(student):
         found, expected = (_tensor(written, role, layer, expert) for written in (of_onnx, of_gguf))
         assert torch.equal(found, expected), (role, layer, expert)
@@ -106,8 +106,8 @@ def test_onnx_holds_the_numbers_of_the_gguf_of_the_same_type(student: Student, t
 
 def test_layers_are_read_into_float32_and_overlays_come_first(student: Student, tmp_path: Path) -> None:
     write_gguf(student, "Q4_0", tmp_path / "x.gguf", name="x", threads=1)
-    router = torch.randn(4, student.shape.hidden_size, generator=torch.Generator().manual_seed(0))
-    written = student.as_written(GgufWeights(tmp_path / "x.gguf", student.shape))
+    router = torch.randn(4, student.spec.hidden_size, generator=torch.Generator().manual_seed(0))
+    written = student.as_written(GgufWeights(tmp_path / "x.gguf", student.spec))
     taught = written.with_overlay({student.name(Role.ROUTER, 1): router})
     assert layer_bytes(taught) == 2 * layer_bytes(student)  # the source is bfloat16
     reader = LayerReader(taught, n_resident=0, read_ahead=True, check_finite=True)
@@ -123,18 +123,18 @@ def test_the_streamed_file_predicts_what_the_runtimes_predict(
 ) -> None:
     """Far more closely than the unquantized student does: what is left is the runtime's own arithmetic."""
     source = Checkpoint(fine_folder)
-    student = Student(source, ExpertMap.keeping(source.shape.n_experts, [range(0, 32, 2)] * 6))
+    student = Student(source, ExpertMap.keeping(source.spec.n_experts, [range(0, 32, 2)] * 6))
     write_gguf(student, "Q4_0", tmp_path / "x.gguf", name="x", threads=1)
     write_onnx(student, "Q4_0", tmp_path / "onnx", context_length=256, threads=1)
-    of_gguf = student.as_written(GgufWeights(tmp_path / "x.gguf", student.shape))
-    of_onnx = student.as_written(OnnxWeights(tmp_path / "onnx", student.shape))
+    of_gguf = student.as_written(GgufWeights(tmp_path / "x.gguf", student.spec))
+    of_onnx = student.as_written(OnnxWeights(tmp_path / "onnx", student.spec))
     runtimes = {
         "gguf": (of_gguf, LlamaCppBackend(tmp_path / "x.gguf", n_ctx=256, threads=1)),
         "onnx": (of_onnx, OnnxRuntimeBackend(tmp_path / "onnx", threads=1)),
     }
     tokens_BT = heldout_tokens[: 4 * 256].reshape(4, 256)
     for name, (written, runtime) in runtimes.items():
-        record = LogProbWriter(tmp_path / name, 4 * 127, source.shape.vocab_size)
+        record = LogProbWriter(tmp_path / name, 4 * 127, source.spec.vocab_size)
         in_runtime = evaluate(runtime, tokens_BT, {}, record=record)
         reference = {"runtime": LogProbReader(tmp_path / name)}
         in_torch, unquantized = (evaluate(TorchBackend(it), tokens_BT, reference) for it in (written, student))
@@ -147,17 +147,17 @@ def test_the_streamed_file_predicts_what_the_runtimes_predict(
 
 
 def test_a_dense_model_is_read_too(student: Student, tmp_path: Path) -> None:
-    dense = Student(student.source, ExpertMap.keeping(student.source.shape.n_experts, [[3], [5]]))
+    dense = Student(student.source, ExpertMap.keeping(student.source.spec.n_experts, [[3], [5]]))
     write_gguf(dense, "F32", tmp_path / "x.gguf", name="x", threads=1)
     write_onnx(dense, "Q4_0", tmp_path / "onnx", context_length=64, threads=1)
-    of_gguf, of_onnx = GgufWeights(tmp_path / "x.gguf", dense.shape), OnnxWeights(tmp_path / "onnx", dense.shape)
+    of_gguf, of_onnx = GgufWeights(tmp_path / "x.gguf", dense.spec), OnnxWeights(tmp_path / "onnx", dense.spec)
     written = dense.as_written(of_gguf)
     for role, layer, expert in _by_role(dense):
         assert torch.equal(_tensor(written, role, layer, expert), _tensor(dense, role, layer, expert).float())
     quantized = dense.as_written(of_onnx).expert(Role.EXPERT_UP, 1, 0)
     assert 0 < (quantized - dense.expert(Role.EXPERT_UP, 1, 0).float()).abs().max() < 0.1
     for weights in (of_gguf, of_onnx):
-        assert weights.tensor(Role.ROUTER, 0).shape == (1, dense.shape.hidden_size)
+        assert weights.tensor(Role.ROUTER, 0).shape == (1, dense.spec.hidden_size)
         with pytest.raises(InputError, match="no tensor of the role router"):
             weights.tunable(Role.ROUTER, 0)
 
@@ -176,24 +176,24 @@ def test_truncated_gguf_is_refused(student: Student, files: Path, tmp_path: Path
     path = tmp_path / "x.gguf"
     path.write_bytes((files / "x.gguf").read_bytes()[:n_bytes])
     with pytest.raises(InputError, match=r"x\.gguf is truncated"):
-        GgufWeights(path, student.shape)
+        GgufWeights(path, student.spec)
 
 
 def test_gguf_that_changes_while_it_is_read_is_refused(student: Student, files: Path, tmp_path: Path) -> None:
     path = Path(shutil.copy(files / "x.gguf", tmp_path))
-    weights = GgufWeights(path, student.shape)
+    weights = GgufWeights(path, student.spec)
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(InputError, match=r"tensor blk\.1\.ffn_down_exps\.weight cannot be read"):
-        weights.read_expert(Role.EXPERT_DOWN, 1, 3, torch.empty(256, student.shape.expert_width))
+        weights.read_expert(Role.EXPERT_DOWN, 1, 3, torch.empty(256, student.spec.expert_width))
 
 
 def test_gguf_of_another_model_is_refused(student: Student, files: Path) -> None:
     with pytest.raises(InputError, match=r"token_embd\.weight has shape \[4096, 256\]"):
-        GgufWeights(files / "x.gguf", replace(student.shape, vocab_size=5000))
+        GgufWeights(files / "x.gguf", replace(student.spec, vocab_size=5000))
     with pytest.raises(InputError, match=r"blk\.2\.attn_norm\.weight"):
-        GgufWeights(files / "x.gguf", replace(student.shape, n_layers=3))
+        GgufWeights(files / "x.gguf", replace(student.spec, n_layers=3))
     with pytest.raises(InputError, match=r"ffn_gate_inp\.weight has shape \[4, 256\].*\[8, 256\]"):
-        GgufWeights(files / "x.gguf", student.shape.with_experts(8))
+        GgufWeights(files / "x.gguf", student.spec.with_experts(8))
 
 
 def test_gguf_of_unknown_types_is_refused(student: Student, files: Path, tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_gguf_of_unknown_types_is_refused(student: Student, files: Path, tmp_pat
         data[at : at + 4] = number.to_bytes(4, "little")
         (tmp_path / "y.gguf").write_bytes(data)
         with pytest.raises(InputError, match=rf"ffn_gate_inp.*{message}"):
-            GgufWeights(tmp_path / "y.gguf", student.shape)
+            GgufWeights(tmp_path / "y.gguf", student.spec)
 
 
 def test_damaged_onnx_is_refused(student: Student, files: Path, tmp_path: Path) -> None:
@@ -213,23 +213,23 @@ def test_damaged_onnx_is_refused(student: Student, files: Path, tmp_path: Path) 
     data, graph = (tmp_path / DATA_FILE).read_bytes(), (tmp_path / MODEL_FILE).read_bytes()
     (tmp_path / DATA_FILE).write_bytes(data[:-100_000])
     with pytest.raises(InputError, match=r"model\.onnx\.data is truncated"):
-        OnnxWeights(tmp_path, student.shape)
+        OnnxWeights(tmp_path, student.spec)
     (tmp_path / DATA_FILE).write_bytes(data)
     (tmp_path / MODEL_FILE).write_bytes(graph[: len(graph) // 2])
     with pytest.raises(InputError, match=r"model\.onnx is truncated or no model"):
-        OnnxWeights(tmp_path, student.shape)
+        OnnxWeights(tmp_path, student.spec)
     (tmp_path / MODEL_FILE).unlink()
     with pytest.raises(InputError, match=r"model\.onnx cannot be opened"):
-        OnnxWeights(tmp_path, student.shape)
+        OnnxWeights(tmp_path, student.spec)
 
 
 def test_onnx_of_another_model_is_refused(student: Student, files: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"gate\.weight has shape \[4, 256\].*\[8, 256\]"):
-        OnnxWeights(files, student.shape.with_experts(8))
+        OnnxWeights(files, student.spec.with_experts(8))
     model = onnx.load(files / MODEL_FILE, load_external_data=False)
     router = next(tensor for tensor in model.graph.initializer if tensor.name == student.name(Role.ROUTER, 1))
     router.name = "something else"
     shutil.copy(files / DATA_FILE, tmp_path)
     (tmp_path / MODEL_FILE).write_bytes(model.SerializeToString())
     with pytest.raises(InputError, match=rf"has no tensor {student.name(Role.ROUTER, 1)}"):
-        OnnxWeights(tmp_path, student.shape)
+        OnnxWeights(tmp_path, student.spec)

@@ -26,33 +26,33 @@ def student(
 ) -> Student:
     """One layer with six experts."""
     source = Checkpoint(toy_checkpoint(tmp_path_factory.mktemp("facts"), n_layers=1, model=request.param))
-    return Student(source, ExpertMap.keeping(source.shape.n_experts, [range(6)]))
+    return Student(source, ExpertMap.keeping(source.spec.n_experts, [range(6)]))
 
 
 def test_both_files_tell_what_the_config_says(student: Student, tmp_path: Path) -> None:
     write_gguf(student, "Q4_K_S", tmp_path / "x.gguf", name="x", threads=1)
     write_onnx(student, "Q4_0", tmp_path / "onnx", context_length=64, threads=1)
-    shape = student.shape
+    spec = student.spec
     in_gguf, in_graph = gguf_facts(tmp_path / "x.gguf"), onnx_facts(tmp_path / "onnx" / "model.onnx")
     for facts in (in_gguf, in_graph):
-        assert (facts.n_layers, facts.n_experts, facts.top_k) == (1, 6, shape.top_k)
-        assert facts.rope_base == pytest.approx(shape.rope_theta, rel=1e-3)
-        assert facts.vocab_size == shape.vocab_size
-        assert setting_symptoms(facts, shape) == []
+        assert (facts.n_layers, facts.n_experts, facts.top_k) == (1, 6, spec.top_k)
+        assert facts.rope_base == pytest.approx(spec.rope_theta, rel=1e-3)
+        assert facts.vocab_size == spec.vocab_size
+        assert setting_symptoms(facts, spec) == []
     assert in_graph.bits_per_weight == 4.5
     assert 4.5 <= in_gguf.bits_per_weight <= 5.5, "rows that are no multiple of 256 values fall back to Q5_0"
-    assert in_gguf.rms_norm_eps == pytest.approx(shape.rms_norm_eps)
+    assert in_gguf.rms_norm_eps == pytest.approx(spec.rms_norm_eps)
 
 
 def test_other_settings_are_named(student: Student, tmp_path: Path) -> None:
     write_gguf(student, "Q8_0", tmp_path / "x.gguf", name="x", threads=1)
     facts = gguf_facts(tmp_path / "x.gguf")
     assert facts.bits_per_weight == 8.5
-    other = replace(student.shape, rope=replace(student.shape.rope, theta=5e5), rms_norm_eps=1e-4, top_k=1)
+    other = replace(student.spec, rope=replace(student.spec.rope, theta=5e5), rms_norm_eps=1e-4, top_k=1)
     rope, epsilon, top_k = setting_symptoms(facts, other)
     assert rope.endswith("10,000 in the file, 500,000 in config.json")
     assert epsilon.startswith("epsilon of the norms: 1e-0")
-    assert top_k.endswith(f"{student.shape.top_k} in the file, 1 in config.json")
+    assert top_k.endswith(f"{student.spec.top_k} in the file, 1 in config.json")
 
 
 def test_metadata_is_what_gguf_py_reads(student: Student, tmp_path: Path) -> None:

@@ -48,17 +48,17 @@ def test_the_model_s_own_scaling_is_no_symptom_and_another_s_is(student: Student
     file, graph = GgufFile(tmp_path / "model.gguf"), tmp_path / "onnx" / MODEL_FILE
 
     def symptoms(theta: float, factor: float) -> tuple[list[str], list[str]]:
-        rope = student.shape.rope
+        rope = student.spec.rope
         factors = {
             name: tuple(factor * value for value in getattr(rope, name)) for name in ("short_factors", "long_factors")
         }
-        shape = replace(student.shape, rope=replace(rope, theta=theta, factor=factor * rope.factor, **factors))
+        shape = replace(student.spec, rope=replace(rope, theta=theta, factor=factor * rope.factor, **factors))
         in_gguf = [*gguf_setting_symptoms(file.metadata, shape), *rope_factor_symptoms(file, shape)]
         return in_gguf, [*setting_symptoms(onnx_facts(graph), shape), *graph_setting_symptoms(graph, shape)]
 
-    assert symptoms(student.shape.rope_theta, 1.0) == ([], [])
-    assert all(symptoms(student.shape.rope_theta, 2.0))
-    assert all(symptoms(7 * student.shape.rope_theta, 1.0))
+    assert symptoms(student.spec.rope_theta, 1.0) == ([], [])
+    assert all(symptoms(student.spec.rope_theta, 2.0))
+    assert all(symptoms(7 * student.spec.rope_theta, 1.0))
 
 
 def test_damaged_factors_and_tables_are_named(student: Student, tmp_path: Path) -> None:
@@ -69,12 +69,12 @@ def test_damaged_factors_and_tables_are_named(student: Student, tmp_path: Path) 
             stream.seek(file.tensors[name].offset)
             stream.write(np.full(16, 3.0, np.float32).tobytes())
         damaged = GgufFile(tmp_path / "model.gguf")
-        assert any(name in symptom for symptom in rope_factor_symptoms(damaged, student.shape))
+        assert any(name in symptom for symptom in rope_factor_symptoms(damaged, student.spec))
     write_onnx(student, "Q4_0", tmp_path / "onnx", threads=1)
-    table = plan_tensors(student.shape, "Q4_0").rotary_sine
+    table = plan_tensors(student.spec, "Q4_0").rotary_sine
     last = table.offset + table.n_bytes - 4
     with (tmp_path / "onnx" / DATA_FILE).open("r+b") as stream:
         stream.seek(last)
         stream.write(np.float32(0.5).tobytes())
-    (symptom,) = graph_setting_symptoms(tmp_path / "onnx" / MODEL_FILE, student.shape)
+    (symptom,) = graph_setting_symptoms(tmp_path / "onnx" / MODEL_FILE, student.spec)
     assert f"rotary table rotary.sine: 0.50000 at position {table.shape[0] - 1}" in symptom

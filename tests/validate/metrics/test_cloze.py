@@ -63,7 +63,7 @@ def test_an_answer_is_right_where_greedy_decoding_writes_the_word(
     chunks_BT = heldout_tokens[6000 : 6000 + 3 * 128].reshape(3, 128)
     words = find_last_words(chunks_BT, load_tokenizer(folder))
     source = Checkpoint(folder)
-    writer = LogProbWriter(tmp_path / "own", 3 * 63, source.shape.vocab_size)
+    writer = LogProbWriter(tmp_path / "own", 3 * 63, source.spec.vocab_size)
     backend = TorchBackend(Student.teacher(source))
     evaluate(backend, chunks_BT, {}, record=writer)
     evaluation = evaluate(backend, chunks_BT, {"teacher": LogProbReader(tmp_path / "own")})

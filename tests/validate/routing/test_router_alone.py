@@ -58,7 +58,7 @@ def recorded(
     source = Checkpoint(toy_checkpoint(folder, n_layers=2))
     student = Student(source, ExpertMap.keeping(32, [range(0, 32, 2), range(16)]))
     tokens_BT = heldout_tokens[9000 : 9000 + 3 * 128].reshape(3, 128)
-    recorder = RouterInputRecorder(folder / "inputs", student.shape, _KEPT, 128)
+    recorder = RouterInputRecorder(folder / "inputs", student.spec, _KEPT, 128)
     routing = evaluate(TorchBackend(student, observers=[recorder.observe]), tokens_BT, {}).routing
     assert routing is not None
     recorder.finish(routing)

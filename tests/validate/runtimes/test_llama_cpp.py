@@ -59,8 +59,8 @@ def pair(request: pytest.FixtureRequest, family_folder: Path, tmp_path_factory: 
     checkpoint = Checkpoint(family_folder)
     student = Student.teacher(checkpoint)
     if request.param != "all experts":
-        random, total = np.random.default_rng(5), checkpoint.shape.n_experts
-        kept = [tuple(random.permutation(total)[: total // 2].tolist()) for _ in range(checkpoint.shape.n_layers)]
+        random, total = np.random.default_rng(5), checkpoint.spec.n_experts
+        kept = [tuple(random.permutation(total)[: total // 2].tolist()) for _ in range(checkpoint.spec.n_layers)]
         student = Student(checkpoint, ExpertMap.keeping(total, tuple(kept)))
     path = tmp_path_factory.mktemp("llama_cpp") / "f32.gguf"
     write_gguf(student, "F32", path, name="x", threads=2)

@@ -71,12 +71,12 @@ def test_logits_and_routing_are_those_of_transformers(
 
 
 def _same_experts(
-    output: ChunkOutput, router_logits: tuple[torch.Tensor, ...], shape: ModelSpec
+    output: ChunkOutput, router_logits: tuple[torch.Tensor, ...], spec: ModelSpec
 ) -> npt.NDArray[np.bool_]:
     """bool [L, T]: whether the routed sets agree; where they do, so must the applied weights."""
     logits_LTE = torch.stack([each.reshape(-1, each.shape[-1]) for each in router_logits])
-    weights_LTK, experts_LTK = logits_LTE.softmax(-1).topk(shape.top_k)
-    if shape.normalize_top_k:
+    weights_LTK, experts_LTK = logits_LTE.softmax(-1).topk(spec.top_k)
+    if spec.normalize_top_k:
         weights_LTK = weights_LTK / weights_LTK.sum(-1, keepdim=True)
     assert output.routing.experts_LTK.shape == tuple(experts_LTK.shape)
     same_LT = np.all(np.sort(output.routing.experts_LTK) == experts_LTK.sort().values.numpy(), axis=-1)
@@ -177,8 +177,8 @@ def test_four_bit_routing_without_renormalisation_is_read(olmoe_folder: Path, ch
     write_onnx(student, "Q4_0", tmp_path, threads=1)
     (output,) = OnnxRuntimeBackend(tmp_path, threads=1).run(chunks[:1])
     assert output.routing is not None
-    written = student.as_written(OnnxWeights(tmp_path, student.shape))
-    recorder = RoutingRecorder(student.shape)
+    written = student.as_written(OnnxWeights(tmp_path, student.spec))
+    recorder = RoutingRecorder(student.spec)
     StreamedModel(written).stream([TokenGroup(torch.from_numpy(chunks[:1]), [recorder.observe])])
     expected = recorder.routing()
     same_LT = np.all(np.sort(output.routing.experts_LTK) == np.sort(expected.experts_LTK), axis=-1)

@@ -59,7 +59,7 @@ def written(calibrated: Calibrated, tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_size_is_predicted_to_the_byte(calibrated: Calibrated, written: Path) -> None:
     student = calibrated.student
-    assert written.stat().st_size == predict_file_size(student.shape, student.source.folder, "Q4_0", "x")
+    assert written.stat().st_size == predict_file_size(student.spec, student.source.folder, "Q4_0", "x")
 
 
 def test_threads_change_no_byte(calibrated: Calibrated, written: Path, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_a_head_of_its_own_gets_feedback_and_its_embedding_none(
 
 def test_memory_decides_how_many_threads_choose_codes(calibrated: Calibrated) -> None:
     olmoe = replace(
-        calibrated.student.shape, hidden_size=2048, n_heads=16, n_kv_heads=16, head_dim=128, n_experts=64, top_k=8,
+        calibrated.student.spec, hidden_size=2048, n_heads=16, n_kv_heads=16, head_dim=128, n_experts=64, top_k=8,
         expert_width=1024,
     )  # fmt: skip
     least = least_feedback_bytes(olmoe)

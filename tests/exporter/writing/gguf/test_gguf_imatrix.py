@@ -32,14 +32,14 @@ def shape(fine_folder: Path) -> ModelSpec:
     return replace(read_spec(fine_folder), n_layers=2).with_experts(5)
 
 
-def _statistics(shape: ModelSpec) -> list[LayerStatistics]:
+def _statistics(spec: ModelSpec) -> list[LayerStatistics]:
     """Random ones; the last expert of each layer saw no token."""
     generator = torch.Generator().manual_seed(0)
     layers = []
-    for _ in range(shape.n_layers):
-        layer = LayerStatistics.zeros(shape)
+    for _ in range(spec.n_layers):
+        layer = LayerStatistics.zeros(spec)
         layer.n_tokens += 3000
-        layer.count_E += torch.randint(1, 900, (shape.n_experts,), generator=generator)
+        layer.count_E += torch.randint(1, 900, (spec.n_experts,), generator=generator)
         for name in ("attention_input_square_D", "attention_output_input_square"):
             getattr(layer, name).add_(torch.rand(getattr(layer, name).shape, generator=generator).double())
         for sums in (layer.gate_up_input_square_ED, layer.down_input_square_EF):
@@ -67,20 +67,20 @@ def _read(path: Path) -> Arrays:
 
 
 @pytest.fixture
-def written(shape: ModelSpec, tmp_path: Path) -> Path:
+def written(spec: ModelSpec, tmp_path: Path) -> Path:
     """Our statistics in a file."""
     path = tmp_path / "imatrix.gguf"
-    write_imatrix(path, shape, _statistics(shape), ExpertMap.identity(shape), ["text.txt"])
+    write_imatrix(path, spec, _statistics(spec), ExpertMap.identity(spec), ["text.txt"])
     return path
 
 
-def test_the_file_is_what_llama_imatrix_writes(shape: ModelSpec, written: Path) -> None:
+def test_the_file_is_what_llama_imatrix_writes(spec: ModelSpec, written: Path) -> None:
     fields = {key: field.contents() for key, field in gguf.GGUFReader(written).fields.items()}
     assert fields["general.type"] == "imatrix"
     assert fields["imatrix.datasets"] == ["text.txt"]
     assert (fields["imatrix.chunk_count"], fields["imatrix.chunk_size"]) == (5, 512)  # of 3,000 tokens
-    found, layers = _read(written), _statistics(shape)
-    assert len(found) == 2 * 7 * shape.n_layers
+    found, layers = _read(written), _statistics(spec)
+    assert len(found) == 2 * 7 * spec.n_layers
     for index, layer in enumerate(layers):
         for name in ("attn_q", "attn_k", "attn_v"):
             sums = found[f"blk.{index}.{name}.weight.in_sum2"]
@@ -92,10 +92,10 @@ def test_the_file_is_what_llama_imatrix_writes(shape: ModelSpec, written: Path) 
         np.testing.assert_array_equal(found[f"blk.{index}.ffn_up_exps.weight.counts"], layer.count_E.float()[:, None])
 
 
-def test_vectors_are_those_of_llama_quantize(shape: ModelSpec, written: Path) -> None:
+def test_vectors_are_those_of_llama_quantize(spec: ModelSpec, written: Path) -> None:
     """``load_imatrix`` in tools/quantize/quantize.cpp: sums over counts, ones where there were no tokens."""
-    matrix, stored = read_imatrix(written, shape), _read(written)
-    matrices = [tensor for tensor in plan_tensors(shape, "F32") if tensor.is_matrix and not tensor.role.is_global]
+    matrix, stored = read_imatrix(written, spec), _read(written)
+    matrices = [tensor for tensor in plan_tensors(spec, "F32") if tensor.is_matrix and not tensor.role.is_global]
     assert set(matrix) == {(tensor.role, tensor.layer) for tensor in matrices}
     for tensor in matrices:
         expected = np.ones_like(stored[f"{tensor.name}.in_sum2"])
@@ -108,9 +108,9 @@ def test_vectors_are_those_of_llama_quantize(shape: ModelSpec, written: Path) ->
     assert (matrix[Role.EXPERT_DOWN, 1][-1] == 1).all()
 
 
-def test_a_student_s_file_has_its_own_numbering(shape: ModelSpec, tmp_path: Path) -> None:
-    layers = _statistics(shape)
-    student = shape.with_experts(2)
+def test_a_student_s_file_has_its_own_numbering(spec: ModelSpec, tmp_path: Path) -> None:
+    layers = _statistics(spec)
+    student = spec.with_experts(2)
     experts = ExpertMap.keeping(5, [[3, 1], [0, 4]])
     write_imatrix(tmp_path / "student.gguf", student, layers, experts, [])
     down = read_imatrix(tmp_path / "student.gguf", student)[Role.EXPERT_DOWN, 0]
@@ -119,8 +119,8 @@ def test_a_student_s_file_has_its_own_numbering(shape: ModelSpec, tmp_path: Path
         assert torch.equal(down[row], sums / count)
 
 
-def test_a_head_that_the_file_has_is_used(shape: ModelSpec, written: Path, tmp_path: Path) -> None:
-    untied = replace(shape, tied_embeddings=False)
+def test_a_head_that_the_file_has_is_used(spec: ModelSpec, written: Path, tmp_path: Path) -> None:
+    untied = replace(spec, tied_embeddings=False)
     assert (Role.HEAD, None) not in read_imatrix(written, untied)
     head = {"output.weight.in_sum2": np.full((1, 256), 6, np.float32)}
     head["output.weight.counts"] = np.full((1, 1), 4, np.float32)
@@ -143,29 +143,29 @@ def _to_dat(path: Path, stored: Arrays, n_chunks: int) -> Path:
 
 
 @pytest.mark.parametrize("n_chunks", [0, 1, 4])
-def test_the_older_format_is_read(shape: ModelSpec, written: Path, tmp_path: Path, n_chunks: int) -> None:
+def test_the_older_format_is_read(spec: ModelSpec, written: Path, tmp_path: Path, n_chunks: int) -> None:
     stored = _read(written)
     path = _to_dat(tmp_path / "imatrix.dat", stored, n_chunks)
-    expected = read_imatrix(written, shape)
-    for key, values in read_imatrix(path, shape).items():
+    expected = read_imatrix(written, spec)
+    for key, values in read_imatrix(path, spec).items():
         assert torch.equal(values, expected[key] if n_chunks else torch.zeros_like(values)), key
 
 
 @pytest.mark.parametrize("length", [0, 3, 40, 5000])
-def test_a_file_that_is_cut_off_is_refused(shape: ModelSpec, written: Path, tmp_path: Path, length: int) -> None:
+def test_a_file_that_is_cut_off_is_refused(spec: ModelSpec, written: Path, tmp_path: Path, length: int) -> None:
     dat = _to_dat(tmp_path / "x.dat", _read(written), 2)
     for path in (written, dat):
         cut = tmp_path / "cut"
         cut.write_bytes(path.read_bytes()[:length])
         with pytest.raises(InputError, match=r"cut.* (is cut off|is truncated)"):
-            read_imatrix(cut, shape)
+            read_imatrix(cut, spec)
 
 
-def test_what_does_not_fit_is_refused_by_name(shape: ModelSpec, written: Path, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused_by_name(spec: ModelSpec, written: Path, tmp_path: Path) -> None:
     stored = _read(written)
     down = "blk.1.ffn_down_exps.weight"
 
-    def refused(path: Path, said: str, model: ModelSpec = shape) -> None:
+    def refused(path: Path, said: str, model: ModelSpec = spec) -> None:
         with pytest.raises(InputError, match=said):
             read_imatrix(path, model)
 
@@ -173,9 +173,9 @@ def test_what_does_not_fit_is_refused_by_name(shape: ModelSpec, written: Path, t
         names = {"sums": f"{down}.in_sum2", "counts": f"{down}.counts"}
         return _write(tmp_path / "changed.gguf", stored | {names[key]: value for key, value in changes.items()})
 
-    refused(written, r"has 1280 values for 5 matrices about blk\.0\.ffn_gate_exps.*needs 1536", shape.with_experts(6))
-    refused(written, r"nothing about blk\.2\.attn_q\.weight", replace(shape, n_layers=3))
-    refused(written, r"has blk\.1\.\w+\.weight, but the model has 1 layers", replace(shape, n_layers=1))
+    refused(written, r"has 1280 values for 5 matrices about blk\.0\.ffn_gate_exps.*needs 1536", spec.with_experts(6))
+    refused(written, r"nothing about blk\.2\.attn_q\.weight", replace(spec, n_layers=3))
+    refused(written, r"has blk\.1\.\w+\.weight, but the model has 1 layers", replace(spec, n_layers=1))
     refused(changed(sums=stored[f"{down}.in_sum2"][:, :64].copy()), r"has 320 values .* about blk\.1\.ffn_down_exps")
     refused(changed(counts=np.ones((3, 1), np.float32)), r"640 values for 3 matrices about blk\.1\.ffn_down_exps")
     refused(changed(sums=np.full((5, 128), np.nan, np.float32)), r"about blk\.1\.ffn_down_exps.* holds NaN")

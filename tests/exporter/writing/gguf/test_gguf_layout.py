@@ -42,34 +42,34 @@ def test_an_untied_head_is_written(fine_folder: Path) -> None:
 
 
 def test_what_llama_cpp_cannot_run_is_refused(fine_folder: Path) -> None:
-    shape = read_spec(fine_folder)
+    spec = read_spec(fine_folder)
     with pytest.raises(UnsupportedError, match="always normalises"):
-        plan_tensors(replace(shape, normalize_top_k=False), "Q8_0")
+        plan_tensors(replace(spec, normalize_top_k=False), "Q8_0")
     with pytest.raises(UnsupportedError, match="at most 1024 experts"):
-        plan_tensors(shape.with_experts(1025), "Q8_0")
+        plan_tensors(spec.with_experts(1025), "Q8_0")
     with pytest.raises(InputError, match="Q3_X: no such type; choose one of F32, BF16, F16, Q8_0"):
-        plan_tensors(shape, "Q3_X")
+        plan_tensors(spec, "Q3_X")
 
 
 def test_what_llama_cpp_s_olmoe_cannot_run_is_refused(olmoe_folder: Path) -> None:
-    shape = read_spec(olmoe_folder)
+    spec = read_spec(olmoe_folder)
     with pytest.raises(UnsupportedError, match="olmoe graph never normalises"):
-        plan_tensors(replace(shape, normalize_top_k=True), "Q8_0")
-    for wrong in (replace(shape, n_kv_heads=2), replace(shape, head_dim=16)):
+        plan_tensors(replace(spec, normalize_top_k=True), "Q8_0")
+    for wrong in (replace(spec, n_kv_heads=2), replace(spec, head_dim=16)):
         with pytest.raises(UnsupportedError, match="queries and keys as wide as the hidden size"):
             plan_tensors(wrong, "Q8_0")
     with pytest.raises(UnsupportedError, match="needs a head of its own"):
-        plan_tensors(replace(shape, tied_embeddings=True), "Q8_0")
+        plan_tensors(replace(spec, tied_embeddings=True), "Q8_0")
 
 
 def test_tensors_can_be_given_types_of_their_own(fine_folder: Path) -> None:
-    shape = read_spec(fine_folder)
+    spec = read_spec(fine_folder)
     types = {"blk.0.ffn_down_exps.weight": "Q2_0", "blk.5.attn_v.weight": "Q8_0", "token_embd.weight": "F16"}
-    mix = {tensor.name: tensor for tensor in plan_tensors(shape, "IQ2_M")}
-    for tensor in plan_tensors(shape, "IQ2_M", types):
+    mix = {tensor.name: tensor for tensor in plan_tensors(spec, "IQ2_M")}
+    for tensor in plan_tensors(spec, "IQ2_M", types):
         assert tensor == replace(mix[tensor.name], ggml_type=tensor.ggml_type)
         assert tensor.ggml_type.name == types.get(tensor.name, mix[tensor.name].ggml_type.name)
-    assert plan_tensors(shape, "IQ2_M", {"output_norm.weight": "F32"}) == tuple(mix.values())
+    assert plan_tensors(spec, "IQ2_M", {"output_norm.weight": "F32"}) == tuple(mix.values())
 
 
 @pytest.mark.parametrize(
@@ -98,14 +98,14 @@ def test_types_that_a_tensor_cannot_have_are_refused(fine_folder: Path, name: st
 
 
 def test_a_file_of_other_types_than_a_mix_s_is_called_by_its_bits(fine_folder: Path) -> None:
-    shape = read_spec(fine_folder)
-    assert quantization(shape, "Q4_K") == Quantization("Q4_K_M", 15)
-    assert quantization(shape, "Q4_K_M", {"blk.5.attn_v.weight": "Q6_K"}) == Quantization("Q4_K_M", 15)  # as in the mix
-    assert quantization(shape, "Q4_K_M", {"blk.5.attn_v.weight": "Q8_0"}) == Quantization("Q5_MIX", 15)
+    spec = read_spec(fine_folder)
+    assert quantization(spec, "Q4_K") == Quantization("Q4_K_M", 15)
+    assert quantization(spec, "Q4_K_M", {"blk.5.attn_v.weight": "Q6_K"}) == Quantization("Q4_K_M", 15)  # as in the mix
+    assert quantization(spec, "Q4_K_M", {"blk.5.attn_v.weight": "Q8_0"}) == Quantization("Q5_MIX", 15)
     gate_up = {
-        f"blk.{layer}.ffn_{part}_exps.weight": "MXFP4" for layer in range(shape.n_layers) for part in ("gate", "up")
+        f"blk.{layer}.ffn_{part}_exps.weight": "MXFP4" for layer in range(spec.n_layers) for part in ("gate", "up")
     }
-    assert quantization(shape, "F32", gate_up) == Quantization("Q15_MIX", 38)
-    tensors = plan_tensors(shape, "F32", gate_up)
+    assert quantization(spec, "F32", gate_up) == Quantization("Q15_MIX", 38)
+    tensors = plan_tensors(spec, "F32", gate_up)
     assert 15 < bits_per_weight(tensors) < 16
-    assert sum(tensor.n_values for tensor in tensors) == shape.parameters
+    assert sum(tensor.n_values for tensor in tensors) == spec.parameters

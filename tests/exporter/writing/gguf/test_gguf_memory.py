@@ -46,11 +46,11 @@ def test_prediction_is_an_upper_bound_and_close(file: Path, family_folder: Path,
 
 
 def test_every_expert_and_every_layer_counts(fine_folder: Path) -> None:
-    shape = read_spec(fine_folder)
-    lines = predict_runtime_bytes(shape, 1000, 300, "f16")
+    spec = read_spec(fine_folder)
+    lines = predict_runtime_bytes(spec, 1000, 300, "f16")
     assert lines["weights"] == 1000
     assert lines["kv_cache"] == 6 * 512 * 2 * 4 * 32 * 2  # 300 tokens are rounded up to 512
-    assert predict_runtime_bytes(shape, 1000, 300, "q8_0")["kv_cache"] == lines["kv_cache"] // 2 * 34 // 32
+    assert predict_runtime_bytes(spec, 1000, 300, "q8_0")["kv_cache"] == lines["kv_cache"] // 2 * 34 // 32
 
 
 def test_unknown_cache_types_are_refused(fine_folder: Path) -> None:

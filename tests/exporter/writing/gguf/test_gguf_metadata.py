@@ -137,19 +137,19 @@ def test_a_damaged_card_is_refused(folder: Path) -> None:
 
 @pytest.mark.parametrize("n_experts", [1, 7, 32])
 def test_size_label_is_gguf_pys(family_folder: Path, n_experts: int) -> None:
-    shape = read_spec(family_folder).with_experts(n_experts)
-    writer = gguf.GGUFWriter(None, shape.family.gguf.architecture)
-    for tensor in plan_tensors(shape, "F32"):
+    spec = read_spec(family_folder).with_experts(n_experts)
+    writer = gguf.GGUFWriter(None, spec.family.gguf.architecture)
+    for tensor in plan_tensors(spec, "F32"):
         writer.add_tensor_info(tensor.name, tensor.shape, None, tensor.n_bytes, raw_dtype=tensor.ggml_type)
-    assert moe_size_label(shape) == gguf.size_label(*writer.get_total_parameter_count())
+    assert moe_size_label(spec) == gguf.size_label(*writer.get_total_parameter_count())
 
 
 def test_file_name_follows_the_convention(fine_folder: Path) -> None:
-    shape: ModelSpec = read_spec(fine_folder).with_experts(24)
-    size = moe_size_label(shape)
-    assert gguf_file_name("org/My Model", shape, "Q4_K") == f"My-Model-{size}-Q4_K_M.gguf"  # llama-quantize's alias
+    spec: ModelSpec = read_spec(fine_folder).with_experts(24)
+    size = moe_size_label(spec)
+    assert gguf_file_name("org/My Model", spec, "Q4_K") == f"My-Model-{size}-Q4_K_M.gguf"  # llama-quantize's alias
     types = {"blk.0.attn_v.weight": "Q8_0"}
-    assert gguf_file_name("x", shape, "IQ2_M", types) == f"x-{size}-Q3_MIX.gguf"
+    assert gguf_file_name("x", spec, "IQ2_M", types) == f"x-{size}-Q3_MIX.gguf"
 
 
 def test_container_is_what_gguf_py_reads(tmp_path: Path) -> None:

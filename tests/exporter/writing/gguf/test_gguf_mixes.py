@@ -27,20 +27,20 @@ from tests.llama_quantize import quantize, types_in_a_dry_run
 from validate.files.model_file import find_model_file
 
 
-def _header_alone(shape: ModelSpec, folder: Path, path: Path) -> None:
+def _header_alone(spec: ModelSpec, folder: Path, path: Path) -> None:
     """A float32 file whose weights are holes."""
-    tensors = plan_tensors(shape, "F32")
+    tensors = plan_tensors(spec, "F32")
     entries = [TensorEntry(tensor.name, tensor.shape, tensor.ggml_type, tensor.n_bytes) for tensor in tensors]
-    metadata = model_metadata(shape, folder, "x", "F32")
+    metadata = model_metadata(spec, folder, "x", "F32")
     header = render_header(len(metadata), render_values(metadata), entries)
     with path.open("wb") as file:
         file.write(header)
         file.truncate(len(header) + sum(aligned(tensor.n_bytes) for tensor in tensors))
 
 
-def _sized(shape: ModelSpec, n_layers: int, n_experts: int, expert_width: int, n_kv_heads: int) -> ModelSpec:
+def _sized(spec: ModelSpec, n_layers: int, n_experts: int, expert_width: int, n_kv_heads: int) -> ModelSpec:
     sizes = [MoeSize(n_experts, expert_width)] * n_layers
-    return replace(shape, n_kv_heads=n_kv_heads, vocab_size=64).with_sizes(sizes)
+    return replace(spec, n_kv_heads=n_kv_heads, vocab_size=64).with_sizes(sizes)
 
 
 @pytest.mark.parametrize(
@@ -84,10 +84,10 @@ def test_files_are_those_of_llama_quantize(
     """Types, bytes and size of files of two layers, with one importance matrix."""
     checkpoint = Checkpoint(toy_checkpoint(tmp_path, n_layers=2, model=model))
     n_experts = 8 if model == "coarse" else 3
-    student = Student(checkpoint, ExpertMap.keeping(checkpoint.shape.n_experts, [range(n_experts)] * 2))
+    student = Student(checkpoint, ExpertMap.keeping(checkpoint.spec.n_experts, [range(n_experts)] * 2))
     write_gguf(student, "F32", tmp_path / "f32.gguf", name="x", threads=1)
-    importance = _importance(student.shape)
-    given = {tensor.name: importance.get((tensor.role, tensor.layer)) for tensor in plan_tensors(student.shape, mix)}
+    importance = _importance(student.spec)
+    given = {tensor.name: importance.get((tensor.role, tensor.layer)) for tensor in plan_tensors(student.spec, mix)}
     entries = {name: values.numpy() for name, values in given.items() if values is not None}
     quantize(tmp_path / "f32.gguf", tmp_path / "theirs.gguf", mix_named(mix).file_type, entries)
     write_gguf(student, mix, tmp_path / "ours.gguf", importance=importance, name="x", threads=1)
@@ -102,12 +102,12 @@ def test_files_are_those_of_llama_quantize(
     assert ours.path.stat().st_size == theirs.path.stat().st_size
 
 
-def _importance(shape: ModelSpec) -> Importance:
+def _importance(spec: ModelSpec) -> Importance:
     """Of every matrix but the embedding."""
     random = torch.Generator().manual_seed(0)
     experts = {Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN}
     found = {}
-    for tensor in plan_tensors(shape, "F32"):
+    for tensor in plan_tensors(spec, "F32"):
         if tensor.role in experts | {Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUTPUT}:
             leading = tensor.shape[:1] if tensor.role in experts else ()
             found[tensor.role, tensor.layer] = torch.rand(*leading, tensor.row_length, generator=random).square()
@@ -125,7 +125,7 @@ def test_coarse_types_are_no_damage_and_another_tensor_is(
 ) -> None:
     checkpoint = Checkpoint(toy_checkpoint(tmp_path, n_layers=1, model="coarse"))
     student = Student(checkpoint, ExpertMap.keeping(8, [range(3)]))
-    importance = _importance(student.shape)
+    importance = _importance(student.spec)
     write_gguf(student, mix, tmp_path / "x.gguf", importance=importance, name="x", threads=1)
     assert check_weights(find_model_file(tmp_path / "x.gguf"), student).symptoms == []
     name = student.name(Role.EXPERT_UP, 0, 1)

@@ -40,11 +40,11 @@ def known(
 ) -> tuple[Sensitivities, Importance]:
     """Sensitivities and the importance matrix, over 1,024 tokens."""
     tokens_BT = torch.from_numpy(heldout_tokens[: 8 * 128].reshape(8, 128))
-    collector = StatisticsCollector(student.shape)
+    collector = StatisticsCollector(student.spec)
     StreamedModel(student).stream([TokenGroup(tokens_BT, [collector.observe])])
-    layers = [collector.take(layer) for layer in range(student.shape.n_layers)]
+    layers = [collector.take(layer) for layer in range(student.spec.n_layers)]
     sensitivities = gather_sensitivities(student, tokens_BT, tmp_path_factory.mktemp("sensitivities"))
-    return sensitivities, importance(layers, ExpertMap.identity(student.shape))
+    return sensitivities, importance(layers, ExpertMap.identity(student.spec))
 
 
 @pytest.fixture(scope="module")
@@ -55,17 +55,17 @@ def table(student: Student, known: tuple[Sensitivities, Importance]) -> TypeTabl
 
 def _quantized(student: Student, mix: str) -> dict[str, int]:
     """Bytes of the file's tensors that are quantized, padding included."""
-    tensors = plan_tensors(student.shape, mix)
+    tensors = plan_tensors(student.spec, mix)
     return {tensor.name: aligned(tensor.n_bytes) for tensor in tensors if tensor.ggml_type is not _T.F32}
 
 
 def test_units_are_the_quantized_tensors_in_the_files_order_with_their_bytes(student: Student) -> None:
     units = {
         plan.name: {candidate.choice: candidate.n_bytes for candidate in plan.candidates}
-        for plan in plan_gguf_units(student.shape, [*ALLOCATED_TYPES, _T.BF16])
+        for plan in plan_gguf_units(student.spec, [*ALLOCATED_TYPES, _T.BF16])
     }
     for mix in ("BF16", "Q8_0", "Q5_0"):
-        tensors = plan_tensors(student.shape, mix)
+        tensors = plan_tensors(student.spec, mix)
         expected = {tensor.name: tensor for tensor in tensors if tensor.ggml_type is not _T.F32}
         assert list(units) == list(expected)
         for name, tensor in expected.items():
@@ -74,10 +74,10 @@ def test_units_are_the_quantized_tensors_in_the_files_order_with_their_bytes(stu
 
 
 def test_an_untied_head_is_a_unit_and_a_dense_model_has_one_matrix_a_layer(olmoe_folder: Path) -> None:
-    shape = Checkpoint(olmoe_folder).shape
-    assert [plan.name for plan in plan_gguf_units(shape)][:2] == ["token_embd.weight", "output.weight"]
+    spec = Checkpoint(olmoe_folder).spec
+    assert [plan.name for plan in plan_gguf_units(spec)][:2] == ["token_embd.weight", "output.weight"]
     # all of a dense model's matrices are of one expert
-    dense = replace(shape, model_type="qwen3_moe").with_experts(1)
+    dense = replace(spec, model_type="qwen3_moe").with_experts(1)
     names = [plan.name for plan in plan_gguf_units(dense)]
     assert "blk.2.ffn_up.weight" in names
     sizes = {plan.name: plan.candidates[0].n_bytes for plan in plan_gguf_units(dense)}
@@ -111,7 +111,7 @@ def test_all_weights_give_the_sum_by_definition(student: Student, known: tuple[S
             error = torch.from_numpy(dequantize_rows(stored, _T.Q8_0, values.shape[1])) - values.float()
             weighted = sensitivity.rows_MPO[matrix, 0][:, None] * sensitivity.columns_MPI[matrix, 0] * error.square()
             total += 0.5 * float(weighted.sum(dtype=torch.float64))
-        assert found[student.shape.gguf_name(role, layer)] == pytest.approx(total, rel=1e-4)
+        assert found[student.spec.gguf_name(role, layer)] == pytest.approx(total, rel=1e-4)
 
 
 def test_threads_do_not_matter_and_feedback_leaves_less(
@@ -142,22 +142,22 @@ def test_each_type_is_tried_with_one_thread_of_torch(student: Student, known: tu
 
 
 def test_decoding_costs_what_a_token_is_multiplied_with(student: Student) -> None:
-    plans = plan_gguf_units(student.shape, [_T.Q8_0], decode_cost=lambda _type, n_weights: float(n_weights))
+    plans = plan_gguf_units(student.spec, [_T.Q8_0], decode_cost=lambda _type, n_weights: float(n_weights))
     used = {plan.name: plan.candidates[0].seconds for plan in plans}
-    shape = student.shape
-    assert used["blk.0.ffn_down_exps.weight"] == shape.top_k * shape.expert_width * shape.hidden_size
-    assert used["blk.1.attn_q.weight"] == shape.n_heads * shape.head_dim * shape.hidden_size
-    assert used["token_embd.weight"] == shape.vocab_size * shape.hidden_size  # it is the head
+    spec = student.spec
+    assert used["blk.0.ffn_down_exps.weight"] == spec.top_k * spec.expert_width * spec.hidden_size
+    assert used["blk.1.attn_q.weight"] == spec.n_heads * spec.head_dim * spec.hidden_size
+    assert used["token_embd.weight"] == spec.vocab_size * spec.hidden_size  # it is the head
 
 
 def test_a_token_is_multiplied_with_the_whole_feed_forward_of_a_dense_model(student: Student) -> None:
-    dense = student.shape.with_experts(1)
+    dense = student.spec.with_experts(1)
     used = {tensor.name: weights_of_a_token(dense, tensor.role, tensor.shape) for tensor in plan_tensors(dense, "Q8_0")}
     assert used["blk.0.ffn_down.weight"] == dense.expert_width * dense.hidden_size
 
 
 def test_defaults_order_types_as_measuring_does(student: Student, table: TypeTable) -> None:
-    default = default_table(student.shape, plan_gguf_units(student.shape, _FEW))
+    default = default_table(student.spec, plan_gguf_units(student.spec, _FEW))
     assert [unit.name for unit in default.units] == [unit.name for unit in table.units]
     for unit, measured in zip(default.units, table.units, strict=True):
         costs = {option.choice: option.order.total for option in unit.options}

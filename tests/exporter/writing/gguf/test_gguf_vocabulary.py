@@ -30,10 +30,10 @@ _AWKWARD = (
 
 
 def _write_vocabulary(folder: Path, path: Path) -> None:
-    shape = read_spec(folder)
+    spec = read_spec(folder)
     metadata = {
-        **model_metadata(shape, folder, "vocabulary", "F32"),
-        **vocabulary_metadata(folder, shape.vocab_size),
+        **model_metadata(spec, folder, "vocabulary", "F32"),
+        **vocabulary_metadata(folder, spec.vocab_size),
     }
     path.write_bytes(render_header(len(metadata), render_values(metadata), []))
 

@@ -38,19 +38,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, toy_checkpoint: Callabl
 def _keep(checkpoint: Checkpoint, n_experts: int) -> Student:
     """Different experts in each layer, not in order."""
     random = np.random.default_rng(n_experts)
-    total = checkpoint.shape.n_experts
-    kept = tuple(tuple(random.permutation(total)[:n_experts].tolist()) for _ in range(checkpoint.shape.n_layers))
+    total = checkpoint.spec.n_experts
+    kept = tuple(tuple(random.permutation(total)[:n_experts].tolist()) for _ in range(checkpoint.spec.n_layers))
     return Student(checkpoint, ExpertMap.keeping(total, kept))
 
 
-def _importance(shape: ModelSpec) -> Importance:
+def _importance(spec: ModelSpec) -> Importance:
     random = torch.Generator().manual_seed(0)
     importance = {}
-    for layer in range(shape.n_layers):
-        importance[Role.QUERY, layer] = torch.rand(shape.hidden_size, generator=random)
-        inputs = torch.rand(shape.n_experts, shape.hidden_size, generator=random)
+    for layer in range(spec.n_layers):
+        importance[Role.QUERY, layer] = torch.rand(spec.hidden_size, generator=random)
+        inputs = torch.rand(spec.n_experts, spec.hidden_size, generator=random)
         importance[Role.EXPERT_GATE, layer] = importance[Role.EXPERT_UP, layer] = inputs
-        importance[Role.EXPERT_DOWN, layer] = torch.rand(shape.n_experts, shape.expert_width, generator=random)
+        importance[Role.EXPERT_DOWN, layer] = torch.rand(spec.n_experts, spec.expert_width, generator=random)
     return importance
 
 
@@ -61,7 +61,7 @@ def test_size_is_predicted_to_the_byte(checkpoint: Checkpoint, tmp_path: Path, p
         path = tmp_path / f"{n_experts}.gguf"
         written: list[int] = []
         write_gguf(student, preset, path, name="a name", threads=2, progress=written.append)
-        predicted = predict_file_size(student.shape, checkpoint.folder, preset, "a name")
+        predicted = predict_file_size(student.spec, checkpoint.folder, preset, "a name")
         assert path.stat().st_size == sum(written) == predicted
 
 
@@ -70,7 +70,7 @@ def test_types_of_single_tensors_are_written_and_predicted(checkpoint: Checkpoin
     types = {"blk.0.ffn_down_exps.weight": "Q2_0", "blk.1.attn_k.weight": "F16", "token_embd.weight": "Q3_K"}
     path = tmp_path / "x.gguf"
     write_gguf(student, "Q8_0", path, types=types, name="x", threads=2)
-    assert path.stat().st_size == predict_file_size(student.shape, checkpoint.folder, "Q8_0", "x", types)
+    assert path.stat().st_size == predict_file_size(student.spec, checkpoint.folder, "Q8_0", "x", types)
     file = GgufFile(path)
     assert file.metadata["general.file_type"] == 7
     for name, entry in file.tensors.items():
@@ -85,7 +85,7 @@ def test_bytes_do_not_depend_on_the_run_or_the_number_of_threads(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student = _keep(checkpoint, 6)
-    importance = _importance(student.shape)
+    importance = _importance(student.spec)
     files = []
     for threads, piece_values, block_values in ((1, 1 << 20, 1 << 17), (2, 1 << 20, 1 << 17), (2, 5000, 1000)):
         monkeypatch.setattr(pieces, "_PIECE_VALUES", piece_values)
@@ -98,7 +98,7 @@ def test_bytes_do_not_depend_on_the_run_or_the_number_of_threads(
 
 def test_each_expert_is_quantized_with_its_own_importance(checkpoint: Checkpoint, tmp_path: Path) -> None:
     student = _keep(checkpoint, 4)
-    importance = _importance(student.shape)
+    importance = _importance(student.spec)
     write_gguf(student, "Q4_K_S", tmp_path / "x.gguf", importance=importance, name="x", threads=2)
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors}
     wanted = MIXES["Q4_K_S"].base

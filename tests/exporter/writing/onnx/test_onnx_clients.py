@@ -26,7 +26,7 @@ _CONTEXT = 1024
 def student(family_folder: Path) -> Student:
     """Each trained model with six experts left."""
     source = Checkpoint(family_folder)
-    return Student(source, ExpertMap.keeping(source.shape.n_experts, ((0, 2, 3, 5, 6, 7),) * source.shape.n_layers))
+    return Student(source, ExpertMap.keeping(source.spec.n_experts, ((0, 2, 3, 5, 6, 7),) * source.spec.n_layers))
 
 
 _MIXED = {"embedding": "4@64", "layers.0.experts": "8@32", "layers.1.experts": "2@32", "layers.2.q_proj": "2@64"}
@@ -67,8 +67,8 @@ def test_genai_reads_the_tokenizer(folder: Path) -> None:
 
 
 def test_config_describes_the_student(folder: Path, student: Student) -> None:
-    assert read_spec(folder) == with_context(student.shape, _CONTEXT)
-    assert AutoConfig.from_pretrained(folder).num_experts_per_tok == student.shape.top_k
+    assert read_spec(folder) == with_context(student.spec, _CONTEXT)
+    assert AutoConfig.from_pretrained(folder).num_experts_per_tok == student.spec.top_k
     genai = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
     assert genai["model"]["context_length"] == genai["search"]["max_length"] == _CONTEXT
 

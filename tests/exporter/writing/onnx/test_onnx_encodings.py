@@ -65,7 +65,7 @@ def student(
     """Two layers of each trained model, with five experts in each."""
     folder = toy_checkpoint(tmp_path_factory.mktemp("toy"), n_layers=2, model=request.param)
     source = Checkpoint(folder)
-    return Student(source, ExpertMap.keeping(source.shape.n_experts, ((5, 0, 3, 1, 7), (2, 4, 6, 0, 1))))
+    return Student(source, ExpertMap.keeping(source.spec.n_experts, ((5, 0, 3, 1, 7), (2, 4, 6, 0, 1))))
 
 
 @pytest.fixture(scope="module", params=sorted(_MIXES))
@@ -83,12 +83,12 @@ def folder(student: Student, mix: Mapping[str, str], tmp_path_factory: pytest.Te
 
 
 def _importance(student: Student) -> dict[tuple[Role, int | None], torch.Tensor]:
-    shape, generator = student.shape, torch.Generator().manual_seed(0)
-    lengths = {Role.EXPERT_GATE: shape.hidden_size, Role.EXPERT_DOWN: shape.expert_width}
+    spec, generator = student.spec, torch.Generator().manual_seed(0)
+    lengths = {Role.EXPERT_GATE: spec.hidden_size, Role.EXPERT_DOWN: spec.expert_width}
     return {
-        (role, layer): torch.rand(shape.n_experts, length, generator=generator) ** 4 + 1e-3
+        (role, layer): torch.rand(spec.n_experts, length, generator=generator) ** 4 + 1e-3
         for role, length in lengths.items()
-        for layer in range(shape.n_layers)
+        for layer in range(spec.n_layers)
     }
 
 
@@ -101,7 +101,7 @@ def test_the_runtime_computes_with_the_numbers_that_are_read_back(
     student: Student, mix: Mapping[str, str], folder: Path, heldout_tokens: Tokens
 ) -> None:
     tokens = heldout_tokens[:256]
-    written = student.as_written(OnnxWeights(folder, student.shape))
+    written = student.as_written(OnnxWeights(folder, student.spec))
     expected = _logits(TorchBackend(written), tokens)
     found = _logits(OnnxRuntimeBackend(folder, threads=1), tokens)
     has_int8 = any(name[0] in "28" for name in mix.values())
@@ -111,12 +111,12 @@ def test_the_runtime_computes_with_the_numbers_that_are_read_back(
 
 
 def _weight_damage(student: Student, folder: Path) -> tuple[Damage, ...]:
-    weights = OnnxWeights(folder, student.shape)
+    weights = OnnxWeights(folder, student.spec)
     return compare_weights(student, student.as_written(weights), weights.stored_type).damage
 
 
 def test_validation_finds_nothing_wrong(student: Student, folder: Path) -> None:
-    assert graph_setting_symptoms(folder / MODEL_FILE, student.shape) == []
+    assert graph_setting_symptoms(folder / MODEL_FILE, student.spec) == []
     assert _weight_damage(student, folder) == ()
 
 
@@ -138,7 +138,7 @@ def test_validation_finds_wrong_attributes(student: Student, folder: Path, tmp_p
             if attribute.name in ("bits", "expert_weight_bits", "block_size", "N", "K"):
                 right, attribute.i = attribute.i, attribute.i * 2
                 (tmp_path / MODEL_FILE).write_bytes(model.SerializeToString())
-                found = graph_setting_symptoms(tmp_path / MODEL_FILE, student.shape)
+                found = graph_setting_symptoms(tmp_path / MODEL_FILE, student.spec)
                 assert any(node.op_type in line for line in found), (node.name, attribute.name)
                 attribute.i = right
                 n_changed += 1
@@ -150,7 +150,7 @@ def test_validation_finds_damaged_experts(
     student: Student, mix: Mapping[str, str], folder: Path, tmp_path: Path, damage: str
 ) -> None:
     shutil.copytree(folder, tmp_path / "onnx")
-    weight = plan_tensors(replace(student.shape, context_length=256), "Q4_0", mix).weight(Role.EXPERT_DOWN, 0)
+    weight = plan_tensors(replace(student.spec, context_length=256), "Q4_0", mix).weight(Role.EXPERT_DOWN, 0)
     assert weight.scales is not None
     tensor = weight.codes if damage == "codes of another row" else weight.scales
     data = np.memmap(tmp_path / "onnx" / DATA_FILE, np.dtype(tensor.dtype), "r+", tensor.offset, tensor.shape)
@@ -168,8 +168,8 @@ def test_validation_finds_damaged_experts(
 
 def test_codes_are_those_of_the_search(student: Student, mix: Mapping[str, str], folder: Path) -> None:
     """Gate and up rows alternate, and every expert has its own importance."""
-    weights, importance = OnnxWeights(folder, student.shape), _importance(student)
-    for layer in range(student.shape.n_layers):
+    weights, importance = OnnxWeights(folder, student.spec), _importance(student)
+    for layer in range(student.spec.n_layers):
         encoding = ENCODINGS[mix[f"layers.{layer}.experts"]] if f"layers.{layer}.experts" in mix else None
         if encoding is None or encoding.blocks is None:
             continue
@@ -190,7 +190,7 @@ def _numbers(blocks: BlockType) -> tuple[int, int]:
 
 def test_size_is_predicted_to_the_byte(student: Student, mix: Mapping[str, str], folder: Path) -> None:
     written = sum((folder / name).stat().st_size for name in (MODEL_FILE, DATA_FILE))
-    assert predict_size(student.shape, "Q4_0", 256, mix) == written
+    assert predict_size(student.spec, "Q4_0", 256, mix) == written
     onnx.checker.check_model(str(folder / MODEL_FILE), full_check=True)
 
 
@@ -203,11 +203,11 @@ def test_bytes_do_not_depend_on_threads(student: Student, mix: Mapping[str, str]
 
 def test_units_hold_every_quantized_weight(student: Student) -> None:
     """The bytes of a unit are those of its tensors in the data file."""
-    shape = student.shape
-    units = {unit.name: unit for unit in onnx_units(shape)}
-    assert len(units) == 1 + 5 * shape.n_layers
+    spec = student.spec
+    units = {unit.name: unit for unit in onnx_units(spec)}
+    assert len(units) == 1 + 5 * spec.n_layers
     for encoding in ("4@128", "2@32", "8@16", "Q8_0", "F32"):
-        layout = plan_tensors(shape, "Q4_0", dict.fromkeys(units, encoding))
+        layout = plan_tensors(spec, "Q4_0", dict.fromkeys(units, encoding))
         placed = {tensor.name: tensor.n_bytes for tensor in layout.tensors}
         of_units = sum(unit.encodings[encoding] for unit in units.values())
         others = sum(n_bytes for name, n_bytes in placed.items() if _is_of_no_unit(name))
@@ -220,45 +220,45 @@ def _is_of_no_unit(name: str) -> bool:
 
 
 def test_a_head_of_its_own_is_a_unit(student: Student) -> None:
-    shape = replace(student.shape, tied_embeddings=False)
+    shape = replace(student.spec, tied_embeddings=False)
     units = {unit.name for unit in onnx_units(shape)}
     assert {"embedding", "head"} <= units
     layout = plan_tensors(shape, "Q4_0", {"embedding": "2@128", "head": "8@64"})
     encodings = [layout.weight(role).encoding.name for role in (Role.TOKEN_EMBEDDING, Role.HEAD)]
     assert encodings == ["2@128", "8@64"]
     with pytest.raises(InputError, match="'head' is no unit"):
-        plan_tensors(student.shape, "Q4_0", {"head": "8@64"})
+        plan_tensors(student.spec, "Q4_0", {"head": "8@64"})
 
 
 def test_dense_models_have_units_too(student: Student, tmp_path: Path, heldout_tokens: Tokens) -> None:
-    dense = Student(student.source, ExpertMap.keeping(student.source.shape.n_experts, [[3], [5]]))
+    dense = Student(student.source, ExpertMap.keeping(student.source.spec.n_experts, [[3], [5]]))
     encodings = {"layers.0.experts": "2@128", "layers.1.experts": "8@32"}
     write_onnx(dense, "Q4_0", tmp_path, encodings=encodings, context_length=64, threads=1)
-    weights = OnnxWeights(tmp_path, dense.shape)
+    weights = OnnxWeights(tmp_path, dense.spec)
     assert weights.stored_type(Role.EXPERT_UP, 0) == BlockType(2, 128)
     assert weights.stored_type(Role.EXPERT_DOWN, 1) == GGMLQuantizationType.Q8_0
     expected = _logits(TorchBackend(dense.as_written(weights)), heldout_tokens[:64])
     assert np.abs(_logits(OnnxRuntimeBackend(tmp_path, threads=1), heldout_tokens[:64]) - expected).max() < _INT8
 
 
-def _shape_of_rows(shape: ModelSpec, expert_width: int) -> ModelSpec:
-    return replace(shape, expert_width=expert_width)
+def _shape_of_rows(spec: ModelSpec, expert_width: int) -> ModelSpec:
+    return replace(spec, expert_width=expert_width)
 
 
 def test_wrong_choices_are_refused_by_name(student: Student) -> None:
-    shape = student.shape
+    spec = student.spec
     with pytest.raises(InputError, match=r"'4@256' is not an encoding.*4@128.*Q8_0"):
-        predict_size(shape, "Q4_0", None, {"embedding": "4@256"})
+        predict_size(spec, "Q4_0", None, {"embedding": "4@256"})
     with pytest.raises(InputError, match=r"'2@16' is not an encoding"):
-        predict_size(shape, "Q4_0", None, {"embedding": "2@16"})
+        predict_size(spec, "Q4_0", None, {"embedding": "2@16"})
     with pytest.raises(InputError, match=r"'layers.2.experts' is no unit.*layers.0 to layers.1.*experts"):
-        predict_size(shape, "Q4_0", None, {"layers.2.experts": "4@128"})
-    narrow = _shape_of_rows(shape, 96)
+        predict_size(spec, "Q4_0", None, {"layers.2.experts": "4@128"})
+    narrow = _shape_of_rows(spec, 96)
     with pytest.raises(UnsupportedError, match=r"layers.1.experts.*rows of 96 values.*blocks of 4@128.*4@32"):
         predict_size(narrow, "Q4_0", None, {"layers.1.experts": "4@128"})
     (experts,) = (unit for unit in onnx_units(narrow) if unit.name == "layers.1.experts")
     assert {"4@32", "2@32", "8@16", "Q4_0", "F32"} <= set(experts.encodings)
     assert not any(name.endswith(("@64", "@128")) for name in experts.encodings)
-    n_values = 3 * shape.n_experts * 96 * shape.hidden_size
+    n_values = 3 * spec.n_experts * 96 * spec.hidden_size
     assert experts.encodings["4@32"] == n_values // 2 + n_values // 32 * 2
     assert math.isclose(experts.encodings["F32"], 4 * n_values)

@@ -63,7 +63,7 @@ def written(calibrated: Calibrated, tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_size_is_predicted_to_the_byte(calibrated: Calibrated, written: Path) -> None:
     n_bytes = sum(len(content) for content in _read(written))
-    assert n_bytes == predict_size(calibrated.student.shape, _PRESET, encodings=_ENCODINGS)
+    assert n_bytes == predict_size(calibrated.student.spec, _PRESET, encodings=_ENCODINGS)
 
 
 def test_threads_change_no_byte(calibrated: Calibrated, written: Path, tmp_path: Path) -> None:
@@ -93,9 +93,9 @@ def test_an_interrupted_file_is_the_same(
 
 def test_every_expert_has_the_codes_that_its_own_inputs_ask_for(calibrated: Calibrated, written: Path) -> None:
     student = calibrated.student
-    restored = student.as_written(OnnxWeights(written, student.shape))
+    restored = student.as_written(OnnxWeights(written, student.spec))
     experts = calibrated.feedback().experts(1)
-    for expert in range(student.shape.n_experts):
+    for expert in range(student.spec.n_experts):
         gate, up, down = (
             student.expert(role, 1, expert) for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
         )
@@ -119,9 +119,9 @@ def test_outputs_are_nearer_to_the_original_s_on_other_text(
         assert experts is not None
         errors = []
         for folder in (written, tmp_path / "plain"):
-            restored = student.as_written(OnnxWeights(folder, student.shape))
+            restored = student.as_written(OnnxWeights(folder, student.spec))
             total = torch.zeros(())
-            for expert in range(student.shape.n_experts):
+            for expert in range(student.spec.n_experts):
                 pair = (one.expert(Role.EXPERT_GATE, layer, expert).float() for one in (student, restored))
                 error = torch.sub(*pair)
                 total += (error @ experts.gate_up(expert).mean_NN * error).sum()

@@ -131,8 +131,8 @@ def test_pruned_student(
     """Other experts in every layer, fewer of them, and fewer than top-k in the last case."""
     source = Checkpoint(family_folder)
     for n_experts in (5, 1):
-        kept = tuple(tuple((7 * layer + 3 * i) % 8 for i in range(n_experts)) for layer in range(source.shape.n_layers))
-        student = Student(source, ExpertMap.keeping(source.shape.n_experts, kept))
+        kept = tuple(tuple((7 * layer + 3 * i) % 8 for i in range(n_experts)) for layer in range(source.spec.n_layers))
+        student = Student(source, ExpertMap.keeping(source.spec.n_experts, kept))
         session = _Session(_export(tmp_path / str(n_experts), student, "F32"))
         tokens = heldout_tokens[None, 2000:2200]
         expected = _logits(_pruned_reference(family_folder, reference, kept), tokens)
@@ -198,7 +198,7 @@ def test_untied_head(tmp_path: Path, toy_checkpoint: Callable[..., Path], heldou
     tokens = heldout_tokens[None, :64]
     expected = _logits(_reference(folder), tokens)
     student = Student.teacher(Checkpoint(folder))
-    assert Role.HEAD in student.family.roles and not student.shape.tied_embeddings
+    assert Role.HEAD in student.family.roles and not student.spec.tied_embeddings
     for preset, tolerance in (("F32", _EXACT), ("Q4_0", 3.0)):
         session = _Session(_export(tmp_path / preset, student, preset))
         logits = session.feed(tokens, np.ones_like(tokens))

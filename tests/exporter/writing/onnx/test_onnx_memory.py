@@ -24,27 +24,27 @@ def test_measured_peak_is_within_the_prediction(
 ) -> None:
     """Of the presets, and of files whose products all quantize their inputs."""
     student = Student.teacher(Checkpoint(family_folder))
-    encodings = {} if encoding in PRESETS else {unit.name: encoding for unit in onnx_units(student.shape)}
+    encodings = {} if encoding in PRESETS else {unit.name: encoding for unit in onnx_units(student.spec)}
     preset = encoding if encoding in PRESETS else "Q4_0"
     write_onnx(student, preset, tmp_path, encodings=encodings, threads=1)
     for context in (64, 1024):
         cost = measure_artifact(
             "onnx", tmp_path, context=context, kv_type="f32", threads=2, prompt=heldout_tokens[:2048]
         )
-        predicted = sum(predict_runtime_bytes(student.shape, preset, context, threads=2, encodings=encodings).values())
+        predicted = sum(predict_runtime_bytes(student.spec, preset, context, threads=2, encodings=encodings).values())
         assert 0 < cost.peak_rss_bytes - cost.base_rss_bytes <= predicted
 
 
 def test_cache_grows_with_the_context_and_weights_with_the_experts(fine_folder: Path) -> None:
-    shape = Checkpoint(fine_folder).shape
-    short, long = (predict_runtime_bytes(shape, "Q4_0", context, threads=2) for context in (512, 1024))
+    spec = Checkpoint(fine_folder).spec
+    short, long = (predict_runtime_bytes(spec, "Q4_0", context, threads=2) for context in (512, 1024))
     assert long["kv_cache"] - short["kv_cache"] == 2 * 6 * 4 * 32 * 4 * 512  # K and V, layers, heads, width, float32
-    fewer = predict_runtime_bytes(shape.with_experts(16), "Q4_0", 512, threads=2)
-    dropped = 6 * 16 * shape.expert_parameters
+    fewer = predict_runtime_bytes(spec.with_experts(16), "Q4_0", 512, threads=2)
+    dropped = 6 * 16 * spec.expert_parameters
     assert short["weights"] - fewer["weights"] == pytest.approx(dropped * 5 / 8, rel=0.05)  # 5 bits: float32 scales
 
 
 def test_context_beyond_the_model_is_refused(fine_folder: Path) -> None:
-    shape = replace(Checkpoint(fine_folder).shape, context_length=100)
+    shape = replace(Checkpoint(fine_folder).spec, context_length=100)
     with pytest.raises(InputError, match="101"):
         predict_runtime_bytes(shape, "F32", 101, threads=2)

@@ -29,7 +29,7 @@ def toy(request: pytest.FixtureRequest, tmp_path: Path, toy_checkpoint: Callable
 
 
 def _pruned(source: Checkpoint, kept: tuple[int, ...]) -> Student:
-    return Student(source, ExpertMap.keeping(source.shape.n_experts, (kept,) * source.shape.n_layers))
+    return Student(source, ExpertMap.keeping(source.spec.n_experts, (kept,) * source.spec.n_layers))
 
 
 def _read(folder: Path) -> tuple[bytes, bytes]:
@@ -43,8 +43,8 @@ def test_size_is_predicted_to_the_byte(toy: Checkpoint, tmp_path: Path, preset: 
     steps: list[int] = []
     write_onnx(student, preset, tmp_path / "onnx", context_length=100, threads=2, progress=steps.append)
     model, data = _read(tmp_path / "onnx")
-    assert predict_size(student.shape, preset, context_length=100) == len(model) + len(data)
-    layout = plan_tensors(replace(student.shape, context_length=100), preset)
+    assert predict_size(student.spec, preset, context_length=100) == len(model) + len(data)
+    layout = plan_tensors(replace(student.spec, context_length=100), preset)
     assert sum(steps) == sum(tensor.n_bytes for tensor in layout.tensors)
 
 
@@ -64,7 +64,7 @@ def test_onnx_checker_accepts_the_model(toy: Checkpoint, tmp_path: Path, preset:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_tensors_do_not_overlap_and_large_ones_start_on_a_page(toy: Checkpoint, preset: str) -> None:
-    layout = plan_tensors(toy.shape, preset)
+    layout = plan_tensors(toy.spec, preset)
     end = 0
     for tensor in layout.tensors:
         assert tensor.offset >= end
@@ -78,13 +78,13 @@ def test_experts_are_quantized_with_their_own_importance(toy: Checkpoint, tmp_pa
     kept = (4, 1)
     student = _pruned(toy, kept)
     generator = torch.Generator().manual_seed(0)
-    shape = student.shape
+    spec = student.spec
     importance = {
-        (role, 0): torch.rand(len(kept), shape.hidden_size, generator=generator) ** 4 + 1e-3
+        (role, 0): torch.rand(len(kept), spec.hidden_size, generator=generator) ** 4 + 1e-3
         for role in (Role.EXPERT_GATE, Role.EXPERT_UP)
     }
     write_onnx(student, "Q4_0", tmp_path / "weighted", importance=importance, threads=2)
-    weight = plan_tensors(shape, "Q4_0").weight(Role.EXPERT_GATE, 0)
+    weight = plan_tensors(spec, "Q4_0").weight(Role.EXPERT_GATE, 0)
     data = _read(tmp_path / "weighted")[1]
     codes = np.frombuffer(data, np.uint8, weight.codes.n_bytes, weight.codes.offset).reshape(weight.codes.shape)
     for expert, teacher_expert in enumerate(kept):
@@ -131,8 +131,8 @@ def test_a_failed_export_leaves_an_earlier_one_as_it_was(toy: Checkpoint, tmp_pa
 
 def test_wrong_choices_are_refused_by_name(toy: Checkpoint) -> None:
     with pytest.raises(InputError, match=r"'Q9'.*F32, Q4_0"):
-        predict_size(toy.shape, "Q9")
+        predict_size(toy.spec, "Q9")
     with pytest.raises(InputError, match=r"4096 tokens.*2048"):
-        predict_size(toy.shape, "F32", context_length=4096)
+        predict_size(toy.spec, "F32", context_length=4096)
     with pytest.raises(UnsupportedError, match="rows of 100 values"):
-        predict_size(replace(toy.shape, expert_width=100), "Q4_0")
+        predict_size(replace(toy.spec, expert_width=100), "Q4_0")
