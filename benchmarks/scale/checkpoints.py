@@ -22,9 +22,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressors.model.description.legacy import role_shape
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
+from compressors.model.description.tensors import TensorSpec
 from compressors.model.errors import InputError
 from compressors.model.families.config import read_spec
 from exporter.estimating.sizes import format_size
@@ -149,14 +149,13 @@ def with_layers(config: Mapping[str, Any], n_layers: int | None) -> Mapping[str,
 
 
 def _tensors(spec: ModelSpec) -> Iterator[_Tensor]:
-    names = spec.family.names
-    places: list[tuple[Role, int | None, int | None]] = [(role, None, None) for role in names if role.is_global]
-    for layer in range(spec.n_layers):
-        places += [(role, layer, None) for role in spec.family.layer_roles]
-        places += [(role, layer, expert) for expert in range(spec.n_experts) for role in names if role.is_expert]
-    for index, (role, layer_index, expert_index) in enumerate(places):
-        name = names[role].format(layer=layer_index, expert=expert_index)
-        yield _Tensor(name, role, role_shape(role, spec), index)
+    places: list[tuple[TensorSpec, int | None, int | None]] = [(tensor, None, None) for tensor in spec.tensors]
+    for index, layer in enumerate(spec.layers):
+        places += [(tensor, index, None) for tensor in layer.shared_tensors]
+        places += [(tensor, index, expert) for expert in range(layer.n_experts) for tensor in layer.expert_tensors]
+    for number, (tensor, layer_index, expert_index) in enumerate(places):
+        name = tensor.name.format(layer=layer_index, expert=expert_index)
+        yield _Tensor(name, tensor.role, spec.dimensions(tensor.role, layer_index), number)
 
 
 def _shards(tensors: Iterator[_Tensor], shard_bytes: int) -> list[list[_Tensor]]:

@@ -64,7 +64,7 @@ def _all_blocks(folder: Path, tokens_BT: torch.Tensor) -> list[tuple[MoeBlock, E
         def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
             inputs.setdefault(index, []).append(arguments[0].reshape(-1, student.spec.hidden_size).clone())
 
-        handle = layer.get_submodule(student.family.router_module).register_forward_pre_hook(hook)
+        handle = layer.get_submodule("mlp.gate").register_forward_pre_hook(hook)
         yield
         handle.remove()
 

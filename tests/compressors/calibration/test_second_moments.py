@@ -53,7 +53,7 @@ class _Definition:
         if not self._student.spec.layer(index).has_moe:
             yield
         else:
-            experts = layer.get_submodule(self._student.family.experts_module)
+            experts = layer.get_submodule("mlp.experts")
 
             def look(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
                 rows_TD, chosen_TK = inputs[0], inputs[1]

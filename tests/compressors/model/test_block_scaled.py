@@ -46,11 +46,11 @@ def _edit_config(folder: Path, **values: object) -> None:
 
 def _all_tensors(checkpoint: Checkpoint) -> dict[tuple[Role, int | None, int | None], torch.Tensor]:
     tensors: dict[tuple[Role, int | None, int | None], torch.Tensor] = {}
-    for role in checkpoint.family.roles:
-        if role.is_expert:
+    for described, layer in checkpoint.spec.places:
+        role = described.role
+        if described.is_per_expert:
             tensors |= {(role, 0, e): checkpoint.expert(role, 0, e) for e in range(checkpoint.spec.n_experts)}
         else:
-            layer = None if role.is_global else 0
             tensors[role, layer, None] = checkpoint.tensor(role, layer)
     return tensors
 
@@ -64,7 +64,7 @@ def test_weights_are_those_that_transformers_dequantizes(fp8: Path) -> None:
     width = checkpoint.spec.expert_width
     for (role, layer, expert), tensor in _all_tensors(checkpoint).items():
         if expert is None:
-            name = checkpoint.family.names[role].format(layer=layer)
+            name = checkpoint.spec.tensor(role, layer).name.format(layer=layer)
             wanted = theirs["model.embed_tokens.weight" if role is Role.HEAD else name]
         elif role is Role.EXPERT_DOWN:
             wanted = down[expert]
@@ -123,7 +123,9 @@ def test_sizes_and_dtypes_are_those_of_the_weights(fp8: Path, one_layer: Path) -
     assert checkpoint.n_bytes == plain.n_bytes
     assert checkpoint.dtype == torch.bfloat16
     student = Student.teacher(checkpoint)
-    assert {student.dtype(role, 0) for role in checkpoint.family.layer_roles} == {torch.bfloat16}
+    assert {student.dtype(role, 0) for role in checkpoint.spec.layers[0].roles if not role.is_expert} == {
+        torch.bfloat16
+    }
     assert str(checkpoint.block_scaled) == "FP8, block 128x128"
 
 

@@ -59,19 +59,15 @@ def test_every_tensor_on_disk_is_expected_exactly_once(family_folder: Path) -> N
 def test_every_tensor_has_the_values_on_disk(family_folder: Path) -> None:
     """Reading all roles gives each tensor of the files once, whatever shard it lies in."""
     checkpoint, unread = Checkpoint(family_folder), _tensors(family_folder)
-    for role in checkpoint.family.roles:
-        template = checkpoint.family.names[role]
-        for layer in [None] if role.is_global else range(checkpoint.spec.n_layers):
-            for expert in range(checkpoint.spec.n_experts) if role.is_expert else [None]:
-                if role is Role.HEAD and checkpoint.spec.tied_embeddings:
-                    continue  # see below
-                if layer is not None and expert is not None:
-                    tensor = checkpoint.expert(role, layer, expert)
-                else:
-                    tensor = checkpoint.tensor(role, layer)
-                wanted = unread.pop(template.format(layer=layer, expert=expert))
-                assert tensor.dtype == wanted.dtype
-                assert torch.equal(tensor, wanted)
+    for described, layer in checkpoint.spec.written.places:
+        for expert in range(checkpoint.spec.n_experts) if described.is_per_expert else [None]:
+            if layer is not None and expert is not None:
+                tensor = checkpoint.expert(described.role, layer, expert)
+            else:
+                tensor = checkpoint.tensor(described.role, layer)
+            wanted = unread.pop(described.name.format(layer=layer, expert=expert))
+            assert tensor.dtype == wanted.dtype
+            assert torch.equal(tensor, wanted)
     assert unread == {}
 
 

@@ -56,24 +56,40 @@ def test_logits_are_those_of_the_model_with_a_larger_top_k(
 
 
 class _Router(nn.Module):
-    """A router whose logits are given; its own choice is of no interest."""
+    """A router whose logits are what it is given; its own choice is of no interest."""
 
-    def forward(self, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return logits_TE, logits_TE, logits_TE
+    def __init__(self, n_experts: int) -> None:
+        super().__init__()
+        self.weight = torch.eye(n_experts)
+
+    def forward(self, logits_TE: torch.Tensor) -> torch.Tensor:
+        return logits_TE
+
+
+class _Experts(nn.Module):
+    """Returns what it is called with."""
+
+    def forward(self, *call: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return call
 
 
 def _route(
     folder: Path, choice: ExpertChoice, parts: list[torch.Tensor], layer: int = 3
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gates and experts of all parts, which run one after the other."""
-    spec = read_spec(folder)
+    described = read_spec(folder).layers[0]
     module = nn.Module()
     module.mlp = nn.Module()
-    module.mlp.gate = _Router()
-    with choosing(choice, spec, layer, module):
-        routed = [module.mlp.gate(part) for part in parts]
-    assert module.mlp.gate(parts[0])[2] is parts[0]  # afterwards the router chooses for itself again
-    return torch.cat([gates for _, gates, _ in routed]), torch.cat([chosen for _, _, chosen in routed])
+    module.mlp.gate = _Router(described.n_experts)
+    module.mlp.experts = _Experts()
+
+    def run(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return module.mlp.experts(module.mlp.gate(part), part, part)  # type: ignore[no-any-return]
+
+    with choosing(choice, described, layer, module):
+        routed = [run(part) for part in parts]
+    assert run(parts[0])[1] is parts[0]  # afterwards the router chooses for itself again
+    return torch.cat([gates for _, _, gates in routed]), torch.cat([chosen for _, chosen, _ in routed])
 
 
 @pytest.mark.parametrize("model", ["coarse_folder", "olmoe_folder"])

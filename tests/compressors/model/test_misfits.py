@@ -67,12 +67,13 @@ def test_names_without_prefix_are_read_as_transformers_reads_them(head: str, req
     for role, tensor in wanted.items():
         layer = None if role.is_global else 0
         assert torch.equal(found.tensor(role, layer), tensor)
-        assert torch.equal(theirs[found.family.names[role].format(layer=layer)], tensor)
+        assert torch.equal(theirs[found.spec.tensor(role, layer).name.format(layer=layer)], tensor)
     assert torch.equal(found.expert("expert up", 0, 3), theirs["model.layers.0.mlp.experts.gate_up_proj"][3][128:])
 
 
 def _roles(folder: Path) -> list:  # type: ignore[type-arg]
-    return [role for role in Checkpoint(folder).family.roles if not role.is_expert]
+    spec = Checkpoint(folder).spec
+    return [tensor.role for tensor in (*spec.tensors, *spec.layers[0].shared_tensors)]
 
 
 @pytest.mark.parametrize("change", [_without_head, lambda tensors: _without_prefix(_without_head(tensors))])

@@ -11,8 +11,11 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoConfig
 
+from compressors.model.description.feed_forward import Routed
+from compressors.model.description.mixers import GroupedQuery, QkNorm
 from compressors.model.description.roles import Role
 from compressors.model.description.rope import Rope, RopeKind
+from compressors.model.description.routing import Routing
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.families.config import read_spec
@@ -54,26 +57,22 @@ def _reader(source: Path, folder: Path) -> Read:
 
 
 def test_qwen3_moe_is_read(fine_folder: Path) -> None:
-    assert read_spec(fine_folder) == ModelSpec(
-        model_type="qwen3_moe",
-        n_layers=6,
-        hidden_size=256,
+    spec = read_spec(fine_folder)
+    (layer,) = set(spec.layers)
+    assert spec.n_layers == 6
+    assert layer.mixer == GroupedQuery(
         n_heads=8,
         n_kv_heads=4,
         head_dim=32,
-        n_experts=32,
-        top_k=4,
-        expert_width=128,  # moe_intermediate_size, not intermediate_size
-        vocab_size=4096,
-        context_length=2048,
-        rms_norm_eps=1e-6,
         rope=Rope(RopeKind.DEFAULT, theta=10000.0, width=32),
-        tied_embeddings=True,
-        normalize_top_k=True,
-        bos_token_id=0,
-        eos_token_ids=(0,),
-        pad_token_id=0,
+        scale=32**-0.5,
+        qk_norm=QkNorm.PER_HEAD,
     )
+    # moe_intermediate_size, not intermediate_size
+    assert layer.feed_forward == Routed(n_experts=32, top_k=4, width=128, routing=Routing(normalizes=True))
+    assert (spec.model_type, spec.hidden_size, spec.vocab_size) == ("qwen3_moe", 256, 4096)
+    assert (spec.context_length, spec.rms_norm_eps, spec.tied_embeddings) == (2048, 1e-6, True)
+    assert (spec.bos_token_id, spec.eos_token_ids, spec.pad_token_id) == (0, (0,), 0)
 
 
 def test_mixtral_is_read(coarse_folder: Path) -> None:
@@ -81,7 +80,7 @@ def test_mixtral_is_read(coarse_folder: Path) -> None:
     assert (spec.model_type, spec.n_experts, spec.top_k, spec.expert_width) == ("mixtral", 8, 2, 512)
     assert spec.normalize_top_k, "Mixtral always normalises"
     assert spec.family is supported_families()["mixtral"]
-    assert Role.QUERY_NORM not in spec.family.names
+    assert Role.QUERY_NORM not in spec.layers[0].roles
 
 
 def test_olmoe_is_read(olmoe_folder: Path) -> None:
@@ -98,9 +97,10 @@ def test_query_and_key_norms_are_as_wide_as_the_family_has_them(
     heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 32}
     widths = {}
     for read in (read_qwen, read_mixtral, read_olmoe):
-        shape = read(**heads)
-        widths[shape.model_type] = (shape.query_norm_width, shape.key_norm_width)
-    assert widths == {"qwen3_moe": (32, 32), "mixtral": (0, 0), "olmoe": (9 * 32, 3 * 32)}
+        spec = read(**heads)
+        norms = [role for role in (Role.QUERY_NORM, Role.KEY_NORM) if role in spec.layers[0].roles]
+        widths[spec.model_type] = [spec.dimensions(role, 0) for role in norms]
+    assert widths == {"qwen3_moe": [(32,), (32,)], "mixtral": [], "olmoe": [(9 * 32,), (3 * 32,)]}
 
 
 def test_parameters_are_the_elements_on_disk(family_folder: Path) -> None:

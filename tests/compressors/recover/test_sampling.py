@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from compressors.recover import sampling
 from compressors.recover.sampling import cache_bytes, sample_texts
 from compressors.recover.scopes import Scope
 from compressors.recover.trained_student import TrainedStudent
+from tests.altered import altered
 
 _N_NEW = 12
 
@@ -114,6 +114,6 @@ def test_more_texts_than_fit_are_refused(
 ) -> None:
     student = Student.teacher(Checkpoint(toy_checkpoint(tmp_path)))
     assert cache_bytes(student.spec, 10, 28) == 10 * 28 * 4 * (2 * 2 * 4 * 32 + 256)
-    assert cache_bytes(replace(student.spec, n_layers=1), 10, 28, torch.bfloat16) == 10 * 28 * 2 * (2 * 4 * 32 + 256)
+    assert cache_bytes(altered(student.spec, n_layers=1), 10, 28, torch.bfloat16) == 10 * 28 * 2 * (2 * 4 * 32 + 256)
     with pytest.raises(InputError, match=r"10 texts .* together need 0\.00 GB .* fewer batches in a round"):
         sample_texts(StreamedModel(student, limit=MemoryLimit(10**6, tmp_path)), prompts_BP, uniform_BN)

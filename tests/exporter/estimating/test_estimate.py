@@ -29,6 +29,7 @@ from exporter.planning.plan_making import make_plan
 from exporter.planning.preflight import refuse_too_little_disk, refuse_too_little_memory
 from exporter.planning.recipe import FileChoice, Recipe
 from exporter.run import run_job
+from tests.altered import altered
 
 _START = 4
 _ROUTER = {"scope": "router", "blocks": 40, "blocks_per_step": 8, "learning_rate": 0.001}
@@ -274,17 +275,17 @@ def test_every_file_of_a_run_has_a_line(plan: Plan) -> None:
 
 
 def test_memory_does_not_grow_with_depth_and_fits_the_promises(plan: Plan) -> None:
-    olmoe = replace(
+    olmoe = altered(
         plan.teacher_spec, n_layers=16, hidden_size=2048, n_heads=16, n_kv_heads=16, head_dim=128, n_experts=64,
         top_k=8, expert_width=1024, vocab_size=50304,
     )  # fmt: skip
-    qwen = replace(olmoe, n_layers=48, n_heads=32, n_kv_heads=4, n_experts=128, expert_width=768, vocab_size=151936)
+    qwen = altered(olmoe, n_layers=48, n_heads=32, n_kv_heads=4, n_experts=128, expert_width=768, vocab_size=151936)
     lines = memory_lines(olmoe, olmoe, 2)
     assert lines["two decoder layers"] == pytest.approx(2 * 2 * (64 * 3 * 2048 * 1024 + 4 * 2048**2), rel=0.001)
     assert sum(lines.values()) < 3.5e9
     assert sum(memory_lines(qwen, qwen, 2).values()) < 5e9
-    assert memory_lines(replace(qwen, n_layers=6), qwen, 2) == memory_lines(qwen, qwen, 2)
-    few_wide = replace(olmoe, hidden_size=4096, n_experts=2, top_k=1, expert_width=14336)
+    assert memory_lines(altered(qwen, n_layers=6), qwen, 2) == memory_lines(qwen, qwen, 2)
+    few_wide = altered(olmoe, hidden_size=4096, n_experts=2, top_k=1, expert_width=14336)
     widest = memory_lines(few_wide, few_wide, 2)["what enters an expert, while its codes are chosen"]
     assert 8 * 4 * 14336**2 < widest + 2 * 2 * few_wide.layer_parameters + 0.6e9 < 12 * 4 * 14336**2
     wide = replace(plan.teacher_spec, vocab_size=1_000_000)

@@ -174,6 +174,7 @@ def test_a_plan_survives_its_file(plan: Plan, tmp_path: Path) -> None:
     assert set(plan.teacher_floors) == {"gguf", "onnx"}
     replace(plan, heldout=None).save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json").heldout is None
+    assert isinstance(plan.recipe.compress.experts, int)
     assert plan.student_spec == plan.teacher_spec.with_experts(plan.recipe.compress.experts)
 
 

@@ -29,6 +29,7 @@ from exporter.planning.planner import predict_recipe
 from exporter.planning.recipe import CompressChoice, Recipe
 from exporter.writing.gguf.writer import predict_file_size
 from exporter.writing.onnx.writer import predict_size
+from tests.altered import altered
 
 _GGUF_TYPES = ("BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0")
 _SPEEDS = Speeds(read_bytes=1e15, multiply_adds=1e6, reference_multiply_adds=1e6, quantized_values=1e15)
@@ -189,7 +190,7 @@ def test_no_line_is_for_routers_or_routing(planned: Planned, fine_folder: Path) 
     inputs = 4 * 256 + 512  # of attention, its output, gate and up; the output's sum; of the down projection
     assert 6 * 8 * inputs < own < 6 * 8 * (inputs + 20), "and a few sums of one value"
     teacher = plan.teacher_spec
-    wide = replace(teacher, top_k=8, hidden_size=2048, expert_width=2048)
+    wide = altered(teacher, top_k=8, hidden_size=2048, expert_width=2048)
     lines = memory_lines(wide, wide.with_sizes([MoeSize(1, 8 * 2048)] * 6), 2)
     more = 4 * 7 * wide.expert_parameters
     assert lines["activations and an expert in float32"] == working_bytes(wide) + more

@@ -25,6 +25,7 @@ from exporter.planning.recovery import (
     wish_for,
 )
 from exporter.stages.schedule import shared_out
+from tests.altered import altered
 
 _ROUTER = RungChoice(scope="router", blocks=8, blocks_per_step=8, learning_rate=0.001)
 _PLENTY = Machine(10**12, 10_000, models_stay=True)
@@ -118,7 +119,7 @@ def test_scales_are_tuned_where_memory_is_enough(pruned: ModelSpec) -> None:
 
 
 def test_a_dense_student_has_no_routers_to_teach(pruned: ModelSpec) -> None:
-    dense = replace(pruned, n_experts=1, top_k=1, expert_width=512)
+    dense = altered(pruned, n_experts=1, top_k=1, expert_width=512)
     assert dense.is_dense
     choice, _ = choose_ladder("auto", dense, 2, _PLENTY, 0)
     assert [rung.scope for rung in choice.rungs] == ["experts"]

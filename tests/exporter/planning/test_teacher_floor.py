@@ -28,6 +28,7 @@ from exporter.stages import calibrate, teacher_gguf, teacher_onnx
 from exporter.stages.artifacts import Blocks, Calibration
 from exporter.stages.teacher import COST, ROUTING
 from exporter.stages.validate_torch import EVALUATION
+from tests.altered import altered
 from validate.metrics.evaluation import Evaluation
 from validate.metrics.floors import floor_figures
 
@@ -83,7 +84,7 @@ def test_as_many_layers_are_taken_as_half_of_memory_and_disk_hold(plan: Plan, fi
     weight_type = "BF16" if artifact == "gguf" else "F32"
 
     def needed(n_layers: int) -> tuple[int, int]:
-        shape = replace(source.spec, n_layers=n_layers)
+        shape = altered(source.spec, n_layers=n_layers)
         found = predict(artifact, fine_folder, plan.recipe.source.model, shape, FileChoice(mix=weight_type), budget, 1)
         return 2 * (PROCESS_BYTES + found.total), 2 * found.file
 

@@ -50,14 +50,14 @@ def test_our_reader_finds_every_tensor_of_the_student(written: Path, student: St
     checkpoint = Checkpoint(written)
     assert checkpoint.spec == student.spec
     assert set(checkpoint.headers) == {name for name, _ in checkpoint.expected_shapes()}
-    for role in checkpoint.family.roles:
-        for layer in [None] if role.is_global else range(2):
-            if layer is not None and role.is_expert:
-                for expert in range(student.spec.n_experts):
-                    tensor = student.expert(role, layer, expert)
-                    assert torch.equal(checkpoint.expert(role, layer, expert), tensor)
-            else:
-                assert torch.equal(checkpoint.tensor(role, layer), student.tensor(role, layer))
+    for described, layer in checkpoint.spec.places:
+        role = described.role
+        if layer is not None and described.is_per_expert:
+            for expert in range(student.spec.n_experts):
+                tensor = student.expert(role, layer, expert)
+                assert torch.equal(checkpoint.expert(role, layer, expert), tensor)
+        else:
+            assert torch.equal(checkpoint.tensor(role, layer), student.tensor(role, layer))
 
 
 def test_routers_stay_float32_and_everything_else_as_it_was(written: Path, student: Student) -> None:

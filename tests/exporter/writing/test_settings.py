@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from exporter.writing.hf_checkpoint import write_checkpoint
 from exporter.writing.onnx.clients import write_client_files
 from exporter.writing.onnx.layout import MODEL_FILE, plan_tensors
 from exporter.writing.onnx.writer import write_onnx
+from tests.altered import altered
 from tests.exporter.against_transformers import SAME, divergence, log_probs
 from validate.files.folder_settings import folder_setting_symptoms
 from validate.files.gguf_settings import gguf_setting_symptoms
@@ -220,6 +220,6 @@ def test_rows_that_few_blocks_fit_take_the_types_that_do(toy: Path, small_texts:
 
 def test_a_reason_that_no_type_can_mend_is_the_message(toy: Path, small_texts: tuple[Path, Path]) -> None:
     checkpoint = Checkpoint(toy)
-    checkpoint.spec = replace(checkpoint.spec, normalize_top_k=False)
+    checkpoint.spec = altered(checkpoint.spec, normalizes=False)
     with pytest.raises(UnsupportedError, match="always normalises"):
         _plan(checkpoint, small_texts, 100_000, formats="gguf")

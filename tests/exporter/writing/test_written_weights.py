@@ -27,6 +27,7 @@ from exporter.writing.gguf.layout import plan_tensors
 from exporter.writing.gguf.writer import write_gguf
 from exporter.writing.onnx.layout import DATA_FILE, MODEL_FILE
 from exporter.writing.onnx.writer import write_onnx
+from tests.altered import altered
 from validate.metrics.evaluation import evaluate
 from validate.metrics.statistics import perplexity
 from validate.runtimes.llama_cpp import LlamaCppBackend
@@ -191,7 +192,7 @@ def test_gguf_of_another_model_is_refused(student: Student, files: Path) -> None
     with pytest.raises(InputError, match=r"token_embd\.weight has shape \[4096, 256\]"):
         GgufWeights(files / "x.gguf", replace(student.spec, vocab_size=5000))
     with pytest.raises(InputError, match=r"blk\.2\.attn_norm\.weight"):
-        GgufWeights(files / "x.gguf", replace(student.spec, n_layers=3))
+        GgufWeights(files / "x.gguf", altered(student.spec, n_layers=3))
     with pytest.raises(InputError, match=r"ffn_gate_inp\.weight has shape \[4, 256\].*\[8, 256\]"):
         GgufWeights(files / "x.gguf", student.spec.with_experts(8))
 

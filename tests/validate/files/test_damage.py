@@ -100,7 +100,7 @@ def _permuted_router(student: Student) -> Overlay:
 def _swapped_layers(student: Student) -> Overlay:
     overlay = {}
     for layer, source in ((0, 1), (1, 0)):
-        for role in student.family.layer_roles:
+        for role in (tensor.role for tensor in student.spec.layers[layer].shared_tensors):
             overlay[student.name(role, layer)] = student.tensor(role, source)
         for role in _EXPERT_ROLES:
             for expert in range(_EXPERTS):

@@ -15,6 +15,7 @@ from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, Student
 from exporter.writing.gguf.writer import write_gguf
 from exporter.writing.onnx.writer import write_onnx
+from tests.altered import altered
 from validate.files.file_facts import gguf_facts, onnx_facts
 from validate.files.model_file import find_model_file
 from validate.metrics.symptoms import setting_symptoms
@@ -48,7 +49,7 @@ def test_other_settings_are_named(student: Student, tmp_path: Path) -> None:
     write_gguf(student, "Q8_0", tmp_path / "x.gguf", name="x", threads=1)
     facts = gguf_facts(tmp_path / "x.gguf")
     assert facts.bits_per_weight == 8.5
-    other = replace(student.spec, rope=replace(student.spec.rope, theta=5e5), rms_norm_eps=1e-4, top_k=1)
+    other = altered(student.spec, rope=replace(student.spec.rope, theta=5e5), rms_norm_eps=1e-4, top_k=1)
     rope, epsilon, top_k = setting_symptoms(facts, other)
     assert rope.endswith("10,000 in the file, 500,000 in config.json")
     assert epsilon.startswith("epsilon of the norms: 1e-0")

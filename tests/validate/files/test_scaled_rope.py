@@ -17,6 +17,7 @@ from compressors.model.sources.student import Student
 from exporter.writing.gguf.writer import write_gguf
 from exporter.writing.onnx.layout import DATA_FILE, MODEL_FILE, plan_tensors
 from exporter.writing.onnx.writer import write_onnx
+from tests.altered import altered
 from validate.files.file_facts import onnx_facts
 from validate.files.gguf_settings import gguf_setting_symptoms
 from validate.files.graph_settings import graph_setting_symptoms
@@ -52,7 +53,7 @@ def test_the_model_s_own_scaling_is_no_symptom_and_another_s_is(student: Student
         factors = {
             name: tuple(factor * value for value in getattr(rope, name)) for name in ("short_factors", "long_factors")
         }
-        shape = replace(student.spec, rope=replace(rope, theta=theta, factor=factor * rope.factor, **factors))
+        shape = altered(student.spec, rope=replace(rope, theta=theta, factor=factor * rope.factor, **factors))
         in_gguf = [*gguf_setting_symptoms(file.metadata, shape), *rope_factor_symptoms(file, shape)]
         return in_gguf, [*setting_symptoms(onnx_facts(graph), shape), *graph_setting_symptoms(graph, shape)]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from compressors.quantize.feedback import quantize_rows_with_feedback
 from exporter.writing import pieces
 from exporter.writing.feedback import EmbeddingGradient, least_feedback_bytes, threads_within
 from exporter.writing.gguf.writer import predict_file_size, write_gguf
+from tests.altered import altered
 from tests.exporter.calibrated import Calibrated
 
 _N_BLOCKS = 4
@@ -183,7 +183,7 @@ def test_a_head_of_its_own_gets_feedback_and_its_embedding_none(
 
 
 def test_memory_decides_how_many_threads_choose_codes(calibrated: Calibrated) -> None:
-    olmoe = replace(
+    olmoe = altered(
         calibrated.student.spec, hidden_size=2048, n_heads=16, n_kv_heads=16, head_dim=128, n_experts=64, top_k=8,
         expert_width=1024,
     )  # fmt: skip

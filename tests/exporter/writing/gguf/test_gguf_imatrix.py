@@ -22,6 +22,7 @@ from compressors.model.families.config import read_spec
 from compressors.model.sources.student import ExpertMap
 from exporter.writing.gguf.imatrix import read_imatrix, write_imatrix
 from exporter.writing.gguf.layout import plan_tensors
+from tests.altered import altered
 
 Arrays = dict[str, npt.NDArray[np.float32]]
 
@@ -29,7 +30,7 @@ Arrays = dict[str, npt.NDArray[np.float32]]
 @pytest.fixture
 def shape(fine_folder: Path) -> ModelSpec:
     """Two layers of five experts."""
-    return replace(read_spec(fine_folder), n_layers=2).with_experts(5)
+    return altered(read_spec(fine_folder), n_layers=2).with_experts(5)
 
 
 def _statistics(spec: ModelSpec) -> list[LayerStatistics]:
@@ -174,8 +175,8 @@ def test_what_does_not_fit_is_refused_by_name(spec: ModelSpec, written: Path, tm
         return _write(tmp_path / "changed.gguf", stored | {names[key]: value for key, value in changes.items()})
 
     refused(written, r"has 1280 values for 5 matrices about blk\.0\.ffn_gate_exps.*needs 1536", spec.with_experts(6))
-    refused(written, r"nothing about blk\.2\.attn_q\.weight", replace(spec, n_layers=3))
-    refused(written, r"has blk\.1\.\w+\.weight, but the model has 1 layers", replace(spec, n_layers=1))
+    refused(written, r"nothing about blk\.2\.attn_q\.weight", altered(spec, n_layers=3))
+    refused(written, r"has blk\.1\.\w+\.weight, but the model has 1 layers", altered(spec, n_layers=1))
     refused(changed(sums=stored[f"{down}.in_sum2"][:, :64].copy()), r"has 320 values .* about blk\.1\.ffn_down_exps")
     refused(changed(counts=np.ones((3, 1), np.float32)), r"640 values for 3 matrices about blk\.1\.ffn_down_exps")
     refused(changed(sums=np.full((5, 128), np.nan, np.float32)), r"about blk\.1\.ffn_down_exps.* holds NaN")

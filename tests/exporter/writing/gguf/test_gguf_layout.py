@@ -13,6 +13,7 @@ from compressors.model.families.config import read_spec
 from compressors.quantize import GGMLQuantizationType
 from exporter.writing.gguf.layout import Quantization, bits_per_weight, plan_tensors, quantization
 from exporter.writing.gguf.mixes import MIXES
+from tests.altered import altered
 
 
 @pytest.mark.parametrize("preset", MIXES)
@@ -44,7 +45,7 @@ def test_an_untied_head_is_written(fine_folder: Path) -> None:
 def test_what_llama_cpp_cannot_run_is_refused(fine_folder: Path) -> None:
     spec = read_spec(fine_folder)
     with pytest.raises(UnsupportedError, match="always normalises"):
-        plan_tensors(replace(spec, normalize_top_k=False), "Q8_0")
+        plan_tensors(altered(spec, normalizes=False), "Q8_0")
     with pytest.raises(UnsupportedError, match="at most 1024 experts"):
         plan_tensors(spec.with_experts(1025), "Q8_0")
     with pytest.raises(InputError, match="Q3_X: no such type; choose one of F32, BF16, F16, Q8_0"):
@@ -54,8 +55,8 @@ def test_what_llama_cpp_cannot_run_is_refused(fine_folder: Path) -> None:
 def test_what_llama_cpp_s_olmoe_cannot_run_is_refused(olmoe_folder: Path) -> None:
     spec = read_spec(olmoe_folder)
     with pytest.raises(UnsupportedError, match="olmoe graph never normalises"):
-        plan_tensors(replace(spec, normalize_top_k=True), "Q8_0")
-    for wrong in (replace(spec, n_kv_heads=2), replace(spec, head_dim=16)):
+        plan_tensors(altered(spec, normalizes=True), "Q8_0")
+    for wrong in (altered(spec, n_kv_heads=2), alterede(spec, head_dim=16)):
         with pytest.raises(UnsupportedError, match="queries and keys as wide as the hidden size"):
             plan_tensors(wrong, "Q8_0")
     with pytest.raises(UnsupportedError, match="needs a head of its own"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import Student
 from exporter.writing.gguf.memory import predict_runtime_bytes
 from exporter.writing.gguf.writer import write_gguf
+from tests.altered import altered
 
 _REPOSITORY = Path(__file__).parents[4]
 _SMALL = 8 << 20  # bytes by which the prediction may exceed a model of a few MB: buffers that are not touched whole
@@ -60,6 +60,6 @@ def test_unknown_cache_types_are_refused(fine_folder: Path) -> None:
 
 @pytest.mark.parametrize("kv_type", ["q8_0", "q4_0"])
 def test_heads_that_are_no_whole_blocks_of_a_quantized_cache_are_refused(fine_folder: Path, kv_type: str) -> None:
-    shape = replace(read_spec(fine_folder), head_dim=48)
+    shape = altered(read_spec(fine_folder), head_dim=48)
     with pytest.raises(UnsupportedError, match=f"--kv-type {kv_type}: .* blocks of 32, .* heads are 48 wide"):
         predict_runtime_bytes(shape, 1, 512, kv_type)

@@ -23,6 +23,7 @@ from exporter.writing.gguf.layout import plan_tensors
 from exporter.writing.gguf.metadata import model_metadata
 from exporter.writing.gguf.mixes import ALIASES, MIXES, mix_named
 from exporter.writing.gguf.writer import write_gguf
+from tests.altered import altered
 from tests.llama_quantize import quantize, types_in_a_dry_run
 from validate.files.model_file import find_model_file
 
@@ -40,7 +41,7 @@ def _header_alone(spec: ModelSpec, folder: Path, path: Path) -> None:
 
 def _sized(spec: ModelSpec, n_layers: int, n_experts: int, expert_width: int, n_kv_heads: int) -> ModelSpec:
     sizes = [MoeSize(n_experts, expert_width)] * n_layers
-    return replace(spec, n_kv_heads=n_kv_heads, vocab_size=64).with_sizes(sizes)
+    return altered(spec, n_kv_heads=n_kv_heads, vocab_size=64).with_sizes(sizes)
 
 
 @pytest.mark.parametrize(

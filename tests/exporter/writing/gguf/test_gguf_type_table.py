@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 
 from compressors.calibration.statistics import Importance, StatisticsCollector, importance
 from compressors.model.description.roles import Role
+from compressors.model.families.config import read_spec
 from compressors.model.files.ggml_types import GGMLQuantizationType
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.checkpoint import Checkpoint
@@ -73,11 +73,13 @@ def test_units_are_the_quantized_tensors_in_the_files_order_with_their_bytes(stu
     assert "Q4_K" not in units["blk.0.ffn_down_exps.weight"], "its rows are 128 long"
 
 
-def test_an_untied_head_is_a_unit_and_a_dense_model_has_one_matrix_a_layer(olmoe_folder: Path) -> None:
+def test_an_untied_head_is_a_unit_and_a_dense_model_has_one_matrix_a_layer(
+    olmoe_folder: Path, fine_folder: Path
+) -> None:
     spec = Checkpoint(olmoe_folder).spec
     assert [plan.name for plan in plan_gguf_units(spec)][:2] == ["token_embd.weight", "output.weight"]
     # all of a dense model's matrices are of one expert
-    dense = replace(spec, model_type="qwen3_moe").with_experts(1)
+    dense = read_spec(fine_folder).with_experts(1)
     names = [plan.name for plan in plan_gguf_units(dense)]
     assert "blk.2.ffn_up.weight" in names
     sizes = {plan.name: plan.candidates[0].n_bytes for plan in plan_gguf_units(dense)}

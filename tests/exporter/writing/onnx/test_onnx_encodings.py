@@ -25,6 +25,7 @@ from compressors.quantize import GGMLQuantizationType, search_blocks
 from exporter.writing.onnx.encodings import ENCODINGS, onnx_units
 from exporter.writing.onnx.layout import plan_tensors
 from exporter.writing.onnx.writer import predict_size, write_onnx
+from tests.altered import altered
 from validate.files.file_facts import onnx_facts
 from validate.files.graph_settings import graph_setting_symptoms
 from validate.files.weight_comparison import Damage, Unit, compare_weights
@@ -242,7 +243,7 @@ def test_dense_models_have_units_too(student: Student, tmp_path: Path, heldout_t
 
 
 def _shape_of_rows(spec: ModelSpec, expert_width: int) -> ModelSpec:
-    return replace(spec, expert_width=expert_width)
+    return altered(spec, expert_width=expert_width)
 
 
 def test_wrong_choices_are_refused_by_name(student: Student) -> None:

@@ -20,6 +20,7 @@ from compressors.quantize import GGMLQuantizationType, quantize_rows
 from exporter.writing.onnx.encodings import PRESETS
 from exporter.writing.onnx.layout import DATA_FILE, MODEL_FILE, plan_tensors
 from exporter.writing.onnx.writer import predict_size, write_onnx
+from tests.altered import altered
 
 
 @pytest.fixture(params=["fine", "coarse"])
@@ -135,4 +136,4 @@ def test_wrong_choices_are_refused_by_name(toy: Checkpoint) -> None:
     with pytest.raises(InputError, match=r"4096 tokens.*2048"):
         predict_size(toy.spec, "F32", context_length=4096)
     with pytest.raises(UnsupportedError, match="rows of 100 values"):
-        predict_size(replace(toy.spec, expert_width=100), "Q4_0")
+        predict_size(altered(toy.spec, expert_width=100), "Q4_0")

@@ -1,0 +1,49 @@
+"""Descriptions of models that no file is of: like another one's, but for a few numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from compressors.model.description.rope import Rope
+from compressors.model.description.spec import LayerSpec, ModelSpec
+
+__all__ = ["altered"]
+
+_OF_MIXER = ("n_heads", "n_kv_heads", "head_dim", "rope", "window")
+_OF_EXPERTS = ("n_experts", "top_k", "expert_width", "normalizes")
+
+
+def altered(spec: ModelSpec, *, n_layers: int | None = None, **changes: Any) -> ModelSpec:
+    """Changes numbers of a description, those of mixers and experts in all layers.
+
+    Args:
+        spec: the description.
+        n_layers: layers, all of which are like the first.
+        changes: fields of the description, of its mixers (``n_heads``, ``head_dim``, ``rope``, ...), and of its experts
+            (``n_experts``, ``top_k``, ``expert_width``, ``normalizes``).
+    """
+    of_mixer = {name: changes.pop(name) for name in _OF_MIXER if name in changes}
+    of_experts = {name: changes.pop(name) for name in _OF_EXPERTS if name in changes}
+    hidden_size = changes.get("hidden_size", spec.hidden_size)
+    layers = spec.layers if n_layers is None else (spec.layers[0],) * n_layers
+    return replace(
+        spec, layers=tuple(_altered_layer(layer, of_mixer, of_experts, hidden_size) for layer in layers), **changes
+    )
+
+
+def _altered_layer(
+    layer: LayerSpec, of_mixer: dict[str, Any], of_experts: dict[str, Any], hidden_size: int
+) -> LayerSpec:
+    if "head_dim" in of_mixer and "rope" not in of_mixer:
+        assert isinstance(layer.mixer.rope, Rope)
+        of_mixer = of_mixer | {"rope": replace(layer.mixer.rope, width=of_mixer["head_dim"])}
+    layer = replace(layer, mixer=replace(layer.mixer, **of_mixer), hidden_size=hidden_size)
+    if layer.routed is None or not of_experts:
+        return layer
+    changes = dict(of_experts)
+    if "expert_width" in changes:
+        changes["width"] = changes.pop("expert_width")
+    if "normalizes" in changes:
+        changes["routing"] = replace(layer.routed.routing, normalizes=changes.pop("normalizes"))
+    return replace(layer, feed_forward=replace(layer.routed, **changes))
