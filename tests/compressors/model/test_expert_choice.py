@@ -80,7 +80,7 @@ def _route(
     described = read_spec(folder).layers[0]
     module = nn.Module()
     module.mlp = nn.Module()
-    module.mlp.gate = _Router(described.n_experts)
+    module.mlp.gate = _Router(parts[0].shape[1])
     module.mlp.experts = _Experts()
 
     def run(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -21,7 +21,7 @@ from compressors.model.sources.student import Student
 
 
 @pytest.fixture(scope="module")
-def shape(fine_folder: Path) -> ModelSpec:
+def spec(fine_folder: Path) -> ModelSpec:
     return Checkpoint(fine_folder).spec
 
 

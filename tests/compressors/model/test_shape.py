@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def test_qwen3_moe_is_read(fine_folder: Path) -> None:
         n_kv_heads=4,
         head_dim=32,
         rope=Rope(RopeKind.DEFAULT, theta=10000.0, width=32),
-        scale=32**-0.5,
+        scale=1 / math.sqrt(32),
         qk_norm=QkNorm.PER_HEAD,
     )
     # moe_intermediate_size, not intermediate_size

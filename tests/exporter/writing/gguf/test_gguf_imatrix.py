@@ -28,7 +28,7 @@ Arrays = dict[str, npt.NDArray[np.float32]]
 
 
 @pytest.fixture
-def shape(fine_folder: Path) -> ModelSpec:
+def spec(fine_folder: Path) -> ModelSpec:
     """Two layers of five experts."""
     return altered(read_spec(fine_folder), n_layers=2).with_experts(5)
 

@@ -56,7 +56,7 @@ def test_what_llama_cpp_s_olmoe_cannot_run_is_refused(olmoe_folder: Path) -> Non
     spec = read_spec(olmoe_folder)
     with pytest.raises(UnsupportedError, match="olmoe graph never normalises"):
         plan_tensors(altered(spec, normalizes=True), "Q8_0")
-    for wrong in (altered(spec, n_kv_heads=2), alterede(spec, head_dim=16)):
+    for wrong in (altered(spec, n_kv_heads=2), altered(spec, head_dim=16)):
         with pytest.raises(UnsupportedError, match="queries and keys as wide as the hidden size"):
             plan_tensors(wrong, "Q8_0")
     with pytest.raises(UnsupportedError, match="needs a head of its own"):
