@@ -43,7 +43,8 @@ class SkippedPart:
     """Tensors of a checkpoint that are read past.
 
     Attributes:
-        pattern: a regular expression that the whole name matches.
+        pattern: a regular expression that the whole name matches; a group called ``layer`` matches only numbers
+            behind the model's last layer.
         name: what they are, for ``inspect`` and the plan.
     """
 

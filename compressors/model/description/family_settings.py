@@ -49,7 +49,7 @@ class FamilySettings:
     def count(self, key: str, default: int | None = None) -> int:
         """A positive whole number; where it is absent, the family's default, else ``default``."""
         default = self._defaults.get(key, default)
-        if key in self._nullable and self.settings.raw.get(key, 0) is None and default is not None:
+        if key in self._nullable and self.settings.get(key, 0) is None and default is not None:
             return default
         return self.settings.count(key, default)
 
@@ -67,12 +67,16 @@ class FamilySettings:
         Raises:
             UnsupportedError: the setting has another value.
         """
-        value = self.settings.raw.get(key, allowed[0])
+        value = self.settings.get(key, allowed[0])
         if value not in allowed:
             raise UnsupportedError(
                 f"{self.settings.named(key)} is {value!r}; {self.family.model_type} is supported only with "
                 f"{' or '.join(repr(item) for item in allowed)}"
             )
+
+    def ignore(self, *keys: str) -> None:
+        """Names settings that change nothing in this family."""
+        self.settings.asked.update(keys)
 
     def refuse_what_no_family_can_do(self) -> None:
         """Refuses settings of transformers itself that change what a layer computes, whatever the family.
@@ -81,18 +85,18 @@ class FamilySettings:
             UnsupportedError: there is one; the message names it.
         """
         settings = self.settings
-        if not settings.raw.get("is_causal", True):
+        if not settings.get("is_causal", True):
             raise UnsupportedError(
                 f"{settings.named('is_causal')} is {shown(settings.raw['is_causal'])}: attention to later tokens "
                 "is not supported, because neither container can generate with it"
             )
         for key, what in _MODELS_IN_MODELS:
-            if settings.raw.get(key) is not None:
+            if settings.get(key) is not None:
                 raise UnsupportedError(
                     f"{settings.named(key)}: {what} cannot be represented; give the checkpoint of a "
                     f"{self.family.architecture}"
                 )
-        kinds = settings.raw.get("layer_types")
+        kinds = settings.get("layer_types")
         n_layers = self.count("num_hidden_layers")
         if kinds is not None and not _are_kinds(kinds, n_layers):
             raise UnsupportedError(
@@ -130,7 +134,7 @@ class FamilySettings:
         """
         if not by_itself and not self.settings.flag("use_sliding_window", default=False):
             return None
-        if self.settings.raw.get("sliding_window", self._defaults.get("sliding_window")) is None:
+        if self.settings.get("sliding_window", self._defaults.get("sliding_window")) is None:
             return None
         return self.count("sliding_window")
 
@@ -158,7 +162,8 @@ class FamilySettings:
 
     def count_of(self, *keys: str) -> int:
         """A count under the first of these keys that is there; under the last one it may be absent."""
-        return self.count(next((key for key in keys if key in self.settings), keys[-1]))
+        there = [key for key in keys if key in self.settings]
+        return self.count(there[0] if there else keys[-1])
 
 
 def _are_kinds(value: object, n_layers: int) -> bool:

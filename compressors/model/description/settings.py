@@ -19,7 +19,8 @@ class Settings:
     """The settings of ``config.json``, or of an object in it.
 
     A method that takes a ``default`` returns it where the key is absent; without one the key is required. A value of
-    the wrong type, null included, is refused, as transformers' strict configurations refuse it.
+    the wrong type, null included, is refused, as transformers' strict configurations refuse it. :attr:`asked` collects
+    the keys that somebody asked for; all others were not understood.
 
     Args:
         raw: the object.
@@ -29,11 +30,18 @@ class Settings:
 
     def __init__(self, raw: Mapping[str, Any], path: Path, name: str = "") -> None:
         self.raw = raw
+        self.asked: set[str] = set()
         self.path = path
         self._prefix = f"{name}." if name else ""
 
     def __contains__(self, key: str) -> bool:
+        self.asked.add(key)
         return key in self.raw
+
+    def get(self, key: str, default: object = None) -> Any:
+        """The value under a key, of whatever type."""
+        self.asked.add(key)
+        return self.raw.get(key, default)
 
     def named(self, key: str) -> str:
         """File and key, as messages begin: ``config.json: rope_parameters.factor``."""
@@ -41,7 +49,7 @@ class Settings:
 
     def objects(self, key: str) -> Settings:
         """The object of settings under a key; an empty one where the key is absent or null."""
-        value = self.raw.get(key)
+        value = self.get(key)
         if value is None:
             value = {}
         if not isinstance(value, dict):
@@ -71,7 +79,7 @@ class Settings:
 
     def number_or_null(self, key: str) -> float | None:
         """A positive, finite number; None where the key is absent or null."""
-        return None if self.raw.get(key) is None else self.number(key)
+        return None if self.get(key) is None else self.number(key)
 
     def numbers(self, key: str, length: int) -> tuple[float, ...]:
         """A list of so many positive, finite numbers."""
@@ -88,7 +96,7 @@ class Settings:
         return value
 
     def _value(self, key: str, default: object) -> Any:
-        if key in self.raw:
+        if key in self:
             return self.raw[key]
         if default is None:
             raise InputError(f"{self.path} lacks {self._prefix + key!r}: the model cannot be read without it")

@@ -7,14 +7,19 @@ the run ends with the setting's name before any work, not with a file that compu
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from compressors.model.description.family import Family
 from compressors.model.description.rope import Rope, RopeKind
+from compressors.model.description.settings import Settings
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import UnsupportedError
+from compressors.model.files.json_file import read_json
+from compressors.model.names import shown
 
 __all__ = ["check_against_transformers"]
 
@@ -38,11 +43,45 @@ def check_against_transformers(folder: Path, spec: ModelSpec) -> None:
     except Exception as error:  # strict configurations raise many kinds, and nothing else can fail here
         lines = " ".join(str(error).split())
         raise UnsupportedError(f"{path}: transformers refuses it ({lines})") from None
+    _refuse_not_understood(path, config, spec.family)
     for name, ours, theirs in _settings(config, spec):
         if ours != theirs:
             raise UnsupportedError(
                 f"{path}: {name} is {ours!r} as this tool reads it, and {theirs!r} as the installed transformers does: "
                 "write it as the newest transformers does"
+            )
+
+
+_WITHOUT_EFFECT = frozenset(
+    {
+        "attention_dropout",
+        "bos_token_id",
+        "eos_token_id",
+        "initializer_range",
+        "output_router_logits",
+        "pad_token_id",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "use_cache",
+    }
+)
+"""Settings that serve training alone, or that :mod:`compressors.model.description.special_tokens` reads."""
+
+
+def _refuse_not_understood(path: Path, config: Any, family: Family) -> None:
+    """Refuses a setting of transformers' class that the family's description does not know, and that is no default."""
+    from transformers import PreTrainedConfig
+
+    settings = Settings(read_json(path), path)
+    assert family.read is not None
+    family.read(settings)
+    default = type(config)()
+    of_any_class = {field.name for field in fields(PreTrainedConfig)}
+    for name in sorted({field.name for field in fields(config)} - of_any_class - _WITHOUT_EFFECT):
+        if name in settings.raw and name not in settings.asked and getattr(config, name) != getattr(default, name):
+            raise UnsupportedError(
+                f"{settings.named(name)} is {shown(settings.raw[name])}, a setting of {family.architecture} that this "
+                "tool does not know: what it would write might compute something else"
             )
 
 

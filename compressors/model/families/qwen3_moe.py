@@ -43,6 +43,7 @@ def _read(file: Settings) -> ModelSpec:
     settings.require("attention_bias", False)
     settings.require("mlp_only_layers", [], None)
     settings.require("decoder_sparse_step", 1)
+    settings.ignore("intermediate_size")  # of layers without experts
     settings.refuse_what_no_family_can_do()
     n_experts = settings.count_of("num_local_experts", "num_experts")
     experts = Routed(

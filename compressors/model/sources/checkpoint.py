@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ from compressors.model.files.json_file import read_json
 from compressors.model.files.safetensors_header import TensorHeader
 from compressors.model.files.weight_file import WeightFile
 from compressors.model.names import shown
+from compressors.model.sources.accounting import parts_read_past, unclaimed
 from compressors.model.sources.block_scaled import FLOAT8, GIVE_THE_ORIGINAL, BlockScaled, read_block_scaled
 from compressors.model.sources.foreign_folder import check_folder, refuse_other_inputs
 from compressors.model.sources.misfits import is_classifier, likely_cause, with_prefix
@@ -87,6 +89,11 @@ class Checkpoint:
             for name, header in self.headers.items()
             if name not in scales
         )
+
+    @property
+    def parts_read_past(self) -> tuple[str, ...]:
+        """Parts of the files that are no part of the model, in words."""
+        return parts_read_past(self.headers, {name for name, _ in self.expected_shapes()}, self.spec)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -176,6 +183,21 @@ class Checkpoint:
                 cause = likely_cause(self.folder, config, self.headers, name)
                 raise InputError(problem if cause is None else f"{self.folder}: {cause}")
             self._check_scales(name)
+        self._refuse_unclaimed(config, {name for name, _ in self.expected_shapes()})
+
+    def _refuse_unclaimed(self, config: Mapping[str, Any], claimed: Collection[str]) -> None:
+        """Refuses the first tensor that the description does not know."""
+        name = next(unclaimed(self.headers, claimed, self.spec), None)
+        if name is None:
+            return
+        cause = likely_cause(self.folder, config, self.headers, name)
+        if cause is not None:
+            raise InputError(f"{self.folder}: {cause}")
+        raise UnsupportedError(
+            f"{self.headers[name].file}: tensor {shown(name)} belongs to no part of a {self.family.architecture} with "
+            "this config.json; without it another model would be read. Give the config.json that the weights were "
+            "saved with, or the original checkpoint"
+        )
 
     def _problem(self, name: str, expected: tuple[int, ...]) -> str | None:
         """Says what is wrong with a tensor that the family needs; None if nothing is."""

@@ -138,7 +138,7 @@ def test_identity_changes_with_the_config_and_with_the_headers(one_layer: Path) 
     identities.append(Checkpoint(one_layer).identity())
     _edit(one_layer, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"].half()}))
     identities.append(Checkpoint(one_layer).identity())
-    _edit(one_layer, lambda tensors: tensors.update({"extra": torch.zeros(1)}))
+    _edit(one_layer, lambda tensors: tensors.update({"model.rotary_emb.inv_freq": torch.zeros(1)}))
     identities.append(Checkpoint(one_layer).identity())
     assert len(set(identities)) == 4
 

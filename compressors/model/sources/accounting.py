@@ -1,0 +1,58 @@
+"""Accounts for every tensor of a checkpoint: it is a part of the model, it is read past by a rule, or it is refused.
+
+A tensor that nothing claims takes part in a computation that the description does not know: a shared expert, a bias. To
+read past it would make another model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator
+
+from compressors.model.description.family import SkippedPart
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import ModelSpec
+from compressors.model.sources.block_scaled import BlockScaled
+
+__all__ = ["parts_read_past", "unclaimed"]
+
+_IN_ANY_FAMILY = (
+    SkippedPart(r"(.*\.)?rotary_emb\.inv_freq", "tables of the rotary embedding, which are computed"),
+    SkippedPart(
+        r"(model\.)?(score|classifier|qa_outputs|v_head|value_head|reward_head)\..*", "heads for other tasks than text"
+    ),
+)
+
+
+def unclaimed(names: Iterable[str], claimed: Collection[str], spec: ModelSpec) -> Iterator[str]:
+    """Yields the names that neither the model nor a rule claims, in their order.
+
+    Args:
+        names: the names of a checkpoint's tensors.
+        claimed: those of the model.
+        spec: its description.
+    """
+    of_model = {*claimed, spec.tensor(Role.HEAD).name}  # beside a tied embedding a head may be there or not
+    with_scales = {*of_model, *map(BlockScaled.scales_of, of_model)}
+    for name in names:
+        if name not in with_scales and _rule(name, spec) is None:
+            yield name
+
+
+def parts_read_past(names: Iterable[str], claimed: Collection[str], spec: ModelSpec) -> tuple[str, ...]:
+    """The parts of a checkpoint that are read past, in words: each once, in the order of the rules."""
+    found = {rule.name for name in names if name not in claimed and (rule := _rule(name, spec)) is not None}
+    return tuple(rule.name for rule in _rules(spec) if rule.name in found)
+
+
+def _rules(spec: ModelSpec) -> tuple[SkippedPart, ...]:
+    return (*spec.family.skipped, *_IN_ANY_FAMILY)
+
+
+def _rule(name: str, spec: ModelSpec) -> SkippedPart | None:
+    """The first rule by which a tensor is read past."""
+    for rule in _rules(spec):
+        match = re.fullmatch(rule.pattern, name)
+        if match is not None and int(match.groupdict().get("layer", spec.n_layers)) >= spec.n_layers:
+            return rule
+    return None
