@@ -90,7 +90,7 @@ def _settings(config: Any, spec: ModelSpec) -> Iterator[tuple[str, object, objec
         config.head_dim = config.hidden_size // config.num_attention_heads
     for name, value in spec.family.settings(spec).items():
         yield name, value, getattr(config, name)
-    window = getattr(config, "sliding_window", None)
+    window = getattr(config, "sliding_window", None) or None  # 0 is none too
     yield "sliding_window", spec.window, window
     longest = config.max_position_embeddings if window is None else min(config.max_position_embeddings, window)
     yield "max_position_embeddings", spec.context_length, longest

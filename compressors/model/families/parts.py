@@ -18,7 +18,9 @@ from compressors.model.description.tensors import Fused, GgufTensor, Kind, Tenso
 from compressors.model.description.transforms import SAME, Transform
 
 __all__ = [
+    "attention",
     "attention_tensors",
+    "bias_tensors",
     "dense_edited",
     "dense_settings",
     "dense_tensors",
@@ -31,6 +33,7 @@ __all__ = [
     "normalization_refusal",
     "qk_norm_tensors",
     "router_tensor",
+    "shared_expert_tensors",
     "usual_keys",
     "usual_settings",
 ]
@@ -137,6 +140,16 @@ def qk_norm_tensors(qk_norm: QkNorm) -> tuple[TensorSpec, ...]:
     )
 
 
+def bias_tensors() -> tuple[TensorSpec, ...]:
+    """The biases of queries, keys and values."""
+    attention, gguf = f"{_LAYER}self_attn.", "blk.{layer}.attn_"
+    rows = ((Role.QUERY_BIAS, "q", "Q"), (Role.KEY_BIAS, "k", "K"), (Role.VALUE_BIAS, "v", "K"))
+    return tuple(
+        TensorSpec(role, f"{attention}{name}_proj.bias", (size,), GgufTensor(f"{gguf}{name}.bias"), Kind.VECTOR)
+        for role, name, size in rows
+    )
+
+
 def router_tensor(name: str = "mlp.gate.weight") -> TensorSpec:
     """The router; ``name`` is the hub's, inside the layer."""
     gguf = GgufTensor("blk.{layer}.ffn_gate_inp.weight")
@@ -159,6 +172,27 @@ def expert_tensors(
         TensorSpec(Role.EXPERT_UP, _LAYER + up, in_shape, up_gguf, fused=fused_up, shares_input_of=Role.EXPERT_GATE),
         TensorSpec(Role.EXPERT_DOWN, _LAYER + down, out_shape, down_gguf, fused=Fused(f"{fused}down_proj")),
     )
+
+
+def shared_expert_tensors(module: str, gate: str | None = None) -> tuple[TensorSpec, ...]:
+    """The matrices of a shared expert.
+
+    Args:
+        module: the expert inside transformers' layer.
+        gate: the linear function there whose sigmoid its output is multiplied by; None: there is none.
+    """
+    blk, within = "blk.{layer}.ffn_", _LAYER + module
+    gate_gguf, up_gguf, down_gguf = (GgufTensor(f"{blk}{name}_shexp.weight") for name in ("gate", "up", "down"))
+    up = TensorSpec(Role.SHARED_UP, f"{within}.up_proj.weight", ("S", "D"), up_gguf, shares_input_of=Role.SHARED_GATE)
+    matrices = (
+        TensorSpec(Role.SHARED_GATE, f"{within}.gate_proj.weight", ("S", "D"), gate_gguf),
+        up,
+        TensorSpec(Role.SHARED_DOWN, f"{within}.down_proj.weight", ("D", "S"), down_gguf),
+    )
+    if gate is None:
+        return matrices
+    router = GgufTensor(f"{blk}gate_inp_shexp.weight")
+    return (TensorSpec(Role.SHARED_ROUTER, f"{_LAYER}{gate}.weight", ("1", "D"), router, Kind.VECTOR), *matrices)
 
 
 def dense_tensors() -> tuple[TensorSpec, ...]:

@@ -1,0 +1,49 @@
+"""The families that are tested on random weights: one row each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["ROWS", "Row"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tiny model of a family.
+
+    Attributes:
+        sizes: settings of transformers' configuration that differ from the common ones.
+        on_the_hub: settings of ``config.json`` as the hub's files spell them, in place of transformers'; None: absent.
+        formats: the containers that it is written to.
+    """
+
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+    on_the_hub: Mapping[str, Any] = field(default_factory=dict)
+    formats: tuple[str, ...] = ("gguf", "onnx")
+
+
+COMMON: Mapping[str, Any] = {
+    "vocab_size": 4096,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "intermediate_size": 96,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+"""Settings of all rows."""
+
+ROWS: Mapping[str, Row] = {
+    "qwen2_moe": Row(
+        sizes={"shared_expert_intermediate_size": 48, "num_key_value_heads": 4},
+        on_the_hub={"rope_theta": 1e6, "rope_parameters": None, "qkv_bias": None, "layer_types": None},
+    ),
+}

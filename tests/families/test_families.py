@@ -1,0 +1,145 @@
+"""Every family against stock transformers, from the configuration to the files, on random weights."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from compressors.model.description.roles import Role
+from compressors.model.description.tensors import Kind
+from compressors.model.families.config_check import check_against_transformers
+from compressors.model.running.gradients import streamed_gradients
+from compressors.model.running.recorder import RoutingRecorder
+from compressors.model.running.routers import RoutedCall, watching
+from compressors.model.running.streaming import StreamedModel, TokenGroup
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import ExpertMap, Student
+from exporter.writing.gguf.writer import write_gguf
+from exporter.writing.hf_checkpoint import write_checkpoint
+from tests.families.rows import Row
+from validate.routing.agreement import routing_agreement
+from validate.runtimes.backend import scored_positions
+from validate.runtimes.llama_cpp import LlamaCppBackend
+
+_KEPT = (0, 2, 3, 5, 6, 7)
+
+
+def _pruned(source: Checkpoint) -> Student:
+    """Six of eight experts, where a layer has some."""
+    kept = [_KEPT if layer.routed is not None else () for layer in source.spec.layers]
+    return Student(source, ExpertMap.keeping(source.spec.n_experts, kept))
+
+
+def _logits(model: StreamedModel, tokens_BT: torch.Tensor) -> torch.Tensor:
+    (hidden,) = model.stream([TokenGroup(tokens_BT)])
+    chunks = [logits for _, logits in model.logits_in_chunks(hidden, slice(0, tokens_BT.shape[1]))]
+    return torch.cat(chunks).detach()
+
+
+def test_the_configuration_is_what_transformers_makes_of_it(folder: Path) -> None:
+    check_against_transformers(folder, Checkpoint(folder).spec)
+
+
+@torch.no_grad()
+def test_routing_is_what_the_experts_are_called_with(folder: Path, stock: nn.Module, blocks_BT: torch.Tensor) -> None:
+    spec = Checkpoint(folder).spec
+    calls: list[tuple[int, RoutedCall]] = []
+    with ExitStack() as stack:
+        for index, layer in enumerate(spec.layers):
+            if layer.routed is not None:
+                module = stock.model.layers[index]
+                see = lambda call, index=index: calls.append((index, call))  # noqa: E731
+                stack.enter_context(watching(module, layer.routed, see))
+        stock(blocks_BT)
+    assert calls
+    for index, call in calls:
+        routed = spec.layers[index].routed
+        assert routed is not None
+        logits_TE, chosen_TK = call.logits_TE.numpy(), call.chosen_TK.numpy()
+        found = routed.routing.choose(logits_TE, routed.top_k)
+        np.testing.assert_array_equal(np.sort(found), np.sort(chosen_TK))
+        weights_TK = routed.routing.weights(logits_TE, chosen_TK)
+        np.testing.assert_allclose(weights_TK, call.weights_TK.numpy(), atol=1e-6)
+
+
+@torch.no_grad()
+def test_every_streamed_layer_equals_the_whole_model_s(folder: Path, stock: nn.Module, blocks_BT: torch.Tensor) -> None:
+    expected: list[torch.Tensor] = []
+    hooks = [
+        layer.register_forward_hook(lambda _m, _i, output: expected.append(output)) for layer in stock.model.layers
+    ]
+    logits = stock(blocks_BT).logits.flatten(0, 1)
+    for hook in hooks:
+        hook.remove()
+    model = StreamedModel(Student.teacher(Checkpoint(folder)), check_finite=True)
+    groups = [TokenGroup(blocks_BT)]
+    (states,) = model.first_states(groups)
+    for index in model.advance(groups, [states], range(model.spec.n_layers)):
+        found = states.read(slice(0, len(states)))
+        assert (found - expected[index]).abs().max() < 2e-5 * expected[index].abs().max()
+    assert (_logits(model, blocks_BT) - logits).abs().max() < 1e-4 * logits.abs().max()
+
+
+def test_gradients_equal_autograd_s(folder: Path, stock: nn.Module, blocks_BT: torch.Tensor) -> None:
+    """Of routers and norms, and of every matrix that is not an expert's."""
+    student = Student.teacher(Checkpoint(folder))
+    trained = {
+        (tensor.role, index): nn.Parameter(student.tensor(tensor.role, index).float())
+        for index, layer in enumerate(student.spec.layers)
+        for tensor in layer.shared_tensors
+        if tensor.kind in (Kind.ROUTER, Kind.NORM, Kind.MATRIX)
+    }
+    targets = blocks_BT.flatten().roll(-1)
+
+    def loss(positions: slice, logits: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(logits, targets[positions], reduction="sum")
+
+    _, gradients = streamed_gradients(StreamedModel(student, trainable=trained), blocks_BT, loss)
+    stock.zero_grad()
+    loss(slice(None), stock(blocks_BT).logits.flatten(0, 1)).backward()
+    for (role, index), found in gradients.items():
+        assert isinstance(role, Role) and index is not None
+        described = student.spec.tensor(role, index)
+        wanted = stock.model.layers[index].get_parameter(described.in_layer).grad
+        assert wanted is not None
+        assert (found - wanted).norm() <= 1e-4 * wanted.norm(), described.name
+
+
+@torch.no_grad()
+def test_a_pruned_student_loads_in_stock_transformers(folder: Path, blocks_BT: torch.Tensor, tmp_path: Path) -> None:
+    student = _pruned(Checkpoint(folder))
+    write_checkpoint(student, tmp_path / "student")
+    again = Checkpoint(tmp_path / "student")
+    assert again.spec == student.spec
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32).eval()
+    expected = loaded(blocks_BT).logits.flatten(0, 1)
+    assert (_logits(StreamedModel(student), blocks_BT) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pruned", [False, True])
+def test_llama_cpp_computes_and_routes_like_torch(
+    folder: Path, row: Row, blocks_BT: torch.Tensor, tmp_path: Path, pruned: bool
+) -> None:
+    source = Checkpoint(folder)
+    student = _pruned(source) if pruned else Student.teacher(source)
+    write_gguf(student, "F32", tmp_path / "x.gguf", name="x", threads=1)
+    recorder, model = RoutingRecorder(student.spec), StreamedModel(student)
+    (hidden,) = model.stream([TokenGroup(blocks_BT, [recorder.observe])])
+    everywhere = slice(0, blocks_BT.shape[1])
+    expected = torch.cat([logits for _, logits in model.logits_in_chunks(hidden, everywhere)])
+    backend = LlamaCppBackend(tmp_path / "x.gguf", n_ctx=64, kv_type="f32", threads=1)
+    outputs = [(output.logits_SV.copy(), output.routing) for output in backend.run(blocks_BT.numpy())]
+    wanted_BSV = expected.view(*blocks_BT.shape, -1)[:, scored_positions(blocks_BT.shape[1])]
+    found_BSV = torch.from_numpy(np.stack([logits for logits, _ in outputs]))
+    assert (found_BSV - wanted_BSV).abs().max() < 1e-3 * wanted_BSV.std()
+    routings = [routing for _, routing in outputs if routing is not None]
+    found = type(routings[0]).concatenate(routings)
+    assert routing_agreement(recorder.routing(), found).mean("overlap") > 0.99
