@@ -53,6 +53,29 @@ class FamilySettings:
             return default
         return self.settings.count(key, default)
 
+    def count_or_null(self, key: str) -> int | None:
+        """A positive whole number, or null; where it is absent, the family's default."""
+        return None if self.settings.get(key, self._defaults.get(key)) is None else self.count(key)
+
+    def whole_number(self, key: str) -> int:
+        """A whole number that may be zero; where it is absent, the family's default."""
+        return 0 if self.settings.get(key, self._defaults.get(key)) == 0 else self.count(key)
+
+    def leading(self, key: str, first: str, then: str) -> int:
+        """The number of layers of the kind ``first`` in a list of kinds in which all others come after them.
+
+        Raises:
+            UnsupportedError: the list has other kinds, another order, or another length than there are layers.
+        """
+        kinds, n_layers = self.settings.get(key), self.count("num_hidden_layers")
+        n_first = kinds.count(first) if isinstance(kinds, list) else 0
+        if kinds != [first] * n_first + [then] * (n_layers - n_first):
+            raise UnsupportedError(
+                f"{self.settings.named(key)} must name {first!r} for the first of the {n_layers} layers of "
+                f"num_hidden_layers and {then!r} for all others, not {shown(kinds)}"
+            )
+        return n_first
+
     def number(self, key: str) -> float:
         """A positive number; where it is absent, the family's default."""
         return self.settings.number(key, self._defaults.get(key))

@@ -19,7 +19,7 @@ class Legacy:
 
     @property
     def attention(self) -> GroupedQuery:
-        return self._self.layers[0].mixer
+        return cast("GroupedQuery", self._self.layers[0].mixer)
 
     @property
     def n_heads(self) -> int:

@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from compressors.model.description.rope import Rope
 
-__all__ = ["GroupedQuery", "Mixer", "QkNorm"]
+__all__ = ["GroupedQuery", "Latent", "Mixer", "QkNorm"]
 
 
 class QkNorm(StrEnum):
@@ -53,5 +53,60 @@ class GroupedQuery:
         return 2 * self.n_kv_heads * self.head_dim
 
 
-Mixer = GroupedQuery
+@dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention: keys and values are made from one small vector a token (arXiv 2405.04434).
+
+    Attributes:
+        n_heads: heads.
+        query_rank: size of the vector that queries are made from; None: they are made from the hidden state.
+        rank: size of the vector that keys and values are made from.
+        plain_dim: values of a query or key that are not turned.
+        rotary_dim: values of a query or key that are turned; all heads share those of the key.
+        value_dim: values of a value.
+        rope: how they are turned.
+        scale: the factor of the products of queries and keys.
+        inner_epsilon: epsilon of the norms of both vectors.
+    """
+
+    n_heads: int
+    query_rank: int | None
+    rank: int
+    plain_dim: int
+    rotary_dim: int
+    value_dim: int
+    rope: Rope
+    scale: float
+    inner_epsilon: float
+
+    @property
+    def window(self) -> int | None:
+        """None: attention reaches back over all tokens."""
+        return None
+
+    @property
+    def key_dim(self) -> int:
+        """Values of a query or key."""
+        return self.plain_dim + self.rotary_dim
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Sizes by letter: A and C the two ranks, R keys' first matrix, U their second, Q all queries, O all values."""
+        return {
+            "H": self.n_heads,
+            "A": self.query_rank or 0,
+            "C": self.rank,
+            "R": self.rank + self.rotary_dim,
+            "U": self.n_heads * (self.plain_dim + self.value_dim),
+            "Q": self.n_heads * self.key_dim,
+            "O": self.n_heads * self.value_dim,
+        }
+
+    @property
+    def cached_values(self) -> int:
+        """Values that are cached for each token: the small vector, and the turned part of its key."""
+        return self.rank + self.rotary_dim
+
+
+Mixer = GroupedQuery | Latent
 """Any of the mixers above."""

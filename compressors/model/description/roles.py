@@ -23,12 +23,19 @@ class Role(StrEnum):
     KEY_BIAS = "key bias"  # [K]
     VALUE = "value"  # [K, D]
     VALUE_BIAS = "value bias"  # [K]
-    ATTENTION_OUTPUT = "attention output"  # [D, Q]
+    QUERY_A = "query's first matrix"  # of latent attention: [A, D]
+    QUERY_A_NORM = "query's inner norm"  # [A]
+    QUERY_B = "query's second matrix"  # [Q, A]
+    KEY_VALUE_A = "keys' and values' first matrix"  # [R, D]
+    KEY_VALUE_A_NORM = "keys' and values' inner norm"  # [C]
+    KEY_VALUE_B = "keys' and values' second matrix"  # [U, C]
+    ATTENTION_OUTPUT = "attention output"  # [D, Q], of latent attention [D, O]
     ATTENTION_OUTPUT_BIAS = "attention output bias"  # [D]
     QUERY_NORM = "query norm"  # see QkNorm
     KEY_NORM = "key norm"
     MOE_NORM = "MoE norm"  # [D], in front of any feed-forward
     ROUTER = "router"  # [E, D]
+    SELECTION_BIAS = "selection bias"  # [E], added to scores for the choice alone
     EXPERT_GATE = "expert gate"  # [F, D] for each expert
     EXPERT_UP = "expert up"  # [F, D] for each expert
     EXPERT_DOWN = "expert down"  # [D, F] for each expert
@@ -36,6 +43,9 @@ class Role(StrEnum):
     SHARED_GATE = "shared expert's gate"  # [S, D]
     SHARED_UP = "shared expert's up"  # [S, D]
     SHARED_DOWN = "shared expert's down"  # [D, S]
+    DENSE_GATE = "feed-forward's gate"  # [F, D], in a layer without experts
+    DENSE_UP = "feed-forward's up"  # [F, D]
+    DENSE_DOWN = "feed-forward's down"  # [D, F]
     ROPE_FACTORS = "rope factors"  # in GGUF files only: made from the rotary embedding, in no checkpoint
 
     @property
@@ -59,8 +69,12 @@ _GLOBAL_ROLES = frozenset({Role.TOKEN_EMBEDDING, Role.FINAL_NORM, Role.HEAD, Rol
 _FEED_FORWARD_ROLES = _EXPERT_ROLES | {
     Role.MOE_NORM,
     Role.ROUTER,
+    Role.SELECTION_BIAS,
     Role.SHARED_ROUTER,
     Role.SHARED_GATE,
     Role.SHARED_UP,
     Role.SHARED_DOWN,
+    Role.DENSE_GATE,
+    Role.DENSE_UP,
+    Role.DENSE_DOWN,
 }

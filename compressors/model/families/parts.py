@@ -25,12 +25,16 @@ __all__ = [
     "dense_settings",
     "dense_tensors",
     "expert_tensors",
+    "grouped_query",
     "layer",
+    "leading_dense_tensors",
     "limit_of_square_attention",
     "limit_of_untied_head",
     "model",
     "moe_edited",
+    "norm",
     "normalization_refusal",
+    "norms",
     "qk_norm_tensors",
     "router_tensor",
     "shared_expert_tensors",
@@ -109,8 +113,28 @@ def attention(
     )
 
 
+def norms() -> tuple[TensorSpec, ...]:
+    """The norms in front of the mixer and of the feed-forward."""
+    return (
+        norm(Role.ATTENTION_NORM, f"{_LAYER}input_layernorm.weight", ("D",), "blk.{layer}.attn_norm.weight"),
+        norm(Role.MOE_NORM, f"{_LAYER}post_attention_layernorm.weight", ("D",), "blk.{layer}.ffn_norm.weight"),
+    )
+
+
+def norm(role: Role, name: str, shape: tuple[str, ...], gguf: str) -> TensorSpec:
+    """The scales of a norm."""
+    return TensorSpec(role, name, shape, GgufTensor(gguf), Kind.NORM)
+
+
+def grouped_query(spec: ModelSpec, index: int = 0) -> GroupedQuery:
+    """The mixer of a layer, which is grouped-query attention."""
+    mixer = spec.layers[index].mixer
+    assert isinstance(mixer, GroupedQuery)
+    return mixer
+
+
 def attention_tensors(rotary: Transform = SAME) -> tuple[TensorSpec, ...]:
-    """The norm and the four matrices of grouped-query attention.
+    """The four matrices of grouped-query attention, and the norms in front of it and of the feed-forward.
 
     Args:
         rotary: what llama.cpp's converter does to the rows of queries and keys.
@@ -121,12 +145,11 @@ def attention_tensors(rotary: Transform = SAME) -> tuple[TensorSpec, ...]:
     value = TensorSpec(Role.VALUE, f"{attention}v_proj.weight", ("K", "D"), GgufTensor(f"{gguf}v.weight"))
     output = GgufTensor(f"{gguf}output.weight")
     return (
-        _norm(Role.ATTENTION_NORM, f"{_LAYER}input_layernorm.weight", ("D",), f"{gguf}norm.weight"),
+        *norms(),
         query,
         replace(key, shares_input_of=Role.QUERY),
         replace(value, shares_input_of=Role.QUERY),
         TensorSpec(Role.ATTENTION_OUTPUT, f"{attention}o_proj.weight", ("D", "Q"), output),
-        _norm(Role.MOE_NORM, f"{_LAYER}post_attention_layernorm.weight", ("D",), "blk.{layer}.ffn_norm.weight"),
     )
 
 
@@ -135,8 +158,8 @@ def qk_norm_tensors(qk_norm: QkNorm) -> tuple[TensorSpec, ...]:
     query, key = ("h", "h") if qk_norm is QkNorm.PER_HEAD else ("Q", "K")
     attention, gguf = f"{_LAYER}self_attn.", "blk.{layer}.attn_"
     return (
-        _norm(Role.QUERY_NORM, f"{attention}q_norm.weight", (query,), f"{gguf}q_norm.weight"),
-        _norm(Role.KEY_NORM, f"{attention}k_norm.weight", (key,), f"{gguf}k_norm.weight"),
+        norm(Role.QUERY_NORM, f"{attention}q_norm.weight", (query,), f"{gguf}q_norm.weight"),
+        norm(Role.KEY_NORM, f"{attention}k_norm.weight", (key,), f"{gguf}k_norm.weight"),
     )
 
 
@@ -195,6 +218,18 @@ def shared_expert_tensors(module: str, gate: str | None = None) -> tuple[TensorS
     return (TensorSpec(Role.SHARED_ROUTER, f"{_LAYER}{gate}.weight", ("1", "D"), router, Kind.VECTOR), *matrices)
 
 
+def leading_dense_tensors() -> tuple[TensorSpec, ...]:
+    """The matrices of a feed-forward in a layer without experts, beside layers that have some."""
+    mlp, blk = f"{_LAYER}mlp.", "blk.{layer}.ffn_"
+    gate_gguf, up_gguf, down_gguf = (GgufTensor(f"{blk}{name}.weight") for name in ("gate", "up", "down"))
+    up = TensorSpec(Role.DENSE_UP, f"{mlp}up_proj.weight", ("F", "D"), up_gguf, shares_input_of=Role.DENSE_GATE)
+    return (
+        TensorSpec(Role.DENSE_GATE, f"{mlp}gate_proj.weight", ("F", "D"), gate_gguf),
+        up,
+        TensorSpec(Role.DENSE_DOWN, f"{mlp}down_proj.weight", ("D", "F"), down_gguf),
+    )
+
+
 def dense_tensors() -> tuple[TensorSpec, ...]:
     """The matrices of a dense counterpart's feed-forward, which are those of its only expert."""
     mlp, blk = f"{_LAYER}mlp.", "blk.{layer}.ffn_"
@@ -207,10 +242,6 @@ def dense_tensors() -> tuple[TensorSpec, ...]:
     )
 
 
-def _norm(role: Role, name: str, shape: tuple[str, ...], gguf: str) -> TensorSpec:
-    return TensorSpec(role, name, shape, GgufTensor(gguf), Kind.NORM)
-
-
 def usual_keys(spec: ModelSpec, width_key: str = "feed_forward_length") -> dict[str, GgufValue]:
     """The keys of a model of alike layers with grouped-query attention, under llama.cpp's architecture.
 
@@ -220,7 +251,7 @@ def usual_keys(spec: ModelSpec, width_key: str = "feed_forward_length") -> dict[
         spec: the model as it is written.
         width_key: the key of the width of its feed-forward.
     """
-    mixer, feed_forward = spec.layers[0].mixer, spec.layers[0].feed_forward
+    mixer, feed_forward = grouped_query(spec), spec.layers[0].feed_forward
     assert feed_forward is not None
     values: dict[str, GgufValue] = {
         "block_count": spec.n_layers,
@@ -253,7 +284,7 @@ def normalization_refusal(spec: ModelSpec, *, always: bool) -> str | None:
 
 def limit_of_square_attention(spec: ModelSpec) -> str | None:
     """Says that llama.cpp's graph loads queries and keys only as [D, D], and the model's are of other sizes."""
-    for mixer in (layer.mixer for layer in spec.layers):
+    for mixer in (grouped_query(spec, index) for index in range(spec.n_layers)):
         if {mixer.n_heads * mixer.head_dim, mixer.n_kv_heads * mixer.head_dim} != {spec.hidden_size}:
             return (
                 "graph needs queries and keys as wide as the hidden size; this model has "
@@ -279,7 +310,7 @@ def usual_settings(spec: ModelSpec, *, n_experts: str, width: str, normalizes: s
         width: the key of their width.
         normalizes: the key of the rule that weights are normalised; None: there is none.
     """
-    mixer = spec.layers[0].mixer
+    mixer = grouped_query(spec)
     found: dict[str, Any] = {
         "num_hidden_layers": spec.n_layers,
         "hidden_size": spec.hidden_size,
@@ -333,7 +364,7 @@ _ONLY_WITH_EXPERTS = frozenset(
 
 def dense_settings(spec: ModelSpec) -> dict[str, Any]:
     """The settings that describe a dense counterpart, by key."""
-    mixer, width = spec.layers[0].mixer, max(layer.sizes.get("F", 0) for layer in spec.layers)
+    mixer, width = grouped_query(spec), max(layer.sizes.get("F", 0) for layer in spec.layers)
     return {
         "num_hidden_layers": spec.n_layers,
         "hidden_size": spec.hidden_size,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compressors.model.description.mixers import GroupedQuery
 from compressors.model.description.spec import ModelSpec, MoeSize
 from compressors.model.description.tensors import Kind
 from compressors.model.running.experts import GROUPED_EXPERTS, register_grouped_experts
@@ -79,8 +80,9 @@ class _Nothing(nn.Module):
 def _edited(config: Any, spec: ModelSpec) -> Any:
     for name, value in spec.family.edited(spec, {}).items():
         setattr(config, name, value)
-    if getattr(config, "head_dim", None) is None:  # some kinds of rotary embedding do not work it out themselves
-        config.head_dim = spec.layers[0].mixer.head_dim
+    mixer = spec.layers[0].mixer
+    if getattr(config, "head_dim", None) is None and isinstance(mixer, GroupedQuery):
+        config.head_dim = mixer.head_dim  # some kinds of rotary embedding do not work it out themselves
     return config
 
 

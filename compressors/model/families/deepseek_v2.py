@@ -1,0 +1,94 @@
+"""DeepSeek-V2 and V2-Lite: latent attention, and a softmax router that never normalises."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compressors.model.description.family import ConfigValues, Family, GgufFamily
+from compressors.model.description.family_settings import FamilySettings
+from compressors.model.description.feed_forward import Routed, Shared
+from compressors.model.description.routing import GroupScore, Routing
+from compressors.model.description.settings import Settings
+from compressors.model.description.spec import ModelSpec
+from compressors.model.families import latent, parts
+
+__all__ = ["FAMILY"]
+
+_DEFAULTS = {
+    "vocab_size": 102400,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "moe_intermediate_size": 1407,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "n_shared_experts": 2,
+    "n_routed_experts": 64,
+    "routed_scaling_factor": 1.0,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 1536,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "qk_nope_head_dim": 128,
+    "first_k_dense_replace": 0,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+}
+
+
+def _read(file: Settings) -> ModelSpec:
+    settings = FamilySettings(file, FAMILY, _DEFAULTS)
+    settings.require("hidden_act", "silu", "swish")
+    settings.require("attention_bias", False)
+    settings.require("mlp_bias", False)
+    settings.require("scoring_func", "softmax")
+    settings.require("moe_layer_freq", 1)
+    settings.require("topk_method", "greedy", "group_limited_greedy")
+    settings.ignore("num_key_value_heads", "norm_topk_prob", "pretraining_tp", "head_dim")  # the class never normalises
+    settings.refuse_what_no_family_can_do()
+    n_experts, width = settings.count("n_routed_experts"), settings.count("moe_intermediate_size")
+    experts = Routed(
+        n_experts=n_experts,
+        top_k=settings.top_k(n_experts),
+        width=width,
+        routing=_routing(settings),
+        shared=Shared(width * settings.count("n_shared_experts")),
+    )
+    return latent.model(settings, experts, n_dense=settings.whole_number("first_k_dense_replace"))
+
+
+def _routing(settings: FamilySettings) -> Routing:
+    scale = settings.number("routed_scaling_factor")
+    if settings.settings.get("topk_method", "greedy") == "greedy":
+        settings.ignore("n_group", "topk_group")
+        return Routing(normalizes=False, scale=scale)
+    return Routing(
+        n_groups=settings.count("n_group"),
+        n_chosen_groups=settings.count("topk_group"),
+        group_score=GroupScore.BEST,
+        normalizes=False,
+        scale=scale,
+    )
+
+
+def _settings(spec: ModelSpec) -> ConfigValues:
+    return latent.settings(spec) | {"first_k_dense_replace": latent.n_dense(spec)}
+
+
+def _edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:
+    return parts.moe_edited(spec, config, *latent.COUNTS, "first_k_dense_replace")
+
+
+def _refusal(spec: ModelSpec) -> str | None:
+    if all(layer.routed is None or layer.routed.routing.n_groups == 1 for layer in spec.layers):
+        return None
+    return "graph scores groups of experts by the sum of their best two, but this model's are scored by their best"
+
+
+FAMILY = Family(
+    model_type="deepseek_v2",
+    architecture="DeepseekV2ForCausalLM",
+    read=_read,
+    edited=_edited,
+    settings=_settings,
+    gguf=GgufFamily("deepseek2", latent.gguf_keys, _refusal),
+)

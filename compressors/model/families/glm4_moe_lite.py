@@ -1,0 +1,93 @@
+"""GLM-4.7-Flash: DeepSeek-V3's block, with its layers' kinds in a list."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compressors.model.description.family import ConfigValues, Family, GgufFamily
+from compressors.model.description.family_settings import FamilySettings
+from compressors.model.description.feed_forward import Routed, Shared
+from compressors.model.description.routing import Routing, Score
+from compressors.model.description.settings import Settings
+from compressors.model.description.spec import ModelSpec
+from compressors.model.families import latent, parts
+
+__all__ = ["FAMILY"]
+
+_DEFAULTS = {
+    "vocab_size": 154880,
+    "hidden_size": 2048,
+    "intermediate_size": 10240,
+    "moe_intermediate_size": 1536,
+    "num_hidden_layers": 47,
+    "num_attention_heads": 20,
+    "n_shared_experts": 1,
+    "n_routed_experts": 64,
+    "routed_scaling_factor": 1.8,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 768,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 256,
+    "qk_nope_head_dim": 192,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 4,
+    "max_position_embeddings": 202752,
+    "rms_norm_eps": 1e-5,
+}
+
+
+def _read(file: Settings) -> ModelSpec:
+    settings = FamilySettings(file, FAMILY, _DEFAULTS)
+    settings.require("hidden_act", "silu", "swish")
+    settings.require("attention_bias", False)
+    settings.require("rope_interleave", True)
+    settings.require("scoring_func", "sigmoid")
+    settings.require("topk_method", "noaux_tc")
+    settings.ignore("num_key_value_heads", "num_nextn_predict_layers", "pretraining_tp", "head_dim")
+    settings.refuse_what_no_family_can_do()
+    n_experts, width = settings.count("n_routed_experts"), settings.count("moe_intermediate_size")
+    experts = Routed(
+        n_experts=n_experts,
+        top_k=settings.top_k(n_experts),
+        width=width,
+        routing=Routing(
+            Score.SIGMOID,
+            has_selection_bias=True,
+            n_groups=settings.count("n_group"),
+            n_chosen_groups=settings.count("topk_group"),
+            normalizes=settings.flag("norm_topk_prob", default=True),
+            epsilon=1e-20,
+            scale=settings.number("routed_scaling_factor"),
+        ),
+        shared=Shared(width * settings.count("n_shared_experts")),
+        selection_bias="mlp.gate.e_score_correction_bias",
+    )
+    return latent.model(settings, experts, n_dense=_n_dense(settings))
+
+
+def _n_dense(settings: FamilySettings) -> int:
+    """The number of leading dense layers: the first alone, unless a list says otherwise."""
+    kinds = settings.settings.get("mlp_layer_types")
+    return settings.leading("mlp_layer_types", "dense", "sparse") if kinds is not None else 1
+
+
+def _settings(spec: ModelSpec) -> ConfigValues:
+    n_dense = latent.n_dense(spec)
+    kinds = ["dense"] * n_dense + ["sparse"] * (spec.n_layers - n_dense)
+    return latent.settings(spec) | {"mlp_layer_types": kinds}
+
+
+def _edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:
+    return parts.moe_edited(spec, config, *latent.COUNTS, "mlp_layer_types", other_spelling="first_k_dense_replace")
+
+
+FAMILY = Family(
+    model_type="glm4_moe_lite",
+    architecture="Glm4MoeLiteForCausalLM",
+    read=_read,
+    edited=_edited,
+    settings=_settings,
+    gguf=GgufFamily("deepseek2", latent.gguf_keys),
+    skipped=(latent.MTP,),
+)

@@ -1,0 +1,195 @@
+"""Parts that the families with latent attention share: DeepSeek's, and GLM-4.7-Flash."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from compressors.model.description.family import GgufValue, SkippedPart
+from compressors.model.description.family_settings import FamilySettings
+from compressors.model.description.feed_forward import Dense, Routed
+from compressors.model.description.mixers import Latent
+from compressors.model.description.roles import Role
+from compressors.model.description.rope import RopeKind
+from compressors.model.description.routing import Score
+from compressors.model.description.spec import ModelSpec
+from compressors.model.description.tensors import GgufTensor, Kind, TensorSpec
+from compressors.model.errors import UnsupportedError
+from compressors.model.families import parts
+
+__all__ = ["COUNTS", "MTP", "gguf_keys", "model", "n_dense", "settings"]
+
+MTP = SkippedPart(r"model\.layers\.(?P<layer>\d+)\..*", "layers for predicting several tokens at once (MTP)")
+
+_INNER_EPSILON = 1e-6
+"""Of the norms inside attention, whatever rms_norm_eps says: transformers' classes make them without it."""
+
+_SOFTMAX, _SIGMOID = 1, 2  # enum llama_expert_gating_func_type in llama.cpp's src/llama-hparams.h
+
+
+def _attention(settings: FamilySettings) -> Latent:
+    """Reads the mixer."""
+    plain_dim, rotary_dim = settings.count("qk_nope_head_dim"), settings.count("qk_rope_head_dim")
+    rope = settings.rope(rotary_dim, 10_000.0)
+    scale = 1 / math.sqrt(plain_dim + rotary_dim)
+    if rope.kind is not RopeKind.DEFAULT:
+        scale *= rope.softmax_factor
+    return Latent(
+        n_heads=settings.count("num_attention_heads"),
+        query_rank=settings.count_or_null("q_lora_rank"),
+        rank=settings.count("kv_lora_rank"),
+        plain_dim=plain_dim,
+        rotary_dim=rotary_dim,
+        value_dim=settings.count("v_head_dim"),
+        rope=rope,
+        scale=scale,
+        inner_epsilon=_INNER_EPSILON,
+    )
+
+
+def _tensors(mixer: Latent) -> tuple[TensorSpec, ...]:
+    """The tensors of the mixer, and the norm in front of the feed-forward."""
+    attention, gguf = "model.layers.{layer}.self_attn.", "blk.{layer}.attn_"
+    output = TensorSpec(
+        Role.ATTENTION_OUTPUT, f"{attention}o_proj.weight", ("D", "O"), GgufTensor(f"{gguf}output.weight")
+    )
+    keys_values = (
+        TensorSpec(
+            Role.KEY_VALUE_A,
+            f"{attention}kv_a_proj_with_mqa.weight",
+            ("R", "D"),
+            GgufTensor(f"{gguf}kv_a_mqa.weight"),
+            shares_input_of=Role.QUERY if mixer.query_rank is None else Role.QUERY_A,
+        ),
+        parts.norm(Role.KEY_VALUE_A_NORM, f"{attention}kv_a_layernorm.weight", ("C",), f"{gguf}kv_a_norm.weight"),
+        TensorSpec(Role.KEY_VALUE_B, f"{attention}kv_b_proj.weight", ("U", "C"), GgufTensor(f"{gguf}kv_b.weight")),
+    )
+    return (*parts.norms(), *_query_tensors(mixer), *keys_values, output)
+
+
+def _query_tensors(mixer: Latent) -> tuple[TensorSpec, ...]:
+    attention, gguf = "model.layers.{layer}.self_attn.", "blk.{layer}.attn_"
+    if mixer.query_rank is None:
+        return (TensorSpec(Role.QUERY, f"{attention}q_proj.weight", ("Q", "D"), GgufTensor(f"{gguf}q.weight")),)
+    return (
+        TensorSpec(Role.QUERY_A, f"{attention}q_a_proj.weight", ("A", "D"), GgufTensor(f"{gguf}q_a.weight")),
+        parts.norm(Role.QUERY_A_NORM, f"{attention}q_a_layernorm.weight", ("A",), f"{gguf}q_a_norm.weight"),
+        TensorSpec(Role.QUERY_B, f"{attention}q_b_proj.weight", ("Q", "A"), GgufTensor(f"{gguf}q_b.weight")),
+    )
+
+
+def _selection_bias() -> TensorSpec:
+    """The bias that is added to scores for the choice."""
+    return TensorSpec(
+        Role.SELECTION_BIAS,
+        "model.layers.{layer}.mlp.gate.e_score_correction_bias",
+        ("E",),
+        GgufTensor("blk.{layer}.exp_probs_b.bias"),
+        Kind.ROUTER,
+        experts_axis=0,
+    )
+
+
+def model(settings: FamilySettings, experts: Routed, *, n_dense: int) -> ModelSpec:
+    """A model whose first layers are dense."""
+    mixer = _attention(settings)
+    of_mixer = _tensors(mixer)
+    of_experts = (
+        parts.router_tensor(),
+        *((_selection_bias(),) if experts.routing.has_selection_bias else ()),
+        *parts.expert_tensors(),
+        *parts.shared_expert_tensors("mlp.shared_experts"),
+    )
+    feed_forward = Dense(settings.count("intermediate_size"))
+    dense = parts.layer(settings, mixer, feed_forward, (*of_mixer, *parts.leading_dense_tensors()))
+    routed = parts.layer(settings, mixer, experts, (*of_mixer, *of_experts))
+    n_layers = settings.count("num_hidden_layers")
+    n_dense = min(n_dense, n_layers)
+    return parts.model(settings, [dense] * n_dense + [routed] * (n_layers - n_dense))
+
+
+def n_dense(spec: ModelSpec) -> int:
+    """The number of leading dense layers."""
+    return sum(isinstance(layer.feed_forward, Dense) for layer in spec.layers)
+
+
+COUNTS = ("n_routed_experts", "moe_intermediate_size", "n_shared_experts", "num_experts_per_tok")
+"""Settings that a student may have others of."""
+
+
+def settings(spec: ModelSpec) -> dict[str, Any]:
+    """The settings of ``config.json`` that describe a model, by key.
+
+    Raises:
+        UnsupportedError: the shared expert's width is no multiple of the routed experts', as the configuration has it.
+    """
+    mixer = spec.layers[0].mixer
+    routed = next(layer.routed for layer in spec.layers if layer.routed is not None)
+    assert isinstance(mixer, Latent) and routed.shared is not None
+    n_shared, rest = divmod(routed.shared.width, routed.width)
+    if rest:
+        raise UnsupportedError(
+            f"{spec.family.architecture} has a shared expert as wide as a number of routed ones; {routed.shared.width} "
+            f"is no multiple of {routed.width}: choose a width that divides it"
+        )
+    found: dict[str, Any] = {
+        "num_hidden_layers": spec.n_layers,
+        "hidden_size": spec.hidden_size,
+        "num_attention_heads": mixer.n_heads,
+        "q_lora_rank": mixer.query_rank,
+        "kv_lora_rank": mixer.rank,
+        "qk_nope_head_dim": mixer.plain_dim,
+        "qk_rope_head_dim": mixer.rotary_dim,
+        "v_head_dim": mixer.value_dim,
+        "n_routed_experts": routed.n_experts,
+        "num_experts_per_tok": routed.top_k,
+        "moe_intermediate_size": routed.width,
+        "n_shared_experts": n_shared,
+        "routed_scaling_factor": routed.routing.scale,
+        "vocab_size": spec.vocab_size,
+        "rms_norm_eps": spec.rms_norm_eps,
+    }
+    dense = next((layer.feed_forward for layer in spec.layers if isinstance(layer.feed_forward, Dense)), None)
+    return found if dense is None else found | {"intermediate_size": dense.width}
+
+
+def gguf_keys(spec: ModelSpec) -> Mapping[str, GgufValue]:
+    """The keys of llama.cpp's deepseek2, which keeps one vector for all heads (multi-query attention).
+
+    ``src/models/deepseek2.cpp``; a query rank of 0 stands for none.
+    """
+    mixer = spec.layers[0].mixer
+    routed = next(layer.routed for layer in spec.layers if layer.routed is not None)
+    assert isinstance(mixer, Latent) and routed.shared is not None
+    dense = next((layer.feed_forward for layer in spec.layers if isinstance(layer.feed_forward, Dense)), None)
+    rule = routed.routing
+    keys: dict[str, GgufValue] = {
+        "block_count": spec.n_layers,
+        "context_length": spec.context_length,
+        "embedding_length": spec.hidden_size,
+        "feed_forward_length": routed.width if dense is None else dense.width,
+        "attention.head_count": mixer.n_heads,
+        "attention.head_count_kv": 1,
+        "attention.layer_norm_rms_epsilon": spec.rms_norm_eps,
+        "attention.q_lora_rank": mixer.query_rank or 0,
+        "attention.kv_lora_rank": mixer.rank,
+        "attention.key_length": mixer.rank + mixer.rotary_dim,
+        "attention.value_length": mixer.rank,
+        "attention.key_length_mla": mixer.key_dim,
+        "attention.value_length_mla": mixer.value_dim,
+        "rope.freq_base": mixer.rope.theta,
+        "rope.dimension_count": mixer.rotary_dim,
+        "expert_count": routed.n_experts,
+        "expert_used_count": routed.top_k,
+        "expert_feed_forward_length": routed.width,
+        "expert_shared_count": routed.shared.width // routed.width,
+        "expert_weights_scale": rule.scale,
+        "expert_weights_norm": rule.normalizes,
+        "expert_gating_func": _SIGMOID if rule.score is Score.SIGMOID else _SOFTMAX,
+        "leading_dense_block_count": n_dense(spec),
+        "vocab_size": spec.vocab_size,
+    }
+    if rule.n_groups > 1:
+        keys |= {"expert_group_count": rule.n_groups, "expert_group_used_count": rule.n_chosen_groups}
+    return keys
