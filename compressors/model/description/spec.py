@@ -49,6 +49,7 @@ class LayerSpec:
         hidden_size: D.
         tensors: all tensors of the layer, in the order of their roles; one that each expert has stands here once.
         lost_modules: modules of transformers' layer that it has lost: they add nothing.
+        residual_scale: a factor of what mixer and feed-forward add to the hidden state.
     """
 
     mixer: Mixer
@@ -56,6 +57,7 @@ class LayerSpec:
     hidden_size: int
     tensors: tuple[TensorSpec, ...]
     lost_modules: tuple[str, ...] = ()
+    residual_scale: float = 1.0
 
     @cached_property
     def sizes(self) -> Mapping[str, int]:
@@ -166,6 +168,8 @@ class ModelSpec(Legacy):
         bos_token_id: the token that begins texts; None: there is none.
         eos_token_ids: the tokens that end texts.
         pad_token_id: the token that fills up batches; None: there is none.
+        embedding_scale: a factor of the embedding's rows where they enter the first layer.
+        logit_divisor: logits are divided by it.
     """
 
     family: Family
@@ -179,6 +183,8 @@ class ModelSpec(Legacy):
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
+    embedding_scale: float = 1.0
+    logit_divisor: float = 1.0
 
     @property
     def model_type(self) -> str:

@@ -34,9 +34,8 @@ class Skeleton:
         register_grouped_experts()
         config = _edited(AutoConfig.from_pretrained(folder, local_files_only=True), spec)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, attn_implementation="sdpa", experts_implementation=GROUPED_EXPERTS
-            )
+            model = AutoModelForCausalLM.from_config(config, experts_implementation=GROUPED_EXPERTS)
+        self.is_causal_by_itself: bool = model.config._attn_implementation == "sdpa"  # eager attention needs a mask
         self.layers = [self._fitted(layer, index, model.config) for index, layer in enumerate(model.model.layers)]
         self.rotary: nn.Module = type(model.model.rotary_emb)(config=config)  # computes, so it needs a device
         self.final_norm: nn.Module = model.model.norm.eval()

@@ -24,6 +24,7 @@ from compressors.model.errors import InputError
 from compressors.model.running.expert_choice import ExpertChoice, choosing
 from compressors.model.running.hidden_states import HiddenStates
 from compressors.model.running.layers import LayerReader, LayerWeights, layer_bytes, refuse_not_finite
+from compressors.model.running.masks import causal_mask
 from compressors.model.running.memory import (
     BLOCKS_AT_ONCE,
     MemoryLimit,
@@ -121,7 +122,7 @@ class StreamedModel:
         """Hidden states that enter the first layer, in storage dtype: [B, T, D]. Reads the rows it needs."""
         used, positions = tokens_BT.unique(return_inverse=True)
         rows = torch.cat([self._read_rows(token) for token in used.tolist()])
-        return rows[positions]
+        return rows[positions] if self.spec.embedding_scale == 1.0 else rows[positions] * self.spec.embedding_scale
 
     @contextmanager
     def layer(self, index: int, weights: LayerWeights, dtype: torch.dtype = torch.float32) -> Iterator[nn.Module]:
@@ -147,12 +148,21 @@ class StreamedModel:
         """
         positions = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)[None] + first_position
         rotary = self._rotary(hidden_BTD, positions)
-        others = {"attention_mask": None, "position_embeddings": rotary, "past_key_values": cache}
+        mask = self._mask(layer, hidden_BTD, first_position)
+        others = {"attention_mask": mask, "position_embeddings": rotary, "past_key_values": cache}
         trained = self._stand_ins(layer, hidden_BTD.dtype)
         output: torch.Tensor = (
             functional_call(layer, trained, hidden_BTD, others) if trained else layer(hidden_BTD, **others)
         )
         return output
+
+    def _mask(self, layer: nn.Module, hidden_BTD: torch.Tensor, first_position: int) -> torch.Tensor | None:
+        """The mask of a layer; None where its attention is causal by itself and reaches back over everything."""
+        mixer, n_new = self.spec.layers[self._indices[layer]].mixer, hidden_BTD.shape[1]
+        is_short = mixer.window is None or first_position + n_new <= mixer.window
+        if self._skeleton.is_causal_by_itself and is_short:
+            return None
+        return causal_mask(n_new, first_position, mixer.window, hidden_BTD)
 
     def blocks_at_once(self, dtype: torch.dtype) -> int:
         """Token blocks in one call of a layer; fewer where tokens use more experts than the router's top-k."""
@@ -268,7 +278,13 @@ class StreamedModel:
         matrix_VD = self._read_head(dtype)
         self._skeleton.final_norm.load_state_dict({"weight": self._final_norm_weight.to(dtype)}, assign=True)
         self._skeleton.final_norm.requires_grad_(False)
-        yield lambda states_ND: functional.linear(self.head_inputs(states_ND), matrix_VD)
+        divisor = self.spec.logit_divisor
+
+        def logits_of(states_ND: torch.Tensor) -> torch.Tensor:
+            logits_NV = functional.linear(self.head_inputs(states_ND), matrix_VD)
+            return logits_NV if divisor == 1.0 else logits_NV / divisor
+
+        yield logits_of
 
     def head_inputs(self, states_ND: torch.Tensor) -> torch.Tensor:
         """The inputs of the head: the states after the last layer, normed. Call it inside :meth:`head` only."""

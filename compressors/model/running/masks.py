@@ -1,0 +1,28 @@
+"""Attention masks, where transformers' arithmetic of attention does not make the right one by itself."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["causal_mask"]
+
+
+def causal_mask(n_new: int, n_before: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+    """What is added to the products of queries and keys: 0 where a position may look, and the lowest number elsewhere.
+
+    Args:
+        n_new: positions that look.
+        n_before: positions in front of them, to which they look back too.
+        window: positions that each may look at, itself included; None: all up to itself.
+        like: a tensor whose dtype and device the mask has.
+
+    Returns:
+        [1, 1, n_new, n_before + n_new]
+    """
+    keys = torch.arange(n_before + n_new, device=like.device)
+    queries = keys[n_before:, None]
+    may_look = keys <= queries
+    if window is not None:
+        may_look &= keys > queries - window
+    lowest = torch.finfo(like.dtype).min
+    return torch.zeros(may_look.shape, dtype=like.dtype, device=like.device).masked_fill_(~may_look, lowest)[None, None]
