@@ -119,10 +119,14 @@ class StreamedModel:
         self._final_norm_weight = self._read(Role.FINAL_NORM).to(self.device)
 
     def embed(self, tokens_BT: torch.Tensor) -> torch.Tensor:
-        """Hidden states that enter the first layer, in storage dtype: [B, T, D]. Reads the rows it needs."""
+        """Hidden states that enter the first layer: [B, T, D]. Reads the rows it needs.
+
+        They are in storage dtype, or in float32 where the model scales them.
+        """
         used, positions = tokens_BT.unique(return_inverse=True)
         rows = torch.cat([self._read_rows(token) for token in used.tolist()])
-        return rows[positions] if self.spec.embedding_scale == 1.0 else rows[positions] * self.spec.embedding_scale
+        scale = self.spec.embedding_scale
+        return rows[positions] if scale == 1.0 else rows[positions].float() * scale
 
     @contextmanager
     def layer(self, index: int, weights: LayerWeights, dtype: torch.dtype = torch.float32) -> Iterator[nn.Module]:
