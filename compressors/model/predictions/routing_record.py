@@ -61,15 +61,18 @@ class RoutingRecord:
         )
 
 
-def selection_margins(logits_TE: npt.NDArray[np.float32], top_k: int) -> npt.NDArray[np.float32]:
-    """How far a token is from choosing another expert: its k-th largest router logit less the next, float32 [T].
+def selection_margins(scores_TE: npt.NDArray[np.float32], top_k: int) -> npt.NDArray[np.float32]:
+    """Returns how far a token is from choosing another expert: its k-th largest score less the next, float32 [T].
 
-    The logarithm of the ratio of both experts' gate weights; infinite where all experts are chosen.
+    Scores are :meth:`~compressors.model.description.routing.Routing.selection_scores`. Where they are router logits, a
+    margin is the logarithm of the ratio of both experts' weights before these are normalised (of a softmax's; a
+    sigmoid's are at most so far apart). It is infinite where no other expert can be chosen. How far a token is from
+    choosing another group of experts is not in it.
     """
-    n_tokens, n_experts = logits_TE.shape
+    n_tokens, n_experts = scores_TE.shape
     if top_k == n_experts:
         return np.full(n_tokens, np.inf, dtype=np.float32)
     last, first_left_out = n_experts - top_k, n_experts - top_k - 1  # by rising logit
-    sorted_TE = np.partition(logits_TE, (first_left_out, last), axis=1)
+    sorted_TE = np.partition(scores_TE, (first_left_out, last), axis=1)
     margins_T: npt.NDArray[np.float32] = sorted_TE[:, last] - sorted_TE[:, first_left_out]
     return margins_T.astype(np.float32, copy=False)

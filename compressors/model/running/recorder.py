@@ -33,11 +33,14 @@ class RoutingRecorder:
         """Watches one layer's router while it runs."""
         experts, weights = self._experts.setdefault(index, []), self._weights.setdefault(index, [])
         margins = self._margins.setdefault(index, [])
+        routed = self._spec.layers[index].routed
 
         def see(call: RoutedCall) -> None:
+            assert routed is not None
             experts.append(self._padded(call.chosen_TK.to("cpu", torch.int32), NO_EXPERT))
             weights.append(self._padded(call.weights_TK.float().cpu(), 0.0))
-            margins.append(selection_margins(call.logits_TE.float().cpu().numpy(), call.chosen_TK.shape[1]))
+            scores_TE = routed.routing.torch_selection_scores(call.logits_TE, call.bias_E)
+            margins.append(selection_margins(scores_TE.float().cpu().numpy(), call.chosen_TK.shape[1]))
 
         def see_without_experts(_module: nn.Module, inputs: tuple[torch.Tensor, ...], _output: Any) -> None:
             n_tokens = inputs[0].shape[:-1].numel()
@@ -45,7 +48,6 @@ class RoutingRecorder:
             weights.append(self._padded(torch.empty(n_tokens, 0), 0.0))
             margins.append(np.full(n_tokens, np.inf, dtype=np.float32))
 
-        routed = self._spec.layers[index].routed
         if routed is not None:
             with watching(layer, routed, see):
                 yield
