@@ -72,7 +72,7 @@ class Glu:
             inner = np.float32(np.sqrt(2 / np.pi)) * (values + np.float32(0.044715) * values**3)
             activated = values * (1 + np.tanh(inner)) / 2
         else:
-            activated = values / (1 + np.exp(-np.float32(self.alpha) * values))
+            activated = values * np.exp(-np.logaddexp(np.float32(0), -np.float32(self.alpha) * values))
         return np.asarray(activated, dtype=np.float32)
 
     def _torch_activated(self, values: torch.Tensor) -> torch.Tensor:

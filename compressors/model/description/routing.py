@@ -82,7 +82,7 @@ class Routing:
         return logits_TE if self._orders_as_logits else self._choice_scores(logits_TE, bias_E)
 
     def weights(self, logits_TE: Floats, chosen_TK: npt.NDArray[np.int64], scale_E: Floats | None = None) -> Floats:
-        """Returns the weights of these experts: [T, K]; ``scale_E`` are the experts' scales, where the rule has them."""
+        """Returns the weights of these experts: [T, K]; ``scale_E`` are their scales, where the rule has them."""
         if self.score is Score.LOGITS:
             weights_TK = _softmax(np.take_along_axis(logits_TE, chosen_TK, axis=1))
         else:
