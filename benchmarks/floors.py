@@ -21,7 +21,7 @@ import torch
 
 from compressors.calibration.splits import BLOCK_LENGTH, tokenize_heldout
 from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
-from compressors.model.predictions.routing import Routing
+from compressors.model.predictions.routing_record import RoutingRecord
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.gguf import GgufWeights
@@ -70,7 +70,7 @@ def measure(model: str, source: Checkpoint, tokens_BT: Tokens, folder: Path, thr
             yield Floor(model, weight_type, backend.runtime, floor_figures(evaluation, "torch", routing))
 
 
-def _by_torch(written: Student, tokens_BT: Tokens, path: Path) -> tuple[LogProbReader, Routing | None]:
+def _by_torch(written: Student, tokens_BT: Tokens, path: Path) -> tuple[LogProbReader, RoutingRecord | None]:
     scored = scored_positions(tokens_BT.shape[1])
     log_probs = path.with_suffix(".log_probs")
     record = LogProbWriter(log_probs, len(tokens_BT) * (scored.stop - scored.start), written.spec.vocab_size)

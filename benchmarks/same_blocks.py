@@ -24,7 +24,7 @@ import torch
 from compressors.calibration.splits import BLOCK_LENGTH, tokenize_heldout
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
-from compressors.model.predictions.routing import Routing
+from compressors.model.predictions.routing_record import RoutingRecord
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.gguf import GgufWeights
 from compressors.model.sources.student import Student
@@ -169,14 +169,20 @@ def compare(
         yield _compared(name, preset, comparison, inputs.routing(), chosen, len(sample_B), error)
 
 
-def _routing(backend: RuntimeBackend | TorchBackend, tokens_BT: npt.NDArray[np.int64]) -> Routing:
+def _routing(backend: RuntimeBackend | TorchBackend, tokens_BT: npt.NDArray[np.int64]) -> RoutingRecord:
     routing = evaluate(backend, tokens_BT, {}).routing
     assert routing is not None, "both models have experts"
     return routing
 
 
 def _compared(
-    name: str, preset: str, what: str, reference: Routing, model: Routing, n_chunks: int, error: float | None = None
+    name: str,
+    preset: str,
+    what: str,
+    reference: RoutingRecord,
+    model: RoutingRecord,
+    n_chunks: int,
+    error: float | None = None,
 ) -> Compared:
     agreement = routing_agreement(reference, model, n_chunks=n_chunks)
     ties = find_ties(reference, model)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from compressors.model.predictions.routing import Routing
+from compressors.model.predictions.routing_record import RoutingRecord
 from exporter.pipeline.work import StageRecord, WorkDirectory
 from exporter.planning.plan import Plan
 from exporter.stages.teacher import COST, ROUTING
@@ -58,4 +58,4 @@ def _teacher(
     evaluation = Evaluation.load(work.stage(stage) / EVALUATION)
     cost = json.loads((work.stage(stage) / COST).read_text(encoding="utf-8")) or {}
     of_what |= {name: cost.get(name) for name in _COSTS}
-    return of_what | floor_figures(evaluation, "teacher", Routing.load(work.stage(stage) / ROUTING))
+    return of_what | floor_figures(evaluation, "teacher", RoutingRecord.load(work.stage(stage) / ROUTING))

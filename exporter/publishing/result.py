@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compressors.model.description.spec import ModelSpec
-from compressors.model.predictions.routing import Routing
+from compressors.model.predictions.routing_record import RoutingRecord
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, LayerMap
 from exporter.estimating.budget import expert_bits
@@ -179,7 +179,7 @@ class _Rows:
         self._records = records
         self._experts = experts
         self._teacher = teacher
-        self._teacher_routing = Routing.load(Calibration.of(work).routing)
+        self._teacher_routing = RoutingRecord.load(Calibration.of(work).routing)
         self._domains = Calibration.of(work).heldout_domains
         self._last_words = load_last_words(Calibration.of(work).last_words)
         self._evaluations = {
@@ -224,7 +224,7 @@ class _Rows:
         """The share of the held-out tokens that each expert gets, by model; a dense student has no experts."""
         teacher = self._plan.teacher_spec
         sizes = {"teacher": [teacher.n_experts] * teacher.n_layers}
-        routings: dict[str, Routing | None] = {"teacher": self._teacher_routing}
+        routings: dict[str, RoutingRecord | None] = {"teacher": self._teacher_routing}
         for name in self._evaluations:
             sizes[name] = [len(layer.groups) for layer in self._experts.layers]
             routings[name] = self._routing_of(name)
@@ -283,7 +283,7 @@ class _Rows:
             "router_alone": None,
         }
 
-    def _routing_of(self, name: str) -> Routing | None:
+    def _routing_of(self, name: str) -> RoutingRecord | None:
         evaluation = self._evaluations[name]
         return None if evaluation is None else evaluation.routing
 
@@ -344,7 +344,7 @@ def _mean_kld(evaluation: Evaluation, reference: str) -> float | None:
 
 
 def _agreement(
-    reference: Routing | None, evaluation: Evaluation, experts: ExpertMap | None = None
+    reference: RoutingRecord | None, evaluation: Evaluation, experts: ExpertMap | None = None
 ) -> dict[str, Any] | None:
     if reference is None or evaluation.routing is None:
         return None

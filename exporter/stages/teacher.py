@@ -19,7 +19,7 @@ import torch
 
 from compressors.calibration.teacher import by_block
 from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
-from compressors.model.predictions.routing import Routing
+from compressors.model.predictions.routing_record import RoutingRecord
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import Student
 from exporter.pipeline.stage import StageContext
@@ -100,19 +100,21 @@ def _spread(n_chunks: int, n_wanted: int) -> list[int]:
     return [(2 * index + 1) * n_chunks // (2 * n_taken) for index in range(n_taken)]
 
 
-def _of_calibration(context: StageContext, chunks: Sequence[int], n_tokens: int) -> tuple[ReferenceLogProbs, Routing]:
+def _of_calibration(
+    context: StageContext, chunks: Sequence[int], n_tokens: int
+) -> tuple[ReferenceLogProbs, RoutingRecord]:
     """The log-probabilities and routing that the teacher's pass stored for these chunks."""
     files = Calibration.of(context.work)
-    routing = Routing.load(files.routing)
+    routing = RoutingRecord.load(files.routing)
     tokens = np.concatenate([np.arange(chunk * n_tokens, (chunk + 1) * n_tokens) for chunk in chunks])
     scored = scored_positions(n_tokens)
     reference = _SomeChunks(LogProbReader(files.heldout_log_probs), chunks, scored.stop - scored.start)
-    return reference, Routing(routing.experts_LTK[:, tokens], routing.weights_LTK[:, tokens])
+    return reference, RoutingRecord(routing.experts_LTK[:, tokens], routing.weights_LTK[:, tokens])
 
 
 def _by_torch(
     context: StageContext, model: Student, tokens_BT: Tokens, folder: Path
-) -> tuple[ReferenceLogProbs, Routing]:
+) -> tuple[ReferenceLogProbs, RoutingRecord]:
     """Runs the model in torch; its log-probabilities go into the folder."""
     scored = scored_positions(tokens_BT.shape[1])
     n_scored = len(tokens_BT) * (scored.stop - scored.start)

@@ -15,7 +15,7 @@ from compressors.model.description.spec import ModelSpec
 from compressors.model.files.array_file import ArrayFile
 from compressors.model.parallel import is_first, reduce_sum, share, wait_for_all
 from compressors.model.predictions.log_probs import LogProbWriter
-from compressors.model.predictions.routing import Routing
+from compressors.model.predictions.routing_record import RoutingRecord
 from compressors.model.running.hidden_states import HiddenStates
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.running.recorder import RoutingRecorder
@@ -168,20 +168,20 @@ class _RoutingFiles:
         wait_for_all()
         self._experts, self._weights = (ArrayFile.open(path, writable=True) for path in self._paths)
 
-    def write(self, layer: int, blocks: Sequence[int], routing: Routing) -> None:
+    def write(self, layer: int, blocks: Sequence[int], routing: RoutingRecord) -> None:
         """Puts one layer's routing of these blocks in its place."""
         for position, block in enumerate(blocks):
             of_block = routing.tokens(slice(position * self._n_tokens, (position + 1) * self._n_tokens))
             self._experts.write(layer * self._n_blocks + block, of_block.experts_LTK)
             self._weights.write(layer * self._n_blocks + block, of_block.weights_LTK)
 
-    def collected(self) -> Routing:
+    def collected(self) -> RoutingRecord:
         """The routing of all layers and blocks."""
         experts, weights = (
             file.read(0, len(file)).reshape(self._n_layers, self._n_blocks * self._n_tokens, -1)
             for file in (self._experts, self._weights)
         )
-        return Routing(experts.astype(np.int32, copy=False), weights.astype(np.float32, copy=False))
+        return RoutingRecord(experts.astype(np.int32, copy=False), weights.astype(np.float32, copy=False))
 
     def remove(self) -> None:
         for path in self._paths:

@@ -14,7 +14,7 @@ import torch
 from compressors.calibration.splits import TextTokenizer, TokenBlocks, block_length_of, tokenize_heldout
 from compressors.calibration.teacher import write_log_probs
 from compressors.model.errors import InputError
-from compressors.model.predictions.routing import Routing
+from compressors.model.predictions.routing_record import RoutingRecord
 from compressors.model.running.recorder import RoutingRecorder
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.checkpoint import Checkpoint
@@ -38,7 +38,7 @@ class Reference:
     chunks_BT: npt.NDArray[np.int64]
     log_probs: LogitsFile
     text_sha256: str | None = None  # None if only its tokens are known
-    routing: Routing | None = None  # None if somebody else wrote its log-probabilities, or it shows none
+    routing: RoutingRecord | None = None  # None if somebody else wrote its log-probabilities, or it shows none
     n_experts: int | None = None  # None if it is not known
     vocabulary: Vocabulary | None = None  # None if only its size is known
     source: Checkpoint | None = None  # its weights
@@ -83,7 +83,7 @@ class StoredReference:
             chunks_BT=log_probs.tokens_BT,
             log_probs=log_probs,
             text_sha256=self.text_sha256,
-            routing=None if self.routing is None else Routing.load(self.routing),
+            routing=None if self.routing is None else RoutingRecord.load(self.routing),
             n_experts=self.n_experts,
             vocabulary=vocabulary,
             source=source,
@@ -176,7 +176,7 @@ def against_logits_file(path: Path) -> StoredReference:
     return StoredReference(name=str(path), runtime="unknown", logits=path, n_tokens=n_tokens)
 
 
-def _stored(routing: Routing | None, folder: Path) -> Path | None:
+def _stored(routing: RoutingRecord | None, folder: Path) -> Path | None:
     if routing is None:
         return None
     path = folder / "routing.safetensors"

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from compressors.model.errors import InputError
 from compressors.model.predictions.log_probs import LogProbSink
-from compressors.model.predictions.routing import Routing
+from compressors.model.predictions.routing_record import RoutingRecord
 from validate.metrics.positions import ReferenceLogProbs, Scores
 from validate.runtimes import time_limit
 from validate.runtimes.backend import Backend, scored_positions
@@ -48,7 +48,7 @@ class Evaluation:
     n_chunks: int
     negative_log_likelihood_N: npt.NDArray[np.float32]
     against: Mapping[str, AgainstReference]  # by the reference's name
-    routing: Routing | None
+    routing: RoutingRecord | None
     right_N: npt.NDArray[np.bool_]  # is the token that follows the model's most probable one?
 
     def save(self, path: Path) -> None:
@@ -87,7 +87,7 @@ class Evaluation:
             int(tensors["n_chunks"]),
             tensors["negative_log_likelihood"],
             {reference: AgainstReference(**arrays) for reference, arrays in against.items()},
-            Routing(tensors["routing.experts"], tensors["routing.weights"], tensors.get("routing.margins"))
+            RoutingRecord(tensors["routing.experts"], tensors["routing.weights"], tensors.get("routing.margins"))
             if "routing.experts" in tensors
             else None,
             tensors["right"],
@@ -117,7 +117,7 @@ def evaluate(
     time_limit.tell("running it")
     scored = scored_positions(tokens_BT.shape[1])
     collected = _Collected(references, len(tokens_BT) * (scored.stop - scored.start))
-    routing: list[Routing] = []
+    routing: list[RoutingRecord] = []
     for chunk, output in zip(tokens_BT, backend.run(tokens_BT), strict=True):
         targets = torch.from_numpy(chunk[scored.start + 1 : scored.stop + 1])
         # a few positions at a time: the runtime's own memory should be most of this process's
@@ -134,7 +134,7 @@ def evaluate(
         len(tokens_BT),
         collected.likelihood_N,
         collected.against,
-        Routing.concatenate(routing) if routing else None,
+        RoutingRecord.concatenate(routing) if routing else None,
         collected.right_N,
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, fields
 from typing import Any
 
-from compressors.model.predictions.routing import Routing
+from compressors.model.predictions.routing_record import RoutingRecord
 from validate.metrics.bootstrap import mean_interval, perplexity_ratio_interval
 from validate.metrics.evaluation import Evaluation
 from validate.metrics.statistics import compare_perplexities, divergence, perplexity, share
@@ -18,7 +18,7 @@ from validate.routing.agreement import LayerAgreement, routing_agreement
 __all__ = ["floor_figures"]
 
 
-def floor_figures(evaluation: Evaluation, reference: str, reference_routing: Routing | None) -> dict[str, Any]:
+def floor_figures(evaluation: Evaluation, reference: str, reference_routing: RoutingRecord | None) -> dict[str, Any]:
     """A runtime beside torch with the same weights, as plain data for JSON; docs/validation.md describes the fields.
 
     Args:
@@ -49,7 +49,7 @@ def floor_figures(evaluation: Evaluation, reference: str, reference_routing: Rou
     }
 
 
-def _routing(evaluation: Evaluation, reference: Routing | None) -> dict[str, Any] | None:
+def _routing(evaluation: Evaluation, reference: RoutingRecord | None) -> dict[str, Any] | None:
     if reference is None or evaluation.routing is None:
         return None
     agreement = routing_agreement(reference, evaluation.routing, n_chunks=evaluation.n_chunks)

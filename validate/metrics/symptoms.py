@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from compressors.model.description.rope import RopeKind
 from compressors.model.description.spec import ModelSpec
-from compressors.model.predictions.routing import NO_EXPERT, Routing
+from compressors.model.predictions.routing_record import NO_EXPERT, RoutingRecord
 from validate.files.file_facts import FileFacts
 from validate.report import numbers
 from validate.routing.agreement import RoutingAgreement
@@ -47,7 +47,7 @@ def setting_symptoms(facts: FileFacts, spec: ModelSpec) -> list[str]:
     ]
 
 
-def routing_symptoms(agreement: RoutingAgreement, reference: Routing, found: Routing) -> list[str]:
+def routing_symptoms(agreement: RoutingAgreement, reference: RoutingRecord, found: RoutingRecord) -> list[str]:
     """Layers where routing falls, and what their routers do. Both models number their experts alike."""
     symptoms = []
     before, place = 1.0, "all before"
@@ -62,7 +62,7 @@ def routing_symptoms(agreement: RoutingAgreement, reference: Routing, found: Rou
 
 
 def divergence_symptoms(
-    kl_divergence_N: npt.NDArray[np.float32], n_chunks: int, chunk_length: int, reference: Routing
+    kl_divergence_N: npt.NDArray[np.float32], n_chunks: int, chunk_length: int, reference: RoutingRecord
 ) -> list[str]:
     """The expert whose tokens diverge most, if they do so several times as much as all others."""
     kld_BS = kl_divergence_N.reshape(n_chunks, -1).astype(np.float64)

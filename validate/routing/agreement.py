@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from compressors.model.predictions.routing import NO_EXPERT, Routing
+from compressors.model.predictions.routing_record import NO_EXPERT, RoutingRecord
 from compressors.model.sources.student import ExpertMap
 from validate.metrics.bootstrap import Interval, bootstrap_interval
 
@@ -50,7 +50,7 @@ class RoutingAgreement:
 
 
 def routing_agreement(
-    reference: Routing, model: Routing, experts: ExpertMap | None = None, *, n_chunks: int = 1
+    reference: RoutingRecord, model: RoutingRecord, experts: ExpertMap | None = None, *, n_chunks: int = 1
 ) -> RoutingAgreement:
     """Compares two recordings of the same tokens.
 
@@ -76,14 +76,14 @@ def routing_agreement(
     return RoutingAgreement(tuple(layers), bootstrap_interval(n_chunks, lambda draws: _mean_overlap(overlaps, draws)))
 
 
-def same_sets(first: Routing, second: Routing) -> npt.NDArray[np.bool_]:
+def same_sets(first: RoutingRecord, second: RoutingRecord) -> npt.NDArray[np.bool_]:
     """Whether a token's chosen sets are equal in a layer: bool [L, T]."""
     same = np.sort(first.experts_LTK, axis=-1) == np.sort(second.experts_LTK, axis=-1)
     result: npt.NDArray[np.bool_] = same.all(axis=-1)
     return result
 
 
-def overlaps(reference: Routing, model: Routing) -> npt.NDArray[np.float64]:
+def overlaps(reference: RoutingRecord, model: RoutingRecord) -> npt.NDArray[np.float64]:
     """overlap@k of two routings of one student, by layer and token: [L, T]; 0 where no expert is chosen."""
     layers = zip(reference.experts_LTK, model.experts_LTK, strict=True)
     return np.stack([_overlaps_of_layer(reference_TK, model_TK) for reference_TK, model_TK in layers])

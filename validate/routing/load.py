@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from compressors.model.predictions.routing import NO_EXPERT, Routing
+from compressors.model.predictions.routing_record import NO_EXPERT, RoutingRecord
 
 __all__ = ["DEAD_SHARE", "LayerLoad", "expert_load", "load_figures"]
 
@@ -41,7 +41,7 @@ class LayerLoad:
         return float(self.tokens_E.max() / self.tokens_E.mean())
 
 
-def expert_load(routing: Routing, n_experts: Sequence[int]) -> list[LayerLoad | None]:
+def expert_load(routing: RoutingRecord, n_experts: Sequence[int]) -> list[LayerLoad | None]:
     """The load of every layer, in the numbering of the model that ran; None for a layer without experts.
 
     Args:

@@ -20,7 +20,7 @@ from torch import nn
 
 from compressors.model.description.spec import ModelSpec
 from compressors.model.files.array_file import ArrayFile
-from compressors.model.predictions.routing import Routing
+from compressors.model.predictions.routing_record import RoutingRecord
 from compressors.model.running.routers import RoutedCall, watching
 from validate.routing.agreement import RoutingAgreement, routing_agreement, same_sets
 from validate.routing.router_inputs import RouterInputs
@@ -71,7 +71,7 @@ class RouterInputRecorder:
         with watching(layer, routed, see):
             yield
 
-    def finish(self, routing: Routing) -> None:
+    def finish(self, routing: RoutingRecord) -> None:
         """Keeps the model's own routing of the kept chunks, given that of all."""
         routing.tokens(self._tokens).save(self._files.routing_path)
 
@@ -94,7 +94,7 @@ class RouterAlone:
         return self.agreement.figures() | own
 
 
-def router_alone(inputs: RouterInputs, found: Routing) -> RouterAlone:
+def router_alone(inputs: RouterInputs, found: RoutingRecord) -> RouterAlone:
     """Compares the choices of a runtime's routers with those that torch made from the same states.
 
     Args:

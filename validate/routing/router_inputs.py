@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compressors.model.files.array_file import ArrayFile
-from compressors.model.predictions.routing import Routing
+from compressors.model.predictions.routing_record import RoutingRecord
 
 __all__ = ["ROUTER_CHUNKS", "RouterInputs", "spread_chunks"]
 
@@ -61,6 +61,6 @@ class RouterInputs:
         """
         return ArrayFile.open(self.states_path(layer)).read(first, last).astype(np.float32, copy=False)
 
-    def routing(self) -> Routing:
+    def routing(self) -> RoutingRecord:
         """The model's own routing of these tokens."""
-        return Routing.load(self.routing_path)
+        return RoutingRecord.load(self.routing_path)

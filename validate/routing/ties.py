@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from compressors.model.predictions.routing import NO_EXPERT, Routing
+from compressors.model.predictions.routing_record import NO_EXPERT, RoutingRecord
 from validate.routing.agreement import overlaps, same_sets
 
 __all__ = ["TIE_MARGIN", "Ties", "find_ties"]
@@ -36,7 +36,7 @@ class Ties:
     median_margin_change: float | None  # how far the model moves a margin; None if it recorded none
 
 
-def find_ties(reference: Routing, model: Routing) -> Ties | None:
+def find_ties(reference: RoutingRecord, model: RoutingRecord) -> Ties | None:
     """Judges two routings of one student by the margins of the reference; None if it recorded none."""
     if reference.margins_LT is None:
         return None
@@ -61,9 +61,9 @@ def find_ties(reference: Routing, model: Routing) -> Ties | None:
     )
 
 
-def _layers(routing: Routing, which_L: npt.NDArray[np.bool_]) -> Routing:
+def _layers(routing: RoutingRecord, which_L: npt.NDArray[np.bool_]) -> RoutingRecord:
     margins_LT = None if routing.margins_LT is None else routing.margins_LT[which_L]
-    return Routing(routing.experts_LTK[which_L], routing.weights_LTK[which_L], margins_LT)
+    return RoutingRecord(routing.experts_LTK[which_L], routing.weights_LTK[which_L], margins_LT)
 
 
 def _median(values: npt.NDArray[np.float32]) -> float | None:

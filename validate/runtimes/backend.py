@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from compressors.model.errors import MoeExportError
-from compressors.model.predictions.routing import Routing
+from compressors.model.predictions.routing_record import RoutingRecord
 from validate.routing.router_inputs import RouterInputs
 
-__all__ = ["Backend", "ChooseToken", "ChunkOutput", "Routing", "RuntimeBackend", "RuntimeCrashError", "TextModel"]
+__all__ = ["Backend", "ChooseToken", "ChunkOutput", "RoutingRecord", "RuntimeBackend", "RuntimeCrashError", "TextModel"]
 __all__ += ["scored_positions"]
 
 ChooseToken = Callable[[npt.NDArray[np.float32]], int | None]
@@ -32,7 +32,7 @@ class ChunkOutput:
     """One chunk of tokens, run from an empty cache. The logits are valid until the next chunk is asked for."""
 
     logits_SV: npt.NDArray[np.float32]  # at the scored positions; position i predicts token i + 1
-    routing: Routing | None  # at every position; None of a dense model
+    routing: RoutingRecord | None  # at every position; None of a dense model
 
 
 class Backend(Protocol):
@@ -74,7 +74,7 @@ class RuntimeBackend(Backend, TextModel, Protocol):
     def bos_token(self) -> int | None:
         """The token that the model wants before a text; None if it wants none."""
 
-    def route(self, tokens_BT: npt.NDArray[np.int64], inputs: RouterInputs) -> Routing:
+    def route(self, tokens_BT: npt.NDArray[np.int64], inputs: RouterInputs) -> RoutingRecord:
         """Returns the routers' choices when they are given ``inputs``, which were recorded on the same chunks."""
 
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from compressors.model.errors import InputError
 from validate.routing.router_inputs import RouterInputs
 from validate.runtimes import time_limit
-from validate.runtimes.backend import ChooseToken, ChunkOutput, Routing, RuntimeCrashError, scored_positions
+from validate.runtimes.backend import ChooseToken, ChunkOutput, RoutingRecord, RuntimeCrashError, scored_positions
 from validate.runtimes.buffers import ReportedBuffers
 from validate.runtimes.cost import Feed, RuntimeCost, measure_cost
 from validate.runtimes.llama_cpp_routing import RoutingCollector, ggml_function
@@ -124,7 +124,7 @@ class LlamaCppBackend:
             logits_SV = self._decode_chunk(tokens_T)
             yield ChunkOutput(logits_SV, self._routing.finish(len(tokens_T)) if self._session.has_experts else None)
 
-    def route(self, tokens_BT: npt.NDArray[np.int64], inputs: RouterInputs) -> Routing:
+    def route(self, tokens_BT: npt.NDArray[np.int64], inputs: RouterInputs) -> RoutingRecord:
         """Returns the routers' choices for these chunks when each router is given torch's hidden states.
 
         The states take the place of the normalised input of each layer's MoE block while the graph runs, so that no
@@ -138,7 +138,7 @@ class LlamaCppBackend:
             self._routing.start(inputs, first=chunk * len(tokens_T))
             self._decode_chunk(tokens_T)
             parts.append(self._routing.finish(len(tokens_T)))
-        return Routing.concatenate(parts)
+        return RoutingRecord.concatenate(parts)
 
     def _decode_chunk(self, tokens_T: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Logits at the scored positions, of a sequence of its own."""

@@ -29,7 +29,7 @@ import numpy.typing as npt
 from llama_cpp import _ggml
 
 from compressors.model.errors import InputError
-from compressors.model.predictions.routing import Routing, selection_margins
+from compressors.model.predictions.routing_record import RoutingRecord, selection_margins
 from validate.routing.router_inputs import RouterInputs
 
 __all__ = ["RoutingCollector", "ggml_function"]
@@ -86,7 +86,7 @@ class RoutingCollector:
         self._parts = defaultdict(list)
         self._feed = None if inputs is None else _Feed(inputs, first)
 
-    def finish(self, n_tokens: int) -> Routing:
+    def finish(self, n_tokens: int) -> RoutingRecord:
         """What was collected since :meth:`start`.
 
         Raises:
@@ -105,7 +105,7 @@ class RoutingCollector:
         )
         assert experts_LTK.shape == weights_LTK.shape, "experts and weights disagree"
         assert experts_LTK.shape[1] == n_tokens, f"routing of {experts_LTK.shape[1]} of {n_tokens} tokens"
-        return Routing(experts_LTK.astype(np.int32), weights_LTK.astype(np.float32), margins_LT)
+        return RoutingRecord(experts_LTK.astype(np.int32), weights_LTK.astype(np.float32), margins_LT)
 
     @contextmanager
     def without_logits(self, last_layer: int) -> Iterator[None]:

@@ -22,7 +22,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from compressors.model.errors import InputError, MoeExportError
-from compressors.model.predictions.routing import NO_EXPERT, Routing, selection_margins
+from compressors.model.predictions.routing_record import NO_EXPERT, RoutingRecord, selection_margins
 from compressors.model.sources.tokenizer_files import read_tokenizer_json
 from validate.files.onnx_files import onnx_model_file
 from validate.routing.router_inputs import RouterInputs
@@ -131,7 +131,7 @@ class OnnxRuntimeBackend:
             routing = self._routing(self._moe_nodes, router_logits) if self._moe_nodes else None
             yield ChunkOutput(logits_TV[scored_positions(len(tokens))], routing)
 
-    def _routing(self, nodes: Sequence[MoeNode], router_logits: Sequence[npt.NDArray[np.float32]]) -> Routing:
+    def _routing(self, nodes: Sequence[MoeNode], router_logits: Sequence[npt.NDArray[np.float32]]) -> RoutingRecord:
         """Layers without experts, and places beyond a layer's top-k, hold no expert."""
         size = (self._n_layers, len(router_logits[0]), max(node.top_k for node in nodes))
         experts_LTK = np.full(size, NO_EXPERT, dtype=np.int32)
@@ -140,9 +140,9 @@ class OnnxRuntimeBackend:
         for node, logits_TE in zip(nodes, router_logits, strict=True):
             experts_LTK[node.layer, :, : node.top_k], weights_LTK[node.layer, :, : node.top_k] = node.routing(logits_TE)
             margins_LT[node.layer] = selection_margins(logits_TE, node.top_k)
-        return Routing(experts_LTK, weights_LTK, margins_LT)
+        return RoutingRecord(experts_LTK, weights_LTK, margins_LT)
 
-    def route(self, tokens_BT: npt.NDArray[np.int64], inputs: RouterInputs) -> Routing:
+    def route(self, tokens_BT: npt.NDArray[np.int64], inputs: RouterInputs) -> RoutingRecord:
         """Returns the routers' choices for these chunks when each router is given torch's hidden states.
 
         Each router runs as a graph of its own, cut out of the model's, with the model's weights.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from compressors.model.description.glu import Glu
+from compressors.model.description.glu import SWIGLU, Glu
 from compressors.model.description.routing import Routing
 
 __all__ = ["Dense", "FeedForward", "Routed", "Shared"]
@@ -35,20 +35,25 @@ class Routed:
         routing: how experts are chosen and weighed.
         glu: the function between an expert's products.
         shared: the expert beside them; None: there is none.
-        router_module: the router inside transformers' decoder layer; its ``weight`` is [E, D].
+        router_module: the module inside transformers' decoder layer that multiplies its input by the router's matrix,
+            its ``weight`` [E, D]; where a family's router does more before that, a module inside of the router.
         experts_module: the module there that is called with (hidden states, chosen experts, weights).
         block_module: the module there that holds both; it goes when a layer loses its experts.
+        selection_bias: the name there of the vector that is added to the scores for the choice, where the rule has one.
+        expert_scale: the name there of the factors of the weights, one for each expert, where the rule has them.
     """
 
     n_experts: int
     top_k: int
     width: int
     routing: Routing
-    glu: Glu = Glu()
+    glu: Glu = SWIGLU
     shared: Shared | None = None
     router_module: str = "mlp.gate"
     experts_module: str = "mlp.experts"
     block_module: str = "mlp"
+    selection_bias: str | None = None
+    expert_scale: str | None = None
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -65,7 +70,7 @@ class Dense:
     """One feed-forward that every token goes through."""
 
     width: int
-    glu: Glu = Glu()
+    glu: Glu = SWIGLU
 
     @property
     def sizes(self) -> Mapping[str, int]:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-__all__ = ["Activation", "Glu"]
+__all__ = ["SWIGLU", "Activation", "Glu"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -63,7 +63,7 @@ class Glu:
     @property
     def is_plain_swiglu(self) -> bool:
         """True if it is silu(gate) * up and nothing else."""
-        return self == Glu()
+        return self == SWIGLU
 
     def _activated(self, values: Floats) -> Floats:
         if self.activation is Activation.RELU_SQUARED:
@@ -72,7 +72,7 @@ class Glu:
             inner = np.float32(np.sqrt(2 / np.pi)) * (values + np.float32(0.044715) * values**3)
             activated = values * (1 + np.tanh(inner)) / 2
         else:
-            activated = values / (1 + np.exp(-np.float32(self.alpha) * values))
+            activated = values * np.exp(-np.logaddexp(np.float32(0), -np.float32(self.alpha) * values))
         return np.asarray(activated, dtype=np.float32)
 
     def _torch_activated(self, values: torch.Tensor) -> torch.Tensor:
@@ -81,3 +81,7 @@ class Glu:
         if self.activation is Activation.GELU_TANH:
             return functional.gelu(values, approximate="tanh")
         return functional.silu(values) if self.alpha == 1.0 else values * torch.sigmoid(values * self.alpha)
+
+
+SWIGLU = Glu()
+"""silu(gate) * up, which most families compute."""

@@ -1,7 +1,7 @@
 """The rule by which a router's logits become chosen experts and their weights.
 
 :meth:`Routing.choose` and :meth:`Routing.weights` are the definition, in numpy; the torch forms do the same on tensors
-that may need gradients. The tests compare both with each other and with transformers' own classes.
+that may need gradients. The tests compare both with each other and with the classes of every family of transformers.
 """
 
 from __future__ import annotations
@@ -41,12 +41,13 @@ class Routing:
         score: see :class:`Score`.
         has_selection_bias: a vector is added to the scores for the choice, and not for the weights.
         n_groups: the experts form so many groups of neighbours, and only those of the best groups can be chosen.
-        n_chosen_groups: the number of groups whose experts can be chosen.
+        n_chosen_groups: the number of groups whose experts can be chosen; together they have at least top-k.
         group_score: see :class:`GroupScore`.
         normalizes: the chosen weights are divided by their sum.
         epsilon: added to that sum.
         least_sum: that sum, if it is smaller, counts as this.
         scale: a factor of all weights.
+        has_expert_scale: after all that, each weight is multiplied by a number of its expert.
     """
 
     score: Score = Score.SOFTMAX
@@ -58,6 +59,7 @@ class Routing:
     epsilon: float = 0.0
     least_sum: float = 0.0
     scale: float = 1.0
+    has_expert_scale: bool = False
 
     def choose(self, logits_TE: Floats, top_k: int, bias_E: Floats | None = None) -> npt.NDArray[np.int64]:
         """Chooses experts, by falling score: [T, K]. Among equal scores the lower index comes first.
@@ -67,34 +69,44 @@ class Routing:
             top_k: experts of each token.
             bias_E: the selection bias, where the rule has one.
         """
-        scores_TE = self._scores(logits_TE)
-        if bias_E is not None:
-            scores_TE = scores_TE + bias_E
-        if self.n_groups > 1:
-            scores_TE = self._of_best_groups(scores_TE)
+        scores_TE = self._choice_scores(logits_TE, bias_E)
         chosen_TK: npt.NDArray[np.int64] = np.argsort(-scores_TE, axis=1, kind="stable")[:, :top_k]
         return chosen_TK
 
-    def weights(self, logits_TE: Floats, chosen_TK: npt.NDArray[np.int64]) -> Floats:
-        """Returns the weights of these experts: [T, K]."""
+    def selection_scores(self, logits_TE: Floats, bias_E: Floats | None = None) -> Floats:
+        """Returns values in whose order experts are chosen: [T, E].
+
+        They are the logits where nothing but the score is between, as every score rises with its logit. Elsewhere they
+        are scores with the selection bias; those of experts outside of the best groups are -inf.
+        """
+        return logits_TE if self._orders_as_logits else self._choice_scores(logits_TE, bias_E)
+
+    def weights(self, logits_TE: Floats, chosen_TK: npt.NDArray[np.int64], scale_E: Floats | None = None) -> Floats:
+        """Returns the weights of these experts: [T, K]; ``scale_E`` are their scales, where the rule has them."""
         if self.score is Score.LOGITS:
-            return _softmax(np.take_along_axis(logits_TE, chosen_TK, axis=1)) * np.float32(self.scale)
-        weights_TK = np.take_along_axis(self._scores(logits_TE), chosen_TK, axis=1)
-        if self.normalizes:
-            total_T1 = weights_TK.sum(axis=1, keepdims=True) + np.float32(self.epsilon)
-            weights_TK = weights_TK / np.maximum(total_T1, np.float32(self.least_sum))
-        return weights_TK * np.float32(self.scale)
+            weights_TK = _softmax(np.take_along_axis(logits_TE, chosen_TK, axis=1))
+        else:
+            weights_TK = np.take_along_axis(self._scores(logits_TE), chosen_TK, axis=1)
+            if self.normalizes:
+                total_T1 = weights_TK.sum(axis=1, keepdims=True) + np.float32(self.epsilon)
+                weights_TK = weights_TK / np.maximum(total_T1, np.float32(self.least_sum))
+        weights_TK = weights_TK * np.float32(self.scale)
+        if not self.has_expert_scale:
+            return weights_TK
+        assert scale_E is not None, "the rule multiplies by the experts' scales"
+        return weights_TK * scale_E[chosen_TK]
 
     def torch_choose(self, logits_TE: torch.Tensor, top_k: int, bias_E: torch.Tensor | None = None) -> torch.Tensor:
         """Does what :meth:`choose` does, for tensors; among equal scores torch decides: int64 [T, K]."""
-        scores_TE = self._torch_scores(logits_TE)
-        if bias_E is not None:
-            scores_TE = scores_TE + bias_E
-        if self.n_groups > 1:
-            scores_TE = self._torch_of_best_groups(scores_TE)
-        return scores_TE.topk(top_k, dim=-1).indices
+        return self._torch_choice_scores(logits_TE, bias_E).topk(top_k, dim=-1).indices
 
-    def torch_weights(self, logits_TE: torch.Tensor, chosen_TK: torch.Tensor) -> torch.Tensor:
+    def torch_selection_scores(self, logits_TE: torch.Tensor, bias_E: torch.Tensor | None = None) -> torch.Tensor:
+        """Does what :meth:`selection_scores` does, for tensors."""
+        return logits_TE if self._orders_as_logits else self._torch_choice_scores(logits_TE, bias_E)
+
+    def torch_weights(
+        self, logits_TE: torch.Tensor, chosen_TK: torch.Tensor, scale_E: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Does what :meth:`weights` does, for tensors: [T, K]; gradients reach the logits."""
         if self.score is Score.LOGITS:
             weights_TK = logits_TE.gather(-1, chosen_TK).softmax(-1)
@@ -104,7 +116,11 @@ class Routing:
                 total_T1 = weights_TK.sum(-1, keepdim=True)
                 total_T1 = total_T1 + self.epsilon if self.epsilon else total_T1
                 weights_TK = weights_TK / (total_T1.clamp_min(self.least_sum) if self.least_sum else total_T1)
-        return weights_TK if self.scale == 1.0 else weights_TK * self.scale
+        weights_TK = weights_TK if self.scale == 1.0 else weights_TK * self.scale
+        if not self.has_expert_scale:
+            return weights_TK
+        assert scale_E is not None, "the rule multiplies by the experts' scales"
+        return weights_TK * scale_E[chosen_TK]
 
     @property
     def description(self) -> str:
@@ -117,14 +133,28 @@ class Routing:
         if self.has_selection_bias:
             parts.append("a bias for the choice")
         if self.n_groups > 1:
-            parts.append(f"the best {self.n_chosen_groups} of {self.n_groups} groups")
+            groups = f"the best {self.n_chosen_groups} of {self.n_groups} groups"
+            parts.append(f"{groups} by the {self.group_score} of each")
         if self.scale != 1.0:
             parts.append(f"weights times {self.scale:g}")
+        if self.has_expert_scale:
+            parts.append("weights times a scale of each expert")
         return ", ".join(parts)
+
+    @property
+    def _orders_as_logits(self) -> bool:
+        return not self.has_selection_bias and self.n_groups == 1
+
+    def _choice_scores(self, logits_TE: Floats, bias_E: Floats | None) -> Floats:
+        scores_TE = self._scores(logits_TE)
+        if self.has_selection_bias:
+            assert bias_E is not None, "the rule adds a selection bias"
+            scores_TE = scores_TE + bias_E
+        return self._of_best_groups(scores_TE) if self.n_groups > 1 else scores_TE
 
     def _scores(self, logits_TE: Floats) -> Floats:
         if self.score is Score.SIGMOID:
-            return (1 / (1 + np.exp(-logits_TE))).astype(np.float32)
+            return np.exp(-np.logaddexp(np.float32(0), -logits_TE))  # 1 / (1 + exp(-x)) that cannot overflow
         return _softmax(logits_TE) if self.score is Score.SOFTMAX else logits_TE
 
     def _of_best_groups(self, scores_TE: Floats) -> Floats:
@@ -138,6 +168,13 @@ class Routing:
         np.put_along_axis(is_kept_TG, kept_TG, True, axis=1)
         masked_TGM: Floats = np.where(is_kept_TG[:, :, None], grouped_TGM, np.float32(-np.inf))
         return masked_TGM.reshape(scores_TE.shape)
+
+    def _torch_choice_scores(self, logits_TE: torch.Tensor, bias_E: torch.Tensor | None) -> torch.Tensor:
+        scores_TE = self._torch_scores(logits_TE)
+        if self.has_selection_bias:
+            assert bias_E is not None, "the rule adds a selection bias"
+            scores_TE = scores_TE + bias_E
+        return self._torch_of_best_groups(scores_TE) if self.n_groups > 1 else scores_TE
 
     def _torch_scores(self, logits_TE: torch.Tensor) -> torch.Tensor:
         if self.score is Score.SIGMOID:

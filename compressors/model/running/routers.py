@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from compressors.model.description.feed_forward import Routed
 
-__all__ = ["RoutedCall", "rerouting", "watching"]
+__all__ = ["RoutedCall", "logits", "rerouting", "watching"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class RoutedCall:
     hidden_TD: torch.Tensor  # what the experts are given
     chosen_TK: torch.Tensor  # int64, as transformers chose
     weights_TK: torch.Tensor  # as they are applied
+    bias_E: torch.Tensor | None = None  # float32, for the choice only
+    scale_E: torch.Tensor | None = None  # float32, of the weights
 
 
 @contextmanager
@@ -44,7 +46,7 @@ def rerouting(layer: nn.Module, routed: Routed, choose: Callable[[torch.Tensor],
 
     def reroute(call: RoutedCall) -> tuple[torch.Tensor, ...]:
         chosen_Tn = choose(call.logits_TE.detach())
-        return call.hidden_TD, chosen_Tn, routed.routing.torch_weights(call.logits_TE, chosen_Tn)
+        return call.hidden_TD, chosen_Tn, routed.routing.torch_weights(call.logits_TE, chosen_Tn, call.scale_E)
 
     with watching(layer, routed, reroute):
         yield
@@ -62,13 +64,14 @@ def watching(
         see: is called before the experts are; what it returns, if anything, takes the place of their arguments.
     """
     seen: list[torch.Tensor] = []
+    bias_E, scale_E = _vector(layer, routed.selection_bias), _vector(layer, routed.expert_scale)
 
     def at_router(router: nn.Module, inputs: tuple[Any, ...]) -> None:
-        seen.append(_logits(router, inputs[0]))
+        seen.append(logits(router, inputs[0]))
 
     def at_experts(_experts: nn.Module, inputs: tuple[Any, ...]) -> tuple[torch.Tensor, ...] | None:
         hidden_TD, chosen_TK, weights_TK = inputs
-        return see(RoutedCall(seen.pop(), hidden_TD, chosen_TK, weights_TK))
+        return see(RoutedCall(seen.pop(), hidden_TD, chosen_TK, weights_TK, bias_E, scale_E))
 
     handles = [
         layer.get_submodule(routed.router_module).register_forward_pre_hook(at_router),
@@ -81,8 +84,17 @@ def watching(
             handle.remove()
 
 
-def _logits(router: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """A router's logits for the states that enter it: float32 [T, E]."""
+def logits(router: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Returns a router's logits for the states that enter it, its own bias included: float32 [T, E]."""
     weight_ED, bias_E = router.weight, getattr(router, "bias", None)
     hidden_TD = hidden.reshape(-1, hidden.shape[-1]).float()
     return functional.linear(hidden_TD, weight_ED, bias_E)  # type: ignore[arg-type]
+
+
+def _vector(layer: nn.Module, name: str | None) -> torch.Tensor | None:
+    """A parameter or buffer with a value for each expert; some families keep it as [1, E]."""
+    if name is None:
+        return None
+    module, _, attribute = name.rpartition(".")
+    values: torch.Tensor = getattr(layer.get_submodule(module), attribute)
+    return values.float().flatten()

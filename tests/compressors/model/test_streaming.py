@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from compressors.model.description.roles import Role
 from compressors.model.errors import InputError
-from compressors.model.predictions.routing import NO_EXPERT
+from compressors.model.predictions.routing_record import NO_EXPERT
 from compressors.model.running.gradients import streamed_gradients
 from compressors.model.running.hidden_states import HiddenStates
 from compressors.model.running.memory import MemoryLimit

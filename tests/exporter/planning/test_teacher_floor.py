@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from compressors.model.predictions.routing import Routing
+from compressors.model.predictions.routing_record import RoutingRecord
 from compressors.model.running.memory import PROCESS_BYTES
 from compressors.model.sources.checkpoint import Checkpoint
 from exporter.estimating.budget import predict
@@ -124,7 +124,7 @@ def test_the_runtime_does_what_torch_does(
         assert cost["decode_tokens_per_second"] > 0
     else:
         assert cost is None, "a part of the original has no speed that says anything"
-    figures = floor_figures(Evaluation.load(folder / EVALUATION), "teacher", Routing.load(folder / ROUTING))
+    figures = floor_figures(Evaluation.load(folder / EVALUATION), "teacher", RoutingRecord.load(folder / ROUTING))
     limits = {"gguf": (3e-4, 0.995), "onnx": (1e-5, 0.9999)}[artifact]
     assert abs(figures["kld"]["mean"]) < limits[0]
     assert figures["routing"]["overlap"] > limits[1]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from compressors.calibration.statistics import LayerStatistics, StatisticsCollector, importance
 from compressors.model.description.spec import NO_MOE, MoeSize
 from compressors.model.errors import UnsupportedError
-from compressors.model.predictions.routing import NO_EXPERT, Routing
+from compressors.model.predictions.routing_record import NO_EXPERT, RoutingRecord
 from compressors.model.running.recorder import RoutingRecorder
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.checkpoint import Checkpoint
@@ -65,7 +65,7 @@ def _statistics(student: Student, text_BT: torch.Tensor) -> list[LayerStatistics
 
 
 @torch.no_grad()
-def _streamed(student: Student, tokens_BT: Tokens) -> tuple[npt.NDArray[np.float32], Routing]:
+def _streamed(student: Student, tokens_BT: Tokens) -> tuple[npt.NDArray[np.float32], RoutingRecord]:
     """Logits [B, T, V] and the routing of all tokens."""
     model, recorder = StreamedModel(student), RoutingRecorder(student.spec)
     (hidden,) = model.stream([TokenGroup(torch.from_numpy(tokens_BT), [recorder.observe])])
@@ -73,7 +73,7 @@ def _streamed(student: Student, tokens_BT: Tokens) -> tuple[npt.NDArray[np.float
     return torch.cat(parts).view(*tokens_BT.shape, -1).numpy(), recorder.routing()
 
 
-def _tokens_of(routing: Routing, block: int, n_tokens: int) -> Routing:
+def _tokens_of(routing: RoutingRecord, block: int, n_tokens: int) -> RoutingRecord:
     tokens = slice(block * n_tokens, (block + 1) * n_tokens)
     return routing.tokens(tokens)
 

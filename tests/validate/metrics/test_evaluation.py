@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from compressors.model.errors import InputError
 from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
-from compressors.model.predictions.routing import Routing
+from compressors.model.predictions.routing_record import RoutingRecord
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, Student
 from validate.metrics.evaluation import AgainstReference, Evaluation, evaluate
@@ -161,7 +161,7 @@ def test_save_and_load(tmp_path: Path) -> None:
         5,
         generator.random(5, np.float32),
         {"teacher": _values(generator), "gguf": _values(generator)},
-        Routing(generator.integers(0, 8, (2, 10, 2), np.int32), generator.random((2, 10, 2), np.float32)),
+        RoutingRecord(generator.integers(0, 8, (2, 10, 2), np.int32), generator.random((2, 10, 2), np.float32)),
         generator.random(5) > 0.5,
     )
     saved.save(tmp_path / "evaluation.safetensors")

@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap
 
-from compressors.model.predictions.routing import Routing
+from compressors.model.predictions.routing_record import RoutingRecord
 from validate.metrics.evaluation import AgainstReference, Evaluation
 from validate.metrics.floors import floor_figures
 
 _CHUNKS, _SCORED, _TOKENS = 12, 20, 41
 
 
-def _routing(generator: np.random.Generator) -> Routing:
+def _routing(generator: np.random.Generator) -> RoutingRecord:
     experts = np.stack([generator.permutation(8)[:2] for _ in range(3 * _CHUNKS * _TOKENS)])
     weights = np.tile(np.float32([0.75, 0.25]), (len(experts), 1))
     shape = (3, _CHUNKS * _TOKENS, 2)
-    return Routing(experts.reshape(shape).astype(np.int32), weights.reshape(shape))
+    return RoutingRecord(experts.reshape(shape).astype(np.int32), weights.reshape(shape))
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from compressors.model.predictions.routing import Routing
+from compressors.model.predictions.routing_record import RoutingRecord
 from validate.routing.load import expert_load, load_figures
 
-_ROUTING = Routing(
+_ROUTING = RoutingRecord(
     np.array([[[0, 1], [0, 2], [0, 1], [1, 0]], [[-1, -1]] * 4, [[2, -1], [2, -1], [2, -1], [0, -1]]], np.int32),
     np.array(
         [[[0.6, 0.4], [0.7, 0.3], [0.8, 0.2], [0.5, 0.5]], [[0, 0]] * 4, [[1, 0], [1, 0], [1, 0], [1, 0]]], np.float32
@@ -34,7 +34,7 @@ def test_balance() -> None:
     assert layer.variation == pytest.approx(np.std([1, 0.75, 0.25, 0]) / 0.5)
     assert layer.dead == [3]
     assert layer.largest == 2.0
-    even = Routing(np.array([[[0], [1], [2], [3]]], np.int32), np.ones((1, 4, 1), np.float32))
+    even = RoutingRecord(np.array([[[0], [1], [2], [3]]], np.int32), np.ones((1, 4, 1), np.float32))
     (balanced,) = expert_load(even, (4,))
     assert balanced is not None and (balanced.variation, balanced.dead, balanced.largest) == (0.0, [], 1.0)
 
@@ -43,13 +43,13 @@ def test_dead_begins_below_a_tenth_of_an_even_share() -> None:
     """Two experts, top-1: of 40 tokens an even share is 20; two tokens are a tenth of that, one is less."""
     for n_second, expected in ((2, []), (1, [1])):
         chosen = np.array([1] * n_second + [0] * (40 - n_second), np.int32).reshape(1, 40, 1)
-        (layer,) = expert_load(Routing(chosen, np.ones((1, 40, 1), np.float32)), (2,))
+        (layer,) = expert_load(RoutingRecord(chosen, np.ones((1, 40, 1), np.float32)), (2,))
         assert layer is not None and layer.dead == expected
 
 
 def test_figures_are_plain_and_short() -> None:
     chosen = np.array([[[0], [0], [1]]], np.int32)
-    figures = load_figures(expert_load(Routing(chosen, np.ones((1, 3, 1), np.float32)), (3,)))
+    figures = load_figures(expert_load(RoutingRecord(chosen, np.ones((1, 3, 1), np.float32)), (3,)))
     assert json.loads(json.dumps(figures)) == figures
     assert figures["tokens"] == [[0.6667, 0.3333, 0.0]]
     assert figures["gate_weight"] == figures["tokens"]

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from compressors.model.description.roles import Role
-from compressors.model.predictions.routing import Routing
+from compressors.model.predictions.routing_record import RoutingRecord
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 from validate.metrics.bootstrap import mean_interval
@@ -22,9 +22,9 @@ from validate.runtimes.torch import TorchBackend
 _Layer = Sequence[tuple[Sequence[int], Sequence[float]]]
 
 
-def _routing(*layers: _Layer) -> Routing:
+def _routing(*layers: _Layer) -> RoutingRecord:
     """Each token as (experts, gate weights)."""
-    return Routing(
+    return RoutingRecord(
         np.array([[experts for experts, _ in layer] for layer in layers], np.int32),
         np.array([[weights for _, weights in layer] for layer in layers], np.float32),
     )
@@ -183,7 +183,7 @@ def source(tmp_path_factory: pytest.TempPathFactory, toy_checkpoint: Callable[..
     return Checkpoint(toy_checkpoint(tmp_path_factory.mktemp("routing"), n_layers=2))
 
 
-def _run(student: Student, tokens_BT: npt.NDArray[np.int64]) -> Routing:
+def _run(student: Student, tokens_BT: npt.NDArray[np.int64]) -> RoutingRecord:
     return evaluate(TorchBackend(student), tokens_BT, {}).routing
 
 
@@ -221,8 +221,8 @@ def test_interval_of_the_overlap_is_that_of_its_chunks() -> None:
     """Twelve chunks of ten tokens, two layers; whole chunks agree or do not, so the interval is wide."""
     generator = np.random.default_rng(8)
     good = np.repeat(generator.random((2, 12)) < 0.7, 10, axis=1)
-    reference = Routing(np.zeros((2, 120, 1), np.int32), np.ones((2, 120, 1), np.float32))
-    model = Routing(np.where(good, 0, 1).astype(np.int32)[..., None], reference.weights_LTK)
+    reference = RoutingRecord(np.zeros((2, 120, 1), np.int32), np.ones((2, 120, 1), np.float32))
+    model = RoutingRecord(np.where(good, 0, 1).astype(np.int32)[..., None], reference.weights_LTK)
     found = routing_agreement(reference, model, n_chunks=12)
     assert found.mean("overlap") == pytest.approx(good.mean())
     assert found.overlap_interval == pytest.approx(mean_interval(good.mean(0), 12))
@@ -235,8 +235,8 @@ def test_interval_of_the_overlap_is_that_of_its_chunks() -> None:
 def test_interval_counts_only_tokens_that_say_something() -> None:
     """Expert 1 is dropped: of the second chunk a single token is left, and it weighs as one token."""
     chosen = np.array([0, 0, 0, 0, 1, 1, 1, 0], np.int32).reshape(1, 8, 1)
-    reference = Routing(chosen, np.ones((1, 8, 1), np.float32))
-    model = Routing(np.array([0, 0, 0, 0, 0, 0, 0, 7], np.int32).reshape(1, 8, 1), reference.weights_LTK)
+    reference = RoutingRecord(chosen, np.ones((1, 8, 1), np.float32))
+    model = RoutingRecord(np.array([0, 0, 0, 0, 0, 0, 0, 7], np.int32).reshape(1, 8, 1), reference.weights_LTK)
     experts = ExpertMap.keeping(8, ((0, 2, 3, 4, 5, 6, 7),))
     found = routing_agreement(reference, model, experts, n_chunks=2)
     assert found.mean("overlap") == pytest.approx(4 / 5)
@@ -246,10 +246,10 @@ def test_interval_counts_only_tokens_that_say_something() -> None:
 def test_a_selection_of_tokens_survives_its_file(tmp_path: Path) -> None:
     """numpy gives chosen columns in another memory order, which safetensors would write as it lies."""
     experts = np.arange(2 * 6 * 3, dtype=np.int32).reshape(2, 6, 3)
-    chosen = Routing(experts, experts / np.float32(7))
-    chosen = Routing(chosen.experts_LTK[:, [1, 4]], chosen.weights_LTK[:, [1, 4]])
+    chosen = RoutingRecord(experts, experts / np.float32(7))
+    chosen = RoutingRecord(chosen.experts_LTK[:, [1, 4]], chosen.weights_LTK[:, [1, 4]])
     assert not chosen.experts_LTK.flags.c_contiguous
     chosen.save(tmp_path / "routing.safetensors")
-    found = Routing.load(tmp_path / "routing.safetensors")
+    found = RoutingRecord.load(tmp_path / "routing.safetensors")
     np.testing.assert_array_equal(found.experts_LTK, experts[:, [1, 4]])
     np.testing.assert_array_equal(found.weights_LTK, chosen.weights_LTK)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compressors.model.predictions.routing import Routing, selection_margins
+from compressors.model.predictions.routing_record import RoutingRecord, selection_margins
 from validate.routing.ties import TIE_MARGIN, find_ties
 
 
@@ -24,10 +24,10 @@ def test_without_another_expert_the_margin_is_infinite() -> None:
     assert np.isinf(selection_margins(np.zeros((2, 4), np.float32), 4)).all()
 
 
-def _routing(experts: list[list[list[int]]], margins: list[list[float]] | None) -> Routing:
+def _routing(experts: list[list[list[int]]], margins: list[list[float]] | None) -> RoutingRecord:
     experts_LTK = np.array(experts, np.int32)
     weights_LTK = np.where(experts_LTK < 0, 0, 0.5).astype(np.float32)
-    return Routing(experts_LTK, weights_LTK, None if margins is None else np.array(margins, np.float32))
+    return RoutingRecord(experts_LTK, weights_LTK, None if margins is None else np.array(margins, np.float32))
 
 
 def test_disagreements_are_split_into_ties_and_others() -> None:
@@ -71,16 +71,16 @@ def test_nothing_is_said_where_margins_are_not_known(tmp_path: Path) -> None:
     assert ties is not None and ties.median_margin_change is None
     for routing in (unknown, known):
         routing.save(tmp_path / "routing.safetensors")
-        again = Routing.load(tmp_path / "routing.safetensors")
+        again = RoutingRecord.load(tmp_path / "routing.safetensors")
         assert (again.margins_LT is None) == (routing.margins_LT is None)
-    assert Routing.concatenate([known, known]).margins_LT is not None
-    assert Routing.concatenate([known, unknown]).margins_LT is None
+    assert RoutingRecord.concatenate([known, known]).margins_LT is not None
+    assert RoutingRecord.concatenate([known, unknown]).margins_LT is None
 
 
 def test_tokens_picked_out_of_order_survive_the_disk(tmp_path: Path) -> None:
     """Arrays picked with indices lie otherwise in memory than their shape says."""
     generator = np.random.default_rng(3)
-    routing = Routing(
+    routing = RoutingRecord(
         generator.integers(0, 9, (3, 20, 2)).astype(np.int32),
         generator.random((3, 20, 2), np.float32),
         generator.random((3, 20), np.float32),
@@ -88,5 +88,5 @@ def test_tokens_picked_out_of_order_survive_the_disk(tmp_path: Path) -> None:
     chosen = routing.tokens(np.array([17, 2, 5]))
     np.testing.assert_array_equal(chosen.experts_LTK[:, 1], routing.experts_LTK[:, 2])
     chosen.save(tmp_path / "routing.safetensors")
-    for name, array in vars(Routing.load(tmp_path / "routing.safetensors")).items():
+    for name, array in vars(RoutingRecord.load(tmp_path / "routing.safetensors")).items():
         np.testing.assert_array_equal(array, getattr(chosen, name))

@@ -12,14 +12,14 @@ from safetensors.numpy import load_file, save_file
 
 from compressors.model.errors import InputError
 
-__all__ = ["NO_EXPERT", "Routing", "selection_margins"]
+__all__ = ["NO_EXPERT", "RoutingRecord", "selection_margins"]
 
 NO_EXPERT = -1
 """Fills up the choices of layers with fewer than the largest top-k, or none; its gate weight is 0."""
 
 
 @dataclass(frozen=True)
-class Routing:
+class RoutingRecord:
     """Chosen experts of every layer and token, by falling gate weight, in the numbering of the model that ran."""
 
     experts_LTK: npt.NDArray[np.int32]
@@ -33,7 +33,7 @@ class Routing:
         save_file({name: np.ascontiguousarray(array) for name, array in tensors.items() if array is not None}, path)
 
     @classmethod
-    def load(cls, path: Path) -> Routing:
+    def load(cls, path: Path) -> RoutingRecord:
         """The inverse of :meth:`save`.
 
         Raises:
@@ -45,13 +45,13 @@ class Routing:
             raise InputError(f"the routing in {path} cannot be read ({error})") from None
         return cls(tensors["experts"], tensors["weights"], tensors.get("margins"))
 
-    def tokens(self, tokens: slice | npt.NDArray[np.int64]) -> Routing:
+    def tokens(self, tokens: slice | npt.NDArray[np.int64]) -> RoutingRecord:
         """The routing of these tokens alone."""
         margins_LT = None if self.margins_LT is None else self.margins_LT[:, tokens]
-        return Routing(self.experts_LTK[:, tokens], self.weights_LTK[:, tokens], margins_LT)
+        return RoutingRecord(self.experts_LTK[:, tokens], self.weights_LTK[:, tokens], margins_LT)
 
     @classmethod
-    def concatenate(cls, parts: list[Routing]) -> Routing:
+    def concatenate(cls, parts: list[RoutingRecord]) -> RoutingRecord:
         """Joins the tokens of several recordings of one model."""
         margins = [part.margins_LT for part in parts if part.margins_LT is not None]
         return cls(
@@ -61,15 +61,18 @@ class Routing:
         )
 
 
-def selection_margins(logits_TE: npt.NDArray[np.float32], top_k: int) -> npt.NDArray[np.float32]:
-    """How far a token is from choosing another expert: its k-th largest router logit less the next, float32 [T].
+def selection_margins(scores_TE: npt.NDArray[np.float32], top_k: int) -> npt.NDArray[np.float32]:
+    """Returns how far a token is from choosing another expert: its k-th largest score less the next, float32 [T].
 
-    The logarithm of the ratio of both experts' gate weights; infinite where all experts are chosen.
+    Scores are :meth:`~compressors.model.description.routing.Routing.selection_scores`. Where they are router logits, a
+    margin is the logarithm of the ratio of both experts' weights before these are normalised (of a softmax's; a
+    sigmoid's are at most so far apart). It is infinite where no other expert can be chosen. How far a token is from
+    choosing another group of experts is not in it.
     """
-    n_tokens, n_experts = logits_TE.shape
+    n_tokens, n_experts = scores_TE.shape
     if top_k == n_experts:
         return np.full(n_tokens, np.inf, dtype=np.float32)
     last, first_left_out = n_experts - top_k, n_experts - top_k - 1  # by rising logit
-    sorted_TE = np.partition(logits_TE, (first_left_out, last), axis=1)
+    sorted_TE = np.partition(scores_TE, (first_left_out, last), axis=1)
     margins_T: npt.NDArray[np.float32] = sorted_TE[:, last] - sorted_TE[:, first_left_out]
     return margins_T.astype(np.float32, copy=False)
