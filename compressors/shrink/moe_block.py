@@ -37,6 +37,9 @@ class Routes:
         return tokens, self.gates_TK[tokens, slots]
 
 
+_SWIGLU = Glu()
+
+
 @dataclass(frozen=True)
 class MoeBlock:
     """Router and routed experts of one layer; an expert that every token goes through is no part of it.
@@ -49,7 +52,7 @@ class MoeBlock:
     down_EDF: torch.Tensor
     top_k: int
     routing: Routing
-    glu: Glu = Glu()
+    glu: Glu = _SWIGLU
     router_bias_E: torch.Tensor | None = None
     selection_bias_E: torch.Tensor | None = None  # added to the scores for the choice
     gate_up_bias_EF: torch.Tensor | None = None  # [E, 2F], gate first
