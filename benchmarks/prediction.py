@@ -200,7 +200,7 @@ class _Bench:
         n_scored = n_chunks * (_SCORED.stop - _SCORED.start)
         writer = LogProbWriter(self._folder / "heldout", n_scored, spec.vocab_size)
         write_log_probs(teacher, self._heldout_BT, states, _SCORED, writer, range(n_chunks))
-        return importance([collector.take(layer) for layer in range(spec.n_layers)], ExpertMap.identity(spec))
+        return importance([collector.take(layer) for layer in range(spec.n_layers)], ExpertMap.identity(spec), spec)
 
 
 def _measure(model: str, n_recipes: int, folder: Path) -> list[Measured]:

@@ -140,7 +140,7 @@ class Files:
         self._folder.mkdir()
         kept = [highest(layer.reap_scores(), n_experts) for layer in bench.statistics]
         self.student = Student(bench.source, ExpertMap.keeping(bench.source.spec.n_experts, kept))
-        weights, threads = importance(bench.statistics, self.student.experts), bench.threads
+        weights, threads = importance(bench.statistics, self.student.experts, self.student.spec), bench.threads
         write_gguf(self.student, _TYPE, self._gguf, importance=weights, name="student", threads=threads)
         write_onnx(self.student, _TYPE, self._folder, importance=weights, context_length=BLOCK_LENGTH, threads=threads)
 

@@ -18,20 +18,19 @@ __all__ = ["write_imatrix", "write_statistics"]
 def write_statistics(spec: ModelSpec, folder: Path) -> None:
     """Random statistics of the model's shape; the last expert of each layer saw no token."""
     generator = torch.Generator().manual_seed(0)
-    for layer in range(spec.n_layers):
-        sums = LayerStatistics.zeros(spec)
+    for index, layer in enumerate(spec.layers):
+        sums = LayerStatistics.zeros(layer)
         sums.n_tokens += 16_384
         sums.count_E += 2_048
         for squares in (
-            sums.attention_input_square_D,
-            sums.attention_output_input_square,
+            *sums.input_squares.values(),
             sums.gate_up_input_square_ED,
             sums.down_input_square_EF,
         ):
             squares += torch.rand(squares.shape, generator=generator, dtype=torch.float64) ** 4 * 2_048
         for per_expert in (sums.count_E, sums.gate_up_input_square_ED, sums.down_input_square_EF):
             per_expert[-1] = 0
-        save_statistics(sums, folder, layer)
+        save_statistics(sums, folder, index)
 
 
 def write_imatrix(spec: ModelSpec, statistics: Path, path: Path) -> None:
@@ -41,7 +40,7 @@ def write_imatrix(spec: ModelSpec, statistics: Path, path: Path) -> None:
     saw no token has 0, and llama-quantize then weighs all its columns alike.
     """
     experts = ExpertMap.identity(spec)
-    matrix = importance(StoredStatistics(statistics, spec.n_layers), experts)
+    matrix = importance(StoredStatistics(statistics, spec.n_layers), experts, spec)
     writer = GGUFWriter(path, "")
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", ["random"])

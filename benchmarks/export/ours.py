@@ -16,7 +16,7 @@ __all__ = ["main"]
 def main(source: Path, statistics: Path, preset: str, target: Path, threads: int) -> None:
     """Writes the GGUF file of the whole model."""
     student = Student.teacher(Checkpoint(source))
-    matrix = importance(StoredStatistics(statistics, student.spec.n_layers), student.experts)
+    matrix = importance(StoredStatistics(statistics, student.spec.n_layers), student.experts, student.spec)
     write_gguf(student, preset, target, importance=matrix, name=source.name, threads=threads)
 
 

@@ -13,6 +13,8 @@ from typing import ClassVar
 
 import torch
 
+from benchmarks.arms import Awq, Gptq, RoundToNearest, SparseGpt, Wanda
+from benchmarks.arms.accounting import ExpertShape, d2_moe_size, mobe_size, rank_for_share, svd_size
 from compressors.calibration.statistics import LayerStatistics
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import NO_MOE, ModelSpec, MoeSize
@@ -22,22 +24,13 @@ from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 from compressors.shrink.allocation import allocate_globally, super_experts
 from compressors.shrink.criteria import CRITERIA, CRITERION_NAMES, REMOVAL_ERROR
-from compressors.shrink.decompose import (
-    ActivationSvd,
-    D2Moe,
-    ExpertShape,
-    Mobe,
-    d2_moe_size,
-    mobe_size,
-    rank_for_share,
-    svd_size,
-)
+from compressors.shrink.decompose import ActivationSvd, D2Moe, Mobe
 from compressors.shrink.drop import block_similarities, moe_similarities, most_similar, window_similarities
 from compressors.shrink.layerwise import LayerTarget, LayerwiseCompression
 from compressors.shrink.merge import REAM, HCSMoE, MSMoE
 from compressors.shrink.moe_block import CompressedBlock, Evidence, Method, MoeBlock, Needs
 from compressors.shrink.prune import Prune, scores
-from compressors.shrink.slim import GGUF_WIDTH_MULTIPLE, Awq, Gptq, RoundToNearest, SlimWidth, SparseGpt, Wanda
+from compressors.shrink.slim import GGUF_WIDTH_MULTIPLE, SlimWidth
 from exporter.writing.gguf.layout import check_uniform
 
 __all__ = ["ARMS", "FREQUENCY", "SAMPLE_BLOCKS", "SHARES", "TEACHER", "Arm", "Shrunk", "Teacher"]
@@ -105,9 +98,10 @@ class Arm:
 def _shrunk(student: Student, setting: str) -> Shrunk:
     """A student whose files are as large as its own experts."""
     spec, teacher = student.spec, student.source.spec
-    layers = [spec.layer(index) for index in range(spec.n_layers)]
-    left = sum(layer.n_experts * layer.expert_parameters for layer in layers if layer.has_moe)
-    removed = 1 - left / (teacher.n_layers * teacher.n_experts * teacher.expert_parameters)
+    left, before = (
+        sum(layer.n_experts * layer.expert_parameters for layer in model.layers) for model in (spec, teacher)
+    )
+    removed = 1 - left / before
     try:
         check_uniform(spec)
         files = "GGUF, ONNX"

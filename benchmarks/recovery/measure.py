@@ -153,7 +153,7 @@ def _size(scope: Scope | None, spec: ModelSpec) -> tuple[int, int]:
     """Trained parameters, and bytes by arithmetic."""
     if scope is None:
         return 0, 0
-    n_parameters = sum(scope.parameters(spec.layer(layer)) for layer in range(spec.n_layers))
+    n_parameters = sum(map(scope.parameters, spec.layers))
     return n_parameters, training_bytes(scope, spec).total
 
 

@@ -1,9 +1,9 @@
 """Second moments, means of x x^T, of the inputs of a student's matrices: error feedback weighs errors with them.
 
-They come from stored layer inputs (:mod:`compressors.calibration.layer_inputs`), one decoder layer at a time. Attention
-runs once over them, a few token blocks in each thread, and the experts' inputs are kept in 16 bits. The moments of one
-expert are computed from its tokens' rows on request: only those in use lie in memory, experts can be worked on in any
-number of threads, and an expert's weights are needed only for the inputs of its down projection.
+They come from stored layer inputs (:mod:`compressors.calibration.layer_inputs`), one decoder layer at a time. The layer
+runs once over them without its experts, a few token blocks in each thread, and the experts' inputs are kept in 16 bits.
+The moments of one expert are computed from its tokens' rows on request: only those in use lie in memory, experts can be
+worked on in any number of threads, and an expert's weights are needed only for the inputs of its down projection.
 
 Sums are float32; their bits do not depend on the number of threads. Letters as in
 :mod:`compressors.model.description.spec`; N inputs of a matrix, n tokens of one expert.
@@ -12,7 +12,7 @@ Sums are float32; their bits do not depend on the number of threads. Letters as 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,11 @@ from torch import nn
 from torch.nn import functional
 
 from compressors.calibration.layer_inputs import LayerInputs
+from compressors.calibration.matrix_inputs import watching_inputs
+from compressors.model.description.feed_forward import Routed
+from compressors.model.description.glu import Glu
 from compressors.model.description.roles import Role
+from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.running.layers import LayerWeights
 from compressors.model.running.streaming import StreamedModel
 from compressors.model.sources.student import Student
@@ -32,12 +36,14 @@ from compressors.model.threads import in_order, one_thread_each
 __all__ = ["ROWS_AT_ONCE", "TOKENS_AT_ONCE", "ExpertInputs", "LayerMoments", "Moments", "SecondMoments"]
 
 TOKENS_AT_ONCE = 1024
-"""Tokens that one thread runs through attention at a time: activations then take about as much memory as the sums."""
+"""Tokens that one thread runs through a layer at a time: activations then take about as much memory as the sums."""
 
 ROWS_AT_ONCE = 4096
 """Rows of one expert that are widened to float32 at a time."""
 
 _COLUMNS_AT_ONCE = 256  # fewer would save a few more products, but make them slower
+
+_EXPERTS = Role.EXPERT_GATE  # the role of the input that all experts of a layer have
 
 _Part = TypeVar("_Part")
 
@@ -59,9 +65,8 @@ class Moments:
 class LayerMoments:
     """The second moments of the inputs of one layer's matrices."""
 
-    attention: Moments  # of queries, keys and values
-    attention_output: Moments
-    experts: ExpertInputs | None  # None: the layer has lost its MoE sub-layer
+    matrices: Mapping[Role, Moments]  # of matrices that are no expert's, by :attr:`TensorSpec.input_role`
+    experts: ExpertInputs | None  # None: the layer has none
 
 
 class SecondMoments:
@@ -70,7 +75,7 @@ class SecondMoments:
     Args:
         student: the model.
         inputs: the inputs of its layers.
-        dtype: dtype in which attention runs.
+        dtype: dtype in which layers run.
         threads: groups of token blocks that are worked on at a time.
     """
 
@@ -83,20 +88,25 @@ class SecondMoments:
         self._threads = threads
         self._model = StreamedModel(student)
 
+    @property
+    def spec(self) -> ModelSpec:
+        """The student's shape."""
+        return self._student.spec
+
     def layer(self, index: int) -> LayerMoments:
-        """The moments of one decoder layer, whose attention runs over all stored tokens.
+        """The moments of one decoder layer, which runs over all stored tokens, its experts left out.
 
         Raises:
             InputError: the layer's inputs or weights cannot be read.
         """
-        seen = _Seen()
+        seen, described = _Seen(), self.spec.layers[index]
         n_blocks, n_block_tokens, _ = self._inputs.shape
         sums = _LayerSums(n_blocks * n_block_tokens)
         weights = _without_experts(self._student, index)
-        with self._model.layer(index, weights, self._dtype) as layer, _watched(layer, self._student, index, seen):
+        with self._model.layer(index, weights, self._dtype) as layer, _watched(layer, described, seen):
             for part in self._in_parts(partial(self._run, index, layer, seen)):
                 sums.add(part)
-        return sums.moments()
+        return sums.moments(described.routed)
 
     def head(self) -> Moments:
         """The moments of the head's inputs, which are the final norm's outputs.
@@ -122,14 +132,15 @@ class SecondMoments:
     @torch.no_grad()
     def _run(self, index: int, layer: nn.Module, seen: _Seen, blocks: slice) -> _LayerPart:
         self._model.run_layer(layer, self._inputs.read(index, blocks).to(self._dtype))
-        attention = _products(seen.attention_TD), _products(seen.attention_output_TN)
+        products: dict[Role, torch.Tensor] = {role: _products(rows) for role, rows in seen.matrices.items()}
         if seen.experts_TD is None or seen.chosen_TK is None:
-            return _LayerPart(attention, None)
-        return _LayerPart((*attention, _products(seen.experts_TD)), (seen.experts_TD, seen.chosen_TK))
+            return _LayerPart(products, None)
+        products[_EXPERTS] = _products(seen.experts_TD)
+        return _LayerPart(products, (seen.experts_TD, seen.chosen_TK))
 
     def _head_part(self, weight_D: torch.Tensor, blocks: slice) -> torch.Tensor:
-        states_TD = self._inputs.read(self._student.spec.n_layers, blocks).flatten(0, 1).float()
-        return _products(functional.rms_norm(states_TD, weight_D.shape, weight_D, self._student.spec.rms_norm_eps))
+        states_TD = self._inputs.read(self.spec.n_layers, blocks).flatten(0, 1).float()
+        return _products(functional.rms_norm(states_TD, weight_D.shape, weight_D, self.spec.rms_norm_eps))
 
 
 class ExpertInputs:
@@ -140,12 +151,14 @@ class ExpertInputs:
     Args:
         inputs_TD: all tokens' rows, in 16 bits.
         chosen_TK: the experts that each token goes to.
+        glu: the function between an expert's products.
         all_tokens: the moments of all rows.
     """
 
-    def __init__(self, inputs_TD: torch.Tensor, chosen_TK: torch.Tensor, all_tokens: Moments) -> None:
+    def __init__(self, inputs_TD: torch.Tensor, chosen_TK: torch.Tensor, glu: Glu, all_tokens: Moments) -> None:
         self._inputs_TD = inputs_TD
         self._chosen_TK = chosen_TK
+        self._glu = glu
         self.all_tokens = all_tokens
 
     def gate_up(self, expert: int) -> Moments:
@@ -159,7 +172,7 @@ class ExpertInputs:
         tokens_n = self._tokens(expert)
         gate_FD, up_FD = gate_FD.float(), up_FD.float()
         rows = (
-            functional.silu(part_nD @ gate_FD.T).mul_(part_nD @ up_FD.T)
+            self._glu.torch_apply(part_nD @ gate_FD.T, part_nD @ up_FD.T)
             for part_nD in (self._inputs_TD[part].float() for part in tokens_n.split(ROWS_AT_ONCE))
         )
         return Moments.of_sum(_sum_of_products(rows, len(gate_FD)), len(tokens_n))
@@ -171,17 +184,18 @@ class ExpertInputs:
 class _Seen(threading.local):
     """The tensors that a run of the layer in this thread has recorded."""
 
-    attention_TD: torch.Tensor
-    attention_output_TN: torch.Tensor
     experts_TD: torch.Tensor | None = None
     chosen_TK: torch.Tensor | None = None
+
+    def __init__(self) -> None:  # once in each thread
+        self.matrices: dict[Role, torch.Tensor] = {}
 
 
 @dataclass(frozen=True)
 class _LayerPart:
     """The products that a few token blocks add to a layer's sums, and the inputs that they give to its experts."""
 
-    products: tuple[torch.Tensor, ...]  # of attention's inputs, of its output's, and of the experts' if there are any
+    products: dict[Role, torch.Tensor]  # by input
     experts: tuple[torch.Tensor, torch.Tensor] | None  # inputs [T, D] in 16 bits, and chosen experts [T, K]
 
 
@@ -191,66 +205,59 @@ class _LayerSums:
     def __init__(self, n_tokens: int) -> None:
         self._n_tokens = n_tokens
         self._n_added = 0
-        self._totals: list[torch.Tensor] = []
+        self._totals: dict[Role, torch.Tensor] = {}
         self._experts: list[torch.Tensor] = []
 
     def add(self, part: _LayerPart) -> None:
         """Adds the next part."""
-        self._totals = self._totals or [torch.zeros_like(product) for product in part.products]
-        for total, product in zip(self._totals, part.products, strict=True):
-            total += product
+        for role, product in part.products.items():
+            self._totals.setdefault(role, torch.zeros_like(product)).add_(product)
         if part.experts is not None:
             self._experts = self._experts or [rows.new_empty(self._n_tokens, rows.shape[1]) for rows in part.experts]
             for whole, rows in zip(self._experts, part.experts, strict=True):
                 whole[self._n_added : self._n_added + len(rows)] = rows
             self._n_added += len(part.experts[0])
 
-    def moments(self) -> LayerMoments:
+    def moments(self, routed: Routed | None) -> LayerMoments:
         """Turns the sums into the layer's moments."""
-        attention, attention_output, *of_experts = (Moments.of_sum(total, self._n_tokens) for total in self._totals)
-        experts = ExpertInputs(self._experts[0], self._experts[1], of_experts[0]) if of_experts else None
-        return LayerMoments(attention, attention_output, experts)
+        found = {role: Moments.of_sum(total, self._n_tokens) for role, total in self._totals.items()}
+        if routed is None:
+            return LayerMoments(found, None)
+        inputs_TD, chosen_TK = self._experts
+        experts = ExpertInputs(inputs_TD, chosen_TK, routed.glu, found.pop(_EXPERTS))
+        return LayerMoments(found, experts)
 
 
 @contextmanager
-def _watched(layer: nn.Module, student: Student, index: int, seen: _Seen) -> Iterator[None]:
+def _watched(module: nn.Module, layer: LayerSpec, seen: _Seen) -> Iterator[None]:
     """Records the inputs of the layer's matrices in ``seen``; experts do nothing meanwhile."""
 
-    def look_at_attention(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        seen.attention_TD = inputs[0].flatten(0, -2)
-
-    def look_at_attention_output(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        seen.attention_output_TN = inputs[0].flatten(0, -2)
+    def look(role: Role, rows_TN: torch.Tensor) -> None:
+        seen.matrices[role] = rows_TN
 
     def stand_in(inputs_TD: torch.Tensor, chosen_TK: torch.Tensor, _gates_TK: torch.Tensor) -> torch.Tensor:
         seen.experts_TD, seen.chosen_TK = inputs_TD.bfloat16(), chosen_TK.to(torch.int16)
         return torch.zeros_like(inputs_TD)
 
-    handles = [
-        layer.get_submodule("self_attn.q_proj").register_forward_pre_hook(look_at_attention),
-        layer.get_submodule("self_attn.o_proj").register_forward_pre_hook(look_at_attention_output),
-    ]
-    routed = student.spec.layers[index].routed
-    experts = None if routed is None else layer.get_submodule(routed.experts_module)
+    experts = None if layer.routed is None else module.get_submodule(layer.routed.experts_module)
     if experts is not None:
         experts.forward = stand_in
     try:
-        yield
+        with watching_inputs(module, layer, look):
+            yield
     finally:
         if experts is not None:
             del experts.forward
-        for handle in handles:
-            handle.remove()
 
 
 def _without_experts(student: Student, index: int) -> LayerWeights:
     """The layer's weights, with one zero in place of all its experts' values."""
-    shape = student.spec.layer(index)
+    layer = student.spec.layers[index]
     zero = torch.zeros(1, 1, 1, dtype=student.expert_dtype)
     return LayerWeights(
-        zero.expand(shape.n_experts, 2 * shape.expert_width, shape.hidden_size),
-        zero.expand(shape.n_experts, shape.hidden_size, shape.expert_width),
-        {role: student.tensor(role, index) for role in student.spec.layer_roles(index)},
+        zero.expand(layer.n_experts, 2 * layer.expert_width, layer.hidden_size),
+        zero.expand(layer.n_experts, layer.hidden_size, layer.expert_width),
+        {tensor.role: student.tensor(tensor.role, index) for tensor in layer.shared_tensors},
     )
 
 

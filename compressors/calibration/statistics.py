@@ -5,20 +5,22 @@ Routed experts only: an expert is run on the tokens that chose it, and never on 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from compressors.calibration.matrix_inputs import input_sizes, matrices_beside_experts, watching_inputs
 from compressors.model.description.roles import Role
-from compressors.model.description.spec import ModelSpec
+from compressors.model.description.spec import LayerSpec, ModelSpec
+from compressors.model.description.tensors import TensorSpec
 from compressors.model.errors import InputError
 from compressors.model.parallel import reduce_max, reduce_sum
 from compressors.model.running.routers import RoutedCall, watching
@@ -41,7 +43,10 @@ numbering. A matrix that is absent is quantized without."""
 
 @dataclass
 class LayerStatistics:
-    """Sums over one layer's calibration tokens; T_e are the tokens that chose expert e, g its gate, f its output."""
+    """Sums over one layer's calibration tokens; T_e are the tokens that chose expert e, g its gate, f its output.
+
+    A layer without routed experts has E = 0.
+    """
 
     n_tokens: torch.Tensor  # scalar: tokens seen
     count_E: torch.Tensor  # |T_e|
@@ -56,33 +61,60 @@ class LayerStatistics:
     down_input_square_EF: torch.Tensor  # sum of squares of the inputs of the down projection
     router_logit_gram_EE: torch.Tensor  # logits^T logits over all tokens
     router_probability_sum_E: torch.Tensor  # sum of the full softmax over all tokens
-    attention_input_square_D: torch.Tensor  # inputs of query, key and value
-    attention_output_input_square: torch.Tensor  # inputs of the attention output projection [H * head_dim]
-    moe_cosine_sum: torch.Tensor  # cos(x, x + MoE(norm(x))): 1 means that the MoE sub-layer changes nothing
+    moe_cosine_sum: torch.Tensor  # cos(x, x + MoE(norm(x))): 1 means that the feed-forward changes nothing
     block_cosine_sum: torch.Tensor  # cos(layer input, layer output)
+    input_squares: dict[Role, torch.Tensor]  # sums of squares of the inputs of all other matrices, by input
 
     @classmethod
-    def zeros(cls, spec: ModelSpec, device: torch.device | None = None) -> LayerStatistics:
+    def zeros(cls, layer: LayerSpec, device: torch.device | None = None) -> LayerStatistics:
         """Nothing seen yet of a layer of this shape."""
+        n_experts = layer.n_experts
         sizes: dict[str, tuple[int, ...]] = {
-            "output_sum_ED": (spec.n_experts, spec.hidden_size),
-            "gate_up_input_square_ED": (spec.n_experts, spec.hidden_size),
-            "down_input_square_EF": (spec.n_experts, spec.expert_width),
-            "router_logit_gram_EE": (spec.n_experts, spec.n_experts),
-            "attention_input_square_D": (spec.hidden_size,),
-            "attention_output_input_square": (spec.n_heads * spec.head_dim,),
+            "n_tokens": (),
+            "moe_cosine_sum": (),
+            "block_cosine_sum": (),
+            "output_sum_ED": (n_experts, layer.hidden_size),
+            "gate_up_input_square_ED": (n_experts, layer.hidden_size),
+            "down_input_square_EF": (n_experts, layer.expert_width),
+            "router_logit_gram_EE": (n_experts, n_experts),
         }
-        scalars = ("n_tokens", "moe_cosine_sum", "block_cosine_sum")
+
+        def zeros(size: tuple[int, ...]) -> torch.Tensor:
+            return torch.zeros(size, dtype=torch.float64, device=device)
+
         return cls(
-            **{
-                field.name: torch.zeros(
-                    sizes.get(field.name, () if field.name in scalars else (spec.n_experts,)),
-                    dtype=torch.float64,
-                    device=device,
-                )
-                for field in fields(cls)
-            }
+            **{name: zeros(sizes.get(name, (n_experts,))) for name in _SUMS},
+            input_squares={role: zeros((size,)) for role, size in input_sizes(layer).items()},
         )
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All sums by name."""
+        by_input = {_INPUT_SQUARES + role.name: squares for role, squares in self.input_squares.items()}
+        return {name: getattr(self, name) for name in _SUMS} | by_input
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> LayerStatistics:
+        """The inverse of :attr:`tensors`.
+
+        Raises:
+            KeyError: a sum is missing.
+        """
+        by_input = {
+            Role[name.removeprefix(_INPUT_SQUARES)]: squares
+            for name, squares in tensors.items()
+            if name.startswith(_INPUT_SQUARES)
+        }
+        return cls(**{name: tensors[name] for name in _SUMS}, input_squares=by_input)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all sums."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def mean_input_squares(self, tensor: TensorSpec) -> torch.Tensor:
+        """The mean squared input of each column of a matrix that is no expert's: float32 [inputs]."""
+        return (self.input_squares[tensor.input_role] / self.n_tokens).float()
 
     def reap_scores(self) -> torch.Tensor:
         """REAP saliency: the mean over T_e of g ||f||, 0 for an expert that no token chose: float64 [E].
@@ -91,6 +123,11 @@ class LayerStatistics:
         the top-k where the model normalises them.
         """
         return self.gate_norm_sum_E / self.count_E.clamp_min(1)
+
+
+_INPUT_SQUARES = "input_squares."
+_SUMS = tuple(field.name for field in fields(LayerStatistics) if field.name != "input_squares")
+_MAXIMA = frozenset({"norm_max_E", "output_max_E"})
 
 
 class StatisticsCollector:
@@ -109,36 +146,25 @@ class StatisticsCollector:
         """Watches one layer while it runs."""
         described = self._spec.layers[index]
         if index not in self._layers:
-            self._layers[index] = LayerStatistics.zeros(self._spec.layer(index), self._device)
+            self._layers[index] = LayerStatistics.zeros(described, self._device)
         sums = self._layers[index]
-        hooks = [
-            layer.get_submodule("self_attn.q_proj").register_forward_hook(_square_hook(sums.attention_input_square_D)),
-            layer.get_submodule("self_attn.o_proj").register_forward_hook(
-                _square_hook(sums.attention_output_input_square)
-            ),
-            *_cosine_hooks(layer, sums),
-        ]
-        routed = described.routed
         with ExitStack() as stack:
-            for hook in hooks:
-                stack.callback(hook.remove)
-            if routed is not None:
-                experts = layer.get_submodule(routed.experts_module)
+            stack.enter_context(watching_inputs(layer, described, partial(_add_squares, sums)))
+            stack.enter_context(_watching_cosines(layer, described, sums))
+            if described.routed is not None:
+                experts = layer.get_submodule(described.routed.experts_module)
                 experts.observer = _ExpertSums(sums)  # type: ignore[assignment]
                 stack.callback(delattr, experts, "observer")
-                stack.enter_context(watching(layer, routed, partial(_add_call, sums)))
+                stack.enter_context(watching(layer, described.routed, partial(_add_call, sums)))
             yield
 
     def take(self, index: int) -> LayerStatistics:
         """A finished layer's statistics, over the tokens of all processes; the collector forgets them."""
-        sums = self._layers.pop(index, None) or LayerStatistics.zeros(self._spec.layer(index))
-        values = {field.name: getattr(sums, field.name).cpu() for field in fields(LayerStatistics)}
-        reduce_sum(value for name, value in values.items() if name not in _MAXIMA)
-        reduce_max(value for name, value in values.items() if name in _MAXIMA)
-        return LayerStatistics(**values)
-
-
-_MAXIMA = frozenset({"norm_max_E", "output_max_E"})
+        sums = self._layers.pop(index, None) or LayerStatistics.zeros(self._spec.layers[index])
+        tensors = {name: tensor.cpu() for name, tensor in sums.tensors.items()}
+        reduce_sum(tensor for name, tensor in tensors.items() if name not in _MAXIMA)
+        reduce_max(tensor for name, tensor in tensors.items() if name in _MAXIMA)
+        return LayerStatistics.from_tensors(tensors)
 
 
 class _ExpertSums:
@@ -174,39 +200,44 @@ def _add_call(sums: LayerStatistics, call: RoutedCall) -> None:
     sums.router_probability_sum_E.add_(logits_TE.softmax(-1).sum(0))
 
 
-def _square_hook(total: torch.Tensor) -> Any:
-    """Adds the squares of a linear layer's inputs to ``total``."""
-
-    def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...], _output: torch.Tensor) -> None:
-        total.add_(inputs[0].flatten(0, -2).square().sum(0))
-
-    return hook
+def _add_squares(sums: LayerStatistics, role: Role, inputs_TN: torch.Tensor) -> None:
+    """Adds the squares of what enters some matrices."""
+    sums.input_squares[role].add_(inputs_TN.square().sum(0))
 
 
-def _cosine_hooks(layer: nn.Module, sums: LayerStatistics) -> list[Any]:
+@contextmanager
+def _watching_cosines(module: nn.Module, layer: LayerSpec, sums: LayerStatistics) -> Iterator[None]:
+    """Compares what leaves the layer with what enters it, and with what enters the norm before its feed-forward."""
     before_moe: list[torch.Tensor] = []
 
     def remember(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         before_moe.append(inputs[0])
 
     def compare(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        # without a feed-forward nothing is added to what leaves
+        states = (before_moe.pop() if before_moe else output, inputs[0])
         output_norms = torch.linalg.vector_norm(output, dim=-1).float()
         sums.n_tokens += output_norms.numel()
-        for total, before in ((sums.moe_cosine_sum, before_moe.pop()), (sums.block_cosine_sum, inputs[0])):
+        for total, before in zip((sums.moe_cosine_sum, sums.block_cosine_sum), states, strict=True):
             products = (before * output).sum(-1).float()
             norms = torch.linalg.vector_norm(before, dim=-1).float() * output_norms
             total.add_((products / norms.clamp_min(1e-30)).sum())
 
-    return [
-        layer.get_submodule("post_attention_layernorm").register_forward_pre_hook(remember),
-        layer.register_forward_hook(compare),
-    ]
+    handles = [module.register_forward_hook(compare)]
+    if Role.MOE_NORM in layer.roles:
+        norm = module.get_submodule(layer.tensor(Role.MOE_NORM).submodule)
+        handles.append(norm.register_forward_pre_hook(remember))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def save_statistics(statistics: LayerStatistics, folder: Path, layer: int) -> None:
     """Writes one layer's statistics into its file of the folder, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({field.name: getattr(statistics, field.name) for field in fields(LayerStatistics)}, _path(folder, layer))
+    save_file(statistics.tensors, _path(folder, layer))
 
 
 class StoredStatistics(Sequence[LayerStatistics]):
@@ -235,8 +266,7 @@ class StoredStatistics(Sequence[LayerStatistics]):
             raise IndexError(index)
         path = _path(self._folder, index % len(self))
         try:
-            tensors = load_file(path)
-            return LayerStatistics(**{field.name: tensors[field.name] for field in fields(LayerStatistics)})
+            return LayerStatistics.from_tensors(load_file(path))
         except (OSError, SafetensorError, KeyError) as error:
             raise InputError(
                 f"the statistics in {path} cannot be read ({error}); remove the folder to gather them again"
@@ -253,7 +283,7 @@ errors on held-out inputs fall by up to 1 % where experts have fewer than a hund
 they have more; 64 tokens harm those."""
 
 
-def importance(layers: Sequence[LayerStatistics], experts: ExpertMap) -> Importance:
+def importance(layers: Sequence[LayerStatistics], experts: ExpertMap, student: ModelSpec) -> Importance:
     """The importance matrix for a student whose experts are the teacher's own: sliced with the same indices.
 
     An expert with few tokens says little of its inputs, so 16 more are added: for gate and up, which all experts of a
@@ -264,20 +294,25 @@ def importance(layers: Sequence[LayerStatistics], experts: ExpertMap) -> Importa
     Args:
         layers: by layer of the model that was watched: the teacher, or a student.
         experts: the student in terms of that model; :meth:`ExpertMap.identity` if it is the one that was watched.
+        student: the student's shape.
     """
     found: Importance = {}
-    for index, came_from in enumerate(experts.layers):
+    for index, (came_from, described) in enumerate(zip(experts.layers, student.layers, strict=True)):
         layer = layers[came_from.source]
-        attention = (layer.attention_input_square_D / layer.n_tokens).float()
-        found[Role.QUERY, index] = found[Role.KEY, index] = found[Role.VALUE, index] = attention
-        found[Role.ATTENTION_OUTPUT, index] = (layer.attention_output_input_square / layer.n_tokens).float()
-        gate_up, down = layer.gate_up_input_square_ED, layer.down_input_square_EF
-        layer_mean_D = gate_up.sum(0) / layer.count_E.sum().clamp_min(1)
-        own_mean_E1 = down.mean(1, keepdim=True) / layer.count_E[:, None].clamp_min(1)
-        kept = list(came_from.kept)
-        found[Role.EXPERT_GATE, index] = found[Role.EXPERT_UP, index] = _mixed(gate_up, layer, layer_mean_D)[kept]
-        found[Role.EXPERT_DOWN, index] = _mixed(down, layer, own_mean_E1)[kept]
+        for tensor in matrices_beside_experts(described):
+            found[tensor.role, index] = layer.mean_input_squares(tensor)
+        for tensor in described.expert_tensors:
+            if tensor.is_quantizable:
+                found[tensor.role, index] = _of_experts(layer, tensor)[list(came_from.kept)]
     return found
+
+
+def _of_experts(layer: LayerStatistics, tensor: TensorSpec) -> torch.Tensor:
+    """The importance of a matrix of all experts of a layer: float32 [E, inputs]."""
+    gate_up, down = layer.gate_up_input_square_ED, layer.down_input_square_EF
+    if tensor.role is Role.EXPERT_DOWN:
+        return _mixed(down, layer, down.mean(1, keepdim=True) / layer.count_E[:, None].clamp_min(1))
+    return _mixed(gate_up, layer, gate_up.sum(0) / layer.count_E.sum().clamp_min(1))
 
 
 def _mixed(squares_EN: torch.Tensor, layer: LayerStatistics, prior: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from compressors.model.description.roles import Role
+from compressors.model.description.routing import Score
+from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import UnsupportedError
 from compressors.model.parallel import reduce_sum, share
 from compressors.model.predictions.losses import reverse_kl_divergence
@@ -50,7 +52,8 @@ class OnPolicyDistillation(ABC):
         dtype: of the arithmetic.
 
     Raises:
-        UnsupportedError: the student's final norm or head is not the teacher's.
+        UnsupportedError: the student's final norm or head is not the teacher's, or the teacher's routers give no
+            probabilities.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class OnPolicyDistillation(ABC):
         dtype: torch.dtype,
     ) -> None:
         _check_head(student)
+        _check_routers(teacher.spec)
         self._teacher = teacher
         self._schedule = schedule
         self._dtype = dtype
@@ -182,4 +186,14 @@ def _check_head(student: Student) -> None:
             raise UnsupportedError(
                 f"a live teacher's knowledge is kept in front of the {role}, which is no longer the teacher's in this "
                 "student: recover by KA or SAR before the head is changed, or by another objective"
+            )
+
+
+def _check_routers(teacher: ModelSpec) -> None:
+    """Refuses routers whose scores are no probabilities: what KA samples, and what SAR balances, is of a softmax."""
+    for index, layer in enumerate(teacher.layers):
+        if layer.routed is not None and layer.routed.routing.score is Score.SIGMOID:
+            raise UnsupportedError(
+                f"KA and SAR are defined for routers with a softmax, but layer {index} has sigmoids: recover by "
+                "another objective, such as kd"
             )

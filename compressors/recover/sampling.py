@@ -28,7 +28,7 @@ Choose = Callable[[torch.Tensor, slice, int], torch.Tensor]
 
 def cache_bytes(spec: ModelSpec, n_texts: int, n_tokens: int, dtype: torch.dtype = torch.float32) -> int:
     """Bytes of the keys and values of all layers, and of one layer's hidden states."""
-    per_token = spec.n_layers * 2 * spec.n_kv_heads * spec.head_dim + spec.hidden_size
+    per_token = sum(layer.mixer.cached_values for layer in spec.layers) + spec.hidden_size
     return n_texts * n_tokens * per_token * dtype.itemsize
 
 
@@ -86,7 +86,7 @@ def continue_texts(
             f"{n_texts} texts that are written together need {n_bytes / 1e9:.2f} GB for their keys and values, which "
             "the memory limit has no room for: take fewer batches in a round, or raise --memory"
         )
-    cache = _Cache(model, n_texts, n_tokens, dtype)
+    cache = _Cache(n_texts, n_tokens)
     for place in range(n_prompt, n_tokens):
         known = slice(0, place) if place == n_prompt else slice(place - 1, place)
         hidden_BtD = _through_layers(model, texts_BT[:, known], known.start, cache, dtype)
@@ -121,31 +121,41 @@ def _next_tokens(model: StreamedModel, hidden_BD: torch.Tensor, place: int, choo
 
 
 class _Cache:
-    """Keys and values of all layers, texts and positions, in memory that is taken once.
+    """Keys and values of all layers, texts and positions, in memory that is taken once for each layer.
 
     transformers' own caches either copy everything for each token, or need a mask over what is not there yet.
     """
 
-    def __init__(self, model: StreamedModel, n_texts: int, n_tokens: int, dtype: torch.dtype) -> None:
-        spec = model.spec
-        self._all = torch.empty(  # [L, keys and values, B, key-value heads, T, head_dim]
-            (spec.n_layers, 2, n_texts, spec.n_kv_heads, n_tokens, spec.head_dim), dtype=dtype, device=model.device
-        )
+    def __init__(self, n_texts: int, n_tokens: int) -> None:
+        self._n_texts = n_texts
+        self._n_tokens = n_tokens
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # [B, heads, T, values of a head] each
 
     def of(self, texts: slice, first_position: int) -> Cache:
         """What transformers' attention asks of a cache, for some texts whose next positions begin there."""
-        return cast("Cache", _Part(self._all[:, :, texts], first_position))
+        return cast("Cache", _Part(self, texts, first_position))
+
+    def arrays(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer's arrays, with room for all texts; their heads are like those of the keys and values given."""
+        if layer not in self._layers:
+            self._layers[layer] = self._room(keys), self._room(values)
+        return self._layers[layer]
+
+    def _room(self, states_BHth: torch.Tensor) -> torch.Tensor:
+        _, n_heads, _, head_dim = states_BHth.shape
+        return states_BHth.new_empty(self._n_texts, n_heads, self._n_tokens, head_dim)
 
 
 class _Part:
-    def __init__(self, arrays: torch.Tensor, first_position: int) -> None:
-        self._arrays = arrays
+    def __init__(self, cache: _Cache, texts: slice, first_position: int) -> None:
+        self._cache = cache
+        self._texts = texts
         self._first_position = first_position
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Puts in those of the next positions, [B, heads, t, head_dim]; returns those of all positions so far."""
         stop = self._first_position + keys.shape[2]
-        for array, new in zip(self._arrays[layer], (keys, values), strict=True):
-            array[:, :, self._first_position : stop] = new
-        all_keys, all_values = self._arrays[layer, :, :, :, :stop]
-        return all_keys, all_values
+        all_keys, all_values = (array[self._texts] for array in self._cache.arrays(layer, keys, values))
+        all_keys[:, :, self._first_position : stop] = keys
+        all_values[:, :, self._first_position : stop] = values
+        return all_keys[:, :, :stop], all_values[:, :, :stop]

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from compressors.calibration.statistics import LayerStatistics
-from compressors.model.description.legacy import ATTENTION, NORMS, role_shape
 from compressors.model.description.roles import Role
-from compressors.model.description.spec import ModelSpec
+from compressors.model.description.spec import LayerSpec, ModelSpec
+from compressors.model.description.tensors import Kind, TensorSpec
 from compressors.model.errors import InputError
 from compressors.model.sources.student import ExpertMap
 from compressors.recover.schedule import RATES_HIDDEN_SIZE
 
-__all__ = ["BlockLength", "Scope", "expert_usage", "scaled_roles"]
+__all__ = ["BlockLength", "Scope", "expert_matrices", "expert_usage", "is_routers", "scaled_matrices"]
 
 BlockLength = Callable[[Role, int], int | None]
 """(role, layer) -> number of values of a row that share scales in the file that a student was written to; None: the
@@ -33,8 +33,9 @@ class Scope:
         n_experts: that many experts of each layer, those that most tokens chose; None: all.
         adapter_rank: the experts get low-rank adapters of this rank; None: they are trained whole.
         norms: all RMS norms, those of queries and keys and the final one included.
-        attention: attention's matrices, whole.
-        scales: a factor for each block of the matrices of attention and experts, beside codes that stay.
+        attention: the matrices and biases of attention, or of another mixer, whole; and so are those of shared experts
+            and of dense feed-forwards, which no other scope trains.
+        scales: a factor for each block of the matrices of mixers and experts, beside codes that stay.
     """
 
     n_experts: int | None = 0
@@ -90,8 +91,8 @@ class Scope:
         return " + ".join(parts)
 
     def name_in(self, student: ModelSpec) -> str:
-        """The name for a student of this shape: a dense one has feed-forwards, and routers that decide nothing."""
-        if not student.is_dense:
+        """The name for a student of this shape: a dense one has feed-forwards, and no routers in its files."""
+        if any(tensor.kind is Kind.ROUTER for tensor, _ in student.written.places):
             return self.name
         whole = [("norms", self.norms), ("attention", self.attention), ("block scales", self.scales)]
         parts = [part for part, is_trained in whole if is_trained]
@@ -133,7 +134,15 @@ class Scope:
         only_relative = self.norms and self.n_experts == 0
         return _ROUTER_RATE_BESIDE_SCALES * RATES_HIDDEN_SIZE / hidden_size if only_relative else 1.0
 
-    def parameters(self, layer: ModelSpec, block_length: Callable[[Role], int | None] | None = None) -> int:
+    def trains(self, tensor: TensorSpec) -> bool:
+        """True if a tensor that is no expert's is trained whole. A selection bias never is: no gradient reaches it."""
+        if is_routers(tensor):
+            return True
+        if tensor.kind is Kind.NORM:
+            return self.norms
+        return self.attention and tensor.role is not Role.SELECTION_BIAS and tensor.kind is not Kind.TABLE
+
+    def parameters(self, layer: LayerSpec, block_length: Callable[[Role], int | None] | None = None) -> int:
         """Trained parameters of a layer of this shape.
 
         Args:
@@ -141,31 +150,37 @@ class Scope:
             block_length: block length of each role's matrices; needed where their scales are trained.
         """
         n_experts = layer.n_experts if self.n_experts is None else min(self.n_experts, layer.n_experts)
-        if self.adapter_rank is None:
-            of_one = layer.expert_parameters
-        else:
-            of_one = 3 * self.adapter_rank * (layer.hidden_size + layer.expert_width)
-        n_trained = layer.n_experts * layer.hidden_size + n_experts * of_one if layer.has_moe else 0
-        for role in layer.layer_roles(0):
-            n_values = math.prod(role_shape(role, layer))
-            if (self.norms and role in NORMS) or (self.attention and role in ATTENTION):
-                n_trained += n_values
+        n_trained = n_experts * sum(self._of_expert(layer.dimensions(tensor)) for tensor in expert_matrices(layer))
+        n_trained += sum(layer.n_values(tensor) for tensor in layer.shared_tensors if self.trains(tensor))
         return n_trained + (self._factors(layer, block_length) if self.scales and block_length is not None else 0)
 
-    def _factors(self, layer: ModelSpec, block_length: Callable[[Role], int | None]) -> int:
+    def _of_expert(self, shape: tuple[int, ...]) -> int:
+        """Trained parameters of one matrix of an expert."""
+        return math.prod(shape) if self.adapter_rank is None else self.adapter_rank * sum(shape)
+
+    def _factors(self, layer: LayerSpec, block_length: Callable[[Role], int | None]) -> int:
         """Factors of a layer's blocks."""
-        n_factors = 0
-        for role in scaled_roles(layer):
-            length = block_length(role)
-            if length is not None:
-                n_values = math.prod(role_shape(role, layer)) * (layer.n_experts if role.is_expert else 1)
-                n_factors += n_values // length
-        return n_factors
+        lengths = {tensor: block_length(tensor.role) for tensor in scaled_matrices(layer)}
+        return sum(layer.n_values(tensor) // length for tensor, length in lengths.items() if length is not None)
 
 
-def scaled_roles(layer: ModelSpec) -> tuple[Role, ...]:
-    """Roles of a layer whose matrices' scales are trained: those of attention, and of experts where it has some."""
-    return tuple(role for role in layer.layers[0].roles if role in ATTENTION or role.is_expert)
+def is_routers(tensor: TensorSpec) -> bool:
+    """True if a tensor is part of the function that gives the routed experts' logits."""
+    return tensor.kind is Kind.ROUTER and tensor.experts_axis is not None
+
+
+def expert_matrices(layer: LayerSpec) -> tuple[TensorSpec, ...]:
+    """The matrices that every routed expert of a layer has."""
+    return tuple(tensor for tensor in layer.expert_tensors if tensor.kind is Kind.MATRIX)
+
+
+def scaled_matrices(layer: LayerSpec) -> tuple[TensorSpec, ...]:
+    """The matrices of a layer whose scales are trained: those of its mixer, and of experts where it has some."""
+    return tuple(
+        tensor
+        for tensor in layer.tensors
+        if tensor.kind is Kind.MATRIX and (tensor.is_per_expert or not tensor.role.is_feed_forward)
+    )
 
 
 def expert_usage(statistics: Sequence[LayerStatistics], experts: ExpertMap) -> list[torch.Tensor]:

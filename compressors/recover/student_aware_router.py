@@ -190,13 +190,15 @@ class _Importance:
 
     @contextmanager
     def observe(self, index: int, layer: nn.Module) -> Iterator[None]:
-        total_E = self.totals[index] = torch.zeros(self._spec.n_experts, dtype=torch.float64)
+        routed = self._spec.layers[index].routed
+        if routed is None:
+            yield
+            return
+        total_E = self.totals[index] = torch.zeros(routed.n_experts, dtype=torch.float64)
 
         def see(call: RoutedCall) -> None:
             total_E.add_(call.weights_TK.double().sum(0).cpu())  # all experts, in order
 
-        routed = self._spec.layers[index].routed
-        assert routed is not None
         with watching(layer, routed, see):
             yield
         reduce_sum([total_E])

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from compressors.model.description.legacy import ATTENTION, NORMS, role_shape
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
+from compressors.model.description.tensors import Kind, TensorSpec
 from compressors.model.running.gradients import ParameterKey
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.running.streaming import StreamedModel, factors_name
@@ -21,7 +21,7 @@ from compressors.model.running.trained_experts import (
     WholeMatrices,
 )
 from compressors.model.sources.student import Student
-from compressors.recover.scopes import BlockLength, Scope, scaled_roles
+from compressors.recover.scopes import BlockLength, Scope, is_routers, scaled_matrices
 
 __all__ = ["TrainedStudent"]
 
@@ -98,13 +98,11 @@ class TrainedStudent:
     def overlay(self) -> dict[str, torch.Tensor]:
         """The tensors as they are now, by their name in the student; later training does not change these copies.
 
-        Routers and norms are float32. Matrices go back to storage dtype, adapters merged into them. Factors of blocks
-        are not among them: they belong to a file (:meth:`factors`).
+        Routers, norms and biases are float32. Matrices go back to storage dtype, adapters merged into them. Factors of
+        blocks are not among them: they belong to a file (:meth:`factors`).
         """
         overlay = {
-            self.student.name(role, layer): tensor.detach().to(
-                "cpu", self.student.dtype(role, layer) if role in ATTENTION else torch.float32, copy=True
-            )
+            self.student.name(role, layer): tensor.detach().to("cpu", self._overlay_dtype(role, layer), copy=True)
             for (role, layer), tensor in self._whole.items()
         }
         for layer, trained in self._experts.items():
@@ -112,6 +110,10 @@ class TrainedStudent:
                 for expert in trained.experts:
                     overlay |= self._merged(layer, expert, trained)
         return overlay
+
+    def is_router(self, key: ParameterKey) -> bool:
+        """True if a trained tensor is part of a layer's router."""
+        return any((role, layer) == key for role, layer in self._whole if is_routers(self._described(role, layer)))
 
     def whole(self) -> Iterator[tuple[Role, int | None, torch.Tensor]]:
         """Role, layer and float32 values of each tensor that is trained whole, experts left out."""
@@ -131,28 +133,26 @@ class TrainedStudent:
 
     def _add_factors(self, block_length: BlockLength) -> None:
         """Adds a factor of one for each block."""
-        for layer in range(self.student.spec.n_layers):
-            shape = self.student.spec.layer(layer)
+        for index, layer in enumerate(self.student.spec.layers):
             of_experts: dict[Role, torch.Tensor | None] = {}
-            for role in scaled_roles(shape):
-                length = block_length(role, layer)
-                n_rows, n_columns = role_shape(role, shape)
-                if role.is_expert:
-                    size = (shape.n_experts, n_rows)
-                    of_experts[role] = None if length is None else self._ones(*size, n_columns // length)
+            for tensor in scaled_matrices(layer):
+                length = block_length(tensor.role, index)
+                n_rows, n_columns = layer.dimensions(tensor)
+                if tensor.is_per_expert:
+                    size = (layer.n_experts, n_rows)
+                    of_experts[tensor.role] = None if length is None else self._ones(*size, n_columns // length)
                 elif length is not None:
-                    self._factors[role, layer] = self._ones(n_rows, n_columns // length)
+                    self._factors[tensor.role, index] = self._ones(n_rows, n_columns // length)
             if any(factors is not None for factors in of_experts.values()):
                 gate, up, down = (of_experts[role] for role in _EXPERT_ROLES)
-                experts = tuple(range(shape.n_experts))
-                self._experts[layer] = TrainedExperts(experts, ScaledMatrices((gate, up)), ScaledMatrices((down,)))
+                experts = tuple(range(layer.n_experts))
+                self._experts[index] = TrainedExperts(experts, ScaledMatrices((gate, up)), ScaledMatrices((down,)))
 
     def _add_experts(self, scope: Scope, usage: Sequence[torch.Tensor] | None) -> None:
-        for layer in range(self.student.spec.n_layers):
-            n_experts = self.student.spec.layer(layer).n_experts
-            if n_experts:
-                chosen = scope.experts(torch.zeros(n_experts) if usage is None else usage[layer])
-                self._experts[layer] = self._trained_experts(layer, chosen, scope.adapter_rank)
+        for index, layer in enumerate(self.student.spec.layers):
+            if layer.n_experts:
+                chosen = scope.experts(torch.zeros(layer.n_experts) if usage is None else usage[index])
+                self._experts[index] = self._trained_experts(index, chosen, scope.adapter_rank)
 
     @torch.no_grad()
     def _merged(self, layer: int, expert: int, trained: TrainedExperts) -> dict[str, torch.Tensor]:
@@ -172,8 +172,8 @@ class TrainedStudent:
             return TrainedExperts(
                 experts, WholeMatrices(self._parameter(gate_up)), WholeMatrices(self._parameter(down))
             )
-        shape = self.student.spec.layer(layer)
-        hidden_size, width, n = shape.hidden_size, shape.expert_width, len(experts)
+        described = self.student.spec.layers[layer]
+        hidden_size, width, n = described.hidden_size, described.expert_width, len(experts)
         return TrainedExperts(
             experts,
             self._adapters((n, 2, rank, hidden_size), (n, 2, width, rank)),
@@ -189,6 +189,13 @@ class TrainedStudent:
         gate, up = (self.student.expert(role, layer, expert) for role in (Role.EXPERT_GATE, Role.EXPERT_UP))
         return torch.cat([gate, up])
 
+    def _described(self, role: Role, layer: int | None) -> TensorSpec:
+        return self.student.spec.tensor(role, layer)
+
+    def _overlay_dtype(self, role: Role, layer: int | None) -> torch.dtype:
+        is_matrix = self._described(role, layer).kind is Kind.MATRIX
+        return self.student.dtype(role, layer) if is_matrix else torch.float32
+
     def _ones(self, *size: int) -> nn.Parameter:
         return self._parameter(torch.ones(size))
 
@@ -201,12 +208,10 @@ _EXPERT_ROLES = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
 
 def _whole_tensors(scope: Scope, spec: ModelSpec) -> Iterator[tuple[Role, int | None]]:
     """Yields the tensors that a scope trains whole, experts left out: routers first."""
-    for layer in range(spec.n_layers):
-        if spec.layer(layer).has_moe:
-            yield Role.ROUTER, layer
-    for layer in range(spec.n_layers):
-        for role in spec.layer_roles(layer):
-            if (scope.norms and role in NORMS) or (scope.attention and role in ATTENTION):
-                yield role, layer
-    if scope.norms:
-        yield Role.FINAL_NORM, None
+    tensors = [(tensor, index) for index, layer in enumerate(spec.layers) for tensor in layer.shared_tensors]
+    trained = [(tensor, layer) for tensor, layer in tensors if scope.trains(tensor)]
+    for tensor, layer in sorted(trained, key=lambda place: not is_routers(place[0])):
+        yield tensor.role, layer
+    for tensor in spec.tensors:
+        if scope.trains(tensor):
+            yield tensor.role, None

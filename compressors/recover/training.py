@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressors.model.description.roles import Role
 from compressors.model.errors import InputError
 from compressors.model.parallel import reduce_sum, share
 from compressors.model.running.gradients import ParameterKey, streamed_gradients
@@ -144,8 +143,8 @@ class Training:
     def _groups(self, router_rate: float) -> list[dict[str, Any]]:
         """The optimizer's groups, with their share of the schedule's rate."""
         shares: dict[float, list[torch.Tensor]] = {}
-        for (name, _), parameter in self._parameters.items():
-            shares.setdefault(router_rate if name == Role.ROUTER else 1.0, []).append(parameter)
+        for key, parameter in self._parameters.items():
+            shares.setdefault(router_rate if self.trained.is_router(key) else 1.0, []).append(parameter)
         return [{"params": parameters, "share": share} for share, parameters in shares.items()]
 
     def _named_parameters(self) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
@@ -54,11 +55,11 @@ def training_bytes(scope: Scope, spec: ModelSpec, block_length: BlockLength | No
         block_length: lengths of blocks in the student's file; needed where its scales are trained.
     """
     parameters = [
-        scope.parameters(spec.layer(layer), block_length and partial(_in_layer, block_length, layer))
-        for layer in range(spec.n_layers)
+        scope.parameters(layer, block_length and partial(_in_layer, block_length, index))
+        for index, layer in enumerate(spec.layers)
     ]
-    final_norm = spec.hidden_size if scope.norms else 0
-    all_bytes = _FLOAT32 * (sum(parameters) + final_norm)
+    outside = sum(prod(spec.dimensions(tensor.role)) for tensor in spec.tensors if scope.trains(tensor))
+    all_bytes = _FLOAT32 * (sum(parameters) + outside)
     return TrainingBytes(all_bytes, all_bytes, 2 * all_bytes, _FLOAT32 * max(parameters))
 
 
@@ -78,7 +79,8 @@ def refuse_too_large(
         TooLargeError: the message says how much would be needed.
     """
     trained = training_bytes(scope, spec, block_length).total
-    needed = PROCESS_BYTES + least_bytes(spec, spec.layer_parameters * itemsize) + trained
+    layer_bytes = max(layer.parameters for layer in spec.layers) * itemsize
+    needed = PROCESS_BYTES + least_bytes(spec, layer_bytes) + trained
     if needed > limit_bytes:
         advice = "train adapters, of a smaller rank, or" if scope.n_experts != 0 else "train less, or"
         raise TooLargeError(

@@ -19,13 +19,13 @@ def learned_values(trained: TrainedStudent, original: Mapping[str, torch.Tensor]
         trained: routers, norms and factors of blocks.
         original: values that the file was written with (:class:`~compressors.model.sources.weights.WrittenWeights`).
     """
-    spec = trained.student.spec
+    written = trained.student.spec.written
+    names = {(tensor.role, layer): tensor.gguf.name.format(layer=layer) for tensor, layer in written.places}
     values: dict[str, torch.Tensor] = {}
     for role, layer, tensor in trained.whole():
-        name = spec.gguf_name(role, layer)
-        if name in original:  # a dense model's file has no routers
-            values[name] = tensor.clone()
+        if (role, layer) in names:  # a dense model's file has no routers
+            values[names[role, layer]] = tensor.clone()
     for role, layer, factors_RK in trained.factors():
-        name = spec.gguf_name(role, layer)
+        name = names[role, layer]
         values[name] = rescaled(original[name], factors_RK)
     return values

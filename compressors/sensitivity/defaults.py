@@ -2,7 +2,8 @@
 
 The figures are means over the two trained models (6 layers of 32 and of 8 experts). For all of their matrices, the
 error of a type is the same multiple of Q8_0's within 7 %. Each kind of matrix has much the same part in a layer's
-damage, except that the first layer's experts have more. A deeper model's layers share the same total.
+damage, except that the first layer's experts have more. A deeper model's layers share the same total. Matrices of other
+kinds count as the one that they are most like.
 """
 
 from __future__ import annotations
@@ -116,8 +117,19 @@ def _at_q8_0(spec: ModelSpec, role: Role, layer: int | None) -> SecondOrder:
             return SecondOrder(lookup + head, lookup)
         return SecondOrder(lookup, lookup) if role is Role.TOKEN_EMBEDDING else SecondOrder(head, 0.0)
     total = sum(_part(other, index, spec.n_layers) for other in _PARTS for index in range(spec.n_layers))
-    order = _LAYERS_AT_Q8_0 * _part(role, layer, spec.n_layers) / total
+    order = _LAYERS_AT_Q8_0 * _part(_measured(spec, role, layer), layer, spec.n_layers) / total
     return SecondOrder(order, order)
+
+
+def _measured(spec: ModelSpec, role: Role, layer: int) -> Role:
+    """The role, among those that were measured, of the matrix that a matrix is most like: by where it stands."""
+    if role in _PARTS:
+        return role
+    tensor = spec.tensor(role, layer)
+    writes_states = tensor.shape[0] == "D"
+    if role.is_feed_forward:
+        return Role.EXPERT_DOWN if writes_states else Role.EXPERT_UP
+    return Role.ATTENTION_OUTPUT if writes_states else Role.VALUE
 
 
 def _part(role: Role, layer: int, n_layers: int) -> float:

@@ -17,9 +17,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from compressors.calibration.matrix_inputs import matrices_beside_experts
 from compressors.calibration.statistics import LayerStatistics, StatisticsCollector
 from compressors.model.description.roles import Role
-from compressors.model.description.spec import ModelSpec
+from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.predictions.next_token import draw_tokens, random_numbers
 from compressors.model.running.gradients import Head, embedding_gradient
 from compressors.model.running.memory import MemoryLimit
@@ -29,12 +30,6 @@ from compressors.sensitivity.matrices import MatrixSensitivity, Sensitivities, V
 
 __all__ = ["gather_sensitivities"]
 
-_PROJECTIONS = {
-    Role.QUERY: "self_attn.q_proj",
-    Role.KEY: "self_attn.k_proj",
-    Role.VALUE: "self_attn.v_proj",
-    Role.ATTENTION_OUTPUT: "self_attn.o_proj",
-}
 _DRAWN_AT_ONCE = 32  # positions: drawing needs several arrays of their logits in double precision
 
 
@@ -104,13 +99,13 @@ class _Layers:
     @contextmanager
     def observe_backward(self, index: int, layer: nn.Module) -> Iterator[None]:
         """Watches the gradients at a layer's matrices, and writes the layer's file when they are complete."""
-        sums, shape = _GradientSums(self._spec.layer(index), self._device), self._spec
+        described = self._spec.layers[index]
+        sums = _GradientSums(described, self._device)
         handles = [
-            layer.get_submodule(name).register_forward_hook(_on_output(sums.of_projection[role]))
-            for role, name in _PROJECTIONS.items()
+            layer.get_submodule(tensor.submodule).register_forward_hook(_on_output(sums.of_matrix[tensor.role]))
+            for tensor in matrices_beside_experts(described)
         ]
-        routed = shape.layers[index].routed
-        experts = None if routed is None else layer.get_submodule(routed.experts_module)
+        experts = None if described.routed is None else layer.get_submodule(described.routed.experts_module)
         if experts is not None:
             experts.gradient_observer = sums.of_expert  # type: ignore[assignment]
         try:
@@ -120,7 +115,7 @@ class _Layers:
                 handle.remove()
             if experts is not None:
                 del experts.gradient_observer
-        inputs = _mean_squared_inputs(self._collector.take(index), shape.layer(index))
+        inputs = _mean_squared_inputs(self._collector.take(index), described)
         rows = {role: (total_MO / self._n_tokens).float().cpu() for role, total_MO in sums.by_role().items()}
         found = {role: MatrixSensitivity(rows[role][:, None], inputs[role][:, None]) for role in rows}
         self._sensitivities.save_layer(index, found)
@@ -130,15 +125,14 @@ class _Layers:
 class _GradientSums:
     """Sums over tokens of squared gradients at the outputs of one layer's matrices, float64."""
 
-    def __init__(self, spec: ModelSpec, device: torch.device | None) -> None:
+    def __init__(self, layer: LayerSpec, device: torch.device | None) -> None:
         def zeros(*sizes: int) -> torch.Tensor:
             return torch.zeros(sizes, dtype=torch.float64, device=device)
 
-        queries, keys = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
-        widths = dict(zip(_PROJECTIONS, (queries, keys, keys, spec.hidden_size), strict=True))
-        self.of_projection = {role: zeros(width) for role, width in widths.items()}
-        self._gate_up_E2F = zeros(spec.n_experts, 2 * spec.expert_width)
-        self._down_ED = zeros(spec.n_experts, spec.hidden_size)
+        matrices = matrices_beside_experts(layer)
+        self.of_matrix = {tensor.role: zeros(layer.dimensions(tensor)[0]) for tensor in matrices}
+        self._gate_up_E2F = zeros(layer.n_experts, 2 * layer.expert_width)
+        self._down_ED = zeros(layer.n_experts, layer.hidden_size)
 
     def of_expert(self, expert: int, gate_up_gradient_n2F: torch.Tensor, down_gradient_nD: torch.Tensor) -> None:
         """Adds what one expert's tokens give."""
@@ -147,7 +141,7 @@ class _GradientSums:
 
     def by_role(self) -> dict[Role, torch.Tensor]:
         """The sums by role: [M, O]."""
-        found = {role: total_O[None] for role, total_O in self.of_projection.items()}
+        found = {role: total_O[None] for role, total_O in self.of_matrix.items()}
         if len(self._down_ED):
             found[Role.EXPERT_GATE], found[Role.EXPERT_UP] = self._gate_up_E2F.chunk(2, dim=-1)
             found[Role.EXPERT_DOWN] = self._down_ED
@@ -166,12 +160,10 @@ def _on_output(total_O: torch.Tensor) -> Any:
     return hook
 
 
-def _mean_squared_inputs(statistics: LayerStatistics, spec: ModelSpec) -> dict[Role, torch.Tensor]:
+def _mean_squared_inputs(statistics: LayerStatistics, layer: LayerSpec) -> dict[Role, torch.Tensor]:
     """E[x^2] of the inputs of a layer's matrices by role: float32 [M, I]."""
-    attention = (statistics.attention_input_square_D / statistics.n_tokens).float()[None]
-    found = dict.fromkeys((Role.QUERY, Role.KEY, Role.VALUE), attention)
-    found[Role.ATTENTION_OUTPUT] = (statistics.attention_output_input_square / statistics.n_tokens).float()[None]
-    if spec.has_moe:
+    found = {tensor.role: statistics.mean_input_squares(tensor)[None] for tensor in matrices_beside_experts(layer)}
+    if layer.routed is not None:
         counts_E1 = statistics.count_E[:, None].clamp_min(1)
         gate_up = (statistics.gate_up_input_square_ED / counts_E1).float()
         found[Role.EXPERT_GATE] = found[Role.EXPERT_UP] = gate_up

@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional
 
 from compressors.calibration.statistics import LayerStatistics
+from compressors.model.errors import UnsupportedError
 from compressors.shrink.moe_block import MoeBlock
 
 __all__ = ["CRITERIA", "CRITERION_NAMES", "REMOVAL_ERROR", "Criterion", "removal_error"]
@@ -88,15 +89,23 @@ def removal_error(block: MoeBlock, inputs_TD: torch.Tensor) -> torch.Tensor:
     Args:
         block: the layer's experts and router.
         inputs_TD: float32, what enters router and experts.
+
+    Raises:
+        UnsupportedError: the router chooses groups of experts first, so that a token's next choice is not known.
     """
+    if block.routing.n_groups > 1:
+        raise UnsupportedError(
+            f"{REMOVAL_ERROR}: the router chooses groups of experts first, and without an expert a token's next choice "
+            "may be of another group: take another criterion, such as reap"
+        )
     if block.n_experts == 1:  # without it nothing is left: the change is the output itself
         return torch.ones(1, dtype=torch.float64)
     change_E = torch.zeros(block.n_experts, dtype=torch.float64)
     output_square = torch.zeros((), dtype=torch.float64)
     n_choices = min(block.top_k + 1, block.n_experts)
     for piece_TD in inputs_TD.split(max(1, _PIECE_BYTES // (4 * n_choices * inputs_TD.shape[1]))):
-        logits_TE = functional.linear(piece_TD.float(), block.router_ED)
-        ranked_TR = logits_TE.topk(n_choices, dim=-1).indices
+        logits_TE = block.logits(piece_TD)
+        ranked_TR = _ranked(block, logits_TE, n_choices)
         outputs_TRD = _outputs_of_choices(block, piece_TD, ranked_TR)
         gates_TR = functional.pad(block.gates(logits_TE, ranked_TR[:, : block.top_k]), (0, n_choices - block.top_k))
         output_square += _weighted_sum(gates_TR, outputs_TRD).square().sum(dtype=torch.float64)
@@ -106,6 +115,13 @@ def removal_error(block: MoeBlock, inputs_TD: torch.Tensor) -> torch.Tensor:
             square_T = _weighted_sum(change_TR, outputs_TRD).square().sum(-1, dtype=torch.float64)
             change_E.index_add_(0, dropped_T1[:, 0], square_T)
     return change_E / output_square.clamp_min(1e-30)
+
+
+def _ranked(block: MoeBlock, logits_TE: torch.Tensor, n_choices: int) -> torch.Tensor:
+    """Each token's first choices, int64 [T, R]: without a selection bias those of the largest logits."""
+    if block.selection_bias_E is None:
+        return logits_TE.topk(n_choices, dim=-1).indices
+    return block.routing.torch_choose(logits_TE, n_choices, block.selection_bias_E)
 
 
 def _outputs_of_choices(block: MoeBlock, inputs_TD: torch.Tensor, ranked_TR: torch.Tensor) -> torch.Tensor:

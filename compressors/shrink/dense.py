@@ -2,7 +2,7 @@
 
 It is a MoE block of one expert: a softmax over one logit gives gate 1 whatever the router says. So student, streaming,
 statistics and training need to know nothing about it, and only files differ: they hold a plain feed-forward, in the
-architecture of the family's dense counterpart (:attr:`compressors.model.description.spec.ModelSpec.is_dense`).
+architecture of the family's dense counterpart (:attr:`compressors.model.description.spec.ModelSpec.written`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import ClassVar
 
 import torch
 
-from compressors.model.description.spec import ModelSpec, MoeSize
+from compressors.model.description.routing import Score
+from compressors.model.description.spec import LayerSpec, ModelSpec, MoeSize
 from compressors.model.errors import UnsupportedError
 from compressors.model.families.registry import supported_families
 from compressors.shrink.moe_block import CompressedBlock, Evidence, MoeBlock, Needs
@@ -41,13 +42,13 @@ class Condense:
         mean_gate_E = (statistics.gate_sum_E / statistics.count_E.clamp_min(1)).float()
         gate_up_FD = torch.cat([block.gate(expert) for expert in chosen] + [block.up(expert) for expert in chosen])
         down_DF = torch.cat([mean_gate_E[expert] * block.down(expert) for expert in chosen], dim=1)
-        condensed = replace(
-            block,
-            router_ED=block.router_ED[[chosen[0]]],
-            gate_up_EFD=gate_up_FD[None],
-            down_EDF=down_DF[None],
-            top_k=1,
-        )
+        condensed = replace(block.keep(chosen[:1]), gate_up_EFD=gate_up_FD[None], down_EDF=down_DF[None])
+        if block.gate_up_bias_EF is not None:
+            gates_EF, ups_EF = block.gate_up_bias_EF[list(chosen)].chunk(2, dim=-1)
+            condensed = replace(condensed, gate_up_bias_EF=torch.cat([gates_EF.flatten(), ups_EF.flatten()])[None])
+        if block.down_bias_ED is not None:
+            bias_D = mean_gate_E[list(chosen)] @ block.down_bias_ED[list(chosen)]
+            condensed = replace(condensed, down_bias_ED=bias_D[None])
         return CompressedBlock(condensed, (chosen,), changed_experts=frozenset({0}))
 
 
@@ -57,14 +58,39 @@ def dense_size(teacher: ModelSpec) -> MoeSize:
 
 
 def check_dense(teacher: ModelSpec) -> None:
-    """Refuses a teacher that no dense architecture matches.
+    """Refuses a teacher that no dense architecture matches, or whose experts cannot become one feed-forward.
 
     Raises:
-        UnsupportedError: its family has no dense counterpart; the message lists those that have.
+        UnsupportedError: its family has no dense counterpart, and the message lists those that have; or a layer has a
+            part without a definition in a dense student.
     """
+    for index, layer in enumerate(teacher.layers):
+        obstacle = _obstacle(layer)
+        if obstacle is not None:
+            raise UnsupportedError(
+                f"--student dense: layer {index} {obstacle}, for which a dense student has no definition; leave "
+                "--student dense out, and give --method or --experts to make experts fewer"
+            )
     if teacher.family.dense is None:
         possible = ", ".join(sorted(name for name, family in supported_families().items() if family.dense is not None))
         raise UnsupportedError(
             f"--student dense: no dense architecture matches {teacher.model_type} in everything but the experts; "
             f"there is one for {possible}"
         )
+
+
+def _obstacle(layer: LayerSpec) -> str | None:
+    """The part of a layer that one feed-forward, with weight 1 for every token, cannot stand for; None: there is none.
+
+    One expert has weight 1 where the weights come from a softmax.
+    """
+    routed = layer.routed
+    if routed is None:
+        return "has no routed experts"
+    if routed.shared is not None:
+        return "has a shared expert"
+    if routed.routing.score is Score.SIGMOID:
+        return "has a router whose scores are sigmoids"
+    if routed.routing.n_groups > 1:
+        return "has a router that chooses groups of experts first"
+    return "multiplies the weights of experts by a constant" if routed.routing.scale != 1.0 else None

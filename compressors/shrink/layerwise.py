@@ -15,7 +15,7 @@ from torch import nn
 
 from compressors.calibration.statistics import LayerStatistics, StatisticsCollector
 from compressors.model.description.roles import Role
-from compressors.model.description.spec import NO_MOE, MoeSize
+from compressors.model.description.spec import NO_MOE, LayerSpec, MoeSize
 from compressors.model.running.hidden_states import HiddenStates
 from compressors.model.running.layers import LayerReader, LayerWeights
 from compressors.model.running.memory import MemoryLimit
@@ -91,8 +91,8 @@ class LayerwiseCompression:
         self._limit = limit
         self._dtype = dtype
         self._device = device
-        whole = MoeSize(source.spec.n_experts, source.spec.expert_width)
-        self._before = self._student(source, [NO_MOE if target.size == NO_MOE else whole for target in targets])
+        whole = [NO_MOE if target.size == NO_MOE else source.spec.layers[target.source].moe for target in targets]
+        self._before = self._student(source, whole)
 
     def run(self) -> Iterator[CompressedLayer]:
         """Yields every layer of the student when it is done.
@@ -132,43 +132,40 @@ class LayerwiseCompression:
     def _compress(
         self, index: int, weights: LayerWeights, statistics: LayerStatistics, inputs_TD: torch.Tensor | None
     ) -> tuple[CompressedLayer, MoeBlock | None]:
-        """What the methods make of a layer; the block is None where there is no MoE sub-layer."""
-        target, source = self._targets[index], self._before.source
+        """What the methods make of a layer; the block is None where there are no routed experts."""
+        target, original = self._targets[index], self._before.spec.layers[index]
         if target.size == NO_MOE:
             return CompressedLayer(LayerMap(target.source, ()), {}), None
-        before = MoeBlock(
-            weights.others[Role.ROUTER].float(),
-            weights.gate_up_EFD,
-            weights.down_EDF,
-            source.spec.top_k,
-            source.spec.normalize_top_k,
-        )
-        result = CompressedBlock.unchanged(before)
+        result = CompressedBlock.unchanged(_block(original, weights))
         for method in target.methods:
             evidence = Evidence(merged_statistics(statistics, result.groups), inputs_TD)
             result = _then(result, method(result.block, evidence))
         size = MoeSize(result.block.n_experts, result.block.width)
         assert size == target.size, f"layer {target.source} became {size}, not {target.size}"
-        width = None if size.expert_width == source.spec.expert_width else size.expert_width
+        width = None if size.expert_width == original.expert_width else size.expert_width
         layer = CompressedLayer(LayerMap(target.source, result.groups, width), self._overlay(index, result))
         return layer, result.block
 
     def _without_values(self, index: int) -> LayerWeights:
         """Shapes alone, for methods that look at no weight."""
-        shape = self._before.spec.layer(index)
+        layer = self._before.spec.layers[index]
         with torch.device("meta"):
             return LayerWeights(
-                torch.empty(shape.n_experts, 2 * shape.expert_width, shape.hidden_size),
-                torch.empty(shape.n_experts, shape.hidden_size, shape.expert_width),
-                {Role.ROUTER: torch.empty(shape.n_experts, shape.hidden_size)},
+                torch.empty(layer.n_experts, 2 * layer.expert_width, layer.hidden_size),
+                torch.empty(layer.n_experts, layer.hidden_size, layer.expert_width),
+                {
+                    tensor.role: torch.empty(layer.dimensions(tensor))
+                    for tensor in layer.shared_tensors
+                    if tensor.experts_axis is not None
+                },
             )
 
     def _overlay(self, index: int, result: CompressedBlock) -> dict[str, torch.Tensor]:
         """Routers stay float32; experts go back to storage dtype."""
         student, block, dtype = self._before, result.block, self._before.source.dtype
-        overlay = {}
+        overlay: dict[str, torch.Tensor] = {}
         if result.router_changed:
-            overlay[student.name(Role.ROUTER, index)] = block.router_ED.contiguous()
+            overlay |= {student.name(role, index): values.contiguous() for role, values in _of_router(block).items()}
         for expert in sorted(result.changed_experts):
             projections = {
                 Role.EXPERT_GATE: block.gate(expert),
@@ -193,6 +190,31 @@ class LayerwiseCompression:
         return StreamedModel(student, device=self._device)
 
 
+def _block(layer: LayerSpec, weights: LayerWeights) -> MoeBlock:
+    """A layer's router and routed experts."""
+    assert layer.routed is not None
+    router = {role: values.float() for role, values in weights.others.items() if role in _ROUTER_ROLES}
+    return MoeBlock(
+        router[Role.ROUTER],
+        weights.gate_up_EFD,
+        weights.down_EDF,
+        layer.routed.top_k,
+        layer.routed.routing,
+        layer.routed.glu,
+        router.get(Role.ROUTER_BIAS),
+        router.get(Role.SELECTION_BIAS),
+    )
+
+
+_ROUTER_ROLES = (Role.ROUTER, Role.ROUTER_BIAS, Role.SELECTION_BIAS)
+
+
+def _of_router(block: MoeBlock) -> dict[Role, torch.Tensor]:
+    """The tensors of a block's router by role, float32."""
+    tensors = (block.router_ED, block.router_bias_E, block.selection_bias_E)
+    return {role: tensor for role, tensor in zip(_ROUTER_ROLES, tensors, strict=True) if tensor is not None}
+
+
 def _then(first: CompressedBlock, second: CompressedBlock) -> CompressedBlock:
     """Two methods' results as one: the second numbers the experts of the first."""
     groups = tuple(tuple(member for one in group for member in first.groups[one]) for group in second.groups)
@@ -209,7 +231,7 @@ def _advance(
 ) -> None:
     """Takes the states through the layer with its compressed block."""
     if block is not None:
-        others = weights.others | {Role.ROUTER: block.router_ED}
+        others = weights.others | _of_router(block)
         dtype = weights.gate_up_EFD.dtype
         weights = LayerWeights(block.gate_up_EFD.to(dtype), block.down_EDF.to(dtype), others)
     model.run(index, weights, states, states)
@@ -240,5 +262,5 @@ class _MoeInputs:
             yield
 
     def take(self) -> torch.Tensor | None:
-        """float32 [T, D]; None where there is no MoE sub-layer."""
+        """float32 [T, D]; None where there are no routed experts."""
         return torch.cat(self._parts) if self._parts else None

@@ -16,6 +16,9 @@ import torch
 from torch.nn import functional
 
 from compressors.calibration.statistics import LayerStatistics
+from compressors.model.description.glu import Glu
+from compressors.model.description.routing import Routing
+from compressors.model.errors import InputError
 
 __all__ = ["CompressedBlock", "Evidence", "Method", "MoeBlock", "Needs", "Routes", "second_moment"]
 
@@ -34,18 +37,26 @@ class Routes:
         return tokens, self.gates_TK[tokens, slots]
 
 
+_SWIGLU = Glu()
+
+
 @dataclass(frozen=True)
 class MoeBlock:
-    """Router and experts of one layer: SwiGLU experts behind a softmax router.
+    """Router and routed experts of one layer; an expert that every token goes through is no part of it.
 
     Experts are held in storage dtype and widened to float32 one at a time.
     """
 
-    router_ED: torch.Tensor  # float32
+    router_ED: torch.Tensor  # float32, like all biases
     gate_up_EFD: torch.Tensor  # [E, 2F, D], gate rows first
     down_EDF: torch.Tensor
     top_k: int
-    normalize_top_k: bool
+    routing: Routing
+    glu: Glu = _SWIGLU
+    router_bias_E: torch.Tensor | None = None
+    selection_bias_E: torch.Tensor | None = None  # added to the scores for the choice
+    gate_up_bias_EF: torch.Tensor | None = None  # [E, 2F], gate first
+    down_bias_ED: torch.Tensor | None = None
 
     @property
     def n_experts(self) -> int:
@@ -69,26 +80,31 @@ class MoeBlock:
         """Down projection: float32 [D, F]."""
         return self.down_EDF[expert].float()
 
+    def logits(self, inputs_TD: torch.Tensor) -> torch.Tensor:
+        """The router's logits: float32 [T, E]."""
+        return functional.linear(inputs_TD.float(), self.router_ED, self.router_bias_E)
+
     def route(self, inputs_TD: torch.Tensor) -> Routes:
-        """Softmax over all experts, the ``top_k`` largest, normalised over them where the model does so."""
-        logits_TE = functional.linear(inputs_TD.float(), self.router_ED)
-        chosen_TK = logits_TE.softmax(-1).topk(self.top_k, dim=-1).indices
+        """The ``top_k`` experts of each token and their gates, by the model's rule."""
+        logits_TE = self.logits(inputs_TD)
+        chosen_TK = self.routing.torch_choose(logits_TE, self.top_k, self.selection_bias_E)
         return Routes(logits_TE, chosen_TK, self.gates(logits_TE, chosen_TK))
 
     def gates(self, logits_TE: torch.Tensor, chosen_Tn: torch.Tensor) -> torch.Tensor:
         """The gates of chosen experts: float32 [T, n]."""
-        gates_Tn = logits_TE.softmax(-1).gather(1, chosen_Tn)
-        return gates_Tn / gates_Tn.sum(-1, keepdim=True) if self.normalize_top_k else gates_Tn
+        return self.routing.torch_weights(logits_TE, chosen_Tn)
 
     def hidden(self, expert: int, inputs_nD: torch.Tensor) -> torch.Tensor:
-        """Intermediate activations of an expert, silu(gate x) * up x: float32 [n, F]."""
+        """Intermediate activations of an expert: float32 [n, F]."""
         inputs_nD = inputs_nD.float()
-        gate_nF = functional.linear(inputs_nD, self.gate(expert))
-        return functional.silu(gate_nF) * functional.linear(inputs_nD, self.up(expert))
+        gate_bias_F, up_bias_F = self._gate_and_up_bias(expert)
+        gate_nF = functional.linear(inputs_nD, self.gate(expert), gate_bias_F)
+        return self.glu.torch_apply(gate_nF, functional.linear(inputs_nD, self.up(expert), up_bias_F))
 
     def output(self, expert: int, inputs_nD: torch.Tensor) -> torch.Tensor:
         """Ungated output of an expert: float32 [n, D]."""
-        return functional.linear(self.hidden(expert, inputs_nD), self.down(expert))
+        bias_D = None if self.down_bias_ED is None else self.down_bias_ED[expert]
+        return functional.linear(self.hidden(expert, inputs_nD), self.down(expert), bias_D)
 
     def forward(self, inputs_TD: torch.Tensor) -> torch.Tensor:
         """The block's output, the gate-weighted sum of the chosen experts' outputs: float32 [T, D]."""
@@ -100,15 +116,45 @@ class MoeBlock:
         return output_TD
 
     def keep(self, experts: Sequence[int]) -> MoeBlock:
-        """The block with these experts alone, in this order; top-k never exceeds their number."""
+        """The block with these experts alone, in this order; top-k never exceeds their number.
+
+        Raises:
+            InputError: the router chooses groups of experts, and these do not leave every group as many.
+        """
         kept = list(experts)
-        return replace(
-            self,
-            router_ED=self.router_ED[kept],
-            gate_up_EFD=self.gate_up_EFD[kept],
-            down_EDF=self.down_EDF[kept],
-            top_k=min(self.top_k, len(kept)),
-        )
+        self._check_groups(kept)
+        of_experts = {name: value[kept] for name in _OF_EXPERTS if (value := getattr(self, name)) is not None}
+        return replace(self, **of_experts, top_k=min(self.top_k, len(kept)))
+
+    def group_of(self, expert: int) -> int:
+        """The group, of those that the router chooses from first, that an expert belongs to."""
+        return expert * self.routing.n_groups // self.n_experts
+
+    def _check_groups(self, kept: Sequence[int]) -> None:
+        """Groups are neighbours of equal number, before and after."""
+        n_groups = self.routing.n_groups
+        groups = [self.group_of(expert) for expert in kept]
+        if groups != [place * n_groups // len(kept) for place in range(len(kept))] or len(kept) % n_groups:
+            raise InputError(
+                f"the router chooses among {n_groups} groups of neighbouring experts, which must stay equal in size, "
+                f"but the experts {list(kept)} would be kept: keep equally many of each group"
+            )
+
+    def _gate_and_up_bias(self, expert: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if self.gate_up_bias_EF is None:
+            return None, None
+        return self.gate_up_bias_EF[expert, : self.width], self.gate_up_bias_EF[expert, self.width :]
+
+
+_OF_EXPERTS = (
+    "router_ED",
+    "gate_up_EFD",
+    "down_EDF",
+    "router_bias_E",
+    "selection_bias_E",
+    "gate_up_bias_EF",
+    "down_bias_ED",
+)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from compressors.model.errors import InputError
 from compressors.shrink.criteria import CRITERIA, CRITERION_NAMES, REMOVAL_ERROR, removal_error
 from compressors.shrink.moe_block import CompressedBlock, Evidence, MoeBlock, Needs
 
-__all__ = ["Prune", "highest", "scores"]
+__all__ = ["Prune", "highest", "scores", "survivors"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Prune:
 
     Raises:
         InputError: the criterion is unknown; when called, ``n_experts`` is not between 1 (or the number of protected
-            experts, where that is higher) and the block's count, or a protected expert is not in the block.
+            experts, where that is higher) and the block's count, a protected expert is not in the block, or the groups
+            that the router chooses from first cannot stay equal in size.
     """
 
     criterion: str  # one of CRITERION_NAMES
@@ -53,7 +54,13 @@ class Prune:
             )
         scores_E = scores(self.criterion, block, evidence)
         scores_E = scores_E.index_fill(0, torch.tensor(sorted(self.protected), dtype=torch.int64), torch.inf)
-        kept = highest(scores_E, self.n_experts)
+        kept = survivors(block, scores_E, self.n_experts)
+        lost = sorted(self.protected - set(kept))
+        if lost:
+            raise InputError(
+                f"cannot protect the experts {lost}: each group of the router keeps "
+                f"{self.n_experts // block.routing.n_groups} experts, and more of one group are protected; keep more"
+            )
         return CompressedBlock(block.keep(kept), tuple((expert,) for expert in kept))
 
 
@@ -69,6 +76,23 @@ def scores(criterion: str, block: MoeBlock, evidence: Evidence) -> torch.Tensor:
     if criterion == REMOVAL_ERROR:
         return removal_error(block, evidence.sample_TD)
     return CRITERIA[criterion](evidence.statistics)
+
+
+def survivors(block: MoeBlock, scores_E: torch.Tensor, n_experts: int) -> tuple[int, ...]:
+    """The experts of the highest scores, ascending; of each group of the router's equally many.
+
+    Raises:
+        InputError: the groups do not divide the number.
+    """
+    n_groups = block.routing.n_groups
+    if n_experts % n_groups:
+        raise InputError(
+            f"cannot keep {n_experts} experts: the router chooses among {n_groups} groups, which must stay equal in "
+            f"size, so give a multiple of {n_groups}"
+        )
+    size = block.n_experts // n_groups
+    groups = (highest(group_M, n_experts // n_groups) for group_M in scores_E.split(size))
+    return tuple(group * size + expert for group, kept in enumerate(groups) for expert in kept)
 
 
 def highest(scores_E: torch.Tensor, n_experts: int) -> tuple[int, ...]:

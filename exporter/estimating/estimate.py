@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
@@ -414,7 +414,6 @@ def _own_statistics_bytes(plan: Plan) -> int:
 
 
 def _statistics_bytes(spec: ModelSpec) -> int:
-    """Bytes of one layer's statistics."""
+    """Bytes of the largest layer's statistics."""
     with torch.device("meta"):
-        layer = LayerStatistics.zeros(spec)
-    return sum(getattr(layer, field.name).nbytes for field in fields(layer))
+        return max(LayerStatistics.zeros(layer).n_bytes for layer in spec.layers)

@@ -7,7 +7,8 @@ layers end as one feed-forward each; of the others it goes with blocks that go a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -16,14 +17,13 @@ from compressors.model.description.spec import NO_MOE, ModelSpec, MoeSize
 from compressors.model.errors import InputError
 from compressors.model.running.streaming import StreamedModel
 from compressors.shrink.allocation import allocate_globally, super_experts
-from compressors.shrink.criteria import CRITERIA
-from compressors.shrink.decompose import ActivationSvd, D2Moe, Mobe
+from compressors.shrink.criteria import Criterion
 from compressors.shrink.dense import Condense, check_dense, dense_size
 from compressors.shrink.drop import block_similarities, moe_similarities, most_similar, window_similarities
 from compressors.shrink.layerwise import LayerTarget
-from compressors.shrink.merge import REAM, HCSMoE, MSMoE
 from compressors.shrink.moe_block import Method, Needs
 from compressors.shrink.prune import Prune
+from compressors.shrink.registry import METHODS, expert_counts, made
 from compressors.shrink.slim import SlimWidth, check_width
 from exporter.planning.recipe import CompressChoice, Recipe
 from exporter.writing.gguf.layout import check_uniform
@@ -34,19 +34,9 @@ __all__ = [
     "check_compression",
     "described_compression",
     "expected_spec",
-    "fewest_experts",
     "layer_targets",
     "runs_text",
 ]
-
-_MERGING: Mapping[str, Callable[[int], Method]] = {"m-smoe": MSMoE, "hc-smoe": HCSMoE, "ream": REAM}
-_EDITING: Mapping[str, Callable[[int], Method]] = {"svd": ActivationSvd, "d2-moe": D2Moe, "mobe": Mobe}
-
-
-def fewest_experts(method: str, teacher: ModelSpec) -> int:
-    """What each layer must keep at least: as many as a token uses, and as REAM's groups of bounded size can hold."""
-    groups = -(-teacher.n_experts // REAM.group_size) if method == "ream" else 1
-    return max(teacher.top_k, groups)
 
 
 def expected_spec(choice: CompressChoice, teacher: ModelSpec) -> ModelSpec:
@@ -84,7 +74,9 @@ def check_compression(recipe: Recipe, teacher: ModelSpec) -> None:
     n_moe = n_layers - choice.drop_moe_layers
     if n_moe < 1:
         raise InputError(_out_of_range("drop_moe_layers", choice.drop_moe_layers, 0, n_layers - 1))
-    _check_numbers("experts", choice.experts, n_moe, fewest_experts(choice.method, teacher), teacher.n_experts)
+    counts = expert_counts(choice.method, teacher)
+    _check_numbers("experts", choice.experts, n_moe, min(counts), max(counts))
+    _check_groups(choice, teacher, counts)
     _check_numbers("width", choice.width, n_moe, 1, teacher.expert_width)
     _check_numbers("edit_size", choice.edit_size, n_moe, 1, _largest_edit(choice, teacher, n_moe))
     if "gguf" in recipe.artifacts:
@@ -95,9 +87,10 @@ def check_compression(recipe: Recipe, teacher: ModelSpec) -> None:
             f"compress.experts: {choice.experts} of {teacher.n_experts} experts shall stay, but compress.method is "
             "none: name the method by which they become fewer, such as reap"
         )
-    if choice.allocation == "global" and choice.method not in CRITERIA:
+    if choice.allocation == "global" and _score(choice) is None:
+        scored = ", ".join(name for name, method in METHODS.items() if method.score is not None)
         raise InputError(
-            f"compress.allocation: global needs a criterion whose scores are known beforehand ({', '.join(CRITERIA)}); "
+            f"compress.allocation: global needs a criterion whose scores are known beforehand ({scored}); "
             f"{choice.method} chooses within each layer"
         )
     spec = expected_spec(choice, teacher)
@@ -110,7 +103,7 @@ def check_compression(recipe: Recipe, teacher: ModelSpec) -> None:
 def changes_experts(choice: CompressChoice) -> bool:
     """Whether experts get weights of their own, which the overlay holds."""
     rewritten = choice.width is not None or choice.edit_size is not None or choice.student == "dense"
-    return choice.method in _MERGING or rewritten
+    return rewritten or (choice.method != "none" and METHODS[choice.method].changes_weights)
 
 
 def runs_text(choice: CompressChoice, teacher: ModelSpec) -> bool:
@@ -198,11 +191,16 @@ def _layers_left(
 
 
 def _counts(choice: CompressChoice, teacher: ModelSpec, statistics: Sequence[LayerStatistics]) -> Sequence[int]:
-    if choice.allocation == "global" and isinstance(choice.experts, int):
-        scores = [CRITERIA[choice.method](layer) for layer in statistics]
+    score = _score(choice)
+    if choice.allocation == "global" and isinstance(choice.experts, int) and score is not None:
+        scores = [score(layer) for layer in statistics]
         shares = [scores_E / scores_E.sum() for scores_E in scores]  # norms grow with the depth of most models
         return allocate_globally(shares, choice.experts * len(statistics), teacher.top_k)
     return _by_layer(choice.experts, len(statistics), teacher.n_experts)
+
+
+def _score(choice: CompressChoice) -> Criterion | None:
+    return None if choice.method == "none" else METHODS[choice.method].score
 
 
 def _methods(
@@ -210,12 +208,12 @@ def _methods(
 ) -> Sequence[Method]:
     methods: list[Method] = []
     if n_experts < teacher.n_experts:
-        merging = _MERGING.get(choice.method)
-        methods.append(merging(n_experts) if merging else Prune(choice.method, n_experts, protected))
+        fewer = made(choice.method, n_experts)
+        methods.append(replace(fewer, protected=protected) if isinstance(fewer, Prune) else fewer)
     if width < teacher.expert_width:
         methods.append(SlimWidth(width))
     if choice.edit_size is not None:
-        methods.append(_EDITING[choice.edit](choice.edit_size))
+        methods.append(made(choice.edit, choice.edit_size))
     if choice.student == "dense":
         methods.append(Condense())
     return methods
@@ -265,6 +263,17 @@ def _check_numbers(field: str, value: int | tuple[int, ...] | None, n_layers: in
     for number in _by_layer(value, n_layers, default=highest):
         if not lowest <= number <= highest:
             raise InputError(_out_of_range(field, number, lowest, highest))
+
+
+def _check_groups(choice: CompressChoice, teacher: ModelSpec, counts: range) -> None:
+    """Refuses numbers of experts that do not leave the groups that routers choose from first equal in size."""
+    n_groups = -counts.step
+    kept = _by_layer(choice.experts, 1, teacher.n_experts)
+    if n_groups > 1 and (choice.allocation == "global" or not set(kept) <= set(counts)):
+        raise InputError(
+            f"compress.experts: the routers of {teacher.model_type} choose among {n_groups} groups of experts, which "
+            f"must stay equal in size: give a multiple of {n_groups}, with compress.allocation layer"
+        )
 
 
 def _largest_edit(choice: CompressChoice, teacher: ModelSpec, n_moe: int) -> int:

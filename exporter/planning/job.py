@@ -15,11 +15,12 @@ from typing import Final, get_args
 
 from compressors.model.errors import InputError
 from compressors.model.names import shown
+from compressors.shrink.registry import EXPERT_METHODS, KEEPS_EXPERTS
 from exporter.estimating.durations import parse_duration
 from exporter.estimating.sizes import parse_size
 from exporter.pipeline.team import checked_threads
 from exporter.planning.plan import Search
-from exporter.planning.recipe import ExpertMethod, Quantizer, Student
+from exporter.planning.recipe import Quantizer, Student
 from exporter.planning.recovery import RECOVERIES
 from exporter.publishing.model_name import model_name
 from exporter.writing.gguf.mixes import ALIASES, MIXES
@@ -32,7 +33,6 @@ __all__ = [
     "FORMATS",
     "KV_TYPES",
     "METHODS",
-    "METHODS_WITHOUT_EXPERTS",
     "PREFERENCES",
     "QUANTIZERS",
     "QUANT_TYPES",
@@ -47,10 +47,7 @@ BUDGET_KINDS: Final = ("total", "file")
 DEVICES: Final = ("auto", "cpu", "cuda")
 FORMATS: Final = ("gguf", "onnx")
 KV_TYPES: Final = ("f16", "f32", "q8_0", "q4_0")
-METHODS_WITHOUT_EXPERTS: Final = ("slim", "block-drop", "layer-drop")
-"""Methods that ``--experts`` does not apply to."""
-
-METHODS: Final = ("auto", *(name for name in get_args(ExpertMethod) if name != "none"), *METHODS_WITHOUT_EXPERTS)
+METHODS: Final = ("auto", *EXPERT_METHODS, *KEEPS_EXPERTS)
 QUANT_TYPES: Final = (*MIXES, *ALIASES)
 QUANTIZERS: Final = get_args(Quantizer)
 PREFERENCES: Final = ("quality", "speed")

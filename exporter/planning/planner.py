@@ -16,12 +16,13 @@ from compressors.model.errors import BudgetError, InputError, UnsupportedError
 from compressors.model.running.arithmetic import fastest_arithmetic
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.recover.schedule import Schedule
+from compressors.shrink.registry import BLOCK_DROP, KEEPS_EXPERTS, LAYER_DROP, SLIM, expert_counts
 from compressors.shrink.slim import GGUF_WIDTH_MULTIPLE
 from exporter.estimating.budget import predict
 from exporter.estimating.prediction import Prediction
 from exporter.estimating.sizes import format_size
-from exporter.planning.compression import check_compression, described_compression, expected_spec, fewest_experts
-from exporter.planning.job import METHODS_WITHOUT_EXPERTS, Job
+from exporter.planning.compression import check_compression, described_compression, expected_spec
+from exporter.planning.job import Job
 from exporter.planning.recipe import (
     BudgetChoice,
     CompressChoice,
@@ -216,16 +217,15 @@ class _Pinned:
             if self._job.experts is not None:
                 _check_experts(self._job, self._checkpoint)
             return structures_for(self._job.search, spec)
-        if method == "slim":
+        if method == SLIM.name:
             widths = range(spec.expert_width - 1, 0, -1)
             narrower = [width for width in widths if width % GGUF_WIDTH_MULTIPLE == 0]
             return [original, *(original.model_copy(update={"width": width}) for width in narrower)]
-        if method == "block-drop":
+        if method == BLOCK_DROP.name:
             return [original.model_copy(update={"drop_blocks": n_blocks}) for n_blocks in range(spec.n_layers)]
-        if method == "layer-drop":
+        if method == LAYER_DROP.name:
             return [original.model_copy(update={"drop_moe_layers": n_layers}) for n_layers in range(spec.n_layers)]
-        counts = range(spec.n_experts, fewest_experts(method, spec) - 1, -1)
-        return [with_experts(method, n_experts, spec) for n_experts in counts]
+        return [with_experts(method, n_experts, spec) for n_experts in expert_counts(method, spec)]
 
     def _fitting(self, choice: CompressChoice) -> _Candidate | None:
         files, predictions = {}, {}
@@ -288,11 +288,17 @@ class _Pinned:
 
 def _check_experts(job: Job, checkpoint: Checkpoint) -> None:
     spec, n_experts = checkpoint.spec, job.experts
-    if job.method in METHODS_WITHOUT_EXPERTS:
+    if job.method in KEEPS_EXPERTS:
         raise InputError(f"--experts: --method {job.method} keeps all experts; leave --experts out, or name another")
-    fewest = fewest_experts(job.method, spec)
-    if n_experts is None or not fewest <= n_experts <= spec.n_experts:
+    counts = expert_counts(job.method, spec)
+    if n_experts not in counts:
         raise InputError(
             f"--experts: {n_experts} experts cannot be kept; the model has {spec.n_experts} per layer and uses "
-            f"{spec.top_k} for each token, so give a number from {fewest} to {spec.n_experts}"
+            f"{spec.top_k} for each token, so give {_of_counts(counts)}"
         )
+
+
+def _of_counts(counts: range) -> str:
+    """The numbers of experts that can be kept, in words."""
+    kind = "number" if counts.step == -1 else f"multiple of {-counts.step}"
+    return f"a {kind} from {min(counts)} to {max(counts)}"

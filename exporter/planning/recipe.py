@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -13,6 +13,7 @@ from compressors.calibration.splits import BlockCounts
 from compressors.model.errors import InputError
 from compressors.model.names import shown
 from compressors.model.running.arithmetic import Arithmetic
+from compressors.shrink.registry import EDITS, EXPERT_METHODS
 from exporter.pipeline.team import MOST_THREADS
 from exporter.planning.yaml_file import read_yaml
 from validate.runtimes.cost import LEAST_CONTEXT
@@ -35,22 +36,12 @@ __all__ = [
 ]
 
 
-ExpertMethod = Literal[
-    "none",
-    "frequency",
-    "gate-frequency",
-    "ean",
-    "reap",
-    "man",
-    "msan",
-    "expert-drop",
-    "removal-error",
-    "m-smoe",
-    "hc-smoe",
-    "ream",
-]
-"""Pruning criteria of :mod:`compressors.shrink.criteria`, then merging methods of :mod:`compressors.shrink.merge`."""
-
+if TYPE_CHECKING:
+    ExpertMethod = str
+    ExpertEdit = str
+else:
+    ExpertMethod = Literal["none", *EXPERT_METHODS]
+    ExpertEdit = Literal["none", *EDITS]
 
 Student = Literal["moe", "dense"]
 """The kind of model that is built: a smaller MoE, or a dense model (:mod:`compressors.shrink.dense`)."""
@@ -115,7 +106,7 @@ class CompressChoice(_Part):
     allocation: Literal["layer", "global"] = "layer"  # global: as many in all layers together, where scores are high
     protect_super_experts: bool = False
     width: Count | tuple[Count, ...] | None = None  # of each expert; null: as it is
-    edit: Literal["none", "svd", "d2-moe", "mobe"] = "none"
+    edit: ExpertEdit = "none"  # how experts are rewritten
     edit_size: Count | None = None  # the rank; for mobe the number of bases
     student: Student = "moe"  # dense: each layer's experts become one feed-forward
     sequential: bool = False  # layers are judged on the outputs of the compressed layers before them

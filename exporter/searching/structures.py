@@ -12,16 +12,13 @@ from collections.abc import Iterator, Sequence
 
 from compressors.model.description.spec import ModelSpec
 from compressors.shrink.dense import check_dense
-from exporter.planning.compression import fewest_experts
+from compressors.shrink.registry import METHODS, expert_counts
 from exporter.planning.plan import Search
 from exporter.planning.recipe import CompressChoice
 
 __all__ = ["expected_loss", "structures_for", "whole", "with_experts"]
 
 _METHOD = "reap"
-_SEQUENTIAL = frozenset({"ream"})
-"""Methods that are defined on layers whose predecessors are already compressed."""
-
 _EIGHTHS = range(7, 0, -1)  # of the experts, or of their width, that may be left
 _WIDTH_MULTIPLE = 64  # narrower rows have no type below 4 bits that every llama.cpp of 2026 reads
 _LEAST_LAYERS = 8  # of which one in eight may go
@@ -62,7 +59,7 @@ def with_experts(method: str, n_experts: int, spec: ModelSpec) -> CompressChoice
     if n_experts == spec.n_experts:
         return whole(spec)
     chosen = _METHOD if method == "auto" else method
-    return CompressChoice(experts=n_experts, method=chosen, sequential=chosen in _SEQUENTIAL)  # type: ignore[arg-type]
+    return CompressChoice(experts=n_experts, method=chosen, sequential=METHODS[chosen].is_sequential)
 
 
 def expected_loss(choice: CompressChoice, spec: ModelSpec) -> float:
@@ -89,8 +86,9 @@ def _narrower(spec: ModelSpec) -> Iterator[CompressChoice]:
 
 
 def _fewer(method: str, spec: ModelSpec) -> Iterator[CompressChoice]:
-    fewest = fewest_experts(_METHOD if method == "auto" else method, spec)
-    counts = [n_experts for n_experts in _parts(spec.n_experts, 1) if n_experts > fewest]
+    possible = expert_counts(_METHOD if method == "auto" else method, spec)
+    fewest = min(possible)
+    counts = [n_experts for n_experts in _parts(spec.n_experts, -possible.step) if n_experts > fewest]
     for n_experts in [*counts, *([fewest] if fewest < spec.n_experts else [])]:
         yield with_experts(method, n_experts, spec)
 

@@ -188,11 +188,11 @@ def importance_of(student: Student, plan: Plan, work: WorkDirectory) -> Importan
     """
     own = StudentFiles(work.stage("compress")).statistics
     if own.exists():
-        return importance(StoredStatistics(own, student.spec.n_layers), student.experts.of_itself())
+        return importance(StoredStatistics(own, student.spec.n_layers), student.experts.of_itself(), student.spec)
     if plan.imatrix is not None:
         return importance_of_kept(read_imatrix(plan.imatrix, plan.teacher_spec), student.experts)
     statistics = Calibration.of(work).layer_statistics(student.source.spec.n_layers)
-    return importance(statistics, student.experts)
+    return importance(statistics, student.experts, student.spec)
 
 
 def memory_limit(context: StageContext) -> MemoryLimit:

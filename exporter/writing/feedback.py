@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from compressors.calibration.layer_inputs import KEPT_TOKENS
+from compressors.calibration.matrix_inputs import input_sizes
 from compressors.calibration.second_moments import (
     ROWS_AT_ONCE,
     TOKENS_AT_ONCE,
@@ -19,12 +20,10 @@ from compressors.calibration.second_moments import (
     SecondMoments,
 )
 from compressors.model.description.roles import Role
-from compressors.model.description.spec import ModelSpec
+from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.quantize.feedback import Feedback, conditioned
 
 __all__ = ["EmbeddingGradient", "ExpertFeedback", "StudentFeedback", "least_feedback_bytes", "threads_within"]
-
-_ATTENTION = (Role.QUERY, Role.KEY, Role.VALUE)
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class StudentFeedback:
         self._moments = moments
         self._tied = tied
         self._gradient = gradient
-        self._found: dict[str, Feedback] = {}  # for the part of the model that was last asked for
+        self._found: dict[Role, Feedback] = {}  # for the part of the model that was last asked for
         self._layer: tuple[int, LayerMoments] | None = None
 
     def matrix(self, role: Role, layer: int | None) -> Feedback | None:
@@ -76,14 +75,13 @@ class StudentFeedback:
         """
         if role is Role.TOKEN_EMBEDDING or role is Role.HEAD:
             return self._of_vocabulary(role)
-        if layer is None or role not in (*_ATTENTION, Role.ATTENTION_OUTPUT):
+        tensor = self._moments.spec.tensor(role, layer)
+        if layer is None or tensor.is_per_expert or not tensor.is_quantizable:
             return None
-        moments = self._of_layer(layer)
-        what = "attention" if role in _ATTENTION else "attention output"
-        if what not in self._found:
-            found = moments.attention if role in _ATTENTION else moments.attention_output
-            self._found[what] = Feedback.of(conditioned(found.mean_NN, found.n_tokens, None))
-        return self._found[what]
+        moments = self._of_layer(layer).matrices[tensor.input_role]
+        if tensor.input_role not in self._found:
+            self._found[tensor.input_role] = Feedback.of(conditioned(moments.mean_NN, moments.n_tokens, None))
+        return self._found[tensor.input_role]
 
     def experts(self, layer: int) -> ExpertFeedback:
         """The feedback of a layer's experts. The errors are those of :meth:`matrix`."""
@@ -99,12 +97,12 @@ class StudentFeedback:
         return self._layer[1]
 
     def _of_vocabulary(self, role: Role) -> Feedback | None:
-        if str(role) not in self._found:
+        if role not in self._found:
             moments_DD = self._vocabulary_moments(role)
             if moments_DD is None:
                 return None
-            self._layer, self._found = None, {str(role): Feedback.of(moments_DD)}
-        return self._found[str(role)]
+            self._layer, self._found = None, {role: Feedback.of(moments_DD)}
+        return self._found[role]
 
     def _vocabulary_moments(self, role: Role) -> torch.Tensor | None:
         """The moments for embedding or head; quantizing a tied matrix moves both states and logits."""
@@ -127,24 +125,29 @@ def least_feedback_bytes(spec: ModelSpec) -> int:
 
 
 _ARRAYS = 8  # of the moments' size that are alive at once while they are factored
-_ACTIVATIONS = 16  # arrays of the states' size in a run of attention
-
-
-def _attention_width(spec: ModelSpec) -> int:
-    return spec.n_heads * spec.head_dim
+_ACTIVATIONS = 16  # arrays of the widest input's size in a run of a layer without its experts
 
 
 def _shared_bytes(spec: ModelSpec) -> int:
-    """Bytes of experts' inputs and attention's sums: of one layer, and of the next while the last experts are made."""
-    sums = 4 * (2 * spec.hidden_size**2 + _attention_width(spec) ** 2)
-    return 2 * (2 * KEPT_TOKENS * spec.hidden_size + sums) + 4 * spec.dense_layer_parameters
+    """Bytes of experts' inputs and a layer's sums: of one layer, and of the next while the last experts are made."""
+    others = max(layer.parameters_beside_experts for layer in spec.layers)
+    return 2 * (2 * KEPT_TOKENS * spec.hidden_size + _sums_bytes(spec)) + 4 * others
 
 
 def _thread_bytes(spec: ModelSpec) -> int:
     """Bytes of the largest moments while they are factored, with an expert and its rows; or of blocks in attention."""
-    size = max(spec.hidden_size, spec.expert_width, _attention_width(spec))
-    expert = 4 * spec.expert_parameters + 4 * ROWS_AT_ONCE * (spec.hidden_size + 3 * spec.expert_width)
-    factored = 4 * _ARRAYS * size**2 + expert
-    width = max(spec.hidden_size, _attention_width(spec))
-    products = 2 * 4 * (2 * spec.hidden_size**2 + _attention_width(spec) ** 2)
-    return max(factored, 4 * _ACTIVATIONS * TOKENS_AT_ONCE * width + products)
+    width = max(max(_input_widths(layer)) for layer in spec.layers)
+    rows = 4 * ROWS_AT_ONCE * (spec.hidden_size + 3 * spec.expert_width)
+    expert = 4 * max(layer.expert_parameters for layer in spec.layers) + rows
+    factored = 4 * _ARRAYS * max(width, spec.expert_width) ** 2 + expert
+    return max(factored, 4 * _ACTIVATIONS * TOKENS_AT_ONCE * width + 2 * _sums_bytes(spec))
+
+
+def _sums_bytes(spec: ModelSpec) -> int:
+    """Bytes of the sums over one layer's tokens."""
+    return 4 * max(sum(width**2 for width in _input_widths(layer)) for layer in spec.layers)
+
+
+def _input_widths(layer: LayerSpec) -> list[int]:
+    """The widths of the inputs of a layer's matrices: of those that are no expert's, and of what all experts get."""
+    return [*input_sizes(layer).values(), layer.hidden_size]

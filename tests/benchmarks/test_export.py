@@ -21,7 +21,7 @@ def test_both_sides_get_the_same_importance_matrix(fine_folder: Path, tmp_path: 
     spec = Checkpoint(fine_folder).spec
     write_statistics(spec, tmp_path / "statistics")
     write_imatrix(spec, tmp_path / "statistics", tmp_path / "imatrix.gguf")
-    matrix = importance(StoredStatistics(tmp_path / "statistics", spec.n_layers), ExpertMap.identity(spec))
+    matrix = importance(StoredStatistics(tmp_path / "statistics", spec.n_layers), ExpertMap.identity(spec), spec)
     reader = gguf.GGUFReader(tmp_path / "imatrix.gguf")
     entries = {tensor.name: tensor.data for tensor in reader.tensors}
     assert len(entries) == 2 * 7 * spec.n_layers  # query, key, value, output; gate, up, down

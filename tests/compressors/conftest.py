@@ -76,7 +76,8 @@ def _all_blocks(folder: Path, tokens_BT: torch.Tensor) -> list[tuple[MoeBlock, E
 
 
 def _block(student: Student, layer: int) -> MoeBlock:
-    spec = student.spec
+    spec, routed = student.spec, student.spec.layers[layer].routed
+    assert routed is not None
 
     def experts(role: Role) -> torch.Tensor:
         return torch.stack([student.expert(role, layer, expert) for expert in range(spec.n_experts)])
@@ -86,5 +87,6 @@ def _block(student: Student, layer: int) -> MoeBlock:
         torch.cat([experts(Role.EXPERT_GATE), experts(Role.EXPERT_UP)], dim=1),
         experts(Role.EXPERT_DOWN),
         spec.top_k,
-        spec.normalize_top_k,
+        routed.routing,
+        routed.glu,
     )

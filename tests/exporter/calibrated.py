@@ -24,7 +24,7 @@ class Calibrated:
         collector = StatisticsCollector(student.spec)
         StreamedModel(student).stream([TokenGroup(tokens_BT, [collector.observe])])
         statistics = [collector.take(layer) for layer in range(student.spec.n_layers)]
-        self.importance: Importance = importance(statistics, student.experts.of_itself())
+        self.importance: Importance = importance(statistics, student.experts.of_itself(), student.spec)
         self.inputs: LayerInputs = write_layer_inputs(StreamedModel(student), tokens_BT, folder)
 
     def feedback(self, threads: int = 1, gradient: EmbeddingGradient | None = None) -> StudentFeedback:

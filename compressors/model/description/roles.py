@@ -35,7 +35,8 @@ class Role(StrEnum):
     KEY_NORM = "key norm"
     MOE_NORM = "MoE norm"  # [D], in front of any feed-forward
     ROUTER = "router"  # [E, D]
-    SELECTION_BIAS = "selection bias"  # [E], added to scores for the choice alone
+    ROUTER_BIAS = "router bias"  # [E], part of the logits
+    SELECTION_BIAS = "selection bias"  # [E], added to the scores for the choice, and not for the weights
     EXPERT_GATE = "expert gate"  # [F, D] for each expert
     EXPERT_UP = "expert up"  # [F, D] for each expert
     EXPERT_DOWN = "expert down"  # [D, F] for each expert
@@ -69,6 +70,7 @@ _GLOBAL_ROLES = frozenset({Role.TOKEN_EMBEDDING, Role.FINAL_NORM, Role.HEAD, Rol
 _FEED_FORWARD_ROLES = _EXPERT_ROLES | {
     Role.MOE_NORM,
     Role.ROUTER,
+    Role.ROUTER_BIAS,
     Role.SELECTION_BIAS,
     Role.SHARED_ROUTER,
     Role.SHARED_GATE,

@@ -1,7 +1,9 @@
 """Running the chosen experts on their tokens: tokens grouped by expert, one expert's weights and activations at a time.
 
 Plugged into transformers' MoE blocks through its experts interface, so one function serves every family whose experts
-module holds ``gate_up_proj`` [E, 2F, D] and ``down_proj`` [E, D, F]. Weights stay in storage dtype and are converted
+module is given ``gate_up_proj`` [E, 2F, D] and ``down_proj`` [E, D, F], and where it has biases (``has_bias``)
+``gate_up_proj_bias`` [E, 2F] and ``down_proj_bias`` [E, D], always gate rows first. The function between the products
+is transformers' own. Weights stay in storage dtype and are converted
 one expert at a time when the activations have another. Where the module has an attribute ``trained``
 (:class:`~compressors.model.running.trained_experts.TrainedExperts`), those weights stand in for its own, and get
 gradients.
@@ -61,7 +63,8 @@ class _GroupedExperts(torch.autograd.Function):
     """The gradient with respect to inputs, gates and the tensors of trained experts; other experts are constants.
 
     Of the activations only the first product is kept for backward: the gradient of a gate, <dL/dy, down h>, equals
-    <down^T dL/dy, h>, so backward needs no expert's output, and one product less than running the expert again takes.
+    <down^T dL/dy, h>, and a bias b adds <dL/dy, b>. So backward needs no expert's output, and one product less than
+    running the expert again takes.
     """
 
     @staticmethod
@@ -83,8 +86,10 @@ class _GroupedExperts(torch.autograd.Function):
             first = choice.start if keeps else 0
             inputs = torch.index_select(hidden_TD, 0, choice.padded_tokens, out=inputs_[: choice.n_rows])
             gate_up = torch.mm(inputs, weights.gate_up(choice.expert).T, out=gate_up_[first : first + choice.n_rows])
+            weights.add_bias("gate_up_proj_bias", choice.expert, gate_up)
             hidden = _activate(experts, gate_up)
             outputs = torch.mm(hidden, weights.down(choice.expert).T, out=outputs_SD[choice.start :][: choice.n_rows])
+            weights.add_bias("down_proj_bias", choice.expert, outputs)
             if observer is not None:
                 gates_n = gates_TK[choice.tokens, choice.slots]
                 observer(choice.expert, gates_n, hidden[: choice.n], outputs[: choice.n])
@@ -115,6 +120,8 @@ class _GroupedExperts(torch.autograd.Function):
                 (gate_up_gradient,) = torch.autograd.grad(hidden_nF, gate_up, pulled_nF * gates_n[:, None])
             torch.mm(gate_up_gradient, weights.gate_up(choice.expert), out=input_gradients_SD[rows])
             gate_gradient_n = (pulled_nF * hidden_nF.detach()).sum(-1)[: choice.n]
+            if (bias_D := weights.bias("down_proj_bias", choice.expert)) is not None:
+                gate_gradient_n = gate_gradient_n + gradient_nD[: choice.n] @ bias_D
             gates_gradient_TK[choice.tokens, choice.slots] = gate_gradient_n.to(gates_TK.dtype)
             if observer is not None:
                 down_gradient_nD = gradient_nD[: choice.n] * gates_n[: choice.n, None]
@@ -135,6 +142,7 @@ class _ExpertWeights:
         self._gate_up = experts.get_parameter("gate_up_proj")
         self._down = experts.get_parameter("down_proj")
         self._trained: TrainedExperts | None = getattr(experts, "trained", None)
+        self._experts = experts
         self._dtype = activations.dtype
 
     def stored(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,10 +157,24 @@ class _ExpertWeights:
         stored = self._down[expert]
         return (stored if self._trained is None else self._trained.down_weight(expert, stored)).to(self._dtype)
 
+    def bias(self, name: str, expert: int) -> torch.Tensor | None:
+        """The expert's bias; None: its family has none."""
+        if not getattr(self._experts, "has_bias", False):
+            return None
+        return self._experts.get_parameter(name)[expert].to(self._dtype)
+
+    def add_bias(self, name: str, expert: int, products: torch.Tensor) -> None:
+        """Adds the expert's bias, if its family has any, in place."""
+        bias = self.bias(name, expert)
+        if bias is not None:
+            products.add_(bias)
+
 
 def _activate(experts: nn.Module, gate_up_n2F: torch.Tensor) -> torch.Tensor:
-    gate, up = gate_up_n2F.chunk(2, dim=-1)
-    hidden_nF: torch.Tensor = experts.act_fn(gate) * up  # type: ignore[operator]
+    """transformers' function between the products, which may expect each gate beside its up."""
+    if not getattr(experts, "is_concatenated", True):
+        gate_up_n2F = torch.stack(gate_up_n2F.chunk(2, dim=-1), dim=-1).flatten(-2)
+    hidden_nF: torch.Tensor = experts._apply_gate(gate_up_n2F)  # type: ignore[operator]
     return hidden_nF
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from compressors.model.description.spec import ModelSpec
+from compressors.model.description.spec import LayerSpec, ModelSpec
 
 __all__ = [
     "BLOCKS_AT_ONCE",
@@ -65,9 +65,15 @@ def positions_at_once(vocab_size: int) -> int:
 
 def working_bytes(spec: ModelSpec) -> int:
     """What computing one layer needs beside weights and hidden states: activations, and one expert in float32."""
-    width = max(spec.hidden_size, spec.n_heads * spec.head_dim)
+    width = max(spec.hidden_size, *(_state_width(layer) for layer in spec.layers))
     activations = BLOCKS_AT_ONCE[torch.float32] * _BLOCK_TOKENS * width * 4 * _ACTIVATIONS
-    return activations + 4 * spec.expert_parameters
+    return activations + 4 * max(layer.expert_parameters for layer in spec.layers)
+
+
+def _state_width(layer: LayerSpec) -> int:
+    """The most values that a matrix of the layer, no expert's, makes of a token, or makes something of."""
+    matrices = (tensor for tensor in layer.shared_tensors if tensor.is_quantizable)
+    return max((max(layer.dimensions(tensor)) for tensor in matrices), default=0)
 
 
 def place(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -58,9 +58,10 @@ def merge_groups(
         group = groups[index]
         shares = _shares(weights_E, group)
         # `keep` copied what it kept, so the given block does not change
-        merged.gate_up_EFD[index], merged.down_EDF[index] = _weighted_mean(block, group, shares, align)
+        _average(merged, index, block, group, shares, align)
         if average_router:
-            merged.router_ED[index] = torch.tensor(shares) @ block.router_ED[list(group)]
+            for mean_E, tensor_E in _router_tensors(merged, block):
+                mean_E[index] = torch.tensor(shares) @ tensor_E[list(group)]
     return CompressedBlock(merged, groups, changed, router_changed=average_router and bool(changed))
 
 
@@ -71,15 +72,35 @@ def _shares(weights_E: torch.Tensor, group: Sequence[int]) -> list[float]:
     return [float(share) for share in weights / weights.sum()]
 
 
-def _weighted_mean(
-    block: MoeBlock, group: Sequence[int], shares: Sequence[float], align: Alignment | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gate and up rows, float32 [2F, D], and the down projection, float32 [D, F]."""
-    gate_up_FD = torch.zeros(2 * block.width, block.router_ED.shape[-1])
-    down_DF = torch.zeros(block.router_ED.shape[-1], block.width)
-    reference = group[0]
-    for expert, share in zip(group, shares, strict=True):
-        order_F = align(reference, expert) if align is not None and expert != reference else torch.arange(block.width)
-        gate_up_FD += share * torch.cat([block.gate(expert)[order_F], block.up(expert)[order_F]])
-        down_DF += share * block.down(expert)[:, order_F]
-    return gate_up_FD, down_DF
+def _router_tensors(merged: MoeBlock, block: MoeBlock) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields the router and each bias that it has, after and before merging."""
+    for name in ("router_ED", "router_bias_E", "selection_bias_E"):
+        if getattr(block, name) is not None:
+            yield getattr(merged, name), getattr(block, name)
+
+
+def _average(
+    merged: MoeBlock,
+    index: int,
+    block: MoeBlock,
+    group: Sequence[int],
+    shares: Sequence[float],
+    align: Alignment | None,
+) -> None:
+    """Makes the ``index``-th merged expert the weighted mean of a group, biases included; sums are float32."""
+    reference, same_F = group[0], torch.arange(block.width)
+    orders = [align(reference, expert) if align and expert != reference else same_F for expert in group]
+    members = [
+        (share, expert, order_F, torch.cat([order_F, block.width + order_F]))  # the last orders rows of gate and up
+        for share, expert, order_F in zip(shares, group, orders, strict=True)
+    ]
+    merged.gate_up_EFD[index] = _sum(share * block.gate_up_EFD[e].float()[rows] for share, e, _, rows in members)
+    merged.down_EDF[index] = _sum(share * block.down(e)[:, order_F] for share, e, order_F, _ in members)
+    if merged.gate_up_bias_EF is not None and (gate_up_EF := block.gate_up_bias_EF) is not None:
+        merged.gate_up_bias_EF[index] = _sum(share * gate_up_EF[e, rows] for share, e, _, rows in members)
+    if merged.down_bias_ED is not None and (down_ED := block.down_bias_ED) is not None:
+        merged.down_bias_ED[index] = _sum(share * down_ED[e] for share, e, _, _ in members)
+
+
+def _sum(terms: Iterable[torch.Tensor]) -> torch.Tensor:
+    return sum(terms, torch.zeros(()))

@@ -22,6 +22,7 @@ class HCSMoE:
     An expert's feature is its mean output over all sample tokens, routed to it or not; Euclidean distances, average
     linkage. A cluster becomes the mean weighted by usage, without aligning neurons, and its router row that mean of
     the members' rows; as published, all rows stay as aliases (:func:`compressors.shrink.merge.forward_with_aliases`).
+    Where the router chooses groups of experts first, clusters rarely leave these equal in size, and are then refused.
     The public scripts misspell the name of this clustering and run k-means instead; that is not reproduced.
 
     Raises (when called):

@@ -12,7 +12,7 @@ from compressors.shrink.merge.alignment import match_weights
 from compressors.shrink.merge.average import merge_groups, ordered, require_possible
 from compressors.shrink.merge.similarity import router_logit_cosines
 from compressors.shrink.moe_block import CompressedBlock, Evidence, MoeBlock, Needs
-from compressors.shrink.prune import highest
+from compressors.shrink.prune import survivors
 
 __all__ = ["MSMoE"]
 
@@ -27,7 +27,8 @@ class MSMoE:
     (:func:`compressors.shrink.merge.forward_with_aliases`).
 
     As published, dominant experts are chosen by usage over all layers together, so that layers keep different numbers.
-    That allocation is not made here: this is one layer, and its number is given.
+    That allocation is not made here: this is one layer, and its number is given. Where the router chooses groups of
+    experts first, each of these has equally many dominant ones.
 
     Raises (when called):
         InputError: ``n_experts`` is not between 1 and the block's number of experts.
@@ -41,7 +42,7 @@ class MSMoE:
         require_possible(self.n_experts, block)
         usage_E = evidence.statistics.count_E
         similarity_EE = (router_logit_cosines(evidence.statistics) + 1) / 2
-        groups = _join_dominant(similarity_EE, highest(usage_E, self.n_experts))
+        groups = _join_dominant(similarity_EE, survivors(block, usage_E, self.n_experts))
         return merge_groups(block, groups, usage_E, align=partial(match_weights, block), average_router=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -13,6 +14,7 @@ from compressors.shrink.merge.alignment import match_weights_and_activations
 from compressors.shrink.merge.average import merge_groups, ordered, require_possible
 from compressors.shrink.merge.similarity import output_cosines, router_logit_cosines
 from compressors.shrink.moe_block import CompressedBlock, Evidence, MoeBlock, Needs
+from compressors.shrink.prune import survivors
 
 __all__ = ["REAM"]
 
@@ -33,7 +35,8 @@ class REAM:
     implementations quote them. The public code instead compares the outputs' means over the tokens, and scales the
     gates' distances by the largest in the layer; it also gives experts that no token chose the least saliency of the
     others.
-    Recomputing the inputs of the layers behind is for the stage that calls the method.
+    Where the router chooses groups of experts first, each of these has equally many centroids. Recomputing the inputs
+    of the layers behind is for the stage that calls the method.
 
     Raises (when called):
         InputError: ``n_experts`` is not between 1 and the block's number of experts, or too small for ``group_size``.
@@ -53,16 +56,15 @@ class REAM:
             )
         saliency_E = evidence.statistics.reap_scores()
         cosines_EE = (router_logit_cosines(evidence.statistics) + output_cosines(block, evidence.sample_TD)) / 2
-        groups = _walk((cosines_EE + 1) / 2, saliency_E, self.n_experts, self.group_size)
+        centroids = set(survivors(block, saliency_E, self.n_experts))
+        salient_first = [e for e in saliency_E.argsort(descending=True, stable=True).tolist() if e in centroids]
+        groups = _walk((cosines_EE + 1) / 2, salient_first, self.group_size)
         align = partial(match_weights_and_activations, block, evidence.sample_TD)
         return merge_groups(block, groups, saliency_E, align=align, average_router=False)
 
 
-def _walk(
-    similarity_EE: torch.Tensor, saliency_E: torch.Tensor, n_experts: int, group_size: int
-) -> tuple[tuple[int, ...], ...]:
-    centroids = saliency_E.argsort(descending=True, stable=True)[:n_experts].tolist()
-    free = set(range(len(saliency_E))) - set(centroids)
+def _walk(similarity_EE: torch.Tensor, centroids: Sequence[int], group_size: int) -> tuple[tuple[int, ...], ...]:
+    free = set(range(len(similarity_EE))) - set(centroids)
     groups = []
     for centroid in centroids:
         nearest = similarity_EE[centroid].argsort(descending=True, stable=True).tolist()

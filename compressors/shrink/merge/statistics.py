@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from compressors.calibration.statistics import LayerStatistics
@@ -42,10 +40,8 @@ def merged_statistics(statistics: LayerStatistics, groups: tuple[tuple[int, ...]
     sums = {name: torch.stack([getattr(statistics, name)[group].sum(0) for group in members]) for name in _SUMS}
     maxima = {name: torch.stack([getattr(statistics, name)[group].amax(0) for group in members]) for name in _MAXIMA}
     tokens_per_token_of_origin_G = sums["count_E"] / statistics.count_E[origins].clamp_min(1)
-    return replace(
-        statistics,
-        **sums,
-        **maxima,
-        down_input_square_EF=statistics.down_input_square_EF[origins] * tokens_per_token_of_origin_G[:, None],
-        router_logit_gram_EE=statistics.router_logit_gram_EE[origins][:, origins],
-    )
+    of_origins = {
+        "down_input_square_EF": statistics.down_input_square_EF[origins] * tokens_per_token_of_origin_G[:, None],
+        "router_logit_gram_EE": statistics.router_logit_gram_EE[origins][:, origins],
+    }
+    return LayerStatistics.from_tensors(statistics.tensors | sums | maxima | of_origins)

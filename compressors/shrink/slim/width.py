@@ -5,7 +5,7 @@ Letters as in :mod:`compressors.shrink.moe_block`; M neurons that are kept.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -66,16 +66,19 @@ class SlimWidth:
         if self.width == block.width:
             return CompressedBlock.unchanged(block)
         routes = block.route(evidence.sample_TD)
-        gate_up, down = [], []
+        gate_up, biases, down = [], [], []
         for expert in range(block.n_experts):
             hidden_nF = block.hidden(expert, evidence.sample_TD[routes.of_expert(expert)[0]])
             moment_FF = second_moment(hidden_nF)
             kept = highest(neuron_importance(block, expert, moment_FF.diagonal()), self.width)
             rows = [*kept, *(block.width + neuron for neuron in kept)]
             gate_up.append(block.gate_up_EFD[expert, rows])
+            if block.gate_up_bias_EF is not None:
+                biases.append(block.gate_up_bias_EF[expert, rows])
             ridge = _PRIOR_TOKENS * float(moment_FF.diagonal().mean()) / max(len(hidden_nF), 1)
             down.append(compensated_down(block.down(expert), moment_FF, kept, ridge))
-        return CompressedBlock.rewritten(block, torch.stack(gate_up), torch.stack(down))
+        narrower = replace(block, gate_up_bias_EF=torch.stack(biases) if biases else None)
+        return CompressedBlock.rewritten(narrower, torch.stack(gate_up), torch.stack(down))
 
 
 def neuron_importance(block: MoeBlock, expert: int, hidden_square_F: torch.Tensor) -> torch.Tensor:

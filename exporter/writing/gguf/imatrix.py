@@ -210,7 +210,7 @@ def write_imatrix(
     directory = [entry for tensor in tensors for entry in _directory(tensor)]
     with replacing(path) as file:
         file.write(render_header(len(metadata), render_values(metadata), directory))
-        for values in _values(tensors, layers, experts):
+        for values in _values(tensors, layers, experts, spec):
             data = values.astype("<f4").tobytes()
             file.write(data.ljust(aligned(len(data)), b"\0"))
 
@@ -223,7 +223,7 @@ def _directory(tensor: GgufTensor) -> Iterator[TensorEntry]:
 
 
 def _values(
-    tensors: Sequence[GgufTensor], layers: Sequence[LayerStatistics], experts: ExpertMap
+    tensors: Sequence[GgufTensor], layers: Sequence[LayerStatistics], experts: ExpertMap, spec: ModelSpec
 ) -> Iterator[npt.NDArray[np.float64]]:
     """Yields the sums, then the counts, of each matrix."""
     for tensor in tensors:
@@ -231,10 +231,9 @@ def _values(
         came_from = experts.layers[tensor.layer]
         layer = layers[came_from.source]
         kept = list(came_from.kept)
-        if tensor.role is Role.ATTENTION_OUTPUT:
-            yield from (layer.attention_output_input_square.numpy(), layer.n_tokens.numpy())
-        elif not tensor.role.is_expert:
-            yield from (layer.attention_input_square_D.numpy(), layer.n_tokens.numpy())
+        if not tensor.role.is_expert:
+            input_role = spec.tensor(tensor.role, tensor.layer).input_role
+            yield from (layer.input_squares[input_role].numpy(), layer.n_tokens.numpy())
         else:
             is_down = tensor.role is Role.EXPERT_DOWN
             sums = layer.down_input_square_EF if is_down else layer.gate_up_input_square_ED

@@ -50,7 +50,7 @@ class _Definition:
             )
             for name in ("q_proj", "k_proj", "v_proj", "o_proj")
         ]
-        if not self._student.spec.layer(index).has_moe:
+        if not self._student.spec.layers[index].routed:
             yield
         else:
             experts = layer.get_submodule("mlp.experts")
@@ -98,9 +98,9 @@ def test_they_are_those_of_a_whole_pass(
     assert expected.agrees("head", 0, moments.head())
     for index in range(2):
         layer = moments.layer(index)
-        for name in ("q_proj", "k_proj", "v_proj"):
-            assert expected.agrees(name, index, layer.attention)
-        assert expected.agrees("o_proj", index, layer.attention_output)
+        for name, role in (("q_proj", Role.QUERY), ("k_proj", Role.KEY), ("v_proj", Role.VALUE)):
+            assert expected.agrees(name, index, layer.matrices[student.spec.tensor(role, index).input_role])
+        assert expected.agrees("o_proj", index, layer.matrices[Role.ATTENTION_OUTPUT])
         assert layer.experts is not None
         assert expected.agrees("experts", index, layer.experts.all_tokens)
         for expert in range(0, student.spec.n_experts, 5):
@@ -125,8 +125,8 @@ def test_a_student_s_own_layers_and_experts_are_looked_at(
     layer, last = moments.layer(0), moments.layer(1)
     assert layer.experts is not None and last.experts is None
     assert expected.agrees("experts", 0, layer.experts.all_tokens)
-    assert expected.agrees("q_proj", 1, last.attention)
-    assert expected.agrees("o_proj", 1, last.attention_output)
+    assert expected.agrees("q_proj", 1, last.matrices[Role.QUERY])
+    assert expected.agrees("o_proj", 1, last.matrices[Role.ATTENTION_OUTPUT])
     assert sum(layer.experts.gate_up(expert).n_tokens for expert in range(6)) == tokens_BT[:1].numel() * 4
     assert layer.experts.gate_up(6).n_tokens == 0 and not layer.experts.gate_up(6).mean_NN.any()
 
@@ -143,7 +143,7 @@ def test_threads_change_no_bit(float32_toy: Checkpoint, tmp_path: Path, monkeypa
         moments = SecondMoments(student, LayerInputs(tmp_path), threads=threads)
         layer = moments.layer(1)
         assert layer.experts is not None
-        found.append((layer.attention, layer.attention_output, layer.experts.all_tokens, moments.head()))
+        found.append((*layer.matrices.values(), layer.experts.all_tokens, moments.head()))
         assert torch.get_num_threads() == threads
     torch.set_num_threads(before)
     for one, three in zip(*found, strict=True):

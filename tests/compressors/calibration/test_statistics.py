@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from compressors.calibration.statistics import (
+    Importance,
     LayerStatistics,
     StatisticsCollector,
     StoredStatistics,
@@ -80,6 +81,7 @@ def test_second_moments_and_cosines_equal_their_definition(fine_folder: Path, bl
     layer = model.model.layers[2]
     seen: dict[str, torch.Tensor] = {}
     layer.self_attn.q_proj.register_forward_pre_hook(lambda _m, args: seen.update(attention=args[0].flatten(0, 1)))
+    layer.self_attn.o_proj.register_forward_pre_hook(lambda _m, args: seen.update(heads=args[0].flatten(0, 1)))
     layer.mlp.register_forward_pre_hook(lambda _m, args: seen.update(moe=args[0].flatten(0, 1)))
     layer.mlp.gate.register_forward_hook(lambda _m, _a, out: seen.update(logits=out[0], chosen=out[2]))
     layer.register_forward_pre_hook(lambda _m, args: seen.update(before=args[0].flatten(0, 1)))
@@ -87,7 +89,10 @@ def test_second_moments_and_cosines_equal_their_definition(fine_folder: Path, bl
     model(blocks_BT)
     n_tokens = blocks_BT.numel()
     close = {"rtol": 1e-4, "atol": 1e-4}
-    torch.testing.assert_close(statistics.attention_input_square_D.float(), seen["attention"].square().sum(0), **close)
+    torch.testing.assert_close(statistics.input_squares[Role.QUERY].float(), seen["attention"].square().sum(0), **close)
+    heads = statistics.input_squares[Role.ATTENTION_OUTPUT].float()
+    torch.testing.assert_close(heads, seen["heads"].square().sum(0), **close)
+    assert statistics.input_squares.keys() == {Role.QUERY, Role.ATTENTION_OUTPUT}  # key and value share the query's
     gram = seen["logits"].T @ seen["logits"]
     torch.testing.assert_close(statistics.router_logit_gram_EE.float(), gram, rtol=1e-4, atol=1e-2)
     routed = (seen["chosen"] == 7).any(-1)
@@ -108,7 +113,8 @@ def test_statistics_survive_the_disk(fine_folder: Path, blocks_BT: torch.Tensor,
     stored = StoredStatistics(tmp_path / "statistics", len(layers))
     assert len(stored) == len(layers)
     for saved, loaded in zip(layers, stored, strict=True):
-        assert all(torch.equal(value, getattr(loaded, name)) for name, value in vars(saved).items())
+        assert saved.tensors.keys() == loaded.tensors.keys() >= {"count_E", "input_squares.ATTENTION_OUTPUT"}
+        assert all(torch.equal(value, loaded.tensors[name]) for name, value in saved.tensors.items())
 
 
 def test_damaged_and_missing_statistics_are_named(tmp_path: Path) -> None:
@@ -127,15 +133,19 @@ def test_statistics_in_bfloat16_choose_nearly_the_same_experts(family_folder: Pa
         assert second.gate_sum_E.dtype == torch.float64
 
 
+def _importance(folder: Path, layers: list[LayerStatistics], experts: ExpertMap) -> Importance:
+    return importance(layers, experts, experts.spec_of(Checkpoint(folder).spec))
+
+
 def test_importance_follows_the_survivors(fine_folder: Path, blocks_BT: torch.Tensor) -> None:
     layers = _collect(fine_folder, blocks_BT)
     kept = ((3, 8, 21),) * len(layers)
-    matrix = importance(layers, ExpertMap.keeping(32, kept))
-    whole = importance(layers, ExpertMap.keeping(32, [range(32)] * len(layers)))
+    matrix = _importance(fine_folder, layers, ExpertMap.keeping(32, kept))
+    whole = _importance(fine_folder, layers, ExpertMap.keeping(32, [range(32)] * len(layers)))
     for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN):
         assert torch.equal(matrix[role, 1], whole[role, 1][[3, 8, 21]])
     two = ExpertMap(32, (LayerMap(0, ((4,), (2,))), LayerMap(3, ((9,), (0,)))))
-    expected, found = importance(layers, two), importance_of_kept(whole, two)
+    expected, found = _importance(fine_folder, layers, two), importance_of_kept(whole, two)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     assert matrix[Role.EXPERT_GATE, 0].shape == (3, 256)
@@ -147,7 +157,7 @@ def test_experts_with_few_tokens_lean_on_their_layer(fine_folder: Path, blocks_B
     layer = _collect(fine_folder, blocks_BT)[1]
     often, never = 21, 5
     layer.count_E[never] = layer.gate_up_input_square_ED[never] = layer.down_input_square_EF[never] = 0
-    matrix = importance([layer], ExpertMap.keeping(32, [range(32)]))
+    matrix = _importance(fine_folder, [layer], ExpertMap.keeping(32, [range(32)]))
     inputs_D, n_tokens = layer.gate_up_input_square_ED, layer.count_E[often]
     layer_mean_D = inputs_D.sum(0) / layer.count_E.sum()
     expected_D = (inputs_D[often] + 16 * layer_mean_D) / (n_tokens + 16)
@@ -162,4 +172,23 @@ def test_experts_with_few_tokens_lean_on_their_layer(fine_folder: Path, blocks_B
 
 def test_an_expert_never_routed_to_scores_zero(fine_folder: Path) -> None:
     spec: ModelSpec = Checkpoint(fine_folder).spec
-    assert LayerStatistics.zeros(spec).reap_scores().tolist() == [0.0] * spec.n_experts
+    assert LayerStatistics.zeros(spec.layers[0]).reap_scores().tolist() == [0.0] * spec.n_experts
+
+
+def test_a_layer_without_experts_tells_about_its_matrices_and_its_states(
+    fine_folder: Path, blocks_BT: torch.Tensor
+) -> None:
+    """Its feed-forward adds nothing, so what leaves it is what its norm would have seen."""
+    source = Checkpoint(fine_folder)
+    experts = ExpertMap(32, (LayerMap(0, tuple((expert,) for expert in range(32))), LayerMap(1, ())))
+    student = Student(source, experts)
+    collector = StatisticsCollector(student.spec)
+    StreamedModel(student).stream([TokenGroup(blocks_BT[:1], [collector.observe])])
+    first, second = collector.take(0), collector.take(1)
+    assert second.count_E.numel() == second.router_logit_gram_EE.numel() == 0
+    assert second.moe_cosine_sum.item() == pytest.approx(blocks_BT[:1].numel(), rel=1e-5)
+    assert first.moe_cosine_sum.item() < 0.99 * blocks_BT[:1].numel()
+    matrix = importance([first, second], experts.of_itself(), student.spec)
+    in_first = {role for role, layer in matrix if layer == 0}
+    in_second = {role for role, layer in matrix if layer == 1}
+    assert in_second == {Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUTPUT} < in_first

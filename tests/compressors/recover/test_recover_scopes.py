@@ -53,7 +53,7 @@ def test_most_used_experts_with_ties_to_the_lower_index() -> None:
 def test_a_merged_expert_is_used_by_all_tokens_of_its_group(student: Student) -> None:
     spec = student.source.spec
     statistics = [
-        replace(LayerStatistics.zeros(spec), count_E=torch.arange(32, dtype=torch.float64) * 10**layer)
+        replace(LayerStatistics.zeros(spec.layers[0]), count_E=torch.arange(32, dtype=torch.float64) * 10**layer)
         for layer in range(spec.n_layers)
     ]
     usage = expert_usage(statistics, student.experts)

@@ -45,7 +45,7 @@ def _route_token(block: MoeBlock, logits_E: torch.Tensor, top_k: int) -> list[tu
     """The chosen experts and their gates, by the model's rule."""
     probabilities = torch.softmax(logits_E.double(), dim=0)
     chosen = sorted(range(len(logits_E)), key=lambda expert: -probabilities[expert].item())[:top_k]
-    total = sum(probabilities[expert].item() for expert in chosen) if block.normalize_top_k else 1.0
+    total = sum(probabilities[expert].item() for expert in chosen) if block.routing.normalizes else 1.0
     return [(expert, probabilities[expert].item() / total) for expert in chosen]
 
 
@@ -121,7 +121,7 @@ def test_the_sums_that_criteria_read_equal_their_definitions(
 
 
 def test_experts_that_were_never_seen_score_zero(fine_folder: Path) -> None:
-    nothing = LayerStatistics.zeros(Checkpoint(fine_folder).spec)
+    nothing = LayerStatistics.zeros(Checkpoint(fine_folder).spec.layers[0])
     for criterion in CRITERIA.values():
         assert criterion(nothing).tolist() == [0.0] * 32
 

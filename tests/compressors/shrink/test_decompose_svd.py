@@ -140,7 +140,7 @@ def test_only_the_experts_change(method: type[ActivationSvd | D2Moe], trained: t
     assert compressed.changed_experts == {0, 1, 2}
     assert not compressed.router_changed
     assert compressed.block.router_ED is block.router_ED
-    assert (compressed.block.top_k, compressed.block.normalize_top_k) == (block.top_k, block.normalize_top_k)
+    assert (compressed.block.top_k, compressed.block.routing) == (block.top_k, block.routing)
     again = method(3)(block, evidence).block
     assert torch.equal(again.gate_up_EFD, compressed.block.gate_up_EFD)
     assert torch.equal(again.down_EDF, compressed.block.down_EDF)

@@ -59,7 +59,7 @@ def _applied_gates_and_norms(
     order_TE = probabilities_TE.argsort(-1, descending=True)
     tokens = (order_TE[:, : block.top_k] == expert).any(-1)
     gates = probabilities_TE[tokens, expert]
-    if block.normalize_top_k:
+    if block.routing.normalizes:
         gates = gates / probabilities_TE[tokens].sort(-1, descending=True).values[:, : block.top_k].sum(-1)
     return gates, _answer(block, expert, inputs_TD[tokens]).norm(dim=-1)
 

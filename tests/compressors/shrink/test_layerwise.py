@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from compressors.calibration.statistics import LayerStatistics, StatisticsCollector
 from compressors.model.description.roles import Role
+from compressors.model.description.routing import Routing
 from compressors.model.description.spec import NO_MOE, MoeSize
 from compressors.model.errors import InputError
 from compressors.model.running.memory import MemoryLimit
@@ -238,7 +239,7 @@ def _block(source: Checkpoint, layer: int) -> MoeBlock:
 
     gate_up_EFD = torch.cat([stacked(Role.EXPERT_GATE), stacked(Role.EXPERT_UP)], dim=1)
     router_ED = source.tensor(Role.ROUTER, layer).float()
-    return MoeBlock(router_ED, gate_up_EFD, stacked(Role.EXPERT_DOWN), 4, True)
+    return MoeBlock(router_ED, gate_up_EFD, stacked(Role.EXPERT_DOWN), 4, Routing())
 
 
 @torch.no_grad()

@@ -54,7 +54,7 @@ def test_merging_twins_gives_the_block_back(
         torch.cat([block.gate_up_EFD, torch.cat([gate_EFD[:, order], up_EFD[:, order]], dim=1)]),
         torch.cat([block.down_EDF, block.down_EDF[:, :, order]]),
         2 * block.top_k,
-        block.normalize_top_k,
+        block.routing,
     )
     statistics = _first_of_each_pair_leads(
         replace(

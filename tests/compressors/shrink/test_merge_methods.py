@@ -72,7 +72,7 @@ def _saliency(block: MoeBlock, inputs: torch.Tensor) -> list[float]:
         probabilities = logits.softmax(0).tolist()
         chosen = sorted(range(block.n_experts), key=lambda e: -probabilities[e])[: block.top_k]
         for expert in chosen:
-            gate = probabilities[expert] / (sum(probabilities[e] for e in chosen) if block.normalize_top_k else 1)
+            gate = probabilities[expert] / (sum(probabilities[e] for e in chosen) if block.routing.normalizes else 1)
             total[expert] += gate * norms[expert][token]
             count[expert] += 1
     return [value / max(n, 1) for value, n in zip(total, count, strict=True)]

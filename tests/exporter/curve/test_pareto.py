@@ -159,7 +159,7 @@ def test_a_baseline_is_the_file_that_llama_quantize_would_write(context: StageCo
         student,
         "Q4_K_M",
         tmp_path / "expected.gguf",
-        importance=importance(statistics, student.experts),
+        importance=importance(statistics, student.experts, student.spec),
         name=name,
         threads=1,
     )

@@ -167,7 +167,7 @@ def _no_teacher() -> StreamedModel:
 def test_layers_are_condensed_after_their_experts_became_narrower(fine_folder: Path) -> None:
     teacher = read_spec(fine_folder)
 
-    statistics = [LayerStatistics.zeros(teacher)] * teacher.n_layers
+    statistics = [LayerStatistics.zeros(layer) for layer in teacher.layers]
 
     def targets(**choice: Any) -> list[LayerTarget]:
         compress = CompressChoice.model_validate({"experts": 32, "student": "dense"} | choice)

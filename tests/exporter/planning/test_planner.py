@@ -14,9 +14,9 @@ from compressors.calibration.splits import Splits, read_splits
 from compressors.model.description.spec import NO_MOE, ModelSpec, MoeSize
 from compressors.model.errors import BudgetError, InputError, UnsupportedError
 from compressors.model.sources.checkpoint import Checkpoint
+from compressors.shrink.registry import fewest_experts
 from exporter.estimating.budget import predict
 from exporter.estimating.prediction import Prediction
-from exporter.planning.compression import fewest_experts
 from exporter.planning.job import Flags
 from exporter.planning.planner import TextCounts, choose_recipe, predict_recipe
 from exporter.planning.recipe import BudgetChoice, CompressChoice, FileChoice, Recipe

@@ -154,7 +154,7 @@ def test_q4_0_has_the_predicted_size_and_the_quantized_neurons(
     collector = StatisticsCollector(student.spec)
     text_BT = torch.from_numpy(heldout_tokens[: 2 * 128].reshape(2, 128))
     StreamedModel(student).stream([TokenGroup(text_BT, [collector.observe])])
-    matrix = importance([collector.take(0), collector.take(1)], student.experts.of_itself())
+    matrix = importance([collector.take(0), collector.take(1)], student.experts.of_itself(), student.spec)
     path = tmp_path / "q4_0.gguf"
     write_gguf(student, "Q4_0", path, importance=matrix, name="x", threads=1)
     assert path.stat().st_size == predict_file_size(student.spec, student.source.folder, "Q4_0", "x")

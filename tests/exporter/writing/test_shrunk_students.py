@@ -144,7 +144,7 @@ def test_onnx_quantizes_layers_that_differ(
     ]
     student = compressed(source, targets)
     text_BT = torch.from_numpy(tokens_BT)
-    matrix = importance(_statistics(student, text_BT), student.experts.of_itself())
+    matrix = importance(_statistics(student, text_BT), student.experts.of_itself(), student.spec)
     write_onnx(student, "Q4_0", tmp_path / "onnx", importance=matrix, threads=1)
     logits_BTV, _ = _streamed(student, tokens_BT)
     scored = scored_positions(tokens_BT.shape[1])

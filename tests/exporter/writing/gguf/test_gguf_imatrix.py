@@ -37,12 +37,12 @@ def _statistics(spec: ModelSpec) -> list[LayerStatistics]:
     """Random ones; the last expert of each layer saw no token."""
     generator = torch.Generator().manual_seed(0)
     layers = []
-    for _ in range(spec.n_layers):
-        layer = LayerStatistics.zeros(spec)
+    for described in spec.layers:
+        layer = LayerStatistics.zeros(described)
         layer.n_tokens += 3000
         layer.count_E += torch.randint(1, 900, (spec.n_experts,), generator=generator)
-        for name in ("attention_input_square_D", "attention_output_input_square"):
-            getattr(layer, name).add_(torch.rand(getattr(layer, name).shape, generator=generator).double())
+        for squares in layer.input_squares.values():
+            squares.add_(torch.rand(squares.shape, generator=generator).double())
         for sums in (layer.gate_up_input_square_ED, layer.down_input_square_EF):
             sums.add_(torch.rand(sums.shape, generator=generator).double().square() * 700)
         for sums in (layer.count_E, layer.gate_up_input_square_ED, layer.down_input_square_EF):
@@ -85,7 +85,7 @@ def test_the_file_is_what_llama_imatrix_writes(spec: ModelSpec, written: Path) -
     for index, layer in enumerate(layers):
         for name in ("attn_q", "attn_k", "attn_v"):
             sums = found[f"blk.{index}.{name}.weight.in_sum2"]
-            np.testing.assert_array_equal(sums, layer.attention_input_square_D.float()[None])
+            np.testing.assert_array_equal(sums, layer.input_squares[Role.QUERY].float()[None])
             assert found[f"blk.{index}.{name}.weight.counts"].tolist() == [[3000]]
         np.testing.assert_array_equal(
             found[f"blk.{index}.ffn_down_exps.weight.in_sum2"], layer.down_input_square_EF.float()

@@ -44,7 +44,7 @@ def known(
     StreamedModel(student).stream([TokenGroup(tokens_BT, [collector.observe])])
     layers = [collector.take(layer) for layer in range(student.spec.n_layers)]
     sensitivities = gather_sensitivities(student, tokens_BT, tmp_path_factory.mktemp("sensitivities"))
-    return sensitivities, importance(layers, ExpertMap.identity(student.spec))
+    return sensitivities, importance(layers, ExpertMap.identity(student.spec), student.spec)
 
 
 @pytest.fixture(scope="module")

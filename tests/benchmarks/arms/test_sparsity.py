@@ -11,9 +11,10 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from benchmarks.arms import Pattern, SparseGpt, Wanda
 from compressors.model.errors import InputError
 from compressors.shrink.moe_block import Evidence, Method, MoeBlock
-from compressors.shrink.slim import Pattern, SlimWidth, SparseGpt, Wanda
+from compressors.shrink.slim import SlimWidth
 
 TrainedBlock = Callable[..., tuple[MoeBlock, Evidence]]
 Array = npt.NDArray[np.float64]

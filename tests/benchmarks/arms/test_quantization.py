@@ -11,10 +11,11 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from benchmarks.arms import Awq, Gptq, RoundToNearest
 from compressors.model.errors import InputError
 from compressors.quantize import GGMLQuantizationType, dequantize_rows, quantize_rows
 from compressors.shrink.moe_block import Evidence, Method, MoeBlock
-from compressors.shrink.slim import Awq, Gptq, RoundToNearest, SlimWidth
+from compressors.shrink.slim import SlimWidth
 
 TrainedBlock = Callable[..., tuple[MoeBlock, Evidence]]
 Array = npt.NDArray[np.float64]

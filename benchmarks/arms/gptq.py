@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import torch
 
+from benchmarks.arms.column_sweep import inverse_factor, sweep
+from benchmarks.arms.matrices import Change, change_matrices
+from benchmarks.arms.rounding import GROUP_SIZE, group_scales, on_grid
 from compressors.shrink.moe_block import CompressedBlock, Evidence, MoeBlock, Needs
-from compressors.shrink.slim.column_sweep import inverse_factor, sweep
-from compressors.shrink.slim.matrices import Change, change_matrices
-from compressors.shrink.slim.rounding import GROUP_SIZE, group_scales, on_grid
 
 __all__ = ["Gptq"]
 

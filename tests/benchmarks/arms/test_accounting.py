@@ -12,19 +12,10 @@ from gguf import GGMLQuantizationType
 from torch.nn.functional import silu
 from torch.utils.flop_counter import FlopCounterMode
 
-from compressors.calibration.statistics import LayerStatistics
-from compressors.model.errors import InputError
-from compressors.model.sources.checkpoint import Checkpoint
-from compressors.quantize import quantize_rows
-from compressors.shrink.decompose import (
-    ActivationSvd,
+from benchmarks.arms.accounting import (
     Container,
-    D2Moe,
-    Decomposition,
     ExpertShape,
     FactorSize,
-    Mobe,
-    SharedBases,
     d2_moe_size,
     mobe_size,
     rank_for_share,
@@ -32,6 +23,12 @@ from compressors.shrink.decompose import (
     saved_bytes,
     svd_size,
 )
+from compressors.calibration.statistics import LayerStatistics
+from compressors.model.description.routing import Routing
+from compressors.model.errors import InputError
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.quantize import quantize_rows
+from compressors.shrink.decompose import ActivationSvd, D2Moe, Decomposition, Mobe, SharedBases
 from compressors.shrink.decompose.d2_moe import D2MoeFactors
 from compressors.shrink.decompose.mobe import MobeFactors
 from compressors.shrink.decompose.svd import SvdFactors
@@ -57,9 +54,9 @@ def small(request: pytest.FixtureRequest, fine_folder: Path) -> tuple[MoeBlock, 
         weights(n_experts, 2 * width, hidden_size),
         weights(n_experts, hidden_size, width),
         top_k,
-        normalize_top_k=True,
+        Routing(),
     )
-    nothing_counted = LayerStatistics.zeros(Checkpoint(fine_folder).spec.with_experts(n_experts))
+    nothing_counted = LayerStatistics.zeros(Checkpoint(fine_folder).spec.with_experts(n_experts).layers[0])
     return block, Evidence(nothing_counted, weights(50, hidden_size))
 
 

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
+from benchmarks.arms.matrices import Change, change_matrices
+from benchmarks.arms.rounding import round_to_nearest
 from compressors.shrink.moe_block import CompressedBlock, Evidence, MoeBlock, Needs, second_moment
-from compressors.shrink.slim.matrices import Change, change_matrices
-from compressors.shrink.slim.rounding import round_to_nearest
 
 __all__ = ["Awq"]
 

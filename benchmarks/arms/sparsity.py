@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 
 import torch
 
+from benchmarks.arms.matrices import Change, change_matrices
 from compressors.model.errors import InputError
 from compressors.shrink.moe_block import CompressedBlock, Evidence, MoeBlock, Needs
-from compressors.shrink.slim.matrices import Change, change_matrices
 
 __all__ = ["Pattern", "Sparsity", "check_columns", "check_sparsity", "highest_mask", "two_of_four_mask"]
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from compressors.shrink.slim.matrices import Change
-from compressors.shrink.slim.sparsity import Sparsity, highest_mask, two_of_four_mask
+from benchmarks.arms.matrices import Change
+from benchmarks.arms.sparsity import Sparsity, highest_mask, two_of_four_mask
 
 __all__ = ["Wanda"]
 

@@ -1,0 +1,154 @@
+"""All methods by which a model can be made smaller: one line for each.
+
+Planning, recipes, command line and benchmarks ask here. A new criterion is a line of
+:data:`compressors.shrink.criteria.CRITERIA`, and needs none here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+
+from compressors.model.description.routing import GroupScore, Routing
+from compressors.model.description.spec import ModelSpec
+from compressors.shrink.criteria import CRITERIA, REMOVAL_ERROR, Criterion
+from compressors.shrink.decompose import ActivationSvd, D2Moe, Mobe
+from compressors.shrink.merge import REAM, HCSMoE, MSMoE
+from compressors.shrink.moe_block import Method, Needs
+from compressors.shrink.prune import Prune
+from compressors.shrink.slim import SlimWidth
+
+__all__ = [
+    "BLOCK_DROP",
+    "EDITS",
+    "EXPERT_METHODS",
+    "KEEPS_EXPERTS",
+    "LAYER_DROP",
+    "METHODS",
+    "SLIM",
+    "Changes",
+    "RegisteredMethod",
+    "expert_counts",
+    "fewest_experts",
+    "made",
+]
+
+
+class Changes(StrEnum):
+    """What a method changes."""
+
+    NUMBER = "the number of experts"  # those that stay are as they were
+    MERGED = "the number of experts, and their weights"
+    WIDTH = "the width of experts"
+    VALUES = "the weights of experts"
+    EXPERTS_OF_LAYERS = "which layers have experts"
+    LAYERS = "the number of layers"
+
+
+@dataclass(frozen=True)
+class RegisteredMethod:
+    """A method under its name in recipes and on the command line.
+
+    Attributes:
+        name: its name.
+        changes: what it changes.
+        make: makes it for one layer, from the experts left, the width, or the size of its factors; None: it is about
+            whole layers.
+        is_sequential: it is defined on layers whose predecessors are already compressed.
+        largest_group: the most experts that it makes one of; None: any number.
+        score: gives the scores of a layer's experts that are known before it begins; None: there are none.
+        in_gguf: a GGUF file can hold its result. ONNX graphs hold all.
+    """
+
+    name: str
+    changes: Changes
+    make: Callable[[int], Method] | None
+    is_sequential: bool = False
+    largest_group: int | None = None
+    score: Criterion | None = None
+    in_gguf: bool = True
+
+    @property
+    def needs(self) -> Needs:
+        """What it looks at in each layer."""
+        return Needs.STATISTICS if self.make is None else self.make(1).needs
+
+    @property
+    def changes_weights(self) -> bool:
+        """True if experts get weights of their own."""
+        return self.changes in (Changes.MERGED, Changes.WIDTH, Changes.VALUES)
+
+
+SLIM = RegisteredMethod("slim", Changes.WIDTH, SlimWidth)
+BLOCK_DROP = RegisteredMethod("block-drop", Changes.LAYERS, None)
+LAYER_DROP = RegisteredMethod("layer-drop", Changes.EXPERTS_OF_LAYERS, None, in_gguf=False)
+
+_ALL = (
+    *(
+        RegisteredMethod(name, Changes.NUMBER, partial(Prune, name), score=CRITERIA.get(name))
+        for name in (*CRITERIA, REMOVAL_ERROR)
+    ),
+    RegisteredMethod("m-smoe", Changes.MERGED, MSMoE),
+    RegisteredMethod("hc-smoe", Changes.MERGED, HCSMoE),
+    RegisteredMethod("ream", Changes.MERGED, REAM, is_sequential=True, largest_group=REAM.group_size),
+    RegisteredMethod("svd", Changes.VALUES, ActivationSvd),
+    RegisteredMethod("d2-moe", Changes.VALUES, D2Moe),
+    RegisteredMethod("mobe", Changes.VALUES, Mobe),
+    SLIM,
+    BLOCK_DROP,
+    LAYER_DROP,
+)
+
+METHODS: Mapping[str, RegisteredMethod] = {method.name: method for method in _ALL}
+"""By name."""
+
+EXPERT_METHODS = tuple(method.name for method in _ALL if method.changes in (Changes.NUMBER, Changes.MERGED))
+"""The names of the methods by which experts become fewer."""
+
+EDITS = tuple(method.name for method in _ALL if method.changes is Changes.VALUES)
+"""The names of the methods that rewrite experts."""
+
+KEEPS_EXPERTS = (SLIM.name, BLOCK_DROP.name, LAYER_DROP.name)
+"""The names of the methods of the command line that keep all experts of the layers that keep any."""
+
+
+def made(name: str, target: int) -> Method:
+    """The method of this name for one layer, whose target is the number of experts left, the width, or a size."""
+    make = METHODS[name].make
+    assert make is not None, f"{name} is about whole layers"
+    return make(target)
+
+
+def fewest_experts(method: str, teacher: ModelSpec) -> int:
+    """The number that each layer must keep at least: as many as a token uses, and as the method's groups can hold.
+
+    Args:
+        method: its name; one that is not registered, such as ``none``, has no limit of its own.
+        teacher: the model.
+    """
+    registered = METHODS.get(method)
+    largest = None if registered is None else registered.largest_group
+    of_method = 1 if largest is None else -(-teacher.n_experts // largest)
+    of_routers = [_fewest_of(layer.routed.routing, layer.top_k) for layer in teacher.layers if layer.routed]
+    n_groups = _n_groups(teacher)
+    return -(-max(of_method, *of_routers) // n_groups) * n_groups
+
+
+def expert_counts(method: str, teacher: ModelSpec) -> range:
+    """The numbers of experts that a layer can keep, from all of them down."""
+    return range(teacher.n_experts, fewest_experts(method, teacher) - 1, -_n_groups(teacher))
+
+
+def _n_groups(teacher: ModelSpec) -> int:
+    """Groups of experts that must stay equal in size."""
+    return max(layer.routed.routing.n_groups for layer in teacher.layers if layer.routed)
+
+
+def _fewest_of(routing: Routing, top_k: int) -> int:
+    """The fewest experts from which a router can choose ``top_k`` out of its best groups."""
+    if routing.n_groups == 1:
+        return top_k
+    of_group = max(-(-top_k // routing.n_chosen_groups), 2 if routing.group_score is GroupScore.BEST_TWO else 1)
+    return of_group * routing.n_groups
