@@ -18,7 +18,7 @@ from click.core import ParameterSource
 
 from compressors.model.errors import InputError, MoeExportError
 from compressors.model.quiet_libraries import leave_no_cache
-from exporter.pipeline.interruption import exit_code, ignore_further_requests, requests_wait, sigterm_raises
+from exporter.processes.interruption import exit_code, ignore_further_requests, requests_wait, sigterm_raises
 
 __all__ = ["main"]
 
@@ -144,9 +144,9 @@ _REQUIRE = click.option(
 def export(**arguments: Any) -> None:
     """Compress MODEL (a local folder or a hub id; without it a small bundled model) to the memory BUDGET."""
     with requests_wait():
-        from exporter.pipeline.pipeline import follow
-        from exporter.pipeline.team import team
+        from exporter.pipeline.running import follow
         from exporter.planning.job import Flags
+        from exporter.processes.team import team
         from exporter.run import run_job
 
     _refuse_choices_beside_a_recipe(arguments)
@@ -304,9 +304,9 @@ def _console() -> Any:
 
 def _dry_run(job: Any, command: str) -> None:
     """Prints the plan of each budget, and writes its recipe beside the output to be."""
-    from exporter.pipeline.work import make_folder
     from exporter.planning.plan_making import make_plan
     from exporter.planning.recipe import recipe_yaml
+    from exporter.work.directory import make_folder
     from exporter.writing.files import write_atomically
 
     plans = {_recipe_file(job, budget): make_plan(job.for_budget(budget), command) for budget in job.budgets or (None,)}

@@ -17,10 +17,10 @@ from compressors.model.errors import InputError
 from compressors.model.names import shown
 from exporter.estimating.durations import parse_duration
 from exporter.estimating.sizes import parse_size
-from exporter.pipeline.team import checked_threads
 from exporter.planning.plan import Search
 from exporter.planning.recipe import ExpertMethod, Quantizer, Student
 from exporter.planning.recovery import RECOVERIES
+from exporter.processes.team import checked_threads
 from exporter.publishing.model_name import model_name
 from exporter.writing.gguf.mixes import ALIASES, MIXES
 from validate.metrics.verdict import REQUIREMENTS

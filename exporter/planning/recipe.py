@@ -13,8 +13,8 @@ from compressors.calibration.splits import BlockCounts
 from compressors.model.errors import InputError
 from compressors.model.names import shown
 from compressors.model.running.arithmetic import Arithmetic
-from exporter.pipeline.team import MOST_THREADS
 from exporter.planning.yaml_file import read_yaml
+from exporter.processes.team import MOST_THREADS
 from validate.runtimes.cost import LEAST_CONTEXT
 
 __all__ = [

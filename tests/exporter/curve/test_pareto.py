@@ -21,9 +21,9 @@ from exporter.curve.command import curve_plan, publish_curve
 from exporter.curve.rows import OURS, ParetoRow, RowFile, best_no_larger
 from exporter.curve.table import markdown_lines
 from exporter.pipeline.pipeline import pareto_stages, run_stages
-from exporter.pipeline.progress import Progress
-from exporter.pipeline.stage import StageContext
-from exporter.pipeline.work import WorkDirectory
+from exporter.processes.progress import Progress
+from exporter.work.stage import StageContext
+from exporter.work.directory import WorkDirectory
 from exporter.planning.job import Flags
 from exporter.planning.plan import Plan
 from exporter.planning.recipe import Recipe

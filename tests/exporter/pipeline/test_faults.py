@@ -19,7 +19,7 @@ from compressors.model.errors import InputError
 from exporter.estimating.estimate import disk_lines
 from exporter.pipeline import pipeline
 from exporter.pipeline.pipeline import ALL_STAGES
-from exporter.pipeline.work import WorkDirectory
+from exporter.work.directory import WorkDirectory
 from exporter.planning.job import Flags, Job
 from exporter.planning.plan import Plan
 from exporter.run import run_job

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from exporter.pipeline.parts import FOUND, Part, found_parts, save_plans
-from exporter.pipeline.work import WorkDirectory
+from exporter.work.directory import WorkDirectory
 from exporter.planning.job import Flags
 from exporter.planning.plan_making import make_plan
 

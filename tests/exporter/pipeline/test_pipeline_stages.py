@@ -15,9 +15,9 @@ import pytest
 
 from compressors.model.errors import InputError
 from exporter.pipeline.pipeline import Stage, StageError, fingerprints, run_stages, search_stages, stages_of
-from exporter.pipeline.source_state import SourceState
-from exporter.pipeline.stage import StageContext
-from exporter.pipeline.work import WorkDirectory
+from exporter.work.input_state import SourceState
+from exporter.work.stage import StageContext
+from exporter.work.directory import WorkDirectory
 from exporter.planning.job import Flags, Job
 from exporter.planning.plan import Plan
 from exporter.planning.plan_making import make_plan

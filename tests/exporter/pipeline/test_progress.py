@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from exporter.pipeline.progress import ProgressLines
+from exporter.processes.progress import ProgressLines
 
 
 class _Clock:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from exporter.pipeline.snapshot import Snapshot
+from exporter.work.snapshot import Snapshot
 
 
 def _writes(text: str) -> Callable[[Path], None]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from compressors.model.errors import InputError
-from exporter.pipeline.source_state import SourceState
+from exporter.work.input_state import SourceState
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from compressors.model.errors import InputError
-from exporter.pipeline.work import StageRecord, WorkDirectory, write_atomically
+from exporter.work.directory import StageRecord, WorkDirectory, write_atomically
 
 _RECORD = StageRecord(fingerprint="abc", seconds=1.5, peak_rss_bytes=1000)
 
@@ -137,7 +137,7 @@ def test_a_second_run_is_kept_out_until_the_first_ends(tmp_path: Path) -> None:
     script = """
 import sys
 from pathlib import Path
-from exporter.pipeline.work import WorkDirectory
+from exporter.work.directory import WorkDirectory
 with WorkDirectory(Path(sys.argv[1])).lock():
     print("locked", flush=True)
     sys.stdin.read()

@@ -16,9 +16,9 @@ from compressors.model.predictions.routing import Routing
 from compressors.model.running.memory import PROCESS_BYTES
 from compressors.model.sources.checkpoint import Checkpoint
 from exporter.estimating.budget import predict
-from exporter.pipeline.progress import Progress
-from exporter.pipeline.stage import StageContext
-from exporter.pipeline.work import WorkDirectory
+from exporter.processes.progress import Progress
+from exporter.work.stage import StageContext
+from exporter.work.directory import WorkDirectory
 from exporter.planning.job import Flags
 from exporter.planning.plan import Plan
 from exporter.planning.plan_making import make_plan

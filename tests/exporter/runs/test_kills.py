@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import pytest
 
-from exporter.publishing.outputs import sha256_of
+from exporter.writing.files import sha256_of
 from tests.exporter.processes import stage_of
 
 Run = Callable[[Sequence[str]], subprocess.CompletedProcess[str]]

@@ -18,10 +18,10 @@ from compressors.model.sources.student import Student
 from compressors.model.sources.weights import WrittenWeights
 from compressors.recover.divergence import judge
 from exporter.pipeline.pipeline import fingerprints, stages_of
-from exporter.pipeline.progress import Progress
-from exporter.pipeline.source_state import SourceState
-from exporter.pipeline.stage import StageContext
-from exporter.pipeline.work import WorkDirectory
+from exporter.processes.progress import Progress
+from exporter.work.input_state import SourceState
+from exporter.work.stage import StageContext
+from exporter.work.directory import WorkDirectory
 from exporter.planning.job import Flags
 from exporter.planning.plan import Plan
 from exporter.planning.plan_making import make_plan

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from exporter.pipeline.progress import Progress
-from exporter.pipeline.stage import StageContext
-from exporter.pipeline.work import WorkDirectory
+from exporter.processes.progress import Progress
+from exporter.work.stage import StageContext
+from exporter.work.directory import WorkDirectory
 from exporter.planning.job import Flags
 from exporter.planning.plan_making import make_plan
 from exporter.planning.recipe import Recipe

@@ -10,7 +10,7 @@ import torch
 
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.sources.checkpoint import Checkpoint
-from exporter.pipeline.snapshot import Snapshot
+from exporter.work.snapshot import Snapshot
 from exporter.stages.artifacts import Blocks, Calibration
 from exporter.stages.teacher_pass import TeacherPass
 
