@@ -19,10 +19,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from exporter.pipeline.stage_process import Outcome
-from exporter.pipeline.stage_process import Death, run_in_process
+from exporter.pipeline.stage_process import Death, Outcome, run_in_process
 from exporter.work.directory import WorkDirectory
-from tests.exporter.processes import are_gone, stage_of
+from tests.exporter.found_processes import are_gone, stage_of
 
 _REPOSITORY = Path(__file__).parents[3]
 _PROGRAM = """

@@ -10,9 +10,9 @@ import torch
 
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.sources.checkpoint import Checkpoint
+from exporter.stages.inputs import Blocks
+from exporter.stages.teacher.teacher_pass import TeacherPass
 from exporter.work.snapshot import Snapshot
-from exporter.stages.artifacts import Blocks, Calibration
-from exporter.stages.teacher_pass import TeacherPass
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,8 @@ def blocks() -> Blocks:
 
 def _pass(model: Path, blocks: Blocks, folder: Path, n_bytes: int = 10**12) -> TeacherPass:
     limit = MemoryLimit(n_bytes, folder / "spill")
-    return TeacherPass(Checkpoint(model), blocks, Calibration(folder), torch.bfloat16, limit, torch.device("cpu"))
+    checkpoint, device = Checkpoint(model), torch.device("cpu")
+    return TeacherPass(checkpoint, blocks, lambda file: file.within(folder), torch.bfloat16, limit, device)
 
 
 def _contents(folder: Path) -> dict[str, bytes]:

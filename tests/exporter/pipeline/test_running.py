@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -14,15 +12,18 @@ from typing import Any
 import pytest
 
 from compressors.model.errors import InputError
-from exporter.pipeline.pipeline import Stage, StageError, fingerprints, run_stages, search_stages, stages_of
-from exporter.work.input_state import SourceState
-from exporter.work.stage import StageContext
-from exporter.work.directory import WorkDirectory
+from exporter.pipeline.order import fingerprints, search_stages, stages_of
+from exporter.pipeline.running import StageError, run_stages
 from exporter.planning.job import Flags, Job
 from exporter.planning.plan import Plan
 from exporter.planning.plan_making import make_plan
 from exporter.planning.recipe import Recipe
 from exporter.run import run_job
+from exporter.stages.table import COMPRESS
+from exporter.work.directory import UndeclaredFileError, WorkDirectory
+from exporter.work.input_state import SourceState
+from exporter.work.stage import Stage
+from tests.exporter.stage_runs import run_stage
 
 _FROM_COMPRESS = {"compress", "schedule", "recover", "gguf", "onnx", "student", "validate_torch"}
 _RUNG = {"scope": "router", "blocks": 8, "blocks_per_step": 8, "learning_rate": 0.001}
@@ -135,29 +136,6 @@ def test_every_part_of_a_recipe_matters_to_a_stage(plan: Plan) -> None:
     assert parts == set(Recipe.model_fields) - {"version", "save_student"}
 
 
-def _all_stages(plan: Plan) -> Sequence[Stage]:
-    return stages_of(_edited(plan, recover={"after_quantizing": _RUNG}))
-
-
-def test_every_stage_has_a_module_that_runs_it(plan: Plan) -> None:
-    for stage in _all_stages(plan):
-        module = importlib.import_module(f"exporter.stages.{stage.name}")
-        assert "run" in module.__all__
-        (parameter,) = inspect.signature(module.run, eval_str=True).parameters.values()
-        assert parameter.annotation is StageContext
-        assert stage.version >= 1
-        assert stage.what
-
-
-def test_every_stage_comes_after_what_it_needs(plan: Plan) -> None:
-    stages = _all_stages(plan)
-    names = [stage.name for stage in stages]
-    assert set(names) == _ALL | {"retune"}
-    assert len(set(names)) == len(names)
-    for position, stage in enumerate(stages):
-        assert set(stage.needs) <= set(names[:position]), stage.name
-
-
 def test_only_what_the_recipe_wants_is_planned(plan: Plan) -> None:
     assert {stage.name for stage in stages_of(plan)} == _ALL
     without = {"onnx", "validate_onnx", "teacher_onnx", "student"}
@@ -236,6 +214,13 @@ def test_a_stage_that_fails_says_why_and_leaves_nothing_finished(
     assert failed.value.exit_code == 2
     assert work.record("calibrate") is None
     assert not work.stage("calibrate").exists()
+
+
+@pytest.mark.usefixtures("torch_left_as_it_was")
+def test_a_stage_that_opens_what_it_does_not_declare_fails(plan: Plan, work: WorkDirectory) -> None:
+    lost = replace(COMPRESS, reads=frozenset())
+    with pytest.raises(UndeclaredFileError, match=r"blocks\.safetensors of stage calibrate is not declared"):
+        run_stage(lost, plan, work)
 
 
 class _Interrupted(Exception):

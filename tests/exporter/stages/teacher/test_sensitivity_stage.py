@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from exporter.processes.progress import Progress
-from exporter.work.stage import StageContext
-from exporter.work.directory import WorkDirectory
 from exporter.planning.job import Flags
 from exporter.planning.plan_making import make_plan
 from exporter.planning.recipe import Recipe
-from exporter.stages import calibrate, sensitivity
+from exporter.stages.table import CALIBRATE, SENSITIVITY
+from exporter.work.directory import WorkDirectory
+from exporter.work.stage import Stage
+from tests.exporter.stage_runs import run_stage
 
 pytestmark = pytest.mark.usefixtures("torch_left_as_it_was")
 
@@ -30,16 +29,13 @@ def test_an_attempt_that_was_killed_is_begun_anew(
     plan = replace(plan, recipe=Recipe.model_validate(recipe))
     work = WorkDirectory(tmp_path)
 
-    def run(stage: Any, memory_bytes: int = plan.memory_bytes) -> Path:
-        output = work.stage(stage.__name__.rsplit(".", 1)[1])
-        output.mkdir(exist_ok=True)
-        stage.run(StageContext(replace(plan, memory_bytes=memory_bytes), work, output, Progress(silent=True)))
-        return output
+    def run(stage: Stage, memory_bytes: int = plan.memory_bytes) -> Path:
+        return run_stage(stage, replace(plan, memory_bytes=memory_bytes), work)
 
-    run(calibrate)
-    first = {file.name: file.read_bytes() for file in run(sensitivity).iterdir() if file.is_file()}
+    run(CALIBRATE)
+    first = {file.name: file.read_bytes() for file in run(SENSITIVITY).iterdir() if file.is_file()}
     assert sorted(first) == ["layer-000.safetensors", "layer-001.safetensors", "vocabulary.safetensors"]
     (work.stage("sensitivity") / "layer-000.safetensors").write_bytes(b"cut off")
     (work.stage("sensitivity") / "vocabulary.safetensors").unlink()
-    again = {file.name: file.read_bytes() for file in run(sensitivity, 10**6).iterdir() if file.is_file()}
+    again = {file.name: file.read_bytes() for file in run(SENSITIVITY, 10**6).iterdir() if file.is_file()}
     assert again == first

@@ -17,19 +17,20 @@ from compressors.model.predictions.log_probs import LogProbReader
 from compressors.model.sources.student import Student
 from compressors.model.sources.weights import WrittenWeights
 from compressors.recover.divergence import judge
-from exporter.pipeline.pipeline import fingerprints, stages_of
-from exporter.processes.progress import Progress
-from exporter.work.input_state import SourceState
-from exporter.work.stage import StageContext
-from exporter.work.directory import WorkDirectory
+from exporter.pipeline.order import fingerprints, stages_of
 from exporter.planning.job import Flags
 from exporter.planning.plan import Plan
 from exporter.planning.plan_making import make_plan
 from exporter.planning.recipe import FileChoice, Recipe, RungChoice
 from exporter.publishing.result import final_recipe
-from exporter.stages import calibrate, compress, gguf, onnx, recover, retune, schedule
-from exporter.stages.artifacts import Blocks, Calibration, open_student
-from exporter.stages.retune import written_weights
+from exporter.stages.files import retune
+from exporter.stages.inputs import open_student, token_blocks, written_weights
+from exporter.stages.student import recover
+from exporter.stages.table import CALIBRATE, COMPRESS, GGUF, ONNX, RECOVER, RETUNE, SCHEDULING
+from exporter.work.directory import WorkDirectory
+from exporter.work.file_names import SELECTION_LOG_PROBS
+from exporter.work.input_state import SourceState
+from tests.exporter.stage_runs import run_stage
 from validate.runtimes.backend import scored_positions
 
 pytestmark = pytest.mark.usefixtures("torch_left_as_it_was")
@@ -57,8 +58,8 @@ def written(tmp_path_factory: pytest.TempPathFactory, toy_model: Path, small_tex
     job = Flags(model=str(toy_model), calibration=calibration, text=text, experts=16, recover="none", **choices).job()
     plan = _planned(make_plan(job, "moe-export"), after_quantizing=_RUNG.model_dump())
     work = WorkDirectory(tmp_path_factory.mktemp("retune"))
-    for stage in (calibrate, compress, schedule, recover, gguf, onnx):
-        _stage(stage, plan, work)
+    for stage in (CALIBRATE, COMPRESS, SCHEDULING, RECOVER, GGUF, ONNX):
+        run_stage(stage, plan, work)
     return _Written(plan, work.folder)
 
 
@@ -72,15 +73,8 @@ def _planned(plan: Plan, **recover: Any) -> Plan:
     return replace(plan, recipe=Recipe.model_validate(recipe))
 
 
-def _stage(stage: Any, plan: Plan, work: WorkDirectory) -> None:
-    """Runs a stage where an attempt before may have been."""
-    folder = work.stage(stage.__name__.rsplit(".", 1)[1])
-    folder.mkdir(exist_ok=True)
-    stage.run(StageContext(plan, work, folder, Progress(silent=True)))
-
-
 def _results(plan: Plan, work: WorkDirectory) -> list[Mapping[str, Any]]:
-    _stage(retune, plan, work)
+    run_stage(RETUNE, plan, work)
     results: list[Mapping[str, Any]] = json.loads((work.stage("retune") / "recovery.json").read_text(encoding="utf-8"))
     return results
 
@@ -139,10 +133,10 @@ def test_what_is_kept_is_in_every_file_of_the_same_numbers(
 def _judged(plan: Plan, work: WorkDirectory, artifact: str) -> float:
     """The divergence on the selection split of the numbers that a file holds."""
     student = open_student(plan, work)
-    weights, known = written_weights(plan, work, student.spec)[artifact], Calibration.of(work)
-    blocks_BT = Blocks.load(known.blocks).selection
+    weights, blocks_BT = written_weights(plan, work, student.spec)[artifact], token_blocks(work).selection
+    known = LogProbReader(work.path("calibrate", SELECTION_LOG_PROBS))
     scored = scored_positions(blocks_BT.shape[1])
-    return judge(student.as_written(weights), blocks_BT, LogProbReader(known.selection_log_probs), scored).divergence
+    return judge(student.as_written(weights), blocks_BT, known, scored).divergence
 
 
 def test_files_of_different_numbers_are_taught_by_themselves(written: _Written, tmp_path: Path) -> None:
@@ -150,7 +144,7 @@ def test_files_of_different_numbers_are_taught_by_themselves(written: _Written, 
     q4_k = FileChoice(mix="Q4_K_S", quantizer="kernel")
     plan = replace(written.plan, recipe=written.plan.recipe.model_copy(update={"gguf": q4_k}))
     shutil.rmtree(work.stage("gguf"))
-    _stage(gguf, plan, work)
+    run_stage(GGUF, plan, work)
     student = open_student(plan, work)
     results = _results(plan, work)
     assert [result["rung"].rsplit(" ", 1)[1] for result in results] == ["gguf", "onnx"]

@@ -14,16 +14,17 @@ import torch
 
 from compressors.model.description.roles import Role
 from compressors.model.sources.student import Student
-from exporter.processes.progress import Progress
-from exporter.work.stage import StageContext
-from exporter.work.directory import WorkDirectory
 from exporter.planning.job import Flags
 from exporter.planning.plan import Plan
 from exporter.planning.plan_making import make_plan
 from exporter.planning.rates import rates_for
 from exporter.planning.recipe import Recipe
-from exporter.stages import calibrate, compress, recover, schedule
-from exporter.stages.artifacts import open_student
+from exporter.stages.inputs import open_student
+from exporter.stages.student import recover
+from exporter.stages.table import CALIBRATE, COMPRESS, RECOVER, SCHEDULING
+from exporter.work.directory import WorkDirectory
+from exporter.work.stage import Stage
+from tests.exporter.stage_runs import run_stage
 
 pytestmark = pytest.mark.usefixtures("torch_left_as_it_was")
 
@@ -45,8 +46,8 @@ class _Compressed:
         recipe["recover"]["rungs"] = rungs
         plan = replace(self.plan, recipe=Recipe.model_validate(recipe))
         climbed = _Climbed(plan if memory_bytes is None else replace(plan, memory_bytes=memory_bytes), folder)
-        climbed.run(schedule)
-        climbed.run(recover)
+        climbed.run(SCHEDULING)
+        climbed.run(RECOVER)
         return climbed
 
 
@@ -55,11 +56,8 @@ class _Climbed:
     plan: Plan
     folder: Path
 
-    def run(self, stage: Any) -> None:
-        work = WorkDirectory(self.folder)
-        output = work.stage(stage.__name__.rsplit(".", 1)[1])
-        output.mkdir(exist_ok=True)
-        stage.run(StageContext(self.plan, work, output, Progress(silent=True)))
+    def run(self, stage: Stage) -> None:
+        run_stage(stage, self.plan, WorkDirectory(self.folder))
 
     @property
     def results(self) -> Sequence[dict[str, Any]]:
@@ -84,7 +82,7 @@ def compressed(
     recipe["text"] |= {"calibration_blocks": 6, "selection_blocks": 1, "heldout_chunks_per_file": 1}
     plan = replace(plan, recipe=Recipe.model_validate(recipe), recover_seconds=0)
     climbed = _Climbed(plan, tmp_path_factory.mktemp("recover"))
-    for stage in (calibrate, compress):
+    for stage in (CALIBRATE, COMPRESS):
         climbed.run(stage)
     return _Compressed(plan, climbed.folder)
 
@@ -163,7 +161,7 @@ def test_a_rate_by_the_divergence_is_the_better_of_two_trials(
     monkeypatch.setattr(
         recover, "training_of", lambda *arguments: trained.append(arguments[3]) or really_train(*arguments)
     )
-    climbed.run(recover)
+    climbed.run(RECOVER)
     assert trained == [6], "trials are not repeated"
     assert {**climbed.results[0], "seconds": 0} == {**result, "seconds": 0}
 
@@ -195,11 +193,11 @@ def test_rungs_that_are_done_are_not_climbed_again(
     expected, student = climbed.results, _tensors(climbed.student())
     (climbed.folder / "recover" / "rung-1.json").unlink()  # stopped while the second was judged
     (climbed.folder / "recover" / "recovery.json").unlink()
-    climbed.run(recover)
+    climbed.run(RECOVER)
     first, second = climbed.results
     assert first == expected[0]
     assert {**second, "seconds": 0} == {**expected[1], "seconds": 0}
     assert all(map(torch.equal, _tensors(climbed.student()), student))
     monkeypatch.setattr(recover, "training_of", None)  # it would fail
-    climbed.run(recover)
+    climbed.run(RECOVER)
     assert climbed.results == [first, second]

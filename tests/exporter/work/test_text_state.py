@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from compressors.model.errors import InputError
-from exporter.work.directory import WorkDirectory
 from exporter.planning.job import Flags
 from exporter.planning.plan_making import make_plan
 from exporter.run import run_job
+from exporter.work.directory import WorkDirectory
 
 
 @pytest.fixture

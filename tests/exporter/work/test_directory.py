@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from compressors.model.errors import InputError
-from exporter.work.directory import StageRecord, WorkDirectory, write_atomically
+from exporter.work.directory import StageRecord, WorkDirectory
+from exporter.writing.files import write_atomically
 
 _RECORD = StageRecord(fingerprint="abc", seconds=1.5, peak_rss_bytes=1000)
 
