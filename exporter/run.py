@@ -16,6 +16,7 @@ from compressors.model.files.json_file import read_json
 from compressors.model.sources.checkpoint import Checkpoint
 from exporter.estimating.estimate import describe_time, memory_lines, seconds_by_stage
 from exporter.estimating.machine import measure_speeds
+from exporter.file_names import MODEL_CARD, RECIPE, REPORT, REPORT_PAGE
 from exporter.pipeline.order import search_stages, stages_of
 from exporter.pipeline.parts import Part, budget_parts, found_parts, result_folder, save_plans
 from exporter.pipeline.running import run_stages, source_of_run, unfinished
@@ -35,7 +36,6 @@ from exporter.publishing.model_name import local_path
 from exporter.publishing.outputs import Outputs, publish_folder, reserved
 from exporter.publishing.result import build_report, final_recipe
 from exporter.work.directory import WorkDirectory
-from exporter.work.file_names import MODEL_CARD, RECIPE, REPORT, REPORT_PAGE
 from exporter.work.input_state import refuse_changed_texts
 from exporter.writing.files import sha256_of
 from validate.report import render_html, render_model_card, render_parts

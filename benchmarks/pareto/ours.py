@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from benchmarks.pareto.subject import Subject
 from exporter.curve.rows import OURS
+from exporter.file_names import WORK_SUFFIX
 from exporter.pipeline.order import pareto_stages
 from exporter.pipeline.running import run_stages
 from exporter.planning.job import Flags
@@ -18,7 +19,6 @@ from exporter.searching.curve import ParetoFiles, described_structure
 from exporter.stages.inputs import token_blocks, use_threads
 from exporter.stages.table import PARETO
 from exporter.work.directory import WorkDirectory
-from exporter.work.file_names import WORK_SUFFIX
 from exporter.work.stage import StageContext
 
 __all__ = ["heldout_blocks", "measure_ours", "searched_files"]

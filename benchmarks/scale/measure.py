@@ -25,13 +25,13 @@ from benchmarks.scale.checkpoints import MODELS, with_layers, write_checkpoint
 from benchmarks.scale.results import record
 from compressors.model.errors import MoeExportError
 from compressors.model.families.config import read_spec
+from exporter.file_names import MEASUREMENT
 from exporter.pipeline.order import stages_of
 from exporter.pipeline.running import run_stages
 from exporter.planning.job import Flags
 from exporter.planning.plan import Plan
 from exporter.planning.plan_making import make_plan
 from exporter.work.directory import StageRecord, WorkDirectory
-from exporter.work.file_names import MEASUREMENT
 from exporter.work.stage import Stage
 
 __all__ = ["DEFAULT_FOLDER", "ScaleRun", "StageCost", "measure_and_record", "source_folder"]

@@ -18,6 +18,7 @@ from exporter.curve.chart import require_matplotlib, write_chart
 from exporter.curve.rows import ParetoRow, RowFile
 from exporter.curve.table import html_table, markdown_lines
 from exporter.estimating.sizes import parse_size
+from exporter.file_names import CURVE_PAGE, CURVE_PLOT, CURVE_TABLE, RESULTS, ROWS
 from exporter.hub import resolve_model
 from exporter.pipeline.order import pareto_stages
 from exporter.pipeline.running import run_stages
@@ -30,7 +31,6 @@ from exporter.run import job_identity
 from exporter.searching.outlook import refuse_unless_something_fits
 from exporter.searching.structures import structures_for
 from exporter.work.directory import WorkDirectory, make_folder
-from exporter.work.file_names import CURVE_PAGE, CURVE_PLOT, CURVE_TABLE, RESULTS, ROWS
 from exporter.work.input_state import refuse_changed_texts
 from exporter.writing.gguf.mixes import ALIASES, MIXES
 from exporter.writing.gguf.writer import predict_file_size

@@ -14,6 +14,7 @@ from typing import Any
 
 from compressors.model.sources.checkpoint import Checkpoint
 from exporter.estimating.sizes import size_label
+from exporter.file_names import FOUND, RESULTS
 from exporter.planning.job import Job
 from exporter.planning.plan import Plan
 from exporter.planning.plan_making import make_plan
@@ -21,7 +22,6 @@ from exporter.planning.planner import predict_recipe
 from exporter.planning.recipe import Recipe
 from exporter.planning.recovery import RefusedRung
 from exporter.work.directory import WorkDirectory, make_folder
-from exporter.work.file_names import FOUND, RESULTS
 
 __all__ = ["Part", "budget_parts", "found_parts", "result_folder", "save_plans"]
 

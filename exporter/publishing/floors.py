@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from compressors.model.predictions.routing import Routing
+from exporter.file_names import COST, EVALUATION, ROUTING
 from exporter.planning.plan import Plan
 from exporter.stages.judge.reference import SAME_WEIGHTS, written_evaluation
 from exporter.work.directory import StageRecord, WorkDirectory
-from exporter.work.file_names import COST, EVALUATION, ROUTING
 from validate.metrics.evaluation import Evaluation
 from validate.metrics.floors import floor_figures
 

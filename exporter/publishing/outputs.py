@@ -11,10 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compressors.model.errors import InputError
-from exporter.planning.plan import Plan
-from exporter.stages.inputs import artifact_path
-from exporter.work.directory import WorkDirectory, exclusive, make_folder
-from exporter.work.file_names import (
+from exporter.file_names import (
     ASSEMBLED,
     LOCK_SUFFIX,
     ONNX_FOLDER,
@@ -24,6 +21,9 @@ from exporter.work.file_names import (
     STUDENT_FOLDER,
     SUMS,
 )
+from exporter.planning.plan import Plan
+from exporter.stages.inputs import artifact_path
+from exporter.work.directory import WorkDirectory, exclusive, make_folder
 from exporter.writing.files import flush, flush_folder, sha256_of
 
 __all__ = ["Artifact", "FileEntry", "Outputs", "publish_folder", "reserved"]

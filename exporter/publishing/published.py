@@ -17,7 +17,7 @@ from compressors.model.errors import InputError
 from compressors.model.files.json_file import read_json
 from compressors.model.files.raw_file import RawFile
 from compressors.model.names import shown
-from exporter.work.file_names import REPORT, SUMS
+from exporter.file_names import REPORT, SUMS
 from exporter.writing.files import sha256_of
 
 __all__ = ["changed_files", "read_report"]

@@ -17,6 +17,7 @@ from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, LayerMap
 from exporter.estimating.budget import expert_bits
 from exporter.estimating.planned_types import planned_block_length, same_numbers
+from exporter.file_names import EVALUATION, GENERATION, LAST_WORDS, MEASUREMENT, RECOVERY, ROUTING, SUMMARY
 from exporter.planning.plan import Plan
 from exporter.planning.recipe import Recipe
 from exporter.publishing.against_original import against_original, with_choices
@@ -26,7 +27,6 @@ from exporter.publishing.outputs import Artifact
 from exporter.publishing.search_figures import named_types, search_figures
 from exporter.stages.inputs import heldout_domains, open_student, scheduled_blocks
 from exporter.work.directory import StageRecord, WorkDirectory
-from exporter.work.file_names import EVALUATION, GENERATION, LAST_WORDS, MEASUREMENT, RECOVERY, ROUTING, SUMMARY
 from exporter.writing.gguf.metadata import source_license
 from validate.metrics.cloze import cloze_figures, load_last_words
 from validate.metrics.domains import domain_figures

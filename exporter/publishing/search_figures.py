@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from compressors.model.description.spec import ModelSpec
+from exporter.file_names import FOUND
 from exporter.planning.compression import described_compression
 from exporter.planning.recipe import CompressChoice, FileChoice, Recipe
 from exporter.work.directory import WorkDirectory
-from exporter.work.file_names import FOUND
 
 __all__ = ["described_types", "named_types", "search_figures"]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from compressors.model.description.spec import ModelSpec
 from compressors.model.sources.checkpoint import Checkpoint
+from exporter.file_names import BUILD
 from exporter.planning.compression import described_compression
 from exporter.planning.recipe import CompressChoice, FileChoice, RecoverChoice
 from exporter.searching.ladder import ladder_for, rung_beside_codes
@@ -18,7 +19,6 @@ from exporter.searching.search import Candidate, Search
 from exporter.searching.structures import whole, with_experts
 from exporter.stages.inputs import artifact_path
 from exporter.stages.table import COMPRESS, GGUF, OF_THE_RUN, ONNX, RECOVER, RETUNE, SCHEDULING
-from exporter.work.file_names import BUILD
 from exporter.work.stage import StageContext
 
 __all__ = ["ParetoFiles", "described_structure"]

@@ -8,7 +8,7 @@ import torch
 
 from exporter.estimating.estimate import MOST_MEASURED, seconds_of_measuring
 from exporter.estimating.machine import measure_speeds
-from exporter.work.file_names import EFFORT
+from exporter.file_names import EFFORT
 from exporter.work.stage import StageContext
 from exporter.writing.files import write_atomically
 

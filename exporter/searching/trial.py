@@ -13,6 +13,7 @@ import torch
 from compressors.model.running.arithmetic import dtype_of
 from compressors.model.sources.student import Student
 from compressors.sensitivity import Sensitivities, TypeTable, UnitPlan, gather_sensitivities, measured_table
+from exporter.file_names import SENSITIVITIES, TRIAL
 from exporter.planning.recipe import CompressChoice
 from exporter.searching.ladder import ladder_for
 from exporter.searching.structures import whole
@@ -21,7 +22,6 @@ from exporter.stages.student.recover import Ladder, judge_on_selection
 from exporter.stages.table import COMPRESS, OF_THE_RUN, RECOVER
 from exporter.stages.teacher.sensitivity import watched_blocks
 from exporter.work.directory import WorkDirectory
-from exporter.work.file_names import SENSITIVITIES, TRIAL
 from exporter.work.stage import StageContext
 from exporter.writing.files import flush_folder, write_atomically
 

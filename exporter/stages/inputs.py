@@ -18,9 +18,7 @@ from compressors.model.sources.gguf import GgufWeights
 from compressors.model.sources.onnx import OnnxWeights
 from compressors.model.sources.student import Student
 from compressors.model.sources.weights import WrittenWeights
-from exporter.planning.plan import Plan
-from exporter.work.directory import WorkDirectory
-from exporter.work.file_names import (
+from exporter.file_names import (
     BLOCKS,
     EXPERT_MAP,
     GGUF_FILE,
@@ -31,6 +29,8 @@ from exporter.work.file_names import (
     STATISTICS,
     SUMMARY,
 )
+from exporter.planning.plan import Plan
+from exporter.work.directory import WorkDirectory
 from exporter.work.stage import StageContext
 from exporter.writing.gguf.imatrix import read_imatrix
 

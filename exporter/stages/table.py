@@ -6,8 +6,7 @@ follows from that; a plan leaves out the stages of artifacts that it does not wr
 
 from __future__ import annotations
 
-from exporter.work.directory import Reads
-from exporter.work.file_names import (
+from exporter.file_names import (
     BLOCKS,
     BUILD,
     COST,
@@ -44,6 +43,7 @@ from exporter.work.file_names import (
     WRITTEN_EVALUATION,
     WRITTEN_LOG_PROBS,
 )
+from exporter.work.directory import Reads
 from exporter.work.stage import Stage, files_of
 
 __all__ = [

@@ -13,10 +13,10 @@ from compressors.model.errors import InputError
 from compressors.model.files.json_file import read_json
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import Student
+from exporter.file_names import REPORT
 from exporter.hub import resolve_original
 from exporter.processes.team import checked_threads
 from exporter.validation.guarded import Limits, run_guarded
-from exporter.work.file_names import REPORT
 from validate.files.model_file import ModelFile, RuntimeChoice, published_files
 from validate.report import facts, numbers
 from validate.runtimes.backend import RuntimeCrashError

@@ -14,10 +14,10 @@ from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
+from exporter.file_names import STUDENT_FOLDER
 from exporter.planning.recovery import is_after_quantizing, trained_roles
 from exporter.validation.references import Reference
 from exporter.validation.static_checks import StaticFindings, check_description, check_weights, expected_spec
-from exporter.work.file_names import STUDENT_FOLDER
 from validate.files.model_file import ModelFile, RuntimeChoice
 from validate.metrics.evaluation import Evaluation, evaluate
 from validate.metrics.figures import fidelity_figures

@@ -1,1 +1,1 @@
-"""The work folder: the names of the files in it, the stages' declarations, and what lets a killed run go on."""
+"""The work folder: finished and unfinished stages, what a stage is given to run, and what lets a killed run go on."""

@@ -19,8 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from compressors.model.errors import InputError
-from exporter.planning.plan import Plan
-from exporter.work.file_names import (
+from exporter.file_names import (
     JOB,
     PARTIAL_SUFFIX,
     PLAN,
@@ -31,6 +30,7 @@ from exporter.work.file_names import (
     STAGE_RECORD,
     StageFile,
 )
+from exporter.planning.plan import Plan
 from exporter.work.input_state import SourceState
 from exporter.writing.files import flush, flush_folder, write_atomically
 

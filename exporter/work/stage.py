@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from exporter.file_names import StageFile
 from exporter.planning.plan import Plan
 from exporter.processes.progress import Progress
 from exporter.work.directory import Reads, UndeclaredFileError, WorkDirectory
-from exporter.work.file_names import StageFile
 
 __all__ = ["Stage", "StageContext", "files_of"]
 

@@ -17,10 +17,10 @@ from compressors.model.running.memory import PROCESS_BYTES
 from compressors.model.running.streaming import StreamedModel
 from compressors.model.sources.student import ExpertMap, Student
 from compressors.sensitivity import Sensitivities
+from exporter.file_names import LAYER_INPUTS, SENSITIVITIES
 from exporter.planning.plan import Plan
 from exporter.planning.recipe import Quantizer
 from exporter.stages.inputs import memory_limit, token_blocks, use_threads
-from exporter.work.file_names import LAYER_INPUTS, SENSITIVITIES
 from exporter.work.stage import StageContext
 from exporter.writing.feedback import EmbeddingGradient, StudentFeedback, threads_within
 from exporter.writing.files import flush_folder

@@ -27,10 +27,10 @@ from compressors.recover.scopes import BlockLength
 from compressors.recover.training import Training
 from compressors.recover.written_values import learned_values
 from exporter.estimating.planned_types import same_numbers
+from exporter.file_names import ORIGINAL_VALUES, RECOVERY, RETUNED, RUNG_OVERLAY
 from exporter.planning.recovery import after_quantizing_name
 from exporter.stages.inputs import open_student, scheduled_blocks, use_threads, written_weights
 from exporter.stages.student.recover import Ladder
-from exporter.work.file_names import ORIGINAL_VALUES, RECOVERY, RETUNED, RUNG_OVERLAY
 from exporter.work.stage import StageContext
 from exporter.writing.tuning import rewrite
 

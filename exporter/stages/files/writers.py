@@ -7,10 +7,10 @@ from pathlib import Path
 from compressors.model.sources.gguf import GgufWeights
 from compressors.model.sources.onnx import OnnxWeights
 from compressors.model.sources.student import Student
+from exporter.file_names import ONNX_FOLDER, ORIGINAL_VALUES, STUDENT_FOLDER
 from exporter.planning.recipe import FileChoice
 from exporter.stages.files.feedback import feedback_for, writer_threads
 from exporter.stages.inputs import importance_of, open_student
-from exporter.work.file_names import ONNX_FOLDER, ORIGINAL_VALUES, STUDENT_FOLDER
 from exporter.work.stage import StageContext
 from exporter.writing.gguf.metadata import gguf_file_name
 from exporter.writing.gguf.writer import predict_file_size, write_gguf

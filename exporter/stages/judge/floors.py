@@ -23,10 +23,10 @@ from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
 from compressors.model.predictions.routing import Routing
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import Student
+from exporter.file_names import COST, EVALUATION, GGUF_FILE, HELDOUT_LOG_PROBS, ROUTING
 from exporter.planning.teacher_floor import first_layers
 from exporter.stages.inputs import memory_limit, token_blocks, use_threads
 from exporter.stages.judge.runtimes import limit_runtime
-from exporter.work.file_names import COST, EVALUATION, GGUF_FILE, HELDOUT_LOG_PROBS, ROUTING
 from exporter.work.stage import StageContext
 from exporter.writing.gguf.writer import write_gguf
 from exporter.writing.onnx.writer import write_onnx

@@ -10,6 +10,13 @@ import numpy.typing as npt
 from compressors.model.description.spec import ModelSpec
 from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
 from exporter.estimating.planned_types import same_numbers
+from exporter.file_names import (
+    EVALUATION,
+    HELDOUT_LOG_PROBS,
+    ROUTER_INPUTS,
+    WRITTEN_EVALUATION,
+    WRITTEN_LOG_PROBS,
+)
 from exporter.planning.plan import Plan
 from exporter.stages.inputs import (
     memory_limit,
@@ -19,13 +26,6 @@ from exporter.stages.inputs import (
     written_weights,
 )
 from exporter.work.directory import WorkDirectory
-from exporter.work.file_names import (
-    EVALUATION,
-    HELDOUT_LOG_PROBS,
-    ROUTER_INPUTS,
-    WRITTEN_EVALUATION,
-    WRITTEN_LOG_PROBS,
-)
 from exporter.work.stage import StageContext
 from validate.metrics.evaluation import evaluate
 from validate.routing.router_alone import RouterInputRecorder

@@ -19,9 +19,9 @@ import torch
 
 from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
 from exporter.estimating.planned_types import same_numbers
+from exporter.file_names import EVALUATION, HELDOUT_LOG_PROBS, LOG_PROBS, MEASUREMENT
 from exporter.stages.inputs import artifact_path, token_blocks
 from exporter.stages.judge.reference import router_inputs, same_weights
-from exporter.work.file_names import EVALUATION, HELDOUT_LOG_PROBS, LOG_PROBS, MEASUREMENT
 from exporter.work.stage import StageContext
 from validate.metrics.evaluation import evaluate
 from validate.metrics.figures import fidelity_figures

@@ -9,9 +9,9 @@ from typing import Any
 from compressors.model.errors import UnsupportedError
 from compressors.model.predictions.log_probs import LogProbReader
 from exporter.curve.rows import OURS, ParetoRow, RowFile
+from exporter.file_names import HELDOUT_LOG_PROBS, ROWS
 from exporter.searching.curve import ParetoFiles, described_structure
 from exporter.stages.inputs import token_blocks, use_threads
-from exporter.work.file_names import HELDOUT_LOG_PROBS, ROWS
 from exporter.work.stage import StageContext
 from exporter.writing.gguf.writer import predict_file_size
 from validate.metrics.evaluation import evaluate

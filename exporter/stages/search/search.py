@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from exporter.file_names import FOUND
 from exporter.planning.recipe import Recipe
 from exporter.searching.effort import n_measured_files
 from exporter.searching.ladder import ladder_for, rung_beside_codes
 from exporter.searching.search import Candidate, Search
 from exporter.stages.inputs import use_threads
-from exporter.work.file_names import FOUND
 from exporter.work.stage import StageContext
 
 __all__ = ["search"]

@@ -14,9 +14,9 @@ from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 from compressors.shrink.layerwise import LayerTarget, LayerwiseCompression
+from exporter.file_names import EXPERT_MAP, OVERLAY, STATISTICS
 from exporter.planning.compression import layer_targets
 from exporter.stages.inputs import memory_limit, teacher_statistics, token_blocks, use_threads
-from exporter.work.file_names import EXPERT_MAP, OVERLAY, STATISTICS
 from exporter.work.stage import StageContext
 
 __all__ = ["compress"]

@@ -20,12 +20,12 @@ from compressors.recover.divergence import Judgement, judge
 from compressors.recover.scopes import BlockLength
 from compressors.recover.training import Training, TrainingDivergedError, train
 from compressors.recover.training_memory import TooLargeError
+from exporter.file_names import RATE_RESULT, RECOVERY, RUNG_OVERLAY, RUNG_RESULT, SELECTION_LOG_PROBS
 from exporter.planning.rates import rates_for, trial_blocks
 from exporter.planning.recipe import RungChoice
 from exporter.planning.recovery import schedule_of, scope_of
 from exporter.stages.inputs import memory_limit, open_student, scheduled_blocks, token_blocks, use_threads
 from exporter.stages.student.training import training_of
-from exporter.work.file_names import RATE_RESULT, RECOVERY, RUNG_OVERLAY, RUNG_RESULT, SELECTION_LOG_PROBS
 from exporter.work.snapshot import Snapshot
 from exporter.work.stage import StageContext
 from exporter.writing.files import write_atomically

@@ -11,12 +11,12 @@ from compressors.model.description.roles import Role
 from compressors.model.parallel import is_first
 from compressors.recover.training_memory import TooLargeError
 from exporter.estimating.planned_types import same_numbers
+from exporter.file_names import SCHEDULE
 from exporter.planning.plan import Plan
 from exporter.planning.rates import trial_share
 from exporter.planning.recipe import RungChoice
 from exporter.stages.inputs import open_student, use_threads
 from exporter.stages.student.training import training_of
-from exporter.work.file_names import SCHEDULE
 from exporter.work.stage import StageContext
 
 __all__ = ["schedule", "shared_out"]

@@ -17,10 +17,10 @@ from compressors.recover.schedule import Schedule
 from compressors.recover.scopes import BlockLength, expert_usage
 from compressors.recover.student_aware_router import StudentAwareRouter
 from compressors.recover.training import Training
+from exporter.file_names import TARGETS
 from exporter.planning.recipe import RungChoice
 from exporter.planning.recovery import schedule_of, scope_of
 from exporter.stages.inputs import memory_limit, own_statistics, teacher_statistics, token_blocks
-from exporter.work.file_names import TARGETS
 from exporter.work.stage import StageContext
 
 __all__ = ["training_of"]

@@ -14,9 +14,9 @@ from compressors.model.parallel import is_first
 from compressors.model.running.arithmetic import dtype_of
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.finite import check_vocabulary_is_finite
+from exporter.file_names import BLOCKS, LAST_WORDS, SUMMARY
 from exporter.stages.inputs import Blocks, memory_limit, use_threads
 from exporter.stages.teacher.teacher_pass import TeacherPass
-from exporter.work.file_names import BLOCKS, LAST_WORDS, SUMMARY
 from exporter.work.input_state import refuse_changed_texts
 from exporter.work.snapshot import Snapshot
 from exporter.work.stage import StageContext

@@ -9,9 +9,9 @@ from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import Student
 from compressors.sensitivity import gather_sensitivities
 from exporter.estimating.estimate import SENSITIVITY_TOKENS
+from exporter.file_names import SENSITIVITIES
 from exporter.stages.inputs import memory_limit, token_blocks, use_threads
 from exporter.work.directory import WorkDirectory
-from exporter.work.file_names import SENSITIVITIES
 from exporter.work.stage import StageContext
 
 __all__ = ["sensitivity", "watched_blocks"]

@@ -22,8 +22,7 @@ from compressors.model.running.recorder import RoutingRecorder
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import Student
-from exporter.stages.inputs import Blocks
-from exporter.work.file_names import (
+from exporter.file_names import (
     HELDOUT_LOG_PROBS,
     LAYER_INPUTS,
     ROUTING,
@@ -32,6 +31,7 @@ from exporter.work.file_names import (
     TARGETS,
     StageFile,
 )
+from exporter.stages.inputs import Blocks
 from exporter.work.snapshot import Snapshot
 from validate.runtimes.backend import scored_positions
 

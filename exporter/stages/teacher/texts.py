@@ -14,8 +14,8 @@ from compressors.model.running.streaming import StreamedModel
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import Student
 from compressors.recover.sampling import cache_bytes, continue_texts
+from exporter.file_names import GENERATION
 from exporter.stages.inputs import memory_limit, token_blocks, use_threads
-from exporter.work.file_names import GENERATION
 from exporter.work.stage import StageContext
 from validate.metrics.generation import NEW_TOKENS, GeneratedTexts, generation_figures, prompts_of, uniform_numbers
 

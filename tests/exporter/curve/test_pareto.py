@@ -20,6 +20,7 @@ from exporter.curve.chart import write_chart
 from exporter.curve.command import curve_plan, publish_curve
 from exporter.curve.rows import OURS, ParetoRow, RowFile, best_no_larger
 from exporter.curve.table import markdown_lines
+from exporter.file_names import ROWS
 from exporter.pipeline.order import pareto_stages
 from exporter.pipeline.running import run_stages
 from exporter.planning.job import Flags
@@ -32,7 +33,6 @@ from exporter.stages.inputs import teacher_statistics
 from exporter.stages.search import pareto
 from exporter.stages.table import PARETO
 from exporter.work.directory import WorkDirectory
-from exporter.work.file_names import ROWS
 from exporter.work.stage import StageContext
 from exporter.writing.gguf.writer import predict_file_size, write_gguf
 

@@ -17,13 +17,13 @@ import pytest
 
 from compressors.model.errors import InputError
 from exporter.estimating.estimate import disk_lines
+from exporter.file_names import LOG_PROBS, ORIGINAL_VALUES, SENSITIVITIES, STAGE_RECORD, STATISTICS
 from exporter.pipeline import running
 from exporter.planning.job import Flags, Job
 from exporter.planning.plan import Plan
 from exporter.run import run_job
 from exporter.stages.table import ALL_STAGES
 from exporter.work.directory import WorkDirectory
-from exporter.work.file_names import LOG_PROBS, ORIGINAL_VALUES, SENSITIVITIES, STAGE_RECORD, STATISTICS
 from tests.exporter.found_processes import are_gone, stage_of
 
 Run = Callable[[Sequence[str]], subprocess.CompletedProcess[str]]

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from exporter.file_names import FOUND
 from exporter.pipeline.parts import Part, found_parts, save_plans
 from exporter.planning.job import Flags
 from exporter.planning.plan_making import make_plan
 from exporter.work.directory import WorkDirectory
-from exporter.work.file_names import FOUND
 
 
 @pytest.fixture(scope="module")

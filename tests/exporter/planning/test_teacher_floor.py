@@ -15,6 +15,7 @@ from compressors.model.predictions.routing import Routing
 from compressors.model.running.memory import PROCESS_BYTES
 from compressors.model.sources.checkpoint import Checkpoint
 from exporter.estimating.budget import predict
+from exporter.file_names import COST, EVALUATION, ROUTING
 from exporter.planning.job import Flags
 from exporter.planning.plan import Plan
 from exporter.planning.plan_making import make_plan
@@ -23,7 +24,6 @@ from exporter.planning.teacher_floor import TeacherFloor, choose_teacher_floor, 
 from exporter.stages.inputs import token_blocks
 from exporter.stages.table import CALIBRATE, TEACHER_GGUF, TEACHER_ONNX
 from exporter.work.directory import WorkDirectory
-from exporter.work.file_names import COST, EVALUATION, ROUTING
 from tests.altered import altered
 from tests.exporter.stage_runs import run_stage
 from validate.metrics.evaluation import Evaluation

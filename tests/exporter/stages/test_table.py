@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from exporter.file_names import BLOCKS, GENERATION, GGUF_FILE, ONNX_FOLDER, ORIGINAL_VALUES, STATISTICS
 from exporter.pipeline.order import needs
 from exporter.processes.progress import Progress
 from exporter.stages.table import ALL_STAGES, CALIBRATE, GGUF, OF_THE_RUN, SCHEDULING, TEACHER_TEXTS, VALIDATE_GGUF
 from exporter.work.directory import UndeclaredFileError, WorkDirectory
-from exporter.work.file_names import BLOCKS, GENERATION, GGUF_FILE, ONNX_FOLDER, ORIGINAL_VALUES, STATISTICS
 from exporter.work.stage import Stage, StageContext, files_of
 
 _NAMES = [stage.name for stage in ALL_STAGES]

@@ -17,6 +17,7 @@ from compressors.model.predictions.log_probs import LogProbReader
 from compressors.model.sources.student import Student
 from compressors.model.sources.weights import WrittenWeights
 from compressors.recover.divergence import judge
+from exporter.file_names import SELECTION_LOG_PROBS
 from exporter.pipeline.order import fingerprints, stages_of
 from exporter.planning.job import Flags
 from exporter.planning.plan import Plan
@@ -28,7 +29,6 @@ from exporter.stages.inputs import open_student, token_blocks, written_weights
 from exporter.stages.student import recover
 from exporter.stages.table import CALIBRATE, COMPRESS, GGUF, ONNX, RECOVER, RETUNE, SCHEDULING
 from exporter.work.directory import WorkDirectory
-from exporter.work.file_names import SELECTION_LOG_PROBS
 from exporter.work.input_state import SourceState
 from tests.exporter.stage_runs import run_stage
 from validate.runtimes.backend import scored_positions
