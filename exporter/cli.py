@@ -8,19 +8,24 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import click
 from click.core import ParameterSource
 
 from compressors.model.errors import InputError, MoeExportError
 from compressors.model.quiet_libraries import leave_no_cache
-from exporter.pipeline.interruption import exit_code, ignore_further_requests, requests_wait, sigterm_raises
+from exporter.planning.flags import Flags
+from exporter.processes.interruption import exit_code, ignore_further_requests, requests_wait, sigterm_raises
 
 __all__ = ["main"]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _GOES_ON = "exporter.goes_on"  # in click's meta: an interrupted command keeps its work
 
@@ -78,75 +83,60 @@ def main() -> None:
 
 
 _FOLDER = click.Path(path_type=Path)
-_REQUIRE = click.option(
-    "--require",
-    multiple=True,
-    metavar="NAME=VALUE[,...]",
-    help="Thresholds: kld, top1, routing, perplexity_change; of an export also loops.",
+_DEFINITIONS = {definition.name: definition for definition in fields(Flags)}
+_TYPES = get_type_hints(Flags)
+
+_EXPORT_FLAGS = (
+    *("budget", "budget_kind", "context", "kv_type", "formats", "out", "calibration", "text", "method", "experts"),
+    *("student", "quant", "quantizer", "imatrix", "prefer", "plan_time", "recover", "recover_time", "require"),
+    *("recipe", "dry_run", "save_student", "memory", "device", "work_dir", "force", "offline", "revision", "threads"),
+    *("seed", "json"),
 )
+"""In the order of ``--help``."""
+
+
+def _flags(*names: str, **helps: str) -> Callable[[_Function], _Function]:
+    """The options of a command, as :class:`~exporter.planning.flags.Flags` defines them.
+
+    Args:
+        names: the flags that the command takes, in the order of its help.
+        helps: by name, what a flag means to this command alone.
+    """
+
+    def add(function: _Function) -> _Function:
+        for name in reversed(names):
+            function = _option(name, helps.get(name))(function)
+        return function
+
+    return add
+
+
+def _option(name: str, help: str | None) -> Callable[[_Function], _Function]:
+    """A flag as an option, whose kind follows from the type of its values."""
+    definition = _DEFINITIONS[name]
+    kinds = {kind for kind in get_args(_TYPES[name]) or (_TYPES[name],) if kind is not NoneType}
+    is_flag, multiple = kinds == {bool}, definition.default == ()
+    return click.option(
+        f"--{name.replace('_', '-')}",
+        name,
+        default=definition.default,
+        show_default=definition.default is not None and not is_flag and not multiple,
+        is_flag=is_flag,
+        multiple=multiple,
+        type=_FOLDER if kinds == {Path} else int if kinds == {int} else None,
+        metavar=definition.metadata["metavar"],
+        help=help or definition.metadata["help"],
+    )
 
 
 @main.command(epilog="Other commands: moe-export inspect MODEL; moe-export pareto MODEL; moe-export validate FILE.")
 @click.argument("model", required=False)
-@click.option("--budget", metavar="SIZE[,...]", help="Memory the result may need, such as 20GB or 18.6GiB.")
-@click.option("--budget-kind", default="total", show_default=True, help="total: memory at run time; file: file size.")
-@click.option("--context", default=8192, show_default=True, help="Tokens of KV cache to count (at most the model's).")
-@click.option("--kv-type", default="f16", show_default=True, help="Type of llama.cpp's KV cache.")
-@click.option("--formats", default="gguf,onnx", show_default=True, help="What to write.")
-@click.option("--out", type=_FOLDER, help="Output folder.  [default: MODEL-BUDGET]")
-@click.option("--calibration", type=_FOLDER, help="Text for statistics and recovery: a file, or a folder of *.txt.")
-@click.option("--text", type=_FOLDER, help="Held-out text for the report.")
-@click.option(
-    "--method",
-    default="auto",
-    show_default=True,
-    help="How it gets smaller: reap, removal-error, ream, hc-smoe, slim, block-drop ...; docs/compression.md has all.",
-)
-@click.option("--experts", type=int, help="Experts to keep per layer.  [default: as many as fit]")
-@click.option(
-    "--student",
-    default="moe",
-    show_default=True,
-    help="moe, or dense: one feed-forward in each layer, as wide as the experts that a token uses.",
-)
-@click.option("--quant", metavar="TYPE", help="A mix of llama-quantize, such as Q4_K_M.  [default: types by tensor]")
-@click.option(
-    "--quantizer",
-    default="feedback",
-    show_default=True,
-    help="feedback: each code makes up for the errors of those before; kernel: llama-quantize's codes.",
-)
-@click.option("--imatrix", type=_FOLDER, help="llama.cpp's importance matrix.  [default: from the calibration text]")
-@click.option("--prefer", default="quality", show_default=True, help="What types are chosen by: quality or speed.")
-@click.option("--plan-time", default="10m", show_default=True, help="Most time for measuring candidates.")
-@click.option(
-    "--recover",
-    default="auto",
-    show_default=True,
-    help="auto, none, router, top-experts, experts or adapters; docs/recovery.md has all.",
-)
-@click.option("--recover-time", default="30m", show_default=True, help="Most time for recovery.")
-@_REQUIRE
-@click.option("--recipe", type=_FOLDER, help="Follow this recipe instead of planning; it holds every choice.")
-@click.option("--dry-run", is_flag=True, help="Print the plan and write the recipe beside OUT; read no weights.")
-@click.option("--save-student", is_flag=True, help="Also write the student as a Hugging Face checkpoint.")
-@click.option("--memory", metavar="SIZE", help="Memory this run may use.  [default: half of what is free]")
-@click.option(
-    "--device", default="auto", show_default=True, help="Where calibration and recovery compute: cpu or cuda."
-)
-@click.option("--work-dir", type=_FOLDER, help="Where unfinished work is kept, as OUT.work.  [default: beside OUT]")
-@click.option("--force", is_flag=True, help="Start although disk or memory look too small.")
-@click.option("--offline", is_flag=True, help="Take hub models from the cache only.")
-@click.option("--revision", help="Revision of a hub model.")
-@click.option("--threads", type=int, help="Threads.  [default: all processors]")
-@click.option("--seed", default=42, show_default=True, help="Order of training blocks.")
-@click.option("--json", "json", is_flag=True, help="Print report.json instead of a table.")
+@_flags(*_EXPORT_FLAGS)
 def export(**arguments: Any) -> None:
     """Compress MODEL (a local folder or a hub id; without it a small bundled model) to the memory BUDGET."""
     with requests_wait():
-        from exporter.pipeline.pipeline import follow
-        from exporter.pipeline.team import team
-        from exporter.planning.job import Flags
+        from exporter.pipeline.running import follow
+        from exporter.processes.team import team
         from exporter.run import run_job
 
     _refuse_choices_beside_a_recipe(arguments)
@@ -173,16 +163,11 @@ def export(**arguments: Any) -> None:
 @click.argument("model", required=False)
 @click.option("--out", type=_FOLDER, required=True, help="Output folder: a table and a plot.")
 @click.option("--sizes", help="Mixes, sizes or shares of 16 bits, such as Q4_K_M,7GB,12%.  [default: eleven]")
-@click.option("--calibration", type=_FOLDER, help="Text for statistics and recovery: a file, or a folder of *.txt.")
-@click.option("--text", type=_FOLDER, help="Held-out text to measure on.")
-@click.option("--recover-time", default="30m", show_default=True, help="Most time for recovery, for each size.")
-@click.option("--memory", metavar="SIZE", help="Memory this run may use.  [default: half of what is free]")
-@click.option(
-    "--device", default="auto", show_default=True, help="Where calibration and recovery compute: cpu or cuda."
+@_flags(
+    *("calibration", "text", "recover_time", "memory", "device", "offline", "revision", "threads"),
+    text="Held-out text to measure on.",
+    recover_time="Most time for recovery, for each size.",
 )
-@click.option("--offline", is_flag=True, help="Take hub models from the cache only.")
-@click.option("--revision", help="Revision of a hub model.")
-@click.option("--threads", type=int, help="Threads.  [default: all processors]")
 def pareto(model: str | None, out: Path, sizes: str | None, **flags: Any) -> None:
     """Measure how MODEL's divergence grows as its GGUF file gets smaller, beside llama.cpp's presets."""
     with requests_wait():
@@ -198,8 +183,7 @@ def pareto(model: str | None, out: Path, sizes: str | None, **flags: Any) -> Non
 
 @main.command()
 @click.argument("model")
-@click.option("--offline", is_flag=True, help="Take hub models from the cache only.")
-@click.option("--revision", help="Revision of a hub model.")
+@_flags("offline", "revision")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(model: str, offline: bool, revision: str | None, as_json: bool) -> None:
     """Show layout, routing rule and sizes of MODEL; reads headers only."""
@@ -221,14 +205,14 @@ def inspect(model: str, offline: bool, revision: str | None, as_json: bool) -> N
     metavar="MODEL",
     help="The original: a checkpoint's folder, a hub id, or another file.  [default: the one the report names]",
 )
-@click.option("--text", type=_FOLDER, help="Held-out text.  [default: the bundled one]")
+@_flags("text", text="Held-out text.  [default: the bundled one]")
 @click.option(
     "--reference-logits",
     type=_FOLDER,
     help="In place of the original: the file of llama-perplexity --kl-divergence-base, with its text.",
 )
 @click.option("--save-reference-logits", type=_FOLDER, help="Write such a file of the original.")
-@click.option("--threads", type=int, help="Threads.  [default: all processors]")
+@_flags("threads")
 @click.option(
     "--gpu-layers",
     type=click.IntRange(0, 2**31 - 1),
@@ -237,7 +221,7 @@ def inspect(model: str, offline: bool, revision: str | None, as_json: bool) -> N
     help="Layers that llama.cpp puts on a GPU.",
 )
 @click.option("--providers", default="cpu", show_default=True, help="Where ONNX Runtime computes: cpu or cuda.")
-@_REQUIRE
+@_flags("require")
 @click.option(
     "--tasks", type=_FOLDER, help="Tasks of lm-evaluation-harness to run too: a YAML file or a folder (extra: tasks)."
 )
@@ -275,15 +259,10 @@ def _name_failures(failures: Iterable[str]) -> None:
         click.echo(f"failed: {failure}", err=True)
 
 
-_RECIPE_CHOICES = (
-    *("budget", "budget_kind", "context", "kv_type", "formats", "method", "experts", "student"),
-    *("quant", "quantizer", "prefer", "plan_time", "recover", "recover_time", "save_student", "threads", "seed"),
-)
-
-
 def _refuse_choices_beside_a_recipe(arguments: Mapping[str, Any]) -> None:
     context = click.get_current_context()
-    for name in _RECIPE_CHOICES if arguments["recipe"] else ():
+    in_recipe = (name for name, definition in _DEFINITIONS.items() if definition.metadata.get("in_recipe"))
+    for name in in_recipe if arguments["recipe"] else ():
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             flag = f"--{name.replace('_', '-')}"
             raise InputError(f"{flag}: the recipe holds this choice; change it there, or leave {flag} out")
@@ -304,9 +283,9 @@ def _console() -> Any:
 
 def _dry_run(job: Any, command: str) -> None:
     """Prints the plan of each budget, and writes its recipe beside the output to be."""
-    from exporter.pipeline.work import make_folder
     from exporter.planning.plan_making import make_plan
     from exporter.planning.recipe import recipe_yaml
+    from exporter.work.directory import make_folder
     from exporter.writing.files import write_atomically
 
     plans = {_recipe_file(job, budget): make_plan(job.for_budget(budget), command) for budget in job.budgets or (None,)}
@@ -334,10 +313,11 @@ def _print_plan(plan: Any, recipe_file: Path) -> None:
 def _recipe_file(job: Any, budget: int | None) -> Path:
     """``OUT.recipe.yaml``, or ``OUT-8GB.recipe.yaml`` where there are several budgets."""
     from exporter.estimating.sizes import size_label
+    from exporter.file_names import RECIPE_SUFFIX
 
     out: Path = job.out
     name = out.name if budget is None or len(job.budgets) < 2 else f"{out.name}-{size_label(budget)}"
-    return out.with_name(f"{name}.recipe.yaml")
+    return out.with_name(f"{name}{RECIPE_SUFFIX}")
 
 
 def _print_result(result: Any) -> None:

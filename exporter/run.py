@@ -16,11 +16,10 @@ from compressors.model.files.json_file import read_json
 from compressors.model.sources.checkpoint import Checkpoint
 from exporter.estimating.estimate import describe_time, memory_lines, seconds_by_stage
 from exporter.estimating.machine import measure_speeds
+from exporter.file_names import MODEL_CARD, RECIPE, REPORT, REPORT_PAGE
+from exporter.pipeline.order import search_stages, stages_of
 from exporter.pipeline.parts import Part, budget_parts, found_parts, result_folder, save_plans
-from exporter.pipeline.pipeline import run_stages, search_stages, source_of_run, stages_of, unfinished
-from exporter.pipeline.team import Team
-from exporter.pipeline.text_state import refuse_changed_texts
-from exporter.pipeline.work import WorkDirectory
+from exporter.pipeline.running import run_stages, source_of_run, unfinished
 from exporter.planning.job import Job
 from exporter.planning.plan import Plan
 from exporter.planning.plan_making import texts_of
@@ -31,10 +30,14 @@ from exporter.planning.preflight import (
     refuse_unwritable_places,
 )
 from exporter.planning.recipe import TextChoice, recipe_yaml
+from exporter.processes.team import Team
 from exporter.publishing.json_text import json_text
 from exporter.publishing.model_name import local_path
-from exporter.publishing.outputs import Outputs, publish_folder, reserved, sha256_of
+from exporter.publishing.outputs import Outputs, publish_folder, reserved
 from exporter.publishing.result import build_report, final_recipe
+from exporter.work.directory import WorkDirectory
+from exporter.work.input_state import refuse_changed_texts
+from exporter.writing.files import sha256_of
 from validate.report import render_html, render_model_card, render_parts
 from validate.report.facts import failures
 
@@ -139,7 +142,7 @@ def _built(part: Part, identity: dict[str, Any], announce: Callable[[str], None]
     to_do = unfinished(plan, work, stages)
     if plan.out.exists():  # one of several, from an earlier attempt
         if not to_do:
-            return read_json(plan.out / "report.json")
+            return read_json(plan.out / REPORT)
         shutil.rmtree(plan.out)  # the search was repeated since, and found something else
     if part.name:
         announce(part.name)
@@ -150,10 +153,10 @@ def _built(part: Part, identity: dict[str, Any], announce: Callable[[str], None]
     outputs = Outputs(plan, work)
     artifacts = outputs.collect()
     report = build_report(plan, work, records, artifacts) | {"job": identity}
-    outputs.write_text("recipe.yaml", recipe_yaml(final_recipe(plan, work)))
-    outputs.write_text("report.json", json_text(report))
-    outputs.write_text("report.html", render_html(report))
-    outputs.write_text("README.md", render_model_card(report))
+    outputs.write_text(RECIPE, recipe_yaml(final_recipe(plan, work)))
+    outputs.write_text(REPORT, json_text(report))
+    outputs.write_text(REPORT_PAGE, render_html(report))
+    outputs.write_text(MODEL_CARD, render_model_card(report))
     outputs.publish()
     return report
 
@@ -162,8 +165,8 @@ def _published(job: Job, work: WorkDirectory, reports: Mapping[str, dict[str, An
     """Gives the folder with the outputs of all parts its place; returns what its own report says."""
     folder = result_folder(work, "")
     report = {"parts": reports, "job": job_identity(job)}
-    (folder / "report.json").write_text(json_text(report), encoding="utf-8")
-    (folder / "README.md").write_text(render_parts(reports), encoding="utf-8")
+    (folder / REPORT).write_text(json_text(report), encoding="utf-8")
+    (folder / MODEL_CARD).write_text(render_parts(reports), encoding="utf-8")
     publish_folder(folder, job.out.resolve(), work.folder)
     return report
 
@@ -191,7 +194,7 @@ def _plain(value: Any) -> Any:
 
 def _already_published(job: Job, identity: dict[str, Any]) -> Result:
     try:
-        report = read_json(job.out / "report.json")
+        report = read_json(job.out / REPORT)
     except InputError:
         raise InputError(
             f"--out: {job.out} exists and was not written by a finished run; choose another folder, or remove it"

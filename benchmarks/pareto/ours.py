@@ -9,14 +9,17 @@ import numpy.typing as npt
 
 from benchmarks.pareto.subject import Subject
 from exporter.curve.rows import OURS
-from exporter.pipeline.pipeline import pareto_stages, run_stages
-from exporter.pipeline.progress import Progress
-from exporter.pipeline.stage import StageContext
-from exporter.pipeline.work import WorkDirectory
+from exporter.file_names import WORK_SUFFIX
+from exporter.pipeline.order import pareto_stages
+from exporter.pipeline.running import run_stages
 from exporter.planning.job import Flags
 from exporter.planning.plan_making import make_plan
+from exporter.processes.progress import Progress
 from exporter.searching.curve import ParetoFiles, described_structure
-from exporter.stages.artifacts import Blocks, Calibration, use_threads
+from exporter.stages.inputs import token_blocks, use_threads
+from exporter.stages.table import PARETO
+from exporter.work.directory import WorkDirectory
+from exporter.work.stage import StageContext
 
 __all__ = ["heldout_blocks", "measure_ours", "searched_files"]
 
@@ -45,17 +48,16 @@ def searched_files(subject: Subject) -> ParetoFiles:
     use_threads(plan)
     output = work.folder / "curve"
     output.mkdir(exist_ok=True)
-    return ParetoFiles(StageContext(plan, work, output, Progress(silent=True)))
+    return ParetoFiles(StageContext.of(PARETO, plan, work, Progress(silent=True), output))
 
 
 def _work(subject: Subject) -> WorkDirectory:
-    return WorkDirectory(subject.folder / f"{_OUT}.work")
+    return WorkDirectory(subject.folder / f"{_OUT}{WORK_SUFFIX}")
 
 
 def heldout_blocks(subject: Subject) -> npt.NDArray[np.int64]:
     """The held-out text as :func:`searched_files` cut it."""
-    blocks = Blocks.load(Calibration.of(_work(subject)).blocks)
-    return blocks.heldout.numpy()
+    return token_blocks(_work(subject)).heldout.numpy()
 
 
 def measure_ours(subject: Subject, files: ParetoFiles, sizes: Mapping[str, int]) -> None:

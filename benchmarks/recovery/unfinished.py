@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from compressors.model.sources.student import Student
 from compressors.recover.training import Training, train
-from exporter.pipeline.snapshot import Snapshot
+from exporter.work.snapshot import Snapshot
 
 __all__ = ["Unfinished"]
 

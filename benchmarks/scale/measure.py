@@ -25,11 +25,14 @@ from benchmarks.scale.checkpoints import MODELS, with_layers, write_checkpoint
 from benchmarks.scale.results import record
 from compressors.model.errors import MoeExportError
 from compressors.model.families.config import read_spec
-from exporter.pipeline.pipeline import Stage, run_stages, stages_of
-from exporter.pipeline.work import StageRecord, WorkDirectory
+from exporter.file_names import MEASUREMENT
+from exporter.pipeline.order import stages_of
+from exporter.pipeline.running import run_stages
 from exporter.planning.job import Flags
 from exporter.planning.plan import Plan
 from exporter.planning.plan_making import make_plan
+from exporter.work.directory import StageRecord, WorkDirectory
+from exporter.work.stage import Stage
 
 __all__ = ["DEFAULT_FOLDER", "ScaleRun", "StageCost", "measure_and_record", "source_folder"]
 
@@ -163,7 +166,7 @@ def _cost(stage: Stage, work: WorkDirectory, stage_record: StageRecord, before: 
 
 
 def _runtime_peak_rss(folder: Path) -> int | None:
-    path = folder / "measurement.json"
+    path = MEASUREMENT.within(folder)
     measurement: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return measurement["cost"]["peak_rss_bytes"] if "cost" in measurement else None
 

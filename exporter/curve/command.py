@@ -18,10 +18,10 @@ from exporter.curve.chart import require_matplotlib, write_chart
 from exporter.curve.rows import ParetoRow, RowFile
 from exporter.curve.table import html_table, markdown_lines
 from exporter.estimating.sizes import parse_size
+from exporter.file_names import CURVE_PAGE, CURVE_PLOT, CURVE_TABLE, RESULTS, ROWS
 from exporter.hub import resolve_model
-from exporter.pipeline.pipeline import pareto_stages, run_stages
-from exporter.pipeline.text_state import refuse_changed_texts
-from exporter.pipeline.work import WorkDirectory, make_folder
+from exporter.pipeline.order import pareto_stages
+from exporter.pipeline.running import run_stages
 from exporter.planning.job import Flags, Job
 from exporter.planning.plan import Plan
 from exporter.planning.plan_making import make_plan
@@ -30,7 +30,8 @@ from exporter.publishing.outputs import publish_folder, reserved
 from exporter.run import job_identity
 from exporter.searching.outlook import refuse_unless_something_fits
 from exporter.searching.structures import structures_for
-from exporter.stages.pareto import ROWS
+from exporter.work.directory import WorkDirectory, make_folder
+from exporter.work.input_state import refuse_changed_texts
 from exporter.writing.gguf.mixes import ALIASES, MIXES
 from exporter.writing.gguf.writer import predict_file_size
 from validate.report import render_curve
@@ -38,8 +39,6 @@ from validate.report import render_curve
 __all__ = ["DEFAULT_SIZES", "curve_plan", "publish_curve", "run_pareto"]
 
 DEFAULT_SIZES = "Q6_K,Q5_K_M,Q4_K_M,IQ4_XS,Q3_K_M,Q2_K,IQ2_M,IQ2_XXS,15%,12%,9%"
-_RESULTS = "results"
-_TABLE, _PLOT, _PAGE = "pareto.md", "pareto.png", "pareto.html"
 
 _EXPLANATION = """\
 # Divergence against bytes
@@ -88,7 +87,7 @@ def run_pareto(
         if not work.plan_path.exists():
             plan.save(work.plan_path)
         run_stages(plan, work, pareto_stages(), announce)
-        rows = RowFile(work.stage("pareto") / ROWS).rows
+        rows = RowFile(work.path("pareto", ROWS)).rows
         publish_curve(rows, work, job.out)
         work.remove()
     return rows
@@ -124,7 +123,7 @@ def _job(model: str | None, out: Path, flags: Mapping[str, Any]) -> Job:
     folder = resolve_model(model, flags.get("revision"), offline=bool(flags.get("offline")))
     checkpoint = Checkpoint(folder)
     n_bytes = 2 * predict_file_size(checkpoint.spec, folder, "BF16", "")
-    return Flags(model=model, budget=f"{n_bytes}B", budget_kind="file", formats="gguf", out=out, seed=42, **flags).job()
+    return Flags(model=model, budget=f"{n_bytes}B", budget_kind="file", formats="gguf", out=out, **flags).job()
 
 
 def _curve(job: Job, sizes: str, command: str) -> _Curve:
@@ -180,16 +179,16 @@ def _share(label: str) -> float:
 
 def publish_curve(rows: Sequence[ParetoRow], work: WorkDirectory, out: Path) -> None:
     """Puts rows, table and plot into a new folder, in one step."""
-    folder = work.folder / _RESULTS
+    folder = work.folder / RESULTS
     shutil.rmtree(folder, ignore_errors=True)
     make_folder(folder)
-    kept = RowFile(folder / ROWS)
+    kept = RowFile(ROWS.within(folder))
     for row in rows:
         kept.add(row)
-    lines = [*_EXPLANATION.splitlines(), "", *markdown_lines(rows), "", f"![the curve]({_PLOT})"]
-    (folder / _TABLE).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    write_chart(rows, folder / _PLOT)
+    lines = [*_EXPLANATION.splitlines(), "", *markdown_lines(rows), "", f"![the curve]({CURVE_PLOT})"]
+    (folder / CURVE_TABLE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_chart(rows, folder / CURVE_PLOT)
     explanation = " ".join(_EXPLANATION.replace("*", "").splitlines()[2:])
-    page = render_curve(rows[0].model, [explanation], html_table(rows), (folder / _PLOT).read_bytes())
-    (folder / _PAGE).write_text(page, encoding="utf-8")
+    page = render_curve(rows[0].model, [explanation], html_table(rows), (folder / CURVE_PLOT).read_bytes())
+    (folder / CURVE_PAGE).write_text(page, encoding="utf-8")
     publish_folder(folder, out.resolve(), work.folder)

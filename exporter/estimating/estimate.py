@@ -23,12 +23,11 @@ from compressors.model.sources.checkpoint import Checkpoint
 from compressors.recover.scopes import Scope
 from compressors.recover.training_memory import training_bytes
 from exporter.estimating.durations import format_duration
-from exporter.estimating.planned_types import planned_block_length
+from exporter.estimating.planned_types import planned_block_length, same_numbers
 from exporter.planning.compression import changes_experts, runs_text
 from exporter.planning.plan import Plan
 from exporter.planning.recovery import scope_of
 from exporter.planning.teacher_floor import first_layers
-from exporter.stages.artifacts import same_numbers
 from exporter.writing.feedback import least_feedback_bytes
 from validate.metrics.generation import NEW_TOKENS, PROMPT_TOKENS, PROMPTS
 from validate.routing.router_inputs import ROUTER_CHUNKS

@@ -10,11 +10,12 @@ from compressors.model.files.block_scales import block_length
 from compressors.model.files.ggml_types import GGMLQuantizationType
 from compressors.model.sources.weights import StoredType
 from compressors.recover.scopes import BlockLength
+from exporter.planning.plan import Plan
 from exporter.planning.recipe import FileChoice, Recipe
 from exporter.writing.gguf.layout import plan_tensors
 from exporter.writing.onnx.encodings import preset_named, unit_encodings
 
-__all__ = ["hold_same_numbers", "planned_block_length", "planned_types"]
+__all__ = ["planned_block_length", "planned_types", "same_numbers"]
 
 _Types = Mapping[tuple[Role, int | None], StoredType]
 
@@ -41,11 +42,13 @@ def planned_block_length(recipe: Recipe, artifact: str, spec: ModelSpec) -> Bloc
     return of_matrix
 
 
-def hold_same_numbers(recipe: Recipe, spec: ModelSpec) -> bool:
-    """True if both files hold the same numbers: all matrices have the same types and are quantized in the same way.
+def same_numbers(plan: Plan) -> bool:
+    """True if both files hold the same numbers, so that the runtimes can be compared with each other.
 
-    The types are all F32, or ggml's kernels make all codes with the same importance matrix.
+    All matrices have the same types, and these are all F32, or ggml's kernels make all codes with the same importance
+    matrix.
     """
+    recipe, spec = plan.recipe, plan.student_spec
     if len(recipe.artifacts) < 2:
         return False
     gguf, onnx = (recipe.file(artifact) for artifact in ("gguf", "onnx"))

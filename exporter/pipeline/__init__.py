@@ -1,1 +1,1 @@
-"""The stages' order, the processes that they run in, and the work folder that lets a killed run go on."""
+"""Runs the stages that a plan needs, in order, each in a process of its own, and none that is done already."""

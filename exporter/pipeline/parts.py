@@ -14,18 +14,16 @@ from typing import Any
 
 from compressors.model.sources.checkpoint import Checkpoint
 from exporter.estimating.sizes import size_label
-from exporter.pipeline.work import WorkDirectory, make_folder
+from exporter.file_names import FOUND, RESULTS
 from exporter.planning.job import Job
 from exporter.planning.plan import Plan
 from exporter.planning.plan_making import make_plan
 from exporter.planning.planner import predict_recipe
 from exporter.planning.recipe import Recipe
 from exporter.planning.recovery import RefusedRung
+from exporter.work.directory import WorkDirectory, make_folder
 
-__all__ = ["FOUND", "Part", "budget_parts", "found_parts", "result_folder", "save_plans"]
-
-FOUND = "found.json"
-"""The file that the search leaves in its folder."""
+__all__ = ["Part", "budget_parts", "found_parts", "result_folder", "save_plans"]
 
 _OF_ALL_BUDGETS = frozenset({"calibrate", "sensitivity", "teacher_texts"})
 _OF_ALL_FILES = _OF_ALL_BUDGETS | {"search"}
@@ -59,13 +57,13 @@ def budget_parts(job: Job, command: str, work: WorkDirectory) -> list[Part]:
 
 def found_parts(part: Part) -> list[Part]:
     """The parts that a part's search found: the part itself with another recipe, or a part for each file."""
-    found = json.loads((part.work.stage("search") / FOUND).read_text(encoding="utf-8"))
+    found = json.loads(part.work.path("search", FOUND).read_text(encoding="utf-8"))
     return [_found(part, entry, alone=len(found["parts"]) == 1) for entry in found["parts"]]
 
 
 def result_folder(work: WorkDirectory, name: str) -> Path:
     """The folder of a part's output until all parts are there."""
-    return work.root.folder / "results" / name
+    return work.root.folder / RESULTS / name
 
 
 def save_plans(parts: Sequence[Part]) -> None:

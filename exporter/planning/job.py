@@ -9,49 +9,34 @@ import math
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Final, get_args
+from typing import Any, Final, get_args
 
 from compressors.model.errors import InputError
 from compressors.model.names import shown
 from compressors.shrink.registry import EXPERT_METHODS, KEEPS_EXPERTS
 from exporter.estimating.durations import parse_duration
 from exporter.estimating.sizes import parse_size
-from exporter.pipeline.team import checked_threads
+from exporter.file_names import WORK_SUFFIX
+from exporter.planning.flags import Flags, PlainFlags
 from exporter.planning.plan import Search
 from exporter.planning.recipe import Quantizer, Student
 from exporter.planning.recovery import RECOVERIES
+from exporter.processes.team import checked_threads
 from exporter.publishing.model_name import model_name
 from exporter.writing.gguf.mixes import ALIASES, MIXES
 from validate.metrics.verdict import REQUIREMENTS
 from validate.runtimes.cost import LEAST_CONTEXT
 
-__all__ = [
-    "BUDGET_KINDS",
-    "DEVICES",
-    "FORMATS",
-    "KV_TYPES",
-    "METHODS",
-    "PREFERENCES",
-    "QUANTIZERS",
-    "QUANT_TYPES",
-    "STUDENTS",
-    "Flags",
-    "Job",
-    "parse_duration",
-    "parse_requirements",
-]
+__all__ = ["Flags", "Job", "checked_job", "parse_requirements"]
 
-BUDGET_KINDS: Final = ("total", "file")
-DEVICES: Final = ("auto", "cpu", "cuda")
-FORMATS: Final = ("gguf", "onnx")
-KV_TYPES: Final = ("f16", "f32", "q8_0", "q4_0")
-METHODS: Final = ("auto", *EXPERT_METHODS, *KEEPS_EXPERTS)
-QUANT_TYPES: Final = (*MIXES, *ALIASES)
-QUANTIZERS: Final = get_args(Quantizer)
-PREFERENCES: Final = ("quality", "speed")
-STUDENTS: Final = get_args(Student)
+_BUDGET_KINDS: Final = ("total", "file")
+_DEVICES: Final = ("auto", "cpu", "cuda")
+_FORMATS: Final = ("gguf", "onnx")
+_KV_TYPES: Final = ("f16", "f32", "q8_0", "q4_0")
+_METHODS: Final = ("auto", *EXPERT_METHODS, *KEEPS_EXPERTS)
+_PREFERENCES: Final = ("quality", "speed")
 
 _BUNDLED_MODEL_NAME = "demo"
 _LONGEST_NAME = 230
@@ -59,41 +44,21 @@ _LONGEST_NAME = 230
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """One run of ``moe-export``, as :class:`Flags` makes it."""
+class Job(PlainFlags):
+    """One run of ``moe-export``, as :meth:`Flags.job` makes it.
 
-    model: str | None  # local folder or hub id; None: the bundled model
-    revision: str | None
-    offline: bool
+    Without ``model`` it is the bundled one's, without ``calibration`` the text is the bundled one.
+    """
+
     budgets: tuple[int, ...]  # bytes; none: the recipe's
-    budget_kind: str  # one of BUDGET_KINDS
-    context: int  # tokens
-    kv_type: str  # one of KV_TYPES
-    formats: tuple[str, ...]  # of FORMATS, in that order
-    calibration: Path | None  # file or folder; None: the bundled text
-    text: Path | None  # held-out file or folder
-    student: str  # one of STUDENTS
-    method: str  # one of METHODS
-    experts: int | None  # per layer; None: the planner chooses
-    quant: str | None  # one of QUANT_TYPES; None: types are found for each tensor
-    quantizer: str  # one of QUANTIZERS
-    imatrix: Path | None  # llama.cpp's importance matrix; None: the calibration text's
-    prefer: str  # one of PREFERENCES
+    formats: tuple[str, ...]  # of gguf and onnx, in that order
     plan_seconds: int  # of measuring in the search
-    recover: str  # one of RECOVERIES
     recover_seconds: int
     require: Mapping[str, float]  # threshold of each check that differs from the default
-    recipe: Path | None
     memory_bytes: int | None  # None: half of the free memory
-    device: str  # cpu or cuda
     threads: int
-    seed: int
     out: Path
     work_dir: Path
-    dry_run: bool
-    save_student: bool
-    force: bool
-    json: bool
 
     @property
     def search(self) -> Search:
@@ -105,96 +70,55 @@ class Job:
         return replace(self, budgets=() if n_bytes is None else (n_bytes,))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Flags:
-    """The values of the command line, each as its flag takes it.
+def checked_job(flags: Flags) -> Job:
+    """The job that the flags ask for, with all defaults filled in.
 
-    ``out`` defaults to a folder of the current one named after model and budget (or recipe), ``work_dir`` to the folder
-    that ``out`` is in (unfinished work lies in ``OUT.work`` there), ``threads`` to the processors that this process may
-    use.
+    Raises:
+        InputError: a value is wrong; the message names the flag.
     """
+    if flags.budget is None and flags.recipe is None:
+        raise InputError("--budget is missing: say how much memory the result may need, such as --budget 20GB")
+    label = "".join(flags.budget.split()) if flags.budget is not None else Path(str(flags.recipe)).stem
+    out = flags.out or Path(f"{_model_name(flags.model)}-{label}")
+    return Job(
+        **_plain_values(flags),
+        budgets=() if flags.budget is None else _budgets(flags.budget),
+        formats=_formats(flags.formats),
+        plan_seconds=parse_duration(flags.plan_time, "--plan-time"),
+        recover_seconds=parse_duration(flags.recover_time, "--recover-time"),
+        require=parse_requirements(flags.require),
+        memory_bytes=None if flags.memory is None else parse_size(flags.memory, "--memory"),
+        threads=checked_threads(flags.threads),
+        out=_folder_to_be("--out", out),
+        work_dir=_folder_to_be("--work-dir", (flags.work_dir or out.parent) / f"{out.name}{WORK_SUFFIX}"),
+    )
 
-    budget: str | None = None
-    model: str | None = None
-    revision: str | None = None
-    offline: bool = False
-    budget_kind: str = "total"
-    context: int = 8192
-    kv_type: str = "f16"
-    formats: str = "gguf,onnx"
-    calibration: Path | None = None
-    text: Path | None = None
-    student: str = "moe"
-    method: str = "auto"
-    experts: int | None = None
-    quant: str | None = None
-    quantizer: str = "feedback"
-    imatrix: Path | None = None
-    prefer: str = "quality"
-    plan_time: str = "10m"
-    recover: str = "auto"
-    recover_time: str = "30m"
-    require: Iterable[str] = ()
-    recipe: Path | None = None
-    memory: str | None = None
-    device: str = "auto"
-    threads: int | None = None
-    seed: int = 0
-    out: Path | None = None
-    work_dir: Path | None = None
-    dry_run: bool = False
-    save_student: bool = False
-    force: bool = False
-    json: bool = False
 
-    def job(self) -> Job:
-        """The job, checked and with all defaults filled in.
-
-        Raises:
-            InputError: a value is wrong; the message names the flag.
-        """
-        if self.budget is None and self.recipe is None:
-            raise InputError("--budget is missing: say how much memory the result may need, such as --budget 20GB")
-        label = "".join(self.budget.split()) if self.budget is not None else Path(str(self.recipe)).stem
-        out = self.out or Path(f"{_model_name(self.model)}-{label}")
-        return Job(
-            model=self.model,
-            revision=self.revision,
-            offline=self.offline,
-            budgets=() if self.budget is None else _budgets(self.budget),
-            budget_kind=_one_of("--budget-kind", self.budget_kind, BUDGET_KINDS),
-            context=_context(self.context),
-            kv_type=_one_of("--kv-type", self.kv_type.lower(), KV_TYPES),
-            formats=_formats(self.formats),
-            calibration=_existing("--calibration", self.calibration),
-            text=_existing("--text", self.text),
-            student=_student(self.student, self.method, self.experts, self.recover),
-            method=_one_of("--method", self.method, METHODS),
-            experts=None if self.experts is None else _at_least_one("--experts", self.experts, "experts per layer"),
-            quant=None if self.quant is None else _mix(self.quant.upper()),
-            quantizer=_one_of("--quantizer", self.quantizer, QUANTIZERS),
-            imatrix=_existing_file("--imatrix", self.imatrix),
-            prefer=_one_of("--prefer", self.prefer, PREFERENCES),
-            plan_seconds=parse_duration(self.plan_time, "--plan-time"),
-            recover=_one_of("--recover", self.recover, RECOVERIES),
-            recover_seconds=parse_duration(self.recover_time, "--recover-time"),
-            require=parse_requirements(self.require),
-            recipe=_existing_file("--recipe", self.recipe),
-            memory_bytes=None if self.memory is None else parse_size(self.memory, "--memory"),
-            device=_device(self.device),
-            threads=checked_threads(self.threads),
-            seed=_seed(self.seed),
-            out=_folder_to_be("--out", out),
-            work_dir=_folder_to_be("--work-dir", (self.work_dir or out.parent) / f"{out.name}.work"),
-            dry_run=self.dry_run,
-            save_student=self.save_student,
-            force=self.force,
-            json=self.json,
-        )
+def _plain_values(flags: Flags) -> dict[str, Any]:
+    """The values that a job holds as they are given, each checked."""
+    experts, quant = flags.experts, flags.quant
+    return {field.name: getattr(flags, field.name) for field in fields(PlainFlags)} | {
+        "budget_kind": _one_of("--budget-kind", flags.budget_kind, _BUDGET_KINDS),
+        "context": _context(flags.context),
+        "kv_type": _one_of("--kv-type", flags.kv_type.lower(), _KV_TYPES),
+        "calibration": _existing("--calibration", flags.calibration),
+        "text": _existing("--text", flags.text),
+        "student": _student(flags.student, flags.method, experts, flags.recover),
+        "method": _one_of("--method", flags.method, _METHODS),
+        "experts": None if experts is None else _at_least_one("--experts", experts, "experts per layer"),
+        "quant": None if quant is None else _mix(quant.upper()),
+        "quantizer": _one_of("--quantizer", flags.quantizer, get_args(Quantizer)),
+        "imatrix": _existing_file("--imatrix", flags.imatrix),
+        "prefer": _one_of("--prefer", flags.prefer, _PREFERENCES),
+        "recover": _one_of("--recover", flags.recover, RECOVERIES),
+        "recipe": _existing_file("--recipe", flags.recipe),
+        "device": _device(flags.device),
+        "seed": _seed(flags.seed),
+    }
 
 
 def _mix(name: str) -> str:
-    return ALIASES.get(name, _one_of("--quant", name, QUANT_TYPES))
+    return ALIASES.get(name, _one_of("--quant", name, (*MIXES, *ALIASES)))
 
 
 def _budgets(text: str) -> tuple[int, ...]:
@@ -229,7 +153,7 @@ def _context(tokens: int) -> int:
 
 def _student(student: str, method: str, experts: int | None, recover: str) -> str:
     """Checks the flags that exclude a dense student, which has one size and no routers."""
-    _one_of("--student", student, STUDENTS)
+    _one_of("--student", student, get_args(Student))
     if student == "dense":
         if experts is not None:
             raise InputError("--experts: a dense student has none; leave --experts out, or --student dense")
@@ -244,8 +168,8 @@ def _student(student: str, method: str, experts: int | None, recover: str) -> st
 
 
 def _formats(text: str) -> tuple[str, ...]:
-    wanted = {_one_of("--formats", name.strip().lower(), FORMATS) for name in text.split(",")}
-    return tuple(name for name in FORMATS if name in wanted)
+    wanted = {_one_of("--formats", name.strip().lower(), _FORMATS) for name in text.split(",")}
+    return tuple(name for name in _FORMATS if name in wanted)
 
 
 def _existing(flag: str, path: Path | None) -> Path | None:
@@ -324,7 +248,7 @@ def _seed(seed: int) -> int:
 def _device(name: str) -> str:
     import torch
 
-    _one_of("--device", name, DEVICES)
+    _one_of("--device", name, _DEVICES)
     has_cuda = torch.cuda.is_available()
     if name == "cuda" and not has_cuda:
         raise InputError("--device cuda: this torch sees no CUDA device; install a CUDA build, or use --device cpu")

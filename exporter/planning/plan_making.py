@@ -12,16 +12,16 @@ from compressors.model.description.special_tokens import special_tokens
 from compressors.model.errors import InputError
 from compressors.model.sources.checkpoint import Checkpoint
 from exporter.hub import bundled_text, resolve_model
-from exporter.pipeline.team import local_processes
 from exporter.planning.job import Job
 from exporter.planning.plan import Plan
 from exporter.planning.planner import TextCounts, choose_recipe, predict_recipe, wanted_blocks
 from exporter.planning.preflight import refuse_too_short_a_context, spare_disk
 from exporter.planning.recipe import Recipe, load_recipe
 from exporter.planning.teacher_floor import TeacherFloor, choose_teacher_floor
+from exporter.processes.team import local_processes
 from exporter.publishing.deviations import find_deviations
 from exporter.publishing.model_name import model_name
-from exporter.publishing.outputs import sha256_of
+from exporter.writing.files import sha256_of
 from exporter.writing.gguf.imatrix import read_imatrix
 
 __all__ = ["make_plan", "texts_of"]

@@ -33,10 +33,10 @@ from exporter.planning.recipe import (
     TextChoice,
 )
 from exporter.planning.recovery import RefusedRung, check_after_quantizing
-from exporter.publishing.outputs import sha256_of
 from exporter.searching.ladder import ladder, machine_for
 from exporter.searching.outlook import outlook_of, outlooks, refuse_unless_something_fits
 from exporter.searching.structures import structures_for, whole, with_experts
+from exporter.writing.files import sha256_of
 
 __all__ = ["HELDOUT_CHUNKS", "TextCounts", "choose_recipe", "predict_recipe", "wanted_blocks"]
 

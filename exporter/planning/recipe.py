@@ -14,8 +14,8 @@ from compressors.model.errors import InputError
 from compressors.model.names import shown
 from compressors.model.running.arithmetic import Arithmetic
 from compressors.shrink.registry import EDITS, EXPERT_METHODS
-from exporter.pipeline.team import MOST_THREADS
 from exporter.planning.yaml_file import read_yaml
+from exporter.processes.team import MOST_THREADS
 from validate.runtimes.cost import LEAST_CONTEXT
 
 __all__ = [

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from compressors.model.predictions.routing_record import RoutingRecord
-from exporter.pipeline.work import StageRecord, WorkDirectory
+from exporter.file_names import COST, EVALUATION, ROUTING
 from exporter.planning.plan import Plan
-from exporter.stages.teacher import COST, ROUTING
-from exporter.stages.validate_torch import EVALUATION
-from exporter.stages.validate_written import SAME_WEIGHTS, written_evaluation
+from exporter.stages.judge.reference import SAME_WEIGHTS, written_evaluation
+from exporter.work.directory import StageRecord, WorkDirectory
 from validate.metrics.evaluation import Evaluation
 from validate.metrics.floors import floor_figures
 
@@ -55,7 +54,7 @@ def _teacher(
     }
     if records[stage].crash is not None:
         return of_what
-    evaluation = Evaluation.load(work.stage(stage) / EVALUATION)
-    cost = json.loads((work.stage(stage) / COST).read_text(encoding="utf-8")) or {}
+    evaluation = Evaluation.load(work.path(stage, EVALUATION))
+    cost = json.loads(work.path(stage, COST).read_text(encoding="utf-8")) or {}
     of_what |= {name: cost.get(name) for name in _COSTS}
-    return of_what | floor_figures(evaluation, "teacher", RoutingRecord.load(work.stage(stage) / ROUTING))
+    return of_what | floor_figures(evaluation, "teacher", RoutingRecord.load(work.path(stage, ROUTING)))

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from compressors.model.errors import InputError
-from exporter.pipeline.work import WorkDirectory, exclusive, make_folder
+from exporter.file_names import (
+    ASSEMBLED,
+    LOCK_SUFFIX,
+    ONNX_FOLDER,
+    ONNX_WEIGHTS,
+    PARTIAL_SUFFIX,
+    RECIPE,
+    STUDENT_FOLDER,
+    SUMS,
+)
 from exporter.planning.plan import Plan
-from exporter.stages.onnx import FOLDER as ONNX_FOLDER
-from exporter.writing.files import flush, flush_folder
+from exporter.stages.inputs import artifact_path
+from exporter.work.directory import WorkDirectory, exclusive, make_folder
+from exporter.writing.files import flush, flush_folder, sha256_of
 
-__all__ = ["Artifact", "FileEntry", "Outputs", "publish_folder", "reserved", "sha256_of"]
-
-_ASSEMBLED = "output"
-_SUMS = "SHA256SUMS"
+__all__ = ["Artifact", "FileEntry", "Outputs", "publish_folder", "reserved"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class Outputs:
     def __init__(self, plan: Plan, work: WorkDirectory) -> None:
         self._plan = plan
         self._work = work
-        self.folder = work.folder / _ASSEMBLED
+        self.folder = work.folder / ASSEMBLED
 
     def collect(self) -> dict[str, Artifact]:
         """Brings the stages' artifacts together in an empty folder and hashes them."""
@@ -59,15 +65,14 @@ class Outputs:
         self.folder.mkdir()
         artifacts = {}
         if "gguf" in self._plan.recipe.artifacts:
-            (file,) = self._work.stage("gguf").glob("*.gguf")
+            file = artifact_path(self._work, "gguf")
             _link(file, self.folder / file.name)
             artifacts["gguf"] = self._artifact(file.name, [file.name])
         if "onnx" in self._plan.recipe.artifacts:
-            _link_tree(self._work.stage("onnx") / ONNX_FOLDER, self.folder / ONNX_FOLDER)
-            counted = [f"{ONNX_FOLDER}/model.onnx", f"{ONNX_FOLDER}/model.onnx.data"]
-            artifacts["onnx"] = self._artifact(ONNX_FOLDER, counted)
+            _link_tree(artifact_path(self._work, "onnx"), ONNX_FOLDER.within(self.folder))
+            artifacts["onnx"] = self._artifact(ONNX_FOLDER.name, ONNX_WEIGHTS)
         if self._plan.recipe.save_student:
-            _link_tree(self._work.stage("student") / "student", self.folder / "student")
+            _link_tree(self._work.path("student", STUDENT_FOLDER), STUDENT_FOLDER.within(self.folder))
         return artifacts
 
     def write_text(self, name: str, text: str) -> None:
@@ -83,11 +88,11 @@ class Outputs:
         weights = [
             path for path in self.folder.rglob("*") if path.suffix in (".gguf", ".onnx", ".data", ".safetensors")
         ]
-        names = sorted(str(path.relative_to(self.folder)) for path in [*weights, self.folder / "recipe.yaml"])
-        self.write_text(_SUMS, "".join(f"{sha256_of(self.folder / name)}  {name}\n" for name in names))
+        names = sorted(str(path.relative_to(self.folder)) for path in [*weights, self.folder / RECIPE])
+        self.write_text(SUMS, "".join(f"{sha256_of(self.folder / name)}  {name}\n" for name in names))
         publish_folder(self.folder, self._plan.out, self._work.root.folder)
 
-    def _artifact(self, path: str, counted: list[str]) -> Artifact:
+    def _artifact(self, path: str, counted: Sequence[str]) -> Artifact:
         files = {name: self.folder / name for name in counted}
         return Artifact(path, {name: FileEntry(file.stat().st_size, sha256_of(file)) for name, file in files.items()})
 
@@ -124,7 +129,7 @@ def _move(folder: Path, out: Path) -> None:
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        beside = out.with_name(f"{out.name}.partial")
+        beside = out.with_name(f"{out.name}{PARTIAL_SUFFIX}")
         shutil.rmtree(beside, ignore_errors=True)
         shutil.copytree(folder, beside)
         flush_folder(beside)
@@ -138,19 +143,13 @@ def reserved(out: Path) -> Iterator[None]:
     Raises:
         InputError: another run builds it right now.
     """
-    lock = out.with_name(f"{out.name}.lock")
+    lock = out.with_name(f"{out.name}{LOCK_SUFFIX}")
     make_folder(lock.parent)
     with exclusive(lock, f"another run builds {out} right now; wait for it, or choose another --out"):
         try:
             yield
         finally:
             lock.unlink(missing_ok=True)
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _link_tree(source: Path, target: Path) -> None:

@@ -17,7 +17,8 @@ from compressors.model.errors import InputError
 from compressors.model.files.json_file import read_json
 from compressors.model.files.raw_file import RawFile
 from compressors.model.names import shown
-from exporter.publishing.outputs import sha256_of
+from exporter.file_names import REPORT, SUMS
+from exporter.writing.files import sha256_of
 
 __all__ = ["changed_files", "read_report"]
 
@@ -30,9 +31,9 @@ def read_report(out: Path) -> dict[str, Any] | None:
     """The report of a folder that a run published; None for anything else.
 
     Raises:
-        InputError: there is a report.json, and it is damaged; the message names the entry.
+        InputError: there is a report, and it is damaged; the message names the entry.
     """
-    path = out / "report.json"
+    path = out / REPORT
     if not path.exists() and not path.is_symlink():
         return None
     report = read_json(path, f"is damaged; {_ADVICE}")
@@ -54,7 +55,7 @@ def changed_files(out: Path, report: Mapping[str, Any]) -> int:
     Raises:
         InputError: SHA256SUMS is missing or damaged.
     """
-    entries = _sums(out / "SHA256SUMS")
+    entries = _sums(out / SUMS)
     changed = sum(not (out / name).is_file() or sha256_of(out / name) != digest for name, digest in entries.items())
     return changed + sum(not _is_listed(artifact["path"], entries) for artifact in report["artifacts"])
 

@@ -16,8 +16,8 @@ from compressors.model.predictions.routing_record import RoutingRecord
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, LayerMap
 from exporter.estimating.budget import expert_bits
-from exporter.estimating.planned_types import planned_block_length
-from exporter.pipeline.work import StageRecord, WorkDirectory
+from exporter.estimating.planned_types import planned_block_length, same_numbers
+from exporter.file_names import EVALUATION, GENERATION, LAST_WORDS, MEASUREMENT, RECOVERY, ROUTING, SUMMARY
 from exporter.planning.plan import Plan
 from exporter.planning.recipe import Recipe
 from exporter.publishing.against_original import against_original, with_choices
@@ -25,11 +25,8 @@ from exporter.publishing.environment import environment
 from exporter.publishing.floors import floors_of
 from exporter.publishing.outputs import Artifact
 from exporter.publishing.search_figures import named_types, search_figures
-from exporter.stages.artifacts import Calibration, StudentFiles, open_student, same_numbers
-from exporter.stages.runtime import MEASUREMENT
-from exporter.stages.schedule import scheduled_blocks
-from exporter.stages.teacher_texts import GENERATION
-from exporter.stages.validate_torch import EVALUATION
+from exporter.stages.inputs import heldout_domains, open_student, scheduled_blocks
+from exporter.work.directory import StageRecord, WorkDirectory
 from exporter.writing.gguf.metadata import source_license
 from validate.metrics.cloze import cloze_figures, load_last_words
 from validate.metrics.domains import domain_figures
@@ -68,7 +65,7 @@ def build_report(
     source = Checkpoint(plan.source)
     experts = open_student(plan, work).experts
     student_spec = experts.spec_of(source.spec)
-    summary = json.loads(Calibration.of(work).summary.read_text(encoding="utf-8"))
+    summary = json.loads(work.path("calibrate", SUMMARY).read_text(encoding="utf-8"))
     rows = _Rows(plan, work, records, experts, summary["teacher"])
     validation = [rows.teacher(), rows.student(), *(rows.artifact(name) for name in artifacts)]
     checks = _checks(plan, artifacts, {row["artifact"]: row for row in validation})
@@ -130,11 +127,7 @@ def build_report(
 def _tried(plan: Plan, work: WorkDirectory) -> list[dict[str, Any]]:
     """The results of the recipe's rungs."""
     stages = ["recover"] if plan.recipe.recover.after_quantizing is None else ["recover", "retune"]
-    return [
-        result
-        for stage in stages
-        for result in json.loads(StudentFiles(work.stage(stage)).recovery.read_text(encoding="utf-8"))
-    ]
+    return [result for stage in stages for result in json.loads(work.path(stage, RECOVERY).read_text(encoding="utf-8"))]
 
 
 def _student(teacher: ModelSpec, experts: ExpertMap) -> dict[str, Any]:
@@ -179,9 +172,9 @@ class _Rows:
         self._records = records
         self._experts = experts
         self._teacher = teacher
-        self._teacher_routing = RoutingRecord.load(Calibration.of(work).routing)
-        self._domains = Calibration.of(work).heldout_domains
-        self._last_words = load_last_words(Calibration.of(work).last_words)
+        self._teacher_routing = RoutingRecord.load(work.path("calibrate", ROUTING))
+        self._domains = heldout_domains(work)
+        self._last_words = load_last_words(work.path("calibrate", LAST_WORDS))
         self._evaluations = {
             artifact: self._load(f"validate_{stage}")
             for artifact, stage in (("student", "torch"), ("gguf", "gguf"), ("onnx", "onnx"))
@@ -189,7 +182,7 @@ class _Rows:
 
     def teacher(self) -> dict[str, Any]:
         """The original in torch; it is its own reference."""
-        path = self._work.stage("teacher_texts") / GENERATION
+        path = self._work.path("teacher_texts", GENERATION)
         generation = _generation(json.loads(path.read_text(encoding="utf-8")))
         row = self._empty("teacher", "torch", version("torch")) | dict(self._teacher) | generation
         student = self._evaluations["student"]
@@ -235,11 +228,11 @@ class _Rows:
         }
 
     def _load(self, stage: str) -> Evaluation | None:
-        path = self._work.stage(stage) / EVALUATION
+        path = self._work.path(stage, EVALUATION)
         return Evaluation.load(path) if path.exists() else None
 
     def _measurement(self, name: str) -> dict[str, Any]:
-        path = self._work.stage(f"validate_{name}") / MEASUREMENT
+        path = self._work.path(f"validate_{name}", MEASUREMENT)
         measurement: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return measurement
 

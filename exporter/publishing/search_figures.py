@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from compressors.model.description.spec import ModelSpec
-from exporter.pipeline.parts import FOUND
-from exporter.pipeline.work import WorkDirectory
+from exporter.file_names import FOUND
 from exporter.planning.compression import described_compression
 from exporter.planning.recipe import CompressChoice, FileChoice, Recipe
+from exporter.work.directory import WorkDirectory
 
 __all__ = ["described_types", "named_types", "search_figures"]
 
@@ -20,7 +20,7 @@ _MOST_TYPES = 4
 
 def search_figures(work: WorkDirectory, teacher: ModelSpec, recipe: Recipe) -> list[dict[str, Any]]:
     """The candidates of a finished search, as data for JSON; none if there was no search."""
-    path = work.stage("search") / FOUND
+    path = work.path("search", FOUND)
     if not path.exists():
         return []
     candidates = json.loads(path.read_text(encoding="utf-8"))["candidates"]

@@ -11,19 +11,19 @@ from pathlib import Path
 
 from compressors.model.description.spec import ModelSpec
 from compressors.model.sources.checkpoint import Checkpoint
-from exporter.pipeline.stage import StageContext
+from exporter.file_names import BUILD
 from exporter.planning.compression import described_compression
 from exporter.planning.recipe import CompressChoice, FileChoice, RecoverChoice
 from exporter.searching.ladder import ladder_for, rung_beside_codes
 from exporter.searching.search import Candidate, Search
 from exporter.searching.structures import whole, with_experts
-from exporter.stages import compress, gguf, onnx, recover, retune, schedule
+from exporter.stages.inputs import artifact_path
+from exporter.stages.table import COMPRESS, GGUF, OF_THE_RUN, ONNX, RECOVER, RETUNE, SCHEDULING
+from exporter.work.stage import StageContext
 
 __all__ = ["ParetoFiles", "described_structure"]
 
-_BUILD = "build"
-_OF_THE_RUN = frozenset({"calibrate", "sensitivity"})
-_WRITERS = {"gguf": gguf.run, "onnx": onnx.run}
+_WRITERS = {"gguf": GGUF, "onnx": ONNX}
 
 
 class ParetoFiles:
@@ -80,24 +80,17 @@ class ParetoFiles:
 
     def _built(self, structure: CompressChoice, ladder: RecoverChoice, file: FileChoice, artifact: str) -> Path:
         """Runs the stages of an export in this process; returns the file or folder."""
-        plan, folder = self._context.plan, self._context.output / _BUILD
+        plan, folder = self._context.plan, self._context.file(BUILD)
         shutil.rmtree(folder, ignore_errors=True)
         files = {name: file if name == artifact else None for name in _WRITERS}
         recipe = plan.recipe.model_copy(update={"compress": structure, "recover": ladder, **files})
-        plan, work = replace(plan, recipe=recipe, search=None), self._context.work.within(folder, _OF_THE_RUN)
-        stages = {"compress": compress.run, "schedule": schedule.run, "recover": recover.run}
-        stages[artifact] = _WRITERS[artifact]
+        plan, work = replace(plan, recipe=recipe, search=None), self._context.work.within(folder, OF_THE_RUN)
+        stages = [COMPRESS, SCHEDULING, RECOVER, _WRITERS[artifact]]
         if ladder.after_quantizing is not None:
-            stages["retune"] = retune.run
-        for name, run in stages.items():
-            partial = work.partial(name)
-            partial.mkdir(parents=True)
-            run(StageContext(plan, work, partial, self._context.progress))
-            partial.rename(work.stage(name))
-        if artifact == "onnx":
-            return work.stage(artifact) / onnx.FOLDER
-        (path,) = work.stage(artifact).glob("*.gguf")
-        return path
+            stages.append(RETUNE)
+        for stage in stages:
+            self._context.run_inside(stage, plan, work)
+        return artifact_path(work, artifact)
 
 
 def described_structure(choice: CompressChoice, spec: ModelSpec) -> str:

@@ -8,17 +8,16 @@ import torch
 
 from exporter.estimating.estimate import MOST_MEASURED, seconds_of_measuring
 from exporter.estimating.machine import measure_speeds
-from exporter.pipeline.stage import StageContext
+from exporter.file_names import EFFORT
+from exporter.work.stage import StageContext
 from exporter.writing.files import write_atomically
 
 __all__ = ["n_measured_files"]
 
-_FILE = "effort.json"
-
 
 def n_measured_files(context: StageContext) -> int:
     """The number of files of each artifact that fit ``--plan-time``; a resumed attempt takes the first one's number."""
-    path = context.output / _FILE
+    path = context.file(EFFORT)
     if not path.exists():
         plan = context.plan
         assert plan.search is not None, "the recipe stands"

@@ -11,7 +11,7 @@ from compressors.model.sources.onnx import OnnxWeights
 from compressors.model.sources.weights import WrittenWeights
 from exporter.planning.recipe import FileChoice
 from exporter.searching.trial import Trial
-from exporter.stages import gguf, onnx
+from exporter.stages.files.writers import write_gguf_file, write_onnx_folder
 from exporter.writing.files import write_atomically
 
 __all__ = ["measured_divergence"]
@@ -36,9 +36,9 @@ def measured_divergence(trial: Trial, artifact: str, choice: FileChoice) -> floa
         context = replace(trial.context, output=folder)
         weights: WrittenWeights
         if artifact == "gguf":
-            weights = GgufWeights(gguf.write(context, student, choice, folder), student.spec)
+            weights = GgufWeights(write_gguf_file(context, student, choice, folder), student.spec)
         else:
-            weights = OnnxWeights(onnx.write(context, student, choice, folder), student.spec)
+            weights = OnnxWeights(write_onnx_folder(context, student, choice, folder), student.spec)
         divergence = trial.judged(student.as_written(weights))
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from compressors.model.errors import BudgetError, UnsupportedError
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.sensitivity import DivergenceModel
-from exporter.pipeline.stage import StageContext
 from exporter.planning.recipe import CompressChoice, FileChoice
 from exporter.searching.fitting import Fitted
 from exporter.searching.measuring import measured_divergence
@@ -30,6 +29,7 @@ from exporter.searching.speed import most_seconds
 from exporter.searching.structures import structures_for, whole
 from exporter.searching.trial import Trial
 from exporter.searching.units import fitting_mixes, units_of
+from exporter.work.stage import StageContext
 
 __all__ = ["Candidate", "Search"]
 

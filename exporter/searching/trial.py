@@ -11,24 +11,22 @@ from pathlib import Path
 import torch
 
 from compressors.model.running.arithmetic import dtype_of
-from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import Student
 from compressors.sensitivity import Sensitivities, TypeTable, UnitPlan, gather_sensitivities, measured_table
-from exporter.pipeline.stage import StageContext
-from exporter.pipeline.work import WorkDirectory
-from exporter.planning.plan import Plan
+from exporter.file_names import SENSITIVITIES, TRIAL
 from exporter.planning.recipe import CompressChoice
 from exporter.searching.ladder import ladder_for
 from exporter.searching.structures import whole
-from exporter.stages import compress
-from exporter.stages.artifacts import StudentFiles, importance_of, memory_limit
-from exporter.stages.recover import Ladder, judge_on_selection
-from exporter.stages.sensitivity import watched_blocks
+from exporter.stages.inputs import importance_of, memory_limit, open_student
+from exporter.stages.student.recover import Ladder, judge_on_selection
+from exporter.stages.table import COMPRESS, OF_THE_RUN, RECOVER
+from exporter.stages.teacher.sensitivity import watched_blocks
+from exporter.work.directory import WorkDirectory
+from exporter.work.stage import StageContext
 from exporter.writing.files import flush_folder, write_atomically
 
 __all__ = ["Trial"]
 
-_OF_THE_RUN = frozenset({"calibrate", "sensitivity"})
 _FIGURES_VERSION = 1  # of what is measured of the original: raise it together with the version of the stage search
 _TRIAL_BLOCKS = 16  # of recovery: enough to see whether it helps, and about how much
 
@@ -56,36 +54,31 @@ class Trial:
     def of(cls, context: StageContext, choice: CompressChoice, number: int) -> Trial:
         """The trial of a structure; number 0 is the original."""
         recipe = context.plan.recipe.model_copy(update={"compress": choice})
-        folder = _place_of_original(context.work) if number == 0 else context.output / f"trial-{number}"
-        work = context.work.within(folder, _OF_THE_RUN)
+        folder = _place_of_original(context.work) if number == 0 else context.file(TRIAL, number=number)
+        work = context.work.within(folder, OF_THE_RUN)
         plan = replace(context.plan, recipe=recipe)
-        return cls(StageContext(plan, work, folder, context.progress), choice)
+        return cls(replace(context, plan=plan, work=work, output=folder), choice)
 
     def student(self) -> Student:
         """The compressed model, as a short trial of recovery left it."""
         work = self.context.work
         if not work.stage("compress").exists():
-            self._in_stage("compress", self.context.plan, compress.run)
+            self.context.run_inside(COMPRESS, self.context.plan, work)
         if not self._is_original and not work.stage("recover").exists():
             self._teach()
-        return self._opened()
-
-    def _opened(self) -> Student:
-        taught = StudentFiles(self.context.work.stage("recover")).rungs
-        return StudentFiles(self.context.work.stage("compress")).open(Checkpoint(self.context.plan.source), taught)
+        return open_student(self.context.plan, work)
 
     def _teach(self) -> None:
         """Climbs the rungs of the final run for a short while; rungs that do not help are not kept."""
         plan = self.context.plan
         choice, _ = ladder_for(self.compress, plan)
         plan = replace(plan, recipe=plan.recipe.model_copy(update={"recover": choice}))
-
-        def climb(context: StageContext) -> None:
-            ladder = Ladder(context, self._opened())
-            for number, rung in enumerate(choice.rungs):
-                ladder.climb(number, rung, min(rung.blocks, _TRIAL_BLOCKS))
-
-        self._in_stage("recover", plan, climb)
+        context = StageContext.of(RECOVER, plan, self.context.work, self.context.progress)
+        context.output.mkdir(parents=True, exist_ok=True)
+        ladder = Ladder(context, open_student(plan, context.work, "compress"))
+        for number, rung in enumerate(choice.rungs):
+            ladder.climb(number, rung, min(rung.blocks, _TRIAL_BLOCKS))
+        context.output.rename(self.context.work.stage("recover"))
 
     def divergence(self) -> float:
         """The divergence from the original on the selection split, unquantized: nats."""
@@ -119,7 +112,7 @@ class Trial:
     def _sensitivities(self, student: Student) -> Sensitivities:
         tied = student.spec.tied_embeddings
         if self._is_original:
-            return Sensitivities(self.context.work.stage("sensitivity"), tied)
+            return Sensitivities(self.context.work.path("sensitivity", SENSITIVITIES), tied)
         folder = self.context.output / "sensitivity"
         if not folder.exists():
             unfinished = folder.with_name(f"{folder.name}.unfinished")
@@ -135,13 +128,6 @@ class Trial:
             flush_folder(unfinished)
             unfinished.rename(folder)
         return Sensitivities(folder, tied)
-
-    def _in_stage(self, name: str, plan: Plan, run: Callable[[StageContext], None]) -> None:
-        """Runs the function of a stage; its output becomes the folder of that finished stage."""
-        partial = self.context.work.partial(name)
-        partial.mkdir(parents=True, exist_ok=True)
-        run(replace(self.context, plan=plan, output=partial))
-        partial.rename(self.context.work.stage(name))
 
     def _remembered(self, what: str, measure: Callable[[], float]) -> float:
         path: Path = self.context.output / f"{what}.json"

@@ -24,8 +24,8 @@ from typing import IO, Any
 import psutil
 
 from compressors.model.errors import InputError, MoeExportError
-from exporter.pipeline.child_process import Child, Death, run_child
-from exporter.pipeline.surroundings import Surroundings
+from exporter.processes.child_process import Child, Death, run_child
+from exporter.processes.surroundings import Surroundings
 from validate.files.model_file import ModelFile
 from validate.runtimes import time_limit
 from validate.runtimes.backend import RuntimeCrashError

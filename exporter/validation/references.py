@@ -19,6 +19,7 @@ from compressors.model.running.recorder import RoutingRecorder
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import Student
+from exporter.file_names import ROUTING
 from exporter.validation.guarded import Limits, run_guarded
 from validate.files.model_file import ModelFile, RuntimeChoice
 from validate.metrics.evaluation import evaluate
@@ -179,6 +180,6 @@ def against_logits_file(path: Path) -> StoredReference:
 def _stored(routing: RoutingRecord | None, folder: Path) -> Path | None:
     if routing is None:
         return None
-    path = folder / "routing.safetensors"
+    path = ROUTING.within(folder)
     routing.save(path)
     return path

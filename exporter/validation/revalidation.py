@@ -13,10 +13,10 @@ import torch
 from compressors.model.errors import InputError
 from compressors.model.sources.checkpoint import Checkpoint
 from exporter.hub import bundled_text, resolve_model, resolve_original
-from exporter.pipeline.child_process import start_server
-from exporter.pipeline.team import checked_threads
 from exporter.planning.job import parse_requirements
 from exporter.planning.planner import HELDOUT_CHUNKS
+from exporter.processes.child_process import start_server
+from exporter.processes.team import checked_threads
 from exporter.publishing.published import changed_files, read_report
 from exporter.validation.guarded_validation import measured, refuse_unreadable
 from exporter.validation.references import StoredReference, against_checkpoint, against_file, against_logits_file

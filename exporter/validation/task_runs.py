@@ -13,8 +13,9 @@ from compressors.model.errors import InputError
 from compressors.model.files.json_file import read_json
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import Student
+from exporter.file_names import REPORT
 from exporter.hub import resolve_original
-from exporter.pipeline.team import checked_threads
+from exporter.processes.team import checked_threads
 from exporter.validation.guarded import Limits, run_guarded
 from validate.files.model_file import ModelFile, RuntimeChoice, published_files
 from validate.report import facts, numbers
@@ -51,9 +52,9 @@ def task_results(
     """
     check_tasks(tasks)
     try:
-        report = read_json(out / "report.json")
+        report = read_json(out / REPORT)
     except InputError:
-        raise InputError(f"{out} has no readable report.json; give the output folder of a finished run") from None
+        raise InputError(f"{out} has no readable {REPORT}; give the output folder of a finished run") from None
     job = report["job"]
     source = Checkpoint(resolve_original(against, job))
     if source.identity() != report["source"]["identity"]:

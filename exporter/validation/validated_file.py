@@ -14,6 +14,7 @@ from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
+from exporter.file_names import STUDENT_FOLDER
 from exporter.planning.recovery import is_after_quantizing, trained_roles
 from exporter.validation.references import Reference
 from exporter.validation.static_checks import StaticFindings, check_description, check_weights, expected_spec
@@ -53,7 +54,7 @@ class Expectation:
         n_experts = experts.n_teacher_experts
         everything = ExpertMap.keeping(n_experts, [range(n_experts)] * report["source"]["n_layers"])
         is_edited = report["recipe"]["compress"]["edit"] != "none" or any(map(_is_changed, experts.layers))
-        saved = out / "student"
+        saved = STUDENT_FOLDER.within(out)
         if saved.is_dir() and not report["student"]["dense"]:
             original: Student | None = Student.teacher(Checkpoint(saved))
         elif reference.source is not None and not is_edited:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ __all__ = [
     "flush_folder",
     "not_written",
     "replacing",
+    "sha256_of",
     "storage_error",
     "write_at",
     "write_atomically",
@@ -184,3 +186,9 @@ def write_at(descriptor: int, offset: int, data: memoryview) -> int:
         written = os.pwrite(descriptor, rest, offset)
         rest, offset = rest[written:], offset + written
     return data.nbytes
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,7 +13,7 @@ from pathlib import Path
 # what a command imports, so that the forked processes have it
 import exporter.hub
 import exporter.inspection
-import exporter.pipeline.pipeline
+import exporter.pipeline.running
 import exporter.planning.plan_table
 import exporter.run
 import exporter.validation.revalidation

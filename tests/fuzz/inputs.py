@@ -24,7 +24,7 @@ from exporter.planning.recipe import (
     TextChoice,
     recipe_yaml,
 )
-from exporter.publishing.outputs import sha256_of
+from exporter.writing.files import sha256_of
 from exporter.writing.gguf.writer import write_gguf
 from exporter.writing.onnx.clients import write_client_files
 from exporter.writing.onnx.writer import write_onnx

@@ -20,17 +20,20 @@ from exporter.curve.chart import write_chart
 from exporter.curve.command import curve_plan, publish_curve
 from exporter.curve.rows import OURS, ParetoRow, RowFile, best_no_larger
 from exporter.curve.table import markdown_lines
-from exporter.pipeline.pipeline import pareto_stages, run_stages
-from exporter.pipeline.progress import Progress
-from exporter.pipeline.stage import StageContext
-from exporter.pipeline.work import WorkDirectory
+from exporter.file_names import ROWS
+from exporter.pipeline.order import pareto_stages
+from exporter.pipeline.running import run_stages
 from exporter.planning.job import Flags
 from exporter.planning.plan import Plan
 from exporter.planning.recipe import Recipe
+from exporter.processes.progress import Progress
 from exporter.searching import units
 from exporter.searching.curve import ParetoFiles
-from exporter.stages import pareto
-from exporter.stages.artifacts import Calibration
+from exporter.stages.inputs import teacher_statistics
+from exporter.stages.search import pareto
+from exporter.stages.table import PARETO
+from exporter.work.directory import WorkDirectory
+from exporter.work.stage import StageContext
 from exporter.writing.gguf.writer import predict_file_size, write_gguf
 
 _ROW = ParetoRow("toy", "all experts", "Q4_K_M", 1_000, 0.3, 0.01, 0.001, 0.9, 40.0)
@@ -144,16 +147,16 @@ def context(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> StageContex
     work = WorkDirectory(tmp_path_factory.mktemp("pareto"))
     plan.save(work.plan_path)
     run_stages(plan, work, pareto_stages()[:-1], lambda _text: None)
-    output = work.partial("pareto")
-    output.mkdir()
-    return StageContext(plan, work, output, Progress(silent=True))
+    context = StageContext.of(PARETO, plan, work, Progress(silent=True))
+    context.output.mkdir()
+    return context
 
 
 @pytest.mark.usefixtures("torch_left_as_it_was")
 def test_a_baseline_is_the_file_that_llama_quantize_would_write(context: StageContext, tmp_path: Path) -> None:
     path = ParetoFiles(context).write_mix("Q4_K_M")
     student = Student.teacher(Checkpoint(context.plan.source))
-    statistics = Calibration.of(context.work).layer_statistics(2)
+    statistics = teacher_statistics(context.plan, context.work)
     name = context.plan.recipe.source.model
     write_gguf(
         student,
@@ -173,19 +176,19 @@ def test_the_stage_measures_what_has_no_row_yet(context: StageContext, monkeypat
     monkeypatch.setattr(pareto, "MIXES", ("Q3_K_M",))
     monkeypatch.setattr(pareto, "MIXES_OF_PRUNED", ("Q4_0",))
     known = replace(_ROW, model=context.plan.recipe.source.model, method="REAP 50%", mix="Q4_0")
-    RowFile(context.output / pareto.ROWS).add(known)
-    pareto.run(context)
-    rows = RowFile(context.output / pareto.ROWS)
+    RowFile(context.file(ROWS)).add(known)
+    PARETO.run(context)
+    rows = RowFile(context.file(ROWS))
     assert rows.find(*known.key) == known  # of the attempt before
     preset, pruned, ours = (rows.find(known.model, *key) for key in _EXPECTED)
     assert preset is not None and pruned is not None and ours is not None and len(rows.rows) == 4
     assert ours.n_bytes <= ours.budget == context.plan.curve["Q3_K_M"] == preset.n_bytes
     assert ours.divergence < preset.divergence < pruned.divergence
-    before = (context.output / pareto.ROWS).read_bytes()
+    before = (context.file(ROWS)).read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(ParetoFiles, "_built", _fails)
-        pareto.run(context)
-    assert (context.output / pareto.ROWS).read_bytes() == before
+        PARETO.run(context)
+    assert (context.file(ROWS)).read_bytes() == before
 
 
 _EXPECTED = (("all experts", "Q3_K_M"), ("REAP 25%", "Q4_0"), (OURS, "Q3_K_M"))

@@ -17,13 +17,14 @@ import pytest
 
 from compressors.model.errors import InputError
 from exporter.estimating.estimate import disk_lines
-from exporter.pipeline import pipeline
-from exporter.pipeline.pipeline import ALL_STAGES
-from exporter.pipeline.work import WorkDirectory
+from exporter.file_names import LOG_PROBS, ORIGINAL_VALUES, SENSITIVITIES, STAGE_RECORD, STATISTICS
+from exporter.pipeline import running
 from exporter.planning.job import Flags, Job
 from exporter.planning.plan import Plan
 from exporter.run import run_job
-from tests.exporter.processes import are_gone, stage_of
+from exporter.stages.table import ALL_STAGES
+from exporter.work.directory import WorkDirectory
+from tests.exporter.found_processes import are_gone, stage_of
 
 Run = Callable[[Sequence[str]], subprocess.CompletedProcess[str]]
 Command = Callable[..., Sequence[str]]
@@ -67,7 +68,7 @@ class Toy:
 @pytest.fixture(autouse=True)
 def server_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stages are forked even if few are left, because the server is there from an earlier test."""
-    monkeypatch.setattr(pipeline, "_FEW", 0)
+    monkeypatch.setattr(running, "_FEW", 0)
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +125,7 @@ def _stderr(process: subprocess.Popen[str]) -> IO[str]:
     return process.stderr
 
 
+_WRITTEN_SOMETIMES = (LOG_PROBS, ORIGINAL_VALUES, STATISTICS)  # as the recipe demands it
 _WHAT = {stage.name: stage.what for stage in ALL_STAGES}
 
 
@@ -403,6 +405,18 @@ def test_a_damaged_report_of_a_finished_run_is_not_taken_for_one(toy: Toy, tmp_p
     (out / "report.json").write_bytes(_DAMAGES[damage]((out / "report.json").read_bytes()))
     with pytest.raises(InputError, match=r"out exists and was not written by a finished run; .*, or remove it"):
         _finish(toy, out)
+
+
+def test_a_finished_stage_leaves_what_it_declares_and_nothing_else(toy: Toy) -> None:
+    for stage in ALL_STAGES:
+        folder = toy.work / stage.name
+        if folder.exists() and SENSITIVITIES not in stage.writes:
+            left = {path for path in folder.iterdir() if path.name != STAGE_RECORD}
+            declared = {path for file in stage.writes for path in folder.glob(file.pattern.split("/")[0])}
+            assert left <= declared, stage.name
+            for file in stage.writes:
+                if not ({"{", "}"} & set(file.name) or file in _WRITTEN_SOMETIMES):
+                    assert file.within(folder).exists(), f"{stage.name}: {file.name}"
 
 
 def test_the_disk_that_is_announced_is_enough_and_not_far_off(toy: Toy) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.exporter.processes import are_gone, stage_of
+from tests.exporter.found_processes import are_gone, stage_of
 
 Command = Callable[..., Sequence[str]]
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from exporter.pipeline.parts import FOUND, Part, found_parts, save_plans
-from exporter.pipeline.work import WorkDirectory
+from exporter.file_names import FOUND
+from exporter.pipeline.parts import Part, found_parts, save_plans
 from exporter.planning.job import Flags
 from exporter.planning.plan_making import make_plan
+from exporter.work.directory import WorkDirectory
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def _find(part: Part, quantizer: str) -> Part:
     recipe = part.plan.recipe.model_dump()
     recipe["gguf"]["quantizer"] = quantizer
     entry = {"name": "gguf", "recipe": recipe, "refused_rungs": []}
-    (part.work.stage("search") / FOUND).write_text(json.dumps({"parts": [entry]}), encoding="utf-8")
+    part.work.path("search", FOUND).write_text(json.dumps({"parts": [entry]}), encoding="utf-8")
     (found,) = found_parts(part)
     return found
 

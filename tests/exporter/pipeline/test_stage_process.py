@@ -19,17 +19,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from exporter.pipeline.stage import Outcome
-from exporter.pipeline.stage_process import Death, run_in_process
-from exporter.pipeline.work import WorkDirectory
-from tests.exporter.processes import are_gone, stage_of
+from exporter.pipeline.stage_process import Death, Outcome, run_in_process
+from exporter.work.directory import WorkDirectory
+from tests.exporter.found_processes import are_gone, stage_of
 
 _REPOSITORY = Path(__file__).parents[3]
 _PROGRAM = """
 import sys
 from pathlib import Path
 from exporter.pipeline.stage_process import run_in_process
-from exporter.pipeline.work import WorkDirectory
+from exporter.work.directory import WorkDirectory
 print("begin", flush=True)
 print(run_in_process(WorkDirectory(Path(sys.argv[1])), "calibrate").error)
 """

@@ -12,7 +12,7 @@ import pytest
 
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, Student
-from exporter.pipeline.pipeline import ALL_STAGES
+from exporter.stages.table import ALL_STAGES
 from exporter.writing.gguf.writer import write_gguf
 from exporter.writing.onnx.graph import build_model
 from exporter.writing.onnx.layout import plan_tensors
@@ -43,5 +43,5 @@ def test_a_changed_output_raises_its_stage_s_version(name: str, toy_model: Path,
     digest = _gguf_digest(toy_model, tmp_path) if name == "gguf" else _onnx_digest(toy_model)
     (version,) = (stage.version for stage in ALL_STAGES if stage.name == name)
     assert (version, digest) == _GOLDEN[name], (
-        f"the output of {name} changed: raise its version in exporter/pipeline/pipeline.py, then put the pair here"
+        f"the output of {name} changed: raise its version in exporter/stages/table.py, then put the pair here"
     )

@@ -24,7 +24,7 @@ from exporter.planning.recovery import (
     tuning_rung,
     wish_for,
 )
-from exporter.stages.schedule import shared_out
+from exporter.stages.student.schedule import shared_out
 from tests.altered import altered
 
 _ROUTER = RungChoice(scope="router", blocks=8, blocks_per_step=8, learning_rate=0.001)

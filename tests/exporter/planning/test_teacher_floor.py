@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -16,26 +15,24 @@ from compressors.model.predictions.routing_record import RoutingRecord
 from compressors.model.running.memory import PROCESS_BYTES
 from compressors.model.sources.checkpoint import Checkpoint
 from exporter.estimating.budget import predict
-from exporter.pipeline.progress import Progress
-from exporter.pipeline.stage import StageContext
-from exporter.pipeline.work import WorkDirectory
+from exporter.file_names import COST, EVALUATION, ROUTING
 from exporter.planning.job import Flags
 from exporter.planning.plan import Plan
 from exporter.planning.plan_making import make_plan
 from exporter.planning.recipe import FileChoice, Recipe
 from exporter.planning.teacher_floor import TeacherFloor, choose_teacher_floor, exact_type
-from exporter.stages import calibrate, teacher_gguf, teacher_onnx
-from exporter.stages.artifacts import Blocks, Calibration
-from exporter.stages.teacher import COST, ROUTING
-from exporter.stages.validate_torch import EVALUATION
+from exporter.stages.inputs import token_blocks
+from exporter.stages.table import CALIBRATE, TEACHER_GGUF, TEACHER_ONNX
+from exporter.work.directory import WorkDirectory
 from tests.altered import altered
+from tests.exporter.stage_runs import run_stage
 from validate.metrics.evaluation import Evaluation
 from validate.metrics.floors import floor_figures
 
 pytestmark = pytest.mark.usefixtures("torch_left_as_it_was")
 
 _PLENTY = 10**15
-_STAGES = {"gguf": teacher_gguf, "onnx": teacher_onnx}
+_STAGES = {"gguf": TEACHER_GGUF, "onnx": TEACHER_ONNX}
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +51,8 @@ def plan(toy_model: Path, small_texts: tuple[Path, Path]) -> Plan:
 def work(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> WorkDirectory:
     """A work directory with the teacher's pass done."""
     work = WorkDirectory(tmp_path_factory.mktemp("floor"))
-    _run(calibrate, plan, work)
+    run_stage(CALIBRATE, plan, work)
     return work
-
-
-def _run(stage: ModuleType, plan: Plan, work: WorkDirectory) -> Path:
-    folder = work.folder / stage.__name__.rsplit(".", 1)[1]
-    folder.mkdir()
-    stage.run(StageContext(plan, work, folder, Progress(silent=True)))
-    return folder
 
 
 def test_what_fits_is_measured_whole(plan: Plan) -> None:
@@ -117,18 +107,22 @@ def test_the_runtime_does_what_torch_does(
     here = WorkDirectory(tmp_path / "work")
     here.folder.mkdir()
     here.stage("calibrate").symlink_to(work.stage("calibrate"))
-    folder = _run(_STAGES[artifact], planned, here)
-    assert {path.name for path in folder.iterdir()} == {EVALUATION, ROUTING, COST}, "the original is removed again"
-    cost = json.loads((folder / COST).read_text())
+    folder = run_stage(_STAGES[artifact], planned, here)
+    assert {path.name for path in folder.iterdir()} == {file.name for file in (EVALUATION, ROUTING, COST)}, (
+        "the original is removed again"
+    )
+    cost = json.loads(COST.within(folder).read_text())
     if n_layers == 2:
         assert cost["decode_tokens_per_second"] > 0
     else:
         assert cost is None, "a part of the original has no speed that says anything"
-    figures = floor_figures(Evaluation.load(folder / EVALUATION), "teacher", RoutingRecord.load(folder / ROUTING))
+    figures = floor_figures(
+        Evaluation.load(EVALUATION.within(folder)), "teacher", RoutingRecord.load(ROUTING.within(folder))
+    )
     limits = {"gguf": (3e-4, 0.995), "onnx": (1e-5, 0.9999)}[artifact]
     assert abs(figures["kld"]["mean"]) < limits[0]
     assert figures["routing"]["overlap"] > limits[1]
-    tokens = Blocks.load(Calibration.of(work).blocks).heldout[[1, 3]]
+    tokens = token_blocks(work).heldout[[1, 3]]
     model = plan.source if n_layers == 2 else toy_checkpoint(tmp_path, n_layers=1)
     assert figures["chunks"] == 2
     assert figures["perplexity_torch"] == pytest.approx(_stock_perplexity(model, tokens), rel=2e-5)

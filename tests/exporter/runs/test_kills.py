@@ -14,8 +14,8 @@ from typing import IO, Any
 
 import pytest
 
-from exporter.publishing.outputs import sha256_of
-from tests.exporter.processes import stage_of
+from exporter.writing.files import sha256_of
+from tests.exporter.found_processes import stage_of
 
 Run = Callable[[Sequence[str]], subprocess.CompletedProcess[str]]
 Command = Callable[..., Sequence[str]]

@@ -18,8 +18,8 @@ from gguf import GGUFValueType
 from transformers import AutoModelForCausalLM
 
 from compressors.model.errors import InputError
-from exporter.publishing.outputs import sha256_of
 from exporter.validation.task_runs import task_failures, task_results, tasks_table
+from exporter.writing.files import sha256_of
 from tests.gguf_copies import copy_gguf
 from validate.metrics.logits_file import LogitsFileWriter
 from validate.runtimes.cost import RuntimeCost

@@ -17,7 +17,7 @@ from compressors.model.running.memory import MemoryLimit
 from compressors.model.running.streaming import StreamedModel
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import Student
-from exporter.stages.teacher_texts import streamed_texts
+from exporter.stages.teacher.texts import streamed_texts
 from exporter.writing.gguf.writer import write_gguf
 from exporter.writing.onnx.writer import write_onnx
 from validate.metrics.generation import (

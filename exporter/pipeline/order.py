@@ -1,0 +1,85 @@
+"""Which stages a plan needs, in order, and what decides whether a finished one is still valid."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import takewhile
+
+from exporter.planning.plan import Plan
+from exporter.stages.table import (
+    ALL_STAGES,
+    CALIBRATE,
+    GGUF,
+    ONNX,
+    PARETO,
+    RETUNE,
+    SEARCH,
+    SENSITIVITY,
+    STUDENT,
+    TEACHER_GGUF,
+    TEACHER_ONNX,
+    VALIDATE_GGUF,
+    VALIDATE_ONNX,
+)
+from exporter.work.input_state import SourceState
+from exporter.work.stage import Stage
+
+__all__ = ["fingerprints", "needs", "pareto_stages", "search_stages", "stages_of"]
+
+
+def stages_of(plan: Plan) -> tuple[Stage, ...]:
+    """The stages of a plan, each after those it needs, but for the search: they build what the recipe says."""
+    recipe = plan.recipe
+    wanted = {
+        SENSITIVITY: recipe.chooses_codes,
+        SEARCH: False,
+        PARETO: False,
+        GGUF: recipe.gguf is not None,
+        VALIDATE_GGUF: recipe.gguf is not None,
+        ONNX: recipe.onnx is not None,
+        VALIDATE_ONNX: recipe.onnx is not None,
+        RETUNE: recipe.recover.after_quantizing is not None,
+        STUDENT: recipe.save_student,
+        TEACHER_GGUF: "gguf" in plan.teacher_floors and recipe.gguf is not None,
+        TEACHER_ONNX: "onnx" in plan.teacher_floors and recipe.onnx is not None,
+    }
+    return tuple(stage for stage in ALL_STAGES if wanted.get(stage, True))
+
+
+def search_stages(plan: Plan) -> tuple[Stage, ...]:
+    """The stages that find the recipe of a plan that leaves it open."""
+    assert plan.search is not None, "its recipe stands"
+    return (CALIBRATE, SENSITIVITY, SEARCH)
+
+
+def pareto_stages() -> tuple[Stage, ...]:
+    """The stages that measure a curve of divergence against bytes."""
+    return (CALIBRATE, SENSITIVITY, PARETO)
+
+
+def needs(stage: Stage) -> tuple[str, ...]:
+    """The names of the stages whose files a stage reads, and of those that change such files before it."""
+    earlier = takewhile(lambda other: other.name != stage.name, ALL_STAGES)
+    return tuple(other.name for other in earlier if stage.depends_on(other))
+
+
+def fingerprints(plan: Plan, stages: Sequence[Stage], source: SourceState) -> dict[str, str]:
+    """Returns for each stage a digest of all that its outputs depend on, including the stages it needs."""
+    digests: dict[str, str] = {}
+    for stage in stages:
+        digests[stage.name] = _fingerprint(stage, plan, source, digests)
+    return digests
+
+
+def _fingerprint(stage: Stage, plan: Plan, source: SourceState, earlier: Mapping[str, str]) -> str:
+    recipe, needed = plan.recipe.model_dump(), needs(stage)
+    parts = {
+        "stage": [stage.name, stage.version],
+        "choices": {choice: recipe[choice] for choice in stage.choices},
+        "needs": [earlier[name] for name in needed if name in earlier],
+        "source": asdict(source) if not needed else None,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

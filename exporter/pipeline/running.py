@@ -1,0 +1,142 @@
+"""Runs stages one by one, each in a process of its own, and only those that are not finished."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+
+from compressors.model.errors import InputError, MoeExportError
+from exporter.pipeline.order import fingerprints
+from exporter.pipeline.stage_process import Death, run_in_process, source_error
+from exporter.planning.plan import Plan
+from exporter.processes.team import Team
+from exporter.stages.table import CALIBRATE
+from exporter.work.directory import StageRecord, WorkDirectory
+from exporter.work.input_state import SourceState
+from exporter.work.stage import Stage
+
+__all__ = ["StageError", "follow", "run_stages", "source_of_run", "unfinished"]
+
+_FEW = 2
+"""With no more stages left than this, starting each one directly is faster than starting the fork server."""
+
+
+class StageError(MoeExportError):
+    """A stage failed; carries the exit code that the stage asked for."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def run_stages(
+    plan: Plan,
+    work: WorkDirectory,
+    stages: Sequence[Stage],
+    announce: Callable[[str], None],
+    team: Team | None = None,
+) -> dict[str, StageRecord]:
+    """Runs what is not finished, each stage in its own process, and returns all records.
+
+    A ``team`` takes part in the stages that can be shared.
+
+    Raises:
+        InputError: the checkpoint is not the one that the run began with.
+        StageError: a stage failed; what was finished stays.
+    """
+    source, touched = source_of_run(plan, work)
+    if touched is not None:
+        announce(f"{plan.source}: {touched} since this run began: starting again from {CALIBRATE.name}")
+    source.save(work.source_path)
+    expected = fingerprints(plan, stages, source)
+    records: dict[str, StageRecord] = {}
+    few = len(unfinished(plan, work, stages)) <= _FEW
+    for number, stage in enumerate(stages, start=1):
+        record = work.record(stage.name)
+        if record is not None and record.fingerprint == expected[stage.name]:
+            announce(f"[{number}/{len(stages)}] {stage.what}: done already")
+        else:
+            announce(f"[{number}/{len(stages)}] {stage.what}")
+            record = _run(stage, plan, work, expected[stage.name], team if stage.shared else None, alone=few)
+            announce(f"      {record.seconds:.0f} s, {record.peak_rss_bytes / 1e6:.0f} MB")
+        records[stage.name] = record
+    return records
+
+
+def source_of_run(plan: Plan, work: WorkDirectory) -> tuple[SourceState, str | None]:
+    """The checkpoint's state, with which every stage compares what it finds.
+
+    Returns:
+        The state, and which file was touched since the run began, its size and header being the same, if one was.
+
+    Raises:
+        InputError: the checkpoint is not the one that the run began with, or cannot be read.
+    """
+    now, began = SourceState.of(plan.source), SourceState.load(work.source_path)
+    if began is None:
+        return now, None
+    change = began.change_to(now)
+    if change is None:
+        return began, None
+    if not change.touched_only:
+        raise InputError(
+            f"{plan.source} is not the model that this run began with: {change.what}; put the original back, or "
+            f"remove {work.folder} to begin anew"
+        )
+    return now, change.what
+
+
+def unfinished(plan: Plan, work: WorkDirectory, stages: Sequence[Stage]) -> list[str]:
+    """Names of the stages that are still to be run.
+
+    Raises:
+        InputError: the checkpoint is not the one that the run began with.
+    """
+    expected = fingerprints(plan, stages, source_of_run(plan, work)[0])
+    records = {stage.name: work.record(stage.name) for stage in stages}
+    return [name for name, record in records.items() if record is None or record.fingerprint != expected[name]]
+
+
+def _run(
+    stage: Stage, plan: Plan, work: WorkDirectory, fingerprint: str, team: Team | None, *, alone: bool
+) -> StageRecord:
+    with work.stage_lock():
+        work.begin(stage.name, fingerprint, resumes=stage.resumes)
+    start = time.monotonic()
+    end = run_in_process(work, stage.name, None if team is None else team.call(_call(work, stage)), alone=alone)
+    seconds = time.monotonic() - start
+    if isinstance(end, Death):
+        record = StageRecord(fingerprint, seconds, 0, _crash(stage, plan, work, end))
+    elif end.error is not None and stage.crash_is_a_finding and end.is_finding:
+        record = StageRecord(fingerprint, seconds, end.peak_rss_bytes, end.error)
+    elif end.error is not None:
+        raise StageError(end.error, end.exit_code)
+    else:
+        record = StageRecord(fingerprint, seconds, end.peak_rss_bytes)
+    work.finish(stage.name, record)
+    return record
+
+
+def follow(team: Team) -> None:
+    """Makes the other processes of a team take part in the stages that the first one calls them to.
+
+    A stage that fails, fails in the first process too, which says so.
+    """
+    for what, group in team.calls():
+        call = json.loads(what)
+        run_in_process(WorkDirectory.from_json(call["work"]), call["stage"], group)
+
+
+def _call(work: WorkDirectory, stage: Stage) -> str:
+    return json.dumps({"work": work.to_json(), "stage": stage.name})
+
+
+def _crash(stage: Stage, plan: Plan, work: WorkDirectory, death: Death) -> str:
+    """Says how a runtime crashed, if it did; any other death ends the run, which can be resumed."""
+    changed = source_error(plan, work)  # a file that was cut off while it was mapped into memory
+    if changed is not None:
+        raise StageError(str(changed), changed.exit_code)
+    if stage.crash_is_a_finding and death.is_a_crash:
+        return f"the process {death}"
+    raise StageError(f"stage {stage.name}: its process {death}; {death.advice}", 1)

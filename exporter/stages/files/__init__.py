@@ -1,0 +1,1 @@
+"""Stages that write the student into files, and tune the values beside their codes."""

@@ -1,0 +1,147 @@
+"""The inputs that several stages open: token blocks, the student, the files that hold it; and their limits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from compressors.calibration.statistics import Importance, StoredStatistics, importance, importance_of_kept
+from compressors.model.description.spec import ModelSpec
+from compressors.model.running.memory import MemoryLimit
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.gguf import GgufWeights
+from compressors.model.sources.onnx import OnnxWeights
+from compressors.model.sources.student import Student
+from compressors.model.sources.weights import WrittenWeights
+from exporter.file_names import (
+    BLOCKS,
+    EXPERT_MAP,
+    GGUF_FILE,
+    ONNX_FOLDER,
+    OVERLAY,
+    RUNG_OVERLAY,
+    SCHEDULE,
+    STATISTICS,
+    SUMMARY,
+)
+from exporter.planning.plan import Plan
+from exporter.work.directory import WorkDirectory
+from exporter.work.stage import StageContext
+from exporter.writing.gguf.imatrix import read_imatrix
+
+__all__ = [
+    "Blocks",
+    "artifact_path",
+    "heldout_domains",
+    "importance_of",
+    "memory_limit",
+    "open_student",
+    "own_statistics",
+    "scheduled_blocks",
+    "teacher_statistics",
+    "token_blocks",
+    "use_threads",
+    "written_weights",
+]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The token blocks of the three splits: int64 [B, T] each."""
+
+    calibration: torch.Tensor
+    selection: torch.Tensor
+    heldout: torch.Tensor
+
+    def save(self, path: Path) -> None:
+        """Writes one safetensors file."""
+        save_file(dict(vars(self)), path)
+
+    @classmethod
+    def load(cls, path: Path) -> Blocks:
+        """The inverse of :meth:`save`."""
+        return cls(**load_file(path))
+
+
+def token_blocks(work: WorkDirectory) -> Blocks:
+    """The token blocks that calibration cut the texts into."""
+    return Blocks.load(work.path("calibrate", BLOCKS))
+
+
+def heldout_domains(work: WorkDirectory) -> list[str]:
+    """The domain of each held-out chunk: the name of the file that it is from."""
+    domains: list[str] = json.loads(work.path("calibrate", SUMMARY).read_text(encoding="utf-8"))["heldout_domains"]
+    return domains
+
+
+def teacher_statistics(plan: Plan, work: WorkDirectory) -> StoredStatistics:
+    """The teacher's sums over the calibration tokens; each layer's are read when they are asked for."""
+    return StoredStatistics(work.path("calibrate", STATISTICS), plan.teacher_spec.n_layers)
+
+
+def own_statistics(student: Student, work: WorkDirectory) -> StoredStatistics | None:
+    """The sums as the student's experts see them; None where its experts are the teacher's."""
+    path = work.path("compress", STATISTICS)
+    return StoredStatistics(path, student.spec.n_layers) if path.exists() else None
+
+
+def open_student(plan: Plan, work: WorkDirectory, stage: str = "recover") -> Student:
+    """The student as a stage left it: ``compress``, or ``recover``, the last to change it.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    taught = work.paths("recover", RUNG_OVERLAY) if stage == "recover" else []
+    overlays = [*reversed(taught), *work.paths("compress", OVERLAY)]  # the first that has a tensor wins
+    return Student.load(Checkpoint(plan.source), work.path("compress", EXPERT_MAP), overlays)
+
+
+def importance_of(student: Student, plan: Plan, work: WorkDirectory) -> Importance:
+    """The importance matrix of a student's weights.
+
+    The one of ``--imatrix`` is of the original's columns. Where experts have weights of their own, their statistics on
+    the calibration text are used instead.
+    """
+    own = own_statistics(student, work)
+    if own is not None:
+        return importance(own, student.experts.of_itself(), student.spec)
+    if plan.imatrix is not None:
+        return importance_of_kept(read_imatrix(plan.imatrix, plan.teacher_spec), student.experts)
+    return importance(teacher_statistics(plan, work), student.experts, student.spec)
+
+
+def scheduled_blocks(work: WorkDirectory) -> list[int]:
+    """The numbers of blocks that the schedule gives to everything that the recipe trains."""
+    blocks: list[int] = json.loads(work.path("schedule", SCHEDULE).read_text(encoding="utf-8"))["blocks"]
+    return blocks
+
+
+def artifact_path(work: WorkDirectory, artifact: str) -> Path:
+    """The GGUF file, or the folder of the ONNX model, as its stage wrote it."""
+    if artifact == "onnx":
+        return work.path(artifact, ONNX_FOLDER)
+    (path,) = work.paths(artifact, GGUF_FILE)
+    return path
+
+
+def written_weights(plan: Plan, work: WorkDirectory, spec: ModelSpec) -> dict[str, WrittenWeights]:
+    """The files that a plan writes, opened, by artifact."""
+    readers: Mapping[str, Callable[[Path, ModelSpec], WrittenWeights]] = {"gguf": GgufWeights, "onnx": OnnxWeights}
+    return {name: readers[name](artifact_path(work, name), spec) for name in plan.recipe.artifacts}
+
+
+def memory_limit(context: StageContext) -> MemoryLimit:
+    """The limit that ``--memory`` sets for a stage; arrays that do not fit lie in the stage's folder while it runs."""
+    return MemoryLimit(context.plan.memory_bytes, context.output / "spill")
+
+
+def use_threads(plan: Plan) -> None:
+    """Fixes torch's threads and algorithms: results depend on both."""
+    torch.set_num_threads(plan.recipe.threads)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # or all is written twice

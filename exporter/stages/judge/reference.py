@@ -1,0 +1,113 @@
+"""Measures in torch: the student, and the written files' own numbers, which show what a runtime changes by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from compressors.model.description.spec import ModelSpec
+from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
+from exporter.estimating.planned_types import same_numbers
+from exporter.file_names import (
+    EVALUATION,
+    HELDOUT_LOG_PROBS,
+    ROUTER_INPUTS,
+    WRITTEN_EVALUATION,
+    WRITTEN_LOG_PROBS,
+)
+from exporter.planning.plan import Plan
+from exporter.stages.inputs import (
+    memory_limit,
+    open_student,
+    token_blocks,
+    use_threads,
+    written_weights,
+)
+from exporter.work.directory import WorkDirectory
+from exporter.work.stage import StageContext
+from validate.metrics.evaluation import evaluate
+from validate.routing.router_alone import RouterInputRecorder
+from validate.routing.router_inputs import RouterInputs, spread_chunks
+from validate.runtimes.backend import scored_positions
+from validate.runtimes.torch import TorchBackend
+
+__all__ = [
+    "SAME_WEIGHTS",
+    "router_inputs",
+    "same_weights",
+    "validate_torch",
+    "validate_written",
+    "written_evaluation",
+]
+
+SAME_WEIGHTS = "same_weights"
+"""The name of torch with the same weights in a runtime's evaluation."""
+
+
+def validate_torch(context: StageContext) -> None:
+    """Writes what the student predicts on held-out text: the reference for both artifacts."""
+    use_threads(context.plan)
+    student = open_student(context.plan, context.work)
+    heldout_BT = token_blocks(context.work).heldout.numpy()
+    teacher = LogProbReader(context.work.path("calibrate", HELDOUT_LOG_PROBS))
+    with context.progress.bar("layers", student.spec.n_layers) as advance:
+        backend = TorchBackend(student, advance, memory_limit(context))
+        evaluation = evaluate(backend, heldout_BT, {"teacher": teacher})
+    evaluation.save(context.file(EVALUATION))
+
+
+def validate_written(context: StageContext) -> None:
+    """Writes log-probabilities and evaluation of each file's numbers, and the inputs of its routers on some chunks.
+
+    If both files hold the same numbers, they run once.
+    """
+    plan = context.plan
+    use_threads(plan)
+    student = open_student(plan, context.work)
+    heldout_BT = token_blocks(context.work).heldout.numpy()
+    scored = scored_positions(heldout_BT.shape[1])
+    n_scored = len(heldout_BT) * (scored.stop - scored.start)
+    written = written_weights(plan, context.work, student.spec)
+    different = {_whose_numbers(plan, artifact): written[_whose_numbers(plan, artifact)] for artifact in written}
+    with context.progress.bar("layers", len(different) * student.spec.n_layers) as advance:
+        for artifact, weights in different.items():
+            inputs = context.file(ROUTER_INPUTS, artifact=artifact)
+            recorder = _router_recorder(inputs, student.spec, heldout_BT)
+            observers = [] if recorder is None else [recorder.observe]
+            backend = TorchBackend(student.as_written(weights), advance, memory_limit(context), observers)
+            log_probs = context.file(WRITTEN_LOG_PROBS, artifact=artifact)
+            record = LogProbWriter(log_probs, n_scored, student.spec.vocab_size)
+            evaluation = evaluate(backend, heldout_BT, {}, record=record)
+            evaluation.save(context.file(WRITTEN_EVALUATION, artifact=artifact))
+            if recorder is not None and evaluation.routing is not None:
+                recorder.finish(evaluation.routing)
+
+
+def same_weights(context: StageContext, artifact: str) -> dict[str, LogProbReader]:
+    """Torch's log-probabilities with an artifact's numbers, as a reference for its runtime."""
+    numbers = _whose_numbers(context.plan, artifact)
+    return {SAME_WEIGHTS: LogProbReader(context.work.path("validate_written", WRITTEN_LOG_PROBS, artifact=numbers))}
+
+
+def router_inputs(context: StageContext, artifact: str) -> RouterInputs:
+    """The router inputs in torch with an artifact's numbers; a student without routers leaves no such folder."""
+    numbers = _whose_numbers(context.plan, artifact)
+    return RouterInputs(context.work.path("validate_written", ROUTER_INPUTS, artifact=numbers))
+
+
+def _router_recorder(folder: Path, spec: ModelSpec, heldout_BT: npt.NDArray[np.int64]) -> RouterInputRecorder | None:
+    if not any(layer.routed for layer in spec.written.layers):
+        return None
+    n_blocks, n_tokens = heldout_BT.shape
+    return RouterInputRecorder(folder, spec, spread_chunks(n_blocks), n_tokens)
+
+
+def written_evaluation(plan: Plan, work: WorkDirectory, artifact: str) -> Path:
+    """Torch's evaluation with an artifact's numbers."""
+    return work.path("validate_written", WRITTEN_EVALUATION, artifact=_whose_numbers(plan, artifact))
+
+
+def _whose_numbers(plan: Plan, artifact: str) -> str:
+    return "gguf" if same_numbers(plan) else artifact

@@ -1,0 +1,291 @@
+"""All stages in the order in which they run: what each reads and writes, and what else its outputs depend on.
+
+Each must name every file of another stage that it opens, because no other is opened for it. What depends on what
+follows from that; a plan leaves out the stages of artifacts that it does not write.
+"""
+
+from __future__ import annotations
+
+from exporter.file_names import (
+    BLOCKS,
+    BUILD,
+    COST,
+    EFFORT,
+    EVALUATION,
+    EXPERT_MAP,
+    FOUND,
+    GENERATION,
+    GGUF_FILE,
+    HELDOUT_LOG_PROBS,
+    LAST_WORDS,
+    LAYER_INPUTS,
+    LOG_PROBS,
+    MEASUREMENT,
+    ONNX_FOLDER,
+    ORIGINAL_VALUES,
+    OVERLAY,
+    RATE_RESULT,
+    RECOVERY,
+    RETUNED,
+    ROUTER_INPUTS,
+    ROUTING,
+    ROWS,
+    RUNG_OVERLAY,
+    RUNG_RESULT,
+    SCHEDULE,
+    SELECTION_LOG_PROBS,
+    SENSITIVITIES,
+    STATISTICS,
+    STUDENT_FOLDER,
+    SUMMARY,
+    TARGETS,
+    TRIAL,
+    WRITTEN_EVALUATION,
+    WRITTEN_LOG_PROBS,
+)
+from exporter.work.directory import Reads
+from exporter.work.stage import Stage, files_of
+
+__all__ = [
+    "ALL_STAGES",
+    "CALIBRATE",
+    "COMPRESS",
+    "GGUF",
+    "OF_THE_RUN",
+    "ONNX",
+    "PARETO",
+    "RECOVER",
+    "RETUNE",
+    "SCHEDULING",
+    "SEARCH",
+    "SENSITIVITY",
+    "STUDENT",
+    "TEACHER_GGUF",
+    "TEACHER_ONNX",
+    "TEACHER_TEXTS",
+    "VALIDATE_GGUF",
+    "VALIDATE_ONNX",
+    "VALIDATE_TORCH",
+    "VALIDATE_WRITTEN",
+]
+
+# ---- what several stages open, each with the function that does it
+_BLOCKS = files_of("calibrate", BLOCKS)
+_COMPRESSED = files_of("compress", EXPERT_MAP, OVERLAY)  # inputs.open_student
+_STUDENT = _COMPRESSED | files_of("recover", RUNG_OVERLAY)  # inputs.open_student
+_FILES = files_of("gguf", GGUF_FILE) | files_of("onnx", ONNX_FOLDER)  # inputs.written_weights
+_STATISTICS = files_of("compress", STATISTICS) | files_of("calibrate", STATISTICS)  # inputs.importance_of
+_FEEDBACK = _BLOCKS | files_of("calibrate", LAYER_INPUTS) | files_of("sensitivity", SENSITIVITIES)  # feedback_for
+_TRAINING = _BLOCKS | _STATISTICS | files_of("calibrate", TARGETS)  # training.training_of
+_LADDER = _TRAINING | files_of("calibrate", SELECTION_LOG_PROBS) | files_of("schedule", SCHEDULE)  # recover.Ladder
+_HELDOUT = _BLOCKS | files_of("calibrate", HELDOUT_LOG_PROBS)
+_SAME_WEIGHTS = files_of("validate_written", WRITTEN_LOG_PROBS, ROUTER_INPUTS)
+
+CALIBRATE = Stage(
+    "calibrate",
+    "teacher.calibrate",
+    version=6,
+    what="run the teacher over the calibration text",
+    writes=(
+        *(BLOCKS, STATISTICS, LAYER_INPUTS, TARGETS, SELECTION_LOG_PROBS, HELDOUT_LOG_PROBS, ROUTING),
+        *(SUMMARY, LAST_WORDS),
+    ),
+    choices=("source", "text", "arithmetic", "threads"),
+    resumes=True,
+    shared=True,
+)
+SENSITIVITY = Stage(
+    "sensitivity",
+    "teacher.sensitivity",
+    version=1,
+    what="measure what each tensor's errors do to the output",
+    reads=_BLOCKS,
+    writes=(SENSITIVITIES,),
+    choices=("arithmetic",),
+)
+COMPRESS = Stage(
+    "compress",
+    "student.compress",
+    version=2,
+    what="compress the experts",
+    reads=_BLOCKS | files_of("calibrate", STATISTICS),
+    writes=(EXPERT_MAP, OVERLAY, STATISTICS),
+    choices=("compress", "arithmetic"),
+)
+SCHEDULING = Stage(
+    "schedule",
+    "student.schedule",
+    version=3,
+    what="time a step of recovery",
+    reads=_COMPRESSED | _TRAINING,
+    writes=(SCHEDULE,),
+    choices=("recover", "arithmetic"),
+    shared=True,
+)
+RECOVER = Stage(
+    "recover",
+    "student.recover",
+    version=3,
+    what="recover what compressing lost",
+    reads=_COMPRESSED | _LADDER,
+    writes=(RUNG_OVERLAY, RUNG_RESULT, RATE_RESULT, RECOVERY),
+    choices=("recover", "arithmetic"),
+    resumes=True,
+    shared=True,
+)
+GGUF = Stage(
+    "gguf",
+    "files.writers",
+    version=2,
+    what="write the GGUF file",
+    reads=_STUDENT | _STATISTICS | _FEEDBACK,
+    writes=(GGUF_FILE, ORIGINAL_VALUES),
+    choices=("gguf",),
+    resumes=True,
+)
+ONNX = Stage(
+    "onnx",
+    "files.writers",
+    version=4,
+    what="write the ONNX folder",
+    reads=_STUDENT | _STATISTICS | _FEEDBACK,
+    writes=(ONNX_FOLDER, ORIGINAL_VALUES),
+    choices=("onnx", "budget"),
+    resumes=True,
+)
+RETUNE = Stage(
+    "retune",
+    "files.retune",
+    version=2,
+    what="tune each file beside its codes",
+    reads=_STUDENT | _LADDER | _FILES | files_of("gguf", ORIGINAL_VALUES) | files_of("onnx", ORIGINAL_VALUES),
+    writes=(RECOVERY, *RETUNED.values()),
+    rewrites=_FILES,
+    choices=("recover", "arithmetic"),
+    resumes=True,
+    shared=True,
+)
+
+OF_THE_RUN = frozenset({"calibrate", "sensitivity"})
+"""The stages whose files the stages share that a search runs within itself; it runs those for every structure."""
+
+
+def _within(*stages: Stage) -> Reads:
+    """The files of the run that these stages open where a search runs them."""
+    return frozenset(pair for stage in stages for pair in stage.reads if pair[0] in OF_THE_RUN)
+
+
+SEARCH = Stage(
+    "search",
+    "search.search",
+    version=1,
+    what="search for the best file that fits",
+    reads=_within(COMPRESS, RECOVER, GGUF, ONNX),
+    writes=(FOUND, EFFORT, TRIAL),
+    choices=("budget", "compress", "recover", "gguf", "onnx"),
+    resumes=True,
+)
+PARETO = Stage(
+    "pareto",
+    "search.pareto",
+    version=1,
+    what="measure files of each size, and the baselines, in llama.cpp",
+    reads=_within(COMPRESS, SCHEDULING, RECOVER, GGUF, ONNX, RETUNE) | _HELDOUT,
+    writes=(ROWS, TRIAL, BUILD),
+    choices=("recover", "gguf"),
+    resumes=True,
+)
+STUDENT = Stage(
+    "student",
+    "files.writers",
+    version=3,
+    what="write the student checkpoint",
+    reads=_STUDENT,
+    writes=(STUDENT_FOLDER,),
+    resumes=True,
+)
+TEACHER_TEXTS = Stage(
+    "teacher_texts",
+    "teacher.texts",
+    version=1,
+    what="let the original write a few texts",
+    reads=_BLOCKS,
+    writes=(GENERATION,),
+)
+VALIDATE_TORCH = Stage(
+    "validate_torch",
+    "judge.reference",
+    version=4,
+    what="measure the student in torch",
+    reads=_STUDENT | _HELDOUT,
+    writes=(EVALUATION,),
+)
+VALIDATE_WRITTEN = Stage(
+    "validate_written",
+    "judge.reference",
+    version=2,
+    what="measure the written weights in torch",
+    reads=_STUDENT | _FILES | _BLOCKS,
+    writes=(WRITTEN_EVALUATION, WRITTEN_LOG_PROBS, ROUTER_INPUTS),
+)
+VALIDATE_GGUF = Stage(
+    "validate_gguf",
+    "judge.runtimes",
+    version=5,
+    what="measure the GGUF in llama.cpp",
+    reads=files_of("gguf", GGUF_FILE) | _HELDOUT | _SAME_WEIGHTS,
+    writes=(EVALUATION, MEASUREMENT, LOG_PROBS),
+    choices=("budget", "onnx"),  # it records what it says if the other file holds the same numbers
+    crash_is_a_finding=True,
+)
+VALIDATE_ONNX = Stage(
+    "validate_onnx",
+    "judge.runtimes",
+    version=4,
+    what="measure the ONNX in ONNX Runtime",
+    reads=files_of("onnx", ONNX_FOLDER) | _HELDOUT | _SAME_WEIGHTS | files_of("validate_gguf", LOG_PROBS),
+    writes=(EVALUATION, MEASUREMENT),
+    choices=("budget",),
+    crash_is_a_finding=True,
+)
+TEACHER_GGUF = Stage(
+    "teacher_gguf",
+    "judge.floors",
+    version=2,
+    what="measure the original in llama.cpp",
+    reads=_HELDOUT | files_of("calibrate", ROUTING),
+    writes=(EVALUATION, ROUTING, COST),
+    choices=("budget",),
+    crash_is_a_finding=True,
+)
+TEACHER_ONNX = Stage(
+    "teacher_onnx",
+    "judge.floors",
+    version=1,
+    what="measure the original in ONNX Runtime",
+    reads=_HELDOUT | files_of("calibrate", ROUTING),
+    writes=(EVALUATION, ROUTING, COST),
+    crash_is_a_finding=True,
+)
+
+ALL_STAGES = (
+    CALIBRATE,
+    SENSITIVITY,
+    SEARCH,
+    PARETO,
+    COMPRESS,
+    SCHEDULING,
+    RECOVER,
+    GGUF,
+    ONNX,
+    RETUNE,
+    STUDENT,
+    TEACHER_TEXTS,
+    VALIDATE_TORCH,
+    VALIDATE_WRITTEN,
+    VALIDATE_GGUF,
+    VALIDATE_ONNX,
+    TEACHER_GGUF,
+    TEACHER_ONNX,
+)
+"""In the order in which they run."""

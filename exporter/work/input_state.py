@@ -1,0 +1,148 @@
+"""Checks that the inputs are still those that a run began with.
+
+Of the checkpoint it compares sizes, times of modification and headers, and reads no weight; of the texts, the SHA-256
+of all three splits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from compressors.calibration.splits import Splits, read_splits
+from compressors.model.errors import InputError
+from compressors.model.files.safetensors_header import LARGEST_HEADER
+from compressors.model.sources.foreign_folder import JSON_FILES, TEXT_FILES
+from exporter.planning.recipe import TextChoice
+from exporter.writing.files import write_atomically
+
+__all__ = ["Change", "FileState", "SourceState", "refuse_changed_texts"]
+
+_READ_BY_NAME = frozenset({*JSON_FILES, *TEXT_FILES})
+"""They decide what is written as soon as they are there."""
+
+
+@dataclass(frozen=True)
+class FileState:
+    """One file of a checkpoint."""
+
+    size: int
+    modified_ns: int
+    digest: str  # SHA-256 of a weight file's header, of all contents of any other file
+
+    @classmethod
+    def of(cls, path: Path) -> FileState:
+        """The file's state now."""
+        status = path.stat()
+        return cls(status.st_size, status.st_mtime_ns, _digest(path))
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of a checkpoint."""
+
+    what: str  # names the file
+    touched_only: bool  # sizes and headers are the same, only a time of modification is not
+
+
+@dataclass(frozen=True)
+class SourceState:
+    """All files of a checkpoint that a run may read, by name."""
+
+    files: Mapping[str, FileState]
+
+    @classmethod
+    def of(cls, folder: Path) -> SourceState:
+        """The state now.
+
+        Raises:
+            InputError: the folder or a file in it cannot be read.
+        """
+        try:
+            paths = [path for path in sorted(folder.iterdir()) if _may_be_read(path) and path.is_file()]
+            return cls({path.name: FileState.of(path) for path in paths})
+        except OSError as error:
+            raise InputError(f"{error.filename or folder} cannot be read ({error.strerror})") from None
+
+    def save(self, path: Path) -> None:
+        """Writes it as JSON."""
+        write_atomically(path, json.dumps({name: asdict(file) for name, file in self.files.items()}, indent=1))
+
+    @classmethod
+    def load(cls, path: Path) -> SourceState | None:
+        """The inverse of :meth:`save`; None if the file is missing or damaged."""
+        try:
+            files = json.loads(path.read_text(encoding="utf-8"))
+            return cls({name: FileState(**file) for name, file in files.items()})
+        except (OSError, ValueError, TypeError, AttributeError):
+            return None
+
+    def change_to(self, now: SourceState) -> Change | None:
+        """Says what is different now; None if nothing is. New files are no change, unless they would be read."""
+        for name, file in self.files.items():
+            if name not in now.files:
+                return Change(f"{name} is gone", touched_only=False)
+            difference = _difference(name, file, now.files[name])
+            if difference is not None:
+                return Change(f"{name} changed: {difference}", touched_only=False)
+        for name in now.files:
+            if name not in self.files and (name in _READ_BY_NAME or name.endswith((".safetensors", ".index.json"))):
+                return Change(f"{name} is new", touched_only=False)
+        for name, file in self.files.items():
+            if file != now.files[name]:
+                return Change(f"{name} was written or touched, with the same size and header", touched_only=True)
+        return None
+
+
+def refuse_changed_texts(
+    chosen: TextChoice, calibration: Path, heldout: Path | None, what_to_do: str, splits: Splits | None = None
+) -> None:
+    """Compares the texts with those that the recipe names.
+
+    Args:
+        chosen: the recipe's part that names the texts.
+        calibration: file or folder that the calibration and selection splits are from, and without ``heldout`` the
+            held-out split too.
+        heldout: file or folder of the held-out split.
+        what_to_do: the end of the message.
+        splits: the texts, if they have been read already.
+
+    Raises:
+        InputError: a text has changed, and the message names it and its place; or a text cannot be read.
+    """
+    splits = splits or read_splits(calibration, heldout)
+    for name, split in vars(splits).items():
+        if split.sha256 != getattr(chosen, f"{name}_sha256"):
+            place = heldout if name == "heldout" and heldout is not None else calibration
+            raise InputError(
+                f"{place} has changed since this run was planned: its {split.name} text is another; {what_to_do}"
+            )
+
+
+def _difference(name: str, before: FileState, now: FileState) -> str | None:
+    """Says what is different, apart from the time of modification; None if nothing is."""
+    if before.size != now.size:
+        return f"its size went from {before.size:,} to {now.size:,} bytes"
+    if before.digest != now.digest:
+        return "its header is another" if _is_weights(name) else "its contents are others"
+    return None
+
+
+def _may_be_read(path: Path) -> bool:
+    return path.suffix in (".safetensors", ".json") or path.name in _READ_BY_NAME
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(".safetensors")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        if not _is_weights(path.name):
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        length = file.read(8)  # of the JSON that follows; in a damaged file it may be any number
+        header = file.read(min(int.from_bytes(length, "little"), LARGEST_HEADER))
+        return hashlib.sha256(length + header).hexdigest()

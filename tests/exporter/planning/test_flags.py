@@ -1,0 +1,42 @@
+"""Every flag is defined once: command line and job follow from its definition."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import click
+
+from exporter.cli import main
+from exporter.planning.flags import Flags, PlainFlags
+from exporter.planning.job import Job
+from exporter.planning.recipe import Recipe
+
+
+def test_the_command_line_has_every_flag_with_its_default() -> None:
+    options = {parameter.name: parameter for parameter in main.commands["export"].params}
+    assert set(options) == {flag.name for flag in fields(Flags)}
+    for flag in fields(Flags):
+        assert options[flag.name].default == flag.default, flag.name
+        assert isinstance(options[flag.name], click.Argument) or options[flag.name].help == flag.metadata["help"]
+
+
+def test_a_flag_of_several_commands_is_the_same_in_all() -> None:
+    for command in ("pareto", "inspect", "validate"):
+        for option in main.commands[command].params:
+            if option.name in ("memory", "device", "offline", "revision", "threads"):
+                (of_export,) = (other for other in main.commands["export"].params if other.name == option.name)
+                assert (option.opts, option.type, option.help) == (of_export.opts, of_export.type, of_export.help)
+
+
+def test_a_job_repeats_no_flag_that_it_holds_as_it_is_given() -> None:
+    assert set(Job.__annotations__) & set(PlainFlags.__annotations__) == set()
+    plain = {flag.name for flag in fields(PlainFlags)}
+    job, flags = Flags(budget="1GB", device="cpu").job(), Flags(budget="1GB", device="cpu")
+    assert {name: getattr(job, name) for name in plain} == {name: getattr(flags, name) for name in plain}
+
+
+def test_a_flag_that_names_a_part_of_the_recipe_is_a_choice_of_it() -> None:
+    in_recipe = {flag.name for flag in fields(Flags) if flag.metadata.get("in_recipe")}
+    assert {"budget", "threads", "seed", "save_student", "quant"} <= in_recipe
+    named = {flag.name for flag in fields(Flags)} & (set(Recipe.model_fields) - {"text"})
+    assert named <= in_recipe
