@@ -52,6 +52,21 @@ class GroupedQuery:
         """Values that are cached for each token: its key and its value."""
         return 2 * self.n_kv_heads * self.head_dim
 
+    @property
+    def cached_head(self) -> int:
+        """Values that lie together in a cache, which types with blocks must divide."""
+        return self.head_dim
+
+    @property
+    def state_values(self) -> int:
+        """Values that are kept for a text, however long it is."""
+        return 0
+
+    @property
+    def width(self) -> int:
+        """Values of a token before the output projection."""
+        return self.n_heads * self.head_dim
+
 
 Mixer = GroupedQuery
 """Any of the mixers above."""

@@ -184,11 +184,10 @@ class HeadMatrices(Transform):
         return (matrices.transpose(1, 2) if self.is_transposed else matrices,)
 
 
-def _segments(
-    values: torch.Tensor, sizes: Sizes, groups: str, letters: tuple[str, ...]
-) -> tuple[torch.Tensor, ...]:
+def _segments(values: torch.Tensor, sizes: Sizes, groups: str, letters: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
     """The segments of rows that each group has: views of the tensor, [groups, rows of the segment, ...]."""
-    return values.unflatten(0, (sizes[groups], -1)).split([sizes[letter] for letter in letters], dim=1)
+    grouped = values.unflatten(0, (sizes[groups], -1))
+    return torch.split(grouped, [sizes[letter] for letter in letters], dim=1)
 
 
 @dataclass(frozen=True)
@@ -253,7 +252,8 @@ class TiledHeads(Transform):
     def _tiled(self, values: torch.Tensor, sizes: Sizes, axis: int) -> torch.Tensor:
         n_keys = sizes[self.key_heads]
         counts = (n_keys, sizes[self.value_heads] // n_keys, 1 if self.head is None else sizes[self.head])
-        return values.unflatten(axis, counts).transpose(axis, axis + 1)
+        heads: torch.Tensor = values.unflatten(axis, counts)
+        return heads.transpose(axis, axis + 1)
 
 
 @dataclass(frozen=True)

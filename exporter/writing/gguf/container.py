@@ -93,7 +93,8 @@ def boolean_array(flags: Sequence[bool]) -> Value:
 def value_of(value: GgufValue) -> Value:
     """The value of a key, in the type that llama.cpp reads it in."""
     if isinstance(value, tuple):
-        return boolean_array(value) if all(isinstance(item, bool) for item in value) else int32_array(value)
+        are_flags = all(isinstance(item, bool) for item in value)
+        return boolean_array([bool(item) for item in value]) if are_flags else int32_array(value)
     if isinstance(value, str):
         return string(value)
     if isinstance(value, bool):

@@ -19,7 +19,7 @@ from compressors.model.errors import InputError
 from compressors.model.files.ggml_types import BLOCK_SIZES, GGMLQuantizationType
 from compressors.quantize import fallback_type
 
-__all__ = ["ALIASES", "MIXES", "MixedModel", "Mix", "file_type_of", "is_quantized", "mix_named", "mixed_types"]
+__all__ = ["ALIASES", "MIXES", "Mix", "MixedModel", "file_type_of", "is_quantized", "mix_named", "mixed_types"]
 
 _T = GGMLQuantizationType
 
@@ -105,8 +105,10 @@ class MixedModel:
         """The numbers of the file that a model is written as."""
         gguf = spec.written.family.gguf
         keys = gguf.keys(spec.written)
-        counts = [_first(keys.get(key, 0)) for key in ("block_count", "expert_count", _HEADS)]
-        return cls(gguf.architecture, *counts, _first(keys.get(f"{_HEADS}_kv", counts[-1])))
+        n_heads = _first(keys.get(_HEADS, 0))
+        n_kv_heads = _first(keys.get(f"{_HEADS}_kv", n_heads))
+        n_experts = _first(keys.get("expert_count", 0))
+        return cls(gguf.architecture, spec.n_layers, n_experts, n_heads, n_kv_heads)
 
     @property
     def shares_values(self) -> bool:
@@ -151,7 +153,13 @@ class _Matrix:
     n_counted: int  # of those matrices
 
 
-_NEVER_QUANTIZED = ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d", "shortconv.conv.weight", "per_layer_model_proj")
+_NEVER_QUANTIZED = (
+    "_norm.weight",
+    "ffn_gate_inp.weight",
+    "ssm_conv1d",
+    "shortconv.conv.weight",
+    "per_layer_model_proj",
+)
 
 
 def is_quantized(name: str, shape: tuple[int, ...]) -> bool:
@@ -215,9 +223,7 @@ def _layer(name: str) -> int:
     return int(found[1]) if found else -1
 
 
-def _matrix_type(
-    mix: Mix, name: str, category: _Category, matrix: _Matrix, model: MixedModel
-) -> GGMLQuantizationType:
+def _matrix_type(mix: Mix, name: str, category: _Category, matrix: _Matrix, model: MixedModel) -> GGMLQuantizationType:
     """The type of a matrix that is not the head."""
     if mix.name == "MXFP4_MOE":
         return _T.MXFP4 if len(matrix.shape) > 2 and matrix.shape[-3] > 1 else _T.Q8_0

@@ -180,10 +180,10 @@ def _quantized(matrices: Sequence[_Matrix], feedback: Feedback | None) -> list[P
 def _quantized_expert(matrices: Sequence[_Matrix], feedback: ExpertFeedback) -> list[Part]:
     """Quantizes an expert: gate and up share their inputs; those of down are made from both."""
     by_role = {matrix.rows.tensor.role: matrix for matrix in matrices}
-    gate, up, down = (by_role[role] for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN))
+    gate, up, down = (by_role.pop(role) for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN))
     expert = gate.rows.expert
     assert expert is not None
-    parts: list[Part] = []
+    parts = _quantized(list(by_role.values()), None)
     if gate.rows.has_codes_to_choose or up.rows.has_codes_to_choose:
         parts += _quantized((gate, up), feedback.gate_up(expert))
     else:
