@@ -161,9 +161,10 @@ def _described(spec: ModelSpec) -> dict[str, tuple[MetadataValue, ...]]:
 
 def _is_same(found: Any, wanted: MetadataValue) -> bool:
     """Numbers as llama.cpp keeps them: floats in single precision, and one number like an array of it for each layer."""
-    if isinstance(found, tuple) != isinstance(wanted, tuple):
-        items, number = (found, wanted) if isinstance(found, tuple) else (wanted, found)
-        return bool(items) and all(_is_same(number, item) for item in items)
+    if isinstance(found, tuple) and not isinstance(wanted, tuple):
+        return bool(found) and all(_is_same(item, wanted) for item in found)
+    if isinstance(wanted, tuple) and not isinstance(found, tuple):
+        return bool(wanted) and all(_is_same(found, item) for item in wanted)
     if isinstance(wanted, str | tuple) or isinstance(found, str | tuple) or found is None:
         return bool(found == wanted)
     if isinstance(wanted, float) or isinstance(found, float):
