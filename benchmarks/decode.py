@@ -172,7 +172,7 @@ def one_type(spec: ModelSpec, type_name: str) -> Sequence[GgufTensor]:
 
 
 def _values_of_token(tensors: Sequence[GgufTensor], spec: ModelSpec) -> float:
-    return sum(weights_of_a_token(spec, tensor.role, tensor.shape) for tensor in tensors if tensor.is_matrix)
+    return sum(weights_of_a_token(spec, tensor) for tensor in tensors if tensor.is_matrix)
 
 
 def _repeated(tensor: GgufTensor) -> bytes:

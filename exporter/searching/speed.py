@@ -23,7 +23,7 @@ def most_seconds(container: Container, prefer: str) -> float | None:
         return None
     spec, choice = container.spec, mixes[0][0]
     of_mix = sum(
-        seconds_of(tensor.ggml_type.name, weights_of_a_token(spec, tensor.role, tensor.shape))
+        seconds_of(tensor.ggml_type.name, weights_of_a_token(spec, tensor))
         for tensor in plan_tensors(spec, choice.mix)
         if tensor.is_matrix
     )

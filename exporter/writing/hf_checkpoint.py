@@ -6,15 +6,15 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from math import prod
 from pathlib import Path
 
 import torch
 
-from compressors.model.description.legacy import role_shape
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
+from compressors.model.description.tensors import TensorSpec
 from compressors.model.errors import UnsupportedError
 from compressors.model.files.json_file import read_json
 from compressors.model.sources.student import Student
@@ -36,7 +36,7 @@ def check_loadable(spec: ModelSpec) -> None:
     Raises:
         UnsupportedError: its layers differ.
     """
-    if spec.sizes is not None or not spec.has_moe:
+    if not spec.is_uniform:
         raise UnsupportedError(
             f"a checkpoint has one number of experts and one expert width for all layers; these have "
             f"{spec.described_sizes}, which transformers could not load: leave --save-student out"
@@ -66,12 +66,13 @@ def write_checkpoint(
     weight_map: dict[str, str] = {}
     total_bytes = 0
     for number in range(n_files):
-        tensors = list(_layer(student, number) if number < student.spec.n_layers else _global(student))
+        is_layer = number < student.spec.n_layers
+        tensors = list(_layer(student, number)) if is_layer else _outside_of_layers(student)
         file = folder / f"model-{number + 1:05d}-of-{n_files:05d}.safetensors"
         _write_file(student, tensors, file, resume=resume)
         weight_map |= {tensor.name: file.name for tensor in tensors}
         total_bytes += sum(tensor.n_bytes for tensor in tensors)
-        if progress is not None and number < student.spec.n_layers:
+        if progress is not None and is_layer:
             progress(1)
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     write_atomically(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
@@ -80,14 +81,19 @@ def write_checkpoint(
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One tensor of the student, to be read when its turn comes."""
+    """One tensor of the file, to be read when its turn comes.
+
+    Attributes:
+        name: its name.
+        shape: its shape.
+        dtype: the dtype of its values.
+        sources: the tensors of the student that it is made of, one after another.
+    """
 
     name: str
-    role: Role
-    layer: int | None
-    expert: int | None
     shape: tuple[int, ...]
     dtype: torch.dtype
+    sources: tuple[_Source, ...]
 
     @property
     def n_bytes(self) -> int:
@@ -95,24 +101,71 @@ class _Tensor:
         return prod(self.shape) * self.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class _Source:
+    """One tensor of the student."""
+
+    role: Role
+    layer: int | None
+    expert: int | None
+    shape: tuple[int, ...]
+
+    @property
+    def slices(self) -> list[slice]:
+        """Rows that are read together: some of a large matrix."""
+        n_rows = self.shape[0]
+        if self.expert is not None or len(self.shape) == 1:
+            return [slice(0, n_rows)]
+        return row_slices(n_rows, prod(self.shape[1:]))
+
+
+def _outside_of_layers(student: Student) -> list[_Tensor]:
+    return [_tensor(student, tensor) for tensor in student.spec.written.tensors]
+
+
 def _layer(student: Student, layer: int) -> Iterator[_Tensor]:
-    for role in student.spec.layer_roles(layer):
-        if role in student.spec.stored_roles:
-            yield _tensor(student, role, layer)
-    for expert in range(student.spec.n_experts):
-        for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN):
-            yield _tensor(student, role, layer, expert)
+    """The layer's tensors: those of no expert, then each expert's."""
+    written = student.spec.written.layers[layer]
+    for tensor in written.shared_tensors:
+        if not student.spec.tensor(tensor.role, layer).is_per_expert:
+            yield _tensor(student, tensor, layer)
+    for expert in range(student.spec.layers[layer].n_experts):
+        for tensor in written.tensors:
+            is_apart = tensor.fused is None or not tensor.fused.is_only_form
+            if student.spec.tensor(tensor.role, layer).is_per_expert and is_apart:
+                yield _tensor(student, tensor, layer, expert)
+    yield from _fused(student, layer)
 
 
-def _global(student: Student) -> Iterator[_Tensor]:
-    for role in student.spec.stored_roles:
-        if role.is_global:
-            yield _tensor(student, role)
+def _fused(student: Student, layer: int) -> Iterator[_Tensor]:
+    """The tensors that hold all experts of a layer, where no checkpoint holds each by itself."""
+    of_layer = student.spec.written.layers[layer]
+    by_name: dict[str, list[TensorSpec]] = {}
+    for tensor in of_layer.expert_tensors:
+        if tensor.fused is not None and tensor.fused.is_only_form:
+            by_name.setdefault(tensor.fused.name.format(layer=layer), []).append(tensor)
+    for name, parts in by_name.items():
+        experts = [
+            _tensor(student, part, layer, expert)
+            for expert in range(of_layer.n_experts)
+            for part in sorted(parts, key=_part)
+        ]
+        rows, *columns = experts[0].shape
+        dtype = reduce(torch.promote_types, (expert.dtype for expert in experts))
+        sources = tuple(source for expert in experts for source in expert.sources)
+        yield _Tensor(name, (of_layer.n_experts, len(parts) * rows, *columns), dtype, sources)
 
 
-def _tensor(student: Student, role: Role, layer: int | None = None, expert: int | None = None) -> _Tensor:
-    name, dtype = student.spec.stored_name(role, layer, expert), student.dtype(role, layer, expert)
-    return _Tensor(name, role, layer, expert, role_shape(role, student.spec), dtype)
+def _part(tensor: TensorSpec) -> int:
+    assert tensor.fused is not None
+    return tensor.fused.part
+
+
+def _tensor(student: Student, tensor: TensorSpec, layer: int | None = None, expert: int | None = None) -> _Tensor:
+    """A tensor as files name it; of a dense counterpart it is the only expert's."""
+    shape, dtype = student.spec.written.dimensions(tensor.role, layer), student.dtype(tensor.role, layer, expert)
+    source = _Source(tensor.role, layer, expert, shape)
+    return _Tensor(tensor.name.format(layer=layer, expert=expert), shape, dtype, (source,))
 
 
 def _write_file(student: Student, tensors: Sequence[_Tensor], path: Path, *, resume: bool) -> None:
@@ -122,14 +175,12 @@ def _write_file(student: Student, tensors: Sequence[_Tensor], path: Path, *, res
     header = _header(stored)
     pieces = [Piece(len(header), len(header), lambda: lambda: [(0, memoryview(header))])]
     for tensor in stored:
-        n_rows = tensor.shape[0]
-        row_bytes = tensor.n_bytes // n_rows
-        whole = tensor.expert is not None or len(tensor.shape) == 1
-        start = pieces[-1].end
-        for rows in [slice(0, n_rows)] if whole else row_slices(n_rows, tensor.shape[1]):
-            end = start + rows.stop * row_bytes
-            n_bytes = end - pieces[-1].end
-            pieces.append(Piece(n_bytes, end, partial(_read, student, tensor, rows, pieces[-1].end)))
+        for source in tensor.sources:
+            row_bytes = prod(source.shape[1:]) * tensor.dtype.itemsize
+            for rows in source.slices:
+                n_bytes, start = (rows.stop - rows.start) * row_bytes, pieces[-1].end
+                read = partial(_read, student, source, tensor.dtype, rows, start)
+                pieces.append(Piece(n_bytes, start + n_bytes, read))
     if resume and is_published(path, pieces):
         return
     with resuming(path, header, pieces, keep=resume) as file:
@@ -152,14 +203,14 @@ def _header(tensors: Sequence[_Tensor]) -> bytes:
     return len(encoded).to_bytes(8, "little") + encoded
 
 
-def _read(student: Student, tensor: _Tensor, rows: slice, offset: int) -> Callable[[], list[Part]]:
-    if tensor.expert is not None and tensor.layer is not None:
-        values = student.expert(tensor.role, tensor.layer, tensor.expert)
-    elif len(tensor.shape) == 1:
-        values = student.tensor(tensor.role, tensor.layer)
+def _read(student: Student, source: _Source, dtype: torch.dtype, rows: slice, offset: int) -> Callable[[], list[Part]]:
+    if source.expert is not None and source.layer is not None:
+        values = student.expert(source.role, source.layer, source.expert)
+    elif len(source.shape) == 1:
+        values = student.tensor(source.role, source.layer)
     else:
-        values = student.rows(tensor.role, tensor.layer, rows)
-    return lambda: [(offset, values.contiguous().reshape(-1).view(torch.uint8).numpy().data)]
+        values = student.rows(source.role, source.layer, rows)
+    return lambda: [(offset, values.to(dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data)]
 
 
 def _write_config(student: Student, folder: Path) -> None:
@@ -170,4 +221,5 @@ def _write_config(student: Student, folder: Path) -> None:
             if file.is_file():  # no folder, pipe or device
                 shutil.copyfile(file, folder / file.name)
     copy_tokenizer(source, folder)
-    write_atomically(folder / "config.json", json.dumps(student.spec.in_config(config), indent=1))
+    written = student.spec.written
+    write_atomically(folder / "config.json", json.dumps(written.family.edited(written, config), indent=1))

@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from compressors.model.description.legacy import ATTENTION, NORMS
-from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
+from compressors.model.description.tensors import Kind, TensorSpec
 from compressors.model.sources.weights import TunablePart, WrittenWeights
 from exporter.writing.files import complete_or_absent, not_written, replacing, write_at
 
@@ -32,13 +31,16 @@ def keep_values(weights: WrittenWeights, spec: ModelSpec, path: Path) -> None:
 
     Args:
         weights: the opened file.
-        spec: of its model.
-        path: of a safetensors file.
+        spec: its model.
+        path: a safetensors file.
 
     Raises:
         InputError: a router or norm is not float32, or there is no room.
     """
-    values = {spec.gguf_name(role, layer): weights.tunable(role, layer) for role, layer in _tunable(weights, spec)}
+    values = {
+        tensor.gguf.name.format(layer=layer): weights.tunable(tensor.role, layer)
+        for tensor, layer in _tunable(weights, spec)
+    }
     with complete_or_absent(path) as place:
         save_file(values, place)
 
@@ -72,19 +74,12 @@ def _put(descriptor: int, part: TunablePart) -> None:
     write_at(descriptor, part.offset, stored.data)
 
 
-def _tunable(weights: WrittenWeights, spec: ModelSpec) -> Iterator[tuple[Role, int | None]]:
+def _tunable(weights: WrittenWeights, spec: ModelSpec) -> Iterator[tuple[TensorSpec, int | None]]:
     """Every tensor of a file that can be tuned: routers, norms, and matrices of layers that have scales."""
-    for role in spec.stored_roles:
-        for layer in [None] if role.is_global else range(spec.n_layers):
-            if layer is not None and not _is_in(role, spec.layer(layer)):
-                continue
-            is_matrix = role in ATTENTION or role.is_expert
-            if role is Role.ROUTER or role in NORMS or (is_matrix and weights.block_length(role, layer) is not None):
-                yield role, layer
-
-
-def _is_in(role: Role, layer: ModelSpec) -> bool:
-    return layer.has_moe if role.is_expert else role in layer.layer_roles(0)
+    for tensor, layer in spec.written.places:
+        has_scales = tensor.kind is Kind.MATRIX and weights.block_length(tensor.role, layer) is not None
+        if has_scales or tensor.kind in (Kind.ROUTER, Kind.NORM):
+            yield tensor, layer
 
 
 def _copy_in_place(file: Path) -> None:

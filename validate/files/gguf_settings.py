@@ -6,22 +6,25 @@ superfluous, another model loads without a warning. Keys that only describe the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from compressors.model.description.family import GgufValue
 from compressors.model.description.gguf_rope import GgufRope, gguf_rope
+from compressors.model.description.routing import Score
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import UnsupportedError
 
 __all__ = ["MetadataValue", "expected_rope", "gguf_setting_symptoms"]
 
-MetadataValue = int | float | bool | str
+MetadataValue = GgufValue
 
 _LLAMA_CPP_ROPE_BASE = 10000.0  # where the file says nothing
-_SOFTMAX = 1  # of expert_gating_func
+_GATING_FUNCTIONS = {Score.SOFTMAX: 1, Score.SIGMOID: 2, Score.LOGITS: 3}
+"""Values of expert_gating_func (``llama_expert_gating_func_type`` in ``src/llama-hparams.h``)."""
+
 
 _NEUTRAL: Mapping[str, tuple[MetadataValue, ...]] = {
     "attention.causal": (True,),
@@ -77,8 +80,8 @@ def expected_rope(spec: ModelSpec) -> GgufRope | None:
 
 
 def gguf_setting_symptoms(metadata: Mapping[str, MetadataValue], spec: ModelSpec) -> list[str]:
-    """Lists where a GGUF file's settings do not fit a model of this shape: a sentence for each key."""
-    architecture = spec.gguf_architecture
+    """Lists where a GGUF file's settings do not fit this model: a sentence for each key."""
+    architecture = spec.written.family.gguf.architecture
     found = metadata.get("general.architecture", "")
     if found != architecture:
         return [f"general.architecture: {found!r} in the file, but the model is llama.cpp's {architecture!r}"]
@@ -98,9 +101,10 @@ def _expected(spec: ModelSpec) -> Iterator[tuple[str, MetadataValue, MetadataVal
     """Keys with the model's value, and what llama.cpp takes where the key is absent (None: it refuses to load)."""
     written = spec.written
     keys = dict(written.family.gguf.keys(written))
-    width_of_head = spec.hidden_size // int(keys["attention.head_count"])
-    absent: dict[str, MetadataValue] = {
-        "attention.head_count_kv": keys["attention.head_count"],
+    n_heads = keys.get("attention.head_count")
+    width_of_head = spec.hidden_size // n_heads if isinstance(n_heads, int) and n_heads else None
+    absent: dict[str, MetadataValue | None] = {
+        "attention.head_count_kv": n_heads,
         "attention.key_length": width_of_head,
         "attention.value_length": width_of_head,
         "rope.freq_base": _LLAMA_CPP_ROPE_BASE,
@@ -117,21 +121,13 @@ def _expected(spec: ModelSpec) -> Iterator[tuple[str, MetadataValue, MetadataVal
 
 
 def _unexpected(settings: Mapping[str, MetadataValue], spec: ModelSpec) -> Iterator[str]:
-    """Keys that a model of this shape does not have, unless their value changes nothing."""
+    """Keys that this model does not have, unless their value changes nothing."""
     known = {key for key, _, _ in _expected(spec)}
-    allowed: dict[str, tuple[MetadataValue, ...]] = {
-        **_NEUTRAL,
-        "attention.sliding_window": (0, spec.window or 0),
-        "attention.scale": (0.0, 1 / math.sqrt(spec.head_dim)),
-        "expert_gating_func": (0, _SOFTMAX),
-        "expert_weights_norm": (spec.normalize_top_k,),
-        "vocab_size": (spec.vocab_size,),
-    }
-    if spec.is_dense:
-        allowed |= {"expert_count": (0,), "expert_used_count": (0,)}
+    allowed = {**_NEUTRAL, **_described(spec)}
+    is_dense = not spec.written.n_experts
     scaling_is_off = settings.get("rope.scaling.type", "none") == "none"
     for key, value in settings.items():
-        if key in known or key in _DESCRIPTIVE or (key == "feed_forward_length" and not spec.is_dense):
+        if key in known or key in _DESCRIPTIVE or (key == "feed_forward_length" and not is_dense):
             continue
         if expected_rope(spec) is None and key.startswith("rope.scaling."):
             continue
@@ -144,9 +140,32 @@ def _unexpected(settings: Mapping[str, MetadataValue], spec: ModelSpec) -> Itera
             yield f"{key}: {_shown(value)} in the file, where the model's computation needs {wanted} or no such key"
 
 
+def _described(spec: ModelSpec) -> dict[str, tuple[MetadataValue, ...]]:
+    """Keys that say what the model does anyway, with the values that change nothing."""
+    scales = {layer.mixer.scale for layer in spec.layers}
+    rules = {layer.routed.routing for layer in spec.layers if layer.routed is not None}
+    described: dict[str, tuple[MetadataValue, ...]] = {
+        "attention.sliding_window": (0, spec.window or 0),
+        "vocab_size": (spec.vocab_size,),
+    }
+    if len(scales) == 1:
+        described["attention.scale"] = (0.0, scales.pop())
+    if len(rules) == 1:
+        rule = rules.pop()
+        described["expert_gating_func"] = (0, _GATING_FUNCTIONS[rule.score])
+        described["expert_weights_norm"] = (rule.normalizes,)
+    if not spec.written.n_experts:
+        described |= {"expert_count": (0,), "expert_used_count": (0,)}
+    return described
+
+
 def _is_same(found: Any, wanted: MetadataValue) -> bool:
-    """Numbers as llama.cpp keeps them: floats in single precision."""
-    if isinstance(wanted, str) or isinstance(found, str) or found is None:
+    """Numbers as llama.cpp keeps them: floats in single precision, and one number like an array of it for each layer."""
+    if isinstance(found, tuple) and not isinstance(wanted, tuple):
+        return bool(found) and all(_is_same(item, wanted) for item in found)
+    if isinstance(wanted, tuple) and not isinstance(found, tuple):
+        return bool(wanted) and all(_is_same(found, item) for item in wanted)
+    if isinstance(wanted, str | tuple) or isinstance(found, str | tuple) or found is None:
         return bool(found == wanted)
     if isinstance(wanted, float) or isinstance(found, float):
         return bool(np.float32(found) == np.float32(wanted))
@@ -156,6 +175,8 @@ def _is_same(found: Any, wanted: MetadataValue) -> bool:
 def _shown(value: MetadataValue | None) -> str:
     if value is None:
         return "absent"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_shown, value))})"
     if isinstance(value, bool | str):
         return repr(value)
     if isinstance(value, int):

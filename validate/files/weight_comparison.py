@@ -10,7 +10,7 @@ models in memory.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
@@ -19,6 +19,8 @@ import numpy.typing as npt
 import torch
 
 from compressors.model.description.roles import Role
+from compressors.model.description.spec import Place
+from compressors.model.description.tensors import Kind, TensorSpec
 from compressors.model.sources.student import Student
 from compressors.model.sources.weights import StoredType
 from validate.files.quantization_error import MatrixError
@@ -29,7 +31,6 @@ _ANOTHER_TENSOR = 0.8  # relative error; an unrelated tensor's is at least 1, th
 _RESEMBLES = 0.6  # cosine of signatures, and of rows
 _PLACES = 256
 _ROWS_AT_ONCE = 4096  # of embedding and head
-_VOCABULARY_ROLES = (Role.TOKEN_EMBEDDING, Role.HEAD)
 _SAME_SIZE = 1e-3  # deviation of a coefficient that counts as none
 _MORE = 2.0  # times the type's error that does not count as a second fault
 
@@ -77,6 +78,7 @@ class WeightComparison:
 
     errors: Mapping[Unit, float]
     damage: tuple[Damage, ...]
+    matrices: frozenset[Place]  # the tensors that files may quantize
 
 
 def compare_weights(
@@ -87,7 +89,7 @@ def compare_weights(
     n_tokens: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> WeightComparison:
-    """Compares two students of one shape, a tensor at a time.
+    """Compares two students of one description, a tensor at a time.
 
     Args:
         expected: what the file should hold.
@@ -100,36 +102,58 @@ def compare_weights(
         InputError: a file cannot be read.
     """
     comparison = _Comparison()
-    for layer in [None, *range(expected.spec.n_layers)]:
-        for role in expected.spec.stored_roles:
-            if role.is_global == (layer is None):
-                for unit, pieces in _units(expected, found, role, layer, n_tokens):
-                    comparison.add(unit, stored_type(role, layer), pieces)
-        if layer is not None and progress is not None:
+    written = expected.spec.written
+    for tensor in written.tensors:
+        comparison.add_tensor(tensor, None, stored_type, _rows(expected, found, tensor, n_tokens))
+    for index, layer in enumerate(written.layers):
+        for tensor in layer.tensors:
+            comparison.add_tensor(tensor, index, stored_type, _units(expected, found, tensor, index))
+        if progress is not None:
             progress(1)
     return comparison.result()
 
 
 _Pieces = Iterable[tuple[torch.Tensor, torch.Tensor]]  # expected and found rows, float32
+_Units = Iterable[tuple[Unit, _Pieces]]
 
 
-def _units(
-    expected: Student, found: Student, role: Role, layer: int | None, n_tokens: int | None
-) -> Iterator[tuple[Unit, _Pieces]]:
-    if layer is not None and role.is_expert:
-        for expert in range(expected.spec.layer(layer).n_experts):
+def _rows(expected: Student, found: Student, tensor: TensorSpec, n_tokens: int | None) -> _Units:
+    """The only unit of a tensor outside of the layers."""
+    if tensor.kind is Kind.TABLE:
+        n_rows = n_tokens or expected.spec.vocab_size
+        return [(Unit(tensor.role, None, None), _vocabulary_rows(expected, found, tensor.role, n_rows))]
+    return _units(expected, found, tensor, None)
+
+
+def _units(expected: Student, found: Student, tensor: TensorSpec, layer: int | None) -> _Units:
+    role = tensor.role
+    if layer is not None and expected.spec.tensor(role, layer).is_per_expert:
+        for expert in range(expected.spec.layers[layer].n_experts):
             values = (expected.expert(role, layer, expert).float(), found.expert(role, layer, expert).float())
-            yield Unit(role, layer, expert), [values]
-    elif role in _VOCABULARY_ROLES:
-        yield Unit(role, layer, None), _vocabulary_rows(expected, found, role, n_tokens or expected.spec.vocab_size)
-    elif layer is None or role in expected.spec.layer_roles(layer):
-        both = (expected.tensor(role, layer).float(), found.tensor(role, layer).float())
-        if role is Role.ROUTER:
-            for row, (one, other) in enumerate(zip(*both, strict=True)):
-                yield Unit(role, layer, row), [(one[None], other[None])]
-        else:
-            width = both[0].shape[-1]
-            yield Unit(role, layer, None), [(both[0].reshape(-1, width), both[1].reshape(-1, width))]
+            yield Unit(role, layer, expert), [_matrices(*values)]
+        return
+    wanted, its = expected.tensor(role, layer).float(), found.tensor(role, layer).float()
+    if not tensor.is_quantizable and not torch.equal(wanted, its):
+        wanted = _as_stored(wanted, tensor, expected, layer)
+    if tensor.kind is Kind.ROUTER:
+        for row, (one, other) in enumerate(zip(wanted, its, strict=True)):
+            yield Unit(role, layer, row), [(one[None], other[None])]
+    else:
+        yield Unit(role, layer, None), [_matrices(wanted, its)]
+
+
+def _matrices(wanted: torch.Tensor, its: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    width = wanted.shape[-1]
+    return wanted.reshape(-1, width), its.reshape(-1, width)
+
+
+def _as_stored(wanted: torch.Tensor, tensor: TensorSpec, student: Student, layer: int | None) -> torch.Tensor:
+    """The values that a GGUF file gives back: a function that is applied to them may round, as does its inverse."""
+    sizes = {} if layer is None else student.spec.layers[layer].sizes
+    stored = torch.empty_like(wanted)
+    for part in tensor.gguf_parts:
+        part.transform.read(part.transform.write(wanted, sizes), stored, sizes)
+    return stored
 
 
 def _vocabulary_rows(expected: Student, found: Student, role: Role, n_tokens: int) -> _Pieces:
@@ -148,6 +172,14 @@ class _Comparison:
         self._expected: dict[Unit, npt.NDArray[np.float32]] = {}
         self._found: dict[Unit, npt.NDArray[np.float32]] = {}
         self._sizes: dict[Unit, int] = {}
+        self._matrices: set[Place] = set()
+
+    def add_tensor(self, tensor: TensorSpec, layer: int | None, stored_type: TypeOf, units: _Units) -> None:
+        """The units of one tensor."""
+        if tensor.is_quantizable:
+            self._matrices.add((tensor.role, layer))
+        for unit, pieces in units:
+            self.add(unit, stored_type(tensor.role, layer), pieces)
 
     def add(self, unit: Unit, stored_type: StoredType, pieces: _Pieces) -> None:
         """A unit's expected and found values, in pieces; its signature is the first piece's."""
@@ -176,7 +208,7 @@ class _Comparison:
         for unit, size in self._sizes.items() if self._suspects else ():
             by_size[size].append(unit)
         damage = [self._other(unit, matrix, by_size) for unit, matrix in self._suspects.items()]
-        return WeightComparison(self._errors, (*damage, *self._damage))
+        return WeightComparison(self._errors, (*damage, *self._damage), frozenset(self._matrices))
 
     def _other(self, unit: Unit, matrix: MatrixError, by_size: Mapping[int, list[Unit]]) -> Damage:
         if matrix.is_zero:

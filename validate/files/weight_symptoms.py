@@ -22,10 +22,6 @@ _COARSE, _COARSER = 0.2, 2.5  # relative error of a 2-bit tensor, and how many t
 _NOT_COARSE_BUT_ANOTHER = 0.8
 _NAMED = 3  # rows, and experts, that a sentence names
 _VOCABULARY_ROLES = (Role.TOKEN_EMBEDDING, Role.HEAD)
-_QUANTIZED_ROLES = frozenset(
-    {*_VOCABULARY_ROLES, Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUTPUT}
-    | {role for role in Role if role.is_expert}
-)
 
 
 def weight_symptoms(damage: Sequence[Damage], token_text: TokenText | None = None) -> list[str]:
@@ -42,7 +38,7 @@ def coarse_symptoms(comparison: WeightComparison) -> list[str]:
     """Sentences about tensors in about 2 bits in a file of more bits, which make it worse than its size promises."""
     by_tensor: dict[tuple[int | None, Role], list[float]] = defaultdict(list)
     for unit, error in comparison.errors.items():
-        if unit.role in _QUANTIZED_ROLES and error <= _NOT_COARSE_BUT_ANOTHER:
+        if (unit.role, unit.layer) in comparison.matrices and error <= _NOT_COARSE_BUT_ANOTHER:
             by_tensor[unit.layer, unit.role].append(error)
     errors = {tensor: float(np.median(values)) for tensor, values in by_tensor.items()}
     usual = float(np.median(list(errors.values()) or [0.0]))
@@ -57,7 +53,7 @@ def _zeroed(damage: Iterable[Damage]) -> list[str]:
     roles: dict[tuple[int | None, int | None, bool], list[str]] = defaultdict(list)
     for entry in damage:
         unit = entry.unit
-        roles[unit.layer, unit.index, unit.role.is_expert].append(unit.role.value)
+        roles[unit.layer, unit.index, unit.role.is_expert and unit.index is not None].append(unit.role.value)
     symptoms = []
     for (layer, index, is_expert), names in roles.items():
         if is_expert:

@@ -76,7 +76,7 @@ def _end_symptoms(
         yield f"tokenizer: {_tokens(ordinary, original)}, which occurs in texts, ends them in llama.cpp"
     for key in ("eot_token_id", "eom_token_id"):
         token = metadata.get(f"tokenizer.ggml.{key}")
-        text = "" if token is None else (original.text(int(token)) or "")
+        text = (original.text(token) or "") if isinstance(token, int) else ""
         if token is not None and token not in right and not any(part in text.lower() for part in _ENDS_BY_NAME):
             yield f"tokenizer: {key} is {token} {text!r}, which ends no text of the original"
 

@@ -14,8 +14,11 @@ if TYPE_CHECKING:
 
 __all__ = ["ConfigValues", "DenseForm", "Family", "GgufFamily", "GgufValue", "SkippedPart"]
 
-GgufValue = str | int | float | bool
-"""A value of a GGUF file's metadata: whole numbers are uint32, and floats are float32."""
+GgufValue = str | int | float | bool | tuple[int, ...]
+"""A value of a GGUF file's metadata: whole numbers are uint32, and floats are float32.
+
+A tuple is an array with an entry for each layer: of int32, or of booleans.
+"""
 
 ConfigValues = Mapping[str, Any]
 """Settings of ``config.json``."""

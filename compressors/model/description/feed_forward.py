@@ -60,6 +60,11 @@ class Routed:
         """Sizes by letter: E experts, F neurons of each, S neurons of the shared expert."""
         return {"E": self.n_experts, "F": self.width, "S": 0 if self.shared is None else self.shared.width}
 
+    @property
+    def n_active(self) -> int:
+        """The feed-forwards of this width that each token goes through."""
+        return self.top_k
+
     def resized(self, n_experts: int, width: int) -> Routed:
         """The same with other numbers; top-k never exceeds the experts left."""
         return replace(self, n_experts=n_experts, width=width, top_k=min(self.top_k, n_experts))
@@ -76,6 +81,11 @@ class Dense:
     def sizes(self) -> Mapping[str, int]:
         """Sizes by letter: F neurons."""
         return {"F": self.width}
+
+    @property
+    def n_active(self) -> int:
+        """The feed-forwards of this width that each token goes through."""
+        return 1
 
 
 FeedForward = Routed | Dense

@@ -52,6 +52,21 @@ class GroupedQuery:
         """Values that are cached for each token: its key and its value."""
         return 2 * self.n_kv_heads * self.head_dim
 
+    @property
+    def cached_head(self) -> int:
+        """Values that lie together in a cache, which types with blocks must divide."""
+        return self.head_dim
+
+    @property
+    def state_values(self) -> int:
+        """Values that are kept for a text, however long it is."""
+        return 0
+
+    @property
+    def width(self) -> int:
+        """Values of a token before the output projection."""
+        return self.n_heads * self.head_dim
+
 
 @dataclass(frozen=True)
 class Latent:
@@ -91,7 +106,10 @@ class Latent:
 
     @property
     def sizes(self) -> Mapping[str, int]:
-        """Sizes by letter: A and C the two ranks, R keys' first matrix, U their second, Q all queries, O all values."""
+        """Sizes by letter: A and C the two ranks, R keys' first matrix, U their second, Q all queries, O all values.
+
+        Of a head, p are the values of a key that are not turned, and v those of a value.
+        """
         return {
             "H": self.n_heads,
             "A": self.query_rank or 0,
@@ -100,12 +118,29 @@ class Latent:
             "U": self.n_heads * (self.plain_dim + self.value_dim),
             "Q": self.n_heads * self.key_dim,
             "O": self.n_heads * self.value_dim,
+            "p": self.plain_dim,
+            "v": self.value_dim,
         }
 
     @property
     def cached_values(self) -> int:
         """Values that are cached for each token: the small vector, and the turned part of its key."""
         return self.rank + self.rotary_dim
+
+    @property
+    def cached_head(self) -> int:
+        """Values that lie together in a cache, which types with blocks must divide."""
+        return self.rank + self.rotary_dim
+
+    @property
+    def state_values(self) -> int:
+        """Values that are kept for a text, however long it is."""
+        return 0
+
+    @property
+    def width(self) -> int:
+        """Values of a token before the output projection."""
+        return self.n_heads * max(self.key_dim, self.value_dim)
 
 
 Mixer = GroupedQuery | Latent

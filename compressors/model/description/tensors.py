@@ -29,18 +29,25 @@ class Fused:
         name: the template of the name, with ``{layer}``.
         part: which part; gate rows come before up rows.
         n_parts: 2 where gate and up lie in one tensor.
+        is_only_form: no checkpoint holds each expert by itself; the name that such a tensor goes by is in no file.
     """
 
     name: str
     part: int = 0
     n_parts: int = 1
+    is_only_form: bool = False
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """The tensor in a GGUF file: one name, all experts of a layer together, and what is done to the values."""
+    """A tensor of a GGUF file, in which all experts of a layer are together: one checkpoint tensor, or a part of it.
 
-    name: str  # template with {layer}
+    Attributes:
+        name: the template of its name, with ``{layer}``.
+        transform: makes its values of the checkpoint tensor's; of each expert's, if each has one.
+    """
+
+    name: str
     transform: Transform = SAME
 
 
@@ -52,7 +59,9 @@ class TensorSpec:
         role: what it is for.
         name: the template of its name on the hub, with ``{layer}`` and, if each expert has one, ``{expert}``.
         shape: its sizes in letters, output features first; of one expert, if each has one.
-        gguf: its place in a GGUF file.
+        gguf: its place in a GGUF file; where the file holds it in several parts, the first one, whose name its tunable
+            values go by.
+        gguf_rest: the places of the other parts.
         kind: see :class:`Kind`.
         module: its name inside transformers' decoder layer, where that is not the name on the hub.
         fused: how checkpoints of the other layout hold it.
@@ -70,6 +79,12 @@ class TensorSpec:
     fused: Fused | None = None
     shares_input_of: Role | None = None
     experts_axis: int | None = None
+    gguf_rest: tuple[GgufTensor, ...] = ()
+
+    @property
+    def gguf_parts(self) -> tuple[GgufTensor, ...]:
+        """All its places in a GGUF file."""
+        return (self.gguf, *self.gguf_rest)
 
     @property
     def is_per_expert(self) -> bool:

@@ -15,6 +15,7 @@ from compressors.model.description.rope import RopeKind
 from compressors.model.description.routing import Score
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import GgufTensor, Kind, TensorSpec
+from compressors.model.description.transforms import HeadMatrices
 from compressors.model.errors import UnsupportedError
 from compressors.model.families import parts
 
@@ -63,7 +64,13 @@ def _tensors(mixer: Latent) -> tuple[TensorSpec, ...]:
             shares_input_of=Role.QUERY if mixer.query_rank is None else Role.QUERY_A,
         ),
         parts.norm(Role.KEY_VALUE_A_NORM, f"{attention}kv_a_layernorm.weight", ("C",), f"{gguf}kv_a_norm.weight"),
-        TensorSpec(Role.KEY_VALUE_B, f"{attention}kv_b_proj.weight", ("U", "C"), GgufTensor(f"{gguf}kv_b.weight")),
+        TensorSpec(
+            Role.KEY_VALUE_B,
+            f"{attention}kv_b_proj.weight",
+            ("U", "C"),
+            GgufTensor(f"{gguf}k_b.weight", HeadMatrices("H", ("p", "v"), 0, is_transposed=True)),
+            gguf_rest=(GgufTensor(f"{gguf}v_b.weight", HeadMatrices("H", ("p", "v"), 1)),),
+        ),
     )
     return (*parts.norms(), *_query_tensors(mixer), *keys_values, output)
 

@@ -2,7 +2,7 @@
 
 The format is version 3, little endian (``docs/gguf.md`` of ggml): counts, metadata, a directory of tensors, and after
 padding their data. gguf-py's reader maps the file into memory and makes an array of every token of the vocabulary;
-here single values of the metadata are kept, and of arrays their lengths.
+here single values of the metadata are kept, and of arrays those with a number for each layer, and the lengths.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from compressors.model.names import shown
 
 __all__ = ["GgufEntry", "GgufFile", "Value"]
 
-Value = int | float | bool | str
+Value = int | float | bool | str | tuple[int, ...]
 
 _LAYOUTS: Mapping[int, str] = {
     GGUFValueType.UINT8: "<B",
@@ -70,7 +70,7 @@ class GgufFile:
 
     Attributes:
         tensors: by name.
-        metadata: the single values, by key.
+        metadata: the single values by key, and arrays with a number for each layer.
         array_lengths: how many items the metadata's arrays have, by key.
 
     Raises:
@@ -209,8 +209,12 @@ class _Header:
     def _read_value(self, key: str) -> None:
         (kind,) = self._numbers("<I")
         if kind == GGUFValueType.ARRAY:
-            kind, self.array_lengths[key] = self._numbers("<IQ")
-            self._walk_over_items(kind, self.array_lengths[key])
+            kind, n_items = self._numbers("<IQ")
+            self.array_lengths[key] = n_items
+            if kind in _KINDS_BY_LAYER and n_items <= _MOST_LAYERS and not key.startswith(_TOKENIZER):
+                self.values[key] = self._numbers(f"<{n_items}{_layout(kind)[-1]}")
+            else:
+                self._walk_over_items(kind, n_items)
         elif kind == GGUFValueType.STRING:
             (length,) = self._numbers("<Q")
             if length > _LONGEST_TEXT:  # a whole tokenizer.json
@@ -250,5 +254,8 @@ def _layout(kind: int) -> str:
     return layout
 
 
+_KINDS_BY_LAYER = (GGUFValueType.BOOL, GGUFValueType.UINT32, GGUFValueType.INT32)
+_MOST_LAYERS = 512  # LLAMA_MAX_LAYERS in src/llama-hparams.h
+_TOKENIZER = "tokenizer."  # its arrays are by token
 _MOST_DIMENSIONS = 4  # GGML_MAX_DIMS of ggml/include/ggml.h
 _LONGEST_TEXT = 1 << 20  # that is read; llama.cpp allows keys of 65,535 bytes and names of tensors of 64

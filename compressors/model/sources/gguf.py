@@ -1,13 +1,14 @@
 """A model's weights as a GGUF file holds them, dequantized by ggml's own kernels: what llama.cpp computes with.
 
-Every value is the kernel's float32. Queries and keys that the file keeps in the order of llama.cpp's interleaved
-rotation are put back into that of transformers.
+Every value is the kernel's float32. What the file holds in another order than transformers, or in several parts, or
+with a function applied, is put back (:mod:`compressors.model.description.transforms`).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import TensorSpec
+from compressors.model.description.transforms import SAME, Transform
 from compressors.model.errors import InputError
 from compressors.model.files.block_scales import block_length, put_scales, scales_of
 from compressors.model.files.ggml import GGMLQuantizationType, dequantize_into
@@ -29,12 +31,20 @@ from compressors.model.sources.weights import ReplacedValues, TunablePart
 __all__ = ["GgufWeights"]
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A tensor of the file, and what its values were made by of the model's."""
+
+    entry: GgufEntry
+    transform: Transform
+
+
 class GgufWeights:
     """Implements :class:`~compressors.model.sources.weights.WrittenWeights`; opening reads the file's header.
 
     Args:
         path: the file.
-        shape: of the model that it should hold.
+        spec: the model that it should hold.
 
     Raises:
         InputError: the file is missing, truncated or not GGUF, or lacks a tensor of a model of this shape.
@@ -46,8 +56,8 @@ class GgufWeights:
         self._file = GgufFile(path)
         self._spec = spec
         self._values = ReplacedValues({})
-        self._entries = {
-            (tensor.role, layer): self._checked_entry(tensor, layer) for tensor, layer in spec.written.places
+        self._parts = {
+            (tensor.role, layer): self._checked_parts(tensor, layer) for tensor, layer in spec.written.places
         }
 
     def dtype_of(self, role: Role, layer: int | None) -> torch.dtype:
@@ -55,34 +65,43 @@ class GgufWeights:
         return self.dtype
 
     def stored_type(self, role: Role, layer: int | None) -> GGMLQuantizationType:
-        """The type of a tensor."""
-        entry = self._entries.get((role, layer))
-        return GGMLQuantizationType.F32 if entry is None else entry.ggml_type
+        """The type of a tensor; of the first part, where it has several."""
+        parts = self._parts.get((role, layer))
+        return GGMLQuantizationType.F32 if parts is None else parts[0].entry.ggml_type
 
     def tensor(self, role: Role, layer: int | None) -> torch.Tensor:
         """The tensor of a role that is not an expert's, float32."""
-        if (role, layer) not in self._entries:  # the router of one expert: a softmax over one logit, whatever it is
-            return torch.zeros(self._spec.dimensions(role, layer))
-        shape = self._spec.dimensions(role, layer)
-        values_RN = self._rows(role, layer, 0, 1 if len(shape) == 1 else shape[0])
-        return self._in_order(role, layer, values_RN, from_file=True).view(shape)
+        out = torch.zeros(self._spec.dimensions(role, layer))
+        for part in self._parts.get((role, layer), ()):  # a router of one expert is in no file, and may be anything
+            n_rows = prod(part.entry.shape[:-1])
+            part.transform.read(self._rows(role, layer, part, 0, n_rows), out, self._sizes(layer))
+        return out
 
     def rows(self, role: Role, layer: int | None, rows: slice) -> torch.Tensor:
-        """Some consecutive rows of :meth:`tensor`; of embedding and head, which are large, only these are read."""
-        if role not in (Role.TOKEN_EMBEDDING, Role.HEAD):
+        """Some consecutive rows of :meth:`tensor`; only these are read where the file has them as they are."""
+        parts = self._parts.get((role, layer), ())
+        if not parts or parts[0].transform is not SAME or len(parts[0].entry.shape) == 1:
             return self.tensor(role, layer)[rows]
-        start, stop, _ = rows.indices(self._spec.vocab_size)
-        return self._rows(role, layer, start, stop - start)
+        start, stop, _ = rows.indices(parts[0].entry.shape[0])
+        return self._rows(role, layer, parts[0], start, stop - start).view(-1, *self._spec.dimensions(role, layer)[1:])
 
     def read_expert(self, role: Role, layer: int, expert: int, out: torch.Tensor) -> None:
         """Fills ``out``, float32 and contiguous, with one expert's projection."""
-        n_rows = len(out)
-        dequantize_into(self._stored(role, layer, expert * n_rows, n_rows), self._entries[role, layer].ggml_type, out)
+        for part in self._parts[role, layer]:
+            n_rows = prod(part.transform.shape(tuple(out.shape), self._sizes(layer))[:-1])
+            if part.transform is SAME:
+                stored = self._stored(role, layer, part, expert * n_rows, n_rows)
+                dequantize_into(stored, part.entry.ggml_type, out.view(n_rows, -1))
+            else:
+                values_RN = self._rows(role, layer, part, expert * n_rows, n_rows)
+                part.transform.read(values_RN, out, self._sizes(layer))
 
     def block_length(self, role: Role, layer: int | None) -> int | None:
-        """Values of a block, where they share float16 scales."""
-        entry = self._entries.get((role, layer))
-        return None if entry is None else block_length(entry.ggml_type)
+        """Values of a block, where they share float16 scales and a row of the file is one of the tensor's."""
+        parts = self._parts.get((role, layer))
+        return (
+            block_length(parts[0].entry.ggml_type) if parts is not None and self._has_same_rows(layer, parts) else None
+        )
 
     def tunable(self, role: Role, layer: int | None) -> torch.Tensor:
         """The tunable values of a tensor.
@@ -90,15 +109,18 @@ class GgufWeights:
         Raises:
             InputError: it has none.
         """
-        entry = self._tunable_entry(role, layer)
+        part = self._tunable_part(role, layer)
+        entry = part.entry
         if entry.ggml_type is GGMLQuantizationType.F32:
             return self.tensor(role, layer)
         n_rows = prod(entry.shape[:-1])
-        scales = [
-            scales_of(self._stored(role, layer, first, min(_ROWS_AT_ONCE, n_rows - first)), entry.ggml_type)
+        scales = torch.cat([
+            scales_of(self._stored(role, layer, part, first, min(_ROWS_AT_ONCE, n_rows - first)), entry.ggml_type)
             for first in range(0, n_rows, _ROWS_AT_ONCE)
-        ]
-        return self._in_order(role, layer, torch.cat(scales), from_file=True)
+        ])  # fmt: skip
+        found = torch.empty_like(scales)
+        part.transform.read(scales, found, self._sizes(layer))
+        return found
 
     def with_values(self, values: Mapping[str, torch.Tensor]) -> Self:
         """The same weights as if the file had these tunable values.
@@ -114,63 +136,68 @@ class GgufWeights:
 
     def changed_parts(self) -> Iterator[TunablePart]:
         """Whole rows, some at a time."""
-        for (role, layer), entry in self._entries.items():
-            if self._name(role, layer) in self._values:
-                n_rows, path = prod(entry.shape[:-1]), self._file.path_of(entry)
+        for (role, layer), parts in self._parts.items():
+            if self._name(role, layer) not in self._values:
+                continue
+            for part in parts:
+                entry, n_rows = part.entry, prod(part.entry.shape[:-1])
                 for first in range(0, n_rows, _ROWS_AT_ONCE):
                     n_bytes = min(_ROWS_AT_ONCE, n_rows - first) * entry.row_bytes
-                    put = partial(self._put, role, layer, first)
-                    yield TunablePart(path, entry.offset + first * entry.row_bytes, n_bytes, put)
+                    put = partial(self._put, role, layer, part, first)
+                    yield TunablePart(self._file.path_of(entry), entry.offset + first * entry.row_bytes, n_bytes, put)
 
-    def _rows(self, role: Role, layer: int | None, first: int, n_rows: int) -> torch.Tensor:
-        entry = self._entries[role, layer]
-        values_RN = torch.empty(n_rows, entry.shape[-1])
-        dequantize_into(self._stored(role, layer, first, n_rows), entry.ggml_type, values_RN)
+    def _rows(self, role: Role, layer: int | None, part: _Part, first: int, n_rows: int) -> torch.Tensor:
+        """Rows of the file, counted through all leading axes, dequantized."""
+        values_RN = torch.empty(n_rows, part.entry.shape[-1])
+        dequantize_into(self._stored(role, layer, part, first, n_rows), part.entry.ggml_type, values_RN)
         return values_RN
 
-    def _stored(self, role: Role, layer: int | None, first: int, n_rows: int) -> npt.NDArray[np.uint8]:
+    def _stored(self, role: Role, layer: int | None, part: _Part, first: int, n_rows: int) -> npt.NDArray[np.uint8]:
         """The file's rows, with the values that replace its own."""
-        stored = self._file.read_rows(self._entries[role, layer], first, n_rows)
+        stored = self._file.read_rows(part.entry, first, n_rows)
         if self._name(role, layer) in self._values:
-            self._put(role, layer, first, stored)
+            self._put(role, layer, part, first, stored)
         return stored
 
-    def _put(self, role: Role, layer: int | None, first: int, stored: npt.NDArray[np.uint8]) -> None:
+    def _put(self, role: Role, layer: int | None, part: _Part, first: int, stored: npt.NDArray[np.uint8]) -> None:
         """Puts values that replace the file's into the bytes of rows from ``first`` on."""
-        entry, values = self._entries[role, layer], self._values[self._name(role, layer)]
+        entry = part.entry
+        values = part.transform.write(self._values[self._name(role, layer)], self._sizes(layer))
         rows_RY = stored.reshape(-1, entry.row_bytes)
         rows = slice(first, first + len(rows_RY))
         if entry.ggml_type is GGMLQuantizationType.F32:
             rows_RY[:] = values.contiguous().view(-1, entry.shape[-1])[rows].view(torch.uint8).numpy()
         else:
-            put_scales(rows_RY, entry.ggml_type, self._in_order(role, layer, values, from_file=False)[rows])
+            put_scales(rows_RY, entry.ggml_type, values[rows])
 
-    def _in_order(self, role: Role, layer: int | None, values: torch.Tensor, *, from_file: bool) -> torch.Tensor:
-        """The rows of a matrix, or their scales, in the other side's order, where the file has its own."""
-        if layer is None:
-            return values
-        transform, sizes = self._spec.tensor(role, layer).gguf.transform, self._spec.layers[layer].sizes
-        return transform.read(values, sizes) if from_file else transform.write(values, sizes)
+    def _sizes(self, layer: int | None) -> Mapping[str, int]:
+        return {} if layer is None else self._spec.layers[layer].sizes
 
-    def _tunable_entry(self, role: Role, layer: int | None) -> GgufEntry:
-        """The entry of a tensor with tunable values."""
-        entry = self._entries.get((role, layer))
-        if entry is None:
+    def _has_same_rows(self, layer: int | None, parts: Sequence[_Part]) -> bool:
+        """Whether the rows of the file are the tensor's, a few of them in another order."""
+        return len(parts) == 1 and parts[0].transform.rows_together(self._sizes(layer)) is not None
+
+    def _tunable_part(self, role: Role, layer: int | None) -> _Part:
+        """The first part of a tensor with tunable values."""
+        parts = self._parts.get((role, layer))
+        if parts is None:
             raise InputError(f"{self._file.path} has no tensor of the role {role}: it holds a dense model")
+        entry = parts[0].entry
         is_float = not self._spec.tensor(role, layer).is_quantizable
         if is_float and entry.ggml_type is not GGMLQuantizationType.F32:
             raise InputError(f"{self._file.path}: {entry.name} is stored as {entry.ggml_type.name}; it must be F32")
-        if not is_float and block_length(entry.ggml_type) is None:
+        if not is_float and self.block_length(role, layer) is None:
             raise InputError(f"{self._file.path}: {entry.name} is stored as {entry.ggml_type.name}, without scales")
-        return entry
+        return parts[0]
 
     def _check_values(self, name: str, values: torch.Tensor) -> None:
-        keys = [key for key in self._entries if self._name(*key) == name]
-        if not keys:
+        places = [place for place in self._parts if self._name(*place) == name]
+        if not places:
             raise InputError(f"{self._file.path} has no tensor {name}, whose values are to be replaced")
-        entry = self._tunable_entry(*keys[0])
+        entry = self._tunable_part(*places[0]).entry
+        expected: tuple[int, ...]
         if entry.ggml_type is GGMLQuantizationType.F32:
-            expected, dtype = entry.shape, torch.float32
+            expected, dtype = self._spec.dimensions(*places[0]), torch.float32
         else:
             row_of_blocks = scales_of(self._file.read_rows(entry, 0, 1), entry.ggml_type)
             expected, dtype = (prod(entry.shape[:-1]), *row_of_blocks.shape[1:]), torch.float16
@@ -180,10 +207,17 @@ class GgufWeights:
                 f"{name}'s, of shape {list(expected)} in {dtype}"
             )
 
-    def _checked_entry(self, tensor: TensorSpec, layer: int | None) -> GgufEntry:
-        name, expected = tensor.gguf.name.format(layer=layer), self._spec.dimensions(tensor.role, layer)
-        if tensor.is_per_expert and layer is not None:
-            expected = (self._spec.layers[layer].n_experts, *expected)
+    def _checked_parts(self, tensor: TensorSpec, layer: int | None) -> tuple[_Part, ...]:
+        dimensions = self._spec.dimensions(tensor.role, layer)
+        parts = []
+        for gguf in tensor.gguf_parts:
+            expected = gguf.transform.shape(dimensions, self._sizes(layer))
+            if tensor.is_per_expert and layer is not None:
+                expected = (self._spec.layers[layer].n_experts, *expected)
+            parts.append(_Part(self._checked_entry(gguf.name.format(layer=layer), expected), gguf.transform))
+        return tuple(parts)
+
+    def _checked_entry(self, name: str, expected: tuple[int, ...]) -> GgufEntry:
         entry = self._file.tensors.get(name)
         if entry is None:
             raise InputError(f"{self._file.path} has no tensor {name}: it does not hold this model")

@@ -20,6 +20,7 @@ __all__ = [
     "Value",
     "aligned",
     "boolean",
+    "boolean_array",
     "float32",
     "float32_array",
     "int32_array",
@@ -84,8 +85,16 @@ def float32_array(numbers: Sequence[float]) -> Value:
     return Value(_array_prefix(GGUFValueType.FLOAT32, len(numbers)) + struct.pack(f"<{len(numbers)}f", *numbers))
 
 
+def boolean_array(flags: Sequence[bool]) -> Value:
+    """A list of true and false."""
+    return Value(_array_prefix(GGUFValueType.BOOL, len(flags)) + struct.pack(f"<{len(flags)}?", *flags))
+
+
 def value_of(value: GgufValue) -> Value:
     """The value of a key, in the type that llama.cpp reads it in."""
+    if isinstance(value, tuple):
+        are_flags = all(isinstance(item, bool) for item in value)
+        return boolean_array([bool(item) for item in value]) if are_flags else int32_array(value)
     if isinstance(value, str):
         return string(value)
     if isinstance(value, bool):

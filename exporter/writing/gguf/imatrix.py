@@ -68,7 +68,7 @@ class _Entry:
 
 
 def read_imatrix(path: Path, spec: ModelSpec) -> Importance:
-    """The importance of every matrix of a model of this shape, from a file of llama.cpp's.
+    """The importance of every matrix of this model, from a file of llama.cpp's.
 
     ``llama-imatrix`` leaves out the embedding, and the head unless told otherwise. The vector of an expert that no
     token reached is all ones, which weighs all input features alike.
@@ -82,8 +82,10 @@ def read_imatrix(path: Path, spec: ModelSpec) -> Importance:
         if not tensor.is_matrix:
             continue
         if tensor.name in entries:
-            found[tensor.role, tensor.layer] = _importance(path, tensor, entries[tensor.name])
-        elif not tensor.role.is_global:
+            importance = _of_inputs(tensor, _importance(path, tensor, entries[tensor.name]), spec)
+            if importance is not None:
+                found.setdefault((tensor.role, tensor.layer), importance)
+        elif tensor.layer is not None:
             raise InputError(f"{path} has nothing about {tensor.name}: {_MADE_ELSEWHERE}")
     _check_layers(path, entries, spec)
     return found
@@ -91,7 +93,7 @@ def read_imatrix(path: Path, spec: ModelSpec) -> Importance:
 
 def _importance(path: Path, tensor: GgufTensor, entry: _Entry) -> torch.Tensor:
     """The importance of a tensor: float32 [inputs], or [E, inputs] for the experts of a layer."""
-    n_matrices = tensor.shape[0] if len(tensor.shape) == 3 else 1
+    n_matrices = _n_matrices(tensor)
     expected = n_matrices * tensor.row_length
     if len(entry.sums) != expected or len(entry.counts) not in (1, n_matrices):
         raise InputError(
@@ -101,8 +103,24 @@ def _importance(path: Path, tensor: GgufTensor, entry: _Entry) -> torch.Tensor:
     means = entry.means()
     if not np.isfinite(means).all() or (means < 0).any():
         raise InputError(f"{path}: what it has about {tensor.name} holds NaN, infinity or a negative value; remake it")
-    vectors = torch.from_numpy(means)
-    return vectors.reshape(-1, tensor.row_length) if tensor.role.is_expert else vectors
+    vectors = torch.from_numpy(means).reshape(-1, tensor.row_length)
+    return vectors if tensor.n_experts else vectors.mean(0) if n_matrices > 1 else vectors[0]
+
+
+def _of_inputs(tensor: GgufTensor, importance: torch.Tensor, spec: ModelSpec) -> torch.Tensor | None:
+    """The importance of the inputs of the model's tensor; None if the file's has other inputs."""
+    places = _input_places(tensor, importance.shape[-1], spec)
+    if places is None:
+        return None
+    found = torch.empty_like(importance)
+    found[..., places] = importance
+    return found
+
+
+def _input_places(tensor: GgufTensor, n_inputs: int, spec: ModelSpec) -> torch.Tensor | None:
+    """The input of the model's tensor that each input of the file's is; None if it has other inputs."""
+    sizes = {} if tensor.layer is None else spec.layers[tensor.layer].sizes
+    return tensor.transform.inputs(torch.arange(n_inputs), sizes)
 
 
 def _check_layers(path: Path, entries: Mapping[str, _Entry], spec: ModelSpec) -> None:
@@ -191,15 +209,15 @@ def write_imatrix(
 
     Args:
         path: the file; it is complete or absent.
-        spec: shape of the model that the file is for.
+        spec: the model that the file is for.
         layers: statistics by layer of the model that was watched.
-        experts: the parts of that model that the shape has; :meth:`ExpertMap.identity` if it has them all.
+        experts: the parts of that model that this one has; :meth:`ExpertMap.identity` if it has them all.
         datasets: names of the texts that were calibrated on.
 
     Raises:
         InputError: the file cannot be written.
     """
-    tensors = [tensor for tensor in plan_tensors(spec, "F32") if tensor.is_matrix and not tensor.role.is_global]
+    tensors = [tensor for tensor in plan_tensors(spec, "F32") if _is_counted(tensor, spec)]
     n_chunks = int(layers[experts.layers[0].source].n_tokens) // _CHUNK_TOKENS
     metadata = {
         "general.type": string("imatrix"),
@@ -210,16 +228,39 @@ def write_imatrix(
     directory = [entry for tensor in tensors for entry in _directory(tensor)]
     with replacing(path) as file:
         file.write(render_header(len(metadata), render_values(metadata), directory))
-        for values in _values(tensors, layers, experts, spec):
+        for values in _in_file(tensors, _values(tensors, layers, experts, spec), spec):
             data = values.astype("<f4").tobytes()
             file.write(data.ljust(aligned(len(data)), b"\0"))
 
 
+def _is_counted(tensor: GgufTensor, spec: ModelSpec) -> bool:
+    """Whether a calibration has seen the inputs of this tensor."""
+    is_in_layer = tensor.is_matrix and tensor.layer is not None
+    return is_in_layer and _input_places(tensor, tensor.row_length, spec) is not None
+
+
 def _directory(tensor: GgufTensor) -> Iterator[TensorEntry]:
-    n_matrices = tensor.shape[0] if tensor.role.is_expert and len(tensor.shape) == 3 else 1
+    n_matrices = _n_matrices(tensor)
     for suffix, length in ((_SUMS, tensor.row_length), (_COUNTS, 1)):
         n_bytes = 4 * n_matrices * length
         yield TensorEntry(tensor.name + suffix, (n_matrices, length), GGMLQuantizationType.F32, n_bytes)
+
+
+def _n_matrices(tensor: GgufTensor) -> int:
+    return tensor.shape[0] if len(tensor.shape) == 3 else 1
+
+
+def _in_file(
+    tensors: Sequence[GgufTensor], values: Iterator[npt.NDArray[np.float64]], spec: ModelSpec
+) -> Iterator[npt.NDArray[np.float64]]:
+    """Yields the sums and counts of the model's tensors as the file's have them: in their order, for each matrix."""
+    for tensor in tensors:
+        sums, counts = next(values), next(values)
+        if not tensor.n_experts:
+            sums, counts = (np.tile(value.reshape(1, -1), (_n_matrices(tensor), 1)) for value in (sums, counts))
+        places = _input_places(tensor, tensor.row_length, spec)
+        yield sums[..., places]
+        yield counts
 
 
 def _values(
@@ -231,7 +272,7 @@ def _values(
         came_from = experts.layers[tensor.layer]
         layer = layers[came_from.source]
         kept = list(came_from.kept)
-        if not tensor.role.is_expert:
+        if not tensor.n_experts:
             input_role = spec.tensor(tensor.role, tensor.layer).input_role
             yield from (layer.input_squares[input_role].numpy(), layer.n_tokens.numpy())
         else:

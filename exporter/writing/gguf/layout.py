@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -11,11 +11,12 @@ from compressors.model.description.gguf_rope import GgufRope, gguf_rope
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import TensorSpec
+from compressors.model.description.transforms import SAME, Transform
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.files.ggml_types import BLOCK_SIZES
 from compressors.model.names import shown
 from compressors.quantize import QUANTIZABLE_TYPES, GGMLQuantizationType, fallback_type, row_bytes
-from exporter.writing.gguf.mixes import file_type_of, matrix_type, mix_named
+from exporter.writing.gguf.mixes import MixedModel, file_type_of, is_quantized, mix_named, mixed_types
 
 __all__ = ["GgufTensor", "Quantization", "bits_per_weight", "check_uniform", "plan_tensors", "quantization"]
 __all__ += ["rope_settings"]
@@ -25,15 +26,29 @@ _MAX_EXPERTS, _MAX_LAYERS = 1024, 512  # LLAMA_MAX_EXPERTS and LLAMA_MAX_LAYERS 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor of the file; all experts of a layer are one tensor [E, F, D] or [E, D, F], one without E if dense."""
+    """One tensor of the file; all experts of a layer are one tensor [E, F, D] or [E, D, F], one without E if dense.
+
+    Attributes:
+        name: its name.
+        role: the role of the model's tensor that its values are of.
+        layer: the layer; None outside of the layers.
+        shape: its shape, in torch's order.
+        ggml_type: its type.
+        described: the model's tensor as the file holds it; None: the values are made from ``config.json``.
+        transform: makes the values of those of the model's tensor; of each expert's, if each has one.
+        n_experts: the matrices of experts that it is made of, one after another; 0: it is made of one tensor.
+        values: its values, if they are made from ``config.json``.
+    """
 
     name: str
     role: Role
     layer: int | None
-    shape: tuple[int, ...]  # torch's order
+    shape: tuple[int, ...]
     ggml_type: GGMLQuantizationType
-    described: TensorSpec | None  # None: its values are made from config.json
-    values: tuple[float, ...] | None = None  # of a tensor that is made from config.json; None: those of its role
+    described: TensorSpec | None
+    transform: Transform = SAME
+    n_experts: int = 0
+    values: tuple[float, ...] | None = None
 
     @property
     def row_length(self) -> int:
@@ -42,8 +57,8 @@ class GgufTensor:
 
     @property
     def is_matrix(self) -> bool:
-        """True if the tensor is quantized: it is neither a router, nor a norm, nor rope factors."""
-        return self.described is not None and self.described.is_quantizable
+        """True if the tensor may be quantized: it is neither a router, nor a norm, nor anything else that is small."""
+        return self.described is not None and self.described.is_quantizable and is_quantized(self.name, self.shape)
 
     @property
     def n_values(self) -> int:
@@ -70,7 +85,7 @@ def plan_tensors(spec: ModelSpec, mix: str, types: Mapping[str, str] | None = No
     """Every tensor of the file, in the file's order.
 
     Args:
-        spec: shape of the model.
+        spec: the model.
         mix: the name of one of llama.cpp's mixes (:data:`exporter.writing.gguf.mixes.MIXES`); types whose blocks do not
             divide a row are replaced by llama.cpp's types of smaller blocks.
         types: type names that replace the mix's, by tensor name such as ``blk.0.ffn_down_exps.weight``.
@@ -79,26 +94,37 @@ def plan_tensors(spec: ModelSpec, mix: str, types: Mapping[str, str] | None = No
         InputError: there is no such mix, tensor or type, or a tensor cannot be of the type given for it.
         UnsupportedError: llama.cpp cannot represent a model of this shape.
     """
-    mix_named(mix)
+    named = mix_named(mix)
     _check_representable(spec)
     written = spec.written
-    tensors = [_tensor(described, None, spec, mix) for described in written.tensors]
+    tensors = [tensor for described in written.tensors for tensor in _parts(described, None, spec)]
     for name, values in rope_settings(spec).factors.items():
-        factors = GgufTensor(name, Role.ROPE_FACTORS, None, (len(values),), GGMLQuantizationType.F32, None, values)
+        factors = GgufTensor(name, Role.ROPE_FACTORS, None, (len(values),), _F32, None, values=values)
         tensors.append(factors)
     for index, layer in enumerate(written.layers):
-        tensors += [_tensor(described, index, spec, mix) for described in layer.tensors]
-    return _with_types(tensors, types or {})
+        tensors += [tensor for described in layer.tensors for tensor in _parts(described, index, spec)]
+    chosen = mixed_types(named, {tensor.name: tensor.shape for tensor in tensors}, MixedModel.of(spec))
+    in_mix = [replace(tensor, ggml_type=chosen[tensor.name]) if tensor.is_matrix else tensor for tensor in tensors]
+    return _with_types(in_mix, types or {})
 
 
-def _tensor(described: TensorSpec, layer: int | None, spec: ModelSpec, mix: str) -> GgufTensor:
+_F32 = GGMLQuantizationType.F32
+
+
+def _parts(described: TensorSpec, layer: int | None, spec: ModelSpec) -> Iterator[GgufTensor]:
+    """The tensors of the file that hold one of the model's, in F32.
+
+    A dense counterpart's feed-forward is made of the model's only expert.
+    """
     dimensions = spec.written.dimensions(described.role, layer)
-    if described.is_per_expert:
-        dimensions = (spec.n_experts, *dimensions)
-    ggml_type = GGMLQuantizationType.F32
-    if described.is_quantizable:
-        ggml_type = fallback_type(matrix_type(mix_named(mix), described.role, layer, spec), dimensions[-1])
-    return GgufTensor(described.gguf.name.format(layer=layer), described.role, layer, dimensions, ggml_type, described)
+    sizes = {} if layer is None else spec.written.layers[layer].sizes
+    source = spec.tensor(described.role, layer)
+    n_experts = spec.layers[layer].n_experts if layer is not None and source.is_per_expert else 0
+    for part in described.gguf_parts:
+        shape = part.transform.shape(dimensions, sizes)
+        shape = (n_experts, *shape) if described.is_per_expert else shape
+        name = part.name.format(layer=layer)
+        yield GgufTensor(name, described.role, layer, shape, _F32, described, part.transform, n_experts)
 
 
 def _with_types(tensors: Sequence[GgufTensor], types: Mapping[str, str]) -> tuple[GgufTensor, ...]:
@@ -159,14 +185,22 @@ def quantization(spec: ModelSpec, mix: str, types: Mapping[str, str] | None = No
 
 
 def check_uniform(spec: ModelSpec) -> None:
-    """Refuses layers that differ.
+    """Refuses layers that differ in their experts; dense layers may stand before all that have some.
 
     Raises:
         UnsupportedError: the layers differ.
     """
+    graph = f"llama.cpp's {spec.written.family.gguf.architecture} graph"
+    has_experts = [layer.routed is not None for layer in spec.layers]
+    if spec.is_uniform and has_experts != sorted(has_experts):
+        first = has_experts.index(False, has_experts.index(True))
+        raise UnsupportedError(
+            f"{graph} has experts in every layer after the first one with experts; layer {first} of this model has "
+            "none: it cannot be written as GGUF; use --formats onnx"
+        )
     if not spec.is_uniform:
         raise UnsupportedError(
-            f"llama.cpp's {spec.written.family.gguf.architecture} graph has one number of experts and one expert "
+            f"{graph} has one number of experts and one expert "
             f"width for all layers; these layers have {spec.described_sizes}: they cannot be written as GGUF; give "
             "all layers the same, or use --formats onnx"
         )

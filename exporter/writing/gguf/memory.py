@@ -8,10 +8,11 @@ terms of ``compute``) to resident set sizes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 
-from compressors.model.description.spec import ModelSpec
+from compressors.model.description.mixers import Mixer
+from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
 
 __all__ = ["predict_runtime_bytes"]
@@ -45,13 +46,15 @@ def predict_runtime_bytes(spec: ModelSpec, file_bytes: int, context: int, kv_typ
     """
     if kv_type not in _CACHE_BYTES:
         raise InputError(f"--kv-type {kv_type}: no such type; choose one of {', '.join(_CACHE_BYTES)}")
-    if kv_type in _QUANTIZED and spec.head_dim % _QUANTIZED_BLOCK:
+    cut = next((mixer.cached_head for mixer in _mixers(spec) if mixer.cached_head % _QUANTIZED_BLOCK), None)
+    if kv_type in _QUANTIZED and cut is not None:
         raise UnsupportedError(
             f"--kv-type {kv_type}: llama.cpp stores such keys and values in blocks of {_QUANTIZED_BLOCK}, and this "
-            f"model's heads are {spec.head_dim} wide: use --kv-type f16"
+            f"model's heads are {cut} wide: use --kv-type f16"
         )
-    cells = -(-context // _CONTEXT_STEP) * _CONTEXT_STEP
-    key_value = 2 * spec.n_kv_heads * spec.head_dim  # values cached for a token in a layer
+    cells = _rounded_up(context)
+    cached = sum(_cells(mixer, spec, cells) * mixer.cached_values for mixer in _mixers(spec))
+    states = _FLOAT * sum(mixer.state_values for mixer in _mixers(spec))
     compute = (
         _graph_bytes(spec, cells, kv_type)
         + _work_bytes(spec)
@@ -62,27 +65,58 @@ def predict_runtime_bytes(spec: ModelSpec, file_bytes: int, context: int, kv_typ
     )
     return {
         "weights": file_bytes,
-        "kv_cache": int(spec.n_layers * cells * key_value * _CACHE_BYTES[kv_type]),
+        "kv_cache": int(cached * _CACHE_BYTES[kv_type]) + states,
         "compute": compute,
     }
+
+
+def _mixers(spec: ModelSpec) -> Iterator[Mixer]:
+    return (layer.mixer for layer in spec.layers)
+
+
+def _cells(mixer: Mixer, spec: ModelSpec, cells: int) -> int:
+    """Cells of a layer's cache: those of its window and a batch, where some layers have a window and others none.
+
+    See ``llama_kv_cache_iswa`` in ``src/llama-kv-cache-iswa.cpp``. A window that all layers have is none to llama.cpp.
+    """
+    if mixer.window is None or all(other.window is not None for other in _mixers(spec)):
+        return cells
+    return min(cells, _rounded_up(mixer.window + _BATCH))
+
+
+def _rounded_up(n_cells: int) -> int:
+    return -(-n_cells // _CONTEXT_STEP) * _CONTEXT_STEP
 
 
 def _graph_bytes(spec: ModelSpec, cells: int, kv_type: str) -> int:
     """The compute buffer: the largest of three moments at which most intermediate results are alive at once."""
     tokens = min(_BATCH, cells)
     hidden = _FLOAT * tokens * spec.hidden_size
-    query = _FLOAT * tokens * spec.n_heads * spec.head_dim
-    key_value = 2 * _FLOAT * tokens * spec.n_kv_heads * spec.head_dim
-    chosen_inner = _FLOAT * tokens * spec.top_k * spec.expert_width
-    chosen_outer = _FLOAT * tokens * spec.top_k * spec.hidden_size
     mask = _HALF * tokens * cells
-    # flash attention works on half precision: float32 keys and values are converted whole
-    converted = _HALF * 2 * cells * spec.n_kv_heads * spec.head_dim if kv_type == "f32" else 0
     logits_moment = _FLOAT * tokens * spec.vocab_size + 2 * hidden
-    attention_moment = mask + converted + 2 * hidden + 2 * query + key_value
-    experts_moment = mask + 2 * hidden + max(3 * chosen_inner + chosen_outer, 2 * chosen_outer)
+    attention_moment = mask + 2 * hidden + max(_mixer_bytes(mixer, tokens, cells, kv_type) for mixer in _mixers(spec))
+    feed_forward_moment = mask + 2 * hidden + max(_feed_forward_bytes(layer, tokens) for layer in spec.layers)
     # the allocator leaves gaps, up to the size of one hidden state in all cases that were seen
-    return max(logits_moment, attention_moment, experts_moment) + hidden
+    return max(logits_moment, attention_moment, feed_forward_moment) + hidden
+
+
+def _mixer_bytes(mixer: Mixer, tokens: int, cells: int, kv_type: str) -> int:
+    """Queries, outputs, keys and values, and what is made of the cache."""
+    # flash attention works on half precision: float32 keys and values are converted whole
+    converted = _HALF * cells * mixer.cached_values if kv_type == "f32" else 0
+    return converted + _FLOAT * tokens * (2 * mixer.width + mixer.cached_values)
+
+
+def _feed_forward_bytes(layer: LayerSpec, tokens: int) -> int:
+    """The products of the experts of each token, and their outputs; a shared expert's beside the outputs' sum."""
+    feed_forward = layer.feed_forward
+    if feed_forward is None:
+        return 0
+    chosen_inner = _FLOAT * tokens * feed_forward.n_active * feed_forward.width
+    chosen_outer = _FLOAT * tokens * feed_forward.n_active * layer.hidden_size
+    shared = layer.routed.shared if layer.routed is not None else None
+    of_shared = 0 if shared is None else _FLOAT * tokens * (3 * shared.width + 2 * layer.hidden_size)
+    return max(3 * chosen_inner + chosen_outer, 2 * chosen_outer, of_shared)
 
 
 def _work_bytes(spec: ModelSpec) -> int:
@@ -91,6 +125,7 @@ def _work_bytes(spec: ModelSpec) -> int:
     Inputs of a matrix product in the weights' dot-product type, at most 16 bits a value; for experts also the list of
     rows of each.
     """
-    inputs = max(spec.hidden_size, spec.n_heads * spec.head_dim, spec.top_k * spec.expert_width)
-    row_lists = 8 * spec.n_experts * spec.top_k
+    chosen = (layer.feed_forward.n_active * layer.feed_forward.width for layer in spec.layers if layer.feed_forward)
+    inputs = max(spec.hidden_size, *(mixer.width for mixer in _mixers(spec)), *chosen)
+    row_lists = max(8 * layer.n_experts * layer.top_k for layer in spec.layers)
     return _BATCH * (_HALF * inputs + row_lists)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from math import prod
+from itertools import groupby
 
 from compressors.calibration.statistics import Importance
 from compressors.model.description.roles import Role
@@ -24,7 +24,7 @@ from compressors.sensitivity import (
 )
 from compressors.sensitivity.sampling import SAMPLED_WEIGHTS
 from exporter.writing.gguf.container import aligned
-from exporter.writing.gguf.layout import plan_tensors
+from exporter.writing.gguf.layout import GgufTensor, plan_tensors
 
 __all__ = ["ALLOCATED_TYPES", "DecodeCost", "gguf_type_table", "plan_gguf_units", "weights_of_a_token"]
 
@@ -63,10 +63,10 @@ def plan_gguf_units(
     quantizers: Mapping[GGMLQuantizationType, Quantizer | None] | None = None,
     decode_cost: DecodeCost | None = None,
 ) -> list[UnitPlan]:
-    """A unit for each tensor that can be quantized, in the file's order, with those types that fit its rows.
+    """A unit for each matrix of the model, in the file's order, with those types that fit the rows of all its parts.
 
     Args:
-        spec: shape of the model in the file.
+        spec: the model in the file.
         types: types to choose from.
         feedback: error feedback reduces the errors (:func:`~compressors.sensitivity.feedback_factor`).
         quantizers: quantizers in place of ggml's kernels for some types; None: the type holds the weights exactly.
@@ -75,19 +75,20 @@ def plan_gguf_units(
     Raises:
         UnsupportedError: llama.cpp cannot represent a model of this shape.
     """
+    matrices = [tensor for tensor in plan_tensors(spec, "F32") if tensor.is_matrix]
     plans = []
-    for tensor in plan_tensors(spec, "F32"):
-        if not tensor.is_matrix:
-            continue
+    for place, of_place in groupby(matrices, key=lambda tensor: (tensor.role, tensor.layer)):
+        parts = list(of_place)
+        names = tuple(tensor.name for tensor in parts)
+        n_used = sum(weights_of_a_token(spec, tensor) for tensor in parts)
         candidates = []
         for ggml_type in types:
-            if tensor.row_length % BLOCK_SIZES[ggml_type][0] == 0:
-                n_bytes = aligned(replace(tensor, ggml_type=ggml_type).n_bytes)
+            if all(tensor.row_length % BLOCK_SIZES[ggml_type][0] == 0 for tensor in parts):
+                n_bytes = sum(aligned(replace(tensor, ggml_type=ggml_type).n_bytes) for tensor in parts)
                 quantize, factor = _errors(ggml_type, feedback, quantizers or {})
-                n_used = weights_of_a_token(spec, tensor.role, tensor.shape)
                 seconds = 0.0 if decode_cost is None else decode_cost(ggml_type.name, n_used)
                 candidates.append(Candidate(ggml_type.name, n_bytes, quantize, factor, seconds))
-        plans.append(UnitPlan(tensor.name, (tensor.name,), ((tensor.role, tensor.layer),), tuple(candidates)))
+        plans.append(UnitPlan(names[0], names, (place,), tuple(candidates)))
     return plans
 
 
@@ -127,16 +128,15 @@ def _errors(
     return ggml_quantizer(ggml_type), factor
 
 
-def weights_of_a_token(spec: ModelSpec, role: Role, dimensions: tuple[int, ...]) -> int:
+def weights_of_a_token(spec: ModelSpec, tensor: GgufTensor) -> int:
     """Counts the weights that one token is multiplied with: its experts', and none of an embedding that is no head.
 
     Args:
-        spec: shape of the model.
-        role: role of a tensor of the file.
-        dimensions: dimensions of the tensor (:class:`~exporter.writing.gguf.layout.GgufTensor`).
+        spec: the model.
+        tensor: a tensor of its file.
     """
-    if role is Role.TOKEN_EMBEDDING and not spec.tied_embeddings:
+    if tensor.role is Role.TOKEN_EMBEDDING and not spec.tied_embeddings:
         return 0
-    if role.is_expert and not spec.is_dense:
-        return prod(dimensions[1:]) * min(spec.top_k, dimensions[0])
-    return prod(dimensions)
+    if tensor.n_experts and tensor.layer is not None:
+        return tensor.n_values // tensor.n_experts * spec.layers[tensor.layer].top_k
+    return tensor.n_values

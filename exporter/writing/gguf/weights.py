@@ -6,7 +6,7 @@ piece, since gate and up share their inputs and those of down are made from both
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -104,16 +104,30 @@ def _plan_rows(student: Student, tensors: Sequence[GgufTensor], offset: int) -> 
     """Everything after the header, in the file's order: whole experts, and slices of other matrices."""
     for tensor in tensors:
         n_rows, padding = prod(tensor.shape[:-1]), aligned(tensor.n_bytes) - tensor.n_bytes
-        if tensor.role.is_expert:
-            step = n_rows // student.spec.n_experts
-            slices = [slice(first, first + step) for first in range(0, n_rows, step)]
-        else:
-            slices = row_slices(n_rows, tensor.row_length, multiple=_rows_together(student, tensor))
+        slices = _experts_rows(tensor, n_rows) if tensor.n_experts else _row_slices(student, tensor, n_rows)
         for number, rows in enumerate(slices):
-            expert = number if tensor.role.is_expert else None
+            expert = number if tensor.n_experts else None
             at = offset + rows.start * row_bytes(tensor.ggml_type, tensor.row_length)
             yield _Rows(tensor, expert, rows, at, padding if rows.stop == n_rows else 0)
         offset += aligned(tensor.n_bytes)
+
+
+def _experts_rows(tensor: GgufTensor, n_rows: int) -> list[slice]:
+    step = n_rows // tensor.n_experts
+    return [slice(first, first + step) for first in range(0, n_rows, step)]
+
+
+def _row_slices(student: Student, tensor: GgufTensor, n_rows: int) -> list[slice]:
+    """Rows that are read together: all, unless a few of the file's are as many of the student's."""
+    together = tensor.transform.rows_together(_sizes(student, tensor))
+    if together is None or len(tensor.shape) == 1:
+        return [slice(0, n_rows)]
+    return row_slices(n_rows, tensor.row_length, multiple=together)
+
+
+def _sizes(student: Student, tensor: GgufTensor) -> Mapping[str, int]:
+    """The sizes of the tensor's layer by letter."""
+    return {} if tensor.layer is None else student.spec.layers[tensor.layer].sizes
 
 
 class _Matrices:
@@ -130,23 +144,33 @@ class _Matrices:
         role, layer = group[0].tensor.role, group[0].tensor.layer
         if self._feedback is None or not any(rows.has_codes_to_choose for rows in group):
             return partial(_quantized, matrices, None)
-        if role.is_expert:
+        if group[0].expert is not None:
             assert layer is not None
             return partial(_quantized_expert, matrices, self._feedback.experts(layer))
-        return partial(_quantized, matrices, self._feedback.matrix(role, layer))
+        feedback = self._feedback.matrix(role, layer) if group[0].tensor.transform.keeps_inputs else None
+        return partial(_quantized, matrices, feedback)
 
     def _matrix(self, rows: _Rows) -> _Matrix:
         tensor, student = rows.tensor, self._student
         if tensor.values is not None:
             return _Matrix(rows, torch.tensor(tensor.values)[None], None, tensor.name)
-        weights = self._importance.get((tensor.role, tensor.layer))
+        weights, sizes = self._importance.get((tensor.role, tensor.layer)), _sizes(student, tensor)
         if rows.expert is None:
-            values_RN = _matrix_rows(student, tensor, rows.rows)
+            values = _source_rows(student, tensor, rows.rows)
         else:
             assert tensor.layer is not None
-            values_RN = student.expert(tensor.role, tensor.layer, rows.expert)
+            values = student.expert(tensor.role, tensor.layer, rows.expert)
             weights = None if weights is None else weights[rows.expert]
+        values_RN = tensor.transform.write(values, sizes).reshape(-1, tensor.row_length)
+        weights = None if weights is None else tensor.transform.inputs(weights, sizes)
         return _Matrix(rows, values_RN, weights, student.name(tensor.role, tensor.layer, rows.expert))
+
+
+def _source_rows(student: Student, tensor: GgufTensor, rows: slice) -> torch.Tensor:
+    """The values that some rows of the file are made of, in storage dtype."""
+    if tensor.transform.rows_together(_sizes(student, tensor)) is None or len(tensor.shape) == 1:
+        return student.tensor(tensor.role, tensor.layer)
+    return student.rows(tensor.role, tensor.layer, rows)
 
 
 def _quantized(matrices: Sequence[_Matrix], feedback: Feedback | None) -> list[Part]:
@@ -156,10 +180,10 @@ def _quantized(matrices: Sequence[_Matrix], feedback: Feedback | None) -> list[P
 def _quantized_expert(matrices: Sequence[_Matrix], feedback: ExpertFeedback) -> list[Part]:
     """Quantizes an expert: gate and up share their inputs; those of down are made from both."""
     by_role = {matrix.rows.tensor.role: matrix for matrix in matrices}
-    gate, up, down = (by_role[role] for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN))
+    gate, up, down = (by_role.pop(role) for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN))
     expert = gate.rows.expert
     assert expert is not None
-    parts: list[Part] = []
+    parts = _quantized(list(by_role.values()), None)
     if gate.rows.has_codes_to_choose or up.rows.has_codes_to_choose:
         parts += _quantized((gate, up), feedback.gate_up(expert))
     else:
@@ -167,20 +191,3 @@ def _quantized_expert(matrices: Sequence[_Matrix], feedback: ExpertFeedback) -> 
     if down.rows.has_codes_to_choose:
         return parts + down.quantized(feedback.down(expert, gate.values_RN, up.values_RN))
     return parts + down.quantized(None)
-
-
-def _matrix_rows(student: Student, tensor: GgufTensor, rows: slice) -> torch.Tensor:
-    """Rows of a tensor that is not an expert's, in storage dtype and llama.cpp's order."""
-    if len(tensor.shape) == 1:
-        return student.tensor(tensor.role, tensor.layer)[None]
-    values_RN = student.rows(tensor.role, tensor.layer, rows)
-    if tensor.described is None or tensor.layer is None:
-        return values_RN
-    return tensor.described.gguf.transform.write(values_RN, student.spec.layers[tensor.layer].sizes)
-
-
-def _rows_together(student: Student, tensor: GgufTensor) -> int:
-    """The number of rows that llama.cpp's order mixes."""
-    if tensor.described is None or tensor.layer is None:
-        return 1
-    return tensor.described.gguf.transform.rows_together(student.spec.layers[tensor.layer].sizes)

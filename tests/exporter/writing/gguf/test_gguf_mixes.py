@@ -41,7 +41,7 @@ def _header_alone(spec: ModelSpec, folder: Path, path: Path) -> None:
 
 def _sized(spec: ModelSpec, n_layers: int, n_experts: int, expert_width: int, n_kv_heads: int) -> ModelSpec:
     sizes = [MoeSize(n_experts, expert_width)] * n_layers
-    return altered(spec, n_kv_heads=n_kv_heads, vocab_size=64).with_sizes(sizes)
+    return altered(spec, n_layers=n_layers, n_kv_heads=n_kv_heads, vocab_size=64).with_sizes(sizes)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_types_are_those_of_llama_quantize(
 ) -> None:
     folder = request.getfixturevalue(f"{family}_folder")
     shape = replace(read_spec(folder), tied_embeddings=tied)
-    shape = _sized(shape, n_layers, n_experts, expert_width, n_kv_heads if family != "olmoe" else shape.n_kv_heads)
+    shape = _sized(shape, n_layers, n_experts, expert_width, n_kv_heads)
     _header_alone(shape, folder, tmp_path / "x.gguf")
     for mix in MIXES.values():
         theirs = types_in_a_dry_run(tmp_path / "x.gguf", mix.file_type)

@@ -154,7 +154,7 @@ def test_decoding_costs_what_a_token_is_multiplied_with(student: Student) -> Non
 
 def test_a_token_is_multiplied_with_the_whole_feed_forward_of_a_dense_model(student: Student) -> None:
     dense = student.spec.with_experts(1)
-    used = {tensor.name: weights_of_a_token(dense, tensor.role, tensor.shape) for tensor in plan_tensors(dense, "Q8_0")}
+    used = {tensor.name: weights_of_a_token(dense, tensor) for tensor in plan_tensors(dense, "Q8_0")}
     assert used["blk.0.ffn_down.weight"] == dense.expert_width * dense.hidden_size
 
 
