@@ -12,7 +12,7 @@ from typing import Any
 
 from compressors.model.description.family import Family
 from compressors.model.description.rope import Rope
-from compressors.model.description.rope_config import read_rope
+from compressors.model.description.rope_config import RopeRule, read_rope
 from compressors.model.description.settings import Settings
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.names import shown
@@ -161,14 +161,10 @@ class FamilySettings:
             return None
         return self.count("sliding_window")
 
-    def rope(self, head_dim: int, default_theta: float) -> Rope:
-        """The rotary embedding of heads of so many values; ``default_theta`` is transformers'."""
-        return read_rope(
-            self.settings,
-            head_dim=head_dim,
-            trained_context=self.count("max_position_embeddings"),
-            default_theta=default_theta,
-        )
+    def rope(self, head_dim: int, rule: RopeRule) -> Rope:
+        """The rotary embedding of heads, or parts of heads, of so many values; ``rule`` is the family's."""
+        trained_context = self.count("max_position_embeddings")
+        return read_rope(self.settings, rule, head_dim=head_dim, trained_context=trained_context)
 
     def top_k(self, n_experts: int) -> int:
         """Experts of each token.

@@ -2,10 +2,12 @@
 
 ``ggml_rope_cache_init`` and ``rope_yarn`` in ``ggml/src/ggml-cpu/ops.cpp``; ``llama_context`` in
 ``src/llama-context.cpp``, which for YaRN puts its own attention factor in place of every other and multiplies it by
-``rope.scaling.attn_factor``; ``get_rope_factors`` in ``src/llama-model.cpp``. Keys are those of ``LLM_KV_NAMES`` in
-``src/llama-arch.cpp`` without the architecture. (``rope.scaling.yarn_beta_fast`` and ``..._slow`` are there too, but
-of the architectures that we write none reads them: 32 and 1 are constants there. Where no factors can make up for
-that, the file is written all the same, and :func:`yarn_constants` says so.)
+``rope.scaling.attn_factor``; ``kq_scale`` in ``src/models/deepseek2.cpp``; ``get_rope_factors`` in
+``src/llama-model.cpp``. Keys are those of ``LLM_KV_NAMES`` in ``src/llama-arch.cpp`` without the architecture. Base and
+width (``rope.freq_base``, ``rope.dimension_count``) are the family's; which values form a pair, every graph has built
+in. (``rope.scaling.yarn_beta_fast`` and ``..._slow`` are there too, but of the architectures that we write none reads
+them: 32 and 1 are constants there. Where no factors can make up for that, the file is written all the same, and
+:func:`yarn_constants` says so.)
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from compressors.model.description.rope import Rope, RopeKind
+from compressors.model.description.rope import Rope, RopeKind, attention_multiplier
 from compressors.model.errors import UnsupportedError
 
 __all__ = ["LONG_FACTORS", "PLAIN_FACTORS", "SHORT_FACTORS", "GgufRope", "gguf_rope", "yarn_constants"]
@@ -27,6 +29,7 @@ PLAIN_FACTORS, LONG_FACTORS, SHORT_FACTORS = (
     "rope_factors_short.weight",
 )
 _BETA_FAST, _BETA_SLOW = 32.0, 1.0  # constants of llama.cpp's graphs
+_STILL = 1e30  # llama.cpp's converter divides by it where a pair is not turned
 _SAME = 1e-5  # relative; llama.cpp computes its frequencies in float32, by repeated multiplication
 
 
@@ -38,13 +41,20 @@ class GgufRope:
     factors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # by tensor name; angles are divided by them
 
 
-def gguf_rope(rope: Rope, architecture: str, *, takes_factors: bool) -> GgufRope:
+def gguf_rope(rope: Rope, architecture: str, *, takes_factors: bool, scales_attention: bool = False) -> GgufRope:
     """Returns the keys and tensors that a file of this architecture needs, except base and width.
+
+    Args:
+        rope: the model's rotary embedding.
+        architecture: llama.cpp's.
+        takes_factors: its graph divides the angles by a tensor of the file.
+        scales_attention: its graph multiplies the products of queries and keys for a longer context, as
+            ``deepseek2``'s does.
 
     Raises:
         UnsupportedError: llama.cpp would compute other angles whatever the file says.
     """
-    written = _written(rope, takes_factors=takes_factors)
+    written = _written(rope, takes_factors=takes_factors, scales_attention=scales_attention)
     if written is None:
         raise UnsupportedError(
             f"llama.cpp's {architecture} graph cannot turn by the angles of rope_type {rope.kind.value!r}, which the "
@@ -66,13 +76,19 @@ def yarn_constants(rope: Rope, *, takes_factors: bool) -> str | None:
     )
 
 
-def _written(rope: Rope, *, takes_factors: bool) -> GgufRope | None:
+def _written(rope: Rope, *, takes_factors: bool, scales_attention: bool) -> GgufRope | None:
+    corrections = _of_attention(rope) if scales_attention else _of_cosines(rope)
     if rope.kind in (RopeKind.DEFAULT, RopeKind.DYNAMIC):  # dynamic scaling begins beyond the trained context
-        return GgufRope()
+        return GgufRope() if rope.attention_scale(1.0) == 1.0 else None
     if rope.kind is RopeKind.LINEAR:
-        return GgufRope({"rope.scaling.type": "linear", "rope.scaling.factor": rope.factor})
+        return GgufRope({"rope.scaling.type": "linear", "rope.scaling.factor": rope.factor, **corrections})
     if rope.kind is RopeKind.YARN and (_computes_yarn(rope) or not takes_factors):
-        return GgufRope(_yarn_keys(rope))
+        yarn: dict[str, str | int | float] = {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": rope.factor,
+            "rope.scaling.original_context_length": rope.original_context,
+        }
+        return GgufRope(yarn | corrections)
     if not takes_factors:
         return None
     if rope.kind is RopeKind.LONGROPE:
@@ -87,22 +103,40 @@ def _written(rope: Rope, *, takes_factors: bool) -> GgufRope | None:
 
 def _factors(rope: Rope) -> tuple[float, ...]:
     plain = replace(rope, kind=RopeKind.DEFAULT)
-    factors: list[float] = (plain.inverse_frequencies(1) / rope.inverse_frequencies(1)).tolist()
-    return tuple(factors)
+    factors = plain.inverse_frequencies(1) / rope.inverse_frequencies(1)
+    written: list[float] = factors.nan_to_num(posinf=_STILL).tolist()
+    return tuple(written)
 
 
-def _yarn_keys(rope: Rope) -> Mapping[str, str | int | float]:
-    """llama.cpp multiplies cosine and sine by 1 + 0.1 ln(factor) by itself."""
-    keys: dict[str, str | int | float] = {
-        "rope.scaling.type": "yarn",
-        "rope.scaling.factor": rope.factor,
-        "rope.scaling.original_context_length": rope.original_context,
-    }
-    by_itself = 1.0 if rope.factor <= 1 else 1.0 + 0.1 * math.log(rope.factor)
-    return keys | _attention_factor(rope.attention_factor / by_itself)
+def _of_cosines(rope: Rope) -> dict[str, float]:
+    """The correction of cosine and sine; under YaRN llama.cpp multiplies them by 1 + 0.1 ln(factor) by itself."""
+    if rope.kind is not RopeKind.YARN:
+        return {}
+    return _attention_factor(rope.attention_factor / attention_multiplier(rope.factor))
 
 
-def _attention_factor(factor: float) -> dict[str, str | int | float]:
+def _of_attention(rope: Rope) -> dict[str, float]:
+    """The same for ``deepseek2``'s graph, which corrects the products of queries and keys, too.
+
+    Let the file have an attention factor a and a logarithm's multiplier l, m(l) = 1 + l ln(factor), and m = m(0.1).
+    Under YaRN the graph multiplies cosine and sine by a, and products by (a m(l))^2; without l, by a m and by (a m)^2.
+    Under linear scaling it multiplies cosine and sine by a, and products by (a m m(l))^2; m(l) is 1 without l.
+    """
+    products = math.sqrt(rope.attention_scale(1.0))
+    if rope.factor <= 1 or rope.kind not in (RopeKind.LINEAR, RopeKind.YARN):
+        return {}
+    is_linear = rope.kind is RopeKind.LINEAR
+    without = attention_multiplier(rope.factor) if is_linear else rope.attention_factor
+    if math.isclose(products, without, rel_tol=1e-9):
+        return _of_cosines(rope)
+    multiplier = (products / without - 1) / math.log(rope.factor)
+    if without == 1.0:  # the same, but not rounded
+        multiplier = 0.1 * rope.all_dim_multiplier
+    cosines = {} if is_linear else _attention_factor(rope.attention_factor)
+    return {"rope.scaling.yarn_log_multiplier": multiplier, **cosines}
+
+
+def _attention_factor(factor: float) -> dict[str, float]:
     return {} if math.isclose(factor, 1.0, rel_tol=1e-9) else {"rope.scaling.attn_factor": factor}
 
 

@@ -2,7 +2,8 @@
 
 transformers' ``modeling_rope_utils.py`` is the definition; every function here does the same float32 operations in the
 same order, so that results are equal bit for bit. The scalings: linear (Chen et al., 2023), dynamic NTK (bloc97 and
-emozilla, 2023), YaRN (Peng et al., 2023), LongRoPE (Ding et al., 2024) and Llama 3.1's.
+emozilla, 2023), YaRN (Peng et al., 2023), LongRoPE (Ding et al., 2024), Llama 3.1's and Gemma 4's (proportional: pairs
+are those of the whole head, and only the first ones are turned).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Rope", "RopeKind"]
+__all__ = ["Rope", "RopeKind", "attention_multiplier"]
 
 
 class RopeKind(StrEnum):
@@ -26,6 +27,7 @@ class RopeKind(StrEnum):
     YARN = "yarn"
     LONGROPE = "longrope"
     LLAMA3 = "llama3"
+    PROPORTIONAL = "proportional"
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,9 @@ class Rope:
 
     kind: RopeKind
     theta: float  # the base
-    width: int  # values of a head, all of which are turned
+    width: int  # values of a head that are turned, from its first on; of proportional scaling all of the head
+    share: float = 1.0  # of the head, as the setting partial_rotary_factor says; proportional: of pairs, others stay
+    interleaved: bool = False  # a pair are neighbours; otherwise they are half the width apart
     trained_context: int = 0  # of dynamic scaling: it begins beyond so many tokens
     factor: float = 1.0
     original_context: int = 0  # tokens that the model was trained on before it was scaled
@@ -42,6 +46,7 @@ class Rope:
     beta_fast: float = 32.0  # YaRN: rotations within the original context ...
     beta_slow: float = 1.0
     truncate: bool = True  # ... between whose dimensions, whole or not, it goes from one frequency to the other
+    all_dim_multiplier: float = 0.0  # DeepSeek's mscale_all_dim, see attention_scale
     low_frequency_factor: float = 1.0  # Llama 3
     high_frequency_factor: float = 4.0
     short_factors: tuple[float, ...] = ()  # LongRoPE, [width / 2]
@@ -74,7 +79,17 @@ class Rope:
         if self.kind is RopeKind.LONGROPE:
             factors = self.long_factors if n_tokens > self.original_context else self.short_factors
             return 1.0 / (torch.tensor(factors, dtype=torch.float32) * self._powers())
+        if self.kind is RopeKind.PROPORTIONAL:
+            return self._proportional()
         return self._llama3() if self.kind is RopeKind.LLAMA3 else self._plain()
+
+    def attention_scale(self, plain: float) -> float:
+        """Returns the factor of the products of queries and keys, given that of an unscaled embedding.
+
+        DeepSeek's attention multiplies it for a longer context, in both of the multiplied vectors alike.
+        """
+        multiplier = attention_multiplier(self.factor, self.all_dim_multiplier)
+        return plain * multiplier * multiplier
 
     def in_config(self) -> dict[str, Any]:
         """``rope_parameters`` of ``config.json``, everything written out."""
@@ -100,9 +115,15 @@ class Rope:
                 "low_freq_factor": self.low_frequency_factor,
                 "high_freq_factor": self.high_frequency_factor,
             },
+            RopeKind.PROPORTIONAL: {"factor": self.factor},
         }
-        original = {"original_max_position_embeddings": self.original_context} if self.original_context else {}
-        return {"rope_type": self.kind.value, "rope_theta": self.theta, **used[self.kind], **original}
+        some = {
+            "original_max_position_embeddings": self.original_context or None,
+            "partial_rotary_factor": None if self.share == 1.0 else self.share,
+            "mscale_all_dim": self.all_dim_multiplier or None,
+        }
+        written = {key: value for key, value in some.items() if value is not None}
+        return {"rope_type": self.kind.value, "rope_theta": self.theta, **used[self.kind], **written}
 
     def _powers(self, theta: float | None = None) -> torch.Tensor:
         exponents = torch.arange(0, self.width, 2, dtype=torch.int64).float() / self.width
@@ -111,6 +132,11 @@ class Rope:
 
     def _plain(self) -> torch.Tensor:
         return 1.0 / self._powers()
+
+    def _proportional(self) -> torch.Tensor:
+        n_turned = int(self.share * self.width // 2)
+        still = torch.zeros(self.width // 2 - n_turned)
+        return torch.cat((self._plain()[:n_turned], still)) / self.factor
 
     def _dynamic(self, n_tokens: int) -> torch.Tensor:
         stretched = (self.factor * n_tokens / self.trained_context) - (self.factor - 1)
@@ -144,3 +170,8 @@ class Rope:
         )
         between = (1 - smooth) * scaled / self.factor + smooth * scaled
         return torch.where(~(wavelengths < shortest) & ~(wavelengths > longest), between, scaled)
+
+
+def attention_multiplier(factor: float, multiplier: float = 1.0) -> float:
+    """Returns YaRN's correction of attention for a context that is longer by a factor."""
+    return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0

@@ -2,30 +2,59 @@
 
 ``RotaryEmbeddingConfigMixin`` in transformers' ``modeling_rope_utils.py``: an object under ``rope_scaling`` takes the
 place of ``rope_parameters``, whole; what it lacks comes from the top level, then from the family's default; and
-``original_max_position_embeddings`` at the top level goes before one inside.
+``original_max_position_embeddings`` at the top level goes before one inside. What is said for a kind of layer has an
+object of its own inside, for which only base and share may stand at the top level.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
-from compressors.model.description.rope import Rope, RopeKind
+from compressors.model.description.rope import Rope, RopeKind, attention_multiplier
 from compressors.model.description.settings import Settings
 from compressors.model.errors import UnsupportedError
 from compressors.model.names import shown
 
-__all__ = ["read_rope"]
+__all__ = ["RopeRule", "read_rope"]
 
 _ORIGINAL = "original_max_position_embeddings"
+_SHARE = "partial_rotary_factor"
 _WITH_ORIGINAL_CONTEXT = (RopeKind.YARN, RopeKind.LONGROPE, RopeKind.LLAMA3)
 _WIDEST_HEAD = 1 << 14  # beyond it no head is real, and a table of its angles would only eat memory
 
 
-def read_rope(config: Settings, *, head_dim: int, trained_context: int, default_theta: float) -> Rope:
-    """Reads the embedding of heads of ``head_dim`` values; ``trained_context`` is ``max_position_embeddings``.
+@dataclass(frozen=True)
+class RopeRule:
+    """How a family's classes of transformers read and use the settings.
+
+    Attributes:
+        default_theta: the base where none is written.
+        default_share: the turned share of a head where none is written; None: the classes turn whole heads.
+        layer_kind: the key, inside of the settings, of those for the layers in question; None: all layers are alike.
+        takes_alpha: ``alpha`` stretches the base once and for all, whatever the length of a text.
+        scales_attention: ``mscale_all_dim`` changes the factor of the products of queries and keys, too.
+        interleaved: pairs are neighbours.
+    """
+
+    default_theta: float = 10_000.0
+    default_share: float | None = None
+    layer_kind: str | None = None
+    takes_alpha: bool = False
+    scales_attention: bool = False
+    interleaved: bool = False
+
+
+def read_rope(config: Settings, rule: RopeRule, *, head_dim: int, trained_context: int) -> Rope:
+    """Reads a rotary embedding.
+
+    Args:
+        config: the settings of the model.
+        rule: how the family reads them.
+        head_dim: values of a head, or of the part of it that is set aside for turning.
+        trained_context: ``max_position_embeddings``.
 
     Raises:
         InputError: a value is missing or of the wrong type.
@@ -33,18 +62,27 @@ def read_rope(config: Settings, *, head_dim: int, trained_context: int, default_
     """
     scaling = config.objects("rope_scaling")
     parameters = config.objects("rope_parameters")
-    chosen = scaling if scaling.raw else parameters
-    _refuse_by_layer_type(chosen)
+    outer = scaling if scaling.raw else parameters
+    chosen = _of_layer_kind(outer, rule.layer_kind)
     kind = _kind(chosen)
     theta_owner = chosen if "rope_theta" in chosen else config
-    plain = Rope(kind, theta_owner.number("rope_theta", default_theta), head_dim)
+    share = _share(config, chosen, kind, rule, head_dim)
+    width = head_dim if kind is RopeKind.PROPORTIONAL else int(head_dim * share)
+    plain = Rope(
+        kind, theta_owner.number("rope_theta", rule.default_theta), width, share=share, interleaved=rule.interleaved
+    )
     if kind is RopeKind.DEFAULT:
-        return plain  # transformers' default ignores everything else, partial_rotary_factor included
-    _refuse_partial(config, chosen, head_dim)
+        return plain  # transformers' default ignores everything else
+    if rule.takes_alpha and kind is RopeKind.DYNAMIC and chosen.raw.get("alpha"):
+        return _stretched(plain, chosen)
     if kind in _WITH_ORIGINAL_CONTEXT:
-        original = config if _ORIGINAL in config else chosen
+        original = config if _ORIGINAL in config and chosen is outer else chosen
         plain = replace(plain, original_context=original.count(_ORIGINAL, trained_context))
     rope = _READERS[kind](plain, chosen, trained_context)
+    if kind is RopeKind.YARN:  # transformers' function looks for this one beside the kinds of layers, not in them
+        rope = replace(rope, truncate=bool(outer.raw.get("truncate", True)))
+    if rule.scales_attention and chosen.raw.get("mscale_all_dim"):
+        rope = replace(rope, all_dim_multiplier=chosen.number("mscale_all_dim"))
     _refuse_impossible(rope, chosen)
     return rope
 
@@ -60,25 +98,59 @@ def _kind(chosen: Settings) -> RopeKind:
     return RopeKind(value)
 
 
-def _refuse_by_layer_type(chosen: Settings) -> None:
-    for key, value in chosen.raw.items():
-        if isinstance(value, dict):
-            raise UnsupportedError(
-                f"{chosen.named(key)} is an object: a rotary embedding of its own for a kind of layer is not supported"
-            )
+def _of_layer_kind(settings: Settings, layer_kind: str | None) -> Settings:
+    """The settings for a kind of layer; where there are none for kinds of layers, they are for all.
 
-
-def _refuse_partial(config: Settings, chosen: Settings, head_dim: int) -> None:
-    """transformers' classes of these families turn whole heads, and fail where the scaling is for a part of them."""
-    owner = chosen if "partial_rotary_factor" in chosen else config
-    share = owner.number_or_null("partial_rotary_factor")
-    if share is None and owner is config:
-        return
-    if share is None or int(head_dim * share) != head_dim:
+    Raises:
+        UnsupportedError: there are some for kinds of layers, but not for this one.
+    """
+    nested = [key for key, value in settings.raw.items() if isinstance(value, dict)]
+    if not nested:
+        return settings
+    if layer_kind is None:
         raise UnsupportedError(
-            f"{owner.named('partial_rotary_factor')} is {shown(share)}; this family turns whole heads, so transformers "
-            "cannot run such a model either"
+            f"{settings.named(nested[0])} is an object: a rotary embedding of its own for a kind of layer is not "
+            "supported"
         )
+    if layer_kind not in nested:
+        raise UnsupportedError(
+            f"{settings.named(layer_kind)} is missing, and others are for {', '.join(nested)}: these layers could not "
+            "be turned"
+        )
+    return settings.objects(layer_kind)
+
+
+def _share(config: Settings, chosen: Settings, kind: RopeKind, rule: RopeRule, head_dim: int) -> float:
+    """The share of a head that is turned.
+
+    Raises:
+        UnsupportedError: transformers cannot run such a model.
+    """
+    if rule.default_share is None and kind is RopeKind.DEFAULT:
+        return 1.0  # classes that turn whole heads do not read it
+    owner = chosen if _SHARE in chosen else config
+    share = owner.number_or_null(_SHARE)
+    if share is None and owner is chosen:
+        raise _no_share(owner, "it must be a number")
+    if share is None:  # null at the top level stands for none
+        share = 1.0 if rule.default_share is None or _SHARE in owner else rule.default_share
+    if kind is RopeKind.PROPORTIONAL and share <= 1:
+        return share
+    if rule.default_share is None and int(head_dim * share) != head_dim:
+        raise _no_share(owner, "this family turns whole heads, so transformers cannot run such a model either")
+    if share > 1 or not int(head_dim * share) or int(head_dim * share) % 2:
+        raise _no_share(owner, f"of heads of {head_dim} values that is not a number of pairs")
+    return share
+
+
+def _no_share(owner: Settings, why: str) -> UnsupportedError:
+    return UnsupportedError(f"{owner.named(_SHARE)} is {shown(owner.raw.get(_SHARE))}; {why}")
+
+
+def _stretched(rope: Rope, chosen: Settings) -> Rope:
+    """The same as an unscaled embedding of another base."""
+    stretched = rope.theta * chosen.number("alpha") ** (rope.width / (rope.width - 2))
+    return replace(rope, kind=RopeKind.DEFAULT, theta=stretched)
 
 
 def _linear(rope: Rope, chosen: Settings, _trained_context: int) -> Rope:
@@ -97,21 +169,16 @@ def _yarn(rope: Rope, chosen: Settings, trained_context: int) -> Rope:
     scale, scale_all = chosen.raw.get("mscale"), chosen.raw.get("mscale_all_dim")
     if attention_factor is None and scale and scale_all:
         attention_factor = float(
-            _attention_scale(factor, chosen.number("mscale"))
-            / _attention_scale(factor, chosen.number("mscale_all_dim"))
+            attention_multiplier(factor, chosen.number("mscale"))
+            / attention_multiplier(factor, chosen.number("mscale_all_dim"))
         )
     return replace(
         rope,
         factor=factor,
-        attention_factor=_attention_scale(factor) if attention_factor is None else attention_factor,
+        attention_factor=attention_multiplier(factor) if attention_factor is None else attention_factor,
         beta_fast=chosen.number("beta_fast") if chosen.raw.get("beta_fast") else 32.0,
         beta_slow=chosen.number("beta_slow") if chosen.raw.get("beta_slow") else 1.0,
-        truncate=bool(chosen.raw.get("truncate", True)),
     )
-
-
-def _attention_scale(factor: float, multiplier: float = 1.0) -> float:
-    return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0
 
 
 def _longrope(rope: Rope, chosen: Settings, trained_context: int) -> Rope:
@@ -136,12 +203,17 @@ def _llama3(rope: Rope, chosen: Settings, _trained_context: int) -> Rope:
     return replace(rope, factor=chosen.number("factor"), low_frequency_factor=low, high_frequency_factor=high)
 
 
+def _proportional(rope: Rope, chosen: Settings, _trained_context: int) -> Rope:
+    return replace(rope, factor=chosen.number("factor", 1.0))
+
+
 _READERS = {
     RopeKind.LINEAR: _linear,
     RopeKind.DYNAMIC: _dynamic,
     RopeKind.YARN: _yarn,
     RopeKind.LONGROPE: _longrope,
     RopeKind.LLAMA3: _llama3,
+    RopeKind.PROPORTIONAL: _proportional,
 }
 
 

@@ -12,6 +12,7 @@ from compressors.model.description.family_settings import FamilySettings
 from compressors.model.description.feed_forward import FeedForward
 from compressors.model.description.mixers import GroupedQuery, Mixer, QkNorm
 from compressors.model.description.roles import Role
+from compressors.model.description.rope_config import RopeRule
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.description.special_tokens import configured_tokens
 from compressors.model.description.tensors import Fused, GgufTensor, Kind, TensorSpec
@@ -106,7 +107,7 @@ def attention(
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
-        rope=settings.rope(head_dim, default_theta),
+        rope=settings.rope(head_dim, RopeRule(default_theta)),
         scale=1 / math.sqrt(head_dim),
         qk_norm=qk_norm,
         window=settings.window(by_itself=windowed_by_itself),

@@ -85,6 +85,8 @@ _SCALINGS: tuple[dict[str, Any], ...] = (
     {"rope_type": "longrope", "short_factor": _SHORT, "long_factor": _LONG, "original_max_position_embeddings": 512},
     {"rope_type": "longrope", "short_factor": _SHORT, "long_factor": _LONG, "factor": 8.0, "attention_factor": 1.2},
     {"rope_type": "longrope", "short_factor": _SHORT[1:], "long_factor": _LONG},
+    {"rope_type": "proportional"},
+    {"rope_type": "proportional", "factor": 2.0, "partial_rotary_factor": 0.25},
     {"rope_type": "su", "factor": 2.0},
     {"rope_type": None, "factor": 2.0},
     {"full_attention": {"rope_type": "linear", "factor": 2.0}},
