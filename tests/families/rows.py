@@ -41,7 +41,34 @@ COMMON: Mapping[str, Any] = {
 }
 """Settings of all rows."""
 
+_LATENT: Mapping[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
+
 ROWS: Mapping[str, Row] = {
+    "deepseek_v2": Row(
+        sizes={
+            **_LATENT,
+            "n_routed_experts": 8,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": None,
+            "n_shared_experts": 2,
+        },
+        on_the_hub={"rope_theta": 1e4, "rope_parameters": None, "scoring_func": "softmax", "moe_layer_freq": 1},
+    ),
+    "deepseek_v3": Row(
+        sizes={**_LATENT, "n_routed_experts": 8, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1},
+        on_the_hub={"rope_theta": 1e4, "rope_parameters": None, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+    ),
+    "glm4_moe_lite": Row(
+        sizes={**_LATENT, "n_routed_experts": 8, "n_group": 1, "topk_group": 1},
+        on_the_hub={"rope_theta": 1e6, "rope_parameters": None, "num_nextn_predict_layers": 1},
+    ),
     "qwen2_moe": Row(
         sizes={"shared_expert_intermediate_size": 48, "num_key_value_heads": 4},
         on_the_hub={"rope_theta": 1e6, "rope_parameters": None, "qkv_bias": None, "layer_types": None},

@@ -11,7 +11,7 @@ from compressors.model.description.family_settings import FamilySettings
 from compressors.model.description.feed_forward import Dense, Routed
 from compressors.model.description.mixers import Latent
 from compressors.model.description.roles import Role
-from compressors.model.description.rope import RopeKind
+from compressors.model.description.rope_config import RopeRule
 from compressors.model.description.routing import Score
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import GgufTensor, Kind, TensorSpec
@@ -32,10 +32,7 @@ _SOFTMAX, _SIGMOID = 1, 2  # enum llama_expert_gating_func_type in llama.cpp's s
 def _attention(settings: FamilySettings) -> Latent:
     """Reads the mixer."""
     plain_dim, rotary_dim = settings.count("qk_nope_head_dim"), settings.count("qk_rope_head_dim")
-    rope = settings.rope(rotary_dim, 10_000.0)
-    scale = 1 / math.sqrt(plain_dim + rotary_dim)
-    if rope.kind is not RopeKind.DEFAULT:
-        scale *= rope.softmax_factor
+    rope = settings.rope(rotary_dim, RopeRule(scales_attention=True, interleaved=True))
     return Latent(
         n_heads=settings.count("num_attention_heads"),
         query_rank=settings.count_or_null("q_lora_rank"),
@@ -44,7 +41,7 @@ def _attention(settings: FamilySettings) -> Latent:
         rotary_dim=rotary_dim,
         value_dim=settings.count("v_head_dim"),
         rope=rope,
-        scale=scale,
+        scale=rope.attention_scale(1 / math.sqrt(plain_dim + rotary_dim)),
         inner_epsilon=_INNER_EPSILON,
     )
 
