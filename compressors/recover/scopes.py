@@ -140,7 +140,7 @@ class Scope:
             return True
         if tensor.kind is Kind.NORM:
             return self.norms
-        return self.attention and tensor.role is not Role.SELECTION_BIAS and tensor.kind is not Kind.TABLE
+        return self.attention and tensor.kind not in (Kind.SELECTION, Kind.TABLE)
 
     def parameters(self, layer: LayerSpec, block_length: Callable[[Role], int | None] | None = None) -> int:
         """Trained parameters of a layer of this shape.

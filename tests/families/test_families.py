@@ -63,7 +63,8 @@ def test_routing_is_what_the_experts_are_called_with(folder: Path, stock: nn.Mod
         routed = spec.layers[index].routed
         assert routed is not None
         logits_TE, chosen_TK = call.logits_TE.numpy(), call.chosen_TK.numpy()
-        found = routed.routing.choose(logits_TE, routed.top_k)
+        bias_E = None if call.bias_E is None else call.bias_E.numpy()
+        found = routed.routing.choose(logits_TE, routed.top_k, bias_E)
         np.testing.assert_array_equal(np.sort(found), np.sort(chosen_TK))
         weights_TK = routed.routing.weights(logits_TE, chosen_TK)
         np.testing.assert_allclose(weights_TK, call.weights_TK.numpy(), atol=1e-6)
@@ -88,7 +89,7 @@ def test_every_streamed_layer_equals_the_whole_model_s(folder: Path, stock: nn.M
 
 
 def test_gradients_equal_autograd_s(folder: Path, stock: nn.Module, blocks_BT: torch.Tensor) -> None:
-    """Of routers and norms, and of every matrix that is not an expert's."""
+    """Of routers and norms, and of every matrix that is not an expert's; no gradient reaches a choice."""
     student = Student.teacher(Checkpoint(folder))
     trained = {
         (tensor.role, index): nn.Parameter(student.tensor(tensor.role, index).float())

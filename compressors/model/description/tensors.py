@@ -17,6 +17,7 @@ class Kind(Enum):
     MATRIX = "matrix"  # of a linear layer; may be quantized
     TABLE = "table"  # embedding and head; may be quantized
     ROUTER = "router"  # float32 in every file, while it is trained and while it runs
+    SELECTION = "selection"  # a part of the choice that no gradient reaches; float32 in every file and while it runs
     NORM = "norm"  # the scales of a norm; float32 in every file
     VECTOR = "vector"  # a bias or the like; float32 in every file
 
@@ -90,6 +91,11 @@ class TensorSpec:
     def is_per_expert(self) -> bool:
         """True if every routed expert of a layer has such a tensor."""
         return "{expert}" in self.name
+
+    @property
+    def runs_in_float32(self) -> bool:
+        """True if it stays float32 whatever the arithmetic of a pass."""
+        return self.kind in (Kind.ROUTER, Kind.SELECTION)
 
     @property
     def is_quantizable(self) -> bool:

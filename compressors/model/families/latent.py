@@ -90,7 +90,7 @@ def _selection_bias() -> TensorSpec:
         "model.layers.{layer}.mlp.gate.e_score_correction_bias",
         ("E",),
         GgufTensor("blk.{layer}.exp_probs_b.bias"),
-        Kind.ROUTER,
+        Kind.SELECTION,
         experts_axis=0,
     )
 

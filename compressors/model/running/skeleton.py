@@ -12,7 +12,6 @@ from torch import nn
 
 from compressors.model.description.mixers import GroupedQuery
 from compressors.model.description.spec import ModelSpec, MoeSize
-from compressors.model.description.tensors import Kind
 from compressors.model.running.experts import GROUPED_EXPERTS, register_grouped_experts
 from compressors.model.running.layers import LayerWeights
 
@@ -48,8 +47,7 @@ class Skeleton:
         named = {}
         for role, tensor in weights.others.items():
             described = layer.tensor(role)
-            is_router = described.kind is Kind.ROUTER
-            named[described.in_layer] = tensor.to(device, torch.float32 if is_router else dtype)
+            named[described.in_layer] = tensor.to(device, torch.float32 if described.runs_in_float32 else dtype)
         if layer.routed is not None:
             named[f"{layer.routed.experts_module}.gate_up_proj"] = weights.gate_up_EFD.to(device)
             named[f"{layer.routed.experts_module}.down_proj"] = weights.down_EDF.to(device)

@@ -19,7 +19,6 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from compressors.model.description.roles import Role
-from compressors.model.description.tensors import Kind
 from compressors.model.errors import InputError
 from compressors.model.running.expert_choice import ExpertChoice, choosing
 from compressors.model.running.hidden_states import HiddenStates
@@ -316,7 +315,7 @@ class StreamedModel:
         for (role, layer), tensor in self.trainable.items():
             if layer is not None and layer == index:
                 described = self.spec.tensor(role, layer)
-                found[described.in_layer] = tensor.to(torch.float32 if described.kind is Kind.ROUTER else dtype)
+                found[described.in_layer] = tensor.to(torch.float32 if described.runs_in_float32 else dtype)
         for (role, layer), factors_RK in self.factors.items():
             if layer is not None and layer == index:
                 name = self.spec.tensor(role, layer).in_layer
