@@ -78,12 +78,17 @@ def read_rope(config: Settings, rule: RopeRule, *, head_dim: int, trained_contex
     if kind in _WITH_ORIGINAL_CONTEXT:
         original = config if _ORIGINAL in config and chosen is outer else chosen
         plain = replace(plain, original_context=original.count(_ORIGINAL, trained_context))
-    rope = _READERS[kind](plain, chosen, trained_context)
-    if kind is RopeKind.YARN:  # transformers' function looks for this one beside the kinds of layers, not in them
+    rope = _scaled(plain, outer, chosen, rule, trained_context)
+    _refuse_impossible(rope, chosen)
+    return rope
+
+
+def _scaled(plain: Rope, outer: Settings, chosen: Settings, rule: RopeRule, trained_context: int) -> Rope:
+    rope = _READERS[plain.kind](plain, chosen, trained_context)
+    if plain.kind is RopeKind.YARN:  # transformers' function looks for this one beside the kinds of layers, not in them
         rope = replace(rope, truncate=bool(outer.raw.get("truncate", True)))
     if rule.scales_attention and chosen.raw.get("mscale_all_dim"):
         rope = replace(rope, all_dim_multiplier=chosen.number("mscale_all_dim"))
-    _refuse_impossible(rope, chosen)
     return rope
 
 
