@@ -29,9 +29,9 @@ def row(family: str) -> Row:
 @pytest.fixture(scope="module")
 def folder(family: str, row: Row, fine_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint in the hub's spelling, with the trained models' tokenizer."""
-    path = tmp_path_factory.mktemp(family) / family
+    path = tmp_path_factory.mktemp("families") / family.replace(" ", "-")
     torch.manual_seed(3)
-    config = AutoConfig.for_model(family, **{**COMMON, **row.sizes})
+    config = AutoConfig.for_model(family.split()[0], **{**COMMON, **row.sizes})
     stock = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     _make_lively(stock)
     stock.save_pretrained(path)

@@ -1,4 +1,4 @@
-"""The families that are tested on random weights: one row each."""
+"""The families that are tested on random weights: a row for each, under its name, and maybe what is special in it."""
 
 from __future__ import annotations
 
@@ -50,6 +50,14 @@ _LATENT: Mapping[str, Any] = {
     "v_head_dim": 16,
 }
 
+_YARN: Mapping[str, Any] = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "beta_fast": 32,
+    "beta_slow": 1,
+}
+
 ROWS: Mapping[str, Row] = {
     "deepseek_v2": Row(
         sizes={
@@ -60,6 +68,14 @@ ROWS: Mapping[str, Row] = {
             "n_shared_experts": 2,
         },
         on_the_hub={"rope_theta": 1e4, "rope_parameters": None, "scoring_func": "softmax", "moe_layer_freq": 1},
+    ),
+    "deepseek_v2 with YaRN": Row(
+        sizes={
+            **_LATENT,
+            "n_routed_experts": 8,
+            "first_k_dense_replace": 1,
+            "rope_parameters": {**_YARN, "mscale": 0.707, "mscale_all_dim": 0.707, "rope_theta": 1e4},
+        },
     ),
     "deepseek_v3": Row(
         sizes={**_LATENT, "n_routed_experts": 8, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1},

@@ -74,7 +74,12 @@ def expected_rope(spec: ModelSpec) -> GgufRope | None:
     """The keys and tensors a file needs for the rotary embedding; None if llama.cpp cannot compute it at all."""
     try:
         gguf = spec.written.family.gguf
-        return gguf_rope(spec.rope, gguf.architecture, takes_factors=gguf.takes_rope_factors)
+        return gguf_rope(
+            spec.rope,
+            gguf.architecture,
+            takes_factors=gguf.takes_rope_factors,
+            scales_attention=gguf.scales_attention,
+        )
     except UnsupportedError:
         return None
 

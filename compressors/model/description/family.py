@@ -33,12 +33,14 @@ class GgufFamily:
         keys: gives the keys under the architecture's name, those of the rotary scaling left out.
         refusal: says what of a model llama.cpp's graph, with its fixed assumptions, cannot compute; None: nothing.
         takes_rope_factors: its graph divides the rotary angles by a tensor of the file.
+        scales_attention: its graph multiplies the products of queries and keys for a longer context.
     """
 
     architecture: str
     keys: Callable[[ModelSpec], Mapping[str, GgufValue]]
     refusal: Callable[[ModelSpec], str | None] = lambda _spec: None
     takes_rope_factors: bool = False
+    scales_attention: bool = False
 
 
 @dataclass(frozen=True)

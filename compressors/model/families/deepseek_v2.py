@@ -43,7 +43,7 @@ def _read(file: Settings) -> ModelSpec:
     settings.require("scoring_func", "softmax")
     settings.require("moe_layer_freq", 1)
     settings.require("topk_method", "greedy", "group_limited_greedy")
-    settings.ignore("num_key_value_heads", "norm_topk_prob", "pretraining_tp", "head_dim")  # the class never normalises
+    settings.ignore("num_key_value_heads", "norm_topk_prob", "pretraining_tp")  # the class never normalises
     settings.refuse_what_no_family_can_do()
     n_experts, width = settings.count("n_routed_experts"), settings.count("moe_intermediate_size")
     experts = Routed(
@@ -90,5 +90,5 @@ FAMILY = Family(
     read=_read,
     edited=_edited,
     settings=_settings,
-    gguf=GgufFamily("deepseek2", latent.gguf_keys, _refusal),
+    gguf=GgufFamily("deepseek2", latent.gguf_keys, _refusal, scales_attention=True),
 )

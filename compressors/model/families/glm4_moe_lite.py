@@ -44,7 +44,7 @@ def _read(file: Settings) -> ModelSpec:
     settings.require("rope_interleave", True)
     settings.require("scoring_func", "sigmoid")
     settings.require("topk_method", "noaux_tc")
-    settings.ignore("num_key_value_heads", "num_nextn_predict_layers", "pretraining_tp", "head_dim")
+    settings.ignore("num_key_value_heads", "num_nextn_predict_layers", "pretraining_tp")
     settings.refuse_what_no_family_can_do()
     n_experts, width = settings.count("n_routed_experts"), settings.count("moe_intermediate_size")
     experts = Routed(
@@ -88,6 +88,6 @@ FAMILY = Family(
     read=_read,
     edited=_edited,
     settings=_settings,
-    gguf=GgufFamily("deepseek2", latent.gguf_keys),
+    gguf=GgufFamily("deepseek2", latent.gguf_keys, scales_attention=True),
     skipped=(latent.MTP,),
 )

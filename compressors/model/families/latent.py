@@ -32,6 +32,7 @@ _SOFTMAX, _SIGMOID = 1, 2  # enum llama_expert_gating_func_type in llama.cpp's s
 def _attention(settings: FamilySettings) -> Latent:
     """Reads the mixer."""
     plain_dim, rotary_dim = settings.count("qk_nope_head_dim"), settings.count("qk_rope_head_dim")
+    settings.require("head_dim", rotary_dim)  # transformers' rotary embedding takes it from there
     rope = settings.rope(rotary_dim, RopeRule(scales_attention=True, interleaved=True))
     return Latent(
         n_heads=settings.count("num_attention_heads"),

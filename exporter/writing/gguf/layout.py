@@ -78,7 +78,12 @@ def rope_settings(spec: ModelSpec) -> GgufRope:
         UnsupportedError: llama.cpp would compute other angles whatever the file says.
     """
     gguf = spec.written.family.gguf
-    return gguf_rope(spec.rope, gguf.architecture, takes_factors=gguf.takes_rope_factors)
+    return gguf_rope(
+        spec.rope,
+        gguf.architecture,
+        takes_factors=gguf.takes_rope_factors,
+        scales_attention=gguf.scales_attention,
+    )
 
 
 def plan_tensors(spec: ModelSpec, mix: str, types: Mapping[str, str] | None = None) -> tuple[GgufTensor, ...]:
