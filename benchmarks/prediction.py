@@ -100,7 +100,7 @@ class _Quantized:
         return np.stack(
             [
                 quantize(student.expert(role, layer, expert), None if weights is None else weights[expert], role.value)
-                for expert in range(student.spec.layer(layer).n_experts)
+                for expert in range(student.spec.layers[layer].n_experts)
             ]
         )
 

@@ -114,7 +114,7 @@ def test_augmented_gates_equal_a_loop_by_the_definition(request: pytest.FixtureR
                 scores = scores + next(noise)
             kept = sorted(range(n_experts), key=lambda expert, scores=scores: -scores[expert])[: n_experts - 1]
             weights = {expert: np.exp(float(logits_TE[token, expert])) for expert in kept}
-            everything = kept if spec.normalize_top_k else range(n_experts)
+            everything = kept if spec.layers[0].routed.routing.normalizes else range(n_experts)
             total = sum(np.exp(float(logits_TE[token, expert])) for expert in everything)
             found = dict(zip(chosen_TK[token].tolist(), gates_TK[token].tolist(), strict=True))
             assert found == pytest.approx({expert: weight / total for expert, weight in weights.items()}, rel=1e-5)

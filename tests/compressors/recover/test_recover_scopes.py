@@ -9,14 +9,16 @@ import pytest
 import torch
 
 from compressors.calibration.statistics import LayerStatistics
+from compressors.model.description.feed_forward import Routed, Shared
 from compressors.model.description.roles import Role
+from compressors.model.description.tensors import GgufTensor, Kind, TensorSpec
 from compressors.model.errors import InputError
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 from compressors.recover.objectives import NextToken
 from compressors.recover.schedule import Schedule
-from compressors.recover.scopes import Scope, expert_usage
+from compressors.recover.scopes import Scope, expert_usage, scaled_matrices
 from compressors.recover.trained_student import TrainedStudent
 from compressors.recover.training import Training
 from compressors.recover.training_memory import refuse_too_large, training_bytes
@@ -67,7 +69,7 @@ def test_a_merged_expert_is_used_by_all_tokens_of_its_group(student: Student) ->
     "scope", [Scope.routers(), Scope.most_used(2), Scope.all_experts(), Scope.adapters(5)], ids=lambda scope: scope.name
 )
 def test_bytes_are_those_of_the_tensors(student: Student, scope: Scope) -> None:
-    usage = [torch.ones(student.spec.layer(layer).n_experts) for layer in range(4)]
+    usage = [torch.ones(student.spec.layers[layer].n_experts) for layer in range(4)]
     trained = TrainedStudent(student, scope, usage=usage)
     n_bytes = [0] * 4
     for (_, layer), tensor in trained.parameters.items():
@@ -122,3 +124,37 @@ def test_a_scope_that_does_not_fit_the_memory_is_refused_before_it_starts(studen
 def test_impossible_scopes_are_refused(student: Student, scope: Scope, message: str) -> None:
     with pytest.raises(InputError, match=message):
         TrainedStudent(student, scope)
+
+
+def _tensor(role: Role, *shape: str, kind: Kind, experts_axis: int | None = None) -> TensorSpec:
+    name = f"model.layers.{{layer}}.{role.name}"
+    return TensorSpec(role, name, shape, GgufTensor(""), kind, experts_axis=experts_axis)
+
+
+def test_parts_beside_routed_experts_are_trained_with_everything_alone(fine_folder: Path) -> None:
+    """A router's bias goes with the router; a selection bias, which no gradient reaches, with nothing."""
+    spec = Checkpoint(fine_folder).spec
+    layer = spec.layers[0]
+    assert isinstance(layer.feed_forward, Routed)
+    more = (
+        _tensor(Role.QUERY_BIAS, "Q", kind=Kind.VECTOR),
+        _tensor(Role.ROUTER_BIAS, "E", kind=Kind.ROUTER, experts_axis=0),
+        _tensor(Role.SELECTION_BIAS, "E", kind=Kind.VECTOR, experts_axis=0),
+        _tensor(Role.SHARED_ROUTER, "1", "D", kind=Kind.ROUTER),
+        _tensor(Role.SHARED_DOWN, "D", "S", kind=Kind.MATRIX),
+    )
+    feed_forward = replace(layer.feed_forward, shared=Shared(96, is_gated=True))
+    wide = replace(layer, feed_forward=feed_forward, tensors=(*layer.tensors, *more))
+    grown = {
+        scope: scope.parameters(wide, lambda _role: 32) - scope.parameters(layer, lambda _role: 32)
+        for scope in (Scope.routers(), Scope.routers_and_norms(), Scope.all_experts(), Scope.block_scales())
+    }
+    assert set(grown.values()) == {32}
+    everything = Scope.everything()
+    assert everything.parameters(wide) - everything.parameters(layer) == 256 + 32 + 256 + 256 * 96
+    assert everything.parameters(wide) == wide.parameters - 32
+    trained = [tensor.role for tensor in wide.shared_tensors if everything.trains(tensor)]
+    assert Role.SHARED_DOWN in trained and Role.SELECTION_BIAS not in trained
+    assert {tensor.role for tensor in scaled_matrices(wide)} == {
+        tensor.role for tensor in layer.tensors if tensor.kind is Kind.MATRIX
+    }
