@@ -196,11 +196,16 @@ class EverySecond(Transform):
 
     Attributes:
         first: the first value that belongs to this part: 0 or 1.
-        axis: the axis.
+        axis: the axis; only along the first one are the part's inputs the tensor's.
     """
 
     first: int
     axis: int = -1
+
+    @property
+    def keeps_inputs(self) -> bool:
+        """True if it is rows that are taken."""
+        return self.axis == 0
 
     def shape(self, shape: Shape, sizes: Sizes) -> Shape:
         """Half of the axis."""
@@ -209,7 +214,8 @@ class EverySecond(Transform):
         return tuple(halved)
 
     def _views(self, values: torch.Tensor, sizes: Sizes) -> tuple[torch.Tensor, ...]:
-        return (values.unflatten(self.axis, (-1, 2)).select(self.axis, self.first),)
+        axis = self.axis % values.dim()
+        return (values.unflatten(axis, (-1, 2)).select(axis + 1, self.first),)
 
 
 @dataclass(frozen=True)
