@@ -20,7 +20,7 @@ from exporter.estimating.sizes import parse_size
 from exporter.file_names import WORK_SUFFIX
 from exporter.planning.flags import Flags, PlainFlags
 from exporter.planning.plan import Search
-from exporter.planning.recipe import ExpertMethod, Quantizer, Student
+from exporter.planning.recipe import BudgetKind, ExpertMethod, KvType, Quantizer, Student
 from exporter.planning.recovery import RECOVERIES
 from exporter.processes.team import checked_threads
 from exporter.publishing.model_name import model_name
@@ -33,10 +33,8 @@ __all__ = ["METHODS_WITHOUT_EXPERTS", "Flags", "Job", "checked_job", "parse_requ
 METHODS_WITHOUT_EXPERTS: Final = ("slim", "block-drop", "layer-drop")
 """Methods that ``--experts`` does not apply to."""
 
-_BUDGET_KINDS: Final = ("total", "file")
 _DEVICES: Final = ("auto", "cpu", "cuda")
 _FORMATS: Final = ("gguf", "onnx")
-_KV_TYPES: Final = ("f16", "f32", "q8_0", "q4_0")
 _METHODS: Final = ("auto", *(name for name in get_args(ExpertMethod) if name != "none"), *METHODS_WITHOUT_EXPERTS)
 _PREFERENCES: Final = ("quality", "speed")
 
@@ -100,9 +98,9 @@ def _plain_values(flags: Flags) -> dict[str, Any]:
     """The values that a job holds as they are given, each checked."""
     experts, quant = flags.experts, flags.quant
     return {field.name: getattr(flags, field.name) for field in fields(PlainFlags)} | {
-        "budget_kind": _one_of("--budget-kind", flags.budget_kind, _BUDGET_KINDS),
+        "budget_kind": _one_of("--budget-kind", flags.budget_kind, get_args(BudgetKind)),
         "context": _context(flags.context),
-        "kv_type": _one_of("--kv-type", flags.kv_type.lower(), _KV_TYPES),
+        "kv_type": _one_of("--kv-type", flags.kv_type.lower(), get_args(KvType)),
         "calibration": _existing("--calibration", flags.calibration),
         "text": _existing("--text", flags.text),
         "student": _student(flags.student, flags.method, experts, flags.recover),
