@@ -21,7 +21,7 @@ from exporter.estimating.sizes import parse_size
 from exporter.file_names import WORK_SUFFIX
 from exporter.planning.flags import Flags, PlainFlags
 from exporter.planning.plan import Search
-from exporter.planning.recipe import Quantizer, Student
+from exporter.planning.recipe import BudgetKind, KvType, Quantizer, Student
 from exporter.planning.recovery import RECOVERIES
 from exporter.processes.team import checked_threads
 from exporter.publishing.model_name import model_name
@@ -31,10 +31,8 @@ from validate.runtimes.cost import LEAST_CONTEXT
 
 __all__ = ["Flags", "Job", "checked_job", "parse_requirements"]
 
-_BUDGET_KINDS: Final = ("total", "file")
 _DEVICES: Final = ("auto", "cpu", "cuda")
 _FORMATS: Final = ("gguf", "onnx")
-_KV_TYPES: Final = ("f16", "f32", "q8_0", "q4_0")
 _METHODS: Final = ("auto", *EXPERT_METHODS, *KEEPS_EXPERTS)
 _PREFERENCES: Final = ("quality", "speed")
 
@@ -98,9 +96,9 @@ def _plain_values(flags: Flags) -> dict[str, Any]:
     """The values that a job holds as they are given, each checked."""
     experts, quant = flags.experts, flags.quant
     return {field.name: getattr(flags, field.name) for field in fields(PlainFlags)} | {
-        "budget_kind": _one_of("--budget-kind", flags.budget_kind, _BUDGET_KINDS),
+        "budget_kind": _one_of("--budget-kind", flags.budget_kind, get_args(BudgetKind)),
         "context": _context(flags.context),
-        "kv_type": _one_of("--kv-type", flags.kv_type.lower(), _KV_TYPES),
+        "kv_type": _one_of("--kv-type", flags.kv_type.lower(), get_args(KvType)),
         "calibration": _existing("--calibration", flags.calibration),
         "text": _existing("--text", flags.text),
         "student": _student(flags.student, flags.method, experts, flags.recover),

@@ -20,9 +20,11 @@ from validate.runtimes.cost import LEAST_CONTEXT
 
 __all__ = [
     "BudgetChoice",
+    "BudgetKind",
     "CompressChoice",
     "ExpertMethod",
     "FileChoice",
+    "KvType",
     "Quantizer",
     "Recipe",
     "RecoverChoice",
@@ -46,6 +48,8 @@ else:
 Student = Literal["moe", "dense"]
 """The kind of model that is built: a smaller MoE, or a dense model (:mod:`compressors.shrink.dense`)."""
 
+BudgetKind = Literal["total", "file"]
+KvType = Literal["f16", "f32", "q8_0", "q4_0"]
 Quantizer = Literal["feedback", "kernel"]
 """The way codes are chosen: with error feedback, or by ggml's kernels alone (:mod:`compressors.quantize`)."""
 
@@ -74,9 +78,9 @@ class BudgetChoice(_Part):
     """The budget that the result must fit."""
 
     bytes: int = Field(gt=0, le=10**30)
-    kind: Literal["total", "file"]
+    kind: BudgetKind
     context: int = Field(ge=LEAST_CONTEXT, lt=2**31)  # tokens
-    kv_type: Literal["f16", "f32", "q8_0", "q4_0"]
+    kv_type: KvType
 
 
 class TextChoice(_Part):

@@ -61,7 +61,7 @@ class Death:
 
     @property
     def is_a_crash(self) -> bool:
-        """Whether the program did it itself; signals such as SIGTERM or SIGKILL come from outside."""
+        """True if the program did it itself; signals such as SIGTERM or SIGKILL come from outside."""
         return self.returncode not in (0, _UNKNOWN_CODE) and (self.returncode > 0 or -self.returncode in _CRASHES)
 
     @property

@@ -1,4 +1,4 @@
-"""Being asked to stop: Ctrl-C (SIGINT) and SIGTERM both end a run with one sentence, and no trace of the stack."""
+"""Handles requests to stop: Ctrl-C (SIGINT) and SIGTERM both end a run with one sentence and no stack trace."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def ignore_further_requests() -> None:
 
 
 def exit_code(request: KeyboardInterrupt) -> int:
-    """What shells expect: 128 + the signal's number."""
+    """The exit code that shells expect: 128 + the signal's number."""
     return 128 + (signal.SIGTERM if isinstance(request, Terminated) else signal.SIGINT)
 
 

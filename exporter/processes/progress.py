@@ -1,4 +1,4 @@
-"""How far a stage is, on stderr: a bar on a terminal; elsewhere, such as in a log, a line a minute."""
+"""Shows on stderr how far a stage is: a bar on a terminal; elsewhere, such as in a log, a line a minute."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ class ProgressLines:
     """Says how far something is, at most once a minute.
 
     Args:
-        what: is counted.
-        total: of it.
+        what: the name of the things that are counted.
+        total: the number of them.
         say: prints a line.
-        clock: seconds.
+        clock: returns the time in seconds.
     """
 
     def __init__(

@@ -94,7 +94,7 @@ class Team:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the first process."""
+        """True if this is the first process."""
         return self.rank == 0
 
     def call(self, what: str) -> str:

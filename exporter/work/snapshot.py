@@ -1,4 +1,4 @@
-"""How far a long stage is, kept on disk now and then, so that a killed run goes on from there.
+"""Keeps on disk now and then how far a long stage is, so that a killed run goes on from there.
 
 A snapshot is a folder that is complete or absent: it is written beside its place, hashed, flushed and renamed. One that
 does not match its hashes counts as absent.
@@ -20,7 +20,7 @@ from exporter.writing.files import flush, flush_folder, sha256_of
 __all__ = ["Snapshot"]
 
 _CONTENTS = "contents.json"
-_SHORT_WRITING = 1.5  # seconds that a snapshot may take; one that takes longer comes so much more seldom
+_SHORT_WRITING = 1.5  # seconds that a snapshot may take; one that takes longer is made less often
 
 
 class Snapshot:
@@ -35,7 +35,7 @@ class Snapshot:
         self._last = time.monotonic()
 
     def keep(self, position: int, write: Callable[[Path], None]) -> None:
-        """If it is time, replaces the snapshot.
+        """Replaces the snapshot if it is time.
 
         Args:
             position: how far the stage is, such as layers or steps done.

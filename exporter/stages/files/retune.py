@@ -77,11 +77,11 @@ class _FileLadder(Ladder):
     """The ladder of a student that a file holds: what it learns are values of that file.
 
     Args:
-        context: of the stage.
-        student: as the file was written.
-        folder: where results go.
+        context: the context of the stage.
+        student: the student as the file was written.
+        folder: the folder for results.
         weights: the file, opened.
-        original: its tunable values as it was written.
+        original: the tunable values of the file as it was written.
     """
 
     def __init__(

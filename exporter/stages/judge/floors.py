@@ -84,7 +84,7 @@ def _measure_teacher(
     """Writes the runtime's evaluation against torch with the same weights, torch's routing, and the whole's cost.
 
     Args:
-        context: of the stage.
+        context: the context of the stage.
         artifact: ``gguf`` or ``onnx``.
         write: writes a model in a type of weights into a folder, telling the bytes written; returns what to open.
         open_backend: loads that.

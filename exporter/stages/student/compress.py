@@ -34,7 +34,7 @@ def compress(context: StageContext) -> None:
 
 
 def _compressed(context: StageContext, tokens_BT: torch.Tensor) -> tuple[list[LayerMap], bool]:
-    """What became of each layer, and whether any expert is no longer one of the teacher's."""
+    """Compresses all layers; returns the map of each, and whether any expert is no longer one of the teacher's."""
     plan = context.plan
     choice, source = plan.recipe.compress, Checkpoint(plan.source)
     statistics = teacher_statistics(plan, context.work)
@@ -68,7 +68,7 @@ def _compressed(context: StageContext, tokens_BT: torch.Tensor) -> tuple[list[La
 
 
 def _write_statistics(context: StageContext, tokens_BT: torch.Tensor) -> None:
-    """What the new experts see of the calibration text: the importance of their weights' columns."""
+    """Writes what the new experts see of the calibration text: the importance of their weights' columns."""
     plan = context.plan
     overlays = OVERLAY.all_within(context.output)
     student = Student.load(Checkpoint(plan.source), context.file(EXPERT_MAP), overlays)

@@ -67,8 +67,8 @@ class Ladder:
 
     Args:
         context: context of the stage.
-        student: where the ladder begins.
-        folder: where each rung's overlay and result go; None: the stage's.
+        student: the student that the ladder begins with.
+        folder: the folder for the overlays and results of rungs; None: the stage's.
     """
 
     def __init__(self, context: StageContext, student: Student, folder: Path | None = None) -> None:

@@ -47,7 +47,7 @@ class TeacherPass:
         place: tells where a result goes.
         dtype: dtype of the arithmetic on calibration text; the other texts are computed in float32, the reference.
         limit: memory that this process may use.
-        device: where layers compute.
+        device: the device that layers compute on.
 
     Raises:
         InputError: the checkpoint cannot be read, or holds values that are not finite, or makes them.
