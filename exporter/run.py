@@ -14,8 +14,9 @@ import psutil
 from compressors.model.errors import InputError
 from compressors.model.files.json_file import read_json
 from compressors.model.sources.checkpoint import Checkpoint
-from exporter.estimating.estimate import describe_time, memory_lines, seconds_by_stage
+from exporter.estimating.estimate import describe_time, seconds_by_stage
 from exporter.estimating.machine import measure_speeds
+from exporter.estimating.needs import memory_lines
 from exporter.pipeline.parts import Part, budget_parts, found_parts, result_folder, save_plans
 from exporter.pipeline.pipeline import run_stages, search_stages, source_of_run, stages_of, unfinished
 from exporter.pipeline.team import Team

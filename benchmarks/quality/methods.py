@@ -16,7 +16,7 @@ import torch
 from compressors.calibration.statistics import LayerStatistics
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import NO_MOE, ModelSpec, MoeSize
-from compressors.model.errors import InputError, UnsupportedError
+from compressors.model.errors import InputError
 from compressors.model.running.streaming import StreamedModel
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
@@ -38,7 +38,8 @@ from compressors.shrink.merge import REAM, HCSMoE, MSMoE
 from compressors.shrink.moe_block import CompressedBlock, Evidence, Method, MoeBlock, Needs
 from compressors.shrink.prune import Prune, scores
 from compressors.shrink.slim import GGUF_WIDTH_MULTIPLE, Awq, Gptq, RoundToNearest, SlimWidth, SparseGpt, Wanda
-from exporter.writing.gguf.layout import check_uniform
+from exporter.capabilities.rules import Container
+from exporter.capabilities.table import refusal
 
 __all__ = ["ARMS", "FREQUENCY", "SAMPLE_BLOCKS", "SHARES", "TEACHER", "Arm", "Shrunk", "Teacher"]
 
@@ -105,14 +106,11 @@ class Arm:
 def _shrunk(student: Student, setting: str) -> Shrunk:
     """A student whose files are as large as its own experts."""
     spec, teacher = student.spec, student.source.spec
-    layers = [spec.layer(index) for index in range(spec.n_layers)]
-    left = sum(layer.n_experts * layer.expert_parameters for layer in layers if layer.has_moe)
-    removed = 1 - left / (teacher.n_layers * teacher.n_experts * teacher.expert_parameters)
-    try:
-        check_uniform(spec)
-        files = "GGUF, ONNX"
-    except UnsupportedError:
-        files = "ONNX"
+    left, all_of_them = (
+        sum(layer.n_experts * layer.expert_parameters for layer in model.layers) for model in (spec, teacher)
+    )
+    removed = 1 - left / all_of_them
+    files = "GGUF, ONNX" if refusal(spec, Container.GGUF) is None else "ONNX"
     if spec.expert_width % GGUF_WIDTH_MULTIPLE:
         files += ", unquantized"
     return Shrunk(student, setting, removed, files)

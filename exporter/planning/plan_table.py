@@ -9,7 +9,8 @@ from rich.table import Table
 
 from compressors.model.sources.checkpoint import Checkpoint
 from exporter.estimating.durations import format_duration
-from exporter.estimating.estimate import Speeds, describe_time, disk_lines, memory_lines, seconds_by_stage
+from exporter.estimating.estimate import Speeds, describe_time, seconds_by_stage
+from exporter.estimating.needs import disk_lines, memory_lines
 from exporter.estimating.sizes import format_size
 from exporter.planning.compression import described_compression
 from exporter.planning.plan import Plan

@@ -20,7 +20,14 @@ from compressors.shrink.slim import GGUF_WIDTH_MULTIPLE
 from exporter.estimating.budget import predict
 from exporter.estimating.prediction import Prediction
 from exporter.estimating.sizes import format_size
-from exporter.planning.compression import check_compression, described_compression, expected_spec, fewest_experts
+from exporter.planning.compression import (
+    check_compression,
+    described_compression,
+    expected_spec,
+    experts_step,
+    fewest_experts,
+    layers_with_experts,
+)
 from exporter.planning.job import METHODS_WITHOUT_EXPERTS, Job
 from exporter.planning.recipe import (
     BudgetChoice,
@@ -211,7 +218,7 @@ class _Pinned:
     def _choices(self) -> Sequence[CompressChoice]:
         """The method's choices, from the one that changes least to the one that changes most."""
         method, spec = self._job.method, self._checkpoint.spec
-        original = whole(spec)
+        original, n_layers = whole(spec), len(layers_with_experts(spec))
         if self._job.student == "dense" or self._job.experts is not None:
             if self._job.experts is not None:
                 _check_experts(self._job, self._checkpoint)
@@ -221,10 +228,10 @@ class _Pinned:
             narrower = [width for width in widths if width % GGUF_WIDTH_MULTIPLE == 0]
             return [original, *(original.model_copy(update={"width": width}) for width in narrower)]
         if method == "block-drop":
-            return [original.model_copy(update={"drop_blocks": n_blocks}) for n_blocks in range(spec.n_layers)]
+            return [original.model_copy(update={"drop_blocks": n_blocks}) for n_blocks in range(n_layers)]
         if method == "layer-drop":
-            return [original.model_copy(update={"drop_moe_layers": n_layers}) for n_layers in range(spec.n_layers)]
-        counts = range(spec.n_experts, fewest_experts(method, spec) - 1, -1)
+            return [original.model_copy(update={"drop_moe_layers": n_moe}) for n_moe in range(n_layers)]
+        counts = range(spec.n_experts, fewest_experts(method, spec) - 1, -experts_step(spec))
         return [with_experts(method, n_experts, spec) for n_experts in counts]
 
     def _fitting(self, choice: CompressChoice) -> _Candidate | None:

@@ -13,6 +13,7 @@ from compressors.calibration.splits import BlockCounts
 from compressors.model.errors import InputError
 from compressors.model.names import shown
 from compressors.model.running.arithmetic import Arithmetic
+from exporter.capabilities.rules import Container
 from exporter.pipeline.team import MOST_THREADS
 from exporter.planning.yaml_file import read_yaml
 from validate.runtimes.cost import LEAST_CONTEXT
@@ -238,6 +239,11 @@ class Recipe(_Part):
     def artifacts(self) -> tuple[str, ...]:
         """The artifacts that are written, in this order."""
         return tuple(name for name, choice in self._files.items() if choice is not None)
+
+    @property
+    def containers(self) -> tuple[Container, ...]:
+        """Everything that is written: the artifacts, and the student where it is saved."""
+        return (*map(Container, self.artifacts), *([Container.STUDENT] if self.save_student else []))
 
     @property
     def chooses_codes(self) -> bool:

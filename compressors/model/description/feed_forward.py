@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from compressors.model.description.glu import Glu
 from compressors.model.description.routing import Routing
@@ -23,6 +24,11 @@ class Shared:
     width: int
     is_gated: bool = False
 
+    @property
+    def description(self) -> str:
+        """The kind and the size in words."""
+        return f"{'a gated' if self.is_gated else 'a'} shared expert of width {self.width}"
+
 
 @dataclass(frozen=True)
 class Routed:
@@ -39,6 +45,8 @@ class Routed:
         experts_module: the module there that is called with (hidden states, chosen experts, weights).
         block_module: the module there that holds both; it goes when a layer loses its experts.
     """
+
+    kind: ClassVar[str] = "routed experts"
 
     n_experts: int
     top_k: int
@@ -59,10 +67,18 @@ class Routed:
         """The same with other numbers; top-k never exceeds the experts left."""
         return replace(self, n_experts=n_experts, width=width, top_k=min(self.top_k, n_experts))
 
+    @property
+    def description(self) -> str:
+        """The sizes in words."""
+        beside = "" if self.shared is None else f", beside {self.shared.description}"
+        return f"{self.n_experts} experts of width {self.width}, {self.top_k} for each token{beside}"
+
 
 @dataclass(frozen=True)
 class Dense:
     """One feed-forward that every token goes through."""
+
+    kind: ClassVar[str] = "a dense feed-forward"
 
     width: int
     glu: Glu = Glu()
@@ -71,6 +87,11 @@ class Dense:
     def sizes(self) -> Mapping[str, int]:
         """Sizes by letter: F neurons."""
         return {"F": self.width}
+
+    @property
+    def description(self) -> str:
+        """The kind and the size in words."""
+        return f"a dense feed-forward of width {self.width}"
 
 
 FeedForward = Routed | Dense

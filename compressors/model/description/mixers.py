@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import ClassVar
 
 from compressors.model.description.rope import Rope
 
@@ -33,6 +34,8 @@ class GroupedQuery:
         window: tokens that attention reaches back over, itself included; None: all.
     """
 
+    kind: ClassVar[str] = "grouped-query attention"
+
     n_heads: int
     n_kv_heads: int
     head_dim: int
@@ -51,6 +54,11 @@ class GroupedQuery:
     def cached_values(self) -> int:
         """Values that are cached for each token: its key and its value."""
         return 2 * self.n_kv_heads * self.head_dim
+
+    @property
+    def description(self) -> str:
+        """Its sizes in words."""
+        return f"{self.n_heads} heads, {self.n_kv_heads} key-value heads of {self.head_dim}"
 
 
 Mixer = GroupedQuery

@@ -16,7 +16,7 @@ from typing import IO
 import pytest
 
 from compressors.model.errors import InputError
-from exporter.estimating.estimate import disk_lines
+from exporter.estimating.needs import disk_lines
 from exporter.pipeline import pipeline
 from exporter.pipeline.pipeline import ALL_STAGES
 from exporter.pipeline.work import WorkDirectory
