@@ -19,6 +19,7 @@ from click.core import ParameterSource
 from compressors.model.errors import InputError, MoeExportError
 from compressors.model.quiet_libraries import leave_no_cache
 from exporter.pipeline.interruption import exit_code, ignore_further_requests, requests_wait, sigterm_raises
+from exporter.planning import defaults
 
 __all__ = ["main"]
 
@@ -89,57 +90,63 @@ _REQUIRE = click.option(
 @main.command(epilog="Other commands: moe-export inspect MODEL; moe-export pareto MODEL; moe-export validate FILE.")
 @click.argument("model", required=False)
 @click.option("--budget", metavar="SIZE[,...]", help="Memory the result may need, such as 20GB or 18.6GiB.")
-@click.option("--budget-kind", default="total", show_default=True, help="total: memory at run time; file: file size.")
-@click.option("--context", default=8192, show_default=True, help="Tokens of KV cache to count (at most the model's).")
-@click.option("--kv-type", default="f16", show_default=True, help="Type of llama.cpp's KV cache.")
-@click.option("--formats", default="gguf,onnx", show_default=True, help="What to write.")
+@click.option(
+    "--budget-kind", default=defaults.BUDGET_KIND, show_default=True, help="total: memory at run time; file: file size."
+)
+@click.option(
+    "--context", default=defaults.CONTEXT, show_default=True, help="Tokens of KV cache to count (at most the model's)."
+)
+@click.option("--kv-type", default=defaults.KV_TYPE, show_default=True, help="Type of llama.cpp's KV cache.")
+@click.option("--formats", default=defaults.FORMATS, show_default=True, help="What to write.")
 @click.option("--out", type=_FOLDER, help="Output folder.  [default: MODEL-BUDGET]")
 @click.option("--calibration", type=_FOLDER, help="Text for statistics and recovery: a file, or a folder of *.txt.")
 @click.option("--text", type=_FOLDER, help="Held-out text for the report.")
 @click.option(
     "--method",
-    default="auto",
+    default=defaults.METHOD,
     show_default=True,
     help="How it gets smaller: reap, removal-error, ream, hc-smoe, slim, block-drop ...; docs/compression.md has all.",
 )
 @click.option("--experts", type=int, help="Experts to keep per layer.  [default: as many as fit]")
 @click.option(
     "--student",
-    default="moe",
+    default=defaults.STUDENT,
     show_default=True,
     help="moe, or dense: one feed-forward in each layer, as wide as the experts that a token uses.",
 )
 @click.option("--quant", metavar="TYPE", help="A mix of llama-quantize, such as Q4_K_M.  [default: types by tensor]")
 @click.option(
     "--quantizer",
-    default="feedback",
+    default=defaults.QUANTIZER,
     show_default=True,
     help="feedback: each code makes up for the errors of those before; kernel: llama-quantize's codes.",
 )
 @click.option("--imatrix", type=_FOLDER, help="llama.cpp's importance matrix.  [default: from the calibration text]")
-@click.option("--prefer", default="quality", show_default=True, help="What types are chosen by: quality or speed.")
-@click.option("--plan-time", default="10m", show_default=True, help="Most time for measuring candidates.")
+@click.option(
+    "--prefer", default=defaults.PREFER, show_default=True, help="What types are chosen by: quality or speed."
+)
+@click.option("--plan-time", default=defaults.PLAN_TIME, show_default=True, help="Most time for measuring candidates.")
 @click.option(
     "--recover",
-    default="auto",
+    default=defaults.RECOVER,
     show_default=True,
     help="auto, none, router, top-experts, experts or adapters; docs/recovery.md has all.",
 )
-@click.option("--recover-time", default="30m", show_default=True, help="Most time for recovery.")
+@click.option("--recover-time", default=defaults.RECOVER_TIME, show_default=True, help="Most time for recovery.")
 @_REQUIRE
 @click.option("--recipe", type=_FOLDER, help="Follow this recipe instead of planning; it holds every choice.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write the recipe beside OUT; read no weights.")
 @click.option("--save-student", is_flag=True, help="Also write the student as a Hugging Face checkpoint.")
 @click.option("--memory", metavar="SIZE", help="Memory this run may use.  [default: half of what is free]")
 @click.option(
-    "--device", default="auto", show_default=True, help="Where calibration and recovery compute: cpu or cuda."
+    "--device", default=defaults.DEVICE, show_default=True, help="Where calibration and recovery compute: cpu or cuda."
 )
 @click.option("--work-dir", type=_FOLDER, help="Where unfinished work is kept, as OUT.work.  [default: beside OUT]")
 @click.option("--force", is_flag=True, help="Start although disk or memory look too small.")
 @click.option("--offline", is_flag=True, help="Take hub models from the cache only.")
 @click.option("--revision", help="Revision of a hub model.")
 @click.option("--threads", type=int, help="Threads.  [default: all processors]")
-@click.option("--seed", default=42, show_default=True, help="Order of training blocks.")
+@click.option("--seed", default=defaults.SEED, show_default=True, help="Order of training blocks.")
 @click.option("--json", "json", is_flag=True, help="Print report.json instead of a table.")
 def export(**arguments: Any) -> None:
     """Compress MODEL (a local folder or a hub id; without it a small bundled model) to the memory BUDGET."""
@@ -175,10 +182,12 @@ def export(**arguments: Any) -> None:
 @click.option("--sizes", help="Mixes, sizes or shares of 16 bits, such as Q4_K_M,7GB,12%.  [default: eleven]")
 @click.option("--calibration", type=_FOLDER, help="Text for statistics and recovery: a file, or a folder of *.txt.")
 @click.option("--text", type=_FOLDER, help="Held-out text to measure on.")
-@click.option("--recover-time", default="30m", show_default=True, help="Most time for recovery, for each size.")
+@click.option(
+    "--recover-time", default=defaults.RECOVER_TIME, show_default=True, help="Most time for recovery, for each size."
+)
 @click.option("--memory", metavar="SIZE", help="Memory this run may use.  [default: half of what is free]")
 @click.option(
-    "--device", default="auto", show_default=True, help="Where calibration and recovery compute: cpu or cuda."
+    "--device", default=defaults.DEVICE, show_default=True, help="Where calibration and recovery compute: cpu or cuda."
 )
 @click.option("--offline", is_flag=True, help="Take hub models from the cache only.")
 @click.option("--revision", help="Revision of a hub model.")

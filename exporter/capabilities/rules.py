@@ -41,7 +41,7 @@ class Feature(StrEnum):
     DENSE_LAYERS = "layers with a dense feed-forward beside layers with experts"
     DIFFERENT_LAYERS = "layers with different experts, or without any"
     SIZE = "numbers of experts and layers"
-    GRAPH = "what one family has and another has not"
+    GRAPH = "the computation as a whole"
 
 
 @dataclass(frozen=True)

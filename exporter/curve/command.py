@@ -124,7 +124,7 @@ def _job(model: str | None, out: Path, flags: Mapping[str, Any]) -> Job:
     folder = resolve_model(model, flags.get("revision"), offline=bool(flags.get("offline")))
     checkpoint = Checkpoint(folder)
     n_bytes = 2 * predict_file_size(checkpoint.spec, folder, "BF16", "")
-    return Flags(model=model, budget=f"{n_bytes}B", budget_kind="file", formats="gguf", out=out, seed=42, **flags).job()
+    return Flags(model=model, budget=f"{n_bytes}B", budget_kind="file", formats="gguf", out=out, **flags).job()
 
 
 def _curve(job: Job, sizes: str, command: str) -> _Curve:

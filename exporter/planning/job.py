@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Final, get_args
 
 from compressors.model.errors import InputError
+from compressors.model.files.kv_types import KV_TYPES
 from compressors.model.names import shown
 from exporter.estimating.durations import parse_duration
 from exporter.estimating.sizes import parse_size
 from exporter.pipeline.team import checked_threads
+from exporter.planning import defaults
 from exporter.planning.plan import Search
-from exporter.planning.recipe import ExpertMethod, Quantizer, Student
+from exporter.planning.recipe import BudgetKind, ExpertMethod, Quantizer, Student
 from exporter.planning.recovery import RECOVERIES
 from exporter.publishing.model_name import model_name
 from exporter.writing.gguf.mixes import ALIASES, MIXES
@@ -30,7 +32,6 @@ __all__ = [
     "BUDGET_KINDS",
     "DEVICES",
     "FORMATS",
-    "KV_TYPES",
     "METHODS",
     "METHODS_WITHOUT_EXPERTS",
     "PREFERENCES",
@@ -43,10 +44,9 @@ __all__ = [
     "parse_requirements",
 ]
 
-BUDGET_KINDS: Final = ("total", "file")
+BUDGET_KINDS: Final = get_args(BudgetKind)
 DEVICES: Final = ("auto", "cpu", "cuda")
 FORMATS: Final = ("gguf", "onnx")
-KV_TYPES: Final = ("f16", "f32", "q8_0", "q4_0")
 METHODS_WITHOUT_EXPERTS: Final = ("slim", "block-drop", "layer-drop")
 """Methods that ``--experts`` does not apply to."""
 
@@ -121,28 +121,28 @@ class Flags:
     model: str | None = None
     revision: str | None = None
     offline: bool = False
-    budget_kind: str = "total"
-    context: int = 8192
-    kv_type: str = "f16"
-    formats: str = "gguf,onnx"
+    budget_kind: str = defaults.BUDGET_KIND
+    context: int = defaults.CONTEXT
+    kv_type: str = defaults.KV_TYPE
+    formats: str = defaults.FORMATS
     calibration: Path | None = None
     text: Path | None = None
-    student: str = "moe"
-    method: str = "auto"
+    student: str = defaults.STUDENT
+    method: str = defaults.METHOD
     experts: int | None = None
     quant: str | None = None
-    quantizer: str = "feedback"
+    quantizer: str = defaults.QUANTIZER
     imatrix: Path | None = None
-    prefer: str = "quality"
-    plan_time: str = "10m"
-    recover: str = "auto"
-    recover_time: str = "30m"
+    prefer: str = defaults.PREFER
+    plan_time: str = defaults.PLAN_TIME
+    recover: str = defaults.RECOVER
+    recover_time: str = defaults.RECOVER_TIME
     require: Iterable[str] = ()
     recipe: Path | None = None
     memory: str | None = None
-    device: str = "auto"
+    device: str = defaults.DEVICE
     threads: int | None = None
-    seed: int = 0
+    seed: int = defaults.SEED
     out: Path | None = None
     work_dir: Path | None = None
     dry_run: bool = False
@@ -167,7 +167,7 @@ class Flags:
             budgets=() if self.budget is None else _budgets(self.budget),
             budget_kind=_one_of("--budget-kind", self.budget_kind, BUDGET_KINDS),
             context=_context(self.context),
-            kv_type=_one_of("--kv-type", self.kv_type.lower(), KV_TYPES),
+            kv_type=_one_of("--kv-type", self.kv_type.lower(), tuple(KV_TYPES)),
             formats=_formats(self.formats),
             calibration=_existing("--calibration", self.calibration),
             text=_existing("--text", self.text),

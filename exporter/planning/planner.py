@@ -38,7 +38,7 @@ from exporter.planning.recipe import (
     SourceChoice,
     TextChoice,
 )
-from exporter.planning.recovery import RefusedRung, check_after_quantizing
+from exporter.planning.recovery import CALIBRATION_BLOCKS, RefusedRung, check_after_quantizing
 from exporter.publishing.outputs import sha256_of
 from exporter.searching.ladder import ladder, machine_for
 from exporter.searching.outlook import outlook_of, outlooks, refuse_unless_something_fits
@@ -52,7 +52,6 @@ def _onnx_presets(quant: str) -> Sequence[str]:
     return ("F32",) if quant in ("F32", "BF16", "F16") else ("Q4_0", "F32")
 
 
-_CALIBRATION_BLOCKS = 320  # 163,840 tokens
 _SELECTION_BLOCKS = 20
 HELDOUT_CHUNKS = 50
 """Chunks that the report measures, of all files together."""
@@ -159,7 +158,7 @@ def _expected(job: Job, checkpoint: Checkpoint, recipe: Recipe) -> _Candidate:
 
 def wanted_blocks(job: Job, n_heldout_files: int) -> BlockCounts:
     """Returns how many blocks of text a recipe for the job takes; a short text gives fewer."""
-    calibration = Schedule.PUBLISHED_BLOCKS if job.recover == "router:published" else _CALIBRATION_BLOCKS
+    calibration = Schedule.PUBLISHED_BLOCKS if job.recover == "router:published" else CALIBRATION_BLOCKS
     return BlockCounts(calibration, _SELECTION_BLOCKS, max(1, HELDOUT_CHUNKS // n_heldout_files))
 
 

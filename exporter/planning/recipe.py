@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from compressors.calibration.splits import BlockCounts
 from compressors.model.errors import InputError
+from compressors.model.files.kv_types import KvType
 from compressors.model.names import shown
 from compressors.model.running.arithmetic import Arithmetic
 from exporter.capabilities.rules import Container
@@ -20,6 +21,7 @@ from validate.runtimes.cost import LEAST_CONTEXT
 
 __all__ = [
     "BudgetChoice",
+    "BudgetKind",
     "CompressChoice",
     "ExpertMethod",
     "FileChoice",
@@ -53,6 +55,9 @@ ExpertMethod = Literal[
 """Pruning criteria of :mod:`compressors.shrink.criteria`, then merging methods of :mod:`compressors.shrink.merge`."""
 
 
+BudgetKind = Literal["total", "file"]
+"""What a budget counts: the memory at run time, or the size of the file."""
+
 Student = Literal["moe", "dense"]
 """The kind of model that is built: a smaller MoE, or a dense model (:mod:`compressors.shrink.dense`)."""
 
@@ -84,9 +89,9 @@ class BudgetChoice(_Part):
     """The budget that the result must fit."""
 
     bytes: int = Field(gt=0, le=10**30)
-    kind: Literal["total", "file"]
+    kind: BudgetKind
     context: int = Field(ge=LEAST_CONTEXT, lt=2**31)  # tokens
-    kv_type: Literal["f16", "f32", "q8_0", "q4_0"]
+    kv_type: KvType
 
 
 class TextChoice(_Part):

@@ -16,6 +16,7 @@ from compressors.recover.training_memory import refuse_too_large
 from exporter.planning.recipe import CompressChoice, RecoverChoice, RungChoice
 
 __all__ = [
+    "CALIBRATION_BLOCKS",
     "RECOVERIES",
     "WRITTEN_ITEMSIZE",
     "Machine",
@@ -33,7 +34,9 @@ __all__ = [
 
 _BESIDE_CODES = ", beside the codes of "
 
-_DEFAULT_BLOCKS = 320  # 163,840 tokens
+CALIBRATION_BLOCKS = 320
+"""Blocks of the calibration text that statistics and recovery see: 163,840 tokens."""
+
 _BLOCKS_PER_STEP = 8  # as published
 _SMALL_STEP = 2
 """Blocks in a step where that costs no more: four times as many steps help more than longer steps. But each step reads
@@ -268,7 +271,7 @@ def _rung(scope: str, loss: str, student: ModelSpec, machine: Machine) -> RungCh
         rank=max(_ADAPTER_RANKS) if scope == "adapters" else None,
         loss=loss,  # type: ignore[arg-type]
         batches_per_round=per_round if loss in ("ka", "sar") else None,
-        blocks=min(_DEFAULT_BLOCKS, machine.calibration_blocks),
+        blocks=min(CALIBRATION_BLOCKS, machine.calibration_blocks),
         blocks_per_step=min(per_step, machine.calibration_blocks),
         learning_rate=_rate(scope, student) if scope in _RATES else None,
     )

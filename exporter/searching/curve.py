@@ -17,12 +17,12 @@ from exporter.planning.recipe import CompressChoice, FileChoice, RecoverChoice
 from exporter.searching.ladder import ladder_for, rung_beside_codes
 from exporter.searching.search import Candidate, Search
 from exporter.searching.structures import whole, with_experts
+from exporter.searching.trial import OF_THE_RUN
 from exporter.stages import compress, gguf, onnx, recover, retune, schedule
 
 __all__ = ["ParetoFiles", "described_structure"]
 
 _BUILD = "build"
-_OF_THE_RUN = frozenset({"calibrate", "sensitivity"})
 _WRITERS = {"gguf": gguf.run, "onnx": onnx.run}
 
 
@@ -84,7 +84,7 @@ class ParetoFiles:
         shutil.rmtree(folder, ignore_errors=True)
         files = {name: file if name == artifact else None for name in _WRITERS}
         recipe = plan.recipe.model_copy(update={"compress": structure, "recover": ladder, **files})
-        plan, work = replace(plan, recipe=recipe, search=None), self._context.work.within(folder, _OF_THE_RUN)
+        plan, work = replace(plan, recipe=recipe, search=None), self._context.work.within(folder, OF_THE_RUN)
         stages = {"compress": compress.run, "schedule": schedule.run, "recover": recover.run}
         stages[artifact] = _WRITERS[artifact]
         if ladder.after_quantizing is not None:

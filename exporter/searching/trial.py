@@ -26,9 +26,11 @@ from exporter.stages.recover import Ladder, judge_on_selection
 from exporter.stages.sensitivity import watched_blocks
 from exporter.writing.files import flush_folder, write_atomically
 
-__all__ = ["Trial"]
+__all__ = ["OF_THE_RUN", "Trial"]
 
-_OF_THE_RUN = frozenset({"calibrate", "sensitivity"})
+OF_THE_RUN = frozenset({"calibrate", "sensitivity"})
+"""Stages of the run whose output the students of a search share."""
+
 _FIGURES_VERSION = 1  # of what is measured of the original: raise it together with the version of the stage search
 _TRIAL_BLOCKS = 16  # of recovery: enough to see whether it helps, and about how much
 
@@ -57,7 +59,7 @@ class Trial:
         """The trial of a structure; number 0 is the original."""
         recipe = context.plan.recipe.model_copy(update={"compress": choice})
         folder = _place_of_original(context.work) if number == 0 else context.output / f"trial-{number}"
-        work = context.work.within(folder, _OF_THE_RUN)
+        work = context.work.within(folder, OF_THE_RUN)
         plan = replace(context.plan, recipe=recipe)
         return cls(StageContext(plan, work, folder, context.progress), choice)
 

@@ -8,24 +8,11 @@ terms of ``compute``) to resident set sizes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from fractions import Fraction
-
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
+from compressors.model.files.kv_types import KV_TYPES, bytes_per_value, values_per_block
 
 __all__ = ["predict_runtime_bytes"]
-
-_CACHE_BYTES: Mapping[str, Fraction] = {
-    "f32": Fraction(4),
-    "f16": Fraction(2),
-    "q8_0": Fraction(34, 32),
-    "q4_0": Fraction(18, 32),
-}
-"""Bytes of one cached value."""
-
-_QUANTIZED = ("q8_0", "q4_0")
-_QUANTIZED_BLOCK = 32  # a head must be whole blocks (llama_init_from_model in src/llama-context.cpp)
 
 _BATCH = 512  # n_batch and n_ubatch
 _CONTEXT_STEP = 256  # contexts are rounded up to it (llama_context in src/llama-context.cpp)
@@ -43,11 +30,12 @@ def predict_runtime_bytes(spec: ModelSpec, file_bytes: int, context: int, kv_typ
         InputError: there is no such cache type.
         UnsupportedError: a head of the model is no multiple of the type's blocks.
     """
-    if kv_type not in _CACHE_BYTES:
-        raise InputError(f"--kv-type {kv_type}: no such type; choose one of {', '.join(_CACHE_BYTES)}")
-    if kv_type in _QUANTIZED and spec.head_dim % _QUANTIZED_BLOCK:
+    if kv_type not in KV_TYPES:
+        raise InputError(f"--kv-type {kv_type}: no such type; choose one of {', '.join(KV_TYPES)}")
+    block = values_per_block(kv_type)  # a head must be whole blocks (llama_init_from_model in src/llama-context.cpp)
+    if spec.head_dim % block:
         raise UnsupportedError(
-            f"--kv-type {kv_type}: llama.cpp stores such keys and values in blocks of {_QUANTIZED_BLOCK}, and this "
+            f"--kv-type {kv_type}: llama.cpp stores such keys and values in blocks of {block}, and this "
             f"model's heads are {spec.head_dim} wide: use --kv-type f16"
         )
     cells = -(-context // _CONTEXT_STEP) * _CONTEXT_STEP
@@ -62,7 +50,7 @@ def predict_runtime_bytes(spec: ModelSpec, file_bytes: int, context: int, kv_typ
     )
     return {
         "weights": file_bytes,
-        "kv_cache": int(spec.n_layers * cells * key_value * _CACHE_BYTES[kv_type]),
+        "kv_cache": int(spec.n_layers * cells * key_value * bytes_per_value(kv_type)),
         "compute": compute,
     }
 

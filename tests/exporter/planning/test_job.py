@@ -17,7 +17,7 @@ def test_a_budget_is_enough() -> None:
     assert (job.model, job.budgets, job.budget_kind) == (None, (20 * 10**9,), "total")
     assert (job.context, job.kv_type, job.formats) == (8192, "f16", ("gguf", "onnx"))
     assert (job.method, job.experts, job.quant, job.recover, job.recover_seconds) == ("auto", None, None, "auto", 1800)
-    assert (job.memory_bytes, job.seed, job.require) == (None, 0, {})
+    assert (job.memory_bytes, job.seed, job.require) == (None, 42, {})
     assert (job.out, job.work_dir) == (Path("demo-20GB"), Path("demo-20GB.work"))
     assert job.threads >= 1
 
