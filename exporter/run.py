@@ -14,8 +14,9 @@ import psutil
 from compressors.model.errors import InputError
 from compressors.model.files.json_file import read_json
 from compressors.model.sources.checkpoint import Checkpoint
-from exporter.estimating.estimate import describe_time, memory_lines, seconds_by_stage
+from exporter.estimating.estimate import describe_time, seconds_by_stage
 from exporter.estimating.machine import measure_speeds
+from exporter.estimating.needs import memory_lines
 from exporter.file_names import MODEL_CARD, RECIPE, REPORT, REPORT_PAGE
 from exporter.pipeline.order import search_stages, stages_of
 from exporter.pipeline.parts import Part, budget_parts, found_parts, result_folder, save_plans

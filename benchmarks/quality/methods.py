@@ -18,7 +18,7 @@ from benchmarks.arms.accounting import ExpertShape, d2_moe_size, mobe_size, rank
 from compressors.calibration.statistics import LayerStatistics
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import NO_MOE, ModelSpec, MoeSize
-from compressors.model.errors import InputError, UnsupportedError
+from compressors.model.errors import InputError
 from compressors.model.running.streaming import StreamedModel
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
@@ -31,7 +31,8 @@ from compressors.shrink.merge import REAM, HCSMoE, MSMoE
 from compressors.shrink.moe_block import CompressedBlock, Evidence, Method, MoeBlock, Needs
 from compressors.shrink.prune import Prune, scores
 from compressors.shrink.slim import GGUF_WIDTH_MULTIPLE, SlimWidth
-from exporter.writing.gguf.layout import check_uniform
+from exporter.capabilities.rules import Container
+from exporter.capabilities.table import refusal
 
 __all__ = ["ARMS", "FREQUENCY", "SAMPLE_BLOCKS", "SHARES", "TEACHER", "Arm", "Shrunk", "Teacher"]
 
@@ -102,11 +103,7 @@ def _shrunk(student: Student, setting: str) -> Shrunk:
         sum(layer.n_experts * layer.expert_parameters for layer in model.layers) for model in (spec, teacher)
     )
     removed = 1 - left / before
-    try:
-        check_uniform(spec)
-        files = "GGUF, ONNX"
-    except UnsupportedError:
-        files = "ONNX"
+    files = "GGUF, ONNX" if refusal(spec, Container.GGUF) is None else "ONNX"
     if spec.expert_width % GGUF_WIDTH_MULTIPLE:
         files += ", unquantized"
     return Shrunk(student, setting, removed, files)

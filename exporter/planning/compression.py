@@ -25,9 +25,8 @@ from compressors.shrink.moe_block import Method, Needs
 from compressors.shrink.prune import Prune
 from compressors.shrink.registry import METHODS, expert_counts, made
 from compressors.shrink.slim import SlimWidth, check_width
+from exporter.capabilities.table import refuse_unless_held
 from exporter.planning.recipe import CompressChoice, Recipe
-from exporter.writing.gguf.layout import check_uniform
-from exporter.writing.hf_checkpoint import check_loadable
 
 __all__ = [
     "changes_experts",
@@ -35,8 +34,14 @@ __all__ = [
     "described_compression",
     "expected_spec",
     "layer_targets",
+    "layers_with_experts",
     "runs_text",
 ]
+
+
+def layers_with_experts(spec: ModelSpec) -> tuple[int, ...]:
+    """The layers that have routed experts; no others are dropped or changed."""
+    return tuple(index for index, layer in enumerate(spec.layers) if layer.routed is not None)
 
 
 def expected_spec(choice: CompressChoice, teacher: ModelSpec) -> ModelSpec:
@@ -45,8 +50,9 @@ def expected_spec(choice: CompressChoice, teacher: ModelSpec) -> ModelSpec:
     Files of this shape have the student's bytes, exactly if its layers are alike; if they differ, each may be padded
     by a page more or less.
     """
-    n_layers = teacher.n_layers - choice.drop_blocks
-    n_moe = n_layers - choice.drop_moe_layers
+    with_experts = layers_with_experts(teacher)
+    n_left = len(with_experts) - choice.drop_blocks
+    n_moe = n_left - choice.drop_moe_layers
     widths = _by_layer(choice.width, n_moe, teacher.expert_width)
     experts = _by_layer(choice.experts, n_moe, teacher.n_experts)
     sizes = [MoeSize(count, width) for count, width in zip(experts, widths, strict=True)]
@@ -55,7 +61,9 @@ def expected_spec(choice: CompressChoice, teacher: ModelSpec) -> ModelSpec:
         sizes[:2] = [MoeSize(sizes[0].n_experts + 1, widths[0]), MoeSize(sizes[1].n_experts - 1, widths[1])]
     if choice.student == "dense":
         sizes = [_dense_size(teacher, width) for width in widths]
-    return teacher.with_sizes(sizes + [NO_MOE] * choice.drop_moe_layers)
+    by_layer = dict(zip(with_experts, sizes + [NO_MOE] * choice.drop_moe_layers, strict=False))
+    left = [layer for layer in range(teacher.n_layers) if layer not in with_experts[n_left:]]
+    return teacher.with_sizes([by_layer.get(layer, NO_MOE) for layer in left], left)
 
 
 def check_compression(recipe: Recipe, teacher: ModelSpec) -> None:
@@ -68,12 +76,7 @@ def check_compression(recipe: Recipe, teacher: ModelSpec) -> None:
     choice = recipe.compress
     if choice.student == "dense":
         _check_dense_recipe(recipe, teacher)
-    n_layers = teacher.n_layers - choice.drop_blocks
-    if n_layers < 1:
-        raise InputError(_out_of_range("drop_blocks", choice.drop_blocks, 0, teacher.n_layers - 1))
-    n_moe = n_layers - choice.drop_moe_layers
-    if n_moe < 1:
-        raise InputError(_out_of_range("drop_moe_layers", choice.drop_moe_layers, 0, n_layers - 1))
+    n_moe = _checked_layers(choice, teacher)
     counts = expert_counts(choice.method, teacher)
     _check_numbers("experts", choice.experts, n_moe, min(counts), max(counts))
     _check_groups(choice, teacher, counts)
@@ -94,10 +97,19 @@ def check_compression(recipe: Recipe, teacher: ModelSpec) -> None:
             f"{choice.method} chooses within each layer"
         )
     spec = expected_spec(choice, teacher)
-    if "gguf" in recipe.artifacts:
-        check_uniform(spec)
-    if recipe.save_student:
-        check_loadable(spec)
+    for container in recipe.containers:
+        refuse_unless_held(spec, container)
+
+
+def _checked_layers(choice: CompressChoice, teacher: ModelSpec) -> int:
+    """Checks how many layers go; returns the number of layers that keep experts."""
+    n_layers = len(layers_with_experts(teacher)) - choice.drop_blocks
+    if n_layers < 1:
+        raise InputError(_out_of_range("drop_blocks", choice.drop_blocks, 0, len(layers_with_experts(teacher)) - 1))
+    n_moe = n_layers - choice.drop_moe_layers
+    if n_moe < 1:
+        raise InputError(_out_of_range("drop_moe_layers", choice.drop_moe_layers, 0, n_layers - 1))
+    return n_moe
 
 
 def changes_experts(choice: CompressChoice) -> bool:
@@ -121,7 +133,8 @@ def described_compression(choice: CompressChoice, teacher: ModelSpec) -> str:
     n_layers = teacher.n_layers - choice.drop_blocks
     parts = [f"{n_layers} of {teacher.n_layers} layers"] if choice.drop_blocks else []
     if choice.drop_moe_layers:
-        parts.append(f"experts in {n_layers - choice.drop_moe_layers} of {n_layers} layers")
+        n_moe = len(layers_with_experts(teacher)) - choice.drop_blocks - choice.drop_moe_layers
+        parts.append(f"experts in {n_moe} of {n_layers} layers")
     if choice.student == "dense":
         parts.append(f"{teacher.top_k} of {teacher.n_experts} experts per layer as one dense feed-forward")
     else:
@@ -156,10 +169,10 @@ def layer_targets(
         InputError: super-experts are protected, and more of them than experts are kept.
     """
     layers = _layers_left(choice, teacher, statistics, open_teacher, tokens_BT)
-    dropped = most_similar(
-        moe_similarities([statistics[layer] for layer in layers]), choice.drop_moe_layers, "MoE layers"
-    )
-    with_moe = [layer for number, layer in enumerate(layers) if number not in dropped]
+    candidates = [layer for layer in layers if layer in layers_with_experts(teacher)]
+    similarities = moe_similarities([statistics[layer] for layer in candidates])
+    dropped = most_similar(similarities, choice.drop_moe_layers, "MoE layers")
+    with_moe = [layer for number, layer in enumerate(candidates) if number not in dropped]
     counts = _counts(choice, teacher, [statistics[layer] for layer in with_moe])
     protected = super_experts(statistics) if choice.protect_super_experts else [frozenset[int]()] * teacher.n_layers
     widths = _by_layer(choice.width, len(with_moe), teacher.expert_width)
@@ -181,12 +194,15 @@ def _layers_left(
     open_teacher: Callable[[], StreamedModel],
     tokens_BT: torch.Tensor,
 ) -> list[int]:
+    candidates = layers_with_experts(teacher)
     if choice.drop_blocks and choice.consecutive_blocks:
-        scores = window_similarities(open_teacher(), tokens_BT, choice.drop_blocks)
-        (first,) = most_similar(scores, 1, "windows")
-        dropped: Sequence[int] = range(first, first + choice.drop_blocks)
+        scores, n_layers = window_similarities(open_teacher(), tokens_BT, choice.drop_blocks), choice.drop_blocks
+        windows = [first for first in range(len(scores)) if {*range(first, first + n_layers)} <= {*candidates}]
+        (best,) = most_similar(scores[windows], 1, "windows")
+        dropped: Sequence[int] = range(windows[best], windows[best] + n_layers)
     else:
-        dropped = most_similar(block_similarities(list(statistics)), choice.drop_blocks, "blocks")
+        similarities = block_similarities([statistics[layer] for layer in candidates])
+        dropped = [candidates[number] for number in most_similar(similarities, choice.drop_blocks, "blocks")]
     return [layer for layer in range(teacher.n_layers) if layer not in dropped]
 
 
@@ -221,7 +237,7 @@ def _methods(
 
 def _dense_size(teacher: ModelSpec, width: int) -> MoeSize:
     """What a layer's experts of this width become."""
-    return dense_size(teacher.with_sizes([MoeSize(teacher.n_experts, width)]))
+    return dense_size(teacher.with_sizes([MoeSize(teacher.n_experts, width)] * teacher.n_layers))
 
 
 def _check_dense_recipe(recipe: Recipe, teacher: ModelSpec) -> None:

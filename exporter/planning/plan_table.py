@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from compressors.calibration.splits import BLOCK_LENGTH
 from compressors.model.sources.checkpoint import Checkpoint
 from exporter.estimating.durations import format_duration
-from exporter.estimating.estimate import Speeds, describe_time, disk_lines, memory_lines, seconds_by_stage
+from exporter.estimating.estimate import Speeds, describe_time, seconds_by_stage
+from exporter.estimating.needs import disk_lines, memory_lines
 from exporter.estimating.sizes import format_size
+from exporter.inspection import parts_read_past
 from exporter.planning.compression import described_compression
 from exporter.planning.plan import Plan
 from exporter.planning.recovery import after_quantizing_name, schedule_of, scope_of
@@ -43,6 +46,8 @@ def plan_table(plan: Plan, speeds: Speeds, free_memory: int) -> RenderableType:
         choices.add_row("" if number else "differs", f"{artifact_name(deviation.artifact)}: {deviation.what}")
     for number, note in enumerate(source.notes):
         choices.add_row("" if number else "note", note)
+    for number, part in enumerate(parts_read_past(source)):
+        choices.add_row("" if number else "read past", part)
     choices.add_row("time", describe_time(seconds_by_stage(plan, speeds, free_memory)))
     sizes = Table("predicted bytes", *plan.predictions, box=None)
     sizes.add_row("type", *(described_types(recipe.file(artifact)) for artifact in plan.predictions))
@@ -68,7 +73,7 @@ def _recovery(plan: Plan) -> list[str]:
         steps = schedule_of(choice, rung, rung.blocks).n_steps
         of_file = rung is choice.after_quantizing
         name = after_quantizing_name(rung, student) if of_file else scope_of(rung).name_in(student)
-        lines.append(f"{name} ({rung.loss}), up to {steps} steps of {rung.blocks_per_step} x 512 tokens")
+        lines.append(f"{name} ({rung.loss}), up to {steps} steps of {rung.blocks_per_step} x {BLOCK_LENGTH} tokens")
     if choice.trained and plan.recover_seconds:
         lines[-1] += f"; at most {format_duration(plan.recover_seconds)} in all"
     return lines or ["none"]

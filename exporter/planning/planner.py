@@ -21,7 +21,12 @@ from compressors.shrink.slim import GGUF_WIDTH_MULTIPLE
 from exporter.estimating.budget import predict
 from exporter.estimating.prediction import Prediction
 from exporter.estimating.sizes import format_size
-from exporter.planning.compression import check_compression, described_compression, expected_spec
+from exporter.planning.compression import (
+    check_compression,
+    described_compression,
+    expected_spec,
+    layers_with_experts,
+)
 from exporter.planning.job import Job
 from exporter.planning.recipe import (
     BudgetChoice,
@@ -32,7 +37,7 @@ from exporter.planning.recipe import (
     SourceChoice,
     TextChoice,
 )
-from exporter.planning.recovery import RefusedRung, check_after_quantizing
+from exporter.planning.recovery import CALIBRATION_BLOCKS, RefusedRung, check_after_quantizing
 from exporter.searching.ladder import ladder, machine_for
 from exporter.searching.outlook import outlook_of, outlooks, refuse_unless_something_fits
 from exporter.searching.structures import structures_for, whole, with_experts
@@ -46,7 +51,6 @@ def _onnx_presets(quant: str) -> Sequence[str]:
     return ("F32",) if quant in ("F32", "BF16", "F16") else ("Q4_0", "F32")
 
 
-_CALIBRATION_BLOCKS = 320  # 163,840 tokens
 _SELECTION_BLOCKS = 20
 HELDOUT_CHUNKS = 50
 """Chunks that the report measures, of all files together."""
@@ -153,7 +157,7 @@ def _expected(job: Job, checkpoint: Checkpoint, recipe: Recipe) -> _Candidate:
 
 def wanted_blocks(job: Job, n_heldout_files: int) -> BlockCounts:
     """Returns how many blocks of text a recipe for the job takes; a short text gives fewer."""
-    calibration = Schedule.PUBLISHED_BLOCKS if job.recover == "router:published" else _CALIBRATION_BLOCKS
+    calibration = Schedule.PUBLISHED_BLOCKS if job.recover == "router:published" else CALIBRATION_BLOCKS
     return BlockCounts(calibration, _SELECTION_BLOCKS, max(1, HELDOUT_CHUNKS // n_heldout_files))
 
 
@@ -212,7 +216,7 @@ class _Pinned:
     def _choices(self) -> Sequence[CompressChoice]:
         """The method's choices, from the one that changes least to the one that changes most."""
         method, spec = self._job.method, self._checkpoint.spec
-        original = whole(spec)
+        original, n_layers = whole(spec), len(layers_with_experts(spec))
         if self._job.student == "dense" or self._job.experts is not None:
             if self._job.experts is not None:
                 _check_experts(self._job, self._checkpoint)
@@ -222,9 +226,9 @@ class _Pinned:
             narrower = [width for width in widths if width % GGUF_WIDTH_MULTIPLE == 0]
             return [original, *(original.model_copy(update={"width": width}) for width in narrower)]
         if method == BLOCK_DROP.name:
-            return [original.model_copy(update={"drop_blocks": n_blocks}) for n_blocks in range(spec.n_layers)]
+            return [original.model_copy(update={"drop_blocks": n_blocks}) for n_blocks in range(n_layers)]
         if method == LAYER_DROP.name:
-            return [original.model_copy(update={"drop_moe_layers": n_layers}) for n_layers in range(spec.n_layers)]
+            return [original.model_copy(update={"drop_moe_layers": n_moe}) for n_moe in range(n_layers)]
         return [with_experts(method, n_experts, spec) for n_experts in expert_counts(method, spec)]
 
     def _fitting(self, choice: CompressChoice) -> _Candidate | None:

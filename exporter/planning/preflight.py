@@ -11,7 +11,7 @@ from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.recover.training_memory import refuse_too_large
-from exporter.estimating.estimate import disk_lines, disk_lines_of_all
+from exporter.estimating.needs import disk_lines, disk_lines_of_all
 from exporter.estimating.planned_types import planned_block_length
 from exporter.estimating.sizes import format_size
 from exporter.planning.job import Job

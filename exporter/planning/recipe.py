@@ -11,9 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from compressors.calibration.splits import BlockCounts
 from compressors.model.errors import InputError
+from compressors.model.files.kv_types import KvType
 from compressors.model.names import shown
 from compressors.model.running.arithmetic import Arithmetic
 from compressors.shrink.registry import EDITS, EXPERT_METHODS
+from exporter.capabilities.rules import Container
 from exporter.planning.yaml_file import read_yaml
 from exporter.processes.team import MOST_THREADS
 from validate.runtimes.cost import LEAST_CONTEXT
@@ -45,11 +47,12 @@ else:
     ExpertMethod = Literal["none", *EXPERT_METHODS]
     ExpertEdit = Literal["none", *EDITS]
 
+BudgetKind = Literal["total", "file"]
+"""What a budget counts: the memory at run time, or the size of the file."""
+
 Student = Literal["moe", "dense"]
 """The kind of model that is built: a smaller MoE, or a dense model (:mod:`compressors.shrink.dense`)."""
 
-BudgetKind = Literal["total", "file"]
-KvType = Literal["f16", "f32", "q8_0", "q4_0"]
 Quantizer = Literal["feedback", "kernel"]
 """The way codes are chosen: with error feedback, or by ggml's kernels alone (:mod:`compressors.quantize`)."""
 
@@ -233,6 +236,11 @@ class Recipe(_Part):
     def artifacts(self) -> tuple[str, ...]:
         """The artifacts that are written, in this order."""
         return tuple(name for name, choice in self._files.items() if choice is not None)
+
+    @property
+    def containers(self) -> tuple[Container, ...]:
+        """Everything that is written: the artifacts, and the student where it is saved."""
+        return (*map(Container, self.artifacts), *([Container.STUDENT] if self.save_student else []))
 
     @property
     def chooses_codes(self) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from compressors.model.description.legacy import ATTENTION, NORMS
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
+from compressors.model.description.tensors import Kind, TensorSpec
 from compressors.model.errors import InputError
 from compressors.recover.knowledge_augmentation import UPDATES_PER_BATCH
 from compressors.recover.schedule import RATES_HIDDEN_SIZE, Schedule
@@ -16,6 +16,7 @@ from compressors.recover.training_memory import refuse_too_large
 from exporter.planning.recipe import CompressChoice, RecoverChoice, RungChoice
 
 __all__ = [
+    "CALIBRATION_BLOCKS",
     "RECOVERIES",
     "WRITTEN_ITEMSIZE",
     "Machine",
@@ -33,7 +34,9 @@ __all__ = [
 
 _BESIDE_CODES = ", beside the codes of "
 
-_DEFAULT_BLOCKS = 320  # 163,840 tokens
+CALIBRATION_BLOCKS = 320
+"""Blocks of the calibration text that statistics and recovery see: 163,840 tokens."""
+
 _BLOCKS_PER_STEP = 8  # as published
 _SMALL_STEP = 2
 """Blocks in a step where that costs no more: four times as many steps help more than longer steps. But each step reads
@@ -165,7 +168,7 @@ def check_after_quantizing(choice: RecoverChoice, student: ModelSpec) -> None:
         InputError: the student is dense.
     """
     rung = choice.after_quantizing
-    if rung is not None and rung.scope == "router" and student.is_dense:
+    if rung is not None and rung.scope == "router" and not student.written.n_experts:
         raise InputError(
             "the recipe's after_quantizing teaches the routers of the written files, but those of a dense student have "
             "none: set it to null, or its scope to norms or scales"
@@ -207,12 +210,35 @@ def schedule_of(choice: RecoverChoice, rung: RungChoice, n_blocks: int) -> Sched
     )
 
 
-def trained_roles(name: str) -> frozenset[Role]:
-    """Roles whose tensors a rung changes, by its name in plan or report."""
-    experts = frozenset(role for role in Role if role.is_expert)
-    roles = {"router": frozenset({Role.ROUTER}), "norms": NORMS, "attention": ATTENTION}
-    roles |= {"block scales": ATTENTION | experts, "experts": experts, "adapters": experts, "feed-forwards": experts}
-    return frozenset(role for part, of_part in roles.items() if part in name for role in of_part)
+def trained_roles(name: str, spec: ModelSpec) -> frozenset[Role]:
+    """Roles whose tensors a rung changes.
+
+    Args:
+        name: the rung's name in plan or report.
+        spec: the student.
+    """
+    parts = [is_trained for part, is_trained in _TRAINED.items() if part in name]
+    return frozenset(tensor.role for tensor, _ in spec.places if any(is_trained(tensor) for is_trained in parts))
+
+
+def _is_of_mixer(tensor: TensorSpec) -> bool:
+    return tensor.kind is Kind.MATRIX and not tensor.role.is_feed_forward
+
+
+def _is_of_expert(tensor: TensorSpec) -> bool:
+    return tensor.is_per_expert
+
+
+_TRAINED: Mapping[str, Callable[[TensorSpec], bool]] = {
+    "router": lambda tensor: tensor.kind is Kind.ROUTER,
+    "norms": lambda tensor: tensor.kind is Kind.NORM,
+    "attention": _is_of_mixer,
+    "block scales": lambda tensor: _is_of_mixer(tensor) or _is_of_expert(tensor),
+    "experts": _is_of_expert,
+    "adapters": _is_of_expert,
+    "feed-forwards": _is_of_expert,
+}
+"""By a part of a rung's name (:attr:`compressors.recover.scopes.Scope.name`): tells whether a tensor is trained."""
 
 
 def _wanted(wish: str, student: ModelSpec, machine: Machine) -> Sequence[RungChoice]:
@@ -229,7 +255,7 @@ def _wanted(wish: str, student: ModelSpec, machine: Machine) -> Sequence[RungCho
             )
         ]
     if wish == "auto":
-        scopes = ["experts"] if student.is_dense else ["router", "experts"]
+        scopes = ["router", "experts"] if student.written.n_experts else ["experts"]
         return [_rung(scope, "kd", student, machine) for scope in scopes]
     scope, _, loss = wish.partition(":")
     return [_rung(scope, loss or "kd", student, machine)]
@@ -245,7 +271,7 @@ def _rung(scope: str, loss: str, student: ModelSpec, machine: Machine) -> RungCh
         rank=max(_ADAPTER_RANKS) if scope == "adapters" else None,
         loss=loss,  # type: ignore[arg-type]
         batches_per_round=per_round if loss in ("ka", "sar") else None,
-        blocks=min(_DEFAULT_BLOCKS, machine.calibration_blocks),
+        blocks=min(CALIBRATION_BLOCKS, machine.calibration_blocks),
         blocks_per_step=min(per_step, machine.calibration_blocks),
         learning_rate=_rate(scope, student) if scope in _RATES else None,
     )

@@ -11,23 +11,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from compressors.model.description.spec import ModelSpec
 from compressors.model.predictions.routing_record import RoutingRecord
 from compressors.model.sources.checkpoint import Checkpoint
-from compressors.model.sources.student import ExpertMap, LayerMap
+from compressors.model.sources.student import ExpertMap
 from exporter.estimating.budget import expert_bits
 from exporter.estimating.planned_types import planned_block_length, same_numbers
 from exporter.file_names import EVALUATION, GENERATION, LAST_WORDS, MEASUREMENT, RECOVERY, ROUTING, SUMMARY
 from exporter.planning.plan import Plan
 from exporter.planning.recipe import Recipe
 from exporter.publishing.against_original import against_original, with_choices
+from exporter.publishing.described_models import described_source, described_student
 from exporter.publishing.environment import environment
 from exporter.publishing.floors import floors_of
 from exporter.publishing.outputs import Artifact
 from exporter.publishing.search_figures import named_types, search_figures
 from exporter.stages.inputs import heldout_domains, open_student, scheduled_blocks
 from exporter.work.directory import StageRecord, WorkDirectory
-from exporter.writing.gguf.metadata import source_license
 from validate.metrics.cloze import cloze_figures, load_last_words
 from validate.metrics.domains import domain_figures
 from validate.metrics.evaluation import Evaluation
@@ -74,25 +73,11 @@ def build_report(
         "schema": _SCHEMA,
         "tool": {"name": "moe-export", "version": version("moe-export")},
         "command": plan.command,
-        "source": {
-            "model": recipe.source.model,
-            "identity": recipe.source.identity,
-            "family": source.spec.model_type,
-            "parameters": source.spec.parameters,
-            "bytes": source.n_bytes,
-            "dtype": str(source.dtype).removeprefix("torch."),
-            "n_layers": source.spec.n_layers,
-            "n_experts": source.spec.n_experts,
-            "expert_width": source.spec.expert_width,
-            "top_k": source.spec.top_k,
-            "n_kv_heads": source.spec.n_kv_heads,
-            "head_dim": source.spec.head_dim,
-            "license": source_license(plan.source),
-        },
+        "source": described_source(recipe.source, source),
         "recipe": recipe.model_dump(),
         "text": summary["text"],
         "deviations": [asdict(deviation) for deviation in plan.deviations],
-        "student": _student(source.spec, experts),
+        "student": described_student(source.spec, experts),
         "budget": _budget(plan, artifacts, {row["artifact"]: row for row in validation}),
         "artifacts": [
             {
@@ -128,32 +113,6 @@ def _tried(plan: Plan, work: WorkDirectory) -> list[dict[str, Any]]:
     """The results of the recipe's rungs."""
     stages = ["recover"] if plan.recipe.recover.after_quantizing is None else ["recover", "retune"]
     return [result for stage in stages for result in json.loads(work.path(stage, RECOVERY).read_text(encoding="utf-8"))]
-
-
-def _student(teacher: ModelSpec, experts: ExpertMap) -> dict[str, Any]:
-    """Describes the student: the parts of the original that it keeps."""
-    spec = experts.spec_of(teacher)
-    layers = {layer.source: layer for layer in experts.layers}
-    is_dense = spec.is_dense
-    return {
-        "dense": is_dense,
-        "n_layers": spec.n_layers,
-        "n_moe_layers": sum(spec.layer(index).has_moe for index in range(spec.n_layers)) if not is_dense else None,
-        "n_experts": spec.n_experts if not is_dense else None,  # of the layer with the most
-        "fewest_experts": min(len(layer.groups) for layer in experts.layers if layer.groups) if not is_dense else None,
-        "expert_width": spec.expert_width,  # of a dense student's layers: the width of the feed-forward
-        "top_k": spec.top_k if not is_dense else None,
-        "parameters": spec.parameters,
-        # by layer of the original: its experts that go on living, by themselves, in the name of a merged group, or as
-        # neurons of the dense feed-forward
-        "kept": [_kept(layers[layer], is_dense) if layer in layers else [] for layer in range(teacher.n_layers)],
-        "merged": not is_dense and any(len(group) > 1 for layer in experts.layers for group in layer.groups),
-        "expert_map": experts.to_json(),
-    }
-
-
-def _kept(layer: LayerMap, is_dense: bool) -> list[int]:
-    return sorted(expert for group in layer.groups for expert in group) if is_dense else sorted(layer.kept)
 
 
 class _Rows:
@@ -215,8 +174,7 @@ class _Rows:
 
     def load(self) -> dict[str, Any]:
         """The share of the held-out tokens that each expert gets, by model; a dense student has no experts."""
-        teacher = self._plan.teacher_spec
-        sizes = {"teacher": [teacher.n_experts] * teacher.n_layers}
+        sizes = {"teacher": [layer.n_experts for layer in self._plan.teacher_spec.layers]}
         routings: dict[str, RoutingRecord | None] = {"teacher": self._teacher_routing}
         for name in self._evaluations:
             sizes[name] = [len(layer.groups) for layer in self._experts.layers]
@@ -389,7 +347,7 @@ def _checks(plan: Plan, artifacts: Mapping[str, Artifact], rows: Mapping[str, Ma
             band_of(expert_bits(name, plan.student_spec, plan.recipe.file(name))).fidelity,
             plan.require,
             figures,
-            is_routed=not plan.student_spec.is_dense,
+            is_routed=plan.student_spec.written.n_experts > 0,
             is_whole=plan.student_spec == plan.teacher_spec and plan.recipe.compress.edit == "none",
         )
     return checks

@@ -65,7 +65,8 @@ def rung_beside_codes(recipe: Recipe, plan: Plan, expected: float) -> RungChoice
     assert plan.search is not None, "the recipe stands"
     source = Checkpoint(plan.source)
     machine, spec = _machine(plan, source), expected_spec(recipe.compress, source.spec)
-    if plan.search.recover != "auto" or not machine.models_stay or expected < _WORTH_TEACHING or spec.is_dense:
+    is_dense = not spec.written.n_experts
+    if plan.search.recover != "auto" or not machine.models_stay or expected < _WORTH_TEACHING or is_dense:
         return None
     rung = tuning_rung(spec, machine, [planned_block_length(recipe, name, spec) for name in recipe.artifacts])
     return None if rung is None else rung.model_copy(update={"blocks": min(_BLOCKS, rung.blocks)})

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from compressors.model.description.spec import ModelSpec
 from compressors.shrink.dense import check_dense
 from compressors.shrink.registry import METHODS, expert_counts
+from exporter.planning.compression import layers_with_experts
 from exporter.planning.plan import Search
 from exporter.planning.recipe import CompressChoice
 
@@ -42,14 +43,15 @@ def structures_for(search: Search, spec: ModelSpec) -> Sequence[CompressChoice]:
 
 def candidates_of(method: str, spec: ModelSpec) -> Iterator[CompressChoice]:
     """The structures below the original that a method leads to; ``auto`` stands for all that are known to be good."""
+    n_layers = len(layers_with_experts(spec))
     if method == "auto":
         yield from (*_narrower(spec), *_fewer(_METHOD, spec), *_shorter(spec), *_both(spec))
     elif method == "slim":
         yield from _narrower(spec)
     elif method == "block-drop":
-        yield from (CompressChoice(experts=spec.n_experts, drop_blocks=n) for n in range(1, spec.n_layers))
+        yield from (CompressChoice(experts=spec.n_experts, drop_blocks=n) for n in range(1, n_layers))
     elif method == "layer-drop":
-        yield from (CompressChoice(experts=spec.n_experts, drop_moe_layers=n) for n in range(1, spec.n_layers))
+        yield from (CompressChoice(experts=spec.n_experts, drop_moe_layers=n) for n in range(1, n_layers))
     else:
         yield from _fewer(method, spec)
 

@@ -29,6 +29,7 @@ from exporter.processes.surroundings import Surroundings
 from validate.files.model_file import ModelFile
 from validate.runtimes import time_limit
 from validate.runtimes.backend import RuntimeCrashError
+from validate.runtimes.cost import CHUNK_TOKENS
 from validate.runtimes.last_words import last_words
 from validate.runtimes.lifetime import end_with_creator
 from validate.runtimes.time_limit import patience
@@ -50,7 +51,7 @@ class Limits:
 
     @classmethod
     def of_file(
-        cls, file: ModelFile, *, n_tokens: int = 512, reference_seconds: float = 0.0, on_gpu: bool = False
+        cls, file: ModelFile, *, n_tokens: int = CHUNK_TOKENS, reference_seconds: float = 0.0, on_gpu: bool = False
     ) -> Limits:
         """Limits that every valid file of this size stays within.
 

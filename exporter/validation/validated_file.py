@@ -51,8 +51,6 @@ class Expectation:
     def of_report(cls, out: Path, report: Mapping[str, Any], reference: Reference) -> Expectation:
         """The expectation for a file that one of our runs published."""
         experts = ExpertMap.from_json(report["student"]["expert_map"])
-        n_experts = experts.n_teacher_experts
-        everything = ExpertMap.keeping(n_experts, [range(n_experts)] * report["source"]["n_layers"])
         is_edited = report["recipe"]["compress"]["edit"] != "none" or any(map(_is_changed, experts.layers))
         saved = STUDENT_FOLDER.within(out)
         if saved.is_dir() and not report["student"]["dense"]:
@@ -61,10 +59,11 @@ class Expectation:
             original = Student(reference.source, experts)
         else:
             original = None
-        known = experts if reference.n_experts == n_experts else None
+        known = experts if reference.n_experts == experts.n_teacher_experts else None
         spec = None if reference.source is None else experts.spec_of(reference.source.spec)
-        is_whole = experts == everything and not is_edited
-        return cls(known, is_whole, original, _trained_roles(report, saved.is_dir()), spec, report)
+        is_whole = _keeps_everything(experts, report["source"]) and not is_edited
+        trained = frozenset() if original is None else _trained_roles(report, saved.is_dir(), original.spec)
+        return cls(known, is_whole, original, trained, spec, report)
 
     @classmethod
     def of_file(cls, file: ModelFile, reference: Reference) -> Expectation:
@@ -82,16 +81,28 @@ class Expectation:
                     f"{reference.n_layers}, and nothing says which they are{said}"
                 )
             return cls(None, False, None, notes=(note,))
-        original = None if reference.source is None else Student.teacher(reference.source)
-        return cls(ExpertMap.keeping(n_experts, [range(n_experts)] * (facts.n_layers or 0)), True, original)
+        if reference.source is None:
+            return cls(ExpertMap.keeping(n_experts, [range(n_experts)] * (facts.n_layers or 0)), True, None)
+        return cls(ExpertMap.identity(reference.source.spec), True, Student.teacher(reference.source))
 
 
-def _trained_roles(report: Mapping[str, Any], is_saved: bool) -> frozenset[Role]:
+def _keeps_everything(experts: ExpertMap, source: Mapping[str, Any]) -> bool:
+    """True if the student has all layers of the original, and all experts where the original has some."""
+    everything = tuple((expert,) for expert in range(experts.n_teacher_experts))
+    with_experts = [layer for layer in experts.layers if layer.groups]
+    return (
+        len(experts.layers) == source["n_layers"]
+        and len(with_experts) == source.get("n_moe_layers", source["n_layers"])
+        and all(layer.groups == everything and layer.width is None for layer in with_experts)
+    )
+
+
+def _trained_roles(report: Mapping[str, Any], is_saved: bool, spec: ModelSpec) -> frozenset[Role]:
     """Roles that recovery changed; with a saved student, only those changed after writing, which it does not have."""
     scopes = [str(rung["rung"]) for rung in report["recovery"] if rung.get("accepted")]
     if is_saved:
         scopes = [scope for scope in scopes if is_after_quantizing(scope)]
-    return frozenset(role for scope in scopes for role in trained_roles(scope))
+    return frozenset(role for scope in scopes for role in trained_roles(scope, spec))
 
 
 def _is_changed(layer: LayerMap) -> bool:

@@ -75,7 +75,7 @@ def _ask(
     folder: Path, spec: ModelSpec, name: str, vocabulary: Mapping[str, Value], texts: Sequence[str]
 ) -> LlamaTokens:
     values = {
-        "general.architecture": string(spec.gguf_architecture),
+        "general.architecture": string(spec.written.family.gguf.architecture),
         "general.name": string(name),
         **vocabulary,
     }

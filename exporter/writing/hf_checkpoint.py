@@ -13,34 +13,21 @@ from pathlib import Path
 import torch
 
 from compressors.model.description.roles import Role
-from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import TensorSpec
-from compressors.model.errors import UnsupportedError
 from compressors.model.files.json_file import read_json
 from compressors.model.sources.student import Student
+from exporter.capabilities.rules import Container
+from exporter.capabilities.table import refuse_unless_held
 from exporter.writing.files import write_atomically
 from exporter.writing.pieces import Piece, row_slices, write_pieces
 from exporter.writing.resumable import Part, is_published, resuming
 from exporter.writing.tokenizer_copy import copy_tokenizer
 
-__all__ = ["check_loadable", "write_checkpoint"]
+__all__ = ["write_checkpoint"]
 
 _COPIED = ("tokenizer*", "*.jinja", "generation_config.json", "LICENSE*")
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """As safetensors calls them, in the order in which it stores them."""
-
-
-def check_loadable(spec: ModelSpec) -> None:
-    """Refuses a student that stock transformers could not load.
-
-    Raises:
-        UnsupportedError: its layers differ.
-    """
-    if not spec.is_uniform:
-        raise UnsupportedError(
-            f"a checkpoint has one number of experts and one expert width for all layers; these have "
-            f"{spec.described_sizes}, which transformers could not load: leave --save-student out"
-        )
 
 
 def write_checkpoint(
@@ -60,7 +47,7 @@ def write_checkpoint(
         InputError: a tensor cannot be read, or the disk is full.
         UnsupportedError: its layers differ.
     """
-    check_loadable(student.spec)
+    refuse_unless_held(student.spec, Container.STUDENT)
     folder.mkdir(parents=True, exist_ok=resume)
     n_files = student.spec.n_layers + 1
     weight_map: dict[str, str] = {}

@@ -35,7 +35,7 @@ def setting_symptoms(facts: FileFacts, spec: ModelSpec) -> list[str]:
         (
             "rope base (position-dependent: every rotation is another)",
             facts.rope_base if is_plain else None,
-            spec.rope_theta,
+            spec.rope.theta,
         ),
         ("epsilon of the norms", facts.rms_norm_eps, spec.rms_norm_eps),
         ("number of experts per token", facts.top_k, min(spec.top_k, facts.n_experts or spec.top_k)),

@@ -259,12 +259,12 @@ class ExpertGrid:
 def expert_grid(report: Report) -> ExpertGrid | None:
     """Which experts survived; None when all did, or when the report does not say."""
     kept, n_experts = report["student"].get("kept"), report["source"]["n_experts"]
-    if not kept or all(len(layer) == n_experts for layer in kept):
+    if not kept or all(layer is None or len(layer) == n_experts for layer in kept):
         return None
     path = [
         f"M{first} {layer}h{last + 1 - first}v1h{first - last - 1}z"
         for layer, experts in enumerate(kept)
-        for first, last in _runs(experts)
+        for first, last in _runs(experts or ())
     ]
     lines = [f"M0 {layer}H{n_experts}" for layer in range(1, len(kept))]
     if n_experts <= _MOST_COLUMN_LINES:

@@ -164,12 +164,16 @@ def what_is_left(report: Report) -> str:
     source, student = report["source"], report["student"]
     n_teacher, n_student = source["n_experts"], student["n_experts"]
     parts = []
-    if (student["n_layers"] if is_dense(report) else student["n_moe_layers"]) < source["n_layers"]:
+    n_dropped = source["n_layers"] - student["n_layers"]
+    n_emptied = 0  # layers that are left, but have lost their experts
+    if not is_dense(report):
+        n_emptied = source.get("n_moe_layers", source["n_layers"]) - student["n_moe_layers"] - n_dropped
+    if n_dropped or n_emptied:
         parts.append(f"{student['n_layers']} of {source['n_layers']} layers")
     if is_dense(report):
-        made_of = f"from {max(map(len, student['kept']))} of {n_teacher} experts"
+        made_of = f"from {max(len(layer) for layer in student['kept'] if layer)} of {n_teacher} experts"
         return ", ".join((*parts, f"one dense feed-forward per layer ({student['expert_width']} wide, {made_of})"))
-    if student["n_moe_layers"] < student["n_layers"]:
+    if n_emptied:
         parts.append(f"experts in {student['n_moe_layers']} of them")
     if student["fewest_experts"] < n_student:
         parts.append(f"{student['fewest_experts']} to {n_student} of {n_teacher} experts per layer")

@@ -15,6 +15,7 @@ from validate.report.facts import Report, artifact_name, find
 
 __all__ = ["LEVELS", "HeatMap", "Level", "load_maps"]
 
+_NOTHING = "nothing"  # in a layer that never had experts: no path is drawn
 _AFTER = ("gguf", "onnx", "student")  # whose load is shown beside the original's: the first that was measured
 
 
@@ -60,8 +61,9 @@ def load_maps(report: Report) -> list[HeatMap]:
     experts = find(report, "student", "expert_map")
     if before is None or after is None or experts is None:
         return []
-    teacher = [_kinds(layer, range(n_experts)) for layer in before]
-    student = [["dropped"] * n_experts for _ in before]
+    nothing = [_NOTHING] * n_experts
+    teacher = [_kinds(layer, range(n_experts)) if layer else nothing for layer in before]
+    student = [["dropped"] * n_experts if layer else nothing for layer in before]
     for layer, tokens in zip(experts["layers"], loads[after]["tokens"], strict=True):
         if tokens:
             student[layer["source"]] = _kinds(tokens, _student_of(layer, n_experts))

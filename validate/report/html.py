@@ -85,7 +85,10 @@ def _view(report: Report) -> dict[str, Any]:
         "student": report["student"],
         "what_is_left": facts.what_is_left(report),
         "expert_grid": charts.expert_grid(report),
-        "kept_ranges": [charts.kept_ranges(layer) for layer in report["student"].get("kept") or []],
+        "kept_ranges": [
+            "has no experts" if layer is None else charts.kept_ranges(layer)
+            for layer in report["student"].get("kept") or []
+        ],
         "load_maps": heat_map.load_maps(report),
         "load_levels": heat_map.LEVELS,
         "load_table": tables.load_table(report),

@@ -6,13 +6,13 @@ import json
 import shlex
 from pathlib import Path
 
+from compressors.model.files.kv_types import KV_TYPES, is_quantized
 from validate.report.facts import Report, find
 
 __all__ = ["llama_cpp_command", "llama_cpp_python_command", "onnx_folder", "onnxruntime_example", "run_instructions"]
 
 _PROMPT = "The history of"
 _NEW_TOKENS = 64
-_GGML_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8}  # enum ggml_type in ggml/include/ggml.h
 
 
 def llama_cpp_command(report: Report, path: Path) -> str:
@@ -25,9 +25,9 @@ def llama_cpp_command(report: Report, path: Path) -> str:
 def llama_cpp_python_command(report: Report, path: Path) -> str:
     """The same through llama-cpp-python, in one line of shell; quantized values need flash attention there."""
     cache = str(report["budget"]["kv_type"])
-    number = _GGML_TYPES[cache]
+    number = int(KV_TYPES[cache])
     types = "" if cache == "f16" else f", type_k={number}, type_v={number}"
-    flash = ", flash_attn=True" if cache in ("q8_0", "q4_0") else ""
+    flash = ", flash_attn=True" if is_quantized(cache) else ""
     code = (
         "from llama_cpp import Llama; "
         f"print(Llama({json.dumps(str(path))}, n_ctx={report['budget']['context']}{types}{flash}, verbose=False)"

@@ -17,12 +17,14 @@ import numpy.typing as npt
 
 from compressors.model.errors import InputError
 
-__all__ = ["LEAST_CONTEXT", "Feed", "Runs", "RuntimeCost", "measure_cost", "peak_rss_bytes"]
+__all__ = ["CHUNK_TOKENS", "LEAST_CONTEXT", "Feed", "Runs", "RuntimeCost", "measure_cost", "peak_rss_bytes"]
 
 Feed = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float32]]
 """Appends tokens to a model's sequence; returns the next one's logits [V], valid until the next call."""
 
-_PIECE_TOKENS = 512  # of the prompt: what both runtimes take at once by default
+CHUNK_TOKENS = 512
+"""Prompts are fed in pieces of this many tokens, which both runtimes take at once by default."""
+
 _DECODED_TOKENS = 32
 LEAST_CONTEXT = 2 * _DECODED_TOKENS
 """Tokens of cache without which nothing can be measured."""
@@ -65,8 +67,8 @@ def measure_cost(load: Callable[[], Feed], *, context: int, prompt_tokens: Seque
     load_seconds = time.perf_counter() - started
     prompt = np.resize(np.asarray(prompt_tokens, dtype=np.int64), context - _DECODED_TOKENS)
     prefill = Runs()
-    for first in range(0, len(prompt), _PIECE_TOKENS):
-        piece = prompt[first : first + _PIECE_TOKENS]
+    for first in range(0, len(prompt), CHUNK_TOKENS):
+        piece = prompt[first : first + CHUNK_TOKENS]
         logits_V = feed(piece)
         prefill.done(len(piece))
     decode = Runs()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compressors.model.errors import InputError
+from compressors.model.files.kv_types import KV_TYPES, is_quantized
 from validate.routing.router_inputs import RouterInputs
 from validate.runtimes import time_limit
 from validate.runtimes.backend import ChooseToken, ChunkOutput, RoutingRecord, RuntimeCrashError, scored_positions
@@ -27,7 +28,6 @@ from validate.runtimes.cost import Feed, RuntimeCost, measure_cost
 from validate.runtimes.llama_cpp_routing import RoutingCollector, ggml_function
 
 __all__ = [
-    "KV_TYPES",
     "QUANTIZED_KV_TYPES",
     "LlamaCppBackend",
     "exact_kv_type",
@@ -36,14 +36,7 @@ __all__ = [
     "start_runtime",
 ]
 
-KV_TYPES: Mapping[str, int] = {
-    "f32": api.GGML_TYPE_F32,
-    "f16": api.GGML_TYPE_F16,
-    "q8_0": api.GGML_TYPE_Q8_0,
-    "q4_0": api.GGML_TYPE_Q4_0,
-}
-"""Storage of keys and values; the quantized ones need flash attention."""
-QUANTIZED_KV_TYPES = ("q8_0", "q4_0")
+QUANTIZED_KV_TYPES = tuple(name for name in KV_TYPES if is_quantized(name))
 """Not used to compare a file with torch: the loss from a coarse cache is not the file's fault, and reported apart."""
 
 
@@ -184,7 +177,7 @@ def measure(
     Args:
         path: the GGUF file.
         context: tokens of cache to fill, at least 64.
-        kv_type: a key of :data:`KV_TYPES`.
+        kv_type: a key of :data:`~compressors.model.files.kv_types.KV_TYPES`.
         threads: threads for prompt and generation.
         prompt_tokens: the text to feed, repeated until the context is full.
         gpu_layers: layers on a GPU.
@@ -240,7 +233,7 @@ class _Session:
         params = api.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, n_batch, min(n_batch, _PHYSICAL_BATCH)
         params.n_threads = params.n_threads_batch = threads
-        params.type_k = params.type_v = KV_TYPES[kv_type]
+        params.type_k = params.type_v = int(KV_TYPES[kv_type])
         params.flash_attn_type = flash_attention
         if callback is not None:
             params.cb_eval = callback

@@ -28,13 +28,12 @@ from validate.files.onnx_files import onnx_model_file
 from validate.routing.router_inputs import RouterInputs
 from validate.runtimes import time_limit
 from validate.runtimes.backend import ChooseToken, ChunkOutput, RuntimeCrashError, scored_positions
-from validate.runtimes.cost import Feed, RuntimeCost, measure_cost
+from validate.runtimes.cost import CHUNK_TOKENS, Feed, RuntimeCost, measure_cost
 from validate.runtimes.onnx_inputs import cache_dimensions, check_decoder, float_type
 from validate.runtimes.onnx_router import MoeNode, moe_nodes, router_graph
 
-__all__ = ["CHUNK_TOKENS", "OnnxRuntimeBackend", "OnnxRuntimeError", "measure"]
+__all__ = ["OnnxRuntimeBackend", "OnnxRuntimeError", "measure"]
 
-CHUNK_TOKENS = 512  # prompts are fed in pieces of this many tokens
 _ERRORS = (
     ort_errors.EPFail,
     ort_errors.EngineError,

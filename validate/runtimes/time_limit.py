@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from validate.runtimes.cost import CHUNK_TOKENS
+
 __all__ = ["limit_seconds", "patience", "set_limit", "tell", "working"]
 
 _LEAST_SECONDS = 30.0
 _BYTES_PER_SECOND = 10e6  # of a file's bytes, in the slowest step: a chunk of 512 tokens through all of them
-_CHUNK_TOKENS = 512
 _TIMES_THE_REFERENCE = 20
 
 
@@ -32,7 +33,7 @@ class _Limit:
 _limit: _Limit | None = None
 
 
-def patience(n_bytes: int, n_tokens: int = _CHUNK_TOKENS, reference_seconds: float = 0.0) -> float:
+def patience(n_bytes: int, n_tokens: int = CHUNK_TOKENS, reference_seconds: float = 0.0) -> float:
     """Returns the seconds in which a runtime that works finishes a step.
 
     Args:
@@ -40,7 +41,7 @@ def patience(n_bytes: int, n_tokens: int = _CHUNK_TOKENS, reference_seconds: flo
         n_tokens: length of the chunk, or of the cache that is filled.
         reference_seconds: the time that another model of about this size took for such a chunk, if it is known.
     """
-    times_longer = max(1.0, n_tokens / _CHUNK_TOKENS)
+    times_longer = max(1.0, n_tokens / CHUNK_TOKENS)
     return times_longer * (_LEAST_SECONDS + n_bytes / _BYTES_PER_SECOND) + _TIMES_THE_REFERENCE * reference_seconds
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from compressors.model.description.glu import SWIGLU, Glu
 from compressors.model.description.routing import Routing
@@ -22,6 +23,11 @@ class Shared:
 
     width: int
     is_gated: bool = False
+
+    @property
+    def description(self) -> str:
+        """The kind and the size in words."""
+        return f"{'a gated' if self.is_gated else 'a'} shared expert of width {self.width}"
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,8 @@ class Routed:
         selection_bias: the name there of the vector that is added to the scores for the choice, where the rule has one.
         expert_scale: the name there of the factors of the weights, one for each expert, where the rule has them.
     """
+
+    kind: ClassVar[str] = "routed experts"
 
     n_experts: int
     top_k: int
@@ -69,10 +77,18 @@ class Routed:
         """The same with other numbers; top-k never exceeds the experts left."""
         return replace(self, n_experts=n_experts, width=width, top_k=min(self.top_k, n_experts))
 
+    @property
+    def description(self) -> str:
+        """The sizes in words."""
+        beside = "" if self.shared is None else f", beside {self.shared.description}"
+        return f"{self.n_experts} experts of width {self.width}, {self.top_k} for each token{beside}"
+
 
 @dataclass(frozen=True)
 class Dense:
     """One feed-forward that every token goes through."""
+
+    kind: ClassVar[str] = "a dense feed-forward"
 
     width: int
     glu: Glu = SWIGLU
@@ -86,6 +102,11 @@ class Dense:
     def n_active(self) -> int:
         """The feed-forwards of this width that each token goes through."""
         return 1
+
+    @property
+    def description(self) -> str:
+        """The kind and the size in words."""
+        return f"a dense feed-forward of width {self.width}"
 
 
 FeedForward = Routed | Dense

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import ClassVar
 
 from compressors.model.description.rope import Rope
 
@@ -33,6 +34,8 @@ class GroupedQuery:
         window: tokens that attention reaches back over, itself included; None: all.
     """
 
+    kind: ClassVar[str] = "grouped-query attention"
+
     n_heads: int
     n_kv_heads: int
     head_dim: int
@@ -56,6 +59,11 @@ class GroupedQuery:
     def cached_head(self) -> int:
         """Values that lie together in a cache, which types with blocks must divide."""
         return self.head_dim
+
+    @property
+    def description(self) -> str:
+        """Its sizes in words."""
+        return f"{self.n_heads} heads, {self.n_kv_heads} key-value heads of {self.head_dim}"
 
     @property
     def state_values(self) -> int:
@@ -84,6 +92,8 @@ class Latent:
         inner_epsilon: epsilon of the norms of both vectors.
     """
 
+    kind: ClassVar[str] = "latent attention"
+
     n_heads: int
     query_rank: int | None
     rank: int
@@ -98,6 +108,12 @@ class Latent:
     def window(self) -> int | None:
         """None: attention reaches back over all tokens."""
         return None
+
+    @property
+    def description(self) -> str:
+        """Its sizes in words."""
+        ranks = f"{self.rank}" if self.query_rank is None else f"{self.query_rank} and {self.rank}"
+        return f"{self.n_heads} heads of {self.key_dim} and {self.value_dim}, made from vectors of {ranks}"
 
     @property
     def key_dim(self) -> int:

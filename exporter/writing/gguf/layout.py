@@ -12,16 +12,15 @@ from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import TensorSpec
 from compressors.model.description.transforms import SAME, Transform
-from compressors.model.errors import InputError, UnsupportedError
+from compressors.model.errors import InputError
 from compressors.model.files.ggml_types import BLOCK_SIZES
 from compressors.model.names import shown
 from compressors.quantize import QUANTIZABLE_TYPES, GGMLQuantizationType, fallback_type, row_bytes
+from exporter.capabilities.rules import Container
+from exporter.capabilities.table import refuse_unless_held
 from exporter.writing.gguf.mixes import MixedModel, file_type_of, is_quantized, mix_named, mixed_types
 
-__all__ = ["GgufTensor", "Quantization", "bits_per_weight", "check_uniform", "plan_tensors", "quantization"]
-__all__ += ["rope_settings"]
-
-_MAX_EXPERTS, _MAX_LAYERS = 1024, 512  # LLAMA_MAX_EXPERTS and LLAMA_MAX_LAYERS in src/llama-hparams.h
+__all__ = ["GgufTensor", "Quantization", "bits_per_weight", "plan_tensors", "quantization", "rope_settings"]
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def plan_tensors(spec: ModelSpec, mix: str, types: Mapping[str, str] | None = No
         UnsupportedError: llama.cpp cannot represent a model of this shape.
     """
     named = mix_named(mix)
-    _check_representable(spec)
+    refuse_unless_held(spec, Container.GGUF)
     written = spec.written
     tensors = [tensor for described in written.tensors for tensor in _parts(described, None, spec)]
     for name, values in rope_settings(spec).factors.items():
@@ -187,40 +186,3 @@ def quantization(spec: ModelSpec, mix: str, types: Mapping[str, str] | None = No
         weights[tensor.ggml_type] += tensor.n_values
     most = max(sorted(weights), key=lambda ggml_type: weights[ggml_type])
     return Quantization(f"Q{int(bits_per_weight(tensors))}_MIX", file_type_of(most))
-
-
-def check_uniform(spec: ModelSpec) -> None:
-    """Refuses layers that differ in their experts; dense layers may stand before all that have some.
-
-    Raises:
-        UnsupportedError: the layers differ.
-    """
-    graph = f"llama.cpp's {spec.written.family.gguf.architecture} graph"
-    has_experts = [layer.routed is not None for layer in spec.layers]
-    if spec.is_uniform and has_experts != sorted(has_experts):
-        first = has_experts.index(False, has_experts.index(True))
-        raise UnsupportedError(
-            f"{graph} has experts in every layer after the first one with experts; layer {first} of this model has "
-            "none: it cannot be written as GGUF; use --formats onnx"
-        )
-    if not spec.is_uniform:
-        raise UnsupportedError(
-            f"{graph} has one number of experts and one expert "
-            f"width for all layers; these layers have {spec.described_sizes}: they cannot be written as GGUF; give "
-            "all layers the same, or use --formats onnx"
-        )
-
-
-def _check_representable(spec: ModelSpec) -> None:
-    check_uniform(spec)
-    gguf = spec.written.family.gguf
-    refusal = gguf.refusal(spec)
-    if refusal is not None:
-        raise UnsupportedError(
-            f"llama.cpp's {gguf.architecture} {refusal}: it cannot be written as GGUF; use --formats onnx"
-        )
-    if spec.n_experts > _MAX_EXPERTS or spec.n_layers > _MAX_LAYERS:
-        raise UnsupportedError(
-            f"llama.cpp loads at most {_MAX_EXPERTS} experts and {_MAX_LAYERS} layers; this model has "
-            f"{spec.n_experts} and {spec.n_layers}: use --formats onnx"
-        )

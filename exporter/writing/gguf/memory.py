@@ -8,25 +8,14 @@ terms of ``compute``) to resident set sizes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from fractions import Fraction
+from collections.abc import Iterator
 
 from compressors.model.description.mixers import Mixer
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
+from compressors.model.files.kv_types import KV_TYPES, bytes_per_value, values_per_block
 
 __all__ = ["predict_runtime_bytes"]
-
-_CACHE_BYTES: Mapping[str, Fraction] = {
-    "f32": Fraction(4),
-    "f16": Fraction(2),
-    "q8_0": Fraction(34, 32),
-    "q4_0": Fraction(18, 32),
-}
-"""Bytes of one cached value."""
-
-_QUANTIZED = ("q8_0", "q4_0")
-_QUANTIZED_BLOCK = 32  # a head must be whole blocks (llama_init_from_model in src/llama-context.cpp)
 
 _BATCH = 512  # n_batch and n_ubatch
 _CONTEXT_STEP = 256  # contexts are rounded up to it (llama_context in src/llama-context.cpp)
@@ -44,12 +33,13 @@ def predict_runtime_bytes(spec: ModelSpec, file_bytes: int, context: int, kv_typ
         InputError: there is no such cache type.
         UnsupportedError: a head of the model is no multiple of the type's blocks.
     """
-    if kv_type not in _CACHE_BYTES:
-        raise InputError(f"--kv-type {kv_type}: no such type; choose one of {', '.join(_CACHE_BYTES)}")
-    cut = next((mixer.cached_head for mixer in _mixers(spec) if mixer.cached_head % _QUANTIZED_BLOCK), None)
-    if kv_type in _QUANTIZED and cut is not None:
+    if kv_type not in KV_TYPES:
+        raise InputError(f"--kv-type {kv_type}: no such type; choose one of {', '.join(KV_TYPES)}")
+    block = values_per_block(kv_type)  # a head must be whole blocks (llama_init_from_model in src/llama-context.cpp)
+    cut = next((mixer.cached_head for mixer in _mixers(spec) if mixer.cached_head % block), None)
+    if cut is not None:
         raise UnsupportedError(
-            f"--kv-type {kv_type}: llama.cpp stores such keys and values in blocks of {_QUANTIZED_BLOCK}, and this "
+            f"--kv-type {kv_type}: llama.cpp stores such keys and values in blocks of {block}, and this "
             f"model's heads are {cut} wide: use --kv-type f16"
         )
     cells = _rounded_up(context)
@@ -65,7 +55,7 @@ def predict_runtime_bytes(spec: ModelSpec, file_bytes: int, context: int, kv_typ
     )
     return {
         "weights": file_bytes,
-        "kv_cache": int(cached * _CACHE_BYTES[kv_type]) + states,
+        "kv_cache": int(cached * bytes_per_value(kv_type)) + states,
         "compute": compute,
     }
 

@@ -13,9 +13,9 @@ from compressors.model.files.json_file import read_json
 from compressors.model.sources.student import Student
 from exporter.writing.files import write_atomically
 from exporter.writing.onnx.layout import MODEL_FILE
-from exporter.writing.onnx.memory import CHUNK_TOKENS
 from exporter.writing.onnx.writer import with_context
 from exporter.writing.tokenizer_copy import write_tokenizer
+from validate.runtimes.cost import CHUNK_TOKENS
 
 __all__ = ["write_client_files"]
 

@@ -13,15 +13,15 @@ import onnx
 from compressors.model.description.legacy import role_shape
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
-from compressors.model.errors import UnsupportedError
 from compressors.model.sources.onnx import CODES, DATA_FILE, MODEL_FILE, SCALES
+from exporter.capabilities.rules import Container
+from exporter.capabilities.table import refuse_unless_held
 from exporter.writing.onnx.encodings import FLOAT32, Encoding, preset_named, unit_encodings
 
 __all__ = ["DATA_FILE", "MODEL_FILE", "TensorLayout", "TensorPlan", "WeightPlan", "plan_tensors"]
 
 # Large tensors start on a page, so that the runtime can map them; the ONNX specification recommends 4096.
 _PAGE_BYTES = 4096
-_HEAD_MULTIPLE = 16
 _SMALL_ALIGNMENT = 64
 _SMALL_TENSOR_BYTES = 16 * _PAGE_BYTES
 
@@ -107,19 +107,10 @@ def plan_tensors(spec: ModelSpec, preset: str, encodings: Mapping[str, str] | No
 
     Raises:
         InputError: there is no such preset, unit or encoding.
-        UnsupportedError: the operators cannot run heads of this size, or an encoding's blocks do not divide the rows.
+        UnsupportedError: ONNX cannot hold a model of this shape, or an encoding's blocks do not divide the rows.
     """
-    _check_heads(spec)
+    refuse_unless_held(spec, Container.ONNX)
     return _Planner(spec, unit_encodings(spec, preset_named(preset), encodings or {})).plan()
-
-
-def _check_heads(spec: ModelSpec) -> None:
-    """The attention operator checks it only when it runs (``gqa_attention_base.h`` in ONNX Runtime)."""
-    if spec.head_dim % _HEAD_MULTIPLE:
-        raise UnsupportedError(
-            f"ONNX Runtime's GroupQueryAttention with a rotary embedding runs heads of a multiple of {_HEAD_MULTIPLE} "
-            f"values; this model's have {spec.head_dim}: it cannot be written as ONNX; use --formats gguf"
-        )
 
 
 class _Planner:

@@ -13,11 +13,9 @@ from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from exporter.writing.onnx.layout import TensorLayout, WeightPlan, plan_tensors
 from exporter.writing.onnx.writer import with_context
+from validate.runtimes.cost import CHUNK_TOKENS
 
-__all__ = ["CHUNK_TOKENS", "predict_runtime_bytes"]
-
-CHUNK_TOKENS = 512
-"""Prompts are fed in pieces of this many tokens: validation does, and genai_config.json tells onnxruntime-genai to."""
+__all__ = ["predict_runtime_bytes"]
 
 _FLOAT_BYTES = 4
 _EXPERT_AXES = 3  # of the shape of a layer's experts

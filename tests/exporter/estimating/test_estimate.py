@@ -14,15 +14,9 @@ import pytest
 
 from compressors.model.errors import InputError
 from compressors.model.sources.checkpoint import Checkpoint
-from exporter.estimating.estimate import (
-    Speeds,
-    describe_time,
-    disk_lines,
-    disk_lines_of_all,
-    memory_lines,
-    seconds_by_stage,
-)
+from exporter.estimating.estimate import Speeds, describe_time, seconds_by_stage
 from exporter.estimating.machine import measure_speeds
+from exporter.estimating.needs import disk_lines, disk_lines_of_all, memory_lines
 from exporter.planning.job import Flags, Job
 from exporter.planning.plan import Plan, Search
 from exporter.planning.plan_making import make_plan

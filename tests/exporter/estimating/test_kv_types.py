@@ -12,11 +12,12 @@ import numpy.typing as npt
 import pytest
 import yaml
 
+from compressors.model.files.kv_types import KV_TYPES
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import Student
 from exporter.writing.gguf.writer import write_gguf
 from validate.report.run import llama_cpp_python_command
-from validate.runtimes.llama_cpp import KV_TYPES, QUANTIZED_KV_TYPES, LlamaCppBackend
+from validate.runtimes.llama_cpp import QUANTIZED_KV_TYPES, LlamaCppBackend
 
 Run = Callable[[Sequence[str]], subprocess.CompletedProcess[str]]
 Command = Callable[..., Sequence[str]]

@@ -16,7 +16,7 @@ from typing import IO
 import pytest
 
 from compressors.model.errors import InputError
-from exporter.estimating.estimate import disk_lines
+from exporter.estimating.needs import disk_lines
 from exporter.file_names import LOG_PROBS, ORIGINAL_VALUES, SENSITIVITIES, STAGE_RECORD, STATISTICS
 from exporter.pipeline import running
 from exporter.planning.job import Flags, Job

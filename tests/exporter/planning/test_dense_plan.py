@@ -20,7 +20,8 @@ from compressors.model.sources.checkpoint import Checkpoint
 from compressors.shrink.dense import Condense
 from compressors.shrink.layerwise import LayerTarget
 from compressors.shrink.slim import SlimWidth
-from exporter.estimating.estimate import Speeds, disk_lines, memory_lines, seconds_by_stage
+from exporter.estimating.estimate import Speeds, seconds_by_stage
+from exporter.estimating.needs import disk_lines, memory_lines
 from exporter.planning.compression import check_compression, described_compression, expected_spec, layer_targets
 from exporter.planning.job import Flags
 from exporter.planning.plan import Plan

@@ -1,0 +1,62 @@
+"""The rules of GGUF: what llama.cpp's graphs, which read the files, can compute."""
+
+from __future__ import annotations
+
+from compressors.model.description.gguf_rope import gguf_rope
+from compressors.model.description.spec import ModelSpec
+from compressors.model.errors import UnsupportedError
+from exporter.capabilities.rules import Container, Feature, Rule
+
+__all__ = ["RULES"]
+
+_MOST_EXPERTS, _MOST_LAYERS = 1024, 512  # LLAMA_MAX_EXPERTS and LLAMA_MAX_LAYERS in src/llama-hparams.h
+
+
+def _different_layers(spec: ModelSpec) -> str | None:
+    if spec.is_uniform:
+        return None
+    return (
+        f"llama.cpp's {spec.written.family.gguf.architecture} graph has one number of experts and one expert "
+        f"width for all layers; these layers have {spec.described_sizes}: they cannot be written as GGUF; give "
+        "all layers the same, or use --formats onnx"
+    )
+
+
+def _graph(spec: ModelSpec) -> str | None:
+    gguf = spec.written.family.gguf
+    refusal = gguf.refusal(spec)
+    if refusal is None:
+        return None
+    return f"llama.cpp's {gguf.architecture} {refusal}: it cannot be written as GGUF; use --formats onnx"
+
+
+def _size(spec: ModelSpec) -> str | None:
+    if spec.n_experts <= _MOST_EXPERTS and spec.n_layers <= _MOST_LAYERS:
+        return None
+    return (
+        f"llama.cpp loads at most {_MOST_EXPERTS} experts and {_MOST_LAYERS} layers; this model has "
+        f"{spec.n_experts} and {spec.n_layers}: use --formats onnx"
+    )
+
+
+def _rope(spec: ModelSpec) -> str | None:
+    gguf = spec.written.family.gguf
+    try:
+        gguf_rope(spec.rope, gguf.architecture, takes_factors=gguf.takes_rope_factors)
+    except UnsupportedError as error:
+        return str(error)
+    return None
+
+
+RULES = (
+    Rule(
+        Container.GGUF,
+        Feature.DIFFERENT_LAYERS,
+        "one number of experts and one width for all layers that have experts, and no layer without a feed-forward",
+        _different_layers,
+    ),
+    Rule(Container.GGUF, Feature.GRAPH, "what llama.cpp's graph of the family computes, see below", _graph),
+    Rule(Container.GGUF, Feature.SIZE, f"at most {_MOST_EXPERTS} experts and {_MOST_LAYERS} layers", _size),
+    Rule(Container.GGUF, Feature.ROPE, "the scalings that llama.cpp's graph of the family computes, see below", _rope),
+)
+"""In the order in which they are asked; the first refusal counts."""

@@ -1,0 +1,27 @@
+"""The rule of a saved student: a checkpoint that stock transformers loads."""
+
+from __future__ import annotations
+
+from compressors.model.description.spec import ModelSpec
+from exporter.capabilities.rules import Container, Feature, Rule
+
+__all__ = ["RULES"]
+
+
+def _different_layers(spec: ModelSpec) -> str | None:
+    if spec.is_uniform:
+        return None
+    return (
+        f"a checkpoint has one number of experts and one expert width for all layers; these have "
+        f"{spec.described_sizes}, which transformers could not load: leave --save-student out"
+    )
+
+
+RULES = (
+    Rule(
+        Container.STUDENT,
+        Feature.DIFFERENT_LAYERS,
+        "one number of experts and one width for all layers that have experts, and no layer without a feed-forward",
+        _different_layers,
+    ),
+)

@@ -1,0 +1,67 @@
+"""Describes the original and the student: parts of report.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compressors.model.description.mixers import GroupedQuery
+from compressors.model.description.spec import ModelSpec
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import ExpertMap, LayerMap
+from exporter.planning.recipe import SourceChoice
+from exporter.writing.gguf.metadata import source_license
+
+__all__ = ["described_source", "described_student"]
+
+
+def described_source(choice: SourceChoice, source: Checkpoint) -> dict[str, Any]:
+    """Describes the original; heads are those of the first layer that has grouped-query attention."""
+    spec = source.spec
+    attention = next((layer.mixer for layer in spec.layers if isinstance(layer.mixer, GroupedQuery)), None)
+    return {
+        "model": choice.model,
+        "identity": choice.identity,
+        "family": spec.model_type,
+        "parameters": spec.parameters,
+        "bytes": source.n_bytes,
+        "dtype": str(source.dtype).removeprefix("torch."),
+        "n_layers": spec.n_layers,
+        "n_moe_layers": sum(layer.routed is not None for layer in spec.layers),
+        "n_experts": spec.n_experts,
+        "expert_width": spec.expert_width,
+        "top_k": spec.top_k,
+        "n_kv_heads": None if attention is None else attention.n_kv_heads,
+        "head_dim": None if attention is None else attention.head_dim,
+        "license": source_license(source.folder),
+    }
+
+
+def described_student(teacher: ModelSpec, experts: ExpertMap) -> dict[str, Any]:
+    """Describes the student: the parts of the original that it keeps."""
+    spec = experts.spec_of(teacher)
+    layers = {layer.source: layer for layer in experts.layers}
+    is_dense = not spec.written.n_experts
+    return {
+        "dense": is_dense,
+        "n_layers": spec.n_layers,
+        "n_moe_layers": sum(layer.routed is not None for layer in spec.layers) if not is_dense else None,
+        "n_experts": spec.n_experts if not is_dense else None,  # of the layer with the most
+        "fewest_experts": min(len(layer.groups) for layer in experts.layers if layer.groups) if not is_dense else None,
+        "expert_width": spec.expert_width,  # of a dense student's layers: the width of the feed-forward
+        "top_k": spec.top_k if not is_dense else None,
+        "parameters": spec.parameters,
+        # by layer of the original: its experts that go on living, by themselves, in the name of a merged group, or as
+        # neurons of the dense feed-forward; None if it has no experts
+        "kept": [
+            None if described.routed is None else _kept(layers.get(index), is_dense)
+            for index, described in enumerate(teacher.layers)
+        ],
+        "merged": not is_dense and any(len(group) > 1 for layer in experts.layers for group in layer.groups),
+        "expert_map": experts.to_json(),
+    }
+
+
+def _kept(layer: LayerMap | None, is_dense: bool) -> list[int]:
+    if layer is None:
+        return []
+    return sorted(expert for group in layer.groups for expert in group) if is_dense else sorted(layer.kept)
