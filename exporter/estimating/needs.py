@@ -21,11 +21,10 @@ from compressors.model.running.memory import PROCESS_BYTES, positions_at_once, w
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.recover.scopes import Scope
 from compressors.recover.training_memory import training_bytes
-from exporter.estimating.planned_types import planned_block_length
+from exporter.estimating.planned_types import planned_block_length, same_numbers
 from exporter.planning.compression import changes_experts
 from exporter.planning.plan import Plan
 from exporter.planning.recovery import scope_of
-from exporter.stages.artifacts import same_numbers
 from exporter.writing.feedback import least_feedback_bytes
 from validate.routing.router_inputs import ROUTER_CHUNKS
 from validate.runtimes.backend import scored_positions
