@@ -22,12 +22,13 @@ def test_the_command_line_has_every_flag_with_its_default() -> None:
 
 
 def test_a_flag_of_several_commands_is_the_same_in_all() -> None:
+    of_export = {option.name: option for option in main.commands["export"].params}
     for command in ("pareto", "inspect", "validate"):
         for option in main.commands[command].params:
             if option.name in ("memory", "device", "offline", "revision", "threads"):
-                (of_export,) = (other for other in main.commands["export"].params if other.name == option.name)
-                assert (option.opts, option.help) == (of_export.opts, of_export.help)
-                    assert option.type.name == of_export.type.name
+                other = of_export[option.name]
+                assert isinstance(option, click.Option) and isinstance(other, click.Option)
+                assert (option.opts, option.help, option.type.name) == (other.opts, other.help, other.type.name)
 
 
 def test_a_job_repeats_no_flag_that_it_holds_as_it_is_given() -> None:
