@@ -16,16 +16,19 @@ def test_the_command_line_has_every_flag_with_its_default() -> None:
     options = {parameter.name: parameter for parameter in main.commands["export"].params}
     assert set(options) == {flag.name for flag in fields(Flags)}
     for flag in fields(Flags):
-        assert options[flag.name].default == flag.default, flag.name
-        assert isinstance(options[flag.name], click.Argument) or options[flag.name].help == flag.metadata["help"]
+        option = options[flag.name]
+        if isinstance(option, click.Option):  # MODEL is an argument
+            assert (option.default, option.help) == (flag.default, flag.metadata["help"]), flag.name
 
 
 def test_a_flag_of_several_commands_is_the_same_in_all() -> None:
+    of_export = {option.name: option for option in main.commands["export"].params}
     for command in ("pareto", "inspect", "validate"):
         for option in main.commands[command].params:
             if option.name in ("memory", "device", "offline", "revision", "threads"):
-                (of_export,) = (other for other in main.commands["export"].params if other.name == option.name)
-                assert (option.opts, option.type, option.help) == (of_export.opts, of_export.type, of_export.help)
+                other = of_export[option.name]
+                assert isinstance(option, click.Option) and isinstance(other, click.Option)
+                assert (option.opts, option.help, option.type.name) == (other.opts, other.help, other.type.name)
 
 
 def test_a_job_repeats_no_flag_that_it_holds_as_it_is_given() -> None:
