@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ from safetensors.torch import save_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from compressors.model.description.feed_forward import Routed
 from compressors.model.description.roles import Role
+from compressors.model.description.routing import Routing, Score
 from compressors.model.errors import UnsupportedError
 from compressors.model.files.weight_file import StoredTensors
 from compressors.model.predictions.losses import reverse_kl_divergence
@@ -185,3 +188,15 @@ def test_a_student_with_a_head_of_its_own_is_refused(pruned_toy: Student) -> Non
     changed = pruned_toy.with_overlay({name: pruned_toy.tensor(Role.TOKEN_EMBEDDING) * 1.01})
     with pytest.raises(UnsupportedError, match="no longer the teacher's in this student"):
         KnowledgeAugmentation(changed, _schedule(KnowledgeAugmentation, 4))
+
+
+@pytest.mark.parametrize("objective", _OBJECTIVES)
+def test_a_teacher_whose_routers_give_no_probabilities_is_refused(
+    objective: type[OnPolicyDistillation], float32_toy: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = float32_toy.spec.layers
+    assert isinstance(second.feed_forward, Routed)
+    sigmoid = replace(second, feed_forward=replace(second.feed_forward, routing=Routing(Score.SIGMOID)))
+    monkeypatch.setattr(float32_toy, "spec", replace(float32_toy.spec, layers=(first, sigmoid)))
+    with pytest.raises(UnsupportedError, match="layer 1 has sigmoids"):
+        objective(Student.teacher(float32_toy), _schedule(objective, 4))  # type: ignore[call-arg]
