@@ -203,7 +203,11 @@ def test_a_matrix_in_parts_is_one_unit(student: Student) -> None:
 
 
 def test_importance_from_a_file_is_put_into_the_model_s_order(student: Student, tmp_path: Path) -> None:
-    matrices = [tensor for tensor in plan_tensors(student.spec, "F32") if tensor.is_matrix and tensor.layer is not None]
+    matrices = [
+        tensor
+        for tensor in plan_tensors(student.spec, "F32")
+        if tensor.is_matrix and tensor.layer is not None and tensor.name != "blk.2.attn_k_b.weight"  # nobody misses it
+    ]
     random, entries, data = torch.Generator().manual_seed(1), [], []
     sums = {}
     for tensor in matrices:
