@@ -160,7 +160,7 @@ def _described(spec: ModelSpec) -> dict[str, tuple[MetadataValue, ...]]:
 
 
 def _is_same(found: Any, wanted: MetadataValue) -> bool:
-    """Compares numbers as llama.cpp keeps them: floats in single precision, and a number as one for each layer."""
+    """Numbers as llama.cpp keeps them: floats in single precision; one number is like an array of it for each layer."""
     if isinstance(found, tuple) and not isinstance(wanted, tuple):
         return bool(found) and all(_is_same(item, wanted) for item in found)
     if isinstance(wanted, tuple) and not isinstance(found, tuple):
