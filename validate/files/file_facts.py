@@ -44,7 +44,6 @@ def gguf_facts(path: Path) -> FileFacts:
     """
     file = GgufFile(path)
     matrices = [entry for entry in file.tensors.values() if len(entry.shape) > 1]
-    experts = [entry for entry in matrices if len(entry.shape) == 3]
     architecture = file.metadata.get("general.architecture", "")
 
     def number(key: str) -> float | None:
@@ -55,10 +54,12 @@ def gguf_facts(path: Path) -> FileFacts:
         value = number(key)
         return value if type(value) is int else None
 
+    n_experts = count("expert_count")
+    experts = [entry for entry in matrices if len(entry.shape) == 3 and entry.shape[0] == n_experts]
     return FileFacts(
         bits_per_weight=_bits_per_weight(experts or matrices),
         n_layers=count("block_count"),
-        n_experts=count("expert_count") or None,
+        n_experts=n_experts or None,
         top_k=count("expert_used_count") or None,
         rope_base=number("rope.freq_base") or _LLAMA_CPP_ROPE_BASE,
         rms_norm_eps=number("attention.layer_norm_rms_epsilon"),

@@ -83,8 +83,8 @@ class WrittenWeights(Weights, Protocol):
     Some of what a file holds can be replaced in the finished file, because its place and size stay: its *tunable
     values*. Of a router or a norm these are all its values, float32; of a quantized matrix the scales of its blocks
     [rows, blocks of a row, scales of a block], whose rows are those of all experts, one expert after the other. They
-    come in the student's order, and go by the tensor's name in llama.cpp (:meth:`ModelSpec.gguf_name`) in every
-    container.
+    come in the student's order, and go by the tensor's name in llama.cpp (:attr:`TensorSpec.gguf`) in every container.
+    A matrix whose rows are not rows of the file's, but parts of them or turned, has no such scales.
     """
 
     def stored_type(self, role: Role, layer: int | None) -> StoredType:

@@ -85,7 +85,7 @@ def read_imatrix(path: Path, spec: ModelSpec) -> Importance:
             importance = _of_inputs(tensor, _importance(path, tensor, entries[tensor.name]), spec)
             if importance is not None:
                 found.setdefault((tensor.role, tensor.layer), importance)
-        elif tensor.layer is not None:
+        elif _is_counted(tensor, spec):
             raise InputError(f"{path} has nothing about {tensor.name}: {_MADE_ELSEWHERE}")
     _check_layers(path, entries, spec)
     return found
@@ -234,7 +234,7 @@ def write_imatrix(
 
 
 def _is_counted(tensor: GgufTensor, spec: ModelSpec) -> bool:
-    """Whether a calibration has seen the inputs of this tensor."""
+    """Whether importance matrices have to have this tensor, because a calibration sees its inputs."""
     is_in_layer = tensor.is_matrix and tensor.layer is not None
     return is_in_layer and _input_places(tensor, tensor.row_length, spec) is not None
 

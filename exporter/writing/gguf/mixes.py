@@ -346,9 +346,10 @@ def _gate_or_up(mix: Mix, matrix: _Matrix, model: MixedModel) -> GGMLQuantizatio
 
 
 def _place(mix: Mix, matrix: _Matrix, model: MixedModel) -> int:
-    """What the tool takes for the layer of a feed-forward's matrix.
+    """The number that the tool takes for the layer of a feed-forward's matrix.
 
-    It counts matrices instead, and those of a shared expert too, where there is one expert and in the lowest mixes.
+    Where there is one expert, and in the lowest mixes, it does not read the name but counts matrices, a shared expert's
+    too.
     """
     return matrix.layer if model.n_experts > 1 and mix.name not in _LOWEST else matrix.number
 

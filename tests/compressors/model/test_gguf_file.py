@@ -10,9 +10,18 @@ import gguf
 import numpy as np
 import pytest
 
+from compressors.model.description.family import GgufValue
 from compressors.model.errors import InputError
 from compressors.model.files.ggml import GGMLQuantizationType, can_dequantize
 from compressors.model.files.gguf_file import GgufFile
+from exporter.writing.gguf.container import (
+    float32_array,
+    int32_array,
+    render_header,
+    render_values,
+    uint32,
+    value_of,
+)
 from tests.fuzz.gguf_files import Parts, Tensor, Value, taken_apart
 
 
@@ -85,6 +94,29 @@ def test_a_file_that_is_put_together_again_is_the_same(whole: bytes, tmp_path: P
     assert parts.file() == whole
     assert [tensor.name for tensor in parts.tensors] == [b"one", b"two"]
     assert isinstance(parts.tensors[0], Tensor)
+
+
+def test_arrays_with_a_number_for_each_layer_are_read(tmp_path: Path) -> None:
+    given: dict[str, GgufValue] = {"llama.heads": (8, 0, -1), "llama.recurrent": (True, False), "llama.none": ()}
+    arrays = {key: value_of(value) for key, value in given.items()}
+    others = {
+        "tokenizer.ggml.token_type": int32_array([1, 2]),
+        "llama.scores": float32_array([0.5]),
+        "llama.long": int32_array(range(513)),
+    }
+    values = {**arrays, **others, "llama.block_count": uint32(3)}
+    (tmp_path / "x.gguf").write_bytes(render_header(len(values), render_values(values), []))
+    file = GgufFile(tmp_path / "x.gguf")
+    assert file.metadata == {**given, "llama.block_count": 3}
+    assert [type(item) for item in file.metadata["llama.recurrent"]] == [bool, bool]
+    assert file.array_lengths == {
+        "llama.heads": 3, "llama.recurrent": 2, "llama.none": 0,
+        "tokenizer.ggml.token_type": 2, "llama.scores": 1, "llama.long": 513,
+    }  # fmt: skip
+    fields = gguf.GGUFReader(tmp_path / "x.gguf").fields
+    assert fields["llama.heads"].contents() == [8, 0, -1]
+    assert fields["llama.heads"].types == [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.INT32]
+    assert fields["llama.recurrent"].types == [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.BOOL]
 
 
 def test_a_file_that_is_cut_off_anywhere_is_refused(whole: bytes, tmp_path: Path) -> None:

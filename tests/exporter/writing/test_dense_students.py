@@ -110,12 +110,12 @@ def _divergence(expected_TV: Logits, found_TV: Logits) -> float:
 
 def test_the_shape_says_dense_and_counts_no_router(student: Student, source: Checkpoint) -> None:
     spec = student.spec
-    assert spec.is_dense and not source.spec.is_dense
+    assert not spec.written.n_experts and source.spec.written.n_experts
     assert spec.expert_width == source.spec.top_k * source.spec.expert_width
-    assert Role.ROUTER not in spec.stored_roles
+    assert all(Role.ROUTER not in layer.roles for layer in spec.written.layers)
     router = source.spec.n_experts * source.spec.hidden_size
-    unused = (source.spec.n_experts - source.spec.top_k) * source.spec.expert_parameters
-    assert spec.parameters == source.spec.parameters - 2 * (router + unused)
+    unused = (source.spec.n_experts - source.spec.top_k) * source.spec.layers[0].expert_parameters
+    assert spec.written.parameters == source.spec.parameters - 2 * (router + unused)
 
 
 def test_llama_cpp_runs_it_as_a_dense_model(
@@ -212,13 +212,13 @@ def _written_bytes(folder: Path) -> int:
 
 def _run_onnx(student: Student, folder: Path, tokens_T: Tokens) -> Logits:
     session = onnxruntime.InferenceSession(str(folder / MODEL_FILE), providers=["CPUExecutionProvider"])
-    n_tokens, spec = len(tokens_T), student.spec
+    n_tokens, spec, mixer = len(tokens_T), student.spec, student.spec.layers[0].mixer
     feeds: Mapping[str, Any] = {
         "input_ids": tokens_T[None],
         "attention_mask": np.ones((1, n_tokens), dtype=np.int64),
         "position_ids": np.arange(n_tokens)[None],
     }
-    empty = np.zeros((1, spec.n_kv_heads, 0, spec.head_dim), dtype=np.float32)
+    empty = np.zeros((1, mixer.n_kv_heads, 0, mixer.head_dim), dtype=np.float32)
     past = {f"past_key_values.{layer}.{kind}": empty for layer in range(spec.n_layers) for kind in ("key", "value")}
     (logits_BTV,) = session.run(["logits"], {**feeds, **past})
     logits_TV: Logits = logits_BTV[0]
@@ -263,7 +263,7 @@ def test_layers_that_differ_are_refused_but_by_onnx(
     source: Checkpoint, heldout_tokens: Tokens, tokens_T: Tokens, tmp_path: Path
 ) -> None:
     student = _compressed(source, heldout_tokens, [_dense_layer(source, 0), LayerTarget(1, NO_MOE)])
-    assert student.spec.is_dense
+    assert not student.spec.written.n_experts
     write_onnx(student, "F32", tmp_path / "onnx", threads=1)
     found_TV = _run_onnx(student, tmp_path / "onnx", tokens_T)
     assert np.abs(found_TV - _streamed(student, tokens_T)).max() < _EXACT
@@ -280,7 +280,7 @@ def test_experts_can_become_narrower_first(source: Checkpoint, heldout_tokens: T
     size = MoeSize(1, source.spec.top_k * half)
     targets = [LayerTarget(layer, size, (SlimWidth(half), Condense())) for layer in range(2)]
     student = _compressed(source, heldout_tokens, targets)
-    assert student.spec.is_dense
+    assert not student.spec.written.n_experts
     assert student.spec.expert_width == size.expert_width
 
 
@@ -289,7 +289,7 @@ def test_a_family_without_a_dense_counterpart_keeps_its_one_expert(
 ) -> None:
     source = Checkpoint(toy_checkpoint(tmp_path, n_layers=2, model="olmoe"))
     student = Student(source, ExpertMap.keeping(source.spec.n_experts, ((3,), (5,))))
-    assert not student.spec.is_dense
+    assert student.spec.written.n_experts == 1
     path = tmp_path / "x.gguf"
     write_gguf(student, "F32", path, name="x", threads=1)
     assert gguf.GGUFReader(path).fields["olmoe.expert_count"].contents() == 1

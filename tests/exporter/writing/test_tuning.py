@@ -69,10 +69,9 @@ def _others(values: StoredTensors) -> dict[str, torch.Tensor]:
 
 
 def _units(student: Student) -> Iterator[tuple[Role, int | None, int | None]]:
-    for role in student.spec.stored_roles:
-        for layer in [None] if role.is_global else [0, 1]:
-            for expert in range(4) if role.is_expert else [None]:
-                yield role, layer, expert
+    for tensor, layer in student.spec.written.places:
+        for expert in range(4) if tensor.is_per_expert else [None]:
+            yield tensor.role, layer, expert
 
 
 def _numbers(weights: WrittenWeights, student: Student) -> dict[tuple[Role, int | None, int | None], torch.Tensor]:
@@ -104,7 +103,7 @@ def test_the_file_holds_what_was_judged(container: str, student: Student, tmp_pa
     changed = {name: (kept[name] * factor[..., None]).half() for name, factor in factors.items()}
     original, judged = _numbers(weights, student), _numbers(weights.with_values(changed), student)
     for (role, layer, expert), values in original.items():
-        name = student.spec.gguf_name(role, layer)
+        name = student.spec.tensor(role, layer).gguf.name.format(layer=layer)
         if name in factors:
             factor = factors[name]
             if expert is not None:
@@ -138,11 +137,11 @@ def test_all_experts_of_a_layer_read_its_values_once(container: str, student: St
     values = _CountedReads(StoredTensors(tmp_path / "kept.safetensors"))
     written = student.as_written(weights.with_values(values))
     values.counts.clear()
-    roles = [role for role in student.spec.stored_roles if role.is_expert]
+    of_experts = student.spec.layers[1].expert_tensors
     for expert in range(4):
-        for role in roles:
-            written.expert(role, 1, expert)
-    assert values.counts == dict.fromkeys((student.spec.gguf_name(role, 1) for role in roles), 1)
+        for tensor in of_experts:
+            written.expert(tensor.role, 1, expert)
+    assert values.counts == dict.fromkeys((tensor.gguf.name.format(layer=1) for tensor in of_experts), 1)
 
 
 @pytest.mark.parametrize("container", ["gguf", "onnx"])

@@ -37,7 +37,7 @@ def test_both_files_tell_what_the_config_says(student: Student, tmp_path: Path) 
     in_gguf, in_graph = gguf_facts(tmp_path / "x.gguf"), onnx_facts(tmp_path / "onnx" / "model.onnx")
     for facts in (in_gguf, in_graph):
         assert (facts.n_layers, facts.n_experts, facts.top_k) == (1, 6, spec.top_k)
-        assert facts.rope_base == pytest.approx(spec.rope_theta, rel=1e-3)
+        assert facts.rope_base == pytest.approx(spec.rope.theta, rel=1e-3)
         assert facts.vocab_size == spec.vocab_size
         assert setting_symptoms(facts, spec) == []
     assert in_graph.bits_per_weight == 4.5

@@ -57,9 +57,9 @@ def test_the_model_s_own_scaling_is_no_symptom_and_another_s_is(student: Student
         in_gguf = [*gguf_setting_symptoms(file.metadata, shape), *rope_factor_symptoms(file, shape)]
         return in_gguf, [*setting_symptoms(onnx_facts(graph), shape), *graph_setting_symptoms(graph, shape)]
 
-    assert symptoms(student.spec.rope_theta, 1.0) == ([], [])
-    assert all(symptoms(student.spec.rope_theta, 2.0))
-    assert all(symptoms(7 * student.spec.rope_theta, 1.0))
+    assert symptoms(student.spec.rope.theta, 1.0) == ([], [])
+    assert all(symptoms(student.spec.rope.theta, 2.0))
+    assert all(symptoms(7 * student.spec.rope.theta, 1.0))
 
 
 def test_damaged_factors_and_tables_are_named(student: Student, tmp_path: Path) -> None:

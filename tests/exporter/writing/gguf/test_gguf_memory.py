@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
 
+from compressors.model.description.feed_forward import Dense, Shared
+from compressors.model.description.mixers import GroupedQuery
+from compressors.model.description.spec import LayerSpec
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.families.config import read_spec
 from compressors.model.sources.checkpoint import Checkpoint
@@ -51,6 +55,47 @@ def test_every_expert_and_every_layer_counts(fine_folder: Path) -> None:
     assert lines["weights"] == 1000
     assert lines["kv_cache"] == 6 * 512 * 2 * 4 * 32 * 2  # 300 tokens are rounded up to 512
     assert predict_runtime_bytes(spec, 1000, 300, "q8_0")["kv_cache"] == lines["kv_cache"] // 2 * 34 // 32
+
+
+def test_windows_of_some_layers_make_their_caches_shorter(fine_folder: Path) -> None:
+    spec = read_spec(fine_folder)
+    windowed = altered(spec, window=128).layers[0]
+    of_token = 2 * 4 * 32 * 2
+
+    def cache(layers: tuple[LayerSpec, ...], context: int) -> int:
+        return predict_runtime_bytes(replace(spec, layers=layers), 1000, context, "f16")["kv_cache"]
+
+    both = (windowed, spec.layers[1])
+    assert cache(both, 4096) == (768 + 4096) * of_token  # a window of 128 and a batch of 512, rounded up to 256
+    assert cache(both, 512) == 2 * 512 * of_token
+    assert cache((windowed, windowed), 4096) == 2 * 4096 * of_token
+
+
+def test_states_are_counted_once_whatever_the_context(fine_folder: Path) -> None:
+    @dataclass(frozen=True)
+    class Recurrent(GroupedQuery):
+        """Attention beside a state."""
+
+        @property
+        def state_values(self) -> int:
+            return 1000
+
+    spec = read_spec(fine_folder)
+    mixer = Recurrent(**{field.name: getattr(spec.layers[0].mixer, field.name) for field in fields(GroupedQuery)})
+    recurrent = replace(spec, layers=(replace(spec.layers[0], mixer=mixer), *spec.layers[1:]))
+    for context in (512, 4096):
+        lines, usual = (predict_runtime_bytes(model, 1000, context, "q8_0") for model in (recurrent, spec))
+        assert lines["kv_cache"] == usual["kv_cache"] + 4 * 1000
+
+
+def test_dense_layers_and_shared_experts_count_with_their_width(fine_folder: Path) -> None:
+    spec = altered(read_spec(fine_folder), vocab_size=64)
+    routed = spec.layers[1]
+    assert routed.routed is not None
+    usual = predict_runtime_bytes(spec, 1000, 512, "f16")["compute"]
+    for wide in (Dense(8192), replace(routed.routed, shared=Shared(8192))):
+        wider = replace(spec, layers=(replace(spec.layers[0], feed_forward=wide), *spec.layers[1:]))
+        assert predict_runtime_bytes(wider, 1000, 512, "f16")["compute"] > usual + 512 * 4 * 2 * 8192
 
 
 def test_unknown_cache_types_are_refused(fine_folder: Path) -> None:

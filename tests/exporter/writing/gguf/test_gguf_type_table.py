@@ -113,7 +113,7 @@ def test_all_weights_give_the_sum_by_definition(student: Student, known: tuple[S
             error = torch.from_numpy(dequantize_rows(stored, _T.Q8_0, values.shape[1])) - values.float()
             weighted = sensitivity.rows_MPO[matrix, 0][:, None] * sensitivity.columns_MPI[matrix, 0] * error.square()
             total += 0.5 * float(weighted.sum(dtype=torch.float64))
-        assert found[student.spec.gguf_name(role, layer)] == pytest.approx(total, rel=1e-4)
+        assert found[student.spec.tensor(role, layer).gguf.name.format(layer=layer)] == pytest.approx(total, rel=1e-4)
 
 
 def test_threads_do_not_matter_and_feedback_leaves_less(
@@ -148,7 +148,7 @@ def test_decoding_costs_what_a_token_is_multiplied_with(student: Student) -> Non
     used = {plan.name: plan.candidates[0].seconds for plan in plans}
     spec = student.spec
     assert used["blk.0.ffn_down_exps.weight"] == spec.top_k * spec.expert_width * spec.hidden_size
-    assert used["blk.1.attn_q.weight"] == spec.n_heads * spec.head_dim * spec.hidden_size
+    assert used["blk.1.attn_q.weight"] == spec.layers[1].mixer.width * spec.hidden_size
     assert used["token_embd.weight"] == spec.vocab_size * spec.hidden_size  # it is the head
 
 
