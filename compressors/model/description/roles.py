@@ -29,6 +29,8 @@ class Role(StrEnum):
     KEY_NORM = "key norm"
     MOE_NORM = "MoE norm"  # [D], in front of any feed-forward
     ROUTER = "router"  # [E, D]
+    ROUTER_BIAS = "router bias"  # [E], added to the logits
+    SELECTION_BIAS = "selection bias"  # [E], see Routing
     EXPERT_GATE = "expert gate"  # [F, D] for each expert
     EXPERT_UP = "expert up"  # [F, D] for each expert
     EXPERT_DOWN = "expert down"  # [D, F] for each expert
@@ -59,6 +61,8 @@ _GLOBAL_ROLES = frozenset({Role.TOKEN_EMBEDDING, Role.FINAL_NORM, Role.HEAD, Rol
 _FEED_FORWARD_ROLES = _EXPERT_ROLES | {
     Role.MOE_NORM,
     Role.ROUTER,
+    Role.ROUTER_BIAS,
+    Role.SELECTION_BIAS,
     Role.SHARED_ROUTER,
     Role.SHARED_GATE,
     Role.SHARED_UP,
