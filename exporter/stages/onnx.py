@@ -44,7 +44,6 @@ def write(context: StageContext, student: Student, choice: FileChoice, place: Pa
             encodings=choice.tensors,
             importance=importance_of(student, context.plan, context.work),
             feedback=feedback,
-            context_length=None,
             threads=writer_threads(context.plan, student.spec, choice.quantizer),
             resume=True,
             progress=advance,

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from compressors.model.description.roles import Role
 from compressors.model.description.mixers import GroupedQuery, Mixer
+from compressors.model.description.roles import Role
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.errors import InputError
 from exporter.writing.onnx.layout import TensorLayout, WeightPlan, plan_tensors

@@ -131,7 +131,9 @@ class _Masked:
         grouped = graph.node("Reshape", [scores, shape], f"{name}.grouped")
         groups = self._chosen(self._group_scores(grouped, members), routing.n_chosen_groups, "groups")
         shut = self._filled(f"{name}.group_scores", -np.inf, "shut")
-        lowered = graph.node("ScatterElements", [shut, groups, self._filled(groups, 0.0, "open")], f"{name}.lowered", axis=-1)
+        lowered = graph.node(
+            "ScatterElements", [shut, groups, self._filled(groups, 0.0, "open")], f"{name}.lowered", axis=-1
+        )
         column = graph.node("Unsqueeze", [lowered, graph.constant("axis.last", [-1])], f"{name}.lowered_column")
         of_groups = graph.node("Add", [grouped, column], f"{name}.of_best_groups")
         joined = graph.constant(f"shape.of_{self._routed.n_experts}_experts", [0, 0, -1])

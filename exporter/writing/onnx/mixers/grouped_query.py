@@ -50,7 +50,7 @@ class GroupedQueryNodes:
 
     def add_cache_outputs(self, graph: GraphBuilder, layer: int) -> None:
         """Declares the keys and values of all tokens so far."""
-        dimensions = ["batch", self._mixer.n_kv_heads, "present_sequence", self._mixer.head_dim]
+        dimensions: list[str | int] = ["batch", self._mixer.n_kv_heads, "present_sequence", self._mixer.head_dim]
         for kind in _CACHED:
             graph.add_output(f"present.{layer}.{kind}", _FLOAT, dimensions)
 
