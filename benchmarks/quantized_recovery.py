@@ -142,7 +142,7 @@ class Files:
         self.student = Student(bench.source, ExpertMap.keeping(bench.source.spec.n_experts, kept))
         weights, threads = importance(bench.statistics, self.student.experts, self.student.spec), bench.threads
         write_gguf(self.student, _TYPE, self._gguf, importance=weights, name="student", threads=threads)
-        write_onnx(self.student, _TYPE, self._folder, importance=weights, context_length=BLOCK_LENGTH, threads=threads)
+        write_onnx(self.student, _TYPE, self._folder, importance=weights, threads=threads)
 
     @property
     def _gguf(self) -> Path:

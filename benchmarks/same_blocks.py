@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressors.calibration.splits import BLOCK_LENGTH, tokenize_heldout
+from compressors.calibration.splits import tokenize_heldout
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.predictions.routing_record import RoutingRecord
@@ -145,7 +145,7 @@ def compare(
     student = Student.teacher(source)
     types = types_of_onnx(student.spec, preset)
     write_gguf(student, preset, folder / "x.gguf", types=types, name="x", threads=threads)
-    write_onnx(student, preset, folder / "onnx", context_length=BLOCK_LENGTH, threads=threads)
+    write_onnx(student, preset, folder / "onnx", threads=threads)
     written = student.as_written(GgufWeights(folder / "x.gguf", student.spec))
     sample_B = spread_chunks(len(tokens_BT))
     recorder = RouterInputRecorder(folder / "inputs", student.spec, sample_B, tokens_BT.shape[1])

@@ -14,7 +14,7 @@ from gguf import GGUFReader
 
 from benchmarks.damage.error_feedback import FEEDBACK_TYPES, with_error_feedback
 from benchmarks.damage.metadata import key_values
-from benchmarks.damage.workshop import CONTEXT, Workshop, make_original
+from benchmarks.damage.workshop import Workshop, make_original
 from compressors.calibration.statistics import Importance
 from compressors.model.description.roles import Role
 from compressors.model.files.ggml_types import BLOCK_SIZES, GGMLQuantizationType
@@ -92,8 +92,8 @@ def _gguf(student: Student, preset: str, importance: Importance | None = None) -
 
 def _onnx(student: Student, preset: str, importance: Importance | None = None) -> Callable[[Path], None]:
     def write(path: Path) -> None:
-        write_onnx(student, preset, path, importance=importance, context_length=CONTEXT, threads=1)
-        write_client_files(student, path, context_length=CONTEXT)
+        write_onnx(student, preset, path, importance=importance, threads=1)
+        write_client_files(student, path)
 
     return write
 

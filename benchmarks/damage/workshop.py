@@ -27,9 +27,8 @@ from exporter.writing.onnx.clients import write_client_files
 from exporter.writing.onnx.writer import write_onnx
 from validate.files.model_file import find_model_file
 
-__all__ = ["CONTEXT", "Outcome", "Result", "Workshop", "judge", "make_original"]
+__all__ = ["Outcome", "Result", "Workshop", "judge", "make_original"]
 
-CONTEXT = 512  # of graphs
 _FORK = multiprocessing.get_context("fork")
 _TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 
@@ -77,8 +76,8 @@ class Workshop:
         if file_format == "gguf":
             write_gguf(student, preset, path, name="x", threads=1)
         else:
-            write_onnx(student, preset, path, context_length=CONTEXT, threads=1)
-            write_client_files(student, path, context_length=CONTEXT)
+            write_onnx(student, preset, path, threads=1)
+            write_client_files(student, path)
 
 
 def judge(workshop: Workshop, path: Path, file: str, kind: str, what: str, names: Sequence[str]) -> Result:

@@ -54,7 +54,7 @@ def _compare_onnx() -> tuple[list[str], bool]:
         with tempfile.TemporaryDirectory() as folder:
             student = Student.teacher(Checkpoint(source))
             out = Path(folder) / "onnx"
-            write_onnx(student, "F32", out, importance=None, context_length=None, threads=2, progress=None)
+            write_onnx(student, "F32", out, importance=None, threads=2, progress=None)
             write_client_files(student, out)
             expected = Path(folder) / "expected.json"
             expected.write_text(json.dumps(_reference(source)), encoding="utf-8")

@@ -13,8 +13,15 @@ _MOST_EXPERTS, _MOST_LAYERS = 1024, 512  # LLAMA_MAX_EXPERTS and LLAMA_MAX_LAYER
 
 
 def _different_layers(spec: ModelSpec) -> str | None:
-    if spec.is_uniform:
+    has_experts = [layer.routed is not None for layer in spec.layers]
+    if spec.is_uniform and has_experts == sorted(has_experts):
         return None
+    if spec.is_uniform:
+        first = has_experts.index(False, has_experts.index(True))
+        return (
+            f"llama.cpp's {spec.written.family.gguf.architecture} graph has experts in every layer after the first one "
+            f"with experts; layer {first} of this model has none: it cannot be written as GGUF; use --formats onnx"
+        )
     return (
         f"llama.cpp's {spec.written.family.gguf.architecture} graph has one number of experts and one expert "
         f"width for all layers; these layers have {spec.described_sizes}: they cannot be written as GGUF; give "
@@ -42,7 +49,12 @@ def _size(spec: ModelSpec) -> str | None:
 def _rope(spec: ModelSpec) -> str | None:
     gguf = spec.written.family.gguf
     try:
-        gguf_rope(spec.rope, gguf.architecture, takes_factors=gguf.takes_rope_factors)
+        gguf_rope(
+            spec.rope,
+            gguf.architecture,
+            takes_factors=gguf.takes_rope_factors,
+            scales_attention=gguf.scales_attention,
+        )
     except UnsupportedError as error:
         return str(error)
     return None

@@ -41,6 +41,7 @@ class Feature(StrEnum):
     DENSE_LAYERS = "layers with a dense feed-forward beside layers with experts"
     DIFFERENT_LAYERS = "layers with different experts, or without any"
     SIZE = "numbers of experts and layers"
+    SCALARS = "factors of embeddings, logits and what layers add"
     GRAPH = "the computation as a whole"
 
 

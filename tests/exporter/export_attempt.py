@@ -45,7 +45,7 @@ def export(student: Student, kind: str, out: Path, progress: list[int] | None = 
     if kind == "gguf":
         write_gguf(student, "Q4_0", out / FILES["gguf"], name="x", threads=2, resume=True, progress=report)
     elif kind == "onnx":
-        write_onnx(student, "Q4_0", out / "onnx", context_length=100, threads=2, resume=True, progress=report)
+        write_onnx(student, "Q4_0", out / "onnx", threads=2, resume=True, progress=report)
     else:
         write_checkpoint(student, out / "student", resume=True, progress=report)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import onnx
 
+from compressors.model.description.mixers import GroupedQuery
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import MoeExportError
 from compressors.model.families.config import read_spec
@@ -42,12 +43,12 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def folder_setting_symptoms(graph: Path, source: Checkpoint, spec: ModelSpec) -> list[str]:
-    """Lists where the files beside a graph do not fit a model of this shape.
+    """Lists where the files beside a graph do not fit a model.
 
     Args:
         graph: the ``.onnx`` file.
         source: the original.
-        spec: of the model that the graph should compute.
+        spec: the model that the graph should compute.
     """
     folder, generation = graph.parent, _read(source.folder / "generation_config.json")
     return [
@@ -66,12 +67,13 @@ def _genai_symptoms(
     model = _object(config, "model")
     decoder, search = _object(model, "decoder"), _object(config, "search")
     proto = onnx.load(graph, load_external_data=False).graph
+    attention = next(layer.mixer for layer in spec.layers if isinstance(layer.mixer, GroupedQuery))
     for found, wanted in (
         ("vocab_size", spec.vocab_size),
         ("decoder.hidden_size", spec.hidden_size),
-        ("decoder.head_size", spec.head_dim),
-        ("decoder.num_attention_heads", spec.n_heads),
-        ("decoder.num_key_value_heads", spec.n_kv_heads),
+        ("decoder.head_size", attention.head_dim),
+        ("decoder.num_attention_heads", attention.n_heads),
+        ("decoder.num_key_value_heads", attention.n_kv_heads),
         ("decoder.num_hidden_layers", spec.n_layers),
         ("decoder.filename", graph.name),
     ):
@@ -136,7 +138,7 @@ def _config_symptoms(folder: Path, source: Checkpoint, spec: ModelSpec) -> Itera
     """``config.json`` as it would be read as a checkpoint's."""
     path = folder / "config.json"
     config = _read(path)
-    if config is None or spec.is_dense:
+    if config is None or spec.written.family is not spec.family:  # then it describes the dense counterpart
         return
     try:
         found = read_spec(folder)

@@ -1,8 +1,8 @@
 """The attributes that an ONNX graph must have to compute what ``config.json`` describes.
 
 A graph keeps its numbers in the attributes of its nodes, in small constants, and in tables of cosines and sines. Those
-that every exporter needs are judged in any graph; the nodes that prepare masks and shapes only in ours, whose names
-tell what they are for. Operators: onnxruntime's ``docs/ContribOperators.md`` and the ONNX specification.
+that every exporter needs are judged in any graph, others only in ours (:mod:`validate.files.own_graph_settings`).
+Operators: onnxruntime's ``docs/ContribOperators.md`` and the ONNX specification.
 """
 
 from __future__ import annotations
@@ -16,53 +16,29 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from compressors.model.description.spec import ModelSpec
+from compressors.model.description.feed_forward import Routed
+from compressors.model.description.glu import Activation, Glu
+from compressors.model.description.mixers import GroupedQuery
+from compressors.model.description.routing import Score
+from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.files.onnx_graph import external_place
+from validate.files.own_graph_settings import PRODUCER, AllowedValues, own_attributes, own_constant_symptoms
 
 __all__ = ["graph_setting_symptoms", "rotary_symptoms"]
 
-_OURS = "moe-export"  # producer_name
 _ATTENTION = ("GroupQueryAttention", "MultiHeadAttention", "Attention")
 _NORMS = ("RMSNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
 _EXPERTS = ("MoE", "QMoE")
 _HARMLESS = frozenset({"accuracy_level", "stash_type"})  # how exactly something is computed, not what
 _POSITIONS_AT_ONCE = 4096
 
-_PREPARATION: Mapping[tuple[str, str], Any] = {
-    ("mask.int32", "to"): onnx.TensorProto.INT32,
-    ("mask.last_positions", "to"): onnx.TensorProto.INT32,
-    ("mask.total_length", "to"): onnx.TensorProto.INT32,
-    ("mask.lead", "axis"): 1,
-    ("mask.lead", "keepdims"): 0,
-    ("mask.lead", "select_last_index"): 0,
-    ("mask.tokens", "keepdims"): 0,
-    ("mask.tokens", "noop_with_empty_axes"): 0,
-    ("mask.columns", "axis"): 0,
-    ("mask.bias_shape", "axis"): 0,
-    ("sequence.length", "start"): 1,
-    ("sequence.length", "end"): 2,
-    ("embedding", "axis"): 0,
-}
-"""Attributes of our graphs' nodes that feed the others, by the node's first output."""
-
-_CONSTANTS: Mapping[str, Any] = {
-    "zero": 0,
-    "one": 1,
-    "axis.1": [1],
-    "axes.1_2": [1, 2],
-    "ones": [1],
-    "bias.removed": -1e9,
-    "bias.kept": 0,
-    "true": True,
-}
-
 
 def graph_setting_symptoms(path: Path, spec: ModelSpec) -> list[str]:
-    """Lists where a graph's attributes, constants and rotary tables do not fit a model of this shape.
+    """Lists where a graph's attributes, constants and rotary tables do not fit a model.
 
     Args:
         path: the ``.onnx`` file, which is readable.
-        spec: of the model that it should compute.
+        spec: the model that it should compute.
     """
     model = onnx.load(path, load_external_data=False)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -72,8 +48,8 @@ def graph_setting_symptoms(path: Path, spec: ModelSpec) -> list[str]:
         layer += node.op_type in _ATTENTION
         found = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
         allowed = _allowed(node, spec, max(layer, 0), weights)
-        if model.producer_name == _OURS:
-            allowed |= _of_ours(node)
+        if model.producer_name == PRODUCER:
+            allowed |= own_attributes(node)
         for name, values in allowed.items():
             if name in found and not any(_is_same(found[name], value) for value in values):
                 sentence = (
@@ -88,24 +64,30 @@ def graph_setting_symptoms(path: Path, spec: ModelSpec) -> list[str]:
         ):
             symptoms.setdefault(f"{node.op_type} {name}: the model has no such setting", []).append(node.output[0])
     found_symptoms = [f"{sentence} ({_places(nodes)})" for sentence, nodes in symptoms.items()]
-    if model.producer_name == _OURS:
-        found_symptoms += _constant_symptoms(weights, spec)
+    if model.producer_name == PRODUCER:
+        found_symptoms += own_constant_symptoms(weights, spec)
+    found_symptoms += _unknown_mixers(spec)
     return [*found_symptoms, *_table_symptoms(model.graph, weights, path.parent, spec)]
 
 
-_Allowed = dict[str, tuple[Any, ...]]  # None among the values: the attribute may be absent
+def _unknown_mixers(spec: ModelSpec) -> Iterator[str]:
+    for index, layer in enumerate(spec.layers):
+        if not isinstance(layer.mixer, GroupedQuery):
+            yield f"layer {index}: {type(layer.mixer).__name__} is no mixer whose attributes can be checked in a graph"
 
 
-def _allowed(node: onnx.NodeProto, spec: ModelSpec, layer: int, weights: Mapping[str, onnx.TensorProto]) -> _Allowed:
+def _allowed(
+    node: onnx.NodeProto, spec: ModelSpec, layer: int, weights: Mapping[str, onnx.TensorProto]
+) -> AllowedValues:
     """Attributes of an operator that any exporter uses, with the values that are right."""
     kind = node.op_type
     if kind in _NORMS:
-        axis: _Allowed = {} if kind.startswith("Skip") else {"axis": (-1, None)}
+        axis: AllowedValues = {} if kind.startswith("Skip") else {"axis": (-1, None)}
         return axis | {"epsilon": (spec.rms_norm_eps,)}
     if kind in _ATTENTION:
-        return _attention(node, spec)
+        return _attention(node, spec, layer)
     if kind in _EXPERTS:
-        return _experts(node, spec.layer(layer), weights)
+        return _experts(node, spec.layers[layer], weights)
     if kind == "RotaryEmbedding":
         return {"interleaved": (0, None), "scale": (1.0, None)}
     if kind == "MatMulNBits" and _has_axes(weights.get(_input(node, 1)), 3):
@@ -119,35 +101,37 @@ def _allowed(node: onnx.NodeProto, spec: ModelSpec, layer: int, weights: Mapping
     return {"axis": (-1, None)} if kind == "Softmax" else {}
 
 
-def _attention(node: onnx.NodeProto, spec: ModelSpec) -> _Allowed:
-    allowed: _Allowed = {
-        "num_heads": (spec.n_heads,),
-        "scale": (1.0 / math.sqrt(spec.head_dim), 0.0, None),
+def _attention(node: onnx.NodeProto, spec: ModelSpec, layer: int) -> AllowedValues:
+    mixer = spec.layers[layer].mixer
+    if not isinstance(mixer, GroupedQuery):
+        return {}
+    usual_scale = math.isclose(mixer.scale, 1.0 / math.sqrt(mixer.head_dim))
+    has_window = mixer.window is not None and mixer.window < spec.context_length
+    allowed: AllowedValues = {
+        "num_heads": (mixer.n_heads,),
+        "scale": (mixer.scale, *((0.0, None) if usual_scale else ())),
         "softcap": (0.0, None),
         "smooth_softmax": (0, None),
-        "local_window_size": (-1, spec.window or -1, None),
+        "local_window_size": (mixer.window,) if has_window else (-1, mixer.window or -1, None),
         "mask_filter_value": (-10000.0, None),
         "unidirectional": (1, 0, None),
     }
     if node.op_type == "GroupQueryAttention":
-        allowed |= {"kv_num_heads": (spec.n_kv_heads,), "rotary_interleaved": (0, None)}
+        allowed |= {"kv_num_heads": (mixer.n_kv_heads,), "rotary_interleaved": (0, None)}
         # another exporter may rotate before
         allowed["do_rotary"] = (1,) if len(node.input) > 7 and node.input[7] else (0, None)
         allowed |= dict.fromkeys(("qk_output", "kv_cache_bit_width"), (0, None))
     return allowed
 
 
-def _experts(node: onnx.NodeProto, layer: ModelSpec, weights: Mapping[str, onnx.TensorProto]) -> _Allowed:
-    has_gates = len(node.input) > 14 and bool(node.input[14])  # they decide by themselves whether to normalise
-    normalizes = int(layer.normalize_top_k)
-    allowed: _Allowed = {
-        "k": (layer.top_k,),
-        "normalize_routing_weights": (normalizes, *((0, 1, None) if has_gates else () if normalizes else (None,))),
-        "activation_type": (b"swiglu", b"silu"),
-        "activation_alpha": (1.0,),
-        "activation_beta": (0.0, None),
+def _experts(node: onnx.NodeProto, layer: LayerSpec, weights: Mapping[str, onnx.TensorProto]) -> AllowedValues:
+    routed = layer.routed
+    if routed is None:
+        return {"k": (0,)}  # the layer has no experts
+    allowed = _glu(routed.glu) | {
+        "k": (routed.top_k,),
+        "normalize_routing_weights": _normalization(node, routed),
         "swiglu_fusion": (1, 2),
-        "swiglu_limit": (math.inf, None),
         "use_sparse_mixer": (0, None),
     }
     if node.op_type == "QMoE" and _has_axes(weights.get(_input(node, 2)), 3):
@@ -161,11 +145,31 @@ def _experts(node: onnx.NodeProto, layer: ModelSpec, weights: Mapping[str, onnx.
     return allowed
 
 
-def _quantized_matrix(node: onnx.NodeProto, spec: ModelSpec, weights: Mapping[str, onnx.TensorProto]) -> _Allowed:
+def _normalization(node: onnx.NodeProto, routed: Routed) -> tuple[Any, ...]:
+    """Experts that nodes have chosen get logits of which the operator makes weights that add up to 1."""
+    has_gates = len(node.input) > 14 and bool(node.input[14])  # they decide by themselves whether to normalise
+    routing = routed.routing
+    chooses_by_logits = not routing.has_selection_bias and routing.n_groups == 1 and routing.score is not Score.SIGMOID
+    normalizes = int(routing.normalizes or routing.score is Score.LOGITS or not chooses_by_logits)
+    return (normalizes, *((0, 1, None) if has_gates else () if normalizes else (None,)))
+
+
+def _glu(glu: Glu) -> AllowedValues:
+    """Its activation's name, if the operators do not have it, is that of no attribute's value."""
+    is_swiglu = glu.is_gated and glu.activation is Activation.SILU
+    return {
+        "activation_type": (b"swiglu", b"silu") if is_swiglu else (glu.activation.encode(),),
+        "activation_alpha": (glu.alpha,),
+        "activation_beta": (glu.offset, *(() if glu.offset else (None,))),
+        "swiglu_limit": (math.inf, None) if glu.limit is None else (glu.limit,),
+    }
+
+
+def _quantized_matrix(node: onnx.NodeProto, spec: ModelSpec, weights: Mapping[str, onnx.TensorProto]) -> AllowedValues:
     """Codes are [N, blocks, bytes of a block]; K is one of the widths that the model has."""
     rows, blocks, block_bytes = weights[node.input[1]].dims
     numbers = {attribute.name: attribute.i for attribute in node.attribute if attribute.type == _WHOLE_NUMBER}
-    widths = (spec.hidden_size, spec.n_heads * spec.head_dim, spec.expert_width)
+    widths = _row_lengths(spec)
     block, blocks = numbers.get("block_size", 0), max(1, blocks)
     fitting = [width for width in widths if width % blocks == 0 and (block_bytes * blocks * 8) % width == 0]
     columns = numbers["K"] if numbers.get("K") in fitting else (fitting or widths)[0]
@@ -179,6 +183,17 @@ def _quantized_matrix(node: onnx.NodeProto, spec: ModelSpec, weights: Mapping[st
     }
 
 
+def _row_lengths(spec: ModelSpec) -> tuple[int, ...]:
+    """The lengths of the rows of all matrices, the hidden size first."""
+    lengths = (
+        layer.dimensions(tensor)[-1]
+        for layer in spec.written.layers
+        for tensor in layer.tensors
+        if tensor.is_quantizable
+    )
+    return tuple(dict.fromkeys((spec.hidden_size, *lengths)))
+
+
 def _row_bits(node: onnx.NodeProto, spec: ModelSpec, weights: Mapping[str, onnx.TensorProto]) -> int | None:
     codes = weights.get(_input(node, 0))
     return None if codes is None or not codes.dims else 8 * codes.dims[-1] // spec.hidden_size
@@ -186,7 +201,7 @@ def _row_bits(node: onnx.NodeProto, spec: ModelSpec, weights: Mapping[str, onnx.
 
 def _block_size(
     node: onnx.NodeProto, weights: Mapping[str, onnx.TensorProto], scales_input: int, columns: int
-) -> _Allowed:
+) -> AllowedValues:
     """The block size that the scales' shape tells; scales may be cast before they are used."""
     name = _input(node, scales_input).removesuffix(".float32")
     if name not in weights or len(weights[name].dims) < 2 or columns % max(1, weights[name].dims[-1]):
@@ -201,52 +216,6 @@ def _input(node: onnx.NodeProto, place: int) -> str:
 
 def _has_axes(weight: onnx.TensorProto | None, number: int) -> bool:
     return weight is not None and len(weight.dims) == number
-
-
-def _of_ours(node: onnx.NodeProto) -> _Allowed:
-    """The values allowed for a node that only the names in our own graphs identify."""
-    output = node.output[0]
-    allowed: _Allowed = {name: (value,) for (place, name), value in _PREPARATION.items() if place == output}
-    for name in ("select_last_index", "noop_with_empty_axes"):
-        if name in allowed:
-            allowed[name] = (0, None)
-    if node.op_type == "Gather" and output == "embedding":
-        allowed["axis"] = (0, None)
-    if node.op_type == "GatherBlockQuantized":
-        allowed.pop("axis", None)
-    if node.op_type == "FusedMatMul":
-        allowed["transB"] = (1,)
-    if node.op_type == "Cast" and output.endswith(".float32"):
-        allowed["to"] = (onnx.TensorProto.FLOAT,)
-    if node.op_type == "Reshape":
-        allowed["allowzero"] = (0, None)
-    if output == "mask.shape":
-        allowed |= {"start": (0, None), "end": (None,)}
-    return allowed
-
-
-def _constant_symptoms(weights: Mapping[str, onnx.TensorProto], spec: ModelSpec) -> Iterator[str]:
-    expected = dict(_CONSTANTS)
-    expected |= {"shape.past": [0, spec.n_kv_heads, 0, spec.head_dim], "shape.heads": [0, -1, spec.head_dim]}
-    for n_heads in (spec.n_heads, spec.n_kv_heads):
-        expected[f"shape.{n_heads}_heads_joined"] = [0, -1, n_heads * spec.head_dim]
-    for layer in range(spec.n_layers):
-        n_experts = spec.layer(layer).n_experts
-        expected[f"shape.router_of_{n_experts}"] = [-1, n_experts]
-    for name, value in expected.items():
-        tensor = weights.get(name)
-        if tensor is None or tensor.external_data:
-            continue
-        if tensor.data_type not in _CONSTANT_TYPES:
-            yield f"constant {name} is of type number {tensor.data_type}, which no constant of ours has"
-            continue
-        found, wanted = onnx.numpy_helper.to_array(tensor), np.asarray(value)
-        if (
-            found.shape != wanted.shape
-            or found.dtype.kind not in "biuf"
-            or not np.allclose(found.astype(float), wanted.astype(float))
-        ):
-            yield f"constant {name}: {found.tolist()} in the graph, the model needs {wanted.tolist()}"
 
 
 def _table_symptoms(
@@ -270,17 +239,13 @@ def _table_symptoms(
 
 
 _WHOLE_NUMBER = onnx.AttributeProto.INT
-_CONSTANT_TYPES = (
-    *(onnx.TensorProto.FLOAT, onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.UINT8),
-    onnx.TensorProto.BOOL,
-)
 _TABLE_TYPES = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
 
 
 def rotary_symptoms(
     name: str, pieces: Iterator[npt.NDArray[np.floating[Any]]], n_rows: int, spec: ModelSpec, *, is_sine: bool
 ) -> Iterator[str]:
-    """Yields a sentence if a table [positions, head_dim / 2] is not the model's at every position.
+    """Yields a sentence if a table [positions, width / 2] is not the model's at every position.
 
     A table for short texts may stand before that for long ones.
     """
@@ -323,6 +288,8 @@ def _pieces(tensor: onnx.TensorProto, folder: Path) -> Iterator[npt.NDArray[np.f
 def _is_same(found: Any, wanted: Any) -> bool:
     if wanted is None:
         return False
+    if isinstance(found, onnx.TensorProto):
+        return bool((onnx.numpy_helper.to_array(found) == np.float32(wanted)).all())
     if isinstance(wanted, float) or isinstance(found, float):
         if not isinstance(found, (int, float)) or not isinstance(wanted, (int, float)):
             return False

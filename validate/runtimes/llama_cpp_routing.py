@@ -19,7 +19,7 @@ import ctypes
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,7 @@ import numpy.typing as npt
 from llama_cpp import _ggml
 
 from compressors.model.errors import InputError
-from compressors.model.predictions.routing_record import RoutingRecord, selection_margins
+from compressors.model.predictions.routing_record import NO_EXPERT, RoutingRecord, selection_margins
 from validate.routing.router_inputs import RouterInputs
 
 __all__ = ["RoutingCollector", "ggml_function"]
@@ -55,9 +55,14 @@ class _TensorHead(ctypes.Structure):
 
 
 # names that build_moe_ffn (src/llama-graph.cpp) and the models' graphs (src/models) give to a layer's nodes
-_INPUT, _LOGITS = "ffn_norm", "ffn_moe_logits"
-_EXPERTS, _WEIGHTS, _NORMALIZED = "ffn_moe_topk", "ffn_moe_weights", "ffn_moe_weights_norm"
-_NODE = re.compile(f"({_INPUT}|{_LOGITS}|{_EXPERTS}|{_WEIGHTS}|{_NORMALIZED})-([0-9]+)".encode())
+_INPUT, _LOGITS, _EXPERTS = "ffn_norm", "ffn_moe_logits", "ffn_moe_topk"
+_SCORES = (_LOGITS, "ffn_moe_logits_biased", "ffn_moe_probs_biased", "ffn_moe_probs_masked")
+"""Those of which, of each layer, the last one that there is decides which experts are chosen."""
+_WEIGHTS = ("ffn_moe_weights", "ffn_moe_weights_softmax", "ffn_moe_weights_norm", "ffn_moe_weights_scaled")
+"""Those of which, of each layer, the last one that there is holds the weights as they are applied."""
+_TOKENS_LAST = frozenset({"ffn_moe_weights", "ffn_moe_weights_softmax", "ffn_moe_weights_scaled"})
+"""Those that are [1, K, T] to ggml, where others are [K, T]."""
+_NODE = re.compile(f"({'|'.join((_INPUT, *_SCORES, _EXPERTS, *_WEIGHTS))})-([0-9]+)".encode())
 
 _FINAL_NORM = b"result_norm"
 """The final norm's output, as every model's graph names it."""
@@ -75,6 +80,8 @@ class RoutingCollector:
         self._feed: _Feed | None = None
         self._last_read = _BEFORE_HEAD  # of a pass: what it is and its layer
         self._end: tuple[str, int] | None = None
+        self._n_layers = 0
+        self._scores: npt.NDArray[np.float32] | None = None  # of the layer that runs, those last seen
 
     def start(self, inputs: RouterInputs | None = None, first: int = 0) -> None:
         """Forgets what was collected and begins anew.
@@ -96,16 +103,23 @@ class RoutingCollector:
         (parts, self._parts), (feed, self._feed) = (self._parts, None), (self._feed, None)
         if feed is not None and feed.error is not None:
             raise feed.error
-        n_layers = 1 + max(layer for _, layer in parts)
-        weights = _NORMALIZED if (_NORMALIZED, 0) in parts else _WEIGHTS
-        self._last_read = weights, n_layers - 1
-        experts_LTK, weights_LTK, margins_LT = (
-            np.stack([np.concatenate(parts[kind, layer]) for layer in range(n_layers)])
-            for kind in (_EXPERTS, weights, _LOGITS)
-        )
-        assert experts_LTK.shape == weights_LTK.shape, "experts and weights disagree"
-        assert experts_LTK.shape[1] == n_tokens, f"routing of {experts_LTK.shape[1]} of {n_tokens} tokens"
-        return RoutingRecord(experts_LTK.astype(np.int32), weights_LTK.astype(np.float32), margins_LT)
+        layers = sorted({layer for kind, layer in parts if kind == _EXPERTS})
+        self._n_layers = max(self._n_layers, layers[-1] + 1)
+        self._last_read = _last_weights(parts, layers[-1]), layers[-1]
+        top_k = max(parts[_EXPERTS, layer][0].shape[1] for layer in layers)
+        experts_LTK = np.full((self._n_layers, n_tokens, top_k), NO_EXPERT, dtype=np.int32)
+        weights_LTK = np.zeros(experts_LTK.shape, dtype=np.float32)
+        margins_LT = np.full(experts_LTK.shape[:2], np.inf, dtype=np.float32)
+        for layer in layers:  # the others have no experts
+            experts_TK, weights_TK, margins_T = (
+                np.concatenate(parts[kind, layer]) for kind in (_EXPERTS, _last_weights(parts, layer), _LOGITS)
+            )
+            assert experts_TK.shape == weights_TK.shape, "experts and weights disagree"
+            assert len(experts_TK) == n_tokens, f"routing of {len(experts_TK)} of {n_tokens} tokens"
+            n_chosen = experts_TK.shape[1]
+            experts_LTK[layer, :, :n_chosen], weights_LTK[layer, :, :n_chosen] = experts_TK, weights_TK
+            margins_LT[layer] = margins_T
+        return RoutingRecord(experts_LTK, weights_LTK, margins_LT)
 
     @contextmanager
     def without_logits(self, last_layer: int) -> Iterator[None]:
@@ -114,6 +128,7 @@ class RoutingCollector:
         That is behind the routing of the model's last layer; in a first pass, which finds out what its last node is,
         and where that layer has no experts, it is before the output head.
         """
+        self._n_layers = last_layer + 1
         self._end = self._last_read if self._last_read[1] == last_layer else _BEFORE_HEAD
         try:
             yield
@@ -137,11 +152,14 @@ class RoutingCollector:
             return self._feed is not None and self._feed.write(layer, tensor, address)
         if node == _LOGITS and self._feed is not None and not self._feed.reached(layer, tensor):
             return False
-        values = _values(tensor, address, token_dimension=2 if node == _WEIGHTS else 1)
+        values = _values(tensor, address, token_dimension=2 if node in _TOKENS_LAST else 1)
+        if node in _SCORES:
+            self._scores = values  # the nodes of one layer run before those of the next
+            return (node, layer) != self._end
         self._parts[node, layer].append(values)
-        if node == _EXPERTS:  # now k is known, and margins take less room than logits
-            logits_TE = self._parts[_LOGITS, layer].pop()
-            self._parts[_LOGITS, layer].append(selection_margins(logits_TE, values.shape[1]))
+        if node == _EXPERTS:  # now k is known, and margins take less room than scores
+            assert self._scores is not None
+            self._parts[_LOGITS, layer].append(selection_margins(self._scores, values.shape[1]))
         return (node, layer) != self._end
 
 
@@ -181,6 +199,11 @@ class _Feed:
             return True
         self.error = InputError(f"llama.cpp's router of layer {layer} does not read {_INPUT}-{layer}: it cannot be fed")
         return False
+
+
+def _last_weights(parts: Mapping[tuple[str, int], object], layer: int) -> str:
+    """The last of the nodes that hold a layer's weights."""
+    return next(kind for kind in reversed(_WEIGHTS) if (kind, layer) in parts)
 
 
 def _values(tensor: _TensorHead, address: int, *, token_dimension: int) -> npt.NDArray[Any]:

@@ -4,13 +4,14 @@ Works on any decoder whose cache inputs and outputs are named ``past_key_values.
 onnxruntime-genai and optimum name them, in float32 or float16. Routing is read where the MoE blocks are com.microsoft
 MoE or QMoE nodes. The operators do not give away which experts they chose, only the logits they are fed are visible:
 routing is computed from those by the operators' own rule (softmax over all experts, top-k, renormalised if the node
-says so; of two equal logits the lower expert index wins).
+says so; of two equal logits the lower expert index wins). Where nodes chose beforehand, the logits are so low for all
+experts but the chosen ones that the rule finds those again.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from compressors.model.errors import InputError, MoeExportError
-from compressors.model.predictions.routing_record import NO_EXPERT, RoutingRecord, selection_margins
+from compressors.model.predictions.routing_record import NO_EXPERT, RoutingRecord
 from compressors.model.sources.tokenizer_files import read_tokenizer_json
 from validate.files.onnx_files import onnx_model_file
 from validate.routing.router_inputs import RouterInputs
@@ -124,21 +125,30 @@ class OnnxRuntimeBackend:
         for tokens in tokens_BT:
             if self._moe_nodes is None:
                 self._moe_nodes = self._show_routing(tokens)
-            names = [node.router_logits for node in self._moe_nodes]
-            logits_TV, router_logits = _run_from_empty_cache(self._session, tokens, names)
-            router_logits = [logits.reshape(len(tokens), -1).astype(np.float32) for logits in router_logits]
-            routing = self._routing(self._moe_nodes, router_logits) if self._moe_nodes else None
+            names = [name for node in self._moe_nodes for name in node.shown]
+            logits_TV, values = _run_from_empty_cache(self._session, tokens, names)
+            shown = dict(zip(names, values, strict=True))
+            routing = None
+            if self._moe_nodes:
+                routing = self._routing([(node, shown) for node in self._moe_nodes], len(tokens))
             yield ChunkOutput(logits_TV[scored_positions(len(tokens))], routing)
 
-    def _routing(self, nodes: Sequence[MoeNode], router_logits: Sequence[npt.NDArray[np.float32]]) -> RoutingRecord:
-        """Layers without experts, and places beyond a layer's top-k, hold no expert."""
-        size = (self._n_layers, len(router_logits[0]), max(node.top_k for node in nodes))
+    def _routing(self, shown: Sequence[tuple[MoeNode, Mapping[str, npt.NDArray[Any]]]], n_tokens: int) -> RoutingRecord:
+        """Layers without experts, and places beyond a layer's top-k, hold no expert.
+
+        Args:
+            shown: the nodes, each with the values that it is computed from.
+            n_tokens: tokens of these.
+        """
+        size = (self._n_layers, n_tokens, max(node.top_k for node, _ in shown))
         experts_LTK = np.full(size, NO_EXPERT, dtype=np.int32)
         weights_LTK = np.zeros(size, dtype=np.float32)
         margins_LT = np.full(size[:2], np.inf, dtype=np.float32)
-        for node, logits_TE in zip(nodes, router_logits, strict=True):
-            experts_LTK[node.layer, :, : node.top_k], weights_LTK[node.layer, :, : node.top_k] = node.routing(logits_TE)
-            margins_LT[node.layer] = selection_margins(logits_TE, node.top_k)
+        for node, values in shown:
+            found = node.routing(values, n_tokens)
+            experts_LTK[node.layer, :, : node.top_k] = found.experts_TK
+            weights_LTK[node.layer, :, : node.top_k] = found.weights_TK
+            margins_LT[node.layer] = found.margins_T
         return RoutingRecord(experts_LTK, weights_LTK, margins_LT)
 
     def route(self, tokens_BT: npt.NDArray[np.int64], inputs: RouterInputs) -> RoutingRecord:
@@ -152,21 +162,20 @@ class OnnxRuntimeBackend:
         """
         model = onnx.load(self._path, load_external_data=False)
         nodes, n_tokens = tuple(moe_nodes(model.graph)), tokens_BT.size
-        return self._routing(nodes, [self._router_logits(model, node, inputs, n_tokens) for node in nodes])
+        return self._routing([(node, self._run_router(model, node, inputs, n_tokens)) for node in nodes], n_tokens)
 
-    def _router_logits(
+    def _run_router(
         self, model: onnx.ModelProto, node: MoeNode, inputs: RouterInputs, n_tokens: int
-    ) -> npt.NDArray[np.float32]:
-        """One router's logits, [T, E]."""
-        graph = router_graph(model, node.states, node.router_logits)
+    ) -> Mapping[str, npt.NDArray[Any]]:
+        """The values that one router's choices are computed from."""
+        graph = router_graph(model, node.states, node.shown)
         if graph is None:
             raise InputError(f"{self._path}: the router of layer {node.layer} does not read what its experts read")
         session = _open_session(self._path, graph.SerializeToString(), self._threads)
         states_1TD = inputs.states(node.layer, 0, n_tokens)[None]
         with _running():
-            (logits_TE,) = session.run([node.router_logits], {node.states: states_1TD})
-        result: npt.NDArray[np.float32] = logits_TE
-        return result
+            values = session.run(node.shown, {node.states: states_1TD})
+        return dict(zip(node.shown, values, strict=True))
 
     def generate(self, prompt_ids: Sequence[int], n_tokens: int, choose: ChooseToken) -> list[int]:
         """Generates at most ``n_tokens`` tokens after the prompt, one after the other, through the cache."""
@@ -182,7 +191,7 @@ class OnnxRuntimeBackend:
 
     def last_logits(self, texts: Sequence[Sequence[int]], counts: Sequence[int]) -> Iterator[npt.NDArray[np.float32]]:
         """Yields for each text the logits of its last ``count`` positions: [count, V]."""
-        names = [node.router_logits for node in self._moe_nodes or ()]
+        names = [name for node in self._moe_nodes or () for name in node.shown]
         for text, count in zip(texts, counts, strict=True):
             logits_TV, _ = _run_from_empty_cache(self._session, np.asarray(text, dtype=np.int64), names)
             yield logits_TV[-count:]
@@ -190,7 +199,7 @@ class OnnxRuntimeBackend:
     def _show_routing(self, tokens: npt.NDArray[np.int64]) -> tuple[MoeNode, ...]:
         """Puts the debug copy in the session's place; one after the other, because each holds the weights.
 
-        Returns the MoE nodes whose router logits it shows; if there are none, the session stays.
+        Returns the MoE nodes whose routing it shows; if there are none, the session stays.
         """
         model = onnx.load(self._path, load_external_data=False)
         found = tuple(moe_nodes(model.graph))
@@ -202,7 +211,7 @@ class OnnxRuntimeBackend:
                 "number; export it again"
             )
         # of the type that the runtime infers
-        model.graph.output.extend(onnx.ValueInfoProto(name=node.router_logits) for node in found)
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for node in found for name in node.shown)
         shipped = _logits_digest(self._session, tokens)
         del self._session
         debug = _open_session(self._path, model.SerializeToString(), self._threads, self._providers)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 
-__all__ = ["MoeNode", "moe_nodes", "router_graph"]
+from compressors.model.predictions.routing_record import selection_margins
+
+__all__ = ["MoeNode", "TokenRouting", "moe_nodes", "router_graph"]
 
 _MOE_OPERATORS = ("MoE", "QMoE")
 _ATTENTION_OPERATORS = ("GroupQueryAttention", "MultiHeadAttention", "Attention")
@@ -19,23 +24,65 @@ _MIXING_INPUT = 14  # where QMoE takes the gate weights of all experts from, if 
 
 @dataclass(frozen=True)
 class MoeNode:
-    """The inputs and attributes of one MoE operator."""
+    """The inputs and attributes of one MoE operator, and how nodes before and behind it change its routing.
+
+    Attributes:
+        layer: the decoder layer.
+        states: name of the value that the router reads too: [batch, sequence, hidden size].
+        router_logits: name of the value that the operator takes, [tokens, experts].
+        selection_scores: name of the value whose largest entries decide which experts get logits that are not the
+            lowest, [batch, sequence, experts]; where no node chooses beforehand, that of the logits.
+        factor: name of the value that the operator's output is multiplied with, by token; None: there is none.
+        constant_factor: the number that it is multiplied with.
+        top_k: experts of each token.
+        normalizes: whether their weights are divided by their sum.
+    """
 
     layer: int
-    states: str  # name of the value that the router reads too: [batch, sequence, hidden size]
-    router_logits: str  # name of the value [tokens, experts]
+    states: str
+    router_logits: str
+    selection_scores: str
+    factor: str | None
+    constant_factor: float
     top_k: int
     normalizes: bool
 
-    def routing(self, logits_TE: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-        """Experts [T, K] by falling gate weight, and the weights as they are applied."""
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """Names of the values that :meth:`routing` is given, each once."""
+        names = (self.router_logits, self.selection_scores, *([] if self.factor is None else [self.factor]))
+        return tuple(dict.fromkeys(names))
+
+    def routing(self, values: Mapping[str, npt.NDArray[Any]], n_tokens: int) -> TokenRouting:
+        """Chooses and weighs as the operator does.
+
+        Args:
+            values: those of :attr:`shown`.
+            n_tokens: tokens that they are of.
+        """
+        of_tokens = {name: values[name].reshape(n_tokens, -1).astype(np.float32) for name in self.shown}
+        logits_TE = of_tokens[self.router_logits]
         shifted = np.exp(logits_TE - logits_TE.max(axis=1, keepdims=True))
         probabilities_TE = shifted / shifted.sum(axis=1, keepdims=True)
         experts_TK = np.argsort(-logits_TE, axis=1, kind="stable")[:, : self.top_k]
         weights_TK = np.take_along_axis(probabilities_TE, experts_TK, axis=1)
         if self.normalizes:
             weights_TK = weights_TK / weights_TK.sum(axis=1, keepdims=True)
-        return experts_TK.astype(np.int32), weights_TK
+        if self.constant_factor != 1.0:
+            weights_TK = weights_TK * np.float32(self.constant_factor)
+        if self.factor is not None:
+            weights_TK = weights_TK * of_tokens[self.factor]
+        margins_T = selection_margins(of_tokens[self.selection_scores], self.top_k)
+        return TokenRouting(experts_TK.astype(np.int32), weights_TK, margins_T)
+
+
+@dataclass(frozen=True)
+class TokenRouting:
+    """The routing of one layer."""
+
+    experts_TK: npt.NDArray[np.int32]  # by falling gate weight
+    weights_TK: npt.NDArray[np.float32]  # as they are applied
+    margins_T: npt.NDArray[np.float32]
 
 
 def moe_nodes(graph: onnx.GraphProto) -> Iterator[MoeNode]:
@@ -43,46 +90,86 @@ def moe_nodes(graph: onnx.GraphProto) -> Iterator[MoeNode]:
 
     Nodes are in the order in which they run: a layer's experts come after its attention.
     """
-    layer = -1
-    makers = {output: node for node in graph.node for output in node.output}
+    layer, links = -1, _Links(graph)
     for node in graph.node:
         if node.op_type in _ATTENTION_OPERATORS:
             layer += 1
         elif node.op_type in _MOE_OPERATORS:
             attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
-            if attributes.get("use_sparse_mixer", 0) or not _mixes_by_softmax(node, makers):
+            if attributes.get("use_sparse_mixer", 0) or not links.mixes_by_softmax(node):
                 continue  # routed by another rule, which is not told
             # absent attributes have the operators' defaults
             normalizes = bool(attributes.get("normalize_routing_weights", 0))
-            states, router_logits = node.input[0], node.input[_ROUTER_INPUT]
-            yield MoeNode(layer, states, router_logits, attributes.get("k", 1), normalizes)
+            states, logits = node.input[0], node.input[_ROUTER_INPUT]
+            factor, number = links.factor_of(node.output[0])
+            scores = links.scores_behind(logits)
+            yield MoeNode(layer, states, logits, scores, factor, number, attributes.get("k", 1), normalizes)
 
 
-def _mixes_by_softmax(node: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto]) -> bool:
-    """Whether gate weights are the softmax of the router logits: the operator's own, or that of a node before it."""
-    mixing = next(iter(node.input[_MIXING_INPUT:]), "")
-    if not mixing:
-        return True
-    maker = makers.get(mixing)
-    return maker is not None and maker.op_type == "Softmax" and maker.input[0] == node.input[_ROUTER_INPUT]
+class _Links:
+    """What makes a graph's values, and what takes them."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self._makers = {output: node for node in graph.node for output in node.output}
+        self._takers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+        for node in graph.node:
+            for name in dict.fromkeys(node.input):
+                self._takers[name].append(node)
+        self._constants = {tensor.name: tensor for tensor in graph.initializer}
+
+    def mixes_by_softmax(self, node: onnx.NodeProto) -> bool:
+        """Whether gate weights are the softmax of the router logits: the operator's, or that of a node before it."""
+        mixing = next(iter(node.input[_MIXING_INPUT:]), "")
+        if not mixing:
+            return True
+        maker = self._makers.get(mixing)
+        return maker is not None and maker.op_type == "Softmax" and maker.input[0] == node.input[_ROUTER_INPUT]
+
+    def scores_behind(self, logits: str) -> str:
+        """The values that TopK chose experts by, if only the chosen ones' logits are scattered over the lowest."""
+        maker = self._makers.get(logits)
+        if maker is not None and maker.op_type == "Reshape":
+            maker = self._makers.get(maker.input[0])
+        if maker is None or maker.op_type != "ScatterElements":
+            return logits
+        chooser = self._makers.get(maker.input[1])
+        return chooser.input[0] if chooser is not None and chooser.op_type == "TopK" else logits
+
+    def factor_of(self, output: str) -> tuple[str | None, float]:
+        """What experts' output is multiplied with, if that is all that is done to it: a value by token, and a number.
+
+        A Where that selects the output always, as our graphs have it behind an operator, changes nothing.
+        """
+        takers = self._takers[output]
+        if len(takers) == 1 and takers[0].op_type == "Where" and takers[0].input[1] == output:
+            return self.factor_of(takers[0].output[0])
+        if len(takers) != 1 or takers[0].op_type != "Mul":
+            return None, 1.0
+        (factor,) = (name for name in takers[0].input if name != output) if len(set(takers[0].input)) == 2 else ("",)
+        if factor not in self._constants:
+            return (factor or None), 1.0
+        constant = self._constants[factor]
+        if constant.external_data or prod(constant.dims) != 1:
+            return None, 1.0
+        return None, float(onnx.numpy_helper.to_array(constant).reshape(()))
 
 
-def router_graph(model: onnx.ModelProto, states: str, logits: str) -> onnx.ModelProto | None:
-    """The part of a graph that makes router logits of hidden states.
+def router_graph(model: onnx.ModelProto, states: str, outputs: Sequence[str]) -> onnx.ModelProto | None:
+    """The part of a graph that makes router logits, and what belongs to them, of hidden states.
 
     Args:
         model: the whole graph; weights in a data file may stay there.
         states: name of the value that goes in, float32 [batch, sequence, hidden size].
-        logits: name of the value that comes out, float32 [tokens, experts].
+        outputs: names of the values that come out, float32.
 
     Returns:
-        A graph over the same weights, or None if the logits depend on anything else that a node makes.
+        A graph over the same weights, or None if they depend on anything else that a node makes.
     """
     makers = {output: node for node in model.graph.node for output in node.output}
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes: list[onnx.NodeProto] = []  # the last first
     needed: dict[str, onnx.TensorProto] = {}
-    wanted, seen = [logits], {states, ""}  # an input that is left out has an empty name
+    wanted, seen = list(outputs), {states, ""}  # an input that is left out has an empty name
     while wanted:
         name = wanted.pop()
         if name in seen:
@@ -100,7 +187,7 @@ def router_graph(model: onnx.ModelProto, states: str, logits: str) -> onnx.Model
         sorted(nodes, key=lambda node: order[node.output[0]]),
         "router",
         [onnx.helper.make_tensor_value_info(states, onnx.TensorProto.FLOAT, None)],
-        [onnx.helper.make_tensor_value_info(logits, onnx.TensorProto.FLOAT, None)],
+        [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in outputs],
         list(needed.values()),
     )
     return onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)

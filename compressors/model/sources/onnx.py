@@ -1,8 +1,8 @@
 """A model's weights as our ONNX folder holds them, dequantized: the values that ONNX Runtime computes with.
 
 ``model.onnx`` names its weights and says where in ``model.onnx.data`` they lie. A weight is one float32 tensor, or
-codes and scales (:mod:`compressors.model.files.onnx_blocks`), whose numbers tell bits and block size. Gate and up
-projections of all experts of a layer are one weight, whose rows alternate.
+codes and scales (:mod:`compressors.model.files.onnx_blocks`), whose numbers tell bits and block size. Tensors of all
+experts of a layer that have one name, gate and up, are one weight, whose rows alternate (:func:`weights_of`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from math import prod
 from pathlib import Path
 from typing import Any, Self
@@ -20,9 +21,9 @@ import numpy.typing as npt
 import onnx
 import torch
 
-from compressors.model.description.legacy import NORMS, role_shape
 from compressors.model.description.roles import Role
-from compressors.model.description.spec import ModelSpec
+from compressors.model.description.spec import LayerSpec, ModelSpec, Place
+from compressors.model.description.tensors import TensorSpec
 from compressors.model.errors import InputError
 from compressors.model.files.ggml import GGMLQuantizationType
 from compressors.model.files.integer_blocks import BITS, BlockType, IntegerBlocks
@@ -32,14 +33,12 @@ from compressors.model.files.raw_file import RawFile
 from compressors.model.names import shown
 from compressors.model.sources.weights import ReplacedValues, StoredType, TunablePart
 
-__all__ = ["CODES", "DATA_FILE", "MATRIX", "MODEL_FILE", "SCALES", "OnnxWeights"]
+__all__ = ["CODES", "DATA_FILE", "MATRIX", "MODEL_FILE", "SCALES", "OnnxWeight", "OnnxWeights", "weights_of"]
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 CODES, SCALES = ".codes", ".scales"  # appended to a quantized weight's name
 MATRIX = ".matrix"  # appended to the name of codes in the shape of a linear layer's operator
-
-_ALTERNATING = (Role.EXPERT_GATE, Role.EXPERT_UP)  # their rows alternate in one weight for all experts of a layer
 
 _NUMPY_TYPES: Mapping[int, np.dtype[Any]] = {
     onnx.TensorProto.FLOAT: np.dtype(np.float32),
@@ -54,6 +53,44 @@ _OF_GGML: Mapping[BlockType, StoredType] = {
     BlockType(8, 32): GGMLQuantizationType.Q8_0,
 }
 """The ggml types that hold the same numbers; ggml's kernels make them."""
+
+
+@dataclass(frozen=True)
+class OnnxWeight:
+    """A weight of the graph, as the description tells.
+
+    Attributes:
+        name: its name; of codes and scales the beginning of theirs.
+        roles: the tensors that it consists of; of several, rows alternate.
+        layer: the decoder layer; None outside of the layers.
+        shape: [D], [rows, columns], or [E, rows, columns] of all experts.
+    """
+
+    name: str
+    roles: tuple[Role, ...]
+    layer: int | None
+    shape: tuple[int, ...]
+
+
+def weights_of(spec: ModelSpec) -> Iterator[OnnxWeight]:
+    """Lists the weights of a model's graph, in the order of the data file."""
+    outside = [
+        OnnxWeight(tensor.onnx_name, (tensor.role,), None, spec.dimensions(tensor.role))
+        for tensor in spec.written.tensors
+    ]
+    yield from (weight for weight in outside if Role.TOKEN_EMBEDDING in weight.roles)
+    for index, layer in enumerate(spec.written.layers):
+        yield from _weights_of_layer(layer, index)
+    yield from (weight for weight in outside if Role.TOKEN_EMBEDDING not in weight.roles)
+
+
+def _weights_of_layer(layer: LayerSpec, index: int) -> Iterator[OnnxWeight]:
+    for name, together in groupby(layer.tensors, key=lambda tensor: tensor.onnx_name):
+        tensors = tuple(together)
+        rows, *columns = layer.dimensions(tensors[0])
+        experts = [layer.n_experts] if tensors[0].is_per_expert else []
+        shape = (*experts, len(tensors) * rows, *columns)
+        yield OnnxWeight(name.format(layer=index), tuple(tensor.role for tensor in tensors), index, shape)
 
 
 @dataclass(frozen=True)
@@ -78,6 +115,7 @@ class _Stored:
 class _Weight:
     """A weight: all its rows' values, or their codes and scales."""
 
+    roles: tuple[Role, ...]
     shape: tuple[int, ...]
     codes: _Stored
     scales: _Stored | None
@@ -93,6 +131,10 @@ class _Weight:
             return None
         n_values = prod(self.shape)
         return BlockType(_BYTE_BITS * self.codes.n_values // n_values, n_values // max(1, self.scales.n_values))
+
+    def rows_of(self, role: Role, rows_RN: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """A view of the rows that are a role's; they begin with a row of the first role."""
+        return rows_RN[self.roles.index(role) :: len(self.roles)]
 
     @property
     def is_whole(self) -> bool:
@@ -112,10 +154,10 @@ class OnnxWeights:
 
     Args:
         folder: the folder with ``model.onnx`` and ``model.onnx.data``.
-        shape: shape of the model that it should hold.
+        spec: the model that it should hold.
 
     Raises:
-        InputError: a file is missing, truncated or damaged, or lacks a tensor of a model of this shape.
+        InputError: a file is missing, truncated or damaged, or lacks a tensor of this model.
     """
 
     dtype = torch.float32
@@ -127,12 +169,13 @@ class OnnxWeights:
         self._values = ReplacedValues({})
         self._replaced: Mapping[_Weight, Mapping[Role, str]] = {}  # names of a weight's replaced values
         tensors = self._tensors()
-        self._weights = {
-            (role, layer): self._weight(role, layer, tensors)
-            for role in spec.stored_roles
-            for layer in ([None] if role.is_global else range(spec.n_layers))
-            if layer is None or self._has(role, layer)
+        self._tensor_specs: Mapping[Place, TensorSpec] = {
+            (tensor.role, layer): tensor for tensor, layer in spec.written.places
         }
+        self._weights: dict[Place, _Weight] = {}
+        for weight in weights_of(spec):
+            found = self._weight(weight, tensors)
+            self._weights |= {(role, weight.layer): found for role in weight.roles}
 
     def dtype_of(self, role: Role, layer: int | None) -> torch.dtype:
         """Always float32."""
@@ -148,7 +191,7 @@ class OnnxWeights:
         """The tensor of a role that is not an expert's, float32."""
         weight = self._weights.get((role, layer))
         if weight is None:  # the router of one expert: a softmax over one logit, whatever it is
-            return torch.zeros(role_shape(role, self._spec))
+            return torch.zeros(self._spec.dimensions(role, layer))
         return self._rows(weight, 0, weight.n_rows).view(weight.shape)
 
     def rows(self, role: Role, layer: int | None, rows: slice) -> torch.Tensor:
@@ -162,11 +205,9 @@ class OnnxWeights:
     def read_expert(self, role: Role, layer: int, expert: int, out: torch.Tensor) -> None:
         """Fills ``out`` with one expert's projection."""
         weight = self._weights[role, layer]
-        if role is Role.EXPERT_DOWN or self._spec.is_dense:
-            out.copy_(self._rows(weight, expert * len(out), len(out)))
-        else:
-            gate_and_up = self._rows(weight, expert * 2 * len(out), 2 * len(out))
-            out.copy_(gate_and_up[int(role is Role.EXPERT_UP) :: 2])
+        n_rows = len(out) * len(weight.roles)
+        rows = self._rows(weight, expert * n_rows, n_rows)
+        out.copy_(rows[weight.roles.index(role) :: len(weight.roles)])
 
     def block_length(self, role: Role, layer: int | None) -> int | None:
         """The number of values of a row that share a scale; None if the tensor has no scales."""
@@ -182,7 +223,7 @@ class OnnxWeights:
         weight = self._tunable_weight(role, layer)
         if weight.scales is None:
             return self.tensor(role, layer)
-        scales_RN = self._rows_of_role(self._read(weight, weight.scales, 0, weight.n_rows), role)
+        scales_RN = weight.rows_of(role, self._read(weight, weight.scales, 0, weight.n_rows))
         return torch.from_numpy(scales_RN.copy())[..., None]
 
     def with_values(self, values: Mapping[str, torch.Tensor]) -> Self:
@@ -200,8 +241,8 @@ class OnnxWeights:
 
     def changed_parts(self) -> Iterator[TunablePart]:
         """Yields the tensors whose values are replaced, each as a whole."""
-        for (role, layer), weight in self._weights.items():
-            if self._spec.gguf_name(role, layer) in self._values:
+        for place, weight in self._weights.items():
+            if self._gguf_name(place) in self._values:
                 stored = weight.codes if weight.scales is None else weight.scales
                 yield TunablePart(self._data.path, stored.offset, stored.n_bytes, partial(self._put, weight, stored))
 
@@ -209,8 +250,8 @@ class OnnxWeights:
         """Writes the values that replace the file's into the bytes of a tensor."""
         self._replace(weight, data.view(stored.dtype).reshape(weight.n_rows, -1), 0)
 
-    def _has(self, role: Role, layer: int) -> bool:
-        return (role.is_expert and self._spec.layer(layer).has_moe) or role in self._spec.layer_roles(layer)
+    def _gguf_name(self, place: Place) -> str:
+        return self._tensor_specs[place].gguf.name.format(layer=place[1])
 
     def _rows(self, weight: _Weight, first: int, n_rows: int) -> torch.Tensor:
         """Rows counted through all leading axes: float32 [rows, columns]."""
@@ -233,38 +274,31 @@ class OnnxWeights:
     def _replace(self, weight: _Weight, values_RN: npt.NDArray[Any], first: int) -> None:
         """Writes the values that replace the file's into some rows: those of whole experts where roles alternate."""
         for role, name in self._replaced[weight].items():
-            alternate = role in _ALTERNATING and not self._spec.is_dense
-            own_RN = self._rows_of_role(values_RN, role)
+            own_RN = weight.rows_of(role, values_RN)
             of_role_RN = self._values[name].reshape(-1, values_RN.shape[1]).numpy()
-            own_RN[:] = of_role_RN[first // (2 if alternate else 1) :][: len(own_RN)]
+            own_RN[:] = of_role_RN[first // len(weight.roles) :][: len(own_RN)]
 
     def _names_by_weight(self, values: Mapping[str, torch.Tensor]) -> Mapping[_Weight, Mapping[Role, str]]:
         """Returns the names among ``values`` whose rows each weight holds."""
         names: dict[_Weight, dict[Role, str]] = {}
-        for (role, layer), weight in self._weights.items():
-            name = self._spec.gguf_name(role, layer)
+        for place, weight in self._weights.items():
+            name = self._gguf_name(place)
             if name in values:
-                names.setdefault(weight, {})[role] = name
+                names.setdefault(weight, {})[place[0]] = name
         return names
-
-    def _rows_of_role(self, rows_RN: npt.NDArray[Any], role: Role) -> npt.NDArray[Any]:
-        """A view of the rows that are a role's."""
-        if role not in _ALTERNATING or self._spec.is_dense:
-            return rows_RN
-        return rows_RN[int(role is Role.EXPERT_UP) :: 2]
 
     def _tunable_weight(self, role: Role, layer: int | None) -> _Weight:
         weight = self._weights.get((role, layer))
         if weight is None:
             raise InputError(f"{self._graph_file} has no tensor of the role {role}: it holds a dense model")
-        is_float = role is Role.ROUTER or role in NORMS
+        is_float = not self._tensor_specs[role, layer].is_quantizable
         if is_float != (weight.scales is None):
             what = "quantized; it must be float32" if is_float else "not quantized, so it has no scales"
             raise InputError(f"{self._graph_file}: {weight.codes.name} is {what}")
         return weight
 
     def _check_values(self, name: str, values: torch.Tensor) -> None:
-        keys = [key for key in self._weights if self._spec.gguf_name(*key) == name]
+        keys = [key for key in self._weights if self._gguf_name(key) == name]
         if not keys:
             raise InputError(f"{self._graph_file} has no tensor {name}, whose values are to be replaced")
         expected = self.tunable(*keys[0])
@@ -288,22 +322,15 @@ class OnnxWeights:
             raise InputError(f"{self._data.path} is truncated: tensor {shown(tensor.name)} ends after the file does")
         return stored
 
-    def _weight(self, role: Role, layer: int | None, tensors: dict[str, _Stored]) -> _Weight:
-        name, shape = self._spec.onnx_name(role, layer), self._expected_shape(role, layer)
+    def _weight(self, weight: OnnxWeight, tensors: dict[str, _Stored]) -> _Weight:
+        name, shape = weight.name, weight.shape
         codes = next((tensors[key] for key in (name, name + CODES, name + CODES + MATRIX) if key in tensors), None)
         if codes is None:
             raise InputError(f"{self._graph_file} has no tensor {name}: it does not hold this model")
-        weight = _Weight(shape, codes, None if codes.name == name else tensors.get(name + SCALES))
-        if not weight.is_whole:
+        found = _Weight(weight.roles, shape, codes, None if codes.name == name else tensors.get(name + SCALES))
+        if not found.is_whole:
             raise InputError(
                 f"{self._graph_file}: tensor {codes.name} has shape {list(codes.shape)}, which is not that of the "
                 f"model's, {list(shape)}"
             )
-        return weight
-
-    def _expected_shape(self, role: Role, layer: int | None) -> tuple[int, ...]:
-        of_layer = self._spec if layer is None else self._spec.layer(layer)
-        rows, *columns = role_shape(role, of_layer)
-        if not role.is_expert or self._spec.is_dense:
-            return (rows, *columns)
-        return (of_layer.n_experts, rows if role is Role.EXPERT_DOWN else 2 * rows, *columns)
+        return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ class GraphBuilder:
         self._nodes: list[onnx.NodeProto] = []
         self._made: set[str] = set()
         self._initializers: dict[str, onnx.TensorProto] = {}
+        self._constants: dict[str, npt.NDArray[Any]] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
 
@@ -51,10 +53,18 @@ class GraphBuilder:
         return outputs[0]
 
     def constant(self, name: str, values: npt.ArrayLike, dtype: npt.DTypeLike = np.int64) -> str:
-        """Adds a small constant, stored in the graph itself; asking for the same name again returns it."""
-        if name not in self._initializers:
-            self._initializers[name] = onnx.numpy_helper.from_array(np.asarray(values, dtype=dtype), name)
-        return name
+        """Adds a small constant, stored in the graph itself, and returns its name.
+
+        The same values under the same name are stored once; other values get a number behind the name.
+        """
+        array, number = np.asarray(values, dtype=dtype), itertools.count(2)
+        key = name
+        while key in self._constants and not np.array_equal(self._constants[key], array):
+            key = f"{name}.{next(number)}"
+        if key not in self._constants:
+            self._constants[key] = array
+            self._initializers[key] = onnx.numpy_helper.from_array(array, key)
+        return key
 
     def external(self, tensor: TensorPlan, shape: Sequence[int] | None = None, name: str | None = None) -> str:
         """Adds a tensor of the data file; ``shape`` and ``name`` give the same bytes a second appearance."""

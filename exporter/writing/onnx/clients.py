@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from compressors.model.description.mixers import GroupedQuery
 from compressors.model.description.rope import RopeKind
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.special_tokens import SpecialTokens, configured_tokens, special_tokens
@@ -13,28 +14,24 @@ from compressors.model.files.json_file import read_json
 from compressors.model.sources.student import Student
 from exporter.writing.files import write_atomically
 from exporter.writing.onnx.layout import MODEL_FILE
-from exporter.writing.onnx.writer import with_context
 from exporter.writing.tokenizer_copy import write_tokenizer
 from validate.runtimes.cost import CHUNK_TOKENS
 
 __all__ = ["write_client_files"]
 
 
-def write_client_files(
-    student: Student, folder: Path, *, context_length: int | None = None, max_length: int | None = None
-) -> None:
+def write_client_files(student: Student, folder: Path, *, max_length: int | None = None) -> None:
     """Writes ``config.json``, ``generation_config.json``, ``genai_config.json`` and the tokenizer.
 
     Args:
         student: the model that ``folder`` holds.
         folder: where ``model.onnx`` lies.
-        context_length: as it was given to :func:`exporter.writing.onnx.writer.write_onnx`.
         max_length: tokens of KV cache that onnxruntime-genai allocates unless it is told otherwise; None: the context.
 
     Raises:
-        InputError: the context does not fit the model, or its tokenizer cannot be used.
+        InputError: the model's tokenizer cannot be used.
     """
-    spec = with_context(student.spec, context_length)
+    spec = student.spec
     source = student.source.folder
     special = special_tokens(source, spec.vocab_size)
     write_tokenizer(source, folder)
@@ -53,12 +50,12 @@ def _model_config(spec: ModelSpec, source: Path) -> dict[str, Any]:
     rope = spec.rope.in_config()
     windows = {"sliding_window": None, "use_sliding_window": False} if spec.window is not None else {}
     return (
-        spec.in_config(config)
+        spec.written.family.edited(spec.written, config)
         | windows
         | {
             "num_hidden_layers": spec.n_layers,
             "max_position_embeddings": spec.context_length,
-            "rope_theta": spec.rope_theta,
+            "rope_theta": spec.rope.theta,
             "rope_scaling": None if spec.rope.kind is RopeKind.DEFAULT else rope,
             "rope_parameters": rope,
             "dtype": "float32",
@@ -92,6 +89,7 @@ def _described(special: SpecialTokens) -> dict[str, Any]:
 
 def _genai_config(spec: ModelSpec, special: SpecialTokens, max_length: int) -> dict[str, Any]:
     """``genai_config.json`` of onnxruntime-genai (``src/config.h``); type ``decoder`` is its plain decoder pipeline."""
+    attention = next(layer.mixer for layer in spec.layers if isinstance(layer.mixer, GroupedQuery))
     return {
         "model": {
             "type": "decoder",
@@ -102,9 +100,9 @@ def _genai_config(spec: ModelSpec, special: SpecialTokens, max_length: int) -> d
                 "filename": MODEL_FILE,
                 "session_options": {"provider_options": []},
                 "hidden_size": spec.hidden_size,
-                "head_size": spec.head_dim,
-                "num_attention_heads": spec.n_heads,
-                "num_key_value_heads": spec.n_kv_heads,
+                "head_size": attention.head_dim,
+                "num_attention_heads": attention.n_heads,
+                "num_key_value_heads": attention.n_kv_heads,
                 "num_hidden_layers": spec.n_layers,
                 "inputs": {
                     "input_ids": "input_ids",

@@ -105,7 +105,7 @@ class _Rows:
 def _plan_rows(layout: TensorLayout) -> Iterator[_Rows]:
     """The weights in the file's order: whole experts, and slices of other matrices."""
     for weight in layout.weights:
-        if weight.roles[0].is_expert:
+        if layout.is_of_experts(weight):
             *n_experts, rows_each, _ = weight.shape  # a dense feed-forward is the only expert
             for expert in range(prod(n_experts)):
                 yield _Rows(weight, expert, slice(expert * rows_each, (expert + 1) * rows_each))

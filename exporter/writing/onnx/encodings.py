@@ -16,9 +16,9 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from compressors.model.description.legacy import role_shape
 from compressors.model.description.roles import Role
-from compressors.model.description.spec import ModelSpec
+from compressors.model.description.spec import LayerSpec, ModelSpec
+from compressors.model.description.tensors import TensorSpec
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.files.ggml_types import GGMLQuantizationType
 from compressors.model.files.integer_blocks import BlockType
@@ -109,7 +109,8 @@ class Unit:
     """Weights that have one encoding.
 
     Attributes:
-        name: as recipes write it: ``layers.0.experts``, ``layers.0.q_proj``, ``embedding``, ``head``.
+        name: as recipes write it: ``layers.0.experts``, ``layers.0.q_proj``, ``layers.0.shared_expert.up_proj``,
+            ``embedding``, ``head``.
         layer: None for embedding and head.
         weights: shape by role: [rows, columns], or [E, rows, columns] for experts.
     """
@@ -128,28 +129,39 @@ class Unit:
         }
 
 
-_LINEARS = {Role.QUERY: "q_proj", Role.KEY: "k_proj", Role.VALUE: "v_proj", Role.ATTENTION_OUTPUT: "o_proj"}
-_EXPERTS = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
+_OUTSIDE = {Role.TOKEN_EMBEDDING: "embedding", Role.HEAD: "head"}
+_EXPERTS = "experts"
 
 
 def onnx_units(spec: ModelSpec) -> tuple[Unit, ...]:
     """Lists the units of a model, each with the encodings that it can have."""
-    units = [Unit("embedding", None, {Role.TOKEN_EMBEDDING: role_shape(Role.TOKEN_EMBEDDING, spec)})]
-    for layer in range(spec.n_layers):
-        units += _layer_units(spec, layer)
-    if not spec.tied_embeddings:
-        units.append(Unit("head", None, {Role.HEAD: role_shape(Role.HEAD, spec)}))
-    return tuple(units)
+    outside = [
+        Unit(_OUTSIDE[tensor.role], None, {tensor.role: spec.dimensions(tensor.role)})
+        for tensor in spec.written.tensors
+        if tensor.is_quantizable
+    ]
+    of_layers = [unit for index, layer in enumerate(spec.layers) for unit in _layer_units(layer, index)]
+    embedding = [unit for unit in outside if Role.TOKEN_EMBEDDING in unit.weights]
+    return (*embedding, *of_layers, *(unit for unit in outside if unit not in embedding))
 
 
-def _layer_units(spec: ModelSpec, layer: int) -> Iterator[Unit]:
-    of_layer = spec.layer(layer)
-    for role, name in _LINEARS.items():
-        if role in spec.layer_roles(layer) and role in spec.stored_roles:
-            yield Unit(f"layers.{layer}.{name}", layer, {role: role_shape(role, of_layer)})
-    if of_layer.has_moe:
-        experts = {role: (of_layer.n_experts, *role_shape(role, of_layer)) for role in _EXPERTS}
-        yield Unit(f"layers.{layer}.experts", layer, experts)
+def _layer_units(layer: LayerSpec, index: int) -> Iterator[Unit]:
+    for tensor in layer.shared_tensors:
+        if tensor.is_quantizable:
+            yield Unit(f"layers.{index}.{_matrix_name(tensor)}", index, {tensor.role: layer.dimensions(tensor)})
+    experts = {
+        tensor.role: (layer.n_experts, *layer.dimensions(tensor))
+        for tensor in layer.expert_tensors
+        if tensor.is_quantizable
+    }
+    if experts:
+        yield Unit(f"layers.{index}.{_EXPERTS}", index, experts)
+
+
+def _matrix_name(tensor: TensorSpec) -> str:
+    """The last part of its module's name; in feed-forwards the last two, for there are several of a kind."""
+    *_, parent, name = tensor.submodule.split(".")
+    return f"{parent}.{name}" if tensor.role.is_feed_forward else name
 
 
 def preset_named(name: str) -> Preset:
@@ -205,9 +217,10 @@ def unit_encodings(
 
 
 def _unit_names(spec: ModelSpec) -> str:
-    last = spec.n_layers - 1
+    names = (unit.name.split(".", 2)[2] for unit in onnx_units(spec) if unit.layer is not None)
+    *others, last = dict.fromkeys(names)
     head = "" if spec.tied_embeddings else ", and head"
-    return f"and of layers.0 to layers.{last} {', '.join(_LINEARS.values())} and experts{head}"
+    return f"and of layers.0 to layers.{spec.n_layers - 1} {', '.join(others)} and {last}{head}"
 
 
 def _fits(encoding: Encoding, row_length: int) -> bool:

@@ -10,10 +10,9 @@ from functools import cached_property
 import numpy as np
 import onnx
 
-from compressors.model.description.legacy import role_shape
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
-from compressors.model.sources.onnx import CODES, DATA_FILE, MODEL_FILE, SCALES
+from compressors.model.sources.onnx import CODES, DATA_FILE, MODEL_FILE, SCALES, OnnxWeight, weights_of
 from exporter.capabilities.rules import Container
 from exporter.capabilities.table import refuse_unless_held
 from exporter.writing.onnx.encodings import FLOAT32, Encoding, preset_named, unit_encodings
@@ -73,7 +72,7 @@ class TensorLayout:
 
     spec: ModelSpec
     weights: tuple[WeightPlan, ...]
-    rotary_cosine: TensorPlan  # [rows, head_dim / 2], see Rope.table_lengths
+    rotary_cosine: TensorPlan  # [rows, width / 2], see Rope.table_lengths
     rotary_sine: TensorPlan
     data_bytes: int
 
@@ -82,6 +81,14 @@ class TensorLayout:
         if role is Role.HEAD and self.spec.tied_embeddings:
             role = Role.TOKEN_EMBEDDING
         return self._by_role[role, layer]
+
+    def has(self, role: Role, layer: int | None = None) -> bool:
+        """True if a weight holds this role."""
+        return (role, layer) in self._by_role
+
+    def is_of_experts(self, weight: WeightPlan) -> bool:
+        """True if its rows are those of the student's experts, one after the other."""
+        return self.spec.tensor(weight.roles[0], weight.layer).is_per_expert
 
     @cached_property
     def _by_role(self) -> dict[tuple[Role, int | None], WeightPlan]:
@@ -120,40 +127,15 @@ class _Planner:
         self._end = 0
 
     def plan(self) -> TensorLayout:
-        shape = self._spec
-        weights = [self._weight(Role.TOKEN_EMBEDDING, None)]
-        for layer in range(shape.n_layers):
-            weights += [self._weight(role, layer) for role in shape.layer_roles(layer) if role in shape.stored_roles]
-            if shape.layer(layer).has_moe:
-                weights += self._feed_forward(layer)
-        weights.append(self._weight(Role.FINAL_NORM, None))
-        if not shape.tied_embeddings:
-            weights.append(self._weight(Role.HEAD, None))
-        cache_shape = (sum(shape.rope.table_lengths(shape.context_length)), shape.head_dim // 2)
+        spec = self._spec
+        weights = tuple(self._encoded(weight) for weight in weights_of(spec))
+        cache_shape = (sum(spec.rope.table_lengths(spec.context_length)), spec.rope.width // 2)
         cosine = self._place("rotary.cosine", cache_shape, np.dtype(np.float32))
         sine = self._place("rotary.sine", cache_shape, np.dtype(np.float32))
-        return TensorLayout(shape, tuple(weights), cosine, sine, self._end)
+        return TensorLayout(spec, weights, cosine, sine, self._end)
 
-    def _weight(self, role: Role, layer: int | None) -> WeightPlan:
-        name = self._spec.onnx_name(role, layer)
-        shape = self._spec if layer is None else self._spec.layer(layer)
-        return self._encoded(name, (role,), layer, role_shape(role, shape))
-
-    def _feed_forward(self, layer: int) -> list[WeightPlan]:
-        if self._spec.is_dense:
-            return [self._weight(role, layer) for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)]
-        return [
-            self._experts((Role.EXPERT_GATE, Role.EXPERT_UP), layer),
-            self._experts((Role.EXPERT_DOWN,), layer),
-        ]
-
-    def _experts(self, roles: tuple[Role, ...], layer: int) -> WeightPlan:
-        layer_shape = self._spec.layer(layer)
-        rows, columns = role_shape(roles[0], layer_shape)
-        shape = (layer_shape.n_experts, len(roles) * rows, columns)
-        return self._encoded(self._spec.onnx_name(roles[0], layer), roles, layer, shape)
-
-    def _encoded(self, name: str, roles: tuple[Role, ...], layer: int | None, shape: tuple[int, ...]) -> WeightPlan:
+    def _encoded(self, weight: OnnxWeight) -> WeightPlan:
+        name, roles, layer, shape = weight.name, weight.roles, weight.layer, weight.shape
         encoding = self._encodings.get((roles[0], layer), FLOAT32)  # norms and routers are of no unit
         if encoding.blocks is None:
             values = self._place(name, shape, np.dtype(np.float32))

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from compressors.model.description.mixers import GroupedQuery, Mixer
 from compressors.model.description.roles import Role
-from compressors.model.description.spec import ModelSpec
+from compressors.model.description.spec import LayerSpec, ModelSpec
+from compressors.model.errors import InputError
 from exporter.writing.onnx.layout import TensorLayout, WeightPlan, plan_tensors
-from exporter.writing.onnx.writer import with_context
 from validate.runtimes.cost import CHUNK_TOKENS
 
 __all__ = ["predict_runtime_bytes"]
@@ -34,9 +35,9 @@ def predict_runtime_bytes(
     that takes the present cache as a new tensor at every step (optimum) holds it twice.
 
     Args:
-        spec: the model as it is written; its rotary caches cover ``shape.context_length`` tokens.
+        spec: the model as it is written; its rotary caches cover ``spec.context_length`` tokens.
         preset: a name from :data:`exporter.writing.onnx.encodings.PRESETS`.
-        context: tokens in the cache, at most ``shape.context_length``.
+        context: tokens in the cache, at most ``spec.context_length``.
         threads: threads inside an operator; each holds one widened expert.
         encodings: encodings of units that differ from the preset, as in
             :func:`~exporter.writing.onnx.layout.plan_tensors`.
@@ -45,9 +46,10 @@ def predict_runtime_bytes(
         InputError: there is no such preset, unit or encoding, or the model's context is shorter.
         UnsupportedError: the operators cannot represent the model.
     """
-    with_context(spec, context)  # refuses a context that does not fit
+    if not 0 < context <= spec.context_length:
+        raise InputError(f"a context of {context} tokens is asked for; the model has 1 to {spec.context_length}")
     layout = plan_tensors(spec, preset, encodings)
-    cache = 2 * spec.n_layers * spec.n_kv_heads * spec.head_dim * context * _FLOAT_BYTES
+    cache = sum(layer.mixer.cached_values for layer in spec.layers) * context * _FLOAT_BYTES
     return {"weights": _weight_bytes(layout), "kv_cache": cache, "compute": _compute_bytes(layout, context, threads)}
 
 
@@ -82,14 +84,38 @@ def _compute_bytes(layout: TensorLayout, context: int, threads: int) -> int:
     """Bytes of the buffers while a chunk runs or, if more, of the largest tensor, which loading holds in two forms."""
     spec = layout.spec
     tokens = min(CHUNK_TOKENS, context)
-    routed = tokens * spec.top_k
     values = tokens * spec.vocab_size  # logits
     values += tokens * context  # attention bias
     values += tokens * spec.hidden_size * _LIVE_HIDDEN_STATES
-    values += tokens * (spec.n_heads + 2 * spec.n_kv_heads) * spec.head_dim * _LIVE_PROJECTIONS
-    values += routed * (3 * spec.expert_width + 2 * spec.hidden_size)  # gate, up, product; input and output
-    if not spec.is_dense:
-        values += threads * (spec.expert_parameters + tokens * spec.hidden_size)  # widened expert, partial sums
+    values += tokens * max(_projected_values(layer.mixer) for layer in spec.layers) * _LIVE_PROJECTIONS
+    values += tokens * _feed_forward_values(spec)
+    expert = max(layer.expert_parameters for layer in spec.written.layers)
+    if expert:
+        values += threads * (expert + tokens * spec.hidden_size)  # widened expert, partial sums
     # The embedding is not packed; where it is the head too, the packed copy counts among the weights.
     largest = max(weight.codes.n_bytes for weight in layout.weights if Role.TOKEN_EMBEDDING not in weight.roles)
     return _SESSION_BYTES + max(values * _FLOAT_BYTES, largest)
+
+
+def _projected_values(mixer: Mixer) -> int:
+    """Values of a token's query, key and value."""
+    assert isinstance(mixer, GroupedQuery)
+    return (mixer.n_heads + 2 * mixer.n_kv_heads) * mixer.head_dim
+
+
+def _feed_forward_values(spec: ModelSpec) -> int:
+    """Values of a token in the experts that it goes through, all at a time: gate, up, product; input and output."""
+    routed = spec.top_k * _neurons_values(spec.expert_width, spec.hidden_size)
+    beside = [_neurons_values(width, spec.hidden_size) for width in map(_width_beside_experts, spec.layers) if width]
+    return routed + max(beside, default=0)
+
+
+def _neurons_values(width: int, hidden_size: int) -> int:
+    return 3 * width + 2 * hidden_size
+
+
+def _width_beside_experts(layer: LayerSpec) -> int:
+    """Neurons of a dense feed-forward, or of a shared expert; 0: there is none."""
+    if layer.routed is not None:
+        return 0 if layer.routed.shared is None else layer.routed.shared.width
+    return 0 if layer.feed_forward is None else layer.feed_forward.width

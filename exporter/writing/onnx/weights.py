@@ -1,19 +1,19 @@
-"""The nodes that use weights: embedding, linear layers, experts, in whichever encoding the layout gives them."""
+"""The nodes that use weights: embedding, norms and linear layers, in whichever encoding the layout gives them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
 
 from compressors.model.description.roles import Role
+from compressors.model.description.spec import LayerSpec
 from compressors.model.sources.onnx import MATRIX
 from exporter.writing.onnx.builder import MICROSOFT, GraphBuilder
 from exporter.writing.onnx.layout import TensorLayout, WeightPlan
 
-__all__ = ["WeightNodes"]
+__all__ = ["LayerNodes", "WeightNodes"]
 
 # MatMulNBits' accuracy levels. At level 1 activations stay float32. At level 4 they are quantized to int8 in the
 # weights' blocks, as llama.cpp does for every quantized product. Products of 2 and 8 bits need it: their float32 form
@@ -21,8 +21,6 @@ __all__ = ["WeightNodes"]
 # float32 at 4 bits, int8 at 2 and 8 bits in blocks.
 _FLOAT32_ACTIVATIONS = 1
 _INT8_ACTIVATIONS = 4
-
-_ROUTER_WEIGHTS_INPUT = 14  # of QMoE
 
 
 class WeightNodes:
@@ -34,12 +32,21 @@ class WeightNodes:
         self._float32_scales: dict[str, str] = {}
         self._rotary: tuple[str, str] | None = None
 
-    def norm(self, role: Role, layer: int | None) -> str:
-        """A norm's scale vector."""
+    def plan(self, role: Role, layer: int | None = None) -> WeightPlan | None:
+        """The weight that holds a role; None if the model has none there."""
+        return self._layout.weight(role, layer) if self._layout.has(role, layer) else None
+
+    def vector(self, role: Role, layer: int | None) -> str:
+        """A norm's scales, or a bias."""
         return self._graph.external(self._layout.weight(role, layer).codes)
 
+    def rms_norm(self, role: Role, layer: int | None, values: str, output: str) -> str:
+        """Normalises the last axis."""
+        inputs, epsilon = [values, self.vector(role, layer)], self._layout.spec.rms_norm_eps
+        return self._graph.node("RMSNormalization", inputs, output, axis=-1, epsilon=epsilon)
+
     def rotary_caches(self, total_length: str) -> tuple[str, str]:
-        """Cosine and sine, each [context, head_dim / 2]; where short texts are turned otherwise, the rows in use.
+        """Cosine and sine, each [context, width / 2]; where short texts are turned otherwise, the rows in use.
 
         ``total_length`` is int32, and decides as transformers does: by the text so far, the cached part included.
         """
@@ -74,7 +81,7 @@ class WeightNodes:
             return self._graph.node("Gather", [codes, token_ids], output)
         return self._graph.node(
             "GatherBlockQuantized",
-            [codes, token_ids, self._scales(weight)],
+            [codes, token_ids, self.scales(weight)],
             output,
             domain=MICROSOFT,
             bits=blocks.bits,
@@ -83,9 +90,17 @@ class WeightNodes:
             quantize_axis=1,
         )
 
-    def linear(self, role: Role, layer: int | None, values: str, output: str) -> str:
-        """values @ weight.T; weights keep torch's orientation [rows, columns] in every encoding."""
-        weight = self._layout.weight(role, layer)
+    def linear(self, role: Role, layer: int | None, values: str, output: str, bias: Role | None = None) -> str:
+        """values @ weight.T, and the bias of that role where the model has one.
+
+        Weights keep torch's orientation [rows, columns] in every encoding.
+        """
+        if bias is None or not self._layout.has(bias, layer):
+            return self._product(self._layout.weight(role, layer), values, output)
+        product = self._product(self._layout.weight(role, layer), values, f"{output}.product")
+        return self._graph.node("Add", [product, self.vector(bias, layer)], output)
+
+    def _product(self, weight: WeightPlan, values: str, output: str) -> str:
         blocks = weight.encoding.blocks
         if blocks is None:
             matrix = self._graph.external(weight.codes)
@@ -96,7 +111,7 @@ class WeightNodes:
         codes = self._graph.external(weight.codes, shape=in_blocks, name=weight.codes.name + MATRIX)
         return self._graph.node(
             "MatMulNBits",
-            [values, codes, self._scales(weight)],
+            [values, codes, self.scales(weight)],
             output,
             domain=MICROSOFT,
             bits=blocks.bits,
@@ -106,66 +121,7 @@ class WeightNodes:
             accuracy_level=_INT8_ACTIVATIONS if weight.encoding.has_int8_inputs else _FLOAT32_ACTIVATIONS,
         )
 
-    def experts(self, layer: int, values: str, router_logits: str, output: str) -> str:
-        """The routed experts: softmax over all router logits, top-k, and SwiGLU as silu(gate) * up."""
-        shape = self._layout.spec.layer(layer)
-        gate_up = self._layout.weight(Role.EXPERT_GATE, layer)
-        down = self._layout.weight(Role.EXPERT_DOWN, layer)
-        attributes: dict[str, Any] = {"k": shape.top_k, "normalize_routing_weights": int(shape.normalize_top_k)}
-        attributes |= {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
-        if gate_up.encoding.blocks is None:
-            return self._float32_experts(gate_up, down, values, router_logits, output, attributes)
-        return self._quantized_experts(gate_up, down, values, router_logits, output, attributes)
-
-    def _float32_experts(
-        self,
-        gate_up: WeightPlan,
-        down: WeightPlan,
-        values: str,
-        router_logits: str,
-        output: str,
-        attributes: Mapping[str, Any],
-    ) -> str:
-        graph = self._graph
-        inputs = [values, router_logits, graph.external(gate_up.codes), "", graph.external(down.codes)]
-        if self._layout.spec.normalize_top_k:
-            return graph.node("MoE", inputs, output, domain=MICROSOFT, **attributes)
-        # ONNX Runtime 1.31's CPU kernel may write its output over its input. It copies the input first only when it
-        # normalises, and else clears what it is about to read (moe_cpu.cc), so the block would add nothing. A later
-        # node that takes the input too keeps it; this one always selects the experts' output.
-        routed = graph.node("MoE", inputs, f"{output}.routed", domain=MICROSOFT, **attributes)
-        return graph.node("Where", [graph.constant("true", True, np.bool_), routed, values], output)
-
-    def _quantized_experts(
-        self,
-        gate_up: WeightPlan,
-        down: WeightPlan,
-        values: str,
-        router_logits: str,
-        output: str,
-        attributes: Mapping[str, Any],
-    ) -> str:
-        graph, blocks = self._graph, gate_up.encoding.blocks
-        assert blocks is not None and blocks == down.encoding.blocks, "the operator has one width and one block size"
-        gate_up_codes, down_codes = graph.external(gate_up.codes), graph.external(down.codes)
-        inputs = [values, router_logits, gate_up_codes, self._scales(gate_up), "", down_codes, self._scales(down)]
-        if not self._layout.spec.normalize_top_k:
-            # ONNX Runtime 1.31's CPU kernel normalises the chosen gates whatever the attribute says, unless it is given
-            # the gates of all experts (moe_quantization_cpu.cc).
-            gates = graph.node("Softmax", [router_logits], f"{output}.gates", axis=-1)
-            inputs += [""] * (_ROUTER_WEIGHTS_INPUT - len(inputs)) + [gates]
-        return graph.node(
-            "QMoE",
-            inputs,
-            output,
-            domain=MICROSOFT,
-            expert_weight_bits=blocks.bits,
-            block_size=blocks.block_size,
-            weights_prepacked=0,  # the codes are plain, not in the order of one GPU's kernels
-            **attributes,
-        )
-
-    def _scales(self, weight: WeightPlan) -> str:
+    def scales(self, weight: WeightPlan) -> str:
         """Scales as float32, the type of the activations; the file keeps float16, which codes were chosen for."""
         assert weight.scales is not None
         stored = self._graph.external(weight.scales)
@@ -173,3 +129,45 @@ class WeightNodes:
             cast = self._graph.node("Cast", [stored], f"{stored}.float32", to=onnx.TensorProto.FLOAT)
             self._float32_scales[stored] = cast
         return self._float32_scales[stored]
+
+
+@dataclass(frozen=True)
+class LayerNodes:
+    """Adds nodes that apply the weights of one decoder layer.
+
+    Attributes:
+        graph: where nodes go.
+        weights: of the whole model.
+        spec: the layer as it is written.
+        index: its number.
+        context_length: tokens that the graph is written for.
+    """
+
+    graph: GraphBuilder
+    weights: WeightNodes
+    spec: LayerSpec
+    index: int
+    context_length: int
+
+    @property
+    def prefix(self) -> str:
+        """The beginning of the names of its values."""
+        return f"layers.{self.index}."
+
+    def weight(self, role: Role) -> WeightPlan:
+        """The weight that holds a role, which the layer has."""
+        found = self.weights.plan(role, self.index)
+        assert found is not None, f"layer {self.index} has no {role}"
+        return found
+
+    def vector(self, role: Role) -> str | None:
+        """A bias, or another vector; None if the layer has none of that role."""
+        return None if self.weights.plan(role, self.index) is None else self.weights.vector(role, self.index)
+
+    def linear(self, role: Role, values: str, output: str, bias: Role | None = None) -> str:
+        """values @ weight.T, and the bias of that role where the layer has one."""
+        return self.weights.linear(role, self.index, values, output, bias)
+
+    def rms_norm(self, role: Role, values: str, output: str) -> str:
+        """Normalises the last axis."""
+        return self.weights.rms_norm(role, self.index, values, output)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import torch
 
 from compressors.calibration.statistics import Importance
 from compressors.model.description.spec import ModelSpec
-from compressors.model.errors import InputError
 from compressors.model.sources.student import Student
 from exporter.writing.feedback import StudentFeedback
 from exporter.writing.files import replacing
@@ -21,42 +19,23 @@ from exporter.writing.onnx.layout import DATA_FILE, MODEL_FILE, TensorLayout, pl
 from exporter.writing.pieces import Piece, write_pieces
 from exporter.writing.resumable import Part, is_published, resuming
 
-__all__ = ["predict_size", "with_context", "write_onnx"]
+__all__ = ["predict_size", "write_onnx"]
 
 
-def with_context(spec: ModelSpec, context_length: int | None) -> ModelSpec:
-    """The model with a shorter context, which its rotary caches are made for; None keeps the model's own.
-
-    Raises:
-        InputError: the context is longer than the model's, or not positive.
-    """
-    if context_length is None:
-        return spec
-    if not 0 < context_length <= spec.context_length:
-        raise InputError(f"a context of {context_length} tokens is asked for; the model has 1 to {spec.context_length}")
-    return replace(spec, context_length=context_length)
-
-
-def predict_size(
-    spec: ModelSpec,
-    preset: str,
-    context_length: int | None = None,
-    encodings: Mapping[str, str] | None = None,
-) -> int:
+def predict_size(spec: ModelSpec, preset: str, encodings: Mapping[str, str] | None = None) -> int:
     """Bytes of ``model.onnx`` and ``model.onnx.data`` together, exactly; reads no weight.
 
     Args:
         spec: the model.
         preset: a name from :data:`exporter.writing.onnx.encodings.PRESETS`.
-        context_length: tokens that the rotary caches cover; None for the model's own maximum.
         encodings: of units that differ from the preset, as :func:`~exporter.writing.onnx.layout.plan_tensors` takes
             them.
 
     Raises:
-        InputError: there is no such preset, unit or encoding, or the context does not fit the model.
+        InputError: there is no such preset, unit or encoding.
         UnsupportedError: the operators cannot hold the model so.
     """
-    layout = plan_tensors(with_context(spec, context_length), preset, encodings)
+    layout = plan_tensors(spec, preset, encodings)
     return layout.data_bytes + int(build_model(layout).ByteSize())
 
 
@@ -68,7 +47,6 @@ def write_onnx(
     encodings: Mapping[str, str] | None = None,
     importance: Importance | None = None,
     feedback: StudentFeedback | None = None,
-    context_length: int | None = None,
     threads: int,
     resume: bool = False,
     progress: Callable[[int], None] | None = None,
@@ -89,18 +67,16 @@ def write_onnx(
         importance: weighs quantization errors; None weighs all input features alike.
         feedback: chooses the codes so that they make up for each other's errors; None leaves them as kernels and search
             choose them.
-        context_length: tokens that the rotary caches cover; None for the model's own maximum.
         threads: experts or slices that are quantized at a time.
         resume: go on with what an attempt with the same arguments left in ``folder``, and leave what is written there
             if this one fails. Without it nothing is left behind.
         progress: is called with the number of bytes written since its last call.
 
     Raises:
-        InputError: no such preset, unit, encoding or context; a weight is not finite or cannot be read; the disk is
-            full.
+        InputError: no such preset, unit or encoding; a weight is not finite or cannot be read; the disk is full.
         UnsupportedError: the operators cannot hold the model so.
     """
-    layout = plan_tensors(with_context(student.spec, context_length), preset, encodings)
+    layout = plan_tensors(student.spec, preset, encodings)
     model = build_model(layout)
     graph = model.SerializeToString(deterministic=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +103,7 @@ def _rotary_parts(spec: ModelSpec, places: Sequence[Place]) -> list[Part]:
 
 
 def _rotary_caches(spec: ModelSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of every position's angles, float32 [rows, head_dim / 2], as transformers computes them.
+    """Cosine and sine of every position's angles, float32 [rows, width / 2], as transformers computes them.
 
     Each table is that of a text as long as its rows.
     """

@@ -161,8 +161,8 @@ def test_a_file_stands_for_the_original(
     """An ONNX folder as onnxruntime-genai names its graph, against a GGUF file in that file's own vocabulary."""
     folder = tmp_path / "genai"
     student = Student.teacher(Checkpoint(original))
-    write_onnx(student, "Q4_0", folder, context_length=512, threads=1)
-    write_client_files(student, folder, context_length=512)
+    write_onnx(student, "Q4_0", folder, threads=1)
+    write_client_files(student, folder)
     (folder / "model.onnx").rename(folder / "decoder.onnx")
     config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
     config["model"]["decoder"]["filename"] = "decoder.onnx"
@@ -253,8 +253,8 @@ def test_a_build_without_a_gpu_says_what_to_install(
     assert with_gpu.exit_code == (0 if api.llama_supports_gpu_offload() else 1), with_gpu.stderr
     folder = original.parent / "onnx"
     student = Student.teacher(Checkpoint(original))
-    write_onnx(student, "F32", folder, context_length=512, threads=1)
-    write_client_files(student, folder, context_length=512)
+    write_onnx(student, "F32", folder, threads=1)
+    write_client_files(student, folder)
     with_cuda = validate(folder, original, "--providers", "cuda")
     has_cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
     assert with_cuda.exit_code == (0 if has_cuda else 1), with_cuda.stderr

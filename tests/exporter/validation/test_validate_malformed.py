@@ -55,8 +55,8 @@ def gguf_file(original: Path) -> Path:
 @pytest.fixture(scope="module")
 def onnx_folder(original: Path) -> Path:
     folder, student = original.parent / "theirs", Student.teacher(Checkpoint(original))
-    write_onnx(student, "Q4_0", folder, context_length=512, threads=1)
-    write_client_files(student, folder, context_length=512)
+    write_onnx(student, "Q4_0", folder, threads=1)
+    write_client_files(student, folder)
     return folder
 
 

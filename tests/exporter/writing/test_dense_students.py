@@ -228,8 +228,8 @@ def _run_onnx(student: Student, folder: Path, tokens_T: Tokens) -> Logits:
 def test_onnx_clients_see_the_dense_architecture(
     model: str, student: Student, tokens_T: Tokens, tmp_path: Path
 ) -> None:
-    write_onnx(student, "F32", tmp_path, context_length=256, threads=1)
-    write_client_files(student, tmp_path, context_length=256)
+    write_onnx(student, "F32", tmp_path, threads=1)
+    write_client_files(student, tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
     assert (config.model_type, config.intermediate_size) == (_TYPES[model][0], student.spec.expert_width)
     prompt = tokens_T[:40].tolist()

@@ -80,7 +80,7 @@ def test_the_runtimes_predict_what_transformers_predicts(
         wanted_SV = stock(torch.from_numpy(tokens_BT)).logits[0, scored_positions(_N_TOKENS)].log_softmax(-1)
     student = Student.teacher(Checkpoint(folder))
     write_gguf(student, "F32", tmp_path / "x.gguf", name="x", threads=1)
-    write_onnx(student, "F32", tmp_path / "onnx", context_length=_N_TOKENS, threads=1)
+    write_onnx(student, "F32", tmp_path / "onnx", threads=1)
     for runtime in (
         LlamaCppBackend(tmp_path / "x.gguf", n_ctx=_N_TOKENS, threads=1),
         OnnxRuntimeBackend(tmp_path / "onnx", threads=1),

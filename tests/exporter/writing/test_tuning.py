@@ -49,7 +49,7 @@ def _write(container: str, student: Student, folder: Path) -> Path:
     if container == "gguf":
         write_gguf(student, "Q4_K", folder / "x.gguf", name="x", threads=1)
         return folder / "x.gguf"
-    write_onnx(student, "Q4_0", folder, context_length=64, threads=1)
+    write_onnx(student, "Q4_0", folder, threads=1)
     return folder / "model.onnx.data"
 
 

@@ -90,7 +90,7 @@ def test_every_gguf_tensor_is_what_gguf_py_dequantizes(student: Student, tmp_pat
 def test_onnx_holds_the_numbers_of_the_gguf_of_the_same_type(student: Student, tmp_path: Path, preset: str) -> None:
     types = types_of_onnx(student.spec, preset)
     write_gguf(student, preset, tmp_path / "x.gguf", types=types, name="x", threads=1)
-    write_onnx(student, preset, tmp_path / "onnx", context_length=64, threads=1)
+    write_onnx(student, preset, tmp_path / "onnx", threads=1)
     of_gguf = student.as_written(GgufWeights(tmp_path / "x.gguf", student.spec))
     of_onnx = student.as_written(OnnxWeights(tmp_path / "onnx", student.spec))
     for role, layer, expert in _by_role(student):
@@ -125,7 +125,7 @@ def test_the_streamed_file_predicts_what_the_runtimes_predict(
     source = Checkpoint(fine_folder)
     student = Student(source, ExpertMap.keeping(source.spec.n_experts, [range(0, 32, 2)] * 6))
     write_gguf(student, "Q4_0", tmp_path / "x.gguf", name="x", threads=1)
-    write_onnx(student, "Q4_0", tmp_path / "onnx", context_length=256, threads=1)
+    write_onnx(student, "Q4_0", tmp_path / "onnx", threads=1)
     of_gguf = student.as_written(GgufWeights(tmp_path / "x.gguf", student.spec))
     of_onnx = student.as_written(OnnxWeights(tmp_path / "onnx", student.spec))
     runtimes = {
@@ -149,7 +149,7 @@ def test_the_streamed_file_predicts_what_the_runtimes_predict(
 def test_a_dense_model_is_read_too(student: Student, tmp_path: Path) -> None:
     dense = Student(student.source, ExpertMap.keeping(student.source.spec.n_experts, [[3], [5]]))
     write_gguf(dense, "F32", tmp_path / "x.gguf", name="x", threads=1)
-    write_onnx(dense, "Q4_0", tmp_path / "onnx", context_length=64, threads=1)
+    write_onnx(dense, "Q4_0", tmp_path / "onnx", threads=1)
     of_gguf, of_onnx = GgufWeights(tmp_path / "x.gguf", dense.spec), OnnxWeights(tmp_path / "onnx", dense.spec)
     written = dense.as_written(of_gguf)
     for role, layer, expert in _by_role(dense):
@@ -167,7 +167,7 @@ def files(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both files of the student, whole."""
     folder = tmp_path_factory.mktemp("files")
     write_gguf(student, "Q4_0", folder / "x.gguf", name="x", threads=1)
-    write_onnx(student, "Q4_0", folder, context_length=64, threads=1)
+    write_onnx(student, "Q4_0", folder, threads=1)
     return folder
 
 

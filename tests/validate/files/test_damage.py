@@ -55,8 +55,8 @@ class Workshop:
         if file_format == "gguf":
             write_gguf(student, "Q8_0", path, name="x", threads=1)
         else:
-            write_onnx(student, "F32", path, context_length=512, threads=1)
-            write_client_files(student, path, context_length=512)
+            write_onnx(student, "F32", path, threads=1)
+            write_client_files(student, path)
         return path
 
 

@@ -32,7 +32,7 @@ def student(
 
 def test_both_files_tell_what_the_config_says(student: Student, tmp_path: Path) -> None:
     write_gguf(student, "Q4_K_S", tmp_path / "x.gguf", name="x", threads=1)
-    write_onnx(student, "Q4_0", tmp_path / "onnx", context_length=64, threads=1)
+    write_onnx(student, "Q4_0", tmp_path / "onnx", threads=1)
     spec = student.spec
     in_gguf, in_graph = gguf_facts(tmp_path / "x.gguf"), onnx_facts(tmp_path / "onnx" / "model.onnx")
     for facts in (in_gguf, in_graph):
@@ -73,7 +73,7 @@ def test_metadata_is_what_gguf_py_reads(student: Student, tmp_path: Path) -> Non
 
 def test_files_are_found_wherever_they_lie(student: Student, tmp_path: Path) -> None:
     write_gguf(student, "Q8_0", tmp_path / "x.bin", name="x", threads=1)
-    write_onnx(student, "F32", tmp_path / "repository" / "onnx", context_length=64, threads=1)
+    write_onnx(student, "F32", tmp_path / "repository" / "onnx", threads=1)
     by_magic = find_model_file(tmp_path / "x.bin")
     assert by_magic is not None
     assert (by_magic.format, by_magic.path) == ("gguf", tmp_path / "x.bin")

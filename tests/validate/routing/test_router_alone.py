@@ -45,7 +45,7 @@ class _Recorded:
         if runtime == "gguf":
             write_gguf(student, preset, path, name="x", threads=1)
             return LlamaCppBackend(path, n_ctx=128, threads=1)
-        write_onnx(student, preset, path, context_length=128, threads=1)
+        write_onnx(student, preset, path, threads=1)
         return OnnxRuntimeBackend(path, threads=1)
 
 

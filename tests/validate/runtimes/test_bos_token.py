@@ -43,7 +43,7 @@ def test_runtimes_know_the_token_before_a_text(student: Student, tmp_path: Path,
     bos = _begin_texts_with_bos(student.source.folder) if with_bos else None
     write_gguf(student, "Q8_0", tmp_path / "model.gguf", name="x", threads=1)
     assert LlamaCppBackend(tmp_path / "model.gguf", threads=1).bos_token == bos
-    write_onnx(student, "Q4_0", tmp_path / "onnx", importance=None, context_length=None, threads=1, progress=None)
+    write_onnx(student, "Q4_0", tmp_path / "onnx", importance=None, threads=1, progress=None)
     backend = OnnxRuntimeBackend(tmp_path / "onnx", threads=1)
     with pytest.raises(InputError, match=r"tokenizer\.json is missing"):
         _ = backend.bos_token

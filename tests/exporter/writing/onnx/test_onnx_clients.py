@@ -9,17 +9,14 @@ import onnxruntime_genai
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
-from compressors.model.errors import InputError
 from compressors.model.families.config import read_spec
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, Student
 from exporter.writing.onnx.clients import write_client_files
 from exporter.writing.onnx.encodings import PRESETS
-from exporter.writing.onnx.writer import with_context, write_onnx
+from exporter.writing.onnx.writer import write_onnx
 from validate.metrics.generation import greedy
 from validate.runtimes.onnx import OnnxRuntimeBackend
-
-_CONTEXT = 1024
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +31,11 @@ _MIXED = {"embedding": "4@64", "layers.0.experts": "8@32", "layers.1.experts": "
 
 @pytest.fixture(scope="module", params=[*sorted(PRESETS), "mixed"])
 def folder(request: pytest.FixtureRequest, student: Student, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The student's whole ONNX folder, in each preset and in a mix of encodings, with a context of 1024 tokens."""
+    """The student's whole ONNX folder, in each preset and in a mix of encodings."""
     path = tmp_path_factory.mktemp("onnx")
     preset, encodings = ("Q4_0", _MIXED) if request.param == "mixed" else (request.param, {})
-    write_onnx(student, preset, path, encodings=encodings, context_length=_CONTEXT, threads=1)
-    write_client_files(student, path, context_length=_CONTEXT)
+    write_onnx(student, preset, path, encodings=encodings, threads=1)
+    write_client_files(student, path)
     return path
 
 
@@ -67,13 +64,7 @@ def test_genai_reads_the_tokenizer(folder: Path) -> None:
 
 
 def test_config_describes_the_student(folder: Path, student: Student) -> None:
-    assert read_spec(folder) == with_context(student.spec, _CONTEXT)
+    assert read_spec(folder) == student.spec
     assert AutoConfig.from_pretrained(folder).num_experts_per_tok == student.spec.top_k
     genai = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
-    assert genai["model"]["context_length"] == genai["search"]["max_length"] == _CONTEXT
-
-
-def test_a_context_that_the_model_lacks_is_refused(student: Student, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="4096"):
-        write_client_files(student, tmp_path, context_length=4096)
-    assert list(tmp_path.iterdir()) == []
+    assert genai["model"]["context_length"] == genai["search"]["max_length"] == student.spec.context_length

@@ -79,7 +79,7 @@ def mix(request: pytest.FixtureRequest) -> Mapping[str, str]:
 def folder(student: Student, mix: Mapping[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The student in that mix."""
     path = tmp_path_factory.mktemp("onnx")
-    write_onnx(student, "Q4_0", path, encodings=mix, importance=_importance(student), context_length=256, threads=1)
+    write_onnx(student, "Q4_0", path, encodings=mix, importance=_importance(student), threads=1)
     return path
 
 
@@ -123,9 +123,9 @@ def test_validation_finds_nothing_wrong(student: Student, folder: Path) -> None:
 
 def test_bits_are_the_mean_over_layers(student: Student, tmp_path: Path) -> None:
     encodings = {"layers.0.experts": "4@128", "layers.1.experts": "2@32"}
-    write_onnx(student, "F32", tmp_path, encodings=encodings, context_length=64, threads=1)
+    write_onnx(student, "F32", tmp_path, encodings=encodings, threads=1)
     assert onnx_facts(tmp_path / MODEL_FILE).bits_per_weight == pytest.approx((4 + 16 / 128 + 2 + 16 / 32) / 2)
-    write_onnx(student, "F32", tmp_path, encodings={"layers.0.experts": "8@64"}, context_length=64, threads=1)
+    write_onnx(student, "F32", tmp_path, encodings={"layers.0.experts": "8@64"}, threads=1)
     assert onnx_facts(tmp_path / MODEL_FILE).bits_per_weight == pytest.approx((8.25 + 32) / 2)
 
 
@@ -151,7 +151,7 @@ def test_validation_finds_damaged_experts(
     student: Student, mix: Mapping[str, str], folder: Path, tmp_path: Path, damage: str
 ) -> None:
     shutil.copytree(folder, tmp_path / "onnx")
-    weight = plan_tensors(replace(student.spec, context_length=256), "Q4_0", mix).weight(Role.EXPERT_DOWN, 0)
+    weight = plan_tensors(student.spec, "Q4_0", mix).weight(Role.EXPERT_DOWN, 0)
     assert weight.scales is not None
     tensor = weight.codes if damage == "codes of another row" else weight.scales
     data = np.memmap(tmp_path / "onnx" / DATA_FILE, np.dtype(tensor.dtype), "r+", tensor.offset, tensor.shape)
@@ -191,13 +191,13 @@ def _numbers(blocks: BlockType) -> tuple[int, int]:
 
 def test_size_is_predicted_to_the_byte(student: Student, mix: Mapping[str, str], folder: Path) -> None:
     written = sum((folder / name).stat().st_size for name in (MODEL_FILE, DATA_FILE))
-    assert predict_size(student.spec, "Q4_0", 256, mix) == written
+    assert predict_size(student.spec, "Q4_0", mix) == written
     onnx.checker.check_model(str(folder / MODEL_FILE), full_check=True)
 
 
 def test_bytes_do_not_depend_on_threads(student: Student, mix: Mapping[str, str], folder: Path, tmp_path: Path) -> None:
     importance = _importance(student)
-    write_onnx(student, "Q4_0", tmp_path, encodings=mix, importance=importance, context_length=256, threads=2)
+    write_onnx(student, "Q4_0", tmp_path, encodings=mix, importance=importance, threads=2)
     for name in (MODEL_FILE, DATA_FILE):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
@@ -234,7 +234,7 @@ def test_a_head_of_its_own_is_a_unit(student: Student) -> None:
 def test_dense_models_have_units_too(student: Student, tmp_path: Path, heldout_tokens: Tokens) -> None:
     dense = Student(student.source, ExpertMap.keeping(student.source.spec.n_experts, [[3], [5]]))
     encodings = {"layers.0.experts": "2@128", "layers.1.experts": "8@32"}
-    write_onnx(dense, "Q4_0", tmp_path, encodings=encodings, context_length=64, threads=1)
+    write_onnx(dense, "Q4_0", tmp_path, encodings=encodings, threads=1)
     weights = OnnxWeights(tmp_path, dense.spec)
     assert weights.stored_type(Role.EXPERT_UP, 0) == BlockType(2, 128)
     assert weights.stored_type(Role.EXPERT_DOWN, 1) == GGMLQuantizationType.Q8_0
@@ -249,14 +249,14 @@ def _shape_of_rows(spec: ModelSpec, expert_width: int) -> ModelSpec:
 def test_wrong_choices_are_refused_by_name(student: Student) -> None:
     spec = student.spec
     with pytest.raises(InputError, match=r"'4@256' is not an encoding.*4@128.*Q8_0"):
-        predict_size(spec, "Q4_0", None, {"embedding": "4@256"})
+        predict_size(spec, "Q4_0", {"embedding": "4@256"})
     with pytest.raises(InputError, match=r"'2@16' is not an encoding"):
-        predict_size(spec, "Q4_0", None, {"embedding": "2@16"})
+        predict_size(spec, "Q4_0", {"embedding": "2@16"})
     with pytest.raises(InputError, match=r"'layers.2.experts' is no unit.*layers.0 to layers.1.*experts"):
-        predict_size(spec, "Q4_0", None, {"layers.2.experts": "4@128"})
+        predict_size(spec, "Q4_0", {"layers.2.experts": "4@128"})
     narrow = _shape_of_rows(spec, 96)
     with pytest.raises(UnsupportedError, match=r"layers.1.experts.*rows of 96 values.*blocks of 4@128.*4@32"):
-        predict_size(narrow, "Q4_0", None, {"layers.1.experts": "4@128"})
+        predict_size(narrow, "Q4_0", {"layers.1.experts": "4@128"})
     (experts,) = (unit for unit in onnx_units(narrow) if unit.name == "layers.1.experts")
     assert {"4@32", "2@32", "8@16", "Q4_0", "F32"} <= set(experts.encodings)
     assert not any(name.endswith(("@64", "@128")) for name in experts.encodings)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,10 +41,10 @@ def _read(folder: Path) -> tuple[bytes, bytes]:
 def test_size_is_predicted_to_the_byte(toy: Checkpoint, tmp_path: Path, preset: str, n_experts: int) -> None:
     student = _pruned(toy, tuple(range(n_experts)))
     steps: list[int] = []
-    write_onnx(student, preset, tmp_path / "onnx", context_length=100, threads=2, progress=steps.append)
+    write_onnx(student, preset, tmp_path / "onnx", threads=2, progress=steps.append)
     model, data = _read(tmp_path / "onnx")
-    assert predict_size(student.spec, preset, context_length=100) == len(model) + len(data)
-    layout = plan_tensors(replace(student.spec, context_length=100), preset)
+    assert predict_size(student.spec, preset) == len(model) + len(data)
+    layout = plan_tensors(student.spec, preset)
     assert sum(steps) == sum(tensor.n_bytes for tensor in layout.tensors)
 
 
@@ -133,7 +132,5 @@ def test_a_failed_export_leaves_an_earlier_one_as_it_was(toy: Checkpoint, tmp_pa
 def test_wrong_choices_are_refused_by_name(toy: Checkpoint) -> None:
     with pytest.raises(InputError, match=r"'Q9'.*F32, Q4_0"):
         predict_size(toy.spec, "Q9")
-    with pytest.raises(InputError, match=r"4096 tokens.*2048"):
-        predict_size(toy.spec, "F32", context_length=4096)
     with pytest.raises(UnsupportedError, match="rows of 100 values"):
         predict_size(altered(toy.spec, expert_width=100), "Q4_0")

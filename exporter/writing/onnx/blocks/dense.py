@@ -1,0 +1,35 @@
+"""A feed-forward that every token goes through: in a dense layer, and as the shared expert of a routed one."""
+
+from __future__ import annotations
+
+from compressors.model.description.feed_forward import Dense
+from compressors.model.description.glu import Glu
+from compressors.model.description.roles import Role
+from exporter.writing.onnx.glu import add_glu
+from exporter.writing.onnx.weights import LayerNodes
+
+__all__ = ["add_dense", "add_neurons"]
+
+_PROJECTIONS = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
+
+
+def add_dense(layer: LayerNodes, dense: Dense, normed: str) -> str:
+    """Adds a dense layer's feed-forward."""
+    return add_neurons(layer, _PROJECTIONS, dense.glu, normed, f"{layer.prefix}feed_forward")
+
+
+def add_neurons(layer: LayerNodes, projections: tuple[Role, Role, Role], glu: Glu, normed: str, output: str) -> str:
+    """Adds down(activation(gate(x)) * up(x)).
+
+    Args:
+        layer: where the nodes go.
+        projections: the roles of gate, up and down.
+        glu: the function between them; gate is not asked for where it has none.
+        normed: x.
+        output: the result's name.
+    """
+    gate_role, up_role, down_role = projections
+    gate = layer.linear(gate_role, normed, f"{output}.gate") if glu.is_gated else None
+    up = layer.linear(up_role, normed, f"{output}.up")
+    hidden = add_glu(layer.graph, glu, gate, up, output)
+    return layer.linear(down_role, hidden, output)

@@ -1,0 +1,20 @@
+"""Finds the file that has a feed-forward's nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from compressors.model.description.feed_forward import Dense, FeedForward, Routed
+from exporter.writing.onnx.blocks.dense import add_dense
+from exporter.writing.onnx.blocks.routed import add_routed
+from exporter.writing.onnx.weights import LayerNodes
+
+__all__ = ["add_feed_forward"]
+
+_ADD: Mapping[type, Callable[[LayerNodes, Any, str], str]] = {Routed: add_routed, Dense: add_dense}
+
+
+def add_feed_forward(layer: LayerNodes, feed_forward: FeedForward, normed: str) -> str:
+    """Adds the nodes of a layer's feed-forward; returns what is to be added to the residual stream."""
+    return _ADD[type(feed_forward)](layer, feed_forward, normed)

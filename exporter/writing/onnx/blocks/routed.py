@@ -1,0 +1,94 @@
+"""Routed experts by ONNX Runtime's operators MoE and QMoE, and the shared expert beside them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from compressors.model.description.feed_forward import Routed
+from compressors.model.description.roles import Role
+from exporter.writing.onnx.blocks.shared import add_shared
+from exporter.writing.onnx.builder import MICROSOFT
+from exporter.writing.onnx.glu import operator_attributes
+from exporter.writing.onnx.layout import WeightPlan
+from exporter.writing.onnx.routing import OperatorRouting, add_routing
+from exporter.writing.onnx.weights import LayerNodes
+
+__all__ = ["add_routed"]
+
+_ROUTER_WEIGHTS_INPUT = 14  # of QMoE
+
+
+def add_routed(layer: LayerNodes, routed: Routed, normed: str) -> str:
+    """Adds router, experts and, if there is one, the shared expert."""
+    graph, prefix, output = layer.graph, layer.prefix, f"{layer.prefix}moe"
+    logits = layer.linear(Role.ROUTER, normed, f"{prefix}router", Role.ROUTER_BIAS)
+    bias = layer.vector(Role.SELECTION_BIAS) if routed.routing.has_selection_bias else None
+    routing = add_routing(graph, routed, logits, bias, prefix)
+    experts = output if routed.shared is None else f"{output}.experts"
+    of_operator = experts if routing.factor is None else f"{experts}.unscaled"
+    found = _add_experts(layer, routed, routing, normed, of_operator)
+    if routing.factor is not None:
+        found = graph.node("Mul", [found, routing.factor], experts)
+    if routed.shared is None:
+        return found
+    return graph.node("Add", [found, add_shared(layer, routed.shared, routed.glu, normed)], output)
+
+
+def _add_experts(layer: LayerNodes, routed: Routed, routing: OperatorRouting, normed: str, output: str) -> str:
+    gate_up, down = layer.weight(Role.EXPERT_GATE), layer.weight(Role.EXPERT_DOWN)
+    attributes = {"k": routed.top_k, "normalize_routing_weights": int(routing.normalizes)}
+    attributes |= operator_attributes(routed.glu)
+    if gate_up.encoding.blocks is None:
+        return _add_float32(layer, (gate_up, down), routing, normed, output, attributes)
+    return _add_quantized(layer, (gate_up, down), routing, normed, output, attributes)
+
+
+def _add_float32(
+    layer: LayerNodes,
+    matrices: tuple[WeightPlan, WeightPlan],
+    routing: OperatorRouting,
+    normed: str,
+    output: str,
+    attributes: dict[str, Any],
+) -> str:
+    graph, (gate_up, down) = layer.graph, matrices
+    inputs = [normed, routing.logits, graph.external(gate_up.codes), "", graph.external(down.codes)]
+    if routing.normalizes:
+        return graph.node("MoE", inputs, output, domain=MICROSOFT, **attributes)
+    # ONNX Runtime 1.31's CPU kernel may write its output over its input. It copies the input first only when it
+    # normalises, and else clears what it is about to read (moe_cpu.cc), so the block would add nothing. A later
+    # node that takes the input too keeps it; this one always selects the experts' output.
+    experts = graph.node("MoE", inputs, f"{output}.routed", domain=MICROSOFT, **attributes)
+    return graph.node("Where", [graph.constant("true", True, np.bool_), experts, normed], output)
+
+
+def _add_quantized(
+    layer: LayerNodes,
+    matrices: tuple[WeightPlan, WeightPlan],
+    routing: OperatorRouting,
+    normed: str,
+    output: str,
+    attributes: dict[str, Any],
+) -> str:
+    graph, (gate_up, down), blocks = layer.graph, matrices, matrices[0].encoding.blocks
+    assert blocks is not None and blocks == down.encoding.blocks, "the operator has one width and one block size"
+    gate_up_codes, down_codes = graph.external(gate_up.codes), graph.external(down.codes)
+    gate_up_scales, down_scales = layer.weights.scales(gate_up), layer.weights.scales(down)
+    inputs = [normed, routing.logits, gate_up_codes, gate_up_scales, "", down_codes, down_scales]
+    if not routing.normalizes:
+        # ONNX Runtime 1.31's CPU kernel normalises the chosen gates whatever the attribute says, unless it is given
+        # the gates of all experts (moe_quantization_cpu.cc).
+        gates = graph.node("Softmax", [routing.logits], f"{output}.gates", axis=-1)
+        inputs += [""] * (_ROUTER_WEIGHTS_INPUT - len(inputs)) + [gates]
+    return graph.node(
+        "QMoE",
+        inputs,
+        output,
+        domain=MICROSOFT,
+        expert_weight_bits=blocks.bits,
+        block_size=blocks.block_size,
+        weights_prepacked=0,  # the codes are plain, not in the order of one GPU's kernels
+        **attributes,
+    )

@@ -1,0 +1,24 @@
+"""The shared expert beside routed ones, which every token goes through."""
+
+from __future__ import annotations
+
+from compressors.model.description.feed_forward import Shared
+from compressors.model.description.glu import Glu
+from compressors.model.description.roles import Role
+from exporter.writing.onnx.blocks.dense import add_neurons
+from exporter.writing.onnx.weights import LayerNodes
+
+__all__ = ["add_shared"]
+
+_PROJECTIONS = (Role.SHARED_GATE, Role.SHARED_UP, Role.SHARED_DOWN)
+
+
+def add_shared(layer: LayerNodes, shared: Shared, glu: Glu, normed: str) -> str:
+    """Adds the shared expert's nodes; returns its output, multiplied by its gate if it has one."""
+    name = f"{layer.prefix}shared_expert"
+    if not shared.is_gated:
+        return add_neurons(layer, _PROJECTIONS, glu, normed, name)
+    output = add_neurons(layer, _PROJECTIONS, glu, normed, f"{name}.ungated")
+    logits = layer.linear(Role.SHARED_ROUTER, normed, f"{name}.router")
+    gate = layer.graph.node("Sigmoid", [logits], f"{name}.weight")
+    return layer.graph.node("Mul", [output, gate], name)

@@ -1,0 +1,1 @@
+"""The nodes of each kind of mixer, one kind in a file."""

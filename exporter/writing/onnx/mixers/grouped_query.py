@@ -1,0 +1,84 @@
+"""Grouped-query attention with a rotary embedding, by the operator of that name; its cache are keys and values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx
+
+from compressors.model.description.mixers import GroupedQuery, QkNorm
+from compressors.model.description.roles import Role
+from exporter.writing.onnx.builder import MICROSOFT, GraphBuilder
+from exporter.writing.onnx.padding import AttentionMask
+from exporter.writing.onnx.weights import LayerNodes
+
+__all__ = ["GroupedQueryNodes"]
+
+_FLOAT = onnx.TensorProto.FLOAT
+_CACHED = ("key", "value")
+
+
+class GroupedQueryNodes:
+    """Implements :class:`~exporter.writing.onnx.mixers.registry.MixerNodes`."""
+
+    def __init__(self, mixer: GroupedQuery) -> None:
+        self._mixer = mixer
+
+    def add(self, layer: LayerNodes, normed: str, mask: AttentionMask) -> str:
+        """Adds projections, norms of queries and keys, and attention."""
+        mixer, prefix, index = self._mixer, layer.prefix, layer.index
+        query = layer.linear(Role.QUERY, normed, f"{prefix}query", Role.QUERY_BIAS)
+        key = layer.linear(Role.KEY, normed, f"{prefix}key", Role.KEY_BIAS)
+        value = layer.linear(Role.VALUE, normed, f"{prefix}value", Role.VALUE_BIAS)
+        query = self._norm(layer, Role.QUERY_NORM, query, mixer.n_heads)
+        key = self._norm(layer, Role.KEY_NORM, key, mixer.n_kv_heads)
+        past = [self._past(layer, kind) for kind in _CACHED]
+        rotary = layer.weights.rotary_caches(mask.total_length)
+        attended = layer.graph.node(
+            "GroupQueryAttention",
+            [query, key, value, *past, mask.last_positions, mask.total_length, *rotary, "", mask.bias],
+            [f"{prefix}attended", *(f"present.{index}.{kind}" for kind in _CACHED)],
+            domain=MICROSOFT,
+            num_heads=mixer.n_heads,
+            kv_num_heads=mixer.n_kv_heads,
+            scale=mixer.scale,
+            do_rotary=1,
+            rotary_interleaved=0,
+            **self._window(layer.context_length),
+        )
+        return layer.linear(Role.ATTENTION_OUTPUT, attended, f"{prefix}attention", Role.ATTENTION_OUTPUT_BIAS)
+
+    def add_cache_outputs(self, graph: GraphBuilder, layer: int) -> None:
+        """Declares the keys and values of all tokens so far."""
+        dimensions: list[str | int] = ["batch", self._mixer.n_kv_heads, "present_sequence", self._mixer.head_dim]
+        for kind in _CACHED:
+            graph.add_output(f"present.{layer}.{kind}", _FLOAT, dimensions)
+
+    def _norm(self, layer: LayerNodes, role: Role, values: str, n_heads: int) -> str:
+        """Normalises the projected queries or keys as the model does: [batch, sequence, n_heads * head_dim]."""
+        if self._mixer.qk_norm is QkNorm.NONE:
+            return values
+        if self._mixer.qk_norm is QkNorm.WHOLE:
+            return layer.rms_norm(role, values, f"{values}.normed")
+        graph, width = layer.graph, self._mixer.head_dim
+        # every head by itself: [batch, sequence * heads, head_dim] in between
+        heads = graph.node("Reshape", [values, graph.constant("shape.heads", [0, -1, width])], f"{values}.heads")
+        normed = layer.rms_norm(role, heads, f"{values}.normed_heads")
+        joined = graph.constant(f"shape.{n_heads}_heads_joined", [0, -1, n_heads * width])
+        return graph.node("Reshape", [normed, joined], f"{values}.normed")
+
+    def _past(self, layer: LayerNodes, kind: str) -> str:
+        """The cache as it comes in.
+
+        Its heads and their width are declared as unknown, because optimum guesses them from ``config.json`` and
+        guesses wrong for an empty cache; the Reshape says what they are.
+        """
+        name, graph = f"past_key_values.{layer.index}.{kind}", layer.graph
+        graph.add_input(name, _FLOAT, ["batch", "past_heads", "past_sequence", "past_head_dim"])
+        shape = [0, self._mixer.n_kv_heads, 0, self._mixer.head_dim]
+        return graph.node("Reshape", [name, graph.constant("shape.past", shape)], f"{name}.shaped")
+
+    def _window(self, context_length: int) -> dict[str, Any]:
+        """The window, unless no text is longer."""
+        window = self._mixer.window
+        return {} if window is None or window >= context_length else {"local_window_size": window}

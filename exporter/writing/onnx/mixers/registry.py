@@ -1,0 +1,41 @@
+"""Finds the file that has a mixer's nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from compressors.model.description.mixers import GroupedQuery, Mixer
+from exporter.writing.onnx.builder import GraphBuilder
+from exporter.writing.onnx.mixers.grouped_query import GroupedQueryNodes
+from exporter.writing.onnx.padding import AttentionMask
+from exporter.writing.onnx.weights import LayerNodes
+
+__all__ = ["MixerNodes", "mixer_nodes"]
+
+
+class MixerNodes(Protocol):
+    """The nodes of a layer's mixer, and the inputs and outputs of the graph that are its cache."""
+
+    def add(self, layer: LayerNodes, normed: str, mask: AttentionMask) -> str:
+        """Adds the cache's inputs and the nodes.
+
+        Args:
+            layer: where they go.
+            normed: the layer's normalised input.
+            mask: what attention needs to know of the text.
+
+        Returns:
+            What is to be added to the residual stream.
+        """
+
+    def add_cache_outputs(self, graph: GraphBuilder, layer: int) -> None:
+        """Declares the cache as the nodes of a layer leave it."""
+
+
+_NODES: Mapping[type, Callable[[Any], MixerNodes]] = {GroupedQuery: GroupedQueryNodes}
+
+
+def mixer_nodes(mixer: Mixer) -> MixerNodes:
+    """The nodes of a mixer."""
+    return _NODES[type(mixer)](mixer)

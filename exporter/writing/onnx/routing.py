@@ -1,0 +1,180 @@
+"""From router logits to what the MoE operators take, for every rule that a model can have.
+
+The operators have one rule: a softmax over all experts, top-k and, if they are told to, weights that are divided by
+their sum. Any other rule is computed by nodes. The operator is then given the logarithms of the weights of the experts
+that those chose, and a number in place of the others' so low that softmax makes it 0: what it computes are the weights
+divided by their sum. Where they do not add up to 1, its output is multiplied by what they add up to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from compressors.model.description.feed_forward import Routed
+from compressors.model.description.routing import GroupScore, Routing, Score
+from exporter.writing.onnx.builder import GraphBuilder
+
+__all__ = ["OperatorRouting", "add_routing"]
+
+_NOT_CHOSEN = -1e4
+_ONLY_A_GUARD = 1e-12  # so small a number beside a sum keeps 0 from being divided by 0, which a softmax never does
+
+
+@dataclass(frozen=True)
+class OperatorRouting:
+    """The routing of an operator.
+
+    Attributes:
+        logits: what the operator takes a softmax of: [tokens, E].
+        normalizes: whether it divides the chosen weights by their sum.
+        factor: what its output is multiplied with; None: it is right as it is.
+    """
+
+    logits: str
+    normalizes: bool
+    factor: str | None
+
+
+def add_routing(graph: GraphBuilder, routed: Routed, logits: str, bias: str | None, prefix: str) -> OperatorRouting:
+    """Adds the nodes of a layer's routing.
+
+    Args:
+        graph: where they go.
+        routed: the layer's experts.
+        logits: the router's, [batch, sequence, E].
+        bias: the selection bias [E], where the rule has one.
+        prefix: the beginning of the names of values.
+    """
+    if _is_the_operators(routed.routing):
+        rows = _rows(graph, routed, logits, prefix)
+        return OperatorRouting(rows, _sums_to_one(routed.routing), _constant_factor(graph, routed.routing))
+    return _Masked(graph, routed, f"{prefix}routing").add(logits, bias)
+
+
+def _is_the_operators(routing: Routing) -> bool:
+    if routing.has_selection_bias or routing.n_groups > 1 or routing.score is Score.SIGMOID:
+        return False
+    return not _has_a_sum_of_its_own(routing)
+
+
+def _sums_to_one(routing: Routing) -> bool:
+    """Whether the weights are divided by their sum, the factor ``scale`` left out."""
+    return routing.normalizes or routing.score is Score.LOGITS
+
+
+def _has_a_sum_of_its_own(routing: Routing) -> bool:
+    """Whether weights are divided by something else than their sum."""
+    divides = routing.normalizes and routing.score is not Score.LOGITS
+    return divides and max(routing.epsilon, routing.least_sum) > _ONLY_A_GUARD
+
+
+def _constant_factor(graph: GraphBuilder, routing: Routing) -> str | None:
+    return None if routing.scale == 1.0 else graph.constant("routing.scale", routing.scale, np.float32)
+
+
+def _rows(graph: GraphBuilder, routed: Routed, logits: str, prefix: str) -> str:
+    """Lets batch and sequence be one axis."""
+    shape = graph.constant(f"shape.router_of_{routed.n_experts}", [-1, routed.n_experts])
+    return graph.node("Reshape", [logits, shape], f"{prefix}router_logits")
+
+
+class _Masked:
+    """Adds the nodes of a rule that the operators do not have."""
+
+    def __init__(self, graph: GraphBuilder, routed: Routed, name: str) -> None:
+        self._graph = graph
+        self._routed = routed
+        self._routing = routed.routing
+        self._name = name
+
+    def add(self, logits: str, bias: str | None) -> OperatorRouting:
+        graph, name = self._graph, self._name
+        experts = self._chosen(self._selection_scores(logits, bias), self._routed.top_k, "experts")
+        of_chosen = graph.node("GatherElements", [self._log_scores(logits), experts], f"{name}.log_weights", axis=-1)
+        others = self._filled(logits, _NOT_CHOSEN, "not_chosen")
+        masked = graph.node("ScatterElements", [others, experts, of_chosen], f"{name}.masked", axis=-1)
+        rows = _rows(graph, self._routed, masked, name.removesuffix("routing"))
+        return OperatorRouting(rows, normalizes=True, factor=self._factor(of_chosen))
+
+    def _log_scores(self, logits: str) -> str:
+        """Logarithms that neither grow over all bounds nor lose digits where a score is nearly 0."""
+        graph, name = self._graph, self._name
+        if self._routing.score is Score.SOFTMAX:
+            return graph.node("LogSoftmax", [logits], f"{name}.log_scores", axis=-1)
+        if self._routing.score is Score.LOGITS:
+            return logits
+        negative = graph.node("Neg", [logits], f"{name}.negative_logits")
+        return graph.node("Neg", [graph.node("Softplus", [negative], f"{name}.softplus")], f"{name}.log_scores")
+
+    def _selection_scores(self, logits: str, bias: str | None) -> str:
+        """The values by which experts are chosen; alone, scores fall as logits do."""
+        graph, name = self._graph, self._name
+        if bias is None and self._routing.n_groups == 1:
+            return logits
+        scores = logits
+        if self._routing.score is Score.SOFTMAX:
+            scores = graph.node("Softmax", [logits], f"{name}.scores", axis=-1)
+        elif self._routing.score is Score.SIGMOID:
+            scores = graph.node("Sigmoid", [logits], f"{name}.scores")
+        if bias is not None:
+            scores = graph.node("Add", [scores, bias], f"{name}.biased_scores")
+        return scores if self._routing.n_groups == 1 else self._of_best_groups(scores)
+
+    def _of_best_groups(self, scores: str) -> str:
+        """The scores, those of experts outside of the best groups lowered to minus infinity."""
+        graph, name, routing = self._graph, self._name, self._routing
+        members = self._routed.n_experts // routing.n_groups
+        shape = graph.constant("shape.groups", [0, 0, routing.n_groups, members])
+        grouped = graph.node("Reshape", [scores, shape], f"{name}.grouped")
+        groups = self._chosen(self._group_scores(grouped, members), routing.n_chosen_groups, "groups")
+        shut = self._filled(f"{name}.group_scores", -np.inf, "shut")
+        lowered = graph.node(
+            "ScatterElements", [shut, groups, self._filled(groups, 0.0, "open")], f"{name}.lowered", axis=-1
+        )
+        column = graph.node("Unsqueeze", [lowered, graph.constant("axis.last", [-1])], f"{name}.lowered_column")
+        of_groups = graph.node("Add", [grouped, column], f"{name}.of_best_groups")
+        joined = graph.constant(f"shape.of_{self._routed.n_experts}_experts", [0, 0, -1])
+        return graph.node("Reshape", [of_groups, joined], f"{name}.selection")
+
+    def _group_scores(self, grouped: str, members: int) -> str:
+        """[batch, sequence, groups]."""
+        graph, name = self._graph, self._name
+        n_best = min(members, 2 if self._routing.group_score is GroupScore.BEST_TWO else 1)
+        best, number = f"{name}.best_of_groups", graph.constant(f"best_{n_best}", [n_best])
+        graph.node("TopK", [grouped, number], [best, f"{best}.experts"], axis=-1)
+        last = graph.constant("axis.last", [-1])
+        return graph.node("ReduceSum", [best, last], f"{name}.group_scores", keepdims=0)
+
+    def _chosen(self, scores: str, number: int, what: str) -> str:
+        """Indices of the largest scores; of equal ones the lower index comes first."""
+        count = self._graph.constant(f"best_{number}", [number])
+        outputs = [f"{self._name}.{what}.scores", f"{self._name}.{what}"]
+        self._graph.node("TopK", [scores, count], outputs, axis=-1)
+        return outputs[1]
+
+    def _filled(self, like: str, value: float, what: str) -> str:
+        """A number everywhere, in the shape of another value."""
+        shape = self._graph.node("Shape", [like], f"{self._name}.{what}_shape")
+        filler = onnx.numpy_helper.from_array(np.asarray([value], dtype=np.float32))
+        return self._graph.node("ConstantOfShape", [shape], f"{self._name}.{what}", value=filler)
+
+    def _factor(self, log_weights: str) -> str | None:
+        """What the weights add up to: [batch, sequence, 1], or one number for all tokens."""
+        routing, graph, name = self._routing, self._graph, self._name
+        if _sums_to_one(routing) and not _has_a_sum_of_its_own(routing):
+            return _constant_factor(graph, routing)
+        weights = graph.node("Exp", [log_weights], f"{name}.weights")
+        total = graph.node("ReduceSum", [weights, graph.constant("axis.last", [-1])], f"{name}.total", keepdims=1)
+        factor = total
+        if routing.normalizes:
+            epsilon, least = (
+                graph.constant(f"routing.{what}", value, np.float32)
+                for what, value in (("epsilon", routing.epsilon), ("least_sum", routing.least_sum))
+            )
+            divisor = graph.node("Max", [graph.node("Add", [total, epsilon], f"{name}.sum"), least], f"{name}.divisor")
+            factor = graph.node("Div", [total, divisor], f"{name}.share")
+        scale = _constant_factor(graph, routing)
+        return factor if scale is None else graph.node("Mul", [factor, scale], f"{name}.factor")

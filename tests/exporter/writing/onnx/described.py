@@ -1,0 +1,234 @@
+"""Models that no family reads yet, made of descriptions alone: random weights in ONNX files, and what they compute."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from compressors.model.description.feed_forward import Dense, FeedForward, Routed, Shared
+from compressors.model.description.glu import Glu
+from compressors.model.description.mixers import GroupedQuery, QkNorm
+from compressors.model.description.roles import Role
+from compressors.model.description.rope import Rope, RopeKind
+from compressors.model.description.spec import LayerSpec, ModelSpec, Place
+from compressors.model.description.tensors import GgufTensor, Kind, TensorSpec
+from compressors.model.families import parts
+from compressors.model.files.onnx_blocks import pack
+from exporter.writing.onnx.graph import build_model
+from exporter.writing.onnx.layout import DATA_FILE, MODEL_FILE, TensorLayout, plan_tensors
+
+__all__ = ["Reference", "attention", "described_layer", "put_values", "random_folder", "whole_numbers", "with_layers"]
+
+Floats = npt.NDArray[np.float32]
+
+_LAYER = "model.layers.{layer}."
+_BIASES = {
+    Role.QUERY_BIAS: ("self_attn.q_proj", "Q"),
+    Role.KEY_BIAS: ("self_attn.k_proj", "K"),
+    Role.VALUE_BIAS: ("self_attn.v_proj", "K"),
+    Role.ATTENTION_OUTPUT_BIAS: ("self_attn.o_proj", "D"),
+    Role.ROUTER_BIAS: ("mlp.gate", "E"),
+}
+_SHARED = {
+    Role.SHARED_GATE: ("gate_proj", ("S", "D")),
+    Role.SHARED_UP: ("up_proj", ("S", "D")),
+    Role.SHARED_DOWN: ("down_proj", ("D", "S")),
+}
+
+
+def attention(**changes: Any) -> GroupedQuery:
+    """Two key-value heads of 32 values for four query heads, or what ``changes`` say."""
+    rope = Rope(RopeKind.DEFAULT, 10_000.0, 32, trained_context=256)
+    usual: dict[str, Any] = {"n_heads": 4, "n_kv_heads": 2, "head_dim": 32, "rope": rope, "scale": 1 / math.sqrt(32)}
+    return GroupedQuery(**(usual | changes))
+
+
+def described_layer(
+    mixer: GroupedQuery, feed_forward: FeedForward | None, hidden_size: int, biases: tuple[Role, ...] = ()
+) -> LayerSpec:
+    """A layer with all tensors that its parts need, and with biases of these roles."""
+    tensors = [*parts.attention_tensors()]
+    tensors += [] if mixer.qk_norm is QkNorm.NONE else parts.qk_norm_tensors(mixer.qk_norm)
+    tensors += [_vector(role, f"{_BIASES[role][0]}.bias", _BIASES[role][1]) for role in biases]
+    if isinstance(feed_forward, Dense):
+        tensors += parts.dense_tensors()
+    if isinstance(feed_forward, Routed):
+        tensors += [parts.router_tensor(), *parts.expert_tensors(), *_shared_tensors(feed_forward.shared)]
+        if feed_forward.routing.has_selection_bias:
+            tensors.append(_vector(Role.SELECTION_BIAS, "mlp.gate.e_score_correction_bias", "E"))
+    if feed_forward is None:
+        tensors = [tensor for tensor in tensors if tensor.role is not Role.MOE_NORM]
+    order = list(Role)
+    return LayerSpec(mixer, feed_forward, hidden_size, tuple(sorted(tensors, key=lambda t: order.index(t.role))))
+
+
+def _vector(role: Role, name: str, letter: str) -> TensorSpec:
+    return TensorSpec(role, _LAYER + name, (letter,), GgufTensor("unused"), Kind.VECTOR)
+
+
+def _shared_tensors(shared: Shared | None) -> list[TensorSpec]:
+    if shared is None:
+        return []
+    expert = f"{_LAYER}mlp.shared_expert"
+    found = [
+        TensorSpec(role, f"{expert}.{name}.weight", shape, GgufTensor("unused"))
+        for role, (name, shape) in _SHARED.items()
+    ]
+    gate = TensorSpec(Role.SHARED_ROUTER, f"{expert}_gate.weight", ("1", "D"), GgufTensor("unused"), Kind.ROUTER)
+    return [*found, gate] if shared.is_gated else found
+
+
+def random_folder(spec: ModelSpec, folder: Path, preset: str, encodings: Mapping[str, str] | None = None) -> Path:
+    """Writes graph and random weights; those of the embedding are large enough for layers to matter."""
+    generator = np.random.default_rng(0)
+    layout = plan_tensors(spec, preset, encodings)
+    (folder / MODEL_FILE).write_bytes(build_model(layout).SerializeToString())
+    data = np.zeros(layout.data_bytes, dtype=np.uint8)
+    for weight in layout.weights:
+        n_inputs = weight.shape[-1]
+        if weight.scales is None:
+            values = generator.standard_normal(weight.shape) / math.sqrt(n_inputs)
+            values = 1 + values if len(weight.shape) == 1 and weight.roles[0].endswith("norm") else 2 * values
+            put_values(data, weight.codes, values.astype(np.float32))
+        else:
+            put_values(data, weight.codes, generator.integers(0, 256, weight.codes.shape, dtype=np.uint8))
+            scales = (generator.random(weight.scales.shape) + 0.5) / (math.sqrt(n_inputs) * 2**weight.encoding.bits / 4)
+            put_values(data, weight.scales, scales.astype(np.float16))
+    _put_rotary(data, layout)
+    (folder / DATA_FILE).write_bytes(data.tobytes())
+    return folder
+
+
+def _put_rotary(data: npt.NDArray[np.uint8], layout: TensorLayout) -> None:
+    spec = layout.spec
+    rows = np.arange(spec.context_length, dtype=np.float32)[:, None]
+    angles = rows * spec.rope.inverse_frequencies(spec.context_length).numpy()
+    put_values(data, layout.rotary_cosine, np.cos(angles))
+    put_values(data, layout.rotary_sine, np.sin(angles))
+
+
+def put_values(data: npt.NDArray[np.uint8], tensor: Any, values: npt.NDArray[Any]) -> None:
+    """Puts a tensor's values into the bytes of a data file."""
+    assert values.dtype == tensor.dtype and values.shape == tensor.shape, tensor.name
+    data[tensor.offset : tensor.offset + tensor.n_bytes] = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+
+
+def whole_numbers(layout: TensorLayout, place: Place, values: Mapping[Role, npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """The rows of a weight of several roles, alternating: values, or codes of 4 bits with scales of 1."""
+    weight = layout.weight(*place)
+    rows = np.stack([values[role] for role in weight.roles], axis=-2).reshape(weight.shape)
+    if weight.scales is None:
+        return rows.astype(np.float32)
+    return pack((rows + 8).astype(np.uint8).reshape(-1, rows.shape[-1]), 4).reshape(weight.codes.shape)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A described model in numpy, by the definitions of routing and of the function between an expert's products.
+
+    Attributes:
+        spec: the model.
+        weights: gives a tensor by role and layer; of experts all, [E, rows, columns].
+    """
+
+    spec: ModelSpec
+    weights: Mapping[Place, Floats]
+
+    def logits(self, tokens: npt.NDArray[np.int64]) -> tuple[Floats, dict[int, tuple[npt.NDArray[np.int64], Floats]]]:
+        """Logits [T, V], and the experts [T, K] of each layer that has some, with their weights."""
+        states_TD, routing = self.weights[Role.TOKEN_EMBEDDING, None][tokens], {}
+        for index, layer in enumerate(self.spec.layers):
+            normed_TD = self._norm(states_TD, Role.ATTENTION_NORM, index)
+            states_TD = states_TD + self._attention(layer.mixer, normed_TD, index)
+            if layer.feed_forward is None:
+                continue
+            normed_TD = self._norm(states_TD, Role.MOE_NORM, index)
+            if layer.routed is not None:
+                routing[index] = self.route(layer.routed, normed_TD, index)
+            states_TD = states_TD + self._feed_forward(layer.feed_forward, normed_TD, index, routing.get(index))
+        return self._norm(states_TD, Role.FINAL_NORM, None) @ self.weights[Role.HEAD, None].T, routing
+
+    def _norm(self, values: Floats, role: Role, layer: int | None) -> Floats:
+        squares = np.square(values).mean(-1, keepdims=True)
+        return np.asarray(values / np.sqrt(squares + self.spec.rms_norm_eps) * self.weights[role, layer])
+
+    def _linear(self, values: Floats, role: Role, layer: int, bias: Role | None = None) -> Floats:
+        found = values @ self.weights[role, layer].T
+        return found + self.weights[bias, layer] if bias is not None and (bias, layer) in self.weights else found
+
+    def _attention(self, mixer: GroupedQuery, normed_TD: Floats, layer: int) -> Floats:
+        query, key, value = (
+            self._linear(normed_TD, role, layer, bias)
+            for role, bias in (
+                (Role.QUERY, Role.QUERY_BIAS),
+                (Role.KEY, Role.KEY_BIAS),
+                (Role.VALUE, Role.VALUE_BIAS),
+            )
+        )
+        if mixer.qk_norm is QkNorm.WHOLE:
+            query, key = self._norm(query, Role.QUERY_NORM, layer), self._norm(key, Role.KEY_NORM, layer)
+        heads = [values.reshape(len(values), -1, mixer.head_dim) for values in (query, key, value)]
+        if mixer.qk_norm is QkNorm.PER_HEAD:
+            heads[0] = self._norm(heads[0], Role.QUERY_NORM, layer)
+            heads[1] = self._norm(heads[1], Role.KEY_NORM, layer)
+        query, key = (_rotated(values, mixer.rope) for values in heads[:2])
+        key, value = (np.repeat(values, mixer.n_heads // mixer.n_kv_heads, axis=1) for values in (key, heads[2]))
+        scores_HTT = np.einsum("thd,uhd->htu", query, key) * mixer.scale
+        distance_TT = np.arange(len(query))[:, None] - np.arange(len(query))
+        is_seen = (distance_TT >= 0) & (distance_TT < (mixer.window or len(query)))
+        powers_HTT = np.where(is_seen, np.exp(scores_HTT - scores_HTT.max(-1, keepdims=True)), 0)
+        attended = np.einsum("htu,uhd->thd", powers_HTT / powers_HTT.sum(-1, keepdims=True), value)
+        return self._linear(attended.reshape(len(query), -1), Role.ATTENTION_OUTPUT, layer, Role.ATTENTION_OUTPUT_BIAS)
+
+    def route(self, routed: Routed, normed_TD: Floats, layer: int) -> tuple[npt.NDArray[np.int64], Floats]:
+        """Experts [T, K] of a layer and their weights, given what its router reads."""
+        logits_TE = self._linear(normed_TD, Role.ROUTER, layer, Role.ROUTER_BIAS)
+        chosen_TK = routed.routing.choose(logits_TE, routed.top_k, self.weights.get((Role.SELECTION_BIAS, layer)))
+        return chosen_TK, routed.routing.weights(logits_TE, chosen_TK)
+
+    def _feed_forward(
+        self, block: FeedForward, normed_TD: Floats, layer: int, routing: tuple[npt.NDArray[np.int64], Floats] | None
+    ) -> Floats:
+        gate, up, down = (self.weights[role, layer] for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN))
+        if isinstance(block, Dense):
+            return _neurons(normed_TD, gate, up, down, block.glu)
+        assert routing is not None
+        chosen_TK, weights_TK = routing
+        found_TD = np.zeros_like(normed_TD)
+        for expert in range(block.n_experts):
+            weight_T1 = (weights_TK * (chosen_TK == expert)).sum(1, keepdims=True)
+            found_TD += weight_T1 * _neurons(normed_TD, gate[expert], up[expert], down[expert], block.glu)
+        return found_TD if block.shared is None else found_TD + self._shared(block, normed_TD, layer)
+
+    def _shared(self, block: Routed, normed_TD: Floats, layer: int) -> Floats:
+        matrices = (self.weights[role, layer] for role in (Role.SHARED_GATE, Role.SHARED_UP, Role.SHARED_DOWN))
+        found_TD = _neurons(normed_TD, *matrices, block.glu)
+        assert block.shared is not None
+        if not block.shared.is_gated:
+            return found_TD
+        return np.asarray(found_TD / (1 + np.exp(-self._linear(normed_TD, Role.SHARED_ROUTER, layer))))
+
+
+def _neurons(normed_TD: Floats, gate: Floats, up: Floats, down: Floats, glu: Glu) -> Floats:
+    return glu.apply(normed_TD @ gate.T if glu.is_gated else None, normed_TD @ up.T) @ down.T
+
+
+def _rotated(values_THd: Floats, rope: Rope) -> Floats:
+    """Turns the first values of each head, those of one half with those of the other."""
+    half = rope.width // 2
+    angles = np.arange(len(values_THd))[:, None] * rope.inverse_frequencies(len(values_THd)).numpy()
+    cosine, sine = np.cos(angles)[:, None], np.sin(angles)[:, None]
+    first, second, rest = np.split(values_THd, [half, 2 * half], axis=-1)
+    turned = (first * cosine - second * sine, second * cosine + first * sine, rest)
+    return np.concatenate(turned, axis=-1).astype(np.float32)
+
+
+def with_layers(spec: ModelSpec, *layers: LayerSpec) -> ModelSpec:
+    """A small model of these layers, with everything else of another one's."""
+    return replace(spec, layers=layers, hidden_size=layers[0].hidden_size, vocab_size=96, context_length=256)

@@ -1,0 +1,167 @@
+"""The attributes and constants of our own ONNX graphs that only their names tell the purpose of.
+
+They belong to the nodes that prepare masks and shapes, and to those that route as the MoE operators do not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from compressors.model.description.mixers import GroupedQuery
+from compressors.model.description.spec import LayerSpec, ModelSpec
+
+__all__ = ["PRODUCER", "AllowedValues", "own_attributes", "own_constant_symptoms"]
+
+PRODUCER = "moe-export"
+"""``producer_name`` of our graphs."""
+
+AllowedValues = dict[str, tuple[Any, ...]]
+"""The right values of attributes, by name; None among them: the attribute may be absent."""
+
+_PREPARATION: Mapping[tuple[str, str], Any] = {
+    ("mask.int32", "to"): onnx.TensorProto.INT32,
+    ("mask.last_positions", "to"): onnx.TensorProto.INT32,
+    ("mask.total_length", "to"): onnx.TensorProto.INT32,
+    ("mask.lead", "axis"): 1,
+    ("mask.lead", "keepdims"): 0,
+    ("mask.lead", "select_last_index"): 0,
+    ("mask.tokens", "keepdims"): 0,
+    ("mask.tokens", "noop_with_empty_axes"): 0,
+    ("mask.columns", "axis"): 0,
+    ("mask.bias_shape", "axis"): 0,
+    ("sequence.length", "start"): 1,
+    ("sequence.length", "end"): 2,
+    ("embedding", "axis"): 0,
+}
+"""Attributes of our graphs' nodes that feed the others, by the node's first output."""
+
+_ROUTING: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+    "TopK": {"axis": (-1, None), "largest": (1, None), "sorted": (1, None)},
+    "GatherElements": {"axis": (-1,)},
+    "ScatterElements": {"axis": (-1,), "reduction": (b"none", None)},
+    "LogSoftmax": {"axis": (-1, None)},
+}
+"""Attributes of the nodes with which our graphs route as the MoE operators do not, by operator."""
+_FILLED = {"not_chosen": -1e4, "shut": -math.inf, "open": 0.0}
+"""The numbers that fill such nodes' values, by the end of the values' names."""
+
+_CONSTANTS: Mapping[str, Any] = {
+    "zero": 0,
+    "one": 1,
+    "axis.1": [1],
+    "axes.1_2": [1, 2],
+    "ones": [1],
+    "bias.removed": -1e9,
+    "bias.kept": 0,
+    "true": True,
+}
+
+_CONSTANT_TYPES = (
+    *(onnx.TensorProto.FLOAT, onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.UINT8),
+    onnx.TensorProto.BOOL,
+)
+
+
+def own_attributes(node: onnx.NodeProto) -> AllowedValues:
+    """The values allowed for a node that only the names in our own graphs identify."""
+    output = node.output[0]
+    allowed: AllowedValues = {name: (value,) for (place, name), value in _PREPARATION.items() if place == output}
+    for name in ("select_last_index", "noop_with_empty_axes"):
+        if name in allowed:
+            allowed[name] = (0, None)
+    if node.op_type == "Gather" and output == "embedding":
+        allowed["axis"] = (0, None)
+    if node.op_type == "GatherBlockQuantized":
+        allowed.pop("axis", None)
+    if node.op_type == "FusedMatMul":
+        allowed["transB"] = (1,)
+    if node.op_type == "Cast" and output.endswith(".float32"):
+        allowed["to"] = (onnx.TensorProto.FLOAT,)
+    if node.op_type == "Reshape":
+        allowed["allowzero"] = (0, None)
+    if output == "mask.shape":
+        allowed |= {"start": (0, None), "end": (None,)}
+    return allowed | _of_our_routing(node)
+
+
+def _of_our_routing(node: onnx.NodeProto) -> AllowedValues:
+    _, routing, name = node.output[0].partition(".routing.")
+    if not routing:
+        return {}
+    allowed: AllowedValues = dict(_ROUTING.get(node.op_type, {}))
+    if node.op_type == "ReduceSum":
+        allowed |= {"keepdims": (int(name == "total"),), "noop_with_empty_axes": (0, None)}
+    if node.op_type == "ConstantOfShape" and name in _FILLED:
+        allowed["value"] = (_FILLED[name],)
+    return allowed
+
+
+def own_constant_symptoms(weights: Mapping[str, onnx.TensorProto], spec: ModelSpec) -> Iterator[str]:
+    """Says which constants of a graph are not those of the model.
+
+    Constants of one name and several values, in a model of different layers, have a number behind the name.
+    """
+    expected = {name: [value] for name, value in _CONSTANTS.items()}
+    for layer in spec.written.layers:
+        for name, value in _constants_of(layer).items():
+            expected.setdefault(name, []).append(value)
+    for name, tensor in weights.items():
+        stem, _, number = name.rpartition(".")
+        values = expected.get(name, expected.get(stem, []) if number.isdigit() else [])
+        if not values or tensor.external_data:
+            continue
+        if tensor.data_type not in _CONSTANT_TYPES:
+            yield f"constant {name} is of type number {tensor.data_type}, which no constant of ours has"
+            continue
+        found, wanted = onnx.numpy_helper.to_array(tensor), [np.asarray(value) for value in values]
+        if found.dtype.kind not in "biuf" or not any(_is_equal(found, value) for value in wanted):
+            yield f"constant {name}: {found.tolist()} in the graph, the model needs {wanted[0].tolist()}"
+
+
+def _is_equal(found: npt.NDArray[Any], wanted: npt.NDArray[Any]) -> bool:
+    return found.shape == wanted.shape and bool(np.allclose(found.astype(float), wanted.astype(float)))
+
+
+def _constants_of(layer: LayerSpec) -> Mapping[str, Any]:
+    """The constants that a layer's nodes use, if they are there."""
+    return _constants_of_attention(layer) | _constants_of_glu(layer) | _constants_of_routing(layer)
+
+
+def _constants_of_attention(layer: LayerSpec) -> dict[str, Any]:
+    mixer = layer.mixer
+    if not isinstance(mixer, GroupedQuery):
+        return {}
+    joined = {
+        f"shape.{heads}_heads_joined": [0, -1, heads * mixer.head_dim] for heads in (mixer.n_heads, mixer.n_kv_heads)
+    }
+    return joined | {"shape.past": [0, mixer.n_kv_heads, 0, mixer.head_dim], "shape.heads": [0, -1, mixer.head_dim]}
+
+
+def _constants_of_glu(layer: LayerSpec) -> dict[str, Any]:
+    if layer.feed_forward is None:
+        return {}
+    glu = layer.feed_forward.glu
+    limits = {} if glu.limit is None else {"glu.low": -glu.limit, "glu.high": glu.limit}
+    return limits | {"glu.alpha": glu.alpha, "glu.offset": glu.offset}
+
+
+def _constants_of_routing(layer: LayerSpec) -> dict[str, Any]:
+    if layer.routed is None:
+        return {}
+    routing, n_experts = layer.routed.routing, layer.routed.n_experts
+    counts = {f"best_{number}": [number] for number in (1, 2, layer.routed.top_k, routing.n_chosen_groups)}
+    return counts | {
+        f"shape.router_of_{n_experts}": [-1, n_experts],
+        f"shape.of_{n_experts}_experts": [0, 0, -1],
+        "shape.groups": [0, 0, routing.n_groups, n_experts // routing.n_groups],
+        "axis.last": [-1],
+        "routing.scale": routing.scale,
+        "routing.epsilon": routing.epsilon,
+        "routing.least_sum": routing.least_sum,
+    }
