@@ -6,10 +6,20 @@ from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from compressors.model.errors import InputError
+from exporter.cli import export
 from exporter.planning.job import Flags, parse_duration
+
+
+def test_flags_that_are_left_out_mean_the_same_to_the_command_line() -> None:
+    flags = Flags()
+    options = {option.name: option.default for option in export.params if isinstance(option, click.Option)}
+    given = {name: default for name, default in options.items() if isinstance(default, str | int)}
+    assert len(given) > 10
+    assert {name: getattr(flags, name) for name in given} == given
 
 
 def test_a_budget_is_enough() -> None:
