@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from compressors.model.description.feed_forward import Dense
+from compressors.model.description.roles import Role
 from compressors.model.description.rope import Rope
 from compressors.model.description.spec import LayerSpec, ModelSpec
+from compressors.model.families.parts import dense_tensors
 
-__all__ = ["altered"]
+__all__ = ["altered", "with_dense_layers"]
 
 _OF_MIXER = ("n_heads", "n_kv_heads", "head_dim", "rope", "window")
 _OF_EXPERTS = ("n_experts", "top_k", "expert_width", "normalizes")
@@ -47,3 +50,20 @@ def _altered_layer(
     if "normalizes" in changes:
         changes["routing"] = replace(layer.routed.routing, normalizes=changes.pop("normalizes"))
     return replace(layer, feed_forward=replace(layer.routed, **changes))
+
+
+def with_dense_layers(spec: ModelSpec, n_layers: int, width: int = 64) -> ModelSpec:
+    """Gives the first layers of a description one dense feed-forward each, as DeepSeek's and GLM's have it."""
+    return replace(
+        spec,
+        layers=tuple(
+            replace(
+                layer,
+                feed_forward=Dense(width),
+                tensors=(*(each for each in layer.shared_tensors if each.role is not Role.ROUTER), *dense_tensors()),
+            )
+            if index < n_layers
+            else layer
+            for index, layer in enumerate(spec.layers)
+        ),
+    )

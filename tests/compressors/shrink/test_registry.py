@@ -8,7 +8,6 @@ from typing import get_args
 import pytest
 
 from compressors.model.description.spec import NO_MOE, ModelSpec
-from compressors.model.errors import UnsupportedError
 from compressors.model.families.config import read_spec
 from compressors.shrink.criteria import CRITERION_NAMES
 from compressors.shrink.decompose import D2Moe
@@ -16,15 +15,17 @@ from compressors.shrink.merge import REAM
 from compressors.shrink.moe_block import Needs
 from compressors.shrink.prune import Prune
 from compressors.shrink.registry import EDITS, EXPERT_METHODS, KEEPS_EXPERTS, METHODS, Changes, made
-from exporter.planning.job import METHODS as OF_COMMAND_LINE
+from exporter.capabilities.rules import Container
+from exporter.capabilities.table import refusal
+from exporter.planning.flags import Flags
 from exporter.planning.recipe import CompressChoice
-from exporter.writing.gguf.layout import check_uniform
 
 
 def test_recipes_and_command_line_name_what_is_registered() -> None:
     named = {name: get_args(CompressChoice.model_fields[name].annotation) for name in ("method", "edit")}
     assert named == {"method": ("none", *EXPERT_METHODS), "edit": ("none", *EDITS)}
-    assert ("auto", *EXPERT_METHODS, *KEEPS_EXPERTS) == OF_COMMAND_LINE
+    for name in ("auto", *EXPERT_METHODS, *KEEPS_EXPERTS):
+        Flags(budget="1GB", method=name).job()
     assert {*EXPERT_METHODS, *EDITS, *KEEPS_EXPERTS} == set(METHODS)
     assert set(CRITERION_NAMES) < set(EXPERT_METHODS)
 
@@ -47,11 +48,7 @@ def test_what_gguf_cannot_hold_is_what_the_writer_refuses(fine_folder: Path) -> 
     spec = read_spec(fine_folder)
 
     def holds(student: ModelSpec) -> bool:
-        try:
-            check_uniform(student)
-        except UnsupportedError:
-            return False
-        return True
+        return refusal(student, Container.GGUF) is None
 
     results = {
         Changes.NUMBER: spec.with_experts(8),

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from compressors.calibration.statistics import LayerStatistics, StatisticsCollector
+from compressors.model.description.routing import Routing
 from compressors.model.description.spec import NO_MOE, ModelSpec, MoeSize
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.families.config import read_spec
@@ -27,13 +28,20 @@ from compressors.shrink.merge import REAM, HCSMoE, MSMoE
 from compressors.shrink.moe_block import Method
 from compressors.shrink.prune import Prune
 from compressors.shrink.slim import SlimWidth
-from exporter.planning.compression import check_compression, described_compression, expected_spec, layer_targets
+from exporter.planning.compression import (
+    check_compression,
+    described_compression,
+    expected_spec,
+    fewest_experts,
+    layer_targets,
+)
 from exporter.planning.job import Flags
 from exporter.planning.plan_making import make_plan
 from exporter.planning.recipe import CompressChoice, Recipe, recipe_yaml
 from exporter.writing.gguf.writer import predict_file_size, write_gguf
 from exporter.writing.onnx.layout import DATA_FILE, MODEL_FILE
 from exporter.writing.onnx.writer import predict_size, write_onnx
+from tests.altered import with_dense_layers
 
 _N_LAYERS = 6
 
@@ -180,8 +188,44 @@ def test_a_recipe_with_a_list_of_counts_is_planned(
     job = Flags(model=str(toy_model), recipe=path, calibration=calibration, text=text, out=tmp_path / "out").job()
     plan = make_plan(job, "moe-export")
     assert plan.recipe.compress.experts == (9, 5)
-    assert plan.student_spec.sizes == (MoeSize(9, 128), MoeSize(5, 128))
+    assert [layer.moe for layer in plan.student_spec.layers] == [MoeSize(9, 128), MoeSize(5, 128)]
     assert plan.predictions["onnx"].file == predict_size(plan.student_spec, "F32")
+
+
+def test_layers_that_never_had_experts_stay_as_they_are(teacher: ModelSpec) -> None:
+    dense = with_dense_layers(teacher, 2)
+    spec = expected_spec(
+        CompressChoice(drop_blocks=1, drop_moe_layers=1, method="reap", experts=(9, 8), width=96), dense
+    )
+    assert [layer.moe for layer in spec.layers] == [NO_MOE, NO_MOE, MoeSize(9, 96), MoeSize(8, 96), NO_MOE]
+    assert [layer.feed_forward is None for layer in spec.layers] == [False, False, False, False, True]
+    assert spec.layers[:2] == dense.layers[:2]
+
+
+def test_layers_that_never_had_experts_count_for_nothing(teacher: ModelSpec) -> None:
+    dense = with_dense_layers(teacher, 2)
+    check_compression(_recipe(drop_blocks=3), dense)
+    with pytest.raises(InputError, match=r"compress\.drop_blocks: 4 is not possible .* from 0 to 3"):
+        check_compression(_recipe(drop_blocks=4), dense)
+    with pytest.raises(InputError, match="3 numbers for 4 layers with experts"):
+        check_compression(_recipe(method="reap", experts=[9, 9, 9]), dense)
+
+
+def test_groups_of_experts_stay_equally_large(teacher: ModelSpec) -> None:
+    grouped = _grouped(teacher, 8)
+    assert fewest_experts("reap", grouped) == 8  # a token uses 4
+    check_compression(_recipe(method="reap", experts=24), grouped)
+    for choice in ({"experts": 20}, {"experts": 24, "allocation": "global"}):
+        with pytest.raises(InputError, match=r"chooses from 8 groups of experts.*give multiples of 8"):
+            check_compression(_recipe(method="reap", **choice), grouped)
+
+
+def _grouped(spec: ModelSpec, n_groups: int) -> ModelSpec:
+    routing = Routing(n_groups=n_groups, n_chosen_groups=2)
+    layers = [
+        replace(layer, feed_forward=replace(layer.routed, routing=routing)) for layer in spec.layers if layer.routed
+    ]
+    return replace(spec, layers=tuple(layers))
 
 
 def test_compression_is_described(teacher: ModelSpec) -> None:
@@ -244,6 +288,23 @@ def test_blocks_that_change_least_go_and_then_moe_sub_layers(
         else LayerTarget(layer, MoeSize(count := next(counts), 128), (Prune("reap", count),))
         for layer in without_blocks
     ]
+
+
+def test_layers_that_never_had_experts_are_neither_dropped_nor_changed(
+    teacher: ModelSpec, fine_folder: Path, statistics: list[LayerStatistics], text_BT: torch.Tensor
+) -> None:
+    """Layer 0 would be the first to go, as the one that changes the states least."""
+    first = replace(statistics[0], block_cosine_sum=statistics[0].n_tokens, moe_cosine_sum=statistics[0].n_tokens)
+    dense, seen = with_dense_layers(teacher, 1), [first, *statistics[1:]]
+    for consecutive_blocks in (False, True):
+        choice = CompressChoice(
+            experts=9, method="reap", drop_blocks=1, drop_moe_layers=1, consecutive_blocks=consecutive_blocks
+        )
+        targets = layer_targets(choice, dense, seen, lambda: _teacher_model(fine_folder), text_BT)
+        assert targets[0] == LayerTarget(0, NO_MOE)
+        assert len(targets) == _N_LAYERS - 1
+        assert [target.size for target in targets[1:]].count(NO_MOE) == 1
+        assert [target.size for target in targets[1:]].count(MoeSize(9, 128)) == 3
 
 
 def test_neighbouring_blocks_go_together(

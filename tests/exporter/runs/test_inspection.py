@@ -5,14 +5,26 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
+from compressors.model.description.family import SkippedPart
 from compressors.model.errors import InputError
-from exporter.inspection import describe, description_table
+from compressors.model.families.config import read_spec
+from compressors.model.sources.checkpoint import Checkpoint
+from exporter.inspection import describe, description_table, parts_read_past
+from tests.altered import with_dense_layers
+
+
+def _printed(description: dict[str, Any]) -> str:
+    printed = io.StringIO()
+    Console(file=printed, width=200).print(description_table(description))
+    return printed.getvalue()
 
 
 def test_what_is_said_of_the_qwen3_moe(fine_folder: Path) -> None:
@@ -67,9 +79,7 @@ def test_the_description_is_plain_data(family_folder: Path) -> None:
 
 
 def test_the_table_says_what_matters(fine_folder: Path) -> None:
-    printed = io.StringIO()
-    Console(file=printed, width=160).print(description_table(describe(fine_folder)))
-    text = printed.getvalue()
+    text = _printed(describe(fine_folder))
     for part in (
         "qwen3_moe",
         # 6 layers of 196608 + 576 + 8192 + 32 x 98304, the embedding's 1048576, a norm; 28 of 32 experts are idle
@@ -84,15 +94,53 @@ def test_the_table_says_what_matters(fine_folder: Path) -> None:
         assert part in text, part
 
 
+def test_layers_are_described_by_kind(fine_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Checkpoint, "_check_tensors", lambda _self: None)
+    monkeypatch.setattr(
+        "compressors.model.sources.checkpoint.read_spec", lambda folder: with_dense_layers(read_spec(folder), 2)
+    )
+    description = describe(fine_folder)
+    first, second = description["layer_kinds"]
+    assert (first["layers"], first["feed_forward"]) == ([0, 1], "a dense feed-forward of width 64")
+    assert (second["layers"], second["feed_forward"]) == ([2, 3, 4, 5], "32 experts of width 128, 4 for each token")
+    # an expert has 3 x 128 x 256 values; 28 of 32 are idle in four layers
+    assert description["parameters"] - description["active_parameters"] == 4 * 28 * 98304
+    assert description["expert_bytes"] == 4 * 32 * 98304 * 2
+    printed = _printed(description)
+    assert "layers 0-1: grouped-query attention (8 heads, 4 key-value heads of 32); a dense feed-forward" in printed
+    assert "layers 2-5: grouped-query attention" in printed
+    assert "written as  GGUF, saved student" in printed
+    assert "2 of this model's differ: it cannot be written as ONNX" in printed
+
+
+def test_what_can_be_made_of_a_model_is_said(olmoe_folder: Path) -> None:
+    description = describe(olmoe_folder)
+    assert description["containers"] == {"gguf": None, "onnx": None, "student": None}
+    # 3 layers, 4 key-value heads of 32, a key and a value
+    assert description["cache_bytes_per_token"] == {"gguf": 3 * 4 * 32 * 2 * 2, "onnx": 3 * 4 * 32 * 2 * 4}
+    printed = _printed(description)
+    assert "written as  GGUF, ONNX, saved student" in printed
+    assert "as ONNX only: a different number of experts in each layer, layers without experts" in printed
+    assert "not possible: a dense student" in printed
+
+
+def test_parts_that_are_read_past_are_said(fine_folder: Path) -> None:
+    checkpoint = Checkpoint(fine_folder)
+    skipped = (
+        SkippedPart(r"model\.layers\.5\..*norm\.weight", "norms of the last layer"),
+        SkippedPart("mtp\\..*", "what is not there"),
+    )
+    checkpoint.spec = replace(checkpoint.spec, family=replace(checkpoint.family, skipped=skipped))
+    assert list(parts_read_past(checkpoint)) == ["norms of the last layer (4 tensors)"]
+
+
 def test_what_is_odd_about_the_files_is_said(tmp_path: Path, toy_checkpoint: Callable[..., Path]) -> None:
     folder = toy_checkpoint(tmp_path, n_layers=1)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"[bold]": "x.safetensors"}}')
     description = describe(folder)
     (note,) = description["notes"]
-    printed = io.StringIO()
-    Console(file=printed, width=200).print(description_table(description))
     assert note == "model.safetensors is read, as transformers does, and not model.safetensors.index.json beside it"
-    assert note in printed.getvalue()
+    assert note in _printed(description)
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:

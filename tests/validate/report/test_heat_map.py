@@ -47,6 +47,15 @@ def test_merged_experts_dropped_layers_and_layers_without_experts() -> None:
     assert _cells(after) == [["load1", "load3", "load3"], ["dropped"] * 3, ["dropped"] * 3]
 
 
+def test_a_layer_that_never_had_experts_is_empty() -> None:
+    layers = [{"source": 0, "groups": []}, {"source": 1, "groups": [[1]]}]
+    report = _report([[1.0, 1.0]] * 2, [None, [1.0]], layers, "onnx")
+    report["load"]["teacher"]["tokens"][0] = None
+    before, after = load_maps(report)
+    assert _cells(before) == [["", ""], ["load3", "load3"]]
+    assert _cells(after) == [["", ""], ["dropped", "load3"]]
+
+
 @pytest.mark.parametrize("key", ["load", "expert_map"])
 def test_reports_without_loads_have_no_map(key: str) -> None:
     report = _report([[1.0, 1.0]], [[1.0, 1.0]], [{"source": 0, "groups": [[0], [1]]}], "student")

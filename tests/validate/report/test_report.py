@@ -926,3 +926,29 @@ def test_numbers_do_not_round_away_what_matters() -> None:
 def test_what_is_left_is_said_in_words(report: dict[str, Any], student: dict[str, Any], left: str) -> None:
     report["student"] |= student
     assert facts.what_is_left(report) == left
+
+
+@pytest.mark.parametrize(
+    ("student", "left"),
+    [
+        ({"n_moe_layers": 5}, "24 of 32 experts per layer"),
+        ({"n_moe_layers": 4}, "6 of 6 layers, experts in 4 of them, 24 of 32 experts per layer"),
+        ({"n_layers": 5, "n_moe_layers": 4}, "5 of 6 layers, 24 of 32 experts per layer"),
+    ],
+)
+def test_layers_that_never_had_experts_have_lost_none(
+    report: dict[str, Any], student: dict[str, Any], left: str
+) -> None:
+    report["source"]["n_moe_layers"] = 5
+    report["student"] |= student
+    assert facts.what_is_left(report) == left
+
+
+def test_a_layer_without_experts_is_no_sign_of_pruning(report: dict[str, Any]) -> None:
+    report["student"]["kept"] = [None, *_kept(5, 32, 32)]
+    assert charts.expert_grid(report) is None
+    report["student"]["kept"] = [None, *_kept(5, 32, 24)]
+    grid = charts.expert_grid(report)
+    assert grid is not None and " 0h" not in grid.kept
+    html = render_html(report)
+    assert "<dt>layer 0</dt><dd>has no experts</dd>" in html

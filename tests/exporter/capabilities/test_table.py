@@ -1,0 +1,120 @@
+"""The capability table: what each container refuses, and that both writers and the planner say the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from compressors.model.description.feed_forward import Routed, Shared
+from compressors.model.description.glu import Glu
+from compressors.model.description.roles import Role
+from compressors.model.description.rope import RopeKind
+from compressors.model.description.routing import Routing, Score
+from compressors.model.description.spec import NO_MOE, ModelSpec, MoeSize
+from compressors.model.description.tensors import GgufTensor, Kind, TensorSpec
+from compressors.model.errors import UnsupportedError
+from compressors.model.families.config import read_spec
+from exporter.capabilities.rules import Container, Feature
+from exporter.capabilities.table import TABLE, refusal, refuse_unless_held
+from exporter.writing.gguf.layout import plan_tensors as gguf_tensors
+from exporter.writing.onnx.layout import plan_tensors as onnx_tensors
+from tests.altered import altered, with_dense_layers
+
+_BIAS = TensorSpec(
+    Role.QUERY_BIAS, "model.layers.{layer}.self_attn.q_proj.bias", ("Q",), GgufTensor("blk.{layer}.bias"), Kind.VECTOR
+)
+
+
+@pytest.fixture
+def spec(fine_folder: Path) -> ModelSpec:
+    return read_spec(fine_folder)
+
+
+def _with_experts_like(spec: ModelSpec, **changes: object) -> ModelSpec:
+    layers = tuple(
+        replace(layer, feed_forward=replace(layer.feed_forward, **changes))  # type: ignore[type-var,arg-type]
+        for layer in spec.layers
+    )
+    return replace(spec, layers=layers)
+
+
+@pytest.mark.parametrize("container", Container)
+def test_trained_models_are_held(container: Container, family_folder: Path) -> None:
+    assert refusal(read_spec(family_folder), container) is None
+
+
+@pytest.mark.parametrize(
+    ("container", "said"),
+    [
+        (Container.GGUF, "32 experts of width 128, no experts: they cannot be written as GGUF"),
+        (Container.ONNX, None),
+        (Container.STUDENT, "32 experts of width 128, no experts, which transformers could not load"),
+    ],
+)
+def test_a_layer_that_lost_its_experts(spec: ModelSpec, container: Container, said: str | None) -> None:
+    lost = spec.with_sizes([MoeSize(32, 128)] * 5 + [NO_MOE])
+    sentence = refusal(lost, container)
+    assert sentence is None if said is None else sentence is not None and said in sentence
+
+
+def test_layers_that_never_had_experts_differ_from_layers_that_lost_them(spec: ModelSpec) -> None:
+    dense = with_dense_layers(spec, 2)
+    assert refusal(dense, Container.GGUF) is None
+    assert refusal(dense, Container.STUDENT) is None
+    assert "2 of this model's differ: it cannot be written as ONNX" in str(refusal(dense, Container.ONNX))
+
+
+def test_onnx_refuses_what_its_graphs_do_not_compute(spec: ModelSpec) -> None:
+    first, *others = spec.layers
+    with_bias = replace(first, tensors=(*first.tensors, _BIAS))
+    windowed = replace(first, mixer=replace(first.mixer, window=64))
+    sigmoid = Routing(score=Score.SIGMOID, scale=2.5)
+    for model, said in (
+        (_with_experts_like(spec, shared=Shared(96, is_gated=True)), "a gated shared expert of width 96 beside them"),
+        (
+            _with_experts_like(spec, routing=sigmoid),
+            "this model's rule is sigmoid, weights normalised, weights times 2.5",
+        ),
+        (_with_experts_like(spec, glu=Glu(limit=7.0)), "this model's experts compute another function"),
+        (replace(spec, layers=(with_bias, *others)), "this model has query bias"),
+        (replace(spec, layers=(windowed, *others)), "windows in some"),
+        (altered(spec, head_dim=40), "runs heads of a multiple of 16 values; this model's have 40"),
+    ):
+        sentence = refusal(model, Container.ONNX)
+        assert sentence is not None and said in sentence and "use --formats gguf" in sentence
+        with pytest.raises(UnsupportedError, match="cannot be written as ONNX"):
+            onnx_tensors(model, "F32")
+
+
+def test_a_dense_student_needs_no_routing(spec: ModelSpec) -> None:
+    one = spec.with_sizes([MoeSize(1, 512)] * 6)
+    sigmoid = _with_experts_like(one, routing=Routing(score=Score.SIGMOID))
+    assert isinstance(sigmoid.layers[0].feed_forward, Routed)
+    assert refusal(sigmoid, Container.ONNX) is None
+
+
+def test_gguf_refuses_what_llama_cpp_cannot_compute(spec: ModelSpec) -> None:
+    llama3 = replace(spec.rope, kind=RopeKind.LLAMA3, factor=8.0, original_context=1024)
+    for model, said in (
+        (altered(spec, normalizes=False), "graph always normalises the weights"),
+        (altered(spec, n_experts=1025), "at most 1024 experts and 512 layers; this model has 1025 and 6"),
+        (altered(spec, rope=llama3), "cannot turn by the angles of rope_type 'llama3'"),
+    ):
+        sentence = refusal(model, Container.GGUF)
+        assert sentence is not None and said in sentence
+        with pytest.raises(UnsupportedError) as refused:
+            gguf_tensors(model, "F16")
+        assert str(refused.value) == sentence
+
+
+def test_each_feature_has_at_most_one_rule_in_a_container() -> None:
+    entries = [(rule.container, rule.feature) for rule in TABLE]
+    assert len(set(entries)) == len(entries)
+    assert {rule.feature for rule in TABLE} == set(Feature), "a feature that nothing refuses needs no row"
+
+
+def test_nothing_is_refused_where_a_container_can_hold_a_model(spec: ModelSpec) -> None:
+    for container in Container:
+        refuse_unless_held(spec, container)
