@@ -48,7 +48,8 @@ def student(
 
 def _by_role(student: Student) -> Iterator[tuple[Role, int | None, int | None]]:
     for tensor, layer in student.spec.written.places:
-        for expert in range(student.spec.n_experts) if tensor.is_per_expert else [None]:
+        is_of_experts = student.spec.tensor(tensor.role, layer).is_per_expert  # of a dense file it is the only one's
+        for expert in range(student.spec.n_experts) if is_of_experts else [None]:
             yield tensor.role, layer, expert
 
 
