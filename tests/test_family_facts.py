@@ -33,27 +33,26 @@ _ALL_MODELS_HAVE = frozenset(
         *("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size", "hidden_size", "max_position_embeddings"),
         *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "model_type"),
         *("tie_word_embeddings", "quantization_config", "layer_types", "sliding_window", "num_experts_per_tok"),
-        *("rope_parameters", "rope_scaling", "rope_theta", "rope_type", "attention_factor"),
+        *("use_sliding_window", "rope_parameters", "rope_scaling", "rope_theta", "rope_type", "attention_factor"),
         # keys of GGUF files of every architecture, by which files of other people are read
         *("block_count", "context_length", "embedding_length", "expert_count", "expert_used_count", "freq_base"),
         *("head_count", "head_count_kv", "key_length", "value_length", "dimension_count", "feed_forward_length"),
-        "layer_norm_rms_epsilon",
+        *("layer_norm_rms_epsilon", "expert_gating_func", "expert_group_count", "expert_group_used_count"),
+        *("expert_weights_norm", "expert_weights_scale", "leading_dense_block_count", "expert_shared_count"),
     }
 )
 _ANOTHER_MEANING = {
     # parameters of the experts' module, which transformers gives to every family
     "compressors/model/running/experts.py": {"gate_up_proj", "down_proj"},
     "compressors/model/running/skeleton.py": {"gate_up_proj", "down_proj"},
+    # rules of llama-quantize, which go by names
+    "exporter/writing/gguf/mixes.py": {"ffn_gate_inp", "token_embd"},
     # a node of llama.cpp's graphs
     "validate/runtimes/llama_cpp_routing.py": {"ffn_norm"},
     # names in our recipes
     "exporter/writing/onnx/encodings.py": {"q_proj", "k_proj", "v_proj", "o_proj"},
 }
 _OFFENDERS: dict[str, set[str]] = {
-    "compressors/calibration/second_moments.py": {"self_attn", "q_proj", "o_proj"},
-    "compressors/calibration/statistics.py": {"self_attn", "q_proj", "o_proj", "post_attention_layernorm"},
-    "compressors/sensitivity/gathering.py": {"self_attn", "q_proj", "k_proj", "v_proj", "o_proj"},
-    "compressors/model/description/feed_forward.py": {"mlp.gate", "mlp.experts"},
     "compressors/model/sources/misfits.py": {"embed_tokens", "input_layernorm", "lm_head"},
 }
 """The code that still states a fact. Remove an entry with the fact; none may be added."""

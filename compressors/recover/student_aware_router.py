@@ -29,8 +29,9 @@ from compressors.model.predictions.losses import reverse_kl_divergence
 from compressors.model.running.expert_choice import AllExperts, ExpertChoice
 from compressors.model.running.gradients import ParameterKey, streamed_gradients
 from compressors.model.running.memory import MemoryLimit
+from compressors.model.running.not_finite import NotFiniteError
 from compressors.model.running.routers import RoutedCall, watching
-from compressors.model.running.streaming import NotFiniteError, StreamedModel, TokenGroup
+from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.student import Student
 from compressors.recover.on_policy import OnPolicyDistillation, divergence_from_states, sampled_weights
 from compressors.recover.optimizer_state import optimizer_state, restore_optimizer

@@ -14,7 +14,7 @@ from compressors.model.errors import InputError
 from compressors.model.parallel import reduce_sum, share
 from compressors.model.running.gradients import ParameterKey, streamed_gradients
 from compressors.model.running.memory import MemoryLimit
-from compressors.model.running.streaming import NotFiniteError
+from compressors.model.running.not_finite import NotFiniteError
 from compressors.model.sources.student import Student
 from compressors.recover.objectives import Objective
 from compressors.recover.optimizer_state import optimizer_state, restore_optimizer

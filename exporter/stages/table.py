@@ -84,7 +84,7 @@ _SAME_WEIGHTS = files_of("validate_written", WRITTEN_LOG_PROBS, ROUTER_INPUTS)
 CALIBRATE = Stage(
     "calibrate",
     "teacher.calibrate",
-    version=6,
+    version=7,
     what="run the teacher over the calibration text",
     writes=(
         *(BLOCKS, STATISTICS, LAYER_INPUTS, TARGETS, SELECTION_LOG_PROBS, HELDOUT_LOG_PROBS, ROUTING),
@@ -106,7 +106,7 @@ SENSITIVITY = Stage(
 COMPRESS = Stage(
     "compress",
     "student.compress",
-    version=2,
+    version=3,
     what="compress the experts",
     reads=_BLOCKS | files_of("calibrate", STATISTICS),
     writes=(EXPERT_MAP, OVERLAY, STATISTICS),

@@ -149,13 +149,13 @@ class FamilySettings:
             )
         return n_heads, n_kv_heads, head_dim
 
-    def window(self, *, by_itself: bool = True) -> int | None:
+    def window(self, switch: str | None = None) -> int | None:
         """Tokens that attention reaches back over, itself included; None: all of them.
 
         Args:
-            by_itself: ``sliding_window`` counts without ``use_sliding_window``.
+            switch: the setting without which ``sliding_window`` does not count; None: it counts by itself.
         """
-        if not by_itself and not self.settings.flag("use_sliding_window", default=False):
+        if switch is not None and not self.settings.flag(switch, default=False):
             return None
         if self.settings.get("sliding_window", self._defaults.get("sliding_window")) is None:
             return None

@@ -44,7 +44,8 @@ class Routed:
         router_module: the module inside transformers' decoder layer that multiplies its input by the router's matrix,
             its ``weight`` [E, D]; where a family's router does more before that, a module inside of the router.
         experts_module: the module there that is called with (hidden states, chosen experts, weights).
-        block_module: the module there that holds both; it goes when a layer loses its experts.
+        block_module: the module there that holds both; it goes when a layer loses its experts. (The three names are
+            empty in a description that nothing runs.)
         selection_bias: the name there of the vector that is added to the scores for the choice, where the rule has one.
         expert_scale: the name there of the factors of the weights, one for each expert, where the rule has them.
     """
@@ -57,9 +58,9 @@ class Routed:
     routing: Routing
     glu: Glu = SWIGLU
     shared: Shared | None = None
-    router_module: str = "mlp.gate"
-    experts_module: str = "mlp.experts"
-    block_module: str = "mlp"
+    router_module: str = ""
+    experts_module: str = ""
+    block_module: str = ""
     selection_bias: str | None = None
     expert_scale: str | None = None
 

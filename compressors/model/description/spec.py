@@ -269,13 +269,10 @@ class ModelSpec(Legacy):
 
     @property
     def parameters(self) -> int:
-        """All parameters; tied embeddings count once."""
-        outside = sum(
-            prod(self.dimensions(tensor.role))
-            for tensor in self.tensors
-            if not (tensor.role is Role.HEAD and self.tied_embeddings)
-        )
-        return outside + sum(layer.parameters for layer in self.layers)
+        """The parameters that files hold; tied embeddings count once."""
+        written = self.written
+        outside = sum(prod(written.dimensions(tensor.role)) for tensor in written.tensors)
+        return outside + sum(layer.parameters for layer in written.layers)
 
     @property
     def described_sizes(self) -> str:

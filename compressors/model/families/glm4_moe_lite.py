@@ -6,11 +6,11 @@ from typing import Any
 
 from compressors.model.description.family import ConfigValues, Family, GgufFamily
 from compressors.model.description.family_settings import FamilySettings
-from compressors.model.description.feed_forward import Routed, Shared
+from compressors.model.description.feed_forward import Shared
 from compressors.model.description.routing import Routing, Score
 from compressors.model.description.settings import Settings
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families import latent, parts
+from compressors.model.families import latent, parts, written_config
 
 __all__ = ["FAMILY"]
 
@@ -47,7 +47,7 @@ def _read(file: Settings) -> ModelSpec:
     settings.ignore("num_key_value_heads", "num_nextn_predict_layers", "pretraining_tp")
     settings.refuse_what_no_family_can_do()
     n_experts, width = settings.count("n_routed_experts"), settings.count("moe_intermediate_size")
-    experts = Routed(
+    experts = parts.routed_in_mlp(
         n_experts=n_experts,
         top_k=settings.top_k(n_experts),
         width=width,
@@ -79,7 +79,9 @@ def _settings(spec: ModelSpec) -> ConfigValues:
 
 
 def _edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:
-    return parts.moe_edited(spec, config, *latent.COUNTS, "mlp_layer_types", other_spelling="first_k_dense_replace")
+    return written_config.moe_edited(
+        spec, config, *latent.COUNTS, "mlp_layer_types", other_spelling="first_k_dense_replace"
+    )
 
 
 FAMILY = Family(

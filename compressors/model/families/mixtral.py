@@ -6,12 +6,11 @@ from typing import Any
 
 from compressors.model.description.family import ConfigValues, DenseForm, Family, GgufFamily
 from compressors.model.description.family_settings import FamilySettings
-from compressors.model.description.feed_forward import Routed
 from compressors.model.description.routing import Routing
 from compressors.model.description.settings import Settings
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.transforms import InterleaveRotary
-from compressors.model.families import parts
+from compressors.model.families import llama_cpp, parts, written_config
 
 __all__ = ["FAMILY"]
 
@@ -41,35 +40,37 @@ def _read(file: Settings) -> ModelSpec:
     settings.require("attention_bias", False)
     settings.refuse_what_no_family_can_do()
     n_experts = settings.count_of("num_experts", "num_local_experts")
-    experts = Routed(n_experts, settings.top_k(n_experts), settings.count("intermediate_size"), Routing())
+    experts = parts.routed_in_mlp(n_experts, settings.top_k(n_experts), settings.count("intermediate_size"), Routing())
     attention = parts.attention(settings, default_theta=1_000_000.0)
     layer = parts.layer(settings, attention, experts, _TENSORS)
     return parts.model(settings, [layer] * settings.count("num_hidden_layers"))
 
 
 def _settings(spec: ModelSpec) -> ConfigValues:
-    return parts.usual_settings(spec, n_experts="num_local_experts", width="intermediate_size", normalizes=None)
+    return written_config.usual_settings(
+        spec, n_experts="num_local_experts", width="intermediate_size", normalizes=None
+    )
 
 
 def _edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:
     counts = ("num_local_experts", "intermediate_size", "num_experts_per_tok")
-    return parts.moe_edited(spec, config, *counts, other_spelling="num_experts")
+    return written_config.moe_edited(spec, config, *counts, other_spelling="num_experts")
 
 
 def _refusal(spec: ModelSpec) -> str | None:
-    return parts.normalization_refusal(spec, always=True)
+    return llama_cpp.normalization_refusal(spec, always=True)
 
 
 def _mistral_edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:
-    return {"sliding_window": None, **parts.dense_edited(spec, config)}  # Mistral's default is a window
+    return {"sliding_window": None, **written_config.dense_edited(spec, config)}  # Mistral's default is a window
 
 
 _MISTRAL = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
     edited=_mistral_edited,
-    settings=parts.dense_settings,
-    gguf=GgufFamily("llama", parts.usual_keys, takes_rope_factors=True),
+    settings=written_config.dense_settings,
+    gguf=GgufFamily("llama", llama_cpp.usual_keys, takes_rope_factors=True),
 )
 
 FAMILY = Family(
@@ -78,6 +79,6 @@ FAMILY = Family(
     read=_read,
     edited=_edited,
     settings=_settings,
-    gguf=GgufFamily("llama", parts.usual_keys, _refusal, takes_rope_factors=True),
+    gguf=GgufFamily("llama", llama_cpp.usual_keys, _refusal, takes_rope_factors=True),
     dense=DenseForm(_MISTRAL, parts.dense_tensors()),
 )

@@ -10,12 +10,11 @@ from typing import Any
 
 from compressors.model.description.family import ConfigValues, Family, GgufFamily
 from compressors.model.description.family_settings import FamilySettings
-from compressors.model.description.feed_forward import Routed
 from compressors.model.description.mixers import QkNorm
 from compressors.model.description.routing import Routing
 from compressors.model.description.settings import Settings
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families import parts
+from compressors.model.families import llama_cpp, parts, written_config
 
 __all__ = ["FAMILY"]
 
@@ -45,7 +44,7 @@ def _read(file: Settings) -> ModelSpec:
     settings.require("clip_qkv", None)
     settings.refuse_what_no_family_can_do()
     n_experts = settings.count_of("num_local_experts", "num_experts")
-    experts = Routed(
+    experts = parts.routed_in_mlp(
         n_experts=n_experts,
         top_k=settings.top_k(n_experts),
         width=settings.count("intermediate_size"),
@@ -56,19 +55,21 @@ def _read(file: Settings) -> ModelSpec:
 
 
 def _settings(spec: ModelSpec) -> ConfigValues:
-    return parts.usual_settings(spec, n_experts="num_experts", width="intermediate_size", normalizes="norm_topk_prob")
+    return written_config.usual_settings(
+        spec, n_experts="num_experts", width="intermediate_size", normalizes="norm_topk_prob"
+    )
 
 
 def _edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:
     counts = ("num_experts", "intermediate_size", "num_experts_per_tok")
-    return parts.moe_edited(spec, config, *counts, other_spelling="num_local_experts")
+    return written_config.moe_edited(spec, config, *counts, other_spelling="num_local_experts")
 
 
 def _refusal(spec: ModelSpec) -> str | None:
     return (
-        parts.normalization_refusal(spec, always=False)
-        or parts.limit_of_square_attention(spec)
-        or parts.limit_of_untied_head(spec)
+        llama_cpp.normalization_refusal(spec, always=False)
+        or llama_cpp.limit_of_square_attention(spec)
+        or llama_cpp.limit_of_untied_head(spec)
     )
 
 
@@ -78,5 +79,5 @@ FAMILY = Family(
     read=_read,
     edited=_edited,
     settings=_settings,
-    gguf=GgufFamily("olmoe", parts.usual_keys, _refusal),
+    gguf=GgufFamily("olmoe", llama_cpp.usual_keys, _refusal),
 )

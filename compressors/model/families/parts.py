@@ -1,15 +1,14 @@
-"""Parts that many families share: attention and experts under their usual names, and the usual keys of GGUF files."""
+"""Parts that many families share: how attention is read, and the tensors of attention and experts."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
-from compressors.model.description.family import ConfigValues, GgufValue
 from compressors.model.description.family_settings import FamilySettings
-from compressors.model.description.feed_forward import FeedForward
+from compressors.model.description.feed_forward import FeedForward, Routed
 from compressors.model.description.mixers import GroupedQuery, Mixer, QkNorm
 from compressors.model.description.roles import Role
 from compressors.model.description.rope_config import RopeRule
@@ -22,25 +21,18 @@ __all__ = [
     "attention",
     "attention_tensors",
     "bias_tensors",
-    "dense_edited",
-    "dense_settings",
     "dense_tensors",
     "expert_tensors",
     "grouped_query",
     "layer",
     "leading_dense_tensors",
-    "limit_of_square_attention",
-    "limit_of_untied_head",
     "model",
-    "moe_edited",
     "norm",
-    "normalization_refusal",
     "norms",
     "qk_norm_tensors",
+    "routed_in_mlp",
     "router_tensor",
     "shared_expert_tensors",
-    "usual_keys",
-    "usual_settings",
 ]
 
 _LAYER = "model.layers.{layer}."
@@ -92,7 +84,7 @@ def attention(
     qk_norm: QkNorm = QkNorm.NONE,
     *,
     default_theta: float = 10_000.0,
-    windowed_by_itself: bool = True,
+    window_switch: str | None = None,
 ) -> GroupedQuery:
     """Grouped-query attention whose heads are turned whole.
 
@@ -100,7 +92,7 @@ def attention(
         settings: of the family.
         qk_norm: the norms of queries and keys.
         default_theta: transformers' default of the rotary embedding's base.
-        windowed_by_itself: a ``sliding_window`` counts without ``use_sliding_window``.
+        window_switch: the setting without which ``sliding_window`` does not count; None: it counts by itself.
     """
     n_heads, n_kv_heads, head_dim = settings.heads()
     return GroupedQuery(
@@ -110,8 +102,12 @@ def attention(
         rope=settings.rope(head_dim, RopeRule(default_theta)),
         scale=1 / math.sqrt(head_dim),
         qk_norm=qk_norm,
-        window=settings.window(by_itself=windowed_by_itself),
+        window=settings.window(window_switch),
     )
+
+
+routed_in_mlp = partial(Routed, router_module="mlp.gate", experts_module="mlp.experts", block_module="mlp")
+"""Routed experts where transformers' layers mostly have them."""
 
 
 def norms() -> tuple[TensorSpec, ...]:
@@ -241,168 +237,3 @@ def dense_tensors() -> tuple[TensorSpec, ...]:
         up,
         TensorSpec(Role.EXPERT_DOWN, f"{mlp}down_proj.weight", ("D", "F"), down_gguf),
     )
-
-
-def usual_keys(spec: ModelSpec, width_key: str = "feed_forward_length") -> dict[str, GgufValue]:
-    """The keys of a model of alike layers with grouped-query attention, under llama.cpp's architecture.
-
-    ``LLM_KV_NAMES`` in ``src/llama-arch.cpp``.
-
-    Args:
-        spec: the model as it is written.
-        width_key: the key of the width of its feed-forward.
-    """
-    mixer, feed_forward = grouped_query(spec), spec.layers[0].feed_forward
-    assert feed_forward is not None
-    values: dict[str, GgufValue] = {
-        "block_count": spec.n_layers,
-        "context_length": spec.context_length,
-        "embedding_length": spec.hidden_size,
-        width_key: feed_forward.width,
-        "attention.head_count": mixer.n_heads,
-        "attention.head_count_kv": mixer.n_kv_heads,
-        "attention.key_length": mixer.head_dim,
-        "attention.value_length": mixer.head_dim,
-        "attention.layer_norm_rms_epsilon": spec.rms_norm_eps,
-        "rope.freq_base": mixer.rope.theta,
-        "rope.dimension_count": mixer.rope.width,
-    }
-    if spec.n_experts:
-        values |= {"expert_count": spec.n_experts, "expert_used_count": spec.top_k}
-    return values | {"vocab_size": spec.vocab_size}
-
-
-def normalization_refusal(spec: ModelSpec, *, always: bool) -> str | None:
-    """Says that llama.cpp's graph always, or never, normalises, and the model does otherwise."""
-    rules = {routed.routing.normalizes for layer in spec.layers if (routed := layer.routed) is not None}
-    if rules <= {always}:
-        return None
-    return (
-        f"graph {'always' if always else 'never'} normalises the weights of the chosen experts, but this model has "
-        f"normalize_top_k = {not always}"
-    )
-
-
-def limit_of_square_attention(spec: ModelSpec) -> str | None:
-    """Says that llama.cpp's graph loads queries and keys only as [D, D], and the model's are of other sizes."""
-    for mixer in (grouped_query(spec, index) for index in range(spec.n_layers)):
-        if {mixer.n_heads * mixer.head_dim, mixer.n_kv_heads * mixer.head_dim} != {spec.hidden_size}:
-            return (
-                "graph needs queries and keys as wide as the hidden size; this model has "
-                f"{mixer.n_heads} heads and {mixer.n_kv_heads} key-value heads of {mixer.head_dim} at hidden size "
-                f"{spec.hidden_size}"
-            )
-    return None
-
-
-def limit_of_untied_head(spec: ModelSpec) -> str | None:
-    """Says that llama.cpp's graph loads no file without a head of its own."""
-    if not spec.tied_embeddings:
-        return None
-    return "graph needs a head of its own, but this model's is tied to the embedding"
-
-
-def usual_settings(spec: ModelSpec, *, n_experts: str, width: str, normalizes: str | None) -> dict[str, Any]:
-    """The settings of ``config.json`` that describe a model of alike layers, by key.
-
-    Args:
-        spec: the model.
-        n_experts: the key of the number of experts.
-        width: the key of their width.
-        normalizes: the key of the rule that weights are normalised; None: there is none.
-    """
-    mixer = grouped_query(spec)
-    found: dict[str, Any] = {
-        "num_hidden_layers": spec.n_layers,
-        "hidden_size": spec.hidden_size,
-        "num_attention_heads": mixer.n_heads,
-        "num_key_value_heads": mixer.n_kv_heads,
-        n_experts: spec.n_experts,
-        "num_experts_per_tok": spec.top_k,
-        width: spec.expert_width,
-        "vocab_size": spec.vocab_size,
-        "rms_norm_eps": spec.rms_norm_eps,
-    }
-    rules = {layer.routed.routing.normalizes for layer in spec.layers if layer.routed is not None}
-    if normalizes is not None and len(rules) == 1:
-        found[normalizes] = rules.pop()
-    return found | {"head_dim": mixer.head_dim}
-
-
-def moe_edited(
-    spec: ModelSpec, config: ConfigValues, *counts: str, other_spelling: str | None = None
-) -> dict[str, Any]:
-    """A ``config.json`` with a student's counts.
-
-    What is written is not quantized as the source may be.
-
-    Args:
-        spec: the student.
-        config: the source's settings.
-        counts: the keys of the family's settings that a student may have others of.
-        other_spelling: another key of the number of experts, which goes.
-    """
-    described = spec.family.settings(spec)
-    others = _edited(spec, config, absent={*counts, other_spelling})
-    return others | {key: described[key] for key in counts}
-
-
-_ONLY_WITH_EXPERTS = frozenset(
-    {
-        "num_experts",
-        "num_local_experts",
-        "num_experts_per_tok",
-        "moe_intermediate_size",
-        "norm_topk_prob",
-        "router_aux_loss_coef",
-        "router_jitter_noise",
-        "output_router_logits",
-        "decoder_sparse_step",
-        "mlp_only_layers",
-    }
-)
-
-
-def dense_settings(spec: ModelSpec) -> dict[str, Any]:
-    """The settings that describe a dense counterpart, by key."""
-    mixer, width = grouped_query(spec), max(layer.sizes.get("F", 0) for layer in spec.layers)
-    return {
-        "num_hidden_layers": spec.n_layers,
-        "hidden_size": spec.hidden_size,
-        "num_attention_heads": mixer.n_heads,
-        "num_key_value_heads": mixer.n_kv_heads,
-        "head_dim": mixer.head_dim,
-        "rms_norm_eps": spec.rms_norm_eps,
-        "vocab_size": spec.vocab_size,
-        "intermediate_size": width,
-    }
-
-
-def dense_edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:
-    """A ``config.json`` of a dense counterpart, which says nothing about experts.
-
-    Settings are written out where another class of transformers may have another default.
-    """
-    ends = spec.eos_token_ids
-    return {
-        **_edited(spec, config, absent=_ONLY_WITH_EXPERTS),
-        **dense_settings(spec),
-        "rope_scaling": None,
-        "rope_parameters": spec.rope.in_config(),
-        "bos_token_id": spec.bos_token_id,
-        "eos_token_id": list(ends) if len(ends) > 1 else (*ends, None)[0],
-        "pad_token_id": spec.pad_token_id,
-        "model_type": spec.family.model_type,
-        "architectures": [spec.family.architecture],
-    }
-
-
-def _edited(spec: ModelSpec, config: ConfigValues, absent: Iterable[str | None]) -> dict[str, Any]:
-    """The settings without those that go, and with the number of layers."""
-    gone = {*absent, "quantization_config"}
-    edited = {key: value for key, value in config.items() if key not in gone}
-    if edited.get("layer_types") is not None:
-        edited["layer_types"] = edited["layer_types"][: spec.n_layers]
-    edited["num_hidden_layers"] = spec.n_layers
-    edited["tie_word_embeddings"] = spec.tied_embeddings  # the weights may have had a head of their own
-    return edited

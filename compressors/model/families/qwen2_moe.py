@@ -7,11 +7,11 @@ from typing import Any
 
 from compressors.model.description.family import ConfigValues, Family, GgufFamily, GgufValue
 from compressors.model.description.family_settings import FamilySettings
-from compressors.model.description.feed_forward import Routed, Shared
+from compressors.model.description.feed_forward import Shared
 from compressors.model.description.routing import Routing
 from compressors.model.description.settings import Settings
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families import parts
+from compressors.model.families import llama_cpp, parts, written_config
 
 __all__ = ["FAMILY"]
 
@@ -45,14 +45,14 @@ def _read(file: Settings) -> ModelSpec:
     settings.ignore("intermediate_size", "sliding_window", "max_window_layers")  # of what was refused just now
     settings.refuse_what_no_family_can_do()
     n_experts = settings.count_of("num_local_experts", "num_experts")
-    experts = Routed(
+    experts = parts.routed_in_mlp(
         n_experts=n_experts,
         top_k=settings.top_k(n_experts),
         width=settings.count("moe_intermediate_size"),
         routing=Routing(normalizes=settings.flag("norm_topk_prob", default=False)),
         shared=Shared(settings.count("shared_expert_intermediate_size"), is_gated=True),
     )
-    attention = parts.attention(settings, windowed_by_itself=False)
+    attention = parts.attention(settings, window_switch="use_sliding_window")
     biases = parts.bias_tensors() if settings.flag("qkv_bias", default=True) else ()
     layer = parts.layer(settings, attention, experts, (*_TENSORS, *biases))
     return parts.model(settings, [layer] * settings.count("num_hidden_layers"))
@@ -61,7 +61,7 @@ def _read(file: Settings) -> ModelSpec:
 def _settings(spec: ModelSpec) -> ConfigValues:
     (shared,) = {layer.routed.shared for layer in spec.layers if layer.routed is not None}
     assert shared is not None
-    usual = parts.usual_settings(
+    usual = written_config.usual_settings(
         spec, n_experts="num_experts", width="moe_intermediate_size", normalizes="norm_topk_prob"
     )
     return {**usual, "shared_expert_intermediate_size": shared.width}
@@ -69,18 +69,18 @@ def _settings(spec: ModelSpec) -> ConfigValues:
 
 def _edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:
     counts = ("num_experts", "moe_intermediate_size", "num_experts_per_tok")
-    return parts.moe_edited(spec, config, *counts, other_spelling="num_local_experts")
+    return written_config.moe_edited(spec, config, *counts, other_spelling="num_local_experts")
 
 
 def _keys(spec: ModelSpec) -> Mapping[str, GgufValue]:
     (shared,) = {layer.routed.shared for layer in spec.layers if layer.routed is not None}
     assert shared is not None
-    keys = parts.usual_keys(spec, "expert_feed_forward_length")
+    keys = llama_cpp.usual_keys(spec, "expert_feed_forward_length")
     return {**keys, "expert_shared_feed_forward_length": shared.width}
 
 
 def _refusal(spec: ModelSpec) -> str | None:
-    return parts.normalization_refusal(spec, always=False) or parts.limit_of_untied_head(spec)
+    return llama_cpp.normalization_refusal(spec, always=False) or llama_cpp.limit_of_untied_head(spec)
 
 
 FAMILY = Family(

@@ -7,12 +7,11 @@ from typing import Any
 
 from compressors.model.description.family import ConfigValues, DenseForm, Family, GgufFamily, GgufValue
 from compressors.model.description.family_settings import FamilySettings
-from compressors.model.description.feed_forward import Routed
 from compressors.model.description.mixers import QkNorm
 from compressors.model.description.routing import Routing
 from compressors.model.description.settings import Settings
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families import parts
+from compressors.model.families import llama_cpp, parts, written_config
 
 __all__ = ["FAMILY"]
 
@@ -46,42 +45,42 @@ def _read(file: Settings) -> ModelSpec:
     settings.ignore("intermediate_size")  # of layers without experts
     settings.refuse_what_no_family_can_do()
     n_experts = settings.count_of("num_local_experts", "num_experts")
-    experts = Routed(
+    experts = parts.routed_in_mlp(
         n_experts=n_experts,
         top_k=settings.top_k(n_experts),
         width=settings.count("moe_intermediate_size"),
         routing=Routing(normalizes=settings.flag("norm_topk_prob", default=False)),
     )
-    attention = parts.attention(settings, QkNorm.PER_HEAD, windowed_by_itself=False)
+    attention = parts.attention(settings, QkNorm.PER_HEAD, window_switch="use_sliding_window")
     layer = parts.layer(settings, attention, experts, _TENSORS)
     return parts.model(settings, [layer] * settings.count("num_hidden_layers"))
 
 
 def _settings(spec: ModelSpec) -> ConfigValues:
-    return parts.usual_settings(
+    return written_config.usual_settings(
         spec, n_experts="num_experts", width="moe_intermediate_size", normalizes="norm_topk_prob"
     )
 
 
 def _edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:
     counts = ("num_experts", "moe_intermediate_size", "num_experts_per_tok")
-    return parts.moe_edited(spec, config, *counts, other_spelling="num_local_experts")
+    return written_config.moe_edited(spec, config, *counts, other_spelling="num_local_experts")
 
 
 def _keys(spec: ModelSpec) -> Mapping[str, GgufValue]:
-    return parts.usual_keys(spec, "expert_feed_forward_length")
+    return llama_cpp.usual_keys(spec, "expert_feed_forward_length")
 
 
 def _refusal(spec: ModelSpec) -> str | None:
-    return parts.normalization_refusal(spec, always=True)
+    return llama_cpp.normalization_refusal(spec, always=True)
 
 
 _QWEN3 = Family(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
-    edited=parts.dense_edited,
-    settings=parts.dense_settings,
-    gguf=GgufFamily("qwen3", parts.usual_keys),
+    edited=written_config.dense_edited,
+    settings=written_config.dense_settings,
+    gguf=GgufFamily("qwen3", llama_cpp.usual_keys),
 )
 
 FAMILY = Family(

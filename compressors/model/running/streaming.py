@@ -19,7 +19,6 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from compressors.model.description.roles import Role
-from compressors.model.errors import InputError
 from compressors.model.running.expert_choice import ExpertChoice, choosing
 from compressors.model.running.hidden_states import HiddenStates
 from compressors.model.running.layers import LayerReader, LayerWeights, layer_bytes, refuse_not_finite
@@ -32,6 +31,7 @@ from compressors.model.running.memory import (
     place,
     positions_at_once,
 )
+from compressors.model.running.not_finite import not_finite_error
 from compressors.model.running.skeleton import Skeleton
 from compressors.model.running.trained_experts import TrainedExperts, scaled
 from compressors.model.sources.student import Student
@@ -39,7 +39,7 @@ from compressors.model.sources.student import Student
 if TYPE_CHECKING:
     from transformers import Cache
 
-__all__ = ["LayerObserver", "NotFiniteError", "StreamedModel", "TokenGroup", "TrainableTensors", "factors_name"]
+__all__ = ["LayerObserver", "StreamedModel", "TokenGroup", "TrainableTensors", "factors_name"]
 __all__ += ["position_chunks"]
 
 TrainableTensors = Mapping[tuple[Role, int | None], torch.Tensor]
@@ -51,10 +51,6 @@ LayerObserver = Callable[[int, nn.Module], AbstractContextManager[Any]]
 def factors_name(role: Role) -> str:
     """The name of the factors of a role's matrix among the trained tensors."""
     return f"{role} factors"
-
-
-class NotFiniteError(InputError):
-    """The computation, not the weights, made a value that is not finite."""
 
 
 @dataclass(frozen=True)
@@ -339,34 +335,9 @@ class StreamedModel:
             rows = source.read(blocks).to(self.device)
             output = self.run_layer(layer, rows)
             if not torch.isfinite(output.sum(dtype=torch.float32)) and not torch.isfinite(output).all():
-                raise self._not_finite(index, layer, rows)
+                raise not_finite_error(self.student, index, layer, rows, self.run_layer)
             if target is not None:
                 target.write(blocks, output.to("cpu"))
-
-    def _not_finite(self, index: int, layer: nn.Module, rows_BTD: torch.Tensor) -> NotFiniteError:
-        """Says which layer and expert made a value that is not finite, by running the layer once more."""
-        routed = self.spec.layers[index].routed
-        makers: list[str] = []
-
-        def watch_router(_router: nn.Module, inputs: tuple[torch.Tensor, ...], _outputs: Any) -> None:
-            if not torch.isfinite(inputs[0]).all():
-                makers.append("its attention")
-
-        def watch_expert(expert: int, _gates: torch.Tensor, _hidden: torch.Tensor, outputs_nD: torch.Tensor) -> None:
-            if not torch.isfinite(outputs_nD).all():
-                makers.append(f"expert {expert}")
-
-        if routed is not None:
-            handle = layer.get_submodule(routed.router_module).register_forward_hook(watch_router)
-            layer.get_submodule(routed.experts_module).observer = watch_expert  # type: ignore[assignment]
-            self.run_layer(layer, rows_BTD)
-            handle.remove()
-        made_by = makers[0] if makers else "a sum of large values"
-        dtype = str(rows_BTD.dtype).removeprefix("torch.")
-        return NotFiniteError(
-            f"{self.student.source.folder}: layer {index} turns the text into NaN or infinite values, first in "
-            f"{made_by}; the checkpoint is damaged there, or does not work in {dtype}"
-        )
 
     def _place(self, hidden_bytes: int) -> Placement:
         """The placement of weights and hidden states; the first call decides it for all later ones."""

@@ -10,6 +10,7 @@ from torch import nn
 from compressors.model.description.feed_forward import Routed
 from compressors.model.description.glu import SWIGLU, Activation, Glu
 from compressors.model.description.routing import GroupScore, Routing, Score
+from compressors.model.families.parts import routed_in_mlp
 
 __all__ = ["CASES", "OTHERS", "MoeCase", "layers_with_experts"]
 
@@ -31,7 +32,7 @@ class MoeCase:
 
     def routed(self) -> Routed:
         """The description of the feed-forward."""
-        return Routed(n_experts=8, top_k=3, width=16, routing=self.routing, glu=self.glu, **self.modules)  # type: ignore[arg-type]
+        return routed_in_mlp(n_experts=8, top_k=3, width=16, routing=self.routing, glu=self.glu, **self.modules)
 
 
 _RAW = Routing(normalizes=False)

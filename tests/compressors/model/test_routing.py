@@ -118,7 +118,9 @@ def _package(model_type: str) -> str:
 
 
 def test_no_rule_is_phimoes() -> None:
-    (call, *_) = _calls(tiny_model("phimoe"), Routed(8, 2, 48, Routing(), router_module="mlp.router"))
+    (call, *_) = _calls(
+        tiny_model("phimoe"), Routed(8, 2, 48, Routing(), router_module="mlp.router", experts_module="mlp.experts")
+    )
     for routing in (
         Routing(),
         Routing(normalizes=False),

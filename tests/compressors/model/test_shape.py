@@ -12,7 +12,6 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from compressors.model.description.feed_forward import Routed
 from compressors.model.description.mixers import GroupedQuery, QkNorm
 from compressors.model.description.roles import Role
 from compressors.model.description.rope import Rope, RopeKind
@@ -20,6 +19,7 @@ from compressors.model.description.routing import Routing
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.families.config import read_spec
+from compressors.model.families.parts import routed_in_mlp
 from compressors.model.families.registry import supported_families
 
 Read = Callable[..., ModelSpec]
@@ -70,7 +70,7 @@ def test_qwen3_moe_is_read(fine_folder: Path) -> None:
         qk_norm=QkNorm.PER_HEAD,
     )
     # moe_intermediate_size, not intermediate_size
-    assert layer.feed_forward == Routed(n_experts=32, top_k=4, width=128, routing=Routing(normalizes=True))
+    assert layer.feed_forward == routed_in_mlp(n_experts=32, top_k=4, width=128, routing=Routing(normalizes=True))
     assert (spec.model_type, spec.hidden_size, spec.vocab_size) == ("qwen3_moe", 256, 4096)
     assert (spec.context_length, spec.rms_norm_eps, spec.tied_embeddings) == (2048, 1e-6, True)
     assert (spec.bos_token_id, spec.eos_token_ids, spec.pad_token_id) == (0, (0,), 0)

@@ -15,7 +15,7 @@ _PROJECTIONS = (Role.SHARED_GATE, Role.SHARED_UP, Role.SHARED_DOWN)
 
 def add_shared(layer: LayerNodes, shared: Shared, glu: Glu, normed: str) -> str:
     """Adds the shared expert's nodes; returns its output, multiplied by its gate if it has one."""
-    name = f"{layer.prefix}shared_expert"
+    name = f"{layer.prefix}shared"
     if not shared.is_gated:
         return add_neurons(layer, _PROJECTIONS, glu, normed, name)
     output = add_neurons(layer, _PROJECTIONS, glu, normed, f"{name}.ungated")

@@ -1,0 +1,68 @@
+"""Keys of GGUF files, and limits of llama.cpp's graphs, that many families share."""
+
+from __future__ import annotations
+
+from compressors.model.description.family import GgufValue
+from compressors.model.description.spec import ModelSpec
+from compressors.model.families.parts import grouped_query
+
+__all__ = ["limit_of_square_attention", "limit_of_untied_head", "normalization_refusal", "usual_keys"]
+
+
+def usual_keys(spec: ModelSpec, width_key: str = "feed_forward_length") -> dict[str, GgufValue]:
+    """The keys of a model of alike layers with grouped-query attention, under llama.cpp's architecture.
+
+    ``LLM_KV_NAMES`` in ``src/llama-arch.cpp``.
+
+    Args:
+        spec: the model as it is written.
+        width_key: the key of the width of its feed-forward.
+    """
+    mixer, feed_forward = grouped_query(spec), spec.layers[0].feed_forward
+    assert feed_forward is not None
+    values: dict[str, GgufValue] = {
+        "block_count": spec.n_layers,
+        "context_length": spec.context_length,
+        "embedding_length": spec.hidden_size,
+        width_key: feed_forward.width,
+        "attention.head_count": mixer.n_heads,
+        "attention.head_count_kv": mixer.n_kv_heads,
+        "attention.key_length": mixer.head_dim,
+        "attention.value_length": mixer.head_dim,
+        "attention.layer_norm_rms_epsilon": spec.rms_norm_eps,
+        "rope.freq_base": mixer.rope.theta,
+        "rope.dimension_count": mixer.rope.width,
+    }
+    if spec.n_experts:
+        values |= {"expert_count": spec.n_experts, "expert_used_count": spec.top_k}
+    return values | {"vocab_size": spec.vocab_size}
+
+
+def normalization_refusal(spec: ModelSpec, *, always: bool) -> str | None:
+    """Says that llama.cpp's graph always, or never, normalises, and the model does otherwise."""
+    rules = {routed.routing.normalizes for layer in spec.layers if (routed := layer.routed) is not None}
+    if rules <= {always}:
+        return None
+    return (
+        f"graph {'always' if always else 'never'} normalises the weights of the chosen experts, but this model has "
+        f"normalize_top_k = {not always}"
+    )
+
+
+def limit_of_square_attention(spec: ModelSpec) -> str | None:
+    """Says that llama.cpp's graph loads queries and keys only as [D, D], and the model's are of other sizes."""
+    for mixer in (grouped_query(spec, index) for index in range(spec.n_layers)):
+        if {mixer.n_heads * mixer.head_dim, mixer.n_kv_heads * mixer.head_dim} != {spec.hidden_size}:
+            return (
+                "graph needs queries and keys as wide as the hidden size; this model has "
+                f"{mixer.n_heads} heads and {mixer.n_kv_heads} key-value heads of {mixer.head_dim} at hidden size "
+                f"{spec.hidden_size}"
+            )
+    return None
+
+
+def limit_of_untied_head(spec: ModelSpec) -> str | None:
+    """Says that llama.cpp's graph loads no file without a head of its own."""
+    if not spec.tied_embeddings:
+        return None
+    return "graph needs a head of its own, but this model's is tied to the embedding"

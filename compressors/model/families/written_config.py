@@ -1,0 +1,118 @@
+"""Settings of ``config.json`` that many families share: those that describe a model, and those of a student."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from compressors.model.description.family import ConfigValues
+from compressors.model.description.spec import ModelSpec
+from compressors.model.families.parts import grouped_query
+
+__all__ = ["dense_edited", "dense_settings", "moe_edited", "usual_settings"]
+
+
+def usual_settings(spec: ModelSpec, *, n_experts: str, width: str, normalizes: str | None) -> dict[str, Any]:
+    """The settings of ``config.json`` that describe a model of alike layers, by key.
+
+    Args:
+        spec: the model.
+        n_experts: the key of the number of experts.
+        width: the key of their width.
+        normalizes: the key of the rule that weights are normalised; None: there is none.
+    """
+    mixer = grouped_query(spec)
+    found: dict[str, Any] = {
+        "num_hidden_layers": spec.n_layers,
+        "hidden_size": spec.hidden_size,
+        "num_attention_heads": mixer.n_heads,
+        "num_key_value_heads": mixer.n_kv_heads,
+        n_experts: spec.n_experts,
+        "num_experts_per_tok": spec.top_k,
+        width: spec.expert_width,
+        "vocab_size": spec.vocab_size,
+        "rms_norm_eps": spec.rms_norm_eps,
+    }
+    rules = {layer.routed.routing.normalizes for layer in spec.layers if layer.routed is not None}
+    if normalizes is not None and len(rules) == 1:
+        found[normalizes] = rules.pop()
+    return found | {"head_dim": mixer.head_dim}
+
+
+def moe_edited(
+    spec: ModelSpec, config: ConfigValues, *counts: str, other_spelling: str | None = None
+) -> dict[str, Any]:
+    """A ``config.json`` with a student's counts.
+
+    What is written is not quantized as the source may be.
+
+    Args:
+        spec: the student.
+        config: the source's settings.
+        counts: the keys of the family's settings that a student may have others of.
+        other_spelling: another key of the number of experts, which goes.
+    """
+    described = spec.family.settings(spec)
+    others = _edited(spec, config, absent={*counts, other_spelling})
+    return others | {key: described[key] for key in counts}
+
+
+_ONLY_WITH_EXPERTS = frozenset(
+    {
+        "num_experts",
+        "num_local_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "norm_topk_prob",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "output_router_logits",
+        "decoder_sparse_step",
+        "mlp_only_layers",
+    }
+)
+
+
+def dense_settings(spec: ModelSpec) -> dict[str, Any]:
+    """The settings that describe a dense counterpart, by key."""
+    mixer, width = grouped_query(spec), max(layer.sizes.get("F", 0) for layer in spec.layers)
+    return {
+        "num_hidden_layers": spec.n_layers,
+        "hidden_size": spec.hidden_size,
+        "num_attention_heads": mixer.n_heads,
+        "num_key_value_heads": mixer.n_kv_heads,
+        "head_dim": mixer.head_dim,
+        "rms_norm_eps": spec.rms_norm_eps,
+        "vocab_size": spec.vocab_size,
+        "intermediate_size": width,
+    }
+
+
+def dense_edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:
+    """A ``config.json`` of a dense counterpart, which says nothing about experts.
+
+    Settings are written out where another class of transformers may have another default.
+    """
+    ends = spec.eos_token_ids
+    return {
+        **_edited(spec, config, absent=_ONLY_WITH_EXPERTS),
+        **dense_settings(spec),
+        "rope_scaling": None,
+        "rope_parameters": spec.rope.in_config(),
+        "bos_token_id": spec.bos_token_id,
+        "eos_token_id": list(ends) if len(ends) > 1 else (*ends, None)[0],
+        "pad_token_id": spec.pad_token_id,
+        "model_type": spec.family.model_type,
+        "architectures": [spec.family.architecture],
+    }
+
+
+def _edited(spec: ModelSpec, config: ConfigValues, absent: Iterable[str | None]) -> dict[str, Any]:
+    """The settings without those that go, and with the number of layers."""
+    gone = {*absent, "quantization_config"}
+    edited = {key: value for key, value in config.items() if key not in gone}
+    if edited.get("layer_types") is not None:
+        edited["layer_types"] = edited["layer_types"][: spec.n_layers]
+    edited["num_hidden_layers"] = spec.n_layers
+    edited["tie_word_embeddings"] = spec.tied_embeddings  # the weights may have had a head of their own
+    return edited
