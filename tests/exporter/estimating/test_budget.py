@@ -23,7 +23,7 @@ _KvType = Literal["f16", "f32", "q8_0", "q4_0"]
 def _cached_values(folder: Path) -> int:
     """Values of one token in the cache: layers, key and value, heads, values of a head."""
     spec = Checkpoint(folder).spec
-    return spec.n_layers * 2 * spec.n_kv_heads * spec.head_dim
+    return sum(layer.mixer.cached_values for layer in spec.layers)
 
 
 def _predict(
