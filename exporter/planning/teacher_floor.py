@@ -19,6 +19,7 @@ from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, Student
 from exporter.estimating.budget import predict
 from exporter.estimating.prediction import Prediction
+from exporter.planning.compression import layers_with_experts
 from exporter.planning.recipe import FileChoice, Recipe
 
 __all__ = ["TeacherFloor", "choose_teacher_floor", "exact_type", "first_layers"]
@@ -61,13 +62,16 @@ def choose_teacher_floor(
         found = prediction(n_layers)
         return PROCESS_BYTES + found.total > memory_bytes // _SHARE or found.file > disk_bytes // _SHARE
 
+    fewest = layers_with_experts(checkpoint.spec)[0] + 1  # a container need not hold a model without experts
     try:
-        prediction(1)
+        prediction(fewest)
     except UnsupportedError:  # the student may be something else, such as fewer experts than llama.cpp's limit
         return None
-    n_layers = bisect_left(range(1, checkpoint.spec.n_layers + 1), True, key=is_too_large)
-    if n_layers == 0:
+    possible = range(fewest, checkpoint.spec.n_layers + 1)
+    n_possible = bisect_left(possible, True, key=is_too_large)
+    if n_possible == 0:
         return None
+    n_layers = possible[n_possible - 1]
     return TeacherFloor(weight_type, n_layers, _CHUNKS, prediction(n_layers).file)
 
 

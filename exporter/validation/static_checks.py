@@ -64,15 +64,22 @@ def expected_spec(file: ModelFile, source: ModelSpec) -> ModelSpec | None:
     n_layers, n_experts = facts.n_layers, facts.n_experts
     gguf = GgufFile(file.path) if file.format == "gguf" else None
     if gguf is not None and "split.count" not in gguf.metadata:  # by its tensors: what it says of them may be wrong
-        entries = gguf.tensors.values()
-        layers = [int(entry.name.split(".")[1]) for entry in entries if re.match(r"blk\.\d+\.", entry.name)]
+        layers = [int(name.split(".")[1]) for name in gguf.tensors if re.match(r"blk\.\d+\.", name)]
         n_layers = max(layers, default=-1) + 1
-        n_experts = next((entry.shape[0] for entry in entries if len(entry.shape) == 3), None)
+        n_experts = max((_experts_in(gguf, source, layer) for layer in range(n_layers)), default=0)
     if not n_experts or not n_layers:
         return None
     if (n_experts, n_layers) == (source.n_experts, source.n_layers):
         return source
-    return source.with_sizes([MoeSize(n_experts, source.expert_width)] * n_layers)
+    like = [min(layer, source.n_layers - 1) for layer in range(n_layers)]  # the file may have more layers
+    return source.with_sizes([MoeSize(n_experts, source.expert_width)] * n_layers, like)
+
+
+def _experts_in(gguf: GgufFile, source: ModelSpec, layer: int) -> int:
+    """The number of experts in a layer of a file, by the shape of a tensor that holds them all; 0 if it has none."""
+    names = {each.gguf.name for described in source.layers for each in described.expert_tensors}
+    found = [gguf.tensors.get(name.format(layer=layer)) for name in sorted(names)]
+    return max((entry.shape[0] for entry in found if entry is not None and len(entry.shape) == 3), default=0)
 
 
 def check_description(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import pytest
 
 from compressors.model.errors import InputError
+from compressors.model.files.kv_types import KvType
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import Student
 from exporter.estimating.budget import predict, runtime_reserve
@@ -17,17 +17,15 @@ from exporter.writing.gguf.writer import write_gguf
 from exporter.writing.onnx.writer import write_onnx
 from validate.runtimes.measure import measure_base
 
-_KvType = Literal["f16", "f32", "q8_0", "q4_0"]
-
 
 def _cached_values(folder: Path) -> int:
     """Values of one token in the cache: layers, key and value, heads, values of a head."""
     spec = Checkpoint(folder).spec
-    return spec.n_layers * 2 * spec.n_kv_heads * spec.head_dim
+    return sum(layer.mixer.cached_values for layer in spec.layers)
 
 
 def _predict(
-    folder: Path, artifact: str, weight_type: str, *, context: int = 1024, kv_type: _KvType = "f16", threads: int = 1
+    folder: Path, artifact: str, weight_type: str, *, context: int = 1024, kv_type: KvType = "f16", threads: int = 1
 ) -> Prediction:
     budget = BudgetChoice(bytes=1, kind="total", context=context, kv_type=kv_type)
     return predict(artifact, folder, "tiny", Checkpoint(folder).spec, FileChoice(mix=weight_type), budget, threads)
@@ -53,14 +51,14 @@ def test_the_predicted_onnx_is_the_written_one(family_folder: Path, tmp_path: Pa
 
 @pytest.mark.parametrize(("kv_type", "bytes_per_32"), [("f32", 128), ("f16", 64), ("q8_0", 34), ("q4_0", 18)])
 def test_llama_cpp_s_cache_has_the_type_that_was_asked_for(
-    family_folder: Path, kv_type: _KvType, bytes_per_32: int
+    family_folder: Path, kv_type: KvType, bytes_per_32: int
 ) -> None:
     prediction = _predict(family_folder, "gguf", "Q8_0", kv_type=kv_type)
     assert prediction.kv_cache == 1024 * _cached_values(family_folder) * bytes_per_32 // 32
 
 
 @pytest.mark.parametrize("kv_type", ["f16", "q4_0"])
-def test_onnx_runtime_s_cache_is_float32_whatever_was_asked_for(family_folder: Path, kv_type: _KvType) -> None:
+def test_onnx_runtime_s_cache_is_float32_whatever_was_asked_for(family_folder: Path, kv_type: KvType) -> None:
     assert _predict(family_folder, "onnx", "Q4_0", kv_type=kv_type).kv_cache == 1024 * _cached_values(family_folder) * 4
 
 

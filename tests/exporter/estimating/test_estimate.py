@@ -281,7 +281,7 @@ def test_memory_does_not_grow_with_depth_and_fits_the_promises(plan: Plan) -> No
     assert memory_lines(altered(qwen, n_layers=6), qwen, 2) == memory_lines(qwen, qwen, 2)
     few_wide = altered(olmoe, hidden_size=4096, n_experts=2, top_k=1, expert_width=14336)
     widest = memory_lines(few_wide, few_wide, 2)["what enters an expert, while its codes are chosen"]
-    assert 8 * 4 * 14336**2 < widest + 2 * 2 * few_wide.layer_parameters + 0.6e9 < 12 * 4 * 14336**2
+    assert 8 * 4 * 14336**2 < widest + 2 * 2 * few_wide.layers[0].parameters + 0.6e9 < 12 * 4 * 14336**2
     wide = replace(plan.teacher_spec, vocab_size=1_000_000)
     assert memory_lines(wide, wide, 2)["the head"] == 2 * 2 * 1_000_000 * wide.hidden_size
 

@@ -6,15 +6,17 @@ import json
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import yaml
 
-from compressors.model.files.kv_types import KV_TYPES
+from compressors.model.files.kv_types import KV_TYPES, bytes_per_value, is_quantized, values_per_block
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import Student
+from exporter.planning.recipe import BudgetChoice
 from exporter.writing.gguf.writer import write_gguf
 from validate.report.run import llama_cpp_python_command
 from validate.runtimes.llama_cpp import QUANTIZED_KV_TYPES, LlamaCppBackend
@@ -69,3 +71,14 @@ def test_routing_is_read_beside_a_quantized_cache(
         assert (output.routing.experts_LTK[0, 0] == exact.routing.experts_LTK[0, 0]).all()
         same = np.sort(output.routing.experts_LTK) == np.sort(exact.routing.experts_LTK)
         assert 0.7 < same.mean() < 1
+
+
+def test_facts_about_the_types_follow_from_ggml_s_blocks() -> None:
+    assert {name: (float(bytes_per_value(name)), values_per_block(name)) for name in KV_TYPES} == {
+        "f32": (4.0, 1),
+        "f16": (2.0, 1),
+        "q8_0": (34 / 32, 32),
+        "q4_0": (18 / 32, 32),
+    }
+    assert [name for name in KV_TYPES if is_quantized(name)] == ["q8_0", "q4_0"]
+    assert tuple(KV_TYPES) == get_args(BudgetChoice.model_fields["kv_type"].annotation)

@@ -13,12 +13,13 @@ import numpy.typing as npt
 import pytest
 
 from compressors.model.sources.checkpoint import Checkpoint
-from compressors.model.sources.student import Student
+from compressors.model.sources.student import ExpertMap, Student
 from exporter.publishing.deviations import Deviation
-from exporter.validation.static_checks import check_description
+from exporter.validation.static_checks import check_description, expected_spec
 from exporter.writing.gguf.writer import write_gguf
 from exporter.writing.onnx.clients import write_client_files
 from exporter.writing.onnx.writer import write_onnx
+from tests.altered import with_dense_layers
 from validate.files.model_file import ModelFile
 
 _BASE, _END = 0, 2  # <|endoftext|> and <|im_end|> of the bundled tokenizer
@@ -47,6 +48,16 @@ def graph(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("onnx")
     write_onnx(Student.teacher(Checkpoint(source)), "Q4_0", folder, threads=1)
     return folder
+
+
+def test_the_expected_shape_follows_from_the_file(source: Path, tmp_path: Path) -> None:
+    """By the tensors of experts: another tensor of three dimensions does not count."""
+    checkpoint = Checkpoint(source)
+    kept = ExpertMap.keeping(32, [(0, 3, 5, 7, 9)])
+    write_gguf(Student(checkpoint, kept), "F16", tmp_path / "five.gguf", name="five", threads=1)
+    file = ModelFile("gguf", tmp_path / "five.gguf")
+    assert expected_spec(file, checkpoint.spec) == checkpoint.spec.with_experts(5)
+    assert expected_spec(file, with_dense_layers(checkpoint.spec, 1)) is None
 
 
 def _symptoms(file: ModelFile, source: Path, tokens: npt.NDArray[np.int64]) -> list[str]:

@@ -42,6 +42,21 @@ def test_identical_routing_agrees_completely() -> None:
     assert _agreement(tokens, tokens, ExpertMap.keeping(4, ((0, 1, 2, 3),))) == pytest.approx(wanted)
 
 
+def test_layers_that_never_had_experts_say_nothing() -> None:
+    """A leading dense layer, then one whose expert 0 was dropped: of the token's two experts the student keeps one."""
+    nothing: _Layer = [((-1, -1), (0.0, 0.0)), ((-1, -1), (0.0, 0.0))]
+    reference = _routing(nothing, [((0, 1), (0.75, 0.25)), ((1, 2), (0.5, 0.5))])
+    student = _routing(nothing, [((0, 1), (0.9, 0.1)), ((1, 0), (0.6, 0.4))])
+    experts = ExpertMap(3, (LayerMap(0, ()), LayerMap(1, ((1,), (2,)))))
+    found = routing_agreement(reference, student, experts, n_chunks=2)
+    first, second = found.layers
+    assert first is None and second is not None
+    assert (second.overlap, second.exact, second.kept_gate_weight) == (1.0, 1.0, (0.25 + 1.0) / 2)
+    assert found.mean("kept_gate_weight") == second.kept_gate_weight
+    assert found.figures()["per_layer"][0] is None
+    assert routing_agreement(student, student).mean("overlap") == 1.0
+
+
 def test_disjoint_routing_does_not_agree() -> None:
     reference: _Layer = [((0, 1), (0.7, 0.3))]
     model: _Layer = [((2, 3), (0.7, 0.3))]
