@@ -39,6 +39,7 @@ class Routed:
             its ``weight`` [E, D]; where a family's router does more before that, a module inside of the router.
         experts_module: the module there that is called with (hidden states, chosen experts, weights).
         block_module: the module there that holds both; it goes when a layer loses its experts.
+        block_outputs: the values that it returns, the first of which is what it adds; 1: that alone, in no tuple.
         selection_bias: the name there of the vector that is added to the scores for the choice, where the rule has one.
         expert_scale: the name there of the factors of the weights, one for each expert, where the rule has them.
     """
@@ -52,6 +53,7 @@ class Routed:
     router_module: str = "mlp.gate"
     experts_module: str = "mlp.experts"
     block_module: str = "mlp"
+    block_outputs: int = 1
     selection_bias: str | None = None
     expert_scale: str | None = None
 

@@ -92,6 +92,7 @@ def attention(
     qk_norm: QkNorm = QkNorm.NONE,
     *,
     default_theta: float = 10_000.0,
+    default_rope: ConfigValues | None = None,
     windowed_by_itself: bool = True,
 ) -> GroupedQuery:
     """Grouped-query attention whose heads are turned whole.
@@ -100,6 +101,7 @@ def attention(
         settings: of the family.
         qk_norm: the norms of queries and keys.
         default_theta: transformers' default of the rotary embedding's base.
+        default_rope: transformers' default of its other settings; None: nothing is scaled.
         windowed_by_itself: a ``sliding_window`` counts without ``use_sliding_window``.
     """
     n_heads, n_kv_heads, head_dim = settings.heads()
@@ -107,7 +109,7 @@ def attention(
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
-        rope=settings.rope(head_dim, RopeRule(default_theta)),
+        rope=settings.rope(head_dim, RopeRule(default_theta, default=default_rope)),
         scale=1 / math.sqrt(head_dim),
         qk_norm=qk_norm,
         window=settings.window(by_itself=windowed_by_itself),
