@@ -35,7 +35,7 @@ class Fused:
         is_only_form: no checkpoint holds each expert by itself; the name that such a tensor goes by is in no file.
         is_interleaved: the parts' rows alternate: the first row of each part, then the second of each.
         is_transposed: the tensor is [E, columns, n_parts * rows].
-        may_be_mxfp4: there are checkpoints that hold it as MXFP4 (:mod:`compressors.model.files.mxfp4`), not transposed.
+        may_be_mxfp4: some checkpoints hold it as MXFP4 (:mod:`compressors.model.files.mxfp4`), not transposed.
     """
 
     name: str

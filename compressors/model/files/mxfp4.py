@@ -21,7 +21,7 @@ BLOCK = 32
 MXFP4_SUFFIXES = _BLOCKS, _SCALES = "_blocks", "_scales"
 """The ends of the names of the two tensors."""
 
-_BIAS = 127
+_BY_SCALE = torch.tensor([2.0 ** (scale - 127) for scale in range(256)])
 _MAGNITUDES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 _BY_CODE = torch.cat([_MAGNITUDES, -_MAGNITUDES])
 _BYTES = torch.arange(256)
@@ -47,7 +47,7 @@ def dequantize_mxfp4(blocks_RK16: torch.Tensor, scales_RK: torch.Tensor, out: to
         out: of any strides.
     """
     values = _BY_BYTE.index_select(0, blocks_RK16.flatten().int()).view(*scales_RK.shape, BLOCK)
-    factors_RK = torch.ldexp(torch.ones(()), scales_RK.int() - _BIAS)
+    factors_RK = _BY_SCALE.index_select(0, scales_RK.flatten().int()).view(scales_RK.shape)
     out.copy_(values.mul_(factors_RK[..., None]).flatten(-2))
 
 

@@ -252,8 +252,9 @@ class Checkpoint:
         has_dtype = f"{header.file}: tensor {name} has dtype {header.format}"
         if header.format == FLOAT8 and self.block_scaled is None:
             return f"{has_dtype}, but config.json has no quantization_config; without, only {_READ} are read"
-        if header.format == _CODES and self._mxfp4_dtype is not None and name.endswith(MXFP4_SUFFIXES):
-            return None
+        if self._mxfp4_dtype is not None and name.endswith(MXFP4_SUFFIXES):
+            is_right = header.format == _CODES
+            return None if is_right else f"{has_dtype}; codes and scales of MXFP4 are {_CODES}"
         if header.format not in (*_FORMATS, FLOAT8):
             return f"{has_dtype}; only {_READ}, and {FLOAT8} with scales of blocks, are read: {GIVE_THE_ORIGINAL}"
         return None
