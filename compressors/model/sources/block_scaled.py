@@ -126,7 +126,7 @@ def read_block_scaled(folder: Path) -> BlockScaled | None:
         return None
     config = read_json(path)
     settings = _quantization(config)
-    if settings is None or _method(settings) == _MXFP4:
+    if settings is None or (_method(settings) == _MXFP4 and "text_config" not in config):
         return None
     problem = _why_not_read(settings) if _method(settings) == "fp8" else ""
     if problem is not None:
