@@ -49,7 +49,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "rope_type": spec.rope.kind.value,
         "tied_embeddings": spec.tied_embeddings,
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
-        "stored_as": None if checkpoint.block_scaled is None else str(checkpoint.block_scaled),
+        "stored_as": checkpoint.stored_as,
         "notes": list(checkpoint.notes),
         "weight_files": len(checkpoint.files),
         "parameters": spec.parameters,

@@ -25,6 +25,7 @@ from torch.nn import functional
 from compressors.calibration.layer_inputs import LayerInputs
 from compressors.calibration.matrix_inputs import watching_inputs
 from compressors.model.description.feed_forward import Routed
+from compressors.model.description.gate_order import gates_first
 from compressors.model.description.glu import Glu
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import LayerSpec, ModelSpec
@@ -101,8 +102,8 @@ class SecondMoments:
         """
         seen, described = _Seen(), self.spec.layers[index]
         n_blocks, n_block_tokens, _ = self._inputs.shape
-        sums = _LayerSums(n_blocks * n_block_tokens)
         weights = _without_experts(self._student, index)
+        sums = _LayerSums(n_blocks * n_block_tokens, weights.others.get(Role.EXPERT_GATE_UP_BIAS))
         with self._model.layer(index, weights, self._dtype) as layer, _watched(layer, described, seen):
             for part in self._in_parts(partial(self._run, index, layer, seen)):
                 sums.add(part)
@@ -153,13 +154,22 @@ class ExpertInputs:
         chosen_TK: the experts that each token goes to.
         glu: the function between an expert's products.
         all_tokens: the moments of all rows.
+        bias_EF: the biases of gate and up, [E, 2F], gates first; None: there are none.
     """
 
-    def __init__(self, inputs_TD: torch.Tensor, chosen_TK: torch.Tensor, glu: Glu, all_tokens: Moments) -> None:
+    def __init__(
+        self,
+        inputs_TD: torch.Tensor,
+        chosen_TK: torch.Tensor,
+        glu: Glu,
+        all_tokens: Moments,
+        bias_EF: torch.Tensor | None = None,
+    ) -> None:
         self._inputs_TD = inputs_TD
         self._chosen_TK = chosen_TK
         self._glu = glu
         self.all_tokens = all_tokens
+        self._bias_EF = bias_EF
 
     def gate_up(self, expert: int) -> Moments:
         """The moments of the inputs of an expert's gate and up projection: over its tokens alone."""
@@ -171,8 +181,9 @@ class ExpertInputs:
         """The moments of the inputs of its down projection, computed from its tokens with the given gate and up."""
         tokens_n = self._tokens(expert)
         gate_FD, up_FD = gate_FD.float(), up_FD.float()
+        gate_F, up_F = (None, None) if self._bias_EF is None else self._bias_EF[expert].float().chunk(2)
         rows = (
-            self._glu.torch_apply(part_nD @ gate_FD.T, part_nD @ up_FD.T)
+            self._glu.torch_apply(functional.linear(part_nD, gate_FD, gate_F), functional.linear(part_nD, up_FD, up_F))
             for part_nD in (self._inputs_TD[part].float() for part in tokens_n.split(ROWS_AT_ONCE))
         )
         return Moments.of_sum(_sum_of_products(rows, len(gate_FD)), len(tokens_n))
@@ -202,8 +213,9 @@ class _LayerPart:
 class _LayerSums:
     """The parts of one layer, added up in their order."""
 
-    def __init__(self, n_tokens: int) -> None:
+    def __init__(self, n_tokens: int, gate_up_bias_EF: torch.Tensor | None) -> None:
         self._n_tokens = n_tokens
+        self._bias_EF = None if gate_up_bias_EF is None else gates_first(gate_up_bias_EF)
         self._n_added = 0
         self._totals: dict[Role, torch.Tensor] = {}
         self._experts: list[torch.Tensor] = []
@@ -224,7 +236,7 @@ class _LayerSums:
         if routed is None:
             return LayerMoments(found, None)
         inputs_TD, chosen_TK = self._experts
-        experts = ExpertInputs(inputs_TD, chosen_TK, routed.glu, found.pop(_EXPERTS))
+        experts = ExpertInputs(inputs_TD, chosen_TK, routed.glu, found.pop(_EXPERTS), self._bias_EF)
         return LayerMoments(found, experts)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from compressors.calibration.statistics import LayerStatistics, StatisticsCollector
+from compressors.model.description.gate_order import gates_first, in_turn
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import NO_MOE, LayerSpec, MoeSize
 from compressors.model.running.hidden_states import HiddenStates
@@ -166,6 +167,8 @@ class LayerwiseCompression:
         overlay: dict[str, torch.Tensor] = {}
         if result.router_changed:
             overlay |= {student.name(role, index): values.contiguous() for role, values in _of_router(block).items()}
+        if result.changed_experts:
+            overlay |= {student.name(role, index): values.to(dtype) for role, values in _expert_biases(block).items()}
         for expert in sorted(result.changed_experts):
             projections = {
                 Role.EXPERT_GATE: block.gate(expert),
@@ -193,26 +196,38 @@ class LayerwiseCompression:
 def _block(layer: LayerSpec, weights: LayerWeights) -> MoeBlock:
     """A layer's router and routed experts."""
     assert layer.routed is not None
-    router = {role: values.float() for role, values in weights.others.items() if role in _ROUTER_ROLES}
+    vectors = {role: values.float() for role, values in weights.others.items() if role in _BLOCK_ROLES}
+    gate_up_bias_EF = vectors.get(Role.EXPERT_GATE_UP_BIAS)
     return MoeBlock(
-        router[Role.ROUTER],
+        vectors[Role.ROUTER],
         weights.gate_up_EFD,
         weights.down_EDF,
         layer.routed.top_k,
         layer.routed.routing,
         layer.routed.glu,
-        router.get(Role.ROUTER_BIAS),
-        router.get(Role.SELECTION_BIAS),
+        vectors.get(Role.ROUTER_BIAS),
+        vectors.get(Role.SELECTION_BIAS),
+        None if gate_up_bias_EF is None else gates_first(gate_up_bias_EF),
+        vectors.get(Role.EXPERT_DOWN_BIAS),
     )
 
 
 _ROUTER_ROLES = (Role.ROUTER, Role.ROUTER_BIAS, Role.SELECTION_BIAS)
+_BLOCK_ROLES = (*_ROUTER_ROLES, Role.EXPERT_GATE_UP_BIAS, Role.EXPERT_DOWN_BIAS)
 
 
 def _of_router(block: MoeBlock) -> dict[Role, torch.Tensor]:
     """The tensors of a block's router by role, float32."""
     tensors = (block.router_ED, block.router_bias_E, block.selection_bias_E)
     return {role: tensor for role, tensor in zip(_ROUTER_ROLES, tensors, strict=True) if tensor is not None}
+
+
+def _expert_biases(block: MoeBlock) -> dict[Role, torch.Tensor]:
+    """The experts' biases by role, in the order of files; none where the experts have none."""
+    if block.gate_up_bias_EF is None or block.down_bias_ED is None:
+        return {}
+    biases = {Role.EXPERT_GATE_UP_BIAS: in_turn(block.gate_up_bias_EF), Role.EXPERT_DOWN_BIAS: block.down_bias_ED}
+    return {role: values.contiguous() for role, values in biases.items()}
 
 
 def _then(first: CompressedBlock, second: CompressedBlock) -> CompressedBlock:
@@ -231,7 +246,7 @@ def _advance(
 ) -> None:
     """Takes the states through the layer with its compressed block."""
     if block is not None:
-        others = weights.others | _of_router(block)
+        others = weights.others | _of_router(block) | _expert_biases(block)
         dtype = weights.gate_up_EFD.dtype
         weights = LayerWeights(block.gate_up_EFD.to(dtype), block.down_EDF.to(dtype), others)
     model.run(index, weights, states, states)

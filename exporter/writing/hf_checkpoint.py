@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from compressors.model.description.roles import Role
-from compressors.model.description.tensors import TensorSpec
+from compressors.model.description.tensors import Fused, TensorSpec
 from compressors.model.files.json_file import read_json
 from compressors.model.sources.student import Student
 from exporter.capabilities.rules import Container
@@ -80,7 +80,7 @@ class _Tensor:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    sources: tuple[_Source, ...]
+    sources: tuple[_Source | _FusedExpert, ...]
 
     @property
     def n_bytes(self) -> int:
@@ -104,6 +104,28 @@ class _Source:
         if self.expert is not None or len(self.shape) == 1:
             return [slice(0, n_rows)]
         return row_slices(n_rows, prod(self.shape[1:]))
+
+
+@dataclass(frozen=True)
+class _FusedExpert:
+    """One expert's values in a tensor that holds all experts of a layer.
+
+    Attributes:
+        parts: the expert's matrices that lie together there, the first part first.
+        layer: the layer.
+        expert: the expert.
+        shape: their shape in the tensor.
+    """
+
+    parts: tuple[TensorSpec, ...]
+    layer: int
+    expert: int
+    shape: tuple[int, ...]
+
+    @property
+    def slices(self) -> list[slice]:
+        """All rows at once."""
+        return [slice(0, self.shape[0])]
 
 
 def _outside_of_layers(student: Student) -> list[_Tensor]:
@@ -132,20 +154,17 @@ def _fused(student: Student, layer: int) -> Iterator[_Tensor]:
         if tensor.fused is not None and tensor.fused.is_only_form:
             by_name.setdefault(tensor.fused.name.format(layer=layer), []).append(tensor)
     for name, parts in by_name.items():
-        experts = [
-            _tensor(student, part, layer, expert)
-            for expert in range(of_layer.n_experts)
-            for part in sorted(parts, key=_part)
-        ]
-        rows, *columns = experts[0].shape
-        dtype = reduce(torch.promote_types, (expert.dtype for expert in experts))
-        sources = tuple(source for expert in experts for source in expert.sources)
-        yield _Tensor(name, (of_layer.n_experts, len(parts) * rows, *columns), dtype, sources)
+        experts = range(of_layer.n_experts)
+        dtypes = (student.dtype(part.role, layer, expert) for expert in experts for part in parts)
+        rows, columns = of_layer.dimensions(parts[0])
+        shape = _layout(parts[0]).of_expert(rows, columns)
+        sources = tuple(_FusedExpert(tuple(parts), layer, expert, shape) for expert in experts)
+        yield _Tensor(name, (len(experts), *shape), reduce(torch.promote_types, dtypes), sources)
 
 
-def _part(tensor: TensorSpec) -> int:
+def _layout(tensor: TensorSpec) -> Fused:
     assert tensor.fused is not None
-    return tensor.fused.part
+    return tensor.fused
 
 
 def _tensor(student: Student, tensor: TensorSpec, layer: int | None = None, expert: int | None = None) -> _Tensor:
@@ -190,8 +209,14 @@ def _header(tensors: Sequence[_Tensor]) -> bytes:
     return len(encoded).to_bytes(8, "little") + encoded
 
 
-def _read(student: Student, source: _Source, dtype: torch.dtype, rows: slice, offset: int) -> Callable[[], list[Part]]:
-    if source.expert is not None and source.layer is not None:
+def _read(
+    student: Student, source: _Source | _FusedExpert, dtype: torch.dtype, rows: slice, offset: int
+) -> Callable[[], list[Part]]:
+    if isinstance(source, _FusedExpert):
+        values = torch.empty(source.shape, dtype=dtype)
+        for part in source.parts:
+            _layout(part).matrix(values).copy_(student.expert(part.role, source.layer, source.expert))
+    elif source.expert is not None and source.layer is not None:
         values = student.expert(source.role, source.layer, source.expert)
     elif len(source.shape) == 1:
         values = student.tensor(source.role, source.layer)

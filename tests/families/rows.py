@@ -85,6 +85,39 @@ ROWS: Mapping[str, Row] = {
         sizes={**_LATENT, "n_routed_experts": 8, "n_group": 1, "topk_group": 1},
         on_the_hub={"rope_theta": 1e6, "rope_parameters": None, "num_nextn_predict_layers": 1},
     ),
+    "gpt_oss": Row(
+        sizes={
+            "num_hidden_layers": 4,
+            "num_local_experts": 8,
+            "intermediate_size": 32,
+            "head_dim": 16,
+            "sliding_window": 12,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": True,
+                "original_max_position_embeddings": 4096,
+            },
+        },
+        on_the_hub={
+            "rope_theta": 150000,
+            "rope_parameters": None,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": True,  # the hub's files say false, which llama.cpp cannot compute
+                "original_max_position_embeddings": 4096,
+            },
+            "experts_per_token": 2,
+            "initial_context_length": 4096,
+        },
+        formats=("gguf",),
+    ),
     "qwen2_moe": Row(
         sizes={"shared_expert_intermediate_size": 48, "num_key_value_heads": 4},
         on_the_hub={"rope_theta": 1e6, "rope_parameters": None, "qkv_bias": None, "layer_types": None},

@@ -89,13 +89,13 @@ def test_every_streamed_layer_equals_the_whole_model_s(folder: Path, stock: nn.M
 
 
 def test_gradients_equal_autograd_s(folder: Path, stock: nn.Module, blocks_BT: torch.Tensor) -> None:
-    """Of routers and norms, and of every matrix that is not an expert's; no gradient reaches a choice."""
+    """Of every tensor that is not an expert's, biases and sinks included; no gradient reaches a choice."""
     student = Student.teacher(Checkpoint(folder))
     trained = {
         (tensor.role, index): nn.Parameter(student.tensor(tensor.role, index).float())
         for index, layer in enumerate(student.spec.layers)
         for tensor in layer.shared_tensors
-        if tensor.kind in (Kind.ROUTER, Kind.NORM, Kind.MATRIX)
+        if tensor.kind is not Kind.SELECTION
     }
     targets = blocks_BT.flatten().roll(-1)
 

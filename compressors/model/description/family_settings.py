@@ -6,7 +6,7 @@ null, and of two spellings the one counts that it takes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from compressors.model.names import shown
 
 __all__ = ["FamilySettings"]
 
-_ATTENTION_KINDS = ("full_attention", "sliding_attention")
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+_ATTENTION_KINDS = (_FULL, _SLIDING)
 _MODELS_IN_MODELS = (("per_layer_config", "settings of single layers"), ("text_config", "a model inside a model"))
 
 
@@ -160,6 +161,17 @@ class FamilySettings:
         if self.settings.get("sliding_window", self._defaults.get("sliding_window")) is None:
             return None
         return self.count("sliding_window")
+
+    def layer_windows(self, default: Sequence[str]) -> list[int | None]:
+        """The window of each layer by its kind in ``layer_types``; ``default`` are the kinds where there is no list."""
+        kinds = self.settings.get("layer_types")
+        window = self.window()
+        kinds = list(default) if kinds is None else kinds
+        if window is None and _SLIDING in kinds:
+            raise InputError(
+                f"{self.settings.named('sliding_window')} must be a number of tokens: layers have a window"
+            )
+        return [window if kind == _SLIDING else None for kind in kinds]
 
     def rope(self, head_dim: int, rule: RopeRule) -> Rope:
         """The rotary embedding of heads, or parts of heads, of so many values; ``rule`` is the family's."""

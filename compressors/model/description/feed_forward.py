@@ -46,6 +46,7 @@ class Routed:
         experts_module: the module there that is called with (hidden states, chosen experts, weights).
         block_module: the module there that holds both; it goes when a layer loses its experts. (The three names are
             empty in a description that nothing runs.)
+        block_outputs: the values that it returns, the first of which is what it adds; 1: that alone, in no tuple.
         selection_bias: the name there of the vector that is added to the scores for the choice, where the rule has one.
         expert_scale: the name there of the factors of the weights, one for each expert, where the rule has them.
     """
@@ -61,6 +62,7 @@ class Routed:
     router_module: str = ""
     experts_module: str = ""
     block_module: str = ""
+    block_outputs: int = 1
     selection_bias: str | None = None
     expert_scale: str | None = None
 

@@ -31,6 +31,7 @@ class Role(StrEnum):
     KEY_VALUE_B = "keys' and values' second matrix"  # [U, C]
     ATTENTION_OUTPUT = "attention output"  # [D, Q], of latent attention [D, O]
     ATTENTION_OUTPUT_BIAS = "attention output bias"  # [D]
+    SINKS = "attention sinks"  # [H]: one more logit of each head, which takes a share of the attention and adds nothing
     QUERY_NORM = "query norm"  # see QkNorm
     KEY_NORM = "key norm"
     MOE_NORM = "MoE norm"  # [D], in front of any feed-forward
@@ -40,6 +41,8 @@ class Role(StrEnum):
     EXPERT_GATE = "expert gate"  # [F, D] for each expert
     EXPERT_UP = "expert up"  # [F, D] for each expert
     EXPERT_DOWN = "expert down"  # [D, F] for each expert
+    EXPERT_GATE_UP_BIAS = "experts' gate and up biases"  # [E, 2F]
+    EXPERT_DOWN_BIAS = "experts' down biases"  # [E, D]
     SHARED_ROUTER = "shared expert's router"  # [1, D]
     SHARED_GATE = "shared expert's gate"  # [S, D]
     SHARED_UP = "shared expert's up"  # [S, D]
@@ -72,6 +75,8 @@ _FEED_FORWARD_ROLES = _EXPERT_ROLES | {
     Role.ROUTER,
     Role.ROUTER_BIAS,
     Role.SELECTION_BIAS,
+    Role.EXPERT_GATE_UP_BIAS,
+    Role.EXPERT_DOWN_BIAS,
     Role.SHARED_ROUTER,
     Role.SHARED_GATE,
     Role.SHARED_UP,

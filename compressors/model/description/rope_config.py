@@ -9,7 +9,9 @@ object of its own inside, for which only base and share may stand at the top lev
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -37,6 +39,7 @@ class RopeRule:
         takes_alpha: ``alpha`` stretches the base once and for all, whatever the length of a text.
         scales_attention: ``mscale_all_dim`` changes the factor of the products of queries and keys, too.
         interleaved: pairs are neighbours.
+        default: the settings that count where there are none; None: nothing is scaled.
     """
 
     default_theta: float = 10_000.0
@@ -45,6 +48,7 @@ class RopeRule:
     takes_alpha: bool = False
     scales_attention: bool = False
     interleaved: bool = False
+    default: Mapping[str, Any] | None = None
 
 
 def read_rope(config: Settings, rule: RopeRule, *, head_dim: int, trained_context: int) -> Rope:
@@ -63,6 +67,8 @@ def read_rope(config: Settings, rule: RopeRule, *, head_dim: int, trained_contex
     scaling = config.objects("rope_scaling")
     parameters = config.objects("rope_parameters")
     outer = scaling if scaling.raw else parameters
+    if not outer.raw and rule.default is not None and config.get("rope_parameters") is None:
+        outer = Settings(rule.default, config.path, "rope_parameters")
     chosen = _of_layer_kind(outer, rule.layer_kind)
     kind = _kind(chosen)
     theta_owner = chosen if "rope_theta" in chosen else config

@@ -21,7 +21,7 @@ from compressors.model.description.roles import Role
 from compressors.model.description.rope import Rope
 from compressors.model.description.tensors import Kind, TensorSpec
 
-__all__ = ["NO_MOE", "LayerSpec", "ModelSpec", "MoeSize", "Place"]
+__all__ = ["NO_MOE", "LayerSpec", "LostModule", "ModelSpec", "MoeSize", "Place"]
 
 Place = tuple[Role, int | None]
 """A tensor's role, and its layer; None outside of the layers."""
@@ -40,6 +40,19 @@ NO_MOE = MoeSize(0, 0)
 
 
 @dataclass(frozen=True)
+class LostModule:
+    """A module of transformers' layer that adds nothing any more.
+
+    Attributes:
+        name: its name inside the layer.
+        n_outputs: the values that it returns, the first of which is what it adds; 1: that alone, in no tuple.
+    """
+
+    name: str
+    n_outputs: int = 1
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """One decoder layer.
 
@@ -48,7 +61,7 @@ class LayerSpec:
         feed_forward: what follows; None: the layer has lost it.
         hidden_size: D.
         tensors: all tensors of the layer, in the order of their roles; one that each expert has stands here once.
-        lost_modules: modules of transformers' layer that it has lost: they add nothing.
+        lost_modules: modules of transformers' layer that it has lost.
         residual_scale: a factor of what mixer and feed-forward add to the hidden state.
     """
 
@@ -56,7 +69,7 @@ class LayerSpec:
     feed_forward: FeedForward | None
     hidden_size: int
     tensors: tuple[TensorSpec, ...]
-    lost_modules: tuple[str, ...] = ()
+    lost_modules: tuple[LostModule, ...] = ()
     residual_scale: float = 1.0
 
     @cached_property
@@ -115,7 +128,7 @@ class LayerSpec:
 
     def dimensions(self, tensor: TensorSpec) -> tuple[int, ...]:
         """The shape of a tensor of this layer; of one expert, if each has one."""
-        return tuple(self.sizes[letter] if letter.isalpha() else int(letter) for letter in tensor.shape)
+        return tuple(self._size(axis) for axis in tensor.shape)
 
     def n_values(self, tensor: TensorSpec) -> int:
         """The number of values of a tensor, of all experts together."""
@@ -142,10 +155,16 @@ class LayerSpec:
             return self
         if size == NO_MOE:
             kept = tuple(tensor for tensor in self.tensors if not tensor.role.is_feed_forward)
-            norms = [tensor.submodule for tensor in self.tensors if tensor not in kept and tensor.kind is Kind.NORM]
-            lost = (*norms, self.routed.block_module)
+            gone = (tensor for tensor in self.tensors if tensor not in kept and tensor.kind is Kind.NORM)
+            norms = (LostModule(tensor.submodule) for tensor in gone)
+            lost = (*norms, LostModule(self.routed.block_module, self.routed.block_outputs))
             return replace(self, feed_forward=None, tensors=kept, lost_modules=lost)
         return replace(self, feed_forward=self.routed.resized(size.n_experts, size.expert_width))
+
+    def _size(self, axis: str) -> int:
+        """The size of an axis: a letter's, a number, or a number times a letter's."""
+        factor = axis.rstrip(axis[-1]) if axis[-1].isalpha() else axis
+        return int(factor or 1) * (self.sizes[axis[-1]] if axis[-1].isalpha() else 1)
 
     @cached_property
     def _by_role(self) -> Mapping[Role, TensorSpec]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+import torch
+
 from compressors.model.description.roles import Role
 from compressors.model.description.transforms import SAME, Transform
 
@@ -31,12 +33,32 @@ class Fused:
         part: which part; gate rows come before up rows.
         n_parts: 2 where gate and up lie in one tensor.
         is_only_form: no checkpoint holds each expert by itself; the name that such a tensor goes by is in no file.
+        is_interleaved: the parts' rows alternate: the first row of each part, then the second of each.
+        is_transposed: the tensor is [E, columns, n_parts * rows].
+        may_be_mxfp4: some checkpoints hold it as MXFP4 (:mod:`compressors.model.files.mxfp4`), not transposed.
     """
 
     name: str
     part: int = 0
     n_parts: int = 1
     is_only_form: bool = False
+    is_interleaved: bool = False
+    is_transposed: bool = False
+    may_be_mxfp4: bool = False
+
+    def of_expert(self, rows: int, columns: int) -> tuple[int, int]:
+        """The shape of one expert's values in the tensor, whose matrix of this role is [rows, columns]."""
+        stored = (self.n_parts * rows, columns)
+        return (stored[1], stored[0]) if self.is_transposed else stored
+
+    def matrix(self, of_expert: torch.Tensor) -> torch.Tensor:
+        """The role's matrix in one expert's values: a view of them, [rows, columns]."""
+        all_rows = of_expert.T if self.is_transposed else of_expert
+        return self.rows(all_rows)
+
+    def rows(self, all_rows: torch.Tensor) -> torch.Tensor:
+        """The role's rows among those of all parts, as a view."""
+        return all_rows[self.part :: self.n_parts] if self.is_interleaved else all_rows.chunk(self.n_parts)[self.part]
 
 
 @dataclass(frozen=True)
@@ -69,6 +91,8 @@ class TensorSpec:
         shares_input_of: the role of another matrix that the same values are multiplied with; None: its own.
         experts_axis: the axis that has an entry for each expert; None: there is none. (A tensor that each expert has
             for itself has no such axis.)
+        alternates: along its last axis values of gate and up alternate; where layers run, all gates come first
+            (:mod:`compressors.model.description.gate_order`).
     """
 
     role: Role
@@ -81,6 +105,7 @@ class TensorSpec:
     shares_input_of: Role | None = None
     experts_axis: int | None = None
     gguf_rest: tuple[GgufTensor, ...] = ()
+    alternates: bool = False
 
     @property
     def gguf_parts(self) -> tuple[GgufTensor, ...]:

@@ -90,11 +90,21 @@ def _settings(config: Any, spec: ModelSpec) -> Iterator[tuple[str, object, objec
         config.head_dim = config.hidden_size // config.num_attention_heads
     for name, value in spec.family.settings(spec).items():
         yield name, value, getattr(config, name)
-    window = getattr(config, "sliding_window", None) or None  # 0 is none too
-    yield "sliding_window", spec.window, window
-    longest = config.max_position_embeddings if window is None else min(config.max_position_embeddings, window)
+    windows = _windows(config, spec)
+    ours = tuple(layer.mixer.window for layer in spec.layers)
+    yield "sliding_window", *((ours, windows) if len({*ours, *windows}) > 1 else (ours[0], windows[0]))
+    trained = config.max_position_embeddings
+    longest = trained if None in windows else min(trained, *(window for window in windows if window is not None))
     yield "max_position_embeddings", spec.context_length, longest
     yield from _rope_settings(config, spec.rope)
+
+
+def _windows(config: Any, spec: ModelSpec) -> tuple[int | None, ...]:
+    """The window of each layer, by its kind where the family heeds kinds."""
+    window = getattr(config, "sliding_window", None) or None  # 0 is none too
+    if "layer_types" not in spec.family.settings(spec):
+        return (window,) * spec.n_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in config.layer_types)
 
 
 def _rope_settings(config: Any, rope: Rope) -> Iterator[tuple[str, object, object]]:

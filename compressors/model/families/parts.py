@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
+from compressors.model.description.family import ConfigValues
 from compressors.model.description.family_settings import FamilySettings
 from compressors.model.description.feed_forward import FeedForward, Routed
 from compressors.model.description.mixers import GroupedQuery, Mixer, QkNorm
@@ -84,6 +85,7 @@ def attention(
     qk_norm: QkNorm = QkNorm.NONE,
     *,
     default_theta: float = 10_000.0,
+    default_rope: ConfigValues | None = None,
     window_switch: str | None = None,
 ) -> GroupedQuery:
     """Grouped-query attention whose heads are turned whole.
@@ -92,6 +94,7 @@ def attention(
         settings: of the family.
         qk_norm: the norms of queries and keys.
         default_theta: transformers' default of the rotary embedding's base.
+        default_rope: transformers' default of its other settings; None: nothing is scaled.
         window_switch: the setting without which ``sliding_window`` does not count; None: it counts by itself.
     """
     n_heads, n_kv_heads, head_dim = settings.heads()
@@ -99,7 +102,7 @@ def attention(
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
-        rope=settings.rope(head_dim, RopeRule(default_theta)),
+        rope=settings.rope(head_dim, RopeRule(default_theta, default=default_rope)),
         scale=1 / math.sqrt(head_dim),
         qk_norm=qk_norm,
         window=settings.window(window_switch),

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from compressors.model.description.gate_order import in_turn
 from compressors.model.running.trained_experts import Product, TrainedExperts
 
 __all__ = ["GROUPED_EXPERTS", "ExpertGradientObserver", "ExpertObserver", "register_grouped_experts"]
@@ -55,12 +56,16 @@ def _experts_forward(
     """transformers' experts interface: the gate-weighted sum of the chosen experts' outputs, [T, D]."""
     trained: TrainedExperts | None = getattr(experts, "trained", None)
     tensors = trained.tensors.values() if trained is not None and torch.is_grad_enabled() else ()
-    output_TD: torch.Tensor = _GroupedExperts.apply(hidden_TD, gates_TK, chosen_TK, experts, *tensors)  # type: ignore[no-untyped-call]
+    biases = [getattr(experts, name) if getattr(experts, "has_bias", False) else None for name in _BIASES]
+    output_TD: torch.Tensor = _GroupedExperts.apply(hidden_TD, gates_TK, chosen_TK, experts, *biases, *tensors)  # type: ignore[no-untyped-call]
     return output_TD
 
 
+_BIASES = ("gate_up_proj_bias", "down_proj_bias")
+
+
 class _GroupedExperts(torch.autograd.Function):
-    """The gradient with respect to inputs, gates and the tensors of trained experts; other experts are constants.
+    """The gradient with respect to inputs, gates, biases and the tensors of trained experts; all others are constants.
 
     Of the activations only the first product is kept for backward: the gradient of a gate, <dL/dy, down h>, equals
     <down^T dL/dy, h>, and a bias b adds <dL/dy, b>. So backward needs no expert's output, and one product less than
@@ -74,6 +79,8 @@ class _GroupedExperts(torch.autograd.Function):
         gates_TK: torch.Tensor,
         chosen_TK: torch.Tensor,
         experts: nn.Module,
+        gate_up_bias_EF: torch.Tensor | None,
+        down_bias_ED: torch.Tensor | None,
         *trained: torch.Tensor,  # named for autograd; their values come with the experts
     ) -> torch.Tensor:
         keeps = any(ctx.needs_input_grad)
@@ -86,26 +93,34 @@ class _GroupedExperts(torch.autograd.Function):
             first = choice.start if keeps else 0
             inputs = torch.index_select(hidden_TD, 0, choice.padded_tokens, out=inputs_[: choice.n_rows])
             gate_up = torch.mm(inputs, weights.gate_up(choice.expert).T, out=gate_up_[first : first + choice.n_rows])
-            weights.add_bias("gate_up_proj_bias", choice.expert, gate_up)
+            _add_row(gate_up, gate_up_bias_EF, choice.expert)
             hidden = _activate(experts, gate_up)
             outputs = torch.mm(hidden, weights.down(choice.expert).T, out=outputs_SD[choice.start :][: choice.n_rows])
-            weights.add_bias("down_proj_bias", choice.expert, outputs)
+            _add_row(outputs, down_bias_ED, choice.expert)
             if observer is not None:
                 gates_n = gates_TK[choice.tokens, choice.slots]
                 observer(choice.expert, gates_n, hidden[: choice.n], outputs[: choice.n])
         if keeps:
-            ctx.save_for_backward(hidden_TD if trained else None, gates_TK, chosen_TK, gate_up_)
+            ctx.save_for_backward(hidden_TD if trained else None, gates_TK, chosen_TK, gate_up_, down_bias_ED)
+            biases, is_trained = (gate_up_bias_EF, down_bias_ED), ctx.needs_input_grad[4:6]
+            ctx.bias_shapes = [
+                bias.shape if bias is not None and needed else None
+                for bias, needed in zip(biases, is_trained, strict=True)
+            ]
             ctx.experts = experts
         return choices.sum_by_token(outputs_SD, gates_TK)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient_TD,) = gradients
-        hidden_TD, gates_TK, chosen_TK, gate_up_ = ctx.saved_tensors
+        hidden_TD, gates_TK, chosen_TK, gate_up_, down_bias_ED = ctx.saved_tensors
         weights, choices = _ExpertWeights(ctx.experts, gradient_TD), _Choices(chosen_TK, gradient_TD)
         trained: TrainedExperts | None = getattr(ctx.experts, "trained", None)
         observer: ExpertGradientObserver | None = getattr(ctx.experts, "gradient_observer", None)
         sums = [] if trained is None else [torch.zeros_like(tensor) for tensor in trained.tensors.values()]
+        of_gate_up_bias, of_down_bias = (
+            None if shape is None else gradient_TD.new_zeros(shape) for shape in ctx.bias_shapes
+        )
         input_gradients_SD = gradient_TD.new_empty(choices.all_rows, gradient_TD.shape[1])
         gates_gradient_TK = torch.zeros_like(gates_TK)
         for choice in choices:
@@ -120,8 +135,13 @@ class _GroupedExperts(torch.autograd.Function):
                 (gate_up_gradient,) = torch.autograd.grad(hidden_nF, gate_up, pulled_nF * gates_n[:, None])
             torch.mm(gate_up_gradient, weights.gate_up(choice.expert), out=input_gradients_SD[rows])
             gate_gradient_n = (pulled_nF * hidden_nF.detach()).sum(-1)[: choice.n]
-            if (bias_D := weights.bias("down_proj_bias", choice.expert)) is not None:
+            if down_bias_ED is not None:
+                bias_D = down_bias_ED[choice.expert].to(gradient_nD.dtype)
                 gate_gradient_n = gate_gradient_n + gradient_nD[: choice.n] @ bias_D
+            if of_gate_up_bias is not None:
+                of_gate_up_bias[choice.expert] = gate_up_gradient.sum(0)
+            if of_down_bias is not None:
+                of_down_bias[choice.expert] = gates_n @ gradient_nD
             gates_gradient_TK[choice.tokens, choice.slots] = gate_gradient_n.to(gates_TK.dtype)
             if observer is not None:
                 down_gradient_nD = gradient_nD[: choice.n] * gates_n[: choice.n, None]
@@ -132,7 +152,8 @@ class _GroupedExperts(torch.autograd.Function):
                 of_gate_up = Product(gate_up_gradient, inputs_nD, gate_up)
                 of_down = Product(gradient_nD * gates_n[:, None], hidden_nF.detach(), down)
                 trained.add_gradients(sums, choice.expert, of_gate_up, of_down)
-        return choices.sum_by_token(input_gradients_SD), gates_gradient_TK, None, None, *sums
+        of_biases = (of_gate_up_bias, of_down_bias)
+        return choices.sum_by_token(input_gradients_SD), gates_gradient_TK, None, None, *of_biases, *sums
 
 
 class _ExpertWeights:
@@ -142,7 +163,6 @@ class _ExpertWeights:
         self._gate_up = experts.get_parameter("gate_up_proj")
         self._down = experts.get_parameter("down_proj")
         self._trained: TrainedExperts | None = getattr(experts, "trained", None)
-        self._experts = experts
         self._dtype = activations.dtype
 
     def stored(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,23 +177,17 @@ class _ExpertWeights:
         stored = self._down[expert]
         return (stored if self._trained is None else self._trained.down_weight(expert, stored)).to(self._dtype)
 
-    def bias(self, name: str, expert: int) -> torch.Tensor | None:
-        """The expert's bias; None: its family has none."""
-        if not getattr(self._experts, "has_bias", False):
-            return None
-        return self._experts.get_parameter(name)[expert].to(self._dtype)
 
-    def add_bias(self, name: str, expert: int, products: torch.Tensor) -> None:
-        """Adds the expert's bias, if its family has any, in place."""
-        bias = self.bias(name, expert)
-        if bias is not None:
-            products.add_(bias)
+def _add_row(products_nO: torch.Tensor, bias_EO: torch.Tensor | None, expert: int) -> None:
+    """Adds the expert's bias, if its family has any, in place."""
+    if bias_EO is not None:
+        products_nO.add_(bias_EO[expert].to(products_nO.dtype))
 
 
 def _activate(experts: nn.Module, gate_up_n2F: torch.Tensor) -> torch.Tensor:
     """transformers' function between the products, which may expect each gate beside its up."""
     if not getattr(experts, "is_concatenated", True):
-        gate_up_n2F = torch.stack(gate_up_n2F.chunk(2, dim=-1), dim=-1).flatten(-2)
+        gate_up_n2F = in_turn(gate_up_n2F)
     hidden_nF: torch.Tensor = experts._apply_gate(gate_up_n2F)  # type: ignore[operator]
     return hidden_nF
 

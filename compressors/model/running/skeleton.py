@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compressors.model.description.gate_order import gates_first
 from compressors.model.description.mixers import GroupedQuery
 from compressors.model.description.spec import ModelSpec, MoeSize
 from compressors.model.running.experts import GROUPED_EXPERTS, register_grouped_experts
@@ -47,6 +48,7 @@ class Skeleton:
         named = {}
         for role, tensor in weights.others.items():
             described = layer.tensor(role)
+            tensor = gates_first(tensor) if described.alternates else tensor
             named[described.in_layer] = tensor.to(device, torch.float32 if described.runs_in_float32 else dtype)
         if layer.routed is not None:
             named[f"{layer.routed.experts_module}.gate_up_proj"] = weights.gate_up_EFD.to(device)
@@ -62,16 +64,30 @@ class Skeleton:
                 module = type(module)(_edited(copy.deepcopy(config), alike), index)
         if layer.routed is not None:
             module.get_submodule(layer.routed.router_module).register_forward_pre_hook(_in_float32)
-        for name in layer.lost_modules:
-            module.set_submodule(name, _Nothing())
+            _lay_out(module.get_submodule(layer.routed.experts_module))
+        for lost in layer.lost_modules:
+            module.set_submodule(lost.name, _Nothing(lost.n_outputs))
         return module.eval()
 
 
 class _Nothing(nn.Module):
     """Stands where a part of a layer was dropped."""
 
-    def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(hidden_BTD)
+    def __init__(self, n_outputs: int) -> None:
+        super().__init__()
+        self._n_outputs = n_outputs
+
+    def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        nothing = torch.zeros_like(hidden_BTD)
+        return nothing if self._n_outputs == 1 else (nothing,) * self._n_outputs
+
+
+def _lay_out(experts: nn.Module) -> None:
+    """Gives the experts the shapes that all have here, whatever their class has: output features come first."""
+    if getattr(experts, "is_transposed", False):
+        for name in ("gate_up_proj", "down_proj"):
+            matrices = experts.get_parameter(name)
+            experts.register_parameter(name, nn.Parameter(matrices.transpose(1, 2), requires_grad=False))
 
 
 def _edited(config: Any, spec: ModelSpec) -> Any:

@@ -18,6 +18,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from compressors.model.description.gate_order import gates_first
 from compressors.model.description.roles import Role
 from compressors.model.running.expert_choice import ExpertChoice, choosing
 from compressors.model.running.hidden_states import HiddenStates
@@ -311,6 +312,7 @@ class StreamedModel:
         for (role, layer), tensor in self.trainable.items():
             if layer is not None and layer == index:
                 described = self.spec.tensor(role, layer)
+                tensor = gates_first(tensor) if described.alternates else tensor
                 found[described.in_layer] = tensor.to(torch.float32 if described.runs_in_float32 else dtype)
         for (role, layer), factors_RK in self.factors.items():
             if layer is not None and layer == index:

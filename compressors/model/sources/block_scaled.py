@@ -1,9 +1,11 @@
-"""Checkpoints whose weights are quantized already: float8 with a scale per block is read, all others are refused.
+"""Checkpoints whose weights are quantized already: float8 with a scale per block and MXFP4 are read, others refused.
 
 DeepSeek's and Qwen's FP8 repositories hold a matrix as float8 (e4m3) beside ``NAME_scale_inv``, one scale for each
 block of 128 x 128 values; the last blocks of a row or column may be smaller. A weight is value times scale in float32,
 rounded to the dtype that ``config.json`` names: the numbers of transformers' own ``dequantize=True``
 (``transformers/integrations/finegrained_fp8.py``), where sizes are multiples of the block.
+
+MXFP4 (:mod:`compressors.model.files.mxfp4`) is read where the family's experts are known to be stored so.
 """
 
 from __future__ import annotations
@@ -16,13 +18,14 @@ from typing import Any
 
 import torch
 
+from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.files.json_file import read_json
 from compressors.model.files.safetensors_header import TensorHeader
 from compressors.model.files.weight_file import WeightFile
 from compressors.model.names import shown
 
-__all__ = ["FLOAT8", "GIVE_THE_ORIGINAL", "BlockScaled", "read_block_scaled"]
+__all__ = ["FLOAT8", "GIVE_THE_ORIGINAL", "BlockScaled", "read_block_scaled", "read_mxfp4_dtype"]
 
 FLOAT8 = "F8_E4M3"
 """What safetensors calls the format of the values."""
@@ -112,29 +115,60 @@ class BlockScaled:
 
 
 def read_block_scaled(folder: Path) -> BlockScaled | None:
-    """Reads from ``config.json`` how the weights are quantized; None if they are not, or there is no such file.
+    """Reads from ``config.json`` how float8 is to be read; None if there is none, or there is no such file.
 
     Raises:
         InputError: the file cannot be read.
-        UnsupportedError: they are quantized in another way than float8 with a scale per block.
+        UnsupportedError: the weights are quantized in a way that is not read.
     """
     path = folder / "config.json"
     if not path.exists():
         return None
     config = read_json(path)
     settings = _quantization(config)
-    if settings is None:
+    if settings is None or (_method(settings) == _MXFP4 and "text_config" not in config):
         return None
-    method = settings.get("quant_method") if isinstance(settings, dict) else None
-    problem = _why_not_read(settings) if isinstance(settings, dict) and method == "fp8" else ""
+    problem = _why_not_read(settings) if _method(settings) == "fp8" else ""
     if problem is not None:
-        raise UnsupportedError(
-            f"{path}: quantization_config says that the weights are quantized already ({_described(settings)}"
-            f"{problem and ', '}{problem}), which is not read; {GIVE_THE_ORIGINAL}"
-        )
+        raise _not_read(path, settings, problem)
     rows, columns = settings.get("weight_block_size", (128, 128))
+    return BlockScaled((rows, columns), _dtype(config))
+
+
+def read_mxfp4_dtype(folder: Path, spec: ModelSpec) -> torch.dtype | None:
+    """Reads from ``config.json`` the dtype that experts in MXFP4 are read as; None if they are not stored so.
+
+    Raises:
+        UnsupportedError: it says so of a family whose experts in MXFP4 are not known.
+    """
+    path = folder / "config.json"
+    config = read_json(path)
+    settings = _quantization(config)
+    if settings is None or _method(settings) != _MXFP4:
+        return None
+    fused = (tensor.fused for layer in spec.layers for tensor in layer.expert_tensors)
+    if not any(layout is not None and layout.may_be_mxfp4 for layout in fused):
+        raise _not_read(path, settings, "")
+    return _dtype(config)
+
+
+_MXFP4 = "mxfp4"
+
+
+def _method(settings: Any) -> Any:
+    return settings.get("quant_method") if isinstance(settings, dict) else None
+
+
+def _dtype(config: Mapping[str, Any]) -> torch.dtype:
     dtype = config.get("dtype") or config.get("torch_dtype")
-    return BlockScaled((rows, columns), _DTYPES.get(str(dtype).removeprefix("torch."), torch.bfloat16))
+    return _DTYPES.get(str(dtype).removeprefix("torch."), torch.bfloat16)
+
+
+def _not_read(path: Path, settings: Any, problem: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{path}: quantization_config says that the weights are quantized already ({_described(settings)}"
+        f"{problem and ', '}{problem}), which is not read; {GIVE_THE_ORIGINAL}"
+    )
 
 
 def _quantization(config: Mapping[str, Any]) -> Any:

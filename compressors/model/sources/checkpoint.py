@@ -19,12 +19,20 @@ from compressors.model.description.tensors import TensorSpec
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.families.config import read_spec
 from compressors.model.files.json_file import read_json
+from compressors.model.files.mxfp4 import MXFP4_SUFFIXES
 from compressors.model.files.safetensors_header import TensorHeader
 from compressors.model.files.weight_file import WeightFile
 from compressors.model.names import shown
 from compressors.model.sources.accounting import parts_read_past, unclaimed
-from compressors.model.sources.block_scaled import FLOAT8, GIVE_THE_ORIGINAL, BlockScaled, read_block_scaled
+from compressors.model.sources.block_scaled import (
+    FLOAT8,
+    GIVE_THE_ORIGINAL,
+    BlockScaled,
+    read_block_scaled,
+    read_mxfp4_dtype,
+)
 from compressors.model.sources.foreign_folder import check_folder, refuse_other_inputs
+from compressors.model.sources.fused_experts import FusedExperts, Mxfp4Experts
 from compressors.model.sources.misfits import is_classifier, likely_cause, with_prefix
 from compressors.model.sources.output_head import is_own_head
 from compressors.model.sources.weight_folder import INDEX, SINGLE, find_weights
@@ -33,6 +41,7 @@ __all__ = ["Checkpoint"]
 
 _FORMATS = ("F32", "F16", "BF16")
 _READ = ", ".join(_FORMATS)
+_CODES = "U8"  # the format of MXFP4's codes and scales
 
 
 class Checkpoint:
@@ -41,7 +50,7 @@ class Checkpoint:
     Opening reads only headers (and, where a head stands beside a tied embedding, these two), and checks that every
     tensor the family needs is there with the shape that ``config.json`` implies. Both layouts are read: one tensor per
     expert, and all experts of a layer fused; tensors saved from the model without its head, too, whose names lack
-    ``model.``. Float8 with a scale per block is read as the dtype that ``config.json`` names.
+    ``model.``. Float8 with a scale per block, and experts in MXFP4, are read as the dtype that ``config.json`` names.
 
     Raises:
         InputError: a file is missing, truncated or not safetensors; a tensor is missing or of the wrong shape or dtype.
@@ -55,6 +64,7 @@ class Checkpoint:
         self.block_scaled: BlockScaled | None = read_block_scaled(folder)
         refuse_other_inputs(folder)
         self.spec: ModelSpec = read_spec(folder)
+        self._mxfp4_dtype = read_mxfp4_dtype(folder, self.spec)
         self._weights = find_weights(folder)
         self.files = self._weights.files
         self._opened = {file: WeightFile(file) for file in self.files}
@@ -71,10 +81,19 @@ class Checkpoint:
         return self.spec.family
 
     @property
+    def stored_as(self) -> str | None:
+        """The way in which the files hold quantized weights; None: they hold none."""
+        if self.block_scaled is not None:
+            return str(self.block_scaled)
+        return None if self._mxfp4_dtype is None else "experts in MXFP4"
+
+    @property
     def dtype(self) -> torch.dtype:
         """Storage dtype of the experts."""
         with_experts = next(index for index, layer in enumerate(self.spec.layers) if layer.n_experts)
-        return self._dtype(self._expert_location(Role.EXPERT_DOWN, with_experts, 0)[0])
+        down = self.spec.tensor(Role.EXPERT_DOWN, with_experts)
+        fused = self._fused(down, with_experts)
+        return self._dtype(down.name.format(layer=with_experts, expert=0) if fused is None else fused.main)
 
     def dtype_of(self, role: Role, layer: int | None = None) -> torch.dtype:
         """Storage dtype of a tensor that is not an expert's."""
@@ -84,10 +103,16 @@ class Checkpoint:
     def n_bytes(self) -> int:
         """Size in bytes of all weights in storage dtype."""
         scales = {BlockScaled.scales_of(name) for name, header in self.headers.items() if header.format == FLOAT8}
-        return sum(
+        as_they_are = sum(
             math.prod(header.shape) * self._dtype(name).itemsize if header.format == FLOAT8 else header.n_bytes
             for name, header in self.headers.items()
-            if name not in scales
+            if name not in scales and header.format != _CODES
+        )
+        return as_they_are + sum(
+            layer.n_values(tensor) * self._mxfp4_dtype.itemsize
+            for index, layer in enumerate(self.spec.layers)
+            for tensor in layer.expert_tensors
+            if self._mxfp4_dtype is not None and isinstance(self._fused(tensor, index), Mxfp4Experts)
         )
 
     @property
@@ -123,8 +148,17 @@ class Checkpoint:
 
     def read_expert(self, role: Role, layer: int, expert: int, out: torch.Tensor) -> None:
         """Fills ``out``, contiguous and of the expert's shape, with what :meth:`expert` would return."""
-        name, first = self._expert_location(role, layer, expert)
-        self._read_into(name, out, first)
+        tensor = self.spec.tensor(role, layer)
+        fused = self._fused(tensor, layer)
+        if fused is None:
+            self._read_into(tensor.name.format(layer=layer, expert=expert), out, 0)
+        else:
+            fused.read(expert, out, self._read_into)
+
+    def mxfp4_rows(self, role: Role, layer: int, expert: int) -> torch.Tensor | None:
+        """One expert's projection in ggml's type MXFP4, uint8 [rows, bytes]; None if it is stored in another way."""
+        fused = self._fused(self.spec.tensor(role, layer), layer)
+        return fused.ggml_rows(expert, self._read_into) if isinstance(fused, Mxfp4Experts) else None
 
     def identity(self) -> str:
         """SHA-256 over ``config.json`` and the header of every weight file: equal for equal checkpoints."""
@@ -149,17 +183,23 @@ class Checkpoint:
             fused = self._fused(tensor, index)
             if fused is None:
                 apart.append(tensor)
-            elif tensor.fused is not None and tensor.fused.part == 0:
-                rows, *columns = layer.dimensions(tensor)
-                yield fused, (layer.n_experts, tensor.fused.n_parts * rows, *columns)
+            elif fused.fused.part == 0:
+                yield from fused.tensors(layer.n_experts).items()
         for expert in range(layer.n_experts):
             for tensor in apart:
                 yield tensor.name.format(layer=index, expert=expert), layer.dimensions(tensor)
 
-    def _fused(self, tensor: TensorSpec, layer: int) -> str | None:
-        """The name of the tensor that holds all experts of a layer; None if each has one for itself."""
-        name = None if tensor.fused is None else tensor.fused.name.format(layer=layer)
-        return name if name in self.headers else None
+    def _fused(self, tensor: TensorSpec, layer: int) -> FusedExperts | Mxfp4Experts | None:
+        """The tensors that hold all experts of a layer; None if each has one for itself."""
+        if tensor.fused is None:
+            return None
+        name = tensor.fused.name.format(layer=layer)
+        rows, columns = self.spec.layers[layer].dimensions(tensor)
+        if name not in self.headers and self._mxfp4_dtype is not None and tensor.fused.may_be_mxfp4:
+            return Mxfp4Experts(name, tensor.fused, rows, columns)
+        if name in self.headers or tensor.fused.is_only_form:
+            return FusedExperts(name, tensor.fused, rows, columns)
+        return None
 
     def _has_own_head(self) -> bool:
         """Whether the weights hold a head that differs from the embedding although ``tie_word_embeddings`` is true."""
@@ -212,6 +252,9 @@ class Checkpoint:
         has_dtype = f"{header.file}: tensor {name} has dtype {header.format}"
         if header.format == FLOAT8 and self.block_scaled is None:
             return f"{has_dtype}, but config.json has no quantization_config; without, only {_READ} are read"
+        if self._mxfp4_dtype is not None and name.endswith(MXFP4_SUFFIXES):
+            is_right = header.format == _CODES
+            return None if is_right else f"{has_dtype}; codes and scales of MXFP4 are {_CODES}"
         if header.format not in (*_FORMATS, FLOAT8):
             return f"{has_dtype}; only {_READ}, and {FLOAT8} with scales of blocks, are read: {GIVE_THE_ORIGINAL}"
         return None
@@ -262,16 +305,9 @@ class Checkpoint:
         header = self.headers[name]
         if header.format == FLOAT8 and self.block_scaled is not None:
             return self.block_scaled.dtype
+        if header.format == _CODES and self._mxfp4_dtype is not None:
+            return self._mxfp4_dtype
         return header.dtype
-
-    def _expert_location(self, role: Role, layer: int, expert: int) -> tuple[str, int]:
-        """Name on disk, and the flat index in it of the expert's first value."""
-        tensor = self.spec.tensor(role, layer)
-        name = self._fused(tensor, layer)
-        if name is None or tensor.fused is None:
-            return tensor.name.format(layer=layer, expert=expert), 0
-        n_values = math.prod(self.spec.dimensions(role, layer))
-        return name, (tensor.fused.n_parts * expert + tensor.fused.part) * n_values
 
     def _read_into(self, name: str, out: torch.Tensor, first: int) -> None:
         file, stored = self._located(name)

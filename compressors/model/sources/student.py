@@ -215,6 +215,15 @@ class Student:
         else:
             self._weights.read_expert(role, layer, expert, out)
 
+    def mxfp4_rows(self, role: Role, layer: int, expert: int) -> torch.Tensor | None:
+        """What :meth:`expert` would return, as ggml's MXFP4 without loss: uint8 [rows, bytes].
+
+        None: it is not stored so, or was changed.
+        """
+        if self.name(role, layer, expert) in self.overlay or not isinstance(self._weights, _KeptWeights):
+            return None
+        return self._weights.mxfp4_rows(role, layer, expert)
+
     @property
     def expert_dtype(self) -> torch.dtype:
         """Storage dtype of the experts."""
@@ -269,6 +278,10 @@ class _KeptWeights:
     def read_expert(self, role: Role, layer: int, expert: int, out: torch.Tensor) -> None:
         came_from = self._experts.layers[layer]
         self._source.read_expert(role, came_from.source, came_from.kept[expert], out)
+
+    def mxfp4_rows(self, role: Role, layer: int, expert: int) -> torch.Tensor | None:
+        came_from = self._experts.layers[layer]
+        return self._source.mxfp4_rows(role, came_from.source, came_from.kept[expert])
 
     def _layer(self, layer: int | None) -> int | None:
         return None if layer is None else self._experts.layers[layer].source

@@ -15,8 +15,9 @@ import torch
 
 from compressors.calibration.statistics import Importance
 from compressors.model.description.roles import Role
+from compressors.model.description.transforms import SAME
 from compressors.model.sources.student import Student
-from compressors.quantize import quantize_rows, row_bytes
+from compressors.quantize import GGMLQuantizationType, quantize_rows, row_bytes
 from compressors.quantize.feedback import TYPES_WITH_FEEDBACK, Feedback, quantize_rows_with_feedback
 from exporter.writing.feedback import ExpertFeedback, StudentFeedback
 from exporter.writing.gguf.container import aligned
@@ -72,11 +73,6 @@ class _Rows:
         n_rows: int = self.rows.stop - self.rows.start
         return n_rows * row_bytes(self.tensor.ggml_type, self.tensor.row_length) + self.padding
 
-    @property
-    def has_codes_to_choose(self) -> bool:
-        """True if error feedback can choose codes of their type."""
-        return self.tensor.ggml_type in TYPES_WITH_FEEDBACK
-
 
 @dataclass(frozen=True)
 class _Matrix:
@@ -86,11 +82,19 @@ class _Matrix:
     values_RN: torch.Tensor
     importance_N: torch.Tensor | None
     name: str
+    stored_RY: torch.Tensor | None = None  # the rows as they are to be written, where the source has them so
+
+    @property
+    def has_codes_to_choose(self) -> bool:
+        """True if error feedback can choose codes of their type, and the source has none yet."""
+        return self.stored_RY is None and self.rows.tensor.ggml_type in TYPES_WITH_FEEDBACK
 
     def quantized(self, feedback: Feedback | None) -> list[Part]:
         """The quantized rows and their padding, each with its offset in the file."""
         ggml_type = self.rows.tensor.ggml_type
-        if feedback is None or not self.rows.has_codes_to_choose:
+        if self.stored_RY is not None:
+            quantized_RY = self.stored_RY.contiguous().numpy()
+        elif feedback is None or not self.has_codes_to_choose:
             quantized_RY = quantize_rows(self.values_RN, ggml_type, self.importance_N, name=self.name)
         else:
             quantized_RY = quantize_rows_with_feedback(
@@ -142,7 +146,7 @@ class _Matrices:
         """Reads rows of one matrix, or of one expert's three; the function that it returns quantizes them."""
         matrices = [self._matrix(rows) for rows in group]
         role, layer = group[0].tensor.role, group[0].tensor.layer
-        if self._feedback is None or not any(rows.has_codes_to_choose for rows in group):
+        if self._feedback is None or not any(matrix.has_codes_to_choose for matrix in matrices):
             return partial(_quantized, matrices, None)
         if group[0].expert is not None:
             assert layer is not None
@@ -163,7 +167,17 @@ class _Matrices:
             weights = None if weights is None else weights[rows.expert]
         values_RN = tensor.transform.write(values, sizes).reshape(-1, tensor.row_length)
         weights = None if weights is None else tensor.transform.inputs(weights, sizes)
-        return _Matrix(rows, values_RN, weights, student.name(tensor.role, tensor.layer, rows.expert))
+        name = student.name(tensor.role, tensor.layer, rows.expert)
+        return _Matrix(rows, values_RN, weights, name, _stored_rows(student, rows))
+
+
+def _stored_rows(student: Student, rows: _Rows) -> torch.Tensor | None:
+    """The rows as the source has them, where they are written in its type."""
+    tensor = rows.tensor
+    is_alike = tensor.ggml_type is GGMLQuantizationType.MXFP4 and tensor.transform is SAME
+    if not is_alike or rows.expert is None or tensor.layer is None:
+        return None
+    return student.mxfp4_rows(tensor.role, tensor.layer, rows.expert)
 
 
 def _source_rows(student: Student, tensor: GgufTensor, rows: slice) -> torch.Tensor:
@@ -184,10 +198,10 @@ def _quantized_expert(matrices: Sequence[_Matrix], feedback: ExpertFeedback) -> 
     expert = gate.rows.expert
     assert expert is not None
     parts = _quantized(list(by_role.values()), None)
-    if gate.rows.has_codes_to_choose or up.rows.has_codes_to_choose:
+    if gate.has_codes_to_choose or up.has_codes_to_choose:
         parts += _quantized((gate, up), feedback.gate_up(expert))
     else:
         parts += _quantized((gate, up), None)
-    if down.rows.has_codes_to_choose:
+    if down.has_codes_to_choose:
         return parts + down.quantized(feedback.down(expert, gate.values_RN, up.values_RN))
     return parts + down.quantized(None)

@@ -1,0 +1,60 @@
+"""MXFP4: blocks of 32 values of 4 bits with one scale, a power of two, as two tensors of a checkpoint or as ggml's.
+
+The format is that of the OCP Microscaling specification 1.0: a value is one of 0, 0.5, 1, 1.5, 2, 3, 4, 6 or its
+negative (bit 3 is the sign) times 2^(scale - 127). In a checkpoint, ``NAME_blocks`` holds [..., blocks of a row, 16]
+bytes and ``NAME_scales`` [..., blocks of a row]; byte j of a block has value 2j in its low half and 2j + 1 in its high
+one. ggml puts the scale in front, and byte j has values j and j + 16 (``block_mxfp4`` in ``ggml/src/ggml-common.h``).
+So either form is made of the other without loss.
+
+Letters: R rows, K blocks of a row.
+"""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["BLOCK", "MXFP4_SUFFIXES", "blocks_name", "dequantize_mxfp4", "ggml_mxfp4_rows", "scales_name"]
+
+BLOCK = 32
+"""Values of a block."""
+
+MXFP4_SUFFIXES = _BLOCKS, _SCALES = "_blocks", "_scales"
+"""The ends of the names of the two tensors."""
+
+_BY_SCALE = torch.tensor([2.0 ** (scale - 127) for scale in range(256)])
+_MAGNITUDES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+_BY_CODE = torch.cat([_MAGNITUDES, -_MAGNITUDES])
+_BYTES = torch.arange(256)
+_BY_BYTE = torch.stack([_BY_CODE[_BYTES & 15], _BY_CODE[_BYTES >> 4]], dim=1).view(torch.int64).flatten()
+"""The two values of each byte, as one number: looking these up takes half of the time."""
+
+
+def blocks_name(name: str) -> str:
+    """The name of the tensor with the codes of a matrix."""
+    return name + _BLOCKS
+
+
+def scales_name(name: str) -> str:
+    """The name of the tensor with its scales."""
+    return name + _SCALES
+
+
+def dequantize_mxfp4(blocks_RK16: torch.Tensor, scales_RK: torch.Tensor, out: torch.Tensor) -> None:
+    """Fills ``out`` [R, 32 K] with the values; they are exact in float32 and bfloat16 alike.
+
+    Args:
+        blocks_RK16: uint8.
+        scales_RK: uint8.
+        out: of any strides.
+    """
+    pairs = _BY_BYTE.index_select(0, blocks_RK16.flatten().int())
+    values = pairs.view(torch.float32).view(*scales_RK.shape, BLOCK)
+    factors_RK = _BY_SCALE.index_select(0, scales_RK.flatten().int()).view(scales_RK.shape)
+    out.copy_(values.mul_(factors_RK[..., None]).flatten(-2))
+
+
+def ggml_mxfp4_rows(blocks_RK16: torch.Tensor, scales_RK: torch.Tensor) -> torch.Tensor:
+    """The same rows in ggml's type MXFP4: uint8 [R, 17 K]."""
+    codes_RK32 = torch.stack([blocks_RK16 & 15, blocks_RK16 >> 4], dim=-1).flatten(-2)
+    first, second = codes_RK32.split(BLOCK // 2, dim=-1)
+    return torch.cat([scales_RK[..., None], first | (second << 4)], dim=-1).flatten(-2)
