@@ -16,6 +16,7 @@ from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import TensorSpec
 from compressors.model.errors import UnsupportedError
+from compressors.model.families.config import language_model_config
 from compressors.model.files.json_file import read_json
 from compressors.model.sources.student import Student
 from exporter.writing.files import write_atomically
@@ -215,7 +216,7 @@ def _read(student: Student, source: _Source, dtype: torch.dtype, rows: slice, of
 
 def _write_config(student: Student, folder: Path) -> None:
     source = student.source.folder
-    config = read_json(source / "config.json")
+    config = language_model_config(read_json(source / "config.json"))
     for pattern in _COPIED:
         for file in source.glob(pattern):
             if file.is_file():  # no folder, pipe or device
