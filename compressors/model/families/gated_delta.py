@@ -187,7 +187,7 @@ def _attention(settings: FamilySettings) -> GroupedQuery:
 
 
 def settings(spec: ModelSpec) -> dict[str, Any]:
-    """The settings of ``config.json`` that describe a model, by key; those of kinds of layers that it has not left out."""
+    """The settings of ``config.json`` that describe a model, by key; without those of a kind of layer that it lacks."""
     routed = next(layer.routed for layer in spec.layers if layer.routed is not None)
     assert routed.shared is not None
     found: dict[str, Any] = {
