@@ -115,7 +115,7 @@ class SecondMoments:
         Raises:
             InputError: they cannot be read.
         """
-        weight_D = self._student.tensor(Role.FINAL_NORM).float()
+        weight_D = self.spec.tensor(Role.FINAL_NORM).scales(self._student.tensor(Role.FINAL_NORM))
         total_DD = torch.zeros(2 * weight_D.shape)
         for part_DD in self._in_parts(partial(self._head_part, weight_D)):
             total_DD += part_DD

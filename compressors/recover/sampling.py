@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 import torch
+from torch.nn import functional
 
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
@@ -27,9 +28,10 @@ Choose = Callable[[torch.Tensor, slice, int], torch.Tensor]
 
 
 def cache_bytes(spec: ModelSpec, n_texts: int, n_tokens: int, dtype: torch.dtype = torch.float32) -> int:
-    """Bytes of the keys and values of all layers, and of one layer's hidden states."""
+    """Bytes of the keys and values, or states, of all layers, and of one layer's hidden states."""
     per_token = sum(layer.mixer.cached_values for layer in spec.layers) + spec.hidden_size
-    return n_texts * n_tokens * per_token * dtype.itemsize
+    states = sum(layer.mixer.state_values for layer in spec.layers)
+    return n_texts * (n_tokens * per_token * dtype.itemsize + states * torch.float32.itemsize)
 
 
 def sample_texts(
@@ -60,9 +62,9 @@ def continue_texts(
 ) -> torch.Tensor:
     """Continues each prompt by N tokens.
 
-    Keys and values are kept, so each new token costs one position. Layers are visited once for the prompts and once
-    for each token after the first, for all texts together: a model whose layers do not stay in memory is read N times,
-    so ask for many texts at once. An end of text does not end it, as in the blocks of training text.
+    Keys and values, or states, are kept, so each new token costs one position. Layers are visited once for the prompts
+    and once for each token after the first, for all texts together: a model whose layers do not stay in memory is read
+    N times, so ask for many texts at once. An end of text does not end it, as in the blocks of training text.
 
     Args:
         model: what writes.
@@ -75,7 +77,7 @@ def continue_texts(
         int64 [B, P + N].
 
     Raises:
-        InputError: keys and values do not fit the memory limit.
+        InputError: keys, values and states do not fit the memory limit.
     """
     n_prompt = prompts_BP.shape[1]
     texts_BT = torch.cat([prompts_BP, prompts_BP.new_zeros(len(prompts_BP), n_new)], dim=1)
@@ -123,13 +125,15 @@ def _next_tokens(model: StreamedModel, hidden_BD: torch.Tensor, place: int, choo
 class _Cache:
     """Keys and values of all layers, texts and positions, in memory that is taken once for each layer.
 
-    transformers' own caches either copy everything for each token, or need a mask over what is not there yet.
+    Of a recurrent layer it holds the states of all texts after the last position. transformers' own caches either copy
+    everything for each token, or need a mask over what is not there yet.
     """
 
     def __init__(self, n_texts: int, n_tokens: int) -> None:
         self._n_texts = n_texts
         self._n_tokens = n_tokens
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # [B, heads, T, values of a head] each
+        self._states: dict[tuple[str, int], torch.Tensor] = {}  # [B, ...] each, by kind and layer
 
     def of(self, texts: slice, first_position: int) -> Cache:
         """What transformers' attention asks of a cache, for some texts whose next positions begin there."""
@@ -140,6 +144,16 @@ class _Cache:
         if layer not in self._layers:
             self._layers[layer] = self._room(keys), self._room(values)
         return self._layers[layer]
+
+    def state(self, kind: str, layer: int, texts: slice) -> torch.Tensor:
+        """The layer's state of some texts."""
+        return self._states[kind, layer][texts]
+
+    def put_state(self, kind: str, layer: int, texts: slice, state: torch.Tensor) -> None:
+        """Keeps the layer's state of some texts, with room for all."""
+        if (kind, layer) not in self._states:
+            self._states[kind, layer] = state.new_empty(self._n_texts, *state.shape[1:])
+        self._states[kind, layer][texts] = state
 
     def _room(self, states_BHth: torch.Tensor) -> torch.Tensor:
         _, n_heads, _, head_dim = states_BHth.shape
@@ -159,3 +173,29 @@ class _Part:
         all_keys[:, :, self._first_position : stop] = keys
         all_values[:, :, self._first_position : stop] = values
         return all_keys[:, :, :stop], all_values[:, :, :stop]
+
+    def get_conv_state(self, layer: int, **_others: int) -> torch.Tensor | None:
+        """The last positions' inputs of a convolution, which it shifts in place; None before the first position."""
+        return self._cache.state(_CONVOLUTION, layer, self._texts) if self._first_position else None
+
+    def get_recurrent_state(self, layer: int, **_others: int) -> torch.Tensor | None:
+        """The state after the last position; None before the first one."""
+        return self._cache.state(_RECURRENCE, layer, self._texts) if self._first_position else None
+
+    def update_conv_state(self, inputs_BCt: torch.Tensor, layer: int, *, conv_kernel_size: int) -> torch.Tensor:
+        """Keeps of the first positions' inputs those that the next position reaches back to; returns them all."""
+        n_kept = max(conv_kernel_size - 1, 1)
+        last = functional.pad(inputs_BCt, (n_kept, 0))[..., -n_kept:]
+        self._cache.put_state(_CONVOLUTION, layer, self._texts, last)
+        return inputs_BCt
+
+    def update_recurrent_state(self, state: torch.Tensor, layer: int) -> None:
+        """Keeps the state after these positions."""
+        self._cache.put_state(_RECURRENCE, layer, self._texts, state)
+
+    def is_recording_past(self, _layer: int) -> bool:
+        """False: nothing is ever taken back."""
+        return False
+
+
+_CONVOLUTION, _RECURRENCE = "convolution", "recurrence"

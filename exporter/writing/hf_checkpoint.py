@@ -14,6 +14,7 @@ import torch
 
 from compressors.model.description.roles import Role
 from compressors.model.description.tensors import Fused, TensorSpec
+from compressors.model.families.config import language_model_config
 from compressors.model.files.json_file import read_json
 from compressors.model.sources.student import Student
 from exporter.capabilities.rules import Container
@@ -227,7 +228,7 @@ def _read(
 
 def _write_config(student: Student, folder: Path) -> None:
     source = student.source.folder
-    config = read_json(source / "config.json")
+    config = language_model_config(read_json(source / "config.json"))
     for pattern in _COPIED:
         for file in source.glob(pattern):
             if file.is_file():  # no folder, pipe or device

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from compressors.model.running.streaming import StreamedModel, TokenGroup
 from tests.families.rows import COMMON, ROWS, Row
 
 
@@ -53,6 +54,13 @@ def stock(folder: Path) -> nn.Module:
 def blocks_BT() -> torch.Tensor:
     """Tokens: two sequences of 48."""
     return torch.randint(1, 4096, (2, 48), generator=torch.Generator().manual_seed(5))
+
+
+def logits_of(model: StreamedModel, tokens_BT: torch.Tensor) -> torch.Tensor:
+    """The logits of all positions, [B * T, V], as the streamed model computes them."""
+    (hidden,) = model.stream([TokenGroup(tokens_BT)])
+    chunks = [logits for _, logits in model.logits_in_chunks(hidden, slice(0, tokens_BT.shape[1]))]
+    return torch.cat(chunks).detach()
 
 
 def _make_lively(stock: nn.Module) -> None:

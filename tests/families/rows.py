@@ -58,6 +58,17 @@ _YARN: Mapping[str, Any] = {
     "beta_slow": 1,
 }
 
+_DELTA: Mapping[str, Any] = {
+    "num_hidden_layers": 4,
+    "head_dim": 32,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+    "shared_expert_intermediate_size": 48,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+
 ROWS: Mapping[str, Row] = {
     "deepseek_v2": Row(
         sizes={
@@ -121,5 +132,21 @@ ROWS: Mapping[str, Row] = {
     "qwen2_moe": Row(
         sizes={"shared_expert_intermediate_size": 48, "num_key_value_heads": 4},
         on_the_hub={"rope_theta": 1e6, "rope_parameters": None, "qkv_bias": None, "layer_types": None},
+    ),
+    "qwen3_5_moe_text": Row(
+        sizes={**_DELTA, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.25}},
+        on_the_hub={"layer_types": None, "full_attention_interval": 2, "attn_output_gate": True},
+        formats=("gguf",),
+    ),
+    "qwen3_next": Row(
+        sizes={**_DELTA, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.25}},
+        on_the_hub={
+            "rope_theta": 1e6,
+            "partial_rotary_factor": 0.25,
+            "rope_parameters": None,
+            "layer_types": None,
+            "full_attention_interval": 2,
+        },
+        formats=("gguf",),
     ),
 }

@@ -21,8 +21,10 @@ from compressors.model.running.routers import RoutedCall, watching
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, Student
+from compressors.recover.sampling import continue_texts
 from exporter.writing.gguf.writer import write_gguf
 from exporter.writing.hf_checkpoint import write_checkpoint
+from tests.families.conftest import logits_of
 from tests.families.rows import Row
 from validate.routing.agreement import routing_agreement
 from validate.runtimes.backend import scored_positions
@@ -35,12 +37,6 @@ def _pruned(source: Checkpoint) -> Student:
     """Six of eight experts, where a layer has some."""
     kept = [_KEPT if layer.routed is not None else () for layer in source.spec.layers]
     return Student(source, ExpertMap.keeping(source.spec.n_experts, kept))
-
-
-def _logits(model: StreamedModel, tokens_BT: torch.Tensor) -> torch.Tensor:
-    (hidden,) = model.stream([TokenGroup(tokens_BT)])
-    chunks = [logits for _, logits in model.logits_in_chunks(hidden, slice(0, tokens_BT.shape[1]))]
-    return torch.cat(chunks).detach()
 
 
 def test_the_configuration_is_what_transformers_makes_of_it(folder: Path) -> None:
@@ -85,7 +81,7 @@ def test_every_streamed_layer_equals_the_whole_model_s(folder: Path, stock: nn.M
     for index in model.advance(groups, [states], range(model.spec.n_layers)):
         found = states.read(slice(0, len(states)))
         assert (found - expected[index]).abs().max() < 2e-5 * expected[index].abs().max()
-    assert (_logits(model, blocks_BT) - logits).abs().max() < 1e-4 * logits.abs().max()
+    assert (logits_of(model, blocks_BT) - logits).abs().max() < 1e-4 * logits.abs().max()
 
 
 def test_gradients_equal_autograd_s(folder: Path, stock: nn.Module, blocks_BT: torch.Tensor) -> None:
@@ -114,6 +110,26 @@ def test_gradients_equal_autograd_s(folder: Path, stock: nn.Module, blocks_BT: t
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("n_prompt", [2, 9])
+def test_texts_are_continued_as_if_all_were_read_again(
+    folder: Path, stock: nn.Module, blocks_BT: torch.Tensor, n_prompt: int
+) -> None:
+    """Of more texts than a layer takes at once, whose keys and values, or states, are kept."""
+    seen: list[torch.Tensor] = []
+
+    def choose(logits_bV: torch.Tensor, _texts: slice, _place: int) -> torch.Tensor:
+        seen.append(logits_bV)
+        return logits_bV.argmax(-1)
+
+    prompts_BP = blocks_BT[:, :36].reshape(-1, n_prompt)
+    texts = continue_texts(StreamedModel(Student.teacher(Checkpoint(folder))), prompts_BP, 6, choose)
+    wanted_BNV = stock(texts, use_cache=False).logits[:, n_prompt - 1 : -1]
+    found_BNV = torch.stack(seen, dim=1)
+    assert (found_BNV - wanted_BNV).abs().max() < 1e-4 * wanted_BNV.abs().max()
+    assert (texts[0, n_prompt:] != texts[1, n_prompt:]).any()
+
+
+@torch.no_grad()
 def test_a_pruned_student_loads_in_stock_transformers(folder: Path, blocks_BT: torch.Tensor, tmp_path: Path) -> None:
     student = _pruned(Checkpoint(folder))
     write_checkpoint(student, tmp_path / "student")
@@ -121,7 +137,7 @@ def test_a_pruned_student_loads_in_stock_transformers(folder: Path, blocks_BT: t
     assert again.spec == student.spec
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32).eval()
     expected = loaded(blocks_BT).logits.flatten(0, 1)
-    assert (_logits(StreamedModel(student), blocks_BT) - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert (logits_of(StreamedModel(student), blocks_BT) - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import onnx
 from compressors.model.description.mixers import GroupedQuery
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import MoeExportError
-from compressors.model.families.config import read_spec
+from compressors.model.families.config import language_model_config, read_spec
 from compressors.model.files.json_file import read_json
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.tokenizer_files import load_tokenizer
@@ -116,7 +116,7 @@ def _token_symptoms(
     where: str, found: Mapping[str, Any], source: Checkpoint, generation: Mapping[str, Any]
 ) -> Iterator[str]:
     """Ids of begin, end and padding: those of the original's configurations, or of its tokenizer."""
-    config = _read(source.folder / "config.json") or {}
+    config = language_model_config(_read(source.folder / "config.json") or {})
     tokenizer = _tokenizer_ids(source.folder)
     is_copy = where == "generation_config.json" and bool(generation)
     for name in _TOKEN_IDS:
@@ -154,7 +154,7 @@ def _config_symptoms(folder: Path, source: Checkpoint, spec: ModelSpec) -> Itera
         yield f"config.json: rope_parameters are {found.rope.in_config()}, the model's {spec.rope.in_config()}"
     if found.context_length > spec.context_length:
         yield f"config.json: max_position_embeddings is {found.context_length}, the model's {spec.context_length}"
-    original = _read(source.folder / "config.json") or {}
+    original = language_model_config(_read(source.folder / "config.json") or {})
     for name in _TOKEN_IDS:
         if _ids(config.get(name)) != _ids(original.get(name)):
             yield f"config.json: {name} is {config.get(name)!r}, the original's {original.get(name)!r}"

@@ -17,7 +17,7 @@ __all__ = ["ConfigValues", "DenseForm", "Family", "GgufFamily", "GgufValue", "Sk
 GgufValue = str | int | float | bool | tuple[int, ...]
 """A value of a GGUF file's metadata: whole numbers are uint32, and floats are float32.
 
-A tuple is an array with an entry for each layer: of int32, or of booleans.
+A tuple is an array, mostly with an entry for each layer: of int32, or of booleans.
 """
 
 ConfigValues = Mapping[str, Any]
@@ -86,6 +86,9 @@ class Family:
         read: makes the description of a model from its ``config.json``; None: it is only written.
         skipped: parts of checkpoints that are left out.
         dense: its counterpart without experts; None: there is none.
+        whole_model_type: ``model_type`` of the models, of more than text, that have one of this architecture inside:
+            its settings are those in ``text_config``; None: there are no such models.
+        prefixes: what names of tensors may begin with, in such models, in place of ``model.``.
     """
 
     model_type: str
@@ -96,3 +99,5 @@ class Family:
     read: Callable[[Settings], ModelSpec] | None = None
     skipped: tuple[SkippedPart, ...] = ()
     dense: DenseForm | None = None
+    whole_model_type: str | None = None
+    prefixes: tuple[str, ...] = ()

@@ -17,10 +17,12 @@ from compressors.model.description.settings import Settings
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.names import shown
 
-__all__ = ["FamilySettings"]
+__all__ = ["ATTENTION_KINDS", "FamilySettings"]
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
-_ATTENTION_KINDS = (_FULL, _SLIDING)
+ATTENTION_KINDS = (_FULL, _SLIDING)
+"""The kinds of layers that most families have."""
+
 _MODELS_IN_MODELS = (("per_layer_config", "settings of single layers"), ("text_config", "a model inside a model"))
 
 
@@ -102,8 +104,11 @@ class FamilySettings:
         """Names settings that change nothing in this family."""
         self.settings.asked.update(keys)
 
-    def refuse_what_no_family_can_do(self) -> None:
+    def refuse_what_no_family_can_do(self, kinds: Collection[str] = ATTENTION_KINDS) -> None:
         """Refuses settings of transformers itself that change what a layer computes, whatever the family.
+
+        Args:
+            kinds: the kinds of layers that the family has.
 
         Raises:
             UnsupportedError: there is one; the message names it.
@@ -120,12 +125,12 @@ class FamilySettings:
                     f"{settings.named(key)}: {what} cannot be represented; give the checkpoint of a "
                     f"{self.family.architecture}"
                 )
-        kinds = settings.get("layer_types")
+        found = settings.get("layer_types")
         n_layers = self.count("num_hidden_layers")
-        if kinds is not None and not _are_kinds(kinds, n_layers):
+        if found is not None and not _are_kinds(found, kinds, n_layers):
             raise UnsupportedError(
-                f"{settings.named('layer_types')} must name {' or '.join(_ATTENTION_KINDS)} for each of the "
-                f"{n_layers} layers of num_hidden_layers, not {shown(kinds)}"
+                f"{settings.named('layer_types')} must name {' or '.join(kinds)} for each of the "
+                f"{n_layers} layers of num_hidden_layers, not {shown(found)}"
             )
 
     def heads(self) -> tuple[int, int, int]:
@@ -197,5 +202,5 @@ class FamilySettings:
         return self.count(there[0] if there else keys[-1])
 
 
-def _are_kinds(value: object, n_layers: int) -> bool:
-    return isinstance(value, list) and len(value) == n_layers and all(kind in _ATTENTION_KINDS for kind in value)
+def _are_kinds(value: object, kinds: Collection[str], n_layers: int) -> bool:
+    return isinstance(value, list) and len(value) == n_layers and all(kind in kinds for kind in value)

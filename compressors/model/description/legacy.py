@@ -19,7 +19,7 @@ class Legacy:
 
     @property
     def attention(self) -> GroupedQuery:
-        return cast("GroupedQuery", self._self.layers[0].mixer)
+        return cast("GroupedQuery", next(layer.mixer for layer in self._self.layers if not layer.mixer.is_recurrent))
 
     @property
     def n_heads(self) -> int:

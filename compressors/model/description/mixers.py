@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from compressors.model.description.rope import Rope
 
-__all__ = ["GroupedQuery", "Latent", "Mixer", "QkNorm"]
+__all__ = ["GatedDelta", "GroupedQuery", "Latent", "Mixer", "QkNorm"]
 
 
 class QkNorm(StrEnum):
@@ -32,6 +32,7 @@ class GroupedQuery:
         scale: the factor of the products of queries and keys.
         qk_norm: the norms of queries and keys.
         window: tokens that attention reaches back over, itself included; None: all.
+        output_gate: its output is multiplied by the sigmoid of gates, whose rows follow the query's in each head.
     """
 
     kind: ClassVar[str] = "grouped-query attention"
@@ -43,12 +44,21 @@ class GroupedQuery:
     scale: float
     qk_norm: QkNorm = QkNorm.NONE
     window: int | None = None
+    output_gate: bool = False
+
+    @property
+    def is_recurrent(self) -> bool:
+        """False: it looks back at the tokens themselves."""
+        return False
 
     @property
     def sizes(self) -> Mapping[str, int]:
-        """Sizes by letter: Q queries' values, K keys' (and values') values, h those of a head, H heads."""
+        """Sizes by letter: Q queries' values, K keys' (and values') values, h those of a head, H heads.
+
+        P are the queries' values with their gates, if they have some.
+        """
         query, key = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        return {"H": self.n_heads, "h": self.head_dim, "Q": query, "K": key}
+        return {"H": self.n_heads, "h": self.head_dim, "Q": query, "K": key, "P": query * (1 + self.output_gate)}
 
     @property
     def cached_values(self) -> int:
@@ -116,6 +126,11 @@ class Latent:
         return f"{self.n_heads} heads of {self.key_dim} and {self.value_dim}, made from vectors of {ranks}"
 
     @property
+    def is_recurrent(self) -> bool:
+        """False: it looks back at the tokens themselves."""
+        return False
+
+    @property
     def key_dim(self) -> int:
         """Values of a query or key."""
         return self.plain_dim + self.rotary_dim
@@ -159,5 +174,89 @@ class Latent:
         return self.n_heads * max(self.key_dim, self.value_dim)
 
 
-Mixer = GroupedQuery | Latent
+@dataclass(frozen=True)
+class GatedDelta:
+    """A gated delta rule: each token fades a state, and corrects what it holds under its key (arXiv 2412.06464).
+
+    Queries, keys and values go through a convolution over the last tokens first. A value head has a state of its own;
+    those that share a key head follow each other.
+
+    Attributes:
+        n_key_heads: heads of queries and of keys.
+        n_value_heads: heads of values; the key heads divide them.
+        key_dim: values of a query or key.
+        value_dim: values of a value.
+        kernel: tokens that the convolution covers, the newest included.
+    """
+
+    n_key_heads: int
+    n_value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+
+    @property
+    def rope(self) -> None:
+        """None: nothing is turned."""
+        return None
+
+    @property
+    def window(self) -> int | None:
+        """None: a state reaches back over all tokens."""
+        return None
+
+    @property
+    def is_recurrent(self) -> bool:
+        """True: a state stands for all tokens before."""
+        return True
+
+    @property
+    def channels(self) -> int:
+        """Values of the convolution: queries, keys and values of all heads."""
+        return 2 * self.n_key_heads * self.key_dim + self.width
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Sizes by letter: G key heads, N value heads, k and v values of one, K and Y of all; X channels, W kernel.
+
+        M are the channels and the gates; B a strength and a decay for each value head. For one key head r are the
+        values of its value heads, and n their number.
+        """
+        return {
+            "G": self.n_key_heads,
+            "N": self.n_value_heads,
+            "k": self.key_dim,
+            "v": self.value_dim,
+            "K": self.n_key_heads * self.key_dim,
+            "Y": self.width,
+            "X": self.channels,
+            "W": self.kernel,
+            "M": self.channels + self.width,
+            "B": 2 * self.n_value_heads,
+            "r": self.width // self.n_key_heads,
+            "n": self.n_value_heads // self.n_key_heads,
+        }
+
+    @property
+    def cached_values(self) -> int:
+        """Values that are cached for each token: none."""
+        return 0
+
+    @property
+    def cached_head(self) -> int:
+        """Values that lie together in a cache: none."""
+        return 0
+
+    @property
+    def state_values(self) -> int:
+        """Values that are kept for a text: a matrix for each value head, and what the convolution reaches back to."""
+        return self.width * self.key_dim + (self.kernel - 1) * self.channels
+
+    @property
+    def width(self) -> int:
+        """Values of a token before the output projection."""
+        return self.n_value_heads * self.value_dim
+
+
+Mixer = GroupedQuery | Latent | GatedDelta
 """Any of the mixers above."""

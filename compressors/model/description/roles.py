@@ -17,7 +17,7 @@ class Role(StrEnum):
     FINAL_NORM = "final norm"  # [D]
     HEAD = "head"  # [V, D], absent when tied to the embedding
     ATTENTION_NORM = "attention norm"  # [D]
-    QUERY = "query"  # [Q, D]
+    QUERY = "query"  # [Q, D], with output gates [P, D]
     QUERY_BIAS = "query bias"  # [Q]
     KEY = "key"  # [K, D]
     KEY_BIAS = "key bias"  # [K]
@@ -34,6 +34,16 @@ class Role(StrEnum):
     SINKS = "attention sinks"  # [H]: one more logit of each head, which takes a share of the attention and adds nothing
     QUERY_NORM = "query norm"  # see QkNorm
     KEY_NORM = "key norm"
+    MIXER_INPUT = "mixer's input"  # queries, keys and values of a gated delta rule: [X, D]; with its gates [M, D]
+    MIXER_GATE = "mixer's gate"  # [Y, D]
+    MIXER_BETA_ALPHA = "mixer's strength and decay"  # both of the following in one: [B, D]
+    MIXER_BETA = "mixer's strength"  # [N, D]
+    MIXER_ALPHA = "mixer's decay"  # [N, D]
+    CONVOLUTION = "convolution"  # [X, 1, W]
+    DECAY_LOGARITHM = "logarithm of the decay"  # [N]
+    DECAY_BIAS = "bias of the decay"  # [N]
+    MIXER_NORM = "mixer's norm"  # [v]
+    MIXER_OUTPUT = "mixer's output"  # [D, Y]
     MOE_NORM = "MoE norm"  # [D], in front of any feed-forward
     ROUTER = "router"  # [E, D]
     ROUTER_BIAS = "router bias"  # [E], part of the logits

@@ -233,7 +233,7 @@ class ModelSpec(Legacy):
     @property
     def rope(self) -> Rope:
         """The rotary embedding, which is the same in all layers that have one."""
-        return self.layers[0].mixer.rope
+        return next(rope for layer in self.layers if (rope := layer.mixer.rope) is not None)
 
     @property
     def window(self) -> int | None:

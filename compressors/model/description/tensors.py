@@ -10,7 +10,7 @@ import torch
 from compressors.model.description.roles import Role
 from compressors.model.description.transforms import SAME, Transform
 
-__all__ = ["Fused", "GgufTensor", "Kind", "TensorSpec"]
+__all__ = ["Fused", "GgufTensor", "Kind", "NormKind", "TensorSpec"]
 
 
 class Kind(Enum):
@@ -22,6 +22,14 @@ class Kind(Enum):
     SELECTION = "selection"  # a part of the choice that no gradient reaches; float32 in every file and while it runs
     NORM = "norm"  # the scales of a norm; float32 in every file
     VECTOR = "vector"  # a bias or the like; float32 in every file
+    CONVOLUTION = "convolution"  # over some neighbouring tokens, by channel; float32 in every file
+
+
+class NormKind(Enum):
+    """The scales that a norm multiplies by."""
+
+    PLAIN = "w"  # the tensor's values
+    ONE_PLUS = "1 + w"  # one more than the tensor's values
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,7 @@ class TensorSpec:
         module: its name inside transformers' decoder layer, where that is not the name on the hub.
         fused: how checkpoints of the other layout hold it.
         shares_input_of: the role of another matrix that the same values are multiplied with; None: its own.
+        norm: of a norm, how its scales are made of the tensor.
         experts_axis: the axis that has an entry for each expert; None: there is none. (A tensor that each expert has
             for itself has no such axis.)
         alternates: along its last axis values of gate and up alternate; where layers run, all gates come first
@@ -103,6 +112,7 @@ class TensorSpec:
     module: str | None = None
     fused: Fused | None = None
     shares_input_of: Role | None = None
+    norm: NormKind = NormKind.PLAIN
     experts_axis: int | None = None
     gguf_rest: tuple[GgufTensor, ...] = ()
     alternates: bool = False
@@ -116,6 +126,10 @@ class TensorSpec:
     def is_per_expert(self) -> bool:
         """True if every routed expert of a layer has such a tensor."""
         return "{expert}" in self.name
+
+    def scales(self, values: torch.Tensor) -> torch.Tensor:
+        """Returns the scales that a norm multiplies by, in float32."""
+        return values.float() if self.norm is NormKind.PLAIN else 1 + values.float()
 
     @property
     def runs_in_float32(self) -> bool:

@@ -6,15 +6,18 @@ transformers' ``AutoConfig`` is not used, because every process that opens a mod
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from compressors.model.description.family import Family
 from compressors.model.description.settings import Settings
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.families.registry import family_for, supported_families
 from compressors.model.files.json_file import read_json
 
-__all__ = ["read_spec"]
+__all__ = ["is_inside_of_more", "language_model_config", "model_settings", "read_spec"]
 
 _EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -29,12 +32,46 @@ def read_spec(folder: Path) -> ModelSpec:
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{folder} has no config.json: give the folder of a Hugging Face checkpoint, or a hub id")
+    family, settings = model_settings(path)
+    assert family.read is not None, "families in the registry are read"
+    return family.read(settings)
+
+
+def model_settings(path: Path) -> tuple[Family, Settings]:
+    """The family of a ``config.json``, and the settings of its language model.
+
+    Raises:
+        InputError: the file is no JSON, or names no type.
+        UnsupportedError: the model is dense, or its family is unknown.
+    """
     settings = Settings(read_json(path), path)
     model_type = settings.text("model_type")
     if model_type not in supported_families() and not any(key in settings for key in _EXPERT_COUNT_KEYS):
         raise UnsupportedError(
             f"{path}: {model_type!r} is a dense model (no expert count); this tool compresses MoE models"
         )
-    read = family_for(model_type, where=path).read
-    assert read is not None, "families in the registry are read"
-    return read(settings)
+    family = family_for(model_type, where=path)
+    return family, settings.objects(_INSIDE) if is_inside_of_more(settings.raw) else settings
+
+
+_INSIDE = "text_config"
+
+
+def is_inside_of_more(config: Mapping[str, Any]) -> bool:
+    """True if a ``config.json`` is of a model of more than text with a language model inside that can be read."""
+    model_type = config.get("model_type")
+    return any(family.whole_model_type == model_type for family in supported_families().values() if model_type)
+
+
+_OF_THE_WHOLE = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "transformers_version")
+"""Settings of a model of more than text that count for the language model inside, too, and go before its own."""
+
+
+def language_model_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``config.json`` of a language model alone; that of one which is no part of another stays as it is."""
+    if not is_inside_of_more(config):
+        return dict(config)
+    family = family_for(config["model_type"])
+    of_whole = {key: config[key] for key in _OF_THE_WHOLE if config.get(key) is not None}
+    names = {"model_type": family.model_type, "architectures": [family.architecture]}
+    return {**config.get(_INSIDE, {}), **of_whole, **names}

@@ -13,12 +13,10 @@ from typing import Any
 
 import torch
 
-from compressors.model.description.family import Family
 from compressors.model.description.rope import Rope, RopeKind
-from compressors.model.description.settings import Settings
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import UnsupportedError
-from compressors.model.files.json_file import read_json
+from compressors.model.families.config import model_settings
 from compressors.model.names import shown
 
 __all__ = ["check_against_transformers"]
@@ -38,12 +36,12 @@ def check_against_transformers(folder: Path, spec: ModelSpec) -> None:
 
     path = folder / "config.json"
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
         config.standardize_rope_params()
     except Exception as error:  # strict configurations raise many kinds, and nothing else can fail here
         lines = " ".join(str(error).split())
         raise UnsupportedError(f"{path}: transformers refuses it ({lines})") from None
-    _refuse_not_understood(path, config, spec.family)
+    _refuse_not_understood(path, config)
     for name, ours, theirs in _settings(config, spec):
         if ours != theirs:
             raise UnsupportedError(
@@ -68,11 +66,11 @@ _WITHOUT_EFFECT = frozenset(
 """Settings that serve training alone, or that :mod:`compressors.model.description.special_tokens` reads."""
 
 
-def _refuse_not_understood(path: Path, config: Any, family: Family) -> None:
+def _refuse_not_understood(path: Path, config: Any) -> None:
     """Refuses a setting of transformers' class that the family's description does not know, and that is no default."""
     from transformers import PreTrainedConfig
 
-    settings = Settings(read_json(path), path)
+    family, settings = model_settings(path)
     assert family.read is not None
     family.read(settings)
     default = type(config)()
@@ -113,6 +111,8 @@ def _rope_settings(config: Any, rope: Rope) -> Iterator[tuple[str, object, objec
 
     yield "rope_type", rope.kind.value, config.rope_parameters["rope_type"]
     yield "rope_theta", rope.theta, float(config.rope_parameters["rope_theta"])
+    if rope.share != 1.0:  # classes that turn whole heads do not read it
+        yield "partial_rotary_factor", rope.share, config.rope_parameters.get("partial_rotary_factor", 1.0)
     if rope.kind is RopeKind.DEFAULT:
         return
     for n_tokens in (1, rope.original_context + 1, 2 * config.max_position_embeddings):

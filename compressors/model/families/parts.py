@@ -15,11 +15,12 @@ from compressors.model.description.roles import Role
 from compressors.model.description.rope_config import RopeRule
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.description.special_tokens import configured_tokens
-from compressors.model.description.tensors import Fused, GgufTensor, Kind, TensorSpec
-from compressors.model.description.transforms import SAME, Transform
+from compressors.model.description.tensors import Fused, GgufTensor, Kind, NormKind, TensorSpec
+from compressors.model.description.transforms import SAME, PlusOne, Transform
 
 __all__ = [
     "attention",
+    "attention_matrices",
     "attention_tensors",
     "bias_tensors",
     "dense_tensors",
@@ -38,20 +39,22 @@ __all__ = [
 
 _LAYER = "model.layers.{layer}."
 
-_OUTSIDE = (
-    TensorSpec(
-        Role.TOKEN_EMBEDDING, "model.embed_tokens.weight", ("V", "D"), GgufTensor("token_embd.weight"), Kind.TABLE
-    ),
-    TensorSpec(Role.FINAL_NORM, "model.norm.weight", ("D",), GgufTensor("output_norm.weight"), Kind.NORM),
-    TensorSpec(Role.HEAD, "lm_head.weight", ("V", "D"), GgufTensor("output.weight"), Kind.TABLE),
+_EMBEDDING = TensorSpec(
+    Role.TOKEN_EMBEDDING, "model.embed_tokens.weight", ("V", "D"), GgufTensor("token_embd.weight"), Kind.TABLE
 )
+_HEAD = TensorSpec(Role.HEAD, "lm_head.weight", ("V", "D"), GgufTensor("output.weight"), Kind.TABLE)
 
 
-def model(settings: FamilySettings, layers: Sequence[LayerSpec]) -> ModelSpec:
+def model(settings: FamilySettings, layers: Sequence[LayerSpec], *, final_norm: NormKind = NormKind.PLAIN) -> ModelSpec:
     """A model with the usual embedding, final norm and head.
 
     Files are written for as many tokens as the model was trained for; where attention has a window in every layer, for
     no more than that.
+
+    Args:
+        settings: of the family.
+        layers: the decoder layers.
+        final_norm: how the scales of the final norm are made of its tensor.
     """
     vocab_size = settings.count("vocab_size")
     tokens = configured_tokens(settings.folder, vocab_size)
@@ -63,7 +66,11 @@ def model(settings: FamilySettings, layers: Sequence[LayerSpec]) -> ModelSpec:
         context_length=trained if None in windows else min(trained, *(window for window in windows if window)),
         rms_norm_eps=settings.number("rms_norm_eps"),
         tied_embeddings=settings.flag("tie_word_embeddings", default=False),
-        tensors=_OUTSIDE,
+        tensors=(
+            _EMBEDDING,
+            norm(Role.FINAL_NORM, "model.norm.weight", ("D",), "output_norm.weight", final_norm),
+            _HEAD,
+        ),
         layers=tuple(layers),
         bos_token_id=tokens.bos,
         eos_token_ids=tokens.ends,
@@ -113,21 +120,30 @@ routed_in_mlp = partial(Routed, router_module="mlp.gate", experts_module="mlp.ex
 """Routed experts where transformers' layers mostly have them."""
 
 
-def norms() -> tuple[TensorSpec, ...]:
-    """The norms in front of the mixer and of the feed-forward."""
+def norms(kind: NormKind = NormKind.PLAIN, feed_forward: str = "ffn_norm") -> tuple[TensorSpec, ...]:
+    """The norms in front of the mixer and of the feed-forward.
+
+    Args:
+        kind: how their scales are made of the tensors.
+        feed_forward: the latter's name in GGUF.
+    """
+    after, before = "post_attention_layernorm.weight", "input_layernorm.weight"
     return (
-        norm(Role.ATTENTION_NORM, f"{_LAYER}input_layernorm.weight", ("D",), "blk.{layer}.attn_norm.weight"),
-        norm(Role.MOE_NORM, f"{_LAYER}post_attention_layernorm.weight", ("D",), "blk.{layer}.ffn_norm.weight"),
+        norm(Role.ATTENTION_NORM, f"{_LAYER}{before}", ("D",), "blk.{layer}.attn_norm.weight", kind),
+        norm(Role.MOE_NORM, f"{_LAYER}{after}", ("D",), f"blk.{{layer}}.{feed_forward}.weight", kind),
     )
 
 
-def norm(role: Role, name: str, shape: tuple[str, ...], gguf: str) -> TensorSpec:
-    """The scales of a norm."""
-    return TensorSpec(role, name, shape, GgufTensor(gguf), Kind.NORM)
+def norm(role: Role, name: str, shape: tuple[str, ...], gguf: str, kind: NormKind = NormKind.PLAIN) -> TensorSpec:
+    """A norm; files of llama.cpp hold its scales themselves."""
+    transform = SAME if kind is NormKind.PLAIN else PlusOne()
+    return TensorSpec(role, name, shape, GgufTensor(gguf, transform), Kind.NORM, norm=kind)
 
 
-def grouped_query(spec: ModelSpec, index: int = 0) -> GroupedQuery:
-    """The mixer of a layer, which is grouped-query attention."""
+def grouped_query(spec: ModelSpec, index: int | None = None) -> GroupedQuery:
+    """The mixer of a layer, which is grouped-query attention; None: of the first layer that has some."""
+    if index is None:
+        return next(layer.mixer for layer in spec.layers if isinstance(layer.mixer, GroupedQuery))
     mixer = spec.layers[index].mixer
     assert isinstance(mixer, GroupedQuery)
     return mixer
@@ -139,13 +155,22 @@ def attention_tensors(rotary: Transform = SAME) -> tuple[TensorSpec, ...]:
     Args:
         rotary: what llama.cpp's converter does to the rows of queries and keys.
     """
+    return (*norms(), *attention_matrices(rotary))
+
+
+def attention_matrices(rotary: Transform = SAME, queries: str = "Q") -> tuple[TensorSpec, ...]:
+    """The four matrices of grouped-query attention.
+
+    Args:
+        rotary: what llama.cpp's converter does to the rows of queries and keys.
+        queries: the letter of the rows of queries.
+    """
     attention, gguf = f"{_LAYER}self_attn.", "blk.{layer}.attn_"
-    query = TensorSpec(Role.QUERY, f"{attention}q_proj.weight", ("Q", "D"), GgufTensor(f"{gguf}q.weight", rotary))
+    query = TensorSpec(Role.QUERY, f"{attention}q_proj.weight", (queries, "D"), GgufTensor(f"{gguf}q.weight", rotary))
     key = TensorSpec(Role.KEY, f"{attention}k_proj.weight", ("K", "D"), GgufTensor(f"{gguf}k.weight", rotary))
     value = TensorSpec(Role.VALUE, f"{attention}v_proj.weight", ("K", "D"), GgufTensor(f"{gguf}v.weight"))
     output = GgufTensor(f"{gguf}output.weight")
     return (
-        *norms(),
         query,
         replace(key, shares_input_of=Role.QUERY),
         replace(value, shares_input_of=Role.QUERY),
@@ -153,13 +178,13 @@ def attention_tensors(rotary: Transform = SAME) -> tuple[TensorSpec, ...]:
     )
 
 
-def qk_norm_tensors(qk_norm: QkNorm) -> tuple[TensorSpec, ...]:
-    """The norms of queries and keys."""
+def qk_norm_tensors(qk_norm: QkNorm, kind: NormKind = NormKind.PLAIN) -> tuple[TensorSpec, ...]:
+    """The norms of queries and keys; ``kind`` says how their scales are made of the tensors."""
     query, key = ("h", "h") if qk_norm is QkNorm.PER_HEAD else ("Q", "K")
     attention, gguf = f"{_LAYER}self_attn.", "blk.{layer}.attn_"
     return (
-        norm(Role.QUERY_NORM, f"{attention}q_norm.weight", (query,), f"{gguf}q_norm.weight"),
-        norm(Role.KEY_NORM, f"{attention}k_norm.weight", (key,), f"{gguf}k_norm.weight"),
+        norm(Role.QUERY_NORM, f"{attention}q_norm.weight", (query,), f"{gguf}q_norm.weight", kind),
+        norm(Role.KEY_NORM, f"{attention}k_norm.weight", (key,), f"{gguf}k_norm.weight", kind),
     )
 
 

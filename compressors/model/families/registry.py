@@ -17,12 +17,13 @@ __all__ = ["family_for", "supported_families"]
 
 @cache
 def supported_families() -> Mapping[str, Family]:
-    """The families by ``model_type``: the ``FAMILY`` of every module of the package that has one."""
+    """The families by every ``model_type`` they are read under: the ``FAMILY`` of each module of the package."""
     modules = [
         import_module(f"{families.__name__}.{module.name}") for module in pkgutil.iter_modules(families.__path__)
     ]
     found = [module.FAMILY for module in modules if hasattr(module, "FAMILY")]
-    return {family.model_type: family for family in found}
+    names = ((name, family) for family in found for name in (family.model_type, family.whole_model_type))
+    return {name: family for name, family in names if name is not None}
 
 
 def family_for(model_type: str, where: Path | None = None) -> Family:

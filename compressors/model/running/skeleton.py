@@ -32,7 +32,7 @@ class Skeleton:
 
         self._spec = spec
         register_grouped_experts()
-        config = _edited(AutoConfig.from_pretrained(folder, local_files_only=True), spec)
+        config = _edited(AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config(), spec)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, experts_implementation=GROUPED_EXPERTS)
         self.is_causal_by_itself: bool = model.config._attn_implementation == "sdpa"  # eager attention needs a mask

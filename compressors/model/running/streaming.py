@@ -157,8 +157,10 @@ class StreamedModel:
         return output
 
     def _mask(self, layer: nn.Module, hidden_BTD: torch.Tensor, first_position: int) -> torch.Tensor | None:
-        """The mask of a layer; None where its attention is causal by itself and reaches back over everything."""
+        """The mask of a layer; None where it is causal by itself and reaches back over everything."""
         mixer, n_new = self.spec.layers[self._indices[layer]].mixer, hidden_BTD.shape[1]
+        if mixer.is_recurrent:
+            return None
         is_short = mixer.window is None or first_position + n_new <= mixer.window
         if self._skeleton.is_causal_by_itself and is_short:
             return None

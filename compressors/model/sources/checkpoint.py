@@ -17,7 +17,7 @@ from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import TensorSpec
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.families.config import read_spec
+from compressors.model.families.config import language_model_config, read_spec
 from compressors.model.files.json_file import read_json
 from compressors.model.files.mxfp4 import MXFP4_SUFFIXES
 from compressors.model.files.safetensors_header import TensorHeader
@@ -70,7 +70,8 @@ class Checkpoint:
         self._opened = {file: WeightFile(file) for file in self.files}
         self.headers: dict[str, TensorHeader] = {}  # by the names of the whole language model
         for opened in self._opened.values():
-            self.headers.update({with_prefix(name): header for name, header in opened.tensors.items()})
+            prefixes = self.spec.family.prefixes
+            self.headers.update({with_prefix(name, prefixes): header for name, header in opened.tensors.items()})
         self._check_tensors()
         if self._has_own_head():
             self.spec = replace(self.spec, tied_embeddings=False)
@@ -214,7 +215,7 @@ class Checkpoint:
         return is_own_head(tuple(state), self.spec.vocab_size, head, embedding)
 
     def _check_tensors(self) -> None:
-        config = read_json(self.folder / "config.json")
+        config = language_model_config(read_json(self.folder / "config.json"))
         if (classifier := is_classifier(config, self.headers)) is not None:
             raise UnsupportedError(f"{self.folder}: {classifier}")
         for name, expected in self.expected_shapes():

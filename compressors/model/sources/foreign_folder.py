@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 from compressors.model.errors import InputError, UnsupportedError
+from compressors.model.families.config import is_inside_of_more
 from compressors.model.files.json_file import read_json
 from compressors.model.files.raw_file import FileState, RawFile, instead_of_a_file
 from compressors.model.names import shown
@@ -80,7 +81,7 @@ def _check(path: Path, state: FileState | None) -> None:
 
 
 def refuse_other_inputs(folder: Path) -> None:
-    """Refuses a model that, by ``config.json``, takes other inputs than text.
+    """Refuses a model that, by ``config.json``, takes other inputs than text, unless its language model can be read.
 
     Raises:
         InputError: the file cannot be read.
@@ -88,6 +89,8 @@ def refuse_other_inputs(folder: Path) -> None:
     """
     path = folder / "config.json"
     config = read_json(path) if path.exists() else {}
+    if is_inside_of_more(config):
+        return
     for key in ("text_config", "vision_config", "audio_config"):
         if isinstance(config.get(key), dict):
             raise UnsupportedError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,16 @@ _CLASSES = re.compile(r"(score|classifier|qa_outputs|v_head|value_head|reward_he
 _FIRST_NORM = re.compile(r"(?P<prefix>.*?)layers\.0\.input_layernorm\.weight")
 
 
-def with_prefix(name: str) -> str:
-    """Returns the name that a language model has for a tensor that was saved from the model without its head."""
+def with_prefix(name: str, others: Sequence[str] = ()) -> str:
+    """Returns the name that a language model has for a tensor, however it was saved.
+
+    Args:
+        name: the tensor's name in a file: maybe of the model without its head.
+        others: what names may begin with in a model that has the language model inside.
+    """
+    for other in others:
+        if name.startswith(other):
+            return _PREFIX + name.removeprefix(other)
     return _PREFIX + name if _BASE_NAMES.match(name) else name
 
 
