@@ -105,6 +105,10 @@ class _Quantized:
         )
 
 
+def _gguf_name(student: Student, role: Role, layer: int | None) -> str:
+    return student.spec.written.tensor(role, layer).gguf.name.format(layer=layer)
+
+
 class _Mixed:
     """A model whose matrices have these types; implements :class:`~compressors.model.sources.weights.Weights`."""
 
@@ -119,7 +123,7 @@ class _Mixed:
         return self.dtype
 
     def tensor(self, role: Role, layer: int | None) -> torch.Tensor:
-        type_name = self._types.get(self._student.spec.gguf_name(role, layer))
+        type_name = self._types.get(_gguf_name(self._student, role, layer))
         if type_name is None:
             return self._student.tensor(role, layer).float()
         return torch.from_numpy(self._quantized.tensor(role, layer, type_name)[0])
@@ -128,7 +132,7 @@ class _Mixed:
         return self.tensor(role, layer)[rows]
 
     def read_expert(self, role: Role, layer: int, expert: int, out: torch.Tensor) -> None:
-        type_name = self._types[self._student.spec.gguf_name(role, layer)]
+        type_name = self._types[_gguf_name(self._student, role, layer)]
         out.copy_(torch.from_numpy(self._quantized.tensor(role, layer, type_name)[expert]))
 
 

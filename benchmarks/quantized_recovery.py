@@ -158,7 +158,7 @@ class Files:
             rewrite(
                 weights,
                 {
-                    self.student.spec.gguf_name(Role.ROUTER, layer): values
+                    self.student.spec.tensor(Role.ROUTER, layer).gguf.name.format(layer=layer): values
                     for layer, values in _routers(routers).items()
                 },
             )

@@ -11,6 +11,7 @@ from gguf import GGUFReader
 from gguf.constants import GGUFValueType
 
 from compressors.model.description.spec import ModelSpec
+from compressors.model.families.parts import grouped_query
 from exporter.writing.gguf.container import (
     TensorEntry,
     Value,
@@ -84,19 +85,20 @@ def _value(types: list[GGUFValueType], content: Any) -> Value:
 
 def metadata_damages(spec: ModelSpec) -> Iterator[MetadataDamage]:
     """Yields damages of the architecture's keys."""
-    prefix = spec.gguf_architecture
+    prefix, attention = spec.written.family.gguf.architecture, grouped_query(spec)
+    normalizes = any(layer.routed is not None and layer.routed.routing.normalizes for layer in spec.layers)
     wrong: dict[str, list[Value | None]] = {
         "block_count": [uint32(spec.n_layers + 1), None],
         "context_length": [uint32(spec.context_length // 2), None],
         "embedding_length": [uint32(spec.hidden_size * 2), None],
         "expert_feed_forward_length": [uint32(spec.expert_width // 2), None],
-        "attention.head_count": [uint32(spec.n_heads // 2), None],
-        "attention.head_count_kv": [uint32(spec.n_heads), uint32(1), None],
-        "attention.key_length": [uint32(spec.head_dim * 2), uint32(spec.head_dim // 2)],
-        "attention.value_length": [uint32(spec.head_dim * 2), uint32(spec.head_dim // 2)],
+        "attention.head_count": [uint32(attention.n_heads // 2), None],
+        "attention.head_count_kv": [uint32(attention.n_heads), uint32(1), None],
+        "attention.key_length": [uint32(attention.head_dim * 2), uint32(attention.head_dim // 2)],
+        "attention.value_length": [uint32(attention.head_dim * 2), uint32(attention.head_dim // 2)],
         "attention.layer_norm_rms_epsilon": [float32(spec.rms_norm_eps * 1.05), float32(1e-5), float32(0.0), None],
-        "rope.freq_base": [float32(1e6), float32(spec.rope_theta * 1.01), float32(0.0)],
-        "rope.dimension_count": [uint32(spec.head_dim // 2), uint32(spec.head_dim * 2)],
+        "rope.freq_base": [float32(1e6), float32(spec.rope.theta * 1.01), float32(0.0)],
+        "rope.dimension_count": [uint32(attention.head_dim // 2), uint32(attention.head_dim * 2)],
         "expert_count": [uint32(spec.n_experts - 1), uint32(spec.n_experts * 2), None],
         "expert_used_count": [uint32(spec.top_k - 1), uint32(spec.top_k + 1), None],
         "vocab_size": [uint32(spec.vocab_size - 1)],
@@ -111,7 +113,7 @@ def metadata_damages(spec: ModelSpec) -> Iterator[MetadataDamage]:
         "residual_scale": [float32(0.5)],
         "embedding_scale": [float32(2.0)],
         "expert_weights_scale": [float32(2.5)],
-        "expert_weights_norm": [boolean(not spec.normalize_top_k)],
+        "expert_weights_norm": [boolean(not normalizes)],
         "expert_gating_func": [uint32(2)],
         "expert_group_count": [uint32(4)],
         "expert_group_used_count": [uint32(2)],

@@ -27,7 +27,7 @@ class WeightDamage:
 
 def weight_damages(student: Student) -> Iterator[WeightDamage]:
     """Yields the damages of the second layer and of what all layers share."""
-    for role in student.spec.stored_roles:
+    for role in dict.fromkeys(tensor.role for tensor, _ in student.spec.written.places):
         if role.is_expert:
             yield from _of_experts(student, role)
         else:

@@ -117,7 +117,7 @@ def importance_like(student: Student) -> Importance:
 
     importance: dict[tuple[Role, int | None], torch.Tensor] = {}
     for layer in range(student.spec.n_layers):
-        for role in student.spec.stored_roles:
+        for role in student.spec.layers[layer].roles:
             if role.is_expert:
                 columns = student.expert(role, layer, 0).shape[1]
                 importance[role, layer] = uneven(student.spec.n_experts, columns)

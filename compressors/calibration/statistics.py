@@ -19,6 +19,7 @@ from torch import nn
 
 from compressors.calibration.matrix_inputs import input_sizes, matrices_beside_experts, watching_inputs
 from compressors.model.description.roles import Role
+from compressors.model.description.routing import Routing
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.description.tensors import TensorSpec
 from compressors.model.errors import InputError
@@ -60,7 +61,7 @@ class LayerStatistics:
     gate_up_input_square_ED: torch.Tensor  # sum of squares of the expert's inputs
     down_input_square_EF: torch.Tensor  # sum of squares of the inputs of the down projection
     router_logit_gram_EE: torch.Tensor  # logits^T logits over all tokens
-    router_probability_sum_E: torch.Tensor  # sum of the full softmax over all tokens
+    router_probability_sum_E: torch.Tensor  # sum of the probabilities of each, chosen or not, over all tokens
     moe_cosine_sum: torch.Tensor  # cos(x, x + MoE(norm(x))): 1 means that the feed-forward changes nothing
     block_cosine_sum: torch.Tensor  # cos(layer input, layer output)
     input_squares: dict[Role, torch.Tensor]  # sums of squares of the inputs of all other matrices, by input
@@ -155,7 +156,7 @@ class StatisticsCollector:
                 experts = layer.get_submodule(described.routed.experts_module)
                 experts.observer = _ExpertSums(sums)  # type: ignore[assignment]
                 stack.callback(delattr, experts, "observer")
-                stack.enter_context(watching(layer, described.routed, partial(_add_call, sums)))
+                stack.enter_context(watching(layer, described.routed, partial(_add_call, sums, described.routed.routing)))
             yield
 
     def take(self, index: int) -> LayerStatistics:
@@ -187,7 +188,7 @@ class _ExpertSums:
         sums.down_input_square_EF[expert] += hidden_nF.square().sum(0)
 
 
-def _add_call(sums: LayerStatistics, call: RoutedCall) -> None:
+def _add_call(sums: LayerStatistics, routing: Routing, call: RoutedCall) -> None:
     """Adds what one call of a layer's experts tells."""
     logits_TE = call.logits_TE
     chosen_TE = torch.zeros_like(logits_TE).scatter_(1, call.chosen_TK, 1.0)
@@ -197,7 +198,7 @@ def _add_call(sums: LayerStatistics, call: RoutedCall) -> None:
     # one product for all experts: their tokens' squares, summed
     sums.gate_up_input_square_ED.add_(chosen_TE.T @ call.hidden_TD.float().square())
     sums.router_logit_gram_EE.add_(logits_TE.T @ logits_TE)
-    sums.router_probability_sum_E.add_(logits_TE.softmax(-1).sum(0))
+    sums.router_probability_sum_E.add_(routing.torch_probabilities(logits_TE).sum(0))
 
 
 def _add_squares(sums: LayerStatistics, role: Role, inputs_TN: torch.Tensor) -> None:

@@ -53,7 +53,7 @@ def _mean_squared_activation_norm(statistics: LayerStatistics) -> torch.Tensor:
 
 
 def _expert_drop(statistics: LayerStatistics) -> torch.Tensor:
-    """Expert Drop: the mean over all tokens of the softmax over all experts, chosen or not (He et al., 2406.02500)."""
+    """Expert Drop: the mean over all tokens of the router's probability, chosen or not (He et al., 2406.02500)."""
     return statistics.router_probability_sum_E / statistics.n_tokens.clamp_min(1)
 
 

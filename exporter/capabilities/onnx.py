@@ -15,7 +15,8 @@ _HEAD_MULTIPLE = 16
 
 
 def _mixers(spec: ModelSpec) -> str | None:
-    others = dict.fromkeys(layer.mixer.kind for layer in spec.layers if not isinstance(layer.mixer, GroupedQuery))
+    kinds = dict.fromkeys(layer.mixer.kind for layer in spec.layers)
+    others = [kind for kind in kinds if kind != GroupedQuery.kind]
     return _refused(f"our ONNX graphs have {GroupedQuery.kind}; this model also has {_listed(others)}", others)
 
 

@@ -90,10 +90,9 @@ def _read_onnx(folder: Path, rng: random.Random, inputs: Path) -> None:
 
 
 def _read_weights(weights: WrittenWeights, spec: ModelSpec) -> None:
-    for role in spec.stored_roles:
-        for layer in [None] if role.is_global else range(spec.n_layers):
-            if not role.is_expert:
-                weights.tensor(role, layer)
+    for tensor, layer in spec.written.places:
+        if not tensor.is_per_expert:
+            weights.tensor(tensor.role, layer)
     import torch
 
     for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN):

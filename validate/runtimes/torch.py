@@ -47,7 +47,7 @@ class TorchBackend:
         """Streams all chunks through the layers, then yields them one by one."""
         model = StreamedModel(self._student, limit=self._limit)
         recorder = RoutingRecorder(self._student.spec)
-        is_dense = self._student.spec.is_dense
+        is_dense = not self._student.spec.written.n_experts
         group = TokenGroup(torch.from_numpy(tokens_BT), [*self._observers, *([] if is_dense else [recorder.observe])])
         (states,) = model.stream([group], self._progress)
         routing = None if is_dense else recorder.routing()

@@ -122,6 +122,10 @@ class Routing:
         assert scale_E is not None, "the rule multiplies by the experts' scales"
         return weights_TK * scale_E[chosen_TK]
 
+    def torch_probabilities(self, logits_TE: torch.Tensor) -> torch.Tensor:
+        """How likely a router finds each expert, chosen or not: the sigmoid of its logit, else a softmax over all."""
+        return logits_TE.sigmoid() if self.score is Score.SIGMOID else logits_TE.softmax(-1)
+
     @property
     def description(self) -> str:
         """The rule in words, without top-k."""

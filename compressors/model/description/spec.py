@@ -15,7 +15,6 @@ from math import prod
 
 from compressors.model.description.family import Family
 from compressors.model.description.feed_forward import Dense, FeedForward, Routed
-from compressors.model.description.legacy import Legacy
 from compressors.model.description.mixers import Mixer
 from compressors.model.description.roles import Role
 from compressors.model.description.rope import Rope
@@ -172,7 +171,7 @@ class LayerSpec:
 
 
 @dataclass(frozen=True)
-class ModelSpec(Legacy):
+class ModelSpec:
     """Everything about a model that its computation and its containers depend on, apart from the weights.
 
     Attributes:

@@ -19,7 +19,7 @@ from compressors.model.description.routing import Routing
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.families.config import read_spec
-from compressors.model.families.parts import routed_in_mlp
+from compressors.model.families.parts import grouped_query, routed_in_mlp
 from compressors.model.families.registry import supported_families
 
 Read = Callable[..., ModelSpec]
@@ -76,10 +76,15 @@ def test_qwen3_moe_is_read(fine_folder: Path) -> None:
     assert (spec.bos_token_id, spec.eos_token_ids, spec.pad_token_id) == (0, (0,), 0)
 
 
+def _normalizes(spec: ModelSpec) -> bool:
+    (normalizes,) = {layer.routed.routing.normalizes for layer in spec.layers if layer.routed is not None}
+    return normalizes
+
+
 def test_mixtral_is_read(coarse_folder: Path) -> None:
     spec = read_spec(coarse_folder)
     assert (spec.model_type, spec.n_experts, spec.top_k, spec.expert_width) == ("mixtral", 8, 2, 512)
-    assert spec.normalize_top_k, "Mixtral always normalises"
+    assert _normalizes(spec), "Mixtral always normalises"
     assert spec.family is supported_families()["mixtral"]
     assert Role.QUERY_NORM not in spec.layers[0].roles
 
@@ -87,7 +92,7 @@ def test_mixtral_is_read(coarse_folder: Path) -> None:
 def test_olmoe_is_read(olmoe_folder: Path) -> None:
     spec = read_spec(olmoe_folder)
     assert (spec.model_type, spec.n_experts, spec.top_k, spec.expert_width) == ("olmoe", 16, 4, 64)
-    assert not spec.normalize_top_k
+    assert not _normalizes(spec)
     assert not spec.tied_embeddings
 
 
@@ -142,7 +147,7 @@ def test_a_config_gets_another_expert_count_in_one_spelling(family_folder: Path,
     AutoConfig.from_pretrained(family_folder).save_pretrained(tmp_path)
     spec = read_spec(family_folder).with_experts(3)
     for folder in (family_folder, tmp_path):
-        config = spec.in_config(json.loads((folder / "config.json").read_text()))
+        config = spec.family.edited(spec, json.loads((folder / "config.json").read_text()))
         assert len({"num_experts", "num_local_experts"} & set(config)) == 1
         (tmp_path / "config.json").write_text(json.dumps(config))
         assert read_spec(tmp_path) == spec
@@ -151,9 +156,9 @@ def test_a_config_gets_another_expert_count_in_one_spelling(family_folder: Path,
 
 
 def test_nested_rope_theta_is_the_one_that_counts(read: Read) -> None:
-    assert read(rope_parameters={"rope_type": "default", "rope_theta": 5e5}).rope_theta == 5e5
-    assert read(drop=("rope_theta",), rope_parameters={"rope_type": "default", "rope_theta": 5e5}).rope_theta == 5e5
-    assert read(rope_scaling=None).rope_theta == 10000.0
+    assert read(rope_parameters={"rope_type": "default", "rope_theta": 5e5}).rope.theta == 5e5
+    assert read(drop=("rope_theta",), rope_parameters={"rope_type": "default", "rope_theta": 5e5}).rope.theta == 5e5
+    assert read(rope_scaling=None).rope.theta == 10000.0
 
 
 def test_several_and_no_end_tokens(read: Read) -> None:
@@ -163,14 +168,15 @@ def test_several_and_no_end_tokens(read: Read) -> None:
 
 
 def test_head_dim_defaults_to_an_even_share(read: Read) -> None:
-    shape = read(drop=("head_dim",))
-    assert shape.head_dim == shape.hidden_size // shape.n_heads == 32
+    spec = read(drop=("head_dim",))
+    mixer = grouped_query(spec)
+    assert mixer.head_dim == spec.hidden_size // mixer.n_heads == 32
 
 
 def test_norm_topk_prob_is_obeyed(read_qwen: Read, read_olmoe: Read) -> None:
-    assert not read_qwen(norm_topk_prob=False).normalize_top_k
-    assert read_olmoe(norm_topk_prob=True).normalize_top_k
-    assert not read_olmoe(drop=("norm_topk_prob",)).normalize_top_k
+    assert not _normalizes(read_qwen(norm_topk_prob=False))
+    assert _normalizes(read_olmoe(norm_topk_prob=True))
+    assert not _normalizes(read_olmoe(drop=("norm_topk_prob",)))
 
 
 @pytest.mark.parametrize(

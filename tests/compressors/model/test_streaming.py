@@ -207,7 +207,7 @@ def test_a_student_whose_layers_differ_equals_stock_transformers_cut_by_hand(
     family_folder: Path, blocks_BT: torch.Tensor, tmp_path: Path
 ) -> None:
     student = _student_whose_layers_differ(Checkpoint(family_folder))
-    assert student.spec.sizes is not None
+    assert not student.spec.is_uniform
     expected = _stock_like(student)(blocks_BT, use_cache=False).logits.flatten(0, 1)
     for limit in (None, MemoryLimit(1, tmp_path), MemoryLimit(10**12, tmp_path)):
         model = StreamedModel(student, limit=limit, check_finite=True)
@@ -219,7 +219,7 @@ def test_gradients_of_a_student_whose_layers_differ_equal_autograd(
     family_folder: Path, blocks_BT: torch.Tensor
 ) -> None:
     student = _student_whose_layers_differ(Checkpoint(family_folder))
-    with_experts = [layer for layer in range(student.spec.n_layers) if student.spec.layer(layer).has_moe]
+    with_experts = [layer for layer in range(student.spec.n_layers) if student.spec.layers[layer].routed]
     routers = {(Role.ROUTER, layer): nn.Parameter(student.tensor(Role.ROUTER, layer).float()) for layer in with_experts}
     targets = blocks_BT.flatten().roll(-1)
 

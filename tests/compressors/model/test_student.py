@@ -58,10 +58,10 @@ def test_layers_may_differ_and_go(source: Checkpoint) -> None:
     student = Student(source, experts)
     spec = student.spec
     assert (spec.n_layers, spec.n_experts, spec.top_k, spec.expert_width) == (2, 3, 3, 64)
-    assert (spec.layer(0).n_experts, spec.layer(0).expert_width, spec.layer(0).has_moe) == (3, 64, True)
-    assert (spec.layer(1).n_experts, spec.layer(1).top_k, spec.layer(1).has_moe) == (0, 0, False)
+    assert (spec.layers[0].n_experts, spec.layers[0].expert_width) == (3, 64)
+    assert (spec.layers[1].n_experts, spec.layers[1].top_k, spec.layers[1].routed) == (0, 0, None)
     assert spec.described_sizes == "3 experts of width 64, no experts"
-    attention = source.spec.dense_layer_parameters - 32 * 256 - 256  # neither router nor the norm before it
+    attention = source.spec.layers[0].parameters_beside_experts - 32 * 256 - 256  # neither router nor the norm before it
     embedding = source.spec.vocab_size * 256 * (1 if source.spec.tied_embeddings else 2)
     assert spec.parameters == 2 * attention + 256 + 3 * 256 + 3 * (3 * 64 * 256) + embedding + 256
 

@@ -193,7 +193,7 @@ def test_no_line_is_for_routers_or_routing(planned: Planned, fine_folder: Path) 
     teacher = plan.teacher_spec
     wide = altered(teacher, top_k=8, hidden_size=2048, expert_width=2048)
     lines = memory_lines(wide, wide.with_sizes([MoeSize(1, 8 * 2048)] * 6), 2)
-    more = 4 * 7 * wide.expert_parameters
+    more = 4 * 7 * wide.layers[0].expert_parameters
     assert lines["activations and an expert in float32"] == working_bytes(wide) + more
     seconds = [seconds_by_stage(one, _SPEEDS, 10**15)["validate_torch"] for one in (plan, moe)]
     assert seconds[0] == pytest.approx(seconds[1], rel=0.05), "a token meets as many weights as before, but no router"

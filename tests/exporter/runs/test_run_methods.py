@@ -50,7 +50,7 @@ def test_merged_and_slimmed_experts_arrive_in_both_files(
         assert (members, layer["width"]) == (list(range(32)), 96), "each expert goes on living in some group"
     assert [len(kept) for kept in student["kept"]] == [12, 12]
     spec = read_spec(toy_model)
-    removed = 20 * (spec.expert_parameters + spec.hidden_size)  # experts, and their router rows
+    removed = 20 * (spec.layers[0].expert_parameters + spec.hidden_size)  # experts, and their router rows
     removed += 12 * 3 * spec.hidden_size * 32  # neurons of those that are left
     assert student["parameters"] == spec.parameters - 2 * removed
     for artifact in report["artifacts"]:

@@ -76,7 +76,7 @@ def _same_experts(
     """bool [L, T]: whether the routed sets agree; where they do, so must the applied weights."""
     logits_LTE = torch.stack([each.reshape(-1, each.shape[-1]) for each in router_logits])
     weights_LTK, experts_LTK = logits_LTE.softmax(-1).topk(spec.top_k)
-    if spec.normalize_top_k:
+    if any(layer.routed is not None and layer.routed.routing.normalizes for layer in spec.layers):
         weights_LTK = weights_LTK / weights_LTK.sum(-1, keepdim=True)
     assert output.routing.experts_LTK.shape == tuple(experts_LTK.shape)
     same_LT = np.all(np.sort(output.routing.experts_LTK) == experts_LTK.sort().values.numpy(), axis=-1)

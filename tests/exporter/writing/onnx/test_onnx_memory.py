@@ -40,7 +40,7 @@ def test_cache_grows_with_the_context_and_weights_with_the_experts(fine_folder: 
     short, long = (predict_runtime_bytes(spec, "Q4_0", context, threads=2) for context in (512, 1024))
     assert long["kv_cache"] - short["kv_cache"] == 2 * 6 * 4 * 32 * 4 * 512  # K and V, layers, heads, width, float32
     fewer = predict_runtime_bytes(spec.with_experts(16), "Q4_0", 512, threads=2)
-    dropped = 6 * 16 * spec.expert_parameters
+    dropped = 6 * 16 * spec.layers[0].expert_parameters
     assert short["weights"] - fewer["weights"] == pytest.approx(dropped * 5 / 8, rel=0.05)  # 5 bits: float32 scales
 
 
