@@ -93,11 +93,16 @@ def _family_section(module: ModuleType) -> Iterator[str]:
         yield from refused
 
 
+_WITHOUT_A_DEFAULT = {"deepseek_v2": {"num_experts_per_tok": 6}}
+"""Settings that a family needs and transformers has no usable default of, as the hub's models have them."""
+
+
 def _by_defaults(family: Family) -> ModelSpec:
     """The model of a ``config.json`` that leaves everything to transformers' defaults."""
     assert family.read is not None, "it is a supported family"
     with tempfile.TemporaryDirectory() as folder:
-        return family.read(Settings({"model_type": family.model_type}, Path(folder) / "config.json"))
+        config = {"model_type": family.model_type, **_WITHOUT_A_DEFAULT.get(family.model_type, {})}
+        return family.read(Settings(config, Path(folder) / "config.json"))
 
 
 def _example(family: Family) -> ModelSpec:
@@ -134,6 +139,10 @@ def _steps_table(spec: ModelSpec) -> Iterator[str]:
 
 def _refused_variants(spec: ModelSpec) -> Iterator[str]:
     for container in Container:
+        always = refusal(spec, container)
+        if always is not None:
+            yield f"* all models, as {container.label}: {always}"
+            continue
         for name, variant in _variants(spec).items():
             sentence = refusal(variant, container)
             is_setting = spec.family.settings(variant) != spec.family.settings(spec)
@@ -173,7 +182,10 @@ def _with_narrow_heads(spec: ModelSpec) -> ModelSpec:
 def _ropes_in_gguf(spec: ModelSpec) -> Iterator[str]:
     for kind in RopeKind:
         rope = _scaled(spec.rope, kind)
-        layers = tuple(replace(layer, mixer=replace(layer.mixer, rope=rope)) for layer in spec.layers)
+        layers = tuple(
+            layer if layer.mixer.rope is None else replace(layer, mixer=replace(layer.mixer, rope=rope))
+            for layer in spec.layers
+        )
         if refusal(replace(spec, layers=layers), Container.GGUF) is None:
             yield kind.value
 

@@ -156,7 +156,8 @@ class StatisticsCollector:
                 experts = layer.get_submodule(described.routed.experts_module)
                 experts.observer = _ExpertSums(sums)  # type: ignore[assignment]
                 stack.callback(delattr, experts, "observer")
-                stack.enter_context(watching(layer, described.routed, partial(_add_call, sums, described.routed.routing)))
+                add = partial(_add_call, sums, described.routed.routing)
+                stack.enter_context(watching(layer, described.routed, add))
             yield
 
     def take(self, index: int) -> LayerStatistics:

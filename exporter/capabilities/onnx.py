@@ -6,17 +6,21 @@ from collections.abc import Iterable
 
 from compressors.model.description.glu import Activation
 from compressors.model.description.mixers import GroupedQuery
+from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from exporter.capabilities.rules import Container, Feature, Rule
 
 __all__ = ["RULES"]
 
 _HEAD_MULTIPLE = 16
+_NOT_READ = (Role.SINKS, Role.EXPERT_GATE_UP_BIAS, Role.EXPERT_DOWN_BIAS)
 
 
 def _mixers(spec: ModelSpec) -> str | None:
-    kinds = dict.fromkeys(layer.mixer.kind for layer in spec.layers)
-    others = [kind for kind in kinds if kind != GroupedQuery.kind]
+    mixers = [layer.mixer for layer in spec.layers]
+    others = dict.fromkeys(mixer.kind for mixer in mixers if not isinstance(mixer, GroupedQuery))
+    if any(isinstance(mixer, GroupedQuery) and mixer.output_gate for mixer in mixers):
+        others["gates of the attention's output"] = None
     return _refused(f"our ONNX graphs have {GroupedQuery.kind}; this model also has {_listed(others)}", others)
 
 
@@ -29,6 +33,12 @@ def _heads(spec: ModelSpec) -> str | None:
                 f"{_HEAD_MULTIPLE} values; this model's have {mixer.head_dim}"
             )
     return None
+
+
+def _vectors(spec: ModelSpec) -> str | None:
+    roles = {role for layer in spec.written.layers for role in layer.roles}
+    lacking = [f"{role}" for role in _NOT_READ if role in roles]
+    return _refused(f"our ONNX graphs do not add {_listed(lacking)}", lacking)
 
 
 def _expert_function(spec: ModelSpec) -> str | None:
@@ -58,6 +68,7 @@ def _listed(names: Iterable[str]) -> str:
 RULES = (
     Rule(Container.ONNX, Feature.MIXERS, GroupedQuery.kind, _mixers),
     Rule(Container.ONNX, Feature.HEADS, f"a multiple of {_HEAD_MULTIPLE} values", _heads),
+    Rule(Container.ONNX, Feature.BIASES, "all but attention sinks and the biases of experts", _vectors),
     Rule(Container.ONNX, Feature.EXPERT_FUNCTION, "SwiGLU, its limits and offsets included", _expert_function),
     Rule(Container.ONNX, Feature.SCALARS, "none", _scalars),
 )

@@ -195,6 +195,8 @@ class GatedDelta:
     value_dim: int
     kernel: int
 
+    kind: ClassVar[str] = "a gated delta rule"
+
     @property
     def rope(self) -> None:
         """None: nothing is turned."""

@@ -61,7 +61,8 @@ def test_layers_may_differ_and_go(source: Checkpoint) -> None:
     assert (spec.layers[0].n_experts, spec.layers[0].expert_width) == (3, 64)
     assert (spec.layers[1].n_experts, spec.layers[1].top_k, spec.layers[1].routed) == (0, 0, None)
     assert spec.described_sizes == "3 experts of width 64, no experts"
-    attention = source.spec.layers[0].parameters_beside_experts - 32 * 256 - 256  # neither router nor the norm before it
+    # neither router nor the norm before it
+    attention = source.spec.layers[0].parameters_beside_experts - 32 * 256 - 256
     embedding = source.spec.vocab_size * 256 * (1 if source.spec.tied_embeddings else 2)
     assert spec.parameters == 2 * attention + 256 + 3 * 256 + 3 * (3 * 64 * 256) + embedding + 256
 

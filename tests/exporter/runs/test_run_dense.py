@@ -81,7 +81,8 @@ def test_both_files_hold_the_dense_architecture_and_the_predicted_bytes(run: _Ru
     assert student["expert_width"] == teacher.top_k * teacher.expert_width
     assert [student[key] for key in ("n_experts", "fewest_experts", "n_moe_layers", "top_k")] == [None] * 4
     assert [len(kept) for kept in student["kept"]] == [teacher.top_k] * 2
-    removed = (teacher.n_experts - teacher.top_k) * teacher.layers[0].expert_parameters + teacher.n_experts * teacher.hidden_size
+    layer = teacher.layers[0]
+    removed = (layer.n_experts - layer.top_k) * layer.expert_parameters + layer.n_experts * teacher.hidden_size
     assert student["parameters"] == teacher.parameters - 2 * removed
     (path,) = run.out.glob("*.gguf")
     assert gguf.GGUFReader(path).fields["general.architecture"].contents() == in_gguf

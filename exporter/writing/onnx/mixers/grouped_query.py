@@ -43,7 +43,7 @@ class GroupedQueryNodes:
             kv_num_heads=mixer.n_kv_heads,
             scale=mixer.scale,
             do_rotary=1,
-            rotary_interleaved=0,
+            rotary_interleaved=int(mixer.rope.interleaved),
             **self._window(layer.context_length),
         )
         return layer.linear(Role.ATTENTION_OUTPUT, attended, f"{prefix}attention", Role.ATTENTION_OUTPUT_BIAS)
