@@ -63,8 +63,8 @@ def continue_texts(
     """Continues each prompt by N tokens.
 
     Keys and values, or states, are kept, so each new token costs one position. Layers are visited once for the prompts
-    and once for each token after the first, for all texts together: a model whose layers do not stay in memory is read N
-    times, so ask for many texts at once. An end of text does not end it, as in the blocks of training text.
+    and once for each token after the first, for all texts together: a model whose layers do not stay in memory is read
+    N times, so ask for many texts at once. An end of text does not end it, as in the blocks of training text.
 
     Args:
         model: what writes.

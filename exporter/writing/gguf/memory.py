@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 
-from compressors.model.description.mixers import Mixer
+from compressors.model.description.mixers import GatedDelta, GroupedQuery, Mixer
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
 
@@ -96,15 +96,21 @@ def _graph_bytes(spec: ModelSpec, cells: int, kv_type: str) -> int:
     logits_moment = _FLOAT * tokens * spec.vocab_size + 2 * hidden
     attention_moment = mask + 2 * hidden + max(_mixer_bytes(mixer, tokens, cells, kv_type) for mixer in _mixers(spec))
     feed_forward_moment = mask + 2 * hidden + max(_feed_forward_bytes(layer, tokens) for layer in spec.layers)
-    # the allocator leaves gaps, up to the size of one hidden state in all cases that were seen
-    return max(logits_moment, attention_moment, feed_forward_moment) + hidden
+    # the allocator leaves gaps, up to the size of one hidden state in all cases that were seen, of two around states
+    gaps = 2 if any(mixer.is_recurrent for mixer in _mixers(spec)) else 1
+    return max(logits_moment, attention_moment, feed_forward_moment) + gaps * hidden
 
 
 def _mixer_bytes(mixer: Mixer, tokens: int, cells: int, kv_type: str) -> int:
-    """Queries, outputs, keys and values, and what is made of the cache."""
+    """Queries, outputs, keys and values, and what is made of the cache; of a state's layer what its convolution takes."""
+    if isinstance(mixer, GatedDelta):
+        # before, padded and after the convolution; or, where queries and keys are repeated for all heads of values
+        repeated = 3 * mixer.n_value_heads * mixer.key_dim + 2 * mixer.width
+        return _FLOAT * (tokens * max(3 * mixer.channels, repeated) + mixer.state_values)
     # flash attention works on half precision: float32 keys and values are converted whole
     converted = _HALF * cells * mixer.cached_values if kv_type == "f32" else 0
-    return converted + _FLOAT * tokens * (2 * mixer.width + mixer.cached_values)
+    gates = 2 * mixer.width if isinstance(mixer, GroupedQuery) and mixer.output_gate else 0
+    return converted + _FLOAT * tokens * (2 * mixer.width + gates + mixer.cached_values)
 
 
 def _feed_forward_bytes(layer: LayerSpec, tokens: int) -> int:
