@@ -34,6 +34,7 @@ _FLOAT = 4
 _HALF = 2
 _BYTES_PER_TOKEN_TEXT = 420  # a token's text, score and merge in llama_vocab's tables
 _BYTES_PER_LAYER_GRAPH = 100 << 10  # about 100 graph nodes, in two graphs and in the scheduler's tables
+_BYTES_OF_RECURRENT_GRAPHS = 16 << 20  # 40 nodes a token in two graphs (graph_max_nodes in src/llama-context.cpp)
 _LIBRARY_BYTES = 5 << 20  # pages of the libraries that are touched only when a model runs
 
 
@@ -61,6 +62,7 @@ def predict_runtime_bytes(spec: ModelSpec, file_bytes: int, context: int, kv_typ
         + _FLOAT * spec.vocab_size  # output buffer: logits of one position
         + _BYTES_PER_TOKEN_TEXT * spec.vocab_size
         + _BYTES_PER_LAYER_GRAPH * spec.n_layers
+        + (_BYTES_OF_RECURRENT_GRAPHS if _is_recurrent(spec) else 0)
         + _LIBRARY_BYTES
     )
     return {
@@ -72,6 +74,10 @@ def predict_runtime_bytes(spec: ModelSpec, file_bytes: int, context: int, kv_typ
 
 def _mixers(spec: ModelSpec) -> Iterator[Mixer]:
     return (layer.mixer for layer in spec.layers)
+
+
+def _is_recurrent(spec: ModelSpec) -> bool:
+    return any(mixer.is_recurrent for mixer in _mixers(spec))
 
 
 def _cells(mixer: Mixer, spec: ModelSpec, cells: int) -> int:
@@ -97,12 +103,12 @@ def _graph_bytes(spec: ModelSpec, cells: int, kv_type: str) -> int:
     attention_moment = mask + 2 * hidden + max(_mixer_bytes(mixer, tokens, cells, kv_type) for mixer in _mixers(spec))
     feed_forward_moment = mask + 2 * hidden + max(_feed_forward_bytes(layer, tokens) for layer in spec.layers)
     # the allocator leaves gaps, up to the size of one hidden state in all cases that were seen, of two around states
-    gaps = 2 if any(mixer.is_recurrent for mixer in _mixers(spec)) else 1
+    gaps = 2 if _is_recurrent(spec) else 1
     return max(logits_moment, attention_moment, feed_forward_moment) + gaps * hidden
 
 
 def _mixer_bytes(mixer: Mixer, tokens: int, cells: int, kv_type: str) -> int:
-    """Queries, outputs, keys and values, and what is made of the cache; of a state's layer what its convolution takes."""
+    """Queries, outputs, keys and values, and what is made of the cache; of a recurrent layer, its convolution."""
     if isinstance(mixer, GatedDelta):
         # before, padded and after the convolution; or, where queries and keys are repeated for all heads of values
         repeated = 3 * mixer.n_value_heads * mixer.key_dim + 2 * mixer.width
