@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ class Skeleton:
 
         self._spec = spec
         register_grouped_experts()
+        # it recommends packages for recurrent layers, in every process; torch's own arithmetic is what is meant here
+        logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
         config = _edited(AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config(), spec)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, experts_implementation=GROUPED_EXPERTS)
