@@ -17,11 +17,10 @@ from compressors.model.description.settings import Settings
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.names import shown
 
-__all__ = ["FULL", "SLIDING", "FamilySettings"]
+__all__ = ["FamilySettings"]
 
-_ATTENTION_KINDS = FULL, SLIDING = "full_attention", "sliding_attention"
-"""The kinds of layers in ``layer_types``: attention to all tokens, and within a window."""
-
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+_ATTENTION_KINDS = (_FULL, _SLIDING)
 _MODELS_IN_MODELS = (("per_layer_config", "settings of single layers"), ("text_config", "a model inside a model"))
 
 
@@ -168,11 +167,11 @@ class FamilySettings:
         kinds = self.settings.get("layer_types")
         window = self.window()
         kinds = list(default) if kinds is None else kinds
-        if window is None and SLIDING in kinds:
+        if window is None and _SLIDING in kinds:
             raise InputError(
                 f"{self.settings.named('sliding_window')} must be a number of tokens: layers have a window"
             )
-        return [window if kind == SLIDING else None for kind in kinds]
+        return [window if kind == _SLIDING else None for kind in kinds]
 
     def rope(self, head_dim: int, rule: RopeRule) -> Rope:
         """The rotary embedding of heads, or parts of heads, of so many values; ``rule`` is the family's."""

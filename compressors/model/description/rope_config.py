@@ -20,7 +20,7 @@ from compressors.model.description.settings import Settings
 from compressors.model.errors import UnsupportedError
 from compressors.model.names import shown
 
-__all__ = ["RopeRule", "read_rope", "yarn_settings"]
+__all__ = ["RopeRule", "read_rope"]
 
 _ORIGINAL = "original_max_position_embeddings"
 _SHARE = "partial_rotary_factor"
@@ -49,18 +49,6 @@ class RopeRule:
     scales_attention: bool = False
     interleaved: bool = False
     default: Mapping[str, Any] | None = None
-
-
-def yarn_settings(factor: float, original_context: int, *, truncate: bool) -> Mapping[str, Any]:
-    """Settings of YaRN with the paper's betas, as a family's class may have them where a file has none."""
-    return {
-        "rope_type": RopeKind.YARN.value,
-        "factor": factor,
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "truncate": truncate,
-        _ORIGINAL: original_context,
-    }
 
 
 def read_rope(config: Settings, rule: RopeRule, *, head_dim: int, trained_context: int) -> Rope:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from compressors.model.description.family import Family
-from compressors.model.description.family_settings import SLIDING
 from compressors.model.description.rope import Rope, RopeKind
 from compressors.model.description.settings import Settings
 from compressors.model.description.spec import ModelSpec
@@ -105,7 +104,7 @@ def _windows(config: Any, spec: ModelSpec) -> tuple[int | None, ...]:
     window = getattr(config, "sliding_window", None) or None  # 0 is none too
     if "layer_types" not in spec.family.settings(spec):
         return (window,) * spec.n_layers
-    return tuple(window if kind == SLIDING else None for kind in config.layer_types)
+    return tuple(window if kind == "sliding_attention" else None for kind in config.layer_types)
 
 
 def _rope_settings(config: Any, rope: Rope) -> Iterator[tuple[str, object, object]]:

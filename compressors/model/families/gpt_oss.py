@@ -10,11 +10,10 @@ from dataclasses import replace
 from typing import Any
 
 from compressors.model.description.family import ConfigValues, Family, GgufFamily, GgufValue
-from compressors.model.description.family_settings import FULL, SLIDING, FamilySettings
+from compressors.model.description.family_settings import FamilySettings
 from compressors.model.description.feed_forward import Routed
 from compressors.model.description.glu import Glu
 from compressors.model.description.roles import Role
-from compressors.model.description.rope_config import yarn_settings
 from compressors.model.description.routing import Routing, Score
 from compressors.model.description.settings import Settings
 from compressors.model.description.spec import ModelSpec
@@ -40,7 +39,14 @@ _DEFAULTS = {
     "swiglu_alpha": 1.702,
     "swiglu_limit": 7.0,
 }
-_DEFAULT_ROPE = yarn_settings(32.0, 4096, truncate=False)
+_DEFAULT_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
 _GLU = Glu(alpha=1.702, limit=7.0, offset=1.0)  # constants of llama.cpp's graph
 
 _LAYER, _BLK = "model.layers.{layer}.", "blk.{layer}."
@@ -64,8 +70,8 @@ def _experts() -> tuple[TensorSpec, ...]:
 
 def _vectors() -> tuple[TensorSpec, ...]:
     """The biases of attention's output and of the experts, and the sinks."""
-    attention, gguf = f"{_LAYER}self_attn.", f"{_BLK}attn_"
-    output, sinks_gguf = GgufTensor(f"{gguf}output.bias"), GgufTensor(f"{gguf}sinks.weight")
+    attention = f"{_LAYER}self_attn."
+    output = GgufTensor(f"{_BLK}attn_output.bias")
     gate_gguf = GgufTensor(f"{_BLK}ffn_gate_exps.bias", EverySecond(0))
     gate_up = TensorSpec(
         Role.EXPERT_GATE_UP_BIAS,
@@ -81,7 +87,7 @@ def _vectors() -> tuple[TensorSpec, ...]:
     down_name = f"{_EXPERTS}down_proj_bias"
     return (
         TensorSpec(Role.ATTENTION_OUTPUT_BIAS, f"{attention}o_proj.bias", ("D",), output, Kind.VECTOR),
-        TensorSpec(Role.SINKS, f"{attention}sinks", ("H",), sinks_gguf, Kind.VECTOR),
+        TensorSpec(Role.SINKS, f"{attention}sinks", ("H",), GgufTensor(f"{_BLK}attn_sinks.weight"), Kind.VECTOR),
         gate_up,
         TensorSpec(Role.EXPERT_DOWN_BIAS, down_name, ("E", "D"), down_gguf, Kind.VECTOR, experts_axis=0),
     )
@@ -120,7 +126,7 @@ def _read(file: Settings) -> ModelSpec:
     )
     attention = parts.attention(settings, default_theta=150_000.0, default_rope=_DEFAULT_ROPE)
     n_layers = settings.count("num_hidden_layers")
-    kinds = [FULL if index % 2 else SLIDING for index in range(n_layers)]
+    kinds = ["full_attention" if index % 2 else "sliding_attention" for index in range(n_layers)]
     mixers = [replace(attention, window=window) for window in settings.layer_windows(kinds)]
     return parts.model(settings, [parts.layer(settings, mixer, experts, _TENSORS) for mixer in mixers])
 
@@ -128,7 +134,7 @@ def _read(file: Settings) -> ModelSpec:
 def _settings(spec: ModelSpec) -> ConfigValues:
     usual = parts.usual_settings(spec, n_experts="num_local_experts", width="intermediate_size", normalizes=None)
     (glu,) = {layer.routed.glu for layer in spec.layers if layer.routed is not None}
-    kinds = [FULL if layer.mixer.window is None else SLIDING for layer in spec.layers]
+    kinds = ["full_attention" if layer.mixer.window is None else "sliding_attention" for layer in spec.layers]
     return {**usual, "layer_types": kinds, "swiglu_alpha": glu.alpha, "swiglu_limit": glu.limit}
 
 
