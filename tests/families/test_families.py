@@ -27,6 +27,8 @@ from exporter.writing.hf_checkpoint import write_checkpoint
 from tests.families.conftest import logits_of
 from tests.families.rows import Row
 from validate.routing.agreement import routing_agreement
+from validate.routing.router_alone import RouterInputRecorder, router_alone
+from validate.routing.router_inputs import RouterInputs
 from validate.runtimes.backend import scored_positions
 from validate.runtimes.llama_cpp import LlamaCppBackend
 
@@ -149,7 +151,10 @@ def test_llama_cpp_computes_and_routes_like_torch(
     student = _pruned(source) if pruned else Student.teacher(source)
     write_gguf(student, "F32", tmp_path / "x.gguf", name="x", threads=1)
     recorder, model = RoutingRecorder(student.spec), StreamedModel(student)
-    (hidden,) = model.stream([TokenGroup(blocks_BT, [recorder.observe])])
+    inputs = RouterInputRecorder(tmp_path / "inputs", student.spec, np.arange(len(blocks_BT)), blocks_BT.shape[1])
+    (hidden,) = model.stream([TokenGroup(blocks_BT, [recorder.observe, inputs.observe])])
+    routing = recorder.routing()
+    inputs.finish(routing)
     everywhere = slice(0, blocks_BT.shape[1])
     expected = torch.cat([logits for _, logits in model.logits_in_chunks(hidden, everywhere)])
     backend = LlamaCppBackend(tmp_path / "x.gguf", n_ctx=64, kv_type="f32", threads=1)
@@ -157,6 +162,9 @@ def test_llama_cpp_computes_and_routes_like_torch(
     wanted_BSV = expected.view(*blocks_BT.shape, -1)[:, scored_positions(blocks_BT.shape[1])]
     found_BSV = torch.from_numpy(np.stack([logits for logits, _ in outputs]))
     assert (found_BSV - wanted_BSV).abs().max() < 1e-3 * wanted_BSV.std()
-    routings = [routing for _, routing in outputs if routing is not None]
+    routings = [each for _, each in outputs if each is not None]
     found = type(routings[0]).concatenate(routings)
-    assert routing_agreement(recorder.routing(), found).mean("overlap") > 0.99
+    assert routing_agreement(routing, found).mean("overlap") > 0.99
+    fed = RouterInputs(tmp_path / "inputs")
+    alone = router_alone(fed, backend.route(blocks_BT.numpy(), fed))
+    assert alone.agreement.mean("overlap") == 1.0 and alone.margin_error < 1e-5

@@ -55,14 +55,19 @@ class _TensorHead(ctypes.Structure):
 
 
 # names that build_moe_ffn (src/llama-graph.cpp) and the models' graphs (src/models) give to a layer's nodes
-_INPUT, _LOGITS, _EXPERTS = "ffn_norm", "ffn_moe_logits", "ffn_moe_topk"
-_SCORES = (_LOGITS, "ffn_moe_logits_biased", "ffn_moe_probs_biased", "ffn_moe_probs_masked")
+_LOGITS, _BIASED, _EXPERTS = "ffn_moe_logits", "ffn_moe_logits_biased", "ffn_moe_topk"
+_INPUTS = ("ffn_norm", "attn_post_norm")
+"""Of these a layer has one: what its router reads."""
+_SCORES = (_LOGITS, _BIASED, "ffn_moe_probs_biased", "ffn_moe_probs_masked")
 """Those of which, of each layer, the last one that there is decides which experts are chosen."""
+_PROBABILITIES = "ffn_moe_probs"
+_LOGITS_BY_OPERATION = {b"MUL_MAT": _LOGITS, b"ADD": _BIASED}
+"""Where experts are chosen by the logits themselves, these have the name of probabilities in the end."""
 _WEIGHTS = ("ffn_moe_weights", "ffn_moe_weights_softmax", "ffn_moe_weights_norm", "ffn_moe_weights_scaled")
 """Those of which, of each layer, the last one that there is holds the weights as they are applied."""
 _TOKENS_LAST = frozenset({"ffn_moe_weights", "ffn_moe_weights_softmax", "ffn_moe_weights_scaled"})
 """Those that are [1, K, T] to ggml, where others are [K, T]."""
-_NODE = re.compile(f"({'|'.join((_INPUT, *_SCORES, _EXPERTS, *_WEIGHTS))})-([0-9]+)".encode())
+_NODE = re.compile(f"({'|'.join((*_INPUTS, *_SCORES, _PROBABILITIES, _EXPERTS, *_WEIGHTS))})-([0-9]+)".encode())
 
 _FINAL_NORM = b"result_norm"
 """The final norm's output, as every model's graph names it."""
@@ -142,13 +147,12 @@ class RoutingCollector:
             return ask  # afterwards no: the graph ends here
         if self._parts is None or (self._feed is not None and self._feed.error is not None):
             return not ask
-        matched = _NODE.fullmatch(tensor.name)
+        node, layer = _node(tensor)
         if ask:
-            return matched is not None and (matched[1].decode() != _INPUT or self._feed is not None)
-        if matched is None:
+            return node is not None and (node not in _INPUTS or self._is_fed(layer))
+        if node is None:
             return True
-        node, layer = matched[1].decode(), int(matched[2])
-        if node == _INPUT:
+        if node in _INPUTS:
             return self._feed is not None and self._feed.write(layer, tensor, address)
         if node == _LOGITS and self._feed is not None and not self._feed.reached(layer, tensor):
             return False
@@ -163,6 +167,10 @@ class RoutingCollector:
         return (node, layer) != self._end
 
 
+    def _is_fed(self, layer: int) -> bool:
+        return self._feed is not None and self._feed.has(layer)
+
+
 class _Feed:
     """Puts torch's hidden states where the graph has its own.
 
@@ -174,6 +182,10 @@ class _Feed:
         self._inputs = inputs
         self._next = defaultdict[int, int](lambda: first)  # the layer's next token
         self._written: dict[int, int] = {}  # address of the tensor that was written last, by layer
+
+    def has(self, layer: int) -> bool:
+        """Whether there are states for a layer: there are none for layers without experts."""
+        return self._inputs.states_path(layer).exists()
 
     def write(self, layer: int, tensor: _TensorHead, address: int) -> bool:
         """Replaces the normalised hidden states of a layer's MoE block; False if they cannot be."""
@@ -197,8 +209,25 @@ class _Feed:
         """Whether the router's logits were computed from what was written: ``mul_mat(router, states)``."""
         if logits.sources[1] == self._written.get(layer):
             return True
-        self.error = InputError(f"llama.cpp's router of layer {layer} does not read {_INPUT}-{layer}: it cannot be fed")
+        try:
+            self._inputs.states(layer, 0, 1)
+        except InputError as error:
+            self.error = error
+            return False
+        names = " or ".join(f"{name}-{layer}" for name in _INPUTS)
+        self.error = InputError(f"llama.cpp's router of layer {layer} does not read {names}: it cannot be fed")
         return False
+
+
+def _node(tensor: _TensorHead) -> tuple[str | None, int]:
+    """The name and the layer of a node that is read or fed; of others there is no name."""
+    matched = _NODE.fullmatch(tensor.name)
+    if matched is None:
+        return None, 0
+    name, layer = matched[1].decode(), int(matched[2])
+    if name == _PROBABILITIES:
+        return _LOGITS_BY_OPERATION.get(ggml_function("ggml_op_name", ctypes.c_char_p)(tensor.operation)), layer
+    return name, layer
 
 
 def _last_weights(parts: Mapping[tuple[str, int], object], layer: int) -> str:
