@@ -14,7 +14,7 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Tools", "build_tools"]
+__all__ = ["Tools", "build_tools", "converter"]
 
 _PACKAGE = "llama-cpp-python"
 _PROGRAMS = ("llama-quantize", "llama-perplexity", "llama-imatrix")
@@ -32,6 +32,26 @@ class Tools:
 
 def build_tools(folder: Path) -> Tools:
     """Downloads and compiles into ``folder`` whatever is not there yet; the first time takes minutes."""
+    sources = _unpacked(folder)
+    build = folder / f"build-{importlib.metadata.version(_PACKAGE)}"
+    quantize, perplexity, imatrix = programs = [build / "bin" / program for program in _PROGRAMS]
+    if not all(program.exists() for program in programs):
+        _compile(sources, build)
+    return Tools(converter(folder), (str(quantize),), (str(perplexity),), (str(imatrix),))
+
+
+def converter(folder: Path, python: Path = Path(sys.executable)) -> tuple[str, ...]:
+    """The command of the converter, which needs no compiling.
+
+    Args:
+        folder: has the sources, or gets them.
+        python: runs it.
+    """
+    return str(python), str(Path(__file__).with_name("convert.py")), str(_unpacked(folder))
+
+
+def _unpacked(folder: Path) -> Path:
+    """The folder of llama.cpp's sources."""
     folder.mkdir(parents=True, exist_ok=True)
     version = importlib.metadata.version(_PACKAGE)
     sources = folder / f"llama_cpp_python-{version}" / "vendor" / "llama.cpp"
@@ -40,12 +60,7 @@ def build_tools(folder: Path) -> Tools:
         subprocess.run([*download, "--dest", folder, f"{_PACKAGE}=={version}"], check=True)
         with tarfile.open(folder / f"llama_cpp_python-{version}.tar.gz") as archive:
             archive.extractall(folder, filter="data")
-    build = folder / f"build-{version}"
-    quantize, perplexity, imatrix = programs = [build / "bin" / program for program in _PROGRAMS]
-    if not all(program.exists() for program in programs):
-        _compile(sources, build)
-    wrapper = Path(__file__).with_name("convert.py")
-    return Tools((sys.executable, str(wrapper), str(sources)), (str(quantize),), (str(perplexity),), (str(imatrix),))
+    return sources
 
 
 def _compile(sources: Path, build: Path) -> None:

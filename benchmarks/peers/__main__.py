@@ -1,7 +1,8 @@
 """``make peers``: what other tools make of our files, and of the same models.
 
 optimum's ORTModelForCausalLM generates from both trained models, exported to ONNX; the reference tokens are stock
-transformers' in float32. llama-perplexity prints the statistics of our GGUF files
+transformers' in float32. llama.cpp's converter writes the F32 GGUF file of every family
+(:mod:`benchmarks.peers.llama_converter`). llama-perplexity prints the statistics of our GGUF files
 (:mod:`benchmarks.peers.llama_perplexity`). llm-compressor's REAP modifier and our sequential pruning choose survivors
 for the same tokens (:mod:`benchmarks.peers.llm_compressor`). The Python tools work with a transformers of their own, so
 each gets a virtual environment; llama-perplexity is compiled. All are kept between runs. Writes
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.peers import llama_perplexity, llm_compressor
+from benchmarks.peers import llama_converter, llama_perplexity, llm_compressor
 from benchmarks.peers.environment import REPOSITORY, environment
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import Student
@@ -33,10 +34,10 @@ _NEW_TOKENS = 32
 
 
 def main() -> int:
-    """Asks all tools and returns the exit code: 1 if a token, a statistic or a survivor differs."""
+    """Asks all tools and returns the exit code: 1 if a token, a tensor, a key, a statistic or a survivor differs."""
     lines = ["# The same models in other tools", ""]
     passed = True
-    for compare in (_compare_onnx, llama_perplexity.compare, llm_compressor.compare):
+    for compare in (_compare_onnx, llama_converter.compare, llama_perplexity.compare, llm_compressor.compare):
         section, agrees = compare()
         lines += section
         passed &= agrees

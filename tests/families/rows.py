@@ -94,7 +94,12 @@ ROWS: Mapping[str, Row] = {
     ),
     "glm4_moe_lite": Row(
         sizes={**_LATENT, "n_routed_experts": 8, "n_group": 1, "topk_group": 1},
-        on_the_hub={"rope_theta": 1e6, "rope_parameters": None, "num_nextn_predict_layers": 1},
+        on_the_hub={
+            "rope_theta": 1e6,
+            "rope_parameters": None,
+            "first_k_dense_replace": 1,
+            "num_nextn_predict_layers": 1,
+        },
     ),
     "gpt_oss": Row(
         sizes={
@@ -134,7 +139,16 @@ ROWS: Mapping[str, Row] = {
         on_the_hub={"rope_theta": 1e6, "rope_parameters": None, "qkv_bias": None, "layer_types": None},
     ),
     "qwen3_5_moe_text": Row(
-        sizes={**_DELTA, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.25}},
+        sizes={
+            **_DELTA,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "partial_rotary_factor": 0.25,
+                "mrope_interleaved": True,
+                "mrope_section": [2, 1, 1],
+            },
+        },
         on_the_hub={"layer_types": None, "full_attention_interval": 2, "attn_output_gate": True},
         formats=("gguf",),
     ),

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -20,9 +15,8 @@ from compressors.model.running.streaming import StreamedModel
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 from exporter.writing.hf_checkpoint import write_checkpoint
+from tests.families.checkpoints import write_inside_of_more
 from tests.families.conftest import logits_of
-
-_EXPERT = re.compile(r"(?P<layer>.*\.experts\.)(?P<expert>\d+)\.(?P<part>gate|up|down)_proj\.weight")
 
 
 @pytest.fixture(scope="module", params=["qwen3_5_moe_text"])
@@ -35,39 +29,8 @@ def family(request: pytest.FixtureRequest) -> str:
 def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same weights in the spelling of the whole model, with its other parts."""
     path = tmp_path_factory.mktemp("whole") / "whole"
-    shutil.copytree(folder, path, ignore=shutil.ignore_patterns("generation_config.json"))
-    inside = json.loads((folder / "config.json").read_text())
-    inside |= {"mtp_num_hidden_layers": 1}
-    whole_type = str(inside["model_type"]).removesuffix("_text")
-    config: dict[str, Any] = {
-        "model_type": whole_type,
-        "architectures": ["Qwen3_5MoeForConditionalGeneration"],
-        "text_config": {key: value for key, value in inside.items() if key != "architectures"},
-        "vision_config": {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32},
-        "eos_token_id": [0, 1],
-        "tie_word_embeddings": False,
-    }
-    (path / "config.json").write_text(json.dumps(config))
-    others = {"model.visual.blocks.0.norm1.weight": torch.ones(32), "mtp.fc.weight": torch.ones(2, 2)}
-    save_file({**dict(_renamed(path)), **others}, path / "model.safetensors")
+    write_inside_of_more(folder, path)
     return path
-
-
-def _renamed(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors under the hub's names; the experts of a layer are one tensor, or two."""
-    stored = load_file(path / "model.safetensors")
-    experts: dict[str, dict[str, dict[int, torch.Tensor]]] = {}
-    for name, tensor in stored.items():
-        match = _EXPERT.fullmatch(name)
-        if match is None:
-            yield name.replace("model.", "model.language_model.", 1), tensor
-        else:
-            of_layer = experts.setdefault(match["layer"].replace("model.", "model.language_model.", 1), {})
-            of_layer.setdefault(match["part"], {})[int(match["expert"])] = tensor
-    for layer, parts in experts.items():
-        gate, up, down = (torch.stack([parts[part][e] for e in sorted(parts[part])]) for part in ("gate", "up", "down"))
-        yield f"{layer}gate_up_proj", torch.cat([gate, up], dim=1)
-        yield f"{layer}down_proj", down
 
 
 def test_it_is_read_as_the_language_model_alone(folder: Path, whole: Path) -> None:

@@ -234,7 +234,11 @@ def edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:
 
 
 def gguf_keys(spec: ModelSpec) -> dict[str, GgufValue]:
-    """The keys that both architectures of llama.cpp have."""
+    """The keys that both architectures of llama.cpp have.
+
+    The kinds of layers are a list, which goes before the interval that llama.cpp's converter writes: a student without
+    some layers has none.
+    """
     delta = next(layer.mixer for layer in spec.layers if isinstance(layer.mixer, GatedDelta))
     (shared,) = {layer.routed.shared for layer in spec.layers if layer.routed is not None}
     assert shared is not None

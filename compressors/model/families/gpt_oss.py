@@ -1,6 +1,8 @@
 """gpt-oss: attention with sinks and biases, a window in every second layer, and experts with a clamped SwiGLU.
 
-OpenAI's checkpoints hold the experts in MXFP4; transformers saves them in bfloat16, transposed.
+OpenAI's checkpoints hold the experts in MXFP4; transformers saves them in bfloat16, transposed. They have YaRN with
+``truncate`` false, which llama.cpp computes as if it were true, whatever a file says: a few pairs turn by slightly
+other angles.
 """
 
 from __future__ import annotations

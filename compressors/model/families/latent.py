@@ -162,7 +162,8 @@ def settings(spec: ModelSpec) -> dict[str, Any]:
 def gguf_keys(spec: ModelSpec) -> Mapping[str, GgufValue]:
     """The keys of llama.cpp's deepseek2, which keeps one vector for all heads (multi-query attention).
 
-    ``src/models/deepseek2.cpp``; a query rank of 0 stands for none.
+    ``src/models/deepseek2.cpp``; a query rank of 0 stands for none, and only models of some numbers of layers may leave
+    it out. Without a rule for scores the graph takes softmax, so that it is always written.
     """
     mixer = spec.layers[0].mixer
     routed = next(layer.routed for layer in spec.layers if layer.routed is not None)

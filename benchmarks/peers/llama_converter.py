@@ -1,0 +1,288 @@
+"""Is our F32 GGUF file of every family the one that llama.cpp's own converter writes?
+
+The checkpoints are the trained models, a tiny random one for each row of ``tests/families/rows.py``, in the hub's
+spelling, and gpt-oss with experts in bfloat16 and in MXFP4. Where a family has layers for predicting several tokens at
+once, the checkpoint has one, and both sides leave it out. The converter is from the sources that the installed
+llama-cpp-python was built from, and runs with the packages that it asks for, except for PyTorch, which is that of the
+other peers. Only its checksum of what a tokenizer does is put aside (:mod:`benchmarks.export.convert`), and the key
+that comes from it, ``tokenizer.ggml.pre``, is not compared.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from gguf import GGUFReader
+
+from benchmarks.export.llama_cpp import converter
+from benchmarks.export.tensors import differing_tensors
+from benchmarks.peers.environment import REPOSITORY, environment
+from compressors.model.families.config import read_spec
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.student import Student
+from exporter.writing.gguf.layout import plan_tensors
+from exporter.writing.gguf.writer import write_gguf
+from tests.families.checkpoints import write_inside_of_more, write_model
+from tests.families.rows import ROWS
+from tests.mxfp4_checkpoints import edit_tensors, write_both
+
+__all__ = ["Compared", "add_mtp", "compare"]
+
+_PACKAGES = (
+    "torch==2.13.0",
+    "transformers==4.57.6",
+    "sentencepiece==0.2.1",
+    "protobuf==4.25.8",
+    "numpy==2.2.6",
+    "pyyaml==6.0.3",
+    "requests==2.32.5",
+    "tqdm==4.67.1",
+)
+_FINE = REPOSITORY / "exporter/demo/model"
+_TRAINED = {
+    "qwen3_moe": _FINE,
+    "mixtral": REPOSITORY / "tests/fixtures/coarse",
+    "olmoe": REPOSITORY / "tests/fixtures/olmoe",
+}
+_INSIDE_OF_MORE = {"qwen3_5_moe_text": "qwen3_5_moe"}
+_NAME = "Tiny Model"
+_N_TOKENS = 4096  # of the bundled tokenizer
+_GLM_TOKENS = ("[gMASK]", "<|user|>", "<|observation|>")  # the converter asks for them; they come behind those
+_N_ROWS = _N_TOKENS + 8  # of the embedding: some have no token
+
+_MTP = {
+    "model.layers.{behind}.": ("eh_proj", "enorm", "hnorm", "shared_head.norm", "shared_head.head", "embed_tokens"),
+    "mtp.layers.0.": ("mtp.fc", "mtp.norm", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden"),
+}
+"""What the names in a layer for predicting several tokens begin with, and what it has beside a usual layer's."""
+
+_WITHOUT_A_FLAG = frozenset({"deepseek_v3"})
+"""Families of which the converter leaves such layers out by itself, and takes no ``--no-mtp``."""
+
+_OURS, _THEIRS, _OTHER = "ours alone", "the converter's alone", "another value"
+_ALWAYS = "always written; the converter writes it for some architectures or settings of `config.json`"
+_DEFAULT_KIND = "always written: without it, llama.cpp's default depends on the kind of tokenizer"
+_CARD = "of the model card, which we do not repeat"
+_CONSTANT = "a constant of the graphs: no architecture that we write reads it"
+_INTERVAL = "`attention.recurrent_layers`, which we always write, goes before it"
+_GLM_ONLY = "the converter fixes it for GLM by the token's text; ours is from the tokenizer and `config.json`"
+_ENDS = "a further token that ends texts, from `config.json`; the converter has it for GLM alone"
+_ONE_GROUP = "one group is no choice"
+
+_REASONS: Mapping[str, Mapping[str, str]] = {
+    _OURS: {
+        "general.quantized_by": "names this program",
+        "ARCH.vocab_size": _ALWAYS,
+        "ARCH.rope.dimension_count": _ALWAYS,
+        "ARCH.attention.key_length": _ALWAYS,
+        "ARCH.attention.value_length": _ALWAYS,
+        "ARCH.attention.recurrent_layers": _ALWAYS,
+        "ARCH.attention.q_lora_rank": "0 for none: without it llama.cpp refuses all but a few numbers of layers",
+        "ARCH.expert_weights_norm": "false, as llama.cpp has it without the key",
+        "ARCH.expert_gating_func": "always written; the converter writes it only if `config.json` has `scoring_func`",
+        "tokenizer.ggml.add_bos_token": _DEFAULT_KIND,
+        "tokenizer.ggml.add_eos_token": _DEFAULT_KIND,
+        "tokenizer.ggml.eot_token_id": _ENDS,
+        "tokenizer.ggml.eom_token_id": _ENDS,
+        "tokenizer.ggml.unknown_token_id": "from transformers' class of the tokenizer",
+    },
+    _THEIRS: {
+        "general.languages": _CARD,
+        "general.tags": _CARD,
+        "ARCH.feed_forward_length": "the width of dense layers, which the model has not",
+        "ARCH.full_attention_interval": _INTERVAL,
+        "ARCH.rope.scaling.yarn_beta_fast": _CONSTANT,
+        "ARCH.rope.scaling.yarn_beta_slow": _CONSTANT,
+        "ARCH.expert_group_count": _ONE_GROUP,
+        "ARCH.expert_group_used_count": _ONE_GROUP,
+        "tokenizer.ggml.bos_token_id": _GLM_ONLY,
+        "tokenizer.ggml.unknown_token_id": _GLM_ONLY,
+    },
+    _OTHER: {
+        "general.file_type": "ours is of the type of most weights, which the embedding has in a model as tiny as this",
+    },
+}
+"""Why a key differs, by whose it is; a difference that is not here is an error."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A checkpoint in both."""
+
+    name: str
+    n_tensors: int
+    differing: Sequence[str]  # tensors
+    n_equal_keys: int
+    keys: Mapping[str, str]  # those that differ, and whose they are
+    left_out: Sequence[str]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether all tensors are the same, and all differences of keys have a reason."""
+        return not self.differing and all(key in _REASONS[side] for key, side in self.keys.items())
+
+    def count(self, side: str) -> int:
+        """The number of keys that differ in this way."""
+        return sum(found == side for found in self.keys.values())
+
+
+def compare() -> tuple[list[str], bool]:
+    """Writes every checkpoint with both: the lines of the report, and whether all files agree."""
+    command = converter(REPOSITORY / ".venv-llama", environment("converter", _PACKAGES))
+    compared = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, source in _checkpoints(Path(folder)):
+            compared.append(_compare(name, source, command, Path(folder)))
+            print(name, "agrees" if compared[-1].agrees else f"DIFFERENT: {compared[-1]}")
+    return _section(compared), all(one.agrees for one in compared)
+
+
+def _checkpoints(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Names and folders; the tokenizers are of a class that the converter's transformers knows."""
+    few, more = _write_tokenizer(folder / "few", ()), _write_tokenizer(folder / "more", _GLM_TOKENS)
+    for family, trained in _TRAINED.items():
+        shutil.copytree(trained, folder / family)
+        shutil.copyfile(few / "tokenizer_config.json", folder / family / "tokenizer_config.json")
+        yield f"{family}, trained", folder / family
+    for family, row in ROWS.items():
+        path = folder / family
+        write_model(family, row, path, more, vocab_size=_N_ROWS)
+        add_mtp(path)
+        _name_ends(path)
+        yield family, path
+        if family in _INSIDE_OF_MORE:
+            write_inside_of_more(path, folder / "inside")
+            yield f"{_INSIDE_OF_MORE[family]}, of more than text", folder / "inside"
+    packed, plain = write_both(folder, few)
+    yield "gpt_oss in bfloat16", plain
+    yield "gpt_oss in MXFP4", packed
+
+
+def _write_tokenizer(folder: Path, tokens: Sequence[str]) -> Path:
+    folder.mkdir()
+    tokenizer = json.loads((_FINE / "tokenizer.json").read_text(encoding="utf-8"))
+    settings = json.loads((_FINE / "tokenizer_config.json").read_text(encoding="utf-8"))
+    first = tokenizer["added_tokens"][0]
+    tokenizer["added_tokens"] += [
+        first | {"id": number, "content": text} for number, text in enumerate(tokens, _N_TOKENS)
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
+def add_mtp(folder: Path) -> None:
+    """Adds a layer for predicting several tokens at once, under the names that the family reads past, if any."""
+    spec = read_spec(folder)
+    for template, further in _MTP.items():
+        prefix = template.format(behind=spec.n_layers)
+        if any(re.fullmatch(part.pattern, f"{prefix}x") for part in spec.family.skipped):
+            edit_tensors(folder, partial(_add_mtp_tensors, f"model.layers.{spec.n_layers - 1}.", prefix, further))
+
+
+def _add_mtp_tensors(last: str, prefix: str, further: Sequence[str], tensors: dict[str, torch.Tensor]) -> None:
+    """Copies the last layer's tensors, and adds ``further`` ones."""
+    for name in [name for name in tensors if name.startswith(last)]:
+        tensors[name.replace(last, prefix)] = tensors[name].clone()
+    for name in further:
+        tensors[f"{name if name.startswith('mtp.') else prefix + name}.weight"] = torch.ones(64, 128)
+
+
+def _name_ends(folder: Path) -> None:
+    """Says, as GLM's ``config.json`` does, which tokens end a text, and not which begins one."""
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("bos_token_id")
+    config["eos_token_id"] = [0, *(_N_TOKENS + _GLM_TOKENS.index(text) for text in ("<|user|>", "<|observation|>"))]
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def _compare(name: str, folder: Path, command: Sequence[str], scratch: Path) -> Compared:
+    ours, theirs = scratch / "ours.gguf", scratch / "theirs.gguf"
+    source = Checkpoint(folder)
+    student = Student.teacher(source)
+    write_gguf(student, "F32", ours, types=_stored_types(student), name=_NAME, threads=1)
+    has_flag = bool(source.parts_read_past) and source.spec.model_type not in _WITHOUT_A_FLAG
+    options: list[str | Path] = ["--outfile", theirs, "--outtype", "f32", "--model-name", _NAME]
+    options += ["--no-mtp"] if has_flag else []
+    done = subprocess.run([*command, folder, *options], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"the converter fails on {name}:\n{done.stderr}")
+    differing, total = differing_tensors(ours, theirs)
+    our_keys, their_keys = _keys(ours), _keys(theirs)
+    both = our_keys.keys() & their_keys.keys()
+    keys = dict.fromkeys(our_keys.keys() - both, _OURS) | dict.fromkeys(their_keys.keys() - both, _THEIRS)
+    keys |= {key: _OTHER for key in both if our_keys[key] != their_keys[key]}
+    return Compared(name, total, differing, len(both) - sum(key in both for key in keys), keys, source.parts_read_past)
+
+
+def _stored_types(student: Student) -> dict[str, str]:
+    """Experts that are stored in MXFP4 stay so in the converter's file."""
+    return {
+        tensor.name: "MXFP4"
+        for tensor in plan_tensors(student.spec, "F32")
+        if tensor.layer is not None
+        and tensor.n_experts
+        and student.mxfp4_rows(tensor.role, tensor.layer, 0) is not None
+    }
+
+
+def _keys(path: Path) -> dict[str, object]:
+    """Types and values by key, with ARCH for the name of the architecture."""
+    fields = GGUFReader(path).fields
+    prefix = f"{fields['general.architecture'].contents()}."
+    return {
+        f"ARCH.{key.removeprefix(prefix)}" if key.startswith(prefix) else key: (field.types, field.contents())
+        for key, field in fields.items()
+        if not key.startswith("GGUF.") and key != "tokenizer.ggml.pre"
+    }
+
+
+def _section(compared: Sequence[Compared]) -> list[str]:
+    rows = [
+        f"| {one.name} | {one.n_tensors - len(one.differing)} of {one.n_tensors} "
+        f"| {one.n_equal_keys} of {one.n_equal_keys + one.count(_OTHER)} | {one.count(_OURS)} | {one.count(_THEIRS)} "
+        f"| {', '.join(one.left_out) or 'nothing'} |"
+        for one in compared
+    ]
+    return [
+        "## F32 GGUF files of llama.cpp's converter",
+        "",
+        f"`convert_hf_to_gguf.py --outtype f32` of llama-cpp-python {version('llama-cpp-python')} with",
+        f"{', '.join(_PACKAGES[:3])}: a tensor is equal if its name, shape, type and bytes",
+        "are, a key if its type and value are. Tiny random models in the hub's spelling, unless said otherwise.",
+        "`tokenizer.ggml.pre` is not compared: the converter finds it by a checksum of a vocabulary that it knows.",
+        "",
+        "| model | equal tensors | equal keys, of those of both | keys of ours alone | of the converter's alone "
+        "| left out by both |",
+        "|---|---|---|---|---|---|",
+        *rows,
+        "",
+        "Why keys differ, `ARCH` being the architecture's name:",
+        "",
+        "| key | | of | reason |",
+        "|---|---|---|---|",
+        *_differences(compared),
+        "",
+    ]
+
+
+def _differences(compared: Sequence[Compared]) -> Iterator[str]:
+    found: dict[tuple[str, str], list[str]] = {}
+    for one in compared:
+        for key, side in one.keys.items():
+            found.setdefault((key, side), []).append(one.name)
+    for (key, side), names in sorted(found.items()):
+        of = "all" if len(names) == len(compared) else "; ".join(names)
+        yield f"| `{key}` | {side} | {of} | {_REASONS[side].get(key, 'NONE')} |"

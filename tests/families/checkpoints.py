@@ -1,0 +1,98 @@
+"""Writes tiny models with random weights as folders like those on the hub."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.families.rows import COMMON, Row
+
+__all__ = ["write_inside_of_more", "write_model"]
+
+_EXPERT = re.compile(r"(?P<layer>.*\.experts\.)(?P<expert>\d+)\.(?P<part>gate|up|down)_proj\.weight")
+
+
+def write_model(family: str, row: Row, path: Path, tokenizer: Path, **sizes: Any) -> None:
+    """Writes a checkpoint in the hub's spelling.
+
+    Args:
+        family: the row's name.
+        row: says what is special in the model.
+        path: the new folder.
+        tokenizer: a folder with a tokenizer of as many tokens as the model has, or fewer.
+        sizes: settings that go before those of the row.
+    """
+    torch.manual_seed(3)
+    config = AutoConfig.for_model(family.split()[0], **{**COMMON, **row.sizes, **sizes})
+    stock = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    _make_lively(stock)
+    stock.save_pretrained(path)
+    _spell_as_the_hub(path / "config.json", row)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tokenizer / name, path / name)
+
+
+def write_inside_of_more(alone: Path, path: Path) -> None:
+    """Writes the weights of a language model in the spelling of a larger one, whose other parts are with it."""
+    shutil.copytree(alone, path, ignore=shutil.ignore_patterns("generation_config.json"))
+    inside = json.loads((alone / "config.json").read_text())
+    inside |= {"mtp_num_hidden_layers": 1}
+    whole_type = str(inside["model_type"]).removesuffix("_text")
+    config: dict[str, Any] = {
+        "model_type": whole_type,
+        "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+        "text_config": {key: value for key, value in inside.items() if key != "architectures"},
+        "vision_config": {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32},
+        "eos_token_id": [0, 1],
+        "tie_word_embeddings": False,
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    others = {"model.visual.blocks.0.norm1.weight": torch.ones(32), "mtp.fc.weight": torch.ones(2, 2)}
+    save_file({**dict(_renamed(path)), **others}, path / "model.safetensors")
+
+
+def _renamed(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors under the hub's names; the experts of a layer are one tensor, or two."""
+    stored = load_file(path / "model.safetensors")
+    experts: dict[str, dict[str, dict[int, torch.Tensor]]] = {}
+    for name, tensor in stored.items():
+        match = _EXPERT.fullmatch(name)
+        if match is None:
+            yield name.replace("model.", "model.language_model.", 1), tensor
+        else:
+            of_layer = experts.setdefault(match["layer"].replace("model.", "model.language_model.", 1), {})
+            of_layer.setdefault(match["part"], {})[int(match["expert"])] = tensor
+    for layer, parts in experts.items():
+        gate, up, down = (torch.stack([parts[part][e] for e in sorted(parts[part])]) for part in ("gate", "up", "down"))
+        yield f"{layer}gate_up_proj", torch.cat([gate, up], dim=1)
+        yield f"{layer}down_proj", down
+
+
+def _make_lively(stock: nn.Module) -> None:
+    """Random weights as large as those of a trained model, so that routers decide and nothing is nearly zero."""
+    generator = torch.Generator().manual_seed(11)
+    for name, tensor in [*stock.named_parameters(), *stock.named_buffers()]:
+        if not tensor.is_floating_point() or "inv_freq" in name:
+            continue
+        noise = torch.randn(tensor.shape, generator=generator)
+        if tensor.ndim >= 2:
+            tensor.data = noise * (1.5 / tensor.shape[-1] ** 0.5)
+        elif "norm" in name:
+            tensor.data = tensor.data + 0.2 * noise
+        else:
+            tensor.data = 0.3 * noise
+
+
+def _spell_as_the_hub(path: Path, row: Row) -> None:
+    config = {**json.loads(path.read_text(encoding="utf-8")), **row.on_the_hub}
+    absent = [key for key, value in row.on_the_hub.items() if value is None]
+    path.write_text(json.dumps({key: value for key, value in config.items() if key not in absent}, indent=1))
