@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from compressors.model.errors import UnsupportedError
-from compressors.model.sources.opening import open_source
 from compressors.model.predictions.log_probs import LogProbReader
+from compressors.model.sources.opening import open_source
 from exporter.curve.rows import OURS, ParetoRow, RowFile
 from exporter.file_names import HELDOUT_LOG_PROBS, ROWS
 from exporter.searching.curve import ParetoFiles, described_structure
