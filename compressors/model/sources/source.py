@@ -34,7 +34,8 @@ class Origin(Protocol):
     def tokenizer_folder(self) -> Path:
         """The folder with the tokenizer and, where there are such, ``generation_config.json``, model card and licence.
 
-        A student gets copies of them. Neither weights nor a ``config.json`` need be there.
+        Files that are written get copies of them. Weights need not be there, and of ``config.json`` no more than the
+        special tokens that ``generation_config.json`` does not name.
         """
 
 

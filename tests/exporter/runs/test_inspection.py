@@ -124,7 +124,7 @@ def test_what_can_be_made_of_a_model_is_said(olmoe_folder: Path) -> None:
 
 
 def test_parts_that_are_read_past_are_said(tmp_path: Path, toy_checkpoint: Callable[..., Path]) -> None:
-    folder = toy_checkpoint(tmp_path, n_layers=2)
+    folder = toy_checkpoint(tmp_path, n_layers=2, model="olmoe")
     tables = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(16) for layer in range(2)}
     others = {"v_head.summary.weight": torch.ones(1, 256)}
     save_file(load_file(folder / "model.safetensors") | tables | others, folder / "model.safetensors")
