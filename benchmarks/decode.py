@@ -94,12 +94,22 @@ def main(rounds: int, tokens: int) -> None:
     _write(types, list(zip(_PRESETS, pairs, strict=True)), rounds, tokens)
 
 
+@dataclass(frozen=True)
+class _WithoutWeights:
+    """The original: everything but its weights is there."""
+
+    path: Path
+    spec: ModelSpec
+    tokenizer_folder: Path
+
+
 class _Bench:
     def __init__(self, folder: Path, rounds: int, tokens: int) -> None:
         self._folder = folder
-        self._source = folder / "source"
-        _write_config({**with_layers(MODELS["olmoe"], _LAYERS), "num_experts": _EXPERTS}, self._source)
-        self.spec = read_spec(self._source)
+        path = folder / "source"
+        _write_config({**with_layers(MODELS["olmoe"], _LAYERS), "num_experts": _EXPERTS}, path)
+        self.spec = read_spec(path)
+        self._source = _WithoutWeights(path, self.spec, path)
         self._rounds, self._tokens = rounds, tokens
 
     def measure(self, files: Mapping[str, Sequence[GgufTensor]]) -> list[Measured]:
@@ -132,7 +142,7 @@ class _Bench:
 
     def _write(self, tensors: Sequence[GgufTensor], path: Path) -> None:
         metadata = model_metadata(self.spec, self._source, _NAME, "Q8_0")
-        metadata |= vocabulary_metadata(self._source, self.spec.vocab_size)
+        metadata |= vocabulary_metadata(self._source.tokenizer_folder, self.spec.vocab_size)
         entries = [TensorEntry(tensor.name, tensor.shape, tensor.ggml_type, tensor.n_bytes) for tensor in tensors]
         with path.open("wb") as file:
             file.write(render_header(len(metadata), render_values(metadata), entries))

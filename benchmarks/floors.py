@@ -23,8 +23,9 @@ from compressors.calibration.splits import BLOCK_LENGTH, tokenize_heldout
 from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
 from compressors.model.predictions.routing_record import RoutingRecord
 from compressors.model.running.memory import MemoryLimit
-from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.gguf import GgufWeights
+from compressors.model.sources.opening import open_source
+from compressors.model.sources.source import Source
 from compressors.model.sources.student import Student
 from exporter.hub import bundled_text, resolve_model
 from exporter.writing.gguf.writer import write_gguf
@@ -57,7 +58,7 @@ class Floor:
     figures: Mapping[str, Any]  # validate.metrics.floors.floor_figures
 
 
-def measure(model: str, source: Checkpoint, tokens_BT: Tokens, folder: Path, threads: int) -> Iterator[Floor]:
+def measure(model: str, source: Source, tokens_BT: Tokens, folder: Path, threads: int) -> Iterator[Floor]:
     """Every type of a model, in every runtime that has it; all files of a type hold the same numbers."""
     student = Student.teacher(source)
     for weight_type, artifacts in _TYPES.items():
@@ -136,7 +137,7 @@ def main() -> None:
         _, blocks = tokenize_heldout(bundled_text("heldout"), path)
         tokens_BT = blocks.leading(arguments.chunks_per_file).tokens_BT.numpy()
         with tempfile.TemporaryDirectory() as folder:
-            floors += measure(model, Checkpoint(path), tokens_BT, Path(folder), arguments.threads)
+            floors += measure(model, open_source(path), tokens_BT, Path(folder), arguments.threads)
     _RESULTS.write_text(markdown(floors), encoding="utf-8")
 
 

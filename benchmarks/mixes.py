@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.export.llama_cpp import Tools, build_tools
 from compressors.calibration.statistics import Importance
 from compressors.model.files.gguf_file import GgufFile
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student
 from exporter.hub import bundled_text
 from exporter.writing.gguf.imatrix import read_imatrix
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _students(n_layers: int) -> Iterator[tuple[str, Student]]:
     for name, n_experts in (("fine", 32), ("coarse", 8), ("coarse", 6)):
-        source = Checkpoint(_MODELS[name])
+        source = open_source(_MODELS[name])
         experts = ExpertMap.keeping(source.spec.n_experts, [range(n_experts)] * n_layers)
         yield f"{name}, {n_layers} layers, {n_experts} experts", Student(source, experts)
 

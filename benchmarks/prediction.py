@@ -32,7 +32,7 @@ from compressors.model.files.ggml import GGMLQuantizationType
 from compressors.model.files.ggml_types import BLOCK_SIZES
 from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student
 from compressors.recover.divergence import judge
 from compressors.sensitivity import (
@@ -145,12 +145,12 @@ class _Bench:
     """
 
     def __init__(self, model: str, folder: Path) -> None:
-        source = Checkpoint(resolve_model(None) if model == "fine" else _REPOSITORY / "tests" / "fixtures" / model)
+        source = open_source(resolve_model(None) if model == "fine" else _REPOSITORY / "tests" / "fixtures" / model)
         self._model = model
         self._folder = folder
         self._student = Student.teacher(source)
         calibration, _, heldout = tokenize(
-            read_splits(bundled_text("calibration"), bundled_text("heldout")), source.folder
+            read_splits(bundled_text("calibration"), bundled_text("heldout")), source.tokenizer_folder
         )
         self._heldout_BT = heldout.leading(_CHUNKS_PER_FILE).tokens_BT
         weights = self._run_teacher(calibration.spread(_CALIBRATION_BLOCKS).tokens_BT)

@@ -28,9 +28,9 @@ from compressors.model.description.roles import Role
 from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.gguf import GgufWeights
 from compressors.model.sources.onnx import OnnxWeights
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student
 from compressors.recover.divergence import judge
 from compressors.recover.objectives import Distillation
@@ -79,8 +79,10 @@ class Bench:
     def __init__(self, folder: Path, threads: int) -> None:
         self.folder = folder
         self.threads = threads
-        self.source = Checkpoint(resolve_model(None))
-        splits = tokenize(read_splits(bundled_text("calibration"), bundled_text("heldout")), self.source.folder)
+        self.source = open_source(resolve_model(None))
+        splits = tokenize(
+            read_splits(bundled_text("calibration"), bundled_text("heldout")), self.source.tokenizer_folder
+        )
         counts = (_CALIBRATION_BLOCKS, _SELECTION_BLOCKS, _CHUNKS)
         self._texts = {
             name: split.spread(count).tokens_BT

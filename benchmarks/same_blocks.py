@@ -25,8 +25,9 @@ from compressors.calibration.splits import tokenize_heldout
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.predictions.routing_record import RoutingRecord
-from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.gguf import GgufWeights
+from compressors.model.sources.opening import open_source
+from compressors.model.sources.source import Source
 from compressors.model.sources.student import Student
 from exporter.hub import bundled_text
 from exporter.writing.gguf.layout import plan_tensors
@@ -110,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tokens_BT = split.leading(options.chunks).tokens_BT.numpy()
         for preset in _TYPES:
             with tempfile.TemporaryDirectory() as folder:
-                for compared in compare(name, Checkpoint(source), preset, tokens_BT, Path(folder), options.threads):
+                for compared in compare(name, open_source(source), preset, tokens_BT, Path(folder), options.threads):
                     print(compared)
                     found.append(compared)
     with (_RESULTS / "same_blocks.csv").open("w", newline="", encoding="utf-8") as file:
@@ -130,7 +131,7 @@ def types_of_onnx(spec: ModelSpec, preset: str) -> dict[str, str]:
 
 
 def compare(
-    name: str, source: Checkpoint, preset: str, tokens_BT: npt.NDArray[np.int64], folder: Path, threads: int
+    name: str, source: Source, preset: str, tokens_BT: npt.NDArray[np.int64], folder: Path, threads: int
 ) -> Iterator[Compared]:
     """Every comparison of one model's two files.
 

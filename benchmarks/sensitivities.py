@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.scale.checkpoints import MODELS, with_layers, write_checkpoint
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from compressors.sensitivity import gather_sensitivities
 
@@ -57,7 +57,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(with_layers(MODELS["olmoe"], options.layers), Path(folder) / "model")
-        student = Student.teacher(Checkpoint(Path(folder) / "model"))
+        student = Student.teacher(open_source(Path(folder) / "model"))
         generator = torch.Generator().manual_seed(0)
         tokens_BT = torch.randint(student.spec.vocab_size, (options.blocks, _BLOCK_LENGTH), generator=generator)
         pairs = []

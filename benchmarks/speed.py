@@ -28,7 +28,7 @@ from compressors.calibration.teacher import TeacherTargets, write_targets
 from compressors.model.running.arithmetic import dtype_of
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from compressors.recover.objectives import Distillation
 from compressors.recover.schedule import Schedule
@@ -66,7 +66,7 @@ class _Sides:
     def __init__(self, folder: Path, tokens_BT: torch.Tensor, dtype: torch.dtype, work: Path) -> None:
         self._tokens_BT = tokens_BT
         self._dtype = dtype
-        self._student = Student.teacher(Checkpoint(folder))
+        self._student = Student.teacher(open_source(folder))
         limit = MemoryLimit(psutil.virtual_memory().available // 2, work / "spill")
         self._model = StreamedModel(self._student, limit=limit)
         self._targets = TeacherTargets.create(work / "targets", tokens_BT.numel(), self._model.spec.vocab_size)

@@ -24,7 +24,7 @@ import click
 
 from benchmarks.export.llama_cpp import build_tools
 from benchmarks.scale.checkpoints import MODELS, with_layers, write_checkpoint
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from exporter.hub import bundled_text
 from exporter.writing.gguf.writer import write_gguf
@@ -71,7 +71,7 @@ def _write_model(folder: Path) -> Path:
     write_checkpoint(with_layers(MODELS[_SHAPE], _LAYERS), folder / "checkpoint")
     path = folder / "model.gguf"
     write_gguf(
-        Student.teacher(Checkpoint(folder / "checkpoint")), _TYPE, path, name=_SHAPE, threads=os.cpu_count() or 1
+        Student.teacher(open_source(folder / "checkpoint")), _TYPE, path, name=_SHAPE, threads=os.cpu_count() or 1
     )
     return path
 

@@ -29,9 +29,10 @@ _UNWANTED_FILES = ["*/*", "consolidated*"]
 
 
 def resolve_model(model: str | None, revision: str | None = None, *, offline: bool = False) -> Path:
-    """The folder of the checkpoint: as given, downloaded from the hub (or found in its cache), or bundled for None.
+    """The place of a model: as given, downloaded from the hub (or found in its cache), or bundled for None.
 
     Pickled weights are never downloaded. ``offline`` takes hub models from the cache only.
+    :func:`compressors.model.sources.opening.open_source` says of a GGUF file whether it can be read.
 
     Raises:
         InputError: there is no such folder, model or revision, the licence was not accepted, or the hub is out of
@@ -44,7 +45,9 @@ def resolve_model(model: str | None, revision: str | None = None, *, offline: bo
         _refuse_special_files(folder)
         return folder
     if model and folder.exists():
-        raise InputError(f"MODEL: {model} is {_what_file(folder)}")
+        if folder.suffix == ".gguf":
+            return folder
+        raise InputError(f"MODEL: {model} is a file; give the folder that holds config.json and the weights")
     if _HUB_ID.fullmatch(model) is None:
         raise InputError(f"MODEL: there is no folder {model!r}, and it is no hub id (OWNER/NAME) either")
     return _download(model, revision, offline)
@@ -86,16 +89,6 @@ def _bundled(*parts: str) -> Path:
     if not folder.is_dir():
         raise InputError(f"the bundled files are missing in {folder}; install moe-export again")
     return folder
-
-
-def _what_file(path: Path) -> str:
-    """Says what was given in place of a folder, and what to give instead."""
-    if path.suffix == ".gguf":
-        return (
-            "a file; GGUF files are compressed already: give the folder of the original checkpoint "
-            "(`moe-export validate FILE` checks GGUF files)"
-        )
-    return "a file; give the folder that holds config.json and the weights"
 
 
 def _download(model: str, revision: str | None, offline: bool) -> Path:

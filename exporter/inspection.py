@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
@@ -13,7 +12,8 @@ from rich.table import Table
 from compressors.model.description.mixers import GroupedQuery
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.files.kv_types import bytes_per_value
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
+from compressors.model.sources.source import Source
 from exporter.capabilities.rules import Container
 from exporter.capabilities.table import refusal
 from exporter.estimating.sizes import format_size
@@ -31,7 +31,7 @@ def describe(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: the folder holds no checkpoint that can be read.
     """
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_source(folder)
     spec = checkpoint.spec
     return {
         "folder": str(folder),
@@ -72,12 +72,10 @@ def describe(folder: Path) -> dict[str, Any]:
     }
 
 
-def parts_read_past(checkpoint: Checkpoint) -> Iterator[str]:
+def parts_read_past(checkpoint: Source) -> Iterator[str]:
     """Yields the parts of a checkpoint that the family's rules read past, each with its number of tensors."""
-    for part in checkpoint.family.skipped:
-        n_tensors = sum(re.fullmatch(part.pattern, name) is not None for name in checkpoint.headers)
-        if n_tensors:
-            yield f"{part.name} ({n_tensors} tensors)"
+    for part, n_tensors in checkpoint.parts_read_past.items():
+        yield f"{part} ({n_tensors} tensors)"
 
 
 def _attention(spec: ModelSpec) -> dict[str, int] | None:

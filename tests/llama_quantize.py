@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from compressors.model.files.gguf_file import GgufFile
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student
 from compressors.quantize import GGMLQuantizationType, fallback_type, quantize_rows
 from exporter.writing.gguf.mixes import MIXES
@@ -62,7 +62,7 @@ def quantize(
 
 def three_experts(toy: Path, folder: Path) -> Path:
     """A float32 file of a toy of one layer, three of its 32 experts kept."""
-    student = Student(Checkpoint(toy), ExpertMap.keeping(32, [range(3)]))
+    student = Student(open_source(toy), ExpertMap.keeping(32, [range(3)]))
     write_gguf(student, "F32", folder / "f32.gguf", name="toy", threads=1)
     return folder / "f32.gguf"
 

@@ -12,11 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from compressors.model.description.roles import Role
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 
 
 def test_the_models_have_the_documented_size(fine_folder: Path, coarse_folder: Path, olmoe_folder: Path) -> None:
-    fine, coarse, olmoe = Checkpoint(fine_folder), Checkpoint(coarse_folder), Checkpoint(olmoe_folder)
+    fine, coarse, olmoe = open_source(fine_folder), open_source(coarse_folder), open_source(olmoe_folder)
     assert (fine.spec.n_layers, fine.spec.n_experts, fine.spec.top_k, len(fine.files)) == (6, 32, 4, 1)
     assert (coarse.spec.n_layers, coarse.spec.n_experts, coarse.spec.top_k, len(coarse.files)) == (6, 8, 2, 3)
     assert (olmoe.spec.n_layers, olmoe.spec.n_experts, olmoe.spec.top_k, len(olmoe.files)) == (3, 16, 4, 1)
@@ -31,8 +31,8 @@ def test_the_models_share_a_tokenizer(fine_folder: Path, family_folder: Path) ->
 def test_a_toy_checkpoint_has_the_first_layers_of_its_model(
     model: str, tmp_path: Path, toy_checkpoint: Callable[..., Path], request: pytest.FixtureRequest
 ) -> None:
-    source = Checkpoint(request.getfixturevalue(f"{model}_folder"))
-    toy = Checkpoint(toy_checkpoint(tmp_path, n_layers=2, model=model))
+    source = open_source(request.getfixturevalue(f"{model}_folder"))
+    toy = open_source(toy_checkpoint(tmp_path, n_layers=2, model=model))
     assert toy.spec.n_layers == 2
     assert not any("layers.2." in name for name in toy.headers)
     for layer in range(2):

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 
 from compressors.calibration.splits import tokenize_heldout
 from compressors.model.errors import MoeExportError
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
+from compressors.model.sources.source import Source
 from compressors.model.sources.student import ExpertMap, Student
 from exporter.hub import bundled_text
 from exporter.validation.static_checks import check_description, check_weights
@@ -56,14 +57,14 @@ class Result:
 class Workshop:
     """An original of two layers, and text of it."""
 
-    source: Checkpoint
+    source: Source
     student: Student
     chunks_BT: npt.NDArray[np.int64]
 
     @classmethod
     def open(cls, checkpoint: Path, n_experts: int | None = None, n_chunks: int = 1) -> Workshop:
         """A workshop with the first ``n_experts`` experts of a checkpoint, or all of them."""
-        source = Checkpoint(checkpoint)
+        source = open_source(checkpoint)
         kept = range(n_experts or source.spec.n_experts)
         student = Student(source, ExpertMap.keeping(source.spec.n_experts, [kept] * source.spec.n_layers))
         _, blocks = tokenize_heldout(bundled_text("heldout"), checkpoint)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from compressors.calibration.statistics import StoredStatistics, importance
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from exporter.writing.gguf.writer import write_gguf
 
@@ -15,7 +15,7 @@ __all__ = ["main"]
 
 def main(source: Path, statistics: Path, preset: str, target: Path, threads: int) -> None:
     """Writes the GGUF file of the whole model."""
-    student = Student.teacher(Checkpoint(source))
+    student = Student.teacher(open_source(source))
     matrix = importance(StoredStatistics(statistics, student.spec.n_layers), student.experts, student.spec)
     write_gguf(student, preset, target, importance=matrix, name=source.name, threads=threads)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from benchmarks.export.llama_cpp import Tools
 from benchmarks.pareto.llama_cpp import Measuring
 from compressors.model.description.spec import ModelSpec
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
+from compressors.model.sources.source import Source
 from compressors.model.sources.student import Student
 from exporter.curve.rows import ParetoRow, RowFile
 from exporter.writing.gguf.writer import predict_file_size, write_gguf
@@ -31,14 +32,19 @@ class Subject:
     threads: int
 
     @cached_property
+    def source(self) -> Source:
+        """The model."""
+        return open_source(self.checkpoint)
+
+    @property
     def spec(self) -> ModelSpec:
         """The model's."""
-        return Checkpoint(self.checkpoint).spec
+        return self.source.spec
 
     @cached_property
     def bf16_bytes(self) -> int:
         """Bytes of the file of the whole model in bfloat16."""
-        return predict_file_size(self.spec, self.checkpoint, "BF16", self.name)
+        return predict_file_size(self.spec, self.source, "BF16", self.name)
 
     @cached_property
     def reference(self) -> Path:
@@ -46,7 +52,7 @@ class Subject:
         path = self.folder / "whole.gguf"
         self.folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            student = Student.teacher(Checkpoint(self.checkpoint))
+            student = Student.teacher(self.source)
             write_gguf(student, "F32", path, name=self.name, threads=self.threads)
         return path
 

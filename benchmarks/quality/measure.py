@@ -19,7 +19,7 @@ from compressors.calibration.statistics import StatisticsCollector, StoredStatis
 from compressors.model.errors import InputError
 from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from exporter.writing.files import write_atomically
 from validate.metrics.evaluation import evaluate
@@ -66,9 +66,9 @@ def prepare(model: str, folder: Path) -> None:
     if (folder / _TOKENS).exists():
         return
     torch.set_num_threads(1)
-    source = Checkpoint(MODELS[model])
+    source = open_source(MODELS[model])
     teacher = Student.teacher(source)
-    calibration, _, heldout = tokenize(read_splits(_TEXT / "calibration", _TEXT / "heldout"), source.folder)
+    calibration, _, heldout = tokenize(read_splits(_TEXT / "calibration", _TEXT / "heldout"), source.tokenizer_folder)
     calibration_BT, heldout_BT = (
         calibration.spread(CALIBRATION_BLOCKS).tokens_BT,
         heldout.spread(HELDOUT_CHUNKS).tokens_BT,
@@ -88,7 +88,7 @@ def measure(model: str, method: str, share: float, folder: Path) -> Measured:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # as the stages do
-    source, tokens, arm = Checkpoint(MODELS[model]), load_file(folder / _TOKENS), ARMS[method]
+    source, tokens, arm = open_source(MODELS[model]), load_file(folder / _TOKENS), ARMS[method]
     teacher = Teacher(source, StoredStatistics(folder / "statistics", source.spec.n_layers), tokens["calibration"])
     start = time.process_time()
     try:

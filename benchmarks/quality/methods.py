@@ -20,7 +20,7 @@ from compressors.model.description.roles import Role
 from compressors.model.description.spec import NO_MOE, ModelSpec, MoeSize
 from compressors.model.errors import InputError
 from compressors.model.running.streaming import StreamedModel
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.source import Source
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 from compressors.shrink.allocation import allocate_globally, super_experts
 from compressors.shrink.criteria import CRITERIA, CRITERION_NAMES, REMOVAL_ERROR
@@ -53,7 +53,7 @@ TEACHER = "teacher"
 class Teacher:
     """What every arm is given."""
 
-    source: Checkpoint
+    source: Source
     statistics: Sequence[LayerStatistics]
     tokens_BT: torch.Tensor  # calibration text
 

@@ -15,7 +15,7 @@ from compressors.calibration.teacher import TeacherTargets
 from compressors.model.predictions.losses import kl_divergence
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.source import Source
 from compressors.model.sources.student import Student
 from compressors.recover.knowledge_augmentation import UPDATES_PER_BATCH, KnowledgeAugmentation
 from compressors.recover.objectives import Distillation, NextToken, Objective, RouterLogitMatching, Stateless, StepLoss
@@ -31,7 +31,7 @@ __all__ = ["ARMS", "FULL_VOCABULARY", "NONE", "PUBLISHED", "ROUTER_KD", "SWEEP",
 class Knowledge:
     """What every arm is given."""
 
-    source: Checkpoint
+    source: Source
     statistics: Sequence[LayerStatistics]  # the teacher's
     tokens_BT: torch.Tensor  # training text
     targets: TeacherTargets  # of the training text

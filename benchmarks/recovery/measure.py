@@ -26,7 +26,8 @@ from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
 from compressors.model.running.expert_choice import AllExperts
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
+from compressors.model.sources.source import Source
 from compressors.model.sources.student import Student
 from compressors.recover.divergence import judge
 from compressors.recover.schedule import Schedule
@@ -70,8 +71,10 @@ def prepare(model: str, folder: Path) -> None:
     if (folder / _TOKENS).exists():
         return
     _settle()
-    source = Checkpoint(MODELS[model])
-    calibration, selection, heldout = tokenize(read_splits(_TEXT / "calibration", _TEXT / "heldout"), source.folder)
+    source = open_source(MODELS[model])
+    calibration, selection, heldout = tokenize(
+        read_splits(_TEXT / "calibration", _TEXT / "heldout"), source.tokenizer_folder
+    )
     training_BT = _in_any_order(calibration.spread(LADDER_BLOCKS).tokens_BT)[: _TRAINING_BLOCKS[model]]
     judged = {
         "selection": selection.spread(SELECTION_CHUNKS).tokens_BT,
@@ -93,7 +96,7 @@ def _in_any_order(tokens_BT: torch.Tensor) -> torch.Tensor:
     return tokens_BT[torch.randperm(len(tokens_BT), generator=torch.Generator().manual_seed(0))]
 
 
-def _watch(source: Checkpoint, training_BT: torch.Tensor, folder: Path) -> None:
+def _watch(source: Source, training_BT: torch.Tensor, folder: Path) -> None:
     """Writes statistics over the first training blocks, and the targets of all."""
     collector = StatisticsCollector(source.spec)
     model = StreamedModel(Student.teacher(source))
@@ -115,7 +118,7 @@ def _watch(source: Checkpoint, training_BT: torch.Tensor, folder: Path) -> None:
 def measure(run: Run, folder: Path, unfinished: Unfinished) -> Measured:
     """Does a run on what :func:`prepare` left, in a process of its own: its peak memory is the process's so far."""
     _settle()
-    source, tokens, arm = Checkpoint(MODELS[run.model]), load_file(folder / _TOKENS), ARMS[run.arm]
+    source, tokens, arm = open_source(MODELS[run.model]), load_file(folder / _TOKENS), ARMS[run.arm]
     statistics = StoredStatistics(folder / "statistics", source.spec.n_layers)
     limit, targets = MemoryLimit(_MEMORY_BYTES, folder), TeacherTargets(folder / "targets")
     knowledge = Knowledge(source, statistics, tokens["training"], targets, limit, unfinished)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from benchmarks.quality.methods import ARMS as COMPRESSIONS
 from benchmarks.quality.methods import Teacher
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.source import Source
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 from compressors.shrink.dense import Condense, dense_size
 from compressors.shrink.layerwise import LayerTarget, LayerwiseCompression
@@ -71,6 +71,6 @@ def store_student(student: Student, folder: Path) -> None:
     write_atomically(folder / "map.json", json.dumps(student.experts.to_json()))
 
 
-def load_student(source: Checkpoint, folder: Path) -> Student:
+def load_student(source: Source, folder: Path) -> Student:
     """The inverse of :func:`store_student`."""
     return Student.load(source, folder / "map.json", [folder / "overlay.safetensors"])

@@ -22,7 +22,7 @@ from compressors.model.running.layers import LayerReader, LayerWeights
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.running.routers import RoutedCall, watching
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.source import Source
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 from compressors.shrink.merge import merged_statistics
 from compressors.shrink.moe_block import CompressedBlock, Evidence, Method, MoeBlock, Needs
@@ -73,7 +73,7 @@ class LayerwiseCompression:
 
     def __init__(
         self,
-        source: Checkpoint,
+        source: Source,
         targets: Sequence[LayerTarget],
         statistics: Sequence[LayerStatistics],
         tokens_BT: torch.Tensor,
@@ -183,7 +183,7 @@ class LayerwiseCompression:
     def _teacher_statistics(self, index: int) -> LayerStatistics:
         return self._statistics[self._targets[index].source]
 
-    def _student(self, source: Checkpoint, sizes: Sequence[MoeSize]) -> Student:
+    def _student(self, source: Source, sizes: Sequence[MoeSize]) -> Student:
         layers = [target.placeholder(size) for target, size in zip(self._targets, sizes, strict=True)]
         return Student(source, ExpertMap(source.spec.n_experts, tuple(layers)))
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from compressors.model.errors import InputError
 from compressors.model.names import shown
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
+from compressors.model.sources.source import Source
 from exporter.curve.chart import require_matplotlib, write_chart
 from exporter.curve.rows import ParetoRow, RowFile
 from exporter.curve.table import html_table, markdown_lines
@@ -106,7 +107,7 @@ def curve_plan(job: Job, sizes: str, command: str) -> Plan:
         BudgetError: nothing is as small as a size that was named.
     """
     plan = make_plan(job, command)
-    checkpoint = Checkpoint(plan.source)
+    checkpoint = open_source(plan.source)
     assert plan.search is not None, "no mix is pinned"
     structures = structures_for(plan.search, checkpoint.spec)
     curve = _sizes(sizes, checkpoint, plan.recipe.source.model)
@@ -120,9 +121,8 @@ def curve_plan(job: Job, sizes: str, command: str) -> Plan:
 
 def _job(model: str | None, out: Path, flags: Mapping[str, Any]) -> Job:
     """The job of an export with room for everything in 16 bits, from which the curve goes down."""
-    folder = resolve_model(model, flags.get("revision"), offline=bool(flags.get("offline")))
-    checkpoint = Checkpoint(folder)
-    n_bytes = 2 * predict_file_size(checkpoint.spec, folder, "BF16", "")
+    checkpoint = open_source(resolve_model(model, flags.get("revision"), offline=bool(flags.get("offline"))))
+    n_bytes = 2 * predict_file_size(checkpoint.spec, checkpoint, "BF16", "")
     return Flags(model=model, budget=f"{n_bytes}B", budget_kind="file", formats="gguf", out=out, **flags).job()
 
 
@@ -141,15 +141,15 @@ def _curve(job: Job, sizes: str, command: str) -> _Curve:
     return _Curve(plan, work, identity)
 
 
-def _sizes(text: str, checkpoint: Checkpoint, name: str) -> dict[str, int]:
+def _sizes(text: str, checkpoint: Source, name: str) -> dict[str, int]:
     """Bytes by label."""
     found = {}
     for label in (part.strip() for part in text.split(",")):
         mix = ALIASES.get(label.upper(), label.upper())
         if mix in MIXES:
-            n_bytes = predict_file_size(checkpoint.spec, checkpoint.folder, mix, name)
+            n_bytes = predict_file_size(checkpoint.spec, checkpoint, mix, name)
         elif label.endswith("%"):
-            in_16_bits = predict_file_size(checkpoint.spec, checkpoint.folder, "BF16", name)
+            in_16_bits = predict_file_size(checkpoint.spec, checkpoint, "BF16", name)
             n_bytes = int(_share(label) * in_16_bits)
         else:
             n_bytes = _bytes(label)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import cache
 from math import prod
-from pathlib import Path
 
 from compressors.model.description.spec import ModelSpec
+from compressors.model.sources.source import Origin
 from exporter.estimating.prediction import Prediction
 from exporter.planning.recipe import BudgetChoice, FileChoice
 from exporter.writing.gguf.layout import plan_tensors as gguf_tensors
@@ -21,13 +21,13 @@ __all__ = ["expert_bits", "predict", "runtime_reserve"]
 
 
 def predict(
-    artifact: str, folder: Path, name: str, spec: ModelSpec, choice: FileChoice, budget: BudgetChoice, threads: int
+    artifact: str, source: Origin, name: str, spec: ModelSpec, choice: FileChoice, budget: BudgetChoice, threads: int
 ) -> Prediction:
     """Predicts an artifact (``gguf`` or ``onnx``) of a student of this shape.
 
     Args:
         artifact: which container.
-        folder: the source checkpoint; its tokenizer is part of a GGUF file.
+        source: the original; its tokenizer is part of a GGUF file.
         name: the source's name, which a GGUF file carries.
         spec: the student's shape.
         choice: the types of its weights.
@@ -35,7 +35,7 @@ def predict(
         threads: threads of the runtime.
     """
     if artifact == "gguf":
-        file = predict_file_size(spec, folder, choice.mix, name, choice.tensors)
+        file = predict_file_size(spec, source, choice.mix, name, choice.tensors)
         lines = gguf_runtime_bytes(spec, file, budget.context, budget.kv_type)
     else:
         file = predict_size(spec, choice.mix, encodings=choice.tensors)

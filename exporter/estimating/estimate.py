@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from compressors.calibration.layer_inputs import n_kept_blocks
 from compressors.calibration.splits import BLOCK_LENGTH
 from compressors.model.description.spec import ModelSpec
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
+from compressors.model.sources.source import Source
 from exporter.estimating.durations import format_duration
 from exporter.estimating.needs import heldout_blocks, student_bytes, student_differs
 from exporter.estimating.planned_types import same_numbers
@@ -78,7 +79,7 @@ def seconds_by_stage(plan: Plan, speeds: Speeds, free_memory: int) -> dict[str, 
     memory is read from the disk once.
     """
     recipe, teacher, student = plan.recipe, plan.teacher_spec, plan.student_spec
-    passes = _Passes(Checkpoint(plan.source), speeds, free_memory)
+    passes = _Passes(open_source(plan.source), speeds, free_memory)
     n_heldout = heldout_blocks(plan)
     n_reference = recipe.text.selection_blocks + n_heldout
     computing = passes.computing(teacher, recipe.text.calibration_blocks, n_reference)
@@ -110,7 +111,7 @@ def seconds_by_stage(plan: Plan, speeds: Speeds, free_memory: int) -> dict[str, 
 def seconds_of_measuring(plan: Plan, speeds: Speeds) -> float:
     """The approximate seconds to write a file of the whole original and to judge it on the selection split."""
     spec = plan.teacher_spec
-    passes = _Passes(Checkpoint(plan.source), speeds, 0)
+    passes = _Passes(open_source(plan.source), speeds, 0)
     writing = passes.export(spec, "", next(iter(plan.predictions.values())).file, _CHOOSING_CODES)
     return writing + passes.forward(spec, n_reference=plan.recipe.text.selection_blocks)
 
@@ -125,7 +126,7 @@ def describe_time(seconds: Mapping[str, float]) -> str:
 class _Passes:
     """Seconds of one pass over a model."""
 
-    def __init__(self, source: Checkpoint, speeds: Speeds, free_memory: int) -> None:
+    def __init__(self, source: Source, speeds: Speeds, free_memory: int) -> None:
         self._itemsize = source.dtype.itemsize
         self._speeds = speeds
         self._stays_cached = source.n_bytes < free_memory
@@ -181,7 +182,7 @@ def _compression(plan: Plan, passes: _Passes) -> float:
 def _teacher_seconds(plan: Plan, passes: _Passes, artifact: str) -> float:
     """Seconds to write the original's first layers and run a few chunks, twice if these are not all of its layers."""
     floor = plan.teacher_floors[artifact]
-    spec = first_layers(Checkpoint(plan.source), floor.n_layers).spec
+    spec = first_layers(open_source(plan.source), floor.n_layers).spec
     n_passes = 1 if floor.n_layers == plan.teacher_spec.n_layers else 2
     n_chunks = min(floor.n_chunks, heldout_blocks(plan))
     writing = passes.export(spec, floor.weight_type, floor.file_bytes)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families.config import read_spec
+from compressors.model.sources.opening import open_source
 from exporter.estimating.prediction import Prediction
 from exporter.planning.compression import expected_spec
 from exporter.planning.recipe import Recipe
@@ -38,7 +39,7 @@ class Plan:
     """Everything a stage needs to know; kept in the work directory as JSON."""
 
     recipe: Recipe
-    source: Path  # the checkpoint's folder
+    source: Path  # the place of the original
     calibration: Path
     heldout: Path | None
     predictions: Mapping[str, Prediction]  # by artifact
@@ -51,17 +52,15 @@ class Plan:
     command: str  # as it was typed, for the report
     teacher_floors: Mapping[str, TeacherFloor] = field(default_factory=dict)  # by artifact; absent: nothing fits
     end_tokens: tuple[int, ...] = ()  # of the source: each ends a text
-    own_head: bool = False  # the source has a head beside the embedding, whatever config.json says
     deviations: tuple[Deviation, ...] = ()  # of the files from the original, which no file can avoid
     imatrix: Path | None = None  # llama.cpp's importance matrix, in place of the calibration text's
     search: Search | None = None  # the recipe is to be found after calibration; None: it stands
     curve: Mapping[str, int] = field(default_factory=dict)  # bytes of the files that moe-export pareto compares
 
-    @property
+    @cached_property
     def teacher_spec(self) -> ModelSpec:
         """The source's shape."""
-        spec = read_spec(self.source)
-        return replace(spec, tied_embeddings=False) if self.own_head else spec
+        return open_source(self.source).spec
 
     @property
     def student_spec(self) -> ModelSpec:
@@ -70,7 +69,8 @@ class Plan:
 
     def save(self, path: Path) -> None:
         """Writes the plan as JSON."""
-        data = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        data = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
         data["recipe"] = self.recipe.model_dump()
         data["predictions"] = {name: asdict(prediction) for name, prediction in self.predictions.items()}
         data["refused_rungs"] = [asdict(refused) for refused in self.refused_rungs]

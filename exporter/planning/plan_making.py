@@ -10,7 +10,8 @@ import psutil
 from compressors.calibration.splits import Splits, block_length_of, read_splits, tokenize
 from compressors.model.description.special_tokens import special_tokens
 from compressors.model.errors import InputError
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
+from compressors.model.sources.source import Source
 from exporter.hub import bundled_text, resolve_model
 from exporter.planning.job import Job
 from exporter.planning.plan import Plan
@@ -38,14 +39,13 @@ def make_plan(job: Job, command: str) -> Plan:
         InputError: the model, a text or the recipe is wrong.
         BudgetError: nothing fits the budget.
     """
-    folder = resolve_model(job.model, job.revision, offline=job.offline)
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_source(resolve_model(job.model, job.revision, offline=job.offline))
     refuse_too_short_a_context(checkpoint.spec)
     calibration, heldout = texts_of(job)
     splits = read_splits(calibration, heldout)
     recipe = None if job.recipe is None else load_recipe(job.recipe)
     wanted = wanted_blocks(job, len(splits.heldout.parts)) if recipe is None else recipe.text.blocks
-    tokenized = tokenize(splits, folder, block_length_of(checkpoint.spec.context_length), wanted)
+    tokenized = tokenize(splits, checkpoint.tokenizer_folder, block_length_of(checkpoint.spec.context_length), wanted)
     counts = TextCounts(tokenized[0].n_blocks, tokenized[1].n_blocks, len(tokenized[2].blocks))
     memory_bytes = job.memory_bytes or psutil.virtual_memory().available // 2 // local_processes()
     if recipe is None:
@@ -61,7 +61,7 @@ def make_plan(job: Job, command: str) -> Plan:
         read_imatrix(job.imatrix, checkpoint.spec)  # refused now, not by a stage
     plan = Plan(
         recipe=recipe,
-        source=folder.resolve(),
+        source=checkpoint.path.resolve(),
         calibration=calibration.resolve(),
         heldout=None if heldout is None else heldout.resolve(),
         predictions=predictions,
@@ -73,8 +73,7 @@ def make_plan(job: Job, command: str) -> Plan:
         require=dict(job.require),
         out=job.out.resolve(),
         command=command,
-        own_head=not checkpoint.spec.tied_embeddings,
-        end_tokens=special_tokens(folder, checkpoint.spec.vocab_size).ends,
+        end_tokens=special_tokens(checkpoint.tokenizer_folder, checkpoint.spec.vocab_size).ends,
         deviations=find_deviations(checkpoint, recipe.artifacts, recipe.source.model),
         imatrix=None if job.imatrix is None else job.imatrix.resolve(),
         search=None if job.recipe is not None or job.quant is not None else job.search,
@@ -89,7 +88,7 @@ def texts_of(job: Job) -> tuple[Path, Path | None]:
     return job.calibration, job.text
 
 
-def _teacher_floors(plan: Plan, checkpoint: Checkpoint, disk_bytes: int) -> dict[str, TeacherFloor]:
+def _teacher_floors(plan: Plan, checkpoint: Source, disk_bytes: int) -> dict[str, TeacherFloor]:
     """A file within the budget is loaded in any case: so much memory may be used, whatever the limit of the stages."""
     memory_bytes = max(plan.memory_bytes, *(prediction.total for prediction in plan.predictions.values()))
     chosen = {
@@ -105,7 +104,7 @@ def _name(job: Job) -> str:
     return _BUNDLED_NAME if job.model is None else model_name(job.model)
 
 
-def _completed(job: Job, recipe: Recipe, checkpoint: Checkpoint, splits: Splits) -> Recipe:
+def _completed(job: Job, recipe: Recipe, checkpoint: Source, splits: Splits) -> Recipe:
     """The recipe with what a person left open: which weights and which text, if any will do."""
     path, identity = job.recipe, checkpoint.identity()
     if recipe.source.identity not in (None, identity):

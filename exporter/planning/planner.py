@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from compressors.calibration.splits import BlockCounts, Splits
 from compressors.model.errors import BudgetError, InputError, UnsupportedError
 from compressors.model.running.arithmetic import fastest_arithmetic
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.source import Source
 from compressors.recover.schedule import Schedule
 from compressors.shrink.registry import BLOCK_DROP, KEEPS_EXPERTS, LAYER_DROP, SLIM, expert_counts
 from compressors.shrink.slim import GGUF_WIDTH_MULTIPLE
@@ -73,7 +73,7 @@ class _Candidate:
 
 
 def choose_recipe(
-    job: Job, checkpoint: Checkpoint, name: str, splits: Splits, counts: TextCounts, memory_bytes: int
+    job: Job, checkpoint: Source, name: str, splits: Splits, counts: TextCounts, memory_bytes: int
 ) -> tuple[Recipe, dict[str, Prediction], tuple[RefusedRung, ...]]:
     """The recipe for a job, the prediction of each artifact, and the rungs of recovery that do not fit the memory.
 
@@ -102,7 +102,7 @@ def choose_recipe(
     return recipe, dict(chosen.predictions), refused
 
 
-def _open_recipe(job: Job, checkpoint: Checkpoint, name: str, text: TextChoice) -> Recipe:
+def _open_recipe(job: Job, checkpoint: Source, name: str, text: TextChoice) -> Recipe:
     """A recipe that holds all that the job names, and leaves the structure and the types of its files open."""
     file = FileChoice(
         mix=job.quant or "Q8_0",
@@ -128,7 +128,7 @@ def _open_recipe(job: Job, checkpoint: Checkpoint, name: str, text: TextChoice) 
     )
 
 
-def _expected(job: Job, checkpoint: Checkpoint, recipe: Recipe) -> _Candidate:
+def _expected(job: Job, checkpoint: Source, recipe: Recipe) -> _Candidate:
     """The candidate that the search is expected to find: the structure that is best for the worst-served file.
 
     The search measures, and may give each file a student of its own.
@@ -161,7 +161,7 @@ def wanted_blocks(job: Job, n_heldout_files: int) -> BlockCounts:
     return BlockCounts(calibration, _SELECTION_BLOCKS, max(1, HELDOUT_CHUNKS // n_heldout_files))
 
 
-def predict_recipe(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Prediction]:
+def predict_recipe(recipe: Recipe, checkpoint: Source) -> dict[str, Prediction]:
     """Predicts the memory and size of a recipe's artifacts.
 
     Raises:
@@ -180,9 +180,7 @@ def predict_recipe(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Predicti
     predictions = {}
     for artifact in recipe.artifacts:
         choice = recipe.file(artifact)
-        prediction = predict(
-            artifact, checkpoint.folder, recipe.source.model, spec, choice, recipe.budget, recipe.threads
-        )
+        prediction = predict(artifact, checkpoint, recipe.source.model, spec, choice, recipe.budget, recipe.threads)
         needed = prediction.counted(recipe.budget.kind)
         if needed > recipe.budget.bytes:
             raise BudgetError(
@@ -196,7 +194,7 @@ def predict_recipe(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Predicti
 class _Pinned:
     """For a job that names the mix: tries the method's choices, beginning with the one that changes least."""
 
-    def __init__(self, job: Job, checkpoint: Checkpoint, recipe: Recipe) -> None:
+    def __init__(self, job: Job, checkpoint: Source, recipe: Recipe) -> None:
         self._job = job
         self._checkpoint = checkpoint
         self._recipe = recipe
@@ -267,9 +265,9 @@ class _Pinned:
         return [quant] if artifact == "gguf" else _onnx_presets(quant)
 
     def _predict(self, artifact: str, choice: CompressChoice, mix: str) -> Prediction:
-        spec, recipe = expected_spec(choice, self._checkpoint.spec), self._recipe
-        folder, name = self._checkpoint.folder, recipe.source.model
-        return predict(artifact, folder, name, spec, self._file(mix), recipe.budget, recipe.threads)
+        source, recipe = self._checkpoint, self._recipe
+        spec, name = expected_spec(choice, source.spec), recipe.source.model
+        return predict(artifact, source, name, spec, self._file(mix), recipe.budget, recipe.threads)
 
     def _nothing_fits(self, choice: CompressChoice) -> str:
         needs = {
@@ -290,7 +288,7 @@ class _Pinned:
         )
 
 
-def _check_experts(job: Job, checkpoint: Checkpoint) -> None:
+def _check_experts(job: Job, checkpoint: Source) -> None:
     spec, n_experts = checkpoint.spec, job.experts
     if job.method in KEEPS_EXPERTS:
         raise InputError(f"--experts: --method {job.method} keeps all experts; leave --experts out, or name another")

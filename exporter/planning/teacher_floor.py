@@ -15,7 +15,7 @@ import torch
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import UnsupportedError
 from compressors.model.running.memory import PROCESS_BYTES
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.source import Source
 from compressors.model.sources.student import ExpertMap, Student
 from exporter.estimating.budget import predict
 from exporter.estimating.prediction import Prediction
@@ -39,7 +39,7 @@ class TeacherFloor:
 
 
 def choose_teacher_floor(
-    artifact: str, checkpoint: Checkpoint, recipe: Recipe, *, memory_bytes: int, disk_bytes: int
+    artifact: str, checkpoint: Source, recipe: Recipe, *, memory_bytes: int, disk_bytes: int
 ) -> TeacherFloor | None:
     """Chooses what can be measured of the original in a runtime; None if no layer fits or it cannot be held.
 
@@ -56,7 +56,7 @@ def choose_teacher_floor(
         spec = _first_layers_map(checkpoint.spec, n_layers).spec_of(checkpoint.spec)
         name, threads = recipe.source.model, recipe.threads
         choice = FileChoice(mix=weight_type, quantizer="kernel")
-        return predict(artifact, checkpoint.folder, name, spec, choice, recipe.budget, threads)
+        return predict(artifact, checkpoint, name, spec, choice, recipe.budget, threads)
 
     def is_too_large(n_layers: int) -> bool:
         found = prediction(n_layers)
@@ -80,7 +80,7 @@ def exact_type(artifact: str, dtype: torch.dtype) -> str:
     return "BF16" if artifact == "gguf" and dtype is torch.bfloat16 else "F32"
 
 
-def first_layers(source: Checkpoint, n_layers: int) -> Student:
+def first_layers(source: Source, n_layers: int) -> Student:
     """The original with its first layers only, then final norm and head."""
     return Student(source, _first_layers_map(source.spec, n_layers))
 

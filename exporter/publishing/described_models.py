@@ -6,7 +6,7 @@ from typing import Any
 
 from compressors.model.description.mixers import GroupedQuery
 from compressors.model.description.spec import ModelSpec
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.source import Source
 from compressors.model.sources.student import ExpertMap, LayerMap
 from exporter.planning.recipe import SourceChoice
 from exporter.writing.gguf.metadata import source_license
@@ -14,7 +14,7 @@ from exporter.writing.gguf.metadata import source_license
 __all__ = ["described_source", "described_student"]
 
 
-def described_source(choice: SourceChoice, source: Checkpoint) -> dict[str, Any]:
+def described_source(choice: SourceChoice, source: Source) -> dict[str, Any]:
     """Describes the original; heads are those of the first layer that has grouped-query attention."""
     spec = source.spec
     attention = next((layer.mixer for layer in spec.layers if isinstance(layer.mixer, GroupedQuery)), None)
@@ -32,7 +32,7 @@ def described_source(choice: SourceChoice, source: Checkpoint) -> dict[str, Any]
         "top_k": spec.top_k,
         "n_kv_heads": None if attention is None else attention.n_kv_heads,
         "head_dim": None if attention is None else attention.head_dim,
-        "license": source_license(source.folder),
+        "license": source_license(source),
     }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from compressors.model.description.special_tokens import configured_tokens
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.source import Source
 from compressors.model.sources.tokenizer_files import own_code
 from exporter.publishing.settings_deviations import settings_deviations
 from exporter.validation.vocabulary_check import vocabulary_deviations
@@ -22,7 +22,7 @@ class Deviation:
     what: str  # a sentence without a full stop
 
 
-def find_deviations(checkpoint: Checkpoint, artifacts: Iterable[str], name: str) -> tuple[Deviation, ...]:
+def find_deviations(checkpoint: Source, artifacts: Iterable[str], name: str) -> tuple[Deviation, ...]:
     """Returns what is known beforehand of the files to be written; no weight is read.
 
     Args:
@@ -41,8 +41,8 @@ def find_deviations(checkpoint: Checkpoint, artifacts: Iterable[str], name: str)
     )
 
 
-def _of_tokenizer(checkpoint: Checkpoint, artifact: str, name: str) -> Iterator[str]:
-    folder, spec = checkpoint.folder, checkpoint.spec
+def _of_tokenizer(checkpoint: Source, artifact: str, name: str) -> Iterator[str]:
+    folder, spec = checkpoint.tokenizer_folder, checkpoint.spec
     if (code := own_code(folder)) is not None:
         yield f"text is cut as tokenizer.json says; the Python code {code} that tokenizer_config.json names is not run"
     if without_row := configured_tokens(folder, spec.vocab_size).without_row:

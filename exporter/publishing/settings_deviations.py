@@ -8,19 +8,19 @@ from compressors.model.description.gguf_rope import yarn_constants
 from compressors.model.description.rope import RopeKind
 from compressors.model.description.spec import ModelSpec
 from compressors.model.families.config_check import check_against_transformers
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.source import Source
 
 __all__ = ["settings_deviations"]
 
 
-def settings_deviations(checkpoint: Checkpoint, artifact: str) -> Iterator[str]:
+def settings_deviations(checkpoint: Source, artifact: str) -> Iterator[str]:
     """Yields a sentence for each difference of an artifact (gguf or onnx).
 
     Raises:
         UnsupportedError: transformers reads ``config.json`` in another way; the message names the setting.
     """
     spec = checkpoint.spec
-    check_against_transformers(checkpoint.folder, spec)
+    check_against_transformers(checkpoint.config, checkpoint.config_path, spec)
     yield from _of_window(spec)
     yield from _of_rope(spec, artifact)
 

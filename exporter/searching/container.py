@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from compressors.model.description.spec import ModelSpec
+from compressors.model.sources.source import Origin
 from compressors.sensitivity import Unit, UnitPlan
 from exporter.estimating.budget import predict
 from exporter.estimating.prediction import Prediction
@@ -23,8 +23,8 @@ class Container:
     """An artifact of a student, apart from the types of its tensors."""
 
     artifact: str  # gguf or onnx
-    folder: Path  # the source checkpoint
-    name: str  # of the source
+    source: Origin  # the original
+    name: str  # of the original
     spec: ModelSpec  # the student's
     budget: BudgetChoice
     threads: int
@@ -37,7 +37,7 @@ class Container:
 
     def prediction(self, choice: FileChoice) -> Prediction:
         """Predicts the needs of a file of these types."""
-        return predict(self.artifact, self.folder, self.name, self.spec, choice, self.budget, self.threads)
+        return predict(self.artifact, self.source, self.name, self.spec, choice, self.budget, self.threads)
 
     def counted(self, choice: FileChoice) -> int:
         """Bytes that the budget counts."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
+from compressors.model.sources.source import Source
 from exporter.estimating.planned_types import planned_block_length
 from exporter.planning.compression import expected_spec
 from exporter.planning.plan import Plan
@@ -19,7 +20,7 @@ _BLOCKS = 80  # 40,960 tokens
 
 
 def ladder(
-    wish: str, compress: CompressChoice, source: Checkpoint, machine: Machine, seed: int
+    wish: str, compress: CompressChoice, source: Source, machine: Machine, seed: int
 ) -> tuple[RecoverChoice, tuple[RefusedRung, ...]]:
     """Returns the rungs that a wish means for a structure before files are written, and those that do not fit.
 
@@ -42,7 +43,7 @@ def ladder(
     )
 
 
-def machine_for(source: Checkpoint, memory_bytes: int, calibration_blocks: int) -> Machine:
+def machine_for(source: Source, memory_bytes: int, calibration_blocks: int) -> Machine:
     """Says what training may use; models stay where the original leaves half of the memory to the student."""
     return Machine(memory_bytes, calibration_blocks, models_stay=source.n_bytes < memory_bytes // 2)
 
@@ -50,7 +51,7 @@ def machine_for(source: Checkpoint, memory_bytes: int, calibration_blocks: int) 
 def ladder_for(compress: CompressChoice, plan: Plan) -> tuple[RecoverChoice, tuple[RefusedRung, ...]]:
     """Returns the :func:`ladder` that a run climbs with this structure."""
     assert plan.search is not None, "the recipe stands"
-    source = Checkpoint(plan.source)
+    source = open_source(plan.source)
     return ladder(plan.search.recover, compress, source, _machine(plan, source), plan.recipe.recover.seed)
 
 
@@ -63,7 +64,7 @@ def rung_beside_codes(recipe: Recipe, plan: Plan, expected: float) -> RungChoice
         expected: the divergence of the files before it, nats.
     """
     assert plan.search is not None, "the recipe stands"
-    source = Checkpoint(plan.source)
+    source = open_source(plan.source)
     machine, spec = _machine(plan, source), expected_spec(recipe.compress, source.spec)
     is_dense = not spec.written.n_experts
     if plan.search.recover != "auto" or not machine.models_stay or expected < _WORTH_TEACHING or is_dense:
@@ -72,5 +73,5 @@ def rung_beside_codes(recipe: Recipe, plan: Plan, expected: float) -> RungChoice
     return None if rung is None else rung.model_copy(update={"blocks": min(_BLOCKS, rung.blocks)})
 
 
-def _machine(plan: Plan, source: Checkpoint) -> Machine:
+def _machine(plan: Plan, source: Source) -> Machine:
     return machine_for(source, plan.memory_bytes, plan.recipe.text.calibration_blocks)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from compressors.model.errors import BudgetError, UnsupportedError
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.source import Source
 from compressors.sensitivity import TypeTable, default_table
 from exporter.estimating.sizes import format_size
 from exporter.planning.compression import check_compression, described_compression, expected_spec
@@ -49,9 +49,7 @@ class Outlook:
     divergence: float  # from the original, nats: a guess
 
 
-def outlooks(
-    recipe: Recipe, artifact: str, checkpoint: Checkpoint, structures: Sequence[CompressChoice]
-) -> list[Outlook]:
+def outlooks(recipe: Recipe, artifact: str, checkpoint: Source, structures: Sequence[CompressChoice]) -> list[Outlook]:
     """The structures that fit, the most promising first.
 
     Structures smaller than the original are left out where the original is good enough.
@@ -72,7 +70,7 @@ def outlooks(
 
 
 def refuse_unless_something_fits(
-    recipe: Recipe, checkpoint: Checkpoint, structures: Sequence[CompressChoice], artifacts: Sequence[str]
+    recipe: Recipe, checkpoint: Source, structures: Sequence[CompressChoice], artifacts: Sequence[str]
 ) -> None:
     """Refuses a budget that an artifact meets with no structure, by arithmetic on sizes alone.
 
@@ -95,7 +93,7 @@ def refuse_unless_something_fits(
 
 
 def _least(
-    recipe: Recipe, artifact: str, checkpoint: Checkpoint, structures: Sequence[CompressChoice]
+    recipe: Recipe, artifact: str, checkpoint: Source, structures: Sequence[CompressChoice]
 ) -> tuple[int, CompressChoice]:
     """The fewest bytes that a structure needs, and that structure, among those with the fewest bytes of tensors."""
     possible: list[tuple[int, CompressChoice, Container]] = []
@@ -120,7 +118,7 @@ def _least(
     return min(needs, key=lambda need: need[0])
 
 
-def container_of(recipe: Recipe, artifact: str, checkpoint: Checkpoint, choice: CompressChoice) -> Container:
+def container_of(recipe: Recipe, artifact: str, checkpoint: Source, choice: CompressChoice) -> Container:
     """The artifact of a structure.
 
     Raises:
@@ -129,7 +127,7 @@ def container_of(recipe: Recipe, artifact: str, checkpoint: Checkpoint, choice: 
     check_compression(recipe.with_only(artifact, choice), checkpoint.spec)
     return Container(
         artifact,
-        checkpoint.folder,
+        checkpoint,
         recipe.source.model,
         expected_spec(choice, checkpoint.spec),
         recipe.budget,
@@ -151,7 +149,7 @@ def best_fit(container: Container, table: TypeTable, seconds: float | None = Non
     return None
 
 
-def outlook_of(recipe: Recipe, artifact: str, checkpoint: Checkpoint, choice: CompressChoice) -> Outlook | None:
+def outlook_of(recipe: Recipe, artifact: str, checkpoint: Source, choice: CompressChoice) -> Outlook | None:
     """A structure with the types that are expected to be best; None if none fit, or the container cannot hold it."""
     try:
         container = container_of(recipe, artifact, checkpoint, choice)

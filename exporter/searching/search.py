@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from compressors.model.errors import BudgetError, UnsupportedError
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.sensitivity import DivergenceModel
 from exporter.planning.recipe import CompressChoice, FileChoice
 from exporter.searching.fitting import Fitted
@@ -89,7 +89,7 @@ class Search:
         self._context = context
         self._wishes = context.plan.search
         self._recipe = context.plan.recipe
-        self._source = Checkpoint(context.plan.source)
+        self._source = open_source(context.plan.source)
         self._structures = structures_for(self._wishes, self._source.spec)
         self._n_measured = n_measured
         self._trials: dict[CompressChoice, Trial] = {}

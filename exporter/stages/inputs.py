@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from compressors.calibration.statistics import Importance, StoredStatistics, importance, importance_of_kept
 from compressors.model.description.spec import ModelSpec
 from compressors.model.running.memory import MemoryLimit
-from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.gguf import GgufWeights
 from compressors.model.sources.onnx import OnnxWeights
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from compressors.model.sources.weights import WrittenWeights
 from exporter.file_names import (
@@ -98,7 +98,7 @@ def open_student(plan: Plan, work: WorkDirectory, stage: str = "recover") -> Stu
     """
     taught = work.paths("recover", RUNG_OVERLAY) if stage == "recover" else []
     overlays = [*reversed(taught), *work.paths("compress", OVERLAY)]  # the first that has a tensor wins
-    return Student.load(Checkpoint(plan.source), work.path("compress", EXPERT_MAP), overlays)
+    return Student.load(open_source(plan.source), work.path("compress", EXPERT_MAP), overlays)
 
 
 def importance_of(student: Student, plan: Plan, work: WorkDirectory) -> Importance:

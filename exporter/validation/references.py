@@ -17,7 +17,8 @@ from compressors.model.errors import InputError
 from compressors.model.predictions.routing_record import RoutingRecord
 from compressors.model.running.recorder import RoutingRecorder
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
+from compressors.model.sources.source import Source
 from compressors.model.sources.student import Student
 from exporter.file_names import ROUTING
 from exporter.validation.guarded import Limits, run_guarded
@@ -42,7 +43,7 @@ class Reference:
     routing: RoutingRecord | None = None  # None if somebody else wrote its log-probabilities, or it shows none
     n_experts: int | None = None  # None if it is not known
     vocabulary: Vocabulary | None = None  # None if only its size is known
-    source: Checkpoint | None = None  # its weights
+    source: Source | None = None  # its weights
 
     @property
     def n_layers(self) -> int | None:
@@ -61,7 +62,7 @@ class StoredReference:
     text_sha256: str | None = None
     routing: Path | None = None
     n_experts: int | None = None
-    source: Path | None = None  # the checkpoint
+    source: Path | None = None  # the place of the original
     file: ModelFile | None = None  # somebody else's
     seconds_per_chunk: float = 0.0  # 0 if nobody knows
 
@@ -72,10 +73,10 @@ class StoredReference:
             InputError: a file was changed or removed meanwhile.
         """
         log_probs = LogitsFile(self.logits)
-        source = None if self.source is None else Checkpoint(self.source)
+        source = None if self.source is None else open_source(self.source)
         vocabulary: Vocabulary | None = None
-        if self.source is not None:
-            vocabulary = TokenizerVocabulary(self.source)
+        if source is not None:
+            vocabulary = TokenizerVocabulary(source.tokenizer_folder)
         elif self.file is not None:
             vocabulary = self.file.vocabulary()
         return Reference(
@@ -92,7 +93,7 @@ class StoredReference:
 
 
 def against_checkpoint(
-    source: Checkpoint, text: Path, chunks_per_file: int, logits_file: Path, folder: Path
+    source: Source, text: Path, chunks_per_file: int, logits_file: Path, folder: Path
 ) -> StoredReference:
     """Runs a checkpoint, layer by layer, and writes its log-probabilities into the file, its routing into the folder.
 
@@ -100,7 +101,7 @@ def against_checkpoint(
         InputError: the text, the tokenizer or the checkpoint cannot be used.
     """
     block_length = block_length_of(source.spec.context_length)
-    split, blocks = tokenize_heldout(text, source.folder, block_length, chunks_per_file)
+    split, blocks = tokenize_heldout(text, source.tokenizer_folder, block_length, chunks_per_file)
     chunks = blocks.leading(chunks_per_file).tokens_BT
     writer = LogitsFileWriter(logits_file, chunks.numpy(), source.spec.vocab_size)
     model = StreamedModel(Student.teacher(source))
@@ -110,14 +111,14 @@ def against_checkpoint(
     write_log_probs(model, chunks, hidden, scored_positions(chunks.shape[1]), writer, range(len(chunks)))
     seconds = time.monotonic() - began
     return StoredReference(
-        name=str(source.folder),
+        name=str(source.path),
         runtime="torch",
         logits=logits_file,
         n_tokens=chunks.shape[1],
         text_sha256=split.sha256,
         routing=_stored(recorder.routing(), folder),
         n_experts=source.spec.n_experts,
-        source=source.folder,
+        source=source.path,
         seconds_per_chunk=seconds / len(chunks),
     )
 

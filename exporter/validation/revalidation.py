@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from compressors.model.errors import InputError
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from exporter.hub import bundled_text, resolve_model, resolve_original
 from exporter.planning.job import parse_requirements
 from exporter.planning.planner import HELDOUT_CHUNKS
@@ -169,11 +169,11 @@ def _reference(
             raise InputError(
                 "--against is missing: give the original, as a checkpoint's folder, a hub id or another file"
             )
-        source = Checkpoint(resolve_model(against))
+        source = open_source(resolve_model(against))
         return against_checkpoint(source, text, _chunks_per_file(text), logits_file, folder)
-    source = Checkpoint(resolve_original(against, report["job"]))
+    source = open_source(resolve_original(against, report["job"]))
     if source.identity() != report["source"]["identity"]:
-        raise InputError(f"--against: {source.folder} is not the model that these files were made from")
+        raise InputError(f"--against: {source.path} is not the model that these files were made from")
     return against_checkpoint(source, text, report["recipe"]["text"]["heldout_chunks_per_file"], logits_file, folder)
 
 

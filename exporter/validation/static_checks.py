@@ -15,7 +15,7 @@ from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec, MoeSize
 from compressors.model.errors import InputError, MoeExportError
 from compressors.model.files.gguf_file import GgufFile
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.source import Source
 from compressors.model.sources.student import Student
 from exporter.writing.gguf.container import render_header, render_values
 from exporter.writing.gguf.metadata import model_metadata
@@ -83,7 +83,7 @@ def _experts_in(gguf: GgufFile, source: ModelSpec, layer: int) -> int:
 
 
 def check_description(
-    file: ModelFile, source: Checkpoint, spec: ModelSpec | None, chunks_BT: npt.NDArray[np.int64]
+    file: ModelFile, source: Source, spec: ModelSpec | None, chunks_BT: npt.NDArray[np.int64]
 ) -> StaticFindings:
     """Compares a file's settings and its tokenizer with the original's.
 
@@ -115,7 +115,7 @@ def check_description(
     return findings
 
 
-def _setting_symptoms(file: ModelFile, source: Checkpoint, spec: ModelSpec) -> list[str]:
+def _setting_symptoms(file: ModelFile, source: Source, spec: ModelSpec) -> list[str]:
     if file.format == "gguf":
         gguf = GgufFile(file.path)
         return [*gguf_setting_symptoms(gguf.metadata, spec), *rope_factor_symptoms(gguf, spec)]
@@ -126,11 +126,9 @@ def _setting_symptoms(file: ModelFile, source: Checkpoint, spec: ModelSpec) -> l
     ]
 
 
-def _tokenizer_findings(
-    file: ModelFile, source: Checkpoint, chunks_BT: npt.NDArray[np.int64]
-) -> TokenizerFindings | None:
+def _tokenizer_findings(file: ModelFile, source: Source, chunks_BT: npt.NDArray[np.int64]) -> TokenizerFindings | None:
     """Compares the tokenizer; None for a graph that has none."""
-    original, chunks = original_tokenizer(source.folder, source.spec.vocab_size), chunks_BT.tolist()
+    original, chunks = original_tokenizer(source.tokenizer_folder, source.spec.vocab_size), chunks_BT.tolist()
     if file.format == "gguf":
         metadata = GgufFile(file.path).metadata
         return check_gguf_tokenizer(file.path, metadata, original, chunks, lambda: _best_vocabulary(source))
@@ -138,14 +136,14 @@ def _tokenizer_findings(
     return None if folder is None else check_folder_tokenizer(folder, original, chunks)
 
 
-def _best_vocabulary(source: Checkpoint) -> Encode | None:
+def _best_vocabulary(source: Source) -> Encode | None:
     """Cuts text in llama.cpp with the vocabulary that we would write; None if we would write none."""
     spec = source.spec
     with tempfile.TemporaryDirectory(prefix="moe-export-") as folder:
         path = Path(folder) / "vocabulary.gguf"
         try:
-            values = model_metadata(spec, source.folder, "vocabulary", "F32")
-            values |= vocabulary_metadata(source.folder, spec.vocab_size)
+            values = model_metadata(spec, source, "vocabulary", "F32")
+            values |= vocabulary_metadata(source.tokenizer_folder, spec.vocab_size)
             path.write_bytes(render_header(len(values), render_values(values), []))
             vocabulary = GgufVocabulary(path)
         except MoeExportError:
@@ -189,6 +187,6 @@ def check_weights(file: ModelFile, original: Student, trained: frozenset[Role] =
         findings.add(f"{file.format}.coarse_weights", coarse_symptoms(comparison))
     text = None
     if any(entry.unit.row is not None for entry in damage):
-        text = original_tokenizer(original.source.folder, original.spec.vocab_size).text
+        text = original_tokenizer(original.source.tokenizer_folder, original.spec.vocab_size).text
     findings.add(f"{file.format}.damaged_weights", weight_symptoms(damage, text), len(damage))
     return findings

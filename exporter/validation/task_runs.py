@@ -11,7 +11,7 @@ from rich.table import Table
 from compressors.calibration.splits import load_tokenizer
 from compressors.model.errors import InputError
 from compressors.model.files.json_file import read_json
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from exporter.file_names import REPORT
 from exporter.hub import resolve_original
@@ -56,18 +56,18 @@ def task_results(
     except InputError:
         raise InputError(f"{out} has no readable {REPORT}; give the output folder of a finished run") from None
     job = report["job"]
-    source = Checkpoint(resolve_original(against, job))
+    source = open_source(resolve_original(against, job))
     if source.identity() != report["source"]["identity"]:
-        raise InputError(f"--against: {source.folder} is not the model that these files were made from")
+        raise InputError(f"--against: {source.path} is not the model that these files were made from")
     n_threads = checked_threads(threads)
     torch.set_num_threads(n_threads)
     length = min(_LONGEST_TEXT, source.spec.context_length)
     files = published_files(out, report)
     teacher = TorchBackend(Student.teacher(source))
-    metrics = run_tasks(teacher, load_tokenizer(source.folder), tasks, max_length=length)
+    metrics = run_tasks(teacher, load_tokenizer(source.tokenizer_folder), tasks, max_length=length)
     original = {"artifact": "teacher", "runtime": "torch", "tasks": metrics, "error": None}
     how = RuntimeChoice(n_threads, gpu_layers)
-    return [original, *(_of_file(file, source.folder, tasks, length, how) for file in files)]
+    return [original, *(_of_file(file, source.tokenizer_folder, tasks, length, how) for file in files)]
 
 
 def _of_file(file: ModelFile, tokenizer: Path, tasks: Path, length: int, how: RuntimeChoice) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 from exporter.file_names import STUDENT_FOLDER
 from exporter.planning.recovery import is_after_quantizing, trained_roles
@@ -54,7 +54,7 @@ class Expectation:
         is_edited = report["recipe"]["compress"]["edit"] != "none" or any(map(_is_changed, experts.layers))
         saved = STUDENT_FOLDER.within(out)
         if saved.is_dir() and not report["student"]["dense"]:
-            original: Student | None = Student.teacher(Checkpoint(saved))
+            original: Student | None = Student.teacher(open_source(saved))
         elif reference.source is not None and not is_edited:
             original = Student(reference.source, experts)
         else:

@@ -15,7 +15,6 @@ import torch
 from compressors.model.description.roles import Role
 from compressors.model.description.tensors import Fused, TensorSpec
 from compressors.model.families.config import language_model_config
-from compressors.model.files.json_file import read_json
 from compressors.model.sources.student import Student
 from exporter.capabilities.rules import Container
 from exporter.capabilities.table import refuse_unless_held
@@ -227,12 +226,11 @@ def _read(
 
 
 def _write_config(student: Student, folder: Path) -> None:
-    source = student.source.folder
-    config = language_model_config(read_json(source / "config.json"))
+    source = student.source
     for pattern in _COPIED:
-        for file in source.glob(pattern):
+        for file in source.tokenizer_folder.glob(pattern):
             if file.is_file():  # no folder, pipe or device
                 shutil.copyfile(file, folder / file.name)
-    copy_tokenizer(source, folder)
-    written = student.spec.written
+    copy_tokenizer(source.tokenizer_folder, folder)
+    written, config = student.spec.written, language_model_config(source.config)
     write_atomically(folder / "config.json", json.dumps(written.family.edited(written, config), indent=1))

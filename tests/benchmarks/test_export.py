@@ -12,13 +12,13 @@ from benchmarks.export.importance import write_imatrix, write_statistics
 from benchmarks.export.tensors import equal_tensors
 from compressors.calibration.statistics import StoredStatistics, importance
 from compressors.model.description.roles import Role
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student
 from exporter.writing.gguf.writer import write_gguf
 
 
 def test_both_sides_get_the_same_importance_matrix(fine_folder: Path, tmp_path: Path) -> None:
-    spec = Checkpoint(fine_folder).spec
+    spec = open_source(fine_folder).spec
     write_statistics(spec, tmp_path / "statistics")
     write_imatrix(spec, tmp_path / "statistics", tmp_path / "imatrix.gguf")
     matrix = importance(StoredStatistics(tmp_path / "statistics", spec.n_layers), ExpertMap.identity(spec), spec)
@@ -33,7 +33,7 @@ def test_both_sides_get_the_same_importance_matrix(fine_folder: Path, tmp_path: 
 
 
 def test_tensors_that_differ_are_counted(fine_folder: Path, tmp_path: Path) -> None:
-    student = Student.teacher(Checkpoint(fine_folder))
+    student = Student.teacher(open_source(fine_folder))
     router = student.tensor(Role.ROUTER, 2).float()
     changed = student.with_overlay({student.name(Role.ROUTER, 2): torch.nextafter(router, router + 1)})
     for name, source in (("one", student), ("other", changed)):

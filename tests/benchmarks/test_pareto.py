@@ -15,7 +15,7 @@ from benchmarks.pareto.llama_cpp import Figures, Measuring
 from benchmarks.pareto.table import write_markdown
 from benchmarks.third_model import train_third_model
 from compressors.model.files.ggml_types import GGMLQuantizationType
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from exporter.curve.rows import OURS, ParetoRow
 
 _PRESET = ParetoRow("fine", "llama-quantize", "Q4_K_M", 14_000_000, 0.33, 0.004, 0.0001, 0.95, 41.4)
@@ -79,7 +79,7 @@ def test_every_bar_of_a_preset_names_one() -> None:
 
 
 def test_a_file_of_one_type_has_it_in_every_matrix(fine_folder: Path) -> None:
-    tensors = one_type(Checkpoint(fine_folder).spec, "Q8_0")
+    tensors = one_type(open_source(fine_folder).spec, "Q8_0")
     types = {tensor.ggml_type for tensor in tensors if tensor.is_matrix}
     assert types == {GGMLQuantizationType.Q8_0}
 
@@ -92,5 +92,5 @@ def test_the_third_model_is_a_checkpoint_that_learns(tmp_path: Path, monkeypatch
     finally:
         torch.use_deterministic_algorithms(False)
         torch.set_num_threads(threads)
-    spec = Checkpoint(tmp_path / "model").spec
+    spec = open_source(tmp_path / "model").spec
     assert (spec.n_layers, spec.n_experts, spec.expert_width) == (4, 16, 256)

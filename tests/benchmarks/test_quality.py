@@ -16,7 +16,7 @@ from benchmarks.quality.table import beyond_frequency, by_divergence, read, writ
 from compressors.calibration.statistics import StatisticsCollector
 from compressors.model.description.roles import Role
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from exporter.planning.recipe import CompressChoice, ExpertMethod
 
@@ -31,7 +31,7 @@ def test_every_method_that_a_recipe_can_name_is_compared() -> None:
 @pytest.fixture(scope="module")
 def teacher(toy_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Teacher:
     """The first two layers of the bundled model, and 1,024 tokens."""
-    source = Checkpoint(toy_checkpoint(tmp_path_factory.mktemp("quality")))
+    source = open_source(toy_checkpoint(tmp_path_factory.mktemp("quality")))
     tokens_BT = torch.randint(1, 4096, (2, 512), generator=torch.Generator().manual_seed(0))
     collector = StatisticsCollector(source.spec)
     StreamedModel(Student.teacher(source)).stream([TokenGroup(tokens_BT, [collector.observe])])

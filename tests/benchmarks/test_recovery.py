@@ -25,7 +25,8 @@ from compressors.model.description.roles import Role
 from compressors.model.running.hidden_states import HiddenStates
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
+from compressors.model.sources.source import Source
 from compressors.model.sources.student import ExpertMap, Student
 from compressors.recover.objectives import NextToken, StepLoss
 from compressors.recover.schedule import Schedule
@@ -33,13 +34,13 @@ from compressors.recover.training import Training
 
 
 @pytest.fixture(scope="module")
-def source(toy_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+def source(toy_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Source:
     """The first two layers of the bundled model."""
-    return Checkpoint(toy_checkpoint(tmp_path_factory.mktemp("recovery")))
+    return open_source(toy_checkpoint(tmp_path_factory.mktemp("recovery")))
 
 
 @pytest.fixture(scope="module")
-def pruned(source: Checkpoint) -> Student:
+def pruned(source: Source) -> Student:
     return Student(source, ExpertMap.keeping(32, (tuple(range(0, 32, 2)),) * 2))
 
 
@@ -58,7 +59,7 @@ def _outputs(student: Student, layer: int, inputs: HiddenStates) -> torch.Tensor
 
 
 def test_layer_local_routers_come_nearer_to_every_layers_output(
-    source: Checkpoint, pruned: Student, blocks_BT: torch.Tensor
+    source: Source, pruned: Student, blocks_BT: torch.Tensor
 ) -> None:
     teacher = Student.teacher(source)
     taught = train_routers_locally(teacher, pruned, blocks_BT, Schedule(12, 1e-3, blocks_per_step=2))
@@ -82,7 +83,7 @@ def _logits(student: Student, tokens_BT: torch.Tensor) -> torch.Tensor:
 
 
 def test_full_distillation_is_its_definition(
-    source: Checkpoint, pruned: Student, blocks_BT: torch.Tensor, tmp_path: Path
+    source: Source, pruned: Student, blocks_BT: torch.Tensor, tmp_path: Path
 ) -> None:
     targets = TeacherTargets.create(tmp_path, 1, 4096)  # which it does not read
     schedule = Schedule(4, 1e-3, blocks_per_step=4)

@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.same_blocks import compare, page
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 
 
 def test_both_runtimes_are_compared_on_the_same_numbers(
     tmp_path: Path, toy_checkpoint: Callable[..., Path], heldout_tokens: npt.NDArray[np.int64]
 ) -> None:
-    source = Checkpoint(toy_checkpoint(tmp_path, n_layers=2))
+    source = open_source(toy_checkpoint(tmp_path, n_layers=2))
     tokens_BT = heldout_tokens[4000 : 4000 + 3 * 128].reshape(3, 128)
     found = list(compare("toy", source, "Q4_0", tokens_BT, tmp_path, 1))
     assert [row.comparison for row in found] == [

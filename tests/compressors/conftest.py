@@ -16,7 +16,8 @@ from compressors.calibration.splits import read_splits, tokenize
 from compressors.calibration.statistics import StatisticsCollector
 from compressors.model.description.roles import Role
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
+from compressors.model.sources.source import Source
 from compressors.model.sources.student import ExpertMap, Student
 from compressors.shrink.moe_block import Evidence, MoeBlock
 
@@ -24,16 +25,16 @@ _N_BLOCKS = 8
 
 
 @pytest.fixture(scope="module")
-def float32_toy(toy_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+def float32_toy(toy_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Source:
     """Two layers of the bundled model, stored in float32, so that what is written back is not rounded."""
     folder = toy_checkpoint(tmp_path_factory.mktemp("toy"))
     file = folder / "model.safetensors"
     save_file({name: tensor.float() for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
-    return Checkpoint(folder)
+    return open_source(folder)
 
 
 @pytest.fixture(scope="module")
-def pruned_toy(float32_toy: Checkpoint) -> Student:
+def pruned_toy(float32_toy: Source) -> Student:
     """Every other of its 32 experts."""
     return Student(float32_toy, ExpertMap.keeping(32, (tuple(range(0, 32, 2)),) * 2))
 
@@ -55,7 +56,7 @@ def trained_block(calibration_folder: Path) -> Callable[..., tuple[MoeBlock, Evi
 
 
 def _all_blocks(folder: Path, tokens_BT: torch.Tensor) -> list[tuple[MoeBlock, Evidence]]:
-    student = Student.teacher(Checkpoint(folder))
+    student = Student.teacher(open_source(folder))
     model, collector = StreamedModel(student), StatisticsCollector(student.spec)
     inputs: dict[int, list[torch.Tensor]] = {}
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from compressors.model.errors import InputError
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student
 from exporter.writing import pieces, resumable
 from exporter.writing.gguf.writer import write_gguf
@@ -35,7 +35,7 @@ FILES = {"gguf": "model.gguf", "onnx": "onnx/model.onnx.data", "student": "stude
 
 def student_of(source: Path) -> Student:
     """Five experts of each of the two layers."""
-    checkpoint = Checkpoint(source)
+    checkpoint = open_source(source)
     return Student(checkpoint, ExpertMap.keeping(checkpoint.spec.n_experts, ((1, 5, 6, 7, 30), (0, 2, 3, 4, 31))))
 
 

@@ -42,7 +42,8 @@ def _pruned(source: Checkpoint) -> Student:
 
 
 def test_the_configuration_is_what_transformers_makes_of_it(folder: Path) -> None:
-    check_against_transformers(folder, Checkpoint(folder).spec)
+    source = Checkpoint(folder)
+    check_against_transformers(source.config, source.config_path, source.spec)
 
 
 @torch.no_grad()

@@ -59,7 +59,7 @@ def _read(folder: Path, **changes: Any) -> ModelSpec:
     config = {key: value for key, value in (_HUB | changes).items() if value is not ...}
     (folder / "config.json").write_text(json.dumps(config))
     spec = read_spec(folder)
-    check_against_transformers(folder, spec)
+    check_against_transformers(config, folder, spec)
     return spec
 
 
@@ -81,9 +81,10 @@ def test_llama_cpp_s_deviation_is_said(tmp_path: Path) -> None:
 
 
 def test_what_is_absent_is_as_transformers_has_it(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "gpt_oss", "num_local_experts": 128}')
+    config = {"model_type": "gpt_oss", "num_local_experts": 128}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     spec = read_spec(tmp_path)
-    check_against_transformers(tmp_path, spec)
+    check_against_transformers(config, tmp_path, spec)
     assert spec.rope.kind is RopeKind.YARN and spec.n_layers == 36
     plain = _read(tmp_path, rope_scaling=..., rope_parameters={"rope_type": "default"})
     assert plain.rope.kind is RopeKind.DEFAULT

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
+from compressors.model.sources.source import Source
 from compressors.model.sources.student import Student
 from exporter.planning.recipe import (
     BudgetChoice,
@@ -44,7 +45,7 @@ def make_inputs(folder: Path) -> None:
     torch.manual_seed(0)
     _checkpoint(folder / "qwen", _QWEN, _byte_level(), shards=1)
     _checkpoint(folder / "mixtral", _MIXTRAL, _with_bytes_as_fallback(), shards=2)
-    student = Student.teacher(Checkpoint(folder / "qwen"))
+    student = Student.teacher(open_source(folder / "qwen"))
     (folder / "gguf").mkdir()
     write_gguf(student, "Q8_0", folder / "gguf" / "model.gguf", name="tiny", threads=1)
     write_onnx(student, "Q4_0", folder / "onnx", threads=1)
@@ -59,7 +60,7 @@ def make_inputs(folder: Path) -> None:
         (folder / "text" / name / "words.txt").write_text("\n\n".join(words), encoding="utf-8")
 
 
-def _recipe(folder: Path, source: Checkpoint) -> None:
+def _recipe(folder: Path, source: Source) -> None:
     folder.mkdir()
     budget = BudgetChoice(bytes=2_000_000, kind="file", context=512, kv_type="f16")
     text = TextChoice(calibration_blocks=4, selection_blocks=1, heldout_chunks_per_file=2)
@@ -96,7 +97,7 @@ def _published(folder: Path, inputs: Path) -> None:
         "schema": 1,
         "artifacts": [{"format": "gguf", "path": "model.gguf"}],
         "job": {"model": str(inputs / "qwen"), "revision": None},
-        "source": {"identity": Checkpoint(inputs / "qwen").identity(), "n_layers": 2},
+        "source": {"identity": open_source(inputs / "qwen").identity(), "n_layers": 2},
         "recipe": {"text": {"heldout_chunks_per_file": 2}, "compress": {"edit": "none"}},
         "student": {"expert_map": {"teacher_experts": 4, "layers": layers}, "dense": False},
         "recovery": [],

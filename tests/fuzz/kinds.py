@@ -16,9 +16,9 @@ from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.files.gguf_file import GgufFile
 from compressors.model.files.weight_file import WeightFile
-from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.gguf import GgufWeights
 from compressors.model.sources.onnx import OnnxWeights
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.weights import WrittenWeights
 from exporter.estimating.durations import parse_duration
 from exporter.estimating.sizes import format_size, parse_size
@@ -56,7 +56,7 @@ class Kind:
 
 def _read_checkpoint(folder: Path, rng: random.Random, inputs: Path) -> None:
     Console(file=io.StringIO()).print(description_table(describe(folder)))
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_source(folder)
     for file in checkpoint.files:
         weights = WeightFile(file)
         for name in weights.tensors:
@@ -67,7 +67,7 @@ def _read_checkpoint(folder: Path, rng: random.Random, inputs: Path) -> None:
 
 @cache
 def _shape(inputs: Path) -> ModelSpec:
-    return Checkpoint(inputs / "qwen").spec
+    return open_source(inputs / "qwen").spec
 
 
 def _read_gguf(folder: Path, rng: random.Random, inputs: Path) -> None:
@@ -85,7 +85,7 @@ def _read_onnx(folder: Path, rng: random.Random, inputs: Path) -> None:
         str(found.facts)
         str(found.tokenizer_folder)
         graph_setting_symptoms(found.path, _shape(inputs))
-        folder_setting_symptoms(found.path, Checkpoint(inputs / "qwen"), _shape(inputs))
+        folder_setting_symptoms(found.path, open_source(inputs / "qwen"), _shape(inputs))
     _read_weights(OnnxWeights(folder, _shape(inputs)), _shape(inputs))
 
 

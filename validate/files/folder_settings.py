@@ -18,7 +18,7 @@ from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import MoeExportError
 from compressors.model.families.config import language_model_config, read_spec
 from compressors.model.files.json_file import read_json
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.source import Source
 from compressors.model.sources.tokenizer_files import load_tokenizer
 
 __all__ = ["folder_setting_symptoms"]
@@ -42,7 +42,7 @@ _NOT_COMPARED = frozenset({"_from_model_config", "transformers_version"})
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def folder_setting_symptoms(graph: Path, source: Checkpoint, spec: ModelSpec) -> list[str]:
+def folder_setting_symptoms(graph: Path, source: Source, spec: ModelSpec) -> list[str]:
     """Lists where the files beside a graph do not fit a model.
 
     Args:
@@ -50,7 +50,7 @@ def folder_setting_symptoms(graph: Path, source: Checkpoint, spec: ModelSpec) ->
         source: the original.
         spec: the model that the graph should compute.
     """
-    folder, generation = graph.parent, _read(source.folder / "generation_config.json")
+    folder, generation = graph.parent, _read(source.tokenizer_folder / "generation_config.json")
     return [
         *_genai_symptoms(folder / "genai_config.json", graph, source, spec, generation or {}),
         *_config_symptoms(folder, source, spec),
@@ -59,7 +59,7 @@ def folder_setting_symptoms(graph: Path, source: Checkpoint, spec: ModelSpec) ->
 
 
 def _genai_symptoms(
-    path: Path, graph: Path, source: Checkpoint, spec: ModelSpec, generation: Mapping[str, Any]
+    path: Path, graph: Path, source: Source, spec: ModelSpec, generation: Mapping[str, Any]
 ) -> Iterator[str]:
     config = _read(path)
     if config is None:
@@ -113,11 +113,11 @@ def _name_symptoms(decoder: Mapping[str, Any], graph: onnx.GraphProto) -> Iterat
 
 
 def _token_symptoms(
-    where: str, found: Mapping[str, Any], source: Checkpoint, generation: Mapping[str, Any]
+    where: str, found: Mapping[str, Any], source: Source, generation: Mapping[str, Any]
 ) -> Iterator[str]:
     """Ids of begin, end and padding: those of the original's configurations, or of its tokenizer."""
-    config = language_model_config(_read(source.folder / "config.json") or {})
-    tokenizer = _tokenizer_ids(source.folder)
+    config = language_model_config(source.config)
+    tokenizer = _tokenizer_ids(source.tokenizer_folder)
     is_copy = where == "generation_config.json" and bool(generation)
     for name in _TOKEN_IDS:
         if is_copy and _ids(found.get(name)) == _ids(generation.get(name)):
@@ -134,7 +134,7 @@ def _token_symptoms(
             yield f"{where}: {name} is absent, the original's {sorted(allowed)}"
 
 
-def _config_symptoms(folder: Path, source: Checkpoint, spec: ModelSpec) -> Iterator[str]:
+def _config_symptoms(folder: Path, source: Source, spec: ModelSpec) -> Iterator[str]:
     """``config.json`` as it would be read as a checkpoint's."""
     path = folder / "config.json"
     config = _read(path)
@@ -154,7 +154,7 @@ def _config_symptoms(folder: Path, source: Checkpoint, spec: ModelSpec) -> Itera
         yield f"config.json: rope_parameters are {found.rope.in_config()}, the model's {spec.rope.in_config()}"
     if found.context_length > spec.context_length:
         yield f"config.json: max_position_embeddings is {found.context_length}, the model's {spec.context_length}"
-    original = language_model_config(_read(source.folder / "config.json") or {})
+    original = language_model_config(source.config)
     for name in _TOKEN_IDS:
         if _ids(config.get(name)) != _ids(original.get(name)):
             yield f"config.json: {name} is {config.get(name)!r}, the original's {original.get(name)!r}"
@@ -166,7 +166,7 @@ def _described(spec: ModelSpec) -> Mapping[str, Any]:
     return tied | dict(spec.family.settings(spec))
 
 
-def _generation_symptoms(path: Path, source: Checkpoint, original: Mapping[str, Any] | None) -> Iterator[str]:
+def _generation_symptoms(path: Path, source: Source, original: Mapping[str, Any] | None) -> Iterator[str]:
     found = _read(path)
     if found is None:
         if original:

@@ -1,11 +1,12 @@
 """Reads ``config.json`` into a :class:`~compressors.model.description.spec.ModelSpec`, once; nobody else reads it.
 
-transformers' ``AutoConfig`` is not used, because every process that opens a model would have to import transformers;
+transformers' configurations are not used for it, because every process that opens a model would have to import them;
 ``compressors.model.families.config_check`` compares the two before any work.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.families.registry import family_for, supported_families
 from compressors.model.files.json_file import read_json
+from compressors.model.names import shown
 
-__all__ = ["is_inside_of_more", "language_model_config", "model_settings", "read_spec"]
+__all__ = ["is_inside_of_more", "language_model_config", "model_settings", "read_spec", "transformers_config"]
 
 _EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -32,19 +34,23 @@ def read_spec(folder: Path) -> ModelSpec:
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{folder} has no config.json: give the folder of a Hugging Face checkpoint, or a hub id")
-    family, settings = model_settings(path)
+    family, settings = model_settings(read_json(path), path)
     assert family.read is not None, "families in the registry are read"
     return family.read(settings)
 
 
-def model_settings(path: Path) -> tuple[Family, Settings]:
+def model_settings(config: Mapping[str, Any], path: Path) -> tuple[Family, Settings]:
     """The family of a ``config.json``, and the settings of its language model.
 
+    Args:
+        config: the values.
+        path: the file that they are from, for messages.
+
     Raises:
-        InputError: the file is no JSON, or names no type.
+        InputError: they name no type.
         UnsupportedError: the model is dense, or its family is unknown.
     """
-    settings = Settings(read_json(path), path)
+    settings = Settings(config, path)
     model_type = settings.text("model_type")
     if model_type not in supported_families() and not any(key in settings for key in _EXPERT_COUNT_KEYS):
         raise UnsupportedError(
@@ -75,3 +81,17 @@ def language_model_config(config: Mapping[str, Any]) -> dict[str, Any]:
     of_whole = {key: config[key] for key in _OF_THE_WHOLE if config.get(key) is not None}
     names = {"model_type": family.model_type, "architectures": [family.architecture]}
     return {**config.get(_INSIDE, {}), **of_whole, **names}
+
+
+def transformers_config(config: Mapping[str, Any]) -> Any:
+    """transformers' object for the language model that a ``config.json`` describes, as ``AutoConfig`` makes it.
+
+    Raises:
+        ValueError: the installed transformers does not know the model; it raises other errors where it refuses a value.
+    """
+    from transformers import CONFIG_MAPPING
+
+    model_type = config["model_type"]
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"it does not know the model type {shown(model_type)}: pip install --upgrade transformers")
+    return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(config))).get_text_config()

@@ -6,42 +6,42 @@ the run ends with the setting's name before any work, not with a file that compu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from compressors.model.description.family import Family
 from compressors.model.description.rope import Rope, RopeKind
+from compressors.model.description.settings import Settings
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import UnsupportedError
-from compressors.model.families.config import model_settings
+from compressors.model.families.config import model_settings, transformers_config
 from compressors.model.names import shown
 
 __all__ = ["check_against_transformers"]
 
 
-def check_against_transformers(folder: Path, spec: ModelSpec) -> None:
+def check_against_transformers(settings: Mapping[str, Any], path: Path, spec: ModelSpec) -> None:
     """Checks that transformers would compute with the same settings.
 
     Args:
-        folder: of the checkpoint.
-        spec: as its ``config.json`` was read; whether the head is tied, its weights decide.
+        settings: the model's, as ``config.json`` has them.
+        path: the file that they are from, for messages.
+        spec: as they were read; whether the head is tied, the weights decide.
 
     Raises:
         UnsupportedError: transformers refuses the file, or a setting differs; the message names it.
     """
-    from transformers import AutoConfig
-
-    path = folder / "config.json"
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+        config = transformers_config(settings)
         config.standardize_rope_params()
     except Exception as error:  # strict configurations raise many kinds, and nothing else can fail here
         lines = " ".join(str(error).split())
         raise UnsupportedError(f"{path}: transformers refuses it ({lines})") from None
-    _refuse_not_understood(path, config)
+    _refuse_not_understood(config, *model_settings(settings, path))
     for name, ours, theirs in _settings(config, spec):
         if ours != theirs:
             raise UnsupportedError(
@@ -66,11 +66,10 @@ _WITHOUT_EFFECT = frozenset(
 """Settings that serve training alone, or that :mod:`compressors.model.description.special_tokens` reads."""
 
 
-def _refuse_not_understood(path: Path, config: Any) -> None:
+def _refuse_not_understood(config: Any, family: Family, settings: Settings) -> None:
     """Refuses a setting of transformers' class that the family's description does not know, and that is no default."""
     from transformers import PreTrainedConfig
 
-    family, settings = model_settings(path)
     assert family.read is not None
     family.read(settings)
     default = type(config)()

@@ -126,4 +126,4 @@ def refuse_not_finite(
     # a sum shows NaN and infinity without a temporary; a sum that overflows is looked at again
     if not torch.isfinite(values.sum(dtype=torch.float32)) and not torch.isfinite(values).all():
         name = student.name(role, layer, expert)
-        raise InputError(f"{student.source.folder}: tensor {name} holds NaN or infinite values")
+        raise InputError(f"{student.source.path}: tensor {name} holds NaN or infinite values")

@@ -53,6 +53,6 @@ def not_finite_error(
     made_by = makers[0] if makers else "a sum of large values"
     dtype = str(rows_BTD.dtype).removeprefix("torch.")
     return NotFiniteError(
-        f"{student.source.folder}: layer {index} turns the text into NaN or infinite values, first in {made_by}; the "
+        f"{student.source.path}: layer {index} turns the text into NaN or infinite values, first in {made_by}; the "
         f"checkpoint is damaged there, or does not work in {dtype}"
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from compressors.model.description.gate_order import gates_first
 from compressors.model.description.mixers import GroupedQuery
 from compressors.model.description.spec import ModelSpec, MoeSize
+from compressors.model.families.config import transformers_config
 from compressors.model.running.experts import GROUPED_EXPERTS, register_grouped_experts
 from compressors.model.running.layers import LayerWeights
 
@@ -24,18 +25,18 @@ class Skeleton:
     """Decoder layers, rotary embedding and final norm of a model of this shape.
 
     Args:
-        folder: the checkpoint whose ``config.json`` tells everything but the sizes.
-        shape: the student's.
+        settings: the source's, as ``config.json`` has them; they tell everything but the sizes.
+        spec: the student.
     """
 
-    def __init__(self, folder: Path, spec: ModelSpec) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
+    def __init__(self, settings: Mapping[str, Any], spec: ModelSpec) -> None:
+        from transformers import AutoModelForCausalLM
 
         self._spec = spec
         register_grouped_experts()
         # it recommends packages for recurrent layers, in every process; torch's own arithmetic is what is meant here
         logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
-        config = _edited(AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config(), spec)
+        config = _edited(transformers_config(settings), spec)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, experts_implementation=GROUPED_EXPERTS)
         self.is_causal_by_itself: bool = model.config._attn_implementation == "sdpa"  # eager attention needs a mask

@@ -104,7 +104,7 @@ class StreamedModel:
         self._check_finite = check_finite
         self._placement: Placement | None = None
         self._reader: LayerReader | None = None
-        self._skeleton = Skeleton(student.source.folder, student.spec)
+        self._skeleton = Skeleton(student.source.config, student.spec)
         for index, trained in self.trained_experts.items():
             routed = self.spec.layers[index].routed
             assert routed is not None, f"layer {index} has no experts to train"

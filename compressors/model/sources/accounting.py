@@ -7,6 +7,7 @@ read past it would make another model.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 
 from compressors.model.description.family import SkippedPart
@@ -39,10 +40,10 @@ def unclaimed(names: Iterable[str], claimed: Collection[str], spec: ModelSpec) -
             yield name
 
 
-def parts_read_past(names: Iterable[str], claimed: Collection[str], spec: ModelSpec) -> tuple[str, ...]:
-    """The parts of a checkpoint that are read past, in words: each once, in the order of the rules."""
-    found = {rule.name for name in names if name not in claimed and (rule := _rule(name, spec)) is not None}
-    return tuple(rule.name for rule in _rules(spec) if rule.name in found)
+def parts_read_past(names: Iterable[str], claimed: Collection[str], spec: ModelSpec) -> dict[str, int]:
+    """The parts of a checkpoint that are read past, in words and in the order of the rules: the tensors of each."""
+    found = Counter(rule.name for name in names if name not in claimed and (rule := _rule(name, spec)) is not None)
+    return {rule.name: found[rule.name] for rule in _rules(spec) if rule.name in found}
 
 
 def _rules(spec: ModelSpec) -> tuple[SkippedPart, ...]:

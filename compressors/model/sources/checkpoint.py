@@ -59,11 +59,12 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.path = folder
         check_folder(folder)
         self.block_scaled: BlockScaled | None = read_block_scaled(folder)
         refuse_other_inputs(folder)
         self.spec: ModelSpec = read_spec(folder)
+        self.config: Mapping[str, Any] = read_json(self.config_path)
         self._mxfp4_dtype = read_mxfp4_dtype(folder, self.spec)
         self._weights = find_weights(folder)
         self.files = self._weights.files
@@ -75,6 +76,16 @@ class Checkpoint:
         self._check_tensors()
         if self._has_own_head():
             self.spec = replace(self.spec, tied_embeddings=False)
+
+    @property
+    def config_path(self) -> Path:
+        """The file that the settings are from."""
+        return self.path / "config.json"
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The checkpoint's folder: all files lie in one."""
+        return self.path
 
     @property
     def family(self) -> Family:
@@ -117,8 +128,8 @@ class Checkpoint:
         )
 
     @property
-    def parts_read_past(self) -> tuple[str, ...]:
-        """Parts of the files that are no part of the model, in words."""
+    def parts_read_past(self) -> Mapping[str, int]:
+        """Parts of the files that are no part of the model, in words, each with its number of tensors."""
         return parts_read_past(self.headers, {name for name, _ in self.expected_shapes()}, self.spec)
 
     @property
@@ -163,7 +174,7 @@ class Checkpoint:
 
     def identity(self) -> str:
         """SHA-256 over ``config.json`` and the header of every weight file: equal for equal checkpoints."""
-        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        digest = hashlib.sha256(self.config_path.read_bytes())
         for file in self.files:
             digest.update(f"{file.name} {file.stat().st_size} {self._opened[file].header_sha256}".encode())
         return digest.hexdigest()
@@ -215,14 +226,14 @@ class Checkpoint:
         return is_own_head(tuple(state), self.spec.vocab_size, head, embedding)
 
     def _check_tensors(self) -> None:
-        config = language_model_config(read_json(self.folder / "config.json"))
+        config = language_model_config(self.config)
         if (classifier := is_classifier(config, self.headers)) is not None:
-            raise UnsupportedError(f"{self.folder}: {classifier}")
+            raise UnsupportedError(f"{self.path}: {classifier}")
         for name, expected in self.expected_shapes():
             problem = self._problem(name, expected)
             if problem is not None:
-                cause = likely_cause(self.folder, config, self.headers, name)
-                raise InputError(problem if cause is None else f"{self.folder}: {cause}")
+                cause = likely_cause(self.path, config, self.headers, name)
+                raise InputError(problem if cause is None else f"{self.path}: {cause}")
             self._check_scales(name)
         self._refuse_unclaimed(config, {name for name, _ in self.expected_shapes()})
 
@@ -231,9 +242,9 @@ class Checkpoint:
         name = next(unclaimed(self.headers, claimed, self.spec), None)
         if name is None:
             return
-        cause = likely_cause(self.folder, config, self.headers, name)
+        cause = likely_cause(self.path, config, self.headers, name)
         if cause is not None:
-            raise InputError(f"{self.folder}: {cause}")
+            raise InputError(f"{self.path}: {cause}")
         raise UnsupportedError(
             f"{self.headers[name].file}: tensor {shown(name)} belongs to no part of a {self.family.architecture} with "
             "this config.json; without it another model would be read. Give the config.json that the weights were "
@@ -244,7 +255,7 @@ class Checkpoint:
         """Says what is wrong with a tensor that the family needs; None if nothing is."""
         header = self.headers.get(name)
         if header is None:
-            return f"{self.folder}: tensor {name} is in none of the weight files; {self._where_to_look(name)}"
+            return f"{self.path}: tensor {name} is in none of the weight files; {self._where_to_look(name)}"
         if header.shape != expected:
             return (
                 f"{header.file}: tensor {name} has shape {list(header.shape)}, but config.json implies "

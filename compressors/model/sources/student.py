@@ -21,7 +21,7 @@ from compressors.model.description.roles import Role
 from compressors.model.description.spec import NO_MOE, ModelSpec, MoeSize
 from compressors.model.errors import InputError
 from compressors.model.files.weight_file import StoredTensors
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.source import Source
 from compressors.model.sources.weights import Weights, WrittenWeights
 
 __all__ = ["ExpertMap", "LayerMap", "Student"]
@@ -138,7 +138,7 @@ class Student:
 
     def __init__(
         self,
-        source: Checkpoint,
+        source: Source,
         experts: ExpertMap,
         overlay: Mapping[str, torch.Tensor] | None = None,
         weights: Weights | None = None,
@@ -150,12 +150,12 @@ class Student:
         self._weights: Weights = _KeptWeights(source, experts) if weights is None else weights
 
     @classmethod
-    def teacher(cls, source: Checkpoint) -> Student:
+    def teacher(cls, source: Source) -> Student:
         """The original model."""
         return cls(source, ExpertMap.identity(source.spec))
 
     @classmethod
-    def load(cls, source: Checkpoint, expert_map: Path, overlays: Sequence[Path] = ()) -> Student:
+    def load(cls, source: Source, expert_map: Path, overlays: Sequence[Path] = ()) -> Student:
         """Opens a student from its expert map (JSON) and its overlays (safetensors); the first that has a tensor wins.
 
         Raises:
@@ -249,7 +249,7 @@ class Student:
 class _KeptWeights:
     """The source's tensors that a student keeps; implements :class:`~compressors.model.sources.weights.Weights`."""
 
-    def __init__(self, source: Checkpoint, experts: ExpertMap) -> None:
+    def __init__(self, source: Source, experts: ExpertMap) -> None:
         self._source = source
         self._experts = experts
 

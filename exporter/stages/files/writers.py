@@ -61,7 +61,7 @@ def write_gguf_file(context: StageContext, model: Student, choice: FileChoice, p
     """
     plan, name = context.plan, context.plan.recipe.source.model
     path = place / gguf_file_name(name, model.spec, choice.mix, choice.tensors)
-    total = predict_file_size(model.spec, plan.source, choice.mix, name, choice.tensors)
+    total = predict_file_size(model.spec, model.source, choice.mix, name, choice.tensors)
     with (
         feedback_for(context, model, choice.quantizer, place) as feedback,
         context.progress.bar("bytes", total) as advance,

@@ -8,6 +8,7 @@ from typing import Any
 
 from compressors.model.errors import UnsupportedError
 from compressors.model.predictions.log_probs import LogProbReader
+from compressors.model.sources.opening import open_source
 from exporter.curve.rows import OURS, ParetoRow, RowFile
 from exporter.file_names import HELDOUT_LOG_PROBS, ROWS
 from exporter.searching.curve import ParetoFiles, described_structure
@@ -57,7 +58,8 @@ class _Curve:
         self._files = ParetoFiles(context)
         self._rows = RowFile(context.file(ROWS))
         self._model = plan.recipe.source.model
-        self._bf16_bytes = predict_file_size(plan.teacher_spec, plan.source, "BF16", self._model)
+        source = open_source(plan.source)
+        self._bf16_bytes = predict_file_size(source.spec, source, "BF16", self._model)
         self._heldout_BT = token_blocks(context.work).heldout.numpy()
 
     def measure_mixes(self, method: str, mixes: tuple[str, ...], n_experts: int | None = None) -> None:

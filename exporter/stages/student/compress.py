@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from compressors.calibration.statistics import StatisticsCollector, save_statistics
 from compressors.model.running.arithmetic import dtype_of
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 from compressors.shrink.layerwise import LayerTarget, LayerwiseCompression
 from exporter.file_names import EXPERT_MAP, OVERLAY, STATISTICS
@@ -36,7 +36,7 @@ def compress(context: StageContext) -> None:
 def _compressed(context: StageContext, tokens_BT: torch.Tensor) -> tuple[list[LayerMap], bool]:
     """Compresses all layers; returns the map of each, and whether any expert is no longer one of the teacher's."""
     plan = context.plan
-    choice, source = plan.recipe.compress, Checkpoint(plan.source)
+    choice, source = plan.recipe.compress, open_source(plan.source)
     statistics = teacher_statistics(plan, context.work)
     limit, device = memory_limit(context), torch.device(plan.device)
 
@@ -71,7 +71,7 @@ def _write_statistics(context: StageContext, tokens_BT: torch.Tensor) -> None:
     """Writes what the new experts see of the calibration text: the importance of their weights' columns."""
     plan = context.plan
     overlays = OVERLAY.all_within(context.output)
-    student = Student.load(Checkpoint(plan.source), context.file(EXPERT_MAP), overlays)
+    student = Student.load(open_source(plan.source), context.file(EXPERT_MAP), overlays)
     collector = StatisticsCollector(student.spec)
     model = StreamedModel(student, limit=memory_limit(context), device=torch.device(plan.device))
     group = TokenGroup(tokens_BT, [collector.observe], dtype_of(plan.recipe.arithmetic))

@@ -12,8 +12,9 @@ from compressors.calibration.splits import Splits, block_length_of, load_tokeniz
 from compressors.model.errors import InputError
 from compressors.model.parallel import is_first
 from compressors.model.running.arithmetic import dtype_of
-from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.finite import check_vocabulary_is_finite
+from compressors.model.sources.opening import open_source
+from compressors.model.sources.source import Source
 from exporter.file_names import BLOCKS, LAST_WORDS, SUMMARY
 from exporter.stages.inputs import Blocks, memory_limit, use_threads
 from exporter.stages.teacher.teacher_pass import TeacherPass
@@ -31,12 +32,12 @@ def calibrate(context: StageContext) -> None:
     """Writes token blocks, and what the teacher makes of them, from the checkpoint and the texts."""
     plan = context.plan
     use_threads(plan)
-    checkpoint = Checkpoint(plan.source)
+    checkpoint = open_source(plan.source)
     text = plan.recipe.text
     splits = read_splits(plan.calibration, plan.heldout)
     _refuse_changed_inputs(context, checkpoint, splits)
     calibration, selection, heldout = tokenize(
-        splits, checkpoint.folder, block_length_of(checkpoint.spec.context_length), text.blocks
+        splits, checkpoint.tokenizer_folder, block_length_of(checkpoint.spec.context_length), text.blocks
     )
     measured = heldout.leading(text.heldout_chunks_per_file)
     blocks = Blocks(
@@ -57,7 +58,7 @@ def calibrate(context: StageContext) -> None:
         blocks.save(context.file(BLOCKS))
         summary = _summary(splits, blocks, measured.domains_B, likelihoods)
         context.file(SUMMARY).write_text(json.dumps(summary, indent=1), encoding="utf-8")
-        last_words = find_last_words(blocks.heldout.numpy(), load_tokenizer(checkpoint.folder))
+        last_words = find_last_words(blocks.heldout.numpy(), load_tokenizer(checkpoint.tokenizer_folder))
         save_last_words(last_words, context.file(LAST_WORDS))
 
 
@@ -73,7 +74,7 @@ def _summary(splits: Splits, blocks: Blocks, domains_B: Sequence[str], likelihoo
     return {"text": texts, "heldout_domains": domains_B, "teacher": teacher}
 
 
-def _refuse_changed_inputs(context: StageContext, checkpoint: Checkpoint, splits: Splits) -> None:
+def _refuse_changed_inputs(context: StageContext, checkpoint: Source, splits: Splits) -> None:
     """A run that goes on after an interruption must find what it was planned for."""
     plan = context.plan
     what_to_do = f"put it back, or remove {context.work.folder} and start again"

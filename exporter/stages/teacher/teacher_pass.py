@@ -20,7 +20,7 @@ from compressors.model.running.hidden_states import HiddenStates
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.running.recorder import RoutingRecorder
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.source import Source
 from compressors.model.sources.student import Student
 from exporter.file_names import (
     HELDOUT_LOG_PROBS,
@@ -55,7 +55,7 @@ class TeacherPass:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: Source,
         blocks: Blocks,
         place: Callable[[StageFile], Path],
         dtype: torch.dtype,

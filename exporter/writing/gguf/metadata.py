@@ -11,8 +11,8 @@ from gguf import GGML_QUANT_VERSION, Metadata, size_label
 
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
-from compressors.model.families.config import read_spec
 from compressors.model.names import shown
+from compressors.model.sources.source import Origin
 from exporter.publishing.model_name import hub_id
 from exporter.writing.gguf.container import Value, string, uint32, value_of
 from exporter.writing.gguf.layout import quantization, rope_settings
@@ -24,9 +24,9 @@ _LARGEST_CARD = 16_000_000  # bytes
 
 
 def model_metadata(
-    spec: ModelSpec, source_folder: Path, name: str, mix: str, types: Mapping[str, str] | None = None
+    spec: ModelSpec, source: Origin, name: str, mix: str, types: Mapping[str, str] | None = None
 ) -> dict[str, Value]:
-    """All metadata apart from the tokenizer's; ``source_folder`` gives licence and ancestry.
+    """All metadata apart from the tokenizer's; the source gives licence and ancestry.
 
     The mix and the types are those of :func:`exporter.writing.gguf.layout.plan_tensors`, and so are the errors.
 
@@ -35,7 +35,7 @@ def model_metadata(
     """
     file_type = {"general.file_type": uint32(quantization(spec, mix, types).file_type)}
     version = {"general.quantization_version": uint32(GGML_QUANT_VERSION)}
-    return {**_general(spec, source_folder, name), **file_type, **version, **_architecture(spec)}
+    return {**_general(spec, source, name), **file_type, **version, **_architecture(spec)}
 
 
 def moe_size_label(spec: ModelSpec) -> str:
@@ -59,11 +59,11 @@ def gguf_file_name(name: str, spec: ModelSpec, mix: str, types: Mapping[str, str
     return f"{base}-{moe_size_label(spec)}-{quantization(spec, mix, types).label}.gguf"
 
 
-def _general(spec: ModelSpec, source_folder: Path, name: str) -> dict[str, Value]:
+def _general(spec: ModelSpec, source: Origin, name: str) -> dict[str, Value]:
     # a size in the name, such as 30B, is the source's: gguf-py recognises it by the source's parameters
-    parts = Metadata.get_model_id_components(name, read_spec(source_folder).parameters)
+    parts = Metadata.get_model_id_components(name, source.spec.parameters)
     _, organization, base_name, finetune, version, _ = parts
-    card = _model_card(source_folder)
+    card = _model_card(source.tokenizer_folder)
     texts = {
         "general.architecture": spec.written.family.gguf.architecture,  # llama.cpp wants it first
         "general.type": "model",
@@ -79,7 +79,7 @@ def _general(spec: ModelSpec, source_folder: Path, name: str) -> dict[str, Value
         "general.license.link": _joined(card.get("license_link")),
     }
     values = {key: string(text) for key, text in texts.items() if text}
-    return values | _base_models(source_folder, card)
+    return values | _base_models(source.path, card)
 
 
 def _architecture(spec: ModelSpec) -> dict[str, Value]:
@@ -89,9 +89,9 @@ def _architecture(spec: ModelSpec) -> dict[str, Value]:
     return {f"{gguf.architecture}.{key}": value_of(value) for key, value in values.items()}
 
 
-def _base_models(source_folder: Path, card: Mapping[str, Any]) -> dict[str, Value]:
+def _base_models(path: Path, card: Mapping[str, Any]) -> dict[str, Value]:
     """The model this one was made of: the hub's name for the source, else what the source says about itself."""
-    source = hub_id(source_folder)
+    source = hub_id(path)
     named = card.get("base_model") or []
     ancestors = [source] if source else [named] if isinstance(named, str) else list(named)
     if not ancestors:
@@ -134,13 +134,13 @@ def _text(entry: object) -> str:
     return str(entry).encode("utf-8", "ignore").decode("utf-8") if isinstance(entry, str | int | float) else ""
 
 
-def source_license(source_folder: Path) -> str | None:
+def source_license(source: Origin) -> str | None:
     """The licence that the source's model card names, None if it names none.
 
     Raises:
         InputError: the front matter of the source's README.md cannot be read.
     """
-    return _joined(_model_card(source_folder).get("license")) or None
+    return _joined(_model_card(source.tokenizer_folder).get("license")) or None
 
 
 def _joined(entry: object) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from compressors.calibration.statistics import Importance
 from compressors.model.description.spec import ModelSpec
+from compressors.model.sources.source import Origin
 from compressors.model.sources.student import Student
 from exporter.writing.feedback import StudentFeedback
 from exporter.writing.gguf.container import TensorEntry, Value, aligned, render_header, render_values
@@ -21,16 +22,16 @@ __all__ = ["predict_file_size", "write_gguf"]
 
 
 def predict_file_size(
-    spec: ModelSpec, source_folder: Path, mix: str, name: str, types: Mapping[str, str] | None = None
+    spec: ModelSpec, source: Origin, mix: str, name: str, types: Mapping[str, str] | None = None
 ) -> int:
     """Exact size in bytes of the file that :func:`write_gguf` would write for a student of this shape.
 
-    ``source_folder`` is the teacher's checkpoint: tokenizer and licence come from there. No weight is read.
+    ``source`` is the teacher: tokenizer and licence come from there. No weight is read.
     The errors are those of :func:`write_gguf`, apart from the weights'.
     """
     tensors = plan_tensors(spec, mix, types)
-    metadata = model_metadata(spec, source_folder, name, mix, types)
-    return _file_size(_header(spec, source_folder, metadata, tensors), tensors)
+    metadata = model_metadata(spec, source, name, mix, types)
+    return _file_size(_header(spec, source, metadata, tensors), tensors)
 
 
 def write_gguf(
@@ -71,8 +72,8 @@ def write_gguf(
         UnsupportedError: llama.cpp cannot represent the model.
     """
     tensors = plan_tensors(student.spec, mix, types)
-    metadata = model_metadata(student.spec, student.source.folder, name, mix, types)
-    header = _header(student.spec, student.source.folder, metadata, tensors)
+    metadata = model_metadata(student.spec, student.source, name, mix, types)
+    header = _header(student.spec, student.source, metadata, tensors)
     pieces = [Piece(len(header), len(header), lambda: lambda: [(0, memoryview(header))])]
     pieces += weight_pieces(student, tensors, len(header), importance or {}, feedback)
     assert pieces[-1].end == _file_size(header, tensors), f"{path}: {pieces[-1].end} bytes planned"
@@ -82,10 +83,8 @@ def write_gguf(
         write_pieces(file, pieces, threads=threads, progress=progress)
 
 
-def _header(
-    spec: ModelSpec, source_folder: Path, metadata: Mapping[str, Value], tensors: tuple[GgufTensor, ...]
-) -> bytes:
-    metadata = {**metadata, **vocabulary_metadata(source_folder, spec.vocab_size)}
+def _header(spec: ModelSpec, source: Origin, metadata: Mapping[str, Value], tensors: tuple[GgufTensor, ...]) -> bytes:
+    metadata = {**metadata, **vocabulary_metadata(source.tokenizer_folder, spec.vocab_size)}
     entries = (TensorEntry(tensor.name, tensor.shape, tensor.ggml_type, tensor.n_bytes) for tensor in tensors)
     return render_header(len(metadata), render_values(metadata), entries)
 

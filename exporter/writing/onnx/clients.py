@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +32,21 @@ def write_client_files(student: Student, folder: Path, *, max_length: int | None
     Raises:
         InputError: the model's tokenizer cannot be used.
     """
-    spec = student.spec
-    source = student.source.folder
-    special = special_tokens(source, spec.vocab_size)
-    write_tokenizer(source, folder)
-    _write_json(folder / "config.json", _model_config(spec, source / "config.json"))
-    _write_json(folder / "generation_config.json", _generation_config(source, spec.vocab_size, special))
+    spec, source = student.spec, student.source
+    special = special_tokens(source.tokenizer_folder, spec.vocab_size)
+    write_tokenizer(source.tokenizer_folder, folder)
+    _write_json(folder / "config.json", _model_config(spec, source.config))
+    generation = _generation_config(source.tokenizer_folder, spec.vocab_size, special)
+    _write_json(folder / "generation_config.json", generation)
     _write_json(folder / "genai_config.json", _genai_config(spec, special, max_length or spec.context_length))
 
 
-def _model_config(spec: ModelSpec, source: Path) -> dict[str, Any]:
+def _model_config(spec: ModelSpec, config: Mapping[str, Any]) -> dict[str, Any]:
     """The source's ``config.json`` with the student's numbers.
 
     transformers 4 reads ``rope_theta``, ``rope_scaling`` and ``torch_dtype``, transformers 5 ``rope_parameters`` and
     ``dtype``: both are there. The graph knows no window: it is written for a context within it.
     """
-    config = read_json(source)
     rope = spec.rope.in_config()
     windows = {"sliding_window": None, "use_sliding_window": False} if spec.window is not None else {}
     return (
@@ -65,13 +65,13 @@ def _model_config(spec: ModelSpec, source: Path) -> dict[str, Any]:
     )
 
 
-def _generation_config(source: Path, vocab_size: int, special: SpecialTokens) -> dict[str, Any]:
+def _generation_config(folder: Path, vocab_size: int, special: SpecialTokens) -> dict[str, Any]:
     """The source's generation config, completed with every end token; or the special tokens if it has none."""
-    path = source / "generation_config.json"
+    path = folder / "generation_config.json"
     if not path.is_file():
         return {"_from_model_config": True, **_described(special)}
     config: dict[str, Any] = read_json(path)
-    configured = configured_tokens(source, vocab_size)
+    configured = configured_tokens(folder, vocab_size)
     if special.ends != configured.ends or configured.without_row or config.get("eos_token_id") is None:
         config |= {key: value for key, value in _described(special).items() if key == "eos_token_id"}
     return config

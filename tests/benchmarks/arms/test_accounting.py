@@ -26,7 +26,7 @@ from benchmarks.arms.accounting import (
 from compressors.calibration.statistics import LayerStatistics
 from compressors.model.description.routing import Routing
 from compressors.model.errors import InputError
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.quantize import quantize_rows
 from compressors.shrink.decompose import ActivationSvd, D2Moe, Decomposition, Mobe, SharedBases
 from compressors.shrink.decompose.d2_moe import D2MoeFactors
@@ -56,7 +56,7 @@ def small(request: pytest.FixtureRequest, fine_folder: Path) -> tuple[MoeBlock, 
         top_k,
         Routing(),
     )
-    nothing_counted = LayerStatistics.zeros(Checkpoint(fine_folder).spec.with_experts(n_experts).layers[0])
+    nothing_counted = LayerStatistics.zeros(open_source(fine_folder).spec.with_experts(n_experts).layers[0])
     return block, Evidence(nothing_counted, weights(50, hidden_size))
 
 

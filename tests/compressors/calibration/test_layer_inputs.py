@@ -12,7 +12,7 @@ from compressors.calibration.layer_inputs import LayerInputs, layer_input_bytes,
 from compressors.model.errors import InputError
 from compressors.model.running.hidden_states import HiddenStates
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.source import Source
 from compressors.model.sources.student import Student
 
 
@@ -22,7 +22,7 @@ def test_whole_blocks_are_kept_up_to_a_number_of_tokens() -> None:
     assert n_kept_blocks(3, 100_000) == 1
 
 
-def test_bytes_on_disk_are_foreseen(float32_toy: Checkpoint, tmp_path: Path) -> None:
+def test_bytes_on_disk_are_foreseen(float32_toy: Source, tmp_path: Path) -> None:
     spec = float32_toy.spec
     LayerInputs.create(tmp_path, spec.n_layers, (3, 16, spec.hidden_size))
     headers = 128 * (spec.n_layers + 1)
@@ -49,7 +49,7 @@ def test_a_missing_file_is_an_input_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_they_are_what_each_layer_is_given(float32_toy: Checkpoint, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_they_are_what_each_layer_is_given(float32_toy: Source, tmp_path: Path, dtype: torch.dtype) -> None:
     """Runs each layer on its kept inputs: it gives those that were kept for the next one."""
     tokens_BT = torch.arange(3 * 8).view(3, 8)
     model = StreamedModel(Student.teacher(float32_toy))

@@ -17,7 +17,8 @@ from compressors.calibration.second_moments import Moments, SecondMoments
 from compressors.calibration.splits import read_splits, tokenize
 from compressors.model.description.roles import Role
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
+from compressors.model.sources.source import Source
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 
 _CLOSE = 0.01  # of the norm: layer inputs and what reaches experts are kept in 16 bits
@@ -91,7 +92,7 @@ def _expert(student: Student, layer: int, expert: int) -> tuple[torch.Tensor, to
 def test_they_are_those_of_a_whole_pass(
     toy_checkpoint: Callable[..., Path], tmp_path: Path, tokens_BT: torch.Tensor, model: str
 ) -> None:
-    student = Student.teacher(Checkpoint(toy_checkpoint(tmp_path, n_layers=2, model=model)))
+    student = Student.teacher(open_source(toy_checkpoint(tmp_path, n_layers=2, model=model)))
     inputs = write_layer_inputs(StreamedModel(student), tokens_BT, tmp_path / "inputs")
     expected = _Definition(student, tokens_BT)
     moments = SecondMoments(student, inputs)
@@ -114,7 +115,7 @@ def test_they_are_those_of_a_whole_pass(
 
 
 def test_a_student_s_own_layers_and_experts_are_looked_at(
-    float32_toy: Checkpoint, tmp_path: Path, tokens_BT: torch.Tensor
+    float32_toy: Source, tmp_path: Path, tokens_BT: torch.Tensor
 ) -> None:
     """Fewer experts in one layer, none in the other: the sums follow the student's numbering."""
     kept = tuple((expert,) for expert in (7, 3, 11, 4, 30, 9))
@@ -131,7 +132,7 @@ def test_a_student_s_own_layers_and_experts_are_looked_at(
     assert layer.experts.gate_up(6).n_tokens == 0 and not layer.experts.gate_up(6).mean_NN.any()
 
 
-def test_threads_change_no_bit(float32_toy: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_change_no_bit(float32_toy: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     student = Student.teacher(float32_toy)
     tokens_BT = torch.randint(0, 4096, (7, 64), generator=torch.Generator().manual_seed(3))
     write_layer_inputs(StreamedModel(student), tokens_BT, tmp_path)

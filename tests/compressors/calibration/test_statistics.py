@@ -23,7 +23,7 @@ from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 from compressors.shrink.prune import highest
 
@@ -34,7 +34,7 @@ def blocks_BT(heldout_tokens: npt.NDArray[np.int64]) -> torch.Tensor:
 
 
 def _collect(folder: Path, blocks_BT: torch.Tensor, dtype: torch.dtype = torch.float32) -> list[LayerStatistics]:
-    model = StreamedModel(Student.teacher(Checkpoint(folder)))
+    model = StreamedModel(Student.teacher(open_source(folder)))
     collector = StatisticsCollector(model.spec)
     model.stream([TokenGroup(blocks_BT, [collector.observe], dtype)])
     return [collector.take(layer) for layer in range(model.spec.n_layers)]
@@ -134,7 +134,7 @@ def test_statistics_in_bfloat16_choose_nearly_the_same_experts(family_folder: Pa
 
 
 def _importance(folder: Path, layers: list[LayerStatistics], experts: ExpertMap) -> Importance:
-    return importance(layers, experts, experts.spec_of(Checkpoint(folder).spec))
+    return importance(layers, experts, experts.spec_of(open_source(folder).spec))
 
 
 def test_importance_follows_the_survivors(fine_folder: Path, blocks_BT: torch.Tensor) -> None:
@@ -171,7 +171,7 @@ def test_experts_with_few_tokens_lean_on_their_layer(fine_folder: Path, blocks_B
 
 
 def test_an_expert_never_routed_to_scores_zero(fine_folder: Path) -> None:
-    spec: ModelSpec = Checkpoint(fine_folder).spec
+    spec: ModelSpec = open_source(fine_folder).spec
     assert LayerStatistics.zeros(spec.layers[0]).reap_scores().tolist() == [0.0] * spec.n_experts
 
 
@@ -179,7 +179,7 @@ def test_a_layer_without_experts_tells_about_its_matrices_and_its_states(
     fine_folder: Path, blocks_BT: torch.Tensor
 ) -> None:
     """Its feed-forward adds nothing, so what leaves it is what its norm would have seen."""
-    source = Checkpoint(fine_folder)
+    source = open_source(fine_folder)
     experts = ExpertMap(32, (LayerMap(0, tuple((expert,) for expert in range(32))), LayerMap(1, ())))
     student = Student(source, experts)
     collector = StatisticsCollector(student.spec)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from compressors.model.families.config import read_spec
 from compressors.model.running.expert_choice import AllExperts, ExpertChoice, choosing
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from compressors.recover.knowledge_augmentation import AllButOne
 
@@ -35,7 +35,7 @@ def test_logits_are_those_of_the_model_with_a_larger_top_k(
     family_folder: Path, blocks_BT: torch.Tensor, without: int
 ) -> None:
     """OLMoE among them, whose gates are not normalised."""
-    student = Student.teacher(Checkpoint(family_folder))
+    student = Student.teacher(open_source(family_folder))
     n_experts = student.spec.n_experts
     choice: ExpertChoice = AllButOne(n_experts, 24, _keys(5), 0.0) if without else AllExperts(n_experts)
     model = StreamedModel(student, choice=choice)
@@ -162,7 +162,7 @@ def test_gradients_reach_the_router_through_every_gate(coarse_folder: Path) -> N
 def test_fewer_blocks_run_at_once_when_tokens_use_more_experts(
     toy_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    model = StreamedModel(Student.teacher(Checkpoint(toy_checkpoint(tmp_path))))
+    model = StreamedModel(Student.teacher(open_source(toy_checkpoint(tmp_path))))
     assert model.blocks_at_once(torch.float32) == 8
     model.choice = AllExperts(32)
     assert model.blocks_at_once(torch.float32) == 1

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from compressors.model.errors import InputError
 from compressors.model.sources import finite
-from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.finite import check_vocabulary_is_finite
+from compressors.model.sources.opening import open_source
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -27,12 +27,12 @@ def test_the_tensor_and_the_row_are_named(
     folder = toy_checkpoint(tmp_path, n_layers=1, model="olmoe")
     tensors = load_file(folder / "model.safetensors")
     monkeypatch.setattr(finite, "_VALUES_AT_ONCE", 100 * tensors[name].shape[1])
-    check_vocabulary_is_finite(Checkpoint(folder))
+    check_vocabulary_is_finite(open_source(folder))
     n_rows = len(tensors[name])
     tensors[name][n_rows - 3, 1] = value  # no text has the token
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=rf"tensor {name} holds NaN .* first in row {n_rows - 3} of {n_rows}"):
-        check_vocabulary_is_finite(Checkpoint(folder))
+        check_vocabulary_is_finite(open_source(folder))
 
 
 def test_large_values_are_finite(tmp_path: Path, toy_checkpoint: Callable[..., Path]) -> None:
@@ -41,4 +41,4 @@ def test_large_values_are_finite(tmp_path: Path, toy_checkpoint: Callable[..., P
     tensors = load_file(folder / "model.safetensors")
     tensors["model.embed_tokens.weight"].fill_(torch.finfo(torch.bfloat16).max)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    check_vocabulary_is_finite(Checkpoint(folder))
+    check_vocabulary_is_finite(open_source(folder))

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from compressors.model.description.roles import Role
 from compressors.model.running.gradients import ParameterKey, streamed_gradients
 from compressors.model.running.streaming import StreamedModel
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 from compressors.recover.objectives import RouterLogitMatching
 from compressors.recover.scopes import Scope
@@ -138,7 +138,7 @@ _SCOPES = [
 
 @pytest.mark.parametrize("scope", _SCOPES, ids=lambda scope: scope.name)
 def test_gradients_equal_autograd_on_the_whole_model(folder: Path, blocks_BT: torch.Tensor, scope: Scope) -> None:
-    student = Student.teacher(Checkpoint(folder))
+    student = Student.teacher(open_source(folder))
     trained = _trained(student, scope)
     total, gradients = streamed_gradients(trained.streamed(None), blocks_BT, _cross_entropy(blocks_BT))
 
@@ -166,7 +166,7 @@ def test_gradients_equal_autograd_on_the_whole_model(folder: Path, blocks_BT: to
 
 
 def test_an_expert_that_no_token_chose_has_no_gradient(folder: Path, blocks_BT: torch.Tensor) -> None:
-    trained = _trained(Student.teacher(Checkpoint(folder)), Scope.all_experts())
+    trained = _trained(Student.teacher(open_source(folder)), Scope.all_experts())
     one_token = blocks_BT[:1, :1]
     _, gradients = streamed_gradients(trained.streamed(None), one_token, _cross_entropy(one_token))
     top_k = trained.student.spec.top_k
@@ -184,7 +184,7 @@ class _CountProducts(TorchDispatchMode):
 
 
 def test_experts_that_are_not_trained_cost_no_product(folder: Path, blocks_BT: torch.Tensor) -> None:
-    student = Student.teacher(Checkpoint(folder))
+    student = Student.teacher(open_source(folder))
     tokens_BT = blocks_BT[:4]  # a layer takes them at once
     counts = []
     for scope in (Scope.routers(), Scope.most_used(1), Scope.most_used(2)):
@@ -197,7 +197,7 @@ def test_experts_that_are_not_trained_cost_no_product(folder: Path, blocks_BT: t
 
 
 def test_gradients_in_bfloat16_point_the_same_way(folder: Path, blocks_BT: torch.Tensor) -> None:
-    trained = _trained(Student.teacher(Checkpoint(folder)), Scope.all_experts())
+    trained = _trained(Student.teacher(open_source(folder)), Scope.all_experts())
     exact, rounded = (
         streamed_gradients(trained.streamed(None), blocks_BT, _cross_entropy(blocks_BT), dtype)[1]
         for dtype in (torch.float32, torch.bfloat16)
@@ -209,7 +209,7 @@ def test_gradients_in_bfloat16_point_the_same_way(folder: Path, blocks_BT: torch
 
 def test_router_logit_matching_equals_its_definition(folder: Path, blocks_BT: torch.Tensor) -> None:
     """Against two stock models; one of the student's experts stands for two of the teacher's."""
-    source = Checkpoint(folder)
+    source = open_source(folder)
     layers = (LayerMap(0, ((1,), (0, 2), (5,), (6,))), LayerMap(1, ((7,), (4,), (3,), (2,))))
     student = Student(source, ExpertMap(source.spec.n_experts, layers))
     routers = {(Role.ROUTER, layer): nn.Parameter(student.tensor(Role.ROUTER, layer).float() * 0.9) for layer in (0, 1)}

@@ -176,7 +176,7 @@ class _AddsNothing(nn.Module):
 
 def _stock_like(student: Student) -> nn.Module:
     """Stock transformers, cut to the student by hand."""
-    stock, layers = _stock(student.source.folder), student.experts.layers
+    stock, layers = _stock(student.source.path), student.experts.layers
     for index, layer in enumerate(layers):
         module = stock.model.layers[layer.source]
         if not layer.groups:

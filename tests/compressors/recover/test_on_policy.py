@@ -23,7 +23,7 @@ from compressors.model.predictions.next_token import random_numbers
 from compressors.model.running.expert_choice import AllExperts
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.source import Source
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 from compressors.recover.knowledge_augmentation import KnowledgeAugmentation
 from compressors.recover.on_policy import OnPolicyDistillation
@@ -43,7 +43,7 @@ def blocks_BT(heldout_tokens: npt.NDArray[np.int64]) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def dense(float32_toy: Checkpoint) -> Student:
+def dense(float32_toy: Source) -> Student:
     """One expert a layer: the first four, side by side, a quarter of each."""
     teacher, overlay = Student.teacher(float32_toy), {}
     experts = ExpertMap(32, tuple(LayerMap(layer, ((0, 1, 2, 3),), 512) for layer in (0, 1)))
@@ -90,7 +90,7 @@ def test_reverse_divergence_and_its_gradients_equal_a_direct_computation() -> No
 
 
 def test_the_first_loss_is_the_divergence_from_the_teacher_on_the_student_s_texts(
-    float32_toy: Checkpoint, pruned_toy: Student, blocks_BT: torch.Tensor
+    float32_toy: Source, pruned_toy: Student, blocks_BT: torch.Tensor
 ) -> None:
     """Without augmentation the teacher is stock transformers with the top-k one below the number of experts."""
     settings = _schedule(KnowledgeAugmentation, 12, per_step=10)  # the second step has two blocks
@@ -192,7 +192,7 @@ def test_a_student_with_a_head_of_its_own_is_refused(pruned_toy: Student) -> Non
 
 @pytest.mark.parametrize("objective", _OBJECTIVES)
 def test_a_teacher_whose_routers_give_no_probabilities_is_refused(
-    objective: type[OnPolicyDistillation], float32_toy: Checkpoint, monkeypatch: pytest.MonkeyPatch
+    objective: type[OnPolicyDistillation], float32_toy: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = float32_toy.spec.layers
     assert isinstance(second.feed_forward, Routed)

@@ -22,7 +22,7 @@ from compressors.model.predictions.losses import kl_divergence, kl_divergence_to
 from compressors.model.running.expert_choice import AllExperts
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 from compressors.recover.divergence import judge
 from compressors.recover.objectives import Distillation
@@ -37,7 +37,7 @@ def blocks_BT(heldout_tokens: npt.NDArray[np.int64]) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def teacher(fine_folder: Path) -> Student:
-    return Student.teacher(Checkpoint(fine_folder))
+    return Student.teacher(open_source(fine_folder))
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from compressors.model.description.roles import Role
 from compressors.model.description.tensors import GgufTensor, Kind, TensorSpec
 from compressors.model.errors import InputError
 from compressors.model.running.memory import MemoryLimit
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 from compressors.recover.objectives import NextToken
 from compressors.recover.schedule import Schedule
@@ -34,7 +34,7 @@ def student(fine_folder: Path) -> Student:
         LayerMap(3, everything, 32),
         LayerMap(4, ((6,),)),
     )
-    student = Student(Checkpoint(fine_folder), ExpertMap(32, layers))
+    student = Student(open_source(fine_folder), ExpertMap(32, layers))
     narrow = {
         student.name(role, 2, expert): torch.zeros((256, 32) if role is Role.EXPERT_DOWN else (32, 256))
         for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
@@ -133,7 +133,7 @@ def _tensor(role: Role, *shape: str, kind: Kind, experts_axis: int | None = None
 
 def test_parts_beside_routed_experts_are_trained_with_everything_alone(fine_folder: Path) -> None:
     """A router's bias goes with the router; a selection bias, which no gradient reaches, with nothing."""
-    spec = Checkpoint(fine_folder).spec
+    spec = open_source(fine_folder).spec
     layer = spec.layers[0]
     assert isinstance(layer.feed_forward, Routed)
     more = (

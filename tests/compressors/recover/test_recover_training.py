@@ -20,7 +20,8 @@ from compressors.model.files.weight_file import StoredTensors
 from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
+from compressors.model.sources.source import Source
 from compressors.model.sources.student import Student
 from compressors.recover.divergence import judge
 from compressors.recover.objectives import Distillation, NextToken, RouterLogitMatching
@@ -40,9 +41,7 @@ def blocks_BT(heldout_tokens: npt.NDArray[np.int64]) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def targets(
-    float32_toy: Checkpoint, blocks_BT: torch.Tensor, tmp_path_factory: pytest.TempPathFactory
-) -> TeacherTargets:
+def targets(float32_toy: Source, blocks_BT: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> TeacherTargets:
     model = StreamedModel(Student.teacher(float32_toy))
     (hidden,) = model.stream([TokenGroup(blocks_BT)])
     targets = TeacherTargets.create(tmp_path_factory.mktemp("targets"), blocks_BT.numel(), model.spec.vocab_size)
@@ -129,7 +128,7 @@ def test_merged_adapters_compute_what_adapters_compute(pruned_toy: Student, bloc
 
 
 def test_experts_go_back_to_storage_dtype_and_routers_stay_float32(fine_folder: Path) -> None:
-    teacher = Student.teacher(Checkpoint(fine_folder))
+    teacher = Student.teacher(open_source(fine_folder))
     assert teacher.source.dtype == torch.bfloat16
     trained = TrainedStudent(teacher, Scope.most_used(1), usage=[torch.arange(32)] * 6)
     matrix = trained.parameters["down.weight", 2]
@@ -143,7 +142,7 @@ def test_experts_go_back_to_storage_dtype_and_routers_stay_float32(fine_folder: 
 
 @pytest.mark.parametrize("scope", _SCOPES, ids=lambda scope: scope.name)
 def test_every_scope_brings_the_student_nearer(
-    float32_toy: Checkpoint,
+    float32_toy: Source,
     pruned_toy: Student,
     blocks_BT: torch.Tensor,
     targets: TeacherTargets,
@@ -172,7 +171,7 @@ def test_next_token_loss_is_its_definition(pruned_toy: Student, blocks_BT: torch
     assert training.step() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_router_logits_come_nearer(float32_toy: Checkpoint, pruned_toy: Student, blocks_BT: torch.Tensor) -> None:
+def test_router_logits_come_nearer(float32_toy: Source, pruned_toy: Student, blocks_BT: torch.Tensor) -> None:
     objective = RouterLogitMatching(StreamedModel(Student.teacher(float32_toy)), pruned_toy)
     training = Training(pruned_toy, blocks_BT[:4], objective, Schedule(4, 1e-3, blocks_per_step=4))
     before = training.step()

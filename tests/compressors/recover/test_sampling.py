@@ -16,7 +16,7 @@ from compressors.model.errors import InputError
 from compressors.model.predictions.next_token import draw_tokens, random_numbers
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 from compressors.recover import sampling
 from compressors.recover.sampling import cache_bytes, sample_texts
@@ -41,7 +41,7 @@ def uniform_BN() -> torch.Tensor:
 def test_texts_equal_a_loop_that_reads_everything_again(
     family_folder: Path, prompts_BP: torch.Tensor, uniform_BN: torch.Tensor
 ) -> None:
-    texts = sample_texts(StreamedModel(Student.teacher(Checkpoint(family_folder))), prompts_BP, uniform_BN)
+    texts = sample_texts(StreamedModel(Student.teacher(open_source(family_folder))), prompts_BP, uniform_BN)
     stock = AutoModelForCausalLM.from_pretrained(family_folder, dtype=torch.float32)
     expected = prompts_BP
     with torch.no_grad():
@@ -62,7 +62,7 @@ def test_each_token_is_drawn_from_the_model_s_own_logits(
         return draw_tokens(logits_BV, uniform_B)
 
     monkeypatch.setattr(sampling, "draw_tokens", watched)
-    texts = sample_texts(StreamedModel(Student.teacher(Checkpoint(coarse_folder))), prompts_BP, uniform_BN)
+    texts = sample_texts(StreamedModel(Student.teacher(open_source(coarse_folder))), prompts_BP, uniform_BN)
     stock = AutoModelForCausalLM.from_pretrained(coarse_folder, dtype=torch.float32)
     with torch.no_grad():
         expected_BTV = stock(texts, use_cache=False).logits[:, 15:-1]
@@ -88,7 +88,7 @@ def test_memory_limit_and_company_change_no_token(
     toy_checkpoint: Callable[..., Path], prompts_BP: torch.Tensor, uniform_BN: torch.Tensor, tmp_path: Path
 ) -> None:
     """Pruned, with a layer that lost its experts, and adapters that are no longer zero."""
-    source = Checkpoint(toy_checkpoint(tmp_path, n_layers=3))
+    source = open_source(toy_checkpoint(tmp_path, n_layers=3))
     kept = tuple((expert,) for expert in range(0, 32, 2))
     student = Student(source, ExpertMap(32, (LayerMap(0, kept), LayerMap(1, ()), LayerMap(2, kept))))
     assert student.spec.layers[1].moe == NO_MOE != student.spec.layers[0].moe
@@ -112,7 +112,7 @@ def test_random_numbers_belong_to_their_key() -> None:
 def test_more_texts_than_fit_are_refused(
     toy_checkpoint: Callable[..., Path], prompts_BP: torch.Tensor, uniform_BN: torch.Tensor, tmp_path: Path
 ) -> None:
-    student = Student.teacher(Checkpoint(toy_checkpoint(tmp_path)))
+    student = Student.teacher(open_source(toy_checkpoint(tmp_path)))
     assert cache_bytes(student.spec, 10, 28) == 10 * 28 * 4 * (2 * 2 * 4 * 32 + 256)
     assert cache_bytes(altered(student.spec, n_layers=1), 10, 28, torch.bfloat16) == 10 * 28 * 2 * (2 * 4 * 32 + 256)
     with pytest.raises(InputError, match=r"10 texts .* together need 0\.00 GB .* fewer batches in a round"):

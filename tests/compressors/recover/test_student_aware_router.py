@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from compressors.model.description.roles import Role
 from compressors.model.running.expert_choice import AllExperts
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
+from compressors.model.sources.source import Source
 from compressors.model.sources.student import ExpertMap, Student
 from compressors.recover.schedule import Schedule
 from compressors.recover.scopes import Scope
@@ -27,8 +28,8 @@ from compressors.recover.training import Training
 @pytest.fixture(scope="module", params=["fine", "coarse", "olmoe"])
 def source(
     request: pytest.FixtureRequest, toy_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Checkpoint:
-    return Checkpoint(toy_checkpoint(tmp_path_factory.mktemp("toy"), n_layers=2, model=request.param))
+) -> Source:
+    return open_source(toy_checkpoint(tmp_path_factory.mktemp("toy"), n_layers=2, model=request.param))
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +39,7 @@ def texts_BT(heldout_tokens: npt.NDArray[np.int64]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("balance", [0.01, 10.0], ids=["as published", "where balance rules"])
-def test_gradients_equal_autograd_on_the_whole_model(
-    source: Checkpoint, texts_BT: torch.Tensor, balance: float
-) -> None:
+def test_gradients_equal_autograd_on_the_whole_model(source: Source, texts_BT: torch.Tensor, balance: float) -> None:
     n_experts = source.spec.n_experts
     student = Student(source, ExpertMap.keeping(n_experts, [range(n_experts // 2)] * 2))
     model = StreamedModel(student)
@@ -51,7 +50,7 @@ def test_gradients_equal_autograd_on_the_whole_model(
     total, gradients = teacher_router_gradients(teacher, texts_BT, hidden.read(slice(0, 5)), 5, balance)
 
     student_logits = torch.cat([logits for _, logits in model.logits_in_chunks(hidden, slice(7, 15))])
-    stock = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32, num_experts_per_tok=n_experts)
+    stock = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32, num_experts_per_tok=n_experts)
     seen: list[torch.Tensor] = []
     for layer in stock.model.layers:
         layer.mlp.gate.register_forward_hook(lambda _m, _i, outputs: seen.append(outputs[0]))
@@ -80,7 +79,7 @@ def test_the_variation_and_its_slope_equal_the_definition() -> None:
     assert squared_variation(torch.full((4,), 2.0, dtype=torch.float64))[0] == pytest.approx(0.0)
 
 
-def test_each_batch_moves_the_teacher_s_routers_by_a_step_of_adam(source: Checkpoint, texts_BT: torch.Tensor) -> None:
+def test_each_batch_moves_the_teacher_s_routers_by_a_step_of_adam(source: Source, texts_BT: torch.Tensor) -> None:
     n_experts = source.spec.n_experts
     student = Student(source, ExpertMap.keeping(n_experts, [range(n_experts // 2)] * 2))
     schedule = Schedule(4, 1e-4, blocks_per_step=2)

@@ -18,7 +18,7 @@ from compressors.model.description.roles import Role
 from compressors.model.errors import InputError
 from compressors.model.predictions.next_token import draw_tokens, random_numbers
 from compressors.model.running.memory import MemoryLimit
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from compressors.sensitivity import Sensitivities, gather_sensitivities
 
@@ -43,7 +43,7 @@ def blocks_BT(heldout_tokens: npt.NDArray[np.int64]) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def found(folder: Path, blocks_BT: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Sensitivities:
     """The sensitivities from the streamed pass."""
-    student = Student.teacher(Checkpoint(folder))
+    student = Student.teacher(open_source(folder))
     return gather_sensitivities(student, blocks_BT, tmp_path_factory.mktemp("found"), seed=_SEED)
 
 
@@ -203,7 +203,7 @@ def test_a_tied_matrix_is_judged_by_both_of_its_uses(found: Sensitivities, refer
 
 
 def test_memory_and_a_second_run_change_no_bit(folder: Path, blocks_BT: torch.Tensor, tmp_path: Path) -> None:
-    student = Student.teacher(Checkpoint(folder))
+    student = Student.teacher(open_source(folder))
     done: list[int] = []
     limits = (None, MemoryLimit(1, tmp_path / "spill"), MemoryLimit(10**11, tmp_path / "spill"))
     for number, limit in enumerate(limits):

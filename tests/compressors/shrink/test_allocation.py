@@ -12,7 +12,7 @@ import torch
 
 from compressors.calibration.statistics import LayerStatistics
 from compressors.model.errors import InputError
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.shrink.allocation import allocate_globally, super_experts
 from compressors.shrink.criteria import CRITERIA
 from compressors.shrink.moe_block import Evidence, MoeBlock
@@ -21,7 +21,7 @@ TrainedBlock = Callable[..., tuple[MoeBlock, Evidence]]
 
 
 def _statistics(folder: Path, trained_block: TrainedBlock) -> list[LayerStatistics]:
-    return [trained_block(folder, layer)[1].statistics for layer in range(Checkpoint(folder).spec.n_layers)]
+    return [trained_block(folder, layer)[1].statistics for layer in range(open_source(folder).spec.n_layers)]
 
 
 def _drop_one_by_one(scores: list[list[float]], n_kept_total: int, minimum: int) -> list[int]:
@@ -44,7 +44,7 @@ def _drop_one_by_one(scores: list[list[float]], n_kept_total: int, minimum: int)
 def test_the_lowest_of_the_whole_model_are_dropped(
     family_folder: Path, trained_block: TrainedBlock, criterion: str, share: float
 ) -> None:
-    spec = Checkpoint(family_folder).spec
+    spec = open_source(family_folder).spec
     scores = [CRITERIA[criterion](layer) for layer in _statistics(family_folder, trained_block)]
     n_kept = max(int(share * spec.n_layers * spec.n_experts), spec.n_layers * spec.top_k)
     counts = allocate_globally(scores, n_kept, spec.top_k)

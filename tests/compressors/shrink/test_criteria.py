@@ -13,7 +13,7 @@ from torch import nn
 
 import compressors.shrink.criteria
 from compressors.calibration.statistics import LayerStatistics
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.shrink.criteria import CRITERIA, CRITERION_NAMES, REMOVAL_ERROR, removal_error
 from compressors.shrink.moe_block import Evidence, MoeBlock
 
@@ -121,7 +121,7 @@ def test_the_sums_that_criteria_read_equal_their_definitions(
 
 
 def test_experts_that_were_never_seen_score_zero(fine_folder: Path) -> None:
-    nothing = LayerStatistics.zeros(Checkpoint(fine_folder).spec.layers[0])
+    nothing = LayerStatistics.zeros(open_source(fine_folder).spec.layers[0])
     for criterion in CRITERIA.values():
         assert criterion(nothing).tolist() == [0.0] * 32
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from compressors.calibration.statistics import LayerStatistics, StatisticsCollector
 from compressors.model.errors import InputError
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from compressors.shrink.drop import block_similarities, moe_similarities, most_similar, window_similarities
 
@@ -66,7 +66,7 @@ def blocks_BT(heldout_tokens: npt.NDArray[np.int64]) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def teacher(family_folder: Path) -> StreamedModel:
-    return StreamedModel(Student.teacher(Checkpoint(family_folder)))
+    return StreamedModel(Student.teacher(open_source(family_folder)))
 
 
 @pytest.fixture(scope="module")

@@ -155,7 +155,7 @@ def test_statistics_alone_need_no_expert(
 
 
 def _stock(source: Checkpoint) -> Any:
-    return AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32).eval()
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import pytest
 from compressors.calibration.statistics import importance
 from compressors.model.errors import BudgetError, InputError
 from compressors.model.files.ggml_types import GGMLQuantizationType
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from exporter.curve.chart import write_chart
 from exporter.curve.command import curve_plan, publish_curve
@@ -121,8 +121,8 @@ def _flags(model: Path, texts: tuple[Path, Path]) -> Flags:
 
 def test_sizes_are_mixes_bytes_or_shares(toy_model: Path, small_texts: tuple[Path, Path]) -> None:
     planned = curve_plan(_flags(toy_model, small_texts).job(), "Q4_K_M, 9MB,25%", "moe-export pareto")
-    spec, name = Checkpoint(toy_model).spec, planned.recipe.source.model
-    expected = {mix: predict_file_size(spec, toy_model, mix, name) for mix in ("Q4_K_M", "BF16")}
+    source, name = open_source(toy_model), planned.recipe.source.model
+    expected = {mix: predict_file_size(source.spec, source, mix, name) for mix in ("Q4_K_M", "BF16")}
     assert planned.curve == {"Q4_K_M": expected["Q4_K_M"], "9MB": 9_000_000, "25%": expected["BF16"] // 4}
 
 
@@ -155,7 +155,7 @@ def context(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> StageContex
 @pytest.mark.usefixtures("torch_left_as_it_was")
 def test_a_baseline_is_the_file_that_llama_quantize_would_write(context: StageContext, tmp_path: Path) -> None:
     path = ParetoFiles(context).write_mix("Q4_K_M")
-    student = Student.teacher(Checkpoint(context.plan.source))
+    student = Student.teacher(open_source(context.plan.source))
     statistics = teacher_statistics(context.plan, context.work)
     name = context.plan.recipe.source.model
     write_gguf(

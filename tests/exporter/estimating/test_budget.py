@@ -8,7 +8,7 @@ import pytest
 
 from compressors.model.errors import InputError
 from compressors.model.files.kv_types import KvType
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from exporter.estimating.budget import predict, runtime_reserve
 from exporter.estimating.prediction import Prediction
@@ -20,7 +20,7 @@ from validate.runtimes.measure import measure_base
 
 def _cached_values(folder: Path) -> int:
     """Values of one token in the cache: layers, key and value, heads, values of a head."""
-    spec = Checkpoint(folder).spec
+    spec = open_source(folder).spec
     return sum(layer.mixer.cached_values for layer in spec.layers)
 
 
@@ -28,7 +28,8 @@ def _predict(
     folder: Path, artifact: str, weight_type: str, *, context: int = 1024, kv_type: KvType = "f16", threads: int = 1
 ) -> Prediction:
     budget = BudgetChoice(bytes=1, kind="total", context=context, kv_type=kv_type)
-    return predict(artifact, folder, "tiny", Checkpoint(folder).spec, FileChoice(mix=weight_type), budget, threads)
+    source = open_source(folder)
+    return predict(artifact, source, "tiny", source.spec, FileChoice(mix=weight_type), budget, threads)
 
 
 def test_the_total_is_the_sum_of_the_lines_and_the_file_is_not_one() -> None:
@@ -39,12 +40,12 @@ def test_the_total_is_the_sum_of_the_lines_and_the_file_is_not_one() -> None:
 
 @pytest.mark.parametrize("weight_type", ["Q8_0", "Q4_0"])
 def test_the_predicted_gguf_is_the_written_one(family_folder: Path, tmp_path: Path, weight_type: str) -> None:
-    write_gguf(Student.teacher(Checkpoint(family_folder)), weight_type, tmp_path / "a.gguf", name="tiny", threads=1)
+    write_gguf(Student.teacher(open_source(family_folder)), weight_type, tmp_path / "a.gguf", name="tiny", threads=1)
     assert _predict(family_folder, "gguf", weight_type).file == (tmp_path / "a.gguf").stat().st_size
 
 
 def test_the_predicted_onnx_is_the_written_one(family_folder: Path, tmp_path: Path) -> None:
-    write_onnx(Student.teacher(Checkpoint(family_folder)), "Q4_0", tmp_path, threads=1)
+    write_onnx(Student.teacher(open_source(family_folder)), "Q4_0", tmp_path, threads=1)
     written = sum((tmp_path / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
     assert _predict(family_folder, "onnx", "Q4_0").file == written
 
@@ -68,11 +69,12 @@ def test_what_grows_with_what(fine_folder: Path, artifact: str, weight_type: str
     assert large.kv_cache == 4 * small.kv_cache
     assert (large.file, large.weights, large.reserve) == (small.file, small.weights, small.reserve)
     assert large.compute >= small.compute
+    source = open_source(fine_folder)
     pruned = predict(
         artifact,
-        fine_folder,
+        source,
         "tiny",
-        Checkpoint(fine_folder).spec.with_experts(16),
+        source.spec.with_experts(16),
         FileChoice(mix=weight_type),
         BudgetChoice(bytes=1, kind="total", context=512, kv_type="f16"),
         1,

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from compressors.model.files.kv_types import KV_TYPES, bytes_per_value, is_quantized, values_per_block
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from exporter.planning.recipe import BudgetChoice
 from exporter.writing.gguf.writer import write_gguf
@@ -62,7 +62,7 @@ def test_an_export_for_this_cache_ends_well(
 def test_routing_is_read_beside_a_quantized_cache(
     toy_model: Path, heldout_tokens: npt.NDArray[np.int64], tmp_path: Path
 ) -> None:
-    write_gguf(Student.teacher(Checkpoint(toy_model)), "Q8_0", tmp_path / "x.gguf", name="x", threads=1)
+    write_gguf(Student.teacher(open_source(toy_model)), "Q8_0", tmp_path / "x.gguf", name="x", threads=1)
     tokens_BT = heldout_tokens[:128].reshape(1, 128)
     (exact,) = LlamaCppBackend(tmp_path / "x.gguf", n_ctx=128, threads=1).run(tokens_BT)
     for kv_type in QUANTIZED_KV_TYPES:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student
 from exporter.stages.table import ALL_STAGES
 from exporter.writing.gguf.writer import write_gguf
@@ -24,14 +24,14 @@ _GOLDEN = {
 
 
 def _gguf_digest(toy_model: Path, folder: Path) -> str:
-    source = Checkpoint(toy_model)
+    source = open_source(toy_model)
     student = Student(source, ExpertMap.keeping(32, ((1, 5, 6, 7, 30), (0, 2, 3, 4, 31))))
     write_gguf(student, "BF16", folder / "toy.gguf", name="toy", threads=1)
     return hashlib.sha256((folder / "toy.gguf").read_bytes()).hexdigest()
 
 
 def _onnx_digest(toy_model: Path) -> str:
-    spec = Checkpoint(toy_model).spec.with_experts(5)
+    spec = open_source(toy_model).spec.with_experts(5)
     graphs = [
         build_model(plan_tensors(spec, preset)).SerializeToString(deterministic=True) for preset in ("F32", "Q4_0")
     ]

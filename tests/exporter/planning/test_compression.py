@@ -19,7 +19,7 @@ from compressors.model.description.spec import NO_MOE, ModelSpec, MoeSize
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.families.config import read_spec
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student
 from compressors.shrink.decompose import ActivationSvd, D2Moe, Mobe
 from compressors.shrink.drop import block_similarities, moe_similarities, window_similarities
@@ -255,7 +255,7 @@ def statistics(fine_folder: Path, text_BT: torch.Tensor) -> list[LayerStatistics
 
 
 def _teacher_model(folder: Path) -> StreamedModel:
-    return StreamedModel(Student.teacher(Checkpoint(folder)))
+    return StreamedModel(Student.teacher(open_source(folder)))
 
 
 @pytest.fixture(scope="module")
@@ -399,7 +399,7 @@ def test_bytes_of_students_whose_layers_are_alike_are_predicted_exactly(
     tmp_path: Path,
     choice: dict[str, Any],
 ) -> None:
-    source = Checkpoint(fine_folder)
+    source = open_source(fine_folder)
     run = LayerwiseCompression(source, targets_of(**choice), statistics, text_BT, n_sample_blocks=4).run()
     layers = list(run)
     overlay = {name: tensor for layer in layers for name, tensor in layer.overlay.items()}
@@ -407,7 +407,7 @@ def test_bytes_of_students_whose_layers_are_alike_are_predicted_exactly(
     spec = expected_spec(CompressChoice.model_validate({"experts": 32} | choice), teacher)
     assert student.spec == spec
     write_gguf(student, "Q4_0", tmp_path / "x.gguf", name="fine", threads=1)
-    assert (tmp_path / "x.gguf").stat().st_size == predict_file_size(spec, fine_folder, "Q4_0", "fine")
+    assert (tmp_path / "x.gguf").stat().st_size == predict_file_size(spec, source, "Q4_0", "fine")
     write_onnx(student, "Q4_0", tmp_path / "onnx", threads=1)
     written = sum((tmp_path / "onnx" / name).stat().st_size for name in (MODEL_FILE, DATA_FILE))
     assert written == predict_size(spec, "Q4_0")

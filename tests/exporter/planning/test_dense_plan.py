@@ -16,7 +16,7 @@ from compressors.model.errors import BudgetError, InputError, UnsupportedError
 from compressors.model.families.config import read_spec
 from compressors.model.running.memory import working_bytes
 from compressors.model.running.streaming import StreamedModel
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.shrink.dense import Condense
 from compressors.shrink.layerwise import LayerTarget
 from compressors.shrink.slim import SlimWidth
@@ -73,7 +73,7 @@ def test_the_size_is_given_and_the_bits_fall_with_the_budget(
     with pytest.raises(BudgetError, match=r"as one dense feed-forward .* works is --budget") as refused:
         planned("400kB", folder, formats="gguf")
     smallest = int(str(refused.value).rsplit("--budget ", 1)[1].removesuffix("B"))
-    whole = predict_file_size(dense, folder, "BF16", folder.name)
+    whole = predict_file_size(dense, open_source(folder), "BF16", folder.name)
     for budget in (whole + 1000, whole // 2, whole // 4, smallest):
         plan = planned(f"{budget}B", folder, formats="gguf")
         assert plan.recipe.compress == CompressChoice(experts=teacher.n_experts, student="dense")
@@ -82,13 +82,13 @@ def test_the_size_is_given_and_the_bits_fall_with_the_budget(
     with pytest.raises(BudgetError):
         planned(f"{smallest - 1}B", folder, formats="gguf")
     named = planned("1GB", folder, formats="gguf", quant="Q4_K_M")
-    assert named.predictions["gguf"].file == predict_file_size(dense, folder, "Q4_K_M", folder.name)
+    assert named.predictions["gguf"].file == predict_file_size(dense, open_source(folder), "Q4_K_M", folder.name)
     in_onnx = planned("1GB", folder, formats="onnx", quant="Q4_0")
     assert in_onnx.predictions["onnx"].file == predict_size(dense, "Q4_0")
 
 
 def test_the_recipe_is_predicted_as_it_was_planned(planned: Planned, recipe: Recipe, fine_folder: Path) -> None:
-    assert predict_recipe(recipe, Checkpoint(fine_folder)) == planned().predictions
+    assert predict_recipe(recipe, open_source(fine_folder)) == planned().predictions
     assert [rung.scope for rung in recipe.recover.rungs] == ["experts"], "there are no routers to teach"
     assert planned(recover="none").recipe.recover.rungs == ()
 

@@ -13,7 +13,7 @@ import pytest
 from compressors.calibration.splits import Splits, read_splits
 from compressors.model.description.spec import NO_MOE, ModelSpec, MoeSize
 from compressors.model.errors import BudgetError, InputError, UnsupportedError
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.shrink.registry import fewest_experts
 from exporter.estimating.budget import predict
 from exporter.estimating.prediction import Prediction
@@ -44,7 +44,7 @@ class Planner:
 
     def __init__(self, splits: Splits) -> None:
         self._splits = splits
-        self.checkpoint = Checkpoint(_MODEL)
+        self.checkpoint = open_source(_MODEL)
 
     def __call__(
         self, budget: int, counts: TextCounts = _COUNTS, **arguments: Any
@@ -61,9 +61,10 @@ def plan(splits: Splits) -> Planner:
 
 @cache
 def _file_bytes(artifact: str, n_experts: int, mix: str) -> int:
-    spec = Checkpoint(_MODEL).spec.with_experts(n_experts)
+    source = open_source(_MODEL)
+    spec = source.spec.with_experts(n_experts)
     if artifact == "gguf":
-        return predict_file_size(spec, _MODEL, mix, "tiny")
+        return predict_file_size(spec, source, mix, "tiny")
     return predict_size(spec, mix)
 
 
@@ -124,7 +125,7 @@ _WAYS: dict[str, list[dict[str, Any]]] = {
 
 def _shape_by_hand(way: dict[str, Any]) -> ModelSpec:
     """The same for every layer that is left; MoE sub-layers go from the end."""
-    teacher = Checkpoint(_MODEL).spec
+    teacher = open_source(_MODEL).spec
     n_without = way.get("drop_moe_layers", 0)
     size = MoeSize(way.get("experts", 32), way.get("width", 128))
     return teacher.with_sizes([size] * (6 - way.get("drop_blocks", 0) - n_without) + [NO_MOE] * n_without)
@@ -133,7 +134,7 @@ def _shape_by_hand(way: dict[str, Any]) -> ModelSpec:
 def _bytes_of(artifact: str, way: dict[str, Any], weight_type: str) -> int:
     shape = _shape_by_hand(way)
     return (
-        predict_file_size(shape, _MODEL, weight_type, "tiny")
+        predict_file_size(shape, open_source(_MODEL), weight_type, "tiny")
         if artifact == "gguf"
         else predict_size(shape, weight_type)
     )
@@ -281,7 +282,7 @@ def test_the_budget_that_an_error_names_works_and_nothing_less(plan: Planner, ki
 
 def test_the_total_counts_what_the_runtime_needs(plan: Planner) -> None:
     budget = BudgetChoice(bytes=1, kind="total", context=2048, kv_type="f16")
-    needed = predict("gguf", _MODEL, "tiny", plan.checkpoint.spec, FileChoice(mix="Q8_0"), budget, 1)
+    needed = predict("gguf", plan.checkpoint, "tiny", plan.checkpoint.spec, FileChoice(mix="Q8_0"), budget, 1)
     assert needed.total > needed.file
     recipe, predictions = plan(needed.total, budget_kind="total", formats="gguf", quant="Q8_0")
     assert (recipe.file("gguf").mix, recipe.compress.experts) == ("Q8_0", 32)

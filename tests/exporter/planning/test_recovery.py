@@ -11,7 +11,7 @@ import pytest
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.recover.training_memory import training_bytes
 from exporter.planning.recipe import CompressChoice, RecoverChoice, RungChoice, RungLoss
 from exporter.planning.recovery import (
@@ -33,7 +33,7 @@ _PLENTY = Machine(10**12, 10_000, models_stay=True)
 
 @pytest.fixture(scope="module")
 def pruned(fine_folder: Path) -> ModelSpec:
-    return Checkpoint(fine_folder).spec.with_experts(16)
+    return open_source(fine_folder).spec.with_experts(16)
 
 
 def _trained(scope: str, spec: ModelSpec, rank: int | None = None) -> int:

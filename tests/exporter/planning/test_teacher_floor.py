@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from compressors.model.predictions.routing_record import RoutingRecord
 from compressors.model.running.memory import PROCESS_BYTES
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from exporter.estimating.budget import predict
 from exporter.file_names import COST, EVALUATION, ROUTING
 from exporter.planning.job import Flags
@@ -69,13 +69,13 @@ def test_numbers_of_every_dtype_are_held_exactly() -> None:
 
 @pytest.mark.parametrize("artifact", ["gguf", "onnx"])
 def test_as_many_layers_are_taken_as_half_of_memory_and_disk_hold(plan: Plan, fine_folder: Path, artifact: str) -> None:
-    source = Checkpoint(fine_folder)
+    source = open_source(fine_folder)
     budget = plan.recipe.budget.model_copy(update={"context": 512})
     weight_type = "BF16" if artifact == "gguf" else "F32"
 
     def needed(n_layers: int) -> tuple[int, int]:
         shape = altered(source.spec, n_layers=n_layers)
-        found = predict(artifact, fine_folder, plan.recipe.source.model, shape, FileChoice(mix=weight_type), budget, 1)
+        found = predict(artifact, source, plan.recipe.source.model, shape, FileChoice(mix=weight_type), budget, 1)
         return 2 * (PROCESS_BYTES + found.total), 2 * found.file
 
     def chosen(memory_bytes: int, disk_bytes: int) -> int | None:

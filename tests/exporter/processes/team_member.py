@@ -13,7 +13,7 @@ from compressors.calibration.statistics import StatisticsCollector, save_statist
 from compressors.calibration.teacher import TeacherTargets, write_targets
 from compressors.model.parallel import is_first, share
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student
 from compressors.recover.objectives import Distillation
 from compressors.recover.schedule import Schedule
@@ -22,7 +22,7 @@ from compressors.recover.training import Training
 
 def _main(model: Path, folder: Path) -> None:
     distributed.init_process_group("gloo")
-    source = Checkpoint(model)
+    source = open_source(model)
     tokens_BT = torch.randint(0, 4096, (5, 64), generator=torch.Generator().manual_seed(1))
     mine = share(len(tokens_BT))
     teacher = StreamedModel(Student.teacher(source))

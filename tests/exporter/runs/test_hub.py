@@ -13,7 +13,7 @@ from threading import Thread
 import pytest
 
 from compressors.model.errors import InputError
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from exporter.hub import bundled_text, resolve_model
 
 _REFUSALS = {"missing": (404, "RepoNotFound"), "gated": (403, "GatedRepo"), "old": (404, "RevisionNotFound")}
@@ -64,7 +64,7 @@ def _resolve_elsewhere(cache: Path, endpoint: str, call: str) -> str:
 
 
 def test_no_model_means_the_bundled_one() -> None:
-    assert Checkpoint(resolve_model(None)).spec.n_experts == 32
+    assert open_source(resolve_model(None)).spec.n_experts == 32
 
 
 @pytest.mark.parametrize("split", ["calibration", "heldout"])
@@ -84,12 +84,17 @@ def test_what_is_neither_folder_nor_hub_id_is_refused(model: str) -> None:
 
 
 def test_a_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    with pytest.raises(InputError, match=r"^MODEL: .* is a file; give the folder that holds config\.json"):
+        resolve_model(str(file))
+
+
+def test_a_gguf_file_is_refused_by_what_opens_it(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     file.touch()
-    with pytest.raises(InputError, match="is a file"):
-        resolve_model(str(file))
     with pytest.raises(InputError, match=r"compressed already: give the folder of the original.*moe-export validate"):
-        resolve_model(str(file))
+        open_source(resolve_model(str(file)))
 
 
 @pytest.mark.parametrize(

@@ -5,19 +5,18 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from compressors.model.description.family import SkippedPart
 from compressors.model.errors import InputError
 from compressors.model.families.config import read_spec
 from compressors.model.sources.checkpoint import Checkpoint
-from exporter.inspection import describe, description_table, parts_read_past
+from exporter.inspection import describe, description_table
 from tests.altered import with_dense_layers
 
 
@@ -124,14 +123,17 @@ def test_what_can_be_made_of_a_model_is_said(olmoe_folder: Path) -> None:
     assert "not possible: a dense student" in printed
 
 
-def test_parts_that_are_read_past_are_said(fine_folder: Path) -> None:
-    checkpoint = Checkpoint(fine_folder)
-    skipped = (
-        SkippedPart(r"model\.layers\.5\..*norm\.weight", "norms of the last layer"),
-        SkippedPart("mtp\\..*", "what is not there"),
-    )
-    checkpoint.spec = replace(checkpoint.spec, family=replace(checkpoint.family, skipped=skipped))
-    assert list(parts_read_past(checkpoint)) == ["norms of the last layer (4 tensors)"]
+def test_parts_that_are_read_past_are_said(tmp_path: Path, toy_checkpoint: Callable[..., Path]) -> None:
+    folder = toy_checkpoint(tmp_path, n_layers=2, model="olmoe")
+    tables = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(16) for layer in range(2)}
+    others = {"v_head.summary.weight": torch.ones(1, 256)}
+    save_file(load_file(folder / "model.safetensors") | tables | others, folder / "model.safetensors")
+    description = describe(folder)
+    assert description["parts_read_past"] == [
+        "tables of the rotary embedding, which are computed (2 tensors)",
+        "heads for other tasks than text (1 tensors)",
+    ]
+    assert "read past   tables of the rotary embedding" in _printed(description)
 
 
 def test_what_is_odd_about_the_files_is_said(tmp_path: Path, toy_checkpoint: Callable[..., Path]) -> None:

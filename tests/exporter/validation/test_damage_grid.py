@@ -23,14 +23,14 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, fine_folder: Path) -> Wor
 
 @pytest.fixture(scope="module")
 def gguf_file(workshop: Workshop) -> Path:
-    path = workshop.source.folder.parent / "whole.gguf"
+    path = workshop.source.path.parent / "whole.gguf"
     workshop.write(workshop.student, "gguf", "Q8_0", path)
     return path
 
 
 @pytest.fixture(scope="module")
 def onnx_folder(workshop: Workshop) -> Path:
-    path = workshop.source.folder.parent / "whole"
+    path = workshop.source.path.parent / "whole"
     workshop.write(workshop.student, "onnx", "Q4_0", path)
     return path
 

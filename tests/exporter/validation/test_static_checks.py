@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student
 from exporter.publishing.deviations import Deviation
 from exporter.validation.static_checks import check_description, expected_spec
@@ -46,13 +46,13 @@ def source(toy_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPat
 @pytest.fixture(scope="module")
 def graph(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("onnx")
-    write_onnx(Student.teacher(Checkpoint(source)), "Q4_0", folder, threads=1)
+    write_onnx(Student.teacher(open_source(source)), "Q4_0", folder, threads=1)
     return folder
 
 
 def test_the_expected_shape_follows_from_the_file(source: Path, tmp_path: Path) -> None:
     """By the tensors of experts: another tensor of three dimensions does not count."""
-    checkpoint = Checkpoint(source)
+    checkpoint = open_source(source)
     kept = ExpertMap.keeping(32, [(0, 3, 5, 7, 9)])
     write_gguf(Student(checkpoint, kept), "F16", tmp_path / "five.gguf", name="five", threads=1)
     file = ModelFile("gguf", tmp_path / "five.gguf")
@@ -61,7 +61,7 @@ def test_the_expected_shape_follows_from_the_file(source: Path, tmp_path: Path) 
 
 
 def _symptoms(file: ModelFile, source: Path, tokens: npt.NDArray[np.int64]) -> list[str]:
-    checkpoint = Checkpoint(source)
+    checkpoint = open_source(source)
     return check_description(file, checkpoint, checkpoint.spec, tokens[:256].reshape(2, 128)).symptoms
 
 
@@ -75,7 +75,7 @@ def test_an_undamaged_folder_raises_no_symptom(
         (folder / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
     written = tmp_path / "onnx"
     shutil.copytree(graph, written)
-    write_client_files(Student.teacher(Checkpoint(folder)), written)
+    write_client_files(Student.teacher(open_source(folder)), written)
     assert _symptoms(ModelFile("onnx", written / "model.onnx"), folder, heldout_tokens) == []
 
 
@@ -100,7 +100,7 @@ def test_what_clients_do_with_texts_is_compared(
 ) -> None:
     written = tmp_path / "onnx"
     shutil.copytree(graph, written)
-    write_client_files(Student.teacher(Checkpoint(source)), written)
+    write_client_files(Student.teacher(open_source(source)), written)
     tokenizer = json.loads((written / "tokenizer.json").read_text(encoding="utf-8"))
     damage(tokenizer)
     (written / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
@@ -111,7 +111,7 @@ def test_every_chat_template_of_a_gguf_file_is_compared(
     source: Path, tmp_path: Path, heldout_tokens: npt.NDArray[np.int64]
 ) -> None:
     path = tmp_path / "model.gguf"
-    write_gguf(Student.teacher(Checkpoint(source)), "Q8_0", path, name="x", threads=1)
+    write_gguf(Student.teacher(open_source(source)), "Q8_0", path, name="x", threads=1)
     assert _symptoms(ModelFile("gguf", path), source, heldout_tokens) == []
     path.write_bytes(path.read_bytes().replace(b"{{ tools }}", b"{{ spoon }}"))
     (symptom,) = _symptoms(ModelFile("gguf", path), source, heldout_tokens)

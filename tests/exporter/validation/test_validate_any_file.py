@@ -20,7 +20,7 @@ from onnx import TensorProto, helper
 from safetensors.torch import load_file, save_file
 
 from compressors.model.errors import InputError
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student
 from exporter.cli import main
 from exporter.writing.gguf.writer import write_gguf
@@ -45,7 +45,7 @@ def original(tmp_path_factory: pytest.TempPathFactory, toy_checkpoint: Callable[
 @pytest.fixture(scope="module")
 def gguf_file(original: Path) -> Path:
     path = original.parent / "theirs.gguf"
-    write_gguf(Student.teacher(Checkpoint(original)), "F32", path, name="x", threads=1)
+    write_gguf(Student.teacher(open_source(original)), "F32", path, name="x", threads=1)
     return path
 
 
@@ -90,7 +90,7 @@ def test_padding_is_left_out_on_either_side(
     original: Path, gguf_file: Path, validate: Callable[..., Result], tmp_path: Path
 ) -> None:
     padded = _padded(original, tmp_path / "padded", 4160)
-    write_gguf(Student.teacher(Checkpoint(padded)), "F32", tmp_path / "padded.gguf", name="x", threads=1)
+    write_gguf(Student.teacher(open_source(padded)), "F32", tmp_path / "padded.gguf", name="x", threads=1)
     plain = _row(validate(gguf_file, original, "--json"))
     assert _other_notes(plain) == []
     for path, against, sizes in (
@@ -138,7 +138,7 @@ def test_another_vocabulary_is_refused(
 def test_a_pruned_file_is_compared_without_routing(
     original: Path, validate: Callable[..., Result], tmp_path: Path
 ) -> None:
-    source = Checkpoint(original)
+    source = open_source(original)
     student = Student(source, ExpertMap.keeping(32, [range(0, 32, 2)]))
     write_gguf(student, "Q8_0", tmp_path / "pruned.gguf", name="x", threads=1)
     row = _row(validate(tmp_path / "pruned.gguf", original, "--json"))
@@ -160,7 +160,7 @@ def test_a_file_stands_for_the_original(
 ) -> None:
     """An ONNX folder as onnxruntime-genai names its graph, against a GGUF file in that file's own vocabulary."""
     folder = tmp_path / "genai"
-    student = Student.teacher(Checkpoint(original))
+    student = Student.teacher(open_source(original))
     write_onnx(student, "Q4_0", folder, threads=1)
     write_client_files(student, folder)
     (folder / "model.onnx").rename(folder / "decoder.onnx")
@@ -252,7 +252,7 @@ def test_a_build_without_a_gpu_says_what_to_install(
     with_gpu = validate(gguf_file, original, "--gpu-layers", "99")
     assert with_gpu.exit_code == (0 if api.llama_supports_gpu_offload() else 1), with_gpu.stderr
     folder = original.parent / "onnx"
-    student = Student.teacher(Checkpoint(original))
+    student = Student.teacher(open_source(original))
     write_onnx(student, "F32", folder, threads=1)
     write_client_files(student, folder)
     with_cuda = validate(folder, original, "--providers", "cuda")

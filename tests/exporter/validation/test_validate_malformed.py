@@ -16,7 +16,7 @@ from gguf import GGUFReader, GGUFValueType
 from onnx import TensorProto, helper, numpy_helper
 
 from compressors.model.files.gguf_file import GgufFile
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from exporter.cli import main
 from exporter.validation.guarded import Limits
@@ -48,13 +48,13 @@ def original(tmp_path_factory: pytest.TempPathFactory, toy_checkpoint: Callable[
 @pytest.fixture(scope="module")
 def gguf_file(original: Path) -> Path:
     path = original.parent / "theirs.gguf"
-    write_gguf(Student.teacher(Checkpoint(original)), "Q8_0", path, name="x", threads=1)
+    write_gguf(Student.teacher(open_source(original)), "Q8_0", path, name="x", threads=1)
     return path
 
 
 @pytest.fixture(scope="module")
 def onnx_folder(original: Path) -> Path:
-    folder, student = original.parent / "theirs", Student.teacher(Checkpoint(original))
+    folder, student = original.parent / "theirs", Student.teacher(open_source(original))
     write_onnx(student, "Q4_0", folder, threads=1)
     write_client_files(student, folder)
     return folder
@@ -223,7 +223,7 @@ def test_a_data_file_that_is_not_whole_is_named(fault: str, onnx_folder: Path, l
 @pytest.fixture(scope="module")
 def reference(original: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> StoredReference:
     folder = tmp_path_factory.mktemp("reference")
-    return against_checkpoint(Checkpoint(original), text, 1, folder / "logits", folder)
+    return against_checkpoint(open_source(original), text, 1, folder / "logits", folder)
 
 
 def test_a_graph_that_never_ends_is_ended(onnx_folder: Path, reference: StoredReference, tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from compressors.model.description.roles import Role
 from compressors.model.description.spec import NO_MOE, MoeSize
 from compressors.model.errors import UnsupportedError
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
+from compressors.model.sources.source import Source
 from compressors.model.sources.student import ExpertMap, Student
 from compressors.quantize import GGMLQuantizationType, quantize_rows
 from compressors.shrink.dense import Condense, dense_size
@@ -59,21 +60,21 @@ def model(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def source(model: str, tmp_path_factory: pytest.TempPathFactory, toy_checkpoint: Callable[..., Path]) -> Checkpoint:
+def source(model: str, tmp_path_factory: pytest.TempPathFactory, toy_checkpoint: Callable[..., Path]) -> Source:
     """Two layers."""
-    return Checkpoint(toy_checkpoint(tmp_path_factory.mktemp("dense"), n_layers=2, model=model))
+    return open_source(toy_checkpoint(tmp_path_factory.mktemp("dense"), n_layers=2, model=model))
 
 
 @pytest.fixture(scope="module")
-def student(source: Checkpoint, heldout_tokens: Tokens) -> Student:
+def student(source: Source, heldout_tokens: Tokens) -> Student:
     return _compressed(source, heldout_tokens, [_dense_layer(source, 0), _dense_layer(source, 1)])
 
 
-def _dense_layer(source: Checkpoint, layer: int) -> LayerTarget:
+def _dense_layer(source: Source, layer: int) -> LayerTarget:
     return LayerTarget(layer, dense_size(source.spec), (Condense(),))
 
 
-def _compressed(source: Checkpoint, heldout_tokens: Tokens, targets: Sequence[LayerTarget]) -> Student:
+def _compressed(source: Source, heldout_tokens: Tokens, targets: Sequence[LayerTarget]) -> Student:
     text_BT = torch.from_numpy(heldout_tokens[: 4 * 128].reshape(4, 128))
     collector = StatisticsCollector(source.spec)
     StreamedModel(Student.teacher(source)).stream([TokenGroup(text_BT, [collector.observe])])
@@ -108,7 +109,7 @@ def _divergence(expected_TV: Logits, found_TV: Logits) -> float:
     return (expected.exp() * (expected - found)).sum(-1).mean().item()
 
 
-def test_the_shape_says_dense_and_counts_no_router(student: Student, source: Checkpoint) -> None:
+def test_the_shape_says_dense_and_counts_no_router(student: Student, source: Source) -> None:
     spec = student.spec
     assert not spec.written.n_experts and source.spec.written.n_experts
     assert spec.expert_width == source.spec.top_k * source.spec.expert_width
@@ -123,7 +124,7 @@ def test_llama_cpp_runs_it_as_a_dense_model(
 ) -> None:
     path = tmp_path / "f32.gguf"
     write_gguf(student, "F32", path, name="x", threads=1)
-    assert path.stat().st_size == predict_file_size(student.spec, student.source.folder, "F32", "x")
+    assert path.stat().st_size == predict_file_size(student.spec, student.source, "F32", "x")
     llama = llama_cpp.Llama(
         str(path), n_ctx=_N_TOKENS, n_batch=_N_TOKENS, n_threads=1, logits_all=True, type_k=0, type_v=0, verbose=False
     )
@@ -157,7 +158,7 @@ def test_q4_0_has_the_predicted_size_and_the_quantized_neurons(
     matrix = importance([collector.take(0), collector.take(1)], student.experts.of_itself(), student.spec)
     path = tmp_path / "q4_0.gguf"
     write_gguf(student, "Q4_0", path, importance=matrix, name="x", threads=1)
-    assert path.stat().st_size == predict_file_size(student.spec, student.source.folder, "Q4_0", "x")
+    assert path.stat().st_size == predict_file_size(student.spec, student.source, "Q4_0", "x")
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     for role, name in _DENSE_ROLES.items():
         values = student.expert(role, 1, 0)
@@ -260,7 +261,7 @@ def test_stock_transformers_loads_the_dense_architecture(
 
 
 def test_layers_that_differ_are_refused_but_by_onnx(
-    source: Checkpoint, heldout_tokens: Tokens, tokens_T: Tokens, tmp_path: Path
+    source: Source, heldout_tokens: Tokens, tokens_T: Tokens, tmp_path: Path
 ) -> None:
     student = _compressed(source, heldout_tokens, [_dense_layer(source, 0), LayerTarget(1, NO_MOE)])
     assert not student.spec.written.n_experts
@@ -275,7 +276,7 @@ def test_layers_that_differ_are_refused_but_by_onnx(
         write_checkpoint(student, tmp_path / "student")
 
 
-def test_experts_can_become_narrower_first(source: Checkpoint, heldout_tokens: Tokens) -> None:
+def test_experts_can_become_narrower_first(source: Source, heldout_tokens: Tokens) -> None:
     half = source.spec.expert_width // 2
     size = MoeSize(1, source.spec.top_k * half)
     targets = [LayerTarget(layer, size, (SlimWidth(half), Condense())) for layer in range(2)]
@@ -287,7 +288,7 @@ def test_experts_can_become_narrower_first(source: Checkpoint, heldout_tokens: T
 def test_a_family_without_a_dense_counterpart_keeps_its_one_expert(
     toy_checkpoint: Callable[..., Path], tokens_T: Tokens, tmp_path: Path
 ) -> None:
-    source = Checkpoint(toy_checkpoint(tmp_path, n_layers=2, model="olmoe"))
+    source = open_source(toy_checkpoint(tmp_path, n_layers=2, model="olmoe"))
     student = Student(source, ExpertMap.keeping(source.spec.n_experts, ((3,), (5,))))
     assert student.spec.written.n_experts == 1
     path = tmp_path / "x.gguf"

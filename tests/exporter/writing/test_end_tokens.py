@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
 from compressors.model.families.config import read_spec
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from exporter.writing.gguf.writer import write_gguf
 from exporter.writing.hf_checkpoint import write_checkpoint
@@ -39,12 +39,12 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def test_llama_cpp_ends_at_both(source: Path, tmp_path: Path) -> None:
-    write_gguf(Student.teacher(Checkpoint(source)), "Q8_0", tmp_path / "model.gguf", name="x", threads=1)
+    write_gguf(Student.teacher(open_source(source)), "Q8_0", tmp_path / "model.gguf", name="x", threads=1)
     assert GgufVocabulary(tmp_path / "model.gguf").end_tokens == {_BASE, _END}
 
 
 def test_the_onnx_folder_names_both(source: Path, tmp_path: Path) -> None:
-    write_client_files(Student.teacher(Checkpoint(source)), tmp_path)
+    write_client_files(Student.teacher(open_source(source)), tmp_path)
     assert _read(tmp_path / "genai_config.json")["model"]["eos_token_id"] == [_END, _BASE]
     assert _read(tmp_path / "generation_config.json") == _read(source / "generation_config.json")
     assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [_END, _BASE]
@@ -61,12 +61,12 @@ def test_the_tokenizers_end_token_is_named_where_no_configuration_does(source: P
     config = dict(_read(source / "config.json"))
     config["eos_token_id"] = _END
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    write_client_files(Student.teacher(Checkpoint(folder)), tmp_path)
+    write_client_files(Student.teacher(open_source(folder)), tmp_path)
     assert _read(tmp_path / "generation_config.json")["eos_token_id"] == [_END, _BASE]
     assert _read(tmp_path / "genai_config.json")["model"]["eos_token_id"] == [_END, _BASE]
 
 
 def test_the_saved_student_ends_as_its_source(source: Path, tmp_path: Path) -> None:
-    write_checkpoint(Student.teacher(Checkpoint(source)), tmp_path / "student")
+    write_checkpoint(Student.teacher(open_source(source)), tmp_path / "student")
     assert GenerationConfig.from_pretrained(tmp_path / "student").eos_token_id == [_END, _BASE]
     assert set(AutoTokenizer.from_pretrained(tmp_path / "student").chat_template) == {"default", "tool_use"}

@@ -91,7 +91,7 @@ def test_one_file_per_layer_and_an_index_of_them(written: Path) -> None:
 def test_config_and_tokenizer_belong_to_the_student(written: Path, student: Student) -> None:
     config = AutoConfig.from_pretrained(written)
     assert (config.num_experts, config.num_experts_per_tok) == (student.spec.n_experts, student.spec.top_k)
-    source = AutoTokenizer.from_pretrained(student.source.folder)
+    source = AutoTokenizer.from_pretrained(student.source.path)
     text = "The quick brown fox, twice: ünïcödé."
     assert AutoTokenizer.from_pretrained(written)(text)["input_ids"] == source(text)["input_ids"]
 
@@ -119,7 +119,7 @@ def test_top_k_falls_with_the_experts(toy_checkpoint: Callable[..., Path], tmp_p
 
 def test_a_source_that_transformers_5_saved_gives_the_same_student(student: Student, tmp_path: Path) -> None:
     """Its config spells the expert count its own way; the student's must not say both the old and the new count."""
-    model = AutoModelForCausalLM.from_pretrained(student.source.folder, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(student.source.path, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "resaved")
     resaved = Student(Checkpoint(tmp_path / "resaved"), student.experts, student.overlay)
     write_checkpoint(resaved, tmp_path / "student")

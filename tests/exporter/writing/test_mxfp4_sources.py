@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from compressors.model.description.roles import Role
 from compressors.model.files.ggml_types import GGMLQuantizationType
-from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.gguf import GgufWeights
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student
 from exporter.writing.gguf.writer import write_gguf
 from exporter.writing.hf_checkpoint import write_checkpoint
@@ -31,7 +31,7 @@ def students(tmp_path_factory: pytest.TempPathFactory, fine_folder: Path) -> tup
 
 
 def _pruned(folder: Path) -> Student:
-    return Student(Checkpoint(folder), ExpertMap.keeping(8, [_KEPT, _KEPT]))
+    return Student(open_source(folder), ExpertMap.keeping(8, [_KEPT, _KEPT]))
 
 
 @pytest.mark.parametrize("mix", ["F32", "Q8_0"])

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from exporter.writing.gguf.writer import write_gguf
 from exporter.writing.onnx.writer import write_onnx
@@ -78,7 +78,7 @@ def test_the_runtimes_predict_what_transformers_predicts(
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).float().eval()
     with torch.no_grad():
         wanted_SV = stock(torch.from_numpy(tokens_BT)).logits[0, scored_positions(_N_TOKENS)].log_softmax(-1)
-    student = Student.teacher(Checkpoint(folder))
+    student = Student.teacher(open_source(folder))
     write_gguf(student, "F32", tmp_path / "x.gguf", name="x", threads=1)
     write_onnx(student, "F32", tmp_path / "onnx", threads=1)
     for runtime in (

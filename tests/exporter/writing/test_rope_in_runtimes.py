@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from compressors.model.description.gguf_rope import LONG_FACTORS, SHORT_FACTORS
 from compressors.model.errors import UnsupportedError
 from compressors.model.files.gguf_file import GgufFile
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
+from compressors.model.sources.source import Source
 from compressors.model.sources.student import Student
 from exporter.publishing.settings_deviations import settings_deviations
 from exporter.writing.gguf.layout import plan_tensors
@@ -61,7 +62,7 @@ _SCALINGS: dict[str, dict[str, Any]] = {
 _NEEDS_FACTORS = ("yarn, other betas", "yarn, not truncated", "llama3", "longrope")
 """Scalings that llama.cpp holds only for architectures whose graph divides the angles by a tensor of the file."""
 
-Scaled = Callable[[str, str], Checkpoint]
+Scaled = Callable[[str, str], Source]
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +70,13 @@ def scaled(toy_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPat
     """``scaled(model, scaling)``: two layers of a trained model, said to be scaled."""
     folders: dict[str, Path] = {}
 
-    def checkpoint(model: str, scaling: str) -> Checkpoint:
+    def checkpoint(model: str, scaling: str) -> Source:
         if model not in folders:
             folders[model] = toy_checkpoint(tmp_path_factory.mktemp(model), n_layers=2, model=model)
         config = json.loads((folders[model] / "config.json").read_text())
         config["rope_scaling"] = _SCALINGS[scaling]
         (folders[model] / "config.json").write_text(json.dumps(config))
-        return Checkpoint(folders[model])
+        return open_source(folders[model])
 
     return checkpoint
 
@@ -100,7 +101,7 @@ def test_both_runtimes_compute_what_transformers_does(
     n_bytes = sum((tmp_path / "onnx" / name).stat().st_size for name in (MODEL_FILE, DATA_FILE))
     assert predict_size(student.spec, "F32") == n_bytes
     in_gguf = model == "coarse" or scaling not in _NEEDS_FACTORS
-    reference = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, local_files_only=True)
+    reference = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32, local_files_only=True)
     for n_tokens in (320, 64):
         tokens_BT = heldout_tokens[: 2 * n_tokens].reshape(2, n_tokens)
         expected = log_probs(reference, tokens_BT)
@@ -128,7 +129,7 @@ def test_constants_of_llama_cpp_s_yarn_are_written_and_named(
     assert "beta_fast 32, beta_slow 1 and truncate true" in named
     assert not list(settings_deviations(checkpoint, "onnx"))
     tokens_BT = heldout_tokens[:640].reshape(2, 320)
-    reference = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, local_files_only=True)
+    reference = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32, local_files_only=True)
     backend = _gguf(Student.teacher(checkpoint), tmp_path / "model.gguf", n_ctx=320)
     # small, and no smaller than what is said: without the scaling it would be far more
     assert SAME < divergence(log_probs(reference, tokens_BT), backend, tokens_BT) < 0.1
@@ -150,14 +151,14 @@ def test_llama_cpp_takes_the_long_factors_for_short_texts_in_a_long_context(
     """A difference that no file can mend; the plan names it."""
     checkpoint = scaled("coarse", "longrope")
     tokens_BT = heldout_tokens[:128].reshape(2, 64)
-    reference = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, local_files_only=True)
+    reference = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32, local_files_only=True)
     gguf = _gguf(Student.teacher(checkpoint), tmp_path / "model.gguf", n_ctx=512)
     assert divergence(log_probs(reference, tokens_BT), gguf, tokens_BT) > 1e-3
 
 
 def _gguf(student: Student, path: Path, n_ctx: int) -> LlamaCppBackend:
     write_gguf(student, "F32", path, name="toy", threads=1)
-    assert predict_file_size(student.spec, student.source.folder, "F32", "toy") == path.stat().st_size
+    assert predict_file_size(student.spec, student.source, "F32", "toy") == path.stat().st_size
     return LlamaCppBackend(path, n_ctx=n_ctx, kv_type="f32", threads=1)
 
 
@@ -175,7 +176,7 @@ def test_onnx_runtime_turns_a_growing_text_as_transformers_does(
         return int(logits_V.argmax())
 
     OnnxRuntimeBackend(tmp_path / "onnx", threads=1).generate(prompt, 12, choose)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32, local_files_only=True)
     expected = model.generate(
         torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),

@@ -18,7 +18,8 @@ from compressors.calibration.splits import read_splits
 from compressors.model.description.spec import MoeSize
 from compressors.model.errors import BudgetError, InputError, UnsupportedError
 from compressors.model.files.gguf_file import GgufFile
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
+from compressors.model.sources.source import Source
 from compressors.model.sources.student import Student
 from exporter.planning.job import Flags
 from exporter.planning.planner import TextCounts, choose_recipe
@@ -81,7 +82,7 @@ def test_a_head_of_its_own_goes_before_tie_word_embeddings(
     def add_head(tensors: dict[str, torch.Tensor]) -> None:
         tensors[_HEAD] = tensors[_EMBEDDING].flip(0).contiguous()
 
-    student = Student.teacher(Checkpoint(_change_tensors(toy, add_head)))
+    student = Student.teacher(open_source(_change_tensors(toy, add_head)))
     assert not student.spec.tied_embeddings
     tokens_BT = heldout_tokens[:128].reshape(2, 64)
     expected = log_probs(_transformers(toy), tokens_BT)
@@ -93,13 +94,13 @@ def test_a_head_of_its_own_goes_before_tie_word_embeddings(
 
 
 def test_a_head_that_equals_the_embedding_stays_tied(toy: Path) -> None:
-    n_parameters = Checkpoint(toy).spec.parameters
+    n_parameters = open_source(toy).spec.parameters
     for widened in (False, True):  # the same values in another dtype are the same head
 
         def add_head(tensors: dict[str, torch.Tensor], widened: bool = widened) -> None:
             tensors[_HEAD] = tensors[_EMBEDDING].float() if widened else tensors[_EMBEDDING].clone()
 
-        spec = Checkpoint(_change_tensors(toy, add_head)).spec
+        spec = open_source(_change_tensors(toy, add_head)).spec
         assert spec.tied_embeddings
         assert spec.parameters == n_parameters
 
@@ -113,19 +114,19 @@ def test_heads_that_transformers_would_invent_or_move_are_refused(toy: Path) -> 
         tensors[_HEAD] = tensors[_HEAD][:100].clone()
 
     with pytest.raises(InputError, match=r"without lm_head\.weight, and tie_word_embeddings is not true"):
-        Checkpoint(_change(toy, tie_word_embeddings=False))
+        open_source(_change(toy, tie_word_embeddings=False))
     _change(toy, tie_word_embeddings=True)
     with pytest.raises(InputError, match=r"only lm_head\.weight is there"):
-        Checkpoint(_change_tensors(toy, rename_embedding))
+        open_source(_change_tensors(toy, rename_embedding))
     with pytest.raises(InputError, match=r"lm_head\.weight has shape \[100, 256\]"):
-        Checkpoint(_change_tensors(toy, cut_head))
+        open_source(_change_tensors(toy, cut_head))
 
 
 def test_a_window_becomes_the_context_of_both_files(
     toy_checkpoint: Callable[..., Path], tmp_path: Path, heldout_tokens: npt.NDArray[np.int64]
 ) -> None:
     folder = _change(toy_checkpoint(tmp_path, model="coarse"), sliding_window=96)
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_source(folder)
     student = Student.teacher(checkpoint)
     tokens_BT = heldout_tokens[:192].reshape(2, 96)
     expected = log_probs(_transformers(folder), tokens_BT)
@@ -153,14 +154,14 @@ def test_scalings_that_depend_on_the_length_of_a_text_are_named(
     folder = toy_checkpoint(tmp_path, model="coarse")
     factors = {"short_factor": [1.0] * 16, "long_factor": [4.0] * 16, "original_max_position_embeddings": 512}
     named = find_deviations(
-        Checkpoint(_change(folder, rope_scaling={"type": "longrope", **factors})), ("gguf", "onnx"), "toy"
+        open_source(_change(folder, rope_scaling={"type": "longrope", **factors})), ("gguf", "onnx"), "toy"
     )
     assert [entry.artifact for entry in named if "above 512 tokens" in entry.what] == ["gguf"]
     named = find_deviations(
-        Checkpoint(_change(folder, rope_scaling={"type": "dynamic", "factor": 2.0})), ("gguf", "onnx"), "toy"
+        open_source(_change(folder, rope_scaling={"type": "dynamic", "factor": 2.0})), ("gguf", "onnx"), "toy"
     )
     assert sum("written for the 2,048 tokens" in entry.what for entry in named) == 2
-    assert not find_deviations(Checkpoint(_change(folder, rope_scaling=None)), ("onnx",), "toy")
+    assert not find_deviations(open_source(_change(folder, rope_scaling=None)), ("onnx",), "toy")
 
 
 def _mixtral(folder: Path, head_dim: int) -> Path:
@@ -186,18 +187,18 @@ def test_heads_of_sixteens_run_in_both_runtimes(tmp_path: Path, head_dim: int) -
     folder = _mixtral(tmp_path / "model", head_dim)
     tokens_BT = np.arange(64).reshape(2, 32)
     expected = log_probs(_transformers(folder), tokens_BT)
-    write_onnx(Student.teacher(Checkpoint(folder)), "F32", tmp_path / "onnx", threads=1)
+    write_onnx(Student.teacher(open_source(folder)), "F32", tmp_path / "onnx", threads=1)
     assert divergence(expected, OnnxRuntimeBackend(tmp_path / "onnx", threads=1), tokens_BT) < SAME
 
 
 @pytest.mark.parametrize("head_dim", [8, 24, 40, 100])
 def test_other_heads_are_refused_before_any_work(tmp_path: Path, head_dim: int) -> None:
-    spec = Checkpoint(_mixtral(tmp_path / "model", head_dim)).spec
+    spec = open_source(_mixtral(tmp_path / "model", head_dim)).spec
     with pytest.raises(UnsupportedError, match=f"this model's have {head_dim}: .* use --formats gguf"):
         plan_tensors(spec, "F32")
 
 
-def _plan(checkpoint: Checkpoint, texts: tuple[Path, Path], budget: int, **arguments: Any) -> Recipe:
+def _plan(checkpoint: Source, texts: tuple[Path, Path], budget: int, **arguments: Any) -> Recipe:
     job = Flags(budget=f"{budget}B", threads=1, budget_kind="file", **arguments).job()
     counts = TextCounts(calibration=500, selection=60, heldout_files=2)
     return choose_recipe(job, checkpoint, "toy", read_splits(*texts), counts, 8_000_000_000)[0]
@@ -205,7 +206,7 @@ def _plan(checkpoint: Checkpoint, texts: tuple[Path, Path], budget: int, **argum
 
 def test_rows_that_few_blocks_fit_take_the_types_that_do(toy: Path, small_texts: tuple[Path, Path]) -> None:
     """Experts of width 48: GGUF has 16 bits for such rows, ONNX blocks of 16."""
-    checkpoint = Checkpoint(toy)
+    checkpoint = open_source(toy)
     checkpoint.spec = checkpoint.spec.with_sizes([MoeSize(32, 48)] * 2)
     recipe = _plan(checkpoint, small_texts, 5_000_000, formats="gguf,onnx")
     types, encodings = recipe.file("gguf").tensors, recipe.file("onnx").tensors
@@ -219,7 +220,7 @@ def test_rows_that_few_blocks_fit_take_the_types_that_do(toy: Path, small_texts:
 
 
 def test_a_reason_that_no_type_can_mend_is_the_message(toy: Path, small_texts: tuple[Path, Path]) -> None:
-    checkpoint = Checkpoint(toy)
+    checkpoint = open_source(toy)
     checkpoint.spec = altered(checkpoint.spec, normalizes=False)
     with pytest.raises(UnsupportedError, match="always normalises"):
         _plan(checkpoint, small_texts, 100_000, formats="gguf")

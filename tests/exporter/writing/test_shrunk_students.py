@@ -17,7 +17,8 @@ from compressors.model.errors import UnsupportedError
 from compressors.model.predictions.routing_record import NO_EXPERT, RoutingRecord
 from compressors.model.running.recorder import RoutingRecorder
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
+from compressors.model.sources.source import Source
 from compressors.model.sources.student import ExpertMap, Student
 from compressors.shrink.layerwise import LayerTarget, LayerwiseCompression
 from compressors.shrink.merge import REAM
@@ -42,15 +43,15 @@ def tokens_BT(heldout_tokens: Tokens) -> Tokens:
 
 
 @pytest.fixture(scope="module")
-def compressed(heldout_tokens: Tokens) -> Callable[[Checkpoint, Sequence[LayerTarget]], Student]:
+def compressed(heldout_tokens: Tokens) -> Callable[[Source, Sequence[LayerTarget]], Student]:
     """Applies the targets' methods, one-shot."""
     text_BT = torch.from_numpy(heldout_tokens[: 4 * 128].reshape(4, 128))
     found: dict[Path, list[LayerStatistics]] = {}
 
-    def compress(source: Checkpoint, targets: Sequence[LayerTarget]) -> Student:
-        if source.folder not in found:
-            found[source.folder] = _statistics(Student.teacher(source), text_BT)
-        run = LayerwiseCompression(source, targets, found[source.folder], text_BT, n_sample_blocks=4).run()
+    def compress(source: Source, targets: Sequence[LayerTarget]) -> Student:
+        if source.path not in found:
+            found[source.path] = _statistics(Student.teacher(source), text_BT)
+        run = LayerwiseCompression(source, targets, found[source.path], text_BT, n_sample_blocks=4).run()
         layers = list(run)
         overlay = {name: tensor for layer in layers for name, tensor in layer.overlay.items()}
         return Student(source, ExpertMap(source.spec.n_experts, tuple(layer.map for layer in layers)), overlay)
@@ -100,7 +101,7 @@ def _assert_equal_runs(
         )
 
 
-def _layers_that_differ(source: Checkpoint) -> tuple[list[LayerTarget], list[int]]:
+def _layers_that_differ(source: Source) -> tuple[list[LayerTarget], list[int]]:
     """Few narrow experts of a width that is no multiple of 32; none; merged ones; one; all. And which have experts."""
     n_experts, width = source.spec.n_experts, source.spec.expert_width
     targets = [
@@ -118,7 +119,7 @@ def _layers_that_differ(source: Checkpoint) -> tuple[list[LayerTarget], list[int
 def test_onnx_runs_layers_that_differ(
     family_folder: Path, compressed: Callable[..., Student], tokens_BT: Tokens, tmp_path: Path
 ) -> None:
-    source = Checkpoint(family_folder)
+    source = open_source(family_folder)
     targets, with_experts = _layers_that_differ(source)
     student = compressed(source, targets)
     write_onnx(student, "F32", tmp_path / "onnx", threads=1)
@@ -136,7 +137,7 @@ def test_onnx_runs_layers_that_differ(
 def test_onnx_quantizes_layers_that_differ(
     fine_folder: Path, compressed: Callable[..., Student], tokens_BT: Tokens, tmp_path: Path
 ) -> None:
-    source = Checkpoint(fine_folder)
+    source = open_source(fine_folder)
     targets = [
         LayerTarget(0, MoeSize(12, 64), (REAM(12), SlimWidth(64))),
         LayerTarget(1, NO_MOE),
@@ -159,12 +160,12 @@ def test_onnx_quantizes_layers_that_differ(
 def test_onnx_names_the_weight_whose_width_4_bits_cannot_have(
     fine_folder: Path, compressed: Callable[..., Student], tmp_path: Path
 ) -> None:
-    student = compressed(Checkpoint(fine_folder), _layers_that_differ(Checkpoint(fine_folder))[0])
+    student = compressed(open_source(fine_folder), _layers_that_differ(open_source(fine_folder))[0])
     with pytest.raises(UnsupportedError, match=r"layers\.0\..*down.* rows of 40 values.*these encodings fit: F32"):
         write_onnx(student, "Q4_0", tmp_path / "onnx", threads=1)
 
 
-def _layers_alike(source: Checkpoint) -> list[LayerTarget]:
+def _layers_alike(source: Source) -> list[LayerTarget]:
     """Two blocks dropped (of three: one); six merged experts, half as wide."""
     sources = [0, 1, 3, 5] if source.spec.n_layers > 3 else [0, 2]
     width = source.spec.expert_width // 2
@@ -174,10 +175,10 @@ def _layers_alike(source: Checkpoint) -> list[LayerTarget]:
 def test_llama_cpp_runs_a_student_that_lost_blocks_experts_and_neurons(
     family_folder: Path, compressed: Callable[..., Student], tokens_BT: Tokens, tmp_path: Path
 ) -> None:
-    student = compressed(Checkpoint(family_folder), _layers_alike(Checkpoint(family_folder)))
+    student = compressed(open_source(family_folder), _layers_alike(open_source(family_folder)))
     path = tmp_path / "f32.gguf"
     write_gguf(student, "F32", path, name="x", threads=1)
-    assert path.stat().st_size == predict_file_size(student.spec, family_folder, "F32", "x")
+    assert path.stat().st_size == predict_file_size(student.spec, student.source, "F32", "x")
     backend = LlamaCppBackend(path, kv_type="f32", threads=1)
     _assert_equal_runs(backend, student, tokens_BT, range(student.spec.n_layers))
 
@@ -186,13 +187,13 @@ def test_llama_cpp_runs_a_student_that_lost_blocks_experts_and_neurons(
 def test_stock_transformers_loads_a_student_that_lost_blocks_experts_and_neurons(
     family_folder: Path, compressed: Callable[..., Student], tokens_BT: Tokens, tmp_path: Path
 ) -> None:
-    student = compressed(Checkpoint(family_folder), _layers_alike(Checkpoint(family_folder)))
+    student = compressed(open_source(family_folder), _layers_alike(open_source(family_folder)))
     write_checkpoint(student, tmp_path / "student")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32).eval()
     assert stock.config.num_hidden_layers == student.spec.n_layers
     logits_BTV = stock(torch.from_numpy(tokens_BT)).logits.numpy()
     assert np.abs(logits_BTV - _streamed(student, tokens_BT)[0]).max() < 1e-4
-    again = Checkpoint(tmp_path / "student")
+    again = open_source(tmp_path / "student")
     assert again.spec == student.spec
     assert np.abs(_streamed(Student.teacher(again), tokens_BT)[0] - logits_BTV).max() < 1e-4
 
@@ -200,7 +201,7 @@ def test_stock_transformers_loads_a_student_that_lost_blocks_experts_and_neurons
 def test_gguf_and_the_saved_student_refuse_layers_that_differ(
     fine_folder: Path, compressed: Callable[..., Student], tmp_path: Path
 ) -> None:
-    student = compressed(Checkpoint(fine_folder), _layers_that_differ(Checkpoint(fine_folder))[0])
+    student = compressed(open_source(fine_folder), _layers_that_differ(open_source(fine_folder))[0])
     sizes = "3 experts of width 40, no experts, 6 experts of width 128, 1 experts of width 128"
     with pytest.raises(UnsupportedError, match=rf"qwen3moe graph .* these layers have {sizes}: .*--formats onnx"):
         write_gguf(student, "F32", tmp_path / "x.gguf", name="x", threads=1)

@@ -15,9 +15,9 @@ from gguf import GGMLQuantizationType, GGUFReader
 from compressors.model.description.roles import Role
 from compressors.model.errors import InputError
 from compressors.model.files.weight_file import StoredTensors
-from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.gguf import GgufWeights
 from compressors.model.sources.onnx import OnnxWeights
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student
 from compressors.model.sources.weights import WrittenWeights
 from exporter.writing import files
@@ -39,7 +39,7 @@ _ROUTER, _NORM = "blk.1.ffn_gate_inp.weight", "output_norm.weight"
 @pytest.fixture(params=["fine", "coarse"])
 def student(request: pytest.FixtureRequest, tmp_path: Path, toy_checkpoint: Callable[..., Path]) -> Student:
     """Two layers of a trained model with four of its experts."""
-    source = Checkpoint(toy_checkpoint(tmp_path, n_layers=2, model=request.param))
+    source = open_source(toy_checkpoint(tmp_path, n_layers=2, model=request.param))
     return Student(source, ExpertMap.keeping(source.spec.n_experts, [[5, 0, 3, 6], [1, 7, 2, 4]]))
 
 

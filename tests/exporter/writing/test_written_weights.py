@@ -19,9 +19,9 @@ from compressors.model.description.roles import Role
 from compressors.model.errors import InputError
 from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
 from compressors.model.running.layers import LayerReader, layer_bytes
-from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.gguf import GgufWeights
 from compressors.model.sources.onnx import OnnxWeights
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student
 from exporter.writing.gguf.layout import plan_tensors
 from exporter.writing.gguf.writer import write_gguf
@@ -42,7 +42,7 @@ def student(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, toy_checkpoint: Callable[..., Path]
 ) -> Student:
     """Two layers of a trained model with four of its experts, others in each layer and not in order."""
-    source = Checkpoint(toy_checkpoint(tmp_path_factory.mktemp("written"), n_layers=2, model=request.param))
+    source = open_source(toy_checkpoint(tmp_path_factory.mktemp("written"), n_layers=2, model=request.param))
     return Student(source, ExpertMap.keeping(source.spec.n_experts, [[5, 0, 3, 6], [1, 7, 2, 4]]))
 
 
@@ -123,7 +123,7 @@ def test_the_streamed_file_predicts_what_the_runtimes_predict(
     fine_folder: Path, heldout_tokens: Tokens, tmp_path: Path
 ) -> None:
     """Far more closely than the unquantized student does: what is left is the runtime's own arithmetic."""
-    source = Checkpoint(fine_folder)
+    source = open_source(fine_folder)
     student = Student(source, ExpertMap.keeping(source.spec.n_experts, [range(0, 32, 2)] * 6))
     write_gguf(student, "Q4_0", tmp_path / "x.gguf", name="x", threads=1)
     write_onnx(student, "Q4_0", tmp_path / "onnx", threads=1)

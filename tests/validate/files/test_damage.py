@@ -22,7 +22,7 @@ from benchmarks.damage.metadata import rewrite
 from compressors.model.description.roles import Role
 from compressors.model.files.ggml import GGMLQuantizationType, dequantize_rows, ggml_library_for, row_bytes
 from compressors.model.files.gguf_file import GgufFile
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from exporter.cli import main
 from exporter.writing.gguf.container import uint32
@@ -46,7 +46,7 @@ class Workshop:
 
     @property
     def original(self) -> Student:
-        return Student.teacher(Checkpoint(self.checkpoint))
+        return Student.teacher(open_source(self.checkpoint))
 
     def write(self, student: Student, file_format: str, name: str) -> Path:
         path = self.folder / f"{name}-{file_format}"
@@ -215,7 +215,7 @@ def test_another_rope_base_fails_and_is_named(workshop: Workshop, file_format: s
     shutil.copytree(workshop.checkpoint, other)
     config = json.loads((other / "config.json").read_text(encoding="utf-8"))
     (other / "config.json").write_text(json.dumps(config | {"rope_theta": 1e6}), encoding="utf-8")
-    path = workshop.write(Student.teacher(Checkpoint(other)), file_format, "rope")
+    path = workshop.write(Student.teacher(open_source(other)), file_format, "rope")
     exit_code, report, _ = _validate(workshop, path)
     assert exit_code == 4
     assert {"settings", "kld", "top1", "routing"} <= _failed(report)

@@ -11,7 +11,7 @@ import pytest
 
 from compressors.model.errors import InputError
 from compressors.model.files.gguf_file import GgufFile
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student
 from exporter.writing.gguf.writer import write_gguf
 from exporter.writing.onnx.writer import write_onnx
@@ -26,7 +26,7 @@ def student(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, toy_checkpoint: Callable[..., Path]
 ) -> Student:
     """One layer with six experts."""
-    source = Checkpoint(toy_checkpoint(tmp_path_factory.mktemp("facts"), n_layers=1, model=request.param))
+    source = open_source(toy_checkpoint(tmp_path_factory.mktemp("facts"), n_layers=1, model=request.param))
     return Student(source, ExpertMap.keeping(source.spec.n_experts, [range(6)]))
 
 
@@ -83,6 +83,6 @@ def test_files_are_found_wherever_they_lie(student: Student, tmp_path: Path) -> 
         assert found is not None
         assert (found.format, found.path) == ("onnx", graph)
     assert find_model_file(tmp_path / "nothing") is None
-    assert find_model_file(student.source.folder) is None
+    assert find_model_file(student.source.path) is None
     with pytest.raises(InputError, match=r"no readable ONNX graph"):
         onnx_facts(tmp_path / "x.bin")

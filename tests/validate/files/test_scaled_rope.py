@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from compressors.model.files.gguf_file import GgufFile
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from exporter.writing.gguf.writer import write_gguf
 from exporter.writing.onnx.layout import DATA_FILE, MODEL_FILE, plan_tensors
@@ -40,7 +40,7 @@ def student(request: pytest.FixtureRequest, toy_checkpoint: Callable[..., Path],
     config = json.loads((folder / "config.json").read_text())
     config["rope_scaling"] = {"rope_type": request.param, **_SCALINGS[request.param]}
     (folder / "config.json").write_text(json.dumps(config))
-    return Student.teacher(Checkpoint(folder))
+    return Student.teacher(open_source(folder))
 
 
 def test_the_model_s_own_scaling_is_no_symptom_and_another_s_is(student: Student, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compressors.calibration.splits import load_tokenizer
 from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from validate.metrics.cloze import LastWord, cloze_figures, find_last_words, load_last_words, save_last_words
 from validate.metrics.evaluation import evaluate
@@ -62,7 +62,7 @@ def test_an_answer_is_right_where_greedy_decoding_writes_the_word(
     folder = toy_checkpoint(tmp_path, n_layers=2)
     chunks_BT = heldout_tokens[6000 : 6000 + 3 * 128].reshape(3, 128)
     words = find_last_words(chunks_BT, load_tokenizer(folder))
-    source = Checkpoint(folder)
+    source = open_source(folder)
     writer = LogProbWriter(tmp_path / "own", 3 * 63, source.spec.vocab_size)
     backend = TorchBackend(Student.teacher(source))
     evaluate(backend, chunks_BT, {}, record=writer)

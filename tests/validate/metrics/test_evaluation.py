@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from compressors.model.errors import InputError
 from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
 from compressors.model.predictions.routing_record import RoutingRecord
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student
 from validate.metrics.evaluation import AgainstReference, Evaluation, evaluate
 from validate.runtimes.backend import scored_positions
@@ -42,7 +42,7 @@ def chunks_BT(heldout_tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 
 def _pruned(toy: Path) -> Student:
-    return Student(Checkpoint(toy), ExpertMap.keeping(32, (tuple(range(12)), tuple(range(20, 32)))))
+    return Student(open_source(toy), ExpertMap.keeping(32, (tuple(range(12)), tuple(range(20, 32)))))
 
 
 def _log_softmax(logits: Floats) -> Floats:
@@ -78,7 +78,7 @@ def recorded(
     """The teacher's evaluation, and its recorded log-probabilities."""
     folder = tmp_path_factory.mktemp("recorded") / "log_probs"
     writer = LogProbWriter(folder, 3 * 31, 4096)
-    evaluation = evaluate(TorchBackend(Student.teacher(Checkpoint(toy))), chunks_BT, {}, record=writer)
+    evaluation = evaluate(TorchBackend(Student.teacher(open_source(toy))), chunks_BT, {}, record=writer)
     return evaluation, folder
 
 
@@ -129,7 +129,7 @@ def test_a_model_does_not_diverge_from_its_own_recording(
     first, folder = recorded
     progress: list[int] = []
     again = evaluate(
-        TorchBackend(Student.teacher(Checkpoint(toy))),
+        TorchBackend(Student.teacher(open_source(toy))),
         chunks_BT,
         {"itself": LogProbReader(folder)},
         progress=progress.append,
@@ -146,7 +146,7 @@ def test_a_reference_in_another_order_is_noticed(
     """Were the rows not those of the same chunk, the divergence could not be small."""
     reversed_chunks = np.ascontiguousarray(chunks_BT[::-1])
     reference = {"teacher": LogProbReader(recorded[1])}
-    evaluation = evaluate(TorchBackend(Student.teacher(Checkpoint(toy))), reversed_chunks, reference)
+    evaluation = evaluate(TorchBackend(Student.teacher(open_source(toy))), reversed_chunks, reference)
     assert evaluation.against["teacher"].kl_divergence_N.mean() > 0.5
 
 
@@ -191,7 +191,7 @@ def test_a_reference_of_another_vocabulary_is_refused(
 ) -> None:
     writer = LogProbWriter(tmp_path / "other", 3 * 31, 100)
     writer.write(0, torch.zeros(3 * 31, 100))
-    backend = TorchBackend(Student.teacher(Checkpoint(toy)))
+    backend = TorchBackend(Student.teacher(open_source(toy)))
     with pytest.raises(InputError, match=r"a vocabulary of 100 and the model one of 4,096"):
         evaluate(backend, chunks_BT, {"other": LogProbReader(tmp_path / "other")})
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from compressors.model.predictions.next_token import draw_tokens
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.running.streaming import StreamedModel
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from exporter.stages.teacher.texts import streamed_texts
 from exporter.writing.gguf.writer import write_gguf
@@ -174,7 +174,7 @@ def test_the_teacher_s_texts_are_those_of_stock_transformers(
     toy_folder: Path, prompts_PT: _Tokens, expected: GeneratedTexts, tmp_path: Path
 ) -> None:
     """All six texts together, and a few at a time."""
-    teacher = Student.teacher(Checkpoint(toy_folder))
+    teacher = Student.teacher(open_source(toy_folder))
     done: list[int] = []
     _assert_equal(streamed_texts(StreamedModel(teacher), prompts_PT, done.append), expected)
     assert sum(done) == 2 * expected.greedy_PN.size
@@ -191,7 +191,7 @@ def test_a_runtime_s_texts_are_those_of_stock_transformers(
     runtime: str, toy_folder: Path, prompts_PT: _Tokens, expected: GeneratedTexts, tmp_path: Path
 ) -> None:
     """Of float32 files, sampled ones too: the numbers that draw are the same."""
-    student = Student.teacher(Checkpoint(toy_folder))
+    student = Student.teacher(open_source(toy_folder))
     backend: RuntimeBackend
     if runtime == "llama.cpp":
         write_gguf(student, "F32", tmp_path / "toy.gguf", name="toy", threads=1)

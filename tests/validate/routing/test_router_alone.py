@@ -12,7 +12,7 @@ import pytest
 
 from compressors.model.description.roles import Role
 from compressors.model.errors import InputError, MoeExportError
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student
 from exporter.writing.gguf.writer import write_gguf
 from exporter.writing.onnx.writer import write_onnx
@@ -55,7 +55,7 @@ def recorded(
 ) -> _Recorded:
     """Half of the experts of two layers; three chunks of 128 tokens, two of them kept."""
     folder = tmp_path_factory.mktemp("router_alone")
-    source = Checkpoint(toy_checkpoint(folder, n_layers=2))
+    source = open_source(toy_checkpoint(folder, n_layers=2))
     student = Student(source, ExpertMap.keeping(32, [range(0, 32, 2), range(16)]))
     tokens_BT = heldout_tokens[9000 : 9000 + 3 * 128].reshape(3, 128)
     recorder = RouterInputRecorder(folder / "inputs", student.spec, _KEPT, 128)

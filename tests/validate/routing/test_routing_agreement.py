@@ -12,7 +12,8 @@ import pytest
 
 from compressors.model.description.roles import Role
 from compressors.model.predictions.routing_record import RoutingRecord
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
+from compressors.model.sources.source import Source
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 from validate.metrics.bootstrap import mean_interval
 from validate.metrics.evaluation import evaluate
@@ -194,15 +195,15 @@ def test_same_sets_in_any_order() -> None:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory, toy_checkpoint: Callable[..., Path]) -> Checkpoint:
-    return Checkpoint(toy_checkpoint(tmp_path_factory.mktemp("routing"), n_layers=2))
+def source(tmp_path_factory: pytest.TempPathFactory, toy_checkpoint: Callable[..., Path]) -> Source:
+    return open_source(toy_checkpoint(tmp_path_factory.mktemp("routing"), n_layers=2))
 
 
 def _run(student: Student, tokens_BT: npt.NDArray[np.int64]) -> RoutingRecord:
     return evaluate(TorchBackend(student), tokens_BT, {}).routing
 
 
-def test_a_permuted_router_is_caught(source: Checkpoint, heldout_tokens: npt.NDArray[np.int64]) -> None:
+def test_a_permuted_router_is_caught(source: Source, heldout_tokens: npt.NDArray[np.int64]) -> None:
     """Router rows in another order than the experts: the export bug that this measure exists for."""
     tokens_BT = heldout_tokens[:256].reshape(2, 128)
     teacher = Student.teacher(source)
@@ -217,7 +218,7 @@ def test_a_permuted_router_is_caught(source: Checkpoint, heldout_tokens: npt.NDA
 
 
 def test_a_pruned_first_layer_routes_as_the_teacher_among_the_survivors(
-    source: Checkpoint, heldout_tokens: npt.NDArray[np.int64]
+    source: Source, heldout_tokens: npt.NDArray[np.int64]
 ) -> None:
     """Layer 0 sees the teacher's inputs: whoever of A is left is in B, and the order by gate weight stays."""
     tokens_BT = heldout_tokens[:256].reshape(2, 128)

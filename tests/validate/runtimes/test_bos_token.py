@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from compressors.model.errors import InputError
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from exporter.writing.gguf.writer import write_gguf
 from exporter.writing.onnx.clients import write_client_files
@@ -24,7 +24,7 @@ _BOS = "<|im_start|>"
 
 @pytest.fixture
 def student(toy_checkpoint: Callable[..., Path], tmp_path: Path) -> Student:
-    return Student.teacher(Checkpoint(toy_checkpoint(tmp_path, n_layers=1)))
+    return Student.teacher(open_source(toy_checkpoint(tmp_path, n_layers=1)))
 
 
 def _begin_texts_with_bos(folder: Path) -> int:
@@ -40,7 +40,7 @@ def _begin_texts_with_bos(folder: Path) -> int:
 
 @pytest.mark.parametrize("with_bos", [True, False])
 def test_runtimes_know_the_token_before_a_text(student: Student, tmp_path: Path, with_bos: bool) -> None:
-    bos = _begin_texts_with_bos(student.source.folder) if with_bos else None
+    bos = _begin_texts_with_bos(student.source.path) if with_bos else None
     write_gguf(student, "Q8_0", tmp_path / "model.gguf", name="x", threads=1)
     assert LlamaCppBackend(tmp_path / "model.gguf", threads=1).bos_token == bos
     write_onnx(student, "Q4_0", tmp_path / "onnx", importance=None, threads=1, progress=None)

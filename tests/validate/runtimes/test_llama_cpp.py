@@ -19,7 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compressors.model.errors import InputError
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student
 from exporter.writing.gguf.writer import write_gguf
 from validate.metrics.generation import greedy
@@ -56,7 +56,7 @@ def _sliced_reference(folder: Path, experts: ExpertMap) -> Any:
 
 @pytest.fixture(scope="module", params=["all experts", "half of the experts"])
 def pair(request: pytest.FixtureRequest, family_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> _Pair:
-    checkpoint = Checkpoint(family_folder)
+    checkpoint = open_source(family_folder)
     student = Student.teacher(checkpoint)
     if request.param != "all experts":
         random, total = np.random.default_rng(5), checkpoint.spec.n_experts
@@ -135,7 +135,7 @@ def test_greedy_text_is_that_of_transformers(pair: _Pair, heldout_tokens: npt.ND
 @pytest.fixture(scope="module")
 def quantized_file(tmp_path_factory: pytest.TempPathFactory, toy_checkpoint: Callable[..., Path]) -> Path:
     folder = tmp_path_factory.mktemp("quantized")
-    student = Student.teacher(Checkpoint(toy_checkpoint(folder, n_layers=2)))
+    student = Student.teacher(open_source(toy_checkpoint(folder, n_layers=2)))
     write_gguf(student, "Q4_K", folder / "q4_k.gguf", name="x", threads=2)
     return folder / "q4_k.gguf"
 

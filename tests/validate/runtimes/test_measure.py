@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from compressors.model.errors import InputError, MoeExportError
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from exporter.writing.gguf.writer import write_gguf
 from exporter.writing.onnx.writer import write_onnx
@@ -42,7 +42,7 @@ def test_a_runtime_by_itself_needs_megabytes_but_not_torch_s(artifact: str) -> N
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory, toy_checkpoint: Callable[..., Path]) -> Student:
-    return Student.teacher(Checkpoint(toy_checkpoint(tmp_path_factory.mktemp("measure"), n_layers=1)))
+    return Student.teacher(open_source(toy_checkpoint(tmp_path_factory.mktemp("measure"), n_layers=1)))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.scale.checkpoints import MODELS, write_checkpoint
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from exporter.writing.gguf.writer import write_gguf
 
@@ -49,7 +49,7 @@ print(alone, recorded, peak_rss_bytes())
 def test_a_large_vocabulary_takes_no_memory_beside_the_runtime_s(tmp_path: Path) -> None:
     """The logits of a chunk are 19 MB here; six chunks recorded and compared must not need them again and again."""
     write_checkpoint({**MODELS["qwen3-30b"], **_SMALL, "vocab_size": _VOCABULARY}, tmp_path / "source")
-    write_gguf(Student.teacher(Checkpoint(tmp_path / "source")), "Q8_0", tmp_path / "model.gguf", name="x", threads=1)
+    write_gguf(Student.teacher(open_source(tmp_path / "source")), "Q8_0", tmp_path / "model.gguf", name="x", threads=1)
     command = [sys.executable, "-c", _SCRIPT, str(tmp_path), str(_VOCABULARY)]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3])
     alone, recorded, compared = map(int, result.stdout.split()[-3:])

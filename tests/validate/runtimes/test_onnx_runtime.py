@@ -18,8 +18,8 @@ from compressors.model.errors import InputError
 from compressors.model.families.config import read_spec
 from compressors.model.running.recorder import RoutingRecorder
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.onnx import OnnxWeights
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from exporter.writing.onnx.layout import DATA_FILE, MODEL_FILE
 from exporter.writing.onnx.writer import write_onnx
@@ -35,7 +35,7 @@ Tokens = npt.NDArray[np.int64]
 def folder(family_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Each trained model as float32 ONNX."""
     path = tmp_path_factory.mktemp("onnx")
-    write_onnx(Student.teacher(Checkpoint(family_folder)), "F32", path, threads=1)
+    write_onnx(Student.teacher(open_source(family_folder)), "F32", path, threads=1)
     return path
 
 
@@ -103,7 +103,7 @@ def test_a_prompt_longer_than_a_chunk(folder: Path, reference: PreTrainedModel, 
 
 def test_permuted_router_rows_are_noticed(family_folder: Path, folder: Path, tmp_path: Path, chunks: Tokens) -> None:
     """Routing comes from the file: the tokens of the damaged layer go elsewhere."""
-    student = Student.teacher(Checkpoint(family_folder))
+    student = Student.teacher(open_source(family_folder))
     router = student.tensor(Role.ROUTER, 2)
     damaged = student.with_overlay({student.name(Role.ROUTER, 2): router.roll(1, dims=0).float()})
     write_onnx(damaged, "F32", tmp_path, threads=1)
@@ -133,7 +133,7 @@ def test_weights_that_change_under_the_session_are_noticed(
     """The debug copy must be the shipped graph: here the file was replaced between the two."""
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     backend = OnnxRuntimeBackend(tmp_path, threads=1)
-    student = Student.teacher(Checkpoint(family_folder))
+    student = Student.teacher(open_source(family_folder))
     norm = student.tensor(Role.FINAL_NORM)
     write_onnx(student.with_overlay({student.name(Role.FINAL_NORM): norm * 1.01}), "F32", tmp_path, threads=1)
     with pytest.raises(OnnxRuntimeError, match="other logits"):
@@ -173,7 +173,7 @@ def test_cost_is_measured_in_a_process_of_its_own(folder: Path, chunks: Tokens) 
 
 def test_four_bit_routing_without_renormalisation_is_read(olmoe_folder: Path, chunks: Tokens, tmp_path: Path) -> None:
     """QMoE is given the gates of all experts there, by a node that must be recognised as the softmax of its logits."""
-    student = Student.teacher(Checkpoint(olmoe_folder))
+    student = Student.teacher(open_source(olmoe_folder))
     write_onnx(student, "Q4_0", tmp_path, threads=1)
     (output,) = OnnxRuntimeBackend(tmp_path, threads=1).run(chunks[:1])
     assert output.routing is not None

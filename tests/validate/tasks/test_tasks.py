@@ -12,7 +12,7 @@ import pytest
 
 from compressors.calibration.splits import load_tokenizer
 from compressors.model.errors import InputError
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from exporter.writing.gguf.writer import write_gguf
 from exporter.writing.onnx.writer import write_onnx
@@ -43,7 +43,7 @@ def folder(toy_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="module")
 def models(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, TextModel]:
-    student, out = Student.teacher(Checkpoint(folder)), tmp_path_factory.mktemp("files")
+    student, out = Student.teacher(open_source(folder)), tmp_path_factory.mktemp("files")
     write_gguf(student, "F32", out / "toy.gguf", name="toy", threads=1)
     write_onnx(student, "F32", out / "onnx", threads=1)
     return {

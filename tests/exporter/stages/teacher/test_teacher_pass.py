@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from compressors.model.running.memory import MemoryLimit
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from exporter.stages.inputs import Blocks
 from exporter.stages.teacher.teacher_pass import TeacherPass
 from exporter.work.snapshot import Snapshot
@@ -28,7 +28,7 @@ def blocks() -> Blocks:
 
 def _pass(model: Path, blocks: Blocks, folder: Path, n_bytes: int = 10**12) -> TeacherPass:
     limit = MemoryLimit(n_bytes, folder / "spill")
-    checkpoint, device = Checkpoint(model), torch.device("cpu")
+    checkpoint, device = open_source(model), torch.device("cpu")
     return TeacherPass(checkpoint, blocks, lambda file: file.within(folder), torch.bfloat16, limit, device)
 
 

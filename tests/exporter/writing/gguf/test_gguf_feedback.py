@@ -16,7 +16,7 @@ from compressors.calibration.second_moments import SecondMoments
 from compressors.calibration.splits import read_splits, tokenize
 from compressors.model.description.roles import Role
 from compressors.model.running.streaming import StreamedModel
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 from compressors.quantize import dequantize_rows, quantize_rows
 from compressors.quantize.feedback import quantize_rows_with_feedback
@@ -45,7 +45,7 @@ def calibrated(
 ) -> Calibrated:
     """Two layers of the fine model with 8 of their 32 experts."""
     folder = tmp_path_factory.mktemp("feedback")
-    source = Checkpoint(toy_checkpoint(folder, n_layers=2))
+    source = open_source(toy_checkpoint(folder, n_layers=2))
     student = Student(source, ExpertMap.keeping(32, (tuple(range(0, 32, 4)), tuple(range(31, 0, -4)))))
     return Calibrated(student, tokens_BT, folder / "inputs")
 
@@ -59,7 +59,7 @@ def written(calibrated: Calibrated, tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_size_is_predicted_to_the_byte(calibrated: Calibrated, written: Path) -> None:
     student = calibrated.student
-    assert written.stat().st_size == predict_file_size(student.spec, student.source.folder, "Q4_0", "x")
+    assert written.stat().st_size == predict_file_size(student.spec, student.source, "Q4_0", "x")
 
 
 def test_threads_change_no_byte(calibrated: Calibrated, written: Path, tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_outputs_are_nearer_to_the_original_s_on_other_text(
     """On text that the codes were not chosen for: experts' outputs err much less than with the kernel's codes."""
     _write(calibrated, tmp_path / "kernel.gguf", feedback=None)
     student, source = calibrated.student, calibrated.student.source
-    held_BT = tokenize(read_splits(heldout_folder, None), source.folder)[0].spread(_N_BLOCKS).tokens_BT
+    held_BT = tokenize(read_splits(heldout_folder, None), source.tokenizer_folder)[0].spread(_N_BLOCKS).tokens_BT
     held = write_layer_inputs(StreamedModel(student), held_BT, tmp_path / "held")
     experts = SecondMoments(student, held).layer(1).experts
     assert experts is not None
@@ -172,7 +172,7 @@ def test_the_tied_embedding_errs_in_both_its_uses(calibrated: Calibrated, tmp_pa
 def test_a_head_of_its_own_gets_feedback_and_its_embedding_none(
     toy_checkpoint: Callable[..., Path], tmp_path: Path, tokens_BT: torch.Tensor
 ) -> None:
-    student = Student(Checkpoint(toy_checkpoint(tmp_path, 1, "olmoe")), ExpertMap(16, (LayerMap(0, ((3,), (5,))),)))
+    student = Student(open_source(toy_checkpoint(tmp_path, 1, "olmoe")), ExpertMap(16, (LayerMap(0, ((3,), (5,))),)))
     calibrated = Calibrated(student, tokens_BT[:2], tmp_path / "inputs")
     _write(calibrated, tmp_path / "x.gguf")
     stored = _stored(tmp_path / "x.gguf")

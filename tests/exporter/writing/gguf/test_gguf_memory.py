@@ -15,7 +15,7 @@ from compressors.model.description.mixers import GroupedQuery
 from compressors.model.description.spec import LayerSpec
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.families.config import read_spec
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from exporter.writing.gguf.memory import predict_runtime_bytes
 from exporter.writing.gguf.writer import write_gguf
@@ -34,7 +34,7 @@ _MEASURE = (
 @pytest.fixture(scope="module")
 def file(family_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("memory") / "x.gguf"
-    write_gguf(Student.teacher(Checkpoint(family_folder)), "Q4_0", path, name="x", threads=2)
+    write_gguf(Student.teacher(open_source(family_folder)), "Q4_0", path, name="x", threads=2)
     return path
 
 

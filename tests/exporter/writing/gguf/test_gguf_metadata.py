@@ -16,6 +16,7 @@ from compressors.model.families.config import read_spec
 from exporter.writing.gguf.container import TensorEntry, render_header, render_values
 from exporter.writing.gguf.layout import plan_tensors
 from exporter.writing.gguf.metadata import gguf_file_name, model_metadata, moe_size_label, source_license
+from tests.described_folder import DescribedFolder
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def folder(fine_folder: Path, tmp_path: Path) -> Path:
 
 
 def _read(folder: Path, name: str = "org/Fine-Instruct-v1.1", preset: str = "Q4_K") -> dict[str, Any]:
-    metadata = model_metadata(read_spec(folder), folder, name, preset)
+    metadata = model_metadata(read_spec(folder), DescribedFolder(folder), name, preset)
     path = folder / "m.gguf"
     path.write_bytes(render_header(len(metadata), render_values(metadata), []))
     fields = gguf.GGUFReader(path).fields
@@ -116,17 +117,17 @@ def test_outside_the_hub_cache_the_card_names_the_ancestor(fine_folder: Path, tm
 )
 def test_what_a_card_has_no_place_for_is_left_out(folder: Path, card: str) -> None:
     (folder / "README.md").write_text(f"---\n{card}\n---\n", encoding="utf-8")
-    assert not source_license(folder)
+    assert not source_license(DescribedFolder(folder))
     assert _read(folder)["general.base_model.0.name"] == "Fine-32x3M"
 
 
 def test_a_card_without_bounds_is_refused(folder: Path) -> None:
     (folder / "README.md").write_text(f"---\nlicense: {'[' * 100_000}\n---\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"README\.md: the block between the --- lines is not YAML"):
-        source_license(folder)
+        source_license(DescribedFolder(folder))
     os.truncate(folder / "README.md", 10**12)
     with pytest.raises(InputError, match=r"README\.md has 1,000,000,000,000 bytes"):
-        source_license(folder)
+        source_license(DescribedFolder(folder))
 
 
 def test_a_damaged_card_is_refused(folder: Path) -> None:

@@ -15,7 +15,7 @@ from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec, MoeSize
 from compressors.model.families.config import read_spec
 from compressors.model.files.gguf_file import GgufFile
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student
 from exporter.validation.static_checks import check_weights
 from exporter.writing.gguf.container import TensorEntry, aligned, render_header, render_values
@@ -24,6 +24,7 @@ from exporter.writing.gguf.metadata import model_metadata
 from exporter.writing.gguf.mixes import ALIASES, MIXES, mix_named
 from exporter.writing.gguf.writer import write_gguf
 from tests.altered import altered
+from tests.described_folder import DescribedFolder
 from tests.llama_quantize import quantize, types_in_a_dry_run
 from validate.files.model_file import find_model_file
 
@@ -32,7 +33,7 @@ def _header_alone(spec: ModelSpec, folder: Path, path: Path) -> None:
     """A float32 file whose weights are holes."""
     tensors = plan_tensors(spec, "F32")
     entries = [TensorEntry(tensor.name, tensor.shape, tensor.ggml_type, tensor.n_bytes) for tensor in tensors]
-    metadata = model_metadata(spec, folder, "x", "F32")
+    metadata = model_metadata(spec, DescribedFolder(folder), "x", "F32")
     header = render_header(len(metadata), render_values(metadata), entries)
     with path.open("wb") as file:
         file.write(header)
@@ -83,7 +84,7 @@ def test_files_are_those_of_llama_quantize(
     tmp_path: Path, toy_checkpoint: Callable[..., Path], model: str, mix: str
 ) -> None:
     """Types, bytes and size of files of two layers, with one importance matrix."""
-    checkpoint = Checkpoint(toy_checkpoint(tmp_path, n_layers=2, model=model))
+    checkpoint = open_source(toy_checkpoint(tmp_path, n_layers=2, model=model))
     n_experts = 8 if model == "coarse" else 3
     student = Student(checkpoint, ExpertMap.keeping(checkpoint.spec.n_experts, [range(n_experts)] * 2))
     write_gguf(student, "F32", tmp_path / "f32.gguf", name="x", threads=1)
@@ -124,7 +125,7 @@ def test_aliases_are_the_tool_s() -> None:
 def test_coarse_types_are_no_damage_and_another_tensor_is(
     tmp_path: Path, toy_checkpoint: Callable[..., Path], mix: str
 ) -> None:
-    checkpoint = Checkpoint(toy_checkpoint(tmp_path, n_layers=1, model="coarse"))
+    checkpoint = open_source(toy_checkpoint(tmp_path, n_layers=1, model="coarse"))
     student = Student(checkpoint, ExpertMap.keeping(8, [range(3)]))
     importance = _importance(student.spec)
     write_gguf(student, mix, tmp_path / "x.gguf", importance=importance, name="x", threads=1)

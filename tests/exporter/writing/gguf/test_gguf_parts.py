@@ -115,7 +115,7 @@ def _importance(spec: ModelSpec) -> Importance:
 def _written(student: Student, folder: Path, mix: str) -> Path:
     path = folder / f"{mix}.gguf"
     write_gguf(student, mix, path, importance=_importance(student.spec), name="x", threads=2)
-    assert path.stat().st_size == predict_file_size(student.spec, student.source.folder, mix, "x")
+    assert path.stat().st_size == predict_file_size(student.spec, student.source, mix, "x")
     return path
 
 

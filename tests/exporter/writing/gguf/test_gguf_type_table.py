@@ -16,7 +16,7 @@ from compressors.model.description.roles import Role
 from compressors.model.families.config import read_spec
 from compressors.model.files.ggml_types import GGMLQuantizationType
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student
 from compressors.quantize import dequantize_rows, quantize_rows
 from compressors.sensitivity import Sensitivities, TypeTable, allocate, default_table, gather_sensitivities
@@ -31,7 +31,7 @@ _FEW = (_T.Q8_0, _T.Q5_0, _T.Q4_0, _T.Q3_K)
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory, toy_checkpoint: Callable[..., Path]) -> Student:
     """Two layers of the model with 32 experts."""
-    return Student.teacher(Checkpoint(toy_checkpoint(tmp_path_factory.mktemp("toy"), n_layers=2)))
+    return Student.teacher(open_source(toy_checkpoint(tmp_path_factory.mktemp("toy"), n_layers=2)))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_units_are_the_quantized_tensors_in_the_files_order_with_their_bytes(stu
 def test_an_untied_head_is_a_unit_and_a_dense_model_has_one_matrix_a_layer(
     olmoe_folder: Path, fine_folder: Path
 ) -> None:
-    spec = Checkpoint(olmoe_folder).spec
+    spec = open_source(olmoe_folder).spec
     assert [plan.name for plan in plan_gguf_units(spec)][:2] == ["token_embd.weight", "output.weight"]
     # all of a dense model's matrices are of one expert
     dense = read_spec(fine_folder).with_experts(1)

@@ -22,6 +22,7 @@ from exporter.writing.gguf.container import render_header, render_values
 from exporter.writing.gguf.metadata import model_metadata
 from exporter.writing.gguf.pre_tokenizers import CLOSE_PRE_TOKENIZERS, PRE_TOKENIZERS
 from exporter.writing.gguf.vocabulary import vocabulary_metadata
+from tests.described_folder import DescribedFolder
 
 _AWKWARD = (
     "  Don't we'LL  stop? 1234567 + 3.14\n\n\n\tdef f(x):\n        return x**2  # ok\r\n"
@@ -32,7 +33,7 @@ _AWKWARD = (
 def _write_vocabulary(folder: Path, path: Path) -> None:
     spec = read_spec(folder)
     metadata = {
-        **model_metadata(spec, folder, "vocabulary", "F32"),
+        **model_metadata(spec, DescribedFolder(folder), "vocabulary", "F32"),
         **vocabulary_metadata(folder, spec.vocab_size),
     }
     path.write_bytes(render_header(len(metadata), render_values(metadata), []))

@@ -18,7 +18,8 @@ from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
 from compressors.model.files.ggml_types import GGMLQuantizationType
 from compressors.model.files.gguf_file import GgufFile
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.opening import open_source
+from compressors.model.sources.source import Source
 from compressors.model.sources.student import ExpertMap, Student
 from compressors.quantize import dequantize_rows, fallback_type, kernels, quantize_rows
 from exporter.writing import files, pieces
@@ -30,12 +31,12 @@ _MIXES = ("F32", "BF16", "F16", "Q8_0", "Q5_1", "Q4_K_M", "Q4_0", "IQ4_XS", "MXF
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, toy_checkpoint: Callable[..., Path]) -> Checkpoint:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, toy_checkpoint: Callable[..., Path]) -> Source:
     """Two layers of the fine model."""
-    return Checkpoint(toy_checkpoint(tmp_path_factory.mktemp("writer"), n_layers=2))
+    return open_source(toy_checkpoint(tmp_path_factory.mktemp("writer"), n_layers=2))
 
 
-def _keep(checkpoint: Checkpoint, n_experts: int) -> Student:
+def _keep(checkpoint: Source, n_experts: int) -> Student:
     """Different experts in each layer, not in order."""
     random = np.random.default_rng(n_experts)
     total = checkpoint.spec.n_experts
@@ -55,22 +56,22 @@ def _importance(spec: ModelSpec) -> Importance:
 
 
 @pytest.mark.parametrize("preset", _MIXES)
-def test_size_is_predicted_to_the_byte(checkpoint: Checkpoint, tmp_path: Path, preset: str) -> None:
+def test_size_is_predicted_to_the_byte(checkpoint: Source, tmp_path: Path, preset: str) -> None:
     for n_experts in (1, 5, 32):
         student = _keep(checkpoint, n_experts)
         path = tmp_path / f"{n_experts}.gguf"
         written: list[int] = []
         write_gguf(student, preset, path, name="a name", threads=2, progress=written.append)
-        predicted = predict_file_size(student.spec, checkpoint.folder, preset, "a name")
+        predicted = predict_file_size(student.spec, checkpoint, preset, "a name")
         assert path.stat().st_size == sum(written) == predicted
 
 
-def test_types_of_single_tensors_are_written_and_predicted(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_types_of_single_tensors_are_written_and_predicted(checkpoint: Source, tmp_path: Path) -> None:
     student = _keep(checkpoint, 5)
     types = {"blk.0.ffn_down_exps.weight": "Q2_0", "blk.1.attn_k.weight": "F16", "token_embd.weight": "Q3_K"}
     path = tmp_path / "x.gguf"
     write_gguf(student, "Q8_0", path, types=types, name="x", threads=2)
-    assert path.stat().st_size == predict_file_size(student.spec, checkpoint.folder, "Q8_0", "x", types)
+    assert path.stat().st_size == predict_file_size(student.spec, checkpoint, "Q8_0", "x", types)
     file = GgufFile(path)
     assert file.metadata["general.file_type"] == 7
     for name, entry in file.tensors.items():
@@ -82,7 +83,7 @@ def test_types_of_single_tensors_are_written_and_predicted(checkpoint: Checkpoin
 
 
 def test_bytes_do_not_depend_on_the_run_or_the_number_of_threads(
-    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student = _keep(checkpoint, 6)
     importance = _importance(student.spec)
@@ -96,7 +97,7 @@ def test_bytes_do_not_depend_on_the_run_or_the_number_of_threads(
     assert files[0] == files[1] == files[2]
 
 
-def test_each_expert_is_quantized_with_its_own_importance(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_each_expert_is_quantized_with_its_own_importance(checkpoint: Source, tmp_path: Path) -> None:
     student = _keep(checkpoint, 4)
     importance = _importance(student.spec)
     write_gguf(student, "Q4_K_S", tmp_path / "x.gguf", importance=importance, name="x", threads=2)
@@ -114,7 +115,7 @@ def test_each_expert_is_quantized_with_its_own_importance(checkpoint: Checkpoint
             assert np.abs(restored - values.float().numpy()).max() < 0.1
 
 
-def test_overlay_is_what_is_written(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_overlay_is_what_is_written(checkpoint: Source, tmp_path: Path) -> None:
     student = _keep(checkpoint, 3)
     router = torch.randn(3, 256, generator=torch.Generator().manual_seed(1))
     student = student.with_overlay({student.name(Role.ROUTER, 1): router})
@@ -123,7 +124,7 @@ def test_overlay_is_what_is_written(checkpoint: Checkpoint, tmp_path: Path) -> N
     np.testing.assert_array_equal(tensors["blk.1.ffn_gate_inp.weight"].data, router.numpy())
 
 
-def test_a_failure_leaves_the_old_file_and_nothing_else(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_failure_leaves_the_old_file_and_nothing_else(checkpoint: Source, tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     path.write_text("old", encoding="ascii")
     student = _keep(checkpoint, 3)
@@ -137,7 +138,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(checkpoint: Checkpoint, 
 
 
 def test_what_cannot_be_written_is_said_first(
-    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student = _keep(checkpoint, 3)
     with pytest.raises(InputError, match="nowhere is not a folder"):
@@ -149,7 +150,7 @@ def test_what_cannot_be_written_is_said_first(
 
 
 def test_stock_llama_cpp_python_generates_text(family_folder: Path, tmp_path: Path) -> None:
-    write_gguf(Student.teacher(Checkpoint(family_folder)), "F32", tmp_path / "x.gguf", name="x", threads=2)
+    write_gguf(Student.teacher(open_source(family_folder)), "F32", tmp_path / "x.gguf", name="x", threads=2)
     llama = llama_cpp.Llama(str(tmp_path / "x.gguf"), n_ctx=64, n_threads=2, verbose=False)
     answer = llama("The history of", max_tokens=12, temperature=0.0)
     llama.close()

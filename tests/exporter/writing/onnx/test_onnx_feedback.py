@@ -112,7 +112,9 @@ def test_outputs_are_nearer_to_the_original_s_on_other_text(
     """In both layers, on text that the codes were not chosen for."""
     _write(calibrated, tmp_path / "plain", feedback=None)
     student = calibrated.student
-    held_BT = tokenize(read_splits(heldout_folder, None), student.source.folder)[0].spread(_N_BLOCKS).tokens_BT
+    held_BT = (
+        tokenize(read_splits(heldout_folder, None), student.source.tokenizer_folder)[0].spread(_N_BLOCKS).tokens_BT
+    )
     held = write_layer_inputs(StreamedModel(student), held_BT, tmp_path / "held")
     for layer in range(2):
         experts = SecondMoments(student, held).layer(layer).experts
