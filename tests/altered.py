@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+from safetensors.torch import load_file, save_file
 
 from compressors.model.description.feed_forward import Dense
 from compressors.model.description.roles import Role
 from compressors.model.description.rope import Rope
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.families.parts import dense_tensors
+from compressors.model.sources.checkpoint import Checkpoint
 
-__all__ = ["altered", "with_dense_layers"]
+__all__ = ["EMBEDDING_SCALE", "LOGIT_DIVISOR", "altered", "with_dense_layers", "with_factors"]
+
+EMBEDDING_SCALE, LOGIT_DIVISOR = 4.0, 2.0
+"""Powers of two, so that no value is rounded."""
 
 _OF_MIXER = ("n_heads", "n_kv_heads", "head_dim", "rope", "window")
 _OF_EXPERTS = ("n_experts", "top_k", "expert_width", "normalizes")
@@ -67,3 +75,18 @@ def with_dense_layers(spec: ModelSpec, n_layers: int, width: int = 64) -> ModelS
             for index, layer in enumerate(spec.layers)
         ),
     )
+
+
+def with_factors(folder: Path, new: Path) -> Checkpoint:
+    """A copy of a checkpoint in one file, with a head of its own, that computes the same with factors.
+
+    Its embedding is smaller by :data:`EMBEDDING_SCALE` and its head larger by :data:`LOGIT_DIVISOR`.
+    """
+    shutil.copytree(folder, new)
+    tensors = load_file(new / "model.safetensors")
+    tensors["model.embed_tokens.weight"] /= EMBEDDING_SCALE
+    tensors["lm_head.weight"] *= LOGIT_DIVISOR
+    save_file(tensors, new / "model.safetensors")
+    checkpoint = Checkpoint(new)
+    checkpoint.spec = replace(checkpoint.spec, embedding_scale=EMBEDDING_SCALE, logit_divisor=LOGIT_DIVISOR)
+    return checkpoint

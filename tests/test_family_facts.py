@@ -40,6 +40,7 @@ _ALL_MODELS_HAVE = frozenset(
         *("head_count", "head_count_kv", "key_length", "value_length", "dimension_count", "feed_forward_length"),
         *("layer_norm_rms_epsilon", "expert_gating_func", "expert_group_count", "expert_group_used_count"),
         *("expert_weights_norm", "expert_weights_scale", "leading_dense_block_count", "expert_shared_count"),
+        *("attention.scale", "embedding_scale", "residual_scale", "logit_scale"),
     }
 )
 _ANOTHER_MEANING = {

@@ -201,12 +201,13 @@ class _HeadSums:
         return functional.cross_entropy(logits_nV, torch.cat(drawn), reduction="sum")
 
     def with_lookup(self, gradient_BTD: torch.Tensor, tokens_BT: torch.Tensor) -> VocabularySensitivities:
-        """Adds what the gradients at the embedding's output tell."""
-        gradient_TD, tokens_T = gradient_BTD.flatten(0, 1).double(), tokens_BT.flatten()
+        """Adds what the gradients at the states that enter the first layer tell."""
+        spec = self._model.spec
+        gradient_TD, tokens_T = gradient_BTD.flatten(0, 1).double() * spec.embedding_scale, tokens_BT.flatten()
         moments_DD = gradient_TD.T @ gradient_TD / self._n_tokens
-        lookups_V = torch.zeros(self._model.spec.vocab_size, dtype=torch.float64)
+        lookups_V = torch.zeros(spec.vocab_size, dtype=torch.float64)
         lookups_V.index_add_(0, tokens_T, gradient_TD.square().sum(-1) / self._n_tokens)
-        head_rows_V = self._uncertainty_V.cpu() / self._n_tokens
+        head_rows_V = self._uncertainty_V.cpu() / self._n_tokens / spec.logit_divisor**2
         input_moments_DD = self._input_moments_DD.cpu() / self._n_tokens
         return VocabularySensitivities(
             lookup_rows_V=lookups_V.float(),

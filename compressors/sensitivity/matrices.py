@@ -54,17 +54,18 @@ class VocabularySensitivities:
     """The sensitivities of the embedding and the head.
 
     An error dE of the embedding's row v matters where v is the token: 1/2 E[1[token = v] (G . dE_v)^2], G the gradient
-    at the embedding's output. An error of the head's row v matters everywhere: 1/2 E[(1[y = v] - p_v)^2 (h . dE_v)^2],
-    h the head's input and y a token drawn from p, so that the first factor's mean is p_v (1 - p_v).
+    at the row that is looked up. An error of the head's row v matters everywhere: 1/2 E[(1[y = v] - p_v)^2
+    (h . dE_v / s)^2], h the head's input, s the number that the model divides logits by, and y a token drawn from p, so
+    that the first factor's mean is p_v (1 - p_v).
     """
 
     lookup_rows_V: torch.Tensor  # E[1[token = v] |G|^2]
     lookup_columns_D: torch.Tensor  # E[G_d^2] / E[|G|^2]
-    head_rows_V: torch.Tensor  # E[p_v (1 - p_v)]
+    head_rows_V: torch.Tensor  # E[p_v (1 - p_v)] / s^2
     head_columns_D: torch.Tensor  # E[h_d^2]
     embedding_gradient_moments: torch.Tensor  # float32 [D, D]: E[G G^T]
     head_input_moments: torch.Tensor  # float32 [D, D]: E[h h^T]
-    kappa: torch.Tensor  # scalar: E sum_v (1[y = v] - p_v)^2, the weight of the head's moments in a tied matrix
+    kappa: torch.Tensor  # scalar: E sum_v (1[y = v] - p_v)^2 / s^2, the weight of the head's moments in a tied matrix
 
     def of(self, role: Role, *, tied: bool) -> MatrixSensitivity:
         """The sensitivity of the embedding, of the head, or of the one matrix that is both."""

@@ -50,12 +50,6 @@ def _expert_function(spec: ModelSpec) -> str | None:
     return _refused(f"ONNX Runtime's operators MoE and QMoE do not compute {_listed(lacking)} on the CPU", lacking)
 
 
-def _scalars(spec: ModelSpec) -> str | None:
-    is_scaled = spec.embedding_scale != 1.0 or spec.logit_divisor != 1.0
-    is_scaled |= any(layer.residual_scale != 1.0 for layer in spec.layers)
-    return _refused("our ONNX graphs do not scale embeddings, logits or what layers add, as this model does", is_scaled)
-
-
 def _refused(why: str, is_so: object = True) -> str | None:
     """The sentence of a refusal, if there is anything to refuse."""
     return f"{why}: it cannot be written as ONNX; use --formats gguf" if is_so else None
@@ -70,6 +64,5 @@ RULES = (
     Rule(Container.ONNX, Feature.HEADS, f"a multiple of {_HEAD_MULTIPLE} values", _heads),
     Rule(Container.ONNX, Feature.BIASES, "all but attention sinks and the biases of experts", _vectors),
     Rule(Container.ONNX, Feature.EXPERT_FUNCTION, "SwiGLU, its limits and offsets included", _expert_function),
-    Rule(Container.ONNX, Feature.SCALARS, "none", _scalars),
 )
 """In the order in which they are asked; the first refusal counts."""

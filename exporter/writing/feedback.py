@@ -30,8 +30,8 @@ __all__ = ["EmbeddingGradient", "ExpertFeedback", "StudentFeedback", "least_feed
 class EmbeddingGradient:
     """Gradient moments that weigh the errors of an embedding where it is looked up; a tied one is also the head."""
 
-    moments_DD: torch.Tensor  # float32: the mean of g g^T, g the gradient of log p(text) at the embedding's output
-    kappa: float  # the mean squared gradient at the logits, which weighs the head's moments beside these
+    moments_DD: torch.Tensor  # float32: the mean of g g^T, g the gradient of log p(text) at the rows looked up
+    kappa: float  # the mean squared gradient at the head's products, which weighs the head's moments beside these
 
 
 class ExpertFeedback:

@@ -134,6 +134,10 @@ ROWS: Mapping[str, Row] = {
         },
         formats=("gguf",),
     ),
+    "mixtral": Row(
+        sizes={"num_local_experts": 8, "intermediate_size": 32},
+        on_the_hub={"rope_theta": 1e6, "rope_parameters": None, "sliding_window": None},
+    ),
     "qwen2_moe": Row(
         sizes={"shared_expert_intermediate_size": 48, "num_key_value_heads": 4},
         on_the_hub={"rope_theta": 1e6, "rope_parameters": None, "qkv_bias": None, "layer_types": None},

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 from compressors.model.description.roles import Role
 from compressors.model.description.tensors import Kind
 from compressors.model.families.config_check import check_against_transformers
+from compressors.model.files.gguf_file import GgufFile
+from compressors.model.predictions.routing_record import RoutingRecord
 from compressors.model.running.gradients import streamed_gradients
 from compressors.model.running.recorder import RoutingRecorder
 from compressors.model.running.routers import RoutedCall, watching
@@ -25,7 +27,7 @@ from compressors.recover.sampling import continue_texts
 from exporter.writing.gguf.writer import write_gguf
 from exporter.writing.hf_checkpoint import write_checkpoint
 from tests.families.conftest import logits_of
-from tests.families.rows import Row
+from validate.files.gguf_settings import gguf_setting_symptoms
 from validate.routing.agreement import routing_agreement
 from validate.routing.router_alone import RouterInputRecorder, router_alone
 from validate.routing.router_inputs import RouterInputs
@@ -144,9 +146,28 @@ def test_a_pruned_student_loads_in_stock_transformers(folder: Path, blocks_BT: t
 
 
 @torch.no_grad()
+def test_a_dense_student_is_a_model_of_the_dense_counterpart(
+    folder: Path, blocks_BT: torch.Tensor, tmp_path: Path
+) -> None:
+    """It has one expert in each layer."""
+    source = Checkpoint(folder)
+    if source.family.dense is None:
+        pytest.skip("no architecture matches")
+    student = Student(source, ExpertMap.keeping(source.spec.n_experts, [(5,)] * source.spec.n_layers))
+    found = logits_of(StreamedModel(student), blocks_BT)
+    write_checkpoint(student, tmp_path / "student")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32).eval()
+    assert type(loaded).__name__ == source.family.dense.family.architecture
+    expected = loaded(blocks_BT).logits.flatten(0, 1)
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    write_gguf(student, "F32", tmp_path / "x.gguf", name="x", threads=1)
+    _in_llama_cpp(tmp_path / "x.gguf", student, blocks_BT, found)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("pruned", [False, True])
 def test_llama_cpp_computes_and_routes_like_torch(
-    folder: Path, row: Row, blocks_BT: torch.Tensor, tmp_path: Path, pruned: bool
+    folder: Path, blocks_BT: torch.Tensor, tmp_path: Path, pruned: bool
 ) -> None:
     source = Checkpoint(folder)
     student = _pruned(source) if pruned else Student.teacher(source)
@@ -158,14 +179,21 @@ def test_llama_cpp_computes_and_routes_like_torch(
     inputs.finish(routing)
     everywhere = slice(0, blocks_BT.shape[1])
     expected = torch.cat([logits for _, logits in model.logits_in_chunks(hidden, everywhere)])
+    routings = _in_llama_cpp(tmp_path / "x.gguf", student, blocks_BT, expected)
+    found = RoutingRecord.concatenate(routings)
+    assert routing_agreement(routing, found).mean("overlap") > 0.99
+    fed = RouterInputs(tmp_path / "inputs")
     backend = LlamaCppBackend(tmp_path / "x.gguf", n_ctx=64, kv_type="f32", threads=1)
+    alone = router_alone(fed, backend.route(blocks_BT.numpy(), fed))
+    assert alone.agreement.mean("overlap") == 1.0 and alone.margin_error < 1e-5
+
+
+def _in_llama_cpp(path: Path, student: Student, blocks_BT: torch.Tensor, expected: torch.Tensor) -> list[RoutingRecord]:
+    """Compares logits, and the file's settings with the model's; returns the routing of each block."""
+    assert gguf_setting_symptoms(GgufFile(path).metadata, student.spec) == []
+    backend = LlamaCppBackend(path, n_ctx=64, kv_type="f32", threads=1)
     outputs = [(output.logits_SV.copy(), output.routing) for output in backend.run(blocks_BT.numpy())]
     wanted_BSV = expected.view(*blocks_BT.shape, -1)[:, scored_positions(blocks_BT.shape[1])]
     found_BSV = torch.from_numpy(np.stack([logits for logits, _ in outputs]))
     assert (found_BSV - wanted_BSV).abs().max() < 1e-3 * wanted_BSV.std()
-    routings = [each for _, each in outputs if each is not None]
-    found = type(routings[0]).concatenate(routings)
-    assert routing_agreement(routing, found).mean("overlap") > 0.99
-    fed = RouterInputs(tmp_path / "inputs")
-    alone = router_alone(fed, backend.route(blocks_BT.numpy(), fed))
-    assert alone.agreement.mean("overlap") == 1.0 and alone.margin_error < 1e-5
+    return [routing for _, routing in outputs if routing is not None]

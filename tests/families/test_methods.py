@@ -92,7 +92,9 @@ def test_a_layer_without_its_experts_adds_nothing_there(
         for index, layer in enumerate(source.spec.layers)
     ]
     found = _logits(Student(source, ExpertMap(8, tuple(layers))), blocks_BT)
-    block = stock.model.layers[last].mlp
+    routed = source.spec.layers[last].routed
+    assert routed is not None
+    block = stock.model.layers[last].get_submodule(routed.block_module)
 
     def nothing(_block: nn.Module, _inputs: object, output: object) -> object:
         return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)  # type: ignore[call-overload]

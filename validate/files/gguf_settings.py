@@ -117,6 +117,8 @@ def _expected(spec: ModelSpec) -> Iterator[tuple[str, MetadataValue, MetadataVal
         "rope.dimension_count": keys.get("attention.key_length", width_of_head),
         "expert_count": 0,
         "expert_used_count": 0,
+        "embedding_scale": 1.0,
+        "residual_scale": 1.0,
     }
     for key, value in keys.items():
         if key != "vocab_size":  # the vocabulary itself counts

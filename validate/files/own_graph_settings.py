@@ -107,10 +107,13 @@ def own_constant_symptoms(weights: Mapping[str, onnx.TensorProto], spec: ModelSp
 
     Constants of one name and several values, in a model of different layers, have a number behind the name.
     """
-    expected = {name: [value] for name, value in _CONSTANTS.items()}
-    for layer in spec.written.layers:
-        for name, value in _constants_of(layer).items():
-            expected.setdefault(name, []).append(value)
+    expected: dict[str, list[Any]] = {name: [value] for name, value in _CONSTANTS.items()}
+    of_layers = (item for layer in spec.written.layers for item in _constants_of(layer).items())
+    for name, value in (*_factors(spec), *of_layers):
+        expected.setdefault(name, []).append(value)
+    for name, value in {name: value for name, value in _factors(spec) if value != 1.0}.items():
+        if name not in weights:
+            yield f"constant {name}: absent in the graph, the model needs {value:g}"
     for name, tensor in weights.items():
         stem, _, number = name.rpartition(".")
         values = expected.get(name, expected.get(stem, []) if number.isdigit() else [])
@@ -122,6 +125,13 @@ def own_constant_symptoms(weights: Mapping[str, onnx.TensorProto], spec: ModelSp
         found, wanted = onnx.numpy_helper.to_array(tensor), [np.asarray(value) for value in values]
         if found.dtype.kind not in "biuf" or not any(_is_equal(found, value) for value in wanted):
             yield f"constant {name}: {found.tolist()} in the graph, the model needs {wanted[0].tolist()}"
+
+
+def _factors(spec: ModelSpec) -> Iterator[tuple[str, float]]:
+    """The factors of the model; without a constant of that name nothing is multiplied."""
+    yield "embedding.factor", spec.embedding_scale
+    yield "head.factor", 1 / spec.logit_divisor
+    yield from (("residual.factor", layer.residual_scale) for layer in spec.written.layers)
 
 
 def _is_equal(found: npt.NDArray[Any], wanted: npt.NDArray[Any]) -> bool:

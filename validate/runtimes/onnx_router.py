@@ -17,6 +17,7 @@ from compressors.model.predictions.routing_record import selection_margins
 __all__ = ["MoeNode", "TokenRouting", "moe_nodes", "router_graph"]
 
 _MOE_OPERATORS = ("MoE", "QMoE")
+_BLOCKS_FACTOR = "residual.factor"
 _ATTENTION_OPERATORS = ("GroupQueryAttention", "MultiHeadAttention", "Attention")
 _ROUTER_INPUT = 1  # position of the router logits among the operators' inputs
 _MIXING_INPUT = 14  # where QMoE takes the gate weights of all experts from, if it does not compute them itself
@@ -138,7 +139,8 @@ class _Links:
     def factor_of(self, output: str) -> tuple[str | None, float]:
         """What experts' output is multiplied with, if that is all that is done to it: a value by token, and a number.
 
-        A Where that selects the output always, as our graphs have it behind an operator, changes nothing.
+        A Where that selects the output always, as our graphs have it behind an operator, changes nothing. Our graphs'
+        factor of what a whole block adds is none of the experts'.
         """
         takers = self._takers[output]
         if len(takers) == 1 and takers[0].op_type == "Where" and takers[0].input[1] == output:
@@ -146,6 +148,8 @@ class _Links:
         if len(takers) != 1 or takers[0].op_type != "Mul":
             return None, 1.0
         (factor,) = (name for name in takers[0].input if name != output) if len(set(takers[0].input)) == 2 else ("",)
+        if factor.startswith(_BLOCKS_FACTOR):
+            return None, 1.0
         if factor not in self._constants:
             return (factor or None), 1.0
         constant = self._constants[factor]

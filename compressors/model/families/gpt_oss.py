@@ -56,17 +56,8 @@ _EXPERTS = f"{_LAYER}mlp.experts."
 
 def _experts() -> tuple[TensorSpec, ...]:
     """The experts' matrices; in files those of all experts of a layer lie together."""
-    names = ("gate", "up", "down")
-    gate, up, down = (f"{_EXPERTS}{{expert}}.{name}_proj.weight" for name in names)
-    gate_gguf, up_gguf, down_gguf = (GgufTensor(f"{_BLK}ffn_{name}_exps.weight") for name in names)
-    whole = Fused(f"{_EXPERTS}down_proj", is_only_form=True, is_transposed=True, may_be_mxfp4=True)
-    first = replace(whole, name=f"{_EXPERTS}gate_up_proj", n_parts=2, is_interleaved=True)
-    second = replace(first, part=1)
-    return (
-        TensorSpec(Role.EXPERT_GATE, gate, ("F", "D"), gate_gguf, fused=first),
-        TensorSpec(Role.EXPERT_UP, up, ("F", "D"), up_gguf, fused=second, shares_input_of=Role.EXPERT_GATE),
-        TensorSpec(Role.EXPERT_DOWN, down, ("D", "F"), down_gguf, fused=whole),
-    )
+    down = Fused(f"{_EXPERTS}down_proj", is_transposed=True, may_be_mxfp4=True)
+    return parts.fused_expert_tensors(replace(down, name=f"{_EXPERTS}gate_up_proj", is_interleaved=True), down)
 
 
 def _vectors() -> tuple[TensorSpec, ...]:
@@ -102,9 +93,10 @@ def _tensors() -> tuple[TensorSpec, ...]:
         else tensor
         for tensor in parts.attention_tensors()
     )
-    router, bias_gguf = parts.router_tensor("mlp.router.weight"), GgufTensor(f"{_BLK}ffn_gate_inp.bias")
+    name = "mlp.router.weight"
+    router, bias_gguf = parts.router_tensor(name, module=name), GgufTensor(f"{_BLK}ffn_gate_inp.bias")
     bias = TensorSpec(Role.ROUTER_BIAS, f"{_LAYER}mlp.router.bias", ("E",), bias_gguf, Kind.ROUTER, experts_axis=0)
-    return (*of_attention, *parts.bias_tensors(), replace(router, module=None), bias, *_experts(), *_vectors())
+    return (*of_attention, *parts.bias_tensors(), router, bias, *_experts(), *_vectors())
 
 
 _TENSORS = _tensors()

@@ -25,6 +25,7 @@ __all__ = [
     "bias_tensors",
     "dense_tensors",
     "expert_tensors",
+    "fused_expert_tensors",
     "grouped_query",
     "layer",
     "leading_dense_tensors",
@@ -45,7 +46,14 @@ _EMBEDDING = TensorSpec(
 _HEAD = TensorSpec(Role.HEAD, "lm_head.weight", ("V", "D"), GgufTensor("output.weight"), Kind.TABLE)
 
 
-def model(settings: FamilySettings, layers: Sequence[LayerSpec], *, final_norm: NormKind = NormKind.PLAIN) -> ModelSpec:
+def model(
+    settings: FamilySettings,
+    layers: Sequence[LayerSpec],
+    *,
+    final_norm: NormKind = NormKind.PLAIN,
+    embedding_scale: float = 1.0,
+    logit_divisor: float = 1.0,
+) -> ModelSpec:
     """A model with the usual embedding, final norm and head.
 
     Files are written for as many tokens as the model was trained for; where attention has a window in every layer, for
@@ -55,6 +63,8 @@ def model(settings: FamilySettings, layers: Sequence[LayerSpec], *, final_norm: 
         settings: of the family.
         layers: the decoder layers.
         final_norm: how the scales of the final norm are made of its tensor.
+        embedding_scale: the factor of the embedding's rows.
+        logit_divisor: the number that logits are divided by.
     """
     vocab_size = settings.count("vocab_size")
     tokens = configured_tokens(settings.folder, vocab_size)
@@ -75,16 +85,31 @@ def model(settings: FamilySettings, layers: Sequence[LayerSpec], *, final_norm: 
         bos_token_id=tokens.bos,
         eos_token_ids=tokens.ends,
         pad_token_id=tokens.pad,
+        embedding_scale=embedding_scale,
+        logit_divisor=logit_divisor,
     )
 
 
 def layer(
-    settings: FamilySettings, mixer: Mixer, feed_forward: FeedForward, tensors: Iterable[TensorSpec]
+    settings: FamilySettings,
+    mixer: Mixer,
+    feed_forward: FeedForward,
+    tensors: Iterable[TensorSpec],
+    *,
+    residual_scale: float = 1.0,
 ) -> LayerSpec:
-    """A decoder layer; its tensors are put into the order of their roles."""
+    """A decoder layer; its tensors are put into the order of their roles.
+
+    Args:
+        settings: of the family.
+        mixer: as in :class:`LayerSpec`.
+        feed_forward: likewise.
+        tensors: likewise, in any order.
+        residual_scale: likewise.
+    """
     order = list(Role)
     in_order = sorted(tensors, key=lambda tensor: order.index(tensor.role))
-    return LayerSpec(mixer, feed_forward, settings.count("hidden_size"), tuple(in_order))
+    return LayerSpec(mixer, feed_forward, settings.count("hidden_size"), tuple(in_order), residual_scale=residual_scale)
 
 
 def attention(
@@ -94,6 +119,7 @@ def attention(
     default_theta: float = 10_000.0,
     default_rope: ConfigValues | None = None,
     window_switch: str | None = None,
+    scale: float | None = None,
 ) -> GroupedQuery:
     """Grouped-query attention whose heads are turned whole.
 
@@ -103,6 +129,7 @@ def attention(
         default_theta: transformers' default of the rotary embedding's base.
         default_rope: transformers' default of its other settings; None: nothing is scaled.
         window_switch: the setting without which ``sliding_window`` does not count; None: it counts by itself.
+        scale: the factor of the products of queries and keys; None: it follows from the size of the heads.
     """
     n_heads, n_kv_heads, head_dim = settings.heads()
     return GroupedQuery(
@@ -110,7 +137,7 @@ def attention(
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
         rope=settings.rope(head_dim, RopeRule(default_theta, default=default_rope)),
-        scale=1 / math.sqrt(head_dim),
+        scale=1 / math.sqrt(head_dim) if scale is None else scale,
         qk_norm=qk_norm,
         window=settings.window(window_switch),
     )
@@ -198,10 +225,14 @@ def bias_tensors() -> tuple[TensorSpec, ...]:
     )
 
 
-def router_tensor(name: str = "mlp.gate.weight") -> TensorSpec:
-    """The router; ``name`` is the hub's, inside the layer."""
+def router_tensor(name: str = "mlp.gate.weight", module: str = "mlp.gate.weight") -> TensorSpec:
+    """The router.
+
+    Args:
+        name: its name on the hub, inside the layer.
+        module: its name inside transformers' layer.
+    """
     gguf = GgufTensor("blk.{layer}.ffn_gate_inp.weight")
-    module = "mlp.gate.weight"
     return TensorSpec(Role.ROUTER, _LAYER + name, ("E", "D"), gguf, Kind.ROUTER, module=module, experts_axis=0)
 
 
@@ -219,6 +250,20 @@ def expert_tensors(
         TensorSpec(Role.EXPERT_GATE, _LAYER + gate, in_shape, gate_gguf, fused=fused_gate),
         TensorSpec(Role.EXPERT_UP, _LAYER + up, in_shape, up_gguf, fused=fused_up, shares_input_of=Role.EXPERT_GATE),
         TensorSpec(Role.EXPERT_DOWN, _LAYER + down, out_shape, down_gguf, fused=Fused(f"{fused}down_proj")),
+    )
+
+
+def fused_expert_tensors(gate_up: Fused, down: Fused) -> tuple[TensorSpec, ...]:
+    """The matrices of each expert in a family whose files never hold an expert by itself.
+
+    Args:
+        gate_up: how they hold gate and up together, without the parts.
+        down: how they hold down.
+    """
+    whole = (replace(gate_up, part=0, n_parts=2), replace(gate_up, part=1, n_parts=2), down)
+    return tuple(
+        replace(tensor, fused=replace(fused, is_only_form=True))
+        for tensor, fused in zip(expert_tensors(), whole, strict=True)
     )
 
 

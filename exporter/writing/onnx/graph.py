@@ -6,6 +6,7 @@ steps, any batch size, and padding on either side.
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 
 from compressors.model.description.roles import Role
@@ -39,21 +40,32 @@ class _Decoder:
         # Connected to nothing: rotary positions count up from the cache. Clients that feed them expect the name.
         graph.add_input("position_ids", _INT64, ["batch", "sequence"])
         attention_mask = add_attention_mask(graph, input_ids, mask)
-        residual = self._weights.embedding(input_ids, "embedding")
+        embedded = self._weights.embedding(input_ids, "embedding")
+        residual = self._times(spec.embedding_scale, "embedding.factor", embedded)
         branch: str | None = None  # what the last block made, not yet added to the residual stream
         for index, layer in enumerate(spec.layers):
             nodes = LayerNodes(graph, self._weights, layer, index, spec.context_length)
             normed, residual = self._norm(Role.ATTENTION_NORM, index, residual, branch)
             branch = mixer_nodes(layer.mixer).add(nodes, normed, attention_mask)
+            branch = self._times(layer.residual_scale, "residual.factor", branch)
             if layer.feed_forward is not None:
                 normed, residual = self._norm(Role.MOE_NORM, index, residual, branch)
                 branch = add_feed_forward(nodes, layer.feed_forward, normed)
+                branch = self._times(layer.residual_scale, "residual.factor", branch)
         normed, _ = self._norm(Role.FINAL_NORM, None, residual, branch)
+        normed = self._times(1 / spec.logit_divisor, "head.factor", normed)  # there are fewer of these than of logits
         self._weights.linear(Role.HEAD, None, normed, "logits")
         graph.add_output("logits", _FLOAT, ["batch", "sequence", spec.vocab_size])
         for index, layer in enumerate(spec.layers):
             mixer_nodes(layer.mixer).add_cache_outputs(graph, index)
         return graph.model(spec.model_type)
+
+    def _times(self, factor: float, name: str, values: str) -> str:
+        """Multiplies values by a factor of the model, unless it changes nothing; ``name`` is the constant's."""
+        if factor == 1.0:
+            return values
+        constant = self._graph.constant(name, factor, np.float32)
+        return self._graph.node("Mul", [values, constant], f"{values}.scaled")
 
     def _norm(self, role: Role, layer: int | None, residual: str, branch: str | None) -> tuple[str, str]:
         """Adds the branch to the residual stream and normalises; returns the normed values and the new residual."""

@@ -25,6 +25,7 @@ from compressors.model.running.recorder import RoutingRecorder
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
+from tests.altered import with_factors
 
 _EXPERT_ROLES = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
 
@@ -277,6 +278,16 @@ def test_fused_experts_on_disk_are_read_like_single_ones(fine_folder: Path, tmp_
     fused = Checkpoint(tmp_path)
     for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN):
         assert torch.equal(fused.expert(role, 4, 17), source.expert(role, 4, 17))
+
+
+@torch.no_grad()
+def test_factors_of_embeddings_and_logits_are_applied(
+    toy_checkpoint: Callable[..., Path], tmp_path: Path, blocks_BT: torch.Tensor
+) -> None:
+    folder = toy_checkpoint(tmp_path, model="olmoe")
+    expected = _logits(StreamedModel(Student.teacher(Checkpoint(folder))), blocks_BT)
+    scaled = with_factors(folder, tmp_path / "scaled")
+    assert torch.equal(_logits(StreamedModel(Student.teacher(scaled)), blocks_BT), expected)
 
 
 def test_a_weight_that_is_not_finite_is_named(toy_checkpoint: object, tmp_path: Path) -> None:

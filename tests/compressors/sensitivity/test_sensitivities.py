@@ -21,6 +21,7 @@ from compressors.model.running.memory import MemoryLimit
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from compressors.sensitivity import Sensitivities, gather_sensitivities
+from tests.altered import EMBEDDING_SCALE, LOGIT_DIVISOR, with_factors
 
 _SEED = 7
 _ATTENTION = {Role.QUERY: "q_proj", Role.KEY: "k_proj", Role.VALUE: "v_proj", Role.ATTENTION_OUTPUT: "o_proj"}
@@ -150,6 +151,24 @@ def test_embedding_and_head_have_their_moments(
     # the drawn tokens' residuals have the mean that kappa states
     drawn = logits.grad.flatten(0, 1).square().sum(-1)
     assert float(vocabulary.kappa) == pytest.approx(float(drawn.mean()), abs=4 * float(drawn.std()) / 480**0.5)
+
+
+def test_errors_of_scaled_embeddings_and_heads_are_scaled_too(
+    toy_checkpoint: Callable[..., Path], blocks_BT: torch.Tensor, tmp_path: Path
+) -> None:
+    folder = toy_checkpoint(tmp_path, n_layers=1, model="olmoe")
+    checkpoints = (Checkpoint(folder), with_factors(folder, tmp_path / "with factors"))
+    plain, scaled = (
+        gather_sensitivities(Student.teacher(checkpoint), blocks_BT[:2], tmp_path / name, seed=_SEED)
+        for checkpoint, name in zip(checkpoints, ("plain", "scaled"), strict=True)
+    )
+    of_lookups, of_head = EMBEDDING_SCALE**2, 1 / LOGIT_DIVISOR**2
+    torch.testing.assert_close(scaled.vocabulary.lookup_rows_V, of_lookups * plain.vocabulary.lookup_rows_V)
+    moments = (of.vocabulary.embedding_gradient_moments for of in (scaled, plain))
+    torch.testing.assert_close(next(moments), of_lookups * next(moments))
+    torch.testing.assert_close(scaled.vocabulary.head_rows_V, of_head * plain.vocabulary.head_rows_V)
+    torch.testing.assert_close(scaled.vocabulary.kappa, of_head * plain.vocabulary.kappa)
+    torch.testing.assert_close(scaled.vocabulary.head_input_moments, plain.vocabulary.head_input_moments)
 
 
 def test_the_diagonal_form_predicts_what_the_definition_says(

@@ -63,3 +63,12 @@ def test_the_score_of_a_router_may_be_said_and_must_be_right(fine_folder: Path, 
     for number in (0, 1, 2, 3):
         symptoms = gguf_setting_symptoms(_metadata(scored) | {"qwen3moe.expert_gating_func": number}, scored)
         assert (not symptoms) == (number in (0, right)), symptoms
+
+
+@pytest.mark.parametrize("key", ["embedding_scale", "residual_scale"])
+def test_a_factor_that_is_absent_is_one(fine_folder: Path, key: str) -> None:
+    spec = read_spec(fine_folder)
+    metadata = _metadata(spec)
+    assert gguf_setting_symptoms(metadata, _with_keys(spec, **{key: 1.0})) == []
+    (said,) = gguf_setting_symptoms(metadata, _with_keys(spec, **{key: 0.5}))
+    assert said == f"{key}: absent in the file, 0.5 in config.json"

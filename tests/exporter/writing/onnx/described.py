@@ -142,17 +142,19 @@ class Reference:
 
     def logits(self, tokens: npt.NDArray[np.int64]) -> tuple[Floats, dict[int, tuple[npt.NDArray[np.int64], Floats]]]:
         """Logits [T, V], and the experts [T, K] of each layer that has some, with their weights."""
-        states_TD, routing = self.weights[Role.TOKEN_EMBEDDING, None][tokens], {}
+        states_TD, routing = self.weights[Role.TOKEN_EMBEDDING, None][tokens] * self.spec.embedding_scale, {}
         for index, layer in enumerate(self.spec.layers):
             normed_TD = self._norm(states_TD, Role.ATTENTION_NORM, index)
-            states_TD = states_TD + self._attention(layer.mixer, normed_TD, index)
+            states_TD = states_TD + layer.residual_scale * self._attention(layer.mixer, normed_TD, index)
             if layer.feed_forward is None:
                 continue
             normed_TD = self._norm(states_TD, Role.MOE_NORM, index)
             if layer.routed is not None:
                 routing[index] = self.route(layer.routed, normed_TD, index)
-            states_TD = states_TD + self._feed_forward(layer.feed_forward, normed_TD, index, routing.get(index))
-        return self._norm(states_TD, Role.FINAL_NORM, None) @ self.weights[Role.HEAD, None].T, routing
+            made_TD = self._feed_forward(layer.feed_forward, normed_TD, index, routing.get(index))
+            states_TD = states_TD + layer.residual_scale * made_TD
+        logits_TV = self._norm(states_TD, Role.FINAL_NORM, None) @ self.weights[Role.HEAD, None].T
+        return logits_TV / self.spec.logit_divisor, routing
 
     def _norm(self, values: Floats, role: Role, layer: int | None) -> Floats:
         squares = np.square(values).mean(-1, keepdims=True)

@@ -87,11 +87,22 @@ def _mixed(spec: ModelSpec) -> ModelSpec:
     )
 
 
+def _with_factors(spec: ModelSpec) -> ModelSpec:
+    """Factors of embeddings, logits, products of queries and keys, and of what layers add."""
+    blocks = (_routed(Routing(Score.LOGITS)), _routed(_SIGMOID), Dense(48), _routed(Routing(), shared=Shared(32)))
+    layers = [
+        replace(described_layer(attention(scale=0.3), block, _HIDDEN), residual_scale=scale)
+        for block, scale in zip(blocks, (0.22, 0.22, 0.5, 0.7), strict=True)
+    ]
+    return replace(with_layers(spec, *layers), embedding_scale=12.0, logit_divisor=6.0)
+
+
 _MODELS: dict[str, Callable[[ModelSpec], ModelSpec]] = {
     "like qwen2_moe": _qwen2_moe,
     "like deepseek_v3": _deepseek,
     "like gpt_oss": _gpt_oss,
     "mixed layers": _mixed,
+    "with factors": _with_factors,
 }
 
 
@@ -257,6 +268,18 @@ def test_wrong_constants_of_routing_and_experts_are_named(base: ModelSpec, tmp_p
         (tmp_path / MODEL_FILE).write_bytes(graph.SerializeToString())
         (found,) = graph_setting_symptoms(tmp_path / MODEL_FILE, spec)
         assert name in found
+
+
+def test_factors_that_are_wrong_or_missing_are_named(base: ModelSpec, tmp_path: Path) -> None:
+    spec = _with_factors(base)
+    random_folder(spec, tmp_path, "F32")
+    (wrong,) = graph_setting_symptoms(tmp_path / MODEL_FILE, replace(spec, embedding_scale=11.0))
+    assert wrong == "constant embedding.factor: 12.0 in the graph, the model needs 11.0"
+    alike = tuple(replace(layer, residual_scale=1.0) for layer in spec.layers)
+    random_folder(replace(spec, layers=alike, logit_divisor=1.0), tmp_path, "F32")
+    said = [f"constant {name}: absent in the graph" for name in ("head.factor", "residual.factor")]
+    found = graph_setting_symptoms(tmp_path / MODEL_FILE, spec)
+    assert [sentence.partition(",")[0] for sentence in found] == said
 
 
 def test_size_and_memory_are_predicted(spec: ModelSpec, folder: Path) -> None:
