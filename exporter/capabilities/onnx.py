@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from compressors.model.description.glu import Activation
 from compressors.model.description.mixers import GroupedQuery, Latent
-from compressors.model.description.onnx_heads import operator_heads
+from compressors.model.description.onnx_heads import OperatorMixer, operator_heads
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from exporter.capabilities.rules import Container, Feature, Rule
@@ -20,7 +20,7 @@ _NOT_READ = (Role.SINKS, Role.EXPERT_GATE_UP_BIAS, Role.EXPERT_DOWN_BIAS)
 
 def _mixers(spec: ModelSpec) -> str | None:
     mixers = [layer.mixer for layer in spec.layers]
-    others = dict.fromkeys(mixer.kind for mixer in mixers if mixer.kind not in _MIXERS)
+    others = dict.fromkeys(mixer.kind for mixer in mixers if not isinstance(mixer, OperatorMixer))
     if any(isinstance(mixer, GroupedQuery) and mixer.output_gate for mixer in mixers):
         others["gates of the attention's output"] = None
     return _refused(f"our ONNX graphs have {_listed(_MIXERS)}; this model also has {_listed(others)}", others)
@@ -29,16 +29,16 @@ def _mixers(spec: ModelSpec) -> str | None:
 def _heads(spec: ModelSpec) -> str | None:
     """The attention operator checks it only when it runs (``group_query_attention_helper.h`` in ONNX Runtime)."""
     operator = "ONNX Runtime's GroupQueryAttention with a rotary embedding"
-    for mixer in (layer.mixer for layer in spec.layers):
-        heads = operator_heads(mixer)
-        if heads is not None and heads.head_dim % _HEAD_MULTIPLE:
+    for mixer in (layer.mixer for layer in spec.layers if isinstance(layer.mixer, OperatorMixer)):
+        head_dim, turned = operator_heads(mixer).head_dim, mixer.rope.width
+        if head_dim % _HEAD_MULTIPLE:
             return _refused(
-                f"{operator} runs heads of a multiple of {_HEAD_MULTIPLE} values; this model's have {heads.head_dim}"
+                f"{operator} runs heads of a multiple of {_HEAD_MULTIPLE} values; this model's have {head_dim}"
             )
-        if heads is not None and mixer.rope is not None and mixer.rope.width % _HEAD_MULTIPLE:
+        if turned % _HEAD_MULTIPLE:
             return _refused(
                 f"{operator} turns a multiple of {_HEAD_MULTIPLE} values of a head; this model's attention turns "
-                f"{mixer.rope.width}"
+                f"{turned}"
             )
     return None
 

@@ -36,7 +36,7 @@ def folder(family: str, row: Row, fine_folder: Path, tmp_path_factory: pytest.Te
     stock = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     _make_lively(stock)
     stock.save_pretrained(path)
-    _spell_as_the_hub(path / "config.json", row)
+    spell_as_the_hub(path / "config.json", row)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(fine_folder / name, path / name)
     return path
@@ -63,6 +63,13 @@ def logits_of(model: StreamedModel, tokens_BT: torch.Tensor) -> torch.Tensor:
     return torch.cat(chunks).detach()
 
 
+def spell_as_the_hub(path: Path, row: Row) -> None:
+    """Changes the settings that the hub's files spell otherwise."""
+    config = {**json.loads(path.read_text(encoding="utf-8")), **row.on_the_hub}
+    absent = [key for key, value in row.on_the_hub.items() if value is None]
+    path.write_text(json.dumps({key: value for key, value in config.items() if key not in absent}, indent=1))
+
+
 def _make_lively(stock: nn.Module) -> None:
     """Random weights as large as those of a trained model, so that routers decide and nothing is nearly zero."""
     generator = torch.Generator().manual_seed(11)
@@ -76,9 +83,3 @@ def _make_lively(stock: nn.Module) -> None:
             tensor.data = tensor.data + 0.2 * noise
         else:
             tensor.data = 0.3 * noise
-
-
-def _spell_as_the_hub(path: Path, row: Row) -> None:
-    config = {**json.loads(path.read_text(encoding="utf-8")), **row.on_the_hub}
-    absent = [key for key, value in row.on_the_hub.items() if value is None]
-    path.write_text(json.dumps({key: value for key, value in config.items() if key not in absent}, indent=1))

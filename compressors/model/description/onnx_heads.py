@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from compressors.model.description.mixers import GroupedQuery, Latent, Mixer
+from compressors.model.description.mixers import GroupedQuery, Latent
 
-__all__ = ["OperatorHeads", "operator_heads"]
+__all__ = ["OperatorHeads", "OperatorMixer", "operator_heads"]
+
+OperatorMixer = GroupedQuery | Latent
+"""The mixers that the operator computes."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +37,13 @@ class OperatorHeads:
         return (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
 
 
-def operator_heads(mixer: Mixer) -> OperatorHeads | None:
-    """The operator's heads for a mixer; None: it does not compute the mixer.
+def operator_heads(mixer: OperatorMixer) -> OperatorHeads:
+    """The operator's heads for a mixer.
 
     Latent attention is computed on the small vector itself, to which queries are brought: its only key, and its value,
     are the key's turned part and the vector. The operator caches both, though they are one, because it has no
     other form.
     """
-    if isinstance(mixer, GroupedQuery):
-        return OperatorHeads(mixer.n_heads, mixer.n_kv_heads, mixer.head_dim)
     if isinstance(mixer, Latent):
         return OperatorHeads(mixer.n_heads, 1, mixer.rotary_dim + mixer.rank)
-    return None
+    return OperatorHeads(mixer.n_heads, mixer.n_kv_heads, mixer.head_dim)

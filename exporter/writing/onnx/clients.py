@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from compressors.model.description.onnx_heads import operator_heads
+from compressors.model.description.onnx_heads import OperatorMixer, operator_heads
 from compressors.model.description.rope import RopeKind
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.special_tokens import SpecialTokens, configured_tokens, special_tokens
@@ -92,7 +92,7 @@ def _genai_config(spec: ModelSpec, special: SpecialTokens, max_length: int) -> d
 
     Its heads are those of the graph's caches.
     """
-    attention = next(heads for layer in spec.layers if (heads := operator_heads(layer.mixer)) is not None)
+    attention = next(operator_heads(layer.mixer) for layer in spec.layers if isinstance(layer.mixer, OperatorMixer))
     return {
         "model": {
             "type": "decoder",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from compressors.model.description.mixers import Mixer
-from compressors.model.description.onnx_heads import OperatorHeads, operator_heads
+from compressors.model.description.onnx_heads import OperatorHeads, OperatorMixer, operator_heads
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.errors import InputError
@@ -100,9 +100,8 @@ def _compute_bytes(layout: TensorLayout, context: int, threads: int) -> int:
 
 def _heads(mixer: Mixer) -> OperatorHeads:
     """The heads of the operator that computes the mixer."""
-    heads = operator_heads(mixer)
-    assert heads is not None
-    return heads
+    assert isinstance(mixer, OperatorMixer)
+    return operator_heads(mixer)
 
 
 def _feed_forward_values(spec: ModelSpec) -> int:

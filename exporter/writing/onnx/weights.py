@@ -41,9 +41,7 @@ class WeightNodes:
         """A norm's scales, or a bias."""
         return self._graph.external(self._layout.weight(role, layer).codes)
 
-    def rms_norm(
-        self, role: Role, layer: int | None, values: str, output: str, epsilon: float | None = None
-    ) -> str:
+    def rms_norm(self, role: Role, layer: int | None, values: str, output: str, epsilon: float | None = None) -> str:
         """Normalises the last axis; ``epsilon`` is the model's unless it is given."""
         inputs = [values, self.vector(role, layer)]
         epsilon = self._layout.spec.rms_norm_eps if epsilon is None else epsilon

@@ -12,7 +12,7 @@ and nothing reads the sum.
 from __future__ import annotations
 
 from compressors.model.description.mixers import Latent
-from compressors.model.description.onnx_heads import OperatorHeads, operator_heads
+from compressors.model.description.onnx_heads import operator_heads
 from compressors.model.description.roles import Role
 from exporter.writing.onnx.builder import MICROSOFT, GraphBuilder
 from exporter.writing.onnx.mixers.cache import add_past, add_present, present_names
@@ -27,12 +27,7 @@ class LatentNodes:
 
     def __init__(self, mixer: Latent) -> None:
         self._mixer = mixer
-
-    @property
-    def _heads(self) -> OperatorHeads:
-        heads = operator_heads(self._mixer)
-        assert heads is not None
-        return heads
+        self._heads = operator_heads(mixer)
 
     def add(self, layer: LayerNodes, normed: str, mask: AttentionMask) -> str:
         """Adds projections, their norms, attention, and the heads' matrices before and behind it."""
