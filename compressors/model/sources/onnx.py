@@ -2,8 +2,8 @@
 
 ``model.onnx`` names its weights and says where in ``model.onnx.data`` they lie. A weight is one float32 tensor, or
 codes and scales (:mod:`compressors.model.files.onnx_blocks`), whose numbers tell bits and block size. Tensors of all
-experts of a layer that have one name, gate and up, are one weight, whose rows alternate; a tensor of matrices that heads
-use one by one is a weight for each of them (:mod:`compressors.model.sources.onnx_weights`).
+experts of a layer that have one name, gate and up, are one weight, whose rows alternate; a tensor of matrices that
+heads use one by one is a weight for each of them (:mod:`compressors.model.sources.onnx_weights`).
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ class WeightNodes:
         return self._graph.node("Add", [product, self.vector(bias, layer)], output)
 
     def products(self, role: Role, layer: int, part: int, values: Sequence[str], output: str) -> list[str]:
-        """The values of each head @ its matrix.T, where a tensor consists of such; ``part`` counts a head's matrices."""
+        """The values of each head @ its matrix.T; ``part`` says which of a head's matrices in the tensor."""
         matrices = self._layout.parts(role, layer)[part * len(values) :]
         return [
             self._product(matrix, of_head, f"{output}.{head}")
@@ -183,7 +183,7 @@ class LayerNodes:
         return self.weights.rms_norm(role, self.index, values, output, epsilon)
 
     def products(self, role: Role, part: int, values: Sequence[str], output: str) -> list[str]:
-        """The values of each head @ its matrix.T, where a tensor consists of such; ``part`` counts a head's matrices."""
+        """The values of each head @ its matrix.T; ``part`` says which of a head's matrices in the tensor."""
         return self.weights.products(role, self.index, part, values, output)
 
     def split(self, values: str, lengths: Sequence[int], name: str) -> list[str]:
