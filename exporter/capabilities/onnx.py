@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from compressors.model.description.glu import Activation
-from compressors.model.description.mixers import GroupedQuery
+from compressors.model.description.mixers import GroupedQuery, Latent
+from compressors.model.description.onnx_heads import OperatorMixer, operator_heads
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from exporter.capabilities.rules import Container, Feature, Rule
@@ -13,24 +14,31 @@ from exporter.capabilities.rules import Container, Feature, Rule
 __all__ = ["RULES"]
 
 _HEAD_MULTIPLE = 16
+_MIXERS = (GroupedQuery.kind, Latent.kind)
 _NOT_READ = (Role.SINKS, Role.EXPERT_GATE_UP_BIAS, Role.EXPERT_DOWN_BIAS)
 
 
 def _mixers(spec: ModelSpec) -> str | None:
     mixers = [layer.mixer for layer in spec.layers]
-    others = dict.fromkeys(mixer.kind for mixer in mixers if not isinstance(mixer, GroupedQuery))
+    others = dict.fromkeys(mixer.kind for mixer in mixers if not isinstance(mixer, OperatorMixer))
     if any(isinstance(mixer, GroupedQuery) and mixer.output_gate for mixer in mixers):
         others["gates of the attention's output"] = None
-    return _refused(f"our ONNX graphs have {GroupedQuery.kind}; this model also has {_listed(others)}", others)
+    return _refused(f"our ONNX graphs have {_listed(_MIXERS)}; this model also has {_listed(others)}", others)
 
 
 def _heads(spec: ModelSpec) -> str | None:
-    """The attention operator checks it only when it runs (``gqa_attention_base.h`` in ONNX Runtime)."""
-    for mixer in (layer.mixer for layer in spec.layers):
-        if isinstance(mixer, GroupedQuery) and mixer.head_dim % _HEAD_MULTIPLE:
+    """The attention operator checks it only when it runs (``group_query_attention_helper.h`` in ONNX Runtime)."""
+    operator = "ONNX Runtime's GroupQueryAttention with a rotary embedding"
+    for mixer in (layer.mixer for layer in spec.layers if isinstance(layer.mixer, OperatorMixer)):
+        head_dim, turned = operator_heads(mixer).head_dim, mixer.rope.width
+        if head_dim % _HEAD_MULTIPLE:
             return _refused(
-                "ONNX Runtime's GroupQueryAttention with a rotary embedding runs heads of a multiple of "
-                f"{_HEAD_MULTIPLE} values; this model's have {mixer.head_dim}"
+                f"{operator} runs heads of a multiple of {_HEAD_MULTIPLE} values; this model's have {head_dim}"
+            )
+        if turned % _HEAD_MULTIPLE:
+            return _refused(
+                f"{operator} turns a multiple of {_HEAD_MULTIPLE} values of a head; this model's attention turns "
+                f"{turned}"
             )
     return None
 
@@ -60,7 +68,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 RULES = (
-    Rule(Container.ONNX, Feature.MIXERS, GroupedQuery.kind, _mixers),
+    Rule(Container.ONNX, Feature.MIXERS, _listed(_MIXERS), _mixers),
     Rule(Container.ONNX, Feature.HEADS, f"a multiple of {_HEAD_MULTIPLE} values", _heads),
     Rule(Container.ONNX, Feature.BIASES, "all but attention sinks and the biases of experts", _vectors),
     Rule(Container.ONNX, Feature.EXPERT_FUNCTION, "SwiGLU, its limits and offsets included", _expert_function),

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.families.rows import COMMON, Row
 
-__all__ = ["write_inside_of_more", "write_model"]
+__all__ = ["spell_as_the_hub", "write_inside_of_more", "write_model"]
 
 _EXPERT = re.compile(r"(?P<layer>.*\.experts\.)(?P<expert>\d+)\.(?P<part>gate|up|down)_proj\.weight")
 
@@ -36,7 +36,7 @@ def write_model(family: str, row: Row, path: Path, tokenizer: Path, **sizes: Any
     stock = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     _make_lively(stock)
     stock.save_pretrained(path)
-    _spell_as_the_hub(path / "config.json", row)
+    spell_as_the_hub(path / "config.json", row)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(tokenizer / name, path / name)
 
@@ -92,7 +92,8 @@ def _make_lively(stock: nn.Module) -> None:
             tensor.data = 0.3 * noise
 
 
-def _spell_as_the_hub(path: Path, row: Row) -> None:
+def spell_as_the_hub(path: Path, row: Row) -> None:
+    """Changes the settings that the hub's files spell otherwise."""
     config = {**json.loads(path.read_text(encoding="utf-8")), **row.on_the_hub}
     absent = [key for key, value in row.on_the_hub.items() if value is None]
     path.write_text(json.dumps({key: value for key, value in config.items() if key not in absent}, indent=1))

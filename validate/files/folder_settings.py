@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx
 
-from compressors.model.description.mixers import GroupedQuery
+from compressors.model.description.onnx_heads import OperatorMixer, operator_heads
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import MoeExportError
 from compressors.model.families.config import language_model_config, read_spec
@@ -67,7 +67,7 @@ def _genai_symptoms(
     model = _object(config, "model")
     decoder, search = _object(model, "decoder"), _object(config, "search")
     proto = onnx.load(graph, load_external_data=False).graph
-    attention = next(layer.mixer for layer in spec.layers if isinstance(layer.mixer, GroupedQuery))
+    attention = next(operator_heads(layer.mixer) for layer in spec.layers if isinstance(layer.mixer, OperatorMixer))
     for found, wanted in (
         ("vocab_size", spec.vocab_size),
         ("decoder.hidden_size", spec.hidden_size),

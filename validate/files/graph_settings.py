@@ -18,10 +18,12 @@ import onnx
 
 from compressors.model.description.feed_forward import Routed
 from compressors.model.description.glu import Activation, Glu
-from compressors.model.description.mixers import GroupedQuery
+from compressors.model.description.mixers import Latent
+from compressors.model.description.onnx_heads import OperatorMixer, operator_heads
 from compressors.model.description.routing import Score
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.files.onnx_graph import external_place
+from compressors.model.sources.onnx_weights import row_lengths
 from validate.files.own_graph_settings import PRODUCER, AllowedValues, own_attributes, own_constant_symptoms
 
 __all__ = ["graph_setting_symptoms", "rotary_symptoms"]
@@ -72,7 +74,7 @@ def graph_setting_symptoms(path: Path, spec: ModelSpec) -> list[str]:
 
 def _unknown_mixers(spec: ModelSpec) -> Iterator[str]:
     for index, layer in enumerate(spec.layers):
-        if not isinstance(layer.mixer, GroupedQuery):
+        if not isinstance(layer.mixer, OperatorMixer):
             yield f"layer {index}: {type(layer.mixer).__name__} is no mixer whose attributes can be checked in a graph"
 
 
@@ -83,13 +85,13 @@ def _allowed(
     kind = node.op_type
     if kind in _NORMS:
         axis: AllowedValues = {} if kind.startswith("Skip") else {"axis": (-1, None)}
-        return axis | {"epsilon": (spec.rms_norm_eps,)}
+        return axis | {"epsilon": _epsilons(node, spec, weights)}
     if kind in _ATTENTION:
         return _attention(node, spec, layer)
     if kind in _EXPERTS:
         return _experts(node, spec.layers[layer], weights)
     if kind == "RotaryEmbedding":
-        return {"interleaved": (0, None), "scale": (1.0, None)}
+        return {"interleaved": (1,) if spec.rope.interleaved else (0, None), "scale": (1.0, None)}
     if kind == "MatMulNBits" and _has_axes(weights.get(_input(node, 1)), 3):
         return _quantized_matrix(node, spec, weights)
     if kind == "GatherBlockQuantized":
@@ -101,14 +103,29 @@ def _allowed(
     return {"axis": (-1, None)} if kind == "Softmax" else {}
 
 
+def _epsilons(node: onnx.NodeProto, spec: ModelSpec, weights: Mapping[str, onnx.TensorProto]) -> tuple[float, ...]:
+    """The model's, or that of the norms inside latent attention, which their lengths tell."""
+    scales = next((weights[name] for name in node.input if name in weights), None)
+    length = spec.hidden_size if scales is None or not scales.dims else scales.dims[-1]
+    mixers = (layer.mixer for layer in spec.layers)
+    inner = [
+        mixer.inner_epsilon
+        for mixer in mixers
+        if isinstance(mixer, Latent) and length in (mixer.rank, mixer.query_rank)
+    ]
+    usual = () if inner and length != spec.hidden_size else (spec.rms_norm_eps,)
+    return (*dict.fromkeys(inner), *usual)
+
+
 def _attention(node: onnx.NodeProto, spec: ModelSpec, layer: int) -> AllowedValues:
     mixer = spec.layers[layer].mixer
-    if not isinstance(mixer, GroupedQuery):
+    if not isinstance(mixer, OperatorMixer):
         return {}
-    usual_scale = math.isclose(mixer.scale, 1.0 / math.sqrt(mixer.head_dim))
+    heads = operator_heads(mixer)
+    usual_scale = math.isclose(mixer.scale, 1.0 / math.sqrt(heads.head_dim))
     has_window = mixer.window is not None and mixer.window < spec.context_length
     allowed: AllowedValues = {
-        "num_heads": (mixer.n_heads,),
+        "num_heads": (heads.n_heads,),
         "scale": (mixer.scale, *((0.0, None) if usual_scale else ())),
         "softcap": (0.0, None),
         "smooth_softmax": (0, None),
@@ -117,9 +134,11 @@ def _attention(node: onnx.NodeProto, spec: ModelSpec, layer: int) -> AllowedValu
         "unidirectional": (1, 0, None),
     }
     if node.op_type == "GroupQueryAttention":
-        allowed |= {"kv_num_heads": (mixer.n_kv_heads,), "rotary_interleaved": (0, None)}
-        # another exporter may rotate before
-        allowed["do_rotary"] = (1,) if len(node.input) > 7 and node.input[7] else (0, None)
+        # another exporter may make keys and values of the small vectors for each head, and may rotate before
+        allowed["kv_num_heads"] = (heads.n_kv_heads, *((mixer.n_heads,) if isinstance(mixer, Latent) else ()))
+        turns = len(node.input) > 7 and bool(node.input[7])
+        allowed["do_rotary"] = (1,) if turns else (0, None)
+        allowed["rotary_interleaved"] = (1,) if turns and mixer.rope.interleaved else (0, None)
         allowed |= dict.fromkeys(("qk_output", "kv_cache_bit_width"), (0, None))
     return allowed
 
@@ -186,10 +205,11 @@ def _quantized_matrix(node: onnx.NodeProto, spec: ModelSpec, weights: Mapping[st
 def _row_lengths(spec: ModelSpec) -> tuple[int, ...]:
     """The lengths of the rows of all matrices, the hidden size first."""
     lengths = (
-        layer.dimensions(tensor)[-1]
+        length
         for layer in spec.written.layers
         for tensor in layer.tensors
         if tensor.is_quantizable
+        for length in row_lengths(tensor, layer)
     )
     return tuple(dict.fromkeys((spec.hidden_size, *lengths)))
 

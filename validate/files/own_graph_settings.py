@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from compressors.model.description.mixers import GroupedQuery
+from compressors.model.description.mixers import Latent
+from compressors.model.description.onnx_heads import OperatorMixer, operator_heads
 from compressors.model.description.spec import LayerSpec, ModelSpec
 
 __all__ = ["PRODUCER", "AllowedValues", "own_attributes", "own_constant_symptoms"]
@@ -83,6 +84,8 @@ def own_attributes(node: onnx.NodeProto) -> AllowedValues:
         allowed["transB"] = (1,)
     if node.op_type == "Cast" and output.endswith(".float32"):
         allowed["to"] = (onnx.TensorProto.FLOAT,)
+    if node.op_type == "Split" or (node.op_type == "Concat" and output.endswith(".joined")):
+        allowed["axis"] = (-1,)
     if node.op_type == "Reshape":
         allowed["allowzero"] = (0, None)
     if output == "mask.shape":
@@ -145,12 +148,20 @@ def _constants_of(layer: LayerSpec) -> Mapping[str, Any]:
 
 def _constants_of_attention(layer: LayerSpec) -> dict[str, Any]:
     mixer = layer.mixer
-    if not isinstance(mixer, GroupedQuery):
+    if not isinstance(mixer, OperatorMixer):
         return {}
+    heads = operator_heads(mixer)
+    past = {"shape.past": [0, heads.n_kv_heads, 0, heads.head_dim]}
+    if isinstance(mixer, Latent):
+        return past | {
+            "split.query.heads": [mixer.plain_dim, mixer.rotary_dim] * mixer.n_heads,
+            "split.key_value_a.parts": [mixer.rank, mixer.rotary_dim],
+            "split.attended.heads": [mixer.rotary_dim, mixer.rank] * mixer.n_heads,
+        }
     joined = {
-        f"shape.{heads}_heads_joined": [0, -1, heads * mixer.head_dim] for heads in (mixer.n_heads, mixer.n_kv_heads)
+        f"shape.{count}_heads_joined": [0, -1, count * mixer.head_dim] for count in (heads.n_heads, heads.n_kv_heads)
     }
-    return joined | {"shape.past": [0, mixer.n_kv_heads, 0, mixer.head_dim], "shape.heads": [0, -1, mixer.head_dim]}
+    return past | joined | {"shape.heads": [0, -1, mixer.head_dim]}
 
 
 def _constants_of_glu(layer: LayerSpec) -> dict[str, Any]:

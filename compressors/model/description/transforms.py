@@ -174,6 +174,12 @@ class HeadMatrices(Transform):
         """True unless the matrices are transposed: their rows then run along the tensor's outputs."""
         return not self.is_transposed
 
+    def rows_of(self, head: int, sizes: Sizes) -> slice:
+        """The rows of the tensor that a head's matrix is made of."""
+        lengths = [sizes[letter] for letter in self.segments]
+        first = head * sum(lengths) + sum(lengths[: self.taken])
+        return slice(first, first + lengths[self.taken])
+
     def shape(self, shape: Shape, sizes: Sizes) -> Shape:
         """A matrix for each head."""
         matrix = (sizes[self.segments[self.taken]], *shape[1:])

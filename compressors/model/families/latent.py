@@ -19,7 +19,7 @@ from compressors.model.description.transforms import HeadMatrices
 from compressors.model.errors import UnsupportedError
 from compressors.model.families import parts
 
-__all__ = ["COUNTS", "MTP", "gguf_keys", "model", "n_dense", "settings"]
+__all__ = ["COUNTS", "MTP", "gguf_keys", "mixer_tensors", "model", "n_dense", "settings"]
 
 MTP = SkippedPart(r"model\.layers\.(?P<layer>\d+)\..*", "layers for predicting several tokens at once (MTP)")
 
@@ -47,7 +47,7 @@ def _attention(settings: FamilySettings) -> Latent:
     )
 
 
-def _tensors(mixer: Latent) -> tuple[TensorSpec, ...]:
+def mixer_tensors(mixer: Latent) -> tuple[TensorSpec, ...]:
     """The tensors of the mixer, and the norm in front of the feed-forward."""
     attention, gguf = "model.layers.{layer}.self_attn.", "blk.{layer}.attn_"
     output = TensorSpec(
@@ -99,7 +99,7 @@ def _selection_bias() -> TensorSpec:
 def model(settings: FamilySettings, experts: Routed, *, n_dense: int) -> ModelSpec:
     """A model whose first layers are dense."""
     mixer = _attention(settings)
-    of_mixer = _tensors(mixer)
+    of_mixer = mixer_tensors(mixer)
     of_experts = (
         parts.router_tensor(),
         *((_selection_bias(),) if experts.routing.has_selection_bias else ()),

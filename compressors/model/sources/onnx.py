@@ -2,7 +2,8 @@
 
 ``model.onnx`` names its weights and says where in ``model.onnx.data`` they lie. A weight is one float32 tensor, or
 codes and scales (:mod:`compressors.model.files.onnx_blocks`), whose numbers tell bits and block size. Tensors of all
-experts of a layer that have one name, gate and up, are one weight, whose rows alternate (:func:`weights_of`).
+experts of a layer that have one name, gate and up, are one weight, whose rows alternate; a tensor of matrices that
+heads use one by one is a weight for each of them (:mod:`compressors.model.sources.onnx_weights`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from math import prod
 from pathlib import Path
 from typing import Any, Self
@@ -22,7 +22,7 @@ import onnx
 import torch
 
 from compressors.model.description.roles import Role
-from compressors.model.description.spec import LayerSpec, ModelSpec, Place
+from compressors.model.description.spec import ModelSpec, Place
 from compressors.model.description.tensors import TensorSpec
 from compressors.model.errors import InputError
 from compressors.model.files.ggml import GGMLQuantizationType
@@ -31,9 +31,10 @@ from compressors.model.files.onnx_blocks import unpack
 from compressors.model.files.onnx_graph import external_place, read_graph
 from compressors.model.files.raw_file import RawFile
 from compressors.model.names import shown
+from compressors.model.sources.onnx_weights import OnnxWeight, Part, weights_of
 from compressors.model.sources.weights import ReplacedValues, StoredType, TunablePart
 
-__all__ = ["CODES", "DATA_FILE", "MATRIX", "MODEL_FILE", "SCALES", "OnnxWeight", "OnnxWeights", "weights_of"]
+__all__ = ["CODES", "DATA_FILE", "MATRIX", "MODEL_FILE", "SCALES", "OnnxWeights"]
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
@@ -53,44 +54,6 @@ _OF_GGML: Mapping[BlockType, StoredType] = {
     BlockType(8, 32): GGMLQuantizationType.Q8_0,
 }
 """The ggml types that hold the same numbers; ggml's kernels make them."""
-
-
-@dataclass(frozen=True)
-class OnnxWeight:
-    """A weight of the graph, as the description tells.
-
-    Attributes:
-        name: its name; of codes and scales the beginning of theirs.
-        roles: the tensors that it consists of; of several, rows alternate.
-        layer: the decoder layer; None outside of the layers.
-        shape: [D], [rows, columns], or [E, rows, columns] of all experts.
-    """
-
-    name: str
-    roles: tuple[Role, ...]
-    layer: int | None
-    shape: tuple[int, ...]
-
-
-def weights_of(spec: ModelSpec) -> Iterator[OnnxWeight]:
-    """Lists the weights of a model's graph, in the order of the data file."""
-    outside = [
-        OnnxWeight(tensor.onnx_name, (tensor.role,), None, spec.dimensions(tensor.role))
-        for tensor in spec.written.tensors
-    ]
-    yield from (weight for weight in outside if Role.TOKEN_EMBEDDING in weight.roles)
-    for index, layer in enumerate(spec.written.layers):
-        yield from _weights_of_layer(layer, index)
-    yield from (weight for weight in outside if Role.TOKEN_EMBEDDING not in weight.roles)
-
-
-def _weights_of_layer(layer: LayerSpec, index: int) -> Iterator[OnnxWeight]:
-    for name, together in groupby(layer.tensors, key=lambda tensor: tensor.onnx_name):
-        tensors = tuple(together)
-        rows, *columns = layer.dimensions(tensors[0])
-        experts = [layer.n_experts] if tensors[0].is_per_expert else []
-        shape = (*experts, len(tensors) * rows, *columns)
-        yield OnnxWeight(name.format(layer=index), tuple(tensor.role for tensor in tensors), index, shape)
 
 
 @dataclass(frozen=True)
@@ -119,6 +82,7 @@ class _Weight:
     shape: tuple[int, ...]
     codes: _Stored
     scales: _Stored | None
+    part: Part | None = None
 
     @property
     def n_rows(self) -> int:
@@ -172,46 +136,53 @@ class OnnxWeights:
         self._tensor_specs: Mapping[Place, TensorSpec] = {
             (tensor.role, layer): tensor for tensor, layer in spec.written.places
         }
-        self._weights: dict[Place, _Weight] = {}
+        self._weights: dict[Place, tuple[_Weight, ...]] = {}
         for weight in weights_of(spec):
             found = self._weight(weight, tensors)
-            self._weights |= {(role, weight.layer): found for role in weight.roles}
+            for role in weight.roles:
+                self._weights[role, weight.layer] = (*self._weights.get((role, weight.layer), ()), found)
 
     def dtype_of(self, role: Role, layer: int | None) -> torch.dtype:
         """Always float32."""
         return self.dtype
 
     def stored_type(self, role: Role, layer: int | None) -> StoredType:
-        """F32, ggml's type of blocks of 32 values in 4 or 8 bits, or bits and block size."""
-        weight = self._weights.get((role, layer))
-        blocks = None if weight is None else weight.blocks
+        """F32, ggml's type of blocks of 32 values in 4 or 8 bits, or bits and block size; of the first part."""
+        weights = self._weights.get((role, layer))
+        blocks = None if weights is None else weights[0].blocks
         return GGMLQuantizationType.F32 if blocks is None else _OF_GGML.get(blocks, blocks)
 
     def tensor(self, role: Role, layer: int | None) -> torch.Tensor:
         """The tensor of a role that is not an expert's, float32."""
-        weight = self._weights.get((role, layer))
-        if weight is None:  # the router of one expert: a softmax over one logit, whatever it is
+        weights = self._weights.get((role, layer))
+        if weights is None:  # the router of one expert: a softmax over one logit, whatever it is
             return torch.zeros(self._spec.dimensions(role, layer))
-        return self._rows(weight, 0, weight.n_rows).view(weight.shape)
+        if weights[0].part is None:
+            return self._rows(weights[0], 0, weights[0].n_rows).view(weights[0].shape)
+        out = torch.empty(self._spec.dimensions(role, layer))
+        for weight in weights:
+            assert weight.part is not None
+            out[weight.part.rows] = weight.part.turned(self._rows(weight, 0, weight.n_rows))
+        return out
 
     def rows(self, role: Role, layer: int | None, rows: slice) -> torch.Tensor:
         """Some consecutive rows of :meth:`tensor`."""
-        if (role, layer) not in self._weights:
+        weight = self._whole(role, layer)
+        if weight is None:
             return self.tensor(role, layer)[rows]
-        weight = self._weights[role, layer]
         start, stop, _ = rows.indices(weight.n_rows)
         return self._rows(weight, start, stop - start)
 
     def read_expert(self, role: Role, layer: int, expert: int, out: torch.Tensor) -> None:
         """Fills ``out`` with one expert's projection."""
-        weight = self._weights[role, layer]
+        (weight,) = self._weights[role, layer]
         n_rows = len(out) * len(weight.roles)
         rows = self._rows(weight, expert * n_rows, n_rows)
         out.copy_(rows[weight.roles.index(role) :: len(weight.roles)])
 
     def block_length(self, role: Role, layer: int | None) -> int | None:
-        """The number of values of a row that share a scale; None if the tensor has no scales."""
-        weight = self._weights.get((role, layer))
+        """The number of values of a row that share a scale; None if the tensor has no scales of its own rows."""
+        weight = self._whole(role, layer)
         return None if weight is None or weight.blocks is None else weight.blocks.block_size
 
     def tunable(self, role: Role, layer: int | None) -> torch.Tensor:
@@ -241,8 +212,8 @@ class OnnxWeights:
 
     def changed_parts(self) -> Iterator[TunablePart]:
         """Yields the tensors whose values are replaced, each as a whole."""
-        for place, weight in self._weights.items():
-            if self._gguf_name(place) in self._values:
+        for place, weights in self._weights.items():
+            for weight in weights if self._gguf_name(place) in self._values else ():
                 stored = weight.codes if weight.scales is None else weight.scales
                 yield TunablePart(self._data.path, stored.offset, stored.n_bytes, partial(self._put, weight, stored))
 
@@ -281,16 +252,24 @@ class OnnxWeights:
     def _names_by_weight(self, values: Mapping[str, torch.Tensor]) -> Mapping[_Weight, Mapping[Role, str]]:
         """Returns the names among ``values`` whose rows each weight holds."""
         names: dict[_Weight, dict[Role, str]] = {}
-        for place, weight in self._weights.items():
+        for place, weights in self._weights.items():
             name = self._gguf_name(place)
-            if name in values:
+            for weight in weights if name in values else ():
                 names.setdefault(weight, {})[place[0]] = name
         return names
 
+    def _whole(self, role: Role, layer: int | None) -> _Weight | None:
+        """The weight that holds a tensor; None if there is none, or one for each of its parts."""
+        weights = self._weights.get((role, layer), ())
+        return weights[0] if len(weights) == 1 else None
+
     def _tunable_weight(self, role: Role, layer: int | None) -> _Weight:
-        weight = self._weights.get((role, layer))
-        if weight is None:
+        weights = self._weights.get((role, layer), ())
+        if not weights:
             raise InputError(f"{self._graph_file} has no tensor of the role {role}: it holds a dense model")
+        weight = weights[0]
+        if weight.part is not None:
+            raise InputError(f"{self._graph_file}: the {role} is in parts, so it has no scales of whole rows")
         is_float = not self._tensor_specs[role, layer].is_quantizable
         if is_float != (weight.scales is None):
             what = "quantized; it must be float32" if is_float else "not quantized, so it has no scales"
@@ -327,7 +306,8 @@ class OnnxWeights:
         codes = next((tensors[key] for key in (name, name + CODES, name + CODES + MATRIX) if key in tensors), None)
         if codes is None:
             raise InputError(f"{self._graph_file} has no tensor {name}: it does not hold this model")
-        found = _Weight(weight.roles, shape, codes, None if codes.name == name else tensors.get(name + SCALES))
+        scales = None if codes.name == name else tensors.get(name + SCALES)
+        found = _Weight(weight.roles, shape, codes, scales, weight.part)
         if not found.is_whole:
             raise InputError(
                 f"{self._graph_file}: tensor {codes.name} has shape {list(codes.shape)}, which is not that of the "

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compressors.model.description.mixers import GroupedQuery
+from compressors.model.description.onnx_heads import OperatorMixer, operator_heads
 from compressors.model.description.rope import RopeKind
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.special_tokens import SpecialTokens, configured_tokens, special_tokens
@@ -88,8 +88,11 @@ def _described(special: SpecialTokens) -> dict[str, Any]:
 
 
 def _genai_config(spec: ModelSpec, special: SpecialTokens, max_length: int) -> dict[str, Any]:
-    """``genai_config.json`` of onnxruntime-genai (``src/config.h``); type ``decoder`` is its plain decoder pipeline."""
-    attention = next(layer.mixer for layer in spec.layers if isinstance(layer.mixer, GroupedQuery))
+    """``genai_config.json`` of onnxruntime-genai (``src/config.h``); type ``decoder`` is its plain decoder pipeline.
+
+    Its heads are those of the graph's caches.
+    """
+    attention = next(operator_heads(layer.mixer) for layer in spec.layers if isinstance(layer.mixer, OperatorMixer))
     return {
         "model": {
             "type": "decoder",

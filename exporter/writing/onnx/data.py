@@ -160,7 +160,9 @@ class _Weights:
         if self._feedback is None or not any(rows.has_codes for rows in group):
             return partial(_encoded, values, None)
         if first.expert is None:
-            return partial(_encoded, values, self._feedback.matrix(first.weight.roles[0], layer))
+            is_turned = first.weight.part is not None and first.weight.part.is_transposed
+            feedback = None if is_turned else self._feedback.matrix(first.weight.roles[0], layer)
+            return partial(_encoded, values, feedback)
         assert layer is not None
         return partial(_encoded_expert, values, first.expert, self._feedback.experts(layer))
 
@@ -172,6 +174,9 @@ class _Weights:
             values_RN = student.expert(role, weight.layer, rows.expert)
             name = f"{weight.codes.name}[{rows.expert}] ({role})"
             return _Matrix(values_RN, None if weights is None else weights[rows.expert], name)
+        if weight.part is not None:
+            values = weight.part.turned(student.rows(role, weight.layer, weight.part.rows))
+            return _Matrix(values[rows.rows], None if weight.part.is_transposed else weights, weight.codes.name)
         is_vector = len(weight.shape) == 1  # a norm: a matrix of one row
         values = student.tensor(role, weight.layer)[None] if is_vector else student.rows(role, weight.layer, rows.rows)
         return _Matrix(values, weights, weight.codes.name)

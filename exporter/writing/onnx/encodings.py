@@ -22,6 +22,7 @@ from compressors.model.description.tensors import TensorSpec
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.files.ggml_types import GGMLQuantizationType
 from compressors.model.files.integer_blocks import BlockType
+from compressors.model.sources.onnx_weights import row_lengths
 
 __all__ = ["ENCODINGS", "FLOAT32", "PRESETS", "Encoding", "Preset", "Unit", "check_row_length", "encoding_named"]
 __all__ += ["onnx_units", "preset_named", "unit_encodings"]
@@ -113,11 +114,13 @@ class Unit:
             ``embedding``, ``head``.
         layer: None for embedding and head.
         weights: shape by role: [rows, columns], or [E, rows, columns] for experts.
+        row_lengths: the lengths of rows by role, of all parts that the file holds a tensor in.
     """
 
     name: str
     layer: int | None
     weights: Mapping[Role, tuple[int, ...]]
+    row_lengths: Mapping[Role, tuple[int, ...]]
 
     @property
     def encodings(self) -> Mapping[str, int]:
@@ -125,7 +128,7 @@ class Unit:
         return {
             encoding.name: sum(encoding.n_bytes(shape) for shape in self.weights.values())
             for encoding in ENCODINGS.values()
-            if all(_fits(encoding, shape[-1]) for shape in self.weights.values())
+            if all(_fits(encoding, length) for lengths in self.row_lengths.values() for length in lengths)
         }
 
 
@@ -136,9 +139,10 @@ _EXPERTS = "experts"
 def onnx_units(spec: ModelSpec) -> tuple[Unit, ...]:
     """Lists the units of a model, each with the encodings that it can have."""
     outside = [
-        Unit(_OUTSIDE[tensor.role], None, {tensor.role: spec.dimensions(tensor.role)})
+        Unit(_OUTSIDE[tensor.role], None, {tensor.role: shape}, {tensor.role: shape[-1:]})
         for tensor in spec.written.tensors
         if tensor.is_quantizable
+        for shape in (spec.dimensions(tensor.role),)
     ]
     of_layers = [unit for index, layer in enumerate(spec.layers) for unit in _layer_units(layer, index)]
     embedding = [unit for unit in outside if Role.TOKEN_EMBEDDING in unit.weights]
@@ -148,14 +152,16 @@ def onnx_units(spec: ModelSpec) -> tuple[Unit, ...]:
 def _layer_units(layer: LayerSpec, index: int) -> Iterator[Unit]:
     for tensor in layer.shared_tensors:
         if tensor.is_quantizable:
-            yield Unit(f"layers.{index}.{_matrix_name(tensor)}", index, {tensor.role: layer.dimensions(tensor)})
+            name, lengths = f"layers.{index}.{_matrix_name(tensor)}", row_lengths(tensor, layer)
+            yield Unit(name, index, {tensor.role: layer.dimensions(tensor)}, {tensor.role: lengths})
     experts = {
         tensor.role: (layer.n_experts, *layer.dimensions(tensor))
         for tensor in layer.expert_tensors
         if tensor.is_quantizable
     }
     if experts:
-        yield Unit(f"layers.{index}.{_EXPERTS}", index, experts)
+        lengths_of_experts = {role: shape[-1:] for role, shape in experts.items()}
+        yield Unit(f"layers.{index}.{_EXPERTS}", index, experts, lengths_of_experts)
 
 
 def _matrix_name(tensor: TensorSpec) -> str:
@@ -208,10 +214,11 @@ def unit_encodings(
         )
     chosen = {}
     for unit in units.values():
-        for role, weight_shape in unit.weights.items():
+        for role, lengths in unit.row_lengths.items():
             named = encodings.get(unit.name)
             encoding = preset.encoding(role) if named is None else encoding_named(named)
-            check_row_length(f"{unit.name} ({role})", encoding, weight_shape[-1])
+            for length in lengths:
+                check_row_length(f"{unit.name} ({role})", encoding, length)
             chosen[role, unit.layer] = encoding
     return chosen
 

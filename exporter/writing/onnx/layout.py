@@ -12,7 +12,8 @@ import onnx
 
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
-from compressors.model.sources.onnx import CODES, DATA_FILE, MODEL_FILE, SCALES, OnnxWeight, weights_of
+from compressors.model.sources.onnx import CODES, DATA_FILE, MODEL_FILE, SCALES
+from compressors.model.sources.onnx_weights import OnnxWeight, Part, weights_of
 from exporter.capabilities.rules import Container
 from exporter.capabilities.table import refuse_unless_held
 from exporter.writing.onnx.encodings import FLOAT32, Encoding, preset_named, unit_encodings
@@ -59,6 +60,7 @@ class WeightPlan:
     shape: tuple[int, ...]  # of the values: [D], [rows, columns], or [E, rows, columns] for experts (not if dense)
     codes: TensorPlan
     scales: TensorPlan | None
+    part: Part | None = None  # of the tensor; None: it is whole
 
     @property
     def tensors(self) -> tuple[TensorPlan, ...]:
@@ -77,9 +79,14 @@ class TensorLayout:
     data_bytes: int
 
     def weight(self, role: Role, layer: int | None = None) -> WeightPlan:
-        """The weight that holds a role; a tied head is the embedding."""
+        """The weight that holds a role, which is whole; a tied head is the embedding."""
         if role is Role.HEAD and self.spec.tied_embeddings:
             role = Role.TOKEN_EMBEDDING
+        (found,) = self._by_role[role, layer]
+        return found
+
+    def parts(self, role: Role, layer: int | None = None) -> tuple[WeightPlan, ...]:
+        """The weights that hold a role, in their order in the file."""
         return self._by_role[role, layer]
 
     def has(self, role: Role, layer: int | None = None) -> bool:
@@ -91,8 +98,12 @@ class TensorLayout:
         return self.spec.tensor(weight.roles[0], weight.layer).is_per_expert
 
     @cached_property
-    def _by_role(self) -> dict[tuple[Role, int | None], WeightPlan]:
-        return {(role, weight.layer): weight for weight in self.weights for role in weight.roles}
+    def _by_role(self) -> dict[tuple[Role, int | None], tuple[WeightPlan, ...]]:
+        found: dict[tuple[Role, int | None], tuple[WeightPlan, ...]] = {}
+        for weight in self.weights:
+            for role in weight.roles:
+                found[role, weight.layer] = (*found.get((role, weight.layer), ()), weight)
+        return found
 
     @property
     def tensors(self) -> Iterator[TensorPlan]:
@@ -139,11 +150,11 @@ class _Planner:
         encoding = self._encodings.get((roles[0], layer), FLOAT32)  # norms and routers are of no unit
         if encoding.blocks is None:
             values = self._place(name, shape, np.dtype(np.float32))
-            return WeightPlan(roles, layer, encoding, shape, values, None)
+            return WeightPlan(roles, layer, encoding, shape, values, None, weight.part)
         *rows, columns = shape
         codes = self._place(name + CODES, (*rows, columns * encoding.bits // 8), np.dtype(np.uint8))
         scales = self._place(name + SCALES, (*rows, columns // encoding.blocks.block_size), np.dtype(np.float16))
-        return WeightPlan(roles, layer, encoding, shape, codes, scales)
+        return WeightPlan(roles, layer, encoding, shape, codes, scales, weight.part)
 
     def _place(self, name: str, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> TensorPlan:
         n_bytes = math.prod(shape) * dtype.itemsize

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from compressors.model.description.mixers import GroupedQuery, Mixer
+from compressors.model.description.mixers import Mixer
+from compressors.model.description.onnx_heads import OperatorHeads, OperatorMixer, operator_heads
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.errors import InputError
@@ -49,7 +50,7 @@ def predict_runtime_bytes(
     if not 0 < context <= spec.context_length:
         raise InputError(f"a context of {context} tokens is asked for; the model has 1 to {spec.context_length}")
     layout = plan_tensors(spec, preset, encodings)
-    cache = sum(layer.mixer.cached_values for layer in spec.layers) * context * _FLOAT_BYTES
+    cache = sum(_heads(layer.mixer).cached_values for layer in spec.layers) * context * _FLOAT_BYTES
     return {"weights": _weight_bytes(layout), "kv_cache": cache, "compute": _compute_bytes(layout, context, threads)}
 
 
@@ -87,7 +88,7 @@ def _compute_bytes(layout: TensorLayout, context: int, threads: int) -> int:
     values = tokens * spec.vocab_size  # logits
     values += tokens * context  # attention bias
     values += tokens * spec.hidden_size * _LIVE_HIDDEN_STATES
-    values += tokens * max(_projected_values(layer.mixer) for layer in spec.layers) * _LIVE_PROJECTIONS
+    values += tokens * max(_heads(layer.mixer).projected_values for layer in spec.layers) * _LIVE_PROJECTIONS
     values += tokens * _feed_forward_values(spec)
     expert = max(layer.expert_parameters for layer in spec.written.layers)
     if expert:
@@ -97,10 +98,10 @@ def _compute_bytes(layout: TensorLayout, context: int, threads: int) -> int:
     return _SESSION_BYTES + max(values * _FLOAT_BYTES, largest)
 
 
-def _projected_values(mixer: Mixer) -> int:
-    """Values of a token's query, key and value."""
-    assert isinstance(mixer, GroupedQuery)
-    return (mixer.n_heads + 2 * mixer.n_kv_heads) * mixer.head_dim
+def _heads(mixer: Mixer) -> OperatorHeads:
+    """The heads of the operator that computes the mixer."""
+    assert isinstance(mixer, OperatorMixer)
+    return operator_heads(mixer)
 
 
 def _feed_forward_values(spec: ModelSpec) -> int:

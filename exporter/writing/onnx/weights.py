@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,9 +41,10 @@ class WeightNodes:
         """A norm's scales, or a bias."""
         return self._graph.external(self._layout.weight(role, layer).codes)
 
-    def rms_norm(self, role: Role, layer: int | None, values: str, output: str) -> str:
-        """Normalises the last axis."""
-        inputs, epsilon = [values, self.vector(role, layer)], self._layout.spec.rms_norm_eps
+    def rms_norm(self, role: Role, layer: int | None, values: str, output: str, epsilon: float | None = None) -> str:
+        """Normalises the last axis; ``epsilon`` is the model's unless it is given."""
+        inputs = [values, self.vector(role, layer)]
+        epsilon = self._layout.spec.rms_norm_eps if epsilon is None else epsilon
         return self._graph.node("RMSNormalization", inputs, output, axis=-1, epsilon=epsilon)
 
     def rotary_caches(self, total_length: str) -> tuple[str, str]:
@@ -99,6 +101,14 @@ class WeightNodes:
             return self._product(self._layout.weight(role, layer), values, output)
         product = self._product(self._layout.weight(role, layer), values, f"{output}.product")
         return self._graph.node("Add", [product, self.vector(bias, layer)], output)
+
+    def products(self, role: Role, layer: int, part: int, values: Sequence[str], output: str) -> list[str]:
+        """The values of each head @ its matrix.T; ``part`` says which of a head's matrices in the tensor."""
+        matrices = self._layout.parts(role, layer)[part * len(values) :]
+        return [
+            self._product(matrix, of_head, f"{output}.{head}")
+            for head, (of_head, matrix) in enumerate(zip(values, matrices, strict=False))
+        ]
 
     def _product(self, weight: WeightPlan, values: str, output: str) -> str:
         blocks = weight.encoding.blocks
@@ -168,6 +178,21 @@ class LayerNodes:
         """values @ weight.T, and the bias of that role where the layer has one."""
         return self.weights.linear(role, self.index, values, output, bias)
 
-    def rms_norm(self, role: Role, values: str, output: str) -> str:
-        """Normalises the last axis."""
-        return self.weights.rms_norm(role, self.index, values, output)
+    def rms_norm(self, role: Role, values: str, output: str, epsilon: float | None = None) -> str:
+        """Normalises the last axis; ``epsilon`` is the model's unless it is given."""
+        return self.weights.rms_norm(role, self.index, values, output, epsilon)
+
+    def products(self, role: Role, part: int, values: Sequence[str], output: str) -> list[str]:
+        """The values of each head @ its matrix.T; ``part`` says which of a head's matrices in the tensor."""
+        return self.weights.products(role, self.index, part, values, output)
+
+    def split(self, values: str, lengths: Sequence[int], name: str) -> list[str]:
+        """Cuts the last axis; ``name`` ends those of the pieces and of their lengths."""
+        outputs = [f"{values}.{name}.{number}" for number in range(len(lengths))]
+        sizes = self.graph.constant(f"split.{values.removeprefix(self.prefix)}.{name}", lengths)
+        self.graph.node("Split", [values, sizes], outputs, axis=-1)
+        return outputs
+
+    def joined(self, values: Sequence[str], output: str) -> str:
+        """The values side by side on the last axis."""
+        return self.graph.node("Concat", values, output, axis=-1)

@@ -10,12 +10,14 @@ from exporter.writing.onnx.weights import LayerNodes
 
 __all__ = ["add_dense", "add_neurons"]
 
-_PROJECTIONS = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
+_PROJECTIONS = (Role.DENSE_GATE, Role.DENSE_UP, Role.DENSE_DOWN)
+_OF_AN_EXPERT = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
 
 
 def add_dense(layer: LayerNodes, dense: Dense, normed: str) -> str:
-    """Adds a dense layer's feed-forward."""
-    return add_neurons(layer, _PROJECTIONS, dense.glu, normed, f"{layer.prefix}feed_forward")
+    """Adds a dense layer's feed-forward; in a dense student it is what was the only expert."""
+    projections = _PROJECTIONS if Role.DENSE_UP in layer.spec.roles else _OF_AN_EXPERT
+    return add_neurons(layer, projections, dense.glu, normed, f"{layer.prefix}feed_forward")
 
 
 def add_neurons(layer: LayerNodes, projections: tuple[Role, Role, Role], glu: Glu, normed: str, output: str) -> str:

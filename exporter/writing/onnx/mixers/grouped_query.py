@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import onnx
-
 from compressors.model.description.mixers import GroupedQuery, QkNorm
+from compressors.model.description.onnx_heads import operator_heads
 from compressors.model.description.roles import Role
 from exporter.writing.onnx.builder import MICROSOFT, GraphBuilder
+from exporter.writing.onnx.mixers.cache import add_past, add_present, present_names
 from exporter.writing.onnx.padding import AttentionMask
 from exporter.writing.onnx.weights import LayerNodes
 
 __all__ = ["GroupedQueryNodes"]
-
-_FLOAT = onnx.TensorProto.FLOAT
-_CACHED = ("key", "value")
 
 
 class GroupedQueryNodes:
@@ -23,6 +20,7 @@ class GroupedQueryNodes:
 
     def __init__(self, mixer: GroupedQuery) -> None:
         self._mixer = mixer
+        self._heads = operator_heads(mixer)
 
     def add(self, layer: LayerNodes, normed: str, mask: AttentionMask) -> str:
         """Adds projections, norms of queries and keys, and attention."""
@@ -32,12 +30,12 @@ class GroupedQueryNodes:
         value = layer.linear(Role.VALUE, normed, f"{prefix}value", Role.VALUE_BIAS)
         query = self._norm(layer, Role.QUERY_NORM, query, mixer.n_heads)
         key = self._norm(layer, Role.KEY_NORM, key, mixer.n_kv_heads)
-        past = [self._past(layer, kind) for kind in _CACHED]
+        past = add_past(layer.graph, index, self._heads)
         rotary = layer.weights.rotary_caches(mask.total_length)
         attended = layer.graph.node(
             "GroupQueryAttention",
             [query, key, value, *past, mask.last_positions, mask.total_length, *rotary, "", mask.bias],
-            [f"{prefix}attended", *(f"present.{index}.{kind}" for kind in _CACHED)],
+            [f"{prefix}attended", *present_names(index)],
             domain=MICROSOFT,
             num_heads=mixer.n_heads,
             kv_num_heads=mixer.n_kv_heads,
@@ -50,9 +48,7 @@ class GroupedQueryNodes:
 
     def add_cache_outputs(self, graph: GraphBuilder, layer: int) -> None:
         """Declares the keys and values of all tokens so far."""
-        dimensions: list[str | int] = ["batch", self._mixer.n_kv_heads, "present_sequence", self._mixer.head_dim]
-        for kind in _CACHED:
-            graph.add_output(f"present.{layer}.{kind}", _FLOAT, dimensions)
+        add_present(graph, layer, self._heads)
 
     def _norm(self, layer: LayerNodes, role: Role, values: str, n_heads: int) -> str:
         """Normalises the projected queries or keys as the model does: [batch, sequence, n_heads * head_dim]."""
@@ -66,17 +62,6 @@ class GroupedQueryNodes:
         normed = layer.rms_norm(role, heads, f"{values}.normed_heads")
         joined = graph.constant(f"shape.{n_heads}_heads_joined", [0, -1, n_heads * width])
         return graph.node("Reshape", [normed, joined], f"{values}.normed")
-
-    def _past(self, layer: LayerNodes, kind: str) -> str:
-        """The cache as it comes in.
-
-        Its heads and their width are declared as unknown, because optimum guesses them from ``config.json`` and
-        guesses wrong for an empty cache; the Reshape says what they are.
-        """
-        name, graph = f"past_key_values.{layer.index}.{kind}", layer.graph
-        graph.add_input(name, _FLOAT, ["batch", "past_heads", "past_sequence", "past_head_dim"])
-        shape = [0, self._mixer.n_kv_heads, 0, self._mixer.head_dim]
-        return graph.node("Reshape", [name, graph.constant("shape.past", shape)], f"{name}.shaped")
 
     def _window(self, context_length: int) -> dict[str, Any]:
         """The window, unless no text is longer."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from compressors.model.description.mixers import GroupedQuery, Mixer
+from compressors.model.description.mixers import GroupedQuery, Latent, Mixer
 from exporter.writing.onnx.builder import GraphBuilder
 from exporter.writing.onnx.mixers.grouped_query import GroupedQueryNodes
+from exporter.writing.onnx.mixers.latent import LatentNodes
 from exporter.writing.onnx.padding import AttentionMask
 from exporter.writing.onnx.weights import LayerNodes
 
@@ -33,7 +34,7 @@ class MixerNodes(Protocol):
         """Declares the cache as the nodes of a layer leave it."""
 
 
-_NODES: Mapping[type, Callable[[Any], MixerNodes]] = {GroupedQuery: GroupedQueryNodes}
+_NODES: Mapping[type, Callable[[Any], MixerNodes]] = {GroupedQuery: GroupedQueryNodes, Latent: LatentNodes}
 
 
 def mixer_nodes(mixer: Mixer) -> MixerNodes:

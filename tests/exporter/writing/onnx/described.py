@@ -13,17 +13,18 @@ import numpy.typing as npt
 
 from compressors.model.description.feed_forward import Dense, FeedForward, Routed, Shared
 from compressors.model.description.glu import Glu
-from compressors.model.description.mixers import GroupedQuery, QkNorm
+from compressors.model.description.mixers import GroupedQuery, Latent, Mixer, QkNorm
 from compressors.model.description.roles import Role
 from compressors.model.description.rope import Rope, RopeKind
 from compressors.model.description.spec import LayerSpec, ModelSpec, Place
 from compressors.model.description.tensors import GgufTensor, Kind, TensorSpec
-from compressors.model.families import parts
+from compressors.model.families import latent, parts
 from compressors.model.files.onnx_blocks import pack
 from exporter.writing.onnx.graph import build_model
 from exporter.writing.onnx.layout import DATA_FILE, MODEL_FILE, TensorLayout, plan_tensors
 
-__all__ = ["Reference", "attention", "described_layer", "put_values", "random_folder", "whole_numbers", "with_layers"]
+__all__ = ["Reference", "attention", "described_layer", "latent_attention", "put_values", "random_folder"]
+__all__ += ["whole_numbers", "with_layers"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -49,12 +50,21 @@ def attention(**changes: Any) -> GroupedQuery:
     return GroupedQuery(**(usual | changes))
 
 
+def latent_attention(**changes: Any) -> Latent:
+    """Three heads of 32 and 16 values on small vectors of 64, or what ``changes`` say."""
+    rope = Rope(RopeKind.DEFAULT, 10_000.0, 16, interleaved=True, trained_context=256)
+    usual: dict[str, Any] = {"n_heads": 3, "query_rank": 48, "rank": 64, "plain_dim": 32, "rotary_dim": 16}
+    usual |= {"value_dim": 16, "rope": rope, "scale": 1 / math.sqrt(48), "inner_epsilon": 0.1}
+    return Latent(**(usual | changes))
+
+
 def described_layer(
-    mixer: GroupedQuery, feed_forward: FeedForward | None, hidden_size: int, biases: tuple[Role, ...] = ()
+    mixer: GroupedQuery | Latent, feed_forward: FeedForward | None, hidden_size: int, biases: tuple[Role, ...] = ()
 ) -> LayerSpec:
     """A layer with all tensors that its parts need, and with biases of these roles."""
-    tensors = [*parts.attention_tensors()]
-    tensors += [] if mixer.qk_norm is QkNorm.NONE else parts.qk_norm_tensors(mixer.qk_norm)
+    tensors = [*(latent.mixer_tensors(mixer) if isinstance(mixer, Latent) else parts.attention_tensors())]
+    if isinstance(mixer, GroupedQuery) and mixer.qk_norm is not QkNorm.NONE:
+        tensors += parts.qk_norm_tensors(mixer.qk_norm)
     tensors += [_vector(role, f"{_BIASES[role][0]}.bias", _BIASES[role][1]) for role in biases]
     if isinstance(feed_forward, Dense):
         tensors += parts.dense_tensors()
@@ -156,15 +166,19 @@ class Reference:
         logits_TV = self._norm(states_TD, Role.FINAL_NORM, None) @ self.weights[Role.HEAD, None].T
         return logits_TV / self.spec.logit_divisor, routing
 
-    def _norm(self, values: Floats, role: Role, layer: int | None) -> Floats:
+    def _norm(self, values: Floats, role: Role, layer: int | None, epsilon: float | None = None) -> Floats:
         squares = np.square(values).mean(-1, keepdims=True)
-        return np.asarray(values / np.sqrt(squares + self.spec.rms_norm_eps) * self.weights[role, layer])
+        epsilon = self.spec.rms_norm_eps if epsilon is None else epsilon
+        return np.asarray(values / np.sqrt(squares + epsilon) * self.weights[role, layer])
 
     def _linear(self, values: Floats, role: Role, layer: int, bias: Role | None = None) -> Floats:
         found = values @ self.weights[role, layer].T
         return found + self.weights[bias, layer] if bias is not None and (bias, layer) in self.weights else found
 
-    def _attention(self, mixer: GroupedQuery, normed_TD: Floats, layer: int) -> Floats:
+    def _attention(self, mixer: Mixer, normed_TD: Floats, layer: int) -> Floats:
+        if isinstance(mixer, Latent):
+            return self._latent_attention(mixer, normed_TD, layer)
+        assert isinstance(mixer, GroupedQuery)
         query, key, value = (
             self._linear(normed_TD, role, layer, bias)
             for role, bias in (
@@ -181,12 +195,25 @@ class Reference:
             heads[1] = self._norm(heads[1], Role.KEY_NORM, layer)
         query, key = (_rotated(values, mixer.rope) for values in heads[:2])
         key, value = (np.repeat(values, mixer.n_heads // mixer.n_kv_heads, axis=1) for values in (key, heads[2]))
-        scores_HTT = np.einsum("thd,uhd->htu", query, key) * mixer.scale
-        distance_TT = np.arange(len(query))[:, None] - np.arange(len(query))
-        is_seen = (distance_TT >= 0) & (distance_TT < (mixer.window or len(query)))
-        powers_HTT = np.where(is_seen, np.exp(scores_HTT - scores_HTT.max(-1, keepdims=True)), 0)
-        attended = np.einsum("htu,uhd->thd", powers_HTT / powers_HTT.sum(-1, keepdims=True), value)
-        return self._linear(attended.reshape(len(query), -1), Role.ATTENTION_OUTPUT, layer, Role.ATTENTION_OUTPUT_BIAS)
+        attended = _attended(query, key, value, mixer)
+        return self._linear(attended, Role.ATTENTION_OUTPUT, layer, Role.ATTENTION_OUTPUT_BIAS)
+
+    def _latent_attention(self, mixer: Latent, normed_TD: Floats, layer: int) -> Floats:
+        """With keys and values made for each head."""
+        query = normed_TD
+        if mixer.query_rank is not None:
+            small = self._linear(query, Role.QUERY_A, layer)
+            query = self._norm(small, Role.QUERY_A_NORM, layer, mixer.inner_epsilon)
+        query = self._linear(query, Role.QUERY if mixer.query_rank is None else Role.QUERY_B, layer)
+        plain, turned = np.split(query.reshape(len(query), -1, mixer.key_dim), [mixer.plain_dim], axis=-1)
+        query = np.concatenate([plain, _rotated(turned, mixer.rope)], axis=-1)
+        small, of_key = np.split(self._linear(normed_TD, Role.KEY_VALUE_A, layer), [mixer.rank], axis=-1)
+        small = self._norm(small, Role.KEY_VALUE_A_NORM, layer, mixer.inner_epsilon)
+        both = self._linear(small, Role.KEY_VALUE_B, layer).reshape(len(query), mixer.n_heads, -1)
+        plain, value = np.split(both, [mixer.plain_dim], axis=-1)
+        turned = np.repeat(_rotated(of_key[:, None], mixer.rope), mixer.n_heads, axis=1)
+        attended = _attended(query, np.concatenate([plain, turned], axis=-1), value, mixer)
+        return self._linear(attended, Role.ATTENTION_OUTPUT, layer)
 
     def route(self, routed: Routed, normed_TD: Floats, layer: int) -> tuple[npt.NDArray[np.int64], Floats]:
         """Experts [T, K] of a layer and their weights, given what its router reads."""
@@ -221,8 +248,23 @@ def _neurons(normed_TD: Floats, gate: Floats, up: Floats, down: Floats, glu: Glu
     return glu.apply(normed_TD @ gate.T if glu.is_gated else None, normed_TD @ up.T) @ down.T
 
 
+def _attended(query: Floats, key: Floats, value: Floats, mixer: GroupedQuery | Latent) -> Floats:
+    """The values of all heads [T, H, d], weighed by attention, side by side."""
+    scores_HTT = np.einsum("thd,uhd->htu", query, key) * mixer.scale
+    distance_TT = np.arange(len(query))[:, None] - np.arange(len(query))
+    is_seen = (distance_TT >= 0) & (distance_TT < (mixer.window or len(query)))
+    powers_HTT = np.where(is_seen, np.exp(scores_HTT - scores_HTT.max(-1, keepdims=True)), 0)
+    attended = np.einsum("htu,uhd->thd", powers_HTT / powers_HTT.sum(-1, keepdims=True), value)
+    return np.asarray(attended.reshape(len(query), -1))
+
+
 def _rotated(values_THd: Floats, rope: Rope) -> Floats:
-    """Turns the first values of each head, those of one half with those of the other."""
+    """Turns the first values of each head: neighbours together, or those of one half with those of the other."""
+    if rope.interleaved:
+        turned_THd = np.concatenate([values_THd[..., : rope.width : 2], values_THd[..., 1 : rope.width : 2]], axis=-1)
+        turned_THd = _rotated(turned_THd, replace(rope, interleaved=False))
+        neighbours = np.stack(np.split(turned_THd, 2, axis=-1), axis=-1).reshape(turned_THd.shape)
+        return np.concatenate([neighbours, values_THd[..., rope.width :]], axis=-1)
     half = rope.width // 2
     angles = np.arange(len(values_THd))[:, None] * rope.inverse_frequencies(len(values_THd)).numpy()
     cosine, sine = np.cos(angles)[:, None], np.sin(angles)[:, None]

@@ -14,7 +14,7 @@ import torch
 
 from compressors.model.description.feed_forward import Dense, Routed, Shared
 from compressors.model.description.glu import Activation, Glu
-from compressors.model.description.mixers import QkNorm
+from compressors.model.description.mixers import Latent, QkNorm
 from compressors.model.description.roles import Role
 from compressors.model.description.routing import GroupScore, Routing, Score
 from compressors.model.description.spec import ModelSpec, Place
@@ -29,6 +29,7 @@ from tests.exporter.writing.onnx.described import (
     Reference,
     attention,
     described_layer,
+    latent_attention,
     random_folder,
     with_layers,
 )
@@ -70,6 +71,25 @@ def _gpt_oss(spec: ModelSpec) -> ModelSpec:
     return with_layers(spec, *(described_layer(mixer, block, _HIDDEN, biases) for mixer in mixers))
 
 
+def _interleaved(spec: ModelSpec) -> ModelSpec:
+    """Neighbouring values are turned together, of a half of each head."""
+    rope = replace(attention().rope, width=16, interleaved=True)
+    block = _routed(Routing())
+    return with_layers(spec, *[described_layer(attention(rope=rope), block, _HIDDEN)] * 2)
+
+
+def _latent(spec: ModelSpec) -> ModelSpec:
+    """Latent attention: queries made from a small vector, or from the hidden state; one layer has no experts."""
+    block = _routed(replace(_SIGMOID, n_groups=4, n_chosen_groups=2), shared=Shared(_WIDTH))
+    of_state = latent_attention(query_rank=None, scale=0.2)
+    return with_layers(
+        spec,
+        described_layer(latent_attention(), Dense(96), _HIDDEN),
+        described_layer(of_state, block, _HIDDEN),
+        described_layer(latent_attention(), block, _HIDDEN),
+    )
+
+
 def _mixed(spec: ModelSpec) -> ModelSpec:
     """Heads, rotary width, rules and functions that differ from layer to layer; one layer has no feed-forward."""
     rope = replace(attention().rope, width=16)
@@ -101,6 +121,8 @@ _MODELS: dict[str, Callable[[ModelSpec], ModelSpec]] = {
     "like qwen2_moe": _qwen2_moe,
     "like deepseek_v3": _deepseek,
     "like gpt_oss": _gpt_oss,
+    "interleaved": _interleaved,
+    "latent attention": _latent,
     "mixed layers": _mixed,
     "with factors": _with_factors,
 }
@@ -242,6 +264,7 @@ class _Number:
 
 def _changeable(model: onnx.ModelProto) -> list[_Number]:
     operators = ("GroupQueryAttention", "MoE", "QMoE", "TopK", "GatherElements", "ScatterElements", "LogSoftmax")
+    operators += ("RMSNormalization", "Split", "Concat")
     fields = {onnx.AttributeProto.INT: "i", onnx.AttributeProto.FLOAT: "f"}
     return [
         _Number(attribute, fields[attribute.type])
@@ -252,8 +275,10 @@ def _changeable(model: onnx.ModelProto) -> list[_Number]:
     ]
 
 
-def test_wrong_constants_of_routing_and_experts_are_named(base: ModelSpec, tmp_path: Path) -> None:
-    for name, model in (("routing.scale", _deepseek), ("best_2", _deepseek), ("glu.limit", _gpt_oss)):
+def test_wrong_constants_are_named(base: ModelSpec, tmp_path: Path) -> None:
+    of_heads = ("split.query.heads", "split.attended.heads", "split.key_value_a.parts", "shape.past")
+    of_routing = (("routing.scale", _deepseek), ("best_2", _deepseek), ("glu.limit", _gpt_oss))
+    for name, model in (*of_routing, *((name, _latent) for name in of_heads)):
         spec = model(base)
         random_folder(spec, tmp_path, "F32")
         graph = onnx.load(tmp_path / MODEL_FILE, load_external_data=False)
@@ -283,11 +308,14 @@ def test_factors_that_are_wrong_or_missing_are_named(base: ModelSpec, tmp_path: 
 
 
 def test_size_and_memory_are_predicted(spec: ModelSpec, folder: Path) -> None:
-    is_float = OnnxWeights(folder, spec).block_length(Role.QUERY, 0) is None
+    is_float = OnnxWeights(folder, spec).block_length(Role.ATTENTION_OUTPUT, 0) is None
     encodings = _encodings(spec, "F32" if is_float else "4-bit experts")
     assert predict_size(spec, "F32", encodings) == sum(file.stat().st_size for file in folder.iterdir())
     lines = predict_runtime_bytes(spec, "F32", 128, threads=1, encodings=encodings)
-    cached = sum(2 * layer.mixer.n_kv_heads * layer.mixer.head_dim for layer in spec.layers)
+    cached = sum(
+        2 * (mixer.rank + mixer.rotary_dim if isinstance(mixer, Latent) else mixer.n_kv_heads * mixer.head_dim)
+        for mixer in (layer.mixer for layer in spec.layers)
+    )
     assert lines["kv_cache"] == 4 * 128 * cached
 
 

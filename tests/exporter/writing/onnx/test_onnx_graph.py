@@ -7,9 +7,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-import numpy.typing as npt
 import onnx
-import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,41 +17,11 @@ from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, Student
 from exporter.writing.onnx.layout import DATA_FILE, MODEL_FILE
 from exporter.writing.onnx.writer import write_onnx
+from tests.exporter.writing.onnx.session import Logits, Session, Tokens, padded
 
 _EXACT = 1e-3  # logits reach 17; float32 in another order of summation gives 2e-5
 _INT8_HEAD = 0.15  # the head's inputs quantized to int8 in blocks of 32
 _EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
-_LAYERS, _KV_HEADS, _HEAD_DIM = 6, 4, 32
-
-Tokens = npt.NDArray[np.int64]
-Logits = npt.NDArray[np.float32]
-
-
-class _Session:
-    """A session that feeds tokens, mask and cache by name."""
-
-    def __init__(self, folder: Path, model: onnx.ModelProto | None = None) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        key = "session.model_external_initializers_file_folder_path"
-        options.add_session_config_entry(key, str(folder))
-        source = str(folder / MODEL_FILE) if model is None else model.SerializeToString()
-        self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        self._cache_names = [entry.name for entry in self._session.get_inputs() if entry.name.startswith("past")]
-        self._cache: list[npt.NDArray[np.float32]] = []
-
-    def feed(self, tokens: Tokens, mask: Tokens, *, cached: bool = False) -> Logits:
-        """Logits [batch, tokens, V]; ``cached`` continues where the last call ended."""
-        if not cached:
-            self._cache = [np.zeros((len(tokens), _KV_HEADS, 0, _HEAD_DIM), np.float32) for _ in self._cache_names]
-        inputs = {
-            "input_ids": tokens,
-            "attention_mask": mask,
-            "position_ids": np.zeros_like(tokens),  # connected to nothing
-            **dict(zip(self._cache_names, self._cache, strict=True)),
-        }
-        logits, *self._cache = self._session.run(None, inputs)
-        return np.asarray(logits)
 
 
 def _reference(folder: Path) -> PreTrainedModel:
@@ -85,7 +53,7 @@ def reference(family_folder: Path) -> PreTrainedModel:
 
 
 def test_long_prompts(float32_folder: Path, reference: PreTrainedModel, heldout_tokens: Tokens) -> None:
-    session = _Session(float32_folder)
+    session = Session(float32_folder)
     for first in (0, len(heldout_tokens) // 2):
         tokens = heldout_tokens[None, first : first + 512]
         assert np.abs(session.feed(tokens, np.ones_like(tokens)) - _logits(reference, tokens)).max() < _EXACT
@@ -98,11 +66,8 @@ def test_padding_on_either_side(
     """A row gives the logits it gives alone, in the prompt and in the steps after it."""
     rows = [heldout_tokens[100:120], heldout_tokens[700:707]]
     width, steps = 20, heldout_tokens[None, 900:903].repeat(2, axis=0)
-    tokens, mask = np.zeros((2, width), np.int64), np.zeros((2, width), np.int64)
-    for row, values in enumerate(rows):
-        place = slice(width - len(values), width) if side == "left" else slice(0, len(values))
-        tokens[row, place], mask[row, place] = values, 1
-    session = _Session(float32_folder)
+    tokens, mask = padded(rows, side)
+    session = Session(float32_folder)
     prompt_logits = session.feed(tokens, mask)
     for step in range(3):
         mask = np.concatenate([mask, np.ones((2, 1), np.int64)], axis=1)
@@ -116,7 +81,7 @@ def test_padding_on_either_side(
 
 def test_prompt_in_chunks(float32_folder: Path, reference: PreTrainedModel, heldout_tokens: Tokens) -> None:
     tokens = heldout_tokens[None, :300]
-    session = _Session(float32_folder)
+    session = Session(float32_folder)
     pieces = [
         session.feed(tokens[:, first:last], np.ones((1, last), np.int64), cached=first > 0)
         for first, last in ((0, 128), (128, 129), (129, 300))
@@ -132,7 +97,7 @@ def test_pruned_student(
     for n_experts in (5, 1):
         kept = tuple(tuple((7 * layer + 3 * i) % 8 for i in range(n_experts)) for layer in range(source.spec.n_layers))
         student = Student(source, ExpertMap.keeping(source.spec.n_experts, kept))
-        session = _Session(_export(tmp_path / str(n_experts), student, "F32"))
+        session = Session(_export(tmp_path / str(n_experts), student, "F32"))
         tokens = heldout_tokens[None, 2000:2200]
         expected = _logits(_pruned_reference(family_folder, reference, kept), tokens)
         assert np.abs(session.feed(tokens, np.ones_like(tokens)) - expected).max() < _EXACT
@@ -182,9 +147,9 @@ def test_q4_0_computes_with_the_dequantized_weights(
     (head,) = (node for node in model.graph.node if node.output[0] == "logits")
     (accuracy_level,) = (attribute for attribute in head.attribute if attribute.name == "accuracy_level")
     accuracy_level.i = 1  # float32 inputs
-    exact = _Session(q4_0_folder, model).feed(tokens, np.ones_like(tokens))
+    exact = Session(q4_0_folder, model).feed(tokens, np.ones_like(tokens))
     assert np.abs(exact - expected).max() < _EXACT
-    shipped = _Session(q4_0_folder).feed(tokens, np.ones_like(tokens))
+    shipped = Session(q4_0_folder).feed(tokens, np.ones_like(tokens))
     assert np.abs(shipped - expected).max() < _INT8_HEAD
     log_p = torch.log_softmax(torch.tensor(expected), -1)
     divergence = (log_p.exp() * (log_p - torch.log_softmax(torch.tensor(shipped), -1))).sum(-1)
@@ -199,7 +164,7 @@ def test_untied_head(tmp_path: Path, toy_checkpoint: Callable[..., Path], heldou
     student = Student.teacher(Checkpoint(folder))
     assert not student.spec.tied_embeddings
     for preset, tolerance in (("F32", _EXACT), ("Q4_0", 3.0)):
-        session = _Session(_export(tmp_path / preset, student, preset))
+        session = Session(_export(tmp_path / preset, student, preset))
         logits = session.feed(tokens, np.ones_like(tokens))
         assert np.abs(logits - expected).max() < tolerance
 

@@ -1,0 +1,108 @@
+"""The weights of our ONNX graphs, as the description tells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import LayerSpec, ModelSpec
+from compressors.model.description.tensors import TensorSpec
+from compressors.model.description.transforms import HeadMatrices
+
+__all__ = ["OnnxWeight", "Part", "row_lengths", "weights_of"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a tensor that are a weight by themselves.
+
+    Attributes:
+        first: the first of them.
+        n_rows: their number.
+        is_transposed: the weight is their transpose.
+    """
+
+    first: int
+    n_rows: int
+    is_transposed: bool
+
+    @property
+    def rows(self) -> slice:
+        """The rows."""
+        return slice(self.first, self.first + self.n_rows)
+
+    def turned(self, values: torch.Tensor) -> torch.Tensor:
+        """The weight's values as the tensor has them, or the tensor's as the weight has them: a view."""
+        return values.T if self.is_transposed else values
+
+
+@dataclass(frozen=True)
+class OnnxWeight:
+    """A weight of the graph, as the description tells.
+
+    Attributes:
+        name: its name; of codes and scales the beginning of theirs.
+        roles: the tensors that it consists of; of several, rows alternate.
+        layer: the decoder layer; None outside of the layers.
+        shape: [D], [rows, columns], or [E, rows, columns] of all experts.
+        part: the part of the tensor that it is; None: it is whole.
+    """
+
+    name: str
+    roles: tuple[Role, ...]
+    layer: int | None
+    shape: tuple[int, ...]
+    part: Part | None = None
+
+
+def weights_of(spec: ModelSpec) -> Iterator[OnnxWeight]:
+    """Lists the weights of a model's graph, in the order of the data file."""
+    outside = [
+        OnnxWeight(tensor.onnx_name, (tensor.role,), None, spec.dimensions(tensor.role))
+        for tensor in spec.written.tensors
+    ]
+    yield from (weight for weight in outside if Role.TOKEN_EMBEDDING in weight.roles)
+    for index, layer in enumerate(spec.written.layers):
+        yield from _weights_of_layer(layer, index)
+    yield from (weight for weight in outside if Role.TOKEN_EMBEDDING not in weight.roles)
+
+
+def _weights_of_layer(layer: LayerSpec, index: int) -> Iterator[OnnxWeight]:
+    for name, together in groupby(layer.tensors, key=lambda tensor: tensor.onnx_name):
+        tensors = tuple(together)
+        if matrices := _head_matrices(tensors[0]):
+            yield from _weights_of_heads(matrices, tensors[0], layer, index)
+            continue
+        rows, *columns = layer.dimensions(tensors[0])
+        experts = [layer.n_experts] if tensors[0].is_per_expert else []
+        shape = (*experts, len(tensors) * rows, *columns)
+        yield OnnxWeight(name.format(layer=index), tuple(tensor.role for tensor in tensors), index, shape)
+
+
+def row_lengths(tensor: TensorSpec, layer: LayerSpec) -> tuple[int, ...]:
+    """The lengths of the rows of the weights that hold a layer's tensor: of each kind of a head's matrices, or one."""
+    matrices = _head_matrices(tensor)
+    shapes = [matrix.shape(layer.dimensions(tensor), layer.sizes) for matrix in matrices] or [layer.dimensions(tensor)]
+    return tuple(shape[-1] for shape in shapes)
+
+
+def _head_matrices(tensor: TensorSpec) -> list[HeadMatrices]:
+    """The matrices of each head, where a tensor consists of such."""
+    return [part.transform for part in tensor.gguf_parts if isinstance(part.transform, HeadMatrices)]
+
+
+def _weights_of_heads(
+    matrices: Iterable[HeadMatrices], tensor: TensorSpec, layer: LayerSpec, index: int
+) -> Iterator[OnnxWeight]:
+    """One after the other, first the heads' matrices of one kind."""
+    name = tensor.onnx_name.format(layer=index)
+    for matrix in matrices:
+        n_heads, *shape = matrix.shape(layer.dimensions(tensor), layer.sizes)
+        for head in range(n_heads):
+            rows = matrix.rows_of(head, layer.sizes)
+            part = Part(rows.start, rows.stop - rows.start, matrix.is_transposed)
+            yield OnnxWeight(f"{name}.{matrix.taken}.head{head}", (tensor.role,), index, tuple(shape), part)

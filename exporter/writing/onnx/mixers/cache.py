@@ -1,0 +1,40 @@
+"""The cache of attention: keys and values, as inputs and outputs of the graph."""
+
+from __future__ import annotations
+
+import onnx
+
+from compressors.model.description.onnx_heads import OperatorHeads
+from exporter.writing.onnx.builder import GraphBuilder
+
+__all__ = ["add_past", "add_present", "present_names"]
+
+_FLOAT = onnx.TensorProto.FLOAT
+_CACHED = ("key", "value")
+
+
+def add_past(graph: GraphBuilder, layer: int, heads: OperatorHeads) -> list[str]:
+    """Adds the caches as they come in.
+
+    Their heads and their width are declared as unknown, because optimum guesses them from ``config.json`` and guesses
+    wrong for an empty cache; a Reshape says what they are.
+    """
+    shape = graph.constant("shape.past", [0, heads.n_kv_heads, 0, heads.head_dim])
+    found = []
+    for kind in _CACHED:
+        name = f"past_key_values.{layer}.{kind}"
+        graph.add_input(name, _FLOAT, ["batch", "past_heads", "past_sequence", "past_head_dim"])
+        found.append(graph.node("Reshape", [name, shape], f"{name}.shaped"))
+    return found
+
+
+def present_names(layer: int) -> list[str]:
+    """The names of the caches as a layer leaves them."""
+    return [f"present.{layer}.{kind}" for kind in _CACHED]
+
+
+def add_present(graph: GraphBuilder, layer: int, heads: OperatorHeads) -> None:
+    """Declares the keys and values of all tokens so far."""
+    dimensions: list[str | int] = ["batch", heads.n_kv_heads, "present_sequence", heads.head_dim]
+    for name in present_names(layer):
+        graph.add_output(name, _FLOAT, dimensions)

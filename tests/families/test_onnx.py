@@ -1,0 +1,155 @@
+"""Every family in ONNX Runtime against stock transformers, on random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime_genai
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+from compressors.model.errors import UnsupportedError
+from compressors.model.families.config import read_spec
+from compressors.model.running.recorder import RoutingRecorder
+from compressors.model.running.streaming import StreamedModel, TokenGroup
+from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.onnx import MODEL_FILE, OnnxWeights
+from compressors.model.sources.student import ExpertMap, Student
+from exporter.writing.onnx.clients import write_client_files
+from exporter.writing.onnx.layout import plan_tensors
+from exporter.writing.onnx.memory import predict_runtime_bytes
+from exporter.writing.onnx.writer import predict_size, write_onnx
+from tests.exporter.writing.onnx.session import Session, Tokens, padded
+from tests.families.checkpoints import spell_as_the_hub
+from tests.families.conftest import logits_of
+from tests.families.rows import COMMON, ROWS
+from validate.files.folder_settings import folder_setting_symptoms
+from validate.files.graph_settings import graph_setting_symptoms
+from validate.metrics.generation import greedy
+from validate.routing.agreement import routing_agreement
+from validate.runtimes.backend import scored_positions
+from validate.runtimes.onnx import OnnxRuntimeBackend
+
+_EXACT = 1e-4  # of logits whose standard deviation is about 1.5
+_WRITTEN = sorted(name for name, row in ROWS.items() if "onnx" in row.formats)
+
+
+@pytest.fixture(scope="module", params=_WRITTEN)
+def family(request: pytest.FixtureRequest) -> str:
+    """The families that are written as ONNX."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module", params=[8, 6])
+def student(request: pytest.FixtureRequest, folder: Path) -> Student:
+    """The whole model, and one with fewer experts."""
+    source = Checkpoint(folder)
+    kept = [
+        (0, 2, 3, 5, 6, 7, 1, 4)[: request.param] if layer.routed is not None else () for layer in source.spec.layers
+    ]
+    return Student(source, ExpertMap.keeping(source.spec.n_experts, kept))
+
+
+@pytest.fixture(scope="module")
+def written(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its ONNX folder in F32."""
+    path = tmp_path_factory.mktemp("onnx")
+    write_onnx(student, "F32", path, threads=1)
+    write_client_files(student, path)
+    return path
+
+
+@torch.no_grad()
+def test_onnx_runtime_computes_and_routes_like_torch(student: Student, written: Path, blocks_BT: torch.Tensor) -> None:
+    recorder, model = RoutingRecorder(student.spec), StreamedModel(student)
+    (hidden,) = model.stream([TokenGroup(blocks_BT, [recorder.observe])])
+    everywhere = slice(0, blocks_BT.shape[1])
+    expected = torch.cat([logits for _, logits in model.logits_in_chunks(hidden, everywhere)])
+    outputs = list(OnnxRuntimeBackend(written, threads=1).run(blocks_BT.numpy()))
+    wanted_BSV = expected.view(*blocks_BT.shape, -1)[:, scored_positions(blocks_BT.shape[1])]
+    found_BSV = torch.from_numpy(np.stack([output.logits_SV for output in outputs]))
+    assert (found_BSV - wanted_BSV).abs().max() < _EXACT
+    routings = [output.routing for output in outputs if output.routing is not None]
+    found = type(routings[0]).concatenate(routings)
+    assert routing_agreement(recorder.routing(), found).mean("overlap") >= 0.99
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_steps_after_padded_prompts(student: Student, written: Path, blocks_BT: torch.Tensor, side: str) -> None:
+    """A row gives the logits that it gives alone, in the prompt and in the steps after it."""
+    texts, steps = [blocks_BT[0, :20].numpy(), blocks_BT[1, :7].numpy()], blocks_BT[:, 40:44].numpy()
+    tokens, mask = padded(texts, side)
+    session = Session(written)
+    prompt_logits = session.feed(tokens, mask)
+    found = []
+    for step in range(steps.shape[1]):
+        mask = np.concatenate([mask, np.ones((2, 1), np.int64)], axis=1)
+        found.append(session.feed(steps[:, step : step + 1], mask, cached=True)[:, 0])
+    for row, values in enumerate(texts):
+        whole = torch.tensor(np.concatenate([values, steps[row]]))[None]
+        expected_TV = logits_of(StreamedModel(student), whole).numpy()
+        used = prompt_logits[row, -len(values) :] if side == "left" else prompt_logits[row, : len(values)]
+        assert np.abs(used - expected_TV[: len(values)]).max() < _EXACT
+        assert np.abs(np.stack(found)[:, row] - expected_TV[len(values) :]).max() < _EXACT
+
+
+def test_prompts_in_chunks(stock: nn.Module, folder: Path, blocks_BT: torch.Tensor, tmp_path: Path) -> None:
+    write_onnx(Student.teacher(Checkpoint(folder)), "F32", tmp_path, threads=1)
+    tokens: Tokens = blocks_BT[:1].numpy()
+    session = Session(tmp_path)
+    pieces = [
+        session.feed(tokens[:, first:last], np.ones((1, last), np.int64), cached=first > 0)
+        for first, last in ((0, 20), (20, 21), (21, 48))
+    ]
+    with torch.no_grad():
+        expected = stock(blocks_BT[:1]).logits.numpy()
+    assert np.abs(np.concatenate(pieces, axis=1) - expected).max() < _EXACT
+
+
+def test_the_folder_is_what_the_checks_ask_for(student: Student, written: Path, folder: Path) -> None:
+    assert graph_setting_symptoms(written / MODEL_FILE, student.spec) == []
+    assert folder_setting_symptoms(written / MODEL_FILE, Checkpoint(folder), student.spec) == []
+    files = (written / MODEL_FILE, written / "model.onnx.data")
+    assert predict_size(student.spec, "F32") == sum(file.stat().st_size for file in files)
+
+
+def test_the_file_holds_the_student_s_values(student: Student, written: Path) -> None:
+    found = OnnxWeights(written, student.spec)
+    for tensor, layer in student.spec.written.places:
+        if not tensor.is_per_expert:
+            expected = student.tensor(tensor.role, layer).float()
+            assert torch.equal(found.tensor(tensor.role, layer), expected), (tensor.role, layer)
+            if tensor.is_quantizable:
+                assert torch.equal(found.rows(tensor.role, layer, slice(1, 3)), expected[1:3])
+
+
+def test_genai_generates_the_same_tokens(written: Path, student: Student, blocks_BT: torch.Tensor) -> None:
+    """Its caches are as large as the graph's, and what is predicted."""
+    prompt = blocks_BT[0, :20].tolist()
+    expected = OnnxRuntimeBackend(written, threads=1).generate(prompt, 12, greedy)
+    model = onnxruntime_genai.Model(str(written))
+    parameters = onnxruntime_genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(prompt) + len(expected))
+    generator = onnxruntime_genai.Generator(model, parameters)
+    generator.append_tokens(prompt)
+    tokens = []
+    while not generator.is_done():
+        generator.generate_next_token()
+        tokens.append(int(generator.get_next_tokens()[0]))
+    assert tokens and tokens == expected[: len(tokens)]
+    caches = [generator.get_input(f"past_key_values.0.{kind}") for kind in ("key", "value")]
+    predicted = predict_runtime_bytes(student.spec, "F32", len(prompt) + len(expected), threads=1)["kv_cache"]
+    assert predicted == student.spec.n_layers * sum(cache.nbytes for cache in caches)
+
+
+@pytest.mark.parametrize("name", sorted(set(ROWS) - set(_WRITTEN)))
+def test_others_are_refused(name: str, tmp_path: Path) -> None:
+    row = ROWS[name]
+    AutoConfig.for_model(name, **{**COMMON, **row.sizes}).save_pretrained(tmp_path)
+    spell_as_the_hub(tmp_path / "config.json", row)
+    with pytest.raises(UnsupportedError, match="use --formats gguf"):
+        plan_tensors(read_spec(tmp_path), "F32")
