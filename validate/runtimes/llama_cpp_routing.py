@@ -166,7 +166,6 @@ class RoutingCollector:
             self._parts[_LOGITS, layer].append(selection_margins(self._scores, values.shape[1]))
         return (node, layer) != self._end
 
-
     def _is_fed(self, layer: int) -> bool:
         return self._feed is not None and self._feed.has(layer)
 
