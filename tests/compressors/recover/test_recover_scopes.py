@@ -139,7 +139,7 @@ def test_parts_beside_routed_experts_are_trained_with_everything_alone(fine_fold
     more = (
         _tensor(Role.QUERY_BIAS, "Q", kind=Kind.VECTOR),
         _tensor(Role.ROUTER_BIAS, "E", kind=Kind.ROUTER, experts_axis=0),
-        _tensor(Role.SELECTION_BIAS, "E", kind=Kind.VECTOR, experts_axis=0),
+        _tensor(Role.SELECTION_BIAS, "E", kind=Kind.SELECTION, experts_axis=0),
         _tensor(Role.SHARED_ROUTER, "1", "D", kind=Kind.ROUTER),
         _tensor(Role.SHARED_DOWN, "D", "S", kind=Kind.MATRIX),
     )

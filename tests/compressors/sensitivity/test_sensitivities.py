@@ -157,7 +157,7 @@ def test_errors_of_scaled_embeddings_and_heads_are_scaled_too(
     toy_checkpoint: Callable[..., Path], blocks_BT: torch.Tensor, tmp_path: Path
 ) -> None:
     folder = toy_checkpoint(tmp_path, n_layers=1, model="olmoe")
-    checkpoints = (Checkpoint(folder), with_factors(folder, tmp_path / "with factors"))
+    checkpoints = (open_source(folder), with_factors(folder, tmp_path / "with factors"))
     plain, scaled = (
         gather_sensitivities(Student.teacher(checkpoint), blocks_BT[:2], tmp_path / name, seed=_SEED)
         for checkpoint, name in zip(checkpoints, ("plain", "scaled"), strict=True)

@@ -296,7 +296,7 @@ def test_what_comes_out_loads_as_a_student(
     loaded = Student.load(source, tmp_path / "map.json", [tmp_path / "0.safetensors", tmp_path / "1.safetensors"])
     assert loaded.experts == student.experts
     assert [layer.source for layer in loaded.experts.layers] == [0, 2]
-    assert [(size.n_experts, size.expert_width) for size in map(loaded.spec.layer, range(2))] == [(6, 64), (9, 32)]
+    assert [(size.n_experts, size.expert_width) for size in loaded.spec.layers] == [(6, 64), (9, 32)]
     # gate and up of each: rows of the expert that it comes from
     for number, expert in enumerate(layers[0].map.kept):
         rows = {tuple(row) for row in source.expert(Role.EXPERT_GATE, 0, expert).tolist()}

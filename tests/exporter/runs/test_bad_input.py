@@ -75,7 +75,7 @@ def _edit_config(model: Path, *, drop: Sequence[str] = (), **values: object) -> 
     [
         (_no_config, "config.json"),
         (_dense, "dense"),
-        (_unsupported_family, "supported are mixtral, olmoe, qwen3_moe"),
+        (_unsupported_family, "not a supported MoE family; supported are "),
         (_missing_shard, "model-00001-of-00001.safetensors"),
         (_missing_tensor, "model.layers.0.mlp.experts.3.up_proj.weight"),
         (_truncated, "truncated"),
