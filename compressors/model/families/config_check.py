@@ -1,6 +1,6 @@
-"""Compares a shape that was read from ``config.json`` with what transformers makes of the same file.
+"""Compares the description that was read from ``config.json`` with transformers' own reading of the same file.
 
-A net under :mod:`compressors.model.families.config`: should a version of transformers take a setting in another way,
+A safety net for :mod:`compressors.model.families.config`: if a version of transformers reads a setting in another way,
 the run ends with the setting's name before any work, not with a file that computes something else.
 """
 
@@ -26,8 +26,8 @@ def check_against_transformers(folder: Path, spec: ModelSpec) -> None:
     """Checks that transformers would compute with the same settings.
 
     Args:
-        folder: of the checkpoint.
-        spec: as its ``config.json`` was read; whether the head is tied, its weights decide.
+        folder: the checkpoint.
+        spec: the model, as its ``config.json`` was read; the weights decide whether the head is tied.
 
     Raises:
         UnsupportedError: transformers refuses the file, or a setting differs; the message names it.
@@ -67,7 +67,7 @@ _WITHOUT_EFFECT = frozenset(
 
 
 def _refuse_not_understood(path: Path, config: Any) -> None:
-    """Refuses a setting of transformers' class that the family's description does not know, and that is no default."""
+    """Refuses a setting that the family's description does not know and that differs from transformers' default."""
     from transformers import PreTrainedConfig
 
     family, settings = model_settings(path)
@@ -106,7 +106,7 @@ def _windows(config: Any, spec: ModelSpec) -> tuple[int | None, ...]:
 
 
 def _rope_settings(config: Any, rope: Rope) -> Iterator[tuple[str, object, object]]:
-    """The kind, and what the angles are computed from: compared as the frequencies that come of it."""
+    """The kind and the numbers that the angles are computed from, which are compared as frequencies."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     yield "rope_type", rope.kind.value, config.rope_parameters["rope_type"]

@@ -53,7 +53,7 @@ _EXPERTS = f"{_LAYER}mlp.experts."
 
 
 def _experts() -> tuple[TensorSpec, ...]:
-    """The experts' matrices; in files those of all experts of a layer lie together."""
+    """The experts' matrices; files hold those of all experts of a layer in one tensor."""
     names = ("gate", "up", "down")
     gate, up, down = (f"{_EXPERTS}{{expert}}.{name}_proj.weight" for name in names)
     gate_gguf, up_gguf, down_gguf = (GgufTensor(f"{_BLK}ffn_{name}_exps.weight") for name in names)
@@ -145,7 +145,7 @@ def _edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:
 
 
 def _keys(spec: ModelSpec) -> Mapping[str, GgufValue]:
-    """llama.cpp takes every second layer, from the first on, for one with a window, unless a list says otherwise."""
+    """The usual keys; llama.cpp gives every second layer, from the first on, a window unless a list says otherwise."""
     windows = [layer.mixer.window for layer in spec.layers]
     have_one = tuple(window is not None for window in windows)
     keys: dict[str, GgufValue] = {

@@ -21,11 +21,11 @@ __all__ = ["Skeleton"]
 
 
 class Skeleton:
-    """Decoder layers, rotary embedding and final norm of a model of this shape.
+    """Decoder layers, rotary embedding and final norm of a student.
 
     Args:
         folder: the checkpoint whose ``config.json`` tells everything but the sizes.
-        shape: the student's.
+        spec: the student's description.
     """
 
     def __init__(self, folder: Path, spec: ModelSpec) -> None:
@@ -33,7 +33,7 @@ class Skeleton:
 
         self._spec = spec
         register_grouped_experts()
-        # it recommends packages for recurrent layers, in every process; torch's own arithmetic is what is meant here
+        # it recommends packages for recurrent layers in every process, but torch's own arithmetic is meant to be used
         logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
         config = _edited(AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config(), spec)
         with torch.device("meta"):
@@ -59,7 +59,7 @@ class Skeleton:
         return named
 
     def _fitted(self, module: nn.Module, index: int, config: Any) -> nn.Module:
-        """The layer with sizes of its own where layers differ; what it has lost adds nothing."""
+        """Returns the layer with its own sizes where layers differ; modules that it has lost add nothing."""
         spec, layer = self._spec, self._spec.layers[index]
         if layer.routed is not None and layer.moe != MoeSize(spec.n_experts, spec.expert_width):
             alike = replace(spec, layers=(layer,) * spec.n_layers)
@@ -74,7 +74,7 @@ class Skeleton:
 
 
 class _Nothing(nn.Module):
-    """Stands where a part of a layer was dropped."""
+    """Replaces a dropped part of a layer."""
 
     def __init__(self, n_outputs: int) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class _Nothing(nn.Module):
 
 
 def _lay_out(experts: nn.Module) -> None:
-    """Gives the experts the shapes that all have here, whatever their class has: output features come first."""
+    """Gives the experts of every class the same shapes: output features come first."""
     if getattr(experts, "is_transposed", False):
         for name in ("gate_up_proj", "down_proj"):
             matrices = experts.get_parameter(name)

@@ -57,11 +57,11 @@ _OF_GGML: Mapping[BlockType, StoredType] = {
 
 @dataclass(frozen=True)
 class OnnxWeight:
-    """A weight of the graph, as the description tells.
+    """A weight of the graph, as the model's description implies it.
 
     Attributes:
-        name: its name; of codes and scales the beginning of theirs.
-        roles: the tensors that it consists of; of several, rows alternate.
+        name: its name, or the beginning of its codes' and scales' names.
+        roles: the tensors that it consists of; the rows of several tensors alternate.
         layer: the decoder layer; None outside of the layers.
         shape: [D], [rows, columns], or [E, rows, columns] of all experts.
     """
@@ -188,9 +188,9 @@ class OnnxWeights:
         return GGMLQuantizationType.F32 if blocks is None else _OF_GGML.get(blocks, blocks)
 
     def tensor(self, role: Role, layer: int | None) -> torch.Tensor:
-        """The tensor of a role that is not an expert's, float32."""
+        """The tensor of a role outside of experts, float32."""
         weight = self._weights.get((role, layer))
-        if weight is None:  # the router of one expert: a softmax over one logit, whatever it is
+        if weight is None:  # the router of one expert: the softmax over its one logit is always 1
             return torch.zeros(self._spec.dimensions(role, layer))
         return self._rows(weight, 0, weight.n_rows).view(weight.shape)
 
@@ -218,7 +218,7 @@ class OnnxWeights:
         """The tunable values of a tensor.
 
         Raises:
-            InputError: it has none.
+            InputError: the tensor has none.
         """
         weight = self._tunable_weight(role, layer)
         if weight.scales is None:
@@ -230,7 +230,7 @@ class OnnxWeights:
         """The same weights as if the file had these tunable values.
 
         Raises:
-            InputError: they are not of this file.
+            InputError: the file has no such values.
         """
         for name, tensor in values.items():
             self._check_values(name, tensor)
@@ -272,7 +272,7 @@ class OnnxWeights:
         return values
 
     def _replace(self, weight: _Weight, values_RN: npt.NDArray[Any], first: int) -> None:
-        """Writes the values that replace the file's into some rows: those of whole experts where roles alternate."""
+        """Writes the values that replace the file's into some rows, which are whole experts' where roles alternate."""
         for role, name in self._replaced[weight].items():
             own_RN = weight.rows_of(role, values_RN)
             of_role_RN = self._values[name].reshape(-1, values_RN.shape[1]).numpy()
