@@ -54,11 +54,11 @@ def resolve_original(against: str | None, job: Mapping[str, Any]) -> Path:
     """The checkpoint that published files are compared with.
 
     Args:
-        against: of ``--against``; None: the one that the files were made from.
-        job: of the files' report.
+        against: the value of ``--against``; None: the checkpoint that the files were made from.
+        job: the job in the files' report.
 
     Raises:
-        InputError: as :func:`resolve_model`; of a local folder that is gone the message says so.
+        InputError: as :func:`resolve_model`; the message says so if a local folder is gone.
     """
     recorded = job["model"]
     if against is None and isinstance(recorded, str) and Path(recorded).is_absolute() and not Path(recorded).is_dir():

@@ -73,7 +73,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def parts_read_past(checkpoint: Checkpoint) -> Iterator[str]:
-    """Yields the parts of a checkpoint that the family's rules read past, each with its number of tensors."""
+    """Yields the parts of a checkpoint that the family's rules skip, each with its number of tensors."""
     for part in checkpoint.family.skipped:
         n_tensors = sum(re.fullmatch(part.pattern, name) is not None for name in checkpoint.headers)
         if n_tensors:
@@ -89,7 +89,7 @@ def _attention(spec: ModelSpec) -> dict[str, int] | None:
 
 
 def _routing(spec: ModelSpec) -> str:
-    """The rules in words; a model has one, unless its layers differ."""
+    """The routing rules in words; a model has one, unless its layers differ."""
     rules = (layer.routed for layer in spec.layers if layer.routed is not None)
     return "; ".join(dict.fromkeys(_with_top_k(routed.routing.description, routed.top_k) for routed in rules))
 
@@ -100,7 +100,7 @@ def _with_top_k(description: str, top_k: int) -> str:
 
 
 def _active_parameters(spec: ModelSpec) -> int:
-    """The parameters of the tensors that a token uses: all, but of the experts only those that are chosen."""
+    """The parameters of the tensors that a token uses: all except those of experts that are not chosen."""
     idle = sum((layer.n_experts - layer.top_k) * layer.expert_parameters for layer in spec.layers)
     return spec.parameters - idle
 
@@ -112,7 +112,7 @@ def _cache_bytes(spec: ModelSpec) -> dict[str, int]:
 
 
 def _kinds_of_layers(spec: ModelSpec) -> list[list[tuple[int, LayerSpec]]]:
-    """The layers by what they are made of, each kind with the numbers of its layers."""
+    """The layers by their structure, each kind with the numbers of its layers."""
     kinds: dict[tuple[object, ...], list[tuple[int, LayerSpec]]] = {}
     for index, layer in enumerate(spec.layers):
         kinds.setdefault((layer.mixer, layer.feed_forward), []).append((index, layer))

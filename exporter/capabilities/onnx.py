@@ -25,7 +25,7 @@ def _mixers(spec: ModelSpec) -> str | None:
 
 
 def _heads(spec: ModelSpec) -> str | None:
-    """The attention operator checks it only when it runs (``gqa_attention_base.h`` in ONNX Runtime)."""
+    """Refuses heads that the attention operator would refuse only when it runs (``gqa_attention_base.h``)."""
     for mixer in (layer.mixer for layer in spec.layers):
         if isinstance(mixer, GroupedQuery) and mixer.head_dim % _HEAD_MULTIPLE:
             return _refused(
@@ -57,7 +57,7 @@ def _scalars(spec: ModelSpec) -> str | None:
 
 
 def _refused(why: str, is_so: object = True) -> str | None:
-    """The sentence of a refusal, if there is anything to refuse."""
+    """Returns the sentence of a refusal; None if there is nothing to refuse."""
     return f"{why}: it cannot be written as ONNX; use --formats gguf" if is_so else None
 
 
@@ -72,4 +72,4 @@ RULES = (
     Rule(Container.ONNX, Feature.EXPERT_FUNCTION, "SwiGLU, its limits and offsets included", _expert_function),
     Rule(Container.ONNX, Feature.SCALARS, "none", _scalars),
 )
-"""In the order in which they are asked; the first refusal counts."""
+"""The rules in the order in which they are asked; the first refusal counts."""

@@ -69,8 +69,8 @@ def run_pareto(
         sizes: sizes of the files, separated by commas: names of mixes, sizes such as 7GB, or shares such as 12% of the
             size in 16 bits.
         out: a folder that does not exist yet.
-        flags: the flags of an export that apply (:class:`~exporter.planning.job.Flags`).
-        command: as it was typed.
+        flags: the flags of an export that apply (:class:`~exporter.planning.flags.Flags`).
+        command: the command as it was typed.
         announce: called with a text for each stage.
 
     Raises:
@@ -142,7 +142,7 @@ def _curve(job: Job, sizes: str, command: str) -> _Curve:
 
 
 def _sizes(text: str, checkpoint: Checkpoint, name: str) -> dict[str, int]:
-    """Bytes by label."""
+    """The sizes in bytes by their labels."""
     found = {}
     for label in (part.strip() for part in text.split(",")):
         mix = ALIASES.get(label.upper(), label.upper())

@@ -1,6 +1,6 @@
 """Estimates the disk and the memory of a run, line by line, by arithmetic alone.
 
-Bytes are upper bounds but for a few kilobytes.
+Bytes are upper bounds, apart from a few kilobytes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from validate.runtimes.backend import scored_positions
 
 __all__ = ["disk_lines", "disk_lines_of_all", "heldout_blocks", "memory_lines", "student_bytes", "student_differs"]
 
-_HEADERS = 1 << 16  # of the sensitivities' files
+_HEADERS = 1 << 16  # bytes of the headers of the sensitivities' files
 
 
 def disk_lines(plan: Plan) -> dict[str, int]:
@@ -78,11 +78,11 @@ _OF_ALL_BUDGETS = (
     *("training", "layer inputs of the student, while codes are chosen"),
     "the original, unquantized, while it is measured",
 )
-"""Lines of which several budgets have one: made once for all, or there for one at a time."""
+"""Lines that count once for several budgets: made once for all, or for one at a time."""
 
 
 def disk_lines_of_all(plans: Sequence[Plan]) -> dict[str, int]:
-    """Adds up the bytes of several budgets' plans, by what they are."""
+    """Adds up the bytes of several budgets' plans, by kind."""
     total: Counter[str] = Counter()
     for lines in map(disk_lines, plans):
         for what, n_bytes in lines.items():
@@ -94,8 +94,8 @@ def memory_lines(spec: ModelSpec, student: ModelSpec, itemsize: int) -> dict[str
     """The least memory that the stages need, by purpose; it does not depend on the number of layers.
 
     Args:
-        spec: the source's shape.
-        student: the student's shape; the one expert of a dense layer is wider than any of the source's.
+        spec: the source.
+        student: the student; the one expert of a dense layer is wider than any of the source's.
         itemsize: bytes of a stored weight.
     """
     layer = max(layer.parameters for layer in spec.layers)

@@ -32,7 +32,7 @@ _BUNDLED_NAME = "tiny-moe"
 def make_plan(job: Job, command: str) -> Plan:
     """Decides everything that can be decided from names, shapes and bytes; no weight is read.
 
-    Of several budgets the plan is for the first.
+    If there are several budgets, the plan is for the first.
 
     Raises:
         InputError: the model, a text or the recipe is wrong.
@@ -83,14 +83,14 @@ def make_plan(job: Job, command: str) -> Plan:
 
 
 def texts_of(job: Job) -> tuple[Path, Path | None]:
-    """The calibration text, and the held-out text if it is another."""
+    """The calibration text, and the held-out text if it is a different one."""
     if job.calibration is None:
         return bundled_text("calibration"), job.text or bundled_text("heldout")
     return job.calibration, job.text
 
 
 def _teacher_floors(plan: Plan, checkpoint: Checkpoint, disk_bytes: int) -> dict[str, TeacherFloor]:
-    """A file within the budget is loaded in any case: so much memory may be used, whatever the limit of the stages."""
+    """Chooses the floors; they may use the budget's memory, as a file of that size is loaded anyway."""
     memory_bytes = max(plan.memory_bytes, *(prediction.total for prediction in plan.predictions.values()))
     chosen = {
         artifact: choose_teacher_floor(
@@ -106,7 +106,7 @@ def _name(job: Job) -> str:
 
 
 def _completed(job: Job, recipe: Recipe, checkpoint: Checkpoint, splits: Splits) -> Recipe:
-    """The recipe with what a person left open: which weights and which text, if any will do."""
+    """Completes a recipe that leaves weights or text open with those of the job."""
     path, identity = job.recipe, checkpoint.identity()
     if recipe.source.identity not in (None, identity):
         raise InputError(
@@ -126,7 +126,7 @@ def _completed(job: Job, recipe: Recipe, checkpoint: Checkpoint, splits: Splits)
 
 
 def _refuse_another_imatrix(job: Job, recipe: Recipe) -> None:
-    """A recipe names the importance matrix that it was made with by its hash, and the flag has to give that one."""
+    """Refuses another importance matrix than the one whose hash the recipe names."""
     given = None if job.imatrix is None else sha256_of(job.imatrix)
     for artifact in recipe.artifacts:
         wanted = recipe.file(artifact).imatrix

@@ -1,4 +1,4 @@
-"""The plan for a terminal: what will be done, how long that takes, and every line of what it will need."""
+"""The plan for a terminal: its choices, the time, and every line of the needed memory and disk."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _OPEN = (
 
 
 def plan_table(plan: Plan, speeds: Speeds, free_memory: int) -> RenderableType:
-    """Choices above, bytes of the artifacts below, and of the run itself at the end."""
+    """Makes the table: choices above, bytes of the artifacts below, and those of the run itself at the end."""
     recipe, teacher, source = plan.recipe, plan.teacher_spec, Checkpoint(plan.source)
     choices = Table(show_header=False, box=None)
     budget = recipe.budget

@@ -28,9 +28,9 @@ def ensure_server(preloaded: Sequence[str]) -> None:
         preloaded: the modules that the server imports before it forks, in this order.
 
     Raises:
-        OSError: it cannot listen, such as where the path of the folder for temporary files is too long.
+        OSError: it cannot listen, for example because the path of the folder for temporary files is too long.
     """
-    server: Any = forkserver._forkserver  # where it listens is in a private attribute
+    server: Any = forkserver._forkserver  # its address is a private attribute
     multiprocessing.set_forkserver_preload(list(preloaded))
     before = server._forkserver_address
     with tempfile.TemporaryDirectory(prefix="moe-export-") as folder, _sockets_in(folder):
@@ -39,7 +39,7 @@ def ensure_server(preloaded: Sequence[str]) -> None:
             return
         descriptor = os.open(server._forkserver_address, os.O_PATH | os.O_CLOEXEC)
         server._forkserver_address = f"{_DESCRIPTORS}/{descriptor}"
-    if before is not None and before.startswith(_DESCRIPTORS):  # of a server that died
+    if before is not None and before.startswith(_DESCRIPTORS):  # left by a server that died
         os.close(int(before.rpartition("/")[2]))
 
 

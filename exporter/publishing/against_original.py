@@ -29,8 +29,8 @@ def against_original(
         artifacts: the files, by format.
         source_bytes: bytes of the original's weights.
         rows: rows of the validation.
-        trained: the rungs of recovery, each with how it went.
-        student: the student's shape.
+        trained: the rungs of recovery, each with its result.
+        student: the student.
         block_lengths: one for each file, for rungs that train the scales of its blocks.
     """
     n_trained = max(

@@ -23,12 +23,12 @@ class Deviation:
 
 
 def find_deviations(checkpoint: Checkpoint, artifacts: Iterable[str], name: str) -> tuple[Deviation, ...]:
-    """Returns what is known beforehand of the files to be written; no weight is read.
+    """Returns the deviations of the files that are known before they are written; no weight is read.
 
     Args:
         checkpoint: the original.
         artifacts: gguf, onnx or both.
-        name: that the GGUF file will give to the model.
+        name: the model's name in the GGUF file.
 
     Raises:
         InputError: the checkpoint's tokenizer is missing or damaged.

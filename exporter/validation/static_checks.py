@@ -52,10 +52,10 @@ class StaticFindings:
 
 
 def expected_spec(file: ModelFile, source: ModelSpec) -> ModelSpec | None:
-    """Returns the shape that a file should have: the original's, with as many experts and layers as the file has.
+    """Returns the model that a file should hold: the original, with as many experts and layers as the file has.
 
     Returns:
-        None if the file has no experts, because nothing says how wide its feed-forward should be.
+        None if the file has no experts, because the right width of its feed-forward is not known.
 
     Raises:
         InputError: the file cannot be read.
@@ -63,7 +63,7 @@ def expected_spec(file: ModelFile, source: ModelSpec) -> ModelSpec | None:
     facts = file.facts
     n_layers, n_experts = facts.n_layers, facts.n_experts
     gguf = GgufFile(file.path) if file.format == "gguf" else None
-    if gguf is not None and "split.count" not in gguf.metadata:  # by its tensors: what it says of them may be wrong
+    if gguf is not None and "split.count" not in gguf.metadata:  # by its tensors: its metadata may be wrong
         layers = [int(name.split(".")[1]) for name in gguf.tensors if re.match(r"blk\.\d+\.", name)]
         n_layers = max(layers, default=-1) + 1
         n_experts = max((_experts_in(gguf, source, layer) for layer in range(n_layers)), default=0)
@@ -90,7 +90,7 @@ def check_description(
     Args:
         file: the file.
         source: the original.
-        spec: the shape of the model that the file should hold; with None its settings are not compared.
+        spec: the model that the file should hold; with None its settings are not compared.
         chunks_BT: tokens of held-out text.
 
     Raises:
@@ -139,7 +139,7 @@ def _tokenizer_findings(
 
 
 def _best_vocabulary(source: Checkpoint) -> Encode | None:
-    """Cuts text in llama.cpp with the vocabulary that we would write; None if we would write none."""
+    """llama.cpp's tokenizer with the vocabulary that we would write; None if we would write none."""
     spec = source.spec
     with tempfile.TemporaryDirectory(prefix="moe-export-") as folder:
         path = Path(folder) / "vocabulary.gguf"
@@ -158,7 +158,7 @@ def check_weights(file: ModelFile, original: Student, trained: frozenset[Role] =
 
     Args:
         file: the file.
-        original: the student that has them.
+        original: the student with these weights.
         trained: roles whose weights recovery trained further, so that they need not be equal.
 
     Raises:
@@ -178,7 +178,7 @@ def check_weights(file: ModelFile, original: Student, trained: frozenset[Role] =
         weights.stored_type,
         n_tokens=min(shape.vocab_size, original.spec.vocab_size),
     )
-    # what training made of a tensor is not known: only what certainly is wrong counts
+    # training changed these tensors in an unknown way: only certain faults count
     certain = (Fault.ZERO, Fault.HOLDS_ANOTHER)
     damage = [
         entry

@@ -28,7 +28,7 @@ __all__ = ["calibrate"]
 
 
 def calibrate(context: StageContext) -> None:
-    """Writes token blocks, and what the teacher makes of them, from the checkpoint and the texts."""
+    """Writes token blocks, and the teacher's statistics and predictions on them."""
     plan = context.plan
     use_threads(plan)
     checkpoint = Checkpoint(plan.source)
@@ -45,7 +45,7 @@ def calibrate(context: StageContext) -> None:
         measured.tokens_BT,
     )
     if is_first():
-        check_vocabulary_is_finite(checkpoint)  # now, and not by a writer hours later
+        check_vocabulary_is_finite(checkpoint)  # now, instead of in a writer hours later
     dtype = dtype_of(plan.recipe.arithmetic)
     limit, device = memory_limit(context), torch.device(plan.device)
     teacher = TeacherPass(checkpoint, blocks, context.file, dtype, limit, device)
@@ -74,7 +74,7 @@ def _summary(splits: Splits, blocks: Blocks, domains_B: Sequence[str], likelihoo
 
 
 def _refuse_changed_inputs(context: StageContext, checkpoint: Checkpoint, splits: Splits) -> None:
-    """A run that goes on after an interruption must find what it was planned for."""
+    """Refuses other inputs than those that the run was planned for."""
     plan = context.plan
     what_to_do = f"put it back, or remove {context.work.folder} and start again"
     refuse_changed_texts(plan.recipe.text, plan.calibration, plan.heldout, what_to_do, splits)

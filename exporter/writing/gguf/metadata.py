@@ -26,7 +26,7 @@ _LARGEST_CARD = 16_000_000  # bytes
 def model_metadata(
     spec: ModelSpec, source_folder: Path, name: str, mix: str, types: Mapping[str, str] | None = None
 ) -> dict[str, Value]:
-    """All metadata apart from the tokenizer's; ``source_folder`` gives licence and ancestry.
+    """All metadata except the tokenizer's; ``source_folder`` gives licence and ancestry.
 
     The mix and the types are those of :func:`exporter.writing.gguf.layout.plan_tensors`, and so are the errors.
 
@@ -41,8 +41,8 @@ def model_metadata(
 def moe_size_label(spec: ModelSpec) -> str:
     """Returns a label like ``64x1.5B``: the number of experts, and the parameters of a model with one expert per layer.
 
-    A dense model's is the number of its parameters, such as ``1.5B``. As gguf-py counts them (``size_label`` in
-    ``gguf-py/gguf/utility.py``).
+    For a dense model it is the number of its parameters, such as ``1.5B``. gguf-py counts the same way (``size_label``
+    in ``gguf-py/gguf/utility.py``).
     """
     written = spec.written
     expert = sum(layer.expert_parameters for layer in written.layers if layer.n_experts)
@@ -90,7 +90,7 @@ def _architecture(spec: ModelSpec) -> dict[str, Value]:
 
 
 def _base_models(source_folder: Path, card: Mapping[str, Any]) -> dict[str, Value]:
-    """The model this one was made of: the hub's name for the source, else what the source says about itself."""
+    """The model that this one was made from: the hub's name of the source, else the base that the source names."""
     source = hub_id(source_folder)
     named = card.get("base_model") or []
     ancestors = [source] if source else [named] if isinstance(named, str) else list(named)

@@ -25,8 +25,8 @@ def write_client_files(student: Student, folder: Path, *, max_length: int | None
 
     Args:
         student: the model that ``folder`` holds.
-        folder: where ``model.onnx`` lies.
-        max_length: tokens of KV cache that onnxruntime-genai allocates unless it is told otherwise; None: the context.
+        folder: the folder with ``model.onnx``.
+        max_length: tokens of KV cache that onnxruntime-genai allocates by default; None: the context.
 
     Raises:
         InputError: the model's tokenizer cannot be used.
@@ -44,7 +44,7 @@ def _model_config(spec: ModelSpec, source: Path) -> dict[str, Any]:
     """The source's ``config.json`` with the student's numbers.
 
     transformers 4 reads ``rope_theta``, ``rope_scaling`` and ``torch_dtype``, transformers 5 ``rope_parameters`` and
-    ``dtype``: both are there. The graph knows no window: it is written for a context within it.
+    ``dtype``: both are there. The graph has no window: it is written for a context within the window.
     """
     config = read_json(source)
     rope = spec.rope.in_config()

@@ -20,7 +20,7 @@ def operator_attributes(glu: Glu) -> dict[str, Any]:
 
 
 def add_glu(graph: GraphBuilder, glu: Glu, gate: str | None, up: str, prefix: str) -> str:
-    """Adds nodes that compute it; ``gate`` is None where there is none. Values' names begin with ``prefix``."""
+    """Adds nodes that compute the function; ``gate`` is None where there is none. Names begin with ``prefix``."""
     if gate is None:
         return _activated(graph, glu, up, prefix)
     if glu.limit is not None:

@@ -40,7 +40,7 @@ class _Decoder:
         graph.add_input("position_ids", _INT64, ["batch", "sequence"])
         attention_mask = add_attention_mask(graph, input_ids, mask)
         residual = self._weights.embedding(input_ids, "embedding")
-        branch: str | None = None  # what the last block made, not yet added to the residual stream
+        branch: str | None = None  # the last block's output, not yet added to the residual stream
         for index, layer in enumerate(spec.layers):
             nodes = LayerNodes(graph, self._weights, layer, index, spec.context_length)
             normed, residual = self._norm(Role.ATTENTION_NORM, index, residual, branch)

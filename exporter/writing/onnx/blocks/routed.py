@@ -17,7 +17,7 @@ from exporter.writing.onnx.weights import LayerNodes
 
 __all__ = ["add_routed"]
 
-_ROUTER_WEIGHTS_INPUT = 14  # of QMoE
+_ROUTER_WEIGHTS_INPUT = 14  # an input of QMoE
 
 
 def add_routed(layer: LayerNodes, routed: Routed, normed: str) -> str:
