@@ -36,14 +36,14 @@ _SAMPLING: Mapping[str, tuple[Any, ...]] = {
     "top_k": (0, 1, 50),
     "top_p": (1.0, 0.0),
 }
-"""``search`` of genai_config.json: what changes no choice, where the original's generation_config.json says nothing."""
+"""Values of ``search`` in genai_config.json that change nothing, for settings that the original does not name."""
 
 _NOT_COMPARED = frozenset({"_from_model_config", "transformers_version"})
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def folder_setting_symptoms(graph: Path, source: Checkpoint, spec: ModelSpec) -> list[str]:
-    """Lists where the files beside a graph do not fit a model.
+    """Lists the settings in files beside a graph that do not fit a model.
 
     Args:
         graph: the ``.onnx`` file.
@@ -99,7 +99,7 @@ def _genai_symptoms(
 
 
 def _name_symptoms(decoder: Mapping[str, Any], graph: onnx.GraphProto) -> Iterator[str]:
-    """Names of inputs and outputs that the graph does not have."""
+    """Yields names of inputs and outputs that the graph does not have."""
     for kind, values in (("inputs", graph.input), ("outputs", graph.output)):
         names = {value.name for value in values}
         said = _object(decoder, kind)
@@ -115,7 +115,7 @@ def _name_symptoms(decoder: Mapping[str, Any], graph: onnx.GraphProto) -> Iterat
 def _token_symptoms(
     where: str, found: Mapping[str, Any], source: Checkpoint, generation: Mapping[str, Any]
 ) -> Iterator[str]:
-    """Ids of begin, end and padding: those of the original's configurations, or of its tokenizer."""
+    """Checks ids of begin, end and padding against the original's configurations, or its tokenizer."""
     config = language_model_config(_read(source.folder / "config.json") or {})
     tokenizer = _tokenizer_ids(source.folder)
     is_copy = where == "generation_config.json" and bool(generation)
@@ -135,7 +135,7 @@ def _token_symptoms(
 
 
 def _config_symptoms(folder: Path, source: Checkpoint, spec: ModelSpec) -> Iterator[str]:
-    """``config.json`` as it would be read as a checkpoint's."""
+    """Checks ``config.json`` as if it were a checkpoint's."""
     path = folder / "config.json"
     config = _read(path)
     if config is None or spec.written.family is not spec.family:  # then it describes the dense counterpart
