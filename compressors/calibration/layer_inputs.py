@@ -98,7 +98,7 @@ def write_layer_inputs(
     Args:
         model: the student.
         tokens_BT: int64, the blocks that are kept.
-        folder: where the files go.
+        folder: the folder for the files.
         dtype: dtype of the arithmetic.
         progress: called with 1 for each finished layer.
 

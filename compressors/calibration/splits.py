@@ -185,7 +185,7 @@ def tokenize(
 
     Args:
         splits: the texts.
-        checkpoint_folder: where the tokenizer is.
+        checkpoint_folder: the folder with the tokenizer.
         block_length: tokens of a block.
         wanted: blocks that are enough from a long text (:mod:`compressors.calibration.token_streams`); None: all.
 

@@ -49,7 +49,7 @@ def judge(
         scored: positions of each block; each has a next token.
         progress: called with 1 after each layer.
         limit: memory that this process may use.
-        device: where layers compute.
+        device: the device on which layers compute.
         choice: a choice of experts in place of the student's top-k.
 
     Raises:

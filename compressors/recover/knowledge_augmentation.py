@@ -44,7 +44,7 @@ class KnowledgeAugmentation(OnPolicyDistillation):
         augmentation: lambda, the probability of a sampled choice.
         limit: memory that this process may use.
         dtype: the dtype of the arithmetic.
-        device: where layers compute.
+        device: the device on which layers compute.
 
     Raises:
         UnsupportedError: the student's final norm or head is not the teacher's.

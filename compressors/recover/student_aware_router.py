@@ -61,7 +61,7 @@ class StudentAwareRouter(OnPolicyDistillation):
         balance: beta.
         limit: memory that this process may use.
         dtype: the dtype of the arithmetic; the routers, their gradients and the optimizer are float32.
-        device: where layers compute.
+        device: the device on which layers compute.
 
     Raises:
         UnsupportedError: the student's final norm or head is not the teacher's.

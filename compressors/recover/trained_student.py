@@ -36,7 +36,7 @@ class TrainedStudent:
             (:func:`~compressors.recover.scopes.expert_usage`); only a scope of the most used experts needs it.
         block_length: lengths of blocks in the student's file; only a scope of block scales needs it.
         seed: seed of the adapters' initial values.
-        device: where the tensors lie.
+        device: the device of the tensors.
 
     Raises:
         InputError: the scope does not fit the student.

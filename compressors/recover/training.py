@@ -47,7 +47,7 @@ class Training:
         block_length: lengths of blocks in the student's file; needed for a scope of block scales.
         limit: memory that this process may use; layers that fit stay between steps.
         dtype: the dtype of the arithmetic; trained tensors, their gradients and the optimizer are float32.
-        device: where layers compute.
+        device: the device on which layers compute.
 
     Raises:
         InputError: there are fewer blocks than the schedule needs or than one step takes, a token is not in the

@@ -53,7 +53,7 @@ def gather_sensitivities(
         seed: seed of the drawn tokens; equal seeds give equal files.
         dtype: the dtype of the arithmetic.
         limit: memory that this process may use.
-        device: where layers compute.
+        device: the device on which layers compute.
         progress: called with 1 twice for each layer, once in each direction.
 
     Raises:

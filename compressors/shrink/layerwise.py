@@ -68,7 +68,7 @@ class LayerwiseCompression:
         sequential: see above.
         limit: memory that this process may use.
         dtype: the dtype in which layers run; methods compute in float32.
-        device: where layers compute.
+        device: the device on which layers compute.
     """
 
     def __init__(

@@ -53,7 +53,7 @@ class RegisteredMethod:
 
     Attributes:
         name: its name.
-        changes: what it changes.
+        changes: the change that it makes.
         make: makes the method for one layer, from the experts left, the width, or the size of its factors; None: the
             method changes whole layers.
         is_sequential: the method is defined on layers whose predecessors are already compressed.

@@ -94,7 +94,7 @@ def run_child(child: Child, take: Callable[[bytes], None]) -> Death:
 
     Args:
         child: the process to run.
-        take: is given each message.
+        take: is called with each message.
 
     Returns:
         How it ended; if its last message was its answer, ignore this.

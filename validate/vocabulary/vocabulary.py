@@ -138,7 +138,7 @@ class GgufVocabulary:
     def encode(
         self, text: str, *, add_special_tokens: bool = True, verbose: bool = False, parse_special: bool = False
     ) -> list[int]:
-        """Returns the tokens of a text, after BOS if the model needs it; only ``parse_special`` recognises special ones.
+        """Returns the tokens of a text, after BOS if the model needs it; ``parse_special`` recognises special ones.
 
         Raises:
             InputError: llama.cpp cannot tokenise it.

@@ -50,7 +50,7 @@ class SkippedPart:
     Attributes:
         pattern: a regular expression that the whole name matches; a group called ``layer`` matches only numbers
             behind the model's last layer.
-        name: what they are, for ``inspect`` and the plan.
+        name: their name, for ``inspect`` and the plan.
     """
 
     pattern: str

@@ -38,7 +38,7 @@ class Routed:
         n_experts: the number of routed experts.
         top_k: the number of experts that each token uses.
         width: the number of neurons of each routed expert.
-        routing: how experts are chosen and weighed.
+        routing: the rule by which experts are chosen and weighed.
         glu: the function between an expert's products.
         shared: the expert beside them; None: there is none.
         router_module: the module inside transformers' decoder layer that multiplies its input by the router's matrix,

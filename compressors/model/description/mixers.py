@@ -28,7 +28,7 @@ class GroupedQuery:
         n_heads: query heads.
         n_kv_heads: key-value heads; they divide the query heads.
         head_dim: values of a head.
-        rope: how queries and keys are turned.
+        rope: the rotary embedding of queries and keys.
         scale: the factor of the products of queries and keys.
         qk_norm: the norms of queries and keys.
         window: tokens that attention reaches back over, itself included; None: all.
@@ -97,7 +97,7 @@ class Latent:
         plain_dim: values of a query or key that are not turned.
         rotary_dim: values of a query or key that are turned; all heads share those of the key.
         value_dim: values of a value.
-        rope: how they are turned.
+        rope: the rotary embedding.
         scale: the factor of the products of queries and keys.
         inner_epsilon: epsilon of the norms of both vectors.
     """

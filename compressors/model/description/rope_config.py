@@ -56,7 +56,7 @@ def read_rope(config: Settings, rule: RopeRule, *, head_dim: int, trained_contex
 
     Args:
         config: the settings of the model.
-        rule: how the family reads them.
+        rule: the family's rule for reading them.
         head_dim: values of a head, or of the part of it that is set aside for turning.
         trained_context: ``max_position_embeddings``.
 

@@ -38,7 +38,7 @@ class Fused:
 
     Attributes:
         name: the template of the name, with ``{layer}``.
-        part: which part; gate rows come before up rows.
+        part: the index of the part; gate rows come before up rows.
         n_parts: 2 where gate and up lie in one tensor.
         is_only_form: no checkpoint holds each expert by itself, so the name of an expert's own tensor is in no file.
         is_interleaved: the parts' rows alternate: the first row of each part, then the second of each.

@@ -33,7 +33,7 @@ class LayerReader:
     """Reads layers into buffers that are used again and again.
 
     Args:
-        student: where the weights come from.
+        student: the source of the weights.
         n_resident: the number of first layers that stay in memory once they were read.
         read_ahead: the other layers take turns in two buffers, so that one is read while the other computes; if False,
             they share one buffer.

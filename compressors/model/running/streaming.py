@@ -67,14 +67,14 @@ class StreamedModel:
     """A student that runs layer by layer.
 
     Args:
-        student: where the weights come from.
+        student: the source of the weights.
         trainable: float32 tensors that stand in for the student's; gradients reach them.
         factors: float32 [rows, blocks of a row]; they multiply the blocks of matrices, and gradients reach them.
         trained_experts: tensors that stand in for experts' weights, by layer.
         limit: memory that this process may use. It decides how many layers stay in memory after the first visit, and
             whether hidden states lie there or on disk. None: hidden states stay in memory, layers do not.
         check_finite: refuse NaN and infinite weights when a layer is read.
-        device: where layers compute; their weights travel there one layer at a time.
+        device: the device on which layers compute; their weights travel there one layer at a time.
         choice: replaces the routers' top-k; it may be changed between passes.
 
     Raises:
@@ -246,7 +246,7 @@ class StreamedModel:
             index: the layer's position, which decides its sizes.
             weights: the weights that it computes with.
             source: the states that enter, and the dtype of the arithmetic.
-            target: where its outputs are written; it may be ``source``. None: they are not kept.
+            target: takes its outputs; it may be ``source``. None: they are not kept.
             observers: as in :class:`TokenGroup`.
 
         Raises:

@@ -133,7 +133,7 @@ class Student:
         source: the teacher's checkpoint.
         experts: the layers and experts that it keeps.
         overlay: tensors by their name in the student; they go before all others.
-        weights: where the other tensors come from; None: from the source.
+        weights: the source of the other tensors; None: the checkpoint.
     """
 
     def __init__(

@@ -109,7 +109,7 @@ class Unit:
     """Weights that have one encoding.
 
     Attributes:
-        name: as recipes write it: ``layers.0.experts``, ``layers.0.q_proj``, ``layers.0.shared_expert.up_proj``,
+        name: its name in recipes: ``layers.0.experts``, ``layers.0.q_proj``, ``layers.0.shared_expert.up_proj``,
             ``embedding``, ``head``.
         layer: the layer; None for embedding and head.
         weights: the shapes by role: [rows, columns], or [E, rows, columns] for experts.
