@@ -1,4 +1,4 @@
-"""What validation costs beside llama-perplexity: the same GGUF file of 1 GB, the same 50 chunks, in turns.
+"""Compares the cost of validation with llama-perplexity's: the same GGUF file of 1 GB, the same 50 chunks, in turns.
 
     python -m benchmarks.validation [--threads 2] [--rounds 3]
 

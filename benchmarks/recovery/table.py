@@ -19,9 +19,9 @@ __all__ = ["Taught", "ladder", "read", "short", "untaught", "write_csv", "write_
 
 @dataclass(frozen=True)
 class Taught:
-    """What one arm made of one student, over all seeds that were run."""
+    """The results of one arm for one student, over all seeds that were run."""
 
-    before: Measured  # the student that was taught
+    before: Measured  # the student before training
     results: tuple[Measured, ...]  # one for each seed
 
     @property

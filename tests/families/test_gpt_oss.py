@@ -1,4 +1,4 @@
-"""What is particular to gpt-oss: its configuration on the hub, and what llama.cpp's graph has built in."""
+"""The peculiarities of gpt-oss: its configuration on the hub, and the constants of llama.cpp's graph."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Case:
 
     @property
     def of_kind(self) -> Kind:
-        """What its kind is like."""
+        """The description of its kind."""
         return KINDS[self.kind]
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""The kinds of inputs: what each is made from, how it is damaged, how the tool reads it, and the command that does."""
+"""The kinds of inputs: the source of each, how it is damaged, and the reader and command that take it."""
 
 from __future__ import annotations
 

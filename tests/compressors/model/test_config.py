@@ -1,6 +1,6 @@
 """``config.json`` against ``AutoConfig``: every setting absent, null and otherwise, all ways to write a rotary scaling.
 
-Whatever is accepted must be what transformers computes with, to the last bit; everything else is refused by its name.
+An accepted setting must be the one that transformers computes with, to the last bit; others are refused by name.
 """
 
 from __future__ import annotations

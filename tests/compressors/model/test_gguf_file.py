@@ -1,4 +1,4 @@
-"""Directories of GGUF files that contradict themselves are refused with the name that is at fault."""
+"""GGUF directories that contradict themselves are refused, and the message names the entry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The condensed block is what its definition says, computed here expert by expert with plain loops."""
+"""The condensed block equals its definition, computed here expert by expert with plain loops."""
 
 from __future__ import annotations
 

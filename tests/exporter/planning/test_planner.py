@@ -119,7 +119,7 @@ _WAYS: dict[str, list[dict[str, Any]]] = {
     "block-drop": [{"drop_blocks": n_blocks} for n_blocks in range(1, 6)],
     "layer-drop": [{"drop_moe_layers": n_layers} for n_layers in range(1, 6)],
 }
-"""What each method may do to the bundled model, from the least."""
+"""The results that each method may have for the bundled model, from the smallest change."""
 
 
 def _shape_by_hand(way: dict[str, Any]) -> ModelSpec:

@@ -1,4 +1,4 @@
-"""A scaled rotary embedding as validation sees it: the model's passes, and any other is named."""
+"""Validation of scaled rotary embeddings: the model's passes, and any other is named."""
 
 from __future__ import annotations
 

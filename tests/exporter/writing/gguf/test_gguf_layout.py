@@ -1,4 +1,4 @@
-"""The contents of a GGUF file, decided from the shape alone."""
+"""The contents of a GGUF file, decided from the description alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The predicted memory against what a process that runs llama.cpp really takes."""
+"""The predicted memory against that of a process that runs llama.cpp."""
 
 from __future__ import annotations
 
