@@ -38,7 +38,7 @@ _ALLOWED_SECONDS, _ALLOWED_BYTES = 1.3, 500_000_000  # a ratio, and what we may 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one process and those it waited for."""
+    """The cost of one process and those that it waited for."""
 
     program: str
     seconds: float

@@ -352,4 +352,4 @@ ARMS: Mapping[str, Arm] = {
         Arm("GPTQ", "reference", _quantized(Gptq()), (0.0,)),
     )
 }
-"""By name; frequency pruning, which the others are compared with, comes first after the teacher."""
+"""The arms by name; frequency pruning, with which the others are compared, comes first after the teacher."""

@@ -66,7 +66,7 @@ class Arm:
 
 
 def _by(make_objective: MakeObjective, scope: Scope, *, writes: bool = False) -> Train:
-    """By an objective; a student that writes texts visits every layer for each token, so its layers stay."""
+    """Trains by an objective; a student that writes texts visits every layer for each token, so its layers stay."""
 
     def teach(knowledge: Knowledge, student: Student, schedule: Schedule) -> Student:
         usage = expert_usage(knowledge.statistics, student.experts)
@@ -189,4 +189,4 @@ def _arms() -> list[Arm]:
 
 
 ARMS: Mapping[str, Arm] = {arm.name: arm for arm in _arms()}
-"""By name."""
+"""The arms by name."""

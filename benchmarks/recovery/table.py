@@ -26,7 +26,7 @@ class Taught:
 
     @property
     def run(self) -> Run:
-        """Of any of the seeds."""
+        """The run, with any of the seeds."""
         return self.results[0].run
 
     @property
@@ -35,7 +35,7 @@ class Taught:
         return any(result.selection is None for result in self.results)
 
     def mean(self, name: str) -> float:
-        """Of a measured figure, over the seeds."""
+        """The mean of a measured figure over the seeds."""
         return mean(getattr(result, name) for result in self.results)
 
     def deviation(self, name: str) -> float | None:

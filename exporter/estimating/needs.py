@@ -148,14 +148,14 @@ def _router_input_bytes(plan: Plan) -> int:
 
 def student_bytes(plan: Plan) -> int:
     """Bytes of the student's checkpoint: the source's dtype, but routers, if it has any, in float32."""
-    shape, itemsize = plan.student_spec, Checkpoint(plan.source).dtype.itemsize
-    return shape.parameters * itemsize + _router_values(shape.written) * (4 - itemsize)
+    spec, itemsize = plan.student_spec, Checkpoint(plan.source).dtype.itemsize
+    return spec.parameters * itemsize + _router_values(spec.written) * (4 - itemsize)
 
 
 def _expert_bytes(plan: Plan) -> int:
     """Bytes of all of the student's experts in the source's dtype."""
-    shape, itemsize = plan.student_spec, Checkpoint(plan.source).dtype.itemsize
-    return sum(layer.n_experts * layer.expert_parameters for layer in shape.layers) * itemsize
+    spec, itemsize = plan.student_spec, Checkpoint(plan.source).dtype.itemsize
+    return sum(layer.n_experts * layer.expert_parameters for layer in spec.layers) * itemsize
 
 
 def _training_bytes(plan: Plan) -> int:
@@ -163,37 +163,33 @@ def _training_bytes(plan: Plan) -> int:
 
     The results of each rung are kept too: routers in float32, experts in storage dtype.
     """
-    shape, choice = plan.student_spec, plan.recipe.recover
+    spec, choice = plan.student_spec, plan.recipe.recover
     if not choice.trained:
         return 0
     layer_inputs = (
-        (shape.n_layers + 1)
-        * max(rung.blocks_per_step for rung in choice.trained)
-        * BLOCK_LENGTH
-        * shape.hidden_size
-        * 4
+        (spec.n_layers + 1) * max(rung.blocks_per_step for rung in choice.trained) * BLOCK_LENGTH * spec.hidden_size * 4
     )
     # among the files that are trained separately, the one with the shortest blocks has the most factors
-    lengths = [planned_block_length(plan.recipe, artifact, shape) for artifact in plan.recipe.artifacts]
+    lengths = [planned_block_length(plan.recipe, artifact, spec) for artifact in plan.recipe.artifacts]
     snapshots = (
         2
         * 3
-        * max(training_bytes(scope_of(rung), shape, length).weights for rung in choice.trained for length in lengths)
+        * max(training_bytes(scope_of(rung), spec, length).weights for rung in choice.trained for length in lengths)
     )
     n_with_experts = sum(rung.scope not in ("router", "norms") for rung in choice.rungs)
-    taught = len(choice.trained) * 4 * _router_values(shape) + n_with_experts * _expert_bytes(plan)
+    taught = len(choice.trained) * 4 * _router_values(spec) + n_with_experts * _expert_bytes(plan)
     return layer_inputs + snapshots + taught + _tunable_bytes(plan)
 
 
 def _tunable_bytes(plan: Plan) -> int:
     """Bytes of the values that each file was written with, and of their replacements: two float16 scales a block."""
-    shape, choice = plan.student_spec, plan.recipe.recover
+    spec, choice = plan.student_spec, plan.recipe.recover
     if choice.after_quantizing is None:
         return 0
     n_values = 0
     for artifact in plan.recipe.artifacts:
-        block_length = planned_block_length(plan.recipe, artifact, shape)
-        n_values += training_bytes(Scope.block_scales(), shape, block_length).weights // 4
+        block_length = planned_block_length(plan.recipe, artifact, spec)
+        n_values += training_bytes(Scope.block_scales(), spec, block_length).weights // 4
     return 2 * n_values * 4
 
 
@@ -218,8 +214,8 @@ def student_differs(plan: Plan) -> bool:
 
 def _own_statistics_bytes(plan: Plan) -> int:
     """Bytes of the statistics of a student whose experts changed; they are kept beside the teacher's."""
-    shape = plan.student_spec
-    return shape.n_layers * _statistics_bytes(shape) if changes_experts(plan.recipe.compress) else 0
+    spec = plan.student_spec
+    return spec.n_layers * _statistics_bytes(spec) if changes_experts(plan.recipe.compress) else 0
 
 
 def _statistics_bytes(spec: ModelSpec) -> int:

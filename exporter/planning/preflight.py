@@ -115,15 +115,15 @@ def refuse_too_large_rungs(plan: Plan) -> None:
     Raises:
         InputError: it is too small for one of them.
     """
-    shape, itemsize, recover = plan.student_spec, Checkpoint(plan.source).dtype.itemsize, plan.recipe.recover
+    spec, itemsize, recover = plan.student_spec, Checkpoint(plan.source).dtype.itemsize, plan.recipe.recover
     for rung in recover.rungs:
         if rung.scope != "router":  # routers need no more than inference
-            refuse_too_large(scope_of(rung), shape, itemsize, plan.memory_bytes)
+            refuse_too_large(scope_of(rung), spec, itemsize, plan.memory_bytes)
     beside_codes = recover.after_quantizing
     if beside_codes is not None and beside_codes.scope != "router":
         for artifact in plan.recipe.artifacts:
-            block_length = planned_block_length(plan.recipe, artifact, shape)
-            refuse_too_large(scope_of(beside_codes), shape, WRITTEN_ITEMSIZE, plan.memory_bytes, block_length)
+            block_length = planned_block_length(plan.recipe, artifact, spec)
+            refuse_too_large(scope_of(beside_codes), spec, WRITTEN_ITEMSIZE, plan.memory_bytes, block_length)
 
 
 def _refuse_too_little(place: Path, needed: int, lines: Mapping[str, int], instead: str) -> None:

@@ -166,9 +166,9 @@ def check_weights(file: ModelFile, original: Student, trained: frozenset[Role] =
     """
     findings = StaticFindings()
     n_tokens = file.facts.vocab_size
-    shape = original.spec if n_tokens is None else replace(original.spec, vocab_size=n_tokens)
+    spec = original.spec if n_tokens is None else replace(original.spec, vocab_size=n_tokens)
     try:
-        weights = file.weights(shape)
+        weights = file.weights(spec)
     except InputError as error:
         findings.notes.append(f"weights were not compared with the original's ({error})")
         return findings
@@ -176,7 +176,7 @@ def check_weights(file: ModelFile, original: Student, trained: frozenset[Role] =
         original,
         original.as_written(weights),
         weights.stored_type,
-        n_tokens=min(shape.vocab_size, original.spec.vocab_size),
+        n_tokens=min(spec.vocab_size, original.spec.vocab_size),
     )
     # training changed these tensors in an unknown way: only certain faults count
     certain = (Fault.ZERO, Fault.HOLDS_ANOTHER)

@@ -219,8 +219,8 @@ def describe_file(file: ModelFile, reference: Reference, expectation: Expectatio
     source = reference.source
     if source is None:
         return None
-    shape = expectation.spec or expected_spec(file, source.spec)
-    return check_description(file, source, shape, reference.chunks_BT)
+    spec = expectation.spec or expected_spec(file, source.spec)
+    return check_description(file, source, spec, reference.chunks_BT)
 
 
 def _checks(

@@ -52,7 +52,7 @@ _HUB: dict[str, Any] = {
     "tie_word_embeddings": False,
     "vocab_size": 201088,
 }
-"""As gpt-oss-20b has it, by the fields of transformers' class."""
+"""The configuration of gpt-oss-20b, by the fields of transformers' class."""
 
 
 def _read(folder: Path, **changes: Any) -> ModelSpec:

@@ -28,7 +28,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """As the command line takes it."""
+        """The name of the case, as the command line takes it."""
         return f"{self.kind}:{self.number}"
 
     @property

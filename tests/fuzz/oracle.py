@@ -65,7 +65,7 @@ def _names(folder: Path) -> set[str]:
 
 @contextmanager
 def _time_limit() -> Iterator[None]:
-    """Of computing and of waiting: a machine with other work on it takes longer for the same."""
+    """Limits of computing and of waiting: a busy machine takes longer for the same work."""
     timers = {
         signal.SIGPROF: (signal.ITIMER_PROF, _CPU_SECONDS),
         signal.SIGALRM: (signal.ITIMER_REAL, _SECONDS),

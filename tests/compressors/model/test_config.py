@@ -225,7 +225,7 @@ def test_an_unknown_scaling_is_never_to_be_dropped(config: dict[str, Any], tmp_p
 def test_a_difference_from_transformers_ends_with_the_setting(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if another version of transformers had another default."""
+    """Checks as if another version of transformers had another default."""
     folder = _write(tmp_path, config)
     spec = read_spec(folder)
     loaded: PreTrainedConfig = AutoConfig.from_pretrained(folder)

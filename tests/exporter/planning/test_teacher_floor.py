@@ -74,8 +74,8 @@ def test_as_many_layers_are_taken_as_half_of_memory_and_disk_hold(plan: Plan, fi
     weight_type = "BF16" if artifact == "gguf" else "F32"
 
     def needed(n_layers: int) -> tuple[int, int]:
-        shape = altered(source.spec, n_layers=n_layers)
-        found = predict(artifact, fine_folder, plan.recipe.source.model, shape, FileChoice(mix=weight_type), budget, 1)
+        spec = altered(source.spec, n_layers=n_layers)
+        found = predict(artifact, fine_folder, plan.recipe.source.model, spec, FileChoice(mix=weight_type), budget, 1)
         return 2 * (PROCESS_BYTES + found.total), 2 * found.file
 
     def chosen(memory_bytes: int, disk_bytes: int) -> int | None:
@@ -130,7 +130,7 @@ def test_the_runtime_does_what_torch_does(
 
 @torch.no_grad()
 def _stock_perplexity(folder: Path, tokens_BT: torch.Tensor) -> float:
-    """Of the second halves, by transformers."""
+    """The perplexity of the second halves, by transformers."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     log_probs = model(tokens_BT).logits.log_softmax(-1)
     scored = log_probs[:, 256:511].gather(-1, tokens_BT[:, 257:512, None])

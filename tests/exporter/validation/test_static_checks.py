@@ -51,7 +51,7 @@ def graph(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_expected_shape_follows_from_the_file(source: Path, tmp_path: Path) -> None:
-    """By the tensors of experts: another tensor of three dimensions does not count."""
+    """The tensors of experts decide: another tensor of three dimensions does not count."""
     checkpoint = Checkpoint(source)
     kept = ExpertMap.keeping(32, [(0, 3, 5, 7, 9)])
     write_gguf(Student(checkpoint, kept), "F16", tmp_path / "five.gguf", name="five", threads=1)
