@@ -46,7 +46,7 @@ def resolve_model(model: str | None, revision: str | None = None, *, offline: bo
     if model and folder.exists():
         raise InputError(f"MODEL: {model} is {_what_file(folder)}")
     if _HUB_ID.fullmatch(model) is None:
-        raise InputError(f"MODEL: there is no folder {model!r}, and it is no hub id (OWNER/NAME) either")
+        raise InputError(f"MODEL: there is no folder {model!r}, and it is not a hub id (OWNER/NAME) either")
     return _download(model, revision, offline)
 
 

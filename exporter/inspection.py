@@ -1,4 +1,4 @@
-"""Describes a checkpoint from its headers: its layers, its sizes, and what can be made of it."""
+"""Describes a checkpoint from its headers: its layers, its sizes, and the possible results."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ __all__ = ["TextTokenizer", "is_short", "leading_streams", "shares_of", "spaced_
 
 _WHOLE_BYTES = 4_000_000  # the most in all files of a split
 _WHOLE_FILE_BYTES = 1_000_000  # the most in each: tokenising takes 100 bytes of memory for one of text
-_STRETCH_BYTES = 8192  # the least for each block that is taken from a long text: a few times what it needs
+_STRETCH_BYTES = 8192  # the least for each block that is taken from a long text: a few times its size
 _BYTES_PER_TOKEN = 6  # more than most text has
 _SPARE_TOKENS = 8  # where text is cut, the tokens beside the cut are not those of the whole text
 _LEAST_PIECE, _LARGEST_PIECE = 1 << 13, 1 << 18

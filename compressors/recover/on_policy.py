@@ -2,7 +2,7 @@
 
 "Every Expert Matters" (arXiv 2502.12947) has the student continue a prompt, and the teacher judge every token of the
 continuation: the loss is the reverse divergence KL(student || teacher) at temperature 1. Here a training block's first
-half is the prompt, and its second half is written anew.
+half is the prompt, and its second half is written by the student.
 
 Student and teacher take turns, so that they never share memory: for one or more batches the student writes its texts,
 then the teacher reads them, then the student takes its steps. With one batch in a round that is the published method;

@@ -24,7 +24,7 @@ size: other models' rates are scaled by its inverse.
 class Schedule:
     """The schedule of the Router KD paper (arXiv 2603.02217); every kind of recovery uses it.
 
-    ``updates_per_batch`` steps in a row use the same blocks: one, unless the objective sees them anew each time.
+    ``updates_per_batch`` steps in a row use the same blocks: one, unless the objective changes each time.
     """
 
     n_blocks: int

@@ -1,4 +1,4 @@
-"""The rules of ONNX: the operators of ONNX Runtime on the CPU that our graphs are made of."""
+"""The rules of ONNX: the limits of ONNX Runtime's CPU operators in our graphs."""
 
 from __future__ import annotations
 

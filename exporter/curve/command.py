@@ -74,7 +74,7 @@ def run_pareto(
         announce: called with a text for each stage.
 
     Raises:
-        MoeExportError: a flag is wrong, nothing is as small as a size, or a stage failed; what is finished stays.
+        MoeExportError: a flag is wrong, nothing is as small as a size, or a stage failed; finished work stays.
     """
     require_matplotlib()
     job = _job(model, out, flags)

@@ -31,7 +31,7 @@ __all__ = ["fingerprints", "needs", "pareto_stages", "search_stages", "stages_of
 
 
 def stages_of(plan: Plan) -> tuple[Stage, ...]:
-    """The stages that build what a plan's recipe says, without the search, each after those it needs."""
+    """The stages that build a plan's recipe, without the search, each after those that it needs."""
     recipe = plan.recipe
     wanted = {
         SENSITIVITY: recipe.chooses_codes,

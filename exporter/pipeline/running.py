@@ -37,13 +37,13 @@ def run_stages(
     announce: Callable[[str], None],
     team: Team | None = None,
 ) -> dict[str, StageRecord]:
-    """Runs what is not finished, each stage in its own process, and returns all records.
+    """Runs the unfinished stages, each in its own process, and returns all records.
 
     A ``team`` takes part in the stages that can be shared.
 
     Raises:
         InputError: the checkpoint is not the one that the run began with.
-        StageError: a stage failed; what was finished stays.
+        StageError: a stage failed; finished stages stay.
     """
     source, touched = source_of_run(plan, work)
     if touched is not None:

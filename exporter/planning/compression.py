@@ -93,7 +93,7 @@ def check_compression(recipe: Recipe, teacher: ModelSpec) -> None:
     if choice.allocation == "global" and _score(choice) is None:
         scored = ", ".join(name for name, method in METHODS.items() if method.score is not None)
         raise InputError(
-            f"compress.allocation: global needs a criterion whose scores are known beforehand ({scored}); "
+            f"compress.allocation: global needs a criterion whose scores are known in advance ({scored}); "
             f"{choice.method} chooses within each layer"
         )
     spec = expected_spec(choice, teacher)

@@ -1,7 +1,7 @@
 """Makes the recipe of a job before a weight is read.
 
 A job that names the mix (``--quant``) gets as much of the model as fits with it. Otherwise every tensor gets a type of
-its own by sensitivities that ship with the package, and the search measures those of the model and decides anew
+its own by sensitivities that ship with the package, and the search measures those of the model and decides again
 (:mod:`exporter.searching.search`).
 """
 

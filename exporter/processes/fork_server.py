@@ -1,7 +1,7 @@
 """Starts multiprocessing's fork server so that it leaves no file, however the run ends.
 
 The server listens on a socket in the folder for temporary files, and a run that is killed would leave it there. So its
-name is removed as soon as the server has it, and the run goes on to reach it through a descriptor of its own
+name is removed as soon as the server has it, and the run then reaches it through a descriptor of its own
 (``/proc/self/fd/N``, Linux).
 """
 

@@ -60,7 +60,7 @@ def with_choices(
 
 
 def _parameters(rung: RungChoice, student: ModelSpec, block_lengths: Sequence[BlockLength]) -> int:
-    """Returns the number of trained values; a wider rung trains what a narrower one did, and more."""
+    """Returns the number of trained values; a wider rung trains all that a narrower one did, and more."""
     scope = scope_of(rung)
     return max(training_bytes(scope, student, block_length).values for block_length in block_lengths)
 

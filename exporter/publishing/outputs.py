@@ -118,7 +118,7 @@ def publish_folder(folder: Path, out: Path, work: Path) -> None:
     except OSError as error:
         raise InputError(
             f"{out} cannot be written ({error.strerror}); everything is finished and kept in {work}: "
-            "run the same command again when that is mended"
+            "fix that and run the same command again"
         ) from None
 
 

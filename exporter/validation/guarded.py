@@ -47,7 +47,7 @@ class Limits:
     """The time and memory that a process may take."""
 
     seconds: float  # for a step, such as a chunk
-    memory_bytes: int | None = None  # private memory, on top of what it begins with; None: as much as there is
+    memory_bytes: int | None = None  # private memory beyond that at the start; None: no limit
 
     @classmethod
     def of_file(

@@ -81,7 +81,7 @@ class SourceState:
             return None
 
     def change_to(self, now: SourceState) -> Change | None:
-        """Says what is different now; None if nothing is. New files are no change, unless they would be read."""
+        """Says what is different now; None if nothing is. New files only count if they would be read."""
         for name, file in self.files.items():
             if name not in now.files:
                 return Change(f"{name} is gone", touched_only=False)

@@ -61,7 +61,7 @@ class Fault(Enum):
 
 @dataclass(frozen=True)
 class Damage:
-    """A unit that does not hold what it should."""
+    """A unit with wrong values."""
 
     unit: Unit
     fault: Fault

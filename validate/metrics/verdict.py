@@ -110,7 +110,7 @@ def required_checks(
 
     Args:
         artifact: the beginning of the checks' names.
-        fidelity: the defaults of its band; None: only what is required is checked.
+        fidelity: the defaults of its band; None: only required checks are made.
         require: thresholds by name.
         figures: the measured figures.
         is_routed: False for a dense model, whose routing is not checked.

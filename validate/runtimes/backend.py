@@ -24,7 +24,7 @@ ChooseToken = Callable[[npt.NDArray[np.float32]], int | None]
 
 
 class RuntimeCrashError(MoeExportError):
-    """The runtime died, never ended, or failed at what it had loaded; the message says how."""
+    """The runtime died, never ended, or failed after loading the file; the message says how."""
 
 
 @dataclass(frozen=True)

@@ -184,7 +184,7 @@ def check_padding(larger: Vocabulary | None, first: int, size: int) -> None:
     if larger is not None and used is not None:
         raise InputError(
             f"{larger.where} has {size:,} tokens and the other model {first:,}; token {used[0]} is {used[1]!r}, which "
-            "is no padding: models of different vocabularies cannot be compared"
+            "is not padding: models of different vocabularies cannot be compared"
         )
 
 

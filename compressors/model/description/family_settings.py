@@ -105,7 +105,7 @@ class FamilySettings:
         self.settings.asked.update(keys)
 
     def refuse_what_no_family_can_do(self, kinds: Collection[str] = ATTENTION_KINDS) -> None:
-        """Refuses settings common to all of transformers that change what a layer computes.
+        """Refuses settings common to all of transformers that change the computation of a layer.
 
         Args:
             kinds: the kinds of layers that the family has.
@@ -168,7 +168,7 @@ class FamilySettings:
         return self.count("sliding_window")
 
     def layer_windows(self, default: Sequence[str]) -> list[int | None]:
-        """The window of each layer by its kind in ``layer_types``; ``default`` are the kinds where there is no list."""
+        """The window of each layer by its kind in ``layer_types``; ``default`` has the kinds if there is no list."""
         kinds = self.settings.get("layer_types")
         window = self.window()
         kinds = list(default) if kinds is None else kinds

@@ -1,4 +1,4 @@
-"""The description of one tensor: what it is, its shape in letters, and its names on disk, in a module and in GGUF."""
+"""The description of one tensor: its kind, its shape in letters, and its names on disk, in a module and in GGUF."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def settings(spec: ModelSpec) -> dict[str, Any]:
     if rest:
         raise UnsupportedError(
             f"{spec.family.architecture} has a shared expert as wide as a number of routed ones; {routed.shared.width} "
-            f"is no multiple of {routed.width}: choose a width that divides it"
+            f"is not a multiple of {routed.width}: choose a width that divides it"
         )
     found: dict[str, Any] = {
         "num_hidden_layers": spec.n_layers,

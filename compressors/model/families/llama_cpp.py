@@ -39,7 +39,7 @@ def usual_keys(spec: ModelSpec, width_key: str = "feed_forward_length") -> dict[
 
 
 def normalization_refusal(spec: ModelSpec, *, always: bool) -> str | None:
-    """Says that llama.cpp's graph always, or never, normalises, and the model does otherwise."""
+    """Says that llama.cpp's graph always, or never, normalises, unlike the model."""
     rules = {routed.routing.normalizes for layer in spec.layers if (routed := layer.routed) is not None}
     if rules <= {always}:
         return None

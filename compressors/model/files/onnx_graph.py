@@ -36,7 +36,7 @@ def read_graph(path: Path) -> onnx.GraphProto:
     """
     file = RawFile(path)
     if file.size > _LARGEST:
-        raise InputError(f"{path} is no ONNX model: it has {file.size:,} bytes, and none can have more than 2 GiB")
+        raise InputError(f"{path} is not an ONNX model: it has {file.size:,} bytes, and none can have more than 2 GiB")
     try:
         model = onnx.ModelProto.FromString(file.start(_LARGEST))
     except DecodeError as error:

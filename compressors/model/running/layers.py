@@ -46,7 +46,7 @@ class LayerReader:
         self._n_shared = 2 if read_ahead else 1
         self._check_finite = check_finite
         self._buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # room for any layer's gate and up, and down
-        self._weights: dict[int, LayerWeights] = {}  # what the buffers hold
+        self._weights: dict[int, LayerWeights] = {}  # the weights in the buffers, by layer
         self._holds: dict[int, int] = {}  # buffer -> layer
 
     def visit(self, order: Sequence[int]) -> Iterator[tuple[int, LayerWeights]]:

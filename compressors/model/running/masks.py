@@ -1,4 +1,4 @@
-"""Attention masks, where transformers' arithmetic of attention does not make the right one by itself."""
+"""Attention masks, for cases in which transformers' attention does not make the right one by itself."""
 
 from __future__ import annotations
 

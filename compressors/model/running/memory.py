@@ -1,6 +1,6 @@
 """Decides what lies in memory while a model streams through it.
 
-The limit decides where things lie, never what is computed: numbers of tokens that are computed together are constants,
+The limit decides where data lies, never what is computed: numbers of tokens that are computed together are constants,
 so results are the same bits under every limit.
 """
 
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 PROCESS_BYTES = 750_000_000
-"""Measured: Python, torch and transformers, and what the allocator keeps."""
+"""Measured: Python, torch and transformers, and the memory that the allocator keeps."""
 
 BLOCKS_AT_ONCE = {torch.float32: 8, torch.bfloat16: 16}
 """Token blocks in one call of a layer: enough tokens for every expert's products to be efficient."""
@@ -119,5 +119,5 @@ def give_back_freed() -> None:
 
 
 def _head_bytes(spec: ModelSpec) -> int:
-    """The head in float32, and logits of one chunk with what is computed from them."""
+    """Bytes of the head in float32, and of the logits of one chunk with their intermediate results."""
     return 4 * spec.vocab_size * (spec.hidden_size + 2 * positions_at_once(spec.vocab_size))

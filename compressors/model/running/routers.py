@@ -25,7 +25,7 @@ class RoutedCall:
     """One call of a layer's experts."""
 
     logits_TE: torch.Tensor  # float32, a router's own bias included
-    hidden_TD: torch.Tensor  # what the experts are given
+    hidden_TD: torch.Tensor  # the experts' input
     chosen_TK: torch.Tensor  # int64, as transformers chose
     weights_TK: torch.Tensor  # as they are applied
     bias_E: torch.Tensor | None = None  # float32, added for the choice only

@@ -293,7 +293,7 @@ class StreamedModel:
         return self._final_norm(states_ND)
 
     def release(self) -> None:
-        """Drops all weights; another pass reads them again, and decides anew where weights and states lie."""
+        """Drops all weights; another pass reads them again, and decides again where weights and states lie."""
         self._reader = self._placement = None
         if self._limit is not None:
             give_back_freed()

@@ -157,7 +157,7 @@ class TrainedExperts:
         return self.gate_up.weight(self._row(expert), stored_OI) if expert in self.experts else stored_OI
 
     def down_weight(self, expert: int, stored_OI: torch.Tensor) -> torch.Tensor:
-        """The expert's down matrix, likewise."""
+        """The expert's down matrix: the trained one, or the stored one if the expert is not trained."""
         return self.down.weight(self._row(expert), stored_OI) if expert in self.experts else stored_OI
 
     def add_gradients(self, sums: Sequence[torch.Tensor], expert: int, of_gate_up: Product, of_down: Product) -> None:

@@ -25,7 +25,7 @@ _FIRST_NORM = re.compile(r"(?P<prefix>.*?)layers\.0\.input_layernorm\.weight")
 
 
 def with_prefix(name: str, others: Sequence[str] = ()) -> str:
-    """Returns a language model's name for a tensor, in whichever way it was saved.
+    """Returns a language model's name for a tensor, independent of how it was saved.
 
     Args:
         name: the tensor's name in a file, perhaps saved from the model without its head.

@@ -316,7 +316,9 @@ class OnnxWeights:
     def _stored(self, tensor: onnx.TensorProto) -> _Stored:
         place = external_place(self._graph_file, tensor)
         if place.file.name != DATA_FILE or tensor.data_type not in _NUMPY_TYPES:
-            raise InputError(f"{self._graph_file} is no model of ours (tensor {shown(tensor.name)} is of another kind)")
+            raise InputError(
+                f"{self._graph_file} is not one of our models (tensor {shown(tensor.name)} is of another kind)"
+            )
         stored = _Stored(tensor.name, _NUMPY_TYPES[tensor.data_type], tuple(tensor.dims), place.offset)
         if stored.offset + stored.n_bytes > self._data.size:
             raise InputError(f"{self._data.path} is truncated: tensor {shown(tensor.name)} ends after the file does")

@@ -57,7 +57,7 @@ def merge_groups(
     for index in changed:
         group = groups[index]
         shares = _shares(weights_E, group)
-        # `keep` copied what it kept, so the given block does not change
+        # `keep` made copies, so the given block does not change
         _average(merged, index, block, group, shares, align)
         if average_router:
             for mean_E, tensor_E in _router_tensors(merged, block):

@@ -151,7 +151,7 @@ def _checked_type(tensor: GgufTensor, type_name: str) -> GGMLQuantizationType:
     block_length = BLOCK_SIZES[ggml_type][0]
     if tensor.row_length % block_length:
         raise InputError(
-            f"{tensor.name} cannot be {type_name}: its rows of {tensor.row_length} values are no whole number of "
+            f"{tensor.name} cannot be {type_name}: its rows of {tensor.row_length} values are not a whole number of "
             f"blocks of {block_length}; {fallback_type(ggml_type, tensor.row_length).name} fits"
         )
     return ggml_type

@@ -13,7 +13,7 @@ __all__ = ["add_glu", "operator_attributes"]
 
 
 def operator_attributes(glu: Glu) -> dict[str, Any]:
-    """Attributes of MoE and QMoE: rows of gate and up alternate (fusion 1); beta is what is added to up."""
+    """Attributes of MoE and QMoE: rows of gate and up alternate (fusion 1); beta is added to up."""
     attributes: dict[str, Any] = {"activation_type": "swiglu", "swiglu_fusion": 1}
     attributes |= {"activation_alpha": glu.alpha, "activation_beta": glu.offset}
     return attributes if glu.limit is None else attributes | {"swiglu_limit": glu.limit}

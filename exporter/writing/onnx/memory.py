@@ -22,7 +22,7 @@ _FLOAT_BYTES = 4
 _EXPERT_AXES = 3  # the number of axes of a layer's experts
 _SMALLEST_BITS = 2
 _SESSION_BYTES = 24 << 20  # graph, thread pool, allocator slack: measured 13 to 20 MB whatever the model
-_LIVE_HIDDEN_STATES = 8  # [tokens, D] at a time: residual, normed, branch and what they are made from
+_LIVE_HIDDEN_STATES = 8  # [tokens, D] at a time: residual, normed, branch and their inputs
 _LIVE_PROJECTIONS = 3  # query, key and value as projected, normed per head, rotated
 
 

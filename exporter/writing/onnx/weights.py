@@ -1,4 +1,4 @@
-"""The nodes that use weights: embedding, norms and linear layers, in whichever encoding the layout gives them."""
+"""The nodes that use weights: embedding, norms and linear layers, in the encodings that the layout gives them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["LayerNodes", "WeightNodes"]
 
 # MatMulNBits' accuracy levels. At level 1 activations stay float32. At level 4 they are quantized to int8 in the
 # weights' blocks, as llama.cpp does for every quantized product. Products of 2 and 8 bits need it: their float32 form
-# widens the whole matrix at every call (measured 50 times slower at one token). QMoE decides by itself, and alike:
+# widens the whole matrix at every call (measured 50 times slower at one token). QMoE decides by itself in the same way:
 # float32 at 4 bits, int8 at 2 and 8 bits in blocks.
 _FLOAT32_ACTIVATIONS = 1
 _INT8_ACTIVATIONS = 4
