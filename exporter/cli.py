@@ -229,7 +229,7 @@ def inspect(model: str, offline: bool, revision: str | None, as_json: bool) -> N
 def validate(file_or_folder: Path, as_json: bool, tasks: Path | None, **arguments: Any) -> None:
     """Measure files in their runtimes: ours (the folder OUT), or any GGUF or ONNX of the same model.
 
-    Perplexity, divergence from the original, routing and weights are checked; what is wrong is named.
+    Perplexity, divergence from the original, routing and weights are checked, and faults are named.
     """
     with requests_wait():
         from exporter.validation.revalidation import revalidate
