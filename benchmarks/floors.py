@@ -1,4 +1,4 @@
-"""``make floors``: what each runtime changes by itself, on both trained models. Writes ``results/floors.md``.
+"""``make floors``: the changes that each runtime makes by itself, on both trained models. Writes ``results/floors.md``.
 
     python -m benchmarks.floors [--threads 1] [--chunks-per-file 4]
 

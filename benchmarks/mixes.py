@@ -1,4 +1,4 @@
-"""Are our files of every mix llama-quantize's? Writes ``results/mixes.{csv,md}``.
+"""Compares our files of every mix with llama-quantize's. Writes ``results/mixes.{csv,md}``.
 
     python -m benchmarks.mixes [--tools FOLDER] [--layers 6] [--chunks 20] [--threads 1]
 

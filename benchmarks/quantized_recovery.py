@@ -1,9 +1,9 @@
-"""``make bench``: is it worth teaching routers after quantization? Writes ``quantized_recovery.{csv,md}``.
+"""``make bench``: measures whether training routers after quantization helps. Writes ``quantized_recovery.{csv,md}``.
 
     python -m benchmarks.quantized_recovery [--threads 1]
 
 The bundled model (32 experts, top-4) keeps 16 experts of each layer by REAP and is written in Q4_0 as GGUF and ONNX,
-which then hold the same numbers. Router KD teaches its routers before quantization, or after it, beside experts as the
+which then hold the same numbers. Router KD trains its routers before quantization, or after it, beside experts as the
 files hold them. Students that are compared saw the same tokens; they are judged by the divergence from the teacher on
 held-out text, inside each runtime. The same is measured with all 32 experts, where only quantization costs anything.
 """

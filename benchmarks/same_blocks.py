@@ -1,4 +1,4 @@
-"""Do the runtimes route alike? Writes ``results/same_blocks.{csv,md}``.
+"""Compares the routing of the runtimes. Writes ``results/same_blocks.{csv,md}``.
 
     python -m benchmarks.same_blocks [--chunks 5] [--threads 1]
 
@@ -136,12 +136,12 @@ def compare(
     """Every comparison of one model's two files.
 
     Args:
-        name: of the model, for the table.
+        name: the model's name, for the table.
         source: the checkpoint; all its experts are kept.
         preset: a type whose files hold the same numbers.
         tokens_BT: held-out chunks.
         folder: an empty one for the files.
-        threads: of the runtimes.
+        threads: the number of threads of the runtimes.
     """
     student = Student.teacher(source)
     types = types_of_onnx(student.spec, preset)

@@ -1,9 +1,9 @@
-"""How many forward passes the measuring of sensitivities costs, on layers of OLMoE's shape.
+"""Measures the cost of sensitivities in forward passes, on layers of OLMoE's shape.
 
     python -m benchmarks.sensitivities [--layers 2] [--blocks 8]
 
 Weights and tokens are random: neither time depends much on them. Both passes stream the same checkpoint over the same
-tokens on one thread, in turns; a forward pass ends with the logits of all positions. What is printed is CPU seconds.
+tokens on one thread, in turns; a forward pass ends with the logits of all positions. It prints CPU seconds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``make bench``: what calibration and a step of Router KD cost against a plain forward pass of stock transformers.
+"""``make bench``: the cost of calibration and of a step of Router KD, in plain forward passes of stock transformers.
 
     python -m benchmarks.speed [CHECKPOINT] [--tokens 65536] [--arithmetic bfloat16|float32]
 

@@ -2,9 +2,8 @@
 
     python -m benchmarks.third_model FOLDER
 
-Seed, depth, number and width of the experts are none of the trained models that the search was developed on; tokenizer
-and text are.
-``benchmarks.pareto`` measures it.
+Seed, depth, number and width of its experts differ from the trained models that the search was developed on; tokenizer
+and text are the same. ``benchmarks.pareto`` measures it.
 """
 
 from __future__ import annotations

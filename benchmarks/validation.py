@@ -1,4 +1,4 @@
-"""What validation costs beside llama-perplexity: the same GGUF file of 1 GB, the same 50 chunks, in turns.
+"""Compares the cost of validation with llama-perplexity's: the same GGUF file of 1 GB, the same 50 chunks, in turns.
 
     python -m benchmarks.validation [--threads 2] [--rounds 3]
 
@@ -38,7 +38,7 @@ _ALLOWED_SECONDS, _ALLOWED_BYTES = 1.3, 500_000_000  # a ratio, and what we may 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one process and those it waited for."""
+    """The cost of one process and those that it waited for."""
 
     program: str
     seconds: float

@@ -92,7 +92,7 @@ _EXPORT_FLAGS = (
     *("recipe", "dry_run", "save_student", "memory", "device", "work_dir", "force", "offline", "revision", "threads"),
     *("seed", "json"),
 )
-"""In the order of ``--help``."""
+"""The flags of an export, in the order of ``--help``."""
 
 
 def _flags(*names: str, **helps: str) -> Callable[[_Function], _Function]:
@@ -100,7 +100,7 @@ def _flags(*names: str, **helps: str) -> Callable[[_Function], _Function]:
 
     Args:
         names: the flags that the command takes, in the order of its help.
-        helps: by name, what a flag means to this command alone.
+        helps: by name, the help of a flag that differs in this command.
     """
 
     def add(function: _Function) -> _Function:
@@ -229,7 +229,7 @@ def inspect(model: str, offline: bool, revision: str | None, as_json: bool) -> N
 def validate(file_or_folder: Path, as_json: bool, tasks: Path | None, **arguments: Any) -> None:
     """Measure files in their runtimes: ours (the folder OUT), or any GGUF or ONNX of the same model.
 
-    Perplexity, divergence from the original, routing and weights are checked; what is wrong is named.
+    Perplexity, divergence from the original, routing and weights are checked, and faults are named.
     """
     with requests_wait():
         from exporter.validation.revalidation import revalidate
@@ -275,14 +275,14 @@ def _program() -> str:
 
 
 def _console() -> Any:
-    """A console that shows brackets as they are: texts of models and files are no markup."""
+    """A console that shows brackets as they are: texts of models and files are not markup."""
     from rich.console import Console
 
     return Console(markup=False)
 
 
 def _dry_run(job: Any, command: str) -> None:
-    """Prints the plan of each budget, and writes its recipe beside the output to be."""
+    """Prints the plan of each budget, and writes its recipe beside the future output."""
     from exporter.planning.plan_making import make_plan
     from exporter.planning.recipe import recipe_yaml
     from exporter.work.directory import make_folder

@@ -1,7 +1,7 @@
 """The names of all files that stages hand to each other or keep, and of all that OUT holds. They stand nowhere else.
 
-A name here has a meaning in the folder of a stage; which stage writes it and which read it says
-:mod:`exporter.stages.table`.
+A name here has a meaning in the folder of a stage; :mod:`exporter.stages.table` says which stage writes it and which
+stages read it.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ ASSEMBLED = "output"
 RESULTS = "results"
 """OUT while it is put together from several parts, or of a curve."""
 
-# ---- OUT; the GGUF file, the folder of the ONNX model and the student have the names that they have in their stages
+# ---- OUT; the GGUF file, the folder of the ONNX model and the student have the same names as in their stages
 RECIPE = "recipe.yaml"
 REPORT = "report.json"
 REPORT_PAGE = "report.html"

@@ -49,7 +49,7 @@ def resolve_model(model: str | None, revision: str | None = None, *, offline: bo
             return folder
         raise InputError(f"MODEL: {model} is a file; give the folder that holds config.json and the weights")
     if _HUB_ID.fullmatch(model) is None:
-        raise InputError(f"MODEL: there is no folder {model!r}, and it is no hub id (OWNER/NAME) either")
+        raise InputError(f"MODEL: there is no folder {model!r}, and it is not a hub id (OWNER/NAME) either")
     return _download(model, revision, offline)
 
 
@@ -57,11 +57,11 @@ def resolve_original(against: str | None, job: Mapping[str, Any]) -> Path:
     """The checkpoint that published files are compared with.
 
     Args:
-        against: of ``--against``; None: the one that the files were made from.
-        job: of the files' report.
+        against: the value of ``--against``; None: the checkpoint that the files were made from.
+        job: the job in the files' report.
 
     Raises:
-        InputError: as :func:`resolve_model`; of a local folder that is gone the message says so.
+        InputError: as :func:`resolve_model`; the message says so if a local folder is gone.
     """
     recorded = job["model"]
     if against is None and isinstance(recorded, str) and Path(recorded).is_absolute() and not Path(recorded).is_dir():

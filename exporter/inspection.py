@@ -1,4 +1,4 @@
-"""Describes a checkpoint from its headers: its layers, its sizes, and what can be made of it."""
+"""Describes a checkpoint from its headers: its layers, its sizes, and the possible results."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _attention(spec: ModelSpec) -> dict[str, int] | None:
 
 
 def _routing(spec: ModelSpec) -> str:
-    """The rules in words; a model has one, unless its layers differ."""
+    """The routing rules in words; a model has one, unless its layers differ."""
     rules = (layer.routed for layer in spec.layers if layer.routed is not None)
     return "; ".join(dict.fromkeys(_with_top_k(routed.routing.description, routed.top_k) for routed in rules))
 
@@ -99,7 +99,7 @@ def _with_top_k(description: str, top_k: int) -> str:
 
 
 def _active_parameters(spec: ModelSpec) -> int:
-    """The parameters of the tensors that a token uses: all, but of the experts only those that are chosen."""
+    """The parameters of the tensors that a token uses: all except those of experts that are not chosen."""
     idle = sum((layer.n_experts - layer.top_k) * layer.expert_parameters for layer in spec.layers)
     return spec.parameters - idle
 
@@ -113,7 +113,7 @@ def _cache_bytes(spec: ModelSpec) -> dict[str, int]:
 
 
 def _kinds_of_layers(spec: ModelSpec) -> list[list[tuple[int, LayerSpec]]]:
-    """The layers by what they are made of, each kind with the numbers of its layers."""
+    """The layers by their structure, each kind with the numbers of its layers."""
     kinds: dict[tuple[object, ...], list[tuple[int, LayerSpec]]] = {}
     for index, layer in enumerate(spec.layers):
         kinds.setdefault((layer.mixer, layer.feed_forward), []).append((index, layer))

@@ -71,12 +71,12 @@ class Result:
 
 
 def run_job(job: Job, command: str, announce: Callable[[str], None], team: Team | None = None) -> Result:
-    """Runs whatever of the job is not done yet.
+    """Runs the parts of the job that are not done yet.
 
     Args:
-        job: what to do.
-        command: as it was typed, for the report.
-        announce: told of each stage.
+        job: the job.
+        command: the command as it was typed, for the report.
+        announce: called with a text for each stage.
         team: the other processes, if torchrun started several; this one leads.
 
     Raises:
@@ -105,13 +105,13 @@ def run_job(job: Job, command: str, announce: Callable[[str], None], team: Team 
 
 
 def _parts(job: Job, command: str, work: WorkDirectory, identity: dict[str, Any]) -> list[Part]:
-    """The parts of the run, those of an unfinished run of the same job as they were planned."""
+    """The parts of the run; an unfinished run of the same job keeps its plans."""
     if work.has_owner:
         work.claim(identity)
     parts = budget_parts(job, command, work)
     for part in parts:
         if part.work.plan_path.exists():
-            source_of_run(part.plan, part.work)  # before anything else is said of a model that is not the one
+            source_of_run(part.plan, part.work)  # before anything else is said about another model
             what_to_do = f"put it back, or remove {work.folder} and start again"
             refuse_changed_texts(part.plan.recipe.text, part.plan.calibration, part.plan.heldout, what_to_do)
     return parts
@@ -124,7 +124,7 @@ def _refuse_too_little_memory(plan: Plan) -> None:
 
 
 def _searched(part: Part, announce: Callable[[str], None], team: Team | None) -> list[Part]:
-    """The part itself if its recipe stands, or what the search finds for it."""
+    """Returns the part itself if its recipe stands, or the parts that the search finds for it."""
     if part.plan.search is None:
         return [part]
     stages = search_stages(part.plan)
@@ -163,7 +163,7 @@ def _built(part: Part, identity: dict[str, Any], announce: Callable[[str], None]
 
 
 def _published(job: Job, work: WorkDirectory, reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """Gives the folder with the outputs of all parts its place; returns what its own report says."""
+    """Publishes the folder with the outputs of all parts; returns its own report."""
     folder = result_folder(work, "")
     report = {"parts": reports, "job": job_identity(job)}
     (folder / REPORT).write_text(json_text(report), encoding="utf-8")
@@ -173,17 +173,17 @@ def _published(job: Job, work: WorkDirectory, reports: Mapping[str, dict[str, An
 
 
 def _time_to_go(plan: Plan, stages: Collection[str]) -> str:
-    """An estimate for these stages. It is said, and nowhere recorded: outputs must not depend on it."""
+    """An estimate for these stages. It is only announced, not recorded: outputs must not depend on it."""
     seconds = seconds_by_stage(plan, measure_speeds(plan), psutil.virtual_memory().available)
     return f"time to go: {describe_time({stage: seconds[stage] for stage in stages if stage in seconds})}"
 
 
 def job_identity(job: Job) -> dict[str, Any]:
-    """Returns the arguments that make a job this one: equal ones go on with its work, others are refused."""
+    """Returns the arguments that identify a job: a job with equal ones continues its work, others are refused."""
     ignored = {"out", "work_dir", "dry_run", "force", "json"}
     values = {name: _plain(value) for name, value in vars(job).items() if name not in ignored}
     values["model"] = None if job.model is None else local_path(job.model)  # validate finds it from any folder
-    files = {name: getattr(job, name) for name in ("recipe", "imatrix")}  # edited, it is another job
+    files = {name: getattr(job, name) for name in ("recipe", "imatrix")}  # an edited file makes another job
     return values | {name: None if file is None else sha256_of(file) for name, file in files.items()}
 
 

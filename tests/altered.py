@@ -1,4 +1,4 @@
-"""Descriptions of models that no file is of: like another one's, but for a few numbers."""
+"""Descriptions of models without files: like another one's, except for a few numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every test shares: the trained models, the held-out text, and small checkpoints cut out of the models."""
+"""Fixtures of all tests: the trained models, the held-out text, and small checkpoints cut out of the models."""
 
 from __future__ import annotations
 

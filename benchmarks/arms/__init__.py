@@ -1,7 +1,7 @@
-"""Published methods that the tables compare with, and what factored experts would cost in a file.
+"""Published methods that the tables compare with, and the cost of factored experts in a file.
 
-The methods leave an expert's size alone: their weights are float32 with zeros or on a 4-bit grid, in torch, and the
-containers gain nothing from them beyond what their own quantization gains.
+The methods do not change an expert's size: their weights are float32 with zeros or on a 4-bit grid, in torch, and the
+containers gain nothing from them beyond their own quantization.
 """
 
 from benchmarks.arms.awq import Awq

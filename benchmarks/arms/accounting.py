@@ -1,4 +1,4 @@
-"""What decomposed experts cost in each container: parameters, bytes, multiply-adds. Exact, in whole numbers.
+"""Counts the cost of decomposed experts in each container: parameters, bytes, multiply-adds; exactly.
 
 GGUF: dense experts. llama.cpp reads low-rank experts only as an adapter on top of dense ones, and a base cannot be
 shared between the experts of one tensor. Factors save nothing there; only quantization does.

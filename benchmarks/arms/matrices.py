@@ -1,4 +1,4 @@
-"""Changing each matrix of each expert by what is known about its inputs.
+"""Changes each matrix of each expert, given the moments of its inputs.
 
 Letters as in :mod:`compressors.shrink.moe_block`; a matrix has R rows (outputs) and N columns (inputs).
 """

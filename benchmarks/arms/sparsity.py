@@ -1,4 +1,4 @@
-"""How many weights are set to zero, and in which pattern."""
+"""The number and pattern of the weights that are set to zero."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Sparsity(ABC):
 
     @abstractmethod
     def _calibrate(self, inputs_nN: torch.Tensor) -> Change:
-        """What becomes of the matrices that have these inputs."""
+        """Returns the changed matrices that have these inputs."""
 
 
 def check_sparsity(sparsity: float, pattern: Pattern) -> None:

@@ -1,1 +1,1 @@
-"""Files that were damaged in one place each, and whether the static checks of ``moe-export validate`` say which."""
+"""Damages files in one place each, and tests whether the static checks of ``moe-export validate`` name it."""

@@ -1,8 +1,7 @@
 """Codes chosen by error feedback (GPTQ, arXiv 2210.17323) on scales that were found without, as a test of the checks.
 
-They raise a matrix's own error to lower that of its output, so a check of weights must bear them. What values a block
-may take is asked of ggml, if the type is its: every code of a block set alike and dequantized gives each place's
-levels.
+They raise a matrix's own error to lower that of its output, so a check of weights must accept them. For ggml's types,
+ggml gives the values of a block: dequantizing a block with equal codes gives each place's levels.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An original whose tokenizer is as converted from SentencePiece: llama.cpp merges by scores there."""
+"""An original with a tokenizer converted from SentencePiece, for which llama.cpp merges by scores."""
 
 from __future__ import annotations
 

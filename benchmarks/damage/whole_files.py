@@ -1,4 +1,4 @@
-"""Files that hold what they should: of every type, by several quantizers, of several kinds of students."""
+"""Undamaged files: of every type, by several quantizers, of several kinds of students."""
 
 from __future__ import annotations
 

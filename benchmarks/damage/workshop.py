@@ -1,4 +1,4 @@
-"""A small original, the files that are written of it, and the question whether a damage is found and named."""
+"""A small original, its files, and the test whether a damage is found and named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What our stage ``gguf`` does, in a process of its own: ``ours.py SOURCE STATISTICS PRESET TARGET THREADS``."""
+"""Does the work of our stage ``gguf`` in its own process: ``ours.py SOURCE STATISTICS PRESET TARGET THREADS``."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.pareto [--model fine] [--only presets] [--threads 1]
 
-Every row is kept as it is made; a second run goes on. The rows of an earlier version have to be removed from the table
-by hand, or with the table.
+Every row is kept when it is measured; a second run continues. Remove rows of an earlier version from the table by hand,
+or the whole table.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Our files: what a budget of a given size leads to, by the functions of the tool itself."""
+"""Our files: the results of a budget of a given size, made by the functions of the tool itself."""
 
 from __future__ import annotations
 

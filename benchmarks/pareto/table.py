@@ -1,4 +1,4 @@
-"""``pareto.md``: what was promised beside what was measured, and every file that was measured."""
+"""``pareto.md``: promised figures beside measured ones, and every measured file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``make peers``: what other tools make of our files, and of the same models.
+"""``make peers``: results of other tools with our files, and with the same models.
 
 optimum's ORTModelForCausalLM generates from both trained models, exported to ONNX; the reference tokens are stock
 transformers' in float32. llama.cpp's converter writes the F32 GGUF file of every family

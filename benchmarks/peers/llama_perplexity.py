@@ -1,4 +1,4 @@
-"""Does llama-perplexity print what our report says about the same GGUF file and text?
+"""Checks that llama-perplexity prints the figures of our report about the same GGUF file and text.
 
 The tool is compiled from the sources that the installed llama-cpp-python was built from. Both evaluate chunks of 512
 tokens in halves of 256, with an F16 cache, no flash attention, weights as stored and one thread: then the arithmetic of
@@ -150,7 +150,7 @@ def _statistics(tool: Sequence[str], path: Path, base: Path) -> dict[str, float]
 
 
 def _ours(path: Path, base: Path, recorded: Path) -> dict[str, float]:
-    """What the report would say, rounded to the digits that the tool prints; also writes a logits file."""
+    """Returns the report's figures, rounded to the digits that the tool prints; also writes a logits file."""
     torch.set_num_threads(1)
     reference = LogitsFile(base)
     writer = LogitsFileWriter(recorded, reference.tokens_BT, reference.vocab_size)

@@ -1,10 +1,10 @@
-"""Does llm-compressor's REAP modifier keep the experts that our sequential pruning keeps?
+"""Checks that llm-compressor's REAP modifier keeps the experts that our sequential pruning keeps.
 
 Both sides see the same token blocks, in float32, and choose layer by layer: a layer's saliencies are measured on
 hidden states that went through the pruned layers before it. llm-compressor does not work with the project's
 transformers, so it gets a virtual environment of its own. As a control the one-shot choice, whose saliencies are
 measured on the unpruned model, is compared with the peer too: where it differs, the check tells the modes apart.
-The peer gets a causal mask with its tokens; what it does without is shown beside it.
+The peer gets a causal mask with its tokens; its result without one is shown beside it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _TIE = 1e-5
 
 @dataclass(frozen=True)
 class _Choice:
-    """What one side chose in one layer."""
+    """The choice of one side in one layer."""
 
     kept: tuple[int, ...]  # ascending
     scores_E: torch.Tensor  # float64

@@ -1,6 +1,6 @@
-"""Which experts does llm-compressor's REAP modifier keep, given a model and tokens?
+"""Lists the experts that llm-compressor's REAP modifier keeps, given a model and tokens.
 
-llm-compressor wants an older transformers than the project: run this in an environment of its own.
+llm-compressor needs an older transformers than the project: run this in an environment of its own.
 
     python -m venv peer && peer/bin/pip install llmcompressor==0.14.0.1
     peer/bin/python benchmarks/peers/llm_compressor_survivors.py MODEL tokens.safetensors 0.5 choice.json

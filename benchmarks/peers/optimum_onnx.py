@@ -1,4 +1,4 @@
-"""Does an exported folder load in optimum's ORTModelForCausalLM and generate the tokens it should?
+"""Checks that an exported folder loads in optimum's ORTModelForCausalLM and generates the right tokens.
 
 optimum-onnx needs transformers 4, which the project itself does not use: run this in an environment of its own.
 

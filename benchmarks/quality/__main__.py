@@ -1,6 +1,6 @@
 """``make quality``: every method on both trained models; writes ``benchmarks/results/quality.{csv,md,png}``.
 
-A run that was killed goes on where it stopped: what it knew lies in ``--folder``, which a finished run removes.
+A run that was killed continues where it stopped: its results lie in ``--folder``, which a finished run removes.
 """
 
 from __future__ import annotations

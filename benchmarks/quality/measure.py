@@ -1,4 +1,4 @@
-"""Measures one arm on one model: what the teacher knows is computed once and lies in a folder."""
+"""Measures one arm on one model: the teacher's results are computed once and kept in a folder."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The arms of the comparison: each takes a share of a teacher's expert parameters away, in one way.
+"""The arms of the comparison: each removes a share of a teacher's expert parameters, in one way.
 
-An arm builds a student with the code that the compress stage runs. Recipes name the same methods; what they do not
-name (the published arms without a gain in size, the removal error's global allocation) is built here from its parts.
+An arm builds a student with the code that the compress stage runs. Recipes name the same methods; the others (the
+published arms without a gain in size, the removal error's global allocation) are built here from their parts.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ TEACHER = "teacher"
 
 @dataclass(frozen=True)
 class Teacher:
-    """What every arm is given."""
+    """The inputs of every arm."""
 
     source: Source
     statistics: Sequence[LayerStatistics]
@@ -75,7 +75,7 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Shrunk:
-    """What an arm made of the teacher."""
+    """The result of an arm."""
 
     student: Student
     setting: str  # the number that removes the share
@@ -352,4 +352,4 @@ ARMS: Mapping[str, Arm] = {
         Arm("GPTQ", "reference", _quantized(Gptq()), (0.0,)),
     )
 }
-"""By name; frequency pruning, which the others are compared with, comes first after the teacher."""
+"""The arms by name; frequency pruning, with which the others are compared, comes first after the teacher."""

@@ -110,7 +110,7 @@ def write_markdown(results: Sequence[Measured], path: Path) -> None:
 
 
 def _sentence(results: Sequence[Measured], model: str) -> str:
-    """Which methods beat frequency pruning, and which do not."""
+    """Says which methods beat frequency pruning, and which do not."""
     found: dict[str, list[str]] = {"better": [], "level": [], "worse": []}
     for result in by_divergence(results, model, _LARGE_SHARE):
         difference = beyond_frequency(results, result)

@@ -1,1 +1,1 @@
-"""``make bench``: what every way of teaching a compressed model brings, and what it costs."""
+"""``make bench``: the gain and the cost of every way of training a compressed model."""

@@ -1,6 +1,7 @@
-"""``make bench``, second part: teaches compressed models in every way; writes ``benchmarks/results/recovery.*``.
+"""``make bench``, second part: trains compressed models in every way; writes ``benchmarks/results/recovery.*``.
 
-Hours. A run that was killed goes on where it stopped: what it knew lies in ``--folder``, which a finished run removes.
+It takes hours. A run that was killed continues where it stopped: its results lie in ``--folder``, which a finished run
+removes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The arms of the comparison: each teaches a student in one way, by the code that the recover stage runs."""
+"""The arms of the comparison: each trains a student in one way, with the code that the recover stage runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["ARMS", "FULL_VOCABULARY", "NONE", "PUBLISHED", "ROUTER_KD", "SWEEP",
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What every arm is given."""
+    """The inputs of every arm."""
 
     source: Source
     statistics: Sequence[LayerStatistics]  # the teacher's
@@ -66,7 +66,7 @@ class Arm:
 
 
 def _by(make_objective: MakeObjective, scope: Scope, *, writes: bool = False) -> Train:
-    """By an objective; a student that writes texts visits every layer for each token, so its layers stay."""
+    """Trains by an objective; a student that writes texts visits every layer for each token, so its layers stay."""
 
     def teach(knowledge: Knowledge, student: Student, schedule: Schedule) -> Student:
         usage = expert_usage(knowledge.statistics, student.experts)
@@ -103,7 +103,7 @@ def _aware_router(knowledge: Knowledge, student: Student, schedule: Schedule) ->
 
 
 class FullDistillation(Stateless):
-    """What :class:`~compressors.recover.objectives.Distillation` approximates: KL over the full vocabulary.
+    """The loss that :class:`~compressors.recover.objectives.Distillation` approximates: KL over the full vocabulary.
 
     The teacher says anew at each step what it thinks of the step's blocks, in float32; nothing is cached.
     """
@@ -158,7 +158,7 @@ SWEEP: Mapping[str, tuple[Pace, ...]] = {
     "router: layer-local": (Pace(1e-4, 2), Pace(1e-3, 2), Pace(3e-3, 2), Pace(1e-2, 2)),
     "feed-forward: next token": (Pace(1e-3, 2), Pace(3e-3, 2)),
 }
-"""What was tried, on the selection split; arms that are not here take the pace of their scope."""
+"""The rates that were tried, on the selection split; other arms take the rate of their scope."""
 
 
 def _arms() -> list[Arm]:
@@ -189,4 +189,4 @@ def _arms() -> list[Arm]:
 
 
 ARMS: Mapping[str, Arm] = {arm.name: arm for arm in _arms()}
-"""By name."""
+"""The arms by name."""

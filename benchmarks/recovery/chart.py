@@ -1,4 +1,4 @@
-"""``recovery.png``: what every arm leaves of the divergence; ``recovery_fine_coarse.png``: both models side by side."""
+"""``recovery.png``: the divergence that each arm leaves; ``recovery_fine_coarse.png``: both models side by side."""
 
 from __future__ import annotations
 

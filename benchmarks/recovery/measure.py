@@ -1,4 +1,4 @@
-"""Measures one run: what the teacher knows, and the students, are made once and lie in a folder."""
+"""Measures one run: the teacher's results, and the students, are computed once and kept in a folder."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _SCORED = scored_positions(BLOCK_LENGTH)
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run gave. Divergences are full-vocabulary means over the scored positions, in nats."""
+    """The result of a run. Divergences are full-vocabulary means over the scored positions, in nats."""
 
     run: Run
     selection: float | None  # divergence; None, here and below: training diverged

@@ -1,4 +1,4 @@
-"""Which runs the comparison takes, the most telling first, so that one that is cut off still tells something."""
+"""The runs of the comparison, the most telling first, so that one that is cut off is still useful."""
 
 from __future__ import annotations
 

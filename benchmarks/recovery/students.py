@@ -1,4 +1,4 @@
-"""The students that are taught: what compressing left of the two trained models."""
+"""The students that are trained: the two trained models after compression."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PRUNED, MERGED, EDITED = "pruned", "merged", "edited"
 DENSE = "dense"
 UNCHANGED = "teacher"
 ALL_EXPERTS_ON = "teacher, all experts on"
-"""What SAR begins to learn from, and nearly what KA does."""
+"""The teacher with which SAR starts, and nearly that of KA."""
 
 _EDITED_SHARE = 0.85
 """Share of the expert parameters that the decomposition removes: a half hardly harms, and nothing could be won back."""

@@ -19,14 +19,14 @@ __all__ = ["Taught", "ladder", "read", "short", "untaught", "write_csv", "write_
 
 @dataclass(frozen=True)
 class Taught:
-    """What one arm made of one student, over all seeds that were run."""
+    """The results of one arm for one student, over all seeds that were run."""
 
-    before: Measured  # the student that was taught
+    before: Measured  # the student before training
     results: tuple[Measured, ...]  # one for each seed
 
     @property
     def run(self) -> Run:
-        """Of any of the seeds."""
+        """The run, with any of the seeds."""
         return self.results[0].run
 
     @property
@@ -35,7 +35,7 @@ class Taught:
         return any(result.selection is None for result in self.results)
 
     def mean(self, name: str) -> float:
-        """Of a measured figure, over the seeds."""
+        """The mean of a measured figure over the seeds."""
         return mean(getattr(result, name) for result in self.results)
 
     def deviation(self, name: str) -> float | None:

@@ -1,4 +1,4 @@
-"""A run takes up to an hour: one that was killed goes on where it stopped."""
+"""Keeps the state of a run, which takes up to an hour: one that was killed continues where it stopped."""
 
 from __future__ import annotations
 

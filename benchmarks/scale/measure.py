@@ -1,11 +1,11 @@
-"""Runs the stages of an export of real shape one by one and records what each costs.
+"""Runs the stages of an export of real shape one by one and records the cost of each.
 
     python -m benchmarks.scale.measure --shape olmoe --memory 3.5GB --blocks 32 --quant Q4_K
 
 Seconds and peak memory are the stage records' (the operating system's maximum for the stage's process, mapped pages of
 files included). Bytes are the kernel's: /proc/self/io of a process includes the children that it has waited for.
-``storage`` counts what was fetched from and sent to the disk, ``calls`` what read and write calls moved; pages that
-are mapped are in the first only.
+``storage`` counts bytes from and to the disk, ``calls`` those of read and write calls; mapped pages are only in the
+first.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class DomainText:
     start: int
     stop: int
     n_documents: int
-    state: FileState  # of the file when its documents were found
+    state: FileState  # the file's state when its documents were found
 
     @property
     def n_bytes(self) -> int:
@@ -45,7 +45,7 @@ class DomainText:
         return self.read(0, self.n_bytes)
 
     def read(self, start: int, stop: int) -> str:
-        """The text of these bytes of the part; of a character that is cut at either end nothing is left.
+        """The text of these bytes of the part; a character that is cut at either end is left out.
 
         Raises:
             InputError: the file was changed since its documents were found.
@@ -55,7 +55,7 @@ class DomainText:
             return file.read(max(0, min(stop, self.n_bytes) - start)).decode("utf-8", errors="ignore")
 
     def pieces(self, n_bytes: int = _PIECE_BYTES) -> Iterator[str]:
-        """The text in consecutive pieces of about so many bytes, cut after a line end where there is one.
+        """The text in consecutive pieces of about ``n_bytes`` bytes, cut after a line end where there is one.
 
         Raises:
             InputError: the file was changed since its documents were found.
@@ -145,7 +145,7 @@ def _document_starts(name: Path, file: BinaryIO) -> tuple[array[int], int]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     start = position = 0
     has_text, line_is_blank, line_is_first = False, True, True
-    while piece := file.readline(_PIECE_BYTES):  # of a line that is longer, one piece after the other
+    while piece := file.readline(_PIECE_BYTES):  # a longer line comes in several pieces
         text = _decoded(decoder, piece, name, position)
         position += len(piece)
         has_text = has_text or bool(text.strip())
@@ -164,7 +164,7 @@ def _document_starts(name: Path, file: BinaryIO) -> tuple[array[int], int]:
 
 
 def _decoded(decoder: codecs.IncrementalDecoder, data: bytes, name: Path, position: int, *, final: bool = False) -> str:
-    held = len(decoder.getstate()[0])  # bytes of a character that the last piece ended in
+    held = len(decoder.getstate()[0])  # bytes of a character that the last piece ended inside of
     try:
         return decoder.decode(data, final)
     except UnicodeDecodeError as error:

@@ -26,7 +26,7 @@ KEPT_TOKENS = 32_000
 
 
 def n_kept_blocks(n_blocks: int, block_length: int) -> int:
-    """The number of a text's first blocks that are kept: whole ones, at least one, and no more than there are."""
+    """The number of a text's first blocks that are kept: at least one, and at most ``n_blocks``."""
     return min(n_blocks, max(1, KEPT_TOKENS // block_length))
 
 
@@ -98,7 +98,7 @@ def write_layer_inputs(
     Args:
         model: the student.
         tokens_BT: int64, the blocks that are kept.
-        folder: where the files go.
+        folder: the folder for the files.
         dtype: dtype of the arithmetic.
         progress: called with 1 for each finished layer.
 

@@ -1,6 +1,6 @@
-"""Watching what enters the matrices of a decoder layer that are no expert's.
+"""Watches the inputs of a decoder layer's matrices, except those of experts.
 
-Matrices that the same values are multiplied with have one input between them, named by the role of the first.
+Matrices that are multiplied with the same values share one input, named by the role of the first.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["input_sizes", "matrices_beside_experts", "watching_inputs"]
 
 
 def matrices_beside_experts(layer: LayerSpec) -> tuple[TensorSpec, ...]:
-    """The matrices of a layer that files may quantize, those of its routed experts left out."""
+    """The matrices of a layer that files may quantize, except those of its routed experts."""
     return tuple(tensor for tensor in layer.shared_tensors if tensor.is_quantizable)
 
 

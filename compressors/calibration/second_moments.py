@@ -66,7 +66,7 @@ class Moments:
 class LayerMoments:
     """The second moments of the inputs of one layer's matrices."""
 
-    matrices: Mapping[Role, Moments]  # of matrices that are no expert's, by :attr:`TensorSpec.input_role`
+    matrices: Mapping[Role, Moments]  # of matrices outside of experts, by :attr:`TensorSpec.input_role`
     experts: ExpertInputs | None  # None: the layer has none
 
 
@@ -91,7 +91,7 @@ class SecondMoments:
 
     @property
     def spec(self) -> ModelSpec:
-        """The student's shape."""
+        """The student's description."""
         return self._student.spec
 
     def layer(self, index: int) -> LayerMoments:

@@ -20,19 +20,19 @@ from compressors.calibration.documents import DomainText
 __all__ = ["SharedBlock", "Stream", "shared_blocks", "shared_text", "window_hashes", "without_blocks"]
 
 Stream = tuple[DomainText, npt.NDArray[np.int64]]
-"""Consecutive tokens, and the text that they are from."""
+"""A text, and consecutive tokens of it."""
 
 _WINDOW = 1536  # bytes without spaces: about as much text as a block of 512 tokens
-_SCANNED_BYTES = 1 << 17  # that are hashed together, 8 bytes for each a few times over
-_MULTIPLIER = 6364136223846793005  # of Knuth's linear congruential generator: odd, bits well spread
+_SCANNED_BYTES = 1 << 17  # bytes that are hashed together, each of which takes a few times 8 bytes
+_MULTIPLIER = 6364136223846793005  # from Knuth's linear congruential generator: odd, bits well spread
 
 
 @dataclass(frozen=True)
 class SharedBlock:
     """A block of tokens that also occurs in another text."""
 
-    stream: int  # its place among the streams
-    block: int  # its place in the stream
+    stream: int  # the index of its stream
+    block: int  # its index in the stream
     part: DomainText
     other: DomainText
 
@@ -118,7 +118,7 @@ def _occurrence(pieces: _Pieces, texts: Sequence[DomainText]) -> tuple[DomainTex
 def _normalised(part: DomainText, multiple: int) -> Iterator[bytes]:
     """A part's text in Unicode's form NFKC, without white space, in UTF-8.
 
-    Chunks have multiples of so many bytes, the last one excepted.
+    The size of every chunk but the last is a multiple of ``multiple`` bytes.
     """
     held = b""
     for piece in part.pieces(_SCANNED_BYTES):
@@ -146,7 +146,7 @@ def window_hashes(tokens: npt.NDArray[np.integer], length: int) -> npt.NDArray[n
 
 
 def _are_among(hashes: npt.NDArray[np.uint64], ordered: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-    """Tells of each hash whether it is among the ordered ones."""
+    """Says for each hash whether it is among the ordered ones."""
     if not len(ordered):
         return np.zeros(len(hashes), np.bool_)
     found: npt.NDArray[np.bool_] = ordered[np.minimum(np.searchsorted(ordered, hashes), len(ordered) - 1)] == hashes
@@ -154,7 +154,7 @@ def _are_among(hashes: npt.NDArray[np.uint64], ordered: npt.NDArray[np.uint64]) 
 
 
 def _row_hashes(rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
-    """The same of each whole row."""
+    """The polynomial hash of each whole row."""
     terms = (rows.astype(np.uint64) + np.uint64(1)) * _powers(pow(_MULTIPLIER, -1, 2**64), rows.shape[1])
     hashes: npt.NDArray[np.uint64] = terms.sum(axis=1, dtype=np.uint64)
     return hashes

@@ -53,11 +53,11 @@ __all__ = [
 
 BLOCK_LENGTH = 512
 """Tokens of a block: llama-perplexity's default context. A model with a shorter context has blocks of that length."""
-_MOST_SHARED = 100  # one block in so many may be left out
+_MOST_SHARED = 100  # one block in this many may be left out
 
 
 def block_length_of(context_length: int) -> int:
-    """Tokens of a block for a model of this context."""
+    """Returns the tokens of a block for a model with this context."""
     return min(BLOCK_LENGTH, context_length)
 
 
@@ -90,7 +90,7 @@ class Splits:
 
 @dataclass(frozen=True)
 class BlockCounts:
-    """The number of blocks that are wanted of each split."""
+    """The number of blocks that are wanted from each split."""
 
     calibration: int
     selection: int
@@ -185,9 +185,9 @@ def tokenize(
 
     Args:
         splits: the texts.
-        checkpoint_folder: where the tokenizer is.
+        checkpoint_folder: the folder with the tokenizer.
         block_length: tokens of a block.
-        wanted: blocks that are enough of a long text (:mod:`compressors.calibration.token_streams`); None: all.
+        wanted: blocks that are enough from a long text (:mod:`compressors.calibration.token_streams`); None: all.
 
     Raises:
         InputError: the checkpoint has no usable tokenizer, a split has no full block, or two splits share more than
@@ -219,7 +219,7 @@ def tokenize_heldout(
 
     Args:
         path: a file, or a folder of ``*.txt``.
-        tokenizer: one, or the folder of one (such as a checkpoint's).
+        tokenizer: a tokenizer, or a folder with one (such as a checkpoint).
         block_length: tokens of a block.
         blocks_per_file: the number of blocks to take from each file of a long text; None: all.
 
@@ -282,13 +282,13 @@ def _blocks_of(split: TextSplit, streams: list[Stream], block_length: int, bos: 
 
 
 def _full_blocks(tokens: npt.NDArray[np.int64], block_length: int) -> npt.NDArray[np.int64]:
-    """int64 [B, T]."""
+    """Returns the full blocks of these tokens: int64 [B, T]."""
     n_blocks = len(tokens) // block_length
     return tokens[: n_blocks * block_length].reshape(n_blocks, block_length)
 
 
 def _kept_apart(splits: Sequence[TextSplit], streams: Sequence[list[Stream]], block_length: int) -> list[list[Stream]]:
-    """The streams without the few blocks (licence texts, tables) that a later split has too; more are refused."""
+    """Returns the streams without the few blocks (licence texts, tables) that a later split has too; refuses more."""
     kept = list(streams)
     for (index, first), (later, second) in combinations(enumerate(splits), 2):
         shared = list(shared_blocks(kept[index], kept[later], block_length))
@@ -313,7 +313,7 @@ def _not_apart(first: TextSplit, second: TextSplit, part: DomainText, other: Dom
 
 
 def _evenly_spaced(blocks_BT: torch.Tensor, count: int) -> torch.Tensor:
-    """The middle block of each of ``count`` equal stretches."""
+    """Returns the middle block of each of ``count`` equal stretches."""
     picks = [(2 * index + 1) * len(blocks_BT) // (2 * count) for index in range(count)]
     return blocks_BT[picks]
 

@@ -1,4 +1,4 @@
-"""What the teacher says about training tokens, kept on disk so that teacher and student never share memory.
+"""The teacher's predictions for training tokens, kept on disk so that teacher and student never share memory.
 
 For training tokens the 64 most probable next tokens and their log-probabilities are enough (512 bytes a token):
 everything else is one bucket. Selection and held-out tokens keep the full vocabulary
@@ -47,7 +47,7 @@ class TeacherTargets:
         return cls(folder, writable=True)
 
     def write(self, start: int, logits_NV: torch.Tensor) -> None:
-        """Puts the targets of N positions at ``start`` and after."""
+        """Writes the targets of N positions from ``start`` on."""
         best = logits_NV.topk(self._tokens.shape[1], dim=-1)
         log_probs = best.values - logits_NV.logsumexp(-1, keepdim=True)
         self._log_probs.write(start, log_probs.numpy())

@@ -19,9 +19,9 @@ from compressors.calibration.separation import Stream
 
 __all__ = ["TextTokenizer", "is_short", "leading_streams", "shares_of", "spaced_streams", "whole_streams"]
 
-_WHOLE_BYTES = 4_000_000  # of a split, all its files together
-_WHOLE_FILE_BYTES = 1_000_000  # of each: tokenising takes 100 bytes of memory for one of text
-_STRETCH_BYTES = 8192  # at least, for each block that is taken of a long text: a few times what it needs
+_WHOLE_BYTES = 4_000_000  # the most in all files of a split
+_WHOLE_FILE_BYTES = 1_000_000  # the most in each: tokenising takes 100 bytes of memory for one of text
+_STRETCH_BYTES = 8192  # the least for each block that is taken from a long text: a few times its size
 _BYTES_PER_TOKEN = 6  # more than most text has
 _SPARE_TOKENS = 8  # where text is cut, the tokens beside the cut are not those of the whole text
 _LEAST_PIECE, _LARGEST_PIECE = 1 << 13, 1 << 18
@@ -53,7 +53,7 @@ def whole_streams(parts: Sequence[DomainText], tokenizer: TextTokenizer, bos: in
 def leading_streams(
     parts: Sequence[DomainText], tokenizer: TextTokenizer, bos: int | None, n_tokens: int | None
 ) -> list[Stream]:
-    """The first tokens of every part, at least ``n_tokens`` if it has as many; None: all.
+    """The first tokens of every part, at least ``n_tokens`` if it has that many; None: all.
 
     The text is tokenised in pieces that end at line ends.
     """

@@ -1,1 +1,1 @@
-"""MoE checkpoints: what they are made of, how they are read, how they are run layer by layer."""
+"""MoE checkpoints: describes them, reads them, and runs them layer by layer."""

@@ -16,10 +16,10 @@ def shown(value: object) -> str:
     """Returns a name, or any other value from a file, as it may stand in a message of one line.
 
     Control characters, line ends, terminal escapes, marks that change the direction of writing and lone surrogates
-    are escaped as in Python's source; of a long text the middle is left out, so that at most 80 characters remain.
+    are escaped as in Python's source; the middle of a long text is left out, so that at most 80 characters remain.
     """
     text = value if isinstance(value, str) else repr(value)
-    if len(text) > _LONGEST:  # before escaping too: what is left out need not be escaped
+    if len(text) > _LONGEST:  # before escaping too: the part that is left out need not be escaped
         text = f"{text[: _LONGEST - _END - 3]}...{text[-_END:]}"
     escaped = _printable(text)
     return escaped if len(escaped) <= _LONGEST else f"{escaped[: _LONGEST - _END - 3]}...{escaped[-_END:]}"
@@ -29,7 +29,7 @@ def one_line(message: str) -> str:
     """Returns a message as one line of at most 1,000 characters that no terminal takes for a command.
 
     Messages quote libraries, paths and flags too: line ends become spaces, other characters that cannot be printed are
-    escaped, and of a long message the middle is left out.
+    escaped, and the middle of a long message is left out.
     """
     text = _printable(re.sub(r"\s*[\r\n]\s*", " ", message.strip()))
     if len(text) <= _LONGEST_MESSAGE:

@@ -24,7 +24,7 @@ def is_first() -> bool:
 
 
 def share(n_items: int) -> list[int]:
-    """Which of ``n_items`` are this process's: every n-th, so that each gets some of every domain."""
+    """Returns this process's share of ``n_items``: every n-th, so that each process gets some of every domain."""
     return list(range(_rank(), n_items, n_processes()))
 
 
@@ -39,7 +39,7 @@ def reduce_max(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def wait_for_all() -> None:
-    """Returns when every process has come here."""
+    """Waits until every process has called this."""
     if distributed.is_initialized():
         distributed.barrier()
 

@@ -19,7 +19,7 @@ VARIABLES: Final[Mapping[str, str]] = {
     "HF_HUB_DISABLE_TELEMETRY": "1",  # huggingface_hub, and with it transformers and optimum
     "DO_NOT_TRACK": "1",  # the common name, which others look for
 }
-"""What importing this module sets, whatever the user's environment says."""
+"""The variables that importing this module sets, even against the user's environment."""
 
 os.environ.update(VARIABLES)
 
@@ -27,7 +27,7 @@ os.environ.update(VARIABLES)
 def leave_no_cache() -> None:
     """Keeps torch from making an empty folder for compiled code in the folder for temporary files.
 
-    It does so on import, and nothing here is compiled. For programs of this project only: in somebody else's process
-    the folder may be of use. A folder that the user chose stays.
+    It does so on import, and nothing here is compiled. Call it in programs of this project only: another program may
+    need the folder. A folder that the user chose stays.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())

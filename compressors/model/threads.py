@@ -1,6 +1,6 @@
-"""Work in several threads whose results are the same bits for any number of them.
+"""Runs tasks in several threads, with the same bits for any number of threads.
 
-torch splits a sum over its own threads, so its bits depend on how many it has. Here each task computes with one.
+torch splits a sum over its own threads, so its bits depend on their number. Here each task computes with one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _Result = TypeVar("_Result")
 
 @contextmanager
 def one_thread_each(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool in whose threads torch computes with one thread, and in the calling one too until the pool is closed."""
+    """Makes a pool; in its threads, and in the calling one until it is closed, torch computes with one thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # for all threads that have not used torch yet; the others have a number of their own
     try:
@@ -31,7 +31,7 @@ def one_thread_each(threads: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def in_order(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], _Result]], at_once: int) -> Iterator[_Result]:
-    """The tasks' results in the tasks' order; at most ``at_once`` are computed or wait to be taken."""
+    """Yields the tasks' results in order; at most ``at_once`` are computed or wait to be taken."""
     waiting: deque[Future[_Result]] = deque()
     try:
         for task in tasks:

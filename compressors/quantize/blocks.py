@@ -18,13 +18,13 @@ __all__ = ["search_blocks"]
 def search_blocks(
     values_RN: torch.Tensor, bits: int, block_size: int, importance_N: torch.Tensor | None = None, *, name: str
 ) -> IntegerBlocks:
-    """Quantizes rows of float32, bfloat16 or float16 values; how, :mod:`compressors.model.files.integer_blocks` says.
+    """Quantizes rows of float32, bfloat16 or float16 values, as :mod:`compressors.model.files.integer_blocks` explains.
 
     ``importance_N`` weighs the squared error of each input feature, as in
     :func:`~compressors.quantize.kernels.quantize_rows`.
 
     Raises:
-        InputError: a value is not finite, or the importance is none; the message calls the weights ``name``.
+        InputError: a value is not finite, or the importance is invalid; the message calls the weights ``name``.
     """
     float32_RN = quantize_rows(values_RN, GGMLQuantizationType.F32, name=name).view(np.float32)
     importance = checked_importance(importance_N, values_RN.shape[1], name)

@@ -1,4 +1,4 @@
-"""Quantizing rows of weights with ggml's own kernels, so that what we write is what llama.cpp would have written.
+"""Quantizes rows of weights with ggml's own kernels, so that we write the same bytes as llama.cpp.
 
 The kernels (:mod:`compressors.model.files.ggml`; ``ggml_quantize_chunk`` in ``ggml/src/ggml.c``, the formats in
 ``ggml/src/ggml-quants.c``) work on one row at a time, so the result depends neither on how rows are grouped into calls
@@ -59,7 +59,7 @@ _BLOCK_VALUES = 1 << 17  # half a megabyte of float32: widened, checked and quan
 def fallback_type(ggml_type: GGMLQuantizationType, row_length: int) -> GGMLQuantizationType:
     """The type that rows of this length get when ``ggml_type`` is asked for: itself, or llama.cpp's stand-in.
 
-    Rows that not even blocks of 32 divide become F16.
+    Rows that blocks of 32 do not divide become F16.
 
     Raises:
         UnsupportedError: the type is not one that a matrix can be written in.
@@ -84,8 +84,8 @@ def quantize_rows(
 
     ``importance_N`` weighs the squared error of each input feature (mean squared activation, llama.cpp's importance
     matrix). One that is zero everywhere belongs to an expert that saw no token; like llama-quantize
-    (``load_imatrix`` in ``tools/quantize/quantize.cpp``) we then weigh all features alike, and so where there is none
-    and the kernel wants one. The float types, Q8_0, Q2_0, MXFP4 and the ternary types ignore it.
+    (``load_imatrix`` in ``tools/quantize/quantize.cpp``) we then weigh all features alike, as we do without importance
+    if the kernel needs some. The float types, Q8_0, Q2_0, MXFP4 and the ternary types ignore it.
 
     Raises:
         InputError: a value is not finite, or too large for F16; the message calls the weights ``name``.
@@ -139,7 +139,7 @@ def _check_finite(values_RN: npt.NDArray[np.float32], first_row: int, name: str)
 
 
 def _check_range(values_RN: npt.NDArray[np.float32], name: str) -> None:
-    """F16 would make infinity of larger values, which llama-quantize refuses too (``ggml_validate_row_data``)."""
+    """Refuses values that are infinite in F16, as llama-quantize does (``ggml_validate_row_data``)."""
     largest = np.abs(values_RN).max()
     if largest > np.finfo(np.float16).max:
         raise InputError(f"{name}: a value of size {largest} cannot be written as F16; choose BF16 or F32")

@@ -1,1 +1,1 @@
-"""Teaching a compressed model to be itself again."""
+"""Trains a compressed model to predict like the original again."""

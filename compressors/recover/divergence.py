@@ -1,4 +1,4 @@
-"""How far a student is from its teacher on a split that no training sees: what a rung of the ladder is judged by."""
+"""Measures a student's distance from its teacher on a split that no training sees, which judges each recovery."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["Judgement", "judge"]
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a split that no training sees says of a student."""
+    """A student's figures on a split that no training sees."""
 
     divergence: float  # mean full-vocabulary KL(teacher || student), nats
     perplexity: float
@@ -40,7 +40,7 @@ def judge(
     device: torch.device | None = None,
     choice: ExpertChoice | None = None,
 ) -> Judgement:
-    """Divergence from the teacher and perplexity, over the scored positions of the blocks.
+    """Computes divergence from the teacher and perplexity, over the scored positions of the blocks.
 
     Args:
         student: the model that is judged, in float32.
@@ -49,8 +49,8 @@ def judge(
         scored: positions of each block; each has a next token.
         progress: called with 1 after each layer.
         limit: memory that this process may use.
-        device: where layers compute.
-        choice: of experts, in place of the student's top-k.
+        device: the device on which layers compute.
+        choice: a choice of experts in place of the student's top-k.
 
     Raises:
         InputError: teacher and student have different vocabularies.

@@ -1,6 +1,6 @@
-"""Knowledge Augmentation (KA): the teacher answers with all experts but one, each time perhaps another one.
+"""Knowledge Augmentation (KA): the teacher answers with all experts but one, which may differ each time.
 
-"Every Expert Matters" (arXiv 2502.12947): of N experts a token's N - 1 are
+"Every Expert Matters" (arXiv 2502.12947): a token uses these N - 1 of N experts,
 
     E = { N - 1 experts sampled from the gate's probabilities   with probability lambda
         { the top N - 1                                          with probability 1 - lambda
@@ -29,22 +29,22 @@ AUGMENTATION = 0.05
 """The paper's lambda."""
 
 UPDATES_PER_BATCH = 2
-"""The paper's M: what a schedule says that trains by KA as published."""
+"""The paper's M, for a schedule that trains by KA as published."""
 
-_EXPERTS = 1  # keys of random numbers begin with what they are for
+_EXPERTS = 1  # keys of random numbers begin with their purpose
 
 
 class KnowledgeAugmentation(OnPolicyDistillation):
     """KA as an objective.
 
     Args:
-        student: what is trained; the teacher is its source.
-        schedule: that of the training; as published with :data:`UPDATES_PER_BATCH`.
-        batches_per_round: how many batches of texts are written together, one as published.
+        student: the model that is trained; the teacher is its source.
+        schedule: the training's schedule; the paper's has :data:`UPDATES_PER_BATCH`.
+        batches_per_round: the number of batches of texts that are written together; one as published.
         augmentation: lambda, the probability of a sampled choice.
         limit: memory that this process may use.
-        dtype: of the arithmetic.
-        device: where layers compute.
+        dtype: the dtype of the arithmetic.
+        device: the device on which layers compute.
 
     Raises:
         UnsupportedError: the student's final norm or head is not the teacher's.
@@ -66,7 +66,7 @@ class KnowledgeAugmentation(OnPolicyDistillation):
         self._augmentation = augmentation
 
     def _prepare(self, model: StreamedModel) -> None:
-        """Nothing: the teacher stays as it is."""
+        """Does nothing: the teacher stays as it is."""
 
     def _choice(self, texts: Sequence[tuple[int, int]], n_tokens: int) -> ExpertChoice:
         keys = [(_EXPERTS, self._schedule.seed, *text) for text in texts]
@@ -74,7 +74,7 @@ class KnowledgeAugmentation(OnPolicyDistillation):
 
 
 class AllButOne:
-    """All experts but one: the least probable, or now and then whichever sampling leaves over.
+    """All experts but one: the least probable, or sometimes the one that sampling leaves over.
 
     Sampling N - 1 without replacement in proportion to the gates is taking the N - 1 largest of the logits plus Gumbel
     noise (Kool, van Hoof and Welling, arXiv 1903.06059), so it leaves out the smallest; of equals the
@@ -82,8 +82,8 @@ class AllButOne:
 
     Args:
         n_experts: N.
-        n_tokens: of each text.
-        keys: of each text of a pass, in order; with the layer, they alone decide the noise.
+        n_tokens: the number of tokens of each text.
+        keys: the key of each text of a pass, in order; with the layer, only they decide the noise.
         augmentation: the probability, for each token and layer, that the noise is added.
     """
 
@@ -102,7 +102,7 @@ class AllButOne:
         return others_K + (others_K >= left_out_T1)
 
     def _noise(self, key: tuple[int, ...]) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-        """Gumbel for the tokens of one text that are augmented, zero for the others: [tokens, E]."""
+        """Gumbel noise for the tokens of one text that are augmented, zero for the others: [tokens, E]."""
         generator = np.random.default_rng(key)
         augmented_T = generator.random(self._n_tokens) < self._augmentation
         noise_TE = np.zeros((self._n_tokens, self.n_chosen + 1))

@@ -1,4 +1,4 @@
-"""What training makes smaller: divergence from the teacher, the next token's loss, or the distance of router logits.
+"""The objectives of training: divergence from the teacher, the next token's loss, or the distance of router logits.
 
 All are means over the tokens of a step, in float32.
 """
@@ -30,12 +30,12 @@ class StepLoss:
 
     of_logits: Loss | None = None
     of_routers: RouterLoss | None = None
-    of_states: StateLoss | None = None  # in place of ``of_logits``
+    of_states: StateLoss | None = None  # replaces ``of_logits``
     tokens_BT: torch.Tensor | None = None  # the texts that the student reads; None: the step's blocks
 
 
 class Objective(Protocol):
-    """A way of measuring how far a student is from what it should be."""
+    """A loss that training makes smaller."""
 
     def of_step(self, model: StreamedModel, tokens_BT: torch.Tensor, blocks: Sequence[int], n_blocks: int) -> StepLoss:
         """The loss of this process's part of the next step.
@@ -43,26 +43,26 @@ class Objective(Protocol):
         Args:
             model: the student as it is now.
             tokens_BT: all training blocks.
-            blocks: those that this process works on.
-            n_blocks: how many blocks the step has, with those of other processes.
+            blocks: the blocks that this process works on.
+            n_blocks: the number of blocks of the step, over all processes.
         """
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What the next :meth:`of_step` depends on beside its arguments."""
+        """The state that the next :meth:`of_step` depends on beside its arguments."""
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Goes on from a :meth:`state`."""
+        """Continues from a :meth:`state`."""
 
 
 class Stateless:
-    """An objective's part that remembers nothing between steps."""
+    """The state of an objective that remembers nothing between steps."""
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Nothing."""
+        """Returns nothing."""
         return {}
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Nothing to do."""
+        """Does nothing."""
 
 
 class Distillation(Stateless):
@@ -70,19 +70,19 @@ class Distillation(Stateless):
 
         L = 1/N sum_t KL(teacher(. | x_<=t) || student(. | x_<=t))
 
-    over the N positions that have a next token. With routers alone it is that method: the choice of the top-k is not
-    differentiated, the gradient reaches a router through the gates of the chosen experts. The teacher is read from its
-    cached targets, so it need not be in memory.
+    over the N positions that have a next token. It is that method if only routers are trained: the choice of the top-k
+    is not differentiated, the gradient reaches a router through the gates of the chosen experts. The teacher is read
+    from its cached targets, so it need not be in memory.
 
     Tokens other than the teacher's most probable ones are one bucket
     (:func:`compressors.model.predictions.losses.kl_divergence_to_top`).
 
     Args:
-        targets: what the teacher says at every position of the training blocks.
+        targets: the teacher's predictions at every position of the training blocks.
         student: the model that is trained, for its vocabulary.
 
     Raises:
-        InputError: from :meth:`of_step`: the teacher names a token that the student does not have.
+        InputError: raised by :meth:`of_step` if the teacher names a token that the student does not have.
     """
 
     def __init__(self, targets: TeacherTargets, student: Student) -> None:
@@ -108,12 +108,12 @@ class Distillation(Stateless):
 
 
 class NextToken(Stateless):
-    """Cross-entropy of the text's own next token: no teacher."""
+    """Cross-entropy of the text's own next token, without a teacher."""
 
     def of_step(self, model: StreamedModel, tokens_BT: torch.Tensor, blocks: Sequence[int], n_blocks: int) -> StepLoss:
         """The negative log-likelihood, averaged over the positions that have a next token."""
         mine_BT = tokens_BT[list(blocks)]
-        following = mine_BT.roll(-1, dims=1).flatten()  # after the last position comes nothing: its weight is zero
+        following = mine_BT.roll(-1, dims=1).flatten()  # nothing follows the last position: its weight is zero
         weights = _position_weights(len(mine_BT), mine_BT.shape[1], n_blocks)
 
         def loss(positions: slice, logits_NV: torch.Tensor) -> torch.Tensor:
@@ -132,7 +132,7 @@ class RouterLogitMatching(Stateless):
     Args:
         teacher: the original model, streamed over the tokens of each step.
         student: the model that is trained.
-        dtype: of the teacher's arithmetic; router logits are float32.
+        dtype: the dtype of the teacher's arithmetic; router logits are float32.
     """
 
     def __init__(self, teacher: StreamedModel, student: Student, dtype: torch.dtype = torch.float32) -> None:
@@ -154,7 +154,7 @@ class RouterLogitMatching(Stateless):
         return StepLoss(of_routers=loss)
 
     def _teacher_logits(self, tokens_BT: torch.Tensor) -> dict[int, torch.Tensor]:
-        """By the student's layer, where that has experts: float32 [tokens, student's experts]."""
+        """Router logits by the student's layers with experts: float32 [tokens, student's experts]."""
         found: dict[int, list[torch.Tensor]] = {index: [] for index in self._layers.values()}
 
         @contextmanager
@@ -178,7 +178,7 @@ class RouterLogitMatching(Stateless):
 
 
 def _position_weights(n_mine: int, n_tokens: int, n_blocks: int) -> torch.Tensor:
-    """What each position of this process's blocks counts; the last of a block predicts nothing: float32 [N]."""
+    """The weight of each position of this process's blocks, 0 for a block's last: float32 [N]."""
     weights = torch.full((n_mine, n_tokens), 1.0 / (n_blocks * (n_tokens - 1)))
     weights[:, -1] = 0.0
     return weights.flatten()

@@ -1,15 +1,15 @@
-"""Distillation from a live teacher on texts that the student writes: what KA and SAR have in common.
+"""Distillation from a live teacher on texts that the student writes, the common part of KA and SAR.
 
 "Every Expert Matters" (arXiv 2502.12947) has the student continue a prompt, and the teacher judge every token of the
 continuation: the loss is the reverse divergence KL(student || teacher) at temperature 1. Here a training block's first
-half is the prompt, and its second half is written anew.
+half is the prompt, and its second half is written by the student.
 
 Student and teacher take turns, so that they never share memory: for one or more batches the student writes its texts,
 then the teacher reads them, then the student takes its steps. With one batch in a round that is the published method;
-with more, the texts are of a student that is some steps younger, and each model is read that much less often.
+with more, the texts come from the student of a few steps before, and each model is read less often.
 
 The teacher's judgement is kept as its hidden states after the last layer, because student and teacher share final norm
-and head: so the divergence is exact, over the full vocabulary, and takes no more memory than the hidden size.
+and head. So the divergence is exact, over the full vocabulary, and takes no more memory than the hidden size.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ from compressors.recover.schedule import Schedule
 
 __all__ = ["OnPolicyDistillation", "divergence_from_states", "sampled_weights"]
 
-_TEXTS = 0  # keys of random numbers begin with what they are for
+_TEXTS = 0  # keys of random numbers begin with their purpose
 
 
 class OnPolicyDistillation(ABC):
     """The student's reverse divergence from a live teacher, on texts of its own.
 
     Args:
-        student: what is trained; only its size and its head matter here.
+        student: the model that is trained; only its size and its head matter here.
         teacher: the student's source, streamed.
-        schedule: that of the training, whose steps this counts. Its ``updates_per_batch`` is how often the student
-            learns from one text.
+        schedule: the training's schedule. Its ``updates_per_batch`` is the number of steps that the student takes on
+            one text.
         batches_per_round: batches that are written, and judged, together.
-        dtype: of the arithmetic.
+        dtype: the dtype of the arithmetic.
 
     Raises:
-        UnsupportedError: the student's final norm or head is not the teacher's, or the teacher's routers give no
-            probabilities.
+        UnsupportedError: the student's final norm or head is not the teacher's, or the scores of the teacher's routers
+            are not probabilities.
     """
 
     def __init__(
@@ -73,16 +73,16 @@ class OnPolicyDistillation(ABC):
         self._steps = schedule.steps()
         self._steps_per_round = batches_per_round * schedule.updates_per_batch
         self._n_done = 0
-        self._texts_BT = torch.zeros(0, 0, dtype=torch.int64)  # of the round's batches, one after the other
-        self._targets: HiddenStates | None = None  # of the round's steps, this process's share of each
+        self._texts_BT = torch.zeros(0, 0, dtype=torch.int64)  # the round's batches, one after the other
+        self._targets: HiddenStates | None = None  # this process's share of each of the round's steps
 
     @abstractmethod
     def _choice(self, texts: Sequence[tuple[int, int]], n_tokens: int) -> ExpertChoice:
-        """The experts with which the teacher judges texts of so many tokens: (step, place in it) of each, in order."""
+        """The teacher's choice of experts for texts of ``n_tokens`` tokens, given as (step, place in it) in order."""
 
     @abstractmethod
     def _prepare(self, model: StreamedModel) -> None:
-        """Whatever comes before the teacher judges the texts of a new round; the student lets its weights go again."""
+        """Prepares the teacher for the texts of a new round; releases the student's weights again."""
 
     def of_step(self, model: StreamedModel, tokens_BT: torch.Tensor, blocks: Sequence[int], n_blocks: int) -> StepLoss:
         """The reverse divergence, averaged over the tokens that the student wrote."""
@@ -104,11 +104,11 @@ class OnPolicyDistillation(ABC):
         return StepLoss(of_states=loss, tokens_BT=mine_BT)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """How far it is, and the texts of the round; the teacher judges them once more after :meth:`restore`."""
+        """The number of steps done and the round's texts, which the teacher judges once more after :meth:`restore`."""
         return {"n_done": torch.tensor(self._n_done), "texts": self._texts_BT}
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Goes on from a :meth:`state`."""
+        """Continues from a :meth:`state`."""
         self._n_done = int(tensors["n_done"])
         self._texts_BT = tensors["texts"].clone()
         self._targets = None
@@ -127,7 +127,7 @@ class OnPolicyDistillation(ABC):
         return self._batches()[(step - self._round(step).start) // self._schedule.updates_per_batch]
 
     def _write(self, model: StreamedModel, tokens_BT: torch.Tensor) -> torch.Tensor:
-        """The texts of the round that begins; each process writes its share, and all get all."""
+        """Writes the texts of the next round; each process writes its share, and every process gets all."""
         first_steps = self._round(self._n_done)[:: self._schedule.updates_per_batch]
         blocks = torch.cat([self._steps[step] for step in first_steps])
         keys = [(step, place) for step in first_steps for place in range(len(self._steps[step]))]
@@ -141,7 +141,7 @@ class OnPolicyDistillation(ABC):
         return texts_BT
 
     def _judge(self) -> HiddenStates:
-        """What the teacher makes of this process's texts of each step of the round: its last states."""
+        """Returns the teacher's last hidden states for this process's texts of each step of the round."""
         steps = self._round(self._n_done)
         texts = [(step, place) for step in steps for place in share(len(self._steps[step]))]
         tokens_BT = torch.cat([self._of_step(step)[share(len(self._steps[step]))] for step in steps])
@@ -151,7 +151,7 @@ class OnPolicyDistillation(ABC):
 
 
 def sampled_weights(n_mine: int, n_tokens: int, n_blocks: int) -> torch.Tensor:
-    """What each position of this process's texts counts: those whose next token the student wrote: float32 [N]."""
+    """The weight of each position of this process's texts, 0 unless the student wrote the next token: float32 [N]."""
     first, stop = n_tokens // 2 - 1, n_tokens - 1
     weights_BT = torch.zeros(n_mine, n_tokens)
     weights_BT[:, first:stop] = 1.0 / (n_blocks * (stop - first))
@@ -164,9 +164,9 @@ def divergence_from_states(
     """The weighted sum of a divergence between two models that share final norm and head.
 
     Args:
-        divergence: of logits of the model that is trained and the other's, both [n, V]: [n].
+        divergence: takes the logits of the trained model and of the other one, both [n, V], and returns [n].
         others_BTD: the other model's states after the last layer.
-        weights_N: of the flattened positions; where it is 0 no logits are made.
+        weights_N: the weights of the flattened positions; where one is 0 no logits are computed.
     """
     others_ND = others_BTD.flatten(0, 1)
 
@@ -190,7 +190,7 @@ def _check_head(student: Student) -> None:
 
 
 def _check_routers(teacher: ModelSpec) -> None:
-    """Refuses routers whose scores are no probabilities: what KA samples, and what SAR balances, is of a softmax."""
+    """Refuses routers whose scores are not probabilities: KA samples, and SAR balances, those of a softmax."""
     for index, layer in enumerate(teacher.layers):
         if layer.routed is not None and layer.routed.routing.score is Score.SIGMOID:
             raise UnsupportedError(

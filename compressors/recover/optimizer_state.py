@@ -1,4 +1,4 @@
-"""Trained tensors with what Adam keeps of them, as plain tensors by name: what an interrupted training goes on from."""
+"""Trained tensors and Adam's moments of them, as plain tensors by name, to continue an interrupted training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 def optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Values and moments, in memory that the next step changes; before the first step there are no moments."""
+    """Returns values and moments, in memory that the next step changes; before the first step there are no moments."""
     tensors = {}
     for name, parameter in parameters.items():
         tensors[name] = parameter.detach().cpu()
@@ -26,7 +26,7 @@ def optimizer_state(
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """The inverse of :func:`optimizer_state`; ``tensors`` may hold others too."""
+    """Undoes :func:`optimizer_state`; ``tensors`` may hold others too."""
     for name, parameter in parameters.items():
         parameter.data.copy_(tensors[name])
         moments = {moment: f"{name}.{moment}" for moment in _MOMENTS}

@@ -1,7 +1,7 @@
-"""Texts that a model writes in torch, layer by layer.
+"""Lets a model write texts in torch, layer by layer.
 
-A student is taught on its own, so that it is corrected where it goes (on-policy distillation); the teacher's show how
-often the original loops.
+A student is trained on its own texts, so that it is corrected where it errs (on-policy distillation); the teacher's
+texts show how often the original loops.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Choose", "cache_bytes", "continue_texts", "sample_texts"]
 
 Choose = Callable[[torch.Tensor, slice, int], torch.Tensor]
-"""Next tokens, int64 [b], from logits [b, V] of these texts, for the n-th new token."""
+"""(logits [b, V], the texts that they belong to, n) -> the n-th new token of each, int64 [b]."""
 
 
 def cache_bytes(spec: ModelSpec, n_texts: int, n_tokens: int, dtype: torch.dtype = torch.float32) -> int:
@@ -40,10 +40,10 @@ def sample_texts(
     """Continues each prompt by N tokens, drawn from the model at temperature 1: see :func:`continue_texts`.
 
     Args:
-        model: what writes.
+        model: the model that writes.
         prompts_BP: int64 token ids.
         uniform_BN: float64 in [0, 1), one for each token to draw.
-        dtype: of the arithmetic.
+        dtype: the dtype of the arithmetic.
     """
 
     def choose(logits_bV: torch.Tensor, texts: slice, place: int) -> torch.Tensor:
@@ -64,14 +64,14 @@ def continue_texts(
 
     Keys and values, or states, are kept, so each new token costs one position. Layers are visited once for the prompts
     and once for each token after the first, for all texts together: a model whose layers do not stay in memory is read
-    N times, so ask for many texts at once. An end of text does not end it, as in the blocks of training text.
+    N times, so ask for many texts at once. Writing goes on after an end of text, as in the blocks of training text.
 
     Args:
-        model: what writes.
+        model: the model that writes.
         prompts_BP: int64 token ids.
         n_new: N.
         choose: picks the next token of each text.
-        dtype: of the arithmetic.
+        dtype: the dtype of the arithmetic.
 
     Returns:
         int64 [B, P + N].
@@ -101,7 +101,7 @@ def _through_layers(
 ) -> torch.Tensor:
     """Hidden states of these positions after the last layer: [B, t, D]."""
     hidden_BtD = model.embed(tokens_Bt).to(dtype)
-    # many positions at once are as many as in any pass; single positions of all texts are fewer
+    # a call takes as many positions as in any pass; single positions of all texts are fewer
     n_texts = BLOCKS_AT_ONCE[dtype] if tokens_Bt.shape[1] > 1 else len(tokens_Bt)
     for index, weights in model.weights(range(model.spec.n_layers)):
         with model.layer(index, weights, dtype) as layer:
@@ -125,8 +125,8 @@ def _next_tokens(model: StreamedModel, hidden_BD: torch.Tensor, place: int, choo
 class _Cache:
     """Keys and values of all layers, texts and positions, in memory that is taken once for each layer.
 
-    Of a recurrent layer it holds the states of all texts after the last position. transformers' own caches either copy
-    everything for each token, or need a mask over what is not there yet.
+    For a recurrent layer it holds the states of all texts after the last position. transformers' own caches either copy
+    everything for each token, or need a mask over future positions.
     """
 
     def __init__(self, n_texts: int, n_tokens: int) -> None:
@@ -136,7 +136,7 @@ class _Cache:
         self._states: dict[tuple[str, int], torch.Tensor] = {}  # [B, ...] each, by kind and layer
 
     def of(self, texts: slice, first_position: int) -> Cache:
-        """What transformers' attention asks of a cache, for some texts whose next positions begin there."""
+        """A cache for transformers' attention, for some texts whose next positions begin at ``first_position``."""
         return cast("Cache", _Part(self, texts, first_position))
 
     def arrays(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,7 +167,7 @@ class _Part:
         self._first_position = first_position
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Puts in those of the next positions, [B, heads, t, head_dim]; returns those of all positions so far."""
+        """Stores keys and values of the next positions, [B, heads, t, head_dim]; returns those of all so far."""
         stop = self._first_position + keys.shape[2]
         all_keys, all_values = (array[self._texts] for array in self._cache.arrays(layer, keys, values))
         all_keys[:, :, self._first_position : stop] = keys
@@ -183,7 +183,7 @@ class _Part:
         return self._cache.state(_RECURRENCE, layer, self._texts) if self._first_position else None
 
     def update_conv_state(self, inputs_BCt: torch.Tensor, layer: int, *, conv_kernel_size: int) -> torch.Tensor:
-        """Keeps of the first positions' inputs those that the next position reaches back to; returns them all."""
+        """Keeps the inputs that the next position reaches back to; returns all inputs of the first positions."""
         n_kept = max(conv_kernel_size - 1, 1)
         last = functional.pad(inputs_BCt, (n_kept, 0))[..., -n_kept:]
         self._cache.put_state(_CONVOLUTION, layer, self._texts, last)
@@ -194,7 +194,7 @@ class _Part:
         self._cache.put_state(_RECURRENCE, layer, self._texts, state)
 
     def is_recording_past(self, _layer: int) -> bool:
-        """False: nothing is ever taken back."""
+        """False: no position is ever taken back."""
         return False
 
 

@@ -1,4 +1,4 @@
-"""How long and how fast to train: one epoch of AdamW, with linear warm-up and linear decay to zero."""
+"""The schedule of training: one epoch of AdamW, with linear warm-up and linear decay to zero."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ size: other models' rates are scaled by its inverse.
 class Schedule:
     """The schedule of the Router KD paper (arXiv 2603.02217); every kind of recovery uses it.
 
-    ``updates_per_batch`` steps in a row use the same blocks: one, unless the objective sees them anew each time.
+    ``updates_per_batch`` steps in a row use the same blocks: one, unless the objective changes each time.
     """
 
     n_blocks: int
@@ -39,7 +39,7 @@ class Schedule:
 
     @classmethod
     def published(cls, n_blocks: int = PUBLISHED_BLOCKS) -> Schedule:
-        """The paper's: 3,000 texts of 512 tokens, 2 x 4 texts a step (375 steps), learning rate 5e-5."""
+        """The paper's schedule: 3,000 texts of 512 tokens, 2 x 4 texts a step (375 steps), learning rate 5e-5."""
         return cls(n_blocks=n_blocks, learning_rate=5e-5)
 
     @property
@@ -64,7 +64,7 @@ class Schedule:
         """Checks that the text is enough.
 
         Raises:
-            InputError: there are fewer blocks than the schedule wants, or than one step takes.
+            InputError: there are fewer blocks than the schedule needs, or than one step takes.
         """
         n_blocks, n_tokens = tokens_BT.shape
         if self.n_blocks > n_blocks:

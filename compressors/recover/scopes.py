@@ -30,11 +30,11 @@ class Scope:
     """A rung of the ladder.
 
     Attributes:
-        n_experts: that many experts of each layer, those that most tokens chose; None: all.
+        n_experts: the number of experts of each layer that are trained, most used first; None: all.
         adapter_rank: the experts get low-rank adapters of this rank; None: they are trained whole.
         norms: all RMS norms, those of queries and keys and the final one included.
-        attention: the matrices and biases of attention, or of another mixer, whole; and so are those of shared experts
-            and of dense feed-forwards, which no other scope trains.
+        attention: the whole matrices and biases of attention, or of another mixer, of shared experts and of dense
+            feed-forwards.
         scales: a factor for each block of the matrices of mixers and experts, beside codes that stay.
     """
 
@@ -91,7 +91,7 @@ class Scope:
         return " + ".join(parts)
 
     def name_in(self, student: ModelSpec) -> str:
-        """The name for a student of this shape: a dense one has feed-forwards, and no routers in its files."""
+        """The name for this student: a dense one has feed-forwards, and no routers in its files."""
         if any(tensor.kind is Kind.ROUTER for tensor, _ in student.written.places):
             return self.name
         whole = [("norms", self.norms), ("attention", self.attention), ("block scales", self.scales)]
@@ -103,10 +103,10 @@ class Scope:
         return " + ".join(parts)
 
     def check_against(self, spec: ModelSpec) -> None:
-        """Checks that this scope fits a model of this shape.
+        """Checks that this scope fits a model.
 
         Raises:
-            InputError: a number of experts, or a rank, that no layer of the model has.
+            InputError: no layer of the model has so many experts or such a rank.
         """
         if self.n_experts is not None and not 0 <= self.n_experts <= spec.n_experts:
             raise InputError(f"{self.n_experts} experts of each layer cannot be trained: there are {spec.n_experts}")
@@ -135,7 +135,7 @@ class Scope:
         return _ROUTER_RATE_BESIDE_SCALES * RATES_HIDDEN_SIZE / hidden_size if only_relative else 1.0
 
     def trains(self, tensor: TensorSpec) -> bool:
-        """True if a tensor that is no expert's is trained whole. A selection bias never is: no gradient reaches it."""
+        """True if a tensor outside of experts is trained whole. A selection bias never is: no gradient reaches it."""
         if is_routers(tensor):
             return True
         if tensor.kind is Kind.NORM:
@@ -143,10 +143,10 @@ class Scope:
         return self.attention and tensor.kind not in (Kind.SELECTION, Kind.TABLE)
 
     def parameters(self, layer: LayerSpec, block_length: Callable[[Role], int | None] | None = None) -> int:
-        """Trained parameters of a layer of this shape.
+        """The number of trained parameters of a layer.
 
         Args:
-            layer: the shape.
+            layer: the layer's description.
             block_length: block length of each role's matrices; needed where their scales are trained.
         """
         n_experts = layer.n_experts if self.n_experts is None else min(self.n_experts, layer.n_experts)
@@ -187,8 +187,8 @@ def expert_usage(statistics: Sequence[LayerStatistics], experts: ExpertMap) -> l
     """The number of calibration tokens that chose each expert of a student: float64 [E], by layer.
 
     Args:
-        statistics: by layer of the model that was watched: the teacher, or the student itself.
-        experts: the student in terms of that model. An expert that stands for several has their sum.
+        statistics: the statistics of each layer of the model that was watched: the teacher, or the student itself.
+        experts: the student in terms of that model; an expert that stands for several gets their sum.
     """
     return [
         torch.stack([statistics[layer.source].count_E[list(group)].sum() for group in layer.groups])

@@ -1,4 +1,4 @@
-"""Student-Aware Router (SAR): the teacher's routers learn to say what the student can follow, with all experts on.
+"""Student-Aware Router (SAR): with all experts on, the teacher's routers learn to predict what the student can follow.
 
 "Every Expert Matters" (arXiv 2502.12947). For each batch of texts that the student wrote,
 
@@ -45,23 +45,23 @@ BALANCE = 0.01
 """The paper's beta."""
 
 ROUTER_LEARNING_RATE = 1e-5
-"""The paper's, for routers and student alike."""
+"""The paper's rate, for routers and student alike."""
 
 
 class StudentAwareRouter(OnPolicyDistillation):
-    """SAR as an objective. The teacher's routers, which it trains, are its own: the teacher's files do not change.
+    """SAR as an objective. It trains its own copies of the teacher's routers: the teacher's files do not change.
 
     With several batches in a round the routers take a step for each, before the teacher judges them all.
 
     Args:
-        student: what is trained; the teacher is its source.
-        schedule: that of the training.
-        batches_per_round: how many batches of texts are written together, one as published.
-        router_learning_rate: of the teacher's routers.
+        student: the model that is trained; the teacher is its source.
+        schedule: the training's schedule.
+        batches_per_round: the number of batches of texts that are written together; one as published.
+        router_learning_rate: the learning rate of the teacher's routers.
         balance: beta.
         limit: memory that this process may use.
-        dtype: of the arithmetic; the routers, their gradients and the optimizer are float32.
-        device: where layers compute.
+        dtype: the dtype of the arithmetic; the routers, their gradients and the optimizer are float32.
+        device: the device on which layers compute.
 
     Raises:
         UnsupportedError: the student's final norm or head is not the teacher's.
@@ -88,11 +88,11 @@ class StudentAwareRouter(OnPolicyDistillation):
         self._optimizer = torch.optim.AdamW(self._routers.values(), lr=router_learning_rate, weight_decay=0.0)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Also the teacher's routers and what Adam keeps of them."""
+        """The state, with the teacher's routers and Adam's moments of them."""
         return super().state() | optimizer_state(self._optimizer, self._named_routers())
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Goes on from a :meth:`state`."""
+        """Continues from a :meth:`state`."""
         super().restore(tensors)
         restore_optimizer(self._optimizer, self._named_routers(), tensors)
 
@@ -100,7 +100,7 @@ class StudentAwareRouter(OnPolicyDistillation):
         return AllExperts(self._teacher.spec.n_experts)
 
     def _prepare(self, model: StreamedModel) -> None:
-        """The first phase, for each batch of the round."""
+        """Does the first phase for each batch of the round."""
         sizes = [len(batch_BT) for batch_BT in self._batches()]
         groups = [
             TokenGroup(batch_BT[share(size)], dtype=self._dtype)
@@ -134,18 +134,18 @@ def teacher_router_gradients(
     balance: float,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[float, dict[ParameterKey, torch.Tensor]]:
-    """L_SAR of a batch and its gradient with respect to the teacher's routers; sums over all processes.
+    """Computes L_SAR of a batch and its gradient with respect to the teacher's routers, summed over all processes.
 
-    The squared coefficient of variation is no sum over tokens. Its importances are complete after the forward pass;
+    The squared coefficient of variation is not a sum over tokens. Its importances are complete after the forward pass;
     in the backward pass each token's gates get their share of the gradient, dL/dI_e.
 
     Args:
-        teacher: with all experts on, and its routers trainable.
+        teacher: the teacher, with all experts on and trainable routers.
         texts_BT: this process's texts of the batch.
         student_BTD: the student's states after the last layer.
-        n_texts: of the batch, with those of other processes.
+        n_texts: the number of texts of the batch, over all processes.
         balance: beta.
-        dtype: of the arithmetic.
+        dtype: the dtype of the arithmetic.
 
     Raises:
         NotFiniteError: a hidden state is NaN or infinite.

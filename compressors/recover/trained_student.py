@@ -1,4 +1,4 @@
-"""A student's tensors while they are trained: float32 master copies of what a scope names."""
+"""A student's tensors while they are trained: float32 master copies of the tensors that a scope names."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class TrainedStudent:
     """The trained tensors of a student; the student is not changed.
 
     Args:
-        student: what is trained.
+        student: the model that is trained.
         scope: the tensors that are trained.
         usage: number of tokens that chose each expert, by layer: [E] each
             (:func:`~compressors.recover.scopes.expert_usage`); only a scope of the most used experts needs it.
         block_length: lengths of blocks in the student's file; only a scope of block scales needs it.
         seed: seed of the adapters' initial values.
-        device: where the tensors lie.
+        device: the device of the tensors.
 
     Raises:
         InputError: the scope does not fit the student.
@@ -85,7 +85,7 @@ class TrainedStudent:
         return parameters
 
     def streamed(self, limit: MemoryLimit | None) -> StreamedModel:
-        """The student with these tensors in place of its own; it follows them when they change."""
+        """The student with these tensors in place of its own; it sees their changes."""
         return StreamedModel(
             self.student,
             trainable=self._whole,
@@ -116,12 +116,12 @@ class TrainedStudent:
         return any((role, layer) == key for role, layer in self._whole if is_routers(self._described(role, layer)))
 
     def whole(self) -> Iterator[tuple[Role, int | None, torch.Tensor]]:
-        """Role, layer and float32 values of each tensor that is trained whole, experts left out."""
+        """Yields role, layer and float32 values of each tensor that is trained whole, except experts."""
         for (role, layer), tensor in self._whole.items():
             yield role, layer, tensor.detach().cpu()
 
     def factors(self) -> Iterator[tuple[Role, int, torch.Tensor]]:
-        """Role, layer and each block's factor, float32 [rows, blocks of a row]; rows are those of all experts."""
+        """Yields role, layer and each block's factor, float32 [rows, blocks of a row], with the rows of all experts."""
         for (role, layer), factors_RK in self._factors.items():
             assert layer is not None
             yield role, layer, factors_RK.detach().cpu()
@@ -181,7 +181,7 @@ class TrainedStudent:
         )
 
     def _adapters(self, a_shape: tuple[int, ...], b_shape: tuple[int, ...]) -> TrainedMatrices:
-        """A is uniform up to 1 / sqrt(inputs), as in a linear layer, and B zero: the student is unchanged at first."""
+        """Makes adapters with A uniform up to 1 / sqrt(inputs), as in a linear layer, and B zero: no change yet."""
         a_NPRI = (2 * torch.rand(a_shape, generator=self._generator) - 1) / a_shape[-1] ** 0.5
         return LowRankMatrices(self._parameter(a_NPRI), self._parameter(torch.zeros(b_shape)))
 
@@ -207,7 +207,7 @@ _EXPERT_ROLES = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
 
 
 def _whole_tensors(scope: Scope, spec: ModelSpec) -> Iterator[tuple[Role, int | None]]:
-    """Yields the tensors that a scope trains whole, experts left out: routers first."""
+    """Yields the tensors that a scope trains whole, except experts: routers first."""
     tensors = [(tensor, index) for index, layer in enumerate(spec.layers) for tensor in layer.shared_tensors]
     trained = [(tensor, layer) for tensor, layer in tensors if scope.trains(tensor)]
     for tensor, layer in sorted(trained, key=lambda place: not is_routers(place[0])):

@@ -1,4 +1,4 @@
-"""Training a student: a schedule, an objective, and the tensors that a scope names, a step at a time."""
+"""Trains a student step by step: a schedule, an objective, and the tensors that a scope names."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ _OF_OBJECTIVE = "objective."
 
 
 class TrainingDivergedError(InputError):
-    """Loss or gradients became NaN or infinite. The student that was trained is what it was."""
+    """Loss or gradients became NaN or infinite. The student is unchanged."""
 
 
 class Training:
-    """A schedule and how far it is.
+    """A training and its progress.
 
     In a torch.distributed group every process takes its share of each step's blocks, and gradients are summed.
 
     Args:
         student: the compressed model; it is not changed.
         tokens_BT: int64 training blocks.
-        objective: what becomes smaller.
+        objective: the loss that becomes smaller.
         settings: the schedule; its ``n_blocks`` must not exceed the blocks given.
-        scope: which tensors are trained.
-        usage: how many tokens chose each expert, by layer; needed for a scope of the most used experts.
-        block_length: of the file that the student was written to; needed for a scope of block scales.
+        scope: the tensors that are trained.
+        usage: the number of tokens that chose each expert, by layer; needed for a scope of the most used experts.
+        block_length: lengths of blocks in the student's file; needed for a scope of block scales.
         limit: memory that this process may use; layers that fit stay between steps.
-        dtype: of the arithmetic; what is trained, its gradients and the optimizer are float32.
-        device: where layers compute.
+        dtype: the dtype of the arithmetic; trained tensors, their gradients and the optimizer are float32.
+        device: the device on which layers compute.
 
     Raises:
-        InputError: there are fewer blocks than the schedule wants or than one step takes, a token is not in the
+        InputError: there are fewer blocks than the schedule needs or than one step takes, a token is not in the
             student's vocabulary, or the scope does not fit the student.
-        TooLargeError: its training does not fit the limit.
+        TooLargeError: the training does not fit the limit.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Training:
             loss, gradients = self._gradients(self._steps[self.n_done])
         except NotFiniteError as error:
             if self.n_done == 0:
-                raise  # it is not training's fault
+                raise  # training is not at fault
             raise self._diverged(str(error)) from error
         for key, parameter in self._parameters.items():
             parameter.grad = gradients[key]
@@ -120,7 +120,7 @@ class Training:
         return self.trained.overlay()
 
     def release(self) -> None:
-        """Lets the student's weights go, which further steps would read again; what is trained stays."""
+        """Frees the student's weights, which further steps read again; trained tensors stay."""
         self._model.release()
 
     def taught(self) -> Student:
@@ -128,13 +128,13 @@ class Training:
         return self._student.with_overlay(self.overlay())
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Everything that the next step depends on, to be given to :meth:`restore`; the next step changes it."""
+        """Everything that the next step depends on, for :meth:`restore`; the next step changes it."""
         tensors = {"n_done": torch.tensor(self.n_done)}
         tensors |= optimizer_state(self._optimizer, self._named_parameters())
         return tensors | {_OF_OBJECTIVE + name: value for name, value in self._objective.state().items()}
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Goes on from a :meth:`state`: the steps that follow are those that would have followed there."""
+        """Continues from a :meth:`state`, with the same steps that would have followed there."""
         self.n_done = int(tensors["n_done"])
         restore_optimizer(self._optimizer, self._named_parameters(), tensors)
         of_objective = [name for name in tensors if name.startswith(_OF_OBJECTIVE)]
@@ -175,10 +175,10 @@ def train(
     progress: Callable[[int], None] | None = None,
     after_step: Callable[[Training], None] | None = None,
 ) -> Student:
-    """Does all steps that are not done yet and returns the student with what they taught it.
+    """Does all steps that are left and returns the trained student.
 
     Args:
-        training: the schedule and how far it is.
+        training: the training.
         progress: called after each step with 1.
         after_step: called after each step but the last, to keep its state.
 

@@ -26,8 +26,8 @@ class TrainingBytes:
     """Bytes of the trained tensors, their gradients and Adam's moments, all float32."""
 
     weights: int  # master copies
-    gradients: int  # of a step
-    moments: int  # Adam's two
+    gradients: int  # gradients of a step
+    moments: int  # Adam's two moments
     passing: int  # one layer's gradients once more, while they are made
 
     @property
@@ -42,16 +42,16 @@ class TrainingBytes:
 
     @property
     def later(self) -> int:
-        """Bytes that the first step adds to those of the weights."""
+        """Bytes that the first step adds to the weights."""
         return self.gradients + self.moments + self.passing
 
 
 def training_bytes(scope: Scope, spec: ModelSpec, block_length: BlockLength | None = None) -> TrainingBytes:
-    """The bytes that training takes beside the student, for these tensors of a student of this shape.
+    """Predicts the bytes that training these tensors takes beside the student.
 
     Args:
         scope: the tensors that are trained.
-        spec: the student's shape.
+        spec: the student's description.
         block_length: lengths of blocks in the student's file; needed where its scales are trained.
     """
     parameters = [
@@ -70,7 +70,7 @@ def refuse_too_large(
 
     Args:
         scope: the tensors that are trained.
-        spec: the student's shape.
+        spec: the student's description.
         itemsize: bytes of a stored weight.
         limit_bytes: bytes that the process may use.
         block_length: as in :func:`training_bytes`.

@@ -1,4 +1,4 @@
-"""Chooses a type for each tensor by how much the output suffers from its errors, within a limit of bytes."""
+"""Chooses a type for each tensor by the effect of its errors on the output, within a limit of bytes."""
 
 from __future__ import annotations
 

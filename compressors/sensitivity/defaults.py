@@ -2,8 +2,8 @@
 
 The figures are means over the two trained models (6 layers of 32 and of 8 experts). For all of their matrices, the
 error of a type is the same multiple of Q8_0's within 7 %. Each kind of matrix has much the same part in a layer's
-damage, except that the first layer's experts have more. A deeper model's layers share the same total. Matrices of other
-kinds count as the one that they are most like.
+damage, except that the first layer's experts have more. A deeper model's layers share the same total. A matrix of
+another kind counts as the kind that it is most like.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _EMBEDDING = 2.1
 """The divergence of a tied embedding in Q8_0, relative to that of all layers."""
 
 _LOOKUP = 0.17
-"""The part of it that an embedding causes which is not the head."""
+"""The part of this that an untied embedding causes."""
 
 _PARTS: Mapping[Role, tuple[float, float, float]] = {
     Role.QUERY: (0.013, 0.065, 0.069),
@@ -59,7 +59,7 @@ _ERRORS: Mapping[str, float] = {
     "IQ2_S": 2130.0,
     "IQ2_XS": 3070.0,
     "IQ2_XXS": 4050.0,
-    "Q2_0": 5000.0,  # with scales that are searched; ggml's own kernel: 18,000
+    "Q2_0": 5000.0,  # with searched scales; ggml's own kernel: 18,000
     "TQ2_0": 23000.0,
     "TQ1_0": 23000.0,
     "IQ1_M": 6930.0,
@@ -80,10 +80,10 @@ _ERRORS: Mapping[str, float] = {
 
 
 def default_table(spec: ModelSpec, plans: Sequence[UnitPlan]) -> TypeTable:
-    """The table of a model of which only the shape is known; no weight is read.
+    """Makes the table of a model from its description alone; no weight is read.
 
     Args:
-        spec: shape of the model in the file.
+        spec: the model in the file.
         plans: units with their types; a type that is not in the table of defaults is left out.
     """
     units = []
@@ -122,7 +122,7 @@ def _at_q8_0(spec: ModelSpec, role: Role, layer: int | None) -> SecondOrder:
 
 
 def _measured(spec: ModelSpec, role: Role, layer: int) -> Role:
-    """The role, among those that were measured, of the matrix that a matrix is most like: by where it stands."""
+    """The measured role that a matrix is most like, judging by its place."""
     if role in _PARTS:
         return role
     tensor = spec.tensor(role, layer)

@@ -1,8 +1,8 @@
 """Predicts the measured divergence from second-order ones: KL = a Q + b sqrt(R).
 
 Q is the second-order divergence of all errors, R that of the errors that routers see, which are all but the head's.
-The second term comes from tokens whose chosen experts change, a jump that no gradient sees; it is most of the
-divergence where errors are small.
+The second term comes from tokens whose chosen experts change, a jump that no gradient sees; it dominates where errors
+are small.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class SecondOrder:
     """Second-order divergence in nats."""
 
     total: float
-    routed: float  # of the errors that routers see
+    routed: float  # the part from errors that routers see
 
     def __add__(self, other: SecondOrder) -> SecondOrder:
         """The divergence of both errors together, if they are independent."""
@@ -47,7 +47,7 @@ class DivergenceModel:
 
     @classmethod
     def fitted(cls, points: Sequence[tuple[SecondOrder, float]]) -> DivergenceModel:
-        """The model that fits measured recipes best: least squares of the logarithms, both terms positive.
+        """Fits the model to measured recipes: least squares of the logarithms, both terms positive.
 
         Args:
             points: order and measured divergence in nats of each recipe; two that lie far apart are enough. One keeps

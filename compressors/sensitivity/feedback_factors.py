@@ -51,12 +51,13 @@ _MEASURED: Mapping[str, tuple[float, float, float, float]] = {  # down, gate and
 _COLUMNS = (_DOWN, _WIDE, _ATTENTION, _OUTPUT)
 
 _LEFT_ALONE = frozenset({"F32", "F16", "BF16", "IQ1_S", "IQ1_M", "TQ1_0", "TQ2_0", "MXFP4"})
-_FINE = frozenset({"Q8_0", "Q6_K", "Q5_K"})  # of which an embedding gains nothing
+_FINE = frozenset({"Q8_0", "Q6_K", "Q5_K"})  # with these, an embedding gains nothing
 
 
 def feedback_factor(role: Role, type_name: str) -> float:
-    """The error that is left with feedback, relative to the kernel's with the same importance matrix: 1 where there is
-    no feedback. A type that was not measured has its kind's usual factor.
+    """The error with feedback, relative to the kernel's with the same importance matrix: 1 where there is no feedback.
+
+    A type that was not measured has its kind's usual factor.
     """
     kind = _KINDS.get(role)
     if kind is None or type_name in _LEFT_ALONE:

@@ -1,4 +1,4 @@
-"""One streamed backward pass that tells how much the output suffers from errors in each matrix.
+"""Measures in one streamed backward pass how much the output suffers from errors in each matrix.
 
 At every position a token is drawn from the model's own prediction, and the gradient of its log-probability flows back
 through stored layer inputs; hooks sum its squares at the outputs of all linear layers. Positions of one sequence count
@@ -44,20 +44,20 @@ def gather_sensitivities(
     device: torch.device | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Sensitivities:
-    """Runs the model over these blocks, forward and backward, and writes what it finds into ``folder``.
+    """Runs the model over these blocks, forward and backward, and writes the sensitivities into ``folder``.
 
     Args:
         student: the model, mostly the teacher.
         tokens_BT: int64; 2,000 to 4,000 tokens are enough.
         folder: gets a file for each layer, and one for embedding and head.
-        seed: of the tokens that are drawn; equal seeds give equal files.
-        dtype: of the arithmetic.
+        seed: seed of the drawn tokens; equal seeds give equal files.
+        dtype: the dtype of the arithmetic.
         limit: memory that this process may use.
-        device: where layers compute.
-        progress: called with 1 twice for each layer, once in either direction.
+        device: the device on which layers compute.
+        progress: called with 1 twice for each layer, once in each direction.
 
     Raises:
-        InputError: the checkpoint cannot be read, or makes values that are not finite.
+        InputError: the checkpoint cannot be read, or gives values that are not finite.
     """
     model = StreamedModel(student, limit=limit, device=device)
     sensitivities = Sensitivities(folder, student.spec.tied_embeddings)
@@ -135,7 +135,7 @@ class _GradientSums:
         self._down_ED = zeros(layer.n_experts, layer.hidden_size)
 
     def of_expert(self, expert: int, gate_up_gradient_n2F: torch.Tensor, down_gradient_nD: torch.Tensor) -> None:
-        """Adds what one expert's tokens give."""
+        """Adds the squares of one expert's tokens."""
         self._gate_up_E2F[expert] += gate_up_gradient_n2F.float().square().sum(0)
         self._down_ED[expert] += down_gradient_nD.float().square().sum(0)
 
@@ -172,7 +172,7 @@ def _mean_squared_inputs(statistics: LayerStatistics, layer: LayerSpec) -> dict[
 
 
 class _HeadSums:
-    """The loss, and what its positions tell about the head."""
+    """Computes the loss, and sums squares at the head over its positions."""
 
     def __init__(self, model: StreamedModel, tokens_BT: torch.Tensor, seed: int) -> None:
         self._model = model

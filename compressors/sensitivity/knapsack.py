@@ -1,10 +1,10 @@
 """Chooses a type for each unit: the multiple-choice knapsack problem, solved to a stated gap.
 
 A price of bytes turns the problem into one for each unit alone (Lagrangian relaxation; Everett, 1963); the best price
-gives a lower bound L that no choice can undercut. A choice costs more than L by what each unit's option lies above the
-unit's best at that price, and by the price of the bytes that it leaves. So options that alone lie further above L than
-the best known choice are excluded, and few are left; a list of partial choices without dominated ones (Nemhauser and
-Ullmann, 1969) finds the best of those. The list is cut at a fixed length, and the gap to L says what that may cost.
+gives a lower bound L that no choice can undercut. A choice's excess over L is the sum of two parts: how far each unit's
+option lies above the unit's best at that price, and the price of the bytes that are left. So an option that alone lies
+further above L than the best known choice is excluded, and few are left; a list of partial choices without dominated
+ones (Nemhauser and Ullmann, 1969) finds the best. The list is cut at a fixed length, and the gap to L bounds the loss.
 
 Letters: U units, N options, S partial choices.
 """
@@ -25,7 +25,7 @@ __all__ = ["Allocation", "allocate", "allocate_file", "smallest_bytes"]
 
 _MOST_PARTIAL_CHOICES = 2048
 _MOST_TANGENTS = 5
-_PRICE_STEPS = 200  # of the bisection: more than double precision can tell apart
+_PRICE_STEPS = 200  # steps of the bisection: more than double precision can tell apart
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Allocation:
     divergence: float  # predicted, nats
     seconds: float  # predicted, to decode a token with these types
     gap: float
-    """No choice costs less by more than this many nats, if errors that routers see are priced as they are here."""
+    """No choice is better by more than this many nats, at this price of errors that routers see."""
 
 
 def smallest_bytes(table: TypeTable) -> int:
@@ -53,20 +53,20 @@ def allocate(
     *,
     nats_per_second: float = 0.0,
 ) -> Allocation:
-    """The choice of the lowest predicted divergence that fits.
+    """Finds the choice of the lowest predicted divergence that fits.
 
-    The divergence is no sum over units, because of the root of what routers see. But it is concave, so the best choice
-    is also the best by its own tangent; such a choice is found by solving with the tangent at the last solution.
+    The divergence is not a sum over units, because of its square root. But it is concave, so the best choice is also
+    the best by its own tangent; such a choice is found by solving with the tangent at the last solution.
     (It need not be the only one: in trials the best of all choices was at most 1 % better, mostly the same.)
 
     Args:
         table: units and their types.
-        byte_limit: of all units together.
-        model: from second order to nats; None: the default.
+        byte_limit: the most bytes of all units together.
+        model: turns second order into nats; None: the default.
         nats_per_second: price of a second of decoding; its product with the seconds is added to the divergence.
 
     Raises:
-        InputError: a unit has no type, or the smallest choice does not fit; the message names what does.
+        InputError: a unit has no type, or the smallest choice does not fit; the message names its size.
     """
     model = model or DivergenceModel()
     empty = [unit.name for unit in table.units if not unit.options]
@@ -87,7 +87,7 @@ def allocate(
 def _by_tangent(
     table: TypeTable, byte_limit: int, model: DivergenceModel, price_of_flips: float, nats_per_second: float
 ) -> Allocation:
-    """The best choice if the errors that routers see have this price."""
+    """Finds the best choice at this price of the errors that routers see."""
 
     def cost(option: Option) -> float:
         order = option.order
@@ -118,14 +118,14 @@ def allocate_file(
     *,
     nats_per_second: float = 0.0,
 ) -> Allocation:
-    """The best choice whose file fits, where headers and alignment depend on the choice.
+    """Finds the best choice whose file fits, where headers and alignment depend on the choice.
 
     Args:
         table: units and their types.
-        byte_limit: of the file.
-        file_bytes: exact size of the file for the types of the units.
+        byte_limit: the most bytes of the file.
+        file_bytes: returns the exact size of the file for the types of the units.
         model: as in :func:`allocate`.
-        nats_per_second: likewise.
+        nats_per_second: as in :func:`allocate`.
 
     Raises:
         InputError: the file of the smallest types does not fit; the message names its size.
@@ -154,7 +154,7 @@ def _too_small(smallest: int, byte_limit: int) -> InputError:
 class _Options:
     """Each unit's options by rising bytes, without those that another undercuts in both bytes and cost."""
 
-    which_UN: npt.NDArray[np.int64]  # place among the unit's options
+    which_UN: npt.NDArray[np.int64]  # its place among the unit's options
     bytes_UN: npt.NDArray[np.int64]
     cost_UN: npt.NDArray[np.float64]  # infinite where a unit has fewer options than another
 
@@ -249,7 +249,7 @@ def _filled(options: _Options, greedy_U: npt.NDArray[np.int64], room: int) -> np
 
 
 class _Partial:
-    """Choices for the units so far, with their bytes beyond the greedy choice's and their cost above the bound.
+    """Choices for the units so far, with their extra bytes over the greedy choice and their cost above the bound.
 
     Args:
         room: bytes that the greedy choice leaves.
@@ -271,7 +271,7 @@ class _Partial:
         n_bytes = (self._bytes_S[:, None] + bytes_N[options]).ravel()
         above = (self._above_S[:, None] + above_N[options]).ravel()
         order = np.lexsort((above, n_bytes))
-        # in cost, not in what lies above the bound: fewer bytes are worth their price
+        # by cost, not by excess over the bound: fewer bytes are worth their price
         order = order[_not_dominated((above - self._price * n_bytes)[order])]
         order = order[above[order] <= self._most]
         if len(order) > _MOST_PARTIAL_CHOICES:

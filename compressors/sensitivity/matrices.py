@@ -1,4 +1,4 @@
-"""Sensitivities say how much the output suffers from errors in each matrix; they are kept in files.
+"""Sensitivities: how much the output suffers from errors in each matrix. They are kept in files.
 
 To second order the divergence that errors dW of a matrix cause is 1/2 E[(sum_oj G_o dW_oj x_j)^2], with x the inputs
 of a token and G the gradient of the log-probability of a token that the model itself draws (the Fisher information).
@@ -30,7 +30,7 @@ __all__ = ["LayerSensitivities", "MatrixSensitivity", "Sensitivities", "Vocabula
 class MatrixSensitivity:
     """The weight of each squared error of a tensor: sum_p rows[m, p, o] columns[m, p, i]."""
 
-    rows_MPO: torch.Tensor  # float32: E[G_o^2] over all tokens, those that did not choose the expert included
+    rows_MPO: torch.Tensor  # float32: E[G_o^2] over all tokens, including those that did not choose the expert
     columns_MPI: torch.Tensor  # float32: E[x_i^2] over the tokens that chose it
     routed_P: tuple[bool, ...] = (True,)  # True if routers see the product's errors; no router follows the head
 
@@ -81,7 +81,7 @@ class Sensitivities:
     """A folder with a file for each layer, and one for embedding and head; each is read when it is asked for.
 
     Args:
-        folder: where they lie.
+        folder: the folder.
         tied: whether the head is the embedding.
     """
 
@@ -108,7 +108,7 @@ class Sensitivities:
         return VocabularySensitivities(**_load(self.folder / _VOCABULARY))
 
     def save_layer(self, layer: int, sensitivities: LayerSensitivities) -> None:
-        """Writes one layer's file into the folder, which is made if it is missing."""
+        """Writes one layer's file into the folder, which is created if it is missing."""
         tensors: dict[str, torch.Tensor] = {}
         for role, found in sensitivities.items():
             tensors[f"{role.name}.rows"] = found.rows_MPO.contiguous()
@@ -118,7 +118,7 @@ class Sensitivities:
         _layer.cache_clear()
 
     def save_vocabulary(self, sensitivities: VocabularySensitivities) -> None:
-        """Writes the file of embedding and head into the folder, which is made if it is missing."""
+        """Writes the file of embedding and head into the folder, which is created if it is missing."""
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {field.name: getattr(sensitivities, field.name) for field in fields(VocabularySensitivities)}
         save_file(tensors, self.folder / _VOCABULARY)

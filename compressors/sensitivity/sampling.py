@@ -1,6 +1,6 @@
 """The error of a quantized type, measured on few rows of a tensor.
 
-Rows are chosen with a probability in proportion to what their errors weigh, by even steps through their running sum
+Rows are chosen with a probability in proportion to the weight of their errors, by even steps through the running sum
 ("systematic sampling"; Madow, 1949), so the choice is the same in every run, every expert is represented by its share,
 and every type is judged by the same rows.
 """
@@ -35,14 +35,14 @@ class _Rows:
 
     name: str
     values_RN: torch.Tensor  # float32
-    weights_RN: torch.Tensor  # of their squared errors, including the weight of rows left out
-    routed_weights_RN: torch.Tensor  # the part of the weights that is of errors that routers see
+    weights_RN: torch.Tensor  # weights of their squared errors, including the weight of rows left out
+    routed_weights_RN: torch.Tensor  # the part of the weights for errors that routers see
     importance_N: torch.Tensor | None
 
 
 @dataclass(frozen=True)
 class RowSample:
-    """Some rows of a tensor, which stand for all."""
+    """Some rows of a tensor, which represent all."""
 
     parts: tuple[_Rows, ...]
 
@@ -78,12 +78,12 @@ def sample_rows(
     importance: Importance,
     n_weights: int | None = SAMPLED_WEIGHTS,
 ) -> RowSample:
-    """Reads rows of a tensor: all experts' of a layer, if the role is an expert's.
+    """Reads rows of a tensor, or of all experts' tensors of a layer if the role is an expert's.
 
     Args:
-        student: where they come from; a matrix without a chosen row is not read.
-        role: of the tensor.
-        layer: of the tensor.
+        student: the model; a matrix without a chosen row is not read.
+        role: the tensor's role.
+        layer: the tensor's layer.
         sensitivity: the weights of the errors.
         importance: importance for the kernels, the same that the file is written with.
         n_weights: about how many weights to read; None: all.
@@ -113,7 +113,7 @@ def sample_rows(
 
 
 def _chosen(row_weights_MO: torch.Tensor, n_rows: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns how often each row is chosen, and the factor by which its weights stand for all rows."""
+    """Returns how often each row is chosen, and the factor that scales its weights up to all rows."""
     if n_rows is None or n_rows >= row_weights_MO.numel():
         return (row_weights_MO > 0).long(), torch.ones_like(row_weights_MO)
     running = row_weights_MO.flatten().cumsum(0)

@@ -1,4 +1,4 @@
-"""The table that an allocation chooses from: what each type of each unit costs in bytes, time and divergence."""
+"""The table that an allocation chooses from: the cost of each unit's types in bytes, time and divergence."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Option:
     choice: str  # the type's name
     n_bytes: int  # in the file, alignment included
     order: SecondOrder  # predicted
-    seconds: float = 0.0  # that decoding a token takes by it
+    seconds: float = 0.0  # its part of the time to decode a token
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Candidate:
     choice: str
     n_bytes: int
     quantize: Quantizer | None  # None: exact
-    factor: Callable[[Role], float] = lambda _role: 1.0  # what is left of the quantizer's error
+    factor: Callable[[Role], float] = lambda _role: 1.0  # the part of the quantizer's error that is left
     seconds: float = 0.0
 
 
@@ -117,13 +117,13 @@ def measured_table(
     """Measures the error of every candidate type of every unit by quantizing rows of its tensors.
 
     Args:
-        student: what is written.
+        student: the model that is written.
         plans: the units, in the order of the file.
-        sensitivities: of the student's matrices.
-        importance: that the file is written with.
+        sensitivities: the sensitivities of the student's matrices.
+        importance: the importance matrix that the file is written with.
         n_weights: weights of a tensor that are quantized (:func:`~compressors.sensitivity.sampling.sample_rows`);
             None: all.
-        threads: types that are tried at a time; the table does not depend on it.
+        threads: the number of types that are tried at a time; the table does not depend on it.
         progress: called with 1 for each finished unit.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How many experts each layer keeps, and which ones no criterion may drop."""
+"""Decides how many experts each layer keeps, and which ones no criterion may drop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LAYER_FRACTION = 0.75
 
 
 def allocate_globally(scores: Sequence[torch.Tensor], n_kept_total: int, minimum: int) -> list[int]:
-    """How many experts each layer keeps when the lowest scores of the whole model are dropped.
+    """Returns the number of experts that each layer keeps if the lowest scores of the whole model are dropped.
 
     Global pruning of He et al. (arXiv 2406.02500; ``global_pruning`` in the code of Unified-MoE-Compression): all
     layers' scores in one list, unscaled, as published. That compares like with like only for scores that mean the
@@ -31,7 +31,7 @@ def allocate_globally(scores: Sequence[torch.Tensor], n_kept_total: int, minimum
     Args:
         scores: each layer's scores [E]; layers may differ in E.
         n_kept_total: experts left in all layers together.
-        minimum: experts left in each layer at least: the model's top-k.
+        minimum: the fewest experts left in each layer: the model's top-k.
 
     Raises:
         InputError: a layer has fewer experts than ``minimum``, or ``n_kept_total`` is below ``minimum`` in each layer
@@ -54,7 +54,7 @@ def allocate_globally(scores: Sequence[torch.Tensor], n_kept_total: int, minimum
 
 
 def super_experts(statistics: Iterable[LayerStatistics]) -> list[frozenset[int]]:
-    """The experts of each layer whose activations are outliers of the whole model: no criterion should drop them.
+    """Finds each layer's experts whose activations are outliers of the whole model: no criterion should drop them.
 
     The rule of REAP's public code (``get_super_expert_indices``; the phenomenon: Su et al., arXiv 2507.23279): a
     maximum activation above both the 99.5th percentile of all experts of all layers and a tenth of the largest, in the

@@ -1,8 +1,8 @@
-"""What an expert is worth: the published pruning criteria. The higher the score, the later an expert is dropped.
+"""The published pruning criteria, which score experts: the higher the score, the later an expert is dropped.
 
-All but one are read off :class:`~compressors.calibration.statistics.LayerStatistics`, sums of one calibration pass; the
+All but one come from :class:`~compressors.calibration.statistics.LayerStatistics`, sums of one calibration pass; the
 removal error has to run the block. T_e are the tokens that chose expert e, g its gate and f its output; gates are the
-ones that multiply the outputs, so that a bias which only selects experts has no part in any score. An expert that no
+ones that multiply the outputs, so a bias that only selects experts has no part in any score. An expert that no
 token chose scores 0 (in ``expert-drop``: little). Letters as in :mod:`compressors.model.description.spec`; R = K + 1
 first choices.
 """
@@ -78,7 +78,7 @@ CRITERION_NAMES = (*CRITERIA, REMOVAL_ERROR)
 
 
 def removal_error(block: MoeBlock, inputs_TD: torch.Tensor) -> torch.Tensor:
-    """How much the block's output changes when one expert is gone and its tokens go to their next choice: float64 [E].
+    """Measures how the block's output changes if an expert is gone and its tokens go to their next choice: float64 [E].
 
     For expert e: the sum over T_e of ||y - y_without_e||^2, divided by the sum over all tokens of ||y||^2. For
     y_without_e the expert's logit is minus infinity, so that top-k and gates are those of a model without it; where
@@ -88,17 +88,17 @@ def removal_error(block: MoeBlock, inputs_TD: torch.Tensor) -> torch.Tensor:
 
     Args:
         block: the layer's experts and router.
-        inputs_TD: float32, what enters router and experts.
+        inputs_TD: float32, the inputs of router and experts.
 
     Raises:
-        UnsupportedError: the router chooses groups of experts first, so that a token's next choice is not known.
+        UnsupportedError: the router chooses groups of experts first, so a token's next choice is not known.
     """
     if block.routing.n_groups > 1:
         raise UnsupportedError(
             f"{REMOVAL_ERROR}: the router chooses groups of experts first, and without an expert a token's next choice "
             "may be of another group: take another criterion, such as reap"
         )
-    if block.n_experts == 1:  # without it nothing is left: the change is the output itself
+    if block.n_experts == 1:  # nothing is left without it: the change is the output itself
         return torch.ones(1, dtype=torch.float64)
     change_E = torch.zeros(block.n_experts, dtype=torch.float64)
     output_square = torch.zeros((), dtype=torch.float64)
@@ -118,7 +118,7 @@ def removal_error(block: MoeBlock, inputs_TD: torch.Tensor) -> torch.Tensor:
 
 
 def _ranked(block: MoeBlock, logits_TE: torch.Tensor, n_choices: int) -> torch.Tensor:
-    """Each token's first choices, int64 [T, R]: without a selection bias those of the largest logits."""
+    """Each token's first choices, int64 [T, R]: without a selection bias, the largest logits."""
     if block.selection_bias_E is None:
         return logits_TE.topk(n_choices, dim=-1).indices
     return block.routing.torch_choose(logits_TE, n_choices, block.selection_bias_E)

@@ -24,11 +24,11 @@ __all__ = ["Condense", "check_dense", "dense_size"]
 
 @dataclass(frozen=True)
 class Condense:
-    """Puts the neurons of the layer's top-k experts of the highest REAP scores side by side in one expert.
+    """Puts the neurons of the layer's top-k experts with the highest REAP scores side by side in one expert.
 
-    A token's K gated experts become the same K for every token, as wide together as what a token used before: gate and
-    up projections are stacked, down projections stand side by side, each times the expert's mean gate over the tokens
-    that chose it, which is the gate to expect (0 for an expert that no token chose). Of equal scores the lower index
+    A token's K gated experts become the same K for every token, together as wide as before: gate and up projections
+    are stacked, down projections stand side by side, each times the expert's mean gate over the tokens that chose it,
+    which is the expected gate (0 for an expert that no token chose). Of equal scores the lower index
     wins. "Every Expert Matters" (arXiv 2502.12947), whose methods teach such a student, takes a pretrained dense model
     instead and gives no initialisation.
     """
@@ -36,7 +36,7 @@ class Condense:
     needs: ClassVar[Needs] = Needs.WEIGHTS
 
     def __call__(self, block: MoeBlock, evidence: Evidence) -> CompressedBlock:
-        """The block of the one wide expert; it stands for those whose neurons it has."""
+        """Returns the block with the one wide expert, which stands for the experts whose neurons it has."""
         statistics = evidence.statistics
         chosen = highest(statistics.reap_scores(), block.top_k)
         mean_gate_E = (statistics.gate_sum_E / statistics.count_E.clamp_min(1)).float()
@@ -53,7 +53,7 @@ class Condense:
 
 
 def dense_size(teacher: ModelSpec) -> MoeSize:
-    """What each layer's experts become: one, as wide as the experts that a token used together."""
+    """The size of each layer's one expert: as wide as all experts that a token used."""
     return MoeSize(1, teacher.top_k * teacher.expert_width)
 
 
@@ -61,8 +61,8 @@ def check_dense(teacher: ModelSpec) -> None:
     """Refuses a teacher that no dense architecture matches, or whose experts cannot become one feed-forward.
 
     Raises:
-        UnsupportedError: its family has no dense counterpart, and the message lists those that have; or a layer has a
-            part without a definition in a dense student.
+        UnsupportedError: its family has no dense counterpart (the message lists the families with one), or a layer has
+            a part without a definition in a dense student.
     """
     for index, layer in enumerate(teacher.layers):
         obstacle = _obstacle(layer)
@@ -80,7 +80,7 @@ def check_dense(teacher: ModelSpec) -> None:
 
 
 def _obstacle(layer: LayerSpec) -> str | None:
-    """The part of a layer that one feed-forward, with weight 1 for every token, cannot stand for; None: there is none.
+    """The part of a layer that one feed-forward, with weight 1 for every token, cannot replace; None: there is none.
 
     One expert has weight 1 where the weights come from a softmax.
     """

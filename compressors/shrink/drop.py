@@ -1,8 +1,8 @@
-"""Dropping whole layers: those go that change the hidden states least.
+"""Drops whole layers: those that change the hidden states least.
 
 He et al., "Demystifying the Compression of Mixture-of-Experts Through a Unified Framework" (arXiv 2406.02500): Layer
-Drop removes MoE sub-layers, Block Drop whole decoder layers. What is dropped is what has the highest cosine between
-the states that enter and those that leave, averaged over the tokens.
+Drop removes MoE sub-layers, Block Drop whole decoder layers. The highest cosine between the states that enter and
+those that leave, averaged over the tokens, is dropped first.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def block_similarities(statistics: Sequence[LayerStatistics]) -> torch.Tensor:
 
 
 def most_similar(similarities_N: torch.Tensor, n_dropped: int, what: str) -> tuple[int, ...]:
-    """The layers (or MoE sub-layers) to drop, ascending; of equal scores the earlier goes.
+    """Returns the layers (or MoE sub-layers) to drop, ascending; of equal scores the earlier goes.
 
     Args:
-        similarities_N: a score for each.
-        n_dropped: how many go.
-        what: what they are, for the message.
+        similarities_N: the score of each.
+        n_dropped: the number to drop.
+        what: their name in the message.
 
     Raises:
         InputError: nothing would be left.
@@ -93,4 +93,4 @@ def _mean_cosine(before: HiddenStates, after: HiddenStates) -> float:
     return total.item() / (before.shape[0] * before.shape[1])
 
 
-_BLOCKS = 8  # copied or compared at a time
+_BLOCKS = 8  # blocks that are copied or compared at a time

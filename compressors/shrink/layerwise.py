@@ -1,7 +1,7 @@
 """Takes a model through compressing methods, one decoder layer at a time.
 
-One-shot: every layer is judged by what the teacher does with the calibration text. Sequential: the layers behind see
-what the compressed layers in front of them make of the text, and are judged by that (as REAM and llm-compressor do).
+One-shot: every layer is judged by the teacher's states of the calibration text. Sequential: each layer is judged by
+the states that come out of the compressed layers in front of it (as REAM and llm-compressor do).
 """
 
 from __future__ import annotations
@@ -32,43 +32,43 @@ __all__ = ["CompressedLayer", "LayerTarget", "LayerwiseCompression"]
 
 @dataclass(frozen=True)
 class LayerTarget:
-    """What is to become of one of the teacher's decoder layers."""
+    """The target for one of the teacher's decoder layers."""
 
     source: int  # the teacher's layer
-    size: MoeSize  # of its experts in the end
+    size: MoeSize  # the size of its experts in the end
     methods: tuple[Method, ...] = ()  # applied in turn
 
     @property
     def needs(self) -> Needs:
-        """What its methods look at."""
+        """The evidence that its methods need."""
         return max((method.needs for method in self.methods), default=Needs.STATISTICS)
 
     def placeholder(self, size: MoeSize) -> LayerMap:
-        """The layer with experts of this size, whichever they come from."""
+        """A map of the layer to experts of this size, chosen arbitrarily."""
         return LayerMap(self.source, tuple((expert,) for expert in range(size.n_experts)), size.expert_width or None)
 
 
 @dataclass(frozen=True)
 class CompressedLayer:
-    """What became of it."""
+    """The result for one layer."""
 
     map: LayerMap
     overlay: dict[str, torch.Tensor]  # the tensors that changed, by their name in the student
 
 
 class LayerwiseCompression:
-    """The targets' methods applied to a checkpoint.
+    """Applies the targets' methods to a checkpoint.
 
     Args:
         source: the teacher.
         targets: the student's layers, in order; the teacher's others are dropped.
-        statistics: the teacher's, by its layers; sequential mode gathers its own.
+        statistics: the teacher's statistics by layer; sequential mode gathers its own.
         tokens_BT: calibration text: all of it in sequential mode, else a sample if a method needs inputs.
-        n_sample_blocks: so many of the first blocks give the inputs that methods ask for.
+        n_sample_blocks: the number of first blocks that give the inputs for methods.
         sequential: see above.
         limit: memory that this process may use.
-        dtype: of the arithmetic that takes the text through the layers; methods compute in float32.
-        device: where layers compute.
+        dtype: the dtype in which layers run; methods compute in float32.
+        device: the device on which layers compute.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class LayerwiseCompression:
         """Yields every layer of the student when it is done.
 
         Raises:
-            InputError: a method cannot do what its fields say, or a weight or a state is not finite.
+            InputError: a method's fields do not fit the layer, or a weight or a state is not finite.
         """
         if self._sequential or max(target.needs for target in self._targets) == Needs.INPUTS:
             yield from self._run_with_text()
@@ -133,7 +133,7 @@ class LayerwiseCompression:
     def _compress(
         self, index: int, weights: LayerWeights, statistics: LayerStatistics, inputs_TD: torch.Tensor | None
     ) -> tuple[CompressedLayer, MoeBlock | None]:
-        """What the methods make of a layer; the block is None where there are no routed experts."""
+        """Applies the methods to a layer; the block is None where there are no routed experts."""
         target, original = self._targets[index], self._before.spec.layers[index]
         if target.size == NO_MOE:
             return CompressedLayer(LayerMap(target.source, ()), {}), None
@@ -148,7 +148,7 @@ class LayerwiseCompression:
         return layer, result.block
 
     def _without_values(self, index: int) -> LayerWeights:
-        """Shapes alone, for methods that look at no weight."""
+        """A layer without values, for methods that look at no weight."""
         layer = self._before.spec.layers[index]
         with torch.device("meta"):
             return LayerWeights(
@@ -162,7 +162,7 @@ class LayerwiseCompression:
             )
 
     def _overlay(self, index: int, result: CompressedBlock) -> dict[str, torch.Tensor]:
-        """Routers stay float32; experts go back to storage dtype."""
+        """Returns the changed tensors: routers stay float32; experts go back to storage dtype."""
         student, block, dtype = self._before, result.block, self._before.source.dtype
         overlay: dict[str, torch.Tensor] = {}
         if result.router_changed:
@@ -188,7 +188,7 @@ class LayerwiseCompression:
         return Student(source, ExpertMap(source.spec.n_experts, tuple(layers)))
 
     def _model_of_final_sizes(self) -> StreamedModel:
-        """Gives decoder layers of the student's sizes; the weights they run with are handed to it."""
+        """A model with decoder layers of the student's sizes, which runs with given weights."""
         student = self._student(self._before.source, [target.size for target in self._targets])
         return StreamedModel(student, device=self._device)
 
@@ -231,7 +231,7 @@ def _expert_biases(block: MoeBlock) -> dict[Role, torch.Tensor]:
 
 
 def _then(first: CompressedBlock, second: CompressedBlock) -> CompressedBlock:
-    """Two methods' results as one: the second numbers the experts of the first."""
+    """Joins two methods' results; the second one's numbers are those of the first one's experts."""
     groups = tuple(tuple(member for one in group for member in first.groups[one]) for group in second.groups)
     changed = {
         number
@@ -253,7 +253,7 @@ def _advance(
 
 
 class _MoeInputs:
-    """Keeps what enters router and experts: of the first tokens, in float32."""
+    """Keeps the inputs of router and experts for the first tokens, in float32."""
 
     def __init__(self, student: Student, n_tokens: int) -> None:
         self._student = student
@@ -277,5 +277,5 @@ class _MoeInputs:
             yield
 
     def take(self) -> torch.Tensor | None:
-        """float32 [T, D]; None where there are no routed experts."""
+        """Returns the inputs, float32 [T, D]; None where there are no routed experts."""
         return torch.cat(self._parts) if self._parts else None

@@ -1,7 +1,7 @@
-"""One layer's MoE block as compressing methods see it: its weights, what is known about its tokens, and what is left.
+"""One layer's MoE block as compressing methods see it: its weights, the evidence about its tokens, and the result.
 
 A method is a function from (block, evidence, target) to a :class:`CompressedBlock`. It works on one layer, in memory,
-in float32; where weights come from and where they go is not its business. Letters as in
+in float32, and does not know where weights come from or go. Letters as in
 :mod:`compressors.model.description.spec`; G experts that are left, n tokens of one expert.
 """
 
@@ -25,7 +25,7 @@ __all__ = ["CompressedBlock", "Evidence", "Method", "MoeBlock", "Needs", "Routes
 
 @dataclass(frozen=True)
 class Routes:
-    """What a router decides for each token."""
+    """A router's decisions for each token."""
 
     logits_TE: torch.Tensor
     chosen_TK: torch.Tensor  # int64, by falling logit
@@ -42,7 +42,7 @@ _SWIGLU = Glu()
 
 @dataclass(frozen=True)
 class MoeBlock:
-    """Router and routed experts of one layer; an expert that every token goes through is no part of it.
+    """Router and routed experts of one layer, without an expert that every token goes through.
 
     Experts are held in storage dtype and widened to float32 one at a time.
     """
@@ -60,12 +60,12 @@ class MoeBlock:
 
     @property
     def n_experts(self) -> int:
-        """Experts of the block."""
+        """The number of experts."""
         return len(self.router_ED)
 
     @property
     def width(self) -> int:
-        """Intermediate neurons of each expert."""
+        """The number of intermediate neurons of each expert."""
         return self.down_EDF.shape[-1]
 
     def gate(self, expert: int) -> torch.Tensor:
@@ -119,7 +119,7 @@ class MoeBlock:
         """The block with these experts alone, in this order; top-k never exceeds their number.
 
         Raises:
-            InputError: the router chooses groups of experts, and these do not leave every group as many.
+            InputError: the router chooses groups of experts, and groups would differ in size.
         """
         kept = list(experts)
         self._check_groups(kept)
@@ -127,11 +127,11 @@ class MoeBlock:
         return replace(self, **of_experts, top_k=min(self.top_k, len(kept)))
 
     def group_of(self, expert: int) -> int:
-        """The group, of those that the router chooses from first, that an expert belongs to."""
+        """The index of an expert's group, where the router chooses groups first."""
         return expert * self.routing.n_groups // self.n_experts
 
     def _check_groups(self, kept: Sequence[int]) -> None:
-        """Groups are neighbours of equal number, before and after."""
+        """Refuses experts that leave groups of different sizes; a group is a run of neighbours."""
         n_groups = self.routing.n_groups
         groups = [self.group_of(expert) for expert in kept]
         if groups != [place * n_groups // len(kept) for place in range(len(kept))] or len(kept) % n_groups:
@@ -159,7 +159,7 @@ _OF_EXPERTS = (
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the calibration text tells about one block."""
+    """The evidence of the calibration text about one block."""
 
     statistics: LayerStatistics
     inputs_TD: torch.Tensor | None  # float32: states that enter router and experts, of sample tokens
@@ -173,27 +173,27 @@ class Evidence:
 
 @dataclass(frozen=True)
 class CompressedBlock:
-    """What a method made of a block."""
+    """A method's result for a block."""
 
     block: MoeBlock  # experts in the student's numbering
-    groups: tuple[tuple[int, ...], ...]  # [G]: the experts that each stands for, the one that it comes from first
-    changed_experts: frozenset[int] = frozenset()  # whose weights are no longer those of the expert they come from
-    router_changed: bool = False  # a row is no longer that of the expert it comes from
+    groups: tuple[tuple[int, ...], ...]  # [G]: the experts that each stands for, first the one that it comes from
+    changed_experts: frozenset[int] = frozenset()  # those with other weights than the expert they come from
+    router_changed: bool = False  # True if a row differs from that of the expert it comes from
 
     @classmethod
     def unchanged(cls, block: MoeBlock) -> CompressedBlock:
-        """Nothing was done yet."""
+        """Returns the block as it is."""
         return cls(block, tuple((expert,) for expert in range(block.n_experts)))
 
     @classmethod
     def rewritten(cls, block: MoeBlock, gate_up_EFD: torch.Tensor, down_EDF: torch.Tensor) -> CompressedBlock:
-        """Every expert got other matrices; none was merged or dropped, and the router is untouched."""
+        """Returns the block with other matrices for every expert; none is merged or dropped, and the router stays."""
         changed = replace(block, gate_up_EFD=gate_up_EFD, down_EDF=down_EDF)
         return replace(cls.unchanged(changed), changed_experts=frozenset(range(block.n_experts)))
 
 
 class Needs(IntEnum):
-    """What a method looks at, each including those before."""
+    """The evidence that a method needs; each includes those before."""
 
     STATISTICS = 1  # it only chooses, so weights may lie on the meta device
     WEIGHTS = 2
@@ -205,7 +205,7 @@ class Method(Protocol):
 
     @property
     def needs(self) -> Needs:
-        """What has to be there when it is called."""
+        """The evidence that a call needs."""
 
     def __call__(self, block: MoeBlock, evidence: Evidence) -> CompressedBlock:
         """Shrinks a block; the targets (experts, width, rank) are the method's fields."""
@@ -220,4 +220,4 @@ def second_moment(inputs_nN: torch.Tensor) -> torch.Tensor:
     return total_NN
 
 
-_TOKENS_AT_ONCE = 4096  # widened to float64
+_TOKENS_AT_ONCE = 4096  # tokens that are widened to float64 together

@@ -1,4 +1,4 @@
-"""Dropping experts: a layer keeps those with the highest scores."""
+"""Drops experts: a layer keeps those with the highest scores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Prune", "highest", "scores", "survivors"]
 
 @dataclass(frozen=True)
 class Prune:
-    """Keeps the ``n_experts`` experts of the highest scores, in index order; of equal scores the lower index wins.
+    """Keeps the ``n_experts`` experts with the highest scores, in index order; of equal scores the lower index wins.
 
     Router rows go with their experts, and top-k never exceeds the experts left; no weight changes. Protected experts
     are kept whatever their scores (:func:`compressors.shrink.allocation.super_experts`).
@@ -31,12 +31,12 @@ class Prune:
     protected: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        """Checks what can be checked before there is a block."""
+        """Checks the fields that can be checked without a block."""
         _check_criterion(self.criterion)
 
     @property
     def needs(self) -> Needs:
-        """Sums of the calibration pass, but for the removal error."""
+        """The sums of the calibration pass, or inputs for the removal error."""
         return Needs.INPUTS if self.criterion == REMOVAL_ERROR else Needs.STATISTICS
 
     def __call__(self, block: MoeBlock, evidence: Evidence) -> CompressedBlock:
@@ -79,7 +79,7 @@ def scores(criterion: str, block: MoeBlock, evidence: Evidence) -> torch.Tensor:
 
 
 def survivors(block: MoeBlock, scores_E: torch.Tensor, n_experts: int) -> tuple[int, ...]:
-    """The experts of the highest scores, ascending; of each group of the router's equally many.
+    """Returns the experts with the highest scores, ascending, equally many from each group of the router.
 
     Raises:
         InputError: the groups do not divide the number.

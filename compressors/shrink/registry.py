@@ -37,7 +37,7 @@ __all__ = [
 
 
 class Changes(StrEnum):
-    """What a method changes."""
+    """The change that a method makes."""
 
     NUMBER = "the number of experts"  # those that stay are as they were
     MERGED = "the number of experts, and their weights"
@@ -53,12 +53,12 @@ class RegisteredMethod:
 
     Attributes:
         name: its name.
-        changes: what it changes.
-        make: makes it for one layer, from the experts left, the width, or the size of its factors; None: it is about
-            whole layers.
-        is_sequential: it is defined on layers whose predecessors are already compressed.
-        largest_group: the most experts that it makes one of; None: any number.
-        score: gives the scores of a layer's experts that are known before it begins; None: there are none.
+        changes: the change that it makes.
+        make: makes the method for one layer, from the experts left, the width, or the size of its factors; None: the
+            method changes whole layers.
+        is_sequential: the method is defined on layers whose predecessors are already compressed.
+        largest_group: the most experts that it merges into one; None: any number.
+        score: gives the scores of a layer's experts that are known in advance; None: there are none.
         in_gguf: a GGUF file can hold its result. ONNX graphs hold all.
     """
 
@@ -72,7 +72,7 @@ class RegisteredMethod:
 
     @property
     def needs(self) -> Needs:
-        """What it looks at in each layer."""
+        """The evidence that it needs in each layer."""
         return Needs.STATISTICS if self.make is None else self.make(1).needs
 
     @property
@@ -102,7 +102,7 @@ _ALL = (
 )
 
 METHODS: Mapping[str, RegisteredMethod] = {method.name: method for method in _ALL}
-"""By name."""
+"""The methods by name."""
 
 EXPERT_METHODS = tuple(method.name for method in _ALL if method.changes in (Changes.NUMBER, Changes.MERGED))
 """The names of the methods by which experts become fewer."""
@@ -111,18 +111,18 @@ EDITS = tuple(method.name for method in _ALL if method.changes is Changes.VALUES
 """The names of the methods that rewrite experts."""
 
 KEEPS_EXPERTS = (SLIM.name, BLOCK_DROP.name, LAYER_DROP.name)
-"""The names of the methods of the command line that keep all experts of the layers that keep any."""
+"""The names of the methods of the command line that keep all experts, or none, in each layer."""
 
 
 def made(name: str, target: int) -> Method:
-    """The method of this name for one layer, whose target is the number of experts left, the width, or a size."""
+    """Makes the method of this name for one layer; the target is the number of experts left, the width, or a size."""
     make = METHODS[name].make
     assert make is not None, f"{name} is about whole layers"
     return make(target)
 
 
 def fewest_experts(method: str, teacher: ModelSpec) -> int:
-    """The number that each layer must keep at least: as many as a token uses, and as the method's groups can hold.
+    """The fewest experts that each layer can keep: as many as a token uses, and enough for the method's groups.
 
     Args:
         method: its name; one that is not registered, such as ``none``, has no limit of its own.
@@ -142,7 +142,7 @@ def expert_counts(method: str, teacher: ModelSpec) -> range:
 
 
 def _n_groups(teacher: ModelSpec) -> int:
-    """Groups of experts that must stay equal in size."""
+    """The number of groups of experts that must stay equal in size."""
     return max(layer.routed.routing.n_groups for layer in teacher.layers if layer.routed)
 
 

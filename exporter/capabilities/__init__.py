@@ -1,4 +1,4 @@
-"""The capability table: what a GGUF file, an ONNX file and a saved student can hold, and the reason where they cannot.
+"""The capability table: what a GGUF file, an ONNX file and a saved student can hold, and why not the rest.
 
 The planner, both writers, ``inspect`` and ``docs/families.md`` read the same rules.
 """

@@ -71,4 +71,4 @@ RULES = (
     Rule(Container.GGUF, Feature.SIZE, f"at most {_MOST_EXPERTS} experts and {_MOST_LAYERS} layers", _size),
     Rule(Container.GGUF, Feature.ROPE, "the scalings that llama.cpp's graph of the family computes, see below", _rope),
 )
-"""In the order in which they are asked; the first refusal counts."""
+"""The rules in the order in which they are asked; the first refusal counts."""

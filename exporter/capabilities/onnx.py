@@ -1,4 +1,4 @@
-"""The rules of ONNX: the operators of ONNX Runtime on the CPU that our graphs are made of."""
+"""The rules of ONNX: the limits of ONNX Runtime's CPU operators in our graphs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _expert_function(spec: ModelSpec) -> str | None:
 
 
 def _refused(why: str, is_so: object = True) -> str | None:
-    """The sentence of a refusal, if there is anything to refuse."""
+    """Returns the sentence of a refusal; None if there is nothing to refuse."""
     return f"{why}: it cannot be written as ONNX; use --formats gguf" if is_so else None
 
 
@@ -73,4 +73,4 @@ RULES = (
     Rule(Container.ONNX, Feature.BIASES, "all but attention sinks and the biases of experts", _vectors),
     Rule(Container.ONNX, Feature.EXPERT_FUNCTION, "SwiGLU, its limits and offsets included", _expert_function),
 )
-"""In the order in which they are asked; the first refusal counts."""
+"""The rules in the order in which they are asked; the first refusal counts."""

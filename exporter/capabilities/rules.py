@@ -52,7 +52,7 @@ class Rule:
     Attributes:
         container: the format.
         feature: the part of a model that the rule is about.
-        limit: says, for the documentation, what the container can hold.
+        limit: the part of the feature that the container can hold, for the documentation.
         refusal: says why a model cannot be held and what to use instead; None: it can, as far as this rule goes.
     """
 

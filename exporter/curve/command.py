@@ -70,12 +70,12 @@ def run_pareto(
         sizes: sizes of the files, separated by commas: names of mixes, sizes such as 7GB, or shares such as 12% of the
             size in 16 bits.
         out: a folder that does not exist yet.
-        flags: the flags of an export that apply (:class:`~exporter.planning.job.Flags`).
-        command: as it was typed.
+        flags: the flags of an export that apply (:class:`~exporter.planning.flags.Flags`).
+        command: the command as it was typed.
         announce: called with a text for each stage.
 
     Raises:
-        MoeExportError: a flag is wrong, nothing is as small as a size, or a stage failed; what is finished stays.
+        MoeExportError: a flag is wrong, nothing is as small as a size, or a stage failed; finished work stays.
     """
     require_matplotlib()
     job = _job(model, out, flags)

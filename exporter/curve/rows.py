@@ -23,16 +23,16 @@ class ParetoRow:
 
     model: str
     method: str  # OURS, or how the experts became fewer before a mix was applied
-    mix: str  # of llama-quantize; for ours, the label of its size
-    n_bytes: int  # of the file
-    share: float  # of the bytes of the model's file in 16 bits
+    mix: str  # llama-quantize's mix; for ours, the label of the file's size
+    n_bytes: int  # the size of the file
+    share: float  # the size relative to the model's file in 16 bits
     divergence: float  # mean KL divergence from the F32 file's predictions, nats
     divergence_error: float  # standard error of that mean
     top1: float  # share of positions whose most probable token is the F32 file's
     perplexity: float
-    structure: str = ""  # of the student; empty: all of the model
+    structure: str = ""  # the student's structure; empty: all of the model
     predicted: float | None = None  # the divergence that the search expected, nats
-    budget: int | None = None  # bytes that the file was allowed, of which it may not need all
+    budget: int | None = None  # the most bytes that the file was allowed
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -47,7 +47,7 @@ class RowFile:
         path: the file; rows of an earlier run are kept.
 
     Raises:
-        InputError: the file is not one of these.
+        InputError: the file does not hold such rows.
     """
 
     def __init__(self, path: Path) -> None:
@@ -69,7 +69,7 @@ class RowFile:
 
 
 def best_no_larger(rows: Sequence[ParetoRow], row: ParetoRow) -> ParetoRow | None:
-    """The best baseline of the same model with no more bytes than a row was allowed to have; None if there is none."""
+    """The best baseline of the same model that is no larger than a row's file could be; None if there is none."""
     limit = row.n_bytes if row.budget is None else row.budget
     smaller = [other for other in rows if other.model == row.model and other.method != OURS and other.n_bytes <= limit]
     return min(smaller, key=lambda other: other.divergence, default=None)

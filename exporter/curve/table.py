@@ -19,7 +19,7 @@ _COLUMNS = (
 
 _ON_A_PAGE = ("File", "MB", "Of 16 bits", "Divergence, nats", "Same top token", "Perplexity", "Ratio to baseline")
 
-_ON_A_TERMINAL = (0, 2, 3, 4, 8)  # indices of columns
+_ON_A_TERMINAL = (0, 2, 3, 4, 8)  # indices of the columns that fit
 
 
 def markdown_lines(rows: Sequence[ParetoRow]) -> list[str]:

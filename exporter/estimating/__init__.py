@@ -1,1 +1,1 @@
-"""What files and runs need: bytes to the byte, memory by line, disk, and hours."""
+"""Estimates the needs of files and runs: sizes to the byte, memory by line, disk, and hours."""

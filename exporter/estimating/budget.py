@@ -23,13 +23,13 @@ __all__ = ["expert_bits", "predict", "runtime_reserve"]
 def predict(
     artifact: str, source: Origin, name: str, spec: ModelSpec, choice: FileChoice, budget: BudgetChoice, threads: int
 ) -> Prediction:
-    """Predicts an artifact (``gguf`` or ``onnx``) of a student of this shape.
+    """Predicts an artifact (``gguf`` or ``onnx``) of a student.
 
     Args:
         artifact: which container.
         source: the original; its tokenizer is part of a GGUF file.
         name: the source's name, which a GGUF file carries.
-        spec: the student's shape.
+        spec: the student.
         choice: the types of its weights.
         budget: context and KV type; the ONNX file keeps its KV cache in float32.
         threads: threads of the runtime.

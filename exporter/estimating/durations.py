@@ -10,14 +10,14 @@ from compressors.model.names import shown
 __all__ = ["format_duration", "parse_duration"]
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
-_COARSER = 5 * 3600  # from here on single minutes are no information
+_COARSER = 5 * 3600  # from here on single minutes say nothing
 
 
 def parse_duration(text: str, flag: str = "duration") -> int:
     """Seconds of a duration such as ``90s``, ``30m`` or ``1.5h``.
 
     Raises:
-        InputError: the text is no duration or less than a second; the message names ``flag``.
+        InputError: the text is not a duration or less than a second; the message names ``flag``.
     """
     match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]+)?)\s*([smh])", text.strip().lower(), re.ASCII)
     seconds = int(float(match[1]) * _SECONDS[match[2]]) if match else 0

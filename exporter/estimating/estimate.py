@@ -44,8 +44,8 @@ SENSITIVITY_TOKENS = 4096
 _SENSITIVITY_FORWARDS = 4  # time of its passes, in forward passes
 _START_SECONDS = 4  # until a stage's process has loaded its libraries
 
-_STEP_FORWARDS = 3  # of routers: forward, the same again, and the gradient with respect to the activations
-_WEIGHTS_FORWARDS = 1  # more for the gradient with respect to experts
+_STEP_FORWARDS = 3  # for routers: forward, the same again, and the gradient with respect to the activations
+_WEIGHTS_FORWARDS = 1  # one more for the gradient with respect to experts
 
 _CHOOSING_CODES = 3  # times as long as the kernels take, second moments included
 

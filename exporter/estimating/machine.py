@@ -1,4 +1,4 @@
-"""Measures, within two seconds, how fast this machine is at what a run spends its time on."""
+"""Measures, within two seconds, this machine's speed at the work that takes most of a run's time."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def measure_speeds(plan: Plan) -> Speeds:
 
 
 def _read_bytes_per_second(file: Path) -> float:
-    """Of the file's beginning, after asking the system to forget that it has it in memory (Linux obeys)."""
+    """Reads the file's beginning, after asking the system to drop it from its cache (Linux obeys)."""
     buffer = bytearray(_CHUNK_BYTES)
     n_bytes = 0
     with file.open("rb", buffering=0) as stream:
@@ -57,7 +57,7 @@ def _read_bytes_per_second(file: Path) -> float:
 
 
 def _multiply_adds_per_second(plan: Plan, dtype: torch.dtype) -> float:
-    """Of the tokens that one expert gets in one call, with its gate and up projection."""
+    """Multiplies the tokens that one expert gets in one call by its gate and up projection."""
     spec = plan.teacher_spec
     n_rows = max(1, BLOCKS_AT_ONCE[dtype] * BLOCK_LENGTH * spec.top_k // spec.n_experts)
     inputs = torch.ones(n_rows, spec.hidden_size, dtype=dtype)
@@ -71,7 +71,7 @@ def _multiply_adds_per_second(plan: Plan, dtype: torch.dtype) -> float:
 
 
 def _quantized_per_second(plan: Plan) -> float:
-    """Values of the first file's commonest type that is not just copied; infinite if there is none."""
+    """Quantizes to the first file's commonest type that is not just copied; infinite if there is none."""
     types = [_commonest_type(plan.recipe.file(artifact)) for artifact in plan.recipe.artifacts]
     quantized = [ggml_type for ggml_type in types if ggml_type.name not in COPIED_TYPES]
     if not quantized:

@@ -1,6 +1,6 @@
 """Estimates the disk and the memory of a run, line by line, by arithmetic alone.
 
-Bytes are upper bounds but for a few kilobytes.
+Bytes are upper bounds, apart from a few kilobytes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from validate.runtimes.backend import scored_positions
 
 __all__ = ["disk_lines", "disk_lines_of_all", "heldout_blocks", "memory_lines", "student_bytes", "student_differs"]
 
-_HEADERS = 1 << 16  # of the sensitivities' files
+_HEADERS = 1 << 16  # bytes of the headers of the sensitivities' files
 
 
 def disk_lines(plan: Plan) -> dict[str, int]:
@@ -78,11 +78,11 @@ _OF_ALL_BUDGETS = (
     *("training", "layer inputs of the student, while codes are chosen"),
     "the original, unquantized, while it is measured",
 )
-"""Lines of which several budgets have one: made once for all, or there for one at a time."""
+"""Lines that count once for several budgets: made once for all, or for one at a time."""
 
 
 def disk_lines_of_all(plans: Sequence[Plan]) -> dict[str, int]:
-    """Adds up the bytes of several budgets' plans, by what they are."""
+    """Adds up the bytes of several budgets' plans, by kind."""
     total: Counter[str] = Counter()
     for lines in map(disk_lines, plans):
         for what, n_bytes in lines.items():
@@ -94,8 +94,8 @@ def memory_lines(spec: ModelSpec, student: ModelSpec, itemsize: int) -> dict[str
     """The least memory that the stages need, by purpose; it does not depend on the number of layers.
 
     Args:
-        spec: the source's shape.
-        student: the student's shape; the one expert of a dense layer is wider than any of the source's.
+        spec: the source.
+        student: the student; the one expert of a dense layer is wider than any of the source's.
         itemsize: bytes of a stored weight.
     """
     layer = max(layer.parameters for layer in spec.layers)
@@ -163,37 +163,33 @@ def _training_bytes(plan: Plan) -> int:
 
     The results of each rung are kept too: routers in float32, experts in storage dtype.
     """
-    shape, choice = plan.student_spec, plan.recipe.recover
+    spec, choice = plan.student_spec, plan.recipe.recover
     if not choice.trained:
         return 0
     layer_inputs = (
-        (shape.n_layers + 1)
-        * max(rung.blocks_per_step for rung in choice.trained)
-        * BLOCK_LENGTH
-        * shape.hidden_size
-        * 4
+        (spec.n_layers + 1) * max(rung.blocks_per_step for rung in choice.trained) * BLOCK_LENGTH * spec.hidden_size * 4
     )
     # among the files that are trained separately, the one with the shortest blocks has the most factors
-    lengths = [planned_block_length(plan.recipe, artifact, shape) for artifact in plan.recipe.artifacts]
+    lengths = [planned_block_length(plan.recipe, artifact, spec) for artifact in plan.recipe.artifacts]
     snapshots = (
         2
         * 3
-        * max(training_bytes(scope_of(rung), shape, length).weights for rung in choice.trained for length in lengths)
+        * max(training_bytes(scope_of(rung), spec, length).weights for rung in choice.trained for length in lengths)
     )
     n_with_experts = sum(rung.scope not in ("router", "norms") for rung in choice.rungs)
-    taught = len(choice.trained) * 4 * _router_values(shape) + n_with_experts * _expert_bytes(plan)
+    taught = len(choice.trained) * 4 * _router_values(spec) + n_with_experts * _expert_bytes(plan)
     return layer_inputs + snapshots + taught + _tunable_bytes(plan)
 
 
 def _tunable_bytes(plan: Plan) -> int:
     """Bytes of the values that each file was written with, and of their replacements: two float16 scales a block."""
-    shape, choice = plan.student_spec, plan.recipe.recover
+    spec, choice = plan.student_spec, plan.recipe.recover
     if choice.after_quantizing is None:
         return 0
     n_values = 0
     for artifact in plan.recipe.artifacts:
-        block_length = planned_block_length(plan.recipe, artifact, shape)
-        n_values += training_bytes(Scope.block_scales(), shape, block_length).weights // 4
+        block_length = planned_block_length(plan.recipe, artifact, spec)
+        n_values += training_bytes(Scope.block_scales(), spec, block_length).weights // 4
     return 2 * n_values * 4
 
 
@@ -218,8 +214,8 @@ def student_differs(plan: Plan) -> bool:
 
 def _own_statistics_bytes(plan: Plan) -> int:
     """Bytes of the statistics of a student whose experts changed; they are kept beside the teacher's."""
-    shape = plan.student_spec
-    return shape.n_layers * _statistics_bytes(shape) if changes_experts(plan.recipe.compress) else 0
+    spec = plan.student_spec
+    return spec.n_layers * _statistics_bytes(spec) if changes_experts(plan.recipe.compress) else 0
 
 
 def _statistics_bytes(spec: ModelSpec) -> int:

@@ -21,7 +21,7 @@ _Types = Mapping[tuple[Role, int | None], StoredType]
 
 
 def planned_types(recipe: Recipe, artifact: str, spec: ModelSpec) -> _Types:
-    """The type of each matrix of a student of this shape in an artifact; norms and routers are not among them."""
+    """The type of each of a student's matrices in an artifact; norms and routers are not among them."""
     choice = recipe.file(artifact)
     if artifact == "gguf":
         return _gguf_types(choice, spec)

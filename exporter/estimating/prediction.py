@@ -1,4 +1,4 @@
-"""What an artifact is predicted to need."""
+"""The predicted needs of an artifact."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ class Prediction:
         return self.weights + self.kv_cache + self.compute + self.reserve
 
     def counted(self, kind: str) -> int:
-        """What the budget counts: the ``file``, or the ``total`` memory at run time."""
+        """The bytes that the budget counts: the ``file``, or the ``total`` memory at run time."""
         return self.file if kind == "file" else self.total

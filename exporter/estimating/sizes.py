@@ -28,7 +28,7 @@ def parse_size(text: str, flag: str = "size") -> int:
     """Bytes of a size such as ``20GB``, ``18.6 GiB`` or ``1500000``; fractions of a byte are cut off.
 
     Raises:
-        InputError: the text is no size, its unit is unknown, or it is less than one byte; the message names ``flag``.
+        InputError: the text is not a size, has an unknown unit, or is less than one byte; the message names ``flag``.
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None:

@@ -1,4 +1,4 @@
-"""Which stages a plan needs, in order, and what decides whether a finished one is still valid."""
+"""Decides which stages a plan needs, in order, and whether a finished one is still valid."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = ["fingerprints", "needs", "pareto_stages", "search_stages", "stages_of
 
 
 def stages_of(plan: Plan) -> tuple[Stage, ...]:
-    """The stages of a plan, each after those it needs, but for the search: they build what the recipe says."""
+    """The stages that build a plan's recipe, without the search, each after those that it needs."""
     recipe = plan.recipe
     wanted = {
         SENSITIVITY: recipe.chooses_codes,

@@ -33,7 +33,7 @@ _OF_ALL_FILES = _OF_ALL_BUDGETS | {"search"}
 class Part:
     """One of several parts, or the whole run."""
 
-    name: str  # empty: the whole
+    name: str  # empty for the whole run
     plan: Plan
     work: WorkDirectory
 

@@ -37,13 +37,13 @@ def run_stages(
     announce: Callable[[str], None],
     team: Team | None = None,
 ) -> dict[str, StageRecord]:
-    """Runs what is not finished, each stage in its own process, and returns all records.
+    """Runs the unfinished stages, each in its own process, and returns all records.
 
     A ``team`` takes part in the stages that can be shared.
 
     Raises:
         InputError: the checkpoint is not the one that the run began with.
-        StageError: a stage failed; what was finished stays.
+        StageError: a stage failed; finished stages stay.
     """
     source, touched = source_of_run(plan, work)
     if touched is not None:
@@ -65,10 +65,10 @@ def run_stages(
 
 
 def source_of_run(plan: Plan, work: WorkDirectory) -> tuple[SourceState, str | None]:
-    """The checkpoint's state, with which every stage compares what it finds.
+    """Returns the checkpoint's state, with which every stage compares the files that it finds.
 
     Returns:
-        The state, and which file was touched since the run began, its size and header being the same, if one was.
+        The state, and the name of a file that was touched since the run began with the same size and header, if any.
 
     Raises:
         InputError: the checkpoint is not the one that the run began with, or cannot be read.
@@ -121,7 +121,7 @@ def _run(
 def follow(team: Team) -> None:
     """Makes the other processes of a team take part in the stages that the first one calls them to.
 
-    A stage that fails, fails in the first process too, which says so.
+    A stage that fails also fails in the first process, which reports it.
     """
     for what, group in team.calls():
         call = json.loads(what)

@@ -41,13 +41,13 @@ class Outcome:
     peak_rss_bytes: int
     error: str | None = None
     exit_code: int = 0
-    is_finding: bool = False  # about a runtime, not about this program
+    is_finding: bool = False  # an error tells about a runtime, not about this program
 
 
 def run_in_process(
     work: WorkDirectory, stage: str, group: str | None = None, *, alone: bool = False
 ) -> Outcome | Death:
-    """Runs a stage in a process of its own and returns how that went.
+    """Runs a stage in a process of its own and returns its outcome.
 
     When waiting is interrupted (KeyboardInterrupt), the process is ended first.
 
@@ -55,7 +55,7 @@ def run_in_process(
         work: the work of the run.
         stage: the stage's name.
         group: the group of processes that share the stage, if there is one.
-        alone: few stages follow: the server would import more than it saves.
+        alone: True if few stages follow, so that the server would import more than it saves.
     """
     outcomes: list[Outcome] = []
     child = Child(run_stage, (work, stage, group), alone=alone)
@@ -66,7 +66,7 @@ def run_in_process(
 
 
 def source_error(plan: Plan, work: WorkDirectory) -> InputError | None:
-    """An error if the checkpoint is not what it was when the run began, which explains any other failure."""
+    """Returns an error if the checkpoint has changed since the run began, which explains any other failure."""
     try:
         change = work.source().change_to(SourceState.of(plan.source))
     except InputError as error:
@@ -104,7 +104,7 @@ def run_stage(
 
 
 def _place(work: WorkDirectory, group: str | None) -> AbstractContextManager[None]:
-    """The lock on the partial folder; of a group the first process holds it for all."""
+    """The lock on the partial folder; in a group, the first process holds it for all."""
     return work.stage_lock() if group is None or os.environ["RANK"] == "0" else nullcontext()
 
 

@@ -1,8 +1,8 @@
-"""From the recipe's ``compress`` choice to what becomes of each layer.
+"""Turns the recipe's ``compress`` choice into a target for each layer.
 
 The steps are always taken in this order: blocks go (Block Drop), MoE sub-layers go (Layer Drop), experts become fewer
 (pruning or merging), experts become narrower, experts are rewritten as factors. Any may be left out. A dense student's
-layers end as one feed-forward each; of the others it goes with blocks that go and with narrower experts alone.
+layers end as one feed-forward each; it can only be combined with dropped blocks and narrower experts.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def layers_with_experts(spec: ModelSpec) -> tuple[int, ...]:
 
 
 def expected_spec(choice: CompressChoice, teacher: ModelSpec) -> ModelSpec:
-    """The student's shape, where the statistics decide which layers shrink as if the last ones lost their experts.
+    """The student's description; where statistics decide which layers shrink, it assumes the last ones.
 
-    Files of this shape have the student's bytes, exactly if its layers are alike; if they differ, each may be padded
-    by a page more or less.
+    Files of this description have exactly the student's bytes if its layers are alike; if they differ, each may be
+    padded by a page more or less.
     """
     with_experts = layers_with_experts(teacher)
     n_left = len(with_experts) - choice.drop_blocks
@@ -57,7 +57,7 @@ def expected_spec(choice: CompressChoice, teacher: ModelSpec) -> ModelSpec:
     experts = _by_layer(choice.experts, n_moe, teacher.n_experts)
     sizes = [MoeSize(count, width) for count, width in zip(experts, widths, strict=True)]
     if choice.allocation == "global" and n_moe > 1 and teacher.top_k < experts[0] < teacher.n_experts:
-        # a tilt that stands for any: one layer keeps one more, another one less
+        # stands for any distribution: one layer keeps one more, another one less
         sizes[:2] = [MoeSize(sizes[0].n_experts + 1, widths[0]), MoeSize(sizes[1].n_experts - 1, widths[1])]
     if choice.student == "dense":
         sizes = [_dense_size(teacher, width) for width in widths]
@@ -67,7 +67,7 @@ def expected_spec(choice: CompressChoice, teacher: ModelSpec) -> ModelSpec:
 
 
 def check_compression(recipe: Recipe, teacher: ModelSpec) -> None:
-    """Refuses what the method, the containers or stock transformers cannot do, before any work.
+    """Refuses choices that the method, the containers or stock transformers cannot carry out, before any work.
 
     Raises:
         InputError: a number is not possible for this model; the message names the field.
@@ -93,7 +93,7 @@ def check_compression(recipe: Recipe, teacher: ModelSpec) -> None:
     if choice.allocation == "global" and _score(choice) is None:
         scored = ", ".join(name for name, method in METHODS.items() if method.score is not None)
         raise InputError(
-            f"compress.allocation: global needs a criterion whose scores are known beforehand ({scored}); "
+            f"compress.allocation: global needs a criterion whose scores are known in advance ({scored}); "
             f"{choice.method} chooses within each layer"
         )
     spec = expected_spec(choice, teacher)
@@ -129,7 +129,7 @@ def runs_text(choice: CompressChoice, teacher: ModelSpec) -> bool:
 
 
 def described_compression(choice: CompressChoice, teacher: ModelSpec) -> str:
-    """``5 of 6 layers, 20 of 32 experts per layer (reap)``."""
+    """Describes the choice: ``5 of 6 layers, 20 of 32 experts per layer (reap)``."""
     n_layers = teacher.n_layers - choice.drop_blocks
     parts = [f"{n_layers} of {teacher.n_layers} layers"] if choice.drop_blocks else []
     if choice.drop_moe_layers:
@@ -156,14 +156,14 @@ def layer_targets(
     open_teacher: Callable[[], StreamedModel],
     tokens_BT: torch.Tensor,
 ) -> list[LayerTarget]:
-    """What becomes of each layer that stays.
+    """Returns the target of each layer that stays.
 
     Args:
-        choice: the recipe's.
-        teacher: the source's shape.
-        statistics: the teacher's, by layer.
-        open_teacher: gives the teacher, if its states have to be looked at.
-        tokens_BT: the sample to look at.
+        choice: the recipe's choice.
+        teacher: the source.
+        statistics: the teacher's statistics by layer.
+        open_teacher: opens the teacher, if its states are needed.
+        tokens_BT: the sample for these states.
 
     Raises:
         InputError: super-experts are protected, and more of them than experts are kept.
@@ -236,12 +236,12 @@ def _methods(
 
 
 def _dense_size(teacher: ModelSpec, width: int) -> MoeSize:
-    """What a layer's experts of this width become."""
+    """The size of the one expert that a layer's experts of this width become."""
     return dense_size(teacher.with_sizes([MoeSize(teacher.n_experts, width)] * teacher.n_layers))
 
 
 def _check_dense_recipe(recipe: Recipe, teacher: ModelSpec) -> None:
-    """Refuses what a dense student cannot have, or what would change nothing about it."""
+    """Refuses choices that a dense student cannot have, or that would not change it."""
     check_dense(teacher)
     choice, recover = recipe.compress, recipe.recover
     if recover.after_quantizing is not None or any(rung.scope == "router" for rung in recover.rungs):
@@ -293,7 +293,7 @@ def _check_groups(choice: CompressChoice, teacher: ModelSpec, counts: range) -> 
 
 
 def _largest_edit(choice: CompressChoice, teacher: ModelSpec, n_moe: int) -> int:
-    """The full rank of the narrowest experts; of MoBE as many bases as the layer with the fewest experts has."""
+    """The full rank of the narrowest experts; for MoBE, the fewest experts of any layer."""
     if choice.edit == "mobe" and choice.allocation == "global":
         return teacher.top_k
     if choice.edit == "mobe":

@@ -1,6 +1,6 @@
 """The flags of an export, each with its default and its help. They are defined here and nowhere else.
 
-The command line makes its options of them. Nothing large is imported, so that ``--help`` answers at once.
+The command line makes its options from them. Nothing large is imported, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ def _flag(default: _Default, help: str, *, metavar: str | None = None, in_recipe
     """A flag.
 
     Args:
-        default: the value without it.
+        default: the value without the flag.
         help: the text of ``--help``; it says what None stands for.
-        metavar: the name of its value there, if that is not the value's type.
-        in_recipe: a recipe holds this choice, so that the flag cannot stand beside ``--recipe``.
+        metavar: the name of its value in the help, if that is not the value's type.
+        in_recipe: True if a recipe holds this choice, so the flag cannot stand beside ``--recipe``.
     """
     return field(default=default, metadata={"help": help, "metavar": metavar, "in_recipe": in_recipe})
 
@@ -84,9 +84,9 @@ class PlainFlags:
 class Flags(PlainFlags):
     """The values of the command line, each as its flag takes it.
 
-    ``out`` defaults to a folder of the current one named after model and budget (or recipe), ``work_dir`` to the folder
-    that ``out`` is in (unfinished work lies in ``OUT.work`` there), ``threads`` to the processors that this process may
-    use.
+    ``out`` defaults to a folder in the current one, named after model and budget (or recipe), ``work_dir`` to the
+    folder that contains ``out`` (unfinished work lies in ``OUT.work`` there), ``threads`` to the processors that this
+    process may use.
     """
 
     budget: str | None = _flag(

@@ -1,6 +1,6 @@
 """A job: everything that the command line gives, checked, in one frozen value.
 
-Whatever can be judged without opening the model is judged here, so that a wrong flag fails at once and by name.
+Everything that can be checked without opening the model is checked here, so a wrong flag fails at once and by name.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ _LONGEST_NAME = 230
 class Job(PlainFlags):
     """One run of ``moe-export``, as :meth:`Flags.job` makes it.
 
-    Without ``model`` it is the bundled one's, without ``calibration`` the text is the bundled one.
+    Without ``model`` it takes the bundled model, without ``calibration`` the bundled text.
     """
 
-    budgets: tuple[int, ...]  # bytes; none: the recipe's
-    formats: tuple[str, ...]  # of gguf and onnx, in that order
-    plan_seconds: int  # of measuring in the search
+    budgets: tuple[int, ...]  # bytes; empty: the recipe's
+    formats: tuple[str, ...]  # gguf, onnx or both, in that order
+    plan_seconds: int  # time for measuring in the search
     recover_seconds: int
-    require: Mapping[str, float]  # threshold of each check that differs from the default
+    require: Mapping[str, float]  # thresholds that differ from the default
     memory_bytes: int | None  # None: half of the free memory
     threads: int
     out: Path
@@ -123,7 +123,7 @@ def _budgets(text: str) -> tuple[int, ...]:
     """The sizes of ``20GB`` or ``8GB,12GB``.
 
     Raises:
-        InputError: one is no size, or two are the same.
+        InputError: one is not a size, or two are the same.
     """
     sizes = tuple(parse_size(part, "--budget") for part in text.split(","))
     if len(set(sizes)) < len(sizes):

@@ -1,4 +1,4 @@
-"""A plan: the recipe, where its inputs lie, and what is predicted of its artifacts. The stages read nothing else."""
+"""A plan: the recipe, the places of its inputs, and the predictions of its artifacts. Stages read nothing else."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["Plan", "Search"]
 
 @dataclass(frozen=True)
 class Search:
-    """The command line's choices for a recipe that is to be found by measurement."""
+    """The command line's choices for a recipe that measurements will decide."""
 
     method: str
     experts: int | None
@@ -44,17 +44,17 @@ class Plan:
     heldout: Path | None
     predictions: Mapping[str, Prediction]  # by artifact
     recover_seconds: int
-    refused_rungs: tuple[RefusedRung, ...]  # of recovery, which this machine cannot train
+    refused_rungs: tuple[RefusedRung, ...]  # rungs of recovery that this machine cannot train
     memory_bytes: int
     device: str  # cpu or cuda: where calibration and recovery compute
     require: Mapping[str, float]  # thresholds that differ from the default
     out: Path
-    command: str  # as it was typed, for the report
+    command: str  # the command as it was typed, for the report
     teacher_floors: Mapping[str, TeacherFloor] = field(default_factory=dict)  # by artifact; absent: nothing fits
     end_tokens: tuple[int, ...] = ()  # of the source: each ends a text
     deviations: tuple[Deviation, ...] = ()  # of the files from the original, which no file can avoid
     imatrix: Path | None = None  # llama.cpp's importance matrix, in place of the calibration text's
-    search: Search | None = None  # the recipe is to be found after calibration; None: it stands
+    search: Search | None = None  # how to find the recipe after calibration; None: the recipe stands
     curve: Mapping[str, int] = field(default_factory=dict)  # bytes of the files that moe-export pareto compares
 
     @cached_property
@@ -64,7 +64,7 @@ class Plan:
 
     @property
     def student_spec(self) -> ModelSpec:
-        """The shape after compression; where statistics will decide which layers shrink, it assumes the last ones."""
+        """The model after compression; where statistics will decide which layers shrink, it assumes the last ones."""
         return expected_spec(self.recipe.compress, self.teacher_spec)
 
     def save(self, path: Path) -> None:

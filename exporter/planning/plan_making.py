@@ -33,7 +33,7 @@ _BUNDLED_NAME = "tiny-moe"
 def make_plan(job: Job, command: str) -> Plan:
     """Decides everything that can be decided from names, shapes and bytes; no weight is read.
 
-    Of several budgets the plan is for the first.
+    If there are several budgets, the plan is for the first.
 
     Raises:
         InputError: the model, a text or the recipe is wrong.
@@ -82,7 +82,7 @@ def make_plan(job: Job, command: str) -> Plan:
 
 
 def texts_of(job: Job) -> tuple[Path, Path | None]:
-    """The calibration text, and the held-out text if it is another."""
+    """The calibration text, and the held-out text if it is a different one."""
     if job.calibration is None:
         return bundled_text("calibration"), job.text or bundled_text("heldout")
     return job.calibration, job.text
@@ -125,7 +125,7 @@ def _completed(job: Job, recipe: Recipe, checkpoint: Source, splits: Splits) -> 
 
 
 def _refuse_another_imatrix(job: Job, recipe: Recipe) -> None:
-    """A recipe names the importance matrix that it was made with by its hash, and the flag has to give that one."""
+    """Refuses another importance matrix than the one whose hash the recipe names."""
     given = None if job.imatrix is None else sha256_of(job.imatrix)
     for artifact in recipe.artifacts:
         wanted = recipe.file(artifact).imatrix

@@ -1,4 +1,4 @@
-"""The plan for a terminal: what will be done, how long that takes, and every line of what it will need."""
+"""The plan for a terminal: its choices, the time, and every line of the needed memory and disk."""
 
 from __future__ import annotations
 

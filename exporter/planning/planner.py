@@ -1,7 +1,7 @@
 """Makes the recipe of a job before a weight is read.
 
 A job that names the mix (``--quant``) gets as much of the model as fits with it. Otherwise every tensor gets a type of
-its own by sensitivities that ship with the package, and the search measures those of the model and decides anew
+its own by sensitivities that ship with the package, and the search measures those of the model and decides again
 (:mod:`exporter.searching.search`).
 """
 
@@ -47,13 +47,13 @@ __all__ = ["HELDOUT_CHUNKS", "TextCounts", "choose_recipe", "predict_recipe", "w
 
 
 def _onnx_presets(quant: str) -> Sequence[str]:
-    """ONNX Runtime's presets are float32 and 4 bits; a named mix takes the nearer one that holds the model."""
+    """The ONNX presets for a mix: float32 or 4 bits, whichever is nearer and holds the model."""
     return ("F32",) if quant in ("F32", "BF16", "F16") else ("Q4_0", "F32")
 
 
 _SELECTION_BLOCKS = 20
 HELDOUT_CHUNKS = 50
-"""Chunks that the report measures, of all files together."""
+"""The number of chunks that the report measures, over all files."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,8 @@ def predict_recipe(recipe: Recipe, checkpoint: Source) -> dict[str, Prediction]:
     """Predicts the memory and size of a recipe's artifacts.
 
     Raises:
-        InputError: the recipe asks for what this model does not have, such as more experts than there are.
-        UnsupportedError: an artifact cannot hold what it asks for.
+        InputError: the recipe does not fit this model, for example because it asks for more experts than there are.
+        UnsupportedError: an artifact cannot hold the result.
         BudgetError: an artifact exceeds the recipe's budget.
     """
     check_compression(recipe, checkpoint.spec)
@@ -241,10 +241,10 @@ class _Pinned:
         return _Candidate(choice, files, predictions)
 
     def _possible(self, artifact: str, choice: CompressChoice) -> dict[str, Prediction]:
-        """The predictions by type, for each type that can hold the student: rows may not fit a type's blocks.
+        """The predictions for each type that can hold the student: rows may not fit a type's blocks.
 
         Raises:
-            UnsupportedError: no type can; the reason is that of the largest.
+            UnsupportedError: no type can; the message gives the reason of the largest type.
         """
         possible, refusal = {}, None
         for mix in self._mixes(artifact):

@@ -1,4 +1,4 @@
-"""The steps of compression that are possible for a model, and the containers that can hold what each leads to.
+"""The steps of compression that are possible for a model, and the containers that can hold each result.
 
 Each step is tried in its smallest form on the model's description, and the capability table judges the result.
 """
@@ -37,7 +37,7 @@ class Step:
 
 
 def refusals(step: Step, spec: ModelSpec) -> Mapping[Container, str | None]:
-    """Says for each container why it cannot hold a model after a step; None: it can."""
+    """Says for each container why it cannot hold a model after a step; None if it can."""
     try:
         choice = step.smallest(spec)
     except UnsupportedError as error:

@@ -31,10 +31,10 @@ __all__ = [
 
 
 def refuse_unwritable_places(job: Job) -> None:
-    """Tries whether files can be made where the output and the work will lie; leaves nothing.
+    """Tries to create files where the output and the work will lie; leaves nothing.
 
     Raises:
-        InputError: they cannot.
+        InputError: no file can be created.
     """
     for flag, place in (("--out", job.out.parent), ("--work-dir", job.work_dir)):
         folder = _nearest_folder(place)
@@ -48,15 +48,15 @@ def refuse_unwritable_places(job: Job) -> None:
 
 
 def refuse_too_little_disk(plans: Sequence[Plan], work_folder: Path, out: Path) -> None:
-    """Compares the free disk with what the run will put there; an unfinished run's files are there already.
+    """Compares the free disk with the files that the run will write; an unfinished run's files are there already.
 
     Args:
-        plans: those of all budgets, whose files stay until the last one is finished.
-        work_folder: for all unfinished work.
+        plans: the plans of all budgets, whose files stay until the last one is finished.
+        work_folder: the folder for all unfinished work.
         out: the output's place.
 
     Raises:
-        InputError: it is too little.
+        InputError: the disk is too small.
     """
     lines = disk_lines_of_all(plans)
     needed = sum(lines.values()) - _bytes_below(work_folder)
@@ -73,15 +73,15 @@ def spare_disk(plan: Plan, work_folder: Path) -> int:
 
 
 def refuse_too_little_memory(lines: Mapping[str, int], limit: int, free: int) -> None:
-    """Compares ``--memory`` and the free memory with the least that the stages can do with.
+    """Compares ``--memory`` and the free memory with the least that the stages need.
 
     Args:
-        lines: that least, by what it is for.
-        limit: of the run, in bytes.
-        free: on the machine, in bytes.
+        lines: the least memory, by purpose.
+        limit: the run's limit, in bytes.
+        free: the machine's free memory, in bytes.
 
     Raises:
-        InputError: one of them is too little.
+        InputError: one of them is too small.
     """
     needed = sum(lines.values())
     needs = f"the {format_size(needed)} that this model needs ({_listed(lines)})"
@@ -95,10 +95,10 @@ def refuse_too_little_memory(lines: Mapping[str, int], limit: int, free: int) ->
 
 
 def refuse_too_short_a_context(spec: ModelSpec) -> None:
-    """Compares the model's context with the texts that it is to write, and the cache that is measured.
+    """Compares the model's context with the texts that it will write, and the cache that is measured.
 
     Raises:
-        UnsupportedError: it is too short for them.
+        UnsupportedError: the context is too short for them.
     """
     least = max(PROMPT_TOKENS + NEW_TOKENS, LEAST_CONTEXT)
     if spec.context_length < least:
@@ -110,20 +110,20 @@ def refuse_too_short_a_context(spec: ModelSpec) -> None:
 
 
 def refuse_too_large_rungs(plan: Plan) -> None:
-    """Compares ``--memory`` with what the recipe's rungs of recovery need in training.
+    """Compares ``--memory`` with the training memory of the recipe's rungs of recovery.
 
     Raises:
-        InputError: it is too little for one.
+        InputError: it is too small for one of them.
     """
     shape, itemsize, recover = plan.student_spec, open_source(plan.source).dtype.itemsize, plan.recipe.recover
     for rung in recover.rungs:
-        if rung.scope != "router":  # which need no more than inference
-            refuse_too_large(scope_of(rung), shape, itemsize, plan.memory_bytes)
+        if rung.scope != "router":  # routers need no more than inference
+            refuse_too_large(scope_of(rung), spec, itemsize, plan.memory_bytes)
     beside_codes = recover.after_quantizing
     if beside_codes is not None and beside_codes.scope != "router":
         for artifact in plan.recipe.artifacts:
-            block_length = planned_block_length(plan.recipe, artifact, shape)
-            refuse_too_large(scope_of(beside_codes), shape, WRITTEN_ITEMSIZE, plan.memory_bytes, block_length)
+            block_length = planned_block_length(plan.recipe, artifact, spec)
+            refuse_too_large(scope_of(beside_codes), spec, WRITTEN_ITEMSIZE, plan.memory_bytes, block_length)
 
 
 def _refuse_too_little(place: Path, needed: int, lines: Mapping[str, int], instead: str) -> None:

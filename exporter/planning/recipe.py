@@ -48,7 +48,7 @@ else:
     ExpertEdit = Literal["none", *EDITS]
 
 BudgetKind = Literal["total", "file"]
-"""What a budget counts: the memory at run time, or the size of the file."""
+"""The bytes that a budget counts: the memory at run time, or the size of the file."""
 
 Student = Literal["moe", "dense"]
 """The kind of model that is built: a smaller MoE, or a dense model (:mod:`compressors.shrink.dense`)."""
@@ -65,7 +65,7 @@ Count = Annotated[int, Field(gt=0, lt=2**31)]
 
 
 class _Part(BaseModel):
-    """Unknown keys are refused: a misspelt choice must not pass for the default."""
+    """A part of a recipe. Unknown keys are refused: a misspelt choice must not pass for the default."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -105,14 +105,14 @@ class TextChoice(_Part):
 class CompressChoice(_Part):
     """The parts to remove, in the order of the fields; :mod:`exporter.planning.compression` explains each."""
 
-    drop_blocks: int = Field(default=0, ge=0)  # decoder layers, attention and experts
-    consecutive_blocks: bool = False  # neighbours
+    drop_blocks: int = Field(default=0, ge=0)  # whole decoder layers
+    consecutive_blocks: bool = False  # the dropped layers are neighbours
     drop_moe_layers: int = Field(default=0, ge=0)  # MoE sub-layers of the layers that are left
     method: ExpertMethod = "none"  # how experts become fewer
-    experts: Count | tuple[Count, ...]  # left in each layer; a list has one number for each layer that is left
-    allocation: Literal["layer", "global"] = "layer"  # global: as many in all layers together, where scores are high
+    experts: Count | tuple[Count, ...]  # number left in each layer; a list has one for each layer that is left
+    allocation: Literal["layer", "global"] = "layer"  # global: as many in total, in the layers with high scores
     protect_super_experts: bool = False
-    width: Count | tuple[Count, ...] | None = None  # of each expert; null: as it is
+    width: Count | tuple[Count, ...] | None = None  # each expert's width; null: as it is
     edit: ExpertEdit = "none"  # how experts are rewritten
     edit_size: Count | None = None  # the rank; for mobe the number of bases
     student: Student = "moe"  # dense: each layer's experts become one feed-forward
@@ -129,13 +129,13 @@ class CompressChoice(_Part):
 
 
 class RungChoice(_Part):
-    """A rung of the recovery ladder: what is trained, towards what, and for how long (docs/recovery.md)."""
+    """A rung of the recovery ladder: the trained tensors, the objective, and the length (docs/recovery.md)."""
 
     scope: Literal["router", "top-experts", "experts", "adapters", "norms", "scales", "all"]
-    experts: Count | None = None  # of top-experts: how many of each layer, those that most tokens choose
-    rank: Count | None = None  # of adapters
+    experts: Count | None = None  # for top-experts: the number in each layer, those that most tokens choose
+    rank: Count | None = None  # the rank of adapters
     loss: RungLoss = "kd"
-    batches_per_round: Count | None = None  # of ka and sar: written by the student, then judged, together
+    batches_per_round: Count | None = None  # for ka and sar: batches that are written, then judged, together
     blocks: Count
     blocks_per_step: Count
     learning_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # null: by the student's divergence
@@ -158,7 +158,7 @@ class RungChoice(_Part):
 
 
 class RecoverChoice(_Part):
-    """The training of the compressed model. Each rung goes on from the last that was kept."""
+    """The training of the compressed model. Each rung continues from the last that was kept."""
 
     rungs: tuple[RungChoice, ...] = ()  # climbed in this order, each kept only if the divergence falls
     after_quantizing: RungChoice | None = None  # trained last, beside the codes that each file holds
@@ -184,7 +184,7 @@ class RecoverChoice(_Part):
 class FileChoice(_Part):
     """The storage of the weights in a file; the name of a mix alone stands for that mix."""
 
-    mix: str  # of llama-quantize, or a preset of the ONNX writer
+    mix: str  # a mix of llama-quantize, or a preset of the ONNX writer
     tensors: Mapping[str, str] = {}  # types of single tensors, in place of the mix's
     quantizer: Quantizer = "feedback"
     imatrix: str | None = None  # SHA-256 of llama.cpp's importance matrix; null: the calibration text's
@@ -203,7 +203,7 @@ class Recipe(_Part):
     source: SourceChoice
     budget: BudgetChoice
     text: TextChoice
-    arithmetic: Arithmetic  # of calibration and recovery; what is reported is always computed in float32
+    arithmetic: Arithmetic  # for calibration and recovery; reported figures are always computed in float32
     compress: CompressChoice
     recover: RecoverChoice
     gguf: FileChoice | None  # null: no GGUF file
@@ -244,7 +244,7 @@ class Recipe(_Part):
 
     @property
     def chooses_codes(self) -> bool:
-        """Says whether error feedback chooses the codes of an artifact."""
+        """True if error feedback chooses the codes of an artifact."""
         return any(self.file(artifact).quantizer == "feedback" for artifact in self.artifacts)
 
 

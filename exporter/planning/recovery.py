@@ -39,8 +39,9 @@ CALIBRATION_BLOCKS = 320
 
 _BLOCKS_PER_STEP = 8  # as published
 _SMALL_STEP = 2
-"""Blocks in a step where that costs no more: four times as many steps help more than longer steps. But each step reads
-a model that does not stay in memory, and a text that a student writes costs more the fewer it writes at a time."""
+"""Blocks in a step where small steps cost no more: four times as many steps help more than longer ones. They cost more
+if a model does not stay in memory, as each step reads it, and if a student writes the texts, as fewer are written at a
+time."""
 
 _LOSSES: Mapping[str, Sequence[str]] = {
     "router": ("kd", "next-token", "router-logits", "ka", "sar"),
@@ -70,11 +71,11 @@ _SCOPES = {
 }
 
 WRITTEN_ITEMSIZE = 4
-"""Bytes of a written file's weight while it is computed with."""
+"""Bytes of a written file's weight during computation."""
 
-_TOP_EXPERTS = 8  # of each layer, as in the smallest wider scope of arXiv 2609.06076
+_TOP_EXPERTS = 8  # in each layer, as in the smallest wider scope of arXiv 2609.06076
 _ADAPTER_RANKS = (8, 4, 2, 1)
-_STREAMED_BATCHES_PER_ROUND = 8  # of a live teacher that is read from the disk for each round
+_STREAMED_BATCHES_PER_ROUND = 8  # for a live teacher that is read from the disk for each round
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,8 @@ class Machine:
     """The resources that training may use."""
 
     memory_bytes: int
-    calibration_blocks: int  # that the text yields
-    models_stay: bool  # in memory, once they are read
+    calibration_blocks: int  # blocks that the text yields
+    models_stay: bool  # True if models stay in memory once they are read
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def choose_ladder(
 
     Args:
         wish: one of :data:`RECOVERIES`.
-        student: the compressed model's shape.
+        student: the compressed model.
         itemsize: bytes of a stored weight.
         machine: the resources that training may use.
         seed: seed of the order of blocks, and of the adapters' initial values.
@@ -143,7 +144,7 @@ def tuning_rung(student: ModelSpec, machine: Machine, block_lengths: Sequence[Bl
     """The rung beside written files: block scales, norms and routers, without scales where these do not fit the memory.
 
     Args:
-        student: the compressed model's shape.
+        student: the compressed model.
         machine: the resources that training may use.
         block_lengths: block lengths of each file (:func:`~exporter.estimating.planned_types.planned_block_length`).
 
@@ -162,7 +163,7 @@ def tuning_rung(student: ModelSpec, machine: Machine, block_lengths: Sequence[Bl
 
 
 def check_after_quantizing(choice: RecoverChoice, student: ModelSpec) -> None:
-    """Refuses to teach routers that no file has.
+    """Refuses to train routers that no file has.
 
     Raises:
         InputError: the student is dense.
@@ -176,7 +177,7 @@ def check_after_quantizing(choice: RecoverChoice, student: ModelSpec) -> None:
 
 
 def after_quantizing_name(rung: RungChoice, student: ModelSpec, files: str = "each file") -> str:
-    """The name, in plan and report, of the rung that is climbed beside these written files."""
+    """The name, in plan and report, of the rung that tunes these written files."""
     return scope_of(rung).name_in(student) + _BESIDE_CODES + files
 
 
@@ -238,7 +239,7 @@ _TRAINED: Mapping[str, Callable[[TensorSpec], bool]] = {
     "adapters": _is_of_expert,
     "feed-forwards": _is_of_expert,
 }
-"""By a part of a rung's name (:attr:`compressors.recover.scopes.Scope.name`): tells whether a tensor is trained."""
+"""Functions that tell whether a tensor is trained, by a part of a rung's name (:attr:`~.scopes.Scope.name`)."""
 
 
 def _wanted(wish: str, student: ModelSpec, machine: Machine) -> Sequence[RungChoice]:

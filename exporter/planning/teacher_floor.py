@@ -25,7 +25,7 @@ from exporter.planning.recipe import FileChoice, Recipe
 __all__ = ["TeacherFloor", "choose_teacher_floor", "exact_type", "first_layers"]
 
 _CHUNKS = 10
-_SHARE = 2  # one part in so many of memory and disk
+_SHARE = 2  # half of memory and disk
 
 
 @dataclass(frozen=True)
@@ -33,22 +33,22 @@ class TeacherFloor:
     """The part of the original that is written, and the most held-out chunks to measure it on."""
 
     weight_type: str
-    n_layers: int  # its first ones
+    n_layers: int  # the number of its first layers
     n_chunks: int
-    file_bytes: int  # what it takes on disk while it is measured
+    file_bytes: int  # bytes on disk while it is measured
 
 
 def choose_teacher_floor(
     artifact: str, checkpoint: Source, recipe: Recipe, *, memory_bytes: int, disk_bytes: int
 ) -> TeacherFloor | None:
-    """Chooses what can be measured of the original in a runtime; None if no layer fits or it cannot be held.
+    """Chooses how much of the original can be measured in a runtime; None if no layer fits or it cannot be held.
 
     Args:
         artifact: ``gguf`` or ``onnx``.
         checkpoint: the original.
-        recipe: names context, cache type and threads.
-        memory_bytes: what the run may use.
-        disk_bytes: what it leaves free on the disk of its work.
+        recipe: gives context, cache type and threads.
+        memory_bytes: memory that the run may use.
+        disk_bytes: space that the run leaves free on the disk of its work.
     """
     weight_type = exact_type(artifact, checkpoint.dtype)
 

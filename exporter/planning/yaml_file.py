@@ -24,10 +24,10 @@ def read_yaml(path: Path, what: str) -> Any:
 
     Args:
         path: the file.
-        what: it should be, for messages: ``a recipe``.
+        what: the expected content, for messages: ``a recipe``.
 
     Raises:
-        InputError: the file cannot be opened, is too large, no UTF-8, or no such YAML.
+        InputError: the file cannot be opened, is too large, or is not UTF-8 or not such YAML.
     """
     file = RawFile(path)
     if file.size > _LARGEST:
@@ -43,13 +43,13 @@ def read_yaml(path: Path, what: str) -> Any:
     except yaml.YAMLError as error:
         why = str(error)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        # PyYAML makes numbers and dates of texts without looking: 2001-99-99, !!int x, !!bool maybe
+        # PyYAML turns texts into numbers and dates unchecked: 2001-99-99, !!int x, !!bool maybe
         why = f"a value is not of the type that it seems to have: {error}"
     raise InputError(f"{path} cannot be read as {what}: {why}")
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses aliases, and keys that are there twice."""
+    """Refuses aliases, and keys that occur twice."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):

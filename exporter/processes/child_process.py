@@ -30,8 +30,8 @@ __all__ = ["Child", "Death", "run_child", "start_server"]
 
 _PRELOADED = (
     "exporter",  # first: it keeps the libraries quiet
-    "transformers.modeling_utils",  # what all its model classes are made of; with torch it is most of the time
-    "transformers.models.auto.tokenization_auto",  # which the writers of both containers load the tokenizer with
+    "transformers.modeling_utils",  # the base of all its model classes; with torch it takes most of the time
+    "transformers.models.auto.tokenization_auto",  # the writers of both containers load the tokenizer with it
     "exporter.stages.teacher.calibrate",
     "exporter.stages.student.compress",
     "exporter.stages.student.recover",
@@ -39,11 +39,11 @@ _PRELOADED = (
     "exporter.stages.files.retune",
     "exporter.stages.judge.reference",
 )
-"""The modules that the server imports before it forks: only code. Neither runtime is among them: just the stages that
-measure files load it, and ONNX Runtime starts threads, which a fork would lose."""
+"""The modules that the server imports before it forks: only code. Neither runtime is among them: only stages that
+measure files load one, and ONNX Runtime starts threads, which a fork would lose."""
 _CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT, signal.SIGALRM}
 _SECONDS_TO_END = 2
-_UNKNOWN_CODE = 255  # multiprocessing's, when the server died before the process
+_UNKNOWN_CODE = 255  # multiprocessing's code when the server died before the process
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Death:
 
     @property
     def is_a_crash(self) -> bool:
-        """True if the program did it itself; signals such as SIGTERM or SIGKILL come from outside."""
+        """True if the program caused it; signals such as SIGTERM or SIGKILL come from outside."""
         return self.returncode not in (0, _UNKNOWN_CODE) and (self.returncode > 0 or -self.returncode in _CRASHES)
 
     @property
@@ -83,7 +83,7 @@ class Child:
     """Called with the arguments, the surroundings to enter, and the connection that takes its messages."""
     arguments: tuple[Any, ...]
     output: int = STDERR  # file descriptor that takes all it prints
-    alone: bool = False  # no more than another one is to follow: the server would import more than it saves
+    alone: bool = False  # at most one more follows, so the server would import more than it saves
     leads_group: bool = False  # it makes itself the leader of a group of processes, which ends with it
 
 
@@ -93,11 +93,11 @@ def run_child(child: Child, take: Callable[[bytes], None]) -> Death:
     When waiting is interrupted (KeyboardInterrupt), the process is ended first.
 
     Args:
-        child: what to run.
-        take: is given each message.
+        child: the process to run.
+        take: is called with each message.
 
     Returns:
-        How it ended; that is no death if its last message was its answer.
+        How it ended; if its last message was its answer, ignore this.
     """
     resource_tracker.ensure_running()  # multiprocessing's second process; starting it would unblock signals
     context = multiprocessing.get_context("spawn") if child.alone else _context()
@@ -120,7 +120,7 @@ def run_child(child: Child, take: Callable[[bytes], None]) -> Death:
 
 
 def start_server() -> None:
-    """Lets the server begin to import, so that the first process need not wait for that."""
+    """Starts the server's imports, so that the first process need not wait for them."""
     _context()
 
 
@@ -138,7 +138,7 @@ def _end(process: BaseProcess, child: Child) -> None:
     if process.pid is None:
         return
     if child.leads_group:
-        with suppress(ProcessLookupError):  # nobody is left of it, or it has not come to lead it
+        with suppress(ProcessLookupError):  # the group is gone, or does not exist yet
             os.killpg(process.pid, signal.SIGKILL)
     if process.exitcode is None:
         process.terminate()
@@ -165,7 +165,7 @@ def _context() -> ForkServerContext | SpawnContext:
 def _deaf_to_ctrl_c() -> Iterator[None]:
     """While it lasts, SIGINT waits, and processes that are started never get it.
 
-    It reaches the whole group. The run answers it; the server and its children must not, not even while they start.
+    Ctrl-C reaches the whole group. The run answers it; the server and its children must not, not even while they start.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -176,9 +176,9 @@ def _deaf_to_ctrl_c() -> Iterator[None]:
 
 @contextmanager
 def _main_module_hidden() -> Iterator[None]:
-    """While it lasts, multiprocessing does not find the program that calls, and so does not run it again in the child.
+    """Hides the calling program from multiprocessing, which would run it again in the child.
 
-    A child needs nothing of it, and a script that exports a model need not expect that.
+    A child needs nothing from it, and a script that exports a model need not be written for that.
     """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")

@@ -1,7 +1,7 @@
 """Starts multiprocessing's fork server so that it leaves no file, however the run ends.
 
 The server listens on a socket in the folder for temporary files, and a run that is killed would leave it there. So its
-name is removed as soon as the server has it, and the run goes on to reach it through a descriptor of its own
+name is removed as soon as the server has it, and the run then reaches it through a descriptor of its own
 (``/proc/self/fd/N``, Linux).
 """
 
@@ -28,9 +28,9 @@ def ensure_server(preloaded: Sequence[str]) -> None:
         preloaded: the modules that the server imports before it forks, in this order.
 
     Raises:
-        OSError: it cannot listen, such as where the path of the folder for temporary files is too long.
+        OSError: it cannot listen, for example because the path of the folder for temporary files is too long.
     """
-    server: Any = forkserver._forkserver  # where it listens is in a private attribute
+    server: Any = forkserver._forkserver  # its address is a private attribute
     multiprocessing.set_forkserver_preload(list(preloaded))
     before = server._forkserver_address
     with tempfile.TemporaryDirectory(prefix="moe-export-") as folder, _sockets_in(folder):
@@ -39,7 +39,7 @@ def ensure_server(preloaded: Sequence[str]) -> None:
             return
         descriptor = os.open(server._forkserver_address, os.O_PATH | os.O_CLOEXEC)
         server._forkserver_address = f"{_DESCRIPTORS}/{descriptor}"
-    if before is not None and before.startswith(_DESCRIPTORS):  # of a server that died
+    if before is not None and before.startswith(_DESCRIPTORS):  # left by a server that died
         os.close(int(before.rpartition("/")[2]))
 
 

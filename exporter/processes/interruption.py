@@ -15,14 +15,14 @@ _REQUESTS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived. Whoever cleans up after Ctrl-C cleans up after this too."""
+    """SIGTERM arrived. Code that cleans up after Ctrl-C cleans up after this too."""
 
 
 @contextmanager
 def sigterm_raises() -> Iterator[None]:
     """While it lasts, SIGTERM raises :class:`Terminated` in the main thread."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's business
+        yield  # only the main thread handles signals
         return
     before = signal.signal(signal.SIGTERM, _raise)
     try:
@@ -52,7 +52,7 @@ def requests_wait() -> Iterator[None]:
 
 
 def ignore_further_requests() -> None:
-    """The process is ending: a second Ctrl-C must not interrupt that."""
+    """Ignores further requests while the process ends: a second Ctrl-C must not interrupt that."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

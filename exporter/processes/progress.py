@@ -1,4 +1,4 @@
-"""Shows on stderr how far a stage is: a bar on a terminal; elsewhere, such as in a log, a line a minute."""
+"""Shows a stage's progress on stderr: a bar on a terminal; elsewhere, such as in a log, a line a minute."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Progress:
 
 
 class ProgressLines:
-    """Says how far something is, at most once a minute.
+    """Reports progress, at most once a minute.
 
     Args:
         what: the name of the things that are counted.
@@ -66,7 +66,7 @@ class ProgressLines:
         self._clock = clock
         self._done = 0
         self._said_at = clock()
-        self._begun: tuple[float, int] | None = None  # when the first steps were counted, and how many those were
+        self._begun: tuple[float, int] | None = None  # time and number of the first counted steps
 
     def advance(self, steps: int) -> None:
         """Counts steps that were done."""
@@ -92,7 +92,7 @@ class ProgressLines:
 
 
 def restore_terminal() -> None:
-    """Takes away what is left of a bar whose process was ended while it drew."""
+    """Removes the rest of a bar whose process was ended while it drew."""
     console = Console(stderr=True)
     if console.is_terminal:
         console.control(Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2)), Control.show_cursor(True))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # importing torch takes a second, and most runs have no team
 
 __all__ = ["MOST_THREADS", "Team", "checked_threads", "join_group", "local_processes", "team", "usable_processors"]
 
-_PATIENCE = timedelta(hours=12)  # of a process that waits for the slowest in a reduction
+_PATIENCE = timedelta(hours=12)  # time to wait for the slowest process in a reduction
 _DISMISSED = "dismissed"
 _POLL_SECONDS = 0.1
 
@@ -104,7 +104,7 @@ class Team:
         return self._group()
 
     def dismiss(self) -> None:
-        """Sends the others home."""
+        """Tells the others to end."""
         self._store.set(f"call-{self._n_calls}", _DISMISSED)
 
     def calls(self) -> Iterator[tuple[str, str]]:

@@ -1,1 +1,1 @@
-"""The output folder: what a run measured as plain data for the report, and files that appear complete or not at all."""
+"""The output folder: a run's measurements as plain data for the report, and files that are complete or absent."""

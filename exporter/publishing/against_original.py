@@ -29,8 +29,8 @@ def against_original(
         artifacts: the files, by format.
         source_bytes: bytes of the original's weights.
         rows: rows of the validation.
-        trained: the rungs of recovery, each with how it went.
-        student: the student's shape.
+        trained: the rungs of recovery, each with its result.
+        student: the student.
         block_lengths: one for each file, for rungs that train the scales of its blocks.
     """
     n_trained = max(
@@ -60,7 +60,7 @@ def with_choices(
 
 
 def _parameters(rung: RungChoice, student: ModelSpec, block_lengths: Sequence[BlockLength]) -> int:
-    """Returns the number of trained values; a wider rung trains what a narrower one did, and more."""
+    """Returns the number of trained values; a wider rung trains all that a narrower one did, and more."""
     scope = scope_of(rung)
     return max(training_bytes(scope, student, block_length).values for block_length in block_lengths)
 

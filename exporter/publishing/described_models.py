@@ -45,12 +45,12 @@ def described_student(teacher: ModelSpec, experts: ExpertMap) -> dict[str, Any]:
         "dense": is_dense,
         "n_layers": spec.n_layers,
         "n_moe_layers": sum(layer.routed is not None for layer in spec.layers) if not is_dense else None,
-        "n_experts": spec.n_experts if not is_dense else None,  # of the layer with the most
+        "n_experts": spec.n_experts if not is_dense else None,  # in the layer with the most
         "fewest_experts": min(len(layer.groups) for layer in experts.layers if layer.groups) if not is_dense else None,
-        "expert_width": spec.expert_width,  # of a dense student's layers: the width of the feed-forward
+        "expert_width": spec.expert_width,  # in a dense student, the width of the feed-forward
         "top_k": spec.top_k if not is_dense else None,
         "parameters": spec.parameters,
-        # by layer of the original: its experts that go on living, by themselves, in the name of a merged group, or as
+        # by layer of the original: its experts that survive, by themselves, as the first of a merged group, or as
         # neurons of the dense feed-forward; None if it has no experts
         "kept": [
             None if described.routed is None else _kept(layers.get(index), is_dense)

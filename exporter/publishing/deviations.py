@@ -28,7 +28,7 @@ def find_deviations(checkpoint: Source, artifacts: Iterable[str], name: str) -> 
     Args:
         checkpoint: the original.
         artifacts: gguf, onnx or both.
-        name: that the GGUF file will give to the model.
+        name: the model's name in the GGUF file.
 
     Raises:
         InputError: the checkpoint's tokenizer is missing or damaged.

@@ -1,4 +1,4 @@
-"""With what a run was made: part of report.json."""
+"""The environment of a run: part of report.json."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PACKAGES = ("torch", "transformers", "gguf", "llama-cpp-python", "onnx", "onnxr
 
 
 def environment(threads: int) -> dict[str, Any]:
-    """Versions of what computed, and the machine, as plain data for JSON."""
+    """The versions of the libraries, and the machine, as plain data for JSON."""
     return {
         "python": platform.python_version(),
         "system": platform.platform(),

@@ -1,4 +1,4 @@
-"""The floors of each file's runtime, from what the stages left: part of a row of report.json's validation."""
+"""The floors of each file's runtime, from the stages' files: part of a row of report.json's validation."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _COSTS = ("peak_rss_bytes", "load_seconds", "prefill_tokens_per_second", "decode
 def floors_of(
     artifact: str, evaluation: Evaluation, plan: Plan, work: WorkDirectory, records: Mapping[str, StageRecord]
 ) -> dict[str, Any]:
-    """``same_weights``: the runtime against torch with the file's numbers; ``teacher``: with the original's.
+    """Returns ``same_weights``, the runtime against torch with the file's numbers, and ``teacher``, the original's.
 
     Args:
         artifact: ``gguf`` or ``onnx``.
-        evaluation: of the file in its runtime.
-        plan: of the run.
-        work: with all stages finished.
-        records: of the stages.
+        evaluation: the evaluation of the file in its runtime.
+        plan: the plan of the run.
+        work: the work directory, with all stages finished.
+        records: the records of the stages.
     """
     torch_routing = Evaluation.load(written_evaluation(plan, work, artifact)).routing
     return {
@@ -41,7 +41,7 @@ def floors_of(
 def _teacher(
     artifact: str, plan: Plan, work: WorkDirectory, records: Mapping[str, StageRecord]
 ) -> dict[str, Any] | None:
-    """None where not one layer fits the machine; with ``error`` set the runtime died."""
+    """The original's floor; None if not one layer fits the machine; with ``error`` set if the runtime died."""
     floor = plan.teacher_floors.get(artifact)
     if floor is None:
         return None

@@ -8,10 +8,10 @@ from typing import Any
 
 __all__ = ["json_text"]
 
-# JSON writes a line end inside a string as two characters: what spans lines is layout
+# JSON writes a line end inside a string as two characters, so a real line end is layout
 _LIST_OF_NUMBERS = re.compile(r'\[\n([^][{}"]*)\n *\]')
 
 
 def json_text(data: Any) -> str:
-    """The data as JSON; figures by layer and expert, one a line, would be most of a report's lines."""
+    """Writes the data as JSON; figures by layer and expert would otherwise fill most of a report's lines."""
     return _LIST_OF_NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", json.dumps(data, indent=1))

@@ -8,7 +8,7 @@ __all__ = ["hub_id", "is_folder", "local_path", "model_name"]
 
 
 def hub_id(folder: Path) -> str | None:
-    """``organization/model`` of a folder in the hub's cache: ``models--organization--model/snapshots/revision``."""
+    """Turns ``models--organization--model/snapshots/revision``, in the hub's cache, into ``organization/model``."""
     repository = folder.parent.parent.name
     if folder.parent.name != "snapshots" or not repository.startswith("models--"):
         return None
@@ -16,7 +16,7 @@ def hub_id(folder: Path) -> str | None:
 
 
 def model_name(model: str) -> str:
-    """The hub id, or the name of the folder, however its path is written (``.``, ``..``, a slash at the end)."""
+    """Returns the hub id, or the folder's name for any spelling of its path (``.``, ``..``, a slash at the end)."""
     if not is_folder(model):
         return model
     folder = Path(local_path(model))

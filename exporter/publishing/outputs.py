@@ -41,8 +41,8 @@ class FileEntry:
 class Artifact:
     """A GGUF file, or the folder of an ONNX model with its data."""
 
-    path: str  # below the output folder
-    files: Mapping[str, FileEntry]  # what the budget counts, by path below the output folder
+    path: str  # its path below the output folder
+    files: Mapping[str, FileEntry]  # the files that the budget counts, by path below the output folder
 
     @property
     def bytes(self) -> int:
@@ -83,7 +83,7 @@ class Outputs:
         """Writes SHA256SUMS of weights and recipe, flushes everything, and moves the folder to its place.
 
         Raises:
-            InputError: something is in that place by now, or it cannot be written to.
+            InputError: something else is in that place, or it cannot be written to.
         """
         weights = [
             path for path in self.folder.rglob("*") if path.suffix in (".gguf", ".onnx", ".data", ".safetensors")
@@ -101,12 +101,12 @@ def publish_folder(folder: Path, out: Path, work: Path) -> None:
     """Flushes a folder and moves it to its place, in one step.
 
     Args:
-        folder: what is complete.
-        out: the place.
-        work: where everything is kept until it is there.
+        folder: the complete folder.
+        out: its place.
+        work: the folder that keeps everything until then.
 
     Raises:
-        InputError: something is in that place by now, or it cannot be written to.
+        InputError: something else is in that place, or it cannot be written to.
     """
     flush_folder(folder)
     if out.exists():
@@ -118,12 +118,12 @@ def publish_folder(folder: Path, out: Path, work: Path) -> None:
     except OSError as error:
         raise InputError(
             f"{out} cannot be written ({error.strerror}); everything is finished and kept in {work}: "
-            "run the same command again when that is mended"
+            "fix that and run the same command again"
         ) from None
 
 
 def _move(folder: Path, out: Path) -> None:
-    """One rename; from another file system, a copy beside the place first."""
+    """Moves it in one rename; from another file system, copies it beside the place first."""
     try:
         folder.rename(out)
     except OSError as error:
@@ -138,7 +138,7 @@ def _move(folder: Path, out: Path) -> None:
 
 @contextmanager
 def reserved(out: Path) -> Iterator[None]:
-    """Keeps other runs from building the same output folder elsewhere, by a lock file beside it that goes at the end.
+    """Keeps other runs from building the same output folder elsewhere, by a lock file beside it that is then removed.
 
     Raises:
         InputError: another run builds it right now.

@@ -1,6 +1,6 @@
 """Reads a folder that one of our runs published: its report, and whether its files are still the same.
 
-Anybody may have edited the folder since, so nothing in it is taken on trust.
+Anybody may have edited the folder since, so nothing in it is trusted.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def changed_files(out: Path, report: Mapping[str, Any]) -> int:
 
 
 def _is_listed(artifact: str, names: Iterable[str]) -> bool:
-    """An artifact is a file, or a folder with files."""
+    """True if the artifact is listed: a file, or a folder with files."""
     return any(name == artifact or name.startswith(f"{artifact}/") for name in names)
 
 
@@ -81,7 +81,7 @@ def _sums(path: Path) -> dict[str, str]:
 
 
 def _inside(name: str) -> str:
-    """A path below the folder, which goes nowhere else."""
+    """Returns a path that stays below the folder; refuses others."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
         raise ValueError(f"{shown(name)} is no place below the folder")

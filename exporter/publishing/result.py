@@ -1,4 +1,4 @@
-"""Gathers what the stages left into the report's plain data: the content of report.json."""
+"""Gathers the stages' results into the report's plain data: the content of report.json."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ class _Rows:
         return self._empty("student", "torch", version("torch")) | self._fidelity("student", evaluation)
 
     def artifact(self, name: str) -> dict[str, Any]:
-        """A file in its runtime; when the runtime died, the row says how and measures nothing."""
+        """A file in its runtime; if the runtime died, the row says how and has no figures."""
         crash = self._records[f"validate_{name}"].crash
         measurement: dict[str, Any] = {"error": crash} if crash else self._measurement(name)
         evaluation = self._evaluations[name]

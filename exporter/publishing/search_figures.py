@@ -30,7 +30,7 @@ def search_figures(work: WorkDirectory, teacher: ModelSpec, recipe: Recipe) -> l
 
 
 def named_types(choice: FileChoice) -> str:
-    """The mix, or ``types by tensor, mostly IQ3_S``."""
+    """Names the types: the mix, or ``types by tensor, mostly IQ3_S``."""
     if not choice.tensors:
         return choice.mix
     (most, _), *_ = Counter(choice.tensors.values()).most_common()
@@ -38,7 +38,7 @@ def named_types(choice: FileChoice) -> str:
 
 
 def described_types(choice: FileChoice) -> str:
-    """The mix, or the numbers of tensors that have each of the most common types."""
+    """Describes the types: the mix, or the numbers of tensors that have each of the most common types."""
     if not choice.tensors:
         return choice.mix
     counts = Counter(choice.tensors.values()).most_common()

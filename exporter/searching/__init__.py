@@ -1,1 +1,1 @@
-"""Finding the best file that fits: types for tensors, structures for students, and the measurements that decide."""
+"""Finds the best file that fits: types for tensors, structures for students, and the measurements that decide."""

@@ -15,7 +15,7 @@ from exporter.planning.recipe import BudgetChoice, FileChoice
 __all__ = ["Container"]
 
 _BASE_MIX: Mapping[str, str] = {"gguf": "Q8_0", "onnx": "Q4_0"}
-"""The mix or preset that an allocation's types are exceptions from."""
+"""The mix or preset whose types an allocation replaces."""
 
 
 @dataclass(frozen=True)

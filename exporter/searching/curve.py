@@ -27,7 +27,7 @@ _WRITERS = {"gguf": GGUF, "onnx": ONNX}
 
 
 class ParetoFiles:
-    """Makes files, one at a time: each takes the place of the one before.
+    """Makes files, one at a time: each replaces the one before.
 
     Args:
         context: context of a stage after calibration and sensitivities, whose plan leaves the recipe to a search; the
@@ -94,5 +94,5 @@ class ParetoFiles:
 
 
 def described_structure(choice: CompressChoice, spec: ModelSpec) -> str:
-    """Describes the parts of a model of this shape that are left; empty if all are."""
+    """Describes the parts of a model that are left; empty if all are."""
     return "" if choice == whole(spec) else described_compression(choice, spec)

@@ -15,7 +15,7 @@ from exporter.searching.container import Container
 __all__ = ["Fitted", "fit", "smallest"]
 
 _CHEAPEST_SECOND, _DEAREST_SECOND = 1e-4, 1e6  # nats that a second of decoding may be worth
-_PRICE_STEPS = 8  # of the bisection: the price is then known to a twentieth of its logarithm
+_PRICE_STEPS = 8  # steps of the bisection: the price is then known to a twentieth of its logarithm
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ def fit(container: Container, table: TypeTable, *, seconds: float | None = None)
 
     Args:
         container: the artifact.
-        table: of its units.
-        seconds: that decoding a token may spend on the weights, if an allocation that fits can be so fast; None: any.
+        table: the table of its units.
+        seconds: the most time to decode a token, if an allocation that fits can be that fast; None: any.
     """
     best = _fitted(container, table, 0.0)
     if best is None or seconds is None or best.allocation.seconds <= seconds:
@@ -63,6 +63,6 @@ def _fitted(container: Container, table: TypeTable, nats_per_second: float) -> F
 
 
 def smallest(container: Container, units: Sequence[UnitPlan]) -> int:
-    """Bytes that the budget counts of the file of the smallest types."""
+    """The bytes that the budget counts for the file of the smallest types."""
     choices = {unit.name: min(unit.candidates, key=lambda candidate: candidate.n_bytes).choice for unit in units}
     return container.counted(container.file(choices, units))

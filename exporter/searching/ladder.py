@@ -14,7 +14,7 @@ from exporter.searching.structures import whole
 __all__ = ["ladder", "ladder_for", "machine_for", "rung_beside_codes"]
 
 _WORTH_TEACHING = 0.005
-"""Divergence, nats, from which norms and block scales of a file are taught: below, they gain a few per cent at most."""
+"""Divergence, nats, from which norms and block scales of a file are trained: below, they gain a few percent at most."""
 
 _BLOCKS = 80  # 40,960 tokens
 
@@ -24,14 +24,14 @@ def ladder(
 ) -> tuple[RecoverChoice, tuple[RefusedRung, ...]]:
     """Returns the rungs that a wish means for a structure before files are written, and those that do not fit.
 
-    ``auto`` teaches nothing of the original.
+    ``auto`` trains nothing of the original.
 
     Args:
         wish: one of :data:`exporter.planning.recovery.RECOVERIES`.
         compress: the structure.
         source: the original.
-        machine: what training may use.
-        seed: of the order of blocks, and of adapters' beginnings.
+        machine: the resources that training may use.
+        seed: the seed of the order of blocks, and of adapters' initial values.
     """
     is_original = compress == whole(source.spec)
     return choose_ladder(
@@ -56,12 +56,12 @@ def ladder_for(compress: CompressChoice, plan: Plan) -> tuple[RecoverChoice, tup
 
 
 def rung_beside_codes(recipe: Recipe, plan: Plan, expected: float) -> RungChoice | None:
-    """The rung that teaches routers, norms and block scales of the finished files; None if it is not worth its cost.
+    """The rung that trains routers, norms and block scales of the finished files; None if it is not worth its cost.
 
     Args:
-        recipe: names the structure and the types of its files.
-        plan: names the wish of ``--recover``, text and memory.
-        expected: the divergence of the files before it, nats.
+        recipe: gives the structure and the types of its files.
+        plan: gives the wish of ``--recover``, text and memory.
+        expected: the divergence of the files before it, in nats.
     """
     assert plan.search is not None, "the recipe stands"
     source = open_source(plan.source)

@@ -1,4 +1,4 @@
-"""Measures a file before it is the file: written into a folder that goes, read back, and judged in torch."""
+"""Measures a candidate file: writes it into a temporary folder, reads it back, and judges it in torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["measured_divergence"]
 def measured_divergence(trial: Trial, artifact: str, choice: FileChoice) -> float:
     """The divergence of a trial's student with the numbers that a file would hold: nats, on the selection split.
 
-    It is kept in the trial's folder, so that a search that goes on does not measure it again.
+    The result is kept in the trial's folder, so a resumed search does not measure it again.
     """
     path = trial.context.output / f"measured-{artifact}.json"
     known: list[list[object]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []

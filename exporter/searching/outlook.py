@@ -1,4 +1,4 @@
-"""Predicts, before a weight is read, whether a structure fits, and about how far from the original it will be.
+"""Predicts, before a weight is read, whether a structure fits, and its approximate divergence from the original.
 
 Sensitivities and losses that ship with the package stand in for those of the model; the search measures both.
 """
@@ -36,7 +36,7 @@ STRUCTURES_FROM = 0.05
 every expert's width, starts at 0.07 after training (docs/quantization.md)."""
 
 
-_SMALLEST = 2  # structures whose exact needs are computed; apart from their tensors they hardly differ
+_SMALLEST = 2  # the number of structures whose exact needs are computed; apart from tensors they hardly differ
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def outlooks(recipe: Recipe, artifact: str, checkpoint: Source, structures: Sequ
     Structures smaller than the original are left out where the original is good enough.
 
     Args:
-        recipe: names budget, quantizer and source.
+        recipe: gives budget, quantizer and source.
         artifact: gguf or onnx.
         checkpoint: the original.
         structures: structures to choose from; the original, if it is one of them, is the first.
@@ -95,7 +95,7 @@ def refuse_unless_something_fits(
 def _least(
     recipe: Recipe, artifact: str, checkpoint: Source, structures: Sequence[CompressChoice]
 ) -> tuple[int, CompressChoice]:
-    """The fewest bytes that a structure needs, and that structure, among those with the fewest bytes of tensors."""
+    """The fewest bytes that a structure needs, and the structure, among those with the fewest bytes of tensors."""
     possible: list[tuple[int, CompressChoice, Container]] = []
     refusal: UnsupportedError | None = None
     for choice in structures:

@@ -43,9 +43,9 @@ class Candidate:
     artifact: str
     compress: CompressChoice
     choice: FileChoice
-    n_bytes: int  # of the file
+    n_bytes: int  # the size of the file
     predicted: float | None  # divergence on the selection split, nats; None: a mix, which is only measured
-    measured: float | None = None  # None: it was not
+    measured: float | None = None  # None: it was not measured
     is_baseline: bool = False
 
     @property
@@ -80,8 +80,8 @@ class Search:
     """Looks for the best file of each artifact of a plan.
 
     Args:
-        context: context of the stage; its plan names the budget and the choices of the command line.
-        n_measured: files of each artifact that are written and measured, at most.
+        context: context of the stage; its plan gives the budget and the choices of the command line.
+        n_measured: the most files of each artifact that are written and measured.
     """
 
     def __init__(self, context: StageContext, n_measured: int) -> None:

@@ -13,11 +13,11 @@ from exporter.writing.gguf.type_table import weights_of_a_token
 __all__ = ["most_seconds"]
 
 _TIMES_AS_SLOW: Mapping[str, float] = {"quality": 1.25, "speed": 1.0}
-"""By ``--prefer``. Codebook types have the lowest divergence for their bytes, but a CPU decodes them slowly."""
+"""Limits by ``--prefer``. Codebook types have the lowest divergence for their bytes, but a CPU decodes them slowly."""
 
 
 def most_seconds(container: Container, prefer: str) -> float | None:
-    """Seconds that decoding a token may spend on the file's weights; None: no mix fits, or the artifact is not GGUF."""
+    """The most seconds to decode a token; None if no mix fits, or the artifact is not GGUF."""
     mixes = fitting_mixes(container) if container.artifact == "gguf" else []
     if not mixes:
         return None

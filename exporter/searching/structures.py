@@ -20,9 +20,9 @@ from exporter.planning.recipe import CompressChoice
 __all__ = ["expected_loss", "structures_for", "whole", "with_experts"]
 
 _METHOD = "reap"
-_EIGHTHS = range(7, 0, -1)  # of the experts, or of their width, that may be left
+_EIGHTHS = range(7, 0, -1)  # eighths of the experts, or of their width, that may be left
 _WIDTH_MULTIPLE = 64  # narrower rows have no type below 4 bits that every llama.cpp of 2026 reads
-_LEAST_LAYERS = 8  # of which one in eight may go
+_LEAST_LAYERS = 8  # the fewest layers of which one in eight may go
 
 
 def whole(spec: ModelSpec) -> CompressChoice:
@@ -101,7 +101,7 @@ def _shorter(spec: ModelSpec) -> Iterator[CompressChoice]:
 
 
 def _both(spec: ModelSpec) -> Iterator[CompressChoice]:
-    """Fewer experts of half the width or less: for files that nothing else is small enough for."""
+    """Fewer experts of half the width or less, for the smallest files."""
     for width in _parts(spec.expert_width, _WIDTH_MULTIPLE):
         if 2 * width <= spec.expert_width:
             for fewer in _fewer(_METHOD, spec):

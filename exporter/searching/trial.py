@@ -27,8 +27,8 @@ from exporter.writing.files import flush_folder, write_atomically
 
 __all__ = ["Trial"]
 
-_FIGURES_VERSION = 1  # of what is measured of the original: raise it together with the version of the stage search
-_TRIAL_BLOCKS = 16  # of recovery: enough to see whether it helps, and about how much
+_FIGURES_VERSION = 1  # of the original's figures: raise it together with the version of the stage search
+_TRIAL_BLOCKS = 16  # blocks of recovery: enough to see whether it helps, and about how much
 
 
 def _place_of_original(work: WorkDirectory) -> Path:
@@ -42,12 +42,12 @@ def _place_of_original(work: WorkDirectory) -> Path:
 class Trial:
     """A structure that is considered, in a folder of its own; finished work there is not repeated."""
 
-    context: StageContext  # its work is the trial's, and its plan names the structure
+    context: StageContext  # its work is the trial's, and its plan gives the structure
     compress: CompressChoice
 
     @property
     def _is_original(self) -> bool:
-        """True if nothing is changed; then everything is known."""
+        """True if nothing is changed; everything is then known."""
         return self.compress == whole(self.context.plan.teacher_spec)
 
     @classmethod
@@ -60,7 +60,7 @@ class Trial:
         return cls(replace(context, plan=plan, work=work, output=folder), choice)
 
     def student(self) -> Student:
-        """The compressed model, as a short trial of recovery left it."""
+        """The compressed model after a short trial of recovery."""
         work = self.context.work
         if not work.stage("compress").exists():
             self.context.run_inside(COMPRESS, self.context.plan, work)

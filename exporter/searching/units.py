@@ -23,14 +23,14 @@ from exporter.writing.onnx.encodings import ENCODINGS, PRESETS, Encoding, onnx_u
 __all__ = ["LAST_RESORT", "fitting_mixes", "gguf_units", "units_of"]
 
 LAST_RESORT = frozenset({"Q2_0", "IQ1_S", "IQ1_M"})
-"""Types that are taken where nothing else fits: Q2_0 has no fast kernel on x86 and needs a llama.cpp of 2026, and the
+"""Types that are only taken if nothing else fits: Q2_0 has no fast kernel on x86 and needs a llama.cpp of 2026, and the
 codes of the IQ1 types cannot be chosen again with error feedback."""
 
 _BASELINES = tuple(mix for mix in MIXES if not mix.startswith(("TQ", "MXFP", "Q2_0", "F")))
 """Mixes that people choose from; one in a float type larger than the source's holds the same numbers."""
 
 _INT8_INPUTS = 1.0
-"""The error of inputs in 8 bits, with which ONNX Runtime computes 8-bit products, relative to that of the weights."""
+"""The error of the 8-bit inputs of ONNX Runtime's 8-bit products, relative to that of the weights."""
 
 _EXACT = {
     torch.bfloat16: GGMLQuantizationType.BF16,
@@ -40,7 +40,7 @@ _EXACT = {
 
 
 def units_of(container: Container, dtype: torch.dtype) -> tuple[UnitPlan, ...]:
-    """The choices that a file leaves."""
+    """Lists the choices that a file leaves."""
     if container.artifact == "gguf":
         return gguf_units(container.spec, dtype, container.choice)
     return onnx_unit_plans(container.spec, container.choice)
@@ -65,8 +65,8 @@ def gguf_units(spec: ModelSpec, dtype: torch.dtype, choice: FileChoice) -> tuple
     """Lists the tensors of a GGUF file that may be quantized, each with its types.
 
     Args:
-        spec: of the student.
-        dtype: of its weights; one type holds them exactly.
+        spec: the student.
+        dtype: the dtype of its weights; one type holds them exactly.
         choice: says how codes are chosen.
     """
     exact = _EXACT[dtype]
@@ -114,7 +114,7 @@ def _encoding_candidate(encoding: Encoding, n_bytes: int, with_feedback: bool) -
 
 
 def _blocks_quantizer(blocks: BlockType) -> Quantizer:
-    """The search for the scales of ONNX Runtime's blocks."""
+    """A quantizer that searches the scales of ONNX Runtime's blocks."""
 
     def quantize(values_RN: torch.Tensor, importance_N: torch.Tensor | None, name: str) -> torch.Tensor:
         found = search_blocks(values_RN, blocks.bits, blocks.block_size, importance_N, name=name)

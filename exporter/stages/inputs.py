@@ -1,4 +1,4 @@
-"""The inputs that several stages open: token blocks, the student, the files that hold it; and their limits."""
+"""The inputs that several stages open: token blocks, the student, its files; and the stages' limits."""
 
 from __future__ import annotations
 
@@ -104,8 +104,8 @@ def open_student(plan: Plan, work: WorkDirectory, stage: str = "recover") -> Stu
 def importance_of(student: Student, plan: Plan, work: WorkDirectory) -> Importance:
     """The importance matrix of a student's weights.
 
-    The one of ``--imatrix`` is of the original's columns. Where experts have weights of their own, their statistics on
-    the calibration text are used instead.
+    The matrix of ``--imatrix`` is about the original's columns. If experts have weights of their own, their statistics
+    on the calibration text are used instead.
     """
     own = own_statistics(student, work)
     if own is not None:

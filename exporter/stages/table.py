@@ -1,7 +1,7 @@
-"""All stages in the order in which they run: what each reads and writes, and what else its outputs depend on.
+"""All stages in the order in which they run: the files that each reads and writes, and its other dependencies.
 
-Each must name every file of another stage that it opens, because no other is opened for it. What depends on what
-follows from that; a plan leaves out the stages of artifacts that it does not write.
+Each must name every file of another stage that it opens, because it cannot open others. Dependencies follow from that;
+a plan leaves out the stages of artifacts that it does not write.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ __all__ = [
     "VALIDATE_WRITTEN",
 ]
 
-# ---- what several stages open, each with the function that does it
+# ---- files that several stages open, each with the function that opens them
 _BLOCKS = files_of("calibrate", BLOCKS)
 _COMPRESSED = files_of("compress", EXPERT_MAP, OVERLAY)  # inputs.open_student
 _STUDENT = _COMPRESSED | files_of("recover", RUNG_OVERLAY)  # inputs.open_student
@@ -167,7 +167,7 @@ RETUNE = Stage(
 )
 
 OF_THE_RUN = frozenset({"calibrate", "sensitivity"})
-"""The stages whose files the stages share that a search runs within itself; it runs those for every structure."""
+"""The stages whose files are shared by the stages that a search runs within itself for every structure."""
 
 
 def _within(*stages: Stage) -> Reads:
@@ -235,7 +235,7 @@ VALIDATE_GGUF = Stage(
     what="measure the GGUF in llama.cpp",
     reads=files_of("gguf", GGUF_FILE) | _HELDOUT | _SAME_WEIGHTS,
     writes=(EVALUATION, MEASUREMENT, LOG_PROBS),
-    choices=("budget", "onnx"),  # it records what it says if the other file holds the same numbers
+    choices=("budget", "onnx"),  # it records its log-probabilities if the other file holds the same numbers
     crash_is_a_finding=True,
 )
 VALIDATE_ONNX = Stage(
@@ -288,4 +288,4 @@ ALL_STAGES = (
     TEACHER_GGUF,
     TEACHER_ONNX,
 )
-"""In the order in which they run."""
+"""All stages, in the order in which they run."""

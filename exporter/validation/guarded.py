@@ -47,7 +47,7 @@ class Limits:
     """The time and memory that a process may take."""
 
     seconds: float  # for a step, such as a chunk
-    memory_bytes: int | None = None  # private memory, on top of what it begins with; None: as much as there is
+    memory_bytes: int | None = None  # private memory beyond that at the start; None: no limit
 
     @classmethod
     def of_file(
@@ -98,15 +98,15 @@ def run_guarded(file: ModelFile, limits: Limits, function: Callable[..., Any], *
     Args:
         file: the file that the function opens, for messages.
         limits: the limits of the process.
-        function: defined at a module's top level; returns plain data for JSON.
-        *arguments: values of this program, none that were read from the file.
+        function: a function at a module's top level that returns plain data for JSON.
+        *arguments: values of this program; none may come from the file.
 
     Returns:
-        What the function returned.
+        The function's result.
 
     Raises:
-        MoeExportError: the function refused the file; with the exit code that it asked for.
-        RuntimeCrashError: it died, did not end, or failed; the message says in one line what happened.
+        MoeExportError: the function refused the file; the error has its exit code.
+        RuntimeCrashError: the process died, did not end, or failed; the message says in one line what happened.
     """
     messages = _Messages()
     with tempfile.TemporaryFile() as output:
@@ -145,7 +145,7 @@ def _work(
     answers: Connection[bytes, None],
 ) -> None:
     """Runs in the guarded process: calls the function and sends back its answer."""
-    os.setsid()  # who ends it ends what it starts
+    os.setsid()  # ending it also ends the processes that it starts
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     surroundings.enter()
     end_with_creator()
@@ -156,7 +156,7 @@ def _work(
 
 
 def _result(function: Callable[..., Any], arguments: tuple[Any, ...], limits: Limits) -> dict[str, Any]:
-    """The answer, or one line that says why there is none; the file is the cause of whatever is raised."""
+    """Returns the answer, or one line that says why there is none; every exception is blamed on the file."""
     try:
         return {"answer": function(*arguments)}
     except RuntimeCrashError as failure:

@@ -28,7 +28,7 @@ def refuse_unreadable(file: ModelFile, how: RuntimeChoice) -> None:
     """Reads a file's header in a guarded process: a damaged file is refused before the original is run.
 
     Raises:
-        InputError: the header cannot be read. (If reading it kills the process, :func:`measured` tells so.)
+        InputError: the header cannot be read. (If reading it kills the process, :func:`measured` reports that.)
     """
     with suppress(RuntimeCrashError):
         run_guarded(file, Limits.of_file(file, on_gpu=file.may_use_gpu(how)), _read_header, file)
@@ -51,7 +51,7 @@ def measured(
     Args:
         file: the file to measure.
         reference: the reference to measure it against.
-        published: the folder and report that it is from, if one of our runs wrote it.
+        published: the folder and report that it comes from, if one of our runs wrote it.
         how: the settings of its runtime.
         require: thresholds by name.
         limits: the limits of the process; None: those for a file of its size.
@@ -87,7 +87,7 @@ def measured(
 def _seen(
     file: ModelFile, reference: StoredReference, published: _Published | None, limits: Limits
 ) -> tuple[list[Check], list[str]]:
-    """Compares settings and tokenizer of a file that cannot run, because they may say why."""
+    """Compares settings and tokenizer of a file that cannot run, because they may show why."""
     try:
         found = run_guarded(file, limits, _describe, file, reference, published)
     except MoeExportError:

@@ -40,14 +40,14 @@ class Reference:
     chunks_BT: npt.NDArray[np.int64]
     log_probs: LogitsFile
     text_sha256: str | None = None  # None if only its tokens are known
-    routing: RoutingRecord | None = None  # None if somebody else wrote its log-probabilities, or it shows none
+    routing: RoutingRecord | None = None  # None if another program wrote its log-probabilities, or it shows none
     n_experts: int | None = None  # None if it is not known
     vocabulary: Vocabulary | None = None  # None if only its size is known
     source: Source | None = None  # its weights
 
     @property
     def n_layers(self) -> int | None:
-        """None without routing."""
+        """The number of layers; None without routing."""
         return None if self.routing is None else len(self.routing.experts_LTK)
 
 
@@ -58,7 +58,7 @@ class StoredReference:
     name: str
     runtime: str
     logits: Path
-    n_tokens: int  # of a chunk
+    n_tokens: int  # the length of a chunk
     text_sha256: str | None = None
     routing: Path | None = None
     n_experts: int | None = None
@@ -67,7 +67,7 @@ class StoredReference:
     seconds_per_chunk: float = 0.0  # 0 if nobody knows
 
     def open(self) -> Reference:
-        """Opens it; a vocabulary of somebody's file among it, so that this is for a guarded process.
+        """Opens the reference. It may open another program's file for its vocabulary: use a guarded process.
 
         Raises:
             InputError: a file was changed or removed meanwhile.
@@ -144,7 +144,7 @@ def _run_file(
 ) -> dict[str, Any]:
     """Runs in a guarded process, for :func:`against_file`; returns parts of a :class:`StoredReference`."""
     torch.set_num_threads(how.threads)
-    n_experts = file.facts.n_experts  # first: our reader says more of a bad header than llama.cpp does
+    n_experts = file.facts.n_experts  # first: our reader explains a bad header better than llama.cpp does
     vocabulary = file.vocabulary()
     if vocabulary is None:
         raise InputError(f"--against: {file.path} has no tokenizer beside it; put tokenizer.json there")

@@ -1,4 +1,4 @@
-"""``moe-export validate``: do these files still work? Ours, or anybody's of the same model."""
+"""``moe-export validate``: checks whether files still work, ours or anybody's of the same model."""
 
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ def revalidate(
         against: the original: a checkpoint's folder or hub id, or another file. None: the model that our report names.
         text: held-out text; None for the bundled one.
         reference_logits: a logits file of llama-perplexity that stands for the original and its text.
-        save_reference_logits: where to write such a file of the original, for llama-perplexity and later runs.
-        threads: of torch and the runtimes; None for all processors.
+        save_reference_logits: the path for such a file of the original, for llama-perplexity and later runs.
+        threads: threads of torch and the runtimes; None for all processors.
         gpu_layers: layers that llama.cpp puts on a GPU.
-        providers: ``cpu`` or ``cuda``: ONNX Runtime's.
+        providers: ``cpu`` or ``cuda``, for ONNX Runtime.
         require: thresholds ``NAME=VALUE``.
 
     Returns:
         The report of validation as plain data; docs/validation.md describes it.
 
     Raises:
-        InputError: a file is damaged, of another vocabulary, or not what it is said to be.
+        InputError: a file is damaged, has another vocabulary, or is not of the kind that its name says.
         MissingGpuError: the installed runtime has no GPU, and one is asked for.
     """
     if reference_logits is not None:
@@ -95,7 +95,7 @@ def revalidate(
 
 
 def _refuse_beside_logits(*flags: object) -> None:
-    """Refuses flags that say what a logits file says already: the original and its text."""
+    """Refuses flags for the original and its text, which a logits file already contains."""
     if any(flags):
         raise InputError(
             "--reference-logits holds original and text: leave out --against, --text and --save-reference-logits"
@@ -119,7 +119,7 @@ def _result(reference: StoredReference, rows: list[dict[str, Any]], checks: list
 
 
 def _without_reference(name: str, death: str, checks: list[Check]) -> dict[str, Any]:
-    """The result if the runtime of the ``--against`` file died of it."""
+    """The result if the ``--against`` file killed its runtime."""
     about = {"reference": {"name": name, "runtime": "unknown"}, "perplexity_teacher": None}
     return _verdict(about, [], [*checks, Check.at_least("reference.runs", 0, 1)], [f"--against: {name}: {death}"])
 

@@ -18,7 +18,7 @@ _RUNTIMES = {"torch": "torch", "llama.cpp": "llama.cpp", "onnxruntime": "ONNX Ru
 
 
 def revalidation_table(result: Mapping[str, Any]) -> RenderableType:
-    """The figures with their intervals, then what is to be said of each file, then the verdict."""
+    """Makes the output: the figures with their intervals, then notes on each file, then the verdict."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for heading in ("", "Perplexity", "Mean divergence,\nnats", "Same top\ntoken", "Routing as in\nthe original"):
         table.add_column(heading, justify="right" if heading else "left")

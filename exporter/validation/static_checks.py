@@ -52,10 +52,10 @@ class StaticFindings:
 
 
 def expected_spec(file: ModelFile, source: ModelSpec) -> ModelSpec | None:
-    """Returns the shape that a file should have: the original's, with as many experts and layers as the file has.
+    """Returns the model that a file should hold: the original, with as many experts and layers as the file has.
 
     Returns:
-        None if the file has no experts, because nothing says how wide its feed-forward should be.
+        None if the file has no experts, because the right width of its feed-forward is not known.
 
     Raises:
         InputError: the file cannot be read.
@@ -63,7 +63,7 @@ def expected_spec(file: ModelFile, source: ModelSpec) -> ModelSpec | None:
     facts = file.facts
     n_layers, n_experts = facts.n_layers, facts.n_experts
     gguf = GgufFile(file.path) if file.format == "gguf" else None
-    if gguf is not None and "split.count" not in gguf.metadata:  # by its tensors: what it says of them may be wrong
+    if gguf is not None and "split.count" not in gguf.metadata:  # by its tensors: its metadata may be wrong
         layers = [int(name.split(".")[1]) for name in gguf.tensors if re.match(r"blk\.\d+\.", name)]
         n_layers = max(layers, default=-1) + 1
         n_experts = max((_experts_in(gguf, source, layer) for layer in range(n_layers)), default=0)
@@ -90,7 +90,7 @@ def check_description(
     Args:
         file: the file.
         source: the original.
-        spec: the shape of the model that the file should hold; with None its settings are not compared.
+        spec: the model that the file should hold; with None its settings are not compared.
         chunks_BT: tokens of held-out text.
 
     Raises:
@@ -156,7 +156,7 @@ def check_weights(file: ModelFile, original: Student, trained: frozenset[Role] =
 
     Args:
         file: the file.
-        original: the student that has them.
+        original: the student with these weights.
         trained: roles whose weights recovery trained further, so that they need not be equal.
 
     Raises:
@@ -164,9 +164,9 @@ def check_weights(file: ModelFile, original: Student, trained: frozenset[Role] =
     """
     findings = StaticFindings()
     n_tokens = file.facts.vocab_size
-    shape = original.spec if n_tokens is None else replace(original.spec, vocab_size=n_tokens)
+    spec = original.spec if n_tokens is None else replace(original.spec, vocab_size=n_tokens)
     try:
-        weights = file.weights(shape)
+        weights = file.weights(spec)
     except InputError as error:
         findings.notes.append(f"weights were not compared with the original's ({error})")
         return findings
@@ -174,9 +174,9 @@ def check_weights(file: ModelFile, original: Student, trained: frozenset[Role] =
         original,
         original.as_written(weights),
         weights.stored_type,
-        n_tokens=min(shape.vocab_size, original.spec.vocab_size),
+        n_tokens=min(spec.vocab_size, original.spec.vocab_size),
     )
-    # what training made of a tensor is not known: only what certainly is wrong counts
+    # training changed these tensors in an unknown way: only certain faults count
     certain = (Fault.ZERO, Fault.HOLDS_ANOTHER)
     damage = [
         entry

@@ -27,7 +27,7 @@ from validate.tasks.tasks import check_tasks, run_tasks
 __all__ = ["task_failures", "task_results", "tasks_table"]
 
 _LONGEST_TEXT = 2048
-"""Tokens that a task's text may have; longer ones lose their beginning, in every model alike."""
+"""The most tokens of a task's text; longer ones lose their beginning, in every model alike."""
 _RUNTIMES = {"gguf": "llama.cpp", "onnx": "onnxruntime"}
 
 
@@ -40,12 +40,12 @@ def task_results(
         out: a folder that a run published.
         tasks: a task's YAML file, or a folder of such files.
         against: the original model; None for the one that the report names.
-        threads: of torch and the runtimes; None for all processors.
+        threads: threads of torch and the runtimes; None for all processors.
         gpu_layers: layers that llama.cpp puts on a GPU.
 
     Returns:
-        For the original and each file: ``artifact``, ``runtime``, by task the harness's metrics, and as ``error`` how
-        a runtime died of a file, which then has no tasks.
+        For the original and each file: ``artifact``, ``runtime``, the harness's metrics by task, and ``error`` if the
+        runtime died of a file, which then has no tasks.
 
     Raises:
         InputError: the extra is missing, a task cannot be loaded, or the folder is not one of ours.
@@ -92,7 +92,7 @@ def _run_file(
 
 
 def tasks_table(results: list[dict[str, Any]]) -> Table:
-    """The results for a terminal: models that ran in columns, metrics in rows; standard errors behind ±."""
+    """The results for a terminal: models that ran in columns, metrics in rows, with standard errors after ±."""
     results = [result for result in results if result["error"] is None]
     table = Table("task", *(facts.row_name(result) for result in results), title="tasks")
     first, *_ = results

@@ -1,4 +1,4 @@
-"""One file of ``moe-export validate``: the expectations of it, its figures, its checks, and its faults."""
+"""One file of ``moe-export validate``: its expected properties, figures, checks, and faults."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from validate.vocabulary.vocabulary import FirstTokens, FirstTokensOf, check_pad
 
 __all__ = ["Expectation", "describe_file", "validate_file"]
 
-_SAME_TEXT_TOLERANCE = 0.001  # of perplexity, on the text that the report was made with
-_SAME_ROUTING_TOLERANCE = 0.01  # of the overlap; other threads decide other ties
+_SAME_TEXT_TOLERANCE = 0.001  # relative, of perplexity on the report's own text
+_SAME_ROUTING_TOLERANCE = 0.01  # of the overlap; other threads break ties differently
 
 
 @dataclass(frozen=True)
 class Expectation:
     """The properties that a file is expected to have."""
 
-    experts: ExpertMap | None  # what it kept of the reference; None: not known
+    experts: ExpertMap | None  # the reference's experts that it kept; None: not known
     is_whole: bool  # the original was quantized and nothing else
-    original: Student | None  # whose weights it should hold; None: not known
-    trained: frozenset[Role] = frozenset()  # whose weights went on from the original's
+    original: Student | None  # the student whose weights it should hold; None: not known
+    trained: frozenset[Role] = frozenset()  # roles whose weights were trained further
     spec: ModelSpec | None = None  # None: as many experts and layers as it has
     reported: Mapping[str, Any] | None = None  # our report on it
     notes: tuple[str, ...] = ()
@@ -98,7 +98,7 @@ def _keeps_everything(experts: ExpertMap, source: Mapping[str, Any]) -> bool:
 
 
 def _trained_roles(report: Mapping[str, Any], is_saved: bool, spec: ModelSpec) -> frozenset[Role]:
-    """Roles that recovery changed; with a saved student, only those changed after writing, which it does not have."""
+    """Roles that recovery changed; if the student is saved, only those changed after it was written."""
     scopes = [str(rung["rung"]) for rung in report["recovery"] if rung.get("accepted")]
     if is_saved:
         scopes = [scope for scope in scopes if is_after_quantizing(scope)]
@@ -126,7 +126,7 @@ def validate_file(
     backend = file.open(how, reference.chunks_BT.shape[1])
     runtime, version = backend.runtime, backend.version
     evaluation, notes = _evaluate(file, backend, reference)
-    del backend  # before it is measured, and its weights are read by us
+    del backend  # before it is measured, and we read its weights
     context = max(reference.chunks_BT.shape[1], LEAST_CONTEXT)
     cost = file.measure(how, reference.chunks_BT[0], context)
     agreement = _agreement(reference, evaluation, expectation)
@@ -219,8 +219,8 @@ def describe_file(file: ModelFile, reference: Reference, expectation: Expectatio
     source = reference.source
     if source is None:
         return None
-    shape = expectation.spec or expected_spec(file, source.spec)
-    return check_description(file, source, shape, reference.chunks_BT)
+    spec = expectation.spec or expected_spec(file, source.spec)
+    return check_description(file, source, spec, reference.chunks_BT)
 
 
 def _checks(

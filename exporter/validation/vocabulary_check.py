@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["vocabulary_deviations"]
 
-_SHOWN = 3  # texts or tokens of one sentence
+_SHOWN = 3  # texts or tokens that one sentence names
 _Rewriting = Callable[[str], str]
 _Tokens = Mapping[str, tuple[int, ...]]  # by text
 
@@ -39,13 +39,13 @@ def vocabulary_deviations(folder: Path, spec: ModelSpec, name: str) -> Iterator[
     """Yields a sentence for each kind of difference that no GGUF file can avoid.
 
     Args:
-        folder: the checkpoint's.
-        spec: the checkpoint's.
+        folder: the checkpoint's folder.
+        spec: the checkpoint's model.
         name: the name of the model in the file; llama.cpp treats some models by their name.
 
     Raises:
         InputError: the tokenizer is missing or damaged.
-        UnsupportedError: llama.cpp cannot read it, or cuts ordinary text otherwise; the message shows which.
+        UnsupportedError: llama.cpp cannot read it, or cuts ordinary text differently; the message shows which.
     """
     vocabulary = vocabulary_metadata(folder, spec.vocab_size)
     tokenizer = load_tokenizer(folder)
@@ -117,24 +117,24 @@ def _rewritings(tokenizer: Mapping[str, Any]) -> Mapping[str, _Rewriting]:
 
 
 def _is_close(tokenizer: Mapping[str, Any], folder: Path) -> bool:
-    """Whether llama.cpp has the pre-tokenizer only nearly."""
+    """True if llama.cpp has only nearly the same pre-tokenizer."""
     return is_byte_level(tokenizer) and pre_tokenizer_name(tokenizer, folder) in CLOSE_PRE_TOKENIZERS
 
 
 @dataclass(frozen=True)
 class _Judge:
-    """Finds out why a text is cut otherwise, and refuses what nothing explains."""
+    """Finds the reason why a text is cut differently, and refuses the model if there is none."""
 
     folder: Path
     rewritings: Mapping[str, _Rewriting]
     marks: Collection[str]  # texts of special tokens, of either side
-    is_close: bool  # the pre-tokenizer is not quite the tokenizer's
+    is_close: bool  # the pre-tokenizer is only nearly the tokenizer's
 
     def sentences(self, expected: Iterable[tuple[str, tuple[int, ...]]], found: _Tokens, around: str) -> Iterator[str]:
         """Yields a sentence for each reason, with some of its texts; ``around`` is one, for texts with special tokens.
 
         Raises:
-            UnsupportedError: ordinary text is cut otherwise.
+            UnsupportedError: ordinary text is cut differently.
         """
         by_reason: dict[str, list[str]] = {}
         for text, tokens in expected:
@@ -146,7 +146,7 @@ class _Judge:
             yield f"llama.cpp cuts text {reason} otherwise, such as {shown}"
 
     def _form(self, text: str) -> str:
-        """A text without what tells its special tokens apart."""
+        """A text without the parts that distinguish its special tokens."""
         for mark in self.marks:
             text = text.replace(mark, "")
         return text

@@ -1,1 +1,1 @@
-"""The work folder: finished and unfinished stages, what a stage is given to run, and what lets a killed run go on."""
+"""The work folder: finished and unfinished stages, the inputs of a stage, and the state that a killed run resumes."""

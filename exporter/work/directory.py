@@ -1,9 +1,9 @@
-"""The work folder: one folder per finished stage, so that a killed run goes on where it stopped.
+"""The work folder: one folder per finished stage, so that a killed run can continue.
 
 A stage writes into ``STAGE.partial``; when it is done, that folder is flushed to disk and renamed to ``STAGE`` in one
 step, so a stage is finished or absent. ``stage.json`` in it holds a fingerprint of everything that the outputs depend
 on; a stage whose fingerprint changed is done again, and so is everything after it. ``STAGE.partial`` of a killed run
-carries the same fingerprint in ``stage.fingerprint``: an attempt with an equal one finds there what the last one left.
+carries the same fingerprint in ``stage.fingerprint``: an attempt with an equal one continues with these files.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = ["Reads", "StageRecord", "UndeclaredFileError", "WorkDirectory", "excl
 Reads = frozenset[tuple[str, StageFile]]
 """Files that a stage reads, each with the name of the stage that writes it."""
 
-_STAGE_ENDS_WITHIN = 20  # seconds; it looks for its parent far more often, if the system is not thrashing
+_STAGE_ENDS_WITHIN = 20  # seconds; a stage checks for its parent far more often, unless the system is thrashing
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class UndeclaredFileError(LookupError):
 
 
 class WorkDirectory:
-    """A folder that belongs to one job, or a part of it: one of several budgets, or what the search found for one.
+    """A folder that belongs to one job, or to a part of it: one of several budgets, or a result of its search.
 
     Args:
-        folder: the place.
-        whole: the work that this is a part of.
-        shared: the stages that all parts of the whole have in common; they lie in its folder.
+        folder: the folder.
+        whole: the work that contains this part.
+        shared: the stages that all parts of the whole share; they lie in its folder.
         reads: the files that may be opened; None: all.
     """
 
@@ -83,7 +83,7 @@ class WorkDirectory:
         return WorkDirectory(self.folder, self._whole, self._shared, reads)
 
     def part(self, name: str, shared: frozenset[str]) -> WorkDirectory:
-        """A part of this work; its folder is made with the first stage that writes there."""
+        """A part of this work; its folder is created with the first stage that writes there."""
         return self.within(self.folder / name, shared)
 
     def within(self, folder: Path, shared: frozenset[str]) -> WorkDirectory:
@@ -103,7 +103,7 @@ class WorkDirectory:
 
     @property
     def root(self) -> WorkDirectory:
-        """The whole that this is a part of, or itself."""
+        """The whole work that contains this part, or itself."""
         return self if self._whole is None else self._whole.root
 
     @property
@@ -120,7 +120,7 @@ class WorkDirectory:
         """The plan that is kept here.
 
         Raises:
-            InputError: it is damaged.
+            InputError: the file is damaged.
         """
         try:
             return Plan.load(self.plan_path)
@@ -131,7 +131,7 @@ class WorkDirectory:
         """The state of the checkpoint that the run began with.
 
         Raises:
-            InputError: it is damaged.
+            InputError: the file is damaged.
         """
         state = SourceState.load(self.source_path)
         if state is None:
@@ -142,7 +142,7 @@ class WorkDirectory:
         """A file of a finished stage; ``values`` fill the braces in its name.
 
         Raises:
-            UndeclaredFileError: it may not be opened.
+            UndeclaredFileError: the file may not be opened.
         """
         self._check(stage, file)
         return file.within(self.place(stage) / stage, **values)
@@ -151,7 +151,7 @@ class WorkDirectory:
         """The files of a finished stage, whatever stands for the braces in their name, in the order of names.
 
         Raises:
-            UndeclaredFileError: they may not be opened.
+            UndeclaredFileError: the files may not be opened.
         """
         self._check(stage, file)
         return file.all_within(self.place(stage) / stage)
@@ -214,7 +214,7 @@ class WorkDirectory:
         return (self.folder / JOB).exists()
 
     def claim(self, job: Mapping[str, Any]) -> None:
-        """Makes the folder this job's, or checks that it is.
+        """Claims the folder for this job, or checks that it has.
 
         Raises:
             InputError: the folder belongs to another job.
@@ -268,7 +268,7 @@ class WorkDirectory:
     def begin(self, name: str, fingerprint: str, *, resumes: bool = True) -> Path:
         """The folder for a stage to write into: empty, or as a killed attempt with the same fingerprint left it.
 
-        That attempt had the same inputs, so a stage that ``resumes`` goes on with what is there.
+        That attempt had the same inputs, so a stage that ``resumes`` continues with its files.
         """
         _remove(self.stage(name))
         partial = self.partial(name)
@@ -294,10 +294,10 @@ class WorkDirectory:
 
 @contextmanager
 def exclusive(path: Path, busy: str, *, timeout: float = 0) -> Iterator[None]:
-    """Holds a lock file; the system lets it go when the process ends, however it ends.
+    """Holds a lock file; the system releases it when the process ends, for whatever reason.
 
     Raises:
-        InputError: with the message ``busy``, another process holds it for longer than ``timeout`` seconds.
+        InputError: another process holds it for longer than ``timeout`` seconds; the message is ``busy``.
     """
     try:
         held = FileLock(path).acquire(timeout=timeout)
@@ -310,10 +310,10 @@ def exclusive(path: Path, busy: str, *, timeout: float = 0) -> Iterator[None]:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder and those above it.
+    """Creates a folder and those above it.
 
     Raises:
-        InputError: it cannot be made.
+        InputError: it cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

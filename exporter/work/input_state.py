@@ -1,7 +1,7 @@
 """Checks that the inputs are still those that a run began with.
 
-Of the checkpoint it compares sizes, times of modification and headers, and reads no weight; of the texts, the SHA-256
-of all three splits.
+It compares the checkpoint's sizes, times of modification and headers, and reads no weight; and the SHA-256 of all three
+splits of the texts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from exporter.writing.files import write_atomically
 __all__ = ["Change", "FileState", "SourceState", "refuse_changed_texts"]
 
 _READ_BY_NAME = frozenset({*JSON_FILES, *TEXT_FILES})
-"""They decide what is written as soon as they are there."""
+"""Files that change the result as soon as they exist."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class SourceState:
             return None
 
     def change_to(self, now: SourceState) -> Change | None:
-        """Says what is different now; None if nothing is. New files are no change, unless they would be read."""
+        """Says what is different now; None if nothing is. New files only count if they would be read."""
         for name, file in self.files.items():
             if name not in now.files:
                 return Change(f"{name} is gone", touched_only=False)
@@ -143,6 +143,6 @@ def _digest(path: Path) -> str:
     with path.open("rb") as file:
         if not _is_weights(path.name):
             return hashlib.file_digest(file, "sha256").hexdigest()
-        length = file.read(8)  # of the JSON that follows; in a damaged file it may be any number
+        length = file.read(8)  # the length of the JSON that follows; in a damaged file it may be any number
         header = file.read(min(int.from_bytes(length, "little"), LARGEST_HEADER))
         return hashlib.sha256(length + header).hexdigest()

@@ -1,4 +1,4 @@
-"""Keeps on disk now and then how far a long stage is, so that a killed run goes on from there.
+"""Saves the progress of a long stage now and then, so that a killed run continues from there.
 
 A snapshot is a folder that is complete or absent: it is written beside its place, hashed, flushed and renamed. One that
 does not match its hashes counts as absent.
@@ -38,7 +38,7 @@ class Snapshot:
         """Replaces the snapshot if it is time.
 
         Args:
-            position: how far the stage is, such as layers or steps done.
+            position: the progress, such as layers or steps done.
             write: writes files into the folder that it is given; every process of a group writes its own.
         """
         due = torch.tensor(time.monotonic() - self._last >= self._pause, dtype=torch.int32)
@@ -70,7 +70,7 @@ class Snapshot:
         return (position, self._folder) if whole else None
 
     def remove(self) -> None:
-        """The stage is done: nothing of it is needed any more."""
+        """Removes the snapshot of a finished stage."""
         if is_first():
             shutil.rmtree(self._folder, ignore_errors=True)
 

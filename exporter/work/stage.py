@@ -1,7 +1,7 @@
-"""A stage, as it declares itself, and what it is given to run.
+"""A stage, as it declares itself, and its inputs.
 
 A stage opens the files that it declares and no others: its work folder refuses everything else, in every run. So the
-order of stages, and what is done again after a change, follow from the declarations (:mod:`exporter.stages.table`).
+declarations (:mod:`exporter.stages.table`) decide the order of stages, and which are repeated after a change.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ class Stage:
     """
 
     name: str
-    module: str  # below exporter.stages
+    module: str  # its module below exporter.stages
     version: int
-    what: str  # for the person who waits
+    what: str  # its description for the user
     reads: Reads = frozenset()
     writes: tuple[StageFile, ...] = ()
     rewrites: Reads = frozenset()  # files of other stages that it changes
     choices: tuple[str, ...] = ()  # parts of the recipe that its outputs depend on
-    resumes: bool = False  # it goes on with the files that a killed attempt left
+    resumes: bool = False  # it continues with the files of a killed attempt
     shared: bool = False  # all processes of a team take part
-    crash_is_a_finding: bool = False  # it runs somebody else's runtime, whose death is a result
+    crash_is_a_finding: bool = False  # it runs an external runtime, whose death is a result
 
     def depends_on(self, other: Stage) -> bool:
         """True if the other one writes or changes a file that this one reads."""
@@ -85,5 +85,5 @@ class StageContext:
 
 
 def files_of(stage: str, *files: StageFile) -> Reads:
-    """The declaration that these files of a stage are read."""
+    """Declares that these files of a stage are read."""
     return frozenset((stage, file) for file in files)

@@ -1,7 +1,7 @@
 """Error feedback for every matrix of a student, from the second moments of its inputs; both writers use it.
 
-Sums are made a layer at a time, when the first matrix of the layer is asked for, so layers are best taken in order.
-An expert's sums are made in the thread that quantizes the expert.
+Sums are computed a layer at a time, when the first matrix of the layer is asked for, so layers are best taken in order.
+An expert's sums are computed in the thread that quantizes the expert.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ExpertFeedback:
         self._inputs = inputs
 
     def gate_up(self, expert: int) -> Feedback:
-        """The feedback of gate and up, whose inputs are rows like all of the layer's."""
+        """The feedback of gate and up, whose inputs are rows of the layer's inputs."""
         moments = self._inputs.gate_up(expert)
         return Feedback.of(conditioned(moments.mean_NN, moments.n_tokens, self._inputs.all_tokens.mean_NN))
 
@@ -57,7 +57,7 @@ class StudentFeedback:
     Args:
         moments: the student's second moments.
         tied: True if the embedding is the head.
-        gradient: the embedding's; without it a tied embedding is treated as a head, any other gets no feedback.
+        gradient: the embedding's; with None, a tied embedding is treated as a head, any other gets no feedback.
     """
 
     def __init__(self, moments: SecondMoments, *, tied: bool, gradient: EmbeddingGradient | None = None) -> None:
@@ -68,7 +68,7 @@ class StudentFeedback:
         self._layer: tuple[int, LayerMoments] | None = None
 
     def matrix(self, role: Role, layer: int | None) -> Feedback | None:
-        """The feedback of a matrix that is no expert's; None if nothing is known of its inputs.
+        """The feedback of a matrix outside of experts; None if nothing is known about its inputs.
 
         Raises:
             InputError: the stored inputs, or weights, cannot be read, or give values that are not finite.
@@ -124,7 +124,7 @@ def least_feedback_bytes(spec: ModelSpec) -> int:
     return _shared_bytes(spec) + _thread_bytes(spec)
 
 
-_ARRAYS = 8  # of the moments' size that are alive at once while they are factored
+_ARRAYS = 8  # arrays of the moments' size that are alive at once while they are factored
 _ACTIVATIONS = 16  # arrays of the widest input's size in a run of a layer without its experts
 
 
@@ -149,5 +149,5 @@ def _sums_bytes(spec: ModelSpec) -> int:
 
 
 def _input_widths(layer: LayerSpec) -> list[int]:
-    """The widths of the inputs of a layer's matrices: of those that are no expert's, and of what all experts get."""
+    """The widths of the inputs of a layer's matrices outside of experts, and of the experts' common input."""
     return [*input_sizes(layer).values(), layer.hidden_size]

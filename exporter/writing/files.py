@@ -37,12 +37,12 @@ _ADVICE = {
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file, open for writing and reading, that takes ``path``'s place once it is whole and on the disk.
+    """Opens a file for writing and reading that replaces ``path`` once it is complete and on the disk.
 
-    On an error nothing is left of it, and what was at ``path`` stays as it was.
+    On an error it is removed, and ``path`` stays as it was.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: the file cannot be written.
     """
     try:
         with _replacing(path) as file:
@@ -55,17 +55,17 @@ def write_atomically(path: Path, text: str) -> None:
     """Writes a small text file so that it is complete or absent.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: the file cannot be written.
     """
     with replacing(path) as file:
         file.write(text.encode("utf-8"))
 
 
 def write_note(path: Path, text: str) -> None:
-    """The same for a file that belongs to another, whose writer says what failed.
+    """Does the same for a file that belongs to another, whose writer reports failures.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     with _replacing(path) as file:
         file.write(text.encode("utf-8"))
@@ -89,7 +89,7 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
     """Gives a place beside ``path`` to write to; its content replaces ``path`` at the end.
 
     Raises:
-        InputError: it cannot be put there.
+        InputError: ``path`` cannot be replaced.
     """
     partial = path.with_name(f"{path.name}.partial")
     try:
@@ -104,7 +104,7 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
 
 
 def check_free_space(folder: Path, n_bytes: int) -> None:
-    """Refuses to begin what cannot end.
+    """Refuses to begin writing without enough space.
 
     Raises:
         InputError: the folder is missing, or has less than ``n_bytes`` free.
@@ -122,10 +122,10 @@ def not_written(path: Path, error: OSError, n_bytes_left: int | None = None, *, 
     """Makes the error for a file that could not be written.
 
     Args:
-        path: of the file, or of the folder that it was for.
-        error: the system's.
+        path: the file, or its folder.
+        error: the system's error.
         n_bytes_left: the bytes of the file that are still to be written, if known.
-        goes_on: whether the same command goes on with the work of this one.
+        goes_on: True if the same command would continue the work of this one.
     """
     advice, reason = _ADVICE.get(error.errno or 0), error.strerror or str(error) or type(error).__name__
     if advice is None:
@@ -143,12 +143,12 @@ def not_written(path: Path, error: OSError, n_bytes_left: int | None = None, *, 
 def storage_error(error: Exception, place: Path, *, goes_on: bool = True) -> InputError | None:
     """Makes the error for a file that could not be written or read; None if ``error`` is about something else.
 
-    Libraries written in Rust put the system's error into their message; NumPy says no more than that bytes are left.
+    Libraries written in Rust put the system's error into their message; NumPy only says that bytes are left.
 
     Args:
-        error: of the system or a library.
-        place: the folder that was written to, should the error not name the file.
-        goes_on: whether the same command goes on with the work of this one.
+        error: an error of the system or a library.
+        place: the folder that was written to, in case the error does not name the file.
+        goes_on: True if the same command would continue the work of this one.
     """
     if isinstance(error, OSError):
         path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else place

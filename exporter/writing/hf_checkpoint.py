@@ -27,7 +27,7 @@ __all__ = ["write_checkpoint"]
 
 _COPIED = ("tokenizer*", "*.jinja", "generation_config.json", "LICENSE*")
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-"""As safetensors calls them, in the order in which it stores them."""
+"""safetensors' names, in the order in which it stores tensors."""
 
 
 def write_checkpoint(
@@ -36,16 +36,16 @@ def write_checkpoint(
     """Writes the student, a few tensors or slices at a time; ``config.json`` comes last.
 
     Args:
-        student: what to write; experts get the student's numbers and one tensor per projection, as on the hub. A
+        student: the model to write; experts get its numbers and one tensor per projection, as on the hub. A
             dense one becomes a checkpoint of the family's dense counterpart.
-        folder: is made.
-        resume: go on with what an attempt for the same student left in ``folder``, and leave what is written there
+        folder: the folder, which is created.
+        resume: continue the files that an attempt for the same student left in ``folder``, and leave them there
             if this one fails. Without it the folder must not exist.
         progress: called with 1 after each layer.
 
     Raises:
         InputError: a tensor cannot be read, or the disk is full.
-        UnsupportedError: its layers differ.
+        UnsupportedError: the student's layers differ.
     """
     refuse_unless_held(student.spec, Container.STUDENT)
     folder.mkdir(parents=True, exist_ok=resume)
@@ -74,7 +74,7 @@ class _Tensor:
         name: its name.
         shape: its shape.
         dtype: the dtype of its values.
-        sources: the tensors of the student that it is made of, one after another.
+        sources: the tensors of the student that it consists of, one after another.
     """
 
     name: str
@@ -133,7 +133,7 @@ def _outside_of_layers(student: Student) -> list[_Tensor]:
 
 
 def _layer(student: Student, layer: int) -> Iterator[_Tensor]:
-    """The layer's tensors: those of no expert, then each expert's."""
+    """The layer's tensors: first those outside of experts, then each expert's."""
     written = student.spec.written.layers[layer]
     for tensor in written.shared_tensors:
         if not student.spec.tensor(tensor.role, layer).is_per_expert:
@@ -147,7 +147,7 @@ def _layer(student: Student, layer: int) -> Iterator[_Tensor]:
 
 
 def _fused(student: Student, layer: int) -> Iterator[_Tensor]:
-    """The tensors that hold all experts of a layer, where no checkpoint holds each by itself."""
+    """The tensors that hold all experts of a layer, in families whose checkpoints never hold each by itself."""
     of_layer = student.spec.written.layers[layer]
     by_name: dict[str, list[TensorSpec]] = {}
     for tensor in of_layer.expert_tensors:
@@ -168,14 +168,14 @@ def _layout(tensor: TensorSpec) -> Fused:
 
 
 def _tensor(student: Student, tensor: TensorSpec, layer: int | None = None, expert: int | None = None) -> _Tensor:
-    """A tensor as files name it; of a dense counterpart it is the only expert's."""
+    """A tensor under its name in files; for a dense counterpart it is the only expert's."""
     shape, dtype = student.spec.written.dimensions(tensor.role, layer), student.dtype(tensor.role, layer, expert)
     source = _Source(tensor.role, layer, expert, shape)
     return _Tensor(tensor.name.format(layer=layer, expert=expert), shape, dtype, (source,))
 
 
 def _write_file(student: Student, tensors: Sequence[_Tensor], path: Path, *, resume: bool) -> None:
-    """Writes what ``safetensors.torch.save_file`` would, without holding more than a few slices."""
+    """Writes the same file as ``safetensors.torch.save_file``, without holding more than a few slices."""
     order = list(_DTYPE_NAMES)
     stored = sorted(tensors, key=lambda tensor: (order.index(tensor.dtype), tensor.name))
     header = _header(stored)

@@ -1,7 +1,7 @@
 """Makes a large file's pieces in parallel and writes them in order, each once.
 
-One thread reads ahead and writes; the others quantize, which is where the time goes. What waits for its turn is
-bounded, so memory depends on the largest piece and the number of threads, not on the file.
+One thread reads ahead and writes; the others quantize, which takes most of the time. The output that waits is bounded,
+so memory depends on the largest piece and the number of threads, not on the file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from exporter.writing.resumable import Extent, Part, ResumableFile
 
 __all__ = ["MatrixRows", "Piece", "row_slices", "whole_experts", "write_pieces"]
 
-_PIECE_VALUES = 4 << 20  # about what an expert has
+_PIECE_VALUES = 4 << 20  # about as many as an expert has
 _AHEAD_BYTES = 64 << 20  # output that may wait for its turn, beyond one piece for each thread
 
 
@@ -26,7 +26,7 @@ _AHEAD_BYTES = 64 << 20  # output that may wait for its turn, beyond one piece f
 class Piece(Extent):
     """A part of a file that is read, made and written as one."""
 
-    read: Callable[[], Callable[[], Sequence[Part]]]  # reads the weights; what it returns quantizes them, in a thread
+    read: Callable[[], Callable[[], Sequence[Part]]]  # reads the weights; its result quantizes them, in a thread
 
 
 class MatrixRows(Protocol):
@@ -45,9 +45,9 @@ _Rows = TypeVar("_Rows", bound=MatrixRows)
 
 
 def whole_experts(all_rows: Iterable[_Rows]) -> Iterator[tuple[_Rows, ...]]:
-    """Reorders a file's rows within each layer: first those of no expert, one by one, then each expert's together.
+    """Reorders a file's rows in each layer: first those outside of experts, one by one, then each expert's together.
 
-    Error feedback makes the matrices of an expert together, because they share the moments of their inputs.
+    Error feedback quantizes the matrices of an expert together, because they share the moments of their inputs.
     """
     for _, of_layer in groupby(all_rows, key=lambda rows: rows.layer):
         experts: dict[int, tuple[_Rows, ...]] = {}
@@ -60,7 +60,7 @@ def whole_experts(all_rows: Iterable[_Rows]) -> Iterator[tuple[_Rows, ...]]:
 
 
 def row_slices(n_rows: int, row_length: int, multiple: int = 1) -> list[slice]:
-    """Cuts a large matrix into slices of a multiple of so many rows; the last one takes what is left."""
+    """Cuts a large matrix into slices of a multiple of ``multiple`` rows; the last one takes the rest."""
     step = max(1, _PIECE_VALUES // (row_length * multiple)) * multiple
     return [slice(first, min(first + step, n_rows)) for first in range(0, n_rows, step)]
 
@@ -75,14 +75,14 @@ def write_pieces(
     """Writes the pieces that the file lacks; the bytes do not depend on ``threads``.
 
     Args:
-        file: open, and for these pieces.
+        file: the open file, for these pieces.
         pieces: all of them, whether or not an earlier attempt has written some.
         threads: pieces that are made at a time.
         progress: called with bytes of finished pieces: those of an earlier attempt, then one piece at a time.
 
     Raises:
         InputError: a weight is not finite or cannot be read.
-        OSError: the file cannot be written; :func:`~exporter.writing.resumable.resuming` says it in words.
+        OSError: the file cannot be written; :func:`~exporter.writing.resumable.resuming` turns it into a message.
     """
     report = progress or (lambda n_bytes: None)
     report(sum(piece.n_bytes for piece in pieces[: file.n_pieces]))

@@ -1,8 +1,8 @@
-"""A large file, written piece by piece, that a killed attempt leaves in a state to go on from.
+"""A large file, written piece by piece, that can be continued after an attempt was killed.
 
-The pieces go into ``NAME.partial``, in an order that never changes. Now and then what was written is flushed to disk,
-and then, never before, ``NAME.journal`` says how many pieces are complete. The next attempt with the same plan goes on
-after them. A journal that is damaged, of another plan, or ahead of its file means that the file is begun anew.
+The pieces go into ``NAME.partial``, in an order that never changes. Now and then the file is flushed to disk, and only
+after that ``NAME.journal`` says how many pieces are complete. The next attempt with the same plan continues after them.
+If the journal is damaged, belongs to another plan, or is ahead of its file, the file begins again.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ __all__ = ["Extent", "Part", "ResumableFile", "is_published", "resuming"]
 Part = tuple[int, memoryview]
 """An offset in the file, and the bytes that go there."""
 
-_FLUSH_BYTES = 256 << 20  # seconds of quantizing: little to do again, and a flush costs little beside them
+_FLUSH_BYTES = 256 << 20  # seconds of quantizing: little to repeat, and a flush costs little beside them
 
 
 @dataclass(frozen=True)
 class Extent:
-    """Where a piece lies, as far as going on after it is concerned."""
+    """The place of a piece, as needed to continue after it."""
 
-    n_bytes: int  # that it writes
+    n_bytes: int  # bytes that it writes
     end: int  # size of a file that holds it and all pieces before it
 
 
 @contextmanager
 def resuming(path: Path, plan: bytes, pieces: Sequence[Extent], *, keep: bool) -> Iterator[ResumableFile]:
-    """A file that takes ``path``'s place once all its pieces are on the disk.
+    """Opens a file that replaces ``path`` once all its pieces are on the disk.
 
     Args:
-        path: the finished file; one that is there stays as it was until then.
-        plan: what the pieces' number, places and sizes depend on; only an attempt with an equal plan is continued.
+        path: the finished file; an existing one stays as it was until then.
+        plan: decides the pieces' number, places and sizes; only an attempt with an equal plan is continued.
         pieces: all of them, in their order.
-        keep: whether to go on with what an attempt left, and to leave this one's pieces if it fails. The caller
-            vouches that both attempts write the same bytes: the plan does not cover the weights.
+        keep: True to continue an earlier attempt, and to leave this one's pieces if it fails. The caller makes sure
+            that both attempts write the same bytes: the plan does not cover the weights.
 
     Raises:
-        InputError: the file cannot be written; what was there under its name stays.
+        InputError: the file cannot be written; an existing one stays.
     """
     check_free_space(path.parent, 0)
     try:
@@ -66,7 +66,7 @@ def resuming(path: Path, plan: bytes, pieces: Sequence[Extent], *, keep: bool) -
 
 
 def is_published(path: Path, pieces: Sequence[Extent]) -> bool:
-    """Whether an earlier attempt came to the end of this file, and was stopped after that."""
+    """True if an earlier attempt finished this file, and was stopped after that."""
     return path.exists() and path.stat().st_size == pieces[-1].end
 
 
@@ -83,7 +83,7 @@ class ResumableFile:
         self._descriptor = os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o666)
         self.n_pieces = 0 if anew else self._pieces_on_disk()
         if self.n_pieces == 0:
-            self._journal.unlink(missing_ok=True)  # or it would vouch for what this attempt has not flushed yet
+            self._journal.unlink(missing_ok=True)  # or it would vouch for bytes that this attempt has not flushed yet
         os.ftruncate(self._descriptor, self._pieces[self.n_pieces - 1].end if self.n_pieces else 0)
         self._unflushed_bytes = 0
         self._flusher = ThreadPoolExecutor(1)
@@ -91,7 +91,7 @@ class ResumableFile:
 
     @property
     def bytes_left(self) -> int:
-        """What the pieces that are not written yet will write."""
+        """The bytes of the pieces that are not written yet."""
         return sum(piece.n_bytes for piece in self._pieces[self.n_pieces :])
 
     def write_piece(self, parts: Iterable[Part]) -> None:
@@ -113,14 +113,14 @@ class ResumableFile:
         assert self.n_pieces == len(self._pieces), f"{self._path}: {self.n_pieces} of {len(self._pieces)} pieces"
         self._flusher.shutdown()
         if self._flush is not None:
-            self._flush.result()  # the system reports a failed flush once: the next one may pass in spite of it
+            self._flush.result()  # the system reports a failed flush only once: the next one may pass all the same
         os.ftruncate(self._descriptor, self._pieces[-1].end)
         os.fsync(self._descriptor)
         self._partial.replace(self._path)
         self.remove()
 
     def close(self, *, record: bool) -> None:
-        """Closes the file; on request records what was written, so that none of it needs to be done again."""
+        """Closes the file; with ``record``, notes the written pieces, so that none needs to be done again."""
         self._flusher.shutdown()
         flush_passed = self._flush is None or self._flush.exception() is None
         if record and flush_passed and self._partial.exists():
@@ -129,7 +129,7 @@ class ResumableFile:
         os.close(self._descriptor)
 
     def remove(self) -> None:
-        """Removes whatever does not have the finished file's name."""
+        """Removes everything except the finished file."""
         for leftover in (self._partial, self._journal, self._journal.with_name(f"{self._journal.name}.partial")):
             leftover.unlink(missing_ok=True)
 

@@ -14,7 +14,7 @@ _TEMPLATES = "additional_chat_templates"
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copies the files as they are: transformers makes the same tokenizer of them."""
+    """Copies the files as they are: transformers makes the same tokenizer from them."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
@@ -25,7 +25,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 def write_tokenizer(source: Path, folder: Path) -> None:
     """Copies the files for clients that read ``tokenizer.json`` alone, as onnxruntime-genai does.
 
-    It is written anew where transformers adds to it (tokens that only ``tokenizer_config.json`` names) or makes it of
+    It is written again if transformers adds to it (tokens that only ``tokenizer_config.json`` names) or makes it from
     other files.
 
     Raises:

@@ -1,8 +1,8 @@
-"""Putting other tunable values into a finished file that is not published yet: their bytes, in place.
+"""Puts other tunable values into a finished file that is not published yet: their bytes, in place.
 
 Routers, norms and the scales of blocks keep their place and size, so a file whose codes stay need not be written again.
-Writing the same values twice changes nothing, and what the file was written with is kept beside it before anything is
-changed (:func:`keep_values`): so an attempt that was killed half-way is simply repeated.
+Writing the same values twice changes nothing, and the file's first values are kept beside it before anything is changed
+(:func:`keep_values`): so an attempt that was killed half-way is simply repeated.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def keep_values(weights: WrittenWeights, spec: ModelSpec, path: Path) -> None:
 
     Args:
         weights: the opened file.
-        spec: its model.
+        spec: the model in it.
         path: a safetensors file.
 
     Raises:
@@ -50,15 +50,15 @@ def rewrite(weights: WrittenWeights, values: Mapping[str, torch.Tensor]) -> None
 
     Args:
         weights: the opened file; it counts as changed afterwards and has to be opened again.
-        values: by name, as :class:`~compressors.model.sources.weights.WrittenWeights` has them.
+        values: the values by name, as :class:`~compressors.model.sources.weights.WrittenWeights` has them.
 
     Raises:
-        InputError: the file has no such values, and nothing was written; or it cannot be written.
+        InputError: the file has no such values (nothing was written then), or it cannot be written.
     """
     parts = weights.with_values(values).changed_parts()
     for file, of_file in groupby(parts, key=attrgetter("file")):
         try:
-            if file.stat().st_nlink > 1:  # an output folder has it too, and must keep what it has
+            if file.stat().st_nlink > 1:  # an output folder has it too, and must keep its content
                 _copy_in_place(file)
             with file.open("r+b", buffering=0) as stream:
                 for part in of_file:
@@ -83,6 +83,6 @@ def _tunable(weights: WrittenWeights, spec: ModelSpec) -> Iterator[tuple[TensorS
 
 
 def _copy_in_place(file: Path) -> None:
-    """Puts a copy in the place of a file that has other names, which must keep what they have."""
+    """Replaces a file that has other names by a copy, because those names must keep their content."""
     with file.open("rb") as original, replacing(file) as copy:
         shutil.copyfileobj(original, copy)

@@ -11,7 +11,7 @@ from benchmarks.quantized_recovery import Measured, interval, write_csv, write_m
 
 
 def test_the_interval_is_that_of_a_mean() -> None:
-    """Of many chunks: 1.96 standard errors to either side."""
+    """The interval over many chunks reaches 1.96 standard errors to each side."""
     differences_C = np.random.default_rng(1).normal(-0.02, 0.1, size=400)
     low, high = interval(differences_C)
     error = differences_C.std() / 20

@@ -1,4 +1,4 @@
-"""The comparison of all ways of teaching: arms do what they say, and the tables say what was measured."""
+"""The comparison of all kinds of training: arms do what they say, and the tables say what was measured."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def blocks_BT(heldout_tokens: npt.NDArray[np.int64]) -> torch.Tensor:
 
 
 def _outputs(student: Student, layer: int, inputs: HiddenStates) -> torch.Tensor:
-    """What a layer makes of the states."""
+    """The output of a layer for these states."""
     model = StreamedModel(student)
     outputs = HiddenStates(inputs.shape, torch.float32)
     for index, weights in model.weights([layer]):

@@ -1,4 +1,4 @@
-"""Blocks of the trained models with what the calibration text tells about them."""
+"""Blocks of the trained models with the evidence of the calibration text."""
 
 from __future__ import annotations
 

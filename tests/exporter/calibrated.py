@@ -28,6 +28,6 @@ class Calibrated:
         self.inputs: LayerInputs = write_layer_inputs(StreamedModel(student), tokens_BT, folder)
 
     def feedback(self, threads: int = 1, gradient: EmbeddingGradient | None = None) -> StudentFeedback:
-        """As the writers take it."""
+        """The feedback, as the writers take it."""
         moments = SecondMoments(self.student, self.inputs, threads=threads)
         return StudentFeedback(moments, tied=self.student.spec.tied_embeddings, gradient=gradient)

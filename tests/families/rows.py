@@ -1,4 +1,4 @@
-"""The families that are tested on random weights: a row for each, under its name, and maybe what is special in it."""
+"""The families that are tested on random weights: a row for each, with its name and peculiarities."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def test_every_streamed_layer_equals_the_whole_model_s(folder: Path, stock: nn.M
 
 
 def test_gradients_equal_autograd_s(folder: Path, stock: nn.Module, blocks_BT: torch.Tensor) -> None:
-    """Of every tensor that is not an expert's, biases and sinks included; no gradient reaches a choice."""
+    """Tests every tensor outside of experts, biases and sinks included; no gradient reaches a choice."""
     student = Student.teacher(Checkpoint(folder))
     trained = {
         (tensor.role, index): nn.Parameter(student.tensor(tensor.role, index).float())
@@ -119,7 +119,7 @@ def test_gradients_equal_autograd_s(folder: Path, stock: nn.Module, blocks_BT: t
 def test_texts_are_continued_as_if_all_were_read_again(
     folder: Path, stock: nn.Module, blocks_BT: torch.Tensor, n_prompt: int
 ) -> None:
-    """Of more texts than a layer takes at once, whose keys and values, or states, are kept."""
+    """There are more texts than a layer takes at once, and keys and values, or states, are kept."""
     seen: list[torch.Tensor] = []
 
     def choose(logits_bV: torch.Tensor, _texts: slice, _place: int) -> torch.Tensor:

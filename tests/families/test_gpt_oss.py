@@ -1,4 +1,4 @@
-"""What is particular to gpt-oss: its configuration on the hub, and what llama.cpp's graph has built in."""
+"""The peculiarities of gpt-oss: its configuration on the hub, and the constants of llama.cpp's graph."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _HUB: dict[str, Any] = {
     "tie_word_embeddings": False,
     "vocab_size": 201088,
 }
-"""As gpt-oss-20b has it, by the fields of transformers' class."""
+"""The configuration of gpt-oss-20b, by the fields of transformers' class."""
 
 
 def _read(folder: Path, **changes: Any) -> ModelSpec:

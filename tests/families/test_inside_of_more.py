@@ -1,4 +1,4 @@
-"""A language model as a part of a larger one, as the hub has Qwen3.5: nested settings, other names, fused experts."""
+"""A language model inside a multimodal one, as the hub has Qwen3.5: nested settings, other names, fused experts."""
 
 from __future__ import annotations
 

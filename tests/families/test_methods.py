@@ -1,4 +1,4 @@
-"""Every family through methods that change experts, and through what they and the writers know of experts' inputs."""
+"""Every family with methods that change experts, and the experts' inputs that methods and writers use."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_a_layer_without_its_experts_adds_nothing_there(
 
 @dataclass
 class _Neurons:
-    """What enters the down projections of the experts."""
+    """The inputs of the experts' down projections."""
 
     rows: dict[tuple[int, int], list[torch.Tensor]] = field(default_factory=dict)
     student: Student | None = None
@@ -132,7 +132,7 @@ class _Neurons:
 def test_second_moments_of_neurons_are_those_of_a_whole_pass(
     folder: Path, blocks_BT: torch.Tensor, tmp_path: Path
 ) -> None:
-    """What error feedback of down projections sees: computed from the experts' inputs, biases included."""
+    """Error feedback of down projections sees inputs computed from the experts' inputs, biases included."""
     student = Student.teacher(Checkpoint(folder))
     inputs = write_layer_inputs(StreamedModel(student), blocks_BT, tmp_path / "inputs")
     neurons = _Neurons(student=student)

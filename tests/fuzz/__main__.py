@@ -1,4 +1,4 @@
-"""``make fuzz``: thousands of damaged inputs, and a table of what came of them.
+"""``make fuzz``: thousands of damaged inputs, and a table of the outcomes.
 
 python -m tests.fuzz [--inputs 5000] [--seed 1] [--every 10] [--processes 2]
 python -m tests.fuzz --case gguf:17 [--seed 1] [--keep FOLDER]    makes one again and shows what it does

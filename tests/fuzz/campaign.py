@@ -1,4 +1,4 @@
-"""Many cases, shared among processes; a process that a case kills is replaced by another, which goes on behind it."""
+"""Many cases, shared among processes; a process that a case kills is replaced by another, which continues after it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SILENT_SECONDS = _COMMAND_SECONDS + 60  # after which a process is given up
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a case, read by the readers or given to a whole command."""
+    """The outcome of a case that the readers or a whole command got."""
 
     case: Case
     way: str  # read or command
@@ -57,7 +57,7 @@ class _Worker:
         return not self._to_do and self._process is None
 
     def news(self) -> Iterator[Outcome]:
-        """What is known since the last time."""
+        """Yields the outcomes since the last call."""
         status = self._status()
         lines = self._log.read_text(encoding="utf-8").splitlines()[self._n_read :]
         for line in lines:
@@ -116,7 +116,7 @@ def _ways(case: Case, every: int) -> list[str]:
 
 
 def _silence() -> None:
-    """What libraries print about damaged files is of no use here."""
+    """Discards the output of libraries about damaged files."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)

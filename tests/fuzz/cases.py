@@ -28,12 +28,12 @@ class Case:
 
     @property
     def name(self) -> str:
-        """As the command line takes it."""
+        """The name of the case, as the command line takes it."""
         return f"{self.kind}:{self.number}"
 
     @property
     def of_kind(self) -> Kind:
-        """What its kind is like."""
+        """The description of its kind."""
         return KINDS[self.kind]
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""Whole commands on damaged inputs, each in a process of its own, which may die or go on for ever."""
+"""Whole commands on damaged inputs, each in a process of its own, which may die or never end."""
 
 from __future__ import annotations
 

@@ -238,7 +238,7 @@ def _alignment(rng: random.Random, parts: Parts) -> None:
 
 
 def _new_setting(rng: random.Random, parts: Parts) -> None:
-    """Of those that llama.cpp reads where they are there."""
+    """Adds one of the keys that llama.cpp reads if they are there."""
     architecture = next((value.value for key, value in parts.values if key == b"general.architecture"), b"x")
     names = (
         "expert_group_count",

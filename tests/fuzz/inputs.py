@@ -88,7 +88,7 @@ def _logits(folder: Path) -> None:
 
 
 def _published(folder: Path, inputs: Path) -> None:
-    """As much of an output folder as validation reads."""
+    """Makes the part of an output folder that validation reads."""
     folder.mkdir()
     shutil.copyfile(inputs / "gguf" / "model.gguf", folder / "model.gguf")
     shutil.copyfile(inputs / "recipe" / "recipe.yaml", folder / "recipe.yaml")
@@ -206,7 +206,7 @@ def _byte_level() -> Tokenizer:
 
 
 def _with_bytes_as_fallback() -> Tokenizer:
-    """As tokenizer.json holds what SentencePiece trained."""
+    """A tokenizer.json as converted from SentencePiece."""
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     pieces = ["<|end|>", "<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters, "\u2581", "th", "the"]
     vocab = {piece: number for number, piece in enumerate(pieces)}

@@ -1,4 +1,4 @@
-"""The kinds of inputs: what each is made from, how it is damaged, how the tool reads it, and the command that does."""
+"""The kinds of inputs: the source of each, how it is damaged, and the reader and command that take it."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def _read_gguf(folder: Path, rng: random.Random, inputs: Path) -> None:
     if found is not None:
         str(found.facts)
     path = folder / "model.gguf"
-    gguf_setting_symptoms(GgufFile(path).metadata, _shape(inputs))
-    _read_weights(GgufWeights(path, _shape(inputs)), _shape(inputs))
+    gguf_setting_symptoms(GgufFile(path).metadata, _spec(inputs))
+    _read_weights(GgufWeights(path, _spec(inputs)), _spec(inputs))
 
 
 def _read_onnx(folder: Path, rng: random.Random, inputs: Path) -> None:

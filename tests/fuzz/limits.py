@@ -1,4 +1,4 @@
-"""A limit on the memory of this process, so that an input that asks for all is no dead machine."""
+"""A limit on the memory of this process, so that an input that asks for all of it does not kill the machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may come of a damaged input: a result, or one sentence for the person who gave it."""
+"""The permitted outcomes of a damaged input: a result, or one sentence for the user."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def judge(read: Callable[[], None], folder: Path) -> tuple[str, str | None]:
 
 
 def complaint_about(message: str, folder: Path) -> str | None:
-    """What is wrong with a message for people; None if it is one line that names a file or a flag."""
+    """Says what is wrong with a message; None if it is one line that names a file or a flag."""
     if not message.isprintable():
         return f"control characters in the message {message[:300]!r}"
     if len(message) > _LONGEST:
@@ -65,7 +65,7 @@ def _names(folder: Path) -> set[str]:
 
 @contextmanager
 def _time_limit() -> Iterator[None]:
-    """Of computing and of waiting: a machine with other work on it takes longer for the same."""
+    """Limits of computing and of waiting: a busy machine takes longer for the same work."""
     timers = {
         signal.SIGPROF: (signal.ITIMER_PROF, _CPU_SECONDS),
         signal.SIGALRM: (signal.ITIMER_REAL, _SECONDS),

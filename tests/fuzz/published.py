@@ -1,4 +1,4 @@
-"""Damaged output folders: report.json, SHA256SUMS, and what they name."""
+"""Damaged output folders: report.json, SHA256SUMS, and the files that they name."""
 
 from __future__ import annotations
 

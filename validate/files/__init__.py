@@ -1,1 +1,1 @@
-"""Files that somebody wrote: found, described, and compared with what they should hold before they run."""
+"""Finds and describes files that anybody wrote, and compares their content with the expected one before they run."""

@@ -27,9 +27,9 @@ __all__ = ["FileFacts", "gguf_facts", "onnx_facts"]
 class FileFacts:
     """The facts that a file gives; None where it gives none."""
 
-    bits_per_weight: float  # of the experts; of all matrices if there are none
+    bits_per_weight: float  # of the experts, or of all matrices if there are none
     n_layers: int | None
-    n_experts: int | None  # of the layer with the most; None of a dense model, and of experts that are plain matrices
+    n_experts: int | None  # in the layer with the most; None for a dense model, and for experts as plain matrices
     top_k: int | None
     rope_base: float | None
     rms_norm_eps: float | None
@@ -67,7 +67,7 @@ def gguf_facts(path: Path) -> FileFacts:
     )
 
 
-_LLAMA_CPP_ROPE_BASE = 10000.0  # where the file says nothing (src/llama-model.cpp)
+_LLAMA_CPP_ROPE_BASE = 10000.0  # the default if the file says nothing (src/llama-model.cpp)
 
 
 def _bits_per_weight(entries: Sequence[GgufEntry]) -> float:
@@ -76,13 +76,13 @@ def _bits_per_weight(entries: Sequence[GgufEntry]) -> float:
 
 
 def onnx_facts(path: Path) -> FileFacts:
-    """Reads an ONNX graph, and of its weights one row of the cosine table.
+    """Reads an ONNX graph, and one row of its cosine table.
 
     Args:
         path: the ``.onnx`` file.
 
     Raises:
-        InputError: the file is missing or no ONNX graph.
+        InputError: the file is missing or not an ONNX graph.
     """
     graph = read_graph(path)
     weights = {tensor.name: tensor for tensor in graph.initializer}
@@ -119,7 +119,7 @@ def _inputs(
 
 
 def _operator_bits(graph: onnx.GraphProto, weights: Mapping[str, onnx.TensorProto]) -> float:
-    """Mean bits of a weight, scales included, in the operators that hold most: experts, else quantized linears."""
+    """Mean bits of a weight, scales included, in the largest operators: experts, else quantized linears."""
     for kinds in (("QMoE", "MoE"), ("MatMulNBits",)):
         nodes = [node for node in graph.node if node.op_type in kinds]
         found = [(_node_bits(node, weights), _node_values(node, weights)) for node in nodes]
@@ -160,12 +160,12 @@ def _numpy_dtype(tensor: onnx.TensorProto) -> np.dtype[Any] | None:
 
 
 def _rope_base(graph: onnx.GraphProto, weights: Mapping[str, onnx.TensorProto], graph_file: Path) -> float | None:
-    """The base, from position 1 of the cosine table [positions, half]: the angle in column i is base^(-i / half)."""
+    """The base, from position 1 of the cosine table [positions, half], with angles base^(-i / half) in columns i."""
     attention = (node for node in graph.node if node.op_type == "GroupQueryAttention")
     table = next(_inputs(attention, 7, weights), None)
     if table is None or len(table.dims) != 2 or table.dims[0] < 2 or table.dims[1] < 2:
         return None
-    half, column = table.dims[1], 1  # column 0 is 1 whatever the base; angles further on are small and say little
+    half, column = table.dims[1], 1  # column 0 is 1 for every base; angles further on are small and say little
     cosine = _value(table, half + column, graph_file)
     if cosine is None:
         return None
@@ -181,7 +181,7 @@ def _power(base: float, exponent: float) -> float | None:
 
 
 def _value(tensor: onnx.TensorProto, index: int, graph_file: Path) -> float | None:
-    """One value of a floating point tensor by its flat index; None where it is not there or is no number."""
+    """One value of a floating point tensor by its flat index; None if it is missing or not a number."""
     dtype = _numpy_dtype(tensor)
     if dtype is None or dtype.kind != "f":
         return None

@@ -36,7 +36,7 @@ _SAMPLING: Mapping[str, tuple[Any, ...]] = {
     "top_k": (0, 1, 50),
     "top_p": (1.0, 0.0),
 }
-"""``search`` of genai_config.json: what changes no choice, where the original's generation_config.json says nothing."""
+"""Values of ``search`` in genai_config.json that change nothing, for settings that the original does not name."""
 
 _NOT_COMPARED = frozenset({"_from_model_config", "transformers_version"})
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -99,7 +99,7 @@ def _genai_symptoms(
 
 
 def _name_symptoms(decoder: Mapping[str, Any], graph: onnx.GraphProto) -> Iterator[str]:
-    """Names of inputs and outputs that the graph does not have."""
+    """Yields names of inputs and outputs that the graph does not have."""
     for kind, values in (("inputs", graph.input), ("outputs", graph.output)):
         names = {value.name for value in values}
         said = _object(decoder, kind)

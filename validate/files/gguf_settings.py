@@ -22,7 +22,7 @@ __all__ = ["MetadataValue", "expected_rope", "gguf_setting_symptoms"]
 
 MetadataValue = GgufValue
 
-_LLAMA_CPP_ROPE_BASE = 10000.0  # where the file says nothing
+_LLAMA_CPP_ROPE_BASE = 10000.0  # the default if the file says nothing
 _GATING_FUNCTIONS = {Score.SOFTMAX: 1, Score.SIGMOID: 2, Score.LOGITS: 3}
 """Values of expert_gating_func (``llama_expert_gating_func_type`` in ``src/llama-hparams.h``)."""
 
@@ -86,14 +86,14 @@ def expected_rope(spec: ModelSpec) -> GgufRope | None:
 
 
 def gguf_setting_symptoms(metadata: Mapping[str, MetadataValue], spec: ModelSpec) -> list[str]:
-    """Lists where a GGUF file's settings do not fit this model: a sentence for each key."""
+    """Lists the settings of a GGUF file that do not fit this model: a sentence for each key."""
     architecture = spec.written.family.gguf.architecture
     found = metadata.get("general.architecture", "")
     if found != architecture:
         return [f"general.architecture: {found!r} in the file, but the model is llama.cpp's {architecture!r}"]
     prefix = f"{architecture}."
     settings = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    if settings.get("context_length") == spec.rope.trained_context:  # longer than a window, and no worse for it
+    if settings.get("context_length") == spec.rope.trained_context:  # longer than a window, which does no harm
         settings["context_length"] = spec.context_length
     symptoms = [
         f"{_NAMES.get(key, key)}: {_shown(settings.get(key))} in the file, {_shown(wanted)} in config.json"
@@ -104,7 +104,7 @@ def gguf_setting_symptoms(metadata: Mapping[str, MetadataValue], spec: ModelSpec
 
 
 def _expected(spec: ModelSpec) -> Iterator[tuple[str, MetadataValue, MetadataValue | None]]:
-    """Keys with the model's value, and what llama.cpp takes where the key is absent (None: it refuses to load)."""
+    """Yields keys with the model's value, and llama.cpp's default for an absent key (None: it refuses to load)."""
     written = spec.written
     keys = dict(written.family.gguf.keys(written))
     n_heads = keys.get("attention.head_count")
@@ -121,7 +121,7 @@ def _expected(spec: ModelSpec) -> Iterator[tuple[str, MetadataValue, MetadataVal
         "residual_scale": 1.0,
     }
     for key, value in keys.items():
-        if key != "vocab_size":  # the vocabulary itself counts
+        if key != "vocab_size":  # the vocabulary itself decides
             yield key, value, absent.get(key)
     rope = expected_rope(spec)
     for key, value in ({} if rope is None else rope.keys).items():
@@ -129,7 +129,7 @@ def _expected(spec: ModelSpec) -> Iterator[tuple[str, MetadataValue, MetadataVal
 
 
 def _unexpected(settings: Mapping[str, MetadataValue], spec: ModelSpec) -> Iterator[str]:
-    """Keys that this model does not have, unless their value changes nothing."""
+    """Yields keys that this model does not have, unless their value changes nothing."""
     known = {key for key, _, _ in _expected(spec)}
     allowed = {**_NEUTRAL, **_described(spec)}
     is_dense = not spec.written.n_experts
@@ -149,7 +149,7 @@ def _unexpected(settings: Mapping[str, MetadataValue], spec: ModelSpec) -> Itera
 
 
 def _described(spec: ModelSpec) -> dict[str, tuple[MetadataValue, ...]]:
-    """Keys that say what the model does anyway, with the values that change nothing."""
+    """Keys that repeat facts of the model, with the values that change nothing."""
     scales = {layer.mixer.scale for layer in spec.layers if not isinstance(layer.mixer, GatedDelta)}
     rules = {layer.routed.routing for layer in spec.layers if layer.routed is not None}
     described: dict[str, tuple[MetadataValue, ...]] = {
@@ -168,7 +168,7 @@ def _described(spec: ModelSpec) -> dict[str, tuple[MetadataValue, ...]]:
 
 
 def _is_same(found: Any, wanted: MetadataValue) -> bool:
-    """Numbers as llama.cpp keeps them: floats in single precision; one number is like an array of it for each layer."""
+    """Compares numbers as llama.cpp keeps them: floats in float32; one number equals an array of it for each layer."""
     if isinstance(found, tuple) and not isinstance(wanted, tuple):
         return bool(found) and all(_is_same(item, wanted) for item in found)
     if isinstance(wanted, tuple) and not isinstance(found, tuple):

@@ -31,12 +31,12 @@ __all__ = ["graph_setting_symptoms", "rotary_symptoms"]
 _ATTENTION = ("GroupQueryAttention", "MultiHeadAttention", "Attention")
 _NORMS = ("RMSNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
 _EXPERTS = ("MoE", "QMoE")
-_HARMLESS = frozenset({"accuracy_level", "stash_type"})  # how exactly something is computed, not what
+_HARMLESS = frozenset({"accuracy_level", "stash_type"})  # they change only the precision
 _POSITIONS_AT_ONCE = 4096
 
 
 def graph_setting_symptoms(path: Path, spec: ModelSpec) -> list[str]:
-    """Lists where a graph's attributes, constants and rotary tables do not fit a model.
+    """Lists a graph's attributes, constants and rotary tables that do not fit a model.
 
     Args:
         path: the ``.onnx`` file, which is readable.
@@ -44,7 +44,7 @@ def graph_setting_symptoms(path: Path, spec: ModelSpec) -> list[str]:
     """
     model = onnx.load(path, load_external_data=False)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    symptoms: dict[str, list[str]] = {}  # what is wrong, and the nodes where it is
+    symptoms: dict[str, list[str]] = {}  # each fault, with its nodes
     layer = -1
     for node in model.graph.node:
         layer += node.op_type in _ATTENTION
@@ -81,7 +81,7 @@ def _unknown_mixers(spec: ModelSpec) -> Iterator[str]:
 def _allowed(
     node: onnx.NodeProto, spec: ModelSpec, layer: int, weights: Mapping[str, onnx.TensorProto]
 ) -> AllowedValues:
-    """Attributes of an operator that any exporter uses, with the values that are right."""
+    """The attributes of an operator that any exporter uses, with the right values."""
     kind = node.op_type
     if kind in _NORMS:
         axis: AllowedValues = {} if kind.startswith("Skip") else {"axis": (-1, None)}
@@ -165,8 +165,8 @@ def _experts(node: onnx.NodeProto, layer: LayerSpec, weights: Mapping[str, onnx.
 
 
 def _normalization(node: onnx.NodeProto, routed: Routed) -> tuple[Any, ...]:
-    """Experts that nodes have chosen get logits of which the operator makes weights that add up to 1."""
-    has_gates = len(node.input) > 14 and bool(node.input[14])  # they decide by themselves whether to normalise
+    """The right values of normalize_routing_weights; experts that nodes chose get logits whose weights add up to 1."""
+    has_gates = len(node.input) > 14 and bool(node.input[14])  # with given gates the attribute does not matter
     routing = routed.routing
     chooses_by_logits = not routing.has_selection_bias and routing.n_groups == 1 and routing.score is not Score.SIGMOID
     normalizes = int(routing.normalizes or routing.score is Score.LOGITS or not chooses_by_logits)
@@ -174,7 +174,7 @@ def _normalization(node: onnx.NodeProto, routed: Routed) -> tuple[Any, ...]:
 
 
 def _glu(glu: Glu) -> AllowedValues:
-    """Its activation's name, if the operators do not have it, is that of no attribute's value."""
+    """The right values for the function; an activation that the operators lack matches no attribute's value."""
     is_swiglu = glu.is_gated and glu.activation is Activation.SILU
     return {
         "activation_type": (b"swiglu", b"silu") if is_swiglu else (glu.activation.encode(),),
@@ -185,7 +185,7 @@ def _glu(glu: Glu) -> AllowedValues:
 
 
 def _quantized_matrix(node: onnx.NodeProto, spec: ModelSpec, weights: Mapping[str, onnx.TensorProto]) -> AllowedValues:
-    """Codes are [N, blocks, bytes of a block]; K is one of the widths that the model has."""
+    """The right values for a matrix of codes [N, blocks, bytes of a block]; K is one of the model's widths."""
     rows, blocks, block_bytes = weights[node.input[1]].dims
     numbers = {attribute.name: attribute.i for attribute in node.attribute if attribute.type == _WHOLE_NUMBER}
     widths = _row_lengths(spec)
@@ -222,7 +222,7 @@ def _row_bits(node: onnx.NodeProto, spec: ModelSpec, weights: Mapping[str, onnx.
 def _block_size(
     node: onnx.NodeProto, weights: Mapping[str, onnx.TensorProto], scales_input: int, columns: int
 ) -> AllowedValues:
-    """The block size that the scales' shape tells; scales may be cast before they are used."""
+    """The block size that follows from the scales' shape; scales may be cast before they are used."""
     name = _input(node, scales_input).removesuffix(".float32")
     if name not in weights or len(weights[name].dims) < 2 or columns % max(1, weights[name].dims[-1]):
         return {}
@@ -230,7 +230,7 @@ def _block_size(
 
 
 def _input(node: onnx.NodeProto, place: int) -> str:
-    """Its name; empty where the node has no such input."""
+    """The name of an input; empty if the node has no such input."""
     return str(node.input[place]) if place < len(node.input) else ""
 
 
@@ -241,9 +241,9 @@ def _has_axes(weight: onnx.TensorProto | None, number: int) -> bool:
 def _table_symptoms(
     graph: onnx.GraphProto, weights: Mapping[str, onnx.TensorProto], folder: Path, spec: ModelSpec
 ) -> Iterator[str]:
-    """Every table of cosines and of sines that a node rotates with."""
+    """Checks every table of cosines and of sines that a node rotates with."""
     places = {"GroupQueryAttention": (7, 8), "RotaryEmbedding": (2, 3)}
-    tables: dict[str, bool] = {}  # whether it holds sines
+    tables: dict[str, bool] = {}  # name -> True if it holds sines
     for node in graph.node:
         for is_sine, place in enumerate(places.get(node.op_type, ())):
             if len(node.input) > place and node.input[place] in weights:
@@ -298,7 +298,7 @@ def _pieces(tensor: onnx.TensorProto, folder: Path) -> Iterator[npt.NDArray[np.f
     if not tensor.external_data:
         yield onnx.numpy_helper.to_array(tensor)
         return
-    place = external_place(folder / "model.onnx", tensor)  # of its folder alone
+    place = external_place(folder / "model.onnx", tensor)  # only the folder of this path matters
     for first in range(0, n_rows, _POSITIONS_AT_ONCE):
         count = min(_POSITIONS_AT_ONCE, n_rows - first)
         offset = place.offset + first * width * dtype.itemsize

@@ -1,4 +1,4 @@
-"""A model that somebody wrote as a file: found, described and opened, whoever wrote it."""
+"""Finds, describes and opens a model in a file that anybody wrote."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class RuntimeChoice:
     """The settings with which files are run."""
 
     threads: int
-    gpu_layers: int = 0  # of llama.cpp
-    providers: str = "cpu"  # of ONNX Runtime: a key of validate.runtimes.gpu.PROVIDERS
+    gpu_layers: int = 0  # layers that llama.cpp puts on a GPU
+    providers: str = "cpu"  # for ONNX Runtime: a key of validate.runtimes.gpu.PROVIDERS
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ class ModelFile:
     """A GGUF file, or an ONNX graph with its weights."""
 
     format: Literal["gguf", "onnx"]
-    path: Path  # of the file; of a graph, not of its folder
+    path: Path  # the GGUF file, or the graph (not its folder)
 
     @cached_property
     def facts(self) -> FileFacts:
         """The facts that the file gives about itself.
 
         Raises:
-            InputError: it cannot be read.
+            InputError: the file cannot be read.
         """
         time_limit.tell("reading its header")
         with time_limit.working():
@@ -67,7 +67,7 @@ class ModelFile:
 
     @property
     def n_bytes(self) -> int:
-        """Its size, with what lies beside a graph; 0 if it is gone."""
+        """The size, with the files beside a graph; 0 if it is gone."""
         return artifact_bytes(self.format, self.path)
 
     def may_use_gpu(self, choice: RuntimeChoice) -> bool:
@@ -78,7 +78,7 @@ class ModelFile:
         """Refuses a GPU that the installed runtime cannot use.
 
         Raises:
-            MissingGpuError: it is asked for.
+            MissingGpuError: the choice asks for such a GPU.
         """
         if self.format == "gguf":
             check_gpu_layers(choice.gpu_layers)
@@ -121,14 +121,14 @@ class ModelFile:
         """Its tensors by role.
 
         Raises:
-            InputError: they are not where a model of this shape has them; only graphs of ours can be read.
+            InputError: they are not where this model has them; only our own graphs can be read.
         """
         time_limit.tell("reading its weights")
         with time_limit.working():
             return GgufWeights(self.path, spec) if self.format == "gguf" else OnnxWeights(self.path.parent, spec)
 
     def vocabulary(self) -> Vocabulary | None:
-        """The file's vocabulary; for a graph that of the tokenizer beside it, or None."""
+        """The file's vocabulary; for a graph, that of the tokenizer beside it, or None."""
         time_limit.tell("reading its vocabulary")
         if self.format == "gguf":
             return GgufVocabulary(self.path)
@@ -143,10 +143,10 @@ class ModelFile:
 
 
 def published_files(out: Path, report: Mapping[str, Any]) -> list[ModelFile]:
-    """The files that a run of ours published.
+    """The files that one of our runs published.
 
     Raises:
-        InputError: one is gone, or is no model any more.
+        InputError: a file is gone, or is no longer a model.
     """
     files = []
     for artifact in report["artifacts"]:
@@ -160,7 +160,7 @@ def published_files(out: Path, report: Mapping[str, Any]) -> list[ModelFile]:
 def find_model_file(path: Path) -> ModelFile | None:
     """The model at a path: a GGUF file, an ``.onnx`` file, or the folder of an ONNX model or of a single GGUF model.
 
-    A model that was split into parts is its first part.
+    A model that was split into parts is found by its first part.
 
     Returns:
         None if there is no such file, or the folder holds something else.

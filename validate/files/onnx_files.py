@@ -25,7 +25,7 @@ def onnx_model_file(path: Path) -> Path:
     """The graph of a folder, or the file itself.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no graph.
     """
     found = find_onnx_model(path) if path.is_dir() else path
     if found is None or not found.is_file():
@@ -35,7 +35,7 @@ def onnx_model_file(path: Path) -> Path:
 
 
 def onnx_bytes(path: Path) -> int:
-    """Bytes of the files beside a graph, in which its weights may lie, and of the graph; 0 if there is nothing.
+    """Bytes of a graph and of the files beside it, which may hold its weights; 0 if there is nothing.
 
     Args:
         path: the graph, or its folder.
@@ -47,7 +47,7 @@ def onnx_bytes(path: Path) -> int:
 
 
 def _named_by_genai(config: Path) -> str | None:
-    """A name of a place in the folder of the configuration; None if it names none."""
+    """The path that the configuration names, inside its folder; None if it names none."""
     try:
         name = read_json(config)["model"]["decoder"]["filename"]
     except (InputError, KeyError, TypeError):
@@ -59,4 +59,4 @@ def _named_by_genai(config: Path) -> str | None:
     return name
 
 
-_LONGEST_NAME = 60  # characters of up to 4 bytes, and a file system takes 255
+_LONGEST_NAME = 60  # characters of up to 4 bytes; a file system takes 255 bytes

@@ -1,6 +1,6 @@
-"""The attributes and constants of our own ONNX graphs that only their names tell the purpose of.
+"""The attributes and constants of our own ONNX graphs whose purpose only their names tell.
 
-They belong to the nodes that prepare masks and shapes, and to those that route as the MoE operators do not.
+They belong to the nodes that prepare masks and shapes, and to those that route where the MoE operators cannot.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PRODUCER = "moe-export"
 """``producer_name`` of our graphs."""
 
 AllowedValues = dict[str, tuple[Any, ...]]
-"""The right values of attributes, by name; None among them: the attribute may be absent."""
+"""The right values of attributes, by name; with None among them, the attribute may be absent."""
 
 _PREPARATION: Mapping[tuple[str, str], Any] = {
     ("mask.int32", "to"): onnx.TensorProto.INT32,
@@ -48,7 +48,7 @@ _ROUTING: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "ScatterElements": {"axis": (-1,), "reduction": (b"none", None)},
     "LogSoftmax": {"axis": (-1, None)},
 }
-"""Attributes of the nodes with which our graphs route as the MoE operators do not, by operator."""
+"""Attributes of the nodes with which our graphs route where the MoE operators cannot, by operator."""
 _FILLED = {"not_chosen": -1e4, "shut": -math.inf, "open": 0.0}
 """The numbers that fill such nodes' values, by the end of the values' names."""
 
@@ -106,7 +106,7 @@ def _of_our_routing(node: onnx.NodeProto) -> AllowedValues:
 
 
 def own_constant_symptoms(weights: Mapping[str, onnx.TensorProto], spec: ModelSpec) -> Iterator[str]:
-    """Says which constants of a graph are not those of the model.
+    """Lists the constants of a graph that are not those of the model.
 
     Constants of one name and several values, in a model of different layers, have a number behind the name.
     """

@@ -1,13 +1,13 @@
 """Tests whether the rows of a file are as near to the original's as their type allows.
 
 Values stored in float must be the original, or its rounding to 16 bits, to the last bit. Quantized values are compared
-with the error that the same type makes of the same rows: ggml's kernel, or the search for ONNX Runtime's blocks,
-quantizes a sample of them, and every row that is further off than usual, without an importance matrix. Margins were
+with the error of the same type on the same rows: ggml's kernel, or the search for ONNX Runtime's blocks, quantizes a
+sample of them, and every row that is further off than usual, without an importance matrix. Margins were
 measured on both trained models over all types of ggml, for its kernels with importance matrices and for codes that
 error feedback (GPTQ) chose, which raises a matrix's own error by up to 1.5 and a single row's by up to 2.1 times
 (``benchmarks/results/damage.md``).
 
-A row that is scaled as a whole keeps a small error; its coefficient <found, original> / <original, original> tells it.
+A row that is scaled as a whole has a small error; its coefficient <found, original> / <original, original> shows it.
 Quantizers that minimise the error leave coefficients between the kernel's and 1.
 
 Letters: R rows, N values of a row.
@@ -31,14 +31,14 @@ _FLOAT_TYPES = frozenset(
     {GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16, GGMLQuantizationType.F64}
 )
 _MATRIX, _ROW = 1.8, 3.0  # times the kernel's error; measured: up to 1.49 and 2.1
-_SCREEN = 1.6  # times the type's usual error: rows above are quantized again to know theirs
-_COEFFICIENT = 0.01  # allowed deviation, beyond what the type's error makes:
+_SCREEN = 1.6  # times the type's usual error: rows above are quantized again
+_COEFFICIENT = 0.01  # allowed deviation, beyond the type's own:
 _MATRIX_COEFFICIENT = 0.1  # for each unit of relative error of a matrix,
 _ROW_COEFFICIENT = 3.0  # of a row, times the root of its values' fourth powers over their squares (1.7 / root of N)
-_SHRINKING = 3.5  # times as much downwards: quantizers that weigh values make those that weigh little too small
+_SHRINKING = 3.5  # times as much downwards: weighing quantizers make values of little weight too small
 _SAMPLE, _SUSPECTS = 32, 256  # rows of a matrix (of a piece of one) that are quantized again
-_FEWEST_ROWS = 8  # of a matrix that is judged as a whole
-_USUAL_ROWS = 64  # of random values, to know a type's usual error
+_FEWEST_ROWS = 8  # the fewest rows of a matrix that is judged as a whole
+_USUAL_ROWS = 64  # rows of random values that give a type's usual error
 
 _Sums = npt.NDArray[np.float64]
 
@@ -70,7 +70,7 @@ class MatrixError:
     """Compares rows of one matrix with the original's, given a piece at a time.
 
     Attributes:
-        damaged: numbers of rows that differ from what their type makes of the original's.
+        damaged: indices of rows that differ more from the original's than their type explains.
 
     Args:
         stored_type: the type in which the file stores them.
@@ -102,7 +102,7 @@ class MatrixError:
 
     @property
     def usual_error(self) -> float:
-        """The relative error that the type makes."""
+        """The relative error of the type."""
         return float((self._usual_error / self._sampled_squares) ** 0.5) if self._sampled_squares else 0.0
 
     @property
@@ -112,7 +112,7 @@ class MatrixError:
 
     @property
     def scale(self) -> float:
-        """The coefficient of the whole, 1 if it is the original's size."""
+        """The coefficient of the whole; 1 if it has the original's size."""
         return self._products / self._squares if self._squares else 1.0
 
     @property
@@ -122,7 +122,7 @@ class MatrixError:
 
     @property
     def is_too_far(self) -> bool:
-        """True if the matrix as a whole is further off than its type makes it."""
+        """True if the matrix as a whole is further off than its type explains."""
         return self._is_judged_as_whole and not self._sampled_error <= _MATRIX**2 * self._usual_error
 
     @property
@@ -131,14 +131,14 @@ class MatrixError:
 
     @property
     def is_scaled(self) -> bool:
-        """True if the matrix as a whole is larger or smaller than its type makes it."""
+        """True if the matrix as a whole is larger or smaller than its type explains."""
         if not self._is_judged_as_whole or not self._sampled_squares:
             return False
         excess = _upwards(self._excess / self._sampled_squares)
         return not excess <= _COEFFICIENT + _MATRIX_COEFFICIENT * self.usual_error
 
     def add(self, original_RN: torch.Tensor, found_RN: torch.Tensor) -> list[int]:
-        """Takes the next rows, float32; returns which of them are damaged, counted within the piece."""
+        """Takes the next rows, float32; returns the indices of damaged ones within the piece."""
         sums = _RowSums(original_RN, found_RN)
         self._squares += float(sums.squares_R.sum())
         self._found_squares += float(sums.found_R.sum())
@@ -151,7 +151,7 @@ class MatrixError:
         return rows
 
     def _unusual(self, original_RN: torch.Tensor, sums: _RowSums) -> npt.NDArray[np.bool_]:
-        """Rows further off, or of another size, than the type makes them."""
+        """Rows that are further off, or of another size, than the type explains."""
         n_rows, length = original_RN.shape
         usual, usual_coefficient = _usual(self._type, length)
         yard_R = usual**2 * sums.squares_R
@@ -199,7 +199,7 @@ class _RowSums:
 
     @property
     def coefficient_R(self) -> _Sums:
-        """1 for rows of zeros."""
+        """The coefficient of each row; 1 for rows of zeros."""
         is_zero_R = self.squares_R == 0
         return np.where(is_zero_R, 1.0, self.product_R / np.where(is_zero_R, 1.0, self.squares_R))
 
@@ -216,12 +216,12 @@ def _outside(coefficient_R: _Sums, kernel_R: _Sums) -> _Sums:
 
 
 def _upwards(excess: float) -> float:
-    """A coefficient's distance from what is usual, as if it were upwards."""
+    """A coefficient's distance from the usual one, turned into one upwards."""
     return max(-excess / _SHRINKING, excess) if excess == excess else excess
 
 
 def _spread_of_values(rows_RN: torch.Tensor) -> _Sums:
-    """The root of the sum of fourth powers over the sum of squares: what a few large values weigh in a row."""
+    """The root of the sum of fourth powers over the sum of squares: the weight of a few large values in a row."""
     squares = np.square(rows_RN.numpy())
     sums = squares.sum(1, dtype=np.float64)
     roots: _Sums = np.sqrt(_products(squares, squares)) / np.maximum(sums, np.finfo(np.float64).tiny)

@@ -1,8 +1,8 @@
-"""Compares a file's weights with those that it should hold: finds damaged tensors, and what they hold instead.
+"""Compares a file's weights with those that it should hold: finds damaged tensors, and their actual content.
 
 Each expert's projection, each row of a router and each other tensor is a unit; where only some rows of a unit are
 damaged, those are named. :mod:`validate.files.quantization_error` decides how far a unit may be off. If a unit is
-further off than 80 %, its content is identified by a signature, the values at 256 fixed places: those of unrelated
+further off than 80 %, its content is identified by a signature, the values at 256 fixed places: signatures of unrelated
 tensors have a cosine near 0, those of a tensor and its quantized copy near 1. So a mix-up is named without holding two
 models in memory.
 """
@@ -27,12 +27,12 @@ from validate.files.quantization_error import MatrixError
 
 __all__ = ["Damage", "Fault", "TypeOf", "Unit", "WeightComparison", "compare_weights"]
 
-_ANOTHER_TENSOR = 0.8  # relative error; an unrelated tensor's is at least 1, that of 2-bit types about 0.3
+_ANOTHER_TENSOR = 0.8  # relative error; an unrelated tensor has at least 1, a 2-bit type about 0.3
 _RESEMBLES = 0.6  # cosine of signatures, and of rows
 _PLACES = 256
-_ROWS_AT_ONCE = 4096  # of embedding and head
+_ROWS_AT_ONCE = 4096  # rows of embedding and head
 _SAME_SIZE = 1e-3  # deviation of a coefficient that counts as none
-_MORE = 2.0  # times the type's error that does not count as a second fault
+_MORE = 2.0  # an error up to this many times the type's is not a second fault
 
 TypeOf = Callable[[Role, int | None], StoredType]
 """(role, layer) -> the type in which a file stores the tensors of that role in that layer."""
@@ -40,33 +40,33 @@ TypeOf = Callable[[Role, int | None], StoredType]
 
 @dataclass(frozen=True)
 class Unit:
-    """Something that is compared by itself."""
+    """A part of the weights that is compared by itself."""
 
     role: Role
     layer: int | None
     index: int | None  # the expert, or the router's row
-    row: int | None = None  # None: the whole
+    row: int | None = None  # None: all rows
 
 
 class Fault(Enum):
     """The kinds of fault that a unit can have."""
 
     ZERO = auto()
-    HOLDS_ANOTHER = auto()  # unit or row of the original
-    UNLIKE = auto()  # resembles nothing of the original
-    TOO_FAR = auto()  # further off than its type makes it
+    HOLDS_ANOTHER = auto()  # it holds another unit or row of the original
+    UNLIKE = auto()  # it resembles nothing of the original
+    TOO_FAR = auto()  # it is further off than its type explains
     SCALED = auto()
-    CHANGED = auto()  # stored in float and yet not equal
+    CHANGED = auto()  # it is stored in float and yet not equal
 
 
 @dataclass(frozen=True)
 class Damage:
-    """A unit that does not hold what it should."""
+    """A unit with wrong values."""
 
     unit: Unit
     fault: Fault
     relative_error: float
-    usual_error: float = 0.0  # what its type makes
+    usual_error: float = 0.0  # the error of its type
     type_name: str = ""
     scale: float = 1.0
     holds: Unit | None = None  # the original's unit that it resembles
@@ -74,7 +74,7 @@ class Damage:
 
 @dataclass(frozen=True)
 class WeightComparison:
-    """Relative errors |found - expected| / |expected| of all units, and what is damaged."""
+    """Relative errors |found - expected| / |expected| of all units, and the damaged ones."""
 
     errors: Mapping[Unit, float]
     damage: tuple[Damage, ...]
@@ -92,10 +92,10 @@ def compare_weights(
     """Compares two students of one description, a tensor at a time.
 
     Args:
-        expected: what the file should hold.
-        found: what it holds (:meth:`~compressors.model.sources.student.Student.as_written`).
-        stored_type: how it stores it.
-        n_tokens: rows of embedding and head that are compared; None: all.
+        expected: the student that the file should hold.
+        found: the student that it holds (:meth:`~compressors.model.sources.student.Student.as_written`).
+        stored_type: gives the type of each tensor in the file.
+        n_tokens: the number of rows of embedding and head that are compared; None: all.
         progress: called with 1 after each layer.
 
     Raises:
@@ -148,7 +148,7 @@ def _matrices(wanted: torch.Tensor, its: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 def _as_stored(wanted: torch.Tensor, tensor: TensorSpec, student: Student, layer: int | None) -> torch.Tensor:
-    """The values that a GGUF file gives back: a function that is applied to them may round, as does its inverse."""
+    """The values that a GGUF file returns: a function that was applied to them may round, as may its inverse."""
     sizes = {} if layer is None else student.spec.layers[layer].sizes
     stored = torch.empty_like(wanted)
     for part in tensor.gguf_parts:
@@ -175,14 +175,14 @@ class _Comparison:
         self._matrices: set[Place] = set()
 
     def add_tensor(self, tensor: TensorSpec, layer: int | None, stored_type: TypeOf, units: _Units) -> None:
-        """The units of one tensor."""
+        """Adds the units of one tensor."""
         if tensor.is_quantizable:
             self._matrices.add((tensor.role, layer))
         for unit, pieces in units:
             self.add(unit, stored_type(tensor.role, layer), pieces)
 
     def add(self, unit: Unit, stored_type: StoredType, pieces: _Pieces) -> None:
-        """A unit's expected and found values, in pieces; its signature is the first piece's."""
+        """Adds a unit's expected and found values, in pieces; the first piece gives its signature."""
         matrix = MatrixError(stored_type)
         of_rows: list[Damage] = []
         n_rows = 0
@@ -195,7 +195,7 @@ class _Comparison:
             n_rows += len(expected)
         self._errors[unit] = matrix.relative_error
         if not (of_rows or matrix.is_too_far or matrix.is_scaled):
-            return  # as near as the type makes it, which for ternary types is not near
+            return  # as near as its type allows, which for ternary types is not near
         if of_rows and n_rows > 1 and not matrix.is_mostly_damaged:
             self._damage += of_rows
         elif not matrix.relative_error <= _ANOTHER_TENSOR:
@@ -214,7 +214,7 @@ class _Comparison:
         if matrix.is_zero:
             return Damage(unit, Fault.ZERO, matrix.relative_error)
         holds = self._resembled(unit, by_size[self._sizes[unit]])
-        if holds == unit:  # itself, and yet far off
+        if holds == unit:  # it resembles itself, and yet is far off
             return _whole_damage(unit, matrix)
         return Damage(unit, Fault.UNLIKE if holds is None else Fault.HOLDS_ANOTHER, matrix.relative_error, holds=holds)
 
@@ -233,7 +233,7 @@ def _whole_damage(unit: Unit, matrix: MatrixError) -> Damage:
 
 
 def _is_only_scaled(scale: float, relative_error: float, usual_error: float) -> bool:
-    """True if a change of size explains the error: the rest of it is at most about twice what the type makes."""
+    """True if a change of size explains the error: the rest is at most about twice the type's own."""
     deviation = abs(scale - 1)
     left = max(relative_error**2 - deviation**2, 0.0) ** 0.5
     return deviation > _SAME_SIZE and left <= _MORE * usual_error + 0.01 * deviation

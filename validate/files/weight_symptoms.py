@@ -1,4 +1,4 @@
-"""Says in words what is wrong with a file's weights: a sentence for each tensor, expert or group of rows.
+"""Describes the faults of a file's weights: a sentence for each tensor, expert or group of rows.
 
 Layers, experts and rows are counted from 0, as in the files; a row of the embedding is a token, shown with its text.
 """
@@ -16,11 +16,11 @@ from validate.files.weight_comparison import Damage, Fault, Unit, WeightComparis
 __all__ = ["TokenText", "coarse_symptoms", "weight_symptoms"]
 
 TokenText = Callable[[int], str | None]
-"""How a tokenizer writes a token; None if it has none of that number."""
+"""The text of a token by its id; None if the tokenizer has no such token."""
 
-_COARSE, _COARSER = 0.2, 2.5  # relative error of a 2-bit tensor, and how many times the others'
+_COARSE, _COARSER = 0.2, 2.5  # the least relative error of a 2-bit tensor, absolute and as a multiple of the others'
 _NOT_COARSE_BUT_ANOTHER = 0.8
-_NAMED = 3  # rows, and experts, that a sentence names
+_NAMED = 3  # the most rows, or experts, that a sentence names
 _VOCABULARY_ROLES = (Role.TOKEN_EMBEDDING, Role.HEAD)
 
 
@@ -35,7 +35,7 @@ def weight_symptoms(damage: Sequence[Damage], token_text: TokenText | None = Non
 
 
 def coarse_symptoms(comparison: WeightComparison) -> list[str]:
-    """Sentences about tensors in about 2 bits in a file of more bits, which make it worse than its size promises."""
+    """Returns sentences about tensors of about 2 bits in a file of more bits, which make the file needlessly bad."""
     by_tensor: dict[tuple[int | None, Role], list[float]] = defaultdict(list)
     for unit, error in comparison.errors.items():
         if (unit.role, unit.layer) in comparison.matrices and error <= _NOT_COARSE_BUT_ANOTHER:
@@ -65,7 +65,7 @@ def _zeroed(damage: Iterable[Damage]) -> list[str]:
 
 
 def _mixed_up(damage: Sequence[Damage]) -> list[str]:
-    """Units that hold another of the original's: of the same layer and role, of another role, of another layer."""
+    """Describes units that hold another one of the original: of the same layer and role, another role or layer."""
     exchanged: dict[int | None, list[Damage]] = defaultdict(list)
     permuted: dict[tuple[int | None, Role], list[tuple[Unit, Unit]]] = defaultdict(list)
     layers: dict[tuple[int | None, int | None], list[str]] = defaultdict(list)
@@ -108,7 +108,7 @@ def _swapped(layers: dict[tuple[int | None, int | None], list[str]]) -> list[str
 
 
 def _off(damage: Iterable[Damage]) -> list[str]:
-    """Units that are not what their type makes of the original's; several experts in one sentence."""
+    """Describes units that differ from the original's more than their type explains; groups experts in a sentence."""
     alike: dict[tuple[int | None, Role, Fault], list[Damage]] = defaultdict(list)
     for entry in damage:
         alike[entry.unit.layer, entry.unit.role, entry.fault].append(entry)
@@ -140,7 +140,7 @@ def _verdict(entries: Sequence[Damage]) -> str:
 
 
 def _rows(damage: Iterable[Damage], token_text: TokenText | None) -> list[str]:
-    """Rows of one tensor, or of one expert's, with the same fault: one sentence."""
+    """Describes rows of one tensor, or of one expert, with the same fault in one sentence."""
     alike: dict[tuple[Unit, Fault], list[Damage]] = defaultdict(list)
     for entry in damage:
         unit = entry.unit

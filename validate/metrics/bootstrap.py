@@ -1,6 +1,6 @@
-"""Intervals by block bootstrap: how far would a figure move on other text of the same kind?
+"""Intervals by block bootstrap: how far a figure would move on other text of the same kind.
 
-Positions of one chunk are not independent, chunks nearly are: whole chunks are drawn again, with replacement, and the
+Positions of one chunk are not independent, but chunks nearly are: whole chunks are drawn, with replacement, and the
 figure is computed from each draw. The interval holds the middle 95 % of those (percentile method; B. Efron, R. J.
 Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13). With few chunks it is too narrow, as any interval is.
 """
@@ -38,10 +38,10 @@ def bootstrap_interval(n_blocks: int, statistic: Callable[[Floats], Floats]) -> 
 
     Args:
         n_blocks: B, the number of blocks of the text.
-        statistic: gets how often each draw (D) took each block, float64 [D, B], and returns its figures, [D].
+        statistic: gets the times that each draw (D) took each block, float64 [D, B], and returns its figures, [D].
 
     Returns:
-        None for a single block: nothing is known about others.
+        None for a single block, which says nothing about others.
     """
     if n_blocks < 2:
         return None

@@ -1,6 +1,6 @@
-"""Cloze accuracy: does the model find the last word of a passage?
+"""Cloze accuracy: whether the model finds the last word of a passage.
 
-As LAMBADA asks it (D. Paperno et al., arXiv 1606.06031; lm-evaluation-harness counts an answer as right when greedy
+The task is LAMBADA's (D. Paperno et al., arXiv 1606.06031; lm-evaluation-harness counts an answer as right when greedy
 decoding gives all of the word's tokens), but on the held-out text: a passage is a chunk up to the last word of a
 sentence or line. Teacher forcing over the word's tokens is greedy decoding as long as every token is right, so the pass
 that measures perplexity answers all passages of a chunk at once.
@@ -32,7 +32,7 @@ _LAST_WORD = re.compile(r"\w+(?:['\u2019-]\w+)*(?=[.!?][\"'\u201d\u2019)\]]*\s|[
 
 @dataclass(frozen=True)
 class LastWord:
-    """A word that ends a passage, as the scored positions that predict its tokens."""
+    """A word that ends a passage, given by the scored positions that predict its tokens."""
 
     chunk: int
     first: int
@@ -44,8 +44,8 @@ def find_last_words(chunks_BT: npt.NDArray[np.int64], tokenizer: Any) -> list[La
 
     Args:
         chunks_BT: held-out chunks.
-        tokenizer: the model's, of transformers. One that is not built on the tokenizers library tells no text of
-            single tokens: there are no words then.
+        tokenizer: the model's tokenizer, of transformers. One that is not built on the tokenizers library does not
+            tell the texts of single tokens: there are no words then.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -64,7 +64,7 @@ def find_last_words(chunks_BT: npt.NDArray[np.int64], tokenizer: Any) -> list[La
 
 
 def _text(tokens_T: Sequence[int], backend: Any) -> tuple[str, npt.NDArray[np.int64]]:
-    """The text of a chunk, and where in it each token's begins; a piece of a character has none of its own."""
+    """The text of a chunk, and the place where each token's text begins; a piece of a character has no own text."""
     stream = DecodeStream(skip_special_tokens=False)
     pieces = [stream.step(backend, token) or "" for token in tokens_T]
     lengths_T = [len(piece) for piece in pieces]
@@ -90,9 +90,9 @@ def cloze_figures(
     """Accuracy of a model and its teacher over all words and by domain, as plain data; None without words.
 
     Args:
-        right_N: at every scored position of all chunks, whether the model finds the token that follows most probable.
-        teacher_right_N: whether the teacher does.
-        words: what is asked.
+        right_N: True at scored positions of all chunks where the model finds the next token most probable.
+        teacher_right_N: the same for the teacher.
+        words: the words to find.
         domains_B: the domain of each chunk.
     """
     if not words:
@@ -116,7 +116,7 @@ def _found(right_BS: npt.NDArray[np.bool_], words: Sequence[LastWord]) -> npt.ND
 
 
 def _figures(found_W: Floats, teacher_W: Floats, chunk_W: npt.NDArray[np.int64]) -> dict[str, Any]:
-    """Of some words; the intervals draw the chunks that hold them."""
+    """Computes the figures of some words; the intervals draw the chunks that hold them."""
     _, block_W = np.unique(chunk_W, return_inverse=True)
     found_B, teacher_B, words_B = (
         np.bincount(block_W, weights=part).astype(np.float64) for part in (found_W, teacher_W, np.ones(len(found_W)))
@@ -133,7 +133,7 @@ def _figures(found_W: Floats, teacher_W: Floats, chunk_W: npt.NDArray[np.int64])
 
 
 def _ratio_interval(numerator_B: Floats, denominator_B: Floats) -> Interval | None:
-    """Of a ratio of sums; None if some draw of the blocks has nothing to divide by."""
+    """The interval of a ratio of sums; None if some draw of the blocks would divide by zero."""
 
     def ratios(draws_DB: Floats) -> Floats:
         below_D = draws_DB @ denominator_B

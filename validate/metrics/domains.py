@@ -1,4 +1,4 @@
-"""A model beside its reference, domain by domain: damage by pruning is not spread evenly over kinds of text."""
+"""Compares a model with its reference by domain: pruning does not harm all kinds of text equally."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["domain_figures"]
 
 
 def domain_figures(evaluation: Evaluation, reference: str, domains_B: Sequence[str]) -> list[dict[str, Any]]:
-    """Figures of each domain in the order of the text, as plain data for JSON; docs/validation.md describes the fields.
+    """Returns figures of each domain in the order of the text, as plain data; docs/validation.md describes the fields.
 
     Args:
-        evaluation: of the whole text.
-        reference: the name of the reference in it.
+        evaluation: the evaluation of the whole text.
+        reference: the name of the reference in the evaluation.
         domains_B: the domain of each of its chunks; a domain's chunks need not lie together.
     """
     against = evaluation.against[reference]

@@ -1,8 +1,8 @@
-"""One pass of a model over held-out text: what it predicts, how far it is from a reference, where it routes.
+"""One pass of a model over held-out text: its predictions, its distance from a reference, and its routing.
 
 The protocol is llama-perplexity's (``tools/perplexity/perplexity.cpp`` of llama.cpp): chunks of n tokens from an empty
 cache, the second half of each scored. One number is kept for each scored position, never logits;
-:mod:`validate.metrics.statistics` and :mod:`validate.metrics.bootstrap` make figures of them.
+:mod:`validate.metrics.statistics` and :mod:`validate.metrics.bootstrap` turn them into figures.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ _VALUES_AT_ONCE = 1 << 20  # logits that are compared together: 4 MB in float32,
 
 @dataclass(frozen=True)
 class AgainstReference:
-    """A model beside one reference, at the scored positions (N)."""
+    """A model compared with one reference, at the scored positions (N)."""
 
     kl_divergence_N: npt.NDArray[np.float32]  # KL(reference || this model), nats
-    same_top_N: npt.NDArray[np.bool_]  # do both find the same token most probable?
+    same_top_N: npt.NDArray[np.bool_]  # True if both find the same token most probable
     negative_log_likelihood_N: npt.NDArray[np.float32]  # the reference's own, of the same tokens
-    right_N: npt.NDArray[np.bool_]  # does the reference find the token that follows most probable?
+    right_N: npt.NDArray[np.bool_]  # True if the reference finds the next token most probable
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Per-position results at the scored positions (N), and routing at all positions: None of a dense model."""
+    """Per-position results at the scored positions (N), and routing at all positions, None for a dense model."""
 
     n_chunks: int
     negative_log_likelihood_N: npt.NDArray[np.float32]
     against: Mapping[str, AgainstReference]  # by the reference's name
     routing: RoutingRecord | None
-    right_N: npt.NDArray[np.bool_]  # is the token that follows the model's most probable one?
+    right_N: npt.NDArray[np.bool_]  # True if the model finds the next token most probable
 
     def save(self, path: Path) -> None:
         """Writes everything into one safetensors file."""
@@ -108,7 +108,7 @@ def evaluate(
         backend: the loaded model.
         tokens_BT: held-out chunks.
         references: log-probabilities at the same scored positions, chunk after chunk, by name.
-        record: also writes this model's own log-probabilities, so that it can be a reference.
+        record: also takes this model's own log-probabilities, so that it can be a reference.
         progress: called with 1 after each chunk.
 
     Raises:
@@ -140,9 +140,9 @@ def evaluate(
 
 
 class _Collected:
-    """Scores of the positions so far, in arrays for all.
+    """Scores of the positions so far, in arrays for all positions.
 
-    Many small arrays that stay, made between large ones that go, would leave the allocator's memory full of holes.
+    Many small arrays that stay, allocated between large ones that are freed, would fragment the memory.
     """
 
     def __init__(self, references: Mapping[str, ReferenceLogProbs], n_positions: int) -> None:
@@ -161,7 +161,7 @@ class _Collected:
         }
 
     def add(self, logits_NV: torch.Tensor, targets_N: torch.Tensor) -> None:
-        """The next positions."""
+        """Adds the next positions."""
         place = slice(self.n_scored, self.n_scored + len(logits_NV))
         scores = Scores(logits_NV, targets_N)
         self.likelihood_N[place] = scores.negative_log_likelihood()

@@ -1,4 +1,4 @@
-"""What a row of the report says about a model beside its reference, as plain data for JSON.
+"""The figures of a model and its reference in a row of the report, as plain data for JSON.
 
 docs/validation.md describes every field.
 """

@@ -1,7 +1,7 @@
-"""Floors: what a runtime changes by itself, measured where both sides hold the same numbers.
+"""Floors: the changes that a runtime makes by itself, measured where both sides hold the same numbers.
 
 Two models with equal weights differ only by their arithmetic: order of sums, rounded inputs, kernels. A divergence
-between two runtimes, or between a file and its original, means nothing below that.
+between two runtimes, or between a file and its original, means nothing below its floor.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ __all__ = ["floor_figures"]
 
 
 def floor_figures(evaluation: Evaluation, reference: str, reference_routing: RoutingRecord | None) -> dict[str, Any]:
-    """A runtime beside torch with the same weights, as plain data for JSON; docs/validation.md describes the fields.
+    """Compares a runtime with torch with the same weights, as plain data; docs/validation.md describes the fields.
 
     Args:
-        evaluation: of the runtime.
-        reference: under which name torch's log-probabilities are in it; in 16 bits, so that divergences below 1e-6
-            nats say nothing.
-        reference_routing: torch's; None of a dense model.
+        evaluation: the evaluation of the runtime.
+        reference: the name of torch's log-probabilities in it; they have 16 bits, so divergences below 1e-6 nats
+            mean nothing.
+        reference_routing: torch's routing; None for a dense model.
     """
     likelihood_N, n_chunks = evaluation.negative_log_likelihood_N, evaluation.n_chunks
     against = evaluation.against[reference]

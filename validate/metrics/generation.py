@@ -1,8 +1,8 @@
-"""Does the model loop? Pruned models fall into repetition before their perplexity shows it.
+"""Measures whether a model loops: pruned models fall into repetition before their perplexity shows it.
 
 A few dozen beginnings of held-out text are continued greedily and at temperature 1, by the runtime with its KV cache
-and by the teacher in torch. Every draw belongs to one random number, the same for every model: two models of equal
-logits write equal texts.
+and by the teacher in torch. Every draw uses one random number, the same for every model: two models with equal logits
+write equal texts.
 
 Letters: P prompts, N new tokens of each.
 """
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 PROMPTS = 24
-"""At most; with :data:`NEW_TOKENS` about five minutes of a runtime that decodes 10 tokens a second."""
+"""The most prompts; with :data:`NEW_TOKENS` about five minutes of a runtime that decodes 10 tokens a second."""
 
 PROMPT_TOKENS = 32
 
@@ -49,12 +49,12 @@ NEW_TOKENS = 64
 """Four times the longest cycle that counts as a loop."""
 
 _LONGEST_CYCLE = 16
-_NORMAL_QUANTILE = 1.959964  # of 97.5 %: a 95 % interval leaves out half of the rest on either side
+_NORMAL_QUANTILE = 1.959964  # at 97.5 %: a 95 % interval leaves out half of the rest on each side
 
 
 @dataclass(frozen=True)
 class GeneratedTexts:
-    """What a model wrote after the prompts: int64 [P, N] each, an end of text among them or not."""
+    """A model's texts after the prompts: int64 [P, N] each; they may contain an end of text."""
 
     greedy_PN: npt.NDArray[np.int64]
     sampled_PN: npt.NDArray[np.int64]
@@ -62,7 +62,7 @@ class GeneratedTexts:
 
 @dataclass(frozen=True)
 class TextFigures:
-    """Of texts that were written in one way; an end of text ends a text."""
+    """The figures of texts that were written in one way; an end of text ends a text."""
 
     loop_rate: float  # share that ends in a loop
     loop_rate_interval: Interval
@@ -73,9 +73,9 @@ class TextFigures:
 
 
 def prompts_of(chunks_BT: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Beginnings of at most :data:`PROMPTS` chunks, evenly spaced: every domain has its share. int64 [P, 32].
+    """The beginnings of at most :data:`PROMPTS` chunks, evenly spaced so that every domain has its share: [P, 32].
 
-    A chunk begins as the model wants texts to begin, with BOS or without.
+    Chunks begin as the model needs it, with BOS or without.
     """
     n_prompts = min(PROMPTS, len(chunks_BT))
     chosen = [(2 * index + 1) * len(chunks_BT) // (2 * n_prompts) for index in range(n_prompts)]
@@ -83,7 +83,7 @@ def prompts_of(chunks_BT: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 
 def uniform_numbers(n_prompts: int) -> torch.Tensor:
-    """What decides the sampled texts: float64 [P, N] in [0, 1)."""
+    """The random numbers of the sampled texts: float64 [P, N] in [0, 1)."""
     return torch.stack([random_numbers((prompt,), NEW_TOKENS) for prompt in range(n_prompts)])
 
 
@@ -117,7 +117,7 @@ def _sampled(uniform_N: torch.Tensor) -> Callable[[npt.NDArray[np.float32]], int
 
 
 def generation_figures(texts: GeneratedTexts, end_of_text: Sequence[int]) -> dict[str, Any]:
-    """What the report says of a model's texts, as plain data."""
+    """The report's figures of a model's texts, as plain data."""
     return {
         "prompts": len(texts.greedy_PN),
         "prompt_tokens": PROMPT_TOKENS,
@@ -149,7 +149,7 @@ def _figures(texts_PN: npt.NDArray[np.int64], end_of_text: Iterable[int]) -> Tex
 
 
 def loops(tokens: Sequence[int]) -> bool:
-    """Whether a text ends in the same 1 to 16 tokens three times in a row (at least 8 tokens in all)."""
+    """True if a text ends in the same 1 to 16 tokens three times in a row (at least 8 tokens in all)."""
     for cycle in range(1, _LONGEST_CYCLE + 1):
         length = max(3 * cycle, 8)
         tail = list(tokens[-length:])
@@ -161,7 +161,7 @@ def loops(tokens: Sequence[int]) -> bool:
 def longest_repeat(tokens: Sequence[int]) -> int:
     """The length of the longest n-gram that occurs at least twice, perhaps overlapping; 0 if no token does.
 
-    Longest repeated substrings are how repetition inside texts is found (K. Lee et al., Deduplicating Training Data
+    Longest repeated substrings show repetition inside texts (K. Lee et al., Deduplicating Training Data
     Makes Language Models Better, arXiv 2107.06499, section 4.1); here inside one text of a few dozen tokens.
     """
     length = 0
@@ -173,7 +173,7 @@ def longest_repeat(tokens: Sequence[int]) -> int:
 
 
 def rate_interval(n_yes: int, n_all: int) -> Interval:
-    """The 95 % interval of a share of a few independent texts; none of 24 does not mean never.
+    """The 95 % interval of a share of a few independent texts: none out of 24 does not mean never.
 
     E. B. Wilson, Probable Inference, the Law of Succession, and Statistical Inference, 1927.
     """
@@ -185,10 +185,10 @@ def rate_interval(n_yes: int, n_all: int) -> Interval:
 
 
 def least_difference(n_yes: int, n_all: int, n_others: int, n_all_others: int) -> float:
-    """The lower end of the 95 % interval of the difference of two shares, the first less the others'.
+    """The lower end of the 95 % interval of the difference of two shares, the first minus the other.
 
-    R. Newcombe, Interval Estimation for the Difference Between Independent Proportions, 1998, method 10: from Wilson's
-    intervals of both.
+    R. Newcombe, Interval Estimation for the Difference Between Independent Proportions, 1998, method 10, which combines
+    Wilson's intervals of both.
     """
     share, others = n_yes / n_all, n_others / n_all_others
     below, above = share - rate_interval(n_yes, n_all)[0], rate_interval(n_others, n_all_others)[1] - others
@@ -196,7 +196,7 @@ def least_difference(n_yes: int, n_all: int, n_others: int, n_all_others: int) -
 
 
 def largest_share_by_chance(n_yes: int, n_all: int) -> float:
-    """Up to which share another model's as many texts are not certainly more."""
+    """The largest share that another model may have in as many texts before it counts as significantly larger."""
     not_more = [
         n_others for n_others in range(n_yes, n_all + 1) if least_difference(n_others, n_all, n_yes, n_all) <= 0
     ]

@@ -1,10 +1,10 @@
-"""llama.cpp's logits file: what ``llama-perplexity --kl-divergence-base FILE`` writes and ``--kl-divergence`` reads.
+"""llama.cpp's logits file, which ``llama-perplexity --kl-divergence-base FILE`` writes and ``--kl-divergence`` reads.
 
 Little-endian: the magic ``_logits_``; the chunk length, the vocabulary size and the number of chunks as int32; all
 tokens as int32; then, for the scored positions chunk after chunk, float32 scale, float32 smallest log-probability and
 a 16-bit code for each token (one more, unused, if their number is odd). Source: ``perplexity`` and ``kl_divergence`` in
-``tools/perplexity/perplexity.cpp``. Where a model wants BOS, the tool puts it in the place of each chunk's first token
-when it evaluates; the file keeps the text's own token there.
+``tools/perplexity/perplexity.cpp``. If a model needs BOS, the tool replaces each chunk's first token by it when it
+evaluates; the file keeps the text's own token there.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _MAGIC = b"_logits_"
 _NUMBER = np.dtype("<i4")
 _CODE = np.dtype("<u2")
 _HEAD = len(_MAGIC) + 3 * 4
-_RANGE_CODES = 4  # the places of two float32
+_RANGE_CODES = 4  # two float32 take the place of this many codes
 
 
 @dataclass(frozen=True)
 class _Layout:
     """The sizes and offsets of a file's parts."""
 
-    n_tokens: int  # of a chunk
+    n_tokens: int  # the length of a chunk
     vocab_size: int
     n_chunks: int
 
@@ -60,7 +60,7 @@ class _Layout:
         return self.positions_start + self.n_positions * self.codes_per_position * 2
 
     def open(self, path: Path, flags: int) -> ArrayFile:
-        """The coded positions as rows."""
+        """Opens the coded positions as rows."""
         return ArrayFile(path, (self.n_positions, self.codes_per_position), _CODE, self.positions_start, flags)
 
 
@@ -69,10 +69,10 @@ class LogitsFile:
 
     Attributes:
         tokens_BT: int64, the chunks.
-        vocab_size: of the model that wrote it.
+        vocab_size: the vocabulary size of the model that wrote it.
 
     Raises:
-        InputError: it is missing, something else, or cut off.
+        InputError: the file is missing, something else, or cut off.
     """
 
     def __init__(self, path: Path) -> None:
@@ -103,9 +103,9 @@ class LogitsFileWriter:
     """Makes a file for these chunks; :meth:`write` fills it, in any order.
 
     Args:
-        path: where.
+        path: the file.
         tokens_BT: the chunks. Whether the first token of one is the text's or BOS does not matter: it is not scored.
-        vocab_size: of the model.
+        vocab_size: the vocabulary size of the model.
 
     Raises:
         InputError: the file cannot be written, or the disk is too small for it.

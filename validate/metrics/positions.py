@@ -1,7 +1,7 @@
-"""What llama-perplexity computes at one position, rounded as it rounds.
+"""The figures of one position, computed and rounded as in llama-perplexity.
 
 Sums over the vocabulary are in double precision, single terms in float32 (``log_softmax`` in
-``tools/perplexity/perplexity.cpp`` of llama.cpp): so our figures are the tool's to the digits that it prints. Tokens to
+``tools/perplexity/perplexity.cpp`` of llama.cpp), so our figures are the tool's to the digits that it prints. Tokens to
 which the reference gives a log-probability of -16 or less are left out of the divergence, as the tool does: in 16 bits
 they cannot be told apart.
 """
@@ -26,11 +26,11 @@ class ReferenceLogProbs(Protocol):
         """The number of positions."""
 
     def decoded(self, start: int, stop: int) -> torch.Tensor:
-        """Of positions start..stop: float32 [stop - start, V]."""
+        """Log-probabilities of positions start..stop: float32 [stop - start, V]."""
 
 
 class Scores:
-    """What a model's logits at N positions are worth.
+    """Scores a model's logits at N positions.
 
     Args:
         logits_NV: float32.
@@ -59,18 +59,18 @@ class Scores:
         return terms.sum(-1, dtype=torch.float64).float()
 
     def same_top(self, reference_NV: torch.Tensor) -> torch.Tensor:
-        """Whether both find the same token most probable, of equal ones the first: bool [N].
+        """True if both find the same token most probable, of equal ones the first: bool [N].
 
-        Equal ones are no rarity in the reference: 65,536 steps over 16 nats.
+        Equal ones are not rare in the reference, which has 65,536 steps over 16 nats.
         """
         return torch.from_numpy(reference_NV.numpy().argmax(-1) == self._logits_NV.numpy().argmax(-1))
 
     def right(self) -> torch.Tensor:
-        """Whether the model finds the target most probable: bool [N]."""
+        """True if the model finds the target most probable: bool [N]."""
         return self._is_top(self._logits_NV)
 
     def reference_right(self, reference_NV: torch.Tensor) -> torch.Tensor:
-        """Whether the reference does."""
+        """True if the reference finds the target most probable: bool [N]."""
         return self._is_top(reference_NV)
 
     def _is_top(self, values_NV: torch.Tensor) -> torch.Tensor:

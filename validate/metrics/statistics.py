@@ -1,8 +1,8 @@
-"""The statistics of ``llama-perplexity --kl-divergence``, under its definitions.
+"""The statistics of ``llama-perplexity --kl-divergence``, with its definitions.
 
-Source: ``kl_divergence`` in ``tools/perplexity/perplexity.cpp`` of llama.cpp. Its list is ours: whoever has figures of
-that tool can lay them beside the report. Errors are standard errors of positions taken as independent, which text is
-not; :mod:`validate.metrics.bootstrap` gives intervals that need no such thing.
+Source: ``kl_divergence`` in ``tools/perplexity/perplexity.cpp`` of llama.cpp. We have the same list, so
+figures of that tool can be compared with the report. Errors are standard errors that assume independent positions,
+which text does not have; :mod:`validate.metrics.bootstrap` gives intervals without that assumption.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Floats = npt.NDArray[np.floating]
 
 @dataclass(frozen=True)
 class PerplexityComparison:
-    """A model's perplexity Q against its reference's, base, at the same positions; each figure with its error."""
+    """A model's perplexity Q and its reference's, base, at the same positions; each figure has an error."""
 
     base: float
     base_error: float
@@ -47,7 +47,7 @@ class PerplexityComparison:
 class Divergence:
     """KL divergence from a reference over the scored positions, in nats.
 
-    A reference in 16 bits is up to 1.2e-4 nats off, so that a position may even be a little below zero.
+    A reference in 16 bits is up to 1.2e-4 nats off, so a position may even be a little below zero.
     """
 
     mean: float
@@ -67,7 +67,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class ProbabilityChange:
-    """Probability of the right token, the model's less the reference's, over the scored positions; 1 is certainty."""
+    """The model's probability of the right token minus the reference's, over the scored positions; 1 is certainty."""
 
     mean: float
     mean_error: float
@@ -169,10 +169,10 @@ def _mean_and_error(values_N: Floats) -> tuple[float, float]:
 
 
 def _covariance_of_means(first_N: Floats, second_N: Floats) -> float:
-    """From plain sums of float32 products, as the tool's; at least 0 for one sequence with itself.
+    """Computes it from plain sums of float32 products, as the tool does; at least 0 for one sequence with itself.
 
-    Deviations from the means would be more exact, which shows only where a model is compared with itself: then the
-    errors of ratio and difference are the rounding of these products, and the tool's digits are to be ours.
+    Deviations from the means would be more exact. That shows only if a model is compared with itself: the errors of
+    ratio and difference are then the rounding of these products, and our digits must be the tool's.
     """
     products = (first_N * second_N).mean(dtype=np.float64)
     covariance = float(products - first_N.mean(dtype=np.float64) * second_N.mean(dtype=np.float64))
@@ -186,10 +186,10 @@ def _probability(negative_log_likelihood_N: Floats) -> npt.NDArray[np.float32]:
 
 
 def _percentiles(values_N: Floats, shares: Mapping[str, float]) -> dict[str, float]:
-    """Interpolated between neighbours, but the median of an even number is the mean of the middle two.
+    """Interpolates between neighbours, except that the median of an even number is the mean of the middle two.
 
-    The place between them is found in float32, as by the tool: among 4,000 values that is 1.2e-4 of a step off, which
-    shows in the sixth decimal where values lie far apart.
+    The place between them is computed in float32, as in the tool: among 4,000 values that is 1.2e-4 of a step off,
+    which shows in the sixth decimal where values lie far apart.
     """
     ordered = np.sort(values_N.astype(np.float32))
     last = len(ordered) - 1

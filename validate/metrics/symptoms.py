@@ -1,10 +1,10 @@
-"""Says in words what is wrong with a file: figures say that something is, symptoms say where to look.
+"""Describes a file's faults in words: figures show that something is wrong, symptoms show where to look.
 
 Tensors that are damaged, and settings that are not the model's, are facts. Everything else is read from the
-measurements, and worth saying only of a file that failed: a layer whose routing falls, a router whose choices are the
-original's under other numbers, an expert whose tokens diverge. (Where in a chunk the divergence is says nothing: among
-the scored positions, the second half, that of a wrong rotary base does not grow.) Layers and experts are counted from
-0, as in the files.
+measurements, and only reported for a file that failed: a layer whose routing falls, a router whose choices are the
+original's under other numbers, an expert whose tokens diverge. (The place of the divergence in a chunk says nothing:
+even with a wrong rotary base it does not grow over the scored positions, the second half.) Layers and experts are
+counted from 0, as in the files.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ __all__ = ["divergence_symptoms", "routing_symptoms", "setting_symptoms"]
 
 _SAME_SETTING = 0.1  # relative; a rotary base that was read from a table of cosines in float16 is up to 5 % off
 _FALL = 0.75  # a layer that agrees by less than this share of the layer before falls
-_SAME_EXPERT = 0.8  # of the tokens that choose one of the original's experts, if they choose one of the file's
-_DIVERGES, _TOKENS = 5.0, 20  # an expert's tokens against the others', and how many there must be
+_SAME_EXPERT = 0.8  # share of the tokens of an original expert that choose the same expert of the file
+_DIVERGES, _TOKENS = 5.0, 20  # an expert's divergence relative to the others', and its fewest tokens
 
 
 def setting_symptoms(facts: FileFacts, spec: ModelSpec) -> list[str]:
-    """Settings of the file that are not the model's."""
-    is_plain = spec.rope.kind is RopeKind.DEFAULT  # a scaled one's table has no base to read off
+    """Lists settings of the file that are not the model's."""
+    is_plain = spec.rope.kind is RopeKind.DEFAULT  # a scaled table does not show its base
     settings = (
         (
             "rope base (position-dependent: every rotation is another)",
@@ -48,7 +48,7 @@ def setting_symptoms(facts: FileFacts, spec: ModelSpec) -> list[str]:
 
 
 def routing_symptoms(agreement: RoutingAgreement, reference: RoutingRecord, found: RoutingRecord) -> list[str]:
-    """Layers where routing falls, and what their routers do. Both models number their experts alike."""
+    """Lists layers where routing falls, and the reason. Both models must number their experts alike."""
     symptoms = []
     before, place = 1.0, "all before"
     for index, layer in enumerate(agreement.layers):
@@ -64,7 +64,7 @@ def routing_symptoms(agreement: RoutingAgreement, reference: RoutingRecord, foun
 def divergence_symptoms(
     kl_divergence_N: npt.NDArray[np.float32], n_chunks: int, chunk_length: int, reference: RoutingRecord
 ) -> list[str]:
-    """The expert whose tokens diverge most, if they do so several times as much as all others."""
+    """Names the expert whose tokens diverge most, if they diverge several times as much as all others."""
     kld_BS = kl_divergence_N.reshape(n_chunks, -1).astype(np.float64)
     scored = scored_positions(chunk_length)
     n_layers, _, top_k = reference.experts_LTK.shape
@@ -87,7 +87,7 @@ def divergence_symptoms(
 
 
 def _router(reference_TK: npt.NDArray[np.int32], found_TK: npt.NDArray[np.int32]) -> str:
-    """Whether the file chooses the original's experts under other numbers."""
+    """Says whether the file chooses the original's experts under other numbers."""
     chosen = max(int(reference_TK.max()), int(found_TK.max())) + 1
     together = np.zeros((chosen, chosen))
     for slot in range(reference_TK.shape[1]):

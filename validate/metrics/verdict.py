@@ -1,4 +1,4 @@
-"""Pass or fail: measured values against stated thresholds."""
+"""Decides pass or fail: compares measured values with stated thresholds."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class Band:
-    """Files of about the same bits per weight, and the fidelity that may be expected of them."""
+    """Files of about the same bits per weight, and the fidelity expected of them."""
 
     name: str
-    least_bits: float  # per weight of the experts, scales included
+    least_bits: float  # bits per weight of the experts, scales included
     fidelity: Fidelity
 
 
@@ -82,19 +82,19 @@ REQUIREMENTS: Mapping[str, str] = {
     "perplexity_change": "largest relative change of perplexity from the student in torch to a file",
     "loops": "largest share of a file's greedy texts that end in a loop; an export measures it",
 }
-"""Names that ``--require NAME=VALUE`` knows."""
+"""The names that ``--require NAME=VALUE`` knows, with their meaning."""
 
 
 @dataclass(frozen=True)
 class Figures:
     """The figures that are judged; None if one was not measured."""
 
-    kld: float | None  # from the original
+    kld: float | None  # divergence from the original
     top1: float | None
-    routing: float | None  # with the unquantized model that the file was written from
-    perplexity_change: float | None  # from that model
+    routing: float | None  # overlap with the unquantized model that the file was written from
+    perplexity_change: float | None  # relative to that model
     loops: float | None = None  # share of greedy texts
-    loops_allowed: float | None = None  # the largest share that is not certainly more than the original's
+    loops_allowed: float | None = None  # the largest share that is not significantly more than the original's
 
 
 def required_checks(
@@ -106,11 +106,11 @@ def required_checks(
     is_routed: bool,
     is_whole: bool,
 ) -> list[Check]:
-    """The fidelity checks of one artifact: defaults, replaced and joined by what was required.
+    """The fidelity checks of one artifact: the defaults, replaced and extended by required ones.
 
     Args:
         artifact: the beginning of the checks' names.
-        fidelity: the defaults of its band; None: only what is required is checked.
+        fidelity: the defaults of its band; None: only required checks are made.
         require: thresholds by name.
         figures: the measured figures.
         is_routed: False for a dense model, whose routing is not checked.

@@ -36,7 +36,7 @@ _BUDGET_PARTS = (
 _MARKERS = ("circle", "square", "diamond")
 _MOST_MARKERS = 24  # on one line; beyond that they hide it
 _TICK_STEPS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
-_MOST_COLUMN_LINES = 64  # of the grid; on a phone more would cover the cells
+_MOST_COLUMN_LINES = 64  # lines of the grid; on a phone more would cover the cells
 _LINE_CHART_HEIGHT = 200.0
 
 
@@ -124,7 +124,7 @@ class DivergenceChart:
 
 
 def divergence_chart(report: Report) -> DivergenceChart | None:
-    """All models whose divergence was measured and is not zero everywhere; None if there is none."""
+    """Charts all models whose divergence was measured and is not zero everywhere; None if there is none."""
     measured = [row for row in report["validation"] if row.get("kld") and (row["kld"]["max"] or 0) > 0]
     if not measured:
         return None
@@ -180,7 +180,7 @@ class LineChart:
 
 
 def routing_charts(report: Report) -> list[LineChart]:
-    """Overlap by layer: what the export did, and what compression did; they live on different scales."""
+    """Charts overlap by layer: the effect of the export, and that of compression, on different scales."""
     rows = report["validation"]
     export = [
         (f"{artifact_name(row['artifact'])} and torch", row["artifact"], agreement)
@@ -257,7 +257,7 @@ class ExpertGrid:
 
 
 def expert_grid(report: Report) -> ExpertGrid | None:
-    """Which experts survived; None when all did, or when the report does not say."""
+    """Charts which experts survived; None if all did, or if the report does not say."""
     kept, n_experts = report["student"].get("kept"), report["source"]["n_experts"]
     if not kept or all(layer is None or len(layer) == n_experts for layer in kept):
         return None
@@ -274,7 +274,7 @@ def expert_grid(report: Report) -> ExpertGrid | None:
 
 
 def kept_ranges(experts: Sequence[int]) -> str:
-    """``0-3, 5, 8-9``."""
+    """Formats numbers as ``0-3, 5, 8-9``."""
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in _runs(experts))
 
 

@@ -1,4 +1,4 @@
-"""The parts of the report in words: names of models, the verdict, how large a divergence is, what did not run."""
+"""The parts of the report in words: names of models, the verdict, the size of a divergence, files that did not run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 Report = Mapping[str, Any]
-"""The content of report.json: plain data. What was not measured is None or absent."""
+"""The content of report.json: plain data. Figures that were not measured are None or absent."""
 
 _ARTIFACT_NAMES = {"teacher": "Original", "student": "Student", "gguf": "GGUF", "onnx": "ONNX"}
 _RUNTIME_NAMES = {"torch": "torch", "llama.cpp": "llama.cpp", "onnxruntime": "ONNX Runtime"}
@@ -67,7 +67,7 @@ _LOSSES = {
 }
 
 BANDS = ((0.0, 0.005, "like 6-bit"), (0.01, 0.05, "like 4-bit"), (0.1, math.inf, "visibly different"))
-"""Mean divergence (nats) that quantized files of unpruned models have: from, to, what it is like.
+"""Mean divergence (nats) of quantized files of unpruned models: from, to, a comparison.
 
 Community figures for Qwen-class models, llama-perplexity on wikitext; no accepted band exists for pruned models.
 """
@@ -81,7 +81,7 @@ def rung_outcome(rung: Mapping[str, Any]) -> str:
 
 
 def loss_name(loss: str) -> str:
-    """``kd`` -> ``distillation``."""
+    """Returns the name of a loss in words: ``kd`` -> ``distillation``."""
     return _LOSSES.get(loss, loss)
 
 
@@ -95,12 +95,12 @@ def find(data: Any, *keys: str) -> Any:
 
 
 def artifact_name(artifact: str) -> str:
-    """``gguf`` -> ``GGUF``."""
+    """Returns the name of an artifact: ``gguf`` -> ``GGUF``."""
     return _ARTIFACT_NAMES.get(artifact, artifact)
 
 
 def row_name(row: Mapping[str, Any]) -> str:
-    """``GGUF in llama.cpp``."""
+    """Returns the name of a row, such as ``GGUF in llama.cpp``."""
     return f"{artifact_name(row['artifact'])} in {_RUNTIME_NAMES.get(row['runtime'], row['runtime'])}"
 
 
@@ -139,7 +139,7 @@ def band(mean_divergence: float) -> str:
 
 
 def memory_needed(report: Report, artifact: str) -> tuple[int | None, bool]:
-    """Bytes to hold against the budget, and whether they were measured; a total falls back on the prediction."""
+    """Bytes to compare with the budget, and whether they were measured; a total falls back on the prediction."""
     part = "file" if find(report, "budget", "kind") == "file" else "total"
     measured = find(report, "budget", "measured", artifact, part)
     if measured is not None:
@@ -149,13 +149,13 @@ def memory_needed(report: Report, artifact: str) -> tuple[int | None, bool]:
 
 
 def student_description(report: Report) -> str:
-    """``24 of 32 experts per layer in Q4_K``."""
+    """Describes the student: ``24 of 32 experts per layer in Q4_K``."""
     types = list(dict.fromkeys(artifact["type"] for artifact in report.get("artifacts") or []))
     return f"{what_is_left(report)} in {' and '.join(types)}" if types else what_is_left(report)
 
 
 def is_dense(report: Report) -> bool:
-    """Whether the student is a dense model: it has no experts to choose from, so nothing is said of routing."""
+    """True if the student is a dense model: it has no experts to choose from, so routing is left out."""
     return bool(find(report, "student", "dense"))
 
 
@@ -204,7 +204,7 @@ def failures(report: Report) -> list[str]:
 
 
 def check_name(check: Mapping[str, Any]) -> str:
-    """``gguf.kld`` in words; a name that is not known is its own description."""
+    """Returns a check's name in words, such as ``gguf.kld``; an unknown name stays as it is."""
     artifact, _, what = str(check["name"]).partition(".")
     if artifact not in _SHIPPED or what not in _CHECKS:
         return str(check["name"])
@@ -217,7 +217,7 @@ def check_value(check: Mapping[str, Any]) -> str:
 
 
 def requirement(check: Mapping[str, Any]) -> str:
-    """``at most 0.05``. The data states no direction: value and outcome tell it, or nothing does."""
+    """Returns the threshold, such as ``at most 0.05``. Value and outcome give the direction, if anything does."""
     value, threshold, text = check["value"], check["threshold"], _check_format(check)(check["threshold"])
     if _unmeasured(value) or value == threshold:
         return f"threshold {text}"
@@ -225,7 +225,7 @@ def requirement(check: Mapping[str, Any]) -> str:
 
 
 def verdict_title(report: Report) -> str:
-    """``Passed all 9 checks`` or ``Failed 2 of 9 checks``."""
+    """Returns ``Passed all 9 checks`` or ``Failed 2 of 9 checks``."""
     n_checks, n_failed = len(checks(report)), len(failed_checks(report))
     plural = "check" if n_checks == 1 else "checks"
     if n_failed:
@@ -238,7 +238,7 @@ def verdict_title(report: Report) -> str:
 
 
 def verdict_sentence(report: Report) -> str:
-    """One sentence: what it became, whether it fits, and how far it is from the original; the worst file counts."""
+    """Returns one sentence: the result, whether it fits, and its distance from the original; the worst file counts."""
     sentence = f"{model_name(report)} with {student_description(report)}{_against_budget(report)}"
     measured = [row for row in shipped_rows(report) if find(row, "kld", "mean") is not None]
     if measured:

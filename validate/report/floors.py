@@ -1,4 +1,4 @@
-"""Floors in words and tables: what a runtime changes by itself, beside the figures that nothing below them explains."""
+"""Floors in words and tables: the changes that a runtime makes by itself. Smaller figures mean nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _HEADINGS = (
 
 
 def floor_table(report: Report) -> Table:
-    """Every runtime beside torch with the same weights; no rows if that was not measured."""
+    """Compares every runtime with torch with the same weights; no rows if that was not measured."""
     rows, with_routing = [], not is_dense(report)
     for row in shipped_rows(report):
         same_weights, teacher = find(row, "floor", "same_weights"), find(row, "floor", "teacher")
@@ -41,7 +41,7 @@ def floor_table(report: Report) -> Table:
 
 
 def floor_rows(report: Report) -> list[tuple[str, ...]]:
-    """The same as text, headings first, intervals in brackets; empty if nothing was measured."""
+    """The table's rows as text, headings first, intervals in brackets; empty if nothing was measured."""
     table = floor_table(report)
     rows = [
         (
@@ -84,7 +84,7 @@ def _change(ratio: float) -> str:
 
 
 def _of_teacher(teacher: Mapping[str, Any]) -> str:
-    """``the original in BF16``, or ``first 4 of 48 layers of the original in BF16``."""
+    """Returns ``the original in BF16``, or ``first 4 of 48 layers of the original in BF16``."""
     whole = teacher["n_layers"] == teacher["of_layers"]
     part = "" if whole else f"first {teacher['n_layers']} of {teacher['of_layers']} layers of "
     return f"{part}the original in {teacher['type']}"

@@ -15,13 +15,13 @@ from validate.report.facts import Report, artifact_name, find
 
 __all__ = ["LEVELS", "HeatMap", "Level", "load_maps"]
 
-_NOTHING = "nothing"  # in a layer that never had experts: no path is drawn
-_AFTER = ("gguf", "onnx", "student")  # whose load is shown beside the original's: the first that was measured
+_NOTHING = "nothing"  # for a layer that never had experts: no path is drawn
+_AFTER = ("gguf", "onnx", "student")  # the first one that was measured is shown beside the original
 
 
 @dataclass(frozen=True)
 class Level:
-    """Loads below ``limit`` even shares, and not below the level before it; None is no limit."""
+    """Loads below ``limit`` even shares, and not below the level before it; None: no limit."""
 
     kind: str  # the path's class
     label: str
@@ -36,7 +36,7 @@ LEVELS = (
     Level("load4", "2 to 4", 4.0),
     Level("load5", "4 and more", None),
 )
-"""In even shares: what each expert of the layer would get if all got the same."""
+"""The levels in even shares: an even share is the load of each expert if all had the same."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class HeatMap:
 def load_maps(report: Report) -> list[HeatMap]:
     """The original's load and, in the same numbering, the student's; empty if the report has none.
 
-    An expert that was merged into another shows the load of the one that stands for it.
+    An expert that was merged into another shows the load of that one.
     """
     loads, n_experts = report.get("load") or {}, report["source"]["n_experts"]
     before = find(loads, "teacher", "tokens")
@@ -79,7 +79,7 @@ def _student_of(layer: Mapping[str, Any], n_experts: int) -> list[int | None]:
 
 
 def _kinds(tokens: Sequence[float], student_of: Sequence[int | None]) -> list[str]:
-    """Of every expert of the original in one layer."""
+    """The kind of every expert of the original in one layer."""
     even = sum(tokens) / len(tokens)
     return ["dropped" if expert is None else _level(tokens[expert] / even) for expert in student_of]
 
@@ -100,7 +100,7 @@ def _map(title: str, cells: Sequence[Sequence[str]]) -> HeatMap:
 
 
 def _runs(experts: Sequence[str]) -> Iterator[tuple[str, int, int]]:
-    """(kind, first expert, how many) of equal neighbours."""
+    """Yields (kind, first expert, count) of each run of equal neighbours."""
     first = 0
     for kind, group in groupby(experts):
         length = len(list(group))

@@ -32,7 +32,7 @@ def render_html(report: Report) -> str:
     """Renders the content of report.json as one self-contained page.
 
     Args:
-        report: as described in the design ("Output"); what is null or absent is shown as not measured.
+        report: the content of report.json; values that are null or absent are shown as not measured.
 
     Returns:
         The page. Equal reports give equal text.
@@ -41,7 +41,7 @@ def render_html(report: Report) -> str:
 
 
 def environment() -> jinja2.Environment:
-    """Returns the templates, for which text is no markup and an unknown name is an error."""
+    """Returns the templates, which escape text and refuse unknown names."""
     return jinja2.Environment(
         loader=jinja2.PackageLoader("validate.report"),
         autoescape=True,

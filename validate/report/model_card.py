@@ -26,7 +26,7 @@ def render_model_card(report: Report) -> str:
     Order: front matter, engines, table of files, how they were made, how to run them, limits.
 
     Args:
-        report: as described in the design ("Output").
+        report: the content of report.json.
 
     Returns:
         Markdown. Equal reports give equal text.

@@ -1,4 +1,4 @@
-"""Numbers as people read them; the same rounding in every output. ``None`` and NaN were not measured: a dash."""
+"""Numbers as people read them, with the same rounding in every output. ``None`` and NaN, not measured, are a dash."""
 
 from __future__ import annotations
 
@@ -33,34 +33,34 @@ _BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def size(n_bytes: int | None) -> str:
-    """Bytes in both conventions, which differ by 7 % at this size: ``20.00 GB (18.63 GiB)``."""
+    """Formats bytes in both conventions, which differ by 7 % at this size: ``20.00 GB (18.63 GiB)``."""
     decimal, binary = size_parts(n_bytes)
     return decimal if decimal == binary else f"{decimal} ({binary})"
 
 
 def size_parts(n_bytes: int | None) -> tuple[str, str]:
-    """Bytes in units of powers of 1000 and of 1024."""
+    """Formats bytes in units of powers of 1000 and of 1024."""
     if not _known(n_bytes):
         return DASH, DASH
     return _scaled(n_bytes, 1000, _DECIMAL_UNITS), _scaled(n_bytes, 1024, _BINARY_UNITS)
 
 
 def exact_bytes(n_bytes: int | None) -> str:
-    """``9,940,128 bytes``."""
+    """Formats bytes exactly: ``9,940,128 bytes``."""
     return DASH if not _known(n_bytes) else f"{n_bytes:,} bytes"
 
 
 def perplexity(value: float | None, error: float | None = None) -> str:
-    """Two decimals, with the standard error where it is known."""
+    """Formats a perplexity with two decimals, and its standard error if it is known."""
     if not _known(value):
         return DASH
     return f"{value:,.2f}" if not _known(error) else f"{value:,.2f} ± {error:.2f}"
 
 
 def divergence(nats: float | None) -> str:
-    """Four decimals; what would round to zero without being zero is printed as less than the last digit.
+    """Formats a divergence with four decimals; a small number that would round to zero is "less than the last digit".
 
-    A reference in 16 bits can make it a little less than zero, where it is zero.
+    A reference in 16 bits can make a divergence of zero slightly negative.
     """
     if not _known(nats):
         return DASH
@@ -68,7 +68,7 @@ def divergence(nats: float | None) -> str:
 
 
 def fixed(value: float | None, digits: int, scale: float = 1.0, error: float | None = None) -> str:
-    """``scale`` times a value with so many decimals, and its standard error where it is known: ``-0.028 ± 0.021``."""
+    """Formats ``scale`` times a value with ``digits`` decimals, and its standard error if known: ``-0.028 ± 0.021``."""
     if not _known(value):
         return DASH
     text = _signed(f"{scale * value:.{digits}f}")
@@ -76,7 +76,7 @@ def fixed(value: float | None, digits: int, scale: float = 1.0, error: float | N
 
 
 def percent(fraction: float | None) -> str:
-    """A fraction of 1 with two decimals of a percent; only what is exactly 1 is printed as 100 %."""
+    """Formats a fraction of 1 with two decimals of a percent; only exactly 1 is printed as 100 %."""
     if not _known(fraction):
         return DASH
     if 0.99995 <= fraction < 1:
@@ -85,12 +85,12 @@ def percent(fraction: float | None) -> str:
 
 
 def interval(ends: Sequence[float] | None, style: Callable[[float], str]) -> str:
-    """``1.20 to 1.40``, both ends in the style of their figure, the unit once; empty where there is none."""
+    """Formats ``1.20 to 1.40``, both ends in the style of their figure, the unit once; empty if there is none."""
     return "" if ends is None else f"{style(ends[0]).removesuffix(' %')} to {style(ends[1])}"
 
 
 def change(before: float | None, after: float | None) -> str:
-    """Relative change with its sign: ``+12.3 %``; below one percent with two decimals."""
+    """Formats a relative change with its sign: ``+12.3 %``; below one percent with two decimals."""
     if not _known(before) or not _known(after) or not before:
         return DASH
     percents = 100 * (after / before - 1)
@@ -98,12 +98,12 @@ def change(before: float | None, after: float | None) -> str:
 
 
 def count(number: int | None) -> str:
-    """Thousands separated by commas."""
+    """Formats a whole number with commas between thousands."""
     return DASH if not _known(number) else f"{number:,}"
 
 
 def parameters(number: int | None) -> str:
-    """Three digits: ``21.2 million``, ``30.5 billion``."""
+    """Formats a number with three digits: ``21.2 million``, ``30.5 billion``."""
     if not _known(number):
         return DASH
     for unit, name in ((10**12, "trillion"), (10**9, "billion"), (10**6, "million")):
@@ -113,14 +113,14 @@ def parameters(number: int | None) -> str:
 
 
 def speed(tokens_per_second: float | None) -> str:
-    """Tokens per second; a decimal only below one hundred."""
+    """Formats tokens per second, with a decimal only below one hundred."""
     if not _known(tokens_per_second):
         return DASH
     return f"{tokens_per_second:,.1f}" if tokens_per_second < 100 else f"{tokens_per_second:,.0f}"
 
 
 def duration(seconds: float | None) -> str:
-    """The two largest units: ``0.4 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    """Formats a duration in its two largest units: ``0.4 s``, ``3 min 20 s``, ``2 h 05 min``."""
     if not _known(seconds):
         return DASH
     if seconds < 9.95:
@@ -135,7 +135,7 @@ def duration(seconds: float | None) -> str:
 
 
 def plain(value: float | None) -> str:
-    """A number of unknown meaning: whole numbers with separators, others with up to four decimals."""
+    """Formats a number of unknown meaning: whole numbers with separators, others with up to four decimals."""
     if not _known(value):
         return DASH
     if math.isinf(value):
@@ -146,7 +146,7 @@ def plain(value: float | None) -> str:
 
 
 def _signed(text: str) -> str:
-    """With a real minus sign, and without a sign where all digits are zero."""
+    """Returns the text with a real minus sign, and without a sign if all digits are zero."""
     if not any(digit in text for digit in "123456789"):
         return text.lstrip("+-")
     return text.replace("-", "\N{MINUS SIGN}")

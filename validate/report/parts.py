@@ -1,4 +1,4 @@
-"""The table of a run with several outputs: one for each budget, or for each file that has a student of its own."""
+"""The table of a run with several outputs: one for each budget, or for each file with its own student."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands that run the written files and can be pasted."""
+"""Commands to paste that run the written files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def llama_cpp_command(report: Report, path: Path) -> str:
 
 
 def llama_cpp_python_command(report: Report, path: Path) -> str:
-    """The same through llama-cpp-python, in one line of shell; quantized values need flash attention there."""
+    """The command for llama-cpp-python, in one line of shell; quantized values need flash attention there."""
     cache = str(report["budget"]["kv_type"])
     number = int(KV_TYPES[cache])
     types = "" if cache == "f16" else f", type_k={number}, type_v={number}"
@@ -57,7 +57,7 @@ def run_instructions(report: Report, out: Path) -> str:
 
     Args:
         report: the content of report.json.
-        out: the output folder, as the person at the keyboard names it.
+        out: the output folder, as the user named it.
 
     Returns:
         One paragraph per written file; empty if nothing was written.

@@ -1,4 +1,4 @@
-"""All that ``llama-perplexity --kl-divergence`` prints, in its order, under its names and with its digits."""
+"""All figures that ``llama-perplexity --kl-divergence`` prints, with its order, names and digits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["STATISTICS", "Statistic", "statistics_table"]
 
 @dataclass(frozen=True)
 class Statistic:
-    """One line of the tool, and where the same figure is in a validation row."""
+    """One line of the tool, and the place of the same figure in a validation row."""
 
     name: str
     keys: tuple[str, ...]

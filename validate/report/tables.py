@@ -42,7 +42,7 @@ __all__ = [
 class Cell:
     """One value; ``note`` is small print, ``tone`` good or bad, ``bar`` the length of a bar between 0 and 1.
 
-    ``floor`` is what the runtime has by itself of the same figure.
+    ``floor`` is the runtime's own part of the same figure.
     """
 
     text: str
@@ -59,14 +59,14 @@ class Row:
 
     name: str
     cells: tuple[Cell, ...] = ()
-    kind: str = ""  # colour of the mark before the name
+    kind: str = ""  # decides the colour of the mark before the name
     note: str = ""
     error: str | None = None
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under headings; there is one more heading than a row has cells, as the first stands over the names."""
+    """Rows under headings; the first heading stands over the names, so there is one more than cells in a row."""
 
     headings: tuple[str, ...]
     rows: tuple[Row, ...]

@@ -22,7 +22,7 @@ _SAME_WEIGHTS = ("floor", "same_weights")
 
 
 def summary(report: Report) -> RenderableType:
-    """The table that ends a run: models in columns, figures in rows, then the verdict and what failed."""
+    """The table that ends a run: models in columns, figures in rows, then the verdict and the failures."""
     columns = report.get("validation") or []
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("")
@@ -59,7 +59,7 @@ def _rows(report: Report) -> list[tuple[str, Callable[[Column], str]]]:
         return "\n".join(dict.fromkeys(numbers.size_parts(n_bytes)))
 
     def with_interval(style: Callable[[float | None], str], interval: str, *keys: str) -> Callable[[Column], str]:
-        """The figure, and under it its interval, which stands beside it in the report under this name."""
+        """Formats a figure, and under it its interval, which stands beside it in the report under this name."""
 
         def value(row: Column) -> str:
             ends = numbers.interval(find(row, *keys[:-1], interval), style).replace(" to ", numbers.DASH)

@@ -1,4 +1,4 @@
-"""What the report says about using the files: beside the original in size, speed and a simple task; texts that loop."""
+"""Figures about using the files: size, speed and a simple task compared with the original, and texts that loop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SPEED_UNKNOWN = "the original was not run in this runtime"
 
 
 def trained_sentence(report: Report) -> str:
-    """The share of parameters that recovery trained; empty if nothing is known of it."""
+    """The share of parameters that recovery trained; empty if it is not known."""
     share = find(report, "against_original", "trained_share")
     if share is None:
         return ""
@@ -83,7 +83,7 @@ def generation_table(report: Report) -> Table:
 
 
 def sentences(report: Report) -> list[str]:
-    """The same for the model card."""
+    """The same figures as sentences for the model card."""
     trained = trained_sentence(report)
     return [*([trained] if trained else []), *(_of_file(report, row) for row in facts.shipped_rows(report))]
 
@@ -122,5 +122,5 @@ def _rate(figures: Mapping[str, Any], name: str) -> Cell:
 
 
 def _small_percent(share: float) -> str:
-    """Routers are a small part: ``0.016 %`` where two decimals would say little."""
+    """Formats a small share, such as that of routers: ``0.016 %`` where two decimals would say little."""
     return numbers.percent(share) if share >= 0.001 else f"{100 * share:.2g} %"

@@ -1,1 +1,1 @@
-"""Routing: whether two models send the same tokens to the same experts, and whether a router itself is at fault."""
+"""Compares routing: do two models send the same tokens to the same experts, and is a router itself at fault."""

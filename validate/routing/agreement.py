@@ -1,8 +1,8 @@
-"""Routing agreement: do two models send the same tokens to the same experts?
+"""Routing agreement: how far two models send the same tokens to the same experts.
 
 For a token let A be the reference's chosen experts and B the model's. When the reference is the teacher, A is first
 mapped through the expert map: dropped experts leave A, merged ones become one. Tokens whose mapped A is empty say
-nothing about the router and are left out; the surviving share of the teacher's gate weight tells how much that hides.
+nothing about the router and are left out; the surviving share of the teacher's gate weight shows how much that hides.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class LayerAgreement:
     """Means over the tokens of one layer, each between 0 and 1."""
 
     overlap: float  # |A & B| / |A|
-    exact: float  # all of A is in B
-    top1: float  # the strongest of A is the strongest of B
+    exact: float  # share of tokens whose A is all in B
+    top1: float  # share of tokens whose strongest of A is the strongest of B
     weighted: float  # share of A's gate weight that lies on experts in B
     kept_gate_weight: float  # share of the reference's gate weight on experts that survive; 1 without an expert map
 
@@ -36,7 +36,7 @@ class RoutingAgreement:
     """Agreement by layer, None where the layer has no experts; the overall figures are means over the others."""
 
     layers: tuple[LayerAgreement | None, ...]
-    overlap_interval: Interval | None  # of the overall overlap, by block bootstrap; None for a single block
+    overlap_interval: Interval | None  # the overall overlap's, by block bootstrap; None for a single block
 
     def mean(self, name: str) -> float:
         """The mean of one figure over the layers that have experts."""
@@ -55,10 +55,10 @@ def routing_agreement(
     """Compares two recordings of the same tokens.
 
     Args:
-        reference: A; the teacher's own numbering when ``experts`` is given, else the model's.
+        reference: A, in the teacher's own numbering if ``experts`` is given, else in the model's.
         model: B.
         experts: maps the teacher's experts to the student's.
-        n_chunks: chunks of equal length that the tokens consist of; the interval draws whole chunks.
+        n_chunks: the number of chunks of equal length in the tokens; the interval draws whole chunks.
     """
     layers: list[LayerAgreement | None] = []
     overlaps: list[_ChunkOverlap] = []
@@ -77,7 +77,7 @@ def routing_agreement(
 
 
 def same_sets(first: RoutingRecord, second: RoutingRecord) -> npt.NDArray[np.bool_]:
-    """Whether a token's chosen sets are equal in a layer: bool [L, T]."""
+    """True where a token's chosen sets are equal in a layer: bool [L, T]."""
     same = np.sort(first.experts_LTK, axis=-1) == np.sort(second.experts_LTK, axis=-1)
     result: npt.NDArray[np.bool_] = same.all(axis=-1)
     return result
@@ -98,14 +98,14 @@ def _overlaps_of_layer(reference_TK: npt.NDArray[np.int32], model_TK: npt.NDArra
 
 @dataclass(frozen=True)
 class _ChunkOverlap:
-    """One layer's overlap, by chunk (B), and the tokens that it is the sum of."""
+    """One layer's overlap, summed by chunk (B), and the number of tokens in each sum."""
 
     sum_B: npt.NDArray[np.float64]
     tokens_B: npt.NDArray[np.int64]
 
 
 def _mean_overlap(overlaps: list[_ChunkOverlap], draws_DB: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The overall overlap of texts that take each chunk so often: [D]."""
+    """The overall overlap of each draw of chunks: [D]."""
     layers_LD = [draws_DB @ layer.sum_B / np.maximum(draws_DB @ layer.tokens_B, 1) for layer in overlaps]
     means_D: npt.NDArray[np.float64] = np.mean(layers_LD, axis=0)
     return means_D

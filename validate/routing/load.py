@@ -1,4 +1,4 @@
-"""How the work is spread: which share of the tokens, and of the gate weight, each expert gets."""
+"""The load of experts: the share of the tokens, and of the gate weight, that each expert gets."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from compressors.model.predictions.routing_record import NO_EXPERT, RoutingRecor
 __all__ = ["DEAD_SHARE", "LayerLoad", "expert_load", "load_figures"]
 
 DEAD_SHARE = 0.1
-"""An expert is dead where it gets less than this part of an even share of the tokens."""
+"""An expert is dead if it gets less than this part of an even share of the tokens."""
 
 _DIGITS = 4
 
 
 @dataclass(frozen=True)
 class LayerLoad:
-    """Of the experts (E) of one layer."""
+    """The load of the experts (E) of one layer."""
 
     tokens_E: npt.NDArray[np.float64]  # share of the tokens that reach the expert; the sum is the layer's top-k
     gate_weight_E: npt.NDArray[np.float64]  # share of the gate weight; the sum is 1
 
     @property
     def variation(self) -> float:
-        """Coefficient of variation of the tokens: their standard deviation over the experts by their mean."""
+        """Coefficient of variation of the tokens: their standard deviation over the experts, divided by their mean."""
         return float(self.tokens_E.std() / self.tokens_E.mean())
 
     @property
@@ -37,7 +37,7 @@ class LayerLoad:
 
     @property
     def largest(self) -> float:
-        """What the busiest expert gets, in even shares."""
+        """The load of the busiest expert, in even shares."""
         return float(self.tokens_E.max() / self.tokens_E.mean())
 
 
@@ -45,8 +45,8 @@ def expert_load(routing: RoutingRecord, n_experts: Sequence[int]) -> list[LayerL
     """The load of every layer, in the numbering of the model that ran; None for a layer without experts.
 
     Args:
-        routing: of any number of tokens.
-        n_experts: of each layer; 0 where it has none.
+        routing: the routing of any number of tokens.
+        n_experts: the number of experts of each layer; 0 if it has none.
     """
     return [
         _layer_load(experts_TK, weights_TK, n_experts[layer]) if n_experts[layer] else None
@@ -55,7 +55,7 @@ def expert_load(routing: RoutingRecord, n_experts: Sequence[int]) -> list[LayerL
 
 
 def load_figures(layers: Sequence[LayerLoad | None]) -> dict[str, object]:
-    """What the report keeps, as plain data for JSON: by layer, shares with four significant digits."""
+    """The report's figures, as plain data for JSON: shares by layer, with four significant digits."""
     routed = [layer for layer in layers if layer is not None]
     return {
         "tokens": [layer and _rounded(layer.tokens_E) for layer in layers],

@@ -1,8 +1,8 @@
-"""A runtime's routers on equal inputs: is a router itself wrong, or only what reaches it?
+"""Tests a runtime's routers on equal inputs: is a router itself wrong, or only its input?
 
 In a free run an error anywhere in a layer moves the hidden states, and with them the choices of all later routers. Here
-every router is given the hidden states that the student in torch gives it, and its choices are compared with the
-student's: what differs now is the router's weights, the runtime's arithmetic, or its top-k.
+every router gets the hidden states of the student in torch, and its choices are compared with the student's: a
+difference now comes from the router's weights, the runtime's arithmetic, or its top-k.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class RouterInputRecorder:
     A layer's states go to disk as they come; nothing of them stays in memory.
 
     Args:
-        folder: where the files go; it is made.
-        shape: of the model.
-        chunks: which chunks are kept, rising.
+        folder: the folder for the files, which is created.
+        spec: the model.
+        chunks: the indices of the chunks that are kept, ascending.
         chunk_tokens: tokens of each chunk.
     """
 
@@ -45,7 +45,7 @@ class RouterInputRecorder:
         folder.mkdir(parents=True)
         self._files = RouterInputs(folder)
         self._spec = spec
-        self._tokens = (chunks[:, None] * chunk_tokens + np.arange(chunk_tokens)).reshape(-1)  # of all, those kept
+        self._tokens = (chunks[:, None] * chunk_tokens + np.arange(chunk_tokens)).reshape(-1)  # indices of kept tokens
         kept = ArrayFile.create(self._files.chunks_path, chunks.shape, np.int64)
         kept.write(0, chunks)
 
@@ -72,23 +72,23 @@ class RouterInputRecorder:
             yield
 
     def finish(self, routing: RoutingRecord) -> None:
-        """Keeps the model's own routing of the kept chunks, given that of all."""
+        """Keeps the model's own routing of the kept chunks; ``routing`` is that of all chunks."""
         routing.tokens(self._tokens).save(self._files.routing_path)
 
 
 @dataclass(frozen=True)
 class RouterAlone:
-    """A runtime's routers beside torch's on equal inputs."""
+    """A runtime's routers compared with torch's on equal inputs."""
 
     n_chunks: int
     agreement: RoutingAgreement
     margin_error: float
-    """The largest difference between both margins of a token whose experts are the same: the noise of the runtime's
-    arithmetic, in router logits. A choice whose margin is smaller may fall either way."""
+    """The largest difference between both margins of a token with the same experts: the noise of the runtime's
+    arithmetic, in router logits. A choice with a smaller margin may fall either way."""
     ties: Ties | None
 
     def figures(self) -> dict[str, Any]:
-        """Plain data for JSON: those of a routing agreement, and what is said of equal inputs only."""
+        """The figures as plain data for JSON: those of a routing agreement, and those about equal inputs."""
         ties = None if self.ties is None else asdict(self.ties)
         own = {"chunks": self.n_chunks, "margin_error": self.margin_error, "ties": ties}
         return self.agreement.figures() | own
@@ -98,8 +98,8 @@ def router_alone(inputs: RouterInputs, found: RoutingRecord) -> RouterAlone:
     """Compares the choices of a runtime's routers with those that torch made from the same states.
 
     Args:
-        inputs: what both were given.
-        found: what the runtime's routers chose.
+        inputs: the inputs of both.
+        found: the choices of the runtime's routers.
     """
     reference, n_chunks = inputs.routing(), len(inputs.chunks())
     assert reference.margins_LT is not None and found.margins_LT is not None, "both sides record margins"

@@ -1,6 +1,6 @@
-"""What the routers of a model were given in torch, and what they chose, for a few chunks: files on disk.
+"""The inputs and choices of a model's routers in torch, for a few chunks: files on disk.
 
-A runtime gives its own routers the same (:mod:`validate.routing.router_alone`). Needs numpy only, as the runtimes'
+A runtime's own routers get the same inputs (:mod:`validate.routing.router_alone`). Needs numpy only, as the runtimes'
 processes do.
 """
 
@@ -17,7 +17,7 @@ from compressors.model.predictions.routing_record import RoutingRecord
 __all__ = ["ROUTER_CHUNKS", "RouterInputs", "spread_chunks"]
 
 ROUTER_CHUNKS = 4
-"""A layer's states of one chunk are 512 x hidden size x 4 bytes, for every layer: a sample must do."""
+"""A layer's states of one chunk are 512 x hidden size x 4 bytes, for every layer: a sample must suffice."""
 
 
 def spread_chunks(n_chunks: int) -> npt.NDArray[np.int64]:
@@ -36,16 +36,16 @@ class RouterInputs:
 
     @property
     def routing_path(self) -> Path:
-        """The model's own routing of these tokens."""
+        """The file with the model's own routing of these tokens."""
         return self.folder / "routing.safetensors"
 
     @property
     def chunks_path(self) -> Path:
-        """Which of the held-out chunks these are."""
+        """The file with the indices of these held-out chunks."""
         return self.folder / "chunks.npy"
 
     def states_path(self, layer: int) -> Path:
-        """Hidden states that reach a layer's router; layers without experts have no such file."""
+        """The file with the hidden states that enter a layer's router; layers without experts have none."""
         return self.folder / f"states-{layer:03d}.npy"
 
     def chunks(self) -> npt.NDArray[np.int64]:

@@ -1,7 +1,7 @@
-"""Are two routings different, or did they break ties differently?
+"""Tells routings that differ from routings that only broke ties differently.
 
 A token whose k-th and next router logits are nearly equal loses nothing by taking the other expert: both would have
-the same gate weight. Such tokens are told apart from those that were sent elsewhere.
+the same gate weight. Such tokens are counted apart from those that went to other experts.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from validate.routing.agreement import overlaps, same_sets
 __all__ = ["TIE_MARGIN", "Ties", "find_ties"]
 
 TIE_MARGIN = 0.01
-"""Below this difference of router logits a choice is a tie: the gate weights of the expert that was taken and of the
-one that was not differ by less than 1 %. Fixed, so that files and runtimes can be compared; rounding of float32 alone
-moves margins a thousand times less (:attr:`validate.routing.router_alone.RouterAlone.margin_error`)."""
+"""A choice is a tie below this difference of router logits: the gate weights of the expert that was taken and of the
+one that was not differ by less than 1 %. It is fixed, so that files and runtimes can be compared; rounding in float32
+alone changes margins a thousand times less (:attr:`validate.routing.router_alone.RouterAlone.margin_error`)."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Ties:
     threshold: float
     tokens: float  # share that is a tie
     differing: float  # share for which the chosen sets differ
-    differing_tied: float | None  # of those, the share that is a tie; None if none differs
-    overlap_without_ties: float | None  # overlap@k of the others, mean over layers; None if all are ties
+    differing_tied: float | None  # the share of these that is a tie; None if none differs
+    overlap_without_ties: float | None  # overlap@k of tokens without ties, mean over layers; None if all are ties
     median_margin: float | None  # None if no expert was ever left out
     median_margin_differing: float | None
     median_margin_change: float | None  # how far the model moves a margin; None if it recorded none
@@ -67,6 +67,6 @@ def _layers(routing: RoutingRecord, which_L: npt.NDArray[np.bool_]) -> RoutingRe
 
 
 def _median(values: npt.NDArray[np.float32]) -> float | None:
-    """Of what is finite: where all experts are chosen there is no margin."""
+    """The median of the finite values: there is no margin if all experts are chosen."""
     finite = values[np.isfinite(values)]
     return float(np.median(finite)) if finite.size else None

@@ -20,11 +20,11 @@ __all__ = ["Backend", "ChooseToken", "ChunkOutput", "RoutingRecord", "RuntimeBac
 __all__ += ["scored_positions"]
 
 ChooseToken = Callable[[npt.NDArray[np.float32]], int | None]
-"""The next token from its logits [V], which are valid during the call only; None ends the text."""
+"""Returns the next token from its logits [V], which are valid only during the call; None ends the text."""
 
 
 class RuntimeCrashError(MoeExportError):
-    """The runtime died, never ended, or failed at what it had loaded; the message says how."""
+    """The runtime died, never ended, or failed after loading the file; the message says how."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ChunkOutput:
     """One chunk of tokens, run from an empty cache. The logits are valid until the next chunk is asked for."""
 
     logits_SV: npt.NDArray[np.float32]  # at the scored positions; position i predicts token i + 1
-    routing: RoutingRecord | None  # at every position; None of a dense model
+    routing: RoutingRecord | None  # at every position; None for a dense model
 
 
 class Backend(Protocol):
@@ -51,7 +51,7 @@ class Backend(Protocol):
 
 
 class TextModel(Protocol):
-    """A model that scores and continues single texts, as tasks ask for it."""
+    """A model that scores and continues single texts, as tasks need it."""
 
     def last_logits(self, texts: Sequence[Sequence[int]], counts: Sequence[int]) -> Iterator[npt.NDArray[np.float32]]:
         """Yields for each text, from an empty cache, the logits of its last ``count`` positions: [count, V].
@@ -68,11 +68,11 @@ class RuntimeBackend(Backend, TextModel, Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Logits of one position."""
+        """The number of logits of one position."""
 
     @property
     def bos_token(self) -> int | None:
-        """The token that the model wants before a text; None if it wants none."""
+        """The token that the model needs before a text; None if it needs none."""
 
     def route(self, tokens_BT: npt.NDArray[np.int64], inputs: RouterInputs) -> RoutingRecord:
         """Returns the routers' choices when they are given ``inputs``, which were recorded on the same chunks."""
@@ -81,7 +81,7 @@ class RuntimeBackend(Backend, TextModel, Protocol):
 def scored_positions(n_tokens: int) -> slice:
     """Positions whose prediction is scored in a chunk: the second half, as in llama-perplexity.
 
-    Positions n/2 ... n-2 predict tokens n/2+1 ... n-1 (``tools/perplexity/perplexity.cpp`` of llama.cpp): at 512
-    tokens 255 predictions.
+    Positions n/2 ... n-2 predict tokens n/2+1 ... n-1 (``tools/perplexity/perplexity.cpp`` of llama.cpp): 255
+    predictions for 512 tokens.
     """
     return slice(n_tokens // 2, n_tokens - 1)

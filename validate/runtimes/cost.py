@@ -1,6 +1,6 @@
-"""What a model costs in a runtime: memory, load time and speed.
+"""The cost of a model in a runtime: memory, load time and speed.
 
-Speeds are medians of short runs: one that another program disturbed does not count.
+Speeds are medians of short runs, so a run that another program disturbed does not count.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from compressors.model.errors import InputError
 __all__ = ["CHUNK_TOKENS", "LEAST_CONTEXT", "Feed", "Runs", "RuntimeCost", "measure_cost", "peak_rss_bytes"]
 
 Feed = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float32]]
-"""Appends tokens to a model's sequence; returns the next one's logits [V], valid until the next call."""
+"""Appends tokens to a model's sequence; returns the next token's logits [V], valid until the next call."""
 
 CHUNK_TOKENS = 512
 """Prompts are fed in pieces of this many tokens, which both runtimes take at once by default."""
 
 _DECODED_TOKENS = 32
 LEAST_CONTEXT = 2 * _DECODED_TOKENS
-"""Tokens of cache without which nothing can be measured."""
+"""The fewest tokens of cache that can be measured."""
 
 
 @dataclass(frozen=True)
 class RuntimeCost:
-    """Measured in a process that did nothing else."""
+    """The cost of a model, measured in a process that did nothing else."""
 
     peak_rss_bytes: int  # largest resident set of the process, weights included
     base_rss_bytes: int  # the same before the model was loaded: interpreter and libraries
-    load_seconds: float  # of one load; the file may lie in the system's cache
+    load_seconds: float  # time of one load; the file may lie in the system's cache
     prefill_tokens_per_second: float  # median over the prompt's pieces
-    prefill_runs: int  # those pieces
+    prefill_runs: int  # the number of these pieces
     decode_tokens_per_second: float  # median over single tokens at the full context
-    decode_runs: int  # those tokens
+    decode_runs: int  # the number of these tokens
     buffers: Mapping[str, int] | None = None  # bytes by purpose, as the runtime itself reports them
-    device_bytes: int | None = None  # of those buffers, what lies on a GPU; None if the runtime reports none
+    device_bytes: int | None = None  # bytes of these buffers on a GPU; None if the runtime reports none
 
 
 def measure_cost(load: Callable[[], Feed], *, context: int, prompt_tokens: Sequence[int]) -> RuntimeCost:
@@ -87,21 +87,21 @@ def measure_cost(load: Callable[[], Feed], *, context: int, prompt_tokens: Seque
 
 
 class Runs:
-    """Times consecutive pieces of work: each is a run."""
+    """Times consecutive pieces of work; each is a run."""
 
     def __init__(self) -> None:
         self._last = time.perf_counter()
         self._speeds: list[float] = []
 
     def done(self, n_tokens: int) -> None:
-        """Another run of so many tokens ends now."""
+        """Ends another run, of ``n_tokens`` tokens."""
         now = time.perf_counter()
         self._speeds.append(n_tokens / (now - self._last))
         self._last = now
 
     @property
     def tokens_per_second(self) -> float:
-        """The median."""
+        """The median speed."""
         return statistics.median(self._speeds)
 
     def __len__(self) -> int:
@@ -109,9 +109,9 @@ class Runs:
 
 
 def peak_rss_bytes() -> int:
-    """The largest resident set this process has had.
+    """The largest resident set that this process has had.
 
-    Linux: VmHWM of ``/proc/self/status``, which a forked child does not inherit, as it does ``ru_maxrss``.
+    On Linux it is VmHWM of ``/proc/self/status``, which a forked child, unlike ``ru_maxrss``, does not inherit.
     """
     status = Path("/proc/self/status")
     if status.is_file():

@@ -1,4 +1,4 @@
-"""Checks that the installed runtimes can use a GPU, and says what to install if they cannot."""
+"""Checks that the installed runtimes can use a GPU, and names the package to install if they cannot."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROVIDERS = {
     "cpu": ("CPUExecutionProvider",),
     "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
 }
-"""What ``--providers`` knows: ONNX Runtime's execution providers, the first that can run a node runs it."""
+"""The values of ``--providers`` with ONNX Runtime's execution providers; the first that can run a node runs it."""
 
 
 class MissingGpuError(MoeExportError):
@@ -23,7 +23,7 @@ class MissingGpuError(MoeExportError):
 
 
 def offloads() -> bool:
-    """Whether llama.cpp was built with a GPU's backend."""
+    """True if llama.cpp was built with a GPU's backend."""
     return bool(api.llama_supports_gpu_offload())
 
 
@@ -31,11 +31,11 @@ def check_gpu_layers(gpu_layers: int, *, supported: bool | None = None) -> None:
     """Refuses layers on a GPU where llama.cpp was built without one.
 
     Args:
-        gpu_layers: of ``--gpu-layers``.
-        supported: whether this llama.cpp can; None: asks it.
+        gpu_layers: the value of ``--gpu-layers``.
+        supported: True if this llama.cpp can use a GPU; None: asks it.
 
     Raises:
-        MissingGpuError: it cannot.
+        MissingGpuError: llama.cpp cannot use a GPU.
     """
     if not gpu_layers or (offloads() if supported is None else supported):
         return
@@ -54,10 +54,10 @@ def check_provider(name: str, available: Sequence[str] | None = None) -> None:
 
     Args:
         name: a key of :data:`PROVIDERS`.
-        available: what is installed; None: asks ONNX Runtime.
+        available: the installed providers; None: asks ONNX Runtime.
 
     Raises:
-        MissingGpuError: it is not there.
+        MissingGpuError: the provider is not installed.
     """
     installed = onnxruntime.get_available_providers() if available is None else available
     wanted = PROVIDERS[name][0]

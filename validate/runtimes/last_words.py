@@ -1,4 +1,4 @@
-"""The line of a dead process's output that says why it died."""
+"""Finds the line of a dead process's output that explains its death."""
 
 from __future__ import annotations
 

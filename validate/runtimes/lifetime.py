@@ -1,4 +1,4 @@
-"""Processes that must not outlive the one that started them, however that ended."""
+"""Ends processes that must not outlive the one that started them, for whatever reason it ended."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SECONDS_BETWEEN_LOOKS = 0.2
 def end_with_parent(parent: int) -> None:
     """Ends this process soon after its parent is gone, and at once if it is gone already.
 
-    ``parent`` is handed over, since the parent may be gone before this process can ask for its number.
+    ``parent`` is an argument, because the parent may be gone before this process can ask for its number.
     """
     if os.getppid() != parent:
         os._exit(1)
@@ -24,9 +24,9 @@ def end_with_parent(parent: int) -> None:
 
 
 def end_with_creator() -> None:
-    """Ends this process as soon as the one that started it by :mod:`multiprocessing` is gone.
+    """Ends this process as soon as the one that started it with :mod:`multiprocessing` is gone.
 
-    That is not always its parent: of a fork server's children the server is.
+    That is not always its parent: the parent of a fork server's children is the server.
     """
     creator = multiprocessing.parent_process()
     assert creator is not None, "for processes of multiprocessing"

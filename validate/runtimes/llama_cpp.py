@@ -1,7 +1,7 @@
 """llama.cpp as a validation backend, through llama-cpp-python's low-level interface.
 
-Routing is read inside the runtime: the scheduler's evaluation callback hands us the very tensors by which the MoE
-layers pick and weigh their experts (:mod:`validate.runtimes.llama_cpp_routing`).
+Routing is read inside the runtime: the scheduler's evaluation callback gives us the same tensors with which the MoE
+layers choose and weigh their experts (:mod:`validate.runtimes.llama_cpp_routing`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 QUANTIZED_KV_TYPES = tuple(name for name in KV_TYPES if is_quantized(name))
-"""Not used to compare a file with torch: the loss from a coarse cache is not the file's fault, and reported apart."""
+"""Types that are not used to compare a file with torch: their loss is not the file's fault, and reported apart."""
 
 
 def exact_kv_type(kv_type: str) -> str:
@@ -51,9 +51,9 @@ _PHYSICAL_BATCH = 512  # llama.cpp's default n_ubatch
 class LlamaCppBackend:
     """A GGUF file in llama.cpp; implements :class:`validate.runtimes.backend.Backend`.
 
-    Flash attention is on where the cache is quantized, as llama.cpp and its users then have it, and off elsewhere.
-    Weights stay as they are stored: repacked and AMX buffers are off, because on virtual machines that list the
-    AMX instructions but trap them llama.cpp dies.
+    Flash attention is on if the cache is quantized, as llama.cpp requires, and off otherwise.
+    Weights stay as they are stored: repacked and AMX buffers are off, because llama.cpp dies on virtual machines that
+    list the AMX instructions but trap them.
 
     Raises:
         InputError: the file is missing, llama.cpp cannot load it, or it cannot set up the context.
@@ -90,14 +90,14 @@ class LlamaCppBackend:
 
     @property
     def version(self) -> str:
-        """Version of llama-cpp-python and, in brackets, of the ggml inside it."""
+        """The version of llama-cpp-python and, in brackets, of the ggml inside it."""
         ggml = ctypes.string_at(ggml_function("ggml_version", ctypes.c_void_p)()).decode()
         commit = ctypes.string_at(ggml_function("ggml_commit", ctypes.c_void_p)()).decode()
         return f"{version('llama-cpp-python')} (ggml {ggml}, {commit})"
 
     @property
     def vocab_size(self) -> int:
-        """Logits of one position."""
+        """The number of logits of one position."""
         return self._session.vocab_size
 
     @property
@@ -106,7 +106,7 @@ class LlamaCppBackend:
         return self._session.bos_token
 
     def run(self, tokens_BT: npt.NDArray[np.int64]) -> Iterator[ChunkOutput]:
-        """Runs every row as a sequence of its own and yields its output, in order; a dense file's has no routing.
+        """Runs every row as a sequence of its own and yields its output, in order; a dense file has no routing.
 
         Raises:
             InputError: a row is longer than the context, or a token is not in the vocabulary.
@@ -120,11 +120,11 @@ class LlamaCppBackend:
     def route(self, tokens_BT: npt.NDArray[np.int64], inputs: RouterInputs) -> RoutingRecord:
         """Returns the routers' choices for these chunks when each router is given torch's hidden states.
 
-        The states take the place of the normalised input of each layer's MoE block while the graph runs, so that no
-        layer's router sees what the layers before it did.
+        The states replace the normalised input of each layer's MoE block while the graph runs, so no router sees the
+        effect of earlier layers.
 
         Raises:
-            InputError: the states are of another model, or the graph is not one whose routers can be fed.
+            InputError: the states are of another model, or the graph's routers cannot be fed.
         """
         parts = []
         for chunk, tokens_T in enumerate(tokens_BT):
@@ -134,11 +134,11 @@ class LlamaCppBackend:
         return RoutingRecord.concatenate(parts)
 
     def _decode_chunk(self, tokens_T: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Logits at the scored positions, of a sequence of its own."""
+        """Runs a chunk as a sequence of its own; returns the logits at the scored positions."""
         self._session.clear()
         self._session.check(tokens_T)
-        # logits everywhere: the last layer's experts run only where an output is wanted, and routing is too;
-        # in halves, so that half of them are in memory at a time: those that are scored come last
+        # logits at all positions, because the last layer's experts only run, and route, where an output is asked for;
+        # in halves, so that only half of the logits are in memory at a time: the scored ones come last
         scored = scored_positions(len(tokens_T))
         with self._routing.without_logits(self._session.n_layers - 1):
             self._session.decode(tokens_T[: scored.start], all_logits=True)
@@ -170,7 +170,7 @@ class LlamaCppBackend:
 def measure(
     path: Path, *, context: int, kv_type: str, threads: int, prompt_tokens: Sequence[int], gpu_layers: int = 0
 ) -> RuntimeCost:
-    """:func:`validate.runtimes.cost.measure_cost`, and the buffers that llama.cpp's log names.
+    """Runs :func:`validate.runtimes.cost.measure_cost`, and adds the buffers that llama.cpp's log names.
 
     Flash attention is left to llama.cpp's choice.
 
@@ -205,7 +205,7 @@ def measure(
 
 
 class _Session:
-    """A loaded model with one context holding one sequence; frees both when it goes."""
+    """A loaded model with one context that holds one sequence; frees both when it is deleted."""
 
     def __init__(
         self,
@@ -337,7 +337,7 @@ _buffers = ReportedBuffers()
 
 @api.llama_log_callback  # type: ignore[untyped-decorator]
 def _keep_errors(level: int, text: bytes, user_data: int) -> None:
-    """llama.cpp's log, silenced; errors go into our messages, and buffers are remembered."""
+    """Silences llama.cpp's log; errors go into our messages, and buffers are remembered."""
     message = text.decode("utf-8", errors="replace")
     _buffers.read(message)
     if level == _LOG_LEVEL_ERROR:
@@ -346,13 +346,13 @@ def _keep_errors(level: int, text: bytes, user_data: int) -> None:
 
 @functools.cache
 def start_runtime() -> None:
-    """Sets llama.cpp up, once; its log goes nowhere but into our error messages."""
+    """Sets up llama.cpp, once; its log goes only into our error messages."""
     api.llama_backend_init()
     api.llama_log_set(_keep_errors, ctypes.c_void_p(0))
 
 
 def logged_error() -> str:
-    """``: message`` of llama.cpp, if it said anything: the first of a chain of errors names the cause. Forgets it."""
+    """Returns llama.cpp's error as ``: message``, the first of a chain, which names the cause, and forgets it."""
     message = f": {_errors[0]}" if _errors else ""
     _errors.clear()
     return message

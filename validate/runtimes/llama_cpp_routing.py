@@ -2,15 +2,14 @@
 
 The scheduler (``ggml_backend_sched_compute_splits`` in ``ggml/src/ggml-backend.cpp``) asks the evaluation callback
 about every node before it runs. It cuts the graph behind each node that the callback accepts, computes the piece, waits
-for the device, and calls again: now the node's values are there, and what is written to it is what the rest of the
-graph reads.
+for the device, and calls again: now the node's values are there, and the rest of the graph reads what is written to it.
 
 The cuts also keep fused GPU kernels away. For softmax, sort, selection and weights of a MoE layer CUDA, Metal and
 Vulkan have one kernel that leaves what lies in between unwritten (``ggml_cuda_topk_moe_fusion``,
 ``ggml_metal_fusion_check_topk_moe``, ``ggml_vk_can_fuse_topk_moe``). They match its pattern inside the piece that they
 are given only (``ggml_can_fuse_subgraph_ext`` in ``ggml/src/ggml.c`` refuses nodes behind its end), and because the
-chosen experts, in the middle of the pattern, are accepted here, no piece holds all of it. Who accepts later nodes only,
-and follows their sources, reads memory that nobody wrote.
+chosen experts, in the middle of the pattern, are accepted here, no piece holds all of it. If the callback accepted only
+later nodes and followed their sources, it would read memory that was never written.
 """
 
 from __future__ import annotations
@@ -57,16 +56,16 @@ class _TensorHead(ctypes.Structure):
 # names that build_moe_ffn (src/llama-graph.cpp) and the models' graphs (src/models) give to a layer's nodes
 _LOGITS, _BIASED, _EXPERTS = "ffn_moe_logits", "ffn_moe_logits_biased", "ffn_moe_topk"
 _INPUTS = ("ffn_norm", "attn_post_norm")
-"""Of these a layer has one: what its router reads."""
+"""The names of a router's input; a layer has one of these nodes."""
 _SCORES = (_LOGITS, _BIASED, "ffn_moe_probs_biased", "ffn_moe_probs_masked")
-"""Those of which, of each layer, the last one that there is decides which experts are chosen."""
+"""Nodes with the scores of the choice; the last one that a layer has decides."""
 _PROBABILITIES = "ffn_moe_probs"
 _LOGITS_BY_OPERATION = {b"MUL_MAT": _LOGITS, b"ADD": _BIASED}
-"""Where experts are chosen by the logits themselves, these have the name of probabilities in the end."""
+"""The nodes of logits by operation: if the logits themselves decide, they end up with the name of probabilities."""
 _WEIGHTS = ("ffn_moe_weights", "ffn_moe_weights_softmax", "ffn_moe_weights_norm", "ffn_moe_weights_scaled")
-"""Those of which, of each layer, the last one that there is holds the weights as they are applied."""
+"""Nodes with weights; the last one that a layer has holds them as they are applied."""
 _TOKENS_LAST = frozenset({"ffn_moe_weights", "ffn_moe_weights_softmax", "ffn_moe_weights_scaled"})
-"""Those that are [1, K, T] to ggml, where others are [K, T]."""
+"""Nodes whose shape in ggml is [1, K, T]; others are [K, T]."""
 _NODE = re.compile(f"({'|'.join((*_INPUTS, *_SCORES, _PROBABILITIES, _EXPERTS, *_WEIGHTS))})-([0-9]+)".encode())
 
 _FINAL_NORM = b"result_norm"
@@ -83,23 +82,23 @@ class RoutingCollector:
         self.callback = api.ggml_backend_sched_eval_callback(self._visit)
         self._parts: dict[tuple[str, int], list[npt.NDArray[Any]]] | None = None
         self._feed: _Feed | None = None
-        self._last_read = _BEFORE_HEAD  # of a pass: what it is and its layer
+        self._last_read = _BEFORE_HEAD  # the last node of a pass: its name and layer
         self._end: tuple[str, int] | None = None
         self._n_layers = 0
-        self._scores: npt.NDArray[np.float32] | None = None  # of the layer that runs, those last seen
+        self._scores: npt.NDArray[np.float32] | None = None  # the last scores of the running layer
 
     def start(self, inputs: RouterInputs | None = None, first: int = 0) -> None:
-        """Forgets what was collected and begins anew.
+        """Forgets everything collected and begins again.
 
         Args:
-            inputs: what the routers, and the experts, get in place of the runtime's own hidden states.
-            first: the token of ``inputs`` that is evaluated first.
+            inputs: hidden states for routers and experts in place of the runtime's own.
+            first: the index in ``inputs`` of the first token that is evaluated.
         """
         self._parts = defaultdict(list)
         self._feed = None if inputs is None else _Feed(inputs, first)
 
     def finish(self, n_tokens: int) -> RoutingRecord:
-        """What was collected since :meth:`start`.
+        """Returns the routing collected since :meth:`start`.
 
         Raises:
             InputError: the routers could not be fed.
@@ -128,10 +127,10 @@ class RoutingCollector:
 
     @contextmanager
     def without_logits(self, last_layer: int) -> Iterator[None]:
-        """While it lasts, graphs end where nothing is left that is wanted but logits, which would cost the most.
+        """Ends graphs before the logits, which would cost the most.
 
-        That is behind the routing of the model's last layer; in a first pass, which finds out what its last node is,
-        and where that layer has no experts, it is before the output head.
+        They end after the routing of the model's last layer; in a first pass, which finds the last such node, and if
+        that layer has no experts, they end before the output head.
         """
         self._n_layers = last_layer + 1
         self._end = self._last_read if self._last_read[1] == last_layer else _BEFORE_HEAD
@@ -141,10 +140,10 @@ class RoutingCollector:
             self._end = None
 
     def _visit(self, address: int, ask: bool, user_data: int) -> bool:
-        """Called for every node before it runs (``ask``: shall you see it?) and after, if we said yes."""
+        """Is called for every node before it runs (``ask``: accept it?) and, if we accepted, after it."""
         tensor = _TensorHead.from_address(address)
         if self._end is not None and tensor.name == _FINAL_NORM:
-            return ask  # afterwards no: the graph ends here
+            return ask  # false afterwards: the graph ends here
         if self._parts is None or (self._feed is not None and self._feed.error is not None):
             return not ask
         node, layer = _node(tensor)
@@ -171,9 +170,9 @@ class RoutingCollector:
 
 
 class _Feed:
-    """Puts torch's hidden states where the graph has its own.
+    """Replaces the graph's hidden states by torch's.
 
-    An error must not leave a callback: it is kept, and the callback ends the evaluation.
+    An exception must not leave a callback: it is kept, and the callback ends the evaluation.
     """
 
     def __init__(self, inputs: RouterInputs, first: int) -> None:
@@ -183,7 +182,7 @@ class _Feed:
         self._written: dict[int, int] = {}  # address of the tensor that was written last, by layer
 
     def has(self, layer: int) -> bool:
-        """Whether there are states for a layer: there are none for layers without experts."""
+        """True if there are states for a layer: layers without experts have none."""
         return self._inputs.states_path(layer).exists()
 
     def write(self, layer: int, tensor: _TensorHead, address: int) -> bool:
@@ -205,7 +204,7 @@ class _Feed:
         return True
 
     def reached(self, layer: int, logits: _TensorHead) -> bool:
-        """Whether the router's logits were computed from what was written: ``mul_mat(router, states)``."""
+        """True if the router's logits were computed from the written states: ``mul_mat(router, states)``."""
         if logits.sources[1] == self._written.get(layer):
             return True
         try:
@@ -219,7 +218,7 @@ class _Feed:
 
 
 def _node(tensor: _TensorHead) -> tuple[str | None, int]:
-    """The name and the layer of a node that is read or fed; of others there is no name."""
+    """The name and the layer of a node that is read or fed; other nodes have None as name."""
     matched = _NODE.fullmatch(tensor.name)
     if matched is None:
         return None, 0
@@ -235,7 +234,7 @@ def _last_weights(parts: Mapping[tuple[str, int], object], layer: int) -> str:
 
 
 def _values(tensor: _TensorHead, address: int, *, token_dimension: int) -> npt.NDArray[Any]:
-    """[T, K] of what ggml, innermost dimension first, holds as [K, T] (perhaps a strided view) or as [1, K, T]."""
+    """Returns [T, K] of a tensor that is [K, T] (perhaps a strided view) or [1, K, T] in ggml's order of dimensions."""
     dtype = np.dtype(np.int32 if tensor.type == api.GGML_TYPE_I32 else np.float32)
     lengths, strides = tuple(tensor.lengths), tuple(tensor.strides)
     n_bytes = dtype.itemsize + sum((length - 1) * stride for length, stride in zip(lengths, strides, strict=True))
@@ -246,7 +245,7 @@ def _values(tensor: _TensorHead, address: int, *, token_dimension: int) -> npt.N
 
 
 def ggml_function(name: str, result: Any) -> Any:
-    """A function of libggml-base that llama-cpp-python does not wrap; the copy that the runtime itself uses."""
+    """A function of the runtime's own libggml-base that llama-cpp-python does not wrap."""
     function = getattr(_ggml.libggml, name)
     function.restype = result
     return function
@@ -254,7 +253,7 @@ def ggml_function(name: str, result: Any) -> Any:
 
 @functools.cache
 def _ggml_copy(name: str) -> Any:
-    """``ggml_backend_tensor_get`` or ``_set``: (tensor, our memory, offset, bytes), wherever the tensor lies."""
+    """``ggml_backend_tensor_get`` or ``_set``: (tensor, our memory, offset, bytes), for tensors on any device."""
     function = ggml_function(name, None)
     function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
     return function

@@ -3,10 +3,10 @@
     python -m validate.runtimes.measure PARENT SECONDS gguf|onnx base
     python -m validate.runtimes.measure PARENT SECONDS gguf|onnx run PATH OPTIONS
 
-reads the prompt's token ids from standard input, as a JSON list, and prints one JSON object; OPTIONS is one too: what
-the runtime's own ``measure`` takes. The process imports neither torch nor transformers, so its peak is the runtime's;
-when the runtime crashes, only this process dies; when a step takes longer than SECONDS, it is ended; and when process
-PARENT, which started it, is gone, it ends.
+reads the prompt's token ids from standard input, as a JSON list, and prints one JSON object; OPTIONS is another, with
+the arguments of the runtime's own ``measure``. The process imports neither torch nor transformers, so its peak is the
+runtime's; if the runtime crashes, only this process dies; if a step takes longer than SECONDS, it is ended; and it ends
+when process PARENT, which started it, is gone.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ def measure_artifact(
 
     Args:
         artifact: ``gguf`` or ``onnx``.
-        path: the GGUF file, or the folder of model.onnx or that file.
+        path: the GGUF file, or model.onnx or its folder.
         context: tokens of the KV cache.
         kv_type: type of llama.cpp's KV cache.
         threads: the runtime's threads.
         prompt: token ids to fill the cache with, repeated as needed.
         gpu_layers: layers that llama.cpp puts on a GPU.
-        providers: ONNX Runtime's, the first that can run a node runs it.
-        seconds: for a step of the runtime; None: what an honest one needs at most.
+        providers: ONNX Runtime's providers; the first that can run a node runs it.
+        seconds: the limit of a step of the runtime; None: enough for any valid file.
 
     Raises:
         RuntimeCrashError: the runtime crashed, refused the file or did not end.
@@ -86,7 +86,7 @@ def measure_artifact(
 
 
 def artifact_bytes(artifact: str, path: Path) -> int:
-    """Its size on disk; 0 if there is nothing."""
+    """The artifact's size on disk; 0 if there is nothing."""
     if artifact == "onnx":
         return onnx_bytes(path)
     return sum(part.stat().st_size for part in split_parts(path) if part.is_file())
@@ -134,5 +134,5 @@ if __name__ == "__main__":
     time_limit.set_limit(float(sys.argv[2]))
     try:
         _main(*sys.argv[3:])
-    except MoeExportError as error:  # the last line that is printed becomes the message
+    except MoeExportError as error:  # the last printed line becomes the message
         sys.exit(str(error))

@@ -2,10 +2,10 @@
 
 Works on any decoder whose cache inputs and outputs are named ``past_key_values.N.key`` and ``present.N.key``, as
 onnxruntime-genai and optimum name them, in float32 or float16. Routing is read where the MoE blocks are com.microsoft
-MoE or QMoE nodes. The operators do not give away which experts they chose, only the logits they are fed are visible:
-routing is computed from those by the operators' own rule (softmax over all experts, top-k, renormalised if the node
-says so; of two equal logits the lower expert index wins). Where nodes chose beforehand, the logits are so low for all
-experts but the chosen ones that the rule finds those again.
+MoE or QMoE nodes. The operators do not show which experts they chose, only their input logits are visible: routing is
+computed from these by the operators' own rule (softmax over all experts, top-k, renormalised if the node says so; of
+two equal logits the lower expert index wins). If nodes chose beforehand, the logits of all other experts are so low
+that the rule finds the chosen ones again.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ _ERRORS = (
     ort_errors.NoSuchFile,
     ort_errors.NotImplemented,
     ort_errors.RuntimeException,
-    RuntimeError,  # what reaches Python without a status: of bound inputs and outputs, and exceptions of the library
+    RuntimeError,  # errors without a status: of bound inputs and outputs, and exceptions of the library
     ValueError,
 )
-"""The runtime's errors have no base of their own."""
+"""The runtime's errors, which have no common base of their own."""
 
 
 class OnnxRuntimeError(MoeExportError):
-    """The runtime contradicts itself, so that its routing cannot be trusted."""
+    """The runtime contradicts itself, so its routing cannot be trusted."""
 
 
 class OnnxRuntimeBackend:
@@ -66,7 +66,7 @@ class OnnxRuntimeBackend:
         providers: execution providers, the first that can run a node runs it.
 
     Raises:
-        InputError: the file is missing or damaged, or its weights are; or it is no decoder with these names.
+        InputError: the file or its weights are missing or damaged, or it is not a decoder with these names.
     """
 
     def __init__(self, path: Path, *, threads: int, providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
@@ -90,7 +90,7 @@ class OnnxRuntimeBackend:
 
     @property
     def vocab_size(self) -> int:
-        """Logits of one position."""
+        """The number of logits of one position."""
         return _vocab_size(self._session)
 
     @property
@@ -110,8 +110,8 @@ class OnnxRuntimeBackend:
     def run(self, tokens_BT: npt.NDArray[np.int64]) -> Iterator[ChunkOutput]:
         """Runs every row from an empty cache and yields its logits and routing, in order.
 
-        Routing comes from a debug copy of the graph over the same weight file, with the router logits as further
-        outputs. On the first chunk its logits must be those of the shipped graph, bit for bit. A graph without MoE
+        Routing comes from a debug copy of the graph over the same weight file, with the router logits as additional
+        outputs. On the first chunk its logits must equal those of the shipped graph, bit for bit. A graph without MoE
         nodes is a dense model's: it has no routing, and needs no copy.
 
         Raises:
@@ -134,11 +134,11 @@ class OnnxRuntimeBackend:
             yield ChunkOutput(logits_TV[scored_positions(len(tokens))], routing)
 
     def _routing(self, shown: Sequence[tuple[MoeNode, Mapping[str, npt.NDArray[Any]]]], n_tokens: int) -> RoutingRecord:
-        """Layers without experts, and places beyond a layer's top-k, hold no expert.
+        """Makes the record; layers without experts, and places beyond a layer's top-k, hold no expert.
 
         Args:
-            shown: the nodes, each with the values that it is computed from.
-            n_tokens: tokens of these.
+            shown: the nodes, each with the values that its routing is computed from.
+            n_tokens: the number of tokens of these values.
         """
         size = (self._n_layers, n_tokens, max(node.top_k for node, _ in shown))
         experts_LTK = np.full(size, NO_EXPERT, dtype=np.int32)
@@ -157,7 +157,7 @@ class OnnxRuntimeBackend:
         Each router runs as a graph of its own, cut out of the model's, with the model's weights.
 
         Raises:
-            InputError: the states are of another model, or a router does not read what its experts do.
+            InputError: the states are of another model, or a router has another input than its experts.
             RuntimeCrashError: the runtime could not run a router.
         """
         model = onnx.load(self._path, load_external_data=False)
@@ -197,7 +197,7 @@ class OnnxRuntimeBackend:
             yield logits_TV[-count:]
 
     def _show_routing(self, tokens: npt.NDArray[np.int64]) -> tuple[MoeNode, ...]:
-        """Puts the debug copy in the session's place; one after the other, because each holds the weights.
+        """Replaces the session by the debug copy; one after the other, because each holds the weights.
 
         Returns the MoE nodes whose routing it shows; if there are none, the session stays.
         """
@@ -210,7 +210,7 @@ class OnnxRuntimeBackend:
                 f"{self._path} has caches of {self._n_layers} layers, but MoE and attention operators of a different "
                 "number; export it again"
             )
-        # of the type that the runtime infers
+        # has the type that the runtime infers
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for node in found for name in node.shown)
         shipped = _logits_digest(self._session, tokens)
         del self._session
@@ -232,7 +232,7 @@ def measure(
     prompt_tokens: Sequence[int],
     providers: Sequence[str] = ("CPUExecutionProvider",),
 ) -> RuntimeCost:
-    """:func:`validate.runtimes.cost.measure_cost`. The runtime's Python interface tells nothing of its buffers.
+    """Runs :func:`validate.runtimes.cost.measure_cost`. The runtime's Python interface does not show its buffers.
 
     Args:
         folder: the model's folder, or its ``.onnx`` file.
@@ -290,7 +290,7 @@ class _Generation:
 def _run_from_empty_cache(
     session: onnxruntime.InferenceSession, tokens: npt.NDArray[np.int64], outputs: list[str]
 ) -> tuple[npt.NDArray[np.float32], list[npt.NDArray[np.float32]]]:
-    """Logits [T, V], written by the runtime into our memory instead of copied there, and the other outputs."""
+    """Returns logits [T, V], which the runtime writes into our memory without a copy, and the other outputs."""
     binding = session.io_binding()
     for name, values in _token_inputs(session, tokens, 0).items():
         binding.bind_cpu_input(name, values)
@@ -302,7 +302,7 @@ def _run_from_empty_cache(
     for name in outputs:
         binding.bind_output(name)
     options = onnxruntime.RunOptions()
-    # the arena would keep what one chunk needed, and grow with the next
+    # the arena would keep the memory of one chunk, and grow with the next
     options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     with _running():
         session.run_with_iobinding(binding, options)
@@ -312,7 +312,7 @@ def _run_from_empty_cache(
 
 @contextmanager
 def _running() -> Iterator[None]:
-    """Inside, an error of the runtime is a finding about the graph, and so is a call that does not return."""
+    """Turns an error of the runtime, or a call that does not return, into a finding about the graph."""
     try:
         with time_limit.working():
             yield
@@ -336,7 +336,7 @@ def _empty_logits(session: onnxruntime.InferenceSession, n_tokens: int) -> npt.N
 def _token_inputs(
     session: onnxruntime.InferenceSession, tokens: npt.NDArray[np.int64], past_length: int
 ) -> dict[str, npt.NDArray[np.int64]]:
-    """Those that the graph has: not every exporter feeds positions."""
+    """The token inputs that the graph has: not every exporter feeds positions."""
     end = past_length + len(tokens)
     values = {
         "input_ids": tokens[None],

@@ -26,12 +26,12 @@ _CACHE_RANK, _LOGITS_RANK = 4, 3
 
 
 def float_type(values: Sequence[onnxruntime.NodeArg], name: str) -> np.dtype[Any]:
-    """numpy's type of a cache or of the logits, among a session's inputs or outputs."""
+    """The numpy type of a cache or of the logits, among a session's inputs or outputs."""
     return next(_NUMPY_TYPES[value.type] for value in values if value.name == name)
 
 
 def cache_dimensions(session: onnxruntime.InferenceSession) -> dict[str, tuple[int, int]]:
-    """Cache inputs by name, as (heads, head width); the outputs declare them, or the inputs do. Others are left out."""
+    """Cache inputs by name, as (heads, head width), as outputs or inputs declare them; others are left out."""
     outputs = {output.name: output.shape for output in session.get_outputs()}
     dimensions = {}
     for value in session.get_inputs():
@@ -44,10 +44,10 @@ def cache_dimensions(session: onnxruntime.InferenceSession) -> dict[str, tuple[i
 
 
 def check_decoder(path: Path, session: onnxruntime.InferenceSession) -> None:
-    """Refuses a graph that cannot be fed, naming what is in the way.
+    """Refuses a graph that cannot be fed, naming the reason.
 
     Args:
-        path: of the graph.
+        path: the graph.
         session: the loaded graph.
 
     Raises:
@@ -78,5 +78,5 @@ def check_decoder(path: Path, session: onnxruntime.InferenceSession) -> None:
 
 
 def _present(cache: str) -> str:
-    """The output that goes on from a cache input."""
+    """The output that continues a cache input."""
     return cache.replace("past_key_values", "present")

@@ -1,4 +1,4 @@
-"""The routers of an ONNX graph: what each is told, and how to cut one out, to run it on inputs of our own."""
+"""The routers of an ONNX graph: finds their inputs, and cuts one out to run it on other inputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOE_OPERATORS = ("MoE", "QMoE")
 _BLOCKS_FACTOR = "residual.factor"
 _ATTENTION_OPERATORS = ("GroupQueryAttention", "MultiHeadAttention", "Attention")
 _ROUTER_INPUT = 1  # position of the router logits among the operators' inputs
-_MIXING_INPUT = 14  # where QMoE takes the gate weights of all experts from, if it does not compute them itself
+_MIXING_INPUT = 14  # QMoE's input with the gate weights of all experts, if it does not compute them itself
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class MoeNode:
         layer: the decoder layer.
         states: name of the value that the router reads too: [batch, sequence, hidden size].
         router_logits: name of the value that the operator takes, [tokens, experts].
-        selection_scores: name of the value whose largest entries decide which experts get logits that are not the
-            lowest, [batch, sequence, experts]; where no node chooses beforehand, that of the logits.
+        selection_scores: name of the value whose largest entries decide which experts get logits above the lowest,
+            [batch, sequence, experts]; if no node chooses beforehand, the name of the logits.
         factor: name of the value that the operator's output is multiplied with, by token; None: there is none.
-        constant_factor: the number that it is multiplied with.
+        constant_factor: a number that the output is multiplied with.
         top_k: experts of each token.
-        normalizes: whether their weights are divided by their sum.
+        normalizes: True if their weights are divided by their sum.
     """
 
     layer: int
@@ -50,7 +50,7 @@ class MoeNode:
 
     @property
     def shown(self) -> tuple[str, ...]:
-        """Names of the values that :meth:`routing` is given, each once."""
+        """Names of the values that :meth:`routing` takes, each once."""
         names = (self.router_logits, self.selection_scores, *([] if self.factor is None else [self.factor]))
         return tuple(dict.fromkeys(names))
 
@@ -58,8 +58,8 @@ class MoeNode:
         """Chooses and weighs as the operator does.
 
         Args:
-            values: those of :attr:`shown`.
-            n_tokens: tokens that they are of.
+            values: the values of :attr:`shown`.
+            n_tokens: the number of their tokens.
         """
         of_tokens = {name: values[name].reshape(n_tokens, -1).astype(np.float32) for name in self.shown}
         logits_TE = of_tokens[self.router_logits]
@@ -98,7 +98,7 @@ def moe_nodes(graph: onnx.GraphProto) -> Iterator[MoeNode]:
         elif node.op_type in _MOE_OPERATORS:
             attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
             if attributes.get("use_sparse_mixer", 0) or not links.mixes_by_softmax(node):
-                continue  # routed by another rule, which is not told
+                continue  # routed by another, unknown rule
             # absent attributes have the operators' defaults
             normalizes = bool(attributes.get("normalize_routing_weights", 0))
             states, logits = node.input[0], node.input[_ROUTER_INPUT]
@@ -108,7 +108,7 @@ def moe_nodes(graph: onnx.GraphProto) -> Iterator[MoeNode]:
 
 
 class _Links:
-    """What makes a graph's values, and what takes them."""
+    """The nodes that make a graph's values, and those that take them."""
 
     def __init__(self, graph: onnx.GraphProto) -> None:
         self._makers = {output: node for node in graph.node for output in node.output}
@@ -119,7 +119,7 @@ class _Links:
         self._constants = {tensor.name: tensor for tensor in graph.initializer}
 
     def mixes_by_softmax(self, node: onnx.NodeProto) -> bool:
-        """Whether gate weights are the softmax of the router logits: the operator's, or that of a node before it."""
+        """True if gate weights are the softmax of the router logits, by the operator or by a node before it."""
         mixing = next(iter(node.input[_MIXING_INPUT:]), "")
         if not mixing:
             return True
@@ -127,7 +127,7 @@ class _Links:
         return maker is not None and maker.op_type == "Softmax" and maker.input[0] == node.input[_ROUTER_INPUT]
 
     def scores_behind(self, logits: str) -> str:
-        """The values that TopK chose experts by, if only the chosen ones' logits are scattered over the lowest."""
+        """The values by which TopK chose experts, if only the chosen ones' logits are scattered over the lowest."""
         maker = self._makers.get(logits)
         if maker is not None and maker.op_type == "Reshape":
             maker = self._makers.get(maker.input[0])
@@ -137,7 +137,7 @@ class _Links:
         return chooser.input[0] if chooser is not None and chooser.op_type == "TopK" else logits
 
     def factor_of(self, output: str) -> tuple[str | None, float]:
-        """What experts' output is multiplied with, if that is all that is done to it: a value by token, and a number.
+        """The factors of the experts' output, a value by token and a number, if it is only multiplied.
 
         A Where that selects the output always, as our graphs have it behind an operator, changes nothing. Our graphs'
         factor of what a whole block adds is none of the experts'.
@@ -159,7 +159,7 @@ class _Links:
 
 
 def router_graph(model: onnx.ModelProto, states: str, outputs: Sequence[str]) -> onnx.ModelProto | None:
-    """The part of a graph that makes router logits, and what belongs to them, of hidden states.
+    """Cuts out the part of a graph that turns hidden states into router logits and values beside them.
 
     Args:
         model: the whole graph; weights in a data file may stay there.
@@ -167,7 +167,7 @@ def router_graph(model: onnx.ModelProto, states: str, outputs: Sequence[str]) ->
         outputs: names of the values that come out, float32.
 
     Returns:
-        A graph over the same weights, or None if they depend on anything else that a node makes.
+        A graph over the same weights, or None if the outputs depend on anything else that a node makes.
     """
     makers = {output: node for node in model.graph.node for output in node.output}
     weights = {tensor.name: tensor for tensor in model.graph.initializer}

@@ -1,4 +1,4 @@
-"""A limit on the time that a runtime may take for one call, so that a file cannot keep it busy for ever.
+"""Limits the time that a runtime may take for one call, so that a file cannot keep it busy for ever.
 
 The limit is for a single step, such as loading a file or running a chunk, not for the whole run, so that slow machines
 and large models are not stopped. The kernel's timer ends the process by SIGALRM (setitimer(2)), even while a library
@@ -17,7 +17,7 @@ from validate.runtimes.cost import CHUNK_TOKENS
 __all__ = ["limit_seconds", "patience", "set_limit", "tell", "working"]
 
 _LEAST_SECONDS = 30.0
-_BYTES_PER_SECOND = 10e6  # of a file's bytes, in the slowest step: a chunk of 512 tokens through all of them
+_BYTES_PER_SECOND = 10e6  # a file's bytes per second in the slowest step: a chunk of 512 tokens through all of them
 _TIMES_THE_REFERENCE = 20
 
 
@@ -27,26 +27,26 @@ class _Limit:
 
     seconds: float
     tell: Callable[[str], None]
-    depth: int = 0  # of nested steps
+    depth: int = 0  # the depth of nested steps
 
 
 _limit: _Limit | None = None
 
 
 def patience(n_bytes: int, n_tokens: int = CHUNK_TOKENS, reference_seconds: float = 0.0) -> float:
-    """Returns the seconds in which a runtime that works finishes a step.
+    """Returns the seconds in which a working runtime finishes a step.
 
     Args:
         n_bytes: size of the file's weights.
         n_tokens: length of the chunk, or of the cache that is filled.
-        reference_seconds: the time that another model of about this size took for such a chunk, if it is known.
+        reference_seconds: the time that another model of about this size took for such a chunk; 0 if it is not known.
     """
     times_longer = max(1.0, n_tokens / CHUNK_TOKENS)
     return times_longer * (_LEAST_SECONDS + n_bytes / _BYTES_PER_SECOND) + _TIMES_THE_REFERENCE * reference_seconds
 
 
 def set_limit(seconds: float, tell: Callable[[str], None] = lambda _: None) -> None:
-    """Ends this process by SIGALRM when a step takes longer from now on; by default nothing is limited.
+    """Sets a limit, after which SIGALRM ends this process; by default there is none.
 
     Args:
         seconds: the limit for one step.

@@ -20,7 +20,7 @@ __all__ = ["TorchBackend"]
 class TorchBackend:
     """A student in torch; implements :class:`validate.runtimes.backend.Backend`.
 
-    A dense student's one expert is chosen whatever its router says: there is no routing to tell of.
+    A dense student's one expert is always chosen, so it has no routing.
     """
 
     runtime = "torch"
@@ -64,10 +64,9 @@ class TorchBackend:
 
     @torch.no_grad()
     def last_logits(self, texts: Sequence[Sequence[int]], counts: Sequence[int]) -> Iterator[npt.NDArray[np.float32]]:
-        """For each text the logits of its last ``count`` positions: [count, V].
+        """Yields for each text the logits of its last ``count`` positions: [count, V].
 
-        All texts go through the layers together; what fills the shorter ones comes after them, where it changes
-        nothing.
+        All texts go through the layers together; the padding of shorter ones comes after them, where it has no effect.
         """
         n_longest = max(map(len, texts))
         padded_BT = torch.tensor([[*text, *[0] * (n_longest - len(text))] for text in texts])
@@ -79,7 +78,7 @@ class TorchBackend:
                 yield head(hidden_TD[len(text) - count : len(text)]).numpy()
 
     def generate(self, prompt_ids: Sequence[int], n_tokens: int, choose: ChooseToken) -> list[int]:
-        """At most ``n_tokens`` tokens that follow the prompt; every one takes the whole text through the layers."""
+        """Generates at most ``n_tokens`` tokens after the prompt; each one runs the whole text through the layers."""
         tokens: list[int] = []
         while len(tokens) < n_tokens:
             (logits_1V,) = self.last_logits([[*prompt_ids, *tokens]], [1])

@@ -1,1 +1,1 @@
-"""Tasks that the user supplies, run by lm-evaluation-harness on our backends."""
+"""Runs tasks that the user supplies, by lm-evaluation-harness on our backends."""

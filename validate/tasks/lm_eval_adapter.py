@@ -20,16 +20,16 @@ from validate.runtimes.backend import TextModel
 
 __all__ = ["HarnessModel"]
 
-_Request = tuple[Any, Sequence[int], Sequence[int]]  # what identifies it, context, continuation
+_Request = tuple[Any, Sequence[int], Sequence[int]]  # its identity, context, continuation
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]  # the extra may be missing
     """Answers the harness's three kinds of requests.
 
     Args:
-        model: what answers.
-        tokenizer: the model's, of transformers.
-        max_length: tokens of the longest text; what goes beyond is cut off at the left.
+        model: the model that answers.
+        tokenizer: the model's tokenizer, of transformers.
+        max_length: tokens of the longest text; longer ones are cut off at the left.
     """
 
     def __init__(self, model: TextModel, tokenizer: Any, max_length: int) -> None:
@@ -40,7 +40,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the extra may be missin
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text; of a tokenizer without one, another that no text holds."""
+        """The token that ends a text; for a tokenizer without one, another that no text holds."""
         named = (self.tokenizer.eos_token_id, self.tokenizer.bos_token_id, self.tokenizer.pad_token_id)
         return next((int(token) for token in named if token is not None), 0)
 
@@ -51,7 +51,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the extra may be missin
         return self.eot_token_id if bos is None else int(bos)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids; by default with the special tokens that the tokenizer adds, but not a second BOS."""
+        """Returns token ids, by default with the special tokens that the tokenizer adds, but without a second BOS."""
         if add_special_tokens is None:
             add_special_tokens = not has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
         ids: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
@@ -70,7 +70,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the extra may be missin
         ]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of each whole text, in windows of the model's length."""
+        """Returns the log-likelihood of each whole text, in windows of the model's length."""
         windows: list[_Request] = [
             (index, *make_disjoint_window(window))
             for index, request in enumerate(requests)
@@ -87,10 +87,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the extra may be missin
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The greedy continuation of each prompt, up to its first stop sequence.
+        """Returns the greedy continuation of each prompt, up to its first stop sequence.
 
         Raises:
-            InputError: a task wants to sample, or longer answers than the model's context.
+            InputError: a task asks for sampling, or for longer answers than the model's context.
         """
         return [self._answer(*request.args) for request in requests]
 

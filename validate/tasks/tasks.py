@@ -1,4 +1,4 @@
-"""Tasks in the format of lm-evaluation-harness, which the user supplies, run by our backends."""
+"""Runs the user's tasks, in the format of lm-evaluation-harness, on our backends."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ def run_tasks(model: TextModel, tokenizer: Any, path: Path, *, max_length: int) 
     started in.
 
     Args:
-        model: what answers.
+        model: the model that answers.
         tokenizer: its tokenizer, of transformers.
         path: a task's YAML file, or a folder of such files.
         max_length: tokens of the model's context.
 
     Returns:
-        By task the harness's metrics, such as ``acc`` and ``acc_stderr``.
+        The harness's metrics by task, such as ``acc`` and ``acc_stderr``.
 
     Raises:
-        InputError: the extra is not installed, a task cannot be loaded, or it asks for what is not offered.
+        InputError: the extra is not installed, a task cannot be loaded, or it asks for an unsupported feature.
     """
     files = check_tasks(path)
     for name in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE"):
@@ -75,7 +75,7 @@ def run_tasks(model: TextModel, tokenizer: Any, path: Path, *, max_length: int) 
 
 @contextmanager
 def _data_sets_elsewhere() -> Iterator[None]:
-    """Inside, data sets are converted in a temporary folder, so that nothing stays in the user's cache."""
+    """Lets data sets be converted in a temporary folder, so that nothing stays in the user's cache."""
     config: Any = importlib.import_module("datasets.config")
     before = config.HF_DATASETS_CACHE
     with tempfile.TemporaryDirectory(prefix="moe-export-") as folder:
@@ -87,7 +87,7 @@ def _data_sets_elsewhere() -> Iterator[None]:
 
 
 def _loaded(manager: Any, file: Path) -> list[Any]:
-    """The tasks of one file; whatever the harness or a data set finds wrong becomes one sentence."""
+    """Loads the tasks of one file; every error of the harness or a data set becomes one sentence."""
     try:
         return list(manager.load([str(file)])["tasks"].values())
     except (KeyError, ValueError, TypeError, AttributeError, OSError, ImportError, yaml.YAMLError) as error:
@@ -96,6 +96,6 @@ def _loaded(manager: Any, file: Path) -> list[Any]:
 
 
 def _metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """``acc,none`` -> ``acc``; a metric's filter is told only if it has one."""
+    """Renames metrics: ``acc,none`` -> ``acc``; a metric's filter is named only if it has one."""
     numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
     return {name.removesuffix(",none").replace(",", " "): value for name, value in numbers.items()}

@@ -15,10 +15,10 @@ __all__ = ["OriginalTokenizer", "original_tokenizer"]
 
 
 def original_tokenizer(folder: Path, vocab_size: int) -> OriginalTokenizer:
-    """A checkpoint's tokenizer, remembered with what it made of texts for as long as its files do not change.
+    """A checkpoint's tokenizer, remembered with its tokens of texts as long as its files do not change.
 
     Raises:
-        InputError: it has none that can be used.
+        InputError: the checkpoint has no usable tokenizer.
     """
     return _remembered(folder, vocab_size, files_state(folder))
 
@@ -32,19 +32,19 @@ class OriginalTokenizer:
     """The tokenizer of a checkpoint's folder.
 
     Args:
-        folder: the checkpoint's.
-        vocab_size: rows of its embedding.
+        folder: the checkpoint's folder.
+        vocab_size: the rows of its embedding.
 
     Attributes:
-        folder: the checkpoint's.
+        folder: the checkpoint's folder.
         tokenizer: transformers' object.
-        special: begin, end and padding, configurations included.
-        added: the tokens that are recognised in text, by number.
-        is_byte_level: whether it is BPE over bytes, as GPT-2's.
-        has_bytes: whether tokens such as ``<0x0A>`` stand for bytes.
+        special: the begin, end and padding tokens, those of configurations included.
+        added: the tokens that are recognised in text, by id.
+        is_byte_level: True if it is BPE over bytes, as GPT-2's.
+        has_bytes: True if tokens such as ``<0x0A>`` stand for bytes.
 
     Raises:
-        InputError: it has no tokenizer that can be used.
+        InputError: the checkpoint has no usable tokenizer.
     """
 
     def __init__(self, folder: Path, vocab_size: int) -> None:
@@ -60,17 +60,17 @@ class OriginalTokenizer:
         return len(self.tokenizer)
 
     def text(self, token: int) -> str | None:
-        """The text of a token as the tokenizer writes it; None if it has no token of that number."""
+        """The text of a token as the tokenizer writes it; None if it has no such token."""
         text: str | None = self.tokenizer.convert_ids_to_tokens(token) if token < len(self.tokenizer) else None
         return text
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text, special ones in it recognised, nothing put before or behind it."""
+        """Returns the tokens of a text, with special ones recognised and nothing put before or behind it."""
         tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
         return tokens
 
     def cut(self, chunks: Iterable[Sequence[int]]) -> dict[str, list[int]]:
-        """Texts and their tokens: awkward ones, special tokens in text, chunks of text, and every token's own."""
+        """Returns texts and their tokens: awkward ones, special tokens in text, chunks, and every token's own text."""
         wanted = tuple(map(tuple, chunks))
         if self._cut is None or self._cut[0] != wanted:
             texts = list(dict.fromkeys(self._texts(wanted)))

@@ -20,7 +20,7 @@ _FURTHER = {"unknown": "unk", "mask": "mask", "seperator": "sep"}  # keys as lla
 def gguf_special_symptoms(
     vocabulary: GgufVocabulary, metadata: Mapping[str, MetadataValue], original: OriginalTokenizer
 ) -> list[str]:
-    """Lists where llama.cpp treats a GGUF file's special tokens unlike the original."""
+    """Lists the special tokens of a GGUF file that llama.cpp treats unlike the original."""
     return [
         *_begin_symptoms(vocabulary, original),
         *_end_symptoms(vocabulary, metadata, original),
@@ -30,7 +30,7 @@ def gguf_special_symptoms(
 
 
 def folder_special_symptoms(tokenizer: Any, original: OriginalTokenizer) -> list[str]:
-    """The same of a folder's tokenizer, an object of transformers."""
+    """Does the same for a folder's tokenizer, an object of transformers."""
     symptoms = []
     for name in ("bos", "eos", "pad", "unk", "sep", "mask"):
         found, wanted = (getattr(one, f"{name}_token_id") for one in (tokenizer, original.tokenizer))
@@ -48,9 +48,9 @@ def _begin_symptoms(vocabulary: GgufVocabulary, original: OriginalTokenizer) -> 
     before, _ = original.around()
     allowed = {*before, original.special.bos, original.tokenizer.bos_token_id} - {None}
     found = vocabulary.begin_token
-    if allowed and found not in allowed and len(before) < 2:  # of several none is begin
+    if allowed and found not in allowed and len(before) < 2:  # of several tokens none is begin
         yield f"tokenizer: the begin token in llama.cpp is {found}, the original's {_listed(allowed)}"
-    if vocabulary.adds_begin != (len(before) == 1):  # it has no way to put several: a difference that is known before
+    if vocabulary.adds_begin != (len(before) == 1):  # it cannot put several: a difference that is known in advance
         does, should = ("puts a", "does not") if vocabulary.adds_begin else ("puts no", "does")
         yield f"tokenizer: llama.cpp {does} begin token before a text; the original {should}"
 
@@ -58,7 +58,7 @@ def _begin_symptoms(vocabulary: GgufVocabulary, original: OriginalTokenizer) -> 
 def _end_symptoms(
     vocabulary: GgufVocabulary, metadata: Mapping[str, MetadataValue], original: OriginalTokenizer
 ) -> Iterator[str]:
-    """Every end token of the original must end a text in llama.cpp, and no token that occurs in texts may."""
+    """Checks that every end token of the original ends a text in llama.cpp, and that no token of texts does."""
     _, behind = original.around()
     if vocabulary.adds_end != (len(behind) == 1 and behind[0] in original.special.ends):  # it puts no other token
         does, should = ("puts an", "does not") if vocabulary.adds_end else ("puts no", "does")
@@ -82,7 +82,7 @@ def _end_symptoms(
 
 
 def _padding_symptoms(metadata: Mapping[str, MetadataValue], original: OriginalTokenizer) -> Iterator[str]:
-    """Padding, and tokens that llama.cpp merely reports. One that the original lacks may be any special token."""
+    """Checks padding, and tokens that llama.cpp only reports; one that the original lacks may be any special one."""
     allowed: dict[str, set[Any]] = {"padding": {original.tokenizer.pad_token_id, original.special.pad} - {None}}
     for key, name in _FURTHER.items():
         allowed[key] = {getattr(original.tokenizer, f"{name}_token_id")} - {None}
@@ -95,7 +95,7 @@ def _padding_symptoms(metadata: Mapping[str, MetadataValue], original: OriginalT
 
 
 def _by_name(templates: Any) -> Mapping[str, str]:
-    """Chat templates as transformers holds them: none, one, or several by name."""
+    """Returns chat templates by name; transformers holds none, one, or several by name."""
     if templates is None:
         return {}
     return templates if isinstance(templates, dict) else {"default": templates}

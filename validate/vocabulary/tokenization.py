@@ -1,4 +1,4 @@
-"""Tests whether two tokenizers cut text into the same tokens: compared on a page of texts that go wrong in practice."""
+"""Tests whether two tokenizers cut text into the same tokens, on a page of texts that go wrong in practice."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 __all__ = ["AWKWARD_TEXTS", "Difference", "Encode", "texts_around", "tokenization_differences"]
 
 Encode = Callable[[str], Sequence[int]]
-"""Token ids of a text in which special tokens are recognised; nothing is put before or behind it."""
+"""Returns token ids of a text in which special tokens are recognised; nothing is put before or behind it."""
 
 AWKWARD_TEXTS: tuple[str, ...] = (
     "Hello, world!",
@@ -37,7 +37,7 @@ AWKWARD_TEXTS: tuple[str, ...] = (
     "<s>[INST] Hi [/INST] Hello</s> <unk> <pad> <|endoftext|>",
     "<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n",
 )
-"""Chat turns, digits, spaces, code, other scripts, emoji, control characters, and special tokens inside text."""
+"""Texts with chat turns, digits, spaces, code, other scripts, emoji, control characters, and special tokens inside."""
 
 
 def texts_around(tokens: Iterable[str]) -> Iterator[str]:
@@ -52,7 +52,7 @@ def texts_around(tokens: Iterable[str]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Difference:
-    """A text that two tokenizers cut otherwise."""
+    """A text that two tokenizers cut differently."""
 
     text: str
     expected: tuple[int, ...]

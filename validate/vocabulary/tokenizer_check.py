@@ -1,7 +1,7 @@
 """Checks whether a file's own tokenizer is the original's: tokens, their kinds, how it cuts text, and where texts end.
 
-Clients use the tokenizer that a file brings, so that one is tested here, inside llama.cpp or as the folder's, not the
-original's. It is given every token's own text, the texts that go wrong in practice, and the held-out text.
+Clients use the tokenizer of the file, so this one is tested here, inside llama.cpp or as the folder's, not the
+original's. The texts are every token's own, those that go wrong in practice, and the held-out text.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class TokenizerFindings:
         symptoms: faults of tokens and texts.
         settings: faults of special tokens, flags and templates.
         notes: differences that no file of this format can avoid.
-        texts: how many texts were compared.
+        texts: the number of texts that were compared.
     """
 
     symptoms: list[str] = field(default_factory=list)
@@ -51,10 +51,10 @@ def check_gguf_tokenizer(
     chunks: Iterable[Sequence[int]],
     best: Callable[[], Encode | None],
 ) -> TokenizerFindings:
-    """Compares what llama.cpp makes of a file's vocabulary with the original's tokenizer.
+    """Compares a file's vocabulary, as llama.cpp reads it, with the original's tokenizer.
 
     Args:
-        path: of the GGUF file.
+        path: the GGUF file.
         metadata: its single values.
         original: the original's tokenizer.
         chunks: tokens of text, which are decoded and cut again.
@@ -66,7 +66,7 @@ def check_gguf_tokenizer(
     """
     findings = TokenizerFindings()
     kind = metadata.get("tokenizer.ggml.model")
-    if original.is_byte_level and kind != "gpt2":  # llama.cpp dies of some that are not what they are said to be
+    if original.is_byte_level and kind != "gpt2":  # llama.cpp dies of some vocabularies of the wrong kind
         findings.symptoms.append(f"tokenizer: its kind is {kind!r}; the original's, byte-level BPE, is 'gpt2'")
         return findings
     vocabulary = GgufVocabulary(path)
@@ -83,7 +83,7 @@ def check_folder_tokenizer(
     """Compares the tokenizer of a folder, as transformers loads it, with the original's.
 
     Raises:
-        InputError: the folder has none that can be used.
+        InputError: the folder has no usable tokenizer.
     """
     tokenizer: Any = load_tokenizer(folder)
     findings = TokenizerFindings()
@@ -111,7 +111,7 @@ def check_folder_tokenizer(
 
 
 def _decoding_symptoms(tokenizer: Any, original: OriginalTokenizer) -> Iterator[str]:
-    """Texts that tokens are turned back into."""
+    """Compares the texts that tokens are turned back into."""
     for text in AWKWARD_TEXTS:
         tokens = original.tokenizer.encode(text, add_special_tokens=False, verbose=False)
         found, wanted = (one.decode(tokens) for one in (tokenizer, original.tokenizer))
@@ -124,7 +124,7 @@ def _decoding_symptoms(tokenizer: Any, original: OriginalTokenizer) -> Iterator[
 
 
 def _length_symptoms(folder: Path, original: OriginalTokenizer) -> Iterator[str]:
-    """Truncation and padding in ``tokenizer.json``, which the library applies to every text without being asked."""
+    """Finds truncation and padding in ``tokenizer.json``, which the library applies to every text unasked."""
     paths = [place / "tokenizer.json" for place in (folder, original.folder)]
     if not all(path.is_file() for path in paths):
         return
@@ -136,7 +136,7 @@ def _length_symptoms(folder: Path, original: OriginalTokenizer) -> Iterator[str]
 
 
 def _token_symptoms(text: Callable[[int], str | None], original: OriginalTokenizer, n_tokens: int) -> list[str]:
-    """Tokens that are written otherwise; converters write the sign for a space as one in added tokens."""
+    """Finds tokens with another text; converters write the sign for a space as a space in added tokens."""
 
     def plain(token: int) -> str | None:
         found = text(token)
@@ -154,7 +154,7 @@ def _token_symptoms(text: Callable[[int], str | None], original: OriginalTokeniz
 
 
 def _kind_symptoms(vocabulary: GgufVocabulary, original: OriginalTokenizer) -> list[str]:
-    """Tokens of another kind: those that the original recognises in text, bytes, and ordinary ones."""
+    """Finds tokens of another kind: those that the original recognises in text, bytes, and ordinary ones."""
     kinds = {token: vocabulary.attributes(token) for token in range(min(len(vocabulary), len(original)))}
     wrong = [token for token, kind in kinds.items() if not kind & _right_kinds(token, original)]
     if not wrong:
@@ -164,7 +164,7 @@ def _kind_symptoms(vocabulary: GgufVocabulary, original: OriginalTokenizer) -> l
 
 
 def _right_kinds(token: int, original: OriginalTokenizer) -> int:
-    """Attributes of llama.cpp, one of which the token must have."""
+    """The attributes of llama.cpp of which the token must have one."""
     entry = original.added.get(token)
     if token == original.tokenizer.unk_token_id:
         return int(api.LLAMA_TOKEN_ATTR_UNKNOWN | api.LLAMA_TOKEN_ATTR_CONTROL)
@@ -221,7 +221,7 @@ def _compare_texts(
 
 
 def _described(difference: Difference, original: OriginalTokenizer) -> str:
-    """The text, and the tokens where the two lists part."""
+    """Describes a difference: the text, and the tokens where the two lists part."""
     expected, found = difference.expected, difference.found
     place = next(
         (index for index, pair in enumerate(zip(expected, found, strict=False)) if pair[0] != pair[1]),

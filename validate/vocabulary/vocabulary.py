@@ -1,7 +1,7 @@
-"""Vocabularies: of a checkpoint's tokenizer, and of a file that brings its own; and whether two of them are the same.
+"""The vocabularies of a checkpoint's tokenizer, or of a file with its own; and whether two of them are the same.
 
 Models are compared token by token, so a token must be the same text in both. They may differ in padding: a head is
-often made larger than the vocabulary so that its size is a round number, and converters keep those rows or do not.
+often made larger than the vocabulary so that its size is a round number, and some converters drop these rows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from validate.runtimes import time_limit
 from validate.runtimes.backend import Backend, ChunkOutput
 from validate.runtimes.llama_cpp import logged_error, start_runtime
 
-if TYPE_CHECKING:  # a process that only tokenizes does without torch
+if TYPE_CHECKING:  # a process that only tokenizes needs no torch
     import torch
 
     from validate.metrics.positions import ReferenceLogProbs
@@ -37,7 +37,7 @@ class Vocabulary(Protocol):
         """The file of the vocabulary, for messages."""
 
     def text(self, token: int) -> str | None:
-        """The text of a token as the tokenizer writes it; None if it has no token of that number."""
+        """The text of a token as the tokenizer writes it; None if it has no such token."""
 
 
 class TokenizerVocabulary:
@@ -61,7 +61,7 @@ class TokenizerVocabulary:
 class GgufVocabulary:
     """The vocabulary of a GGUF file, as llama.cpp reads it; no weight is loaded.
 
-    Encodes as the tokenizers of transformers do, so that :func:`compressors.calibration.splits.tokenize_heldout` takes
+    It encodes as the tokenizers of transformers do, so :func:`compressors.calibration.splits.tokenize_heldout` takes
     it.
 
     Raises:
@@ -115,17 +115,17 @@ class GgufVocabulary:
 
     @property
     def adds_begin(self) -> bool:
-        """Whether llama.cpp puts :attr:`begin_token` before a text."""
+        """True if llama.cpp puts :attr:`begin_token` before a text."""
         return bool(api.llama_vocab_get_add_bos(self._vocabulary))
 
     @property
     def adds_end(self) -> bool:
-        """Whether llama.cpp puts :attr:`end_token` behind a text."""
+        """True if llama.cpp puts :attr:`end_token` behind a text."""
         return bool(api.llama_vocab_get_add_eos(self._vocabulary))
 
     @property
     def end_tokens(self) -> frozenset[int]:
-        """All tokens at which llama.cpp ends a text: those that the file names, and those it knows by their text."""
+        """All tokens at which llama.cpp ends a text: those that the file names, and those known by their text."""
         return frozenset(token for token in range(len(self)) if api.llama_vocab_is_eog(self._vocabulary, token))
 
     @property
@@ -138,7 +138,7 @@ class GgufVocabulary:
     def encode(
         self, text: str, *, add_special_tokens: bool = True, verbose: bool = False, parse_special: bool = False
     ) -> list[int]:
-        """The tokens of a text, BOS before them if the model wants it; without ``parse_special`` none in it is special.
+        """Returns the tokens of a text, after BOS if the model needs it; ``parse_special`` recognises special ones.
 
         Raises:
             InputError: llama.cpp cannot tokenise it.
@@ -159,10 +159,10 @@ class GgufVocabulary:
 
 
 def check_same_tokens(first: Vocabulary, second: Vocabulary, tokens_BT: npt.NDArray[np.int64]) -> None:
-    """Whether the tokens of a text are the same texts in both vocabularies.
+    """Checks that the tokens of a text are the same texts in both vocabularies.
 
     Raises:
-        InputError: one is not; the message names it.
+        InputError: a token differs; the message names it.
     """
     for token in np.unique(tokens_BT).tolist():
         one, other = first.text(token), second.text(token)
@@ -174,17 +174,17 @@ def check_same_tokens(first: Vocabulary, second: Vocabulary, tokens_BT: npt.NDAr
 
 
 def check_padding(larger: Vocabulary | None, first: int, size: int) -> None:
-    """Whether the tokens from ``first`` to ``size`` are padding: no tokenizer makes them of any text.
+    """Checks that the tokens from ``first`` to ``size`` are padding, which no tokenizer makes from any text.
 
     Raises:
-        InputError: one is a token of the vocabulary; the message names it.
+        InputError: one of them is in the vocabulary; the message names it.
     """
     texts = ((token, None if larger is None else larger.text(token)) for token in range(first, size))
     used = next(((token, text) for token, text in texts if text is not None), None)
     if larger is not None and used is not None:
         raise InputError(
             f"{larger.where} has {size:,} tokens and the other model {first:,}; token {used[0]} is {used[1]!r}, which "
-            "is no padding: models of different vocabularies cannot be compared"
+            "is not padding: models of different vocabularies cannot be compared"
         )
 
 
@@ -197,12 +197,12 @@ class FirstTokens:
 
     @property
     def runtime(self) -> str:
-        """The backend's."""
+        """See :class:`validate.runtimes.backend.Backend`."""
         return self._backend.runtime
 
     @property
     def version(self) -> str:
-        """The backend's."""
+        """See :class:`validate.runtimes.backend.Backend`."""
         return self._backend.version
 
     def run(self, tokens_BT: npt.NDArray[np.int64]) -> Iterator[ChunkOutput]:
@@ -212,9 +212,9 @@ class FirstTokens:
 
 
 class FirstTokensOf:
-    """A reference as it were without padding; implements :class:`validate.metrics.positions.ReferenceLogProbs`.
+    """A reference with its padding removed; implements :class:`validate.metrics.positions.ReferenceLogProbs`.
 
-    What it gave to the padding is given to the other tokens in proportion.
+    The padding's probability is given to the other tokens in proportion.
     """
 
     def __init__(self, log_probs: ReferenceLogProbs, n_tokens: int) -> None:

@@ -30,14 +30,14 @@ class LlamaTokens:
     """llama.cpp's tokens for some texts, and facts about its special tokens."""
 
     parsed: tuple[tuple[int, ...], ...]  # special tokens inside a text are recognised
-    plain: tuple[tuple[int, ...], ...]  # they are not
-    whole: tuple[tuple[int, ...], ...]  # recognised, and the tokens that begin and end a text are put around it
+    plain: tuple[tuple[int, ...], ...]  # special tokens are not recognised
+    whole: tuple[tuple[int, ...], ...]  # recognised, with the tokens that begin and end a text around it
     ends: frozenset[int]
     marks: frozenset[str]  # texts of the tokens that it takes for special, some by their text alone
 
 
 def ask_llama_cpp(path: Path, texts: Sequence[str]) -> LlamaTokens:
-    """Tokenizes texts by the vocabulary of a GGUF file; no weight is loaded.
+    """Tokenizes texts with the vocabulary of a GGUF file; no weight is loaded.
 
     Raises:
         InputError: llama.cpp refuses the vocabulary, dies of it, or does not answer in time.
@@ -61,7 +61,7 @@ def ask_llama_cpp(path: Path, texts: Sequence[str]) -> LlamaTokens:
 
 
 def _answer(path: Path, texts: Sequence[str]) -> dict[str, object]:
-    from validate.vocabulary.vocabulary import GgufVocabulary  # loads llama.cpp, which whoever asks does without
+    from validate.vocabulary.vocabulary import GgufVocabulary  # loads llama.cpp, which the caller does not need
 
     vocabulary = GgufVocabulary(path)
     return {
@@ -77,5 +77,5 @@ if __name__ == "__main__":
     end_with_parent(int(sys.argv[1]))
     try:
         sys.stdout.write(f"\n{json.dumps(_answer(Path(sys.argv[2]), json.load(sys.stdin)))}\n")
-    except MoeExportError as error:  # the last line that is printed becomes the message
+    except MoeExportError as error:  # the last printed line becomes the message
         sys.exit(str(error))

@@ -1,4 +1,4 @@
-"""The description of an architecture: how its configuration is read, and what the two containers make of it."""
+"""The description of an architecture: how its configuration is read, and how the two containers write it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["ConfigValues", "DenseForm", "Family", "GgufFamily", "GgufValue", "Sk
 GgufValue = str | int | float | bool | tuple[int, ...]
 """A value of a GGUF file's metadata: whole numbers are uint32, and floats are float32.
 
-A tuple is an array, mostly with an entry for each layer: of int32, or of booleans.
+A tuple is an array of int32 or of booleans, mostly with an entry for each layer.
 """
 
 ConfigValues = Mapping[str, Any]
@@ -30,8 +30,8 @@ class GgufFamily:
 
     Attributes:
         architecture: llama.cpp's name.
-        keys: gives the keys under the architecture's name, those of the rotary scaling left out.
-        refusal: says what of a model llama.cpp's graph, with its fixed assumptions, cannot compute; None: nothing.
+        keys: gives the keys under the architecture's name, except those of the rotary scaling.
+        refusal: says which part of a model llama.cpp's graph, with its fixed assumptions, cannot compute; None: none.
         takes_rope_factors: its graph divides the rotary angles by a tensor of the file.
         scales_attention: its graph multiplies the products of queries and keys for a longer context.
     """
@@ -45,12 +45,12 @@ class GgufFamily:
 
 @dataclass(frozen=True)
 class SkippedPart:
-    """Tensors of a checkpoint that are read past.
+    """Tensors of a checkpoint that are skipped.
 
     Attributes:
         pattern: a regular expression that the whole name matches; a group called ``layer`` matches only numbers
             behind the model's last layer.
-        name: what they are, for ``inspect`` and the plan.
+        name: their name, for ``inspect`` and the plan.
     """
 
     pattern: str
@@ -77,18 +77,18 @@ class Family:
     """One architecture.
 
     Attributes:
-        model_type: as in ``config.json``.
+        model_type: its name in ``config.json``.
         architecture: transformers' class.
         edited: changes a ``config.json`` so that it describes a model of this architecture: counts, lists by layer.
-        settings: gives the settings of ``config.json`` that describe a model, by key, those of the rotary embedding
-            and of windows left out.
+        settings: gives the settings of ``config.json`` that describe a model, by key, except those of the rotary
+            embedding and of windows.
         gguf: the architecture in llama.cpp.
         read: makes the description of a model from its ``config.json``; None: it is only written.
         skipped: parts of checkpoints that are left out.
         dense: its counterpart without experts; None: there is none.
-        whole_model_type: ``model_type`` of the models, of more than text, that have one of this architecture inside:
-            its settings are those in ``text_config``; None: there are no such models.
-        prefixes: what names of tensors may begin with, in such models, in place of ``model.``.
+        whole_model_type: ``model_type`` of multimodal models that contain one of this architecture, with its settings
+            in ``text_config``; None: there are no such models.
+        prefixes: the beginnings of tensor names in such models, in place of ``model.``.
     """
 
     model_type: str

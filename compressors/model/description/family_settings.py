@@ -1,7 +1,7 @@
 """The settings of ``config.json`` as one family reads them: with transformers' defaults, and refusals by name.
 
-``AutoConfig`` of transformers is the truth: what is absent takes its class's default, null is refused where it refuses
-null, and of two spellings the one counts that it takes.
+``AutoConfig`` of transformers is the truth: an absent setting takes its class's default, null is refused where it
+refuses null, and of two spellings the one that it takes counts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class FamilySettings:
     """Reads one family's settings.
 
     Args:
-        settings: those of the file.
+        settings: the settings of the file.
         family: the family.
         defaults: transformers' defaults of settings that a file may leave out.
         nullable: settings whose null means the same to transformers as their absence.
@@ -65,7 +65,7 @@ class FamilySettings:
         return 0 if self.settings.get(key, self._defaults.get(key)) == 0 else self.count(key)
 
     def leading(self, key: str, first: str, then: str) -> int:
-        """The number of layers of the kind ``first`` in a list of kinds in which all others come after them.
+        """The number of layers of the kind ``first``, which come before all others in a list of kinds.
 
         Raises:
             UnsupportedError: the list has other kinds, another order, or another length than there are layers.
@@ -105,7 +105,7 @@ class FamilySettings:
         self.settings.asked.update(keys)
 
     def refuse_what_no_family_can_do(self, kinds: Collection[str] = ATTENTION_KINDS) -> None:
-        """Refuses settings of transformers itself that change what a layer computes, whatever the family.
+        """Refuses settings common to all of transformers that change the computation of a layer.
 
         Args:
             kinds: the kinds of layers that the family has.
@@ -168,7 +168,7 @@ class FamilySettings:
         return self.count("sliding_window")
 
     def layer_windows(self, default: Sequence[str]) -> list[int | None]:
-        """The window of each layer by its kind in ``layer_types``; ``default`` are the kinds where there is no list."""
+        """The window of each layer by its kind in ``layer_types``; ``default`` has the kinds if there is no list."""
         kinds = self.settings.get("layer_types")
         window = self.window()
         kinds = list(default) if kinds is None else kinds
@@ -179,7 +179,7 @@ class FamilySettings:
         return [window if kind == _SLIDING else None for kind in kinds]
 
     def rope(self, head_dim: int, rule: RopeRule) -> Rope:
-        """The rotary embedding of heads, or parts of heads, of so many values; ``rule`` is the family's."""
+        """The rotary embedding of ``head_dim`` values, a head or a part of one; ``rule`` is the family's."""
         trained_context = self.count("max_position_embeddings")
         return read_rope(self.settings, rule, head_dim=head_dim, trained_context=trained_context)
 
@@ -187,7 +187,7 @@ class FamilySettings:
         """Experts of each token.
 
         Raises:
-            InputError: there are not so many experts.
+            InputError: there are fewer experts.
         """
         top_k = self.count("num_experts_per_tok")
         if top_k > n_experts:
@@ -197,7 +197,7 @@ class FamilySettings:
         return top_k
 
     def count_of(self, *keys: str) -> int:
-        """A count under the first of these keys that is there; under the last one it may be absent."""
+        """The count under the first of these keys that is present; the last one may be absent."""
         there = [key for key in keys if key in self.settings]
         return self.count(there[0] if there else keys[-1])
 

@@ -17,7 +17,7 @@ class Shared:
     """An expert that every token goes through.
 
     Attributes:
-        width: its neurons.
+        width: the number of its neurons.
         is_gated: its output is multiplied by the sigmoid of a linear function of its input.
     """
 
@@ -32,23 +32,23 @@ class Shared:
 
 @dataclass(frozen=True)
 class Routed:
-    """Experts of which a router chooses some for each token.
+    """Experts from which a router chooses some for each token.
 
     Attributes:
-        n_experts: routed experts.
-        top_k: experts of each token.
-        width: neurons of each routed expert.
-        routing: how experts are chosen and weighed.
+        n_experts: the number of routed experts.
+        top_k: the number of experts that each token uses.
+        width: the number of neurons of each routed expert.
+        routing: the rule by which experts are chosen and weighed.
         glu: the function between an expert's products.
         shared: the expert beside them; None: there is none.
         router_module: the module inside transformers' decoder layer that multiplies its input by the router's matrix,
             its ``weight`` [E, D]; where a family's router does more before that, a module inside of the router.
-        experts_module: the module there that is called with (hidden states, chosen experts, weights).
-        block_module: the module there that holds both; it goes when a layer loses its experts. (The three names are
-            empty in a description that nothing runs.)
-        block_outputs: the values that it returns, the first of which is what it adds; 1: that alone, in no tuple.
-        selection_bias: the name there of the vector that is added to the scores for the choice, where the rule has one.
-        expert_scale: the name there of the factors of the weights, one for each expert, where the rule has them.
+        experts_module: the module in the layer that is called with (hidden states, chosen experts, weights).
+        block_module: the module in the layer that holds both; it goes when a layer loses its experts. (The three names
+            are empty in a description that nothing runs.)
+        block_outputs: the number of values that it returns, of which the first is added; 1: that value, not in a tuple.
+        selection_bias: the name in the layer of the vector that is added to the scores for the choice, if there is one.
+        expert_scale: the name in the layer of the factors of the weights, one for each expert, if there are some.
     """
 
     kind: ClassVar[str] = "routed experts"
@@ -73,11 +73,11 @@ class Routed:
 
     @property
     def n_active(self) -> int:
-        """The feed-forwards of this width that each token goes through."""
+        """The number of feed-forwards of this width that each token goes through."""
         return self.top_k
 
     def resized(self, n_experts: int, width: int) -> Routed:
-        """The same with other numbers; top-k never exceeds the experts left."""
+        """Returns the same with other numbers; top-k never exceeds the experts left."""
         return replace(self, n_experts=n_experts, width=width, top_k=min(self.top_k, n_experts))
 
     @property
@@ -103,7 +103,7 @@ class Dense:
 
     @property
     def n_active(self) -> int:
-        """The feed-forwards of this width that each token goes through."""
+        """The number of feed-forwards of this width that each token goes through."""
         return 1
 
     @property

@@ -4,9 +4,9 @@
 ``src/llama-context.cpp``, which for YaRN puts its own attention factor in place of every other and multiplies it by
 ``rope.scaling.attn_factor``; ``kq_scale`` in ``src/models/deepseek2.cpp``; ``get_rope_factors`` in
 ``src/llama-model.cpp``. Keys are those of ``LLM_KV_NAMES`` in ``src/llama-arch.cpp`` without the architecture. Base and
-width (``rope.freq_base``, ``rope.dimension_count``) are the family's; which values form a pair, every graph has built
-in. (``rope.scaling.yarn_beta_fast`` and ``..._slow`` are there too, but of the architectures that we write none reads
-them: 32 and 1 are constants there. Where no factors can make up for that, the file is written all the same, and
+width (``rope.freq_base``, ``rope.dimension_count``) are the family's; every graph fixes which values form a pair.
+(llama.cpp also knows ``rope.scaling.yarn_beta_fast`` and ``..._slow``, but no architecture that we write reads them:
+32 and 1 are constants in their graphs. Where no factors can make up for that, the file is written all the same, and
 :func:`yarn_constants` says so.)
 """
 
@@ -46,7 +46,7 @@ def gguf_rope(rope: Rope, architecture: str, *, takes_factors: bool, scales_atte
 
     Args:
         rope: the model's rotary embedding.
-        architecture: llama.cpp's.
+        architecture: llama.cpp's name of the architecture.
         takes_factors: its graph divides the angles by a tensor of the file.
         scales_attention: its graph multiplies the products of queries and keys for a longer context, as
             ``deepseek2``'s does.
@@ -64,7 +64,7 @@ def gguf_rope(rope: Rope, architecture: str, *, takes_factors: bool, scales_atte
 
 
 def yarn_constants(rope: Rope, *, takes_factors: bool) -> str | None:
-    """Says how llama.cpp's angles differ, where its graph has constants for YaRN's settings; None: they do not.
+    """Says how llama.cpp's angles differ where its graph has constants for YaRN's settings; None if they do not.
 
     Other betas moved the predictions of the trained toys by 0.003 to 0.01 nats (docs/settings.md).
     """
@@ -116,7 +116,7 @@ def _of_cosines(rope: Rope) -> dict[str, float]:
 
 
 def _of_attention(rope: Rope) -> dict[str, float]:
-    """The same for ``deepseek2``'s graph, which corrects the products of queries and keys, too.
+    """The correction for ``deepseek2``'s graph, which corrects the products of queries and keys, too.
 
     Let the file have an attention factor a and a logarithm's multiplier l, m(l) = 1 + l ln(factor), and m = m(0.1).
     Under YaRN the graph multiplies cosine and sine by a, and products by (a m(l))^2; without l, by a m and by (a m)^2.

@@ -19,7 +19,7 @@ Floats = npt.NDArray[np.float32]
 
 
 class Activation(StrEnum):
-    """The function of the gate; of the only product, where there is no gate."""
+    """The function that is applied to the gate, or to up where there is no gate."""
 
     SILU = "silu"  # x sigmoid(x)
     GELU_TANH = "gelu_pytorch_tanh"  # Hendrycks and Gimpel, arXiv 1606.08415, by its tanh approximation
@@ -35,7 +35,7 @@ class Glu:
         alpha: silu becomes x sigmoid(alpha x).
         limit: the gate is at most this, and up lies between this and its negative; None: no limit.
         offset: added to up.
-        is_gated: False: there is no gate, and the activation is that of up.
+        is_gated: False if there is no gate; the activation is then applied to up.
     """
 
     activation: Activation = Activation.SILU

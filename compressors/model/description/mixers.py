@@ -1,4 +1,4 @@
-"""The kinds of token mixers: what lets a position of a text look at earlier ones."""
+"""The kinds of token mixers, which let a position of a text look at earlier ones."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class GroupedQuery:
         n_heads: query heads.
         n_kv_heads: key-value heads; they divide the query heads.
         head_dim: values of a head.
-        rope: how queries and keys are turned.
+        rope: the rotary embedding of queries and keys.
         scale: the factor of the products of queries and keys.
         qk_norm: the norms of queries and keys.
         window: tokens that attention reaches back over, itself included; None: all.
-        output_gate: its output is multiplied by the sigmoid of gates, whose rows follow the query's in each head.
+        output_gate: the output is multiplied by the sigmoid of gates, whose rows follow the query's in each head.
     """
 
     kind: ClassVar[str] = "grouped-query attention"
@@ -53,9 +53,9 @@ class GroupedQuery:
 
     @property
     def sizes(self) -> Mapping[str, int]:
-        """Sizes by letter: Q queries' values, K keys' (and values') values, h those of a head, H heads.
+        """Sizes by letter: Q values of all queries, K of all keys (and of all values), h of a head; H heads.
 
-        P are the queries' values with their gates, if they have some.
+        P is Q and the gates of the queries, if there are some.
         """
         query, key = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         return {"H": self.n_heads, "h": self.head_dim, "Q": query, "K": key, "P": query * (1 + self.output_gate)}
@@ -67,7 +67,7 @@ class GroupedQuery:
 
     @property
     def cached_head(self) -> int:
-        """Values that lie together in a cache, which types with blocks must divide."""
+        """Values that lie together in a cache; the block size of a cache type must divide this."""
         return self.head_dim
 
     @property
@@ -77,7 +77,7 @@ class GroupedQuery:
 
     @property
     def state_values(self) -> int:
-        """Values that are kept for a text, however long it is."""
+        """Values that are kept for a text, independent of its length."""
         return 0
 
     @property
@@ -97,7 +97,7 @@ class Latent:
         plain_dim: values of a query or key that are not turned.
         rotary_dim: values of a query or key that are turned; all heads share those of the key.
         value_dim: values of a value.
-        rope: how they are turned.
+        rope: the rotary embedding.
         scale: the factor of the products of queries and keys.
         inner_epsilon: epsilon of the norms of both vectors.
     """
@@ -137,9 +137,9 @@ class Latent:
 
     @property
     def sizes(self) -> Mapping[str, int]:
-        """Sizes by letter: A and C the two ranks, R keys' first matrix, U their second, Q all queries, O all values.
+        """Sizes by letter: A and C the two ranks, R and U outputs of the keys' matrices, Q all queries, O all values.
 
-        Of a head, p are the values of a key that are not turned, and v those of a value.
+        In a head, p is the number of a key's values that are not turned, and v that of a value.
         """
         return {
             "H": self.n_heads,
@@ -160,12 +160,12 @@ class Latent:
 
     @property
     def cached_head(self) -> int:
-        """Values that lie together in a cache, which types with blocks must divide."""
+        """Values that lie together in a cache; the block size of a cache type must divide this."""
         return self.rank + self.rotary_dim
 
     @property
     def state_values(self) -> int:
-        """Values that are kept for a text, however long it is."""
+        """Values that are kept for a text, independent of its length."""
         return 0
 
     @property
@@ -176,7 +176,7 @@ class Latent:
 
 @dataclass(frozen=True)
 class GatedDelta:
-    """A gated delta rule: each token fades a state, and corrects what it holds under its key (arXiv 2412.06464).
+    """A gated delta rule: each token fades a state and corrects what the state holds under its key (arXiv 2412.06464).
 
     Queries, keys and values go through a convolution over the last tokens first. A value head has a state of its own;
     those that share a key head follow each other.
@@ -221,8 +221,8 @@ class GatedDelta:
     def sizes(self) -> Mapping[str, int]:
         """Sizes by letter: G key heads, N value heads, k and v values of one, K and Y of all; X channels, W kernel.
 
-        M are the channels and the gates; B a strength and a decay for each value head. For one key head r are the
-        values of its value heads, and n their number.
+        M is the channels and the gates; B a strength and a decay for each value head. For one key head, r is the
+        number of values of its value heads, and n their number.
         """
         return {
             "G": self.n_key_heads,
@@ -251,7 +251,7 @@ class GatedDelta:
 
     @property
     def state_values(self) -> int:
-        """Values that are kept for a text: a matrix for each value head, and what the convolution reaches back to."""
+        """Values that are kept for a text: a matrix for each value head, and the convolution's last inputs."""
         return self.width * self.key_dim + (self.kernel - 1) * self.channels
 
     @property

@@ -1,4 +1,4 @@
-"""The roles of a model's tensors, whatever a family or a file calls them."""
+"""The roles of a model's tensors, independent of their names on disk."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Role(StrEnum):
     KEY_BIAS = "key bias"  # [K]
     VALUE = "value"  # [K, D]
     VALUE_BIAS = "value bias"  # [K]
-    QUERY_A = "query's first matrix"  # of latent attention: [A, D]
+    QUERY_A = "query's first matrix"  # in latent attention: [A, D]
     QUERY_A_NORM = "query's inner norm"  # [A]
     QUERY_B = "query's second matrix"  # [Q, A]
     KEY_VALUE_A = "keys' and values' first matrix"  # [R, D]
     KEY_VALUE_A_NORM = "keys' and values' inner norm"  # [C]
     KEY_VALUE_B = "keys' and values' second matrix"  # [U, C]
-    ATTENTION_OUTPUT = "attention output"  # [D, Q], of latent attention [D, O]
+    ATTENTION_OUTPUT = "attention output"  # [D, Q], in latent attention [D, O]
     ATTENTION_OUTPUT_BIAS = "attention output bias"  # [D]
     SINKS = "attention sinks"  # [H]: one more logit of each head, which takes a share of the attention and adds nothing
     QUERY_NORM = "query norm"  # see QkNorm
@@ -60,7 +60,7 @@ class Role(StrEnum):
     DENSE_GATE = "feed-forward's gate"  # [F, D], in a layer without experts
     DENSE_UP = "feed-forward's up"  # [F, D]
     DENSE_DOWN = "feed-forward's down"  # [D, F]
-    ROPE_FACTORS = "rope factors"  # in GGUF files only: made from the rotary embedding, in no checkpoint
+    ROPE_FACTORS = "rope factors"  # in GGUF files only: made from the rotary embedding
 
     @property
     def is_expert(self) -> bool:
@@ -74,7 +74,7 @@ class Role(StrEnum):
 
     @property
     def is_feed_forward(self) -> bool:
-        """True if the tensor goes when a layer loses its feed-forward; all others of a layer are the mixer's."""
+        """True if the tensor goes when a layer loses its feed-forward; a layer's other tensors are the mixer's."""
         return self in _FEED_FORWARD_ROLES
 
 

@@ -1,9 +1,9 @@
-"""The rotary position embedding of a model: which angles it turns by, as transformers computes them.
+"""The rotary position embedding of a model: its angles, as transformers computes them.
 
 transformers' ``modeling_rope_utils.py`` is the definition; every function here does the same float32 operations in the
 same order, so that results are equal bit for bit. The scalings: linear (Chen et al., 2023), dynamic NTK (bloc97 and
-emozilla, 2023), YaRN (Peng et al., 2023), LongRoPE (Ding et al., 2024), Llama 3.1's and Gemma 4's (proportional: pairs
-are those of the whole head, and only the first ones are turned).
+emozilla, 2023), YaRN (Peng et al., 2023), LongRoPE (Ding et al., 2024), Llama 3.1's and Gemma 4's (proportional: the
+whole head is split into pairs, and only the first ones are turned).
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ class RopeKind(StrEnum):
 
 @dataclass(frozen=True)
 class Rope:
-    """Everything that the angles depend on; what a kind does not use keeps its default."""
+    """Everything that the angles depend on; a field that a kind does not use keeps its default."""
 
     kind: RopeKind
     theta: float  # the base
-    width: int  # values of a head that are turned, from its first on; of proportional scaling all of the head
+    width: int  # values of a head that are turned, from its first on; with proportional scaling all of the head
     share: float = 1.0  # of the head, as the setting partial_rotary_factor says; proportional: of pairs, others stay
-    interleaved: bool = False  # a pair are neighbours; otherwise they are half the width apart
-    trained_context: int = 0  # of dynamic scaling: it begins beyond so many tokens
+    interleaved: bool = False  # a pair is two neighbours; otherwise they are half the width apart
+    trained_context: int = 0  # dynamic scaling begins beyond this many tokens
     factor: float = 1.0
     original_context: int = 0  # tokens that the model was trained on before it was scaled
-    attention_factor: float = 1.0  # of cosine and sine
+    attention_factor: float = 1.0  # multiplies cosine and sine
     beta_fast: float = 32.0  # YaRN: rotations within the original context ...
     beta_slow: float = 1.0
     truncate: bool = True  # ... between whose dimensions, whole or not, it goes from one frequency to the other
@@ -54,9 +54,9 @@ class Rope:
 
     @property
     def switches_after(self) -> int | None:
-        """Tokens of the longest text that is turned by the short factors; None: all texts are turned alike.
+        """The length of the longest text that is turned by the short factors; None: all texts are turned alike.
 
-        Dynamic scaling is not meant: it begins beyond the trained context, for which nothing is written.
+        Dynamic scaling does not count: it begins beyond the trained context, for which nothing is written.
         """
         switches = self.kind is RopeKind.LONGROPE and self.short_factors != self.long_factors
         return self.original_context if switches else None
@@ -69,7 +69,7 @@ class Rope:
         return shorter, context_length
 
     def inverse_frequencies(self, n_tokens: int) -> torch.Tensor:
-        """Angles per position, float32 [width / 2], of a text of so many tokens."""
+        """Angles per position for a text of ``n_tokens`` tokens: float32 [width / 2]."""
         if self.kind is RopeKind.LINEAR:
             return self._plain() / self.factor
         if self.kind is RopeKind.DYNAMIC:
@@ -92,7 +92,7 @@ class Rope:
         return plain * multiplier * multiplier
 
     def in_config(self) -> dict[str, Any]:
-        """``rope_parameters`` of ``config.json``, everything written out."""
+        """Returns ``rope_parameters`` of ``config.json``, with every value written out."""
         used: dict[RopeKind, dict[str, Any]] = {
             RopeKind.DEFAULT: {},
             RopeKind.LINEAR: {"factor": self.factor},
@@ -155,7 +155,7 @@ class Rope:
         return (1.0 / (self.factor * powers)) * (1 - kept) + (1.0 / powers) * kept
 
     def _corrected_dimension(self, n_rotations: float) -> float:
-        """The dimension that turns so often within the original context."""
+        """The dimension that turns ``n_rotations`` times within the original context."""
         turns = math.log(self.original_context / (n_rotations * 2 * math.pi))
         return (self.width * turns) / (2 * math.log(self.theta))
 
@@ -173,5 +173,5 @@ class Rope:
 
 
 def attention_multiplier(factor: float, multiplier: float = 1.0) -> float:
-    """Returns YaRN's correction of attention for a context that is longer by a factor."""
+    """Returns YaRN's correction of attention for a context that is ``factor`` times as long."""
     return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0

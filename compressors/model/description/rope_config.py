@@ -1,9 +1,9 @@
 """Reads a model's rotary embedding from ``config.json`` as transformers' configurations do.
 
-``RotaryEmbeddingConfigMixin`` in transformers' ``modeling_rope_utils.py``: an object under ``rope_scaling`` takes the
-place of ``rope_parameters``, whole; what it lacks comes from the top level, then from the family's default; and
-``original_max_position_embeddings`` at the top level goes before one inside. What is said for a kind of layer has an
-object of its own inside, for which only base and share may stand at the top level.
+``RotaryEmbeddingConfigMixin`` in transformers' ``modeling_rope_utils.py``: an object under ``rope_scaling`` replaces
+``rope_parameters`` as a whole; a value that it lacks comes from the top level, then from the family's default; and
+``original_max_position_embeddings`` at the top level goes before one inside. The settings of a kind of layer have an
+object of their own inside; only their base and share may stand at the top level.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["RopeRule", "read_rope"]
 _ORIGINAL = "original_max_position_embeddings"
 _SHARE = "partial_rotary_factor"
 _WITH_ORIGINAL_CONTEXT = (RopeKind.YARN, RopeKind.LONGROPE, RopeKind.LLAMA3)
-_WIDEST_HEAD = 1 << 14  # beyond it no head is real, and a table of its angles would only eat memory
+_WIDEST_HEAD = 1 << 14  # no real head is wider, and a table of its angles would only eat memory
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class RopeRule:
     Attributes:
         default_theta: the base where none is written.
         default_share: the turned share of a head where none is written; None: the classes turn whole heads.
-        layer_kind: the key, inside of the settings, of those for the layers in question; None: all layers are alike.
+        layer_kind: the key inside the settings that holds those for the layers in question; None: all layers are alike.
         takes_alpha: ``alpha`` stretches the base once and for all, whatever the length of a text.
         scales_attention: ``mscale_all_dim`` changes the factor of the products of queries and keys, too.
         interleaved: pairs are neighbours.
-        default: the settings that count where there are none; None: nothing is scaled.
+        default: the settings that count where the file has none; None: nothing is scaled.
     """
 
     default_theta: float = 10_000.0
@@ -56,7 +56,7 @@ def read_rope(config: Settings, rule: RopeRule, *, head_dim: int, trained_contex
 
     Args:
         config: the settings of the model.
-        rule: how the family reads them.
+        rule: the family's rule for reading them.
         head_dim: values of a head, or of the part of it that is set aside for turning.
         trained_context: ``max_position_embeddings``.
 
@@ -110,10 +110,10 @@ def _kind(chosen: Settings) -> RopeKind:
 
 
 def _of_layer_kind(settings: Settings, layer_kind: str | None) -> Settings:
-    """The settings for a kind of layer; where there are none for kinds of layers, they are for all.
+    """The settings for a kind of layer; if the file does not tell kinds apart, these are for all layers.
 
     Raises:
-        UnsupportedError: there are some for kinds of layers, but not for this one.
+        UnsupportedError: there are settings for kinds of layers, but none for this one.
     """
     nested = [key for key, value in settings.raw.items() if isinstance(value, dict)]
     if not nested:
@@ -159,7 +159,7 @@ def _no_share(owner: Settings, why: str) -> UnsupportedError:
 
 
 def _stretched(rope: Rope, chosen: Settings) -> Rope:
-    """The same as an unscaled embedding of another base."""
+    """Returns the same angles as an unscaled embedding of another base."""
     stretched = rope.theta * chosen.number("alpha") ** (rope.width / (rope.width - 2))
     return replace(rope, kind=RopeKind.DEFAULT, theta=stretched)
 
@@ -173,7 +173,7 @@ def _dynamic(rope: Rope, chosen: Settings, trained_context: int) -> Rope:
 
 
 def _yarn(rope: Rope, chosen: Settings, trained_context: int) -> Rope:
-    """A factor that is null stands for the ratio of the contexts; the paper's attention factor for one left out."""
+    """Reads YaRN: a null factor means the ratio of the contexts, an absent attention factor means the paper's."""
     ratio = trained_context / rope.original_context
     factor = ratio if "factor" in chosen and chosen.raw["factor"] is None else chosen.number("factor")
     attention_factor = chosen.number_or_null("attention_factor")
@@ -229,7 +229,7 @@ _READERS = {
 
 
 def _refuse_impossible(rope: Rope, chosen: Settings) -> None:
-    """Numbers that are each fine may still divide by zero, or leave the range of float32."""
+    """Refuses numbers that are each fine, but together divide by zero or leave the range of float32."""
     try:
         if rope.width <= _WIDEST_HEAD and torch.isfinite(rope.inverse_frequencies(1)).all():
             return

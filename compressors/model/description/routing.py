@@ -19,15 +19,15 @@ Floats = npt.NDArray[np.float32]
 
 
 class Score(StrEnum):
-    """What is made of the logits."""
+    """The function that turns logits into scores."""
 
-    SOFTMAX = "softmax"  # over all experts
-    SIGMOID = "sigmoid"  # of each by itself
+    SOFTMAX = "softmax"  # a softmax over all experts
+    SIGMOID = "sigmoid"  # the sigmoid of each logit by itself
     LOGITS = "logits"  # the largest logits are chosen, and a softmax over these alone gives the weights
 
 
 class GroupScore(StrEnum):
-    """What a group of experts is chosen by."""
+    """The score by which a group of experts is chosen."""
 
     BEST_TWO = "sum of the best two"
     BEST = "best"
@@ -40,14 +40,14 @@ class Routing:
     Attributes:
         score: see :class:`Score`.
         has_selection_bias: a vector is added to the scores for the choice, and not for the weights.
-        n_groups: the experts form so many groups of neighbours, and only those of the best groups can be chosen.
+        n_groups: the number of groups of neighbouring experts; only experts of the best groups can be chosen.
         n_chosen_groups: the number of groups whose experts can be chosen; together they have at least top-k.
         group_score: see :class:`GroupScore`.
         normalizes: the chosen weights are divided by their sum.
         epsilon: added to that sum.
-        least_sum: that sum, if it is smaller, counts as this.
+        least_sum: a sum below this counts as this.
         scale: a factor of all weights.
-        has_expert_scale: after all that, each weight is multiplied by a number of its expert.
+        has_expert_scale: at the end, each weight is multiplied by a number that belongs to its expert.
     """
 
     score: Score = Score.SOFTMAX
@@ -74,9 +74,9 @@ class Routing:
         return chosen_TK
 
     def selection_scores(self, logits_TE: Floats, bias_E: Floats | None = None) -> Floats:
-        """Returns values in whose order experts are chosen: [T, E].
+        """Returns the values that decide the order in which experts are chosen: [T, E].
 
-        They are the logits where nothing but the score is between, as every score rises with its logit. Elsewhere they
+        They are the logits where only the score comes between, as every score rises with its logit. Elsewhere they
         are scores with the selection bias; those of experts outside of the best groups are -inf.
         """
         return logits_TE if self._orders_as_logits else self._choice_scores(logits_TE, bias_E)
@@ -123,7 +123,7 @@ class Routing:
         return weights_TK * scale_E[chosen_TK]
 
     def torch_probabilities(self, logits_TE: torch.Tensor) -> torch.Tensor:
-        """How likely a router finds each expert, chosen or not: the sigmoid of its logit, else a softmax over all."""
+        """Returns the probability that a router gives each expert: the sigmoid of its logit, or a softmax over all."""
         return logits_TE.sigmoid() if self.score is Score.SIGMOID else logits_TE.softmax(-1)
 
     @property
@@ -162,7 +162,7 @@ class Routing:
         return _softmax(logits_TE) if self.score is Score.SOFTMAX else logits_TE
 
     def _of_best_groups(self, scores_TE: Floats) -> Floats:
-        """The scores, with those of experts outside of the best groups so low that they are not chosen."""
+        """Returns the scores, with -inf for experts outside of the best groups."""
         grouped_TGM = scores_TE.reshape(len(scores_TE), self.n_groups, -1)
         best_TGM = -np.sort(-grouped_TGM, axis=2)
         n_best = 2 if self.group_score is GroupScore.BEST_TWO else 1

@@ -1,4 +1,4 @@
-"""Typed values out of a JSON object of settings, and errors that name the key."""
+"""Typed values from a JSON object of settings, and errors that name the key."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Settings:
 
     A method that takes a ``default`` returns it where the key is absent; without one the key is required. A value of
     the wrong type, null included, is refused, as transformers' strict configurations refuse it. :attr:`asked` collects
-    the keys that somebody asked for; all others were not understood.
+    the keys that code asked for; all others were not understood.
 
     Args:
         raw: the object.
-        path: of the file, for messages.
-        name: of the object inside the file, for messages; empty for the file itself.
+        path: the file, for messages.
+        name: the key of the object inside the file, for messages; empty for the file itself.
     """
 
     def __init__(self, raw: Mapping[str, Any], path: Path, name: str = "") -> None:
@@ -44,7 +44,7 @@ class Settings:
         return self.raw.get(key, default)
 
     def named(self, key: str) -> str:
-        """File and key, as messages begin: ``config.json: rope_parameters.factor``."""
+        """File and key, for the beginning of a message: ``config.json: rope_parameters.factor``."""
         return f"{self.path}: {self._prefix}{key}"
 
     def objects(self, key: str) -> Settings:
@@ -82,7 +82,7 @@ class Settings:
         return None if self.get(key) is None else self.number(key)
 
     def numbers(self, key: str, length: int) -> tuple[float, ...]:
-        """A list of so many positive, finite numbers."""
+        """A list of ``length`` positive, finite numbers."""
         value = self._value(key, None)
         if not isinstance(value, list) or len(value) != length or not all(map(_is_positive, value)):
             raise self._wrong(key, f"a list of {length} positive numbers")

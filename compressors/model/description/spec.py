@@ -3,7 +3,7 @@
 Letters in names of arrays, here and everywhere:
     L layers   E experts   K experts per token (top-k)   T tokens   D hidden size   F expert width   V vocabulary
     H attention heads   B token blocks   S width of a shared expert
-In the shapes of tensors Q and K stand for the values of all queries and of all keys, and h for those of a head.
+In the shapes of tensors, Q and K stand for the values of all queries and of all keys, and h for those of a head.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ NO_MOE = MoeSize(0, 0)
 
 @dataclass(frozen=True)
 class LostModule:
-    """A module of transformers' layer that adds nothing any more.
+    """A module of transformers' layer that no longer adds anything.
 
     Attributes:
         name: its name inside the layer.
-        n_outputs: the values that it returns, the first of which is what it adds; 1: that alone, in no tuple.
+        n_outputs: the number of values that it returns, of which the first is added; 1: that value, not in a tuple.
     """
 
     name: str
@@ -56,12 +56,12 @@ class LayerSpec:
     """One decoder layer.
 
     Attributes:
-        mixer: what lets positions look at earlier ones.
-        feed_forward: what follows; None: the layer has lost it.
+        mixer: the part that lets positions look at earlier ones.
+        feed_forward: the part that follows the mixer; None: the layer has lost it.
         hidden_size: D.
         tensors: all tensors of the layer, in the order of their roles; one that each expert has stands here once.
         lost_modules: modules of transformers' layer that it has lost.
-        residual_scale: a factor of what mixer and feed-forward add to the hidden state.
+        residual_scale: multiplies the outputs of mixer and feed-forward before they are added to the hidden state.
     """
 
     mixer: Mixer
@@ -126,11 +126,11 @@ class LayerSpec:
         return self._by_role[role]
 
     def dimensions(self, tensor: TensorSpec) -> tuple[int, ...]:
-        """The shape of a tensor of this layer; of one expert, if each has one."""
+        """The shape of a tensor of this layer, or of one expert's tensor if each has one."""
         return tuple(self._size(axis) for axis in tensor.shape)
 
     def n_values(self, tensor: TensorSpec) -> int:
-        """The number of values of a tensor, of all experts together."""
+        """The number of values of a tensor, added up over all experts."""
         return prod(self.dimensions(tensor)) * (self.n_experts if tensor.is_per_expert else 1)
 
     @property
@@ -145,11 +145,11 @@ class LayerSpec:
 
     @property
     def parameters_beside_experts(self) -> int:
-        """Parameters of the layer without those of its routed experts."""
+        """Parameters of the layer except those of its routed experts."""
         return sum(self.n_values(tensor) for tensor in self.shared_tensors)
 
     def resized(self, size: MoeSize) -> LayerSpec:
-        """The layer with experts of another size; without any it loses its feed-forward. Others stay as they are."""
+        """The layer with experts of another size, or without a feed-forward; a layer without experts stays as it is."""
         if self.routed is None:
             return self
         if size == NO_MOE:
@@ -161,7 +161,7 @@ class LayerSpec:
         return replace(self, feed_forward=self.routed.resized(size.n_experts, size.expert_width))
 
     def _size(self, axis: str) -> int:
-        """The size of an axis: a letter's, a number, or a number times a letter's."""
+        """The size of an axis, which is a letter, a number, or a number times a letter."""
         factor = axis.rstrip(axis[-1]) if axis[-1].isalpha() else axis
         return int(factor or 1) * (self.sizes[axis[-1]] if axis[-1].isalpha() else 1)
 
@@ -178,7 +178,7 @@ class ModelSpec:
         family: the architecture.
         hidden_size: D.
         vocab_size: V.
-        context_length: tokens that files are written for; where attention has a window, no more than that.
+        context_length: the number of tokens that files are written for; at most attention's window, if it has one.
         rms_norm_eps: epsilon of the RMS norms.
         tied_embeddings: the head is the embedding.
         tensors: the tensors outside of the layers; a tied head is among them.
@@ -236,13 +236,13 @@ class ModelSpec:
 
     @property
     def window(self) -> int | None:
-        """Tokens that attention reaches back over in every layer; None: in some or all it reaches back over all."""
+        """Tokens that attention reaches back over in every layer; None: in some layer it reaches back over all."""
         windows = {layer.mixer.window for layer in self.layers}
         return windows.pop() if len(windows) == 1 else None
 
     @property
     def is_uniform(self) -> bool:
-        """True if no layer has lost its feed-forward, and the experts of all that have some are alike."""
+        """True if no layer has lost its feed-forward, and all layers with experts have equal numbers and widths."""
         sizes = {layer.moe for layer in self.layers if layer.routed is not None}
         return len(sizes) == 1 and all(layer.feed_forward is not None for layer in self.layers)
 
@@ -250,7 +250,7 @@ class ModelSpec:
         """The model with experts of other sizes.
 
         Args:
-            sizes: by layer of the result.
+            sizes: the size of the experts in each layer of the result.
             sources: the layer of this model that each comes from; None: the first ones.
         """
         kept = range(len(sizes)) if sources is None else sources
@@ -263,7 +263,7 @@ class ModelSpec:
 
     @property
     def places(self) -> Iterator[tuple[TensorSpec, int | None]]:
-        """All tensors with their layer, in the order of files; those of experts once for each layer."""
+        """Yields all tensors with their layer, in the order of files; an expert tensor comes once for each layer."""
         for tensor in self.tensors:
             yield tensor, None
         for index, layer in enumerate(self.layers):
@@ -279,7 +279,7 @@ class ModelSpec:
         return self._by_role[role] if layer is None else self.layers[layer].tensor(role)
 
     def dimensions(self, role: Role, layer: int | None = None) -> tuple[int, ...]:
-        """The shape of a tensor; of one expert, if each has one."""
+        """The shape of a tensor, or of one expert's tensor if each has one."""
         if layer is not None:
             return self.layers[layer].dimensions(self.layers[layer].tensor(role))
         sizes = {"D": self.hidden_size, "V": self.vocab_size}
@@ -303,10 +303,10 @@ class ModelSpec:
 
     @cached_property
     def written(self) -> ModelSpec:
-        """The model as files hold it: without a tied head; of the dense counterpart, if no layer needs a router.
+        """The model as files hold it: without a tied head, and as the dense counterpart if no layer needs a router.
 
-        None does where no layer has more than one expert: every token chooses it, and its weight, a softmax over one
-        logit, is 1 whatever the router says.
+        No layer needs one if none has more than one expert: every token chooses it, and its weight, a softmax over
+        one logit, is 1 whatever the router says.
         """
         tensors = tuple(tensor for tensor in self.tensors if not (tensor.role is Role.HEAD and self.tied_embeddings))
         without_head = replace(self, tensors=tensors)
@@ -322,7 +322,7 @@ class ModelSpec:
 
 
 def _dense(layer: LayerSpec, projections: tuple[TensorSpec, ...]) -> LayerSpec:
-    """The layer whose only expert is its feed-forward."""
+    """Returns the layer with its only expert as its feed-forward."""
     assert layer.routed is not None
     kept = tuple(tensor for tensor in layer.shared_tensors if tensor.role is not Role.ROUTER)
     feed_forward = Dense(layer.routed.width, layer.routed.glu)

@@ -1,4 +1,4 @@
-"""The tokens that begin, end and pad texts, as transformers takes them.
+"""The tokens that begin, end and pad texts, as transformers reads them.
 
 ``generation_config.json`` stands over ``config.json`` (``GenerationConfig``), and each may name several end tokens. The
 tokenizer's own end token ends a text too: vLLM and SGLang stop at both, and chat templates are made with it.
@@ -28,7 +28,7 @@ class ConfiguredTokens:
     bos: int | None
     ends: tuple[int, ...]
     pad: int | None
-    without_row: tuple[int, ...]  # end tokens that are named, but that the model has no row for: it never gives them
+    without_row: tuple[int, ...]  # end tokens that are named but have no row in the model: it never gives them
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ def special_tokens(folder: Path, vocab_size: int) -> SpecialTokens:
 
 
 def configured_tokens(folder: Path, vocab_size: int) -> ConfiguredTokens:
-    """Returns what ``generation_config.json`` says and, where it says nothing, ``config.json``; both are small.
+    """Returns the tokens of ``generation_config.json`` or, where it names none, of ``config.json``; both are small.
 
     Raises:
-        InputError: an id is no whole number from 0 on, or begin or padding is outside the vocabulary.
+        InputError: an id is not a whole number from 0 on, or the begin or padding token is outside the vocabulary.
     """
     ends = _ids(folder, "eos_token_id")
     single = {}
@@ -101,7 +101,7 @@ def _settings(folder: Path) -> list[tuple[Path, Mapping[str, Any]]]:
         if path.is_file():
             data = read_json(path)
             found.append((path, data))
-            inner = data.get("text_config")  # of models that read more than text
+            inner = data.get("text_config")  # multimodal models have it
             if isinstance(inner, dict):
                 found.append((path, inner))
     return found

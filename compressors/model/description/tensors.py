@@ -1,4 +1,4 @@
-"""The description of one tensor: what it is, its shape in letters, and its names on disk, in a module and in GGUF."""
+"""The description of one tensor: its kind, its shape in letters, and its names on disk, in a module and in GGUF."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["Fused", "GgufTensor", "Kind", "NormKind", "TensorSpec"]
 
 
 class Kind(Enum):
-    """What a tensor is, which decides how it may be stored and who may train it."""
+    """The kind of a tensor, which decides how it may be stored and who may train it."""
 
-    MATRIX = "matrix"  # of a linear layer; may be quantized
+    MATRIX = "matrix"  # weights of a linear layer; may be quantized
     TABLE = "table"  # embedding and head; may be quantized
     ROUTER = "router"  # float32 in every file, while it is trained and while it runs
-    SELECTION = "selection"  # a part of the choice that no gradient reaches; float32 in every file and while it runs
+    SELECTION = "selection"  # takes part in the choice, no gradient reaches it; float32 in every file and while it runs
     NORM = "norm"  # the scales of a norm; float32 in every file
     VECTOR = "vector"  # a bias or the like; float32 in every file
     CONVOLUTION = "convolution"  # over some neighbouring tokens, by channel; float32 in every file
@@ -38,9 +38,9 @@ class Fused:
 
     Attributes:
         name: the template of the name, with ``{layer}``.
-        part: which part; gate rows come before up rows.
+        part: the index of the part; gate rows come before up rows.
         n_parts: 2 where gate and up lie in one tensor.
-        is_only_form: no checkpoint holds each expert by itself; the name that such a tensor goes by is in no file.
+        is_only_form: no checkpoint holds each expert by itself, so the name of an expert's own tensor is in no file.
         is_interleaved: the parts' rows alternate: the first row of each part, then the second of each.
         is_transposed: the tensor is [E, columns, n_parts * rows].
         may_be_mxfp4: some checkpoints hold it as MXFP4 (:mod:`compressors.model.files.mxfp4`), not transposed.
@@ -55,7 +55,7 @@ class Fused:
     may_be_mxfp4: bool = False
 
     def of_expert(self, rows: int, columns: int) -> tuple[int, int]:
-        """The shape of one expert's values in the tensor, whose matrix of this role is [rows, columns]."""
+        """Returns the shape of one expert's values in the tensor; its matrix of this role is [rows, columns]."""
         stored = (self.n_parts * rows, columns)
         return (stored[1], stored[0]) if self.is_transposed else stored
 
@@ -75,7 +75,7 @@ class GgufTensor:
 
     Attributes:
         name: the template of its name, with ``{layer}``.
-        transform: makes its values of the checkpoint tensor's; of each expert's, if each has one.
+        transform: makes its values from those of the checkpoint tensor, or of each expert's tensor.
     """
 
     name: str
@@ -87,7 +87,7 @@ class TensorSpec:
     """A tensor of a checkpoint.
 
     Attributes:
-        role: what it is for.
+        role: its purpose.
         name: the template of its name on the hub, with ``{layer}`` and, if each expert has one, ``{expert}``.
         shape: its sizes in letters, output features first; of one expert, if each has one.
         gguf: its place in a GGUF file; where the file holds it in several parts, the first one, whose name its tunable
@@ -95,9 +95,9 @@ class TensorSpec:
         gguf_rest: the places of the other parts.
         kind: see :class:`Kind`.
         module: its name inside transformers' decoder layer, where that is not the name on the hub.
-        fused: how checkpoints of the other layout hold it.
+        fused: how checkpoints that fuse all experts into one tensor hold it; None: they do not.
         shares_input_of: the role of another matrix that the same values are multiplied with; None: its own.
-        norm: of a norm, how its scales are made of the tensor.
+        norm: how a norm's scales are made from the tensor.
         experts_axis: the axis that has an entry for each expert; None: there is none. (A tensor that each expert has
             for itself has no such axis.)
         alternates: along its last axis values of gate and up alternate; where layers run, all gates come first
@@ -158,7 +158,7 @@ class TensorSpec:
 
     @property
     def input_role(self) -> Role:
-        """The role whose module sees the values that this matrix is multiplied with."""
+        """The role of the matrix whose module shows the values that this one is multiplied with."""
         return self.role if self.shares_input_of is None else self.shares_input_of
 
 

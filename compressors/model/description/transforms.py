@@ -1,7 +1,7 @@
-"""What llama.cpp's converters do to a tensor's values, each with its inverse.
+"""The changes that llama.cpp's converters make to a tensor's values, each with its inverse.
 
 A file holds a tensor as one part, or as several. A part is a selection of the tensor's values in another order, or with
-a function applied to each. Every class says which values it takes as views of the tensor: writing reads through them,
+a function applied to each. Every class gives the values it takes as views of the tensor: writing reads through them,
 and reading writes through them, so the inverse of an order never has to be written down.
 
 Transforms of large matrices work on some whole rows at a time, so that no such matrix is held at once; all others take
@@ -103,7 +103,7 @@ class Same(Transform):
     """Changes nothing, row by row."""
 
     def rows_together(self, sizes: Sizes) -> int:
-        """Any row by itself."""
+        """1: any row by itself."""
         return 1
 
 
@@ -198,7 +198,7 @@ def _segments(values: torch.Tensor, sizes: Sizes, groups: str, letters: tuple[st
 
 @dataclass(frozen=True)
 class EverySecond(Transform):
-    """Takes every second value along an axis, as of gates and ups that alternate.
+    """Takes every second value along an axis, for example the gates where gates and ups alternate.
 
     Attributes:
         first: the first value that belongs to this part: 0 or 1.
@@ -210,11 +210,11 @@ class EverySecond(Transform):
 
     @property
     def keeps_inputs(self) -> bool:
-        """True if it is rows that are taken."""
+        """True if rows are taken."""
         return self.axis == 0
 
     def shape(self, shape: Shape, sizes: Sizes) -> Shape:
-        """Half of the axis."""
+        """The shape with half of the axis."""
         halved = list(shape)
         halved[self.axis] //= 2
         return tuple(halved)
@@ -234,9 +234,9 @@ class TiledHeads(Transform):
     Attributes:
         key_heads: the letter of the number of key heads.
         value_heads: the letter of the number of value heads.
-        head: the letter of a head's values; None: a head has one.
+        head: the letter of a head's values; None: a head has one value.
         before: letters of values in front of the heads, which stay where they are.
-        of_inputs: the heads are those of the columns, not of the rows.
+        of_inputs: the heads lie along the columns, not along the rows.
     """
 
     key_heads: str
@@ -251,7 +251,7 @@ class TiledHeads(Transform):
         return not self.of_inputs
 
     def inputs(self, values_N: torch.Tensor, sizes: Sizes) -> torch.Tensor:
-        """In the order of the part's columns."""
+        """Returns the values in the order of the part's columns."""
         return self._tiled(values_N, sizes, axis=0).flatten() if self.of_inputs else values_N
 
     def _views(self, values: torch.Tensor, sizes: Sizes) -> tuple[torch.Tensor, ...]:
@@ -273,13 +273,13 @@ class Squeezed(Transform):
     """Leaves out the axes of one value, such as the input channel of a convolution by channel."""
 
     def shape(self, shape: Shape, sizes: Sizes) -> Shape:
-        """The other axes."""
+        """The shape without these axes."""
         return tuple(size for size in shape if size != 1)
 
 
 @dataclass(frozen=True)
 class Reshaped(Transform):
-    """Has other axes.
+    """Gives the tensor other axes.
 
     Attributes:
         axes: their sizes in letters or numbers; one may be -1.
@@ -306,7 +306,7 @@ class PlusOne(Transform):
 
 @dataclass(frozen=True)
 class NegativeExponential(Transform):
-    """Makes -exp(x) of each value in float32: the decay of a state whose logarithm is stored."""
+    """Replaces each value x by -exp(x) in float32: a state's decay, whose logarithm is stored."""
 
     def _written(self, values: torch.Tensor) -> torch.Tensor:
         return -values.float().exp()
@@ -317,7 +317,7 @@ class NegativeExponential(Transform):
 
 @dataclass(frozen=True)
 class Chain(Transform):
-    """Does one transform after another.
+    """Applies one transform after another.
 
     Attributes:
         steps: the transforms, the first one first.
@@ -350,7 +350,7 @@ class Chain(Transform):
         self.steps[0].read(part, into, sizes)
 
     def inputs(self, values_N: torch.Tensor, sizes: Sizes) -> torch.Tensor | None:
-        """In the order of the last step's rows."""
+        """Returns the values in the order of the last step's rows."""
         found: torch.Tensor | None = values_N
         for step in self.steps:
             found = None if found is None else step.inputs(found, sizes)

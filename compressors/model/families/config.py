@@ -64,17 +64,17 @@ _INSIDE = "text_config"
 
 
 def is_inside_of_more(config: Mapping[str, Any]) -> bool:
-    """True if a ``config.json`` is of a model of more than text with a language model inside that can be read."""
+    """True if a ``config.json`` describes a multimodal model with a language model inside that can be read."""
     model_type = config.get("model_type")
     return any(family.whole_model_type == model_type for family in supported_families().values() if model_type)
 
 
 _OF_THE_WHOLE = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "transformers_version")
-"""Settings of a model of more than text that count for the language model inside, too, and go before its own."""
+"""Settings of a multimodal model that also count for the language model inside, and go before its own."""
 
 
 def language_model_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``config.json`` of a language model alone; that of one which is no part of another stays as it is."""
+    """Returns the ``config.json`` of the language model alone; one that is not multimodal stays as it is."""
     if not is_inside_of_more(config):
         return dict(config)
     family = family_for(config["model_type"])

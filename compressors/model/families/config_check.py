@@ -1,6 +1,6 @@
-"""Compares a shape that was read from ``config.json`` with what transformers makes of the same file.
+"""Compares the description that was read from ``config.json`` with transformers' own reading of the same file.
 
-A net under :mod:`compressors.model.families.config`: should a version of transformers take a setting in another way,
+A safety net for :mod:`compressors.model.families.config`: if a version of transformers reads a setting in another way,
 the run ends with the setting's name before any work, not with a file that computes something else.
 """
 
@@ -105,7 +105,7 @@ def _windows(config: Any, spec: ModelSpec) -> tuple[int | None, ...]:
 
 
 def _rope_settings(config: Any, rope: Rope) -> Iterator[tuple[str, object, object]]:
-    """The kind, and what the angles are computed from: compared as the frequencies that come of it."""
+    """The kind and the numbers that the angles are computed from, which are compared as frequencies."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     yield "rope_type", rope.kind.value, config.rope_parameters["rope_type"]

@@ -53,13 +53,13 @@ DEFAULTS = {
     "moe_intermediate_size": 512,
     "shared_expert_intermediate_size": 512,
 }
-"""Those that both classes of transformers have."""
+"""The defaults that both classes of transformers have."""
 
 DELTA, GGUF = "model.layers.{layer}.linear_attn.", "blk.{layer}."
-"""What the names of a gated delta layer's tensors begin with."""
+"""The beginnings of the names of a gated delta layer's tensors."""
 
 _RECURRENT, _ATTENDING = "linear_attention", "full_attention"
-_USUAL_INTERVAL = 4  # of transformers' classes: every fourth layer attends
+_USUAL_INTERVAL = 4  # transformers' default: every fourth layer attends
 
 
 def matrix(
@@ -69,11 +69,11 @@ def matrix(
 
     Args:
         role: its role.
-        name: its module there.
+        name: its module inside the gated delta rule.
         shape: its shape in letters.
         gguf: its name in GGUF, inside the block.
-        order: the order that llama.cpp has its rows in.
-        is_first: the other matrices' input is counted as this one's.
+        order: llama.cpp's order of its rows.
+        is_first: the other matrices share this one's input.
     """
     place, input_of = GgufTensor(f"{GGUF}{gguf}.weight", order), None if is_first else Role.MIXER_INPUT
     return TensorSpec(role, f"{DELTA}{name}.weight", shape, place, shares_input_of=input_of)
@@ -103,12 +103,12 @@ def model(
     """A model of two kinds of layers.
 
     Args:
-        settings: of the family.
+        settings: the family's settings.
         experts: the feed-forward of all layers.
         inputs: the matrices that are multiplied with a gated delta rule's input.
-        channels: the order that llama.cpp has the convolution's channels in.
-        heads: its order of vectors with a value for each value head.
-        columns: its order of the inputs of the output matrix.
+        channels: llama.cpp's order of the convolution's channels.
+        heads: llama.cpp's order of vectors with a value for each value head.
+        columns: llama.cpp's order of the inputs of the output matrix.
     """
     settings.require("hidden_act", "silu", "swish")
     settings.require("attention_bias", False)
@@ -130,7 +130,7 @@ def model(
 
 
 def _rule_tensors(channels: Transform, heads: Transform, columns: Transform) -> tuple[TensorSpec, ...]:
-    """The tensors of a gated delta rule behind its inputs."""
+    """The tensors of a gated delta rule that follow its input matrices."""
     convolution = GgufTensor(f"{GGUF}ssm_conv1d.weight", Chain((channels, Squeezed())))
     decay = GgufTensor(f"{GGUF}ssm_a", Chain((heads, NegativeExponential())))
     output = GgufTensor(f"{GGUF}ssm_out.weight", columns)
@@ -187,7 +187,7 @@ def _attention(settings: FamilySettings) -> GroupedQuery:
 
 
 def settings(spec: ModelSpec) -> dict[str, Any]:
-    """The settings of ``config.json`` that describe a model, by key; without those of a kind of layer that it lacks."""
+    """The settings of ``config.json`` that describe a model, by key, except those of a kind of layer that it lacks."""
     routed = next(layer.routed for layer in spec.layers if layer.routed is not None)
     assert routed.shared is not None
     found: dict[str, Any] = {
@@ -224,7 +224,7 @@ def _mixer_settings(mixer: object) -> dict[str, Any]:
 
 
 _GONE = ("num_local_experts", "full_attention_interval", "mtp_num_hidden_layers")
-"""Settings that a student's list of kinds replaces, or whose part it has not."""
+"""Settings that a student's list of kinds replaces, or whose part a student lacks."""
 
 
 def edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:
@@ -254,7 +254,7 @@ def gguf_keys(spec: ModelSpec) -> dict[str, GgufValue]:
 
 
 def refusal(spec: ModelSpec) -> str | None:
-    """Says what of a model both graphs of llama.cpp cannot compute."""
+    """Says which part of a model neither graph of llama.cpp can compute; None: none."""
     mixers = {layer.mixer for layer in spec.layers}
     if len({mixer.is_recurrent for mixer in mixers}) < 2:
         return "graph needs layers that attend and layers that do not, and all layers of this model are of one kind"

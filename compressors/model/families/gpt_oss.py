@@ -139,7 +139,7 @@ def _edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:
 
 
 def _keys(spec: ModelSpec) -> Mapping[str, GgufValue]:
-    """llama.cpp takes every second layer, from the first on, for one with a window, unless a list says otherwise."""
+    """The usual keys; llama.cpp gives every second layer, from the first on, a window unless a list says otherwise."""
     windows = [layer.mixer.window for layer in spec.layers]
     have_one = tuple(window is not None for window in windows)
     keys: dict[str, GgufValue] = {

@@ -24,7 +24,7 @@ __all__ = ["COUNTS", "MTP", "gguf_keys", "mixer_tensors", "model", "n_dense", "s
 MTP = SkippedPart(r"model\.layers\.(?P<layer>\d+)\..*", "layers for predicting several tokens at once (MTP)")
 
 _INNER_EPSILON = 1e-6
-"""Of the norms inside attention, whatever rms_norm_eps says: transformers' classes make them without it."""
+"""Epsilon of the norms inside attention: transformers' classes make them without rms_norm_eps."""
 
 _SOFTMAX, _SIGMOID = 1, 2  # enum llama_expert_gating_func_type in llama.cpp's src/llama-hparams.h
 
@@ -120,14 +120,14 @@ def n_dense(spec: ModelSpec) -> int:
 
 
 COUNTS = ("n_routed_experts", "moe_intermediate_size", "n_shared_experts", "num_experts_per_tok")
-"""Settings that a student may have others of."""
+"""Settings that may differ in a student."""
 
 
 def settings(spec: ModelSpec) -> dict[str, Any]:
     """The settings of ``config.json`` that describe a model, by key.
 
     Raises:
-        UnsupportedError: the shared expert's width is no multiple of the routed experts', as the configuration has it.
+        UnsupportedError: the shared expert's width is not a multiple of the routed experts', as settings need it.
     """
     mixer = spec.layers[0].mixer
     routed = next(layer.routed for layer in spec.layers if layer.routed is not None)
@@ -136,7 +136,7 @@ def settings(spec: ModelSpec) -> dict[str, Any]:
     if rest:
         raise UnsupportedError(
             f"{spec.family.architecture} has a shared expert as wide as a number of routed ones; {routed.shared.width} "
-            f"is no multiple of {routed.width}: choose a width that divides it"
+            f"is not a multiple of {routed.width}: choose a width that divides it"
         )
     found: dict[str, Any] = {
         "num_hidden_layers": spec.n_layers,

@@ -10,7 +10,7 @@ __all__ = ["limit_of_square_attention", "limit_of_untied_head", "normalization_r
 
 
 def usual_keys(spec: ModelSpec, width_key: str = "feed_forward_length") -> dict[str, GgufValue]:
-    """The keys of a model of alike layers with grouped-query attention, under llama.cpp's architecture.
+    """The keys of a model of equal layers with grouped-query attention, under llama.cpp's architecture.
 
     ``LLM_KV_NAMES`` in ``src/llama-arch.cpp``.
 
@@ -39,7 +39,7 @@ def usual_keys(spec: ModelSpec, width_key: str = "feed_forward_length") -> dict[
 
 
 def normalization_refusal(spec: ModelSpec, *, always: bool) -> str | None:
-    """Says that llama.cpp's graph always, or never, normalises, and the model does otherwise."""
+    """Says that llama.cpp's graph always, or never, normalises, unlike the model."""
     rules = {routed.routing.normalizes for layer in spec.layers if (routed := layer.routed) is not None}
     if rules <= {always}:
         return None

@@ -56,11 +56,11 @@ def model(
 ) -> ModelSpec:
     """A model with the usual embedding, final norm and head.
 
-    Files are written for as many tokens as the model was trained for; where attention has a window in every layer, for
-    no more than that.
+    Files are written for as many tokens as the model was trained for, or for the window if attention has one in
+    every layer.
 
     Args:
-        settings: of the family.
+        settings: the family's settings.
         layers: the decoder layers.
         final_norm: how the scales of the final norm are made of its tensor.
         embedding_scale: the factor of the embedding's rows.
@@ -124,7 +124,7 @@ def attention(
     """Grouped-query attention whose heads are turned whole.
 
     Args:
-        settings: of the family.
+        settings: the family's settings.
         qk_norm: the norms of queries and keys.
         default_theta: transformers' default of the rotary embedding's base.
         default_rope: transformers' default of its other settings; None: nothing is scaled.
@@ -144,15 +144,15 @@ def attention(
 
 
 routed_in_mlp = partial(Routed, router_module="mlp.gate", experts_module="mlp.experts", block_module="mlp")
-"""Routed experts where transformers' layers mostly have them."""
+"""Routed experts in the modules where most of transformers' layers have them."""
 
 
 def norms(kind: NormKind = NormKind.PLAIN, feed_forward: str = "ffn_norm") -> tuple[TensorSpec, ...]:
     """The norms in front of the mixer and of the feed-forward.
 
     Args:
-        kind: how their scales are made of the tensors.
-        feed_forward: the latter's name in GGUF.
+        kind: how their scales are made from the tensors.
+        feed_forward: the GGUF name of the norm in front of the feed-forward.
     """
     after, before = "post_attention_layernorm.weight", "input_layernorm.weight"
     return (
@@ -162,13 +162,13 @@ def norms(kind: NormKind = NormKind.PLAIN, feed_forward: str = "ffn_norm") -> tu
 
 
 def norm(role: Role, name: str, shape: tuple[str, ...], gguf: str, kind: NormKind = NormKind.PLAIN) -> TensorSpec:
-    """A norm; files of llama.cpp hold its scales themselves."""
+    """A norm; GGUF files hold the scales themselves."""
     transform = SAME if kind is NormKind.PLAIN else PlusOne()
     return TensorSpec(role, name, shape, GgufTensor(gguf, transform), Kind.NORM, norm=kind)
 
 
 def grouped_query(spec: ModelSpec, index: int | None = None) -> GroupedQuery:
-    """The mixer of a layer, which is grouped-query attention; None: of the first layer that has some."""
+    """The grouped-query attention of a layer; with ``index`` None, of the first layer that has some."""
     if index is None:
         return next(layer.mixer for layer in spec.layers if isinstance(layer.mixer, GroupedQuery))
     mixer = spec.layers[index].mixer
@@ -180,7 +180,7 @@ def attention_tensors(rotary: Transform = SAME) -> tuple[TensorSpec, ...]:
     """The four matrices of grouped-query attention, and the norms in front of it and of the feed-forward.
 
     Args:
-        rotary: what llama.cpp's converter does to the rows of queries and keys.
+        rotary: llama.cpp's transform of the rows of queries and keys.
     """
     return (*norms(), *attention_matrices(rotary))
 
@@ -189,7 +189,7 @@ def attention_matrices(rotary: Transform = SAME, queries: str = "Q") -> tuple[Te
     """The four matrices of grouped-query attention.
 
     Args:
-        rotary: what llama.cpp's converter does to the rows of queries and keys.
+        rotary: llama.cpp's transform of the rows of queries and keys.
         queries: the letter of the rows of queries.
     """
     attention, gguf = f"{_LAYER}self_attn.", "blk.{layer}.attn_"
@@ -206,7 +206,7 @@ def attention_matrices(rotary: Transform = SAME, queries: str = "Q") -> tuple[Te
 
 
 def qk_norm_tensors(qk_norm: QkNorm, kind: NormKind = NormKind.PLAIN) -> tuple[TensorSpec, ...]:
-    """The norms of queries and keys; ``kind`` says how their scales are made of the tensors."""
+    """The norms of queries and keys; ``kind`` says how their scales are made from the tensors."""
     query, key = ("h", "h") if qk_norm is QkNorm.PER_HEAD else ("Q", "K")
     attention, gguf = f"{_LAYER}self_attn.", "blk.{layer}.attn_"
     return (
@@ -272,7 +272,7 @@ def shared_expert_tensors(module: str, gate: str | None = None) -> tuple[TensorS
 
     Args:
         module: the expert inside transformers' layer.
-        gate: the linear function there whose sigmoid its output is multiplied by; None: there is none.
+        gate: the linear function whose sigmoid multiplies its output; None: there is none.
     """
     blk, within = "blk.{layer}.ffn_", _LAYER + module
     gate_gguf, up_gguf, down_gguf = (GgufTensor(f"{blk}{name}_shexp.weight") for name in ("gate", "up", "down"))
@@ -289,7 +289,7 @@ def shared_expert_tensors(module: str, gate: str | None = None) -> tuple[TensorS
 
 
 def leading_dense_tensors() -> tuple[TensorSpec, ...]:
-    """The matrices of a feed-forward in a layer without experts, beside layers that have some."""
+    """The matrices of the feed-forward of a dense layer in a model whose other layers have experts."""
     mlp, blk = f"{_LAYER}mlp.", "blk.{layer}.ffn_"
     gate_gguf, up_gguf, down_gguf = (GgufTensor(f"{blk}{name}.weight") for name in ("gate", "up", "down"))
     up = TensorSpec(Role.DENSE_UP, f"{mlp}up_proj.weight", ("F", "D"), up_gguf, shares_input_of=Role.DENSE_GATE)

@@ -42,7 +42,7 @@ def _read(file: Settings) -> ModelSpec:
     settings.require("mlp_only_layers", [], None)
     settings.require("decoder_sparse_step", 1)
     settings.require("use_sliding_window", False)
-    settings.ignore("intermediate_size", "sliding_window", "max_window_layers")  # of what was refused just now
+    settings.ignore("intermediate_size", "sliding_window", "max_window_layers")  # their uses are refused above
     settings.refuse_what_no_family_can_do()
     n_experts = settings.count_of("num_local_experts", "num_experts")
     experts = parts.routed_in_mlp(

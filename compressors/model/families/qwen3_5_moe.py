@@ -50,9 +50,9 @@ def _keys(spec: ModelSpec) -> Mapping[str, GgufValue]:
 
 
 def _sections(width: int) -> tuple[int, ...]:
-    """The number of pairs that turn by time, by height, by width, and by nothing of the kind.
+    """The number of pairs that turn by time, by height, by width, and by none of these.
 
-    In turn, as the hub's models have them: 11, 11 and 10 of 32. For text the first three are one and the same position,
+    The pairs take turns, as in the hub's models: 11, 11 and 10 of 32. For text the first three are the same position,
     and the fourth is 0 (``llm_graph_input_pos::set_input`` in llama.cpp's ``src/llama-graph.cpp``).
     """
     n_pairs = width // 2

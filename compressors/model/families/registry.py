@@ -17,7 +17,7 @@ __all__ = ["family_for", "supported_families"]
 
 @cache
 def supported_families() -> Mapping[str, Family]:
-    """The families by every ``model_type`` they are read under: the ``FAMILY`` of each module of the package."""
+    """Returns the families by every ``model_type`` that they read: the ``FAMILY`` of each module of the package."""
     modules = [
         import_module(f"{families.__name__}.{module.name}") for module in pkgutil.iter_modules(families.__path__)
     ]
@@ -30,7 +30,7 @@ def family_for(model_type: str, where: Path | None = None) -> Family:
     """The family of ``model_type``.
 
     Raises:
-        UnsupportedError: there is none; the message lists those there are.
+        UnsupportedError: there is none; the message lists the known ones.
     """
     found = supported_families()
     if model_type in found:

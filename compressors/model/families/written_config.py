@@ -13,13 +13,13 @@ __all__ = ["dense_edited", "dense_settings", "moe_edited", "usual_settings"]
 
 
 def usual_settings(spec: ModelSpec, *, n_experts: str, width: str, normalizes: str | None) -> dict[str, Any]:
-    """The settings of ``config.json`` that describe a model of alike layers, by key.
+    """The settings of ``config.json`` that describe a model of equal layers, by key.
 
     Args:
         spec: the model.
         n_experts: the key of the number of experts.
         width: the key of their width.
-        normalizes: the key of the rule that weights are normalised; None: there is none.
+        normalizes: the key of the flag that says whether weights are normalised; None: there is none.
     """
     mixer = grouped_query(spec)
     found: dict[str, Any] = {
@@ -44,13 +44,13 @@ def moe_edited(
 ) -> dict[str, Any]:
     """A ``config.json`` with a student's counts.
 
-    What is written is not quantized as the source may be.
+    The source's entry about quantization goes, as the student is not quantized.
 
     Args:
         spec: the student.
         config: the source's settings.
-        counts: the keys of the family's settings that a student may have others of.
-        other_spelling: another key of the number of experts, which goes.
+        counts: the keys of the family's settings that may differ in a student.
+        other_spelling: another key of the number of experts, which is dropped.
     """
     described = spec.family.settings(spec)
     others = _edited(spec, config, absent={*counts, other_spelling})
@@ -89,7 +89,7 @@ def dense_settings(spec: ModelSpec) -> dict[str, Any]:
 
 
 def dense_edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:
-    """A ``config.json`` of a dense counterpart, which says nothing about experts.
+    """Returns the ``config.json`` of a dense counterpart, without anything about experts.
 
     Settings are written out where another class of transformers may have another default.
     """
@@ -108,7 +108,7 @@ def dense_edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:
 
 
 def _edited(spec: ModelSpec, config: ConfigValues, absent: Iterable[str | None]) -> dict[str, Any]:
-    """The settings without those that go, and with the number of layers."""
+    """The settings without the dropped ones, and with the number of layers."""
     gone = {*absent, "quantization_config"}
     edited = {key: value for key, value in config.items() if key not in gone}
     if edited.get("layer_types") is not None:

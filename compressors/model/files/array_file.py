@@ -34,7 +34,7 @@ class ArrayFile:
 
     @classmethod
     def create(cls, path: Path, shape: Sequence[int], dtype: npt.DTypeLike) -> ArrayFile:
-        """A new file of this shape, all zeros; the disk is taken as rows are written."""
+        """Creates a file of this shape, all zeros; it takes space on disk as rows are written."""
         header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": tuple(shape)}
         with path.open("wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
@@ -44,7 +44,7 @@ class ArrayFile:
 
     @classmethod
     def open(cls, path: Path, *, writable: bool = False) -> ArrayFile:
-        """A file that exists.
+        """Opens an existing file.
 
         Raises:
             InputError: it is missing, damaged or cut off.
@@ -65,7 +65,7 @@ class ArrayFile:
         return self.shape[0]
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.generic]:
-        """Rows start..stop in new memory.
+        """Reads rows start..stop into new memory.
 
         Raises:
             InputError: the file was cut off since it was opened.
@@ -80,10 +80,10 @@ class ArrayFile:
         return out
 
     def write(self, start: int, rows: npt.NDArray[np.generic]) -> None:
-        """Puts these rows at row ``start`` and after.
+        """Writes these rows from row ``start`` on.
 
         Raises:
-            OSError: the disk is full or failed; it names the file.
+            OSError: the disk is full or failed; the error names the file.
         """
         assert rows.dtype == self.dtype and rows.shape[1:] == self.shape[1:], (rows.dtype, rows.shape)
         assert start + len(rows) <= len(self), f"{start} + {len(rows)} rows in {self.path}"

@@ -1,4 +1,4 @@
-"""The float16 scales in ggml's blocks, which a finished file can take others of while its codes stay.
+"""The float16 scales in ggml's blocks, which can be replaced in a finished file while its codes stay.
 
 Every value of a block is proportional to them: d, and with it dmin (or m) where a block has a minimum too. Types whose
 scale is no float16 of its own are left out: MXFP4 and NVFP4 (8 bits), IQ1_M (spread over its codes' bytes). Places are
@@ -45,11 +45,11 @@ _PLACES: Mapping[GGMLQuantizationType, tuple[int, int]] = {
     _T.TQ1_0: (52, 1),
     _T.TQ2_0: (64, 1),
 }
-"""Where in a block the first scale is, and how many stand there one after the other."""
+"""The place of the first scale in a block, and the number of scales that stand there one after the other."""
 
 
 def block_length(ggml_type: GGMLQuantizationType) -> int | None:
-    """Values that share their scales, None of a type that has no such scales."""
+    """The number of values that share their scales; None if the type has no such scales."""
     return BLOCK_SIZES[ggml_type][0] if ggml_type in _PLACES else None
 
 

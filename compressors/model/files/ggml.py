@@ -103,7 +103,7 @@ def _library() -> ctypes.CDLL:
 
 @functools.cache
 def ggml_library_for(ggml_type: GGMLQuantizationType) -> ctypes.CDLL:
-    """The library, after setting up the tables that quantizing to the type needs; some kernels do not check for them.
+    """Returns the library with the tables that quantizing to the type needs; some kernels do not check for them.
 
     The tables of the IQ types take seconds; reading such types needs no tables.
     """

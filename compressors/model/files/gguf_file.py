@@ -2,7 +2,7 @@
 
 The format is version 3, little endian (``docs/gguf.md`` of ggml): counts, metadata, a directory of tensors, and after
 padding their data. gguf-py's reader maps the file into memory and makes an array of every token of the vocabulary;
-here single values of the metadata are kept, and of arrays those with a number for each layer, and the lengths.
+here the single values of the metadata are kept, the arrays with a number for each layer, and all arrays' lengths.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class GgufEntry:
     name: str
     shape: tuple[int, ...]  # torch's order
     ggml_type: GGMLQuantizationType
-    offset: int  # of its first byte, from the start of the file
-    part: int = 0  # which of the model's files, if it was split
+    offset: int  # the place of its first byte in the file
+    part: int = 0  # the index of its file, if the model was split
 
     @property
     def row_bytes(self) -> int:
@@ -69,13 +69,13 @@ class GgufFile:
     """One file, or all parts of a model that was split; opening reads the headers alone.
 
     Attributes:
-        tensors: by name.
+        tensors: the tensors by name.
         metadata: the single values by key, and arrays with a number for each layer.
-        array_lengths: how many items the metadata's arrays have, by key.
+        array_lengths: the number of items of each array of the metadata, by key.
 
     Raises:
         InputError: a file is missing, truncated or not GGUF, or has a tensor of a type that ggml cannot dequantize; or
-            the file is another part than the first.
+            the file is a part, but not the first one.
     """
 
     def __init__(self, path: Path) -> None:
@@ -256,6 +256,6 @@ def _layout(kind: int) -> str:
 
 _KINDS_BY_LAYER = (GGUFValueType.BOOL, GGUFValueType.UINT32, GGUFValueType.INT32)
 _MOST_LAYERS = 512  # LLAMA_MAX_LAYERS in src/llama-hparams.h
-_TOKENIZER = "tokenizer."  # its arrays are by token
+_TOKENIZER = "tokenizer."  # arrays under such keys have an entry for each token
 _MOST_DIMENSIONS = 4  # GGML_MAX_DIMS of ggml/include/ggml.h
-_LONGEST_TEXT = 1 << 20  # that is read; llama.cpp allows keys of 65,535 bytes and names of tensors of 64
+_LONGEST_TEXT = 1 << 20  # bytes that are read; llama.cpp allows keys of 65,535 bytes and names of tensors of 64

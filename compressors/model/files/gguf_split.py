@@ -1,7 +1,7 @@
 """The files of one GGUF model that ``llama-gguf-split`` cut into parts.
 
 Their names end in ``-00001-of-00003.gguf``, and llama.cpp finds the others from the first (``llama_split_path`` in
-``src/llama.cpp``). Metadata is the first's; every part says which it is (``split.no``, from 0) and how many there are.
+``src/llama.cpp``). The first part has the metadata; every part has its number (``split.no``, from 0) and their count.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _NAME = re.compile(r"(?P<prefix>.*)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\
 
 
 def split_parts(path: Path) -> list[Path]:
-    """All parts of the model that a file belongs to by its name, there or not; else the file alone."""
+    """Returns all parts, present or not, of the model that a file belongs to by its name; else the file alone."""
     match = _NAME.fullmatch(path.name)
     if match is None or not 1 <= int(match["number"]) <= int(match["count"]):
         return [path]
@@ -26,7 +26,7 @@ def split_parts(path: Path) -> list[Path]:
 
 
 def one_split_model(files: Collection[Path]) -> list[Path] | None:
-    """All parts, there or not, of the one split model that these files belong to; None if they are something else."""
+    """Returns all parts, present or not, of the one split model that these files belong to; None if there is none."""
     parts = {tuple(split_parts(file)) for file in files}
     (first, *others) = parts or {()}
     return None if others or len(first) < 2 else list(first)

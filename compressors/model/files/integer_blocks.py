@@ -26,9 +26,9 @@ _LEVELS = {
     4: (0.89, 0.94, 0.97, 1.0, 1.04, 1.09, 1.15, 1.22, 1.4),
     8: (0.98, 0.99, 0.995, 1.0),
 }
-"""Where the value furthest from zero is laid, in units of the lowest level, 2^(bits - 1); beyond 1 it is cut off."""
+"""Levels for the value furthest from zero, in units of the lowest level, 2^(bits - 1); beyond 1 it is cut off."""
 
-_TURNS = 2  # of codes and scale; the error falls by less than 1 % in a third
+_TURNS = 2  # rounds of codes and scale; a third lowers the error by less than 1 %
 _VALUES_AT_ONCE = 1 << 16  # a quarter of a megabyte of float32: a core's cache holds the search's arrays
 
 _Floats = npt.NDArray[np.float32]
@@ -56,7 +56,7 @@ class IntegerBlocks:
     bits: int
 
     def values(self) -> _Floats:
-        """The numbers, float32 [R, N]; a code times a scale is rounded once."""
+        """Returns the numbers, float32 [R, N]; a code times a scale is rounded once."""
         n_rows, n_blocks = self.scales_RK.shape
         signed_RKB = self.codes_RN.reshape(n_rows, n_blocks, -1).astype(np.float32) - np.float32(_lowest(self.bits))
         values_RKB: _Floats = signed_RKB * self.scales_RK[..., None]
@@ -72,9 +72,9 @@ def search_blocks(
 
     Args:
         values_RN: finite float32; N is a multiple of the block size.
-        bits: of a code: 2, 4 or 8.
+        bits: the bits of a code: 2, 4 or 8.
         block_size: values of a block.
-        importance_N: weighs the squared error of each input feature; None weighs all alike, and so is a block whose
+        importance_N: weighs the squared error of each input feature; all count alike with None, and in a block whose
             weights are all zero.
     """
     n_rows, row_length = values_RN.shape
@@ -156,7 +156,7 @@ _LARGEST_BITS = max(BITS)
 
 
 def _lowest(bits: int) -> int:
-    """Levels below zero; there is one less above."""
+    """The number of levels below zero; there is one less above."""
     return 1 << (bits - 1)
 
 

@@ -1,6 +1,6 @@
 """Reads JSON that somebody else wrote: files, and the headers of safetensors files.
 
-Python's own reader accepts input that no other reader of these files does (NaN, numbers without bound, half of a
+Python's own reader accepts input that no other reader of these files does (NaN, unbounded numbers, half of a
 surrogate pair), and raises various errors. Here every error is one sentence that names the place.
 """
 
@@ -23,15 +23,15 @@ _MOST_DIGITS = 64  # tokenizer_config.json says model_max_length with 31 where t
 
 
 def read_json(path: Path, problem: str = "is not valid JSON") -> dict[str, Any]:
-    """Reads a file that holds one JSON object. Of a key that is there twice the last value counts, as elsewhere.
+    """Reads a file that holds one JSON object. If a key stands there twice, the last value counts, as elsewhere.
 
     Args:
         path: the file.
-        problem: what a message says of the file if it holds no such thing.
+        problem: the words of the message about a file that does not hold a JSON object.
 
     Raises:
-        InputError: the file is missing, is no regular file, too large or empty, no UTF-8, no JSON, or holds something
-            else than an object.
+        InputError: the file is missing, is not a regular file, is too large or empty, is not UTF-8 or not JSON, or
+            holds something else than an object.
     """
     file = RawFile(path)
     if file.size > _LARGEST:
@@ -47,10 +47,10 @@ def parse_json(text: bytes, problem: str) -> dict[str, Any]:
 
     Args:
         text: UTF-8, without a byte order mark.
-        problem: begins the message if it is none: the file, and what is wrong with it.
+        problem: the beginning of the message: the file, and that it is not JSON.
 
     Raises:
-        InputError: the text is no such thing; the message gives line and column where there is one.
+        InputError: the text is not one JSON object; the message gives line and column if they are known.
     """
     try:
         if text.startswith(b"\xef\xbb\xbf"):
@@ -91,7 +91,7 @@ def _finite(text: str) -> float:
 def _whole_number(text: str) -> int | float:
     if len(text) > _MOST_DIGITS:
         raise ValueError(f"it holds a number of {len(text):,} digits")
-    return int(text) if text != "-0" else -0.0  # no whole number to other readers of JSON
+    return int(text) if text != "-0" else -0.0  # other readers of JSON do not take it for a whole number
 
 
 def _refuse_depth(data: Any) -> None:
@@ -105,7 +105,7 @@ def _refuse_depth(data: Any) -> None:
 
 
 def _refuse_half_characters(data: Any) -> None:
-    """Half of a surrogate pair, written as an escape, can neither be printed nor encoded."""
+    """Refuses half of a surrogate pair, written as an escape: it can neither be printed nor encoded."""
     try:
         json.dumps(data, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:

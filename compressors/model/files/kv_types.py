@@ -14,7 +14,7 @@ KvType = Literal["f16", "f32", "q8_0", "q4_0"]
 """The values of ``--kv-type``."""
 
 KV_TYPES: Mapping[str, GGMLQuantizationType] = {name: GGMLQuantizationType[name.upper()] for name in get_args(KvType)}
-"""ggml's types by their names."""
+"""ggml's types by these values."""
 
 
 def bytes_per_value(kv_type: str) -> Fraction:

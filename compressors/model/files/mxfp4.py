@@ -1,10 +1,10 @@
-"""MXFP4: blocks of 32 values of 4 bits with one scale, a power of two, as two tensors of a checkpoint or as ggml's.
+"""MXFP4: blocks of 32 values of 4 bits with a power of two as scale, in two tensors of a checkpoint or ggml's form.
 
 The format is that of the OCP Microscaling specification 1.0: a value is one of 0, 0.5, 1, 1.5, 2, 3, 4, 6 or its
 negative (bit 3 is the sign) times 2^(scale - 127). In a checkpoint, ``NAME_blocks`` holds [..., blocks of a row, 16]
 bytes and ``NAME_scales`` [..., blocks of a row]; byte j of a block has value 2j in its low half and 2j + 1 in its high
 one. ggml puts the scale in front, and byte j has values j and j + 16 (``block_mxfp4`` in ``ggml/src/ggml-common.h``).
-So either form is made of the other without loss.
+So either form can be made from the other without loss.
 
 Letters: R rows, K blocks of a row.
 """
@@ -26,7 +26,7 @@ _MAGNITUDES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 _BY_CODE = torch.cat([_MAGNITUDES, -_MAGNITUDES])
 _BYTES = torch.arange(256)
 _BY_BYTE = torch.stack([_BY_CODE[_BYTES & 15], _BY_CODE[_BYTES >> 4]], dim=1).view(torch.int64).flatten()
-"""The two values of each byte, as one number: looking these up takes half of the time."""
+"""The two values of each byte as one number, which takes half of the time to look up."""
 
 
 def blocks_name(name: str) -> str:
@@ -45,7 +45,7 @@ def dequantize_mxfp4(blocks_RK16: torch.Tensor, scales_RK: torch.Tensor, out: to
     Args:
         blocks_RK16: uint8.
         scales_RK: uint8.
-        out: of any strides.
+        out: a tensor with any strides.
     """
     pairs = _BY_BYTE.index_select(0, blocks_RK16.flatten().int())
     values = pairs.view(torch.float32).view(*scales_RK.shape, BLOCK)

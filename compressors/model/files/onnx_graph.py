@@ -31,12 +31,12 @@ def read_graph(path: Path) -> onnx.GraphProto:
     """Reads a graph without the values that lie in other files.
 
     Raises:
-        InputError: the file cannot be opened, or is no ONNX model with a graph; a name is no text, or a weight has
-            another number of values than its shape says, or lies elsewhere than in the graph's folder.
+        InputError: the file cannot be opened, or is not an ONNX model with a graph; a name is not text, or a weight has
+            another number of values than its shape says, or lies outside of the graph's folder.
     """
     file = RawFile(path)
     if file.size > _LARGEST:
-        raise InputError(f"{path} is no ONNX model: it has {file.size:,} bytes, and none can have more than 2 GiB")
+        raise InputError(f"{path} is not an ONNX model: it has {file.size:,} bytes, and none can have more than 2 GiB")
     try:
         model = onnx.ModelProto.FromString(file.start(_LARGEST))
     except DecodeError as error:
@@ -53,7 +53,7 @@ def read_graph(path: Path) -> onnx.GraphProto:
 
 
 def _check_names(path: Path, graph: onnx.GraphProto) -> None:
-    """Refuses names that are no UTF-8, for which protobuf gives bytes."""
+    """Refuses names that are not UTF-8, for which protobuf gives bytes."""
     named = [value.name for values in (graph.input, graph.output, graph.initializer) for value in values]
     for node in graph.node:
         named += [node.op_type, *node.input, *node.output]
@@ -65,7 +65,7 @@ def _check_names(path: Path, graph: onnx.GraphProto) -> None:
 
 
 def _check_weight(path: Path, weight: onnx.TensorProto) -> None:
-    """A weight must have as many values as its shape says."""
+    """Refuses a weight whose number of values is not that of its shape."""
     name, dims = f"{path}: tensor {shown(weight.name)}", list(weight.dims)
     if any(length < 0 for length in dims) or len(dims) > _MOST_DIMENSIONS:
         raise InputError(f"{name} has dimensions {shown(dims)}, which no tensor has; export it again")
@@ -94,16 +94,16 @@ _VALUE_BYTES: dict[int, int] = {
     **dict.fromkeys((TensorProto.FLOAT, TensorProto.INT32, TensorProto.UINT32), 4),
     **dict.fromkeys((TensorProto.DOUBLE, TensorProto.INT64, TensorProto.UINT64), 8),
 }
-"""Of types whose values are whole bytes; texts and packed types are left to the runtime."""
+"""The bytes of a value by type; texts and types that pack values into a byte are left to the runtime."""
 
 
 def external_place(graph_file: Path, weight: onnx.TensorProto) -> ExternalPlace:
     """Returns the place of a weight's ``external_data`` (``onnx.proto``: location, offset; paths are relative).
 
     Raises:
-        InputError: it does not say so, or names a place outside of the graph's folder.
+        InputError: the weight names no place, or one outside of the graph's folder.
     """
-    # protobuf gives bytes where a text is no UTF-8
+    # protobuf gives bytes where a text is not UTF-8
     said = {str(entry.key): str(entry.value) for entry in weight.external_data}
     location, offset = PurePosixPath(said.get("location", "")), said.get("offset") or "0"
     name = f"{graph_file}: tensor {shown(weight.name)}"
@@ -119,4 +119,4 @@ def external_place(graph_file: Path, weight: onnx.TensorProto) -> ExternalPlace:
 
 
 _LONGEST_NAME = 200
-_MOST_DIGITS = 18  # of an offset
+_MOST_DIGITS = 18  # the most digits of an offset

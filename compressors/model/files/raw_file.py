@@ -21,7 +21,7 @@ __all__ = ["FileState", "RawFile", "instead_of_a_file"]
 
 @dataclass(frozen=True)
 class FileState:
-    """Size and time of a file, which show whether it is still the one that was opened."""
+    """Size and time of a file, which show whether the file was changed."""
 
     size: int
     modified_ns: int
@@ -43,7 +43,7 @@ class RawFile:
     """The bytes of a file.
 
     Raises:
-        InputError: the file cannot be opened, or is none: a folder, a pipe, a socket, a device.
+        InputError: the file cannot be opened, or is not a file: a folder, a pipe, a socket, a device.
     """
 
     def __init__(self, path: Path) -> None:
@@ -108,7 +108,7 @@ class RawFile:
 
 
 def instead_of_a_file(start: bytes) -> str | None:
-    """Says what is there in place of the expected file, in half a sentence; None if its first bytes do not tell.
+    """Says in half a sentence what stands in place of the expected file; None if its first bytes do not tell.
 
     Args:
         start: the first 200 bytes or more, all of them if the file has fewer.

@@ -21,11 +21,11 @@ _KINDS = {
 
 
 def refuse_special(path: Path, said_of: str = "") -> None:
-    """Refuses what exists and is no regular file; a folder too. What does not exist is the caller's business.
+    """Refuses a path that exists and is not a regular file, a folder too. A missing file is left to the caller.
 
     Args:
-        path: of the file; links are followed.
-        said_of: put before the message, such as ``--text: ``.
+        path: the path; links are followed.
+        said_of: the beginning of the message, such as ``--text: ``.
 
     Raises:
         InputError: it is a folder, a pipe, a device or a socket.
@@ -39,7 +39,7 @@ def refuse_special(path: Path, said_of: str = "") -> None:
 
 
 def not_regular(mode: int) -> str:
-    """Says what something is that is no regular file, and what to do: ``is a socket; give a regular file``."""
+    """Says what kind of file it is, and what to do: ``is a socket; give a regular file``."""
     return f"is {_KINDS.get(stat.S_IFMT(mode), 'something special')}; give a regular file"
 
 
@@ -51,7 +51,7 @@ def open_regular(path: Path) -> BinaryIO:
     """
     refuse_special(path)
     try:
-        # should a pipe have taken its place by now, opening it does not wait for a writer
+        # if a pipe has taken its place by now, opening it does not wait for a writer
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from None

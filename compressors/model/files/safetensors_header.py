@@ -1,7 +1,7 @@
 """The header of a safetensors file: which tensors it holds, and where. Everything that the library refuses is refused.
 
 The format (``safetensors/src/tensor.rs``): 8 bytes of the header's length, a JSON header, then the tensors' bytes, one
-after the other, without holes, to the file's end. Names that are there twice are refused too: the library takes one.
+after the other, without holes, to the file's end. A name that stands there twice is refused too: the library takes one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from compressors.model.names import shown
 __all__ = ["DTYPES", "LARGEST_HEADER", "TensorHeader", "damaged", "parse_header"]
 
 LARGEST_HEADER = 100_000_000
-"""Bytes; the library's own limit."""
+"""The library's own limit, in bytes."""
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -49,7 +49,7 @@ class TensorHeader:
     name: str  # in the file
     format: str  # as the file calls it: BF16, F8_E4M3, I8 ...
     shape: tuple[int, ...]
-    offset: int  # of its first byte, from the start of the file
+    offset: int  # the place of its first byte in the file
     n_bytes: int  # on disk
 
     @property
@@ -57,7 +57,7 @@ class TensorHeader:
         """The type of the values in memory.
 
         Raises:
-            InputError: torch, or this tool, has no such numbers.
+            InputError: torch or this tool does not know such numbers.
         """
         if self.format not in DTYPES:
             raise _unreadable(self.file, self.name, self.format)
@@ -73,7 +73,7 @@ def parse_header(path: Path, text: bytes, file_size: int) -> dict[str, TensorHea
         file_size: bytes of the whole file.
 
     Raises:
-        InputError: the header is none, or does not fit the file.
+        InputError: the text is not a header, or does not fit the file.
     """
     if not text.lstrip(b" \t\r\n").startswith(b"{"):
         raise damaged(path, "its header is no JSON object")
@@ -123,7 +123,7 @@ def _is_size(number: Any) -> bool:
 
 
 def _n_bytes(shape: list[int], bits: int) -> int | None:
-    """Bytes of so many values; None where the library's 64-bit numbers overflow, or the last byte is not full."""
+    """Bytes of a tensor; None where the library's 64-bit numbers overflow, or the last byte is not full."""
     n_bits = 1
     for factor in (*shape, bits):
         n_bits *= factor

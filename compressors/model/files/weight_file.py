@@ -1,6 +1,6 @@
 """One safetensors file, read with plain reads into memory of our own (the library maps files into memory).
 
-A tensor goes from the file into the buffer that will be computed with, and nowhere else. The format: 8 bytes of header
+A tensor goes from the file into the buffer that the computation uses, and nowhere else. The format: 8 bytes of header
 length, a JSON header, then the tensors' bytes.
 """
 
@@ -36,7 +36,7 @@ class WeightFile:
         """The whole tensor, in its storage dtype, in new memory.
 
         Raises:
-            InputError: the file was changed or cut off since it was opened, or holds numbers that are not read.
+            InputError: the file was changed or cut off since it was opened, or holds numbers that cannot be read.
         """
         header = self.tensors[name]
         out = torch.empty(header.shape, dtype=header.dtype)
@@ -47,8 +47,8 @@ class WeightFile:
         """Fills ``out`` with the tensor's values from the one with flat index ``first`` on.
 
         Args:
-            name: which tensor.
-            out: a contiguous tensor. Another dtype than the stored one costs a temporary of its size.
+            name: the tensor's name.
+            out: a contiguous tensor. If its dtype is not the stored one, a temporary of its size is needed.
             first: flat index of the first value; ``out`` decides how many there are.
 
         Raises:

@@ -1,1 +1,1 @@
-"""What a model predicts and chooses: log-probabilities, losses, drawn tokens, and the experts that tokens used."""
+"""A model's predictions and choices: log-probabilities, losses, drawn tokens, and the experts that tokens used."""

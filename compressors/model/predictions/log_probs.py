@@ -1,4 +1,4 @@
-"""Full-vocabulary log-probabilities in 16 bits, on disk: what selection and held-out tokens are judged against.
+"""Full-vocabulary log-probabilities in 16 bits, on disk: selection and held-out tokens are judged against them.
 
 The coding is llama.cpp's (``tools/perplexity/perplexity.cpp``): for each position 65,536 even steps between the
 largest log-probability and 16 nats below it (or the smallest, if that is nearer), so a step is at most 2.4e-4 nats.
@@ -39,7 +39,7 @@ def log_prob_bytes(n_positions: int, vocab_size: int) -> int:
 def log_sum_exp(logits_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The largest logit and log sum exp(logit - largest), rounded as llama-perplexity rounds: float32 [N, 1] both.
 
-    Its ``expf`` is as good as correctly rounded (0.502 ulp in glibc), and it sums in double precision. torch's own
+    Its ``expf`` is almost correctly rounded (0.502 ulp in glibc), and it sums in double precision. torch's own
     float32 exp is not that exact; the double precision one, rounded, is.
     """
     largest = logits_NV.amax(-1, keepdim=True)
@@ -75,16 +75,16 @@ def _paths(folder: Path) -> tuple[Path, Path]:
 
 
 class LogProbSink(Protocol):
-    """What takes the logits of positions and keeps their log-probabilities."""
+    """An object that takes the logits of positions and keeps their log-probabilities."""
 
     def write(self, start: int, logits_NV: torch.Tensor) -> None:
         """Keeps N positions from ``start`` on."""
 
 
 class LogProbWriter:
-    """Writes coded log-probabilities into ``folder``, which is made, for ``n_positions`` of ``vocab_size`` each.
+    """Writes coded log-probabilities into ``folder``, which is created, for ``n_positions`` of ``vocab_size`` each.
 
-    With ``join`` the files are another process's of this run, which made them; each writes its own positions.
+    With ``join``, another process of this run has created the files; each process writes its own positions.
     """
 
     def __init__(self, folder: Path, n_positions: int, vocab_size: int, *, join: bool = False) -> None:

@@ -55,7 +55,7 @@ def reverse_kl_divergence(logits_NV: torch.Tensor, teacher_logits_NV: torch.Tens
 
 
 class _ReverseDivergence(torch.autograd.Function):
-    """With q of the student, p of the teacher and D their divergence: sum q log(q / p).
+    """The divergence D = sum q log(q / p), with q of the student and p of the teacher.
 
     Its gradient with respect to the student's logits is q (log(q / p) - D), to the teacher's p - q. Written out,
     because autograd would hold several arrays of the logits' size.
@@ -84,7 +84,7 @@ class _ReverseDivergence(torch.autograd.Function):
 
 
 class _DivergenceToTop(torch.autograd.Function):
-    """With p and q of the top tokens, and r and s of the rest: sum p log(p / q) + r log(r / s).
+    """The divergence sum p log(p / q) + r log(r / s), with p and q of the top tokens, r and s of the rest.
 
     Its gradient with respect to a logit is q - p for a top token and q (1 - r / s) for another. Written out, because
     autograd would hold several arrays of the logits' size.

@@ -1,4 +1,4 @@
-"""Drawing a next token: the same numbers give the same token whatever computed the logits, and when."""
+"""Draws a next token: the same logits and numbers give the same token everywhere."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ __all__ = ["draw_tokens", "random_numbers"]
 
 
 def random_numbers(key: Sequence[int], n: int) -> torch.Tensor:
-    """Even in [0, 1), float64 [n]; the key alone decides them, so that they do not depend on who asks and when."""
+    """Returns numbers uniform in [0, 1), float64 [n]. Only the key decides them, not who asks or when."""
     return torch.from_numpy(np.random.default_rng(list(key)).random(n))
 
 
 def draw_tokens(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
-    """A token from each softmax, at temperature 1: the first whose cumulative probability exceeds the number.
+    """Draws a token from each softmax, at temperature 1: the first whose cumulative probability exceeds the number.
 
     Args:
-        logits_BV: of the next token.
+        logits_BV: the logits of the next token.
         uniform_B: float64 in [0, 1).
 
     Returns:

@@ -1,4 +1,4 @@
-"""Which experts were chosen: kept on disk, counted by validation. Needs numpy only, as the runtimes' processes do."""
+"""Records of the chosen experts, which validation counts. Needs numpy only, for the runtimes' processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from compressors.model.errors import InputError
 __all__ = ["NO_EXPERT", "RoutingRecord", "selection_margins"]
 
 NO_EXPERT = -1
-"""Fills up the choices of layers with fewer than the largest top-k, or none; its gate weight is 0."""
+"""Fills up the choices of layers with fewer experts per token than the largest top-k; its gate weight is 0."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class RoutingRecord:
 
     experts_LTK: npt.NDArray[np.int32]
     weights_LTK: npt.NDArray[np.float32]  # gate weights as they were applied
-    margins_LT: npt.NDArray[np.float32] | None = None  # see selection_margins; None where nobody recorded them
+    margins_LT: npt.NDArray[np.float32] | None = None  # see selection_margins; None if they were not recorded
 
     def save(self, path: Path) -> None:
         """Writes the arrays into one safetensors file."""
         tensors = {"experts": self.experts_LTK, "weights": self.weights_LTK, "margins": self.margins_LT}
-        # safetensors writes an array's memory as it lies, whatever its strides say
+        # safetensors ignores strides and writes an array's memory as it lies
         save_file({name: np.ascontiguousarray(array) for name, array in tensors.items() if array is not None}, path)
 
     @classmethod
@@ -62,12 +62,12 @@ class RoutingRecord:
 
 
 def selection_margins(scores_TE: npt.NDArray[np.float32], top_k: int) -> npt.NDArray[np.float32]:
-    """Returns how far a token is from choosing another expert: its k-th largest score less the next, float32 [T].
+    """Returns how far each token is from choosing another expert: its k-th largest score minus the next, float32 [T].
 
     Scores are :meth:`~compressors.model.description.routing.Routing.selection_scores`. Where they are router logits, a
     margin is the logarithm of the ratio of both experts' weights before these are normalised (of a softmax's; a
-    sigmoid's are at most so far apart). It is infinite where no other expert can be chosen. How far a token is from
-    choosing another group of experts is not in it.
+    sigmoid's are at most that far apart). It is infinite where no other expert can be chosen. The distance to choosing
+    another group of experts is not in it.
     """
     n_tokens, n_experts = scores_TE.shape
     if top_k == n_experts:

@@ -1,4 +1,4 @@
-"""Which arithmetic a pass computes in: float32, the reference, or bfloat16 where the processor multiplies it faster.
+"""The arithmetic of a pass: float32, the reference, or bfloat16 where the processor multiplies it faster.
 
 Measured with oneDNN on 2 cores, products of 512 rows with a 2048 x 2048 matrix: with matrix units (AMX) bfloat16 is
 3 to 4 times as fast as float32; with AVX-512 bfloat16 instructions it is slower, with AVX2 8 times slower.
@@ -17,21 +17,21 @@ __all__ = ["Arithmetic", "dtype_of", "fastest_arithmetic"]
 
 Arithmetic = Literal["float32", "bfloat16"]
 
-_WORTHWHILE_HIDDEN_SIZE = 1024  # below, products are too small to gain
+_WORTHWHILE_HIDDEN_SIZE = 1024  # smaller products gain nothing
 
 
 def fastest_arithmetic(spec: ModelSpec, stored: torch.dtype, device: str) -> Arithmetic:
-    """What calibration and recovery compute in on this machine's ``device``, for weights that are ``stored`` so."""
+    """Returns the arithmetic of calibration and recovery on this machine's ``device``, for weights of this dtype."""
     worthwhile = stored == torch.bfloat16 and spec.hidden_size >= _WORTHWHILE_HIDDEN_SIZE
     return "bfloat16" if worthwhile and (device == "cuda" or _has_matrix_units()) else "float32"
 
 
 def dtype_of(arithmetic: Arithmetic) -> torch.dtype:
-    """torch's name for it."""
+    """Returns torch's dtype for it."""
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[arithmetic]
 
 
 def _has_matrix_units() -> bool:
-    # oneDNN's own switch: who sets it to less than AMX measures how another processor would do
+    # oneDNN's own switch: setting it to less than AMX shows how another processor would do
     allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
     return ("AMX" in allowed or allowed in ("DEFAULT", "ALL")) and bool(torch.cpu.get_capabilities().get("amx_bf16"))

@@ -1,4 +1,4 @@
-"""Another choice of experts than a router's top-k: for teachers whose unchosen experts shall speak too."""
+"""Replaces a router's top-k by another choice of experts, for teachers whose unchosen experts should contribute."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ExpertChoice(Protocol):
 
         Args:
             layer: index of the decoder layer.
-            tokens: which of all tokens of the pass these are.
+            tokens: the place of these tokens among all tokens of the pass.
             logits_TE: their router logits, float32.
 
         Returns:
@@ -36,7 +36,7 @@ class ExpertChoice(Protocol):
 
 
 class AllExperts:
-    """Every token uses every expert: what ``num_experts_per_tok`` equal to the number of experts does."""
+    """Every token uses every expert, as if ``num_experts_per_tok`` were the number of experts."""
 
     def __init__(self, n_experts: int) -> None:
         self.n_chosen = n_experts
@@ -51,13 +51,13 @@ def choosing(choice: ExpertChoice, layer: LayerSpec, index: int, module: nn.Modu
     """Lets ``choice`` take the place of a decoder layer's top-k while the context lasts.
 
     The gates follow the model's own rule (:meth:`~compressors.model.description.routing.Routing.torch_weights`): where
-    it normalises they are the share of each among the chosen; elsewhere the share of those that were not chosen is
-    missing. The gradient reaches the router through all of them.
+    it normalises they sum to one over the chosen experts; elsewhere the share of the others is missing.
+    The gradient reaches the router through all of them.
 
     Args:
-        choice: what chooses.
+        choice: makes the choice.
         layer: the layer's description; it has experts.
-        index: the layer's.
+        index: the layer's index.
         module: transformers' decoder layer. It runs over all tokens of a pass in order.
     """
     n_seen = 0

@@ -1,7 +1,7 @@
 """Running the chosen experts on their tokens: tokens grouped by expert, one expert's weights and activations at a time.
 
 Plugged into transformers' MoE blocks through its experts interface, so one function serves every family whose experts
-module is given ``gate_up_proj`` [E, 2F, D] and ``down_proj`` [E, D, F], and where it has biases (``has_bias``)
+module has ``gate_up_proj`` [E, 2F, D] and ``down_proj`` [E, D, F], and where it has biases (``has_bias``)
 ``gate_up_proj_bias`` [E, 2F] and ``down_proj_bias`` [E, D], always gate rows first. The function between the products
 is transformers' own. Weights stay in storage dtype and are converted
 one expert at a time when the activations have another. Where the module has an attribute ``trained``
@@ -53,7 +53,7 @@ def register_grouped_experts() -> None:
 def _experts_forward(
     experts: nn.Module, hidden_TD: torch.Tensor, chosen_TK: torch.Tensor, gates_TK: torch.Tensor
 ) -> torch.Tensor:
-    """transformers' experts interface: the gate-weighted sum of the chosen experts' outputs, [T, D]."""
+    """Implements transformers' experts interface: the gate-weighted sum of the chosen experts' outputs, [T, D]."""
     trained: TrainedExperts | None = getattr(experts, "trained", None)
     tensors = trained.tensors.values() if trained is not None and torch.is_grad_enabled() else ()
     biases = [getattr(experts, name) if getattr(experts, "has_bias", False) else None for name in _BIASES]
@@ -67,9 +67,8 @@ _BIASES = ("gate_up_proj_bias", "down_proj_bias")
 class _GroupedExperts(torch.autograd.Function):
     """The gradient with respect to inputs, gates, biases and the tensors of trained experts; all others are constants.
 
-    Of the activations only the first product is kept for backward: the gradient of a gate, <dL/dy, down h>, equals
-    <down^T dL/dy, h>, and a bias b adds <dL/dy, b>. So backward needs no expert's output, and one product less than
-    running the expert again takes.
+    Only the first product is kept for backward: the gradient of a gate, <dL/dy, down h>, equals <down^T dL/dy, h>, and
+    a bias b adds <dL/dy, b>. So backward needs no expert's output, and one product less than running the expert again.
     """
 
     @staticmethod
@@ -185,7 +184,7 @@ def _add_row(products_nO: torch.Tensor, bias_EO: torch.Tensor | None, expert: in
 
 
 def _activate(experts: nn.Module, gate_up_n2F: torch.Tensor) -> torch.Tensor:
-    """transformers' function between the products, which may expect each gate beside its up."""
+    """Applies transformers' function between the products, which may expect each gate beside its up."""
     if not getattr(experts, "is_concatenated", True):
         gate_up_n2F = in_turn(gate_up_n2F)
     hidden_nF: torch.Tensor = experts._apply_gate(gate_up_n2F)  # type: ignore[operator]
@@ -199,7 +198,7 @@ class _Choice:
     expert: int
     start: int
     tokens: torch.Tensor  # [n]
-    slots: torch.Tensor  # [n], which of its K choices the expert was
+    slots: torch.Tensor  # [n], the expert's place among the token's K choices
     padded_tokens: torch.Tensor  # the tokens, then token 0 as often as padding is needed
 
     @property
@@ -229,7 +228,7 @@ class _Choices:
 
     @property
     def most_rows(self) -> int:
-        """Rows of the expert that most tokens chose."""
+        """The number of rows of the most chosen expert."""
         return max((count + self._padding(count) for count in self._counts), default=0)
 
     @property

@@ -1,8 +1,8 @@
 """Gradients of a model that runs layer by layer.
 
 The forward pass stores each layer's input; the backward pass runs the layers again in reverse and pulls the gradient
-through each (a vector-Jacobian product), so memory does not grow with the number of layers but for the stored inputs,
-which go to disk above the limit, and for what is trained.
+through each (a vector-Jacobian product). So only the stored inputs, which go to disk above the limit, and the trained
+tensors take more memory in a model with more layers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 
 StateLoss = Callable[[slice, torch.Tensor, Head], torch.Tensor]
 """(positions of the flattened blocks, their states after the last layer [n, D], the head) -> the summed loss of these
-positions: for a loss that takes another model's states through the same head."""
+positions; serves losses that take another model's states through the same head."""
 
 RouterLoss = Callable[[int, slice, torch.Tensor], torch.Tensor]
 """(layer, blocks, their tokens' router logits [b * T, E]) -> the summed loss of these tokens in this layer."""
@@ -49,13 +49,13 @@ def streamed_gradients(
     """Loss of these blocks and its gradient with respect to every trainable tensor of the model.
 
     Args:
-        model: with the tensors that are trained.
+        model: the model, with the tensors that are trained.
         tokens_BT: int64 token ids.
-        loss: of the logits.
-        dtype: of the arithmetic; gradients are float32.
-        router_loss: of the router logits of each layer that has experts, added to the others.
-        state_loss: in place of ``loss``; without either the head is left alone.
-        observers: watch the layers in the forward pass, all of which comes before any loss is asked for.
+        loss: the loss of the logits.
+        dtype: the dtype of the arithmetic; gradients are float32.
+        router_loss: the loss of the router logits of each layer with experts, which is added.
+        state_loss: replaces ``loss``; without either the head does not run.
+        observers: watch the layers in the forward pass, which ends before any loss is computed.
 
     Returns:
         The sum of all losses, and gradients by (name, layer).
@@ -93,10 +93,10 @@ def embedding_gradient(
     """The gradient of a loss with respect to the hidden states that enter the first layer: [B, T, D] in ``dtype``.
 
     Args:
-        model: nothing of it is trained.
+        model: the model, without trained tensors.
         tokens_BT: int64 token ids.
-        loss: of the states after the last layer.
-        dtype: of the arithmetic.
+        loss: the loss of the states after the last layer.
+        dtype: the dtype of the arithmetic.
         observers: watch the layers in the forward pass, first to last.
         gradient_observers: watch the layers in the backward pass, last to first: hooks that they set on a layer's
             tensors see those tensors' gradients.
@@ -117,7 +117,7 @@ def embedding_gradient(
 def _layer_inputs(
     model: StreamedModel, tokens_BT: torch.Tensor, dtype: torch.dtype, observers: Sequence[LayerObserver]
 ) -> list[HiddenStates]:
-    """The hidden states that enter each layer, and at the end those that leave the last."""
+    """The hidden states that enter each layer, then those that leave the last."""
     n_layers = model.spec.n_layers
     states = model.first_states([TokenGroup(tokens_BT, dtype=dtype)], n_kept=n_layers + 1)
     for index, weights in model.weights(range(n_layers)):
@@ -135,7 +135,7 @@ def _head_gradient(
 ) -> tuple[float, torch.Tensor]:
     """The loss, and its gradient with respect to the last layer's output [B, T, D].
 
-    Adds to ``gradients`` those of what is trained in the head.
+    Adds the gradients of the head's trained tensors to ``gradients``.
     """
     flat = hidden.read(slice(0, len(hidden))).flatten(0, 1)
     gradient = torch.empty_like(flat)
@@ -160,7 +160,7 @@ def _pull_back(
     gradient_BTD: torch.Tensor,
     router_loss: RouterLoss | None,
 ) -> tuple[float, dict[ParameterKey, torch.Tensor]]:
-    """Replaces ``gradient_BTD``, of the layer's output, by that of its input.
+    """Replaces the gradient of the layer's output in ``gradient_BTD`` by that of its input.
 
     Returns:
         The layer's own loss, and the gradients of its trainable tensors.
@@ -175,7 +175,7 @@ def _pull_back(
         output_gradients: list[torch.Tensor | None] = [gradient_BTD[blocks].to(model.device)]
         if router_loss is not None and router_logits is not None:
             outputs.append(router_loss(index, blocks, router_logits))
-            output_gradients.append(None)  # one
+            output_gradients.append(None)  # autograd takes it for one
             total += outputs[-1].item()
         input_gradient, *found = torch.autograd.grad(outputs, [rows, *parameters.values()], output_gradients)
         gradient_BTD[blocks] = input_gradient.to("cpu")

@@ -20,7 +20,7 @@ class HiddenStates:
     Args:
         shape: (B, T, D).
         dtype: float32 or bfloat16.
-        spill: a folder; the values then lie in a nameless file of it, which is gone with the process.
+        spill: a folder for an unnamed file with the values, which vanishes with the process; None: they stay in memory.
     """
 
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, spill: Path | None = None) -> None:
@@ -39,7 +39,7 @@ class HiddenStates:
         return self.shape[0]
 
     def read(self, blocks: slice) -> torch.Tensor:
-        """These blocks: [b, T, D]; change them by :meth:`write` only."""
+        """Returns these blocks: [b, T, D]; change them by :meth:`write` only."""
         if self._memory is not None:
             return self._memory[blocks]
         assert self._file is not None

@@ -33,10 +33,10 @@ class LayerReader:
     """Reads layers into buffers that are used again and again.
 
     Args:
-        student: where the weights come from.
-        n_resident: this many layers, the first ones, stay in memory once they were read.
-        read_ahead: the other layers take turns in two buffers, so that one is read while the other computes; without,
-            in one.
+        student: the source of the weights.
+        n_resident: the number of first layers that stay in memory once they were read.
+        read_ahead: the other layers take turns in two buffers, so that one is read while the other computes; if False,
+            they share one buffer.
         check_finite: refuse NaN and infinite weights.
     """
 
@@ -45,8 +45,8 @@ class LayerReader:
         self._n_resident = n_resident
         self._n_shared = 2 if read_ahead else 1
         self._check_finite = check_finite
-        self._buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # room for gate and up, and down, of any layer
-        self._weights: dict[int, LayerWeights] = {}  # what the buffers hold
+        self._buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # room for any layer's gate and up, and down
+        self._weights: dict[int, LayerWeights] = {}  # the weights in the buffers, by layer
         self._holds: dict[int, int] = {}  # buffer -> layer
 
     def visit(self, order: Sequence[int]) -> Iterator[tuple[int, LayerWeights]]:
@@ -66,12 +66,12 @@ class LayerReader:
                 yield index, weights
 
     def release(self) -> None:
-        """Lets the buffers of layers that are not resident go."""
+        """Frees the buffers of layers that are not resident."""
         for slot in [slot for slot in self._buffers if slot < 0]:
             del self._buffers[slot], self._weights[slot], self._holds[slot]
 
     def _slot(self, index: int) -> int:
-        """Resident layers have a buffer of their own; neighbours among the others have different ones."""
+        """Returns a layer's buffer: resident layers have their own, neighbours among the others have different ones."""
         return index if index < self._n_resident else -1 - index % self._n_shared
 
     def _read(self, index: int) -> LayerWeights:
@@ -121,7 +121,7 @@ def refuse_not_finite(
     """Refuses NaN and infinity.
 
     Raises:
-        InputError: there is one; the message names the tensor.
+        InputError: a value is not finite; the message names the tensor.
     """
     # a sum shows NaN and infinity without a temporary; a sum that overflows is looked at again
     if not torch.isfinite(values.sum(dtype=torch.float32)) and not torch.isfinite(values).all():

@@ -1,4 +1,4 @@
-"""Attention masks, where transformers' arithmetic of attention does not make the right one by itself."""
+"""Attention masks, for cases in which transformers' attention does not make the right one by itself."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ __all__ = ["causal_mask"]
 
 
 def causal_mask(n_new: int, n_before: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
-    """What is added to the products of queries and keys: 0 where a position may look, and the lowest number elsewhere.
+    """Returns the mask that is added to the attention logits: 0 where a position may look, else the lowest number.
 
     Args:
-        n_new: positions that look.
-        n_before: positions in front of them, to which they look back too.
-        window: positions that each may look at, itself included; None: all up to itself.
+        n_new: the number of positions that look.
+        n_before: the number of positions in front of them, which they see too.
+        window: the number of positions that each may look at, itself included; None: all up to itself.
         like: a tensor whose dtype and device the mask has.
 
     Returns:

@@ -1,6 +1,6 @@
-"""What may lie in memory while a model streams through it.
+"""Decides what lies in memory while a model streams through it.
 
-The limit decides where things lie, never what is computed: numbers of tokens that are computed together are constants,
+The limit decides where data lies, never what is computed: numbers of tokens that are computed together are constants,
 so results are the same bits under every limit.
 """
 
@@ -28,19 +28,19 @@ __all__ = [
 ]
 
 PROCESS_BYTES = 750_000_000
-"""Measured: Python, torch and transformers, and what the allocator keeps."""
+"""Measured: Python, torch and transformers, and the memory that the allocator keeps."""
 
 BLOCKS_AT_ONCE = {torch.float32: 8, torch.bfloat16: 16}
 """Token blocks in one call of a layer: enough tokens for every expert's products to be efficient."""
 
 _LOGIT_BYTES = 128_000_000
-_ACTIVATIONS = 16  # arrays of the hidden state's size that a layer's forward and backward hold at a time, measured
+_ACTIVATIONS = 16  # measured: arrays of the hidden state's size that a layer's forward and backward hold at a time
 _BLOCK_TOKENS = 512
 
 
 @dataclass(frozen=True)
 class MemoryLimit:
-    """What this process may use in all, and where what does not fit may be put."""
+    """The memory that this process may use in all, and a folder for everything that does not fit."""
 
     n_bytes: int
     spill: Path  # a folder
@@ -64,14 +64,14 @@ def positions_at_once(vocab_size: int) -> int:
 
 
 def working_bytes(spec: ModelSpec) -> int:
-    """What computing one layer needs beside weights and hidden states: activations, and one expert in float32."""
+    """Memory for computing one layer beside weights and hidden states: activations, and one expert in float32."""
     width = max(spec.hidden_size, *(_state_width(layer) for layer in spec.layers))
     activations = BLOCKS_AT_ONCE[torch.float32] * _BLOCK_TOKENS * width * 4 * _ACTIVATIONS
     return activations + 4 * max(layer.expert_parameters for layer in spec.layers)
 
 
 def _state_width(layer: LayerSpec) -> int:
-    """The most values that a matrix of the layer, no expert's, makes of a token, or makes something of."""
+    """The most inputs or outputs of any matrix of the layer outside of experts."""
     matrices = (tensor for tensor in layer.shared_tensors if tensor.is_quantizable)
     return max((max(layer.dimensions(tensor)) for tensor in matrices), default=0)
 
@@ -79,20 +79,20 @@ def _state_width(layer: LayerSpec) -> int:
 def place(
     limit: MemoryLimit | None, spec: ModelSpec, layer_bytes: int, hidden_bytes: int, *, held_bytes: int | None = None
 ) -> Placement:
-    """Decides what lies in memory; with room to spare everything does.
+    """Decides what lies in memory; if there is room, everything does.
 
     Reading ahead comes first, since it costs one layer and hides all reading; then the hidden states; then layers.
 
     Args:
-        limit: None keeps hidden states in memory and no layer.
-        spec: the model's.
-        layer_bytes: one decoder layer in storage dtype.
-        hidden_bytes: all hidden states that the pass keeps.
-        held_bytes: what the process holds already; measured if None.
+        limit: the limit; None keeps hidden states in memory and no layer.
+        spec: the model.
+        layer_bytes: bytes of one decoder layer in storage dtype.
+        hidden_bytes: bytes of all hidden states that the pass keeps.
+        held_bytes: bytes that the process holds already; measured if None.
     """
     if limit is None:
         return Placement(0, True, None)
-    # a process that has just begun has not all its libraries yet
+    # a process that has just begun has not loaded all libraries yet
     held = max(psutil.Process().memory_info().rss, PROCESS_BYTES) if held_bytes is None else held_bytes
     one, two = (least_bytes(spec, n_layers * layer_bytes) for n_layers in (1, 2))
     read_ahead = limit.n_bytes - held >= two
@@ -104,12 +104,12 @@ def place(
 
 
 def least_bytes(spec: ModelSpec, layer_bytes: int) -> int:
-    """What a pass needs beside the process itself: layers of so many bytes with their work, or the head after them."""
+    """Memory that a pass needs beside the process itself: layers of this size with activations, or the head."""
     return max(layer_bytes + working_bytes(spec), _head_bytes(spec))
 
 
 def give_back_freed() -> None:
-    """Returns memory that was freed to the system.
+    """Returns freed memory to the system.
 
     glibc keeps what lies between live arrays; while layers stream it grows by up to 150 MB a layer (measured).
     """
@@ -119,5 +119,5 @@ def give_back_freed() -> None:
 
 
 def _head_bytes(spec: ModelSpec) -> int:
-    """The head in float32, and logits of one chunk with what is computed from them."""
+    """Bytes of the head in float32, and of the logits of one chunk with their intermediate results."""
     return 4 * spec.vocab_size * (spec.hidden_size + 2 * positions_at_once(spec.vocab_size))

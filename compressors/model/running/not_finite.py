@@ -1,4 +1,4 @@
-"""Finds out which part of a layer first made a value that is not finite."""
+"""Finds the part of a layer that first made a value that is not finite."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def not_finite_error(
 
     Args:
         student: the model.
-        index: the layer's place in it.
+        index: the layer's index.
         layer: transformers' decoder layer, with its weights.
-        rows_BTD: the states that it made such values of.
-        run: runs it.
+        rows_BTD: the states that gave such values.
+        run: runs the layer.
     """
     routed = student.spec.layers[index].routed
     makers: list[str] = []

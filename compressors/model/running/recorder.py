@@ -59,11 +59,11 @@ class RoutingRecorder:
             handle.remove()
 
     def _padded(self, values_TK: torch.Tensor, filler: float) -> torch.Tensor:
-        """As many columns as the layer with the largest top-k has."""
+        """Adds columns up to the number of the layer with the largest top-k."""
         return functional.pad(values_TK, (0, self._spec.top_k - values_TK.shape[1]), value=filler)
 
     def take(self, index: int) -> RoutingRecord:
-        """A finished layer's routing, the only one in it; the recorder forgets it."""
+        """Returns a finished layer's routing alone, and forgets it."""
         experts, weights = self._experts.pop(index, []), self._weights.pop(index, [])
         nothing = torch.empty(0, self._spec.top_k)
         return RoutingRecord(

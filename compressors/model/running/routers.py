@@ -1,7 +1,7 @@
-"""Watching routers, and the calls of experts, in any family's layers.
+"""Watches routers, and the calls of experts, in any family's layers.
 
-Routers' own outputs differ from family to family. What they compute from is the same everywhere, and so is the call of
-the experts: (hidden states, chosen experts, weights). So logits are computed here, once more, from the router's input.
+Routers' own outputs differ from family to family. Their input is the same everywhere, and so is the call of the
+experts: (hidden states, chosen experts, weights). So logits are computed here, once more, from the router's input.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ __all__ = ["RoutedCall", "logits", "rerouting", "watching"]
 class RoutedCall:
     """One call of a layer's experts."""
 
-    logits_TE: torch.Tensor  # float32; of a router with a bias, with it
-    hidden_TD: torch.Tensor  # what the experts are given
+    logits_TE: torch.Tensor  # float32, a router's own bias included
+    hidden_TD: torch.Tensor  # the experts' input
     chosen_TK: torch.Tensor  # int64, as transformers chose
     weights_TK: torch.Tensor  # as they are applied
-    bias_E: torch.Tensor | None = None  # float32, for the choice only
-    scale_E: torch.Tensor | None = None  # float32, of the weights
+    bias_E: torch.Tensor | None = None  # float32, added for the choice only
+    scale_E: torch.Tensor | None = None  # float32, multiplies the weights
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def watching(
     Args:
         layer: transformers' decoder layer.
         routed: its description.
-        see: is called before the experts are; what it returns, if anything, takes the place of their arguments.
+        see: is called before the experts are; its result, if not None, replaces their arguments.
     """
     seen: list[torch.Tensor] = []
     bias_E, scale_E = _vector(layer, routed.selection_bias), _vector(layer, routed.expert_scale)

@@ -22,7 +22,7 @@ __all__ = ["Skeleton"]
 
 
 class Skeleton:
-    """Decoder layers, rotary embedding and final norm of a model of this shape.
+    """Decoder layers, rotary embedding and final norm of a student.
 
     Args:
         settings: the source's, as ``config.json`` has them; they tell everything but the sizes.
@@ -34,7 +34,7 @@ class Skeleton:
 
         self._spec = spec
         register_grouped_experts()
-        # it recommends packages for recurrent layers, in every process; torch's own arithmetic is what is meant here
+        # it recommends packages for recurrent layers in every process, but torch's own arithmetic is meant to be used
         logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
         config = _edited(transformers_config(settings), spec)
         with torch.device("meta"):
@@ -60,7 +60,7 @@ class Skeleton:
         return named
 
     def _fitted(self, module: nn.Module, index: int, config: Any) -> nn.Module:
-        """The layer with sizes of its own where layers differ; what it has lost adds nothing."""
+        """Returns the layer with its own sizes where layers differ; modules that it has lost add nothing."""
         spec, layer = self._spec, self._spec.layers[index]
         if layer.routed is not None and layer.moe != MoeSize(spec.n_experts, spec.expert_width):
             alike = replace(spec, layers=(layer,) * spec.n_layers)
@@ -75,7 +75,7 @@ class Skeleton:
 
 
 class _Nothing(nn.Module):
-    """Stands where a part of a layer was dropped."""
+    """Replaces a dropped part of a layer."""
 
     def __init__(self, n_outputs: int) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class _Nothing(nn.Module):
 
 
 def _lay_out(experts: nn.Module) -> None:
-    """Gives the experts the shapes that all have here, whatever their class has: output features come first."""
+    """Gives the experts of every class the same shapes: output features come first."""
     if getattr(experts, "is_transposed", False):
         for name in ("gate_up_proj", "down_proj"):
             matrices = experts.get_parameter(name)

@@ -44,7 +44,7 @@ __all__ = ["LayerObserver", "StreamedModel", "TokenGroup", "TrainableTensors", "
 __all__ += ["position_chunks"]
 
 TrainableTensors = Mapping[tuple[Role, int | None], torch.Tensor]
-"""Tensors by role, experts left out, and layer; the layer of the final norm is None."""
+"""Tensors by role and layer, without experts; the layer of the final norm is None."""
 
 LayerObserver = Callable[[int, nn.Module], AbstractContextManager[Any]]
 
@@ -60,22 +60,22 @@ class TokenGroup:
 
     tokens_BT: torch.Tensor  # int64; every row is a sequence of its own
     observers: Sequence[LayerObserver] = ()  # each is called with (layer index, layer) and returns a context
-    dtype: torch.dtype = torch.float32  # of the arithmetic
+    dtype: torch.dtype = torch.float32  # the dtype of the arithmetic
 
 
 class StreamedModel:
     """A student that runs layer by layer.
 
     Args:
-        student: where the weights come from.
+        student: the source of the weights.
         trainable: float32 tensors that stand in for the student's; gradients reach them.
-        factors: float32 [rows, blocks of a row], by which the blocks of matrices are multiplied; gradients reach them.
-        trained_experts: likewise for experts, by layer.
+        factors: float32 [rows, blocks of a row]; they multiply the blocks of matrices, and gradients reach them.
+        trained_experts: tensors that stand in for experts' weights, by layer.
         limit: memory that this process may use. It decides how many layers stay in memory after the first visit, and
-            whether hidden states lie there or on disk. None: no layer stays, hidden states do.
+            whether hidden states lie there or on disk. None: hidden states stay in memory, layers do not.
         check_finite: refuse NaN and infinite weights when a layer is read.
-        device: where layers compute; their weights travel there one layer at a time.
-        choice: chooses the experts in place of the routers' top-k; it may be changed between passes.
+        device: the device on which layers compute; their weights travel there one layer at a time.
+        choice: replaces the routers' top-k; it may be changed between passes.
 
     Raises:
         InputError: with ``check_finite``, a tensor holds a value that is not finite.
@@ -228,7 +228,7 @@ class StreamedModel:
             yield index
 
     def weights(self, layers: Sequence[int]) -> Iterator[tuple[int, LayerWeights]]:
-        """Each layer with its weights, which are valid until the next one is asked for."""
+        """Yields each layer with its weights, which are valid until the next one is asked for."""
         return self._visit(layers)
 
     @torch.no_grad()
@@ -246,7 +246,7 @@ class StreamedModel:
             index: the layer's position, which decides its sizes.
             weights: the weights that it computes with.
             source: the states that enter, and the dtype of the arithmetic.
-            target: where its outputs are written; it may be ``source``. None: they are not kept.
+            target: takes its outputs; it may be ``source``. None: they are not kept.
             observers: as in :class:`TokenGroup`.
 
         Raises:
@@ -276,7 +276,7 @@ class StreamedModel:
     def head(self, dtype: torch.dtype) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
         """Final norm and head as a function from hidden states [N, D] to logits [N, V] in ``dtype``."""
         if self._reader is not None:
-            self._reader.release()  # their memory is the head's now
+            self._reader.release()  # makes room for the head
         matrix_VD = self._read_head(dtype)
         self._skeleton.final_norm.load_state_dict({"weight": self._final_norm_weight.to(dtype)}, assign=True)
         self._skeleton.final_norm.requires_grad_(False)
@@ -293,13 +293,13 @@ class StreamedModel:
         return self._final_norm(states_ND)
 
     def release(self) -> None:
-        """Drops all weights; another pass reads them again, and decides anew where weights and states lie."""
+        """Drops all weights; another pass reads them again, and decides again where weights and states lie."""
         self._reader = self._placement = None
         if self._limit is not None:
             give_back_freed()
 
     def trained(self, layer: int | None) -> dict[tuple[str, int | None], torch.Tensor]:
-        """The trainable tensors of a layer, or for None those outside the layers, by name and layer."""
+        """The trainable tensors of a layer, or outside of the layers for None, by name and layer."""
         found: dict[tuple[str, int | None], torch.Tensor] = {
             (role, of): tensor for (role, of), tensor in self.trainable.items() if of == layer
         }
@@ -373,7 +373,7 @@ class StreamedModel:
         return self.student.rows(Role.TOKEN_EMBEDDING, None, slice(token, token + 1))
 
     def _read_head(self, dtype: torch.dtype) -> torch.Tensor:
-        """The head in ``dtype``, [V, D]; read in parts, so that it is in memory once only."""
+        """Reads the head in ``dtype``, [V, D], in parts, so that it is in memory only once."""
         matrix_VD = torch.empty(self.spec.vocab_size, self.spec.hidden_size, dtype=dtype)
         for start in range(0, len(matrix_VD), _HEAD_ROWS_AT_ONCE):
             rows = slice(start, min(start + _HEAD_ROWS_AT_ONCE, len(matrix_VD)))

@@ -28,7 +28,7 @@ def scaled(stored_RI: torch.Tensor, factors_RK: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Product:
-    """The tensors that backward has of ``inputs @ weight.T``, a matrix's product with one expert's tokens."""
+    """The tensors of ``inputs @ weight.T``, a matrix's product with one expert's tokens, for backward."""
 
     output_gradient_nO: torch.Tensor
     inputs_nI: torch.Tensor
@@ -76,7 +76,7 @@ class WholeMatrices:
 
 @dataclass(frozen=True)
 class LowRankMatrices:
-    """W + B A with W the stored matrix: Hu et al., "LoRA" (arXiv 2106.09685), without its scale.
+    """W + B A, where W is the stored matrix: Hu et al., "LoRA" (arXiv 2106.09685), without its scale.
 
     Gate and up have adapters of their own, although they lie in one matrix. No gradient of a whole matrix is made.
     """
@@ -105,7 +105,7 @@ class LowRankMatrices:
 
 @dataclass(frozen=True)
 class ScaledMatrices:
-    """Stored matrices each of whose blocks is multiplied by its own factor, as if it had another scale.
+    """Stored matrices whose blocks are each multiplied by a factor, as if they had other scales.
 
     Gate and up may have blocks of different lengths. A part without factors stays as it is stored.
     """
@@ -128,7 +128,7 @@ class ScaledMatrices:
         )
 
     def add_gradients(self, sums: Sequence[torch.Tensor], row: int, product: Product) -> None:
-        """Adds for each block's factor the sum over the block of (G^T X) W, value by value."""
+        """Adds the sum of the element-wise product (G^T X) W over each block to the gradient of its factor."""
         products_OI = (product.gradient * product.stored_OI).chunk(len(self.factors))
         trained = [part_OI for part_OI, factors in zip(products_OI, self.factors, strict=True) if factors is not None]
         for part_OI, sums_NOK in zip(trained, sums, strict=True):
@@ -157,7 +157,7 @@ class TrainedExperts:
         return self.gate_up.weight(self._row(expert), stored_OI) if expert in self.experts else stored_OI
 
     def down_weight(self, expert: int, stored_OI: torch.Tensor) -> torch.Tensor:
-        """The expert's down matrix, likewise."""
+        """The expert's down matrix: the trained one, or the stored one if the expert is not trained."""
         return self.down.weight(self._row(expert), stored_OI) if expert in self.experts else stored_OI
 
     def add_gradients(self, sums: Sequence[torch.Tensor], expert: int, of_gate_up: Product, of_down: Product) -> None:

@@ -1,4 +1,4 @@
-"""Where weights come from: a checkpoint, a file that was written, or a student made of a checkpoint and its changes.
+"""The sources of weights: a checkpoint, a written file, or a student made of a checkpoint and its changes.
 
-A source gives tensors by role; how they lie on disk is its own affair.
+A source gives tensors by role; only the source knows how they lie on disk.
 """

@@ -1,7 +1,7 @@
-"""Accounts for every tensor of a checkpoint: it is a part of the model, it is read past by a rule, or it is refused.
+"""Accounts for every tensor of a checkpoint: it is a part of the model, skipped by a rule, or refused.
 
-A tensor that nothing claims takes part in a computation that the description does not know: a shared expert, a bias. To
-read past it would make another model.
+A tensor that nothing claims takes part in a computation that the description does not know: a shared expert, a bias.
+Without it the model would be another one.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def unclaimed(names: Iterable[str], claimed: Collection[str], spec: ModelSpec) -
 
     Args:
         names: the names of a checkpoint's tensors.
-        claimed: those of the model.
-        spec: its description.
+        claimed: the names of the model's tensors.
+        spec: the model.
     """
-    of_model = {*claimed, spec.tensor(Role.HEAD).name}  # beside a tied embedding a head may be there or not
+    of_model = {*claimed, spec.tensor(Role.HEAD).name}  # a head may stand beside a tied embedding
     with_scales = {*of_model, *map(BlockScaled.scales_of, of_model)}
     for name in names:
         if name not in with_scales and _rule(name, spec) is None:
@@ -51,7 +51,7 @@ def _rules(spec: ModelSpec) -> tuple[SkippedPart, ...]:
 
 
 def _rule(name: str, spec: ModelSpec) -> SkippedPart | None:
-    """The first rule by which a tensor is read past."""
+    """The first rule that skips a tensor; None if there is none."""
     for rule in _rules(spec):
         match = re.fullmatch(rule.pattern, name)
         if match is not None and int(match.groupdict().get("layer", spec.n_layers)) >= spec.n_layers:

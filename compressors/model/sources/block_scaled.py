@@ -28,7 +28,7 @@ from compressors.model.names import shown
 __all__ = ["FLOAT8", "GIVE_THE_ORIGINAL", "BlockScaled", "read_block_scaled", "read_mxfp4_dtype"]
 
 FLOAT8 = "F8_E4M3"
-"""What safetensors calls the format of the values."""
+"""safetensors' name for the format of the values."""
 
 GIVE_THE_ORIGINAL = (
     "give the original in bfloat16 instead, usually the base_model of its model card or the repository of the same "
@@ -36,7 +36,7 @@ GIVE_THE_ORIGINAL = (
 )
 
 _FLOAT8_VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-"""By code: looking values up takes a seventh of the time that torch's conversion does."""
+"""The values by code: a look-up takes a seventh of the time of torch's conversion."""
 
 _KEYS = ("quantization_config", "compression_config")  # the second: older compressed-tensors
 _SCALES = ("F32", "BF16", "F16")
@@ -48,7 +48,7 @@ class BlockScaled:
     """The block size and dtype with which float8 matrices of a checkpoint become weights."""
 
     block: tuple[int, int]  # rows and columns that share a scale
-    dtype: torch.dtype  # of the weights
+    dtype: torch.dtype  # the weights' dtype
 
     def __str__(self) -> str:
         return f"FP8, block {self.block[0]}x{self.block[1]}"
@@ -62,7 +62,7 @@ class BlockScaled:
         """Checks that a float8 tensor has scales that fit it.
 
         Raises:
-            InputError: they are missing, or of another shape or dtype.
+            InputError: the scales are missing, or have another shape or dtype.
         """
         where, name = f"{header.file}: tensor {shown(header.name)}", shown(self.scales_of(header.name))
         if scales is None:
@@ -84,8 +84,8 @@ class BlockScaled:
         """Fills ``out`` with weights of a tensor [..., rows, columns], a row of blocks at a time.
 
         Args:
-            out: contiguous, whole rows.
-            first: flat index in the tensor of the first weight.
+            out: contiguous; it holds whole rows.
+            first: flat index of the first weight in the tensor.
             values: file and name of the float8 tensor.
             scales: file and name of its scales.
 
@@ -115,11 +115,11 @@ class BlockScaled:
 
 
 def read_block_scaled(folder: Path) -> BlockScaled | None:
-    """Reads from ``config.json`` how float8 is to be read; None if there is none, or there is no such file.
+    """Reads the block size and dtype of float8 weights from ``config.json``; None without such weights or such a file.
 
     Raises:
         InputError: the file cannot be read.
-        UnsupportedError: the weights are quantized in a way that is not read.
+        UnsupportedError: the weights are quantized in a way that cannot be read.
     """
     path = folder / "config.json"
     if not path.exists():
@@ -139,7 +139,7 @@ def read_mxfp4_dtype(folder: Path, spec: ModelSpec) -> torch.dtype | None:
     """Reads from ``config.json`` the dtype that experts in MXFP4 are read as; None if they are not stored so.
 
     Raises:
-        UnsupportedError: it says so of a family whose experts in MXFP4 are not known.
+        UnsupportedError: it names MXFP4 for a family whose MXFP4 tensors are not known.
     """
     path = folder / "config.json"
     config = read_json(path)

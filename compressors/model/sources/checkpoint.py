@@ -49,12 +49,12 @@ class Checkpoint:
 
     Opening reads only headers (and, where a head stands beside a tied embedding, these two), and checks that every
     tensor the family needs is there with the shape that ``config.json`` implies. Both layouts are read: one tensor per
-    expert, and all experts of a layer fused; tensors saved from the model without its head, too, whose names lack
-    ``model.``. Float8 with a scale per block, and experts in MXFP4, are read as the dtype that ``config.json`` names.
+    expert, and all experts of a layer fused. Names without ``model.``, from a model saved without its head, are read
+    too. Float8 with a scale per block, and experts in MXFP4, are read as the dtype that ``config.json`` names.
 
     Raises:
         InputError: a file is missing, truncated or not safetensors; a tensor is missing or of the wrong shape or dtype.
-        UnsupportedError: the checkpoint is quantized in another way, is no language model, or has a setting that
+        UnsupportedError: the checkpoint is quantized in another way, is not a language model, or has a setting that
             cannot be represented.
     """
 
@@ -94,7 +94,7 @@ class Checkpoint:
 
     @property
     def stored_as(self) -> str | None:
-        """The way in which the files hold quantized weights; None: they hold none."""
+        """The format of the files' quantized weights; None: they hold none."""
         if self.block_scaled is not None:
             return str(self.block_scaled)
         return None if self._mxfp4_dtype is None else "experts in MXFP4"
@@ -108,7 +108,7 @@ class Checkpoint:
         return self._dtype(down.name.format(layer=with_experts, expert=0) if fused is None else fused.main)
 
     def dtype_of(self, role: Role, layer: int | None = None) -> torch.dtype:
-        """Storage dtype of a tensor that is not an expert's."""
+        """Storage dtype of a tensor outside of experts."""
         return self._dtype(self._name(role, layer))
 
     @property
@@ -134,15 +134,15 @@ class Checkpoint:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Oddities of the files that do not prevent reading them: sentences without a full stop."""
+        """Oddities of the files that can still be read: sentences without a full stop."""
         return tuple(self._find_notes())
 
     def tensor(self, role: Role, layer: int | None = None) -> torch.Tensor:
-        """The tensor of a role that is not an expert's, in storage dtype; a tied head is the embedding."""
+        """The tensor of a role outside of experts, in storage dtype; a tied head is the embedding."""
         return self.rows(role, layer, slice(None))
 
     def rows(self, role: Role, layer: int | None, rows: slice) -> torch.Tensor:
-        """Some consecutive rows of a tensor that is not an expert's, in storage dtype."""
+        """Some consecutive rows of a tensor outside of experts, in storage dtype."""
         return self._read_rows(self._name(role, layer), rows)
 
     def _read_rows(self, name: str, rows: slice) -> torch.Tensor:
@@ -159,7 +159,7 @@ class Checkpoint:
         return out
 
     def read_expert(self, role: Role, layer: int, expert: int, out: torch.Tensor) -> None:
-        """Fills ``out``, contiguous and of the expert's shape, with what :meth:`expert` would return."""
+        """Fills ``out``, contiguous and of the expert's shape, with the values that :meth:`expert` returns."""
         tensor = self.spec.tensor(role, layer)
         fused = self._fused(tensor, layer)
         if fused is None:
@@ -202,7 +202,7 @@ class Checkpoint:
                 yield tensor.name.format(layer=index, expert=expert), layer.dimensions(tensor)
 
     def _fused(self, tensor: TensorSpec, layer: int) -> FusedExperts | Mxfp4Experts | None:
-        """The tensors that hold all experts of a layer; None if each has one for itself."""
+        """The tensors that hold all experts of a layer; None if each expert has its own."""
         if tensor.fused is None:
             return None
         name = tensor.fused.name.format(layer=layer)

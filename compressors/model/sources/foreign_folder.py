@@ -31,7 +31,7 @@ JSON_FILES = (
 """Files of a checkpoint that hold a JSON object, apart from the weights' index."""
 
 TEXT_FILES = ("chat_template.jinja", "merges.txt", "tokenizer.model")
-"""Other files that decide what is written."""
+"""Other files that the result depends on."""
 
 _ADAPTER = "adapter_config.json"
 _LARGEST_TEXT = 64_000_000  # bytes
@@ -41,7 +41,7 @@ def check_folder(folder: Path) -> None:
     """Reads every small file that a run, or a library in it, would read.
 
     Raises:
-        InputError: one is damaged, or no regular file; the folder holds an adapter.
+        InputError: a file is damaged or not a regular file, or the folder holds an adapter.
     """
     if os.path.lexists(folder / _ADAPTER):
         raise InputError(
@@ -63,7 +63,7 @@ def _state(path: Path) -> FileState | None:
 
 @functools.lru_cache(maxsize=32)
 def _check(path: Path, state: FileState | None) -> None:
-    """Reads one file; again only when it was changed, for a checkpoint is opened many times in a run."""
+    """Reads one file, and again only if it was changed, because a checkpoint is opened many times in a run."""
     if path.name in JSON_FILES:
         read_json(path)
         return
@@ -81,7 +81,7 @@ def _check(path: Path, state: FileState | None) -> None:
 
 
 def refuse_other_inputs(folder: Path) -> None:
-    """Refuses a model that, by ``config.json``, takes other inputs than text, unless its language model can be read.
+    """Refuses a model whose ``config.json`` names other inputs than text, unless its language model can be read.
 
     Raises:
         InputError: the file cannot be read.

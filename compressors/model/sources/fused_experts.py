@@ -1,4 +1,4 @@
-"""Matrices of experts out of tensors that hold those of a whole layer."""
+"""Reads matrices of experts from tensors that hold those of a whole layer."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class FusedExperts:
 
     Attributes:
         name: the tensor.
-        fused: how it holds them.
-        rows: of one expert's matrix of the role in question.
-        columns: likewise.
+        fused: the layout of the tensor.
+        rows: the rows of one expert's matrix of this role.
+        columns: its columns.
     """
 
     name: str
@@ -55,13 +55,13 @@ class FusedExperts:
 
 @dataclass(frozen=True)
 class Mxfp4Experts:
-    """The same in MXFP4: two tensors, of codes and of scales, whose rows are those of the matrices.
+    """The same in MXFP4: a tensor of codes and one of scales, whose rows are those of the matrices.
 
     Attributes:
-        name: what the two tensors' names begin with.
-        fused: how they hold the matrices, but for the transposing.
-        rows: of one expert's matrix of the role in question.
-        columns: likewise.
+        name: the beginning of the two tensors' names.
+        fused: the layout of the tensors; they are never transposed.
+        rows: the rows of one expert's matrix of this role.
+        columns: its columns.
     """
 
     name: str
@@ -99,4 +99,4 @@ class Mxfp4Experts:
         return found[0], found[1]
 
 
-_ROWS_AT_ONCE = 64  # what is made of them stays in a core's cache
+_ROWS_AT_ONCE = 64  # their values stay in a core's cache

@@ -1,7 +1,7 @@
-"""A model's weights as a GGUF file holds them, dequantized by ggml's own kernels: what llama.cpp computes with.
+"""A model's weights as a GGUF file holds them, dequantized by ggml's own kernels: the values of llama.cpp.
 
-Every value is the kernel's float32. What the file holds in another order than transformers, or in several parts, or
-with a function applied, is put back (:mod:`compressors.model.description.transforms`).
+Every value is the kernel's float32. Tensors that the file holds in another order than transformers, in several parts,
+or with a function applied, are converted back (:mod:`compressors.model.description.transforms`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["GgufWeights"]
 
 @dataclass(frozen=True)
 class _Part:
-    """A tensor of the file, and what its values were made by of the model's."""
+    """A tensor of the file, and the transform that made its values from the model's."""
 
     entry: GgufEntry
     transform: Transform
@@ -47,7 +47,7 @@ class GgufWeights:
         spec: the model that it should hold.
 
     Raises:
-        InputError: the file is missing, truncated or not GGUF, or lacks a tensor of a model of this shape.
+        InputError: the file is missing, truncated or not GGUF, or lacks a tensor of this model.
     """
 
     dtype = torch.float32
@@ -65,14 +65,14 @@ class GgufWeights:
         return self.dtype
 
     def stored_type(self, role: Role, layer: int | None) -> GGMLQuantizationType:
-        """The type of a tensor; of the first part, where it has several."""
+        """The type of a tensor, or of its first part where it has several."""
         parts = self._parts.get((role, layer))
         return GGMLQuantizationType.F32 if parts is None else parts[0].entry.ggml_type
 
     def tensor(self, role: Role, layer: int | None) -> torch.Tensor:
-        """The tensor of a role that is not an expert's, float32."""
+        """The tensor of a role outside of experts, float32."""
         out = torch.zeros(self._spec.dimensions(role, layer))
-        for part in self._parts.get((role, layer), ()):  # a router of one expert is in no file, and may be anything
+        for part in self._parts.get((role, layer), ()):  # a router of one expert is in no file; any values do
             n_rows = prod(part.entry.shape[:-1])
             part.transform.read(self._rows(role, layer, part, 0, n_rows), out, self._sizes(layer))
         return out
@@ -97,7 +97,7 @@ class GgufWeights:
                 part.transform.read(values_RN, out, self._sizes(layer))
 
     def block_length(self, role: Role, layer: int | None) -> int | None:
-        """Values of a block, where they share float16 scales and a row of the file is one of the tensor's."""
+        """Values of a block that share float16 scales; None without such scales, or if rows are not the tensor's."""
         parts = self._parts.get((role, layer))
         return (
             block_length(parts[0].entry.ggml_type) if parts is not None and self._has_same_rows(layer, parts) else None
@@ -107,7 +107,7 @@ class GgufWeights:
         """The tunable values of a tensor.
 
         Raises:
-            InputError: it has none.
+            InputError: the tensor has none.
         """
         part = self._tunable_part(role, layer)
         entry = part.entry
@@ -126,7 +126,7 @@ class GgufWeights:
         """The same weights as if the file had these tunable values.
 
         Raises:
-            InputError: they are not of this file.
+            InputError: the file has no such values.
         """
         for name, tensor in values.items():
             self._check_values(name, tensor)
@@ -135,7 +135,7 @@ class GgufWeights:
         return changed
 
     def changed_parts(self) -> Iterator[TunablePart]:
-        """Whole rows, some at a time."""
+        """Yields whole rows, some at a time."""
         for (role, layer), parts in self._parts.items():
             if self._name(role, layer) not in self._values:
                 continue
@@ -174,7 +174,7 @@ class GgufWeights:
         return {} if layer is None else self._spec.layers[layer].sizes
 
     def _has_same_rows(self, layer: int | None, parts: Sequence[_Part]) -> bool:
-        """Whether the rows of the file are the tensor's, a few of them in another order."""
+        """True if the rows of the file are the tensor's, perhaps with some in another order."""
         return len(parts) == 1 and parts[0].transform.rows_together(self._sizes(layer)) is not None
 
     def _tunable_part(self, role: Role, layer: int | None) -> _Part:

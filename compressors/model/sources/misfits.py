@@ -1,4 +1,4 @@
-"""Explains by their names why a folder's tensors are not those that ``config.json`` promises."""
+"""Explains why a folder's tensors are not those that ``config.json`` promises, judging by their names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compressors.model.sources.block_scaled import GIVE_THE_ORIGINAL
 
 __all__ = ["is_classifier", "likely_cause", "with_prefix"]
 
-_PREFIX = "model."  # of everything but the head (transformers: base_model_prefix)
+_PREFIX = "model."  # begins every name but the head's (transformers: base_model_prefix)
 _BASE_NAMES = re.compile(r"(embed_tokens|norm|layers)\.")
 _NOTES = ("quantize_config.json", "hf_quant_config.json", "quant_config.json", "quant_model_description.json")
 _QUANTIZED = re.compile(
@@ -25,11 +25,11 @@ _FIRST_NORM = re.compile(r"(?P<prefix>.*?)layers\.0\.input_layernorm\.weight")
 
 
 def with_prefix(name: str, others: Sequence[str] = ()) -> str:
-    """Returns the name that a language model has for a tensor, however it was saved.
+    """Returns a language model's name for a tensor, independent of how it was saved.
 
     Args:
-        name: the tensor's name in a file: maybe of the model without its head.
-        others: what names may begin with in a model that has the language model inside.
+        name: the tensor's name in a file, perhaps saved from the model without its head.
+        others: the beginnings of names in a model that has the language model inside.
     """
     for other in others:
         if name.startswith(other):
@@ -38,7 +38,7 @@ def with_prefix(name: str, others: Sequence[str] = ()) -> str:
 
 
 def is_classifier(config: Mapping[str, Any], names: Collection[str]) -> str | None:
-    """Returns why a checkpoint is a classifier and no language model; None if it is none, or has both heads."""
+    """Returns why a checkpoint is a classifier, not a language model; None if it is not, or has both heads."""
     if "lm_head.weight" in names:
         return None
     architecture = _architecture(config)
@@ -58,8 +58,8 @@ def likely_cause(folder: Path, config: Mapping[str, Any], names: Collection[str]
     Args:
         folder: the checkpoint.
         config: its ``config.json``.
-        names: its tensors.
-        missing: the first one that is not as it should be.
+        names: the names of its tensors.
+        missing: the first tensor that is missing or wrong.
     """
     note = next((name for name in _NOTES if (folder / name).is_file()), None)
     quantized = next((name for name in names if _QUANTIZED.fullmatch(name)), None)

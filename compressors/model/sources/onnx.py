@@ -189,7 +189,7 @@ class OnnxWeights:
         """The tunable values of a tensor.
 
         Raises:
-            InputError: it has none.
+            InputError: the tensor has none.
         """
         weight = self._tunable_weight(role, layer)
         if weight.scales is None:
@@ -201,7 +201,7 @@ class OnnxWeights:
         """The same weights as if the file had these tunable values.
 
         Raises:
-            InputError: they are not of this file.
+            InputError: the file has no such values.
         """
         for name, tensor in values.items():
             self._check_values(name, tensor)
@@ -243,7 +243,7 @@ class OnnxWeights:
         return values
 
     def _replace(self, weight: _Weight, values_RN: npt.NDArray[Any], first: int) -> None:
-        """Writes the values that replace the file's into some rows: those of whole experts where roles alternate."""
+        """Writes the values that replace the file's into some rows, which are whole experts' where roles alternate."""
         for role, name in self._replaced[weight].items():
             own_RN = weight.rows_of(role, values_RN)
             of_role_RN = self._values[name].reshape(-1, values_RN.shape[1]).numpy()
@@ -295,7 +295,9 @@ class OnnxWeights:
     def _stored(self, tensor: onnx.TensorProto) -> _Stored:
         place = external_place(self._graph_file, tensor)
         if place.file.name != DATA_FILE or tensor.data_type not in _NUMPY_TYPES:
-            raise InputError(f"{self._graph_file} is no model of ours (tensor {shown(tensor.name)} is of another kind)")
+            raise InputError(
+                f"{self._graph_file} is not one of our models (tensor {shown(tensor.name)} is of another kind)"
+            )
         stored = _Stored(tensor.name, _NUMPY_TYPES[tensor.data_type], tuple(tensor.dims), place.offset)
         if stored.offset + stored.n_bytes > self._data.size:
             raise InputError(f"{self._data.path} is truncated: tensor {shown(tensor.name)} ends after the file does")

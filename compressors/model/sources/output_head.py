@@ -1,4 +1,4 @@
-"""Tells whether the output head of a checkpoint is its embedding; the weights overrule ``tie_word_embeddings``.
+"""Finds out whether a checkpoint's output head is its embedding; the weights overrule ``tie_word_embeddings``.
 
 transformers 5 ties the head only where the file holds none, or one that equals the embedding
 (``PreTrainedModel.tie_weights``); llama.cpp's converter takes the file's head as well.
@@ -24,10 +24,10 @@ def is_own_head(state: Hashable, n_rows: int, read_head: ReadRows, read_embeddin
     Equal matrices are read whole, once in a process: it remembers the answer.
 
     Args:
-        state: of the files; another one asks for another answer.
-        n_rows: of each, the vocabulary.
-        read_head: some rows of ``lm_head.weight``, in storage dtype.
-        read_embedding: the same of the embedding.
+        state: the state of the files; the answer is remembered for it.
+        n_rows: the rows of each matrix: the vocabulary.
+        read_head: reads some rows of ``lm_head.weight``, in storage dtype.
+        read_embedding: reads the same rows of the embedding.
 
     Raises:
         InputError: the file cannot be read.

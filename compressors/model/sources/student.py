@@ -1,4 +1,4 @@
-"""A student: a source checkpoint, what became of its layers and experts, and an overlay of the tensors that changed.
+"""A student: a source checkpoint, a map of the layers and experts that it keeps, and an overlay of changed tensors.
 
 Pruning writes no expert: the student reads the survivors from the source. Every reader of a student, the streamed
 torch reference and both writers included, goes through :class:`Student`. The teacher is the student that keeps
@@ -35,7 +35,7 @@ class LayerMap:
     groups: tuple[tuple[int, ...], ...]
     """[student expert]: the teacher's experts that it stands for, first the one that it comes from. Pruning keeps
     groups of one, merging makes larger ones; without any the layer has lost its MoE sub-layer."""
-    width: int | None = None  # of each expert; None: the teacher's. One expert for all may be as wide as its group
+    width: int | None = None  # each expert's width; None: the teacher's. One expert for all may be as wide as its group
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -57,12 +57,12 @@ class ExpertMap:
 
     @classmethod
     def keeping(cls, n_teacher_experts: int, kept: Sequence[Sequence[int]]) -> ExpertMap:
-        """Keeps all layers, and of each these experts."""
+        """Keeps all layers, and these experts of each."""
         layers = [LayerMap(layer, tuple((expert,) for expert in experts)) for layer, experts in enumerate(kept)]
         return cls(n_teacher_experts, tuple(layers))
 
     def of_itself(self) -> ExpertMap:
-        """The student in its own numbering, all of whose experts it keeps."""
+        """Returns the map from the student to itself, which keeps all experts."""
         return ExpertMap.keeping(self.n_teacher_experts, [range(len(layer.groups)) for layer in self.layers])
 
     @property
@@ -71,10 +71,10 @@ class ExpertMap:
         return tuple(layer.kept for layer in self.layers)
 
     def check_against(self, spec: ModelSpec) -> None:
-        """Checks that these are layers and experts of a model of this shape.
+        """Checks that these are layers and experts of this model.
 
         Raises:
-            ValueError: another number of experts, a layer or an expert that is there twice or not at all.
+            ValueError: the number of experts is another, or a layer or expert occurs twice or does not exist.
         """
         sources = [layer.source for layer in self.layers]
         if self.n_teacher_experts != spec.n_experts or not sources:
@@ -90,7 +90,7 @@ class ExpertMap:
                 raise ValueError(f"layer {layer.source} has experts of width {layer.width}")
 
     def spec_of(self, teacher: ModelSpec) -> ModelSpec:
-        """The student's shape."""
+        """The student's description."""
         sizes = [
             MoeSize(len(layer.groups), layer.width or teacher.layers[layer.source].expert_width)
             if layer.groups
@@ -131,9 +131,9 @@ class Student:
 
     Args:
         source: the teacher's checkpoint.
-        experts: what became of its layers and experts.
-        overlay: tensors by their name in the student, in place of all others.
-        weights: where the other tensors come from; None: from the source.
+        experts: the layers and experts that it keeps.
+        overlay: tensors by their name in the student; they go before all others.
+        weights: the source of the other tensors; None: the checkpoint.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class Student:
         return self.spec.tensor(role, layer).name.format(layer=layer, expert=expert)
 
     def tensor(self, role: Role, layer: int | None = None) -> torch.Tensor:
-        """The tensor of a role that is not an expert's; router rows are the surviving experts' [E, D].
+        """The tensor of a role outside of experts; router rows are the surviving experts' [E, D].
 
         A tied head is the embedding, as the student has it.
         """
@@ -208,7 +208,7 @@ class Student:
         return out
 
     def read_expert(self, role: Role, layer: int, expert: int, out: torch.Tensor) -> None:
-        """Fills ``out``, contiguous and of the expert's shape, with what :meth:`expert` would return."""
+        """Fills ``out``, contiguous and of the expert's shape, with the values that :meth:`expert` returns."""
         name = self.name(role, layer, expert)
         if name in self.overlay:
             out.copy_(self.overlay[name])
@@ -216,9 +216,9 @@ class Student:
             self._weights.read_expert(role, layer, expert, out)
 
     def mxfp4_rows(self, role: Role, layer: int, expert: int) -> torch.Tensor | None:
-        """What :meth:`expert` would return, as ggml's MXFP4 without loss: uint8 [rows, bytes].
+        """Returns one expert's projection in ggml's MXFP4, without loss: uint8 [rows, bytes].
 
-        None: it is not stored so, or was changed.
+        None: it is stored in another way, or was changed.
         """
         if self.name(role, layer, expert) in self.overlay or not isinstance(self._weights, _KeptWeights):
             return None
@@ -237,12 +237,12 @@ class Student:
         return self.expert_dtype if role.is_expert else self._weights.dtype_of(role, layer)
 
     def with_overlay(self, overlay: Mapping[str, torch.Tensor]) -> Student:
-        """The same student with these tensors in place of what it had."""
+        """The same student with these tensors in place of its own."""
         both = ChainMap(dict(overlay), self.overlay)  # type: ignore[arg-type]  # it writes to the first map only
         return Student(self.source, self.experts, both, self._weights)
 
     def as_written(self, weights: WrittenWeights) -> Student:
-        """The same student with the numbers that a file holds in place of all it had, its overlay included."""
+        """The same student with a file's numbers in place of all its own, its overlay included."""
         return Student(self.source, self.experts, weights=weights)
 
 

@@ -33,7 +33,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""What ``AutoTokenizer`` may read, beside ``config.json`` and the folder ``additional_chat_templates``."""
+"""The files that ``AutoTokenizer`` may read, beside ``config.json`` and the folder ``additional_chat_templates``."""
 
 _EMPTY_MODEL = {"type": "BPE", "vocab": {}, "merges": []}
 
@@ -41,7 +41,7 @@ _EMPTY_MODEL = {"type": "BPE", "vocab": {}, "merges": []}
 def files_state(folder: Path) -> tuple[tuple[str, int, int], ...]:
     """Returns name, time of modification and size of every file that the tokenizer and its special tokens depend on.
 
-    What was read of them may be remembered for as long as this stays the same.
+    A result of reading them stays valid while this stays the same.
     """
     names = (*TOKENIZER_FILES, "config.json", "generation_config.json")
     paths = [folder / name for name in names] + sorted(folder.glob("additional_chat_templates/*"))
@@ -52,7 +52,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """Returns a checkpoint's tokenizer, as transformers loads it; it is remembered while its files do not change.
 
     Raises:
-        InputError: there is none that can be used; the message names the file, the part at fault and what helps.
+        InputError: there is no usable tokenizer; the message names the file, the part at fault and the remedy.
     """
     return _load_tokenizer(folder, files_state(folder))
 
@@ -77,7 +77,7 @@ def _load_tokenizer(folder: Path, state: object) -> PreTrainedTokenizerFast:
 
 
 def _refuse_dropout(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """BPE dropout is for training; transformers leaves it on, and each reading of a text gives other tokens."""
+    """Refuses BPE dropout, meant for training: transformers leaves it on, and a text has other tokens each time."""
     dropout = getattr(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None), "dropout", None)
     if dropout:
         raise InputError(
@@ -105,10 +105,10 @@ def tokens_of(folder: Path, texts: Sequence[str], *, read_special_as_text: bool 
 
 
 def read_tokenizer_json(path: Path) -> Tokenizer:
-    """Returns the tokenizer of one ``tokenizer.json``, as the ``tokenizers`` library reads it by itself.
+    """Returns the tokenizer of one ``tokenizer.json``, as the ``tokenizers`` library alone reads it.
 
     Raises:
-        InputError: the library refuses the file; the message names the part at fault and what helps.
+        InputError: the library refuses the file; the message names the part at fault and the remedy.
     """
     from tokenizers import Tokenizer
 
@@ -118,7 +118,7 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
 
 
 def _refuse_huge_numbers(path: Path) -> None:
-    """The library makes a table as long as the largest number of a token; where it has no room it aborts."""
+    """Refuses huge token ids: the library makes a table as long as the largest one, and aborts without room for it."""
     model = read_json(path).get("model") if path.is_file() else None
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     for token, number in vocabulary.items() if isinstance(vocabulary, dict) else ():
@@ -144,19 +144,19 @@ def own_code(folder: Path) -> str | None:
 
 
 def _guarded(action: Callable[[], Any], folder: Path) -> Any:
-    """Turns whatever the libraries raise into one sentence: plain exceptions, and panics, which are none."""
+    """Turns all that the libraries raise into one sentence: exceptions, and panics, which are not exceptions."""
     try:
         with _quiet():
             return action()
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
-    except BaseException as error:  # a panic in Rust is no Exception
+    except BaseException as error:  # a panic in Rust is not an Exception
         raise InputError(_sentence(folder, error)) from None
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the libraries' warnings and a panic's stack off the terminal: what matters becomes our sentence."""
+    """Keeps the libraries' warnings and a panic's stack off the terminal; our message says all that matters."""
     if sys.stderr is None:  # closed by whoever started us
         yield
         return
@@ -176,7 +176,7 @@ def _sentence(folder: Path, error: BaseException) -> str:
     path = folder / "tokenizer.json"
     reason = _first_line(error)
     if path.is_file():
-        data = read_json(path)  # which says so if it is no JSON
+        data = read_json(path)  # raises if it is not JSON
         part = _part_at_fault(data)
         if part is not None:
             return (
@@ -201,7 +201,7 @@ def _sentence(folder: Path, error: BaseException) -> str:
 
 
 def _part_at_fault(data: dict[str, Any]) -> str | None:
-    """The one part of a ``tokenizer.json`` without which the library reads it; ``model`` if there is none such."""
+    """The one part of a ``tokenizer.json`` without which the library reads it; ``model`` if there is none."""
     if _is_readable(data):
         return None
     small = data | {"model": _EMPTY_MODEL, "added_tokens": []}  # a vocabulary takes long to read again and again

@@ -44,7 +44,7 @@ _INSTEAD = (
         "load it with transformers, then save_pretrained",
     ),
 )
-"""Names of files that are there in place of weights, and what to say; the first that matches counts."""
+"""Names of files that stand in place of weights, and the message for each; the first match counts."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class WeightFolder:
     """The files that hold a checkpoint's weights."""
 
     files: tuple[Path, ...]  # a tensor that lies in several of them has the last one's values
-    index: Mapping[str, str] = field(default_factory=dict)  # tensor -> name of a file; empty: none was read
-    without_index: bool = False  # shards, whose index is missing
-    beside_index: bool = False  # one file, beside an index that is not read
+    index: Mapping[str, str] = field(default_factory=dict)  # tensor -> name of a file; empty: no index was read
+    without_index: bool = False  # the files are shards whose index is missing
+    beside_index: bool = False  # there is one file, beside an index that is not read
 
 
 def find_weights(folder: Path) -> WeightFolder:

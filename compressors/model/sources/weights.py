@@ -30,7 +30,7 @@ class TunablePart:
     offset: int
     n_bytes: int
     put: Callable[[npt.NDArray[np.uint8]], None]
-    """Puts the values that are to be there into these bytes, and leaves the others as they are."""
+    """Writes the new tunable values into these bytes, and leaves the others as they are."""
 
 
 _MATRICES_OF_AN_EXPERT = 3
@@ -43,7 +43,7 @@ class ReplacedValues:
     same three tensors, which would otherwise come from the disk as often as there are experts.
 
     Args:
-        values: by name; they may be read when they are asked for.
+        values: the values by name; a lazy mapping may read them on access.
     """
 
     def __init__(self, values: Mapping[str, torch.Tensor]) -> None:
@@ -65,10 +65,10 @@ class Weights(Protocol):
         """Dtype of the experts."""
 
     def dtype_of(self, role: Role, layer: int | None) -> torch.dtype:
-        """Dtype of the tensors of a role that is not an expert's."""
+        """Dtype of the tensors of a role outside of experts."""
 
     def tensor(self, role: Role, layer: int | None) -> torch.Tensor:
-        """The tensor of a role that is not an expert's."""
+        """The tensor of a role outside of experts."""
 
     def rows(self, role: Role, layer: int | None, rows: slice) -> torch.Tensor:
         """Some consecutive rows of :meth:`tensor`, without reading all others where it is large."""
@@ -80,15 +80,15 @@ class Weights(Protocol):
 class WrittenWeights(Weights, Protocol):
     """The tensors of a written file, dequantized: float32.
 
-    Some of what a file holds can be replaced in the finished file, because its place and size stay: its *tunable
-    values*. Of a router or a norm these are all its values, float32; of a quantized matrix the scales of its blocks
-    [rows, blocks of a row, scales of a block], whose rows are those of all experts, one expert after the other. They
-    come in the student's order, and go by the tensor's name in llama.cpp (:attr:`TensorSpec.gguf`) in every container.
-    A matrix whose rows are not rows of the file's, but parts of them or turned, has no such scales.
+    Some values can be replaced in the finished file, because their place and size stay: its *tunable values*. For a
+    router or a norm these are all its values, float32; for a quantized matrix the scales of its blocks [rows, blocks of
+    a row, scales of a block], where the rows of all experts follow each other. They come in the student's order, and
+    have the tensor's name in llama.cpp (:attr:`TensorSpec.gguf`) in every container. A matrix whose rows are not rows
+    of the file, but parts of them or transposed, has no such scales.
     """
 
     def stored_type(self, role: Role, layer: int | None) -> StoredType:
-        """The type in which the file stores the tensors of a role; ggml's name where a graph holds the same numbers."""
+        """The type in which the file stores the tensors of a role; ggml's type where a graph holds the same numbers."""
 
     def block_length(self, role: Role, layer: int | None) -> int | None:
         """Consecutive values of a matrix's row that share tunable scales; None: it has no such scales."""
@@ -97,14 +97,14 @@ class WrittenWeights(Weights, Protocol):
         """The tunable values of a tensor.
 
         Raises:
-            InputError: it has none: a router or norm that is not float32, or a matrix without tunable scales.
+            InputError: it has none: it is a router or norm that is not float32, or a matrix without tunable scales.
         """
 
     def with_values(self, values: Mapping[str, torch.Tensor]) -> Self:
         """The same weights as if the file had these tunable values; the file is not changed.
 
         Raises:
-            InputError: values of a tensor that has no such, or of another shape or dtype.
+            InputError: a tensor has no tunable values, or its values have another shape or dtype.
         """
 
     def changed_parts(self) -> Iterator[TunablePart]:

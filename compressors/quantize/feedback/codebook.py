@@ -1,7 +1,7 @@
 """Formats that store an index into a table of vectors and the signs of their values, for eight values at a time.
 
-value = scale x entry of the vector x sign. As in :mod:`compressors.quantize.feedback.scalar` only the places of the
-codes are stated here (``block_iq*`` in ``ggml/src/ggml-common.h``); tables and scales are what ggml reads from blocks
+value = scale x entry of the vector x sign. As in :mod:`compressors.quantize.feedback.scalar`, only the places of the
+codes are stated here (``block_iq*`` in ``ggml/src/ggml-common.h``); ggml gives tables and scales, when it reads blocks
 whose codes are all the same. The IQ3 formats have two vectors of four values under eight signs. The XXS and XS formats
 store seven signs: the eighth makes the number of minus signs even.
 
@@ -47,7 +47,7 @@ class CodebookFormat:
 
 
 def _bytes(first_bytes: Sequence[int]) -> Fields:
-    """Codes, or their low eight bits, in bytes of their own."""
+    """The fields of codes, or of their low eight bits, in bytes of their own."""
     return Fields.of(0, 8, [(byte, 0) for byte in first_bytes])
 
 

@@ -32,13 +32,13 @@ def quantize_blocks_with_feedback(
 ) -> IntegerBlocks:
     """Quantizes rows of float32, bfloat16 or float16 values to blocks of ``bits`` bits.
 
-    Scales start from :func:`~compressors.quantize.blocks.search_blocks`, whose codes this chooses again, so that the
-    error of the outputs over the inputs that ``feedback`` tells of is small; then they are fitted to the codes.
+    Scales start from :func:`~compressors.quantize.blocks.search_blocks`. The codes are chosen again, so that the error
+    of the outputs is small for the inputs that ``feedback`` describes; then the scales are fitted to the codes.
     The result does not depend on threads; a matrix has to come in the same calls each time, as in
     :func:`~compressors.quantize.feedback.rows.quantize_rows_with_feedback`.
 
     Raises:
-        InputError: a value is not finite, or the importance is none; the message calls the weights ``name``.
+        InputError: a value is not finite, or the importance is invalid; the message calls the weights ``name``.
     """
     searched = search_blocks(values_RN, bits, block_size, importance_N, name=name)
     codes_RN, scales_RK = searched.codes_RN, searched.scales_RK

@@ -18,8 +18,8 @@ __all__ = ["LevelGrid", "Levels"]
 class Levels:
     """The levels of a format's codes, which are integers.
 
-    ``nearest`` is None where every integer from ``lowest`` to ``highest`` is a level; else it holds the nearest level
-    of every half integer from ``lowest`` on: halfway between two integers lies a half integer.
+    ``nearest`` is None if every integer from ``lowest`` to ``highest`` is a level; else it holds the nearest level of
+    every half integer from ``lowest`` on, because the borders between levels are half integers.
     """
 
     lowest: int
@@ -84,7 +84,7 @@ class LevelGrid:
         self._value_1R = np.empty((1, scale_SR.shape[1]), dtype=np.float32)
 
     def rescale(self, scale_SR: npt.NDArray[np.float32]) -> None:
-        """Takes other scales; codes and offsets stay."""
+        """Replaces the scales; codes and offsets stay."""
         self.scale_SR = scale_SR
         with np.errstate(divide="ignore"):
             self._inverse_SR = np.where(scale_SR == 0, np.float32(0), 1 / scale_SR)
@@ -92,7 +92,7 @@ class LevelGrid:
     def round_group(
         self, group: int, targets_LR: torch.Tensor, metric_LL: torch.Tensor, current_LR: torch.Tensor | None
     ) -> torch.Tensor:
-        """The nearest value of every row; the metric of a single column does not matter."""
+        """Returns the nearest value of every row; the metric of a single column does not matter."""
         scale, level_R, value_R = self.scale_of_N[group], self._chosen_NR[group], self._value_1R[0]
         target_R: npt.NDArray[np.float32] = targets_LR.numpy()[0]
         if self._offset_SR is not None:

@@ -3,9 +3,9 @@
 The squared error that rounding W to Q adds to the outputs, summed over the inputs x, is tr((W - Q) H (W - Q)^T) with
 H = mean x x^T. Error feedback rounds one group of columns after another: an error made in one group is compensated by
 moving the targets of the groups that follow. With H = A A^T, A upper triangular with diagonal blocks A_gg, group g is
-rounded towards w_g + sum_{f<g} e_f A_fg A_gg^-1, where e = w - q are the errors so far, and what is left is measured
-by D_g = A_gg A_gg^T. This is GPTQ (Frantar et al., arXiv 2210.17323) in the form of LDLQ (Chee et al., QuIP, arXiv
-2307.13304, theorem 6), which needs no inverse. Coordinate descent on the same error, once all columns have codes,
+rounded towards w_g + sum_{f<g} e_f A_fg A_gg^-1, where e = w - q are the errors so far, and D_g = A_gg A_gg^T
+measures the remaining error. This is GPTQ (Frantar et al., arXiv 2210.17323) in the form of LDLQ (Chee et al., QuIP,
+arXiv 2307.13304, theorem 6), which needs no inverse. Coordinate descent on the same error, once all columns have codes,
 moves group g to w_g + sum_{f!=g} e_f H_fg H_gg^-1, measured by H_gg. The two differ only in these matrices.
 
 Letters: N columns (inputs), G groups of L neighbouring columns.
@@ -33,7 +33,7 @@ class Couplings:
     """The matrices of one pass over all groups of columns; columns are in the order of :meth:`Feedback.order_N`."""
 
     weights_NN: torch.Tensor  # [j, i]: how far an error of column i moves the target of column j; 0 within a group
-    metric_GLL: torch.Tensor  # measures what is left of a group's error
+    metric_GLL: torch.Tensor  # measures the remaining error of a group
     only_earlier: bool  # targets depend on errors of earlier columns only
 
 
@@ -52,7 +52,7 @@ class Feedback:
 
     @classmethod
     def of(cls, moments_NN: torch.Tensor) -> Feedback:
-        """Takes the mean of x x^T, float32 or float64 [N, N], mixed already (:func:`conditioned`), and damps it.
+        """Takes and damps the mean of x x^T, float32 or float64 [N, N], already mixed (:func:`conditioned`).
 
         Moments that are zero everywhere (an expert that saw no token) couple no columns.
 

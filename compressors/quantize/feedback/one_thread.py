@@ -1,4 +1,4 @@
-"""Work whose result does not depend on how many threads torch has."""
+"""Makes results independent of the number of torch's threads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["one_thread"]
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Torch computes with one thread in here; a Cholesky factor's last bits depend on their number.
+    """Lets torch compute with one thread; a Cholesky factor's last bits depend on their number.
 
     The setting belongs to the calling thread (``ATen/ParallelOpenMP.cpp``): others that run meanwhile keep theirs.
     """

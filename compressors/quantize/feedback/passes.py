@@ -1,6 +1,6 @@
-"""Choosing the codes of a whole matrix under the second moments of its inputs, a group of columns after the other.
+"""Chooses the codes of a whole matrix under the second moments of its inputs, one group of columns after the other.
 
-Everything is stored with columns first, [N, R]: a column of all rows lies together, and rows do not see each other.
+Everything is stored with columns first, [N, R]: a column of all rows lies together, and rows are independent.
 The elementary steps are numpy's, which has the smaller overhead on single columns; products of matrices are torch's,
 which obey the caller's number of threads.
 
@@ -20,7 +20,7 @@ __all__ = ["SLICE_ROWS", "Grid", "choose_codes", "improve_codes", "n_sweeps_for"
 SLICE_ROWS = 1024
 """Rows that are rounded together: a column of them fits a core's first cache."""
 
-_BLOCK = 32  # columns whose targets are brought up to date by one product of matrices
+_BLOCK = 32  # columns whose targets one product of matrices updates
 
 
 class Grid(Protocol):
@@ -55,10 +55,10 @@ def ordered_columns(values_RN: torch.Tensor, order_N: torch.Tensor) -> torch.Ten
 
 
 def n_sweeps_for(bits: int) -> int:
-    """Passes of coordinate descent for codes of so many bits.
+    """Returns the passes of coordinate descent for codes of ``bits`` bits.
 
-    They take 10 to 25 % of the error at 2 bits and 3 to 5 % at 4 and 5. At 6 and more, what is left is far below what
-    the runtimes' own rounding does.
+    They remove 10 to 25 % of the error at 2 bits and 3 to 5 % at 4 and 5. At 6 and more, the remaining error is far
+    below that of the runtimes' own rounding.
     """
     return {1: 3, 2: 3, 3: 2, 4: 1, 5: 1}.get(bits, 0)
 
@@ -66,7 +66,7 @@ def n_sweeps_for(bits: int) -> int:
 def improve_codes(
     values_NR: torch.Tensor, errors_NR: torch.Tensor, grid: Grid, feedback: Feedback, n_sweeps: int
 ) -> None:
-    """Chooses the grid's codes again, knowing all others, ``n_sweeps`` times; ``errors_NR`` follow."""
+    """Chooses the grid's codes again, given all others, ``n_sweeps`` times, and updates ``errors_NR``."""
     for _ in range(n_sweeps):
         _one_pass(values_NR, errors_NR, grid, feedback.descent(grid.length))
 
@@ -88,7 +88,7 @@ def _one_block(
     couplings: Couplings,
     block: slice,
 ) -> None:
-    """The groups of one block; ``targets_BR`` know of every error as it was when the block began."""
+    """Rounds the groups of one block; ``targets_BR`` include every error as it was when the block began."""
     weights_BB = couplings.weights_NN[block, block]
     changes_BR = errors_BR.clone()  # holds the errors before, and becomes the changes from the front
     for start in range(0, len(values_BR), grid.length):

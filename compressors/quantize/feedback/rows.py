@@ -70,7 +70,7 @@ def searched_q2_0(values_RN: torch.Tensor, importance_N: torch.Tensor | None, na
 def _searched(
     values_RN: torch.Tensor, quantized_RY: npt.NDArray[np.uint8], importance_N: torch.Tensor | None, name: str
 ) -> npt.NDArray[np.uint8]:
-    """Q2_0 rows with searched scales; the kernel's are the largest magnitudes, which leaves codes unused.
+    """Q2_0 rows with searched scales; the kernel takes the largest magnitudes, which leaves codes unused.
 
     The levels of Q2_0 are -1 to 2, those of ONNX Runtime's codes -2 to 1: the same with scales of the opposite sign.
     """

@@ -32,10 +32,10 @@ class ScalarFormat:
     """The codes of one type."""
 
     fields: tuple[Fields, ...]
-    scale_length: int  # neighbouring values that share scale and offset
+    scale_length: int  # the number of neighbouring values that share scale and offset
     unit_code: int  # the code whose level is 1
     minimum: slice | None = None  # the bytes of the float16 factor of all offsets
-    lowest_level: int | None = None  # if not every code is used; Q8_0: no kernel writes -128
+    lowest_level: int | None = None  # set if not every code is used; Q8_0: no kernel writes -128
     fitted_scale: bool = False  # the scale is a float16 at the start of the block, and is fitted to the codes
 
     @property
@@ -95,7 +95,7 @@ SCALAR_FORMATS: Mapping[GGMLQuantizationType, ScalarFormat] = {
 
 @functools.cache
 def levels_of(ggml_type: GGMLQuantizationType) -> Levels:
-    """The level of every code, read from a block of the library's own."""
+    """The level of every code, read from a block that the library made."""
     form = SCALAR_FORMATS[ggml_type]
     block_length, _ = BLOCK_SIZES[ggml_type]
     ramp_1N = torch.linspace(-1, 1, block_length)[None]

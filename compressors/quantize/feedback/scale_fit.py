@@ -16,11 +16,11 @@ __all__ = ["refit_scales"]
 
 
 def refit_scales(grid: LevelGrid, errors_NR: torch.Tensor, feedback: Feedback) -> None:
-    """Gives every scale in turn the value that leaves the least error of the outputs, codes fixed.
+    """Gives every scale in turn the value with the least error of the outputs, while codes stay fixed.
 
     With the levels c and the errors e, a change of d leaves (e - d c) H (e - d c)^T: d = c H e / c H c.
-    Scales are rounded to float16; a change that no longer helps then is not made.
-    The grid gets the scales, ``errors_NR`` follow.
+    Scales are rounded to float16; a change that then no longer helps is not made.
+    The grid gets the scales, and ``errors_NR`` are updated.
     """
     moments_NN = feedback.ordered_NN(1)
     levels_NR = torch.from_numpy(grid.levels_NR())

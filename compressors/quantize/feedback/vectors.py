@@ -45,7 +45,7 @@ class VectorGrid:
     def round_group(
         self, group: int, targets_LR: torch.Tensor, metric_LL: torch.Tensor, current_LR: torch.Tensor | None
     ) -> torch.Tensor:
-        """The nearest vectors by the diagonal of the metric; they replace the current ones where the metric agrees."""
+        """Finds the nearest vectors by the metric's diagonal; they replace the current ones where the metric agrees."""
         weight_L = metric_LL.diagonal()
         scale_R = self._scale_SR[self._scale_of_G[group]]
         scaled_LR = targets_LR * self._inverse_SR[self._scale_of_G[group]]
@@ -67,7 +67,7 @@ class VectorGrid:
         return np.ascontiguousarray(packed[:, 0])
 
     def _signs(self, scaled_LR: torch.Tensor, weight_L: torch.Tensor) -> torch.Tensor:
-        """The signs of the targets; where their number has to be even and is not, that of the least costs changes."""
+        """The signs of the targets; if the number of minus signs must be even and is not, the cheapest one changes."""
         negative_LR = scaled_LR < 0
         if self._table.even_signs:
             odd_R = negative_LR.sum(dim=0) % 2 == 1

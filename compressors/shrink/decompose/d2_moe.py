@@ -1,4 +1,4 @@
-"""D2-MoE: what a layer's experts have in common, plus what each has of its own at low rank."""
+"""D2-MoE: one base that a layer's experts share, plus a low-rank part for each expert."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class D2Moe:
     """Base plus deltas of ``rank``, cut by activation-scaled SVD: Gu et al., arXiv 2502.17298, code lliai/D2MoE.
 
     The base is the usage-weighted mean of the experts, ``merge_method="freq"`` of the public code. The paper's choice
-    multiplies usage by the Fisher information of each weight; that takes gradients through the whole model, which the
-    evidence about one layer does not hold. Each delta has factors of its own (the code can also share the right ones
+    multiplies usage by the Fisher information of each weight; that needs gradients through the whole model, which are
+    not in the evidence about one layer. Each delta has factors of its own (the code can also share the right ones
     in the layer). The base is not pruned (``pp_ratio`` 0 of the code).
     """
 
@@ -56,7 +56,7 @@ class D2Moe:
         return D2MoeFactors(base, decompose_experts(block, evidence, self.rank, base))
 
     def __call__(self, block: MoeBlock, evidence: Evidence) -> CompressedBlock:
-        """The block with its experts rewritten; :meth:`decompose` says what it raises."""
+        """Returns the block with its experts rewritten; raises the errors of :meth:`decompose`."""
         return with_factors(block, self.decompose(block, evidence))
 
 

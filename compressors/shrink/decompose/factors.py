@@ -1,4 +1,4 @@
-"""What every decomposition gives: factors that can be counted, and multiplied out into dense experts.
+"""The results of decompositions: factors that can be counted, and multiplied out into dense experts.
 
 Letters beside those of :mod:`compressors.model.description.spec`: r rank, M bases shared in the layer, O rows and I
 columns of a matrix (gate and up: O = F, I = D; down: O = D, I = F).
@@ -46,7 +46,7 @@ class Decomposition(Method, Protocol):
 
 
 class ExpertMatrices(NamedTuple):
-    """The three matrices of one expert, or of what experts share."""
+    """The three matrices of one expert, or those that experts share."""
 
     gate_FD: torch.Tensor
     up_FD: torch.Tensor
@@ -54,11 +54,11 @@ class ExpertMatrices(NamedTuple):
 
     @classmethod
     def of(cls, block: MoeBlock, expert: int) -> ExpertMatrices:
-        """An expert of a block: float32."""
+        """Returns the matrices of a block's expert: float32."""
         return cls(block.gate(expert), block.up(expert), block.down(expert))
 
     def minus(self, other: ExpertMatrices) -> ExpertMatrices:
-        """What one has beyond the other."""
+        """Returns the differences from the other's matrices."""
         return ExpertMatrices(*(own - shared for own, shared in zip(self, other, strict=True)))
 
 
@@ -71,7 +71,7 @@ class LowRank:
 
     @classmethod
     def stack(cls, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> LowRank:
-        """From each expert's left [O, r] and right [r, I], rounded to float32."""
+        """Makes it from each expert's left [O, r] and right [r, I], rounded to float32."""
         lefts, rights = zip(*pairs, strict=True)
         return cls(torch.stack(lefts).float(), torch.stack(rights).float())
 
@@ -94,7 +94,7 @@ class MatrixErrors(NamedTuple):
 
 
 def relative_errors(block: MoeBlock, factors: Factors) -> MatrixErrors:
-    """How far the factors are from a block's experts."""
+    """Computes the distance of the factors from a block's experts."""
     gate_up_EFD, down_EDF = factors.materialize()
     differences, norms = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     for expert in range(block.n_experts):

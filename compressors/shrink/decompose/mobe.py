@@ -69,7 +69,7 @@ class Mobe:
 
     As published: the mixing weights are a softmax; the weights are fitted in units of their standard deviation; full
     batch, a constant learning rate of 0.07, 10,000 to 15,000 steps, the best state kept; the start is a truncated SVD
-    of as many groups of neighbouring experts as there are bases. Nothing in it is random, so there is no seed. Unlike
+    of as many groups of neighbouring experts as there are bases. Nothing is random, so there is no seed. Unlike
     the code, the start is in the units of the fit, and the groups may differ by one expert.
     ``rank`` is the number of rows of a basis; None is the published choice, the expert's width (D where that is less).
     """
@@ -99,7 +99,7 @@ class Mobe:
         return MobeFactors(gate, up, block.down_EDF)
 
     def __call__(self, block: MoeBlock, evidence: Evidence) -> CompressedBlock:
-        """The block with its experts rewritten; :meth:`decompose` says what it raises."""
+        """Returns the block with its experts rewritten; raises the errors of :meth:`decompose`."""
         return with_factors(block, self.decompose(block, evidence))
 
     @torch.enable_grad()
@@ -121,7 +121,7 @@ class Mobe:
 
 
 def _start(targets_EFD: torch.Tensor, n_bases: int, rank: int) -> list[torch.Tensor]:
-    """A, the logits of alpha, and B: with U S V^T the stacked experts of a group, its B is V^T cut to the rank.
+    """Returns A, the logits of alpha, and B: if a group's stacked experts are U S V^T, its B is V^T cut to the rank.
 
     An expert's A is its rows of U S, which are its weights times V.
     """
@@ -136,7 +136,7 @@ def _start(targets_EFD: torch.Tensor, n_bases: int, rank: int) -> list[torch.Ten
 
 
 def _accumulate_gradient(targets_EFD: torch.Tensor, parameters: list[torch.Tensor], activation: Activation) -> float:
-    """The mean squared error over all experts; its gradient is added to the parameters'."""
+    """Returns the mean squared error over all experts, and adds its gradient to the parameters'."""
     own_EFr, logits_EM, bases_MrD = parameters
     total = 0.0
     for experts in torch.arange(len(targets_EFD)).split(_EXPERTS_AT_ONCE):

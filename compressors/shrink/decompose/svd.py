@@ -41,7 +41,7 @@ class SvdFactors:
 
 @dataclass(frozen=True)
 class ActivationSvd:
-    """Each expert matrix cut to ``rank`` so that its outputs on the expert's routed sample tokens change least.
+    """Cuts each expert matrix to ``rank`` so that its outputs on the expert's routed sample tokens change least.
 
     SVD-LLM's truncation-aware whitening (Wang et al., arXiv 2403.07378); ASVD (Yuan et al., arXiv 2312.05821) is the
     same with the second moment's diagonal alone. Gate, up and down are cut one by one, each with the inputs that it has
@@ -61,12 +61,12 @@ class ActivationSvd:
         return decompose_experts(block, evidence, self.rank)
 
     def __call__(self, block: MoeBlock, evidence: Evidence) -> CompressedBlock:
-        """The block with its experts' matrices cut; :meth:`decompose` says what it raises."""
+        """Returns the block with its experts' matrices cut; raises the errors of :meth:`decompose`."""
         return with_factors(block, self.decompose(block, evidence))
 
 
 def decompose_experts(block: MoeBlock, evidence: Evidence, rank: int, base: ExpertMatrices | None = None) -> SvdFactors:
-    """Cuts each expert of a block, or what it has beyond ``base``, to a rank; the tokens are always the block's."""
+    """Cuts each expert of a block, or its difference from ``base``, to a rank; the tokens are always the block's."""
     routes = block.route(evidence.sample_TD)
     gates, ups, downs = [], [], []
     for expert in range(block.n_experts):
@@ -88,7 +88,7 @@ def expert_moments(block: MoeBlock, evidence: Evidence, routes: Routes, expert: 
 
 
 def truncate(matrix_OI: torch.Tensor, moment_II: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The matrix W' of a rank that minimises |(W - W') L| for L L^T = the inputs' second moment.
+    """Finds the matrix W' of a rank that minimises |(W - W') L| for L L^T = the inputs' second moment.
 
     The minimum is the truncated SVD of W L times the inverse of L (arXiv 2403.07378, section 3). With U the first left
     singular vectors that equals U U^T W, which needs no inverse.
@@ -103,7 +103,7 @@ def truncate(matrix_OI: torch.Tensor, moment_II: torch.Tensor, rank: int) -> tup
 
 
 def _whitening_moment(inputs_nI: torch.Tensor) -> torch.Tensor:
-    """The sum of x x^T with one token of mean norm added in every direction; the identity, so plain SVD, for no tokens.
+    """The sum of x x^T with one token of mean norm added in every direction; without tokens the identity: plain SVD.
 
     The ridge fades as tokens come in. Without it the cut overfits a few hundred tokens: on tokens outside the sample
     it is worse, on other text even worse than plain SVD. Half or twice the ridge was no better on the trained fixtures.

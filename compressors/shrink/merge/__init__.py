@@ -1,4 +1,4 @@
-"""Merging experts: every group of experts becomes one, so that the checkpoint shrinks and nothing is aliased.
+"""Merges experts: every group of experts becomes one, so the checkpoint shrinks and nothing is aliased.
 
 Each method is a :class:`~compressors.shrink.moe_block.Method`; :func:`forward_with_aliases` is the comparison arm that
 keeps every router row, as M-SMoE and HC-SMoE were published.

@@ -1,4 +1,4 @@
-"""What collapsing the router costs: the block as M-SMoE and HC-SMoE publish it, with all router rows kept."""
+"""Shows the cost of collapsing the router: the block as M-SMoE and HC-SMoE publish it, with all router rows kept."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["forward_with_aliases"]
 def forward_with_aliases(original: MoeBlock, compressed: CompressedBlock, inputs_TD: torch.Tensor) -> torch.Tensor:
     """The block's output when every router row of the original stays, as an alias of its group's merged expert.
 
-    A token that chose several members of a group gets the merged expert once, with the sum of their gates. A comparison
-    arm for torch alone: containers and checkpoints have one router row for each expert.
+    A token that chose several members of a group gets the merged expert once, with the sum of their gates. This is a
+    comparison arm in torch alone: containers and checkpoints have one router row for each expert.
 
     Args:
         original: the block that was merged, for its router.
-        compressed: what a merging method made of it.
+        compressed: the result of a merging method.
         inputs_TD: states that enter the block.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Neuron alignment: the order of an expert's intermediate neurons that fits another expert's best.
+"""Neuron alignment: finds the order of an expert's intermediate neurons that fits another expert's best.
 
 An expert computes the same function whatever the order of its neurons, but a mean of two experts' weights does not.
 Finding the best order is a linear assignment problem (Ainsworth et al., "Git Re-Basin", arXiv 2209.04836).
@@ -16,7 +16,7 @@ __all__ = ["match_weights", "match_weights_and_activations"]
 
 
 def match_weights(block: MoeBlock, reference: int, expert: int) -> torch.Tensor:
-    """Weight matching: the order in which the expert's weights are nearest to the reference's in the L2 norm.
+    """Weight matching: finds the order in which the expert's weights are nearest to the reference's in the L2 norm.
 
     This is the order of greatest inner product, over gate rows, up rows and down columns together (M-SMoE, arXiv
     2310.01334; UNITES-Lab/MC-SMoE, ``mcsmoe/merging/permutation.py``).
@@ -31,7 +31,7 @@ def match_weights(block: MoeBlock, reference: int, expert: int) -> torch.Tensor:
 def match_weights_and_activations(
     block: MoeBlock, inputs_TD: torch.Tensor, reference: int, expert: int
 ) -> torch.Tensor:
-    """REAM's alignment: the order of least total distance between neurons, by weights and by activations.
+    """REAM's alignment: finds the order of least total distance between neurons, by weights and by activations.
 
     Both are vectors of length 1 for each neuron, one of its gate row, up row and down column, one of its activations
     for all the tokens; their distances are added (arXiv 2604.04356, section 4). The public code projects the weights

@@ -1,4 +1,4 @@
-"""Makes one expert of each group: the weighted mean of its members."""
+"""Replaces each group by one expert: the weighted mean of its members."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def require_possible(n_experts: int, block: MoeBlock) -> None:
     """Checks a number of experts to merge into.
 
     Raises:
-        InputError: it is not between 1 and the block's number of experts.
+        InputError: the number is not between 1 and the block's number of experts.
     """
     if not 1 <= n_experts <= block.n_experts:
         raise InputError(
@@ -28,7 +28,7 @@ def require_possible(n_experts: int, block: MoeBlock) -> None:
 
 
 def ordered(groups: Iterable[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-    """Groups as a compressed block lists them: by their first members, and the other members ascending."""
+    """Sorts groups as a compressed block lists them: by their first members, with the other members ascending."""
     return tuple(sorted((group[0], *sorted(group[1:])) for group in groups))
 
 
@@ -48,16 +48,16 @@ def merge_groups(
     Args:
         block: the experts.
         groups: each expert in one group; the expert that the others are aligned to comes first.
-        weights_E: how much each expert counts: usage or saliency, not negative.
-        align: orders the neurons of a group's other members as its first member's; without it they stay as they are.
-        average_router: whether the router row is the members' weighted mean, or that of the first member.
+        weights_E: the weight of each expert: usage or saliency, not negative.
+        align: orders the neurons of a group's other members like its first member's; None: they stay as they are.
+        average_router: True if the router row is the members' weighted mean, not the first member's row.
     """
     merged = block.keep([group[0] for group in groups])
     changed = frozenset(index for index, group in enumerate(groups) if len(group) > 1)
     for index in changed:
         group = groups[index]
         shares = _shares(weights_E, group)
-        # `keep` copied what it kept, so the given block does not change
+        # `keep` made copies, so the given block does not change
         _average(merged, index, block, group, shares, align)
         if average_router:
             for mean_E, tensor_E in _router_tensors(merged, block):

@@ -26,9 +26,9 @@ class MSMoE:
     mean weighted by usage. The router row is that mean of the members' rows; as published, all rows stay as aliases
     (:func:`compressors.shrink.merge.forward_with_aliases`).
 
-    As published, dominant experts are chosen by usage over all layers together, so that layers keep different numbers.
-    That allocation is not made here: this is one layer, and its number is given. Where the router chooses groups of
-    experts first, each of these has equally many dominant ones.
+    As published, dominant experts are chosen by usage over all layers together, so layers keep different numbers.
+    Here the number of each layer is given. Where the router chooses groups of experts first, each group has equally
+    many dominant experts.
 
     Raises (when called):
         InputError: ``n_experts`` is not between 1 and the block's number of experts.

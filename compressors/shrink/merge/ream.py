@@ -30,13 +30,13 @@ class REAM:
     becomes the mean weighted by saliency, and keeps the centroid's router row. An expert that no token chose has no
     saliency: it joins a group, and adds nothing.
 
-    No expert is left over: where the groups cannot hold all experts the walk cannot end, and the number is refused, as
+    No expert is left over: if the groups cannot hold all experts, the number is refused, as
     in the public code (SamsungSAILMontreal/ream). The similarity is that of equations 5, 7 and 8 as independent
     implementations quote them. The public code instead compares the outputs' means over the tokens, and scales the
     gates' distances by the largest in the layer; it also gives experts that no token chose the least saliency of the
     others.
-    Where the router chooses groups of experts first, each of these has equally many centroids. Recomputing the inputs
-    of the layers behind is for the stage that calls the method.
+    Where the router chooses groups of experts first, each group has equally many centroids. The stage that calls the
+    method computes the inputs of the following layers again.
 
     Raises (when called):
         InputError: ``n_experts`` is not between 1 and the block's number of experts, or too small for ``group_size``.

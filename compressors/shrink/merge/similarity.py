@@ -1,4 +1,4 @@
-"""How alike experts are: by the router's logits, and by what they compute for the same tokens."""
+"""Similarities of experts: by the router's logits, and by their outputs for the same tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from compressors.shrink.moe_block import MoeBlock
 __all__ = ["TOKENS_AT_ONCE", "mean_outputs", "output_cosines", "router_logit_cosines"]
 
 TOKENS_AT_ONCE = 2048
-_VALUES_AT_ONCE = 2**26  # outputs of all experts that are held together: 256 MiB in float32
+_VALUES_AT_ONCE = 2**26  # values of outputs that are held together: 256 MiB in float32
 
 
 def router_logit_cosines(statistics: LayerStatistics) -> torch.Tensor:
@@ -23,7 +23,7 @@ def router_logit_cosines(statistics: LayerStatistics) -> torch.Tensor:
 def output_cosines(block: MoeBlock, inputs_TD: torch.Tensor) -> torch.Tensor:
     """Mean over the tokens of the cosine of two experts' outputs; every expert sees every token: float64 [E, E].
 
-    Gates need no place here: they are positive and scale an output without turning it.
+    Gates do not matter: they are positive and scale an output without turning it.
     """
     hidden_size = inputs_TD.shape[-1]
     n_tokens = max(1, _VALUES_AT_ONCE // (block.n_experts * hidden_size))

@@ -1,4 +1,4 @@
-"""What the statistics of a layer's experts tell about the experts that they were merged into."""
+"""Derives the statistics of merged experts from those of the layer before merging."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _MAXIMA = ("norm_max_E", "output_max_E")
 
 
 def merged_statistics(statistics: LayerStatistics, groups: tuple[tuple[int, ...], ...]) -> LayerStatistics:
-    """Statistics of merged experts out of their members', for importance matrices where nothing is measured anew.
+    """Computes statistics of merged experts from their members', for importance matrices without another measurement.
 
-    A merged expert is taken to get all tokens of its members, and to answer as they do: sums add up and maxima are the
-    largest. Only its first member tells about its neurons, for methods reorder those of the others: the mean square
-    of the inputs of the down projection is that member's, for all the group's tokens. Router logits are its too.
+    A merged expert is assumed to get all tokens of its members, and to answer as they do: sums add up and maxima are
+    the largest. Only its first member describes its neurons, because methods reorder those of the others: the mean
+    square of the inputs of the down projection is that member's, for all the group's tokens. So are router logits.
 
     Args:
-        statistics: of the layer before merging.
-        groups: [G], of :class:`~compressors.shrink.moe_block.CompressedBlock`.
+        statistics: the statistics of the layer before merging.
+        groups: [G], the groups of :class:`~compressors.shrink.moe_block.CompressedBlock`.
 
     Returns:
-        The same fields for G experts; what does not depend on experts is unchanged.
+        The same fields for G experts; fields that do not depend on experts are unchanged.
     """
     members = [list(group) for group in groups]
     origins = [group[0] for group in groups]

@@ -1,4 +1,4 @@
-"""Making experts narrower, their number unchanged."""
+"""Makes experts narrower, with their number unchanged."""
 
 from compressors.shrink.slim.width import GGUF_WIDTH_MULTIPLE, SlimWidth, check_width
 

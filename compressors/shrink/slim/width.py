@@ -1,4 +1,4 @@
-"""Narrower experts: the neurons that add most to the output stay, and the down projection makes up for the others.
+"""Makes experts narrower: the neurons that add most to the output stay, and the down projection makes up for the rest.
 
 Letters as in :mod:`compressors.shrink.moe_block`; M neurons that are kept.
 """
@@ -22,8 +22,8 @@ divide into such blocks."""
 
 _PRIOR_TOKENS = 100
 """The plain slice weighs as much as this many tokens of average activations. On two layers of both trained fixtures, at
-50 and 75 % of the width, with 8 to 768 tokens per expert, no ridge that was tried (0.3 to 100 tokens, 0.0001 to 0.1 of
-the mean diagonal) had an error on other tokens that was more than 2 % lower."""
+50 and 75 % of the width, with 8 to 768 tokens per expert, no other ridge (0.3 to 100 tokens, 0.0001 to 0.1 of the mean
+diagonal) had an error on other tokens that was more than 2 % lower."""
 
 
 def check_width(width: int, full_width: int, *, for_gguf: bool = False) -> None:
@@ -57,7 +57,7 @@ class SlimWidth:
     needs: ClassVar[Needs] = Needs.INPUTS
 
     def __call__(self, block: MoeBlock, evidence: Evidence) -> CompressedBlock:
-        """The block with every expert ``width`` neurons wide; down projections are float32.
+        """Returns the block with every expert ``width`` neurons wide; down projections are float32.
 
         Raises:
             InputError: ``width`` is not from 1 to the block's width.

@@ -1,12 +1,12 @@
-"""Teaches once more, beside the codes that the written files hold, and puts what was learned into those files.
+"""Trains once more, beside the codes of the written files, and puts the learned values into these files.
 
-What is taught makes good a file's own quantization errors, so each file is taught by itself, from the same student with
-the same text; files that hold the same numbers are one student, taught once. The student in torch, which has no such
+This training corrects a file's own quantization errors, so each file is trained by itself, from the same student with
+the same text; files that hold the same numbers are one student, trained once. The student in torch, which has no such
 errors, stays as recovery left it.
 
-The student is judged as the file would hold it, scales rounded to float16. What was learned is kept only if the
-divergence falls; otherwise the file gets back the values that it was written with, whatever an attempt that was killed
-has left in it.
+The student is judged as the file would hold it, with scales rounded to float16. The learned values are kept only if
+the divergence falls; otherwise the file gets back the values that it was written with, even after an attempt that was
+killed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = ["retune"]
 
 
 def retune(context: StageContext) -> None:
-    """Writes what was tried; changes tunable values in the written files."""
+    """Writes the results of the rungs, and changes tunable values in the written files."""
     plan, work = context.plan, context.work
     use_threads(plan)
     recovered = open_student(plan, work)
@@ -50,7 +50,7 @@ def retune(context: StageContext) -> None:
 
 
 def _teach(context: StageContext, recovered: Student, artifacts: tuple[str, ...]) -> Mapping[str, Any]:
-    """Teaches the student that these artifacts are, all holding the same numbers, and puts the result into each."""
+    """Trains the student in these artifacts, which hold the same numbers, and puts the result into each."""
     plan, work = context.plan, context.work
     rung = plan.recipe.recover.after_quantizing
     assert rung is not None, "the stage is left out of other plans"
@@ -74,7 +74,7 @@ def _teach(context: StageContext, recovered: Student, artifacts: tuple[str, ...]
 
 
 class _FileLadder(Ladder):
-    """The ladder of a student that a file holds: what it learns are values of that file.
+    """The ladder of a student that a file holds: it learns values of that file.
 
     Args:
         context: the context of the stage.
@@ -107,5 +107,5 @@ class _FileLadder(Ladder):
 
 
 def _with(original: Mapping[str, torch.Tensor], learned: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    """The original values, and what was learned in place of some; each is read when it is asked for."""
+    """The original values, some replaced by learned ones; each is read on access."""
     return ChainMap(learned, original)  # type: ignore[arg-type]  # nothing is written to it

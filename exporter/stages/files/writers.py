@@ -31,7 +31,7 @@ def gguf(context: StageContext) -> None:
 
 
 def onnx(context: StageContext) -> None:
-    """Writes the recipe's graph and weights, and what onnxruntime-genai and optimum want beside them."""
+    """Writes the recipe's graph and weights, and the files that onnxruntime-genai and optimum need beside them."""
     recipe, recovered = context.plan.recipe, open_student(context.plan, context.work)
     folder = write_onnx_folder(context, recovered, recipe.file("onnx"), context.output)
     if recipe.recover.after_quantizing is not None:
@@ -48,7 +48,7 @@ def student(context: StageContext) -> None:
 
 
 def write_gguf_file(context: StageContext, model: Student, choice: FileChoice, place: Path) -> Path:
-    """Quantizes a student with what the calibration text says about the inputs of its matrices.
+    """Quantizes a student, weighing errors by the inputs that its matrices have on the calibration text.
 
     Args:
         context: the context of the stage.

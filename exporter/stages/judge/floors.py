@@ -81,13 +81,13 @@ def _measure_teacher(
     write: Callable[[Student, str, Path, Callable[[int], None]], Path],
     open_backend: Callable[[Path], RuntimeBackend],
 ) -> None:
-    """Writes the runtime's evaluation against torch with the same weights, torch's routing, and the whole's cost.
+    """Writes the runtime's evaluation against torch with the same weights, torch's routing, and the whole model's cost.
 
     Args:
         context: the context of the stage.
         artifact: ``gguf`` or ``onnx``.
-        write: writes a model in a type of weights into a folder, telling the bytes written; returns what to open.
-        open_backend: loads that.
+        write: writes a model in a type of weights into a folder, reporting the bytes written; returns the path to open.
+        open_backend: loads that path.
     """
     floor = context.plan.teacher_floors[artifact]
     use_threads(context.plan)
@@ -160,7 +160,7 @@ def _by_torch(
 
 
 class _SomeChunks:
-    """Some chunks of what was written for all, one after the other."""
+    """The log-probabilities of some chunks, one after the other, from a file of all."""
 
     def __init__(self, whole: LogProbReader, chunks: Sequence[int], n_scored: int) -> None:
         self._whole = whole

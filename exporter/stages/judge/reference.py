@@ -1,4 +1,4 @@
-"""Measures in torch: the student, and the written files' own numbers, which show what a runtime changes by itself."""
+"""Measures in torch: the student, and the written files' own numbers, which show a runtime's own changes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SAME_WEIGHTS = "same_weights"
 
 
 def validate_torch(context: StageContext) -> None:
-    """Writes what the student predicts on held-out text: the reference for both artifacts."""
+    """Writes the student's predictions on held-out text: the reference for both artifacts."""
     use_threads(context.plan)
     student = open_student(context.plan, context.work)
     heldout_BT = token_blocks(context.work).heldout.numpy()

@@ -85,7 +85,7 @@ def _validate_runtime(
     """Writes the artifact's evaluation and measurement.
 
     Args:
-        context: the stage's.
+        context: the context of the stage.
         artifact: ``gguf`` or ``onnx``.
         path: the file or folder to measure.
         open_backend: loads it for evaluation; called after the cost was measured, because a crash there leaves this
@@ -118,7 +118,7 @@ def _validate_runtime(
 
 
 def limit_runtime(artifact: str, path: Path, n_tokens: int) -> None:
-    """Ends this process when a runtime is busy with an artifact for too long, which is a finding."""
+    """Ends this process if a runtime takes too long with an artifact, which is a finding."""
     os.environ["GGML_NO_BACKTRACE"] = "1"  # a debugger would print for half a minute
     set_limit(patience(artifact_bytes(artifact, path), n_tokens))
 
@@ -161,7 +161,7 @@ def _with_quantized_cache(
 def _router_alone(
     context: StageContext, artifact: str, backend: RuntimeBackend, heldout_BT: npt.NDArray[np.int64]
 ) -> dict[str, Any] | None:
-    """Gives the runtime's routers what the same routers had in torch; None of a student without routers."""
+    """Runs the runtime's routers on torch's router inputs; None for a student without routers."""
     inputs = router_inputs(context, artifact)
     if not inputs.folder.exists():
         return None

@@ -1,4 +1,4 @@
-"""Measures files of every size in llama.cpp: llama-quantize's mixes, pruned models, and what the search finds."""
+"""Measures files of every size in llama.cpp: llama-quantize's mixes, pruned models, and the search's files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MIXES = (
     *("Q2_K", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M"),
 )
 MIXES_OF_PRUNED = ("Q6_K", "Q4_K_M", "Q2_K", "IQ2_XXS")
-_PRUNED = (0.25, 0.5)  # shares of the experts that go
+_PRUNED = (0.25, 0.5)  # shares of the experts that are removed
 
 
 def pareto(context: StageContext) -> None:

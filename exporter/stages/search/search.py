@@ -19,7 +19,7 @@ __all__ = ["search"]
 
 
 def search(context: StageContext) -> None:
-    """Writes what was found: a recipe for the files that share a student, and all that was looked at."""
+    """Writes the results: a recipe for the files that share a student, and all candidates."""
     use_threads(context.plan)
     n_measured = n_measured_files(context)
     searching = Search(context, n_measured)

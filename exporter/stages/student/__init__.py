@@ -1,1 +1,1 @@
-"""Stages that make the student: they compress the model, and recover what that lost."""
+"""Stages that make the student: they compress the model, and recover its quality."""

@@ -1,4 +1,4 @@
-"""Compresses the model layer by layer: what becomes of its experts, and the tensors that change."""
+"""Compresses the model layer by layer: decides about its experts, and writes the tensors that change."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _compressed(context: StageContext, tokens_BT: torch.Tensor) -> tuple[list[La
 
 
 def _write_statistics(context: StageContext, tokens_BT: torch.Tensor) -> None:
-    """Writes what the new experts see of the calibration text: the importance of their weights' columns."""
+    """Writes the new experts' statistics on the calibration text, for the importance of their weights' columns."""
     plan = context.plan
     overlays = OVERLAY.all_within(context.output)
     student = Student.load(open_source(plan.source), context.file(EXPERT_MAP), overlays)

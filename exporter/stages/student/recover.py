@@ -63,7 +63,7 @@ def judge_on_selection(context: StageContext, student: Student) -> Judgement:
 
 
 class Ladder:
-    """Climbs rungs one after another; ``student`` is as the last rung that was kept left it.
+    """Climbs rungs one after another; ``student`` is the result of the last rung that was kept.
 
     Args:
         context: context of the stage.
@@ -75,7 +75,7 @@ class Ladder:
         self._context = context
         self._folder = context.output if folder is None else folder
         self.student = student
-        self._judgement: Judgement | None = None  # of that student, once it is known
+        self._judgement: Judgement | None = None  # the current student's, once it is known
 
     def climb(self, number: int, rung: RungChoice, n_blocks: int) -> Mapping[str, Any]:
         """Trains a rung and keeps it if it helps, unless an earlier attempt that was killed has done so."""
@@ -95,7 +95,7 @@ class Ladder:
         return result
 
     def _learned(self, training: Training) -> dict[str, torch.Tensor]:
-        """The tensors that are kept of a training."""
+        """The tensors of a training that are kept."""
         return training.overlay()
 
     def _student_with(self, learned: Mapping[str, torch.Tensor]) -> Student:
@@ -171,8 +171,8 @@ class Ladder:
         """Trains a rung, writes its tensors to ``path``, and judges the student with them.
 
         Raises:
-            TooLargeError: its training does not fit the memory.
-            TrainingDivergedError: it made NaN or infinite values.
+            TooLargeError: the training does not fit the memory.
+            TrainingDivergedError: the training gave NaN or infinite values.
         """
         training = training_of(self._context, self.student, rung, n_blocks, rate, self._block_length())
         self._train(training, snapshot)

@@ -25,7 +25,7 @@ _BLOCK = 32
 
 
 def schedule(context: StageContext) -> None:
-    """Times one batch of each rung and writes how many blocks of it fit the limit.
+    """Times one batch of each rung and writes the number of its blocks that fit the limit.
 
     A batch after quantizing takes as long as one before: reading and converting weights is little beside computing.
     """
@@ -54,7 +54,7 @@ def _times(plan: Plan, rung: RungChoice) -> float:
 
 
 def shared_out(limit: float, seconds_per_batch: Sequence[float], most: Sequence[int]) -> list[int]:
-    """The batches of each rung: rungs share the time equally, and what one does not need is left to those after it.
+    """Shares batches among rungs: all get the same time, and time that one does not need goes to those after it.
 
     Every rung gets at least one.
     """

@@ -1,4 +1,4 @@
-"""A rung of the recipe as a training that can take steps."""
+"""Turns a rung of the recipe into a training that can take steps."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def training_of(
     Args:
         context: the stage's context.
         student: the student to train.
-        rung: its rung of the recipe.
-        n_blocks: number of blocks of the calibration text.
-        learning_rate: learning rate in place of the rung's.
+        rung: the rung of the recipe.
+        n_blocks: the number of blocks of the calibration text.
+        learning_rate: the learning rate, in place of the rung's.
         block_length: block lengths of the student's file; needed where the scales of its blocks are trained.
 
     Raises:

@@ -29,7 +29,7 @@ __all__ = ["calibrate"]
 
 
 def calibrate(context: StageContext) -> None:
-    """Writes token blocks, and what the teacher makes of them, from the checkpoint and the texts."""
+    """Writes token blocks, and the teacher's statistics and predictions on them."""
     plan = context.plan
     use_threads(plan)
     checkpoint = open_source(plan.source)
@@ -46,7 +46,7 @@ def calibrate(context: StageContext) -> None:
         measured.tokens_BT,
     )
     if is_first():
-        check_vocabulary_is_finite(checkpoint)  # now, and not by a writer hours later
+        check_vocabulary_is_finite(checkpoint)  # now, instead of in a writer hours later
     dtype = dtype_of(plan.recipe.arithmetic)
     limit, device = memory_limit(context), torch.device(plan.device)
     teacher = TeacherPass(checkpoint, blocks, context.file, dtype, limit, device)

@@ -1,4 +1,4 @@
-"""Finds out how much the output suffers from errors in each of the original's matrices."""
+"""Measures how much the output suffers from errors in each of the original's matrices."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["sensitivity", "watched_blocks"]
 def sensitivity(context: StageContext) -> None:
     """Writes :class:`~compressors.sensitivity.Sensitivities` into the stage's folder.
 
-    It costs some four forward passes over few tokens: an attempt that was killed is begun anew.
+    It takes about four forward passes over few tokens: an attempt that was killed begins again.
     """
     plan = context.plan
     use_threads(plan)
@@ -38,6 +38,6 @@ def sensitivity(context: StageContext) -> None:
 
 
 def watched_blocks(work: WorkDirectory) -> torch.Tensor:
-    """The calibration blocks that are run: the leading ones, which are of all domains."""
+    """The calibration blocks that are run: the first ones, which come from all domains."""
     blocks_BT = token_blocks(work).calibration
     return blocks_BT[: -(-SENSITIVITY_TOKENS // blocks_BT.shape[1])]

@@ -44,13 +44,13 @@ class TeacherPass:
     Args:
         checkpoint: the teacher.
         blocks: token blocks of all three splits.
-        place: tells where a result goes.
+        place: gives the path for a result.
         dtype: dtype of the arithmetic on calibration text; the other texts are computed in float32, the reference.
         limit: memory that this process may use.
         device: the device that layers compute on.
 
     Raises:
-        InputError: the checkpoint cannot be read, or holds values that are not finite, or makes them.
+        InputError: the checkpoint cannot be read, or holds or gives values that are not finite.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class TeacherPass:
         return likelihoods
 
     def _write_log_probs(self, split: str, hidden: HiddenStates, folder: Path, scored: slice) -> torch.Tensor:
-        """Writes this process's share; elsewhere the returned likelihoods are 0."""
+        """Writes this process's share; the returned likelihoods are 0 for the others'."""
         tokens_BT, mine = vars(self._blocks)[split], self._shares[split]
         n_scored = scored.stop - scored.start
         writer = LogProbWriter(folder, len(tokens_BT) * n_scored, self._model.spec.vocab_size, join=True)
@@ -161,7 +161,7 @@ class TeacherPass:
 
 
 class _RoutingFiles:
-    """The held-out text's routing while layers are still to come: each process writes its own blocks."""
+    """The held-out text's routing until all layers are done: each process writes its own blocks."""
 
     def __init__(self, folder: Path, tokens_BT: torch.Tensor, spec: ModelSpec, *, resumed: bool) -> None:
         self._n_blocks, self._n_tokens = tokens_BT.shape
@@ -174,7 +174,7 @@ class _RoutingFiles:
         self._experts, self._weights = (ArrayFile.open(path, writable=True) for path in self._paths)
 
     def write(self, layer: int, blocks: Sequence[int], routing: RoutingRecord) -> None:
-        """Puts one layer's routing of these blocks in its place."""
+        """Writes one layer's routing of these blocks."""
         for position, block in enumerate(blocks):
             of_block = routing.tokens(slice(position * self._n_tokens, (position + 1) * self._n_tokens))
             self._experts.write(layer * self._n_blocks + block, of_block.experts_LTK)

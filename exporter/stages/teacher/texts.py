@@ -1,4 +1,4 @@
-"""The teacher continues the prompts that the files will continue: how often does the original loop?"""
+"""Lets the teacher continue the same prompts as the files, to see how often the original loops."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def streamed_texts(
 ) -> GeneratedTexts:
     """Continues every prompt greedily and at temperature 1.
 
-    All texts grow together, so that layers are read once for a token of each; where the memory limit has no room for
-    their keys and values, in parts.
+    All texts grow together, so layers are read once for a token of each; if the memory limit has no room for their keys
+    and values, they are written in parts.
 
     Args:
-        model: what writes.
+        model: the model that writes.
         prompts_PT: int64 token ids.
         progress: called with the number of new tokens.
 
@@ -70,7 +70,7 @@ def streamed_texts(
 
 
 def _greedy_or_drawn(logits_bV: torch.Tensor, numbers_b: torch.Tensor, uniform_P: torch.Tensor) -> torch.Tensor:
-    """Each text's next token: drawn by its own number, or the most probable where it has none (a negative place)."""
+    """Each text's next token: drawn by its own number, or the most probable if it has none (a negative index)."""
     tokens_b = logits_bV.argmax(-1)
     drawn_b = numbers_b >= 0
     tokens_b[drawn_b] = draw_tokens(logits_bV[drawn_b], uniform_P[numbers_b[drawn_b]])

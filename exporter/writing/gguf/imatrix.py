@@ -1,4 +1,4 @@
-"""llama.cpp's importance matrices: read into our own, and written for its tools.
+"""Reads llama.cpp's importance matrices into our own, and writes them for its tools.
 
 A file has, for each matrix of a model, the sum of squares of each input feature and the number of tokens in the sum;
 for the experts of a layer, it has both for each expert. ``llama-imatrix`` writes two formats, GGUF and the older one
@@ -56,7 +56,7 @@ class _Entry:
     """The sums and counts that a file has for one matrix, or for all experts of a layer."""
 
     sums: _Array  # flat
-    counts: _Array  # of tokens, for each expert or one for all
+    counts: _Array  # numbers of tokens, one for each expert or one for all
 
     def means(self) -> _Array:
         """The vectors that llama-quantize uses, flat: ones where there were no tokens."""
@@ -68,13 +68,13 @@ class _Entry:
 
 
 def read_imatrix(path: Path, spec: ModelSpec) -> Importance:
-    """The importance of every matrix of this model, from a file of llama.cpp's.
+    """Reads the importance of every matrix of this model from a file of llama.cpp.
 
     ``llama-imatrix`` leaves out the embedding, and the head unless told otherwise. The vector of an expert that no
     token reached is all ones, which weighs all input features alike.
 
     Raises:
-        InputError: the file is damaged, or is of another model; the message names the matrix.
+        InputError: the file is damaged, or belongs to another model; the message names the matrix.
     """
     entries = _read_gguf(path) if RawFile(path).start(len(_MAGIC)) == _MAGIC else _read_dat(path)
     found: Importance = {}
@@ -108,7 +108,7 @@ def _importance(path: Path, tensor: GgufTensor, entry: _Entry) -> torch.Tensor:
 
 
 def _of_inputs(tensor: GgufTensor, importance: torch.Tensor, spec: ModelSpec) -> torch.Tensor | None:
-    """The importance of the inputs of the model's tensor; None if the file's has other inputs."""
+    """The importance of the inputs of the model's tensor; None if the file's tensor has other inputs."""
     places = _input_places(tensor, importance.shape[-1], spec)
     if places is None:
         return None
@@ -118,7 +118,7 @@ def _of_inputs(tensor: GgufTensor, importance: torch.Tensor, spec: ModelSpec) ->
 
 
 def _input_places(tensor: GgufTensor, n_inputs: int, spec: ModelSpec) -> torch.Tensor | None:
-    """The input of the model's tensor that each input of the file's is; None if it has other inputs."""
+    """For each input of the file's tensor, its index in the model's tensor; None if the inputs differ."""
     sizes = {} if tensor.layer is None else spec.layers[tensor.layer].sizes
     return tensor.transform.inputs(torch.arange(n_inputs), sizes)
 
@@ -210,7 +210,7 @@ def write_imatrix(
     Args:
         path: the file; it is complete or absent.
         spec: the model that the file is for.
-        layers: statistics by layer of the model that was watched.
+        layers: the statistics of each layer of the model that was watched.
         experts: the parts of that model that this one has; :meth:`ExpertMap.identity` if it has them all.
         datasets: names of the texts that were calibrated on.
 
@@ -234,7 +234,7 @@ def write_imatrix(
 
 
 def _is_counted(tensor: GgufTensor, spec: ModelSpec) -> bool:
-    """Whether importance matrices have to have this tensor, because a calibration sees its inputs."""
+    """True if importance matrices must have this tensor, because a calibration sees its inputs."""
     is_in_layer = tensor.is_matrix and tensor.layer is not None
     return is_in_layer and _input_places(tensor, tensor.row_length, spec) is not None
 
@@ -253,7 +253,7 @@ def _n_matrices(tensor: GgufTensor) -> int:
 def _in_file(
     tensors: Sequence[GgufTensor], values: Iterator[npt.NDArray[np.float64]], spec: ModelSpec
 ) -> Iterator[npt.NDArray[np.float64]]:
-    """Yields the sums and counts of the model's tensors as the file's have them: in their order, for each matrix."""
+    """Yields the sums and counts of the model's tensors in the order of the file's tensors, for each matrix."""
     for tensor in tensors:
         sums, counts = next(values), next(values)
         if not tensor.n_experts:

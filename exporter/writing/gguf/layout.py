@@ -29,13 +29,13 @@ class GgufTensor:
 
     Attributes:
         name: its name.
-        role: the role of the model's tensor that its values are of.
+        role: the role of the model's tensor that gives its values.
         layer: the layer; None outside of the layers.
         shape: its shape, in torch's order.
         ggml_type: its type.
         described: the model's tensor as the file holds it; None: the values are made from ``config.json``.
-        transform: makes the values of those of the model's tensor; of each expert's, if each has one.
-        n_experts: the matrices of experts that it is made of, one after another; 0: it is made of one tensor.
+        transform: makes its values from those of the model's tensor, or of each expert's tensor.
+        n_experts: the number of experts whose matrices it consists of; 0: it is made from one tensor.
         values: its values, if they are made from ``config.json``.
     """
 
@@ -56,7 +56,7 @@ class GgufTensor:
 
     @property
     def is_matrix(self) -> bool:
-        """True if the tensor may be quantized: it is neither a router, nor a norm, nor anything else that is small."""
+        """True if the tensor may be quantized: it is not a router, a norm or another small tensor."""
         return self.described is not None and self.described.is_quantizable and is_quantized(self.name, self.shape)
 
     @property
@@ -66,7 +66,7 @@ class GgufTensor:
 
     @property
     def n_bytes(self) -> int:
-        """Size of the data in bytes, padding left out."""
+        """Size of the data in bytes, without padding."""
         return prod(self.shape[:-1]) * row_bytes(self.ggml_type, self.row_length)
 
 
@@ -86,7 +86,7 @@ def rope_settings(spec: ModelSpec) -> GgufRope:
 
 
 def plan_tensors(spec: ModelSpec, mix: str, types: Mapping[str, str] | None = None) -> tuple[GgufTensor, ...]:
-    """Every tensor of the file, in the file's order.
+    """Lists the tensors of the file, in the file's order.
 
     Args:
         spec: the model.
@@ -96,7 +96,7 @@ def plan_tensors(spec: ModelSpec, mix: str, types: Mapping[str, str] | None = No
 
     Raises:
         InputError: there is no such mix, tensor or type, or a tensor cannot be of the type given for it.
-        UnsupportedError: llama.cpp cannot represent a model of this shape.
+        UnsupportedError: llama.cpp cannot represent the model.
     """
     named = mix_named(mix)
     refuse_unless_held(spec, Container.GGUF)
@@ -116,9 +116,9 @@ _F32 = GGMLQuantizationType.F32
 
 
 def _parts(described: TensorSpec, layer: int | None, spec: ModelSpec) -> Iterator[GgufTensor]:
-    """The tensors of the file that hold one of the model's, in F32.
+    """The tensors of the file that hold one tensor of the model, in F32.
 
-    A dense counterpart's feed-forward is made of the model's only expert.
+    A dense counterpart's feed-forward is made from the model's only expert.
     """
     dimensions = spec.written.dimensions(described.role, layer)
     sizes = {} if layer is None else spec.written.layers[layer].sizes
@@ -151,7 +151,7 @@ def _checked_type(tensor: GgufTensor, type_name: str) -> GGMLQuantizationType:
     block_length = BLOCK_SIZES[ggml_type][0]
     if tensor.row_length % block_length:
         raise InputError(
-            f"{tensor.name} cannot be {type_name}: its rows of {tensor.row_length} values are no whole number of "
+            f"{tensor.name} cannot be {type_name}: its rows of {tensor.row_length} values are not a whole number of "
             f"blocks of {block_length}; {fallback_type(ggml_type, tensor.row_length).name} fits"
         )
     return ggml_type
@@ -164,9 +164,9 @@ def bits_per_weight(tensors: Sequence[GgufTensor]) -> float:
 
 @dataclass(frozen=True)
 class Quantization:
-    """The label and file type that a file has by its types."""
+    """The label and file type that follow from a file's types."""
 
-    label: str  # in its name: a mix, or a label such as Q3_MIX
+    label: str  # its part of the file's name: a mix, or a label such as Q3_MIX
     file_type: int  # general.file_type
 
 

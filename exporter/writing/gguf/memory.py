@@ -2,8 +2,8 @@
 
 An upper bound for stock settings: batches of 512 tokens, one sequence, weights mapped, flash attention left to
 llama.cpp, which turns it on. The formulas were fitted to the buffers that llama.cpp reports for six shapes, real
-models among them, contexts from 512 to 32768 tokens and three cache types; what is beside the buffers (the last two
-terms of ``compute``) to resident set sizes.
+models among them, contexts from 512 to 32768 tokens and three cache types; the memory beside the buffers (the last two
+terms of ``compute``) was fitted to resident set sizes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def predict_runtime_bytes(spec: ModelSpec, file_bytes: int, context: int, kv_typ
 
     Raises:
         InputError: there is no such cache type.
-        UnsupportedError: a head of the model is no multiple of the type's blocks.
+        UnsupportedError: a head of the model is not a multiple of the type's blocks.
     """
     if kv_type not in KV_TYPES:
         raise InputError(f"--kv-type {kv_type}: no such type; choose one of {', '.join(KV_TYPES)}")
@@ -71,9 +71,9 @@ def _is_recurrent(spec: ModelSpec) -> bool:
 
 
 def _cells(mixer: Mixer, spec: ModelSpec, cells: int) -> int:
-    """Cells of a layer's cache: those of its window and a batch, where some layers have a window and others none.
+    """Cells of a layer's cache: only its window and a batch, if some layers have a window and others none.
 
-    See ``llama_kv_cache_iswa`` in ``src/llama-kv-cache-iswa.cpp``. A window that all layers have is none to llama.cpp.
+    See ``llama_kv_cache_iswa`` in ``src/llama-kv-cache-iswa.cpp``. llama.cpp ignores a window that all layers have.
     """
     if mixer.window is None or all(other.window is not None for other in _mixers(spec)):
         return cells
@@ -85,20 +85,20 @@ def _rounded_up(n_cells: int) -> int:
 
 
 def _graph_bytes(spec: ModelSpec, cells: int, kv_type: str) -> int:
-    """The compute buffer: the largest of three moments at which most intermediate results are alive at once."""
+    """The compute buffer: the largest of the three moments with the most intermediate results."""
     tokens = min(_BATCH, cells)
     hidden = _FLOAT * tokens * spec.hidden_size
     mask = _HALF * tokens * cells
     logits_moment = _FLOAT * tokens * spec.vocab_size + 2 * hidden
     attention_moment = mask + 2 * hidden + max(_mixer_bytes(mixer, tokens, cells, kv_type) for mixer in _mixers(spec))
     feed_forward_moment = mask + 2 * hidden + max(_feed_forward_bytes(layer, tokens) for layer in spec.layers)
-    # the allocator leaves gaps, up to the size of one hidden state in all cases that were seen, of two around states
+    # the allocator leaves gaps: in all known cases up to the size of one hidden state, or of two around states
     gaps = 2 if _is_recurrent(spec) else 1
     return max(logits_moment, attention_moment, feed_forward_moment) + gaps * hidden
 
 
 def _mixer_bytes(mixer: Mixer, tokens: int, cells: int, kv_type: str) -> int:
-    """Queries, outputs, keys and values, and what is made of the cache; of a recurrent layer, its convolution."""
+    """Bytes of queries, outputs, keys, values and the converted cache; for a recurrent layer, of its convolution."""
     if isinstance(mixer, GatedDelta):
         # before, padded and after the convolution; or, where queries and keys are repeated for all heads of values
         repeated = 3 * mixer.n_value_heads * mixer.key_dim + 2 * mixer.width
@@ -110,7 +110,7 @@ def _mixer_bytes(mixer: Mixer, tokens: int, cells: int, kv_type: str) -> int:
 
 
 def _feed_forward_bytes(layer: LayerSpec, tokens: int) -> int:
-    """The products of the experts of each token, and their outputs; a shared expert's beside the outputs' sum."""
+    """Bytes of the products of each token's experts and of their outputs, and of a shared expert's beside their sum."""
     feed_forward = layer.feed_forward
     if feed_forward is None:
         return 0
@@ -124,8 +124,8 @@ def _feed_forward_bytes(layer: LayerSpec, tokens: int) -> int:
 def _work_bytes(spec: ModelSpec) -> int:
     """Scratch memory of the CPU kernels (``ggml_graph_plan`` in ggml-cpu.c).
 
-    Inputs of a matrix product in the weights' dot-product type, at most 16 bits a value; for experts also the list of
-    rows of each.
+    It holds the inputs of a matrix product in the weights' dot-product type, at most 16 bits a value, and for experts
+    also the list of rows of each.
     """
     chosen = (layer.feed_forward.n_active * layer.feed_forward.width for layer in spec.layers if layer.feed_forward)
     inputs = max(spec.hidden_size, *(mixer.width for mixer in _mixers(spec)), *chosen)

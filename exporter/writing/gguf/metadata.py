@@ -41,8 +41,8 @@ def model_metadata(
 def moe_size_label(spec: ModelSpec) -> str:
     """Returns a label like ``64x1.5B``: the number of experts, and the parameters of a model with one expert per layer.
 
-    A dense model's is the number of its parameters, such as ``1.5B``. As gguf-py counts them (``size_label`` in
-    ``gguf-py/gguf/utility.py``).
+    For a dense model it is the number of its parameters, such as ``1.5B``. gguf-py counts the same way (``size_label``
+    in ``gguf-py/gguf/utility.py``).
     """
     written = spec.written
     expert = sum(layer.expert_parameters for layer in written.layers if layer.n_experts)

@@ -29,7 +29,7 @@ class Mix:
     """One value of ``--quant``. Routers and norms are float32 in all of them."""
 
     name: str
-    base: GGMLQuantizationType  # of every matrix that no rule names
+    base: GGMLQuantizationType  # the type of every matrix that no rule names
     file_type: int  # enum llama_ftype in include/llama.h, the value of general.file_type
 
 
@@ -72,7 +72,7 @@ MIXES: Mapping[str, Mix] = {
         Mix("IQ1_S", _T.IQ1_S, 24),
     )
 }
-"""By name, from the most bits of the base type to the fewest."""
+"""The mixes by name, from the most bits of the base type to the fewest."""
 
 ALIASES: Mapping[str, str] = {"Q5_K": "Q5_K_M", "Q4_K": "Q4_K_M", "Q3_K": "Q3_K_M"}
 """Other names that the tool knows."""
@@ -82,7 +82,7 @@ def mix_named(name: str) -> Mix:
     """The mix of this name or alias.
 
     Raises:
-        InputError: there is none; the message lists them.
+        InputError: there is none; the message lists the known ones.
     """
     mix = MIXES.get(ALIASES.get(name, name))
     if mix is None:
@@ -97,8 +97,8 @@ class MixedModel:
     architecture: str
     n_layers: int
     n_experts: int
-    n_heads: int  # of the first layer
-    n_kv_heads: int  # of the first layer; 0 if it has no attention
+    n_heads: int  # in the first layer
+    n_kv_heads: int  # in the first layer; 0 if it has no attention
 
     @classmethod
     def of(cls, spec: ModelSpec) -> MixedModel:
@@ -137,7 +137,7 @@ class _Category(Enum):
     KEY = "attn_k.weight"
     QUERY = "attn_q.weight"
     ATTENTION_OUTPUT = "attn_output.weight"
-    UP = "ffn_up"  # of experts, of a shared one and of a dense feed-forward alike
+    UP = "ffn_up"  # for experts, a shared expert and a dense feed-forward alike
     GATE = "ffn_gate"
     DOWN = "ffn_down"
     OTHER = ""
@@ -149,8 +149,8 @@ class _Matrix:
 
     shape: tuple[int, ...]
     layer: int
-    number: int  # of the matrices that are counted together, those in earlier layers
-    n_counted: int  # of those matrices
+    number: int  # how many of the matrices that are counted together are in earlier layers
+    n_counted: int  # the number of those matrices
 
 
 _NEVER_QUANTIZED = (
@@ -247,7 +247,7 @@ _EMBEDDINGS: Mapping[str, GGMLQuantizationType] = {
     "IQ3_XXS": _T.IQ3_S,
     **dict.fromkeys(("TQ1_0", "TQ2_0", "Q2_0"), _T.Q4_K),
 }
-"""The type of an embedding that has a head beside it."""
+"""The type of an embedding that is not the head too."""
 
 
 def _head(mix: Mix, matrix: _Matrix) -> GGMLQuantizationType:
@@ -348,8 +348,8 @@ def _gate_or_up(mix: Mix, matrix: _Matrix, model: MixedModel) -> GGMLQuantizatio
 def _place(mix: Mix, matrix: _Matrix, model: MixedModel) -> int:
     """The number that the tool takes for the layer of a feed-forward's matrix.
 
-    Where there is one expert, and in the lowest mixes, it does not read the name but counts matrices, a shared expert's
-    too.
+    If there is one expert, and in the lowest mixes, the tool does not read the name but counts matrices, including a
+    shared expert's.
     """
     return matrix.layer if model.n_experts > 1 and mix.name not in _LOWEST else matrix.number
 

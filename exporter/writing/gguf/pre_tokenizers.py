@@ -70,7 +70,7 @@ PRE_TOKENIZERS: Mapping[tuple[tuple[str, ...], bool], str] = {
 """(expressions in order, whether a word that is a token skips the merges) -> llama.cpp's name."""
 
 CLOSE_PRE_TOKENIZERS = frozenset({"tekken", "gpt-4o"})
-"""Those that llama.cpp has only nearly: other than in ASCII it does not tell upper from lower case, nor marks apart."""
+"""Names whose rule llama.cpp only approximates: outside of ASCII it ignores letter case and marks."""
 
 
 def steps_of(part: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
@@ -91,7 +91,7 @@ def is_byte_level(tokenizer: Mapping[str, Any]) -> bool:
 
 
 def refuse_unknown_normalizer(tokenizer: Mapping[str, Any], path: Path) -> None:
-    """Looks at every step of the normalizer of a parsed ``tokenizer.json``; ``path`` is for messages.
+    """Checks every step of the normalizer of a parsed ``tokenizer.json``; ``path`` is for messages.
 
     llama.cpp leaves text as it is. Most text is in Unicode's normal form C, and its SentencePiece tokenizers write
     spaces as ``▁``.
@@ -117,7 +117,7 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any], path: Path) -> str:
     """The name for the pre-tokenizer of a parsed ``tokenizer.json``; ``path`` is for messages.
 
     Raises:
-        UnsupportedError: llama.cpp has none that is known to be equal; the message shows the expressions.
+        UnsupportedError: llama.cpp has no pre-tokenizer that is known to be equal; the message shows the expressions.
     """
     if not is_byte_level(tokenizer):
         kinds = [step["type"] for step in steps_of(tokenizer.get("pre_tokenizer"))] or ["none"]
@@ -157,8 +157,8 @@ def _expression(step: Mapping[str, Any], path: Path) -> str | None:
 
 
 def _isolates(step: Mapping[str, Any]) -> bool:
-    """Whether matches become words and what lies between them too, as in llama.cpp.
+    """True if matches become words, and the text between them too, as in llama.cpp.
 
-    A behaviour of Removed with the match inverted gives the same where the expression matches all of the text.
+    The behaviour Removed with an inverted match gives the same if the expression matches all of the text.
     """
     return (step["behavior"], step["invert"]) in (("Isolated", False), ("Removed", True))

@@ -1,4 +1,4 @@
-"""The tokens with a meaning of their own as GGUF metadata: begin, end, padding, and whether texts get them.
+"""The special tokens as GGUF metadata: begin, end, padding, and whether texts get them.
 
 llama.cpp knows three keys for tokens that end a text (eos, eot, eom), and takes further ones by their text alone
 (``llama_vocab::impl::load`` in ``src/llama-vocab.cpp``). Where the key of eos is missing or wrong it takes a default:
@@ -33,14 +33,14 @@ def special_token_values(
     """The keys of special tokens.
 
     Args:
-        folder: the checkpoint's.
-        vocab_size: rows of its embedding.
+        folder: the checkpoint's folder.
+        vocab_size: the rows of its embedding.
         tokens: texts by token id.
         types: ``gguf.TokenType`` by token id.
 
     Raises:
-        InputError: a configuration names an id that is none.
-        UnsupportedError: the model ends texts with no token, and every token of it occurs in texts.
+        InputError: a configuration names an invalid id.
+        UnsupportedError: the model has no end token, and all of its tokens occur in texts.
     """
     tokenizer, special = load_tokenizer(folder), special_tokens(folder, vocab_size)
     before, behind = tokens_around(tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False))
@@ -62,7 +62,7 @@ def special_token_values(
     ids |= _further_ends(special.ends, ids["eos"], tokens)
     keys = {kind: getattr(Keys.Tokenizer, f"{kind.upper()}_ID") for kind in ids}
     values = {keys[kind]: uint32(token) for kind, token in ids.items()}
-    # always said: without these keys llama.cpp takes a default that depends on the kind of tokenizer
+    # always written: without these keys llama.cpp takes a default that depends on the kind of tokenizer
     values[Keys.Tokenizer.ADD_BOS] = boolean(adds_bos)
     values[Keys.Tokenizer.ADD_EOS] = boolean(adds_eos)
     return values
@@ -79,7 +79,7 @@ def tokens_around(whole: Sequence[int], text: Sequence[int]) -> tuple[tuple[int,
 def _further_ends(ends: Sequence[int], eos: int, tokens: Sequence[str]) -> dict[str, int]:
     """Puts the other end tokens under further keys, first those that llama.cpp would not know by their text.
 
-    It also ends texts at the paddings and separators of fill-in-the-middle, for which hardly any model has a use: their
+    It also ends texts at the padding and separator tokens of fill-in-the-middle, which hardly any model uses: their
     keys are the last resort.
     """
     unknown = [token for token in ends if token != eos and tokens[token] not in _ENDS_BY_TEXT]
@@ -90,7 +90,7 @@ def _further_ends(ends: Sequence[int], eos: int, tokens: Sequence[str]) -> dict[
 
 
 def _never_in_a_text(folder: Path, tokens: Sequence[str], types: Sequence[int], marks: Sequence[int]) -> int:
-    """A token to stand as eos of a model that has none: a row that no token uses, else one that only marks."""
+    """Chooses a token as eos for a model that has none: a row that no token uses, else a token that is only a mark."""
     unused = [token for token, kind in enumerate(types) if kind == TokenType.UNUSED]
     if unused:
         return unused[-1]

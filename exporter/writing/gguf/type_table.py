@@ -1,4 +1,4 @@
-"""The costs of each type of each tensor of a GGUF file, in bytes and divergence; an allocation chooses by them."""
+"""The costs of each type of each tensor of a GGUF file, in bytes and divergence, for an allocation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from exporter.writing.gguf.layout import GgufTensor, plan_tensors
 __all__ = ["ALLOCATED_TYPES", "DecodeCost", "gguf_type_table", "plan_gguf_units", "weights_of_a_token"]
 
 DecodeCost = Callable[[str, int], float]
-"""(a type's name, weights that a token is multiplied with) -> seconds."""
+"""(a type's name, the number of weights that a token is multiplied with) -> seconds."""
 
 _T = GGMLQuantizationType
 
@@ -68,12 +68,12 @@ def plan_gguf_units(
     Args:
         spec: the model in the file.
         types: types to choose from.
-        feedback: error feedback reduces the errors (:func:`~compressors.sensitivity.feedback_factor`).
+        feedback: True if error feedback reduces the errors (:func:`~compressors.sensitivity.feedback_factor`).
         quantizers: quantizers in place of ggml's kernels for some types; None: the type holds the weights exactly.
         decode_cost: decoding time in the runtime; None: time does not count.
 
     Raises:
-        UnsupportedError: llama.cpp cannot represent a model of this shape.
+        UnsupportedError: llama.cpp cannot represent the model.
     """
     matrices = [tensor for tensor in plan_tensors(spec, "F32") if tensor.is_matrix]
     plans = []
@@ -105,7 +105,7 @@ def gguf_type_table(
     threads: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> TypeTable:
-    """The table of a student: every tensor by every type that fits its rows.
+    """Measures the table of a student: every tensor in every type that fits its rows.
 
     The arguments are those of :func:`plan_gguf_units` and :func:`~compressors.sensitivity.measured_table`.
     """
@@ -129,7 +129,7 @@ def _errors(
 
 
 def weights_of_a_token(spec: ModelSpec, tensor: GgufTensor) -> int:
-    """Counts the weights that one token is multiplied with: its experts', and none of an embedding that is no head.
+    """Counts the weights that one token is multiplied with: only its experts', and none of an untied embedding.
 
     Args:
         spec: the model.

@@ -1,6 +1,6 @@
 """The tokenizer of a checkpoint as GGUF metadata, so that llama.cpp splits text into the same tokens.
 
-The source is the tokenizer that ``AutoTokenizer`` makes of the files, with tokens that only ``tokenizer_config.json``
+The source is the tokenizer that ``AutoTokenizer`` makes from the files, with tokens that only ``tokenizer_config.json``
 names. Two kinds are known. Byte-level BPE (Qwen, Llama 3, GPT-2) needs the name that llama.cpp gives to the splitting
 expression. SentencePiece-style BPE (Mixtral), which transformers holds as BPE with byte fallback, needs scores.
 """
@@ -24,7 +24,7 @@ from exporter.writing.gguf.special_values import special_token_values
 __all__ = ["vocabulary_metadata"]
 
 _CONTROL_MARKS = (("<|", "|>"), ("<\uff5c", "\uff5c>"), ("<unused", ">"))
-"""Begin and end of tokens that llama.cpp's converter takes for control tokens even when the tokenizer does not say so
+"""Begin and end of tokens that llama.cpp's converter takes for control tokens even if the tokenizer does not say so
 (``does_token_look_special`` in ``conversion/base.py``)."""
 
 
@@ -83,7 +83,7 @@ def _tokens(tokenizer: Mapping[str, Any], vocab_size: int, path: Path) -> tuple[
 
 
 def _padding_text(token_id: int, texts: set[str]) -> str:
-    """The text that llama.cpp's converter writes for an id without a token; another if a token has it."""
+    """The text that llama.cpp's converter writes for an id without a token, or another if a token has that text."""
     text = f"[PAD{token_id}]"
     while text in texts:
         text = f"[{text}]"
@@ -118,7 +118,7 @@ def _byte_level_values(
 def _sentencepiece_values(
     tokenizer: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]
 ) -> dict[str, Value]:
-    """llama.cpp's SentencePiece tokenizer merges the pair whose union has the highest score.
+    """Scores for llama.cpp's SentencePiece tokenizer, which merges the pair whose union has the highest score.
 
     BPE merges the pair that comes first in the list of merges: minus the place in that list is an equivalent score.
     """
@@ -146,7 +146,7 @@ def _piece_type(token: str, token_type: int, tokenizer: Mapping[str, Any]) -> in
 
 
 def _prepends_space(tokenizer: Mapping[str, Any]) -> bool:
-    """Whether a space is put before the text: by a normalizer in older files, by the pre-tokenizer in newer ones."""
+    """True if a space is put before the text: by a normalizer in older files, by the pre-tokenizer in newer ones."""
     return any(step["type"] == "Prepend" for step in steps_of(tokenizer.get("normalizer"))) or any(
         step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never"
         for step in steps_of(tokenizer.get("pre_tokenizer"))
@@ -154,7 +154,7 @@ def _prepends_space(tokenizer: Mapping[str, Any]) -> bool:
 
 
 def _chat_template_values(template: object, folder: Path) -> dict[str, Value]:
-    """``AutoTokenizer``'s template, or several by name."""
+    """The keys of ``AutoTokenizer``'s chat template, or of several by name."""
     if isinstance(template, str):
         return {Keys.Tokenizer.CHAT_TEMPLATE: string(template)}
     if not isinstance(template, dict):

@@ -1,4 +1,4 @@
-"""A GGUF file's weights, piece by piece: what a piece reads, how it is quantized, and where its bytes go.
+"""A GGUF file's weights, piece by piece: how a piece is read and quantized, and where its bytes go.
 
 A piece is an expert's matrix, or a slice of another one. With error feedback the three matrices of an expert are one
 piece, since gate and up share their inputs and those of down are made from both; they lie in three places of the file.
@@ -38,11 +38,11 @@ def weight_pieces(
     """Yields all weights of a file; without feedback, in the file's order.
 
     Args:
-        student: where the values come from.
+        student: the source of the values.
         tensors: the tensors in the file's order.
-        offset: where the first of them lies.
+        offset: the offset of the first tensor.
         importance: weighs quantization errors.
-        feedback: chooses the codes of types that have any to choose; None leaves all to the kernels.
+        feedback: chooses the codes of types with a choice of codes; None leaves all to the kernels.
     """
     matrices = _Matrices(student, importance, feedback)
     all_rows = _plan_rows(student, tensors, offset)
@@ -82,7 +82,7 @@ class _Matrix:
     values_RN: torch.Tensor
     importance_N: torch.Tensor | None
     name: str
-    stored_RY: torch.Tensor | None = None  # the rows as they are to be written, where the source has them so
+    stored_RY: torch.Tensor | None = None  # the rows in their final form, where the source has that
 
     @property
     def has_codes_to_choose(self) -> bool:
@@ -122,7 +122,7 @@ def _experts_rows(tensor: GgufTensor, n_rows: int) -> list[slice]:
 
 
 def _row_slices(student: Student, tensor: GgufTensor, n_rows: int) -> list[slice]:
-    """Rows that are read together: all, unless a few of the file's are as many of the student's."""
+    """Slices of rows that are read together: all rows, unless rows of the file are rows of the student."""
     together = tensor.transform.rows_together(_sizes(student, tensor))
     if together is None or len(tensor.shape) == 1:
         return [slice(0, n_rows)]
@@ -181,7 +181,7 @@ def _stored_rows(student: Student, rows: _Rows) -> torch.Tensor | None:
 
 
 def _source_rows(student: Student, tensor: GgufTensor, rows: slice) -> torch.Tensor:
-    """The values that some rows of the file are made of, in storage dtype."""
+    """The values that some rows of the file are made from, in storage dtype."""
     if tensor.transform.rows_together(_sizes(student, tensor)) is None or len(tensor.shape) == 1:
         return student.tensor(tensor.role, tensor.layer)
     return student.rows(tensor.role, tensor.layer, rows)

@@ -24,7 +24,7 @@ __all__ = ["predict_file_size", "write_gguf"]
 def predict_file_size(
     spec: ModelSpec, source: Origin, mix: str, name: str, types: Mapping[str, str] | None = None
 ) -> int:
-    """Exact size in bytes of the file that :func:`write_gguf` would write for a student of this shape.
+    """Returns the exact size in bytes of the file that :func:`write_gguf` would write for this student.
 
     ``source`` is the teacher: tokenizer and licence come from there. No weight is read.
     The errors are those of :func:`write_gguf`, apart from the weights'.
@@ -58,12 +58,12 @@ def write_gguf(
         types: by tensor name, the name of another type than the mix gives
             (:func:`~exporter.writing.gguf.layout.plan_tensors`).
         importance: weighs quantization errors; None weighs all input features alike.
-        feedback: chooses the codes of most types again, so that they make up for each other's errors; None leaves them
+        feedback: chooses the codes of most types again, so that they compensate each other's errors; None leaves them
             as the kernels choose them.
-        name: of the model, for ``general.name``.
+        name: the model's name, for ``general.name``.
         threads: experts or slices that are quantized at a time.
-        resume: go on with what an attempt with the same arguments left beside ``path``, and leave what is written
-            there if this one fails. Without it nothing is left behind.
+        resume: continue the files that an attempt with the same arguments left beside ``path``, and leave them there
+            if this one fails. Without it nothing is left behind.
         progress: is called with the number of bytes written since its last call.
 
     Raises:

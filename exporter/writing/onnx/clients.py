@@ -26,8 +26,8 @@ def write_client_files(student: Student, folder: Path, *, max_length: int | None
 
     Args:
         student: the model that ``folder`` holds.
-        folder: where ``model.onnx`` lies.
-        max_length: tokens of KV cache that onnxruntime-genai allocates unless it is told otherwise; None: the context.
+        folder: the folder with ``model.onnx``.
+        max_length: tokens of KV cache that onnxruntime-genai allocates by default; None: the context.
 
     Raises:
         InputError: the model's tokenizer cannot be used.
@@ -45,7 +45,7 @@ def _model_config(spec: ModelSpec, config: Mapping[str, Any]) -> dict[str, Any]:
     """The source's ``config.json`` with the student's numbers.
 
     transformers 4 reads ``rope_theta``, ``rope_scaling`` and ``torch_dtype``, transformers 5 ``rope_parameters`` and
-    ``dtype``: both are there. The graph knows no window: it is written for a context within it.
+    ``dtype``: both are there. The graph has no window: it is written for a context within the window.
     """
     rope = spec.rope.in_config()
     windows = {"sliding_window": None, "use_sliding_window": False} if spec.window is not None else {}

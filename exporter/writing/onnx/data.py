@@ -1,4 +1,4 @@
-"""The weights of an ONNX data file, piece by piece: what a piece reads, how it is quantized, and where its bytes go.
+"""The weights of an ONNX data file, piece by piece: how a piece is read and quantized, and where its bytes go.
 
 A piece is one expert of a weight, or a slice of another weight. With error feedback both weights of an expert are one
 piece, since the inputs of down are made from gate and up.
@@ -40,8 +40,8 @@ def weight_pieces(
     """Yields all weights of a layout; without feedback, in the file's order.
 
     Args:
-        student: where the values come from.
-        layout: where they go.
+        student: the source of the values.
+        layout: the places of the weights.
         importance: weighs quantization errors.
         feedback: chooses the codes; None leaves them to the kernels and to the search for scales.
     """
@@ -200,7 +200,7 @@ def _encoded_expert(values: Sequence[_Values], expert: int, feedback: ExpertFeed
 
 
 def _blocks(matrix: _Matrix, encoding: Encoding, feedback: Feedback | None) -> IntegerBlocks:
-    """The codes and scales from ggml's kernel where there is one, else from our search; feedback is used if given."""
+    """Codes and scales from ggml's kernel if there is one, else from our search; uses feedback if given."""
     assert encoding.blocks is not None
     values_RN, importance_N, name = matrix.values_RN, matrix.importance_N, matrix.name
     bits, block_size, ggml_type = encoding.blocks.bits, encoding.blocks.block_size, encoding.ggml_type

@@ -1,6 +1,6 @@
 """The encodings of weights in ONNX files, the presets, and the units whose encoding can be chosen.
 
-A unit consists of weights that the operators force to be alike: QMoE takes one width and one block size for both
+A unit consists of weights that must be encoded alike for an operator: QMoE takes one width and one block size for both
 matrices of a layer's experts; a tied head is the embedding. Everything that is not in a unit (norms and routers) is
 float32.
 
@@ -37,11 +37,11 @@ class Encoding:
 
     name: str
     blocks: BlockType | None = None  # None: float32
-    ggml_type: GGMLQuantizationType | None = None  # whose kernel makes the codes; None: our own search
+    ggml_type: GGMLQuantizationType | None = None  # the type whose kernel makes the codes; None: our own search
 
     @property
     def bits(self) -> int:
-        """Bits of one code, scales not counted."""
+        """Bits of one code, without scales."""
         return _BYTE_BITS * _FLOAT_BYTES if self.blocks is None else self.blocks.bits
 
     @property
@@ -110,7 +110,7 @@ class Unit:
     """Weights that have one encoding.
 
     Attributes:
-        name: as recipes write it: ``layers.0.experts``, ``layers.0.q_proj``, ``layers.0.shared_expert.up_proj``,
+        name: its name in recipes: ``layers.0.experts``, ``layers.0.q_proj``, ``layers.0.shared_expert.up_proj``,
             ``embedding``, ``head``.
         layer: None for embedding and head.
         weights: shape by role: [rows, columns], or [E, rows, columns] for experts.
@@ -165,7 +165,7 @@ def _layer_units(layer: LayerSpec, index: int) -> Iterator[Unit]:
 
 
 def _matrix_name(tensor: TensorSpec) -> str:
-    """The last part of its module's name; in feed-forwards the last two, for there are several of a kind."""
+    """The last part of its module's name; in feed-forwards the last two, because there are several of a kind."""
     *_, parent, name = tensor.submodule.split(".")
     return f"{parent}.{name}" if tensor.role.is_feed_forward else name
 
@@ -174,7 +174,7 @@ def preset_named(name: str) -> Preset:
     """Looks a preset up.
 
     Raises:
-        InputError: there is none of that name; the message lists those there are.
+        InputError: there is none of that name; the message lists the known ones.
     """
     if name not in PRESETS:
         raise InputError(f"{name!r} is not an ONNX preset; the presets are {', '.join(PRESETS)}")
@@ -185,7 +185,7 @@ def encoding_named(name: str) -> Encoding:
     """Looks an encoding up.
 
     Raises:
-        InputError: there is none of that name; the message lists those there are.
+        InputError: there is none of that name; the message lists the known ones.
     """
     if name not in ENCODINGS:
         raise InputError(f"{name!r} is not an encoding of ONNX weights; the encodings are {', '.join(ENCODINGS)}")
@@ -199,8 +199,8 @@ def unit_encodings(
 
     Args:
         spec: the model.
-        preset: decides about units that ``encodings`` does not name.
-        encodings: an encoding's name by a unit's name.
+        preset: gives the encoding of units that ``encodings`` does not name.
+        encodings: names of encodings by names of units.
 
     Raises:
         InputError: there is no such unit or encoding.
@@ -238,7 +238,7 @@ def check_row_length(name: str, encoding: Encoding, row_length: int) -> None:
     """Refuses rows that do not divide into blocks.
 
     Raises:
-        UnsupportedError: the message calls the weight ``name`` and lists what its rows can have.
+        UnsupportedError: the rows do not divide; the message calls the weight ``name`` and lists possible encodings.
     """
     if not _fits(encoding, row_length):
         fitting = ", ".join(other.name for other in ENCODINGS.values() if _fits(other, row_length))

@@ -13,14 +13,14 @@ __all__ = ["add_glu", "operator_attributes"]
 
 
 def operator_attributes(glu: Glu) -> dict[str, Any]:
-    """Attributes of MoE and QMoE: rows of gate and up alternate (fusion 1); beta is what is added to up."""
+    """Attributes of MoE and QMoE: rows of gate and up alternate (fusion 1); beta is added to up."""
     attributes: dict[str, Any] = {"activation_type": "swiglu", "swiglu_fusion": 1}
     attributes |= {"activation_alpha": glu.alpha, "activation_beta": glu.offset}
     return attributes if glu.limit is None else attributes | {"swiglu_limit": glu.limit}
 
 
 def add_glu(graph: GraphBuilder, glu: Glu, gate: str | None, up: str, prefix: str) -> str:
-    """Adds nodes that compute it; ``gate`` is None where there is none. Values' names begin with ``prefix``."""
+    """Adds nodes that compute the function; ``gate`` is None where there is none. Names begin with ``prefix``."""
     if gate is None:
         return _activated(graph, glu, up, prefix)
     if glu.limit is not None:

@@ -42,7 +42,7 @@ class TensorPlan:
 
     @property
     def onnx_type(self) -> int:
-        """The type as ONNX numbers it."""
+        """ONNX's number of the type."""
         return onnx.helper.np_dtype_to_tensor_dtype(self.dtype)
 
 
@@ -51,7 +51,7 @@ class WeightPlan:
     """One weight of the model: its codes (or values) and, if it is quantized, its scales.
 
     ``roles`` are the source roles whose rows are interleaved: gate and up for the first expert matrix (row 2i is gate
-    row i, row 2i + 1 is up row i, which is what the MoE operators' SwiGLU reads), the role itself otherwise.
+    row i, row 2i + 1 is up row i, as the MoE operators' SwiGLU reads them), otherwise the role itself.
     """
 
     roles: tuple[Role, ...]
@@ -125,7 +125,7 @@ def plan_tensors(spec: ModelSpec, preset: str, encodings: Mapping[str, str] | No
 
     Raises:
         InputError: there is no such preset, unit or encoding.
-        UnsupportedError: ONNX cannot hold a model of this shape, or an encoding's blocks do not divide the rows.
+        UnsupportedError: ONNX cannot hold the model, or an encoding's blocks do not divide the rows.
     """
     refuse_unless_held(spec, Container.ONNX)
     return _Planner(spec, unit_encodings(spec, preset_named(preset), encodings or {})).plan()
@@ -147,7 +147,7 @@ class _Planner:
 
     def _encoded(self, weight: OnnxWeight) -> WeightPlan:
         name, roles, layer, shape = weight.name, weight.roles, weight.layer, weight.shape
-        encoding = self._encodings.get((roles[0], layer), FLOAT32)  # norms and routers are of no unit
+        encoding = self._encodings.get((roles[0], layer), FLOAT32)  # norms and routers belong to no unit
         if encoding.blocks is None:
             values = self._place(name, shape, np.dtype(np.float32))
             return WeightPlan(roles, layer, encoding, shape, values, None, weight.part)

@@ -20,17 +20,17 @@ from validate.runtimes.cost import CHUNK_TOKENS
 __all__ = ["predict_runtime_bytes"]
 
 _FLOAT_BYTES = 4
-_EXPERT_AXES = 3  # of the shape of a layer's experts
+_EXPERT_AXES = 3  # the number of axes of a layer's experts
 _SMALLEST_BITS = 2
 _SESSION_BYTES = 24 << 20  # graph, thread pool, allocator slack: measured 13 to 20 MB whatever the model
-_LIVE_HIDDEN_STATES = 8  # [tokens, D] at a time: residual, normed, branch and what they are made from
+_LIVE_HIDDEN_STATES = 8  # [tokens, D] at a time: residual, normed, branch and their inputs
 _LIVE_PROJECTIONS = 3  # query, key and value as projected, normed per head, rotated
 
 
 def predict_runtime_bytes(
     spec: ModelSpec, preset: str, context: int, *, threads: int, encodings: Mapping[str, str] | None = None
 ) -> dict[str, int]:
-    """Bytes of ``weights``, ``kv_cache`` and ``compute`` with a cache of ``context`` tokens that is full.
+    """Predicts bytes of ``weights``, ``kv_cache`` and ``compute`` with a full cache of ``context`` tokens.
 
     The cache is float32, allocated once and written in place, as validation and onnxruntime-genai do it; a client
     that takes the present cache as a new tensor at every step (optimum) holds it twice.
@@ -61,8 +61,8 @@ def _weight_bytes(layout: TensorLayout) -> int:
 
 
 def _bytes_beside(weight: WeightPlan) -> int:
-    """Scales widened to float32. Products with int8 inputs keep as much again for each block's sum, and also pack the
-    scales, if not of experts of 2 bits: measured with weights of up to 600 MB."""
+    """Bytes of scales widened to float32. Products with int8 inputs keep as much again for each block's sum, and also
+    pack the scales, except for experts of 2 bits: measured with weights of up to 600 MB."""
     if weight.scales is None:
         return 0
     copies = 1
@@ -105,7 +105,7 @@ def _heads(mixer: Mixer) -> OperatorHeads:
 
 
 def _feed_forward_values(spec: ModelSpec) -> int:
-    """Values of a token in the experts that it goes through, all at a time: gate, up, product; input and output."""
+    """Values of a token in all its experts together: gate, up, product; input and output."""
     routed = spec.top_k * _neurons_values(spec.expert_width, spec.hidden_size)
     beside = [_neurons_values(width, spec.hidden_size) for width in map(_width_beside_experts, spec.layers) if width]
     return routed + max(beside, default=0)

@@ -1,4 +1,4 @@
-"""From the 2-D attention mask to what GroupQueryAttention takes: right for padding on either side.
+"""Turns the 2-D attention mask into GroupQueryAttention's inputs, for padding on either side.
 
 The operator knows how many columns of the cache a row uses, which describes padding on the right. For padding on the
 left, as transformers does it, the leading columns get a bias that removes them. Rotary embedding is relative, so a

@@ -1,9 +1,9 @@
-"""From router logits to what the MoE operators take, for every rule that a model can have.
+"""Turns router logits into inputs of the MoE operators, for every rule that a model can have.
 
-The operators have one rule: a softmax over all experts, top-k and, if they are told to, weights that are divided by
-their sum. Any other rule is computed by nodes. The operator is then given the logarithms of the weights of the experts
-that those chose, and a number in place of the others' so low that softmax makes it 0: what it computes are the weights
-divided by their sum. Where they do not add up to 1, its output is multiplied by what they add up to.
+The operators have one rule: a softmax over all experts, top-k and, as an option, weights that are divided by their sum.
+Nodes compute any other rule. They give the operator the logarithms of the chosen experts' weights, and for the other
+experts a number so low that softmax makes it 0: so the operator computes the weights divided by their sum. If the
+weights do not add up to 1, its output is multiplied by their sum.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from exporter.writing.onnx.builder import GraphBuilder
 __all__ = ["OperatorRouting", "add_routing"]
 
 _NOT_CHOSEN = -1e4
-_ONLY_A_GUARD = 1e-12  # so small a number beside a sum keeps 0 from being divided by 0, which a softmax never does
+_ONLY_A_GUARD = 1e-12  # an epsilon up to this only avoids 0 / 0, which does not occur after a softmax
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class OperatorRouting:
     """The routing of an operator.
 
     Attributes:
-        logits: what the operator takes a softmax of: [tokens, E].
-        normalizes: whether it divides the chosen weights by their sum.
-        factor: what its output is multiplied with; None: it is right as it is.
+        logits: the operator's input of its softmax: [tokens, E].
+        normalizes: True if it divides the chosen weights by their sum.
+        factor: the value that its output must be multiplied by; None: none.
     """
 
     logits: str
@@ -42,9 +42,9 @@ def add_routing(graph: GraphBuilder, routed: Routed, logits: str, bias: str | No
     """Adds the nodes of a layer's routing.
 
     Args:
-        graph: where they go.
+        graph: takes the nodes.
         routed: the layer's experts.
-        logits: the router's, [batch, sequence, E].
+        logits: the router's logits, [batch, sequence, E].
         bias: the selection bias [E], where the rule has one.
         prefix: the beginning of the names of values.
     """
@@ -61,12 +61,12 @@ def _is_the_operators(routing: Routing) -> bool:
 
 
 def _sums_to_one(routing: Routing) -> bool:
-    """Whether the weights are divided by their sum, the factor ``scale`` left out."""
+    """True if the weights, without the factor ``scale``, are divided by their sum."""
     return routing.normalizes or routing.score is Score.LOGITS
 
 
 def _has_a_sum_of_its_own(routing: Routing) -> bool:
-    """Whether weights are divided by something else than their sum."""
+    """True if weights are divided by something else than their sum."""
     divides = routing.normalizes and routing.score is not Score.LOGITS
     return divides and max(routing.epsilon, routing.least_sum) > _ONLY_A_GUARD
 
@@ -76,7 +76,7 @@ def _constant_factor(graph: GraphBuilder, routing: Routing) -> str | None:
 
 
 def _rows(graph: GraphBuilder, routed: Routed, logits: str, prefix: str) -> str:
-    """Lets batch and sequence be one axis."""
+    """Joins batch and sequence into one axis."""
     shape = graph.constant(f"shape.router_of_{routed.n_experts}", [-1, routed.n_experts])
     return graph.node("Reshape", [logits, shape], f"{prefix}router_logits")
 
@@ -100,7 +100,7 @@ class _Masked:
         return OperatorRouting(rows, normalizes=True, factor=self._factor(of_chosen))
 
     def _log_scores(self, logits: str) -> str:
-        """Logarithms that neither grow over all bounds nor lose digits where a score is nearly 0."""
+        """Logarithms of the scores that stay finite and keep their digits where a score is nearly 0."""
         graph, name = self._graph, self._name
         if self._routing.score is Score.SOFTMAX:
             return graph.node("LogSoftmax", [logits], f"{name}.log_scores", axis=-1)
@@ -110,7 +110,7 @@ class _Masked:
         return graph.node("Neg", [graph.node("Softplus", [negative], f"{name}.softplus")], f"{name}.log_scores")
 
     def _selection_scores(self, logits: str, bias: str | None) -> str:
-        """The values by which experts are chosen; alone, scores fall as logits do."""
+        """The values by which experts are chosen: logits where they give the same order as scores."""
         graph, name = self._graph, self._name
         if bias is None and self._routing.n_groups == 1:
             return logits
@@ -124,7 +124,7 @@ class _Masked:
         return scores if self._routing.n_groups == 1 else self._of_best_groups(scores)
 
     def _of_best_groups(self, scores: str) -> str:
-        """The scores, those of experts outside of the best groups lowered to minus infinity."""
+        """The scores, with minus infinity for experts outside of the best groups."""
         graph, name, routing = self._graph, self._name, self._routing
         members = self._routed.n_experts // routing.n_groups
         shape = graph.constant("shape.groups", [0, 0, routing.n_groups, members])
@@ -140,7 +140,7 @@ class _Masked:
         return graph.node("Reshape", [of_groups, joined], f"{name}.selection")
 
     def _group_scores(self, grouped: str, members: int) -> str:
-        """[batch, sequence, groups]."""
+        """The scores of the groups: [batch, sequence, groups]."""
         graph, name = self._graph, self._name
         n_best = min(members, 2 if self._routing.group_score is GroupScore.BEST_TWO else 1)
         best, number = f"{name}.best_of_groups", graph.constant(f"best_{n_best}", [n_best])
@@ -156,13 +156,13 @@ class _Masked:
         return outputs[1]
 
     def _filled(self, like: str, value: float, what: str) -> str:
-        """A number everywhere, in the shape of another value."""
+        """Fills the shape of another value with a number."""
         shape = self._graph.node("Shape", [like], f"{self._name}.{what}_shape")
         filler = onnx.numpy_helper.from_array(np.asarray([value], dtype=np.float32))
         return self._graph.node("ConstantOfShape", [shape], f"{self._name}.{what}", value=filler)
 
     def _factor(self, log_weights: str) -> str | None:
-        """What the weights add up to: [batch, sequence, 1], or one number for all tokens."""
+        """The sum of the weights: [batch, sequence, 1], or one number for all tokens."""
         routing, graph, name = self._routing, self._graph, self._name
         if _sums_to_one(routing) and not _has_a_sum_of_its_own(routing):
             return _constant_factor(graph, routing)

@@ -1,4 +1,4 @@
-"""The nodes that use weights: embedding, norms and linear layers, in whichever encoding the layout gives them."""
+"""The nodes that use weights: embedding, norms and linear layers, in the encodings that the layout gives them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["LayerNodes", "WeightNodes"]
 
 # MatMulNBits' accuracy levels. At level 1 activations stay float32. At level 4 they are quantized to int8 in the
 # weights' blocks, as llama.cpp does for every quantized product. Products of 2 and 8 bits need it: their float32 form
-# widens the whole matrix at every call (measured 50 times slower at one token). QMoE decides by itself, and alike:
+# widens the whole matrix at every call (measured 50 times slower at one token). QMoE decides by itself in the same way:
 # float32 at 4 bits, int8 at 2 and 8 bits in blocks.
 _FLOAT32_ACTIVATIONS = 1
 _INT8_ACTIVATIONS = 4
@@ -48,9 +48,9 @@ class WeightNodes:
         return self._graph.node("RMSNormalization", inputs, output, axis=-1, epsilon=epsilon)
 
     def rotary_caches(self, total_length: str) -> tuple[str, str]:
-        """Cosine and sine, each [context, width / 2]; where short texts are turned otherwise, the rows in use.
+        """Cosine and sine, each [context, width / 2]; if short texts are turned differently, the rows in use.
 
-        ``total_length`` is int32, and decides as transformers does: by the text so far, the cached part included.
+        ``total_length``, int32, decides as in transformers: by the length of the text so far, the cached part included.
         """
         tables = self._graph.external(self._layout.rotary_cosine), self._graph.external(self._layout.rotary_sine)
         spec = self._layout.spec
@@ -75,7 +75,7 @@ class WeightNodes:
         return cosine, sine
 
     def embedding(self, token_ids: str, output: str) -> str:
-        """Looks rows of the embedding up."""
+        """Looks up rows of the embedding."""
         weight = self._layout.weight(Role.TOKEN_EMBEDDING)
         codes = self._graph.external(weight.codes)
         blocks = weight.encoding.blocks
@@ -93,7 +93,7 @@ class WeightNodes:
         )
 
     def linear(self, role: Role, layer: int | None, values: str, output: str, bias: Role | None = None) -> str:
-        """values @ weight.T, and the bias of that role where the model has one.
+        """Adds values @ weight.T, plus the bias of that role where the model has one.
 
         Weights keep torch's orientation [rows, columns] in every encoding.
         """
@@ -132,7 +132,7 @@ class WeightNodes:
         )
 
     def scales(self, weight: WeightPlan) -> str:
-        """Scales as float32, the type of the activations; the file keeps float16, which codes were chosen for."""
+        """Scales in float32, the type of the activations; the file keeps float16, for which codes were chosen."""
         assert weight.scales is not None
         stored = self._graph.external(weight.scales)
         if stored not in self._float32_scales:  # a tied head shares the embedding's
@@ -146,11 +146,11 @@ class LayerNodes:
     """Adds nodes that apply the weights of one decoder layer.
 
     Attributes:
-        graph: where nodes go.
-        weights: of the whole model.
+        graph: takes the nodes.
+        weights: the weights of the whole model.
         spec: the layer as it is written.
-        index: its number.
-        context_length: tokens that the graph is written for.
+        index: its index.
+        context_length: the number of tokens that the graph is written for.
     """
 
     graph: GraphBuilder
@@ -175,7 +175,7 @@ class LayerNodes:
         return None if self.weights.plan(role, self.index) is None else self.weights.vector(role, self.index)
 
     def linear(self, role: Role, values: str, output: str, bias: Role | None = None) -> str:
-        """values @ weight.T, and the bias of that role where the layer has one."""
+        """Adds values @ weight.T, plus the bias of that role where the layer has one."""
         return self.weights.linear(role, self.index, values, output, bias)
 
     def rms_norm(self, role: Role, values: str, output: str, epsilon: float | None = None) -> str:

@@ -23,17 +23,17 @@ __all__ = ["predict_size", "write_onnx"]
 
 
 def predict_size(spec: ModelSpec, preset: str, encodings: Mapping[str, str] | None = None) -> int:
-    """Bytes of ``model.onnx`` and ``model.onnx.data`` together, exactly; reads no weight.
+    """Returns the exact bytes of ``model.onnx`` and ``model.onnx.data`` together; reads no weight.
 
     Args:
         spec: the model.
         preset: a name from :data:`exporter.writing.onnx.encodings.PRESETS`.
-        encodings: of units that differ from the preset, as :func:`~exporter.writing.onnx.layout.plan_tensors` takes
-            them.
+        encodings: encodings of units that differ from the preset, as in
+            :func:`~exporter.writing.onnx.layout.plan_tensors`.
 
     Raises:
         InputError: there is no such preset, unit or encoding.
-        UnsupportedError: the operators cannot hold the model so.
+        UnsupportedError: the operators cannot hold the model.
     """
     layout = plan_tensors(spec, preset, encodings)
     return layout.data_bytes + int(build_model(layout).ByteSize())
@@ -51,7 +51,7 @@ def write_onnx(
     resume: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Writes the student's graph and weights into ``folder``, which is made if it is missing.
+    """Writes the student's graph and weights into ``folder``, which is created if it is missing.
 
     Q4_0 and Q8_0 weights are quantized with ggml's kernels, so a GGUF file of the same types and importance holds the
     same numbers; other blocks by :func:`compressors.quantize.blocks.search_blocks`. The bytes do not depend on
@@ -61,20 +61,21 @@ def write_onnx(
     Args:
         student: the model to write.
         preset: a name from :data:`exporter.writing.onnx.encodings.PRESETS`.
-        folder: where the two files go.
-        encodings: of units that differ from the preset, as :func:`~exporter.writing.onnx.layout.plan_tensors` takes
-            them.
+        folder: the folder of the two files.
+        encodings: encodings of units that differ from the preset, as in
+            :func:`~exporter.writing.onnx.layout.plan_tensors`.
         importance: weighs quantization errors; None weighs all input features alike.
-        feedback: chooses the codes so that they make up for each other's errors; None leaves them as kernels and search
+        feedback: chooses the codes so that they compensate each other's errors; None leaves them as kernels and search
             choose them.
         threads: experts or slices that are quantized at a time.
-        resume: go on with what an attempt with the same arguments left in ``folder``, and leave what is written there
+        resume: continue the files that an attempt with the same arguments left in ``folder``, and leave them there
             if this one fails. Without it nothing is left behind.
         progress: is called with the number of bytes written since its last call.
 
     Raises:
-        InputError: no such preset, unit or encoding; a weight is not finite or cannot be read; the disk is full.
-        UnsupportedError: the operators cannot hold the model so.
+        InputError: there is no such preset, unit or encoding; a weight is not finite or cannot be read; or the disk is
+            full.
+        UnsupportedError: the operators cannot hold the model.
     """
     layout = plan_tensors(student.spec, preset, encodings)
     model = build_model(layout)
@@ -103,7 +104,7 @@ def _rotary_parts(spec: ModelSpec, places: Sequence[Place]) -> list[Part]:
 
 
 def _rotary_caches(spec: ModelSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of every position's angles, float32 [rows, width / 2], as transformers computes them.
+    """Computes cosine and sine of every position's angles, float32 [rows, width / 2], as transformers does.
 
     Each table is that of a text as long as its rows.
     """

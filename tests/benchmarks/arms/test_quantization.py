@@ -29,7 +29,7 @@ def _small(trained_block: TrainedBlock, folder: Path, n_tokens: int = 1024) -> t
 
 
 def _inputs(block: MoeBlock, inputs_TD: torch.Tensor, expert: int) -> dict[str, Array]:
-    """What enters each matrix of an expert, from the tokens that have it among their top-k."""
+    """The inputs of each matrix of an expert, from the tokens that have it among their top-k."""
     router = block.router_ED.numpy()
     x = np.array([x for x in inputs_TD.numpy() if expert in np.argsort(-(router @ x))[: block.top_k]], dtype=float)
     gated = x @ block.gate(expert).double().numpy().T

@@ -1,4 +1,4 @@
-"""Layer inputs on disk: they are those of the first tokens, in 16 bits, each process's blocks in their places."""
+"""Layer inputs on disk: those of the first tokens, in 16 bits, with each process's blocks in their places."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The matrices of a layer are found by its description, whatever they are called and wherever they stand."""
+"""The matrices of a layer are found by its description, whatever their names and places."""
 
 from __future__ import annotations
 

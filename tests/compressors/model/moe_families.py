@@ -1,4 +1,4 @@
-"""Transformers' MoE families as their descriptions say them: routing, experts' function, and where the modules are."""
+"""Descriptions of transformers' MoE families: routing, the experts' function, and the places of the modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Other scales in quantized blocks, by what ggml's own kernels make of the bytes."""
+"""Other scales in quantized blocks, against the values that ggml's own kernels read from the bytes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """``config.json`` against ``AutoConfig``: every setting absent, null and otherwise, all ways to write a rotary scaling.
 
-Whatever is accepted must be what transformers computes with, to the last bit; everything else is refused by its name.
+An accepted setting must be the one that transformers computes with, to the last bit; others are refused by name.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ def test_an_unknown_scaling_is_never_to_be_dropped(config: dict[str, Any], tmp_p
 def test_a_difference_from_transformers_ends_with_the_setting(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if another version of transformers had another default."""
+    """Checks as if another version of transformers had another default."""
     folder = _write(tmp_path, config)
     spec = read_spec(folder)
     loaded: PreTrainedConfig = AutoConfig.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""A value that is not finite is found in whatever row of the embedding or the head it lies."""
+"""A value that is not finite is found in any row of the embedding or the head."""
 
 from __future__ import annotations
 

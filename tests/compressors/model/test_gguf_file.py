@@ -1,4 +1,4 @@
-"""Directories of GGUF files that contradict themselves are refused with the name that is at fault."""
+"""GGUF directories that contradict themselves are refused, and the message names the entry."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_a_pipe_does_not_hang(tmp_path: Path) -> None:
 
 
 def test_looking_at_a_type_sets_up_no_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that quantizing to the IQ types needs take seconds."""
+    """The tables that quantizing to the IQ types needs take seconds."""
     monkeypatch.setattr("compressors.model.files.ggml.ggml_library_for", None)
     assert can_dequantize(GGMLQuantizationType.IQ2_XS)
     assert can_dequantize(GGMLQuantizationType.IQ3_S)

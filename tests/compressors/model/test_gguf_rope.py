@@ -27,7 +27,7 @@ _PROPORTIONAL = Rope(RopeKind.PROPORTIONAL, theta=1e6, width=64, share=0.25)
 
 @dataclass(frozen=True)
 class _Computed:
-    """What llama.cpp computes, beside the angles: factors of cosine and sine, and of products of queries and keys."""
+    """llama.cpp's factors beside the angles: of cosine and sine, and of products of queries and keys."""
 
     cosine: float
     products: float

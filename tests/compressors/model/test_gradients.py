@@ -44,7 +44,7 @@ def blocks_BT(heldout_tokens: npt.NDArray[np.int64]) -> torch.Tensor:
 
 
 def _block_length(role: Role, layer: int) -> int | None:
-    """As a file may have it whose types differ: one layer's up projections and values have no scales."""
+    """Block lengths of a file with different types: one layer's up projections and values have no scales."""
     if layer == 1 and role in (Role.EXPERT_UP, Role.VALUE):
         return None
     return {Role.EXPERT_GATE: 64, Role.EXPERT_DOWN: 32}.get(role, 128)

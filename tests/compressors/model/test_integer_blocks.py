@@ -1,4 +1,4 @@
-"""Scales of integer blocks: near the best that exist, the same whatever rows they are searched with."""
+"""Scales of integer blocks: near the best that exist, and independent of the other rows."""
 
 from __future__ import annotations
 

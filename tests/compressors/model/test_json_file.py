@@ -1,4 +1,4 @@
-"""JSON that somebody else wrote: an object, or one sentence that names the place."""
+"""Reading other people's JSON gives an object, or one sentence that names the place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where things lie: arrays and hidden states on disk, and what the limit decides."""
+"""The places of arrays and hidden states, in memory or on disk, as the limit decides."""
 
 from __future__ import annotations
 

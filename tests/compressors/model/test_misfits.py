@@ -59,7 +59,7 @@ def _classifier(tensors: _Tensors) -> _Tensors:
 
 @pytest.mark.parametrize("head", ["tied", "untied"])
 def test_names_without_prefix_are_read_as_transformers_reads_them(head: str, request: pytest.FixtureRequest) -> None:
-    """As AutoModel saves them; a head of its own beside them keeps its name."""
+    """AutoModel saves such names; a separate head beside them keeps its name."""
     folder = request.getfixturevalue(head)
     wanted = {role: Checkpoint(folder).tensor(role, None if role.is_global else 0) for role in _roles(folder)}
     _edit(folder, _without_prefix)

@@ -1,4 +1,4 @@
-"""Texts from files in messages: one short line, whatever they hold."""
+"""Texts from files in messages: always one short line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Graphs of others: where values lie is looked at before anything is read there."""
+"""Graphs of others: the place of values is checked before anything is read there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Headers of safetensors files: whatever the library refuses is refused, and files that it reads are read alike."""
+"""Headers of safetensors files: all that the library refuses is refused, and files that it reads are read alike."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _we_read(path: Path) -> dict[str, TensorHeader] | None:
 
 
 def test_whatever_the_library_refuses_is_refused(tmp_path: Path) -> None:
-    """What both accept has the same names, formats and shapes; and many a mutation is accepted by both."""
+    """Files that both accept have the same names, formats and shapes; and both accept many mutations."""
     n_refused = n_accepted = 0
     for seed in range(1500):
         path = _written(tmp_path / "x.safetensors", *_mutated(seed))

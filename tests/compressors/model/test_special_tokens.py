@@ -1,4 +1,4 @@
-"""End tokens as transformers takes them: every source of them, and what is none."""
+"""End tokens as transformers reads them, from every source, and invalid ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tokenizer that the installed libraries refuse is one sentence: the file, the part at fault, what helps."""
+"""A tokenizer that the installed libraries refuse gives one sentence: the file, the part at fault, the remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The orders and functions in which llama.cpp's converters store tensors, against the converters' own steps; undone."""
+"""The transforms of llama.cpp's converters, against the converters' own steps, and their inverses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training by a live teacher (KA and SAR): what is minimised, that it is resumable to the bit, and that it helps."""
+"""Training by a live teacher (KA and SAR): it minimises the right loss, resumes to the bit, and helps."""
 
 from __future__ import annotations
 

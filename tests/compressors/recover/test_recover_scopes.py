@@ -1,4 +1,4 @@
-"""Which tensors a scope names, and what training them takes."""
+"""The tensors of each scope, and the memory to train them."""
 
 from __future__ import annotations
 

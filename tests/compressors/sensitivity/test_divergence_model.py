@@ -1,4 +1,4 @@
-"""From the second-order divergence to the measured one."""
+"""The model that turns second-order divergence into measured divergence."""
 
 from __future__ import annotations
 

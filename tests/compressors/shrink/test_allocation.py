@@ -129,7 +129,7 @@ def test_super_experts_of_the_trained_models(family_folder: Path, trained_block:
 
 
 def test_a_tenth_of_the_largest_is_asked_of_super_experts_too(fine_folder: Path, trained_block: TrainedBlock) -> None:
-    """Of 768 experts four lie above the percentile; a tenth of the largest is higher."""
+    """Four of 768 experts lie above the percentile; a tenth of the largest is higher."""
     statistics = _statistics(fine_folder, trained_block) * 4
     outliers = _with_peaks(statistics, {(0, 0): 1000.0, (1, 1): 101.0, (2, 2): 99.0})
     assert super_experts(outliers) == _super_experts_by_definition(outliers)

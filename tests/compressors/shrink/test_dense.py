@@ -1,4 +1,4 @@
-"""The condensed block is what its definition says, computed here expert by expert with plain loops."""
+"""The condensed block equals its definition, computed here expert by expert with plain loops."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _answer(block: MoeBlock, expert: int, inputs_TD: torch.Tensor) -> torch.Tens
 def _applied_gates_and_norms(
     block: MoeBlock, expert: int, inputs_TD: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the tokens that chose the expert."""
+    """Gates and output norms of the tokens that chose the expert."""
     probabilities_TE = (inputs_TD @ block.router_ED.T).softmax(-1)
     order_TE = probabilities_TE.argsort(-1, descending=True)
     tokens = (order_TE[:, : block.top_k] == expert).any(-1)

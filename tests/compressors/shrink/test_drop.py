@@ -1,4 +1,4 @@
-"""Which layers change the hidden states least: against cosines token by token on stock transformers' hidden states."""
+"""The layers that change hidden states least, against cosines of stock transformers' hidden states, token by token."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ States = npt.NDArray[np.float64]  # [tokens, D]
 
 @dataclass(frozen=True)
 class _Seen:
-    """What stock transformers' hidden states are: before each layer, before its MoE sub-layer, and after it."""
+    """Stock transformers' hidden states: before each layer, before its MoE sub-layer, and after it."""
 
     before: list[States]
     between: list[States]

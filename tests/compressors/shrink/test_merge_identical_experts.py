@@ -1,4 +1,4 @@
-"""Merging identical experts is exact: double the experts and top-k, merge the pairs, and the model is what it was."""
+"""Merging identical experts is exact: double the experts and top-k, merge the pairs, and the model is the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What merging is made of: neuron alignment, averages, aliases, and statistics of merged experts."""
+"""The parts of merging: neuron alignment, averages, aliases, and statistics of merged experts."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def test_a_gpt_oss_block_is_that_of_transformers(gpt_oss: tuple[MoeBlock, GptOss
 
 
 def _evidence(block: MoeBlock, inputs_TD: torch.Tensor) -> Evidence:
-    """What merging and pruning look at, from the routes of some tokens."""
+    """The evidence for merging and pruning, from the routes of some tokens."""
     routes, n_experts = block.route(inputs_TD), block.n_experts
     count_E = torch.bincount(routes.chosen_TK.flatten(), minlength=n_experts).double()
     gates_E = torch.zeros(n_experts, dtype=torch.float64)

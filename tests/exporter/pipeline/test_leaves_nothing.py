@@ -89,7 +89,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture(scope="module")
 def out(place: Place, toy_command: Command, tiny_recipe: Path) -> Path:
-    """What a run published there."""
+    """Runs the tool there and returns its published folder."""
     folder = place.folder / "out"
     done = place.run(toy_command(folder, "--recipe", str(tiny_recipe), "--require", "kld=99,loops=1"))
     assert done.returncode in (0, 4), done.stderr

@@ -116,7 +116,7 @@ def _standard_error_in(path: Path) -> Iterator[None]:
 
 
 def test_a_stage_has_the_environment_of_now(work: WorkDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a group only the first process, by an environment variable, takes the lock."""
+    """Only the first process of a group, by an environment variable, takes the lock."""
     run_in_process(work, "calibrate")
     with work.stage_lock():
         monkeypatch.setenv("RANK", "1")

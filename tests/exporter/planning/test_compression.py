@@ -168,7 +168,7 @@ def test_a_recipe_is_refused_before_any_work(
     said: str,
     kind: type[Exception],
 ) -> None:
-    """By the plan, before anything is written."""
+    """The plan refuses them, before anything is written."""
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe_yaml(_recipe(**choice)))
     calibration, text = small_texts
@@ -364,7 +364,7 @@ def test_super_experts_are_protected(
 def test_global_allocation_keeps_the_mean_and_weighs_layers_alike(
     targets_of: Callable[..., list[LayerTarget]], statistics: list[LayerStatistics], method: str
 ) -> None:
-    """By definition: the lowest shares of all layers go, of equal ones the last; no layer falls below top-k."""
+    """By definition the lowest shares of all layers go, of equal ones the last, and no layer falls below top-k."""
     counts = [target.size.n_experts for target in targets_of(method=method, experts=16, allocation="global")]
     shares = []
     for layer, sums in enumerate(statistics):

@@ -182,8 +182,8 @@ def test_no_line_is_for_routers_or_routing(planned: Planned, fine_folder: Path) 
     plan = planned(save_student=True, quant="Q4_0")
     moe = replace(plan, recipe=_edited(plan.recipe, student="moe"))
     dense_lines, moe_lines = disk_lines(plan), disk_lines(moe)
-    shape = plan.student_spec
-    assert dense_lines["student checkpoint"] == 2 * shape.parameters, "nothing in float32"
+    spec = plan.student_spec
+    assert dense_lines["student checkpoint"] == 2 * spec.parameters, "nothing in float32"
     assert dense_lines["changed experts"] == 2 * 6 * 3 * 256 * 512
     # the teacher's own two and its floors' four, of eleven with the student's and both files', in torch and runtime
     assert dense_lines["routing"] * 11 == moe_lines["routing"] * 6

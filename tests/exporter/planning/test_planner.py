@@ -73,7 +73,7 @@ _ONNX = {"BF16": "F32", "Q8_0": "Q4_0", "Q2_K": "Q4_0"}
 
 
 def _most_experts(budget: int, mixes: dict[str, str]) -> int | None:
-    """By trying every number."""
+    """Finds it by trying every number."""
     fitting = (
         n_experts
         for n_experts in range(32, 3, -1)
@@ -120,10 +120,10 @@ _WAYS: dict[str, list[dict[str, Any]]] = {
     "block-drop": [{"drop_blocks": n_blocks} for n_blocks in range(1, 6)],
     "layer-drop": [{"drop_moe_layers": n_layers} for n_layers in range(1, 6)],
 }
-"""What each method may do to the bundled model, from the least."""
+"""The results that each method may have for the bundled model, from the smallest change."""
 
 
-def _shape_by_hand(way: dict[str, Any]) -> ModelSpec:
+def _spec_by_hand(way: dict[str, Any]) -> ModelSpec:
     """The same for every layer that is left; MoE sub-layers go from the end."""
     teacher = open_source(_MODEL).spec
     n_without = way.get("drop_moe_layers", 0)
@@ -132,7 +132,7 @@ def _shape_by_hand(way: dict[str, Any]) -> ModelSpec:
 
 
 def _bytes_of(artifact: str, way: dict[str, Any], weight_type: str) -> int:
-    shape = _shape_by_hand(way)
+    shape = _spec_by_hand(way)
     return (
         predict_file_size(shape, open_source(_MODEL), weight_type, "tiny")
         if artifact == "gguf"

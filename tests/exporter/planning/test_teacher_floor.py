@@ -130,7 +130,7 @@ def test_the_runtime_does_what_torch_does(
 
 @torch.no_grad()
 def _stock_perplexity(folder: Path, tokens_BT: torch.Tensor) -> float:
-    """Of the second halves, by transformers."""
+    """The perplexity of the second halves, by transformers."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     log_probs = model(tokens_BT).logits.log_softmax(-1)
     scored = log_probs[:, 256:511].gather(-1, tokens_BT[:, 257:512, None])

@@ -1,4 +1,4 @@
-"""What each process of test_team.py runs: statistics of a pass, and the gradients of a step of Router KD."""
+"""The program of each process of test_team.py: statistics of a pass, and the gradients of a step of Router KD."""
 
 from __future__ import annotations
 

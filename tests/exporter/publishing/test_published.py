@@ -33,7 +33,7 @@ def _report() -> dict[str, Any]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """As a run leaves it."""
+    """A folder as a run leaves it."""
     (tmp_path / "onnx").mkdir()
     names = ("x.gguf", "onnx/model.onnx", "recipe.yaml")
     for name in names:

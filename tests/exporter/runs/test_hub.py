@@ -47,7 +47,7 @@ def hub() -> Iterator[str]:
 
 
 def _resolve_elsewhere(cache: Path, endpoint: str, call: str) -> str:
-    """What ``resolve_model`` returns or says in a process of its own: huggingface_hub reads its settings at import."""
+    """Returns ``resolve_model``'s result or message in a new process: huggingface_hub reads settings at import."""
     script = (
         "from compressors.model.errors import InputError\n"
         "from exporter.hub import resolve_model\n"

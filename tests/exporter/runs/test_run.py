@@ -283,7 +283,7 @@ def test_tasks_of_a_file_that_kills_its_runtime_are_a_failed_check(with_a_deadly
 
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:ResourceWarning")
 def test_tasks_are_run_on_the_files_and_on_the_original(finished: tuple[Path, str], tmp_path: Path) -> None:
-    """By the adapter that tests/validate/tasks/test_tasks.py compares with the harness's own model."""
+    """Uses the adapter that tests/validate/tasks/test_tasks.py compares with the harness's own model."""
     fixture = Path(__file__).parents[2] / "fixtures" / "tasks"
     text = (fixture / "last_word.yaml").read_text(encoding="utf-8").replace("DATA", str(fixture))
     (tmp_path / "last_word.yaml").write_text(text, encoding="utf-8")

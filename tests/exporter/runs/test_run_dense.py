@@ -22,7 +22,7 @@ Run = Callable[[Sequence[str]], subprocess.CompletedProcess[str]]
 
 _PROGRAM = (sys.executable, "-m", "exporter")
 _ARCHITECTURES = {"fine": ("qwen3", "qwen3"), "coarse": ("llama", "mistral")}
-"""Of the GGUF file and of the ONNX graph."""
+"""The architectures of the GGUF file and of the ONNX graph."""
 
 _TEXT = {"calibration_blocks": 16, "selection_blocks": 1, "heldout_chunks_per_file": 1}
 

@@ -1,4 +1,4 @@
-"""What is no regular file is refused at once and by name: a pipe would be waited for, a device never ends."""
+"""Files that are not regular are refused at once and by name: a pipe would block, a device never ends."""
 
 from __future__ import annotations
 

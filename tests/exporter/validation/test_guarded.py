@@ -1,4 +1,4 @@
-"""A guarded process: whatever becomes of it is known, in one line, and nothing of it is left."""
+"""A guarded process: its end is always reported in one line, and nothing of it is left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of our own exporter raise no symptom, whatever the original's folder says; damage beside the graph does."""
+"""Files of our own exporter raise no symptom for any original's folder; damage beside the graph does."""
 
 from __future__ import annotations
 

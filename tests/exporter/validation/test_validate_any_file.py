@@ -1,4 +1,4 @@
-"""``moe-export validate`` on files that others wrote: what is compared, what is not, and what is said of it."""
+"""``moe-export validate`` on files that others wrote: the comparisons, the omitted ones, and the notes about them."""
 
 from __future__ import annotations
 

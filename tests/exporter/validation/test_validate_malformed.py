@@ -1,4 +1,4 @@
-"""``moe-export validate`` on files that kill a runtime, never end, or are not what they say."""
+"""``moe-export validate`` on files that kill a runtime, never end, or are not of the kind that they claim."""
 
 from __future__ import annotations
 

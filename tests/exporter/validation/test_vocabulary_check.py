@@ -66,7 +66,7 @@ def _deviations(folder: Path, name: str = "toy") -> list[str]:
 
 
 def _cuts(folder: Path) -> list[str]:
-    """What is said of cutting text, without what every tokenizer with NFC has."""
+    """The deviations about cutting text, without the one that every tokenizer with NFC has."""
     return [said for said in _deviations(folder) if " cuts text " in said and _NOT_NFC not in said]
 
 

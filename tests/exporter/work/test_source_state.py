@@ -1,4 +1,4 @@
-"""What counts as a change of the checkpoint."""
+"""Decides what counts as a change of the checkpoint."""
 
 from __future__ import annotations
 

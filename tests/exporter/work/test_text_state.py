@@ -1,4 +1,4 @@
-"""A run that goes on, or is asked for again, must find the texts that it was planned for: all three of them."""
+"""A run that is resumed or repeated must find all three texts that it was planned for."""
 
 from __future__ import annotations
 

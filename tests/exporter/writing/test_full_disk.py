@@ -1,6 +1,6 @@
-"""A disk that is full: one sentence with the place, the free bytes and what to do, exit code 2, and nothing half done.
+"""A full disk: one sentence with the place, the free bytes and the next step, exit code 2, and nothing half done.
 
-A limit on the size of files stands in for it, which needs no rights; the system then says EFBIG in place of ENOSPC.
+A limit on the size of files simulates it, which needs no rights; the system then says EFBIG in place of ENOSPC.
 """
 
 from __future__ import annotations

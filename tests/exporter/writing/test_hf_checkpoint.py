@@ -1,4 +1,4 @@
-"""The written student: read back by our reader and by stock transformers, it is the student."""
+"""The written student is the same student when our reader or stock transformers reads it."""
 
 from __future__ import annotations
 

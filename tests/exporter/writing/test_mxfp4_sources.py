@@ -1,4 +1,4 @@
-"""What is written of a checkpoint with experts in MXFP4 is what is written of the same numbers in bfloat16."""
+"""Files of a checkpoint with experts in MXFP4 equal files of the same numbers in bfloat16."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are odd but whole: files of them predict in the runtimes what transformers predicts from them."""
+"""Odd but complete checkpoints: their files predict in the runtimes the same as transformers."""
 
 from __future__ import annotations
 

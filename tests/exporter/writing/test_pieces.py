@@ -1,4 +1,4 @@
-"""Pieces are written in order whatever their threads do, and few of them are held at a time."""
+"""Pieces are written in order for any timing of the threads, and few of them are held at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A file is complete or absent, and a second attempt goes on exactly where the first is known to have been."""
+"""A file is complete or absent, and a second attempt continues exactly where the first one is known to have been."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _WHOLE = bytes(_GAP).join(_CONTENTS)
 
 
 class _Killed(Exception):
-    """What ends an attempt."""
+    """The error that ends an attempt."""
 
 
 def _write(file: ResumableFile, stop: int | None = None) -> None:
@@ -122,7 +122,7 @@ def test_without_keeping_nothing_is_left_or_trusted(tmp_path: Path) -> None:
 
 
 def test_the_journal_follows_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a power cut leaves: only pieces that a flush covered are counted, and a flush comes every few bytes."""
+    """After a power cut, only pieces that a flush covered are counted, and a flush comes every few bytes."""
     monkeypatch.setattr(resumable, "_FLUSH_BYTES", 20)
     path, flush, sizes = tmp_path / "file", os.fdatasync, []
 

@@ -159,7 +159,7 @@ def test_routers_and_norms_are_what_they_would_be_had_the_file_been_written_with
 
 
 def test_only_scales_and_float_tensors_change(student: Student, tmp_path: Path) -> None:
-    """By gguf's own reader: of a block d, and dmin where there is one, of which the structures tell the bytes."""
+    """gguf's own reader shows it: only d changes in a block, and dmin where there is one, at ggml's places."""
     file = _write("gguf", student, tmp_path / "x")
     before = {tensor.name: tensor.data.copy() for tensor in GGUFReader(file).tensors}
     weights = _open(file, student)

@@ -1,4 +1,4 @@
-"""A written file read back by role: the numbers are those that a runtime sees, and the model computes what it does."""
+"""A written file read back by role: the numbers are the runtime's, and the model computes the same."""
 
 from __future__ import annotations
 

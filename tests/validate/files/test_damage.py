@@ -1,6 +1,6 @@
-"""Every metric can fail: files that an exporter damaged, in both runtimes, and what the report says of each.
+"""Every metric can fail: files that an exporter damaged, in both runtimes, and the report's sentences about each.
 
-The damage is done to what the writers are given: the files are whole and load, as an exporter's bug would leave them.
+The writers' inputs are damaged: the files are complete and load, as an exporter's bug would leave them.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _in_two_bits(values: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Damage:
-    """What is done, a check that must fail, and what the report must say: with the original's weights, and without."""
+    """A damage, a check that must fail, and the report's sentences with and without the original's weights."""
 
     overlay: Callable[[Student], Overlay]
     failed: str

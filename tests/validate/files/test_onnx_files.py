@@ -1,4 +1,4 @@
-"""Which file of an exported folder is the graph."""
+"""Finds the graph among the files of an exported folder."""
 
 from __future__ import annotations
 

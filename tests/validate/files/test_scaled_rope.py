@@ -1,4 +1,4 @@
-"""A scaled rotary embedding as validation sees it: the model's passes, and any other is named."""
+"""Validation of scaled rotary embeddings: the model's passes, and any other is named."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def test_the_model_s_own_scaling_is_no_symptom_and_another_s_is(student: Student
         factors = {
             name: tuple(factor * value for value in getattr(rope, name)) for name in ("short_factors", "long_factors")
         }
-        shape = altered(student.spec, rope=replace(rope, theta=theta, factor=factor * rope.factor, **factors))
-        in_gguf = [*gguf_setting_symptoms(file.metadata, shape), *rope_factor_symptoms(file, shape)]
-        return in_gguf, [*setting_symptoms(onnx_facts(graph), shape), *graph_setting_symptoms(graph, shape)]
+        spec = altered(student.spec, rope=replace(rope, theta=theta, factor=factor * rope.factor, **factors))
+        in_gguf = [*gguf_setting_symptoms(file.metadata, spec), *rope_factor_symptoms(file, spec)]
+        return in_gguf, [*setting_symptoms(onnx_facts(graph), spec), *graph_setting_symptoms(graph, spec)]
 
     assert symptoms(student.spec.rope.theta, 1.0) == ([], [])
     assert all(symptoms(student.spec.rope.theta, 2.0))

@@ -1,4 +1,4 @@
-"""Last words: which ones are asked, and whether an answer is that of greedy decoding."""
+"""Last words: the choice of words, and answers equal to those of greedy decoding."""
 
 from __future__ import annotations
 

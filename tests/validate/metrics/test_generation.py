@@ -1,4 +1,4 @@
-"""What counts as a loop, and texts that a runtime writes against torch's."""
+"""The definition of a loop, and texts that a runtime writes against torch's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""llama.cpp's logits file and what is computed from it, against the tool's C++ written out in numpy scalars."""
+"""llama.cpp's logits file and the figures from it, against the tool's C++ written out in numpy scalars."""
 
 from __future__ import annotations
 

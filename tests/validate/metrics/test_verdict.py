@@ -1,4 +1,4 @@
-"""Pass or fail: thresholds are inclusive, requirements replace defaults, what was not measured fails."""
+"""Pass or fail: thresholds are inclusive, requirements replace defaults, and missing figures fail."""
 
 from __future__ import annotations
 

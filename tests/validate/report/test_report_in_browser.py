@@ -1,4 +1,4 @@
-"""The page as a browser shows it: complete at every width, in light and dark, with nothing asked of the outside."""
+"""The page in a browser: complete at every width, in light and dark, without any request to the outside."""
 
 from __future__ import annotations
 

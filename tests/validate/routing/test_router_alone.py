@@ -1,4 +1,4 @@
-"""Routers on equal inputs, in both runtimes: a router's own damage shows there, and nobody else's does."""
+"""Routers on equal inputs, in both runtimes: a router's own damage shows there, and no other damage does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Both runtimes know whether a text begins with a token of its own: llama-perplexity's chunks do then."""
+"""Both runtimes know whether a text begins with BOS; llama-perplexity's chunks then do too."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def student(toy_checkpoint: Callable[..., Path], tmp_path: Path) -> Student:
 
 
 def _begin_texts_with_bos(folder: Path) -> int:
-    """What a tokenizer looks like that puts BOS before a text."""
+    """Writes a tokenizer that puts BOS before a text."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     bos: int = tokenizer.token_to_id(_BOS)
     tokenizer.post_processor = TemplateProcessing(single=f"{_BOS} $A", special_tokens=[(_BOS, bos)])

@@ -1,4 +1,4 @@
-"""llama.cpp against stock transformers in float32, on the trained models: logits, routing, text; and what it costs."""
+"""llama.cpp against stock transformers in float32, on the trained models: logits, routing, text; and its cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is collected from a graph becomes routing, whichever of llama.cpp's nodes a model's layers have."""
+"""Nodes collected from a graph become routing, whichever of llama.cpp's nodes a model's layers have."""
 
 from __future__ import annotations
 

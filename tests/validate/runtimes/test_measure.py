@@ -1,4 +1,4 @@
-"""Runtimes measured in processes of their own: what they need by themselves, and how they fail."""
+"""Runtimes measured in processes of their own: their own memory, and how they fail."""
 
 from __future__ import annotations
 

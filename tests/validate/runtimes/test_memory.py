@@ -1,4 +1,4 @@
-"""What validation needs beside the runtime, at the vocabulary of a large model."""
+"""The memory of validation beside the runtime, with the vocabulary of a large model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A step that does not end is ended, by the kernel; what takes long in many steps is not."""
+"""The kernel ends a step that does not end by itself; long work in many steps goes on."""
 
 from __future__ import annotations
 

@@ -24,10 +24,10 @@ def add_neurons(layer: LayerNodes, projections: tuple[Role, Role, Role], glu: Gl
     """Adds down(activation(gate(x)) * up(x)).
 
     Args:
-        layer: where the nodes go.
+        layer: takes the nodes.
         projections: the roles of gate, up and down.
-        glu: the function between them; gate is not asked for where it has none.
-        normed: x.
+        glu: the function between them; without a gate in it, gate is not used.
+        normed: the name of x.
         output: the result's name.
     """
     gate_role, up_role, down_role = projections

@@ -16,5 +16,5 @@ _ADD: Mapping[type, Callable[[LayerNodes, Any, str], str]] = {Routed: add_routed
 
 
 def add_feed_forward(layer: LayerNodes, feed_forward: FeedForward, normed: str) -> str:
-    """Adds the nodes of a layer's feed-forward; returns what is to be added to the residual stream."""
+    """Adds the nodes of a layer's feed-forward; returns its output, to be added to the residual stream."""
     return _ADD[type(feed_forward)](layer, feed_forward, normed)

@@ -17,7 +17,7 @@ from exporter.writing.onnx.weights import LayerNodes
 
 __all__ = ["add_routed"]
 
-_ROUTER_WEIGHTS_INPUT = 14  # of QMoE
+_ROUTER_WEIGHTS_INPUT = 14  # an input of QMoE
 
 
 def add_routed(layer: LayerNodes, routed: Routed, normed: str) -> str:
@@ -58,8 +58,8 @@ def _add_float32(
     if routing.normalizes:
         return graph.node("MoE", inputs, output, domain=MICROSOFT, **attributes)
     # ONNX Runtime 1.31's CPU kernel may write its output over its input. It copies the input first only when it
-    # normalises, and else clears what it is about to read (moe_cpu.cc), so the block would add nothing. A later
-    # node that takes the input too keeps it; this one always selects the experts' output.
+    # normalises, and otherwise clears the values that it is about to read (moe_cpu.cc), so the block would add nothing.
+    # A later node that takes the input too keeps it; this one always selects the experts' output.
     experts = graph.node("MoE", inputs, f"{output}.routed", domain=MICROSOFT, **attributes)
     return graph.node("Where", [graph.constant("true", True, np.bool_), experts, normed], output)
 

@@ -1,4 +1,4 @@
-"""Grouped-query attention with a rotary embedding, by the operator of that name; its cache are keys and values."""
+"""Grouped-query attention with a rotary embedding, by the operator of that name; its cache is keys and values."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ class GroupedQueryNodes:
         if self._mixer.qk_norm is QkNorm.WHOLE:
             return layer.rms_norm(role, values, f"{values}.normed")
         graph, width = layer.graph, self._mixer.head_dim
-        # every head by itself: [batch, sequence * heads, head_dim] in between
+        # each head is normalised by itself: [batch, sequence * heads, head_dim] in between
         heads = graph.node("Reshape", [values, graph.constant("shape.heads", [0, -1, width])], f"{values}.heads")
         normed = layer.rms_norm(role, heads, f"{values}.normed_heads")
         joined = graph.constant(f"shape.{n_heads}_heads_joined", [0, -1, n_heads * width])
         return graph.node("Reshape", [normed, joined], f"{values}.normed")
 
     def _window(self, context_length: int) -> dict[str, Any]:
-        """The window, unless no text is longer."""
+        """The attribute of the window; empty if no text is longer."""
         window = self._mixer.window
         return {} if window is None or window >= context_length else {"local_window_size": window}

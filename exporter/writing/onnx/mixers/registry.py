@@ -22,16 +22,16 @@ class MixerNodes(Protocol):
         """Adds the cache's inputs and the nodes.
 
         Args:
-            layer: where they go.
+            layer: takes the nodes.
             normed: the layer's normalised input.
-            mask: what attention needs to know of the text.
+            mask: the values about padding and positions that attention takes.
 
         Returns:
-            What is to be added to the residual stream.
+            The name of the output, to be added to the residual stream.
         """
 
     def add_cache_outputs(self, graph: GraphBuilder, layer: int) -> None:
-        """Declares the cache as the nodes of a layer leave it."""
+        """Declares the outputs of a layer's cache."""
 
 
 _NODES: Mapping[type, Callable[[Any], MixerNodes]] = {GroupedQuery: GroupedQueryNodes, Latent: LatentNodes}

@@ -150,7 +150,7 @@ def test_outputs_are_nearer_to_the_original_s_on_other_text(
 
 
 def test_the_tied_embedding_errs_in_both_its_uses(calibrated: Calibrated, tmp_path: Path) -> None:
-    """By its gradient alone and with the head's share: each lowers the error that it is about."""
+    """Weighs by its gradient alone and with the head's share: each lowers its own error."""
     student = calibrated.student
     values = student.tensor(Role.TOKEN_EMBEDDING).float()
     gradient_DD = torch.cov(torch.randn(40, 256, generator=torch.Generator().manual_seed(2)).T)

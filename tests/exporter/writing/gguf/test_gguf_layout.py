@@ -1,4 +1,4 @@
-"""The contents of a GGUF file, decided from the shape alone."""
+"""The contents of a GGUF file, decided from the description alone."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_experts_of_a_layer_are_one_tensor(fine_folder: Path) -> None:
 
 
 def test_an_untied_head_is_written(fine_folder: Path) -> None:
-    shape = replace(read_spec(fine_folder), tied_embeddings=False)
-    head = next(tensor for tensor in plan_tensors(shape, "Q4_0") if tensor.role is Role.HEAD)
+    spec = replace(read_spec(fine_folder), tied_embeddings=False)
+    head = next(tensor for tensor in plan_tensors(spec, "Q4_0") if tensor.role is Role.HEAD)
     assert (head.name, head.shape) == ("output.weight", (4096, 256))
     assert head.ggml_type is GGMLQuantizationType.Q6_K
 

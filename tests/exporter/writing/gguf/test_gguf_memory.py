@@ -1,4 +1,4 @@
-"""The predicted memory against what a process that runs llama.cpp really takes."""
+"""The predicted memory against that of a process that runs llama.cpp."""
 
 from __future__ import annotations
 
@@ -105,6 +105,6 @@ def test_unknown_cache_types_are_refused(fine_folder: Path) -> None:
 
 @pytest.mark.parametrize("kv_type", ["q8_0", "q4_0"])
 def test_heads_that_are_no_whole_blocks_of_a_quantized_cache_are_refused(fine_folder: Path, kv_type: str) -> None:
-    shape = altered(read_spec(fine_folder), head_dim=48)
+    spec = altered(read_spec(fine_folder), head_dim=48)
     with pytest.raises(UnsupportedError, match=f"--kv-type {kv_type}: .* blocks of 32, .* heads are 48 wide"):
-        predict_runtime_bytes(shape, 1, 512, kv_type)
+        predict_runtime_bytes(spec, 1, 512, kv_type)

@@ -69,12 +69,12 @@ def test_types_are_those_of_llama_quantize(
     tied: bool,
 ) -> None:
     folder = request.getfixturevalue(f"{family}_folder")
-    shape = replace(read_spec(folder), tied_embeddings=tied)
-    shape = _sized(shape, n_layers, n_experts, expert_width, n_kv_heads)
-    _header_alone(shape, folder, tmp_path / "x.gguf")
+    spec = replace(read_spec(folder), tied_embeddings=tied)
+    spec = _sized(spec, n_layers, n_experts, expert_width, n_kv_heads)
+    _header_alone(spec, folder, tmp_path / "x.gguf")
     for mix in MIXES.values():
         theirs = types_in_a_dry_run(tmp_path / "x.gguf", mix.file_type)
-        ours = {tensor.name: tensor.ggml_type.name for tensor in plan_tensors(shape, mix.name)}
+        ours = {tensor.name: tensor.ggml_type.name for tensor in plan_tensors(spec, mix.name)}
         assert ours == theirs, mix.name
 
 
@@ -105,7 +105,7 @@ def test_files_are_those_of_llama_quantize(
 
 
 def _importance(spec: ModelSpec) -> Importance:
-    """Of every matrix but the embedding."""
+    """The importance of every matrix except the embedding."""
     random = torch.Generator().manual_seed(0)
     experts = {Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN}
     found = {}

@@ -1,4 +1,4 @@
-"""Types go by names in files: those of architectures that differ from each other get what llama-quantize gives them."""
+"""Types follow the names in files: tensors of different architectures get the same types as from llama-quantize."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A model whose tensors GGUF files hold in parts, other orders and other shapes, with a dense layer before the others.
 
-No runtime knows it: it is a trained model under a description of its own. Written, read back, compared, tuned, saved.
+No runtime knows it: it is a trained model with a special description. It is written, read, compared, tuned and saved.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def known(
 
 @pytest.fixture(scope="module")
 def table(student: Student, known: tuple[Sensitivities, Importance]) -> TypeTable:
-    """Of sampled rows."""
+    """The table from sampled rows."""
     return gguf_type_table(student, *known, _FEW)
 
 

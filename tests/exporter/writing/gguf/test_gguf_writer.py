@@ -27,7 +27,7 @@ from exporter.writing.gguf.mixes import MIXES
 from exporter.writing.gguf.writer import predict_file_size, write_gguf
 
 _MIXES = ("F32", "BF16", "F16", "Q8_0", "Q5_1", "Q4_K_M", "Q4_0", "IQ4_XS", "MXFP4_MOE", "Q3_K_L", "Q2_0", "TQ1_0")
-"""Those that are quick to write: no types of codebooks."""
+"""The mixes that are quick to write: no types of codebooks."""
 
 
 @pytest.fixture(scope="module")

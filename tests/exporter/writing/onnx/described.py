@@ -1,4 +1,4 @@
-"""Models that no family reads yet, made of descriptions alone: random weights in ONNX files, and what they compute."""
+"""Models that no family reads yet, made from descriptions alone: random weights in ONNX files, and their results."""
 
 from __future__ import annotations
 

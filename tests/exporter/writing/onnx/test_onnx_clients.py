@@ -1,4 +1,4 @@
-"""The folder as other programs see it: onnxruntime-genai generates from it, transformers reads its configuration."""
+"""Other programs use the folder: onnxruntime-genai generates from it, transformers reads its configuration."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def test_bits_are_the_mean_over_layers(student: Student, tmp_path: Path) -> None
 
 
 def test_validation_finds_wrong_attributes(student: Student, folder: Path, tmp_path: Path) -> None:
-    """Of each node that computes with codes: its bits, its block size, and a product's sizes."""
+    """The bits, the block size and a product's sizes of each node that computes with codes."""
     (tmp_path / DATA_FILE).symlink_to(folder / DATA_FILE)
     model = onnx.load(folder / MODEL_FILE, load_external_data=False)
     n_changed = 0
@@ -221,10 +221,10 @@ def _is_of_no_unit(name: str) -> bool:
 
 
 def test_a_head_of_its_own_is_a_unit(student: Student) -> None:
-    shape = replace(student.spec, tied_embeddings=False)
-    units = {unit.name for unit in onnx_units(shape)}
+    spec = replace(student.spec, tied_embeddings=False)
+    units = {unit.name for unit in onnx_units(spec)}
     assert {"embedding", "head"} <= units
-    layout = plan_tensors(shape, "Q4_0", {"embedding": "2@128", "head": "8@64"})
+    layout = plan_tensors(spec, "Q4_0", {"embedding": "2@128", "head": "8@64"})
     encodings = [layout.weight(role).encoding.name for role in (Role.TOKEN_EMBEDDING, Role.HEAD)]
     assert encodings == ["2@128", "8@64"]
     with pytest.raises(InputError, match="'head' is no unit"):

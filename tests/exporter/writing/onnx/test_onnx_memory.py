@@ -22,7 +22,7 @@ from validate.runtimes.measure import measure_artifact
 def test_measured_peak_is_within_the_prediction(
     family_folder: Path, tmp_path: Path, heldout_tokens: npt.NDArray[np.int64], encoding: str
 ) -> None:
-    """Of the presets, and of files whose products all quantize their inputs."""
+    """Measures the presets, and files whose products all quantize their inputs."""
     student = Student.teacher(Checkpoint(family_folder))
     encodings = {} if encoding in PRESETS else {unit.name: encoding for unit in onnx_units(student.spec)}
     preset = encoding if encoding in PRESETS else "Q4_0"
@@ -45,6 +45,6 @@ def test_cache_grows_with_the_context_and_weights_with_the_experts(fine_folder: 
 
 
 def test_context_beyond_the_model_is_refused(fine_folder: Path) -> None:
-    shape = replace(Checkpoint(fine_folder).spec, context_length=100)
+    spec = replace(Checkpoint(fine_folder).spec, context_length=100)
     with pytest.raises(InputError, match="101"):
-        predict_runtime_bytes(shape, "F32", 101, threads=2)
+        predict_runtime_bytes(spec, "F32", 101, threads=2)

@@ -1,4 +1,4 @@
-"""The two files of an ONNX model: their size is known beforehand, their bytes depend on nothing but the student."""
+"""The two files of an ONNX model: their size is known in advance, their bytes depend only on the student."""
 
 from __future__ import annotations
 
