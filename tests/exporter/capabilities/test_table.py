@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,7 @@ from exporter.capabilities.table import TABLE, refusal, refuse_unless_held
 from exporter.writing.gguf.layout import plan_tensors as gguf_tensors
 from exporter.writing.onnx.layout import plan_tensors as onnx_tensors
 from tests.altered import altered, with_dense_layers
+from tests.exporter.writing.onnx.described import latent_attention
 
 _SINKS = TensorSpec(
     Role.SINKS, "model.layers.{layer}.self_attn.sinks", ("H",), GgufTensor("blk.{layer}.attn_sinks.weight"), Kind.VECTOR
@@ -39,6 +41,13 @@ def _with_experts_like(spec: ModelSpec, **changes: object) -> ModelSpec:
         for layer in spec.layers
     )
     return replace(spec, layers=layers)
+
+
+def _with_latent(spec: ModelSpec, **changes: Any) -> ModelSpec:
+    """Latent attention in all layers, whose rotary embedding is as wide as it says."""
+    mixer = latent_attention(**changes)
+    mixer = replace(mixer, rope=replace(mixer.rope, width=mixer.rotary_dim))
+    return replace(spec, layers=tuple(replace(layer, mixer=mixer) for layer in spec.layers))
 
 
 @pytest.mark.parametrize("container", Container)
@@ -76,6 +85,9 @@ def test_onnx_refuses_what_its_graphs_do_not_compute(spec: ModelSpec) -> None:
         (replace(spec, layers=(gated, *others)), "this model also has gates of the attention's output"),
         (replace(spec, layers=(recurrent, *others)), "this model also has a gated delta rule"),
         (altered(spec, head_dim=40), "runs heads of a multiple of 16 values; this model's have 40"),
+        (altered(spec, rope=rope), "turns a multiple of 16 values of a head; this model's attention turns 24"),
+        (_with_latent(spec, rank=40), "runs heads of a multiple of 16 values; this model's have 56"),
+        (_with_latent(spec, rotary_dim=8, rank=40), "this model's attention turns 8"),
     ):
         sentence = refusal(model, Container.ONNX)
         assert sentence is not None and said in sentence and "use --formats gguf" in sentence
