@@ -66,7 +66,7 @@ def _read_checkpoint(folder: Path, rng: random.Random, inputs: Path) -> None:
 
 
 @cache
-def _shape(inputs: Path) -> ModelSpec:
+def _spec(inputs: Path) -> ModelSpec:
     return open_source(inputs / "qwen").spec
 
 
@@ -84,9 +84,9 @@ def _read_onnx(folder: Path, rng: random.Random, inputs: Path) -> None:
     if found is not None:
         str(found.facts)
         str(found.tokenizer_folder)
-        graph_setting_symptoms(found.path, _shape(inputs))
-        folder_setting_symptoms(found.path, open_source(inputs / "qwen"), _shape(inputs))
-    _read_weights(OnnxWeights(folder, _shape(inputs)), _shape(inputs))
+        graph_setting_symptoms(found.path, _spec(inputs))
+        folder_setting_symptoms(found.path, open_source(inputs / "qwen"), _spec(inputs))
+    _read_weights(OnnxWeights(folder, _spec(inputs)), _spec(inputs))
 
 
 def _read_weights(weights: WrittenWeights, spec: ModelSpec) -> None:

@@ -26,7 +26,7 @@ from tests.altered import altered, with_dense_layers
 from tests.exporter.writing.onnx.described import latent_attention
 
 _SINKS = TensorSpec(
-    Role.SINKS, "model.layers.{layer}.self_attn.sinks", ("H",), GgufTensor("blk.{layer}.attn_sinks.weight"), Kind.VECTOR
+    Role.SINKS, "model.layers.{layer}.self_attn.sinks", ("H",), GgufTensor("blk.{layer}.sinks"), Kind.VECTOR
 )
 
 
@@ -71,19 +71,20 @@ def test_a_layer_that_lost_its_experts(spec: ModelSpec, container: Container, sa
 
 def test_layers_that_never_had_experts_differ_from_layers_that_lost_them(spec: ModelSpec) -> None:
     dense = with_dense_layers(spec, 2)
-    assert all(refusal(dense, container) is None for container in Container)
+    assert [refusal(dense, container) for container in Container] == [None] * len(Container)
 
 
 def test_onnx_refuses_what_its_graphs_do_not_compute(spec: ModelSpec) -> None:
     first, *others = spec.layers
     with_sinks = replace(first, tensors=(*first.tensors, _SINKS))
     gated = replace(first, mixer=replace(first.mixer, output_gate=True))
-    recurrent = replace(first, mixer=GatedDelta(2, 4, 16, 16, 4))
+    delta = replace(first, mixer=GatedDelta(n_key_heads=2, n_value_heads=4, key_dim=16, value_dim=16, kernel=4))
+    rope = replace(spec.rope, width=24)
     for model, said in (
-        (_with_experts_like(spec, glu=Glu(activation=Activation.GELU_TANH)), "experts whose gate's activation is"),
+        (_with_experts_like(spec, glu=Glu(Activation.GELU_TANH)), "whose gate's activation is gelu_pytorch_tanh"),
         (replace(spec, layers=(with_sinks, *others)), "do not add attention sinks"),
         (replace(spec, layers=(gated, *others)), "this model also has gates of the attention's output"),
-        (replace(spec, layers=(recurrent, *others)), "this model also has a gated delta rule"),
+        (replace(spec, layers=(delta, *others)), "this model also has a gated delta rule"),
         (altered(spec, head_dim=40), "runs heads of a multiple of 16 values; this model's have 40"),
         (altered(spec, rope=rope), "turns a multiple of 16 values of a head; this model's attention turns 24"),
         (_with_latent(spec, rank=40), "runs heads of a multiple of 16 values; this model's have 56"),
