@@ -1,1 +1,1 @@
-"""From the command line to a plan: the job, the recipe, and everything that is decided before a weight is read."""
+"""This sub-package makes a plan of the command line: the job, the recipe, and all else that needs no weights."""

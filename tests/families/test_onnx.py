@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import onnxruntime_genai
 import pytest
 import torch
 from torch import nn
@@ -22,6 +21,7 @@ from exporter.writing.onnx.clients import write_client_files
 from exporter.writing.onnx.layout import plan_tensors
 from exporter.writing.onnx.memory import predict_runtime_bytes
 from exporter.writing.onnx.writer import predict_size, write_onnx
+from tests.exporter.writing.onnx.genai import continue_prompt
 from tests.exporter.writing.onnx.session import Session, Tokens, padded
 from tests.families.checkpoints import spell_as_the_hub
 from tests.families.conftest import logits_of
@@ -131,15 +131,7 @@ def test_genai_generates_the_same_tokens(written: Path, student: Student, blocks
     """Its caches are as large as the graph's, and what is predicted."""
     prompt = blocks_BT[0, :20].tolist()
     expected = OnnxRuntimeBackend(written, threads=1).generate(prompt, 12, greedy)
-    model = onnxruntime_genai.Model(str(written))
-    parameters = onnxruntime_genai.GeneratorParams(model)
-    parameters.set_search_options(max_length=len(prompt) + len(expected))
-    generator = onnxruntime_genai.Generator(model, parameters)
-    generator.append_tokens(prompt)
-    tokens = []
-    while not generator.is_done():
-        generator.generate_next_token()
-        tokens.append(int(generator.get_next_tokens()[0]))
+    tokens, generator = continue_prompt(written, prompt, len(expected))
     assert tokens and tokens == expected[: len(tokens)]
     caches = [generator.get_input(f"past_key_values.0.{kind}") for kind in ("key", "value")]
     predicted = predict_runtime_bytes(student.spec, "F32", len(prompt) + len(expected), threads=1)["kv_cache"]

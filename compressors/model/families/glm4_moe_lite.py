@@ -11,11 +11,9 @@ from typing import Any
 
 from compressors.model.description.family import ConfigValues, Family, GgufFamily
 from compressors.model.description.family_settings import FamilySettings
-from compressors.model.description.feed_forward import Shared
-from compressors.model.description.routing import Routing, Score
 from compressors.model.description.settings import Settings
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families import latent, parts, written_config
+from compressors.model.families import latent, written_config
 
 __all__ = ["FAMILY"]
 
@@ -44,30 +42,7 @@ _DEFAULTS = {
 
 def _read(file: Settings) -> ModelSpec:
     settings = FamilySettings(file, FAMILY, _DEFAULTS)
-    settings.require("hidden_act", "silu", "swish")
-    settings.require("attention_bias", False)
-    settings.require("rope_interleave", True)
-    settings.require("scoring_func", "sigmoid")
-    settings.require("topk_method", "noaux_tc")
-    settings.ignore("num_key_value_heads", "num_nextn_predict_layers", "pretraining_tp")
-    settings.refuse_what_no_family_can_do()
-    n_experts, width = settings.count("n_routed_experts"), settings.count("moe_intermediate_size")
-    experts = parts.routed_in_mlp(
-        n_experts=n_experts,
-        top_k=settings.top_k(n_experts),
-        width=width,
-        routing=Routing(
-            Score.SIGMOID,
-            has_selection_bias=True,
-            n_groups=settings.count("n_group"),
-            n_chosen_groups=settings.count("topk_group"),
-            normalizes=settings.flag("norm_topk_prob", default=True),
-            epsilon=1e-20,
-            scale=settings.number("routed_scaling_factor"),
-        ),
-        shared=Shared(width * settings.count("n_shared_experts")),
-        selection_bias="mlp.gate.e_score_correction_bias",
-    )
+    experts = latent.biased_sigmoid_experts(settings)
     return latent.model(settings, experts, n_dense=_n_dense(settings))
 
 

@@ -8,18 +8,18 @@ from typing import Any
 
 from compressors.model.description.family import GgufValue, SkippedPart
 from compressors.model.description.family_settings import FamilySettings
-from compressors.model.description.feed_forward import Dense, Routed
+from compressors.model.description.feed_forward import Dense, Routed, Shared
 from compressors.model.description.mixers import Latent
 from compressors.model.description.roles import Role
 from compressors.model.description.rope_config import RopeRule
-from compressors.model.description.routing import Score
+from compressors.model.description.routing import Routing, Score
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import GgufTensor, Kind, TensorSpec
 from compressors.model.description.transforms import HeadMatrices
 from compressors.model.errors import UnsupportedError
 from compressors.model.families import parts
 
-__all__ = ["COUNTS", "MTP", "gguf_keys", "mixer_tensors", "model", "n_dense", "settings"]
+__all__ = ["COUNTS", "MTP", "biased_sigmoid_experts", "gguf_keys", "mixer_tensors", "model", "n_dense", "settings"]
 
 MTP = SkippedPart(r"model\.layers\.(?P<layer>\d+)\..*", "layers for predicting several tokens at once (MTP)")
 
@@ -93,6 +93,34 @@ def _selection_bias() -> TensorSpec:
         GgufTensor("blk.{layer}.exp_probs_b.bias"),
         Kind.SELECTION,
         experts_axis=0,
+    )
+
+
+def biased_sigmoid_experts(settings: FamilySettings) -> Routed:
+    """Reads the experts of DeepSeek-V3's block, and refuses what its class could not compute."""
+    settings.require("hidden_act", "silu", "swish")
+    settings.require("attention_bias", False)
+    settings.require("rope_interleave", True)
+    settings.require("scoring_func", "sigmoid")
+    settings.require("topk_method", "noaux_tc")
+    settings.ignore("num_key_value_heads", "num_nextn_predict_layers", "pretraining_tp")
+    settings.refuse_what_no_family_can_do()
+    n_experts, width = settings.count("n_routed_experts"), settings.count("moe_intermediate_size")
+    return parts.routed_in_mlp(
+        n_experts=n_experts,
+        top_k=settings.top_k(n_experts),
+        width=width,
+        routing=Routing(
+            Score.SIGMOID,
+            has_selection_bias=True,
+            n_groups=settings.count("n_group"),
+            n_chosen_groups=settings.count("topk_group"),
+            normalizes=settings.flag("norm_topk_prob", default=True),
+            epsilon=1e-20,
+            scale=settings.number("routed_scaling_factor"),
+        ),
+        shared=Shared(width * settings.count("n_shared_experts")),
+        selection_bias="mlp.gate.e_score_correction_bias",
     )
 
 

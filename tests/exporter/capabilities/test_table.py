@@ -123,5 +123,6 @@ def test_each_feature_has_at_most_one_rule_in_a_container() -> None:
 
 
 def test_nothing_is_refused_where_a_container_can_hold_a_model(spec: ModelSpec) -> None:
+    assert all(refusal(spec, container) is None for container in Container)
     for container in Container:
         refuse_unless_held(spec, container)

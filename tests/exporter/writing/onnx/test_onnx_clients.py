@@ -15,6 +15,7 @@ from compressors.model.sources.student import ExpertMap, Student
 from exporter.writing.onnx.clients import write_client_files
 from exporter.writing.onnx.encodings import PRESETS
 from exporter.writing.onnx.writer import write_onnx
+from tests.exporter.writing.onnx.genai import continue_prompt
 from validate.metrics.generation import greedy
 from validate.runtimes.onnx import OnnxRuntimeBackend
 
@@ -44,15 +45,7 @@ def test_genai_generates_the_same_tokens(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer.encode("The lamp stood on the table by the window. " * 60)[:600]
     expected = OnnxRuntimeBackend(folder, threads=1).generate(prompt, 24, greedy)
-    model = onnxruntime_genai.Model(str(folder))
-    parameters = onnxruntime_genai.GeneratorParams(model)
-    parameters.set_search_options(max_length=len(prompt) + len(expected))
-    generator = onnxruntime_genai.Generator(model, parameters)
-    generator.append_tokens(prompt)
-    tokens = []
-    while not generator.is_done():
-        generator.generate_next_token()
-        tokens.append(int(generator.get_next_tokens()[0]))
+    tokens, _ = continue_prompt(folder, prompt, len(expected))
     assert tokens and tokens == expected[: len(tokens)]
     assert len(tokens) == len(expected) or tokenizer.eos_token_id in expected[: len(tokens) + 1]
 
