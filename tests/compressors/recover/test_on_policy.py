@@ -103,7 +103,7 @@ def test_the_first_loss_is_the_divergence_from_the_teacher_on_the_student_s_text
     uniform = torch.stack([random_numbers((0, 11, 0, place), _N_TOKENS // 2) for place in range(10)])
     assert torch.equal(texts, sample_texts(StreamedModel(pruned_toy), blocks_BT[first, : _N_TOKENS // 2], uniform))
 
-    stock = AutoModelForCausalLM.from_pretrained(float32_toy.folder, dtype=torch.float32, num_experts_per_tok=31)
+    stock = AutoModelForCausalLM.from_pretrained(float32_toy.path, dtype=torch.float32, num_experts_per_tok=31)
     with torch.no_grad():
         logits_BTV = stock(texts, use_cache=False).logits[:, _N_TOKENS // 2 - 1 : -1]
     student_log = _log_probs(StreamedModel(pruned_toy), texts)

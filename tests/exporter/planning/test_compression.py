@@ -27,12 +27,12 @@ from compressors.shrink.layerwise import LayerTarget, LayerwiseCompression
 from compressors.shrink.merge import REAM, HCSMoE, MSMoE
 from compressors.shrink.moe_block import Method
 from compressors.shrink.prune import Prune
+from compressors.shrink.registry import fewest_experts
 from compressors.shrink.slim import SlimWidth
 from exporter.planning.compression import (
     check_compression,
     described_compression,
     expected_spec,
-    fewest_experts,
     layer_targets,
 )
 from exporter.planning.job import Flags

@@ -99,7 +99,7 @@ def test_dense_layers_and_shared_experts_count_with_their_width(fine_folder: Pat
 
 
 def test_unknown_cache_types_are_refused(fine_folder: Path) -> None:
-    with pytest.raises(InputError, match="--kv-type q3: no such type; choose one of f32, f16, q8_0, q4_0"):
+    with pytest.raises(InputError, match="--kv-type q3: no such type; choose one of f16, f32, q8_0, q4_0"):
         predict_runtime_bytes(read_spec(fine_folder), 1, 512, "q3")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
@@ -76,7 +76,7 @@ def _in_parts(tensor: TensorSpec) -> TensorSpec:
 
 
 def _layer(layer: LayerSpec) -> LayerSpec:
-    mixer = _Attention(**{name: getattr(layer.mixer, name) for name in layer.mixer.__dataclass_fields__})
+    mixer = _Attention(**{name: getattr(layer.mixer, name) for name in (field.name for field in fields(layer.mixer))})
     return replace(layer, mixer=mixer, tensors=tuple(map(_in_parts, layer.tensors)))
 
 
