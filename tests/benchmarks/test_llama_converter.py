@@ -32,7 +32,7 @@ def test_a_layer_is_added_that_the_family_reads_past(fine_folder: Path, tmp_path
     add_mtp(tmp_path / "x")
     changed = Checkpoint(tmp_path / "x")
     assert len(changed.headers) > n_tensors + 20
-    assert changed.parts_read_past == ("layers for predicting several tokens at once (MTP)",)
+    assert list(changed.parts_read_past) == ["layers for predicting several tokens at once (MTP)"]
 
 
 def test_bytes_are_compared(tmp_path: Path) -> None:

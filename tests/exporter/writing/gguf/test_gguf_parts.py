@@ -247,6 +247,7 @@ def test_experts_that_are_only_ever_together_are_saved_so(student: Student, tmp_
         Role.EXPERT_DOWN: Fused("model.layers.{layer}.out", is_only_form=True),
     }
     checkpoint = copy.copy(student.source)
+    checkpoint._fused = lambda _tensor, _layer: None  # the file that is read has them apart
     checkpoint.spec = replace(
         checkpoint.spec,
         layers=tuple(
