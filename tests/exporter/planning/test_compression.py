@@ -216,7 +216,7 @@ def test_groups_of_experts_stay_equally_large(teacher: ModelSpec) -> None:
     assert fewest_experts("reap", grouped) == 16  # two in each group, whose sum decides
     check_compression(_recipe(method="reap", experts=24), grouped)
     for choice in ({"experts": 20}, {"experts": 24, "allocation": "global"}):
-        with pytest.raises(InputError, match=r"chooses from 8 groups of experts.*give multiples of 8"):
+        with pytest.raises(InputError, match=r"choose among 8 groups of experts.*give a multiple of 8"):
             check_compression(_recipe(method="reap", **choice), grouped)
 
 
