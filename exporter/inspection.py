@@ -10,7 +10,6 @@ from typing import Any
 from rich.table import Table
 
 from compressors.model.description.mixers import GroupedQuery
-from compressors.model.description.onnx_heads import OperatorMixer, operator_heads
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.files.kv_types import bytes_per_value
 from compressors.model.sources.opening import open_source
@@ -107,9 +106,7 @@ def _active_parameters(spec: ModelSpec) -> int:
 def _cache_bytes(spec: ModelSpec) -> dict[str, int]:
     """The bytes that a token takes in the caches of all layers: in llama.cpp's default type, and in ONNX Runtime's."""
     n_values = sum(layer.mixer.cached_values for layer in spec.layers)
-    in_operators = (operator_heads(layer.mixer) for layer in spec.layers if isinstance(layer.mixer, OperatorMixer))
-    in_onnx = sum(heads.cached_values for heads in in_operators)
-    return {"gguf": int(n_values * bytes_per_value(Flags.kv_type)), "onnx": in_onnx * _FLOAT32}
+    return {"gguf": int(n_values * bytes_per_value(Flags.kv_type)), "onnx": n_values * _FLOAT32}
 
 
 def _kinds_of_layers(spec: ModelSpec) -> list[list[tuple[int, LayerSpec]]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from compressors.model.description.glu import Activation
 from compressors.model.description.mixers import GroupedQuery, Latent
-from compressors.model.description.onnx_heads import OperatorMixer, operator_heads
+from compressors.model.description.onnx_cache import Attention
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from exporter.capabilities.rules import Container, Feature, Rule
@@ -20,7 +20,7 @@ _NOT_READ = (Role.SINKS, Role.EXPERT_GATE_UP_BIAS, Role.EXPERT_DOWN_BIAS)
 
 def _mixers(spec: ModelSpec) -> str | None:
     mixers = [layer.mixer for layer in spec.layers]
-    others = dict.fromkeys(mixer.kind for mixer in mixers if not isinstance(mixer, OperatorMixer))
+    others = dict.fromkeys(mixer.kind for mixer in mixers if not isinstance(mixer, Attention))
     if any(isinstance(mixer, GroupedQuery) and mixer.output_gate for mixer in mixers):
         others["gates of the attention's output"] = None
     return _refused(f"our ONNX graphs have {_listed(_MIXERS)}; this model also has {_listed(others)}", others)
@@ -28,18 +28,16 @@ def _mixers(spec: ModelSpec) -> str | None:
 
 def _heads(spec: ModelSpec) -> str | None:
     """The attention operator checks it only when it runs (``group_query_attention_helper.h`` in ONNX Runtime)."""
-    operator = "ONNX Runtime's GroupQueryAttention with a rotary embedding"
-    for mixer in (layer.mixer for layer in spec.layers if isinstance(layer.mixer, OperatorMixer)):
-        head_dim, turned = operator_heads(mixer).head_dim, mixer.rope.width
-        if head_dim % _HEAD_MULTIPLE:
-            return _refused(
-                f"{operator} runs heads of a multiple of {_HEAD_MULTIPLE} values; this model's have {head_dim}"
-            )
-        if turned % _HEAD_MULTIPLE:
-            return _refused(
-                f"{operator} turns a multiple of {_HEAD_MULTIPLE} values of a head; this model's attention turns "
-                f"{turned}"
-            )
+    operator, multiple = "ONNX Runtime's GroupQueryAttention", f"a multiple of {_HEAD_MULTIPLE} values"
+    for mixer in (layer.mixer for layer in spec.layers):
+        if isinstance(mixer, GroupedQuery) and mixer.head_dim % _HEAD_MULTIPLE:
+            runs = f"{operator} with a rotary embedding runs heads of {multiple}"
+            return _refused(f"{runs}; this model's have {mixer.head_dim}")
+        if isinstance(mixer, GroupedQuery) and mixer.rope.width % _HEAD_MULTIPLE:
+            return _refused(f"{operator} turns {multiple} of a head; this model's attention turns {mixer.rope.width}")
+        if isinstance(mixer, Latent) and mixer.cached_values % _HEAD_MULTIPLE:
+            halves = f"{operator} caches latent attention's vectors in halves, which takes vectors of {multiple}"
+            return _refused(f"{halves}; this model's have {mixer.cached_values}")
     return None
 
 

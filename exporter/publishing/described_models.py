@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from compressors.model.description.mixers import GroupedQuery
+from compressors.model.description.onnx_cache import Attention, cache_heads
 from compressors.model.description.spec import ModelSpec
 from compressors.model.sources.source import Source
 from compressors.model.sources.student import ExpertMap, LayerMap
@@ -15,9 +15,10 @@ __all__ = ["described_source", "described_student"]
 
 
 def described_source(choice: SourceChoice, source: Source) -> dict[str, Any]:
-    """Describes the original; heads are those of the first layer that has grouped-query attention."""
+    """Describes the original; heads are those that ONNX graphs cache of its first layer with attention."""
     spec = source.spec
-    attention = next((layer.mixer for layer in spec.layers if isinstance(layer.mixer, GroupedQuery)), None)
+    attention = next((layer.mixer for layer in spec.layers if isinstance(layer.mixer, Attention)), None)
+    heads = None if attention is None else cache_heads(attention)
     return {
         "model": choice.model,
         "identity": choice.identity,
@@ -30,8 +31,8 @@ def described_source(choice: SourceChoice, source: Source) -> dict[str, Any]:
         "n_experts": spec.n_experts,
         "expert_width": spec.expert_width,
         "top_k": spec.top_k,
-        "n_kv_heads": None if attention is None else attention.n_kv_heads,
-        "head_dim": None if attention is None else attention.head_dim,
+        "n_kv_heads": None if heads is None else heads.number,
+        "head_dim": None if heads is None else heads.width,
         "license": source_license(source),
     }
 

@@ -17,6 +17,8 @@ from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.onnx import MODEL_FILE, OnnxWeights
 from compressors.model.sources.student import ExpertMap, Student
+from exporter.planning.recipe import SourceChoice
+from exporter.publishing.described_models import described_source
 from exporter.writing.onnx.clients import write_client_files
 from exporter.writing.onnx.layout import plan_tensors
 from exporter.writing.onnx.memory import predict_runtime_bytes
@@ -29,6 +31,7 @@ from tests.families.rows import COMMON, ROWS
 from validate.files.folder_settings import folder_setting_symptoms
 from validate.files.graph_settings import graph_setting_symptoms
 from validate.metrics.generation import greedy
+from validate.report.run import onnxruntime_example
 from validate.routing.agreement import routing_agreement
 from validate.runtimes.backend import scored_positions
 from validate.runtimes.onnx import OnnxRuntimeBackend
@@ -125,6 +128,12 @@ def test_the_file_holds_the_student_s_values(student: Student, written: Path) ->
             assert torch.equal(found.tensor(tensor.role, layer), expected), (tensor.role, layer)
             if tensor.is_quantizable:
                 assert torch.equal(found.rows(tensor.role, layer, slice(1, 3)), expected[1:3])
+
+
+def test_the_report_s_example_runs(written: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = {"source": described_source(SourceChoice(model="x"), Checkpoint(folder))}
+    exec(onnxruntime_example(report, written), {})
+    assert capsys.readouterr().out.strip()
 
 
 def test_genai_generates_the_same_tokens(written: Path, student: Student, blocks_BT: torch.Tensor) -> None:

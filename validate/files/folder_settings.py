@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx
 
-from compressors.model.description.onnx_heads import OperatorMixer, operator_heads
+from compressors.model.description.onnx_cache import Attention, cache_heads
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import MoeExportError
 from compressors.model.families.config import language_model_config, read_spec
@@ -67,13 +67,14 @@ def _genai_symptoms(
     model = _object(config, "model")
     decoder, search = _object(model, "decoder"), _object(config, "search")
     proto = onnx.load(graph, load_external_data=False).graph
-    attention = next(operator_heads(layer.mixer) for layer in spec.layers if isinstance(layer.mixer, OperatorMixer))
+    attention = next(layer.mixer for layer in spec.layers if isinstance(layer.mixer, Attention))
+    heads = cache_heads(attention)
     for found, wanted in (
         ("vocab_size", spec.vocab_size),
         ("decoder.hidden_size", spec.hidden_size),
-        ("decoder.head_size", attention.head_dim),
+        ("decoder.head_size", heads.width),
         ("decoder.num_attention_heads", attention.n_heads),
-        ("decoder.num_key_value_heads", attention.n_kv_heads),
+        ("decoder.num_key_value_heads", heads.number),
         ("decoder.num_hidden_layers", spec.n_layers),
         ("decoder.filename", graph.name),
     ):

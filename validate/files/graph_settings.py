@@ -18,8 +18,8 @@ import onnx
 
 from compressors.model.description.feed_forward import Routed
 from compressors.model.description.glu import Activation, Glu
-from compressors.model.description.mixers import Latent
-from compressors.model.description.onnx_heads import OperatorMixer, operator_heads
+from compressors.model.description.mixers import GroupedQuery, Latent
+from compressors.model.description.onnx_cache import Attention, cache_heads
 from compressors.model.description.routing import Score
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.files.onnx_graph import external_place
@@ -46,12 +46,12 @@ def graph_setting_symptoms(path: Path, spec: ModelSpec) -> list[str]:
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     symptoms: dict[str, list[str]] = {}  # each fault, with its nodes
     layer = -1
-    for node in model.graph.node:
-        layer += node.op_type in _ATTENTION
-        found = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    for node, is_inside in _nodes(model.graph):
+        layer += node.op_type in _ATTENTION and not is_inside
+        found = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
         allowed = _allowed(node, spec, max(layer, 0), weights)
         if model.producer_name == PRODUCER:
-            allowed |= own_attributes(node)
+            allowed |= own_attributes(node, spec)
         for name, values in allowed.items():
             if name in found and not any(_is_same(found[name], value) for value in values):
                 sentence = (
@@ -72,9 +72,18 @@ def graph_setting_symptoms(path: Path, spec: ModelSpec) -> list[str]:
     return [*found_symptoms, *_table_symptoms(model.graph, weights, path.parent, spec)]
 
 
+def _nodes(graph: onnx.GraphProto) -> Iterator[tuple[onnx.NodeProto, bool]]:
+    """The nodes in the order in which they run, those inside of others too; True: it is inside."""
+    for node in graph.node:
+        yield node, False
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from ((inner, True) for inner, _ in _nodes(attribute.g))
+
+
 def _unknown_mixers(spec: ModelSpec) -> Iterator[str]:
     for index, layer in enumerate(spec.layers):
-        if not isinstance(layer.mixer, OperatorMixer):
+        if not isinstance(layer.mixer, Attention):
             yield f"layer {index}: {type(layer.mixer).__name__} is no mixer whose attributes can be checked in a graph"
 
 
@@ -91,7 +100,7 @@ def _allowed(
     if kind in _EXPERTS:
         return _experts(node, spec.layers[layer], weights)
     if kind == "RotaryEmbedding":
-        return {"interleaved": (1,) if spec.rope.interleaved else (0, None), "scale": (1.0, None)}
+        return _rotary_embedding(spec)
     if kind == "MatMulNBits" and _has_axes(weights.get(_input(node, 1)), 3):
         return _quantized_matrix(node, spec, weights)
     if kind == "GatherBlockQuantized":
@@ -119,14 +128,10 @@ def _epsilons(node: onnx.NodeProto, spec: ModelSpec, weights: Mapping[str, onnx.
 
 def _attention(node: onnx.NodeProto, spec: ModelSpec, layer: int) -> AllowedValues:
     mixer = spec.layers[layer].mixer
-    if not isinstance(mixer, OperatorMixer):
+    if not isinstance(mixer, Attention):
         return {}
-    heads = operator_heads(mixer)
-    usual_scale = math.isclose(mixer.scale, 1.0 / math.sqrt(heads.head_dim))
     has_window = mixer.window is not None and mixer.window < spec.context_length
-    allowed: AllowedValues = {
-        "num_heads": (heads.n_heads,),
-        "scale": (mixer.scale, *((0.0, None) if usual_scale else ())),
+    allowed = _heads(mixer) | {
         "softcap": (0.0, None),
         "smooth_softmax": (0, None),
         "local_window_size": (mixer.window,) if has_window else (-1, mixer.window or -1, None),
@@ -134,13 +139,37 @@ def _attention(node: onnx.NodeProto, spec: ModelSpec, layer: int) -> AllowedValu
         "unidirectional": (1, 0, None),
     }
     if node.op_type == "GroupQueryAttention":
-        # another exporter may make keys and values of the small vectors for each head, and may rotate before
-        allowed["kv_num_heads"] = (heads.n_kv_heads, *((mixer.n_heads,) if isinstance(mixer, Latent) else ()))
+        # another exporter may rotate before
         turns = len(node.input) > 7 and bool(node.input[7])
         allowed["do_rotary"] = (1,) if turns else (0, None)
         allowed["rotary_interleaved"] = (1,) if turns and mixer.rope.interleaved else (0, None)
         allowed |= dict.fromkeys(("qk_output", "kv_cache_bit_width"), (0, None))
+    else:
+        allowed.pop("kv_num_heads")
     return allowed
+
+
+def _rotary_embedding(spec: ModelSpec) -> AllowedValues:
+    """Heads are counted where only a part of each is turned."""
+    mixers = [layer.mixer for layer in spec.layers if isinstance(layer.mixer, Attention)]
+    counts = {number for mixer in mixers for number in (mixer.n_heads, cache_heads(mixer).number)}
+    return {
+        "interleaved": (1,) if spec.rope.interleaved else (0, None),
+        "scale": (1.0, None),
+        "num_heads": (*sorted(counts), 0, None),
+        "rotary_embedding_dim": (spec.rope.width, 0, None),
+        "is_packed_batching": (0, None),
+    }
+
+
+def _heads(mixer: GroupedQuery | Latent) -> AllowedValues:
+    """Heads and their scale. Of latent attention a node only caches, in our graphs; in others it has all heads."""
+    if isinstance(mixer, Latent):
+        heads = dict.fromkeys(("num_heads", "kv_num_heads"), (1, mixer.n_heads))
+        return {**heads, "scale": (mixer.scale, 0.0, None)}
+    usual_scale = math.isclose(mixer.scale, 1.0 / math.sqrt(mixer.head_dim))
+    scale = (mixer.scale, *((0.0, None) if usual_scale else ()))
+    return {"num_heads": (mixer.n_heads,), "kv_num_heads": (mixer.n_kv_heads,), "scale": scale}
 
 
 def _experts(node: onnx.NodeProto, layer: LayerSpec, weights: Mapping[str, onnx.TensorProto]) -> AllowedValues:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import onnx
 
 from compressors.model.description.mixers import Latent
-from compressors.model.description.onnx_heads import OperatorMixer, operator_heads
+from compressors.model.description.onnx_cache import Attention, cache_heads
 from compressors.model.description.spec import LayerSpec, ModelSpec
 
 __all__ = ["PRODUCER", "AllowedValues", "own_attributes", "own_constant_symptoms"]
@@ -55,7 +55,9 @@ _FILLED = {"not_chosen": -1e4, "shut": -math.inf, "open": 0.0}
 _CONSTANTS: Mapping[str, Any] = {
     "zero": 0,
     "one": 1,
+    "axis.0": [0],
     "axis.1": [1],
+    "axis.2": [2],
     "axes.1_2": [1, 2],
     "ones": [1],
     "bias.removed": -1e9,
@@ -69,7 +71,7 @@ _CONSTANT_TYPES = (
 )
 
 
-def own_attributes(node: onnx.NodeProto) -> AllowedValues:
+def own_attributes(node: onnx.NodeProto, spec: ModelSpec) -> AllowedValues:
     """The values allowed for a node that only the names in our own graphs identify."""
     output = node.output[0]
     allowed: AllowedValues = {name: (value,) for (place, name), value in _PREPARATION.items() if place == output}
@@ -84,13 +86,27 @@ def own_attributes(node: onnx.NodeProto) -> AllowedValues:
         allowed["transB"] = (1,)
     if node.op_type == "Cast" and output.endswith(".float32"):
         allowed["to"] = (onnx.TensorProto.FLOAT,)
-    if node.op_type == "Split" or (node.op_type == "Concat" and output.endswith(".joined")):
-        allowed["axis"] = (-1,)
     if node.op_type == "Reshape":
         allowed["allowzero"] = (0, None)
     if output == "mask.shape":
         allowed |= {"start": (0, None), "end": (None,)}
-    return allowed | _of_our_routing(node)
+    return allowed | _of_our_routing(node) | _of_latent_attention(node, spec)
+
+
+def _of_latent_attention(node: onnx.NodeProto, spec: ModelSpec) -> AllowedValues:
+    output = node.output[0]
+    if node.op_type == "Split" or (node.op_type == "Concat" and output.endswith(".joined")):
+        return {"axis": (-1,)}
+    if node.op_type == "FusedMatMul" and output.endswith(".logits"):
+        return {"alpha": (_scale(output, spec),)}
+    return {}
+
+
+def _scale(output: str, spec: ModelSpec) -> float | None:
+    """The scale of latent attention in the layer whose value it is; None: the layer has none."""
+    _, index, *_ = output.split(".")
+    mixer = spec.layers[int(index)].mixer if index.isdigit() and int(index) < spec.n_layers else None
+    return mixer.scale if isinstance(mixer, Latent) else None
 
 
 def _of_our_routing(node: onnx.NodeProto) -> AllowedValues:
@@ -148,20 +164,27 @@ def _constants_of(layer: LayerSpec) -> Mapping[str, Any]:
 
 def _constants_of_attention(layer: LayerSpec) -> dict[str, Any]:
     mixer = layer.mixer
-    if not isinstance(mixer, OperatorMixer):
+    if not isinstance(mixer, Attention):
         return {}
-    heads = operator_heads(mixer)
-    past = {"shape.past": [0, heads.n_kv_heads, 0, heads.head_dim]}
+    heads = cache_heads(mixer)
+    past = {"shape.past": [0, heads.number, 0, heads.width]}
     if isinstance(mixer, Latent):
-        return past | {
-            "split.query.heads": [mixer.plain_dim, mixer.rotary_dim] * mixer.n_heads,
-            "split.key_value_a.parts": [mixer.rank, mixer.rotary_dim],
-            "split.attended.heads": [mixer.rotary_dim, mixer.rank] * mixer.n_heads,
-        }
-    joined = {
-        f"shape.{count}_heads_joined": [0, -1, count * mixer.head_dim] for count in (heads.n_heads, heads.n_kv_heads)
+        return past | _constants_of_latent(mixer)
+    joined = {f"shape.{count}_heads_joined": [0, -1, count * heads.width] for count in (mixer.n_heads, heads.number)}
+    return past | joined | {"shape.heads": [0, -1, heads.width]}
+
+
+def _constants_of_latent(mixer: Latent) -> dict[str, Any]:
+    n_heads, width, half = mixer.n_heads, mixer.cached_values, cache_heads(mixer).width
+    return {
+        "split.query.heads": [mixer.plain_dim, mixer.rotary_dim] * n_heads,
+        "split.attended.step.heads.halves": [half, half],
+        "split.key_value_a.parts": [mixer.rank, mixer.rotary_dim],
+        "split.vector.joined.turned.halves": [half, half],
+        "split.attended.heads": [mixer.rotary_dim, mixer.rank] * n_heads,
+        "shape.heads_apart": [0, 1, n_heads, width],
+        "shape.heads_together": [0, 1, n_heads * width],
     }
-    return past | joined | {"shape.heads": [0, -1, mixer.head_dim]}
 
 
 def _constants_of_glu(layer: LayerSpec) -> dict[str, Any]:

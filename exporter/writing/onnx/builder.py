@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,29 @@ class GraphBuilder:
         node = onnx.helper.make_node(op, inputs, outputs, name=f"{outputs[0]}/{op}", domain=domain, **attributes)
         self._nodes.append(node)
         return outputs[0]
+
+    def choice(self, condition: str, output: str, *, then: Callable[[], str], otherwise: Callable[[], str]) -> str:
+        """Adds two ways to make a float32 value, one of which runs, and returns its name.
+
+        Args:
+            condition: a truth value.
+            output: the value's name.
+            then: adds the nodes of the way for true, and returns what they make.
+            otherwise: the same for false.
+        """
+        branches = {
+            "then_branch": self._branch(f"{output}.then", then),
+            "else_branch": self._branch(f"{output}.else", otherwise),
+        }
+        return self.node("If", [condition], output, **branches)
+
+    def _branch(self, name: str, add: Callable[[], str]) -> onnx.GraphProto:
+        """The nodes that a function adds, as a graph of their own; they may use values from outside."""
+        outside, self._nodes = self._nodes, []
+        result = onnx.helper.make_tensor_value_info(add(), onnx.TensorProto.FLOAT, None)
+        branch = onnx.helper.make_graph(self._nodes, name, [], [result])
+        self._nodes = outside
+        return branch
 
     def constant(self, name: str, values: npt.ArrayLike, dtype: npt.DTypeLike = np.int64) -> str:
         """Adds a small constant, stored in the graph itself, and returns its name.

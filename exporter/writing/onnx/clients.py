@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compressors.model.description.onnx_heads import OperatorMixer, operator_heads
+from compressors.model.description.onnx_cache import Attention, cache_heads
 from compressors.model.description.rope import RopeKind
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.special_tokens import SpecialTokens, configured_tokens, special_tokens
@@ -90,9 +90,10 @@ def _described(special: SpecialTokens) -> dict[str, Any]:
 def _genai_config(spec: ModelSpec, special: SpecialTokens, max_length: int) -> dict[str, Any]:
     """``genai_config.json`` of onnxruntime-genai (``src/config.h``); type ``decoder`` is its plain decoder pipeline.
 
-    Its heads are those of the graph's caches.
+    Key-value heads are those of the graph's caches.
     """
-    attention = next(operator_heads(layer.mixer) for layer in spec.layers if isinstance(layer.mixer, OperatorMixer))
+    attention = next(layer.mixer for layer in spec.layers if isinstance(layer.mixer, Attention))
+    heads = cache_heads(attention)
     return {
         "model": {
             "type": "decoder",
@@ -103,9 +104,9 @@ def _genai_config(spec: ModelSpec, special: SpecialTokens, max_length: int) -> d
                 "filename": MODEL_FILE,
                 "session_options": {"provider_options": []},
                 "hidden_size": spec.hidden_size,
-                "head_size": attention.head_dim,
+                "head_size": heads.width,
                 "num_attention_heads": attention.n_heads,
-                "num_key_value_heads": attention.n_kv_heads,
+                "num_key_value_heads": heads.number,
                 "num_hidden_layers": spec.n_layers,
                 "inputs": {
                     "input_ids": "input_ids",

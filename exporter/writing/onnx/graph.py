@@ -39,7 +39,7 @@ class _Decoder:
         mask = graph.add_input("attention_mask", _INT64, ["batch", "total_sequence"])
         # Connected to nothing: rotary positions count up from the cache. Clients that feed them expect the name.
         graph.add_input("position_ids", _INT64, ["batch", "sequence"])
-        attention_mask = add_attention_mask(graph, input_ids, mask)
+        attention_mask = add_attention_mask(graph, input_ids, mask, [layer.mixer for layer in spec.layers])
         embedded = self._weights.embedding(input_ids, "embedding")
         residual = self._times(spec.embedding_scale, "embedding.factor", embedded)
         branch: str | None = None  # what the last block made, not yet added to the residual stream

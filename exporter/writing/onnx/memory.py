@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from compressors.model.description.mixers import Mixer
-from compressors.model.description.onnx_heads import OperatorHeads, OperatorMixer, operator_heads
+from compressors.model.description.mixers import GroupedQuery, Latent, Mixer
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.errors import InputError
@@ -24,6 +23,8 @@ _EXPERT_AXES = 3  # the number of axes of a layer's experts
 _SMALLEST_BITS = 2
 _SESSION_BYTES = 24 << 20  # graph, thread pool, allocator slack: measured 13 to 20 MB whatever the model
 _LIVE_HIDDEN_STATES = 8  # [tokens, D] at a time: residual, normed, branch and their inputs
+_LIVE_VECTORS = 4  # of a head in latent attention: its query beside the small vector, turned; its sum, and parts
+_LIVE_CACHES = 5  # of latent attention: both halves, joined, those before a prompt, and an operator's keys and values
 _LIVE_PROJECTIONS = 3  # query, key and value as projected, normed per head, rotated
 
 
@@ -50,7 +51,7 @@ def predict_runtime_bytes(
     if not 0 < context <= spec.context_length:
         raise InputError(f"a context of {context} tokens is asked for; the model has 1 to {spec.context_length}")
     layout = plan_tensors(spec, preset, encodings)
-    cache = sum(_heads(layer.mixer).cached_values for layer in spec.layers) * context * _FLOAT_BYTES
+    cache = sum(layer.mixer.cached_values for layer in spec.layers) * context * _FLOAT_BYTES
     return {"weights": _weight_bytes(layout), "kv_cache": cache, "compute": _compute_bytes(layout, context, threads)}
 
 
@@ -88,7 +89,7 @@ def _compute_bytes(layout: TensorLayout, context: int, threads: int) -> int:
     values = tokens * spec.vocab_size  # logits
     values += tokens * context  # attention bias
     values += tokens * spec.hidden_size * _LIVE_HIDDEN_STATES
-    values += tokens * max(_heads(layer.mixer).projected_values for layer in spec.layers) * _LIVE_PROJECTIONS
+    values += max(_mixer_values(layer.mixer, tokens, context) for layer in spec.layers)
     values += tokens * _feed_forward_values(spec)
     expert = max(layer.expert_parameters for layer in spec.written.layers)
     if expert:
@@ -98,10 +99,13 @@ def _compute_bytes(layout: TensorLayout, context: int, threads: int) -> int:
     return _SESSION_BYTES + max(values * _FLOAT_BYTES, largest)
 
 
-def _heads(mixer: Mixer) -> OperatorHeads:
-    """The heads of the operator that computes the mixer."""
-    assert isinstance(mixer, OperatorMixer)
-    return operator_heads(mixer)
+def _mixer_values(mixer: Mixer, tokens: int, context: int) -> int:
+    """Values in a mixer at a time, while tokens run with a full cache."""
+    if isinstance(mixer, Latent):
+        of_head = 2 * mixer.key_dim + _LIVE_VECTORS * mixer.cached_values + 2 * mixer.value_dim
+        return tokens * mixer.n_heads * of_head + _LIVE_CACHES * context * mixer.cached_values
+    assert isinstance(mixer, GroupedQuery)
+    return tokens * (mixer.n_heads + 2 * mixer.n_kv_heads) * mixer.head_dim * _LIVE_PROJECTIONS
 
 
 def _feed_forward_values(spec: ModelSpec) -> int:

@@ -3,21 +3,36 @@
 The operator knows how many columns of the cache a row uses, which describes padding on the right. For padding on the
 left, as transformers does it, the leading columns get a bias that removes them. Rotary embedding is relative, so a
 row that starts late needs no other positions.
+
+Where other nodes use the operator's cache, they are told the columns in which it puts tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
 
+from compressors.model.description.mixers import Latent, Mixer
 from exporter.writing.onnx.builder import GraphBuilder
 
-__all__ = ["AttentionMask", "add_attention_mask"]
+__all__ = ["AttentionMask", "CachedTokens", "add_attention_mask"]
 
 _INT32, _INT64 = onnx.TensorProto.INT32, onnx.TensorProto.INT64
 _REMOVED = -1e9
+
+
+@dataclass(frozen=True)
+class CachedTokens:
+    """Names of the values that say where the operator puts tokens, for nodes that use its cache beside it."""
+
+    positions: str  # int64 [batch, sequence]: the columns of the tokens
+    end: str  # int64 [1]: columns of the mask
+    end_of_past: str  # int64 [1]: columns before the tokens of a prompt
+    is_step: str  # bool: there is one token
+    step_bias: str  # float32 [batch, 1, 1, columns]: 0, or -1e9 where a row's newest token does not see a column
 
 
 @dataclass(frozen=True)
@@ -27,10 +42,18 @@ class AttentionMask:
     last_positions: str  # int32 [batch]: column of each row's newest token
     total_length: str  # int32: columns of the mask
     bias: str  # float32 [batch, 1, sequence, columns]: 0, or -1e9 before a row's first token
+    cached: CachedTokens | None  # None: the operator does it all
 
 
-def add_attention_mask(graph: GraphBuilder, input_ids: str, mask: str) -> AttentionMask:
-    """Adds the nodes, once for all layers; ``mask`` is int64 [batch, columns] of ones and zeros."""
+def add_attention_mask(graph: GraphBuilder, input_ids: str, mask: str, mixers: Iterable[Mixer]) -> AttentionMask:
+    """Adds the nodes, once for all layers.
+
+    Args:
+        graph: where they go.
+        input_ids: int64 [batch, sequence].
+        mask: int64 [batch, columns] of ones and zeros.
+        mixers: those of all layers.
+    """
     zero, one = graph.constant("zero", 0), graph.constant("one", 1)
     last_axis = graph.constant("axis.1", [1])
     mask_int32 = graph.node("Cast", [mask], "mask.int32", to=_INT32)  # ArgMax of int64 is not in every build
@@ -46,12 +69,52 @@ def add_attention_mask(graph: GraphBuilder, input_ids: str, mask: str) -> Attent
     positions = graph.node("Range", [zero, columns, one], "mask.positions")
     lead_column = graph.node("Unsqueeze", [lead, last_axis], "mask.lead_column")
     is_before = graph.node("Less", [positions, lead_column], "mask.is_before_first")
-    removed = graph.constant("bias.removed", _REMOVED, np.float32)
-    kept = graph.constant("bias.kept", 0.0, np.float32)
-    bias_rows = graph.node("Where", [is_before, removed, kept], "mask.bias_rows")
+    bias = _add_bias(graph, input_ids, is_before)
+    cached = None
+    if any(isinstance(mixer, Latent) for mixer in mixers):
+        cached = _add_cached_tokens(graph, (last, columns, positions, is_before))
+    return AttentionMask(last_int32, total, bias, cached)
+
+
+def _numbers(graph: GraphBuilder) -> tuple[str, str]:
+    """What is added to the logits of columns that are not seen, and of those that are."""
+    return graph.constant("bias.removed", _REMOVED, np.float32), graph.constant("bias.kept", 0.0, np.float32)
+
+
+def _add_bias(graph: GraphBuilder, input_ids: str, is_before: str) -> str:
+    """The operator's bias, made of the columns before each row's first token."""
+    bias_rows = graph.node("Where", [is_before, *_numbers(graph)], "mask.bias_rows")
     bias_heads = graph.node("Unsqueeze", [bias_rows, graph.constant("axes.1_2", [1, 2])], "mask.bias_heads")
     sequence = graph.node("Shape", [input_ids], "sequence.length", start=1, end=2)
     ones = graph.constant("ones", [1])
     bias_shape = graph.node("Concat", [ones, ones, sequence, ones], "mask.bias_shape", axis=0)
-    bias = graph.node("Expand", [bias_heads, bias_shape], "mask.bias")
-    return AttentionMask(last_int32, total, bias)
+    return graph.node("Expand", [bias_heads, bias_shape], "mask.bias")
+
+
+def _add_cached_tokens(graph: GraphBuilder, of_mask: tuple[str, str, str, str]) -> CachedTokens:
+    """A whole prompt fills the first columns; later tokens follow the last one of their row, as the operator has it.
+
+    Args:
+        graph: where the nodes go.
+        of_mask: each row's last column, the number of columns, all columns, and those before a row's first token.
+    """
+    last, columns, numbers, is_before = of_mask
+    zero, one, axes = graph.constant("zero", 0), graph.constant("one", 1), graph.constant("axes.1_2", [1, 2])
+    axis_0, axis_1 = graph.constant("axis.0", [0]), graph.constant("axis.1", [1])
+    length = graph.node("Squeeze", ["sequence.length", axis_0], "cached.length")
+    before_newest = graph.node("Sub", [length, one], "cached.before_newest")
+    after_past = graph.node("Sub", [last, before_newest], "cached.after_past")
+    is_whole = graph.node("Equal", [columns, length], "cached.is_whole")
+    first = graph.node("Where", [is_whole, zero, after_past], "cached.first")
+    first_column = graph.node("Unsqueeze", [first, axis_1], "cached.first_column")
+    tokens = graph.node("Range", [zero, length, one], "cached.tokens")
+    positions = graph.node("Add", [first_column, tokens], "cached.positions")
+    end = graph.node("Unsqueeze", [columns, axis_0], "cached.end")
+    end_of_past = graph.node("Sub", [end, "sequence.length"], "cached.end_of_past")
+    is_step = graph.node("Equal", [length, one], "cached.is_step")
+    last_column = graph.node("Unsqueeze", [last, axis_1], "cached.last_column")
+    is_later = graph.node("Greater", [numbers, last_column], "cached.is_later")
+    is_unseen = graph.node("Or", [is_later, is_before], "cached.is_unseen")
+    of_rows = graph.node("Where", [is_unseen, *_numbers(graph)], "cached.bias_rows")
+    step_bias = graph.node("Unsqueeze", [of_rows, axes], "cached.step_bias")
+    return CachedTokens(positions, end, end_of_past, is_step, step_bias)

@@ -87,8 +87,7 @@ def test_onnx_refuses_what_its_graphs_do_not_compute(spec: ModelSpec) -> None:
         (replace(spec, layers=(delta, *others)), "this model also has a gated delta rule"),
         (altered(spec, head_dim=40), "runs heads of a multiple of 16 values; this model's have 40"),
         (altered(spec, rope=rope), "turns a multiple of 16 values of a head; this model's attention turns 24"),
-        (_with_latent(spec, rank=40), "runs heads of a multiple of 16 values; this model's have 56"),
-        (_with_latent(spec, rotary_dim=8, rank=40), "this model's attention turns 8"),
+        (_with_latent(spec, rank=40), "takes vectors of a multiple of 16 values; this model's have 56"),
     ):
         sentence = refusal(model, Container.ONNX)
         assert sentence is not None and said in sentence and "use --formats gguf" in sentence

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx
 
-from compressors.model.description.onnx_heads import OperatorHeads
+from compressors.model.description.onnx_cache import CacheHeads
 from exporter.writing.onnx.builder import GraphBuilder
 
 __all__ = ["add_past", "add_present", "present_names"]
@@ -13,13 +13,13 @@ _FLOAT = onnx.TensorProto.FLOAT
 _CACHED = ("key", "value")
 
 
-def add_past(graph: GraphBuilder, layer: int, heads: OperatorHeads) -> list[str]:
+def add_past(graph: GraphBuilder, layer: int, heads: CacheHeads) -> list[str]:
     """Adds the caches as they come in.
 
     Their heads and their width are declared as unknown, because optimum guesses them from ``config.json`` and guesses
     wrong for an empty cache; a Reshape says what they are.
     """
-    shape = graph.constant("shape.past", [0, heads.n_kv_heads, 0, heads.head_dim])
+    shape = graph.constant("shape.past", [0, heads.number, 0, heads.width])
     found = []
     for kind in _CACHED:
         name = f"past_key_values.{layer}.{kind}"
@@ -33,8 +33,8 @@ def present_names(layer: int) -> list[str]:
     return [f"present.{layer}.{kind}" for kind in _CACHED]
 
 
-def add_present(graph: GraphBuilder, layer: int, heads: OperatorHeads) -> None:
-    """Declares the keys and values of all tokens so far."""
-    dimensions: list[str | int] = ["batch", heads.n_kv_heads, "present_sequence", heads.head_dim]
+def add_present(graph: GraphBuilder, layer: int, heads: CacheHeads) -> None:
+    """Declares the caches of all tokens so far."""
+    dimensions: list[str | int] = ["batch", heads.number, "present_sequence", heads.width]
     for name in present_names(layer):
         graph.add_output(name, _FLOAT, dimensions)

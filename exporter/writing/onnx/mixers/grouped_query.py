@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from compressors.model.description.mixers import GroupedQuery, QkNorm
-from compressors.model.description.onnx_heads import operator_heads
+from compressors.model.description.onnx_cache import cache_heads
 from compressors.model.description.roles import Role
 from exporter.writing.onnx.builder import MICROSOFT, GraphBuilder
 from exporter.writing.onnx.mixers.cache import add_past, add_present, present_names
@@ -20,7 +20,7 @@ class GroupedQueryNodes:
 
     def __init__(self, mixer: GroupedQuery) -> None:
         self._mixer = mixer
-        self._heads = operator_heads(mixer)
+        self._heads = cache_heads(mixer)
 
     def add(self, layer: LayerNodes, normed: str, mask: AttentionMask) -> str:
         """Adds projections, norms of queries and keys, and attention."""

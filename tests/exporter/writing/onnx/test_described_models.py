@@ -264,19 +264,26 @@ class _Number:
 
 def _changeable(model: onnx.ModelProto) -> list[_Number]:
     operators = ("GroupQueryAttention", "MoE", "QMoE", "TopK", "GatherElements", "ScatterElements", "LogSoftmax")
-    operators += ("RMSNormalization", "Split", "Concat")
+    operators += ("RMSNormalization", "Split", "Concat", "RotaryEmbedding", "FusedMatMul")
     fields = {onnx.AttributeProto.INT: "i", onnx.AttributeProto.FLOAT: "f"}
     return [
         _Number(attribute, fields[attribute.type])
-        for node in model.graph.node
+        for node in _nodes(model.graph)
         if node.op_type in operators
         for attribute in node.attribute
         if attribute.type in fields
     ]
 
 
+def _nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """Those inside of others too."""
+    inner = [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
+    return [*graph.node, *(node for branch in inner for node in _nodes(branch))]
+
+
 def test_wrong_constants_are_named(base: ModelSpec, tmp_path: Path) -> None:
     of_heads = ("split.query.heads", "split.attended.heads", "split.key_value_a.parts", "shape.past")
+    of_heads += ("split.attended.step.heads.halves", "shape.heads_apart", "axis.2", "axis.0")
     of_routing = (("routing.scale", _deepseek), ("best_2", _deepseek), ("glu.limit", _gpt_oss))
     for name, model in (*of_routing, *((name, _latent) for name in of_heads)):
         spec = model(base)
@@ -313,7 +320,7 @@ def test_size_and_memory_are_predicted(spec: ModelSpec, folder: Path) -> None:
     assert predict_size(spec, "F32", encodings) == sum(file.stat().st_size for file in folder.iterdir())
     lines = predict_runtime_bytes(spec, "F32", 128, threads=1, encodings=encodings)
     cached = sum(
-        2 * (mixer.rank + mixer.rotary_dim if isinstance(mixer, Latent) else mixer.n_kv_heads * mixer.head_dim)
+        mixer.rank + mixer.rotary_dim if isinstance(mixer, Latent) else 2 * mixer.n_kv_heads * mixer.head_dim
         for mixer in (layer.mixer for layer in spec.layers)
     )
     assert lines["kv_cache"] == 4 * 128 * cached
