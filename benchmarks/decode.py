@@ -27,10 +27,10 @@ import numpy as np
 import torch
 
 from benchmarks.scale.checkpoints import MODELS, with_layers
+from compressors.model.config.reading import read_spec
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families.config import read_spec
-from compressors.model.files.ggml_types import GGMLQuantizationType
+from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.quantize import quantize_rows
 from compressors.sensitivity import default_table
 from exporter.hub import resolve_model

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.export.llama_cpp import Tools, build_tools
 from compressors.calibration.statistics import Importance
-from compressors.model.files.gguf_file import GgufFile
+from compressors.model.files.gguf.gguf_file import GgufFile
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student
 from exporter.hub import bundled_text

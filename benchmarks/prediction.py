@@ -28,8 +28,8 @@ from compressors.calibration.splits import BLOCK_LENGTH, read_splits, tokenize
 from compressors.calibration.statistics import Importance, StatisticsCollector, importance
 from compressors.calibration.teacher import write_log_probs
 from compressors.model.description.roles import Role
-from compressors.model.files.ggml import GGMLQuantizationType
-from compressors.model.files.ggml_types import BLOCK_SIZES
+from compressors.model.files.gguf.ggml import GGMLQuantizationType
+from compressors.model.files.gguf.ggml_types import BLOCK_SIZES
 from compressors.model.predictions.log_probs import LogProbReader, LogProbWriter
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.opening import open_source

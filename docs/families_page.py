@@ -15,10 +15,10 @@ from pathlib import Path
 from types import ModuleType
 
 from compressors.model import families
+from compressors.model.config.settings import Settings
 from compressors.model.description.family import Family
 from compressors.model.description.feed_forward import Dense, Routed
 from compressors.model.description.rope import Rope, RopeKind
-from compressors.model.description.settings import Settings
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from exporter.capabilities.rules import Container, Feature
 from exporter.capabilities.table import TABLE, refusal

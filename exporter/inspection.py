@@ -11,7 +11,7 @@ from rich.table import Table
 
 from compressors.model.description.mixers import GroupedQuery
 from compressors.model.description.spec import LayerSpec, ModelSpec
-from compressors.model.files.kv_types import bytes_per_value
+from compressors.model.files.gguf.kv_types import bytes_per_value
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.source import Source
 from exporter.capabilities.rules import Container

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from compressors.model.config.reading import read_spec
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families.config import read_spec
 
 
 @dataclass(frozen=True)

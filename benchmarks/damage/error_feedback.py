@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from compressors.model.description.roles import Role
-from compressors.model.files.ggml import dequantize_rows
-from compressors.model.files.ggml_types import BLOCK_SIZES, GGMLQuantizationType
+from compressors.model.files.gguf.ggml import dequantize_rows
+from compressors.model.files.gguf.ggml_types import BLOCK_SIZES, GGMLQuantizationType
 from compressors.model.files.integer_blocks import BlockType, search_blocks
 from compressors.model.sources.student import Student
 from compressors.model.sources.weights import StoredType

@@ -17,7 +17,7 @@ from benchmarks.damage.metadata import key_values
 from benchmarks.damage.workshop import Workshop, make_original
 from compressors.calibration.statistics import Importance
 from compressors.model.description.roles import Role
-from compressors.model.files.ggml_types import BLOCK_SIZES, GGMLQuantizationType
+from compressors.model.files.gguf.ggml_types import BLOCK_SIZES, GGMLQuantizationType
 from compressors.model.sources.student import ExpertMap, Student
 from exporter.validation.static_checks import check_description, check_weights
 from exporter.writing.gguf.container import TensorEntry, aligned, render_header, render_values

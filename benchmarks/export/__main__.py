@@ -26,7 +26,7 @@ from benchmarks.export.importance import write_imatrix, write_statistics
 from benchmarks.export.llama_cpp import Tools, build_tools
 from benchmarks.export.tensors import equal_tensors
 from benchmarks.scale.checkpoints import MODELS, with_layers, write_checkpoint
-from compressors.model.families.config import read_spec
+from compressors.model.config.reading import read_spec
 
 _REPOSITORY = Path(__file__).parents[2]
 _RESULTS = _REPOSITORY / "benchmarks" / "results"

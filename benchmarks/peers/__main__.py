@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.peers import llama_converter, llama_perplexity, llm_compressor
 from benchmarks.peers.environment import REPOSITORY, environment
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import Student
 from exporter.writing.onnx.clients import write_client_files
 from exporter.writing.onnx.writer import write_onnx

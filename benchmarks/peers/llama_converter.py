@@ -27,8 +27,8 @@ from gguf import GGUFReader
 from benchmarks.export.llama_cpp import converter
 from benchmarks.export.tensors import differing_tensors
 from benchmarks.peers.environment import REPOSITORY, environment
-from compressors.model.families.config import read_spec
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.config.reading import read_spec
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import Student
 from exporter.writing.gguf.layout import plan_tensors
 from exporter.writing.gguf.writer import write_gguf

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 from benchmarks.export.llama_cpp import build_tools
 from benchmarks.peers.environment import REPOSITORY
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import Student
 from exporter.writing.gguf.writer import write_gguf
 from validate.metrics.evaluation import evaluate

@@ -24,7 +24,7 @@ from compressors.calibration.splits import read_splits, tokenize
 from compressors.calibration.statistics import LayerStatistics, StatisticsCollector
 from compressors.model.description.spec import MoeSize
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import Student
 from compressors.shrink.layerwise import LayerTarget, LayerwiseCompression
 from compressors.shrink.moe_block import CompressedBlock, Evidence, MoeBlock, Needs

@@ -22,11 +22,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from compressors.model.config.reading import read_spec
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import TensorSpec
 from compressors.model.errors import InputError
-from compressors.model.families.config import read_spec
 from exporter.estimating.sizes import format_size
 from exporter.hub import resolve_model
 

@@ -23,8 +23,8 @@ import click
 
 from benchmarks.scale.checkpoints import MODELS, with_layers, write_checkpoint
 from benchmarks.scale.results import record
+from compressors.model.config.reading import read_spec
 from compressors.model.errors import MoeExportError
-from compressors.model.families.config import read_spec
 from exporter.file_names import MEASUREMENT
 from exporter.pipeline.order import stages_of
 from exporter.pipeline.running import run_stages

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from compressors.model.files.ggml import dequantize_rows, row_bytes
-from compressors.model.files.ggml_types import GGMLQuantizationType
+from compressors.model.files.gguf.ggml import dequantize_rows, row_bytes
+from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.quantize.blocks import search_blocks
 from compressors.quantize.kernels import QUANTIZABLE_TYPES, fallback_type, quantize_rows
 

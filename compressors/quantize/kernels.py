@@ -1,6 +1,6 @@
 """Quantizes rows of weights with ggml's own kernels, so that we write the same bytes as llama.cpp.
 
-The kernels (:mod:`compressors.model.files.ggml`; ``ggml_quantize_chunk`` in ``ggml/src/ggml.c``, the formats in
+The kernels (:mod:`compressors.model.files.gguf.ggml`; ``ggml_quantize_chunk`` in ``ggml/src/ggml.c``, the formats in
 ``ggml/src/ggml-quants.c``) work on one row at a time, so the result depends neither on how rows are grouped into calls
 nor on the number of threads. Weights are widened to float32 by ggml too, a block of rows at a time: torch would want
 threads of its own.
@@ -17,8 +17,8 @@ import numpy.typing as npt
 import torch
 
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.files.ggml import dequantize_into, dequantize_rows, ggml_library_for, row_bytes
-from compressors.model.files.ggml_types import BLOCK_SIZES, GGMLQuantizationType
+from compressors.model.files.gguf.ggml import dequantize_into, dequantize_rows, ggml_library_for, row_bytes
+from compressors.model.files.gguf.ggml_types import BLOCK_SIZES, GGMLQuantizationType
 
 __all__ = [
     "QUANTIZABLE_TYPES",

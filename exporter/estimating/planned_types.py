@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.files.block_scales import block_length
-from compressors.model.files.ggml_types import GGMLQuantizationType
+from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.sources.weights import StoredType
 from compressors.recover.scopes import BlockLength
 from exporter.planning.plan import Plan

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 
 from compressors.calibration.splits import Splits, block_length_of, read_splits, tokenize
-from compressors.model.description.special_tokens import special_tokens
+from compressors.model.config.special_tokens import special_tokens
 from compressors.model.errors import InputError
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.source import Source

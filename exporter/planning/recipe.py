@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from compressors.calibration.splits import BlockCounts
 from compressors.model.errors import InputError
-from compressors.model.files.kv_types import KvType
+from compressors.model.files.gguf.kv_types import KvType
 from compressors.model.names import shown
 from compressors.model.running.arithmetic import Arithmetic
 from compressors.shrink.registry import EDITS, EXPERT_METHODS

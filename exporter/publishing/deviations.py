@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from compressors.model.description.special_tokens import configured_tokens
+from compressors.model.config.special_tokens import configured_tokens
 from compressors.model.sources.source import Source
 from compressors.model.sources.tokenizer_files import own_code
 from exporter.publishing.settings_deviations import settings_deviations

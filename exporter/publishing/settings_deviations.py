@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from compressors.model.config.config_check import check_against_transformers
 from compressors.model.description.gguf_rope import yarn_constants
 from compressors.model.description.rope import RopeKind
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families.config_check import check_against_transformers
 from compressors.model.sources.source import Source
 
 __all__ = ["settings_deviations"]

@@ -7,7 +7,7 @@ import torch
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import UnsupportedError
-from compressors.model.files.ggml_types import GGMLQuantizationType
+from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.files.integer_blocks import BlockType
 from compressors.quantize.blocks import search_blocks
 from compressors.quantize.feedback import searched_q2_0

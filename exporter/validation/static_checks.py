@@ -14,7 +14,7 @@ import numpy.typing as npt
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec, MoeSize
 from compressors.model.errors import InputError, MoeExportError
-from compressors.model.files.gguf_file import GgufFile
+from compressors.model.files.gguf.gguf_file import GgufFile
 from compressors.model.sources.source import Source
 from compressors.model.sources.student import Student
 from exporter.writing.gguf.container import render_header, render_values

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compressors.model.config.special_tokens import special_tokens
 from compressors.model.description.spec import ModelSpec
-from compressors.model.description.special_tokens import special_tokens
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.sources.tokenizer_files import load_tokenizer, tokens_of
 from exporter.writing.gguf.container import Value, render_header, render_values, string

@@ -15,7 +15,7 @@ from pathlib import Path
 from compressors.calibration.splits import Splits, read_splits
 from compressors.model.errors import InputError
 from compressors.model.files.safetensors_header import LARGEST_HEADER
-from compressors.model.sources.foreign_folder import JSON_FILES, TEXT_FILES
+from compressors.model.sources.hugging_face.foreign_folder import JSON_FILES, TEXT_FILES
 from exporter.planning.recipe import TextChoice
 from exporter.writing.files import write_atomically
 

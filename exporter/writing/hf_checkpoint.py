@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
+from compressors.model.config.reading import language_model_config
 from compressors.model.description.roles import Role
 from compressors.model.description.tensors import Fused, TensorSpec
-from compressors.model.families.config import language_model_config
 from compressors.model.sources.student import Student
 from exporter.capabilities.rules import Container
 from exporter.capabilities.table import refuse_unless_held

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.export.tensors import differing_tensors
 from benchmarks.peers.llama_converter import Compared, add_mtp
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from tests.families.checkpoints import write_model
 from tests.families.rows import ROWS
 

@@ -14,7 +14,7 @@ from benchmarks.pareto.bars import SIZES_OF_PRESETS, judged
 from benchmarks.pareto.llama_cpp import Figures, Measuring
 from benchmarks.pareto.table import write_markdown
 from benchmarks.third_model import train_third_model
-from compressors.model.files.ggml_types import GGMLQuantizationType
+from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.sources.opening import open_source
 from exporter.curve.rows import OURS, ParetoRow
 

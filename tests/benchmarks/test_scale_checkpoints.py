@@ -11,10 +11,10 @@ import torch
 from transformers import AutoConfig
 
 from benchmarks.scale.checkpoints import MODELS, with_layers, write_checkpoint
+from compressors.model.config.reading import read_spec
 from compressors.model.description.roles import Role
 from compressors.model.errors import InputError
-from compressors.model.families.config import read_spec
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 
 _SMALL = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "num_experts": 8}
 _SMALL |= {"intermediate_size": 32, "moe_intermediate_size": 32, "vocab_size": 4096}

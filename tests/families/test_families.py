@@ -12,16 +12,16 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from compressors.model.config.config_check import check_against_transformers
 from compressors.model.description.roles import Role
 from compressors.model.description.tensors import Kind
-from compressors.model.families.config_check import check_against_transformers
-from compressors.model.files.gguf_file import GgufFile
+from compressors.model.files.gguf.gguf_file import GgufFile
 from compressors.model.predictions.routing_record import RoutingRecord
 from compressors.model.running.gradients import streamed_gradients
 from compressors.model.running.recorder import RoutingRecorder
 from compressors.model.running.routers import RoutedCall, watching
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, Student
 from compressors.recover.sampling import continue_texts
 from exporter.writing.gguf.writer import write_gguf

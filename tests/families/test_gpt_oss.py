@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from compressors.model.config.config_check import check_against_transformers
+from compressors.model.config.reading import read_spec
 from compressors.model.description.gguf_rope import yarn_constants
 from compressors.model.description.rope import RopeKind
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.families.config import read_spec
-from compressors.model.families.config_check import check_against_transformers
 from exporter.writing.gguf.layout import plan_tensors
 
 _HUB: dict[str, Any] = {

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from compressors.model.families.config_check import check_against_transformers
+from compressors.model.config.config_check import check_against_transformers
 from compressors.model.running.streaming import StreamedModel
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 from exporter.writing.hf_checkpoint import write_checkpoint
 from tests.families.checkpoints import write_inside_of_more

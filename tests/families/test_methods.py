@@ -18,7 +18,7 @@ from compressors.calibration.statistics import StatisticsCollector
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import NO_MOE, MoeSize
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 from compressors.shrink.layerwise import LayerTarget, LayerwiseCompression
 from compressors.shrink.slim import SlimWidth

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
+from compressors.model.config.reading import read_spec
 from compressors.model.errors import UnsupportedError
-from compressors.model.families.config import read_spec
 from compressors.model.running.recorder import RoutingRecorder
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.onnx import MODEL_FILE, OnnxWeights
 from compressors.model.sources.student import ExpertMap, Student
 from exporter.planning.recipe import SourceChoice

@@ -14,7 +14,7 @@ from rich.console import Console
 from compressors.calibration.splits import load_tokenizer, read_splits
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
-from compressors.model.files.gguf_file import GgufFile
+from compressors.model.files.gguf.gguf_file import GgufFile
 from compressors.model.files.weight_file import WeightFile
 from compressors.model.sources.gguf import GgufWeights
 from compressors.model.sources.onnx import OnnxWeights

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from compressors.model.files.gguf_file import GgufEntry, GgufFile
+from compressors.model.files.gguf.gguf_file import GgufEntry, GgufFile
 from compressors.model.files.onnx_graph import external_place, read_graph
 from compressors.model.files.raw_file import RawFile
 

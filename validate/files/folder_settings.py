@@ -13,10 +13,10 @@ from typing import Any
 
 import onnx
 
+from compressors.model.config.reading import language_model_config, read_spec
 from compressors.model.description.onnx_cache import Attention, cache_heads
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import MoeExportError
-from compressors.model.families.config import language_model_config, read_spec
 from compressors.model.files.json_file import read_json
 from compressors.model.sources.source import Source
 from compressors.model.sources.tokenizer_files import load_tokenizer

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
-from compressors.model.files.gguf_split import one_split_model, split_parts
+from compressors.model.files.gguf.gguf_split import one_split_model, split_parts
 from compressors.model.sources.gguf import GgufWeights
 from compressors.model.sources.onnx import OnnxWeights
 from compressors.model.sources.weights import WrittenWeights

@@ -6,7 +6,7 @@ import json
 import shlex
 from pathlib import Path
 
-from compressors.model.files.kv_types import KV_TYPES, is_quantized
+from compressors.model.files.gguf.kv_types import KV_TYPES, is_quantized
 from validate.report.facts import Report, find
 
 __all__ = ["llama_cpp_command", "llama_cpp_python_command", "onnx_folder", "onnxruntime_example", "run_instructions"]

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compressors.model.errors import InputError
-from compressors.model.files.kv_types import KV_TYPES, is_quantized
+from compressors.model.files.gguf.kv_types import KV_TYPES, is_quantized
 from validate.routing.router_inputs import RouterInputs
 from validate.runtimes import time_limit
 from validate.runtimes.backend import ChooseToken, ChunkOutput, RoutingRecord, RuntimeCrashError, scored_positions
@@ -177,7 +177,7 @@ def measure(
     Args:
         path: the GGUF file.
         context: tokens of cache to fill, at least 64.
-        kv_type: a key of :data:`~compressors.model.files.kv_types.KV_TYPES`.
+        kv_type: a key of :data:`~compressors.model.files.gguf.kv_types.KV_TYPES`.
         threads: threads for prompt and generation.
         prompt_tokens: the text to feed, repeated until the context is full.
         gpu_layers: layers on a GPU.

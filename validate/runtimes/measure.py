@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compressors.model.errors import MoeExportError
-from compressors.model.files.gguf_split import split_parts
+from compressors.model.files.gguf.gguf_split import split_parts
 from validate.files.onnx_files import onnx_bytes
 from validate.runtimes import time_limit
 from validate.runtimes.backend import RuntimeCrashError

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compressors.model.description.special_tokens import special_tokens
+from compressors.model.config.special_tokens import special_tokens
 from compressors.model.sources.tokenizer_files import files_state, load_tokenizer
 from validate.vocabulary.tokenization import AWKWARD_TEXTS
 

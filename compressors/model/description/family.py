@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from compressors.model.description.tensors import TensorSpec
 
 if TYPE_CHECKING:
-    from compressors.model.description.settings import Settings
+    from compressors.model.config.settings import Settings
     from compressors.model.description.spec import ModelSpec
 
 __all__ = ["ConfigValues", "DenseForm", "Family", "GgufFamily", "GgufValue", "SkippedPart"]

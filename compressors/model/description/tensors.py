@@ -43,7 +43,7 @@ class Fused:
         is_only_form: no checkpoint holds each expert by itself, so the name of an expert's own tensor is in no file.
         is_interleaved: the parts' rows alternate: the first row of each part, then the second of each.
         is_transposed: the tensor is [E, columns, n_parts * rows].
-        may_be_mxfp4: some checkpoints hold it as MXFP4 (:mod:`compressors.model.files.mxfp4`), not transposed.
+        may_be_mxfp4: some checkpoints hold it as MXFP4 (:mod:`compressors.model.files.gguf.mxfp4`), not transposed.
     """
 
     name: str

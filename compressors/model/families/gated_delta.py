@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.rope_settings import RopeRule
 from compressors.model.description.family import ConfigValues, GgufValue, SkippedPart
-from compressors.model.description.family_settings import FamilySettings
 from compressors.model.description.feed_forward import Routed, Shared
 from compressors.model.description.mixers import GatedDelta, GroupedQuery, QkNorm
 from compressors.model.description.roles import Role
-from compressors.model.description.rope_config import RopeRule
 from compressors.model.description.routing import Routing
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import GgufTensor, Kind, NormKind, TensorSpec

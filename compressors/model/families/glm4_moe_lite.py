@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily
-from compressors.model.description.family_settings import FamilySettings
-from compressors.model.description.settings import Settings
 from compressors.model.description.spec import ModelSpec
 from compressors.model.families import latent, written_config
 

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily, GgufValue
-from compressors.model.description.family_settings import FamilySettings
 from compressors.model.description.glu import Glu
 from compressors.model.description.roles import Role
 from compressors.model.description.routing import Routing, Score
-from compressors.model.description.settings import Settings
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import Fused, GgufTensor, Kind, TensorSpec
 from compressors.model.description.transforms import EverySecond

@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.rope_settings import RopeRule
 from compressors.model.description.family import GgufValue, SkippedPart
-from compressors.model.description.family_settings import FamilySettings
 from compressors.model.description.feed_forward import Dense, Routed, Shared
 from compressors.model.description.mixers import Latent
 from compressors.model.description.roles import Role
-from compressors.model.description.rope_config import RopeRule
 from compressors.model.description.routing import Routing, Score
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import GgufTensor, Kind, TensorSpec

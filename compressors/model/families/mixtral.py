@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, DenseForm, Family, GgufFamily
-from compressors.model.description.family_settings import FamilySettings
 from compressors.model.description.routing import Routing
-from compressors.model.description.settings import Settings
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.transforms import InterleaveRotary
 from compressors.model.families import llama_cpp, parts, written_config

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
+from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.rope_settings import RopeRule
+from compressors.model.config.special_tokens import configured_tokens
 from compressors.model.description.family import ConfigValues
-from compressors.model.description.family_settings import FamilySettings
 from compressors.model.description.feed_forward import FeedForward, Routed
 from compressors.model.description.mixers import GroupedQuery, Mixer, QkNorm
 from compressors.model.description.roles import Role
-from compressors.model.description.rope_config import RopeRule
 from compressors.model.description.spec import LayerSpec, ModelSpec
-from compressors.model.description.special_tokens import configured_tokens
 from compressors.model.description.tensors import Fused, GgufTensor, Kind, NormKind, TensorSpec
 from compressors.model.description.transforms import SAME, PlusOne, Transform
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily, GgufValue
-from compressors.model.description.family_settings import FamilySettings
 from compressors.model.description.feed_forward import Shared
 from compressors.model.description.routing import Routing
-from compressors.model.description.settings import Settings
 from compressors.model.description.spec import ModelSpec
 from compressors.model.families import llama_cpp, parts, written_config
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.settings import Settings
 from compressors.model.description.family import Family, GgufFamily, GgufValue, SkippedPart
-from compressors.model.description.family_settings import FamilySettings
 from compressors.model.description.roles import Role
-from compressors.model.description.settings import Settings
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.transforms import TiledHeads
 from compressors.model.families import gated_delta, parts

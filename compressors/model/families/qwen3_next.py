@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily
-from compressors.model.description.family_settings import FamilySettings
 from compressors.model.description.roles import Role
-from compressors.model.description.settings import Settings
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import GgufTensor, TensorSpec
 from compressors.model.description.transforms import UngroupedRows

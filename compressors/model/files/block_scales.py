@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressors.model.files.ggml_types import BLOCK_SIZES, GGMLQuantizationType
+from compressors.model.files.gguf.ggml_types import BLOCK_SIZES, GGMLQuantizationType
 
 __all__ = ["block_length", "put_scales", "rescaled", "scales_of"]
 

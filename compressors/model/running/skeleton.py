@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from compressors.model.config.reading import transformers_config
 from compressors.model.description.gate_order import gates_first
 from compressors.model.description.mixers import GroupedQuery
 from compressors.model.description.spec import ModelSpec, MoeSize
-from compressors.model.families.config import transformers_config
 from compressors.model.running.experts import GROUPED_EXPERTS, register_grouped_experts
 from compressors.model.running.layers import LayerWeights
 

@@ -24,8 +24,8 @@ from compressors.model.description.tensors import TensorSpec
 from compressors.model.description.transforms import SAME, Transform
 from compressors.model.errors import InputError
 from compressors.model.files.block_scales import block_length, put_scales, scales_of
-from compressors.model.files.ggml import GGMLQuantizationType, dequantize_into
-from compressors.model.files.gguf_file import GgufEntry, GgufFile
+from compressors.model.files.gguf.ggml import GGMLQuantizationType, dequantize_into
+from compressors.model.files.gguf.gguf_file import GgufEntry, GgufFile
 from compressors.model.sources.weights import ReplacedValues, TunablePart
 
 __all__ = ["GgufWeights"]

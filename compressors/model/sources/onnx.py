@@ -25,7 +25,7 @@ from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec, Place
 from compressors.model.description.tensors import TensorSpec
 from compressors.model.errors import InputError
-from compressors.model.files.ggml import GGMLQuantizationType
+from compressors.model.files.gguf.ggml import GGMLQuantizationType
 from compressors.model.files.integer_blocks import BITS, BlockType, IntegerBlocks
 from compressors.model.files.onnx_blocks import unpack
 from compressors.model.files.onnx_graph import external_place, read_graph

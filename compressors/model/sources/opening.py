@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from compressors.model.errors import InputError
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.source import Source
 
 __all__ = ["open_source"]

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from compressors.model.description.roles import Role
-from compressors.model.files.ggml import GGMLQuantizationType
+from compressors.model.files.gguf.ggml import GGMLQuantizationType
 from compressors.model.files.integer_blocks import BlockType
 
 __all__ = ["ReplacedValues", "StoredType", "TunablePart", "Weights", "WrittenWeights"]

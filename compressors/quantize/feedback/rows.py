@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressors.model.files.ggml_types import BLOCK_SIZES, GGMLQuantizationType
+from compressors.model.files.gguf.ggml_types import BLOCK_SIZES, GGMLQuantizationType
 from compressors.quantize.blocks import search_blocks
 from compressors.quantize.feedback import codebook, scalar
 from compressors.quantize.feedback.codebook import CODEBOOK_FORMATS

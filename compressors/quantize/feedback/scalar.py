@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressors.model.files.ggml import dequantize_rows
-from compressors.model.files.ggml_types import BLOCK_SIZES, GGMLQuantizationType
+from compressors.model.files.gguf.ggml import dequantize_rows
+from compressors.model.files.gguf.ggml_types import BLOCK_SIZES, GGMLQuantizationType
 from compressors.quantize.feedback.fields import Fields, copied_blocks, write_codes
 from compressors.quantize.feedback.levels import LevelGrid, Levels
 from compressors.quantize.kernels import quantize_rows

@@ -12,7 +12,7 @@ from compressors.calibration.splits import Splits, block_length_of, load_tokeniz
 from compressors.model.errors import InputError
 from compressors.model.parallel import is_first
 from compressors.model.running.arithmetic import dtype_of
-from compressors.model.sources.finite import check_vocabulary_is_finite
+from compressors.model.sources.hugging_face.finite import check_vocabulary_is_finite
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.source import Source
 from exporter.file_names import BLOCKS, LAST_WORDS, SUMMARY

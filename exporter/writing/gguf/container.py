@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC, GGUF_VERSION, GGUFValueType
 
 from compressors.model.description.family import GgufValue
-from compressors.model.files.ggml_types import GGMLQuantizationType
+from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 
 __all__ = [
     "TensorEntry",

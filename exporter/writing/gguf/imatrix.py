@@ -22,8 +22,8 @@ from compressors.calibration.statistics import Importance, LayerStatistics
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
-from compressors.model.files.ggml_types import GGMLQuantizationType
-from compressors.model.files.gguf_file import GgufEntry, GgufFile
+from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
+from compressors.model.files.gguf.gguf_file import GgufEntry, GgufFile
 from compressors.model.files.raw_file import RawFile
 from compressors.model.names import shown
 from compressors.model.sources.student import ExpertMap

@@ -13,7 +13,7 @@ from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import TensorSpec
 from compressors.model.description.transforms import SAME, Transform
 from compressors.model.errors import InputError
-from compressors.model.files.ggml_types import BLOCK_SIZES
+from compressors.model.files.gguf.ggml_types import BLOCK_SIZES
 from compressors.model.names import shown
 from compressors.quantize import QUANTIZABLE_TYPES, GGMLQuantizationType, fallback_type, row_bytes
 from exporter.capabilities.rules import Container

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from compressors.model.description.mixers import GatedDelta, GroupedQuery, Mixer
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.files.kv_types import KV_TYPES, bytes_per_value, values_per_block
+from compressors.model.files.gguf.kv_types import KV_TYPES, bytes_per_value, values_per_block
 
 __all__ = ["predict_runtime_bytes"]
 

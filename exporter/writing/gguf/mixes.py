@@ -16,7 +16,7 @@ from enum import Enum
 from compressors.model.description.family import GgufValue
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
-from compressors.model.files.ggml_types import BLOCK_SIZES, GGMLQuantizationType
+from compressors.model.files.gguf.ggml_types import BLOCK_SIZES, GGMLQuantizationType
 from compressors.quantize import fallback_type
 
 __all__ = ["ALIASES", "MIXES", "Mix", "MixedModel", "file_type_of", "is_quantized", "mix_named", "mixed_types"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gguf.constants import Keys, TokenType
 
-from compressors.model.description.special_tokens import special_tokens
+from compressors.model.config.special_tokens import special_tokens
 from compressors.model.errors import UnsupportedError
 from compressors.model.sources.tokenizer_files import load_tokenizer
 from exporter.writing.gguf.container import Value, boolean, uint32

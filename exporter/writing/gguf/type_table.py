@@ -9,7 +9,7 @@ from itertools import groupby
 from compressors.calibration.statistics import Importance
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
-from compressors.model.files.ggml_types import BLOCK_SIZES
+from compressors.model.files.gguf.ggml_types import BLOCK_SIZES
 from compressors.model.sources.student import Student
 from compressors.quantize import GGMLQuantizationType
 from compressors.sensitivity import (

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from compressors.model.config.special_tokens import SpecialTokens, configured_tokens, special_tokens
 from compressors.model.description.onnx_cache import Attention, cache_heads
 from compressors.model.description.rope import RopeKind
 from compressors.model.description.spec import ModelSpec
-from compressors.model.description.special_tokens import SpecialTokens, configured_tokens, special_tokens
 from compressors.model.files.json_file import read_json
 from compressors.model.sources.student import Student
 from exporter.writing.files import write_atomically

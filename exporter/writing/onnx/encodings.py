@@ -20,7 +20,7 @@ from compressors.model.description.roles import Role
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.description.tensors import TensorSpec
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.files.ggml_types import GGMLQuantizationType
+from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.files.integer_blocks import BlockType
 from compressors.model.sources.onnx_weights import row_lengths
 

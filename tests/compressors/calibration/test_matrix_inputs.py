@@ -11,11 +11,11 @@ from torch import nn
 
 from compressors.calibration.matrix_inputs import input_sizes, matrices_beside_experts
 from compressors.calibration.statistics import StatisticsCollector, importance
+from compressors.model.config.reading import read_spec
 from compressors.model.description.feed_forward import Dense
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.description.tensors import GgufTensor, Kind, TensorSpec
-from compressors.model.families.config import read_spec
 from compressors.model.sources.student import ExpertMap, LayerMap
 
 _GGUF = GgufTensor("")

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 from compressors.model.description.roles import Role
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import Student
 
 _EXPERT_ROLES = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from compressors.model.files.block_scales import block_length, put_scales, rescaled, scales_of
-from compressors.model.files.ggml import dequantize_rows
-from compressors.model.files.ggml_types import BLOCK_SIZES, GGMLQuantizationType
+from compressors.model.files.gguf.ggml import dequantize_rows
+from compressors.model.files.gguf.ggml_types import BLOCK_SIZES, GGMLQuantizationType
 from compressors.quantize import quantize_rows
 
 _T = GGMLQuantizationType

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from compressors.model.description.roles import Role
 from compressors.model.errors import InputError
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 
 _GATE, _UP, _DOWN = Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN
 

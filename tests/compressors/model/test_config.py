@@ -16,11 +16,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging
 
+from compressors.model.config.config_check import check_against_transformers
+from compressors.model.config.reading import read_spec
 from compressors.model.description.rope import RopeKind
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.families.config import read_spec
-from compressors.model.families.config_check import check_against_transformers
 from compressors.model.files.json_file import read_json
 
 _TRAINED, _HALF_HEAD = 2048, 16

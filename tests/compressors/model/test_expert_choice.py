@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from compressors.model.families.config import read_spec
+from compressors.model.config.reading import read_spec
 from compressors.model.running.expert_choice import AllExperts, ExpertChoice, choosing
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.opening import open_source

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compressors.model.errors import InputError
-from compressors.model.sources import finite
-from compressors.model.sources.finite import check_vocabulary_is_finite
+from compressors.model.sources.hugging_face import finite
+from compressors.model.sources.hugging_face.finite import check_vocabulary_is_finite
 from compressors.model.sources.opening import open_source
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from compressors.model.description.family import GgufValue
 from compressors.model.errors import InputError
-from compressors.model.files.ggml import GGMLQuantizationType, can_dequantize
-from compressors.model.files.gguf_file import GgufFile
+from compressors.model.files.gguf.ggml import GGMLQuantizationType, can_dequantize
+from compressors.model.files.gguf.gguf_file import GgufFile
 from exporter.writing.gguf.container import (
     float32_array,
     int32_array,
@@ -134,6 +134,6 @@ def test_a_pipe_does_not_hang(tmp_path: Path) -> None:
 
 def test_looking_at_a_type_sets_up_no_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tables that quantizing to the IQ types needs take seconds."""
-    monkeypatch.setattr("compressors.model.files.ggml.ggml_library_for", None)
+    monkeypatch.setattr("compressors.model.files.gguf.ggml.ggml_library_for", None)
     assert can_dequantize(GGMLQuantizationType.IQ2_XS)
     assert can_dequantize(GGMLQuantizationType.IQ3_S)

@@ -12,7 +12,7 @@ import torch
 from compressors.model.description.roles import Role
 from compressors.model.errors import InputError
 from compressors.model.files.integer_blocks import round_to_codes
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.quantize.blocks import search_blocks
 
 _GRID = np.concatenate([sign * np.geomspace(0.25, 1.2, 600) for sign in (1, -1)])

@@ -16,7 +16,7 @@ from compressors.model.running.arithmetic import fastest_arithmetic
 from compressors.model.running.hidden_states import HiddenStates
 from compressors.model.running.layers import LayerReader, layer_bytes
 from compressors.model.running.memory import MemoryLimit, place, positions_at_once, working_bytes
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import Student
 
 

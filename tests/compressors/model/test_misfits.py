@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 
 _HEAD = "lm_head.weight"
 _Tensors = dict[str, torch.Tensor]

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, Mxfp4Config
 
 from compressors.model.description.roles import Role
 from compressors.model.errors import InputError
-from compressors.model.files.ggml import dequantize_rows
-from compressors.model.files.ggml_types import GGMLQuantizationType
-from compressors.model.files.mxfp4 import dequantize_mxfp4, ggml_mxfp4_rows
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.files.gguf.ggml import dequantize_rows
+from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
+from compressors.model.files.gguf.mxfp4 import dequantize_mxfp4, ggml_mxfp4_rows
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, Student
 from tests.mxfp4_checkpoints import edit_tensors, random_codes, values_of, write_both
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from compressors.model.errors import InputError
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student
 from exporter.writing.hf_checkpoint import write_checkpoint

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from compressors.model.description.family_settings import FamilySettings
+from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.reading import read_spec
+from compressors.model.config.settings import Settings
 from compressors.model.description.roles import Role
-from compressors.model.description.settings import Settings
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import Fused
 from compressors.model.families import parts
-from compressors.model.families.config import read_spec
 from compressors.model.files.json_file import read_json
 
 

@@ -14,9 +14,9 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig
 from transformers.utils import logging
 
+from compressors.model.config.rope_settings import RopeRule, read_rope
+from compressors.model.config.settings import Settings
 from compressors.model.description.rope import Rope, RopeKind
-from compressors.model.description.rope_config import RopeRule, read_rope
-from compressors.model.description.settings import Settings
 from compressors.model.errors import InputError, UnsupportedError
 from tests.compressors.model.tiny_families import tiny_config
 

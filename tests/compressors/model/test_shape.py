@@ -12,13 +12,13 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoConfig
 
+from compressors.model.config.reading import read_spec
 from compressors.model.description.mixers import GroupedQuery, QkNorm
 from compressors.model.description.roles import Role
 from compressors.model.description.rope import Rope, RopeKind
 from compressors.model.description.routing import Routing
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.families.config import read_spec
 from compressors.model.families.parts import grouped_query, routed_in_mlp
 from compressors.model.families.registry import supported_families
 

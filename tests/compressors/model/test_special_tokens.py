@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from transformers import GenerationConfig
 
-from compressors.model.description.special_tokens import configured_tokens, special_tokens
+from compressors.model.config.reading import read_spec
+from compressors.model.config.special_tokens import configured_tokens, special_tokens
 from compressors.model.errors import InputError
-from compressors.model.families.config import read_spec
 
 _ROWS = 4096
 Write = Callable[..., Path]

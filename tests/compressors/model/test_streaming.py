@@ -23,7 +23,7 @@ from compressors.model.running.hidden_states import HiddenStates
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.running.recorder import RoutingRecorder
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 from tests.altered import with_factors
 

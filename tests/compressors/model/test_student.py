@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from compressors.model.description.roles import Role
 from compressors.model.errors import InputError
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 from tests.altered import altered
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from compressors.model.description.roles import Role
 from compressors.model.errors import InputError
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 
 _INDEX = "model.safetensors.index.json"
 _FIRST, _SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

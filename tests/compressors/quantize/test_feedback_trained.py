@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from compressors.model.files.ggml_types import BLOCK_SIZES
+from compressors.model.files.gguf.ggml_types import BLOCK_SIZES
 from compressors.quantize import GGMLQuantizationType, dequantize_rows, quantize_rows
 from compressors.quantize.feedback import Feedback, conditioned, quantize_rows_with_feedback
 from compressors.shrink.moe_block import Evidence, MoeBlock

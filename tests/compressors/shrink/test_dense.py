@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from compressors.model.config.reading import read_spec
 from compressors.model.errors import UnsupportedError
-from compressors.model.families.config import read_spec
 from compressors.model.sources.student import ExpertMap, LayerMap
 from compressors.shrink.dense import Condense, check_dense, dense_size
 from compressors.shrink.moe_block import CompressedBlock, Evidence, MoeBlock

@@ -23,7 +23,7 @@ from compressors.model.description.spec import NO_MOE, MoeSize
 from compressors.model.errors import InputError
 from compressors.model.running.memory import MemoryLimit
 from compressors.model.running.streaming import StreamedModel, TokenGroup
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 from compressors.shrink.decompose import ActivationSvd
 from compressors.shrink.layerwise import CompressedLayer, LayerTarget, LayerwiseCompression

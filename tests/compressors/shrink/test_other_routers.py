@@ -12,12 +12,12 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
 from compressors.calibration.statistics import LayerStatistics
+from compressors.model.config.reading import read_spec
 from compressors.model.description.feed_forward import Routed, Shared
 from compressors.model.description.glu import Glu
 from compressors.model.description.routing import Routing, Score
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.families.config import read_spec
 from compressors.shrink.criteria import removal_error
 from compressors.shrink.dense import Condense, check_dense
 from compressors.shrink.merge import REAM, HCSMoE, MSMoE, merge_groups

@@ -7,8 +7,8 @@ from typing import get_args
 
 import pytest
 
+from compressors.model.config.reading import read_spec
 from compressors.model.description.spec import NO_MOE, ModelSpec
-from compressors.model.families.config import read_spec
 from compressors.shrink.criteria import CRITERION_NAMES
 from compressors.shrink.decompose import D2Moe
 from compressors.shrink.merge import REAM

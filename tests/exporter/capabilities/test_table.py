@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from compressors.model.config.reading import read_spec
 from compressors.model.description.feed_forward import Routed
 from compressors.model.description.glu import Activation, Glu
 from compressors.model.description.mixers import GatedDelta
@@ -17,7 +18,6 @@ from compressors.model.description.routing import Routing, Score
 from compressors.model.description.spec import NO_MOE, ModelSpec, MoeSize
 from compressors.model.description.tensors import GgufTensor, Kind, TensorSpec
 from compressors.model.errors import UnsupportedError
-from compressors.model.families.config import read_spec
 from exporter.capabilities.rules import Container
 from exporter.capabilities.table import TABLE, refusal, refuse_unless_held
 from exporter.writing.gguf.layout import plan_tensors as gguf_tensors

@@ -13,7 +13,7 @@ import pytest
 
 from compressors.calibration.statistics import importance
 from compressors.model.errors import BudgetError, InputError
-from compressors.model.files.ggml_types import GGMLQuantizationType
+from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from exporter.curve.chart import write_chart

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from compressors.model.errors import InputError
-from compressors.model.files.kv_types import KvType
+from compressors.model.files.gguf.kv_types import KvType
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from exporter.estimating.budget import predict, runtime_reserve

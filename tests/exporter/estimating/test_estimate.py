@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from compressors.model.errors import InputError
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from exporter.estimating.estimate import Speeds, describe_time, seconds_by_stage
 from exporter.estimating.machine import measure_speeds
 from exporter.estimating.needs import disk_lines, disk_lines_of_all, memory_lines

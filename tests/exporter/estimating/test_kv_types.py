@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytest
 import yaml
 
-from compressors.model.files.kv_types import KV_TYPES, bytes_per_value, is_quantized, values_per_block
+from compressors.model.files.gguf.kv_types import KV_TYPES, bytes_per_value, is_quantized, values_per_block
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from exporter.planning.recipe import BudgetChoice

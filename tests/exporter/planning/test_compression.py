@@ -14,10 +14,10 @@ import torch
 import yaml
 
 from compressors.calibration.statistics import LayerStatistics, StatisticsCollector
+from compressors.model.config.reading import read_spec
 from compressors.model.description.routing import Routing
 from compressors.model.description.spec import NO_MOE, ModelSpec, MoeSize
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.families.config import read_spec
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student

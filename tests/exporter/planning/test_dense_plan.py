@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from compressors.calibration.statistics import LayerStatistics
+from compressors.model.config.reading import read_spec
 from compressors.model.description.spec import MoeSize
 from compressors.model.errors import BudgetError, InputError, UnsupportedError
-from compressors.model.families.config import read_spec
 from compressors.model.running.memory import working_bytes
 from compressors.model.running.streaming import StreamedModel
 from compressors.model.sources.opening import open_source

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from compressors.model.config.reading import read_spec
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families.config import read_spec
 from exporter.planning.compression import check_compression, expected_spec
 from exporter.planning.recipe import load_recipe
 from exporter.writing.gguf.layout import plan_tensors

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from compressors.model.config.reading import read_spec
 from compressors.model.description.routing import Routing
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families.config import read_spec
 from exporter.capabilities.rules import Container
 from exporter.planning.possible_steps import STEPS, Step, refusals
 from tests.altered import altered

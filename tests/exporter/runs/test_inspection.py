@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from compressors.model.config.reading import read_spec
 from compressors.model.errors import InputError
-from compressors.model.families.config import read_spec
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from exporter.inspection import describe, description_table
 from tests.altered import with_dense_layers
 
@@ -96,7 +96,8 @@ def test_the_table_says_what_matters(fine_folder: Path) -> None:
 def test_layers_are_described_by_kind(fine_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Checkpoint, "_check_tensors", lambda _self: None)
     monkeypatch.setattr(
-        "compressors.model.sources.checkpoint.read_spec", lambda folder: with_dense_layers(read_spec(folder), 2)
+        "compressors.model.sources.hugging_face.checkpoint.read_spec",
+        lambda folder: with_dense_layers(read_spec(folder), 2),
     )
     description = describe(fine_folder)
     first, second = description["layer_kinds"]

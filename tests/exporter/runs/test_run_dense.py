@@ -16,7 +16,7 @@ import onnx
 import pytest
 import yaml
 
-from compressors.model.families.config import read_spec
+from compressors.model.config.reading import read_spec
 
 Run = Callable[[Sequence[str]], subprocess.CompletedProcess[str]]
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from compressors.model.families.config import read_spec
+from compressors.model.config.reading import read_spec
 
 Command = Callable[..., Sequence[str]]
 

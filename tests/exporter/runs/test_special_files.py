@@ -12,7 +12,7 @@ import pytest
 
 from compressors.calibration.splits import read_splits, tokenize_heldout
 from compressors.model.errors import InputError
-from compressors.model.files.gguf_file import GgufFile
+from compressors.model.files.gguf.gguf_file import GgufFile
 from compressors.model.files.weight_file import WeightFile
 from exporter.hub import resolve_model
 from exporter.planning.job import Flags

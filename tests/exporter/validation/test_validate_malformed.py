@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from gguf import GGUFReader, GGUFValueType
 from onnx import TensorProto, helper, numpy_helper
 
-from compressors.model.files.gguf_file import GgufFile
+from compressors.model.files.gguf.gguf_file import GgufFile
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from exporter.cli import main

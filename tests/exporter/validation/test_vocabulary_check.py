@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from compressors.model.description.special_tokens import special_tokens
+from compressors.model.config.reading import read_spec
+from compressors.model.config.special_tokens import special_tokens
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.families.config import read_spec
 from compressors.model.sources.tokenizer_files import load_tokenizer, tokens_of
 from exporter.validation.vocabulary_check import vocabulary_deviations
 from exporter.writing.gguf.container import render_header, render_values, string

@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file
 
 from compressors.calibration.splits import read_splits
+from compressors.model.config.reading import read_spec
 from compressors.model.description.family import Family
 from compressors.model.description.roles import Role
-from compressors.model.families.config import read_spec
 from compressors.model.running.streaming import StreamedModel
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.source import Source
 from compressors.model.sources.student import ExpertMap, Student
 from exporter.hub import bundled_text

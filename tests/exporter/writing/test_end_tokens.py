@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
-from compressors.model.families.config import read_spec
+from compressors.model.config.reading import read_spec
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from exporter.writing.gguf.writer import write_gguf

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from compressors.model.description.roles import Role
-from compressors.model.files.ggml_types import GGMLQuantizationType
+from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.sources.gguf import GgufWeights
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from compressors.model.description.gguf_rope import LONG_FACTORS, SHORT_FACTORS
 from compressors.model.errors import UnsupportedError
-from compressors.model.files.gguf_file import GgufFile
+from compressors.model.files.gguf.gguf_file import GgufFile
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.source import Source
 from compressors.model.sources.student import Student

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from compressors.calibration.splits import read_splits
 from compressors.model.description.spec import MoeSize
 from compressors.model.errors import BudgetError, InputError, UnsupportedError
-from compressors.model.files.gguf_file import GgufFile
+from compressors.model.files.gguf.gguf_file import GgufFile
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.source import Source
 from compressors.model.sources.student import Student

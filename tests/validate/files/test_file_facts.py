@@ -10,7 +10,7 @@ import gguf
 import pytest
 
 from compressors.model.errors import InputError
-from compressors.model.files.gguf_file import GgufFile
+from compressors.model.files.gguf.gguf_file import GgufFile
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student
 from exporter.writing.gguf.writer import write_gguf

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from compressors.model.config.reading import read_spec
 from compressors.model.description.family import GgufValue
 from compressors.model.description.routing import Routing, Score
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families.config import read_spec
 from validate.files.gguf_settings import gguf_setting_symptoms
 
 _HEADS = "attention.head_count_kv"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compressors.model.files.gguf_file import GgufFile
+from compressors.model.files.gguf.gguf_file import GgufFile
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from exporter.writing.gguf.writer import write_gguf

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from compressors.calibration.statistics import LayerStatistics
+from compressors.model.config.reading import read_spec
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
-from compressors.model.families.config import read_spec
 from compressors.model.sources.student import ExpertMap
 from exporter.writing.gguf.imatrix import read_imatrix, write_imatrix
 from exporter.writing.gguf.layout import plan_tensors

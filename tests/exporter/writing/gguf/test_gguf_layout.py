@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from compressors.model.config.reading import read_spec
 from compressors.model.description.roles import Role
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.families.config import read_spec
 from compressors.quantize import GGMLQuantizationType
 from exporter.writing.gguf.layout import Quantization, bits_per_weight, plan_tensors, quantization
 from exporter.writing.gguf.mixes import MIXES

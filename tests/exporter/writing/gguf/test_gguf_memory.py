@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from compressors.model.config.reading import read_spec
 from compressors.model.description.feed_forward import Dense, Shared
 from compressors.model.description.mixers import GroupedQuery
 from compressors.model.description.spec import LayerSpec
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.families.config import read_spec
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from exporter.writing.gguf.memory import predict_runtime_bytes

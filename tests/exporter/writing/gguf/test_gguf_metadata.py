@@ -10,9 +10,9 @@ from typing import Any
 import gguf
 import pytest
 
+from compressors.model.config.reading import read_spec
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
-from compressors.model.families.config import read_spec
 from exporter.writing.gguf.container import TensorEntry, render_header, render_values
 from exporter.writing.gguf.layout import plan_tensors
 from exporter.writing.gguf.metadata import gguf_file_name, model_metadata, moe_size_label, source_license

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from compressors.calibration.statistics import Importance
+from compressors.model.config.reading import read_spec
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec, MoeSize
-from compressors.model.families.config import read_spec
-from compressors.model.files.gguf_file import GgufFile
+from compressors.model.files.gguf.gguf_file import GgufFile
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student
 from exporter.validation.static_checks import check_weights

@@ -30,10 +30,10 @@ from compressors.model.description.transforms import (
 )
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.families.parts import dense_tensors
-from compressors.model.files.ggml_types import GGMLQuantizationType
-from compressors.model.files.gguf_file import GgufFile
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
+from compressors.model.files.gguf.gguf_file import GgufFile
 from compressors.model.sources.gguf import GgufWeights
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, Student
 from compressors.quantize import quantize_rows
 from exporter.writing.gguf.container import TensorEntry, aligned, render_header, render_values, string

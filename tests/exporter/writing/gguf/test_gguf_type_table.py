@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from compressors.calibration.statistics import Importance, StatisticsCollector, importance
+from compressors.model.config.reading import read_spec
 from compressors.model.description.roles import Role
-from compressors.model.families.config import read_spec
-from compressors.model.files.ggml_types import GGMLQuantizationType
+from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student

@@ -15,8 +15,8 @@ import llama_cpp.llama_cpp as api
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from compressors.model.config.reading import read_spec
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.families.config import read_spec
 from exporter.validation.vocabulary_check import vocabulary_deviations
 from exporter.writing.gguf.container import render_header, render_values
 from exporter.writing.gguf.metadata import model_metadata

@@ -16,8 +16,8 @@ from compressors.calibration.statistics import Importance
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
-from compressors.model.files.ggml_types import GGMLQuantizationType
-from compressors.model.files.gguf_file import GgufFile
+from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
+from compressors.model.files.gguf.gguf_file import GgufFile
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.source import Source
 from compressors.model.sources.student import ExpertMap, Student

@@ -19,7 +19,7 @@ from compressors.model.description.roles import Role
 from compressors.model.description.routing import GroupScore, Routing, Score
 from compressors.model.description.spec import ModelSpec, Place
 from compressors.model.errors import UnsupportedError
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.onnx import MODEL_FILE, OnnxWeights
 from exporter.writing.onnx.encodings import onnx_units
 from exporter.writing.onnx.layout import plan_tensors

@@ -9,8 +9,8 @@ import onnxruntime_genai
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
-from compressors.model.families.config import read_spec
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.config.reading import read_spec
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, Student
 from exporter.writing.onnx.clients import write_client_files
 from exporter.writing.onnx.encodings import PRESETS

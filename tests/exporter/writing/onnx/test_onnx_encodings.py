@@ -18,7 +18,7 @@ from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.files.integer_blocks import BlockType
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.onnx import DATA_FILE, MODEL_FILE, OnnxWeights
 from compressors.model.sources.student import ExpertMap, Student
 from compressors.quantize import GGMLQuantizationType, search_blocks

@@ -15,7 +15,7 @@ from compressors.calibration.second_moments import SecondMoments
 from compressors.calibration.splits import read_splits, tokenize
 from compressors.model.description.roles import Role
 from compressors.model.running.streaming import StreamedModel
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.onnx import OnnxWeights
 from compressors.model.sources.student import ExpertMap, Student
 from compressors.quantize.feedback import quantize_blocks_with_feedback

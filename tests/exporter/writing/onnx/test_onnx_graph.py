@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, Student
 from exporter.writing.onnx.layout import DATA_FILE, MODEL_FILE
 from exporter.writing.onnx.writer import write_onnx

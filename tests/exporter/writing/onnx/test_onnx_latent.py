@@ -13,8 +13,8 @@ from benchmarks.same_blocks import types_of_onnx
 from compressors.model.description.roles import Role
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.running.streaming import StreamedModel
-from compressors.model.sources.checkpoint import Checkpoint
 from compressors.model.sources.gguf import GgufWeights
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.onnx import OnnxWeights
 from compressors.model.sources.student import Student
 from exporter.writing.gguf.writer import write_gguf

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from compressors.model.errors import InputError
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import Student
 from exporter.writing.onnx.encodings import PRESETS, onnx_units
 from exporter.writing.onnx.memory import predict_runtime_bytes

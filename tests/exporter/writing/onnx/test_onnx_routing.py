@@ -18,7 +18,7 @@ from compressors.model.description.glu import Activation, Glu
 from compressors.model.description.roles import Role
 from compressors.model.description.routing import GroupScore, Routing, Score
 from compressors.model.description.spec import ModelSpec
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from exporter.writing.onnx.blocks.routed import add_routed
 from exporter.writing.onnx.builder import GraphBuilder
 from exporter.writing.onnx.glu import add_glu

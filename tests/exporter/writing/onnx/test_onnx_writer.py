@@ -13,7 +13,7 @@ import torch
 from compressors.model.description.roles import Role
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.files.onnx_blocks import from_q4_0, pack
-from compressors.model.sources.checkpoint import Checkpoint
+from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, Student
 from compressors.quantize import GGMLQuantizationType, quantize_rows
 from exporter.writing.onnx.encodings import PRESETS

@@ -1,7 +1,7 @@
 """Reads ``config.json`` into a :class:`~compressors.model.description.spec.ModelSpec`, once; nobody else reads it.
 
 transformers' configurations are not used for it, because every process that opens a model would have to import them;
-``compressors.model.families.config_check`` compares the two before any work.
+``compressors.model.config.config_check`` compares the two before any work.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from compressors.model.config.settings import Settings
 from compressors.model.description.family import Family
-from compressors.model.description.settings import Settings
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.families.registry import family_for, supported_families

@@ -10,8 +10,8 @@ import functools
 import os
 from pathlib import Path
 
+from compressors.model.config.reading import is_inside_of_more
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.families.config import is_inside_of_more
 from compressors.model.files.json_file import read_json
 from compressors.model.files.raw_file import FileState, RawFile, instead_of_a_file
 from compressors.model.names import shown

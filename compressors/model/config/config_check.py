@@ -1,6 +1,6 @@
 """Compares the description that was read from ``config.json`` with transformers' own reading of the same file.
 
-A safety net for :mod:`compressors.model.families.config`: if a version of transformers reads a setting in another way,
+A safety net for :mod:`compressors.model.config.reading`: if a version of transformers reads a setting in another way,
 the run ends with the setting's name before any work, not with a file that computes something else.
 """
 
@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
+from compressors.model.config.reading import model_settings, transformers_config
+from compressors.model.config.settings import Settings
 from compressors.model.description.family import Family
 from compressors.model.description.rope import Rope, RopeKind
-from compressors.model.description.settings import Settings
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import UnsupportedError
-from compressors.model.families.config import model_settings, transformers_config
 from compressors.model.names import shown
 
 __all__ = ["check_against_transformers"]
@@ -63,7 +63,7 @@ _WITHOUT_EFFECT = frozenset(
         "use_cache",
     }
 )
-"""Settings that serve training alone, or that :mod:`compressors.model.description.special_tokens` reads."""
+"""Settings that serve training alone, or that :mod:`compressors.model.config.special_tokens` reads."""
 
 
 def _refuse_not_understood(config: Any, family: Family, settings: Settings) -> None:

@@ -12,30 +12,30 @@ from typing import Any
 
 import torch
 
+from compressors.model.config.reading import language_model_config, read_spec
 from compressors.model.description.family import Family
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import TensorSpec
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.families.config import language_model_config, read_spec
+from compressors.model.files.gguf.mxfp4 import MXFP4_SUFFIXES
 from compressors.model.files.json_file import read_json
-from compressors.model.files.mxfp4 import MXFP4_SUFFIXES
 from compressors.model.files.safetensors_header import TensorHeader
 from compressors.model.files.weight_file import WeightFile
 from compressors.model.names import shown
-from compressors.model.sources.accounting import parts_read_past, unclaimed
-from compressors.model.sources.block_scaled import (
+from compressors.model.sources.hugging_face.accounting import parts_read_past, unclaimed
+from compressors.model.sources.hugging_face.block_scaled import (
     FLOAT8,
     GIVE_THE_ORIGINAL,
     BlockScaled,
     read_block_scaled,
     read_mxfp4_dtype,
 )
-from compressors.model.sources.foreign_folder import check_folder, refuse_other_inputs
-from compressors.model.sources.fused_experts import FusedExperts, Mxfp4Experts
-from compressors.model.sources.misfits import is_classifier, likely_cause, with_prefix
-from compressors.model.sources.output_head import is_own_head
-from compressors.model.sources.weight_folder import INDEX, SINGLE, find_weights
+from compressors.model.sources.hugging_face.foreign_folder import check_folder, refuse_other_inputs
+from compressors.model.sources.hugging_face.fused_experts import FusedExperts, Mxfp4Experts
+from compressors.model.sources.hugging_face.misfits import is_classifier, likely_cause, with_prefix
+from compressors.model.sources.hugging_face.output_head import is_own_head
+from compressors.model.sources.hugging_face.weight_folder import INDEX, SINGLE, find_weights
 
 __all__ = ["Checkpoint"]
 

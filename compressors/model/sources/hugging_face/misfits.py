@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compressors.model.names import shown
-from compressors.model.sources.block_scaled import GIVE_THE_ORIGINAL
+from compressors.model.sources.hugging_face.block_scaled import GIVE_THE_ORIGINAL
 
 __all__ = ["is_classifier", "likely_cause", "with_prefix"]
 

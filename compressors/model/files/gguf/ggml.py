@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from compressors.model.errors import InputError
-from compressors.model.files.ggml_types import BLOCK_SIZES, GGMLQuantizationType
+from compressors.model.files.gguf.ggml_types import BLOCK_SIZES, GGMLQuantizationType
 
 __all__ = ["GGMLQuantizationType", "can_dequantize", "dequantize_into", "dequantize_rows", "ggml_library_for"]
 __all__ += ["row_bytes"]

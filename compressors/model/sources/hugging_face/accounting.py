@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator
 from compressors.model.description.family import SkippedPart
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
-from compressors.model.sources.block_scaled import BlockScaled
+from compressors.model.sources.hugging_face.block_scaled import BlockScaled
 
 __all__ = ["parts_read_past", "unclaimed"]
 

@@ -19,9 +19,9 @@ import numpy.typing as npt
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC, GGUF_VERSION, GGUFValueType, Keys
 
 from compressors.model.errors import InputError
-from compressors.model.files.ggml import can_dequantize, row_bytes
-from compressors.model.files.ggml_types import BLOCK_SIZES, GGMLQuantizationType
-from compressors.model.files.gguf_split import COUNT_KEY, NUMBER_KEY, TENSORS_KEY, split_parts
+from compressors.model.files.gguf.ggml import can_dequantize, row_bytes
+from compressors.model.files.gguf.ggml_types import BLOCK_SIZES, GGMLQuantizationType
+from compressors.model.files.gguf.gguf_split import COUNT_KEY, NUMBER_KEY, TENSORS_KEY, split_parts
 from compressors.model.files.raw_file import RawFile
 from compressors.model.names import shown
 

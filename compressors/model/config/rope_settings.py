@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from compressors.model.config.settings import Settings
 from compressors.model.description.rope import Rope, RopeKind, attention_multiplier
-from compressors.model.description.settings import Settings
 from compressors.model.errors import UnsupportedError
 from compressors.model.names import shown
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from compressors.model.description.tensors import Fused
-from compressors.model.files.mxfp4 import BLOCK, blocks_name, dequantize_mxfp4, ggml_mxfp4_rows, scales_name
+from compressors.model.files.gguf.mxfp4 import BLOCK, blocks_name, dequantize_mxfp4, ggml_mxfp4_rows, scales_name
 
 __all__ = ["FusedExperts", "Mxfp4Experts"]
 

@@ -5,7 +5,7 @@ block of 128 x 128 values; the last blocks of a row or column may be smaller. A 
 rounded to the dtype that ``config.json`` names: the numbers of transformers' own ``dequantize=True``
 (``transformers/integrations/finegrained_fp8.py``), where sizes are multiples of the block.
 
-MXFP4 (:mod:`compressors.model.files.mxfp4`) is read where the family's experts are known to be stored so.
+MXFP4 (:mod:`compressors.model.files.gguf.mxfp4`) is read where the family's experts are known to be stored so.
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from compressors.model.config.rope_settings import RopeRule, read_rope
+from compressors.model.config.settings import Settings
 from compressors.model.description.family import Family
 from compressors.model.description.rope import Rope
-from compressors.model.description.rope_config import RopeRule, read_rope
-from compressors.model.description.settings import Settings
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.names import shown
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Literal, get_args
 
-from compressors.model.files.ggml_types import BLOCK_SIZES, GGMLQuantizationType
+from compressors.model.files.gguf.ggml_types import BLOCK_SIZES, GGMLQuantizationType
 
 __all__ = ["KV_TYPES", "KvType", "bytes_per_value", "is_quantized", "values_per_block"]
 

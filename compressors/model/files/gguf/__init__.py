@@ -1,0 +1,1 @@
+"""GGUF files and ggml's types of weights at the level of bytes."""

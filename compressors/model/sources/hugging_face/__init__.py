@@ -1,0 +1,1 @@
+"""A checkpoint in a folder, as transformers saves it, and everything that may be wrong with one."""
