@@ -20,12 +20,12 @@ def _different_layers(spec: ModelSpec) -> str | None:
         first = has_experts.index(False, has_experts.index(True))
         return (
             f"llama.cpp's {spec.written.family.gguf.architecture} graph has experts in every layer after the first one "
-            f"with experts; layer {first} of this model has none: it cannot be written as GGUF; use --formats onnx"
+            f"with experts; layer {first} of this model has none: it cannot be written as GGUF"
         )
     return (
         f"llama.cpp's {spec.written.family.gguf.architecture} graph has one number of experts and one expert "
-        f"width for all layers; these layers have {spec.described_sizes}: they cannot be written as GGUF; give "
-        "all layers the same, or use --formats onnx"
+        f"width for all layers; these layers have {spec.described_sizes}: they cannot be written as GGUF "
+        "unless all layers are given the same"
     )
 
 
@@ -34,7 +34,7 @@ def _graph(spec: ModelSpec) -> str | None:
     refusal = gguf.refusal(spec)
     if refusal is None:
         return None
-    return f"llama.cpp's {gguf.architecture} {refusal}: it cannot be written as GGUF; use --formats onnx"
+    return f"llama.cpp's {gguf.architecture} {refusal}: it cannot be written as GGUF"
 
 
 def _size(spec: ModelSpec) -> str | None:
@@ -42,7 +42,7 @@ def _size(spec: ModelSpec) -> str | None:
         return None
     return (
         f"llama.cpp loads at most {_MOST_EXPERTS} experts and {_MOST_LAYERS} layers; this model has "
-        f"{spec.n_experts} and {spec.n_layers}: use --formats onnx"
+        f"{spec.n_experts} and {spec.n_layers}: it cannot be written as GGUF"
     )
 
 

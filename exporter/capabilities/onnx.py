@@ -58,7 +58,7 @@ def _expert_function(spec: ModelSpec) -> str | None:
 
 def _refused(why: str, is_so: object = True) -> str | None:
     """Returns the sentence of a refusal; None if there is nothing to refuse."""
-    return f"{why}: it cannot be written as ONNX; use --formats gguf" if is_so else None
+    return f"{why}: it cannot be written as ONNX" if is_so else None
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -53,7 +53,7 @@ class Rule:
         container: the format.
         feature: the part of a model that the rule is about.
         limit: the part of the feature that the container can hold, for the documentation.
-        refusal: says why a model cannot be held and what to use instead; None: it can, as far as this rule goes.
+        refusal: says why a model cannot be held; None: it can, as far as this rule goes.
     """
 
     container: Container

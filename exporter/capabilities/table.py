@@ -12,9 +12,19 @@ __all__ = ["TABLE", "refusal", "refuse_unless_held"]
 TABLE: tuple[Rule, ...] = (*gguf.RULES, *onnx.RULES, *saved_student.RULES)
 """Everything that a container cannot hold."""
 
+_OTHER = {Container.GGUF: Container.ONNX, Container.ONNX: Container.GGUF}
+
 
 def refusal(spec: ModelSpec, container: Container) -> str | None:
     """Says why a container cannot hold a model, and what to use instead; None: it can."""
+    reason, other = _reason(spec, container), _OTHER.get(container)
+    if reason is None or other is None or _reason(spec, other) is not None:
+        return reason
+    return f"{reason}; use --formats {other}"
+
+
+def _reason(spec: ModelSpec, container: Container) -> str | None:
+    """The first refusal of a container's rules, without an advice."""
     sentences = (rule.refusal(spec) for rule in TABLE if rule.container is container)
     return next((sentence for sentence in sentences if sentence is not None), None)
 

@@ -58,7 +58,7 @@ def gguf_rope(rope: Rope, architecture: str, *, takes_factors: bool, scales_atte
     if written is None:
         raise UnsupportedError(
             f"llama.cpp's {architecture} graph cannot turn by the angles of rope_type {rope.kind.value!r}, which the "
-            "model was trained with: it cannot be written as GGUF; use --formats onnx"
+            "model was trained with: it cannot be written as GGUF"
         )
     return written
 

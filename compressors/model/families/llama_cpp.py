@@ -44,8 +44,8 @@ def normalization_refusal(spec: ModelSpec, *, always: bool) -> str | None:
     if rules <= {always}:
         return None
     return (
-        f"graph {'always' if always else 'never'} normalises the weights of the chosen experts, but this model has "
-        f"normalize_top_k = {not always}"
+        f"graph {'always' if always else 'never'} normalises the weights of the chosen experts, but this model "
+        f"{'does not' if always else 'does'}"
     )
 
 
