@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 
-from compressors.model.description.routing import GroupScore, Routing
+from compressors.model.description.routing import Routing
 from compressors.model.description.spec import ModelSpec
 from compressors.shrink.criteria import CRITERIA, REMOVAL_ERROR, Criterion
 from compressors.shrink.decompose import ActivationSvd, D2Moe, Mobe
@@ -148,7 +148,5 @@ def _n_groups(teacher: ModelSpec) -> int:
 
 def _fewest_of(routing: Routing, top_k: int) -> int:
     """The fewest experts from which a router can choose ``top_k`` out of its best groups."""
-    if routing.n_groups == 1:
-        return top_k
-    of_group = max(-(-top_k // routing.n_chosen_groups), 2 if routing.group_score is GroupScore.BEST_TWO else 1)
+    of_group = max(-(-top_k // routing.n_chosen_groups), routing.group_score.n_best)
     return of_group * routing.n_groups

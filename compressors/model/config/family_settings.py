@@ -64,20 +64,20 @@ class FamilySettings:
         """A whole number that may be zero; where it is absent, the family's default."""
         return 0 if self.settings.get(key, self._defaults.get(key)) == 0 else self.count(key)
 
-    def leading(self, key: str, first: str, then: str) -> int:
-        """The number of layers of the kind ``first``, which come before all others in a list of kinds.
+    def kinds(self, key: str, kinds: Collection[str]) -> list[str] | None:
+        """The kind of each layer; None where the list is absent.
 
         Raises:
-            UnsupportedError: the list has other kinds, another order, or another length than there are layers.
+            UnsupportedError: the list has other kinds, or another length than there are layers.
         """
-        kinds, n_layers = self.settings.get(key), self.count("num_hidden_layers")
-        n_first = kinds.count(first) if isinstance(kinds, list) else 0
-        if kinds != [first] * n_first + [then] * (n_layers - n_first):
+        found: list[str] | None = self.settings.get(key)
+        n_layers = self.count("num_hidden_layers")
+        if found is not None and not _are_kinds(found, kinds, n_layers):
             raise UnsupportedError(
-                f"{self.settings.named(key)} must name {first!r} for the first of the {n_layers} layers of "
-                f"num_hidden_layers and {then!r} for all others, not {shown(kinds)}"
+                f"{self.settings.named(key)} must name {' or '.join(kinds)} for each of the {n_layers} layers of "
+                f"num_hidden_layers, not {shown(found)}"
             )
-        return n_first
+        return found
 
     def number(self, key: str) -> float:
         """A positive number; where it is absent, the family's default."""
@@ -125,13 +125,7 @@ class FamilySettings:
                     f"{settings.named(key)}: {what} cannot be represented; give the checkpoint of a "
                     f"{self.family.architecture}"
                 )
-        found = settings.get("layer_types")
-        n_layers = self.count("num_hidden_layers")
-        if found is not None and not _are_kinds(found, kinds, n_layers):
-            raise UnsupportedError(
-                f"{settings.named('layer_types')} must name {' or '.join(kinds)} for each of the "
-                f"{n_layers} layers of num_hidden_layers, not {shown(found)}"
-            )
+        self.kinds("layer_types", kinds)
 
     def heads(self) -> tuple[int, int, int]:
         """Attention heads, key-value heads, and the values of a head.

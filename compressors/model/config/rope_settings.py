@@ -94,6 +94,7 @@ def _scaled(plain: Rope, outer: Settings, chosen: Settings, rule: RopeRule, trai
     if plain.kind is RopeKind.YARN:  # transformers' function looks for this one beside the kinds of layers, not in them
         rope = replace(rope, truncate=bool(outer.raw.get("truncate", True)))
     if rule.scales_attention and chosen.raw.get("mscale_all_dim"):
+        chosen.number("factor")  # transformers' attention takes it from here, where angles can do without it
         rope = replace(rope, all_dim_multiplier=chosen.number("mscale_all_dim"))
     return rope
 

@@ -32,6 +32,11 @@ class GroupScore(StrEnum):
     BEST_TWO = "sum of the best two"
     BEST = "best"
 
+    @property
+    def n_best(self) -> int:
+        """The number of a group's experts that it is scored by, which every group must have."""
+        return 2 if self is GroupScore.BEST_TWO else 1
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -42,7 +47,7 @@ class Routing:
         has_selection_bias: a vector is added to the scores for the choice, and not for the weights.
         n_groups: the number of groups of neighbouring experts; only experts of the best groups can be chosen.
         n_chosen_groups: the number of groups whose experts can be chosen; together they have at least top-k.
-        group_score: see :class:`GroupScore`.
+        group_score: see :class:`GroupScore`; transformers' classes compute it even for a single group.
         normalizes: the chosen weights are divided by their sum.
         epsilon: added to that sum.
         least_sum: a sum below this counts as this.
@@ -54,7 +59,7 @@ class Routing:
     has_selection_bias: bool = False
     n_groups: int = 1
     n_chosen_groups: int = 1
-    group_score: GroupScore = GroupScore.BEST_TWO
+    group_score: GroupScore = GroupScore.BEST
     normalizes: bool = True
     epsilon: float = 0.0
     least_sum: float = 0.0
@@ -165,8 +170,7 @@ class Routing:
         """Returns the scores, with -inf for experts outside of the best groups."""
         grouped_TGM = scores_TE.reshape(len(scores_TE), self.n_groups, -1)
         best_TGM = -np.sort(-grouped_TGM, axis=2)
-        n_best = 2 if self.group_score is GroupScore.BEST_TWO else 1
-        groups_TG = best_TGM[:, :, :n_best].sum(axis=2)
+        groups_TG = best_TGM[:, :, : self.group_score.n_best].sum(axis=2)
         kept_TG = np.argsort(-groups_TG, axis=1, kind="stable")[:, : self.n_chosen_groups]
         is_kept_TG = np.zeros(groups_TG.shape, dtype=bool)
         np.put_along_axis(is_kept_TG, kept_TG, True, axis=1)
@@ -187,8 +191,7 @@ class Routing:
 
     def _torch_of_best_groups(self, scores_TE: torch.Tensor) -> torch.Tensor:
         grouped_TGM = scores_TE.unflatten(-1, (self.n_groups, -1))
-        n_best = 2 if self.group_score is GroupScore.BEST_TWO else 1
-        groups_TG = grouped_TGM.topk(n_best, dim=-1).values.sum(-1)
+        groups_TG = grouped_TGM.topk(self.group_score.n_best, dim=-1).values.sum(-1)
         kept_TG = groups_TG.topk(self.n_chosen_groups, dim=-1).indices
         is_kept_TG = torch.zeros_like(groups_TG, dtype=torch.bool).scatter_(-1, kept_TG, True)
         masked_TE: torch.Tensor = grouped_TGM.masked_fill(~is_kept_TG[..., None], -torch.inf).flatten(-2)

@@ -10,7 +10,7 @@ from compressors.model.description.family import ConfigValues, Family, GgufFamil
 from compressors.model.description.feed_forward import Shared
 from compressors.model.description.routing import GroupScore, Routing
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families import latent, parts, written_config
+from compressors.model.families import latent, parts
 
 __all__ = ["FAMILY"]
 
@@ -43,31 +43,27 @@ def _read(file: Settings) -> ModelSpec:
     settings.require("scoring_func", "softmax")
     settings.require("moe_layer_freq", 1)
     settings.require("topk_method", "greedy", "group_limited_greedy")
-    settings.ignore("num_key_value_heads", "norm_topk_prob", "pretraining_tp")  # the class never normalises
+    settings.ignore("norm_topk_prob", "pretraining_tp")  # the class never normalises
+    settings.ignore("head_dim")  # it puts qk_rope_head_dim in its place
     settings.refuse_what_no_family_can_do()
-    n_experts, width = settings.count("n_routed_experts"), settings.count("moe_intermediate_size")
+    n_experts = settings.count_of("num_experts", "n_routed_experts")
+    top_k, width = settings.top_k(n_experts), settings.count("moe_intermediate_size")
     experts = parts.routed_in_mlp(
         n_experts=n_experts,
-        top_k=settings.top_k(n_experts),
+        top_k=top_k,
         width=width,
-        routing=_routing(settings),
+        routing=_routing(settings, n_experts, top_k),
         shared=Shared(width * settings.count("n_shared_experts")),
     )
-    return latent.model(settings, experts, n_dense=settings.whole_number("first_k_dense_replace"))
+    return latent.model(settings, experts, latent.leading_dense(settings), "first_k_dense_replace")
 
 
-def _routing(settings: FamilySettings) -> Routing:
-    scale = settings.number("routed_scaling_factor")
+def _routing(settings: FamilySettings, n_experts: int, top_k: int) -> Routing:
+    routing = Routing(group_score=GroupScore.BEST, normalizes=False, scale=settings.number("routed_scaling_factor"))
     if settings.settings.get("topk_method", "greedy") == "greedy":
         settings.ignore("n_group", "topk_group")
-        return Routing(normalizes=False, scale=scale)
-    return Routing(
-        n_groups=settings.count("n_group"),
-        n_chosen_groups=settings.count("topk_group"),
-        group_score=GroupScore.BEST,
-        normalizes=False,
-        scale=scale,
-    )
+        return routing
+    return latent.with_groups(settings, routing, n_experts, top_k)
 
 
 def _settings(spec: ModelSpec) -> ConfigValues:
@@ -75,12 +71,13 @@ def _settings(spec: ModelSpec) -> ConfigValues:
 
 
 def _edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:
-    return written_config.moe_edited(spec, config, *latent.COUNTS, "first_k_dense_replace")
+    return latent.edited(spec, config, "first_k_dense_replace", "num_experts")
 
 
 def _refusal(spec: ModelSpec) -> str | None:
-    if all(layer.routed is None or layer.routed.routing.n_groups == 1 for layer in spec.layers):
-        return None
+    rules = [layer.routed.routing for layer in spec.layers if layer.routed is not None]
+    if all(rule.n_chosen_groups == rule.n_groups for rule in rules):
+        return latent.gguf_refusal(spec)
     return "graph scores groups of experts by the sum of their best two, but this model's are scored by their best"
 
 

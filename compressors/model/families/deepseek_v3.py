@@ -12,7 +12,7 @@ from compressors.model.config.family_settings import FamilySettings
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families import latent, written_config
+from compressors.model.families import latent
 
 __all__ = ["FAMILY"]
 
@@ -23,6 +23,7 @@ _DEFAULTS = {
     "moe_intermediate_size": 2048,
     "num_hidden_layers": 61,
     "num_attention_heads": 128,
+    "num_key_value_heads": 128,
     "n_shared_experts": 1,
     "n_routed_experts": 256,
     "routed_scaling_factor": 2.5,
@@ -45,7 +46,7 @@ def _read(file: Settings) -> ModelSpec:
     settings.require("moe_layer_freq", 1)
     settings.ignore("num_mtp_layers")
     experts = latent.biased_sigmoid_experts(settings)
-    return latent.model(settings, experts, n_dense=settings.whole_number("first_k_dense_replace"))
+    return latent.model(settings, experts, latent.leading_dense(settings), "first_k_dense_replace")
 
 
 def _settings(spec: ModelSpec) -> ConfigValues:
@@ -53,7 +54,7 @@ def _settings(spec: ModelSpec) -> ConfigValues:
 
 
 def _edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:
-    return written_config.moe_edited(spec, config, *latent.COUNTS, "first_k_dense_replace")
+    return latent.edited(spec, config, "first_k_dense_replace", "num_local_experts")
 
 
 FAMILY = Family(
@@ -62,6 +63,6 @@ FAMILY = Family(
     read=_read,
     edited=_edited,
     settings=_settings,
-    gguf=GgufFamily("deepseek2", latent.gguf_keys, scales_attention=True),
+    gguf=GgufFamily("deepseek2", latent.gguf_keys, latent.gguf_refusal, scales_attention=True),
     skipped=(latent.MTP,),
 )

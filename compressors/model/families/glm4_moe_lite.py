@@ -7,13 +7,15 @@ also fixes begin, end and unknown tokens by their texts, where ours are those of
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from compressors.model.config.family_settings import FamilySettings
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily
+from compressors.model.description.feed_forward import Dense
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families import latent, written_config
+from compressors.model.families import latent
 
 __all__ = ["FAMILY"]
 
@@ -24,6 +26,7 @@ _DEFAULTS = {
     "moe_intermediate_size": 1536,
     "num_hidden_layers": 47,
     "num_attention_heads": 20,
+    "num_key_value_heads": 20,
     "n_shared_experts": 1,
     "n_routed_experts": 64,
     "routed_scaling_factor": 1.8,
@@ -43,25 +46,25 @@ _DEFAULTS = {
 def _read(file: Settings) -> ModelSpec:
     settings = FamilySettings(file, FAMILY, _DEFAULTS)
     experts = latent.biased_sigmoid_experts(settings)
-    return latent.model(settings, experts, n_dense=_n_dense(settings))
+    rope_rule = replace(latent.ROPE, default_share=1.0)
+    return latent.model(settings, experts, _are_dense(settings), "mlp_layer_types", rope_rule)
 
 
-def _n_dense(settings: FamilySettings) -> int:
-    """The number of leading dense layers: the first alone, unless a list says otherwise."""
-    kinds = settings.settings.get("mlp_layer_types")
-    return settings.leading("mlp_layer_types", "dense", "sparse") if kinds is not None else 1
+def _are_dense(settings: FamilySettings) -> list[bool]:
+    """Says of each layer whether it is dense: the first alone, unless a list says otherwise."""
+    kinds = settings.kinds("mlp_layer_types", ("dense", "sparse"))
+    if kinds is None:
+        return [index == 0 for index in range(settings.count("num_hidden_layers"))]
+    return [kind == "dense" for kind in kinds]
 
 
 def _settings(spec: ModelSpec) -> ConfigValues:
-    n_dense = latent.n_dense(spec)
-    kinds = ["dense"] * n_dense + ["sparse"] * (spec.n_layers - n_dense)
+    kinds = ["dense" if isinstance(layer.feed_forward, Dense) else "sparse" for layer in spec.layers]
     return latent.settings(spec) | {"mlp_layer_types": kinds}
 
 
 def _edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:
-    return written_config.moe_edited(
-        spec, config, *latent.COUNTS, "mlp_layer_types", other_spelling="first_k_dense_replace"
-    )
+    return latent.edited(spec, config, "mlp_layer_types", "num_local_experts", "first_k_dense_replace")
 
 
 FAMILY = Family(
@@ -70,6 +73,6 @@ FAMILY = Family(
     read=_read,
     edited=_edited,
     settings=_settings,
-    gguf=GgufFamily("deepseek2", latent.gguf_keys, scales_attention=True),
+    gguf=GgufFamily("deepseek2", latent.gguf_keys, latent.gguf_refusal, scales_attention=True),
     skipped=(latent.MTP,),
 )

@@ -3,39 +3,63 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from compressors.model.config.family_settings import FamilySettings
 from compressors.model.config.rope_settings import RopeRule
-from compressors.model.description.family import GgufValue, SkippedPart
+from compressors.model.description.family import ConfigValues, GgufValue, SkippedPart
 from compressors.model.description.feed_forward import Dense, Routed, Shared
 from compressors.model.description.mixers import Latent
 from compressors.model.description.roles import Role
-from compressors.model.description.routing import Routing, Score
+from compressors.model.description.routing import GroupScore, Routing, Score
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import GgufTensor, Kind, TensorSpec
 from compressors.model.description.transforms import HeadMatrices
-from compressors.model.errors import UnsupportedError
-from compressors.model.families import parts
+from compressors.model.errors import InputError, UnsupportedError
+from compressors.model.families import parts, written_config
 
-__all__ = ["COUNTS", "MTP", "biased_sigmoid_experts", "gguf_keys", "mixer_tensors", "model", "n_dense", "settings"]
+__all__ = [
+    "MTP",
+    "ROPE",
+    "biased_sigmoid_experts",
+    "edited",
+    "gguf_keys",
+    "gguf_refusal",
+    "leading_dense",
+    "mixer_tensors",
+    "model",
+    "n_dense",
+    "settings",
+    "with_groups",
+]
 
 MTP = SkippedPart(r"model\.layers\.(?P<layer>\d+)\..*", "layers for predicting several tokens at once (MTP)")
+
+ROPE = RopeRule(scales_attention=True, interleaved=True)
+"""How the classes read the rotary embedding."""
 
 _INNER_EPSILON = 1e-6
 """Epsilon of the norms inside attention: transformers' classes make them without rms_norm_eps."""
 
+_LARGEST_EPSILON = 1.1e-5
+"""llama.cpp makes those norms with rms_norm_eps, too: up to 1e-5, as GLM has it, logits differ by about 1e-4."""
+
 _SOFTMAX, _SIGMOID = 1, 2  # enum llama_expert_gating_func_type in llama.cpp's src/llama-hparams.h
 
 
-def _attention(settings: FamilySettings) -> Latent:
+def _attention(settings: FamilySettings, rope_rule: RopeRule) -> Latent:
     """Reads the mixer."""
     plain_dim, rotary_dim = settings.count("qk_nope_head_dim"), settings.count("qk_rope_head_dim")
-    settings.require("head_dim", rotary_dim)  # transformers' rotary embedding takes it from there
-    rope = settings.rope(rotary_dim, RopeRule(scales_attention=True, interleaved=True))
+    rope = settings.rope(rotary_dim, rope_rule)
+    if rope.width != rotary_dim:
+        raise InputError(
+            f"{settings.settings.path}: partial_rotary_factor is {rope.share:g}, but this family turns all of "
+            "qk_rope_head_dim, so transformers cannot run such a model either"
+        )
     return Latent(
-        n_heads=settings.count("num_attention_heads"),
+        n_heads=_n_heads(settings),
         query_rank=settings.count_or_null("q_lora_rank"),
         rank=settings.count("kv_lora_rank"),
         plain_dim=plain_dim,
@@ -45,6 +69,18 @@ def _attention(settings: FamilySettings) -> Latent:
         scale=rope.attention_scale(1 / math.sqrt(plain_dim + rotary_dim)),
         inner_epsilon=_INNER_EPSILON,
     )
+
+
+def _n_heads(settings: FamilySettings) -> int:
+    """The number of heads, which all have keys of their own; transformers' classes still repeat these for groups."""
+    n_heads = settings.count("num_attention_heads")
+    n_kv_heads = settings.count_or_null("num_key_value_heads") or n_heads
+    if n_heads // n_kv_heads != 1:
+        raise InputError(
+            f"{settings.settings.path}: num_key_value_heads is {n_kv_heads}, but each of the {n_heads} heads of "
+            "num_attention_heads has keys of its own, so transformers cannot run such a model either"
+        )
+    return n_heads
 
 
 def mixer_tensors(mixer: Latent) -> tuple[TensorSpec, ...]:
@@ -103,30 +139,82 @@ def biased_sigmoid_experts(settings: FamilySettings) -> Routed:
     settings.require("rope_interleave", True)
     settings.require("scoring_func", "sigmoid")
     settings.require("topk_method", "noaux_tc")
-    settings.ignore("num_key_value_heads", "num_nextn_predict_layers", "pretraining_tp")
+    settings.require("head_dim", settings.count("qk_rope_head_dim"))  # the rotary embedding takes it from there
+    settings.ignore("num_nextn_predict_layers", "pretraining_tp")
     settings.refuse_what_no_family_can_do()
-    n_experts, width = settings.count("n_routed_experts"), settings.count("moe_intermediate_size")
+    n_experts = settings.count_of("num_local_experts", "n_routed_experts")
+    top_k, width = settings.top_k(n_experts), settings.count("moe_intermediate_size")
+    routing = Routing(
+        Score.SIGMOID,
+        has_selection_bias=True,
+        group_score=GroupScore.BEST_TWO,
+        normalizes=settings.flag("norm_topk_prob", default=True),
+        epsilon=1e-20,
+        scale=settings.number("routed_scaling_factor"),
+    )
     return parts.routed_in_mlp(
         n_experts=n_experts,
-        top_k=settings.top_k(n_experts),
+        top_k=top_k,
         width=width,
-        routing=Routing(
-            Score.SIGMOID,
-            has_selection_bias=True,
-            n_groups=settings.count("n_group"),
-            n_chosen_groups=settings.count("topk_group"),
-            normalizes=settings.flag("norm_topk_prob", default=True),
-            epsilon=1e-20,
-            scale=settings.number("routed_scaling_factor"),
-        ),
+        routing=with_groups(settings, routing, n_experts, top_k),
         shared=Shared(width * settings.count("n_shared_experts")),
         selection_bias="mlp.gate.e_score_correction_bias",
     )
 
 
-def model(settings: FamilySettings, experts: Routed, *, n_dense: int) -> ModelSpec:
-    """A model whose first layers are dense."""
-    mixer = _attention(settings)
+def with_groups(settings: FamilySettings, routing: Routing, n_experts: int, top_k: int) -> Routing:
+    """The rule with the groups of experts that it chooses first.
+
+    Raises:
+        InputError: transformers' class cannot choose from such groups, or leaves some of a token's experts to chance.
+    """
+    n_groups, n_chosen = settings.count("n_group"), settings.count("topk_group")
+    size, rest = divmod(n_experts, n_groups)
+    why = None
+    if rest:
+        why = f"n_group is {n_groups}, which does not divide the {n_experts} experts of n_routed_experts"
+    elif n_chosen > n_groups:
+        why = f"topk_group is {n_chosen}, more than n_group, {n_groups}"
+    elif size < routing.group_score.n_best:
+        why = f"n_group is {n_groups}: with {n_experts} experts (n_routed_experts) a group has no {routing.group_score}"
+    elif n_chosen * size < top_k:
+        why = f"topk_group is {n_chosen}: so many groups have fewer experts than num_experts_per_tok, {top_k}"
+    if why is not None:
+        raise InputError(f"{settings.settings.path}: {why}")
+    return replace(routing, n_groups=n_groups, n_chosen_groups=n_chosen)
+
+
+def leading_dense(settings: FamilySettings) -> list[bool]:
+    """Says of each layer whether it is dense, as the first ones are."""
+    n_dense = settings.whole_number("first_k_dense_replace")
+    return [index < n_dense for index in range(settings.count("num_hidden_layers"))]
+
+
+def model(
+    settings: FamilySettings,
+    experts: Routed,
+    are_dense: Sequence[bool],
+    said_by: str,
+    rope_rule: RopeRule = ROPE,
+) -> ModelSpec:
+    """A model of which some layers are dense.
+
+    Args:
+        settings: the family's settings.
+        experts: the feed-forward of the other layers.
+        are_dense: says of each layer whether it is dense.
+        said_by: the setting that says so.
+        rope_rule: how the family's class reads the rotary embedding.
+
+    Raises:
+        UnsupportedError: no layer has experts.
+    """
+    if all(are_dense):
+        raise UnsupportedError(
+            f"{settings.settings.path}: {said_by} leaves none of the {len(are_dense)} layers of num_hidden_layers with "
+            "experts; only models with experts are supported"
+        )
+    mixer = _attention(settings, rope_rule)
     of_mixer = mixer_tensors(mixer)
     of_experts = (
         parts.router_tensor(),
@@ -137,18 +225,26 @@ def model(settings: FamilySettings, experts: Routed, *, n_dense: int) -> ModelSp
     feed_forward = Dense(settings.count("intermediate_size"))
     dense = parts.layer(settings, mixer, feed_forward, (*of_mixer, *parts.leading_dense_tensors()))
     routed = parts.layer(settings, mixer, experts, (*of_mixer, *of_experts))
-    n_layers = settings.count("num_hidden_layers")
-    n_dense = min(n_dense, n_layers)
-    return parts.model(settings, [dense] * n_dense + [routed] * (n_layers - n_dense))
+    return parts.model(settings, [dense if is_dense else routed for is_dense in are_dense])
 
 
 def n_dense(spec: ModelSpec) -> int:
-    """The number of leading dense layers."""
+    """The number of dense layers."""
     return sum(isinstance(layer.feed_forward, Dense) for layer in spec.layers)
 
 
-COUNTS = ("n_routed_experts", "moe_intermediate_size", "n_shared_experts", "num_experts_per_tok")
-"""Settings that may differ in a student."""
+def edited(spec: ModelSpec, config: ConfigValues, dense_layers: str, *absent: str) -> dict[str, Any]:
+    """A ``config.json`` with a student's counts.
+
+    Args:
+        spec: the student.
+        config: the source's settings.
+        dense_layers: the setting that says which layers are dense.
+        absent: other spellings, which are dropped.
+    """
+    counts = ("n_routed_experts", "moe_intermediate_size", "n_shared_experts", "num_experts_per_tok")
+    others = {key: value for key, value in config.items() if key not in absent}
+    return written_config.moe_edited(spec, others, *counts, dense_layers)
 
 
 def settings(spec: ModelSpec) -> dict[str, Any]:
@@ -224,6 +320,28 @@ def gguf_keys(spec: ModelSpec) -> Mapping[str, GgufValue]:
         "leading_dense_block_count": n_dense(spec),
         "vocab_size": spec.vocab_size,
     }
-    if rule.n_groups > 1:
+    if rule.n_chosen_groups < rule.n_groups:
         keys |= {"expert_group_count": rule.n_groups, "expert_group_used_count": rule.n_chosen_groups}
     return keys
+
+
+def gguf_refusal(spec: ModelSpec) -> str | None:
+    """Says which part of a model llama.cpp's deepseek2 cannot compute."""
+    mixer = spec.layers[0].mixer
+    assert isinstance(mixer, Latent)
+    if mixer.query_rank is not None and _is_lite(spec):
+        return (
+            f"graph takes a model of {spec.n_layers} layers for a lite one, whose queries are made from the hidden "
+            "state; this model's are made from a vector of q_lora_rank values"
+        )
+    if spec.rms_norm_eps > _LARGEST_EPSILON:
+        return (
+            f"graph makes the norms inside attention with rms_norm_eps, {spec.rms_norm_eps:g}, but the model's have "
+            f"{mixer.inner_epsilon:g}"
+        )
+    return None
+
+
+def _is_lite(spec: ModelSpec) -> bool:
+    """``is_lite`` in ``src/models/deepseek2.cpp``."""
+    return spec.n_layers in (26, 27) or (spec.n_layers == 48 and spec.vocab_size == 128256)

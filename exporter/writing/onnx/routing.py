@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 
 from compressors.model.description.feed_forward import Routed
-from compressors.model.description.routing import GroupScore, Routing, Score
+from compressors.model.description.routing import Routing, Score
 from exporter.writing.onnx.builder import GraphBuilder
 
 __all__ = ["OperatorRouting", "add_routing"]
@@ -142,7 +142,7 @@ class _Masked:
     def _group_scores(self, grouped: str, members: int) -> str:
         """The scores of the groups: [batch, sequence, groups]."""
         graph, name = self._graph, self._name
-        n_best = min(members, 2 if self._routing.group_score is GroupScore.BEST_TWO else 1)
+        n_best = min(members, self._routing.group_score.n_best)
         best, number = f"{name}.best_of_groups", graph.constant(f"best_{n_best}", [n_best])
         graph.node("TopK", [grouped, number], [best, f"{best}.experts"], axis=-1)
         last = graph.constant("axis.last", [-1])

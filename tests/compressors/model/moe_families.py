@@ -40,7 +40,7 @@ _OF_CHOSEN = Routing(Score.LOGITS)
 _SIGMOID = Routing(Score.SIGMOID, has_selection_bias=True, epsilon=1e-20)
 _IN_GATE = {"selection_bias": "mlp.gate.e_score_correction_bias"}
 _GROUPED = {"n_group": 4, "topk_group": 2}
-_GROUPED_RULE = replace(_SIGMOID, n_groups=4, n_chosen_groups=2)
+_GROUPED_RULE = replace(_SIGMOID, n_groups=4, n_chosen_groups=2, group_score=GroupScore.BEST_TWO)
 _GRANITE = {"router_module": "block_sparse_moe.router", "experts_module": "block_sparse_moe.experts"}
 _LFM2 = {"router_module": "feed_forward.gate", "experts_module": "feed_forward.experts"}
 _JAMBA = {"router_module": "feed_forward.router", "experts_module": "feed_forward.experts"}

@@ -138,7 +138,7 @@ _ALL_TK = np.arange(4)[None]
 
 def test_the_best_group_may_leave_out_the_best_expert() -> None:
     logits_TE = np.array([[3.0, -9.0, 2.0, 1.9]], np.float32)
-    groups = Routing(Score.SIGMOID, n_groups=2, n_chosen_groups=1)
+    groups = Routing(Score.SIGMOID, n_groups=2, group_score=GroupScore.BEST_TWO)
     assert groups.choose(logits_TE, 2).tolist() == [[2, 3]]
     assert replace(groups, group_score=GroupScore.BEST).choose(logits_TE, 2).tolist() == [[0, 1]]
     assert groups.selection_scores(logits_TE)[0, :2].tolist() == [-np.inf, -np.inf]
@@ -184,7 +184,14 @@ def test_gradients_reach_logits_and_scales() -> None:
 def test_a_rule_is_said_in_words() -> None:
     assert Routing().description == "softmax over all experts, weights normalised"
     assert Routing(Score.LOGITS).description == "softmax over the chosen experts"
-    grouped = Routing(Score.SIGMOID, has_selection_bias=True, n_groups=4, n_chosen_groups=2, scale=2.5)
+    grouped = Routing(
+        Score.SIGMOID,
+        has_selection_bias=True,
+        n_groups=4,
+        n_chosen_groups=2,
+        group_score=GroupScore.BEST_TWO,
+        scale=2.5,
+    )
     assert grouped.description == (
         "sigmoid, weights normalised, a bias for the choice, the best 2 of 4 groups by the sum of the best two "
         "of each, weights times 2.5"

@@ -15,7 +15,7 @@ from compressors.calibration.statistics import LayerStatistics
 from compressors.model.config.reading import read_spec
 from compressors.model.description.feed_forward import Routed, Shared
 from compressors.model.description.glu import Glu
-from compressors.model.description.routing import Routing, Score
+from compressors.model.description.routing import GroupScore, Routing, Score
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.shrink.criteria import removal_error
@@ -26,7 +26,15 @@ from compressors.shrink.prune import Prune
 from compressors.shrink.registry import expert_counts, fewest_experts
 from compressors.shrink.slim import SlimWidth
 
-_GROUPED = Routing(Score.SIGMOID, has_selection_bias=True, n_groups=4, n_chosen_groups=2, epsilon=1e-20, scale=2.5)
+_GROUPED = Routing(
+    Score.SIGMOID,
+    has_selection_bias=True,
+    n_groups=4,
+    n_chosen_groups=2,
+    group_score=GroupScore.BEST_TWO,
+    epsilon=1e-20,
+    scale=2.5,
+)
 
 
 def _filled(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -259,3 +267,7 @@ def test_numbers_of_experts_keep_groups_equal_and_large_enough(fine_folder: Path
     grouped = _routed(spec, routing=_GROUPED)
     assert list(expert_counts("reap", grouped)) == [32, 28, 24, 20, 16, 12, 8]  # two of each group, for their score
     assert fewest_experts("reap", _routed(spec, routing=replace(_GROUPED, n_chosen_groups=1))) == 16
+    in_one_group = replace(
+        _GROUPED, n_groups=1, n_chosen_groups=1
+    )  # transformers' class takes its best two all the same
+    assert fewest_experts("reap", _routed(spec, routing=in_one_group, top_k=1)) == 2

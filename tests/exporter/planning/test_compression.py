@@ -15,7 +15,7 @@ import yaml
 
 from compressors.calibration.statistics import LayerStatistics, StatisticsCollector
 from compressors.model.config.reading import read_spec
-from compressors.model.description.routing import Routing
+from compressors.model.description.routing import GroupScore, Routing
 from compressors.model.description.spec import NO_MOE, ModelSpec, MoeSize
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.running.streaming import StreamedModel, TokenGroup
@@ -221,7 +221,7 @@ def test_groups_of_experts_stay_equally_large(teacher: ModelSpec) -> None:
 
 
 def _grouped(spec: ModelSpec, n_groups: int) -> ModelSpec:
-    routing = Routing(n_groups=n_groups, n_chosen_groups=2)
+    routing = Routing(n_groups=n_groups, n_chosen_groups=2, group_score=GroupScore.BEST_TWO)
     layers = [
         replace(layer, feed_forward=replace(layer.routed, routing=routing)) for layer in spec.layers if layer.routed
     ]

@@ -58,7 +58,9 @@ def _qwen2_moe(spec: ModelSpec) -> ModelSpec:
 
 def _deepseek(spec: ModelSpec) -> ModelSpec:
     """Sigmoid scores with a bias and groups, a plain shared expert, and a dense layer before them."""
-    block = _routed(replace(_SIGMOID, n_groups=4, n_chosen_groups=2), shared=Shared(_WIDTH))
+    block = _routed(
+        replace(_SIGMOID, n_groups=4, n_chosen_groups=2, group_score=GroupScore.BEST_TWO), shared=Shared(_WIDTH)
+    )
     norms = attention(qk_norm=QkNorm.PER_HEAD)
     return with_layers(spec, described_layer(norms, Dense(96), _HIDDEN), *[described_layer(norms, block, _HIDDEN)] * 2)
 
@@ -80,7 +82,9 @@ def _interleaved(spec: ModelSpec) -> ModelSpec:
 
 def _latent(spec: ModelSpec) -> ModelSpec:
     """Latent attention: queries made from a small vector, or from the hidden state; one layer has no experts."""
-    block = _routed(replace(_SIGMOID, n_groups=4, n_chosen_groups=2), shared=Shared(_WIDTH))
+    block = _routed(
+        replace(_SIGMOID, n_groups=4, n_chosen_groups=2, group_score=GroupScore.BEST_TWO), shared=Shared(_WIDTH)
+    )
     of_state = latent_attention(query_rank=None, scale=0.2)
     return with_layers(
         spec,

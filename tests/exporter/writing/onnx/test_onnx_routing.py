@@ -44,9 +44,17 @@ _RULES = {
     "sigmoid with a bias and a large epsilon": Routing(Score.SIGMOID, has_selection_bias=True, epsilon=1e-2),
     "sigmoid, not normalised": Routing(Score.SIGMOID, normalizes=False, scale=1.8),
     "sigmoid in groups": Routing(
-        Score.SIGMOID, has_selection_bias=True, n_groups=4, n_chosen_groups=2, epsilon=1e-20, scale=2.5
+        Score.SIGMOID,
+        has_selection_bias=True,
+        n_groups=4,
+        n_chosen_groups=2,
+        group_score=GroupScore.BEST_TWO,
+        epsilon=1e-20,
+        scale=2.5,
     ),
-    "sigmoid in groups of one expert": Routing(Score.SIGMOID, n_groups=16, n_chosen_groups=7),
+    "sigmoid in groups of one expert": Routing(
+        Score.SIGMOID, n_groups=16, n_chosen_groups=7, group_score=GroupScore.BEST_TWO
+    ),
     "softmax over the chosen": Routing(Score.LOGITS),
     "softmax over the chosen, scaled": Routing(Score.LOGITS, scale=0.5),
     "softmax over the chosen, with a bias": Routing(Score.LOGITS, has_selection_bias=True),
