@@ -14,12 +14,9 @@ from typing import Any
 import pytest
 
 _REPOSITORY = Path(__file__).parent.parent
-_MODULES = [
-    path
-    for package in ("compressors", "validate", "exporter")
-    for path in sorted((_REPOSITORY / package).rglob("*.py"))
-]
-_REFERENCE = re.compile(r":(?:mod|class|func|meth|attr|data|exc):`~?([\w.]+)`")
+_PACKAGES = ("compressors", "validate", "exporter")
+_MODULES = [path for package in _PACKAGES for path in sorted((_REPOSITORY / package).rglob("*.py"))]
+_REFERENCE = re.compile(rf":\w+:`~?([\w.]+)`|``((?:{'|'.join(_PACKAGES)})(?:\.\w+)+)``")
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,9 @@ def _name(path: Path) -> str:
 def test_everything_that_a_docstring_refers_to_exists(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     references = [
-        (target, docstring.classes) for docstring in _docstrings(tree) for target in _REFERENCE.findall(docstring.text)
+        (role or quoted, docstring.classes)
+        for docstring in _docstrings(tree)
+        for role, quoted in _REFERENCE.findall(docstring.text)
     ]
     if references:
         module = importlib.import_module(_name(path))
