@@ -81,7 +81,7 @@ class OnnxRuntimeBackend:
 
     @property
     def runtime(self) -> str:
-        """Always ``onnxruntime``."""
+        """The runtime's name, ``onnxruntime``."""
         return "onnxruntime"
 
     @property
