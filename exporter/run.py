@@ -111,7 +111,7 @@ def _parts(job: Job, command: str, work: WorkDirectory, identity: dict[str, Any]
     parts = budget_parts(job, command, work)
     for part in parts:
         if part.work.plan_path.exists():
-            source_of_run(part.plan, part.work)  # before anything else is said about another model
+            source_of_run(part.plan, part.work)  # before any other complaint about another model
             what_to_do = f"put it back, or remove {work.folder} and start again"
             refuse_changed_texts(part.plan.recipe.text, part.plan.calibration, part.plan.heldout, what_to_do)
     return parts

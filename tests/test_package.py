@@ -74,23 +74,6 @@ def test_a_module_is_short_and_says_what_it_is_for(module: str) -> None:
     assert len(text.splitlines()) < 400
 
 
-def test_every_path_that_the_guide_for_developers_names_exists() -> None:
-    text = (_REPOSITORY / "docs" / "development.md").read_text(encoding="utf-8")
-    tracked = {"compressors", "validate", "exporter", "tests", "benchmarks", "docs"}
-    named = {path for path in re.findall(r"`([\w./-]+/[\w./-]*)`", text) if path.split("/")[0] in tracked}
-    named |= {f"docs/{page}" for page in re.findall(r"\]\(([\w-]+\.md)\)", text)}
-    assert len(named) > 20
-    assert [path for path in sorted(named) if not (_REPOSITORY / path).exists()] == []
-
-
-def test_the_guide_answers_a_newcomer_s_questions() -> None:
-    text = (_REPOSITORY / "docs" / "development.md").read_text(encoding="utf-8")
-    answers = text.partition("## Where is ...?")[2].partition("\n## ")[0]
-    rows = [line for line in answers.splitlines() if line.startswith("| ") and "?" in line]
-    assert len(rows) == 12
-    assert all(re.search(r"\| .*`[\w./]+\.(py|md)`", row) for row in rows)
-
-
 def test_every_error_is_public_and_has_an_exit_code() -> None:
     assert set(errors.__all__) == {
         name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)

@@ -191,7 +191,7 @@ def tokenize(
 
     Raises:
         InputError: the checkpoint has no usable tokenizer, a split has no full block, or two splits share more than
-            a few blocks of tokens, at whatever position, or as much text in another form.
+            a few blocks of tokens, at any position, or as much text in another form.
     """
     tokenizer = load_tokenizer(checkpoint_folder)
     in_order = (splits.calibration, splits.selection, splits.heldout)

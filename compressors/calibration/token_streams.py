@@ -40,7 +40,7 @@ class TextTokenizer(Protocol):
 
 
 def is_short(parts: Sequence[DomainText]) -> bool:
-    """Whether the text is tokenised whole."""
+    """True if the text is tokenised whole."""
     sizes = [part.n_bytes for part in parts]
     return sum(sizes) <= _WHOLE_BYTES and max(sizes) <= _WHOLE_FILE_BYTES
 

@@ -19,7 +19,7 @@ def n_processes() -> int:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes what all have in common."""
+    """True if this process is the one that writes the files that all have in common."""
     return _rank() == 0
 
 

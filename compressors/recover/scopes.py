@@ -46,7 +46,7 @@ class Scope:
 
     @classmethod
     def routers(cls) -> Scope:
-        """Nothing but the routers."""
+        """The routers alone."""
         return cls()
 
     @classmethod

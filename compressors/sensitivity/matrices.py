@@ -82,7 +82,7 @@ class Sensitivities:
 
     Args:
         folder: the folder.
-        tied: whether the head is the embedding.
+        tied: True if the head is the embedding.
     """
 
     folder: Path

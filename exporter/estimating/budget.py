@@ -26,7 +26,7 @@ def predict(
     """Predicts an artifact (``gguf`` or ``onnx``) of a student.
 
     Args:
-        artifact: which container.
+        artifact: its container.
         source: the original; its tokenizer is part of a GGUF file.
         name: the source's name, which a GGUF file carries.
         spec: the student.

@@ -87,7 +87,7 @@ def check_compression(recipe: Recipe, teacher: ModelSpec) -> None:
             check_width(width, teacher.expert_width, for_gguf=choice.width is not None)
     if choice.method == "none" and set(_by_layer(choice.experts, n_moe, teacher.n_experts)) != {teacher.n_experts}:
         raise InputError(
-            f"compress.experts: {choice.experts} of {teacher.n_experts} experts shall stay, but compress.method is "
+            f"compress.experts: {choice.experts} of {teacher.n_experts} experts are to stay, but compress.method is "
             "none: name the method by which they become fewer, such as reap"
         )
     if choice.allocation == "global" and _score(choice) is None:
@@ -113,13 +113,13 @@ def _checked_layers(choice: CompressChoice, teacher: ModelSpec) -> int:
 
 
 def changes_experts(choice: CompressChoice) -> bool:
-    """Whether experts get weights of their own, which the overlay holds."""
+    """True if experts get weights of their own, which the overlay holds."""
     rewritten = choice.width is not None or choice.edit_size is not None or choice.student == "dense"
     return rewritten or (choice.method != "none" and METHODS[choice.method].changes_weights)
 
 
 def runs_text(choice: CompressChoice, teacher: ModelSpec) -> bool:
-    """Whether compressing takes text through the model, because the sums of calibration do not suffice."""
+    """True if compressing takes text through the model, because the sums of calibration do not suffice."""
     if choice.sequential or choice.consecutive_blocks:
         return True
     fewest = min(_by_layer(choice.experts, 1, teacher.n_experts))

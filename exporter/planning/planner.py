@@ -192,7 +192,7 @@ def predict_recipe(recipe: Recipe, checkpoint: Source) -> dict[str, Prediction]:
 
 
 class _Pinned:
-    """For a job that names the mix: tries the method's choices, beginning with the one that changes least."""
+    """Tries a method's choices for a job that names the mix, beginning with the one that changes least."""
 
     def __init__(self, job: Job, checkpoint: Source, recipe: Recipe) -> None:
         self._job = job

@@ -239,7 +239,7 @@ _TRAINED: Mapping[str, Callable[[TensorSpec], bool]] = {
     "adapters": _is_of_expert,
     "feed-forwards": _is_of_expert,
 }
-"""Functions that tell whether a tensor is trained, by a part of a rung's name (:attr:`~.scopes.Scope.name`)."""
+"""Functions that tell whether a tensor is trained, by a part of a rung's name (:meth:`Scope.name_in`)."""
 
 
 def _wanted(wish: str, student: ModelSpec, machine: Machine) -> Sequence[RungChoice]:

@@ -64,7 +64,7 @@ def usable_processors() -> int:
 def team() -> Iterator[Team | None]:
     """The team that this process belongs to; None when torchrun did not start it, or started it alone.
 
-    When the first process leaves, for whatever reason, the others are dismissed.
+    When the first process ends, for any reason, the others end too.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
         yield None

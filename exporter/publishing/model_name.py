@@ -29,5 +29,5 @@ def local_path(model: str) -> str:
 
 
 def is_folder(model: str) -> bool:
-    """Whether the model is a local folder; a hub id is not."""
+    """True if the model is a local folder; a hub id is not."""
     return bool(model) and Path(model).expanduser().is_dir()

@@ -59,7 +59,7 @@ class Limits:
             file: the file to open.
             n_tokens: length of a chunk.
             reference_seconds: the time that the reference took for a chunk; 0 if it is not known.
-            on_gpu: whether a GPU is used; its driver reserves address space freely, so memory is not limited.
+            on_gpu: True if a GPU is used; its driver reserves address space freely, so memory is not limited.
         """
         n_bytes = file.n_bytes
         there_is = psutil.virtual_memory().available + psutil.swap_memory().free

@@ -64,7 +64,7 @@ class StoredReference:
     n_experts: int | None = None
     source: Path | None = None  # the place of the original
     file: ModelFile | None = None  # somebody else's
-    seconds_per_chunk: float = 0.0  # 0 if nobody knows
+    seconds_per_chunk: float = 0.0  # 0 if it is not known
 
     def open(self) -> Reference:
         """Opens the reference. It may open another program's file for its vocabulary: use a guarded process.

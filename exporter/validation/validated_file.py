@@ -274,7 +274,7 @@ def _measured_symptoms(
 
 
 def _routing(agreement: RoutingAgreement | None) -> dict[str, Any] | None:
-    """The same fields as in a row of an export's report."""
+    """The fields of routing, as in a row of an export's report."""
     if agreement is None:
         return None
     overall: dict[str, Any] = {figure.name: agreement.mean(figure.name) for figure in fields(LayerAgreement)}

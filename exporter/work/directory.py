@@ -294,7 +294,7 @@ class WorkDirectory:
 
 @contextmanager
 def exclusive(path: Path, busy: str, *, timeout: float = 0) -> Iterator[None]:
-    """Holds a lock file; the system releases it when the process ends, for whatever reason.
+    """Holds a lock file; the system releases it when the process ends, for any reason.
 
     Raises:
         InputError: another process holds it for longer than ``timeout`` seconds; the message is ``busy``.

@@ -18,6 +18,7 @@ from onnx import TensorProto
 
 from compressors.model.files.gguf.gguf_file import GgufEntry, GgufFile
 from compressors.model.files.onnx_graph import external_place, read_graph
+from compressors.model.files.onnx_names import is_cache_input
 from compressors.model.files.raw_file import RawFile
 
 __all__ = ["FileFacts", "gguf_facts", "onnx_facts"]
@@ -87,7 +88,7 @@ def onnx_facts(path: Path) -> FileFacts:
     graph = read_graph(path)
     weights = {tensor.name: tensor for tensor in graph.initializer}
     moe = [node for node in graph.node if node.op_type in ("MoE", "QMoE")]
-    caches = [value for value in graph.input if value.name.startswith("past_key_values.")]
+    caches = [value for value in graph.input if is_cache_input(value.name)]
     return FileFacts(
         bits_per_weight=_operator_bits(graph, weights),
         n_layers=len(caches) // 2,

@@ -18,6 +18,7 @@ from compressors.model.description.onnx_cache import Attention, cache_heads
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import MoeExportError
 from compressors.model.files.json_file import read_json
+from compressors.model.files.onnx_names import ROTARY_COSINE
 from compressors.model.sources.source import Source
 from compressors.model.sources.tokenizer_files import load_tokenizer
 
@@ -188,7 +189,7 @@ def _generation_symptoms(path: Path, source: Source, original: Mapping[str, Any]
 def _table_length(graph: onnx.GraphProto, spec: ModelSpec) -> int | None:
     """Positions that the rotary tables cover; None if there are none."""
     lengths = {tensor.name: int(tensor.dims[0]) for tensor in graph.initializer if len(tensor.dims) == 2}
-    names = ["rotary.cosine"]
+    names = [ROTARY_COSINE]
     for node in graph.node:
         place = {"GroupQueryAttention": 7, "RotaryEmbedding": 2}.get(node.op_type)
         if place is not None and len(node.input) > place:

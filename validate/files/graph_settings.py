@@ -23,6 +23,7 @@ from compressors.model.description.onnx_cache import Attention, cache_heads
 from compressors.model.description.routing import Score
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.files.onnx_graph import external_place
+from compressors.model.files.onnx_names import IN_FLOAT32, ROTARY_COSINE, ROTARY_SINE
 from compressors.model.sources.onnx_weights import row_lengths
 from validate.files.own_graph_settings import PRODUCER, AllowedValues, own_attributes, own_constant_symptoms
 
@@ -252,7 +253,7 @@ def _block_size(
     node: onnx.NodeProto, weights: Mapping[str, onnx.TensorProto], scales_input: int, columns: int
 ) -> AllowedValues:
     """The block size that follows from the scales' shape; scales may be cast before they are used."""
-    name = _input(node, scales_input).removesuffix(".float32")
+    name = _input(node, scales_input).removesuffix(IN_FLOAT32)
     if name not in weights or len(weights[name].dims) < 2 or columns % max(1, weights[name].dims[-1]):
         return {}
     return {"block_size": (columns // max(1, weights[name].dims[-1]),)}
@@ -278,7 +279,7 @@ def _table_symptoms(
             if len(node.input) > place and node.input[place] in weights:
                 tables[node.input[place]] = bool(is_sine)
     # where the angles depend on a text's length, nodes choose among tables
-    tables |= {name: name == "rotary.sine" for name in ("rotary.cosine", "rotary.sine") if name in weights}
+    tables |= {name: name == ROTARY_SINE for name in (ROTARY_COSINE, ROTARY_SINE) if name in weights}
     for name, is_sine in tables.items():
         if len(weights[name].dims) != 2 or weights[name].data_type not in _TABLE_TYPES:
             yield f"table {name} is no matrix of floating point numbers"

@@ -16,6 +16,15 @@ import onnx
 from compressors.model.description.mixers import Latent
 from compressors.model.description.onnx_cache import Attention, cache_heads
 from compressors.model.description.spec import LayerSpec, ModelSpec
+from compressors.model.files.onnx_names import (
+    EMBEDDING_FACTOR,
+    HEAD_FACTOR,
+    IN_FLOAT32,
+    JOINED,
+    LOGITS,
+    RESIDUAL_FACTOR,
+    ROUTING,
+)
 
 __all__ = ["PRODUCER", "AllowedValues", "own_attributes", "own_constant_symptoms"]
 
@@ -84,7 +93,7 @@ def own_attributes(node: onnx.NodeProto, spec: ModelSpec) -> AllowedValues:
         allowed.pop("axis", None)
     if node.op_type == "FusedMatMul":
         allowed["transB"] = (1,)
-    if node.op_type == "Cast" and output.endswith(".float32"):
+    if node.op_type == "Cast" and output.endswith(IN_FLOAT32):
         allowed["to"] = (onnx.TensorProto.FLOAT,)
     if node.op_type == "Reshape":
         allowed["allowzero"] = (0, None)
@@ -95,9 +104,9 @@ def own_attributes(node: onnx.NodeProto, spec: ModelSpec) -> AllowedValues:
 
 def _of_latent_attention(node: onnx.NodeProto, spec: ModelSpec) -> AllowedValues:
     output = node.output[0]
-    if node.op_type == "Split" or (node.op_type == "Concat" and output.endswith(".joined")):
+    if node.op_type == "Split" or (node.op_type == "Concat" and output.endswith(JOINED)):
         return {"axis": (-1,)}
-    if node.op_type == "FusedMatMul" and output.endswith(".logits"):
+    if node.op_type == "FusedMatMul" and output.endswith(LOGITS):
         return {"alpha": (_scale(output, spec),)}
     return {}
 
@@ -110,7 +119,7 @@ def _scale(output: str, spec: ModelSpec) -> float | None:
 
 
 def _of_our_routing(node: onnx.NodeProto) -> AllowedValues:
-    _, routing, name = node.output[0].partition(".routing.")
+    _, routing, name = node.output[0].partition(f".{ROUTING}.")
     if not routing:
         return {}
     allowed: AllowedValues = dict(_ROUTING.get(node.op_type, {}))
@@ -148,9 +157,9 @@ def own_constant_symptoms(weights: Mapping[str, onnx.TensorProto], spec: ModelSp
 
 def _factors(spec: ModelSpec) -> Iterator[tuple[str, float]]:
     """The factors of the model; without a constant of that name nothing is multiplied."""
-    yield "embedding.factor", spec.embedding_scale
-    yield "head.factor", 1 / spec.logit_divisor
-    yield from (("residual.factor", layer.residual_scale) for layer in spec.written.layers)
+    yield EMBEDDING_FACTOR, spec.embedding_scale
+    yield HEAD_FACTOR, 1 / spec.logit_divisor
+    yield from ((RESIDUAL_FACTOR, layer.residual_scale) for layer in spec.written.layers)
 
 
 def _is_equal(found: npt.NDArray[Any], wanted: npt.NDArray[Any]) -> bool:

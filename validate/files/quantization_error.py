@@ -229,7 +229,7 @@ def _spread_of_values(rows_RN: torch.Tensor) -> _Sums:
 
 
 def _spread(places: npt.NDArray[np.int64], most: int) -> npt.NDArray[np.int64]:
-    """At most ``most`` of the places, evenly spaced."""
+    """Chooses at most ``most`` of the places, evenly spaced."""
     return places if len(places) <= most else places[np.linspace(0, len(places) - 1, most).astype(int)]
 
 

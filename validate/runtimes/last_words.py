@@ -19,7 +19,7 @@ def last_words(output: IO[bytes], *, aborted: bool) -> str:
 
     Args:
         output: the output of the process.
-        aborted: whether the process called abort(); a library prints its reason before, so the last line counts.
+        aborted: True if the process called abort(); a library prints its reason before, so the last line counts.
     """
     output.seek(max(0, output.seek(0, os.SEEK_END) - _READ_BYTES))
     line = telling_line(output.read().decode("utf-8", errors="replace"))

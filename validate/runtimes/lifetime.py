@@ -1,4 +1,4 @@
-"""Ends processes that must not outlive the one that started them, for whatever reason it ended."""
+"""Ends processes that must not outlive the one that started them, however that one ended."""
 
 from __future__ import annotations
 

@@ -23,6 +23,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from compressors.model.errors import InputError, MoeExportError
+from compressors.model.files.onnx_names import continued_cache
 from compressors.model.predictions.routing_record import NO_EXPERT, RoutingRecord
 from compressors.model.sources.tokenizer_files import read_tokenizer_json
 from validate.files.onnx_files import onnx_model_file
@@ -80,7 +81,7 @@ class OnnxRuntimeBackend:
 
     @property
     def runtime(self) -> str:
-        """Always ``onnxruntime``."""
+        """The runtime's name, ``onnxruntime``."""
         return "onnxruntime"
 
     @property
@@ -278,7 +279,7 @@ class _Generation:
             binding.bind_cpu_input(name, values)
         for name, buffer in self._cache.items():
             binding.bind_ortvalue_input(name, buffer)
-            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), buffer)
+            binding.bind_ortvalue_output(continued_cache(name), buffer)
         logits = self._logits_1TV[:, : len(tokens)]  # bound, because reading an output of the runtime copies it
         binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
         with _running():

@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime
 
 from compressors.model.errors import InputError
+from compressors.model.files.onnx_names import continued_cache, is_cache_input
 
 __all__ = ["cache_dimensions", "check_decoder", "float_type"]
 
@@ -21,7 +22,6 @@ _NUMPY_TYPES: Mapping[str, np.dtype[Any]] = {
 
 _INTEGERS = ("tensor(int64)", "tensor(int32)")
 _TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
-_CACHE = "past_key_values."
 _CACHE_RANK, _LOGITS_RANK = 4, 3
 
 
@@ -35,8 +35,8 @@ def cache_dimensions(session: onnxruntime.InferenceSession) -> dict[str, tuple[i
     outputs = {output.name: output.shape for output in session.get_outputs()}
     dimensions = {}
     for value in session.get_inputs():
-        if value.name.startswith(_CACHE):
-            for shape in (outputs.get(_present(value.name), []), value.shape):
+        if is_cache_input(value.name):
+            for shape in (outputs.get(continued_cache(value.name), []), value.shape):
                 if len(shape) == _CACHE_RANK and isinstance(shape[1], int) and isinstance(shape[3], int):
                     dimensions[value.name] = (shape[1], shape[3])
                     break
@@ -55,10 +55,10 @@ def check_decoder(path: Path, session: onnxruntime.InferenceSession) -> None:
     """
     inputs = {value.name: value for value in session.get_inputs()}
     outputs = {value.name: value for value in session.get_outputs()}
-    caches = [name for name in inputs if name.startswith(_CACHE)]
+    caches = [name for name in inputs if is_cache_input(name)]
     unknown = set(inputs) - set(caches) - set(_TOKEN_INPUTS)
     absent = ({"input_ids"} - set(inputs)) | ({"logits"} - set(outputs))
-    absent |= {_present(name) for name in caches} - set(outputs)
+    absent |= {continued_cache(name) for name in caches} - set(outputs)
     what = "it is no decoder as onnxruntime-genai and optimum export them; export it with a key-value cache"
     if unknown or absent:
         sentence = [f"input {', '.join(sorted(unknown))} is unknown"] if unknown else []
@@ -68,15 +68,14 @@ def check_decoder(path: Path, session: onnxruntime.InferenceSession) -> None:
     strange = [value for value in numbers if value.type not in _INTEGERS]
     if strange:
         raise InputError(f"{path}: {strange[0].name} is of type {strange[0].type}; int64 and int32 can be given")
-    floats = [*(inputs[name] for name in caches), *(outputs[_present(name)] for name in caches), outputs["logits"]]
+    floats = [
+        *(inputs[name] for name in caches),
+        *(outputs[continued_cache(name)] for name in caches),
+        outputs["logits"],
+    ]
     strange = [value for value in floats if value.type not in _NUMPY_TYPES]
     if strange:
         raise InputError(f"{path}: {strange[0].name} is of type {strange[0].type}; float32 and float16 can be run")
     logits = outputs["logits"].shape
     if len(logits) != _LOGITS_RANK or not isinstance(logits[-1], int) or set(cache_dimensions(session)) != set(caches):
         raise InputError(f"{path} does not declare the size of its cache or of its vocabulary: {what}")
-
-
-def _present(cache: str) -> str:
-    """The output that continues a cache input."""
-    return cache.replace("past_key_values", "present")

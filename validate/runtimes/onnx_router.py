@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from compressors.model.files.onnx_names import RESIDUAL_FACTOR
 from compressors.model.predictions.routing_record import selection_margins
 
 __all__ = ["MoeNode", "TokenRouting", "moe_nodes", "router_graph"]
 
 _MOE_OPERATORS = ("MoE", "QMoE")
-_BLOCKS_FACTOR = "residual.factor"
 _ATTENTION_OPERATORS = ("GroupQueryAttention", "MultiHeadAttention", "Attention")
 _ROUTER_INPUT = 1  # position of the router logits among the operators' inputs
 _MIXING_INPUT = 14  # QMoE's input with the gate weights of all experts, if it does not compute them itself
@@ -148,7 +148,7 @@ class _Links:
         if len(takers) != 1 or takers[0].op_type != "Mul":
             return None, 1.0
         (factor,) = (name for name in takers[0].input if name != output) if len(set(takers[0].input)) == 2 else ("",)
-        if factor.startswith(_BLOCKS_FACTOR):
+        if factor.startswith(RESIDUAL_FACTOR):
             return None, 1.0
         if factor not in self._constants:
             return (factor or None), 1.0

@@ -19,8 +19,8 @@ class Settings:
     """The settings of ``config.json``, or of an object in it.
 
     A method that takes a ``default`` returns it where the key is absent; without one the key is required. A value of
-    the wrong type, null included, is refused, as transformers' strict configurations refuse it. :attr:`asked` collects
-    the keys that code asked for; all others were not understood.
+    the wrong type, null included, is refused, as transformers' strict configurations refuse it. ``asked`` collects the
+    keys that code asked for; all others were not understood.
 
     Args:
         raw: the object.

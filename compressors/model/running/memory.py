@@ -48,7 +48,7 @@ class MemoryLimit:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where things lie during a pass."""
+    """The places of layers and hidden states during a pass."""
 
     n_resident: int  # layers that stay in memory
     read_ahead: bool  # the next layer is read while one computes

@@ -61,7 +61,7 @@ class GgufWeights:
         }
 
     def dtype_of(self, role: Role, layer: int | None) -> torch.dtype:
-        """Always float32."""
+        """The type of all values, float32."""
         return self.dtype
 
     def stored_type(self, role: Role, layer: int | None) -> GGMLQuantizationType:

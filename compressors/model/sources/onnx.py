@@ -143,7 +143,7 @@ class OnnxWeights:
                 self._weights[role, weight.layer] = (*self._weights.get((role, weight.layer), ()), found)
 
     def dtype_of(self, role: Role, layer: int | None) -> torch.dtype:
-        """Always float32."""
+        """The type of all values, float32."""
         return self.dtype
 
     def stored_type(self, role: Role, layer: int | None) -> StoredType:

@@ -83,8 +83,8 @@ class WrittenWeights(Weights, Protocol):
     Some values can be replaced in the finished file, because their place and size stay: its *tunable values*. For a
     router or a norm these are all its values, float32; for a quantized matrix the scales of its blocks [rows, blocks of
     a row, scales of a block], where the rows of all experts follow each other. They come in the student's order, and
-    have the tensor's name in llama.cpp (:attr:`TensorSpec.gguf`) in every container. A matrix whose rows are not rows
-    of the file, but parts of them or transposed, has no such scales.
+    have the tensor's name in llama.cpp (:attr:`~compressors.model.description.tensors.TensorSpec.gguf`) in every
+    container. A matrix whose rows are not rows of the file, but parts of them or transposed, has no such scales.
     """
 
     def stored_type(self, role: Role, layer: int | None) -> StoredType:

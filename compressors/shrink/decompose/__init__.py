@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compressors.shrink.decompose.d2_moe import D2Moe, D2MoeFactors
-from compressors.shrink.decompose.factors import Decomposition, Factors, LowRank, MatrixErrors, relative_errors
+from compressors.shrink.decompose.factors import Factors, LowRank
 from compressors.shrink.decompose.mobe import Mobe, MobeFactors, SharedBases
 from compressors.shrink.decompose.svd import ActivationSvd, SvdFactors
 
@@ -11,13 +11,10 @@ __all__ = [
     "ActivationSvd",
     "D2Moe",
     "D2MoeFactors",
-    "Decomposition",
     "Factors",
     "LowRank",
-    "MatrixErrors",
     "Mobe",
     "MobeFactors",
     "SharedBases",
     "SvdFactors",
-    "relative_errors",
 ]

@@ -21,11 +21,6 @@ class D2MoeFactors:
     base: ExpertMatrices  # float32
     deltas: SvdFactors
 
-    @property
-    def parameters(self) -> int:
-        """Numbers that have to be stored."""
-        return sum(matrix.numel() for matrix in self.base) + self.deltas.parameters
-
     def materialize(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The dense experts: float32 gate_up [E, 2F, D], gate rows first, down [E, D, F]."""
         gate_up_EFD, down_EDF = self.deltas.materialize()

@@ -1,4 +1,4 @@
-"""The results of decompositions: factors that can be counted, and multiplied out into dense experts.
+"""The results of decompositions: factors that can be multiplied out into dense experts.
 
 Letters beside those of :mod:`compressors.model.description.spec`: r rank, M bases shared in the layer, O rows and I
 columns of a matrix (gate and up: O = F, I = D; down: O = D, I = F).
@@ -13,36 +13,16 @@ from typing import NamedTuple, Protocol
 import torch
 
 from compressors.model.errors import InputError
-from compressors.shrink.moe_block import CompressedBlock, Evidence, Method, MoeBlock
+from compressors.shrink.moe_block import CompressedBlock, MoeBlock
 
-__all__ = [
-    "Decomposition",
-    "ExpertMatrices",
-    "Factors",
-    "LowRank",
-    "MatrixErrors",
-    "check_rank",
-    "relative_errors",
-    "with_factors",
-]
+__all__ = ["ExpertMatrices", "Factors", "LowRank", "check_rank", "with_factors"]
 
 
 class Factors(Protocol):
     """One layer's experts in factored form."""
 
-    @property
-    def parameters(self) -> int:
-        """Numbers that have to be stored."""
-
     def materialize(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The dense experts that the factors stand for: float32 gate_up [E, 2F, D], gate rows first, down [E, D, F]."""
-
-
-class Decomposition(Method, Protocol):
-    """A method whose result has a factored form; calling it gives the same experts multiplied out."""
-
-    def decompose(self, block: MoeBlock, evidence: Evidence) -> Factors:
-        """The factors of a block's experts."""
 
 
 class ExpertMatrices(NamedTuple):
@@ -75,34 +55,9 @@ class LowRank:
         lefts, rights = zip(*pairs, strict=True)
         return cls(torch.stack(lefts).float(), torch.stack(rights).float())
 
-    @property
-    def parameters(self) -> int:
-        """Numbers in both factors."""
-        return self.left_EOr.numel() + self.right_ErI.numel()
-
     def product(self) -> torch.Tensor:
         """The matrices: float32 [E, O, I]."""
         return self.left_EOr @ self.right_ErI
-
-
-class MatrixErrors(NamedTuple):
-    """Relative reconstruction error of each kind of matrix over the layer, |W - W'| / |W| in Frobenius norms."""
-
-    gate: float
-    up: float
-    down: float
-
-
-def relative_errors(block: MoeBlock, factors: Factors) -> MatrixErrors:
-    """Computes the distance of the factors from a block's experts."""
-    gate_up_EFD, down_EDF = factors.materialize()
-    differences, norms = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-    for expert in range(block.n_experts):
-        rebuilt = (gate_up_EFD[expert, : block.width], gate_up_EFD[expert, block.width :], down_EDF[expert])
-        for matrix, (new, old) in enumerate(zip(rebuilt, ExpertMatrices.of(block, expert), strict=True)):
-            differences[matrix] += (new.float() - old).double().square().sum()
-            norms[matrix] += old.double().square().sum()
-    return MatrixErrors(*(differences / norms).sqrt().tolist())
 
 
 def with_factors(block: MoeBlock, factors: Factors) -> CompressedBlock:

@@ -28,11 +28,6 @@ class SharedBases:
     bases_MrD: torch.Tensor  # B, float32
     activation: Activation
 
-    @property
-    def parameters(self) -> int:
-        """Numbers that have to be stored."""
-        return self.own_EFr.numel() + self.mix_EM.numel() + self.bases_MrD.numel()
-
     def product(self) -> torch.Tensor:
         """The projections: float32 [E, F, D]."""
         chunks = torch.arange(len(self.own_EFr)).split(_EXPERTS_AT_ONCE)
@@ -52,11 +47,6 @@ class MobeFactors:
     gate: SharedBases
     up: SharedBases
     down_EDF: torch.Tensor
-
-    @property
-    def parameters(self) -> int:
-        """Numbers that have to be stored."""
-        return self.gate.parameters + self.up.parameters + self.down_EDF.numel()
 
     def materialize(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The dense experts: float32 gate_up [E, 2F, D], gate rows first, down [E, D, F] in its own dtype."""

@@ -29,11 +29,6 @@ class SvdFactors:
     up: LowRank
     down: LowRank
 
-    @property
-    def parameters(self) -> int:
-        """Numbers that have to be stored."""
-        return self.gate.parameters + self.up.parameters + self.down.parameters
-
     def materialize(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The dense experts: float32 gate_up [E, 2F, D], gate rows first, down [E, D, F]."""
         return torch.cat([self.gate.product(), self.up.product()], dim=1), self.down.product()

@@ -20,9 +20,8 @@ class HCSMoE:
 
     arXiv 2410.08589. An expert's feature is its mean output over all sample tokens, routed to it or not; clusters are
     joined by Euclidean distances and average linkage. A cluster becomes the mean weighted by usage, without aligning
-    neurons, and its router row the same mean of the members' rows; as published, all rows stay as aliases
-    (:func:`compressors.shrink.merge.forward_with_aliases`). Where the router chooses groups of experts first, clusters
-    rarely leave groups of equal size; others are refused.
+    neurons, and its router row the same mean of the members' rows; as published, all rows stay as aliases of it. Where
+    the router chooses groups of experts first, clusters rarely leave groups of equal size; others are refused.
     The public scripts misspell the name of this clustering and run k-means instead; that is not reproduced.
 
     Raises (when called):

@@ -24,7 +24,7 @@ class MSMoE:
     The ``n_experts`` most used experts are dominant. Each other one joins the dominant expert of highest
     (cos(logits) + 1) / 2, its neurons are aligned to the dominant expert's by weight matching, and a group becomes the
     mean weighted by usage. The router row is that mean of the members' rows; as published, all rows stay as aliases
-    (:func:`compressors.shrink.merge.forward_with_aliases`).
+    of the merged expert.
 
     As published, dominant experts are chosen by usage over all layers together, so layers keep different numbers.
     Here the number of each layer is given. Where the router chooses groups of experts first, each group has equally

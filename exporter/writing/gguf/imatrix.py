@@ -118,7 +118,7 @@ def _of_inputs(tensor: GgufTensor, importance: torch.Tensor, spec: ModelSpec) ->
 
 
 def _input_places(tensor: GgufTensor, n_inputs: int, spec: ModelSpec) -> torch.Tensor | None:
-    """For each input of the file's tensor, its index in the model's tensor; None if the inputs differ."""
+    """The index in the model's tensor of each input of the file's tensor; None if the inputs differ."""
     sizes = {} if tensor.layer is None else spec.layers[tensor.layer].sizes
     return tensor.transform.inputs(torch.arange(n_inputs), sizes)
 

@@ -86,7 +86,7 @@ def steps_of(part: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
 
 
 def is_byte_level(tokenizer: Mapping[str, Any]) -> bool:
-    """Whether a parsed ``tokenizer.json`` merges bytes (written as characters) instead of characters."""
+    """True if a parsed ``tokenizer.json`` merges bytes (written as characters) instead of characters."""
     return any(step["type"] == "ByteLevel" for step in steps_of(tokenizer.get("pre_tokenizer")))
 
 

@@ -12,6 +12,7 @@ from compressors.model.description.onnx_cache import Attention, cache_heads
 from compressors.model.description.rope import RopeKind
 from compressors.model.description.spec import ModelSpec
 from compressors.model.files.json_file import read_json
+from compressors.model.files.onnx_names import CACHED, cache_input, cache_output
 from compressors.model.sources.student import Student
 from exporter.writing.files import write_atomically
 from exporter.writing.onnx.layout import MODEL_FILE
@@ -94,6 +95,7 @@ def _genai_config(spec: ModelSpec, special: SpecialTokens, max_length: int) -> d
     """
     attention = next(layer.mixer for layer in spec.layers if isinstance(layer.mixer, Attention))
     heads = cache_heads(attention)
+    key, value = CACHED
     return {
         "model": {
             "type": "decoder",
@@ -112,13 +114,13 @@ def _genai_config(spec: ModelSpec, special: SpecialTokens, max_length: int) -> d
                     "input_ids": "input_ids",
                     "attention_mask": "attention_mask",
                     "position_ids": "position_ids",
-                    "past_key_names": "past_key_values.%d.key",
-                    "past_value_names": "past_key_values.%d.value",
+                    "past_key_names": cache_input("%d", key),
+                    "past_value_names": cache_input("%d", value),
                 },
                 "outputs": {
                     "logits": "logits",
-                    "present_key_names": "present.%d.key",
-                    "present_value_names": "present.%d.value",
+                    "present_key_names": cache_output("%d", key),
+                    "present_value_names": cache_output("%d", value),
                 },
             },
         },

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 
 from compressors.model.description.roles import Role
+from compressors.model.files.onnx_names import EMBEDDING_FACTOR, HEAD_FACTOR, RESIDUAL_FACTOR
 from exporter.writing.onnx.blocks.registry import add_feed_forward
 from exporter.writing.onnx.builder import MICROSOFT, GraphBuilder
 from exporter.writing.onnx.layout import TensorLayout
@@ -41,19 +42,19 @@ class _Decoder:
         graph.add_input("position_ids", _INT64, ["batch", "sequence"])
         attention_mask = add_attention_mask(graph, input_ids, mask, [layer.mixer for layer in spec.layers])
         embedded = self._weights.embedding(input_ids, "embedding")
-        residual = self._times(spec.embedding_scale, "embedding.factor", embedded)
+        residual = self._times(spec.embedding_scale, EMBEDDING_FACTOR, embedded)
         branch: str | None = None  # what the last block made, not yet added to the residual stream
         for index, layer in enumerate(spec.layers):
             nodes = LayerNodes(graph, self._weights, layer, index, spec.context_length)
             normed, residual = self._norm(Role.ATTENTION_NORM, index, residual, branch)
             branch = mixer_nodes(layer.mixer).add(nodes, normed, attention_mask)
-            branch = self._times(layer.residual_scale, "residual.factor", branch)
+            branch = self._times(layer.residual_scale, RESIDUAL_FACTOR, branch)
             if layer.feed_forward is not None:
                 normed, residual = self._norm(Role.MOE_NORM, index, residual, branch)
                 branch = add_feed_forward(nodes, layer.feed_forward, normed)
-                branch = self._times(layer.residual_scale, "residual.factor", branch)
+                branch = self._times(layer.residual_scale, RESIDUAL_FACTOR, branch)
         normed, _ = self._norm(Role.FINAL_NORM, None, residual, branch)
-        normed = self._times(1 / spec.logit_divisor, "head.factor", normed)  # there are fewer of these than of logits
+        normed = self._times(1 / spec.logit_divisor, HEAD_FACTOR, normed)  # there are fewer of these than of logits
         self._weights.linear(Role.HEAD, None, normed, "logits")
         graph.add_output("logits", _FLOAT, ["batch", "sequence", spec.vocab_size])
         for index, layer in enumerate(spec.layers):

@@ -12,6 +12,7 @@ import onnx
 
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
+from compressors.model.files.onnx_names import ROTARY_COSINE, ROTARY_SINE
 from compressors.model.sources.onnx import CODES, DATA_FILE, MODEL_FILE, SCALES
 from compressors.model.sources.onnx_weights import OnnxWeight, Part, weights_of
 from exporter.capabilities.rules import Container
@@ -141,8 +142,8 @@ class _Planner:
         spec = self._spec
         weights = tuple(self._encoded(weight) for weight in weights_of(spec))
         cache_shape = (sum(spec.rope.table_lengths(spec.context_length)), spec.rope.width // 2)
-        cosine = self._place("rotary.cosine", cache_shape, np.dtype(np.float32))
-        sine = self._place("rotary.sine", cache_shape, np.dtype(np.float32))
+        cosine = self._place(ROTARY_COSINE, cache_shape, np.dtype(np.float32))
+        sine = self._place(ROTARY_SINE, cache_shape, np.dtype(np.float32))
         return TensorLayout(spec, weights, cosine, sine, self._end)
 
     def _encoded(self, weight: OnnxWeight) -> WeightPlan:

@@ -77,7 +77,7 @@ def add_attention_mask(graph: GraphBuilder, input_ids: str, mask: str, mixers: I
 
 
 def _numbers(graph: GraphBuilder) -> tuple[str, str]:
-    """What is added to the logits of columns that are not seen, and of those that are."""
+    """The numbers added to the logits of columns that are not seen, and of those that are."""
     return graph.constant("bias.removed", _REMOVED, np.float32), graph.constant("bias.kept", 0.0, np.float32)
 
 

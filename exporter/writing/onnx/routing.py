@@ -15,6 +15,7 @@ import onnx
 
 from compressors.model.description.feed_forward import Routed
 from compressors.model.description.routing import Routing, Score
+from compressors.model.files.onnx_names import ROUTING
 from exporter.writing.onnx.builder import GraphBuilder
 
 __all__ = ["OperatorRouting", "add_routing"]
@@ -51,7 +52,7 @@ def add_routing(graph: GraphBuilder, routed: Routed, logits: str, bias: str | No
     if _is_the_operators(routed.routing):
         rows = _rows(graph, routed, logits, prefix)
         return OperatorRouting(rows, _sums_to_one(routed.routing), _constant_factor(graph, routed.routing))
-    return _Masked(graph, routed, f"{prefix}routing").add(logits, bias)
+    return _Masked(graph, routed, prefix).add(logits, bias)
 
 
 def _is_the_operators(routing: Routing) -> bool:
@@ -84,11 +85,12 @@ def _rows(graph: GraphBuilder, routed: Routed, logits: str, prefix: str) -> str:
 class _Masked:
     """Adds the nodes of a rule that the operators do not have."""
 
-    def __init__(self, graph: GraphBuilder, routed: Routed, name: str) -> None:
+    def __init__(self, graph: GraphBuilder, routed: Routed, prefix: str) -> None:
         self._graph = graph
         self._routed = routed
         self._routing = routed.routing
-        self._name = name
+        self._prefix = prefix
+        self._name = prefix + ROUTING
 
     def add(self, logits: str, bias: str | None) -> OperatorRouting:
         graph, name = self._graph, self._name
@@ -96,7 +98,7 @@ class _Masked:
         of_chosen = graph.node("GatherElements", [self._log_scores(logits), experts], f"{name}.log_weights", axis=-1)
         others = self._filled(logits, _NOT_CHOSEN, "not_chosen")
         masked = graph.node("ScatterElements", [others, experts, of_chosen], f"{name}.masked", axis=-1)
-        rows = _rows(graph, self._routed, masked, name.removesuffix("routing"))
+        rows = _rows(graph, self._routed, masked, self._prefix)
         return OperatorRouting(rows, normalizes=True, factor=self._factor(of_chosen))
 
     def _log_scores(self, logits: str) -> str:
@@ -129,8 +131,9 @@ class _Masked:
         members = self._routed.n_experts // routing.n_groups
         shape = graph.constant("shape.groups", [0, 0, routing.n_groups, members])
         grouped = graph.node("Reshape", [scores, shape], f"{name}.grouped")
-        groups = self._chosen(self._group_scores(grouped, members), routing.n_chosen_groups, "groups")
-        shut = self._filled(f"{name}.group_scores", -np.inf, "shut")
+        of_each = self._group_scores(grouped, members)
+        groups = self._chosen(of_each, routing.n_chosen_groups, "groups")
+        shut = self._filled(of_each, -np.inf, "shut")
         lowered = graph.node(
             "ScatterElements", [shut, groups, self._filled(groups, 0.0, "open")], f"{name}.lowered", axis=-1
         )

@@ -10,6 +10,7 @@ import onnx
 
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import LayerSpec
+from compressors.model.files.onnx_names import IN_FLOAT32
 from compressors.model.sources.onnx import MATRIX
 from exporter.writing.onnx.builder import MICROSOFT, GraphBuilder
 from exporter.writing.onnx.layout import TensorLayout, WeightPlan
@@ -136,7 +137,7 @@ class WeightNodes:
         assert weight.scales is not None
         stored = self._graph.external(weight.scales)
         if stored not in self._float32_scales:  # a tied head shares the embedding's
-            cast = self._graph.node("Cast", [stored], f"{stored}.float32", to=onnx.TensorProto.FLOAT)
+            cast = self._graph.node("Cast", [stored], stored + IN_FLOAT32, to=onnx.TensorProto.FLOAT)
             self._float32_scales[stored] = cast
         return self._float32_scales[stored]
 

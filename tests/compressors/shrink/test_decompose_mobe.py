@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from compressors.model.errors import InputError
-from compressors.shrink.decompose import Mobe, SharedBases, relative_errors
+from compressors.shrink.decompose import Mobe, SharedBases
 from compressors.shrink.decompose.mobe import Activation
 from compressors.shrink.moe_block import Evidence, MoeBlock
+from tests.compressors.shrink.factor_errors import relative_errors
 
 
 @pytest.fixture(scope="module")

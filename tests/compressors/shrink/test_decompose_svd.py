@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from compressors.model.errors import InputError
-from compressors.shrink.decompose import ActivationSvd, D2Moe, relative_errors
+from compressors.shrink.decompose import ActivationSvd, D2Moe
 from compressors.shrink.decompose.d2_moe import usage_weighted_base
 from compressors.shrink.moe_block import Evidence, MoeBlock
+from tests.compressors.shrink.factor_errors import relative_errors
 
 Array = npt.NDArray[np.float64]
 TrainedBlock = Callable[..., tuple[MoeBlock, Evidence]]
@@ -164,18 +165,6 @@ def test_the_cut_holds_on_tokens_that_were_not_in_the_sample(trained: tuple[MoeB
         for new, (matrix, inputs) in zip(_weights(cut, expert), unseen, strict=True):
             scaled, plain = (np.linalg.norm(inputs @ (other - matrix).T) for other in (new, _plain(matrix, _RANK)))
             assert scaled < plain
-
-
-def test_relative_errors_are_frobenius_norms_over_the_layer(trained: tuple[MoeBlock, Evidence]) -> None:
-    block, evidence = trained
-    factors = ActivationSvd(_RANK).decompose(block, evidence)
-    cut = ActivationSvd(_RANK)(block, evidence).block
-    errors = relative_errors(block, factors)
-    for matrix, error in enumerate(errors):
-        pairs = [(_weights(cut, expert)[matrix], _weights(block, expert)[matrix]) for expert in range(3)]
-        change = sum(np.sum((new - old) ** 2) for new, old in pairs)
-        assert error == pytest.approx(np.sqrt(change / sum(np.sum(old**2) for _new, old in pairs)), rel=1e-4)
-        assert 0.05 < error < 1
 
 
 @pytest.mark.parametrize("method", [ActivationSvd, D2Moe])

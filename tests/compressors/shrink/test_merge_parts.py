@@ -1,4 +1,4 @@
-"""The parts of merging: neuron alignment, averages, aliases, and statistics of merged experts."""
+"""The parts of merging: neuron alignment, averages, and statistics of merged experts."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from compressors.shrink.merge import HCSMoE, forward_with_aliases, merge_groups, merged_statistics
+from compressors.shrink.merge import merge_groups, merged_statistics
 from compressors.shrink.merge.alignment import match_weights, match_weights_and_activations
-from compressors.shrink.moe_block import CompressedBlock, Evidence, MoeBlock
+from compressors.shrink.moe_block import Evidence, MoeBlock
 
 Blocks = Callable[[Path, int], tuple[MoeBlock, Evidence]]
 
@@ -58,35 +58,6 @@ def test_a_group_without_weight_is_averaged_plainly(trained_block: Blocks, coars
     torch.testing.assert_close(result.block.router_ED[0], block.router_ED[[0, 4, 7]].mean(0))
     assert result.changed_experts == {0}
     assert torch.equal(result.block.down_EDF[1:], block.down_EDF[[1, 2, 3, 5, 6]])
-
-
-def test_aliases_are_their_definition(trained_block: Blocks, coarse_folder: Path) -> None:
-    """Token by token: each choice of the original router runs the expert that the chosen one was merged into."""
-    block, evidence = trained_block(coarse_folder, 4)
-    inputs_TD = evidence.sample_TD[:48]
-    compressed = HCSMoE(3)(block, replace(evidence, inputs_TD=evidence.sample_TD[:512]))
-    output_TD = forward_with_aliases(block, compressed, inputs_TD)
-    several_members = 0
-    for token, inputs in enumerate(inputs_TD):
-        probabilities = torch.softmax(block.router_ED @ inputs, dim=0)
-        chosen = probabilities.argsort(descending=True)[: block.top_k].tolist()
-        expected = torch.zeros_like(inputs)
-        merged_into = [next(g for g, group in enumerate(compressed.groups) if expert in group) for expert in chosen]
-        for expert, index in zip(chosen, merged_into, strict=True):
-            gate_up = compressed.block.gate_up_EFD[index].float() @ inputs
-            gate, up = gate_up.chunk(2)
-            output = compressed.block.down_EDF[index].float() @ (torch.nn.functional.silu(gate) * up)
-            expected += probabilities[expert] / probabilities[chosen].sum() * output
-        several_members += len(set(merged_into)) < len(chosen)
-        torch.testing.assert_close(output_TD[token], expected, rtol=1e-4, atol=1e-5)
-    assert several_members > 0
-
-
-def test_aliases_of_unmerged_experts_are_the_block_itself(trained_block: Blocks, coarse_folder: Path) -> None:
-    block, evidence = trained_block(coarse_folder, 1)
-    inputs_TD = evidence.sample_TD[:256]
-    output_TD = forward_with_aliases(block, CompressedBlock.unchanged(block), inputs_TD)
-    torch.testing.assert_close(output_TD, block.forward(inputs_TD), rtol=1e-4, atol=1e-5)
 
 
 def test_merged_statistics_are_their_members(trained_block: Blocks, coarse_folder: Path) -> None:

@@ -83,7 +83,7 @@ _ONNX: dict[str, Any] = {"gguf": None, "onnx": "F32"}
         ({"method": "reap", "experts": [8] * 5 + [3]}, r"compress\.experts: 3 is not possible .* from 4 to 32"),
         ({"method": "reap", "experts": [8] * 5}, r"compress\.experts: 5 numbers for 6 layers with experts; give one"),
         ({"method": "reap", "experts": [8] * 6, "drop_blocks": 1}, r"compress\.experts: 6 numbers for 5 layers"),
-        ({"experts": 20}, r"compress\.experts: 20 of 32 experts shall stay, but compress\.method is none: .*reap"),
+        ({"experts": 20}, r"compress\.experts: 20 of 32 experts are to stay, but compress\.method is none: .*reap"),
         ({"width": 129}, r"compress\.width: 129 is not possible .* from 1 to 128"),
         ({"width": [64] * 7}, r"compress\.width: 7 numbers for 6 layers with experts"),
         ({"width": 40}, r"GGUF cannot quantize experts that are 40 wide: give a multiple of 32 up to 128"),

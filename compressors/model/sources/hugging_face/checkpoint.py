@@ -214,7 +214,7 @@ class Checkpoint:
         return None
 
     def _has_own_head(self) -> bool:
-        """Whether the weights hold a head that differs from the embedding although ``tie_word_embeddings`` is true."""
+        """True if the weights hold a head that differs from the embedding although ``tie_word_embeddings`` is true."""
         names = [self.spec.tensor(role).name for role in (Role.HEAD, Role.TOKEN_EMBEDDING)]
         if not self.spec.tied_embeddings or names[0] not in self.headers:
             return False

@@ -5,12 +5,12 @@ from __future__ import annotations
 import onnx
 
 from compressors.model.description.onnx_cache import CacheHeads
+from compressors.model.files.onnx_names import CACHED, cache_input, cache_output
 from exporter.writing.onnx.builder import GraphBuilder
 
 __all__ = ["add_past", "add_present", "present_names"]
 
 _FLOAT = onnx.TensorProto.FLOAT
-_CACHED = ("key", "value")
 
 
 def add_past(graph: GraphBuilder, layer: int, heads: CacheHeads) -> list[str]:
@@ -21,8 +21,8 @@ def add_past(graph: GraphBuilder, layer: int, heads: CacheHeads) -> list[str]:
     """
     shape = graph.constant("shape.past", [0, heads.number, 0, heads.width])
     found = []
-    for kind in _CACHED:
-        name = f"past_key_values.{layer}.{kind}"
+    for kind in CACHED:
+        name = cache_input(layer, kind)
         graph.add_input(name, _FLOAT, ["batch", "past_heads", "past_sequence", "past_head_dim"])
         found.append(graph.node("Reshape", [name, shape], f"{name}.shaped"))
     return found
@@ -30,7 +30,7 @@ def add_past(graph: GraphBuilder, layer: int, heads: CacheHeads) -> list[str]:
 
 def present_names(layer: int) -> list[str]:
     """The names of the caches as a layer leaves them."""
-    return [f"present.{layer}.{kind}" for kind in _CACHED]
+    return [cache_output(layer, kind) for kind in CACHED]
 
 
 def add_present(graph: GraphBuilder, layer: int, heads: CacheHeads) -> None:

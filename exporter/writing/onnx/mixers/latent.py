@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from compressors.model.description.mixers import Latent
 from compressors.model.description.onnx_cache import cache_heads
 from compressors.model.description.roles import Role
+from compressors.model.files.onnx_names import JOINED, LOGITS
 from exporter.writing.onnx.builder import MICROSOFT, GraphBuilder
 from exporter.writing.onnx.mixers.cache import add_past, add_present, present_names
 from exporter.writing.onnx.padding import AttentionMask, CachedTokens
@@ -65,7 +66,7 @@ class LatentNodes:
         parts = layer.split(query, [mixer.plain_dim, mixer.rotary_dim] * mixer.n_heads, "heads")
         brought = layer.products(Role.KEY_VALUE_B, 0, parts[::2], f"{prefix}query.brought")
         joined = [part for pair in zip(parts[1::2], brought, strict=True) for part in pair]
-        return layer.joined(joined, f"{prefix}query.joined")
+        return layer.joined(joined, f"{prefix}query{JOINED}")
 
     def _vector(self, layer: LayerNodes, normed: str) -> str:
         """The part of the key that is to be turned, and the small vector."""
@@ -73,7 +74,7 @@ class LatentNodes:
         both = layer.linear(Role.KEY_VALUE_A, normed, f"{prefix}key_value_a")
         small, turned = layer.split(both, [mixer.rank, mixer.rotary_dim], "parts")
         small = layer.rms_norm(Role.KEY_VALUE_A_NORM, small, f"{prefix}key_value_a.normed", mixer.inner_epsilon)
-        return layer.joined([turned, small], f"{prefix}vector.joined")
+        return layer.joined([turned, small], f"{prefix}vector{JOINED}")
 
     def _turned(self, layer: LayerNodes, values: str, n_heads: int, rotary: tuple[str, str, str]) -> str:
         """Turns the first values of each head."""
@@ -117,7 +118,7 @@ class LatentNodes:
     ) -> str:
         """The sums of vectors with attention's weights, of all heads: [batch, sequence, heads * vector]."""
         graph, name = layer.graph, f"{layer.prefix}attended.prompt"
-        past = self._columns(graph, layer.joined(cached, f"{name}.joined"), tokens.end_of_past, f"{name}.past")
+        past = self._columns(graph, layer.joined(cached, f"{name}{JOINED}"), tokens.end_of_past, f"{name}.past")
         return graph.node(
             "GroupQueryAttention",
             [query, vector, vector, past, past, mask.last_positions, mask.total_length, "", "", "", mask.bias],
@@ -134,9 +135,7 @@ class LatentNodes:
         by_head = graph.constant("shape.heads_apart", [0, 1, self._mixer.n_heads, self._width])
         heads = graph.node("Reshape", [query, by_head], f"{name}.heads")
         products = [
-            graph.node(
-                "FusedMatMul", [half, part], f"{half}.logits", domain=MICROSOFT, transB=1, alpha=self._mixer.scale
-            )
+            graph.node("FusedMatMul", [half, part], half + LOGITS, domain=MICROSOFT, transB=1, alpha=self._mixer.scale)
             for half, part in zip(layer.split(heads, [self._cache.width] * 2, "halves"), cached, strict=True)
         ]
         logits = graph.node("Add", products, f"{name}.logits")
@@ -144,11 +143,11 @@ class LatentNodes:
         weights = graph.node("Softmax", [seen], f"{name}.weights", axis=-1)
         sums = [graph.node("MatMul", [weights, part], f"{name}.{half}") for half, part in enumerate(cached)]
         together = graph.constant("shape.heads_together", [0, 1, self._mixer.n_heads * self._width])
-        return graph.node("Reshape", [layer.joined(sums, f"{name}.joined"), together], name)
+        return graph.node("Reshape", [layer.joined(sums, f"{name}{JOINED}"), together], name)
 
     def _values(self, layer: LayerNodes, attended: str) -> str:
         """The heads' values, summed with attention's weights, side by side."""
         mixer = self._mixer
         parts = layer.split(attended, [mixer.rotary_dim, mixer.rank] * mixer.n_heads, "heads")
         values = layer.products(Role.KEY_VALUE_B, 1, parts[1::2], f"{layer.prefix}value")
-        return layer.joined(values, f"{layer.prefix}value.joined")
+        return layer.joined(values, f"{layer.prefix}value{JOINED}")

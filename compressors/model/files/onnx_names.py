@@ -1,0 +1,61 @@
+"""Names in ONNX graphs that the writer gives, and that readers and checks look up.
+
+The caches' names are those that onnxruntime-genai and optimum expect, in anybody's graphs. The others are in ours only.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CACHED",
+    "EMBEDDING_FACTOR",
+    "HEAD_FACTOR",
+    "IN_FLOAT32",
+    "JOINED",
+    "LOGITS",
+    "RESIDUAL_FACTOR",
+    "ROTARY_COSINE",
+    "ROTARY_SINE",
+    "ROUTING",
+    "cache_input",
+    "cache_output",
+    "continued_cache",
+    "is_cache_input",
+]
+
+_PAST, _PRESENT = "past_key_values", "present"
+CACHED = ("key", "value")
+"""The two caches of a layer."""
+
+EMBEDDING_FACTOR, RESIDUAL_FACTOR, HEAD_FACTOR = "embedding.factor", "residual.factor", "head.factor"
+"""The constants by which the model multiplies; of several values, the later ones have a number behind the name."""
+ROTARY_COSINE, ROTARY_SINE = "rotary.cosine", "rotary.sine"
+"""The tables of all positions."""
+
+ROUTING = "routing"
+"""Begins, behind the layer, the names of values that route where the MoE operators cannot."""
+IN_FLOAT32 = ".float32"
+"""Appended to the name of scales, for their values in the type of the activations."""
+JOINED = ".joined"
+"""Ends the names of values that are put side by side on the last axis."""
+LOGITS = ".logits"
+"""Ends the names of products of queries and cached keys, in a step of latent attention."""
+
+
+def cache_input(layer: int | str, kind: str) -> str:
+    """The name of a cache as it comes in; ``%d`` as the layer gives the pattern of all."""
+    return f"{_PAST}.{layer}.{kind}"
+
+
+def cache_output(layer: int | str, kind: str) -> str:
+    """The name of a cache as the layer leaves it; ``%d`` as the layer gives the pattern of all."""
+    return f"{_PRESENT}.{layer}.{kind}"
+
+
+def is_cache_input(name: str) -> bool:
+    """True if an input of a graph is a cache."""
+    return name.startswith(f"{_PAST}.")
+
+
+def continued_cache(name: str) -> str:
+    """The output that continues a cache input."""
+    return name.replace(_PAST, _PRESENT)
