@@ -17,7 +17,7 @@ from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import GgufTensor, Kind, TensorSpec
 from compressors.model.description.transforms import HeadMatrices
 from compressors.model.errors import UnsupportedError
-from compressors.model.families import parts
+from compressors.model.families.shared import parts
 
 __all__ = ["COUNTS", "MTP", "biased_sigmoid_experts", "gguf_keys", "mixer_tensors", "model", "n_dense", "settings"]
 

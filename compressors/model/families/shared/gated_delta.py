@@ -20,7 +20,7 @@ from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import GgufTensor, Kind, NormKind, TensorSpec
 from compressors.model.description.transforms import SAME, Chain, NegativeExponential, Squeezed, Transform
 from compressors.model.errors import InputError
-from compressors.model.families import llama_cpp, parts, written_config
+from compressors.model.families.shared import llama_cpp, parts, written_config
 
 __all__ = [
     "DEFAULTS",
