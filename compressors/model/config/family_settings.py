@@ -53,25 +53,41 @@ class FamilySettings:
         """A positive whole number; where it is absent, the family's default, else ``default``."""
         default = self._defaults.get(key, default)
         if key in self._nullable and self.settings.get(key, 0) is None and default is not None:
+            self.settings.note(key, default)
             return default
         return self.settings.count(key, default)
 
     def count_or_null(self, key: str) -> int | None:
         """A positive whole number, or null; where it is absent, the family's default."""
-        return None if self.settings.get(key, self._defaults.get(key)) is None else self.count(key)
+        if self.settings.get(key, self._defaults.get(key)) is not None:
+            return self.count(key)
+        self.settings.note(key, None)
+        return None
 
     def whole_number(self, key: str) -> int:
         """A whole number that may be zero; where it is absent, the family's default."""
-        return 0 if self.settings.get(key, self._defaults.get(key)) == 0 else self.count(key)
+        if self.settings.get(key, self._defaults.get(key)) != 0:
+            return self.count(key)
+        self.settings.note(key, 0)
+        return 0
 
-    def leading(self, key: str, first: str, then: str) -> int:
+    def leading(self, key: str, first: str, then: str, default: int | None = None) -> int:
         """The number of layers of the kind ``first``, which come before all others in a list of kinds.
+
+        Args:
+            key: the key of the list.
+            first: the kind of the first layers.
+            then: the kind of all others.
+            default: the number where there is no list; None: the list is required.
 
         Raises:
             UnsupportedError: the list has other kinds, another order, or another length than there are layers.
         """
         kinds, n_layers = self.settings.get(key), self.count("num_hidden_layers")
+        if kinds is None and default is not None:
+            kinds = [first] * default + [then] * (n_layers - default)
         n_first = kinds.count(first) if isinstance(kinds, list) else 0
+        self.settings.note(key, kinds)
         if kinds != [first] * n_first + [then] * (n_layers - n_first):
             raise UnsupportedError(
                 f"{self.settings.named(key)} must name {first!r} for the first of the {n_layers} layers of "
@@ -94,6 +110,7 @@ class FamilySettings:
             UnsupportedError: the setting has another value.
         """
         value = self.settings.get(key, allowed[0])
+        self.settings.note(key, allowed[0] if value is None else value)  # null is allowed where it means the first
         if value not in allowed:
             raise UnsupportedError(
                 f"{self.settings.named(key)} is {value!r}; {self.family.model_type} is supported only with "
@@ -114,6 +131,7 @@ class FamilySettings:
             UnsupportedError: there is one; the message names it.
         """
         settings = self.settings
+        settings.note("is_causal", True)
         if not settings.get("is_causal", True):
             raise UnsupportedError(
                 f"{settings.named('is_causal')} is {shown(settings.raw['is_causal'])}: attention to later tokens "
@@ -172,6 +190,7 @@ class FamilySettings:
         kinds = self.settings.get("layer_types")
         window = self.window()
         kinds = list(default) if kinds is None else kinds
+        self.settings.note("layer_types", kinds)
         if window is None and _SLIDING in kinds:
             raise InputError(
                 f"{self.settings.named('sliding_window')} must be a number of tokens: layers have a window"
@@ -199,7 +218,10 @@ class FamilySettings:
     def count_of(self, *keys: str) -> int:
         """The count under the first of these keys that is present; the last one may be absent."""
         there = [key for key in keys if key in self.settings]
-        return self.count(there[0] if there else keys[-1])
+        count = self.count(there[0] if there else keys[-1])
+        for key in keys:
+            self.settings.note(key, count)
+        return count
 
 
 def _are_kinds(value: object, kinds: Collection[str], n_layers: int) -> bool:

@@ -43,13 +43,7 @@ _DEFAULTS = {
 def _read(file: Settings) -> ModelSpec:
     settings = FamilySettings(file, FAMILY, _DEFAULTS)
     experts = latent.biased_sigmoid_experts(settings)
-    return latent.model(settings, experts, n_dense=_n_dense(settings))
-
-
-def _n_dense(settings: FamilySettings) -> int:
-    """The number of leading dense layers: the first alone, unless a list says otherwise."""
-    kinds = settings.settings.get("mlp_layer_types")
-    return settings.leading("mlp_layer_types", "dense", "sparse") if kinds is not None else 1
+    return latent.model(settings, experts, n_dense=settings.leading("mlp_layer_types", "dense", "sparse", default=1))
 
 
 def _settings(spec: ModelSpec) -> ConfigValues:
