@@ -13,7 +13,7 @@ from compressors.model.description.feed_forward import Dense
 from compressors.model.description.roles import Role
 from compressors.model.description.rope import Rope
 from compressors.model.description.spec import LayerSpec, ModelSpec
-from compressors.model.families.parts import dense_tensors
+from compressors.model.families.shared.parts import dense_tensors
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 
 __all__ = ["EMBEDDING_SCALE", "LOGIT_DIVISOR", "altered", "with_dense_layers", "with_factors"]

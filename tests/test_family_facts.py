@@ -90,7 +90,7 @@ def _words(text: str) -> set[str]:
 def _facts() -> frozenset[str]:
     """All facts of the families that their files spell."""
     facts: set[str] = set(supported_families())
-    for path in _FAMILIES.glob("*.py"):
+    for path in _FAMILIES.rglob("*.py"):
         if path.name not in _NOT_A_FAMILY:
             for text in _strings(path):
                 if re.fullmatch(r"[\w.{}]+", text):

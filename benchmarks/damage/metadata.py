@@ -11,7 +11,7 @@ from gguf import GGUFReader
 from gguf.constants import GGUFValueType
 
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families.parts import grouped_query
+from compressors.model.families.shared.parts import grouped_query
 from exporter.writing.gguf.container import (
     TensorEntry,
     Value,

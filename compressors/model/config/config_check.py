@@ -41,8 +41,11 @@ def check_against_transformers(settings: Mapping[str, Any], path: Path, spec: Mo
     except Exception as error:  # strict configurations raise many kinds, and nothing else can fail here
         lines = " ".join(str(error).split())
         raise UnsupportedError(f"{path}: transformers refuses it ({lines})") from None
-    _refuse_not_understood(config, *model_settings(settings, path))
-    for name, ours, theirs in _settings(config, spec):
+    family, read = model_settings(settings, path)
+    assert family.read is not None, "families in the registry are read"
+    family.read(read)
+    _refuse_not_understood(config, family, read)
+    for name, ours, theirs in _readings(config, read, spec):
         if ours != theirs:
             raise UnsupportedError(
                 f"{path}: {name} is {ours!r} as this tool reads it, and {theirs!r} as the installed transformers does: "
@@ -70,8 +73,6 @@ def _refuse_not_understood(config: Any, family: Family, settings: Settings) -> N
     """Refuses a setting of transformers' class that the family's description does not know, and that is no default."""
     from transformers import PreTrainedConfig
 
-    assert family.read is not None
-    family.read(settings)
     default = type(config)()
     of_any_class = {field.name for field in fields(PreTrainedConfig)}
     for name in sorted({field.name for field in fields(config)} - of_any_class - _WITHOUT_EFFECT):
@@ -82,24 +83,32 @@ def _refuse_not_understood(config: Any, family: Family, settings: Settings) -> N
             )
 
 
-def _settings(config: Any, spec: ModelSpec) -> Iterator[tuple[str, object, object]]:
+_READ_IN_PARTS = frozenset(
+    {
+        "sliding_window",
+        *("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"),
+    }
+)
+"""Settings that are not compared by themselves: windows are by layer, and the rotary embedding is by its angles."""
+
+
+def _readings(config: Any, settings: Settings, spec: ModelSpec) -> Iterator[tuple[str, object, object]]:
+    """Yields the names of settings, with the value by which the family goes, and transformers'."""
     if getattr(config, "head_dim", None) is None:  # transformers' functions do not all work it out
         config.head_dim = config.hidden_size // config.num_attention_heads
-    for name, value in spec.family.settings(spec).items():
-        yield name, value, getattr(config, name)
-    windows = _windows(config, spec)
+    for name, value in settings.values.items():
+        if name not in _READ_IN_PARTS and hasattr(config, name):
+            yield name, value, getattr(config, name)
+    windows = _windows(config, spec, by_kind="layer_types" in settings.values)
     ours = tuple(layer.mixer.window for layer in spec.layers)
     yield "sliding_window", *((ours, windows) if len({*ours, *windows}) > 1 else (ours[0], windows[0]))
-    trained = config.max_position_embeddings
-    longest = trained if None in windows else min(trained, *(window for window in windows if window is not None))
-    yield "max_position_embeddings", spec.context_length, longest
     yield from _rope_settings(config, spec.rope)
 
 
-def _windows(config: Any, spec: ModelSpec) -> tuple[int | None, ...]:
-    """The window of each layer, by its kind where the family heeds kinds."""
+def _windows(config: Any, spec: ModelSpec, *, by_kind: bool) -> tuple[int | None, ...]:
+    """The window of each layer in transformers; ``by_kind`` says that the family heeds the kinds of layers."""
     window = getattr(config, "sliding_window", None) or None  # 0 is none too
-    if "layer_types" not in spec.family.settings(spec):
+    if not by_kind:
         return (window,) * spec.n_layers
     return tuple(window if kind == "sliding_attention" else None for kind in config.layer_types)
 

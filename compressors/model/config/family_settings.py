@@ -53,19 +53,30 @@ class FamilySettings:
         """A positive whole number; where it is absent, the family's default, else ``default``."""
         default = self._defaults.get(key, default)
         if key in self._nullable and self.settings.get(key, 0) is None and default is not None:
+            self.settings.note(key, default)
             return default
         return self.settings.count(key, default)
 
     def count_or_null(self, key: str) -> int | None:
         """A positive whole number, or null; where it is absent, the family's default."""
-        return None if self.settings.get(key, self._defaults.get(key)) is None else self.count(key)
+        if self.settings.get(key, self._defaults.get(key)) is not None:
+            return self.count(key)
+        self.settings.note(key, None)
+        return None
 
     def whole_number(self, key: str) -> int:
         """A whole number that may be zero; where it is absent, the family's default."""
-        return 0 if self.settings.get(key, self._defaults.get(key)) == 0 else self.count(key)
+        if self.settings.get(key, self._defaults.get(key)) != 0:
+            return self.count(key)
+        self.settings.note(key, 0)
+        return 0
 
     def kinds(self, key: str, kinds: Collection[str]) -> list[str] | None:
         """The kind of each layer; None where the list is absent.
+
+        Args:
+            key: the key of the list.
+            kinds: the kinds that layers may be of.
 
         Raises:
             UnsupportedError: the list has other kinds, or another length than there are layers.
@@ -94,6 +105,7 @@ class FamilySettings:
             UnsupportedError: the setting has another value.
         """
         value = self.settings.get(key, allowed[0])
+        self.settings.note(key, allowed[0] if value is None else value)  # null is allowed where it means the first
         if value not in allowed:
             raise UnsupportedError(
                 f"{self.settings.named(key)} is {value!r}; {self.family.model_type} is supported only with "
@@ -114,6 +126,7 @@ class FamilySettings:
             UnsupportedError: there is one; the message names it.
         """
         settings = self.settings
+        settings.note("is_causal", True)
         if not settings.get("is_causal", True):
             raise UnsupportedError(
                 f"{settings.named('is_causal')} is {shown(settings.raw['is_causal'])}: attention to later tokens "
@@ -166,6 +179,7 @@ class FamilySettings:
         kinds = self.settings.get("layer_types")
         window = self.window()
         kinds = list(default) if kinds is None else kinds
+        self.settings.note("layer_types", kinds)
         if window is None and _SLIDING in kinds:
             raise InputError(
                 f"{self.settings.named('sliding_window')} must be a number of tokens: layers have a window"
@@ -193,7 +207,10 @@ class FamilySettings:
     def count_of(self, *keys: str) -> int:
         """The count under the first of these keys that is present; the last one may be absent."""
         there = [key for key in keys if key in self.settings]
-        return self.count(there[0] if there else keys[-1])
+        count = self.count(there[0] if there else keys[-1])
+        for key in keys:
+            self.settings.note(key, count)
+        return count
 
 
 def _are_kinds(value: object, kinds: Collection[str], n_layers: int) -> bool:

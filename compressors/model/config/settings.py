@@ -19,8 +19,11 @@ class Settings:
     """The settings of ``config.json``, or of an object in it.
 
     A method that takes a ``default`` returns it where the key is absent; without one the key is required. A value of
-    the wrong type, null included, is refused, as transformers' strict configurations refuse it. ``asked`` collects the
-    keys that code asked for; all others were not understood.
+    the wrong type, null included, is refused, as transformers' strict configurations refuse it.
+
+    Attributes:
+        asked: the keys that code asked for; all others were not understood.
+        values: the values that code goes by, under the keys that they are from: a default where a key is absent.
 
     Args:
         raw: the object.
@@ -31,6 +34,7 @@ class Settings:
     def __init__(self, raw: Mapping[str, Any], path: Path, name: str = "") -> None:
         self.raw = raw
         self.asked: set[str] = set()
+        self.values: dict[str, object] = {}
         self.path = path
         self._prefix = f"{name}." if name else ""
 
@@ -42,6 +46,11 @@ class Settings:
         """The value under a key, of whatever type."""
         self.asked.add(key)
         return self.raw.get(key, default)
+
+    def note(self, key: str, value: object) -> None:
+        """Says which value code goes by that looked at a key by :meth:`get`."""
+        self.asked.add(key)
+        self.values[key] = value
 
     def named(self, key: str) -> str:
         """File and key, for the beginning of a message: ``config.json: rope_parameters.factor``."""
@@ -96,11 +105,11 @@ class Settings:
         return value
 
     def _value(self, key: str, default: object) -> Any:
-        if key in self:
-            return self.raw[key]
-        if default is None:
+        value = self.raw[key] if key in self else default
+        if value is None and key not in self.raw:
             raise InputError(f"{self.path} lacks {self._prefix + key!r}: the model cannot be read without it")
-        return default
+        self.note(key, value)
+        return value
 
     def _wrong(self, key: str, wanted: str) -> InputError:
         return InputError(f"{self.named(key)} must be {wanted}, not {shown(self.raw.get(key))}")

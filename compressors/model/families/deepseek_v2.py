@@ -10,7 +10,7 @@ from compressors.model.description.family import ConfigValues, Family, GgufFamil
 from compressors.model.description.feed_forward import Shared
 from compressors.model.description.routing import GroupScore, Routing
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families import latent, parts
+from compressors.model.families.shared import latent, parts
 
 __all__ = ["FAMILY"]
 

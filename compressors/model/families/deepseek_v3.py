@@ -12,7 +12,7 @@ from compressors.model.config.family_settings import FamilySettings
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families import latent
+from compressors.model.families.shared import latent
 
 __all__ = ["FAMILY"]
 

@@ -15,7 +15,7 @@ from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily
 from compressors.model.description.feed_forward import Dense
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families import latent
+from compressors.model.families.shared import latent
 
 __all__ = ["FAMILY"]
 
@@ -54,7 +54,8 @@ def _are_dense(settings: FamilySettings) -> list[bool]:
     """Says of each layer whether it is dense: the first alone, unless a list says otherwise."""
     kinds = settings.kinds("mlp_layer_types", ("dense", "sparse"))
     if kinds is None:
-        return [index == 0 for index in range(settings.count("num_hidden_layers"))]
+        kinds = ["dense"] + ["sparse"] * (settings.count("num_hidden_layers") - 1)
+    settings.settings.note("mlp_layer_types", kinds)
     return [kind == "dense" for kind in kinds]
 
 

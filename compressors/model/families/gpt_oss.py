@@ -20,7 +20,7 @@ from compressors.model.description.routing import Routing, Score
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import Fused, GgufTensor, Kind, TensorSpec
 from compressors.model.description.transforms import EverySecond
-from compressors.model.families import llama_cpp, parts, written_config
+from compressors.model.families.shared import llama_cpp, parts, written_config
 
 __all__ = ["FAMILY"]
 

@@ -10,7 +10,7 @@ from compressors.model.description.family import ConfigValues, DenseForm, Family
 from compressors.model.description.routing import Routing
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.transforms import InterleaveRotary
-from compressors.model.families import llama_cpp, parts, written_config
+from compressors.model.families.shared import llama_cpp, parts, written_config
 
 __all__ = ["FAMILY"]
 

@@ -11,7 +11,7 @@ from compressors.model.description.family import ConfigValues, Family, GgufFamil
 from compressors.model.description.feed_forward import Shared
 from compressors.model.description.routing import Routing
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families import llama_cpp, parts, written_config
+from compressors.model.families.shared import llama_cpp, parts, written_config
 
 __all__ = ["FAMILY"]
 

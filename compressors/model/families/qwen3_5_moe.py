@@ -15,7 +15,7 @@ from compressors.model.description.family import Family, GgufFamily, GgufValue, 
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.transforms import TiledHeads
-from compressors.model.families import gated_delta, parts
+from compressors.model.families.shared import gated_delta, parts
 
 __all__ = ["FAMILY"]
 

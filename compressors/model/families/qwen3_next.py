@@ -9,8 +9,8 @@ from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import GgufTensor, TensorSpec
 from compressors.model.description.transforms import UngroupedRows
-from compressors.model.families import gated_delta
-from compressors.model.families.gated_delta import DELTA, GGUF
+from compressors.model.families.shared import gated_delta
+from compressors.model.families.shared.gated_delta import DELTA, GGUF
 
 __all__ = ["FAMILY"]
 

@@ -10,7 +10,7 @@ from torch import nn
 from compressors.model.description.feed_forward import Routed
 from compressors.model.description.glu import SWIGLU, Activation, Glu
 from compressors.model.description.routing import GroupScore, Routing, Score
-from compressors.model.families.parts import routed_in_mlp
+from compressors.model.families.shared.parts import routed_in_mlp
 
 __all__ = ["CASES", "OTHERS", "MoeCase", "layers_with_experts"]
 

@@ -14,7 +14,7 @@ from compressors.model.config.settings import Settings
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import Fused
-from compressors.model.families import parts
+from compressors.model.families.shared import parts
 from compressors.model.files.json_file import read_json
 
 

@@ -19,8 +19,8 @@ from compressors.model.description.rope import Rope, RopeKind
 from compressors.model.description.routing import Routing
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.families.parts import grouped_query, routed_in_mlp
 from compressors.model.families.registry import supported_families
+from compressors.model.families.shared.parts import grouped_query, routed_in_mlp
 
 Read = Callable[..., ModelSpec]
 

@@ -29,7 +29,7 @@ from compressors.model.description.transforms import (
     Transform,
 )
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.families.parts import dense_tensors
+from compressors.model.families.shared.parts import dense_tensors
 from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.files.gguf.gguf_file import GgufFile
 from compressors.model.sources.gguf import GgufWeights

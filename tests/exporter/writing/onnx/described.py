@@ -18,7 +18,7 @@ from compressors.model.description.roles import Role
 from compressors.model.description.rope import Rope, RopeKind
 from compressors.model.description.spec import LayerSpec, ModelSpec, Place
 from compressors.model.description.tensors import GgufTensor, Kind, TensorSpec
-from compressors.model.families import latent, parts
+from compressors.model.families.shared import latent, parts
 from compressors.model.files.onnx_blocks import pack
 from exporter.writing.onnx.graph import build_model
 from exporter.writing.onnx.layout import DATA_FILE, MODEL_FILE, TensorLayout, plan_tensors

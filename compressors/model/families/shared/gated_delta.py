@@ -20,7 +20,7 @@ from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import GgufTensor, Kind, NormKind, TensorSpec
 from compressors.model.description.transforms import SAME, Chain, NegativeExponential, Squeezed, Transform
 from compressors.model.errors import InputError
-from compressors.model.families import llama_cpp, parts, written_config
+from compressors.model.families.shared import llama_cpp, parts, written_config
 
 __all__ = [
     "DEFAULTS",
@@ -146,10 +146,11 @@ def _rule_tensors(channels: Transform, heads: Transform, columns: Transform) -> 
 def _kinds(settings: FamilySettings) -> list[str]:
     """The kind of each layer: from a list, else by the interval at which layers attend."""
     n_layers, interval = settings.count("num_hidden_layers"), settings.count("full_attention_interval", _USUAL_INTERVAL)
-    named: list[str] | None = settings.settings.get("layer_types")
-    if named is not None:
-        return named
-    return [_RECURRENT if (index + 1) % interval else _ATTENDING for index in range(n_layers)]
+    kinds: list[str] | None = settings.settings.get("layer_types")
+    if kinds is None:
+        kinds = [_RECURRENT if (index + 1) % interval else _ATTENDING for index in range(n_layers)]
+    settings.settings.note("layer_types", kinds)
+    return kinds
 
 
 def _delta(settings: FamilySettings) -> GatedDelta:

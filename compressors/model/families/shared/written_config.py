@@ -7,7 +7,7 @@ from typing import Any
 
 from compressors.model.description.family import ConfigValues
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families.parts import grouped_query
+from compressors.model.families.shared.parts import grouped_query
 
 __all__ = ["dense_edited", "dense_settings", "moe_edited", "usual_settings"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from compressors.model.description.family import GgufValue
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families.parts import grouped_query
+from compressors.model.families.shared.parts import grouped_query
 
 __all__ = ["limit_of_square_attention", "limit_of_untied_head", "normalization_refusal", "usual_keys"]
 

@@ -18,7 +18,7 @@ from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import GgufTensor, Kind, TensorSpec
 from compressors.model.description.transforms import HeadMatrices
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.families import parts, written_config
+from compressors.model.families.shared import parts, written_config
 
 __all__ = [
     "MTP",
