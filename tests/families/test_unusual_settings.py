@@ -1,4 +1,4 @@
-"""Settings that few models have: they are refused with a sentence, or change nothing where transformers ignores them."""
+"""Settings that few models have: they are refused, or change nothing where transformers ignores them."""
 
 from __future__ import annotations
 
@@ -54,9 +54,7 @@ def test_llama_cpp_would_not_load_it(tmp_path: Path, family: str, changes: dict[
     [{"layer_types": [_RECURRENT] * 4}, {"full_attention_interval": 5}, {"num_hidden_layers": 1}],
 )
 def test_some_layer_must_attend(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
-    with pytest.raises(
-        InputError, match=r"config\.json: by layer_types or full_attention_interval none of the \d layer"
-    ):
+    with pytest.raises(InputError, match=r"config\.json: by layer_types or full_attention_interval none of"):
         _read(tmp_path, family, **changes)
 
 
