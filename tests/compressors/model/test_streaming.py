@@ -58,12 +58,15 @@ def test_logits_equal_stock_transformers(family_folder: Path, blocks_BT: torch.T
 
 
 @torch.no_grad()
-def test_a_dtype_that_no_weights_can_have_changes_nothing(one_layer: Path, blocks_BT: torch.Tensor) -> None:
+def test_a_dtype_that_no_weights_can_have_changes_nothing(
+    toy_checkpoint: Callable[..., Path], tmp_path: Path, blocks_BT: torch.Tensor
+) -> None:
     """``dtype`` is that of the files, and everything is computed in float32."""
-    expected = _logits(StreamedModel(Student.teacher(Checkpoint(one_layer))), blocks_BT)
-    config = json.loads((one_layer / "config.json").read_text())
-    (one_layer / "config.json").write_text(json.dumps(config | {"dtype": "int8"}))
-    assert torch.equal(_logits(StreamedModel(Student.teacher(Checkpoint(one_layer))), blocks_BT), expected)
+    folder = toy_checkpoint(tmp_path, n_layers=1)
+    expected = _logits(StreamedModel(Student.teacher(Checkpoint(folder))), blocks_BT)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "int8"}))
+    assert torch.equal(_logits(StreamedModel(Student.teacher(Checkpoint(folder))), blocks_BT), expected)
 
 
 @pytest.mark.parametrize("n_bytes", [1, 10**12])
