@@ -11,6 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from compressors.model.config.config_check import check_against_transformers
+from compressors.model.config.reading import read_spec
+from compressors.model.errors import UnsupportedError
 from compressors.model.running.streaming import StreamedModel
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
@@ -74,3 +76,14 @@ def test_a_student_is_saved_as_a_language_model(whole: Path, blocks_BT: torch.Te
     assert not info["missing_keys"] and not info["unexpected_keys"]
     expected = loaded(blocks_BT).logits.flatten(0, 1)
     assert (logits_of(StreamedModel(student), blocks_BT) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("inner_type", ["qwen3_moe", "qwen3_5_moe"])
+def test_the_language_model_must_be_of_the_family(whole: Path, tmp_path: Path, inner_type: str) -> None:
+    """transformers would make a model of the other family, and fill it with random numbers."""
+    config = json.loads((whole / "config.json").read_text())
+    config["text_config"]["model_type"] = inner_type
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    said = rf"config\.json: text_config\.model_type is {inner_type}, but the language model inside a qwen3_5_moe is a"
+    with pytest.raises(UnsupportedError, match=said):
+        read_spec(tmp_path)

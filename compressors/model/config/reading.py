@@ -48,7 +48,7 @@ def model_settings(config: Mapping[str, Any], path: Path) -> tuple[Family, Setti
 
     Raises:
         InputError: they name no type.
-        UnsupportedError: the model is dense, or its family is unknown.
+        UnsupportedError: the model is dense, its family is unknown, or the language model is of another family.
     """
     settings = Settings(config, path)
     model_type = settings.text("model_type")
@@ -57,7 +57,15 @@ def model_settings(config: Mapping[str, Any], path: Path) -> tuple[Family, Setti
             f"{path}: {model_type!r} is a dense model (no expert count); this tool compresses MoE models"
         )
     family = family_for(model_type, where=path)
-    return family, settings.objects(_INSIDE) if is_inside_of_more(settings.raw) else settings
+    if not is_inside_of_more(settings.raw):
+        return family, settings
+    inside = settings.objects(_INSIDE)
+    if (inner_type := inside.text("model_type", family.model_type)) != family.model_type:
+        raise UnsupportedError(
+            f"{inside.named('model_type')} is {shown(inner_type)}, but the language model inside a {model_type} is a "
+            f"{family.model_type}"
+        )
+    return family, inside
 
 
 _INSIDE = "text_config"

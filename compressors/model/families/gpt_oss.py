@@ -145,7 +145,7 @@ def _keys(spec: ModelSpec) -> Mapping[str, GgufValue]:
     keys: dict[str, GgufValue] = {
         **llama_cpp.usual_keys(spec),
         "expert_feed_forward_length": spec.expert_width,
-        "attention.sliding_window": max(window or 0 for window in windows) or spec.context_length,
+        "attention.sliding_window": max(window or 0 for window in windows),
     }
     if have_one != tuple(index % 2 == 0 for index in range(len(windows))):
         keys["attention.sliding_window_pattern"] = have_one
@@ -153,6 +153,8 @@ def _keys(spec: ModelSpec) -> Mapping[str, GgufValue]:
 
 
 def _refusal(spec: ModelSpec) -> str | None:
+    if all(layer.mixer.window is None for layer in spec.layers):
+        return "graph needs a layer with a window, and no layer of this model has one"
     functions = {layer.routed.glu for layer in spec.layers if layer.routed is not None}
     if functions <= {_GLU}:
         return llama_cpp.limit_of_untied_head(spec)

@@ -43,8 +43,8 @@ def _read(file: Settings) -> ModelSpec:
     settings.require("decoder_sparse_step", 1)
     settings.require("use_sliding_window", False)
     settings.ignore("intermediate_size", "sliding_window", "max_window_layers")  # their uses are refused above
-    settings.refuse_what_no_family_can_do()
-    n_experts = settings.count_of("num_local_experts", "num_experts")
+    settings.refuse_what_no_family_can_do(kinds=("full_attention",))
+    n_experts = settings.count("num_experts")  # this class of transformers has no other spelling
     experts = parts.routed_in_mlp(
         n_experts=n_experts,
         top_k=settings.top_k(n_experts),
@@ -80,7 +80,11 @@ def _keys(spec: ModelSpec) -> Mapping[str, GgufValue]:
 
 
 def _refusal(spec: ModelSpec) -> str | None:
-    return llama_cpp.normalization_refusal(spec, always=False) or llama_cpp.limit_of_untied_head(spec)
+    return (
+        llama_cpp.normalization_refusal(spec, always=False)
+        or llama_cpp.limit_of_square_queries(spec)
+        or llama_cpp.limit_of_untied_head(spec)
+    )
 
 
 FAMILY = Family(

@@ -126,7 +126,7 @@ class LogProbReader:
         return decode_log_probs(codes, ranges).masked_fill_(impossible, -torch.inf)
 
     def decoded(self, start: int, stop: int) -> torch.Tensor:
-        """The log-probabilities with impossible tokens at the smallest log-probability, as llama-perplexity reads its file."""
+        """The log-probabilities; impossible tokens have the smallest one, as llama-perplexity reads its file."""
         return decode_log_probs(*self._read(start, stop))
 
     def _read(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:

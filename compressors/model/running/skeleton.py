@@ -38,7 +38,9 @@ class Skeleton:
         logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
         config = _edited(transformers_config(settings), spec)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, experts_implementation=GROUPED_EXPERTS)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, experts_implementation=GROUPED_EXPERTS
+            )
         self.is_causal_by_itself: bool = model.config._attn_implementation == "sdpa"  # eager attention needs a mask
         self.layers = [self._fitted(layer, index, model.config) for index, layer in enumerate(model.model.layers)]
         self.rotary: nn.Module = type(model.model.rotary_emb)(config=config)  # computes, so it needs a device

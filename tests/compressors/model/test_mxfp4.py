@@ -124,3 +124,18 @@ def test_codes_without_a_word_in_config_json_are_refused(damaged: Path) -> None:
     (damaged / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=r"quantized already.*though config.json has no quantization_config"):
         Checkpoint(damaged)
+
+
+def test_float8_in_their_place_is_named(damaged: Path) -> None:
+    edit_tensors(damaged, lambda tensors: tensors.update({_SCALES: tensors[_SCALES].view(torch.float8_e4m3fn)}))
+    with pytest.raises(InputError, match="down_proj_scales has dtype F8_E4M3; codes and scales of MXFP4 are U8"):
+        Checkpoint(damaged)
+
+
+def test_weights_that_are_none_whatever_config_json_says(both: tuple[Path, Path], tmp_path: Path) -> None:
+    """transformers reads them too."""
+    plain = Path(shutil.copytree(both[1], tmp_path / "plain"))
+    config = json.loads((plain / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    found = Checkpoint(plain)
+    assert found.stored_as is None and found.n_bytes == Checkpoint(both[1]).n_bytes

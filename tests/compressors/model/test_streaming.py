@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,18 @@ def test_logits_equal_stock_transformers(family_folder: Path, blocks_BT: torch.T
     expected = _stock(family_folder)(blocks_BT).logits.flatten(0, 1)
     logits = _logits(StreamedModel(Student.teacher(Checkpoint(family_folder))), blocks_BT)
     assert (logits - expected).abs().max() < 1e-4  # logits reach 15; float32 sums in another order
+
+
+@torch.no_grad()
+def test_a_dtype_that_no_weights_can_have_changes_nothing(
+    toy_checkpoint: Callable[..., Path], tmp_path: Path, blocks_BT: torch.Tensor
+) -> None:
+    """``dtype`` is that of the files, and everything is computed in float32."""
+    folder = toy_checkpoint(tmp_path, n_layers=1)
+    expected = _logits(StreamedModel(Student.teacher(Checkpoint(folder))), blocks_BT)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "int8"}))
+    assert torch.equal(_logits(StreamedModel(Student.teacher(Checkpoint(folder))), blocks_BT), expected)
 
 
 @pytest.mark.parametrize("n_bytes", [1, 10**12])

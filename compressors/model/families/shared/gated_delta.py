@@ -81,7 +81,7 @@ def matrix(
 
 def routed(settings: FamilySettings, *, normalizes: bool) -> Routed:
     """The experts, with a shared one behind a gate."""
-    n_experts = settings.count_of("num_local_experts", "num_experts")
+    n_experts = settings.count("num_experts")  # these classes of transformers have no other spelling
     return parts.routed_in_mlp(
         n_experts=n_experts,
         top_k=settings.top_k(n_experts),
@@ -144,11 +144,21 @@ def _rule_tensors(channels: Transform, heads: Transform, columns: Transform) -> 
 
 
 def _kinds(settings: FamilySettings) -> list[str]:
-    """The kind of each layer: from a list, else by the interval at which layers attend."""
-    n_layers, interval = settings.count("num_hidden_layers"), settings.count("full_attention_interval", _USUAL_INTERVAL)
+    """The kind of each layer: from a list, else by the interval at which layers attend.
+
+    Raises:
+        InputError: no layer attends.
+    """
+    n_layers = settings.count("num_hidden_layers")
     kinds: list[str] | None = settings.settings.get("layer_types")
     if kinds is None:
+        interval = settings.count("full_attention_interval", _USUAL_INTERVAL)
         kinds = [_RECURRENT if (index + 1) % interval else _ATTENDING for index in range(n_layers)]
+    if _ATTENDING not in kinds:
+        raise InputError(
+            f"{settings.settings.path}: by layer_types or full_attention_interval none of the {n_layers} layers "
+            "attends; transformers cannot run such a model either"
+        )
     settings.settings.note("layer_types", kinds)
     return kinds
 
@@ -260,9 +270,18 @@ def refusal(spec: ModelSpec) -> str | None:
     if len({mixer.is_recurrent for mixer in mixers}) < 2:
         return "graph needs layers that attend and layers that do not, and all layers of this model are of one kind"
     for mixer in mixers:
-        if isinstance(mixer, GatedDelta) and mixer.key_dim != mixer.value_dim:
-            return (
-                "graph has one size for keys and values of a gated delta rule; this model's are "
-                f"{mixer.key_dim} and {mixer.value_dim}"
-            )
+        sentence = _limit_of_rule(mixer) if isinstance(mixer, GatedDelta) else None
+        if sentence is not None:
+            return sentence
     return llama_cpp.normalization_refusal(spec, always=True)
+
+
+def _limit_of_rule(mixer: GatedDelta) -> str | None:
+    if mixer.key_dim != mixer.value_dim:
+        return (
+            "graph has one size for keys and values of a gated delta rule; this model's are "
+            f"{mixer.key_dim} and {mixer.value_dim}"
+        )
+    if mixer.kernel == 1:  # llama.cpp drops all axes of size 1
+        return "graph needs a convolution over two tokens or more, and linear_conv_kernel_dim of this model is 1"
+    return None

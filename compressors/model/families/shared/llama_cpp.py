@@ -6,7 +6,13 @@ from compressors.model.description.family import GgufValue
 from compressors.model.description.spec import ModelSpec
 from compressors.model.families.shared.parts import grouped_query
 
-__all__ = ["limit_of_square_attention", "limit_of_untied_head", "normalization_refusal", "usual_keys"]
+__all__ = [
+    "limit_of_square_attention",
+    "limit_of_square_queries",
+    "limit_of_untied_head",
+    "normalization_refusal",
+    "usual_keys",
+]
 
 
 def usual_keys(spec: ModelSpec, width_key: str = "feed_forward_length") -> dict[str, GgufValue]:
@@ -57,6 +63,17 @@ def limit_of_square_attention(spec: ModelSpec) -> str | None:
                 "graph needs queries and keys as wide as the hidden size; this model has "
                 f"{mixer.n_heads} heads and {mixer.n_kv_heads} key-value heads of {mixer.head_dim} at hidden size "
                 f"{spec.hidden_size}"
+            )
+    return None
+
+
+def limit_of_square_queries(spec: ModelSpec) -> str | None:
+    """Says that llama.cpp's graph loads queries only as [D, D], and the model's are of another size."""
+    for mixer in (grouped_query(spec, index) for index in range(spec.n_layers)):
+        if mixer.n_heads * mixer.head_dim != spec.hidden_size:
+            return (
+                f"graph needs queries as wide as the hidden size; this model has {mixer.n_heads} heads of "
+                f"{mixer.head_dim} at hidden size {spec.hidden_size}"
             )
     return None
 

@@ -97,7 +97,8 @@ class Checkpoint:
         """The format of the files' quantized weights; None: they hold none."""
         if self.block_scaled is not None:
             return str(self.block_scaled)
-        return None if self._mxfp4_dtype is None else "experts in MXFP4"
+        has_codes = self._mxfp4_dtype is not None and any(name.endswith(MXFP4_SUFFIXES) for name in self.headers)
+        return "experts in MXFP4" if has_codes else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -262,11 +263,11 @@ class Checkpoint:
                 f"{list(expected)}; config and weights do not belong together"
             )
         has_dtype = f"{header.file}: tensor {name} has dtype {header.format}"
-        if header.format == FLOAT8 and self.block_scaled is None:
-            return f"{has_dtype}, but config.json has no quantization_config; without, only {_READ} are read"
         if self._mxfp4_dtype is not None and name.endswith(MXFP4_SUFFIXES):
             is_right = header.format == _CODES
             return None if is_right else f"{has_dtype}; codes and scales of MXFP4 are {_CODES}"
+        if header.format == FLOAT8 and self.block_scaled is None:
+            return f"{has_dtype}, but config.json has no quantization_config; without, only {_READ} are read"
         if header.format not in (*_FORMATS, FLOAT8):
             return f"{has_dtype}; only {_READ}, and {FLOAT8} with scales of blocks, are read: {GIVE_THE_ORIGINAL}"
         return None
