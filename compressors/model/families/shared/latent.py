@@ -84,16 +84,15 @@ def _query_tensors(mixer: Latent) -> tuple[TensorSpec, ...]:
     )
 
 
-def _selection_bias() -> TensorSpec:
-    """The bias that is added to scores for the choice."""
-    return TensorSpec(
-        Role.SELECTION_BIAS,
-        "model.layers.{layer}.mlp.gate.e_score_correction_bias",
-        ("E",),
-        GgufTensor("blk.{layer}.exp_probs_b.bias"),
-        Kind.SELECTION,
-        experts_axis=0,
-    )
+_SELECTION_BIAS = TensorSpec(
+    Role.SELECTION_BIAS,
+    "model.layers.{layer}.mlp.gate.e_score_correction_bias",
+    ("E",),
+    GgufTensor("blk.{layer}.exp_probs_b.bias"),
+    Kind.SELECTION,
+    experts_axis=0,
+)
+"""The bias that is added to scores for the choice."""
 
 
 def biased_sigmoid_experts(settings: FamilySettings) -> Routed:
@@ -120,7 +119,7 @@ def biased_sigmoid_experts(settings: FamilySettings) -> Routed:
             scale=settings.number("routed_scaling_factor"),
         ),
         shared=Shared(width * settings.count("n_shared_experts")),
-        selection_bias="mlp.gate.e_score_correction_bias",
+        selection_bias=_SELECTION_BIAS.in_layer,
     )
 
 
@@ -130,7 +129,7 @@ def model(settings: FamilySettings, experts: Routed, *, n_dense: int) -> ModelSp
     of_mixer = mixer_tensors(mixer)
     of_experts = (
         parts.router_tensor(),
-        *((_selection_bias(),) if experts.routing.has_selection_bias else ()),
+        *((_SELECTION_BIAS,) if experts.routing.has_selection_bias else ()),
         *parts.expert_tensors(),
         *parts.shared_expert_tensors("mlp.shared_experts"),
     )
