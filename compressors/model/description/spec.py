@@ -18,7 +18,7 @@ In the shapes of tensors letters stand for these sizes; each mixer's ``sizes`` h
     G  key heads            N  value heads                       k, v  values of a key, of a value
     K, Y  values of all keys, of all values                      X  channels of the convolution    W  its kernel
     M  X and the gates      B  a strength and a decay for each value head
-    r, n  values of a key head's value heads, and their number
+    r  values of a key head's value heads
 """
 
 from __future__ import annotations

@@ -114,7 +114,6 @@ def _read(file: Settings) -> ModelSpec:
         width=settings.count("intermediate_size"),
         routing=Routing(Score.LOGITS),
         glu=replace(_GLU, alpha=settings.number("swiglu_alpha"), limit=settings.number("swiglu_limit")),
-        router_module=_ROUTER.submodule,
         block_outputs=2,
     )
     attention = parts.attention(settings, default_theta=150_000.0, default_rope=_DEFAULT_ROPE)

@@ -119,7 +119,6 @@ def biased_sigmoid_experts(settings: FamilySettings) -> Routed:
             scale=settings.number("routed_scaling_factor"),
         ),
         shared=Shared(width * settings.count("n_shared_experts")),
-        selection_bias=_SELECTION_BIAS.in_layer,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -109,7 +109,19 @@ def layer(
     """
     order = list(Role)
     in_order = sorted(tensors, key=lambda tensor: order.index(tensor.role))
+    if isinstance(feed_forward, Routed):
+        feed_forward = _with_names(feed_forward, {tensor.role: tensor for tensor in in_order})
     return LayerSpec(mixer, feed_forward, settings.count("hidden_size"), tuple(in_order), residual_scale=residual_scale)
+
+
+def _with_names(routed: Routed, tensors: Mapping[Role, TensorSpec]) -> Routed:
+    """Returns the experts with the names that the tensors of their layer have."""
+    bias = tensors.get(Role.SELECTION_BIAS)
+    return replace(
+        routed,
+        router_module=tensors[Role.ROUTER].submodule,
+        selection_bias=None if bias is None else bias.in_layer,
+    )
 
 
 def attention(
@@ -144,7 +156,7 @@ def attention(
 
 
 routed_in_mlp = partial(Routed, router_module="mlp.gate", experts_module="mlp.experts", block_module="mlp")
-"""Routed experts in the modules where most of transformers' layers have them."""
+"""Routed experts in the modules where most of transformers' layers have them; :func:`layer` puts the router's in."""
 
 
 def norms(kind: NormKind = NormKind.PLAIN, feed_forward: str = "ffn_norm") -> tuple[TensorSpec, ...]:
