@@ -35,12 +35,12 @@ from compressors.quantize import quantize_rows
 from compressors.sensitivity import default_table
 from exporter.hub import resolve_model
 from exporter.planning.recipe import BudgetChoice, FileChoice
-from exporter.searching.container import Container
 from exporter.searching.outlook import best_fit
 from exporter.searching.speed import most_seconds
 from exporter.searching.units import gguf_units
+from exporter.searching.untyped_file import UntypedFile
 from exporter.writing.gguf.container import TensorEntry, aligned, render_header, render_values
-from exporter.writing.gguf.layout import GgufTensor, plan_tensors
+from exporter.writing.gguf.layout import PlannedTensor, plan_tensors
 from exporter.writing.gguf.metadata import model_metadata
 from exporter.writing.gguf.type_table import weights_of_a_token
 from exporter.writing.gguf.vocabulary import vocabulary_metadata
@@ -112,7 +112,7 @@ class _Bench:
         self._source = _WithoutWeights(path, self.spec, path)
         self._rounds, self._tokens = rounds, tokens
 
-    def measure(self, files: Mapping[str, Sequence[GgufTensor]]) -> list[Measured]:
+    def measure(self, files: Mapping[str, Sequence[PlannedTensor]]) -> list[Measured]:
         """Measures files in turns; ``files`` holds the tensors of each, by name."""
         paths = {name: self._folder / f"{name}.gguf" for name in files}
         for name, path in paths.items():
@@ -129,18 +129,18 @@ class _Bench:
             path.unlink()
         return found
 
-    def tensors_like(self, preset: str) -> Sequence[GgufTensor]:
+    def tensors_like(self, preset: str) -> Sequence[PlannedTensor]:
         """The tensors of a file of ours with no more bytes than the preset's."""
         n_bytes = predict_file_size(self.spec, self._source, preset, _NAME)
         budget = BudgetChoice(bytes=n_bytes, kind="file", context=512, kv_type="f16")
         choice = FileChoice(mix="Q8_0")
         table = default_table(self.spec, gguf_units(self.spec, torch.bfloat16, choice))
-        container = Container("gguf", self._source, _NAME, self.spec, budget, 1, choice)
-        fitted = best_fit(container, table, most_seconds(container, "quality"))
+        untyped = UntypedFile("gguf", self._source, _NAME, self.spec, budget, 1, choice)
+        fitted = best_fit(untyped, table, most_seconds(untyped, "quality"))
         assert fitted is not None, preset
         return plan_tensors(self.spec, fitted.choice.mix, fitted.choice.tensors)
 
-    def _write(self, tensors: Sequence[GgufTensor], path: Path) -> None:
+    def _write(self, tensors: Sequence[PlannedTensor], path: Path) -> None:
         metadata = model_metadata(self.spec, self._source, _NAME, "Q8_0")
         metadata |= vocabulary_metadata(self._source.tokenizer_folder, self.spec.vocab_size)
         entries = [TensorEntry(tensor.name, tensor.shape, tensor.ggml_type, tensor.n_bytes) for tensor in tensors]
@@ -175,17 +175,17 @@ def _write_config(config: Mapping[str, Any], folder: Path) -> None:
         shutil.copyfile(resolve_model(None) / name, folder / name)
 
 
-def one_type(spec: ModelSpec, type_name: str) -> Sequence[GgufTensor]:
+def one_type(spec: ModelSpec, type_name: str) -> Sequence[PlannedTensor]:
     """The tensors of a file all of whose matrices have one type."""
     matrices = [tensor.name for tensor in plan_tensors(spec, "BF16") if tensor.is_matrix]
     return plan_tensors(spec, "BF16", dict.fromkeys(matrices, type_name))
 
 
-def _values_of_token(tensors: Sequence[GgufTensor], spec: ModelSpec) -> float:
+def _values_of_token(tensors: Sequence[PlannedTensor], spec: ModelSpec) -> float:
     return sum(weights_of_a_token(spec, tensor) for tensor in tensors if tensor.is_matrix)
 
 
-def _repeated(tensor: GgufTensor) -> bytes:
+def _repeated(tensor: PlannedTensor) -> bytes:
     """The stored bytes of a tensor: matrices and routers repeat a few random rows, other tensors hold ones."""
     n_rows = tensor.n_values // tensor.row_length
     if tensor.role is Role.ROUTER or tensor.is_matrix:

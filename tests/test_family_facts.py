@@ -10,11 +10,13 @@ import ast
 import re
 from collections.abc import Iterator
 from functools import cache
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from compressors.model import families
 from compressors.model.families.registry import supported_families
 
 _REPOSITORY = Path(__file__).parent.parent
@@ -111,6 +113,13 @@ def test_no_fact_of_a_family_stands_elsewhere(path: Path) -> None:
     facts = _facts() - _ANOTHER_MEANING.get(where, set())
     spelled = {word for text in _strings(path) for word in facts & (_words(text) | {text})}
     assert spelled == _OFFENDERS.get(where, set())
+
+
+def test_every_file_is_a_family() -> None:
+    names = {path.stem for path in _FAMILIES.glob("*.py") if path.name not in _NOT_A_FAMILY}
+    modules = {name: import_module(f"{families.__name__}.{name}") for name in names}
+    found = {name for name, module in modules.items() if module.FAMILY in supported_families().values()}
+    assert found == names
 
 
 def test_every_exception_is_a_file() -> None:

@@ -33,7 +33,7 @@ from compressors.calibration.token_streams import (
     whole_streams,
 )
 from compressors.model.errors import InputError
-from compressors.model.sources.tokenizer_files import load_tokenizer
+from compressors.model.files.tokenizer_files import load_tokenizer
 
 __all__ = [
     "BLOCK_LENGTH",

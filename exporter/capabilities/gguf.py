@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compressors.model.description.gguf_rope import gguf_rope
+from compressors.model.description.gguf_rope import gguf_rope_of
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import UnsupportedError
 from exporter.capabilities.rules import Container, Feature, Rule
@@ -47,14 +47,8 @@ def _size(spec: ModelSpec) -> str | None:
 
 
 def _rope(spec: ModelSpec) -> str | None:
-    gguf = spec.written.family.gguf
     try:
-        gguf_rope(
-            spec.rope,
-            gguf.architecture,
-            takes_factors=gguf.takes_rope_factors,
-            scales_attention=gguf.scales_attention,
-        )
+        gguf_rope_of(spec)
     except UnsupportedError as error:
         return str(error)
     return None

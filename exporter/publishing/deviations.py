@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from compressors.model.config.special_tokens import configured_tokens
+from compressors.model.files.tokenizer_files import own_code
 from compressors.model.sources.source import Source
-from compressors.model.sources.tokenizer_files import own_code
 from exporter.publishing.settings_deviations import settings_deviations
 from exporter.validation.vocabulary_check import vocabulary_deviations
 

@@ -10,7 +10,7 @@ from compressors.model.errors import InputError
 from compressors.sensitivity import Allocation, TypeTable, UnitPlan, allocate_file
 from exporter.estimating.prediction import Prediction
 from exporter.planning.recipe import FileChoice
-from exporter.searching.container import Container
+from exporter.searching.untyped_file import UntypedFile
 
 __all__ = ["Fitted", "fit", "smallest"]
 
@@ -27,22 +27,22 @@ class Fitted:
     prediction: Prediction
 
 
-def fit(container: Container, table: TypeTable, *, seconds: float | None = None) -> Fitted | None:
+def fit(untyped: UntypedFile, table: TypeTable, *, seconds: float | None = None) -> Fitted | None:
     """The best allocation whose file keeps the budget; None if the smallest does not.
 
     Args:
-        container: the artifact.
+        untyped: the artifact.
         table: the table of its units.
         seconds: the most time to decode a token, if an allocation that fits can be that fast; None: any.
     """
-    best = _fitted(container, table, 0.0)
+    best = _fitted(untyped, table, 0.0)
     if best is None or seconds is None or best.allocation.seconds <= seconds:
         return best
     low, high = _CHEAPEST_SECOND, _DEAREST_SECOND
-    fast = _fitted(container, table, high)
+    fast = _fitted(untyped, table, high)
     for _ in range(_PRICE_STEPS):
         price = math.sqrt(low * high)
-        found = _fitted(container, table, price)
+        found = _fitted(untyped, table, price)
         if found is not None and found.allocation.seconds <= seconds:
             fast, high = found, price
         else:
@@ -50,19 +50,19 @@ def fit(container: Container, table: TypeTable, *, seconds: float | None = None)
     return fast
 
 
-def _fitted(container: Container, table: TypeTable, nats_per_second: float) -> Fitted | None:
+def _fitted(untyped: UntypedFile, table: TypeTable, nats_per_second: float) -> Fitted | None:
     def counted(choices: Mapping[str, str]) -> int:
-        return container.counted(container.file(choices, table.units))
+        return untyped.counted(untyped.file(choices, table.units))
 
     try:
-        allocation = allocate_file(table, container.budget.bytes, counted, nats_per_second=nats_per_second)
+        allocation = allocate_file(table, untyped.budget.bytes, counted, nats_per_second=nats_per_second)
     except InputError:
         return None
-    choice = container.file(allocation.choices, table.units)
-    return Fitted(choice, allocation, container.prediction(choice))
+    choice = untyped.file(allocation.choices, table.units)
+    return Fitted(choice, allocation, untyped.prediction(choice))
 
 
-def smallest(container: Container, units: Sequence[UnitPlan]) -> int:
+def smallest(untyped: UntypedFile, units: Sequence[UnitPlan]) -> int:
     """The bytes that the budget counts for the file of the smallest types."""
     choices = {unit.name: min(unit.candidates, key=lambda candidate: candidate.n_bytes).choice for unit in units}
-    return container.counted(container.file(choices, units))
+    return untyped.counted(untyped.file(choices, units))

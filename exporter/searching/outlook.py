@@ -16,19 +16,19 @@ from compressors.sensitivity import TypeTable, default_table
 from exporter.estimating.sizes import format_size
 from exporter.planning.compression import check_compression, described_compression, expected_spec
 from exporter.planning.recipe import CompressChoice, Recipe
-from exporter.searching.container import Container
 from exporter.searching.fitting import Fitted, fit, smallest
 from exporter.searching.structures import expected_loss, whole
 from exporter.searching.units import LAST_RESORT, units_of
+from exporter.searching.untyped_file import UntypedFile
 
 __all__ = [
     "STRUCTURES_FROM",
     "Outlook",
     "best_fit",
-    "container_of",
     "outlook_of",
     "outlooks",
     "refuse_unless_something_fits",
+    "untyped_file_of",
 ]
 
 STRUCTURES_FROM = 0.05
@@ -44,7 +44,7 @@ class Outlook:
     """A structure whose file fits."""
 
     compress: CompressChoice
-    container: Container
+    untyped: UntypedFile
     fitted: Fitted
     divergence: float  # from the original, nats: a guess
 
@@ -96,36 +96,35 @@ def _least(
     recipe: Recipe, artifact: str, checkpoint: Source, structures: Sequence[CompressChoice]
 ) -> tuple[int, CompressChoice]:
     """The fewest bytes that a structure needs, and the structure, among those with the fewest bytes of tensors."""
-    possible: list[tuple[int, CompressChoice, Container]] = []
+    possible: list[tuple[int, CompressChoice, UntypedFile]] = []
     refusal: UnsupportedError | None = None
     for choice in structures:
         try:
-            container = container_of(recipe, artifact, checkpoint, choice)
-            units = units_of(container, checkpoint.dtype)
+            untyped = untyped_file_of(recipe, artifact, checkpoint, choice)
+            units = units_of(untyped, checkpoint.dtype)
         except UnsupportedError as error:
             refusal = refusal or error
             continue
         n_bytes = sum(min(candidate.n_bytes for candidate in unit.candidates) for unit in units)
-        possible.append((n_bytes, choice, container))
+        possible.append((n_bytes, choice, untyped))
     if not possible:
         assert refusal is not None, "there are structures"
         raise refusal
     possible.sort(key=lambda entry: entry[0])
     needs = [
-        (smallest(container, units_of(container, checkpoint.dtype)), choice)
-        for _, choice, container in possible[:_SMALLEST]
+        (smallest(untyped, units_of(untyped, checkpoint.dtype)), choice) for _, choice, untyped in possible[:_SMALLEST]
     ]
     return min(needs, key=lambda need: need[0])
 
 
-def container_of(recipe: Recipe, artifact: str, checkpoint: Source, choice: CompressChoice) -> Container:
+def untyped_file_of(recipe: Recipe, artifact: str, checkpoint: Source, choice: CompressChoice) -> UntypedFile:
     """The artifact of a structure.
 
     Raises:
         UnsupportedError: the container cannot hold it.
     """
     check_compression(recipe.with_only(artifact, choice), checkpoint.spec)
-    return Container(
+    return UntypedFile(
         artifact,
         checkpoint,
         recipe.source.model,
@@ -136,14 +135,14 @@ def container_of(recipe: Recipe, artifact: str, checkpoint: Source, choice: Comp
     )
 
 
-def best_fit(container: Container, table: TypeTable, seconds: float | None = None) -> Fitted | None:
+def best_fit(untyped: UntypedFile, table: TypeTable, seconds: float | None = None) -> Fitted | None:
     """The best types that fit, if possible without those of the last resort; None if none fit.
 
     The arguments are those of :func:`~exporter.searching.fitting.fit`.
     """
     for allowed in (table.without(LAST_RESORT), table):
         if all(unit.options for unit in allowed.units):
-            fitted = fit(container, allowed, seconds=seconds)
+            fitted = fit(untyped, allowed, seconds=seconds)
             if fitted is not None:
                 return fitted
     return None
@@ -152,15 +151,15 @@ def best_fit(container: Container, table: TypeTable, seconds: float | None = Non
 def outlook_of(recipe: Recipe, artifact: str, checkpoint: Source, choice: CompressChoice) -> Outlook | None:
     """A structure with the types that are expected to be best; None if none fit, or the container cannot hold it."""
     try:
-        container = container_of(recipe, artifact, checkpoint, choice)
-        table = _default_table(container, checkpoint.dtype)
+        untyped = untyped_file_of(recipe, artifact, checkpoint, choice)
+        table = _default_table(untyped, checkpoint.dtype)
     except UnsupportedError:
         return None
-    fitted = best_fit(container, table)
+    fitted = best_fit(untyped, table)
     if fitted is None:
         return None
-    return Outlook(choice, container, fitted, expected_loss(choice, checkpoint.spec) + fitted.allocation.divergence)
+    return Outlook(choice, untyped, fitted, expected_loss(choice, checkpoint.spec) + fitted.allocation.divergence)
 
 
-def _default_table(container: Container, dtype: torch.dtype) -> TypeTable:
-    return default_table(container.spec, units_of(container, dtype))
+def _default_table(untyped: UntypedFile, dtype: torch.dtype) -> TypeTable:
+    return default_table(untyped.spec, units_of(untyped, dtype))

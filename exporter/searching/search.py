@@ -21,9 +21,9 @@ from exporter.searching.measuring import measured_divergence
 from exporter.searching.outlook import (
     STRUCTURES_FROM,
     best_fit,
-    container_of,
     outlooks,
     refuse_unless_something_fits,
+    untyped_file_of,
 )
 from exporter.searching.speed import most_seconds
 from exporter.searching.structures import structures_for, whole
@@ -140,12 +140,12 @@ class Search:
     def _option(self, artifact: str, choice: CompressChoice) -> _Option | None:
         """A structure with the best types that fit; None if none do."""
         try:
-            container = container_of(self._recipe, artifact, self._source, choice)
-            units = units_of(container, self._source.dtype)
+            untyped = untyped_file_of(self._recipe, artifact, self._source, choice)
+            units = units_of(untyped, self._source.dtype)
         except UnsupportedError:
             return None
-        trial, name = self._trial(choice), f"{artifact}-{container.choice.quantizer}"
-        fitted = best_fit(container, trial.table(units, name), most_seconds(container, self._wishes.prefer))
+        trial, name = self._trial(choice), f"{artifact}-{untyped.choice.quantizer}"
+        fitted = best_fit(untyped, trial.table(units, name), most_seconds(untyped, self._wishes.prefer))
         if fitted is None:
             return None
         predicted = trial.divergence() + self._model.divergence(fitted.allocation.order)
@@ -176,8 +176,8 @@ class Search:
         original = whole(self._source.spec)
         if original not in self._structures:
             return
-        container = container_of(self._recipe, artifact, self._source, original)
-        for choice, prediction in fitting_mixes(container)[: max(0, n_measured)]:
+        untyped = untyped_file_of(self._recipe, artifact, self._source, original)
+        for choice, prediction in fitting_mixes(untyped)[: max(0, n_measured)]:
             divergence = measured_divergence(self._trial(original), artifact, choice)
             yield Candidate(artifact, original, choice, prediction.file, None, divergence, is_baseline=True)
 

@@ -14,8 +14,8 @@ from compressors.quantize.feedback import searched_q2_0
 from compressors.sensitivity import Candidate, Quantizer, UnitPlan, feedback_factor, ggml_quantizer
 from exporter.estimating.prediction import Prediction
 from exporter.planning.recipe import FileChoice
-from exporter.searching.container import Container
 from exporter.searching.decode_cost import seconds_of
+from exporter.searching.untyped_file import UntypedFile
 from exporter.writing.gguf.mixes import MIXES
 from exporter.writing.gguf.type_table import ALLOCATED_TYPES, plan_gguf_units
 from exporter.writing.onnx.encodings import ENCODINGS, PRESETS, Encoding, onnx_units
@@ -39,24 +39,24 @@ _EXACT = {
 }
 
 
-def units_of(container: Container, dtype: torch.dtype) -> tuple[UnitPlan, ...]:
+def units_of(untyped: UntypedFile, dtype: torch.dtype) -> tuple[UnitPlan, ...]:
     """Lists the choices that a file leaves."""
-    if container.artifact == "gguf":
-        return gguf_units(container.spec, dtype, container.choice)
-    return onnx_unit_plans(container.spec, container.choice)
+    if untyped.artifact == "gguf":
+        return gguf_units(untyped.spec, dtype, untyped.choice)
+    return onnx_unit_plans(untyped.spec, untyped.choice)
 
 
-def fitting_mixes(container: Container) -> list[tuple[FileChoice, Prediction]]:
+def fitting_mixes(untyped: UntypedFile) -> list[tuple[FileChoice, Prediction]]:
     """The named mixes that fit, the largest first, with the kernels' codes."""
-    mixes = _BASELINES if container.artifact == "gguf" else PRESETS
+    mixes = _BASELINES if untyped.artifact == "gguf" else PRESETS
     found = []
     for mix in mixes:
-        choice = container.choice.model_copy(update={"mix": mix, "tensors": {}, "quantizer": "kernel"})
+        choice = untyped.choice.model_copy(update={"mix": mix, "tensors": {}, "quantizer": "kernel"})
         try:
-            prediction = container.prediction(choice)
+            prediction = untyped.prediction(choice)
         except UnsupportedError:
             continue
-        if prediction.counted(container.budget.kind) <= container.budget.bytes:
+        if prediction.counted(untyped.budget.kind) <= untyped.budget.bytes:
             found.append((choice, prediction))
     return sorted(found, key=lambda entry: -entry[1].file)
 

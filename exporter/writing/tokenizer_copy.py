@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from compressors.model.sources.tokenizer_files import TOKENIZER_FILES, load_tokenizer, read_tokenizer_json
+from compressors.model.files.tokenizer_files import TOKENIZER_FILES, load_tokenizer, read_tokenizer_json
 from exporter.writing.files import write_atomically
 
 __all__ = ["copy_tokenizer", "write_tokenizer"]

@@ -19,8 +19,8 @@ from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import MoeExportError
 from compressors.model.files.json_file import read_json
 from compressors.model.files.onnx_names import ROTARY_COSINE
+from compressors.model.files.tokenizer_files import load_tokenizer
 from compressors.model.sources.source import Source
-from compressors.model.sources.tokenizer_files import load_tokenizer
 
 __all__ = ["folder_setting_symptoms"]
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from compressors.model.description.family import GgufValue
-from compressors.model.description.gguf_rope import GgufRope, gguf_rope
+from compressors.model.description.gguf_rope import GgufRope, gguf_rope_of
 from compressors.model.description.mixers import GatedDelta
 from compressors.model.description.routing import Score
 from compressors.model.description.spec import ModelSpec
@@ -74,13 +74,7 @@ _NAMES: Mapping[str, str] = {
 def expected_rope(spec: ModelSpec) -> GgufRope | None:
     """The keys and tensors a file needs for the rotary embedding; None if llama.cpp cannot compute it at all."""
     try:
-        gguf = spec.written.family.gguf
-        return gguf_rope(
-            spec.rope,
-            gguf.architecture,
-            takes_factors=gguf.takes_rope_factors,
-            scales_attention=gguf.scales_attention,
-        )
+        return gguf_rope_of(spec)
     except UnsupportedError:
         return None
 

@@ -24,8 +24,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from compressors.model.errors import InputError, MoeExportError
 from compressors.model.files.onnx_names import continued_cache
+from compressors.model.files.tokenizer_files import read_tokenizer_json
 from compressors.model.predictions.routing_record import NO_EXPERT, RoutingRecord
-from compressors.model.sources.tokenizer_files import read_tokenizer_json
 from validate.files.onnx_files import onnx_model_file
 from validate.routing.router_inputs import RouterInputs
 from validate.runtimes import time_limit

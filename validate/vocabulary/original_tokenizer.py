@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compressors.model.config.special_tokens import special_tokens
-from compressors.model.sources.tokenizer_files import files_state, load_tokenizer
+from compressors.model.files.tokenizer_files import files_state, load_tokenizer
 from validate.vocabulary.tokenization import AWKWARD_TEXTS
 
 __all__ = ["OriginalTokenizer", "original_tokenizer"]

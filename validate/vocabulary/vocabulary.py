@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compressors.model.errors import InputError
-from compressors.model.sources.tokenizer_files import load_tokenizer
+from compressors.model.files.tokenizer_files import load_tokenizer
 from validate.runtimes import time_limit
 from validate.runtimes.backend import Backend, ChunkOutput
 from validate.runtimes.llama_cpp import logged_error, start_runtime

@@ -1,4 +1,7 @@
-"""Reads ``config.json`` into a :class:`~compressors.model.description.spec.ModelSpec`, once; nobody else reads it.
+"""Reads ``config.json`` into a :class:`~compressors.model.description.spec.ModelSpec`.
+
+All other code asks that description for a model's settings; only the ids of special tokens are read elsewhere, by
+:mod:`compressors.model.config.special_tokens`.
 
 transformers' configurations are not used for it, because every process that opens a model would have to import them;
 ``compressors.model.config.config_check`` compares the two before any work.

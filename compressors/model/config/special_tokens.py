@@ -13,7 +13,7 @@ from typing import Any
 
 from compressors.model.errors import InputError
 from compressors.model.files.json_file import read_json
-from compressors.model.sources.tokenizer_files import load_tokenizer
+from compressors.model.files.tokenizer_files import load_tokenizer
 
 __all__ = ["ConfiguredTokens", "SpecialTokens", "configured_tokens", "special_tokens"]
 

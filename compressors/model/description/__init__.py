@@ -1,4 +1,5 @@
-"""The description of a model: its layers, tensors and rules as frozen values, read once from ``config.json``.
+"""The description of a model: its layers, tensors and rules as frozen values, made of ``config.json`` by its family.
 
-Nothing here reads a weight. All other code asks these values and never the file.
+The rules that compute something are defined here, too: routing, activations, rotary embeddings, llama.cpp's transforms.
+Nothing here reads a file.
 """

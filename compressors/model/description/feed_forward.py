@@ -66,6 +66,17 @@ class Routed:
     selection_bias: str | None = None
     expert_scale: str | None = None
 
+    def __post_init__(self) -> None:
+        """Refuses vectors that the rule does not use.
+
+        Raises:
+            ValueError: there is one.
+        """
+        if self.selection_bias is not None and not self.routing.has_selection_bias:
+            raise ValueError("the routing adds no selection bias, but the name of one is given")
+        if self.expert_scale is not None and not self.routing.has_expert_scale:
+            raise ValueError("the routing has no scale of each expert, but the name of one is given")
+
     @property
     def sizes(self) -> Mapping[str, int]:
         """Sizes by letter: E experts, F neurons of each, S neurons of the shared expert."""

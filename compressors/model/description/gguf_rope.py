@@ -19,9 +19,10 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from compressors.model.description.rope import Rope, RopeKind, attention_multiplier
+from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import UnsupportedError
 
-__all__ = ["LONG_FACTORS", "PLAIN_FACTORS", "SHORT_FACTORS", "GgufRope", "gguf_rope", "yarn_constants"]
+__all__ = ["LONG_FACTORS", "PLAIN_FACTORS", "SHORT_FACTORS", "GgufRope", "gguf_rope", "gguf_rope_of", "yarn_constants"]
 
 PLAIN_FACTORS, LONG_FACTORS, SHORT_FACTORS = (
     "rope_freqs.weight",
@@ -39,6 +40,17 @@ class GgufRope:
 
     keys: Mapping[str, str | int | float] = field(default_factory=dict)
     factors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # by tensor name; angles are divided by them
+
+
+def gguf_rope_of(spec: ModelSpec) -> GgufRope:
+    """Returns the keys and tensors that a model's file needs, as :func:`gguf_rope` does."""
+    gguf = spec.written.family.gguf
+    return gguf_rope(
+        spec.rope,
+        gguf.architecture,
+        takes_factors=gguf.takes_rope_factors,
+        scales_attention=gguf.scales_attention,
+    )
 
 
 def gguf_rope(rope: Rope, architecture: str, *, takes_factors: bool, scales_attention: bool = False) -> GgufRope:

@@ -60,11 +60,6 @@ class Glu:
             gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
         return self._torch_activated(gate) * (up + self.offset if self.offset else up)
 
-    @property
-    def is_plain_swiglu(self) -> bool:
-        """True if it is silu(gate) * up and nothing else."""
-        return self == SWIGLU
-
     def _activated(self, values: Floats) -> Floats:
         if self.activation is Activation.RELU_SQUARED:
             activated = np.square(np.maximum(values, 0))

@@ -222,7 +222,7 @@ class GatedDelta:
         """Sizes by letter: G key heads, N value heads, k and v values of one, K and Y of all; X channels, W kernel.
 
         M is the channels and the gates; B a strength and a decay for each value head. For one key head, r is the
-        number of values of its value heads, and n their number.
+        number of values of its value heads.
         """
         return {
             "G": self.n_key_heads,
@@ -236,7 +236,6 @@ class GatedDelta:
             "M": self.channels + self.width,
             "B": 2 * self.n_value_heads,
             "r": self.width // self.n_key_heads,
-            "n": self.n_value_heads // self.n_key_heads,
         }
 
     @property

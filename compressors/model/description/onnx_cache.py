@@ -28,11 +28,6 @@ class CacheHeads:
     number: int
     width: int
 
-    @property
-    def values(self) -> int:
-        """Values of a token in both caches."""
-        return 2 * self.number * self.width
-
 
 def cache_heads(mixer: Attention) -> CacheHeads:
     """The caches of a mixer: keys and values, or each half of latent attention's vector."""

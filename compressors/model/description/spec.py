@@ -3,7 +3,22 @@
 Letters in names of arrays, here and everywhere:
     L layers   E experts   K experts per token (top-k)   T tokens   D hidden size   F expert width   V vocabulary
     H attention heads   B token blocks   S width of a shared expert
-In the shapes of tensors, Q and K stand for the values of all queries and of all keys, and h for those of a head.
+
+In the shapes of tensors letters stand for these sizes; each mixer's ``sizes`` has its own:
+
+    D  hidden size          V  vocabulary
+    E  routed experts       F  neurons of an expert, or of a dense feed-forward     S  neurons of a shared expert
+    H  heads                h  values of a head
+    Q  values of all queries, and P with their gates             K  values of all keys (and of all values)
+    in latent attention:
+    A  rank of queries      C  rank of keys and values           R  C and the turned part of a key
+    U  outputs of the second matrix of keys and values           O  values of all values
+    p  values of a head's key that are not turned                v  values of a head's value
+    in a gated delta rule:
+    G  key heads            N  value heads                       k, v  values of a key, of a value
+    K, Y  values of all keys, of all values                      X  channels of the convolution    W  its kernel
+    M  X and the gates      B  a strength and a decay for each value head
+    r  values of a key head's value heads
 """
 
 from __future__ import annotations

@@ -24,7 +24,6 @@ __all__ = [
     "InterleaveRotary",
     "NegativeExponential",
     "PlusOne",
-    "Reshaped",
     "Squeezed",
     "TiledHeads",
     "Transform",
@@ -275,22 +274,6 @@ class Squeezed(Transform):
     def shape(self, shape: Shape, sizes: Sizes) -> Shape:
         """The shape without these axes."""
         return tuple(size for size in shape if size != 1)
-
-
-@dataclass(frozen=True)
-class Reshaped(Transform):
-    """Gives the tensor other axes.
-
-    Attributes:
-        axes: their sizes in letters or numbers; one may be -1.
-    """
-
-    axes: tuple[str, ...]
-
-    def shape(self, shape: Shape, sizes: Sizes) -> Shape:
-        """The sizes of its axes."""
-        axes = [sizes[axis] if axis.isalpha() else int(axis) for axis in self.axes]
-        return tuple(torch.empty(shape, device="meta").reshape(axes).shape)
 
 
 @dataclass(frozen=True)

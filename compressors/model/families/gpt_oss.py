@@ -52,6 +52,7 @@ _GLU = Glu(alpha=1.702, limit=7.0, offset=1.0)  # constants of llama.cpp's graph
 
 _LAYER, _BLK = "model.layers.{layer}.", "blk.{layer}."
 _EXPERTS = f"{_LAYER}mlp.experts."
+_ROUTER = parts.router_tensor("mlp.router.weight", module="mlp.router.weight")
 
 
 def _experts() -> tuple[TensorSpec, ...]:
@@ -93,10 +94,9 @@ def _tensors() -> tuple[TensorSpec, ...]:
         else tensor
         for tensor in parts.attention_tensors()
     )
-    name = "mlp.router.weight"
-    router, bias_gguf = parts.router_tensor(name, module=name), GgufTensor(f"{_BLK}ffn_gate_inp.bias")
+    bias_gguf = GgufTensor(f"{_BLK}ffn_gate_inp.bias")
     bias = TensorSpec(Role.ROUTER_BIAS, f"{_LAYER}mlp.router.bias", ("E",), bias_gguf, Kind.ROUTER, experts_axis=0)
-    return (*of_attention, *parts.bias_tensors(), router, bias, *_experts(), *_vectors())
+    return (*of_attention, *parts.bias_tensors(), _ROUTER, bias, *_experts(), *_vectors())
 
 
 _TENSORS = _tensors()
@@ -114,7 +114,6 @@ def _read(file: Settings) -> ModelSpec:
         width=settings.count("intermediate_size"),
         routing=Routing(Score.LOGITS),
         glu=replace(_GLU, alpha=settings.number("swiglu_alpha"), limit=settings.number("swiglu_limit")),
-        router_module="mlp.router",
         block_outputs=2,
     )
     attention = parts.attention(settings, default_theta=150_000.0, default_rope=_DEFAULT_ROPE)

@@ -54,7 +54,8 @@ def streamed_gradients(
         loss: the loss of the logits.
         dtype: the dtype of the arithmetic; gradients are float32.
         router_loss: the loss of the router logits of each layer with experts, which is added.
-        state_loss: replaces ``loss``; without either the head does not run.
+        state_loss: the loss of the states after the last layer, where there is no ``loss``; without either the head
+            does not run.
         observers: watch the layers in the forward pass, which ends before any loss is computed.
 
     Returns:

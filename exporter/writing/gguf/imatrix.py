@@ -37,7 +37,7 @@ from exporter.writing.gguf.container import (
     string_array,
     uint32,
 )
-from exporter.writing.gguf.layout import GgufTensor, plan_tensors
+from exporter.writing.gguf.layout import PlannedTensor, plan_tensors
 
 __all__ = ["read_imatrix", "write_imatrix"]
 
@@ -91,7 +91,7 @@ def read_imatrix(path: Path, spec: ModelSpec) -> Importance:
     return found
 
 
-def _importance(path: Path, tensor: GgufTensor, entry: _Entry) -> torch.Tensor:
+def _importance(path: Path, tensor: PlannedTensor, entry: _Entry) -> torch.Tensor:
     """The importance of a tensor: float32 [inputs], or [E, inputs] for the experts of a layer."""
     n_matrices = _n_matrices(tensor)
     expected = n_matrices * tensor.row_length
@@ -107,7 +107,7 @@ def _importance(path: Path, tensor: GgufTensor, entry: _Entry) -> torch.Tensor:
     return vectors if tensor.n_experts else vectors.mean(0) if n_matrices > 1 else vectors[0]
 
 
-def _of_inputs(tensor: GgufTensor, importance: torch.Tensor, spec: ModelSpec) -> torch.Tensor | None:
+def _of_inputs(tensor: PlannedTensor, importance: torch.Tensor, spec: ModelSpec) -> torch.Tensor | None:
     """The importance of the inputs of the model's tensor; None if the file's tensor has other inputs."""
     places = _input_places(tensor, importance.shape[-1], spec)
     if places is None:
@@ -117,7 +117,7 @@ def _of_inputs(tensor: GgufTensor, importance: torch.Tensor, spec: ModelSpec) ->
     return found
 
 
-def _input_places(tensor: GgufTensor, n_inputs: int, spec: ModelSpec) -> torch.Tensor | None:
+def _input_places(tensor: PlannedTensor, n_inputs: int, spec: ModelSpec) -> torch.Tensor | None:
     """The index in the model's tensor of each input of the file's tensor; None if the inputs differ."""
     sizes = {} if tensor.layer is None else spec.layers[tensor.layer].sizes
     return tensor.transform.inputs(torch.arange(n_inputs), sizes)
@@ -233,25 +233,25 @@ def write_imatrix(
             file.write(data.ljust(aligned(len(data)), b"\0"))
 
 
-def _is_counted(tensor: GgufTensor, spec: ModelSpec) -> bool:
+def _is_counted(tensor: PlannedTensor, spec: ModelSpec) -> bool:
     """True if importance matrices must have this tensor, because a calibration sees its inputs."""
     is_in_layer = tensor.is_matrix and tensor.layer is not None
     return is_in_layer and _input_places(tensor, tensor.row_length, spec) is not None
 
 
-def _directory(tensor: GgufTensor) -> Iterator[TensorEntry]:
+def _directory(tensor: PlannedTensor) -> Iterator[TensorEntry]:
     n_matrices = _n_matrices(tensor)
     for suffix, length in ((_SUMS, tensor.row_length), (_COUNTS, 1)):
         n_bytes = 4 * n_matrices * length
         yield TensorEntry(tensor.name + suffix, (n_matrices, length), GGMLQuantizationType.F32, n_bytes)
 
 
-def _n_matrices(tensor: GgufTensor) -> int:
+def _n_matrices(tensor: PlannedTensor) -> int:
     return tensor.shape[0] if len(tensor.shape) == 3 else 1
 
 
 def _in_file(
-    tensors: Sequence[GgufTensor], values: Iterator[npt.NDArray[np.float64]], spec: ModelSpec
+    tensors: Sequence[PlannedTensor], values: Iterator[npt.NDArray[np.float64]], spec: ModelSpec
 ) -> Iterator[npt.NDArray[np.float64]]:
     """Yields the sums and counts of the model's tensors in the order of the file's tensors, for each matrix."""
     for tensor in tensors:
@@ -264,7 +264,7 @@ def _in_file(
 
 
 def _values(
-    tensors: Sequence[GgufTensor], layers: Sequence[LayerStatistics], experts: ExpertMap, spec: ModelSpec
+    tensors: Sequence[PlannedTensor], layers: Sequence[LayerStatistics], experts: ExpertMap, spec: ModelSpec
 ) -> Iterator[npt.NDArray[np.float64]]:
     """Yields the sums, then the counts, of each matrix."""
     for tensor in tensors:

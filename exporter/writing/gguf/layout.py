@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from compressors.model.description.gguf_rope import GgufRope, gguf_rope
+from compressors.model.description.gguf_rope import gguf_rope_of
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import TensorSpec
@@ -20,11 +20,11 @@ from exporter.capabilities.rules import Container
 from exporter.capabilities.table import refuse_unless_held
 from exporter.writing.gguf.mixes import MixedModel, file_type_of, is_quantized, mix_named, mixed_types
 
-__all__ = ["GgufTensor", "Quantization", "bits_per_weight", "plan_tensors", "quantization", "rope_settings"]
+__all__ = ["PlannedTensor", "Quantization", "bits_per_weight", "plan_tensors", "quantization"]
 
 
 @dataclass(frozen=True)
-class GgufTensor:
+class PlannedTensor:
     """One tensor of the file; all experts of a layer are one tensor [E, F, D] or [E, D, F], one without E if dense.
 
     Attributes:
@@ -70,22 +70,7 @@ class GgufTensor:
         return prod(self.shape[:-1]) * row_bytes(self.ggml_type, self.row_length)
 
 
-def rope_settings(spec: ModelSpec) -> GgufRope:
-    """Returns the file's keys and tensors for the rotary embedding, except its base and width.
-
-    Raises:
-        UnsupportedError: llama.cpp would compute other angles whatever the file says.
-    """
-    gguf = spec.written.family.gguf
-    return gguf_rope(
-        spec.rope,
-        gguf.architecture,
-        takes_factors=gguf.takes_rope_factors,
-        scales_attention=gguf.scales_attention,
-    )
-
-
-def plan_tensors(spec: ModelSpec, mix: str, types: Mapping[str, str] | None = None) -> tuple[GgufTensor, ...]:
+def plan_tensors(spec: ModelSpec, mix: str, types: Mapping[str, str] | None = None) -> tuple[PlannedTensor, ...]:
     """Lists the tensors of the file, in the file's order.
 
     Args:
@@ -102,8 +87,8 @@ def plan_tensors(spec: ModelSpec, mix: str, types: Mapping[str, str] | None = No
     refuse_unless_held(spec, Container.GGUF)
     written = spec.written
     tensors = [tensor for described in written.tensors for tensor in _parts(described, None, spec)]
-    for name, values in rope_settings(spec).factors.items():
-        factors = GgufTensor(name, Role.ROPE_FACTORS, None, (len(values),), _F32, None, values=values)
+    for name, values in gguf_rope_of(spec).factors.items():
+        factors = PlannedTensor(name, Role.ROPE_FACTORS, None, (len(values),), _F32, None, values=values)
         tensors.append(factors)
     for index, layer in enumerate(written.layers):
         tensors += [tensor for described in layer.tensors for tensor in _parts(described, index, spec)]
@@ -115,7 +100,7 @@ def plan_tensors(spec: ModelSpec, mix: str, types: Mapping[str, str] | None = No
 _F32 = GGMLQuantizationType.F32
 
 
-def _parts(described: TensorSpec, layer: int | None, spec: ModelSpec) -> Iterator[GgufTensor]:
+def _parts(described: TensorSpec, layer: int | None, spec: ModelSpec) -> Iterator[PlannedTensor]:
     """The tensors of the file that hold one tensor of the model, in F32.
 
     A dense counterpart's feed-forward is made from the model's only expert.
@@ -128,10 +113,10 @@ def _parts(described: TensorSpec, layer: int | None, spec: ModelSpec) -> Iterato
         shape = part.transform.shape(dimensions, sizes)
         shape = (n_experts, *shape) if described.is_per_expert else shape
         name = part.name.format(layer=layer)
-        yield GgufTensor(name, described.role, layer, shape, _F32, described, part.transform, n_experts)
+        yield PlannedTensor(name, described.role, layer, shape, _F32, described, part.transform, n_experts)
 
 
-def _with_types(tensors: Sequence[GgufTensor], types: Mapping[str, str]) -> tuple[GgufTensor, ...]:
+def _with_types(tensors: Sequence[PlannedTensor], types: Mapping[str, str]) -> tuple[PlannedTensor, ...]:
     """The tensors, with the mix's types replaced where ``types`` names others."""
     by_name = {tensor.name: tensor for tensor in tensors}
     for name, type_name in types.items():
@@ -141,7 +126,7 @@ def _with_types(tensors: Sequence[GgufTensor], types: Mapping[str, str]) -> tupl
     return tuple(by_name.values())
 
 
-def _checked_type(tensor: GgufTensor, type_name: str) -> GGMLQuantizationType:
+def _checked_type(tensor: PlannedTensor, type_name: str) -> GGMLQuantizationType:
     known = {ggml_type.name: ggml_type for ggml_type in sorted(QUANTIZABLE_TYPES)}
     ggml_type = known.get(type_name)
     if ggml_type is None:
@@ -157,7 +142,7 @@ def _checked_type(tensor: GgufTensor, type_name: str) -> GGMLQuantizationType:
     return ggml_type
 
 
-def bits_per_weight(tensors: Sequence[GgufTensor]) -> float:
+def bits_per_weight(tensors: Sequence[PlannedTensor]) -> float:
     """The mean bits per value of the file, routers and norms included, as llama.cpp counts it."""
     return 8 * sum(tensor.n_bytes for tensor in tensors) / sum(tensor.n_values for tensor in tensors)
 

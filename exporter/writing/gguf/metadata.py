@@ -9,13 +9,14 @@ from typing import Any
 import yaml
 from gguf import GGML_QUANT_VERSION, Metadata, size_label
 
+from compressors.model.description.gguf_rope import gguf_rope_of
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError
 from compressors.model.names import shown
 from compressors.model.sources.source import Origin
 from exporter.publishing.model_name import hub_id
 from exporter.writing.gguf.container import Value, string, uint32, value_of
-from exporter.writing.gguf.layout import quantization, rope_settings
+from exporter.writing.gguf.layout import quantization
 
 __all__ = ["gguf_file_name", "model_metadata", "moe_size_label", "source_license"]
 
@@ -85,7 +86,7 @@ def _general(spec: ModelSpec, source: Origin, name: str) -> dict[str, Value]:
 def _architecture(spec: ModelSpec) -> dict[str, Value]:
     """Hyper-parameters (``LLM_KV_NAMES`` in ``src/llama-arch.cpp``)."""
     gguf = spec.written.family.gguf
-    values = {**gguf.keys(spec.written), **rope_settings(spec).keys}
+    values = {**gguf.keys(spec.written), **gguf_rope_of(spec).keys}
     return {f"{gguf.architecture}.{key}": value_of(value) for key, value in values.items()}
 
 

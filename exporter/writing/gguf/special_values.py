@@ -14,7 +14,7 @@ from gguf.constants import Keys, TokenType
 
 from compressors.model.config.special_tokens import special_tokens
 from compressors.model.errors import UnsupportedError
-from compressors.model.sources.tokenizer_files import load_tokenizer
+from compressors.model.files.tokenizer_files import load_tokenizer
 from exporter.writing.gguf.container import Value, boolean, uint32
 
 __all__ = ["special_token_values", "tokens_around"]

@@ -24,7 +24,7 @@ from compressors.sensitivity import (
 )
 from compressors.sensitivity.sampling import SAMPLED_WEIGHTS
 from exporter.writing.gguf.container import aligned
-from exporter.writing.gguf.layout import GgufTensor, plan_tensors
+from exporter.writing.gguf.layout import PlannedTensor, plan_tensors
 
 __all__ = ["ALLOCATED_TYPES", "DecodeCost", "gguf_type_table", "plan_gguf_units", "weights_of_a_token"]
 
@@ -128,7 +128,7 @@ def _errors(
     return ggml_quantizer(ggml_type), factor
 
 
-def weights_of_a_token(spec: ModelSpec, tensor: GgufTensor) -> int:
+def weights_of_a_token(spec: ModelSpec, tensor: PlannedTensor) -> int:
     """Counts the weights that one token is multiplied with: only its experts', and none of an untied embedding.
 
     Args:

@@ -21,7 +21,7 @@ from compressors.quantize import GGMLQuantizationType, quantize_rows, row_bytes
 from compressors.quantize.feedback import TYPES_WITH_FEEDBACK, Feedback, quantize_rows_with_feedback
 from exporter.writing.feedback import ExpertFeedback, StudentFeedback
 from exporter.writing.gguf.container import aligned
-from exporter.writing.gguf.layout import GgufTensor
+from exporter.writing.gguf.layout import PlannedTensor
 from exporter.writing.pieces import Piece, row_slices, whole_experts
 from exporter.writing.resumable import Part
 
@@ -30,7 +30,7 @@ __all__ = ["weight_pieces"]
 
 def weight_pieces(
     student: Student,
-    tensors: Sequence[GgufTensor],
+    tensors: Sequence[PlannedTensor],
     offset: int,
     importance: Importance,
     feedback: StudentFeedback | None,
@@ -56,7 +56,7 @@ def weight_pieces(
 class _Rows:
     """Consecutive rows of one matrix, and where the file holds them. A norm is a matrix of one row."""
 
-    tensor: GgufTensor
+    tensor: PlannedTensor
     expert: int | None
     rows: slice
     offset: int
@@ -104,7 +104,7 @@ class _Matrix:
         return [(self.rows.offset, data), (self.rows.offset + data.nbytes, memoryview(bytes(self.rows.padding)))]
 
 
-def _plan_rows(student: Student, tensors: Sequence[GgufTensor], offset: int) -> Iterator[_Rows]:
+def _plan_rows(student: Student, tensors: Sequence[PlannedTensor], offset: int) -> Iterator[_Rows]:
     """Everything after the header, in the file's order: whole experts, and slices of other matrices."""
     for tensor in tensors:
         n_rows, padding = prod(tensor.shape[:-1]), aligned(tensor.n_bytes) - tensor.n_bytes
@@ -116,12 +116,12 @@ def _plan_rows(student: Student, tensors: Sequence[GgufTensor], offset: int) -> 
         offset += aligned(tensor.n_bytes)
 
 
-def _experts_rows(tensor: GgufTensor, n_rows: int) -> list[slice]:
+def _experts_rows(tensor: PlannedTensor, n_rows: int) -> list[slice]:
     step = n_rows // tensor.n_experts
     return [slice(first, first + step) for first in range(0, n_rows, step)]
 
 
-def _row_slices(student: Student, tensor: GgufTensor, n_rows: int) -> list[slice]:
+def _row_slices(student: Student, tensor: PlannedTensor, n_rows: int) -> list[slice]:
     """Slices of rows that are read together: all rows, unless rows of the file are rows of the student."""
     together = tensor.transform.rows_together(_sizes(student, tensor))
     if together is None or len(tensor.shape) == 1:
@@ -129,7 +129,7 @@ def _row_slices(student: Student, tensor: GgufTensor, n_rows: int) -> list[slice
     return row_slices(n_rows, tensor.row_length, multiple=together)
 
 
-def _sizes(student: Student, tensor: GgufTensor) -> Mapping[str, int]:
+def _sizes(student: Student, tensor: PlannedTensor) -> Mapping[str, int]:
     """The sizes of the tensor's layer by letter."""
     return {} if tensor.layer is None else student.spec.layers[tensor.layer].sizes
 
@@ -180,7 +180,7 @@ def _stored_rows(student: Student, rows: _Rows) -> torch.Tensor | None:
     return student.mxfp4_rows(tensor.role, tensor.layer, rows.expert)
 
 
-def _source_rows(student: Student, tensor: GgufTensor, rows: slice) -> torch.Tensor:
+def _source_rows(student: Student, tensor: PlannedTensor, rows: slice) -> torch.Tensor:
     """The values that some rows of the file are made from, in storage dtype."""
     if tensor.transform.rows_together(_sizes(student, tensor)) is None or len(tensor.shape) == 1:
         return student.tensor(tensor.role, tensor.layer)

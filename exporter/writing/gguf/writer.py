@@ -11,7 +11,7 @@ from compressors.model.sources.source import Origin
 from compressors.model.sources.student import Student
 from exporter.writing.feedback import StudentFeedback
 from exporter.writing.gguf.container import TensorEntry, Value, aligned, render_header, render_values
-from exporter.writing.gguf.layout import GgufTensor, plan_tensors
+from exporter.writing.gguf.layout import PlannedTensor, plan_tensors
 from exporter.writing.gguf.metadata import model_metadata
 from exporter.writing.gguf.vocabulary import vocabulary_metadata
 from exporter.writing.gguf.weights import weight_pieces
@@ -83,11 +83,13 @@ def write_gguf(
         write_pieces(file, pieces, threads=threads, progress=progress)
 
 
-def _header(spec: ModelSpec, source: Origin, metadata: Mapping[str, Value], tensors: tuple[GgufTensor, ...]) -> bytes:
+def _header(
+    spec: ModelSpec, source: Origin, metadata: Mapping[str, Value], tensors: tuple[PlannedTensor, ...]
+) -> bytes:
     metadata = {**metadata, **vocabulary_metadata(source.tokenizer_folder, spec.vocab_size)}
     entries = (TensorEntry(tensor.name, tensor.shape, tensor.ggml_type, tensor.n_bytes) for tensor in tensors)
     return render_header(len(metadata), render_values(metadata), entries)
 
 
-def _file_size(header: bytes, tensors: tuple[GgufTensor, ...]) -> int:
+def _file_size(header: bytes, tensors: tuple[PlannedTensor, ...]) -> int:
     return len(header) + sum(aligned(tensor.n_bytes) for tensor in tensors)

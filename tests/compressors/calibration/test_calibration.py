@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 
 from compressors.calibration.splits import Splits, TextSplit, TokenizedSplit, read_splits, tokenize, tokenize_heldout
 from compressors.model.errors import InputError
-from compressors.model.sources.tokenizer_files import load_tokenizer
+from compressors.model.files.tokenizer_files import load_tokenizer
 
 _LENGTH = 8
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from compressors.model.errors import InputError
-from compressors.model.sources.tokenizer_files import load_tokenizer, own_code, read_tokenizer_json, tokens_of
+from compressors.model.files.tokenizer_files import load_tokenizer, own_code, read_tokenizer_json, tokens_of
 
 Edit = Callable[[dict[str, Any]], object]
 _UNKNOWN = {"type": "Novel", "setting": 1}

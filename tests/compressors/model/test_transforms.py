@@ -16,7 +16,6 @@ from compressors.model.description.transforms import (
     InterleaveRotary,
     NegativeExponential,
     PlusOne,
-    Reshaped,
     Squeezed,
     TiledHeads,
     Transform,
@@ -46,7 +45,6 @@ _CASES: Mapping[str, tuple[tuple[int, ...], tuple[Transform, ...]]] = {
     "tiled heads of one value": ((6,), (TiledHeads("k", "q"),)),
     "tiled columns": ((7, 30), (TiledHeads("k", "q", "d", of_inputs=True),)),
     "squeezed": ((38, 1, 4), (Squeezed(),)),
-    "reshaped": ((6,), (Reshaped(("q", "1")),)),
     "squeezed and tiled": ((38, 1, 4), (Chain((Squeezed(), _VALUES)),)),
 }
 

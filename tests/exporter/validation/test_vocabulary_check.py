@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from compressors.model.config.reading import read_spec
 from compressors.model.config.special_tokens import special_tokens
 from compressors.model.errors import InputError, UnsupportedError
-from compressors.model.sources.tokenizer_files import load_tokenizer, tokens_of
+from compressors.model.files.tokenizer_files import load_tokenizer, tokens_of
 from exporter.validation.vocabulary_check import vocabulary_deviations
 from exporter.writing.gguf.container import render_header, render_values, string
 from exporter.writing.gguf.vocabulary import vocabulary_metadata

@@ -75,6 +75,7 @@ def _n_heads(settings: FamilySettings) -> int:
     """The number of heads, which all have keys of their own; transformers' classes still repeat these for groups."""
     n_heads = settings.count("num_attention_heads")
     n_kv_heads = settings.count_or_null("num_key_value_heads") or n_heads
+    settings.settings.note("num_key_value_heads", n_kv_heads)
     if n_heads // n_kv_heads != 1:
         raise InputError(
             f"{settings.settings.path}: num_key_value_heads is {n_kv_heads}, but each of the {n_heads} heads of "
@@ -120,16 +121,15 @@ def _query_tensors(mixer: Latent) -> tuple[TensorSpec, ...]:
     )
 
 
-def _selection_bias() -> TensorSpec:
-    """The bias that is added to scores for the choice."""
-    return TensorSpec(
-        Role.SELECTION_BIAS,
-        "model.layers.{layer}.mlp.gate.e_score_correction_bias",
-        ("E",),
-        GgufTensor("blk.{layer}.exp_probs_b.bias"),
-        Kind.SELECTION,
-        experts_axis=0,
-    )
+_SELECTION_BIAS = TensorSpec(
+    Role.SELECTION_BIAS,
+    "model.layers.{layer}.mlp.gate.e_score_correction_bias",
+    ("E",),
+    GgufTensor("blk.{layer}.exp_probs_b.bias"),
+    Kind.SELECTION,
+    experts_axis=0,
+)
+"""The bias that is added to scores for the choice."""
 
 
 def biased_sigmoid_experts(settings: FamilySettings) -> Routed:
@@ -158,7 +158,6 @@ def biased_sigmoid_experts(settings: FamilySettings) -> Routed:
         width=width,
         routing=with_groups(settings, routing, n_experts, top_k),
         shared=Shared(width * settings.count("n_shared_experts")),
-        selection_bias="mlp.gate.e_score_correction_bias",
     )
 
 
@@ -218,7 +217,7 @@ def model(
     of_mixer = mixer_tensors(mixer)
     of_experts = (
         parts.router_tensor(),
-        *((_selection_bias(),) if experts.routing.has_selection_bias else ()),
+        *((_SELECTION_BIAS,) if experts.routing.has_selection_bias else ()),
         *parts.expert_tensors(),
         *parts.shared_expert_tensors("mlp.shared_experts"),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -101,15 +101,27 @@ def layer(
     """A decoder layer; its tensors are put into the order of their roles.
 
     Args:
-        settings: of the family.
-        mixer: as in :class:`LayerSpec`.
-        feed_forward: likewise.
-        tensors: likewise, in any order.
-        residual_scale: likewise.
+        settings: the family's settings.
+        mixer: the part that lets positions look at earlier ones.
+        feed_forward: the part that follows the mixer.
+        tensors: all tensors of the layer, in any order.
+        residual_scale: the factor of the outputs of mixer and feed-forward.
     """
     order = list(Role)
     in_order = sorted(tensors, key=lambda tensor: order.index(tensor.role))
+    if isinstance(feed_forward, Routed):
+        feed_forward = _with_names(feed_forward, {tensor.role: tensor for tensor in in_order})
     return LayerSpec(mixer, feed_forward, settings.count("hidden_size"), tuple(in_order), residual_scale=residual_scale)
+
+
+def _with_names(routed: Routed, tensors: Mapping[Role, TensorSpec]) -> Routed:
+    """Returns the experts with the names that the tensors of their layer have."""
+    bias = tensors.get(Role.SELECTION_BIAS)
+    return replace(
+        routed,
+        router_module=tensors[Role.ROUTER].submodule,
+        selection_bias=None if bias is None else bias.in_layer,
+    )
 
 
 def attention(
@@ -144,7 +156,7 @@ def attention(
 
 
 routed_in_mlp = partial(Routed, router_module="mlp.gate", experts_module="mlp.experts", block_module="mlp")
-"""Routed experts in the modules where most of transformers' layers have them."""
+"""Routed experts in the modules where most of transformers' layers have them; :func:`layer` puts the router's in."""
 
 
 def norms(kind: NormKind = NormKind.PLAIN, feed_forward: str = "ffn_norm") -> tuple[TensorSpec, ...]:
@@ -274,39 +286,44 @@ def shared_expert_tensors(module: str, gate: str | None = None) -> tuple[TensorS
         module: the expert inside transformers' layer.
         gate: the linear function whose sigmoid multiplies its output; None: there is none.
     """
-    blk, within = "blk.{layer}.ffn_", _LAYER + module
-    gate_gguf, up_gguf, down_gguf = (GgufTensor(f"{blk}{name}_shexp.weight") for name in ("gate", "up", "down"))
-    up = TensorSpec(Role.SHARED_UP, f"{within}.up_proj.weight", ("S", "D"), up_gguf, shares_input_of=Role.SHARED_GATE)
-    matrices = (
-        TensorSpec(Role.SHARED_GATE, f"{within}.gate_proj.weight", ("S", "D"), gate_gguf),
-        up,
-        TensorSpec(Role.SHARED_DOWN, f"{within}.down_proj.weight", ("D", "S"), down_gguf),
+    matrices = _feed_forward_tensors(
+        module, Role.SHARED_GATE, Role.SHARED_UP, Role.SHARED_DOWN, width="S", gguf="_shexp"
     )
     if gate is None:
         return matrices
-    router = GgufTensor(f"{blk}gate_inp_shexp.weight")
+    router = GgufTensor("blk.{layer}.ffn_gate_inp_shexp.weight")
     return (TensorSpec(Role.SHARED_ROUTER, f"{_LAYER}{gate}.weight", ("1", "D"), router, Kind.VECTOR), *matrices)
 
 
 def leading_dense_tensors() -> tuple[TensorSpec, ...]:
     """The matrices of the feed-forward of a dense layer in a model whose other layers have experts."""
-    mlp, blk = f"{_LAYER}mlp.", "blk.{layer}.ffn_"
-    gate_gguf, up_gguf, down_gguf = (GgufTensor(f"{blk}{name}.weight") for name in ("gate", "up", "down"))
-    up = TensorSpec(Role.DENSE_UP, f"{mlp}up_proj.weight", ("F", "D"), up_gguf, shares_input_of=Role.DENSE_GATE)
-    return (
-        TensorSpec(Role.DENSE_GATE, f"{mlp}gate_proj.weight", ("F", "D"), gate_gguf),
-        up,
-        TensorSpec(Role.DENSE_DOWN, f"{mlp}down_proj.weight", ("D", "F"), down_gguf),
-    )
+    return _feed_forward_tensors("mlp", Role.DENSE_GATE, Role.DENSE_UP, Role.DENSE_DOWN)
 
 
 def dense_tensors() -> tuple[TensorSpec, ...]:
     """The matrices of a dense counterpart's feed-forward, which are those of its only expert."""
-    mlp, blk = f"{_LAYER}mlp.", "blk.{layer}.ffn_"
-    gate_gguf, up_gguf, down_gguf = (GgufTensor(f"{blk}{name}.weight") for name in ("gate", "up", "down"))
-    up = TensorSpec(Role.EXPERT_UP, f"{mlp}up_proj.weight", ("F", "D"), up_gguf, shares_input_of=Role.EXPERT_GATE)
+    return _feed_forward_tensors("mlp", Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
+
+
+def _feed_forward_tensors(
+    module: str, gate: Role, up: Role, down: Role, *, width: str = "F", gguf: str = ""
+) -> tuple[TensorSpec, ...]:
+    """The matrices of a feed-forward that every token goes through.
+
+    Args:
+        module: the feed-forward inside transformers' layer.
+        gate: the role of its gate.
+        up: the role of its up.
+        down: the role of its down.
+        width: the letter of the number of its neurons.
+        gguf: the end of its matrices' names in GGUF.
+    """
+    within = _LAYER + module
+    gate_gguf, up_gguf, down_gguf = (
+        GgufTensor(f"blk.{{layer}}.ffn_{name}{gguf}.weight") for name in ("gate", "up", "down")
+    )
     return (
-        TensorSpec(Role.EXPERT_GATE, f"{mlp}gate_proj.weight", ("F", "D"), gate_gguf),
-        up,
-        TensorSpec(Role.EXPERT_DOWN, f"{mlp}down_proj.weight", ("D", "F"), down_gguf),
+        TensorSpec(gate, f"{within}.gate_proj.weight", (width, "D"), gate_gguf),
+        TensorSpec(up, f"{within}.up_proj.weight", (width, "D"), up_gguf, shares_input_of=gate),
+        TensorSpec(down, f"{within}.down_proj.weight", ("D", width), down_gguf),
     )

@@ -14,14 +14,13 @@ from compressors.model.description.family import SkippedPart
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.sources.hugging_face.block_scaled import BlockScaled
+from compressors.model.sources.hugging_face.misfits import CLASSIFIER_HEAD
 
 __all__ = ["parts_read_past", "unclaimed"]
 
 _IN_ANY_FAMILY = (
     SkippedPart(r"(.*\.)?rotary_emb\.inv_freq", "tables of the rotary embedding, which are computed"),
-    SkippedPart(
-        r"(model\.)?(score|classifier|qa_outputs|v_head|value_head|reward_head)\..*", "heads for other tasks than text"
-    ),
+    SkippedPart(rf"(model\.)?{CLASSIFIER_HEAD}", "heads for other tasks than text"),
 )
 
 

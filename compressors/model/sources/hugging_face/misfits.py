@@ -10,7 +10,7 @@ from typing import Any
 from compressors.model.names import shown
 from compressors.model.sources.hugging_face.block_scaled import GIVE_THE_ORIGINAL
 
-__all__ = ["is_classifier", "likely_cause", "with_prefix"]
+__all__ = ["CLASSIFIER_HEAD", "is_classifier", "likely_cause", "with_prefix"]
 
 _PREFIX = "model."  # begins every name but the head's (transformers: base_model_prefix)
 _BASE_NAMES = re.compile(r"(embed_tokens|norm|layers)\.")
@@ -20,7 +20,8 @@ _QUANTIZED = re.compile(
     r"|\.weight[._](scale_inv|quant_state.*|absmax|quant_map|nested_absmax|shape)|_(blocks|scales))"
 )
 _ADAPTED = re.compile(r".*\.(lora_[AB]|base_layer|lora_magnitude_vector|modules_to_save)\b.*")
-_CLASSES = re.compile(r"(score|classifier|qa_outputs|v_head|value_head|reward_head)\..*")
+CLASSIFIER_HEAD = r"(score|classifier|qa_outputs|v_head|value_head|reward_head)\..*"
+"""A regular expression for the names of heads for other tasks than text."""
 _FIRST_NORM = re.compile(r"(?P<prefix>.*?)layers\.0\.input_layernorm\.weight")
 
 
@@ -42,7 +43,7 @@ def is_classifier(config: Mapping[str, Any], names: Collection[str]) -> str | No
     if "lm_head.weight" in names:
         return None
     architecture = _architecture(config)
-    head = next((name for name in names if _CLASSES.fullmatch(name)), None)
+    head = next((name for name in names if re.fullmatch(CLASSIFIER_HEAD, name)), None)
     if head is None and not re.search(r"For(Sequence|Token)Classification|ForQuestionAnswering|Reward", architecture):
         return None
     has = f" but {shown(head)}" if head else ""

@@ -1,4 +1,4 @@
-"""An artifact of a student, apart from the types of its tensors, and the bytes that a choice of types needs."""
+"""The file of a student, apart from the types of its tensors, and the bytes that a choice of types needs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from exporter.estimating.budget import predict
 from exporter.estimating.prediction import Prediction
 from exporter.planning.recipe import BudgetChoice, FileChoice
 
-__all__ = ["Container"]
+__all__ = ["UntypedFile"]
 
 _BASE_MIX: Mapping[str, str] = {"gguf": "Q8_0", "onnx": "Q4_0"}
 """The mix or preset whose types an allocation replaces."""
 
 
 @dataclass(frozen=True)
-class Container:
-    """An artifact of a student, apart from the types of its tensors."""
+class UntypedFile:
+    """The file of a student, apart from the types of its tensors."""
 
     artifact: str  # gguf or onnx
     source: Origin  # the original
