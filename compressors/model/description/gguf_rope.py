@@ -90,6 +90,8 @@ def yarn_constants(rope: Rope, *, takes_factors: bool) -> str | None:
 
 def _written(rope: Rope, *, takes_factors: bool, scales_attention: bool) -> GgufRope | None:
     corrections = _of_attention(rope) if scales_attention else _of_cosines(rope)
+    if corrections is None:
+        return None
     if rope.kind in (RopeKind.DEFAULT, RopeKind.DYNAMIC):  # dynamic scaling begins beyond the trained context
         return GgufRope() if rope.attention_scale(1.0) == 1.0 else None
     if rope.kind is RopeKind.LINEAR:
@@ -127,20 +129,23 @@ def _of_cosines(rope: Rope) -> dict[str, float]:
     return _attention_factor(rope.attention_factor / attention_multiplier(rope.factor))
 
 
-def _of_attention(rope: Rope) -> dict[str, float]:
-    """The correction for ``deepseek2``'s graph, which corrects the products of queries and keys, too.
+def _of_attention(rope: Rope) -> dict[str, float] | None:
+    """The correction for ``deepseek2``'s graph, which corrects the products of queries and keys, too; None: no key can.
 
     Let the file have an attention factor a and a logarithm's multiplier l, m(l) = 1 + l ln(factor), and m = m(0.1).
     Under YaRN the graph multiplies cosine and sine by a, and products by (a m(l))^2; without l, by a m and by (a m)^2.
-    Under linear scaling it multiplies cosine and sine by a, and products by (a m m(l))^2; m(l) is 1 without l.
+    Under linear scaling it multiplies cosine and sine by a, and products by (a m m(l))^2; m(l) is 1 without l. Factors
+    below 1 have logarithms below 0 there; only YaRN without l takes m as 1 then.
     """
     products = math.sqrt(rope.attention_scale(1.0))
-    if rope.factor <= 1 or rope.kind not in (RopeKind.LINEAR, RopeKind.YARN):
+    if rope.kind not in (RopeKind.LINEAR, RopeKind.YARN):
         return {}
     is_linear = rope.kind is RopeKind.LINEAR
-    without = attention_multiplier(rope.factor) if is_linear else rope.attention_factor
+    without = 0.1 * math.log(rope.factor) + 1.0 if is_linear else rope.attention_factor
     if math.isclose(products, without, rel_tol=1e-9):
         return _of_cosines(rope)
+    if rope.factor == 1:
+        return None
     multiplier = (products / without - 1) / math.log(rope.factor)
     if without == 1.0:  # the same, but not rounded
         multiplier = 0.1 * rope.all_dim_multiplier

@@ -1,7 +1,8 @@
 """DeepSeek-V3, R1 and Moonlight: latent attention, leading dense layers, sigmoid scores with a bias for the choice.
 
 Where ``rms_norm_eps`` is not 1e-6 (Moonlight's is 1e-5), llama.cpp normalises the vectors inside attention with another
-epsilon than transformers, which has 1e-6 there: logits differ by about 1e-4.
+epsilon than transformers, which has 1e-6 there: logits differ by about 1e-4. A larger one than
+Moonlight's is refused for GGUF.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def _by_llama_cpp(written: GgufRope, *, scales_attention: bool) -> _Computed:
     log_multiplier = keys.get("rope.scaling.yarn_log_multiplier", 0.0) / 0.1
     is_yarn, attention = keys.get("rope.scaling.type") == "yarn", 1.0
     if is_yarn:
-        attention = 1.0 if log_multiplier else 1 + 0.1 * log_factor
+        attention = 1.0 if log_multiplier else 1 + 0.1 * max(0.0, log_factor)
         attention /= 1 + 0.1 * log_factor
     attention *= keys.get("rope.scaling.attn_factor", 1.0)
     cosine = attention * (1 + 0.1 * log_factor) if is_yarn else attention
@@ -61,6 +61,9 @@ _SCALED = {
     ),
     "yarn, equal corrections": replace(_YARN, attention_factor=attention_multiplier(40.0, 0.5), all_dim_multiplier=0.5),
     "yarn, a factor of its own": replace(_YARN, attention_factor=1.3),
+    "linear, closer together": replace(_LINEAR, factor=0.5, all_dim_multiplier=0.7),
+    "yarn, closer together": replace(_YARN, factor=0.5, attention_factor=1.0, all_dim_multiplier=0.7),
+    "yarn, closer together, a factor of its own": replace(_YARN, factor=0.5, attention_factor=1.3),
     "yarn, no longer": replace(_YARN, factor=1.0, attention_factor=1.0, all_dim_multiplier=1.0),
 }
 
@@ -98,6 +101,13 @@ def test_an_unscaled_context_cannot_have_scaled_products() -> None:
     assert gguf_rope(rope, "deepseek2", takes_factors=False, scales_attention=True) == GgufRope()
     with pytest.raises(UnsupportedError, match="deepseek2 graph cannot turn by the angles of rope_type 'dynamic'"):
         gguf_rope(replace(rope, all_dim_multiplier=1.0), "deepseek2", takes_factors=False, scales_attention=True)
+
+
+def test_without_a_longer_context_no_key_tells_cosines_and_products_apart() -> None:
+    rope = replace(_YARN, factor=1.0, attention_factor=1.3)
+    with pytest.raises(UnsupportedError, match="deepseek2 graph cannot turn by the angles of rope_type 'yarn'"):
+        gguf_rope(rope, "deepseek2", takes_factors=False, scales_attention=True)
+    assert gguf_rope(rope, "qwen3moe", takes_factors=False).keys["rope.scaling.attn_factor"] == 1.3
 
 
 def test_pairs_that_stay_are_divided_by_a_large_number() -> None:
