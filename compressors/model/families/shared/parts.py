@@ -155,7 +155,7 @@ def attention(
     )
 
 
-routed_in_mlp = partial(Routed, router_module="mlp.gate", experts_module="mlp.experts", block_module="mlp")
+routed_in_mlp = partial(Routed, experts_module="mlp.experts", block_module="mlp")
 """Routed experts in the modules where most of transformers' layers have them; :func:`layer` puts the router's in."""
 
 
