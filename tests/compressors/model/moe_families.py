@@ -32,7 +32,8 @@ class MoeCase:
 
     def routed(self) -> Routed:
         """The description of the feed-forward."""
-        return routed_in_mlp(n_experts=8, top_k=3, width=16, routing=self.routing, glu=self.glu, **self.modules)
+        modules = {"router_module": "mlp.gate", **self.modules}
+        return routed_in_mlp(n_experts=8, top_k=3, width=16, routing=self.routing, glu=self.glu, **modules)
 
 
 _RAW = Routing(normalizes=False)
