@@ -24,6 +24,7 @@ from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, Student
 from compressors.recover.sampling import continue_texts
+from exporter.inspection import describe
 from exporter.writing.gguf.writer import write_gguf
 from exporter.writing.hf_checkpoint import write_checkpoint
 from tests.families.conftest import logits_of
@@ -49,6 +50,14 @@ def test_the_configuration_is_what_transformers_makes_of_it(folder: Path) -> Non
 
 
 @torch.no_grad()
+def test_it_can_be_inspected(folder: Path) -> None:
+    description = describe(folder)
+    mixers = [layer.mixer for layer in Checkpoint(folder).spec.layers]
+    kinds = description["layer_kinds"]
+    assert {kind["heads"] for kind in kinds} == {mixer.description for mixer in mixers}
+    assert sorted(index for kind in kinds for index in kind["layers"]) == list(range(len(mixers)))
+
+
 def test_routing_is_what_the_experts_are_called_with(folder: Path, stock: nn.Module, blocks_BT: torch.Tensor) -> None:
     spec = Checkpoint(folder).spec
     calls: list[tuple[int, RoutedCall]] = []

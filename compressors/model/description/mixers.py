@@ -198,6 +198,14 @@ class GatedDelta:
     kind: ClassVar[str] = "a gated delta rule"
 
     @property
+    def description(self) -> str:
+        """Its sizes in words."""
+        return (
+            f"{self.n_key_heads} key heads of {self.key_dim}, {self.n_value_heads} value heads of {self.value_dim}, "
+            f"convolution over {self.kernel} tokens"
+        )
+
+    @property
     def rope(self) -> None:
         """None: nothing is turned."""
         return None
