@@ -51,7 +51,6 @@ def test_the_configuration_is_what_transformers_makes_of_it(folder: Path) -> Non
     check_against_transformers(source.config, source.config_path, source.spec)
 
 
-@torch.no_grad()
 def test_it_can_be_inspected(folder: Path) -> None:
     description = describe(folder)
     mixers = [layer.mixer for layer in Checkpoint(folder).spec.layers]
@@ -60,6 +59,7 @@ def test_it_can_be_inspected(folder: Path) -> None:
     assert sorted(index for kind in kinds for index in kind["layers"]) == list(range(len(mixers)))
 
 
+@torch.no_grad()
 def test_routing_is_what_the_experts_are_called_with(folder: Path, stock: nn.Module, blocks_BT: torch.Tensor) -> None:
     spec = Checkpoint(folder).spec
     calls: list[tuple[int, RoutedCall]] = []
