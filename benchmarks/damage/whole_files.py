@@ -172,7 +172,7 @@ def _error_feedback(workshop: Workshop, model: str, ggml_type: GGMLQuantizationT
     student = workshop.student
     found = student.with_overlay(with_error_feedback(student, ggml_type))
 
-    def stored(role: Role, layer: int | None) -> GGMLQuantizationType:
+    def stored(role: Role, layer: int | None, _part: int) -> GGMLQuantizationType:
         if not role.is_expert or layer is None:
             return _T.F32
         length = student.expert(role, layer, 0).shape[1]

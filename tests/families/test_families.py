@@ -21,6 +21,7 @@ from compressors.model.running.gradients import streamed_gradients
 from compressors.model.running.recorder import RoutingRecorder
 from compressors.model.running.routers import RoutedCall, watching
 from compressors.model.running.streaming import StreamedModel, TokenGroup
+from compressors.model.sources.gguf import GgufWeights
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, Student
 from compressors.recover.sampling import continue_texts
@@ -29,6 +30,7 @@ from exporter.writing.gguf.writer import write_gguf
 from exporter.writing.hf_checkpoint import write_checkpoint
 from tests.families.conftest import logits_of
 from validate.files.gguf_settings import gguf_setting_symptoms
+from validate.files.weight_comparison import compare_weights
 from validate.routing.agreement import routing_agreement
 from validate.routing.router_alone import RouterInputRecorder, router_alone
 from validate.routing.router_inputs import RouterInputs
@@ -49,7 +51,6 @@ def test_the_configuration_is_what_transformers_makes_of_it(folder: Path) -> Non
     check_against_transformers(source.config, source.config_path, source.spec)
 
 
-@torch.no_grad()
 def test_it_can_be_inspected(folder: Path) -> None:
     description = describe(folder)
     mixers = [layer.mixer for layer in Checkpoint(folder).spec.layers]
@@ -58,6 +59,7 @@ def test_it_can_be_inspected(folder: Path) -> None:
     assert sorted(index for kind in kinds for index in kind["layers"]) == list(range(len(mixers)))
 
 
+@torch.no_grad()
 def test_routing_is_what_the_experts_are_called_with(folder: Path, stock: nn.Module, blocks_BT: torch.Tensor) -> None:
     spec = Checkpoint(folder).spec
     calls: list[tuple[int, RoutedCall]] = []
@@ -195,6 +197,17 @@ def test_llama_cpp_computes_and_routes_like_torch(
     backend = LlamaCppBackend(tmp_path / "x.gguf", n_ctx=64, kv_type="f32", threads=1)
     alone = router_alone(fed, backend.route(blocks_BT.numpy(), fed))
     assert alone.agreement.mean("overlap") == 1.0 and alone.margin_error < 1e-5
+
+
+@pytest.mark.parametrize("mix", ["F32", "Q8_0"])
+def test_a_file_s_weights_are_found_undamaged(folder: Path, tmp_path: Path, mix: str) -> None:
+    student = _pruned(Checkpoint(folder))
+    write_gguf(student, mix, tmp_path / "x.gguf", name="x", threads=1)
+    weights = GgufWeights(tmp_path / "x.gguf", student.spec)
+    comparison = compare_weights(student, student.as_written(weights), weights.stored_type)
+    assert comparison.damage == ()
+    compared = {(unit.role, unit.layer) for unit in comparison.errors}
+    assert compared == {(tensor.role, layer) for tensor, layer in student.spec.written.places}
 
 
 def _in_llama_cpp(path: Path, student: Student, blocks_BT: torch.Tensor, expected: torch.Tensor) -> list[RoutingRecord]:

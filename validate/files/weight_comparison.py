@@ -34,8 +34,8 @@ _ROWS_AT_ONCE = 4096  # rows of embedding and head
 _SAME_SIZE = 1e-3  # deviation of a coefficient that counts as none
 _MORE = 2.0  # an error up to this many times the type's is not a second fault
 
-TypeOf = Callable[[Role, int | None], StoredType]
-"""(role, layer) -> the type in which a file stores the tensors of that role in that layer."""
+TypeOf = Callable[[Role, int | None, int], StoredType]
+"""(role, layer, part) -> the type in which a file stores the tensors of that role in that layer, or a part of one."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Unit:
     layer: int | None
     index: int | None  # the expert, or the router's row
     row: int | None = None  # None: all rows
+    part: int | None = None  # of a tensor that files hold in several parts
 
 
 class Fault(Enum):
@@ -137,9 +138,19 @@ def _units(expected: Student, found: Student, tensor: TensorSpec, layer: int | N
         wanted = _as_stored(wanted, tensor, expected, layer)
     if tensor.kind is Kind.ROUTER:
         for row, (one, other) in enumerate(zip(wanted, its, strict=True)):
-            yield Unit(role, layer, row), [(one[None], other[None])]
+            yield Unit(role, layer, row), [(one.reshape(1, -1), other.reshape(1, -1))]  # a bias has one value in a row
+    elif tensor.is_quantizable and len(tensor.gguf_parts) > 1:
+        yield from _parts(wanted, its, tensor, expected, layer)
     else:
         yield Unit(role, layer, None), [_matrices(wanted, its)]
+
+
+def _parts(wanted: torch.Tensor, its: torch.Tensor, tensor: TensorSpec, student: Student, layer: int | None) -> _Units:
+    """The parts of a tensor as files hold them, each of which may have a type of its own."""
+    sizes = {} if layer is None else student.spec.layers[layer].sizes
+    for number, part in enumerate(tensor.gguf_parts):
+        values = (part.transform.write(wanted, sizes), part.transform.write(its, sizes))
+        yield Unit(tensor.role, layer, None, part=number), [_matrices(*values)]
 
 
 def _matrices(wanted: torch.Tensor, its: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -179,7 +190,7 @@ class _Comparison:
         if tensor.is_quantizable:
             self._matrices.add((tensor.role, layer))
         for unit, pieces in units:
-            self.add(unit, stored_type(tensor.role, layer), pieces)
+            self.add(unit, stored_type(tensor.role, layer, unit.part or 0), pieces)
 
     def add(self, unit: Unit, stored_type: StoredType, pieces: _Pieces) -> None:
         """Adds a unit's expected and found values, in pieces; the first piece gives its signature."""

@@ -144,11 +144,12 @@ def _rows(damage: Iterable[Damage], token_text: TokenText | None) -> list[str]:
     alike: dict[tuple[Unit, Fault], list[Damage]] = defaultdict(list)
     for entry in damage:
         unit = entry.unit
-        alike[Unit(unit.role, unit.layer, unit.index), entry.fault].append(entry)
+        alike[Unit(unit.role, unit.layer, unit.index, part=unit.part), entry.fault].append(entry)
     symptoms = []
     for (unit, fault), entries in alike.items():
         names = [_row_name(entry.unit, token_text) for entry in entries]
         where = unit.role.value + ("" if unit.index is None else f" of expert {unit.index}")
+        where += "" if unit.part is None else f", part {unit.part}"
         if fault is Fault.ZERO:
             verdict = "zero"
         elif fault is Fault.HOLDS_ANOTHER and entries[0].holds is not None:

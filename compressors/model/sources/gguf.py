@@ -64,10 +64,10 @@ class GgufWeights:
         """The type of all values, float32."""
         return self.dtype
 
-    def stored_type(self, role: Role, layer: int | None) -> GGMLQuantizationType:
-        """The type of a tensor, or of its first part where it has several."""
+    def stored_type(self, role: Role, layer: int | None, part: int = 0) -> GGMLQuantizationType:
+        """The type of a tensor, or of one of its parts where it has several."""
         parts = self._parts.get((role, layer))
-        return GGMLQuantizationType.F32 if parts is None else parts[0].entry.ggml_type
+        return GGMLQuantizationType.F32 if parts is None else parts[part].entry.ggml_type
 
     def tensor(self, role: Role, layer: int | None) -> torch.Tensor:
         """The tensor of a role outside of experts, float32."""

@@ -146,10 +146,10 @@ class OnnxWeights:
         """The type of all values, float32."""
         return self.dtype
 
-    def stored_type(self, role: Role, layer: int | None) -> StoredType:
-        """F32, ggml's type of blocks of 32 values in 4 or 8 bits, or bits and block size; of the first part."""
+    def stored_type(self, role: Role, layer: int | None, part: int = 0) -> StoredType:
+        """F32, ggml's type of blocks of 32 values in 4 or 8 bits, or bits and block size."""
         weights = self._weights.get((role, layer))
-        blocks = None if weights is None else weights[0].blocks
+        blocks = None if weights is None else weights[min(part, len(weights) - 1)].blocks
         return GGMLQuantizationType.F32 if blocks is None else _OF_GGML.get(blocks, blocks)
 
     def tensor(self, role: Role, layer: int | None) -> torch.Tensor:

@@ -87,8 +87,14 @@ class WrittenWeights(Weights, Protocol):
     container. A matrix whose rows are not rows of the file, but parts of them or transposed, has no such scales.
     """
 
-    def stored_type(self, role: Role, layer: int | None) -> StoredType:
-        """The type in which the file stores the tensors of a role; ggml's type where a graph holds the same numbers."""
+    def stored_type(self, role: Role, layer: int | None, part: int = 0) -> StoredType:
+        """The type in which the file stores the tensors of a role; ggml's type where a graph holds the same numbers.
+
+        Args:
+            role: the role.
+            layer: their layer.
+            part: the number of the part, where the file may hold a tensor in several.
+        """
 
     def block_length(self, role: Role, layer: int | None) -> int | None:
         """Consecutive values of a matrix's row that share tunable scales; None: it has no such scales."""
