@@ -134,6 +134,18 @@ ROWS: Mapping[str, Row] = {
         },
         formats=("gguf",),
     ),
+    "granitemoe": Row(
+        sizes={
+            "num_local_experts": 8,
+            "intermediate_size": 32,
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.125,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 6.0,
+            "tie_word_embeddings": True,
+        },
+        on_the_hub={"rope_theta": 10000, "rope_parameters": None, "rope_scaling": None, "num_experts": None},
+    ),
     "mixtral": Row(
         sizes={"num_local_experts": 8, "intermediate_size": 32},
         on_the_hub={"rope_theta": 1e6, "rope_parameters": None, "sliding_window": None},
