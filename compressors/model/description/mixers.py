@@ -196,6 +196,13 @@ class GatedDelta:
     kernel: int
 
     kind: ClassVar[str] = "a gated delta rule"
+    key_epsilon: ClassVar[float] = 1e-6
+    """Added to the squares of a query or key before it is divided by its length (``l2norm`` in transformers)."""
+
+    @property
+    def scale(self) -> float:
+        """The factor of the products of queries and states."""
+        return self.key_dim**-0.5
 
     @property
     def rope(self) -> None:
