@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -202,7 +203,7 @@ class GatedDelta:
     @property
     def scale(self) -> float:
         """The factor of the products of queries and states."""
-        return self.key_dim**-0.5
+        return 1 / math.sqrt(self.key_dim)
 
     @property
     def rope(self) -> None:
