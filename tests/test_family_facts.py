@@ -59,6 +59,8 @@ _ANOTHER_MEANING = {
     # an attribute of ONNX Runtime's operators
     "exporter/writing/onnx/glu.py": {"swiglu_limit"},
     "validate/files/graph_settings.py": {"swiglu_limit"},
+    # a type of onnxruntime-genai
+    "exporter/writing/onnx/clients.py": {"qwen3_5_moe_text"},
     # names in our recipes
     "exporter/writing/onnx/encodings.py": {"q_proj", "k_proj", "v_proj", "o_proj"},
 }

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from compressors.model.description.glu import Activation
-from compressors.model.description.mixers import GroupedQuery, Latent
+from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent
 from compressors.model.description.onnx_cache import Attention
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
@@ -14,16 +14,20 @@ from exporter.capabilities.rules import Container, Feature, Rule
 __all__ = ["RULES"]
 
 _HEAD_MULTIPLE = 16
-_MIXERS = (GroupedQuery.kind, Latent.kind)
+_MIXERS = (GroupedQuery.kind, Latent.kind, GatedDelta.kind)
 _NOT_READ = (Role.SINKS, Role.EXPERT_GATE_UP_BIAS, Role.EXPERT_DOWN_BIAS)
 
 
 def _mixers(spec: ModelSpec) -> str | None:
     mixers = [layer.mixer for layer in spec.layers]
-    others = dict.fromkeys(mixer.kind for mixer in mixers if not isinstance(mixer, Attention))
-    if any(isinstance(mixer, GroupedQuery) and mixer.output_gate for mixer in mixers):
-        others["gates of the attention's output"] = None
-    return _refused(f"our ONNX graphs have {_listed(_MIXERS)}; this model also has {_listed(others)}", others)
+    others = dict.fromkeys(mixer.kind for mixer in mixers if mixer.kind not in _MIXERS)
+    if others:
+        return _refused(f"our ONNX graphs have {_listed(_MIXERS)}; this model also has {_listed(others)}")
+    if not any(isinstance(mixer, Attention) for mixer in mixers):
+        return _refused("our ONNX graphs need a layer that attends, and this model has none")
+    is_short = any(isinstance(mixer, GatedDelta) and mixer.kernel == 1 for mixer in mixers)
+    kept = "our ONNX graphs keep the last inputs of a gated delta rule's convolution"
+    return _refused(f"{kept}, and the convolution of this model covers one token", is_short)
 
 
 def _heads(spec: ModelSpec) -> str | None:
@@ -61,8 +65,9 @@ def _refused(why: str, is_so: object = True) -> str | None:
     return f"{why}: it cannot be written as ONNX" if is_so else None
 
 
-def _listed(names: Iterable[str]) -> str:
-    return " and ".join(names)
+def _listed(names: Collection[str]) -> str:
+    *others, last = names or [""]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 RULES = (

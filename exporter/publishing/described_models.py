@@ -28,6 +28,7 @@ def described_source(choice: SourceChoice, source: Source) -> dict[str, Any]:
         "dtype": str(source.dtype).removeprefix("torch."),
         "n_layers": spec.n_layers,
         "n_moe_layers": sum(layer.routed is not None for layer in spec.layers),
+        "n_recurrent_layers": sum(layer.mixer.is_recurrent for layer in spec.layers),
         "n_experts": spec.n_experts,
         "expert_width": spec.expert_width,
         "top_k": spec.top_k,

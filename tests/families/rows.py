@@ -60,7 +60,7 @@ _YARN: Mapping[str, Any] = {
 
 _DELTA: Mapping[str, Any] = {
     "num_hidden_layers": 4,
-    "head_dim": 32,
+    "head_dim": 64,
     "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
     "shared_expert_intermediate_size": 48,
     "linear_num_key_heads": 2,
@@ -162,11 +162,10 @@ ROWS: Mapping[str, Row] = {
                 "rope_theta": 1e6,
                 "partial_rotary_factor": 0.25,
                 "mrope_interleaved": True,
-                "mrope_section": [2, 1, 1],
+                "mrope_section": [3, 3, 2],
             },
         },
         on_the_hub={"layer_types": None, "full_attention_interval": 2, "attn_output_gate": True},
-        formats=("gguf",),
     ),
     "qwen3_next": Row(
         sizes={**_DELTA, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.25}},
@@ -177,6 +176,5 @@ ROWS: Mapping[str, Row] = {
             "layer_types": None,
             "full_attention_interval": 2,
         },
-        formats=("gguf",),
     ),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from compressors.model.config.config_check import check_against_transformers
 from compressors.model.config.reading import read_spec
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
+from exporter.capabilities.rules import Container
+from exporter.capabilities.table import refusal
 from exporter.writing.gguf.layout import plan_tensors
 from tests.families.checkpoints import spell_as_the_hub
 from tests.families.rows import COMMON, ROWS
@@ -46,6 +49,14 @@ def _read(folder: Path, family: str, **changes: Any) -> ModelSpec:
 def test_llama_cpp_would_not_load_it(tmp_path: Path, family: str, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(UnsupportedError, match=said):
         plan_tensors(_read(tmp_path, family, **changes), "F32")
+
+
+def test_onnx_needs_the_same(tmp_path: Path) -> None:
+    spec = _read(tmp_path, "qwen3_next")
+    without_attention = replace(spec, layers=spec.layers[::2])
+    assert "need a layer that attends, and this model has none" in str(refusal(without_attention, Container.ONNX))
+    short = _read(tmp_path, "qwen3_next", linear_conv_kernel_dim=1)
+    assert "covers one token" in str(refusal(short, Container.ONNX))
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_moe_text"])

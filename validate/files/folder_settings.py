@@ -18,7 +18,7 @@ from compressors.model.description.onnx_cache import Attention, cache_heads
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import MoeExportError
 from compressors.model.files.json_file import read_json
-from compressors.model.files.onnx_names import ROTARY_COSINE
+from compressors.model.files.onnx_names import ROTARY_COSINE, is_state
 from compressors.model.files.tokenizer_files import load_tokenizer
 from compressors.model.sources.source import Source
 
@@ -101,17 +101,20 @@ def _genai_symptoms(
 
 
 def _name_symptoms(decoder: Mapping[str, Any], graph: onnx.GraphProto) -> Iterator[str]:
-    """Yields names of inputs and outputs that the graph does not have."""
+    """Yields names of inputs and outputs that the graph does not have; those of states follow from those of keys."""
     for kind, values in (("inputs", graph.input), ("outputs", graph.output)):
-        names = {value.name for value in values}
+        names = {_of_all_layers(value.name) for value in values if not is_state(value.name)}
         said = _object(decoder, kind)
         for key, name in said.items():
-            if not isinstance(name, str) or name.replace("%d", "0") not in names:
+            if not isinstance(name, str) or _of_all_layers(name) not in names:
                 yield f"genai_config.json: decoder.{kind}.{key} is {name!r}, which the graph does not have"
-        said_names = {str(name).replace("%d", "0") for name in said.values()}
-        for name in sorted(names - said_names):
-            if ".0." in name or not any(part.isdigit() for part in name.split(".")):
-                yield f"genai_config.json: decoder.{kind} lacks {name}, which the graph has"
+        for name in sorted(names - {_of_all_layers(str(name)) for name in said.values()}):
+            yield f"genai_config.json: decoder.{kind} lacks {name}, which the graph has"
+
+
+def _of_all_layers(name: str) -> str:
+    """The name with ``%d`` as its layer."""
+    return ".".join("%d" if part.isdigit() else part for part in name.split("."))
 
 
 def _token_symptoms(

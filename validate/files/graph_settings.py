@@ -18,7 +18,7 @@ import onnx
 
 from compressors.model.description.feed_forward import Routed
 from compressors.model.description.glu import Activation, Glu
-from compressors.model.description.mixers import GroupedQuery, Latent
+from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent
 from compressors.model.description.onnx_cache import Attention, cache_heads
 from compressors.model.description.routing import Score
 from compressors.model.description.spec import LayerSpec, ModelSpec
@@ -26,13 +26,15 @@ from compressors.model.files.onnx_graph import external_place
 from compressors.model.files.onnx_names import IN_FLOAT32, ROTARY_COSINE, ROTARY_SINE
 from compressors.model.sources.onnx_weights import row_lengths
 from validate.files.own_graph_settings import PRODUCER, AllowedValues, own_attributes, own_constant_symptoms
+from validate.files.recurrent_graph_settings import RECURRENT, STATE_OPERATORS, recurrent_attributes
 
 __all__ = ["graph_setting_symptoms", "rotary_symptoms"]
 
 _ATTENTION = ("GroupQueryAttention", "MultiHeadAttention", "Attention")
 _NORMS = ("RMSNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
 _EXPERTS = ("MoE", "QMoE")
-_HARMLESS = frozenset({"accuracy_level", "stash_type"})  # they change only the precision
+_KNOWN = (*_ATTENTION, *_NORMS, *_EXPERTS, *RECURRENT)  # all their attributes are
+_HARMLESS = frozenset({"accuracy_level", "stash_type", "chunk_size"})  # they change only the precision
 _POSITIONS_AT_ONCE = 4096
 
 
@@ -48,7 +50,7 @@ def graph_setting_symptoms(path: Path, spec: ModelSpec) -> list[str]:
     symptoms: dict[str, list[str]] = {}  # each fault, with its nodes
     layer = -1
     for node, is_inside in _nodes(model.graph):
-        layer += node.op_type in _ATTENTION and not is_inside
+        layer += node.op_type in (*_ATTENTION, *STATE_OPERATORS) and not is_inside
         found = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
         allowed = _allowed(node, spec, max(layer, 0), weights)
         if model.producer_name == PRODUCER:
@@ -62,9 +64,7 @@ def graph_setting_symptoms(path: Path, spec: ModelSpec) -> list[str]:
             elif name not in found and None not in values:
                 sentence = f"{node.op_type} {name}: absent in the graph, the model's is {_shown(values[0])}"
                 symptoms.setdefault(sentence, []).append(node.output[0])
-        for name in (
-            found.keys() - allowed.keys() - _HARMLESS if node.op_type in (*_ATTENTION, *_NORMS, *_EXPERTS) else ()
-        ):
+        for name in found.keys() - allowed.keys() - _HARMLESS if node.op_type in _KNOWN else ():
             symptoms.setdefault(f"{node.op_type} {name}: the model has no such setting", []).append(node.output[0])
     found_symptoms = [f"{sentence} ({_places(nodes)})" for sentence, nodes in symptoms.items()]
     if model.producer_name == PRODUCER:
@@ -84,7 +84,7 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[tuple[onnx.NodeProto, bool]]:
 
 def _unknown_mixers(spec: ModelSpec) -> Iterator[str]:
     for index, layer in enumerate(spec.layers):
-        if not isinstance(layer.mixer, Attention):
+        if not isinstance(layer.mixer, (GroupedQuery, Latent, GatedDelta)):
             yield f"layer {index}: {type(layer.mixer).__name__} is no mixer whose attributes can be checked in a graph"
 
 
@@ -98,6 +98,8 @@ def _allowed(
         return axis | {"epsilon": _epsilons(node, spec, weights)}
     if kind in _ATTENTION:
         return _attention(node, spec, layer)
+    if kind in RECURRENT:
+        return recurrent_attributes(node, spec, layer)
     if kind in _EXPERTS:
         return _experts(node, spec.layers[layer], weights)
     if kind == "RotaryEmbedding":

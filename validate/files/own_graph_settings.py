@@ -1,6 +1,7 @@
 """The attributes and constants of our own ONNX graphs whose purpose only their names tell.
 
-They belong to the nodes that prepare masks and shapes, and to those that route where the MoE operators cannot.
+They belong to the nodes that prepare masks and shapes, to those that route where the MoE operators cannot, and to those
+around the operators of recurrent mixers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from compressors.model.description.mixers import Latent
+from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, Mixer
 from compressors.model.description.onnx_cache import Attention, cache_heads
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.files.onnx_names import (
@@ -48,6 +49,9 @@ _PREPARATION: Mapping[tuple[str, str], Any] = {
     ("sequence.length", "start"): 1,
     ("sequence.length", "end"): 2,
     ("embedding", "axis"): 0,
+    ("recurrent.mask.float32", "to"): onnx.TensorProto.FLOAT,
+    ("recurrent.last", "keepdims"): 1,
+    ("recurrent.last", "noop_with_empty_axes"): 0,
 }
 """Attributes of our graphs' nodes that feed the others, by the node's first output."""
 
@@ -61,6 +65,9 @@ _ROUTING: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
 _FILLED = {"not_chosen": -1e4, "shut": -math.inf, "open": 0.0}
 """The numbers that fill such nodes' values, by the end of the values' names."""
 
+_DELTA = "delta"
+"""Follows the layer in the names of a gated delta rule's values."""
+
 _CONSTANTS: Mapping[str, Any] = {
     "zero": 0,
     "one": 1,
@@ -72,6 +79,7 @@ _CONSTANTS: Mapping[str, Any] = {
     "bias.removed": -1e9,
     "bias.kept": 0,
     "true": True,
+    "norm.one": 1,
 }
 
 _CONSTANT_TYPES = (
@@ -99,7 +107,7 @@ def own_attributes(node: onnx.NodeProto, spec: ModelSpec) -> AllowedValues:
         allowed["allowzero"] = (0, None)
     if output == "mask.shape":
         allowed |= {"start": (0, None), "end": (None,)}
-    return allowed | _of_our_routing(node) | _of_latent_attention(node, spec)
+    return allowed | _of_our_routing(node) | _of_latent_attention(node, spec) | _of_gated_delta(node, spec)
 
 
 def _of_latent_attention(node: onnx.NodeProto, spec: ModelSpec) -> AllowedValues:
@@ -113,9 +121,32 @@ def _of_latent_attention(node: onnx.NodeProto, spec: ModelSpec) -> AllowedValues
 
 def _scale(output: str, spec: ModelSpec) -> float | None:
     """The scale of latent attention in the layer whose value it is; None: the layer has none."""
-    _, index, *_ = output.split(".")
-    mixer = spec.layers[int(index)].mixer if index.isdigit() and int(index) < spec.n_layers else None
+    mixer = _mixer(output, spec)
     return mixer.scale if isinstance(mixer, Latent) else None
+
+
+def _mixer(output: str, spec: ModelSpec) -> Mixer | None:
+    """The mixer of the layer whose value it is; None: the model has no such layer."""
+    index = [*output.split("."), ""][1]
+    return spec.layers[int(index)].mixer if index.isdigit() and int(index) < spec.n_layers else None
+
+
+def _of_gated_delta(node: onnx.NodeProto, spec: ModelSpec) -> AllowedValues:
+    output, mixer = node.output[0], _mixer(node.output[0], spec)
+    if not isinstance(mixer, GatedDelta):
+        return {}
+    if node.op_type == "Concat" and output.endswith(f".{_DELTA}.inputs.seen"):
+        return {"axis": (1,)}
+    if node.op_type == "RMSNormalization" and output.endswith(".of_length_1"):
+        return {"axis": (-1,), "epsilon": (mixer.key_epsilon / mixer.key_dim,)}
+    of_operators: Mapping[str, AllowedValues] = {
+        "Transpose": {"perm": ([0, 2, 1],)},
+        "GatherND": {"batch_dims": (1,)},
+        "Gather": {"axis": (2,)},
+        "CausalConvWithState": {"channels_last": (1,)},
+        "LinearAttention": {"q_num_heads": (mixer.n_key_heads,), "scale": (mixer.scale,)},
+    }
+    return of_operators.get(node.op_type, {})
 
 
 def _of_our_routing(node: onnx.NodeProto) -> AllowedValues:
@@ -168,19 +199,23 @@ def _is_equal(found: npt.NDArray[Any], wanted: npt.NDArray[Any]) -> bool:
 
 def _constants_of(layer: LayerSpec) -> Mapping[str, Any]:
     """The constants that a layer's nodes use, if they are there."""
-    return _constants_of_attention(layer) | _constants_of_glu(layer) | _constants_of_routing(layer)
+    return _constants_of_mixer(layer.mixer) | _constants_of_glu(layer) | _constants_of_routing(layer)
 
 
-def _constants_of_attention(layer: LayerSpec) -> dict[str, Any]:
-    mixer = layer.mixer
-    if not isinstance(mixer, Attention):
-        return {}
+def _constants_of_mixer(mixer: Mixer) -> dict[str, Any]:
+    if isinstance(mixer, GatedDelta):
+        return _constants_of_gated_delta(mixer)
+    return _constants_of_attention(mixer) if isinstance(mixer, Attention) else {}
+
+
+def _constants_of_attention(mixer: GroupedQuery | Latent) -> dict[str, Any]:
     heads = cache_heads(mixer)
     past = {"shape.past": [0, heads.number, 0, heads.width]}
     if isinstance(mixer, Latent):
         return past | _constants_of_latent(mixer)
     joined = {f"shape.{count}_heads_joined": [0, -1, count * heads.width] for count in (mixer.n_heads, heads.number)}
-    return past | joined | {"shape.heads": [0, -1, heads.width]}
+    gated = {"shape.gated_heads": [0, -1, 2 * heads.width], "split.query.gated.heads.halves": [heads.width] * 2}
+    return past | joined | gated | {"shape.heads": [0, -1, heads.width]}
 
 
 def _constants_of_latent(mixer: Latent) -> dict[str, Any]:
@@ -193,6 +228,22 @@ def _constants_of_latent(mixer: Latent) -> dict[str, Any]:
         "split.attended.heads": [mixer.rotary_dim, mixer.rank] * n_heads,
         "shape.heads_apart": [0, 1, n_heads, width],
         "shape.heads_together": [0, 1, n_heads * width],
+    }
+
+
+def _constants_of_gated_delta(mixer: GatedDelta) -> dict[str, Any]:
+    n_heads, width = mixer.n_key_heads, mixer.key_dim
+    values_each, heads_each = mixer.width // n_heads, mixer.n_value_heads // n_heads
+    keys = n_heads * width
+    return {
+        "shape.by_key_head": [0, 0, n_heads, -1],
+        "shape.side_by_side": [0, 0, -1],
+        f"convolution.last_{mixer.kernel - 1}": [[number] for number in range(mixer.kernel - 1)],
+        f"{_DELTA}.unit_scales": [width**-0.5] * width,
+        f"{_DELTA}.key_of_value_head": [head for head in range(n_heads) for _ in range(heads_each)],
+        f"split.{_DELTA}.convolved.parts": [keys, keys, mixer.width],
+        f"split.{_DELTA}.projected.grouped.parts": [width, width, values_each, values_each],
+        f"split.{_DELTA}.strength_and_decay.grouped.parts": [heads_each, heads_each],
     }
 
 

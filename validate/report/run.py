@@ -39,13 +39,16 @@ def llama_cpp_python_command(report: Report, path: Path) -> str:
 def onnxruntime_example(report: Report, folder: Path) -> str:
     """Three lines of Python that predict the next token with plain ONNX Runtime, from an empty cache."""
     heads, width = find(report, "source", "n_kv_heads"), find(report, "source", "head_dim")
+    empty = f"(1, {heads}, 0, {width})"
+    if find(report, "source", "n_recurrent_layers"):
+        empty = f'(1, *i.shape[1:]) if "state" in i.name else {empty}'
     model, tokenizer = json.dumps(str(folder / "model.onnx")), json.dumps(str(folder / "tokenizer.json"))
     return "\n".join(
         (
             "import numpy as np, onnxruntime, tokenizers; "
             f"session, tokenizer = onnxruntime.InferenceSession({model}), tokenizers.Tokenizer.from_file({tokenizer})",
             f"ids = np.array([tokenizer.encode({json.dumps(_PROMPT)}).ids]); "
-            f"feeds = {{i.name: np.zeros((1, {heads}, 0, {width}), np.float32) "
+            f"feeds = {{i.name: np.zeros({empty}, np.float32) "
             'if "past" in i.name else np.ones_like(ids) for i in session.get_inputs()}',
             'print(tokenizer.decode([session.run(["logits"], feeds | {"input_ids": ids})[0][0, -1].argmax()]))',
         )

@@ -1,7 +1,8 @@
 """ONNX Runtime as a backend: logits, routing, greedy text and cost of an exported decoder.
 
 Works on any decoder whose cache inputs and outputs are named ``past_key_values.N.key`` and ``present.N.key``, as
-onnxruntime-genai and optimum name them, in float32 or float16. Routing is read where the MoE blocks are com.microsoft
+onnxruntime-genai and optimum name them, or ``conv_state`` and ``recurrent_state`` where a layer carries states, in
+float32 or float16. Routing is read where the MoE blocks are com.microsoft
 MoE or QMoE nodes. The operators do not show which experts they chose, only their input logits are visible: routing is
 computed from these by the operators' own rule (softmax over all experts, top-k, renormalised if the node says so; of
 two equal logits the lower expert index wins). If nodes chose beforehand, the logits of all other experts are so low
@@ -31,7 +32,7 @@ from validate.routing.router_inputs import RouterInputs
 from validate.runtimes import time_limit
 from validate.runtimes.backend import ChooseToken, ChunkOutput, RuntimeCrashError, scored_positions
 from validate.runtimes.cost import CHUNK_TOKENS, Feed, RuntimeCost, measure_cost
-from validate.runtimes.onnx_inputs import cache_dimensions, check_decoder, float_type
+from validate.runtimes.onnx_inputs import cache_shapes, check_decoder, float_type, sized
 from validate.runtimes.onnx_router import MoeNode, moe_nodes, router_graph
 
 __all__ = ["OnnxRuntimeBackend", "OnnxRuntimeError", "measure"]
@@ -77,7 +78,7 @@ class OnnxRuntimeBackend:
         self._session = _open_session(self._path, str(self._path), threads, self._providers)
         check_decoder(self._path, self._session)
         self._moe_nodes: tuple[MoeNode, ...] | None = None  # known when the session shows their router logits
-        self._n_layers = len(cache_dimensions(self._session)) // 2
+        self._n_layers = len(cache_shapes(self._session)) // 2
 
     @property
     def runtime(self) -> str:
@@ -254,14 +255,14 @@ def measure(
 
 
 class _Generation:
-    """One sequence growing in a cache that is allocated once; every step writes its keys and values in place."""
+    """One sequence growing in a cache that is allocated once; every step writes keys, values and states in place."""
 
     def __init__(self, session: onnxruntime.InferenceSession, *, capacity: int) -> None:
         self._session = session
         self._length = 0
         self._cache: dict[str, onnxruntime.OrtValue] = {}
-        for name, (heads, head_dim) in cache_dimensions(session).items():
-            empty = np.zeros((1, heads, capacity, head_dim), dtype=float_type(session.get_inputs(), name))
+        for name, shape in cache_shapes(session).items():
+            empty = np.zeros(sized(shape, 1, capacity), dtype=float_type(session.get_inputs(), name))
             self._cache[name] = onnxruntime.OrtValue.ortvalue_from_numpy(empty)
         self._logits_1TV = _empty_logits(session, min(capacity, CHUNK_TOKENS))
 
@@ -295,8 +296,8 @@ def _run_from_empty_cache(
     binding = session.io_binding()
     for name, values in _token_inputs(session, tokens, 0).items():
         binding.bind_cpu_input(name, values)
-    for name, (heads, head_dim) in cache_dimensions(session).items():
-        empty = np.zeros((1, heads, 0, head_dim), dtype=float_type(session.get_inputs(), name))
+    for name, shape in cache_shapes(session).items():
+        empty = np.zeros(sized(shape, 1, 0), dtype=float_type(session.get_inputs(), name))
         binding.bind_cpu_input(name, empty)
     logits_1TV = _empty_logits(session, len(tokens))
     binding.bind_output("logits", "cpu", 0, logits_1TV.dtype, logits_1TV.shape, logits_1TV.ctypes.data)

@@ -10,15 +10,17 @@ import numpy as np
 import onnxruntime
 
 from compressors.model.errors import InputError
-from compressors.model.files.onnx_names import continued_cache, is_cache_input
+from compressors.model.files.onnx_names import continued_cache, is_cache_input, is_state
 
-__all__ = ["cache_dimensions", "check_decoder", "float_type"]
+__all__ = ["CacheShape", "cache_shapes", "check_decoder", "float_type", "sized"]
 
 _NUMPY_TYPES: Mapping[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
 }
 
+CacheShape = tuple[int | None, ...]
+"""The sizes of a cache without the batch; None stands for the number of tokens."""
 
 _INTEGERS = ("tensor(int64)", "tensor(int32)")
 _TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -30,17 +32,32 @@ def float_type(values: Sequence[onnxruntime.NodeArg], name: str) -> np.dtype[Any
     return next(_NUMPY_TYPES[value.type] for value in values if value.name == name)
 
 
-def cache_dimensions(session: onnxruntime.InferenceSession) -> dict[str, tuple[int, int]]:
-    """Cache inputs by name, as (heads, head width), as outputs or inputs declare them; others are left out."""
+def cache_shapes(session: onnxruntime.InferenceSession) -> dict[str, CacheShape]:
+    """Cache inputs by name, as outputs or inputs declare their sizes; others are left out."""
     outputs = {output.name: output.shape for output in session.get_outputs()}
-    dimensions = {}
+    found = {}
     for value in session.get_inputs():
         if is_cache_input(value.name):
-            for shape in (outputs.get(continued_cache(value.name), []), value.shape):
-                if len(shape) == _CACHE_RANK and isinstance(shape[1], int) and isinstance(shape[3], int):
-                    dimensions[value.name] = (shape[1], shape[3])
-                    break
-    return dimensions
+            declared = (outputs.get(continued_cache(value.name), []), value.shape)
+            shapes = (_cache_shape(value.name, shape) for shape in declared)
+            shape = next((shape for shape in shapes if shape is not None), None)
+            if shape is not None:
+                found[value.name] = shape
+    return found
+
+
+def _cache_shape(name: str, declared: Sequence[int | str | None]) -> CacheShape | None:
+    """The sizes behind the batch: all of a state, or heads, tokens and width of keys or values; None: not all known."""
+    sizes = [size if isinstance(size, int) else None for size in declared[1:]]
+    if not is_state(name):
+        heads, _, width = sizes if len(declared) == _CACHE_RANK else (None, None, None)
+        return None if heads is None or width is None else (heads, None, width)
+    return tuple(sizes) if sizes and None not in sizes else None
+
+
+def sized(shape: CacheShape, n_texts: int, n_tokens: int) -> tuple[int, ...]:
+    """The sizes of a cache of so many texts with room for so many tokens."""
+    return (n_texts, *(n_tokens if size is None else size for size in shape))
 
 
 def check_decoder(path: Path, session: onnxruntime.InferenceSession) -> None:
@@ -77,5 +94,5 @@ def check_decoder(path: Path, session: onnxruntime.InferenceSession) -> None:
     if strange:
         raise InputError(f"{path}: {strange[0].name} is of type {strange[0].type}; float32 and float16 can be run")
     logits = outputs["logits"].shape
-    if len(logits) != _LOGITS_RANK or not isinstance(logits[-1], int) or set(cache_dimensions(session)) != set(caches):
+    if len(logits) != _LOGITS_RANK or not isinstance(logits[-1], int) or set(cache_shapes(session)) != set(caches):
         raise InputError(f"{path} does not declare the size of its cache or of its vocabulary: {what}")

@@ -18,7 +18,7 @@ from compressors.model.predictions.routing_record import selection_margins
 __all__ = ["MoeNode", "TokenRouting", "moe_nodes", "router_graph"]
 
 _MOE_OPERATORS = ("MoE", "QMoE")
-_ATTENTION_OPERATORS = ("GroupQueryAttention", "MultiHeadAttention", "Attention")
+_MIXING_OPERATORS = ("GroupQueryAttention", "MultiHeadAttention", "Attention", "LinearAttention", "GatedDeltaNet")
 _ROUTER_INPUT = 1  # position of the router logits among the operators' inputs
 _MIXING_INPUT = 14  # QMoE's input with the gate weights of all experts, if it does not compute them itself
 
@@ -89,11 +89,11 @@ class TokenRouting:
 def moe_nodes(graph: onnx.GraphProto) -> Iterator[MoeNode]:
     """The MoE operators of a graph.
 
-    Nodes are in the order in which they run: a layer's experts come after its attention.
+    Nodes are in the order in which they run: a layer's experts come after its attention, or its state.
     """
     layer, links = -1, _Links(graph)
     for node in graph.node:
-        if node.op_type in _ATTENTION_OPERATORS:
+        if node.op_type in _MIXING_OPERATORS:
             layer += 1
         elif node.op_type in _MOE_OPERATORS:
             attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -196,6 +197,13 @@ class GatedDelta:
     kernel: int
 
     kind: ClassVar[str] = "a gated delta rule"
+    key_epsilon: ClassVar[float] = 1e-6
+    """Added to the squares of a query or key before it is divided by its length (``l2norm`` in transformers)."""
+
+    @property
+    def scale(self) -> float:
+        """The factor of the products of queries and states."""
+        return 1 / math.sqrt(self.key_dim)
 
     @property
     def description(self) -> str:

@@ -1,16 +1,17 @@
-"""The caches of attention in our ONNX graphs, which ONNX Runtime's operator GroupQueryAttention keeps.
+"""The caches of our ONNX graphs: of attention, and the states of recurrent mixers.
 
-The operator has a cache of keys and one of values, which it writes in place where a client gives it room for a whole
-text, and else as longer ones.
+Attention's are kept by ONNX Runtime's operator GroupQueryAttention. It has a cache of keys and one of values, which it
+writes in place where a client gives it room for a whole text, and else as longer ones. States have one size for all
+texts.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from compressors.model.description.mixers import GroupedQuery, Latent
+from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent
 
-__all__ = ["Attention", "CacheHeads", "cache_heads"]
+__all__ = ["Attention", "CacheHeads", "cache_heads", "state_shapes"]
 
 Attention = GroupedQuery | Latent
 """The mixers with such caches."""
@@ -34,3 +35,11 @@ def cache_heads(mixer: Attention) -> CacheHeads:
     if isinstance(mixer, Latent):
         return CacheHeads(1, (mixer.rotary_dim + mixer.rank) // 2)
     return CacheHeads(mixer.n_kv_heads, mixer.head_dim)
+
+
+def state_shapes(mixer: GatedDelta) -> tuple[tuple[int, int], tuple[int, int, int]]:
+    """The sizes of both states of a text: the convolution's last inputs by channel, and a matrix for each value head.
+
+    They are those that onnxruntime-genai expects.
+    """
+    return (mixer.channels, mixer.kernel - 1), (mixer.n_value_heads, mixer.key_dim, mixer.value_dim)

@@ -34,9 +34,9 @@ class Role(StrEnum):
     SINKS = "attention sinks"  # [H]: one more logit of each head, which takes a share of the attention and adds nothing
     QUERY_NORM = "query norm"  # see QkNorm
     KEY_NORM = "key norm"
-    MIXER_INPUT = "mixer's input"  # queries, keys and values of a gated delta rule: [X, D]; with its gates [M, D]
+    MIXER_INPUT = "mixer's input"  # in a gated delta rule: [X, D]; or with gates, by key head: [M, D]
     MIXER_GATE = "mixer's gate"  # [Y, D]
-    MIXER_BETA_ALPHA = "mixer's strength and decay"  # both of the following in one: [B, D]
+    MIXER_BETA_ALPHA = "mixer's strength and decay"  # both of the following in one, by key head: [B, D]
     MIXER_BETA = "mixer's strength"  # [N, D]
     MIXER_ALPHA = "mixer's decay"  # [N, D]
     CONVOLUTION = "convolution"  # [X, 1, W]

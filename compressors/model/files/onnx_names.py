@@ -12,19 +12,24 @@ __all__ = [
     "IN_FLOAT32",
     "JOINED",
     "LOGITS",
+    "NORM_SCALES",
     "RESIDUAL_FACTOR",
     "ROTARY_COSINE",
     "ROTARY_SINE",
     "ROUTING",
+    "STATES",
     "cache_input",
     "cache_output",
     "continued_cache",
     "is_cache_input",
+    "is_state",
 ]
 
 _PAST, _PRESENT = "past_key_values", "present"
 CACHED = ("key", "value")
-"""The two caches of a layer."""
+"""The two caches of a layer that attends."""
+STATES = ("conv_state", "recurrent_state")
+"""The two caches of a recurrent layer: the convolution's last inputs, and the state."""
 
 EMBEDDING_FACTOR, RESIDUAL_FACTOR, HEAD_FACTOR = "embedding.factor", "residual.factor", "head.factor"
 """The constants by which the model multiplies; of several values, the later ones have a number behind the name."""
@@ -35,6 +40,8 @@ ROUTING = "routing"
 """Begins, behind the layer, the names of values that route where the MoE operators cannot."""
 IN_FLOAT32 = ".float32"
 """Appended to the name of scales, for their values in the type of the activations."""
+NORM_SCALES = ".scales_of_norm"
+"""Appended to the name of a norm's values, for the scales that are one more."""
 JOINED = ".joined"
 """Ends the names of values that are put side by side on the last axis."""
 LOGITS = ".logits"
@@ -54,6 +61,11 @@ def cache_output(layer: int | str, kind: str) -> str:
 def is_cache_input(name: str) -> bool:
     """True if an input of a graph is a cache."""
     return name.startswith(f"{_PAST}.")
+
+
+def is_state(name: str) -> bool:
+    """True if a cache is a state, which has one size for all texts."""
+    return name.endswith(tuple(f".{kind}" for kind in STATES))
 
 
 def continued_cache(name: str) -> str:

@@ -91,14 +91,15 @@ def _described(special: SpecialTokens) -> dict[str, Any]:
 def _genai_config(spec: ModelSpec, special: SpecialTokens, max_length: int) -> dict[str, Any]:
     """``genai_config.json`` of onnxruntime-genai (``src/config.h``); type ``decoder`` is its plain decoder pipeline.
 
-    Key-value heads are those of the graph's caches.
+    Key-value heads are those of the graph's caches. Of states, which have a type of their own, the names follow from
+    those of the keys (``src/models/recurrent_state.cpp``).
     """
     attention = next(layer.mixer for layer in spec.layers if isinstance(layer.mixer, Attention))
     heads = cache_heads(attention)
     key, value = CACHED
     return {
         "model": {
-            "type": "decoder",
+            "type": _WITH_STATES if any(layer.mixer.is_recurrent for layer in spec.layers) else "decoder",
             "vocab_size": spec.vocab_size,
             "context_length": spec.context_length,
             **_described(special),
@@ -131,6 +132,9 @@ def _genai_config(spec: ModelSpec, special: SpecialTokens, max_length: int) -> d
             "past_present_share_buffer": True,
         },
     }
+
+
+_WITH_STATES = "qwen3_5_moe_text"
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -179,7 +179,8 @@ class _Weights:
             return _Matrix(values[rows.rows], None if weight.part.is_transposed else weights, weight.codes.name)
         is_vector = len(weight.shape) == 1  # a norm: a matrix of one row
         values = student.tensor(role, weight.layer)[None] if is_vector else student.rows(role, weight.layer, rows.rows)
-        return _Matrix(values, weights, weight.codes.name)
+        rows_RN = values.flatten(0, -2)  # a convolution's rows have a channel each
+        return _Matrix(rows_RN, weights, weight.codes.name)
 
 
 def _encoded(values: Sequence[_Values], feedback: Feedback | None) -> list[Part]:

@@ -74,7 +74,7 @@ class _Decoder:
         if branch is None:
             return self._weights.rms_norm(role, layer, residual, name), residual
         outputs = [name, "", "", f"{name}.residual"]
-        inputs = [branch, residual, self._weights.vector(role, layer)]
+        inputs = [branch, residual, self._weights.norm_scales(role, layer)]
         normed = self._graph.node(
             "SkipSimplifiedLayerNormalization",
             inputs,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from compressors.model.description.mixers import GroupedQuery, Latent, Mixer
+from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, Mixer
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.errors import InputError
@@ -25,6 +25,7 @@ _SESSION_BYTES = 24 << 20  # graph, thread pool, allocator slack: measured 13 to
 _LIVE_HIDDEN_STATES = 8  # [tokens, D] at a time: residual, normed, branch and their inputs
 _LIVE_VECTORS = 4  # of a head in latent attention: its query beside the small vector, turned; its sum, and parts
 _LIVE_CACHES = 5  # of latent attention: both halves, joined, those before a prompt, and an operator's keys and values
+_LIVE_CHANNELS = 3  # of a gated delta rule: its convolution's inputs, those beside what was kept, and the outputs
 _LIVE_PROJECTIONS = 3  # query, key and value as projected, normed per head, rotated
 
 
@@ -33,8 +34,9 @@ def predict_runtime_bytes(
 ) -> dict[str, int]:
     """Predicts bytes of ``weights``, ``kv_cache`` and ``compute`` with a full cache of ``context`` tokens.
 
-    The cache is float32, allocated once and written in place, as validation and onnxruntime-genai do it; a client
-    that takes the present cache as a new tensor at every step (optimum) holds it twice.
+    The cache, to which the states of recurrent layers belong, is float32, allocated once and written in place, as
+    validation and onnxruntime-genai do it; a client that takes the present cache as a new tensor at every step
+    (optimum) holds it twice.
 
     Args:
         spec: the model as it is written; its rotary caches cover ``spec.context_length`` tokens.
@@ -51,7 +53,8 @@ def predict_runtime_bytes(
     if not 0 < context <= spec.context_length:
         raise InputError(f"a context of {context} tokens is asked for; the model has 1 to {spec.context_length}")
     layout = plan_tensors(spec, preset, encodings)
-    cache = sum(layer.mixer.cached_values for layer in spec.layers) * context * _FLOAT_BYTES
+    mixers = [layer.mixer for layer in spec.layers]
+    cache = sum(mixer.cached_values * context + mixer.state_values for mixer in mixers) * _FLOAT_BYTES
     return {"weights": _weight_bytes(layout), "kv_cache": cache, "compute": _compute_bytes(layout, context, threads)}
 
 
@@ -104,8 +107,12 @@ def _mixer_values(mixer: Mixer, tokens: int, context: int) -> int:
     if isinstance(mixer, Latent):
         of_head = 2 * mixer.key_dim + _LIVE_VECTORS * mixer.cached_values + 2 * mixer.value_dim
         return tokens * mixer.n_heads * of_head + _LIVE_CACHES * context * mixer.cached_values
+    if isinstance(mixer, GatedDelta):
+        repeated_keys = mixer.n_value_heads * mixer.key_dim
+        return tokens * (_LIVE_CHANNELS * mixer.channels + 2 * mixer.width + repeated_keys)
     assert isinstance(mixer, GroupedQuery)
-    return tokens * (mixer.n_heads + 2 * mixer.n_kv_heads) * mixer.head_dim * _LIVE_PROJECTIONS
+    gates = 2 * mixer.width if mixer.output_gate else 0
+    return tokens * ((mixer.n_heads + 2 * mixer.n_kv_heads) * mixer.head_dim * _LIVE_PROJECTIONS + gates)
 
 
 def _feed_forward_values(spec: ModelSpec) -> int:

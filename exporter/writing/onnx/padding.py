@@ -4,7 +4,8 @@ The operator knows how many columns of the cache a row uses, which describes pad
 left, as transformers does it, the leading columns get a bias that removes them. Rotary embedding is relative, so a
 row that starts late needs no other positions.
 
-Where other nodes use the operator's cache, they are told the columns in which it puts tokens.
+Where other nodes use the operator's cache, they are told the columns in which it puts tokens. Where states go from
+token to token, nodes are told which are tokens, and where each row's last one is.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import onnx
 from compressors.model.description.mixers import Latent, Mixer
 from exporter.writing.onnx.builder import GraphBuilder
 
-__all__ = ["AttentionMask", "CachedTokens", "add_attention_mask"]
+__all__ = ["AttentionMask", "CachedTokens", "RecurrentTokens", "add_attention_mask"]
 
-_INT32, _INT64 = onnx.TensorProto.INT32, onnx.TensorProto.INT64
+_FLOAT, _INT32, _INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32, onnx.TensorProto.INT64
 _REMOVED = -1e9
 
 
@@ -36,13 +37,22 @@ class CachedTokens:
 
 
 @dataclass(frozen=True)
+class RecurrentTokens:
+    """Names of the values that keep padding out of states, which go from token to token."""
+
+    kept: str  # float32 [batch, sequence, 1]: 1 for a token, 0 for padding
+    end: str  # int64 [batch, 1, 1]: tokens and padding up to a row's last token
+
+
+@dataclass(frozen=True)
 class AttentionMask:
-    """Names of the values that every attention node takes."""
+    """Names of the values that the mixers' nodes take."""
 
     last_positions: str  # int32 [batch]: column of each row's newest token
     total_length: str  # int32: columns of the mask
     bias: str  # float32 [batch, 1, sequence, columns]: 0, or -1e9 before a row's first token
     cached: CachedTokens | None  # None: the operator does it all
+    recurrent: RecurrentTokens | None  # None: there are no states
 
 
 def add_attention_mask(graph: GraphBuilder, input_ids: str, mask: str, mixers: Iterable[Mixer]) -> AttentionMask:
@@ -70,10 +80,12 @@ def add_attention_mask(graph: GraphBuilder, input_ids: str, mask: str, mixers: I
     lead_column = graph.node("Unsqueeze", [lead, last_axis], "mask.lead_column")
     is_before = graph.node("Less", [positions, lead_column], "mask.is_before_first")
     bias = _add_bias(graph, input_ids, is_before)
-    cached = None
-    if any(isinstance(mixer, Latent) for mixer in mixers):
+    kinds, cached, recurrent = tuple(mixers), None, None
+    if any(isinstance(mixer, Latent) for mixer in kinds):
         cached = _add_cached_tokens(graph, (last, columns, positions, is_before))
-    return AttentionMask(last_int32, total, bias, cached)
+    if any(mixer.is_recurrent for mixer in kinds):
+        recurrent = _add_recurrent_tokens(graph, mask, columns)
+    return AttentionMask(last_int32, total, bias, cached, recurrent)
 
 
 def _numbers(graph: GraphBuilder) -> tuple[str, str]:
@@ -118,3 +130,20 @@ def _add_cached_tokens(graph: GraphBuilder, of_mask: tuple[str, str, str, str]) 
     of_rows = graph.node("Where", [is_unseen, *_numbers(graph)], "cached.bias_rows")
     step_bias = graph.node("Unsqueeze", [of_rows, axes], "cached.step_bias")
     return CachedTokens(positions, end, end_of_past, is_step, step_bias)
+
+
+def _add_recurrent_tokens(graph: GraphBuilder, mask: str, columns: str) -> RecurrentTokens:
+    """The mask's last columns are those of the tokens that run; ``columns`` is the number of all of them."""
+    one, axis_0, axis_1 = graph.constant("one", 1), graph.constant("axis.0", [0]), graph.constant("axis.1", [1])
+    axis_2 = graph.constant("axis.2", [2])
+    end = graph.node("Unsqueeze", [columns, axis_0], "recurrent.columns")
+    start = graph.node("Sub", [end, "sequence.length"], "recurrent.start")
+    of_tokens = graph.node("Slice", [mask, start, end, axis_1], "recurrent.mask")
+    as_numbers = graph.node("Cast", [of_tokens], "recurrent.mask.float32", to=_FLOAT)
+    kept = graph.node("Unsqueeze", [as_numbers, axis_2], "recurrent.kept")
+    length = graph.node("Squeeze", ["sequence.length", axis_0], "recurrent.length")
+    after_last = graph.node("Add", [length, one], "recurrent.after_last")
+    numbers = graph.node("Range", [one, after_last, one], "recurrent.numbers")
+    of_kept = graph.node("Mul", [of_tokens, numbers], "recurrent.numbers_of_tokens")
+    last = graph.node("ReduceMax", [of_kept, axis_1], "recurrent.last", keepdims=1)
+    return RecurrentTokens(kept, graph.node("Unsqueeze", [last, axis_2], "recurrent.end"))

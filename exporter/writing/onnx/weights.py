@@ -10,7 +10,8 @@ import onnx
 
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import LayerSpec
-from compressors.model.files.onnx_names import IN_FLOAT32
+from compressors.model.description.tensors import NormKind
+from compressors.model.files.onnx_names import IN_FLOAT32, NORM_SCALES
 from compressors.model.sources.onnx import MATRIX
 from exporter.writing.onnx.builder import MICROSOFT, GraphBuilder
 from exporter.writing.onnx.layout import TensorLayout, WeightPlan
@@ -39,14 +40,33 @@ class WeightNodes:
         return self._layout.weight(role, layer) if self._layout.has(role, layer) else None
 
     def vector(self, role: Role, layer: int | None) -> str:
-        """A norm's scales, or a bias."""
+        """The values of a bias, or of another vector or a convolution, as the model has them."""
         return self._graph.external(self._layout.weight(role, layer).codes)
+
+    def norm_scales(self, role: Role, layer: int | None) -> str:
+        """The scales that a norm multiplies by; the file keeps the model's values."""
+        values = self.vector(role, layer)
+        if self._layout.spec.tensor(role, layer).norm is NormKind.PLAIN:
+            return values
+        one = self._graph.constant("norm.one", 1.0, np.float32)
+        return self._graph.node("Add", [values, one], f"{values}{NORM_SCALES}")
 
     def rms_norm(self, role: Role, layer: int | None, values: str, output: str, epsilon: float | None = None) -> str:
         """Normalises the last axis; ``epsilon`` is the model's unless it is given."""
-        inputs = [values, self.vector(role, layer)]
+        inputs = [values, self.norm_scales(role, layer)]
         epsilon = self._layout.spec.rms_norm_eps if epsilon is None else epsilon
         return self._graph.node("RMSNormalization", inputs, output, axis=-1, epsilon=epsilon)
+
+    def gated_rms_norm(self, role: Role, layer: int, values: str, gate: str, output: str) -> str:
+        """Normalises each head, and multiplies by the gate after its SiLU; scales are those of one head."""
+        return self._graph.node(
+            "GatedRMSNorm",
+            [values, self.norm_scales(role, layer), gate],
+            output,
+            domain=MICROSOFT,
+            activation="silu",
+            epsilon=self._layout.spec.rms_norm_eps,
+        )
 
     def rotary_caches(self, total_length: str) -> tuple[str, str]:
         """Cosine and sine, each [context, width / 2]; if short texts are turned differently, the rows in use.
@@ -182,6 +202,10 @@ class LayerNodes:
     def rms_norm(self, role: Role, values: str, output: str, epsilon: float | None = None) -> str:
         """Normalises the last axis; ``epsilon`` is the model's unless it is given."""
         return self.weights.rms_norm(role, self.index, values, output, epsilon)
+
+    def gated_rms_norm(self, role: Role, values: str, gate: str, output: str) -> str:
+        """Normalises each head, and multiplies by the gate after its SiLU; scales are those of one head."""
+        return self.weights.gated_rms_norm(role, self.index, values, gate, output)
 
     def products(self, role: Role, part: int, values: Sequence[str], output: str) -> list[str]:
         """The values of each head @ its matrix.T; ``part`` says which of a head's matrices in the tensor."""

@@ -77,14 +77,13 @@ def test_layers_that_never_had_experts_differ_from_layers_that_lost_them(spec: M
 def test_onnx_refuses_what_its_graphs_do_not_compute(spec: ModelSpec) -> None:
     first, *others = spec.layers
     with_sinks = replace(first, tensors=(*first.tensors, _SINKS))
-    gated = replace(first, mixer=replace(first.mixer, output_gate=True))
     delta = replace(first, mixer=GatedDelta(n_key_heads=2, n_value_heads=4, key_dim=16, value_dim=16, kernel=4))
+    short = replace(delta, mixer=replace(delta.mixer, kernel=1))
     rope = replace(spec.rope, width=24)
     for model, said in (
         (_with_experts_like(spec, glu=Glu(Activation.GELU_TANH)), "whose gate's activation is gelu_pytorch_tanh"),
         (replace(spec, layers=(with_sinks, *others)), "do not add attention sinks"),
-        (replace(spec, layers=(gated, *others)), "this model also has gates of the attention's output"),
-        (replace(spec, layers=(delta, *others)), "this model also has a gated delta rule"),
+        (replace(spec, layers=(short, *others)), "the convolution of this model covers one token"),
         (altered(spec, head_dim=40), "runs heads of a multiple of 16 values; this model's have 40"),
         (altered(spec, rope=rope), "turns a multiple of 16 values of a head; this model's attention turns 24"),
         (_with_latent(spec, rank=40), "takes vectors of a multiple of 16 values; this model's have 56"),

@@ -25,7 +25,7 @@ class GroupedQueryNodes:
     def add(self, layer: LayerNodes, normed: str, mask: AttentionMask) -> str:
         """Adds projections, norms of queries and keys, and attention."""
         mixer, prefix, index = self._mixer, layer.prefix, layer.index
-        query = layer.linear(Role.QUERY, normed, f"{prefix}query", Role.QUERY_BIAS)
+        query, gate = self._query(layer, normed)
         key = layer.linear(Role.KEY, normed, f"{prefix}key", Role.KEY_BIAS)
         value = layer.linear(Role.VALUE, normed, f"{prefix}value", Role.VALUE_BIAS)
         query = self._norm(layer, Role.QUERY_NORM, query, mixer.n_heads)
@@ -44,11 +44,30 @@ class GroupedQueryNodes:
             rotary_interleaved=int(mixer.rope.interleaved),
             **self._window(layer.context_length),
         )
+        if gate is not None:
+            weight = layer.graph.node("Sigmoid", [gate], f"{prefix}attended.weight")
+            attended = layer.graph.node("Mul", [attended, weight], f"{prefix}attended.gated")
         return layer.linear(Role.ATTENTION_OUTPUT, attended, f"{prefix}attention", Role.ATTENTION_OUTPUT_BIAS)
 
     def add_cache_outputs(self, graph: GraphBuilder, layer: int) -> None:
         """Declares the keys and values of all tokens so far."""
         add_present(graph, layer, self._heads)
+
+    def _query(self, layer: LayerNodes, normed: str) -> tuple[str, str | None]:
+        """All queries, and the gates of the output if there are some, which follow the query's values in each head."""
+        graph, mixer, name = layer.graph, self._mixer, f"{layer.prefix}query"
+        if not mixer.output_gate:
+            return layer.linear(Role.QUERY, normed, name, Role.QUERY_BIAS), None
+        both = layer.linear(Role.QUERY, normed, f"{name}.gated", Role.QUERY_BIAS)
+        by_head = graph.constant("shape.gated_heads", [0, -1, 2 * mixer.head_dim])
+        heads = graph.node("Reshape", [both, by_head], f"{name}.gated.heads")
+        parts = layer.split(heads, [mixer.head_dim] * 2, "halves")
+        joined = graph.constant(f"shape.{mixer.n_heads}_heads_joined", [0, -1, mixer.width])
+        query, gate = (
+            graph.node("Reshape", [part, joined], output)
+            for part, output in zip(parts, (name, f"{name}.gate"), strict=True)
+        )
+        return query, gate
 
     def _norm(self, layer: LayerNodes, role: Role, values: str, n_heads: int) -> str:
         """Normalises the projected queries or keys as the model does: [batch, sequence, n_heads * head_dim]."""

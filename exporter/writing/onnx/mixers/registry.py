@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from compressors.model.description.mixers import GroupedQuery, Latent, Mixer
+from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, Mixer
 from exporter.writing.onnx.builder import GraphBuilder
+from exporter.writing.onnx.mixers.gated_delta import GatedDeltaNodes
 from exporter.writing.onnx.mixers.grouped_query import GroupedQueryNodes
 from exporter.writing.onnx.mixers.latent import LatentNodes
 from exporter.writing.onnx.padding import AttentionMask
@@ -24,7 +25,7 @@ class MixerNodes(Protocol):
         Args:
             layer: takes the nodes.
             normed: the layer's normalised input.
-            mask: the values about padding and positions that attention takes.
+            mask: the values about padding and positions.
 
         Returns:
             The name of the output, to be added to the residual stream.
@@ -34,7 +35,11 @@ class MixerNodes(Protocol):
         """Declares the outputs of a layer's cache."""
 
 
-_NODES: Mapping[type, Callable[[Any], MixerNodes]] = {GroupedQuery: GroupedQueryNodes, Latent: LatentNodes}
+_NODES: Mapping[type, Callable[[Any], MixerNodes]] = {
+    GroupedQuery: GroupedQueryNodes,
+    Latent: LatentNodes,
+    GatedDelta: GatedDeltaNodes,
+}
 
 
 def mixer_nodes(mixer: Mixer) -> MixerNodes:

@@ -13,18 +13,18 @@ import numpy.typing as npt
 
 from compressors.model.description.feed_forward import Dense, FeedForward, Routed, Shared
 from compressors.model.description.glu import Glu
-from compressors.model.description.mixers import GroupedQuery, Latent, Mixer, QkNorm
+from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, Mixer, QkNorm
 from compressors.model.description.roles import Role
 from compressors.model.description.rope import Rope, RopeKind
 from compressors.model.description.spec import LayerSpec, ModelSpec, Place
-from compressors.model.description.tensors import GgufTensor, Kind, TensorSpec
+from compressors.model.description.tensors import GgufTensor, Kind, NormKind, TensorSpec
 from compressors.model.families.shared import latent, parts
 from compressors.model.files.onnx_blocks import pack
 from exporter.writing.onnx.graph import build_model
 from exporter.writing.onnx.layout import DATA_FILE, MODEL_FILE, TensorLayout, plan_tensors
 
-__all__ = ["Reference", "attention", "described_layer", "latent_attention", "put_values", "random_folder"]
-__all__ += ["whole_numbers", "with_layers"]
+__all__ = ["Reference", "attention", "described_layer", "gated_delta", "latent_attention", "put_values"]
+__all__ += ["random_folder", "whole_numbers", "with_layers"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -58,11 +58,62 @@ def latent_attention(**changes: Any) -> Latent:
     return Latent(**(usual | changes))
 
 
+def gated_delta(**changes: Any) -> GatedDelta:
+    """Two key heads and four value heads of 16 and 32 values, or what ``changes`` say."""
+    usual = {"n_key_heads": 2, "n_value_heads": 4, "key_dim": 16, "value_dim": 32, "kernel": 4}
+    return GatedDelta(**(usual | changes))
+
+
+def _mixer_tensors(mixer: Mixer, *, is_grouped: bool) -> list[TensorSpec]:
+    if isinstance(mixer, Latent):
+        return [*latent.mixer_tensors(mixer)]
+    if isinstance(mixer, GroupedQuery):
+        queries = "P" if mixer.output_gate else "Q"
+        return [*parts.norms(), *parts.attention_matrices(queries=queries)]
+    inputs = _GROUPED_INPUTS if is_grouped else _INPUTS
+    matrices = {**inputs, Role.MIXER_OUTPUT: ("out_proj", ("D", "Y"))}
+    delta = f"{_LAYER}linear_attn."
+    unused = GgufTensor("unused")
+    return [
+        *parts.norms(NormKind.ONE_PLUS),
+        *(TensorSpec(role, f"{delta}{name}.weight", shape, unused) for role, (name, shape) in matrices.items()),
+        TensorSpec(Role.CONVOLUTION, f"{delta}conv1d.weight", ("X", "1", "W"), unused, Kind.CONVOLUTION),
+        _vector(Role.DECAY_LOGARITHM, "linear_attn.A_log", "N"),
+        _vector(Role.DECAY_BIAS, "linear_attn.dt_bias", "N"),
+        parts.norm(Role.MIXER_NORM, f"{delta}norm.weight", ("v",), "unused"),
+    ]
+
+
+_INPUTS = {
+    Role.MIXER_INPUT: ("in_proj_qkv", ("X", "D")),
+    Role.MIXER_GATE: ("in_proj_z", ("Y", "D")),
+    Role.MIXER_BETA: ("in_proj_b", ("N", "D")),
+    Role.MIXER_ALPHA: ("in_proj_a", ("N", "D")),
+}
+_GROUPED_INPUTS = {
+    Role.MIXER_INPUT: ("in_proj_qkvz", ("M", "D")),
+    Role.MIXER_BETA_ALPHA: ("in_proj_ba", ("B", "D")),
+}
+
+
 def described_layer(
-    mixer: GroupedQuery | Latent, feed_forward: FeedForward | None, hidden_size: int, biases: tuple[Role, ...] = ()
+    mixer: Mixer,
+    feed_forward: FeedForward | None,
+    hidden_size: int,
+    biases: tuple[Role, ...] = (),
+    *,
+    is_grouped: bool = False,
 ) -> LayerSpec:
-    """A layer with all tensors that its parts need, and with biases of these roles."""
-    tensors = [*(latent.mixer_tensors(mixer) if isinstance(mixer, Latent) else parts.attention_tensors())]
+    """A layer with all tensors that its parts need, and with biases of these roles.
+
+    Args:
+        mixer: its mixer.
+        feed_forward: its feed-forward, if it has one.
+        hidden_size: D.
+        biases: their roles.
+        is_grouped: a gated delta rule's inputs lie together by key head.
+    """
+    tensors = _mixer_tensors(mixer, is_grouped=is_grouped)
     if isinstance(mixer, GroupedQuery) and mixer.qk_norm is not QkNorm.NONE:
         tensors += parts.qk_norm_tensors(mixer.qk_norm)
     tensors += [_vector(role, f"{_BIASES[role][0]}.bias", _BIASES[role][1]) for role in biases]
@@ -169,7 +220,8 @@ class Reference:
     def _norm(self, values: Floats, role: Role, layer: int | None, epsilon: float | None = None) -> Floats:
         squares = np.square(values).mean(-1, keepdims=True)
         epsilon = self.spec.rms_norm_eps if epsilon is None else epsilon
-        return np.asarray(values / np.sqrt(squares + epsilon) * self.weights[role, layer])
+        plus = 0.0 if self.spec.tensor(role, layer).norm is NormKind.PLAIN else 1.0
+        return np.asarray(values / np.sqrt(squares + epsilon) * (plus + self.weights[role, layer]))
 
     def _linear(self, values: Floats, role: Role, layer: int, bias: Role | None = None) -> Floats:
         found = values @ self.weights[role, layer].T
@@ -178,6 +230,8 @@ class Reference:
     def _attention(self, mixer: Mixer, normed_TD: Floats, layer: int) -> Floats:
         if isinstance(mixer, Latent):
             return self._latent_attention(mixer, normed_TD, layer)
+        if isinstance(mixer, GatedDelta):
+            return self._gated_delta(mixer, normed_TD, layer)
         assert isinstance(mixer, GroupedQuery)
         query, key, value = (
             self._linear(normed_TD, role, layer, bias)
@@ -189,6 +243,9 @@ class Reference:
         )
         if mixer.qk_norm is QkNorm.WHOLE:
             query, key = self._norm(query, Role.QUERY_NORM, layer), self._norm(key, Role.KEY_NORM, layer)
+        gate = None
+        if mixer.output_gate:
+            query, gate = self._ungrouped(query, mixer.n_heads, [mixer.head_dim])
         heads = [values.reshape(len(values), -1, mixer.head_dim) for values in (query, key, value)]
         if mixer.qk_norm is QkNorm.PER_HEAD:
             heads[0] = self._norm(heads[0], Role.QUERY_NORM, layer)
@@ -196,7 +253,48 @@ class Reference:
         query, key = (_rotated(values, mixer.rope) for values in heads[:2])
         key, value = (np.repeat(values, mixer.n_heads // mixer.n_kv_heads, axis=1) for values in (key, heads[2]))
         attended = _attended(query, key, value, mixer)
+        attended = attended if gate is None else attended / (1 + np.exp(-gate))
         return self._linear(attended, Role.ATTENTION_OUTPUT, layer, Role.ATTENTION_OUTPUT_BIAS)
+
+    def _ungrouped(self, values: Floats, n_groups: int, places: list[int]) -> list[Floats]:
+        """Each group's values cut at these places, and the pieces of all groups side by side."""
+        pieces = np.split(values.reshape(len(values), n_groups, -1), places, axis=-1)
+        return [piece.reshape(len(values), -1) for piece in pieces]
+
+    def _gated_delta(self, mixer: GatedDelta, normed_TD: Floats, layer: int) -> Floats:
+        """A token at a time."""
+        n_tokens, width = len(normed_TD), mixer.key_dim
+        inputs, gate, strength, decay = self._inputs_of_delta(mixer, normed_TD, layer)
+        padded = np.concatenate([np.zeros_like(inputs[: mixer.kernel - 1]), inputs])
+        taps = self.weights[Role.CONVOLUTION, layer][:, 0].T
+        convolved = sum(padded[place : place + n_tokens] * tap for place, tap in enumerate(taps))
+        convolved = convolved / (1 + np.exp(-convolved))
+        *keys, value = np.split(convolved, [mixer.n_key_heads * width, 2 * mixer.n_key_heads * width], axis=-1)
+        heads = (of_keys.reshape(n_tokens, -1, width) for of_keys in keys)
+        units = (values / np.sqrt(np.square(values).sum(-1, keepdims=True) + 1e-6) for values in heads)
+        query, key = (np.repeat(unit, mixer.n_value_heads // mixer.n_key_heads, axis=1) for unit in units)
+        value = value.reshape(n_tokens, mixer.n_value_heads, -1)
+        rate = np.exp(self.weights[Role.DECAY_LOGARITHM, layer])
+        left = np.exp(-rate * np.log1p(np.exp(decay + self.weights[Role.DECAY_BIAS, layer])))
+        state, found = np.zeros((mixer.n_value_heads, width, mixer.value_dim), np.float32), np.zeros_like(value)
+        for token in range(n_tokens):
+            state = state * left[token, :, None, None]
+            error = value[token] - np.einsum("hkv,hk->hv", state, key[token])
+            error = error / (1 + np.exp(-strength[token]))[:, None]
+            state = state + key[token][..., None] * error[:, None]
+            found[token] = np.einsum("hkv,hk->hv", state, query[token]) / math.sqrt(width)
+        normed = self._norm(found, Role.MIXER_NORM, layer).reshape(n_tokens, -1)
+        return self._linear(normed * gate / (1 + np.exp(-gate)), Role.MIXER_OUTPUT, layer)
+
+    def _inputs_of_delta(self, mixer: GatedDelta, normed_TD: Floats, layer: int) -> list[Floats]:
+        """The convolution's inputs, the output's gates, and the logits of strength and decay."""
+        if (Role.MIXER_GATE, layer) in self.weights:
+            return [self._linear(normed_TD, role, layer) for role in _INPUTS]
+        n_heads, width, of_values = mixer.n_key_heads, mixer.key_dim, mixer.width // mixer.n_key_heads
+        both = self._linear(normed_TD, Role.MIXER_INPUT, layer)
+        *parts, gate = self._ungrouped(both, n_heads, [width, 2 * width, 2 * width + of_values])
+        both = self._linear(normed_TD, Role.MIXER_BETA_ALPHA, layer)
+        return [np.concatenate(parts, axis=-1), gate, *self._ungrouped(both, n_heads, [mixer.n_value_heads // n_heads])]
 
     def _latent_attention(self, mixer: Latent, normed_TD: Floats, layer: int) -> Floats:
         """With keys and values made for each head."""

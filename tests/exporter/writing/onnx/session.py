@@ -10,7 +10,7 @@ import onnx
 import onnxruntime
 
 from exporter.writing.onnx.layout import MODEL_FILE
-from validate.runtimes.onnx_inputs import cache_dimensions
+from validate.runtimes.onnx_inputs import cache_shapes, sized
 
 __all__ = ["Logits", "Session", "Tokens", "padded"]
 
@@ -33,15 +33,13 @@ class Session:
         options.add_session_config_entry(key, str(folder))
         source = str(folder / MODEL_FILE) if model is None else model.SerializeToString()
         self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        self._sizes = cache_dimensions(self._session)
+        self._sizes = cache_shapes(self._session)
         self._cache: list[npt.NDArray[np.float32]] = []
 
     def feed(self, tokens: Tokens, mask: Tokens, *, cached: bool = False) -> Logits:
         """Logits [batch, tokens, V]; ``cached`` continues where the last call ended."""
         if not cached:
-            self._cache = [
-                np.zeros((len(tokens), heads, 0, width), np.float32) for heads, width in self._sizes.values()
-            ]
+            self._cache = [np.zeros(sized(shape, len(tokens), 0), np.float32) for shape in self._sizes.values()]
         inputs = {
             "input_ids": tokens,
             "attention_mask": mask,

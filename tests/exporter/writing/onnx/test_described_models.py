@@ -14,7 +14,7 @@ import torch
 
 from compressors.model.description.feed_forward import Dense, Routed, Shared
 from compressors.model.description.glu import Activation, Glu
-from compressors.model.description.mixers import Latent, QkNorm
+from compressors.model.description.mixers import GatedDelta, Latent, Mixer, QkNorm
 from compressors.model.description.roles import Role
 from compressors.model.description.routing import GroupScore, Routing, Score
 from compressors.model.description.spec import ModelSpec, Place
@@ -29,6 +29,7 @@ from tests.exporter.writing.onnx.described import (
     Reference,
     attention,
     described_layer,
+    gated_delta,
     latent_attention,
     random_folder,
     with_layers,
@@ -94,6 +95,20 @@ def _latent(spec: ModelSpec) -> ModelSpec:
     )
 
 
+def _recurrent(spec: ModelSpec) -> ModelSpec:
+    """Gated delta rules of two spellings and several sizes, gated attention, norms of 1 + w."""
+    rope = replace(attention().rope, width=16)
+    gated = attention(rope=rope, qk_norm=QkNorm.PER_HEAD, output_gate=True)
+    block = _routed(Routing(), shared=Shared(32, is_gated=True))
+    return with_layers(
+        spec,
+        described_layer(gated, block, _HIDDEN),
+        described_layer(gated_delta(), block, _HIDDEN),
+        described_layer(gated_delta(), None, _HIDDEN, is_grouped=True),
+        described_layer(gated_delta(n_key_heads=3, n_value_heads=3, value_dim=16, kernel=2), block, _HIDDEN),
+    )
+
+
 def _mixed(spec: ModelSpec) -> ModelSpec:
     """Heads, rotary width, rules and functions that differ from layer to layer; one layer has no feed-forward."""
     rope = replace(attention().rope, width=16)
@@ -127,6 +142,7 @@ _MODELS: dict[str, Callable[[ModelSpec], ModelSpec]] = {
     "like gpt_oss": _gpt_oss,
     "interleaved": _interleaved,
     "latent attention": _latent,
+    "recurrent": _recurrent,
     "mixed layers": _mixed,
     "with factors": _with_factors,
 }
@@ -268,7 +284,8 @@ class _Number:
 
 def _changeable(model: onnx.ModelProto) -> list[_Number]:
     operators = ("GroupQueryAttention", "MoE", "QMoE", "TopK", "GatherElements", "ScatterElements", "LogSoftmax")
-    operators += ("RMSNormalization", "Split", "Concat", "RotaryEmbedding", "FusedMatMul")
+    operators += ("RMSNormalization", "Split", "Concat", "RotaryEmbedding", "FusedMatMul", "LinearAttention")
+    operators += ("CausalConvWithState", "GatedRMSNorm", "GatherND", "ReduceMax")
     fields = {onnx.AttributeProto.INT: "i", onnx.AttributeProto.FLOAT: "f"}
     return [
         _Number(attribute, fields[attribute.type])
@@ -289,7 +306,11 @@ def test_wrong_constants_are_named(base: ModelSpec, tmp_path: Path) -> None:
     of_heads = ("split.query.heads", "split.attended.heads", "split.key_value_a.parts", "shape.past")
     of_heads += ("split.attended.step.heads.halves", "shape.heads_apart", "axis.2", "axis.0")
     of_routing = (("routing.scale", _deepseek), ("best_2", _deepseek), ("glu.limit", _gpt_oss))
-    for name, model in (*of_routing, *((name, _latent) for name in of_heads)):
+    of_states = ("split.delta.convolved.parts", "split.delta.projected.grouped.parts", "convolution.last_3")
+    of_states += ("split.delta.strength_and_decay.grouped.parts", "shape.by_key_head", "shape.side_by_side")
+    of_states += ("delta.unit_scales", "delta.key_of_value_head", "shape.gated_heads", "norm.one")
+    of_mixers = (*((name, _latent) for name in of_heads), *((name, _recurrent) for name in of_states))
+    for name, model in (*of_routing, *of_mixers):
         spec = model(base)
         random_folder(spec, tmp_path, "F32")
         graph = onnx.load(tmp_path / MODEL_FILE, load_external_data=False)
@@ -318,16 +339,21 @@ def test_factors_that_are_wrong_or_missing_are_named(base: ModelSpec, tmp_path: 
     assert [sentence.partition(",")[0] for sentence in found] == said
 
 
+def _cached_values(mixer: Mixer, n_tokens: int) -> int:
+    if isinstance(mixer, Latent):
+        return n_tokens * (mixer.rank + mixer.rotary_dim)
+    if isinstance(mixer, GatedDelta):
+        channels = 2 * mixer.n_key_heads * mixer.key_dim + mixer.n_value_heads * mixer.value_dim
+        return mixer.n_value_heads * mixer.key_dim * mixer.value_dim + (mixer.kernel - 1) * channels
+    return n_tokens * 2 * mixer.n_kv_heads * mixer.head_dim
+
+
 def test_size_and_memory_are_predicted(spec: ModelSpec, folder: Path) -> None:
     is_float = OnnxWeights(folder, spec).block_length(Role.ATTENTION_OUTPUT, 0) is None
     encodings = _encodings(spec, "F32" if is_float else "4-bit experts")
     assert predict_size(spec, "F32", encodings) == sum(file.stat().st_size for file in folder.iterdir())
     lines = predict_runtime_bytes(spec, "F32", 128, threads=1, encodings=encodings)
-    cached = sum(
-        mixer.rank + mixer.rotary_dim if isinstance(mixer, Latent) else 2 * mixer.n_kv_heads * mixer.head_dim
-        for mixer in (layer.mixer for layer in spec.layers)
-    )
-    assert lines["kv_cache"] == 4 * 128 * cached
+    assert lines["kv_cache"] == 4 * sum(_cached_values(layer.mixer, 128) for layer in spec.layers)
 
 
 def test_units_hold_every_matrix_under_a_name_of_its_own(base: ModelSpec) -> None:

@@ -1,0 +1,43 @@
+"""The attributes that operators of recurrent mixers must have in any exporter's ONNX graph."""
+
+from __future__ import annotations
+
+import onnx
+
+from compressors.model.description.mixers import GatedDelta
+from compressors.model.description.spec import ModelSpec
+from validate.files.own_graph_settings import AllowedValues
+
+__all__ = ["RECURRENT", "STATE_OPERATORS", "recurrent_attributes"]
+
+STATE_OPERATORS = ("LinearAttention", "GatedDeltaNet")
+"""Operators that carry a state: a layer has one."""
+RECURRENT = ("LinearAttention", "CausalConvWithState", "GatedRMSNorm")
+"""Operators whose attributes are known."""
+
+_SILU = (b"silu", b"swish")
+
+
+def recurrent_attributes(node: onnx.NodeProto, spec: ModelSpec, layer: int) -> AllowedValues:
+    """The right values for such an operator.
+
+    Args:
+        node: the operator.
+        spec: the model.
+        layer: the layer that the operator belongs to, if it carries a state.
+    """
+    if node.op_type == "CausalConvWithState":
+        usual = {"channels_last": (0, 1, None), "state_window": (0, None)}
+        return {"activation": _SILU, "ndim": (1, None), "dilation": (1, None), **usual}
+    if node.op_type == "GatedRMSNorm":
+        return {"activation": (*_SILU, None), "epsilon": (spec.rms_norm_eps,)}
+    mixer = spec.layers[layer].mixer
+    if not isinstance(mixer, GatedDelta):
+        return {"update_rule": ()}  # the layer has no state
+    return {
+        "q_num_heads": (mixer.n_key_heads, mixer.n_value_heads),  # another exporter may repeat queries
+        "kv_num_heads": (mixer.n_value_heads,),
+        "scale": (mixer.scale, 0.0, 1.0, None),  # 0 stands for the usual one; queries may be scaled before
+        "update_rule": (b"gated_delta", None),
+        "state_window": (0, None),
+    }
