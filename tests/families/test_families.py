@@ -21,6 +21,7 @@ from compressors.model.running.gradients import streamed_gradients
 from compressors.model.running.recorder import RoutingRecorder
 from compressors.model.running.routers import RoutedCall, watching
 from compressors.model.running.streaming import StreamedModel, TokenGroup
+from compressors.model.sources.gguf import GgufWeights
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, Student
 from compressors.recover.sampling import continue_texts
@@ -28,6 +29,7 @@ from exporter.writing.gguf.writer import write_gguf
 from exporter.writing.hf_checkpoint import write_checkpoint
 from tests.families.conftest import logits_of
 from validate.files.gguf_settings import gguf_setting_symptoms
+from validate.files.weight_comparison import compare_weights
 from validate.routing.agreement import routing_agreement
 from validate.routing.router_alone import RouterInputRecorder, router_alone
 from validate.routing.router_inputs import RouterInputs
@@ -172,6 +174,8 @@ def test_llama_cpp_computes_and_routes_like_torch(
     source = Checkpoint(folder)
     student = _pruned(source) if pruned else Student.teacher(source)
     write_gguf(student, "F32", tmp_path / "x.gguf", name="x", threads=1)
+    weights = GgufWeights(tmp_path / "x.gguf", student.spec)
+    assert compare_weights(student, student.as_written(weights), weights.stored_type).damage == ()
     recorder, model = RoutingRecorder(student.spec), StreamedModel(student)
     inputs = RouterInputRecorder(tmp_path / "inputs", student.spec, np.arange(len(blocks_BT)), blocks_BT.shape[1])
     (hidden,) = model.stream([TokenGroup(blocks_BT, [recorder.observe, inputs.observe])])
