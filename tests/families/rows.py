@@ -132,7 +132,6 @@ ROWS: Mapping[str, Row] = {
             "experts_per_token": 2,
             "initial_context_length": 4096,
         },
-        formats=("gguf",),
     ),
     "mixtral": Row(
         sizes={"num_local_experts": 8, "intermediate_size": 32},
