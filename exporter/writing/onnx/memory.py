@@ -26,8 +26,8 @@ _LIVE_HIDDEN_STATES = 8  # [tokens, D] at a time: residual, normed, branch and t
 _LIVE_VECTORS = 4  # of a head in latent attention: its query beside the small vector, turned; its sum, and parts
 _LIVE_CACHES = 5  # of latent attention: both halves, joined, those before a prompt, and an operator's keys and values
 # With sinks the operator keeps attention's weights of all columns, those outside of a window too; without sinks it goes
-# over the cache in blocks (measured: 278 MB against 14 MB for 32 heads, 512 tokens and 4096 columns). The allocator often
-# takes their room twice, because it has put something else into the first one in between.
+# over the cache in blocks (measured: 278 MB against 14 MB for 32 heads, 512 tokens and 4096 columns). The allocator
+# often takes their room twice, because it has put something else into the first one in between.
 _KEPT_WEIGHTS = 2
 _LIVE_PROJECTIONS = 3  # query, key and value as projected, normed per head, rotated
 
