@@ -7,7 +7,6 @@ from collections.abc import Collection
 from compressors.model.description.glu import Activation
 from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent
 from compressors.model.description.onnx_cache import Attention
-from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from exporter.capabilities.rules import Container, Feature, Rule
 
@@ -15,7 +14,6 @@ __all__ = ["RULES"]
 
 _HEAD_MULTIPLE = 16
 _MIXERS = (GroupedQuery.kind, Latent.kind, GatedDelta.kind)
-_NOT_READ = (Role.SINKS, Role.EXPERT_GATE_UP_BIAS, Role.EXPERT_DOWN_BIAS)
 
 
 def _mixers(spec: ModelSpec) -> str | None:
@@ -45,12 +43,6 @@ def _heads(spec: ModelSpec) -> str | None:
     return None
 
 
-def _vectors(spec: ModelSpec) -> str | None:
-    roles = {role for layer in spec.written.layers for role in layer.roles}
-    lacking = [f"{role}" for role in _NOT_READ if role in roles]
-    return _refused(f"our ONNX graphs do not add {_listed(lacking)}", lacking)
-
-
 def _expert_function(spec: ModelSpec) -> str | None:
     glus = {layer.routed.glu for layer in spec.written.layers if layer.routed is not None}
     activations = dict.fromkeys(glu.activation for glu in glus if not glu.is_gated)
@@ -73,7 +65,6 @@ def _listed(names: Collection[str]) -> str:
 RULES = (
     Rule(Container.ONNX, Feature.MIXERS, _listed(_MIXERS), _mixers),
     Rule(Container.ONNX, Feature.HEADS, f"a multiple of {_HEAD_MULTIPLE} values", _heads),
-    Rule(Container.ONNX, Feature.BIASES, "all but attention sinks and the biases of experts", _vectors),
     Rule(Container.ONNX, Feature.EXPERT_FUNCTION, "SwiGLU, its limits and offsets included", _expert_function),
 )
 """The rules in the order in which they are asked; the first refusal counts."""

@@ -132,7 +132,6 @@ ROWS: Mapping[str, Row] = {
             "experts_per_token": 2,
             "initial_context_length": 4096,
         },
-        formats=("gguf",),
     ),
     "granitemoe": Row(
         sizes={

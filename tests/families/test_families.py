@@ -183,6 +183,8 @@ def test_llama_cpp_computes_and_routes_like_torch(
     source = Checkpoint(folder)
     student = _pruned(source) if pruned else Student.teacher(source)
     write_gguf(student, "F32", tmp_path / "x.gguf", name="x", threads=1)
+    weights = GgufWeights(tmp_path / "x.gguf", student.spec)
+    assert compare_weights(student, student.as_written(weights), weights.stored_type).damage == ()
     recorder, model = RoutingRecorder(student.spec), StreamedModel(student)
     inputs = RouterInputRecorder(tmp_path / "inputs", student.spec, np.arange(len(blocks_BT)), blocks_BT.shape[1])
     (hidden,) = model.stream([TokenGroup(blocks_BT, [recorder.observe, inputs.observe])])

@@ -22,6 +22,7 @@ from compressors.recover.sampling import continue_texts
 from exporter.planning.recipe import SourceChoice
 from exporter.publishing.described_models import described_source
 from exporter.writing.onnx.clients import write_client_files
+from exporter.writing.onnx.encodings import onnx_units
 from exporter.writing.onnx.layout import plan_tensors
 from exporter.writing.onnx.memory import predict_runtime_bytes
 from exporter.writing.onnx.writer import predict_size, write_onnx
@@ -32,6 +33,7 @@ from tests.families.conftest import logits_of
 from tests.families.rows import COMMON, ROWS
 from validate.files.folder_settings import folder_setting_symptoms
 from validate.files.graph_settings import graph_setting_symptoms
+from validate.files.weight_comparison import compare_weights
 from validate.metrics.generation import greedy
 from validate.report.run import onnxruntime_example
 from validate.routing.agreement import routing_agreement
@@ -39,6 +41,7 @@ from validate.runtimes.backend import scored_positions
 from validate.runtimes.onnx import OnnxRuntimeBackend
 
 _EXACT = 1e-4  # of logits whose standard deviation is about 1.5
+_MOST = (0, 2, 3, 5, 6, 7, 1, 4)  # the first experts that students keep
 _WRITTEN = sorted(name for name, row in ROWS.items() if "onnx" in row.formats)
 
 
@@ -52,9 +55,7 @@ def family(request: pytest.FixtureRequest) -> str:
 def student(request: pytest.FixtureRequest, folder: Path) -> Student:
     """The whole model, and one with fewer experts."""
     source = Checkpoint(folder)
-    kept = [
-        (0, 2, 3, 5, 6, 7, 1, 4)[: request.param] if layer.routed is not None else () for layer in source.spec.layers
-    ]
+    kept = [_MOST[: request.param] if layer.routed is not None else () for layer in source.spec.layers]
     return Student(source, ExpertMap.keeping(source.spec.n_experts, kept))
 
 
@@ -83,37 +84,62 @@ def test_onnx_runtime_computes_and_routes_like_torch(student: Student, written: 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("n_tokens", [1, 7, 300])
-def test_texts_of_any_length(student: Student, written: Path, n_tokens: int) -> None:
+@pytest.mark.parametrize("length", [1, 7, 300])
+def test_texts_of_any_length(student: Student, written: Path, length: int) -> None:
     """Errors grow with the length: after 300 tokens transformers' own two ways to compute a state differ by 1.8e-4."""
-    tokens_BT = torch.randint(1, 4096, (1, n_tokens), generator=torch.Generator().manual_seed(8))
+    tokens_BT = torch.randint(1, 4096, (1, length), generator=torch.Generator().manual_seed(length))
     expected_TV = logits_of(StreamedModel(student), tokens_BT).numpy()
-    (found_TV,) = Session(written).feed(tokens_BT.numpy(), np.ones((1, n_tokens), np.int64))
+    (found_TV,) = Session(written).feed(tokens_BT.numpy(), np.ones((1, length), np.int64))
     assert np.abs(found_TV - expected_TV).max() < _EXACT * np.abs(expected_TV).max()
 
 
 @torch.no_grad()
-def test_it_writes_what_torch_writes(student: Student, written: Path, blocks_BT: torch.Tensor) -> None:
-    prompt_BT = blocks_BT[:1, :9]
-    expected = continue_texts(StreamedModel(student), prompt_BT, 32, lambda logits, *_: logits.argmax(-1))
-    found = OnnxRuntimeBackend(written, threads=1).generate(prompt_BT[0].tolist(), 32, greedy)
-    assert found == expected[0, 9:].tolist()
+def test_the_same_text_is_written_through_the_cache(student: Student, written: Path, blocks_BT: torch.Tensor) -> None:
+    """It is longer than the window, where there is one."""
+    prompt_BP = blocks_BT[:1, :20]
+    (text,) = continue_texts(StreamedModel(student), prompt_BP, 32, lambda logits_bV, *_: logits_bV.argmax(-1))
+    found = OnnxRuntimeBackend(written, threads=1).generate(prompt_BP[0].tolist(), 32, greedy)
+    assert found == text[20:].tolist()
+
+
+def _unlike_layers(source: Checkpoint, kind: str) -> Student:
+    """Fewer experts in later layers, and none in the last; or all experts, and no second layer."""
+    n_layers, n_experts = source.spec.n_layers, source.spec.n_experts
+    if kind == "without a layer":
+        kept = {layer: _MOST for layer in range(n_layers) if layer != 1}
+    else:
+        kept = {layer: _MOST[: 8 - 2 * layer] for layer in range(n_layers - 1)} | {n_layers - 1: ()}
+    layers = [
+        LayerMap(layer, tuple((expert,) for expert in experts) if source.spec.layers[layer].routed is not None else ())
+        for layer, experts in kept.items()
+    ]
+    return Student(source, ExpertMap(n_experts, tuple(layers)))
 
 
 @torch.no_grad()
-def test_layers_that_differ(folder: Path, blocks_BT: torch.Tensor, tmp_path: Path) -> None:
-    """One is gone, one has lost its experts, and the others have different numbers of them."""
-    source, kept = Checkpoint(folder), [(0, 2, 3, 5, 6, 7), (1, 2, 4, 5), (), (7, 3, 0)]
-    layers = [
-        LayerMap(index, tuple((expert,) for expert in experts) if layer.routed is not None else ())
-        for index, (layer, experts) in enumerate(zip(source.spec.layers, kept, strict=False))
-    ]
-    student = Student(source, ExpertMap(source.spec.n_experts, tuple(layers[1:])))
+@pytest.mark.parametrize("kind", ["different experts", "without a layer"])
+def test_layers_may_differ(folder: Path, blocks_BT: torch.Tensor, tmp_path: Path, kind: str) -> None:
+    student = _unlike_layers(Checkpoint(folder), kind)
     write_onnx(student, "F32", tmp_path, threads=1)
     assert graph_setting_symptoms(tmp_path / MODEL_FILE, student.spec) == []
-    expected_TV = logits_of(StreamedModel(student), blocks_BT[:1]).numpy()
-    (found_TV,) = Session(tmp_path).feed(blocks_BT[:1].numpy(), np.ones((1, 48), np.int64))
-    assert np.abs(found_TV - expected_TV).max() < _EXACT * np.abs(expected_TV).max()
+    expected_BTV = logits_of(StreamedModel(student), blocks_BT).view(*blocks_BT.shape, -1)
+    found_BTV = Session(tmp_path).feed(blocks_BT.numpy(), np.ones(blocks_BT.shape, np.int64))
+    assert np.abs(found_BTV - expected_BTV.numpy()).max() < _EXACT
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("bits", "allowed"), [(4, 1e-5), (8, 0.1)])
+def test_quantized_files(folder: Path, blocks_BT: torch.Tensor, tmp_path: Path, bits: int, allowed: float) -> None:
+    """Products of 8 bits may quantize their inputs too, which sends some tokens to other experts."""
+    teacher = Student.teacher(Checkpoint(folder))
+    units = [unit.name for unit in onnx_units(teacher.spec) if bits == 4 or unit.name.endswith(".experts")]
+    write_onnx(teacher, "F32", tmp_path, encodings=dict.fromkeys(units, f"{bits}@16"), threads=1)
+    weights = OnnxWeights(tmp_path, teacher.spec)
+    written = teacher.as_written(weights)
+    assert compare_weights(teacher, written, weights.stored_type).damage == ()
+    expected_BTV = logits_of(StreamedModel(written), blocks_BT).view(*blocks_BT.shape, -1)
+    found_BTV = Session(tmp_path).feed(blocks_BT.numpy(), np.ones(blocks_BT.shape, np.int64))
+    assert np.abs(found_BTV - expected_BTV.numpy()).mean() < allowed
 
 
 @torch.no_grad()
@@ -164,6 +190,19 @@ def test_the_file_holds_the_student_s_values(student: Student, written: Path) ->
             assert torch.equal(found.tensor(tensor.role, layer), expected), (tensor.role, layer)
             if tensor.is_quantizable:
                 assert torch.equal(found.rows(tensor.role, layer, slice(1, 3)), expected[1:3])
+    assert compare_weights(student, student.as_written(found), found.stored_type).damage == ()
+
+
+def test_changed_vectors_and_routers_are_named(student: Student, written: Path) -> None:
+    weights = OnnxWeights(written, student.spec)
+    changed = [
+        (tensor.role, layer)
+        for tensor, layer in student.spec.written.places
+        if layer is not None and not tensor.is_quantizable
+    ]
+    overlay = {student.name(*place): student.tensor(*place).float() * 1.5 for place in changed}
+    damage = compare_weights(student.with_overlay(overlay), student.as_written(weights), weights.stored_type).damage
+    assert {(entry.unit.role, entry.unit.layer) for entry in damage} == set(changed)
 
 
 def test_the_report_s_example_runs(written: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

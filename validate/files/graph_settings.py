@@ -20,6 +20,7 @@ from compressors.model.description.feed_forward import Routed
 from compressors.model.description.glu import Activation, Glu
 from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent
 from compressors.model.description.onnx_cache import Attention, cache_heads
+from compressors.model.description.roles import Role
 from compressors.model.description.routing import Score
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.files.onnx_graph import external_place
@@ -34,6 +35,12 @@ _ATTENTION = ("GroupQueryAttention", "MultiHeadAttention", "Attention")
 _NORMS = ("RMSNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
 _EXPERTS = ("MoE", "QMoE")
 _KNOWN = (*_ATTENTION, *_NORMS, *_EXPERTS, *RECURRENT)  # all their attributes are
+_VECTOR_INPUTS: Mapping[str, Mapping[int, Role]] = {
+    "GroupQueryAttention": {11: Role.SINKS},
+    "MoE": {3: Role.EXPERT_GATE_UP_BIAS, 5: Role.EXPERT_DOWN_BIAS},
+    "QMoE": {4: Role.EXPERT_GATE_UP_BIAS, 7: Role.EXPERT_DOWN_BIAS},
+}
+"""The places of inputs that a node can be without, by operator."""
 _HARMLESS = frozenset({"accuracy_level", "stash_type", "chunk_size"})  # they change only the precision
 _POSITIONS_AT_ONCE = 4096
 
@@ -64,6 +71,8 @@ def graph_setting_symptoms(path: Path, spec: ModelSpec) -> list[str]:
             elif name not in found and None not in values:
                 sentence = f"{node.op_type} {name}: absent in the graph, the model's is {_shown(values[0])}"
                 symptoms.setdefault(sentence, []).append(node.output[0])
+        for sentence in _input_symptoms(node, spec.layers[max(layer, 0)]):
+            symptoms.setdefault(sentence, []).append(node.output[0])
         for name in found.keys() - allowed.keys() - _HARMLESS if node.op_type in _KNOWN else ():
             symptoms.setdefault(f"{node.op_type} {name}: the model has no such setting", []).append(node.output[0])
     found_symptoms = [f"{sentence} ({_places(nodes)})" for sentence, nodes in symptoms.items()]
@@ -80,6 +89,13 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[tuple[onnx.NodeProto, bool]]:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
                 yield from ((inner, True) for inner, _ in _nodes(attribute.g))
+
+
+def _input_symptoms(node: onnx.NodeProto, layer: LayerSpec) -> Iterator[str]:
+    """Yields a sentence for each vector of the layer that the node does not take; without one it adds nothing."""
+    for place, role in _VECTOR_INPUTS.get(node.op_type, {}).items():
+        if role in layer.roles and not _input(node, place):
+            yield f"{node.op_type}: the model has {role}, the graph does not use them"
 
 
 def _unknown_mixers(spec: ModelSpec) -> Iterator[str]:

@@ -136,7 +136,7 @@ def _units(expected: Student, found: Student, tensor: TensorSpec, layer: int | N
     wanted, its = expected.tensor(role, layer).float(), found.tensor(role, layer).float()
     if not tensor.is_quantizable and not torch.equal(wanted, its):
         wanted = _as_stored(wanted, tensor, expected, layer)
-    if tensor.kind is Kind.ROUTER:
+    if tensor.kind is Kind.ROUTER and len(tensor.shape) > 1:
         for row, (one, other) in enumerate(zip(wanted, its, strict=True)):
             yield Unit(role, layer, row), [(one.reshape(1, -1), other.reshape(1, -1))]  # a bias has one value in a row
     elif tensor.is_quantizable and len(tensor.gguf_parts) > 1:

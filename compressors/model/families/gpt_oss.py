@@ -2,7 +2,7 @@
 
 OpenAI's checkpoints hold the experts in MXFP4; transformers saves them in bfloat16, transposed. They have YaRN with
 ``truncate`` false, which llama.cpp computes as if it were true, whatever a file says: a few pairs turn by slightly
-other angles.
+other angles. ONNX files hold the right ones.
 """
 
 from __future__ import annotations

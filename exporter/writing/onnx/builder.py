@@ -46,9 +46,11 @@ class GraphBuilder:
     ) -> str:
         """Adds a node and returns its first output; an empty text is an input or output that is left out."""
         outputs = [output] if isinstance(output, str) else list(output)
+        n_inputs = max((place for place, name in enumerate(inputs, start=1) if name), default=0)
         assert outputs[0] not in self._made, f"two nodes make {outputs[0]}"
         self._made.add(outputs[0])
-        node = onnx.helper.make_node(op, inputs, outputs, name=f"{outputs[0]}/{op}", domain=domain, **attributes)
+        name = f"{outputs[0]}/{op}"
+        node = onnx.helper.make_node(op, inputs[:n_inputs], outputs, name=name, domain=domain, **attributes)
         self._nodes.append(node)
         return outputs[0]
 

@@ -12,11 +12,9 @@ from compressors.model.config.reading import read_spec
 from compressors.model.description.feed_forward import Routed
 from compressors.model.description.glu import Activation, Glu
 from compressors.model.description.mixers import GatedDelta
-from compressors.model.description.roles import Role
 from compressors.model.description.rope import RopeKind
 from compressors.model.description.routing import Routing, Score
 from compressors.model.description.spec import NO_MOE, ModelSpec, MoeSize
-from compressors.model.description.tensors import GgufTensor, Kind, TensorSpec
 from compressors.model.errors import UnsupportedError
 from exporter.capabilities.rules import Container
 from exporter.capabilities.table import TABLE, refusal, refuse_unless_held
@@ -24,10 +22,6 @@ from exporter.writing.gguf.layout import plan_tensors as gguf_tensors
 from exporter.writing.onnx.layout import plan_tensors as onnx_tensors
 from tests.altered import altered, with_dense_layers
 from tests.exporter.writing.onnx.described import latent_attention
-
-_SINKS = TensorSpec(
-    Role.SINKS, "model.layers.{layer}.self_attn.sinks", ("H",), GgufTensor("blk.{layer}.sinks"), Kind.VECTOR
-)
 
 
 @pytest.fixture
@@ -76,13 +70,11 @@ def test_layers_that_never_had_experts_differ_from_layers_that_lost_them(spec: M
 
 def test_onnx_refuses_what_its_graphs_do_not_compute(spec: ModelSpec) -> None:
     first, *others = spec.layers
-    with_sinks = replace(first, tensors=(*first.tensors, _SINKS))
     delta = replace(first, mixer=GatedDelta(n_key_heads=2, n_value_heads=4, key_dim=16, value_dim=16, kernel=4))
     short = replace(delta, mixer=replace(delta.mixer, kernel=1))
     rope = replace(spec.rope, width=24)
     for model, said in (
         (_with_experts_like(spec, glu=Glu(Activation.GELU_TANH)), "whose gate's activation is gelu_pytorch_tanh"),
-        (replace(spec, layers=(with_sinks, *others)), "do not add attention sinks"),
         (replace(spec, layers=(short, *others)), "the convolution of this model covers one token"),
         (altered(spec, head_dim=40), "runs heads of a multiple of 16 values; this model's have 40"),
         (altered(spec, rope=rope), "turns a multiple of 16 values of a head; this model's attention turns 24"),

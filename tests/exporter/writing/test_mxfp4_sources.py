@@ -17,6 +17,8 @@ from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import ExpertMap, Student
 from exporter.writing.gguf.writer import write_gguf
 from exporter.writing.hf_checkpoint import write_checkpoint
+from exporter.writing.onnx.layout import DATA_FILE, MODEL_FILE
+from exporter.writing.onnx.writer import write_onnx
 from tests.mxfp4_checkpoints import write_both
 
 _KEPT = (6, 0, 3)
@@ -39,6 +41,13 @@ def test_other_types_have_the_same_bytes(students: tuple[Student, Student], tmp_
     for number, student in enumerate(students):
         write_gguf(student, mix, tmp_path / f"{number}.gguf", name="x", threads=1)
     assert (tmp_path / "0.gguf").read_bytes() == (tmp_path / "1.gguf").read_bytes()
+
+
+def test_onnx_files_have_the_same_bytes(students: tuple[Student, Student], tmp_path: Path) -> None:
+    for name, student in zip(("packed", "plain"), students, strict=True):
+        write_onnx(student, "Q4_0", tmp_path / name, threads=1)
+    for file in (MODEL_FILE, DATA_FILE):
+        assert (tmp_path / "packed" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
 
 
 def test_experts_in_mxfp4_are_copied(students: tuple[Student, Student], tmp_path: Path) -> None:

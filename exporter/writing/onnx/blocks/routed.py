@@ -54,7 +54,8 @@ def _add_float32(
     attributes: dict[str, Any],
 ) -> str:
     graph, (gate_up, down) = layer.graph, matrices
-    inputs = [normed, routing.logits, graph.external(gate_up.codes), "", graph.external(down.codes)]
+    of_gate_up, of_down = _biases(layer)
+    inputs = [normed, routing.logits, graph.external(gate_up.codes), of_gate_up, graph.external(down.codes), of_down]
     if routing.normalizes:
         return graph.node("MoE", inputs, output, domain=MICROSOFT, **attributes)
     # ONNX Runtime 1.31's CPU kernel may write its output over its input. It copies the input first only when it
@@ -76,7 +77,8 @@ def _add_quantized(
     assert blocks is not None and blocks == down.encoding.blocks, "the operator has one width and one block size"
     gate_up_codes, down_codes = graph.external(gate_up.codes), graph.external(down.codes)
     gate_up_scales, down_scales = layer.weights.scales(gate_up), layer.weights.scales(down)
-    inputs = [normed, routing.logits, gate_up_codes, gate_up_scales, "", down_codes, down_scales]
+    of_gate_up, of_down = _biases(layer)
+    inputs = [normed, routing.logits, gate_up_codes, gate_up_scales, of_gate_up, down_codes, down_scales, of_down]
     if not routing.normalizes:
         # ONNX Runtime 1.31's CPU kernel normalises the chosen gates whatever the attribute says, unless it is given
         # the gates of all experts (moe_quantization_cpu.cc).
@@ -92,3 +94,8 @@ def _add_quantized(
         weights_prepacked=0,  # the codes are plain, not in the order of one GPU's kernels
         **attributes,
     )
+
+
+def _biases(layer: LayerNodes) -> tuple[str, str]:
+    """The biases of gate and up, whose values alternate as the rows do, and of down; an empty text: there are none."""
+    return layer.vector(Role.EXPERT_GATE_UP_BIAS) or "", layer.vector(Role.EXPERT_DOWN_BIAS) or ""

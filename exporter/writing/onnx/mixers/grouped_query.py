@@ -32,9 +32,10 @@ class GroupedQueryNodes:
         key = self._norm(layer, Role.KEY_NORM, key, mixer.n_kv_heads)
         past = add_past(layer.graph, index, self._heads)
         rotary = layer.weights.rotary_caches(mask.total_length)
+        sinks = layer.vector(Role.SINKS) or ""
         attended = layer.graph.node(
             "GroupQueryAttention",
-            [query, key, value, *past, mask.last_positions, mask.total_length, *rotary, "", mask.bias],
+            [query, key, value, *past, mask.last_positions, mask.total_length, *rotary, "", mask.bias, sinks],
             [f"{prefix}attended", *present_names(index)],
             domain=MICROSOFT,
             num_heads=mixer.n_heads,

@@ -29,12 +29,15 @@ __all__ += ["random_folder", "whole_numbers", "with_layers"]
 Floats = npt.NDArray[np.float32]
 
 _LAYER = "model.layers.{layer}."
-_BIASES = {
-    Role.QUERY_BIAS: ("self_attn.q_proj", "Q"),
-    Role.KEY_BIAS: ("self_attn.k_proj", "K"),
-    Role.VALUE_BIAS: ("self_attn.v_proj", "K"),
-    Role.ATTENTION_OUTPUT_BIAS: ("self_attn.o_proj", "D"),
-    Role.ROUTER_BIAS: ("mlp.gate", "E"),
+_VECTORS = {
+    Role.QUERY_BIAS: ("self_attn.q_proj.bias", "Q"),
+    Role.KEY_BIAS: ("self_attn.k_proj.bias", "K"),
+    Role.VALUE_BIAS: ("self_attn.v_proj.bias", "K"),
+    Role.ATTENTION_OUTPUT_BIAS: ("self_attn.o_proj.bias", "D"),
+    Role.SINKS: ("self_attn.sinks", "H"),
+    Role.ROUTER_BIAS: ("mlp.gate.bias", "E"),
+    Role.EXPERT_GATE_UP_BIAS: ("mlp.experts.gate_up_proj_bias", "E", "2F"),
+    Role.EXPERT_DOWN_BIAS: ("mlp.experts.down_proj_bias", "E", "D"),
 }
 _SHARED = {
     Role.SHARED_GATE: ("gate_proj", ("S", "D")),
@@ -100,23 +103,23 @@ def described_layer(
     mixer: Mixer,
     feed_forward: FeedForward | None,
     hidden_size: int,
-    biases: tuple[Role, ...] = (),
+    vectors: tuple[Role, ...] = (),
     *,
     is_grouped: bool = False,
 ) -> LayerSpec:
-    """A layer with all tensors that its parts need, and with biases of these roles.
+    """A layer with all tensors that its parts need, and with biases or sinks of these roles.
 
     Args:
         mixer: its mixer.
         feed_forward: its feed-forward, if it has one.
         hidden_size: D.
-        biases: their roles.
+        vectors: the roles of biases and sinks.
         is_grouped: a gated delta rule's inputs lie together by key head.
     """
     tensors = _mixer_tensors(mixer, is_grouped=is_grouped)
     if isinstance(mixer, GroupedQuery) and mixer.qk_norm is not QkNorm.NONE:
         tensors += parts.qk_norm_tensors(mixer.qk_norm)
-    tensors += [_vector(role, f"{_BIASES[role][0]}.bias", _BIASES[role][1]) for role in biases]
+    tensors += [_vector(role, *_VECTORS[role]) for role in vectors]
     if isinstance(feed_forward, Dense):
         tensors += parts.dense_tensors()
     if isinstance(feed_forward, Routed):
@@ -129,8 +132,8 @@ def described_layer(
     return LayerSpec(mixer, feed_forward, hidden_size, tuple(sorted(tensors, key=lambda t: order.index(t.role))))
 
 
-def _vector(role: Role, name: str, letter: str) -> TensorSpec:
-    return TensorSpec(role, _LAYER + name, (letter,), GgufTensor("unused"), Kind.VECTOR)
+def _vector(role: Role, name: str, *shape: str) -> TensorSpec:
+    return TensorSpec(role, _LAYER + name, shape, GgufTensor("unused"), Kind.VECTOR)
 
 
 def _shared_tensors(shared: Shared | None) -> list[TensorSpec]:
@@ -252,7 +255,7 @@ class Reference:
             heads[1] = self._norm(heads[1], Role.KEY_NORM, layer)
         query, key = (_rotated(values, mixer.rope) for values in heads[:2])
         key, value = (np.repeat(values, mixer.n_heads // mixer.n_kv_heads, axis=1) for values in (key, heads[2]))
-        attended = _attended(query, key, value, mixer)
+        attended = _attended(query, key, value, mixer, self.weights.get((Role.SINKS, layer)))
         attended = attended if gate is None else attended / (1 + np.exp(-gate))
         return self._linear(attended, Role.ATTENTION_OUTPUT, layer, Role.ATTENTION_OUTPUT_BIAS)
 
@@ -330,8 +333,16 @@ class Reference:
         found_TD = np.zeros_like(normed_TD)
         for expert in range(block.n_experts):
             weight_T1 = (weights_TK * (chosen_TK == expert)).sum(1, keepdims=True)
-            found_TD += weight_T1 * _neurons(normed_TD, gate[expert], up[expert], down[expert], block.glu)
+            biases = self._expert_biases(layer, expert)
+            found_TD += weight_T1 * _neurons(normed_TD, gate[expert], up[expert], down[expert], block.glu, biases)
         return found_TD if block.shared is None else found_TD + self._shared(block, normed_TD, layer)
+
+    def _expert_biases(self, layer: int, expert: int) -> tuple[Floats, Floats, Floats] | None:
+        """The biases of an expert's gate, up and down; None if it has none."""
+        if (Role.EXPERT_DOWN_BIAS, layer) not in self.weights:
+            return None
+        alternating = self.weights[Role.EXPERT_GATE_UP_BIAS, layer][expert]
+        return alternating[::2], alternating[1::2], self.weights[Role.EXPERT_DOWN_BIAS, layer][expert]
 
     def _shared(self, block: Routed, normed_TD: Floats, layer: int) -> Floats:
         matrices = (self.weights[role, layer] for role in (Role.SHARED_GATE, Role.SHARED_UP, Role.SHARED_DOWN))
@@ -342,17 +353,32 @@ class Reference:
         return np.asarray(found_TD / (1 + np.exp(-self._linear(normed_TD, Role.SHARED_ROUTER, layer))))
 
 
-def _neurons(normed_TD: Floats, gate: Floats, up: Floats, down: Floats, glu: Glu) -> Floats:
-    return glu.apply(normed_TD @ gate.T if glu.is_gated else None, normed_TD @ up.T) @ down.T
+def _neurons(
+    normed_TD: Floats,
+    gate: Floats,
+    up: Floats,
+    down: Floats,
+    glu: Glu,
+    biases: tuple[Floats | float, Floats | float, Floats | float] | None = None,
+) -> Floats:
+    of_gate, of_up, of_down = biases or (0.0, 0.0, 0.0)
+    hidden = glu.apply(normed_TD @ gate.T + of_gate if glu.is_gated else None, normed_TD @ up.T + of_up)
+    return hidden @ down.T + of_down
 
 
-def _attended(query: Floats, key: Floats, value: Floats, mixer: GroupedQuery | Latent) -> Floats:
-    """The values of all heads [T, H, d], weighed by attention, side by side."""
+def _attended(
+    query: Floats, key: Floats, value: Floats, mixer: GroupedQuery | Latent, sinks_H: Floats | None = None
+) -> Floats:
+    """The values of all heads [T, H, d], weighed by attention, side by side; a sink is one more logit of its head."""
     scores_HTT = np.einsum("thd,uhd->htu", query, key) * mixer.scale
     distance_TT = np.arange(len(query))[:, None] - np.arange(len(query))
     is_seen = (distance_TT >= 0) & (distance_TT < (mixer.window or len(query)))
-    powers_HTT = np.where(is_seen, np.exp(scores_HTT - scores_HTT.max(-1, keepdims=True)), 0)
-    attended = np.einsum("htu,uhd->thd", powers_HTT / powers_HTT.sum(-1, keepdims=True), value)
+    largest_HT1 = scores_HTT.max(-1, keepdims=True)
+    powers_HTT = np.where(is_seen, np.exp(scores_HTT - largest_HT1), 0)
+    sums_HT1 = powers_HTT.sum(-1, keepdims=True)
+    if sinks_H is not None:
+        sums_HT1 = sums_HT1 + np.exp(sinks_H[:, None, None] - largest_HT1)
+    attended = np.einsum("htu,uhd->thd", powers_HTT / sums_HT1, value)
     return np.asarray(attended.reshape(len(query), -1))
 
 

@@ -42,6 +42,7 @@ Tokens = npt.NDArray[np.int64]
 
 _HIDDEN, _EXPERTS, _WIDTH = 64, 16, 32
 _ATTENTION_BIASES = (Role.QUERY_BIAS, Role.KEY_BIAS, Role.VALUE_BIAS)
+_EXPERT_BIASES = (Role.EXPERT_GATE_UP_BIAS, Role.EXPERT_DOWN_BIAS)
 _SIGMOID = Routing(Score.SIGMOID, has_selection_bias=True, epsilon=1e-20, scale=2.5)
 _SWIGLU = Glu()
 _CLAMPED = Glu(alpha=1.702, limit=2.0, offset=1.0)
@@ -67,11 +68,11 @@ def _deepseek(spec: ModelSpec) -> ModelSpec:
 
 
 def _gpt_oss(spec: ModelSpec) -> ModelSpec:
-    """Biases of router and attention, a clamped function, and windows in every second layer."""
+    """Sinks, biases everywhere, a clamped function, and windows in every second layer."""
     block = _routed(Routing(Score.LOGITS), _CLAMPED)
-    biases = (*_ATTENTION_BIASES, Role.ATTENTION_OUTPUT_BIAS, Role.ROUTER_BIAS)
+    vectors = (*_ATTENTION_BIASES, Role.ATTENTION_OUTPUT_BIAS, Role.SINKS, Role.ROUTER_BIAS, *_EXPERT_BIASES)
     mixers = (attention(window=8), attention())
-    return with_layers(spec, *(described_layer(mixer, block, _HIDDEN, biases) for mixer in mixers))
+    return with_layers(spec, *(described_layer(mixer, block, _HIDDEN, vectors) for mixer in mixers))
 
 
 def _interleaved(spec: ModelSpec) -> ModelSpec:
@@ -79,6 +80,12 @@ def _interleaved(spec: ModelSpec) -> ModelSpec:
     rope = replace(attention().rope, width=16, interleaved=True)
     block = _routed(Routing())
     return with_layers(spec, *[described_layer(attention(rope=rope), block, _HIDDEN)] * 2)
+
+
+def _biased_experts(spec: ModelSpec) -> ModelSpec:
+    """Weights that are not normalised, and biases of the experts."""
+    block = _routed(Routing(normalizes=False))
+    return with_layers(spec, *[described_layer(attention(), block, _HIDDEN, _EXPERT_BIASES)] * 2)
 
 
 def _latent(spec: ModelSpec) -> ModelSpec:
@@ -141,6 +148,7 @@ _MODELS: dict[str, Callable[[ModelSpec], ModelSpec]] = {
     "like deepseek_v3": _deepseek,
     "like gpt_oss": _gpt_oss,
     "interleaved": _interleaved,
+    "biased experts": _biased_experts,
     "latent attention": _latent,
     "recurrent": _recurrent,
     "mixed layers": _mixed,
@@ -300,6 +308,26 @@ def _nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     """Those inside of others too."""
     inner = [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
     return [*graph.node, *(node for branch in inner for node in _nodes(branch))]
+
+
+def test_vectors_that_no_node_takes_are_named(base: ModelSpec, tmp_path: Path) -> None:
+    spec = _gpt_oss(base)
+    random_folder(spec, tmp_path, "F32", _encodings(spec, "4-bit experts"))
+    whole = onnx.load(tmp_path / MODEL_FILE, load_external_data=False)
+    places = {"GroupQueryAttention": (11,), "QMoE": (4, 7)}
+    said = []
+    for kind, place in ((kind, place) for kind, places_of_kind in places.items() for place in places_of_kind):
+        graph = onnx.ModelProto.FromString(whole.SerializeToString())
+        node = next(node for node in graph.graph.node if node.op_type == kind)
+        node.input[place] = ""
+        (tmp_path / MODEL_FILE).write_bytes(graph.SerializeToString())
+        (sentence,) = graph_setting_symptoms(tmp_path / MODEL_FILE, spec)
+        said.append(sentence.partition(",")[0])
+    assert said == [
+        "GroupQueryAttention: the model has attention sinks",
+        "QMoE: the model has experts' gate and up biases",
+        "QMoE: the model has experts' down biases",
+    ]
 
 
 def test_wrong_constants_are_named(base: ModelSpec, tmp_path: Path) -> None:

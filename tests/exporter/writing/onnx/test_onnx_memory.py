@@ -9,12 +9,16 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from compressors.model.description.feed_forward import Routed
+from compressors.model.description.roles import Role
+from compressors.model.description.routing import Routing
 from compressors.model.errors import InputError
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import Student
 from exporter.writing.onnx.encodings import PRESETS, onnx_units
 from exporter.writing.onnx.memory import predict_runtime_bytes
 from exporter.writing.onnx.writer import write_onnx
+from tests.exporter.writing.onnx.described import attention, described_layer, random_folder, with_layers
 from validate.runtimes.measure import measure_artifact
 
 
@@ -33,6 +37,20 @@ def test_measured_peak_is_within_the_prediction(
         )
         predicted = sum(predict_runtime_bytes(student.spec, preset, context, threads=2, encodings=encodings).values())
         assert 0 < cost.peak_rss_bytes - cost.base_rss_bytes <= predicted
+
+
+def test_sinks_take_room_for_the_weights_of_all_columns(
+    olmoe_folder: Path, tmp_path: Path, heldout_tokens: npt.NDArray[np.int64]
+) -> None:
+    heads, context = 16, 2048
+    block = Routed(4, 2, 32, Routing())
+    layers = [described_layer(attention(n_heads=heads, window=16), block, 64, (Role.SINKS,)) for _ in range(2)]
+    spec = replace(with_layers(Checkpoint(olmoe_folder).spec, *layers), context_length=context)
+    folder = random_folder(spec, tmp_path, "F32")
+    cost = measure_artifact("onnx", folder, context=context, kv_type="f32", threads=2, prompt=heldout_tokens % 96)
+    predicted = predict_runtime_bytes(spec, "F32", context, threads=2)
+    weights = 4 * heads * 512 * context
+    assert weights < cost.peak_rss_bytes - cost.base_rss_bytes <= sum(predicted.values()) < 3 * weights
 
 
 def test_cache_grows_with_the_context_and_weights_with_the_experts(fine_folder: Path) -> None:
