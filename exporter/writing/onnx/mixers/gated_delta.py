@@ -1,7 +1,8 @@
 """A gated delta rule by the operator LinearAttention; its cache is a state and the convolution's last inputs.
 
 The operator takes one token after the other, in compiled code: 300 tokens of a layer of Qwen3-Next take a twentieth of
-a second on one core.
+a second on one core, and eight times as long by a Scan. The convolution's operator is slower than Conv for a prompt,
+where products with matrices take most of the time, and four times faster in a step.
 
 Padding is kept out of the states: it enters the convolution as zeros, it fades nothing and corrects nothing, and the
 inputs that are kept are the last ones of a row's tokens. Both states are read before new ones are written, because
