@@ -63,10 +63,11 @@ _N_ROWS = _N_TOKENS + 8  # of the embedding: some have no token
 _MTP = {
     "model.layers.{behind}.": ("eh_proj", "enorm", "hnorm", "shared_head.norm", "shared_head.head", "embed_tokens"),
     "mtp.layers.0.": ("mtp.fc", "mtp.norm", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden"),
+    "model.mtp_block.0.": ("model.mtp_emb_norm.0", "model.mtp_hidden_norm.0", "model.mtp_linear_proj.0"),
 }
 """What the names in a layer for predicting several tokens begin with, and what it has beside a usual layer's."""
 
-_WITHOUT_A_FLAG = frozenset({"deepseek_v3"})
+_WITHOUT_A_FLAG = frozenset({"deepseek_v3", "ernie4_5_moe"})
 """Families of which the converter leaves such layers out by itself, and takes no ``--no-mtp``."""
 
 _OURS, _THEIRS, _OTHER = "ours alone", "the converter's alone", "another value"
@@ -196,7 +197,7 @@ def _add_mtp_tensors(last: str, prefix: str, further: Sequence[str], tensors: di
     for name in [name for name in tensors if name.startswith(last)]:
         tensors[name.replace(last, prefix)] = tensors[name].clone()
     for name in further:
-        tensors[f"{name if name.startswith('mtp.') else prefix + name}.weight"] = torch.ones(64, 128)
+        tensors[f"{name if '.mtp_' in name or name.startswith('mtp.') else prefix + name}.weight"] = torch.ones(64, 128)
 
 
 def _name_ends(folder: Path) -> None:

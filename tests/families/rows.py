@@ -92,6 +92,15 @@ ROWS: Mapping[str, Row] = {
         sizes={**_LATENT, "n_routed_experts": 8, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1},
         on_the_hub={"rope_theta": 1e4, "rope_parameters": None, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
     ),
+    "ernie4_5_moe": Row(
+        sizes={
+            "moe_num_experts": 8,
+            "moe_k": 2,
+            "moe_num_shared_experts": 2,
+            "intermediate_size": 128,  # the converter takes 128 / 2 for the width of the shared expert
+        },
+        on_the_hub={"rope_theta": 5e5, "rope_parameters": None, "moe_layer_end_index": -1},
+    ),
     "glm4_moe_lite": Row(
         sizes={**_LATENT, "n_routed_experts": 8, "n_group": 1, "topk_group": 1},
         on_the_hub={

@@ -41,6 +41,8 @@ def _read(folder: Path, family: str, **changes: Any) -> ModelSpec:
         ("gpt_oss", {"layer_types": [_ATTENDING] * 4}, "graph needs a layer with a window"),
         ("qwen3_next", {"linear_conv_kernel_dim": 1}, "graph needs a convolution over two tokens or more"),
         ("qwen3_5_moe_text", {"linear_conv_kernel_dim": 1}, "graph needs a convolution over two tokens or more"),
+        ("ernie4_5_moe", {"moe_layer_end_index": 1}, "layer 2 of this model has none"),
+        ("ernie4_5_moe", {"moe_norm_min": 0.1}, "graph divides weights by their sum from 6.10352e-05 on, this model"),
     ],
 )
 def test_llama_cpp_would_not_load_it(tmp_path: Path, family: str, changes: dict[str, Any], said: str) -> None:
@@ -58,6 +60,11 @@ def test_some_layer_must_attend(tmp_path: Path, family: str, changes: dict[str, 
         _read(tmp_path, family, **changes)
 
 
+def test_some_layer_must_have_experts(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="moe_layer_end_index leaves none of the 3 layers"):
+        _read(tmp_path, "ernie4_5_moe", moe_layer_start_index=3)
+
+
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
@@ -65,6 +72,8 @@ def test_some_layer_must_attend(tmp_path: Path, family: str, changes: dict[str, 
         ("qwen3_next", {"num_local_experts": 4}),
         ("qwen3_5_moe_text", {"num_local_experts": 4}),
         ("qwen3_next", {"layer_types": [_RECURRENT, _ATTENDING] * 2, "full_attention_interval": None}),
+        ("ernie4_5_moe", {"moe_layer_end_index": 2}),
+        ("ernie4_5_moe", {"num_experts": 8, "moe_num_experts": 4, "num_experts_per_tok": 2, "moe_k": 1}),
     ],
 )
 def test_what_transformers_ignores_changes_nothing(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
