@@ -143,6 +143,24 @@ ROWS: Mapping[str, Row] = {
         },
         formats=("gguf",),
     ),
+    "minimax_m2": Row(
+        sizes={
+            "num_local_experts": 8,
+            "intermediate_size": 32,
+            "head_dim": 32,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
+        },
+        on_the_hub={
+            "rope_theta": 5e6,
+            "rotary_dim": 16,
+            "rope_parameters": None,
+            "scoring_func": "sigmoid",
+            "use_routing_bias": True,
+            "use_qk_norm": True,
+            "qk_norm_type": "per_layer",
+            "shared_intermediate_size": 0,
+        },
+    ),
     "mixtral": Row(
         sizes={"num_local_experts": 8, "intermediate_size": 32},
         on_the_hub={"rope_theta": 1e6, "rope_parameters": None, "sliding_window": None},

@@ -73,12 +73,28 @@ def test_some_layer_must_have_experts(tmp_path: Path) -> None:
         ("qwen3_5_moe_text", {"num_local_experts": 4}),
         ("qwen3_next", {"layer_types": [_RECURRENT, _ATTENDING] * 2, "full_attention_interval": None}),
         ("ernie4_5_moe", {"moe_layer_end_index": 2}),
+        ("minimax_m2", {"rotary_dim": ..., "partial_rotary_factor": 0.5}),
         ("ernie4_5_moe", {"num_experts": 8, "moe_num_experts": 4, "num_experts_per_tok": 2, "moe_k": 1}),
     ],
 )
 def test_what_transformers_ignores_changes_nothing(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
     (tmp_path / "plain").mkdir()
     assert _read(tmp_path, family, **changes) == _read(tmp_path / "plain", family)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [
+        ("ernie4_5_moe", {"sliding_window": 16}, r"sliding_window is 16; .* only with None"),
+        ("ernie4_5_moe", {"moe_layer_interval": 2}, r"moe_layer_interval is 2; .* only with 1"),
+        ("minimax_m2", {"sliding_window": 16}, r"sliding_window is 16; .* only with None"),
+        ("minimax_m2", {"use_qk_norm": False}, r"use_qk_norm is False; .* only with True"),
+        ("minimax_m2", {"rotary_dim": 15}, "partial_rotary_factor is .*; of heads of 32 values that is not a number"),
+    ],
+)
+def test_it_is_not_supported(tmp_path: Path, family: str, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UnsupportedError, match=said):
+        _read(tmp_path, family, **changes)
 
 
 def test_qwen2_moe_has_no_layers_with_a_window(tmp_path: Path) -> None:

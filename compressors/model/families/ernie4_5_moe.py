@@ -47,6 +47,7 @@ def _read(file: Settings) -> ModelSpec:
     settings = FamilySettings(file, FAMILY, _DEFAULTS)
     settings.require("hidden_act", "silu", "swish")
     settings.require("use_bias", False)
+    settings.require("sliding_window", None)
     settings.require("moe_layer_interval", 1)
     settings.refuse_what_no_family_can_do(kinds=("full_attention",))
     are_dense = _are_dense(settings)
