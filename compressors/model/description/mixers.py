@@ -13,7 +13,7 @@ __all__ = ["GatedDelta", "GroupedQuery", "Latent", "Mixer", "QkNorm"]
 
 
 class QkNorm(StrEnum):
-    """The values that one RMS norm of the projected queries or keys covers, before the rotary embedding."""
+    """The values that one RMS norm of the projected queries or keys covers."""
 
     NONE = "none"
     PER_HEAD = "per head"  # scale [head_dim], shared by all heads
@@ -33,6 +33,7 @@ class GroupedQuery:
         qk_norm: the norms of queries and keys.
         window: tokens that attention reaches back over, itself included; None: all.
         output_gate: the output is multiplied by the sigmoid of gates, whose rows follow the query's in each head.
+        turns_before_norms: the rotary embedding comes before the norms of queries and keys, not after them.
     """
 
     kind: ClassVar[str] = "grouped-query attention"
@@ -45,6 +46,7 @@ class GroupedQuery:
     qk_norm: QkNorm = QkNorm.NONE
     window: int | None = None
     output_gate: bool = False
+    turns_before_norms: bool = False
 
     @property
     def is_recurrent(self) -> bool:

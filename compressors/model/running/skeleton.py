@@ -14,7 +14,7 @@ from torch import nn
 from compressors.model.config.reading import transformers_config
 from compressors.model.description.gate_order import gates_first
 from compressors.model.description.mixers import GroupedQuery
-from compressors.model.description.spec import ModelSpec, MoeSize
+from compressors.model.description.spec import LayerSpec, ModelSpec, MoeSize
 from compressors.model.running.experts import GROUPED_EXPERTS, register_grouped_experts
 from compressors.model.running.layers import LayerWeights
 
@@ -71,6 +71,7 @@ class Skeleton:
         if layer.routed is not None:
             module.get_submodule(layer.routed.router_module).register_forward_pre_hook(_in_float32)
             _lay_out(module.get_submodule(layer.routed.experts_module))
+        _fit_shapes(module, layer)
         for lost in layer.lost_modules:
             module.set_submodule(lost.name, _Nothing(lost.n_outputs))
         return module.eval()
@@ -86,6 +87,15 @@ class _Nothing(nn.Module):
     def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         nothing = torch.zeros_like(hidden_BTD)
         return nothing if self._n_outputs == 1 else (nothing,) * self._n_outputs
+
+
+def _fit_shapes(module: nn.Module, layer: LayerSpec) -> None:
+    """Gives tensors their own shapes where transformers' class has one setting for the sizes of several."""
+    for tensor in layer.shared_tensors:
+        owner, name = module.get_submodule(tensor.submodule), tensor.in_layer.rpartition(".")[2]
+        shape = layer.dimensions(tensor)
+        if tuple(getattr(owner, name).shape) != shape:
+            owner.register_parameter(name, nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False))
 
 
 def _lay_out(experts: nn.Module) -> None:

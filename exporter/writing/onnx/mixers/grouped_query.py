@@ -28,10 +28,14 @@ class GroupedQueryNodes:
         query = layer.linear(Role.QUERY, normed, f"{prefix}query", Role.QUERY_BIAS)
         key = layer.linear(Role.KEY, normed, f"{prefix}key", Role.KEY_BIAS)
         value = layer.linear(Role.VALUE, normed, f"{prefix}value", Role.VALUE_BIAS)
+        rotary = layer.weights.rotary_caches(mask.total_length)
+        if mixer.turns_before_norms:
+            query = self._turned(layer, query, mixer.n_heads, mask, rotary)
+            key = self._turned(layer, key, mixer.n_kv_heads, mask, rotary)
+            rotary = ("", "")
         query = self._norm(layer, Role.QUERY_NORM, query, mixer.n_heads)
         key = self._norm(layer, Role.KEY_NORM, key, mixer.n_kv_heads)
         past = add_past(layer.graph, index, self._heads)
-        rotary = layer.weights.rotary_caches(mask.total_length)
         attended = layer.graph.node(
             "GroupQueryAttention",
             [query, key, value, *past, mask.last_positions, mask.total_length, *rotary, "", mask.bias],
@@ -40,8 +44,8 @@ class GroupedQueryNodes:
             num_heads=mixer.n_heads,
             kv_num_heads=mixer.n_kv_heads,
             scale=mixer.scale,
-            do_rotary=1,
-            rotary_interleaved=int(mixer.rope.interleaved),
+            do_rotary=int(not mixer.turns_before_norms),
+            rotary_interleaved=int(mixer.rope.interleaved and not mixer.turns_before_norms),
             **self._window(layer.context_length),
         )
         return layer.linear(Role.ATTENTION_OUTPUT, attended, f"{prefix}attention", Role.ATTENTION_OUTPUT_BIAS)
@@ -49,6 +53,24 @@ class GroupedQueryNodes:
     def add_cache_outputs(self, graph: GraphBuilder, layer: int) -> None:
         """Declares the keys and values of all tokens so far."""
         add_present(graph, layer, self._heads)
+
+    def _turned(
+        self, layer: LayerNodes, values: str, n_heads: int, mask: AttentionMask, rotary: tuple[str, str]
+    ) -> str:
+        """Turns the projected queries or keys, as the operator would do it behind their norms.
+
+        The scales of the norms then meet turned values, so the products depend on where a text begins.
+        """
+        assert mask.in_text is not None
+        return layer.graph.node(
+            "RotaryEmbedding",
+            [values, mask.in_text, *rotary],
+            f"{values}.turned",
+            domain=MICROSOFT,
+            interleaved=int(self._mixer.rope.interleaved),
+            num_heads=n_heads,
+            rotary_embedding_dim=self._mixer.rope.width,
+        )
 
     def _norm(self, layer: LayerNodes, role: Role, values: str, n_heads: int) -> str:
         """Normalises the projected queries or keys as the model does: [batch, sequence, n_heads * head_dim]."""
