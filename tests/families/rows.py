@@ -143,6 +143,34 @@ ROWS: Mapping[str, Row] = {
         },
         formats=("gguf",),
     ),
+    "hunyuan_v1_moe": Row(
+        sizes={
+            "hidden_size": 256,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 128,  # the converter takes no other where the base is stretched
+            "intermediate_size": 32,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "factor": 1.0},
+        },
+        on_the_hub={
+            "rope_theta": 1e4,
+            "rope_parameters": None,
+            "rope_scaling": {
+                "alpha": 1000.0,
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "factor": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "type": "dynamic",
+            },
+            "moe_topk": [2] * 3,
+            "moe_intermediate_size": [32] * 3,
+            "num_shared_expert": [1] * 3,
+            "moe_layer_num_skipped": 0,
+            "use_cla": False,
+        },
+    ),
     "minimax_m2": Row(
         sizes={
             "num_local_experts": 8,
