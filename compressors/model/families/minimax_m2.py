@@ -64,7 +64,6 @@ def _require_what_transformers_computes(settings: FamilySettings) -> None:
     settings.require("scoring_func", "sigmoid")
     settings.require("use_routing_bias", True)
     settings.require("use_qk_norm", True)
-    settings.require("qk_norm_type", "per_layer")
     settings.require("shared_intermediate_size", 0)
     settings.refuse_what_no_family_can_do(kinds=("full_attention",))
 
