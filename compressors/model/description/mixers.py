@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from compressors.model.description.rope import Rope
 
-__all__ = ["GatedDelta", "GroupedQuery", "Latent", "Mixer", "QkNorm"]
+__all__ = ["GatedDelta", "GroupedQuery", "Latent", "Mixer", "QkNorm", "ShortConvolution"]
 
 
 class QkNorm(StrEnum):
@@ -261,5 +261,65 @@ class GatedDelta:
         return self.n_value_heads * self.value_dim
 
 
-Mixer = GroupedQuery | Latent | GatedDelta
+@dataclass(frozen=True)
+class ShortConvolution:
+    """A convolution of each channel over the last tokens, behind one gate and in front of another (arXiv 2511.23404).
+
+    Attributes:
+        channels: values of the convolution; its input matrix gives so many gates, second gates and values.
+        kernel: tokens that it covers, the newest included.
+    """
+
+    kind: ClassVar[str] = "a short convolution"
+
+    channels: int
+    kernel: int
+
+    @property
+    def rope(self) -> None:
+        """None: nothing is turned."""
+        return None
+
+    @property
+    def window(self) -> int | None:
+        """None: it reaches back over less than any window, and no mask says so."""
+        return None
+
+    @property
+    def is_recurrent(self) -> bool:
+        """True: what it keeps of the tokens before does not grow."""
+        return True
+
+    @property
+    def description(self) -> str:
+        """Its sizes in words."""
+        return f"a short convolution of {self.channels} channels over {self.kernel} tokens"
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Sizes by letter: X channels, W kernel."""
+        return {"X": self.channels, "W": self.kernel}
+
+    @property
+    def cached_values(self) -> int:
+        """Values that are cached for each token: none."""
+        return 0
+
+    @property
+    def cached_head(self) -> int:
+        """Values that lie together in a cache: none."""
+        return 0
+
+    @property
+    def state_values(self) -> int:
+        """Values that are kept for a text: the convolution's last inputs."""
+        return (self.kernel - 1) * self.channels
+
+    @property
+    def width(self) -> int:
+        """Values of a token before the output projection."""
+        return self.channels
+
+
+Mixer = GroupedQuery | Latent | GatedDelta | ShortConvolution
 """Any of the mixers above."""

@@ -54,6 +54,7 @@ def model(
     *,
     final_norm: NormKind = NormKind.PLAIN,
     tied_by_default: bool = False,
+    epsilon: str = "rms_norm_eps",
     embedding_scale: float = 1.0,
     logit_divisor: float = 1.0,
 ) -> ModelSpec:
@@ -67,6 +68,7 @@ def model(
         layers: the decoder layers.
         final_norm: how the scales of the final norm are made of its tensor.
         tied_by_default: the head is the embedding where the file does not say.
+        epsilon: the key of the epsilon of norms.
         embedding_scale: the factor of the embedding's rows.
         logit_divisor: the number that logits are divided by.
     """
@@ -78,7 +80,7 @@ def model(
         hidden_size=settings.count("hidden_size"),
         vocab_size=vocab_size,
         context_length=trained if None in windows else min(trained, *(window for window in windows if window)),
-        rms_norm_eps=settings.number("rms_norm_eps"),
+        rms_norm_eps=settings.number(epsilon),
         tied_embeddings=settings.flag("tie_word_embeddings", default=tied_by_default),
         tensors=(
             _EMBEDDING,
@@ -293,9 +295,10 @@ def expert_tensors(
     gate: str = "mlp.experts.{expert}.gate_proj.weight",
     up: str = "mlp.experts.{expert}.up_proj.weight",
     down: str = "mlp.experts.{expert}.down_proj.weight",
+    module: str = "mlp.experts",
 ) -> tuple[TensorSpec, ...]:
-    """The matrices of each expert; the names are the hub's, inside the layer."""
-    fused, blk = f"{_LAYER}mlp.experts.", "blk.{layer}.ffn_"
+    """The matrices of each expert; the names are the hub's, and transformers' module of all, inside the layer."""
+    fused, blk = f"{_LAYER}{module}.", "blk.{layer}.ffn_"
     fused_gate, fused_up = (Fused(f"{fused}gate_up_proj", part, n_parts=2) for part in range(2))
     gate_gguf, up_gguf, down_gguf = (GgufTensor(f"{blk}{name}_exps.weight") for name in ("gate", "up", "down"))
     in_shape, out_shape = ("F", "D"), ("D", "F")
