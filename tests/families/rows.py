@@ -171,6 +171,16 @@ ROWS: Mapping[str, Row] = {
             "use_cla": False,
         },
     ),
+    "lfm2_moe": Row(
+        sizes={
+            "num_hidden_layers": 4,
+            "num_dense_layers": 1,
+            "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+            "tie_word_embeddings": True,  # the converter knows no other
+        },
+        on_the_hub={"rope_theta": 1e6, "rope_parameters": None, "tie_embedding": True, "tie_word_embeddings": None},
+        formats=("gguf",),
+    ),
     "minimax_m2": Row(
         sizes={
             "num_local_experts": 8,
@@ -185,7 +195,6 @@ ROWS: Mapping[str, Row] = {
             "scoring_func": "sigmoid",
             "use_routing_bias": True,
             "use_qk_norm": True,
-            "qk_norm_type": "per_layer",
             "shared_intermediate_size": 0,
         },
     ),
