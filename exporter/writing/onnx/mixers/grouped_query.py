@@ -28,14 +28,13 @@ class GroupedQueryNodes:
         query = layer.linear(Role.QUERY, normed, f"{prefix}query", Role.QUERY_BIAS)
         key = layer.linear(Role.KEY, normed, f"{prefix}key", Role.KEY_BIAS)
         value = layer.linear(Role.VALUE, normed, f"{prefix}value", Role.VALUE_BIAS)
-        rotary = layer.weights.rotary_caches(mask.total_length)
         if mixer.turns_before_norms:
-            query = self._turned(layer, query, mixer.n_heads, mask, rotary)
-            key = self._turned(layer, key, mixer.n_kv_heads, mask, rotary)
-            rotary = ("", "")
+            query = self._turned(layer, query, mixer.n_heads, mask)
+            key = self._turned(layer, key, mixer.n_kv_heads, mask)
         query = self._norm(layer, Role.QUERY_NORM, query, mixer.n_heads)
         key = self._norm(layer, Role.KEY_NORM, key, mixer.n_kv_heads)
         past = add_past(layer.graph, index, self._heads)
+        rotary = ("", "") if mixer.turns_before_norms else layer.weights.rotary_caches(mask.total_length)
         attended = layer.graph.node(
             "GroupQueryAttention",
             [query, key, value, *past, mask.last_positions, mask.total_length, *rotary, "", mask.bias],
@@ -54,9 +53,7 @@ class GroupedQueryNodes:
         """Declares the keys and values of all tokens so far."""
         add_present(graph, layer, self._heads)
 
-    def _turned(
-        self, layer: LayerNodes, values: str, n_heads: int, mask: AttentionMask, rotary: tuple[str, str]
-    ) -> str:
+    def _turned(self, layer: LayerNodes, values: str, n_heads: int, mask: AttentionMask) -> str:
         """Turns the projected queries or keys, as the operator would do it behind their norms.
 
         The scales of the norms then meet turned values, so the products depend on where a text begins.
@@ -64,7 +61,7 @@ class GroupedQueryNodes:
         assert mask.in_text is not None
         return layer.graph.node(
             "RotaryEmbedding",
-            [values, mask.in_text, *rotary],
+            [values, mask.in_text, *layer.weights.rotary_caches(mask.total_length)],
             f"{values}.turned",
             domain=MICROSOFT,
             interleaved=int(self._mixer.rope.interleaved),
