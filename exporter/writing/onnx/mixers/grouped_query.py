@@ -34,7 +34,8 @@ class GroupedQueryNodes:
         query = self._norm(layer, Role.QUERY_NORM, query, mixer.n_heads)
         key = self._norm(layer, Role.KEY_NORM, key, mixer.n_kv_heads)
         past = add_past(layer.graph, index, self._heads)
-        rotary = ("", "") if mixer.turns_before_norms else layer.weights.rotary_caches(mask.total_length)
+        rope = None if mixer.turns_before_norms else mixer.rope
+        rotary = ("", "") if rope is None else layer.weights.rotary_caches(mask.total_length)
         attended = layer.graph.node(
             "GroupQueryAttention",
             [query, key, value, *past, mask.last_positions, mask.total_length, *rotary, "", mask.bias],
@@ -43,8 +44,8 @@ class GroupedQueryNodes:
             num_heads=mixer.n_heads,
             kv_num_heads=mixer.n_kv_heads,
             scale=mixer.scale,
-            do_rotary=int(not mixer.turns_before_norms),
-            rotary_interleaved=int(mixer.rope.interleaved and not mixer.turns_before_norms),
+            do_rotary=int(rope is not None),
+            rotary_interleaved=int(rope is not None and rope.interleaved),
             **self._window(layer.context_length),
         )
         return layer.linear(Role.ATTENTION_OUTPUT, attended, f"{prefix}attention", Role.ATTENTION_OUTPUT_BIAS)
