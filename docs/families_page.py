@@ -93,7 +93,11 @@ def _family_section(module: ModuleType) -> Iterator[str]:
         yield from refused
 
 
-_WITHOUT_A_DEFAULT = {"deepseek_v2": {"num_experts_per_tok": 6}}
+_WITHOUT_A_DEFAULT = {
+    "deepseek_v2": {"num_experts_per_tok": 6},
+    "hunyuan_v1_moe": {"num_experts": 64, "moe_topk": 8, "intermediate_size": 3072},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
+}
 """Settings that a family needs and transformers has no usable default of, as the hub's models have them."""
 
 

@@ -61,6 +61,9 @@ _ANOTHER_MEANING = {
     "validate/files/graph_settings.py": {"swiglu_limit"},
     # a type of onnxruntime-genai
     "exporter/writing/onnx/clients.py": {"qwen3_5_moe_text"},
+    # a value in our graphs, and a line of what inspect prints
+    "exporter/inspection.py": {"feed_forward"},
+    "exporter/writing/onnx/blocks/dense.py": {"feed_forward"},
     # names in our recipes
     "exporter/writing/onnx/encodings.py": {"q_proj", "k_proj", "v_proj", "o_proj"},
 }

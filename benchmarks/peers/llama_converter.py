@@ -63,11 +63,15 @@ _N_ROWS = _N_TOKENS + 8  # of the embedding: some have no token
 _MTP = {
     "model.layers.{behind}.": ("eh_proj", "enorm", "hnorm", "shared_head.norm", "shared_head.head", "embed_tokens"),
     "mtp.layers.0.": ("mtp.fc", "mtp.norm", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden"),
+    "model.mtp_block.0.": ("model.mtp_emb_norm.0", "model.mtp_hidden_norm.0", "model.mtp_linear_proj.0"),
 }
 """What the names in a layer for predicting several tokens begin with, and what it has beside a usual layer's."""
 
-_WITHOUT_A_FLAG = frozenset({"deepseek_v3"})
+_WITHOUT_A_FLAG = frozenset({"deepseek_v3", "ernie4_5_moe"})
 """Families of which the converter leaves such layers out by itself, and takes no ``--no-mtp``."""
+
+_SIZES = {"hunyuan_v1_moe": {"max_position_embeddings": 1 << 18}}
+"""Settings without which the converter would write another value than the checkpoint's."""
 
 _OURS, _THEIRS, _OTHER = "ours alone", "the converter's alone", "another value"
 _ALWAYS = "always written; the converter writes it for some architectures or settings of `config.json`"
@@ -106,6 +110,7 @@ _REASONS: Mapping[str, Mapping[str, str]] = {
         "ARCH.expert_group_count": _ONE_GROUP,
         "ARCH.expert_group_used_count": _ONE_GROUP,
         "tokenizer.ggml.bos_token_id": _GLM_ONLY,
+        "tokenizer.ggml.seperator_token_id": "of training: nothing that runs a model puts texts together with it",
         "tokenizer.ggml.unknown_token_id": _GLM_ONLY,
     },
     _OTHER: {
@@ -156,7 +161,7 @@ def _checkpoints(folder: Path) -> Iterator[tuple[str, Path]]:
         yield f"{family}, trained", folder / family
     for family, row in ROWS.items():
         path = folder / family
-        write_model(family, row, path, more, vocab_size=_N_ROWS)
+        write_model(family, row, path, more, vocab_size=_N_ROWS, **_SIZES.get(family, {}))
         add_mtp(path)
         _name_ends(path)
         yield family, path
@@ -196,7 +201,7 @@ def _add_mtp_tensors(last: str, prefix: str, further: Sequence[str], tensors: di
     for name in [name for name in tensors if name.startswith(last)]:
         tensors[name.replace(last, prefix)] = tensors[name].clone()
     for name in further:
-        tensors[f"{name if name.startswith('mtp.') else prefix + name}.weight"] = torch.ones(64, 128)
+        tensors[f"{name if '.mtp_' in name or name.startswith('mtp.') else prefix + name}.weight"] = torch.ones(64, 128)
 
 
 def _name_ends(folder: Path) -> None:
@@ -242,10 +247,14 @@ def _keys(path: Path) -> dict[str, object]:
     """Types and values by key, with ARCH for the name of the architecture."""
     fields = GGUFReader(path).fields
     prefix = f"{fields['general.architecture'].contents()}."
+    scaling = fields.get(f"{prefix}rope.scaling.type")
+    is_unscaled = scaling is not None and scaling.contents() == "none"  # as without the keys
     return {
         f"ARCH.{key.removeprefix(prefix)}" if key.startswith(prefix) else key: (field.types, field.contents())
         for key, field in fields.items()
-        if not key.startswith("GGUF.") and key != "tokenizer.ggml.pre"
+        if not key.startswith("GGUF.")
+        and key != "tokenizer.ggml.pre"
+        and not (is_unscaled and key.startswith(f"{prefix}rope.scaling."))
     }
 
 

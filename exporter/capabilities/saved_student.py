@@ -17,6 +17,12 @@ def _different_layers(spec: ModelSpec) -> str | None:
     )
 
 
+def _class(spec: ModelSpec) -> str | None:
+    family = spec.written.family
+    refusal = family.refusal(spec.written)
+    return None if refusal is None else f"{family.architecture} {refusal}: leave --save-student out"
+
+
 RULES = (
     Rule(
         Container.STUDENT,
@@ -24,4 +30,5 @@ RULES = (
         "one number of experts and one width for all layers that have experts, and no layer without a feed-forward",
         _different_layers,
     ),
+    Rule(Container.STUDENT, Feature.GRAPH, "what transformers' class of the family can have", _class),
 )

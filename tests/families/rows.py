@@ -92,6 +92,15 @@ ROWS: Mapping[str, Row] = {
         sizes={**_LATENT, "n_routed_experts": 8, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1},
         on_the_hub={"rope_theta": 1e4, "rope_parameters": None, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
     ),
+    "ernie4_5_moe": Row(
+        sizes={
+            "moe_num_experts": 8,
+            "moe_k": 2,
+            "moe_num_shared_experts": 2,
+            "intermediate_size": 128,  # the converter takes 128 / 2 for the width of the shared expert
+        },
+        on_the_hub={"rope_theta": 5e5, "rope_parameters": None, "moe_layer_end_index": -1},
+    ),
     "glm4_moe_lite": Row(
         sizes={**_LATENT, "n_routed_experts": 8, "n_group": 1, "topk_group": 1},
         on_the_hub={
@@ -144,6 +153,61 @@ ROWS: Mapping[str, Row] = {
             "tie_word_embeddings": True,
         },
         on_the_hub={"rope_theta": 10000, "rope_parameters": None, "rope_scaling": None, "num_experts": None},
+    ),
+    "hunyuan_v1_moe": Row(
+        sizes={
+            "hidden_size": 256,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 128,  # the converter takes no other where the base is stretched
+            "intermediate_size": 32,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "factor": 1.0},
+        },
+        on_the_hub={
+            "rope_theta": 1e4,
+            "rope_parameters": None,
+            "rope_scaling": {
+                "alpha": 1000.0,
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "factor": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "type": "dynamic",
+            },
+            "moe_topk": [2] * 3,
+            "moe_intermediate_size": [32] * 3,
+            "num_shared_expert": [1] * 3,
+            "moe_layer_num_skipped": 0,
+            "use_cla": False,
+        },
+    ),
+    "lfm2_moe": Row(
+        sizes={
+            "num_hidden_layers": 4,
+            "num_dense_layers": 1,
+            "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+            "tie_word_embeddings": True,  # the converter knows no other
+        },
+        on_the_hub={"rope_theta": 1e6, "rope_parameters": None, "tie_embedding": True, "tie_word_embeddings": None},
+        formats=("gguf",),
+    ),
+    "minimax_m2": Row(
+        sizes={
+            "num_local_experts": 8,
+            "intermediate_size": 32,
+            "head_dim": 32,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
+        },
+        on_the_hub={
+            "rope_theta": 5e6,
+            "rotary_dim": 16,
+            "rope_parameters": None,
+            "scoring_func": "sigmoid",
+            "use_routing_bias": True,
+            "use_qk_norm": True,
+            "shared_intermediate_size": 0,
+        },
     ),
     "mixtral": Row(
         sizes={"num_local_experts": 8, "intermediate_size": 32},

@@ -44,6 +44,18 @@ def _read(folder: Path, family: str, **changes: Any) -> ModelSpec:
         ("gpt_oss", {"layer_types": [_ATTENDING] * 4}, "graph needs a layer with a window"),
         ("qwen3_next", {"linear_conv_kernel_dim": 1}, "graph needs a convolution over two tokens or more"),
         ("qwen3_5_moe_text", {"linear_conv_kernel_dim": 1}, "graph needs a convolution over two tokens or more"),
+        ("lfm2_moe", {"conv_L_cache": 1}, "graph needs a convolution over two tokens or more"),
+        ("lfm2_moe", {"layer_types": [_ATTENDING] * 4}, "graph needs a layer with a convolution"),
+        ("lfm2_moe", {"use_expert_bias": False}, "graph needs a bias for the choice of experts"),
+        ("lfm2_moe", {"norm_topk_prob": False}, "graph always normalises the weights of the chosen experts"),
+        (
+            "lfm2_moe",
+            {"routed_scaling_factor": 2.5},
+            "does not multiply weights by routed_scaling_factor",
+        ),
+        ("lfm2_moe", {"head_dim": 32}, "queries as wide as the hidden size; this model has 4 heads of 32 at hidden"),
+        ("ernie4_5_moe", {"moe_layer_end_index": 1}, "layer 2 of this model has none"),
+        ("ernie4_5_moe", {"moe_norm_min": 0.1}, "graph divides weights by their sum from 6.10352e-05 on, this model"),
     ],
 )
 def test_llama_cpp_would_not_load_it(tmp_path: Path, family: str, changes: dict[str, Any], said: str) -> None:
@@ -69,6 +81,24 @@ def test_some_layer_must_attend(tmp_path: Path, family: str, changes: dict[str, 
         _read(tmp_path, family, **changes)
 
 
+@pytest.mark.parametrize("kinds", [..., ["conv"] * 4])
+def test_some_layer_must_attend_beside_convolutions(tmp_path: Path, kinds: Any) -> None:
+    with pytest.raises(InputError, match=r"config\.json: layer_types must name layers of full_attention"):
+        _read(tmp_path, "lfm2_moe", layer_types=kinds)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [
+        ("ernie4_5_moe", {"moe_layer_start_index": 3}, "moe_layer_end_index leaves none of the 3 layers"),
+        ("lfm2_moe", {"num_dense_layers": 4}, "num_dense_layers leaves none of the 4 layers"),
+    ],
+)
+def test_some_layer_must_have_experts(tmp_path: Path, family: str, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UnsupportedError, match=said):
+        _read(tmp_path, family, **changes)
+
+
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
@@ -76,11 +106,39 @@ def test_some_layer_must_attend(tmp_path: Path, family: str, changes: dict[str, 
         ("qwen3_next", {"num_local_experts": 4}),
         ("qwen3_5_moe_text", {"num_local_experts": 4}),
         ("qwen3_next", {"layer_types": [_RECURRENT, _ATTENDING] * 2, "full_attention_interval": None}),
+        ("ernie4_5_moe", {"moe_layer_end_index": 2}),
+        ("hunyuan_v1_moe", {"moe_topk": 2, "head_dim": 128, "moe_intermediate_size": ..., "num_shared_expert": ...}),
+        ("lfm2_moe", {"num_local_experts": 4, "tie_embedding": ..., "num_dense_layers": 1}),
+        ("minimax_m2", {"rotary_dim": ..., "partial_rotary_factor": 0.5}),
+        ("ernie4_5_moe", {"num_experts": 8, "moe_num_experts": 4, "num_experts_per_tok": 2, "moe_k": 1}),
     ],
 )
 def test_what_transformers_ignores_changes_nothing(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
     (tmp_path / "plain").mkdir()
     assert _read(tmp_path, family, **changes) == _read(tmp_path / "plain", family)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [
+        ("ernie4_5_moe", {"sliding_window": 16}, r"sliding_window is 16; .* only with None"),
+        ("ernie4_5_moe", {"moe_layer_interval": 2}, r"moe_layer_interval is 2; .* only with 1"),
+        ("lfm2_moe", {"conv_bias": True}, r"conv_bias is True; .* only with False"),
+        ("minimax_m2", {"sliding_window": 16}, r"sliding_window is 16; .* only with None"),
+        ("minimax_m2", {"use_qk_norm": False}, r"use_qk_norm is False; .* only with True"),
+        (
+            "hunyuan_v1_moe",
+            {"moe_topk": [2, 2, 1]},
+            "moe_topk is .*; it must be one number, or the",
+        ),
+        ("hunyuan_v1_moe", {"moe_intermediate_size": [32, 32, 16]}, "goes by 32 in each layer"),
+        ("hunyuan_v1_moe", {"num_shared_expert": 2}, "goes by 1 in each layer"),
+        ("minimax_m2", {"rotary_dim": 15}, "partial_rotary_factor is .*; of heads of 32 values that is not a number"),
+    ],
+)
+def test_it_is_not_supported(tmp_path: Path, family: str, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UnsupportedError, match=said):
+        _read(tmp_path, family, **changes)
 
 
 def test_qwen2_moe_has_no_layers_with_a_window(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from compressors.model.description.family import GgufValue
 from compressors.model.description.gguf_rope import GgufRope, gguf_rope_of
-from compressors.model.description.mixers import GatedDelta
+from compressors.model.description.onnx_cache import Attention
 from compressors.model.description.routing import Score
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import UnsupportedError
@@ -144,7 +144,7 @@ def _unexpected(settings: Mapping[str, MetadataValue], spec: ModelSpec) -> Itera
 
 def _described(spec: ModelSpec) -> dict[str, tuple[MetadataValue, ...]]:
     """Keys that repeat facts of the model, with the values that change nothing."""
-    scales = {layer.mixer.scale for layer in spec.layers if not isinstance(layer.mixer, GatedDelta)}
+    scales = {layer.mixer.scale for layer in spec.layers if isinstance(layer.mixer, Attention)}
     rules = {layer.routed.routing for layer in spec.layers if layer.routed is not None}
     described: dict[str, tuple[MetadataValue, ...]] = {
         "attention.sliding_window": (0, spec.window or 0),

@@ -117,8 +117,9 @@ def _rope_settings(config: Any, rope: Rope) -> Iterator[tuple[str, object, objec
     """The kind and the numbers that the angles are computed from, which are compared as frequencies."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    yield "rope_type", rope.kind.value, config.rope_parameters["rope_type"]
-    yield "rope_theta", rope.theta, float(config.rope_parameters["rope_theta"])
+    kind, theta = _kind_and_base(config.rope_parameters, rope)
+    yield "rope_type", rope.kind.value, kind
+    yield "rope_theta", rope.theta, theta
     if rope.share != 1.0:  # classes that turn whole heads do not read it
         yield "partial_rotary_factor", rope.share, config.rope_parameters.get("partial_rotary_factor", 1.0)
     if rope.kind is RopeKind.DEFAULT:
@@ -128,3 +129,11 @@ def _rope_settings(config: Any, rope: Rope) -> Iterator[tuple[str, object, objec
         yield "attention_factor", rope.attention_factor, float(attention_factor)
         same = torch.equal(rope.inverse_frequencies(n_tokens), theirs)
         yield "rope_parameters", rope.in_config(), rope.in_config() if same else config.rope_parameters
+
+
+def _kind_and_base(parameters: Mapping[str, Any], rope: Rope) -> tuple[str, float]:
+    """The kind and the base in transformers; a family may read a base that ``alpha`` stretches as another base."""
+    kind, theta = parameters["rope_type"], float(parameters["rope_theta"])
+    if rope.kind is RopeKind.DEFAULT and kind == RopeKind.DYNAMIC and parameters.get("alpha"):
+        return RopeKind.DEFAULT.value, theta * parameters["alpha"] ** (rope.width / (rope.width - 2))
+    return kind, theta

@@ -89,6 +89,7 @@ class Family:
         whole_model_type: ``model_type`` of multimodal models that contain one of this architecture, with its settings
             in ``text_config``; None: there are no such models.
         prefixes: the beginnings of tensor names in such models, in place of ``model.``.
+        refusal: says which part of a model transformers' class cannot have; None: none.
     """
 
     model_type: str
@@ -101,3 +102,4 @@ class Family:
     dense: DenseForm | None = None
     whole_model_type: str | None = None
     prefixes: tuple[str, ...] = ()
+    refusal: Callable[[ModelSpec], str | None] = lambda _spec: None

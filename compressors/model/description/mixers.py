@@ -10,11 +10,11 @@ from typing import ClassVar
 
 from compressors.model.description.rope import Rope
 
-__all__ = ["GatedDelta", "GroupedQuery", "Latent", "Mixer", "QkNorm"]
+__all__ = ["GatedDelta", "GroupedQuery", "Latent", "Mixer", "QkNorm", "ShortConvolution"]
 
 
 class QkNorm(StrEnum):
-    """The values that one RMS norm of the projected queries or keys covers, before the rotary embedding."""
+    """The values that one RMS norm of the projected queries or keys covers."""
 
     NONE = "none"
     PER_HEAD = "per head"  # scale [head_dim], shared by all heads
@@ -34,6 +34,7 @@ class GroupedQuery:
         qk_norm: the norms of queries and keys.
         window: tokens that attention reaches back over, itself included; None: all.
         output_gate: the output is multiplied by the sigmoid of gates, whose rows follow the query's in each head.
+        turns_before_norms: the rotary embedding comes before the norms of queries and keys, not after them.
     """
 
     kind: ClassVar[str] = "grouped-query attention"
@@ -46,6 +47,7 @@ class GroupedQuery:
     qk_norm: QkNorm = QkNorm.NONE
     window: int | None = None
     output_gate: bool = False
+    turns_before_norms: bool = False
 
     @property
     def is_recurrent(self) -> bool:
@@ -275,5 +277,65 @@ class GatedDelta:
         return self.n_value_heads * self.value_dim
 
 
-Mixer = GroupedQuery | Latent | GatedDelta
+@dataclass(frozen=True)
+class ShortConvolution:
+    """A convolution of each channel over the last tokens, behind one gate and in front of another (arXiv 2511.23404).
+
+    Attributes:
+        channels: values of the convolution; its input matrix gives so many gates, second gates and values.
+        kernel: tokens that it covers, the newest included.
+    """
+
+    kind: ClassVar[str] = "a short convolution"
+
+    channels: int
+    kernel: int
+
+    @property
+    def rope(self) -> None:
+        """None: nothing is turned."""
+        return None
+
+    @property
+    def window(self) -> int | None:
+        """None: it reaches back over less than any window, and no mask says so."""
+        return None
+
+    @property
+    def is_recurrent(self) -> bool:
+        """True: what it keeps of the tokens before does not grow."""
+        return True
+
+    @property
+    def description(self) -> str:
+        """Its sizes in words."""
+        return f"a short convolution of {self.channels} channels over {self.kernel} tokens"
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Sizes by letter: X channels, W kernel."""
+        return {"X": self.channels, "W": self.kernel}
+
+    @property
+    def cached_values(self) -> int:
+        """Values that are cached for each token: none."""
+        return 0
+
+    @property
+    def cached_head(self) -> int:
+        """Values that lie together in a cache: none."""
+        return 0
+
+    @property
+    def state_values(self) -> int:
+        """Values that are kept for a text: the convolution's last inputs."""
+        return (self.kernel - 1) * self.channels
+
+    @property
+    def width(self) -> int:
+        """Values of a token before the output projection."""
+        return self.channels
+
+
+Mixer = GroupedQuery | Latent | GatedDelta | ShortConvolution
 """Any of the mixers above."""

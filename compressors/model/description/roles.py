@@ -34,7 +34,7 @@ class Role(StrEnum):
     SINKS = "attention sinks"  # [H]: one more logit of each head, which takes a share of the attention and adds nothing
     QUERY_NORM = "query norm"  # see QkNorm
     KEY_NORM = "key norm"
-    MIXER_INPUT = "mixer's input"  # in a gated delta rule: [X, D]; or with gates, by key head: [M, D]
+    MIXER_INPUT = "mixer's input"  # of a gated delta rule [X, D], with its gates [M, D]; of a short convolution [3X, D]
     MIXER_GATE = "mixer's gate"  # [Y, D]
     MIXER_BETA_ALPHA = "mixer's strength and decay"  # both of the following in one, by key head: [B, D]
     MIXER_BETA = "mixer's strength"  # [N, D]
@@ -43,7 +43,7 @@ class Role(StrEnum):
     DECAY_LOGARITHM = "logarithm of the decay"  # [N]
     DECAY_BIAS = "bias of the decay"  # [N]
     MIXER_NORM = "mixer's norm"  # [v]
-    MIXER_OUTPUT = "mixer's output"  # [D, Y]
+    MIXER_OUTPUT = "mixer's output"  # [D, Y], of a short convolution [D, X]
     MOE_NORM = "MoE norm"  # [D], in front of any feed-forward
     ROUTER = "router"  # [E, D]
     ROUTER_BIAS = "router bias"  # [E], part of the logits

@@ -14,7 +14,8 @@ from torch import nn
 from compressors.model.config.reading import transformers_config
 from compressors.model.description.gate_order import gates_first
 from compressors.model.description.mixers import GroupedQuery
-from compressors.model.description.spec import ModelSpec, MoeSize
+from compressors.model.description.roles import Role
+from compressors.model.description.spec import LayerSpec, ModelSpec, MoeSize
 from compressors.model.running.experts import GROUPED_EXPERTS, register_grouped_experts
 from compressors.model.running.layers import LayerWeights
 
@@ -43,8 +44,8 @@ class Skeleton:
             )
         self.is_causal_by_itself: bool = model.config._attn_implementation == "sdpa"  # eager attention needs a mask
         self.layers = [self._fitted(layer, index, model.config) for index, layer in enumerate(model.model.layers)]
-        self.rotary: nn.Module = type(model.model.rotary_emb)(config=config)  # computes, so it needs a device
-        self.final_norm: nn.Module = model.model.norm.eval()
+        self.rotary: nn.Module = type(_rotary(model.model))(config=config)  # computes, so it needs a device
+        self.final_norm: nn.Module = model.get_submodule(spec.tensor(Role.FINAL_NORM).submodule).eval()
 
     def state(
         self, index: int, weights: LayerWeights, dtype: torch.dtype, device: torch.device
@@ -71,9 +72,15 @@ class Skeleton:
         if layer.routed is not None:
             module.get_submodule(layer.routed.router_module).register_forward_pre_hook(_in_float32)
             _lay_out(module.get_submodule(layer.routed.experts_module))
+        _fit_shapes(module, layer)
         for lost in layer.lost_modules:
             module.set_submodule(lost.name, _Nothing(lost.n_outputs))
         return module.eval()
+
+
+def _rotary(model: nn.Module) -> nn.Module:
+    """The rotary embedding of all layers, whatever its name."""
+    return next(child for child in model.children() if type(child).__name__.endswith("RotaryEmbedding"))
 
 
 class _Nothing(nn.Module):
@@ -86,6 +93,15 @@ class _Nothing(nn.Module):
     def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         nothing = torch.zeros_like(hidden_BTD)
         return nothing if self._n_outputs == 1 else (nothing,) * self._n_outputs
+
+
+def _fit_shapes(module: nn.Module, layer: LayerSpec) -> None:
+    """Gives tensors their own shapes where transformers' class has one setting for the sizes of several."""
+    for tensor in layer.shared_tensors:
+        owner, name = module.get_submodule(tensor.submodule), tensor.in_layer.rpartition(".")[2]
+        shape = layer.dimensions(tensor)
+        if tuple(getattr(owner, name).shape) != shape:
+            owner.register_parameter(name, nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False))
 
 
 def _lay_out(experts: nn.Module) -> None:

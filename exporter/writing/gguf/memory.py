@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from compressors.model.description.mixers import GatedDelta, GroupedQuery, Mixer
+from compressors.model.description.mixers import GatedDelta, GroupedQuery, Mixer, ShortConvolution
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.files.gguf.kv_types import KV_TYPES, bytes_per_value, values_per_block
@@ -23,7 +23,7 @@ _FLOAT = 4
 _HALF = 2
 _BYTES_PER_TOKEN_TEXT = 420  # a token's text, score and merge in llama_vocab's tables
 _BYTES_PER_LAYER_GRAPH = 100 << 10  # about 100 graph nodes, in two graphs and in the scheduler's tables
-_BYTES_OF_RECURRENT_GRAPHS = 16 << 20  # 40 nodes a token in two graphs (graph_max_nodes in src/llama-context.cpp)
+_BYTES_OF_DELTA_GRAPHS = 16 << 20  # 40 nodes a token in two graphs (graph_max_nodes in src/llama-context.cpp)
 _LIBRARY_BYTES = 5 << 20  # pages of the libraries that are touched only when a model runs
 
 
@@ -52,7 +52,7 @@ def predict_runtime_bytes(spec: ModelSpec, file_bytes: int, context: int, kv_typ
         + _FLOAT * spec.vocab_size  # output buffer: logits of one position
         + _BYTES_PER_TOKEN_TEXT * spec.vocab_size
         + _BYTES_PER_LAYER_GRAPH * spec.n_layers
-        + (_BYTES_OF_RECURRENT_GRAPHS if _is_recurrent(spec) else 0)
+        + (_BYTES_OF_DELTA_GRAPHS if _has_delta(spec) else 0)
         + _LIBRARY_BYTES
     )
     return {
@@ -66,8 +66,8 @@ def _mixers(spec: ModelSpec) -> Iterator[Mixer]:
     return (layer.mixer for layer in spec.layers)
 
 
-def _is_recurrent(spec: ModelSpec) -> bool:
-    return any(mixer.is_recurrent for mixer in _mixers(spec))
+def _has_delta(spec: ModelSpec) -> bool:
+    return any(isinstance(mixer, GatedDelta) for mixer in _mixers(spec))
 
 
 def _cells(mixer: Mixer, spec: ModelSpec, cells: int) -> int:
@@ -93,7 +93,7 @@ def _graph_bytes(spec: ModelSpec, cells: int, kv_type: str) -> int:
     attention_moment = mask + 2 * hidden + max(_mixer_bytes(mixer, tokens, cells, kv_type) for mixer in _mixers(spec))
     feed_forward_moment = mask + 2 * hidden + max(_feed_forward_bytes(layer, tokens) for layer in spec.layers)
     # the allocator leaves gaps: in all known cases up to the size of one hidden state, or of two around states
-    gaps = 2 if _is_recurrent(spec) else 1
+    gaps = 2 if _has_delta(spec) else 1
     return max(logits_moment, attention_moment, feed_forward_moment) + gaps * hidden
 
 
@@ -103,6 +103,9 @@ def _mixer_bytes(mixer: Mixer, tokens: int, cells: int, kv_type: str) -> int:
         # before, padded and after the convolution; or, where queries and keys are repeated for all heads of values
         repeated = 3 * mixer.n_value_heads * mixer.key_dim + 2 * mixer.width
         return _FLOAT * (tokens * max(3 * mixer.channels, repeated) + mixer.state_values)
+    if isinstance(mixer, ShortConvolution):
+        # gates and values, and their product before and behind the padding
+        return _FLOAT * (tokens * 4 * mixer.channels + mixer.state_values)
     # flash attention works on half precision: float32 keys and values are converted whole
     converted = _HALF * cells * mixer.cached_values if kv_type == "f32" else 0
     gates = 2 * mixer.width if isinstance(mixer, GroupedQuery) and mixer.output_gate else 0

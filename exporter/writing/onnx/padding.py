@@ -2,7 +2,7 @@
 
 The operator knows how many columns of the cache a row uses, which describes padding on the right. For padding on the
 left, as transformers does it, the leading columns get a bias that removes them. Rotary embedding is relative, so a
-row that starts late needs no other positions.
+row that starts late needs no other positions; only where norms follow it, tokens are counted from the row's first one.
 
 Where other nodes use the operator's cache, they are told the columns in which it puts tokens. Where states go from
 token to token, nodes are told which are tokens, and where each row's last one is.
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from compressors.model.description.mixers import Latent, Mixer
+from compressors.model.description.mixers import GroupedQuery, Latent, Mixer
 from exporter.writing.onnx.builder import GraphBuilder
 
 __all__ = ["AttentionMask", "CachedTokens", "RecurrentTokens", "add_attention_mask"]
@@ -53,6 +53,7 @@ class AttentionMask:
     bias: str  # float32 [batch, 1, sequence, columns]: 0, or -1e9 before a row's first token
     cached: CachedTokens | None  # None: the operator does it all
     recurrent: RecurrentTokens | None  # None: there are no states
+    in_text: str | None  # int64 [batch, sequence]: tokens counted from their row's first one; None: nobody asks
 
 
 def add_attention_mask(graph: GraphBuilder, input_ids: str, mask: str, mixers: Iterable[Mixer]) -> AttentionMask:
@@ -80,12 +81,17 @@ def add_attention_mask(graph: GraphBuilder, input_ids: str, mask: str, mixers: I
     lead_column = graph.node("Unsqueeze", [lead, last_axis], "mask.lead_column")
     is_before = graph.node("Less", [positions, lead_column], "mask.is_before_first")
     bias = _add_bias(graph, input_ids, is_before)
-    kinds, cached, recurrent = tuple(mixers), None, None
-    if any(isinstance(mixer, Latent) for mixer in kinds):
+    cached = in_text = recurrent = None
+    kinds = set(mixers)
+    turns_first = any(isinstance(mixer, GroupedQuery) and mixer.turns_before_norms for mixer in kinds)
+    if turns_first or any(isinstance(mixer, Latent) for mixer in kinds):
         cached = _add_cached_tokens(graph, (last, columns, positions, is_before))
+    if turns_first and cached is not None:
+        behind_first = graph.node("Sub", [cached.positions, lead_column], "cached.behind_first")
+        in_text = graph.node("Max", [behind_first, zero], "cached.in_text")  # padding has no place
     if any(mixer.is_recurrent for mixer in kinds):
         recurrent = _add_recurrent_tokens(graph, mask, columns)
-    return AttentionMask(last_int32, total, bias, cached, recurrent)
+    return AttentionMask(last_int32, total, bias, cached, recurrent, in_text)
 
 
 def _numbers(graph: GraphBuilder) -> tuple[str, str]:

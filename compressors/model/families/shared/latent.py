@@ -15,9 +15,9 @@ from compressors.model.description.mixers import Latent
 from compressors.model.description.roles import Role
 from compressors.model.description.routing import GroupScore, Routing, Score
 from compressors.model.description.spec import ModelSpec
-from compressors.model.description.tensors import GgufTensor, Kind, TensorSpec
+from compressors.model.description.tensors import GgufTensor, TensorSpec
 from compressors.model.description.transforms import HeadMatrices
-from compressors.model.errors import InputError, UnsupportedError
+from compressors.model.errors import InputError
 from compressors.model.families.shared import parts, written_config
 
 __all__ = [
@@ -121,17 +121,6 @@ def _query_tensors(mixer: Latent) -> tuple[TensorSpec, ...]:
     )
 
 
-_SELECTION_BIAS = TensorSpec(
-    Role.SELECTION_BIAS,
-    "model.layers.{layer}.mlp.gate.e_score_correction_bias",
-    ("E",),
-    GgufTensor("blk.{layer}.exp_probs_b.bias"),
-    Kind.SELECTION,
-    experts_axis=0,
-)
-"""The bias that is added to scores for the choice."""
-
-
 def biased_sigmoid_experts(settings: FamilySettings) -> Routed:
     """Reads the experts of DeepSeek-V3's block, and refuses what its class could not compute."""
     settings.require("hidden_act", "silu", "swish")
@@ -204,20 +193,13 @@ def model(
         are_dense: says of each layer whether it is dense.
         said_by: the setting that says so.
         rope_rule: how the family's class reads the rotary embedding.
-
-    Raises:
-        UnsupportedError: no layer has experts.
     """
-    if all(are_dense):
-        raise UnsupportedError(
-            f"{settings.settings.path}: {said_by} leaves none of the {len(are_dense)} layers of num_hidden_layers with "
-            "experts; only models with experts are supported"
-        )
+    parts.refuse_without_experts(settings, are_dense, said_by)
     mixer = _attention(settings, rope_rule)
     of_mixer = mixer_tensors(mixer)
     of_experts = (
         parts.router_tensor(),
-        *((_SELECTION_BIAS,) if experts.routing.has_selection_bias else ()),
+        *((parts.selection_bias_tensor(),) if experts.routing.has_selection_bias else ()),
         *parts.expert_tensors(),
         *parts.shared_expert_tensors("mlp.shared_experts"),
     )
@@ -247,20 +229,10 @@ def edited(spec: ModelSpec, config: ConfigValues, dense_layers: str, *absent: st
 
 
 def settings(spec: ModelSpec) -> dict[str, Any]:
-    """The settings of ``config.json`` that describe a model, by key.
-
-    Raises:
-        UnsupportedError: the shared expert's width is not a multiple of the routed experts', as settings need it.
-    """
+    """The settings of ``config.json`` that describe a model, by key."""
     mixer = spec.layers[0].mixer
     routed = next(layer.routed for layer in spec.layers if layer.routed is not None)
-    assert isinstance(mixer, Latent) and routed.shared is not None
-    n_shared, rest = divmod(routed.shared.width, routed.width)
-    if rest:
-        raise UnsupportedError(
-            f"{spec.family.architecture} has a shared expert as wide as a number of routed ones; {routed.shared.width} "
-            f"is not a multiple of {routed.width}: choose a width that divides it"
-        )
+    assert isinstance(mixer, Latent)
     found: dict[str, Any] = {
         "num_hidden_layers": spec.n_layers,
         "hidden_size": spec.hidden_size,
@@ -273,7 +245,7 @@ def settings(spec: ModelSpec) -> dict[str, Any]:
         "n_routed_experts": routed.n_experts,
         "num_experts_per_tok": routed.top_k,
         "moe_intermediate_size": routed.width,
-        "n_shared_experts": n_shared,
+        "n_shared_experts": written_config.n_shared_experts(spec),
         "routed_scaling_factor": routed.routing.scale,
         "vocab_size": spec.vocab_size,
         "rms_norm_eps": spec.rms_norm_eps,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from compressors.model.description.family import GgufValue
+from compressors.model.description.mixers import GroupedQuery
 from compressors.model.description.spec import ModelSpec
 from compressors.model.families.shared.parts import grouped_query
 
@@ -69,8 +70,8 @@ def limit_of_square_attention(spec: ModelSpec) -> str | None:
 
 def limit_of_square_queries(spec: ModelSpec) -> str | None:
     """Says that llama.cpp's graph loads queries only as [D, D], and the model's are of another size."""
-    for mixer in (grouped_query(spec, index) for index in range(spec.n_layers)):
-        if mixer.n_heads * mixer.head_dim != spec.hidden_size:
+    for mixer in (layer.mixer for layer in spec.layers):
+        if isinstance(mixer, GroupedQuery) and mixer.n_heads * mixer.head_dim != spec.hidden_size:
             return (
                 f"graph needs queries as wide as the hidden size; this model has {mixer.n_heads} heads of "
                 f"{mixer.head_dim} at hidden size {spec.hidden_size}"

@@ -28,10 +28,14 @@ class GroupedQueryNodes:
         query, gate = self._query(layer, normed)
         key = layer.linear(Role.KEY, normed, f"{prefix}key", Role.KEY_BIAS)
         value = layer.linear(Role.VALUE, normed, f"{prefix}value", Role.VALUE_BIAS)
+        if mixer.turns_before_norms:
+            query = self._turned(layer, query, mixer.n_heads, mask)
+            key = self._turned(layer, key, mixer.n_kv_heads, mask)
         query = self._norm(layer, Role.QUERY_NORM, query, mixer.n_heads)
         key = self._norm(layer, Role.KEY_NORM, key, mixer.n_kv_heads)
         past = add_past(layer.graph, index, self._heads)
-        rotary = layer.weights.rotary_caches(mask.total_length)
+        rope = None if mixer.turns_before_norms else mixer.rope
+        rotary = ("", "") if rope is None else layer.weights.rotary_caches(mask.total_length)
         sinks = layer.vector(Role.SINKS) or ""
         attended = layer.graph.node(
             "GroupQueryAttention",
@@ -41,8 +45,8 @@ class GroupedQueryNodes:
             num_heads=mixer.n_heads,
             kv_num_heads=mixer.n_kv_heads,
             scale=mixer.scale,
-            do_rotary=1,
-            rotary_interleaved=int(mixer.rope.interleaved),
+            do_rotary=int(rope is not None),
+            rotary_interleaved=int(rope is not None and rope.interleaved),
             **self._window(layer.context_length),
         )
         if gate is not None:
@@ -69,6 +73,22 @@ class GroupedQueryNodes:
             for part, output in zip(parts, (name, f"{name}.gate"), strict=True)
         )
         return query, gate
+
+    def _turned(self, layer: LayerNodes, values: str, n_heads: int, mask: AttentionMask) -> str:
+        """Turns the projected queries or keys, as the operator would do it behind their norms.
+
+        The scales of the norms then meet turned values, so the products depend on where a text begins.
+        """
+        assert mask.in_text is not None
+        return layer.graph.node(
+            "RotaryEmbedding",
+            [values, mask.in_text, *layer.weights.rotary_caches(mask.total_length)],
+            f"{values}.turned",
+            domain=MICROSOFT,
+            interleaved=int(self._mixer.rope.interleaved),
+            num_heads=n_heads,
+            rotary_embedding_dim=self._mixer.rope.width,
+        )
 
     def _norm(self, layer: LayerNodes, role: Role, values: str, n_heads: int) -> str:
         """Normalises the projected queries or keys as the model does: [batch, sequence, n_heads * head_dim]."""

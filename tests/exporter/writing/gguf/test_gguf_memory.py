@@ -12,7 +12,7 @@ import pytest
 
 from compressors.model.config.reading import read_spec
 from compressors.model.description.feed_forward import Dense, Shared
-from compressors.model.description.mixers import GroupedQuery
+from compressors.model.description.mixers import GroupedQuery, ShortConvolution
 from compressors.model.description.spec import LayerSpec
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.sources.opening import open_source
@@ -86,6 +86,16 @@ def test_states_are_counted_once_whatever_the_context(fine_folder: Path) -> None
     for context in (512, 4096):
         lines, usual = (predict_runtime_bytes(model, 1000, context, "q8_0") for model in (recurrent, spec))
         assert lines["kv_cache"] == usual["kv_cache"] + 4 * 1000
+
+
+def test_a_short_convolution_keeps_its_last_inputs_instead_of_a_cache(fine_folder: Path) -> None:
+    spec = read_spec(fine_folder)
+    mixer = ShortConvolution(channels=spec.hidden_size, kernel=3)
+    layers = (replace(spec.layers[0], mixer=mixer), *spec.layers[1:])
+    lines, others = (
+        predict_runtime_bytes(replace(spec, layers=each), 1000, 512, "f16") for each in (layers, layers[1:])
+    )
+    assert lines["kv_cache"] == others["kv_cache"] + 4 * 2 * spec.hidden_size
 
 
 def test_dense_layers_and_shared_experts_count_with_their_width(fine_folder: Path) -> None:
