@@ -70,7 +70,8 @@ def test_qwen3_moe_is_read(fine_folder: Path) -> None:
         qk_norm=QkNorm.PER_HEAD,
     )
     # moe_intermediate_size, not intermediate_size
-    assert layer.feed_forward == routed_in_mlp(n_experts=32, top_k=4, width=128, routing=Routing(normalizes=True))
+    routing = Routing(normalizes=True)
+    assert layer.feed_forward == routed_in_mlp(32, 4, 128, routing, router_module="mlp.gate")
     assert (spec.model_type, spec.hidden_size, spec.vocab_size) == ("qwen3_moe", 256, 4096)
     assert (spec.context_length, spec.rms_norm_eps, spec.tied_embeddings) == (2048, 1e-6, True)
     assert (spec.bos_token_id, spec.eos_token_ids, spec.pad_token_id) == (0, (0,), 0)
