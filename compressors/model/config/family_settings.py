@@ -191,17 +191,20 @@ class FamilySettings:
         trained_context = self.count("max_position_embeddings")
         return read_rope(self.settings, rule, head_dim=head_dim, trained_context=trained_context)
 
-    def top_k(self, n_experts: int) -> int:
+    def top_k(self, n_experts: int, *keys: str) -> int:
         """Experts of each token.
+
+        Args:
+            n_experts: the number of experts.
+            keys: spellings of the setting, as :meth:`count_of` takes them; none: the usual one.
 
         Raises:
             InputError: there are fewer experts.
         """
-        top_k = self.count("num_experts_per_tok")
+        keys = keys or ("num_experts_per_tok",)
+        top_k = self.count_of(*keys)
         if top_k > n_experts:
-            raise InputError(
-                f"{self.settings.path}: num_experts_per_tok is {top_k}, but there are only {n_experts} experts"
-            )
+            raise InputError(f"{self.settings.path}: {keys[-1]} is {top_k}, but there are only {n_experts} experts")
         return top_k
 
     def count_of(self, *keys: str) -> int:

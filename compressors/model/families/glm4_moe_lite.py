@@ -13,9 +13,8 @@ from typing import Any
 from compressors.model.config.family_settings import FamilySettings
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily
-from compressors.model.description.feed_forward import Dense
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families.shared import latent
+from compressors.model.families.shared import expert_layers, latent
 
 __all__ = ["FAMILY"]
 
@@ -60,12 +59,11 @@ def _are_dense(settings: FamilySettings) -> list[bool]:
 
 
 def _settings(spec: ModelSpec) -> ConfigValues:
-    kinds = ["dense" if isinstance(layer.feed_forward, Dense) else "sparse" for layer in spec.layers]
-    return latent.settings(spec) | {"mlp_layer_types": kinds}
+    return latent.settings(spec) | {"mlp_layer_types": expert_layers.dense_kinds(spec)}
 
 
 def _edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:
-    return latent.edited(spec, config, "mlp_layer_types", "num_local_experts", "first_k_dense_replace")
+    return expert_layers.edited(spec, config, "mlp_layer_types", absent=("first_k_dense_replace",))
 
 
 FAMILY = Family(
@@ -75,5 +73,5 @@ FAMILY = Family(
     edited=_edited,
     settings=_settings,
     gguf=GgufFamily("deepseek2", latent.gguf_keys, latent.gguf_refusal, scales_attention=True),
-    skipped=(latent.MTP,),
+    skipped=(expert_layers.MTP,),
 )

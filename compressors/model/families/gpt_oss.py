@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.rope_settings import RopeRule
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily, GgufValue
 from compressors.model.description.glu import Glu
@@ -116,7 +117,7 @@ def _read(file: Settings) -> ModelSpec:
         glu=replace(_GLU, alpha=settings.number("swiglu_alpha"), limit=settings.number("swiglu_limit")),
         block_outputs=2,
     )
-    attention = parts.attention(settings, default_theta=150_000.0, default_rope=_DEFAULT_ROPE)
+    attention = parts.attention(settings, rope=RopeRule(150_000.0, default=_DEFAULT_ROPE))
     n_layers = settings.count("num_hidden_layers")
     kinds = ["full_attention" if index % 2 else "sliding_attention" for index in range(n_layers)]
     mixers = [replace(attention, window=window) for window in settings.layer_windows(kinds)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from compressors.model.config.family_settings import FamilySettings
+from compressors.model.config.rope_settings import RopeRule
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, DenseForm, Family, GgufFamily
 from compressors.model.description.routing import Routing
@@ -41,7 +42,7 @@ def _read(file: Settings) -> ModelSpec:
     settings.refuse_what_no_family_can_do()
     n_experts = settings.count_of("num_experts", "num_local_experts")
     experts = parts.routed_in_mlp(n_experts, settings.top_k(n_experts), settings.count("intermediate_size"), Routing())
-    attention = parts.attention(settings, default_theta=1_000_000.0)
+    attention = parts.attention(settings, rope=RopeRule(1_000_000.0))
     layer = parts.layer(settings, attention, experts, _TENSORS)
     return parts.model(settings, [layer] * settings.count("num_hidden_layers"))
 

@@ -10,13 +10,13 @@ from functools import partial
 from compressors.model.config.family_settings import FamilySettings
 from compressors.model.config.rope_settings import RopeRule
 from compressors.model.config.special_tokens import configured_tokens
-from compressors.model.description.family import ConfigValues
 from compressors.model.description.feed_forward import FeedForward, Routed
 from compressors.model.description.mixers import GroupedQuery, Mixer, QkNorm
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.description.tensors import Fused, GgufTensor, Kind, NormKind, TensorSpec
 from compressors.model.description.transforms import SAME, PlusOne, Transform
+from compressors.model.errors import UnsupportedError
 
 __all__ = [
     "attention",
@@ -33,8 +33,10 @@ __all__ = [
     "norm",
     "norms",
     "qk_norm_tensors",
+    "refuse_without_experts",
     "routed_in_mlp",
     "router_tensor",
+    "selection_bias_tensor",
     "shared_expert_tensors",
 ]
 
@@ -51,6 +53,7 @@ def model(
     layers: Sequence[LayerSpec],
     *,
     final_norm: NormKind = NormKind.PLAIN,
+    tied_by_default: bool = False,
     embedding_scale: float = 1.0,
     logit_divisor: float = 1.0,
 ) -> ModelSpec:
@@ -63,6 +66,7 @@ def model(
         settings: the family's settings.
         layers: the decoder layers.
         final_norm: how the scales of the final norm are made of its tensor.
+        tied_by_default: the head is the embedding where the file does not say.
         embedding_scale: the factor of the embedding's rows.
         logit_divisor: the number that logits are divided by.
     """
@@ -75,7 +79,7 @@ def model(
         vocab_size=vocab_size,
         context_length=trained if None in windows else min(trained, *(window for window in windows if window)),
         rms_norm_eps=settings.number("rms_norm_eps"),
-        tied_embeddings=settings.flag("tie_word_embeddings", default=False),
+        tied_embeddings=settings.flag("tie_word_embeddings", default=tied_by_default),
         tensors=(
             _EMBEDDING,
             norm(Role.FINAL_NORM, "model.norm.weight", ("D",), "output_norm.weight", final_norm),
@@ -128,18 +132,16 @@ def attention(
     settings: FamilySettings,
     qk_norm: QkNorm = QkNorm.NONE,
     *,
-    default_theta: float = 10_000.0,
-    default_rope: ConfigValues | None = None,
+    rope: RopeRule | None = None,
     window_switch: str | None = None,
     scale: float | None = None,
 ) -> GroupedQuery:
-    """Grouped-query attention whose heads are turned whole.
+    """Grouped-query attention.
 
     Args:
         settings: the family's settings.
         qk_norm: the norms of queries and keys.
-        default_theta: transformers' default of the rotary embedding's base.
-        default_rope: transformers' default of its other settings; None: nothing is scaled.
+        rope: how the family's class reads the rotary embedding; None: with the usual base, for whole heads.
         window_switch: the setting without which ``sliding_window`` does not count; None: it counts by itself.
         scale: the factor of the products of queries and keys; None: it follows from the size of the heads.
     """
@@ -148,7 +150,7 @@ def attention(
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
-        rope=settings.rope(head_dim, RopeRule(default_theta, default=default_rope)),
+        rope=settings.rope(head_dim, RopeRule() if rope is None else rope),
         scale=1 / math.sqrt(head_dim) if scale is None else scale,
         qk_norm=qk_norm,
         window=settings.window(window_switch),
@@ -157,6 +159,24 @@ def attention(
 
 routed_in_mlp = partial(Routed, experts_module="mlp.experts", block_module="mlp")
 """Routed experts in the modules where most of transformers' layers have them; :func:`layer` puts the router's in."""
+
+
+def refuse_without_experts(settings: FamilySettings, are_dense: Sequence[bool], said_by: str) -> None:
+    """Refuses a model that has experts in no layer.
+
+    Args:
+        settings: the family's settings.
+        are_dense: says of each layer whether it is dense.
+        said_by: the setting that says so.
+
+    Raises:
+        UnsupportedError: all layers are dense.
+    """
+    if all(are_dense):
+        raise UnsupportedError(
+            f"{settings.settings.path}: {said_by} leaves none of the {len(are_dense)} layers of num_hidden_layers with "
+            "experts; only models with experts are supported"
+        )
 
 
 def norms(kind: NormKind = NormKind.PLAIN, feed_forward: str = "ffn_norm") -> tuple[TensorSpec, ...]:
@@ -246,6 +266,27 @@ def router_tensor(name: str = "mlp.gate.weight", module: str = "mlp.gate.weight"
     """
     gguf = GgufTensor("blk.{layer}.ffn_gate_inp.weight")
     return TensorSpec(Role.ROUTER, _LAYER + name, ("E", "D"), gguf, Kind.ROUTER, module=module, experts_axis=0)
+
+
+def selection_bias_tensor(
+    name: str = "mlp.gate.e_score_correction_bias", module: str | None = None, shape: tuple[str, ...] = ("E",)
+) -> TensorSpec:
+    """The bias that is added to scores for the choice.
+
+    Args:
+        name: its name on the hub, inside the layer.
+        module: its name inside transformers' layer, where that is another.
+        shape: its shape in letters.
+    """
+    return TensorSpec(
+        Role.SELECTION_BIAS,
+        _LAYER + name,
+        shape,
+        GgufTensor("blk.{layer}.exp_probs_b.bias"),
+        Kind.SELECTION,
+        module=module,
+        experts_axis=shape.index("E"),
+    )
 
 
 def expert_tensors(

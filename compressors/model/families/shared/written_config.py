@@ -7,12 +7,33 @@ from typing import Any
 
 from compressors.model.description.family import ConfigValues
 from compressors.model.description.spec import ModelSpec
+from compressors.model.errors import UnsupportedError
 from compressors.model.families.shared.parts import grouped_query
 
-__all__ = ["dense_edited", "dense_settings", "moe_edited", "usual_settings"]
+__all__ = ["dense_edited", "dense_settings", "moe_edited", "n_shared_experts", "usual_settings"]
 
 
-def usual_settings(spec: ModelSpec, *, n_experts: str, width: str, normalizes: str | None) -> dict[str, Any]:
+def n_shared_experts(spec: ModelSpec) -> int:
+    """The number of routed experts that the shared one is as wide as; 0 if there is none.
+
+    Raises:
+        UnsupportedError: its width is not a multiple of theirs.
+    """
+    routed = next(layer.routed for layer in spec.layers if layer.routed is not None)
+    if routed.shared is None:
+        return 0
+    number, rest = divmod(routed.shared.width, routed.width)
+    if rest:
+        raise UnsupportedError(
+            f"{spec.family.architecture} has a shared expert as wide as a number of routed ones; {routed.shared.width} "
+            f"is not a multiple of {routed.width}: choose a width that divides it"
+        )
+    return number
+
+
+def usual_settings(
+    spec: ModelSpec, *, n_experts: str, width: str, normalizes: str | None, top_k: str = "num_experts_per_tok"
+) -> dict[str, Any]:
     """The settings of ``config.json`` that describe a model of equal layers, by key.
 
     Args:
@@ -20,6 +41,7 @@ def usual_settings(spec: ModelSpec, *, n_experts: str, width: str, normalizes: s
         n_experts: the key of the number of experts.
         width: the key of their width.
         normalizes: the key of the flag that says whether weights are normalised; None: there is none.
+        top_k: the key of the number of experts of a token.
     """
     mixer = grouped_query(spec)
     found: dict[str, Any] = {
@@ -28,7 +50,7 @@ def usual_settings(spec: ModelSpec, *, n_experts: str, width: str, normalizes: s
         "num_attention_heads": mixer.n_heads,
         "num_key_value_heads": mixer.n_kv_heads,
         n_experts: spec.n_experts,
-        "num_experts_per_tok": spec.top_k,
+        top_k: spec.top_k,
         width: spec.expert_width,
         "vocab_size": spec.vocab_size,
         "rms_norm_eps": spec.rms_norm_eps,
