@@ -93,7 +93,10 @@ def _family_section(module: ModuleType) -> Iterator[str]:
         yield from refused
 
 
-_WITHOUT_A_DEFAULT = {"deepseek_v2": {"num_experts_per_tok": 6}}
+_WITHOUT_A_DEFAULT = {
+    "deepseek_v2": {"num_experts_per_tok": 6},
+    "glm4_moe": {"head_dim": 128},
+}
 """Settings that a family needs and transformers has no usable default of, as the hub's models have them."""
 
 

@@ -50,6 +50,8 @@ _LATENT: Mapping[str, Any] = {
     "v_head_dim": 16,
 }
 
+_GLM4_MOE: Mapping[str, Any] = {"head_dim": 32, "n_routed_experts": 8}
+
 _YARN: Mapping[str, Any] = {
     "rope_type": "yarn",
     "factor": 4.0,
@@ -91,6 +93,14 @@ ROWS: Mapping[str, Row] = {
     "deepseek_v3": Row(
         sizes={**_LATENT, "n_routed_experts": 8, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1},
         on_the_hub={"rope_theta": 1e4, "rope_parameters": None, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+    ),
+    "glm4_moe": Row(
+        sizes={**_GLM4_MOE, "attention_bias": True, "use_qk_norm": True},
+        on_the_hub={"rope_theta": 1e6, "rope_parameters": None, "partial_rotary_factor": 0.5},
+    ),
+    "glm4_moe with groups": Row(
+        sizes={**_GLM4_MOE, "n_group": 2, "routed_scaling_factor": 2.5, "n_shared_experts": 2},
+        on_the_hub={"num_mtp_layers": None, "num_nextn_predict_layers": 1},
     ),
     "glm4_moe_lite": Row(
         sizes={**_LATENT, "n_routed_experts": 8, "n_group": 1, "topk_group": 1},
