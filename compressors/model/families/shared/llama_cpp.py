@@ -10,6 +10,7 @@ __all__ = [
     "limit_of_square_attention",
     "limit_of_square_queries",
     "limit_of_untied_head",
+    "limit_of_windows",
     "normalization_refusal",
     "usual_keys",
 ]
@@ -76,6 +77,14 @@ def limit_of_square_queries(spec: ModelSpec) -> str | None:
                 f"{mixer.head_dim} at hidden size {spec.hidden_size}"
             )
     return None
+
+
+def limit_of_windows(spec: ModelSpec) -> str | None:
+    """Says that llama.cpp's graph lets every token look at all earlier ones, which a layer of the model does not."""
+    windows = [layer.mixer.window for layer in spec.layers if layer.mixer.window is not None]
+    if all(window >= spec.context_length for window in windows):
+        return None
+    return f"graph has no windows, and a layer of this model reaches back over {min(windows)} tokens only"
 
 
 def limit_of_untied_head(spec: ModelSpec) -> str | None:
