@@ -95,6 +95,7 @@ def _family_section(module: ModuleType) -> Iterator[str]:
 
 _WITHOUT_A_DEFAULT = {
     "deepseek_v2": {"num_experts_per_tok": 6},
+    "dots1": {"num_experts_per_tok": 6, "n_routed_experts": 128, "n_shared_experts": 2},
     "glm4_moe": {"head_dim": 128},
 }
 """Settings that a family needs and transformers has no usable default of, as the hub's models have them."""

@@ -94,6 +94,25 @@ ROWS: Mapping[str, Row] = {
         sizes={**_LATENT, "n_routed_experts": 8, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1},
         on_the_hub={"rope_theta": 1e4, "rope_parameters": None, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
     ),
+    "dots1": Row(
+        sizes={
+            "num_key_value_heads": 4,
+            "head_dim": 32,
+            "n_routed_experts": 8,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+        },
+        on_the_hub={
+            "rope_theta": 1e7,
+            "rope_parameters": None,
+            "layer_types": None,
+            "sliding_window": None,
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+        },
+    ),
     "glm4_moe": Row(
         sizes={**_GLM4_MOE, "attention_bias": True, "use_qk_norm": True},
         on_the_hub={"rope_theta": 1e6, "rope_parameters": None, "partial_rotary_factor": 0.5},

@@ -39,6 +39,8 @@ def _read(folder: Path, family: str, **changes: Any) -> ModelSpec:
     [
         ("qwen2_moe", {"head_dim": 32}, "queries as wide as the hidden size; this model has 4 heads of 32 at hidden"),
         ("gpt_oss", {"layer_types": [_ATTENDING] * 4}, "graph needs a layer with a window"),
+        ("dots1", {"num_key_value_heads": 2}, "keys and values for each of the 4 heads; this model has 2"),
+        ("dots1", {"max_window_layers": 2, "sliding_window": 16}, "graph has no windows, and a layer of this model"),
         ("qwen3_next", {"linear_conv_kernel_dim": 1}, "graph needs a convolution over two tokens or more"),
         ("qwen3_5_moe_text", {"linear_conv_kernel_dim": 1}, "graph needs a convolution over two tokens or more"),
     ],
