@@ -196,4 +196,8 @@ ROWS: Mapping[str, Row] = {
         },
         formats=("gguf",),
     ),
+    "solar_open": Row(
+        sizes={"head_dim": 32, "n_routed_experts": 8, "attention_bias": True},
+        on_the_hub={"rope_theta": 1e6, "rope_parameters": None, "partial_rotary_factor": 1.0, "intermediate_size": 96},
+    ),
 }
