@@ -142,8 +142,9 @@ def _attention(node: onnx.NodeProto, spec: ModelSpec, layer: int) -> AllowedValu
     if node.op_type == "GroupQueryAttention":
         # another exporter may rotate before
         turns = len(node.input) > 7 and bool(node.input[7])
-        allowed["do_rotary"] = (1,) if turns else (0, None)
-        allowed["rotary_interleaved"] = (1,) if turns and mixer.rope.interleaved else (0, None)
+        rope = mixer.rope
+        allowed["do_rotary"] = (1,) if turns and rope is not None else (0, None)
+        allowed["rotary_interleaved"] = (1,) if turns and rope is not None and rope.interleaved else (0, None)
         allowed |= dict.fromkeys(("qk_output", "kv_cache_bit_width"), (0, None))
     else:
         allowed.pop("kv_num_heads")

@@ -28,7 +28,7 @@ class GroupedQuery:
         n_heads: query heads.
         n_kv_heads: key-value heads; they divide the query heads.
         head_dim: values of a head.
-        rope: the rotary embedding of queries and keys.
+        rope: the rotary embedding of queries and keys; None: they are not turned.
         scale: the factor of the products of queries and keys.
         qk_norm: the norms of queries and keys.
         window: tokens that attention reaches back over, itself included; None: all.
@@ -40,7 +40,7 @@ class GroupedQuery:
     n_heads: int
     n_kv_heads: int
     head_dim: int
-    rope: Rope
+    rope: Rope | None
     scale: float
     qk_norm: QkNorm = QkNorm.NONE
     window: int | None = None

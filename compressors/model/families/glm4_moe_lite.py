@@ -51,11 +51,7 @@ def _read(file: Settings) -> ModelSpec:
 
 def _are_dense(settings: FamilySettings) -> list[bool]:
     """Says of each layer whether it is dense: the first alone, unless a list says otherwise."""
-    kinds = settings.kinds("mlp_layer_types", ("dense", "sparse"))
-    if kinds is None:
-        kinds = ["dense"] + ["sparse"] * (settings.count("num_hidden_layers") - 1)
-    settings.settings.note("mlp_layer_types", kinds)
-    return [kind == "dense" for kind in kinds]
+    return expert_layers.kinds_of_dense(settings, [index == 0 for index in range(settings.count("num_hidden_layers"))])
 
 
 def _settings(spec: ModelSpec) -> ConfigValues:

@@ -27,15 +27,20 @@ __all__ = [
     "dense_kinds",
     "edited",
     "gguf_keys",
+    "kinds_of_dense",
     "layers",
     "leading_dense",
     "n_dense",
+    "routed",
     "settings",
     "tensors",
     "with_groups",
 ]
 
 MTP = SkippedPart(r"model\.layers\.(?P<layer>\d+)\..*", "layers for predicting several tokens at once (MTP)")
+
+_N_MTP = ("num_nextn_predict_layers", "num_mtp_layers")
+"""Settings of the number of such layers."""
 
 _GATING_FUNCTIONS = {Score.SOFTMAX: 1, Score.SIGMOID: 2}
 """``llama_expert_gating_func_type`` in llama.cpp's ``src/llama-hparams.h``."""
@@ -179,6 +184,14 @@ def n_dense(spec: ModelSpec) -> int:
     return sum(isinstance(layer.feed_forward, Dense) for layer in spec.layers)
 
 
+def kinds_of_dense(settings: FamilySettings, usual: list[bool]) -> list[bool]:
+    """Says of each layer whether it is dense by ``mlp_layer_types``; ``usual`` counts where that list is absent."""
+    kinds = settings.kinds("mlp_layer_types", ("dense", "sparse"))
+    are_dense = usual if kinds is None else [kind == "dense" for kind in kinds]
+    settings.settings.note("mlp_layer_types", ["dense" if is_dense else "sparse" for is_dense in are_dense])
+    return are_dense
+
+
 def dense_kinds(spec: ModelSpec) -> list[str]:
     """The kinds of layers as ``mlp_layer_types`` names them."""
     return ["dense" if isinstance(layer.feed_forward, Dense) else "sparse" for layer in spec.layers]
@@ -186,13 +199,13 @@ def dense_kinds(spec: ModelSpec) -> list[str]:
 
 def settings(spec: ModelSpec, spelling: Spelling = USUAL) -> dict[str, Any]:
     """The settings of ``config.json`` that describe the feed-forwards, by key."""
-    routed = _routed(spec)
+    experts = routed(spec)
     found: dict[str, Any] = {
-        spelling.n_experts: routed.n_experts,
-        "num_experts_per_tok": routed.top_k,
-        "moe_intermediate_size": routed.width,
+        spelling.n_experts: experts.n_experts,
+        "num_experts_per_tok": experts.top_k,
+        "moe_intermediate_size": experts.width,
         spelling.n_shared: written_config.n_shared_experts(spec),
-        spelling.scale: routed.routing.scale,
+        spelling.scale: experts.routing.scale,
     }
     dense = next((layer.feed_forward for layer in spec.layers if isinstance(layer.feed_forward, Dense)), None)
     return found if dense is None else found | {"intermediate_size": dense.width}
@@ -201,7 +214,7 @@ def settings(spec: ModelSpec, spelling: Spelling = USUAL) -> dict[str, Any]:
 def edited(
     spec: ModelSpec, config: ConfigValues, *by_layer: str, spelling: Spelling = USUAL, absent: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """A ``config.json`` with a student's counts.
+    """A ``config.json`` with a student's counts, and without layers for predicting several tokens at once.
 
     Args:
         spec: the student.
@@ -211,7 +224,7 @@ def edited(
         absent: other settings that are dropped.
     """
     counts = (spelling.n_experts, "moe_intermediate_size", spelling.n_shared, "num_experts_per_tok")
-    others = {key: value for key, value in config.items() if key not in absent}
+    others = {key: 0 if key in _N_MTP else value for key, value in config.items() if key not in absent}
     return written_config.moe_edited(spec, others, *counts, *by_layer, other_spelling=spelling.alias)
 
 
@@ -220,12 +233,12 @@ def gguf_keys(spec: ModelSpec) -> dict[str, GgufValue]:
 
     The rule for scores is always written, as the graphs' defaults differ; groups only where they are a choice.
     """
-    routed = _routed(spec)
-    rule = routed.routing
+    experts = routed(spec)
+    rule = experts.routing
     keys: dict[str, GgufValue] = {
-        "expert_count": routed.n_experts,
-        "expert_used_count": routed.top_k,
-        "expert_feed_forward_length": routed.width,
+        "expert_count": experts.n_experts,
+        "expert_used_count": experts.top_k,
+        "expert_feed_forward_length": experts.width,
         "expert_shared_count": written_config.n_shared_experts(spec),
         "expert_weights_scale": rule.scale,
         "expert_weights_norm": rule.normalizes,
@@ -237,5 +250,6 @@ def gguf_keys(spec: ModelSpec) -> dict[str, GgufValue]:
     return keys
 
 
-def _routed(spec: ModelSpec) -> Routed:
+def routed(spec: ModelSpec) -> Routed:
+    """The experts of the first layer that has some."""
     return next(layer.routed for layer in spec.layers if layer.routed is not None)

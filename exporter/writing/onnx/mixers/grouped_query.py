@@ -1,4 +1,4 @@
-"""Grouped-query attention with a rotary embedding, by the operator of that name; its cache is keys and values."""
+"""Grouped-query attention, by the operator of that name; its cache is keys and values."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class GroupedQueryNodes:
         query = self._norm(layer, Role.QUERY_NORM, query, mixer.n_heads)
         key = self._norm(layer, Role.KEY_NORM, key, mixer.n_kv_heads)
         past = add_past(layer.graph, index, self._heads)
-        rotary = layer.weights.rotary_caches(mask.total_length)
+        rope = mixer.rope
+        rotary = ("", "") if rope is None else layer.weights.rotary_caches(mask.total_length)
         attended = layer.graph.node(
             "GroupQueryAttention",
             [query, key, value, *past, mask.last_positions, mask.total_length, *rotary, "", mask.bias],
@@ -40,8 +41,8 @@ class GroupedQueryNodes:
             num_heads=mixer.n_heads,
             kv_num_heads=mixer.n_kv_heads,
             scale=mixer.scale,
-            do_rotary=1,
-            rotary_interleaved=int(mixer.rope.interleaved),
+            do_rotary=int(rope is not None),
+            rotary_interleaved=int(rope is not None and rope.interleaved),
             **self._window(layer.context_length),
         )
         return layer.linear(Role.ATTENTION_OUTPUT, attended, f"{prefix}attention", Role.ATTENTION_OUTPUT_BIAS)
