@@ -70,6 +70,9 @@ _MTP = {
 _WITHOUT_A_FLAG = frozenset({"deepseek_v3"})
 """Families of which the converter leaves such layers out by itself, and takes no ``--no-mtp``."""
 
+_WITH_ALL_LAYERS = frozenset({"exaone_moe"})
+"""Families of which the converter always writes such layers; the checkpoint has none here."""
+
 _OURS, _THEIRS, _OTHER = "ours alone", "the converter's alone", "another value"
 _ALWAYS = "always written; the converter writes it for some architectures or settings of `config.json`"
 _DEFAULT_KIND = "always written: without it, llama.cpp's default depends on the kind of tokenizer"
@@ -107,6 +110,8 @@ _REASONS: Mapping[str, Mapping[str, str]] = {
         "ARCH.rope.scaling.yarn_beta_slow": _CONSTANT,
         "ARCH.expert_group_count": _ONE_GROUP,
         "ARCH.expert_group_used_count": _ONE_GROUP,
+        "ARCH.nextn_predict_layers": "0, as it is without the key",
+        "ARCH.rope.scaling.type": "none, as it is without the key",
         "tokenizer.ggml.bos_token_id": _FIXED,
         "tokenizer.ggml.unknown_token_id": _FIXED,
     },
@@ -160,7 +165,8 @@ def _checkpoints(folder: Path) -> Iterator[tuple[str, Path]]:
     for family, row in ROWS.items():
         path = folder / family
         write_model(family, row, path, more, vocab_size=_N_ROWS)
-        add_mtp(path)
+        if family not in _WITH_ALL_LAYERS:
+            add_mtp(path)
         _name_ends(path)
         yield family, path
         if family in _INSIDE_OF_MORE:

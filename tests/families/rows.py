@@ -113,6 +113,22 @@ ROWS: Mapping[str, Row] = {
             "topk_method": "noaux_tc",
         },
     ),
+    "exaone_moe": Row(
+        sizes={
+            "num_hidden_layers": 4,
+            "head_dim": 32,
+            "sliding_window": 12,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 1e6,
+                "factor": 16.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 128,
+            },
+        },
+        on_the_hub={"mlp_layer_types": None, "layer_types": None, "scoring_func": "sigmoid"},
+    ),
     "glm4_moe": Row(
         sizes={**_GLM4_MOE, "attention_bias": True, "use_qk_norm": True},
         on_the_hub={"rope_theta": 1e6, "rope_parameters": None, "partial_rotary_factor": 0.5},

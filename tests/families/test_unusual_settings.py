@@ -18,6 +18,14 @@ from tests.families.checkpoints import spell_as_the_hub
 from tests.families.rows import COMMON, ROWS
 
 _RECURRENT, _ATTENDING = "linear_attention", "full_attention"
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "short_factor": [1.0] * 16,
+    "long_factor": [2.0] * 16,
+}
 
 
 def _read(folder: Path, family: str, **changes: Any) -> ModelSpec:
@@ -41,6 +49,8 @@ def _read(folder: Path, family: str, **changes: Any) -> ModelSpec:
         ("gpt_oss", {"layer_types": [_ATTENDING] * 4}, "graph needs a layer with a window"),
         ("dots1", {"num_key_value_heads": 2}, "keys and values for each of the 4 heads; this model has 2"),
         ("dots1", {"max_window_layers": 2, "sliding_window": 16}, "graph has no windows, and a layer of this model"),
+        ("exaone_moe", {"rope_parameters": _LONGROPE}, "graph has one list of rotary factors"),
+        ("exaone_moe", {"mlp_layer_types": ["sparse", "dense"] * 2}, "layer 1 of this model has none"),
         ("qwen3_next", {"linear_conv_kernel_dim": 1}, "graph needs a convolution over two tokens or more"),
         ("qwen3_5_moe_text", {"linear_conv_kernel_dim": 1}, "graph needs a convolution over two tokens or more"),
     ],
@@ -48,6 +58,11 @@ def _read(folder: Path, family: str, **changes: Any) -> ModelSpec:
 def test_llama_cpp_would_not_load_it(tmp_path: Path, family: str, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(UnsupportedError, match=said):
         plan_tensors(_read(tmp_path, family, **changes), "F32")
+
+
+def test_some_layer_must_be_turned(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"none of the 4 layers has a window, so that no layer would know"):
+        _read(tmp_path, "exaone_moe", layer_types=[_ATTENDING] * 4)
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_moe_text"])
