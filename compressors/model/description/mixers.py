@@ -33,6 +33,7 @@ class GroupedQuery:
         qk_norm: the norms of queries and keys.
         window: tokens that attention reaches back over, itself included; None: all.
         output_gate: the output is multiplied by the sigmoid of gates, whose rows follow the query's in each head.
+        gate_matrix: the output is multiplied by the sigmoid of gates that come from a matrix of their own.
     """
 
     kind: ClassVar[str] = "grouped-query attention"
@@ -45,6 +46,7 @@ class GroupedQuery:
     qk_norm: QkNorm = QkNorm.NONE
     window: int | None = None
     output_gate: bool = False
+    gate_matrix: bool = False
 
     @property
     def is_recurrent(self) -> bool:

@@ -45,11 +45,20 @@ class GroupedQueryNodes:
             rotary_interleaved=int(rope is not None and rope.interleaved),
             **self._window(layer.context_length),
         )
+        attended = self._gated(layer, normed, attended)
         return layer.linear(Role.ATTENTION_OUTPUT, attended, f"{prefix}attention", Role.ATTENTION_OUTPUT_BIAS)
 
     def add_cache_outputs(self, graph: GraphBuilder, layer: int) -> None:
         """Declares the keys and values of all tokens so far."""
         add_present(graph, layer, self._heads)
+
+    def _gated(self, layer: LayerNodes, normed: str, attended: str) -> str:
+        """Multiplies by the gates that a matrix of their own makes, if there are some."""
+        if not self._mixer.gate_matrix:
+            return attended
+        gates = layer.linear(Role.ATTENTION_GATE, normed, f"{layer.prefix}gates")
+        weights = layer.graph.node("Sigmoid", [gates], f"{layer.prefix}gates.weights")
+        return layer.graph.node("Mul", [attended, weights], f"{attended}.by_gates")
 
     def _norm(self, layer: LayerNodes, role: Role, values: str, n_heads: int) -> str:
         """Normalises the projected queries or keys as the model does: [batch, sequence, n_heads * head_dim]."""
