@@ -91,6 +91,7 @@ _REASONS: Mapping[str, Mapping[str, str]] = {
         "ARCH.attention.key_length": _ALWAYS,
         "ARCH.attention.value_length": _ALWAYS,
         "ARCH.attention.recurrent_layers": _ALWAYS,
+        "ARCH.attention.sliding_window_pattern": _ALWAYS,
         "ARCH.attention.q_lora_rank": "0 for none: without it llama.cpp refuses all but a few numbers of layers",
         "ARCH.leading_dense_block_count": _ALWAYS,
         "ARCH.expert_weights_norm": "false, as llama.cpp has it without the key",

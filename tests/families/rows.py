@@ -72,6 +72,24 @@ _DELTA: Mapping[str, Any] = {
 }
 
 ROWS: Mapping[str, Row] = {
+    "afmoe": Row(
+        sizes={
+            "num_hidden_layers": 5,
+            "num_dense_layers": 1,
+            "head_dim": 32,
+            "num_shared_experts": 1,
+            "route_scale": 2.5,
+            "sliding_window": 12,
+            "mup_enabled": True,
+        },
+        on_the_hub={
+            "rope_theta": 1e4,
+            "rope_parameters": None,
+            "layer_types": None,
+            "score_func": "sigmoid",
+            "route_norm": True,
+        },
+    ),
     "deepseek_v2": Row(
         sizes={
             **_LATENT,

@@ -45,6 +45,8 @@ def _read(folder: Path, family: str, **changes: Any) -> ModelSpec:
 @pytest.mark.parametrize(
     ("family", "changes", "said"),
     [
+        ("afmoe", {"mup_enabled": False}, "graph multiplies the embedding by the root of the hidden size, this model"),
+        ("afmoe", {"global_attn_every_n_layers": 3}, "graph turns queries and keys in all layers but every 4th"),
         ("qwen2_moe", {"head_dim": 32}, "queries as wide as the hidden size; this model has 4 heads of 32 at hidden"),
         ("gpt_oss", {"layer_types": [_ATTENDING] * 4}, "graph needs a layer with a window"),
         ("dots1", {"num_key_value_heads": 2}, "keys and values for each of the 4 heads; this model has 2"),
