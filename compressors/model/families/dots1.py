@@ -39,7 +39,9 @@ def _read(file: Settings) -> ModelSpec:
     settings = FamilySettings(file, FAMILY, _DEFAULTS, nullable=("num_key_value_heads",))
     settings.require("attention_bias", False)
     settings.refuse_what_no_family_can_do()
-    experts = expert_layers.biased_sigmoid_experts(settings, normalizes_by_default=False)
+    experts = expert_layers.biased_sigmoid_experts(
+        settings, normalizes_by_default=False, scoring=("sigmoid", "noaux_tc")
+    )
     attention = parts.attention(settings, QkNorm.PER_HEAD, has_kinds=True)
     mixers = [replace(attention, window=window) for window in settings.layer_windows(_usual_kinds(settings))]
     are_dense = expert_layers.leading_dense(settings)

@@ -68,7 +68,11 @@ USUAL = Spelling()
 
 
 def biased_sigmoid_experts(
-    settings: FamilySettings, spelling: Spelling = USUAL, *, normalizes_by_default: bool = True
+    settings: FamilySettings,
+    spelling: Spelling = USUAL,
+    *,
+    normalizes_by_default: bool = True,
+    scoring: Sequence[str] = ("sigmoid",),
 ) -> Routed:
     """Reads experts that are scored by sigmoids, with a bias for the choice and with groups.
 
@@ -76,9 +80,10 @@ def biased_sigmoid_experts(
         settings: the family's settings.
         spelling: its keys.
         normalizes_by_default: transformers' default of ``norm_topk_prob``.
+        scoring: the values of ``scoring_func`` that its files have, which transformers' class does not read.
     """
     settings.require("hidden_act", "silu", "swish")
-    settings.require("scoring_func", "sigmoid")
+    settings.require("scoring_func", *scoring)
     settings.require("topk_method", "noaux_tc")
     n_experts = settings.count_of(*(key for key in (spelling.alias, spelling.n_experts) if key is not None))
     top_k, width = settings.top_k(n_experts), settings.count("moe_intermediate_size")
