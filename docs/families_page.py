@@ -93,8 +93,11 @@ def _family_section(module: ModuleType) -> Iterator[str]:
         yield from refused
 
 
-_WITHOUT_A_DEFAULT = {
+_WITHOUT_A_DEFAULT: Mapping[str, Mapping[str, object]] = {
+    "afmoe": {"mup_enabled": True},
     "deepseek_v2": {"num_experts_per_tok": 6},
+    "dots1": {"num_experts_per_tok": 6, "n_routed_experts": 128, "n_shared_experts": 2},
+    "glm4_moe": {"head_dim": 128},
     "hunyuan_v1_moe": {"num_experts": 64, "moe_topk": 8, "intermediate_size": 3072},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
 }

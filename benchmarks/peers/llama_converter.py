@@ -57,7 +57,8 @@ _TRAINED = {
 _INSIDE_OF_MORE = {"qwen3_5_moe_text": "qwen3_5_moe"}
 _NAME = "Tiny Model"
 _N_TOKENS = 4096  # of the bundled tokenizer
-_GLM_TOKENS = ("[gMASK]", "<|user|>", "<|observation|>")  # the converter asks for them; they come behind those
+_NAMED_TOKENS = ("[gMASK]", "<|user|>", "<|observation|>", "<unk>", "<|startoftext|>")
+"""Tokens that the converter asks for in some families; they come behind the bundled ones."""
 _N_ROWS = _N_TOKENS + 8  # of the embedding: some have no token
 
 _MTP = {
@@ -73,13 +74,16 @@ _WITHOUT_A_FLAG = frozenset({"deepseek_v3", "ernie4_5_moe"})
 _SIZES = {"hunyuan_v1_moe": {"max_position_embeddings": 1 << 18}}
 """Settings without which the converter would write another value than the checkpoint's."""
 
+_WITH_ALL_LAYERS = frozenset({"exaone_moe"})
+"""Families of which the converter always writes such layers; the checkpoint has none here."""
+
 _OURS, _THEIRS, _OTHER = "ours alone", "the converter's alone", "another value"
 _ALWAYS = "always written; the converter writes it for some architectures or settings of `config.json`"
 _DEFAULT_KIND = "always written: without it, llama.cpp's default depends on the kind of tokenizer"
 _CARD = "of the model card, which we do not repeat"
 _CONSTANT = "a constant of the graphs: no architecture that we write reads it"
 _INTERVAL = "`attention.recurrent_layers`, which we always write, goes before it"
-_GLM_ONLY = "the converter fixes it for GLM by the token's text; ours is from the tokenizer and `config.json`"
+_FIXED = "in some families the converter fixes it by the token's text; ours is from the tokenizer and `config.json`"
 _ENDS = "a further token that ends texts, from `config.json`; the converter has it for GLM alone"
 _ONE_GROUP = "one group is no choice"
 
@@ -91,7 +95,9 @@ _REASONS: Mapping[str, Mapping[str, str]] = {
         "ARCH.attention.key_length": _ALWAYS,
         "ARCH.attention.value_length": _ALWAYS,
         "ARCH.attention.recurrent_layers": _ALWAYS,
+        "ARCH.attention.sliding_window_pattern": _ALWAYS,
         "ARCH.attention.q_lora_rank": "0 for none: without it llama.cpp refuses all but a few numbers of layers",
+        "ARCH.leading_dense_block_count": _ALWAYS,
         "ARCH.expert_weights_norm": "false, as llama.cpp has it without the key",
         "ARCH.expert_gating_func": "always written; the converter writes it only if `config.json` has `scoring_func`",
         "tokenizer.ggml.add_bos_token": _DEFAULT_KIND,
@@ -109,11 +115,14 @@ _REASONS: Mapping[str, Mapping[str, str]] = {
         "ARCH.rope.scaling.yarn_beta_slow": _CONSTANT,
         "ARCH.expert_group_count": _ONE_GROUP,
         "ARCH.expert_group_used_count": _ONE_GROUP,
-        "tokenizer.ggml.bos_token_id": _GLM_ONLY,
+        "ARCH.nextn_predict_layers": "0, as it is without the key",
+        "ARCH.rope.scaling.type": "none, as it is without the key",
+        "tokenizer.ggml.bos_token_id": _FIXED,
         "tokenizer.ggml.seperator_token_id": "of training: nothing that runs a model puts texts together with it",
-        "tokenizer.ggml.unknown_token_id": _GLM_ONLY,
+        "tokenizer.ggml.unknown_token_id": _FIXED,
     },
     _OTHER: {
+        "tokenizer.ggml.eot_token_id": _FIXED,
         "general.file_type": "ours is of the type of most weights, which the embedding has in a model as tiny as this",
     },
 }
@@ -154,7 +163,7 @@ def compare() -> tuple[list[str], bool]:
 
 def _checkpoints(folder: Path) -> Iterator[tuple[str, Path]]:
     """Names and folders; the tokenizers are of a class that the converter's transformers knows."""
-    few, more = _write_tokenizer(folder / "few", ()), _write_tokenizer(folder / "more", _GLM_TOKENS)
+    few, more = _write_tokenizer(folder / "few", ()), _write_tokenizer(folder / "more", _NAMED_TOKENS)
     for family, trained in _TRAINED.items():
         shutil.copytree(trained, folder / family)
         shutil.copyfile(few / "tokenizer_config.json", folder / family / "tokenizer_config.json")
@@ -162,7 +171,8 @@ def _checkpoints(folder: Path) -> Iterator[tuple[str, Path]]:
     for family, row in ROWS.items():
         path = folder / family
         write_model(family, row, path, more, vocab_size=_N_ROWS, **_SIZES.get(family, {}))
-        add_mtp(path)
+        if family not in _WITH_ALL_LAYERS:
+            add_mtp(path)
         _name_ends(path)
         yield family, path
         if family in _INSIDE_OF_MORE:
@@ -209,7 +219,7 @@ def _name_ends(folder: Path) -> None:
     (folder / "generation_config.json").unlink()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config.pop("bos_token_id")
-    config["eos_token_id"] = [0, *(_N_TOKENS + _GLM_TOKENS.index(text) for text in ("<|user|>", "<|observation|>"))]
+    config["eos_token_id"] = [0, *(_N_TOKENS + _NAMED_TOKENS.index(text) for text in ("<|user|>", "<|observation|>"))]
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 

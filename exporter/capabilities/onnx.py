@@ -35,8 +35,9 @@ def _heads(spec: ModelSpec) -> str | None:
         if isinstance(mixer, GroupedQuery) and mixer.head_dim % _HEAD_MULTIPLE:
             runs = f"{operator} with a rotary embedding runs heads of {multiple}"
             return _refused(f"{runs}; this model's have {mixer.head_dim}")
-        if isinstance(mixer, GroupedQuery) and mixer.rope.width % _HEAD_MULTIPLE:
-            return _refused(f"{operator} turns {multiple} of a head; this model's attention turns {mixer.rope.width}")
+        rope = mixer.rope if isinstance(mixer, GroupedQuery) else None
+        if rope is not None and rope.width % _HEAD_MULTIPLE:
+            return _refused(f"{operator} turns {multiple} of a head; this model's attention turns {rope.width}")
         if isinstance(mixer, Latent) and mixer.cached_values % _HEAD_MULTIPLE:
             halves = f"{operator} caches latent attention's vectors in halves, which takes vectors of {multiple}"
             return _refused(f"{halves}; this model's have {mixer.cached_values}")

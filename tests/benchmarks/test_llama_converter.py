@@ -25,7 +25,7 @@ def test_only_differences_with_a_reason_are_excused() -> None:
     assert not replace(compared, differing=("blk.0.attn_q.weight",)).agrees
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "ernie4_5_moe", "qwen3_next"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "ernie4_5_moe", "exaone_moe", "qwen3_next"])
 def test_a_layer_is_added_that_the_family_reads_past(fine_folder: Path, tmp_path: Path, family: str) -> None:
     write_model(family, ROWS[family], tmp_path / "x", fine_folder)
     n_tensors = len(Checkpoint(tmp_path / "x").headers)

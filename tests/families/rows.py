@@ -50,6 +50,8 @@ _LATENT: Mapping[str, Any] = {
     "v_head_dim": 16,
 }
 
+_GLM4_MOE: Mapping[str, Any] = {"head_dim": 32, "n_routed_experts": 8}
+
 _YARN: Mapping[str, Any] = {
     "rope_type": "yarn",
     "factor": 4.0,
@@ -70,6 +72,24 @@ _DELTA: Mapping[str, Any] = {
 }
 
 ROWS: Mapping[str, Row] = {
+    "afmoe": Row(
+        sizes={
+            "num_hidden_layers": 5,
+            "num_dense_layers": 1,
+            "head_dim": 32,
+            "num_shared_experts": 1,
+            "route_scale": 2.5,
+            "sliding_window": 12,
+            "mup_enabled": True,
+        },
+        on_the_hub={
+            "rope_theta": 1e4,
+            "rope_parameters": None,
+            "layer_types": None,
+            "score_func": "sigmoid",
+            "route_norm": True,
+        },
+    ),
     "deepseek_v2": Row(
         sizes={
             **_LATENT,
@@ -92,6 +112,25 @@ ROWS: Mapping[str, Row] = {
         sizes={**_LATENT, "n_routed_experts": 8, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1},
         on_the_hub={"rope_theta": 1e4, "rope_parameters": None, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
     ),
+    "dots1": Row(
+        sizes={
+            "num_key_value_heads": 4,
+            "head_dim": 32,
+            "n_routed_experts": 8,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+        },
+        on_the_hub={
+            "rope_theta": 1e7,
+            "rope_parameters": None,
+            "layer_types": None,
+            "sliding_window": None,
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+        },
+    ),
     "ernie4_5_moe": Row(
         sizes={
             "moe_num_experts": 8,
@@ -100,6 +139,30 @@ ROWS: Mapping[str, Row] = {
             "intermediate_size": 128,  # the converter takes 128 / 2 for the width of the shared expert
         },
         on_the_hub={"rope_theta": 5e5, "rope_parameters": None, "moe_layer_end_index": -1},
+    ),
+    "exaone_moe": Row(
+        sizes={
+            "num_hidden_layers": 4,
+            "head_dim": 32,
+            "sliding_window": 12,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 1e6,
+                "factor": 16.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 128,
+            },
+        },
+        on_the_hub={"mlp_layer_types": None, "layer_types": None, "scoring_func": "sigmoid"},
+    ),
+    "glm4_moe": Row(
+        sizes={**_GLM4_MOE, "attention_bias": True, "use_qk_norm": True},
+        on_the_hub={"rope_theta": 1e6, "rope_parameters": None, "partial_rotary_factor": 0.5},
+    ),
+    "glm4_moe with groups": Row(
+        sizes={**_GLM4_MOE, "n_group": 2, "routed_scaling_factor": 2.5, "n_shared_experts": 2},
+        on_the_hub={"num_mtp_layers": None, "num_nextn_predict_layers": 1},
     ),
     "glm4_moe_lite": Row(
         sizes={**_LATENT, "n_routed_experts": 8, "n_group": 1, "topk_group": 1},
@@ -239,5 +302,9 @@ ROWS: Mapping[str, Row] = {
             "layer_types": None,
             "full_attention_interval": 2,
         },
+    ),
+    "solar_open": Row(
+        sizes={"head_dim": 32, "n_routed_experts": 8, "attention_bias": True},
+        on_the_hub={"rope_theta": 1e6, "rope_parameters": None, "partial_rotary_factor": 1.0, "intermediate_size": 96},
     ),
 }

@@ -21,6 +21,14 @@ from tests.families.checkpoints import spell_as_the_hub
 from tests.families.rows import COMMON, ROWS
 
 _RECURRENT, _ATTENDING = "linear_attention", "full_attention"
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "short_factor": [1.0] * 16,
+    "long_factor": [2.0] * 16,
+}
 
 
 def _read(folder: Path, family: str, **changes: Any) -> ModelSpec:
@@ -40,8 +48,14 @@ def _read(folder: Path, family: str, **changes: Any) -> ModelSpec:
 @pytest.mark.parametrize(
     ("family", "changes", "said"),
     [
+        ("afmoe", {"mup_enabled": False}, "graph multiplies the embedding by the root of the hidden size, this model"),
+        ("afmoe", {"global_attn_every_n_layers": 3}, "graph turns queries and keys in all layers but every 4th"),
         ("qwen2_moe", {"head_dim": 32}, "queries as wide as the hidden size; this model has 4 heads of 32 at hidden"),
         ("gpt_oss", {"layer_types": [_ATTENDING] * 4}, "graph needs a layer with a window"),
+        ("dots1", {"num_key_value_heads": 2}, "keys and values for each of the 4 heads; this model has 2"),
+        ("dots1", {"max_window_layers": 2, "sliding_window": 16}, "graph has no windows, and a layer of this model"),
+        ("exaone_moe", {"rope_parameters": _LONGROPE}, "graph has one list of rotary factors"),
+        ("exaone_moe", {"mlp_layer_types": ["sparse", "dense"] * 2}, "layer 1 of this model has none"),
         ("qwen3_next", {"linear_conv_kernel_dim": 1}, "graph needs a convolution over two tokens or more"),
         ("qwen3_5_moe_text", {"linear_conv_kernel_dim": 1}, "graph needs a convolution over two tokens or more"),
         ("lfm2_moe", {"conv_L_cache": 1}, "graph needs a convolution over two tokens or more"),
@@ -69,6 +83,11 @@ def test_onnx_needs_the_same(tmp_path: Path) -> None:
     assert "need a layer that attends, and this model has none" in str(refusal(without_attention, Container.ONNX))
     short = _read(tmp_path, "qwen3_next", linear_conv_kernel_dim=1)
     assert "covers one token" in str(refusal(short, Container.ONNX))
+
+
+def test_some_layer_must_be_turned(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"none of the 4 layers has a window, so that no layer would know"):
+        _read(tmp_path, "exaone_moe", layer_types=[_ATTENDING] * 4)
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_moe_text"])
@@ -105,6 +124,10 @@ def test_some_layer_must_have_experts(tmp_path: Path, family: str, changes: dict
         ("qwen2_moe", {"num_local_experts": 4}),
         ("qwen3_next", {"num_local_experts": 4}),
         ("qwen3_5_moe_text", {"num_local_experts": 4}),
+        ("afmoe", {"num_expert_groups": 1, "n_group": 1, "load_balance_coeff": 0.001}),
+        ("dots1", {"scoring_func": "noaux_tc"}),
+        ("exaone_moe", {"layer_types": [*["sliding_attention"] * 3, _ATTENDING], "sliding_window_pattern": "LLLG"}),
+        ("exaone_moe", {"is_moe_layer": [False, True, True, True], "topk_method": "noaux_tc"}),
         ("qwen3_next", {"layer_types": [_RECURRENT, _ATTENDING] * 2, "full_attention_interval": None}),
         ("ernie4_5_moe", {"moe_layer_end_index": 2}),
         ("hunyuan_v1_moe", {"moe_topk": 2, "head_dim": 128, "moe_intermediate_size": ..., "num_shared_expert": ...}),

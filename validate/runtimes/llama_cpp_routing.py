@@ -55,8 +55,8 @@ class _TensorHead(ctypes.Structure):
 
 # names that build_moe_ffn (src/llama-graph.cpp) and the models' graphs (src/models) give to a layer's nodes
 _LOGITS, _BIASED, _EXPERTS = "ffn_moe_logits", "ffn_moe_logits_biased", "ffn_moe_topk"
-_INPUTS = ("ffn_norm", "attn_post_norm", "model.layers.{}.ffn_out")
-"""The names of a router's input; a layer has one of these nodes."""
+_INPUTS = ("attn_post_norm", "post_attn_norm", "ffn_norm", "model.layers.{}.ffn_out")
+"""The names of a router's input; in a layer with several of these nodes it is the last one."""
 _SCORES = (_LOGITS, _BIASED, "ffn_moe_probs_biased", "ffn_moe_probs_masked")
 """Nodes with the scores of the choice; the last one that a layer has decides."""
 _PROBABILITIES = "ffn_moe_probs"
@@ -199,13 +199,13 @@ class _Feed:
             )
             return False
         _ggml_copy("ggml_backend_tensor_set")(address, states_TD.ctypes.data, 0, states_TD.nbytes)
-        self._next[layer] += n_tokens
         self._written[layer] = address
         return True
 
     def reached(self, layer: int, logits: _TensorHead) -> bool:
         """True if the router's logits were computed from the written states: ``mul_mat(router, states)``."""
         if logits.sources[1] == self._written.get(layer):
+            self._next[layer] += logits.lengths[1]
             return True
         try:
             self._inputs.states(layer, 0, 1)

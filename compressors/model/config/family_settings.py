@@ -177,10 +177,13 @@ class FamilySettings:
     def layer_windows(self, default: Sequence[str]) -> list[int | None]:
         """The window of each layer by its kind in ``layer_types``; ``default`` has the kinds if there is no list."""
         kinds = self.settings.get("layer_types")
-        window = self.window()
         kinds = list(default) if kinds is None else kinds
         self.settings.note("layer_types", kinds)
-        if window is None and _SLIDING in kinds:
+        if _SLIDING not in kinds:
+            self.ignore("sliding_window")
+            return [None] * len(kinds)
+        window = self.window()
+        if window is None:
             raise InputError(
                 f"{self.settings.named('sliding_window')} must be a number of tokens: layers have a window"
             )

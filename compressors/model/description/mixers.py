@@ -29,12 +29,13 @@ class GroupedQuery:
         n_heads: query heads.
         n_kv_heads: key-value heads; they divide the query heads.
         head_dim: values of a head.
-        rope: the rotary embedding of queries and keys.
+        rope: the rotary embedding of queries and keys; None: they are not turned.
         scale: the factor of the products of queries and keys.
         qk_norm: the norms of queries and keys.
         window: tokens that attention reaches back over, itself included; None: all.
         output_gate: the output is multiplied by the sigmoid of gates, whose rows follow the query's in each head.
         turns_before_norms: the rotary embedding comes before the norms of queries and keys, not after them.
+        gate_matrix: the output is multiplied by the sigmoid of gates that come from a matrix of their own.
     """
 
     kind: ClassVar[str] = "grouped-query attention"
@@ -42,12 +43,13 @@ class GroupedQuery:
     n_heads: int
     n_kv_heads: int
     head_dim: int
-    rope: Rope
+    rope: Rope | None
     scale: float
     qk_norm: QkNorm = QkNorm.NONE
     window: int | None = None
     output_gate: bool = False
     turns_before_norms: bool = False
+    gate_matrix: bool = False
 
     @property
     def is_recurrent(self) -> bool:

@@ -23,6 +23,7 @@ class Role(StrEnum):
     KEY_BIAS = "key bias"  # [K]
     VALUE = "value"  # [K, D]
     VALUE_BIAS = "value bias"  # [K]
+    ATTENTION_GATE = "attention gate"  # [Q, D]: the sigmoids of its products multiply the output
     QUERY_A = "query's first matrix"  # in latent attention: [A, D]
     QUERY_A_NORM = "query's inner norm"  # [A]
     QUERY_B = "query's second matrix"  # [Q, A]
@@ -31,6 +32,7 @@ class Role(StrEnum):
     KEY_VALUE_B = "keys' and values' second matrix"  # [U, C]
     ATTENTION_OUTPUT = "attention output"  # [D, Q], in latent attention [D, O]
     ATTENTION_OUTPUT_BIAS = "attention output bias"  # [D]
+    ATTENTION_OUTPUT_NORM = "attention output norm"  # [D], of what attention adds to the hidden state
     SINKS = "attention sinks"  # [H]: one more logit of each head, which takes a share of the attention and adds nothing
     QUERY_NORM = "query norm"  # see QkNorm
     KEY_NORM = "key norm"
@@ -45,6 +47,7 @@ class Role(StrEnum):
     MIXER_NORM = "mixer's norm"  # [v]
     MIXER_OUTPUT = "mixer's output"  # [D, Y], of a short convolution [D, X]
     MOE_NORM = "MoE norm"  # [D], in front of any feed-forward
+    MOE_OUTPUT_NORM = "MoE output norm"  # [D], of what any feed-forward adds to the hidden state
     ROUTER = "router"  # [E, D]
     ROUTER_BIAS = "router bias"  # [E], part of the logits
     SELECTION_BIAS = "selection bias"  # [E], added to the scores for the choice, and not for the weights
@@ -82,6 +85,7 @@ _EXPERT_ROLES = frozenset({Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN})
 _GLOBAL_ROLES = frozenset({Role.TOKEN_EMBEDDING, Role.FINAL_NORM, Role.HEAD, Role.ROPE_FACTORS})
 _FEED_FORWARD_ROLES = _EXPERT_ROLES | {
     Role.MOE_NORM,
+    Role.MOE_OUTPUT_NORM,
     Role.ROUTER,
     Role.ROUTER_BIAS,
     Role.SELECTION_BIAS,

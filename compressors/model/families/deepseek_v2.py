@@ -10,7 +10,7 @@ from compressors.model.description.family import ConfigValues, Family, GgufFamil
 from compressors.model.description.feed_forward import Shared
 from compressors.model.description.routing import GroupScore, Routing
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families.shared import latent, parts
+from compressors.model.families.shared import expert_layers, latent, parts
 
 __all__ = ["FAMILY"]
 
@@ -33,6 +33,7 @@ _DEFAULTS = {
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
 }
+_SPELLING = expert_layers.Spelling(alias="num_experts")
 
 
 def _read(file: Settings) -> ModelSpec:
@@ -55,7 +56,7 @@ def _read(file: Settings) -> ModelSpec:
         routing=_routing(settings, n_experts, top_k),
         shared=Shared(width * settings.count("n_shared_experts")),
     )
-    return latent.model(settings, experts, latent.leading_dense(settings), "first_k_dense_replace")
+    return latent.model(settings, experts, expert_layers.leading_dense(settings), "first_k_dense_replace")
 
 
 def _routing(settings: FamilySettings, n_experts: int, top_k: int) -> Routing:
@@ -63,15 +64,15 @@ def _routing(settings: FamilySettings, n_experts: int, top_k: int) -> Routing:
     if settings.settings.get("topk_method", "greedy") == "greedy":
         settings.ignore("n_group", "topk_group")
         return routing
-    return latent.with_groups(settings, routing, n_experts, top_k)
+    return expert_layers.with_groups(settings, routing, n_experts, top_k)
 
 
 def _settings(spec: ModelSpec) -> ConfigValues:
-    return latent.settings(spec) | {"first_k_dense_replace": latent.n_dense(spec)}
+    return latent.settings(spec) | {"first_k_dense_replace": expert_layers.n_dense(spec)}
 
 
 def _edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:
-    return latent.edited(spec, config, "first_k_dense_replace", "num_experts")
+    return expert_layers.edited(spec, config, "first_k_dense_replace", spelling=_SPELLING)
 
 
 def _refusal(spec: ModelSpec) -> str | None:

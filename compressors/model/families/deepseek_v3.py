@@ -13,7 +13,7 @@ from compressors.model.config.family_settings import FamilySettings
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families.shared import latent
+from compressors.model.families.shared import expert_layers, latent
 
 __all__ = ["FAMILY"]
 
@@ -47,15 +47,15 @@ def _read(file: Settings) -> ModelSpec:
     settings.require("moe_layer_freq", 1)
     settings.ignore("num_mtp_layers")
     experts = latent.biased_sigmoid_experts(settings)
-    return latent.model(settings, experts, latent.leading_dense(settings), "first_k_dense_replace")
+    return latent.model(settings, experts, expert_layers.leading_dense(settings), "first_k_dense_replace")
 
 
 def _settings(spec: ModelSpec) -> ConfigValues:
-    return latent.settings(spec) | {"first_k_dense_replace": latent.n_dense(spec)}
+    return latent.settings(spec) | {"first_k_dense_replace": expert_layers.n_dense(spec)}
 
 
 def _edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:
-    return latent.edited(spec, config, "first_k_dense_replace", "num_local_experts")
+    return expert_layers.edited(spec, config, "first_k_dense_replace")
 
 
 FAMILY = Family(
@@ -65,5 +65,5 @@ FAMILY = Family(
     edited=_edited,
     settings=_settings,
     gguf=GgufFamily("deepseek2", latent.gguf_keys, latent.gguf_refusal, scales_attention=True),
-    skipped=(latent.MTP,),
+    skipped=(expert_layers.MTP,),
 )

@@ -13,9 +13,8 @@ from typing import Any
 from compressors.model.config.family_settings import FamilySettings
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily
-from compressors.model.description.feed_forward import Dense
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families.shared import latent
+from compressors.model.families.shared import expert_layers, latent
 
 __all__ = ["FAMILY"]
 
@@ -52,20 +51,15 @@ def _read(file: Settings) -> ModelSpec:
 
 def _are_dense(settings: FamilySettings) -> list[bool]:
     """Says of each layer whether it is dense: the first alone, unless a list says otherwise."""
-    kinds = settings.kinds("mlp_layer_types", ("dense", "sparse"))
-    if kinds is None:
-        kinds = ["dense"] + ["sparse"] * (settings.count("num_hidden_layers") - 1)
-    settings.settings.note("mlp_layer_types", kinds)
-    return [kind == "dense" for kind in kinds]
+    return expert_layers.kinds_of_dense(settings, [index == 0 for index in range(settings.count("num_hidden_layers"))])
 
 
 def _settings(spec: ModelSpec) -> ConfigValues:
-    kinds = ["dense" if isinstance(layer.feed_forward, Dense) else "sparse" for layer in spec.layers]
-    return latent.settings(spec) | {"mlp_layer_types": kinds}
+    return latent.settings(spec) | {"mlp_layer_types": expert_layers.dense_kinds(spec)}
 
 
 def _edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:
-    return latent.edited(spec, config, "mlp_layer_types", "num_local_experts", "first_k_dense_replace")
+    return expert_layers.edited(spec, config, "mlp_layer_types", absent=("first_k_dense_replace",))
 
 
 FAMILY = Family(
@@ -75,5 +69,5 @@ FAMILY = Family(
     edited=_edited,
     settings=_settings,
     gguf=GgufFamily("deepseek2", latent.gguf_keys, latent.gguf_refusal, scales_attention=True),
-    skipped=(latent.MTP,),
+    skipped=(expert_layers.MTP,),
 )

@@ -117,7 +117,7 @@ def _read(file: Settings) -> ModelSpec:
         glu=replace(_GLU, alpha=settings.number("swiglu_alpha"), limit=settings.number("swiglu_limit")),
         block_outputs=2,
     )
-    attention = parts.attention(settings, rope=RopeRule(150_000.0, default=_DEFAULT_ROPE))
+    attention = parts.attention(settings, rope=RopeRule(150_000.0, default=_DEFAULT_ROPE), has_kinds=True)
     n_layers = settings.count("num_hidden_layers")
     kinds = ["full_attention" if index % 2 else "sliding_attention" for index in range(n_layers)]
     mixers = [replace(attention, window=window) for window in settings.layer_windows(kinds)]
@@ -129,7 +129,7 @@ def _settings(spec: ModelSpec) -> ConfigValues:
         spec, n_experts="num_local_experts", width="intermediate_size", normalizes=None
     )
     (glu,) = {layer.routed.glu for layer in spec.layers if layer.routed is not None}
-    kinds = ["full_attention" if layer.mixer.window is None else "sliding_attention" for layer in spec.layers]
+    kinds = written_config.attention_kinds(spec)
     return {**usual, "layer_types": kinds, "swiglu_alpha": glu.alpha, "swiglu_limit": glu.limit}
 
 

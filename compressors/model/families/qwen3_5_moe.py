@@ -15,7 +15,7 @@ from compressors.model.description.family import Family, GgufFamily, GgufValue, 
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.transforms import TiledHeads
-from compressors.model.families.shared import gated_delta, parts
+from compressors.model.families.shared import gated_delta
 
 __all__ = ["FAMILY"]
 
@@ -46,7 +46,7 @@ def _read(file: Settings) -> ModelSpec:
 
 
 def _keys(spec: ModelSpec) -> Mapping[str, GgufValue]:
-    return gated_delta.gguf_keys(spec) | {"rope.dimension_sections": _sections(parts.grouped_query(spec).rope.width)}
+    return gated_delta.gguf_keys(spec) | {"rope.dimension_sections": _sections(spec.rope.width)}
 
 
 def _sections(width: int) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from exporter.writing.onnx.weights import LayerNodes, WeightNodes
 
 __all__ = ["build_model"]
 
+_AFTER_MIXER, _AFTER_FEED_FORWARD = Role.ATTENTION_OUTPUT_NORM, Role.MOE_OUTPUT_NORM
 _FLOAT, _INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
 
 
@@ -48,10 +49,11 @@ class _Decoder:
             nodes = LayerNodes(graph, self._weights, layer, index, spec.context_length)
             normed, residual = self._norm(Role.ATTENTION_NORM, index, residual, branch)
             branch = mixer_nodes(layer.mixer).add(nodes, normed, attention_mask)
-            branch = self._times(layer.residual_scale, RESIDUAL_FACTOR, branch)
+            branch = self._times(layer.residual_scale, RESIDUAL_FACTOR, self._normed(nodes, branch, _AFTER_MIXER))
             if layer.feed_forward is not None:
                 normed, residual = self._norm(Role.MOE_NORM, index, residual, branch)
                 branch = add_feed_forward(nodes, layer.feed_forward, normed)
+                branch = self._normed(nodes, branch, _AFTER_FEED_FORWARD)
                 branch = self._times(layer.residual_scale, RESIDUAL_FACTOR, branch)
         normed, _ = self._norm(Role.FINAL_NORM, None, residual, branch)
         normed = self._times(1 / spec.logit_divisor, HEAD_FACTOR, normed)  # there are fewer of these than of logits
@@ -67,6 +69,10 @@ class _Decoder:
             return values
         constant = self._graph.constant(name, factor, np.float32)
         return self._graph.node("Mul", [values, constant], f"{values}.scaled")
+
+    def _normed(self, layer: LayerNodes, branch: str, role: Role) -> str:
+        """Normalises what a block adds to the residual stream, if the layer has a norm there."""
+        return layer.rms_norm(role, branch, f"{branch}.normed") if role in layer.spec.roles else branch
 
     def _norm(self, role: Role, layer: int | None, residual: str, branch: str | None) -> tuple[str, str]:
         """Adds the branch to the residual stream and normalises; returns the normed values and the new residual."""

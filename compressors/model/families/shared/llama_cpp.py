@@ -11,6 +11,7 @@ __all__ = [
     "limit_of_square_attention",
     "limit_of_square_queries",
     "limit_of_untied_head",
+    "limit_of_windows",
     "normalization_refusal",
     "usual_keys",
 ]
@@ -37,8 +38,8 @@ def usual_keys(spec: ModelSpec, width_key: str = "feed_forward_length") -> dict[
         "attention.key_length": mixer.head_dim,
         "attention.value_length": mixer.head_dim,
         "attention.layer_norm_rms_epsilon": spec.rms_norm_eps,
-        "rope.freq_base": mixer.rope.theta,
-        "rope.dimension_count": mixer.rope.width,
+        "rope.freq_base": spec.rope.theta,
+        "rope.dimension_count": spec.rope.width,
     }
     if spec.n_experts:
         values |= {"expert_count": spec.n_experts, "expert_used_count": spec.top_k}
@@ -77,6 +78,14 @@ def limit_of_square_queries(spec: ModelSpec) -> str | None:
                 f"{mixer.head_dim} at hidden size {spec.hidden_size}"
             )
     return None
+
+
+def limit_of_windows(spec: ModelSpec) -> str | None:
+    """Says that llama.cpp's graph lets every token look at all earlier ones, which a layer of the model does not."""
+    windows = [layer.mixer.window for layer in spec.layers if layer.mixer.window is not None]
+    if all(window >= spec.context_length for window in windows):
+        return None
+    return f"graph has no windows, and a layer of this model reaches back over {min(windows)} tokens only"
 
 
 def limit_of_untied_head(spec: ModelSpec) -> str | None:

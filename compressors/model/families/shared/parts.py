@@ -136,6 +136,7 @@ def attention(
     *,
     rope: RopeRule | None = None,
     window_switch: str | None = None,
+    has_kinds: bool = False,
     scale: float | None = None,
 ) -> GroupedQuery:
     """Grouped-query attention.
@@ -145,6 +146,7 @@ def attention(
         qk_norm: the norms of queries and keys.
         rope: how the family's class reads the rotary embedding; None: with the usual base, for whole heads.
         window_switch: the setting without which ``sliding_window`` does not count; None: it counts by itself.
+        has_kinds: layers are of different kinds, whose windows :meth:`FamilySettings.layer_windows` reads.
         scale: the factor of the products of queries and keys; None: it follows from the size of the heads.
     """
     n_heads, n_kv_heads, head_dim = settings.heads()
@@ -155,7 +157,7 @@ def attention(
         rope=settings.rope(head_dim, RopeRule() if rope is None else rope),
         scale=1 / math.sqrt(head_dim) if scale is None else scale,
         qk_norm=qk_norm,
-        window=settings.window(window_switch),
+        window=None if has_kinds else settings.window(window_switch),
     )
 
 

@@ -10,7 +10,7 @@ from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import UnsupportedError
 from compressors.model.families.shared.parts import grouped_query
 
-__all__ = ["dense_edited", "dense_settings", "moe_edited", "n_shared_experts", "usual_settings"]
+__all__ = ["attention_kinds", "dense_edited", "dense_settings", "moe_edited", "n_shared_experts", "usual_settings"]
 
 
 def n_shared_experts(spec: ModelSpec) -> int:
@@ -29,6 +29,11 @@ def n_shared_experts(spec: ModelSpec) -> int:
             f"is not a multiple of {routed.width}: choose a width that divides it"
         )
     return number
+
+
+def attention_kinds(spec: ModelSpec) -> list[str]:
+    """The kind of each layer as ``layer_types`` names them, of a model whose layers all attend."""
+    return ["full_attention" if layer.mixer.window is None else "sliding_attention" for layer in spec.layers]
 
 
 def usual_settings(

@@ -1,4 +1,4 @@
-"""Grouped-query attention with a rotary embedding, by the operator of that name; its cache is keys and values."""
+"""Grouped-query attention, by the operator of that name; its cache is keys and values."""
 
 from __future__ import annotations
 
@@ -52,6 +52,7 @@ class GroupedQueryNodes:
         if gate is not None:
             weight = layer.graph.node("Sigmoid", [gate], f"{prefix}attended.weight")
             attended = layer.graph.node("Mul", [attended, weight], f"{prefix}attended.gated")
+        attended = self._gated(layer, normed, attended)
         return layer.linear(Role.ATTENTION_OUTPUT, attended, f"{prefix}attention", Role.ATTENTION_OUTPUT_BIAS)
 
     def add_cache_outputs(self, graph: GraphBuilder, layer: int) -> None:
@@ -79,16 +80,25 @@ class GroupedQueryNodes:
 
         The scales of the norms then meet turned values, so the products depend on where a text begins.
         """
-        assert mask.in_text is not None
+        rope = self._mixer.rope
+        assert mask.in_text is not None and rope is not None
         return layer.graph.node(
             "RotaryEmbedding",
             [values, mask.in_text, *layer.weights.rotary_caches(mask.total_length)],
             f"{values}.turned",
             domain=MICROSOFT,
-            interleaved=int(self._mixer.rope.interleaved),
+            interleaved=int(rope.interleaved),
             num_heads=n_heads,
-            rotary_embedding_dim=self._mixer.rope.width,
+            rotary_embedding_dim=rope.width,
         )
+
+    def _gated(self, layer: LayerNodes, normed: str, attended: str) -> str:
+        """Multiplies by the gates that a matrix of their own makes, if there are some."""
+        if not self._mixer.gate_matrix:
+            return attended
+        gates = layer.linear(Role.ATTENTION_GATE, normed, f"{layer.prefix}gates")
+        weights = layer.graph.node("Sigmoid", [gates], f"{layer.prefix}gates.weights")
+        return layer.graph.node("Mul", [attended, weights], f"{attended}.by_gates")
 
     def _norm(self, layer: LayerNodes, role: Role, values: str, n_heads: int) -> str:
         """Normalises the projected queries or keys as the model does: [batch, sequence, n_heads * head_dim]."""
