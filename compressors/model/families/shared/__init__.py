@@ -1,1 +1,1 @@
-"""What the files of several families share: parts of layers, and how their settings are read and written."""
+"""Parts of descriptions that several families share: tensors, layers, and how settings are read and written."""
