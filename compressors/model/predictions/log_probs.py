@@ -126,7 +126,7 @@ class LogProbReader:
         return decode_log_probs(codes, ranges).masked_fill_(impossible, -torch.inf)
 
     def decoded(self, start: int, stop: int) -> torch.Tensor:
-        """The log-probabilities with impossible tokens at the smallest log-probability, as llama-perplexity reads its file."""
+        """As in the file, but impossible tokens have the smallest log-probability: so llama-perplexity reads it."""
         return decode_log_probs(*self._read(start, stop))
 
     def _read(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
