@@ -54,12 +54,23 @@ def test_every_link_inside_the_repository_leads_somewhere(page: Path) -> None:
             assert not anchor or anchor in _anchors(linked), target
 
 
+def _targets_named_in(page: Path) -> set[str]:
+    named = re.findall(r"^    make ([\w-]+)|`make ([\w-]+)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {first or second for first, second in named}
+
+
+def _targets() -> set[str]:
+    makefile = (_REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    return set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
+
+
 @pytest.mark.parametrize("page", _PAGES, ids=lambda page: page.name)
 def test_every_target_of_make_that_a_page_names_exists(page: Path) -> None:
-    targets = set(re.findall(r"^([\w-]+):", (_REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    text = page.read_text(encoding="utf-8")
-    named = set(re.findall(r"^    make ([\w-]+)|`make ([\w-]+)", text, re.MULTILINE))
-    assert {first or second for first, second in named} <= targets
+    assert _targets_named_in(page) <= _targets()
+
+
+def test_the_guide_lists_all_targets_of_make() -> None:
+    assert _targets_named_in(_GUIDE) == _targets()
 
 
 def test_the_guide_answers_a_newcomer_s_questions() -> None:
