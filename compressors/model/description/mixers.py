@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from compressors.model.description.rope import Rope
 
-__all__ = ["GatedDelta", "GroupedQuery", "Latent", "Mixer", "QkNorm", "ShortConvolution"]
+__all__ = ["GatedDelta", "GroupedQuery", "Latent", "Mixer", "QkNorm", "Recurrent", "ShortConvolution"]
 
 
 class QkNorm(StrEnum):
@@ -179,8 +179,37 @@ class Latent:
         return self.n_heads * max(self.key_dim, self.value_dim)
 
 
+class Recurrent:
+    """A mixer that keeps states of one size for a text of any length, and nothing for each token."""
+
+    @property
+    def rope(self) -> None:
+        """None: nothing is turned."""
+        return None
+
+    @property
+    def window(self) -> int | None:
+        """None: no mask limits the tokens that a state stands for."""
+        return None
+
+    @property
+    def is_recurrent(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def cached_values(self) -> int:
+        """Values that are cached for each token: none."""
+        return 0
+
+    @property
+    def cached_head(self) -> int:
+        """Values that lie together in a cache: none."""
+        return 0
+
+
 @dataclass(frozen=True)
-class GatedDelta:
+class GatedDelta(Recurrent):
     """A gated delta rule: each token fades a state and corrects what the state holds under its key (arXiv 2412.06464).
 
     Queries, keys and values go through a convolution over the last tokens first. A value head has a state of its own;
@@ -218,21 +247,6 @@ class GatedDelta:
         )
 
     @property
-    def rope(self) -> None:
-        """None: nothing is turned."""
-        return None
-
-    @property
-    def window(self) -> int | None:
-        """None: a state reaches back over all tokens."""
-        return None
-
-    @property
-    def is_recurrent(self) -> bool:
-        """True: a state stands for all tokens before."""
-        return True
-
-    @property
     def channels(self) -> int:
         """Values of the convolution: queries, keys and values of all heads."""
         return 2 * self.n_key_heads * self.key_dim + self.width
@@ -259,16 +273,6 @@ class GatedDelta:
         }
 
     @property
-    def cached_values(self) -> int:
-        """Values that are cached for each token: none."""
-        return 0
-
-    @property
-    def cached_head(self) -> int:
-        """Values that lie together in a cache: none."""
-        return 0
-
-    @property
     def state_values(self) -> int:
         """Values that are kept for a text: a matrix for each value head, and the convolution's last inputs."""
         return self.width * self.key_dim + (self.kernel - 1) * self.channels
@@ -280,7 +284,7 @@ class GatedDelta:
 
 
 @dataclass(frozen=True)
-class ShortConvolution:
+class ShortConvolution(Recurrent):
     """A convolution of each channel over the last tokens, behind one gate and in front of another (arXiv 2511.23404).
 
     Attributes:
@@ -294,21 +298,6 @@ class ShortConvolution:
     kernel: int
 
     @property
-    def rope(self) -> None:
-        """None: nothing is turned."""
-        return None
-
-    @property
-    def window(self) -> int | None:
-        """None: it reaches back over less than any window, and no mask says so."""
-        return None
-
-    @property
-    def is_recurrent(self) -> bool:
-        """True: what it keeps of the tokens before does not grow."""
-        return True
-
-    @property
     def description(self) -> str:
         """Its sizes in words."""
         return f"a short convolution of {self.channels} channels over {self.kernel} tokens"
@@ -317,16 +306,6 @@ class ShortConvolution:
     def sizes(self) -> Mapping[str, int]:
         """Sizes by letter: X channels, W kernel."""
         return {"X": self.channels, "W": self.kernel}
-
-    @property
-    def cached_values(self) -> int:
-        """Values that are cached for each token: none."""
-        return 0
-
-    @property
-    def cached_head(self) -> int:
-        """Values that lie together in a cache: none."""
-        return 0
 
     @property
     def state_values(self) -> int:

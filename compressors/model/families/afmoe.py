@@ -104,13 +104,12 @@ def _experts(settings: FamilySettings) -> Routed:
 
 
 def _settings(spec: ModelSpec) -> ConfigValues:
-    usual = written_config.usual_settings(spec, n_experts="num_experts", width="moe_intermediate_size", normalizes=None)
     of_layers = {
         "layer_types": written_config.attention_kinds(spec),
         "num_dense_layers": expert_layers.n_dense(spec),
         "mup_enabled": spec.embedding_scale != 1.0,
     }
-    return {**usual, **expert_layers.settings(spec, _SPELLING), **of_layers}
+    return expert_layers.settings_beside_attention(spec, _SPELLING, normalizes=None) | of_layers
 
 
 def _edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:

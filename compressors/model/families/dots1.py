@@ -62,14 +62,11 @@ def _usual_kinds(settings: FamilySettings) -> list[str]:
 
 
 def _settings(spec: ModelSpec) -> ConfigValues:
-    usual = written_config.usual_settings(
-        spec, n_experts="n_routed_experts", width="moe_intermediate_size", normalizes="norm_topk_prob"
-    )
     of_layers = {
         "first_k_dense_replace": expert_layers.n_dense(spec),
         "layer_types": written_config.attention_kinds(spec),
     }
-    return {**usual, **expert_layers.settings(spec), **of_layers}
+    return expert_layers.settings_beside_attention(spec) | of_layers
 
 
 def _edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:

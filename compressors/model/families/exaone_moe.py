@@ -65,15 +65,12 @@ def _read(file: Settings) -> ModelSpec:
 
 
 def _settings(spec: ModelSpec) -> ConfigValues:
-    usual = written_config.usual_settings(
-        spec, n_experts="num_experts", width="moe_intermediate_size", normalizes="norm_topk_prob"
-    )
     of_layers = {
         "layer_types": written_config.attention_kinds(spec),
         "mlp_layer_types": expert_layers.dense_kinds(spec),
         "first_k_dense_replace": expert_layers.n_dense(spec),
     }
-    return {**usual, **expert_layers.settings(spec, _SPELLING), **of_layers}
+    return expert_layers.settings_beside_attention(spec, _SPELLING) | of_layers
 
 
 def _edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from compressors.model.config.rope_settings import RopeRule
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily, GgufValue
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families.shared import expert_layers, llama_cpp, parts, written_config
+from compressors.model.families.shared import expert_layers, llama_cpp, parts
 
 __all__ = ["FAMILY"]
 
@@ -55,10 +55,7 @@ def _read(file: Settings) -> ModelSpec:
 
 
 def _settings(spec: ModelSpec) -> ConfigValues:
-    usual = written_config.usual_settings(
-        spec, n_experts="n_routed_experts", width="moe_intermediate_size", normalizes="norm_topk_prob"
-    )
-    return {**usual, **expert_layers.settings(spec)}
+    return expert_layers.settings_beside_attention(spec)
 
 
 def _edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:

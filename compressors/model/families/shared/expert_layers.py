@@ -33,6 +33,7 @@ __all__ = [
     "n_dense",
     "routed",
     "settings",
+    "settings_beside_attention",
     "tensors",
     "with_groups",
 ]
@@ -214,6 +215,22 @@ def settings(spec: ModelSpec, spelling: Spelling = USUAL) -> dict[str, Any]:
     }
     dense = next((layer.feed_forward for layer in spec.layers if isinstance(layer.feed_forward, Dense)), None)
     return found if dense is None else found | {"intermediate_size": dense.width}
+
+
+def settings_beside_attention(
+    spec: ModelSpec, spelling: Spelling = USUAL, *, normalizes: str | None = "norm_topk_prob"
+) -> dict[str, Any]:
+    """The settings of a model with grouped-query attention, those of the feed-forwards included, by key.
+
+    Args:
+        spec: the model.
+        spelling: the family's keys.
+        normalizes: the key of the normalisation; None: the family has none.
+    """
+    usual = written_config.usual_settings(
+        spec, n_experts=spelling.n_experts, width="moe_intermediate_size", normalizes=normalizes
+    )
+    return usual | settings(spec, spelling)
 
 
 def edited(
