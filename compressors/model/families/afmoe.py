@@ -106,7 +106,7 @@ def _experts(settings: FamilySettings) -> Routed:
 def _settings(spec: ModelSpec) -> ConfigValues:
     of_layers = {
         "layer_types": written_config.attention_kinds(spec),
-        "num_dense_layers": expert_layers.n_dense(spec),
+        "num_dense_layers": parts.n_dense(spec),
         "mup_enabled": spec.embedding_scale != 1.0,
     }
     return expert_layers.settings_beside_attention(spec, _SPELLING, normalizes=None) | of_layers

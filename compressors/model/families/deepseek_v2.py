@@ -68,7 +68,7 @@ def _routing(settings: FamilySettings, n_experts: int, top_k: int) -> Routing:
 
 
 def _settings(spec: ModelSpec) -> ConfigValues:
-    return latent.settings(spec) | {"first_k_dense_replace": expert_layers.n_dense(spec)}
+    return latent.settings(spec) | {"first_k_dense_replace": parts.n_dense(spec)}
 
 
 def _edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from compressors.model.config.family_settings import FamilySettings
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families.shared import expert_layers, latent
+from compressors.model.families.shared import expert_layers, latent, parts
 
 __all__ = ["FAMILY"]
 
@@ -51,7 +51,7 @@ def _read(file: Settings) -> ModelSpec:
 
 
 def _settings(spec: ModelSpec) -> ConfigValues:
-    return latent.settings(spec) | {"first_k_dense_replace": expert_layers.n_dense(spec)}
+    return latent.settings(spec) | {"first_k_dense_replace": parts.n_dense(spec)}
 
 
 def _edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def _usual_kinds(settings: FamilySettings) -> list[str]:
 
 def _settings(spec: ModelSpec) -> ConfigValues:
     of_layers = {
-        "first_k_dense_replace": expert_layers.n_dense(spec),
+        "first_k_dense_replace": parts.n_dense(spec),
         "layer_types": written_config.attention_kinds(spec),
     }
     return expert_layers.settings_beside_attention(spec) | of_layers

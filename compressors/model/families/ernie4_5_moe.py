@@ -9,10 +9,10 @@ from compressors.model.config.family_settings import FamilySettings
 from compressors.model.config.rope_settings import RopeRule
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily, GgufValue, SkippedPart
-from compressors.model.description.feed_forward import Dense, Routed, Shared
+from compressors.model.description.feed_forward import Routed, Shared
 from compressors.model.description.routing import Routing
 from compressors.model.description.spec import ModelSpec
-from compressors.model.families.shared import llama_cpp, parts, written_config
+from compressors.model.families.shared import expert_layers, llama_cpp, parts, written_config
 
 __all__ = ["FAMILY"]
 
@@ -51,15 +51,19 @@ def _read(file: Settings) -> ModelSpec:
     settings.require("moe_layer_interval", 1)
     settings.refuse_what_no_family_can_do(kinds=("full_attention",))
     are_dense = _are_dense(settings)
-    parts.refuse_without_experts(settings, are_dense, "moe_layer_start_index and moe_layer_end_index")
     attention = parts.attention(settings, rope=RopeRule(500_000.0, interleaved=True))
     experts = _experts(settings)
     shared = parts.shared_expert_tensors("mlp.shared_experts") if experts.shared is not None else ()
-    common = parts.attention_tensors()
-    routed = parts.layer(settings, attention, experts, (*common, *_EXPERTS, *shared))
-    feed_forward = Dense(settings.count("intermediate_size"))
-    dense = parts.layer(settings, attention, feed_forward, (*common, *parts.leading_dense_tensors()))
-    return parts.model(settings, [dense if is_dense else routed for is_dense in are_dense], tied_by_default=True)
+    layers = expert_layers.layers(
+        settings,
+        [attention] * len(are_dense),
+        parts.attention_tensors(),
+        experts,
+        (*_EXPERTS, *shared),
+        are_dense,
+        "moe_layer_start_index and moe_layer_end_index",
+    )
+    return parts.model(settings, layers, tied_by_default=True)
 
 
 def _are_dense(settings: FamilySettings) -> list[bool]:
@@ -83,10 +87,6 @@ def _experts(settings: FamilySettings) -> Routed:
     )
 
 
-def _routed(spec: ModelSpec) -> Routed:
-    return next(layer.routed for layer in spec.layers if layer.routed is not None)
-
-
 def _n_leading_dense(spec: ModelSpec) -> int:
     return next(index for index, layer in enumerate(spec.layers) if layer.routed is not None)
 
@@ -99,10 +99,9 @@ def _settings(spec: ModelSpec) -> ConfigValues:
         "moe_num_shared_experts": written_config.n_shared_experts(spec),
         "moe_layer_start_index": _n_leading_dense(spec),
         "moe_layer_end_index": max(index for index, layer in enumerate(spec.layers) if layer.routed is not None),
-        "moe_norm_min": _routed(spec).routing.least_sum,
+        "moe_norm_min": parts.routed(spec).routing.least_sum,
     }
-    dense = next((layer.feed_forward for layer in spec.layers if isinstance(layer.feed_forward, Dense)), None)
-    return found if dense is None else found | {"intermediate_size": dense.width}
+    return found | written_config.dense_width(spec)
 
 
 _COUNTS = (
@@ -125,7 +124,7 @@ def _keys(spec: ModelSpec) -> Mapping[str, GgufValue]:
 
     llama.cpp's converter takes the shared expert's width from other numbers, which fit the models on the hub.
     """
-    routed = _routed(spec)
+    routed = parts.routed(spec)
     keys = llama_cpp.usual_keys(spec) | {
         "expert_feed_forward_length": routed.width,
         "interleave_moe_layer_step": 1,
@@ -136,7 +135,7 @@ def _keys(spec: ModelSpec) -> Mapping[str, GgufValue]:
 
 
 def _refusal(spec: ModelSpec) -> str | None:
-    least = _routed(spec).routing.least_sum
+    least = parts.routed(spec).routing.least_sum
     if least <= _NORMALIZED_FROM:
         return None
     return f"graph divides weights by their sum from {_NORMALIZED_FROM:g} on, this model from moe_norm_min, {least:g}"

@@ -68,7 +68,7 @@ def _settings(spec: ModelSpec) -> ConfigValues:
     of_layers = {
         "layer_types": written_config.attention_kinds(spec),
         "mlp_layer_types": expert_layers.dense_kinds(spec),
-        "first_k_dense_replace": expert_layers.n_dense(spec),
+        "first_k_dense_replace": parts.n_dense(spec),
     }
     return expert_layers.settings_beside_attention(spec, _SPELLING) | of_layers
 
@@ -80,7 +80,7 @@ def _edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:
 
 
 def _keys(spec: ModelSpec) -> Mapping[str, GgufValue]:
-    shared = expert_layers.routed(spec).shared
+    shared = parts.routed(spec).shared
     assert shared is not None
     return {
         **llama_cpp.usual_keys(spec),

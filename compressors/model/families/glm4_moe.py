@@ -62,7 +62,7 @@ def _read(file: Settings) -> ModelSpec:
 
 
 def _settings(spec: ModelSpec) -> ConfigValues:
-    of_layers = {"first_k_dense_replace": expert_layers.n_dense(spec)}
+    of_layers = {"first_k_dense_replace": parts.n_dense(spec)}
     return expert_layers.settings_beside_attention(spec) | of_layers
 
 

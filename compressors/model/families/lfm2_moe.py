@@ -18,7 +18,7 @@ from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.description.tensors import GgufTensor, Kind, TensorSpec
 from compressors.model.description.transforms import Squeezed
 from compressors.model.errors import InputError
-from compressors.model.families.shared import llama_cpp, parts, written_config
+from compressors.model.families.shared import expert_layers, llama_cpp, parts, written_config
 
 __all__ = ["FAMILY"]
 
@@ -92,8 +92,7 @@ def _read(file: Settings) -> ModelSpec:
     settings.require("conv_bias", False)
     settings.require("sliding_window", None)
     settings.refuse_what_no_family_can_do(kinds=(_CONVOLVING, _ATTENDING))
-    n_dense, kinds = settings.whole_number("num_dense_layers"), _kinds(settings)
-    are_dense = [index < n_dense for index in range(len(kinds))]
+    kinds, are_dense = _kinds(settings), expert_layers.leading_dense(settings, "num_dense_layers")
     parts.refuse_without_experts(settings, are_dense, "num_dense_layers")
     of_layers = list(zip(kinds, are_dense, strict=True))
     layers = {each: _layer(settings, *each) for each in dict.fromkeys(of_layers)}
@@ -162,28 +161,20 @@ def _with_norm_and_head(settings: FamilySettings, spec: ModelSpec) -> ModelSpec:
     return replace(spec, tensors=tensors, tied_embeddings=is_tied)
 
 
-def _routed(spec: ModelSpec) -> Routed:
-    return next(layer.routed for layer in spec.layers if layer.routed is not None)
-
-
-def _n_dense(spec: ModelSpec) -> int:
-    return sum(isinstance(layer.feed_forward, Dense) for layer in spec.layers)
-
-
 def _kernel(spec: ModelSpec) -> int | None:
     """The tokens that its convolutions cover; None if it has none."""
     return next((layer.mixer.kernel for layer in spec.layers if isinstance(layer.mixer, ShortConvolution)), None)
 
 
 def _settings(spec: ModelSpec) -> ConfigValues:
-    mixer, routed = parts.grouped_query(spec), _routed(spec)
+    mixer, routed = parts.grouped_query(spec), parts.routed(spec)
     found: dict[str, Any] = {
         "num_hidden_layers": spec.n_layers,
         "hidden_size": spec.hidden_size,
         "layer_types": [_CONVOLVING if layer.mixer.is_recurrent else _ATTENDING for layer in spec.layers],
         "num_attention_heads": mixer.n_heads,
         "num_key_value_heads": mixer.n_kv_heads,
-        "num_dense_layers": _n_dense(spec),
+        "num_dense_layers": parts.n_dense(spec),
         "num_experts": routed.n_experts,
         "num_experts_per_tok": routed.top_k,
         "moe_intermediate_size": routed.width,
@@ -195,17 +186,13 @@ def _settings(spec: ModelSpec) -> ConfigValues:
     }
     if (kernel := _kernel(spec)) is not None:
         found["conv_L_cache"] = kernel
-    dense = next((layer.feed_forward for layer in spec.layers if isinstance(layer.feed_forward, Dense)), None)
-    return found if dense is None else found | {"intermediate_size": dense.width}
+    return found | written_config.dense_width(spec)
 
 
 def _edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:
     counts = ("num_experts", "moe_intermediate_size", "num_experts_per_tok", "num_dense_layers", "layer_types")
     others = {key: value for key, value in config.items() if key != "tie_embedding"}
     return written_config.moe_edited(spec, others, *counts, other_spelling="num_local_experts")
-
-
-_SIGMOID = 2  # llama_expert_gating_func_type in llama.cpp's src/llama-hparams.h
 
 
 def _keys(spec: ModelSpec) -> Mapping[str, GgufValue]:
@@ -215,14 +202,14 @@ def _keys(spec: ModelSpec) -> Mapping[str, GgufValue]:
     return llama_cpp.usual_keys(spec) | {
         "attention.head_count_kv": tuple(0 if layer.mixer.is_recurrent else n_kv_heads for layer in spec.layers),
         "shortconv.l_cache": kernel,
-        "leading_dense_block_count": _n_dense(spec),
-        "expert_feed_forward_length": _routed(spec).width,
-        "expert_gating_func": _SIGMOID,
+        "leading_dense_block_count": parts.n_dense(spec),
+        "expert_feed_forward_length": parts.routed(spec).width,
+        "expert_gating_func": llama_cpp.GATING_FUNCTIONS[Score.SIGMOID],
     }
 
 
 def _refusal(spec: ModelSpec) -> str | None:
-    kernel, rule = _kernel(spec), _routed(spec).routing
+    kernel, rule = _kernel(spec), parts.routed(spec).routing
     if kernel is None:
         return "graph needs a layer with a convolution, and this model has none"
     if kernel == 1:

@@ -38,7 +38,6 @@ _TENSORS = (
     parts.selection_bias_tensor(f"{_BLOCK}.e_score_correction_bias", "mlp.e_score_correction_bias"),
     *parts.expert_tensors(gate=f"{_EXPERT}w1.weight", up=f"{_EXPERT}w3.weight", down=f"{_EXPERT}w2.weight"),
 )
-_SIGMOID = 2  # llama_expert_gating_func_type in llama.cpp's src/llama-hparams.h
 
 
 def _read(file: Settings) -> ModelSpec:
@@ -88,8 +87,10 @@ def _edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:
 
 
 def _keys(spec: ModelSpec) -> Mapping[str, GgufValue]:
-    keys = llama_cpp.usual_keys(spec)
-    return keys | {"expert_feed_forward_length": spec.expert_width, "expert_gating_func": _SIGMOID}
+    return llama_cpp.usual_keys(spec) | {
+        "expert_feed_forward_length": spec.expert_width,
+        "expert_gating_func": llama_cpp.GATING_FUNCTIONS[Score.SIGMOID],
+    }
 
 
 FAMILY = Family(

@@ -17,7 +17,7 @@ from compressors.model.description.routing import GroupScore, Routing, Score
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.description.tensors import TensorSpec
 from compressors.model.errors import InputError
-from compressors.model.families.shared import parts, written_config
+from compressors.model.families.shared import llama_cpp, parts, written_config
 
 __all__ = [
     "MTP",
@@ -30,8 +30,6 @@ __all__ = [
     "kinds_of_dense",
     "layers",
     "leading_dense",
-    "n_dense",
-    "routed",
     "settings",
     "settings_beside_attention",
     "tensors",
@@ -42,9 +40,6 @@ MTP = SkippedPart(r"model\.layers\.(?P<layer>\d+)\..*", "layers for predicting s
 
 _N_MTP = ("num_nextn_predict_layers", "num_mtp_layers")
 """Settings of the number of such layers."""
-
-_GATING_FUNCTIONS = {Score.SOFTMAX: 1, Score.SIGMOID: 2}
-"""``llama_expert_gating_func_type`` in llama.cpp's ``src/llama-hparams.h``."""
 
 
 @dataclass(frozen=True)
@@ -185,11 +180,6 @@ def layers(
     return [of_kind[kind] for kind in kinds]
 
 
-def n_dense(spec: ModelSpec) -> int:
-    """The number of dense layers."""
-    return sum(isinstance(layer.feed_forward, Dense) for layer in spec.layers)
-
-
 def kinds_of_dense(settings: FamilySettings, usual: list[bool]) -> list[bool]:
     """Says of each layer whether it is dense by ``mlp_layer_types``; ``usual`` counts where that list is absent."""
     kinds = settings.kinds("mlp_layer_types", ("dense", "sparse"))
@@ -205,7 +195,7 @@ def dense_kinds(spec: ModelSpec) -> list[str]:
 
 def settings(spec: ModelSpec, spelling: Spelling = USUAL) -> dict[str, Any]:
     """The settings of ``config.json`` that describe the feed-forwards, by key."""
-    experts = routed(spec)
+    experts = parts.routed(spec)
     found: dict[str, Any] = {
         spelling.n_experts: experts.n_experts,
         "num_experts_per_tok": experts.top_k,
@@ -213,8 +203,7 @@ def settings(spec: ModelSpec, spelling: Spelling = USUAL) -> dict[str, Any]:
         spelling.n_shared: written_config.n_shared_experts(spec),
         spelling.scale: experts.routing.scale,
     }
-    dense = next((layer.feed_forward for layer in spec.layers if isinstance(layer.feed_forward, Dense)), None)
-    return found if dense is None else found | {"intermediate_size": dense.width}
+    return found | written_config.dense_width(spec)
 
 
 def settings_beside_attention(
@@ -255,7 +244,7 @@ def gguf_keys(spec: ModelSpec) -> dict[str, GgufValue]:
 
     The rule for scores is always written, as the graphs' defaults differ; groups only where they are a choice.
     """
-    experts = routed(spec)
+    experts = parts.routed(spec)
     rule = experts.routing
     keys: dict[str, GgufValue] = {
         "expert_count": experts.n_experts,
@@ -264,14 +253,9 @@ def gguf_keys(spec: ModelSpec) -> dict[str, GgufValue]:
         "expert_shared_count": written_config.n_shared_experts(spec),
         "expert_weights_scale": rule.scale,
         "expert_weights_norm": rule.normalizes,
-        "expert_gating_func": _GATING_FUNCTIONS[rule.score],
-        "leading_dense_block_count": n_dense(spec),
+        "expert_gating_func": llama_cpp.GATING_FUNCTIONS[rule.score],
+        "leading_dense_block_count": parts.n_dense(spec),
     }
     if rule.n_chosen_groups < rule.n_groups:
         keys |= {"expert_group_count": rule.n_groups, "expert_group_used_count": rule.n_chosen_groups}
     return keys
-
-
-def routed(spec: ModelSpec) -> Routed:
-    """The experts of the first layer that has some."""
-    return next(layer.routed for layer in spec.layers if layer.routed is not None)

@@ -199,8 +199,8 @@ def _attention(settings: FamilySettings) -> GroupedQuery:
 
 def settings(spec: ModelSpec) -> dict[str, Any]:
     """The settings of ``config.json`` that describe a model, by key, except those of a kind of layer that it lacks."""
-    routed = next(layer.routed for layer in spec.layers if layer.routed is not None)
-    assert routed.shared is not None
+    shared = parts.routed(spec).shared
+    assert shared is not None
     found: dict[str, Any] = {
         "num_hidden_layers": spec.n_layers,
         "hidden_size": spec.hidden_size,
@@ -208,7 +208,7 @@ def settings(spec: ModelSpec) -> dict[str, Any]:
         "num_experts": spec.n_experts,
         "num_experts_per_tok": spec.top_k,
         "moe_intermediate_size": spec.expert_width,
-        "shared_expert_intermediate_size": routed.shared.width,
+        "shared_expert_intermediate_size": shared.width,
         "vocab_size": spec.vocab_size,
         "rms_norm_eps": spec.rms_norm_eps,
     }

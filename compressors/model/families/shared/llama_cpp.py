@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from compressors.model.description.family import GgufValue
 from compressors.model.description.mixers import GroupedQuery
+from compressors.model.description.routing import Score
 from compressors.model.description.spec import ModelSpec
 from compressors.model.families.shared.parts import grouped_query
 
 __all__ = [
+    "GATING_FUNCTIONS",
     "limit_of_square_attention",
     "limit_of_square_queries",
     "limit_of_untied_head",
@@ -15,6 +17,10 @@ __all__ = [
     "normalization_refusal",
     "usual_keys",
 ]
+
+
+GATING_FUNCTIONS = {Score.SOFTMAX: 1, Score.SIGMOID: 2}
+"""``llama_expert_gating_func_type`` in llama.cpp's ``src/llama-hparams.h``."""
 
 
 def usual_keys(spec: ModelSpec, width_key: str = "feed_forward_length") -> dict[str, GgufValue]:

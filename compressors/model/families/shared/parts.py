@@ -10,7 +10,7 @@ from functools import partial
 from compressors.model.config.family_settings import FamilySettings
 from compressors.model.config.rope_settings import RopeRule
 from compressors.model.config.special_tokens import configured_tokens
-from compressors.model.description.feed_forward import FeedForward, Routed
+from compressors.model.description.feed_forward import Dense, FeedForward, Routed
 from compressors.model.description.mixers import GroupedQuery, Mixer, QkNorm
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import LayerSpec, ModelSpec
@@ -30,10 +30,12 @@ __all__ = [
     "layer",
     "leading_dense_tensors",
     "model",
+    "n_dense",
     "norm",
     "norms",
     "qk_norm_tensors",
     "refuse_without_experts",
+    "routed",
     "routed_in_mlp",
     "router_tensor",
     "selection_bias_tensor",
@@ -201,6 +203,16 @@ def norm(role: Role, name: str, shape: tuple[str, ...], gguf: str, kind: NormKin
     """A norm; GGUF files hold the scales themselves."""
     transform = SAME if kind is NormKind.PLAIN else PlusOne()
     return TensorSpec(role, name, shape, GgufTensor(gguf, transform), Kind.NORM, norm=kind)
+
+
+def routed(spec: ModelSpec) -> Routed:
+    """The experts of the first layer that has some."""
+    return next(layer.routed for layer in spec.layers if layer.routed is not None)
+
+
+def n_dense(spec: ModelSpec) -> int:
+    """The number of dense layers."""
+    return sum(isinstance(layer.feed_forward, Dense) for layer in spec.layers)
 
 
 def grouped_query(spec: ModelSpec, index: int | None = None) -> GroupedQuery:

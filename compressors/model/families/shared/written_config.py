@@ -6,11 +6,21 @@ from collections.abc import Iterable
 from typing import Any
 
 from compressors.model.description.family import ConfigValues
+from compressors.model.description.feed_forward import Dense
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import UnsupportedError
 from compressors.model.families.shared.parts import grouped_query
+from compressors.model.families.shared.parts import routed as first_routed
 
-__all__ = ["attention_kinds", "dense_edited", "dense_settings", "moe_edited", "n_shared_experts", "usual_settings"]
+__all__ = [
+    "attention_kinds",
+    "dense_edited",
+    "dense_settings",
+    "dense_width",
+    "moe_edited",
+    "n_shared_experts",
+    "usual_settings",
+]
 
 
 def n_shared_experts(spec: ModelSpec) -> int:
@@ -19,7 +29,7 @@ def n_shared_experts(spec: ModelSpec) -> int:
     Raises:
         UnsupportedError: its width is not a multiple of theirs.
     """
-    routed = next(layer.routed for layer in spec.layers if layer.routed is not None)
+    routed = first_routed(spec)
     if routed.shared is None:
         return 0
     number, rest = divmod(routed.shared.width, routed.width)
@@ -29,6 +39,12 @@ def n_shared_experts(spec: ModelSpec) -> int:
             f"is not a multiple of {routed.width}: choose a width that divides it"
         )
     return number
+
+
+def dense_width(spec: ModelSpec) -> dict[str, Any]:
+    """The setting of the width of dense layers; none where all layers have experts."""
+    dense = next((layer.feed_forward for layer in spec.layers if isinstance(layer.feed_forward, Dense)), None)
+    return {} if dense is None else {"intermediate_size": dense.width}
 
 
 def attention_kinds(spec: ModelSpec) -> list[str]:
