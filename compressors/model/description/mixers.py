@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from compressors.model.description.rope import Rope
 
-__all__ = ["GatedDelta", "GroupedQuery", "Latent", "Mixer", "QkNorm", "Recurrent", "ShortConvolution"]
+__all__ = ["GatedDelta", "GroupedQuery", "Latent", "Mixer", "OutputGate", "QkNorm", "Recurrent", "ShortConvolution"]
 
 
 class QkNorm(StrEnum):
@@ -19,6 +19,14 @@ class QkNorm(StrEnum):
     NONE = "none"
     PER_HEAD = "per head"  # scale [head_dim], shared by all heads
     WHOLE = "whole"  # scale as wide as the projection
+
+
+class OutputGate(StrEnum):
+    """The matrix that makes the gates of attention's output from what attention reads."""
+
+    NONE = "none"
+    QUERY = "query"  # the rows of a head's gates follow those of its query
+    OWN = "own"
 
 
 @dataclass(frozen=True)
@@ -33,9 +41,8 @@ class GroupedQuery:
         scale: the factor of the products of queries and keys.
         qk_norm: the norms of queries and keys.
         window: tokens that attention reaches back over, itself included; None: all.
-        output_gate: the output is multiplied by the sigmoid of gates, whose rows follow the query's in each head.
+        output_gate: the origin of gates whose sigmoids multiply the output.
         turns_before_norms: the rotary embedding comes before the norms of queries and keys, not after them.
-        gate_matrix: the output is multiplied by the sigmoid of gates that come from a matrix of their own.
     """
 
     kind: ClassVar[str] = "grouped-query attention"
@@ -47,9 +54,13 @@ class GroupedQuery:
     scale: float
     qk_norm: QkNorm = QkNorm.NONE
     window: int | None = None
-    output_gate: bool = False
+    output_gate: OutputGate = OutputGate.NONE
     turns_before_norms: bool = False
-    gate_matrix: bool = False
+
+    @property
+    def query_has_gates(self) -> bool:
+        """True if the matrix of the queries makes gates too."""
+        return self.output_gate is OutputGate.QUERY
 
     @property
     def is_recurrent(self) -> bool:
@@ -63,7 +74,7 @@ class GroupedQuery:
         P is Q and the gates of the queries, if there are some.
         """
         query, key = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        return {"H": self.n_heads, "h": self.head_dim, "Q": query, "K": key, "P": query * (1 + self.output_gate)}
+        return {"H": self.n_heads, "h": self.head_dim, "Q": query, "K": key, "P": query * (1 + self.query_has_gates)}
 
     @property
     def cached_values(self) -> int:

@@ -15,7 +15,7 @@ from compressors.model.config.family_settings import FamilySettings
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily, GgufValue
 from compressors.model.description.feed_forward import Routed, Shared
-from compressors.model.description.mixers import QkNorm
+from compressors.model.description.mixers import OutputGate, QkNorm
 from compressors.model.description.roles import Role
 from compressors.model.description.routing import Routing, Score
 from compressors.model.description.spec import ModelSpec
@@ -76,7 +76,7 @@ def _read(file: Settings) -> ModelSpec:
     settings = FamilySettings(file, FAMILY, _DEFAULTS, nullable=("num_key_value_heads",))
     settings.require("attention_bias", False)
     settings.refuse_what_no_family_can_do()
-    attention = replace(parts.attention(settings, QkNorm.PER_HEAD, has_kinds=True), gate_matrix=True)
+    attention = replace(parts.attention(settings, QkNorm.PER_HEAD, has_kinds=True), output_gate=OutputGate.OWN)
     mixers = windowed.mixers(settings, attention, "global_attn_every_n_layers")
     are_dense = expert_layers.leading_dense(settings, "num_dense_layers")
     layers = expert_layers.layers(

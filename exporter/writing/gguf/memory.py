@@ -108,7 +108,7 @@ def _mixer_bytes(mixer: Mixer, tokens: int, cells: int, kv_type: str) -> int:
         return _FLOAT * (tokens * 4 * mixer.channels + mixer.state_values)
     # flash attention works on half precision: float32 keys and values are converted whole
     converted = _HALF * cells * mixer.cached_values if kv_type == "f32" else 0
-    gates = 2 * mixer.width if isinstance(mixer, GroupedQuery) and mixer.output_gate else 0
+    gates = 2 * mixer.width if isinstance(mixer, GroupedQuery) and mixer.query_has_gates else 0
     return converted + _FLOAT * tokens * (2 * mixer.width + gates + mixer.cached_values)
 
 

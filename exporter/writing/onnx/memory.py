@@ -116,7 +116,7 @@ def _mixer_values(layer: LayerSpec, tokens: int, context: int) -> int:
         repeated_keys = mixer.n_value_heads * mixer.key_dim
         return tokens * (_LIVE_CHANNELS * mixer.channels + 2 * mixer.width + repeated_keys)
     assert isinstance(mixer, GroupedQuery)
-    gates = 2 * mixer.width if mixer.output_gate else 0
+    gates = 2 * mixer.width if mixer.query_has_gates else 0
     projections = tokens * ((mixer.n_heads + 2 * mixer.n_kv_heads) * mixer.head_dim * _LIVE_PROJECTIONS + gates)
     return projections + (tokens * context * mixer.n_heads * _KEPT_WEIGHTS if Role.SINKS in layer.roles else 0)
 

@@ -13,7 +13,7 @@ from compressors.model.config.family_settings import FamilySettings
 from compressors.model.config.rope_settings import RopeRule
 from compressors.model.description.family import ConfigValues, GgufValue, SkippedPart
 from compressors.model.description.feed_forward import Routed, Shared
-from compressors.model.description.mixers import GatedDelta, GroupedQuery, QkNorm
+from compressors.model.description.mixers import GatedDelta, GroupedQuery, OutputGate, QkNorm
 from compressors.model.description.roles import Role
 from compressors.model.description.routing import Routing
 from compressors.model.description.spec import ModelSpec
@@ -193,7 +193,7 @@ def _attention(settings: FamilySettings) -> GroupedQuery:
         rope=settings.rope(head_dim, RopeRule(default_share=0.25)),
         scale=1 / math.sqrt(head_dim),
         qk_norm=QkNorm.PER_HEAD,
-        output_gate=True,
+        output_gate=OutputGate.QUERY,
     )
 
 

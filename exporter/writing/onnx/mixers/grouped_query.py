@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from compressors.model.description.mixers import GroupedQuery, QkNorm
+from compressors.model.description.mixers import GroupedQuery, OutputGate, QkNorm
 from compressors.model.description.onnx_cache import cache_heads
 from compressors.model.description.roles import Role
 from exporter.writing.onnx.builder import MICROSOFT, GraphBuilder
@@ -52,7 +52,6 @@ class GroupedQueryNodes:
         if gate is not None:
             weight = layer.graph.node("Sigmoid", [gate], f"{prefix}attended.weight")
             attended = layer.graph.node("Mul", [attended, weight], f"{prefix}attended.gated")
-        attended = self._gated(layer, normed, attended)
         return layer.linear(Role.ATTENTION_OUTPUT, attended, f"{prefix}attention", Role.ATTENTION_OUTPUT_BIAS)
 
     def add_cache_outputs(self, graph: GraphBuilder, layer: int) -> None:
@@ -60,10 +59,12 @@ class GroupedQueryNodes:
         add_present(graph, layer, self._heads)
 
     def _query(self, layer: LayerNodes, normed: str) -> tuple[str, str | None]:
-        """All queries, and the gates of the output if there are some, which follow the query's values in each head."""
+        """All queries, and the gates of the output if there are some."""
         graph, mixer, name = layer.graph, self._mixer, f"{layer.prefix}query"
-        if not mixer.output_gate:
-            return layer.linear(Role.QUERY, normed, name, Role.QUERY_BIAS), None
+        if not mixer.query_has_gates:
+            query = layer.linear(Role.QUERY, normed, name, Role.QUERY_BIAS)
+            has_gates = mixer.output_gate is OutputGate.OWN
+            return query, layer.linear(Role.ATTENTION_GATE, normed, f"{layer.prefix}gate") if has_gates else None
         both = layer.linear(Role.QUERY, normed, f"{name}.gated", Role.QUERY_BIAS)
         by_head = graph.constant("shape.gated_heads", [0, -1, 2 * mixer.head_dim])
         heads = graph.node("Reshape", [both, by_head], f"{name}.gated.heads")
@@ -91,14 +92,6 @@ class GroupedQueryNodes:
             num_heads=n_heads,
             rotary_embedding_dim=rope.width,
         )
-
-    def _gated(self, layer: LayerNodes, normed: str, attended: str) -> str:
-        """Multiplies by the gates that a matrix of their own makes, if there are some."""
-        if not self._mixer.gate_matrix:
-            return attended
-        gates = layer.linear(Role.ATTENTION_GATE, normed, f"{layer.prefix}gates")
-        weights = layer.graph.node("Sigmoid", [gates], f"{layer.prefix}gates.weights")
-        return layer.graph.node("Mul", [attended, weights], f"{attended}.by_gates")
 
     def _norm(self, layer: LayerNodes, role: Role, values: str, n_heads: int) -> str:
         """Normalises the projected queries or keys as the model does: [batch, sequence, n_heads * head_dim]."""

@@ -71,7 +71,7 @@ def _mixer_tensors(mixer: Mixer, *, is_grouped: bool) -> list[TensorSpec]:
     if isinstance(mixer, Latent):
         return [*latent.mixer_tensors(mixer)]
     if isinstance(mixer, GroupedQuery):
-        queries = "P" if mixer.output_gate else "Q"
+        queries = "P" if mixer.query_has_gates else "Q"
         return [*parts.norms(), *parts.attention_matrices(queries=queries)]
     inputs = _GROUPED_INPUTS if is_grouped else _INPUTS
     matrices = {**inputs, Role.MIXER_OUTPUT: ("out_proj", ("D", "Y"))}
@@ -247,7 +247,7 @@ class Reference:
         if mixer.qk_norm is QkNorm.WHOLE:
             query, key = self._norm(query, Role.QUERY_NORM, layer), self._norm(key, Role.KEY_NORM, layer)
         gate = None
-        if mixer.output_gate:
+        if mixer.query_has_gates:
             query, gate = self._ungrouped(query, mixer.n_heads, [mixer.head_dim])
         heads = [values.reshape(len(values), -1, mixer.head_dim) for values in (query, key, value)]
         if mixer.qk_norm is QkNorm.PER_HEAD:

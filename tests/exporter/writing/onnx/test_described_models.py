@@ -14,7 +14,7 @@ import torch
 
 from compressors.model.description.feed_forward import Dense, Routed, Shared
 from compressors.model.description.glu import Activation, Glu
-from compressors.model.description.mixers import GatedDelta, Latent, Mixer, QkNorm
+from compressors.model.description.mixers import GatedDelta, Latent, Mixer, OutputGate, QkNorm
 from compressors.model.description.roles import Role
 from compressors.model.description.routing import GroupScore, Routing, Score
 from compressors.model.description.spec import ModelSpec, Place
@@ -105,7 +105,7 @@ def _latent(spec: ModelSpec) -> ModelSpec:
 def _recurrent(spec: ModelSpec) -> ModelSpec:
     """Gated delta rules of two spellings and several sizes, gated attention, norms of 1 + w."""
     rope = replace(attention().rope, width=16)
-    gated = attention(rope=rope, qk_norm=QkNorm.PER_HEAD, output_gate=True)
+    gated = attention(rope=rope, qk_norm=QkNorm.PER_HEAD, output_gate=OutputGate.QUERY)
     block = _routed(Routing(), shared=Shared(32, is_gated=True))
     return with_layers(
         spec,
