@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from compressors.model.config.settings import Settings
 from compressors.model.description.rope import Rope, RopeKind, attention_multiplier
 from compressors.model.errors import UnsupportedError
@@ -232,7 +230,7 @@ _READERS = {
 def _refuse_impossible(rope: Rope, chosen: Settings) -> None:
     """Refuses numbers that are each fine, but together divide by zero or leave the range of float32."""
     try:
-        if rope.width <= _WIDEST_HEAD and torch.isfinite(rope.inverse_frequencies(1)).all():
+        if rope.width <= _WIDEST_HEAD and rope.inverse_frequencies(1).isfinite().all():
             return
     except (ArithmeticError, ValueError):
         pass

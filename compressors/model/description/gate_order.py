@@ -6,7 +6,10 @@ have them in turn.
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["gates_first", "in_turn"]
 

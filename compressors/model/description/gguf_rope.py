@@ -16,8 +16,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-import torch
-
 from compressors.model.description.rope import Rope, RopeKind, attention_multiplier
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import UnsupportedError
@@ -159,6 +157,8 @@ def _attention_factor(factor: float) -> dict[str, float]:
 
 def _computes_yarn(rope: Rope) -> bool:
     """Whether ``ggml_rope_yarn_corr_dims`` and ``rope_yarn_ramp``, which always truncate, give these angles."""
+    import torch
+
     half = rope.width // 2
     plain = replace(rope, kind=RopeKind.DEFAULT).inverse_frequencies(1).double()
 

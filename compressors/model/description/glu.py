@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch.nn import functional
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["SWIGLU", "Activation", "Glu"]
 
@@ -71,11 +73,13 @@ class Glu:
         return np.asarray(activated, dtype=np.float32)
 
     def _torch_activated(self, values: torch.Tensor) -> torch.Tensor:
+        from torch.nn import functional
+
         if self.activation is Activation.RELU_SQUARED:
             return functional.relu(values).square()
         if self.activation is Activation.GELU_TANH:
             return functional.gelu(values, approximate="tanh")
-        return functional.silu(values) if self.alpha == 1.0 else values * torch.sigmoid(values * self.alpha)
+        return functional.silu(values) if self.alpha == 1.0 else values * (values * self.alpha).sigmoid()
 
 
 SWIGLU = Glu()

@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Rope", "RopeKind", "attention_multiplier"]
 
@@ -77,6 +78,8 @@ class Rope:
         if self.kind is RopeKind.YARN:
             return self._yarn()
         if self.kind is RopeKind.LONGROPE:
+            import torch
+
             factors = self.long_factors if n_tokens > self.original_context else self.short_factors
             return 1.0 / (torch.tensor(factors, dtype=torch.float32) * self._powers())
         if self.kind is RopeKind.PROPORTIONAL:
@@ -126,6 +129,8 @@ class Rope:
         return {"rope_type": self.kind.value, "rope_theta": self.theta, **used[self.kind], **written}
 
     def _powers(self, theta: float | None = None) -> torch.Tensor:
+        import torch
+
         exponents = torch.arange(0, self.width, 2, dtype=torch.int64).float() / self.width
         powers: torch.Tensor = (self.theta if theta is None else theta) ** exponents
         return powers
@@ -134,6 +139,8 @@ class Rope:
         return 1.0 / self._powers()
 
     def _proportional(self) -> torch.Tensor:
+        import torch
+
         n_turned = int(self.share * self.width // 2)
         still = torch.zeros(self.width // 2 - n_turned)
         return torch.cat((self._plain()[:n_turned], still)) / self.factor
@@ -143,6 +150,8 @@ class Rope:
         return 1.0 / self._powers(self.theta * stretched ** (self.width / (self.width - 2)))
 
     def _yarn(self) -> torch.Tensor:
+        import torch
+
         powers = self._powers()
         low, high = self._corrected_dimension(self.beta_fast), self._corrected_dimension(self.beta_slow)
         if self.truncate:
@@ -160,6 +169,8 @@ class Rope:
         return (self.width * turns) / (2 * math.log(self.theta))
 
     def _llama3(self) -> torch.Tensor:
+        import torch
+
         plain = self._plain()
         wavelengths = 2 * math.pi / plain
         longest = self.original_context / self.low_frequency_factor

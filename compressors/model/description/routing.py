@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["GroupScore", "Routing", "Score"]
 
@@ -190,6 +193,8 @@ class Routing:
         return logits_TE.softmax(-1) if self.score is Score.SOFTMAX else logits_TE
 
     def _torch_of_best_groups(self, scores_TE: torch.Tensor) -> torch.Tensor:
+        import torch
+
         grouped_TGM = scores_TE.unflatten(-1, (self.n_groups, -1))
         groups_TG = grouped_TGM.topk(self.group_score.n_best, dim=-1).values.sum(-1)
         kept_TG = groups_TG.topk(self.n_chosen_groups, dim=-1).indices

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-
-import torch
+from typing import TYPE_CHECKING
 
 from compressors.model.description.roles import Role
 from compressors.model.description.transforms import SAME, Transform
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Fused", "GgufTensor", "Kind", "NormKind", "TensorSpec"]
 

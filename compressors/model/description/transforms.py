@@ -13,8 +13,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "SAME",
@@ -60,6 +62,8 @@ class Transform:
             values: the tensor, or some of its rows, a multiple of :meth:`rows_together`.
             sizes: the layer's.
         """
+        import torch
+
         views = self._views(values, sizes)
         joined = views[0] if len(views) == 1 else torch.cat([view.flatten() for view in views])
         return self._written(joined).reshape(self.shape(tuple(values.shape), sizes))
@@ -192,7 +196,8 @@ class HeadMatrices(Transform):
 def _segments(values: torch.Tensor, sizes: Sizes, groups: str, letters: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
     """The segments of rows that each group has: views of the tensor, [groups, rows of the segment, ...]."""
     grouped = values.unflatten(0, (sizes[groups], -1))
-    return torch.split(grouped, [sizes[letter] for letter in letters], dim=1)
+    segments: tuple[torch.Tensor, ...] = grouped.split([sizes[letter] for letter in letters], dim=1)
+    return segments
 
 
 @dataclass(frozen=True)

@@ -10,30 +10,31 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from compressors.model.errors import InputError
 from compressors.model.files.json_file import parse_json
 from compressors.model.names import shown
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["DTYPES", "LARGEST_HEADER", "TensorHeader", "damaged", "parse_header"]
 
 LARGEST_HEADER = 100_000_000
 """The library's own limit, in bytes."""
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
+DTYPES: Mapping[str, str] = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "I64": "int64",
+    "I32": "int32",
+    "U8": "uint8",
 }
-"""The formats that can be read, as the header names them."""
+"""The formats that can be read, as the header names them, and torch's names for them."""
 
 _BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8}
 _BITS |= {"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32}
@@ -61,7 +62,10 @@ class TensorHeader:
         """
         if self.format not in DTYPES:
             raise _unreadable(self.file, self.name, self.format)
-        return DTYPES[self.format]
+        import torch
+
+        dtype: torch.dtype = getattr(torch, DTYPES[self.format])
+        return dtype
 
 
 def parse_header(path: Path, text: bytes, file_size: int) -> dict[str, TensorHeader]:

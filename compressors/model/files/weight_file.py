@@ -10,11 +10,13 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from compressors.model.files.raw_file import RawFile, instead_of_a_file
 from compressors.model.files.safetensors_header import LARGEST_HEADER, TensorHeader, damaged, parse_header
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["StoredTensors", "WeightFile"]
 
@@ -38,6 +40,8 @@ class WeightFile:
         Raises:
             InputError: the file was changed or cut off since it was opened, or holds numbers that cannot be read.
         """
+        import torch
+
         header = self.tensors[name]
         out = torch.empty(header.shape, dtype=header.dtype)
         self.read_into(name, out)
@@ -54,6 +58,8 @@ class WeightFile:
         Raises:
             InputError: the file was changed or cut off since it was opened.
         """
+        import torch
+
         header = self.tensors[name]
         assert out.is_contiguous() and first + out.numel() <= math.prod(header.shape), name
         stored = out if out.dtype == header.dtype else torch.empty_like(out, dtype=header.dtype)
@@ -72,7 +78,7 @@ class WeightFile:
         return text, hashlib.sha256(length + text).hexdigest()
 
 
-class StoredTensors(Mapping[str, torch.Tensor]):
+class StoredTensors(Mapping[str, "torch.Tensor"]):
     """A safetensors file as a mapping whose values are read when they are asked for."""
 
     def __init__(self, path: Path) -> None:
