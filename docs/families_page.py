@@ -20,6 +20,7 @@ from compressors.model.description.family import Family
 from compressors.model.description.feed_forward import Dense, Routed
 from compressors.model.description.rope import Rope, RopeKind
 from compressors.model.description.spec import LayerSpec, ModelSpec
+from compressors.model.families.refused import REASONS
 from exporter.capabilities.rules import Container, Feature
 from exporter.capabilities.table import TABLE, refusal
 from exporter.planning.possible_steps import STEPS, refusals
@@ -43,7 +44,7 @@ in [compression.md](compression.md).
 def families_page() -> str:
     """The page."""
     sections = ["\n".join(_family_section(module)) for module in _modules()]
-    return "\n".join([_HEAD, *_containers_table(), *_steps_list(), *sections]) + "\n"
+    return "\n".join([_HEAD, *_containers_table(), *_steps_list(), *sections, *_refused_families()]) + "\n"
 
 
 def _modules() -> list[ModuleType]:
@@ -118,6 +119,13 @@ def _example(family: Family) -> ModelSpec:
     candidates = [spec, *_variants(spec).values()]
     held = (each for each in candidates if not any(refusal(each, container) for container in Container))
     return next(held, spec)
+
+
+def _refused_families() -> Iterator[str]:
+    yield "\n## Families that are refused\n"
+    yield "A model of any other family is refused with the nearest supported ones and what these lack, by its settings"
+    yield "and the names of its tensors. Of some it is known why nothing could be right that is written of them:\n"
+    yield from (f"* `{model_type}`: {reason}" for model_type, reason in REASONS.items())
 
 
 def _kinds(layer: LayerSpec) -> str:

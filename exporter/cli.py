@@ -134,6 +134,7 @@ def _option(name: str, help: str | None) -> Callable[[_Function], _Function]:
 @_flags(*_EXPORT_FLAGS)
 def export(**arguments: Any) -> None:
     """Compress MODEL (a local folder or a hub id; without it a small bundled model) to the memory BUDGET."""
+    _refuse_unknown_family(arguments["model"])
     with requests_wait():
         from exporter.pipeline.running import follow
         from exporter.processes.team import team
@@ -170,6 +171,7 @@ def export(**arguments: Any) -> None:
 )
 def pareto(model: str | None, out: Path, sizes: str | None, **flags: Any) -> None:
     """Measure how MODEL's divergence grows as its GGUF file gets smaller, beside llama.cpp's presets."""
+    _refuse_unknown_family(model)
     with requests_wait():
         from exporter.curve.command import DEFAULT_SIZES, run_pareto
         from exporter.curve.table import pareto_table
@@ -187,6 +189,7 @@ def pareto(model: str | None, out: Path, sizes: str | None, **flags: Any) -> Non
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(model: str, offline: bool, revision: str | None, as_json: bool) -> None:
     """Show layout, routing rule and sizes of MODEL; reads headers only."""
+    _refuse_unknown_family(model)
     with requests_wait():
         from exporter.hub import resolve_model
         from exporter.inspection import describe, description_table
@@ -257,6 +260,14 @@ def _name_failures(failures: Iterable[str]) -> None:
     """Prints the failures to stderr, which explains the exit code to whoever runs a script."""
     for failure in failures:
         click.echo(f"failed: {failure}", err=True)
+
+
+def _refuse_unknown_family(model: str | None) -> None:
+    """Refuses a local model of an unknown family at once, before the imports that take seconds."""
+    from compressors.model.sources.hugging_face.unknown_family import refuse_unknown_family
+
+    if model is not None:
+        refuse_unknown_family(Path(model).expanduser())
 
 
 def _refuse_choices_beside_a_recipe(arguments: Mapping[str, Any]) -> None:

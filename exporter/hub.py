@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,14 @@ from huggingface_hub.errors import (
 
 from compressors.model.errors import InputError
 from compressors.model.files.regular_file import refuse_special
+from compressors.model.sources.hugging_face.unknown_family import refuse_unknown_family
+from compressors.model.sources.hugging_face.weight_folder import INDEX
 
 __all__ = ["bundled_text", "resolve_model", "resolve_original"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 _WANTED_FILES = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja", "README.md", "LICENSE*"]
+_FIRST_FILES = ["config.json", INDEX]  # they show whether the family is known, before the weights are downloaded
 # Other formats in subfolders, and a second copy of the weights in the trainer's own naming.
 _UNWANTED_FILES = ["*/*", "consolidated*"]
 
@@ -50,7 +53,8 @@ def resolve_model(model: str | None, revision: str | None = None, *, offline: bo
         raise InputError(f"MODEL: {model} is a file; give the folder that holds config.json and the weights")
     if _HUB_ID.fullmatch(model) is None:
         raise InputError(f"MODEL: there is no folder {model!r}, and it is not a hub id (OWNER/NAME) either")
-    return _download(model, revision, offline)
+    refuse_unknown_family(_download(model, revision, offline, _FIRST_FILES))
+    return _download(model, revision, offline, _WANTED_FILES)
 
 
 def resolve_original(against: str | None, job: Mapping[str, Any]) -> Path:
@@ -91,14 +95,14 @@ def _bundled(*parts: str) -> Path:
     return folder
 
 
-def _download(model: str, revision: str | None, offline: bool) -> Path:
+def _download(model: str, revision: str | None, offline: bool, files: Sequence[str]) -> Path:
     try:
         return Path(
             snapshot_download(
                 model,
                 revision=revision,
                 local_files_only=offline,
-                allow_patterns=_WANTED_FILES,
+                allow_patterns=list(files),
                 ignore_patterns=_UNWANTED_FILES,
             )
         )

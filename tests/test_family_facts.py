@@ -21,7 +21,7 @@ from compressors.model.families.registry import supported_families
 
 _REPOSITORY = Path(__file__).parent.parent
 _FAMILIES = _REPOSITORY / "compressors" / "model" / "families"
-_NOT_A_FAMILY = {"__init__.py", "registry.py"}
+_NOT_A_FAMILY = {"__init__.py", "refused.py", "registry.py"}
 _CONFIG = _REPOSITORY / "compressors" / "model" / "config"
 _OF_ALL_FAMILIES = {_CONFIG / "reading.py", _CONFIG / "config_check.py"}
 """The code that compares any family's settings with what transformers makes of them."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from compressors.model.config.reading import model_settings, transformers_config
+from compressors.model.config.reading import WITHOUT_EFFECT, model_settings, transformers_config
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import Family
 from compressors.model.description.rope import Rope, RopeKind
@@ -53,29 +53,13 @@ def check_against_transformers(settings: Mapping[str, Any], path: Path, spec: Mo
             )
 
 
-_WITHOUT_EFFECT = frozenset(
-    {
-        "attention_dropout",
-        "bos_token_id",
-        "eos_token_id",
-        "initializer_range",
-        "output_router_logits",
-        "pad_token_id",
-        "router_aux_loss_coef",
-        "router_jitter_noise",
-        "use_cache",
-    }
-)
-"""Settings that serve training alone, or that :mod:`compressors.model.config.special_tokens` reads."""
-
-
 def _refuse_not_understood(config: Any, family: Family, settings: Settings) -> None:
     """Refuses a setting of transformers' class that the family's description does not know, and that is no default."""
     from transformers import PreTrainedConfig
 
     default = type(config)()
     of_any_class = {field.name for field in fields(PreTrainedConfig)}
-    for name in sorted({field.name for field in fields(config)} - of_any_class - _WITHOUT_EFFECT):
+    for name in sorted({field.name for field in fields(config)} - of_any_class - WITHOUT_EFFECT):
         if name in settings.raw and name not in settings.asked and getattr(config, name) != getattr(default, name):
             raise UnsupportedError(
                 f"{settings.named(name)} is {shown(settings.raw[name])}, a setting of {family.architecture} that this "

@@ -107,9 +107,11 @@ class FamilySettings:
         value = self.settings.get(key, allowed[0])
         self.settings.note(key, allowed[0] if value is None else value)  # null is allowed where it means the first
         if value not in allowed:
-            raise UnsupportedError(
-                f"{self.settings.named(key)} is {value!r}; {self.family.model_type} is supported only with "
-                f"{' or '.join(repr(item) for item in allowed)}"
+            self.settings.refuse(
+                UnsupportedError(
+                    f"{self.settings.named(key)} is {value!r}; {self.family.model_type} is supported only with "
+                    f"{' or '.join(repr(item) for item in allowed)}"
+                )
             )
 
     def ignore(self, *keys: str) -> None:

@@ -22,9 +22,33 @@ from compressors.model.families.registry import family_for, supported_families
 from compressors.model.files.json_file import read_json
 from compressors.model.names import shown
 
-__all__ = ["is_inside_of_more", "language_model_config", "model_settings", "read_spec", "transformers_config"]
+__all__ = [
+    "EXPERT_COUNT_KEYS",
+    "WITHOUT_EFFECT",
+    "is_inside_of_more",
+    "language_model_config",
+    "model_settings",
+    "read_spec",
+    "transformers_config",
+]
 
-_EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Settings of which a MoE model has one."""
+
+WITHOUT_EFFECT = frozenset(
+    {
+        "attention_dropout",
+        "bos_token_id",
+        "eos_token_id",
+        "initializer_range",
+        "output_router_logits",
+        "pad_token_id",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "use_cache",
+    }
+)
+"""Settings that serve training alone, or that :mod:`compressors.model.config.special_tokens` reads."""
 
 
 def read_spec(folder: Path) -> ModelSpec:
@@ -55,7 +79,7 @@ def model_settings(config: Mapping[str, Any], path: Path) -> tuple[Family, Setti
     """
     settings = Settings(config, path)
     model_type = settings.text("model_type")
-    if model_type not in supported_families() and not any(key in settings for key in _EXPERT_COUNT_KEYS):
+    if model_type not in supported_families() and not any(key in settings for key in EXPERT_COUNT_KEYS):
         raise UnsupportedError(
             f"{path}: {model_type!r} is a dense model (no expert count); this tool compresses MoE models"
         )

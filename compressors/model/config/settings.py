@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compressors.model.errors import InputError
+from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.names import shown
 
 __all__ = ["Settings"]
@@ -55,6 +55,10 @@ class Settings:
     def named(self, key: str) -> str:
         """File and key, for the beginning of a message: ``config.json: rope_parameters.factor``."""
         return f"{self.path}: {self._prefix}{key}"
+
+    def refuse(self, error: UnsupportedError) -> None:
+        """Raises the refusal of a value; settings that are read on trial note it."""
+        raise error
 
     def objects(self, key: str) -> Settings:
         """The object of settings under a key; an empty one where the key is absent or null."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,11 @@ class SkippedPart:
 
     pattern: str
     name: str
+
+    def takes(self, name: str, n_layers: int) -> bool:
+        """True for the name of a tensor that is skipped in a model of so many layers."""
+        match = re.fullmatch(self.pattern, name)
+        return match is not None and int(match.groupdict().get("layer", n_layers)) >= n_layers
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from compressors.model.errors import InputError
 from compressors.model.files.json_file import parse_json
+from compressors.model.files.raw_file import RawFile, instead_of_a_file
 from compressors.model.names import shown
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPES", "LARGEST_HEADER", "TensorHeader", "damaged", "parse_header"]
+__all__ = ["DTYPES", "LARGEST_HEADER", "TensorHeader", "damaged", "header_text", "parse_header", "read_header"]
 
 LARGEST_HEADER = 100_000_000
 """The library's own limit, in bytes."""
@@ -66,6 +67,29 @@ class TensorHeader:
 
         dtype: torch.dtype = getattr(torch, DTYPES[self.format])
         return dtype
+
+
+def header_text(file: RawFile) -> bytes:
+    """The JSON of a file's header.
+
+    Raises:
+        InputError: the file is truncated or not safetensors.
+    """
+    length = file.start(8)
+    n_bytes = int.from_bytes(length, "little")
+    if len(length) < 8 or not 0 < n_bytes <= min(LARGEST_HEADER, file.size - 8):
+        raise damaged(file.path, instead_of_a_file(file.start(200)) or "its header is not whole")
+    return file.start(n_bytes, offset=8)
+
+
+def read_header(path: Path) -> dict[str, TensorHeader]:
+    """Reads the header of a file.
+
+    Raises:
+        InputError: the file is missing, truncated or not safetensors.
+    """
+    file = RawFile(path)
+    return parse_header(path, header_text(file), file.size)
 
 
 def parse_header(path: Path, text: bytes, file_size: int) -> dict[str, TensorHeader]:

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compressors.model.files.raw_file import RawFile, instead_of_a_file
-from compressors.model.files.safetensors_header import LARGEST_HEADER, TensorHeader, damaged, parse_header
+from compressors.model.files.raw_file import RawFile
+from compressors.model.files.safetensors_header import TensorHeader, header_text, parse_header
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,8 @@ class WeightFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = RawFile(path)
-        text, self.header_sha256 = self._read_header()
+        text = header_text(self._file)
+        self.header_sha256 = hashlib.sha256(self._file.start(8) + text).hexdigest()
         self.tensors: Mapping[str, TensorHeader] = parse_header(path, text, self._file.size)
 
     def read(self, name: str) -> torch.Tensor:
@@ -67,15 +68,6 @@ class WeightFile:
         self._file.fill(name, bytes_, header.offset + first * header.dtype.itemsize)
         if stored is not out:
             out.copy_(stored)
-
-    def _read_header(self) -> tuple[bytes, str]:
-        """The header's JSON, and the SHA-256 of it and its length."""
-        length = self._file.start(8)
-        n_bytes = int.from_bytes(length, "little")
-        if len(length) < 8 or not 0 < n_bytes <= min(LARGEST_HEADER, self._file.size - 8):
-            raise damaged(self.path, instead_of_a_file(self._file.start(200)) or "its header is not whole")
-        text = self._file.start(n_bytes, offset=8)
-        return text, hashlib.sha256(length + text).hexdigest()
 
 
 class StoredTensors(Mapping[str, "torch.Tensor"]):

@@ -27,6 +27,8 @@ def _no_config(model: Path) -> None:
 
 def _dense(model: Path) -> None:
     _edit_config(model, model_type="qwen3", drop=("num_experts",))
+    tensors = load_file(model / "model.safetensors")
+    save_file({name: tensors[name] for name in tensors if "experts" not in name}, model / "model.safetensors")
 
 
 def _unsupported_family(model: Path) -> None:
@@ -75,7 +77,7 @@ def _edit_config(model: Path, *, drop: Sequence[str] = (), **values: object) -> 
     [
         (_no_config, "config.json"),
         (_dense, "dense"),
-        (_unsupported_family, "not a supported MoE family; supported are "),
+        (_unsupported_family, "not a supported MoE family: ONNX Runtime has no operator"),
         (_missing_shard, "model-00001-of-00001.safetensors"),
         (_missing_tensor, "model.layers.0.mlp.experts.3.up_proj.weight"),
         (_truncated, "truncated"),

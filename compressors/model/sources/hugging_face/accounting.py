@@ -6,7 +6,6 @@ Without it the model would be another one.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 
@@ -51,8 +50,4 @@ def _rules(spec: ModelSpec) -> tuple[SkippedPart, ...]:
 
 def _rule(name: str, spec: ModelSpec) -> SkippedPart | None:
     """The first rule that skips a tensor; None if there is none."""
-    for rule in _rules(spec):
-        match = re.fullmatch(rule.pattern, name)
-        if match is not None and int(match.groupdict().get("layer", spec.n_layers)) >= spec.n_layers:
-            return rule
-    return None
+    return next((rule for rule in _rules(spec) if rule.takes(name, spec.n_layers)), None)

@@ -31,10 +31,11 @@ from compressors.model.sources.hugging_face.block_scaled import (
     read_block_scaled,
     read_mxfp4_dtype,
 )
-from compressors.model.sources.hugging_face.foreign_folder import check_folder, refuse_other_inputs
+from compressors.model.sources.hugging_face.foreign_folder import check_folder
 from compressors.model.sources.hugging_face.fused_experts import FusedExperts, Mxfp4Experts
 from compressors.model.sources.hugging_face.misfits import is_classifier, likely_cause, with_prefix
 from compressors.model.sources.hugging_face.output_head import is_own_head
+from compressors.model.sources.hugging_face.unknown_family import refuse_unknown_family
 from compressors.model.sources.hugging_face.weight_folder import INDEX, SINGLE, find_weights
 
 __all__ = ["Checkpoint"]
@@ -61,8 +62,8 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.path = folder
         check_folder(folder)
+        refuse_unknown_family(folder)
         self.block_scaled: BlockScaled | None = read_block_scaled(folder)
-        refuse_other_inputs(folder)
         self.spec: ModelSpec = read_spec(folder)
         self.config: Mapping[str, Any] = read_json(self.config_path)
         self._mxfp4_dtype = read_mxfp4_dtype(folder, self.spec)
