@@ -253,7 +253,6 @@ ROWS: Mapping[str, Row] = {
             "tie_word_embeddings": True,  # the converter knows no other
         },
         on_the_hub={"rope_theta": 1e6, "rope_parameters": None, "tie_embedding": True, "tie_word_embeddings": None},
-        formats=("gguf",),
     ),
     "minimax_m2": Row(
         sizes={

@@ -18,7 +18,7 @@ from compressors.model.description.onnx_cache import Attention, cache_heads
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import MoeExportError
 from compressors.model.files.json_file import read_json
-from compressors.model.files.onnx_names import ROTARY_COSINE, is_state
+from compressors.model.files.onnx_names import ROTARY_COSINE, STATES, is_state
 from compressors.model.files.tokenizer_files import load_tokenizer
 from compressors.model.sources.source import Source
 
@@ -101,9 +101,14 @@ def _genai_symptoms(
 
 
 def _name_symptoms(decoder: Mapping[str, Any], graph: onnx.GraphProto) -> Iterator[str]:
-    """Yields names of inputs and outputs that the graph does not have; those of states follow from those of keys."""
+    """Yields names of inputs and outputs that the graph does not have, or that are not given.
+
+    Names of states follow from those of keys, unless a layer keeps nothing but its convolution's last inputs.
+    """
     for kind, values in (("inputs", graph.input), ("outputs", graph.output)):
-        names = {_of_all_layers(value.name) for value in values if not is_state(value.name)}
+        names = {_of_all_layers(value.name) for value in values}
+        if any(name.endswith(f".{STATES[1]}") for name in names):
+            names = {name for name in names if not is_state(name)}
         said = _object(decoder, kind)
         for key, name in said.items():
             if not isinstance(name, str) or _of_all_layers(name) not in names:

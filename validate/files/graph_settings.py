@@ -18,7 +18,7 @@ import onnx
 
 from compressors.model.description.feed_forward import Routed
 from compressors.model.description.glu import Activation, Glu
-from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent
+from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, ShortConvolution
 from compressors.model.description.onnx_cache import Attention, cache_heads
 from compressors.model.description.roles import Role
 from compressors.model.description.routing import Score
@@ -27,7 +27,7 @@ from compressors.model.files.onnx_graph import external_place
 from compressors.model.files.onnx_names import IN_FLOAT32, ROTARY_COSINE, ROTARY_SINE
 from compressors.model.sources.onnx_weights import row_lengths
 from validate.files.own_graph_settings import PRODUCER, AllowedValues, own_attributes, own_constant_symptoms
-from validate.files.recurrent_graph_settings import RECURRENT, STATE_OPERATORS, recurrent_attributes
+from validate.files.recurrent_graph_settings import RECURRENT, recurrent_attributes, state_operators
 
 __all__ = ["graph_setting_symptoms", "rotary_symptoms"]
 
@@ -55,9 +55,9 @@ def graph_setting_symptoms(path: Path, spec: ModelSpec) -> list[str]:
     model = onnx.load(path, load_external_data=False)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     symptoms: dict[str, list[str]] = {}  # each fault, with its nodes
-    layer = -1
+    layer, counted = -1, (*_ATTENTION, *state_operators(spec))
     for node, is_inside in _nodes(model.graph):
-        layer += node.op_type in (*_ATTENTION, *STATE_OPERATORS) and not is_inside
+        layer += node.op_type in counted and not is_inside
         found = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
         allowed = _allowed(node, spec, max(layer, 0), weights)
         if model.producer_name == PRODUCER:
@@ -100,7 +100,7 @@ def _input_symptoms(node: onnx.NodeProto, layer: LayerSpec) -> Iterator[str]:
 
 def _unknown_mixers(spec: ModelSpec) -> Iterator[str]:
     for index, layer in enumerate(spec.layers):
-        if not isinstance(layer.mixer, (GroupedQuery, Latent, GatedDelta)):
+        if not isinstance(layer.mixer, (GroupedQuery, Latent, GatedDelta, ShortConvolution)):
             yield f"layer {index}: {type(layer.mixer).__name__} is no mixer whose attributes can be checked in a graph"
 
 

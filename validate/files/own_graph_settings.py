@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, Mixer
+from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, Mixer, ShortConvolution
 from compressors.model.description.onnx_cache import Attention, cache_heads
 from compressors.model.description.spec import LayerSpec, ModelSpec
 from compressors.model.files.onnx_names import (
@@ -107,7 +107,8 @@ def own_attributes(node: onnx.NodeProto, spec: ModelSpec) -> AllowedValues:
         allowed["allowzero"] = (0, None)
     if output == "mask.shape":
         allowed |= {"start": (0, None), "end": (None,)}
-    return allowed | _of_our_routing(node) | _of_latent_attention(node, spec) | _of_gated_delta(node, spec)
+    of_mixers = _of_latent_attention(node, spec) | _of_convolution(node, spec) | _of_gated_delta(node, spec)
+    return allowed | _of_our_routing(node) | of_mixers
 
 
 def _of_latent_attention(node: onnx.NodeProto, spec: ModelSpec) -> AllowedValues:
@@ -131,19 +132,27 @@ def _mixer(output: str, spec: ModelSpec) -> Mixer | None:
     return spec.layers[int(index)].mixer if index.isdigit() and int(index) < spec.n_layers else None
 
 
+def _of_convolution(node: onnx.NodeProto, spec: ModelSpec) -> AllowedValues:
+    if not isinstance(_mixer(node.output[0], spec), (GatedDelta, ShortConvolution)):
+        return {}
+    if node.op_type == "Concat" and node.output[0].endswith(".inputs.seen"):
+        return {"axis": (1,)}
+    of_operators: Mapping[str, AllowedValues] = {
+        "Transpose": {"perm": ([0, 2, 1],)},
+        "GatherND": {"batch_dims": (1,)},
+        "CausalConvWithState": {"channels_last": (1,)},
+    }
+    return of_operators.get(node.op_type, {})
+
+
 def _of_gated_delta(node: onnx.NodeProto, spec: ModelSpec) -> AllowedValues:
     output, mixer = node.output[0], _mixer(node.output[0], spec)
     if not isinstance(mixer, GatedDelta):
         return {}
-    if node.op_type == "Concat" and output.endswith(f".{_DELTA}.inputs.seen"):
-        return {"axis": (1,)}
     if node.op_type == "RMSNormalization" and output.endswith(".of_length_1"):
         return {"axis": (-1,), "epsilon": (mixer.key_epsilon / mixer.key_dim,)}
     of_operators: Mapping[str, AllowedValues] = {
-        "Transpose": {"perm": ([0, 2, 1],)},
-        "GatherND": {"batch_dims": (1,)},
         "Gather": {"axis": (2,)},
-        "CausalConvWithState": {"channels_last": (1,)},
         "LinearAttention": {"q_num_heads": (mixer.n_key_heads,), "scale": (mixer.scale,)},
     }
     return of_operators.get(node.op_type, {})
@@ -204,7 +213,9 @@ def _constants_of(layer: LayerSpec) -> Mapping[str, Any]:
 
 def _constants_of_mixer(mixer: Mixer) -> dict[str, Any]:
     if isinstance(mixer, GatedDelta):
-        return _constants_of_gated_delta(mixer)
+        return _constants_of_convolution(mixer) | _constants_of_gated_delta(mixer)
+    if isinstance(mixer, ShortConvolution):
+        return _constants_of_convolution(mixer) | {"split.short.projected.parts": [mixer.channels] * 3}
     return _constants_of_attention(mixer) if isinstance(mixer, Attention) else {}
 
 
@@ -231,6 +242,10 @@ def _constants_of_latent(mixer: Latent) -> dict[str, Any]:
     }
 
 
+def _constants_of_convolution(mixer: GatedDelta | ShortConvolution) -> dict[str, Any]:
+    return {f"convolution.last_{mixer.kernel - 1}": [[number] for number in range(mixer.kernel - 1)]}
+
+
 def _constants_of_gated_delta(mixer: GatedDelta) -> dict[str, Any]:
     n_heads, width = mixer.n_key_heads, mixer.key_dim
     values_each, heads_each = mixer.width // n_heads, mixer.n_value_heads // n_heads
@@ -238,7 +253,6 @@ def _constants_of_gated_delta(mixer: GatedDelta) -> dict[str, Any]:
     return {
         "shape.by_key_head": [0, 0, n_heads, -1],
         "shape.side_by_side": [0, 0, -1],
-        f"convolution.last_{mixer.kernel - 1}": [[number] for number in range(mixer.kernel - 1)],
         f"{_DELTA}.unit_scales": [width**-0.5] * width,
         f"{_DELTA}.key_of_value_head": [head for head in range(n_heads) for _ in range(heads_each)],
         f"split.{_DELTA}.convolved.parts": [keys, keys, mixer.width],

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import onnx
 
-from compressors.model.description.mixers import GatedDelta
+from compressors.model.description.mixers import GatedDelta, ShortConvolution
 from compressors.model.description.spec import ModelSpec
 from validate.files.own_graph_settings import AllowedValues
 
-__all__ = ["RECURRENT", "STATE_OPERATORS", "recurrent_attributes"]
+__all__ = ["RECURRENT", "recurrent_attributes", "state_operators"]
 
-STATE_OPERATORS = ("LinearAttention", "GatedDeltaNet")
-"""Operators that carry a state: a layer has one."""
+_STATE_OPERATORS = ("LinearAttention", "GatedDeltaNet")
 RECURRENT = ("LinearAttention", "CausalConvWithState", "GatedRMSNorm")
 """Operators whose attributes are known."""
 
 _SILU = (b"silu", b"swish")
+
+
+def state_operators(spec: ModelSpec) -> tuple[str, ...]:
+    """Operators that carry a state: a recurrent layer has one of them."""
+    return ("CausalConvWithState",) if _has_short_convolutions(spec) else _STATE_OPERATORS
+
+
+def _has_short_convolutions(spec: ModelSpec) -> bool:
+    return any(isinstance(layer.mixer, ShortConvolution) for layer in spec.layers)
 
 
 def recurrent_attributes(node: onnx.NodeProto, spec: ModelSpec, layer: int) -> AllowedValues:
@@ -28,7 +36,8 @@ def recurrent_attributes(node: onnx.NodeProto, spec: ModelSpec, layer: int) -> A
     """
     if node.op_type == "CausalConvWithState":
         usual = {"channels_last": (0, 1, None), "state_window": (0, None)}
-        return {"activation": _SILU, "ndim": (1, None), "dilation": (1, None), **usual}
+        activation = (b"none", None) if _has_short_convolutions(spec) else _SILU
+        return {"activation": activation, "ndim": (1, None), "dilation": (1, None), **usual}
     if node.op_type == "GatedRMSNorm":
         return {"activation": (*_SILU, None), "epsilon": (spec.rms_norm_eps,)}
     mixer = spec.layers[layer].mixer

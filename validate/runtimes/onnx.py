@@ -78,7 +78,7 @@ class OnnxRuntimeBackend:
         self._session = _open_session(self._path, str(self._path), threads, self._providers)
         check_decoder(self._path, self._session)
         self._moe_nodes: tuple[MoeNode, ...] | None = None  # known when the session shows their router logits
-        self._n_layers = len(cache_shapes(self._session)) // 2
+        self._n_layers = len({name.rpartition(".")[0] for name in cache_shapes(self._session)})
 
     @property
     def runtime(self) -> str:

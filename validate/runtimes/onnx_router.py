@@ -18,7 +18,9 @@ from compressors.model.predictions.routing_record import selection_margins
 __all__ = ["MoeNode", "TokenRouting", "moe_nodes", "router_graph"]
 
 _MOE_OPERATORS = ("MoE", "QMoE")
-_MIXING_OPERATORS = ("GroupQueryAttention", "MultiHeadAttention", "Attention", "LinearAttention", "GatedDeltaNet")
+_ATTENDING_OPERATORS = ("GroupQueryAttention", "MultiHeadAttention", "Attention")
+_STATE_OPERATORS = ("LinearAttention", "GatedDeltaNet")  # a layer with one may have a convolution too
+_CONVOLUTION = "CausalConvWithState"
 _ROUTER_INPUT = 1  # position of the router logits among the operators' inputs
 _MIXING_INPUT = 14  # QMoE's input with the gate weights of all experts, if it does not compute them itself
 
@@ -89,11 +91,11 @@ class TokenRouting:
 def moe_nodes(graph: onnx.GraphProto) -> Iterator[MoeNode]:
     """The MoE operators of a graph.
 
-    Nodes are in the order in which they run: a layer's experts come after its attention, or its state.
+    Nodes are in the order in which they run: a layer's experts come after its attention, its state or its convolution.
     """
-    layer, links = -1, _Links(graph)
+    layer, links, mixing = -1, _Links(graph), _mixing_operators(graph)
     for node in graph.node:
-        if node.op_type in _MIXING_OPERATORS:
+        if node.op_type in mixing:
             layer += 1
         elif node.op_type in _MOE_OPERATORS:
             attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
@@ -105,6 +107,12 @@ def moe_nodes(graph: onnx.GraphProto) -> Iterator[MoeNode]:
             factor, number = links.factor_of(node.output[0])
             scores = links.scores_behind(logits)
             yield MoeNode(layer, states, logits, scores, factor, number, attributes.get("k", 1), normalizes)
+
+
+def _mixing_operators(graph: onnx.GraphProto) -> tuple[str, ...]:
+    """The operators of which each layer has one."""
+    has_states = any(node.op_type in _STATE_OPERATORS for node in graph.node)
+    return (*_ATTENDING_OPERATORS, *(_STATE_OPERATORS if has_states else (_CONVOLUTION,)))
 
 
 class _Links:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent
+from compressors.model.description.mixers import GatedDelta, GroupedQuery, Latent, ShortConvolution
 
 __all__ = ["Attention", "CacheHeads", "cache_heads", "state_shapes"]
 
@@ -37,9 +37,12 @@ def cache_heads(mixer: Attention) -> CacheHeads:
     return CacheHeads(mixer.n_kv_heads, mixer.head_dim)
 
 
-def state_shapes(mixer: GatedDelta) -> tuple[tuple[int, int], tuple[int, int, int]]:
-    """The sizes of both states of a text: the convolution's last inputs by channel, and a matrix for each value head.
+def state_shapes(mixer: GatedDelta | ShortConvolution) -> tuple[tuple[int, ...], ...]:
+    """The sizes of the states of a text: the convolution's last inputs by channel, and a matrix for each value head.
 
-    They are those that onnxruntime-genai expects.
+    They are those that onnxruntime-genai expects. A short convolution has no other state than its last inputs.
     """
-    return (mixer.channels, mixer.kernel - 1), (mixer.n_value_heads, mixer.key_dim, mixer.value_dim)
+    convolution = (mixer.channels, mixer.kernel - 1)
+    if isinstance(mixer, ShortConvolution):
+        return (convolution,)
+    return convolution, (mixer.n_value_heads, mixer.key_dim, mixer.value_dim)

@@ -167,13 +167,12 @@ def _kernel(spec: ModelSpec) -> int | None:
 
 
 def _settings(spec: ModelSpec) -> ConfigValues:
-    mixer, routed = parts.grouped_query(spec), parts.routed(spec)
+    """The settings, except those of a kind of layer that the model lacks."""
+    routed = parts.routed(spec)
     found: dict[str, Any] = {
         "num_hidden_layers": spec.n_layers,
         "hidden_size": spec.hidden_size,
         "layer_types": [_CONVOLVING if layer.mixer.is_recurrent else _ATTENDING for layer in spec.layers],
-        "num_attention_heads": mixer.n_heads,
-        "num_key_value_heads": mixer.n_kv_heads,
         "num_dense_layers": parts.n_dense(spec),
         "num_experts": routed.n_experts,
         "num_experts_per_tok": routed.top_k,
@@ -184,9 +183,16 @@ def _settings(spec: ModelSpec) -> ConfigValues:
         "vocab_size": spec.vocab_size,
         "norm_eps": spec.rms_norm_eps,
     }
-    if (kernel := _kernel(spec)) is not None:
-        found["conv_L_cache"] = kernel
+    for mixer in dict.fromkeys(layer.mixer for layer in spec.layers):
+        found |= _mixer_settings(mixer)
     return found | written_config.dense_width(spec)
+
+
+def _mixer_settings(mixer: Mixer) -> dict[str, Any]:
+    if isinstance(mixer, ShortConvolution):
+        return {"conv_L_cache": mixer.kernel}
+    assert isinstance(mixer, GroupedQuery)
+    return {"num_attention_heads": mixer.n_heads, "num_key_value_heads": mixer.n_kv_heads}
 
 
 def _edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:

@@ -29,7 +29,7 @@ _PAST, _PRESENT = "past_key_values", "present"
 CACHED = ("key", "value")
 """The two caches of a layer that attends."""
 STATES = ("conv_state", "recurrent_state")
-"""The two caches of a recurrent layer: the convolution's last inputs, and the state."""
+"""The caches of a recurrent layer: the convolution's last inputs, and the state, which some mixers lack."""
 
 EMBEDDING_FACTOR, RESIDUAL_FACTOR, HEAD_FACTOR = "embedding.factor", "residual.factor", "head.factor"
 """The constants by which the model multiplies; of several values, the later ones have a number behind the name."""

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from compressors.model.config.special_tokens import SpecialTokens, configured_tokens, special_tokens
+from compressors.model.description.mixers import ShortConvolution
 from compressors.model.description.onnx_cache import Attention, cache_heads
 from compressors.model.description.rope import RopeKind
 from compressors.model.description.spec import ModelSpec
 from compressors.model.files.json_file import read_json
-from compressors.model.files.onnx_names import CACHED, cache_input, cache_output
+from compressors.model.files.onnx_names import CACHED, STATES, cache_input, cache_output
 from compressors.model.sources.student import Student
 from exporter.writing.files import write_atomically
 from exporter.writing.onnx.layout import MODEL_FILE
@@ -99,7 +100,7 @@ def _genai_config(spec: ModelSpec, special: SpecialTokens, max_length: int) -> d
     key, value = CACHED
     return {
         "model": {
-            "type": _WITH_STATES if any(layer.mixer.is_recurrent for layer in spec.layers) else "decoder",
+            "type": _type(spec),
             "vocab_size": spec.vocab_size,
             "context_length": spec.context_length,
             **_described(special),
@@ -117,12 +118,15 @@ def _genai_config(spec: ModelSpec, special: SpecialTokens, max_length: int) -> d
                     "position_ids": "position_ids",
                     "past_key_names": cache_input("%d", key),
                     "past_value_names": cache_input("%d", value),
+                    **_of_convolutions(spec, {"past_conv_names": cache_input("%d", STATES[0])}),
                 },
                 "outputs": {
                     "logits": "logits",
                     "present_key_names": cache_output("%d", key),
                     "present_value_names": cache_output("%d", value),
+                    **_of_convolutions(spec, {"present_conv_names": cache_output("%d", STATES[0])}),
                 },
+                **_of_convolutions(spec, {"layer_types": _kinds_of_caches(spec)}),
             },
         },
         "search": {
@@ -134,7 +138,25 @@ def _genai_config(spec: ModelSpec, special: SpecialTokens, max_length: int) -> d
     }
 
 
-_WITH_STATES = "qwen3_5_moe_text"
+def _type(spec: ModelSpec) -> str:
+    """The type of decoder, which decides the caches that it can keep."""
+    if _has_short_convolutions(spec):
+        return "lfm2"
+    return "qwen3_5_moe_text" if any(layer.mixer.is_recurrent for layer in spec.layers) else "decoder"
+
+
+def _has_short_convolutions(spec: ModelSpec) -> bool:
+    return any(isinstance(layer.mixer, ShortConvolution) for layer in spec.layers)
+
+
+def _of_convolutions(spec: ModelSpec, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that only models with short convolutions have (``src/models/cache/conv_kv_cache.cpp``)."""
+    return settings if _has_short_convolutions(spec) else {}
+
+
+def _kinds_of_caches(spec: ModelSpec) -> list[str]:
+    """Any other name than the first one stands for a layer that keeps its convolution's last inputs."""
+    return ["conv" if layer.mixer.is_recurrent else "full_attention" for layer in spec.layers]
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

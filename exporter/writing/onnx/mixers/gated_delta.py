@@ -1,12 +1,10 @@
 """A gated delta rule by the operator LinearAttention; its cache is a state and the convolution's last inputs.
 
 The operator takes one token after the other, in compiled code: 300 tokens of a layer of Qwen3-Next take a twentieth of
-a second on one core, and eight times as long by a Scan. The convolution's operator is slower than Conv for a prompt,
-where products with matrices take most of the time, and four times faster in a step.
+a second on one core, and eight times as long by a Scan.
 
-Padding is kept out of the states: it enters the convolution as zeros, it fades nothing and corrects nothing, and the
-inputs that are kept are the last ones of a row's tokens. Both states are read before new ones are written, because
-onnxruntime-genai gives one buffer as input and output.
+Padding is kept out of the states: it enters the convolution as zeros, it fades nothing and corrects nothing. The state
+is read before a new one is written, because onnxruntime-genai gives one buffer as input and output.
 """
 
 from __future__ import annotations
@@ -19,13 +17,13 @@ from compressors.model.description.onnx_cache import state_shapes
 from compressors.model.description.roles import Role
 from compressors.model.files.onnx_names import JOINED, STATES, cache_input, cache_output
 from exporter.writing.onnx.builder import MICROSOFT, GraphBuilder
+from exporter.writing.onnx.mixers.convolution import convolved
 from exporter.writing.onnx.padding import AttentionMask, RecurrentTokens
 from exporter.writing.onnx.weights import LayerNodes
 
 __all__ = ["GatedDeltaNodes"]
 
 _FLOAT = onnx.TensorProto.FLOAT
-_CHANNELS_LAST = (0, 2, 1)
 
 
 class GatedDeltaNodes:
@@ -41,11 +39,13 @@ class GatedDeltaNodes:
         past_inputs, past_state = self._past(layer)
         kept = graph.node("Mul", [normed, tokens.kept], f"{prefix}delta.input")
         inputs, gate = self._inputs(layer, kept)
-        convolved = self._convolved(layer, inputs, past_inputs, tokens)
+        outputs = convolved(
+            layer, inputs, past_inputs, tokens, name="delta", kernel=self._mixer.kernel, activation="silu"
+        )
         decay, strength = self._decay_and_strength(layer, kept, tokens)
         recalled = graph.node(
             "LinearAttention",
-            [*self._heads(layer, convolved), past_state, decay, strength],
+            [*self._heads(layer, outputs), past_state, decay, strength],
             [f"{prefix}delta.recalled", cache_output(layer.index, STATES[1])],
             domain=MICROSOFT,
             q_num_heads=self._mixer.n_key_heads,
@@ -88,28 +88,6 @@ class GatedDeltaNodes:
     def _side_by_side(self, layer: LayerNodes, heads: str) -> str:
         together = layer.graph.constant("shape.side_by_side", [0, 0, -1])
         return layer.graph.node("Reshape", [heads, together], f"{heads}.side_by_side")
-
-    def _convolved(self, layer: LayerNodes, inputs: str, past: str, tokens: RecurrentTokens) -> str:
-        """Adds the convolution, and the inputs that it keeps for the next token."""
-        graph, prefix, kernel = layer.graph, f"{layer.prefix}delta.", self._mixer.kernel
-        before = graph.node("Transpose", [past], f"{prefix}inputs.past", perm=_CHANNELS_LAST)
-        outputs = [f"{prefix}convolved", f"{prefix}convolved.unused"]
-        weight = layer.vector(Role.CONVOLUTION)
-        assert weight is not None
-        graph.node(
-            "CausalConvWithState",
-            [inputs, weight, "", before],
-            outputs,
-            domain=MICROSOFT,
-            activation="silu",
-            channels_last=1,
-        )
-        seen = graph.node("Concat", [before, inputs], f"{prefix}inputs.seen", axis=1)
-        numbers = graph.constant(f"convolution.last_{kernel - 1}", np.arange(kernel - 1)[:, None])
-        places = graph.node("Add", [tokens.end, numbers], f"{prefix}inputs.places")
-        last = graph.node("GatherND", [seen, places], f"{prefix}inputs.last", batch_dims=1)
-        graph.node("Transpose", [last], cache_output(layer.index, STATES[0]), perm=_CHANNELS_LAST)
-        return outputs[0]
 
     def _heads(self, layer: LayerNodes, convolved: str) -> tuple[str, str, str]:
         """Queries of length 1, keys of length 1 for each value head, and values, side by side."""

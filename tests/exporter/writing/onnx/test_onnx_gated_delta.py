@@ -1,4 +1,4 @@
-"""Quantized files of models with gated delta rules: their numbers, what the runtime makes of them, and its memory."""
+"""Quantized files of models with gated delta rules or short convolutions: their numbers, what the runtime makes of them, and its memory."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ _IN_BLOCKS = {
 """Sizes whose rows all divide into blocks of 32."""
 
 
-@pytest.fixture(scope="module", params=["qwen3_5_moe_text", "qwen3_next"])
+@pytest.fixture(scope="module", params=["lfm2_moe", "qwen3_5_moe_text", "qwen3_next"])
 def student(request: pytest.FixtureRequest, fine_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Student:
-    """A small random model of either spelling of the inputs."""
+    """A small random model; of the gated delta rule in either spelling of the inputs."""
     path = tmp_path_factory.mktemp("delta") / "delta"
     write_model(request.param, ROWS[request.param], path, fine_folder, **_IN_BLOCKS)
     return Student.teacher(Checkpoint(path))
