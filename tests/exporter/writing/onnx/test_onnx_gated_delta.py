@@ -1,4 +1,4 @@
-"""Quantized files of models with gated delta rules or short convolutions: their numbers, what the runtime makes of them, and its memory."""
+"""Quantized files of models with gated delta rules or short convolutions: numbers, results, and memory."""
 
 from __future__ import annotations
 
