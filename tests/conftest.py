@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from compressors.model import quiet_libraries as quiet_libraries  # before a test imports a runtime
@@ -111,65 +110,3 @@ def _cut_layers(tmp_path: Path, n_layers: int = 2, model: str = "fine") -> Path:
                     tensors[name] = reader.get_tensor(name)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
-
-
-@pytest.fixture(scope="session")
-def to_fp8() -> Callable[..., Path]:
-    """Makes a checkpoint's projections float8: ``to_fp8(folder, new, dequantized, block=(128, 128))``; returns ``new``.
-
-    Every block of 128 x 128 values of a projection gets a scale, as the FP8 repositories on the hub have them. Into
-    ``dequantized``, where given, goes the same model in bfloat16: each value times the scale of its block.
-    """
-    return _to_fp8
-
-
-def _to_fp8(
-    folder: Path,
-    new: Path,
-    dequantized: Path | None = None,
-    block: tuple[int, int] = (128, 128),
-    scale_dtype: torch.dtype = torch.float32,
-) -> Path:
-    stored: dict[str, torch.Tensor] = {}
-    plain: dict[str, torch.Tensor] = {}
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        if "_proj" in name:
-            stored[name], scales = _blocks_in_fp8(tensor.float(), block, scale_dtype)
-            stored[f"{name}_scale_inv"] = scales
-            by_row = scales.float().repeat_interleave(block[0], dim=-2)[..., : tensor.shape[-2], :]
-            by_value = by_row.repeat_interleave(block[1], dim=-1)[..., : tensor.shape[-1]]
-            plain[name] = (stored[name].float() * by_value).bfloat16()
-        else:
-            stored[name] = plain[name] = tensor
-    for target, tensors in ((new, stored), (dequantized, plain)):
-        if target is not None:
-            shutil.copytree(folder, target)
-            save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "activation_scheme": "dynamic",
-        "weight_block_size": list(block),
-        "modules_to_not_convert": ["lm_head"],
-    }
-    (new / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-    return new
-
-
-def _blocks_in_fp8(
-    tensor: torch.Tensor, block: tuple[int, int], scale_dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """float8 values of a tensor [..., rows, columns], and the scale of each block."""
-    n_rows, n_columns = (-(-size // width) for size, width in zip(tensor.shape[-2:], block, strict=True))
-    scales = torch.empty(*tensor.shape[:-2], n_rows, n_columns, dtype=scale_dtype)
-    values = torch.empty_like(tensor, dtype=torch.float8_e4m3fn)
-    for row in range(n_rows):
-        for column in range(n_columns):
-            rows = slice(row * block[0], (row + 1) * block[0])
-            columns = slice(column * block[1], (column + 1) * block[1])
-            part = tensor[..., rows, columns]
-            scale = (part.abs().amax(dim=(-2, -1)) / 448).to(scale_dtype)
-            scales[..., row, column] = scale
-            values[..., rows, columns] = (part / scale.float()[..., None, None]).to(torch.float8_e4m3fn)
-    return values, scales

@@ -37,7 +37,8 @@ _ALL_MODELS_HAVE = frozenset(
         # settings of transformers that its tokenizers, its generation and ONNX Runtime's clients know too
         *("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size", "hidden_size", "max_position_embeddings"),
         *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "model_type"),
-        *("tie_word_embeddings", "quantization_config", "layer_types", "sliding_window", "num_experts_per_tok"),
+        *("tie_word_embeddings", "quantization_config", "compression_config", "layer_types", "sliding_window"),
+        *("num_experts_per_tok",),
         *("use_sliding_window", "rope_parameters", "rope_scaling", "rope_theta", "rope_type", "attention_factor"),
         *("full_attention", "sliding_attention", "original_max_position_embeddings", "beta_fast", "beta_slow"),
         # keys of GGUF files of every architecture, by which files of other people are read

@@ -23,6 +23,7 @@ _NANOSECONDS: Mapping[str, float] = {
     "Q4_1": 0.114,
     "Q4_0": 0.108,
     "IQ4_NL": 0.109,
+    "MXFP4": 0.113,  # not measured in a model: its dot product takes 1.03 times as long as IQ4_NL's
     "IQ4_XS": 0.104,
     "Q3_K": 0.089,
     "IQ3_S": 0.165,

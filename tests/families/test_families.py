@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 from compressors.model.config.config_check import check_against_transformers
 from compressors.model.description.roles import Role
@@ -29,6 +29,7 @@ from exporter.inspection import describe
 from exporter.writing.gguf.writer import write_gguf
 from exporter.writing.hf_checkpoint import write_checkpoint
 from tests.families.conftest import logits_of
+from tests.float8_checkpoints import SCHEMES, Scheme, all_tensors, blocks, write_float8
 from validate.files.gguf_settings import gguf_setting_symptoms
 from validate.files.weight_comparison import compare_weights
 from validate.routing.agreement import routing_agreement
@@ -221,3 +222,27 @@ def _in_llama_cpp(path: Path, student: Student, blocks_BT: torch.Tensor, expecte
     found_BSV = torch.from_numpy(np.stack([logits for logits, _ in outputs]))
     assert (found_BSV - wanted_BSV).abs().max() < 1e-3 * wanted_BSV.std()
     return [routing for _, routing in outputs if routing is not None]
+
+
+@pytest.mark.parametrize("scheme", [blocks((48, 40)), SCHEMES["compressed-tensors, rows"]], ids=["blocks", "rows"])
+def test_a_float8_checkpoint_is_the_dequantized_one(folder: Path, tmp_path: Path, scheme: Scheme) -> None:
+    """In every projection, also of sizes that are no multiples of the block."""
+    write_float8(folder, tmp_path / "fp8", tmp_path / "plain", scheme)
+    found, wanted = Checkpoint(tmp_path / "fp8"), Checkpoint(tmp_path / "plain")
+    assert (found.spec, found.n_bytes, found.dtype) == (wanted.spec, wanted.n_bytes, wanted.dtype)
+    assert found.stored_as is not None
+    tensors = all_tensors(found)
+    assert all(torch.equal(tensors[place], tensor) for place, tensor in all_tensors(wanted).items())
+
+
+def test_transformers_dequantizes_to_the_same_numbers(folder: Path, tmp_path: Path) -> None:
+    if any(
+        layer.routed and layer.tensor(Role.EXPERT_DOWN).fused.is_only_form for layer in Checkpoint(folder).spec.layers
+    ):
+        pytest.skip("transformers reads no experts in float8 that the hub has in one tensor")
+    write_float8(folder, tmp_path / "fp8", tmp_path / "plain", blocks((16, 16)))
+    settings = FineGrainedFP8Config(dequantize=True)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "fp8", quantization_config=settings, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32).state_dict()
+    assert theirs.state_dict().keys() == plain.keys()
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in theirs.state_dict().items())

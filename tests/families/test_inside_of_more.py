@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from compressors.model.config.config_check import check_against_transformers
 from compressors.model.config.reading import read_spec
-from compressors.model.errors import UnsupportedError
+from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.running.streaming import StreamedModel
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, LayerMap, Student
 from exporter.writing.hf_checkpoint import write_checkpoint
 from tests.families.checkpoints import write_inside_of_more
 from tests.families.conftest import logits_of
+from tests.float8_checkpoints import all_tensors, blocks, write_float8
 
 
 @pytest.fixture(scope="module", params=["qwen3_5_moe_text"])
@@ -50,6 +53,36 @@ def test_it_is_read_as_the_language_model_alone(folder: Path, whole: Path) -> No
         else:
             assert layer is not None
             assert torch.equal(inside.expert(tensor.role, layer, 5), alone.expert(tensor.role, layer, 5))
+
+
+def test_a_release_in_float8(folder: Path, whole: Path, tmp_path: Path) -> None:
+    """It has an own tensor for each expert; the dtype of the weights is a setting of the language model inside."""
+    scheme = blocks((48, 40), torch.bfloat16, modules_to_not_convert=["lm_head", "model.visual.merger"])
+    write_float8(folder, tmp_path / "alone", tmp_path / "plain", scheme)
+    inside = Path(shutil.copytree(whole, tmp_path / "inside"))
+    config = json.loads((whole / "config.json").read_text())
+    assert "dtype" not in config and config["text_config"]["dtype"] == "float32"
+    (inside / "config.json").write_text(json.dumps({**config, "quantization_config": scheme.settings}))
+    tensors = load_file(tmp_path / "alone" / "model.safetensors")
+    renamed = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in tensors.items()}
+    save_file(renamed, inside / "model.safetensors", metadata={"format": "pt"})
+    found, wanted = Checkpoint(inside), Checkpoint(tmp_path / "plain")
+    assert (found.n_bytes, found.dtype, found.stored_as) == (wanted.n_bytes, torch.float32, "FP8, block 48x40")
+    of_release = all_tensors(found)
+    assert all(torch.equal(of_release[place], tensor) for place, tensor in all_tensors(wanted).items())
+    write_checkpoint(Student.teacher(found), tmp_path / "student")
+    assert "quantization_config" not in json.loads((tmp_path / "student" / "config.json").read_text())
+
+
+def test_a_release_in_float8_with_a_tensor_missing_is_not_called_unquantized(
+    folder: Path, whole: Path, tmp_path: Path
+) -> None:
+    inside = write_float8(whole, tmp_path / "inside")
+    tensors = load_file(inside / "model.safetensors")
+    del tensors["model.language_model.layers.1.mlp.experts.down_proj_scale_inv"]
+    save_file(tensors, inside / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"experts\.down_proj is float8, but its scales, .*, are in none"):
+        Checkpoint(inside)
 
 
 @torch.no_grad()

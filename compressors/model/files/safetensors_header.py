@@ -31,6 +31,7 @@ DTYPES: Mapping[str, str] = {
     "F16": "float16",
     "BF16": "bfloat16",
     "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "float8_e8m0fnu",
     "I64": "int64",
     "I32": "int32",
     "U8": "uint8",

@@ -17,6 +17,7 @@ from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
 from compressors.model.files.gguf.mxfp4 import dequantize_mxfp4, ggml_mxfp4_rows
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, Student
+from compressors.quantize import quantize_rows
 from tests.mxfp4_checkpoints import edit_tensors, random_codes, values_of, write_both
 
 _ROLES = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
@@ -54,6 +55,15 @@ def test_ggml_reads_the_same_numbers() -> None:
     rows_RY = ggml_mxfp4_rows(blocks, scales)
     found = torch.from_numpy(dequantize_rows(rows_RY.numpy(), GGMLQuantizationType.MXFP4, 96))
     assert torch.equal(found.double(), values_of(codes, scales))
+
+
+def test_ggml_s_kernel_finds_the_numbers_again() -> None:
+    """It chooses other scales and zeros, and no other values: rows of narrower experts lose nothing either."""
+    codes, scales = random_codes((64, 96), seed=2)
+    codes[:32] &= 0b1011  # blocks without the largest magnitudes
+    values = values_of(codes, scales).float()
+    stored = quantize_rows(values, GGMLQuantizationType.MXFP4, None, name="x")
+    assert torch.equal(torch.from_numpy(dequantize_rows(stored, GGMLQuantizationType.MXFP4, 96)), values)
 
 
 def test_a_checkpoint_is_the_one_in_bfloat16(both: tuple[Path, Path]) -> None:

@@ -13,17 +13,18 @@ import yaml
 from safetensors.torch import load_file
 
 from exporter.inspection import describe
+from tests.float8_checkpoints import write_float8
 
 Run = Callable[[Sequence[str]], subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def models(toy_model: Path, to_fp8: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def models(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The toy in float8 and, dequantized, in bfloat16; both folders have one name, which files repeat."""
     folder = tmp_path_factory.mktemp("models")
     for kind in ("fp8", "plain"):
         (folder / kind).mkdir()
-    to_fp8(toy_model, folder / "fp8" / "model", folder / "plain" / "model")
+    write_float8(toy_model, folder / "fp8" / "model", folder / "plain" / "model")
     return [folder / kind / "model" for kind in ("fp8", "plain")]
 
 

@@ -17,6 +17,7 @@ from compressors.model.sources.opening import open_source
 from compressors.model.sources.student import Student
 from exporter.writing.gguf.writer import write_gguf
 from exporter.writing.onnx.writer import write_onnx
+from tests.float8_checkpoints import write_float8
 from validate.runtimes.backend import scored_positions
 from validate.runtimes.llama_cpp import LlamaCppBackend
 from validate.runtimes.onnx import OnnxRuntimeBackend
@@ -58,13 +59,12 @@ def _twice(folder: Path) -> None:
 def folder(
     request: pytest.FixtureRequest,
     toy_checkpoint: Callable[..., Path],
-    to_fp8: Callable[..., Path],
     tmp_path: Path,
 ) -> Path:
     """One layer of the Qwen3-MoE, stored in each of these ways."""
     toy = toy_checkpoint(tmp_path, n_layers=1)
     if request.param == "float8":
-        return to_fp8(toy, tmp_path / "fp8")
+        return write_float8(toy, tmp_path / "fp8")
     {"mixed": _mixed, "without prefix": _without_prefix, "twice": _twice}[request.param](toy)
     return toy
 

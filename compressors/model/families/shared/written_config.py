@@ -152,7 +152,7 @@ def dense_edited(spec: ModelSpec, config: ConfigValues) -> dict[str, Any]:
 
 def _edited(spec: ModelSpec, config: ConfigValues, absent: Iterable[str | None]) -> dict[str, Any]:
     """The settings without the dropped ones, and with the number of layers."""
-    gone = {*absent, "quantization_config"}
+    gone = {*absent, "quantization_config", "compression_config"}
     edited = {key: value for key, value in config.items() if key not in gone}
     if edited.get("layer_types") is not None:
         edited["layer_types"] = edited["layer_types"][: spec.n_layers]

@@ -23,18 +23,13 @@ from compressors.model.files.json_file import read_json
 from compressors.model.files.safetensors_header import TensorHeader
 from compressors.model.files.weight_file import WeightFile
 from compressors.model.names import shown
-from compressors.model.sources.hugging_face.accounting import parts_read_past, unclaimed
-from compressors.model.sources.hugging_face.block_scaled import (
-    FLOAT8,
-    GIVE_THE_ORIGINAL,
-    BlockScaled,
-    read_block_scaled,
-    read_mxfp4_dtype,
-)
+from compressors.model.sources.hugging_face.accounting import is_scale_of_activations, parts_read_past, unclaimed
+from compressors.model.sources.hugging_face.float8 import FLOAT8, GIVE_THE_ORIGINAL, Float8, scales_of
 from compressors.model.sources.hugging_face.foreign_folder import check_folder
 from compressors.model.sources.hugging_face.fused_experts import FusedExperts, Mxfp4Experts
 from compressors.model.sources.hugging_face.misfits import is_classifier, likely_cause, with_prefix
 from compressors.model.sources.hugging_face.output_head import is_own_head
+from compressors.model.sources.hugging_face.quantized_config import read_float8, read_mxfp4_dtype
 from compressors.model.sources.hugging_face.unknown_family import refuse_unknown_family
 from compressors.model.sources.hugging_face.weight_folder import INDEX, SINGLE, find_weights
 
@@ -51,7 +46,7 @@ class Checkpoint:
     Opening reads only headers (and, where a head stands beside a tied embedding, these two), and checks that every
     tensor the family needs is there with the shape that ``config.json`` implies. Both layouts are read: one tensor per
     expert, and all experts of a layer fused. Names without ``model.``, from a model saved without its head, are read
-    too. Float8 with a scale per block, and experts in MXFP4, are read as the dtype that ``config.json`` names.
+    too. Float8 with scales, and experts in MXFP4, are read as the dtype that ``config.json`` names.
 
     Raises:
         InputError: a file is missing, truncated or not safetensors; a tensor is missing or of the wrong shape or dtype.
@@ -63,7 +58,7 @@ class Checkpoint:
         self.path = folder
         check_folder(folder)
         refuse_unknown_family(folder)
-        self.block_scaled: BlockScaled | None = read_block_scaled(folder)
+        self.float8: Float8 | None = read_float8(folder)
         self.spec: ModelSpec = read_spec(folder)
         self.config: Mapping[str, Any] = read_json(self.config_path)
         self._mxfp4_dtype = read_mxfp4_dtype(folder, self.spec)
@@ -96,8 +91,8 @@ class Checkpoint:
     @property
     def stored_as(self) -> str | None:
         """The format of the files' quantized weights; None: they hold none."""
-        if self.block_scaled is not None:
-            return str(self.block_scaled)
+        if self.float8 is not None:
+            return self.float8.describe(self.headers)
         has_codes = self._mxfp4_dtype is not None and any(name.endswith(MXFP4_SUFFIXES) for name in self.headers)
         return "experts in MXFP4" if has_codes else None
 
@@ -116,7 +111,9 @@ class Checkpoint:
     @property
     def n_bytes(self) -> int:
         """Size in bytes of all weights in storage dtype."""
-        scales = {BlockScaled.scales_of(name) for name, header in self.headers.items() if header.format == FLOAT8}
+        scales = {scales_of(name, self.headers) for name, header in self.headers.items() if header.format == FLOAT8}
+        if self.float8 is not None:
+            scales |= {name for name in self.headers if is_scale_of_activations(name)}
         as_they_are = sum(
             math.prod(header.shape) * self._dtype(name).itemsize if header.format == FLOAT8 else header.n_bytes
             for name, header in self.headers.items()
@@ -132,7 +129,8 @@ class Checkpoint:
     @property
     def parts_read_past(self) -> Mapping[str, int]:
         """Parts of the files that are no part of the model, in words, each with its number of tensors."""
-        return parts_read_past(self.headers, {name for name, _ in self.expected_shapes()}, self.spec)
+        claimed = {name for name, _ in self.expected_shapes()}
+        return parts_read_past(self.headers, claimed, self.spec, is_float8=self.float8 is not None)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -234,17 +232,18 @@ class Checkpoint:
         for name, expected in self.expected_shapes():
             problem = self._problem(name, expected)
             if problem is not None:
-                cause = likely_cause(self.path, config, self.headers, name)
+                cause = self._likely_cause(config, name)
                 raise InputError(problem if cause is None else f"{self.path}: {cause}")
             self._check_scales(name)
         self._refuse_unclaimed(config, {name for name, _ in self.expected_shapes()})
 
     def _refuse_unclaimed(self, config: Mapping[str, Any], claimed: Collection[str]) -> None:
         """Refuses the first tensor that the description does not know."""
-        name = next(unclaimed(self.headers, claimed, self.spec), None)
+        names = unclaimed(self.headers, claimed, self.spec, is_float8=self.float8 is not None)
+        name = next(names, None)
         if name is None:
             return
-        cause = likely_cause(self.path, config, self.headers, name)
+        cause = self._likely_cause(config, name)
         if cause is not None:
             raise InputError(f"{self.path}: {cause}")
         raise UnsupportedError(
@@ -252,6 +251,10 @@ class Checkpoint:
             "this config.json; without it another model would be read. Give the config.json that the weights were "
             "saved with, or the original checkpoint"
         )
+
+    def _likely_cause(self, config: Mapping[str, Any], name: str) -> str | None:
+        is_quantized = self.float8 is not None or self._mxfp4_dtype is not None
+        return likely_cause(self.path, config, self.headers, name, is_quantized=is_quantized)
 
     def _problem(self, name: str, expected: tuple[int, ...]) -> str | None:
         """Says what is wrong with a tensor that the family needs; None if nothing is."""
@@ -267,10 +270,10 @@ class Checkpoint:
         if self._mxfp4_dtype is not None and name.endswith(MXFP4_SUFFIXES):
             is_right = header.format == _CODES
             return None if is_right else f"{has_dtype}; codes and scales of MXFP4 are {_CODES}"
-        if header.format == FLOAT8 and self.block_scaled is None:
+        if header.format == FLOAT8 and self.float8 is None:
             return f"{has_dtype}, but config.json has no quantization_config; without, only {_READ} are read"
         if header.format not in (*_FORMATS, FLOAT8):
-            return f"{has_dtype}; only {_READ}, and {FLOAT8} with scales of blocks, are read: {GIVE_THE_ORIGINAL}"
+            return f"{has_dtype}; only {_READ}, and {FLOAT8} with scales, are read: {GIVE_THE_ORIGINAL}"
         return None
 
     def _where_to_look(self, name: str) -> str:
@@ -283,14 +286,18 @@ class Checkpoint:
         return "download them again"
 
     def _check_scales(self, name: str) -> None:
-        header, scales = self.headers[name], self.headers.get(BlockScaled.scales_of(name))
-        if header.format == FLOAT8 and self.block_scaled is not None:
-            self.block_scaled.check(header, scales)
+        header, scales = self.headers[name], self._scales(name)
+        if header.format == FLOAT8 and self.float8 is not None:
+            self.float8.check(header, scales)
         elif scales is not None:
             raise InputError(
                 f"{header.file}: tensor {name} has dtype {header.format}, but scales for float8 "
                 f"({shown(scales.name)}); remove them, or download the files again"
             )
+
+    def _scales(self, name: str) -> TensorHeader | None:
+        scales = scales_of(name, self.headers)
+        return None if scales is None else self.headers[scales]
 
     def _find_notes(self) -> Iterator[str]:
         if self._weights.beside_index:
@@ -317,21 +324,20 @@ class Checkpoint:
 
     def _dtype(self, name: str) -> torch.dtype:
         header = self.headers[name]
-        if header.format == FLOAT8 and self.block_scaled is not None:
-            return self.block_scaled.dtype
+        if header.format == FLOAT8 and self.float8 is not None:
+            return self.float8.dtype
         if header.format == _CODES and self._mxfp4_dtype is not None:
             return self._mxfp4_dtype
         return header.dtype
 
     def _read_into(self, name: str, out: torch.Tensor, first: int) -> None:
-        file, stored = self._located(name)
-        if self.block_scaled is not None and self.headers[name].format == FLOAT8:
-            scales = self._located(BlockScaled.scales_of(name))
-            self.block_scaled.fill(out, first, (file, stored), scales)
+        header, scales = self.headers[name], self._scales(name)
+        if self.float8 is not None and header.format == FLOAT8 and scales is not None:
+            self.float8.fill(out, first, self._located(header), self._located(scales))
         else:
+            file, stored = self._located(header)
             file.read_into(stored, out, first)
 
-    def _located(self, name: str) -> tuple[WeightFile, str]:
+    def _located(self, header: TensorHeader) -> tuple[WeightFile, str]:
         """The file that holds a tensor, and the tensor's name in it."""
-        header = self.headers[name]
         return self._opened[header.file], header.name

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compressors.model.names import shown
-from compressors.model.sources.hugging_face.block_scaled import GIVE_THE_ORIGINAL
+from compressors.model.sources.hugging_face.float8 import GIVE_THE_ORIGINAL
 
 __all__ = ["CLASSIFIER_HEAD", "is_classifier", "likely_cause", "with_prefix"]
 
@@ -53,7 +53,9 @@ def is_classifier(config: Mapping[str, Any], names: Collection[str]) -> str | No
     )
 
 
-def likely_cause(folder: Path, config: Mapping[str, Any], names: Collection[str], missing: str) -> str | None:
+def likely_cause(
+    folder: Path, config: Mapping[str, Any], names: Collection[str], missing: str, *, is_quantized: bool
+) -> str | None:
     """Explains why a tensor is missing or of another kind, and names a next step; None if nothing is known.
 
     Args:
@@ -61,10 +63,11 @@ def likely_cause(folder: Path, config: Mapping[str, Any], names: Collection[str]
         config: its ``config.json``.
         names: the names of its tensors.
         missing: the first tensor that is missing or wrong.
+        is_quantized: True if ``config.json`` says how the weights are quantized.
     """
     note = next((name for name in _NOTES if (folder / name).is_file()), None)
     quantized = next((name for name in names if _QUANTIZED.fullmatch(name)), None)
-    if config.get("quantization_config") is None and (note is not None or quantized is not None):
+    if not is_quantized and (note is not None or quantized is not None):
         sign = note or f"tensor {shown(quantized)}"
         return f"the weights are quantized already ({sign}, though config.json has no quantization_config); " + (
             GIVE_THE_ORIGINAL

@@ -165,5 +165,7 @@ def test_defaults_order_types_as_measuring_does(student: Student, table: TypeTab
         costs = {option.choice: option.order.total for option in unit.options}
         by_measuring = sorted(measured.options, key=lambda option: option.order.total)
         assert sorted(costs, key=costs.__getitem__) == [option.choice for option in by_measuring]
+    exact = default_table(student.spec, plan_gguf_units(student.spec, [_T.MXFP4], quantizers={_T.MXFP4: None}))
+    assert all(unit.option("MXFP4").order.total == 0 for unit in exact.units), "the files hold the weights so"
     limit = sum(_quantized(student, "Q4_0").values())
     assert allocate(default, limit).n_bytes <= limit

@@ -1,9 +1,9 @@
-"""Quantized checkpoints: float8 with a scale per block is read to transformers' numbers, all others are refused."""
+"""Quantized checkpoints: float8 with scales is read to the reference formulas' numbers, all others are refused."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from compressors.model.description.roles import Role
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import Student
+from tests.float8_checkpoints import SCHEMES, Scheme, all_tensors, blocks, compressed_tensors, write_float8
 
 _EXPERT_ROLES = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
+_IN_WORDS = {(None, None): "a scale per matrix", (1, None): "a scale per row"}
 _QUERY = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -28,9 +30,9 @@ def one_layer(tmp_path_factory: pytest.TempPathFactory, toy_checkpoint: Callable
 
 
 @pytest.fixture
-def fp8(one_layer: Path, to_fp8: Callable[..., Path], tmp_path: Path) -> Path:
+def fp8(one_layer: Path, tmp_path: Path) -> Path:
     """The same in float8, to be damaged."""
-    return to_fp8(one_layer, tmp_path / "fp8")
+    return write_float8(one_layer, tmp_path / "fp8")
 
 
 def _edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -44,15 +46,9 @@ def _edit_config(folder: Path, **values: object) -> None:
     (folder / "config.json").write_text(json.dumps(config | values))
 
 
-def _all_tensors(checkpoint: Checkpoint) -> dict[tuple[Role, int | None, int | None], torch.Tensor]:
-    tensors: dict[tuple[Role, int | None, int | None], torch.Tensor] = {}
-    for described, layer in checkpoint.spec.places:
-        role = described.role
-        if described.is_per_expert:
-            tensors |= {(role, 0, e): checkpoint.expert(role, 0, e) for e in range(checkpoint.spec.n_experts)}
-        else:
-            tensors[role, layer, None] = checkpoint.tensor(role, layer)
-    return tensors
+def _changed(**settings: object) -> Mapping[str, Any]:
+    """Settings of compressed-tensors that differ from readable ones in these."""
+    return {**SCHEMES["compressed-tensors, rows"].settings, **settings}
 
 
 def test_weights_are_those_that_transformers_dequantizes(fp8: Path) -> None:
@@ -62,7 +58,7 @@ def test_weights_are_those_that_transformers_dequantizes(fp8: Path) -> None:
     ).state_dict()
     gate_up, down = (theirs[f"model.layers.0.mlp.experts.{name}_proj"] for name in ("gate_up", "down"))
     width = checkpoint.spec.expert_width
-    for (role, layer, expert), tensor in _all_tensors(checkpoint).items():
+    for (role, layer, expert), tensor in all_tensors(checkpoint).items():
         if expert is None:
             name = checkpoint.spec.tensor(role, layer).name.format(layer=layer)
             wanted = theirs["model.embed_tokens.weight" if role is Role.HEAD else name]
@@ -74,30 +70,51 @@ def test_weights_are_those_that_transformers_dequantizes(fp8: Path) -> None:
         assert torch.equal(tensor, wanted), (role, expert)
 
 
-@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("block", [(128, 128), (96, 80), (1, 256), (1000, 1000)])
-def test_the_last_blocks_may_be_smaller(
-    one_layer: Path, to_fp8: Callable[..., Path], tmp_path: Path, block: tuple[int, int], scale_dtype: torch.dtype
-) -> None:
+@pytest.mark.parametrize("name", SCHEMES)
+def test_every_form_is_read_to_the_reference_formula(one_layer: Path, tmp_path: Path, name: str) -> None:
     """Against the same numbers, computed at once; sizes are no multiples of 96, 80 and 1000."""
-    folder = to_fp8(one_layer, tmp_path / "fp8", tmp_path / "plain", block, scale_dtype)
-    found, wanted = _all_tensors(Checkpoint(folder)), _all_tensors(Checkpoint(tmp_path / "plain"))
+    folder = write_float8(one_layer, tmp_path / "fp8", tmp_path / "plain", SCHEMES[name])
+    checkpoint, plain = Checkpoint(folder), Checkpoint(tmp_path / "plain")
+    found, wanted = all_tensors(checkpoint), all_tensors(plain)
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
+    assert (checkpoint.n_bytes, checkpoint.dtype, checkpoint.spec) == (plain.n_bytes, plain.dtype, plain.spec)
+    assert checkpoint.identity() != plain.identity()
+    n_scales = len(SCHEMES[name].of_activations) * sum(key.endswith("_proj.weight") for key in plain.headers)
+    words = "scales with which activations and the cache become float8"
+    assert checkpoint.parts_read_past == ({words: n_scales} if n_scales else {})
+    assert (
+        checkpoint.stored_as
+        == f"FP8, {_IN_WORDS.get(SCHEMES[name].block) or 'block {}x{}'.format(*SCHEMES[name].block)}"
+    )
 
 
-def test_fused_experts_have_blocks_that_span_gate_and_up(
-    one_layer: Path, to_fp8: Callable[..., Path], tmp_path: Path
-) -> None:
-    """Blocks of 96 rows: the second one holds the gate's last 32 rows and the first 64 of up."""
+@pytest.mark.parametrize("scheme", [blocks((96, 80)), SCHEMES["compressed-tensors, rows"], SCHEMES["AutoFP8"]])
+def test_fused_experts_have_the_scales_of_each_expert(one_layer: Path, tmp_path: Path, scheme: Scheme) -> None:
+    """Of the blocks of 96 rows the second one holds the gate's last 32 rows and the first 64 of up."""
     fused = tmp_path / "fused"
     fused.mkdir()
     for file in one_layer.iterdir():
         (fused / file.name).write_bytes(file.read_bytes())
     _edit_tensors(fused, _fuse)
-    folder = to_fp8(fused, tmp_path / "fp8", tmp_path / "plain", (96, 80))
-    found, wanted = _all_tensors(Checkpoint(folder)), _all_tensors(Checkpoint(tmp_path / "plain"))
+    folder = write_float8(fused, tmp_path / "fp8", tmp_path / "plain", scheme)
+    found, wanted = all_tensors(Checkpoint(folder)), all_tensors(Checkpoint(tmp_path / "plain"))
     assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
+
+
+def test_groups_of_modules_may_share_scales_in_different_ways(one_layer: Path, tmp_path: Path) -> None:
+    """llm-compressor's mixed schemes: here attention has a scale per row, and experts have blocks."""
+    rows, of_experts = (SCHEMES[f"compressed-tensors, {name}"] for name in ("rows", "blocks"))
+    folder, plain = tmp_path / "fp8", tmp_path / "plain"
+    write_float8(one_layer, folder, plain, rows, {".mlp.": of_experts})
+    groups = {
+        name: {**scheme.settings["config_groups"]["group_0"], "format": "float-quantized"}
+        for name, scheme in (("attention", rows), ("experts", of_experts))
+    }
+    _edit_config(folder, quantization_config=_changed(format="mixed-precision", config_groups=groups))
+    found, wanted = all_tensors(Checkpoint(folder)), all_tensors(Checkpoint(plain))
+    assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
+    assert Checkpoint(folder).stored_as == "FP8, a scale per row and block 96x80"
 
 
 def _fuse(tensors: dict[str, torch.Tensor]) -> None:
@@ -126,7 +143,7 @@ def test_sizes_and_dtypes_are_those_of_the_weights(fp8: Path, one_layer: Path) -
     assert {student.dtype(role, 0) for role in checkpoint.spec.layers[0].roles if not role.is_expert} == {
         torch.bfloat16
     }
-    assert str(checkpoint.block_scaled) == "FP8, block 128x128"
+    assert checkpoint.stored_as == "FP8, block 128x128"
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("float32", torch.float32), ("float16", torch.float16)])
@@ -143,17 +160,20 @@ def test_the_dtype_is_the_one_that_config_json_names(fp8: Path, name: str, dtype
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda t: t.pop(f"{_QUERY}_scale_inv"), f"{_QUERY} is float8, but its scales {_QUERY}_scale_inv are in none"),
+        (
+            lambda t: t.pop(f"{_QUERY}_scale_inv"),
+            f"{_QUERY} is float8, but its scales, {_QUERY}_scale_inv or {_QUERY}_scale, are in none",
+        ),
         (lambda t: t.update({f"{_QUERY}_scale_inv": torch.ones(1, 7)}), r"its scales .* have \[1, 7\]"),
         (lambda t: t.update({f"{_QUERY}_scale_inv": torch.tensor(1.0)}), r"its scales .* have \[\]"),
         (
             lambda t: t.update({f"{_QUERY}_scale_inv": t[f"{_QUERY}_scale_inv"].to(torch.uint8)}),
-            "_scale_inv holds U8; only scales in F32, BF16, F16",
+            "_scale_inv holds U8; only scales in F32, BF16, F16, F8_E8M0",
         ),
         (lambda t: t.update({_QUERY: t[_QUERY].bfloat16()}), "has dtype BF16, but scales for float8"),
         (
             lambda t: t.update({_QUERY: t[_QUERY].float().to(torch.float8_e5m2)}),
-            "has dtype F8_E5M2; only F32, F16, BF16, and F8_E4M3 with scales of blocks",
+            "has dtype F8_E5M2; only F32, F16, BF16, and F8_E4M3 with scales",
         ),
     ],
 )
@@ -172,17 +192,34 @@ def test_scales_that_do_not_fit_are_named(
         ({"quant_method": "awq"}, "quant_method awq"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quant_method bitsandbytes"),
         ({"load_in_8bit": True}, "quant_method bitsandbytes"),
-        ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "quant_method compressed-tensors"),
+        ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "config_groups None"),
+        (_changed(format="pack-quantized"), r"in format pack-quantized \(packed integers\)"),
+        (_changed(format="int-quantized"), r"in format int-quantized \(integers\)"),
+        (_changed(format="nvfp4-pack-quantized"), r"nvfp4-pack-quantized \(packed 4-bit floats\)"),
+        (_changed(format="new"), "in format new"),
+        (_changed(format=["x"]), r"in format \['x'\]"),
+        (_changed(sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config in format sparse-24-bitmask"),
+        (_changed(transform_config={"config_groups": {}}), "transform_config, whose rotations"),
+        (_changed(config_groups={"FP8": ["Linear"]}), r"config_groups FP8: \['Linear'\]"),
+        (_changed(config_groups={"a": {"weights": None}}), "of which no group has weights"),
+        (compressed_tensors("channel", (1, None), type="int").settings, "with type int"),
+        (compressed_tensors("channel", (1, None), num_bits=4).settings, "with num_bits 4"),
+        (compressed_tensors("channel", (1, None), symmetric=False).settings, "with symmetric False"),
+        (compressed_tensors("tensor_group", (1, 16)).settings, "with strategy tensor_group"),
+        (compressed_tensors("block", (1, 16)).settings, "with block_structure None"),
+        (compressed_tensors("group", (1, 16)).settings, "with group_size None"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "with quant_algo NVFP4"),
         ({"quant_method": "mxfp4"}, "quant_method mxfp4"),
         ({"quant_method": "fbgemm_fp8"}, "quant_method fbgemm_fp8"),
         ({"quant_method": "new\n" * 5000}, r"quant_method new\\n"),
         ({"quant_method": ["gptq"]}, r"quant_method \['gptq'\]"),
         ({}, "names no quant_method"),
         ([], r"quantization_config is \[\]"),
-        ({"quant_method": "fp8", "weight_block_size": None}, "one scale per tensor: weight_block_size is null"),
+        ({"quant_method": "fp8", "expert_dtype": "fp4"}, "with expert_dtype fp4"),
+        ({"quant_method": "fp8", "scale_fmt": "new"}, "with scale_fmt new"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, r"weight_block_size \[128\]"),
         ({"quant_method": "fp8", "weight_block_size": [0, 128]}, r"weight_block_size \[0, 128\]"),
-        ({"quant_method": "fp8", "activation_scheme": "static"}, "activation_scheme static"),
+        ({"quant_method": "fp8", "activation_scheme": "new"}, "activation_scheme new"),
         ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt e5m2"),
     ],
 )
@@ -203,7 +240,8 @@ def test_a_head_in_float8_beside_tied_embeddings(fp8: Path) -> None:
     head = torch.ones(4096, 256).to(torch.float8_e4m3fn)
     _edit_tensors(fp8, lambda tensors: tensors.update({"lm_head.weight": head}))
     with pytest.raises(
-        InputError, match=r"lm_head\.weight is float8, but its scales lm_head\.weight_scale_inv are in none"
+        InputError,
+        match=r"lm_head\.weight is float8, but its scales, lm_head\.weight_scale_inv or .*, are in none",
     ):
         Checkpoint(fp8)
     _edit_tensors(fp8, lambda tensors: tensors.update({"lm_head.weight_scale_inv": torch.full((32, 2), 0.5)}))
