@@ -46,7 +46,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "vocabulary": spec.vocab_size,
         "context": spec.context_length,
         "sliding_window": spec.window,
-        "rope_type": spec.rope.kind.value,
+        "rope_type": ", ".join(dict.fromkeys(rope.kind.value for rope in spec.ropes)),
         "tied_embeddings": spec.tied_embeddings,
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
         "stored_as": checkpoint.stored_as,

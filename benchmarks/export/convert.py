@@ -18,5 +18,6 @@ if __name__ == "__main__":
     text_model.get_vocab_base_pre = lambda self, tokenizer: "qwen2"
     text_model._set_vocab_sentencepiece = text_model._set_vocab_gpt2
     importlib.import_module("conversion.hunyuan").HunYuanMoEModel.set_vocab = text_model._set_vocab_gpt2
+    importlib.import_module("conversion.gemma").Gemma4Model.set_vocab = text_model._set_vocab_gpt2
     sys.argv[0] = f"{sources}/convert_hf_to_gguf.py"
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -54,7 +54,7 @@ _TRAINED = {
     "mixtral": REPOSITORY / "tests/fixtures/coarse",
     "olmoe": REPOSITORY / "tests/fixtures/olmoe",
 }
-_INSIDE_OF_MORE = {"qwen3_5_moe_text": "qwen3_5_moe"}
+_INSIDE_OF_MORE = {"gemma4_text": "gemma4", "qwen3_5_moe_text": "qwen3_5_moe"}
 _NAME = "Tiny Model"
 _N_TOKENS = 4096  # of the bundled tokenizer
 _NAMED_TOKENS = ("[gMASK]", "<|user|>", "<|observation|>", "<unk>", "<|startoftext|>")
@@ -176,8 +176,9 @@ def _checkpoints(folder: Path) -> Iterator[tuple[str, Path]]:
         _name_ends(path)
         yield family, path
         if family in _INSIDE_OF_MORE:
-            write_inside_of_more(path, folder / "inside")
-            yield f"{_INSIDE_OF_MORE[family]}, of more than text", folder / "inside"
+            whole = folder / _INSIDE_OF_MORE[family]
+            write_inside_of_more(path, whole)
+            yield f"{whole.name}, of more than text", whole
     packed, plain = write_both(folder, few)
     yield "gpt_oss in bfloat16", plain
     yield "gpt_oss in MXFP4", packed
@@ -281,6 +282,7 @@ def _section(compared: Sequence[Compared]) -> list[str]:
         f"`convert_hf_to_gguf.py --outtype f32` of llama-cpp-python {version('llama-cpp-python')} with",
         f"{', '.join(_PACKAGES[:3])}: a tensor is equal if its name, shape, type and bytes",
         "are, a key if its type and value are. Tiny random models in the hub's spelling, unless said otherwise.",
+        "Gates and ups of experts may be one tensor of the converter's and two of ours, with the same values.",
         "`tokenizer.ggml.pre` is not compared: the converter finds it by a checksum of a vocabulary that it knows.",
         "",
         "| model | equal tensors | equal keys, of those of both | keys of ours alone | of the converter's alone "

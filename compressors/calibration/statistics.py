@@ -213,11 +213,12 @@ def _watching_cosines(module: nn.Module, layer: LayerSpec, sums: LayerStatistics
     before_moe: list[torch.Tensor] = []
 
     def remember(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        before_moe.append(inputs[0])
+        before_moe.append(inputs[0].flatten(0, -2))
 
     def compare(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         # without a feed-forward nothing is added to what leaves
-        states = (before_moe.pop() if before_moe else output, inputs[0])
+        output = output.flatten(0, -2)
+        states = (before_moe.pop() if before_moe else output, inputs[0].flatten(0, -2))
         output_norms = torch.linalg.vector_norm(output, dim=-1).float()
         sums.n_tokens += output_norms.numel()
         for total, before in zip((sums.moe_cosine_sum, sums.block_cosine_sum), states, strict=True):

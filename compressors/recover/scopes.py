@@ -165,7 +165,7 @@ class Scope:
 
 
 def is_routers(tensor: TensorSpec) -> bool:
-    """True if a tensor is part of the function that gives the routed experts' logits."""
+    """True if a tensor is part of the function that gives the routed experts' logits and weights."""
     return tensor.kind is Kind.ROUTER and tensor.experts_axis is not None
 
 

@@ -197,7 +197,10 @@ class _HeadSums:
             ]
             for part in logits_nV.detach().split(_DRAWN_AT_ONCE):
                 probability = part.softmax(-1)
-                self._uncertainty_V += (probability - probability.square()).sum(0)
+                uncertainty = probability - probability.square()
+                if (cap := self._model.spec.logit_cap) is not None:
+                    uncertainty *= (1 - (part / cap).square()).square()  # logits move less than what is capped
+                self._uncertainty_V += uncertainty.sum(0)
         return functional.cross_entropy(logits_nV, torch.cat(drawn), reduction="sum")
 
     def with_lookup(self, gradient_BTD: torch.Tensor, tokens_BT: torch.Tensor) -> VocabularySensitivities:

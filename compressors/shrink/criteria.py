@@ -77,7 +77,9 @@ CRITERION_NAMES = (*CRITERIA, REMOVAL_ERROR)
 """Every criterion by which experts can be pruned."""
 
 
-def removal_error(block: MoeBlock, inputs_TD: torch.Tensor) -> torch.Tensor:
+def removal_error(
+    block: MoeBlock, inputs_TD: torch.Tensor, router_inputs_TD: torch.Tensor | None = None
+) -> torch.Tensor:
     """Measures how the block's output changes if an expert is gone and its tokens go to their next choice: float64 [E].
 
     For expert e: the sum over T_e of ||y - y_without_e||^2, divided by the sum over all tokens of ||y||^2. For
@@ -88,7 +90,8 @@ def removal_error(block: MoeBlock, inputs_TD: torch.Tensor) -> torch.Tensor:
 
     Args:
         block: the layer's experts and router.
-        inputs_TD: float32, the inputs of router and experts.
+        inputs_TD: float32, the inputs of the experts.
+        router_inputs_TD: float32, those of the router; None: the same.
 
     Raises:
         UnsupportedError: the router chooses groups of experts first, so a token's next choice is not known.
@@ -103,8 +106,10 @@ def removal_error(block: MoeBlock, inputs_TD: torch.Tensor) -> torch.Tensor:
     change_E = torch.zeros(block.n_experts, dtype=torch.float64)
     output_square = torch.zeros((), dtype=torch.float64)
     n_choices = min(block.top_k + 1, block.n_experts)
-    for piece_TD in inputs_TD.split(max(1, _PIECE_BYTES // (4 * n_choices * inputs_TD.shape[1]))):
-        logits_TE = block.logits(piece_TD)
+    of_router_TD = inputs_TD if router_inputs_TD is None else router_inputs_TD
+    n_at_once = max(1, _PIECE_BYTES // (4 * n_choices * inputs_TD.shape[1]))
+    for piece_TD, of_router in zip(inputs_TD.split(n_at_once), of_router_TD.split(n_at_once), strict=True):
+        logits_TE = block.logits(of_router)
         ranked_TR = _ranked(block, logits_TE, n_choices)
         outputs_TRD = _outputs_of_choices(block, piece_TD, ranked_TR)
         gates_TR = functional.pad(block.gates(logits_TE, ranked_TR[:, : block.top_k]), (0, n_choices - block.top_k))

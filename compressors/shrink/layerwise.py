@@ -112,7 +112,7 @@ class LayerwiseCompression:
         read = LayerReader(self._before, n_resident=0, read_ahead=False, check_finite=True).visit(looked_at)
         for index in range(len(self._targets)):
             weights = next(read)[1] if index in looked_at else self._without_values(index)
-            yield self._compress(index, weights, self._teacher_statistics(index), None)[0]
+            yield self._compress(index, weights, self._teacher_statistics(index), _Inputs())[0]
 
     def _run_with_text(self) -> Iterator[CompressedLayer]:
         model = StreamedModel(self._before, limit=self._limit, check_finite=True, device=self._device)
@@ -131,7 +131,7 @@ class LayerwiseCompression:
             yield layer
 
     def _compress(
-        self, index: int, weights: LayerWeights, statistics: LayerStatistics, inputs_TD: torch.Tensor | None
+        self, index: int, weights: LayerWeights, statistics: LayerStatistics, inputs: _Inputs
     ) -> tuple[CompressedLayer, MoeBlock | None]:
         """Applies the methods to a layer; the block is None where there are no routed experts."""
         target, original = self._targets[index], self._before.spec.layers[index]
@@ -139,7 +139,8 @@ class LayerwiseCompression:
             return CompressedLayer(LayerMap(target.source, ()), {}), None
         result = CompressedBlock.unchanged(_block(original, weights))
         for method in target.methods:
-            evidence = Evidence(merged_statistics(statistics, result.groups), inputs_TD)
+            merged = merged_statistics(statistics, result.groups)
+            evidence = Evidence(merged, inputs.of_experts_TD, inputs.of_router_TD)
             result = _then(result, method(result.block, evidence))
         size = MoeSize(result.block.n_experts, result.block.width)
         assert size == target.size, f"layer {target.source} became {size}, not {target.size}"
@@ -169,6 +170,7 @@ class LayerwiseCompression:
             overlay |= {student.name(role, index): values.contiguous() for role, values in _of_router(block).items()}
         if result.changed_experts:
             overlay |= {student.name(role, index): values.to(dtype) for role, values in _expert_biases(block).items()}
+            overlay |= {student.name(role, index): values.contiguous() for role, values in _scales(block).items()}
         for expert in sorted(result.changed_experts):
             projections = {
                 Role.EXPERT_GATE: block.gate(expert),
@@ -209,11 +211,12 @@ def _block(layer: LayerSpec, weights: LayerWeights) -> MoeBlock:
         vectors.get(Role.SELECTION_BIAS),
         None if gate_up_bias_EF is None else gates_first(gate_up_bias_EF),
         vectors.get(Role.EXPERT_DOWN_BIAS),
+        vectors.get(Role.EXPERT_SCALE),
     )
 
 
 _ROUTER_ROLES = (Role.ROUTER, Role.ROUTER_BIAS, Role.SELECTION_BIAS)
-_BLOCK_ROLES = (*_ROUTER_ROLES, Role.EXPERT_GATE_UP_BIAS, Role.EXPERT_DOWN_BIAS)
+_BLOCK_ROLES = (*_ROUTER_ROLES, Role.EXPERT_GATE_UP_BIAS, Role.EXPERT_DOWN_BIAS, Role.EXPERT_SCALE)
 
 
 def _of_router(block: MoeBlock) -> dict[Role, torch.Tensor]:
@@ -228,6 +231,11 @@ def _expert_biases(block: MoeBlock) -> dict[Role, torch.Tensor]:
         return {}
     biases = {Role.EXPERT_GATE_UP_BIAS: in_turn(block.gate_up_bias_EF), Role.EXPERT_DOWN_BIAS: block.down_bias_ED}
     return {role: values.contiguous() for role, values in biases.items()}
+
+
+def _scales(block: MoeBlock) -> dict[Role, torch.Tensor]:
+    """The experts' scales by role, float32; none where there are none."""
+    return {} if block.expert_scale_E is None else {Role.EXPERT_SCALE: block.expert_scale_E}
 
 
 def _then(first: CompressedBlock, second: CompressedBlock) -> CompressedBlock:
@@ -246,10 +254,18 @@ def _advance(
 ) -> None:
     """Takes the states through the layer with its compressed block."""
     if block is not None:
-        others = weights.others | _of_router(block) | _expert_biases(block)
+        others = weights.others | _of_router(block) | _expert_biases(block) | _scales(block)
         dtype = weights.gate_up_EFD.dtype
         weights = LayerWeights(block.gate_up_EFD.to(dtype), block.down_EDF.to(dtype), others)
     model.run(index, weights, states, states)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """The inputs of a layer's experts and router, float32 [T, D]."""
+
+    of_experts_TD: torch.Tensor | None = None
+    of_router_TD: torch.Tensor | None = None  # None: the same
 
 
 class _MoeInputs:
@@ -258,7 +274,8 @@ class _MoeInputs:
     def __init__(self, student: Student, n_tokens: int) -> None:
         self._student = student
         self._n_missing = n_tokens
-        self._parts: list[torch.Tensor] = []
+        self._of_experts: list[torch.Tensor] = []
+        self._of_router: list[torch.Tensor] = []  # where it reads other values
 
     @contextmanager
     def observe(self, index: int, layer: nn.Module) -> Iterator[None]:
@@ -269,13 +286,15 @@ class _MoeInputs:
             return
 
         def see(call: RoutedCall) -> None:
-            part = call.hidden_TD[: self._n_missing]
-            self._parts.append(part.to("cpu", torch.float32, copy=True))
-            self._n_missing -= len(part)
+            self._of_experts.append(call.hidden_TD[: self._n_missing].to("cpu", torch.float32, copy=True))
+            if routed.router_has_norm:
+                self._of_router.append(call.router_input_TD[: self._n_missing].to("cpu", torch.float32, copy=True))
+            self._n_missing -= len(self._of_experts[-1])
 
         with watching(layer, routed, see):
             yield
 
-    def take(self) -> torch.Tensor | None:
-        """Returns the inputs, float32 [T, D]; None where there are no routed experts."""
-        return torch.cat(self._parts) if self._parts else None
+    def take(self) -> _Inputs:
+        """Returns the inputs; there are none where there are no routed experts."""
+        found = (torch.cat(parts) if parts else None for parts in (self._of_experts, self._of_router))
+        return _Inputs(*found)

@@ -57,6 +57,7 @@ class MoeBlock:
     selection_bias_E: torch.Tensor | None = None  # added to the scores for the choice
     gate_up_bias_EF: torch.Tensor | None = None  # [E, 2F], gate first
     down_bias_ED: torch.Tensor | None = None
+    expert_scale_E: torch.Tensor | None = None  # multiplies the gates at the end
 
     @property
     def n_experts(self) -> int:
@@ -85,14 +86,14 @@ class MoeBlock:
         return functional.linear(inputs_TD.float(), self.router_ED, self.router_bias_E)
 
     def route(self, inputs_TD: torch.Tensor) -> Routes:
-        """The ``top_k`` experts of each token and their gates, by the model's rule."""
+        """The ``top_k`` experts of each token and their gates, by the model's rule; the inputs are the router's."""
         logits_TE = self.logits(inputs_TD)
         chosen_TK = self.routing.torch_choose(logits_TE, self.top_k, self.selection_bias_E)
         return Routes(logits_TE, chosen_TK, self.gates(logits_TE, chosen_TK))
 
     def gates(self, logits_TE: torch.Tensor, chosen_Tn: torch.Tensor) -> torch.Tensor:
         """The gates of chosen experts: float32 [T, n]."""
-        return self.routing.torch_weights(logits_TE, chosen_Tn)
+        return self.routing.torch_weights(logits_TE, chosen_Tn, self.expert_scale_E)
 
     def hidden(self, expert: int, inputs_nD: torch.Tensor) -> torch.Tensor:
         """Intermediate activations of an expert: float32 [n, F]."""
@@ -106,9 +107,14 @@ class MoeBlock:
         bias_D = None if self.down_bias_ED is None else self.down_bias_ED[expert]
         return functional.linear(self.hidden(expert, inputs_nD), self.down(expert), bias_D)
 
-    def forward(self, inputs_TD: torch.Tensor) -> torch.Tensor:
-        """The block's output, the gate-weighted sum of the chosen experts' outputs: float32 [T, D]."""
-        routes = self.route(inputs_TD)
+    def forward(self, inputs_TD: torch.Tensor, router_inputs_TD: torch.Tensor | None = None) -> torch.Tensor:
+        """The block's output, the gate-weighted sum of the chosen experts' outputs: float32 [T, D].
+
+        Args:
+            inputs_TD: the experts' inputs.
+            router_inputs_TD: the router's; None: the same.
+        """
+        routes = self.route(inputs_TD if router_inputs_TD is None else router_inputs_TD)
         output_TD = torch.zeros(inputs_TD.shape, dtype=torch.float32)
         for expert in range(self.n_experts):
             tokens, gates_n = routes.of_expert(expert)
@@ -154,6 +160,7 @@ _OF_EXPERTS = (
     "selection_bias_E",
     "gate_up_bias_EF",
     "down_bias_ED",
+    "expert_scale_E",
 )
 
 
@@ -162,13 +169,19 @@ class Evidence:
     """The evidence of the calibration text about one block."""
 
     statistics: LayerStatistics
-    inputs_TD: torch.Tensor | None  # float32: states that enter router and experts, of sample tokens
+    inputs_TD: torch.Tensor | None  # float32: states that enter the experts, of sample tokens
+    router_inputs_TD: torch.Tensor | None = None  # float32: those that enter the router; None: the same
 
     @property
     def sample_TD(self) -> torch.Tensor:
         """The sample, for methods that need inputs."""
         assert self.inputs_TD is not None, "the method did not say that it needs inputs"
         return self.inputs_TD
+
+    @property
+    def router_sample_TD(self) -> torch.Tensor:
+        """The router's inputs of the sample tokens."""
+        return self.sample_TD if self.router_inputs_TD is None else self.router_inputs_TD
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def scores(criterion: str, block: MoeBlock, evidence: Evidence) -> torch.Tensor:
     """
     _check_criterion(criterion)
     if criterion == REMOVAL_ERROR:
-        return removal_error(block, evidence.sample_TD)
+        return removal_error(block, evidence.sample_TD, evidence.router_inputs_TD)
     return CRITERIA[criterion](evidence.statistics)
 
 

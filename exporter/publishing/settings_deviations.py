@@ -34,17 +34,19 @@ def _of_window(spec: ModelSpec) -> Iterator[str]:
 
 
 def _of_rope(spec: ModelSpec, artifact: str) -> Iterator[str]:
-    if spec.rope.kind is RopeKind.DYNAMIC:
+    if any(rope.kind is RopeKind.DYNAMIC for rope in spec.ropes):
         yield (
             f"the file is written for the {spec.context_length:,} tokens that the model was trained on; the dynamic "
             "scaling of longer texts is not in it"
         )
-    if artifact == "gguf":
-        constants = yarn_constants(spec.rope, takes_factors=spec.family.gguf.takes_rope_factors)
+    if artifact != "gguf":
+        return
+    for rope in spec.ropes:
+        constants = yarn_constants(rope, takes_factors=spec.family.gguf.takes_rope_factors)
         if constants is not None:
             yield constants
     shorter = spec.rope.switches_after
-    if artifact == "gguf" and shorter is not None and shorter < spec.context_length:
+    if shorter is not None and shorter < spec.context_length:
         yield (
             f"llama.cpp turns all texts by the long factors if its context is set above {shorter:,} tokens, and by the "
             f"short ones if not (-c {shorter}); the original turns each text by its own length"

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec, MoeSize
+from compressors.model.description.tensors import Kind
 from compressors.model.errors import InputError, MoeExportError
 from compressors.model.files.gguf.gguf_file import GgufFile
 from compressors.model.sources.source import Source
@@ -183,7 +184,7 @@ def check_weights(file: ModelFile, original: Student, trained: frozenset[Role] =
         for entry in comparison.damage
         if entry.unit.role not in trained or (entry.fault in certain and entry.unit.row is None)
     ]
-    if not trained - {Role.ROUTER}:
+    if trained <= {tensor.role for tensor, _ in original.spec.places if tensor.kind is Kind.ROUTER}:
         findings.add(f"{file.format}.coarse_weights", coarse_symptoms(comparison))
     text = None
     if any(entry.unit.row is not None for entry in damage):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +46,55 @@ def write_inside_of_more(alone: Path, path: Path) -> None:
     """Writes the weights of a language model in the spelling of a larger one, whose other parts are with it."""
     shutil.copytree(alone, path, ignore=shutil.ignore_patterns("generation_config.json"))
     inside = json.loads((alone / "config.json").read_text())
-    inside |= {"mtp_num_hidden_layers": 1}
     whole_type = str(inside["model_type"]).removesuffix("_text")
+    whole = _WHOLE[whole_type]
+    inside |= whole.inside
     config: dict[str, Any] = {
         "model_type": whole_type,
-        "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+        "architectures": [whole.architecture],
         "text_config": {key: value for key, value in inside.items() if key != "architectures"},
-        "vision_config": {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32},
+        "vision_config": whole.vision,
         "eos_token_id": [0, 1],
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": inside["tie_word_embeddings"],
     }
     (path / "config.json").write_text(json.dumps(config))
-    others = {"model.visual.blocks.0.norm1.weight": torch.ones(32), "mtp.fc.weight": torch.ones(2, 2)}
+    others = {name: torch.ones(shape) for name, shape in whole.others.items()}
     save_file({**dict(_renamed(path)), **others}, path / "model.safetensors")
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A model that contains a language model.
+
+    Attributes:
+        architecture: transformers' class.
+        vision: the settings of the part that sees.
+        others: some tensors that are not the language model's, with their shapes.
+        inside: further settings of the language model.
+    """
+
+    architecture: str
+    vision: Mapping[str, Any]
+    others: Mapping[str, tuple[int, ...]]
+    inside: Mapping[str, Any] = field(default_factory=dict)
+
+
+_WHOLE: Mapping[str, _Whole] = {
+    "gemma4": _Whole(
+        "Gemma4ForConditionalGeneration",
+        {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+        {
+            "model.vision_tower.encoder.layers.0.input_layernorm.weight": (32,),
+            "model.embed_vision.embedding_projection.weight": (64, 32),
+        },
+    ),
+    "qwen3_5_moe": _Whole(
+        "Qwen3_5MoeForConditionalGeneration",
+        {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32},
+        {"model.visual.blocks.0.norm1.weight": (32,), "mtp.fc.weight": (2, 2)},
+        {"mtp_num_hidden_layers": 1},
+    ),
+}
 
 
 def _renamed(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -86,7 +123,7 @@ def _make_lively(stock: nn.Module) -> None:
         noise = torch.randn(tensor.shape, generator=generator)
         if tensor.ndim >= 2:
             tensor.data = noise * (1.5 / tensor.shape[-1] ** 0.5)
-        elif "norm" in name:
+        elif "norm" in name or "scal" in name:
             tensor.data = tensor.data + 0.2 * noise
         else:
             tensor.data = 0.3 * noise

@@ -17,11 +17,13 @@ class Row:
         sizes: settings of transformers' configuration that differ from the common ones.
         on_the_hub: settings of ``config.json`` as the hub's files spell them, in place of transformers'; None: absent.
         formats: the containers that it is written to.
+        logit_error: the largest difference of llama.cpp's logits from torch's, relative to their standard deviation.
     """
 
     sizes: Mapping[str, Any] = field(default_factory=dict)
     on_the_hub: Mapping[str, Any] = field(default_factory=dict)
     formats: tuple[str, ...] = ("gguf", "onnx")
+    logit_error: float = 1e-3
 
 
 COMMON: Mapping[str, Any] = {
@@ -155,6 +157,25 @@ ROWS: Mapping[str, Row] = {
             },
         },
         on_the_hub={"mlp_layer_types": None, "layer_types": None, "scoring_func": "sigmoid"},
+    ),
+    "gemma4_text": Row(
+        sizes={
+            "num_hidden_layers": 4,
+            "enable_moe_block": True,
+            "top_k_experts": 2,
+            "head_dim": 16,
+            "global_head_dim": 32,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "hidden_size_per_layer_input": 0,
+            "sliding_window": 12,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "final_logit_softcapping": 30.0,
+            "tie_word_embeddings": True,
+        },
+        on_the_hub={"per_layer_config": None, "global_head_dim": 32, "num_global_key_value_heads": 1},
+        formats=("gguf",),
+        logit_error=1.5e-2,  # ggml's GELU is a table of half precision
     ),
     "glm4_moe": Row(
         sizes={**_GLM4_MOE, "attention_bias": True, "use_qk_norm": True},

@@ -21,6 +21,7 @@ from tests.families.checkpoints import spell_as_the_hub
 from tests.families.rows import COMMON, ROWS
 
 _RECURRENT, _ATTENDING = "linear_attention", "full_attention"
+_PLAIN = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", _ATTENDING)}
 _LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 1e4,
@@ -29,6 +30,8 @@ _LONGROPE = {
     "short_factor": [1.0] * 16,
     "long_factor": [2.0] * 16,
 }
+
+_WIDE = {index: {"head_dim": 32, "num_key_value_heads": 1} for index in ("01", "3")}
 
 
 def _read(folder: Path, family: str, **changes: Any) -> ModelSpec:
@@ -52,6 +55,8 @@ def _read(folder: Path, family: str, **changes: Any) -> ModelSpec:
         ("afmoe", {"global_attn_every_n_layers": 3}, "graph turns queries and keys in all layers but every 4th"),
         ("qwen2_moe", {"head_dim": 32}, "queries as wide as the hidden size; this model has 4 heads of 32 at hidden"),
         ("gpt_oss", {"layer_types": [_ATTENDING] * 4}, "graph needs a layer with a window"),
+        ("gemma4_text", {"layer_types": [_ATTENDING] * 4}, "this model has only one kind of them"),
+        ("gemma4_text", {"rope_parameters": _PLAIN}, "those of this model are of the type default"),
         ("dots1", {"num_key_value_heads": 2}, "keys and values for each of the 4 heads; this model has 2"),
         ("dots1", {"max_window_layers": 2, "sliding_window": 16}, "graph has no windows, and a layer of this model"),
         ("exaone_moe", {"rope_parameters": _LONGROPE}, "graph has one list of rotary factors"),
@@ -134,6 +139,8 @@ def test_some_layer_must_have_experts(tmp_path: Path, family: str, changes: dict
         ("lfm2_moe", {"num_local_experts": 4, "tie_embedding": ..., "num_dense_layers": 1}),
         ("minimax_m2", {"rotary_dim": ..., "partial_rotary_factor": 0.5}),
         ("ernie4_5_moe", {"num_experts": 8, "moe_num_experts": 4, "num_experts_per_tok": 2, "moe_k": 1}),
+        ("gemma4_text", {"per_layer_config": _WIDE, "global_head_dim": 64, "num_global_key_value_heads": ...}),
+        ("gemma4_text", {"rope_parameters": ..., "use_bidirectional_attention": "vision"}),
     ],
 )
 def test_what_transformers_ignores_changes_nothing(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
@@ -156,6 +163,11 @@ def test_what_transformers_ignores_changes_nothing(tmp_path: Path, family: str, 
         ),
         ("hunyuan_v1_moe", {"moe_intermediate_size": [32, 32, 16]}, "goes by 32 in each layer"),
         ("hunyuan_v1_moe", {"num_shared_expert": 2}, "goes by 1 in each layer"),
+        ("gemma4_text", {"enable_moe_block": False}, "it is a dense model"),
+        ("gemma4_text", {"hidden_size_per_layer_input": ...}, "hidden_size_per_layer_input is not 0"),
+        ("gemma4_text", {"num_kv_shared_layers": 2}, "num_kv_shared_layers is 2; .* only with 0"),
+        ("gemma4_text", {"layer_types": ["sliding_attention"] * 4}, "gives the last layer a window"),
+        ("gemma4_text", {"per_layer_config": {"1": {"head_dim": 32}}}, "for all layers of full_attention alike"),
         ("minimax_m2", {"rotary_dim": 15}, "partial_rotary_factor is .*; of heads of 32 values that is not a number"),
     ],
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -159,9 +160,11 @@ def _config_symptoms(folder: Path, source: Source, spec: ModelSpec) -> Iterator[
     for key, wanted in wanted_value.items():
         if is_value.get(key) != wanted:
             yield f"config.json: {key} is {is_value.get(key)!r}, the model's is {wanted!r}"
-    rope = replace(found.rope, trained_context=spec.rope.trained_context)  # files may be written for a shorter context
-    if rope != spec.rope:
-        yield f"config.json: rope_parameters are {found.rope.in_config()}, the model's {spec.rope.in_config()}"
+    for rope, own in zip_longest(found.ropes, spec.ropes):
+        # files may be written for a shorter context
+        if rope is None or own is None or replace(rope, trained_context=own.trained_context) != own:
+            values, wanted = ("absent" if each is None else each.in_config() for each in (rope, own))
+            yield f"config.json: rope_parameters are {values}, the model's {wanted}"
     if found.context_length > spec.context_length:
         yield f"config.json: max_position_embeddings is {found.context_length}, the model's {spec.context_length}"
     original = language_model_config(source.config)

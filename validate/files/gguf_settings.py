@@ -87,7 +87,8 @@ def gguf_setting_symptoms(metadata: Mapping[str, MetadataValue], spec: ModelSpec
         return [f"general.architecture: {found!r} in the file, but the model is llama.cpp's {architecture!r}"]
     prefix = f"{architecture}."
     settings = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    if settings.get("context_length") == spec.rope.trained_context:  # longer than a window, which does no harm
+    trained = {rope.trained_context for rope in spec.ropes}
+    if settings.get("context_length") in trained:  # longer than a window, which does no harm
         settings["context_length"] = spec.context_length
     symptoms = [
         f"{_NAMES.get(key, key)}: {_shown(settings.get(key))} in the file, {_shown(wanted)} in config.json"

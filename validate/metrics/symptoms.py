@@ -30,7 +30,7 @@ _DIVERGES, _TOKENS = 5.0, 20  # an expert's divergence relative to the others', 
 
 def setting_symptoms(facts: FileFacts, spec: ModelSpec) -> list[str]:
     """Lists settings of the file that are not the model's."""
-    is_plain = spec.rope.kind is RopeKind.DEFAULT  # a scaled table does not show its base
+    is_plain = [rope.kind for rope in spec.ropes] == [RopeKind.DEFAULT]  # a scaled table does not show its base
     settings = (
         (
             "rope base (position-dependent: every rotation is another)",

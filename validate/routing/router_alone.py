@@ -62,7 +62,7 @@ class RouterInputRecorder:
 
         def see(call: RoutedCall) -> None:
             nonlocal n_seen
-            states_TD = call.hidden_TD
+            states_TD = call.router_input_TD
             first, last = np.searchsorted(self._tokens, [n_seen, n_seen + len(states_TD)])
             wanted = torch.from_numpy(self._tokens[first:last] - n_seen)
             states.write(int(first), states_TD[wanted.to(states_TD.device)].float().cpu().numpy())

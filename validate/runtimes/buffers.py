@@ -15,11 +15,15 @@ _PURPOSES = {
 }
 _LINE = re.compile(r"\s(\S+)\s+(model|KV|RS|compute|output) buffer size = +([0-9.]+) MiB")
 """The lines of ``load_tensors``, ``llama_kv_cache``, ``llama_memory_recurrent`` and ``llama_context``."""
+_ADDED = "KV"
 _ON_HOST = re.compile("CPU.*|.*_Host")
 
 
 class ReportedBuffers:
-    """Bytes by device and purpose; a later report of the same pair replaces the earlier one."""
+    """Bytes by device and purpose of one model; a later report of the same pair replaces the earlier one.
+
+    Those of keys and values add up: where some layers have a window, these have a cache of their own.
+    """
 
     def __init__(self) -> None:
         self._bytes: dict[tuple[str, str], int] = {}
@@ -32,7 +36,8 @@ class ReportedBuffers:
         """Reads a line of the log, if it is about a buffer."""
         match = _LINE.search(line)
         if match is not None:
-            self._bytes[match[1], match[2]] = round(float(match[3]) * 2**20)
+            place, n_bytes = (match[1], match[2]), round(float(match[3]) * 2**20)
+            self._bytes[place] = n_bytes + (self._bytes.get(place, 0) if match[2] == _ADDED else 0)
 
     @property
     def by_purpose(self) -> dict[str, int]:

@@ -235,6 +235,7 @@ class _Session:
         params.n_threads = params.n_threads_batch = threads
         params.type_k = params.type_v = int(KV_TYPES[kv_type])
         params.flash_attn_type = flash_attention
+        params.swa_full = False  # as in llama.cpp's own programs: layers with a window cache no more than it needs
         if callback is not None:
             params.cb_eval = callback
         with time_limit.working():

@@ -55,8 +55,14 @@ class _TensorHead(ctypes.Structure):
 
 # names that build_moe_ffn (src/llama-graph.cpp) and the models' graphs (src/models) give to a layer's nodes
 _LOGITS, _BIASED, _EXPERTS = "ffn_moe_logits", "ffn_moe_logits_biased", "ffn_moe_topk"
-_INPUTS = ("attn_post_norm", "post_attn_norm", "ffn_norm", "model.layers.{}.ffn_out")
-"""The names of a router's input; in a layer with several of these nodes it is the last one."""
+_NORMED = "normed by the router"
+_INPUTS = ("attn_post_norm", "post_attn_norm", "ffn_norm", "model.layers.{}.ffn_out", _NORMED)
+"""The names of a router's input; in a layer with several of these nodes it is the last one.
+
+The node that a router's own norm makes has no name, and is known by the scales in it.
+"""
+_ROUTER_NORM = re.compile(rb"blk\.([0-9]+)\.ffn_gate_inp\.scale")
+_UNNAMED, _PRODUCT = b"node_", b"MUL"
 _SCORES = (_LOGITS, _BIASED, "ffn_moe_probs_biased", "ffn_moe_probs_masked")
 """Nodes with the scores of the choice; the last one that a layer has decides."""
 _PROBABILITIES = "ffn_moe_probs"
@@ -66,7 +72,7 @@ _WEIGHTS = ("ffn_moe_weights", "ffn_moe_weights_softmax", "ffn_moe_weights_norm"
 """Nodes with weights; the last one that a layer has holds them as they are applied."""
 _TOKENS_LAST = frozenset({"ffn_moe_weights", "ffn_moe_weights_softmax", "ffn_moe_weights_scaled"})
 """Nodes whose shape in ggml is [1, K, T]; others are [K, T]."""
-_NODE = re.compile(f"({'|'.join((*_INPUTS, *_SCORES, _PROBABILITIES, _EXPERTS, *_WEIGHTS))})-([0-9]+)".encode())
+_NODE = re.compile(f"({'|'.join((*_INPUTS[:-1], *_SCORES, _PROBABILITIES, _EXPERTS, *_WEIGHTS))})-([0-9]+)".encode())
 
 _FINAL_NORM = b"result_norm"
 """The final norm's output, as every model's graph names it."""
@@ -221,11 +227,23 @@ def _node(tensor: _TensorHead) -> tuple[str | None, int]:
     """The name and the layer of a node that is read or fed; other nodes have None as name."""
     matched = _NODE.fullmatch(tensor.name)
     if matched is None:
-        return None, 0
+        return _router_norm(tensor)
     name, layer = matched[1].decode(), int(matched[2])
-    if name == _PROBABILITIES:
-        return _LOGITS_BY_OPERATION.get(ggml_function("ggml_op_name", ctypes.c_char_p)(tensor.operation)), layer
-    return name, layer
+    return _LOGITS_BY_OPERATION.get(_operation(tensor)) if name == _PROBABILITIES else name, layer
+
+
+def _router_norm(tensor: _TensorHead) -> tuple[str | None, int]:
+    """The name for a node without one that multiplies by the scales of a router's own norm."""
+    if not tensor.name.startswith(_UNNAMED) or tensor.sources[1] is None or _operation(tensor) != _PRODUCT:
+        return None, 0
+    matched = _ROUTER_NORM.fullmatch(_TensorHead.from_address(tensor.sources[1]).name)
+    return (None, 0) if matched is None else (_NORMED, int(matched[1]))
+
+
+def _operation(tensor: _TensorHead) -> bytes:
+    """The name of the operation that makes a node's values."""
+    name: bytes = ggml_function("ggml_op_name", ctypes.c_char_p)(tensor.operation)
+    return name
 
 
 def _last_weights(parts: Mapping[tuple[str, int], object], layer: int) -> str:

@@ -94,6 +94,12 @@ class FamilySettings:
         """A positive number; where it is absent, the family's default."""
         return self.settings.number(key, self._defaults.get(key))
 
+    def number_or_null(self, key: str) -> float | None:
+        """A positive number, or null; absence is the same."""
+        number = self.settings.number_or_null(key)
+        self.settings.note(key, number)
+        return number
+
     def flag(self, key: str, *, default: bool) -> bool:
         """True or false."""
         return self.settings.flag(key, default=default)
@@ -118,11 +124,14 @@ class FamilySettings:
         """Names settings that change nothing in this family."""
         self.settings.asked.update(keys)
 
-    def refuse_what_no_family_can_do(self, kinds: Collection[str] = ATTENTION_KINDS) -> None:
+    def refuse_what_no_family_can_do(
+        self, kinds: Collection[str] = ATTENTION_KINDS, *, understood: Collection[str] = ()
+    ) -> None:
         """Refuses settings common to all of transformers that change the computation of a layer.
 
         Args:
             kinds: the kinds of layers that the family has.
+            understood: those of these settings that the family reads by itself.
 
         Raises:
             UnsupportedError: there is one; the message names it.
@@ -135,22 +144,28 @@ class FamilySettings:
                 "is not supported, because neither container can generate with it"
             )
         for key, what in _MODELS_IN_MODELS:
-            if settings.get(key) is not None:
+            if key not in understood and settings.get(key) is not None:
                 raise UnsupportedError(
                     f"{settings.named(key)}: {what} cannot be represented; give the checkpoint of a "
                     f"{self.family.architecture}"
                 )
         self.kinds("layer_types", kinds)
 
-    def heads(self) -> tuple[int, int, int]:
+    def heads(self, n_kv_heads: int | None = None, head_dim: int | None = None) -> tuple[int, int, int]:
         """Attention heads, key-value heads, and the values of a head.
+
+        Args:
+            n_kv_heads: key-value heads, where another setting than the usual one has them.
+            head_dim: values of a head, likewise.
 
         Raises:
             InputError: transformers could not run a model with these numbers.
         """
         n_heads = self.count("num_attention_heads")
-        n_kv_heads = self.count("num_key_value_heads", n_heads)
-        head_dim = self.count("head_dim", max(1, self.count("hidden_size") // n_heads))
+        if n_kv_heads is None:
+            n_kv_heads = self.count("num_key_value_heads", n_heads)
+        if head_dim is None:
+            head_dim = self.count("head_dim", max(1, self.count("hidden_size") // n_heads))
         path = self.settings.path
         if n_heads % n_kv_heads:
             raise InputError(

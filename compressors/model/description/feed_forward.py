@@ -9,7 +9,20 @@ from typing import ClassVar
 from compressors.model.description.glu import SWIGLU, Glu
 from compressors.model.description.routing import Routing
 
-__all__ = ["Dense", "FeedForward", "Routed", "Shared"]
+__all__ = ["Dense", "FeedForward", "LostModule", "Routed", "Shared"]
+
+
+@dataclass(frozen=True)
+class LostModule:
+    """A module of transformers' layer that no longer adds anything.
+
+    Attributes:
+        name: its name inside the layer.
+        n_outputs: the number of values that it returns, of which the first is added; 1: that value, not in a tuple.
+    """
+
+    name: str
+    n_outputs: int = 1
 
 
 @dataclass(frozen=True)
@@ -19,15 +32,18 @@ class Shared:
     Attributes:
         width: the number of its neurons.
         is_gated: its output is multiplied by the sigmoid of a linear function of its input.
+        has_norms: it has norms of its own, in front of it and behind it.
     """
 
     width: int
     is_gated: bool = False
+    has_norms: bool = False
 
     @property
     def description(self) -> str:
         """The kind and the size in words."""
-        return f"{'a gated' if self.is_gated else 'a'} shared expert of width {self.width}"
+        norms = " with norms of its own" if self.has_norms else ""
+        return f"{'a gated' if self.is_gated else 'a'} shared expert of width {self.width}{norms}"
 
 
 @dataclass(frozen=True)
@@ -44,11 +60,11 @@ class Routed:
         router_module: the module inside transformers' decoder layer that multiplies its input by the router's matrix,
             its ``weight`` [E, D]; where a family's router does more before that, a module inside of the router.
         experts_module: the module in the layer that is called with (hidden states, chosen experts, weights).
-        block_module: the module in the layer that holds both; it goes when a layer loses its experts. (The three names
-            are empty in a description that nothing runs.)
-        block_outputs: the number of values that it returns, of which the first is added; 1: that value, not in a tuple.
+        block: the modules in the layer that go when it loses its experts, mostly one that holds all of them. (It and
+            the two names are empty in a description that nothing runs.)
         selection_bias: the name in the layer of the vector that is added to the scores for the choice, if there is one.
         expert_scale: the name in the layer of the factors of the weights, one for each expert, if there are some.
+        router_has_norm: the router norms the hidden state by itself, so that it reads other values than the experts.
     """
 
     kind: ClassVar[str] = "routed experts"
@@ -61,10 +77,10 @@ class Routed:
     shared: Shared | None = None
     router_module: str = ""
     experts_module: str = ""
-    block_module: str = ""
-    block_outputs: int = 1
+    block: tuple[LostModule, ...] = ()
     selection_bias: str | None = None
     expert_scale: str | None = None
+    router_has_norm: bool = False
 
     def __post_init__(self) -> None:
         """Refuses vectors that the rule does not use.

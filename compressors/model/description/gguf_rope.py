@@ -41,14 +41,28 @@ class GgufRope:
 
 
 def gguf_rope_of(spec: ModelSpec) -> GgufRope:
-    """Returns the keys and tensors that a model's file needs, as :func:`gguf_rope` does."""
+    """Returns the keys and tensors that a model's file needs, as :func:`gguf_rope` does.
+
+    Where layers differ, these are for layers that reach back over all tokens, and the others must need none: llama.cpp
+    knows another base for them (``rope.freq_base_swa``), and nothing more.
+    """
     gguf = spec.written.family.gguf
-    return gguf_rope(
-        spec.rope,
-        gguf.architecture,
-        takes_factors=gguf.takes_rope_factors,
-        scales_attention=gguf.scales_attention,
+    main, *others = (
+        gguf_rope(
+            rope,
+            gguf.architecture,
+            takes_factors=gguf.takes_rope_factors and number == 0,
+            scales_attention=gguf.scales_attention,
+        )
+        for number, rope in enumerate(spec.ropes)
     )
+    if any(other != GgufRope() for other in others) or (others and main.keys):
+        kinds = " and ".join(rope.kind.value for rope in spec.ropes)
+        raise UnsupportedError(
+            f"llama.cpp's {gguf.architecture} graph cannot turn by the angles of rope_type {kinds} in layers of "
+            "different kinds, which the model was trained with: it cannot be written as GGUF"
+        )
+    return main
 
 
 def gguf_rope(rope: Rope, architecture: str, *, takes_factors: bool, scales_attention: bool = False) -> GgufRope:

@@ -43,6 +43,8 @@ class GroupedQuery:
         window: tokens that attention reaches back over, itself included; None: all.
         output_gate: the origin of gates whose sigmoids multiply the output.
         turns_before_norms: the rotary embedding comes before the norms of queries and keys, not after them.
+        values_are_keys: values are the keys as they are before norms and turning, so there is no matrix for them.
+        norms_values: each head's value goes through an RMS norm without scales.
     """
 
     kind: ClassVar[str] = "grouped-query attention"
@@ -56,6 +58,8 @@ class GroupedQuery:
     window: int | None = None
     output_gate: OutputGate = OutputGate.NONE
     turns_before_norms: bool = False
+    values_are_keys: bool = False
+    norms_values: bool = False
 
     @property
     def query_has_gates(self) -> bool:
@@ -89,7 +93,8 @@ class GroupedQuery:
     @property
     def description(self) -> str:
         """Its sizes in words."""
-        return f"{self.n_heads} heads, {self.n_kv_heads} key-value heads of {self.head_dim}"
+        values = ", values from the keys" if self.values_are_keys else ""
+        return f"{self.n_heads} heads, {self.n_kv_heads} key-value heads of {self.head_dim}{values}"
 
     @property
     def state_values(self) -> int:

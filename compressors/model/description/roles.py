@@ -48,21 +48,27 @@ class Role(StrEnum):
     MIXER_OUTPUT = "mixer's output"  # [D, Y], of a short convolution [D, X]
     MOE_NORM = "MoE norm"  # [D], in front of any feed-forward
     MOE_OUTPUT_NORM = "MoE output norm"  # [D], of what any feed-forward adds to the hidden state
+    ROUTER_NORM = "router's norm"  # [D], of a router that norms the hidden state itself and divides it by the root of D
     ROUTER = "router"  # [E, D]
     ROUTER_BIAS = "router bias"  # [E], part of the logits
     SELECTION_BIAS = "selection bias"  # [E], added to the scores for the choice, and not for the weights
+    EXPERT_SCALE = "experts' scales"  # [E], which multiply the weights
     EXPERT_GATE = "expert gate"  # [F, D] for each expert
     EXPERT_UP = "expert up"  # [F, D] for each expert
     EXPERT_DOWN = "expert down"  # [D, F] for each expert
     EXPERT_GATE_UP_BIAS = "experts' gate and up biases"  # [E, 2F]
     EXPERT_DOWN_BIAS = "experts' down biases"  # [E, D]
+    EXPERTS_OUTPUT_NORM = "experts' output norm"  # [D], of the sum of the routed experts alone
+    SHARED_NORM = "shared expert's norm"  # [D], in front of it, where MOE_NORM is in front of the routed experts alone
     SHARED_ROUTER = "shared expert's router"  # [1, D]
     SHARED_GATE = "shared expert's gate"  # [S, D]
     SHARED_UP = "shared expert's up"  # [S, D]
     SHARED_DOWN = "shared expert's down"  # [D, S]
+    SHARED_OUTPUT_NORM = "shared expert's output norm"  # [D]
     DENSE_GATE = "feed-forward's gate"  # [F, D], in a layer without experts
     DENSE_UP = "feed-forward's up"  # [F, D]
     DENSE_DOWN = "feed-forward's down"  # [D, F]
+    LAYER_SCALE = "layer's scale"  # [1], multiplies the hidden state that leaves the layer
     ROPE_FACTORS = "rope factors"  # in GGUF files only: made from the rotary embedding
 
     @property
@@ -86,15 +92,20 @@ _GLOBAL_ROLES = frozenset({Role.TOKEN_EMBEDDING, Role.FINAL_NORM, Role.HEAD, Rol
 _FEED_FORWARD_ROLES = _EXPERT_ROLES | {
     Role.MOE_NORM,
     Role.MOE_OUTPUT_NORM,
+    Role.ROUTER_NORM,
     Role.ROUTER,
     Role.ROUTER_BIAS,
     Role.SELECTION_BIAS,
+    Role.EXPERT_SCALE,
     Role.EXPERT_GATE_UP_BIAS,
     Role.EXPERT_DOWN_BIAS,
+    Role.EXPERTS_OUTPUT_NORM,
+    Role.SHARED_NORM,
     Role.SHARED_ROUTER,
     Role.SHARED_GATE,
     Role.SHARED_UP,
     Role.SHARED_DOWN,
+    Role.SHARED_OUTPUT_NORM,
     Role.DENSE_GATE,
     Role.DENSE_UP,
     Role.DENSE_DOWN,

@@ -31,13 +31,13 @@ from functools import cached_property
 from math import prod
 
 from compressors.model.description.family import Family
-from compressors.model.description.feed_forward import Dense, FeedForward, Routed
+from compressors.model.description.feed_forward import Dense, FeedForward, LostModule, Routed
 from compressors.model.description.mixers import Mixer
 from compressors.model.description.roles import Role
 from compressors.model.description.rope import Rope
 from compressors.model.description.tensors import Kind, TensorSpec
 
-__all__ = ["NO_MOE", "LayerSpec", "LostModule", "ModelSpec", "MoeSize", "Place"]
+__all__ = ["NO_MOE", "LayerSpec", "ModelSpec", "MoeSize", "Place"]
 
 Place = tuple[Role, int | None]
 """A tensor's role, and its layer; None outside of the layers."""
@@ -53,19 +53,6 @@ class MoeSize:
 
 NO_MOE = MoeSize(0, 0)
 """The size of a layer without experts."""
-
-
-@dataclass(frozen=True)
-class LostModule:
-    """A module of transformers' layer that no longer adds anything.
-
-    Attributes:
-        name: its name inside the layer.
-        n_outputs: the number of values that it returns, of which the first is added; 1: that value, not in a tuple.
-    """
-
-    name: str
-    n_outputs: int = 1
 
 
 @dataclass(frozen=True)
@@ -173,8 +160,7 @@ class LayerSpec:
             kept = tuple(tensor for tensor in self.tensors if not tensor.role.is_feed_forward)
             gone = (tensor for tensor in self.tensors if tensor not in kept and tensor.kind is Kind.NORM)
             norms = (LostModule(tensor.submodule) for tensor in gone)
-            lost = (*norms, LostModule(self.routed.block_module, self.routed.block_outputs))
-            return replace(self, feed_forward=None, tensors=kept, lost_modules=lost)
+            return replace(self, feed_forward=None, tensors=kept, lost_modules=(*norms, *self.routed.block))
         return replace(self, feed_forward=self.routed.resized(size.n_experts, size.expert_width))
 
     def _size(self, axis: str) -> int:
@@ -205,6 +191,7 @@ class ModelSpec:
         pad_token_id: the token that fills up batches; None: there is none.
         embedding_scale: a factor of the embedding's rows where they enter the first layer.
         logit_divisor: logits are divided by it.
+        logit_cap: a limit c of logits x, which become c tanh(x / c); None: there is none.
     """
 
     family: Family
@@ -220,6 +207,7 @@ class ModelSpec:
     pad_token_id: int | None
     embedding_scale: float = 1.0
     logit_divisor: float = 1.0
+    logit_cap: float | None = None
 
     @property
     def model_type(self) -> str:
@@ -247,9 +235,15 @@ class ModelSpec:
         return max(layer.expert_width for layer in self.layers)
 
     @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """The different rotary embeddings of its layers: first those of layers that reach back over all tokens."""
+        unlimited_first = sorted(self.layers, key=lambda layer: layer.mixer.window is not None)
+        return tuple(dict.fromkeys(rope for layer in unlimited_first if (rope := layer.mixer.rope) is not None))
+
+    @property
     def rope(self) -> Rope:
-        """The rotary embedding, which is the same in all layers that have one."""
-        return next(rope for layer in self.layers if (rope := layer.mixer.rope) is not None)
+        """The first of :attr:`ropes`; most models have no other."""
+        return self.ropes[0]
 
     @property
     def window(self) -> int | None:

@@ -15,6 +15,7 @@ from compressors.model.config.family_settings import FamilySettings
 from compressors.model.config.rope_settings import RopeRule
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily, GgufValue
+from compressors.model.description.feed_forward import LostModule
 from compressors.model.description.glu import Glu
 from compressors.model.description.roles import Role
 from compressors.model.description.routing import Routing, Score
@@ -115,7 +116,7 @@ def _read(file: Settings) -> ModelSpec:
         width=settings.count("intermediate_size"),
         routing=Routing(Score.LOGITS),
         glu=replace(_GLU, alpha=settings.number("swiglu_alpha"), limit=settings.number("swiglu_limit")),
-        block_outputs=2,
+        block=(LostModule("mlp", n_outputs=2),),
     )
     attention = parts.attention(settings, rope=RopeRule(150_000.0, default=_DEFAULT_ROPE), has_kinds=True)
     n_layers = settings.count("num_hidden_layers")

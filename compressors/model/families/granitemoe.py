@@ -8,7 +8,7 @@ from typing import Any
 from compressors.model.config.family_settings import FamilySettings
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, DenseForm, Family, GgufFamily, GgufValue
-from compressors.model.description.feed_forward import Routed
+from compressors.model.description.feed_forward import LostModule, Routed
 from compressors.model.description.routing import Routing, Score
 from compressors.model.description.spec import ModelSpec
 from compressors.model.description.tensors import Fused
@@ -54,7 +54,7 @@ def _read(file: Settings) -> ModelSpec:
         width=settings.count("intermediate_size"),
         routing=Routing(Score.LOGITS),
         experts_module=f"{_BLOCK}.experts",
-        block_module=_BLOCK,
+        block=(LostModule(_BLOCK),),
     )
     attention = parts.attention(settings, scale=settings.number("attention_multiplier"))
     residual_scale = settings.number("residual_multiplier")

@@ -10,7 +10,7 @@ from compressors.model.config.family_settings import FamilySettings
 from compressors.model.config.rope_settings import RopeRule
 from compressors.model.config.settings import Settings
 from compressors.model.description.family import ConfigValues, Family, GgufFamily, GgufValue
-from compressors.model.description.feed_forward import Dense, Routed
+from compressors.model.description.feed_forward import Dense, LostModule, Routed
 from compressors.model.description.mixers import GroupedQuery, Mixer, QkNorm, ShortConvolution
 from compressors.model.description.roles import Role
 from compressors.model.description.routing import Routing, Score
@@ -148,7 +148,7 @@ def _experts(settings: FamilySettings) -> Routed:
             scale=settings.number("routed_scaling_factor"),
         ),
         experts_module=f"{_BLOCK}.experts",
-        block_module=_BLOCK,
+        block=(LostModule(_BLOCK),),
     )
 
 

@@ -25,6 +25,7 @@ class RoutedCall:
     """One call of a layer's experts."""
 
     logits_TE: torch.Tensor  # float32, a router's own bias included
+    router_input_TD: torch.Tensor  # multiplied by the router's matrix: the experts' input, unless it has its own norm
     hidden_TD: torch.Tensor  # the experts' input
     chosen_TK: torch.Tensor  # int64, as transformers chose
     weights_TK: torch.Tensor  # as they are applied
@@ -63,15 +64,15 @@ def watching(
         routed: its description.
         see: is called before the experts are; its result, if not None, replaces their arguments.
     """
-    seen: list[torch.Tensor] = []
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     bias_E, scale_E = _vector(layer, routed.selection_bias), _vector(layer, routed.expert_scale)
 
     def at_router(router: nn.Module, inputs: tuple[Any, ...]) -> None:
-        seen.append(logits(router, inputs[0]))
+        seen.append((logits(router, inputs[0]), inputs[0].flatten(0, -2)))
 
     def at_experts(_experts: nn.Module, inputs: tuple[Any, ...]) -> tuple[torch.Tensor, ...] | None:
         hidden_TD, chosen_TK, weights_TK = inputs
-        return see(RoutedCall(seen.pop(), hidden_TD, chosen_TK, weights_TK, bias_E, scale_E))
+        return see(RoutedCall(*seen.pop(), hidden_TD, chosen_TK, weights_TK, bias_E, scale_E))
 
     handles = [
         layer.get_submodule(routed.router_module).register_forward_pre_hook(at_router),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -45,7 +46,14 @@ class Skeleton:
         self.is_causal_by_itself: bool = model.config._attn_implementation == "sdpa"  # eager attention needs a mask
         self.layers = [self._fitted(layer, index, model.config) for index, layer in enumerate(model.model.layers)]
         self.rotary: nn.Module = type(_rotary(model.model))(config=config)  # computes, so it needs a device
+        has_kinds = _LAYER_TYPE in inspect.signature(self.rotary.forward).parameters
+        self._rotary_kinds: Sequence[str] | None = model.config.layer_types if has_kinds else None
         self.final_norm: nn.Module = model.get_submodule(spec.tensor(Role.FINAL_NORM).submodule).eval()
+
+    def position_embeddings(self, index: int, hidden_BTD: torch.Tensor, positions_1T: torch.Tensor) -> Any:
+        """The cosines and sines that a layer turns by, of the dtype and on the device of the hidden states."""
+        kind = {} if self._rotary_kinds is None else {_LAYER_TYPE: self._rotary_kinds[index]}
+        return self.rotary(hidden_BTD, positions_1T, **kind)
 
     def state(
         self, index: int, weights: LayerWeights, dtype: torch.dtype, device: torch.device
@@ -78,6 +86,10 @@ class Skeleton:
         return module.eval()
 
 
+_LAYER_TYPE = "layer_type"
+"""The argument of rotary embeddings that differ from one kind of layers to another."""
+
+
 def _rotary(model: nn.Module) -> nn.Module:
     """The rotary embedding of all layers, whatever its name."""
     return next(child for child in model.children() if type(child).__name__.endswith("RotaryEmbedding"))
@@ -90,7 +102,7 @@ class _Nothing(nn.Module):
         super().__init__()
         self._n_outputs = n_outputs
 
-    def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    def forward(self, hidden_BTD: torch.Tensor, *_others: object) -> torch.Tensor | tuple[torch.Tensor, ...]:
         nothing = torch.zeros_like(hidden_BTD)
         return nothing if self._n_outputs == 1 else (nothing,) * self._n_outputs
 
@@ -115,8 +127,8 @@ def _lay_out(experts: nn.Module) -> None:
 def _edited(config: Any, spec: ModelSpec) -> Any:
     for name, value in spec.family.edited(spec, {}).items():
         setattr(config, name, value)
-    mixer = spec.layers[0].mixer
-    if getattr(config, "head_dim", None) is None and isinstance(mixer, GroupedQuery):
+    mixer, differs = spec.layers[0].mixer, getattr(config, "is_heterogeneous", False)
+    if not differs and getattr(config, "head_dim", None) is None and isinstance(mixer, GroupedQuery):
         config.head_dim = mixer.head_dim  # some kinds of rotary embedding do not work it out themselves
     return config
 

@@ -111,7 +111,7 @@ class StreamedModel:
             experts = self._skeleton.layers[index].get_submodule(routed.experts_module)
             experts.trained = trained  # type: ignore[assignment]
         self._indices = {layer: index for index, layer in enumerate(self._skeleton.layers)}
-        self._rotary = self._skeleton.rotary.to(self.device)
+        self._skeleton.rotary.to(self.device)
         self._final_norm_weight = self._read(Role.FINAL_NORM).to(self.device)
 
     def embed(self, tokens_BT: torch.Tensor) -> torch.Tensor:
@@ -147,7 +147,7 @@ class StreamedModel:
         With a cache of the keys and values of earlier positions, the states are those of one position, or the first.
         """
         positions = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)[None] + first_position
-        rotary = self._rotary(hidden_BTD, positions)
+        rotary = self._skeleton.position_embeddings(self._indices[layer], hidden_BTD, positions)
         mask = self._mask(layer, hidden_BTD, first_position)
         others = {"attention_mask": mask, "position_embeddings": rotary, "past_key_values": cache}
         trained = self._stand_ins(layer, hidden_BTD.dtype)
@@ -280,11 +280,12 @@ class StreamedModel:
         matrix_VD = self._read_head(dtype)
         self._skeleton.final_norm.load_state_dict({"weight": self._final_norm_weight.to(dtype)}, assign=True)
         self._skeleton.final_norm.requires_grad_(False)
-        divisor = self.spec.logit_divisor
+        divisor, cap = self.spec.logit_divisor, self.spec.logit_cap
 
         def logits_of(states_ND: torch.Tensor) -> torch.Tensor:
             logits_NV = functional.linear(self.head_inputs(states_ND), matrix_VD)
-            return logits_NV if divisor == 1.0 else logits_NV / divisor
+            logits_NV = logits_NV if divisor == 1.0 else logits_NV / divisor
+            return logits_NV if cap is None else (logits_NV / cap).tanh() * cap
 
         yield logits_of
 

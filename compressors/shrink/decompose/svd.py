@@ -62,7 +62,7 @@ class ActivationSvd:
 
 def decompose_experts(block: MoeBlock, evidence: Evidence, rank: int, base: ExpertMatrices | None = None) -> SvdFactors:
     """Cuts each expert of a block, or its difference from ``base``, to a rank; the tokens are always the block's."""
-    routes = block.route(evidence.sample_TD)
+    routes = block.route(evidence.router_sample_TD)
     gates, ups, downs = [], [], []
     for expert in range(block.n_experts):
         moments = expert_moments(block, evidence, routes, expert)

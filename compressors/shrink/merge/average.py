@@ -87,19 +87,30 @@ def _average(
     shares: Sequence[float],
     align: Alignment | None,
 ) -> None:
-    """Makes the ``index``-th merged expert the weighted mean of a group, biases included; sums are float32."""
+    """Makes the ``index``-th merged expert the weighted mean of a group, biases included; sums are float32.
+
+    Experts' scales are averaged too. As a scale multiplies its expert's output, the outputs' matrices and biases are
+    averaged as if it were in them.
+    """
     reference, same_F = group[0], torch.arange(block.width)
+    of_outputs = list(shares)
+    if merged.expert_scale_E is not None and (scale_E := block.expert_scale_E) is not None:
+        mean = torch.tensor(shares) @ scale_E[list(group)]
+        merged.expert_scale_E[index] = mean
+        if mean:  # else nothing is left of them in any case
+            of_outputs = [share * float(scale_E[e] / mean) for share, e in zip(shares, group, strict=True)]
     orders = [align(reference, expert) if align and expert != reference else same_F for expert in group]
     members = [
         (share, expert, order_F, torch.cat([order_F, block.width + order_F]))  # the last orders rows of gate and up
         for share, expert, order_F in zip(shares, group, orders, strict=True)
     ]
     merged.gate_up_EFD[index] = _sum(share * block.gate_up_EFD[e].float()[rows] for share, e, _, rows in members)
-    merged.down_EDF[index] = _sum(share * block.down(e)[:, order_F] for share, e, order_F, _ in members)
+    outputs = list(zip(of_outputs, members, strict=True))
+    merged.down_EDF[index] = _sum(share * block.down(e)[:, order_F] for share, (_, e, order_F, _) in outputs)
     if merged.gate_up_bias_EF is not None and (gate_up_EF := block.gate_up_bias_EF) is not None:
         merged.gate_up_bias_EF[index] = _sum(share * gate_up_EF[e, rows] for share, e, _, rows in members)
     if merged.down_bias_ED is not None and (down_ED := block.down_bias_ED) is not None:
-        merged.down_bias_ED[index] = _sum(share * down_ED[e] for share, e, _, _ in members)
+        merged.down_bias_ED[index] = _sum(share * down_ED[e] for share, (_, e, _, _) in outputs)
 
 
 def _sum(terms: Iterable[torch.Tensor]) -> torch.Tensor:

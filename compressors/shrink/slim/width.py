@@ -65,7 +65,7 @@ class SlimWidth:
         check_width(self.width, block.width)
         if self.width == block.width:
             return CompressedBlock.unchanged(block)
-        routes = block.route(evidence.sample_TD)
+        routes = block.route(evidence.router_sample_TD)
         gate_up, biases, down = [], [], []
         for expert in range(block.n_experts):
             hidden_nF = block.hidden(expert, evidence.sample_TD[routes.of_expert(expert)[0]])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from compressors.model.description.routing import Routing
 from compressors.shrink.merge import merge_groups, merged_statistics
 from compressors.shrink.merge.alignment import match_weights, match_weights_and_activations
 from compressors.shrink.moe_block import Evidence, MoeBlock
@@ -58,6 +59,20 @@ def test_a_group_without_weight_is_averaged_plainly(trained_block: Blocks, coars
     torch.testing.assert_close(result.block.router_ED[0], block.router_ED[[0, 4, 7]].mean(0))
     assert result.changed_experts == {0}
     assert torch.equal(result.block.down_EDF[1:], block.down_EDF[[1, 2, 3, 5, 6]])
+
+
+def test_scales_of_experts_are_averaged_as_parts_of_their_matrices() -> None:
+    """Two experts whose outputs are equal after scaling, by different scales, give that output back."""
+    generator = torch.Generator().manual_seed(2)
+    gate_up_EFD, down_EDF = torch.randn(3, 8, 6, generator=generator), torch.randn(3, 6, 4, generator=generator)
+    gate_up_EFD[1], down_EDF[1] = gate_up_EFD[0], down_EDF[0] / 4
+    scale_E, routing = torch.tensor([0.5, 2.0, 3.0]), Routing(has_expert_scale=True)
+    block = MoeBlock(torch.randn(3, 6), gate_up_EFD, down_EDF, 1, routing, expert_scale_E=scale_E)
+    merged = merge_groups(block, ((0, 1), (2,)), torch.tensor([1.0, 3.0, 1.0]), average_router=False).block
+    assert merged.expert_scale_E is not None
+    torch.testing.assert_close(merged.expert_scale_E, torch.tensor([1.625, 3.0]))
+    torch.testing.assert_close(1.625 * merged.down(0), 0.5 * block.down(0))
+    assert torch.equal(merged.down(1), block.down(2))
 
 
 def test_merged_statistics_are_their_members(trained_block: Blocks, coarse_folder: Path) -> None:

@@ -9,7 +9,8 @@ load_tensors: offloading 12 repeating layers to GPU
 load_tensors:   CPU_Mapped model buffer size =  2048.50 MiB
 load_tensors:        CUDA0 model buffer size =  4096.00 MiB
 llama_context:  CUDA_Host  output buffer size =     0.58 MiB
-llama_kv_cache:        CPU KV buffer size =    64.00 MiB
+llama_kv_cache:        CPU KV buffer size =    48.00 MiB
+llama_kv_cache:        CPU KV buffer size =    16.00 MiB
 llama_kv_cache:      CUDA0 KV buffer size =   192.00 MiB
 llama_context:      CUDA0 compute buffer size =   100.00 MiB
 llama_context:      CUDA0 compute buffer size =   300.00 MiB
@@ -19,6 +20,7 @@ llama_context: graph nodes  = 1638
 
 
 def test_buffers_are_summed_by_purpose_and_device() -> None:
+    """A model with windows has two caches, of which both count; of a buffer that grows, the last size counts."""
     buffers = ReportedBuffers()
     for line in _LOG.splitlines():
         buffers.read(line + "\n")

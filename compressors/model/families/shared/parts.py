@@ -10,7 +10,7 @@ from functools import partial
 from compressors.model.config.family_settings import FamilySettings
 from compressors.model.config.rope_settings import RopeRule
 from compressors.model.config.special_tokens import configured_tokens
-from compressors.model.description.feed_forward import Dense, FeedForward, Routed
+from compressors.model.description.feed_forward import Dense, FeedForward, LostModule, Routed
 from compressors.model.description.mixers import GroupedQuery, Mixer, QkNorm
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import LayerSpec, ModelSpec
@@ -59,6 +59,7 @@ def model(
     epsilon: str = "rms_norm_eps",
     embedding_scale: float = 1.0,
     logit_divisor: float = 1.0,
+    logit_cap: float | None = None,
 ) -> ModelSpec:
     """A model with the usual embedding, final norm and head.
 
@@ -73,6 +74,7 @@ def model(
         epsilon: the key of the epsilon of norms.
         embedding_scale: the factor of the embedding's rows.
         logit_divisor: the number that logits are divided by.
+        logit_cap: the limit of logits; None: there is none.
     """
     vocab_size = settings.count("vocab_size")
     tokens = configured_tokens(settings.folder, vocab_size)
@@ -95,6 +97,7 @@ def model(
         pad_token_id=tokens.pad,
         embedding_scale=embedding_scale,
         logit_divisor=logit_divisor,
+        logit_cap=logit_cap,
     )
 
 
@@ -124,11 +127,13 @@ def layer(
 
 def _with_names(routed: Routed, tensors: Mapping[Role, TensorSpec]) -> Routed:
     """Returns the experts with the names that the tensors of their layer have."""
-    bias = tensors.get(Role.SELECTION_BIAS)
+    bias, scale = tensors.get(Role.SELECTION_BIAS), tensors.get(Role.EXPERT_SCALE)
     return replace(
         routed,
         router_module=tensors[Role.ROUTER].submodule,
         selection_bias=None if bias is None else bias.in_layer,
+        expert_scale=None if scale is None else scale.in_layer,
+        router_has_norm=Role.ROUTER_NORM in tensors,
     )
 
 
@@ -163,7 +168,7 @@ def attention(
     )
 
 
-routed_in_mlp = partial(Routed, experts_module="mlp.experts", block_module="mlp")
+routed_in_mlp = partial(Routed, experts_module="mlp.experts", block=(LostModule("mlp"),))
 """Routed experts in the modules where most of transformers' layers have them; :func:`layer` puts the router's in."""
 
 

@@ -6,6 +6,7 @@ Without it the model would be another one.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 
