@@ -19,9 +19,14 @@ from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.files.tokenizer_files import load_tokenizer, tokens_of
 from exporter.writing.gguf.container import Value, render_header, render_values, string
-from exporter.writing.gguf.pre_tokenizers import CLOSE_PRE_TOKENIZERS, is_byte_level, pre_tokenizer_name, steps_of
-from exporter.writing.gguf.special_values import tokens_around
-from exporter.writing.gguf.vocabulary import vocabulary_metadata
+from exporter.writing.gguf.vocabulary.metadata import vocabulary_metadata
+from exporter.writing.gguf.vocabulary.pre_tokenizers import (
+    CLOSE_PRE_TOKENIZERS,
+    is_byte_level,
+    pre_tokenizer_name,
+    steps_of,
+)
+from exporter.writing.gguf.vocabulary.special_values import tokens_around
 from validate.vocabulary.tokenization import AWKWARD_TEXTS, texts_around
 from validate.vocabulary.vocabulary_process import LlamaTokens, ask_llama_cpp
 

@@ -20,8 +20,8 @@ from compressors.model.errors import InputError, UnsupportedError
 from exporter.validation.vocabulary_check import vocabulary_deviations
 from exporter.writing.gguf.container import render_header, render_values
 from exporter.writing.gguf.metadata import model_metadata
-from exporter.writing.gguf.pre_tokenizers import CLOSE_PRE_TOKENIZERS, PRE_TOKENIZERS
-from exporter.writing.gguf.vocabulary import vocabulary_metadata
+from exporter.writing.gguf.vocabulary.metadata import vocabulary_metadata
+from exporter.writing.gguf.vocabulary.pre_tokenizers import CLOSE_PRE_TOKENIZERS, PRE_TOKENIZERS
 from tests.described_folder import DescribedFolder
 
 _AWKWARD = (
