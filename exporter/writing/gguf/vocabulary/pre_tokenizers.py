@@ -1,76 +1,48 @@
-"""llama.cpp's names for the ways in which byte-level tokenizers cut text into words before merging.
+"""Finds llama.cpp's name for the way in which a byte-level tokenizer cuts text into words before merging.
 
-llama.cpp does not read the expression from the file: it knows a fixed set by name (``llm_tokenizer_bpe`` in
-``src/llama-vocab.cpp``). A wrong name gives other tokens without any warning, so an unknown expression is refused.
+A wrong name gives other tokens without any warning. So a rule is recognised by its expressions, never by a hash of
+some tokens, and what is not known to be equal is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import difflib
+import functools
+import json
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from compressors.model.errors import UnsupportedError
+from exporter.writing.gguf.vocabulary.pre_tokenizer_table import (
+    BYTE_LEVEL_WORDS,
+    DIGIT,
+    PRE_TOKENIZERS,
+    KnownDifference,
+    PreTokenizer,
+)
 
-__all__ = ["CLOSE_PRE_TOKENIZERS", "PRE_TOKENIZERS"]
-__all__ += ["is_byte_level", "pre_tokenizer_name", "refuse_unknown_normalizer", "steps_of"]
+__all__ = ["is_byte_level", "known_differences", "known_pre_tokenizer", "plain_expression", "steps_of"]
 
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_QWEN2 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_TAIL}"
-_LLAMA3 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_TAIL}"
-_QWEN35 = (
-    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
-    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SHOWN = 3  # tokens that a message names
+_SHOWN_LENGTH = 60  # characters of an expression, around the place of interest
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_SPELLINGS = (  # other ways to write the same, each with the one of the table
+    ("\r", r"\r"),
+    ("\n", r"\n"),
+    ("'(?i:[sdmt]|ll|ve|re)", _CONTRACTIONS),
+    ("(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])", _CONTRACTIONS),
+    ("'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])", _CONTRACTIONS),
+    (r"\p{N}{1}", r"\p{N}"),
+    (r"\p{Han}+|", r"[\p{Han}]+|"),
+    # a quantifier that gives nothing back, before something that it could not match; {1,3}+ is none in these files
+    (r"[^\r\n\p{L}\p{N}]?+\p{L}", r"[^\r\n\p{L}\p{N}]?\p{L}"),
+    (r"[^\s\p{L}\p{N}]++[\r\n]", r"[^\s\p{L}\p{N}]+[\r\n]"),
+    (r"\p{L}++|", r"\p{L}+|"),
+    (r"[\r\n]*+|", r"[\r\n]*|"),
 )
-_CASED = (  # words by upper and lower case, as o200k cuts them
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
-)
-_SLASH_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_TEKKEN = rf"{_CASED[0]}|{_CASED[1]}|\p{{N}}|{_SLASH_TAIL}"
-_GPT4O = rf"{_CASED[0]}{_CONTRACTIONS}?|{_CASED[1]}{_CONTRACTIONS}?|\p{{N}}{{1,3}}|{_SLASH_TAIL}"
-_DEEPSEEK3 = (
-    r"\p{N}{1,3}",
-    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
-    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-)
-_SEED = (
-    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_BAILING = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
-_EXAONE_MOE = (
-    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+"
-)
-_DIGIT = r"\p{N}"
-_SPACE_STEPS = (
-    {"type": "Prepend", "prepend": "▁"},
-    {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-)
-"""Normalizers that write spaces as SentencePiece does."""
-
-PRE_TOKENIZERS: Mapping[tuple[tuple[str, ...], bool], str] = {
-    ((_GPT2,), False): "gpt-2",
-    ((_DIGIT, _GPT2), False): "starcoder",
-    ((_QWEN2,), False): "qwen2",
-    ((_QWEN35,), False): "qwen35",
-    ((_LLAMA3,), False): "smaug-bpe",
-    ((_LLAMA3,), True): "llama-bpe",
-    ((_TEKKEN,), True): "tekken",
-    ((_GPT4O,), False): "gpt-4o",
-    (_DEEPSEEK3, False): "deepseek-v3",
-    ((_SEED,), False): "seed-coder",
-    ((_BAILING,), False): "bailingmoe",
-    ((_EXAONE_MOE,), False): "exaone-moe",
-}
-"""(expressions in order, whether a word that is a token skips the merges) -> llama.cpp's name."""
-
-CLOSE_PRE_TOKENIZERS = frozenset({"tekken", "gpt-4o"})
-"""Names whose rule llama.cpp only approximates: outside of ASCII it ignores letter case and marks."""
 
 
 def steps_of(part: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
@@ -90,55 +62,90 @@ def is_byte_level(tokenizer: Mapping[str, Any]) -> bool:
     return any(step["type"] == "ByteLevel" for step in steps_of(tokenizer.get("pre_tokenizer")))
 
 
-def refuse_unknown_normalizer(tokenizer: Mapping[str, Any], path: Path) -> None:
-    """Checks every step of the normalizer of a parsed ``tokenizer.json``; ``path`` is for messages.
-
-    llama.cpp leaves text as it is. Most text is in Unicode's normal form C, and its SentencePiece tokenizers write
-    spaces as ``▁``.
-
-    Raises:
-        UnsupportedError: a step changes ordinary text; the message names it.
-    """
-    spaces = [] if is_byte_level(tokenizer) else _SPACE_STEPS
-    for step in steps_of(tokenizer.get("normalizer")):
-        if step["type"] != "NFC" and dict(step) not in spaces:
-            raise UnsupportedError(
-                f"{path}: llama.cpp has no equivalent for the normalizer {step['type']}"
-                f"{_settings(step)}, which changes ordinary text; use --formats onnx"
-            )
+def plain_expression(expression: str) -> str:
+    """Writes an expression as the table does, where files write the same differently."""
+    for other, spelling in _SPELLINGS:
+        expression = expression.replace(other, spelling)
+    return unicodedata.normalize("NFC", expression)
 
 
-def _settings(step: Mapping[str, Any]) -> str:
-    shown = {key: value for key, value in step.items() if key != "type"}
-    return f" {shown}"[:120] if shown else ""
-
-
-def pre_tokenizer_name(tokenizer: Mapping[str, Any], path: Path) -> str:
-    """The name for the pre-tokenizer of a parsed ``tokenizer.json``; ``path`` is for messages.
+def known_pre_tokenizer(tokenizer: Mapping[str, Any], path: Path) -> PreTokenizer:
+    """The rule of llama.cpp for the pre-tokenizer of a parsed ``tokenizer.json``; ``path`` is for messages.
 
     Raises:
-        UnsupportedError: llama.cpp has no pre-tokenizer that is known to be equal; the message shows the expressions.
+        UnsupportedError: llama.cpp has no rule that is known to be equal; the message shows the expressions and the
+            rule that comes nearest.
     """
-    if not is_byte_level(tokenizer):
-        kinds = [step["type"] for step in steps_of(tokenizer.get("pre_tokenizer"))] or ["none"]
+    rule = _by_use_of_merges(_rules(tokenizer, path), tokenizer, path)
+    made = (left + right for left, right in tokenizer["model"]["merges"])
+    joined = [] if rule.apart is None else [token for token in made if re.search(rule.apart, token)]
+    if joined:
         raise UnsupportedError(
-            f"{path}: llama.cpp knows BPE over bytes (a ByteLevel pre-tokenizer) and BPE with byte fallback; this "
-            f"tokenizer is neither (pre-tokenizer {', '.join(kinds)}): use --formats onnx"
+            f"{path}: its merges put together what its pre-tokenizer separates ({_some(joined)}), and llama.cpp's rule "
+            f"for it, {rule.name}, does not separate it; use --formats onnx"
         )
+    return rule
+
+
+def known_differences(tokenizer: Mapping[str, Any], path: Path) -> tuple[KnownDifference, ...]:
+    """The texts that llama.cpp cuts otherwise than the pre-tokenizer; vocabulary and merges are not looked at.
+
+    Raises:
+        UnsupportedError: llama.cpp has no rule that is known to be equal.
+    """
+    return _rules(tokenizer, path)[0].differs
+
+
+def _rules(tokenizer: Mapping[str, Any], path: Path) -> list[PreTokenizer]:
+    """The rules that cut text by the same expressions."""
     expressions = tuple(
-        expression
+        plain_expression(expression)
         for step in steps_of(tokenizer["pre_tokenizer"])
         if (expression := _expression(step, path)) is not None
     )
-    ignores_merges = bool(tokenizer["model"].get("ignore_merges"))
-    name = PRE_TOKENIZERS.get((expressions, ignores_merges))
-    if name is None:
+    rules = [rule for rule in PRE_TOKENIZERS if _plain_expressions(rule) == expressions]
+    if not rules:
         raise UnsupportedError(
-            f"{path}: the pre-tokenizer {' then '.join(map(repr, expressions))} (ignore_merges {ignores_merges}) "
-            "is not known to be in llama.cpp, which would split text differently from what the model expects; "
-            "use --formats onnx"
+            f"{path}: the pre-tokenizer {_listed(expressions)} is not known to be in llama.cpp, which would split text "
+            f"differently from what the model expects; {_nearest(expressions)}; use --formats onnx"
         )
-    return name
+    return rules
+
+
+@functools.cache
+def _plain_expressions(rule: PreTokenizer) -> tuple[str, ...]:
+    return tuple(map(plain_expression, rule.expressions))
+
+
+def _by_use_of_merges(rules: Sequence[PreTokenizer], tokenizer: Mapping[str, Any], path: Path) -> PreTokenizer:
+    """Chooses the rule that ignores merges as the tokenizer does; any, if merges make every word that is a token."""
+    ignores_merges = bool(tokenizer["model"].get("ignore_merges"))
+    for rule in rules:
+        if rule.ignores_merges == ignores_merges:
+            return rule
+    unmade = _words_without_merges(tokenizer)
+    if unmade:
+        raise UnsupportedError(
+            f"{path}: model.ignore_merges is {str(ignores_merges).lower()}, llama.cpp's rule for this pre-tokenizer "
+            f"({rules[0].name}) has the opposite, and it matters: {len(unmade):,} words are tokens that no merges make "
+            f"({_some(unmade)}); use --formats onnx"
+        )
+    return rules[0]
+
+
+def _words_without_merges(tokenizer: Mapping[str, Any]) -> list[str]:
+    """The tokens that the pre-tokenizer leaves whole, and that merges alone do not put together."""
+    from tokenizers import Tokenizer, decoders, models
+
+    model = tokenizer["model"]
+    merged = models.BPE(vocab=model["vocab"], merges=[(left, right) for left, right in model["merges"]])
+    candidates = [token for token in model["vocab"] if len(merged.tokenize(token)) > 1]
+    if not candidates:
+        return []
+    small = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
+    cutting = Tokenizer.from_str(json.dumps({**small, "pre_tokenizer": tokenizer["pre_tokenizer"]})).pre_tokenizer
+    texts = {token: decoders.ByteLevel().decode([token]) for token in candidates}
+    return [token for token, text in texts.items() if len(cutting.pre_tokenize_str(text)) == 1]
 
 
 def _expression(step: Mapping[str, Any], path: Path) -> str | None:
@@ -148,9 +155,9 @@ def _expression(step: Mapping[str, Any], path: Path) -> str | None:
         expression: str = step["pattern"]["Regex"]
         return expression
     if kind == "Digits" and step["individual_digits"]:
-        return _DIGIT
+        return DIGIT
     if kind == "ByteLevel" and not step["add_prefix_space"]:
-        return _GPT2 if step["use_regex"] else None
+        return BYTE_LEVEL_WORDS if step["use_regex"] else None
     raise UnsupportedError(
         f"{path}: llama.cpp has no equivalent for the pre-tokenizer step {dict(step)}; use --formats onnx"
     )
@@ -162,3 +169,31 @@ def _isolates(step: Mapping[str, Any]) -> bool:
     The behaviour Removed with an inverted match gives the same if the expression matches all of the text.
     """
     return (step["behavior"], step["invert"]) in (("Isolated", False), ("Removed", True))
+
+
+def _nearest(expressions: Sequence[str]) -> str:
+    """Names the rule whose expressions have most in common with these, and the first place where they part."""
+    wanted = " then ".join(expressions)
+    matcher = difflib.SequenceMatcher(autojunk=False)
+    matcher.set_seq2(wanted)
+
+    def likeness(rule: PreTokenizer) -> float:
+        matcher.set_seq1(" then ".join(_plain_expressions(rule)))
+        return matcher.ratio()
+
+    nearest = max(PRE_TOKENIZERS, key=likeness)
+    found = " then ".join(_plain_expressions(nearest))
+    pairs = enumerate(zip(wanted, found, strict=False))
+    place = next((index for index, (one, other) in pairs if one != other), min(len(wanted), len(found)))
+    start = max(0, place - _SHOWN_LENGTH // 3)
+    shown = found[start : start + _SHOWN_LENGTH]
+    return f"the nearest that it has is {nearest.name}, with {shown!r} for {wanted[start : start + _SHOWN_LENGTH]!r}"
+
+
+def _listed(expressions: Sequence[str]) -> str:
+    return " then ".join(map(repr, expressions)) or "without any expression"
+
+
+def _some(tokens: Sequence[str]) -> str:
+    more = f" and {len(tokens) - _SHOWN:,} more" if len(tokens) > _SHOWN else ""
+    return ", ".join(map(repr, tokens[:_SHOWN])) + more
