@@ -172,14 +172,12 @@ def _isolates(step: Mapping[str, Any]) -> bool:
 
 
 def _nearest(expressions: Sequence[str]) -> str:
-    """Names the rule whose expressions have most in common with these, and the first place where they part."""
+    """Names the rule that has most alternatives in common with these expressions, and the first place of difference."""
     wanted = " then ".join(expressions)
-    matcher = difflib.SequenceMatcher(autojunk=False)
-    matcher.set_seq2(wanted)
 
     def likeness(rule: PreTokenizer) -> float:
-        matcher.set_seq1(" then ".join(_plain_expressions(rule)))
-        return matcher.ratio()
+        found = " then ".join(_plain_expressions(rule))
+        return difflib.SequenceMatcher(None, wanted.split("|"), found.split("|"), autojunk=False).ratio()
 
     nearest = max(PRE_TOKENIZERS, key=likeness)
     found = " then ".join(_plain_expressions(nearest))
