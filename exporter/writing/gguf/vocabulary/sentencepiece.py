@@ -8,7 +8,7 @@ merges between line ends: for Gemma (model ``gemma4``), where it begins every te
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +52,21 @@ def sentencepiece_values(
         UnsupportedError: llama.cpp cuts text otherwise; the message names the step or the tokens.
     """
     _refuse_other_steps(tokenizer, path)
-    kinds = [_piece_type(token, kind, tokenizer) for token, kind in zip(tokens, types, strict=True)]
+    kinds = [_with_bytes(token, kind) for token, kind in zip(tokens, types, strict=True)]
     if begin == _GEMMA_BEGIN and not prepends_space(tokenizer):
-        kinds = [
-            int(TokenType.USER_DEFINED) if token in _GEMMA_VISIBLE else kind
-            for token, kind in zip(tokens, kinds, strict=True)
-        ]
+        shown = _with_kind(TokenType.USER_DEFINED, _GEMMA_VISIBLE, tokens, kinds)
         scores = {Keys.Tokenizer.SCORES: float32_array([_NO_SCORE] * len(tokens))}
-        return _merging_values("gemma4", None, tokenizer, tokens, kinds, path) | scores
+        return _merging_values("gemma4", None, tokenizer, tokens, shown, path) | scores
+    kinds = _with_kind(TokenType.UNKNOWN, {tokenizer["model"].get("unk_token")}, tokens, kinds)
     if prepends_space(tokenizer) or _merges_by_scores(tokenizer):
         return _scored_values(tokenizer, tokens, kinds)
     return _merging_values("gpt2", "sarvam-moe", tokenizer, tokens, kinds, path)
+
+
+def _with_kind(
+    kind: TokenType, texts: Collection[str | None], tokens: Sequence[str], types: Sequence[int]
+) -> list[int]:
+    return [int(kind) if token in texts else before for token, before in zip(tokens, types, strict=True)]
 
 
 def _refuse_other_steps(tokenizer: Mapping[str, Any], path: Path) -> None:
@@ -102,9 +106,7 @@ def has_byte_tokens(tokens: Sequence[str]) -> bool:
     return set(_BYTES) <= set(tokens)
 
 
-def _piece_type(token: str, token_type: int, tokenizer: Mapping[str, Any]) -> int:
-    if token == tokenizer["model"].get("unk_token"):
-        return TokenType.UNKNOWN
+def _with_bytes(token: str, token_type: int) -> int:
     return TokenType.BYTE if is_byte_token(token) and token_type == TokenType.NORMAL else token_type
 
 

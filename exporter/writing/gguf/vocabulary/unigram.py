@@ -66,24 +66,24 @@ def unigram_values(
 
 
 def _normalizing(tokenizer: Mapping[str, Any], path: Path) -> tuple[bytes, bool]:
-    """SentencePiece's table of characters, and whether several spaces become one."""
-    charsmap, merges_spaces = b"", False
-    for step in steps_of(tokenizer.get("normalizer")):
-        if step["type"] == "Precompiled" and not charsmap and not merges_spaces:
-            charsmap = base64.b64decode(step["precompiled_charsmap"] or "")
-        elif step["type"] == "Replace" and step["pattern"] == {"Regex": _SEVERAL_SPACES}:
-            merges_spaces = True
-        elif not _treats_spaces(step):
-            raise UnsupportedError(
-                f"{path}: llama.cpp's unigram tokenizer has no equivalent for the normalizer {dict(step)}"[:300]
-                + "; use --formats onnx"
-            )
-    return charsmap, merges_spaces
+    """SentencePiece's table of characters, and whether llama.cpp is to leave out spaces beside others.
 
-
-def _treats_spaces(step: Mapping[str, Any]) -> bool:
-    """True for steps that write spaces as llama.cpp does by itself."""
-    return dict(step) in SPACE_STEPS
+    llama.cpp looks characters up first. It leaves out spaces at the end of a text too, so both have to be asked for.
+    """
+    steps = list(steps_of(tokenizer.get("normalizer")))
+    charsmap = b""
+    if steps and steps[0]["type"] == "Precompiled":
+        charsmap = base64.b64decode(steps.pop(0)["precompiled_charsmap"] or "")
+    at_end = [step for step in steps if step["type"] == "Strip" and step["strip_right"]]
+    several = [step for step in steps if step["type"] == "Replace" and step["pattern"] == {"Regex": _SEVERAL_SPACES}]
+    spaces = [*at_end, *several] if at_end and several else []
+    other = next((step for step in steps if step not in spaces and dict(step) not in SPACE_STEPS), None)
+    if other is not None:
+        raise UnsupportedError(
+            f"{path}: llama.cpp's unigram tokenizer has no equivalent for the normalizer {dict(other)}; use --formats "
+            "onnx"
+        )
+    return charsmap, bool(spaces)
 
 
 def _refuse_other_words(tokenizer: Mapping[str, Any], path: Path) -> None:
