@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from compressors.model.errors import InputError
-from compressors.model.files.tokenizer_files import load_tokenizer, own_code, read_tokenizer_json, tokens_of
+from compressors.model.files.tokenizer_files import load_tokenizer, read_tokenizer_json, tokens_of
+from compressors.model.files.vocabularies.made_files import named_code
 
 Edit = Callable[[dict[str, Any]], object]
 _UNKNOWN = {"type": "Novel", "setting": 1}
@@ -84,7 +85,7 @@ def test_foreign_code_is_named_and_never_run(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(code), encoding="utf-8")
     (folder / "tokenization_own.py").write_text("raise SystemExit('was run')", encoding="utf-8")
     assert load_tokenizer(folder).encode("a")
-    assert own_code(folder) == "tokenization_own.OwnTokenizer"
+    assert named_code(folder) == "tokenization_own.OwnTokenizer"
     (folder / "tokenizer.json").unlink()
     with pytest.raises(InputError, match=r"tokenization_own\.OwnTokenizer"):
         load_tokenizer(folder)
