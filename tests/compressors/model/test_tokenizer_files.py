@@ -75,7 +75,7 @@ def test_a_damaged_tokenizer_config_is_named(folder: Path, text: str) -> None:
 
 def test_without_tokenizer_json_the_message_says_how_to_make_one(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer.model").write_bytes(b"\x0a\x03abc")
+    (folder / "vocab.json").write_text("[]", encoding="utf-8")
     with pytest.raises(InputError, match=r"no tokenizer\.json.*save_pretrained"):
         load_tokenizer(folder)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compressors.model.files.json_file import read_json
+from compressors.model.files.vocabularies.sentencepiece import sentencepiece_tokenizer
 from compressors.model.files.vocabularies.tiktoken import find_ranks, tiktoken_tokenizer
 
 __all__ = ["MADE_OF", "made_tokenizer_files", "named_code"]
@@ -33,12 +34,17 @@ def made_tokenizer_files(folder: Path) -> Mapping[str, str] | None:
     Raises:
         InputError: the files are damaged, or do not say how text is cut.
     """
-    code = named_code(folder)
-    ranks = find_ranks(folder) if code is not None and not (folder / "tokenizer.json").is_file() else None
-    if code is None or ranks is None:
+    if (folder / "tokenizer.json").is_file():
         return None
-    settings = read_json(folder / "tokenizer_config.json")
-    tokenizer = tiktoken_tokenizer(ranks, code, settings)
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    code, ranks, model = named_code(folder), find_ranks(folder), folder / "tokenizer.model"
+    if ranks is not None and code is not None:
+        tokenizer = tiktoken_tokenizer(ranks, code, settings)
+    elif ranks is None and model.is_file():
+        tokenizer = sentencepiece_tokenizer(model, settings)
+    else:
+        return None
     return {"tokenizer.json": _written(tokenizer), "tokenizer_config.json": _written(_without_code(settings))}
 
 
