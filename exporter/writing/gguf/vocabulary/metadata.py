@@ -52,7 +52,8 @@ def _vocabulary_metadata(folder: Path, vocab_size: int, state: object) -> Mappin
         raise InputError(f"{path}: two tokens of its vocabulary have the same number; download it again")
     values = _values_by_kind(tokenizer, tokens, types, loaded.bos_token, path)
     special = special_token_values(folder, vocab_size, tokens, types)
-    return {**values, **special, **_chat_template_values(loaded.chat_template, folder)}
+    always = {key: value for key, value in values.items() if key in special}  # as this kind of tokenizer has it
+    return {**values, **special, **always, **_chat_template_values(loaded.chat_template, folder)}
 
 
 def _values_by_kind(

@@ -56,7 +56,8 @@ def sentencepiece_values(
     if begin == _GEMMA_BEGIN and not prepends_space(tokenizer):
         shown = _with_kind(TokenType.USER_DEFINED, _GEMMA_VISIBLE, tokens, kinds)
         scores = {Keys.Tokenizer.SCORES: float32_array([_NO_SCORE] * len(tokens))}
-        return _merging_values("gemma4", None, tokenizer, tokens, shown, path) | scores
+        begins = {Keys.Tokenizer.ADD_BOS: boolean(True)}  # llama.cpp does so even if it is false
+        return {**_merging_values("gemma4", None, tokenizer, tokens, shown, path), **scores, **begins}
     kinds = _with_kind(TokenType.UNKNOWN, {tokenizer["model"].get("unk_token")}, tokens, kinds)
     if prepends_space(tokenizer) or _merges_by_scores(tokenizer):
         return _scored_values(tokenizer, tokens, kinds)
