@@ -43,7 +43,7 @@ from exporter.writing.gguf.container import TensorEntry, aligned, render_header,
 from exporter.writing.gguf.layout import PlannedTensor, plan_tensors
 from exporter.writing.gguf.metadata import model_metadata
 from exporter.writing.gguf.type_table import weights_of_a_token
-from exporter.writing.gguf.vocabulary import vocabulary_metadata
+from exporter.writing.gguf.vocabulary.metadata import vocabulary_metadata
 from exporter.writing.gguf.writer import predict_file_size
 from validate.runtimes.llama_cpp import LlamaCppBackend
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from compressors.model.config.special_tokens import configured_tokens
-from compressors.model.files.tokenizer_files import own_code
+from compressors.model.files.vocabularies.made_files import named_code
 from compressors.model.sources.source import Source
 from exporter.publishing.settings_deviations import settings_deviations
 from exporter.validation.vocabulary_check import vocabulary_deviations
@@ -43,8 +43,9 @@ def find_deviations(checkpoint: Source, artifacts: Iterable[str], name: str) -> 
 
 def _of_tokenizer(checkpoint: Source, artifact: str, name: str) -> Iterator[str]:
     folder, spec = checkpoint.tokenizer_folder, checkpoint.spec
-    if (code := own_code(folder)) is not None:
-        yield f"text is cut as tokenizer.json says; the Python code {code} that tokenizer_config.json names is not run"
+    if (code := named_code(folder)) is not None:
+        rule = "tokenizer.json says" if (folder / "tokenizer.json").is_file() else "the expression in its code says"
+        yield f"text is cut as {rule}; the Python code {code} that tokenizer_config.json names is not run"
     if without_row := configured_tokens(folder, spec.vocab_size).without_row:
         ids = ", ".join(map(str, without_row))
         yield f"the end token {ids} is left out: the model has {spec.vocab_size:,} tokens, counted from 0"

@@ -20,7 +20,7 @@ from compressors.model.sources.source import Source
 from compressors.model.sources.student import Student
 from exporter.writing.gguf.container import render_header, render_values
 from exporter.writing.gguf.metadata import model_metadata
-from exporter.writing.gguf.vocabulary import vocabulary_metadata
+from exporter.writing.gguf.vocabulary.metadata import vocabulary_metadata
 from validate.files.folder_settings import folder_setting_symptoms
 from validate.files.gguf_settings import gguf_setting_symptoms
 from validate.files.graph_settings import graph_setting_symptoms

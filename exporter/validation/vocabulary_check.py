@@ -7,6 +7,7 @@ that llama.cpp lacks, such as special tokens that swallow spaces, become deviati
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -19,9 +20,10 @@ from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.files.tokenizer_files import load_tokenizer, tokens_of
 from exporter.writing.gguf.container import Value, render_header, render_values, string
-from exporter.writing.gguf.pre_tokenizers import CLOSE_PRE_TOKENIZERS, is_byte_level, pre_tokenizer_name, steps_of
-from exporter.writing.gguf.special_values import tokens_around
-from exporter.writing.gguf.vocabulary import vocabulary_metadata
+from exporter.writing.gguf.vocabulary.metadata import vocabulary_metadata
+from exporter.writing.gguf.vocabulary.pre_tokenizer_table import KnownDifference
+from exporter.writing.gguf.vocabulary.pre_tokenizers import is_byte_level, known_differences, steps_of
+from exporter.writing.gguf.vocabulary.special_values import tokens_around
 from validate.vocabulary.tokenization import AWKWARD_TEXTS, texts_around
 from validate.vocabulary.vocabulary_process import LlamaTokens, ask_llama_cpp
 
@@ -57,7 +59,8 @@ def vocabulary_deviations(folder: Path, spec: ModelSpec, name: str) -> Iterator[
     asked = list(dict.fromkeys([*texts, *(rewrite(text) for rewrite in rewritings.values() for text in texts)]))
     llama = _ask(folder, spec, name, vocabulary, asked)
     marks = llama.marks | set(tokenizer.get_added_vocab())
-    judge = _Judge(folder, rewritings, marks, is_close=_is_close(parts, folder))
+    differences = known_differences(parts, folder) if is_byte_level(parts) else ()
+    judge = _Judge(folder, rewritings, marks, differences)
     parsed, plain = (dict(zip(asked, tokens, strict=True)) for tokens in (llama.parsed, llama.plain))
     read_as_text = tokens_of(folder, plain_texts, read_special_as_text=True)
     sentences = [
@@ -102,8 +105,7 @@ def _parts(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """A ``tokenizer.json`` without vocabulary and merges, which take long to write and to read."""
     backend = tokenizer.backend_tokenizer
     steps = {"normalizer": backend.normalizer, "pre_tokenizer": backend.pre_tokenizer}
-    parts = {name: None if step is None else json.loads(step.__getstate__()) for name, step in steps.items()}
-    return {**parts, "model": {"ignore_merges": backend.model.ignore_merges}}
+    return {name: None if step is None else json.loads(step.__getstate__()) for name, step in steps.items()}
 
 
 def _rewritings(tokenizer: Mapping[str, Any]) -> Mapping[str, _Rewriting]:
@@ -116,11 +118,6 @@ def _rewritings(tokenizer: Mapping[str, Any]) -> Mapping[str, _Rewriting]:
     return rewritings
 
 
-def _is_close(tokenizer: Mapping[str, Any], folder: Path) -> bool:
-    """True if llama.cpp has only nearly the same pre-tokenizer."""
-    return is_byte_level(tokenizer) and pre_tokenizer_name(tokenizer, folder) in CLOSE_PRE_TOKENIZERS
-
-
 @dataclass(frozen=True)
 class _Judge:
     """Finds the reason why a text is cut differently, and refuses the model if there is none."""
@@ -128,7 +125,7 @@ class _Judge:
     folder: Path
     rewritings: Mapping[str, _Rewriting]
     marks: Collection[str]  # texts of special tokens, of either side
-    is_close: bool  # the pre-tokenizer is only nearly the tokenizer's
+    differences: Sequence[KnownDifference]  # of llama.cpp's pre-tokenizer
 
     def sentences(self, expected: Iterable[tuple[str, tuple[int, ...]]], found: _Tokens, around: str) -> Iterator[str]:
         """Yields a sentence for each reason, with some of its texts; ``around`` is one, for texts with special tokens.
@@ -157,8 +154,9 @@ class _Judge:
                 return what
         if any(mark in text for mark in self.marks):
             return around
-        if self.is_close and not text.isascii():
-            return "with combining marks, or with capital letters inside words, of other than Latin letters"
+        for difference in self.differences:
+            if re.search(difference.where, text):
+                return difference.words
         raise UnsupportedError(
             f"{self.folder}: llama.cpp would cut text otherwise than the model's tokenizer, such as {_short(text)} "
             f"into {_listed(found[text])} instead of {_listed(tokens)}; use --formats onnx"

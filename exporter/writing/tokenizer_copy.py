@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-from compressors.model.files.tokenizer_files import TOKENIZER_FILES, load_tokenizer, read_tokenizer_json
+from compressors.model.files.tokenizer_files import copy_tokenizer_files, load_tokenizer, read_tokenizer_json
 from exporter.writing.files import write_atomically
 
 __all__ = ["copy_tokenizer", "write_tokenizer"]
 
-_TEMPLATES = "additional_chat_templates"
-
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copies the files as they are: transformers makes the same tokenizer from them."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    if (source / _TEMPLATES).is_dir():
-        shutil.copytree(source / _TEMPLATES, folder / _TEMPLATES, dirs_exist_ok=True)
+    """Copies the files: transformers makes the same tokenizer from them.
+
+    Raises:
+        InputError: the vocabulary cannot be read.
+    """
+    copy_tokenizer_files(source, folder)
 
 
 def write_tokenizer(source: Path, folder: Path) -> None:

@@ -25,7 +25,7 @@ from exporter.estimating.sizes import format_size, parse_size
 from exporter.inspection import describe, description_table
 from exporter.planning.job import Flags, parse_requirements
 from exporter.planning.recipe import load_recipe, recipe_yaml
-from exporter.writing.gguf.vocabulary import vocabulary_metadata
+from exporter.writing.gguf.vocabulary.metadata import vocabulary_metadata
 from tests.fuzz.configurations import damage_config, damage_index, damage_tokenizer
 from tests.fuzz.gguf_files import damage_gguf
 from tests.fuzz.onnx_files import damage_onnx

@@ -11,6 +11,7 @@ from validate.vocabulary.vocabulary import GgufVocabulary
 
 __all__ = ["folder_special_symptoms", "gguf_special_symptoms"]
 
+_ALWAYS_BEGINS = ("gemma4",)  # llama.cpp's models of tokenizers that put BOS before a text, whatever a file says
 _SHOWN = 3  # tokens that a sentence names
 _TEMPLATE_SHOWN = 40  # characters
 _ENDS_BY_NAME = ("end", "eo", "</s", "return", "call", "turn")  # parts of the texts of tokens that end something
@@ -22,7 +23,7 @@ def gguf_special_symptoms(
 ) -> list[str]:
     """Lists the special tokens of a GGUF file that llama.cpp treats unlike the original."""
     return [
-        *_begin_symptoms(vocabulary, original),
+        *_begin_symptoms(vocabulary, metadata, original),
         *_end_symptoms(vocabulary, metadata, original),
         *_padding_symptoms(metadata, original),
         *_template_symptoms(_gguf_templates(metadata), original),
@@ -44,12 +45,16 @@ def folder_special_symptoms(tokenizer: Any, original: OriginalTokenizer) -> list
     return [*symptoms, *_template_symptoms(_by_name(tokenizer.chat_template), original)]
 
 
-def _begin_symptoms(vocabulary: GgufVocabulary, original: OriginalTokenizer) -> Iterator[str]:
+def _begin_symptoms(
+    vocabulary: GgufVocabulary, metadata: Mapping[str, MetadataValue], original: OriginalTokenizer
+) -> Iterator[str]:
     before, _ = original.around()
     allowed = {*before, original.special.bos, original.tokenizer.bos_token_id} - {None}
     found = vocabulary.begin_token
     if allowed and found not in allowed and len(before) < 2:  # of several tokens none is begin
         yield f"tokenizer: the begin token in llama.cpp is {found}, the original's {_listed(allowed)}"
+    if metadata.get("tokenizer.ggml.model") in _ALWAYS_BEGINS:
+        return
     if vocabulary.adds_begin != (len(before) == 1):  # it cannot put several: a difference that is known in advance
         does, should = ("puts a", "does not") if vocabulary.adds_begin else ("puts no", "does")
         yield f"tokenizer: llama.cpp {does} begin token before a text; the original {should}"

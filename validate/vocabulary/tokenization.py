@@ -30,6 +30,7 @@ AWKWARD_TEXTS: tuple[str, ...] = (
     "हिन्दी में पाठ ไทยภาษา தமிழ் ខ្មែរ",
     "😀 👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 🇩🇪",
     "zero\u200bwidth\u200djoiner\ufeffbom\u00a0nbsp\u2003em\u3000ideographic\u2028line",
+    "[\n        42,\n    1000 \u3000 wide\u3000\u00a0 \u2003spaces",
     "\x00\x01\x1f\x7f\u0085",
     "\U00010348 \U0001d54f \ud7ff \ue000 \ufffd",
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!!!!!!!!!!!!!!!!????????",

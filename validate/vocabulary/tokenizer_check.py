@@ -25,6 +25,11 @@ __all__ = ["TokenizerFindings", "check_folder_tokenizer", "check_gguf_tokenizer"
 _SHOWN = 3  # tokens and texts that a sentence names
 _TEXT_SHOWN = 40  # characters of a text
 _AROUND = 3  # tokens of a difference
+_SHOWN_IN_TEXTS = frozenset({
+    "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|end|>",
+    "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>',
+})  # fmt: skip
+"""Special tokens that llama.cpp, or its converter, shows in the text that a model writes, for clients to read."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +174,8 @@ def _right_kinds(token: int, original: OriginalTokenizer) -> int:
     if token == original.tokenizer.unk_token_id:
         return int(api.LLAMA_TOKEN_ATTR_UNKNOWN | api.LLAMA_TOKEN_ATTR_CONTROL)
     if entry is not None and entry.special:
-        return int(api.LLAMA_TOKEN_ATTR_CONTROL)
+        shown = str(entry) in _SHOWN_IN_TEXTS
+        return int(api.LLAMA_TOKEN_ATTR_CONTROL | api.LLAMA_TOKEN_ATTR_USER_DEFINED * shown)
     if entry is not None:  # converters take some of them for control tokens by their looks
         return int(api.LLAMA_TOKEN_ATTR_CONTROL | api.LLAMA_TOKEN_ATTR_USER_DEFINED)
     if _is_byte(original.text(token)):

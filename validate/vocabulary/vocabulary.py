@@ -93,8 +93,11 @@ class GgufVocabulary:
         return int(api.llama_vocab_n_tokens(self._vocabulary))
 
     def text(self, token: int) -> str | None:
-        """See :class:`Vocabulary`; tokens that the file marks as unused are padding."""
-        if token >= len(self) or api.llama_vocab_get_attr(self._vocabulary, token) & api.LLAMA_TOKEN_ATTR_UNUSED:
+        """See :class:`Vocabulary`; tokens that the file marks as unused are padding.
+
+        llama.cpp also calls control tokens unused that have this word in their text, as some of Gemma's.
+        """
+        if token >= len(self) or api.llama_vocab_get_attr(self._vocabulary, token) == api.LLAMA_TOKEN_ATTR_UNUSED:
             return None
         text: bytes = api.llama_vocab_get_text(self._vocabulary, token)
         return text.decode("utf-8", errors="replace")

@@ -5,22 +5,32 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from compressors.model.errors import InputError
 from compressors.model.files.json_file import read_json
+from compressors.model.files.vocabularies.made_files import MADE_OF, made_tokenizer_files, named_code
 from compressors.model.names import shown
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["TOKENIZER_FILES", "files_state", "load_tokenizer", "own_code", "read_tokenizer_json", "tokens_of"]
+__all__ = [
+    "TOKENIZER_FILES",
+    "copy_tokenizer_files",
+    "files_state",
+    "load_tokenizer",
+    "read_tokenizer_json",
+    "tokens_of",
+]
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -35,6 +45,7 @@ TOKENIZER_FILES = (
 )
 """The files that ``AutoTokenizer`` may read, beside ``config.json`` and the folder ``additional_chat_templates``."""
 
+_TEMPLATES = "additional_chat_templates"
 _EMPTY_MODEL = {"type": "BPE", "vocab": {}, "merges": []}
 
 
@@ -44,7 +55,8 @@ def files_state(folder: Path) -> tuple[tuple[str, int, int], ...]:
     A result of reading them stays valid while this stays the same.
     """
     names = (*TOKENIZER_FILES, "config.json", "generation_config.json")
-    paths = [folder / name for name in names] + sorted(folder.glob("additional_chat_templates/*"))
+    further = (path for pattern in (f"{_TEMPLATES}/*", *MADE_OF) for path in sorted(folder.glob(pattern)))
+    paths = [*(folder / name for name in names), *further]
     return tuple((path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in paths if path.is_file())
 
 
@@ -59,21 +71,50 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 @functools.lru_cache(maxsize=1)
 def _load_tokenizer(folder: Path, state: object) -> PreTrainedTokenizerFast:
-    from transformers import AutoTokenizer  # takes seconds to import
-
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    made = made_tokenizer_files(folder)
+    if not made and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise InputError(f"{folder} has no usable tokenizer: download tokenizer.json and tokenizer_config.json too")
     config = folder / "tokenizer_config.json"
     if config.is_file():
         read_json(config)
     _refuse_huge_numbers(folder / "tokenizer.json")
-    loaded: PreTrainedTokenizerFast = _guarded(
-        lambda: AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False), folder
-    )
+    loaded: PreTrainedTokenizerFast = _guarded(lambda: _from_files(folder, made), folder)
     if not _guarded(lambda: loaded.encode("a", add_special_tokens=False), folder):
         raise InputError(f"{folder} has no usable tokenizer: it makes no token of the text 'a'; download it again")
     _refuse_dropout(loaded, folder)
     return loaded
+
+
+def _from_files(folder: Path, made: Mapping[str, str] | None) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # takes seconds to import
+
+    if made is None:
+        found: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return cast("PreTrainedTokenizerFast", found)
+    with tempfile.TemporaryDirectory(prefix="moe-export-") as place:
+        copy_tokenizer_files(folder, Path(place), made)
+        return cast("PreTrainedTokenizerFast", PreTrainedTokenizerFast.from_pretrained(place, local_files_only=True))
+
+
+def copy_tokenizer_files(folder: Path, place: Path, made: Mapping[str, str] | None = None) -> None:
+    """Copies the files that transformers makes the tokenizer from; those that had to be made are written instead.
+
+    Args:
+        folder: the checkpoint's folder.
+        place: the folder to copy them to.
+        made: the files that had to be made, if they are known already.
+
+    Raises:
+        InputError: a vocabulary that no ``tokenizer.json`` holds cannot be read.
+    """
+    made = made_tokenizer_files(folder) if made is None else made
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, place / name)
+    if (folder / _TEMPLATES).is_dir():
+        shutil.copytree(folder / _TEMPLATES, place / _TEMPLATES, dirs_exist_ok=True)
+    for name, text in (made or {}).items():
+        (place / name).write_text(text, encoding="utf-8")
 
 
 def _refuse_dropout(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -131,18 +172,6 @@ def _refuse_huge_numbers(path: Path) -> None:
 _MOST_TOKENS = 1 << 24
 
 
-def own_code(folder: Path) -> str | None:
-    """Returns the class outside of transformers that ``tokenizer_config.json`` names, None if it names none.
-
-    It is never run: ``tokenizer.json`` is read instead.
-    """
-    path = folder / "tokenizer_config.json"
-    names = read_json(path).get("auto_map") if path.is_file() else None
-    named = names.get("AutoTokenizer") if isinstance(names, dict) else names
-    chosen = [name for name in (named if isinstance(named, list) else [named]) if name]
-    return str(chosen[0])[:80] if chosen else None
-
-
 def _guarded(action: Callable[[], Any], folder: Path) -> Any:
     """Turns all that the libraries raise into one sentence: exceptions, and panics, which are not exceptions."""
     try:
@@ -188,7 +217,7 @@ def _sentence(folder: Path, error: BaseException) -> str:
             f"{folder}: its tokenizer files cannot be read by the installed transformers {version('transformers')} "
             f"({reason}); download tokenizer_config.json and tokenizer.json again, or update transformers"
         )
-    code = own_code(folder)
+    code = named_code(folder)
     if code is not None:
         return (
             f"{folder / 'tokenizer_config.json'} names Python code of its own ({code}), which is never run here, and "

@@ -23,6 +23,7 @@ __all__ = [
     "boolean_array",
     "float32",
     "float32_array",
+    "int8_array",
     "int32_array",
     "render_header",
     "render_values",
@@ -78,6 +79,11 @@ def string_array(texts: Sequence[str]) -> Value:
 def int32_array(numbers: Sequence[int]) -> Value:
     """A list of signed 32-bit integers."""
     return Value(_array_prefix(GGUFValueType.INT32, len(numbers)) + struct.pack(f"<{len(numbers)}i", *numbers))
+
+
+def int8_array(numbers: bytes) -> Value:
+    """A list of bytes, read as signed 8-bit integers."""
+    return Value(_array_prefix(GGUFValueType.INT8, len(numbers)) + numbers)
 
 
 def float32_array(numbers: Sequence[float]) -> Value:

@@ -13,7 +13,7 @@ from exporter.writing.feedback import StudentFeedback
 from exporter.writing.gguf.container import TensorEntry, Value, aligned, render_header, render_values
 from exporter.writing.gguf.layout import PlannedTensor, plan_tensors
 from exporter.writing.gguf.metadata import model_metadata
-from exporter.writing.gguf.vocabulary import vocabulary_metadata
+from exporter.writing.gguf.vocabulary.metadata import vocabulary_metadata
 from exporter.writing.gguf.weights import weight_pieces
 from exporter.writing.pieces import Piece, write_pieces
 from exporter.writing.resumable import is_published, resuming

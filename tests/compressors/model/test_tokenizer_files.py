@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from compressors.model.errors import InputError
-from compressors.model.files.tokenizer_files import load_tokenizer, own_code, read_tokenizer_json, tokens_of
+from compressors.model.files.tokenizer_files import load_tokenizer, read_tokenizer_json, tokens_of
+from compressors.model.files.vocabularies.made_files import named_code
 
 Edit = Callable[[dict[str, Any]], object]
 _UNKNOWN = {"type": "Novel", "setting": 1}
@@ -74,7 +75,7 @@ def test_a_damaged_tokenizer_config_is_named(folder: Path, text: str) -> None:
 
 def test_without_tokenizer_json_the_message_says_how_to_make_one(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer.model").write_bytes(b"\x0a\x03abc")
+    (folder / "vocab.json").write_text("[]", encoding="utf-8")
     with pytest.raises(InputError, match=r"no tokenizer\.json.*save_pretrained"):
         load_tokenizer(folder)
 
@@ -84,7 +85,7 @@ def test_foreign_code_is_named_and_never_run(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(code), encoding="utf-8")
     (folder / "tokenization_own.py").write_text("raise SystemExit('was run')", encoding="utf-8")
     assert load_tokenizer(folder).encode("a")
-    assert own_code(folder) == "tokenization_own.OwnTokenizer"
+    assert named_code(folder) == "tokenization_own.OwnTokenizer"
     (folder / "tokenizer.json").unlink()
     with pytest.raises(InputError, match=r"tokenization_own\.OwnTokenizer"):
         load_tokenizer(folder)

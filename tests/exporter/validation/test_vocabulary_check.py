@@ -17,7 +17,8 @@ from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.files.tokenizer_files import load_tokenizer, tokens_of
 from exporter.validation.vocabulary_check import vocabulary_deviations
 from exporter.writing.gguf.container import render_header, render_values, string
-from exporter.writing.gguf.vocabulary import vocabulary_metadata
+from exporter.writing.gguf.vocabulary.metadata import vocabulary_metadata
+from exporter.writing.gguf.vocabulary.pre_tokenizer_table import PRE_TOKENIZERS
 from exporter.writing.tokenizer_copy import write_tokenizer
 from validate.vocabulary.tokenization import AWKWARD_TEXTS, texts_around
 from validate.vocabulary.vocabulary_process import LlamaTokens, ask_llama_cpp
@@ -232,7 +233,7 @@ def test_a_name_by_which_llama_cpp_expects_other_tokens_is_refused(folder: Path)
 
 def test_ordinary_text_cut_otherwise_is_refused_with_the_text(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The table of expressions is not believed: here it names GPT-2's words for Qwen's."""
-    monkeypatch.setattr("exporter.writing.gguf.vocabulary.pre_tokenizer_name", lambda *_: "gpt-2")
+    monkeypatch.setattr("exporter.writing.gguf.vocabulary.metadata.known_pre_tokenizer", lambda *_: PRE_TOKENIZERS[0])
     with pytest.raises(UnsupportedError, match=r"would cut text otherwise .* such as '.*' into \[.*\] instead of \["):
         _deviations(folder)
 

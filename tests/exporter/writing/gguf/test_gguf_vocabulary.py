@@ -17,11 +17,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from compressors.model.config.reading import read_spec
 from compressors.model.errors import InputError, UnsupportedError
-from exporter.validation.vocabulary_check import vocabulary_deviations
 from exporter.writing.gguf.container import render_header, render_values
 from exporter.writing.gguf.metadata import model_metadata
-from exporter.writing.gguf.pre_tokenizers import CLOSE_PRE_TOKENIZERS, PRE_TOKENIZERS
-from exporter.writing.gguf.vocabulary import vocabulary_metadata
+from exporter.writing.gguf.vocabulary.metadata import vocabulary_metadata
 from tests.described_folder import DescribedFolder
 
 _AWKWARD = (
@@ -81,95 +79,6 @@ def folder_with_tokenizer(fine_folder: Path, tmp_path: Path) -> Path:
 
 def _edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
-
-
-@pytest.mark.parametrize("row", PRE_TOKENIZERS.items(), ids=list(PRE_TOKENIZERS.values()))
-def test_every_known_pre_tokenizer_is_the_one_in_llama_cpp(
-    folder_with_tokenizer: Path, heldout_text: str, row: tuple[tuple[tuple[str, ...], bool], str]
-) -> None:
-    (expressions, ignore_merges), name = row
-    splits: list[Any] = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in expressions]
-    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000,
-        special_tokens=["<|endoftext|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([heldout_text[:200_000]], trainer)
-    tokenizer.save(str(folder_with_tokenizer / "tokenizer.json"))
-    path = folder_with_tokenizer / "vocabulary.gguf"
-    assert_same_tokens(folder_with_tokenizer, path, [heldout_text[200_000:400_000], _AWKWARD])
-    assert gguf.GGUFReader(path).fields["tokenizer.ggml.pre"].contents() == name
-
-
-@pytest.fixture(scope="module")
-def long_words(heldout_text: str) -> dict[str, Any]:
-    """A tokenizer.json whose merges know no words: nearly any cut that a pre-tokenizer makes changes the tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=3800, initial_alphabet=alphabet, show_progress=False)
-    texts = [heldout_text[start : start + 200] for start in range(0, 20_000, 200)]
-    tokenizer.train_from_iterator([*_CUTS * 3, *texts], trainer)
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    data: dict[str, Any] = json.loads(tokenizer.to_str())
-    return data
-
-
-_MARKS_AND_CAPITALS = (
-    "cafe\u0301 A\u030a E\u0301cole",
-    "\u0939\u093f\u0928\u094d\u0926\u0940 \u092e\u0947\u0902 \u092a\u093e\u0920",
-    "\u043f\u0440\u0438\u0412\u0435\u0442",
-)
-_CUTS = (
-    "fooBar FooBarBaz HTTPServer don't DON'T we'Ll 's 'S it's",
-    "a/b//c\n/d\n\n /\n x=1;y=[2,3]\n\n\n  z",
-    "12345678 12 1 1234 $100 +5 <a> ^b ~c `d` 3.14 1,000",
-    "日本語2024年カタカナabc漢字 한국어 텍스트 中文没有空格。",
-    "  \n  a\n\n b\t\tc   d\r\n\r\n e \n",
-    "naïve café \u201cquoted\u201d \u2026 €£¥ ﬁ½² \u00a0b\u3000c 😀👍🏽",
-    "word word, word. (word) [word] word: word; word! word?",
-    *_MARKS_AND_CAPITALS,
-)
-
-
-@pytest.mark.parametrize("row", PRE_TOKENIZERS.items(), ids=list(PRE_TOKENIZERS.values()))
-def test_every_known_pre_tokenizer_cuts_everything_alike(
-    folder_with_tokenizer: Path, long_words: dict[str, Any], row: tuple[tuple[tuple[str, ...], bool], str]
-) -> None:
-    (expressions, ignore_merges), name = row
-    tokenizer = Tokenizer.from_str(json.dumps(long_words))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            *(pre_tokenizers.Split(Regex(expression), "isolated") for expression in expressions),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    data = json.loads(tokenizer.to_str())
-    data["model"]["ignore_merges"] = ignore_merges
-    (folder_with_tokenizer / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
-    texts = [text for text in _CUTS if name not in CLOSE_PRE_TOKENIZERS or text not in _MARKS_AND_CAPITALS]
-    assert_same_tokens(folder_with_tokenizer, folder_with_tokenizer / "vocabulary.gguf", texts)
-
-
-@pytest.mark.parametrize("name", sorted(CLOSE_PRE_TOKENIZERS))
-def test_close_pre_tokenizers_are_named_with_their_texts(
-    folder_with_tokenizer: Path, long_words: dict[str, Any], name: str
-) -> None:
-    (expressions, ignore_merges) = next(key for key, value in PRE_TOKENIZERS.items() if value == name)
-    tokenizer = Tokenizer.from_str(json.dumps(long_words))
-    split = pre_tokenizers.Split(Regex(expressions[0]), "isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    data = json.loads(tokenizer.to_str())
-    data["model"]["ignore_merges"] = ignore_merges
-    (folder_with_tokenizer / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
-    said = list(vocabulary_deviations(folder_with_tokenizer, read_spec(folder_with_tokenizer), "toy"))
-    assert any("combining marks" in sentence for sentence in said)
 
 
 def _train_sentencepiece_style(text: str, path: Path) -> None:
@@ -265,8 +174,8 @@ def test_tokenizers_that_llama_cpp_lacks_are_refused(folder_with_tokenizer: Path
     tokenizer.save(str(path))
     with pytest.raises(UnsupportedError, match="Lowercase"):
         vocabulary_metadata(folder_with_tokenizer, 4096)
-    Tokenizer(models.Unigram([("a", 0.0)], 0)).save(str(path))
-    with pytest.raises(UnsupportedError, match="Unigram"):
+    Tokenizer(models.WordLevel({"a": 0}, "a")).save(str(path))
+    with pytest.raises(UnsupportedError, match="none of type WordLevel"):
         vocabulary_metadata(folder_with_tokenizer, 4096)
 
 

@@ -1,8 +1,8 @@
 """The tokenizer of a checkpoint as GGUF metadata, so that llama.cpp splits text into the same tokens.
 
-The source is the tokenizer that ``AutoTokenizer`` makes from the files, with tokens that only ``tokenizer_config.json``
-names. Two kinds are known. Byte-level BPE (Qwen, Llama 3, GPT-2) needs the name that llama.cpp gives to the splitting
-expression. SentencePiece-style BPE (Mixtral), which transformers holds as BPE with byte fallback, needs scores.
+The source is the tokenizer that transformers makes from the files, with tokens that only ``tokenizer_config.json``
+names. BPE over bytes (Qwen, GPT, DeepSeek) needs the name that llama.cpp gives to the splitting expression; BPE over
+letters (Mixtral, ERNIE, Gemma) needs scores or merges, and a unigram model its probabilities.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from gguf.constants import Keys, TokenType
 
 from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.files.tokenizer_files import files_state, load_tokenizer
-from exporter.writing.gguf.container import Value, boolean, float32_array, int32_array, string, string_array
-from exporter.writing.gguf.pre_tokenizers import is_byte_level, pre_tokenizer_name, refuse_unknown_normalizer, steps_of
-from exporter.writing.gguf.special_values import special_token_values
+from exporter.writing.gguf.container import Value, int32_array, string, string_array
+from exporter.writing.gguf.vocabulary.pre_tokenizers import is_byte_level, known_pre_tokenizer, steps_of
+from exporter.writing.gguf.vocabulary.sentencepiece import SPACE_STEPS, sentencepiece_values
+from exporter.writing.gguf.vocabulary.special_values import special_token_values
+from exporter.writing.gguf.vocabulary.unigram import unigram_values
 
 __all__ = ["vocabulary_metadata"]
 
@@ -45,28 +47,69 @@ def _vocabulary_metadata(folder: Path, vocab_size: int, state: object) -> Mappin
     path = folder / "tokenizer.json"
     loaded = load_tokenizer(folder)
     tokenizer = json.loads(loaded.backend_tokenizer.to_str())
+    tokens, types = _tokens(tokenizer, vocab_size, path)
+    if len(_vocabulary(tokenizer)) < loaded.backend_tokenizer.get_vocab_size(with_added_tokens=False):
+        raise InputError(f"{path}: two tokens of its vocabulary have the same number; download it again")
+    values = _values_by_kind(tokenizer, tokens, types, loaded.bos_token, path)
+    special = special_token_values(folder, vocab_size, tokens, types)
+    always = {key: value for key, value in values.items() if key in special}  # as this kind of tokenizer has it
+    return {**values, **special, **always, **_chat_template_values(loaded.chat_template, folder)}
+
+
+def _values_by_kind(
+    tokenizer: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int], begin: str | None, path: Path
+) -> dict[str, Value]:
+    """The keys of the tokens themselves, for the kind of tokenizer that it is."""
     model = tokenizer["model"]
+    if model["type"] == "Unigram":
+        return unigram_values(tokenizer, tokens, types, path)
     if model["type"] != "BPE":
         raise UnsupportedError(
-            f"{path}: llama.cpp has no equivalent for a tokenizer of type {model['type']} in this architecture; "
-            "use --formats onnx"
+            f"{path}: llama.cpp knows BPE and unigram tokenizers in this architecture, and none of type "
+            f"{model['type']}; use --formats onnx"
         )
-    tokens, types = _tokens(tokenizer, vocab_size, path)
-    if len(model["vocab"]) < loaded.backend_tokenizer.get_vocab_size(with_added_tokens=False):
-        raise InputError(f"{path}: two tokens of its vocabulary have the same number; download it again")
-    refuse_unknown_normalizer(tokenizer, path)
-    if model.get("byte_fallback") and not is_byte_level(tokenizer):
-        values = _sentencepiece_values(tokenizer, tokens, types)
-    else:
-        values = _byte_level_values(tokenizer, tokens, types, path)
-    special = special_token_values(folder, vocab_size, tokens, types)
-    return {**values, **special, **_chat_template_values(loaded.chat_template, folder)}
+    _refuse_unknown_normalizer(tokenizer, path)
+    if is_byte_level(tokenizer):
+        return _byte_level_values(tokenizer, tokens, types, path)
+    if model.get("byte_fallback"):
+        return sentencepiece_values(tokenizer, tokens, types, begin, path)
+    kinds = [step["type"] for step in steps_of(tokenizer.get("pre_tokenizer"))] or ["none"]
+    raise UnsupportedError(
+        f"{path}: llama.cpp knows BPE over bytes (a ByteLevel pre-tokenizer) and BPE with byte fallback; this "
+        f"tokenizer is neither (pre-tokenizer {', '.join(kinds)}): use --formats onnx"
+    )
+
+
+def _refuse_unknown_normalizer(tokenizer: Mapping[str, Any], path: Path) -> None:
+    """Checks every step of the normalizer of BPE.
+
+    llama.cpp leaves text as it is. Most text is in Unicode's normal form C, and its SentencePiece tokenizers write
+    spaces as ``▁``.
+    """
+    spaces = [] if is_byte_level(tokenizer) else SPACE_STEPS
+    for step in steps_of(tokenizer.get("normalizer")):
+        if step["type"] != "NFC" and dict(step) not in spaces:
+            shown = {key: value for key, value in step.items() if key != "type"}
+            settings = f" {shown}"[:120] if shown else ""
+            raise UnsupportedError(
+                f"{path}: llama.cpp has no equivalent for the normalizer {step['type']}{settings}, which changes "
+                "ordinary text; use --formats onnx"
+            )
+
+
+def _vocabulary(tokenizer: Mapping[str, Any]) -> Mapping[str, int]:
+    """The tokens of the model by their texts; a unigram model lists them in the order of their numbers."""
+    tokens = tokenizer["model"]["vocab"]
+    if isinstance(tokens, list):
+        return {text: number for number, (text, _) in enumerate(tokens)}
+    vocabulary: dict[str, int] = tokens
+    return vocabulary
 
 
 def _tokens(tokenizer: Mapping[str, Any], vocab_size: int, path: Path) -> tuple[list[str], list[int]]:
     """Texts and types by token id; ids without a token are unused, as in llama.cpp's converter."""
     added = {entry["id"]: entry for entry in tokenizer["added_tokens"]}
-    known = {token_id: text for text, token_id in tokenizer["model"]["vocab"].items()}
+    known = {token_id: text for text, token_id in _vocabulary(tokenizer).items()}
     known.update({token_id: entry["content"] for token_id, entry in added.items()})
     beyond = next((token_id for token_id in known if token_id >= vocab_size), None)
     if beyond is not None:
@@ -108,49 +151,11 @@ def _byte_level_values(
 ) -> dict[str, Value]:
     return {
         Keys.Tokenizer.MODEL: string("gpt2"),
-        Keys.Tokenizer.PRE: string(pre_tokenizer_name(tokenizer, path)),
+        Keys.Tokenizer.PRE: string(known_pre_tokenizer(tokenizer, path).name),
         Keys.Tokenizer.LIST: string_array(tokens),
         Keys.Tokenizer.TOKEN_TYPE: int32_array(types),
         Keys.Tokenizer.MERGES: string_array([f"{left} {right}" for left, right in tokenizer["model"]["merges"]]),
     }
-
-
-def _sentencepiece_values(
-    tokenizer: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]
-) -> dict[str, Value]:
-    """Scores for llama.cpp's SentencePiece tokenizer, which merges the pair whose union has the highest score.
-
-    BPE merges the pair that comes first in the list of merges: minus the place in that list is an equivalent score.
-    """
-    ranks: dict[str, int] = {}
-    merges = tokenizer["model"]["merges"]
-    for rank, (left, right) in enumerate(merges):
-        ranks.setdefault(left + right, rank)
-    scores = [-float(ranks.get(token, len(merges))) for token in tokens]
-    types = [_piece_type(token, token_type, tokenizer) for token, token_type in zip(tokens, types, strict=True)]
-    return {
-        Keys.Tokenizer.MODEL: string("llama"),
-        Keys.Tokenizer.PRE: string("default"),
-        Keys.Tokenizer.LIST: string_array(tokens),
-        Keys.Tokenizer.SCORES: float32_array(scores),
-        Keys.Tokenizer.TOKEN_TYPE: int32_array(types),
-        Keys.Tokenizer.ADD_PREFIX: boolean(_prepends_space(tokenizer)),
-    }
-
-
-def _piece_type(token: str, token_type: int, tokenizer: Mapping[str, Any]) -> int:
-    if token == tokenizer["model"].get("unk_token"):
-        return TokenType.UNKNOWN
-    is_byte = len(token) == len("<0x00>") and token.startswith("<0x") and token.endswith(">")
-    return TokenType.BYTE if is_byte and token_type == TokenType.NORMAL else token_type
-
-
-def _prepends_space(tokenizer: Mapping[str, Any]) -> bool:
-    """True if a space is put before the text: by a normalizer in older files, by the pre-tokenizer in newer ones."""
-    return any(step["type"] == "Prepend" for step in steps_of(tokenizer.get("normalizer"))) or any(
-        step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never"
-        for step in steps_of(tokenizer.get("pre_tokenizer"))
-    )
 
 
 def _chat_template_values(template: object, folder: Path) -> dict[str, Value]:

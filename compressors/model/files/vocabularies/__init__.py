@@ -1,0 +1,1 @@
+"""Vocabularies that no ``tokenizer.json`` holds: tiktoken's ranks and SentencePiece's models, made into one."""
