@@ -17,9 +17,14 @@ from typing import TYPE_CHECKING, Any
 from compressors.model.config.special_tokens import special_tokens
 from compressors.model.description.spec import ModelSpec
 from compressors.model.errors import InputError, UnsupportedError
+from compressors.model.files.gguf.pre_tokenizers import (
+    CLOSE_PRE_TOKENIZERS,
+    is_byte_level,
+    pre_tokenizer_name,
+    steps_of,
+)
 from compressors.model.files.tokenizer_files import load_tokenizer, tokens_of
 from exporter.writing.gguf.container import Value, render_header, render_values, string
-from exporter.writing.gguf.pre_tokenizers import CLOSE_PRE_TOKENIZERS, is_byte_level, pre_tokenizer_name, steps_of
 from exporter.writing.gguf.special_values import tokens_around
 from exporter.writing.gguf.vocabulary import vocabulary_metadata
 from validate.vocabulary.tokenization import AWKWARD_TEXTS, texts_around

@@ -22,6 +22,7 @@ from compressors.model.running.recorder import RoutingRecorder
 from compressors.model.running.routers import RoutedCall, watching
 from compressors.model.running.streaming import StreamedModel, TokenGroup
 from compressors.model.sources.gguf import GgufWeights
+from compressors.model.sources.gguf_settings import gguf_setting_symptoms
 from compressors.model.sources.hugging_face.checkpoint import Checkpoint
 from compressors.model.sources.student import ExpertMap, Student
 from compressors.recover.sampling import continue_texts
@@ -29,7 +30,6 @@ from exporter.inspection import describe
 from exporter.writing.gguf.writer import write_gguf
 from exporter.writing.hf_checkpoint import write_checkpoint
 from tests.families.conftest import logits_of
-from validate.files.gguf_settings import gguf_setting_symptoms
 from validate.files.weight_comparison import compare_weights
 from validate.routing.agreement import routing_agreement
 from validate.routing.router_alone import RouterInputRecorder, router_alone

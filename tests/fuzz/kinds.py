@@ -17,6 +17,7 @@ from compressors.model.description.spec import ModelSpec
 from compressors.model.files.gguf.gguf_file import GgufFile
 from compressors.model.files.weight_file import WeightFile
 from compressors.model.sources.gguf import GgufWeights
+from compressors.model.sources.gguf_settings import gguf_setting_symptoms
 from compressors.model.sources.onnx import OnnxWeights
 from compressors.model.sources.opening import open_source
 from compressors.model.sources.weights import WrittenWeights
@@ -33,7 +34,6 @@ from tests.fuzz.published import damage_published, read_published
 from tests.fuzz.safetensors_files import damage_weights
 from tests.fuzz.texts import awkward_flags, awkward_words, damage_logits, damage_recipe, damage_text
 from validate.files.folder_settings import folder_setting_symptoms
-from validate.files.gguf_settings import gguf_setting_symptoms
 from validate.files.graph_settings import graph_setting_symptoms
 from validate.files.model_file import find_model_file
 from validate.metrics.logits_file import LogitsFile

@@ -16,9 +16,14 @@ from typing import Any
 from gguf.constants import Keys, TokenType
 
 from compressors.model.errors import InputError, UnsupportedError
+from compressors.model.files.gguf.pre_tokenizers import (
+    is_byte_level,
+    pre_tokenizer_name,
+    refuse_unknown_normalizer,
+    steps_of,
+)
 from compressors.model.files.tokenizer_files import files_state, load_tokenizer
 from exporter.writing.gguf.container import Value, boolean, float32_array, int32_array, string, string_array
-from exporter.writing.gguf.pre_tokenizers import is_byte_level, pre_tokenizer_name, refuse_unknown_normalizer, steps_of
 from exporter.writing.gguf.special_values import special_token_values
 
 __all__ = ["vocabulary_metadata"]

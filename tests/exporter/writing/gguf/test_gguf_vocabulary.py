@@ -17,10 +17,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from compressors.model.config.reading import read_spec
 from compressors.model.errors import InputError, UnsupportedError
+from compressors.model.files.gguf.pre_tokenizers import CLOSE_PRE_TOKENIZERS, PRE_TOKENIZERS
 from exporter.validation.vocabulary_check import vocabulary_deviations
 from exporter.writing.gguf.container import render_header, render_values
 from exporter.writing.gguf.metadata import model_metadata
-from exporter.writing.gguf.pre_tokenizers import CLOSE_PRE_TOKENIZERS, PRE_TOKENIZERS
 from exporter.writing.gguf.vocabulary import vocabulary_metadata
 from tests.described_folder import DescribedFolder
 
