@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from huggingface_hub.errors import (
 )
 
 from compressors.model.errors import InputError
+from compressors.model.files.gguf.gguf_split import split_parts
 from compressors.model.files.regular_file import refuse_special
 
 __all__ = ["bundled_text", "resolve_model", "resolve_original"]
 
+_HUB_FILE = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)/(?P<file>[\w./-]+\.gguf)", re.ASCII)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 _WANTED_FILES = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja", "README.md", "LICENSE*"]
 # Other formats in subfolders, and a second copy of the weights in the trainer's own naming.
@@ -31,8 +33,8 @@ _UNWANTED_FILES = ["*/*", "consolidated*"]
 def resolve_model(model: str | None, revision: str | None = None, *, offline: bool = False) -> Path:
     """The place of a model: as given, downloaded from the hub (or found in its cache), or bundled for None.
 
-    Pickled weights are never downloaded. ``offline`` takes hub models from the cache only.
-    :func:`compressors.model.sources.opening.open_source` says of a GGUF file whether it can be read.
+    Pickled weights are never downloaded. ``offline`` takes hub models from the cache only. ``OWNER/NAME/FILE.gguf`` is
+    one GGUF file of a repository, with the other parts of its model.
 
     Raises:
         InputError: there is no such folder, model or revision, the licence was not accepted, or the hub is out of
@@ -47,7 +49,12 @@ def resolve_model(model: str | None, revision: str | None = None, *, offline: bo
     if model and folder.exists():
         if folder.suffix == ".gguf":
             return folder
-        raise InputError(f"MODEL: {model} is a file; give the folder that holds config.json and the weights")
+        raise InputError(
+            f"MODEL: {model} is a file; give the folder that holds config.json and the weights, or a .gguf"
+        )
+    if (file := _HUB_FILE.fullmatch(model)) is not None:
+        parts = [part.as_posix() for part in split_parts(Path(file["file"]))]
+        return _existing(_download(file["id"], revision, offline, parts) / file["file"], model)
     if _HUB_ID.fullmatch(model) is None:
         raise InputError(f"MODEL: there is no folder {model!r}, and it is not a hub id (OWNER/NAME) either")
     return _download(model, revision, offline)
@@ -64,7 +71,7 @@ def resolve_original(against: str | None, job: Mapping[str, Any]) -> Path:
         InputError: as :func:`resolve_model`; the message says so if a local folder is gone.
     """
     recorded = job["model"]
-    if against is None and isinstance(recorded, str) and Path(recorded).is_absolute() and not Path(recorded).is_dir():
+    if against is None and isinstance(recorded, str) and Path(recorded).is_absolute() and not Path(recorded).exists():
         raise InputError(f"{recorded}, which these files were made from, is not there any more; name it with --against")
     return resolve_model(against or recorded, job["revision"])
 
@@ -91,15 +98,24 @@ def _bundled(*parts: str) -> Path:
     return folder
 
 
-def _download(model: str, revision: str | None, offline: bool) -> Path:
+def _existing(file: Path, model: str) -> Path:
+    if not file.is_file():
+        raise InputError(
+            f"MODEL: there is no file {model} on the hub; check its name, and give the first part of several"
+        )
+    return file
+
+
+def _download(model: str, revision: str | None, offline: bool, files: Sequence[str] | None = None) -> Path:
+    """Downloads a checkpoint, or these files of a repository."""
     try:
         return Path(
             snapshot_download(
                 model,
                 revision=revision,
                 local_files_only=offline,
-                allow_patterns=_WANTED_FILES,
-                ignore_patterns=_UNWANTED_FILES,
+                allow_patterns=_WANTED_FILES if files is None else list(files),
+                ignore_patterns=_UNWANTED_FILES if files is None else None,
             )
         )
     except GatedRepoError:

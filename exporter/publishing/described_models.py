@@ -9,7 +9,7 @@ from compressors.model.description.spec import ModelSpec
 from compressors.model.sources.source import Source
 from compressors.model.sources.student import ExpertMap, LayerMap
 from exporter.planning.recipe import SourceChoice
-from exporter.writing.gguf.metadata import source_license
+from exporter.writing.gguf.metadata import source_ancestors, source_license
 
 __all__ = ["described_source", "described_student"]
 
@@ -35,6 +35,7 @@ def described_source(choice: SourceChoice, source: Source) -> dict[str, Any]:
         "n_kv_heads": None if heads is None else heads.number,
         "head_dim": None if heads is None else heads.width,
         "license": source_license(source),
+        "base_models": source_ancestors(source),
     }
 
 
