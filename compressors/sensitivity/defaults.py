@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
 from compressors.sensitivity.divergence import SecondOrder
-from compressors.sensitivity.table import Option, TypeTable, Unit, UnitPlan
+from compressors.sensitivity.table import Candidate, Option, TypeTable, Unit, UnitPlan
 
 __all__ = ["default_table"]
 
@@ -84,7 +84,7 @@ def default_table(spec: ModelSpec, plans: Sequence[UnitPlan]) -> TypeTable:
 
     Args:
         spec: the model in the file.
-        plans: units with their types; a type that is not in the table of defaults is left out.
+        plans: units with their types; one that is neither exact nor in the table of defaults is left out.
     """
     units = []
     for plan in plans:
@@ -94,7 +94,7 @@ def default_table(spec: ModelSpec, plans: Sequence[UnitPlan]) -> TypeTable:
                 candidate.n_bytes,
                 sum(
                     (
-                        _at_q8_0(spec, role, layer) * (_ERRORS[candidate.choice] * candidate.factor(role))
+                        _at_q8_0(spec, role, layer) * (_error(candidate) * candidate.factor(role))
                         for role, layer in plan.matrices
                     ),
                     SecondOrder(0.0, 0.0),
@@ -102,10 +102,15 @@ def default_table(spec: ModelSpec, plans: Sequence[UnitPlan]) -> TypeTable:
                 candidate.seconds,
             )
             for candidate in plan.candidates
-            if candidate.choice in _ERRORS
+            if candidate.quantize is None or candidate.choice in _ERRORS
         ]
         units.append(Unit(plan.name, plan.tensors, tuple(options)))
     return TypeTable(tuple(units))
+
+
+def _error(candidate: Candidate) -> float:
+    """The squared output error of a unit's type, relative to Q8_0's."""
+    return 0.0 if candidate.quantize is None else _ERRORS[candidate.choice]
 
 
 def _at_q8_0(spec: ModelSpec, role: Role, layer: int | None) -> SecondOrder:

@@ -24,7 +24,7 @@ from compressors.model.files.gguf.gguf_tokenizer import generation_config, token
 
 __all__ = ["VOCABULARY", "folder_of", "not_carried_over"]
 
-VOCABULARY = "vocabulary.gguf"
+VOCABULARY = "moe-export-vocabulary.gguf"
 """A GGUF file of the tokenizer's metadata alone: new files take them from it, byte for byte."""
 
 _TOKENIZER = "tokenizer."
