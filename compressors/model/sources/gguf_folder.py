@@ -57,36 +57,18 @@ def folder_of(file: GgufFile, config: Mapping[str, Any]) -> Path:
         InputError: the tokenizer is damaged, or the folder cannot be written.
         UnsupportedError: no tokenizer of transformers is known to be equal.
     """
-    return _folder_of(file.header_digest(), _Made(file, config))
-
-
-class _Made:
-    """A file with its settings; all are equal, so that only the header's digest tells folders apart."""
-
-    def __init__(self, file: GgufFile, config: Mapping[str, Any]) -> None:
-        self.file = file
-        self.config = config
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Made)
-
-    def __hash__(self) -> int:
-        return 0
-
-
-@lru_cache(maxsize=4)
-def _folder_of(digest: str, made: _Made) -> Path:
-    contents = _contents(made.file, made.config)
+    digest = file.header_digest()
+    contents = _contents(file.path, digest, json.dumps(config))
     try:
         folder = cached_assets_path(
             "moe-export", namespace="gguf", subfolder=digest, assets_dir=os.environ.get("HF_ASSETS_CACHE")
         )
         for name, content in contents.items():
             _write(folder / name, content)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a ValueError where a file stands in the folder's place
         raise InputError(
-            f"{error.filename}: the tokenizer of {made.file.path} cannot be put there ({error.strerror}); name another "
-            "folder in the environment variable HF_ASSETS_CACHE"
+            f"the tokenizer of {file.path} cannot be put into the cache ({error}); name another folder in the "
+            "environment variable HF_ASSETS_CACHE"
         ) from None
     return folder
 
@@ -100,8 +82,10 @@ def _write(path: Path, content: bytes) -> None:
     own.replace(path)
 
 
-def _contents(file: GgufFile, config: Mapping[str, Any]) -> dict[str, bytes]:
-    """The files by name."""
+@lru_cache(maxsize=1)
+def _contents(path: Path, digest: str, settings: str) -> Mapping[str, bytes]:
+    """The files by name, remembered for as long as the header stays the same: planning asks for them often."""
+    file, config = GgufFile(path), json.loads(settings)
     tokens, objects = generation_config(file), {"tokenizer.json": tokenizer_json(file)}
     objects |= {"config.json": {**config, **tokens}, "generation_config.json": tokens}
     objects["tokenizer_config.json"] = {**tokenizer_config(file), "model_max_length": config["max_position_embeddings"]}

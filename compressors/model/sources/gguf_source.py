@@ -20,7 +20,7 @@ from compressors.model.description.family import Family, GgufValue
 from compressors.model.description.gguf_rope import gguf_rope_of
 from compressors.model.description.roles import Role
 from compressors.model.description.spec import ModelSpec
-from compressors.model.errors import UnsupportedError
+from compressors.model.errors import InputError, UnsupportedError
 from compressors.model.families.registry import families_of_architecture, supported_families
 from compressors.model.files.gguf.ggml import dequantize_into
 from compressors.model.files.gguf.ggml_types import GGMLQuantizationType
@@ -57,7 +57,7 @@ class GgufSource:
         self._architecture = str(self._metadata.get("general.architecture", ""))
         config = self._turned_back()
         self.tokenizer_folder = folder_of(self._file, config)
-        self.spec: ModelSpec = read_spec(self.tokenizer_folder)
+        self.spec: ModelSpec = self._read_spec()
         self.config: Mapping[str, Any] = read_json(self.config_path)
         self._refuse_other_settings()
         self._weights = GgufWeights(path, self.spec, self._file)
@@ -179,6 +179,19 @@ class GgufSource:
             f"{self.path}: GGUF files of the architecture {shown(self._architecture)} cannot be read; those that can "
             f"are {', '.join(_readable())}: give the original checkpoint"
         )
+
+    def _read_spec(self) -> ModelSpec:
+        """The description, by the family's ordinary reading.
+
+        Raises:
+            InputError: a setting is wrong; the message names this file.
+            UnsupportedError: a setting is one that cannot be represented.
+        """
+        try:
+            return read_spec(self.tokenizer_folder)
+        except InputError as error:
+            said = str(error).replace(f"{self.config_path}: ", "").replace(str(self.config_path), "it")
+            raise type(error)(f"{self.path}: its metadata, as settings of a config.json, are wrong: {said}") from None
 
     def _vector(self, name: str) -> torch.Tensor:
         """A tensor of one axis, float32."""
