@@ -82,7 +82,7 @@ class GgufSource:
     def stored_as(self) -> str | None:
         """The types of quantized blocks; None: the file holds none."""
         names = sorted({entry.ggml_type.name for entry in self._entries() if entry.ggml_type not in _FLOATS})
-        return f"in blocks of {', '.join(names)}" if names else None
+        return f"blocks of {', '.join(names)}" if names else None
 
     @property
     def n_bytes(self) -> int:

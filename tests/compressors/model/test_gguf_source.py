@@ -99,7 +99,7 @@ def test_a_damaged_file_and_a_later_part_are_refused(file: Path, tmp_path: Path)
 
 def test_it_is_described(file: Path) -> None:
     found: dict[str, Any] = describe(file)
-    assert (found["dtype"], found["stored_as"], found["notes"]) == ("float32", "in blocks of Q8_0", [])
+    assert (found["dtype"], found["stored_as"], found["notes"]) == ("float32", "blocks of Q8_0", [])
     assert found["identity"] == GgufSource(file).identity()
 
 

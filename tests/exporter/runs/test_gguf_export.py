@@ -93,7 +93,11 @@ def test_the_file_is_as_good_as_one_that_is_pruned_and_then_quantized(outs: dict
 def test_the_report_knows_where_it_comes_from(file: Path, outs: dict[str, Path]) -> None:
     source = _report(outs["file"])["source"]
     assert source["identity"] == open_source(file).identity()
-    assert source["dtype"] == "float32"
+    assert (source["dtype"], source["stored_as"]) == ("float32", "blocks of Q8_0")
+    assert source["bytes"] == file.stat().st_size
+    (ratio,) = (one["size_ratio"] for one in _report(outs["file"])["against_original"]["files"].values())
+    assert 0.6 < ratio < 0.8
+    assert "in blocks of Q8_0" in (outs["file"] / "README.md").read_text()
     assert {path.name for path in outs["file"].iterdir()} == {path.name for path in outs["checkpoint"].iterdir()}
 
 
