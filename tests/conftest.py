@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -33,15 +33,6 @@ _LONGEST = ("test_kills", "test_team", "test_run", "test_faults")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sorts the longest files to the front."""
     items.sort(key=lambda item: item.path.stem not in _LONGEST)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def assets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder in which the small files of GGUF sources lie, for child processes too."""
-    folder = tmp_path_factory.mktemp("assets")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_ASSETS_CACHE", str(folder))
-        yield folder
 
 
 @pytest.fixture(scope="session")

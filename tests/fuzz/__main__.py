@@ -43,7 +43,6 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         inputs = Path(folder) / "inputs"
         inputs.mkdir()
-        os.environ["HF_ASSETS_CACHE"] = str(Path(folder) / "assets")  # where the small files of GGUF sources lie
         make_inputs(inputs)
         if given.case is not None:
             return _one(given.case, given.seed, inputs, Path(folder), given.keep)

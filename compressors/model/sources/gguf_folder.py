@@ -1,14 +1,16 @@
 """The small files that go with a GGUF file: settings, tokenizer and model card, made of its metadata.
 
-All other code reads them where a checkpoint has them: in a folder. It lies in the cache of the hub's library
-(``HF_ASSETS_CACHE``), under a name that follows from the file's header, and is made again wherever it is incomplete.
+All other code reads them where a checkpoint has them: in a folder. It lies among the temporary files, under a name that
+follows from the file's header, so that all processes of a run share it; and it is made again wherever it is incomplete.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import stat
 import struct
+import tempfile
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +18,6 @@ from typing import Any
 
 import yaml
 from gguf.constants import GGUF_MAGIC, GGUF_VERSION
-from huggingface_hub import cached_assets_path
 
 from compressors.model.errors import InputError
 from compressors.model.files.gguf.gguf_file import GgufFile
@@ -59,18 +60,38 @@ def folder_of(file: GgufFile, config: Mapping[str, Any]) -> Path:
     """
     digest = file.header_digest()
     contents = _contents(file.path, digest, json.dumps(config))
+    folder = _own_folder() / digest
     try:
-        folder = cached_assets_path(
-            "moe-export", namespace="gguf", subfolder=digest, assets_dir=os.environ.get("HF_ASSETS_CACHE")
-        )
+        folder.mkdir(exist_ok=True)
         for name, content in contents.items():
             _write(folder / name, content)
-    except (OSError, ValueError) as error:  # a ValueError where a file stands in the folder's place
-        raise InputError(
-            f"the tokenizer of {file.path} cannot be put into the cache ({error}); name another folder in the "
-            "environment variable HF_ASSETS_CACHE"
-        ) from None
+    except OSError as error:
+        raise _cannot_be_written(folder, error) from None
     return folder
+
+
+def _own_folder() -> Path:
+    """This user's folder among the temporary files.
+
+    Raises:
+        InputError: it cannot be made, or is somebody else's.
+    """
+    folder = Path(tempfile.gettempdir()) / f"moe-export-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+    except OSError as error:
+        raise _cannot_be_written(folder, error) from None
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise InputError(f"{folder} is no folder of yours; name another place for temporary files in TMPDIR")
+    return folder
+
+
+def _cannot_be_written(folder: Path, error: OSError) -> InputError:
+    return InputError(
+        f"{folder}: the tokenizer of a GGUF file cannot be put there ({error.strerror}); name another place for "
+        "temporary files in TMPDIR"
+    )
 
 
 def _write(path: Path, content: bytes) -> None:

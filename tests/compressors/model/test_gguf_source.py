@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,12 +122,18 @@ def test_the_dtype_is_the_smallest_that_holds_all_values(file: Path, tmp_path: P
         assert str(GgufSource(tmp_path / f"{mix}.gguf").dtype) == f"torch.{dtype}"
 
 
-def test_a_folder_that_cannot_be_written_is_named(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "taken").touch()
-    monkeypatch.setenv("HF_ASSETS_CACHE", str(tmp_path / "taken"))
-    copy_gguf(file, tmp_path / "other.gguf", {"general.author": ("somebody", _TEXT)})
-    with pytest.raises(InputError, match=r"cannot be put into the cache .*HF_ASSETS_CACHE"):
-        GgufSource(tmp_path / "other.gguf")
+def test_a_place_that_cannot_be_written_is_named(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    own = tmp_path / f"moe-export-{os.getuid()}"
+    own.touch()
+    with pytest.raises(InputError, match=rf"{own}: .* cannot be put there .* in TMPDIR"):
+        GgufSource(file)
+    own.unlink()
+    (tmp_path / "elsewhere").mkdir()
+    own.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=r"is no folder of yours; name another place"):
+        GgufSource(file)
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_damaged_small_files_are_made_again(file: Path, tmp_path: Path) -> None:
